@@ -114,6 +114,7 @@ COMBINATIONS: list[tuple[type, dict[str, Any], dict[str, Any], str]] = [
         "`push_to_hub=True`",
     ),
     (EvaluateOptions, {"frozen": "knn"}, {"backend": "onnx"}, "`backend`"),
+    (EvaluateOptions, {}, {"data": DataOptions("d", streaming=True)}, "`streaming`"),
     (EvaluateOptions, {"audit": Path("a.html")}, {"backend": "onnx"}, "`backend`"),
     (PredictOptions, {"paths": ("a",)}, {"paths": ()}, "`images`"),
     (PredictOptions, {"paths": (), "list": Path("b")}, {"dataset": "c"}, "`images`"),

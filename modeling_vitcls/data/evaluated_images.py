@@ -6,9 +6,9 @@
 
 If the split is the one that the model was trained on, the evaluated images are those that training
 held out. Training images are recognized by their content (`HeldOutRecord`), so the dataset may have
-been renamed, moved, extended or divided since training. The images of streams, and of runs whose
-training images were streamed, are not compared: the recorded rule selects the held-out images if
-the dataset has the same name.
+been renamed, moved, extended or divided since training. Of runs whose training images were
+streamed, they are not compared: the recorded rule selects the held-out images if the dataset has
+the same name.
 """
 
 from collections.abc import Sequence
@@ -27,10 +27,8 @@ from .splits import (
     EVALUATION_SPLITS,
     build_held_out_rule,
     check_both_parts,
-    hold_out_images,
     select_held_out,
 )
-from .streaming import StreamedImages, open_streams
 
 
 @dataclass(frozen=True)
@@ -40,7 +38,7 @@ class EvaluatedPart:
     # whole: all of them. held_out: those that training held out. untrained: those that training did
     # not use. fraction: those that a rule selects, because the others fit a classifier.
     kind: Literal["whole", "held_out", "untrained", "fraction"]
-    num_given: int | None  # None for a stream
+    num_given: int
     num_trained: int | None = None  # number of given images that training used; None if unknown
     warning: str | None = None  # reason why training images may be among the evaluated images
     split: str | None = None  # None if the dataset has only one
@@ -49,10 +47,9 @@ class EvaluatedPart:
 
     def describe(self) -> str:
         """Return the description of the evaluated images as text."""
-        number = "" if self.num_given is None else f"{self.num_given:,} "
-        images = (
-            f"{number}images" if self.split is None else f"{number}images of split {self.split!r}"
-        )
+        images = f"{self.num_given:,} images"
+        if self.split is not None:
+            images += f" of split {self.split!r}"
         text = {
             "whole": f"all {images}",
             "held_out": f"those of the {images} that training held out",
@@ -76,7 +73,7 @@ class EvaluationData(NamedTuple):
     """Images and labels for the evaluation of a model."""
 
     label_space: LabelSpace
-    images: Any  # `LabeledImages`, or `StreamedImages` with --streaming
+    images: LabeledImages
     split: str
     part: EvaluatedPart
 
@@ -108,20 +105,11 @@ def load_evaluation_data(
     def select(names: list[str]) -> list[str]:
         return [choose_evaluation_split(split, names, options.dataset)]
 
-    splits = (
-        open_streams(options, use_labels)
-        if options.streaming
-        else load_splits(options, use_labels, select)
-    )
+    splits = load_splits(options, use_labels, select)
     (name,) = select(splits.names)
     images = splits.images_by_split[name]
-    if isinstance(images, StreamedImages):
-        images, part = select_streamed_images(images, splits, split, record, options)
-    else:
-        is_evaluated, part = find_evaluated_images(images, record, options, splits.name)
-        images, part = select_part(
-            images, is_evaluated, part, options.dataset, name, split is not None
-        )
+    is_evaluated, part = find_evaluated_images(images, record, options, splits.name)
+    images, part = select_part(images, is_evaluated, part, options.dataset, name, split is not None)
     return draw_data(splits, name, images, part, max_images, options.split_seed)
 
 
@@ -276,28 +264,6 @@ def find_evaluated_images(
     return ~is_training_image, EvaluatedPart(
         "untrained" if num_trained else "whole", num_images, num_trained
     )
-
-
-def select_streamed_images(
-    images: StreamedImages,
-    splits: Splits,
-    split: str | None,
-    record: HeldOutRecord | None,
-    options: DataOptions,
-) -> tuple[Any, EvaluatedPart]:
-    """Return the images of a stream to evaluate.
-
-    They are those that the recorded rule holds out, if the stream is the only split of a dataset
-    with the name of the training data; otherwise all images.
-    """
-    rule = None if record is None or record.dataset != splits.name else record.rule
-    if split is not None or rule is None or len(splits.names) > 1:
-        return images, EvaluatedPart("whole", None)
-    _, held_out, found = hold_out_images(images, check_rule(rule, options), options.dataset)
-    warning = None
-    if record is not None and found.sha256 != record.sha256:
-        warning = "the held-out images of the stream are not those of the training run"
-    return held_out, EvaluatedPart("held_out", None, None, warning)
 
 
 def check_rule(rule: HeldOutRule, options: DataOptions) -> HeldOutRule:

@@ -12,7 +12,6 @@ from unicodedata import normalize
 from ..model.heads_vitcls import IGNORED_LABEL
 from .image_folder import format_name_list
 from .labels import LabelSpace, MultiHotLabels
-from .streaming import StreamedImages
 
 
 def match_labels(images: Any, data_space: LabelSpace, model_space: LabelSpace) -> Any:
@@ -20,7 +19,7 @@ def match_labels(images: Any, data_space: LabelSpace, model_space: LabelSpace) -
 
     Labels are matched by name, and missing labels (-100) are left unchanged. Raise ValueError if
     the kinds of labels or the tasks differ, if the model has several labels with the same name, or
-    if an image has a label that the model lacks (in a stream, when the label is read).
+    if an image has a label that the model lacks.
     """
     if data_space.kind != model_space.kind:
         raise ValueError(
@@ -46,8 +45,6 @@ def match_labels(images: Any, data_space: LabelSpace, model_space: LabelSpace) -
                 "names in the model's config.json"
             )
     convert = partial(convert_label, data_space, model_space)
-    if isinstance(images, StreamedImages):
-        return replace(images, convert_label=convert)
     if isinstance(images.labels, MultiHotLabels):
         rows = (map(convert, images.labels.get_indices(row).tolist()) for row in range(len(images)))
         return replace(images, labels=MultiHotLabels.from_indices(rows, len(model_space.names)))

@@ -45,7 +45,7 @@ class DataOptions:
     """With --folds: hold out only this fold (numbered from 1), and write the output to OUTPUT_DIR
     itself. Default: all folds, one after another."""
     streaming: bool = False
-    """Stream the dataset during training instead of downloading it. Requires --max-steps."""
+    """Stream the training images instead of downloading them. Requires --max-steps."""
     shuffle_buffer: int = 1000
     """Number of images in the shuffle buffer of a streamed dataset. For an image folder, which is
     streamed class by class, set the number of images in the folder."""
@@ -124,4 +124,4 @@ def check_stored_images(data: DataOptions) -> None:
     """Raise ValueError for flags that only training supports."""
     for name in ("streaming", "folds", "exclude"):
         if getattr(data, name):
-            raise ValueError(f"`{name}` is only for `vitcls finetune`. Remove `{name}`")
+            raise ValueError(f"`{name}` is only for training. Remove `{name}`")

@@ -82,12 +82,12 @@ class TrainingData:
     label_space: LabelSpace
     train_split: str  # name of the split with the training images
     train: LabeledImages | StreamedImages
-    held_out: Any  # `LabeledImages`, or `StreamedImages` if the split is streamed
+    held_out: LabeledImages
     # name of the held-out split, or description of the rule that selected the images
     held_out_name: str
     record: HeldOutRecord
-    # images for selecting the best checkpoint (`--select best`), as `held_out`
-    selection: Any = None
+    # images for selecting the best checkpoint (`--select best`)
+    selection: LabeledImages | None = None
     selection_name: str = ""  # name of the selection split, or description of the rule
     # training images that `--exclude` leaves out; None without it
     excluded: LabeledImages | None = None
@@ -100,9 +100,9 @@ class TrainingData:
         return self.train.num_images
 
     @property
-    def num_held_out_images(self) -> int | None:
-        """Return the number of held-out images; None for a streamed split."""
-        return self.held_out.num_images
+    def num_held_out_images(self) -> int:
+        """Return the number of held-out images."""
+        return len(self.held_out)
 
     def build_record(self) -> HeldOutRecord:
         """Return the record for results.json.
@@ -154,9 +154,8 @@ def load_training_data(
     also has a test split. Otherwise, another seeded rule selects the selection images from the
     training images.
 
-    The evaluation split of a stream is read in every evaluation. If a stream has no evaluation
-    split, its first 10,000 held-out images are read immediately and stored in memory without
-    decoding.
+    Of a stream, the training images are streamed, and the first 10,000 images of the other splits,
+    or of the held-out part, are read immediately and stored in memory without decoding.
 
     Raise ValueError if the dataset has no images, no labels (unless `use_labels` is False) or only
     one class, or is too small to be split.
@@ -177,17 +176,15 @@ def load_training_data(
     train = splits.images_by_split[training_splits.train]
 
     if training_splits.held_out is not None:
-        held_out = splits.images_by_split[training_splits.held_out]
+        held_out = read_images(splits.images_by_split[training_splits.held_out])
         held_out_name = f"split {training_splits.held_out!r}"
-        record = HeldOutRecord(
-            training_splits.held_out, None if options.streaming else len(held_out)
-        )
+        record = HeldOutRecord(training_splits.held_out, len(held_out))
     else:
         rule = build_held_out_rule(options)
         held_out_name = describe_rule(rule, train)
         train, held_out, record = hold_out_images(train, rule, options.dataset)
-        if options.streaming and len(held_out) == MAX_HELD_OUT_IMAGES:
-            held_out_name += f", evaluated on the first {MAX_HELD_OUT_IMAGES:,} images"
+    if options.streaming and len(held_out) == MAX_HELD_OUT_IMAGES:
+        held_out_name += f", of which the first {MAX_HELD_OUT_IMAGES:,} images are read"
 
     excluded = None
     if options.exclude is not None:
@@ -196,7 +193,7 @@ def load_training_data(
     selection = None
     selection_name = ""
     if training_splits.selection is not None:
-        selection = splits.images_by_split[training_splits.selection]
+        selection = read_images(splits.images_by_split[training_splits.selection])
         selection_name = f"split {training_splits.selection!r}"
     elif use_selection_split:
         rule = HeldOutRule(options.held_out_fraction, options.split_seed, "selection")
@@ -216,6 +213,11 @@ def load_training_data(
         excluded=excluded,
         facts=splits.facts,
     )
+
+
+def read_images(images: LabeledImages | StreamedImages) -> LabeledImages:
+    """Return stored images, or the first images of a streamed split."""
+    return images.read_first(MAX_HELD_OUT_IMAGES) if isinstance(images, StreamedImages) else images
 
 
 def exclude_images(

@@ -1,4 +1,4 @@
-"""Streamed datasets, read during training without a prior download (`--streaming`).
+"""Streamed training images, read during training without a prior download (`--streaming`).
 
     shards -> shuffle buffer -> examples of this process -> examples after the completed steps
            -> batches of encoded examples, read ahead by the main process -> decoding and augmentation in workers
@@ -7,11 +7,12 @@ If the number of shards is a multiple of the number of processes, each process r
 Otherwise, each of the n processes reads all shards and uses every n-th example. The shuffling of
 each pass is seeded. After the last example, a process starts a new pass in a different order. The
 index of an example is a checksum of the encoded image or of the image path, so an image has the
-same index in every pass and every process.
+same index in every pass and every process. The first 10,000 held-out images are read before the
+training, and stored in memory without decoding.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -55,8 +56,7 @@ from .sources import (
 )
 
 
-# Maximum number of held-out images of a stream without an evaluation split.
-MAX_HELD_OUT_IMAGES = 10_000
+MAX_HELD_OUT_IMAGES = 10_000  # maximum number of held-out images of a stream
 
 
 StreamRow = tuple[dict[str, Any], int]  # (column name -> value, image key)
@@ -92,7 +92,6 @@ class StreamedImages:
     shuffle_buffer_size: int
     held_out_rule: HeldOutRule | None = None
     is_held_out_part: bool = False  # whether the images are those that `held_out_rule` holds out
-    convert_label: Callable[[Any], Any] | None = None  # applied to each label
     num_images: ClassVar[None] = None  # unknown
 
     def iterate_examples(
@@ -140,25 +139,13 @@ class StreamedImages:
         local_rows = rows if has_own_shards else islice(rows, process_index, None, num_processes)
         return self.build_examples(local_rows)
 
-    def iterate_in_order(self, process_index: int = 0, num_processes: int = 1) -> Iterator[Example]:
-        """Yield the examples that one process evaluates, in the order of the stream.
-
-        They are shards of the stream, or every n-th example. Raise ValueError if a label is not one
-        of the classes.
-        """
-        from datasets.distributed import split_dataset_by_node
-
-        stream = self.stream
-        if num_processes > 1:
-            stream = split_dataset_by_node(stream, rank=process_index, world_size=num_processes)
-        return self.build_examples(self.iterate_rows(stream, self.is_held_out_part))
-
     def read_first(self, num_images: int) -> LabeledImages:
         """Return the first images in the order of the stream, stored in memory without decoding.
 
         Raise ValueError if there are none.
         """
-        examples = list(islice(self.iterate_in_order(), num_images))
+        rows = self.iterate_rows(self.stream, self.is_held_out_part)
+        examples = list(islice(self.build_examples(rows), num_images))
         if not examples:
             remedy = (
                 "Set a larger `held_out_fraction`"
@@ -174,10 +161,8 @@ class StreamedImages:
             labels,
         )
 
-    def draw(self, num_images: int | None, seed: int = 0) -> "StreamedImages | LabeledImages":
-        """Return images drawn from the shuffle buffer; the stream if `num_images` is None."""
-        if num_images is None:
-            return self
+    def draw(self, num_images: int, seed: int = 0) -> LabeledImages:
+        """Return images drawn from the shuffle buffer."""
         stream = self.stream.shuffle(seed=seed, buffer_size=self.shuffle_buffer_size)
         return replace(self, stream=stream).read_first(num_images)
 
@@ -204,7 +189,6 @@ class StreamedImages:
                 label = self.reader.read(
                     values, f"{self.name}: the image {encoded_image['path'] or hex(index)}"
                 )
-                label = label if self.convert_label is None else self.convert_label(label)
             if self.reader is None or label != IGNORED_LABEL:
                 yield Example(encoded_image, label, index)
 

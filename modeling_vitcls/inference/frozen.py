@@ -88,8 +88,6 @@ def evaluate_frozen(options: EvaluateOptions) -> dict[str, Any]:
             the output cannot be written.
     """
     assert options.frozen is not None
-    if options.data.streaming:
-        raise ValueError("`frozen` does not support streams. Remove `streaming=True`")
     accelerator, console, warn = set_up_evaluation(options.mixed_precision)
     with accelerator.main_process_first():  # the main process downloads the files
         folder = resolve(options.model)

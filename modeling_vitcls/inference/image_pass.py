@@ -10,8 +10,6 @@ Sharded models require that all processes run the same number of batches of the 
 images are therefore distributed in rounds of one batch per process. The last round is padded with
 blank images, which have no labels and are not counted. An unreadable image is reported by name, and
 counted as unreadable.
-
-A streamed split is read in every pass. Each process reads its own shards, or every n-th image.
 """
 
 import copy
@@ -19,7 +17,6 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
-from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -31,10 +28,9 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from ..data.aspect_ratio import get_output_size
-from ..data.images import LabeledImages, UnreadableImageCounter, check_channels, decode_image
+from ..data.images import LabeledImages, UnreadableImageCounter, check_channels
 from ..data.labels import LabelSpace
 from ..data.options import DataOptions
-from ..data.streaming import Example, StreamedImages, read_ahead
 from ..data.workers import build_loader, explain_worker_errors
 from ..model.image_processing_vitcls import ViTCLSImageProcessor
 from ..runtime.progress import track
@@ -53,7 +49,6 @@ class ImageBatch:
     indices: list[int] = field(default_factory=list)  # indices of the G readable images
     # index of each unreadable image -> error message
     error_messages: dict[int, str] = field(default_factory=dict)
-    names: list[str] = field(default_factory=list)  # names of the G readable images of a stream
 
 
 @dataclass(frozen=True)
@@ -112,17 +107,14 @@ def find_finite(outputs: Any, num_images: int) -> torch.Tensor:
 # Labeled images -----------------------------------------------------------------------------------
 
 
-Key = int | tuple[int, Example]  # index of a stored image, or index and example of a streamed image
-
-
 @dataclass
 class BatchDataset(Dataset):
     """Dataset whose items are the batches of one process.
 
-    Iterating over it yields the keys of each batch.
+    Iterating over it yields the indices of each batch.
     """
 
-    source: LabeledImages | StreamedImages
+    source: LabeledImages
     processor: ViTCLSImageProcessor
     label_space: LabelSpace
     batch_size: int
@@ -132,37 +124,21 @@ class BatchDataset(Dataset):
 
     def __len__(self) -> int:
         images_per_round = self.batch_size * self.num_processes
-        return math.ceil(len(self.source) / images_per_round)  # type: ignore[arg-type]
+        return math.ceil(len(self.source) / images_per_round)
 
-    def __iter__(self) -> Iterator[Sequence[Key]]:
-        if isinstance(self.source, StreamedImages):
-            examples = self.source.iterate_in_order(self.process_index, self.num_processes)
-            keys = (
-                (self.process_index + n * self.num_processes, example)
-                for n, example in enumerate(examples)
-            )
-            yield from read_ahead(
-                iter(lambda: list(islice(keys, self.batch_size)), []), num_items=2
-            )
-            return
+    def __iter__(self) -> Iterator[range]:
         for batch_index in range(len(self)):
             start = (batch_index * self.num_processes + self.process_index) * self.batch_size
             yield range(start, min(start + self.batch_size, len(self.source)))
 
-    def __getitem__(self, keys: Sequence[Key]) -> ImageBatch:
+    def __getitem__(self, indices: range) -> ImageBatch:
         pixel_values = []
         labels = []
         batch = ImageBatch(None)
 
-        for key in keys:
-            index, example = key if isinstance(key, tuple) else (key, None)
+        for index in indices:
             try:
-                if example is None:
-                    image = self.source.images[index]  # type: ignore[union-attr]
-                    label = self.source.labels[index]  # type: ignore[union-attr]
-                else:
-                    image = decode_image(example.encoded_image, example.name)
-                    label = example.label
+                image = self.source.images[index]
                 pixels = self.processor(image, return_tensors="pt")["pixel_values"][0]  # [C, H, W]
                 check_channels(image, pixels, self.num_channels)
             except ValueError as error:
@@ -171,10 +147,8 @@ class BatchDataset(Dataset):
                 continue
 
             pixel_values.append(pixels)
-            labels.append(label)
+            labels.append(self.source.labels[index])
             batch.indices.append(index)
-            if example is not None:
-                batch.names.append(example.name)
 
         batch.pixel_values = torch.stack(pixel_values) if pixel_values else None
         batch.labels = self.label_space.collate(labels)
@@ -185,7 +159,7 @@ class ImagePass:
     """Labeled images that pass through models, as often as needed.
 
     Args:
-        images: all images and labels, the same on every process; or a streamed split.
+        images: all images and labels, the same on every process.
         processor: image processor that returns `pixel_values`.
         label_space: names of the labels, in the order of the model's logits.
         options: numbers of data loading workers and of unreadable images. Unreadable images are
@@ -206,7 +180,7 @@ class ImagePass:
 
     def __init__(
         self,
-        images: LabeledImages | StreamedImages,
+        images: LabeledImages,
         processor: ViTCLSImageProcessor,
         label_space: LabelSpace,
         options: DataOptions,
@@ -234,9 +208,7 @@ class ImagePass:
 
         height, width = get_output_size(processor)
         image_bytes = (num_channels or 3) * (height or 0) * (width or 0) * torch.float32.itemsize
-        batch_images = (
-            batch_size if isinstance(images, StreamedImages) else min(batch_size, len(images))
-        )
+        batch_images = min(batch_size, len(images))
 
         self.num_workers = options.num_workers
         self.loader = build_loader(
@@ -284,7 +256,7 @@ class ImagePass:
         error_messages: dict[int, str] = {}
         num_readable = 0
         num_not_finite = torch.zeros((), dtype=torch.int64, device=accelerator.device)
-        padded_batches = (self.pad_batch(model, batch) for batch in self.synchronize(batches))
+        padded_batches = (self.pad_batch(model, batch) for batch in batches)
 
         for batch, outputs in pass_over_images(
             compute, padded_batches, accelerator.device, accelerator.autocast
@@ -324,23 +296,8 @@ class ImagePass:
     def gather_rows(self, rows: list[ImageOutput]) -> list[ImageOutput]:
         """Return the rows of all processes, in the order of the images, with their names."""
         rows = sorted(gather_object(rows), key=lambda row: row.index)
-        if isinstance(self.images, LabeledImages):
-            names = self.images.images.get_names()
-            rows = [replace(row, name=names[row.index]) for row in rows]
-        return rows
-
-    def synchronize(self, batches: Iterable[ImageBatch]) -> Iterator[ImageBatch]:
-        """Yield the batches.
-
-        All processes yield the same number of batches: processes with fewer batches of a stream
-        yield batches without images.
-        """
-        if isinstance(self.images, LabeledImages) or self.accelerator.num_processes == 1:
-            yield from batches
-            return
-        iterator = iter(batches)
-        while any(gather_object([(batch := next(iterator, None)) is not None])):
-            yield self.loader.dataset[[]] if batch is None else batch
+        names = self.images.images.get_names()
+        return [replace(row, name=names[row.index]) for row in rows]
 
     def pad_batch(self, model: nn.Module, batch: ImageBatch) -> ImageBatch:
         """Return the batch with blank images after its own, up to the batch size, if required.
@@ -365,14 +322,13 @@ class ImagePass:
     def load_batches(self) -> Iterator[ImageBatch]:
         """Yield the batches of this process.
 
-        The first pass caches batches of up to `MAX_CACHE_BYTES` in total; a stream is not cached.
+        The first pass caches batches of up to `MAX_CACHE_BYTES` in total.
         """
         if self.cache is not None:
             yield from self.cache
             return
 
-        is_cached = self.is_repeated and self.images.num_images is not None
-        cache: list[ImageBatch] | None = [] if is_cached else None
+        cache: list[ImageBatch] | None = [] if self.is_repeated else None
         num_bytes = 0
         with explain_worker_errors(self.num_workers):
             for batch in self.loader:
@@ -400,5 +356,5 @@ def list_rows(batch: ImageBatch, values: torch.Tensor) -> list[ImageOutput]:
     """
     # a row of a tensor would be pickled with its batch
     arrays = values.float().cpu().numpy()
-    names = batch.names or [""] * len(batch.indices)
+    names = [""] * len(batch.indices)
     return list(map(ImageOutput, batch.indices, batch.labels, arrays, names))

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from ..data.options import DataOptions
+from ..data.options import DataOptions, check_stored_images
 from ..runtime.flags import check_minimum, check_value
 
 
@@ -64,6 +64,7 @@ class EvaluateOptions(EngineOptions):
     """Recipe: a YAML file of flags. Flags on the command line override flags in the recipe."""
 
     def __post_init__(self) -> None:
+        check_stored_images(self.data)
         check_minimum(self, 1, "batch_size", "max_images")
         if self.task is not None and (self.frozen or self.audit or self.per_image):
             raise ValueError("`task` only measures a task. Remove `frozen`, `audit`, `per_image`")

@@ -9,7 +9,7 @@ effects than `vitcls inspect`.
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -19,7 +19,6 @@ from ..analysis.report import ShownPhoto, measure_shown_photo, write_page
 from ..analysis.sheet import draw_sheet
 from ..data.options import DataOptions
 from ..data.splits import TrainingData, load_training_data
-from ..data.streaming import StreamedImages
 from ..hub.model_files import REPORT_FILE
 from ..hub.model_folder import ModelFolder
 from ..model import modeling_vitcls
@@ -39,9 +38,6 @@ from .held_out_predictions import (
 NUM_STATISTICS_IMAGES, MIN_STATISTICS_IMAGES = 64, 16
 NUM_SHOWN_IMAGES, MIN_SHOWN_IMAGES = 6, 4
 MAX_STATISTICS_FLOPS = 2e11
-NUM_STREAMED_IMAGES = (
-    1000  # number of images of a streamed held-out split from which images are selected
-)
 
 
 def write_report(folder: ModelFolder, warn: Callable[[str], None]) -> str | None:
@@ -56,8 +52,6 @@ def write_report(folder: ModelFolder, warn: Callable[[str], None]) -> str | None
     name = folder.path.resolve().name
     with convert_errors(warn, f"{REPORT_FILE} could not be written"):
         data = load_run_data(folder) if folder.results else None
-        if data is not None and isinstance(data.held_out, StreamedImages):
-            data = replace(data, held_out=data.held_out.read_first(NUM_STREAMED_IMAGES))
         has_predictions = read_predictions(folder) is not None
         if data is not None and (len(data.held_out) or has_predictions):
             images_by_name = find_images(data)

@@ -14,10 +14,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from ..data.images import LabeledImages
 from ..data.sampling import BatchPlan
 from ..data.splits import TrainingData
-from ..data.streaming import StreamedImages
 from .checkpoints import CheckpointStore
 from .loop import TrainingLoop
 from .output_folder import CHECKPOINTS_FOLDER, check_replaceable
@@ -78,15 +76,10 @@ def draw_few_images(data: TrainingData, plan: BatchPlan) -> tuple[TrainingData, 
     """Return data with a batch of held-out and selection images, and the fraction evaluated."""
     num_images = plan.batch_size * plan.num_processes
     held_out, selection = (
-        images.read_first(num_images)
-        if isinstance(images, StreamedImages)
-        else images and images.draw(num_images)
-        for images in (data.held_out, data.selection)
+        images and images.draw(num_images) for images in (data.held_out, data.selection)
     )
     evaluated = data.held_out if data.selection is None else data.selection
-    fraction = 1.0
-    if isinstance(evaluated, LabeledImages) and len(evaluated):
-        fraction = min(num_images / len(evaluated), 1.0)
+    fraction = min(num_images / len(evaluated), 1.0) if len(evaluated) else 1.0
     return replace(data, held_out=held_out, selection=selection), fraction
 
 

@@ -17,7 +17,6 @@ import torch
 from accelerate.utils import send_to_device
 
 from ..data.batches import Batch
-from ..data.streaming import StreamedImages
 
 
 MIN_SECONDS = 600  # runs that take longer print their expected duration
@@ -83,7 +82,7 @@ def estimate_seconds(loop: Any, batch_seconds: float) -> float:
     if loop.evaluation_seconds:  # of the frozen model
         return seconds + num_evaluations * loop.evaluation_seconds[-1]
     images = getattr(loop.evaluate_model, "images", None)
-    if images is None or isinstance(images, StreamedImages):
+    if images is None:
         return seconds
 
     # A backward pass takes twice as long as a forward pass.

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 
-from ..data.aspect_ratio import MAX_MEASURED_IMAGES, describe_fit
+from ..data.aspect_ratio import describe_fit
 from ..data.labels import MultiHotLabels
 from ..data.sampling import BatchPlan
 from ..data.splits import HELD_OUT_SPLITS, TrainingData
@@ -200,9 +200,7 @@ def describe_splits(
             f"{num_excluded:,} of {total:,} training images are left out (`exclude`)"
         )
 
-    is_streamed = isinstance(data.held_out, StreamedImages)
-    measured = data.held_out.read_first(MAX_MEASURED_IMAGES) if is_streamed else data.held_out
-    lines["fit"] = describe_fit(processor, measured.images)
+    lines["fit"] = describe_fit(processor, data.held_out.images)
     return lines
 
 
@@ -214,7 +212,7 @@ def describe_class_sizes(data: TrainingData) -> str:
     parts: list[Any] = [data.train, data.held_out]
     if data.selection is not None:
         parts.append(data.selection)
-    is_stream = any(isinstance(part, StreamedImages) for part in parts)
+    is_stream = isinstance(data.train, StreamedImages)
     if is_stream or not data.label_space.columns or data.label_space.kind == "multi_task":
         return ""
     counts: Counter[int] = Counter()

@@ -28,9 +28,8 @@ from modeling_vitcls import (
     ViTCLSImageProcessor,
 )
 from modeling_vitcls.data.images import DatasetImages, LabeledImages
-from modeling_vitcls.data.labels import LabelColumn, LabelReader, LabelSpace
+from modeling_vitcls.data.labels import LabelSpace
 from modeling_vitcls.data.options import DataOptions
-from modeling_vitcls.data.streaming import StreamedImages
 from modeling_vitcls.inference.evaluate import evaluate_checkpoint
 from modeling_vitcls.inference.evaluator import Evaluator
 from modeling_vitcls.inference.frozen import evaluate_frozen
@@ -126,23 +125,8 @@ def evaluate_all(accelerator: Accelerator) -> dict[str, Any]:
     model = build_classifier("single")
     results["unreadable"] = evaluator(model)
     results["unreadable, again"] = evaluator(model)
-    results["streamed"] = evaluate_stream(accelerator)
     results["sharded"] = build_evaluator("single", accelerator, images)(shard(model, accelerator))
     return results
-
-
-def evaluate_stream(accelerator: Accelerator) -> dict[str, Any]:
-    """Return the metrics of streamed images, and the index and name of each image."""
-    images = build_labeled_images("single")
-    column = LabelColumn("label", CLASSES, is_declared=True)
-    stream = images.images.dataset.add_column("label", images.labels).to_iterable_dataset()
-    reader = LabelReader("single_label_classification", [column])
-    streamed = StreamedImages("stream", stream, "image", reader, Path(), shuffle_buffer_size=1)
-    evaluator = build_evaluator("single", accelerator, streamed)
-    evaluator.keep_logits = True
-    metrics = evaluator(build_classifier("single"))
-    assert evaluator.cache is None  # a stream is read in every evaluation
-    return metrics | {"rows": [[row.index, row.name] for row in evaluator.rows]}
 
 
 def shard(model: Any, accelerator: Accelerator) -> Any:

@@ -285,39 +285,6 @@ def test_the_results_describe_the_evaluation(
     assert "[b]dark/6.png' has 3 channels, but the model requires 1" in warning
 
 
-def test_streamed_images_have_the_same_loss(
-    models: Path, tmp_path: Path, by_one_process: dict[str, Any]
-) -> None:
-    """Streams select their held-out images differently; a split can be evaluated whole."""
-    (tmp_path / "data").mkdir()
-    table = write_table(tmp_path, "single", ["animal"], lambda label: [CLASSES[label]])
-    for split in ("train", "test"):
-        for index, row in enumerate(csv.DictReader(table.open(encoding="utf-8"))):
-            folder = tmp_path / "data" / split / row["animal"]
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / f"{index}.png").symlink_to(tmp_path / row["path"])
-    data = DataOptions(dataset=str(tmp_path / "data"), num_workers=0, streaming=True)
-    options = EvaluateOptions(
-        str(models / "single"),
-        data,
-        batch_size=4,
-        per_image=tmp_path / "rows.parquet",
-    )
-    metrics = evaluate_checkpoint(options)
-
-    rows = pd.read_parquet(options.per_image)
-    assert metrics["num_images"] == 2 * NUM_IMAGES
-    assert rows["index"].tolist() == list(range(2 * NUM_IMAGES))
-    assert {Path(name).stem for name in rows["image"]} == set(map(str, range(2 * NUM_IMAGES)))
-    assert metrics["loss"] == close(by_one_process["single"]["loss"])
-
-    (tmp_path / "data" / "test" / "zebra").mkdir()
-    (tmp_path / "data" / "test" / "zebra" / "0.png").symlink_to(tmp_path / "single0.png")
-    reset_accelerate()
-    with raises_one_line("'zebra'"):
-        evaluate_checkpoint(options)
-
-
 def test_two_processes_evaluate_a_saved_model(
     two_process_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -125,10 +125,6 @@ def test_the_named_split_is_evaluated_without_unreadable_images(
     processor.save_pretrained(gray)
     with pytest.raises(ValueError, match=r"more than 0 images cannot be read.* has 3 channels"):
         run(gray, "knn", data=replace(data, max_unreadable_images=0), split="validation")
-    with pytest.raises(
-        ValueError, match=r"`frozen` does not support streams\. Remove `streaming=True`"
-    ):
-        run(model, "knn", data=replace(data, streaming=True))
 
 
 @pytest.mark.parametrize("frozen", CLASSIFIERS)
