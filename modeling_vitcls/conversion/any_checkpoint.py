@@ -117,19 +117,6 @@ def pin_revision(source: str) -> str:
     return f"{prefix}{name}@{commit}" if commit else source
 
 
-def is_pinned(pinned_source: object, source: object) -> bool:
-    """Return whether a name is another name pinned to a commit.
-
-    `source` itself is not pinned.
-    """
-    if not isinstance(pinned_source, str) or not isinstance(source, str) or pinned_source == source:
-        return False
-    name, revision = split_revision(source)
-    return pinned_source.rpartition("@")[0] == name and not re.fullmatch(
-        "[0-9a-f]{40}", revision or ""
-    )
-
-
 def convert_once(source: str) -> str:
     """Convert a source, pinned to a commit, unless it is in the cache; return its folder there."""
     from .convert import convert_checkpoint  # slow, because it imports many transformers models

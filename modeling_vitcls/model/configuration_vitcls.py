@@ -1159,7 +1159,7 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
                 )
             self._check_label_ids()
         if num_labels is not None and not (
-            isinstance(num_labels, int) and 0 <= num_labels <= MAX_LABELS
+            type(num_labels) is int and 0 <= num_labels <= MAX_LABELS
         ):
             raise ValueError(
                 f"`num_labels` must be between 0 (no classifier) and {MAX_LABELS:,}, not "

@@ -11,6 +11,7 @@ import torch
 from helpers.command_in_process import run_here
 from helpers.photo_folders import write_photos
 from helpers.tiny_models import build_tiny_config, save_with_processor
+from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
 from modeling_vitcls import ViTCLSForImageClassification
@@ -182,22 +183,25 @@ def trained(run: Path, tmp_path: Path) -> Path:
 
 
 def test_settings_that_were_edited_after_training_are_named(
-    trained: Path, run: Path, caplog: pytest.LogCaptureFixture
+    trained: Path, run: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Also by a push, which then fails because it is offline."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     commands = (
-        ["evaluate", "--dataset", str(run.parent / "photos"), "--num-workers", "0"],
-        ["predict", str(run.parent / "photos"), "--num-workers", "1"],
+        (0, "evaluate", "--dataset", str(run.parent / "photos"), "--num-workers", "0"),
+        (0, "predict", str(run.parent / "photos"), "--num-workers", "1"),
+        (1, "push", "--hub-model-id", "ann/photos"),
     )
-    for command, *flags in commands:
-        assert run_here(command, "--model", str(trained), *flags) == 0
+    for status, command, *flags in commands:
+        assert run_here(command, "--model", str(trained), *flags) == status
     assert "after training" not in caplog.text
 
     edit(trained, temperature=9.0)
     edit(trained, "preprocessor_config.json", do_normalize=False)
-    for command, *flags in commands:
+    for status, command, *flags in commands:
         warn_once.cache_clear()
         caplog.clear()
-        assert run_here(command, "--model", str(trained), *flags) == 0
+        assert run_here(command, "--model", str(trained), *flags) == status
         (line,) = [line for line in caplog.messages if "after training" in line]
         assert line.startswith("config.json and preprocessor_config.json of ")
 

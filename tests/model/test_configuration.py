@@ -101,7 +101,7 @@ WRONG_VALUES: list[tuple[str, Any]] = [
     ("qkv_bias", 1),
     *((name, NAN) for name in ("layer_scale_init_value", "energy_threshold")),
     ("problem_type", "classification"),
-    ("num_labels", -1),
+    *(("num_labels", value) for value in (-1, True)),
     ("tasks", {"species": 1.5}),
     *((name, value) for name, (low, high) in SIZE_LIMITS.items() for value in (low - 1, high + 1)),
 ]
