@@ -135,6 +135,7 @@ def test_the_best_checkpoint_is_saved_and_reported(
     folder = tmp_path / "run"
     flags = {"epochs": 4.0, "batch_size": 60, "learning_rate": 0.2, "warmup": 0.0, "ema_decay": 0.5}
     flags |= {"drop_path_rate": 0.5}  # not in evaluations
+    flags |= {"keep_checkpoints": 2}
     results = run_training(build_options(folder, select="best", **flags))
     records = [record for record in read_metrics(folder) if "selection_accuracy" in record]
     best = max(records, key=lambda record: record["selection_accuracy"])
@@ -169,6 +170,7 @@ def test_early_stopping_is_resumed_exactly(tmp_path: Path, capsys: pytest.Captur
         "learning_rate": 1e-12,
         "warmup": 0.0,
         "early_stopping": 2,
+        "keep_checkpoints": 2,
     }
     first = run_training(build_options(tmp_path / "run", select=None, **flags))
     assert "stopped" in capsys.readouterr().out
