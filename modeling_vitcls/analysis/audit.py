@@ -23,7 +23,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from jinja2 import Environment, PackageLoader
 from PIL import Image
 from rich.console import Console
 from scipy.special import softmax
@@ -51,7 +50,7 @@ from ..model.heads_vitcls import IGNORED_LABEL
 from ..runtime.errors import describe_installation
 from ..runtime.files import escape_csv_cell, write_atomically
 from ..runtime.progress import report_work
-from .report import encode_data_url
+from .report import encode_data_url, render_page
 
 
 NUM_FOLDS = 5  # folds of the cross-validation with `frozen`
@@ -497,11 +496,9 @@ def write_audit(
     table = table.reset_index("issue").map(
         lambda value: escape_csv_cell(value) if isinstance(value, str) else value
     )
-    environment = Environment(
-        loader=PackageLoader("modeling_vitcls.analysis", "."), autoescape=True
-    )
     shown = {issue: rows.head(MAX_SHOWN).to_dict("records") for issue, rows in audit.items()}
-    html = environment.get_template("audit.html.j2").render(
+    html = render_page(
+        "audit.html.j2",
         title=title,
         shown=shown,
         counts={issue: len(rows) for issue, rows in audit.items()},
