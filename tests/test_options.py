@@ -199,7 +199,7 @@ def test_flags_that_are_set_become_fields_of_the_configuration() -> None:
 
 
 DEFAULTS = """
-    output_dir=out dataset=digits held_out_fraction=0.2 shuffle_buffer=1000
+    output_dir=out dataset=digits shuffle_buffer=1000
     max_unreadable_images=100 num_workers=2 model=m flip=True auto_augment=none
     gradient_accumulation_steps=1 warmup=0.1 weight_decay=0.05 label_smoothing=0.1
     class_balance=none max_gradient_norm=1.0 trainable=full lora_rank=8 log_every=10
@@ -211,7 +211,7 @@ DEFAULTS = """
 
     mask_ratio=0.75 decoder_layers=4
 
-    model=m dataset=digits held_out_fraction=0.2 shuffle_buffer=1000 max_unreadable_images=100
+    model=m dataset=digits shuffle_buffer=1000 max_unreadable_images=100
     num_workers=2 backend=auto mixed_precision=auto
 
     model=m dataset=digits threshold=0.5 feature_dtype=float32 backend=auto

@@ -18,7 +18,7 @@ class DataFlags(TypedDict, total=False):
     label_names: str | Sequence[str] | None
     split_column: str | None
     group_column: str | None
-    held_out_fraction: float
+    held_out_fraction: float | None
     split_seed: int
     folds: int | None
     fold: int | None

@@ -7,6 +7,9 @@ from typing import Literal
 from ..runtime.flags import check_minimum, check_value
 
 
+DEFAULT_HELD_OUT_FRACTION = 0.2
+
+
 @dataclass(frozen=True)
 class DataOptions:
     """Dataset and held-out split."""
@@ -31,8 +34,9 @@ class DataOptions:
     group_column: str | None = None
     """Column of a table with groups, such as patients: all images of a group are on one side of
     every split."""
-    held_out_fraction: float = 0.2
+    held_out_fraction: float | None = None
     """Fraction of the images to hold out for evaluation if the dataset has no evaluation split.
+    Default: 0.2, and 0 for a frozen model, which is measured by cross-validation.
     Whether an image is held out depends only on the fraction, --split-seed and the checksum of the
     image. 0: train on all images, without evaluation."""
     split_seed: int = 0
@@ -59,10 +63,16 @@ class DataOptions:
     """Number of data loading processes per training process. 0: images are loaded in the training
     process."""
 
+    @property
+    def held_out_part(self) -> float:
+        """Return the fraction of the images to hold out."""
+        if self.held_out_fraction is None:
+            return DEFAULT_HELD_OUT_FRACTION
+        return self.held_out_fraction
+
     def __post_init__(self) -> None:
-        check_value(
-            self, "held_out_fraction", 0 <= self.held_out_fraction < 1, "at least 0 and below 1"
-        )
+        fraction = self.held_out_part
+        check_value(self, "held_out_fraction", 0 <= fraction < 1, "at least 0 and below 1")
         check_minimum(self, 2, "folds")
         if self.fold is not None:
             check_value(

@@ -196,7 +196,7 @@ def load_training_data(
         selection = read_images(splits.images_by_split[training_splits.selection])
         selection_name = f"split {training_splits.selection!r}"
     elif use_selection_split:
-        rule = HeldOutRule(options.held_out_fraction, options.split_seed, "selection")
+        rule = HeldOutRule(options.held_out_part, options.split_seed, "selection")
         train, selection, _ = hold_out_images(train, rule, options.dataset)
         selection_name = f"{rule}; from the training images"
 
@@ -308,7 +308,7 @@ def check_splits(
             "`select='best'` with `streaming=True` requires a validation split and a test split, "
             f"but {options.dataset} has only {', '.join(splits.names)}. Remove one of the two flags"
         )
-    if lacks_selection and not options.held_out_fraction:
+    if lacks_selection and not options.held_out_part:
         raise ValueError(
             "`select='best'` requires images, but `held_out_fraction` is 0. Set a larger one"
         )
@@ -320,7 +320,7 @@ def build_held_out_rule(options: DataOptions) -> HeldOutRule:
         return HeldOutRule(
             1 / options.folds, options.split_seed, num_folds=options.folds, fold=options.fold
         )
-    return HeldOutRule(options.held_out_fraction, options.split_seed)
+    return HeldOutRule(options.held_out_part, options.split_seed)
 
 
 def hold_out_images(

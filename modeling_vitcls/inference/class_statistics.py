@@ -21,7 +21,7 @@ deviations over images and old classes of g and h, each centered for every image
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -92,9 +92,20 @@ class ClassStatistics:
     def build_classifier(self, has_equal_priors: bool = False) -> tuple[np.ndarray, np.ndarray]:
         """Return weight [K, T * D] and bias [K] of the averaged linear discriminants.
 
-        A class is as frequent as in the images, or as each other class with `has_equal_priors`.
-        The rows of classes without images are zero, with a bias of minus infinity.
+        A class is as frequent as in the images, or as each other class with `has_equal_priors`. The
+        mean over the classes is 0, which changes no probability: it is much larger than the
+        differences, and would be rounded in half precision. The rows of classes without images are
+        0, with a bias of minus infinity.
         """
+        weight, bias = self.compute_discriminants()
+        known = self.counts > 0
+        priors = np.where(known, 1 if has_equal_priors else self.counts, 0)
+        with np.errstate(divide="ignore"):
+            bias = bias - bias[known].mean() + np.log(priors / priors.sum())
+        return np.where(known[:, None], weight - weight[known].mean(axis=0), 0), bias
+
+    def compute_discriminants(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return weight [K, T * D] and bias [K] without priors, averaged over the tokens."""
         weights = [
             mean @ precision for mean, precision in zip(self.means, self.precisions, strict=True)
         ]
@@ -102,30 +113,29 @@ class ClassStatistics:
             -(weight * mean).sum(axis=1) / 2
             for weight, mean in zip(weights, self.means, strict=True)
         ]
-        priors = (self.counts > 0) if has_equal_priors else self.counts
-        with np.errstate(divide="ignore"):
-            bias = np.mean(biases, axis=0) + np.log(priors / priors.sum())
-        return np.concatenate(weights, axis=1) / len(weights), bias
+        return np.concatenate(weights, axis=1) / len(weights), np.mean(biases, axis=0)
 
     def add_class(self, features: TokenFeatures) -> tuple[np.ndarray, float]:
         """Return the row [T * D] and the bias of a further class with images [n, D] of each token.
 
-        The mean of n images is farther from the origin than that of the class, by its noise. This
-        lowers the bias, which is corrected by `sizes` / (2n), beyond the same error of the old
-        classes. The new class is as frequent as the mean of the others.
+        They continue those of `build_classifier`. The mean of n images is farther from the origin
+        than that of the class, by its noise. This lowers the bias, which is corrected by
+        `sizes` / (2n), beyond the same error of the old classes. The new class is as frequent as
+        the mean of the others.
         """
+        means = tuple(
+            features[token].astype(np.float64).mean(axis=0, keepdims=True) for token in self.tokens
+        )
+        new = replace(self, means=means)
+        row, bias = (values[0] for values in new.compute_discriminants())
         known = self.counts > 0
-        rows = []
-        biases = []
-        for index, token in enumerate(self.tokens):
-            values = features[token]
-            mean = values.astype(np.float64).mean(axis=0)
-            row = self.precisions[index] @ mean
-            noise = 1 / len(values) - (1 / self.counts[known]).mean()
-            rows.append(row)
-            biases.append(-row @ mean / 2 + self.sizes[index] * noise / 2)
+        weights, biases = (values[known] for values in self.compute_discriminants())
+
+        num_images = len(features[self.tokens[0]])
+        noise = 1 / num_images - (1 / self.counts[known]).mean()
         prior = self.counts[known].mean() / self.counts.sum()
-        return np.concatenate(rows) / len(rows), float(np.mean(biases) + np.log(prior))
+        bias = bias - biases.mean() + self.sizes.mean() * noise / 2 + np.log(prior)
+        return row - weights.mean(axis=0), float(bias)
 
     def compute_distances(self, features: TokenFeatures) -> np.ndarray:
         """Return the Mahalanobis distance [N] to the nearest class mean (arXiv 1807.03888).

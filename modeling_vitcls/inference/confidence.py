@@ -15,20 +15,23 @@ from scipy.special import log_softmax, logsumexp
 
 
 MIN_TEMPERATURE = 0.05
-MAX_TEMPERATURE = 20.0
+MAX_TEMPERATURE = 100.0
 KNOWN_RECALL = 0.95  # fraction of images of the classes below the energy threshold
 
 
-def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
+def fit_temperature(
+    logits: np.ndarray, labels: np.ndarray, weights: np.ndarray | None = None
+) -> float:
     """Return the temperature that minimizes the cross-entropy of softmax(logits / temperature).
 
     Source: Guo et al. 2017, arXiv 1706.04599, section 4.2. Predicted labels do not depend on the
-    temperature.
+    temperature. Images have equal weights unless `weights` [N] is given.
     """
+    rows = np.arange(len(labels))
 
     def compute_loss(log_temperature: float) -> float:
         log_probabilities = log_softmax(logits / math.exp(log_temperature), axis=1)
-        return -float(log_probabilities[np.arange(len(labels)), labels].mean())
+        return -float(np.average(log_probabilities[rows, labels], weights=weights))
 
     bounds = (math.log(MIN_TEMPERATURE), math.log(MAX_TEMPERATURE))
     return math.exp(

@@ -17,7 +17,6 @@ from PIL import Image
 
 from ..conversion.any_checkpoint import resolve
 from ..model.image_processing_vitcls import SOURCE_TYPES
-from ..runtime.caller_state import with_own_state
 from .inputs import build_record
 from .load_model import choose_batch_size, load_model
 from .predict import MAX_BATCH_SIZE, Predictor, get_num_workers
@@ -83,7 +82,6 @@ class EmbedImages:
         """Return the arguments without the model, which each process loads itself."""
         return self.__dict__ | {"predictor": None}
 
-    @with_own_state
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Return the columns of a batch without the images, one array per feature, and `error`.
 

@@ -21,6 +21,7 @@ from torch import nn
 
 from ..model.configuration_vitcls import ViTCLSConfig
 from ..model.heads_vitcls import TokenPooler, build_pooler
+from .class_statistics import Token
 from .evaluator import Evaluator, HeadOutput
 from .image_pass import ImageBatch, ImageOutput, ImagePass, list_rows, stack_rows
 from .linear_probe import LAST_CLS_INNER_MEAN, LAST_CLS_MEAN, Candidate, LinearClassifier
@@ -147,6 +148,15 @@ class Features:
         """Return the features [N, F] that a candidate reads."""
         return self.values[:, self.layout.get_columns(candidate.layers, candidate.tokens)]
 
+    def get_tokens(self) -> dict[Token, np.ndarray]:
+        """Return the features [N, D] of each token, in the order in which classifiers read them."""
+        layers = range(-self.layout.num_layers, 0)
+        return {
+            (layer, kind): self.values[:, self.layout.get_columns([layer], kind)]
+            for layer in layers
+            for kind in self.layout.widths
+        }
+
     def take(self, is_taken: np.ndarray) -> "Features":
         """Return the features of some images."""
         return replace(
@@ -215,7 +225,7 @@ class FrozenPass(ImagePass):
 class HeadEvaluator(Evaluator):
     """Evaluates the classifier of a model on the features of a `FrozenPass`."""
 
-    def __init__(self, frozen_pass: FrozenPass, candidate: Candidate) -> None:
+    def __init__(self, frozen_pass: FrozenPass, candidate: Any) -> None:
         super().__init__(frozen_pass.images, **frozen_pass.arguments | {"warn": ignore_message})
         columns = frozen_pass.layout.get_columns(candidate.layers, candidate.pooling)
         self.cache = []

@@ -3,6 +3,7 @@
 compute_proportion_interval(num_successes, num_trials)    accuracy, fraction of changed predictions
 compute_mean_interval(values)                             mean over seeds, folds or repeats
 compute_bootstrap_interval(values)                        mean over images
+estimate_after_choice(losses, is_right, ...)              accuracy of the best of several candidates
 compute_prediction_limit(values)                          limit of a null distribution
 
 compute_chance_calibration_error(confidences) is the calibration error of a calibrated model.
@@ -10,6 +11,7 @@ compute_chance_calibration_error(confidences) is the calibration error of a cali
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from scipy import stats
@@ -58,6 +60,48 @@ def compute_bootstrap_interval(values: Sequence[float]) -> Interval:
         (values,), np.mean, method="percentile", **options
     ).confidence_interval
     return float(interval.low), float(interval.high)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """An accuracy and its interval."""
+
+    accuracy: float
+    interval: list[float]  # low and high
+
+
+def estimate_after_choice(
+    losses: np.ndarray,
+    is_right: np.ndarray,
+    weights: np.ndarray | None = None,
+    groups: np.ndarray | None = None,
+) -> Estimate:
+    """Return the accuracy of the candidate with the lowest loss, corrected for the choice.
+
+    The out-of-fold accuracy of the best of several candidates is too high, because it was chosen
+    for it. Each bootstrap sample of the images chooses a candidate, which the other images measure
+    (BBC-CV: Tsamardinos et al. 2018, arXiv 1708.07180, algorithm 5).
+
+    Args:
+        losses, is_right: [C, N] out-of-fold results of C candidates for N images.
+        weights: [N] of the losses; default: equal.
+        groups: [N]; a sample contains all images of a group or none.
+    """
+    num_images = losses.shape[1]
+    groups = np.arange(num_images) if groups is None else np.unique(groups, return_inverse=True)[1]
+    num_groups = groups.max() + 1
+    losses = losses if weights is None else losses * weights
+    generator = np.random.default_rng(0)
+    accuracies = []
+    for _ in range(NUM_RESAMPLES):
+        drawn = generator.integers(num_groups, size=num_groups)
+        counts = np.bincount(drawn, minlength=num_groups)[groups]  # [N]
+        if counts.all() or not counts.any():
+            continue
+        chosen = (losses @ counts).argmin()
+        accuracies.append(is_right[chosen, counts == 0].mean())
+    low, high = np.quantile(accuracies, [(1 - CONFIDENCE_LEVEL) / 2, (1 + CONFIDENCE_LEVEL) / 2])
+    return Estimate(float(np.mean(accuracies)), [float(low), float(high)])
 
 
 def compute_prediction_limit(values: Sequence[float], level: float) -> float:

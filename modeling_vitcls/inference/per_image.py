@@ -18,7 +18,8 @@ because predictions of other weights must not be used.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,19 +29,36 @@ import pyarrow.parquet as pq
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
+from ..data.labels import LabelSpace
 from ..runtime.errors import format_error
 from ..runtime.files import write_atomically
 from .confidence import compute_energies
-from .evaluator import Evaluator
+from .evaluator import Evaluator, round_floats
 from .image_pass import ImageOutput, stack_rows
+from .metrics import SingleLabelMetrics
 
 
 METADATA_KEY = b"vitcls"
 
 
+@dataclass(frozen=True)
+class Predictions:
+    """Labeled images with the logits of a model, as an `Evaluator` keeps them."""
+
+    label_space: LabelSpace
+    rows: Sequence[ImageOutput]
+
+    def compute_metrics(self) -> dict[str, Any]:
+        """Return the metrics for one label per image (metrics.py)."""
+        metrics = SingleLabelMetrics(self.label_space, torch.device("cpu"))
+        metrics.update_logits(*map(torch.from_numpy, stack_rows(self.rows)))
+        values: dict[str, Any] = round_floats(metrics.compute())
+        return values
+
+
 def write_predictions(
     file: Path,
-    evaluator: Evaluator,
+    evaluator: Evaluator | Predictions,
     weights_hash: dict[str, str] | None,
     nearest_images: Mapping[int, list[str]] | None = None,
 ) -> None:

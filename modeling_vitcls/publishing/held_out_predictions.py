@@ -99,12 +99,17 @@ def describe_predictions(
         row["url"] = draw_thumbnail(images or {}, row["image"], THUMBNAIL_SIDE)
         row["nearest"] = describe_nearest_images(images or {}, names, folder)
 
+    is_cross_validated = folder.results.get("split") == "cross-validation"
+    estimate = folder.results["accuracy"] if is_cross_validated else None
     is_trained = (
         folder.results.get("steps") and folder.results.get("selection", {}).get("step") != 0
     )
     return {
-        "headline": describe_accuracy(rows),
+        "headline": describe_accuracy(rows, estimate),
         "is_trained": bool(is_trained),  # whether the weights are not those of the frozen model
+        "images_name": "Training images, each predicted by a classifier of other images"
+        if is_cross_validated
+        else "Held-out images",
         "num_images": len(rows),
         "num_wrong": len(wrong),
         "num_confident_errors": int((wrong["confidence"] > MIN_CONFIDENT).sum()),
@@ -145,18 +150,24 @@ def describe_nearest_images(
     return nearest
 
 
-def describe_accuracy(rows: Any) -> str:
+def describe_accuracy(rows: Any, estimate: float | None = None) -> str:
     """Return the accuracy and the most frequent confusion in one sentence.
 
-    A confusion that happened once is omitted. `rows` are the rows of predictions.parquet.
+    A confusion that happened once is omitted. `rows` are the rows of predictions.parquet, and
+    `estimate` is the accuracy for new images if these are training images.
     """
     num_images = len(rows)
     wrong = rows[rows["label"] != rows["prediction"]]
-    if not len(wrong):
+    if not len(wrong) and estimate is None:
         return f"All {num_images:,} held-out images are right"
 
     percentage = f"{1 - len(wrong) / num_images:.1%}".replace(".0%", "%")
     sentence = f"{percentage} of {num_images:,} held-out images are right"
+    if estimate is not None:
+        sentence = f"About {estimate:.1%} of new images are right"
+
+    if not len(wrong):
+        return sentence
 
     confusions = wrong.groupby(["label", "prediction"], observed=True)["loss"].agg(["size", "sum"])
     (label, prediction), most = next(

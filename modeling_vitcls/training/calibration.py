@@ -17,6 +17,7 @@ from scipy.special import log_softmax, softmax
 from torchmetrics.functional.classification import multiclass_calibration_error
 
 from ..inference.confidence import find_energy_threshold, fit_temperature
+from ..inference.frozen_probe import LinearProbe
 from ..inference.intervals import NUM_BINS, compute_chance_calibration_error
 
 
@@ -73,6 +74,14 @@ def find_calibration(logits: np.ndarray, labels: np.ndarray, images: str) -> Cal
     return Calibration(num_images, images, text, temperature, threshold)
 
 
+def describe_probe_calibration(probe: LinearProbe, num_images: int) -> Calibration:
+    """Return the calibration of a probe, whose temperature is that of out-of-fold logits."""
+    temperature = round(probe.temperature_, 4)
+    images = "cross-validation"
+    text = f"temperature {temperature:.2f}, from {describe_images(images, num_images)}"
+    return Calibration(num_images, images, text, temperature)
+
+
 def has_enough_images(num_images: int) -> bool:
     return num_images >= MIN_IMAGES
 
@@ -114,7 +123,7 @@ def compute_loss(logits: np.ndarray, labels: np.ndarray) -> float:
 
 def describe_images(images: str, num_images: int) -> str:
     if images == "cross-validation":
-        return f"{num_images:,} training images, each by a regression that was not fitted to it"
+        return f"{num_images:,} training images, each by a classifier that was not fitted to it"
     return f"{num_images:,} {images} images"
 
 

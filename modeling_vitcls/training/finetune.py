@@ -44,7 +44,7 @@ from .training_setup import TrainingSetup, build_evaluator_arguments
 
 
 # Ratio of the largest to the smallest class, above which macro F1 is reported in step lines.
-MAX_CLASS_RATIO = 10
+MAX_CLASS_RATIO = 3
 
 
 def load_data(options: FinetuneOptions, initial: InitialModel) -> TrainingData:
@@ -54,7 +54,7 @@ def load_data(options: FinetuneOptions, initial: InitialModel) -> TrainingData:
     selection split.
     """
     is_pretrained = not initial.has_random_weights and options.training.trainable != "head"
-    can_select = bool(options.data.held_out_fraction) and not options.data.streaming
+    can_select = options.data.held_out_fraction != 0 and not options.data.streaming
 
     data = None
     if options.training.select is None and is_pretrained and can_select:
@@ -102,6 +102,7 @@ def build_training_setup(
             fit=options.model.fit,
             pooling=options.model.pooling,
             pooled_layers=options.model.pooled_layers,
+            class_weight="balanced" if training_options.class_balance == "weights" else None,
         )
     else:
         summary_lines["probe"] = f"off, because {missing_probe_reason}"
@@ -114,12 +115,6 @@ def build_training_setup(
     )
 
     teacher_name = options.distillation.teacher
-    warnings = [
-        *describe_exclusion(data),
-        *describe_missing_classes(data),
-        *describe_copies(data),
-        *describe_overlap(initial, data),
-    ]
     return TrainingSetup(
         model,
         processor,
@@ -131,8 +126,8 @@ def build_training_setup(
         labels_text=f"classes: {class_count_text}, {labels.kind.replace('_', ' ')}",
         can_calibrate=labels.kind == "single_label_classification",
         summary_lines=summary_lines,
-        warnings=warnings,
-        describe_imbalance=partial(describe_imbalance, options, data),
+        describe_data=partial(describe_problems, initial),
+        describe_imbalance=partial(describe_imbalance, options),
         results={
             "teacher": strip_folders(teacher_name) if teacher_name else None,
             "label_column": list(options.data.label_column or labels.columns),
@@ -142,31 +137,31 @@ def build_training_setup(
     )
 
 
-def describe_imbalance(options: FinetuneOptions, data: TrainingData, has_steps: bool) -> list[str]:
-    """Return a warning about classes of very different sizes, or about weights without effect.
+def describe_problems(initial: InitialModel, data: TrainingData) -> list[str]:
+    """Return warnings about the data."""
+    return [
+        *describe_exclusion(data),
+        *describe_missing_classes(data),
+        *describe_copies(data),
+        *describe_overlap(initial, data),
+    ]
 
-    The regression of the probe has no class weights. Classes differ if the largest has more than
-    `MAX_CLASS_RATIO` times as many training images as the smallest.
+
+def describe_imbalance(options: FinetuneOptions, data: TrainingData, has_steps: bool) -> list[str]:
+    """Return a warning about classes of very different sizes.
+
+    The largest then has more than `MAX_CLASS_RATIO` times as many training images as the smallest.
+    A run without steps measures what class weights would change.
     """
-    training = options.training
-    if training.class_balance != "none":
-        if has_steps:
-            return []
-        remedy = "read the line 'steps' to train"
-        if training.trainable == "head":
-            remedy = "set `probe=False` to train the head in steps"
-        return [
-            "`class_balance='weights'` has no effect, because it weights the loss of training "
-            f"steps, and this run has none. Remove it, or {remedy}"
-        ]
+    if options.training.class_balance != "none" or not has_steps:
+        return []
     if data.class_ratio <= MAX_CLASS_RATIO:
         return []
 
     advice = "The accuracy hardly depends on small classes: compare macro F1"
     if describe_missing_classes(data):
         advice = "No result measures the classes without held-out images: add images of them"
-    if has_steps:
-        advice += ", and set `class_balance='weights'`"
+    advice += ", and set `class_balance='weights'`"
     return [
         f"the largest class has {data.class_ratio:.0f} times as many training images as the "
         f"smallest. {advice}"

@@ -1,22 +1,22 @@
-"""Probe of the frozen encoder before fine-tuning: a logistic regression.
+"""Probe of the frozen encoder before fine-tuning: a linear classifier.
 
-Its inputs are chosen by cross-validation.
-
-    training images -> frozen encoder, once -> choice of geometry, layers, tokens, scale, C -> classifier
+    training images -> frozen encoder, once -> choice of geometry, head, layers, tokens -> classifier
     selection and held-out images -> the same encoder, once -> selection, result
 
-The choice is made in inference/linear_probe.py, from features of inference/frozen_features.py.
-Fine-tuning then starts from the regression instead of a random classifier (linear probing, then
+The choice is made in inference/frozen_probe.py, from features of inference/frozen_features.py.
+Fine-tuning then starts from this classifier instead of a random one (linear probing, then
 fine-tuning: Kumar et al. 2022, arXiv 2202.10054). With `--select best`, the frozen model takes part
 in the selection: fine-tuning must be better than the frozen model by more than chance. If the
 frozen model is the result, its classifier is fitted to the training and selection images, and its
-temperature comes from the images that each fold leaves out.
+temperature comes from the images that each fold leaves out. A run without steps holds out no
+images, unless it is asked to: cross-validation measures its result.
 """
 
 import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -37,19 +37,16 @@ from ..inference.frozen_features import (
     concatenate_features,
     ignore_message,
 )
-from ..inference.linear_probe import (
-    NUM_FOLDS,
-    NUM_SINGLE_LAYERS,
+from ..inference.frozen_probe import (
+    NUM_LAST_LAYERS,
     Candidate,
-    LinearClassifier,
-    ProbeChoice,
-    Score,
-    choose_probe,
+    LinearProbe,
     describe_candidate,
-    fit_classifier,
     is_clearly_worse,
-    list_candidates,
+    stack_tokens,
 )
+from ..inference.image_pass import ImageOutput
+from ..inference.linear_probe import NUM_FOLDS, ProbeChoice, Score
 from ..model.heads_vitcls import build_pooler
 from ..runtime.distributed import run_on_main
 from ..runtime.progress import report_work
@@ -69,6 +66,9 @@ FLOPS_OF_STEP = 3  # forward and backward pass of an image, relative to its forw
 # of two cores with AVX-512; the estimate of a duration is within a factor of 3
 CPU_FLOPS_PER_MINUTE = 60 * 150e9
 MAX_CPU_FLOPS = 10 * CPU_FLOPS_PER_MINUTE  # of a run on a CPU whose length the user has not set
+# difference of a class without training images to the smallest bias, in logits
+ABSENT_CLASS_MARGIN = 100.0
+MIN_PROBABILITY = 1e-30  # of stored out-of-fold predictions
 NUM_NEAREST_IMAGES = 3  # nearest training images of a wrong prediction
 # median of the longer side divided by the shorter, from which two geometries are compared
 MIN_ASPECT_RATIO = 1.05
@@ -138,63 +138,73 @@ def explain_missing_steps(
 
 @dataclass(frozen=True)
 class FittedProbe:
-    """The choice of a probe, and the features that its regression is fitted to and evaluated on."""
+    """A fitted probe, and the features that it is fitted to and evaluated on."""
 
-    layout: FeatureLayout
-    choice: ProbeChoice
+    probe: LinearProbe
     record: dict[str, Any]  # for results.json
-    features: np.ndarray  # [N, F] of the training images; the first ones are those of the choice
-    labels: np.ndarray  # [N]
+    features: Features  # of the N training images; the first ones are those of the choice
     sources: list[tuple[LabeledImages, np.ndarray]]  # datasets of the N images, and indices in each
+    num_chosen_images: int  # of the choice
     selection: FrozenPass | None
     held_out: FrozenPass | None
 
-    def fit(self, num_labels: int, with_selection: bool) -> LinearClassifier:
-        """Fit the regression to the training images and, on request, to the selection images."""
-        features, labels = self.features, self.labels
+    def refit(self, with_selection: bool) -> LinearProbe:
+        """Fit the probe to the training images and, on request, to the selection images."""
+        features = self.features
         if with_selection and self.selection is not None:
-            selected = self.selection.features
-            features = np.concatenate([features, selected.select(self.choice.candidate)])
-            labels = np.concatenate([labels, selected.labels])
-        candidate = self.choice.candidate
-        classifier = fit_classifier(
-            features.astype(np.float64), labels, num_labels, candidate.scale, self.choice.strength
-        )
-        return self.layout.expand(classifier, candidate)
+            features = concatenate_features(features, self.selection.features)
+        if len(features.labels) > self.num_chosen_images:
+            self.probe.refit(features.get_tokens(), features.labels)
+        return self.probe
 
-    def get_held_out_logits(self) -> tuple[np.ndarray, np.ndarray] | None:
-        """Return logits [M, L] and labels [M] of the images that a fold left out.
-
-        Returns None without cross-validation.
-        """
-        if self.choice.score is None:
-            return None
-        logits, labels = select_out_of_fold(self.choice.score, self.labels)
-        return logits.astype(np.float32), labels
-
-    def find_nearest_images(self, held_out_indices: Sequence[int]) -> dict[int, list[str]]:
-        """Return the names of the nearest training images of some held-out images, by index.
-
-        The similarity is the cosine of the features that the regression reads. The nearest image is
-        the first.
-        """
-        assert self.held_out is not None
-        held_out = self.held_out.features
-        held_out = held_out.take(np.isin(held_out.indices, held_out_indices))
-        if not len(held_out.indices):
-            return {}
-        num_nearest = min(NUM_NEAREST_IMAGES, len(self.features))
-        neighbors = NearestNeighbors(n_neighbors=num_nearest, metric="cosine").fit(self.features)
-        rows = neighbors.kneighbors(
-            held_out.select(self.choice.candidate), return_distance=False
-        ).tolist()
+    def get_names(self) -> list[str]:
+        """Return the names of the training images."""
         names: list[str] = []
         for dataset, indices in self.sources:
             names += dataset.select(indices.tolist()).images.get_names()
-        return {
-            index: [names[row] for row in nearest]
-            for index, nearest in zip(held_out.indices.tolist(), rows, strict=True)
-        }
+        return names
+
+    def list_out_of_fold_rows(self, num_labels: int) -> list[ImageOutput]:
+        """Return the training images with logits of a classifier that was not fitted to them."""
+        probabilities = expand_classes(self.probe.out_of_fold_, self.probe.classes_, num_labels)
+        logits = np.log(np.maximum(probabilities, MIN_PROBABILITY)).astype(np.float32)
+        names = self.get_names()
+        return [
+            ImageOutput(
+                index=int(self.features.indices[row]),
+                label=torch.tensor(self.features.labels[row]),
+                values=logits[row],
+                name=names[row],
+            )
+            for row in np.flatnonzero(np.isfinite(logits[:, 0]))
+        ]
+
+    def find_nearest_images(self, rows: Sequence[ImageOutput]) -> dict[int, list[str]]:
+        """Return the names of the nearest training images of some images, by the index of each.
+
+        The images are held out or, without those, training images. The similarity is the cosine of
+        the features that the classifier reads. The nearest image is the first.
+        """
+        if not rows:
+            return {}
+        is_held_out = self.held_out is not None
+        features = self.held_out.features if self.held_out is not None else self.features
+        features = features.take(np.isin(features.indices, [row.index for row in rows]))
+        tokens = self.probe.candidate_.tokens
+        own = stack_tokens(self.features.get_tokens(), tokens)
+        num_nearest = min(NUM_NEAREST_IMAGES + (not is_held_out), len(own))
+        neighbors = NearestNeighbors(n_neighbors=num_nearest, metric="cosine").fit(own)
+        nearest = neighbors.kneighbors(
+            stack_tokens(features.get_tokens(), tokens), return_distance=False
+        )
+        names = self.get_names()
+        found = {}
+        for index, columns in zip(features.indices.tolist(), nearest.tolist(), strict=True):
+            others = [
+                row for row in columns if is_held_out or int(self.features.indices[row]) != index
+            ]
+            found[index] = [names[row] for row in others[:NUM_NEAREST_IMAGES]]
+        return found
 
 
 @dataclass(frozen=True)
@@ -206,6 +216,7 @@ class Probe:
         arguments: arguments of `FrozenPass`, except for the images and the layout.
         max_images: maximum number of training images; None for all.
         fit, pooling, pooled_layers: settings of the user, which are not searched; None to choose.
+        class_weight: as in `LinearProbe.fit`.
     """
 
     model: Any
@@ -214,6 +225,7 @@ class Probe:
     fit: str | None = None
     pooling: str | None = None
     pooled_layers: Sequence[int] | None = None
+    class_weight: str | None = None
 
     @property
     def processor(self) -> Any:
@@ -223,17 +235,27 @@ class Probe:
     def accelerator(self) -> Any:
         return self.arguments["accelerator"]
 
+    @property
+    def layers(self) -> tuple[int, ...] | None:
+        """Return the negative indices of the layers of the user."""
+        if self.pooled_layers is None:
+            return None
+        config = self.model.config
+        indices = config.resolve_layers(self.pooled_layers)
+        return tuple(index - config.num_hidden_layers - 1 for index in indices)
+
     def run(self, data: Any, reporter: Reporter, is_final: bool) -> FittedProbe:
-        """Choose and fit the regression, and set it as the classifier of the model.
+        """Choose and fit the classifier, and set it as that of the model.
 
         Args:
             data: training data. Selection and held-out images pass the encoder once, too.
             reporter: prints the choice.
-            is_final: whether no training follows. The regression is then also fitted to the
+            is_final: whether no training follows. The classifier is then also fitted to the
                 selection images.
         """
         start_time = time.perf_counter()
-        layout = FeatureLayout.from_config(self.model.config, NUM_SINGLE_LAYERS)
+        num_layers = max(NUM_LAST_LAYERS, *(-layer for layer in self.layers or (-1,)))
+        layout = FeatureLayout.from_config(self.model.config, num_layers)
         images = data.train.draw(self.max_images)
         first_images, other_images = split_at_random(images, MAX_CHOICE_IMAGES)
 
@@ -247,8 +269,7 @@ class Probe:
         ):
             features, comparison = self.compare_with_squash(first_images, features)
 
-        # Layers, tokens, scale and strength, on all images that are not held out if no training
-        # follows
+        # Head, layers and tokens, on all images that are not held out if no training follows
         sources = [(first_images, features.indices)]
         selection = None
         if data.selection is not None and len(data.selection):
@@ -257,34 +278,39 @@ class Probe:
                 features = concatenate_features(features, selection.features)
                 sources.append((data.selection, selection.features.indices))
                 selection = None
-        choice = self.choose(features)
-        self.set_pooling(choice.candidate)
+        groups = find_groups(sources)
+        chosen = run_on_main(self.accelerator, lambda: self.choose(features, groups))
+        num_chosen_images = len(features.labels)
 
         # The other images
-        parts = [features]
         if len(other_images):
-            parts.append(self.compute_features(other_images, layout).features)
-            sources.append((other_images, parts[-1].indices))
+            others = self.compute_features(other_images, layout).features
+            features = concatenate_features(features, others)
+            sources.append((other_images, others.indices))
         held_out = None
         if len(data.held_out):
             held_out = self.compute_features(data.held_out, layout, warn=reporter.warn)
-        probe = FittedProbe(
-            layout=layout,
-            choice=choice,
-            record=build_record(choice, get_fit(self.processor), comparison, parts),
-            features=np.concatenate([part.select(choice.candidate) for part in parts]),
-            labels=np.concatenate([part.labels for part in parts]),
+        record = build_probe_record(chosen, features, num_chosen_images)
+        record |= {"fit": get_fit(self.processor)} | (
+            {"geometry": comparison} if comparison else {}
+        )
+        fitted = FittedProbe(
+            probe=chosen,
+            record=record,
+            features=features,
             sources=sources,
+            num_chosen_images=num_chosen_images,
             selection=selection,
             held_out=held_out,
         )
-        self.fit_classifier(probe, with_selection=False)
-        probe.record["seconds"] = round(time.perf_counter() - start_time, 1)
+        self.set_pooling(chosen.candidate_)
+        self.set_classifier(fitted, is_final)
+        record["seconds"] = round(time.perf_counter() - start_time, 1)
         if reporter.printed_metrics:  # none in a dry run
-            if geometry_text := describe_geometry(probe.record):
+            if geometry_text := describe_geometry(record):
                 reporter.print_line("fit", geometry_text)
-            reporter.print_line("frozen", describe_probe(probe.record))
-        return probe
+            reporter.print_line("frozen", describe_probe(record))
+        return fitted
 
     def compute_features(
         self,
@@ -300,34 +326,13 @@ class Probe:
         frozen_pass(self.model.to(self.accelerator.device).eval())
         return frozen_pass
 
-    def choose(self, features: Features) -> ProbeChoice:
-        """Choose what the classifier reads, by cross-validation on the main process."""
-        layout = features.layout
-        candidates = list_candidates(
-            layout.num_layers, self.pooled_layers, self.list_token_choices(layout)
-        )
-
-        def select(candidate: Candidate) -> np.ndarray:
-            return features.select(candidate).astype(np.float64)
-
-        def choose() -> ProbeChoice:
-            # The matrices are small: with more threads, the fits take more time in total.
-            with report_work("cross-validation"), threadpool_limits(limits=1):
-                return choose_probe(
-                    select, features.labels, self.model.config.num_labels, candidates
-                )
-
-        return run_on_main(self.accelerator, choose)
-
-    def list_token_choices(self, layout: FeatureLayout) -> tuple[str, ...]:
-        """Return the kinds of tokens to choose from, or that of the user."""
-        if OWN_POOLING in layout.token_choices:
-            return layout.token_choices
-        if self.pooling is not None:
-            return (self.pooling,)
-        if self.model.config.pooling == "mean" and "mean" not in layout.token_choices:
-            return ("mean", *layout.token_choices)
-        return layout.token_choices
+    def choose(self, features: Features, groups: np.ndarray | None) -> LinearProbe:
+        """Choose and fit the classifier, by cross-validation."""
+        # The matrices are small: with more threads, the fits take more time in total.
+        with report_work("cross-validation"), threadpool_limits(limits=1):
+            return LinearProbe(self.layers, self.pooling).fit(
+                features.get_tokens(), features.labels, groups, self.class_weight
+            )
 
     # Geometry -------------------------------------------------------------------------------------
 
@@ -354,13 +359,13 @@ class Probe:
         self.set_geometry(SQUASH)
         squashed = self.compute_part(images, is_compared, own.layout)
 
-        choices = {}
+        losses = {}
         shared = np.intersect1d(own.indices[is_compared[own.indices]], squashed.indices)
         for fit, features in ((own_fit, own), (SQUASH, squashed)):
-            choices[fit] = self.choose(features.take(np.isin(features.indices, shared)))
-        losses = {
-            fit: choice.score.losses for fit, choice in choices.items() if choice.score is not None
-        }
+            part = features.take(np.isin(features.indices, shared))
+            probe = run_on_main(self.accelerator, partial(self.choose, part, None))
+            if probe.num_folds_:
+                losses[fit] = probe.losses_
         record: dict[str, Any] = {}
         is_squashed = False
         if len(losses) == 2:  # with fewer, there are too few images to compare
@@ -391,39 +396,53 @@ class Probe:
     def restore(self, record: dict[str, Any]) -> None:
         """Set the geometry and the pooling that an interrupted run chose."""
         self.set_geometry(record["fit"])
-        self.set_pooling(Candidate(tuple(record["layers"]), record["tokens"], record["scale"]))
+        self.set_pooling(Candidate(record["head"], tuple(record["layers"]), record["pooling"]))
 
     def set_pooling(self, candidate: Candidate) -> None:
         """Give the model a pooler and a classifier that read the tokens of a candidate."""
         config = self.model.config
-        if candidate.tokens != OWN_POOLING:
+        if candidate.pooling != OWN_POOLING:
             config.pooling = candidate.pooling
             config.pooled_layers = None if candidate.layers == (-1,) else list(candidate.layers)
             self.model.vitcls.pooler = build_pooler(config)
         self.model.build_classifiers()
         self.model.to(self.accelerator.device)
 
-    def fit_classifier(self, probe: FittedProbe, with_selection: bool) -> None:
-        """Set the classifier to the regression of a probe."""
+    def set_classifier(self, fitted: FittedProbe, is_final: bool) -> None:
+        """Set the classifier of the model to the fitted one.
+
+        A final classifier is fitted to the selection images, too, and has a temperature. If
+        training follows, the temperature is part of the weights, so that the loss starts low.
+        """
+        with report_work("fitting the classifier"):
+            probe = run_on_main(self.accelerator, partial(fitted.refit, with_selection=is_final))
         num_labels = self.model.config.num_labels
-
-        def fit() -> LinearClassifier:
-            with report_work("fitting the classifier"):
-                return probe.fit(num_labels, with_selection)
-
-        fitted = run_on_main(self.accelerator, fit)
+        scale = 1.0 if is_final else probe.temperature_
+        weight = expand_classes(probe.weight_.T / scale, probe.classes_, num_labels).T
+        bias = np.full(num_labels, probe.bias_.min() / scale - ABSENT_CLASS_MARGIN)
+        bias[probe.classes_] = probe.bias_ / scale
+        self.model.config.temperature = round(probe.temperature_, 4) if is_final else 1.0
         with torch.no_grad():
-            self.model.classifier.weight.copy_(torch.from_numpy(fitted.weight))
-            self.model.classifier.bias.copy_(torch.from_numpy(fitted.bias))
+            self.model.classifier.weight.copy_(torch.from_numpy(weight))
+            self.model.classifier.bias.copy_(torch.from_numpy(bias))
 
 
-def select_out_of_fold(score: Score, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return logits [M, L] and labels [M] of the images that a fold left out.
+def expand_classes(values: np.ndarray, classes: np.ndarray, num_labels: int) -> np.ndarray:
+    """Return values [N, K] of some classes as [N, L] of all labels, 0 for the others."""
+    expanded = np.zeros((len(values), num_labels))
+    expanded[:, classes] = values
+    return expanded
 
-    The first ones of the `labels` are those of the images of the choice.
+
+def find_groups(sources: list[tuple[LabeledImages, np.ndarray]]) -> np.ndarray | None:
+    """Return the group [N] of each image: those of the data, or copies of an image.
+
+    It is None if the images have no groups and cannot be compared.
     """
-    is_predicted = np.isfinite(score.losses)
-    return score.logits[is_predicted], labels[: len(is_predicted)][is_predicted]
+    parts = [dataset.select(indices.tolist()) for dataset, indices in sources]
+    if all(part.groups is not None for part in parts):
+        return np.concatenate([part.groups for part in parts])
+    return np.concatenate([part.images.compute_content_keys() for part in parts])
 
 
 def has_various_shapes(images: LabeledImages) -> bool:
@@ -441,6 +460,66 @@ def split_at_random(images: LabeledImages, num_images: int) -> tuple[LabeledImag
 
 
 # Record -------------------------------------------------------------------------------------------
+
+
+def build_probe_record(
+    probe: LinearProbe, features: Features, num_chosen_images: int
+) -> dict[str, Any]:
+    """Return the choice and the results of all candidates for results.json."""
+    record: dict[str, Any] = {
+        "num_training_images": len(features.labels),
+        "num_images_of_choice": num_chosen_images,
+        "num_folds": probe.num_folds_,
+        "head": probe.candidate_.head,
+        "layers": list(probe.candidate_.layers),
+        "pooling": probe.candidate_.pooling,
+        "strength": probe.strength_,
+    }
+    if probe.estimate_ is not None:
+        record |= {
+            "accuracy": probe.estimate_.accuracy,
+            "accuracy_interval": probe.estimate_.interval,
+            "loss": float(np.nanmean(probe.losses_)),
+        }
+    return round_floats(record | {"candidates": probe.table_})
+
+
+def describe_probe(record: dict[str, Any]) -> str:
+    """Return the choice as text, with the result of the simplest candidate for comparison."""
+    chosen = describe_candidate(record)
+    if not record["num_folds"]:
+        return (
+            f"{chosen}, without cross-validation, which requires two images of each of two classes"
+        )
+    default = record["candidates"][0]
+    return (
+        f"{chosen}, log loss {record['loss']:.2f}: the lowest of {len(record['candidates'])} "
+        f"candidates in {record['num_folds']}-fold cross-validation "
+        f"({describe_candidate(default)}: {default['loss']:.2f})"
+    )
+
+
+def describe_geometry(record: dict[str, Any]) -> str | None:
+    """Return the comparison of the two geometries as text, or None if they were not compared."""
+    if "geometry" not in record:
+        return None
+    losses = ", ".join(f"{fit} {loss:.2f}" for fit, loss in record["geometry"]["losses"].items())
+    return (
+        f"{record['fit']}; log loss on {record['geometry']['num_images']:,} images: {losses}. Set "
+        "`fit` to choose"
+    )
+
+
+# Regressions of additions.py -----------------------------------------------------------------------
+
+
+def select_out_of_fold(score: Score, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return logits [M, L] and labels [M] of the images that a fold left out.
+
+    The first ones of the `labels` are those of the images of the choice.
+    """
+    is_predicted = np.isfinite(score.losses)
+    return score.logits[is_predicted], labels[: len(is_predicted)][is_predicted]
 
 
 def build_record(
@@ -483,36 +562,3 @@ def build_score_record(score: Score, labels: np.ndarray) -> dict[str, Any]:
         "accuracy": float((logits.argmax(axis=1) == labels).mean()),
         "num_images": len(labels),
     }
-
-
-def describe_probe(record: dict[str, Any]) -> str:
-    """Return the choice as text, with the result of the simplest candidate for comparison."""
-    chosen = describe_candidate(record)
-    if "accuracy" not in record:
-        return (
-            f"logistic regression on {chosen}, without cross-validation, which requires two images "
-            f"of each of two classes, and {NUM_FOLDS} such images"
-        )
-    text = (
-        f"logistic regression on {chosen}, chosen from {len(record['candidates'])} candidates by "
-        f"{record['num_folds']}-fold cross-validation on {record['num_images_of_choice']:,} "
-        f"images: {record['accuracy']:.1%}, log loss {record['loss']:.2f}"
-    )
-    default = record["candidates"][0]
-    is_other = any(default[name] != record[name] for name in ("layers", "tokens", "scale"))
-    if is_other and default["num_images"] == record["num_images_of_choice"]:
-        text += (
-            f" ({describe_candidate(default)}: {default['accuracy']:.1%}, {default['loss']:.2f})"
-        )
-    return text
-
-
-def describe_geometry(record: dict[str, Any]) -> str | None:
-    """Return the comparison of the two geometries as text, or None if they were not compared."""
-    if "geometry" not in record:
-        return None
-    losses = ", ".join(f"{fit} {loss:.2f}" for fit, loss in record["geometry"]["losses"].items())
-    return (
-        f"{record['fit']}; log loss on {record['geometry']['num_images']:,} images: {losses}. Set "
-        "`fit` to choose"
-    )

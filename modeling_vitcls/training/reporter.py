@@ -179,9 +179,11 @@ def describe_splits(
             f"training uses the split {data.train_split!r}, because no split is named 'train'"
         )
     middle_text = "" if data.selection is None else f"{selection_text} selection images, "
+    held_out = f"{held_out_text} held-out images ({data.held_out_name})"
+    if data.num_held_out_images == 0:
+        held_out = "none held out"
     lines["data"] = (
-        f"{data.name}: {train_text} training images, {middle_text}{held_out_text} held-out images "
-        f"({data.held_out_name}); {labels_text}"
+        f"{data.name}: {train_text} training images, {middle_text}{held_out}; {labels_text}"
     )
     class_text = describe_class_sizes(data)
     if class_text:
@@ -200,7 +202,11 @@ def describe_splits(
             f"{num_excluded:,} of {total:,} training images are left out (`exclude`)"
         )
 
-    lines["fit"] = describe_fit(processor, data.held_out.images)
+    if data.num_held_out_images or isinstance(data.train, StreamedImages):
+        measured = data.held_out.images
+    else:
+        measured = data.train.images
+    lines["fit"] = describe_fit(processor, measured)
     return lines
 
 

@@ -25,8 +25,9 @@ from ..data.batches import iterate_training_batches
 from ..data.image_folder import check_output_is_not_read
 from ..data.images import LabeledImages, UnreadableImageCounter
 from ..data.workers import explain_worker_errors
+from ..inference.evaluator import round_floats
 from ..inference.frozen_features import HeadEvaluator
-from ..inference.per_image import get_outputs, is_labeled
+from ..inference.per_image import Predictions, get_outputs, is_labeled
 from ..runtime.distributed import configure_layer_sharding, run_on_main
 from ..runtime.errors import RunStopped, describe_error, is_raised_on_all_processes
 from ..runtime.flags import to_flags
@@ -34,6 +35,7 @@ from ..runtime.staging import STAGING_FOLDER, FolderLock
 from . import finetune, pretrain
 from .calibration import (
     Calibration,
+    describe_probe_calibration,
     explain_missing_calibration,
     find_calibration,
     has_enough_images,
@@ -267,7 +269,7 @@ def train_steps(
 
         if frozen is not None and frozen.selection is not None:
             # the frozen model takes part in the selection, as step 0
-            loop.evaluate_step(HeadEvaluator(frozen.selection, frozen.choice.candidate))
+            loop.evaluate_step(HeadEvaluator(frozen.selection, frozen.probe.candidate_))
 
         batches = iterate_training_batches(
             images, plan, accelerator.process_index, options.data.num_workers, state.step
@@ -280,8 +282,6 @@ def train_steps(
             text = f"the checkpoint of step {selected_step:,}, with the best evaluation"
             if selected_step == 0:
                 text = "the frozen model: fine-tuning was not clearly better"
-                if frozen is not None and options.training.class_balance == "weights":
-                    text += ". Its regression has no class weights"
             reporter.print_line("selected", text)
         seconds = loop.get_training_seconds()
 
@@ -305,9 +305,12 @@ def finish_model(
     final = None
     if trained.selected_step == 0:
         final = refit_frozen_model(loaded, frozen, model, environment)
+    if final is not None and final.held_out is None and final.probe.num_folds_:
+        return measure_by_cross_validation(loaded, final, environment)
+
     evaluate = evaluators.held_out
     if final is not None and final.held_out is not None:
-        evaluate = HeadEvaluator(final.held_out, final.choice.candidate)
+        evaluate = HeadEvaluator(final.held_out, final.probe.candidate_)
 
     calibration, reported = None, ALL
     if loaded.setup.can_calibrate:
@@ -342,6 +345,33 @@ def finish_model(
     return Result(metrics, record or None, evaluate, nearest_images)
 
 
+def measure_by_cross_validation(
+    loaded: Loaded, final: FittedProbe, environment: Environment
+) -> Result:
+    """Return the result of a frozen model that was fitted to all images.
+
+    Each image is predicted by a classifier that was not fitted to it, and the accuracy is corrected
+    for the choice among the candidates.
+    """
+    setup, probe = loaded.setup, final.probe
+    rows = final.list_out_of_fold_rows(setup.model.config.num_labels)
+    predictions = Predictions(loaded.data.label_space, rows)
+    metrics = predictions.compute_metrics()
+    assert probe.estimate_ is not None
+    metrics |= round_floats(
+        {"accuracy": probe.estimate_.accuracy, "accuracy_interval": probe.estimate_.interval}
+    )
+    metrics["num_unreadable_images"] = 0
+
+    calibration = describe_probe_calibration(probe, len(rows))
+    environment.reporter.print_line("calibration", calibration.text)
+    record = calibration.to_dict() | {
+        key: metrics[key] for key in ("calibration_error", "calibration_error_by_chance")
+    }
+    wrong = [row for row in rows if row.values.argmax() != row.label]
+    return Result(metrics, record, predictions, final.find_nearest_images(wrong))
+
+
 def calibrate(
     loaded: Loaded,
     final: FittedProbe | None,
@@ -363,8 +393,8 @@ def calibrate(
         error.
     """
     selection = loaded.data.selection
-    if final is not None and (outputs := final.get_held_out_logits()) is not None:
-        return find_calibration(*outputs, images="cross-validation"), ALL
+    if final is not None and final.probe.num_folds_:
+        return describe_probe_calibration(final.probe, final.num_chosen_images), ALL
 
     if selection is not None and loaded.has_steps:
         if isinstance(selection, LabeledImages) and not has_enough_images(len(selection)):
@@ -385,10 +415,10 @@ def find_nearest_images(frozen: FittedProbe | None, evaluate: Any) -> dict[int, 
     Returns None without these features (random weights, a resumed run), or if images have several
     labels.
     """
-    if frozen is None or frozen.held_out is None or frozen.labels.ndim > 1:
+    if frozen is None or frozen.held_out is None:
         return None
     rows = [row for row in evaluate.rows if is_labeled(row)]
-    wrong = [row.index for row in rows if row.values.argmax() != row.label]
+    wrong = [row for row in rows if row.values.argmax() != row.label]
     return frozen.find_nearest_images(wrong)
 
 
@@ -406,7 +436,7 @@ def refit_frozen_model(
     if frozen is None:
         return probe.run(loaded.data, environment.reporter, is_final=True)
     if loaded.has_steps:
-        probe.fit_classifier(frozen, with_selection=True)
+        probe.set_classifier(frozen, is_final=True)
     return frozen
 
 

@@ -157,6 +157,21 @@ def load(kind: Any, options: Options, environment: Environment) -> Loaded:
         setup = kind.build_training_setup(options, initial, data, environment.reporter)
         forward_flops = (setup.encoder or setup.model).flops()
 
+    reason = None
+    if setup.probe is not None and checkpoint is None:  # a checkpoint is one of steps
+        reason = explain_missing_steps(
+            options, data, forward_flops, accelerator.device, is_length_set
+        )
+    if reason is not None and can_train_on_all_images(asked, data):
+        options = replace(
+            options,
+            data=replace(options.data, held_out_fraction=0.0),
+            training=replace(options.training, select="last"),
+        )
+        data = load_on_main(
+            accelerator, options.data.dataset, partial(kind.load_data, options, initial)
+        )
+
     if setup.probe is not None and not is_rate_set:
         rate = choose_learning_rate_after_probe(setup.model.config.hidden_size)
         options = replace(options, training=replace(options.training, learning_rate=rate))
@@ -186,11 +201,6 @@ def load(kind: Any, options: Options, environment: Environment) -> Loaded:
         "device": f"{describe_device(accelerator)}, mixed precision: {precision_text}",
     }
 
-    reason = None
-    if setup.probe is not None and checkpoint is None:  # a checkpoint is one of steps
-        reason = explain_missing_steps(
-            options, data, forward_flops, accelerator.device, is_length_set
-        )
     return Loaded(
         options=options,
         initial=initial,
@@ -204,6 +214,15 @@ def load(kind: Any, options: Options, environment: Environment) -> Loaded:
         forward_flops=forward_flops,
         metadata=metadata,
     )
+
+
+def can_train_on_all_images(asked: Options, data: TrainingData) -> bool:
+    """Return whether a frozen model is measured by cross-validation, without held-out images.
+
+    It is unless the person held out images, or the dataset has a split for it.
+    """
+    is_asked = asked.data.held_out_fraction is not None or asked.data.folds is not None
+    return not is_asked and data.record.split is None
 
 
 def prepare_folder(
@@ -281,6 +300,10 @@ def print_summary(loaded: Loaded, environment: Environment) -> None:
         if text:
             reporter.print_line(name, text)
     setup = loaded.setup
-    for warning in [*setup.warnings, *setup.describe_imbalance(loaded.has_steps)]:
+    warnings = [
+        *setup.describe_data(loaded.data),
+        *setup.describe_imbalance(loaded.data, loaded.has_steps),
+    ]
+    for warning in warnings:
         reporter.warn(warning)
     reporter.printed_metrics = setup.printed_metrics

@@ -16,10 +16,6 @@ from .reporter import describe_run, format_result
 from .run_inputs import Environment, Loaded
 
 
-# with fewer training images per class, the held-out fifth costs up to 4 points of accuracy
-FEW_IMAGES_PER_CLASS = 100
-
-
 @dataclass(frozen=True)
 class Trained:
     """The model after the last step, with the selected weights."""
@@ -53,7 +49,7 @@ def build_results(
     data, setup, loop = loaded.data, loaded.setup, trained.loop
     results: dict[str, Any] = {
         "dataset": data.name,
-        "split": data.held_out_name,
+        "split": describe_measured_images(loaded),
         HELD_OUT_RECORD_KEY: run_on_main(
             environment.accelerator, lambda: asdict(data.build_record())
         ),
@@ -96,6 +92,28 @@ def build_results(
     return results
 
 
+def describe_measured_images(loaded: Loaded) -> str:
+    """Return the held-out images as text, or that each training image was predicted by folds."""
+    if loaded.has_steps or len(loaded.data.held_out):
+        return loaded.data.held_out_name
+    return "cross-validation"
+
+
+def describe_result(results: dict[str, Any], loaded: Loaded) -> str:
+    """Return the result as text: that of held-out images, or the estimate of the probe."""
+    text = format_result(results, loaded.setup.result_metrics)
+    record = results.get("frozen")
+    if results["split"] != "cross-validation" or not record or not record["num_folds"]:
+        return text
+    low, high = (100 * value for value in results["accuracy_interval"])
+    return (
+        f"accuracy {results['accuracy']:.2%} (95% interval: {low:.1f} to {high:.1f}), estimated by "
+        f"{record['num_folds']}-fold cross-validation on {results['num_images']:,} images, "
+        f"corrected for the choice among {len(record['candidates'])} candidates. The saved model "
+        "was fitted to all of them"
+    )
+
+
 def count_training_images(loaded: Loaded) -> int | None:
     """Return the number of images that the model was fitted to; None for a stream.
 
@@ -117,13 +135,11 @@ def print_result(
             f"{num_unreadable} training image(s) could not be read and were replaced with other "
             "images"
         )
-    reporter.print_line("result", format_result(results, loaded.setup.result_metrics))
+    reporter.print_line("result", describe_result(results, loaded))
     if "features" in results:
         reporter.print_line("features", results["features"]["summary"])
     folder = loaded.options.output_dir
     reporter.print_line("saved", describe_saved_files(folder))
-    if suggestion := suggest_all_images(loaded):
-        reporter.print_line("next", suggestion)
 
 
 def describe_saved_files(folder: Path) -> str:
@@ -153,24 +169,3 @@ def print_estimate(
     else:
         text = describe_dry_probe(results, loaded.full_plan, seconds)
     environment.reporter.print_line("dry run", text)
-
-
-def suggest_all_images(loaded: Loaded) -> str | None:
-    """Return how to train on the held-out images as well, for a frozen model and few images.
-
-    The part of the images that is held out then costs accuracy
-    (model_cards/studies/first_answer.md).
-    """
-    data = loaded.data
-    rule = data.record.rule
-    num_held_out = data.num_held_out_images
-    num_images = count_training_images(loaded)
-    if loaded.has_steps or rule is None or rule.num_folds or not num_held_out or not num_images:
-        return None
-    num_classes = max(map(len, data.label_space.columns.values()))
-    if num_images >= FEW_IMAGES_PER_CLASS * num_classes:
-        return None
-    return (
-        f"{num_held_out} images are held out for this result. To train on them as well, repeat the "
-        "command with `held_out_fraction=0` and another `output_dir`"
-    )

@@ -39,9 +39,10 @@ class TrainingSetup:
     can_calibrate: bool = False
     # lines to print before training, keyed by name
     summary_lines: dict[str, str] = field(default_factory=dict)
-    warnings: list[str] = field(default_factory=list)  # warnings to print before training
-    # whether the run has training steps -> warnings about classes of different sizes
-    describe_imbalance: Callable[[bool], list[str]] = lambda has_steps: []
+    # data -> warnings to print before training
+    describe_data: Callable[[TrainingData], list[str]] = lambda data: []
+    # data, whether the run has training steps -> warnings about classes of different sizes
+    describe_imbalance: Callable[[TrainingData, bool], list[str]] = lambda data, has_steps: []
     results: dict[str, Any] = field(default_factory=dict)  # fields of results.json
     probe: Probe | None = None  # sets the classifier from the features of the frozen encoder
     encoder: Any = None  # part of the model that is saved; None to save the model

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from modeling_vitcls import EmbedImages, evaluate, finetune, predict
+from modeling_vitcls import evaluate, finetune, predict
 
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("fresh_accelerate")]
@@ -86,12 +86,9 @@ def test_predict_and_evaluate_answer_the_same_under_any_torch_default(
     images = [image for image, _ in build_photos()]
     expected = predict(folder, images)
     loss = evaluate(folder, build_photos(), split="train", num_workers=0)["loss"]
-    features = EmbedImages(folder, ["cls"])({"image": images})["cls"]
 
     with SETTINGS[setting]():
         assert predict(folder, images) == expected
-        again = EmbedImages(folder, ["cls"])({"image": images})["cls"]
-        assert np.array_equal(again, features)
         assert evaluate(folder, build_photos(), split="train", num_workers=0)["loss"] == loss
 
 

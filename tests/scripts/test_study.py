@@ -1,16 +1,41 @@
-"""Studies: their files in the repository, and a study whose runs are those of another program."""
+"""Studies: the grid of runs, the page, failed runs and resuming.
 
+The runs of slow tests are real fine-tuning processes. In the other tests, `PROGRAM` replaces the
+`vitcls` command.
+"""
+
+import json
+import os
+import signal
+import subprocess
 import sys
+import time
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import pandas
 import pytest
 import yaml
+from datasets import ClassLabel, Dataset
 from helpers.command_in_process import parse_flags
+from helpers.tiny_models import raises_one_line
 from pyarrow import parquet
+from scipy import stats
 
 from modeling_vitcls import cli
+from modeling_vitcls.cli.parsing import run_script
 from modeling_vitcls.training.pretrain import check_options
-from scripts.study import StudyOptions, StudyRunner, load_study
+from scripts.study import (
+    Study,
+    StudyOptions,
+    StudyRunner,
+    build_row,
+    format_table,
+    load_study,
+    run_study,
+    summarize,
+)
 from scripts.study import run as run_command
 
 
@@ -20,25 +45,185 @@ STUDIES = [
     pytest.param(file, id=file.stem, marks=() if file.stem in FAST else pytest.mark.slow)
     for file in sorted(RECIPES.glob("study_*.yaml"))
 ]
+SIZES = {
+    "model": "vitcls-tiny",
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+}
+FINETUNE = {
+    "dataset": "digits",
+    **SIZES,
+    "image_size": 32,
+    "patch_size": 16,
+    "intermediate_size": 16,
+    "report": False,
+}
 STUDY = {
     "title": "Pooling",
     "question": "Which pooling?",
     "seeds": [0, 1],
-    "stages": {"finetune": {"dataset": "digits"}},
+    "stages": {"finetune": {**FINETUNE, "max_steps": 4, "num_workers": 0}},
     "factors": {"pooling": {"cls": None, "mean": {"pooling": "mean"}}},
-    "metrics": {"accuracy": "Accuracy (%)"},
+    "metrics": {"accuracy": "Accuracy (%)", "loss": "Loss"},
     "baseline": {"pooling": "cls"},
 }
-# Writes the results of a run.
+STUDY_OBJECT = Study(**STUDY)
+
+# Writes the outputs of a stage. Evaluation fails for the pooling "median".
 PROGRAM = """#!{python} -IS
-import json, pathlib, sys
+import json, os, pathlib, signal, sys, time
 arguments = sys.argv[3:]
 flags = dict(zip(arguments[1::2], arguments[2::2]))
-accuracy = 0.75 if "mean" in arguments else 0.5
-output = pathlib.Path(flags["--output-dir"])
-output.mkdir(parents=True)
-(output / "results.json").write_text(json.dumps({{"accuracy": accuracy, "seconds": 90}}))
+folder = pathlib.Path(flags.get("--output-dir") or flags["--model"]).parent
+print("the stage", arguments[0], flush=True)
+pooling = flags.get("--pooling", "cls")
+if arguments[0] == "finetune":
+    seed = int(flags["--seed"])
+    accuracy = {{"cls": 0.5, "mean": 0.75}}.get(pooling, 0.25) + seed / 16
+    threads = int(os.environ["OMP_NUM_THREADS"] + os.environ["MKL_NUM_THREADS"])
+    signal.alarm(20)
+    while len(list(folder.parent.glob("*/log.txt"))) < 2:  # two runs start at the same time
+        time.sleep(0.01)
+    output = folder / "finetune"
+    output.mkdir()
+    num_finished = len(list(folder.parent.glob("*/finetune/results.json")))
+    running = len(list(folder.parent.glob("*/log.txt"))) - num_finished
+    results = {{"accuracy": accuracy, "seconds": 90, "threads": threads, "running": running}}
+    (output / "results.json").write_text(json.dumps(results))
+elif "median" in flags["--model"]:
+    sys.exit("error: no median")
+else:
+    pathlib.Path(flags["--output"]).write_text(json.dumps({{"accuracy": 1, "is_frozen": True}}))
 """
+
+
+def write_study(folder: Path, **changes: object) -> Path:
+    """Write a study file with two poolings and two seeds, and return its path."""
+    file = folder / "study.yaml"
+    file.write_text(yaml.safe_dump(STUDY | changes, sort_keys=False))
+    return file
+
+
+def start_study(file: Path, output: Path, *flags: str) -> subprocess.Popen[str]:
+    """Start `scripts/study.py` in a process."""
+    command = [
+        sys.executable,
+        RECIPES.parent / "study.py",
+        "--config",
+        file,
+        "--output-dir",
+        output,
+        *flags,
+    ]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, **pipes, text=True, start_new_session=True)
+
+
+@pytest.fixture
+def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run `PROGRAM` instead of `vitcls`."""
+    file = tmp_path / "program"
+    file.write_text(PROGRAM.format(python=sys.executable))
+    file.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(file))
+
+
+def test_the_grid_combines_levels_seeds_and_stages(tmp_path: Path) -> None:
+    factors = {
+        "pretraining": {"none": {"pretrain": None}, "masked": {"model": "{run}/pretrain"}},
+        "pooling": {"cls": {}, "mean": {"pooling": "mean", "finetune": {"epochs": 3}}},
+    }
+    stages = {"finetune": {"model": "vitcls-tiny"}, "pretrain": {"epochs": 2}}
+    file = write_study(tmp_path, factors=factors, stages=stages, baseline={"pretraining": "none"})
+
+    runs = load_study(file).plan_runs()
+    assert len(runs) == len({run.name for run in runs}) == 2 * 2 * 2
+
+    by_levels = {(*run.levels.values(), run.seed): run.stages for run in runs}
+    assert by_levels["none", "cls", 1] == {"finetune": {"model": "vitcls-tiny", "seed": 1}}
+    assert by_levels["masked", "mean", 0] == {
+        "pretrain": {"epochs": 2, "seed": 0},
+        "finetune": {"model": "{run}/pretrain", "pooling": "mean", "epochs": 3, "seed": 0},
+    }
+
+    runner = StudyRunner(load_study(file), tmp_path / "out")
+    masked = next(run for run in runs if run.levels["pretraining"] == "masked")
+    (first, _), (second, flags) = runner.build_commands(masked)
+    assert (first, second) == ("pretrain", "finetune")
+    assert flags[flags.index("--model") + 1] == str(
+        tmp_path / "out" / "runs" / masked.name / "pretrain"
+    )
+
+
+def test_each_stage_gets_its_flags_folders_and_the_resume_of_its_checkpoints(
+    tmp_path: Path,
+) -> None:
+    stages = {
+        "pretrain": {"dataset": "{subset:few images {seed}}"},
+        "finetune": {
+            "model": "{folder}/{run}",
+            "flip": False,
+            "image_size": [32, "{seed}8"],
+            "folds": 2,
+        },
+        "evaluate": {"dataset": "digits"},
+        "inspect": {"num_images": 4, "model": "{run}/pretrain"},  # by default, the fine-tuned model
+    }
+    subsets = {"few images 0": {"dataset": "digits", "num_images": 4}}
+    study = load_study(
+        write_study(
+            tmp_path,
+            stages=stages,
+            subsets=subsets,
+            factors={"lr_1/2": {0.5: None}},
+            baseline={"lr_1/2": 0.5},
+        )
+    )
+    out = tmp_path / "out"
+    run = study.plan_runs()[0]
+    runner = StudyRunner(study, out)
+    folder = out / "runs" / "lr-1-2-0.5_seed-0"
+
+    (folder / "pretrain" / "checkpoints" / "step-00000001").mkdir(parents=True)
+    (folder / "finetune" / "checkpoints").mkdir(parents=True)  # killed before the first checkpoint
+    assert {stage: " ".join(flags) for stage, flags in runner.build_commands(run)} == {
+        "pretrain": f"--dataset {out}/subsets/few-images-0 --seed 0 "
+        f"--output-dir {folder}/pretrain --resume",
+        "finetune": f"--model {out}/{folder} --no-flip --image-size 32 08 --folds 2 --seed 0 "
+        f"--output-dir {folder}/finetune --overwrite",
+        "evaluate": f"--dataset digits --model {folder}/finetune --output {folder}/evaluate.json",
+        "inspect": f"--num-images 4 --model {folder}/pretrain --json {folder}/inspect.json "
+        f"--output {folder}/report.html",
+    }
+
+    names = ("pretrain/results.json", "finetune/results.json", "evaluate.json", "inspect.json")
+    for file in (folder / name for name in names):
+        assert not runner.is_finished(run)
+        file.parent.mkdir(exist_ok=True)
+        file.touch()
+    assert runner.is_finished(run)
+
+
+WRONG_FILES = {
+    "seeds": yaml.safe_dump(
+        {name: value for name, value in STUDY.items() if name != "seeds"}
+    ).encode(),
+    "metric": yaml.safe_dump(STUDY | {"metric": ["loss"]}).encode(),
+    "max": yaml.safe_dump(STUDY | {"baseline": {"pooling": "max"}}).encode(),
+    "size": yaml.safe_dump(STUDY | {"baseline": {"size": "cls"}}).encode(),
+    "train": yaml.safe_dump(STUDY | {"stages": {"train": {}}}).encode(),
+    "mapping": b"- a",
+    "study.yaml": b"title: [",
+    "read": b"title: \xff",
+}
+
+
+@pytest.mark.parametrize(("named", "content"), WRONG_FILES.items(), ids=WRONG_FILES)
+def test_a_wrong_study_file_gets_one_line(tmp_path: Path, named: str, content: bytes) -> None:
+    (tmp_path / "study.yaml").write_bytes(content)
+    with raises_one_line(named):
+        load_study(tmp_path / "study.yaml")
 
 
 @pytest.mark.parametrize("file", STUDIES)
@@ -58,22 +243,263 @@ def test_the_commands_of_a_study_in_the_repository_are_valid(file: Path) -> None
                     check_options(options)
 
 
-def test_the_runs_of_a_study_are_summarized(
+def test_a_subset_has_random_training_images_and_all_other_images(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    program = tmp_path / "program"
-    program.write_text(PROGRAM.format(python=sys.executable))
-    program.chmod(0o755)
-    monkeypatch.setattr(sys, "executable", str(program))
-    (tmp_path / "study.yaml").write_text(yaml.safe_dump(STUDY, sort_keys=False))
-    output = tmp_path / "output"
-    run_command(StudyOptions(tmp_path / "study.yaml", output))
+    for split, numbers in {"train": range(20), "test": range(100, 105)}.items():
+        images = Dataset.from_dict(
+            {"label": [number % 2 for number in numbers], "number": list(numbers)}
+        )
+        images = images.cast_column("label", ClassLabel(names=["cat", "ship"]))
+        images.to_parquet(tmp_path / "data" / f"{split}.parquet")
+    monkeypatch.setenv("DATA", str(tmp_path / "data"))
+    subset = {"dataset": "$DATA", "num_images": 6}
+    groups = {"kind": {"vehicle": ["ship"], "animal": ["cat"]}}
+    folder = tmp_path / "subsets"
+    (folder / ".a.partial").mkdir(parents=True)
+    (folder / ".a.partial" / "validation.parquet").touch()  # the rest of a killed study
+    subsets = {"a": subset, "b": subset | {"seed": 0}, "c": subset | {"seed": 1, "groups": groups}}
+    study = replace(STUDY_OBJECT, seeds=[], subsets=subsets)
+    StudyRunner(study, tmp_path).execute()
 
-    rows = parquet.read_table(output / "runs.parquet").to_pylist()
-    assert [(row["pooling"], row["seed"], row["accuracy"]) for row in rows] == [
-        ("cls", 0, 0.5),
-        ("cls", 1, 0.5),
-        ("mean", 0, 0.75),
-        ("mean", 1, 0.75),
+    def read(name: str, split: str) -> dict[str, list[int]]:
+        return parquet.read_table(folder / name / f"{split}.parquet").to_pydict()
+
+    numbers = [read(name, "train")["number"] for name in "abc"]
+    assert numbers[0] == numbers[1] != numbers[2]
+    for one in numbers:
+        assert len(set(one)) == 6
+        assert set(one) < set(range(20))
+        assert sorted(one) != list(range(6))
+    assert read("c", "train")["kind"] == [1 - number % 2 for number in numbers[2]]
+    assert read("c", "test")["kind"] == [1, 0, 1, 0, 1]
+    assert (
+        b'"names": ["vehicle", "animal"]'
+        in parquet.read_schema(folder / "c" / "test.parquet").metadata[b"huggingface"]
+    )
+    assert not (folder / "a" / "validation.parquet").exists()
+    with pytest.raises(FileNotFoundError):
+        StudyRunner(
+            replace(study, subsets={"d": subset}), tmp_path, dataset=str(tmp_path / "absent")
+        ).execute()
+    assert not (folder / "d").exists()
+
+
+def test_a_row_has_the_first_and_the_last_value_of_the_training_log(tmp_path: Path) -> None:
+    runner = StudyRunner(load_study(write_study(tmp_path)), tmp_path / "out")
+    run = runner.study.plan_runs()[0]
+    folder = runner.get_run_folder(run) / "finetune"
+    folder.mkdir(parents=True)
+    results = {
+        "accuracy": 0.5,
+        "dataset": "digits",
+        "resumed": True,
+        "loss": 0.25,
+        "counts": list(range(32)),
+        "pixels": [1] * 33,
+    }
+    (folder / "results.json").write_text(json.dumps(results | {"tokens": {"cls": {"norm": 2}}}))
+    records = [
+        {"loss": 2.5, "entropy": [1.0, 2.0], "name": "a"},
+        {"loss": 1.5, "entropy": [3, 4]},
+        {"accuracy": 0.5},
     ]
-    assert "| mean | 2 | 75.0" in (output / "README.md").read_text()
+
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    expected = {
+        "pooling": "cls",
+        "seed": 0,
+        "status": "finished",
+        "accuracy": 0.5,
+        "tokens.cls.norm": 2.0,
+    }
+    expected |= {"loss": 0.25, **{f"counts.{index}": float(index) for index in range(32)}}
+    expected |= {
+        "first.loss": 2.5,
+        "first.entropy.0": 1.0,
+        "first.entropy.1": 2.0,
+        "first.accuracy": 0.5,
+    }
+    expected |= {
+        "last.loss": 1.5,
+        "last.entropy.0": 3.0,
+        "last.entropy.1": 4.0,
+        "last.accuracy": 0.5,
+    }
+    assert build_row(runner, run) == expected
+
+    of_one_task = {"kind_accuracy": 0.5, "kind_loss": 0.25}
+    for label_column, more in (("kind", of_one_task), (["kind", "age"], {})):
+        tasks = replace(run, stages={"finetune": {"label_column": label_column}})
+        assert build_row(runner, tasks) == expected | more
+
+
+def test_a_factor_with_the_name_of_a_number_keeps_its_levels(tmp_path: Path) -> None:
+    runner = StudyRunner(load_study(write_study(tmp_path)), tmp_path / "out")
+    run = replace(runner.study.plan_runs()[0], levels={"steps": "few"})
+    folder = runner.get_run_folder(run) / "finetune"
+    folder.mkdir(parents=True)
+    (folder / "results.json").write_text(json.dumps({"steps": 8}))
+    assert build_row(runner, run)["steps"] == "few"
+
+
+def test_differences_are_paired_by_seed_within_the_other_levels() -> None:
+    values = {
+        ("cls", "s"): [50, 70, 90],
+        ("mean", "s"): [60, 80, 98],
+        ("cls", "l"): [75],
+        ("mean", "l"): [None, 50],
+    }
+    rows = pandas.DataFrame(
+        {"pooling": pooling, "size": size, "seed": seed, "accuracy": value and value * 10}
+        for (pooling, size), column in values.items()
+        for seed, value in enumerate(column)
+    )
+    study = replace(
+        STUDY_OBJECT, factors={"pooling": {"cls": {}, "mean": {}}, "size": {"s": {}, "l": {}}}
+    )
+    summary = summarize(study, rows, "accuracy")
+    high = stats.t.interval(0.95, 2, loc=70_000, scale=stats.sem([50_000, 70_000, 90_000]))[1]
+    assert summary.loc[0, ["mean", "half_width"]].tolist() == pytest.approx([70_000, high - 70_000])
+
+    paired = stats.ttest_rel(
+        [60_000, 80_000, 98_000], [50_000, 70_000, 90_000]
+    ).confidence_interval(0.95)
+    found = summary.loc[1, "difference"], summary.loc[1, "difference_half_width"]
+    assert found == pytest.approx(((paired.low + paired.high) / 2, (paired.high - paired.low) / 2))
+
+    lines = format_table(summary).splitlines()
+    assert len({line.count("|") for line in lines}) == 1
+    table = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+    assert [row[:3] for row in table] == [
+        ["cls", "s", "3"],
+        ["mean", "s", "3"],
+        ["cls", "l", "1"],
+        ["mean", "l", "1"],
+    ]
+    # the last level has no seed in common with the baseline
+    assert [row[4] for row in table] == ["baseline", "+9,333 ± 2,868", "baseline", ""]
+    assert table[0][3] == "70,000 ± 49,683"
+    assert table[2][3] == "75,000"
+    # no baseline
+    assert summarize(study, rows[rows["pooling"] == "mean"], "accuracy")["difference"].isna().all()
+
+
+@pytest.mark.usefixtures("program")
+def test_all_runs_are_executed_and_summarized(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    factors = {"pooling": {"cls": {}, "mean": {"pooling": "mean"}, "median": {"pooling": "median"}}}
+    metrics = {"evaluate.accuracy": "Accuracy", "accuracy": "Accuracy (%)", "f1": "F1"}
+    stages = {"finetune": {"model": "vitcls-tiny"}, "evaluate": None}
+    file = write_study(
+        tmp_path,
+        factors=factors,
+        stages=stages,
+        answer="The\nmean.",
+        metrics=metrics,
+        subsets={100: {}},
+    )
+    output = tmp_path / "the output"
+    (output / "subsets" / "100").mkdir(parents=True)  # drawn before
+    with pytest.raises(SystemExit) as ended:
+        run_command(StudyOptions(file, output, "other", jobs=2, threads=3))
+    printed = capsys.readouterr()
+    assert ended.value.code == 1
+    assert "2 of 6" in printed.err
+    assert "6 runs (0 " in printed.out
+    rows = parquet.read_table(output / "runs.parquet").to_pylist()
+    assert [(row["pooling"], row["seed"], row["status"], row["accuracy"]) for row in rows] == [
+        ("cls", 0, "finished", 0.5),
+        ("cls", 1, "finished", 0.5625),
+        ("mean", 0, "finished", 0.75),
+        ("mean", 1, "finished", 0.8125),
+        ("median", 0, "unfinished", 0.25),
+        ("median", 1, "unfinished", 0.3125),
+    ]
+    assert all(row["threads"] == 33 and row["running"] <= 2 for row in rows)
+    assert [row["evaluate.accuracy"] for row in rows[:4]] == [1.0] * 4
+    assert "evaluate.is_frozen" not in rows[0]
+    progress = set(printed.out.splitlines())
+    assert "pooling-cls_seed-1: evaluate.accuracy 1, accuracy 0.5625" in progress
+    assert "pooling-median_seed-0: failed: error: no median" in progress
+    page = (output / "README.md").read_text()
+    assert page.startswith("# Pooling\n\nWhich pooling?\n\n")
+    assert "The mean." in page
+    assert "\n## Accuracy (%)\n" in page
+    assert "F1" not in page
+    assert "| mean | 2 | 78 ± 40 | +25 ± 0 |\n" in page  # only finished runs, and equal decimals
+    assert "| median |" not in page
+    assert f"{file} --output-dir '{output}' --jobs 2 --threads 3 --dataset other\n" in page
+    assert all(
+        fact in page for fact in ("4 of 6 runs", "seeds 0, 1;", "; 6 minutes", "3 threads", "timm ")
+    )
+
+    log = output / "runs" / "pooling-mean_seed-1" / "log.txt"
+    lines = [" ".join(line.split()[:3]) for line in log.read_text().splitlines()]
+    assert lines == [
+        "$ vitcls finetune",
+        "the stage finetune",
+        "$ vitcls evaluate",
+        "the stage evaluate",
+    ]
+    (log.parent / "evaluate.json").unlink()
+    run_study(StudyRunner(load_study(file), output), "python scripts/study.py")
+    assert [line for line in log.read_text().splitlines() if line.startswith("the")][2:] == [
+        "the stage evaluate"
+    ]
+    finished = output / "runs" / "pooling-cls_seed-0" / "log.txt"
+    assert finished.read_text().count("the stage") == 2
+    assert "6 runs (3 " in capsys.readouterr().out
+    subsets = {"one": {"dataset": str(tmp_path / "absent")}}
+    with pytest.raises(FileNotFoundError):
+        run_study(
+            StudyRunner(replace(load_study(file), subsets=subsets), tmp_path / "failed"),
+            "python scripts/study.py",
+        )
+    assert (
+        "0 of 6 runs finished, seeds 0, 1; 0 minutes"
+        in (tmp_path / "failed" / "README.md").read_text()
+    )
+    for changes in ({"subsets": {"one": {}}}, {"stages": {}}, {"factors": {}}):
+        with raises_one_line("--output-dir"):
+            run_study(
+                StudyRunner(replace(load_study(file), **changes), output), "python scripts/study.py"
+            )
+
+
+def test_a_study_of_the_package_has_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runners: list[StudyRunner] = []
+
+    def run_nothing(runner: StudyRunner, command: str) -> list[dict[str, Any]]:
+        runners.append(runner)
+        return []
+
+    monkeypatch.setattr("scripts.study.run_study", run_nothing)
+    run_script(StudyOptions, run_command, f"--config study_digits --output-dir {tmp_path}".split())
+    (runner,) = runners
+    assert runner.study == load_study(RECIPES / "study_digits.yaml")
+
+
+@pytest.mark.slow
+def test_a_killed_study_resumes_its_runs(tmp_path: Path) -> None:
+    stages = {"finetune": {**STUDY["stages"]["finetune"], "max_steps": 60, "save_every": 5}}
+    file = write_study(tmp_path, stages=stages, seeds=[0])
+    output = tmp_path / "out"
+
+    process = start_study(file, output, "--jobs", "2")
+    while not list(output.glob("runs/*/finetune/checkpoints/*")):
+        assert process.poll() is None
+        time.sleep(0.1)
+
+    os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C in a terminal
+    process.communicate()
+
+    process = start_study(file, output, "--jobs", "2")
+    _, error = process.communicate()
+    assert process.returncode == 0, error
+
+    assert "--resume" in "".join(log.read_text() for log in output.glob("runs/*/log.txt"))
+    rows = parquet.read_table(output / "runs.parquet").to_pylist()
+    assert len(rows) == 2
+    assert all(row["status"] == "finished" and row["steps"] == 60 for row in rows)

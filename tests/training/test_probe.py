@@ -19,8 +19,8 @@ from helpers.tiny_options import (
 )
 from PIL import Image
 from scipy.special import softmax
+from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.linear_model import LogisticRegression
-from sklearn.preprocessing import StandardScaler
 from transformers import Trainer, TrainingArguments
 from transformers.image_utils import SizeDict
 
@@ -31,6 +31,8 @@ from modeling_vitcls.training import probe as probe_module
 from modeling_vitcls.training.checkpoints import format_state, read_state
 from modeling_vitcls.training.probe import explain_missing_probe
 
+
+WIDTH = 32  # of the tiny models
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("fresh_accelerate", "few_digits")]
 
@@ -75,33 +77,62 @@ def compute_features(run: Path, images: Any) -> np.ndarray:
     return model(process(run, images)).pooler_output.double().numpy()
 
 
-def check_regression(run: Path, results: dict[str, Any], parts: list[Any], images: Any) -> None:
-    """Compare a saved model with scikit-learn's regression on the input of its classifier."""
+def predict_with_scikit_learn(
+    record: dict[str, Any], features: np.ndarray, labels: np.ndarray, others: np.ndarray
+) -> np.ndarray:
+    """Return the log probabilities of a candidate, before the temperature."""
+    if record["head"] == "logistic":
+        mean = features.mean(axis=0)
+        norm = np.sqrt(((features - mean) ** 2).sum(axis=1).mean())
+        regression = LogisticRegression(C=record["strength"], max_iter=1000)
+        regression.fit((features - mean) / norm, labels)
+        return regression.decision_function((others - mean) / norm)
+
+    num_tokens = features.shape[1] // WIDTH
+    logits = []
+    for train, test in zip(
+        np.split(features, num_tokens, axis=1), np.split(others, num_tokens, axis=1), strict=True
+    ):
+        lda = LinearDiscriminantAnalysis(solver="lsqr", shrinkage="auto").fit(train, labels)
+        logits.append(lda.decision_function(test))
+    return np.mean(logits, axis=0)
+
+
+def check_classifier(run: Path, results: dict[str, Any], parts: list[Any], images: Any) -> None:
+    """Compare a saved model with scikit-learn's classifier on the input of its own."""
     features = np.concatenate([compute_features(run, part.images) for part in parts])
     labels = np.concatenate([part.labels for part in parts])
-    frozen = results["frozen"]
-    scaler = StandardScaler(with_std=frozen["scale"] == "standardized").fit(features)
-    scaled = scaler.transform(features)
-    norm = np.sqrt((scaled**2).sum(axis=1).mean())
-    regression = LogisticRegression(C=frozen["strength"], max_iter=1000).fit(scaled / norm, labels)
-    expected = regression.predict_proba(scaler.transform(compute_features(run, images)) / norm)
-
-    logits = compute_logits(run, images) * results["calibration"]["temperature"]
-    np.testing.assert_allclose(softmax(logits, axis=1), expected, atol=5e-3)
+    logits = predict_with_scikit_learn(
+        results["frozen"], features, labels, compute_features(run, images)
+    )
+    expected = softmax(logits / results["calibration"]["temperature"], axis=1)
+    np.testing.assert_allclose(softmax(compute_logits(run, images), axis=1), expected, atol=5e-3)
 
 
 @pytest.fixture(scope="module")
 def frozen_run(encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Return the options and the results of a run that stops after the probe."""
-    options = build_options(tmp_path_factory.mktemp("head") / "run", encoder, trainable="head")
+    options = build_options(
+        tmp_path_factory.mktemp("head") / "run",
+        encoder,
+        trainable="head",
+        held_out_fraction=0.2,
+    )
     return options, run_training(options)
 
 
-def test_the_frozen_model_is_the_regression_of_scikit_learn(frozen_run: Any) -> None:
+@pytest.fixture(scope="module")
+def run_on_all_labels(encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Return the options and the results of a run without steps and without held-out images."""
+    options = build_options(tmp_path_factory.mktemp("all") / "run", encoder, trainable="head")
+    return options, run_training(options)
+
+
+def test_the_frozen_model_is_the_classifier_of_scikit_learn(frozen_run: Any) -> None:
     options, results = frozen_run
     data = prepare_setup(options).data
     assert results["steps"] == 0
-    check_regression(options.output_dir, results, [data.train], data.held_out.images)
+    check_classifier(options.output_dir, results, [data.train], data.held_out.images)
 
 
 def test_the_reported_accuracy_is_that_of_the_saved_model(frozen_run: Any) -> None:
@@ -110,6 +141,38 @@ def test_the_reported_accuracy_is_that_of_the_saved_model(frozen_run: Any) -> No
     predictions = compute_logits(options.output_dir, held_out.images).argmax(axis=1)
     assert results["num_images"] == len(held_out)
     assert results["accuracy"] == pytest.approx((predictions == held_out.labels).mean(), abs=1e-6)
+
+
+def test_a_run_without_steps_trains_on_every_label(run_on_all_labels: Any) -> None:
+    options, results = run_on_all_labels
+    data = prepare_setup(options).data
+    parts = [part for part in (data.train, data.selection, data.held_out) if part]
+    assert results["num_training_images"] == sum(map(len, parts))
+    check_classifier(options.output_dir, results, parts, data.held_out.images)
+
+
+def test_predictions_of_training_images_come_from_classifiers_of_other_images(
+    run_on_all_labels: Any,
+) -> None:
+    options, results = run_on_all_labels
+    rows = pd.read_parquet(options.output_dir / "predictions.parquet")
+    assert len(rows) == results["num_training_images"]
+    fitted = compute_logits(options.output_dir, prepare_setup(options).data.train.images)
+    names = prepare_setup(options).data.train.images.get_names()
+    own = rows.set_index("image").loc[names, "probabilities"].map(max)
+    assert own.mean() < softmax(fitted, axis=1).max(axis=1).mean()
+
+
+def test_the_result_of_cross_validation_has_an_interval_around_it(run_on_all_labels: Any) -> None:
+    _, results = run_on_all_labels
+    low, high = results["accuracy_interval"]
+    assert low < results["accuracy"] < high
+
+
+def test_a_held_out_fraction_holds_out_images_of_a_frozen_run(frozen_run: Any) -> None:
+    _, results = frozen_run
+    assert results["split"] != "cross-validation"
+    assert results["num_images"] < results["num_training_images"]
 
 
 def find_nearest_names(
@@ -174,7 +237,7 @@ def test_no_image_passes_the_frozen_encoder_twice(
     monkeypatch.setattr(ViTCLSModel, "forward", count)
     options = build_options(tmp_path / "head", encoder, trainable="head")
     results = run_training(options)
-    assert sum(counts) == results["num_training_images"] + results["num_images"]
+    assert sum(counts) == results["num_training_images"]
 
 
 def test_a_learning_rate_that_is_too_large_ends_with_the_frozen_model(
@@ -204,7 +267,7 @@ def test_a_learning_rate_that_is_too_large_ends_with_the_frozen_model(
 
     data = prepare_setup(options).data
     parts = [data.train, data.selection]
-    check_regression(tmp_path / "run", results, parts, data.held_out.images)
+    check_classifier(tmp_path / "run", results, parts, data.held_out.images)
 
 
 def test_nothing_is_trained_with_too_few_selection_images(encoder: Path, tmp_path: Path) -> None:
@@ -218,17 +281,7 @@ def test_nothing_is_trained_with_too_few_selection_images(encoder: Path, tmp_pat
     # no second copy of the weights
     assert not list((tmp_path / "run").rglob("checkpoints/*/*.safetensors"))
     parts = [data.train, data.selection]
-    check_regression(tmp_path / "run", results, parts, data.held_out.images)
-
-
-def test_class_weights_without_steps_are_a_warning(
-    encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run_training(build_options(tmp_path, encoder, trainable="head", class_balance="weights"))
-    warnings = [line for line in capsys.readouterr().out.splitlines() if "WARNING" in line]
-    (warning,) = (line for line in warnings if "class_balance" in line)
-    assert "no effect" in warning
-    assert "`probe=False`" in warning
+    check_classifier(tmp_path / "run", results, parts, data.held_out.images)
 
 
 def test_select_last_trains_on_few_images(
@@ -359,7 +412,7 @@ def test_a_resumed_run_keeps_what_the_regression_reads(encoder: Path, tmp_path: 
         ({"num_cls_tokens": 0, "pooling": "mean"}, {"mean"}),
         ({"pooling": "max"}, {"own"}),
         ({"pooling": "cls"}, {"cls"}),
-        ({}, {"cls", "cls_mean"}),
+        ({}, {"cls", "mean", "cls_mean"}),
     ],
 )
 def test_the_probe_chooses_what_the_user_has_not_set(
@@ -369,7 +422,7 @@ def test_the_probe_chooses_what_the_user_has_not_set(
     probe = replace(prepared.setup.probe, max_images=64).run(
         prepared.data, prepared.reporter, is_final=False
     )
-    assert {row["tokens"] for row in probe.record["candidates"]} == tokens
+    assert {row["pooling"] for row in probe.record["candidates"]} == tokens
     assert probe.record["num_training_images"] == 64
 
 
