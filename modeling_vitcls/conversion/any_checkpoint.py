@@ -146,6 +146,10 @@ def compute_cache_name(source: str) -> str:
     if path.exists():
         files = sorted(path.iterdir()) if path.is_dir() else [path]
         cache_key.append(str(path.resolve()))
-        cache_key += [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+        for file in files:
+            status = file.stat()
+            # a copy or an archive may keep the time of modification, but not that of the change
+            times = (status.st_mtime_ns, status.st_ctime_ns)
+            cache_key.append((file.name, status.st_size, times))
     readable_name = re.sub(r"[^\w.-]", "-", path.name)
     return f"{readable_name}-{hashlib.sha256(json.dumps(cache_key).encode()).hexdigest()[:16]}"

@@ -19,9 +19,11 @@ from helpers.source_checkpoints import build_vit_classifier, save_checkpoint
 from helpers.tiny_models import build_tiny_config, raises_one_line, randomize, save_classifier
 from helpers.tiny_options import build_tiny_options, run_training
 from huggingface_hub import constants
+from safetensors.torch import load_file, save_file
 from timm.models import save_for_hf
 
 from modeling_vitcls import (
+    ViTCLSForImageClassification,
     ViTCLSModel,
     convert_from_timm,
 )
@@ -124,6 +126,20 @@ def test_conversions_of_other_sources_and_versions_are_not_used(
     assert len(set(names)) == len(names) == 10
     assert compute_cache_name("timm:test_vit") == names[-4]
     assert re.fullmatch(r"my-vit-b16-[0-9a-f]{16}", compute_cache_name("timm:my vit+b16"))
+
+
+def test_weights_of_the_same_size_and_time_are_converted_again(source: Path) -> None:
+    """`cp -p`, rsync and archives keep the time of modification."""
+    old = resolve(str(source)).load(ViTCLSForImageClassification)
+    weights_file = source / "model.safetensors"
+    time = weights_file.stat().st_mtime_ns
+    weights = load_file(weights_file)
+    weights["classifier.weight"] *= -1
+    save_file(weights, weights_file, metadata={"format": "pt"})
+    os.utime(weights_file, ns=(time, time))
+
+    new = resolve(str(source)).load(ViTCLSForImageClassification)
+    assert torch.equal(new.classifier.weight, -old.classifier.weight)
 
 
 def test_a_timm_model_on_the_hub_is_converted_at_the_requested_commit(tmp_path: Path) -> None:
