@@ -166,15 +166,15 @@ def run_evaluation(options: EvaluateOptions) -> dict[str, Any]:
 
 @with_own_state
 def predict(
-    model: str | Path, images: Any = (), **flags: Unpack[PredictFlags]
+    model: str | Path, images: Any = None, **flags: Unpack[PredictFlags]
 ) -> list[dict[str, Any]]:
     """Predict the labels of images, or compute their features, as `vitcls predict` does.
 
     Args:
         model: a folder, a Hub id or any other checkpoint that `--model` accepts.
-        images: a path, a URL, an encoded image (bytes), a PIL image, an array or a tensor, or a
-            list of these. An array of four dimensions is a batch. A folder path selects all images
-            in the folder. To use a dataset instead, set `dataset`.
+        images: a path, a URL, a data URI, an encoded image (bytes or a file object), a PIL image, an
+            array or a tensor, or a list of these. An array of four dimensions is a batch. A folder
+            path selects all images in the folder. To use a dataset instead, set `dataset`.
         flags: other flags of `vitcls predict`, which `PredictFlags` in flags.py lists.
 
     Returns:
@@ -189,30 +189,22 @@ def predict(
         >>> (row,) = predict("runs/photos", ["photo.jpg"])
         >>> print(row["label"], row["probability"])
     """
+    from ..inference.inputs import list_sources
     from ..inference.predict import predict_from_options
 
-    images = list_images(images)
+    sources = [] if images is None else list_sources(images)
     # PredictOptions requires one path per image
-    placeholder_paths = tuple(map(str, range(len(images))))
+    placeholder_paths = tuple(map(str, range(len(sources))))
     # features require an output file
     fixed_flags: dict[str, Any] = {
         "paths": placeholder_paths,
         "output": Path("not-written.json"),
         "shard": None,
     }
+    if images is not None and not sources:
+        return []  # an empty list, not a missing one
     options = build_options(PredictOptions, model=model, **fixed_flags, **flags)
-    return predict_from_options(options, images)
-
-
-def list_images(images: Any) -> list[Any]:
-    """Return one image, a batch [N, ...], or the images of an iterable as a list."""
-    from PIL import Image
-
-    from ..model.image_processing_vitcls import SOURCE_TYPES, flatten_images
-
-    is_image = isinstance(images, (*SOURCE_TYPES, Image.Image))
-    is_array = getattr(images, "ndim", 1) > 1
-    return list(flatten_images(images if is_image or is_array else list(images)))
+    return predict_from_options(options, sources)
 
 
 @with_own_state
@@ -238,8 +230,9 @@ def inspect_tokens(model: str | Path, images: Any = (), **flags: Unpack[InspectF
         ...     print(verdict.token, verdict.headline)
     """
     from ..analysis.inspect_tokens import inspect_tokens
+    from ..inference.inputs import list_sources
 
-    paths = list_images(images)
+    paths = list_sources(images)
     for path in paths:
         if not isinstance(path, str | Path):
             raise ValueError(

@@ -4,6 +4,7 @@ Most runs use the test process. Slow tests start real processes: a run that is k
 two processes.
 """
 
+import base64
 import csv
 import io
 import json
@@ -625,3 +626,50 @@ def test_images_of_several_shapes_share_a_batch(photos: Path) -> None:
         (alone,) = predict(model, processor, path)
         assert alone["label"] == row["label"]
         assert alone["probability"] == pytest.approx(row["probability"], abs=1e-5)
+
+
+# Serving ------------------------------------------------------------------------------------------
+
+
+def write_data_uri(path: Path) -> str:
+    return f"data:image/jpeg;base64,{base64.b64encode(path.read_bytes()).decode()}"
+
+
+SERVED: dict[str, Callable[[Path], Any]] = {
+    "bytes": lambda path: path.read_bytes(),
+    "a memoryview": lambda path: memoryview(path.read_bytes()),
+    "a file object": lambda path: path.open("rb"),
+    "a file object in memory": lambda path: io.BytesIO(path.read_bytes()),
+    "a list of file objects": lambda path: [io.BytesIO(path.read_bytes())],
+    "a data URI": write_data_uri,
+    "one array": lambda path: np.asarray(Image.open(path)),
+    "a generator": lambda path: (each for each in [path]),
+}
+
+
+@pytest.mark.parametrize("build", SERVED.values(), ids=SERVED)
+def test_a_photo_of_a_request_has_the_label_of_its_file(
+    build: Callable[[Path], Any], models: Path, photos: Path
+) -> None:
+    (expected,) = functions.predict(models / "one_label", photos / "a.jpg")
+    (row,) = functions.predict(models / "one_label", build(photos / "a.jpg"))
+    assert row["error"] is None
+    assert row["label"] == expected["label"]
+    assert row["probability"] == pytest.approx(expected["probability"], abs=1e-5)
+
+
+def test_no_photos_have_no_rows(models: Path) -> None:
+    assert functions.predict(models / "one_label", []) == []
+
+
+@pytest.mark.parametrize("images", [None, 3, {"image": "a.jpg"}, io.StringIO("text")], ids=repr)
+def test_what_is_no_photo_is_one_line(images: Any, models: Path) -> None:
+    with raises_one_line("`images`"):
+        functions.predict(models / "one_label", images)
+
+
+@pytest.mark.parametrize("uri", ["data:image/png;base64,%%%", "data:,text", "data:"])
+def test_a_data_uri_without_a_photo_has_the_reason_in_its_row(uri: str, models: Path) -> None:
+    (row,) = functions.predict(models / "one_label", uri)
+    assert row["error"]
+    assert row["label"] is None
