@@ -27,7 +27,6 @@ from ..hub.model_files import CARD_FILE, RECIPE_FILE, REPORT_FILE
 from ..hub.model_folder import ModelFolder, warn_once
 from ..hub.provenance import Provenance
 from ..inference.frozen_probe import describe_candidate
-from ..inference.linear_probe import TOKEN_TEXTS
 from ..inference.metric_tables import (
     METRIC_NAMES,
     build_class_tables,
@@ -335,7 +334,7 @@ def describe_addition(name: str, record: dict[str, Any]) -> dict[str, Any]:
     names = format_name(name) if is_task else ", ".join(map(format_name, record["labels"]))
 
     result = "not measured"
-    if measured := record.get("held_out_result") or record.get("new_classes"):
+    if measured := record.get("result"):
         metric = next(iter(measured))
         low, high = measured[f"{metric}_interval"]
         result = (
@@ -350,12 +349,12 @@ def describe_addition(name: str, record: dict[str, Any]) -> dict[str, Any]:
             f"{old['num_images']:,} images"
         )
     elif not is_task:
-        result += "; what the old classes lose is unknown, because there were no images of them"
+        result += "; what the old classes lose was not measured"
 
     return {
         "name": f"{'task' if is_task else 'classes'} {names}",
         "dataset": format_name(record["dataset"]),
-        "reads": f"layers {', '.join(map(str, record['layers']))}: {TOKEN_TEXTS[record['tokens']]}",
+        "reads": record["reads"],
         "result": result,
         "cost": f"{format_small_percent(record['relative_flops'])} FLOPs, "
         f"{record['num_parameters']:,} parameters",

@@ -1,12 +1,15 @@
 """Tasks and classes that are added to a finished model without changing its other outputs.
 
-    images -> frozen encoder, once -> choice of layers, tokens, scale, C (cross-validation) -> extra head
-           -> model folder with the tensors of the old model -> certificate, or nothing is written
+    task      images -> frozen encoder, once -> LinearProbe -> extra head
+    class     images -> frozen encoder, once -> mean of the class, class statistics of the model -> one row
+              -> model folder with the tensors of the old model -> certificate, or nothing is written
 
 A head only reads the tokens of the finished forward pass (`config.extra_heads`), so that the other
-outputs keep their bits. The choice and the fit are those of the probe (inference/linear_probe.py).
-Added classes are a head of their own, too, whose logits are appended: one product with more rows
-would change the bits of the old ones.
+outputs keep their bits. Added classes are a head of their own, too, whose logits are appended: one
+product with more rows would change the bits of the old ones.
+
+A class needs no images of the old ones (inference/class_statistics.py): its row is the mean of its
+images, multiplied by the precision matrix that the old classes share.
 """
 
 import copy
@@ -21,6 +24,8 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from rich.console import Console
+from sklearn.model_selection import StratifiedKFold
+from threadpoolctl import threadpool_limits
 
 from ..conversion.any_checkpoint import resolve
 from ..data.evaluated_images import find_evaluated_images
@@ -43,27 +48,22 @@ from ..hub.model_files import (
 )
 from ..hub.model_folder import ModelFolder
 from ..hub.provenance import Provenance, find_provenance
-from ..inference.confidence import find_energy_threshold
+from ..inference.class_statistics import ClassStatistics, Token
 from ..inference.evaluate import set_up_evaluation
-from ..inference.evaluator import round_floats
 from ..inference.frozen_features import (
     FeatureLayout,
     Features,
     FrozenPass,
     concatenate_features,
 )
-from ..inference.intervals import compute_proportion_interval
-from ..inference.linear_probe import (
-    LAST_CLS_INNER_MEAN,
+from ..inference.frozen_probe import (
     NUM_LAST_LAYERS,
-    NUM_SINGLE_LAYERS,
-    Candidate,
-    LinearClassifier,
-    choose_probe,
-    describe_candidate,
-    fit_classifier,
-    list_candidates,
+    POOLING_TEXTS,
+    LinearProbe,
+    describe_layers,
+    stack_tokens,
 )
+from ..inference.intervals import compute_proportion_interval
 from ..inference.metric_tables import format_small_percent
 from ..model.configuration_vitcls import ViTCLSConfig
 from ..model.modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel, count_output_tokens
@@ -71,18 +71,20 @@ from ..runtime.distributed import set_mixed_precision
 from ..runtime.files import write_json
 from ..runtime.staging import check_output_is_empty, create_output_folder
 from ..runtime.system import get_versions
-from .calibration import (
-    compute_error,
-    compute_error_by_chance,
-    describe_error_by_chance,
-    find_calibration,
-)
 from .certificate import NUM_IMAGES, certify, describe_certificate, load_old_model, read_pixels
 from .options import AddClassOptions, AdditionOptions, AddTaskOptions
-from .probe import MAX_CHOICE_IMAGES, build_record, select_out_of_fold, split_at_random
+from .probe import (
+    ABSENT_CLASS_MARGIN,
+    MAX_CHOICE_IMAGES,
+    build_probe_record,
+    describe_probe,
+    find_groups,
+    split_at_random,
+)
 
 
 SINGLE_LABEL: Final = "single_label_classification"
+NUM_FOLDS = 10  # that measure the recall of a new class
 
 
 @dataclass(frozen=True)
@@ -124,43 +126,43 @@ class Base:
         features = frozen_pass(model, self.console)
         return features.take(features.labels >= 0)
 
+    def get_logits(self, features: Features) -> np.ndarray:
+        """Return the logits [N, C] in some features, before the division by the temperature."""
+        logits = features.values[:, -(self.config.num_labels or 0) :]
+        return logits.astype(np.float64) * self.config.temperature
+
     @property
     def layout(self) -> FeatureLayout:
-        return FeatureLayout.for_extra_heads(self.config, max(NUM_SINGLE_LAYERS, NUM_LAST_LAYERS))
+        return FeatureLayout.for_extra_heads(self.config, NUM_LAST_LAYERS)
 
-    def list_candidates(self) -> list[Candidate]:
-        """Return what a head can read at a cost of less than 2% of the forward pass.
+    @property
+    def computes_last_patches(self) -> bool:
+        """Return whether the model computes the patches of the last layer.
 
-        The last layer of a classifier on CLS computes only CLS. A head on its patches would compute
-        it again for all tokens, about 8% of a forward pass, so that such a head reads the patches
-        of other layers only.
+        A classifier on CLS does not. A head on them would compute the layer again for all tokens,
+        about 8% of a forward pass, and all other heads cost less than 2%.
         """
-        layout = self.layout
-        candidates = list_candidates(layout.num_layers, tokens=layout.token_choices)
-        if count_output_tokens(self.model.vitcls, None, {}) is None:
-            return candidates
-        candidates = [candidate for candidate in candidates if not candidate.reads_last_patches]
-        if layout.num_layers >= NUM_LAST_LAYERS:
-            layers = tuple(range(-NUM_LAST_LAYERS, 0))
-            candidates += [
-                Candidate(layers, LAST_CLS_INNER_MEAN, scale) for scale in ("raw", "standardized")
-            ]
-        return sorted(candidates, key=lambda candidate: candidate.complexity)
+        return count_output_tokens(self.model.vitcls, None, {}) is None
 
 
 @dataclass(frozen=True)
 class FittedHead:
     """A head and what is known about it."""
 
-    candidate: Candidate  # what the head reads
-    classifier: LinearClassifier
+    tokens: tuple[Token, ...]  # that it reads
+    weight: np.ndarray  # [L, F]
+    bias: np.ndarray  # [L]
     fields: dict[str, Any]  # of `config.extra_heads`
     record: dict[str, Any]  # for results.json
     lines: dict[str, str]  # to print
 
     def compute_logits(self, features: Features) -> np.ndarray:
         """Return the logits [N, L] of the head, before the division by its temperature."""
-        return features.select(self.candidate) @ self.classifier.weight.T + self.classifier.bias
+        return stack_tokens(features.get_tokens(), self.tokens) @ self.weight.T + self.bias
+
+    def predict(self, features: Features, logits: np.ndarray) -> np.ndarray:
+        """Return the label [N] of the highest logit: of the classifier, [N, C], or of the head."""
+        return np.concatenate([logits, self.compute_logits(features)], axis=1).argmax(axis=1)
 
 
 # Tasks --------------------------------------------------------------------------------------------
@@ -180,7 +182,9 @@ def add_task_from_options(options: AddTaskOptions) -> dict[str, Any]:
     changes = (options.remove_task, options.name)
     changed_heads = [name for name in base.config.get_added_tasks() if name in changes]
 
-    data = load_training_data(options.data)
+    data = load_training_data(
+        replace(options.data, held_out_fraction=options.data.held_out_fraction or 0.0)
+    )
     model = base.model
     for name in changed_heads:
         model = remove_head(model, name)
@@ -244,30 +248,44 @@ def check_name(options: AddTaskOptions, config: ViTCLSConfig) -> None:
 
 
 def fit_task(base: Base, data: TrainingData, options: AddTaskOptions) -> FittedHead:
-    """Choose and fit the head of a task, and measure it on the held-out images."""
+    """Choose and fit the head of a task, and measure it by cross-validation or on held-out images."""
     check_has_one_label(data.label_space, options.data.dataset)
     compute = partial(base.compute_features, label_space=data.label_space)
     images: Any = data.train  # not streamed
     first_images, other_images = split_at_random(images.draw(options.max_images), MAX_CHOICE_IMAGES)
-    parts = [compute(first_images)]
+    features = compute(first_images)
+    num_chosen_images = len(features.labels)
+    groups = find_groups([(first_images, features.indices)])
+    probe = LinearProbe(pooling=None if base.computes_last_patches else "cls")
+    with threadpool_limits(limits=1):  # the matrices are small
+        probe.fit(features.get_tokens(), features.labels, groups)
     if len(other_images):
-        parts.append(compute(other_images))
-    held_out = compute(data.held_out) if len(data.held_out) else None
+        features = concatenate_features(features, compute(other_images))
+        probe.refit(features.get_tokens(), features.labels)
 
-    head = fit_task_head(base, data.label_space.names, parts)
-    if held_out is not None:
-        measured = measure_head(head, held_out)
-        head.record["held_out_result"] = round_floats(measured)
+    record = build_probe_record(probe, features, num_chosen_images)
+    head = build_task_head(probe, data.label_space.names, record)
+    if probe.estimate_ is not None:
+        measured = {
+            "accuracy": probe.estimate_.accuracy,
+            "accuracy_interval": probe.estimate_.interval,
+            "num_images": num_chosen_images,
+        }
+        head.lines["cross-validation"] = format_proportion(measured)
+        head.record["result"] = measured
+    if len(data.held_out):
+        held_out = compute(data.held_out)
+        is_right = head.compute_logits(held_out).argmax(axis=1) == held_out.labels
+        measured = build_proportion("accuracy", is_right)
         head.lines["held out"] = format_proportion(measured)
+        head.record["result"] = measured
     record = {
-        "kind": "task",
         "dataset": strip_folders(data.name),
         "label_column": list(data.label_space.columns),
-        **head.record,
         "held_out_images": data.held_out_name,
         HELD_OUT_RECORD_KEY: asdict(data.build_record()),
     }
-    return replace(head, record=record)
+    return replace(head, record=head.record | record)
 
 
 def check_has_one_label(label_space: LabelSpace, dataset: str) -> None:
@@ -279,74 +297,51 @@ def check_has_one_label(label_space: LabelSpace, dataset: str) -> None:
         )
 
 
-def measure_head(head: FittedHead, held_out: Features) -> dict[str, Any]:
-    """Return the accuracy and the calibration error of a head."""
-    logits = head.compute_logits(held_out)
-    num_right = (logits.argmax(axis=1) == held_out.labels).sum()
-    calibrated = (logits / head.fields.get("temperature", 1.0)).astype(np.float32)
-    return build_proportion("accuracy", num_right, len(logits)) | {
-        "calibration_error": compute_error(calibrated, held_out.labels),
-        "calibration_error_by_chance": compute_error_by_chance(calibrated),
-    }
-
-
-def fit_task_head(base: Base, names: list[str], parts: Sequence[Features]) -> FittedHead:
-    """Fit a logistic regression, with a temperature from the images that each fold leaves out."""
-    first = parts[0]
-    choice = choose_probe(
-        lambda candidate: first.select(candidate).astype(np.float64),
-        first.labels,
-        len(names),
-        base.list_candidates(),
-    )
-    candidate = choice.candidate
-    everything = join(parts)
-    classifier = fit_classifier(
-        everything.select(candidate).astype(np.float64),
-        everything.labels,
-        len(names),
-        candidate.scale,
-        choice.strength,
+def build_task_head(probe: LinearProbe, names: list[str], record: dict[str, Any]) -> FittedHead:
+    """Return the head of a fitted probe. Labels without training images are never predicted."""
+    tokens = probe.candidate_.tokens
+    weight = np.zeros((len(names), probe.weight_.shape[1]))
+    bias = np.full(len(names), probe.bias_.min() - ABSENT_CLASS_MARGIN)
+    weight[probe.classes_] = probe.weight_
+    bias[probe.classes_] = probe.bias_
+    temperature = round(probe.temperature_, 4)
+    return FittedHead(
+        tokens=tokens,
+        weight=weight,
+        bias=bias,
+        fields=build_head_fields(tokens, names) | {"temperature": temperature},
+        record={"kind": "task", "reads": describe_tokens(tokens), "temperature": temperature}
+        | record,
+        lines={"head": describe_probe(record)},
     )
 
-    fields = build_head_fields(candidate, names)
-    record = build_record(choice, "unchanged", None, list(parts))
-    lines = {"head": describe_candidate(record)}
-    if choice.score is not None:
-        lines["cross-validation"] = f"{record['accuracy']:.1%}, log loss {record['loss']:.2f}"
-        out_of_fold, labels = select_out_of_fold(choice.score, first.labels)
-        calibration = find_calibration(out_of_fold.astype(np.float32), labels, "cross-validation")
-        lines["calibration"] = calibration.text
-        if calibration.is_fitted:
-            fields |= {
-                "temperature": calibration.temperature,
-                "threshold": calibration.energy_threshold,
-            }
-            record["calibration"] = calibration.to_dict()
-    return FittedHead(candidate, classifier, fields, record, lines)
 
-
-def join(parts: Sequence[Features]) -> Features:
-    """Return the features of one part, or of two parts of the same images."""
-    return parts[0] if len(parts) == 1 else concatenate_features(*parts)
-
-
-def build_head_fields(candidate: Candidate, names: list[str]) -> dict[str, Any]:
-    """Return the entry of `config.extra_heads` for a head that reads exactly a candidate."""
+def build_head_fields(tokens: Sequence[Token], names: list[str]) -> dict[str, Any]:
+    """Return the entry of `config.extra_heads` for a head that reads some tokens."""
+    poolings: dict[int, str] = {}
+    for layer, kind in tokens:
+        poolings[layer] = "cls_mean" if layer in poolings else kind
     return {
         "labels": list(names),
-        "pooling": candidate.layer_poolings,
-        "pooled_layers": list(candidate.layers),
+        "pooling": list(poolings.values()),
+        "pooled_layers": list(poolings),
         "problem_type": SINGLE_LABEL,
     }
 
 
-def build_proportion(name: str, count: int, total: int) -> dict[str, Any]:
-    """Return a proportion, its 95% interval and the number of observations."""
+def describe_tokens(tokens: Sequence[Token]) -> str:
+    """Return the tokens as text: "last 4 layers, CLS and mean of the patches"."""
+    layers = dict.fromkeys(layer for layer, _ in tokens)
+    kinds = dict.fromkeys(POOLING_TEXTS[kind] for _, kind in tokens)
+    return f"{describe_layers(list(layers))}, {' and '.join(kinds)}"
+
+
+def build_proportion(name: str, values: np.ndarray) -> dict[str, Any]:
+    """Return the proportion of true values, its 95% interval and the number of values."""
     return {
-        name: float(count / total),
-        f"{name}_interval": compute_proportion_interval(int(count), total),
-        "num_images": total,
+        name: float(values.mean()),
+        f"{name}_interval": compute_proportion_interval(int(values.sum()), len(values)),
+        "num_images": len(values),
     }
 
 
@@ -373,8 +368,8 @@ def append_head(
     extended = rebuild(model, config)
     linear = extended.extra_heads[f"task_{name}"]
     with torch.no_grad():
-        linear.weight.copy_(torch.from_numpy(head.classifier.weight))
-        linear.bias.copy_(torch.from_numpy(head.classifier.bias))
+        linear.weight.copy_(torch.from_numpy(head.weight))
+        linear.bias.copy_(torch.from_numpy(head.bias))
     return extended
 
 
@@ -475,78 +470,69 @@ def print_lines(console: Console, lines: dict[str, str]) -> None:
 
 
 @dataclass(frozen=True)
-class BiasChoice:
-    """Number that is added to the bias of the new classes, and its effect.
+class OldImages:
+    """Images of the old classes, from `old_dataset`."""
 
-    The effect is that on images that were left out of the fits.
-    """
-
-    shift: float
-    num_old: int
-    num_lost: int  # old images that were right and are predicted as a new class
-    num_new: int
-    num_recognized: int
+    fitted: LabeledImages  # for class statistics, if the model has none
+    measured: LabeledImages  # for what the old classes lose; the model was not trained on them
+    description: str
 
 
 def add_classes_from_options(options: AddClassOptions) -> dict[str, Any]:
     """Add classes, write the model folder, and return the record of the classes.
 
     Raises:
-        ValueError, OSError: if the model or the data cannot be read, if a class exists already, or
-            if no image of a new class is recognized unless the old classes lose more than
-            `max_old_loss` points. Nothing is written.
+        ValueError, OSError: if the model or the data cannot be read, if a class exists already, if
+            there are no class statistics, or if the old classes lose more than `max_old_loss`
+            points. Nothing is written.
     """
     check_output_is_empty(options.output_dir, "output_dir")
     check_output_is_not_read(options.output_dir, options.data.dataset)
     base = load_base(options.model, options)
     label_space = get_label_space(base.config)
-    num_labels = base.config.num_labels or 0
-    is_classifier = isinstance(base.model, ViTCLSForImageClassification) and num_labels > 1
+    num_old = base.config.num_labels or 0
+    is_classifier = isinstance(base.model, ViTCLSForImageClassification) and num_old > 1
     if not is_classifier or label_space.kind != SINGLE_LABEL:
         raise ValueError(
             f"classes can be added to a classifier with one label per image, but {options.model} "
             "is none. Add a task with `vitcls add-task`"
         )
     new_space, new_images, new_held_out = load_new_images(options, label_space)
-    names = new_space.names[len(label_space.names) :]
-    old_images, old_description = load_old_images(base, options, label_space)
+    names = new_space.names[num_old:]
+    old_images = None
+    if options.old_dataset is not None:
+        old_images = load_old_images(base, options, label_space)
 
     with create_output_folder(options.output_dir, "output_dir") as folder:
         compute = partial(base.compute_features, with_logits=True)
-        new_features = compute(new_images, new_space)
-        if old_images is None:
-            head = fit_without_old_images(base, names, new_features)
-        else:
-            features = concatenate_features(new_features, compute(old_images, label_space))
-            head = fit_new_rows(base, names, features, options.max_old_loss)
-        record: dict[str, Any] = {
-            "kind": "classes",
-            "labels": names,
-            "dataset": strip_folders(options.data.dataset),
-            "num_new_images": len(new_features.labels),
-            "old_images": old_description,
-            **head.record,
-        }
-        lines = head.lines
+        statistics = find_statistics(base, old_images, label_space)
+        new = compute(new_images, new_space)
+        head = build_class_head(statistics, new, base.get_logits(new), names)
         if new_held_out is not None:
             held_out = compute(new_held_out, new_space)
-            logits = [get_old_logits(base, held_out), head.compute_logits(held_out)]
-            is_right = np.concatenate(logits, axis=1).argmax(axis=1) == held_out.labels
-            measured = build_proportion("recall", is_right.sum(), len(is_right))
-            record["held_out_result"] = round_floats(measured)
-            lines = lines | {"held out": format_proportion(measured)}
+            is_right = head.predict(held_out, base.get_logits(held_out)) == held_out.labels
+        else:
+            is_right = cross_validate(statistics, new, base.get_logits(new), names)
+        record = head.record | {"dataset": strip_folders(options.data.dataset)}
+        if len(is_right):
+            record["result"] = build_proportion("recall", is_right)
+            head.lines["new classes"] = format_proportion(record["result"])
+        if old_images is not None:
+            old = compute(old_images.measured, label_space)
+            loss = measure_old_loss(head, old, base.get_logits(old))
+            check_old_loss(loss, options.max_old_loss)
+            record |= {"old_classes": loss, "old_images": old_images.description}
+            head.lines["old classes"] = format_proportion(loss)
 
         head_name = f"added_classes_{len(base.config.get_added_classes()) + 1:03d}"
         model = append_head(base.model, head_name, head, dict(enumerate(new_space.names)))
-        if base.config.energy_threshold is not None and "energy_threshold" in record:
-            model.config.energy_threshold = record["energy_threshold"]
         record |= describe_cost(base.model, model)
-        print_lines(base.console, lines | {"cost": format_cost(record)})
+        print_lines(base.console, head.lines | {"cost": format_cost(record)})
 
-        num_old_pixels = 0 if old_images is None else NUM_IMAGES * 3 // 4
-        pixels = read_pixels(new_images, base.processor, NUM_IMAGES - num_old_pixels)
+        num_new_pixels = NUM_IMAGES if old_images is None else NUM_IMAGES // 4
+        pixels = read_pixels(new_images, base.processor, num_new_pixels)
         if old_images is not None:
-            pixels += read_pixels(old_images, base.processor, NUM_IMAGES - len(pixels))
+            pixels += read_pixels(old_images.measured, base.processor, NUM_IMAGES - len(pixels))
         records = base.folder.results.get(ADDITIONS_KEY, {}) | {head_name: record}
         line = write_model(base, model, folder, pixels, records)
     print_lines(base.console, {"certificate": line, "written": str(options.output_dir)})
@@ -574,212 +560,158 @@ def load_new_images(
     return new_space, train, held_out
 
 
-def load_old_images(
-    base: Base, options: AddClassOptions, label_space: LabelSpace
-) -> tuple[LabeledImages | None, str | None]:
-    """Return held-out images of the old classes and their description, or None for both.
+def load_old_images(base: Base, options: AddClassOptions, label_space: LabelSpace) -> OldImages:
+    """Load the images of the old classes.
 
-    They come from --old-dataset or from the dataset in the record of the model: the validation or
-    test split or, if there is only one split, the images that training held out.
+    The measured ones are the validation or test split or, if there is only one split, the images
+    that training held out. If it held out none, they are a random half.
     """
-    record = read_held_out_record(base.folder)
-    dataset = options.old_dataset or (None if record is None else record.dataset)
-    if dataset is None:
-        return None, None
-    data_options = DataOptions(dataset, num_workers=options.data.num_workers)
-    try:
-        splits = load_splits(data_options)
-    except (ValueError, OSError):
-        if options.old_dataset is not None:
-            raise
-        return None, None
-    training_splits = choose_training_splits(splits.names, use_selection_split=False)
-    split = training_splits.held_out or training_splits.train
-    images = splits.images_by_split[split]
+    assert options.old_dataset is not None
+    data_options = DataOptions(options.old_dataset, num_workers=options.data.num_workers)
+    splits = load_splits(data_options)
+    check_has_one_label(splits.label_space, options.old_dataset)
     names = splits.label_space.names
-    is_known = [
-        label >= 0 and names[label] in label_space.index_by_name["label"] for label in images.labels
-    ]
-    images = images.select(np.flatnonzero(is_known).tolist())
-    part_text = f"split {split!r}"
-    if training_splits.held_out is None:
-        is_evaluated, part = find_evaluated_images(images, record, data_options, splits.name)
-        images = images.select(np.flatnonzero(is_evaluated).tolist())
+
+    def take_known(split: str) -> LabeledImages:
+        images = splits.images_by_split[split]
+        known = [
+            index
+            for index, label in enumerate(images.labels)
+            if label >= 0 and names[label] in label_space.index_by_name["label"]
+        ]
+        return images.select(known)
+
+    training_splits = choose_training_splits(splits.names, use_selection_split=False)
+    fitted = take_known(training_splits.train)
+    if training_splits.held_out is not None:
+        measured = take_known(training_splits.held_out)
+        part_text = f"split {training_splits.held_out!r}"
+    else:
+        record = read_held_out_record(base.folder)
+        is_measured, part = find_evaluated_images(fitted, record, data_options, splits.name)
         part_text = part.describe()
-    if not len(images):
-        return None, None
-    images = match_labels(images.draw(MAX_CHOICE_IMAGES), splits.label_space, label_space)
-    return images, f"{len(images):,} images of {strip_folders(dataset)} ({part_text})"
-
-
-def get_old_logits(base: Base, features: Features) -> np.ndarray:
-    """Return the logits [N, C] of the old classes before the division by the temperature.
-
-    The new rows share the temperature.
-    """
-    logits = features.values[:, -(base.config.num_labels or 0) :]
-    return logits.astype(np.float64) * base.config.temperature
-
-
-def fit_new_rows(
-    base: Base, names: list[str], features: Features, max_old_loss: float
-) -> FittedHead:
-    """Fit the rows of the new classes, which cost the old ones at most `max_old_loss` points.
-
-    Raise ValueError if no image of a new class is recognized at this cost.
-    """
-    labels = features.labels
-    old_logits = get_old_logits(base, features)
-    num_old = old_logits.shape[1]
-    num_labels = old_logits.shape[1] + len(names)
-    choice = choose_probe(
-        lambda candidate: features.select(candidate).astype(np.float64),
-        labels,
-        num_labels,
-        [candidate for candidate in base.list_candidates() if candidate.layers[-1] == -1],
-        old_logits,
-    )
-    candidate = choice.candidate
-    if choice.score is None:
+        if is_measured.all():
+            is_measured = np.random.default_rng(0).permutation(len(fitted)) % 2 == 0
+            part_text = "a random half"
+        measured = fitted.select(np.flatnonzero(is_measured).tolist())
+        fitted = fitted.select(np.flatnonzero(~is_measured).tolist())
+    if not len(measured):
         raise ValueError(
-            f"{len(labels)} images are too few for a cross-validation. Add images to `dataset`"
+            f"{options.old_dataset} has no image of an old class that the model was not trained "
+            "on. Set `old_dataset` to other images, or remove it"
         )
-    out_of_fold, predicted_labels = select_out_of_fold(choice.score, labels)
-    bias = choose_bias(out_of_fold, predicted_labels, num_old, max_old_loss)
-    classifier = fit_classifier(
-        features=features.select(candidate).astype(np.float64),
-        labels=labels,
-        num_labels=num_labels,
-        scale=candidate.scale,
-        strength=choice.strength,
-        old_logits=old_logits,
+    fitted, measured = (
+        match_labels(images.draw(MAX_CHOICE_IMAGES), splits.label_space, label_space)
+        for images in (fitted, measured)
     )
-    classifier = LinearClassifier(
-        classifier.weight, (classifier.bias + bias.shift).astype(np.float32)
-    )
-
-    out_of_fold = out_of_fold.copy()
-    out_of_fold[:, num_old:] += bias.shift
-    calibrated = (out_of_fold / base.config.temperature).astype(np.float32)
-    lost = build_proportion("old_loss", bias.num_lost, bias.num_old)
-    recall = build_proportion("recall", bias.num_recognized, bias.num_new)
-    record = build_record(choice, "unchanged", None, [features]) | {
-        "max_old_loss": max_old_loss / 100,
-        "old_classes": round_floats(lost),
-        "new_classes": round_floats(recall),
-        "calibration_error": compute_error(calibrated, predicted_labels),
-        "calibration_error_by_chance": compute_error_by_chance(calibrated),
-        "energy_threshold": round(find_energy_threshold(calibrated), 6),
-    }
-    by_chance_text = describe_error_by_chance(record["calibration_error_by_chance"])
-    lines = {
-        "head": describe_candidate(record),
-        "old classes": format_proportion(lost),
-        "new classes": format_proportion(recall),
-        "calibration": (
-            f"error {100 * record['calibration_error']:.1f} points with all classes "
-            f"{by_chance_text}"
-        ),
-    }
-    return FittedHead(candidate, classifier, build_class_fields(candidate, names), record, lines)
+    dataset = strip_folders(options.old_dataset)
+    return OldImages(fitted, measured, f"{len(measured):,} images of {dataset} ({part_text})")
 
 
-def choose_bias(
-    logits: np.ndarray, labels: np.ndarray, num_old: int, max_old_loss: float
-) -> BiasChoice:
-    """Choose the number that is added to the logits of the new classes.
+def find_statistics(
+    base: Base, old_images: OldImages | None, label_space: LabelSpace
+) -> ClassStatistics:
+    """Return the class statistics of the model or, if it has none, those of the old images.
 
-    An old image is lost if it was right and is now predicted as a new class. Of the numbers with
-    which at most `max_old_loss` percent of the old images are lost, one that recognizes the most
-    new images is chosen: 0, if it is one of them, and otherwise the middle between the last
-    recognized image and the next lost one.
+    Raise ValueError without both.
+    """
+    if old_images is None:
+        raise ValueError(
+            f"{base.folder.source} has no class statistics. Set `old_dataset` to images of its "
+            "classes, from which they are computed, or run `vitcls finetune` again"
+        )
+    features = base.compute_features(old_images.fitted, label_space)
+    tokens = features.get_tokens()
+    if not base.computes_last_patches:
+        del tokens[-1, "mean"]
+    return ClassStatistics.fit(tokens, features.labels, len(label_space.names))
+
+
+def build_class_head(
+    statistics: ClassStatistics, features: Features, logits: np.ndarray, names: list[str]
+) -> FittedHead:
+    """Return a row for the mean of each new class, between the logits of the classifier.
+
+    Unless the classifier is that of the statistics, its logits have another mean and scale than
+    theirs. The row of a class is therefore moved and scaled as the logits of the old classes are,
+    for the new images.
 
     Args:
-        logits: [N, C + K] of images that the new rows were not fitted to.
-        labels: [N]; those of the new classes start at `num_old`.
-
-    Raises:
-        ValueError: if no new image is recognized at this cost, or none was left out.
+        statistics: of the C old classes.
+        features: of the new images; their labels start at C.
+        logits: [N, C] of the classifier, before the division by its temperature.
+        names: of the new classes.
     """
-    is_old = labels < num_old
-    if is_old.all():
-        raise ValueError(
-            "one image of each new class is too few, because it cannot be left out of the fits to "
-            "measure what the class costs. Add images to `dataset`"
-        )
-    margins = logits[:, :num_old].max(axis=1) - logits[:, num_old:].max(axis=1)
-    was_right = logits[:, :num_old].argmax(axis=1) == labels
-    is_right_new = logits[:, num_old:].argmax(axis=1) + num_old == labels
+    known = np.flatnonzero(statistics.counts)
+    tokens = features.get_tokens()
+    weight, bias = statistics.build_classifier()
+    own = (stack_tokens(tokens, statistics.tokens) @ weight.T + bias)[:, known]
+    logits = logits[:, known]
+    scale = center(logits).std() / center(own).std()
 
-    lost_margins = np.sort(margins[is_old & was_right])
-    num_allowed = int(max_old_loss / 100 * is_old.sum())
-    limit = lost_margins[num_allowed] if num_allowed < len(lost_margins) else np.inf
-    new_margins = np.sort(margins[~is_old & is_right_new])
-    recognized = new_margins[new_margins < limit]
-    if not len(recognized):
-        cost = ""
-        if len(new_margins):
-            points = 100 * (lost_margins < new_margins[0]).sum() / is_old.sum()
-            cost = f": the first one would cost the old classes {points:.1f} points"
-        raise ValueError(
-            f"at `max_old_loss={max_old_loss:g}`, no image of a new class is recognized{cost}. Add "
-            "images to `dataset`, or set a larger `max_old_loss`"
-        )
-    last = recognized[-1]
-    shift = 0.0
-    if not last < 0 < limit:
-        shift = (last + limit) / 2 if np.isfinite(limit) else last + 1.0
-    return BiasChoice(
-        shift=float(shift),
-        num_old=int(is_old.sum()),
-        num_lost=int((lost_margins < shift).sum()),
-        num_new=int((~is_old).sum()),
-        num_recognized=int((new_margins < shift).sum()),
-    )
-
-
-def fit_without_old_images(base: Base, names: list[str], features: Features) -> FittedHead:
-    """Return rows that score the similarity to the mean of a new class.
-
-    They recognize half of its images.
-
-    Without images of the old classes, nothing is known about what these lose. In
-    model_cards/studies/additions.md, it was 33 points with rows that recognize 90% of the new
-    images, and 12 points with these.
-    """
-    old_logits = get_old_logits(base, features)
-    candidate = base.list_candidates()[0]
-    values = features.select(candidate).astype(np.float64)
-    spread = float((old_logits.max(axis=1) - old_logits.mean(axis=1)).mean())
-    weights = []
+    rows = []
     biases = []
-    for index in range(len(names)):
-        in_class = features.labels == old_logits.shape[1] + index
+    num_old = len(statistics.counts)
+    for index, name in enumerate(names):
+        in_class = features.labels == num_old + index
         if not in_class.any():
-            raise ValueError(
-                f"the class {names[index]!r} has no images. Add images, or remove the class"
-            )
-        mean = values[in_class].mean(axis=0)
-        weight = spread * mean / (mean @ mean)
-        margins = old_logits[in_class].max(axis=1) - values[in_class] @ weight
-        weights.append(weight)
-        biases.append(np.median(margins) + 1e-3)
-    classifier = LinearClassifier(
-        np.stack(weights).astype(np.float32), np.array(biases, np.float32)
+            raise ValueError(f"the class {name!r} has no images. Add images, or remove the class")
+        row, row_bias = statistics.add_class(
+            {token: array[in_class] for token, array in tokens.items()}
+        )
+        rows.append(scale * row)
+        biases.append(logits.mean() + scale * (row_bias - own.mean()))
+
+    return FittedHead(
+        tokens=statistics.tokens,
+        weight=np.stack(rows),
+        bias=np.array(biases),
+        fields=build_head_fields(statistics.tokens, names) | {"adds_classes": True},
+        record={
+            "kind": "classes",
+            "labels": names,
+            "num_new_images": len(features.labels),
+            "reads": describe_tokens(statistics.tokens),
+        },
+        lines={"head": f"means of the classes, {describe_tokens(statistics.tokens)}"},
     )
-    base.warn(
-        "there are no images of the old classes, so that it is unknown what these lose. Set "
-        "`old_dataset` to images that the model was not trained on"
-    )
-    record = {
-        "num_training_images": len(features.labels),
-        "layers": list(candidate.layers),
-        "tokens": candidate.tokens,
-        "max_old_loss": None,
-    }
-    return FittedHead(candidate, classifier, build_class_fields(candidate, names), record, {})
 
 
-def build_class_fields(candidate: Candidate, names: list[str]) -> dict[str, Any]:
-    """Return the entry of `config.extra_heads` for a head that adds classes."""
-    return build_head_fields(candidate, names) | {"adds_classes": True}
+def center(logits: np.ndarray) -> np.ndarray:
+    """Subtract the mean of each image from its logits [N, C]."""
+    return logits - logits.mean(axis=1, keepdims=True)
+
+
+def cross_validate(
+    statistics: ClassStatistics, features: Features, logits: np.ndarray, names: list[str]
+) -> np.ndarray:
+    """Return whether each new image is recognized by rows that were computed without it.
+
+    The arguments are those of `build_class_head`. Returns an empty array if a class has one image.
+    """
+    num_folds = min(NUM_FOLDS, np.unique(features.labels, return_counts=True)[1].min())
+    if num_folds < 2:
+        return np.zeros(0, bool)
+    is_right = np.zeros(len(features.labels), bool)
+    folds = StratifiedKFold(num_folds, shuffle=True, random_state=0)
+    for train, test in folds.split(features.labels, features.labels):
+        head = build_class_head(statistics, features.take(train), logits[train], names)
+        is_right[test] = head.predict(features.take(test), logits[test]) == features.labels[test]
+    return is_right
+
+
+def measure_old_loss(head: FittedHead, features: Features, logits: np.ndarray) -> dict[str, Any]:
+    """Return the part of the old images that were right, and are predicted as a new class."""
+    was_right = logits.argmax(axis=1) == features.labels
+    is_lost = was_right & (head.predict(features, logits) != features.labels)
+    return build_proportion("old_loss", is_lost)
+
+
+def check_old_loss(loss: dict[str, Any], max_old_loss: float) -> None:
+    """Raise ValueError if the old classes lose more than `max_old_loss` points."""
+    if 100 * loss["old_loss"] > max_old_loss:
+        raise ValueError(
+            f"the old classes lose {100 * loss['old_loss']:.1f} points, but "
+            f"`max_old_loss={max_old_loss:g}`. Add images to `dataset`, set a larger "
+            "`max_old_loss`, or train all classes together with `vitcls finetune`"
+        )

@@ -460,11 +460,11 @@ class AddClassOptions(AdditionOptions):
     model: str
     """A classifier with one label per image: a folder or a Hub id."""
     old_dataset: str | None = None
-    """Images of the old classes, which --dataset has no images of. Default: the held-out images of
-    the dataset that the model was trained on, if it is found."""
-    max_old_loss: float = 1.0
-    """Largest part of the images of old classes that may be predicted as one of the new classes
-    although they were right before, in points."""
+    """Images of the old classes, to measure what these lose. Required for a model without class
+    statistics, which are then computed from them."""
+    max_old_loss: float = 2.0
+    """Limit of this loss, in points: the images of old classes that were right, and are predicted
+    as a new class."""
 
     def __post_init__(self) -> None:
         check_minimum(self, 1, "batch_size")

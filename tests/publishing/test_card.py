@@ -115,8 +115,7 @@ def test_results_before_a_class_was_added_are_named_as_such(tmp_path: Path) -> N
         "kind": "classes",
         "labels": ["dawn"],
         "dataset": "new",
-        "layers": [-1],
-        "tokens": "cls",
+        "reads": "last layer, CLS",
         "relative_flops": 0.00001,
         "num_parameters": 33,
     }
