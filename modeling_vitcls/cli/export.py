@@ -35,11 +35,12 @@ def silence_exporters() -> None:
 
 
 def print_report(report: dict[str, Any], output: Path) -> None:
-    """Print the report and, for an output folder, the command that runs the exported model."""
+    """Print the report, the name of the file, and how to compare it with the model."""
+    file = output / report["file"] if not output.suffix else output
     if report["dtype"] != "int8":  # random images say little about int8
         print(
             f"Largest differences between {report['format']} in {report['dtype']} and "
-            f"{report['model']}:"
+            f"{report['model']} in float32:"
         )
         for comparison in report["tried"]:
             batch_size, _, height, width = comparison["shape"]
@@ -48,9 +49,13 @@ def print_report(report: dict[str, Any], output: Path) -> None:
             )
             print(f"- {batch_size} images of {height} x {width}: {differences}")
     print("\n".join(format_notes(report)))
-    print(f"\nWrote the model to {output}, with a description (.json)")
-    if not output.suffix:
-        print(f"Run it with `vitcls predict --model {output} --backend {report['format']} IMAGES`")
+    print(f"\nwrote {file} and {file.name}.json")
+    if "weights_sha256" in report:
+        print(
+            f"Compare it with `vitcls predict --model MODEL --mixed-precision no IMAGES`, with and "
+            f"without `--backend {file}`: without the flag, CPUs with bf16 instructions compute in "
+            "bf16"
+        )
 
 
 def format_notes(report: dict[str, Any]) -> list[str]:

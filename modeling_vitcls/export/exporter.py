@@ -131,6 +131,7 @@ def export_model(options: ExportOptions) -> Report:
         files = list(output_folder.iterdir())
         report: Report = {
             "format": options.format,
+            "file": target.name,
             "model": strip_folders(resolve_name(options.model, is_built_in=folder is None)),
             "model_class": type(model).__name__,
             "weights": "random" if folder is None else "trained",

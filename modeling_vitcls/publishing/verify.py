@@ -140,7 +140,7 @@ def verify(repo_id: str, revision: str = "main", folder: ModelFolder | None = No
     lines = [
         f"verified: {repo_id} at {commit.sha}",
         f"  {len(files)} files match their hashes; {code}",
-        "  outputs of a new process (empty cache, no modeling_vitcls), compared with "
+        "  outputs in float32 of a new process (empty cache, no modeling_vitcls), compared with "
         f"{reference_text}:",
         *(
             "    "

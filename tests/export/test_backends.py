@@ -32,6 +32,7 @@ from modeling_vitcls import (
     evaluate,
     predict,
 )
+from modeling_vitcls.cli.export import print_report
 from modeling_vitcls.export import exporter
 from modeling_vitcls.export.exporter import export_model
 from modeling_vitcls.export.options import ExportOptions
@@ -404,3 +405,13 @@ def test_features_of_an_exported_encoder_equal_those_of_torch(tmp_path: Path) ->
         for name in ("openvino", "torch")
     )
     assert found["features"] == pytest.approx(expected["features"], abs=1e-4)
+
+
+def test_an_export_names_its_file_and_the_precision(
+    model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    print_report(json.loads((model / "model.xml.json").read_text()), model)
+    printed = capsys.readouterr().out
+    assert str(model / "model.xml") in printed
+    assert "in float32" in printed
+    assert "--mixed-precision no" in printed

@@ -332,6 +332,7 @@ def test_the_report_describes_inputs_and_outputs(exported: tuple[Any, Path]) -> 
     speed = report.pop("speed")
     assert report == {
         "format": "onnx",
+        "file": "model.onnx",
         "model": "path/to/model",
         "model_class": "ViTCLSForImageClassification",
         "weights": "trained",
