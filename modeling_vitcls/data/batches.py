@@ -42,6 +42,7 @@ class BatchBuilder:
     label_space: LabelSpace
     to_rgb: bool  # whether images are converted to three channels
     seed: int  # seed of the augmentation
+    bit_depth: int = 16  # number of bits that 16-bit images use
     num_channels: int | None = None  # number of channels that the model requires; None: not checked
     image_bytes: int = 0  # size of an augmented image in bytes; 0 if unknown
 
@@ -51,7 +52,7 @@ class BatchBuilder:
         Raise UnreadableImage if the mode or the number of channels is not supported.
         """
         try:
-            pixels = pil_to_tensor(image, self.to_rgb)
+            pixels = pil_to_tensor(image, self.to_rgb, self.bit_depth)
         except ValueError as error:
             raise UnreadableImage(str(error)) from error
         check_channels(image, pixels, self.num_channels)

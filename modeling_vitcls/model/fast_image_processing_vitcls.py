@@ -65,7 +65,7 @@ def read_jpeg_bytes(source: Any) -> bytearray | None:
         with open_regular_file(source) as file:
             signature = file.read(len(JPEG_SIGNATURE))
             return bytearray(signature + file.read()) if signature == JPEG_SIGNATURE else None
-    except OSError:
+    except (OSError, ValueError):  # a zero byte in the name
         return None
 
 

@@ -38,7 +38,7 @@ from transformers.image_utils import (
     is_valid_image,
 )
 from transformers.processing_utils import ImagesKwargs, Unpack
-from transformers.utils import is_torchvision_available
+from transformers.utils import is_torchvision_available, logging
 
 from .fast_image_processing_vitcls import (
     URL_PREFIXES,
@@ -50,6 +50,8 @@ from .fast_image_processing_vitcls import (
     resize_and_crop,
 )
 
+
+logger = logging.get_logger(__name__)
 
 # `auto_map` of both backends (torchvision, PIL). By default, transformers saves only the class of
 # the saved processor.
@@ -70,6 +72,13 @@ RESAMPLING_FILTERS = tuple(map(PILImageResampling, range(4)))  # nearest, Lanczo
 # torchvision and timm.
 CROP_ROUNDINGS: dict[str, Callable[[float], int]] = {"down": math.floor, "even": round}
 
+# Largest values of floats that are taken for values from 0 to 1 (bicubic resizing overshoots), and
+# smallest ones that are taken for values from 0 to 255
+MAX_OF_FRACTIONS = 2.0
+MIN_OF_LEVELS = 16.0
+
+REPORTED_BIT_DEPTHS: set[int] = set()  # numbers of bits that a warning has named
+
 GRAY_MODES = frozenset({"1", "L", "LA", "I", "I;16", "I;16L", "I;16B", "I;16N"})
 DOWNLOAD_TIMEOUT = 60.0  # seconds
 
@@ -89,14 +98,19 @@ class ViTCLSBaseImageProcessor(BaseImageProcessor):
     image_mean = IMAGENET_DEFAULT_MEAN
     image_std = IMAGENET_DEFAULT_STD
 
-    def __init__(self, crop_rounding: str = "down", **kwargs: Unpack[ImagesKwargs]) -> None:
+    def __init__(
+        self, crop_rounding: str = "down", bit_depth: int = 16, **kwargs: Unpack[ImagesKwargs]
+    ) -> None:
         check_setting_names(kwargs)
+        if type(bit_depth) is not int or not 9 <= bit_depth <= 16:
+            raise ValueError(f"bit_depth must be an integer from 9 to 16, not {bit_depth!r}.")
         if crop_rounding not in CROP_ROUNDINGS:
             raise ValueError(
                 f"Unknown crop_rounding {crop_rounding!r}. Use {' or '.join(CROP_ROUNDINGS)}."
             )
         super().__init__(**kwargs)
         self.crop_rounding = crop_rounding
+        self.bit_depth = bit_depth
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings for `preprocessor_config.json`, with both backends in `auto_map`."""
@@ -142,9 +156,12 @@ class ViTCLSBaseImageProcessor(BaseImageProcessor):
         **kwargs: Any,
     ) -> Any:
         """Convert one image in memory to the shape [C, H, W] and type that the backend requires."""
+        do_rescale = bool(kwargs.get("do_rescale"))
         pixels = image_to_tensor(
-            image, bool(do_convert_rgb), bool(kwargs.get("do_rescale")), input_data_format
+            image, bool(do_convert_rgb), do_rescale, input_data_format, self.bit_depth
         )
+        if kwargs.get("do_normalize") and not do_rescale:
+            check_fractions(pixels, kwargs.get("image_mean"))
         if kwargs.get("do_normalize"):
             check_channels(
                 len(pixels), **{name: kwargs.get(name) for name in ("image_mean", "image_std")}
@@ -163,6 +180,14 @@ class ViTCLSBaseImageProcessor(BaseImageProcessor):
             return super().center_crop(image, size, **kwargs)
         top, left = map(CROP_ROUNDINGS[self.crop_rounding], margins)
         return image[..., top : top + size.height, left : left + size.width]
+
+    def _prepare_image_like_inputs(self, images: Any, *args: Any, **kwargs: Any) -> list[Any]:
+        """Return the converted images; the range of all floats of a batch is checked at once."""
+        images = self._prepare_images_structure(images)
+        if kwargs.get("do_rescale"):
+            check_float_levels(images)
+        prepared: list[Any] = super()._prepare_image_like_inputs(images, *args, **kwargs)
+        return prepared
 
     def _prepare_images_structure(self, images: Any, expected_ndims: int = 3) -> list[Any]:
         """Return a flat list of images.
@@ -215,8 +240,11 @@ class ViTCLSImageProcessor(ViTCLSBaseImageProcessor, TorchvisionBackend):  # typ
         - Orientation: The EXIF orientation of files, bytes and PIL images is applied. Only the
           first frame is used.
         - Bit depth: 1-bit values become 0 and 255. 16-bit values (PIL `I;16`, `I`; `uint16`) are
-          divided by 257, not clipped. Other arrays must contain values from 0 to 255, or any floats
-          if `do_rescale=False`. PIL's float mode `F` has no defined range and raises an error.
+          divided by 257, not clipped; files of cameras and microscopes that use 10 to 14 of the 16
+          bits require `bit_depth`. Other arrays must contain values from 0 to 255, or floats from 0
+          to 1 if `do_rescale=False`. Floats that are in the other range are an error, for which the
+          largest value of all floats of a batch counts: up to 2, the range is 0 to 1. PIL's float
+          mode `F` has no defined range and raises an error.
         - Channels, `do_convert_rgb=True`: All modes are converted to RGB. Transparent images are
           composited on white.
         - Channels, `do_convert_rgb=False`: Gray images are composited on white and have 1 channel.
@@ -245,6 +273,8 @@ class ViTCLSImageProcessor(ViTCLSBaseImageProcessor, TorchvisionBackend):  # typ
             are not whole pixels:
             down as in transformers, or half to even as in torchvision and timm. Calls cannot
             override this setting.
+        bit_depth (`int`, defaults to 16): Number of bits that 16-bit images use, from 9 to 16. Calls
+            cannot override this setting.
         do_rescale (`bool`, defaults to `True`): Whether to multiply by `rescale_factor` (False for
             floats in [0, 1]).
         rescale_factor (`float`, defaults to 1/255): Factor by which pixel values are multiplied.
@@ -268,13 +298,15 @@ class ViTCLSImageProcessor(ViTCLSBaseImageProcessor, TorchvisionBackend):  # typ
     # last checked settings, if the fast path supports them
     _checked_settings: tuple[Any, ...] | None = None
 
-    def __init__(self, crop_rounding: str = "down", **kwargs: Unpack[ImagesKwargs]) -> None:
+    def __init__(
+        self, crop_rounding: str = "down", bit_depth: int = 16, **kwargs: Unpack[ImagesKwargs]
+    ) -> None:
         if not is_torchvision_available():
             raise ImportError(
                 "ViTCLSImageProcessor requires torchvision. Install torchvision or set "
                 "backend='pil'."
             )
-        super().__init__(crop_rounding=crop_rounding, **kwargs)
+        super().__init__(crop_rounding=crop_rounding, bit_depth=bit_depth, **kwargs)
 
     def preprocess(self, images: Any, *args: Any, **kwargs: Unpack[ImagesKwargs]) -> BatchFeature:
         """Preprocess an image, a batch or a list; keyword arguments override the settings.
@@ -304,6 +336,7 @@ class ViTCLSImageProcessor(ViTCLSBaseImageProcessor, TorchvisionBackend):  # typ
 
     def _fast_preprocess(self, images: list[Any]) -> BatchFeature:
         """Return the output of `preprocess` for validated settings that the fast path supports."""
+        check_float_levels(images)
         tensors = [self._load_image(image) for image in images]
         check_same_shape(tensors)
         return BatchFeature(data={"pixel_values": normalize_batch(self, tensors)})
@@ -313,7 +346,7 @@ class ViTCLSImageProcessor(ViTCLSBaseImageProcessor, TorchvisionBackend):  # typ
         to_rgb = bool(self.do_convert_rgb)
         pixels = read_jpeg(image) if to_rgb else None
         if pixels is None:
-            pixels = image_to_tensor(self.fetch_images(image), to_rgb)
+            pixels = image_to_tensor(self.fetch_images(image), to_rgb, bit_depth=self.bit_depth)
         check_channels(len(pixels), image_mean=self.image_mean, image_std=self.image_std)
         return resize_and_crop(self, pixels)
 
@@ -429,6 +462,7 @@ def image_to_tensor(
     to_rgb: bool,
     do_rescale: bool = True,
     input_data_format: str | ChannelDimension | None = None,
+    bit_depth: int = 16,
 ) -> Tensor:
     """Convert one image in memory to an upright tensor [C, H, W].
 
@@ -436,26 +470,24 @@ def image_to_tensor(
     shape [H, W], [C, H, W] or [H, W, C].
     """
     if isinstance(image, PIL.Image.Image):
-        return pil_to_tensor(image, to_rgb)
+        return pil_to_tensor(image, to_rgb, bit_depth)
     if isinstance(image, np.ndarray):
         # `np.require` copies arrays only if they are read-only or not C-contiguous.
         image = torch.from_numpy(np.require(image, requirements=["C", "W"]))
-    pixels = to_uint8(to_channels_first(image, input_data_format), do_rescale)
+    pixels = to_uint8(to_channels_first(image, input_data_format), do_rescale, bit_depth)
     return convert_to_rgb(pixels) if to_rgb else pixels
 
 
-def pil_to_tensor(image: PIL.Image.Image, to_rgb: bool) -> Tensor:
+def pil_to_tensor(image: PIL.Image.Image, to_rgb: bool, bit_depth: int = 16) -> Tensor:
     """Convert one PIL image of any mode to an upright [C, H, W] `uint8` tensor."""
     name = shorten_text(getattr(image, "filename", "") or f"PIL image of mode {image.mode}")
     try:
         image = PIL.ImageOps.exif_transpose(image)  # also loads a lazily opened image
         values = pil_to_array(image)
+        pixels = to_channels_first(torch.from_numpy(values), ChannelDimension.LAST)
+        pixels = to_uint8(pixels, do_rescale=True, bit_depth=bit_depth, name=name)
     except Exception as error:
         raise ValueError(f"cannot use the image {name}: {get_first_line(error)}") from error
-
-    pixels = to_uint8(
-        to_channels_first(torch.from_numpy(values), ChannelDimension.LAST), do_rescale=True
-    )
 
     if to_rgb:
         return convert_to_rgb(pixels)
@@ -502,19 +534,20 @@ def to_channels_first(image: Tensor, data_format: str | ChannelDimension | None)
     )
 
 
-def to_uint8(pixels: Tensor, do_rescale: bool) -> Tensor:
+def to_uint8(
+    pixels: Tensor, do_rescale: bool, bit_depth: int = 16, name: str = "an image"
+) -> Tensor:
     """Convert pixels [C, H, W] of any type to `uint8` from 0 to 255.
 
     Floats without rescaling become `float32`. The conversion is necessary, because the results of
-    the two backends are almost equal only for `uint8` images.
+    the two backends are almost equal only for `uint8` images. `check_float_levels` checks floats.
     """
     if pixels.dtype is torch.uint8:
         return pixels
     if pixels.dtype is torch.bool:
         return pixels.to(torch.uint8) * 255
     if pixels.dtype is torch.uint16:
-        # rounds to nearest: 65535 = 257 * 255
-        return ((pixels.to(torch.int32) + 128) // 257).to(torch.uint8)
+        return uint16_to_uint8(pixels.to(torch.int32), bit_depth, name)
     if pixels.is_floating_point() and not do_rescale:
         return pixels.float()
 
@@ -524,13 +557,69 @@ def to_uint8(pixels: Tensor, do_rescale: bool) -> Tensor:
             f"the values of this image are between {minimum:g} and {maximum:g}: pass values from 0 "
             "to 255, 16-bit values as uint16, or floats with do_rescale=False"
         )
-    if pixels.is_floating_point() and 0 < maximum <= 1:
+    return pixels.round().to(torch.uint8) if pixels.is_floating_point() else pixels.to(torch.uint8)
+
+
+def uint16_to_uint8(pixels: Tensor, bit_depth: int, name: str) -> Tensor:
+    """Convert `int32` pixels of which `bit_depth` bits are used to `uint8`, rounded to nearest.
+
+    Log a warning if the image uses at most 14 of 16 bits, because it is then almost black. It is
+    logged once for each number of bits.
+    """
+    white = 2**bit_depth - 1
+    maximum = int(pixels.max())
+    if maximum > white:
+        raise ValueError(f"values up to {maximum} exceed bit_depth={bit_depth}: set a larger one")
+    num_bits = max(maximum.bit_length(), 9)
+    if bit_depth == 16 and maximum and num_bits <= 14 and num_bits not in REPORTED_BIT_DEPTHS:
+        REPORTED_BIT_DEPTHS.add(num_bits)
+        logger.warning(
+            f"The largest 16-bit value of {name} is {maximum:,}, so the image is almost black. If "
+            f"such files use {num_bits} of the 16 bits, set bit_depth={num_bits} in the image "
+            "processor (vitcls finetune --bit-depth)."
+        )
+    return ((2 * 255 * pixels + white) // (2 * white)).to(torch.uint8)
+
+
+def check_float_levels(images: Sequence[Any]) -> None:
+    """Raise ValueError if the floats of a batch are not from 0 to 255, but from 0 to 1, or unclear.
+
+    The largest value of all images counts, because a single dark image may have only small values.
+    """
+    floats = [image for image in images if is_float_array(image)]
+    maximum = max((float(image.max()) for image in floats), default=0.0)
+    if 0 < maximum <= MAX_OF_FRACTIONS:
         raise ValueError(
-            f"this image is already rescaled (the maximum value is {maximum:g}): multiply it by "
-            "255 to get values from 0 to 255, or call the image processor with do_rescale=False"
+            f"the floats of these images are already rescaled (the maximum value is {maximum:g}): "
+            "multiply them by 255 to get values from 0 to 255, or call the image processor with "
+            "do_rescale=False"
+        )
+    if MAX_OF_FRACTIONS < maximum < MIN_OF_LEVELS:
+        raise ValueError(
+            f"the maximum value of the floats of these images is {maximum:g}, so they are neither "
+            "from 0 to 1 nor from 0 to 255: pass one of these, or integers"
         )
 
-    return pixels.round().to(torch.uint8) if pixels.is_floating_point() else pixels.to(torch.uint8)
+
+def is_float_array(image: Any) -> bool:
+    """Return whether an image is an array or a tensor of floats, with at least one value."""
+    if isinstance(image, Tensor):
+        return image.is_floating_point() and image.numel() > 0
+    return isinstance(image, np.ndarray) and image.dtype.kind == "f" and image.size > 0
+
+
+def check_fractions(pixels: Tensor, image_mean: float | Sequence[float] | None) -> None:
+    """Raise ValueError if pixels that are normalized without rescaling are from 0 to 255.
+
+    They may be if `image_mean` is, too.
+    """
+    means = image_mean if isinstance(image_mean, list | tuple) else [image_mean or 0.0]
+    maximum = pixels.max().item()
+    if maximum >= MIN_OF_LEVELS and max(means) <= MAX_OF_FRACTIONS:
+        raise ValueError(
+            f"do_rescale=False requires values from 0 to 1, but the maximum value is {maximum:g}: "
+            "set do_rescale=True, or divide the values by 255"
+        )
 
 
 def convert_to_rgb(pixels: Tensor) -> Tensor:

@@ -107,6 +107,7 @@ def build_model(
     model.config.energy_threshold = None
 
     set_fit(processor, options.fit or get_fit(processor), model.config.image_height_width)
+    processor.bit_depth = options.bit_depth or processor.bit_depth
     return model, processor, new_parameter_names
 
 

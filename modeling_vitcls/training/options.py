@@ -47,6 +47,9 @@ class ModelOptions:
     the center (`crop`) or add gray (`pad`). Saved in the image processor, for evaluation and
     prediction. Default: as the checkpoint does, or `squash` if the probe measures that it is
     better."""
+    bit_depth: int | None = None
+    """Number of bits that 16-bit images use, from 9 to 16. Saved in the image processor. Default:
+    as the checkpoint does (16)."""
     patch_size: int | tuple[int, int] | None = None
     """Patch height and width in pixels; one number sets both."""
     position_embedding_type: Literal["learned", "sincos_2d", "rope_2d", "none"] | None = None
@@ -76,7 +79,7 @@ class ModelOptions:
         config_values = {
             name: value
             for name, value in vars(self).items()
-            if name not in ("model", "fit") and value not in (None, "native")
+            if name not in ("model", "fit", "bit_depth") and value not in (None, "native")
         }
 
         if self.pooled_layers:

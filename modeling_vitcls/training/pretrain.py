@@ -258,4 +258,5 @@ def build_encoder(
         # not used; DDP requires gradients of all parameters
         encoder.embeddings.mask_token.requires_grad_(False)
     set_fit(processor, options.fit or get_fit(processor), config.image_height_width)
+    processor.bit_depth = options.bit_depth or processor.bit_depth
     return encoder, processor

@@ -75,6 +75,7 @@ def build_training_images(
         data.label_space,
         to_rgb,
         seed=options.training.seed,
+        bit_depth=processor.bit_depth,
         num_channels=num_channels,
         image_bytes=num_channels * math.prod(get_output_size(processor)),
     )

@@ -168,6 +168,20 @@ def test_pixels_are_scaled_only_from_floats_between_0_and_1(
         assert np.array(image).tolist() == expected
 
 
+def test_the_range_of_floats_is_that_of_the_whole_dataset() -> None:
+    dark, bright = np.array([[-0.02, 0.2], [1.0, 1.0]]), np.full((2, 2), 1.02)
+    pairs = [(np.full((2, 2), 0.0), 0), (dark, 1), (torch.tensor(bright), 1)]
+    images = load_splits(DataOptions(add_dataset(pairs))).images_by_split["train"].images
+    assert np.array(images[1]).tolist() == [[0, 51], [255, 255]]
+    assert np.array(images[2]).tolist() == [[255, 255], [255, 255]]
+
+    pairs = [(np.array([[0.0, 1.0]]), 0), (np.full((2, 2), 200.0), 1)]
+    images = load_splits(DataOptions(add_dataset(pairs))).images_by_split["train"].images
+    assert np.array(images[0]).tolist() == [[0, 1]]
+    with raises_one_line("the largest float of the images in memory is 5"):
+        add_dataset([(np.full((2, 2), 5.0), 0)])
+
+
 @pytest.mark.parametrize(
     ("data", "message"),
     [

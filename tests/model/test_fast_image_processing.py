@@ -176,7 +176,7 @@ def test_settings_may_change_between_calls() -> None:
     "settings",
     [
         {"do_normalize": False},
-        {"do_rescale": False},
+        {"do_rescale": False, "do_normalize": False},
         {"do_pad": True, "pad_size": {"height": 64, "width": 64}},
         {"image_mean": 0.5},
         {"image_std": 0.5},

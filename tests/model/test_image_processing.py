@@ -11,6 +11,7 @@ import threading
 from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 import numpy as np
@@ -360,6 +361,59 @@ def test_sixteen_bits_are_scaled_not_clipped(backend: type, mode: str) -> None:
 
     result = get_raw_values(backend, source)
     np.testing.assert_array_equal(result, np.stack([np.round(values / 257)] * 3))
+
+
+@pytest.mark.parametrize("is_array", [False, True])
+def test_ten_to_fourteen_bits_are_scaled_by_the_bit_depth(backend: type, is_array: bool) -> None:
+    values = np.linspace(0, 4095, 24).astype(np.uint16).reshape(4, 6)
+    source = values if is_array else PIL.Image.fromarray(values)
+    result = get_raw_values(backend, source, bit_depth=12)
+    np.testing.assert_array_equal(result, np.stack([np.round(values / 4095 * 255)] * 3))
+    assert "4095 exceed bit_depth=10" in get_error(backend, source, bit_depth=10)
+
+
+def test_an_almost_black_file_of_sixteen_bits_is_named_with_its_largest_value(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    warnings: list[str] = []
+    monkeypatch.setattr(image_processing_vitcls, "REPORTED_BIT_DEPTHS", set())
+    monkeypatch.setattr(image_processing_vitcls.logger, "warning", warnings.append)
+    PIL.Image.fromarray(np.full((4, 6), 1000, np.uint16)).save(tmp_path / "scan.png")
+    for _ in range(2):
+        ViTCLSImageProcessor()(tmp_path / "scan.png", return_tensors="pt")
+    (warning,) = warnings
+    assert "scan.png' is 1,000, so the image is almost black" in warning
+    assert "set bit_depth=10" in warning
+
+
+def test_the_bit_depth_is_saved(tmp_path: Path) -> None:
+    ViTCLSImageProcessor(bit_depth=12).save_pretrained(tmp_path)
+    assert ViTCLSImageProcessor.from_pretrained(tmp_path).bit_depth == 12
+
+
+@pytest.mark.parametrize("maximum", [1.0, 1.0001, 1.3, 2.0, 5.0])
+def test_floats_that_are_not_from_0_to_255_are_errors(backend: type, maximum: float) -> None:
+    dark, bright = np.full((4, 4), 0.5), np.full((4, 4), maximum)
+    assert "maximum value" in get_error(backend, [dark, bright])
+    processor = backend(size=4)
+    processor(build_gradient(), return_tensors="pt")  # the next call may take the fast path
+    with raises_one_line("maximum value", f"{maximum:g}"):
+        processor(bright, return_tensors="pt")
+
+
+def test_a_dark_image_in_a_batch_of_bright_floats_is_read(backend: type) -> None:
+    dark, bright = np.full((4, 4), 1.0), np.full((4, 4), 200.0)
+    result = backend(**{**RAW, "do_rescale": True})([dark, bright], return_tensors="np")
+    np.testing.assert_allclose(result["pixel_values"].max((1, 2, 3)), [1 / 255, 200 / 255])
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.float32, PIL.Image.fromarray])
+def test_values_to_255_without_rescaling_are_errors(backend: type, kind: Any) -> None:
+    image = kind(np.array(build_gradient()))
+    assert "do_rescale=True" in get_error(backend, image, do_rescale=False)
+    fractions = np.array(build_gradient()) / 255
+    backend(do_rescale=False)(fractions * 2, return_tensors="pt")
+    backend(do_rescale=False, image_mean=[127.5] * 3)(image, return_tensors="pt")
 
 
 def test_without_rgb_an_image_keeps_its_own_channels(backend: type) -> None:
