@@ -98,7 +98,7 @@ def export_model(options: ExportOptions) -> Report:
         )
     images = None
     if options.dataset is not None:
-        images = load_export_images(folder, options.dataset, options.split)
+        images = load_export_images(exportable, options.dataset, options.split)
 
     is_dynamic = options.dynamic and not options.int8  # int8 graphs have a fixed size
     graph_shape = select_graph_shape(
@@ -183,7 +183,7 @@ def export_model(options: ExportOptions) -> Report:
             report["comparison"] = compare_outputs_on_images(
                 outputs, compute_named_outputs(model, pixels)
             )
-            report["evaluation"] = images.measure_file(file)
+            report["evaluation"] = images.measure_file(file, model)
             if options.int8:
                 check_drop(report, options.max_drop, model, torch.cat(calibration_images[:16]))
 

@@ -1,7 +1,7 @@
 """Accuracy, differences and speed of an exported file on the images of a dataset.
 
-    images = load_export_images(folder, "digits")        # split as in the run of the model
-    images.measure_file(Path("model.xml"))
+    images = load_export_images(exportable, "digits")        # split as in the run of the model
+    images.measure_file(Path("model.xml"), exportable.model)
 
 Training images calibrate int8 graphs. Held-out images measure the accuracy and, also without
 labels, the differences between the outputs of the file and the model.
@@ -20,70 +20,61 @@ from torch.nn import functional as F
 
 from ..data.evaluated_images import load_fitting_and_evaluation_data
 from ..data.held_out import read_held_out_record
-from ..data.images import LabeledImages
 from ..data.options import DataOptions
 from ..data.splits import load_training_data
-from ..hub.local_paths import resolve_name, strip_folders
-from ..hub.model_folder import ModelFolder
-from ..inference.evaluate import EvaluationSetup, load_evaluation, set_label_columns
+from ..hub.local_paths import is_built_in_dataset, resolve_name, strip_folders
+from ..inference.evaluate import build_evaluator, set_label_columns
+from ..inference.evaluator import Evaluator
 from ..inference.exported_graphs import INPUT_NAME, ExportedModel
 from ..inference.image_pass import ImageOutput
 from ..inference.intervals import compute_proportion_interval
-from ..inference.options import EvaluateOptions
+from ..inference.load_model import Classifier, LoadedModel, check_is_classifier
 from ..runtime.distributed import build_accelerator
 from ..runtime.messages import format_message
-from .exportable import Outputs
+from .exportable import ExportableModel, Outputs
 
 
 NUM_COMPARED_IMAGES = 64
+BATCH_SIZE = 8
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass
+@dataclass(frozen=True)
 class ExportImages:
     """Images of a dataset, and an evaluator if they have labels and the model is a classifier."""
 
     dataset: str
     training: Any  # sequence of images
     held_out: Any
-    setup: EvaluationSetup | None
+    split: str = ""  # name of the split with the held-out images
+    evaluator: Evaluator | None = None
 
-    def measure_file(self, file: Path) -> dict[str, Any] | None:
-        """Return the metric of the model and of one file; None without labels.
+    def measure_file(self, file: Path, model: Any) -> dict[str, Any] | None:
+        """Return the metric of the model and of an exported file; None without labels.
 
         With one label per image, the values of `compare_labels` are added.
         """
-        if self.setup is None:
+        evaluator = self.evaluator
+        if evaluator is None:
             return None
-        evaluator = self.setup.evaluator
         evaluator.keep_logits = evaluator.label_space.kind == "single_label_classification"
-        scores = self.describe_metrics(evaluator(self.setup.model))
+        metrics = evaluator(model.to(evaluator.accelerator.device))
         rows = evaluator.rows
-        scores["file"] = self.evaluate_file(file)[scores["metric"]]
-        if not evaluator.keep_logits:
-            return scores | {"interval": None, "drop_interval": None, "num_equal_labels": None}
-        return scores | compare_labels(rows, evaluator.rows)
+        file_metrics = evaluator(ExportedModel(file, model.to("cpu").config, True))
 
-    def evaluate_file(self, file: Path) -> dict[str, Any]:
-        """Return the metrics of an exported file."""
-        assert self.setup is not None
-        metrics: dict[str, Any] = self.setup.evaluator(
-            ExportedModel(file, self.setup.model.config, True)
-        )
-        return metrics
-
-    def describe_metrics(self, metrics: dict[str, Any]) -> dict[str, Any]:
-        """Return the images and the metric of the model."""
-        assert self.setup is not None
         metric = next(iter(metrics))
-        return {
-            "dataset": strip_folders(resolve_name(self.dataset)),
-            "split": self.setup.data.split,
+        scores = {
+            "dataset": strip_folders(resolve_name(self.dataset, is_built_in_dataset(self.dataset))),
+            "split": self.split,
             "num_images": metrics["num_images"],
             "metric": metric,
             "model": metrics[metric],
+            "file": file_metrics[metric],
         }
+        if not evaluator.keep_logits:
+            return scores | {"interval": None, "drop_interval": None, "num_equal_labels": None}
+        return scores | compare_labels(rows, evaluator.rows)
 
 
 def prepare_images(images: Any, processor: Any, count: int) -> list[torch.Tensor]:
@@ -128,48 +119,53 @@ def compare_labels(
 
 
 def load_export_images(
-    folder: ModelFolder | None, dataset: str, split: str | None = None, batch_size: int = 64
+    exportable: ExportableModel, dataset: str, split: str | None = None
 ) -> ExportImages:
     """Load the training images and the held-out images of a dataset.
 
     Without labels, or for a model without classifier, print why no accuracy is measured.
 
     Args:
-        folder: The model; None for a preset.
+        exportable: The model, with an image processor.
         dataset: As in `vitcls evaluate`.
         split: Split to evaluate, as in `vitcls evaluate`, which requires labels. Default: held-out
             images.
-        batch_size: Number of images per forward pass.
 
     Raises:
         ValueError, OSError: If the dataset cannot be read, or the labels do not match the model.
     """
-    data_options = DataOptions(dataset=dataset)
+    folder, model = exportable.folder, exportable.model
+    options = DataOptions(dataset=dataset)
     try:
-        if folder is None:
-            raise ValueError("a preset has random weights")
-        options = EvaluateOptions(
-            model=folder.source,
-            data=data_options,
-            split=split,
-            batch_size=batch_size,
-            mixed_precision="no",
-            backend="torch",
+        if folder is None or not isinstance(model, Classifier):
+            problem = "the weights are random" if folder is None else "the model has no classifier"
+            raise ValueError(problem)
+        check_is_classifier(model.config)
+        options = set_label_columns(options, model.config, folder)
+        training, held_out = load_fitting_and_evaluation_data(
+            options, split, read_held_out_record(folder)
         )
-        setup = load_evaluation(folder, options, build_accelerator(mixed_precision="no"), print)
+        evaluator = build_evaluator(
+            LoadedModel(folder, model, exportable.processor, BATCH_SIZE),
+            model.config,
+            held_out,
+            options,
+            build_accelerator(mixed_precision="no"),
+            print,
+        )
     except ValueError as error:
         if split is not None:
             raise
-        data = load_training_data(data_options, use_labels=False)
+        data = load_training_data(options, use_labels=False)
         logger.warning("the accuracy is not measured: %s", format_message(str(error)))
-        return ExportImages(dataset, getattr(data.train, "images", ()), data.held_out.images, None)
-    data_options = set_label_columns(data_options, setup.model.config, folder)
-    training, _ = load_fitting_and_evaluation_data(
-        data_options, split, read_held_out_record(folder)
+        return ExportImages(dataset, data.train.images, data.held_out.images)
+    return ExportImages(
+        dataset=dataset,
+        training=training.images.images,
+        held_out=held_out.images.images,
+        split=held_out.split,
+        evaluator=evaluator,
     )
-    held_out = setup.evaluator.images
-    assert isinstance(held_out, LabeledImages)  # nothing is streamed
-    return ExportImages(dataset, training.images.images, held_out.images, setup)
 
 
 def compare_outputs_on_images(found: list[Outputs], expected: list[Outputs]) -> dict[str, Any]:

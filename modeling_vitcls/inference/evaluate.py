@@ -21,7 +21,6 @@ from rich.table import Table
 from ..conversion.any_checkpoint import resolve
 from ..data.evaluated_images import EvaluationData, load_evaluation_data
 from ..data.held_out import get_run_results, read_held_out_record
-from ..data.images import LabeledImages
 from ..data.label_matching import match_labels
 from ..data.labels import get_label_space
 from ..data.options import DataOptions
@@ -35,7 +34,7 @@ from ..runtime.messages import format_message
 from ..runtime.system import describe_device, get_versions
 from .evaluator import Evaluator
 from .exported_graphs import ExportedModel
-from .load_model import TORCH, check_is_classifier, load_for_inference
+from .load_model import TORCH, LoadedModel, check_is_classifier, load_for_inference
 from .metric_tables import build_class_tables, build_metric_rows
 from .options import EvaluateOptions
 from .per_image import write_predictions
@@ -50,8 +49,6 @@ class EvaluationSetup(NamedTuple):
     model: Any  # on the device, in eval mode
     config: ViTCLSConfig  # of the evaluated task
     evaluator: Evaluator
-    # for other images with the labels of the model
-    build_evaluator: Callable[[LabeledImages], Evaluator]
     data: EvaluationData
 
 
@@ -91,25 +88,33 @@ def load_evaluation(
     if data.part.warning is not None:
         warn(data.part.warning)
 
-    model_space = get_label_space(config)
-    build_evaluator = partial(
-        Evaluator,
+    evaluator = build_evaluator(loaded, config, data, options.data, accelerator, warn)
+    evaluator.task = options.task
+    return EvaluationSetup(model=loaded.model, config=config, evaluator=evaluator, data=data)
+
+
+def build_evaluator(
+    loaded: LoadedModel,
+    config: ViTCLSConfig,
+    data: EvaluationData,
+    options: DataOptions,
+    accelerator: Accelerator,
+    warn: Callable[[str], None],
+) -> Evaluator:
+    """Build an evaluator of images whose labels are matched with those of a model by name.
+
+    Raise ValueError if the labels differ.
+    """
+    label_space = get_label_space(config)
+    return Evaluator(
+        match_labels(data.images, data.label_space, label_space),
         processor=loaded.processor,
-        label_space=model_space,
-        options=options.data,
+        label_space=label_space,
+        options=options,
         batch_size=loaded.batch_size,
         accelerator=accelerator,
         num_channels=loaded.config.num_channels,
         warn=warn,
-    )
-    evaluator = build_evaluator(match_labels(data.images, data.label_space, model_space))
-    evaluator.task = options.task
-    return EvaluationSetup(
-        model=loaded.model,
-        config=config,
-        evaluator=evaluator,
-        build_evaluator=build_evaluator,
-        data=data,
     )
 
 

@@ -26,7 +26,6 @@ from modeling_vitcls.export.exportable import (
 )
 from modeling_vitcls.export.measurement import compare_labels, load_export_images, prepare_images
 from modeling_vitcls.export.quantization import check_drop
-from modeling_vitcls.hub.model_folder import ModelFolder
 from modeling_vitcls.inference.image_pass import ImageOutput
 from modeling_vitcls.inference.intervals import compute_proportion_interval
 from modeling_vitcls.runtime.files import write_json
@@ -95,24 +94,23 @@ def test_calibration_uses_the_training_images_of_the_run(tmp_path: Path) -> None
     save_with_processor(ViTCLSForImageClassification(config), tmp_path)
     record = load_training_data(DataOptions("digits", split_seed=5)).build_record()
     write_json(tmp_path / "results.json", {"dataset": "digits", "held_out": asdict(record)})
-    images = load_export_images(ModelFolder(tmp_path), "digits", batch_size=7)
+    images = load_export_images(load_exportable_model(str(tmp_path)), "digits")
 
     keys = [set(part.compute_keys().tolist()) for part in (images.training, images.held_out)]
     assert len(keys[1]) == 359
     assert not keys[0] & keys[1]
-    assert images.setup.evaluator.batch_size == 7
     assert prepare_images([0, None, 2, 3, 4, 5, 6], read_number, 3) == [0, 2, 4]
     assert prepare_images([0, None, 2], read_number, 4) == [0, 2]
 
     save_with_processor(ViTCLSModel(config), tmp_path / "encoder")
-    unlabeled = load_export_images(ModelFolder(tmp_path / "encoder"), "digits")
+    unlabeled = load_export_images(load_exportable_model(str(tmp_path / "encoder")), "digits")
     assert len(unlabeled.training) > len(unlabeled.held_out) > 300
-    assert unlabeled.measure_file(tmp_path) is None
+    assert unlabeled.measure_file(tmp_path, None) is None
     with raises_one_line("LABEL_0"):  # labels of a requested split are required
         save_with_processor(
             ViTCLSForImageClassification(build_tiny_config(num_labels=3)), tmp_path / "other"
         )
-        load_export_images(ModelFolder(tmp_path / "other"), "digits", split="train")
+        load_export_images(load_exportable_model(str(tmp_path / "other")), "digits", split="train")
 
 
 def test_a_preset_has_random_weights() -> None:
