@@ -73,8 +73,6 @@ class Fault(RatedText):
 
 
 MIN_IMAGE_VARIATION = 1e-3  # minimum variation of a token whose state depends on the image
-# minimum cosine similarity between tokens that are considered identical
-MIN_IDENTICAL_SIMILARITY = 0.999
 # maximum distance between identical tokens, relative to their variation over images
 MAX_IDENTICAL_DISTANCE = 0.01
 # The attention is the same in every image in layers whose `map_variation` is below MAX_MAP_VARIATION
@@ -168,7 +166,7 @@ def diagnose_tokens(
         if not is_group:
             moved = movement.get(key)
             numbers |= {"movement": moved, **collect_numbers(used_layers, findings, indices[0])}
-            faults |= find_faults(used_layers, findings, indices[0], names, numbers)
+            faults |= find_faults(use, findings, indices[0], names, numbers)
             is_unimportant = outcome in (Outcome.REPLACEABLE, Outcome.NO_EFFECT)
             if moved == 0 and is_unimportant and any(movement.values()):
                 faults[Fault.NOT_MOVED] = {}
@@ -245,7 +243,7 @@ def find_harm(effects: dict[str, Effect], num_tests: int) -> Faults:
 
 
 def find_faults(
-    used_layers: Sequence[int],
+    use: TokenUse,
     findings: Findings,
     index: int,
     names: Sequence[str],
@@ -257,7 +255,7 @@ def find_faults(
     """
     last = numbers["read_layers"]
     faults: Faults = {}
-    identical = find_identical_token(used_layers, findings, index)
+    identical = find_identical_token(use.num_layers[:-1], findings, index)
     if identical is not None:
         other, shared = identical
         faults[Fault.IDENTICAL] = {"other": names[other], "layer": shared}
@@ -265,9 +263,11 @@ def find_faults(
     if last > 0 and findings.num_images > 1 and numbers["variation"] < MIN_IMAGE_VARIATION:
         faults[Fault.SAME_STATE] = {"is_last_layer": last == len(findings.entropy)}
 
+    # People take the maps of the tokens that a head reads for an explanation
     is_same = findings.map_variation[:last, index] < MAX_MAP_VARIATION  # [used layers]
     is_same &= findings.map_selectivity[:last, index] >= MIN_SELECTIVITY
-    if findings.num_images >= MIN_COMPARED_IMAGES and int(is_same.sum()) > last / 2:
+    has_enough_images = findings.num_images >= MIN_COMPARED_IMAGES
+    if index in use.read_tokens and has_enough_images and int(is_same.sum()) > last / 2:
         faults[Fault.SAME_ATTENTION] = {"layers": (is_same.nonzero().flatten() + 1).tolist()}
     return faults
 
@@ -299,8 +299,7 @@ def find_identical_token(
         limit = max_distance + ROUNDING_ERROR * norms[index]
 
         distance = findings.state_distance[last, index, other]
-        is_similar = findings.between_tokens[last, index, other] >= MIN_IDENTICAL_SIMILARITY
-        if other != index and is_similar and distance <= limit:
+        if other != index and distance <= limit:
             candidates.append((distance.item(), other, last))
 
     return min(candidates)[1:] if candidates else None

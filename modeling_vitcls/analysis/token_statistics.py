@@ -35,10 +35,9 @@ class Findings:
             token may attend to: ln N, or less for CLS tokens that are restricted to a region
             (`config.cls_scopes`).
         entropy: [L, H, S], entropy of the attention of each special token, in nats.
-        between_tokens: [L + 1, S, S], cosine similarity between the states of two special tokens.
         state_distance: [L + 1, S, S], root mean square distance between the states of two special
-            tokens for the same image. Unlike the cosine similarity, the distance shows differences
-            even if one channel is very large in all tokens.
+            tokens for the same image. Unlike a cosine similarity, it shows differences even if one
+            channel is very large in all tokens.
         variation: [L + 1, S], variation between images: root mean square distance between the state
             of a token and the mean state over images, divided by the norm of the mean state.
         channel_variation: [L + 1, S], median over channels of (standard deviation over images) /
@@ -60,7 +59,6 @@ class Findings:
     num_images: int
     uniform_entropy_by_token: torch.Tensor
     entropy: torch.Tensor
-    between_tokens: torch.Tensor
     state_distance: torch.Tensor
     variation: torch.Tensor
     channel_variation: torch.Tensor
@@ -187,13 +185,11 @@ class TokenStatistics:
         special_states = torch.stack(
             [state[:, :num_special_tokens] for state in hidden_states], dim=1
         ).float()
-        directions = torch.nn.functional.normalize(special_states, dim=-1)  # [B, L + 1, S, D]
         # matrix products in TF32 would cause large rounding errors
         distances = torch.cdist(
             special_states, special_states, compute_mode="donot_use_mm_for_euclid_dist"
         )
         return {
-            "between_tokens": directions @ directions.transpose(-1, -2),
             "squared_distances": distances.square(),
             "states": special_states,
             "squares": special_states.cpu().double().square(),

@@ -73,7 +73,6 @@ def test_states_that_are_not_used_are_not_judged() -> None:
     def plant_layer(layer: int, *pair: int) -> Any:
         return plant(
             findings,
-            between_tokens=fill(1.0, layer, pair, pair[::-1]),
             state_distance=fill(0.0, layer, pair, pair[::-1]),
             variation=fill(0.0, layer, slice(3, None)),
             channel_variation=fill(0.0, layer, slice(3, None)),
@@ -99,7 +98,7 @@ REASONS = {
     "same attention in every image": "layers 1 to 2,",
     "same for all images": "layer 2",
 }
-SIMILAR = {"between_tokens": fill(1.0, ALL, 0, 3), "variation": fill(0.0, ALL, 3)}
+STILL = {"variation": fill(0.0, ALL, 3)}
 
 
 @pytest.mark.parametrize(
@@ -112,24 +111,24 @@ SIMILAR = {"between_tokens": fill(1.0, ALL, 0, 3), "variation": fill(0.0, ALL, 3
             "same for all images",
         ),
         (0, SAME, "same attention in every image"),
+        (2, {"map_selectivity": fill(0.3), "map_variation": fill(0.2)}, "not measured"),  # not read
         (0, SAME | {"map_selectivity": fill(0.05)}, "not measured"),  # uniform attention
         (0, SAME | {"map_variation": fill(0.05, 0, 0)}, "not measured"),  # in one of three layers
         (
             0,
-            SIMILAR | {"state_distance": fill(3e-7, ALL, 0, 3)},
+            STILL | {"state_distance": fill(3e-7, ALL, 0, 3)},
             "identical",
         ),  # within the rounding error
         (
             0,
-            {"between_tokens": fill(1.0), "state_distance": fill(DISTANCES, ALL, 0)},
+            {"state_distance": fill(DISTANCES, ALL, 0)},
             "identical",
         ),  # the nearest
         (
             0,
-            SIMILAR | {"state_distance": fill(1e-4, ALL, 0, 3)},
+            STILL | {"state_distance": fill(1e-4, ALL, 0, 3)},
             "not measured",
         ),  # one of them varies less
-        (0, {"state_distance": fill(0.0, ALL, 0, 3)}, "not measured"),
     ],
 )
 def test_single_measurements_are_judged_by_their_limits(
