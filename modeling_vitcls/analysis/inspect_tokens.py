@@ -69,8 +69,8 @@ def inspect_tokens(options: InspectOptions) -> Inspection:
             processor,
             images.images[index],
             images.names[index],
-            images.format_label(index, model.config),
-            kind,
+            truth=images.format_label(index, model.config),
+            kind=kind,
         )
         for index, kind in watch(inspection.shown_images.items(), "drawing photos")
     ]

@@ -58,18 +58,20 @@ class ShownPhoto:
         name: name of the photo.
         measurements: what its sheet is drawn from.
         truth: true label as text; None if unknown.
+        predicted: predicted label as text. Default: the prediction of the measurements.
         kind: reason why the photo is shown, one of KINDS; None without a reason.
     """
 
     name: str
     measurements: PhotoMeasurements
     truth: str | None = None
+    predicted: str | None = None
     kind: str | None = None
 
     @property
     def caption(self) -> str:
         """Return the true and the predicted labels, or the name of the photo."""
-        predicted = ", ".join(
+        predicted = self.predicted or ", ".join(
             prediction.labels[0][0]
             for prediction in self.measurements.predictions
             if prediction.labels
@@ -80,15 +82,10 @@ class ShownPhoto:
 
 
 def measure_shown_photo(
-    model: Any,
-    processor: Any,
-    image: Image.Image,
-    name: str,
-    truth: str | None = None,
-    kind: str | None = None,
+    model: Any, processor: Any, image: Image.Image, name: str, **texts: str | None
 ) -> ShownPhoto:
-    """Measure a photo for the report."""
-    return ShownPhoto(name, measure_photo(model, processor, image), truth, kind)
+    """Measure a photo for the report; `texts` are the texts of `ShownPhoto`."""
+    return ShownPhoto(name, measure_photo(model, processor, image), **texts)
 
 
 def write_page(

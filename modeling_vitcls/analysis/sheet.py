@@ -192,7 +192,9 @@ def draw_overview(measurements: PhotoMeasurements) -> Figure:
     for axes, (title, picture) in zip(slots, pictures.items(), strict=True):
         axes.set_anchor("NW")
         show_tile(axes, picture, photo)
-        axes.set_title(title, loc="left", fontsize=10, color=DARK_GRAY, weight="bold", pad=4)
+        axes.set_title(
+            title, loc="left", fontsize=10, color=DARK_GRAY, weight="bold", pad=4, parse_math=False
+        )
 
     brightest = get_brightest_value(attention)
     draw_color_bar(figure, slots[1], COLORMAP, {0: "0", brightest: f"{brightest:.2%} in one patch"})
@@ -392,6 +394,7 @@ def draw_grid(
             color=row.color,
             fontsize=8.5,
             weight="bold",
+            parse_math=False,
             **place,
         )
         line[0].annotate(

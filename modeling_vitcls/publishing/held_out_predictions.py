@@ -106,6 +106,7 @@ def describe_predictions(
     )
     return {
         "headline": describe_accuracy(rows, estimate),
+        "is_cross_validated": is_cross_validated,
         "is_trained": bool(is_trained),  # whether the weights are not those of the frozen model
         "images_name": "Training images, each predicted by a classifier of other images"
         if is_cross_validated

@@ -33,10 +33,10 @@ from .held_out_predictions import (
 )
 
 
-# Number of images for the statistics, and number of images shown. A model whose statistics would
-# take more than MAX_STATISTICS_FLOPS floating-point operations gets the smaller numbers.
+NUM_SHOWN_IMAGES = 6  # number of photos
+# Maximum and minimum number of images for the statistics, which take at most MAX_STATISTICS_FLOPS
+# floating-point operations unless there are only MIN_STATISTICS_IMAGES images
 NUM_STATISTICS_IMAGES, MIN_STATISTICS_IMAGES = 64, 16
-NUM_SHOWN_IMAGES, MIN_SHOWN_IMAGES = 6, 4
 MAX_STATISTICS_FLOPS = 2e11
 
 
@@ -55,7 +55,8 @@ def write_report(folder: ModelFolder, warn: Callable[[str], None]) -> str | None
         has_predictions = read_predictions(folder) is not None
         if data is not None and (len(data.held_out) or has_predictions):
             images_by_name = find_images(data)
-            source = f"{folder.results['dataset']}, {folder.results['split']}"
+            split = folder.results["split"] if len(data.held_out) else "training images"
+            source = f"{folder.results['dataset']}, {split}"
             inspection, photos = inspect_run(folder, data, images_by_name)
             predictions = describe_predictions(folder, images_by_name)
             report = folder.path / REPORT_FILE
@@ -80,7 +81,8 @@ def inspect_run(
     processor = folder.load_processor()
     is_bfloat16 = folder.results.get("mixed_precision") == "bf16"
 
-    num_shown, num_measured = choose_numbers_of_images(folder.results)
+    num_affordable = int(MAX_STATISTICS_FLOPS / folder.results.get("forward_flops_per_image", 1))
+    num_measured = min(max(num_affordable, MIN_STATISTICS_IMAGES), NUM_STATISTICS_IMAGES)
     measured: Any = data.held_out if len(data.held_out) else data.train
     sample = measured.draw(num_measured)
     has_labels = bool(data.label_space.columns)
@@ -91,32 +93,31 @@ def inspect_run(
             processor,
             sample.images,
             labels=sample.labels if has_labels else None,
-            num_shown=num_shown,
+            num_shown=NUM_SHOWN_IMAGES,
             has_ablations=has_token_effects(folder),
             token_movement=folder.results.get("token_movement"),
             watch=watch,
         )
 
     # in float32, as in `vitcls look`
-    shown = select_predicted_images(folder, images_by_name, num_shown)
+    shown = select_predicted_images(folder, images_by_name)
     if not shown:
         names = sample.images.get_names()
-        shown = [
-            (names[index], FoundImage(sample, index), kind)
-            for index, kind in inspection.shown_images.items()
-        ]
-    photos = []
-    for name, (images, index), kind in watch(shown, "drawing photos"):
-        truth = data.label_space.format_label(images.labels[index]) if has_labels else None
-        image = images.images[index]
-        photos.append(measure_shown_photo(model, processor, image, name, truth, kind))
+        for index, kind in inspection.shown_images.items():
+            truth = data.label_space.format_label(sample.labels[index]) if has_labels else None
+            texts = {"name": names[index], "truth": truth, "kind": kind}
+            shown.append((FoundImage(sample, index), texts))
+    photos = [
+        measure_shown_photo(model, processor, images.images[position], **texts)
+        for (images, position), texts in watch(shown, "drawing photos")
+    ]
     return inspection, photos
 
 
 def select_predicted_images(
-    folder: ModelFolder, images_by_name: Mapping[str, FoundImage], num_shown: int
-) -> list[tuple[str, FoundImage, str | None]]:
-    """Return the names of the most instructive images of all predictions, the images, and why.
+    folder: ModelFolder, images_by_name: Mapping[str, FoundImage]
+) -> list[tuple[FoundImage, dict[str, Any]]]:
+    """Return the most instructive images of all predictions of a run, with their texts.
 
     The list is empty without predictions.
     """
@@ -128,30 +129,19 @@ def select_predicted_images(
         rows["confidence"].tolist(),
         (rows["label"] != rows["prediction"]).tolist(),
         rows["label"].tolist(),
-        num_shown,
+        NUM_SHOWN_IMAGES,
     )
-    names = rows["image"].tolist()
-    return [
-        (names[position], images_by_name[names[position]], kind)
-        for position, kind in selected.items()
-    ]
+    shown = []
+    for position, kind in selected.items():
+        row = rows.iloc[position]
+        texts = {"name": row["image"], "truth": row["label"], "predicted": row["prediction"]}
+        shown.append((images_by_name[row["image"]], {**texts, "kind": kind}))
+    return shown
 
 
 def watch(items: Collection[Any], description: str) -> Iterable[Any]:
     """Return the same items, and print lines about the progress."""
     return track(items, f"report, {description}", unit="", has_bar=False)
-
-
-def choose_numbers_of_images(results: Mapping[str, Any]) -> tuple[int, int]:
-    """Return the number of images that a run's report shows, and the number for its statistics.
-
-    The report of a large model must not take longer than the features of a small dataset. `vitcls
-    inspect` measures more images.
-    """
-    num_affordable = int(MAX_STATISTICS_FLOPS / results.get("forward_flops_per_image", 1))
-    if num_affordable >= NUM_STATISTICS_IMAGES:
-        return NUM_SHOWN_IMAGES, NUM_STATISTICS_IMAGES
-    return MIN_SHOWN_IMAGES, max(num_affordable, MIN_STATISTICS_IMAGES)
 
 
 @contextmanager

@@ -78,7 +78,7 @@ def report(
 ) -> Path:
     file = tmp_path_factory.mktemp("report") / "report.html"
     photos = [
-        measure_shown_photo(model, PROCESSOR, image, name, "A & <B>", "wrong")
+        measure_shown_photo(model, PROCESSOR, image, name, truth="A & <B>", kind="wrong")
         for image, name in zip(build_pil_images(3), NAMES, strict=False)
     ]
     write_page(file, inspection, photos, "A & <B>", "my photos")
