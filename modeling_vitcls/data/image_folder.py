@@ -441,7 +441,7 @@ def divide_images(folder: ImageFolder, layout: Layout) -> dict[str, list[str]]:
     """Return the images of each split, and note those beside the split folders."""
     images_by_split: dict[str, list[str]] = {split: [] for split in layout.splits.values()}
     images_by_split.setdefault("train", [])
-    unused = []
+    unused: list[str] = []
     for image in folder.images:
         split = layout.get_split(image.split("/")[:-1])
         (unused if split is None else images_by_split[split]).append(image)
@@ -471,7 +471,7 @@ def check_output_is_not_read(output_dir: Path, dataset: str) -> None:
 
 def warn_about_folders_without_images(folder: ImageFolder, layout: Layout) -> None:
     """Add a warning about folders in the places of classes and splits that have no images."""
-    with_images = set()
+    with_images: set[str] = set()
     for file in (*folder.images, *(f"{run}/{RECIPE_FILE}" for run in folder.run_folders)):
         with_images.update(map(str, PurePosixPath(file).parents))
 

@@ -75,9 +75,8 @@ def reduce_for_dry_run(loaded: Loaded) -> Loaded:
 def draw_few_images(data: TrainingData, plan: BatchPlan) -> tuple[TrainingData, float]:
     """Return data with a batch of held-out and selection images, and the fraction evaluated."""
     num_images = plan.batch_size * plan.num_processes
-    held_out, selection = (
-        images and images.draw(num_images) for images in (data.held_out, data.selection)
-    )
+    held_out = data.held_out and data.held_out.draw(num_images)
+    selection = data.selection and data.selection.draw(num_images)
     evaluated = data.held_out if data.selection is None else data.selection
     fraction = min(num_images / len(evaluated), 1.0) if len(evaluated) else 1.0
     return replace(data, held_out=held_out, selection=selection), fraction
