@@ -380,17 +380,19 @@ def read_image(source: ImageSource) -> PIL.Image.Image:
             source.
     """
     content: bytes | bytearray | None = None
+    path: str | os.PathLike[str] = ""
     if isinstance(source, bytes | bytearray):
         content = source
         source_name = f"{len(source)} bytes"
     else:
+        path = source
         source_name = shorten_text(os.fspath(source))
         if str(source).startswith(URL_PREFIXES):
             content = read_url(str(source), source_name)
 
     try:
         with (
-            BytesIO(content) if content is not None else open_regular_file(source) as file,
+            BytesIO(content) if content is not None else open_regular_file(path) as file,
             PIL.Image.open(file, formats=get_image_formats()) as image,
         ):
             return PIL.ImageOps.exif_transpose(image)
@@ -578,7 +580,8 @@ def uint16_to_uint8(pixels: Tensor, bit_depth: int, name: str) -> Tensor:
             f"such files use {num_bits} of the 16 bits, set bit_depth={num_bits} in the image "
             "processor (vitcls finetune --bit-depth)."
         )
-    return ((2 * 255 * pixels + white) // (2 * white)).to(torch.uint8)
+    rounded: Tensor = (2 * 255 * pixels + white) // (2 * white)
+    return rounded.to(torch.uint8)
 
 
 def check_float_levels(images: Sequence[Any]) -> None:
