@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 from PIL import Image
 from sklearn.datasets import load_digits
 from transformers import AutoModelForImageClassification, pipeline
@@ -35,7 +36,7 @@ def main(folder: str) -> None:
         print(f"  config.token_layout.{name} = {group}")
 
     classifier = pipeline("image-classification", model=folder, trust_remote_code=True)
-    images, labels = load_held_out_digits()
+    images, labels = load_held_out_digits(folder)
     start_time = time.perf_counter()
     predictions = [top_labels[0] for top_labels in classifier(images, top_k=1, batch_size=60)]
     seconds = time.perf_counter() - start_time
@@ -65,26 +66,25 @@ def main(folder: str) -> None:
     print("This is also the accuracy in results.json.")
 
 
-def load_held_out_digits() -> tuple[list[Image.Image], list[str]]:
-    """Return images and labels of the held-out split of the digits recipe."""
+def load_held_out_digits(folder: str) -> tuple[list[Image.Image], list[str]]:
+    """Return images and labels of the digits that the run in a folder held out."""
     digits = load_digits()
     pixel_values = (digits.images * (255 / 16)).round().astype(np.uint8)  # [1797, 8, 8]
-    hashes = [hash_image(pixels.tobytes()) for pixels in pixel_values]
-    held_out_indices = []
-    for digit in range(10):  # the fifth of each class with the smallest hashes
-        indices = sorted(np.flatnonzero(digits.target == digit).tolist(), key=hashes.__getitem__)
-        held_out_indices += indices[: round(0.2 * len(indices))]
-    held_out_indices.sort()
-    images = [Image.fromarray(pixel_values[index]) for index in held_out_indices]
-    return images, [str(digits.target[index]) for index in held_out_indices]
+    splits = pd.read_parquet(Path(folder, "splits.parquet"))
+    held_out = set(splits["key"][splits["split"] == "test"])
+    indices = [
+        index
+        for index, pixels in enumerate(pixel_values)
+        if compute_key(pixels.tobytes()) in held_out
+    ]
+    images = [Image.fromarray(pixel_values[index]) for index in indices]
+    return images, [str(digits.target[index]) for index in indices]
 
 
-def hash_image(image_bytes: bytes, seed: int = 0) -> int:
-    """Return the hash by which fine-tuning orders the images of a class."""
-    image_hash = int.from_bytes(hashlib.blake2b(image_bytes, digest_size=8).digest(), "big") >> 1
-    return int.from_bytes(
-        hashlib.blake2b(f"{seed} {image_hash}".encode(), digest_size=8).digest(), "big"
-    )
+def compute_key(content: bytes) -> int:
+    """Return the key of a small image in splits.parquet, a checksum of its size and content."""
+    digest = hashlib.blake2b(len(content).to_bytes(8, "little") + content, digest_size=8)
+    return int.from_bytes(digest.digest(), "little") >> 1
 
 
 if __name__ == "__main__":

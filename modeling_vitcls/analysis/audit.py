@@ -30,15 +30,16 @@ from sklearn.model_selection import cross_val_predict
 from sklearn.neighbors import NearestNeighbors
 
 from ..conversion.any_checkpoint import resolve
-from ..data.evaluated_images import (
-    choose_fitting_and_evaluation_split,
-    find_evaluated_images,
-)
-from ..data.held_out import HeldOutRecord, read_held_out_record
 from ..data.images import LabeledImages
 from ..data.label_matching import match_labels
 from ..data.labels import get_label_space
 from ..data.sources import load_splits
+from ..data.splits import (
+    choose_fitting_and_evaluation_split,
+    find_trained_images,
+    read_splits,
+    select_task,
+)
 from ..hub.model_files import PREDICTIONS_FILE
 from ..inference.evaluate import MAX_BATCH_SIZE, set_up_evaluation, write_results
 from ..inference.frozen import build_classifier
@@ -186,7 +187,7 @@ def load_audited_images(options: EvaluateOptions) -> tuple[AuditedImages, int, C
         max_batch_size=MAX_BATCH_SIZE,
         print_line=partial(console.print, markup=False),
     )
-    record = None if folds else read_held_out_record(folder)
+    splits = select_task(read_splits(folder), None)
     choose_splits = partial(
         choose_fitting_and_evaluation_split, options.split, options.data.dataset
     )
@@ -216,10 +217,10 @@ def load_audited_images(options: EvaluateOptions) -> tuple[AuditedImages, int, C
         )
         is_held_out = np.ones(len(images), dtype=bool)
         if not options.frozen and not folds:
-            is_last = name == list(data.images_by_split)[-1]
-            is_held_out, text = find_held_out_images(images, record, options, data.name, is_last)
+            is_held_out = ~find_trained_images(images, splits)
             console.print(
-                f"labels checked: {is_held_out.sum():,} images of split {name!r} ({text})",
+                f"labels checked: {is_held_out.sum():,} of {len(images):,} images of split "
+                f"{name!r}; training used the others",
                 markup=False,
             )
         parts.append(audit_split(name, images, image_pass, loaded.model, is_held_out, console))
@@ -234,23 +235,6 @@ def load_audited_images(options: EvaluateOptions) -> tuple[AuditedImages, int, C
             probabilities = predict_out_of_fold(options.frozen, audited)
         audited = replace(audited, probabilities=probabilities)
     return audited, num_unreadable, console
-
-
-def find_held_out_images(
-    images: LabeledImages,
-    record: HeldOutRecord | None,
-    options: EvaluateOptions,
-    dataset: str,
-    is_last: bool,
-) -> tuple[np.ndarray, str]:
-    """Return whether the model was not trained on each image [n], and a description of these.
-
-    If the record does not tell which images training used, they are those of the last split.
-    """
-    is_held_out, part = find_evaluated_images(images, record, options.data, dataset)
-    if record is not None and record.training_images is None and not is_last:
-        is_held_out[:] = False
-    return is_held_out, part.describe()
 
 
 def audit_split(

@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from ..conversion.any_checkpoint import resolve
-from ..data.held_out import read_held_out_record
+from ..data.splits import read_splits, select_task
 from ..hub.local_paths import get_title
 from ..inference.load_model import load_model
 from ..runtime.distributed import choose_precision
@@ -42,8 +42,8 @@ def inspect_tokens(options: InspectOptions) -> Inspection:
         if precision == "bf16":
             text = "mixed precision: bf16. `mixed_precision='no'` turns it off"
             console.print(format_message(text), markup=False)
-    record = read_held_out_record(folder)
-    images = open_images(options, model, record).draw(options.max_images)
+    splits = select_task(read_splits(folder), None)
+    images = open_images(options, model, splits).draw(options.max_images)
     for file in (options.output, options.json):
         if file is not None:
             file.parent.mkdir(parents=True, exist_ok=True)  # raise errors before the measurements

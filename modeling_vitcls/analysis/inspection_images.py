@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
-from ..data.evaluated_images import load_evaluation_data
-from ..data.held_out import HeldOutRecord
 from ..data.images import ArrayImages, DatasetImages
 from ..data.label_matching import match_labels
 from ..data.labels import LabelSpace, get_label_space
 from ..data.options import DataOptions
+from ..data.splits import EMPTY_TABLE, load_evaluation_data
 from ..inference.inputs import build_list_input
 from ..model.configuration_vitcls import ViTCLSConfig
 from ..model.heads_vitcls import IGNORED_LABEL
@@ -52,11 +52,11 @@ class InspectionImages:
 
 
 def open_images(
-    options: InspectOptions, model: Any, record: HeldOutRecord | None = None
+    options: InspectOptions, model: Any, splits: pd.DataFrame = EMPTY_TABLE
 ) -> InspectionImages:
     """Open the images of `paths` or `dataset`.
 
-    `record` is the held-out record of the model's training run.
+    `splits` are the rows of splits.parquet about the model.
 
     Raises:
         ValueError: if there are no images, the dataset cannot be read, or its labels do not match
@@ -64,7 +64,7 @@ def open_images(
     """
     label_space = get_label_space(model.config) if is_classifier(model) else None
     if options.dataset is not None:
-        return load_from_dataset(options, options.dataset, label_space, record)
+        return load_from_dataset(options, options.dataset, label_space, splits)
     list_input = build_list_input(options.paths)
     files = [str(content) for content in list_input.contents]
     for file in files:
@@ -109,7 +109,7 @@ def load_from_dataset(
     options: InspectOptions,
     dataset: str,
     label_space: LabelSpace | None,
-    record: HeldOutRecord | None,
+    splits: pd.DataFrame,
 ) -> InspectionImages:
     """Load one split, with the label indices of a classifier's label space, or without labels."""
     column_options = {
@@ -118,7 +118,7 @@ def load_from_dataset(
     data_options = DataOptions(dataset, **column_options)
     use_labels = label_space is not None
 
-    data = load_evaluation_data(data_options, options.split, record, use_labels=use_labels)
+    data = load_evaluation_data(data_options, options.split, splits, use_labels=use_labels)
     labels: Sequence[Any] | None = None
     if label_space is not None:
         labels = match_labels(data.images, data.label_space, label_space).labels
@@ -126,5 +126,5 @@ def load_from_dataset(
     dataset_name = get_short_name(dataset)
     names = name_images(data.images.images, dataset_name)
     return InspectionImages(
-        data.images.images, names, labels, f"{dataset_name}, {data.part.describe()}"
+        data.images.images, names, labels, f"{dataset_name}, {data.description}"
     )

@@ -33,7 +33,7 @@ from ..hub.loading import (
 )
 from ..hub.local_paths import split_prefix, split_revision
 from ..hub.model_checks import check_is_vitcls
-from ..hub.model_files import PARITY_REPORT_FILE, RESULTS_FILE, list_backend_files
+from ..hub.model_files import PARITY_REPORT_FILE, RESULTS_FILE, SPLITS_FILE, list_backend_files
 from ..hub.model_folder import ModelFolder
 from ..model.configuration_vitcls import PRESETS
 from ..runtime.files import read_json
@@ -78,7 +78,8 @@ def resolve(source: str, backend: str = "torch", files: Sequence[str] = ()) -> M
             f"{source} contains an unfinished run without a model. Continue the run: `vitcls "
             "finetune ... --resume`"
         )
-    patterns = [*list_backend_files(backend), RESULTS_FILE, PARITY_REPORT_FILE, *files]
+    patterns = [*list_backend_files(backend), RESULTS_FILE, SPLITS_FILE, PARITY_REPORT_FILE]
+    patterns += files
     folder = find_or_convert(source, patterns)
     check_is_vitcls(source, folder)
     return ModelFolder(Path(folder), source)

@@ -6,23 +6,18 @@
 Both return PIL images and raise `UnreadableImage` for unreadable images. Three methods do not
 decode images:
 
-    select(indices)  a subset
-    get_names()      the path of each image within the dataset, a checksum (arrays), or the row number
-    compute_keys()   a checksum of the path, row number or bytes of each image, which selects the held-out images
-                     (held_out.py)
-
-`compute_content_keys()` reads images, without decoding them, to recognize training images under
-other names.
+    select(indices)          a subset
+    get_names()              the path of each image within the dataset, a checksum (arrays), or the row number
+    compute_content_keys()   a checksum of each image: training images are recognized under any name (splits.py)
 """
 
+import hashlib
 import io
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -33,13 +28,14 @@ from PIL import Image
 from ..model.fast_image_processing_vitcls import open_regular_file
 from ..model.image_processing_vitcls import read_image, shorten_text
 from ..runtime.errors import format_error
-from .held_out import compute_content_key, compute_image_key
 from .labels import MultiHotLabels
 
 
 # Pillow warns about harmless properties of files, once per image and worker.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
+# an image file larger than three parts is identified by its size, start, middle and end
+CONTENT_PART_BYTES = 16_384
 ROWS_PER_READ = 64  # number of dataset rows that are read from disk at once
 
 
@@ -60,6 +56,7 @@ class LabeledImages:
     images: Any  # one of the classes below, or any other sequence of PIL images
     labels: Any  # a list or `MultiHotLabels`
     groups: np.ndarray | None = None  # [N] int64; images of one group stay together
+    keys: np.ndarray | None = None  # [N] uint64; checksums of the content, if they were computed
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -71,13 +68,15 @@ class LabeledImages:
     def select(self, indices: Iterable[int]) -> "LabeledImages":
         """Return the images and labels at `indices`, in the given order."""
         indices = list(indices)
-        groups = None if self.groups is None else self.groups[indices]
+        groups, keys = (
+            None if values is None else values[indices] for values in (self.groups, self.keys)
+        )
         labels: Any = (
             self.labels.select(indices)
             if isinstance(self.labels, MultiHotLabels)
             else [self.labels[index] for index in indices]
         )
-        return LabeledImages(self.images.select(indices), labels, groups)
+        return LabeledImages(self.images.select(indices), labels, groups, keys)
 
     def draw(self, num_images: int | None, seed: int = 0) -> "LabeledImages":
         """Return `num_images` random images in dataset order.
@@ -107,12 +106,7 @@ class ArrayImages(Sequence):
         return ArrayImages(self.pixels[np.asarray(indices, np.int64)])
 
     def get_names(self) -> list[str]:
-        return [f"{key:x}" for key in self.compute_keys().tolist()]
-
-    def compute_keys(self) -> np.ndarray:
-        return np.fromiter(
-            (compute_image_key(array.tobytes()) for array in self.pixels), np.int64, len(self)
-        )
+        return [f"{key:x}" for key in self.compute_content_keys().tolist()]
 
     def compute_content_keys(self) -> np.ndarray:
         streams = (io.BytesIO(array.tobytes()) for array in self.pixels)
@@ -181,8 +175,7 @@ class DatasetImages(Sequence):
     def get_names(self) -> list[str]:
         rows = self.used_rows
         return [
-            name or str(row)
-            for row, name in zip(rows.tolist(), self.iterate_names(rows), strict=True)
+            name or str(row) for row, name in zip(rows.tolist(), self.iterate_names(), strict=True)
         ]
 
     def compute_content_keys(self) -> np.ndarray:
@@ -194,71 +187,24 @@ class DatasetImages(Sequence):
                 keys += pool.map(compute_encoded_content_key, images)
         return np.array(keys, np.uint64)
 
-    def compute_sizes(self) -> np.ndarray:
-        """Return the number of bytes of each encoded image; -1 if unknown. Images are not read."""
-        import pyarrow.compute
-
-        values = self.arrow_values
-        sizes = np.full(len(values), -1)
-        paths = values
-        if pyarrow.types.is_struct(values.type):
-            lengths = pyarrow.compute.binary_length(pyarrow.compute.struct_field(values, "bytes"))
-            sizes = pyarrow.compute.fill_null(lengths, -1).to_numpy().astype(np.int64)
-            paths = pyarrow.compute.struct_field(values, "path")
-        for row in np.flatnonzero(sizes < 0).tolist():
-            with suppress(OSError):  # a URL, a file in an archive, or a missing file
-                sizes[row] = Path(resolve_path(self.folder, paths[row].as_py())).stat().st_size
-        return sizes[self.used_rows]
-
     def read_values(self, rows: np.ndarray) -> Iterator[list[Any]]:
         """Yield the values of rows, some rows at a time."""
         for start in range(0, len(rows), ROWS_PER_READ):
             yield self.dataset[rows[start : start + ROWS_PER_READ]][self.column]
 
-    def compute_keys(self) -> np.ndarray:
-        """Return the keys of the images.
-
-        A key is a checksum of the path if the paths of all rows differ or the rows contain only
-        paths; otherwise of the row number, or of the bytes if the rows are in memory.
-        """
-        num_rows = len(self.dataset)
-        no_name = compute_image_key(b"")
-        names = (compute_image_key(name.encode()) for name in self.iterate_names(None))
-        keys = np.fromiter(names, np.int64, num_rows)
-        is_named = len(np.unique(keys)) == num_rows and no_name not in keys
-        if self.has_bytes() and not is_named:
-            if self.dataset.cache_files:
-                contents = (compute_image_key(b"row %d" % row) for row in range(num_rows))
-            else:
-                values = chain.from_iterable(self.read_values(np.arange(num_rows)))
-                contents = (
-                    compute_encoded_image_key(to_encoded_image(value, self.folder), self.folder)
-                    for value in values
-                )
-            keys = np.fromiter(contents, np.int64, num_rows)
-        return keys if self.rows is None else keys[self.rows]
-
-    def iterate_names(self, rows: np.ndarray | None) -> Iterator[str]:
+    def iterate_names(self) -> Iterator[str]:
         """Yield the path of each image within the folder, or "". Images are not read."""
+        import pyarrow
         import pyarrow.compute
 
         values = self.arrow_values
         is_encoded = pyarrow.types.is_struct(values.type)
         paths = pyarrow.compute.struct_field(values, "path") if is_encoded else values
-        for chunk in (paths if rows is None else paths.take(pyarrow.array(rows))).chunks:
+        for chunk in paths.take(pyarrow.array(self.used_rows)).chunks:
             for path in chunk.to_pylist():
                 yield get_relative_path(
                     (path if is_encoded else resolve_path(self.folder, path)) or "", self.folder
                 )
-
-    def has_bytes(self) -> bool:
-        """Return whether any row contains the bytes of the image."""
-        import pyarrow.compute
-
-        values = self.arrow_values
-        if not pyarrow.types.is_struct(values.type):
-            return False
-        return pyarrow.compute.struct_field(values, "bytes").null_count < len(values)
 
 
 def get_cache_file(name: str) -> Path:
@@ -268,20 +214,18 @@ def get_cache_file(name: str) -> Path:
     return Path(datasets.config.HF_DATASETS_CACHE, "vitcls", name)
 
 
-def compute_encoded_image_key(encoded_image: dict[str, Any], folder: Path) -> int:
-    """Return the key of an encoded image, a checksum of its bytes.
-
-    Without bytes, it is a checksum of the path within `folder`.
-    """
-    if encoded_image["bytes"] is not None:
-        return compute_image_key(encoded_image["bytes"])
-    return compute_image_key(get_relative_path(encoded_image["path"] or "", folder).encode())
-
-
 def compute_encoded_content_key(encoded_image: dict[str, Any]) -> int:
     """Return the key of the content of an encoded image."""
     with open_encoded_image(encoded_image) as stream:
         return compute_content_key(stream)
+
+
+def compute_digest(images: Any, index: int) -> str:
+    """Return the SHA-256 of an image; of its path if it is not a local file."""
+    if isinstance(images, ArrayImages):
+        return hashlib.sha256(images.pixels[index].tobytes()).hexdigest()
+    with open_encoded_image(images.get_encoded_image(index)) as stream:
+        return hashlib.sha256(stream.read()).hexdigest()
 
 
 def open_encoded_image(encoded_image: dict[str, Any]) -> BinaryIO:
@@ -297,6 +241,26 @@ def open_encoded_image(encoded_image: dict[str, Any]) -> BinaryIO:
         return open_regular_file(path)
     except OSError:  # a URL, a file in an archive, a device, or a missing file
         return io.BytesIO(path.encode(errors="surrogateescape"))
+
+
+def compute_content_key(stream: BinaryIO) -> int:
+    """Compute the 63-bit key of an image from its encoded content.
+
+    At most 48 KiB are read.
+    """
+    size = stream.seek(0, io.SEEK_END)
+    digest = hashlib.blake2b(size.to_bytes(8, "little"), digest_size=8)
+    if size <= 3 * CONTENT_PART_BYTES:
+        stream.seek(0)
+        digest.update(stream.read())
+    else:
+        for start in (0, size // 2, size - CONTENT_PART_BYTES):
+            stream.seek(start)
+            digest.update(stream.read(CONTENT_PART_BYTES))
+    return int.from_bytes(digest.digest(), "little") >> 1
+
+
+NO_CONTENT_KEY = compute_content_key(io.BytesIO())  # key of missing images and of empty files
 
 
 def check_channels(image: Image.Image, pixels: torch.Tensor, num_channels: int | None) -> None:

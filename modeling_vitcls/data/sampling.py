@@ -58,6 +58,12 @@ def mix_bits(counters: np.ndarray) -> np.ndarray:
     return counters ^ (counters >> np.uint64(31))
 
 
+def draw_numbers(keys: np.ndarray, seed: int) -> np.ndarray:
+    """Return a random number [N] `uint64` for each key [N], which depends on the key and the seed."""
+    seeds = np.full(len(keys), derive_seed(seed), np.uint64)
+    return draw_random_bits(seeds, keys.astype(np.uint64), 1)[:, 0]
+
+
 # Epochs -------------------------------------------------------------------------------------------
 
 

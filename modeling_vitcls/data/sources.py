@@ -34,7 +34,6 @@ from ..hub.local_paths import is_built_in_dataset
 from ..model.heads_vitcls import IGNORED_LABEL
 from ..runtime.errors import format_error
 from .columns import divide_by_column, read_groups
-from .copies import check_copies
 from .image_folder import (
     SPLIT_BY_FOLDER_NAME,
     explain_reading_errors,
@@ -274,8 +273,6 @@ def load_table(options: DataOptions, use_labels: bool, select: SplitSelector) ->
         )
         images = LabeledImages(images_by_split[split], labels, groups_by_split.get(split))
         labeled_splits[split] = drop_unlabeled_images(images, f"{options.dataset}, split {split!r}")
-    if reader.label_space.kind == "single_label_classification":
-        check_copies(options.dataset, labeled_splits, reader.label_space.names)
     return Splits(name, reader.label_space, labeled_splits, list(all_splits), facts)
 
 

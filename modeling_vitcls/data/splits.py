@@ -1,44 +1,49 @@
-"""Training split and held-out split of a dataset, and fingerprints of training data.
+"""Which images a run trains on, which it holds out, and the table of both that it leaves behind.
 
-    --dataset -> sources.py: splits by name -> held_out.py, if there is only one split -> TrainingData
+    --dataset -> sources.py: splits by name -> held-out images, if there is only one split -> TrainingData
               -> streaming.py, with --streaming
 
-Labels are read in labels.py. Images are decoded on access (images.py) and batched in batches.py.
+splits.parquet, a file of every run, is published with the model. Each row is an image:
 
-`--resume` continues a run only with the data that the run started with: the same image names in the
-same order, the same labels and the same held-out images (`describe_data`). The names are the
-images' keys (images.py), so no images are read.
+    key      a checksum of its content (images.py); there are no names
+    split    train, validation (selects the checkpoint) or test (held out)
+    task     the added task that saw it; "" is the model itself
+
+Whether an image was trained on is read from this table, so that a dataset may be renamed, moved,
+extended or divided after training. A stream records its held-out images only.
+
+Held-out images of a dataset without an evaluation split are those with the smallest random numbers,
+which depend on the seed and on the content of the image: of each class the given fraction, and at
+least one of two. Copies of an image, and images of one group, are on the same side.
 """
 
 import hashlib
 import json
 import pickle
-import warnings
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
+import pandas as pd
 from accelerate import Accelerator
-from sklearn.model_selection import StratifiedGroupKFold
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
+from ..hub.model_files import SPLITS_FILE
+from ..hub.model_folder import ModelFolder
 from ..model.heads_vitcls import IGNORED_LABEL
 from ..runtime.distributed import run_on_main
-from ..runtime.files import escape_csv_cell
-from .held_out import (
-    MAX_RECORDED_IMAGES,
-    HeldOutRecord,
-    HeldOutRule,
-    encode_content_keys,
-    join_copies,
-)
+from ..runtime.files import escape_csv_cell, write_atomically
 from .image_folder import describe_single_class, format_name_list
-from .images import DatasetImages, LabeledImages
+from .images import NO_CONTENT_KEY, DatasetImages, LabeledImages, compute_digest
 from .in_memory import MEMORY_PREFIX
 from .labels import LabelSpace, MultiHotLabels
-from .options import DataOptions
+from .options import DataOptions, check_stored_images
+from .sampling import derive_seed, draw_numbers
 from .sources import Splits, load_splits
 from .streaming import MAX_HELD_OUT_IMAGES, StreamedImages, open_streams
 
@@ -49,6 +54,7 @@ HELD_OUT_SPLITS = ("validation", "valid", "val", "dev", "test")
 EVALUATION_SPLITS = ("test", *HELD_OUT_SPLITS[:-1])
 # fraction of the training images from which `--exclude` warns that right labels may be listed
 MAX_EXCLUDED_FRACTION = 0.05
+MAX_NAMED_IMAGES = 10  # with two labels
 
 Data = TypeVar("Data")
 
@@ -83,12 +89,11 @@ class TrainingData:
     train_split: str  # name of the split with the training images
     train: LabeledImages | StreamedImages
     held_out: LabeledImages
-    # name of the held-out split, or description of the rule that selected the images
-    held_out_name: str
-    record: HeldOutRecord
+    held_out_split: str | None  # None if the held-out images were drawn from the only split
+    held_out_name: str  # description of the held-out images
     # images for selecting the best checkpoint (`--select best`)
     selection: LabeledImages | None = None
-    selection_name: str = ""  # name of the selection split, or description of the rule
+    selection_name: str = ""
     # training images that `--exclude` leaves out; None without it
     excluded: LabeledImages | None = None
     # lines about what was read: the labels, and the columns of splits and groups
@@ -104,31 +109,6 @@ class TrainingData:
         """Return the number of held-out images."""
         return len(self.held_out)
 
-    def build_record(self) -> HeldOutRecord:
-        """Return the record for results.json.
-
-        It identifies the training and selection images by their content.
-
-        Up to `MAX_RECORDED_IMAGES` images are read, without decoding them.
-        """
-        if isinstance(self.train, StreamedImages):
-            return replace(self.record, dataset=self.name)
-        parts = [self.train]
-        if self.selection is not None:
-            parts.append(self.selection)
-        num_images = sum(map(len, parts))
-        drawn = [
-            part.draw(len(part) * MAX_RECORDED_IMAGES // max(num_images, MAX_RECORDED_IMAGES))
-            for part in parts
-        ]
-        keys = np.concatenate([part.images.compute_content_keys() for part in drawn])
-        return replace(
-            self.record,
-            dataset=self.name,
-            num_training_images=num_images,
-            training_images=encode_content_keys(keys),
-        )
-
     @property
     def class_ratio(self) -> float:
         """Return the size of the largest class divided by that of the smallest.
@@ -140,25 +120,29 @@ class TrainingData:
         sizes = Counter(self.train.labels).values()  # type: ignore
         return max(sizes) / min(sizes)
 
+    def build_splits_table(self, task: str = "") -> pd.DataFrame:
+        """Return the rows of splits.parquet about this run, or about an added task."""
+        parts = {"train": self.train, "validation": self.selection, "test": self.held_out}
+        return build_splits_table(parts, task)
+
 
 def load_training_data(
     options: DataOptions, use_selection_split: bool = False, use_labels: bool = True
 ) -> TrainingData:
     """Load the training images and the held-out images.
 
-    They are two splits of the dataset, or one split divided by a seeded rule (held_out.py). If
-    `use_labels` is False, every label is -100, and the label space has no columns.
+    They are two splits of the dataset, or one that is divided as described above. If `use_labels`
+    is False, every label is -100, and the label space has no columns.
 
     If `use_selection_split` is set, the checkpoint is selected on selection images, which are
-    separate from the held-out images. The selection images are the validation split if the dataset
-    also has a test split. Otherwise, another seeded rule selects the selection images from the
-    training images.
+    separate from the held-out images. They are the validation split if the dataset also has a test
+    split; otherwise, they are drawn from the training images.
 
     Of a stream, the training images are streamed, and the first 10,000 images of the other splits,
     or of the held-out part, are read immediately and stored in memory without decoding.
 
     Raise ValueError if the dataset has no images, no labels (unless `use_labels` is False) or only
-    one class, or is too small to be split.
+    one class, is too small to be split, or has an image with two labels.
     """
 
     def select(names: list[str]) -> list[str]:
@@ -173,16 +157,15 @@ def load_training_data(
     )
     training_splits = choose_training_splits(splits.names, use_selection_split)
     check_splits(options, splits, training_splits, use_selection_split)
-    train = splits.images_by_split[training_splits.train]
+    images = add_keys(splits.images_by_split)
+    train = images[training_splits.train]
 
     if training_splits.held_out is not None:
-        held_out = read_images(splits.images_by_split[training_splits.held_out])
+        held_out = read_images(images[training_splits.held_out])
         held_out_name = f"split {training_splits.held_out!r}"
-        record = HeldOutRecord(training_splits.held_out, len(held_out))
     else:
-        rule = build_held_out_rule(options)
-        held_out_name = describe_rule(rule, train)
-        train, held_out, record = hold_out_images(train, rule, options.dataset)
+        held_out_name = describe_held_out(options, train)
+        train, held_out = hold_out_images(train, options)
     if options.streaming and len(held_out) == MAX_HELD_OUT_IMAGES:
         held_out_name += f", of which the first {MAX_HELD_OUT_IMAGES:,} images are read"
 
@@ -193,21 +176,24 @@ def load_training_data(
     selection = None
     selection_name = ""
     if training_splits.selection is not None:
-        selection = read_images(splits.images_by_split[training_splits.selection])
+        selection = read_images(images[training_splits.selection])
         selection_name = f"split {training_splits.selection!r}"
     elif use_selection_split:
-        rule = HeldOutRule(options.held_out_part, options.split_seed, "selection")
-        train, selection, _ = hold_out_images(train, rule, options.dataset)
-        selection_name = f"{rule}; from the training images"
+        selection_options = replace(
+            options, split_seed=derive_seed(options.split_seed, 1), folds=None, fold=None
+        )
+        selection_name = f"about {options.held_out_part:.0%} of the training images"
+        train, selection = hold_out_images(train, selection_options)
 
+    check_contradictions([train, held_out, selection], splits.label_space, options.dataset)
     return TrainingData(
         name=splits.name,
         label_space=splits.label_space,
         train_split=training_splits.train,
         train=train,
         held_out=held_out,
+        held_out_split=training_splits.held_out,
         held_out_name=held_out_name,
-        record=record,
         selection=selection,
         selection_name=selection_name,
         excluded=excluded,
@@ -218,6 +204,85 @@ def load_training_data(
 def read_images(images: LabeledImages | StreamedImages) -> LabeledImages:
     """Return stored images, or the first images of a streamed split."""
     return images.read_first(MAX_HELD_OUT_IMAGES) if isinstance(images, StreamedImages) else images
+
+
+def add_keys(splits: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the splits with the keys of stored images, and groups that contain all copies."""
+    parts = {
+        name: part.images.compute_content_keys()
+        for name, part in splits.items()
+        if isinstance(part, LabeledImages)
+    }
+    if not parts:
+        return dict(splits)
+    _, copies = np.unique(np.concatenate(list(parts.values())), return_inverse=True)
+    known = [splits[name].groups for name in parts if splits[name].groups is not None]
+    groups = join_groups(copies, np.concatenate(known)) if known else copies
+    ends = np.cumsum(list(map(len, parts.values())))[:-1]
+    with_keys = {
+        name: replace(splits[name], keys=keys, groups=part)
+        for (name, keys), part in zip(parts.items(), np.split(groups, ends), strict=True)
+    }
+    return {**splits, **with_keys}
+
+
+def get_keys(images: LabeledImages) -> np.ndarray:
+    """Return the keys of the content of images, which are read only if they are not known."""
+    return images.images.compute_content_keys() if images.keys is None else images.keys
+
+
+def join_groups(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Return groups [N] in which images are together that share either of two groups [N]."""
+    num_first = int(first.max(initial=-1)) + 1
+    num_groups = num_first + int(second.max(initial=-1)) + 1
+    pairs = (first, second + num_first)
+    graph = coo_array((np.ones(len(first), bool), pairs), shape=(num_groups, num_groups))
+    return connected_components(graph, directed=False)[1][first]  # type: ignore[no-any-return]
+
+
+def check_contradictions(parts: Sequence[Any], label_space: LabelSpace, dataset: str) -> None:
+    """Raise ValueError if an image has two labels, in any rows, folders and splits.
+
+    The keys of some images are equal although only their start, middle and end are, so that the
+    whole content is compared, too.
+    """
+    parts = [part for part in parts if part is not None]
+    if not label_space.columns or not all(map(is_stratified, parts)):
+        return
+    keys = np.concatenate([part.keys for part in parts])
+    labels = np.concatenate([np.asarray(part.labels, np.int64) for part in parts])
+    rows = find_contradictions(np.where(keys == NO_CONTENT_KEY, np.arange(len(keys)), keys), labels)
+    if not len(rows):
+        return
+
+    places = [(part.images, index) for part in parts for index in range(len(part))]
+    digests = np.array([compute_digest(*places[row]) for row in rows])
+    found = find_contradictions(digests, labels[rows])
+    if not len(found):
+        return
+
+    texts: dict[str, list[str]] = {}
+    for place in found.tolist():
+        images, index = places[rows[place]]
+        (name,) = images.select([index]).get_names()
+        label = label_space.names[labels[rows[place]]]
+        texts.setdefault(digests[place], []).append(f"{name} is {label!r}")
+    copies = [" and ".join(each) for each in texts.values()]
+    count_text = "1 image has" if len(copies) == 1 else f"{len(copies):,} images have"
+    raise ValueError(
+        f"{dataset}: {count_text} several labels: {format_name_list(copies, MAX_NAMED_IMAGES)}. "
+        "Remove the copies with the wrong label"
+    )
+
+
+def find_contradictions(keys: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Return the images whose key [N] is also that of an image with another label [N]."""
+    _, group = np.unique(keys, return_inverse=True)
+    lowest = np.full(len(keys), np.iinfo(np.int64).max)  # of each group
+    highest = np.full(len(keys), -1)
+    np.minimum.at(lowest, group, labels)
+    np.maximum.at(highest, group, labels)
+    return np.flatnonzero(lowest[group] < highest[group])
 
 
 def exclude_images(
@@ -314,110 +379,75 @@ def check_splits(
         )
 
 
-def build_held_out_rule(options: DataOptions) -> HeldOutRule:
-    """Build the rule that selects the held-out images, as specified by the options."""
-    if options.folds is not None and options.fold is not None:
-        return HeldOutRule(
-            1 / options.folds, options.split_seed, num_folds=options.folds, fold=options.fold
-        )
-    return HeldOutRule(options.held_out_part, options.split_seed)
+# Held-out images ----------------------------------------------------------------------------------
 
 
-def hold_out_images(
-    images: Any, rule: HeldOutRule, dataset: str
-) -> tuple[Any, LabeledImages, HeldOutRecord]:
-    """Return the training images, the held-out images, and the record of the latter.
-
-    The images are stored or streamed.
+def hold_out_images(images: Any, options: DataOptions) -> tuple[Any, LabeledImages]:
+    """Return the training images and the held-out images, which are stored or streamed.
 
     Raise ValueError if none or all of the images would be held out.
     """
     if isinstance(images, StreamedImages):
-        train = replace(images, held_out_rule=rule)
-        held_out = LabeledImages(DatasetImages.from_list([]), [])
-        if rule.fraction:
-            held_out = replace(train, is_held_out_part=True).read_first(MAX_HELD_OUT_IMAGES)
-        return train, held_out, HeldOutRecord.from_keys(rule, held_out.images.compute_keys())
-
-    check_folds(rule, images, dataset)
-    is_held_out, record = select_held_out(images, rule)
-    check_both_parts(is_held_out, rule, images, dataset)
-    train_indices = np.flatnonzero(~is_held_out)
-    held_out_indices = np.flatnonzero(is_held_out)
-    return images.select(train_indices.tolist()), images.select(held_out_indices.tolist()), record
-
-
-def select_held_out(images: LabeledImages, rule: HeldOutRule) -> tuple[np.ndarray, HeldOutRecord]:
-    """Return whether the rule holds out each image, and the record of the held-out images.
-
-    Copies of an image are on the same side, unless there are more images than are read for it.
-    """
-    keys = images.images.compute_keys()
-    if isinstance(images.images, DatasetImages) and len(images) <= MAX_RECORDED_IMAGES:
-        _, group, counts = np.unique(
-            images.images.compute_sizes(), return_inverse=True, return_counts=True
-        )
-        rows = np.flatnonzero(counts[group] > 1)  # only images of the same size are read
-        content_keys = images.images.select(rows.tolist()).compute_content_keys()
-        keys[rows] = join_copies(keys[rows], content_keys)
-    labels = np.array(images.labels) if is_stratified(images) else np.full(len(keys), IGNORED_LABEL)
-    if images.groups is None:
-        is_held_out = rule.select(keys, labels)
-    else:
-        is_held_out = select_groups(keys, labels, images.groups, rule)
-    return is_held_out, HeldOutRecord.from_keys(rule, keys[is_held_out])
-
-
-def select_groups(
-    keys: np.ndarray, labels: np.ndarray, groups: np.ndarray, rule: HeldOutRule
-) -> np.ndarray:
-    """Return whether each image is held out, together with all images of its group.
-
-    All arrays are [N]. The held-out groups do not depend on the order of the images.
-    """
-    num_groups = len(np.unique(groups))
-    if not rule.fraction or num_groups < 2:
-        return np.zeros(len(keys), bool)
-    num_folds = rule.num_folds or min(max(round(1 / rule.fraction), 2), num_groups)
-    order = np.argsort(keys, kind="stable")
-    folds = StratifiedGroupKFold(num_folds, shuffle=True, random_state=rule.hash_key(0) >> 32)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # classes with fewer images than folds
-        parts = [part for _, part in folds.split(order, labels[order], groups[order])]
-    is_held_out = np.zeros(len(keys), bool)
-    is_held_out[order[parts[(rule.fold or 1) - 1]]] = True
-    return is_held_out
-
-
-def check_both_parts(
-    is_held_out: np.ndarray, rule: HeldOutRule, images: LabeledImages, dataset: str
-) -> None:
-    """Raise ValueError if none or all of the images would be held out."""
-    if rule.fraction > 0 and not is_held_out.any() and is_stratified(images):
-        raise ValueError(
-            f"{dataset}: no image can be held out, because each of the {len(set(images.labels))} "
-            "classes has a single image (or copies of one). Add images, choose a different "
-            "`label_column`, or set `held_out_fraction=0` to train on all images"
-        )
-    if is_held_out.all() or (not is_held_out.any() and rule.fraction > 0):
-        amount, change = ("all", "smaller") if is_held_out.all() else ("none of the", "larger")
-        raise ValueError(
-            f"{dataset}: {amount} {len(is_held_out)} images would be held out. "
-            f"Set a {change} `held_out_fraction`"
-        )
-
-
-def check_folds(rule: HeldOutRule, images: LabeledImages, dataset: str) -> None:
-    """Raise ValueError if a fold of a cross-validation has no images.
-
-    All folds are checked before the first one is trained.
-    """
-    for fold in range(1, (rule.num_folds or 0) + 1):
-        if not select_held_out(images, replace(rule, fold=fold))[0].any():
-            raise ValueError(
-                f"{dataset}: fold {fold} of {rule.num_folds} has no images, because the "
-                f"dataset has only {len(images)}. Set a smaller `folds`"
+        fraction = options.held_out_part
+        train = replace(images, held_out_fraction=fraction, split_seed=options.split_seed)
+        if not fraction:
+            return train, LabeledImages(
+                DatasetImages.from_list([]), [], keys=np.zeros(0, np.uint64)
             )
+        return train, replace(train, is_held_out_part=True).read_first(MAX_HELD_OUT_IMAGES)
+
+    is_held_out = select_held_out(images, options)
+    return images.select(np.flatnonzero(~is_held_out)), images.select(np.flatnonzero(is_held_out))
+
+
+def select_held_out(images: LabeledImages, options: DataOptions) -> np.ndarray:
+    """Return whether each image [N] is held out: a fraction of each class, or one fold.
+
+    The units are the groups of the images. Raise ValueError if none or all of the images would be
+    held out.
+    """
+    assert images.keys is not None and images.groups is not None
+    folds = options.folds if options.fold is not None else None
+    fraction = options.held_out_part
+    if not fraction and folds is None:
+        return np.zeros(len(images), bool)
+
+    _, first, group = np.unique(images.groups, return_index=True, return_inverse=True)
+    sizes = np.bincount(group)
+    numbers = np.full(len(sizes), np.iinfo(np.uint64).max, np.uint64)
+    np.minimum.at(numbers, group, draw_numbers(images.keys, options.split_seed))
+    labels = np.array(images.labels)[first] if is_stratified(images) else np.zeros(len(first), int)
+
+    fold = np.zeros(len(sizes), int)  # of each group
+    for label in np.unique(labels).tolist():
+        members = np.flatnonzero(labels == label)
+        members = members[np.argsort(numbers[members], kind="stable")]
+        if folds is not None:
+            fold[members] = (np.arange(len(members)) + label) % folds + 1
+        elif len(members) > 1:
+            # of each class, at least one group is held out, and at least one is not
+            middles = np.cumsum(sizes[members]) - sizes[members] / 2
+            num_held_out = int((middles <= fraction * sizes[members].sum()).sum())
+            fold[members[: min(max(num_held_out, 1), len(members) - 1)]] = 1
+
+    if folds is not None and len(missing := set(range(1, folds + 1)) - set(fold.tolist())):
+        raise ValueError(
+            f"{options.dataset}: fold {min(missing)} of {folds} has no images, because the dataset "
+            f"has only {len(sizes)} images or groups. Set a smaller `folds`"
+        )
+    is_held_out = (fold == (options.fold if folds is not None else 1))[group]
+    if not is_held_out.any():
+        reason = (
+            f"each of the {len(set(images.labels))} classes has a single image (or copies or a "
+            "group of one)"
+            if is_stratified(images)
+            else f"there is only {len(images)} image (or copies or a group of one)"
+        )
+        raise ValueError(
+            f"{options.dataset}: no image can be held out, because {reason}. Add images, choose a "
+            "different `label_column`, or set `held_out_fraction=0` to train on all images"
+        )
+    return is_held_out  # type: ignore[no-any-return]
 
 
 def is_stratified(images: Any) -> bool:
@@ -430,14 +460,216 @@ def is_stratified(images: Any) -> bool:
     return all(isinstance(label, int) and label != IGNORED_LABEL for label in images.labels)
 
 
-def describe_rule(rule: HeldOutRule, images: Any) -> str:
-    """Return the description of a rule, and whether the split is stratified."""
+def describe_held_out(options: DataOptions, images: Any) -> str:
+    """Return which images of the only split are held out."""
+    part = f"about {options.held_out_part:.0%}"
+    if options.folds is not None and options.fold is not None:
+        part = f"fold {options.fold} of {options.folds}"
     if is_stratified(images):
-        return f"{rule}, stratified by class"
-    has_several_labels = not isinstance(images, StreamedImages) and isinstance(
-        images.labels[0], dict | list
+        return f"{part}, stratified by class, split seed {options.split_seed}"
+    is_labeled = not isinstance(images, StreamedImages) and IGNORED_LABEL not in images.labels[:1]
+    reason = ", not stratified: several labels per image" if is_labeled else ""
+    return f"{part}, split seed {options.split_seed}{reason}"
+
+
+# The images that a run saw ------------------------------------------------------------------------
+
+
+EMPTY_TABLE = pd.DataFrame(
+    {"key": np.zeros(0, np.uint64), "split": np.zeros(0, str), "task": np.zeros(0, str)}
+)
+
+
+def build_splits_table(parts: Mapping[str, Any], task: str = "") -> pd.DataFrame:
+    """Return the rows of splits.parquet about images by split; streams are left out."""
+    tables = [
+        pd.DataFrame({"key": get_keys(part), "split": split, "task": task})
+        for split, part in parts.items()
+        if isinstance(part, LabeledImages) and len(part)
+    ]
+    return pd.concat(tables, ignore_index=True) if tables else EMPTY_TABLE
+
+
+def write_splits(table: pd.DataFrame, folder: Path) -> None:
+    """Write splits.parquet to a model folder. Each image is listed once for each split and task."""
+    rows = table.drop_duplicates().sort_values(["task", "split", "key"])
+    with write_atomically(folder / SPLITS_FILE) as temporary_file:
+        rows.to_parquet(temporary_file, index=False)
+
+
+def read_splits(folder: ModelFolder) -> pd.DataFrame:
+    """Return splits.parquet of a model folder; an empty table if there is none.
+
+    Raise ValueError if the file is damaged.
+    """
+    file = folder.path / SPLITS_FILE
+    if not file.is_file():
+        return EMPTY_TABLE
+    try:
+        return pd.read_parquet(file, columns=list(EMPTY_TABLE))
+    except Exception as error:  # pyarrow raises many types of errors on damaged files
+        raise ValueError(
+            f"{file} is damaged. Remove it to use the model without the list of its training images"
+        ) from error
+
+
+def select_task(splits: pd.DataFrame, task: str | None) -> pd.DataFrame:
+    """Return the rows about an added task, or about the model itself (None)."""
+    return splits[splits["task"] == (task or "")]
+
+
+def find_trained_images(images: LabeledImages, splits: pd.DataFrame) -> np.ndarray:
+    """Return whether each image [N] trained a model.
+
+    Of a model that was trained on a stream, these are all images that it did not hold out, if it
+    held out any of them.
+    """
+    if not len(splits):
+        return np.zeros(len(images), bool)
+    keys = get_keys(images)
+    is_held_out = np.isin(keys, splits["key"][splits["split"] == "test"])
+    if not (splits["split"] == "train").any() and is_held_out.any():
+        return ~is_held_out
+    return np.isin(keys, splits["key"][splits["split"] != "test"])
+
+
+class EvaluationData(NamedTuple):
+    """Images and labels for the evaluation of a model."""
+
+    label_space: LabelSpace
+    images: LabeledImages
+    split: str
+    num_left_out: int  # number of images that trained the model
+    description: str  # of the images, as text
+
+
+def load_evaluation_data(
+    options: DataOptions,
+    split: str | None,
+    splits: pd.DataFrame = EMPTY_TABLE,
+    use_labels: bool = True,
+    max_images: int | None = None,
+) -> EvaluationData:
+    """Load the images to evaluate, without those that trained the model.
+
+    Args:
+        options: the dataset.
+        split: the split, of which all images are evaluated. None: `test`, else `validation`, else
+            the only split.
+        splits: the rows of splits.parquet about the model.
+        use_labels: whether labels are read. If False, every label is -100.
+        max_images: number of images to draw at random (`options.split_seed`).
+
+    Raises:
+        ValueError: if the split does not exist, or if training used all of its images.
+    """
+    check_stored_images(options)
+    choose = partial(choose_evaluation_split, split, options.dataset)
+    loaded = load_splits(options, use_labels, lambda names: [choose(names)])
+    name = choose(loaded.names)
+    images = loaded.images_by_split[name]
+    if use_labels:
+        images = replace(images, keys=get_keys(images))
+        check_contradictions([images], loaded.label_space, options.dataset)
+    is_trained = find_trained_images(images, splits)
+    return leave_out(loaded, name, is_trained, split is not None, options, max_images)
+
+
+def load_fitting_and_evaluation_data(
+    options: DataOptions,
+    split: str | None,
+    splits: pd.DataFrame = EMPTY_TABLE,
+    max_images: int | None = None,
+) -> tuple[EvaluationData, EvaluationData]:
+    """Load images to fit a classifier or to calibrate a graph, and the images to evaluate.
+
+    The latter are those of `load_evaluation_data`. If the dataset has only one split, the images
+    are fitted to that trained the model; if none of them did, a part is held out. With `split`, an
+    only split is both.
+    """
+    check_stored_images(options)
+    choose = partial(choose_fitting_and_evaluation_split, split, options.dataset)
+    loaded = load_splits(options, select=choose)
+    fitting_name, name = choose(loaded.names)
+    images, fitting = loaded.images_by_split[name], loaded.images_by_split[fitting_name]
+    is_trained = find_trained_images(images, splits)
+
+    if split is None and fitting_name == name:
+        if not is_trained.any():
+            is_trained = ~select_held_out(add_keys({name: images})[name], options)
+        fitting = images.select(np.flatnonzero(is_trained))
+    description = f"{len(fitting):,} images"
+    return (
+        EvaluationData(loaded.label_space, fitting, fitting_name, 0, description),
+        leave_out(loaded, name, is_trained, split is not None, options, max_images),
     )
-    return f"{rule}, not stratified: several labels per image" if has_several_labels else str(rule)
+
+
+def leave_out(
+    loaded: Splits,
+    name: str,
+    is_trained: np.ndarray,
+    is_named: bool,
+    options: DataOptions,
+    max_images: int | None,
+) -> EvaluationData:
+    """Return at most `max_images` images of a split that did not train the model.
+
+    If the user has named the split, all its images count. Raise ValueError if none is left.
+    """
+    images = loaded.images_by_split[name]
+    part = f"{len(images):,} images"
+    if len(loaded.names) > 1:  # users have not given the name of an only split
+        part += f" of split {name!r}"
+    num_trained = int(is_trained.sum())
+    description = f"all {part}"
+    num_left_out = 0
+    if num_trained and is_named:
+        description += f", of which training used {num_trained:,}"
+    elif num_trained == len(images):
+        raise ValueError(
+            f"the model was trained on all {len(images):,} images of {options.dataset}. Its result "
+            f"on images that it had not seen is in its results.json. Set `dataset` to other "
+            f"images, or `split={name!r}` to evaluate these"
+        )
+    elif num_trained:
+        images = images.select(np.flatnonzero(~is_trained))
+        num_left_out = num_trained
+        description = f"{part}, of which {num_trained:,} are left out, because training used them"
+
+    drawn = images.draw(max_images, options.split_seed)
+    if len(drawn) < len(images):
+        description = f"drawn at random from {description}"
+    return EvaluationData(loaded.label_space, drawn, name, num_left_out, description)
+
+
+def choose_evaluation_split(split: str | None, dataset: str, names: Sequence[str]) -> str:
+    """Return the name of the split to evaluate. Raise ValueError if there is no such split."""
+    if split is None:
+        split = next(
+            (name for name in EVALUATION_SPLITS if name in names),
+            names[0] if len(names) == 1 else None,
+        )
+    if split is not None and split in names:
+        return split
+    problem = (
+        f"has no split {split!r}"
+        if split is not None
+        else "has several splits, none of them for evaluation"
+    )
+    raise ValueError(f"{dataset} {problem}. Set `split` to one of {', '.join(names)}")
+
+
+def choose_fitting_and_evaluation_split(
+    split: str | None, dataset: str, names: Sequence[str]
+) -> tuple[str, str]:
+    """Return the names of the split that a classifier is fitted to, and of the evaluated split.
+
+    They are the same if the dataset has only one.
+    """
+    evaluated = choose_evaluation_split(split, dataset, names)
+    fitting_names = ["train"] if "train" in names else [each for each in names if each != evaluated]
+    return (fitting_names or [evaluated])[0], evaluated
 
 
 # Changes of the data ------------------------------------------------------------------------------
@@ -453,21 +685,17 @@ def describe_data(training_data: TrainingData) -> dict[str, Any]:
         "num_training_images": training_data.num_training_images,
         "num_held_out_images": training_data.num_held_out_images,
     }
-
-    images = training_data.train
-    if isinstance(images, StreamedImages):
-        images = training_data.held_out
-
-    if not isinstance(images, StreamedImages):
-        labels = images.labels
-        if isinstance(labels, MultiHotLabels):
-            labels = [labels.offsets.tolist(), labels.indices.tolist()]
-        keys = images.images.compute_keys()
-        description |= {
-            "image_names_or_order": hashlib.sha256(keys.tobytes()).hexdigest(),
-            "labels": hashlib.sha256(json.dumps(labels).encode()).hexdigest(),
-        }
-    return description | {"held_out_images": asdict(training_data.record)}
+    parts = {"images": training_data.train, "held_out_images": training_data.held_out}
+    for name, part in parts.items():
+        if isinstance(part, LabeledImages):
+            assert part.keys is not None
+            labels = part.labels
+            if isinstance(labels, MultiHotLabels):
+                labels = [labels.offsets.tolist(), labels.indices.tolist()]
+            description[f"{name} or their order"] = hashlib.sha256(part.keys.tobytes()).hexdigest()
+            text = json.dumps(labels)
+            description[f"labels of {name}"] = hashlib.sha256(text.encode()).hexdigest()
+    return description
 
 
 def describe_change(
@@ -519,27 +747,13 @@ def describe_exclusion(training_data: TrainingData) -> list[str]:
 def describe_copies(training_data: TrainingData) -> list[str]:
     """Return a warning about images of a held-out split that are training images, too.
 
-    Streams, and datasets with more images than are read for it, are not compared. If a rule selects
-    the held-out images, it keeps copies together.
+    Drawn held-out images never are, and streams are not compared.
     """
     train, held_out = training_data.train, training_data.held_out
-    if training_data.record.split is None:
+    if isinstance(train, StreamedImages):
         return []
-    if isinstance(train, StreamedImages) or isinstance(held_out, StreamedImages):
-        return []
-    if len(train) + len(held_out) > MAX_RECORDED_IMAGES:
-        return []
-
-    parts: list[Any] = [train.images, held_out.images]
-    if all(isinstance(images, DatasetImages) for images in parts):
-        sizes = [images.compute_sizes() for images in parts]
-        shared = np.intersect1d(*sizes)  # only images of the same size are read
-        parts = [
-            images.select(np.flatnonzero(np.isin(size, shared)).tolist())
-            for images, size in zip(parts, sizes, strict=True)
-        ]
-    train_keys, held_out_keys = (images.compute_content_keys() for images in parts)
-    num_copies = int(np.isin(held_out_keys, train_keys).sum())
+    assert train.keys is not None and held_out.keys is not None
+    num_copies = int(np.isin(held_out.keys, train.keys).sum())
     if not num_copies:
         return []
     return [

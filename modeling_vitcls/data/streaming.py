@@ -25,12 +25,11 @@ import torch
 from ..model.heads_vitcls import IGNORED_LABEL
 from .batches import Batch, BatchBuilder
 from .columns import divide_by_column
-from .held_out import HeldOutRule
 from .images import (
     DatasetImages,
     LabeledImages,
     UnreadableImage,
-    compute_encoded_image_key,
+    compute_encoded_content_key,
     decode_image,
     to_encoded_image,
 )
@@ -45,7 +44,7 @@ from .labels import (
     get_item_type,
 )
 from .options import DataOptions
-from .sampling import BatchPlan, derive_seed
+from .sampling import BatchPlan, derive_seed, draw_numbers
 from .sources import (
     Splits,
     describe_labels,
@@ -81,7 +80,7 @@ class Example:
 class StreamedImages:
     """Images of one split of a streamed dataset.
 
-    `held_out_rule` separates held-out images from training images.
+    The images whose random number, from 0 to 1, is below `held_out_fraction` are held out.
     """
 
     name: str
@@ -90,8 +89,9 @@ class StreamedImages:
     reader: LabelReader | None  # None if labels are not read
     folder: Path
     shuffle_buffer_size: int
-    held_out_rule: HeldOutRule | None = None
-    is_held_out_part: bool = False  # whether the images are those that `held_out_rule` holds out
+    held_out_fraction: float = 0.0
+    split_seed: int = 0
+    is_held_out_part: bool = False  # whether the images are the held-out ones
     num_images: ClassVar[None] = None  # unknown
 
     def iterate_examples(
@@ -159,6 +159,7 @@ class StreamedImages:
         return LabeledImages(
             DatasetImages.from_list([example.encoded_image for example in examples], self.folder),
             labels,
+            keys=np.array([example.index for example in examples], np.uint64),
         )
 
     def draw(self, num_images: int, seed: int = 0) -> LabeledImages:
@@ -173,11 +174,11 @@ class StreamedImages:
 
         The image column contains inputs of `decode_image`.
         """
-        rule = self.held_out_rule
         for values in stream:
             encoded_image = to_encoded_image(values[self.image_column], self.folder)
-            key = compute_encoded_image_key(encoded_image, self.folder)
-            if (rule is not None and rule.is_held_out(key)) == is_held_out:
+            key = compute_encoded_content_key(encoded_image)
+            (number,) = draw_numbers(np.array([key], np.uint64), self.split_seed)
+            if (int(number) / 2**64 < self.held_out_fraction) == is_held_out:
                 yield values | {self.image_column: encoded_image}, key
 
     def build_examples(self, rows: Iterable[StreamRow]) -> Iterator[Example]:

@@ -17,10 +17,9 @@ from transformers.image_utils import PILImageResampling
 
 from ..conversion.parity_report import build_random_images, get_max_magnitude, get_non_square_size
 from ..conversion.processors import SHARED_SETTINGS, select_settings
-from ..data.held_out import HELD_OUT_RECORD_KEY
 from ..data.labels import get_label_space
 from ..hub.local_paths import resolve_name, strip_folders
-from ..hub.model_files import CONFIG_FILE, CONFIG_FILES, RESULTS_FILE, hash_files
+from ..hub.model_files import CONFIG_FILE, CONFIG_FILES, RESULTS_FILE, SPLITS_FILE, hash_files
 from ..hub.model_folder import ModelFolder
 from ..inference.exported_graphs import INPUT_NAME, ExportedModel
 from ..inference.speed import measure_inference_speed
@@ -197,13 +196,13 @@ def export_model(options: ExportOptions) -> Report:
 def write_model_files(model_folder: ModelFolder, folder: Path, report: Report) -> None:
     """Write what `predict` and `evaluate` with `backend` require in the folder of the graph.
 
-    These are the configuration, the image processor and, in results.json, the held-out images of
-    the model's run and the measurements of the file.
+    These are the configuration, the image processor, the splits of the model's run and, in
+    results.json, the measurements of the file.
     """
-    for name in CONFIG_FILES:
+    for name in (*CONFIG_FILES, SPLITS_FILE):
         if (model_folder.path / name).is_file():
             shutil.copyfile(model_folder.path / name, folder / name)
-    kept_keys = (HELD_OUT_RECORD_KEY, "label_column", "label_separator", "dataset")
+    kept_keys = ("label_column", "label_separator", "dataset")
     results = model_folder.saved_results
     kept = {key: results[key] for key in kept_keys if key in results}
     (file_name,) = (name for name in report["sha256"] if not name.endswith((".bin", ".data")))

@@ -18,10 +18,13 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from ..data.evaluated_images import load_fitting_and_evaluation_data
-from ..data.held_out import read_held_out_record
 from ..data.options import DataOptions
-from ..data.splits import load_training_data
+from ..data.splits import (
+    load_fitting_and_evaluation_data,
+    load_training_data,
+    read_splits,
+    select_task,
+)
 from ..hub.local_paths import is_built_in_dataset, resolve_name, strip_folders
 from ..inference.evaluate import build_evaluator, set_label_columns
 from ..inference.evaluator import Evaluator
@@ -143,7 +146,7 @@ def load_export_images(
         check_is_classifier(model.config)
         options = set_label_columns(options, model.config, folder)
         training, held_out = load_fitting_and_evaluation_data(
-            options, split, read_held_out_record(folder)
+            options, split, select_task(read_splits(folder), None)
         )
         evaluator = build_evaluator(
             LoadedModel(folder, model, exportable.processor, BATCH_SIZE),

@@ -3,7 +3,7 @@
 The folder is the interface between training or conversion and publishing.
 
 config.json, preprocessor_config.json, model*.safetensors, *_vitcls.py      the model
-results.json, config.resolved.yaml, metrics.jsonl                           a training run
+results.json, splits.parquet, config.resolved.yaml, metrics.jsonl           a training run
 parity_report.json                                                          a conversion
 certificate.json                                                            an added task or class
 README.md, report.html, images/                                            for publication
@@ -25,10 +25,12 @@ CONFIG_FILES = (CONFIG_FILE, PROCESSOR_FILE)
 UNMEASURED_SETTINGS = ("auto_map", "transformers_version", "_name_or_path")
 RESULTS_FILE = "results.json"
 RECIPE_FILE = "config.resolved.yaml"  # the flags of a run
+SPLITS_FILE = "splits.parquet"  # content key and split of each image that a run saw
 PREDICTIONS_FILE = "predictions.parquet"  # predictions of the held-out images
 METRICS_FILE = "metrics.jsonl"
 PARITY_REPORT_FILE = "parity_report.json"  # parity report of a conversion
 CERTIFICATE_FILE = "certificate.json"  # which outputs of an earlier model did not change
+ADDITIONS_KEY = "additions"  # added tasks and classes in results.json: name of the head -> record
 CARD_FILE = "README.md"
 REPORT_FILE = "report.html"  # HTML report with held-out images
 IMAGES_FOLDER = "images"
@@ -66,7 +68,7 @@ LICENSE_FILES = tuple(
 # Files that define the model.
 MODEL_PATTERNS = (*CONFIG_FILES, *WEIGHTS_PATTERNS, CODE_PATTERN)
 # Files of a training run, which belong to certain weights.
-RUN_FILES = (RESULTS_FILE, METRICS_FILE, RECIPE_FILE, REPORT_FILE)
+RUN_FILES = (RESULTS_FILE, SPLITS_FILE, METRICS_FILE, RECIPE_FILE, REPORT_FILE)
 RESULT_IMAGE_PATTERNS = (SAMPLE_IMAGES_FILE, f"{IMAGES_FOLDER}/confusion_matrix*.png")
 # Backend -> files that it reads in a model folder. Large ONNX files have their weights in a second
 # file.

@@ -21,6 +21,7 @@ from .connection import silence_transformers
 from .local_paths import can_publish_images, strip_folders
 from .model_checks import check_is_vitcls
 from .model_files import (
+    ADDITIONS_KEY,
     CERTIFICATE_FILE,
     CONFIG_FILE,
     CONFIG_FILES,
@@ -255,6 +256,13 @@ class ModelFolder:
     def saved_results(self) -> dict[str, Any]:
         """The contents of results.json, also of other weights; empty if there is no file."""
         return self.read_saved(RESULTS_FILE)
+
+    def get_saved_results(self, task: str | None) -> dict[str, Any]:
+        """Return results.json, or the record of an added task in it."""
+        if task is None:
+            return self.saved_results
+        record: dict[str, Any] = self.saved_results.get(ADDITIONS_KEY, {}).get(task, {})
+        return record
 
     @cached_property
     def results(self) -> dict[str, Any]:

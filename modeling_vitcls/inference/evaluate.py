@@ -3,7 +3,7 @@
 options -> model, data -> labels matched by name -> Evaluator (evaluator.py) -> tables, and a JSON file
 
 Images that the model was trained on are not evaluated unless --split is set
-(data/evaluated_images.py).
+(data/splits.py).
 """
 
 import time
@@ -19,12 +19,16 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..conversion.any_checkpoint import resolve
-from ..data.evaluated_images import EvaluationData, load_evaluation_data
-from ..data.held_out import get_run_results, read_held_out_record
 from ..data.label_matching import match_labels
 from ..data.labels import get_label_space
 from ..data.options import DataOptions
-from ..data.splits import load_on_main
+from ..data.splits import (
+    EvaluationData,
+    load_evaluation_data,
+    load_on_main,
+    read_splits,
+    select_task,
+)
 from ..hub.model_files import PREDICTIONS_FILE, RESULTS_FILE
 from ..hub.model_folder import ModelFolder
 from ..model.configuration_vitcls import ViTCLSConfig
@@ -81,12 +85,10 @@ def load_evaluation(
         load_evaluation_data,
         data_options,
         options.split,
-        read_held_out_record(folder, options.task),
+        select_task(read_splits(folder), options.task),
         max_images=options.max_images,
     )
     data = load_on_main(accelerator, data_options.dataset, load_data)
-    if data.part.warning is not None:
-        warn(data.part.warning)
 
     evaluator = build_evaluator(loaded, config, data, options.data, accelerator, warn)
     evaluator.task = options.task
@@ -165,7 +167,7 @@ def evaluate_checkpoint(options: EvaluateOptions) -> dict[str, Any]:
         "weights_sha256": folder.weights_sha256,
         **metrics,
     }
-    print_results(results, setup.data.part.describe(), setup.config, console)
+    print_results(results, setup.data.description, setup.config, console)
     if accelerator.is_main_process:
         write_results(results, options.output, console)
         if options.per_image is not None:
@@ -202,7 +204,7 @@ def describe_evaluation(
         **({} if options.task is None else {"task": options.task}),
         "dataset": options.data.dataset,
         "split": data.split,
-        **data.part.build_record(),
+        "num_left_out_images": data.num_left_out,
         "images_per_second": round(num_images / seconds, 1),
         "seconds": round(seconds, 2),
         "device": describe_device(accelerator),
@@ -234,7 +236,7 @@ def set_label_columns(
         return replace(options, label_column=tuple(config.task_labels()))
     if task is None and config.problem_type != "multi_label_classification":
         return options
-    results = get_run_results(folder, task)
+    results = folder.get_saved_results(task)
     columns = results.get("label_column")
     return replace(
         options,

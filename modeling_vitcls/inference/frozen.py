@@ -23,9 +23,13 @@ import torch
 from rich.console import Console
 
 from ..conversion.any_checkpoint import resolve
-from ..data.evaluated_images import EvaluationData, load_fitting_and_evaluation_data
-from ..data.held_out import read_held_out_record
-from ..data.splits import load_on_main
+from ..data.splits import (
+    EvaluationData,
+    load_fitting_and_evaluation_data,
+    load_on_main,
+    read_splits,
+    select_task,
+)
 from .evaluate import (
     MAX_BATCH_SIZE,
     build_table,
@@ -108,7 +112,7 @@ def evaluate_frozen(options: EvaluateOptions) -> dict[str, Any]:
             load_fitting_and_evaluation_data,
             options.data,
             options.split,
-            read_held_out_record(folder),
+            select_task(read_splits(folder), None),
             options.max_images,
         ),
     )
@@ -118,13 +122,11 @@ def evaluate_frozen(options: EvaluateOptions) -> dict[str, Any]:
             f"`frozen={options.frozen!r}` requires one label per image, but {options.data.dataset} "
             f"has labels for {kind}. Set a single `label_column`"
         )
-    if held_out_data.split == training_data.split and held_out_data.part.kind == "whole":
+    if held_out_data.split == training_data.split and options.split is not None:
         raise ValueError(
             f"`frozen={options.frozen!r}` fits to the split {training_data.split!r}. Remove "
             "`split`, or set another one"
         )
-    if held_out_data.part.warning is not None:
-        warn(held_out_data.part.warning)
     layout = FeatureLayout.from_config(model.config, NUM_SINGLE_LAYERS)
 
     def extract_features(data: EvaluationData) -> tuple[np.ndarray, np.ndarray, int]:
@@ -233,7 +235,7 @@ def print_accuracies(results: dict[str, Any], data: EvaluationData, console: Con
     console.print(
         f"{results['frozen']} on frozen features: {results['num_training_images']:,} training "
         f"images, evaluated on {results['num_images']:,} images of {results['dataset']} "
-        f"({data.part.describe()}); {results['images_per_second']:,} images/s",
+        f"({data.description}); {results['images_per_second']:,} images/s",
         markup=False,
     )
     table_rows = []

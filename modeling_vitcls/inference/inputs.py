@@ -289,7 +289,7 @@ def open_input(options: PredictOptions) -> PredictionInput:
     column = find_image_column(data_options, features)
     folder = get_dataset_folder(dataset)
     settings: dict[str, Any] = {"dataset": dataset, "split": options.split, "column": column}
-    if path.is_file():
+    if path.exists():
         settings["files"] = compute_files_digest(path)
     split = split.select_columns([column])
     if isinstance(features[column], datasets.Image):  # the threads decode the images

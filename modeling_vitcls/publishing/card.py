@@ -21,9 +21,8 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, FileSystemLoader
 
-from ..data.held_out import ADDITIONS_KEY, HELD_OUT_RECORD_KEY
 from ..hub.local_paths import is_hub_dataset, strip_folders
-from ..hub.model_files import CARD_FILE, RECIPE_FILE, REPORT_FILE
+from ..hub.model_files import ADDITIONS_KEY, CARD_FILE, RECIPE_FILE, REPORT_FILE
 from ..hub.model_folder import ModelFolder, warn_once
 from ..hub.provenance import Provenance
 from ..inference.frozen_probe import describe_candidate
@@ -189,7 +188,7 @@ def build_eval_results(folder: ModelFolder, metric_names: dict[str, str]) -> lis
             task_type="image-classification",
             dataset_type=folder.flags["dataset"],
             dataset_name=results["dataset"],
-            dataset_split=results[HELD_OUT_RECORD_KEY].get("split"),
+            dataset_split=results.get("held_out_split"),
             dataset_args={"num_images": results["num_images"]},
             metric_type=key,
             metric_name=label,

@@ -15,12 +15,13 @@ images, multiplied by the precision matrix that the old classes share.
 import copy
 import shutil
 from collections.abc import Collection, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
+import pandas as pd
 import torch
 from accelerate import Accelerator
 from rich.console import Console
@@ -28,18 +29,27 @@ from sklearn.model_selection import StratifiedKFold
 from threadpoolctl import threadpool_limits
 
 from ..conversion.any_checkpoint import resolve
-from ..data.evaluated_images import find_evaluated_images
-from ..data.held_out import ADDITIONS_KEY, HELD_OUT_RECORD_KEY, read_held_out_record
 from ..data.image_folder import check_output_is_not_read
 from ..data.images import LabeledImages
 from ..data.label_matching import match_labels
 from ..data.labels import LabelSpace, get_label_space
 from ..data.options import DataOptions
 from ..data.sources import load_splits
-from ..data.splits import TrainingData, choose_training_splits, load_training_data
+from ..data.splits import (
+    EMPTY_TABLE,
+    TrainingData,
+    build_splits_table,
+    choose_training_splits,
+    find_trained_images,
+    load_training_data,
+    read_splits,
+    select_task,
+    write_splits,
+)
 from ..hub.connection import silence_transformers
 from ..hub.local_paths import strip_folders
 from ..hub.model_files import (
+    ADDITIONS_KEY,
     CERTIFICATE_FILE,
     RECIPE_FILE,
     RESULTS_FILE,
@@ -200,8 +210,9 @@ def add_task_from_options(options: AddTaskOptions) -> dict[str, Any]:
             model = extended
             records[options.name] = record
 
+        splits = EMPTY_TABLE if options.name is None else data.build_splits_table(options.name)
         pixels = read_pixels(data.train, base.processor)  # type: ignore[arg-type]  # not streamed
-        line = write_model(base, model, folder, pixels, records, changed_heads)
+        line = write_model(base, model, folder, pixels, records, splits, changed_heads)
     print_lines(base.console, {"certificate": line, "written": str(options.output_dir)})
     return record
 
@@ -283,7 +294,6 @@ def fit_task(base: Base, data: TrainingData, options: AddTaskOptions) -> FittedH
         "dataset": strip_folders(data.name),
         "label_column": list(data.label_space.columns),
         "held_out_images": data.held_out_name,
-        HELD_OUT_RECORD_KEY: asdict(data.build_record()),
     }
     return replace(head, record=head.record | record)
 
@@ -416,11 +426,13 @@ def write_model(
     folder: Path,
     pixels: Sequence[torch.Tensor],
     records: dict[str, Any],
+    new_splits: pd.DataFrame,
     changed_heads: Collection[str] = (),
 ) -> str:
     """Write the model and the certificate that the other outputs are unchanged.
 
-    Return the certificate as a line. Raise ValueError at the first difference.
+    `new_splits` are the rows of splits.parquet about the addition. Return the certificate as a
+    line. Raise ValueError at the first difference.
     """
     with silence_transformers():
         model.save_pretrained(folder)
@@ -443,6 +455,9 @@ def write_model(
     additions = {"provenance": provenance, ADDITIONS_KEY: records}
     hashes["settings_sha256"] = hash_settings(folder)
     write_json(folder / RESULTS_FILE, results | hashes | additions)
+    splits = read_splits(base.folder)
+    kept = splits[~splits["task"].isin(changed_heads)]
+    write_splits(pd.concat([kept, new_splits]), folder)
     return describe_certificate(certificate)
 
 
@@ -534,7 +549,8 @@ def add_classes_from_options(options: AddClassOptions) -> dict[str, Any]:
         if old_images is not None:
             pixels += read_pixels(old_images.measured, base.processor, NUM_IMAGES - len(pixels))
         records = base.folder.results.get(ADDITIONS_KEY, {}) | {head_name: record}
-        line = write_model(base, model, folder, pixels, records)
+        splits = build_splits_table({"train": new_images, "test": new_held_out})
+        line = write_model(base, model, folder, pixels, records, splits)
     print_lines(base.console, {"certificate": line, "written": str(options.output_dir)})
     return record
 
@@ -587,10 +603,10 @@ def load_old_images(base: Base, options: AddClassOptions, label_space: LabelSpac
         measured = take_known(training_splits.held_out)
         part_text = f"split {training_splits.held_out!r}"
     else:
-        record = read_held_out_record(base.folder)
-        is_measured, part = find_evaluated_images(fitted, record, data_options, splits.name)
-        part_text = part.describe()
-        if is_measured.all():
+        seen = select_task(read_splits(base.folder), None)
+        is_measured = ~find_trained_images(fitted, seen)
+        part_text = "without training images"
+        if is_measured.all() or not is_measured.any():
             is_measured = np.random.default_rng(0).permutation(len(fitted)) % 2 == 0
             part_text = "a random half"
         measured = fitted.select(np.flatnonzero(is_measured).tolist())

@@ -21,7 +21,6 @@ from accelerate import Accelerator
 from ..conversion.any_checkpoint import is_preset
 from ..data.augmentation import BatchMixer
 from ..data.batches import Batch, Normalizer
-from ..data.held_out import read_held_out_record
 from ..data.images import LabeledImages
 from ..data.sampling import compute_class_weights
 from ..data.splits import (
@@ -29,7 +28,10 @@ from ..data.splits import (
     describe_copies,
     describe_exclusion,
     describe_missing_classes,
+    find_trained_images,
     load_training_data,
+    read_splits,
+    select_task,
 )
 from ..hub.local_paths import strip_folders
 from ..inference.evaluator import Evaluator
@@ -261,32 +263,18 @@ def check_label_kind(options: FinetuneOptions, kind: str) -> None:
 
 
 def describe_overlap(initial: InitialModel, data: TrainingData) -> list[str]:
-    """Return a warning if the initial model may have been trained on held-out images of this run.
+    """Return a warning if the initial model was trained on held-out images of this run.
 
-    Raise ValueError if its results.json is damaged.
+    Raise ValueError if its splits.parquet is damaged.
     """
-    if initial.folder is None:
+    if initial.folder is None or not isinstance(data.held_out, LabeledImages):
         return []
-
-    record = read_held_out_record(initial.folder)
-    old = None if record is None else record.rule
-    new = data.record.rule
-    if (
-        old is None
-        or new is None
-        or (new.fraction <= old.fraction and replace(new, fraction=old.fraction) == old)
-    ):
-        return []  # this run holds out only images that the earlier run held out
-    if initial.folder.saved_results.get("dataset") != data.name:
+    splits = select_task(read_splits(initial.folder), None)
+    num_trained = int(find_trained_images(data.held_out, splits).sum())
+    if not num_trained:
         return []
-
-    size = (
-        f"`held_out_fraction={old.fraction}`"
-        if old.fold is None
-        else f"`folds={old.num_folds}`, `fold={old.fold}`"
-    )
     return [
-        f"{initial.name} was trained on {data.name} with a different held-out split, so its "
-        f"training images may include held-out images of this run. Set {size} and "
-        f"`split_seed={old.seed}`"
+        f"{initial.name} was trained on {num_trained:,} of the {len(data.held_out):,} held-out "
+        "images of this run, so the result is better than for new images. Set "
+        "`held_out_fraction` and `split_seed` as in its run, or choose other images"
     ]

@@ -22,6 +22,7 @@ from accelerate import Accelerator
 from torch.distributed.fsdp import FSDPModule
 
 from ..data.image_folder import format_name_list
+from ..data.splits import TrainingData, write_splits
 from ..hub.connection import silence_transformers
 from ..hub.local_paths import is_local, split_prefix
 from ..hub.model_files import (
@@ -37,6 +38,7 @@ from ..hub.model_files import (
     RECIPE_FILE,
     REPORT_FILE,
     RESULTS_FILE,
+    SPLITS_FILE,
     hash_settings,
     hash_weights,
     is_match,
@@ -62,8 +64,10 @@ from .training_setup import TrainingSetup
 # the results and the model come first.
 FINAL_FILE_PATTERNS = (
     RESULTS_FILE,
+    SPLITS_FILE,
     *MODEL_PATTERNS,
     *(
+        SPLITS_FILE,
         PREDICTIONS_FILE,
         CARD_FILE,
         *LICENSE_PATTERNS,
@@ -182,6 +186,7 @@ def list_final_files(folder: Path) -> list[str]:
 
 def save_output(
     setup: TrainingSetup,
+    data: TrainingData,
     results: dict[str, Any],
     options: FinetuneOptions | PretrainOptions,
     initial: InitialModel,
@@ -218,6 +223,7 @@ def save_output(
                     options=options,
                     initial=initial,
                 )
+                write_splits(data.build_splits_table(), folder)
                 if evaluator is not None:
                     weights_hash = read_json(folder / RESULTS_FILE)["weights_sha256"]
                     file = folder / PREDICTIONS_FILE

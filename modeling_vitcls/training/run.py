@@ -136,6 +136,7 @@ def run(kind: ModuleType, asked: Options, on_checkpoint: Callable[[Path], None] 
         )
         save_output(
             loaded.setup,
+            loaded.data,
             results,
             loaded.options,
             loaded.initial,

@@ -241,11 +241,13 @@ def prepare_folder(
     recorded = None
     if checkpoint is not None:
         recorded = RecordedFlags(**checkpoint.metadata["flags"])
+    path = Path(options.data.dataset)
     metadata = {
         "images_per_step": plan.images_per_step,
         "mixed_precision": environment.accelerator.mixed_precision,
         "data": describe_data(data),
-        "files": compute_files_digest(Path(options.data.dataset)),
+        # the keys of other images are in "data"
+        "files": compute_files_digest(path) if options.data.streaming else None,
         "flags": build_flags_record(
             environment.asked,
             options,

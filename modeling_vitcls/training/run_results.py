@@ -1,13 +1,11 @@
 """End of a run: results.json and the last printed lines (run.py)."""
 
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..data.held_out import HELD_OUT_RECORD_KEY
 from ..data.images import LabeledImages
-from ..runtime.distributed import run_on_main
 from . import pretrain
 from .dry_run import describe_dry_probe, describe_dry_run
 from .loop import TrainingLoop
@@ -50,9 +48,7 @@ def build_results(
     results: dict[str, Any] = {
         "dataset": data.name,
         "split": describe_measured_images(loaded),
-        HELD_OUT_RECORD_KEY: run_on_main(
-            environment.accelerator, lambda: asdict(data.build_record())
-        ),
+        "held_out_split": data.held_out_split,
         "num_training_images": count_training_images(loaded),
         "chosen_flags": loaded.metadata["flags"]["chosen"],
         **setup.results,

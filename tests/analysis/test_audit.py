@@ -36,7 +36,7 @@ from modeling_vitcls.analysis.audit import (
 )
 from modeling_vitcls.data.aspect_ratio import set_fit
 from modeling_vitcls.data.options import DataOptions
-from modeling_vitcls.data.splits import load_training_data
+from modeling_vitcls.data.splits import load_training_data, write_splits
 from modeling_vitcls.inference.options import EvaluateOptions
 
 
@@ -353,7 +353,7 @@ def test_probabilities_are_of_models_that_were_not_trained_on_the_image(tmp_path
     )
     folder = save_with_processor(ViTCLSForImageClassification(config), tmp_path / "run" / "fold-1")
     data = DataOptions(str(tmp_path / "photos"), num_workers=0)
-    (folder / "results.json").write_text('{"held_out": {"split": "validation", "num_images": 6}}')
+    write_splits(load_training_data(data).build_splits_table(), folder)
     options = EvaluateOptions(str(folder), data, batch_size=4, fit="pad")
 
     found, num_unreadable, _ = load_audited_images(options)

@@ -20,7 +20,7 @@ from modeling_vitcls import cli
 from modeling_vitcls.cli import finetune
 from modeling_vitcls.cli.parsing import exit_on_error
 from modeling_vitcls.data.options import DataOptions
-from modeling_vitcls.data.splits import load_training_data
+from modeling_vitcls.data.splits import load_training_data, write_splits
 from modeling_vitcls.model.configuration_vitcls import AUTO_MAP
 from modeling_vitcls.runtime.errors import RunStopped, mark_errors_of_all_processes
 from modeling_vitcls.version import __version__
@@ -212,10 +212,11 @@ def test_scripts_run_the_same_programs(
     assert len(text.splitlines()) < 35
 
 
-def test_the_demo_evaluates_the_held_out_digits() -> None:
+def test_the_demo_evaluates_the_held_out_digits(tmp_path: Path) -> None:
     """scripts/demo_load.py selects the images without this package."""
-    images, labels = load_held_out_digits()
     data = load_training_data(DataOptions("digits"))
+    write_splits(data.build_splits_table(), tmp_path)
+    images, labels = load_held_out_digits(str(tmp_path))
     assert labels == [data.label_space.names[label] for label in data.held_out.labels]
     assert [image.tobytes() for image in images] == [
         image.tobytes() for image in data.held_out.images

@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import pandas as pd
 import pytest
 from helpers.accelerate_state import reset_accelerate
 from helpers.command_in_process import run_here
@@ -13,15 +13,15 @@ from helpers.tiny_models import raises_one_line
 from helpers.tiny_options import build_tiny_options, run_training
 
 from modeling_vitcls import evaluate, inspect_tokens
-from modeling_vitcls.data import held_out, splits
-from modeling_vitcls.data.evaluated_images import (
-    load_evaluation_data,
-    load_fitting_and_evaluation_data,
-)
-from modeling_vitcls.data.held_out import HeldOutRecord, encode_content_keys
 from modeling_vitcls.data.images import DatasetImages
 from modeling_vitcls.data.options import DataOptions
-from modeling_vitcls.data.splits import load_training_data
+from modeling_vitcls.data.splits import (
+    EMPTY_TABLE,
+    load_fitting_and_evaluation_data,
+    load_training_data,
+)
+from modeling_vitcls.hub.model_folder import ModelFolder
+from modeling_vitcls.publishing.published_files import list_published_files
 from modeling_vitcls.runtime.files import read_json
 
 
@@ -70,7 +70,7 @@ def test_other_photos_are_evaluated_whole(photos: Path, tmp_path: Path) -> None:
     for path in other.glob("*/*.png"):
         path.rename(path.with_stem(str(int(path.stem) - 100)))
     found = run_evaluate(tmp_path, photos / "run", other)
-    assert (found["num_images"], found["images"], found["num_trained_images"]) == (60, "whole", 0)
+    assert (found["num_images"], found["num_left_out_images"]) == (60, 0)
 
 
 def test_the_test_split_is_evaluated_or_else_the_validation_split(
@@ -87,9 +87,9 @@ def test_the_test_split_is_evaluated_or_else_the_validation_split(
         assert found["num_images"] == 2 * len(numbers)
 
 
-def test_a_model_without_a_record_is_evaluated_on_all_images(photos: Path, tmp_path: Path) -> None:
+def test_a_model_without_splits_is_evaluated_on_all_images(photos: Path, tmp_path: Path) -> None:
     shutil.copytree(photos / "run", tmp_path / "run")
-    (tmp_path / "run" / "results.json").unlink()
+    (tmp_path / "run" / "splits.parquet").unlink()
     assert run_evaluate(tmp_path, tmp_path / "run", photos / "train")["num_images"] == 60
 
 
@@ -109,16 +109,15 @@ def test_the_training_folder_is_evaluated_on_the_images_that_training_held_out(
     model = train(tmp_path / "run", photos / "train", **flags)
     trained = read_json(model / "results.json")
     found = run_evaluate(tmp_path, model, photos / "train")
-    assert found["images"] == "held_out"
-    assert found["num_images"] == trained["num_images"]
-    assert found["accuracy"] == trained["accuracy"]
-    assert found["num_trained_images"] == 60 - trained["num_images"]
+    for name in ("num_images", "accuracy", "confusion_matrix"):
+        assert found[name] == trained[name]
+    assert found["num_left_out_images"] == 60 - trained["num_images"]
 
 
 def test_the_training_folder_is_recognized_under_another_name(photos: Path, tmp_path: Path) -> None:
     shutil.copytree(photos / "train", tmp_path / "other")
     found = run_evaluate(tmp_path, photos / "run", tmp_path / "other")
-    assert (found["images"], found["num_images"]) == ("held_out", 12)
+    assert (found["num_images"], found["num_left_out_images"]) == (12, 48)
 
 
 def test_renamed_training_images_are_not_evaluated(photos: Path, tmp_path: Path) -> None:
@@ -126,22 +125,14 @@ def test_renamed_training_images_are_not_evaluated(photos: Path, tmp_path: Path)
         (tmp_path / "other" / path.parent.name).mkdir(parents=True, exist_ok=True)
         shutil.copy(path, tmp_path / "other" / path.parent.name / f"photo {path.name}")
     found = run_evaluate(tmp_path, photos / "run", tmp_path / "other")
-    assert (found["images"], found["num_images"], found["num_trained_images"]) == (
-        "untrained",
-        12,
-        48,
-    )
+    assert (found["num_images"], found["num_left_out_images"]) == (12, 48)
 
 
 def test_images_added_to_the_training_folder_are_evaluated(photos: Path, tmp_path: Path) -> None:
     shutil.copytree(photos / "train", tmp_path / "more")
     write_photos(tmp_path / "more", range(30, 35))
     found = run_evaluate(tmp_path, photos / "run", tmp_path / "more")
-    assert (found["num_given_images"], found["num_images"], found["num_trained_images"]) == (
-        70,
-        22,
-        48,
-    )
+    assert (found["num_images"], found["num_left_out_images"]) == (22, 48)
 
 
 def test_a_part_of_the_training_folder_is_evaluated_without_training_images(
@@ -162,7 +153,7 @@ def test_training_images_in_a_test_split_are_left_out(photos: Path, tmp_path: Pa
     shutil.copy(photos / "train" / trained[0], tmp_path / "AB" / "test" / "cat" / "again.png")
     write_photos(tmp_path / "AB" / "train", range(50, 55))
     found = run_evaluate(tmp_path, photos / "run", tmp_path / "AB")
-    assert (found["num_images"], found["num_trained_images"]) == (20, 1)
+    assert (found["num_images"], found["num_left_out_images"]) == (20, 1)
 
 
 def test_only_training_images_are_an_error(photos: Path, tmp_path: Path) -> None:
@@ -170,7 +161,7 @@ def test_only_training_images_are_an_error(photos: Path, tmp_path: Path) -> None
     write_photos(tmp_path / "AB" / "val", range(20, 30))
     model = train(tmp_path / "run", tmp_path / "AB")
     assert run_evaluate(tmp_path, model, tmp_path / "AB")["num_images"] == 20
-    with raises_one_line("all 40 images", "split='train'"):
+    with raises_one_line("all 40 images", "results.json", "split='train'"):
         evaluate(model, tmp_path / "AB" / "train")
 
 
@@ -181,7 +172,7 @@ def test_a_named_split_is_evaluated_whole(
     photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     found = run_evaluate(tmp_path, photos / "run", photos / "train", "--split", "train")
-    assert (found["num_images"], found["images"], found["num_trained_images"]) == (60, "whole", 48)
+    assert (found["num_images"], found["num_left_out_images"]) == (60, 0)
     assert "training used 48" in capsys.readouterr().out
 
 
@@ -206,13 +197,9 @@ def test_images_are_drawn_at_random_and_their_number_is_printed(
 def test_frozen_features_are_evaluated_on_the_same_images(photos: Path, tmp_path: Path) -> None:
     """A new folder without splits is divided, because the classifier needs images."""
     other = write_photos(tmp_path / "other", range(100, 130))
-    for dataset, kind in ((photos / "train", "held_out"), (other, "fraction")):
+    for dataset in (photos / "train", other):
         found = run_evaluate(tmp_path, photos / "run", dataset, "--frozen", "knn")
-        assert (found["images"], found["num_images"], found["num_training_images"]) == (
-            kind,
-            12,
-            48,
-        )
+        assert (found["num_images"], found["num_training_images"]) == (12, 48)
 
 
 def test_the_audit_checks_the_labels_of_all_images_that_the_model_was_not_trained_on(
@@ -223,7 +210,7 @@ def test_the_audit_checks_the_labels_of_all_images_that_the_model_was_not_traine
         capsys.readouterr()
         reset_accelerate()
         evaluate(photos / "run", dataset, audit=tmp_path / f"{count}.html", num_workers=0)
-        assert f"labels checked: {count} images" in capsys.readouterr().out
+        assert f"labels checked: {count} of" in capsys.readouterr().out
 
 
 def test_other_photos_are_inspected_whole(photos: Path, tmp_path: Path) -> None:
@@ -233,42 +220,36 @@ def test_other_photos_are_inspected_whole(photos: Path, tmp_path: Path) -> None:
         assert found.findings.num_images == count
 
 
-# The record ---------------------------------------------------------------------------------------
+# The table ----------------------------------------------------------------------------------------
 
 
-def test_the_record_identifies_the_training_images_by_content(photos: Path) -> None:
-    record = HeldOutRecord(**read_json(photos / "run" / "results.json")["held_out"])
+def test_the_table_lists_each_image_of_the_run_by_its_content(photos: Path, tmp_path: Path) -> None:
     data = load_training_data(DataOptions(str(photos / "train")))
-    keys, fraction = record.decode_training_images()
-    assert (len(keys), record.num_training_images, fraction) == (48, 48, 1.0)
-    assert np.isin(data.train.images.compute_content_keys(), keys).all()
-    assert not np.isin(data.held_out.images.compute_content_keys(), keys).any()
-    assert encode_content_keys(keys) == record.training_images
+    table = pd.read_parquet(photos / "run" / "splits.parquet")
+    assert table.groupby("split")["key"].apply(sorted).to_dict() == {
+        "train": sorted(data.train.images.compute_content_keys().tolist()),
+        "test": sorted(data.held_out.images.compute_content_keys().tolist()),
+    }
+    assert set(table["task"]) == {""}
+    assert "splits.parquet" in list_published_files(ModelFolder(photos / "run"))
 
 
-def test_of_many_training_images_some_are_recorded(
-    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_selection_images_are_left_out(photos: Path, tmp_path: Path) -> None:
+    model = train(tmp_path / "run", photos / "train", select="best")
+    splits = pd.read_parquet(model / "splits.parquet")["split"].value_counts().to_dict()
+    assert set(splits) == {"train", "validation", "test"}
+    found = run_evaluate(tmp_path, model, photos / "train")
+    assert found["num_images"] == splits["test"]
+
+
+def test_a_model_of_a_stream_is_evaluated_on_the_images_that_it_held_out(
+    photos: Path, tmp_path: Path
 ) -> None:
-    """They are enough to recognize the dataset, not to recognize each image."""
-    for module in (held_out, splits):
-        monkeypatch.setattr(module, "MAX_RECORDED_IMAGES", 12)
-    options = DataOptions(str(photos / "train"))
-    data = load_training_data(options)
-    record = data.build_record()
-
-    assert record.decode_training_images()[1] == 0.25
-
-    found = load_evaluation_data(options, None, record)
-    assert found.images.images.get_names() == data.held_out.images.get_names()
-
-    other = write_photos(tmp_path / "other", range(100, 130))
-    assert len(load_evaluation_data(DataOptions(str(other)), None, record).images) == 60
-
-    shutil.copytree(photos / "train", tmp_path / "more")
-    write_photos(tmp_path / "more", range(30, 35))
-    more = load_evaluation_data(DataOptions(str(tmp_path / "more")), None, record)
-    assert more.part.warning is not None
-    assert len(more.images) == 14
+    model = train(tmp_path / "run", photos / "train", streaming=True, shuffle_buffer=60)
+    trained = read_json(model / "results.json")
+    found = run_evaluate(tmp_path, model, photos / "train")
+    assert found["num_images"] == trained["num_images"] == 60 - found["num_left_out_images"]
+    assert found["accuracy"] == trained["accuracy"]
 
 
 def test_large_files_are_read_in_part(tmp_path: Path) -> None:
@@ -291,7 +272,8 @@ def test_large_files_are_read_in_part(tmp_path: Path) -> None:
 
 def test_a_classifier_of_an_only_split_is_fitted_to_the_other_images(photos: Path) -> None:
     options = DataOptions(str(photos / "train"))
-    for record in (None, load_training_data(options).build_record()):
-        fitted, evaluated = load_fitting_and_evaluation_data(options, None, record)
+    for splits in (EMPTY_TABLE, load_training_data(options).build_splits_table()):
+        fitted, evaluated = load_fitting_and_evaluation_data(options, None, splits)
         names = [*fitted.images.images.get_names(), *evaluated.images.images.get_names()]
         assert len(set(names)) == len(names) == 60
+        assert len(evaluated.images) == 12

@@ -241,10 +241,10 @@ def test_folders_of_save_to_disk_have_all_images_of_their_splits(tmp_path: Path)
     one = load_training_data(DataOptions(str(tmp_path / "one")))
 
     assert len(one.train) + len(one.held_out) == NUM_IMAGES
-    assert one.record.rule is not None
+    assert one.held_out_split is None
 
     two = load_training_data(DataOptions(str(tmp_path / "two")))
-    assert (len(two.train), len(two.held_out), two.record.split) == (NUM_IMAGES, 6, "validation")
+    assert (len(two.train), len(two.held_out), two.held_out_split) == (NUM_IMAGES, 6, "validation")
 
     streamed = load_training_data(DataOptions(str(tmp_path / "two"), streaming=True))
     examples = streamed.train.iterate_pass(0, 0, 0, 1)  # type: ignore[union-attr]

@@ -9,7 +9,6 @@ from contextlib import nullcontext
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
-from unittest.mock import create_autospec
 
 import datasets
 import numpy as np
@@ -24,8 +23,6 @@ from modeling_vitcls.data import splits as training_data
 from modeling_vitcls.data import streaming
 from modeling_vitcls.data.augmentation import build_augmentation
 from modeling_vitcls.data.batches import Batch, BatchBuilder, iterate_training_batches
-from modeling_vitcls.data.evaluated_images import load_evaluation_data
-from modeling_vitcls.data.held_out import HeldOutRule
 from modeling_vitcls.data.labels import LabelSpace
 from modeling_vitcls.data.options import AugmentationOptions, DataOptions
 from modeling_vitcls.data.sampling import BatchPlan
@@ -271,7 +268,7 @@ def test_the_held_out_part_does_not_depend_on_order_or_files(
     shards: Path, two_shards: Path
 ) -> None:
     data = read(shards)
-    assert data.held_out_name == "about 20%, by checksum, split seed 0"
+    assert data.held_out_name == "about 20%, split seed 0"
 
     held_out = get_held_out(data)
     assert 4 <= len(held_out) <= 24
@@ -279,18 +276,10 @@ def test_the_held_out_part_does_not_depend_on_order_or_files(
     assert sorted(held_out) == sorted(get_held_out(read(two_shards)))
     assert sorted(get_held_out(read(two_shards, split_seed=1))) != sorted(held_out)
 
-    data = load_evaluation_data(
-        DataOptions(dataset=str(two_shards)), None, read(two_shards).build_record()
-    )
-    assert data.part.warning is not None  # stored images have other keys
 
-
-def test_a_stream_without_held_out_images_is_an_error(
-    two_shards: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(HeldOutRule, "is_held_out", lambda rule, index: False)
+def test_a_stream_without_held_out_images_is_an_error(two_shards: Path) -> None:
     with pytest.raises(ValueError, match="Set a larger `held_out_fraction`"):
-        read(two_shards)
+        read(two_shards, held_out_fraction=1e-9)
 
 
 def test_a_stream_with_an_empty_evaluation_split_is_an_error(tmp_path: Path) -> None:
@@ -307,20 +296,9 @@ def test_only_the_first_images_of_a_large_held_out_part_are_kept(
     whole = get_held_out(read(two_shards))
     for module in (streaming, training_data):
         monkeypatch.setattr(module, "MAX_HELD_OUT_IMAGES", 3)
-    holds = HeldOutRule.is_held_out
-    compared = create_autospec(holds, side_effect=holds)
-    monkeypatch.setattr(HeldOutRule, "is_held_out", compared)
     data = read(two_shards)
-
     assert get_held_out(data) == whole[:3]
-
-    results = [holds(*arguments) for arguments, _ in compared.call_args_list]
-    assert sum(results) == 3
-    assert len(results) < NUM_IMAGES
-    assert (
-        data.held_out_name
-        == "about 20%, by checksum, split seed 0, of which the first 3 images are read"
-    )
+    assert data.held_out_name == "about 20%, split seed 0, of which the first 3 images are read"
 
     trained = get_indices(islice(data.train.iterate_examples(0, 0, 1), NUM_IMAGES - len(whole)))
     assert sorted([*trained, *whole]) == list(range(NUM_IMAGES))  # no held-out images

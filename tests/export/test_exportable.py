@@ -1,6 +1,6 @@
 """Models loaded for export: their named outputs, the attention of CLS tokens, and presets."""
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from helpers.tiny_models import (
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel
 from modeling_vitcls.data.options import DataOptions
-from modeling_vitcls.data.splits import load_training_data
+from modeling_vitcls.data.splits import load_training_data, write_splits
 from modeling_vitcls.export import exporter
 from modeling_vitcls.export.exportable import (
     NamedOutputsModel,
@@ -28,7 +28,6 @@ from modeling_vitcls.export.measurement import compare_labels, load_export_image
 from modeling_vitcls.export.quantization import check_drop
 from modeling_vitcls.inference.image_pass import ImageOutput
 from modeling_vitcls.inference.intervals import compute_proportion_interval
-from modeling_vitcls.runtime.files import write_json
 
 
 pytestmark = pytest.mark.integration
@@ -92,11 +91,13 @@ def test_a_loss_that_a_few_images_cannot_show_is_accepted() -> None:
 def test_calibration_uses_the_training_images_of_the_run(tmp_path: Path) -> None:
     config = build_tiny_config(num_labels=10, id2label={label: str(label) for label in range(10)})
     save_with_processor(ViTCLSForImageClassification(config), tmp_path)
-    record = load_training_data(DataOptions("digits", split_seed=5)).build_record()
-    write_json(tmp_path / "results.json", {"dataset": "digits", "held_out": asdict(record)})
+    data = load_training_data(DataOptions("digits", split_seed=5))
+    write_splits(data.build_splits_table(), tmp_path)
     images = load_export_images(load_exportable_model(str(tmp_path)), "digits")
 
-    keys = [set(part.compute_keys().tolist()) for part in (images.training, images.held_out)]
+    keys = [
+        set(part.compute_content_keys().tolist()) for part in (images.training, images.held_out)
+    ]
     assert len(keys[1]) == 359
     assert not keys[0] & keys[1]
     assert prepare_images([0, None, 2, 3, 4, 5, 6], read_number, 3) == [0, 2, 4]

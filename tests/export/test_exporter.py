@@ -49,7 +49,6 @@ TASKS = {"age": 2, "species": 4}
 NAMES = {0: "cow", 1: "ant", 2: "bee"}
 RUN = {
     "dataset": "d",
-    "held_out": {"split": "test"},
     "label_column": "kind",
     "label_separator": ",",
 }

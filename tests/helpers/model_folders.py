@@ -22,7 +22,7 @@ RESULTS: dict[str, Any] = {
     "num_images": 360,
     "dataset": "digits",
     "split": "split 'test'",
-    "held_out": {"split": "test", "num_images": 360},
+    "held_out_split": "test",
     "num_training_images": 1437,
     "steps": 1123,
     "epochs": 50.0153,

@@ -22,8 +22,8 @@ from sklearn.preprocessing import StandardScaler
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor, ViTCLSModel
 from modeling_vitcls.analysis.audit import load_audited_images
 from modeling_vitcls.data.aspect_ratio import set_fit
-from modeling_vitcls.data.evaluated_images import load_evaluation_data
 from modeling_vitcls.data.options import DataOptions
+from modeling_vitcls.data.splits import load_evaluation_data
 from modeling_vitcls.inference import frozen
 from modeling_vitcls.inference.frozen import build_classifier, evaluate_frozen
 from modeling_vitcls.inference.intervals import compute_proportion_interval
@@ -175,6 +175,7 @@ def test_the_images_that_a_classifier_is_fitted_to_are_not_evaluated(
 
 
 def test_other_labels_are_an_error(model: Path, tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "0.png")
     table = tmp_path / "table.csv"
     table.write_text("path,a,b\n" + "".join(f"{n}.png,{n % 2},{n % 3}\n" for n in range(40)))
     data = DataOptions(dataset=str(table), label_column=("a", "b"), num_workers=0)

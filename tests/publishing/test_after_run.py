@@ -133,7 +133,8 @@ def test_the_data_of_a_run_are_loaded_again(tmp_path: Path) -> None:
         expected = load_training_data(
             DataOptions("digits", split_seed=5), select == "best", is_labeled
         )
-        assert (found.record, found.label_space) == (expected.record, expected.label_space)
+        assert found.held_out.keys.tolist() == expected.held_out.keys.tolist()
+        assert found.label_space == expected.label_space
         assert (len(found.train), len(found.held_out)) == (
             len(expected.train),
             len(expected.held_out),
@@ -148,8 +149,8 @@ def test_the_data_of_a_run_are_loaded_again(tmp_path: Path) -> None:
 def test_the_report_shows_photos_of_all_classes_of_all_predictions(tmp_path: Path) -> None:
     """A large model is measured on 16 images; its wrong predictions are all of the large class."""
     write_photos(tmp_path / "photos" / "train", range(2), "dusk", "noon", "x")
-    write_photos(tmp_path / "photos" / "test", range(40), "dusk")
-    write_photos(tmp_path / "photos" / "test", range(2), "noon", "x")
+    write_photos(tmp_path / "photos" / "test", range(10, 50), "dusk")
+    write_photos(tmp_path / "photos" / "test", range(60, 62), "noon", "x")
     run = write_run_folder(
         tmp_path / "run",
         {"steps": 0, "forward_flops_per_image": 1e11},

@@ -12,7 +12,6 @@ from helpers.tiny_models import build_tiny_config, save_with_processor
 from PIL import Image
 
 from modeling_vitcls import ViTCLSForImageClassification
-from modeling_vitcls.data.held_out import HeldOutRecord
 from modeling_vitcls.data.images import ArrayImages, LabeledImages
 from modeling_vitcls.data.labels import LabelSpace
 from modeling_vitcls.data.splits import TrainingData
@@ -55,7 +54,6 @@ def folder(tmp_path: Path) -> Path:
 def build_data(held_out: LabeledImages, train: LabeledImages = NO_IMAGES) -> TrainingData:
     """Return the data of a run with images in memory."""
     label_space = LabelSpace("single_label_classification", {"label": NAMES})
-    record = HeldOutRecord(split="test", num_images=len(held_out))
     return TrainingData(
         name="skies",
         label_space=label_space,
@@ -63,7 +61,7 @@ def build_data(held_out: LabeledImages, train: LabeledImages = NO_IMAGES) -> Tra
         train=train,
         held_out=held_out,
         held_out_name="test",
-        record=record,
+        held_out_split="test",
     )
 
 
