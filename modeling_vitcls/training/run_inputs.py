@@ -222,7 +222,7 @@ def can_train_on_all_images(asked: Options, data: TrainingData) -> bool:
     It is unless the person held out images, or the dataset has a split for it.
     """
     is_asked = asked.data.held_out_fraction is not None or asked.data.folds is not None
-    return not is_asked and data.record.split is None
+    return not is_asked and data.held_out_split is None
 
 
 def prepare_folder(
