@@ -30,7 +30,12 @@ from ..runtime.errors import describe_installation
 from ..runtime.files import write_json
 from ..runtime.staging import create_output_files
 from ..runtime.system import get_versions
-from .exportable import Outputs, compute_named_outputs, load_exportable_model
+from .exportable import (
+    ExportableModel,
+    Outputs,
+    compute_named_outputs,
+    load_exportable_model,
+)
 from .formats import FORMATS, run_graph
 from .measurement import (
     NUM_COMPARED_IMAGES,
@@ -66,46 +71,21 @@ def export_model(options: ExportOptions) -> Report:
             by more than `max_drop`, if packages are missing, or if `output` is invalid or exists.
             The message is a single line. Nothing is written if an error is raised.
     """
-    output = options.output
-    file_format = FORMATS[options.format]
-    target = output if output.suffix else output / f"model{file_format.suffix}"
-    if target.suffix != file_format.suffix:
-        raise ValueError(
-            f"`output={str(output)!r}`: the file name must end in {file_format.suffix}, or have no "
-            "suffix"
-        )
-    check_files_do_not_exist(target, get_report_path(target))
-
-    packages = (*file_format.packages, *(["nncf"] if options.int8 else []))
-    if missing_packages := [name for name in packages if find_spec(name) is None]:
-        raise ValueError(
-            f"`format={options.format!r}` requires packages that are not installed: "
-            f"{', '.join(missing_packages)}. {describe_installation('export')}"
-        )
-
+    target = choose_target(options)
     exportable = load_exportable_model(options.model)
-    model = exportable.model
-    processor = exportable.processor
-    folder = exportable.folder
-    excluded_layers = list(options.exclude_layers)
-    num_layers = model.config.num_hidden_layers
-    if not set(excluded_layers) <= set(range(1, num_layers + 1)):
-        raise ValueError(f"`exclude_layers` requires numbers from 1 to {num_layers}")
-    if options.dataset is not None and processor is None:
-        raise ValueError(
-            f"`dataset` requires an image processor, but {options.model} has none. Omit `dataset`"
-        )
+    check_support(options, exportable)
+    model, processor, folder = exportable.model, exportable.processor, exportable.folder
     images = None
     if options.dataset is not None:
         images = load_export_images(exportable, options.dataset, options.split)
 
+    file_format = FORMATS[options.format]
     is_dynamic = options.dynamic and not options.int8  # int8 graphs have a fixed size
     graph_shape = select_graph_shape(
         model, options.image_size, is_dynamic, file_format.has_pytorch_antialias_filter
     )
-    batches = [
-        build_random_images(shape) for shape in select_image_shapes(model.config, graph_shape)
-    ]
+    shapes = select_image_shapes(model.config, graph_shape)
+    batches = [build_random_images(shape) for shape in shapes]
     reference_outputs = compute_named_outputs(model, batches)
     names = list(reference_outputs[0])
     graph = trace_model(model, graph_shape, getattr(torch, options.dtype))
@@ -113,83 +93,141 @@ def export_model(options: ExportOptions) -> Report:
     with create_output_files(target, last=get_report_path(target).name) as output_folder:
         file = output_folder / target.name
         file_format.write(graph, graph_shape, names, file)
-        comparisons = compare_outputs(
-            batches, reference_outputs, run_graph(file, batches, names), options.dtype
-        )
+        outputs = run_graph(file, batches, names)
+        comparisons = compare_outputs(batches, reference_outputs, outputs, options.dtype)
 
         calibration_images: list[torch.Tensor] = []
         if options.int8:
             assert images is not None, "int8 requires a dataset"
             calibration_images = prepare_images(images.training, processor, NUM_CALIBRATION_IMAGES)
-            quantize_graph(file, calibration_images, excluded_layers)
-            comparisons = compare_outputs(
-                batches, reference_outputs, run_graph(file, batches, names), None
-            )
+            quantize_graph(file, calibration_images, options.exclude_layers)
+            outputs = run_graph(file, batches, names)
+            comparisons = compare_outputs(batches, reference_outputs, outputs, None)
 
-        height_width = ["height", "width"] if graph_shape.is_dynamic else graph_shape.image_size
-        files = list(output_folder.iterdir())
-        report: Report = {
-            "format": options.format,
-            "file": target.name,
-            "model": strip_folders(resolve_name(options.model, is_built_in=folder is None)),
-            "model_class": type(model).__name__,
-            "weights": "random" if folder is None else "trained",
-            "dtype": "int8" if options.int8 else options.dtype,
-            "limit": None if options.int8 else LIMITS[options.dtype],
-            "largest_differences": {
-                name: max(each["differences"][name] for each in comparisons) for name in names
-            },
-            "tried": comparisons,
-            "input": {
-                "name": INPUT_NAME,
-                "dtype": "float32",
-                "shape": ["batch", model.config.num_channels, *height_width],
-                "image_size": list(graph_shape.image_size),
-                "smallest_image_size": list(graph_shape.smallest_size),
-                "patch_size": list(model.config.patch_height_width),
-            },
-            "outputs": get_output_shapes(reference_outputs[0], graph_shape),
-            "fixed_because": graph_shape.fixed_size_reason,
-            "preprocessing": describe_preprocessing(processor),
-            "labels": get_label_names(model.config, names),
-            "versions": get_versions("timm", *packages),
-            "sha256": hash_files(files),
-            "num_bytes": sum(each.stat().st_size for each in files),
-            "excluded_layers": excluded_layers,
-            "num_calibration_images": len(calibration_images),
-            "evaluation": None,
-            "comparison": None,
-        }
-        if options.format == "openvino":
-            # without it, OpenVINO computes in bfloat16
-            report["compile_config"] = {"INFERENCE_PRECISION_HINT": "f32"}
-        if folder is not None:
-            report["weights_sha256"] = folder.weights_sha256
-            report["config_sha256"] = hash_files([folder.path / CONFIG_FILE])
-
-        has_native_size = (
-            graph_shape.is_dynamic or graph_shape.image_size == model.config.image_height_width
+        report = describe_export(
+            options, exportable, graph_shape, reference_outputs[0], comparisons, file
         )
-        if has_native_size and not isinstance(model, ViTCLSBackbone):
-            exported_model = ExportedModel(
-                file, model.config, use_head="last_hidden_state" not in names
-            )
-            report["speed"] = measure_inference_speed(exported_model, torch.device("cpu"))
-
+        report["num_calibration_images"] = len(calibration_images)
         if images is not None:
             pixels = prepare_images(images.held_out, processor, NUM_COMPARED_IMAGES)
-            outputs = run_graph(file, pixels, names)
             report["comparison"] = compare_outputs_on_images(
-                outputs, compute_named_outputs(model, pixels)
+                run_graph(file, pixels, names), compute_named_outputs(model, pixels)
             )
             report["evaluation"] = images.measure_file(file, model)
-            if options.int8:
-                check_drop(report, options.max_drop, model, torch.cat(calibration_images[:16]))
+        if options.int8:
+            check_drop(report, options.max_drop, model, torch.cat(calibration_images[:16]))
 
-        if folder is not None and not output.suffix:
+        if folder is not None and not options.output.suffix:
             write_model_files(folder, output_folder, report)
         write_json(get_report_path(file), report)
         check_files_do_not_exist(*(target.parent / each.name for each in output_folder.iterdir()))
+    return report
+
+
+def choose_target(options: ExportOptions) -> Path:
+    """Return the file to write: `output`, or model.onnx or model.xml in the folder `output`.
+
+    Raise ValueError if its name has another suffix, or if it exists.
+    """
+    output, suffix = options.output, FORMATS[options.format].suffix
+    target = output if output.suffix else output / f"model{suffix}"
+    if target.suffix != suffix:
+        raise ValueError(
+            f"`output={str(output)!r}`: the file name must end in {suffix}, or have no suffix"
+        )
+    check_files_do_not_exist(target, get_report_path(target))
+    if missing := [name for name in list_packages(options) if find_spec(name) is None]:
+        raise ValueError(
+            f"`format={options.format!r}` requires packages that are not installed: "
+            f"{', '.join(missing)}. {describe_installation('export')}"
+        )
+    return target
+
+
+def list_packages(options: ExportOptions) -> list[str]:
+    """Return the packages that an export requires."""
+    return [*FORMATS[options.format].packages, *(["nncf"] if options.int8 else [])]
+
+
+def check_support(options: ExportOptions, exportable: ExportableModel) -> None:
+    """Raise ValueError if the model has no such layers, or no image processor for the dataset."""
+    num_layers = exportable.model.config.num_hidden_layers
+    if not set(options.exclude_layers) <= set(range(1, num_layers + 1)):
+        raise ValueError(f"`exclude_layers` requires numbers from 1 to {num_layers}")
+    if options.dataset is not None and exportable.processor is None:
+        raise ValueError(
+            f"`dataset` requires an image processor, but {options.model} has none. Omit `dataset`"
+        )
+
+
+def describe_export(
+    options: ExportOptions,
+    exportable: ExportableModel,
+    graph_shape: GraphShape,
+    outputs: Outputs,
+    comparisons: list[Report],
+    file: Path,
+) -> Report:
+    """Return the report of a graph that was written, and measure its speed.
+
+    Args:
+        options: The flags of `vitcls export`.
+        exportable: The model.
+        graph_shape: The image sizes of the graph.
+        outputs: The outputs of the model for some images.
+        comparisons: The differences of the outputs (`compare_outputs`).
+        file: The graph, in a folder that has no other files.
+    """
+    model, folder = exportable.model, exportable.folder
+    names = list(outputs)
+    height_width = ["height", "width"] if graph_shape.is_dynamic else graph_shape.image_size
+    files = list(file.parent.iterdir())
+    report: Report = {
+        "format": options.format,
+        "file": file.name,
+        "model": strip_folders(resolve_name(options.model, is_built_in=folder is None)),
+        "model_class": type(model).__name__,
+        "weights": "random" if folder is None else "trained",
+        "dtype": "int8" if options.int8 else options.dtype,
+        "limit": None if options.int8 else LIMITS[options.dtype],
+        "largest_differences": {
+            name: max(each["differences"][name] for each in comparisons) for name in names
+        },
+        "tried": comparisons,
+        "input": {
+            "name": INPUT_NAME,
+            "dtype": "float32",
+            "shape": ["batch", model.config.num_channels, *height_width],
+            "image_size": list(graph_shape.image_size),
+            "smallest_image_size": list(graph_shape.smallest_size),
+            "patch_size": list(model.config.patch_height_width),
+        },
+        "outputs": get_output_shapes(outputs, graph_shape),
+        "fixed_because": graph_shape.fixed_size_reason,
+        "preprocessing": describe_preprocessing(exportable.processor),
+        "labels": get_label_names(model.config, names),
+        "versions": get_versions("timm", *list_packages(options)),
+        "sha256": hash_files(files),
+        "num_bytes": sum(each.stat().st_size for each in files),
+        "excluded_layers": list(options.exclude_layers),
+        "num_calibration_images": 0,
+        "evaluation": None,
+        "comparison": None,
+    }
+    if options.format == "openvino":
+        # without it, OpenVINO computes in bfloat16
+        report["compile_config"] = {"INFERENCE_PRECISION_HINT": "f32"}
+    if folder is not None:
+        report["weights_sha256"] = folder.weights_sha256
+        report["config_sha256"] = hash_files([folder.path / CONFIG_FILE])
+
+    has_native_size = (
+        graph_shape.is_dynamic or graph_shape.image_size == model.config.image_height_width
+    )
+    if has_native_size and not isinstance(model, ViTCLSBackbone):
+        use_head = "last_hidden_state" not in names
+        exported_model = ExportedModel(file, model.config, use_head)
+        report["speed"] = measure_inference_speed(exported_model, torch.device("cpu"))
     return report
 
 
