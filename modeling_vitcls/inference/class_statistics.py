@@ -25,7 +25,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import torch
 from scipy import linalg
+
+from ..model.heads_vitcls import ClassDistance
 
 
 Token = tuple[int, str]  # negative index of a layer, and "cls" or "mean" (of the patches)
@@ -169,6 +172,56 @@ class ClassStatistics:
         )
         counts = np.asarray(arrays["counts"])
         return cls(tuple(tokens), tuple(means), tuple(precisions), sizes, counts)
+
+    def expand(self, classes: np.ndarray, num_labels: int) -> "ClassStatistics":
+        """Return the statistics of all labels of a model, of which they have some classes."""
+        counts = np.zeros(num_labels, np.int64)
+        counts[classes] = self.counts
+        means = []
+        for mean in self.means:
+            expanded = np.zeros((num_labels, mean.shape[1]))
+            expanded[classes] = mean
+            means.append(expanded)
+        return replace(self, means=tuple(means), counts=counts)
+
+    def set_in_model(self, model: Any) -> None:
+        """Store the statistics with the weights of a classifier (`model.class_distance`)."""
+        model.config.class_statistics = {
+            "tokens": [list(token) for token in self.tokens],
+            "num_classes": len(self.counts),
+        }
+        model.class_distance = ClassDistance(model.config)
+        arrays = {"counts": self.counts, "sizes": self.sizes}
+        for index in range(len(self.tokens)):
+            arrays |= {
+                f"means_{index}": self.means[index],
+                f"precisions_{index}": self.precisions[index],
+            }
+        model.class_distance.load_state_dict(
+            {name: torch.from_numpy(array) for name, array in arrays.items()}
+        )
+        model.class_distance.to(model.device)
+
+    @classmethod
+    def from_model(cls, model: Any) -> "ClassStatistics | None":
+        """Return the statistics that are stored with the weights of a classifier, if it has any."""
+        if getattr(model, "class_distance", None) is None:
+            return None
+        arrays = {
+            name: each.cpu().numpy() for name, each in model.class_distance.state_dict().items()
+        }
+        tokens = tuple(model.class_distance.tokens)
+
+        def list_arrays(name: str) -> tuple[np.ndarray, ...]:
+            return tuple(arrays[f"{name}_{index}"].astype(float) for index in range(len(tokens)))
+
+        return cls(
+            tokens=tokens,
+            means=list_arrays("means"),
+            precisions=list_arrays("precisions"),
+            sizes=arrays["sizes"].astype(float),
+            counts=arrays["counts"],
+        )
 
 
 def compute_means(values: np.ndarray, labels: np.ndarray, counts: np.ndarray) -> np.ndarray:

@@ -1,22 +1,14 @@
-"""Calibrated probabilities and unknown images of a single-label classifier.
-
-    fit_temperature(logits, labels)    T, with which softmax(logits / T) is calibrated
-    find_energy_threshold(logits)      an image with a higher energy shows none of the classes
-
-All functions work on NumPy arrays: logits [N, L] and label indices [N]. The temperature
-and the energy threshold are stored in config.json (`temperature`, `energy_threshold`).
-"""
+"""Calibrated probabilities of a single-label classifier, from logits [N, L] and labels [N]."""
 
 import math
 
 import numpy as np
 from scipy.optimize import minimize_scalar
-from scipy.special import log_softmax, logsumexp
+from scipy.special import log_softmax
 
 
 MIN_TEMPERATURE = 0.05
 MAX_TEMPERATURE = 100.0
-KNOWN_RECALL = 0.95  # fraction of images of the classes below the energy threshold
 
 
 def fit_temperature(
@@ -37,18 +29,3 @@ def fit_temperature(
     return math.exp(
         minimize_scalar(compute_loss, bounds=bounds, method="bounded", options={"xatol": 1e-6}).x
     )
-
-
-def compute_energies(logits: np.ndarray) -> np.ndarray:
-    """Return the energy [N] of each image, -log(sum(exp(logits))).
-
-    Source: Liu et al. 2020, arXiv 2010.03759, section 3.1.
-
-    The energy is low for images that resemble the training images.
-    """
-    return -logsumexp(logits, axis=1)
-
-
-def find_energy_threshold(logits: np.ndarray) -> float:
-    """Return the energy below which the fraction `KNOWN_RECALL` of images of the classes lies."""
-    return float(np.quantile(compute_energies(logits), KNOWN_RECALL, method="higher"))

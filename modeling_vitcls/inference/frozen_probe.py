@@ -250,8 +250,8 @@ class LinearProbe:
     def fit_statistics(self, features: TokenFeatures, labels: np.ndarray) -> None:
         """Compute the class statistics that a model stores."""
         self.statistics_ = None
-        if np.bincount(labels).max() > 1:
-            tokens = choose_statistics_tokens(features, self.candidate_)
+        tokens = choose_statistics_tokens(features, self.candidate_)
+        if tokens and np.bincount(labels).max() > 1:
             self.statistics_ = ClassStatistics.fit(
                 {token: features[token] for token in tokens}, labels, len(self.classes_)
             )
@@ -284,7 +284,9 @@ def choose_statistics_tokens(features: TokenFeatures, candidate: Candidate) -> t
     """
     unread = {(-1, "mean")} - set(candidate.tokens) if (-1, "cls") in features else set()
     return tuple(
-        token for token in features if token[0] >= -NUM_LAST_LAYERS and token not in unread
+        token
+        for token in features
+        if token[0] >= -NUM_LAST_LAYERS and token[1] != "own" and token not in unread
     )
 
 
@@ -384,6 +386,7 @@ class CrossValidation:
         distances = {
             choose_statistics_tokens(self.features, each): np.full(len(self.labels), np.nan)
             for each in [*candidates, Candidate("logistic", (-1,), candidates[0].pooling)]
+            if choose_statistics_tokens(self.features, each)
         }
         for train, test in folds:
             known = self.find_known(train, test)

@@ -7,7 +7,6 @@ label           name                                    list of names
 prediction      name                                    list of names with a probability above 0.5
 probabilities   list, in the order of the model's labels (calibrated if the model has a temperature)
 loss            cross-entropy                           binary cross-entropy, mean over the labels
-energy          -log(sum(exp(logits)))                  -
 nearest_images  of a wrong prediction: the training images  -
                 with the most similar features
 
@@ -32,7 +31,6 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 from ..data.labels import LabelSpace
 from ..runtime.errors import format_error
 from ..runtime.files import write_atomically
-from .confidence import compute_energies
 from .evaluator import Evaluator, round_floats
 from .image_pass import ImageOutput, stack_rows
 from .metrics import SingleLabelMetrics
@@ -94,7 +92,6 @@ def write_predictions(
             "prediction": [names[index] for index in logits.argmax(dim=1).tolist()],
             "probabilities": list(logits.softmax(dim=1).numpy()),
             "loss": cross_entropy(logits, targets, reduction="none").numpy(),
-            "energy": compute_energies(logits.numpy()),
         }
         if nearest_images is not None:
             columns["nearest_images"] = [nearest_images.get(row.index, []) for row in rows]

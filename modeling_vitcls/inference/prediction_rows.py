@@ -1,10 +1,10 @@
 """Predictions of a model as rows with named columns.
 
 model                       columns
-one label per image         label, probability, label_2, probability_2, ... up to --top-k; unknown, if the model has
-                            an energy threshold
+one label per image         label, probability, label_2, probability_2, ... up to --top-k; distance (to the nearest
+                            class) and unknown, if the model has class statistics
 several labels per image    labels, probabilities: lists
-several or added tasks      <task>_label, <task>_probability, <task>_label_2, ..., <task>_unknown; <task>_labels and
+several or added tasks      <task>_label, <task>_probability, <task>_label_2, ...; <task>_labels and
                             <task>_probabilities of an added task with several labels per image
 any, with --features        features: a list of D numbers, or one list per token if there are several tokens;
                             with several features, one column per feature
@@ -28,7 +28,6 @@ from transformers import PreTrainedModel
 from ..data.labels import is_multi_label
 from ..model.configuration_vitcls import ExtraHead
 from ..runtime.messages import format_message
-from .confidence import compute_energies
 from .exported_graphs import GraphError
 from .image_pass import ImageBatch, find_finite, group_by_shape, pass_over_images
 from .inputs import PreparedImage
@@ -44,6 +43,7 @@ Row = dict[str, Any]
 Label = tuple[str, float]  # name and probability
 # default minimum probability of a predicted label in multi-label classification
 DEFAULT_THRESHOLD = 0.5
+DISTANCE = "distance"  # output and column of the distance to the nearest class
 
 
 def select_top_labels(logits: torch.Tensor, names: list[str], top_k: int) -> list[list[Label]]:
@@ -115,11 +115,10 @@ class LabelColumns:
         self.single_labels = {
             task: head for task, head in heads.items() if task not in self.label_lists
         }
-        self.energy_thresholds = {
-            task: head.threshold
-            for task, head in self.single_labels.items()
-            if head.threshold is not None
-        }
+        self.has_distance = getattr(model, "class_distance", None) is not None
+        self.distance_threshold = getattr(
+            getattr(model, "config", None), "distance_threshold", None
+        )
         # task -> names of label and probability columns
         self.column_pairs: dict[str, list[tuple[str, str]]] = {}
         self.columns: dict[str, pa.DataType] = {}
@@ -136,15 +135,20 @@ class LabelColumns:
         for task in self.label_lists:
             self.columns[name_column(task, "labels")] = pa.list_(pa.string())
             self.columns[name_column(task, "probabilities")] = pa.list_(pa.float32())
-        for task in self.energy_thresholds:
-            self.columns[name_column(task, "unknown")] = pa.bool_()
+        if self.has_distance:
+            self.columns[DISTANCE] = pa.float32()
+        if self.distance_threshold is not None and self.has_distance:
+            self.columns["unknown"] = pa.bool_()
 
     def predict(self, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return the logits [B, num_labels] of each task."""
         outputs: Any = self.model(pixel_values)
         logits = outputs.logits if isinstance(outputs.logits, dict) else {"": outputs.logits}
         logits = {**logits, **(getattr(outputs, "task_logits", None) or {})}
-        return {task: logits[task].float() for task in (*self.single_labels, *self.label_lists)}
+        tensors = {task: logits[task].float() for task in (*self.single_labels, *self.label_lists)}
+        if self.has_distance:
+            tensors[DISTANCE] = outputs.distance.float()[:, None]
+        return tensors
 
     def build_rows(self, outputs: dict[str, torch.Tensor]) -> list[Row]:
         """Return one row per image with the most probable labels."""
@@ -164,10 +168,11 @@ class LabelColumns:
                 row[name_column(task, "labels")] = [name for name, _ in labels]
                 row[name_column(task, "probabilities")] = [probability for _, probability in labels]
 
-        for task, threshold in self.energy_thresholds.items():
-            energies = compute_energies(outputs[task].cpu().numpy())
-            for row, energy in zip(rows, energies, strict=True):
-                row[name_column(task, "unknown")] = bool(energy > threshold)
+        if self.has_distance:
+            for row, distance in zip(rows, outputs[DISTANCE][:, 0].tolist(), strict=True):
+                row[DISTANCE] = distance
+                if self.distance_threshold is not None:
+                    row["unknown"] = distance > self.distance_threshold
 
         return rows
 
@@ -318,7 +323,7 @@ def build_prediction_columns(
     if is_multi_label(config):
         head = ExtraHead(names, problem_type="multi_label_classification", threshold=threshold)
         return LabelColumns(model, {"": head} | added_heads, top_k)
-    head = ExtraHead(names, threshold=config.energy_threshold)
+    head = ExtraHead(names)
     return LabelColumns(model, {"": head} | added_heads, top_k)
 
 

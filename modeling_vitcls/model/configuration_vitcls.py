@@ -213,9 +213,7 @@ class ExtraHead:
         pooled_layers: layers whose tokens are pooled, as in `ViTCLSConfig`.
         problem_type: "single_label_classification" or "multi_label_classification".
         temperature: number by which the logits are divided in evaluation mode.
-        threshold: for several labels per image, the probability from which a label is predicted;
-            for one label per image, the energy above which an image is unlikely to show any of the
-            labels.
+        threshold: for several labels per image, the probability from which a label is predicted.
         adds_classes: whether the logits are appended to `logits`, as those of further classes of
             the classifier. The labels are then the last ones of `id2label`.
     """
@@ -352,8 +350,12 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
         temperature (`float`, defaults to 1): The classifier's logits are divided by this number in
             evaluation mode, so that their softmax is calibrated (Guo et al. 2017, arXiv
             1706.04599). Predicted labels do not change.
-        energy_threshold (`float`, *optional*): Energy, -log(sum(exp(logits))), above which an image
-            is unlikely to show any of the labels (arXiv 2010.03759).
+        class_statistics (`dict`, *optional*): `{"tokens": [[layer, kind], ...], "num_classes": K}`
+            of the class means and covariances that are stored with the weights. A layer is a
+            negative index, and a kind is "cls" or "mean" (of the patches). They give
+            `outputs.distance`.
+        distance_threshold (`float`, *optional*): Distance to the nearest class above which an image
+            is unlikely to show any of the labels (arXiv 1807.03888).
 
     Masked image modeling:
         mim_loss (`"l1"` or `"l2"`, defaults to `"l1"`): Masked-pixel loss: L1 (SimMIM, arXiv
@@ -506,7 +508,8 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
     attention_probs_dropout_prob: float | int = 0.0
     drop_path_rate: float | int = 0.0
     temperature: float | int = 1.0
-    energy_threshold: float | None = None
+    class_statistics: dict | None = None
+    distance_threshold: float | None = None
     mim_loss: Literal["l1", "l2"] = "l1"
     norm_pixel_target: bool = False
     _out_features: list[str] | None = None
@@ -633,6 +636,7 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
                 gated_tokens, stored_counts, new_counts
             )
 
+        config_dict.pop("energy_threshold", None)  # of an earlier version; changes no outputs
         for name, default in REMOVED_FIELDS.items():
             value = config_dict.pop(name, default)
             if value != default:
@@ -863,7 +867,6 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
             choice = f"Choose from {', '.join(tasks)}" if tasks else "Add it with `vitcls add-task`"
             raise ValueError(f"task {name}: the model has no such added task. {choice}")
         head = tasks[name]
-        is_single_label = head.problem_type == "single_label_classification"
 
         config = copy.deepcopy(self)
         config.tasks = None
@@ -881,7 +884,8 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
         config.label2id = {label: index for index, label in enumerate(head.labels)}
         config.problem_type = head.problem_type  # type: ignore[assignment]
         config.temperature = head.temperature
-        config.energy_threshold = head.threshold if is_single_label else None
+        config.class_statistics = None
+        config.distance_threshold = None
         return config
 
     # Size checks, which the other checks require --------------------------------------------------
@@ -1132,8 +1136,10 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
         if head.threshold is None:
             return
         if not _is_number(head.threshold) or (is_multi_label and not 0 < head.threshold < 1):
-            kind = "a probability between 0 and 1" if is_multi_label else "an energy"
-            raise ValueError(f"{owner}: `threshold` must be {kind}, but it is {head.threshold}.")
+            raise ValueError(
+                f"{owner}: `threshold` must be a probability between 0 and 1, but it is "
+                f"{head.threshold}."
+            )
 
     def validate_problem_type(self) -> None:
         """Check that a loss exists for `problem_type`."""
@@ -1276,7 +1282,7 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
                     f"`{name}` must be at least 0 and below 1, but it is {getattr(self, name)}."
                 )
 
-        for name in ("layer_scale_init_value", "energy_threshold"):
+        for name in ("layer_scale_init_value", "distance_threshold"):
             if not math.isfinite(getattr(self, name) or 0):
                 raise ValueError(f"`{name}` must be finite or None, not {getattr(self, name)}.")
 
@@ -1285,6 +1291,21 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
                 raise ValueError(
                     f"`{name}` must be a finite positive number, but it is {getattr(self, name)}."
                 )
+
+    def validate_class_statistics(self) -> None:
+        """Check the tokens of the class statistics."""
+        if self.class_statistics is None:
+            return
+        statistics = self.class_statistics
+        is_known = set(statistics) == {"tokens", "num_classes"} and all(
+            -self.num_hidden_layers <= layer < 0 and kind in ("cls", "mean")
+            for layer, kind in statistics.get("tokens", ())
+        )
+        if not is_known:
+            raise ValueError(
+                "`class_statistics` requires `tokens` (pairs of a negative layer and 'cls' or "
+                f"'mean') and `num_classes`, but it is {statistics}."
+            )
 
     # Checks of the options for converted checkpoints ----------------------------------------------
     def validate_rope_reference_grid(self) -> None:

@@ -233,6 +233,57 @@ class ExtraHeads(nn.ModuleDict):
         return logits
 
 
+# Class statistics ---------------------------------------------------------------------------------
+class ClassDistance(nn.Module):
+    """Class means and covariances of several tokens, and the distance to the nearest class.
+
+    The state dict has, for each token i of `config.class_statistics`, `means_i` [K, D] and
+    `precisions_i` [D, D], and for all tokens `counts` [K] (number of training images) and `sizes`
+    (effective number of features).
+
+    Attributes:
+        layers: indices, from 1, of the layers that are read.
+    """
+
+    def __init__(self, config: ViTCLSConfig) -> None:
+        super().__init__()
+        statistics = config.class_statistics or {}
+        self.tokens = [(layer, kind) for layer, kind in statistics["tokens"]]
+        self.layers = config.resolve_layers([layer for layer, _ in self.tokens])
+        self.poolers = [TokenPooler(config, kind) for _, kind in self.tokens]
+        num_classes = statistics["num_classes"]
+        for index, (_, kind) in enumerate(self.tokens):
+            size = config.compute_pooled_size(kind, 1)
+            self.register_buffer(f"means_{index}", torch.zeros(num_classes, size))
+            self.register_buffer(f"precisions_{index}", torch.zeros(size, size))
+        self.register_buffer("counts", torch.zeros(num_classes, dtype=torch.int64))
+        self.register_buffer("sizes", torch.zeros(len(self.tokens)))
+
+    def forward(self, layer_tokens: Mapping[int, Tensor]) -> Tensor:
+        """Return the Mahalanobis distance [B] to the nearest class mean (arXiv 1807.03888).
+
+        It is the root of the mean over the tokens of the squared distances.
+
+        Args:
+            layer_tokens: layer index -> tokens [B, N, D] after the final norm.
+        """
+        squares = []
+        for index, (layer, pooler) in enumerate(zip(self.layers, self.poolers, strict=True)):
+            values = pooler(layer_tokens[layer])
+            with torch.autocast(values.device.type, enabled=False):
+                means = getattr(self, f"means_{index}").float()
+                precision = getattr(self, f"precisions_{index}").float()
+                center = means.mean(dim=0)  # keeps the terms of the difference small
+                values, means = values.float() - center, means - center
+                products = values @ precision  # [B, D]
+                own = (products * values).sum(dim=1, keepdim=True)
+                of_means = ((means @ precision) * means).sum(dim=1)
+                squares.append(own - 2 * products @ means.T + of_means)  # [B, K]
+        distances = torch.stack(squares).mean(dim=0)
+        distances = distances.masked_fill(self.counts == 0, torch.inf)
+        return distances.amin(dim=1).clamp(min=0).sqrt()
+
+
 # Pixel decoder ------------------------------------------------------------------------------------
 class PixelDecoder(nn.Module):
     """A linear layer that maps each patch to its pixels (SimMIM, arXiv 2111.09886, section 3.4)."""

@@ -51,6 +51,7 @@ from .cpu_kernels_vitcls import install_cpu_kernels
 from .heads_vitcls import (
     IGNORED_LABEL,
     AttentionPooler,
+    ClassDistance,
     ExtraHeads,
     PixelDecoder,
     build_head,
@@ -127,6 +128,8 @@ class ViTCLSImageClassifierOutput(ModelOutput):
             model has one.
         task_logits: dict that maps the names of `config.extra_heads` to logits [B, labels], if the
             model has any.
+        distance: [B], Mahalanobis distance to the nearest class mean, in evaluation mode, if the
+            model has class statistics.
         hidden_states, attentions: as in `ViTCLSModelOutput`.
     """
 
@@ -135,6 +138,7 @@ class ViTCLSImageClassifierOutput(ModelOutput):
     cls_logits: Tensor | None = None
     distillation_logits: Tensor | None = None
     task_logits: dict[str, Tensor] | None = None
+    distance: Tensor | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
 
@@ -503,6 +507,7 @@ class ViTCLSForImageClassification(ViTCLSPreTrainedModel):
         self.vitcls = ViTCLSModel(config)
         self.build_classifiers()
         self.extra_heads = ExtraHeads(config)
+        self.class_distance = None if config.class_statistics is None else ClassDistance(config)
         self.post_init()
 
     def build_classifiers(self) -> None:
@@ -517,8 +522,15 @@ class ViTCLSForImageClassification(ViTCLSPreTrainedModel):
                 self.config, self.config.hidden_size, num_labels
             )
 
+    def remove_class_statistics(self) -> None:
+        """Remove the class statistics, also from the configuration."""
+        self.class_distance = None
+        self.config.class_statistics = None
+        self.config.distance_threshold = None
+
     def reset_classifier(self, num_classes: int) -> None:
         """Initialize new classifiers, or remove them if `num_classes` is 0 (as in timm)."""
+        self.remove_class_statistics()
         for name in self.config.get_added_classes():
             self.extra_heads.remove(name)
         self.config.id2label = {}
@@ -548,6 +560,11 @@ class ViTCLSForImageClassification(ViTCLSPreTrainedModel):
         model.train(self.training)
         return model
 
+    @property
+    def distance_layers(self) -> list[int]:
+        """Return the layers that the class statistics read in evaluation mode."""
+        return [] if self.class_distance is None or self.training else self.class_distance.layers
+
     @can_return_tuple
     def forward(
         self,
@@ -572,9 +589,12 @@ class ViTCLSForImageClassification(ViTCLSPreTrainedModel):
             pixel_values,
             attention_mask=attention_mask,
             num_output_tokens=count_output_tokens(self.vitcls, compute_all_tokens, kwargs),
-            output_layers=self.extra_heads.layers,
+            output_layers={*self.extra_heads.layers, *self.distance_layers},
             **kwargs,
         )
+        distance = None
+        if self.distance_layers:
+            distance = self.class_distance(outputs.layer_tokens)
 
         logits = cls_logits = self.classifier(outputs.pooler_output)  # [B, num_labels]
         distillation_logits = None
@@ -616,6 +636,7 @@ class ViTCLSForImageClassification(ViTCLSPreTrainedModel):
             cls_logits=cls_logits,
             distillation_logits=distillation_logits,
             task_logits=task_logits or None,
+            distance=distance,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )

@@ -12,7 +12,7 @@
     loop.py             training loop
     checkpoints.py      checkpoints on disk, written completely or not at all
     duration.py         expected duration of a run, before its first step
-    calibration.py      temperature and energy threshold of the trained classifier
+    calibration.py      temperature of the trained classifier
     output_folder.py    checks of the output folder, removal of replaced files, lock of the folder
 
 Outside this folder, runtime/distributed.py configures processes and devices.

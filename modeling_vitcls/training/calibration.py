@@ -1,4 +1,4 @@
-"""Calibration of a trained classifier: temperature and energy threshold.
+"""Calibration of a trained classifier: its temperature.
 
     frozen model          logits of the images that each fold of the cross-validation leaves out
     fine-tuned model      logits of the selection images
@@ -16,7 +16,7 @@ import torch
 from scipy.special import log_softmax, softmax
 from torchmetrics.functional.classification import multiclass_calibration_error
 
-from ..inference.confidence import find_energy_threshold, fit_temperature
+from ..inference.confidence import fit_temperature
 from ..inference.frozen_probe import LinearProbe
 from ..inference.intervals import NUM_BINS, compute_chance_calibration_error
 
@@ -27,34 +27,31 @@ MIN_ERROR_IMAGES = 100  # with fewer images, a calibration error is mostly noise
 
 @dataclass(frozen=True)
 class Calibration:
-    """Temperature and energy threshold, or the reason why there are none."""
+    """Temperature, or the reason why there is none."""
 
     num_images: int
     images: str  # "cross-validation", "selection" or "held-out"
     text: str  # for the printed line
     temperature: float | None = None
-    energy_threshold: float | None = None
 
     @property
     def is_fitted(self) -> bool:
         return self.temperature is not None
 
     def apply(self, config: Any) -> None:
-        """Write both values to a model's configuration."""
+        """Write the temperature to a model's configuration."""
         config.temperature = self.temperature
-        config.energy_threshold = self.energy_threshold
 
     def to_dict(self) -> dict[str, Any]:
         return {
             "temperature": self.temperature,
-            "energy_threshold": self.energy_threshold,
             "num_images": self.num_images,
             "images": self.images,
         }
 
 
 def find_calibration(logits: np.ndarray, labels: np.ndarray, images: str) -> Calibration:
-    """Fit the temperature and the energy threshold to logits [N, L] and labels [N].
+    """Fit the temperature to logits [N, L] and labels [N].
 
     The images are those that the classifier was not fitted to. `images` says which they are.
     """
@@ -70,8 +67,7 @@ def find_calibration(logits: np.ndarray, labels: np.ndarray, images: str) -> Cal
             "images larger"
         )
         temperature = 1.0
-    threshold = round(find_energy_threshold(logits / temperature), 6)
-    return Calibration(num_images, images, text, temperature, threshold)
+    return Calibration(num_images, images, text, temperature)
 
 
 def describe_probe_calibration(probe: LinearProbe, num_images: int) -> Calibration:

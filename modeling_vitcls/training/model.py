@@ -104,7 +104,8 @@ def build_model(
         mask_token.requires_grad_(False)
     # fitted again after training (calibration.py)
     model.config.temperature = 1.0
-    model.config.energy_threshold = None
+    model.config.class_statistics = model.config.distance_threshold = None
+    model.class_distance = None
 
     set_fit(processor, options.fit or get_fit(processor), model.config.image_height_width)
     processor.bit_depth = options.bit_depth or processor.bit_depth

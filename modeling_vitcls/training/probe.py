@@ -422,6 +422,9 @@ class Probe:
         bias = np.full(num_labels, probe.bias_.min() / scale - ABSENT_CLASS_MARGIN)
         bias[probe.classes_] = probe.bias_ / scale
         self.model.config.temperature = round(probe.temperature_, 4) if is_final else 1.0
+        if is_final and probe.statistics_ is not None:
+            probe.statistics_.expand(probe.classes_, num_labels).set_in_model(self.model)
+            self.model.config.distance_threshold = probe.distance_threshold_
         with torch.no_grad():
             self.model.classifier.weight.copy_(torch.from_numpy(weight))
             self.model.classifier.bias.copy_(torch.from_numpy(bias))

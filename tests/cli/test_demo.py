@@ -65,7 +65,9 @@ def test_the_page_has_the_answer_the_probabilities_and_the_sheet(
 
 
 def test_an_unknown_photo_shows_none_of_the_labels(tmp_path: Path, photo: Path) -> None:
-    model = save_classifier(tmp_path / "model", energy_threshold=-1000.0)
+    tokens = {"tokens": [[-1, "cls"]], "num_classes": len(NAMES)}
+    fields = {"class_statistics": tokens, "distance_threshold": -1.0}
+    model = save_classifier(tmp_path / "model", **fields)
     answer, probabilities, _ = ask(model, photo)
     assert answer == "none of these"
     assert set(probabilities) == set(NAMES)

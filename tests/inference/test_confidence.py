@@ -1,4 +1,4 @@
-"""Temperature and energy threshold, as in torch."""
+"""Temperature, as in torch."""
 
 import numpy as np
 import pytest
@@ -6,8 +6,6 @@ import torch
 from scipy.special import softmax
 
 from modeling_vitcls.inference.confidence import (
-    compute_energies,
-    find_energy_threshold,
     fit_temperature,
 )
 
@@ -40,12 +38,3 @@ def test_the_temperature_minimizes_the_cross_entropy(temperature: float) -> None
     # the limits
     assert fit_temperature(logits, logits.argmax(axis=1)) == pytest.approx(0.05, rel=1e-3)
     assert fit_temperature(logits, logits.argmin(axis=1)) == pytest.approx(100, rel=1e-3)
-
-
-def test_energy_separates_images_of_other_classes() -> None:
-    logits, _ = draw_outputs(1000, 1.0)
-    assert compute_energies(logits) == pytest.approx(
-        -torch.logsumexp(torch.from_numpy(logits), 1).numpy()
-    )
-    threshold = find_energy_threshold(logits)
-    assert threshold == np.sort(compute_energies(logits))[950]

@@ -70,14 +70,14 @@ def test_labels_with_the_same_name_are_not_evaluated(
     check_error(capsys, "'cat'")
 
 
-def test_an_energy_threshold_that_is_not_finite_is_an_error(
+def test_a_distance_threshold_that_is_not_finite_is_an_error(
     model: Path, photos: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = (model / "config.json").read_text()
     for value in ("NaN", "Infinity"):
         (model / "config.json").write_text(
-            config.replace("{", f'{{"energy_threshold": {value},', 1)
+            config.replace("{", f'{{"distance_threshold": {value},', 1)
         )
         reset_accelerate()
         assert run_here("predict", "--model", str(model), str(photos)) == 1
-        check_error(capsys, "energy_threshold")
+        check_error(capsys, "distance_threshold")

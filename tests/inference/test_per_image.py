@@ -1,6 +1,5 @@
 """One row per evaluated image, compared with the model, and with two processes."""
 
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -16,13 +15,10 @@ from helpers.evaluation_worker import (
     build_labeled_images,
 )
 from helpers.tiny_models import raises_one_line
-from PIL import Image
-from sklearn.datasets import load_digits
 from sklearn.metrics import log_loss
 
-from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor, evaluate, predict
+from modeling_vitcls import ViTCLSImageProcessor, evaluate
 from modeling_vitcls.data.images import LabeledImages
-from modeling_vitcls.hub.model_files import PREDICTIONS_FILE
 from modeling_vitcls.inference.per_image import get_outputs, select_names, write_predictions
 from modeling_vitcls.runtime.distributed import build_accelerator
 
@@ -82,23 +78,3 @@ def test_rows_keep_the_index_of_their_image(tmp_path: Path) -> None:
     with raises_one_line("label"):
         write_predictions(tmp_path / "rows.parquet", evaluator, None)
     assert select_names(["a", "b"], torch.tensor([0.5, 0.6])) == ["b"]
-
-
-def test_an_image_above_the_energy_threshold_is_unknown(folder: Path, tmp_path: Path) -> None:
-    calibrated = tmp_path / "calibrated"
-    shutil.copytree(folder, calibrated)
-    images = [Image.fromarray(np.uint8(pixels * 15.9)) for pixels in load_digits().images[::3]]
-    evaluate(calibrated, "digits", per_image=calibrated / PREDICTIONS_FILE)
-    assert "unknown" not in predict(calibrated, images)[0]
-
-    model = ViTCLSForImageClassification.from_pretrained(folder)
-    threshold = float(pd.read_parquet(calibrated / PREDICTIONS_FILE)["energy"].quantile(0.95))
-    model.config.energy_threshold = threshold
-    model.save_pretrained(calibrated)
-    with torch.no_grad():
-        pixel_values = ViTCLSImageProcessor.from_pretrained(folder)(images, return_tensors="pt")[
-            "pixel_values"
-        ]
-        is_unknown = -model(pixel_values).logits.logsumexp(dim=1) > threshold
-    assert [row["unknown"] for row in predict(calibrated, images)] == is_unknown.tolist()
-    assert 0.01 < is_unknown.float().mean() < 0.1

@@ -105,13 +105,10 @@ def test_images_of_an_unsupported_shape_are_errors() -> None:
     assert all("requires 3 channel" in row["error"] for row in rows)
 
 
-def test_names_are_in_the_order_of_their_indices_and_high_energies_are_unknown() -> None:
-    """An image whose energy equals the threshold is known."""
+def test_names_are_in_the_order_of_their_indices() -> None:
     names = {2: "cat", 0: "ant", 1: "bee"}
     label2id = {name: index for index, name in names.items()}
-    config = build_tiny_config(id2label=names, label2id=label2id, energy_threshold=0.0)
+    config = build_tiny_config(id2label=names, label2id=label2id)
     columns: Any = build_prediction_columns(ViTCLSForImageClassification(config), None, 0.5, None)
-    rows = columns.build_rows(
-        {"": torch.tensor([[-torch.inf, 0.0, -torch.inf], [-1.0, -torch.inf, -torch.inf]])}
-    )
-    assert [(row["label"], row["unknown"]) for row in rows] == [("bee", False), ("ant", True)]
+    rows = columns.build_rows({"": torch.tensor([[0.0, 1.0, 0.0], [1.0, 0.0, 0.0]])})
+    assert [row["label"] for row in rows] == ["bee", "ant"]

@@ -99,7 +99,7 @@ WRONG_VALUES: list[tuple[str, Any]] = [
     *((name, 1.0) for name in ("hidden_dropout_prob", "attention_probs_dropout_prob")),
     ("pooling", "other"),
     ("qkv_bias", 1),
-    *((name, NAN) for name in ("layer_scale_init_value", "energy_threshold")),
+    *((name, NAN) for name in ("layer_scale_init_value", "distance_threshold")),
     ("problem_type", "classification"),
     *(("num_labels", value) for value in (-1, True)),
     ("tasks", {"species": 1.5}),

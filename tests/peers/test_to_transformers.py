@@ -343,7 +343,7 @@ def test_missing_weights_are_named() -> None:
 @torch.no_grad()
 def test_the_temperature_is_folded_into_the_classifier() -> None:
     # as fine-tuning saves it
-    calibrated = ViTCLSConfig(**BASE, temperature=2.5, energy_threshold=-3.0)
+    calibrated = ViTCLSConfig(**BASE, temperature=2.5, distance_threshold=3.0)
     model = randomize_weights(ViTCLSForImageClassification(calibrated))
     native: Any = convert_to_transformers(model)
     torch.testing.assert_close(

@@ -102,24 +102,6 @@ def test_an_added_task_is_better_than_chance_and_keeps_the_logits(
     assert results["accuracy"] > 0.7
 
 
-def test_images_above_the_energy_threshold_of_a_task_are_unknown(
-    with_parity: Path, tmp_path: Path
-) -> None:
-    shutil.copytree(with_parity, tmp_path / "task")
-    processor = ViTCLSImageProcessor.from_pretrained(with_parity)
-    pixels = processor(IMAGES[:20], return_tensors="pt")["pixel_values"]
-    energies = -compute(with_parity, pixels).task_logits["parity"].logsumexp(dim=1)
-    threshold = energies.median().item() + 1e-4
-    heads = read_json(with_parity / "config.json")["extra_heads"]
-    heads["parity"]["threshold"] = threshold
-    change_json(tmp_path / "task" / "config.json", extra_heads=heads)
-    rows = predict(tmp_path / "task", IMAGES[:20])
-    expected = (energies > threshold).tolist()
-
-    assert [row["parity_unknown"] for row in rows] == expected
-    assert 0 < sum(expected) < 20
-
-
 def test_the_tensors_of_the_old_model_are_in_the_new_file(digits: Path, with_parity: Path) -> None:
     old, new = (load_file(folder / "model.safetensors") for folder in (digits, with_parity))
     assert all(torch.equal(new[name], value) for name, value in old.items())

@@ -1,4 +1,4 @@
-"""Temperature and energy threshold of a classifier, and its held-out predictions."""
+"""Temperature of a classifier, and its held-out predictions."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor
 from modeling_vitcls.data.options import DataOptions
 from modeling_vitcls.data.splits import load_training_data
 from modeling_vitcls.hub.model_files import PREDICTIONS_FILE
-from modeling_vitcls.inference.confidence import find_energy_threshold, fit_temperature
+from modeling_vitcls.inference.confidence import fit_temperature
 from modeling_vitcls.training.run import train
 
 
@@ -43,7 +43,6 @@ def test_calibration_uses_images_that_are_not_reported(
     model = ViTCLSForImageClassification.from_pretrained(folder)
     calibration = results["calibration"]
     assert model.config.temperature == calibration["temperature"] != 1
-    assert model.config.energy_threshold == calibration["energy_threshold"]
 
     rows = pd.read_parquet(folder / PREDICTIONS_FILE)
     assert len(rows) == results["num_images"]
@@ -59,7 +58,6 @@ def test_calibration_uses_images_that_are_not_reported(
     with torch.no_grad():
         logits = model.eval()(pixels).logits.numpy()
     assert fit_temperature(logits, np.array(fitted.labels)) == pytest.approx(1, abs=1e-3)
-    assert find_energy_threshold(logits) == pytest.approx(calibration["energy_threshold"], abs=1e-4)
     labels = torch.tensor([model.config.label2id[label] for label in reported["label"]])
     probabilities = torch.tensor(np.stack(reported["probabilities"]))
     error = multiclass_calibration_error(probabilities, labels, 10, n_bins=15).item()

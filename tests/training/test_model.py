@@ -121,7 +121,7 @@ def test_a_classifier_is_kept_only_for_the_same_labels(
     stored_kind: str | None, kind: Any, names: list[str], is_same: bool, tmp_path: Path
 ) -> None:
     fields = {"id2label": {0: "ant", 1: "bee", 2: "cat"}, "problem_type": stored_kind}
-    fields |= {"temperature": 3.0, "energy_threshold": 2.0}
+    fields |= {"temperature": 3.0, "distance_threshold": 2.0}
     saved = ViTCLSForImageClassification(build_tiny_config(**fields))
     save_with_processor(saved, tmp_path)
     model, _, new_names = build_initial_model(
@@ -132,7 +132,7 @@ def test_a_classifier_is_kept_only_for_the_same_labels(
     assert torch.equal(model.classifier.weight, saved.classifier.weight) is is_same
     assert model.config.problem_type == (stored_kind if is_same else kind)
     assert model.config.pooling == ("cls_mean" if kind == SINGLE and not is_same else "cls")
-    assert (model.config.temperature, model.config.energy_threshold) == (
+    assert (model.config.temperature, model.config.distance_threshold) == (
         1.0,
         None,
     )  # fitted after training

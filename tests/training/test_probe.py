@@ -24,7 +24,12 @@ from sklearn.linear_model import LogisticRegression
 from transformers import Trainer, TrainingArguments
 from transformers.image_utils import SizeDict
 
-from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor, ViTCLSModel
+from modeling_vitcls import (
+    ViTCLSForImageClassification,
+    ViTCLSImageProcessor,
+    ViTCLSModel,
+    predict,
+)
 from modeling_vitcls.data.aspect_ratio import get_fit, set_fit
 from modeling_vitcls.training import output_folder
 from modeling_vitcls.training import probe as probe_module
@@ -161,6 +166,21 @@ def test_predictions_of_training_images_come_from_classifiers_of_other_images(
     names = prepare_setup(options).data.train.images.get_names()
     own = rows.set_index("image").loc[names, "probabilities"].map(max)
     assert own.mean() < softmax(fitted, axis=1).max(axis=1).mean()
+
+
+def test_most_training_images_are_known_and_noise_is_unknown(
+    run_on_all_labels: Any, tmp_path: Path
+) -> None:
+    options, _ = run_on_all_labels
+    images = prepare_setup(options).data.train.images
+    for index in range(40):
+        images[index].save(tmp_path / f"digit{index}.png")
+        noise = np.random.default_rng(index).integers(0, 256, (8, 8), dtype=np.uint8)
+        Image.fromarray(noise).save(tmp_path / f"noise{index}.png")
+    rows = predict(options.output_dir, sorted(tmp_path.glob("*.png")))
+    unknown = [row["unknown"] for row in rows]
+    assert np.mean(unknown[:40]) <= 0.15
+    assert np.mean(unknown[40:]) >= 0.8
 
 
 def test_the_result_of_cross_validation_has_an_interval_around_it(run_on_all_labels: Any) -> None:
