@@ -203,7 +203,7 @@ DEFAULTS = """
     max_unreadable_images=100 num_workers=2 model=m flip=True auto_augment=none
     gradient_accumulation_steps=1 warmup=0.1 weight_decay=0.05 label_smoothing=0.1
     class_balance=none max_gradient_norm=1.0 trainable=full lora_rank=8 log_every=10
-    evaluate_every=1 probe=True
+    evaluate_every=1 probe=True statistics=True
     report=True hub_verify=True distillation=hard mixed_precision=auto
     distillation_alpha=0.5 distillation_tau=3.0
 

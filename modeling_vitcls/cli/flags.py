@@ -84,6 +84,7 @@ class TrainingFlags(TypedDict, total=False):
     ema_decay: float | None
     trainable: str
     probe: bool
+    statistics: bool
     lora_rank: int
     mixed_precision: Literal["auto", "no", "bf16", "fp16"]
     compile: bool

@@ -155,23 +155,14 @@ class ClassStatistics:
         nearest = np.mean(squares, axis=0).min(axis=1)  # [N], of [N, K]
         return np.sqrt(np.maximum(nearest, 0))
 
-    def to_arrays(self) -> dict[str, np.ndarray]:
-        """Return the arrays that a model stores, in single precision."""
-        return {
-            "means": np.stack(self.means).astype(np.float32),  # [T, K, D]
-            "precisions": np.stack(self.precisions).astype(np.float32),  # [T, D, D]
-            "sizes": self.sizes.astype(np.float32),  # [T]
-            "counts": self.counts.astype(np.int64),  # [K]
-        }
-
-    @classmethod
-    def from_arrays(cls, tokens: Sequence[Token], arrays: Mapping[str, Any]) -> "ClassStatistics":
-        """Return the statistics that `to_arrays` described."""
-        means, precisions, sizes = (
-            np.asarray(arrays[name], dtype=np.float64) for name in ("means", "precisions", "sizes")
+    def extend(self, features: TokenFeatures) -> "ClassStatistics":
+        """Return the statistics with the mean of a further class, as for `add_class`."""
+        means = tuple(
+            np.concatenate([mean, features[token].astype(np.float64).mean(axis=0, keepdims=True)])
+            for token, mean in zip(self.tokens, self.means, strict=True)
         )
-        counts = np.asarray(arrays["counts"])
-        return cls(tuple(tokens), tuple(means), tuple(precisions), sizes, counts)
+        num_images = len(features[self.tokens[0]])
+        return replace(self, means=means, counts=np.append(self.counts, num_images))
 
     def expand(self, classes: np.ndarray, num_labels: int) -> "ClassStatistics":
         """Return the statistics of all labels of a model, of which they have some classes."""
@@ -198,7 +189,7 @@ class ClassStatistics:
                 f"precisions_{index}": self.precisions[index],
             }
         model.class_distance.load_state_dict(
-            {name: torch.from_numpy(array) for name, array in arrays.items()}
+            {name: torch.tensor(array, dtype=torch.float32) for name, array in arrays.items()}
         )
         model.class_distance.to(model.device)
 
@@ -220,7 +211,7 @@ class ClassStatistics:
             means=list_arrays("means"),
             precisions=list_arrays("precisions"),
             sizes=arrays["sizes"].astype(float),
-            counts=arrays["counts"],
+            counts=arrays["counts"].astype(np.int64),
         )
 
 

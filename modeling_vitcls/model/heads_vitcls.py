@@ -256,7 +256,7 @@ class ClassDistance(nn.Module):
             size = config.compute_pooled_size(kind, 1)
             self.register_buffer(f"means_{index}", torch.zeros(num_classes, size))
             self.register_buffer(f"precisions_{index}", torch.zeros(size, size))
-        self.register_buffer("counts", torch.zeros(num_classes, dtype=torch.int64))
+        self.register_buffer("counts", torch.ones(num_classes))
         self.register_buffer("sizes", torch.zeros(len(self.tokens)))
 
     def forward(self, layer_tokens: Mapping[int, Tensor]) -> Tensor:
@@ -270,7 +270,8 @@ class ClassDistance(nn.Module):
         squares = []
         for index, (layer, pooler) in enumerate(zip(self.layers, self.poolers, strict=True)):
             values = pooler(layer_tokens[layer])
-            with torch.autocast(values.device.type, enabled=False):
+            device = "cpu" if values.is_meta else values.device.type  # FLOPs are counted on "meta"
+            with torch.autocast(device, enabled=False):
                 means = getattr(self, f"means_{index}").float()
                 precision = getattr(self, f"precisions_{index}").float()
                 center = means.mean(dim=0)  # keeps the terms of the difference small

@@ -541,6 +541,7 @@ def add_classes_from_options(options: AddClassOptions) -> dict[str, Any]:
 
         head_name = f"added_classes_{len(base.config.get_added_classes()) + 1:03d}"
         model = append_head(base.model, head_name, head, dict(enumerate(new_space.names)))
+        extend_statistics(statistics, new).set_in_model(model)
         record |= describe_cost(base.model, model)
         print_lines(base.console, head.lines | {"cost": format_cost(record)})
 
@@ -631,6 +632,9 @@ def find_statistics(
 
     Raise ValueError without both.
     """
+    statistics = ClassStatistics.from_model(base.model)
+    if statistics is not None:
+        return statistics
     if old_images is None:
         raise ValueError(
             f"{base.folder.source} has no class statistics. Set `old_dataset` to images of its "
@@ -641,6 +645,15 @@ def find_statistics(
     if not base.computes_last_patches:
         del tokens[-1, "mean"]
     return ClassStatistics.fit(tokens, features.labels, len(label_space.names))
+
+
+def extend_statistics(statistics: ClassStatistics, features: Features) -> ClassStatistics:
+    """Return the statistics with the means of the new classes, whose labels follow the old ones."""
+    tokens = features.get_tokens()
+    for label in range(len(statistics.counts), features.labels.max() + 1):
+        in_class = features.labels == label
+        statistics = statistics.extend({name: tokens[name][in_class] for name in statistics.tokens})
+    return statistics
 
 
 def build_class_head(

@@ -104,6 +104,7 @@ def build_training_setup(
             fit=options.model.fit,
             pooling=options.model.pooling,
             pooled_layers=options.model.pooled_layers,
+            has_statistics=training_options.statistics,
             class_weight="balanced" if training_options.class_balance == "weights" else None,
         )
     else:

@@ -162,6 +162,9 @@ class TrainingOptions:
     """Start the classifier of a pre-trained model from logistic regression on the features of the
     frozen model, and print the accuracy of the frozen model. `--trainable head` then stops.
     --no-probe: start from random values."""
+    statistics: bool = True
+    """Store means and covariances of the features of the classes with a frozen model: they mark
+    unknown images, and `vitcls add-class` then needs no images of the old classes."""
     lora_rank: int = 8
     """Rank of the LoRA matrices for the query and value projections (Hu et al. 2021)."""
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"

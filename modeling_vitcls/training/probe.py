@@ -217,6 +217,7 @@ class Probe:
         max_images: maximum number of training images; None for all.
         fit, pooling, pooled_layers: settings of the user, which are not searched; None to choose.
         class_weight: as in `LinearProbe.fit`.
+        has_statistics: whether class statistics are stored with the model.
     """
 
     model: Any
@@ -226,6 +227,7 @@ class Probe:
     pooling: str | None = None
     pooled_layers: Sequence[int] | None = None
     class_weight: str | None = None
+    has_statistics: bool = True
 
     @property
     def processor(self) -> Any:
@@ -422,7 +424,7 @@ class Probe:
         bias = np.full(num_labels, probe.bias_.min() / scale - ABSENT_CLASS_MARGIN)
         bias[probe.classes_] = probe.bias_ / scale
         self.model.config.temperature = round(probe.temperature_, 4) if is_final else 1.0
-        if is_final and probe.statistics_ is not None:
+        if is_final and self.has_statistics and probe.statistics_ is not None:
             probe.statistics_.expand(probe.classes_, num_labels).set_in_model(self.model)
             self.model.config.distance_threshold = probe.distance_threshold_
         with torch.no_grad():

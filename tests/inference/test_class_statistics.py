@@ -88,14 +88,3 @@ def test_a_class_without_images_is_never_predicted() -> None:
     features, labels = draw_features()
     weight, bias = ClassStatistics.fit({CLS: features}, labels * 2, 6).build_classifier()
     assert set((features @ weight.T + bias).argmax(axis=1)) == {0, 2, 4}
-
-
-def test_statistics_are_the_same_after_they_were_stored() -> None:
-    features, labels = draw_features()
-    statistics = ClassStatistics.fit({CLS: features}, labels, 3)
-    loaded = ClassStatistics.from_arrays([CLS], statistics.to_arrays())
-    np.testing.assert_allclose(
-        loaded.compute_distances({CLS: features}),
-        statistics.compute_distances({CLS: features}),
-        rtol=1e-5,
-    )
