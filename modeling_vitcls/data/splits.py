@@ -56,6 +56,9 @@ EVALUATION_SPLITS = ("test", *HELD_OUT_SPLITS[:-1])
 MAX_EXCLUDED_FRACTION = 0.05
 MAX_NAMED_IMAGES = 10  # with two labels
 
+# ratio of the largest to the smallest class, above which balanced metrics are printed, too
+MAX_CLASS_RATIO = 3
+
 Data = TypeVar("Data")
 
 

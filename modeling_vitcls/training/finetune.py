@@ -24,6 +24,7 @@ from ..data.batches import Batch, Normalizer
 from ..data.images import LabeledImages
 from ..data.sampling import compute_class_weights
 from ..data.splits import (
+    MAX_CLASS_RATIO,
     TrainingData,
     describe_copies,
     describe_exclusion,
@@ -43,10 +44,6 @@ from .probe import MAX_PROBE_IMAGES, Probe, explain_missing_probe
 from .reporter import Reporter
 from .teacher import Teacher, load_teacher
 from .training_setup import TrainingSetup, build_evaluator_arguments
-
-
-# Ratio of the largest to the smallest class, above which macro F1 is reported in step lines.
-MAX_CLASS_RATIO = 3
 
 
 def load_data(options: FinetuneOptions, initial: InitialModel) -> TrainingData:

@@ -1,19 +1,26 @@
 """Cross-validation: one run per fold (`--folds`).
 
-Each image is held out in exactly one fold. The confidence interval of the mean uses Student's
-t-distribution. This interval is too narrow, because the training images of the folds overlap
-(Bengio and Grandvalet 2004, "No unbiased estimator of the variance of k-fold cross-validation").
+Each image is held out in exactly one fold. With one label per image, the predictions of all folds
+are pooled: the result is that of all images, with the interval of a proportion.
 """
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+
+from ..data.labels import LabelSpace
+from ..hub.model_files import PREDICTIONS_FILE
 from ..inference.evaluator import round_floats
-from ..inference.intervals import compute_mean_interval
+from ..inference.image_pass import ImageOutput
+from ..inference.per_image import Predictions
 from ..runtime.distributed import build_accelerator, run_on_main
 from ..runtime.files import write_json
 from .output_folder import METRICS_FILE
+from .probe import MIN_PROBABILITY
 from .reporter import Reporter, format_metric
 
 
@@ -40,23 +47,48 @@ def run_folds(options: Any, train_fold: Callable[[Any], dict[str, Any]]) -> dict
         )
 
     metric = results[0]["selection_metric"]
-    values = [result[metric] for result in results]
-    mean, half_width = compute_mean_interval(values)
-    summary = {
-        "metric": metric,
-        "mean": round_floats(mean),
-        "interval": round_floats([mean - half_width, mean + half_width]),
-        "folds": [
-            {"folder": f"fold-{index + 1}", metric: value} for index, value in enumerate(values)
-        ],
-    }
+    folds = [
+        {"folder": f"fold-{index}", metric: result[metric]}
+        for index, result in enumerate(results, start=1)
+    ]
+    mean = sum(result[metric] for result in results) / len(results)
+    summary = {"metric": metric, "mean": round_floats(mean), "folds": folds}
+    text = f"mean {format_metric(metric, mean)} over {len(folds)} folds"
 
     accelerator = build_accelerator()
+    pooled = run_on_main(accelerator, lambda: pool_predictions(options.output_dir, results))
+    if pooled is not None:
+        summary |= pooled
+        low, high = (100 * value for value in pooled["accuracy_interval"])
+        text = (
+            f"{format_metric('accuracy', pooled['accuracy'])} (95% interval: {low:.1f} to "
+            f"{high:.1f}) on {pooled['num_images']:,} images, each held out by one of "
+            f"{len(folds)} folds"
+        )
     run_on_main(accelerator, lambda: write_json(options.output_dir / FOLDS_FILE, summary))
-    low, high = (format_metric(metric, value).split()[-1] for value in summary["interval"])
-    Reporter(options.output_dir / METRICS_FILE, accelerator).print_line(
-        "folds",
-        f"mean {format_metric(metric, mean)} (95% interval: {low} to {high}) over {len(values)} "
-        "folds",
-    )
+    Reporter(options.output_dir / METRICS_FILE, accelerator).print_line("folds", text)
     return summary
+
+
+def pool_predictions(folder: Path, results: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """Return the metrics of the held-out images of all folds; None without one label per image."""
+    import pandas as pd
+
+    files = [folder / f"fold-{index}" / PREDICTIONS_FILE for index in range(1, len(results) + 1)]
+    if not all(file.exists() for file in files) or "per_class" not in results[0]:
+        return None
+    names = [row["name"] for row in results[0]["per_class"]]
+    table = pd.concat([pd.read_parquet(file) for file in files])
+    rows = [
+        ImageOutput(
+            index=index,
+            label=torch.tensor(names.index(label)),
+            values=np.log(np.maximum(probabilities, MIN_PROBABILITY)).astype(np.float32),
+            name=name,
+        )
+        for index, (label, probabilities, name) in enumerate(
+            zip(table["label"], table["probabilities"], table["image"], strict=True)
+        )
+    ]
+    label_space = LabelSpace("single_label_classification", {"label": names})
+    return Predictions(label_space, rows).compute_metrics()

@@ -28,6 +28,7 @@ from torch import nn
 
 from ..data.aspect_ratio import get_fit, read_sizes, set_fit
 from ..data.images import LabeledImages
+from ..data.splits import MAX_CLASS_RATIO
 from ..inference.evaluator import round_floats
 from ..inference.frozen_features import (
     OWN_POOLING,
@@ -296,6 +297,8 @@ class Probe:
         record |= {"fit": get_fit(self.processor)} | (
             {"geometry": comparison} if comparison else {}
         )
+        if is_final and data.class_ratio > MAX_CLASS_RATIO and self.class_weight is None:
+            record |= {"balanced": self.measure_class_weights(chosen, features, groups)}
         fitted = FittedProbe(
             probe=chosen,
             record=record,
@@ -327,6 +330,24 @@ class Probe:
         frozen_pass = FrozenPass(images, layout, **(self.arguments | {"warn": warn}))
         frozen_pass(self.model.to(self.accelerator.device).eval())
         return frozen_pass
+
+    def measure_class_weights(
+        self, chosen: LinearProbe, features: Features, groups: np.ndarray | None
+    ) -> dict[str, float]:
+        """Return what class weights would change in cross-validation."""
+        labels = features.labels[: len(chosen.losses_)]
+        chosen_features = features.take(np.arange(len(features.labels)) < len(labels))
+        weighted = replace(self, class_weight="balanced")
+        other = run_on_main(self.accelerator, partial(weighted.choose, chosen_features, groups))
+        record = {}
+        for suffix, probe in (("_without", chosen), ("", other)):
+            known = np.isfinite(probe.losses_)
+            is_right = probe.out_of_fold_.argmax(axis=1) == np.searchsorted(probe.classes_, labels)
+            classes = np.unique(labels[known])
+            recalls = [is_right[known & (labels == label)].mean() for label in classes]
+            record[f"balanced_accuracy{suffix}"] = float(np.mean(recalls))
+            record[f"accuracy{suffix}"] = float(is_right[known].mean())
+        return round_floats(record)
 
     def choose(self, features: Features, groups: np.ndarray | None) -> LinearProbe:
         """Choose and fit the classifier, by cross-validation."""

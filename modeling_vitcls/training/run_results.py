@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..data.images import LabeledImages
+from ..data.splits import MAX_CLASS_RATIO
 from . import pretrain
 from .dry_run import describe_dry_probe, describe_dry_run
 from .loop import TrainingLoop
@@ -132,10 +133,32 @@ def print_result(
             "images"
         )
     reporter.print_line("result", describe_result(results, loaded))
+    if loaded.data.class_ratio > MAX_CLASS_RATIO and results.get("per_class"):
+        reporter.print_line("classes", describe_class_results(results))
     if "features" in results:
         reporter.print_line("features", results["features"]["summary"])
     folder = loaded.options.output_dir
     reporter.print_line("saved", describe_saved_files(folder))
+
+
+def describe_class_results(results: dict[str, Any]) -> str:
+    """Return the metrics that large classes do not dominate, and what class weights would gain."""
+    worst = min(
+        (row for row in results["per_class"] if row["images"]), key=lambda row: row["recall"]
+    )
+    text = (
+        f"of different sizes: balanced accuracy {results['balanced_accuracy']:.1%}, macro F1 "
+        f"{results['macro_f1']:.1%}, lowest recall {worst['recall']:.1%} ({worst['name']})"
+    )
+    weighted = results.get("frozen", {}).get("balanced")
+    if weighted and weighted["balanced_accuracy"] > weighted["balanced_accuracy_without"]:
+        text += (
+            ". `class_balance='weights'` would change the balanced accuracy in cross-validation "
+            f"from {weighted['balanced_accuracy_without']:.1%} to "
+            f"{weighted['balanced_accuracy']:.1%}, and the accuracy from "
+            f"{weighted['accuracy_without']:.1%} to {weighted['accuracy']:.1%}"
+        )
+    return text
 
 
 def describe_saved_files(folder: Path) -> str:

@@ -19,6 +19,7 @@ from helpers.tiny_options import (
 )
 from PIL import Image
 from scipy.special import softmax
+from sklearn.datasets import load_digits
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.linear_model import LogisticRegression
 from transformers import Trainer, TrainingArguments
@@ -302,6 +303,49 @@ def test_nothing_is_trained_with_too_few_selection_images(encoder: Path, tmp_pat
     assert not list((tmp_path / "run").rglob("checkpoints/*/*.safetensors"))
     parts = [data.train, data.selection]
     check_classifier(tmp_path / "run", results, parts, data.held_out.images)
+
+
+@pytest.fixture(scope="module")
+def unequal_photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with 60 images of a digit and 8 of a similar one."""
+    folder = tmp_path_factory.mktemp("photos")
+    digits = load_digits()
+    for digit, count in ((8, 60), (3, 8)):
+        (folder / str(digit)).mkdir()
+        for index, image in enumerate(digits.images[digits.target == digit][:count]):
+            Image.fromarray((image * 15).astype(np.uint8)).save(folder / f"{digit}/{index}.png")
+    return folder
+
+
+def test_unequal_classes_have_a_balanced_accuracy_and_a_lowest_recall(
+    encoder: Path, unequal_photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = build_options(tmp_path / "run", encoder, trainable="head")
+    results = run_training(
+        replace(options, data=replace(options.data, dataset=str(unequal_photos)))
+    )
+    (line,) = (row for row in capsys.readouterr().out.splitlines() if "balanced accuracy" in row)
+    assert "lowest recall" in line
+    assert results["frozen"]["balanced"]["balanced_accuracy"] >= 0.5
+
+
+def test_class_weights_raise_the_recall_of_a_small_class(
+    encoder: Path, unequal_photos: Path, tmp_path: Path
+) -> None:
+    recalls = {}
+    for balance in ("none", "weights"):
+        options = build_options(
+            tmp_path / balance, encoder, trainable="head", class_balance=balance
+        )
+        data = replace(options.data, dataset=str(unequal_photos))
+        results = run_training(replace(options, data=data))
+        recalls[balance] = results["per_class"][0]["recall"]
+    assert recalls["weights"] >= recalls["none"]
+    weights = [
+        ViTCLSForImageClassification.from_pretrained(tmp_path / balance).classifier.bias
+        for balance in recalls
+    ]
+    assert not torch.equal(*weights)
 
 
 def test_select_last_trains_on_few_images(

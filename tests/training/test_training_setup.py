@@ -29,7 +29,7 @@ from modeling_vitcls.data.sampling import BatchPlan
 from modeling_vitcls.data.splits import load_evaluation_data, load_training_data
 from modeling_vitcls.inference.evaluate import evaluate_checkpoint
 from modeling_vitcls.inference.evaluator import Evaluator
-from modeling_vitcls.inference.intervals import compute_mean_interval
+from modeling_vitcls.inference.intervals import compute_proportion_interval
 from modeling_vitcls.inference.options import EvaluateOptions
 from modeling_vitcls.training import duration as duration_module
 from modeling_vitcls.training import finetune
@@ -290,7 +290,9 @@ def test_a_dry_run_predicts_the_duration_of_the_full_run() -> None:
 # ------------------------------------------------------------------------
 
 
-def test_each_image_is_held_out_in_one_fold_and_the_mean_has_an_interval(tmp_path: Path) -> None:
+def test_each_image_is_held_out_in_one_fold_and_the_pooled_result_has_a_wilson_interval(
+    tmp_path: Path,
+) -> None:
     data = replace(DIGITS, folds=3)
     summary = run_folds(build_options(tmp_path / "run", data, max_steps=2), run_training)
     parts = [
@@ -303,10 +305,12 @@ def test_each_image_is_held_out_in_one_fold_and_the_mean_has_an_interval(tmp_pat
     assert summary["mean"] == pytest.approx(sum(accuracies) / 3, abs=1e-6)
     assert summary == json.loads((tmp_path / "run" / "folds.json").read_text(encoding="utf-8"))
 
-    half_width = compute_mean_interval(accuracies)[1]
-    interval = [summary["mean"] - half_width, summary["mean"] + half_width]
-    assert summary["interval"] == pytest.approx(interval, abs=2e-6)
-    assert half_width > 0
+    num_right = round(sum(part["accuracy"] * part["num_images"] for part in parts))
+    assert summary["num_images"] == 300
+    assert summary["accuracy"] == pytest.approx(num_right / 300, abs=1e-6)
+    interval = compute_proportion_interval(num_right, 300)
+    assert summary["accuracy_interval"] == pytest.approx(interval, abs=1e-6)
+    assert sum(map(sum, summary["confusion_matrix"])) == 300
 
     folds = [
         {"folder": f"fold-{fold}", "accuracy": value} for fold, value in enumerate(accuracies, 1)
