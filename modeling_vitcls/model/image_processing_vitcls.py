@@ -395,7 +395,10 @@ def read_image(source: ImageSource) -> PIL.Image.Image:
             BytesIO(content) if content is not None else open_regular_file(path) as file,
             PIL.Image.open(file, formats=get_image_formats()) as image,
         ):
-            return PIL.ImageOps.exif_transpose(image)
+            upright = PIL.ImageOps.exif_transpose(image)
+            if content is None:  # for messages; Pillow keeps the name only of files that it opens
+                upright.filename = os.fspath(path)  # type: ignore[attr-defined]
+            return upright
     except PIL.UnidentifiedImageError as error:
         # PIL's message contains the repr of a BytesIO object
         reason = f"it is not an image in a supported format ({', '.join(get_image_formats())})"
