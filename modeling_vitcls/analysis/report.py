@@ -43,7 +43,7 @@ TEMPLATE_FOLDER = Path(__file__).parent
 NUM_LARGE_WRONG_IMAGES = 6  # number of wrong images on the first screen
 MAX_FILE_NAME = 24  # maximum length of a file name under an image, in characters
 THUMBNAIL_SIDE = 200  # longer side of the pictures of a photo beside its name, in pixels
-MAX_PNG_SIDE = 96  # maximum length of the longer side of an image that is stored as PNG, in pixels
+MAX_EXACT_SIDE = 96  # maximum length of the longer side of an image that is stored without loss
 # symbols distinguish ratings without color
 SIGNS = {"good": "✓", "bad": "✕", "doubtful": "≈", "neutral": "○"}
 # Kinds of photos (`select_images`) and their names in the report.
@@ -270,9 +270,8 @@ def get_commit(config: Any) -> str | None:
 def encode_data_url(image: Image.Image) -> str:
     """Return an image as a data URL."""
     buffer = io.BytesIO()
-    file_type = "png" if max(image.size) <= MAX_PNG_SIDE else "jpeg"
-    image.save(buffer, file_type, quality=85)
-    return f"data:image/{file_type};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    image.save(buffer, "webp", quality=80, lossless=max(image.size) <= MAX_EXACT_SIDE)
+    return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 # Values for programs ------------------------------------------------------------------------------
