@@ -350,8 +350,8 @@ def build_label_reader(
     for split, others in features_by_split.items():
         if missing := [name for name in names if name not in others]:
             raise ValueError(
-                f"{options.dataset}: the split {split!r} has no column {missing[0]!r}. Set a "
-                "`label_column` that all splits have"
+                f"{options.dataset}: the split {split!r} has no labels in the column "
+                f"{missing[0]!r}. Set `dataset` to the files of the other splits"
             )
 
     declared = {
@@ -558,14 +558,17 @@ def get_class_name(value: Any) -> str | None:
 
 
 def find_image_column(options: DataOptions, features: Features) -> str:
-    """Return the name of the column of images or image paths."""
+    """Return the name of the column of images or image paths, which has no labels."""
     label_columns = options.label_column or [
         name for name in features if name.lower() in LABEL_COLUMN_NAMES
     ]
+    candidates = {name: each for name, each in features.items() if name not in label_columns}
+    if options.image_column is None and len(candidates) == 1 < len(features):
+        return next(iter(candidates))
     return find_column(
         "image",
         options.image_column,
-        {name: feature for name, feature in features.items() if name not in label_columns},
+        candidates,
         has_matching_type=is_image_feature,
         common_names=IMAGE_COLUMN_NAMES,
         dataset=options.dataset,

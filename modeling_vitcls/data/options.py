@@ -79,6 +79,10 @@ class DataOptions:
                 self, "fold", 1 <= self.fold <= (self.folds or 0), "from 1 to the value of `folds`"
             )
         check_minimum(self, 1, "shuffle_buffer")
+        if self.streaming and self.group_column is not None:
+            raise ValueError(
+                "`group_column` requires all rows, which a stream lacks. Remove `streaming=True`"
+            )
         if self.streaming and self.exclude is not None:
             raise ValueError(
                 "`exclude` requires all image names, which a stream lacks. Remove `streaming=True`"

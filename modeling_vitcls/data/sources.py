@@ -33,7 +33,7 @@ from ..hub.loading import describe_missing_repo, fall_back_to_cache, is_hub_id
 from ..hub.local_paths import is_built_in_dataset
 from ..model.heads_vitcls import IGNORED_LABEL
 from ..runtime.errors import format_error
-from .columns import divide_by_column, read_groups
+from .columns import SPLIT_ORDER, divide_by_column, read_groups
 from .image_folder import (
     SPLIT_BY_FOLDER_NAME,
     explain_reading_errors,
@@ -342,9 +342,20 @@ def open_splits(options: DataOptions, use_labels: bool) -> Any:
 
     import datasets
 
-    # without the fallback, `datasets` retries for almost a minute
-    with fall_back_to_cache(options.dataset, "dataset"), explain_reading_errors(options.dataset):
-        return datasets.load_dataset(options.dataset, streaming=options.streaming)
+    try:
+        # without the fallback, `datasets` retries for almost a minute
+        with (
+            fall_back_to_cache(options.dataset, "dataset"),
+            explain_reading_errors(options.dataset),
+        ):
+            return datasets.load_dataset(options.dataset, streaming=options.streaming)
+    except ValueError as error:
+        if not isinstance(error.__cause__, ConnectionError | FileNotFoundError):
+            raise
+        raise OSError(
+            f"there is no file or folder {options.dataset}, and no such dataset was found on the "
+            "Hub or in its cache. Check the name"
+        ) from error
 
 
 def open_local_splits(path: Path, options: DataOptions, use_labels: bool) -> Any:
@@ -419,7 +430,7 @@ def find_text_tables(folder: Path) -> dict[str, list[Path]]:
             parts = re.split(r"[/._-]", file.relative_to(folder).as_posix().lower())
             names = [SPLIT_BY_FOLDER_NAME[part] for part in parts if part in SPLIT_BY_FOLDER_NAME]
             tables.setdefault(names[0] if names else "train", []).append(file)
-    return tables
+    return {split: tables[split] for split in SPLIT_ORDER if split in tables}
 
 
 def get_dataset_name(dataset: str) -> str:

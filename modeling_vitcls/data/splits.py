@@ -747,6 +747,24 @@ def describe_exclusion(training_data: TrainingData) -> list[str]:
     ]
 
 
+def describe_shared_groups(training_data: TrainingData, column: str | None) -> list[str]:
+    """Return a warning about groups of a column with images in two splits of the dataset.
+
+    Drawn held-out images have groups of their own, and streams have none.
+    """
+    train, held_out = training_data.train, training_data.held_out
+    if column is None or isinstance(train, StreamedImages):
+        return []
+    assert train.groups is not None and held_out.groups is not None
+    num_shared = len(np.intersect1d(train.groups, held_out.groups))
+    if not num_shared:
+        return []
+    return [
+        f"{num_shared:,} groups are on both sides of the dataset's own splits (`group_column="
+        f"{column!r}`), so the result is better than for new groups. Divide the splits by group"
+    ]
+
+
 def describe_copies(training_data: TrainingData) -> list[str]:
     """Return a warning about images of a held-out split that are training images, too.
 

@@ -29,6 +29,7 @@ from ..data.splits import (
     describe_copies,
     describe_exclusion,
     describe_missing_classes,
+    describe_shared_groups,
     find_trained_images,
     load_training_data,
     read_splits,
@@ -126,7 +127,7 @@ def build_training_setup(
         labels_text=f"classes: {class_count_text}, {labels.kind.replace('_', ' ')}",
         can_calibrate=labels.kind == "single_label_classification",
         summary_lines=summary_lines,
-        describe_data=partial(describe_problems, initial),
+        describe_data=partial(describe_problems, options, initial),
         describe_imbalance=partial(describe_imbalance, options),
         results={
             "teacher": strip_folders(teacher_name) if teacher_name else None,
@@ -137,12 +138,15 @@ def build_training_setup(
     )
 
 
-def describe_problems(initial: InitialModel, data: TrainingData) -> list[str]:
+def describe_problems(
+    options: FinetuneOptions, initial: InitialModel, data: TrainingData
+) -> list[str]:
     """Return warnings about the data."""
     return [
         *describe_exclusion(data),
         *describe_missing_classes(data),
         *describe_copies(data),
+        *describe_shared_groups(data, options.data.group_column),
         *describe_overlap(initial, data),
     ]
 

@@ -130,6 +130,19 @@ def test_numeric_image_ids_are_names_of_files(tmp_path: Path) -> None:
         assert images[0].size == images[1].size == (8, 8)
 
 
+def test_the_only_column_beside_the_labels_contains_the_images(photos: Path) -> None:
+    (photos / "only.csv").write_text("image_id,Category\n0.png,cat\n", encoding="utf-8")
+    assert read_labels(photos / "only.csv") == ["cat"]
+
+
+def test_a_split_without_labels_is_named(photos: Path, tmp_path: Path) -> None:
+    paths = [photos / name for name in FILES]
+    (tmp_path / "train.csv").write_text(f"file,label\n{paths[0]},cat\n", encoding="utf-8")
+    (tmp_path / "test.csv").write_text(f"file\n{paths[1]}\n", encoding="utf-8")
+    with raises_one_line("the split 'test' has no labels", "`dataset`"):
+        read_labels(tmp_path)
+
+
 def test_a_column_without_names_of_files_is_an_error(tmp_path: Path) -> None:
     pd.DataFrame({"file": [1, 2], "label": ["a", "b"]}).to_csv(tmp_path / "t.csv", index=False)
     with raises_one_line("the column 'file' has no names of files", "such as '1'"):
