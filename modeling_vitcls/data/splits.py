@@ -507,6 +507,7 @@ def read_splits(folder: ModelFolder) -> pd.DataFrame:
     """
     file = folder.path / SPLITS_FILE
     if not file.is_file():
+        folder.warn_about_lost_splits()
         return EMPTY_TABLE
     try:
         return pd.read_parquet(file, columns=list(EMPTY_TABLE))

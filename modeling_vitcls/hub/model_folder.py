@@ -36,6 +36,7 @@ from .model_files import (
     REPORT_FILE,
     RESULTS_FILE,
     SAMPLE_IMAGES_FILE,
+    SPLITS_FILE,
     WEIGHTS_FILE,
     hash_settings,
     hash_weights,
@@ -195,11 +196,11 @@ class ModelFolder:
                 f"may differ from those that {RESULTS_FILE} describes"
             )
 
-    def warn_about_lost_results(self) -> None:
-        """Log a line if a run has flags but no results, which name the images that it held out."""
-        if (self.path / RECIPE_FILE).is_file() and not (self.path / RESULTS_FILE).is_file():
+    def warn_about_lost_splits(self) -> None:
+        """Log a line if a run has flags, but not the list of the images that it trained on."""
+        if (self.path / RECIPE_FILE).is_file() and not (self.path / SPLITS_FILE).is_file():
             warn_once(
-                f"{RESULTS_FILE} of {self.source} is missing, so images that the model was trained "
+                f"{SPLITS_FILE} of {self.source} is missing, so images that the model was trained "
                 "on are not recognized"
             )
 

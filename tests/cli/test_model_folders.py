@@ -206,13 +206,12 @@ def test_settings_that_were_edited_after_training_are_named(
         assert line.startswith("config.json and preprocessor_config.json of ")
 
 
-def test_an_evaluation_says_that_the_results_of_the_run_are_missing(
+def test_an_evaluation_says_that_the_images_of_the_run_are_not_listed(
     trained: Path, run: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """They contain which images the run held out."""
-    (trained / "results.json").unlink()
+    (trained / "splits.parquet").unlink()
     dataset = str(run.parent / "photos")
     flags = ["--model", str(trained), "--dataset", dataset, "--num-workers", "0"]
     assert run_here("evaluate", *flags) == 0
     (line,) = [line for line in caplog.messages if "is missing" in line]
-    assert line.startswith("results.json of ")
+    assert line.startswith("splits.parquet of ")
