@@ -28,7 +28,7 @@ from modeling_vitcls.inference.frozen_features import (
     Features,
     concatenate_features,
 )
-from modeling_vitcls.inference.frozen_probe import stack_tokens
+from modeling_vitcls.inference.linear_probe import stack_tokens
 from modeling_vitcls.runtime.files import read_json, write_json
 from modeling_vitcls.runtime.system import format_device_name
 from modeling_vitcls.training.additions import build_class_head, load_base

@@ -44,7 +44,7 @@ from ..hub.model_files import PREDICTIONS_FILE
 from ..inference.evaluate import MAX_BATCH_SIZE, set_up_evaluation, write_results
 from ..inference.frozen import build_classifier
 from ..inference.image_pass import ImagePass, stack_rows
-from ..inference.linear_probe import Candidate, choose_probe
+from ..inference.linear_probe import LinearProbe
 from ..inference.load_model import TORCH, load_for_inference
 from ..inference.options import EvaluateOptions
 from ..model.heads_vitcls import IGNORED_LABEL
@@ -56,7 +56,6 @@ from .report import encode_data_url, render_page
 
 NUM_FOLDS = 5  # folds of the cross-validation with `frozen`
 # The classifier's features: CLS and the mean of the patches. Scaling them changed nothing.
-LAST_LAYER = Candidate((-1,), "cls_mean", "raw")
 # of cleanlab's choices, the one with the fewest right labels (docs/evaluating.md)
 LABEL_FILTER = "low_self_confidence"
 NUM_NEIGHBORS = 5  # neighbors in feature space whose pixels are compared
@@ -173,6 +172,9 @@ def load_audited_images(options: EvaluateOptions) -> tuple[AuditedImages, int, C
         raise ValueError(f"`audit` requires cleanlab. {describe_installation('audit')}")
     folds = [] if options.frozen else sorted(Path(options.model).glob(f"fold-*/{PREDICTIONS_FILE}"))
     folder = resolve(str(folds[0].parent) if folds else options.model)
+    is_cross_validated = folder.saved_results.get("split") == "cross-validation"
+    if not options.frozen and is_cross_validated and not folds:
+        folds = [folder.path / PREDICTIONS_FILE]
     if options.frozen is None and not folder.config.num_labels:
         raise ValueError(
             "`audit` requires a classifier, but the model has none. Set `frozen='logreg'`"
@@ -289,18 +291,15 @@ def predict_out_of_fold(kind: str, images: AuditedImages) -> np.ndarray:
     fits every training image mark many more right labels. The only image of a class has NaN.
     """
     if kind == "logreg":
-        choice = choose_probe(
-            lambda _: images.features.astype(np.float64),
-            images.labels,
-            len(images.names),
-            [LAST_LAYER],
-        )
-        if choice.score is None:
+        probe = LinearProbe().fit(images.features, images.labels)
+        if not probe.num_folds_:
             raise ValueError(
                 "`frozen='logreg'` requires two images of each of two classes. Add images, or set "
                 "`frozen='knn'`"
             )
-        return softmax(choice.score.logits, axis=1)
+        probabilities = np.zeros((len(images.labels), len(images.names)))
+        probabilities[:, probe.classes_] = probe.out_of_fold_
+        return probabilities
     classifier = build_classifier(kind, len(images.labels) * (NUM_FOLDS - 1) // NUM_FOLDS)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # classes with fewer than five images

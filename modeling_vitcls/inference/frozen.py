@@ -5,7 +5,7 @@
 
 --frozen      classifier
 knn           KNeighborsClassifier: 10 nearest neighbors by cosine distance, weighted by inverse distance
-logreg        LogisticRegression on standardized features
+logreg        `LinearProbe`: shrinkage LDA or logistic regression, chosen by cross-validation
 
 The features by token are the special tokens and the mean of the patch tokens after the final norm
 of the encoder. The rows by layer are the candidates of the probe (linear_probe.py), each compared
@@ -41,7 +41,14 @@ from .evaluator import round_floats
 from .frozen_features import FeatureLayout, pool_layers
 from .image_pass import ImagePass, stack_rows
 from .intervals import compute_mean_interval, compute_proportion_interval
-from .linear_probe import NUM_SINGLE_LAYERS, TOKEN_TEXTS, describe_layers, list_candidates
+from .linear_probe import (
+    NUM_LAST_LAYERS,
+    POOLING_TEXTS,
+    LinearProbe,
+    describe_layers,
+    list_candidates,
+    stack_tokens,
+)
 from .load_model import TORCH, load_for_inference
 from .metric_tables import format_percent
 from .options import EvaluateOptions
@@ -65,17 +72,14 @@ def compute_tokens_and_layers(
 
 
 def build_classifier(kind: str, num_training_images: int) -> Any:
-    """Build a k-NN classifier, or a logistic regression on standardized features."""
-    from sklearn.linear_model import LogisticRegression
+    """Build a k-NN classifier, or a linear one that is chosen by cross-validation."""
     from sklearn.neighbors import KNeighborsClassifier
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
 
     if kind == "knn":
         return KNeighborsClassifier(
             min(10, num_training_images), weights="distance", metric="cosine"
         )
-    return make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
+    return LinearProbe()
 
 
 def evaluate_frozen(options: EvaluateOptions) -> dict[str, Any]:
@@ -127,7 +131,7 @@ def evaluate_frozen(options: EvaluateOptions) -> dict[str, Any]:
             f"`frozen={options.frozen!r}` fits to the split {training_data.split!r}. Remove "
             "`split`, or set another one"
         )
-    layout = FeatureLayout.from_config(model.config, NUM_SINGLE_LAYERS)
+    layout = FeatureLayout.from_config(model.config, NUM_LAST_LAYERS)
 
     def extract_features(data: EvaluationData) -> tuple[np.ndarray, np.ndarray, int]:
         """Return the features, the class names and the number of unreadable images."""
@@ -205,17 +209,21 @@ def measure_layers(
     """
     rows: list[dict[str, Any]] = []
     first = None
-    for candidate in list_candidates(layout.num_layers, tokens=layout.token_choices):
-        if candidate.scale != "raw":
-            continue
-        columns = layout.get_columns(candidate.layers, candidate.tokens)
-        is_right = predict_correctly(kind, [part[:, columns] for part in features], labels)
+    tokens = [layout.split(part) for part in features]
+    candidates = [each for each in list_candidates(tokens[0]) if each.head == "lda"]
+    for candidate in candidates:
+        if kind == "knn":
+            values = [stack_tokens(part, candidate.tokens) for part in tokens]
+            is_right = predict_correctly(kind, values, labels)
+        else:
+            probe = LinearProbe(candidate.layers, candidate.pooling).fit(tokens[0], labels[0])
+            is_right = probe.predict(tokens[1]) == labels[1]
         first = is_right if first is None else first
         difference, half_width = compute_mean_interval(is_right.astype(float) - first)
         rows.append(
             {
                 "layers": list(candidate.layers),
-                "tokens": candidate.tokens,
+                "pooling": candidate.pooling,
                 "accuracy": float(is_right.mean()),
                 "difference": difference,
                 "difference_interval": [difference - half_width, difference + half_width],
@@ -246,7 +254,7 @@ def print_accuracies(results: dict[str, Any], data: EvaluationData, console: Con
 
     table_rows = []
     for row in results["layers"]:
-        name = f"{describe_layers(row['layers'])}, {TOKEN_TEXTS[row['tokens']]}"
+        name = f"{describe_layers(row['layers'])}, {POOLING_TEXTS[row['pooling']]}"
         low, high = (f"{100 * value:+.1f}" for value in row["difference_interval"])
         difference_text = "–"
         if table_rows:

@@ -24,7 +24,7 @@ from ..model.heads_vitcls import TokenPooler, build_pooler
 from .class_statistics import Token
 from .evaluator import Evaluator, HeadOutput
 from .image_pass import ImageBatch, ImageOutput, ImagePass, list_rows, stack_rows
-from .linear_probe import LAST_CLS_INNER_MEAN, LAST_CLS_MEAN, Candidate, LinearClassifier
+from .linear_probe import Candidate
 
 
 OWN_POOLING = "own"  # tokens of a candidate that reads the output of the model's pooler
@@ -73,34 +73,25 @@ class FeatureLayout:
         """Return the columns of what a classifier reads, in the order of its input.
 
         The order is layer after layer, each with CLS before the mean of the patches. `tokens` is
-        that of a `Candidate`.
+        the pooling of a `Candidate`.
         """
         layer_width = sum(self.widths.values())
         columns = []
         for layer in layers:
             start = (self.num_layers + layer) * layer_width
             for kind, width in self.widths.items():
-                if reads_kind(tokens, kind, is_last=layer == -1):
+                if kind == tokens or tokens == "cls_mean":
                     columns.append(np.arange(start, start + width))
                 start += width
         return np.concatenate(columns)
 
-    def expand(self, classifier: LinearClassifier, candidate: Candidate) -> LinearClassifier:
-        """Return the classifier with zeros for the inputs that a candidate does not read."""
-        read = self.get_columns(candidate.layers, candidate.tokens)
-        pooled = self.get_columns(candidate.layers, candidate.pooling)
-        weight = np.zeros((len(classifier.weight), len(pooled)), np.float32)  # [L, pooled]
-        weight[:, np.isin(pooled, read)] = classifier.weight
-        return LinearClassifier(weight, classifier.bias)
-
-
-def reads_kind(tokens: str, kind: str, is_last: bool) -> bool:
-    """Return whether a candidate's tokens include a kind of token in a layer."""
-    if tokens == LAST_CLS_MEAN:
-        return kind == "mean" or is_last
-    if tokens == LAST_CLS_INNER_MEAN:
-        return (kind == "cls") == is_last
-    return tokens in (kind, f"cls_{kind}", f"{kind}_mean")
+    def split(self, values: np.ndarray) -> dict[Token, np.ndarray]:
+        """Return the features [N, D] of each token, of features [N, all]."""
+        return {
+            (layer, kind): values[:, self.get_columns([layer], kind)]
+            for layer in range(-self.num_layers, 0)
+            for kind in self.widths
+        }
 
 
 def has_searchable_pooling(config: ViTCLSConfig) -> bool:
@@ -144,18 +135,9 @@ class Features:
     labels: np.ndarray  # [N] class indices, or [N, L] with several labels per image
     indices: np.ndarray  # [N] indices of the images among those of the pass
 
-    def select(self, candidate: Candidate) -> np.ndarray:
-        """Return the features [N, F] that a candidate reads."""
-        return self.values[:, self.layout.get_columns(candidate.layers, candidate.tokens)]
-
     def get_tokens(self) -> dict[Token, np.ndarray]:
         """Return the features [N, D] of each token, in the order in which classifiers read them."""
-        layers = range(-self.layout.num_layers, 0)
-        return {
-            (layer, kind): self.values[:, self.layout.get_columns([layer], kind)]
-            for layer in layers
-            for kind in self.layout.widths
-        }
+        return self.layout.split(self.values)
 
     def take(self, is_taken: np.ndarray) -> "Features":
         """Return the features of some images."""
@@ -225,7 +207,7 @@ class FrozenPass(ImagePass):
 class HeadEvaluator(Evaluator):
     """Evaluates the classifier of a model on the features of a `FrozenPass`."""
 
-    def __init__(self, frozen_pass: FrozenPass, candidate: Any) -> None:
+    def __init__(self, frozen_pass: FrozenPass, candidate: Candidate) -> None:
         super().__init__(frozen_pass.images, **frozen_pass.arguments | {"warn": ignore_message})
         columns = frozen_pass.layout.get_columns(candidate.layers, candidate.pooling)
         self.cache = []

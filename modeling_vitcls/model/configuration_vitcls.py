@@ -508,7 +508,7 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
     attention_probs_dropout_prob: float | int = 0.0
     drop_path_rate: float | int = 0.0
     temperature: float | int = 1.0
-    class_statistics: dict | None = None
+    class_statistics: dict[str, Any] | None = None
     distance_threshold: float | None = None
     mim_loss: Literal["l1", "l2"] = "l1"
     norm_pixel_target: bool = False

@@ -248,6 +248,7 @@ class ClassDistance(nn.Module):
     def __init__(self, config: ViTCLSConfig) -> None:
         super().__init__()
         statistics = config.class_statistics or {}
+        self.counts: Tensor
         self.tokens = [(layer, kind) for layer, kind in statistics["tokens"]]
         self.layers = config.resolve_layers([layer for layer, _ in self.tokens])
         self.poolers = [TokenPooler(config, kind) for _, kind in self.tokens]

@@ -593,7 +593,7 @@ class ViTCLSForImageClassification(ViTCLSPreTrainedModel):
             **kwargs,
         )
         distance = None
-        if self.distance_layers:
+        if self.class_distance is not None and self.distance_layers:
             distance = self.class_distance(outputs.layer_tokens)
 
         logits = cls_logits = self.classifier(outputs.pooler_output)  # [B, num_labels]

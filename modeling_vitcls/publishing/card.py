@@ -25,7 +25,7 @@ from ..hub.local_paths import is_hub_dataset, strip_folders
 from ..hub.model_files import ADDITIONS_KEY, CARD_FILE, RECIPE_FILE, REPORT_FILE
 from ..hub.model_folder import ModelFolder, warn_once
 from ..hub.provenance import Provenance
-from ..inference.frozen_probe import describe_candidate
+from ..inference.linear_probe import describe_candidate
 from ..inference.metric_tables import (
     METRIC_NAMES,
     build_class_tables,

@@ -66,14 +66,14 @@ from ..inference.frozen_features import (
     FrozenPass,
     concatenate_features,
 )
-from ..inference.frozen_probe import (
+from ..inference.intervals import compute_proportion_interval
+from ..inference.linear_probe import (
     NUM_LAST_LAYERS,
     POOLING_TEXTS,
     LinearProbe,
     describe_layers,
     stack_tokens,
 )
-from ..inference.intervals import compute_proportion_interval
 from ..inference.metric_tables import format_small_percent
 from ..model.configuration_vitcls import ViTCLSConfig
 from ..model.modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel, count_output_tokens

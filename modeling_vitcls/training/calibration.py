@@ -17,8 +17,8 @@ from scipy.special import log_softmax, softmax
 from torchmetrics.functional.classification import multiclass_calibration_error
 
 from ..inference.confidence import fit_temperature
-from ..inference.frozen_probe import LinearProbe
 from ..inference.intervals import NUM_BINS, compute_chance_calibration_error
+from ..inference.linear_probe import LinearProbe
 
 
 MIN_IMAGES = 100  # minimum number of images for a temperature; with fewer, it is mostly noise

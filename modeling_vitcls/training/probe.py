@@ -3,7 +3,7 @@
     training images -> frozen encoder, once -> choice of geometry, head, layers, tokens -> classifier
     selection and held-out images -> the same encoder, once -> selection, result
 
-The choice is made in inference/frozen_probe.py, from features of inference/frozen_features.py.
+The choice is made in inference/linear_probe.py, from features of inference/frozen_features.py.
 Fine-tuning then starts from this classifier instead of a random one (linear probing, then
 fine-tuning: Kumar et al. 2022, arXiv 2202.10054). With `--select best`, the frozen model takes part
 in the selection: fine-tuning must be better than the frozen model by more than chance. If the
@@ -38,7 +38,8 @@ from ..inference.frozen_features import (
     concatenate_features,
     ignore_message,
 )
-from ..inference.frozen_probe import (
+from ..inference.image_pass import ImageOutput
+from ..inference.linear_probe import (
     NUM_LAST_LAYERS,
     Candidate,
     LinearProbe,
@@ -46,8 +47,6 @@ from ..inference.frozen_probe import (
     is_clearly_worse,
     stack_tokens,
 )
-from ..inference.image_pass import ImageOutput
-from ..inference.linear_probe import NUM_FOLDS, ProbeChoice, Score
 from ..model.heads_vitcls import build_pooler
 from ..runtime.distributed import run_on_main
 from ..runtime.progress import report_work
@@ -534,57 +533,3 @@ def describe_geometry(record: dict[str, Any]) -> str | None:
         f"{record['fit']}; log loss on {record['geometry']['num_images']:,} images: {losses}. Set "
         "`fit` to choose"
     )
-
-
-# Regressions of additions.py -----------------------------------------------------------------------
-
-
-def select_out_of_fold(score: Score, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return logits [M, L] and labels [M] of the images that a fold left out.
-
-    The first ones of the `labels` are those of the images of the choice.
-    """
-    is_predicted = np.isfinite(score.losses)
-    return score.logits[is_predicted], labels[: len(is_predicted)][is_predicted]
-
-
-def build_record(
-    choice: ProbeChoice, fit: str, comparison: dict[str, Any] | None, parts: list[Features]
-) -> dict[str, Any]:
-    """Return the choice and the results of all candidates for results.json."""
-    labels = parts[0].labels
-    rows = [build_score_record(score, labels) for score in choice.scores]
-    candidate = choice.candidate
-    record: dict[str, Any] = {
-        "num_training_images": sum(len(part.labels) for part in parts),
-        "num_images_of_choice": len(labels),
-        "num_folds": NUM_FOLDS,
-        "fit": fit,
-        "layers": list(candidate.layers),
-        "tokens": candidate.tokens,
-        "scale": candidate.scale,
-        "strength": choice.strength,
-    }
-    if choice.score is not None:
-        chosen = build_score_record(choice.score, labels)
-        record |= {"accuracy": chosen["accuracy"], "loss": chosen["loss"]}
-    if comparison:
-        record["geometry"] = comparison
-    return round_floats(record | {"candidates": rows})
-
-
-def build_score_record(score: Score, labels: np.ndarray) -> dict[str, Any]:
-    """Return a row of the table of candidates.
-
-    A candidate that was not continued has results of one fold only.
-    """
-    logits, labels = select_out_of_fold(score, labels)
-    return {
-        "layers": list(score.candidate.layers),
-        "tokens": score.candidate.tokens,
-        "scale": score.candidate.scale,
-        "strength": score.strength,
-        "loss": float(score.losses[np.isfinite(score.losses)].mean()),
-        "accuracy": float((logits.argmax(axis=1) == labels).mean()),
-        "num_images": len(labels),
-    }

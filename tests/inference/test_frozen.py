@@ -14,10 +14,7 @@ import pytest
 import torch
 from helpers.tiny_models import LAYOUTS, build_tiny_config, raises_one_line, randomize
 from PIL import Image
-from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor, ViTCLSModel
 from modeling_vitcls.analysis.audit import load_audited_images
@@ -27,6 +24,7 @@ from modeling_vitcls.data.splits import load_evaluation_data
 from modeling_vitcls.inference import frozen
 from modeling_vitcls.inference.frozen import build_classifier, evaluate_frozen
 from modeling_vitcls.inference.intervals import compute_proportion_interval
+from modeling_vitcls.inference.linear_probe import LinearProbe
 from modeling_vitcls.inference.options import EvaluateOptions
 
 
@@ -44,7 +42,7 @@ pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 CLASSIFIERS: dict[str, Any] = {
     "knn": lambda: KNeighborsClassifier(10, weights="distance", metric="cosine"),
-    "logreg": lambda: make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000)),
+    "logreg": LinearProbe,
 }
 
 
@@ -207,13 +205,13 @@ def test_each_row_by_layer_is_scikit_learn_on_that_layer(model: Path, tmp_path: 
         parts = []
         for layer in row["layers"]:
             tokens = encoder.layernorm(states[layer])
-            if row["tokens"] == "cls" or row["tokens"] == "cls_mean" or layer == -1:
+            if row["pooling"] in ("cls", "cls_mean"):
                 parts.append(tokens[:, 0])
-            if row["tokens"] != "cls":
+            if row["pooling"] != "cls":
                 parts.append(tokens[:, 6:].mean(dim=1))
         return torch.cat(parts, dim=1).numpy(), images.labels
 
-    assert (rows[0]["layers"], rows[0]["tokens"]) == ([-1], "cls")
+    assert (rows[0]["layers"], rows[0]["pooling"]) == ([-1], "cls")
     for row in rows:
         classifier = CLASSIFIERS["knn"]().fit(*compute("train", row))
         features, labels = compute("validation", row)
