@@ -662,7 +662,11 @@ def test_no_photos_have_no_rows(models: Path) -> None:
     assert functions.predict(models / "one_label", []) == []
 
 
-@pytest.mark.parametrize("images", [None, 3, {"image": "a.jpg"}, io.StringIO("text")], ids=repr)
+@pytest.mark.parametrize(
+    "images",
+    [None, 3, {"image": "a.jpg"}, io.StringIO("text")],
+    ids=["none", "number", "dict", "text file"],
+)
 def test_what_is_no_photo_is_one_line(images: Any, models: Path) -> None:
     with raises_one_line("`images`"):
         functions.predict(models / "one_label", images)

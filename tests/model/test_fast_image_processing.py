@@ -97,7 +97,7 @@ def check_same(processor: ViTCLSImageProcessor, images: Any, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("sizes", "resample"), zip(SIZES, [3, 3, 2, 0, 1, 3], strict=True), ids=str
+    ("sizes", "resample"), list(zip(SIZES, [3, 3, 2, 0, 1, 3], strict=True)), ids=str
 )
 def test_all_images_have_the_same_values(sizes: dict[str, Any], resample: int) -> None:
     processor = ViTCLSImageProcessor(**sizes, resample=resample)
