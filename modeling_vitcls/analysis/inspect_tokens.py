@@ -30,8 +30,8 @@ def inspect_tokens(options: InspectOptions) -> Inspection:
         ValueError, OSError: if the model or the images cannot be read, the images do not match the
             model, or the report cannot be written. The message is a single line.
     """
-    console = Console(soft_wrap=True, highlight=False)
-    error_console = Console(stderr=True, soft_wrap=True, highlight=False)
+    console = Console(emoji=False, soft_wrap=True, highlight=False)
+    error_console = Console(emoji=False, stderr=True, soft_wrap=True, highlight=False)
     folder = resolve(options.model)
     model, processor = load_model(folder, use_head=None)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

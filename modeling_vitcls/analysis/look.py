@@ -67,8 +67,8 @@ def write_sheets(options: LookOptions) -> list[Path]:
     Raises:
         ValueError, OSError: if the model or all photos cannot be read, or a file cannot be written.
     """
-    console = Console(soft_wrap=True, highlight=False)
-    error_console = Console(stderr=True, soft_wrap=True, highlight=False)
+    console = Console(emoji=False, soft_wrap=True, highlight=False)
+    error_console = Console(emoji=False, stderr=True, soft_wrap=True, highlight=False)
     output = options.output or DEFAULT_OUTPUT
     sources = build_list_input(options.paths)
     model, processor = load_adjusted_model(options)

@@ -40,8 +40,8 @@ from .tables import read_table, wrap_table
 
 IMAGE_SUFFIXES = frozenset(
     ".apng .avif .avifs .bmp .dib .gif .ico .j2c .j2k .jfif .jp2 .jpc .jpe .jpeg .jpf .jpg .jpx "
-    ".mpo .pbm .pcx .pgm "
-    ".png .pnm .ppm .tga .tif .tiff .webp".split()
+    ".mpo .pbm .pgm "
+    ".png .pnm .ppm .tif .tiff .webp".split()
 )
 HEIF_SUFFIXES = frozenset(".heic .heics .heif .heifs .hif".split())
 HEIC_REMEDY = "To read HEIC, `pip install pillow-heif`, or convert the images to JPEG"

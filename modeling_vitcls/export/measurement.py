@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from ..data.images import LabeledImages
 from ..data.options import DataOptions
 from ..data.splits import (
     load_fitting_and_evaluation_data,
@@ -137,7 +138,8 @@ def load_export_images(
     Raises:
         ValueError, OSError: If the dataset cannot be read, or the labels do not match the model.
     """
-    folder, model = exportable.folder, exportable.model
+    folder, model, processor = exportable.folder, exportable.model, exportable.processor
+    assert processor is not None, "exporter.py checks it"
     options = DataOptions(dataset=dataset)
     try:
         if folder is None or not isinstance(model, Classifier):
@@ -149,7 +151,7 @@ def load_export_images(
             options, split, select_task(read_splits(folder), None)
         )
         evaluator = build_evaluator(
-            LoadedModel(folder, model, exportable.processor, BATCH_SIZE),
+            LoadedModel(folder, model, processor, BATCH_SIZE),
             model.config,
             held_out,
             options,
@@ -160,6 +162,7 @@ def load_export_images(
         if split is not None:
             raise
         data = load_training_data(options, use_labels=False)
+        assert isinstance(data.train, LabeledImages)  # nothing is streamed
         logger.warning("the accuracy is not measured: %s", format_message(str(error)))
         return ExportImages(dataset, data.train.images, data.held_out.images)
     return ExportImages(

@@ -183,7 +183,9 @@ def set_up_evaluation(
 ) -> tuple[Accelerator, Console, Callable[[str], None]]:
     """Build the accelerator, the console of the main process, and a function that warns."""
     accelerator = build_accelerator(mixed_precision=mixed_precision)
-    console = Console(quiet=not accelerator.is_main_process, soft_wrap=True, highlight=False)
+    console = Console(
+        emoji=False, quiet=not accelerator.is_main_process, soft_wrap=True, highlight=False
+    )
 
     def warn(message: str) -> None:
         console.print(f"WARNING: {format_message(message)}", style="bold yellow", markup=False)

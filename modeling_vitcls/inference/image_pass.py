@@ -249,7 +249,9 @@ class ImagePass:
                 (len(batch.indices) + len(batch.error_messages)) * accelerator.num_processes
             ),
             console=console
-            or Console(quiet=not accelerator.is_main_process, soft_wrap=True, highlight=False),
+            or Console(
+                emoji=False, quiet=not accelerator.is_main_process, soft_wrap=True, highlight=False
+            ),
             has_bar=console is not None,
         )
 

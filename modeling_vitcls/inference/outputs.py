@@ -34,7 +34,7 @@ def show_progress(
     items: Iterable[Any], unit: str, total: int | None, is_shown: bool
 ) -> Iterable[Any]:
     """Yield the items, and show the progress on the standard error."""
-    console = Console(stderr=True, quiet=not is_shown, soft_wrap=True, highlight=False)
+    console = Console(emoji=False, stderr=True, quiet=not is_shown, soft_wrap=True, highlight=False)
     return track(items, "predicting", total, unit=unit, console=console)
 
 
@@ -148,7 +148,7 @@ def print_table(rows: Iterable[Row], columns: Columns) -> None:
     for row in rows:
         table.add_row(*(Text(format_table_cell(row[name])) for name in names))
 
-    console = Console(highlight=False)
+    console = Console(emoji=False, highlight=False)
     if not console.is_terminal:
         console.width = TABLE_WIDTH  # no line breaks within rows, for programs that read the table
     console.print(table)

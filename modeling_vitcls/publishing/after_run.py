@@ -67,7 +67,9 @@ def finish_run(path: Path, options: RunOptions, repo_id: str | None) -> None:
 
 def print_line(text: str, style: str | None = None) -> None:
     """Print a line without wrapping it."""
-    Console(soft_wrap=True, highlight=False).print(format_message(text), style=style, markup=False)
+    Console(emoji=False, soft_wrap=True, highlight=False).print(
+        format_message(text), style=style, markup=False
+    )
 
 
 def warn(message: str) -> None:

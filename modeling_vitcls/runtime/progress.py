@@ -50,7 +50,7 @@ def track(
             output.
         has_bar: whether a terminal shows a bar. If False, it shows nothing.
     """
-    console = console or Console(soft_wrap=True, highlight=False)
+    console = console or Console(emoji=False, soft_wrap=True, highlight=False)
     if total is None and isinstance(items, Sized):
         total = len(items)
     if console.quiet or (console.is_terminal and not has_bar):
@@ -78,7 +78,7 @@ def track(
 @contextmanager
 def report_work(description: str, console: Console | None = None) -> Iterator[None]:
     """Print a line every 30 seconds of the `with` block, unless the console is a terminal."""
-    console = console or Console(soft_wrap=True, highlight=False)
+    console = console or Console(emoji=False, soft_wrap=True, highlight=False)
     start_time = time.monotonic()
 
     def describe() -> str:

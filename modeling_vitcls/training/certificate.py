@@ -323,7 +323,7 @@ def verify_models(options: VerifyUnchangedOptions) -> dict[str, Any]:
         shape = (NUM_IMAGES, old.config.num_channels, *old.config.image_height_width)
         pixels = list(torch.randn(shape, generator=generator))
 
-    console = Console(soft_wrap=True, highlight=False)
+    console = Console(emoji=False, soft_wrap=True, highlight=False)
     device = (
         torch.accelerator.current_accelerator()
         if torch.accelerator.is_available()

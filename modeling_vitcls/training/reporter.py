@@ -39,7 +39,7 @@ class Reporter:
     def __init__(self, metrics_file: Path, accelerator: Accelerator) -> None:
         self.accelerator = accelerator
         self.console = Console(
-            quiet=not accelerator.is_main_process, soft_wrap=True, highlight=False
+            emoji=False, quiet=not accelerator.is_main_process, soft_wrap=True, highlight=False
         )
         self.metrics_file = metrics_file
         self.progress = Progress(

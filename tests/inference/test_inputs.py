@@ -55,6 +55,17 @@ def test_a_list_contains_files_and_folders(photos: Path, tmp_path: Path) -> None
         open_input(PredictOptions("model", list=file))
 
 
+def test_files_that_no_image_processor_reads_are_skipped(photos: Path) -> None:
+    Image.new("RGB", (8, 8)).save(photos / "inner" / "z.tga")
+    source = open_input(PredictOptions("model", (str(photos / "inner"),)))
+    (photos / "inner" / "z.tga").unlink()
+    assert not [
+        record.name
+        for record in source.read_records(range(source.num_images))
+        if "z.tga" in record.name
+    ]
+
+
 def test_other_files_in_folders_are_counted_with_the_remedy_for_heic(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
