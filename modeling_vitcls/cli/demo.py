@@ -100,16 +100,14 @@ def build_page(options: DemoOptions) -> Any:
     def answer(file: str | None) -> list[Any]:
         if file is None:
             raise gradio.Error("select a photo", print_exception=False)
-        try:
-            photo = read_image(file)
-        except ValueError as error:
-            message = str(error).replace(file, "the file")
-            raise gradio.Error(message, print_exception=False) from None
-        (row,) = predictor.iterate_rows(iter([ImageRecord(0, "photo", photo)]))
+        (row,) = predictor.iterate_rows(iter([ImageRecord(0, "photo", file)]))
         if row["error"]:
-            raise gradio.Error(row["error"], print_exception=False)
+            raise gradio.Error(row["error"].replace(file, "the file"), print_exception=False)
         values = [value for task in tasks for value in read_answer(row, columns, task)]
-        return [*values, draw_sheet(measure_photo(predictor.model, predictor.processor, photo))]
+        return [
+            *values,
+            draw_sheet(measure_photo(predictor.model, predictor.processor, read_image(file))),
+        ]
 
     outputs = []
     for task in tasks:
