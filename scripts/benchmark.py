@@ -323,7 +323,9 @@ def open_exported_graph(
     """Export the saved model in `folder` once, and open the graph."""
     file = folder / ("int8" if precision == "int8" else "fp32") / BACKEND_FILES[backend][0]
     if not file.exists():
-        export_model(ExportOptions(str(folder / "model"), backend, file, dynamic=False))
+        export_model(
+            ExportOptions(model=str(folder / "model"), format=backend, output=file, dynamic=False)
+        )
         if precision == "int8":
             images = build_random_images((NUM_CALIBRATION_IMAGES, *get_image_shape(config)))
             quantize_graph(file, list(images.split(1)))

@@ -64,7 +64,7 @@ class Options:
 
 def compute_features(options: Options) -> tuple[list[str], dict[str, Features]]:
     """Return the classes, and the features of both splits, which are kept in OUTPUT."""
-    data = DataOptions(str(options.photos), num_workers=0)
+    data = DataOptions(dataset=str(options.photos), num_workers=0)
     splits = load_splits(data)
     base = load_base(
         str(write_encoder(options)), AdditionOptions(data=data, output_dir=Path("not-written"))

@@ -30,7 +30,7 @@ from scripts.study import StudyOptions
 REQUIRED: dict[type, dict[str, Any]] = {
     DataOptions: {"dataset": "digits"},
     ModelOptions: {"model": "vitcls-tiny"},
-    EvaluateOptions: {"model": "m", "data": DataOptions("digits")},
+    EvaluateOptions: {"model": "m", "data": DataOptions(dataset="digits")},
     PredictOptions: {"model": "m", "paths": ("a.jpg",), "output": Path("out")},
     InspectOptions: {"model": "m", "paths": ("a.jpg",)},
     StudyOptions: {"config": Path("c"), "output_dir": Path("o")},
@@ -114,7 +114,7 @@ COMBINATIONS: list[tuple[type, dict[str, Any], dict[str, Any], str]] = [
         "`push_to_hub=True`",
     ),
     (EvaluateOptions, {"frozen": "knn"}, {"backend": "onnx"}, "`backend`"),
-    (EvaluateOptions, {}, {"data": DataOptions("d", streaming=True)}, "`streaming`"),
+    (EvaluateOptions, {}, {"data": DataOptions(dataset="d", streaming=True)}, "`streaming`"),
     (EvaluateOptions, {"audit": Path("a.html")}, {"backend": "onnx"}, "`backend`"),
     (PredictOptions, {"paths": ("a",)}, {"paths": ()}, "`images`"),
     (PredictOptions, {"paths": (), "list": Path("b")}, {"dataset": "c"}, "`images`"),
@@ -163,10 +163,10 @@ def test_contradicting_flags_are_errors(
 def test_an_output_folder_is_not_a_file(tmp_path: Path) -> None:
     """The output of a run is no file; the name of an existing folder may contain a dot."""
     (tmp_path / "v1.0").mkdir()
-    PredictOptions("m", ("a",), output=tmp_path / "v1.0", shard="1/2")
+    PredictOptions(model="m", paths=("a",), output=tmp_path / "v1.0", shard="1/2")
     (tmp_path / "out").write_text("", encoding="utf-8")
     with raises_one_line("`output_dir`"):
-        FinetuneOptions(tmp_path / "out", DataOptions("digits"), ModelOptions("m"))
+        FinetuneOptions(output_dir=tmp_path / "out", dataset="digits", model="m")
 
 
 def test_grids_of_cls_tokens_are_listed_row_by_row() -> None:
@@ -174,14 +174,14 @@ def test_grids_of_cls_tokens_are_listed_row_by_row() -> None:
     assert parse_cls_scopes(["1x2", "image", "2x3"]) == [[1, 2, 0, 0], [1, 2, 0, 1], "image", *grid]
     for text in ("0x2", "2", "2x", "x2", "2x2x2", "images", "1000x2"):
         with raises_one_line(f"`cls_scopes` requires 'image' or ROWSxCOLUMNS, but got {text!r}"):
-            ModelOptions("vitcls-tiny", cls_scopes=("image", text))
+            ModelOptions(model="vitcls-tiny", cls_scopes=("image", text))
 
 
 def test_flags_that_are_set_become_fields_of_the_configuration() -> None:
-    assert ModelOptions("vitcls-tiny").get_config_values() == {}
+    assert ModelOptions(model="vitcls-tiny").get_config_values() == {}
 
     options = ModelOptions(
-        "vitcls-tiny", num_register_tokens=0, cls_scopes=("image", "2x1"), image_size="native"
+        model="vitcls-tiny", num_register_tokens=0, cls_scopes=("image", "2x1"), image_size="native"
     )
     scopes = ["image", [2, 1, 0, 0], [2, 1, 1, 0]]
 
@@ -191,7 +191,7 @@ def test_flags_that_are_set_become_fields_of_the_configuration() -> None:
         "num_cls_tokens": 3,
     }
     assert (
-        ModelOptions("m", cls_scopes=("image",), num_cls_tokens=2).get_config_values()[
+        ModelOptions(model="m", cls_scopes=("image",), num_cls_tokens=2).get_config_values()[
             "num_cls_tokens"
         ]
         == 2
@@ -226,14 +226,14 @@ def test_defaults_of_flags_do_not_change() -> None:
 
     Other flags are off.
     """
-    run = Path("out"), DataOptions("digits"), ModelOptions("m")
+    run = Path("out"), DataOptions(dataset="digits"), ModelOptions(model="m")
     options = [
         FinetuneOptions(*run),
         PretrainOptions(*run).lejepa,
         PretrainOptions(*run).mae,
-        EvaluateOptions("m", run[1]),
-        PredictOptions("m", dataset="digits"),
-        InspectOptions("m", dataset="digits"),
+        EvaluateOptions(model="m", **vars(run[1])),
+        PredictOptions(model="m", dataset="digits"),
+        InspectOptions(model="m", dataset="digits"),
     ]
     flags = [
         {f"{name}={value}" for name, value in to_flags(each).items() if value} for each in options
@@ -243,9 +243,10 @@ def test_defaults_of_flags_do_not_change() -> None:
 
 def test_flags_of_a_run_are_those_of_a_recipe() -> None:
     options = FinetuneOptions(
-        Path("out"),
-        DataOptions("digits", label_column=("a", "b")),
-        ModelOptions("vitcls-tiny"),
+        output_dir=Path("out"),
+        dataset="digits",
+        label_column=("a", "b"),
+        model="vitcls-tiny",
         config=Path("a.yaml"),
     )
     flags = to_flags(options)

@@ -119,7 +119,7 @@ def audit_checkpoint(options: EvaluateOptions) -> dict[str, Any]:
             )
     images, num_unreadable, console = load_audited_images(options)
     audit = audit_dataset(images)
-    title = f"Audit of {Path(options.data.dataset).name}"
+    title = f"Audit of {Path(options.dataset).name}"
     csv_file = write_audit(audit, images, options.audit, title)
     counts = {issue: len(rows) for issue, rows in audit.items()}
     across = count_pairs_across_splits(audit)
@@ -190,10 +190,8 @@ def load_audited_images(options: EvaluateOptions) -> tuple[AuditedImages, int, C
         print_line=partial(console.print, markup=False),
     )
     splits = select_task(read_splits(folder), None)
-    choose_splits = partial(
-        choose_fitting_and_evaluation_split, options.split, options.data.dataset
-    )
-    data = load_splits(options.data, select=list if folds else choose_splits)
+    choose_splits = partial(choose_fitting_and_evaluation_split, options.split, options.dataset)
+    data = load_splits(options, select=list if folds else choose_splits)
     if data.label_space.kind != "single_label_classification":
         raise ValueError("`audit` requires one label per image. Set a single `label_column`")
     if options.frozen:
@@ -204,14 +202,14 @@ def load_audited_images(options: EvaluateOptions) -> tuple[AuditedImages, int, C
     parts = []
     num_unreadable = 0
     for name, images in data.images_by_split.items():
-        images = images.draw(options.max_images, options.data.split_seed)
+        images = images.draw(options.max_images, options.split_seed)
         if not options.frozen:
             images = match_labels(images, data.label_space, model_space)
         image_pass = ImagePass(
             images=images,
             processor=loaded.processor,
             label_space=label_space,
-            options=options.data,
+            options=options,
             batch_size=loaded.batch_size,
             accelerator=accelerator,
             num_channels=loaded.config.num_channels,

@@ -115,7 +115,7 @@ def load_from_dataset(
     column_options = {
         name: getattr(options, name) for name in ("image_column", "label_column", "label_separator")
     }
-    data_options = DataOptions(dataset, **column_options)
+    data_options = DataOptions(dataset=dataset, **column_options)
     use_labels = label_space is not None
 
     data = load_evaluation_data(data_options, options.split, splits, use_labels=use_labels)

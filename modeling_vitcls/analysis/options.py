@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Literal
 
 from ..inference.options import ImageOptions
-from ..runtime.flags import check_minimum, check_value
+from ..runtime.flags import Options, check_minimum, check_value
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class InspectOptions(ImageOptions):
     """Show what the special tokens of a vitcls model do: write an HTML report and print a summary.
 
@@ -41,7 +41,8 @@ class InspectOptions(ImageOptions):
     """Precision of the forward pass. `auto`: `bf16` on GPUs and CPUs with bf16 instructions (on
     CPUs, for models at least as wide as ViT-Ti), and otherwise `no`."""
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        super().check()
         check_minimum(self, 1, "num_images", "max_images", "batch_size")
         if bool(self.paths) == (self.dataset is not None):
             raise ValueError("Set either `images` or `dataset` to select the images.")
@@ -58,8 +59,8 @@ class InspectOptions(ImageOptions):
             raise ValueError(f"`json={str(self.json)!r}`: the file name must end in .json")
 
 
-@dataclass(frozen=True)
-class LookOptions:
+@dataclass(frozen=True, kw_only=True)
+class LookOptions(Options):
     """Draw one sheet per photo: attention by head and layer, and features and norms of the patches.
 
     The photos are image files, folders or URLs.
@@ -83,7 +84,8 @@ class LookOptions:
     """How photos of other aspect ratios become the input: resize the whole photo (`squash`), crop
     the center (`crop`) or add gray (`pad`). Default: the setting of the image processor."""
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        super().check()
         if not self.paths:
             raise ValueError(
                 "Name at least one photo, folder or URL: `vitcls look photo.jpg --model M`"

@@ -7,11 +7,10 @@
     parsing.py        recipes and flags -> options; one-line errors and exit statuses
     flag_messages.py  messages of the package -> messages that name flags
     functions.py      the commands as Python functions
-    flags.py          their keyword arguments, with types (written by scripts/make_flags.py)
     NAME.py           vitcls NAME, with underscores for hyphens
 
-A subcommand defines OPTIONS_CLASS and `run(options)`. OPTIONS_CLASS is a dataclass whose fields are
-the flags, and whose `__post_init__` raises ValueError if flags contradict each other. ValueErrors
+A subcommand defines OPTIONS_CLASS and `run(options)`. OPTIONS_CLASS is a flat dataclass whose fields
+are the flags, and whose `check` raises ValueError if flags contradict each other. ValueErrors
 and OSErrors raised by subcommands are printed as one-line messages. At module level, a subcommand
 imports only the standard library, tyro, parsing.py and files of options, because flags are parsed
 before torch is imported: `vitcls --help` and errors about flags are printed immediately. The

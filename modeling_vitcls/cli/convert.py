@@ -12,13 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from ..runtime.flags import Options
+
 
 if TYPE_CHECKING:
     from ..conversion.parity_report import Report
 
 
-@dataclass
-class ConvertOptions:
+@dataclass(frozen=True, kw_only=True)
+class ConvertOptions(Options):
     """Convert a ViT and save the converted model.
 
     Nothing is written if the outputs of the two models differ by more than the limit.
@@ -38,7 +40,8 @@ class ConvertOptions:
     """Model family of a state-dict file, such as dino, ibot, mae or dinov2. Default: detected from
     the parameter names."""
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        super().check()
         source = self.source
         is_back = self.to == "transformers"
         if (self.model is None) == is_back or (source is None) != is_back:

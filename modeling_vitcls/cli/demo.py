@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..runtime.errors import describe_installation
+from ..runtime.flags import Options
 
 
 NUM_LABELS = 5  # maximum number of labels with a probability
@@ -24,8 +25,8 @@ FONTS: dict[str, Any] = {
 }
 
 
-@dataclass(frozen=True)
-class DemoOptions:
+@dataclass(frozen=True, kw_only=True)
+class DemoOptions(Options):
     """Serve a web page that labels photos and shows what the tokens of the model look at."""
 
     model: str

@@ -5,14 +5,16 @@ vitcls env --help
 
 from dataclasses import dataclass
 
+from ..runtime.flags import Options
+
 
 LIBRARIES = "huggingface_hub datasets timm peft onnxruntime openvino nncf gradio tyro".split()
 # Instructions that make bf16 and int8 fast, as in /proc/cpuinfo
 INSTRUCTIONS = {"amx_bf16", "amx_int8", "avx512_bf16", "avx512_vnni", "avx_vnni"}
 
 
-@dataclass(frozen=True)
-class EnvOptions:
+@dataclass(frozen=True, kw_only=True)
+class EnvOptions(Options):
     """Print versions, the device and CPU kernels, for bug reports."""
 
 

@@ -11,19 +11,26 @@ The functions compute with torch's default dtype, device and gradient mode, what
 set, and leave the caller's random state as it was.
 
 Keyword arguments are the flags of the commands: `learning_rate=1e-4` is `--learning-rate 1e-4`.
-flags.py lists them with their types, for editors and type checkers. Errors name these arguments. A
-dataset is a path, a Hub id, or data in memory (data/in_memory.py).
+`help(finetune)` lists them with their types and defaults. Errors name these arguments. A dataset is
+a path, a Hub id, or data in memory (data/in_memory.py).
 """
 
 import dataclasses
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Unpack, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, get_origin
 
 from ..analysis.options import InspectOptions, LookOptions
 from ..inference.options import EvaluateOptions, PredictOptions
 from ..runtime.caller_state import with_own_state
-from ..runtime.flags import find_similar_flag, get_flag_fields, get_value_types
+from ..runtime.flags import (
+    Options,
+    find_similar_flag,
+    get_flag_fields,
+    get_value_types,
+    list_choices,
+)
 from ..training.options import (
     AddClassOptions,
     AddTaskOptions,
@@ -31,22 +38,49 @@ from ..training.options import (
     PretrainOptions,
     VerifyUnchangedOptions,
 )
-from .flags import (
-    EvaluateFlags,
-    FinetuneFlags,
-    InspectFlags,
-    LookFlags,
-    PredictFlags,
-    PretrainFlags,
-)
 
 
-Options = TypeVar("Options")
+CommandOptions = TypeVar("CommandOptions", bound=Options)
+Function = TypeVar("Function", bound=Callable[..., Any])
+# Fields that are no keyword arguments, because they are flags of the command line
+COMMAND_FIELDS = ("config", "paths")
+
+
+def shows_flags_of(options_class: type[Options], *omitted: str) -> Callable[[Function], Function]:
+    """Decorate a function that takes the fields of an options class as keyword arguments.
+
+    `help`, notebooks and editors then show the fields with their types and defaults, except for
+    those in `omitted`.
+    """
+
+    def add_signature(function: Function) -> Function:
+        parameters = [
+            parameter
+            for parameter in inspect.signature(function).parameters.values()
+            if parameter.kind is not inspect.Parameter.VAR_KEYWORD
+        ]
+        shown_names = {parameter.name for parameter in parameters}.union(COMMAND_FIELDS, omitted)
+        for name, field in get_flag_fields(options_class).items():
+            if name not in shown_names:
+                has_default = field.default is not dataclasses.MISSING
+                parameters.append(
+                    inspect.Parameter(
+                        name,
+                        inspect.Parameter.KEYWORD_ONLY,
+                        default=field.default if has_default else inspect.Parameter.empty,
+                        annotation=field.type,
+                    )
+                )
+        function.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        return function
+
+    return add_signature
 
 
 @with_own_state
+@shows_flags_of(FinetuneOptions)
 def finetune(
-    model: str | Path, dataset: Any, output_dir: str | Path, **flags: Unpack[FinetuneFlags]
+    model: str | Path, dataset: Any, output_dir: str | Path, **flags: Any
 ) -> dict[str, Any]:
     """Fine-tune a model on labeled images, as `vitcls finetune` does.
 
@@ -55,7 +89,7 @@ def finetune(
         dataset: a path, a Hub id, a `datasets.Dataset` or `DatasetDict`, a torch Dataset, a list of
             (image, label), or a dict of splits.
         output_dir: output folder of the run.
-        flags: other flags of `vitcls finetune`, which `FinetuneFlags` in flags.py lists.
+        flags: other flags of `vitcls finetune`, which `help` lists.
 
     Returns:
         The contents of results.json, or of folds.json if `folds` is set.
@@ -79,13 +113,14 @@ def finetune(
 
 
 @with_own_state
+@shows_flags_of(PretrainOptions)
 def pretrain(
-    model: str | Path, dataset: Any, output_dir: str | Path, **flags: Unpack[PretrainFlags]
+    model: str | Path, dataset: Any, output_dir: str | Path, **flags: Any
 ) -> dict[str, Any]:
     """Pre-train a model on images without labels, as `vitcls pretrain` does.
 
     The arguments, return value and errors are the same as for `finetune`, and the flags are those
-    in `PretrainFlags`. The labels of the dataset are ignored.
+    of `vitcls pretrain`. The labels of the dataset are ignored.
 
     Example:
         >>> from modeling_vitcls import pretrain
@@ -112,27 +147,28 @@ def run_training(options: Any) -> dict[str, Any]:
     repo_id = prepare_push(options)
 
     def train_one(options: Any) -> dict[str, Any]:
-        folder = train(options, build_uploader(options.run, repo_id))
-        if options.run.dry_run:
+        folder = train(options, build_uploader(options, repo_id))
+        if options.dry_run:
             return {}
         if PartialState().is_main_process:
-            finish_run(folder, options.run, repo_id)
+            finish_run(folder, options, repo_id)
         return ModelFolder(folder).saved_results
 
-    if options.data.folds is not None and options.data.fold is None and not options.run.dry_run:
+    if options.folds is not None and options.fold is None and not options.dry_run:
         return run_folds(options, train_one)
     return train_one(options)
 
 
 @with_own_state
-def evaluate(model: str | Path, dataset: Any, **flags: Unpack[EvaluateFlags]) -> dict[str, Any]:
+@shows_flags_of(EvaluateOptions)
+def evaluate(model: str | Path, dataset: Any, **flags: Any) -> dict[str, Any]:
     """Evaluate a saved model or its frozen features, as `vitcls evaluate` does.
 
     Args:
         model: a folder, a Hub id or any other checkpoint that `--model` accepts.
         dataset: as in `finetune`. All images of the split `test` are evaluated or, if there is
             none, of `validation` or the only split, except those that the model was trained on.
-        flags: other flags of `vitcls evaluate`, which `EvaluateFlags` in flags.py lists.
+        flags: other flags of `vitcls evaluate`, which `help` lists.
 
     Returns:
         The metrics that `vitcls evaluate --output FILE` writes or, if `audit` is set, the numbers
@@ -165,9 +201,8 @@ def run_evaluation(options: EvaluateOptions) -> dict[str, Any]:
 
 
 @with_own_state
-def predict(
-    model: str | Path, images: Any = None, **flags: Unpack[PredictFlags]
-) -> list[dict[str, Any]]:
+@shows_flags_of(PredictOptions, "output", "shard")
+def predict(model: str | Path, images: Any = None, **flags: Any) -> list[dict[str, Any]]:
     """Predict the labels of images, or compute their features, as `vitcls predict` does.
 
     Args:
@@ -175,7 +210,7 @@ def predict(
         images: a path, a URL, a data URI, an encoded image (bytes or a file object), a PIL image, an
             array or a tensor, or a list of these. An array of four dimensions is a batch. A folder
             path selects all images in the folder. To use a dataset instead, set `dataset`.
-        flags: other flags of `vitcls predict`, which `PredictFlags` in flags.py lists.
+        flags: other flags of `vitcls predict`, which `help` lists.
 
     Returns:
         A list with one dict per image: `index`, `image`, the predicted columns, and `error` (None,
@@ -203,19 +238,20 @@ def predict(
     }
     if images is not None and not sources:
         return []  # an empty list, not a missing one
-    options = build_options(PredictOptions, model=model, **fixed_flags, **flags)
+    options = build_options(PredictOptions, fixed_flags, model=model, **flags)
     return predict_from_options(options, sources)
 
 
 @with_own_state
-def inspect_tokens(model: str | Path, images: Any = (), **flags: Unpack[InspectFlags]) -> Any:
+@shows_flags_of(InspectOptions)
+def inspect_tokens(model: str | Path, images: Any = (), **flags: Any) -> Any:
     """Write the report on the special tokens of a model, as `vitcls inspect` does.
 
     Args:
         model: a folder, a Hub id or any other checkpoint that `--model` accepts.
         images: a path, a URL, or a list of paths or URLs. To inspect the images of a dataset
             instead, set `dataset`.
-        flags: other flags of `vitcls inspect`, which `InspectFlags` in flags.py lists.
+        flags: other flags of `vitcls inspect`, which `help` lists.
 
     Returns:
         An `Inspection` object with the values of the report.
@@ -245,12 +281,14 @@ def inspect_tokens(model: str | Path, images: Any = (), **flags: Unpack[InspectF
 
 
 @with_own_state
-def look(model: str | Path, image: Any, **flags: Unpack[LookFlags]) -> Any:
+@shows_flags_of(LookOptions, "json")
+def look(model: str | Path, image: Any, output: str | Path | None = None, **flags: Any) -> Any:
     """Draw what a model sees in a photo, as `vitcls look` does.
 
     Args:
         model: a folder, a Hub id or any other checkpoint that `--model` accepts.
         image: a path, a URL, encoded bytes, a PIL image, or an array or tensor of one image.
+        output: image file for the sheet. Default: the sheet is only returned.
         flags: `image_size` and `fit`, as in `vitcls look`.
 
     Returns:
@@ -267,11 +305,17 @@ def look(model: str | Path, image: Any, **flags: Unpack[LookFlags]) -> Any:
     """
     from ..analysis.look import draw_photo
 
-    fixed_flags: dict[str, Any] = {"paths": ("image",), "output": LookOptions.output, "json": None}
-    return draw_photo(build_options(LookOptions, model=model, **fixed_flags, **flags), image)
+    fixed_flags: dict[str, Any] = {"paths": ("image",), "json": None}
+    if output is not None:
+        flags["output"] = output
+    sheet = draw_photo(build_options(LookOptions, fixed_flags, model=model, **flags), image)
+    if output is not None:
+        sheet.save(output)
+    return sheet
 
 
 @with_own_state
+@shows_flags_of(AddTaskOptions)
 def add_task(
     model: str | Path, dataset: Any, name: str | None, output_dir: str | Path, **flags: Any
 ) -> dict[str, Any]:
@@ -303,6 +347,7 @@ def add_task(
 
 
 @with_own_state
+@shows_flags_of(AddClassOptions)
 def add_class(
     model: str | Path, dataset: Any, output_dir: str | Path, **flags: Any
 ) -> dict[str, Any]:
@@ -352,6 +397,7 @@ def run_addition(options: AddTaskOptions | AddClassOptions) -> dict[str, Any]:
 
 
 @with_own_state
+@shows_flags_of(VerifyUnchangedOptions)
 def verify_unchanged(
     old: str | Path, new: str | Path, dataset: Any = None, **flags: Any
 ) -> dict[str, Any]:
@@ -386,72 +432,63 @@ def verify_unchanged(
 # Options ------------------------------------------------------------------------------------------
 
 
-def build_options(options_class: type[Options], /, **flags: Any) -> Options:
-    """Build the options of a command.
+def build_options(
+    options_class: type[CommandOptions], /, fixed: dict[str, Any] | None = None, **flags: Any
+) -> CommandOptions:
+    """Build and check the options of a command.
 
     An in-memory dataset is registered under a generated name. Raise TypeError if a flag is unknown,
     and ValueError if a value is not allowed.
+
+    Args:
+        options_class: the class of the options.
+        fixed: values of fields that the caller of the function cannot set.
+        flags: values of the other fields.
     """
-    known_flags = get_flag_fields(options_class).keys() - {"config"}
+    fixed = fixed or {}
+    fields = get_flag_fields(options_class)
+    known_flags = fields.keys() - fixed.keys() - {"config"}
     for name in flags:
         if name not in known_flags:
             similar = find_similar_flag(name, known_flags)
             hint = f". Use {similar}" if similar else ""
             raise TypeError(f"unknown keyword argument {name!r}{hint}")
-    if "dataset" in flags and not isinstance(flags["dataset"], str | Path):
+    if "dataset" in flags and not isinstance(flags["dataset"], str | Path | None):
         from ..data.in_memory import add_dataset
 
         flags["dataset"] = add_dataset(flags["dataset"])
-    return build_dataclass(options_class, flags)
+    values = {name: convert_value(fields[name], value) for name, value in flags.items()}
+    options = options_class(**fixed, **values)
+    options.check()
+    return options
 
 
-def build_dataclass(dataclass_type: Any, flags: dict[str, Any]) -> Any:
-    """Build an options dataclass, including nested dataclasses, from flags (name -> value)."""
-    field_values = {}
-    type_hints = get_type_hints(dataclass_type)
-    for field in dataclasses.fields(dataclass_type):
-        if dataclasses.is_dataclass(field.type):
-            field_values[field.name] = build_dataclass(field.type, flags)
-        elif field.name in flags:
-            field_values[field.name] = convert_value(
-                field.name, flags[field.name], type_hints[field.name]
-            )
-    return dataclass_type(**field_values)
+def convert_value(field: dataclasses.Field[Any], value: Any) -> Any:
+    """Convert a value to the type of a field.
 
-
-def convert_value(name: str, value: Any, type_hint: Any) -> Any:
-    """Convert a value to the type of the flag `name`.
-
-    Sequences become tuples, and strings become paths if the flag expects a path. Raise ValueError
-    if the value is not one of the flag's choices.
+    Sequences become tuples, a single text becomes a tuple if the field has several values, and
+    texts become paths if the field is a path. Raise ValueError if the value has another type, or is
+    not one of the choices.
     """
-    value_types = get_value_types(type_hint)
-    choices = get_choices(value_types)
-    has_only_choices = choices and all(
-        get_origin(type_) is Literal or type_ is type(None) for type_ in value_types
-    )
-    if choices and value not in [None, *choices] and (has_only_choices or isinstance(value, str)):
-        raise ValueError(
-            f"`{name}` is {value!r}. Set `{name}` to one of {', '.join(map(repr, choices))}"
-        )
-    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
-        return tuple(value)
-    if (
-        isinstance(value, str)
-        and value not in choices
-        and any(get_origin(type_) is tuple for type_ in value_types)
-    ):
-        return (value,)  # the flag accepts several values
-    if isinstance(value, str) and Path in value_types:
-        return Path(value)
-    if isinstance(value, str) and not choices and str not in value_types:
-        raise ValueError(
-            f"`{name}` must be of type {value_types[0].__name__}, but it is the string {value!r}"
-        )
-    return str(value) if isinstance(value, Path) and Path not in value_types else value
+    from huggingface_hub.dataclasses import type_validator
 
+    value_types = get_value_types(field.type)
+    if isinstance(value, str | Path):
+        if Path in value_types:
+            value = Path(value)
+        elif str in value_types:
+            value = str(value)
+        elif value != "native" and any(get_origin(each) is tuple for each in value_types):
+            value = (str(value),)
+    elif isinstance(value, Sequence):
+        value = tuple(value)
+    elif isinstance(value, int) and float in value_types and int not in value_types:
+        value = float(value)
 
-def get_choices(value_types: tuple[Any, ...]) -> list[Any]:
-    """Return the values of all Literal types."""
-    literals = [type_ for type_ in value_types if get_origin(type_) is Literal]
-    return [choice for literal in literals for choice in get_args(literal)]
+    try:
+        type_validator(field.name, value, field.type)
+    except (TypeError, ValueError):
+        choices = ", ".join(map(repr, list_choices(field.type)))
+        expected = f"one of {choices}" if choices else inspect.formatannotation(field.type)
+        raise ValueError(f"`{field.name}` is {value!r}, but it must be {expected}") from None
+    return value

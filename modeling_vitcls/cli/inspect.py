@@ -13,7 +13,7 @@ import tyro
 from ..analysis.options import InspectOptions
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class InspectCommandOptions(InspectOptions):
     __doc__ = InspectOptions.__doc__
 

@@ -15,7 +15,7 @@ import tyro
 from ..analysis.options import LookOptions
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LookCommandOptions(LookOptions):
     __doc__ = LookOptions.__doc__
 

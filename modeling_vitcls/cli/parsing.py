@@ -2,37 +2,33 @@
 
     name, options = parse_command_line(modules, ["finetune", "--config", "digits", "--epochs", "3"])
 
-tyro parses the flags. A recipe is a YAML file of flags, which are inserted before the flags on the
-command line, so that tyro validates all flags and the command line overrides the recipe. Invalid
-flags are reported before torch is imported.
+tyro parses the flags, and reports unknown flags and values of another type. A recipe is a YAML file
+of flags, which are inserted before the flags on the command line, so that tyro validates all flags
+and the command line overrides the recipe. Invalid flags are reported before torch is imported.
 """
 
-import contextlib
+import argparse
 import dataclasses
-import difflib
-import io
-import itertools
 import os
-import re
 import shutil
 import sys
 import textwrap
-import traceback
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType, NoneType
-from typing import Annotated, Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin
+from types import ModuleType
+from typing import Annotated, Any, NoReturn, TypeVar, Union
 
 import tyro
 import yaml
 
 from ..hub.local_paths import split_prefix
-from ..runtime.errors import describe_error, format_error, is_raised_on_all_processes
+from ..runtime.errors import describe_error, is_raised_on_all_processes
 from ..runtime.flags import (
-    find_similar_flag,
+    EQUIVALENT_FLAGS,
+    Options,
     get_flag_fields,
-    get_value_types,
+    list_choices,
     to_arguments,
     to_flags,
 )
@@ -40,14 +36,13 @@ from ..runtime.messages import format_message
 from .flag_messages import messages_name_flags
 
 
-Options = TypeVar("Options")
+ScriptOptions = TypeVar("ScriptOptions")
 
 PACKAGE_FOLDER = Path(__file__).parents[1]
 # Folders with the recipes that --config accepts by name: one in an installed package, one in a
 # source checkout.
 RECIPE_FOLDERS = (PACKAGE_FOLDER / "recipes", PACKAGE_FOLDER.parent / "scripts" / "recipes")
 
-NOT_OF_TYPE = r"\1 requires \2, but got \3"
 TYRO_CONFIG = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
 
 
@@ -61,22 +56,16 @@ def parse_command_line(modules: dict[str, ModuleType], arguments: list[str]) -> 
     command line is invalid.
     """
     name, flags = arguments[0], arguments[1:]
-    is_command = name in modules
-    flag_names: Collection[str] = ()
-    if is_command:
+    if name in modules:
         options_class = modules[name].OPTIONS_CLASS
-        flag_names = get_flag_fields(options_class)
         common_flags = getattr(modules[name], "COMMON_FLAGS", None)
         if common_flags and {"--help", "-h"} & set(flags):
             print(format_short_help(name, options_class, common_flags))
             raise SystemExit(0)
         flags = ["--help" if flag == "--help-all" else flag for flag in flags]
-        if "--help" not in flags:
-            flags = prepare_flags(name, options_class, flags)
-    elif not name.startswith("-"):
-        similar = difflib.get_close_matches(name, modules, n=1, cutoff=0.5)
-        hint = f"did you mean {similar[0]}?" if similar else f"choose from {', '.join(modules)}"
-        exit_with_message(f"error: vitcls has no command {name}: {hint}")
+        flags = insert_recipe(flags, get_flag_fields(options_class))
+        suggest_equivalent_flags(flags, get_flag_fields(options_class))
+
     subcommands: list[Any] = []
     for command, module in modules.items():
         title, _, examples = str(module.__doc__).partition("\n\n")
@@ -90,98 +79,51 @@ def parse_command_line(modules: dict[str, ModuleType], arguments: list[str]) -> 
                 module.OPTIONS_CLASS, tyro.conf.subcommand(name=command, description=description)
             ]
         )
-    with messages_name_flags(flag_names), one_line_errors():
-        # the number of types is not known here
-        union: Any = Union[tuple(subcommands)]  # noqa: UP007
-        options = tyro.cli(union, prog="vitcls", args=[name, *flags], config=TYRO_CONFIG)
-    check_paths(options)
+    # the number of types is not known here
+    union: Any = Union[tuple(subcommands)]  # noqa: UP007
+    options = tyro.cli(
+        union,
+        prog="vitcls",
+        args=[name, *flags],
+        config=TYRO_CONFIG,
+        console_outputs=os.environ.get("RANK", "0") == "0",
+    )
+    with messages_name_flags(get_flag_fields(type(options))):
+        check_options(options)
+        check_paths(options)
     return name, options
 
 
-def prepare_flags(command: str, options_class: type, flags: list[str]) -> list[str]:
-    """Insert the flags of a recipe, and check the names of all flags.
+def insert_recipe(flags: list[str], flag_names: Collection[str]) -> list[str]:
+    """Return the flags of the recipe in `--config`, followed by the other flags."""
+    if "config" not in flag_names:
+        return flags
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", type=Path)
+    path = parser.parse_known_args(flags)[0].config
+    return flags if path is None else [*read_recipe(find_recipe(path)), *flags]
 
-    Exit with status 2 if a flag is unknown or missing.
+
+def suggest_equivalent_flags(flags: list[str], flag_names: Collection[str]) -> None:
+    """Exit with status 2 if a flag is that of another training script, such as `--lr`.
+
+    tyro suggests flags of similar spelling.
     """
-    flag_fields = get_flag_fields(options_class)
-    flag_names = set(flag_fields)
-    flag = "source" if "source" in flag_names else "model"
-    if flags and not flags[0].startswith("-") and "paths" not in flag_names and flag in flag_names:
-        exit_with_message(
-            f"error: vitcls {command} has no positional arguments. Set --{flag} {flags[0]}"
-        )
-    if "config" in flag_names and (recipes := read_values(flags, "--config")):
-        flags = [*read_recipe(find_recipe(Path(recipes[-1]))), *flags]
-    names = [
-        flag.partition("=")[0].removeprefix("--").replace("-", "_")
-        for flag in flags
-        if flag.startswith("--")
-    ]
-    for name in names:
-        if not {name, name.removeprefix("no_")} & flag_names and not name.startswith("tyro_"):
+    for flag in flags:
+        name = flag.partition("=")[0].removeprefix("--").replace("-", "_")
+        equivalent = EQUIVALENT_FLAGS.get(name)
+        if flag.startswith("--") and equivalent is not None and equivalent in flag_names:
             exit_with_message(
-                f"error: vitcls {command} has no flag --{name.replace('_', '-')}; "
-                f"{hint(name, flag_names)}"
-            )
-    for name, field in flag_fields.items():
-        check_choices(name, field.type, flags)
-    missing = [
-        f"--{name.replace('_', '-')}"
-        for name, field in flag_fields.items()
-        if field.default is field.default_factory is dataclasses.MISSING
-        and name not in names
-        and get_origin(field.type) is not Annotated  # positional; tyro reports a missing one
-    ]
-    if missing:
-        exit_with_message(
-            f"error: vitcls {command} requires {', '.join(missing)}. `vitcls {command} --help` "
-            "lists flags"
-        )
-    return flags
-
-
-def check_choices(name: str, type_hint: Any, flags: list[str]) -> None:
-    """Exit with status 2 if a value of a flag is not one of its choices.
-
-    The choices are listed in a fixed order.
-    """
-    choices = list_choices(type_hint)
-    if not choices:
-        return
-    value_types = get_value_types(type_hint)
-    allowed = {*choices, "None"} if NoneType in value_types else set(choices)
-    has_several_values = any(get_origin(each) is tuple for each in value_types)
-    flag = f"--{name.replace('_', '-')}"
-    for value in read_values(flags, flag, has_several_values):
-        if value not in allowed:
-            exit_with_message(
-                f"error: {flag} is {value}, but it must be one of {', '.join(choices)}"
+                f"error: there is no flag {flag}; use --{equivalent.replace('_', '-')}"
             )
 
 
-def list_choices(type_hint: Any) -> list[str]:
-    """Return the choices of a flag; an empty list if it accepts other values as well."""
-    value_types = [each for each in get_value_types(type_hint) if each is not NoneType]
-    if len(value_types) == 1 and get_origin(value_types[0]) is tuple:  # several values
-        value_types = [each for each in get_args(value_types[0]) if each is not Ellipsis]
-    if not all(get_origin(each) is Literal for each in value_types):
-        return []
-    return [str(choice) for each in value_types for choice in get_args(each)]
-
-
-def read_values(flags: list[str], flag: str, has_several_values: bool = False) -> list[str]:
-    """Return all values of a flag, given as `--flag value ...` or `--flag=value`."""
-    values: list[str] = []
-    is_value = False
-    for word in flags:
-        if word.startswith("--"):
-            name, separator, value = word.partition("=")
-            is_value = name.replace("_", "-") == flag
-            values += [value] if is_value and separator else []
-        elif is_value:
-            values.append(word)
-            is_value = has_several_values  # otherwise, paths follow
-    return values
+def check_options(options: Options) -> None:
+    """Exit with status 2 if the values of flags are not allowed, or contradict each other."""
+    try:
+        options.check()
+    except ValueError as error:
+        exit_with_message(f"error: {error}")
 
 
 def check_paths(options: Any) -> None:
@@ -246,54 +188,6 @@ def is_path(source: str) -> bool:
         or len(parts) > 2
         or parts[:1] == ("runs",)
     )
-
-
-def hint(name: str, flag_names: set[str]) -> str:
-    """Return what to use instead of an unknown flag."""
-    if name == "revision" and "model" in flag_names:
-        return (
-            "use --branch" if "branch" in flag_names else "to pin a commit, set --model ID@COMMIT"
-        )
-    similar = find_similar_flag(name, flag_names)
-    return f"use --{similar.replace('_', '-')}" if similar else "`--help` lists the flags"
-
-
-@contextmanager
-def one_line_errors() -> Iterator[None]:
-    """Replace tyro's error boxes with one line. Exit with status 2 after an error."""
-    output = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(output):
-            yield
-    except SystemExit as ended:
-        if not ended.code:
-            raise
-        if (error := find_own_error(ended)) is not None:
-            exit_with_message(f"error: {format_error(error)}")
-        # A box has a title and, between horizontal lines, text; an ASCII terminal gets no vertical
-        # lines.
-        plain_text = re.sub(r"\x1b\[[\d;]*m", "", output.getvalue())  # without colors
-        _, *rows = [line.strip("│ ") for line in plain_text.splitlines()]
-        rows = list(itertools.dropwhile(lambda row: not row.strip("─-"), rows))
-        message = " ".join(itertools.takewhile(lambda row: row.strip("─-"), rows))
-        message = message.partition(" Got errors:")[0]
-        message = message.removeprefix("Error parsing ")
-        type_error = re.compile(
-            r"(--\S+): no type matching (?:{None}\|)?(.+) could be instantiated from \['(.*)'\]\.?"
-        )
-        exit_with_message(f"error: {type_error.sub(NOT_OF_TYPE, message)}")
-
-
-def find_own_error(ended: BaseException) -> BaseException | None:
-    """Return the error of the options' own checks that made tyro exit, if any."""
-    error = ended.__context__
-    while error is not None:
-        frames = list(traceback.walk_tb(error.__traceback__))
-        file = Path(frames[-1][0].f_code.co_filename) if frames else Path()
-        if isinstance(error, ValueError) and PACKAGE_FOLDER in file.parents:
-            return error
-        error = error.__context__
-    return None
 
 
 # Help ---------------------------------------------------------------------------------------------
@@ -432,7 +326,9 @@ def has_working_directory() -> bool:
 
 
 def run_script(
-    options_class: type[Options], run: Callable[[Options], None], arguments: list[str] | None = None
+    options_class: type[ScriptOptions],
+    run: Callable[[ScriptOptions], None],
+    arguments: list[str] | None = None,
 ) -> None:
     """Run a program of scripts/ that is not a subcommand, with the same errors of one line.
 
@@ -441,12 +337,10 @@ def run_script(
         run: The program.
         arguments: The flags. Default: `sys.argv[1:]`.
     """
-    with messages_name_flags(get_flag_fields(options_class)):
-        with one_line_errors():
-            options = tyro.cli(options_class, args=arguments, config=TYRO_CONFIG)
-        silence_libraries()
-        with exit_on_error():
-            run(options)
+    options = tyro.cli(options_class, args=arguments, config=TYRO_CONFIG)
+    silence_libraries()
+    with messages_name_flags(get_flag_fields(options_class)), exit_on_error():
+        run(options)
 
 
 def exit_with_message(message: str, status: int = 2, is_on_all_processes: bool = True) -> NoReturn:

@@ -16,7 +16,7 @@ from ..inference.options import PredictOptions
 from .parsing import exit_with_message
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PredictCommandOptions(PredictOptions):
     __doc__ = PredictOptions.__doc__
 

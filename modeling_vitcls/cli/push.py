@@ -10,9 +10,11 @@ modeling_vitcls/publishing/.
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+from ..runtime.flags import Options
 
-@dataclass(frozen=True)
-class PushOptions:
+
+@dataclass(frozen=True, kw_only=True)
+class PushOptions(Options):
     """Push a model folder to the Hub and verify the pushed commit, or verify a repository."""
 
     model: Path | None = None
@@ -31,7 +33,8 @@ class PushOptions:
     default: main). If --model is set, the outputs of the model in the repository are compared with
     the outputs of --model. Verification runs the code in the repository."""
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        super().check()
         if self.verify_only is None:
             if self.model is None:
                 raise ValueError(

@@ -13,7 +13,7 @@ import tyro
 from ..training.options import VerifyUnchangedOptions
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class VerifyUnchangedCommandOptions(VerifyUnchangedOptions):
     __doc__ = VerifyUnchangedOptions.__doc__
 

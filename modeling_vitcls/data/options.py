@@ -4,14 +4,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from ..runtime.flags import check_minimum, check_value
+from ..runtime.flags import Options, check_minimum, check_value
 
 
 DEFAULT_HELD_OUT_FRACTION = 0.2
 
 
-@dataclass(frozen=True)
-class DataOptions:
+@dataclass(frozen=True, kw_only=True)
+class DataOptions(Options):
     """Dataset and held-out split."""
 
     dataset: str
@@ -70,7 +70,8 @@ class DataOptions:
             return DEFAULT_HELD_OUT_FRACTION
         return self.held_out_fraction
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        super().check()
         fraction = self.held_out_part
         check_value(self, "held_out_fraction", 0 <= fraction < 1, "at least 0 and below 1")
         check_minimum(self, 2, "folds")
@@ -90,8 +91,8 @@ class DataOptions:
         check_minimum(self, 0, "split_seed", "max_unreadable_images", "num_workers")
 
 
-@dataclass(frozen=True)
-class AugmentationOptions:
+@dataclass(frozen=True, kw_only=True)
+class AugmentationOptions(Options):
     """Random augmentation of training images."""
 
     crop_scale: float | None = None
@@ -118,7 +119,8 @@ class AugmentationOptions:
     cutmix: float = 0.0
     """Alpha of CutMix (Yun et al. 2019). 0: off."""
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        super().check()
         check_value(
             self,
             "crop_scale",

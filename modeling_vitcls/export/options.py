@@ -4,9 +4,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from ..runtime.flags import Options
 
-@dataclass(frozen=True)
-class ExportOptions:
+
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions(Options):
     """Export a model.
 
     Nothing is written if the outputs of the graph and the model differ by more than the limit.
@@ -40,7 +42,8 @@ class ExportOptions:
     split: str | None = None
     """Split of --dataset, as in `vitcls evaluate`."""
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        super().check()
         size = self.image_size
         has_dataset = self.dataset is not None
         checks = (

@@ -80,7 +80,7 @@ def load_evaluation(
         config = config.build_task_config(options.task)
     check_is_classifier(config)
 
-    data_options = set_label_columns(options.data, config, folder, options.task)
+    data_options = set_label_columns(options, config, folder, options.task)
     load_data = partial(
         load_evaluation_data,
         data_options,
@@ -90,7 +90,7 @@ def load_evaluation(
     )
     data = load_on_main(accelerator, data_options.dataset, load_data)
 
-    evaluator = build_evaluator(loaded, config, data, options.data, accelerator, warn)
+    evaluator = build_evaluator(loaded, config, data, options, accelerator, warn)
     evaluator.task = options.task
     return EvaluationSetup(model=loaded.model, config=config, evaluator=evaluator, data=data)
 
@@ -204,7 +204,7 @@ def describe_evaluation(
     return {
         "model": options.model,
         **({} if options.task is None else {"task": options.task}),
-        "dataset": options.data.dataset,
+        "dataset": options.dataset,
         "split": data.split,
         "num_left_out_images": data.num_left_out,
         "images_per_second": round(num_images / seconds, 1),

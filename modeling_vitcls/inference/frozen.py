@@ -111,10 +111,10 @@ def evaluate_frozen(options: EvaluateOptions) -> dict[str, Any]:
 
     training_data, held_out_data = load_on_main(
         accelerator,
-        options.data.dataset,
+        options.dataset,
         partial(
             load_fitting_and_evaluation_data,
-            options.data,
+            options,
             options.split,
             select_task(read_splits(folder), None),
             options.max_images,
@@ -123,7 +123,7 @@ def evaluate_frozen(options: EvaluateOptions) -> dict[str, Any]:
     kind = held_out_data.label_space.kind
     if kind != "single_label_classification":
         raise ValueError(
-            f"`frozen={options.frozen!r}` requires one label per image, but {options.data.dataset} "
+            f"`frozen={options.frozen!r}` requires one label per image, but {options.dataset} "
             f"has labels for {kind}. Set a single `label_column`"
         )
     if held_out_data.split == training_data.split and options.split is not None:
@@ -139,7 +139,7 @@ def evaluate_frozen(options: EvaluateOptions) -> dict[str, Any]:
             images=data.images,
             processor=loaded.processor,
             label_space=data.label_space,
-            options=options.data,
+            options=options,
             batch_size=loaded.batch_size,
             accelerator=accelerator,
             num_channels=model.config.num_channels,

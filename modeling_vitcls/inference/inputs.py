@@ -276,7 +276,7 @@ def open_input(options: PredictOptions) -> PredictionInput:
     import datasets
 
     dataset = options.dataset
-    data_options = DataOptions(dataset, image_column=options.image_column)
+    data_options = DataOptions(dataset=dataset, image_column=options.image_column)
     path = Path(dataset)
     if is_built_in_dataset(dataset) or is_idx_folder(path):
         images = select_split(

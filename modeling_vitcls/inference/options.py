@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Literal
 
 from ..data.options import DataOptions, check_stored_images
-from ..runtime.flags import check_minimum, check_value
+from ..runtime.flags import Options, check_minimum, check_value
 
 
 @dataclass(frozen=True, kw_only=True)
-class EngineOptions:
+class EngineOptions(Options):
     """Flags of the forward pass that evaluation and prediction share."""
 
     fit: Literal["squash", "crop", "pad"] | None = None
@@ -27,14 +27,13 @@ class EngineOptions:
     `torch`."""
 
 
-@dataclass(frozen=True)
-class EvaluateOptions(EngineOptions):
+@dataclass(frozen=True, kw_only=True)
+class EvaluateOptions(EngineOptions, DataOptions):
     """Evaluate a vitcls model on labeled images. Each image is counted exactly once."""
 
     model: str
     """Folder or Hub id of a vitcls model (`ID@COMMIT` pins the model), or another ViT, which is
     converted once (`timm:NAME`, `transformers:ID`, a folder, a Hub id, a file)."""
-    data: DataOptions
     split: str | None = None
     """Dataset split, of which all images are evaluated. Default: `test` or, if there is none,
     `validation` or the only split, without the images that the model was trained on."""
@@ -63,8 +62,9 @@ class EvaluateOptions(EngineOptions):
     config: Path | None = None
     """Recipe: a YAML file of flags. Flags on the command line override flags in the recipe."""
 
-    def __post_init__(self) -> None:
-        check_stored_images(self.data)
+    def check(self) -> None:
+        super().check()
+        check_stored_images(self)
         check_minimum(self, 1, "batch_size", "max_images")
         if self.task is not None and (self.frozen or self.audit or self.per_image):
             raise ValueError("`task` only measures a task. Remove `frozen`, `audit`, `per_image`")
@@ -76,8 +76,8 @@ class EvaluateOptions(EngineOptions):
             raise ValueError("`frozen` and `audit` require `backend='torch'`. Remove `backend`")
 
 
-@dataclass(frozen=True)
-class ImageOptions:
+@dataclass(frozen=True, kw_only=True)
+class ImageOptions(Options):
     """Model and image flags that prediction and inspection share. Labels are not required."""
 
     model: str
@@ -97,7 +97,7 @@ class ImageOptions:
     1,600 tokens, for example 8 images of 224 pixels."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PredictOptions(ImageOptions, EngineOptions):
     """Predict the labels of images, or compute the features of images.
 
@@ -131,7 +131,8 @@ class PredictOptions(ImageOptions, EngineOptions):
     """Number of image loading threads per process. Default: the number of CPU cores, but at most
     8."""
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        super().check()
         check_minimum(self, 1, "batch_size", "top_k", "num_workers")
         check_value(self, "threshold", 0 <= self.threshold <= 1, "from 0 to 1")
         if sum(map(bool, (self.paths, self.list, self.dataset))) != 1:

@@ -25,10 +25,10 @@ def prepare_push(options: FinetuneOptions | PretrainOptions) -> str | None:
     ValueError or OSError if a push is not possible.
     """
     is_main_process = os.environ.get("RANK", "0") == "0"  # Accelerate is not initialized yet
-    if not options.run.push_to_hub or not is_main_process:
+    if not options.push_to_hub or not is_main_process:
         return None
     name = options.output_dir.resolve().name
-    return prepare_repository(options.run.hub_model_id, name, options.run.hub_private)
+    return prepare_repository(options.hub_model_id, name, options.hub_private)
 
 
 def build_uploader(options: RunOptions, repo_id: str | None) -> Callable[[Path], None] | None:

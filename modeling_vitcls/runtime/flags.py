@@ -1,17 +1,20 @@
 """Flags of the commands: checks of values, names, and conversion to recipes and command lines.
 
-The options of each command are in options.py of the folder that reads them. Each field is a flag
-(`batch_size` is `--batch-size`) and a key of a recipe file. The docstring below a field is the help
-text of the flag. This file and the options import only the standard library, so that `--help` and
-errors about flags appear immediately.
+The options of each command are one flat dataclass in options.py of the folder that reads them. Each
+field is a flag (`batch_size` is `--batch-size`), a keyword of the Python function, and a key of a
+recipe file. The docstring below a field is the help text of the flag. Fields that several commands
+share are in base classes. This file and the options import only the standard library, so that
+`--help` and errors about flags appear immediately.
 """
 
 import dataclasses
 import difflib
 import types
 from collections.abc import Collection
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Union, get_args, get_origin
+from types import NoneType
+from typing import Any, Literal, Union, get_args, get_origin
 
 
 # Flags of other training scripts -> equivalent flags in this package.
@@ -30,6 +33,17 @@ EQUIVALENT_FLAGS = {
 }
 
 
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Base class of the options of all commands, and of the groups of fields that they share."""
+
+    def check(self) -> None:
+        """Raise ValueError if a value is not allowed, or if fields contradict each other.
+
+        The command line and the Python functions call it once; groups of fields extend it.
+        """
+
+
 def check_value(options: Any, name: str, is_valid: bool, requirement: str) -> None:
     """Raise ValueError with the value of a flag and the requirement if `is_valid` is False."""
     if not is_valid:
@@ -44,20 +58,24 @@ def check_minimum(options: Any, minimum: int, *names: str) -> None:
 
 
 def get_flag_fields(options_class: Any) -> dict[str, dataclasses.Field[Any]]:
-    """Return the fields of an options dataclass and its nested dataclasses, by name."""
-    fields: dict[str, dataclasses.Field[Any]] = {}
-    for option in dataclasses.fields(options_class):
-        if dataclasses.is_dataclass(option.type):
-            fields |= get_flag_fields(option.type)
-        else:
-            fields[option.name] = option
-    return fields
+    """Return the fields of an options class by name."""
+    return {field.name: field for field in dataclasses.fields(options_class)}
 
 
 def get_value_types(type_hint: Any) -> tuple[Any, ...]:
     """Return the types of a union, or the type itself."""
     is_union = get_origin(type_hint) in (Union, types.UnionType)
     return get_args(type_hint) if is_union else (type_hint,)
+
+
+def list_choices(type_hint: Any) -> list[str]:
+    """Return the choices of a flag; an empty list if it accepts other values as well."""
+    value_types = [each for each in get_value_types(type_hint) if each is not NoneType]
+    if len(value_types) == 1 and get_origin(value_types[0]) is tuple:  # several values
+        value_types = [each for each in get_args(value_types[0]) if each is not Ellipsis]
+    if not all(get_origin(each) is Literal for each in value_types):
+        return []
+    return [str(choice) for each in value_types for choice in get_args(each)]
 
 
 def find_similar_flag(name: str, flag_names: Collection[str]) -> str | None:
@@ -75,9 +93,7 @@ def to_flags(options: Any) -> dict[str, Any]:
     """Return a dict of all flags except `--config`. The values can be written to YAML and JSON."""
     flags: dict[str, Any] = {}
     for name, value in vars(options).items():
-        if dataclasses.is_dataclass(value):
-            flags |= to_flags(value)
-        elif isinstance(value, Path):
+        if isinstance(value, Path):
             flags[name] = str(value)
         else:
             flags[name] = list(value) if isinstance(value, tuple) else value

@@ -127,7 +127,7 @@ class Base:
             has_logits=with_logits,
             processor=self.processor,
             label_space=label_space,
-            options=self.options.data,
+            options=self.options,
             batch_size=self.options.batch_size,
             accelerator=self.accelerator,
             num_channels=self.config.num_channels,
@@ -186,15 +186,13 @@ def add_task_from_options(options: AddTaskOptions) -> dict[str, Any]:
             output would change. Nothing is written then.
     """
     check_output_is_empty(options.output_dir, "output_dir")
-    check_output_is_not_read(options.output_dir, options.data.dataset)
+    check_output_is_not_read(options.output_dir, options.dataset)
     base = load_base(options.model, options)
     check_name(options, base.config)
     changes = (options.remove_task, options.name)
     changed_heads = [name for name in base.config.get_added_tasks() if name in changes]
 
-    data = load_training_data(
-        replace(options.data, held_out_fraction=options.data.held_out_fraction or 0.0)
-    )
+    data = load_training_data(replace(options, held_out_fraction=options.held_out_fraction or 0.0))
     model = base.model
     for name in changed_heads:
         model = remove_head(model, name)
@@ -260,7 +258,7 @@ def check_name(options: AddTaskOptions, config: ViTCLSConfig) -> None:
 
 def fit_task(base: Base, data: TrainingData, options: AddTaskOptions) -> FittedHead:
     """Choose and fit the head of a task, and measure it by cross-validation or on held-out images."""
-    check_has_one_label(data.label_space, options.data.dataset)
+    check_has_one_label(data.label_space, options.dataset)
     compute = partial(base.compute_features, label_space=data.label_space)
     images: Any = data.train  # not streamed
     first_images, other_images = split_at_random(images.draw(options.max_images), MAX_CHOICE_IMAGES)
@@ -502,7 +500,7 @@ def add_classes_from_options(options: AddClassOptions) -> dict[str, Any]:
             points. Nothing is written.
     """
     check_output_is_empty(options.output_dir, "output_dir")
-    check_output_is_not_read(options.output_dir, options.data.dataset)
+    check_output_is_not_read(options.output_dir, options.dataset)
     base = load_base(options.model, options)
     label_space = get_label_space(base.config)
     num_old = base.config.num_labels or 0
@@ -528,7 +526,7 @@ def add_classes_from_options(options: AddClassOptions) -> dict[str, Any]:
             is_right = head.predict(held_out, base.get_logits(held_out)) == held_out.labels
         else:
             is_right = cross_validate(statistics, new, base.get_logits(new), names)
-        record = head.record | {"dataset": strip_folders(options.data.dataset)}
+        record = head.record | {"dataset": strip_folders(options.dataset)}
         if len(is_right):
             record["result"] = build_proportion("recall", is_right)
             head.lines["new classes"] = format_proportion(record["result"])
@@ -560,8 +558,8 @@ def load_new_images(
     options: AddClassOptions, label_space: LabelSpace
 ) -> tuple[LabelSpace, LabeledImages, LabeledImages | None]:
     """Return the old and new classes, images of the new classes, and held-out images, if any."""
-    splits = load_splits(options.data)
-    check_has_one_label(splits.label_space, options.data.dataset)
+    splits = load_splits(options)
+    check_has_one_label(splits.label_space, options.dataset)
     names = splits.label_space.names
     if known := sorted(set(names) & set(label_space.names)):
         raise ValueError(
@@ -584,7 +582,7 @@ def load_old_images(base: Base, options: AddClassOptions, label_space: LabelSpac
     that training held out. If it held out none, they are a random half.
     """
     assert options.old_dataset is not None
-    data_options = DataOptions(options.old_dataset, num_workers=options.data.num_workers)
+    data_options = DataOptions(dataset=options.old_dataset, num_workers=options.num_workers)
     splits = load_splits(data_options)
     check_has_one_label(splits.label_space, options.old_dataset)
     names = splits.label_space.names

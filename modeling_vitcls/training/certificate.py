@@ -315,7 +315,7 @@ def verify_models(options: VerifyUnchangedOptions) -> dict[str, Any]:
     old = load_old_model(old_folder)
     load_old_model(new_folder)
     if options.dataset is not None:
-        data_options = DataOptions(options.dataset)
+        data_options = DataOptions(dataset=options.dataset)
         data = load_evaluation_data(data_options, options.split, use_labels=False)
         pixels = read_pixels(data.images, old_folder.load_processor())
     else:

@@ -68,7 +68,7 @@ def resolve_defaults(
     The line has the default values that affect the run, grouped by reason. `num_training_images` is
     None for a stream. For checkpoints, `initializer_range` remains None.
     """
-    config_values = options.model.get_config_values()
+    config_values = options.get_config_values()
     width = config_values.get("hidden_size", initial.config.hidden_size)
     image_size = max(to_pair(config_values.get("image_size", initial.config.image_size)))
     method = get_training_method(options, initial.has_random_weights)
@@ -92,22 +92,22 @@ def resolve_defaults(
         epochs = max_epochs
 
     defaults = (
-        ("training", "learning_rate", choose_learning_rate(method, width), width_reason),
-        ("model", "initializer_range", initializer_range, width_reason),
-        ("training", "layer_decay", 0.75 if is_pretrained else 1.0, method),
-        ("training", "epochs", epochs, dataset_reason),
-        ("training", "batch_size", 64 if is_large else 32, dataset_reason),
-        ("augmentation", "crop_scale", 1.0 if has_small_images else 0.35, size_reason),
-        ("augmentation", "shift", 0.04 if has_small_images else 0.0, size_reason),
+        ("learning_rate", choose_learning_rate(method, width), width_reason),
+        ("initializer_range", initializer_range, width_reason),
+        ("layer_decay", 0.75 if is_pretrained else 1.0, method),
+        ("epochs", epochs, dataset_reason),
+        ("batch_size", 64 if is_large else 32, dataset_reason),
+        ("crop_scale", 1.0 if has_small_images else 0.35, size_reason),
+        ("shift", 0.04 if has_small_images else 0.0, size_reason),
     )
 
     values_by_reason: dict[str, list[str]] = {}
-    for group_name, name, value, reason in defaults:
-        group = getattr(options, group_name)
-        if value is None or getattr(group, name) is not None:
+    for name, value, reason in defaults:
+        if value is None or getattr(options, name) is not None:
             continue
-        options = replace(options, **{group_name: replace(group, **{name: value})})
-        if name != "epochs" or options.training.max_steps is None:
+        changes: dict[str, Any] = {name: value}
+        options = replace(options, **changes)
+        if name != "epochs" or options.max_steps is None:
             text = f"{name.replace('_', ' ')} {value:g}{notes.get(name, '')}"
             values_by_reason.setdefault(reason, []).append(text)
 
@@ -126,7 +126,7 @@ def compute_max_epochs(
 
     It is infinite on GPUs, for streams, and if the user has set the length of the run.
     """
-    has_number = options.training.epochs is not None or options.training.max_steps is not None
+    has_number = options.epochs is not None or options.max_steps is not None
     if has_number or not num_training_images or PartialState().device.type != "cpu":
         return math.inf
 
@@ -147,8 +147,8 @@ def get_training_method(
     """Return the method that determines the learning rate."""
     if isinstance(options, PretrainOptions):
         return "self-supervised"
-    if options.training.trainable in ("head", "lora"):
-        return "LoRA" if options.training.trainable == "lora" else "new head on frozen weights"
+    if options.trainable in ("head", "lora"):
+        return "LoRA" if options.trainable == "lora" else "new head on frozen weights"
     return "random weights" if has_random_weights else "pre-trained weights"
 
 

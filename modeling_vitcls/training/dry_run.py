@@ -33,7 +33,7 @@ def build_dry_run_options(options: Any) -> Iterator[Any]:
     The folder is removed at the end of the `with` block. Raise ValueError if the full run would not
     be allowed to replace the files in the output folder.
     """
-    if not options.run.resume:
+    if not options.resume:
         check_replaceable(
             options, CheckpointStore(options.output_dir / CHECKPOINTS_FOLDER, num_kept=1)
         )
@@ -48,8 +48,8 @@ def build_dry_run_options(options: Any) -> Iterator[Any]:
         yield replace(
             options,
             output_dir=folder / options.output_dir.name,
-            training=replace(options.training, log_every=1),
-            run=replace(options.run, resume=False),
+            log_every=1,
+            resume=False,
         )
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -100,7 +100,7 @@ def describe_dry_run(
         seconds: duration of the dry run.
     """
     epochs = full_plan.count_epochs(full_plan.num_steps) if full_plan.num_images else 1.0
-    num_evaluations = math.ceil(epochs / options.training.evaluate_every)
+    num_evaluations = math.ceil(epochs / options.evaluate_every)
     # The first step is slower than later steps.
     full_seconds = full_plan.num_steps * min(
         loop.step_seconds[1:] or loop.step_seconds, default=0.0

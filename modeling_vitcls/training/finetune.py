@@ -53,15 +53,15 @@ def load_data(options: FinetuneOptions, initial: InitialModel) -> TrainingData:
     For pre-trained weights, `--select` is best by default if the dataset has enough images for a
     selection split.
     """
-    is_pretrained = not initial.has_random_weights and options.training.trainable != "head"
-    can_select = options.data.held_out_fraction != 0 and not options.data.streaming
+    is_pretrained = not initial.has_random_weights and options.trainable != "head"
+    can_select = options.held_out_fraction != 0 and not options.streaming
 
     data = None
-    if options.training.select is None and is_pretrained and can_select:
+    if options.select is None and is_pretrained and can_select:
         with suppress(ValueError):  # too few images; other errors are raised again below
-            data = load_training_data(options.data, True)
+            data = load_training_data(options, True)
     if data is None:
-        data = load_training_data(options.data, options.training.needs_selection)
+        data = load_training_data(options, options.needs_selection)
 
     check_label_kind(options, data.label_space.kind)
     return data
@@ -72,18 +72,13 @@ def build_training_setup(
 ) -> TrainingSetup:
     """Load the model and the teacher, freeze parameters, and build loss and evaluation."""
     accelerator = reporter.accelerator
-    training_options = options.training
     labels = data.label_space
-    model, processor, new_parameter_names = build_model(options.model, initial, labels)
+    model, processor, new_parameter_names = build_model(options, initial, labels)
     teacher = None
-    if options.distillation.teacher is not None:
-        teacher = load_teacher(
-            options.distillation.teacher, labels, model.config, accelerator.device
-        )
+    if options.teacher is not None:
+        teacher = load_teacher(options.teacher, labels, model.config, accelerator.device)
 
-    set_trainable_parameters(
-        model, training_options.trainable, training_options.lora_rank, new_parameter_names
-    )
+    set_trainable_parameters(model, options.trainable, options.lora_rank, new_parameter_names)
 
     evaluator_arguments = build_evaluator_arguments(
         options, data, processor, model.config.num_channels, reporter
@@ -98,12 +93,12 @@ def build_training_setup(
         probe = Probe(
             model=model,
             arguments=evaluator_arguments,
-            max_images=None if training_options.trainable == "head" else MAX_PROBE_IMAGES,
-            fit=options.model.fit,
-            pooling=options.model.pooling,
-            pooled_layers=options.model.pooled_layers,
-            has_statistics=training_options.statistics,
-            class_weight="balanced" if training_options.class_balance == "weights" else None,
+            max_images=None if options.trainable == "head" else MAX_PROBE_IMAGES,
+            fit=options.fit,
+            pooling=options.pooling,
+            pooled_layers=options.pooled_layers,
+            has_statistics=options.statistics,
+            class_weight="balanced" if options.class_balance == "weights" else None,
         )
     else:
         summary_lines["probe"] = f"off, because {missing_probe_reason}"
@@ -115,7 +110,7 @@ def build_training_setup(
         f"{len(names)} of {column!r}" for column, names in labels.columns.items()
     )
 
-    teacher_name = options.distillation.teacher
+    teacher_name = options.teacher
     return TrainingSetup(
         model,
         processor,
@@ -131,8 +126,8 @@ def build_training_setup(
         describe_imbalance=partial(describe_imbalance, options),
         results={
             "teacher": strip_folders(teacher_name) if teacher_name else None,
-            "label_column": list(options.data.label_column or labels.columns),
-            "label_separator": options.data.label_separator,
+            "label_column": list(options.label_column or labels.columns),
+            "label_separator": options.label_separator,
         },
         probe=probe,
     )
@@ -157,7 +152,7 @@ def describe_imbalance(options: FinetuneOptions, data: TrainingData, has_steps: 
     The largest then has more than `MAX_CLASS_RATIO` times as many training images as the smallest.
     A run without steps measures what class weights would change.
     """
-    if options.training.class_balance != "none" or not has_steps:
+    if options.class_balance != "none" or not has_steps:
         return []
     if data.class_ratio <= MAX_CLASS_RATIO:
         return []
@@ -180,13 +175,11 @@ def build_objective(
     accelerator: Accelerator,
 ) -> losses.LabelObjective:
     """Build the label loss, combined with the distillation loss if a teacher is set."""
-    augmentation = options.augmentation
     labels = data.label_space
     mixer = None
-    if augmentation.mixup or augmentation.cutmix:
-        mixer = BatchMixer(augmentation, len(labels.names))
+    if options.mixup or options.cutmix:
+        mixer = BatchMixer(options, len(labels.names))
     label_loss = build_label_loss(options, data, accelerator.device)
-    distillation = options.distillation
     if teacher is None:
         return losses.LabelObjective(normalize, label_loss, mixer)
 
@@ -194,10 +187,10 @@ def build_objective(
         with accelerator.autocast():
             teacher_logits = teacher(batch["pixels"])
         return losses.compute_distillation_loss(
-            distillation.distillation, logits, teacher_logits, distillation.distillation_tau
+            options.distillation, logits, teacher_logits, options.distillation_tau
         )
 
-    alpha = distillation.distillation_alpha
+    alpha = options.distillation_alpha
     return losses.LabelObjective(normalize, label_loss, mixer, compute_loss, alpha)
 
 
@@ -206,7 +199,7 @@ def build_label_loss(
 ) -> losses.LabelLossFunction:
     labels = data.label_space
     class_weights = None
-    if options.training.class_balance == "weights" and isinstance(data.train, LabeledImages):
+    if options.class_balance == "weights" and isinstance(data.train, LabeledImages):
         class_weights = compute_class_weights(data.train.labels, len(labels.names)).to(device)
     functions: dict[str, Callable[..., torch.Tensor]] = {
         "single_label_classification": partial(
@@ -215,7 +208,7 @@ def build_label_loss(
         "multi_label_classification": losses.compute_multi_label_loss,
         "multi_task": losses.compute_multi_task_loss,
     }
-    return partial(functions[labels.kind], label_smoothing=options.training.label_smoothing)
+    return partial(functions[labels.kind], label_smoothing=options.label_smoothing)
 
 
 # Checks -------------------------------------------------------------------------------------------
@@ -227,21 +220,20 @@ def check_options(options: FinetuneOptions) -> FinetuneOptions:
     With a teacher, the default of num_distillation_tokens is 1. Raise ValueError if flags
     contradict each other.
     """
-    training_options = options.training
-    if options.distillation.teacher is not None and options.model.num_distillation_tokens is None:
-        options = replace(options, model=replace(options.model, num_distillation_tokens=1))
-    if options.distillation.teacher is not None and not options.model.num_distillation_tokens:
+    if options.teacher is not None and options.num_distillation_tokens is None:
+        options = replace(options, num_distillation_tokens=1)
+    if options.teacher is not None and not options.num_distillation_tokens:
         raise ValueError(
             "`teacher` requires `num_distillation_tokens=1` or more. Change it, or remove `teacher`"
         )
 
-    if training_options.trainable != "full" and is_preset(options.model.model):
+    if options.trainable != "full" and is_preset(options.model):
         raise ValueError(
-            f"`trainable={training_options.trainable!r}` requires trained weights, but "
-            f"{options.model.model} has random weights. Set `model` to a checkpoint"
+            f"`trainable={options.trainable!r}` requires trained weights, but "
+            f"{options.model} has random weights. Set `model` to a checkpoint"
         )
 
-    if options.data.streaming and training_options.class_balance != "none":
+    if options.streaming and options.class_balance != "none":
         raise ValueError(
             "`class_balance` requires all labels, which `streaming=True` does not read. Remove one "
             "flag"
@@ -252,10 +244,10 @@ def check_options(options: FinetuneOptions) -> FinetuneOptions:
 def check_label_kind(options: FinetuneOptions, kind: str) -> None:
     """Raise ValueError for a flag that requires one label per image, if the labels are others."""
     flags = {
-        "mixup": bool(options.augmentation.mixup),
-        "cutmix": bool(options.augmentation.cutmix),
-        "class_balance": options.training.class_balance != "none",
-        "teacher": options.distillation.teacher is not None,
+        "mixup": bool(options.mixup),
+        "cutmix": bool(options.cutmix),
+        "class_balance": options.class_balance != "none",
+        "teacher": options.teacher is not None,
     }
     for flag, is_set in flags.items():
         if is_set and kind != "single_label_classification":

@@ -33,18 +33,16 @@ def run_folds(options: Any, train_fold: Callable[[Any], dict[str, Any]]) -> dict
     (`--folds`). Write folds.json and return its content. `train_fold` returns the contents of
     results.json. Raise ValueError if --push-to-hub is set.
     """
-    if options.run.push_to_hub:
+    if options.push_to_hub:
         raise ValueError(
             "`folds` trains several models, but `push_to_hub=True` pushes only one model. Remove "
             "one of the two flags"
         )
 
     results = []
-    for fold in range(1, options.data.folds + 1):
+    for fold in range(1, options.folds + 1):
         folder = options.output_dir / f"fold-{fold}"
-        results.append(
-            train_fold(replace(options, output_dir=folder, data=replace(options.data, fold=fold)))
-        )
+        results.append(train_fold(replace(options, output_dir=folder, fold=fold)))
 
     metric = results[0]["selection_metric"]
     folds = [

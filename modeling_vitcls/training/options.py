@@ -2,16 +2,16 @@
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
 from ..data.options import AugmentationOptions, DataOptions, check_stored_images
-from ..runtime.flags import check_minimum, check_value
+from ..runtime.flags import Options, check_minimum, check_value
 
 
-@dataclass(frozen=True)
-class ModelOptions:
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions(Options):
     """Model. Flags that are not set keep the values of the preset or checkpoint."""
 
     model: str
@@ -71,14 +71,16 @@ class ModelOptions:
     """Standard deviation of new weights. Default: depends on the width of the preset
     (training/defaults.py), because narrow models learn slowly with the common value of 0.02."""
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        super().check()
         parse_cls_scopes(self.cls_scopes or ())  # raises ValueError if a value is invalid
 
     def get_config_values(self) -> dict[str, Any]:
         """Return the ViTCLSConfig fields that these options set, with their values."""
+        values = {field.name: getattr(self, field.name) for field in fields(ModelOptions)}
         config_values = {
             name: value
-            for name, value in vars(self).items()
+            for name, value in values.items()
             if name not in ("model", "fit", "bit_depth") and value not in (None, "native")
         }
 
@@ -114,8 +116,8 @@ def parse_cls_scopes(values: Sequence[str]) -> list[str | list[int]]:
     return scopes
 
 
-@dataclass(frozen=True)
-class TrainingOptions:
+@dataclass(frozen=True, kw_only=True)
+class TrainingOptions(Options):
     """Training and evaluation."""
 
     epochs: float | None = None
@@ -192,7 +194,8 @@ class TrainingOptions:
     reported metrics do not use these images. Default: best for pre-trained weights if the dataset
     has enough images, otherwise last."""
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        super().check()
         check_minimum(
             self,
             1,
@@ -238,8 +241,8 @@ class TrainingOptions:
         return self.select == "best" or self.early_stopping is not None
 
 
-@dataclass(frozen=True)
-class DistillationOptions:
+@dataclass(frozen=True, kw_only=True)
+class DistillationOptions(Options):
     """Distillation from a teacher (DeiT, Touvron et al. 2021).
 
     The distillation token is trained on the predictions of the teacher, and the CLS token is
@@ -258,17 +261,23 @@ class DistillationOptions:
     distillation_tau: float = 3.0
     """Temperature of soft distillation. The DeiT paper uses 3."""
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        super().check()
         check_value(
             self, "distillation_alpha", 0 < self.distillation_alpha <= 1, "above 0 and at most 1"
         )
         check_value(self, "distillation_tau", self.distillation_tau > 0, "above 0")
 
 
-@dataclass(frozen=True)
-class RunOptions:
+@dataclass(frozen=True, kw_only=True)
+class RunOptions(Options):
     """Output, checkpoints, experiment trackers and the Hub."""
 
+    output_dir: Path
+    """Output folder. To continue an earlier run in this folder, set --resume. To replace the
+    earlier run, set --overwrite."""
+    config: Path | None = None
+    """Recipe: a YAML file of flags. Flags on the command line override flags in the recipe."""
     resume: bool = False
     """Resume from the newest checkpoint in --output-dir, or start from the beginning if there is no
     checkpoint."""
@@ -310,7 +319,12 @@ class RunOptions:
     training images, even if the repository is public and the images are local files. Images of
     `digits` and of datasets on the Hub are always published."""
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        super().check()
+        if self.output_dir.is_file():
+            raise ValueError(
+                f"`output_dir={str(self.output_dir)!r}` is a file. Set `output_dir` to a folder"
+            )
         check_minimum(self, 1, "save_every", "keep_checkpoints")
         is_valid_branch = self.hub_checkpoint_branch not in ("", "main")
         check_value(self, "hub_checkpoint_branch", is_valid_branch, "a branch other than main")
@@ -325,37 +339,16 @@ class RunOptions:
             )
 
 
-@dataclass(frozen=True)
-class CommonOptions:
-    """Flags of both fine-tuning and pre-training."""
-
-    output_dir: Path
-    """Output folder. To continue an earlier run in this folder, set --resume. To replace the
-    earlier run, set --overwrite."""
-    data: DataOptions
-    model: ModelOptions
-    augmentation: AugmentationOptions = field(default_factory=AugmentationOptions)
-    training: TrainingOptions = field(default_factory=TrainingOptions)
-    run: RunOptions = field(default_factory=RunOptions)
-    config: Path | None = None
-    """Recipe: a YAML file of flags. Flags on the command line override flags in the recipe."""
-
-    def __post_init__(self) -> None:
-        if self.output_dir.is_file():
-            raise ValueError(
-                f"`output_dir={str(self.output_dir)!r}` is a file. Set `output_dir` to a folder"
-            )
-
-
-@dataclass(frozen=True)
-class FinetuneOptions(CommonOptions):
+# The fields of the last base class come first.
+@dataclass(frozen=True, kw_only=True)
+class FinetuneOptions(
+    RunOptions, DistillationOptions, TrainingOptions, AugmentationOptions, DataOptions, ModelOptions
+):
     """Fine-tune a ViT on labeled images, evaluate it on held-out images, and save the results."""
 
-    distillation: DistillationOptions = field(default_factory=DistillationOptions)
 
-
-@dataclass(frozen=True)
-class LeJEPAOptions:
+@dataclass(frozen=True, kw_only=True)
+class LeJEPAOptions(Options):
     """Views and loss of LeJEPA (Balestriero and LeCun 2025)."""
 
     global_crops: int = 2
@@ -370,7 +363,8 @@ class LeJEPAOptions:
     projector_width: int = 1024
     """Channels of the projector's two hidden layers."""
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        super().check()
         check_minimum(self, 1, "global_crops", "projector_width")
         check_minimum(self, 0, "local_crops")
         check_value(
@@ -382,8 +376,8 @@ class LeJEPAOptions:
         check_value(self, "sigreg_weight", 0 < self.sigreg_weight < 1, "between 0 and 1")
 
 
-@dataclass(frozen=True)
-class MAEOptions:
+@dataclass(frozen=True, kw_only=True)
+class MAEOptions(Options):
     """Masks and decoder of MAE (He et al. 2021)."""
 
     mask_ratio: float = 0.75
@@ -391,26 +385,32 @@ class MAEOptions:
     decoder_layers: int = 4
     """Layers of the decoder. The paper uses 8 for ViT-B."""
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        super().check()
         check_value(self, "mask_ratio", 0 < self.mask_ratio < 1, "between 0 and 1")
         check_minimum(self, 1, "decoder_layers")
 
 
-@dataclass(frozen=True)
-class PretrainOptions(CommonOptions):
+@dataclass(frozen=True, kw_only=True)
+class PretrainOptions(
+    RunOptions,
+    MAEOptions,
+    LeJEPAOptions,
+    TrainingOptions,
+    AugmentationOptions,
+    DataOptions,
+    ModelOptions,
+):
     """Pre-train a ViT on images without labels. The pre-trained model can be fine-tuned."""
 
     method: Literal["lejepa", "mae"] = "lejepa"
     """LeJEPA trains the pooled token (CLS), and MAE reconstructs masked patches."""
-    lejepa: LeJEPAOptions = field(default_factory=LeJEPAOptions)
-    mae: MAEOptions = field(default_factory=MAEOptions)
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdditionOptions:
+class AdditionOptions(DataOptions):
     """Flags that `add-task` and `add-class` share."""
 
-    data: DataOptions
     output_dir: Path
     """Output folder, which must be empty or must not exist."""
     batch_size: int = 64
@@ -419,7 +419,7 @@ class AdditionOptions:
     """Precision of the forward pass, as in `vitcls evaluate`."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class AddTaskOptions(AdditionOptions):
     """Add a task to a finished model, whose other outputs stay equal to the bit.
 
@@ -439,9 +439,10 @@ class AddTaskOptions(AdditionOptions):
     max_images: int | None = None
     """Maximum number of images that the classifier is fitted to, drawn at random. Default: all."""
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        super().check()
         check_minimum(self, 1, "batch_size", "max_images")
-        check_stored_images(self.data)
+        check_stored_images(self)
         if self.name is None and self.remove_task is None:
             raise ValueError(
                 "`name` is missing. Set `name` to the name of the task, or `remove_task`"
@@ -456,7 +457,7 @@ class AddTaskOptions(AdditionOptions):
             )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class AddClassOptions(AdditionOptions):
     """Add classes to a finished classifier.
 
@@ -472,14 +473,15 @@ class AddClassOptions(AdditionOptions):
     """Limit of this loss, in points: the images of old classes that were right, and are predicted
     as a new class."""
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        super().check()
         check_minimum(self, 1, "batch_size")
         check_value(self, "max_old_loss", 0 <= self.max_old_loss <= 100, "from 0 to 100")
-        check_stored_images(self.data)
+        check_stored_images(self)
 
 
-@dataclass(frozen=True)
-class VerifyUnchangedOptions:
+@dataclass(frozen=True, kw_only=True)
+class VerifyUnchangedOptions(Options):
     """Compare two models: weights and outputs, to the bit. The exit status is 1 if they differ."""
 
     old: str

@@ -89,7 +89,7 @@ def check_replaceable(options: Any, store: CheckpointStore) -> None:
     contains the checkpoints in the output folder.
     """
     folder = options.output_dir
-    if options.run.overwrite:
+    if options.overwrite:
         check_sources_not_removed(options)
         return
 
@@ -273,8 +273,8 @@ def write_model_files(
         provenance = find_provenance(initial.name)
         provenance.copy_license(folder)
         results["provenance"] = provenance.to_dict()
-    if isinstance(options, FinetuneOptions) and options.distillation.teacher is not None:
-        results["teacher_provenance"] = find_provenance(options.distillation.teacher).to_dict()
+    if isinstance(options, FinetuneOptions) and options.teacher is not None:
+        results["teacher_provenance"] = find_provenance(options.teacher).to_dict()
 
     # `model` may be sharded
     saved_model = unsharded_class.from_pretrained(folder).to(model.device).eval()

@@ -57,29 +57,26 @@ def check_options(options: PretrainOptions) -> PretrainOptions:
             raise ValueError(f"`{name}` is supported only in fine-tuning. Remove the flag")
 
     if options.method == "lejepa":  # draws its own crops
-        augmentation = options.augmentation
-        crop_scale = augmentation.crop_scale or 1.0
-        shift = augmentation.shift or 0.0
-        options = replace(
-            options, augmentation=replace(augmentation, crop_scale=crop_scale, shift=shift)
-        )
+        crop_scale = options.crop_scale or 1.0
+        shift = options.shift or 0.0
+        options = replace(options, crop_scale=crop_scale, shift=shift)
     return options
 
 
 def load_data(options: PretrainOptions, initial: InitialModel) -> TrainingData:
     """Load the training images and the held-out images, with labels if the dataset has any."""
-    should_select = options.training.needs_selection
+    should_select = options.needs_selection
     try:
-        return load_training_data(options.data, should_select)
+        return load_training_data(options, should_select)
     except ValueError:  # no labels, or another problem, which the next call reports
-        return load_training_data(options.data, should_select, use_labels=False)
+        return load_training_data(options, should_select, use_labels=False)
 
 
 def build_training_setup(
     options: PretrainOptions, initial: InitialModel, data: TrainingData, reporter: Reporter
 ) -> TrainingSetup:
     """Load the model, and build loss and evaluation."""
-    encoder, processor = build_encoder(options.model, initial)
+    encoder, processor = build_encoder(options, initial)
     config = encoder.config
     device = reporter.accelerator.device
     normalize = Normalizer(processor, device)
@@ -88,17 +85,16 @@ def build_training_setup(
     method: Any
     objective: Objective
     if options.method == "mae":
-        method = MAE(encoder, build_decoder_config(config, options.mae.decoder_layers))
-        objective = MAEObjective(normalize, rows * columns, options.mae.mask_ratio)
-        masks = draw_masks(1, rows * columns, options.mae.mask_ratio, torch.device("cpu"))
+        method = MAE(encoder, build_decoder_config(config, options.decoder_layers))
+        objective = MAEObjective(normalize, rows * columns, options.mask_ratio)
+        masks = draw_masks(1, rows * columns, options.mask_ratio, torch.device("cpu"))
         num_masked = int(masks.sum())
         summary = f"MAE: {num_masked} of {rows} x {columns} patches are masked"
     else:
-        lejepa = options.lejepa
-        method = LeJEPA(encoder, lejepa.projector_width)
-        objective = LeJEPAObjective(normalize, lejepa, config.patch_height_width)
+        method = LeJEPA(encoder, options.projector_width)
+        objective = LeJEPAObjective(normalize, options, config.patch_height_width)
         summary = (
-            f"LeJEPA: {lejepa.global_crops} global and {lejepa.local_crops} local crops per image"
+            f"LeJEPA: {options.global_crops} global and {options.local_crops} local crops per image"
         )
 
     has_single_labels = data.label_space.kind == "single_label_classification"
@@ -106,7 +102,7 @@ def build_training_setup(
     arguments = build_evaluator_arguments(options, data, processor, config.num_channels, reporter)
     neighbors = None
     if has_labels and isinstance(data.train, LabeledImages):
-        neighbors = ImagePass(data.train.draw(MAX_NEIGHBORS, options.data.split_seed), **arguments)
+        neighbors = ImagePass(data.train.draw(MAX_NEIGHBORS, options.split_seed), **arguments)
 
     def build_evaluator(images: LabeledImages, with_regression: bool = False) -> FeatureQuality:
         return FeatureQuality(

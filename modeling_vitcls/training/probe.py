@@ -87,8 +87,8 @@ def explain_missing_probe(
     """Return the reason why a run has no probe, or None if it has one."""
     reasons = {
         "the initial weights are random": has_random_weights,
-        "`probe=False` is set": not options.training.probe,
-        "the dataset is a stream": options.data.streaming,
+        "`probe=False` is set": not options.probe,
+        "the dataset is a stream": options.streaming,
         "the dataset does not have one label per image": label_kind
         != "single_label_classification",
         "the model has a distillation head": getattr(model, "distillation_classifier", None)
@@ -115,8 +115,7 @@ def explain_missing_steps(
         device: device of the run.
         is_length_set: whether the user has set the number of epochs or steps.
     """
-    training = options.training
-    if training.trainable == "head":
+    if options.trainable == "head":
         return "none: `trainable='head'` keeps the encoder, and the classifier is the regression"
 
     num_selection = None if data.selection is None else len(data.selection)
@@ -126,12 +125,12 @@ def explain_missing_steps(
             "frozen model, which is saved. Set `select='last'` to fine-tune on all images"
         )
 
-    flops = FLOPS_OF_STEP * forward_flops * data.num_training_images * training.epochs
+    flops = FLOPS_OF_STEP * forward_flops * data.num_training_images * options.epochs
     if device.type == "cpu" and not is_length_set and flops > MAX_CPU_FLOPS:
         minutes = math.ceil(flops / CPU_FLOPS_PER_MINUTE)
         return (
-            f"none: {training.epochs:g} epochs would take about {minutes:,} minutes on this CPU, "
-            f"so that the frozen model is saved. Set `epochs={training.epochs:g}` to fine-tune"
+            f"none: {options.epochs:g} epochs would take about {minutes:,} minutes on this CPU, "
+            f"so that the frozen model is saved. Set `epochs={options.epochs:g}` to fine-tune"
         )
     return None
 

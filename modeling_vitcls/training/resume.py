@@ -12,7 +12,7 @@ taken from the record, so that they do not depend on the machine that resumes th
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -61,10 +61,9 @@ class RecordedFlags:
 
 def resolve_local_paths(options: Any) -> Any:
     """Return the options with absolute paths for a local dataset, model and teacher."""
-    data = options.data
-    dataset = resolve_name(data.dataset)
-    exclude = data.exclude and data.exclude.absolute()
-    options = replace(options, data=replace(data, dataset=dataset, exclude=exclude))
+    dataset = resolve_name(options.dataset)
+    exclude = options.exclude and options.exclude.absolute()
+    options = replace(options, dataset=dataset, exclude=exclude)
     return replace_sources(
         options,
         lambda flag, source: resolve_name(
@@ -87,13 +86,11 @@ def pin_models(options: Any) -> Any:
 
 def replace_sources(options: Any, convert: Callable[[str, str], str]) -> Any:
     """Return the options with another model and teacher: `convert(flag, value)`."""
-    options = replace(
-        options, model=replace(options.model, model=convert("model", options.model.model))
-    )
-    if isinstance(options, PretrainOptions) or options.distillation.teacher is None:
+    options = replace(options, model=convert("model", options.model))
+    if isinstance(options, PretrainOptions) or options.teacher is None:
         return options
-    teacher = convert("teacher", options.distillation.teacher)
-    return replace(options, distillation=replace(options.distillation, teacher=teacher))
+    teacher = convert("teacher", options.teacher)
+    return replace(options, teacher=teacher)
 
 
 def get_relative_flags(options: Any, should_strip: bool = False) -> dict[str, Any]:
@@ -104,9 +101,7 @@ def get_relative_flags(options: Any, should_strip: bool = False) -> dict[str, An
     """
     convert = strip_folders if should_strip else make_relative
     options = replace_sources(options, lambda _, source: convert(source))
-    flags = to_flags(
-        replace(options, data=replace(options.data, dataset=convert(options.data.dataset)))
-    )
+    flags = to_flags(replace(options, dataset=convert(options.dataset)))
     paths = {name: flags[name] and convert(flags[name]) for name in ("output_dir", "exclude")}
     return flags | paths
 
@@ -153,15 +148,12 @@ def use_chosen_values(options: Any, chosen: dict[str, Any]) -> Any:
 
     The flags of the resumed run are checked (`check_flags_unchanged`).
     """
-    for field in fields(options):
-        value = getattr(options, field.name)
-        if is_dataclass(value):
-            options = replace(options, **{field.name: use_chosen_values(value, chosen)})
-        elif field.name in chosen and (value is None or field.name in PATH_FLAGS):
-            stored = chosen[field.name]
-            stored = tuple(stored) if isinstance(stored, list) else stored
-            options = replace(options, **{field.name: stored})
-    return options
+    values = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in chosen.items()
+        if getattr(options, name) is None or name in PATH_FLAGS
+    }
+    return replace(options, **values)
 
 
 def check_flags_unchanged(recorded: RecordedFlags, asked: dict[str, Any], folder: Path) -> None:

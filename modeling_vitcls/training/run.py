@@ -90,11 +90,11 @@ def train(
             resumed.
         RunStopped: after a signal, a non-finite loss, too many unreadable images, or a full disk.
     """
-    check_preset_name(options.model.model)
+    check_preset_name(options.model)
     kind = pretrain if isinstance(options, PretrainOptions) else finetune
     options = resolve_local_paths(options)
-    check_output_is_not_read(options.output_dir, options.data.dataset)
-    if options.run.dry_run:
+    check_output_is_not_read(options.output_dir, options.dataset)
+    if options.dry_run:
         with build_dry_run_options(options) as dry_run_options:
             return run(kind, dry_run_options, None)
     return run(kind, options, on_checkpoint)
@@ -113,13 +113,13 @@ def run(kind: ModuleType, asked: Options, on_checkpoint: Callable[[Path], None] 
         if environment.is_finished:
             # killed at the end
             shutil.rmtree(folder / STAGING_FOLDER, ignore_errors=True)
-            if options.run.keep_checkpoints is None:
+            if options.keep_checkpoints is None:
                 environment.store.clear()
             reporter.print_line("finished", f"{folder} already contains the results of this run")
             return folder
 
         loaded = load(kind, options, environment)
-        if options.run.dry_run:
+        if options.dry_run:
             loaded = reduce_for_dry_run(loaded)
         print_summary(loaded, environment)
 
@@ -144,9 +144,9 @@ def run(kind: ModuleType, asked: Options, on_checkpoint: Callable[[Path], None] 
             evaluator=result.evaluator,
             nearest_images=result.nearest_images,
         )
-        if options.run.keep_checkpoints is None:
+        if options.keep_checkpoints is None:
             run_on_main(accelerator, environment.store.clear)
-        print_end = print_estimate if options.run.dry_run else print_result
+        print_end = print_estimate if options.dry_run else print_result
         print_end(results, loaded, trained, environment)
 
         # DDP must not outlive its process group: with torch 2.11, gloo may wait forever
@@ -236,22 +236,20 @@ def train_steps(
     with (
         SignalHandler(accelerator) as signals,
         reporter.progress,
-        stop_on_errors(options.data.num_workers),
+        stop_on_errors(options.num_workers),
     ):
         loop = TrainingLoop(
             state=state,
             objective=setup.objective,
             evaluate_model=evaluators.selection,
             plan=plan,
-            options=options.training,
+            options=options,
             accelerator=accelerator,
             reporter=reporter,
             store=environment.store,
             selection_metric=setup.selection_metric,
-            unreadable_images=UnreadableImageCounter(
-                reporter.warn, options.data.max_unreadable_images
-            ),
-            save_every=options.run.save_every or default_save_every,
+            unreadable_images=UnreadableImageCounter(reporter.warn, options.max_unreadable_images),
+            save_every=options.save_every or default_save_every,
             evaluated_images="held_out" if data.selection is None else "selection",
             signals=signals,
             run_metadata=loaded.metadata,
@@ -262,7 +260,7 @@ def train_steps(
             reporter.print_line("resumed", f"after step {state.step:,} of {plan.num_steps:,}")
         reporter.start_after(state.step - bool(state.pending_record), plan.num_steps)
         accelerator.wait_for_everyone()
-        if options.run.log_with:
+        if options.log_with:
             start_trackers(accelerator, options)
 
         if not loaded.has_steps:
@@ -273,12 +271,12 @@ def train_steps(
             loop.evaluate_step(HeadEvaluator(frozen.selection, frozen.probe.candidate_))
 
         batches = iterate_training_batches(
-            images, plan, accelerator.process_index, options.data.num_workers, state.step
+            images, plan, accelerator.process_index, options.num_workers, state.step
         )
         with closing(batches):  # closing stops the data loading workers
             metrics = loop.run(batches)
 
-        if options.training.select == "best":
+        if options.select == "best":
             selected_step = loop.load_best_weights()
             text = f"the checkpoint of step {selected_step:,}, with the best evaluation"
             if selected_step == 0:
@@ -454,14 +452,12 @@ def compute_outputs(evaluate: Any, model: Any) -> tuple[np.ndarray, np.ndarray]:
 
 def prepare_state(options: Any, setup: TrainingSetup, accelerator: Accelerator) -> TrainingState:
     """Prepare model and optimizer for the launch configuration, and build the moving average."""
-    if options.training.compile:
+    if options.compile:
         setup.model.compile()
     configure_layer_sharding(accelerator, setup.model)
-    state = TrainingState(
-        *accelerator.prepare(setup.model, build_optimizer(setup.model, options.training))
-    )
-    if options.training.ema_decay:
-        state.ema = Ema(state.model, options.training.ema_decay)
+    state = TrainingState(*accelerator.prepare(setup.model, build_optimizer(setup.model, options)))
+    if options.ema_decay:
+        state.ema = Ema(state.model, options.ema_decay)
     return state
 
 

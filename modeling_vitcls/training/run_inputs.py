@@ -86,18 +86,17 @@ def set_up(asked: Options, lock: FolderLock) -> Environment:
     """Build the accelerator, open the output folder, and load the checkpoint to resume from."""
     start_time = time.perf_counter()
     folder = asked.output_dir
-    training = asked.training
     accelerator = build_accelerator(
-        training.gradient_accumulation_steps,
-        training.mixed_precision,
-        asked.run.log_with,
+        asked.gradient_accumulation_steps,
+        asked.mixed_precision,
+        asked.log_with,
         folder / "trackers",
     )
-    set_seed(training.seed)
+    set_seed(asked.seed)
 
     reporter = Reporter(folder / output_folder.METRICS_FILE, accelerator)
     store = CheckpointStore(
-        folder / CHECKPOINTS_FOLDER, asked.run.keep_checkpoints or NUM_KEPT_DURING_RUN
+        folder / CHECKPOINTS_FOLDER, asked.keep_checkpoints or NUM_KEPT_DURING_RUN
     )
     checkpoint, is_finished = run_on_main(
         accelerator, partial(open_folder, asked, lock, store, reporter.warn)
@@ -123,10 +122,10 @@ def open_folder(
     """
     folder = asked.output_dir
     lock.acquire()
-    if asked.run.resume and output_folder.is_finished(folder):
+    if asked.resume and output_folder.is_finished(folder):
         check_flags_unchanged(read_finished_flags(folder), to_flags(asked), folder)
         return None, True
-    checkpoint = store.load_newest(warn) if asked.run.resume else None
+    checkpoint = store.load_newest(warn) if asked.resume else None
     if checkpoint is None:
         output_folder.check_replaceable(asked, store)
         return None, False
@@ -145,13 +144,11 @@ def load(kind: Any, options: Options, environment: Environment) -> Loaded:
         options = use_chosen_values(options, checkpoint.metadata["flags"]["chosen"])
     with accelerator.main_process_first():  # only the main process downloads files
         options = pin_models(options)
-        initial = resolve_initial_model(options.model.model)
-    data = load_on_main(
-        accelerator, options.data.dataset, partial(kind.load_data, options, initial)
-    )
+        initial = resolve_initial_model(options.model)
+    data = load_on_main(accelerator, options.dataset, partial(kind.load_data, options, initial))
 
-    is_rate_set = options.training.learning_rate is not None
-    is_length_set = asked.training.epochs is not None or asked.training.max_steps is not None
+    is_rate_set = options.learning_rate is not None
+    is_length_set = asked.epochs is not None or asked.max_steps is not None
     with accelerator.main_process_first():
         options, default_lines = resolve_options(options, initial, data)
         setup = kind.build_training_setup(options, initial, data, environment.reporter)
@@ -165,29 +162,27 @@ def load(kind: Any, options: Options, environment: Environment) -> Loaded:
     if reason is not None and can_train_on_all_images(asked, data):
         options = replace(
             options,
-            data=replace(options.data, held_out_fraction=0.0),
-            training=replace(options.training, select="last"),
+            held_out_fraction=0.0,
+            select="last",
         )
-        data = load_on_main(
-            accelerator, options.data.dataset, partial(kind.load_data, options, initial)
-        )
+        data = load_on_main(accelerator, options.dataset, partial(kind.load_data, options, initial))
 
     if setup.probe is not None and not is_rate_set:
         rate = choose_learning_rate_after_probe(setup.model.config.hidden_size)
-        options = replace(options, training=replace(options.training, learning_rate=rate))
+        options = replace(options, learning_rate=rate)
         default_lines["rate"] = (
             f"{rate:g}, because the classifier starts from the regression on the frozen encoder"
         )
 
-    if options.training.gradient_checkpointing:
+    if options.gradient_checkpointing:
         setup.model.gradient_checkpointing_enable()
 
     recorded_precision = None if checkpoint is None else checkpoint.metadata["mixed_precision"]
     precision_text = set_mixed_precision(
-        accelerator, options.training.mixed_precision, setup.model.config, recorded_precision
+        accelerator, options.mixed_precision, setup.model.config, recorded_precision
     )
 
-    plan = build_batch_plan(data.num_training_images, options.training, accelerator.num_processes)
+    plan = build_batch_plan(data.num_training_images, options, accelerator.num_processes)
     metadata = run_on_main(
         accelerator,
         partial(prepare_folder, options, data, plan, setup.model.config.to_dict(), environment),
@@ -221,7 +216,7 @@ def can_train_on_all_images(asked: Options, data: TrainingData) -> bool:
 
     It is unless the person held out images, or the dataset has a split for it.
     """
-    is_asked = asked.data.held_out_fraction is not None or asked.data.folds is not None
+    is_asked = asked.held_out_fraction is not None or asked.folds is not None
     return not is_asked and data.held_out_split is None
 
 
@@ -241,18 +236,18 @@ def prepare_folder(
     recorded = None
     if checkpoint is not None:
         recorded = RecordedFlags(**checkpoint.metadata["flags"])
-    path = Path(options.data.dataset)
+    path = Path(options.dataset)
     metadata = {
         "images_per_step": plan.images_per_step,
         "mixed_precision": environment.accelerator.mixed_precision,
         "data": describe_data(data),
         # the keys of other images are in "data"
-        "files": compute_files_digest(path) if options.data.streaming else None,
+        "files": compute_files_digest(path) if options.streaming else None,
         "flags": build_flags_record(
             environment.asked,
             options,
             config,
-            should_strip=options.run.hub_checkpoint_branch is not None,
+            should_strip=options.hub_checkpoint_branch is not None,
             recorded=recorded,
         ),
     }
@@ -270,11 +265,10 @@ def resolve_options(
     The defaults are in defaults.py, and the lines are about these values.
     """
     select = "last" if data.selection is None else "best"
-    options = replace(options, training=replace(options.training, select=select))
+    options = replace(options, select=select)
     size_line = None
     if isinstance(options, FinetuneOptions):
-        model_options, size_line = choose_image_size(options.model, initial)
-        options = replace(options, model=model_options)
+        options, size_line = choose_image_size(options, initial)
     options, defaults_line = resolve_defaults(options, initial, data.num_training_images)
     lines = {
         "weights": describe_random_weights(initial),

@@ -56,8 +56,8 @@ def build_evaluator_arguments(
     return {
         "processor": processor,
         "label_space": data.label_space,
-        "options": options.data,
-        "batch_size": options.training.batch_size,
+        "options": options,
+        "batch_size": options.batch_size,
         "accelerator": reporter.accelerator,
         "num_channels": num_channels,
         "warn": reporter.warn,
@@ -68,13 +68,13 @@ def build_training_images(
     options: Any, data: TrainingData, processor: Any, num_channels: int
 ) -> Any:
     """Build the augmented training images (`TrainingImages` or `TrainingStream`)."""
-    augmentation = build_augmentation(options.augmentation, processor)
+    augmentation = build_augmentation(options, processor)
     to_rgb = bool(processor.do_convert_rgb)
     builder = BatchBuilder(
         augmentation,
         data.label_space,
         to_rgb,
-        seed=options.training.seed,
+        seed=options.seed,
         bit_depth=processor.bit_depth,
         num_channels=num_channels,
         image_bytes=num_channels * math.prod(get_output_size(processor)),

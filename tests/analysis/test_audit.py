@@ -264,7 +264,7 @@ def test_images_listed_by_an_audit_are_left_out_of_training(
     assert len(found) >= 5
 
     without = load_training_data(
-        DataOptions(str(tmp_path / "photos"), exclude=page.with_suffix(".csv"))
+        DataOptions(dataset=str(tmp_path / "photos"), exclude=page.with_suffix(".csv"))
     )
     excluded = set(table["id"][table["split"] == "train"])
     assert len(without.excluded) == len(excluded) == 301 - len(without.train)
@@ -276,8 +276,9 @@ def build_audit_options(folder: Path, photos: Path) -> EvaluateOptions:
     """Save an encoder, and return the options of an audit by logistic regression."""
     save_with_processor(ViTCLSModel(build_tiny_config()), folder / "model")
     return EvaluateOptions(
-        str(folder / "model"),
-        DataOptions(str(photos), num_workers=0),
+        model=str(folder / "model"),
+        dataset=str(photos),
+        num_workers=0,
         frozen="logreg",
         audit=folder / "page.html",
     )
@@ -328,7 +329,7 @@ def test_an_audit_without_a_checked_label_has_no_accuracy(
 def test_audit_needs_a_classifier_or_frozen_features(tmp_path: Path) -> None:
     save_with_processor(ViTCLSModel(build_tiny_config()), tmp_path / "model")
     options = EvaluateOptions(
-        str(tmp_path / "model"), DataOptions("digits"), audit=tmp_path / "page.html"
+        model=str(tmp_path / "model"), dataset="digits", audit=tmp_path / "page.html"
     )
     with pytest.raises(ValueError, match="classifier"):
         audit_checkpoint(options)
@@ -352,9 +353,9 @@ def test_probabilities_are_of_models_that_were_not_trained_on_the_image(tmp_path
         id2label={0: "bee", 1: "ant"}, num_labels=2, num_cls_tokens=2, num_register_tokens=1
     )
     folder = save_with_processor(ViTCLSForImageClassification(config), tmp_path / "run" / "fold-1")
-    data = DataOptions(str(tmp_path / "photos"), num_workers=0)
+    data = DataOptions(dataset=str(tmp_path / "photos"), num_workers=0)
     write_splits(load_training_data(data).build_splits_table(), folder)
-    options = EvaluateOptions(str(folder), data, batch_size=4, fit="pad")
+    options = EvaluateOptions(model=str(folder), **vars(data), batch_size=4, fit="pad")
 
     found, num_unreadable, _ = load_audited_images(options)
     assert (found.splits, found.names, num_unreadable) == (

@@ -76,7 +76,9 @@ def test_folder_names_are_labels_and_the_printed_table_equals_the_page(
 
 
 def build_options(model: str, tmp_path: Path, *paths: Any, **fields: Any) -> InspectOptions:
-    return InspectOptions(model, tuple(map(str, paths)), output=tmp_path / "report.html", **fields)
+    return InspectOptions(
+        model=model, paths=tuple(map(str, paths)), output=tmp_path / "report.html", **fields
+    )
 
 
 def test_all_measurements_run_in_bfloat16(model: str, image_folder: Path, tmp_path: Path) -> None:

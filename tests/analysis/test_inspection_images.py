@@ -30,11 +30,11 @@ def build_named_classifier(names: list[str], **fields: Any) -> ViTCLSForImageCla
 
 
 def open_paths(model: Any, *paths: Path) -> InspectionImages:
-    return open_images(InspectOptions("model", tuple(map(str, paths))), model)
+    return open_images(InspectOptions(model="model", paths=tuple(map(str, paths))), model)
 
 
 def open_digits(model: Any, **fields: Any) -> InspectionImages:
-    return open_images(InspectOptions("model", dataset="digits", **fields), model)
+    return open_images(InspectOptions(model="model", dataset="digits", **fields), model)
 
 
 def test_folder_names_are_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -55,7 +55,9 @@ def test_folder_names_are_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert (here.labels, here.source) == ([2, 2], "cat")
 
     url = "https://host/photos/1.png"
-    remote = open_images(InspectOptions("model", (url,)), build_named_classifier(CLASSES))
+    remote = open_images(
+        InspectOptions(model="model", paths=(url,)), build_named_classifier(CLASSES)
+    )
     assert (remote.names, remote.source) == ([url], url)
 
 
@@ -91,7 +93,9 @@ def test_images_and_labels_are_read_from_the_named_columns(tmp_path: Path) -> No
         "label_column": ("tags",),
         "label_separator": "|",
     }
-    options = InspectOptions("model", dataset=str(tmp_path / "table.csv"), split="train", **columns)
+    options = InspectOptions(
+        model="model", dataset=str(tmp_path / "table.csv"), split="train", **columns
+    )
     found = open_images(
         options, build_named_classifier(CLASSES, problem_type="multi_label_classification")
     )
@@ -106,13 +110,14 @@ def test_an_encoder_reads_the_selected_split(tmp_path: Path) -> None:
     encoder = ViTCLSModel(build_tiny_config())
     for split, count in ((None, 4), ("test", 4), ("train", 6)):
         found = open_images(
-            InspectOptions("model", dataset=str(tmp_path / "photos"), split=split), encoder
+            InspectOptions(model="model", dataset=str(tmp_path / "photos"), split=split), encoder
         )
         assert len(found.images) == count
 
     with raises_one_line("no split 'nothing'", "train"):
         open_images(
-            InspectOptions("model", dataset=str(tmp_path / "photos"), split="nothing"), encoder
+            InspectOptions(model="model", dataset=str(tmp_path / "photos"), split="nothing"),
+            encoder,
         )
 
 

@@ -292,7 +292,7 @@ def test_an_output_file_is_written_and_the_sheet_is_returned(
     model: str, photo: str, tmp_path: Path
 ) -> None:
     output, numbers = tmp_path / "new" / "sheet.png", tmp_path / "numbers.json"
-    sheet = draw_photo(LookOptions(model, (photo,), output, numbers), photo)
+    sheet = draw_photo(LookOptions(model=model, paths=(photo,), output=output, json=numbers), photo)
     assert np.array_equal(np.asarray(sheet), np.asarray(Image.open(output)))
     (record,) = json.loads(numbers.read_text())["photos"]
     assert record["photo"] == Path(photo).name

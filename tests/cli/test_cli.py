@@ -214,7 +214,7 @@ def test_scripts_run_the_same_programs(
 
 def test_the_demo_evaluates_the_held_out_digits(tmp_path: Path) -> None:
     """scripts/demo_load.py selects the images without this package."""
-    data = load_training_data(DataOptions("digits"))
+    data = load_training_data(DataOptions(dataset="digits"))
     write_splits(data.build_splits_table(), tmp_path)
     images, labels = load_held_out_digits(str(tmp_path))
     assert labels == [data.label_space.names[label] for label in data.held_out.labels]

@@ -46,7 +46,7 @@ def save_classifier(folder: Path, **fields: Any) -> Path:
 
 def ask(model: Path, photo: Path) -> list[Any]:
     """Call the function of the page with an uploaded file."""
-    page = build_page(DemoOptions(str(model)))
+    page = build_page(DemoOptions(model=str(model)))
     (function,) = {each.fn for each in page.fns.values() if each.api_name == "predict"}
     return function(str(photo))
 
@@ -90,14 +90,14 @@ def test_several_labels_are_those_above_the_threshold(tmp_path: Path, photo: Pat
 def test_a_model_without_labels_is_refused(tmp_path: Path) -> None:
     encoder = save_with_processor(ViTCLSModel(build_tiny_config()), tmp_path / "encoder")
     with raises_one_line("classifier"):
-        build_page(DemoOptions(str(encoder)))
+        build_page(DemoOptions(model=str(encoder)))
 
 
 @pytest.fixture
 def address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Serve the page of a classifier while the test runs, and return its address."""
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "uploads"))
-    page = build_page(DemoOptions(str(save_classifier(tmp_path / "model"))))
+    page = build_page(DemoOptions(model=str(save_classifier(tmp_path / "model"))))
     _, address, _ = page.launch(
         prevent_thread_lock=True, quiet=True, show_error=True, ssr_mode=False
     )
@@ -130,4 +130,4 @@ def test_a_port_that_is_in_use_is_one_line(tmp_path: Path, monkeypatch: pytest.M
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         with raises_one_line("--port", error=OSError):
-            run(DemoOptions(str(model), port=taken.getsockname()[1]))
+            run(DemoOptions(model=str(model), port=taken.getsockname()[1]))

@@ -214,7 +214,7 @@ def test_evaluation_refuses_what_it_would_not_write(other: dict[str, Any]) -> No
 @pytest.mark.parametrize("size", ["native", 32, [32, 48]])
 def test_an_image_size_is_a_word_a_number_or_two(size: Any) -> None:
     options = build_options(FinetuneOptions, **REQUIRED, image_size=size)
-    assert options.model.image_size == (tuple(size) if isinstance(size, list) else size)
+    assert options.image_size == (tuple(size) if isinstance(size, list) else size)
 
 
 def test_missing_images_name_the_argument() -> None:
@@ -284,7 +284,7 @@ def test_flags_select_one_run_all_folds_or_a_dry_run(
     finished: list[tuple[str, str]] = []
 
     def train(options: Any, on_checkpoint: Any) -> Path:
-        assert on_checkpoint == (options.run, "ann/mine")
+        assert on_checkpoint == (options, "ann/mine")
         assert isinstance(options, FinetuneOptions if function is finetune else PretrainOptions)
         options.output_dir.mkdir(parents=True)
         write_json(options.output_dir / "config.json", {"model_type": "vitcls"})
@@ -312,4 +312,4 @@ def test_flags_select_one_run_all_folds_or_a_dry_run(
 )
 def test_one_path_is_a_list_of_one_path(images: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(inspect_tokens_module, "inspect_tokens", lambda options: options)
-    assert inspect_tokens("m", images) == InspectOptions("m", ("photos",))
+    assert inspect_tokens("m", images) == InspectOptions(model="m", paths=("photos",))

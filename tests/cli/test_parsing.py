@@ -37,7 +37,7 @@ def test_recipes_are_flags_that_the_command_line_overrides(tmp_path: Path) -> No
     recipe.write_text("epochs: 3\nbatch_size: 7\n", encoding="utf-8")
 
     options = parse_flags(FinetuneOptions, ["--config", "replaced", *flags, "--epochs", "5"])
-    assert (options.training.epochs, options.training.batch_size, options.data.dataset) == (
+    assert (options.epochs, options.batch_size, options.dataset) == (
         5,
         7,
         "data",

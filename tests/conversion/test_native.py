@@ -74,7 +74,7 @@ def test_the_card_requires_no_remote_code(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.chdir(tmp_path)
     run(
         ConvertOptions(
-            tmp_path / "native", to="transformers", model=str(save(Path("mine"), **DEMO))
+            output=tmp_path / "native", to="transformers", model=str(save(Path("mine"), **DEMO))
         )
     )
 
@@ -158,7 +158,9 @@ def test_a_native_model_is_pushed_and_verified_without_remote_code(
 ) -> None:
     run(
         ConvertOptions(
-            tmp_path / "native", to="transformers", model=str(save(tmp_path / "mine", **DEMO))
+            output=tmp_path / "native",
+            to="transformers",
+            model=str(save(tmp_path / "mine", **DEMO)),
         )
     )
     pushed = push_folder(ModelFolder(tmp_path / "native"), "ann/native")

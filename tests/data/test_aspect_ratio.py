@@ -72,7 +72,7 @@ def test_a_white_square_at_each_edge_reaches_the_input(
     """
     flags = {} if fit is None else {"fit": fit}
     _, processor, _ = build_initial_model(
-        ModelOptions(str(cropping_checkpoint), image_size=image_size, **flags), LABELS
+        ModelOptions(model=str(cropping_checkpoint), image_size=image_size, **flags), LABELS
     )
     processor.save_pretrained(tmp_path)
     augmentation = build_augmentation(AugmentationOptions(crop_scale=1.0, shift=0.0), processor)

@@ -139,7 +139,7 @@ def test_a_part_of_the_training_folder_is_evaluated_without_training_images(
     photos: Path, tmp_path: Path
 ) -> None:
     held_out_names = set(
-        load_training_data(DataOptions(str(photos / "train"))).held_out.images.get_names()
+        load_training_data(DataOptions(dataset=str(photos / "train"))).held_out.images.get_names()
     )
     shutil.copytree(photos / "train", tmp_path / "part", ignore=shutil.ignore_patterns("1*.png"))
     found = run_evaluate(tmp_path, photos / "run", tmp_path / "part")
@@ -149,7 +149,9 @@ def test_a_part_of_the_training_folder_is_evaluated_without_training_images(
 
 def test_training_images_in_a_test_split_are_left_out(photos: Path, tmp_path: Path) -> None:
     write_photos(tmp_path / "AB" / "test", range(30, 40))
-    trained = load_training_data(DataOptions(str(photos / "train"))).train.images.get_names()
+    trained = load_training_data(
+        DataOptions(dataset=str(photos / "train"))
+    ).train.images.get_names()
     shutil.copy(photos / "train" / trained[0], tmp_path / "AB" / "test" / "cat" / "again.png")
     write_photos(tmp_path / "AB" / "train", range(50, 55))
     found = run_evaluate(tmp_path, photos / "run", tmp_path / "AB")
@@ -224,7 +226,7 @@ def test_other_photos_are_inspected_whole(photos: Path, tmp_path: Path) -> None:
 
 
 def test_the_table_lists_each_image_of_the_run_by_its_content(photos: Path, tmp_path: Path) -> None:
-    data = load_training_data(DataOptions(str(photos / "train")))
+    data = load_training_data(DataOptions(dataset=str(photos / "train")))
     table = pd.read_parquet(photos / "run" / "splits.parquet")
     assert table.groupby("split")["key"].apply(sorted).to_dict() == {
         "train": sorted(data.train.images.compute_content_keys().tolist()),
@@ -271,7 +273,7 @@ def test_large_files_are_read_in_part(tmp_path: Path) -> None:
 
 
 def test_a_classifier_of_an_only_split_is_fitted_to_the_other_images(photos: Path) -> None:
-    options = DataOptions(str(photos / "train"))
+    options = DataOptions(dataset=str(photos / "train"))
     for splits in (EMPTY_TABLE, load_training_data(options).build_splits_table()):
         fitted, evaluated = load_fitting_and_evaluation_data(options, None, splits)
         names = [*fitted.images.images.get_names(), *evaluated.images.images.get_names()]

@@ -32,7 +32,7 @@ pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 
 def read(dataset: object, **options: Any) -> Any:
-    return load_training_data(DataOptions(str(dataset), **options))
+    return load_training_data(DataOptions(dataset=str(dataset), **options))
 
 
 def get_names(part: Any) -> set[str]:
@@ -47,7 +47,7 @@ def run(output: Path, dataset: Path, **flags: Any) -> dict[str, Any]:
 def evaluate(model: Path, dataset: Path, split: str | None = None, **data: Any) -> dict[str, Any]:
     reset_accelerate()
     return evaluate_checkpoint(
-        EvaluateOptions(str(model), DataOptions(str(dataset), num_workers=0, **data), split)
+        EvaluateOptions(model=str(model), dataset=str(dataset), num_workers=0, split=split, **data)
     )
 
 
@@ -109,7 +109,7 @@ def test_the_split_depends_only_on_the_content_of_the_images(tmp_path: Path) -> 
     assert {(tmp_path / name).read_bytes() for name in listed.images.get_names()} == contents
 
     pairs = [(path.read_bytes(), path.parent.name) for path in paths]
-    in_memory = load_training_data(DataOptions(add_dataset(pairs), split_seed=3)).held_out
+    in_memory = load_training_data(DataOptions(dataset=add_dataset(pairs), split_seed=3)).held_out
     rows_held_out = map(int, in_memory.images.get_names())
     assert {pairs[row][0] for row in rows_held_out} == contents
 
@@ -180,7 +180,7 @@ def test_empty_parts_are_errors(tmp_path: Path) -> None:
         read(folder)
     (folder / "dog" / "0.png").unlink()
     with raises_one_line("there is only 1 image", "`held_out_fraction=0`"):
-        load_training_data(DataOptions(str(folder)), use_labels=False)
+        load_training_data(DataOptions(dataset=str(folder)), use_labels=False)
 
 
 # In runs ------------------------------------------------------------------------------------------

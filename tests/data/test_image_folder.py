@@ -63,7 +63,7 @@ def get_notes(root: Path, use_labels: bool = True) -> str:
 
 
 def load(root: Path, **options: Any) -> Any:
-    return load_training_data(DataOptions(str(root), **options))
+    return load_training_data(DataOptions(dataset=str(root), **options))
 
 
 # Splits -------------------------------------------------------------------------------------------
@@ -196,11 +196,13 @@ def test_a_table_beside_images_is_named(tmp_path: Path) -> None:
     for table in (tmp_path / "data" / "labels.csv", images / "labels.csv"):
         table.write_text("image,label\n0.png,a\n", encoding="utf-8")
         with raises_one_line(f"set `dataset` to {table}"):
-            load_training_data(DataOptions(str(images)))
+            load_training_data(DataOptions(dataset=str(images)))
 
 
 def test_one_class_can_be_evaluated(tmp_path: Path) -> None:
-    found = load_evaluation_data(DataOptions(str(write_class(tmp_path, "test/cat", 4))), None)
+    found = load_evaluation_data(
+        DataOptions(dataset=str(write_class(tmp_path, "test/cat", 4))), None
+    )
     assert found[0].names == ["cat"]
     assert len(found[1]) == 4
 
@@ -370,7 +372,9 @@ def test_folders_with_metadata_are_never_ambiguous(tmp_path: Path, other: str) -
     (tmp_path / "metadata.csv").write_text(
         f"file_name,label\n{names[0]},a\n{names[1]},b\n", encoding="utf-8"
     )
-    images = load_evaluation_data(DataOptions(str(tmp_path), held_out_fraction=0.0), "train").images
+    images = load_evaluation_data(
+        DataOptions(dataset=str(tmp_path), held_out_fraction=0.0), "train"
+    ).images
     assert list(images.labels) == [0, 1]
     assert images.images.get_names() == names
     (tmp_path / "metadata.csv").write_text("label\na\n", encoding="utf-8")
@@ -438,7 +442,7 @@ def test_the_fingerprint_depends_on_files_and_labels(tmp_path: Path) -> None:
 
 def test_predictions_are_for_every_image(tmp_path: Path) -> None:
     write_images(tmp_path, "1.png", "test_2.png", "deep/3.png")
-    source = open_input(PredictOptions("model", dataset=str(tmp_path)))
+    source = open_input(PredictOptions(model="model", dataset=str(tmp_path)))
     names = [record.name for record in source.read_records(range(3))]
     assert names == [str(tmp_path / name) for name in ("1.png", "test_2.png", "deep/3.png")]
 

@@ -83,7 +83,7 @@ KINDS = ["images", "arrays", "bytes", "paths", "torch", "datasets", "splits"]
 def test_every_kind_has_the_same_images_and_labels(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    data = load_training_data(DataOptions(add_dataset(build(kind, tmp_path))))
+    data = load_training_data(DataOptions(dataset=add_dataset(build(kind, tmp_path))))
     assert data.label_space.names == ["cat", "dog"]
     assert len(data.train) + len(data.held_out) == NUM_IMAGES
 
@@ -119,13 +119,13 @@ def test_dicts_are_tasks_and_lists_are_several_labels() -> None:
     tasks = add_dataset(
         [(image, {"animal": name_class(index), "age": index}) for index in range(12)]
     )
-    splits = load_splits(DataOptions(tasks, label_column=("animal", "age")))
+    splits = load_splits(DataOptions(dataset=tasks, label_column=("animal", "age")))
 
     assert splits.label_space.kind == "multi_task"
     assert splits.images_by_split["train"].labels[3] == {"animal": 1, "age": 3}
 
     splits = load_splits(
-        DataOptions(add_dataset(NamedPairs([(image, [index]) for index in range(2)])))
+        DataOptions(dataset=add_dataset(NamedPairs([(image, [index]) for index in range(2)])))
     )
     assert (splits.label_space.kind, splits.label_space.names) == (
         "multi_label_classification",
@@ -135,7 +135,7 @@ def test_dicts_are_tasks_and_lists_are_several_labels() -> None:
     names = ["a", "b"]
     for convert in (list, np.array):
         tags = add_dataset([(image, convert(names[: index % 3])) for index in range(12)])
-        splits = load_splits(DataOptions(tags))
+        splits = load_splits(DataOptions(dataset=tags))
         assert splits.label_space.kind == "multi_label_classification"
         assert splits.label_space.names == names
         assert splits.images_by_split["train"].labels[:3] == [[0.0, 0.0], [1.0, 0.0], [1.0, 1.0]]
@@ -144,7 +144,7 @@ def test_dicts_are_tasks_and_lists_are_several_labels() -> None:
 def test_gray_arrays_and_numbers_as_labels_are_read() -> None:
     pixels = np.arange(64, dtype=np.uint8).reshape(8, 8)
     name = add_dataset([(pixels + index, np.int64(index % 3)) for index in range(9)])
-    splits = load_splits(DataOptions(name))
+    splits = load_splits(DataOptions(dataset=name))
     assert splits.label_space.names == ["0", "1", "2"]
     assert np.array_equal(np.array(splits.images_by_split["train"].images[4]), pixels + 4)
 
@@ -163,7 +163,7 @@ def test_gray_arrays_and_numbers_as_labels_are_read() -> None:
 def test_pixels_are_scaled_only_from_floats_between_0_and_1(
     pixels: torch.Tensor, expected: list[list[int]]
 ) -> None:
-    splits = load_splits(DataOptions(add_dataset([(pixels, 0), (pixels.numpy(), 0)])))
+    splits = load_splits(DataOptions(dataset=add_dataset([(pixels, 0), (pixels.numpy(), 0)])))
     for image in splits.images_by_split["train"].images:
         assert np.array(image).tolist() == expected
 
@@ -171,12 +171,12 @@ def test_pixels_are_scaled_only_from_floats_between_0_and_1(
 def test_the_range_of_floats_is_that_of_the_whole_dataset() -> None:
     dark, bright = np.array([[-0.02, 0.2], [1.0, 1.0]]), np.full((2, 2), 1.02)
     pairs = [(np.full((2, 2), 0.0), 0), (dark, 1), (torch.tensor(bright), 1)]
-    images = load_splits(DataOptions(add_dataset(pairs))).images_by_split["train"].images
+    images = load_splits(DataOptions(dataset=add_dataset(pairs))).images_by_split["train"].images
     assert np.array(images[1]).tolist() == [[0, 51], [255, 255]]
     assert np.array(images[2]).tolist() == [[255, 255], [255, 255]]
 
     pairs = [(np.array([[0.0, 1.0]]), 0), (np.full((2, 2), 200.0), 1)]
-    images = load_splits(DataOptions(add_dataset(pairs))).images_by_split["train"].images
+    images = load_splits(DataOptions(dataset=add_dataset(pairs))).images_by_split["train"].images
     assert np.array(images[0]).tolist() == [[0, 1]]
     with raises_one_line("the largest float of the images in memory is 5"):
         add_dataset([(np.full((2, 2), 5.0), 0)])
@@ -226,7 +226,7 @@ def test_unusable_kinds_are_errors() -> None:
     with pytest.raises(ValueError, match="with_format"):
         add_dataset(datasets.Dataset.from_dict(rows).with_transform(lambda batch: batch))
     with raises_one_line("memory:0123456789abcdef"):
-        load_splits(DataOptions("memory:0123456789abcdef"))
+        load_splits(DataOptions(dataset="memory:0123456789abcdef"))
 
 
 # Files of the same contents -----------------------------------------------------------------------
@@ -238,14 +238,14 @@ def test_folders_of_save_to_disk_have_all_images_of_their_splits(tmp_path: Path)
     datasets.DatasetDict({"train": part, "validation": part.select(range(6))}).save_to_disk(
         tmp_path / "two"
     )
-    one = load_training_data(DataOptions(str(tmp_path / "one")))
+    one = load_training_data(DataOptions(dataset=str(tmp_path / "one")))
 
     assert len(one.train) + len(one.held_out) == NUM_IMAGES
     assert one.held_out_split is None
 
-    two = load_training_data(DataOptions(str(tmp_path / "two")))
+    two = load_training_data(DataOptions(dataset=str(tmp_path / "two")))
     assert (len(two.train), len(two.held_out), two.held_out_split) == (NUM_IMAGES, 6, "validation")
 
-    streamed = load_training_data(DataOptions(str(tmp_path / "two"), streaming=True))
+    streamed = load_training_data(DataOptions(dataset=str(tmp_path / "two"), streaming=True))
     examples = streamed.train.iterate_pass(0, 0, 0, 1)  # type: ignore[union-attr]
     assert len(list(examples)) == NUM_IMAGES

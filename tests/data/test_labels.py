@@ -184,7 +184,7 @@ def test_the_image_column_contains_images() -> None:
     for name in "label labels class target category fine_label cls".split():
         features = {"image": image, "a": text, name: INTEGERS}
         assert build_label_reader(
-            DataOptions("table"), {"train": features}, lambda column: [1]
+            DataOptions(dataset="table"), {"train": features}, lambda column: [1]
         ).label_space.columns == {name: ["1"]}
     with raises_one_line("cannot identify the image column among a, b. Set `image_column`"):
         find_image_column(options, {"a": image, "b": image})

@@ -38,7 +38,7 @@ def test_the_main_process_scans_a_folder_once_for_all_processes(
         return sent[0]
 
     monkeypatch.setattr(splits, "run_on_main", send)
-    load = partial(load_training_data, DataOptions(str(photos)))
+    load = partial(load_training_data, DataOptions(dataset=str(photos)))
     main = load_on_main(TWO_PROCESSES, str(photos), load)
     class_folders = [
         Path(path) for (path,), _ in scandir.call_args_list if Path(path).parent == photos
@@ -67,7 +67,7 @@ def test_web_dataset_shards_need_no_flags(is_folder: bool, tmp_path: Path) -> No
                 member.size = len(content)
                 tar.addfile(member, io.BytesIO(content))
     options = DataOptions(
-        str(shard.parent if is_folder else shard), streaming=True, shuffle_buffer=1
+        dataset=str(shard.parent if is_folder else shard), streaming=True, shuffle_buffer=1
     )
     data = load_training_data(options)
     assert data.label_space.columns == {"cls": ["0", "7", "14"]}

@@ -242,10 +242,10 @@ def test_the_largest_label_of_both_splits_sets_the_number_of_mnist_classes(
     write_idx(tmp_path / "mine" / "train-labels-idx1-ubyte", np.arange(12, dtype=np.uint8))
     monkeypatch.chdir(tmp_path / "mine")
     # the other split has fewer classes
-    assert len(load_splits(DataOptions(".")).label_space.names) == 12
+    assert len(load_splits(DataOptions(dataset=".")).label_space.names) == 12
 
     (tmp_path / "mine" / "t10k-images-idx3-ubyte").unlink()
-    splits = load_splits(DataOptions("."))
+    splits = load_splits(DataOptions(dataset="."))
     assert (splits.name, splits.names, list(splits.images_by_split)) == (
         "mine",
         ["train"],
@@ -259,16 +259,16 @@ def test_the_largest_label_of_both_splits_sets_the_number_of_mnist_classes(
         (tmp_path / "test" / f"t10k-{name}").write_bytes(
             (tmp_path / "mine" / f"train-{name}").read_bytes()
         )
-    assert load_splits(DataOptions(str(tmp_path / "test"))).names == ["test"]
+    assert load_splits(DataOptions(dataset=str(tmp_path / "test"))).names == ["test"]
 
-    unlabeled = load_splits(DataOptions("."), use_labels=False)
+    unlabeled = load_splits(DataOptions(dataset="."), use_labels=False)
     assert unlabeled.images_by_split["train"].labels == [-100] * 12
     assert unlabeled.label_space.columns == {}
 
     for count in (11, 13):
         write_idx(tmp_path / "mine" / "train-labels-idx1-ubyte", np.arange(count, dtype=np.uint8))
         with raises_one_line("train-images-idx3-ubyte", f"12 images, but {count} labels"):
-            load_splits(DataOptions("."))
+            load_splits(DataOptions(dataset="."))
 
 
 # Labels -------------------------------------------------------------------------------------------
@@ -422,7 +422,9 @@ def test_missing_labels_of_an_unused_split_are_ignored(color_images: Path, tmp_p
 def test_a_split_given_by_name_is_used_as_a_whole(
     color_images: Path, tmp_path: Path, only: str
 ) -> None:
-    options = DataOptions(str(write_splits(tmp_path / "data", color_images, **{only: None})))
+    options = DataOptions(
+        dataset=str(write_splits(tmp_path / "data", color_images, **{only: None}))
+    )
     names = load_evaluation_data(options, only).images.images.get_names()
     assert len(names) == 20
     assert all(name.endswith(".png") for name in names)

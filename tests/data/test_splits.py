@@ -39,7 +39,7 @@ def unfinished(tmp_path: Path) -> Any:
     )
     run_training(options)
     (options.output_dir / "results.json").unlink()
-    return replace(options, run=replace(options.run, resume=True))
+    return replace(options, resume=True)
 
 
 def test_a_changed_folder_is_an_error(unfinished: Any) -> None:
@@ -90,7 +90,7 @@ def test_changes_of_a_table_are_found(tmp_path: Path, streaming: bool) -> None:
     def describe(lines: list[str]) -> dict[str, Any]:
         (tmp_path / "list.csv").write_text("\n".join(["image,label", *lines]), encoding="utf-8")
         options = DataOptions(
-            str(tmp_path / "list.csv"), streaming=streaming, label_names=("cat", "dog")
+            dataset=str(tmp_path / "list.csv"), streaming=streaming, label_names=("cat", "dog")
         )
         return describe_data(load_training_data(options))
 
@@ -104,13 +104,13 @@ def test_changes_of_a_table_are_found(tmp_path: Path, streaming: bool) -> None:
 
 def test_the_description_of_data_changes_only_with_the_data(tmp_path: Path) -> None:
     photos = write_photos(tmp_path / "photos", range(30))
-    data = load_training_data(DataOptions(str(photos)))
+    data = load_training_data(DataOptions(dataset=str(photos)))
     description = describe_data(data)
     assert (description["num_training_images"], description["num_held_out_images"]) == (48, 12)
     assert description["classes"] == {"label": ["cat", "dog"]}
 
     write_photos(photos, [3, 7], "cat")  # the same files
-    assert describe_data(load_training_data(DataOptions(str(photos)))) == description
+    assert describe_data(load_training_data(DataOptions(dataset=str(photos)))) == description
     assert describe_change(description, description) is None
     assert "held-out" in (
         describe_change(description, description | {"num_held_out_images": None}) or ""
@@ -165,7 +165,9 @@ def get_names(part: Any) -> set[str]:
 def test_splits_are_used_for_their_purposes(tmp_path: Path, streaming: bool) -> None:
     for split, numbers in (("train", range(5)), ("val", range(5, 8)), ("test", range(8, 12))):
         write_photos(tmp_path / "photos" / split, numbers)
-    options = DataOptions(str(tmp_path / "photos"), streaming=streaming, held_out_fraction=0.0)
+    options = DataOptions(
+        dataset=str(tmp_path / "photos"), streaming=streaming, held_out_fraction=0.0
+    )
     data = load_training_data(options, use_selection_split=True)
 
     assert (data.held_out_name, data.selection_name) == ("split 'test'", "split 'validation'")
@@ -184,12 +186,12 @@ def test_folds_of_a_dataset_with_a_held_out_split_are_an_error(tmp_path: Path) -
     for split in ("train", "test"):
         write_photos(tmp_path / "photos" / split, range(4))
     with raises_one_line("`folds`"):
-        load_training_data(DataOptions(str(tmp_path / "photos"), folds=2, fold=1))
+        load_training_data(DataOptions(dataset=str(tmp_path / "photos"), folds=2, fold=1))
 
 
 def test_selection_images_of_a_single_split_are_not_used_for_anything_else(tmp_path: Path) -> None:
     photos = write_photos(tmp_path / "photos", range(40))
-    options = DataOptions(str(photos), held_out_fraction=0.25, split_seed=3)
+    options = DataOptions(dataset=str(photos), held_out_fraction=0.25, split_seed=3)
     plain = load_training_data(options)
     data = load_training_data(options, use_selection_split=True)
 
@@ -207,16 +209,18 @@ def test_selection_without_images_for_it_is_an_error(tmp_path: Path) -> None:
     photos = write_photos(tmp_path / "photos", range(10))
     with raises_one_line("`select='best'`", "`held_out_fraction`"):
         load_training_data(
-            DataOptions(str(photos), held_out_fraction=0.0), use_selection_split=True
+            DataOptions(dataset=str(photos), held_out_fraction=0.0), use_selection_split=True
         )
     with raises_one_line("`select='best'`", "`streaming=True`"):
-        load_training_data(DataOptions(str(photos), streaming=True), use_selection_split=True)
+        load_training_data(
+            DataOptions(dataset=str(photos), streaming=True), use_selection_split=True
+        )
 
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_without_a_held_out_part_all_images_are_trained_on(tmp_path: Path, streaming: bool) -> None:
     photos = write_photos(tmp_path / "photos", range(10))
-    options = DataOptions(str(photos), held_out_fraction=0.0, streaming=streaming)
+    options = DataOptions(dataset=str(photos), held_out_fraction=0.0, streaming=streaming)
     data = load_training_data(options)
 
     assert len(data.held_out) == 0

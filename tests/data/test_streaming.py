@@ -175,7 +175,9 @@ def test_the_size_of_the_shuffle_buffer_limits_the_change_of_the_order(
     size: int, tmp_path: Path
 ) -> None:
     folder = write_shards(tmp_path / "data", 1)
-    options = DataOptions(str(folder), held_out_fraction=0.0, streaming=True, shuffle_buffer=size)
+    options = DataOptions(
+        dataset=str(folder), held_out_fraction=0.0, streaming=True, shuffle_buffer=size
+    )
     order = get_indices(
         islice(load_training_data(options).train.iterate_examples(0, 0, 1), NUM_IMAGES)
     )

@@ -45,7 +45,7 @@ def write_csv(
 
 def read_labels(dataset: Any, split: str = "train", **options: Any) -> list[str | None]:
     """Return the labels of a split as text."""
-    splits = load_splits(DataOptions(str(dataset), **options))
+    splits = load_splits(DataOptions(dataset=str(dataset), **options))
     labels = splits.images_by_split[split].labels
     return [splits.label_space.format_label(label) for label in labels]
 
@@ -125,7 +125,7 @@ def test_numeric_image_ids_are_names_of_files(tmp_path: Path) -> None:
         Image.new("RGB", (8, 8), (int(name) % 256, 0, 0)).save(tmp_path / name, "PNG")
     for ids in (["1000", "00012"], [1000, 1000]):
         pd.DataFrame({"id": ids, "label": "a"}).to_parquet(tmp_path / "table.parquet")
-        options = DataOptions(str(tmp_path / "table.parquet"), image_column="id")
+        options = DataOptions(dataset=str(tmp_path / "table.parquet"), image_column="id")
         images = load_splits(options).images_by_split["train"].images
         assert images[0].size == images[1].size == (8, 8)
 
@@ -304,7 +304,7 @@ def test_text_that_looks_like_a_list_is_read_as_one(photos: Path) -> None:
 def test_one_column_of_bits_per_class_is_multi_label(bits: list[str], photos: Path) -> None:
     no, yes = bits
     table = write_csv(photos, [no, yes, no], "bits.csv", dog=[no, yes, yes])
-    splits = load_splits(DataOptions(table, label_column=("label", "dog")))
+    splits = load_splits(DataOptions(dataset=table, label_column=("label", "dog")))
     assert splits.label_space == LabelSpace(
         "multi_label_classification", {"labels": ["label", "dog"]}
     )
@@ -313,7 +313,7 @@ def test_one_column_of_bits_per_class_is_multi_label(bits: list[str], photos: Pa
 
 def test_columns_of_names_are_tasks(photos: Path) -> None:
     table = write_csv(photos, ["cat", "dog"], "tasks.csv", age=[0, 1])
-    splits = load_splits(DataOptions(table, label_column=("label", "age")))
+    splits = load_splits(DataOptions(dataset=table, label_column=("label", "age")))
     assert splits.label_space.kind == "multi_task"
 
 
@@ -353,7 +353,7 @@ def test_the_labels_of_each_split_are_matched_by_name(
 def test_a_column_of_splits_is_used(name: str, spellings: list[str], photos: Path) -> None:
     parts = [spellings[index % 3] for index in range(NUM_IMAGES)]
     table = write_csv(photos, ["a", "b", "a", "b"] * 3, "split.csv", **{name: parts})
-    data = load_training_data(DataOptions(table), use_selection_split=True)
+    data = load_training_data(DataOptions(dataset=table), use_selection_split=True)
     for images, first in ((data.train, 0), (data.held_out, 1), (data.selection, 2)):
         assert images.images.get_names() == FILES[first::3]
     assert data.facts["splits"] == f"column {name!r}: train 4, validation 4, test 4 rows"
@@ -362,28 +362,28 @@ def test_a_column_of_splits_is_used(name: str, spellings: list[str], photos: Pat
 def test_another_column_of_splits_can_be_named(photos: Path) -> None:
     part = ["train", "test"] * 6
     table = write_csv(photos, ["a", "b", "b", "a"] * 3, "part.csv", part=part)
-    data = load_training_data(DataOptions(table, split_column="part"))
+    data = load_training_data(DataOptions(dataset=table, split_column="part"))
     assert data.held_out.images.get_names() == FILES[1::2]
     with raises_one_line("no column 'x'", "part"):
-        load_training_data(DataOptions(table, split_column="x"))
+        load_training_data(DataOptions(dataset=table, split_column="x"))
 
 
 def test_a_column_with_other_values_than_splits_is_named(photos: Path) -> None:
     colors = ["red", "blue"] * 6
     table = write_csv(photos, ["a", "b", "b", "a"] * 3, "set.csv", set=colors)
-    assert "'set' is not used" in load_training_data(DataOptions(table)).facts["splits"]
+    assert "'set' is not used" in load_training_data(DataOptions(dataset=table)).facts["splits"]
     with raises_one_line("'set' contains 'blue', 'red'"):
-        load_training_data(DataOptions(table, split_column="set"))
+        load_training_data(DataOptions(dataset=table, split_column="set"))
     some = write_csv(photos, ["a", "b", "b", "a"] * 3, "some.csv", split=["train", ""] * 6)
     with raises_one_line("'split' contains 'None'", "train, validation or test"):
-        load_training_data(DataOptions(some))
+        load_training_data(DataOptions(dataset=some))
 
 
 @pytest.mark.parametrize("folds", [None, 3])
 def test_the_images_of_a_group_are_on_one_side(folds: int | None, photos: Path) -> None:
     patients = [f"p{index // 2}" for index in range(NUM_IMAGES)]
     table = write_csv(photos, ["a", "b"] * 6, "patients.csv", patient=patients)
-    options = DataOptions(table, group_column="patient", folds=folds, fold=folds and 1)
+    options = DataOptions(dataset=table, group_column="patient", folds=folds, fold=folds and 1)
     data = load_training_data(options)
     held_out, train = (
         {patients[FILES.index(name)] for name in part.images.get_names()}
@@ -397,11 +397,11 @@ def test_the_images_of_a_group_are_on_one_side(folds: int | None, photos: Path) 
 @pytest.mark.parametrize("name", ["patient", "Patient_ID", "camera", "video id"])
 def test_a_column_of_groups_that_is_not_used_is_named(name: str, photos: Path) -> None:
     table = write_csv(photos, ["a", "b"] * 6, "groups.csv", **{name: ["p", "q", "q"] * 4})
-    fact = load_training_data(DataOptions(table)).facts["groups"]
+    fact = load_training_data(DataOptions(dataset=table)).facts["groups"]
     assert fact.startswith(f"the column {name!r} is not used")
     assert f"`group_column={name!r}`" in fact
     table = write_csv(photos, ["a", "b"] * 6, "groups.csv", **{name: range(NUM_IMAGES)})
-    assert "groups" not in load_training_data(DataOptions(table)).facts
+    assert "groups" not in load_training_data(DataOptions(dataset=table)).facts
 
 
 def test_a_label_column_of_bytes_is_not_the_image_column(photos: Path) -> None:

@@ -30,7 +30,7 @@ def pack(folder: Path, base: str = ".") -> Path:
 
 
 def load(file: Path) -> TrainingData:
-    return load_training_data(DataOptions(str(file)))
+    return load_training_data(DataOptions(dataset=str(file)))
 
 
 @pytest.mark.parametrize("base", [".", "photos"])
@@ -43,7 +43,7 @@ def test_a_folder_is_read_with_or_without_an_outer_folder(tmp_path: Path, base: 
     assert len(data.train) + len(data.held_out) == 12
     assert "cat/0.png" in [*data.train.images.get_names(), *data.held_out.images.get_names()]
     assert data.train.images[0].size == (8, 8)
-    assert open_input(PredictOptions("model", dataset=str(file))).num_images == 12
+    assert open_input(PredictOptions(model="model", dataset=str(file))).num_images == 12
 
 
 def test_splits_in_a_zip_file_are_read(tmp_path: Path) -> None:

@@ -67,8 +67,14 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         save_with_processor(randomize(ViTCLSForImageClassification(config)), parent / "mine")
     )
     dataset = str(parent / "images")
-    export_model(ExportOptions(source, "openvino", parent / "exported", dataset=dataset))
-    export_model(ExportOptions(source, "onnx", parent / "exported" / "model.onnx", dynamic=False))
+    export_model(
+        ExportOptions(model=source, format="openvino", output=parent / "exported", dataset=dataset)
+    )
+    export_model(
+        ExportOptions(
+            model=source, format="onnx", output=parent / "exported" / "model.onnx", dynamic=False
+        )
+    )
     shutil.copy(parent / "mine" / "model.safetensors", parent / "exported")
     return parent / "exported"
 
@@ -338,7 +344,9 @@ def test_int8_leaves_the_patch_projection_and_excluded_layers_in_float32(
     monkeypatch.setattr(exporter, "NUM_CALIBRATION_IMAGES", 8)
     monkeypatch.setattr(exporter, "NUM_COMPARED_IMAGES", 5)
 
-    report = export_model(ExportOptions(source, "onnx", file, split="train", **flags))
+    report = export_model(
+        ExportOptions(model=source, format="onnx", output=file, split="train", **flags)
+    )
     assert (report["dtype"], report["limit"], report["excluded_layers"]) == ("int8", None, [2])
     assert (report["evaluation"]["split"], report["evaluation"]["num_images"]) == ("train", 13)
     assert (report["num_calibration_images"], report["comparison"]["num_images"]) == (8, 5)
@@ -398,7 +406,11 @@ def test_the_layer_with_outliers_is_ranked_first_and_named_if_the_metric_falls()
 @pytest.mark.slow
 def test_features_of_an_exported_encoder_equal_those_of_torch(tmp_path: Path) -> None:
     save_with_processor(ViTCLSModel(build_tiny_config(num_register_tokens=1)), tmp_path)
-    export_model(ExportOptions(str(tmp_path), "openvino", tmp_path / "model.xml", dynamic=False))
+    export_model(
+        ExportOptions(
+            model=str(tmp_path), format="openvino", output=tmp_path / "model.xml", dynamic=False
+        )
+    )
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8))
     found, expected = (
         predict(tmp_path, [image], features="cls", backend=name)[0]

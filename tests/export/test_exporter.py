@@ -217,7 +217,9 @@ def test_an_onnx_file_has_the_outputs_of_the_model(name: str, tmp_path: Path) ->
     """The model "tokens" is in `test_the_exported_file_has_the_outputs_of_the_model`."""
     model_class, fields, names = MODELS[name]
     model = checkpoint(tmp_path / "model", model_class, **fields)
-    report = export_model(ExportOptions(str(tmp_path / "model"), "onnx", tmp_path / "model.onnx"))
+    report = export_model(
+        ExportOptions(model=str(tmp_path / "model"), format="onnx", output=tmp_path / "model.onnx")
+    )
     assert not report["fixed_because"]
     assert list(report["outputs"]) == names
     check_onnx_file(tmp_path / "model.onnx", model)
@@ -229,7 +231,9 @@ def test_every_layout_and_block_has_the_outputs_of_the_model(
     fields: dict[str, Any], tmp_path: Path
 ) -> None:
     model = checkpoint(tmp_path / "model", **fields)
-    export_model(ExportOptions(str(tmp_path / "model"), "onnx", tmp_path / "model.onnx"))
+    export_model(
+        ExportOptions(model=str(tmp_path / "model"), format="onnx", output=tmp_path / "model.onnx")
+    )
     pixel_values = build_images(2, 48, 24, seed=7)
     assert_close(
         run_onnx(tmp_path / "model.onnx", pixel_values), compute_outputs(model, pixel_values)
@@ -241,7 +245,13 @@ def test_a_graph_of_one_size_contains_resampled_positions(tmp_path: Path) -> Non
     model = checkpoint(tmp_path / "model", num_hidden_layers=1)
     file = tmp_path / "model.onnx"
     report = export_model(
-        ExportOptions(str(tmp_path / "model"), "onnx", file, image_size=(24, 56), dynamic=False)
+        ExportOptions(
+            model=str(tmp_path / "model"),
+            format="onnx",
+            output=file,
+            image_size=(24, 56),
+            dynamic=False,
+        )
     )
 
     assert report["input"]["shape"] == ["batch", 3, 24, 56]
@@ -263,7 +273,10 @@ def test_a_graph_with_other_outputs_is_an_error_and_leaves_nothing(
     with raises_one_line("differs", "logits", "float32"):
         export_model(
             ExportOptions(
-                str(tmp_path / "model"), "openvino", tmp_path / "not" / "a.xml", dynamic=False
+                model=str(tmp_path / "model"),
+                format="openvino",
+                output=tmp_path / "not" / "a.xml",
+                dynamic=False,
             )
         )
     assert not (tmp_path / "not").exists()
@@ -374,7 +387,9 @@ def test_the_report_describes_inputs_and_outputs(exported: tuple[Any, Path]) -> 
 def test_every_model_has_its_outputs_in_openvino(name: str, tmp_path: Path) -> None:
     model_class, fields, names = MODELS[name]
     checkpoint(tmp_path / "model", model_class, **fields)
-    report = export_model(ExportOptions(str(tmp_path / "model"), "openvino", tmp_path / "vit.xml"))
+    report = export_model(
+        ExportOptions(model=str(tmp_path / "model"), format="openvino", output=tmp_path / "vit.xml")
+    )
     assert list(report["largest_differences"]) == names
     assert bool(report["fixed_because"]) == fields.get("position_antialias", False)
 
@@ -497,7 +512,11 @@ def test_other_names_or_shapes_raise_an_error() -> None:
 def test_unsupported_and_incomplete_models_are_errors(tmp_path: Path) -> None:
     checkpoint(tmp_path / "masked", ViTCLSForMaskedImageModeling)
     with raises_one_line("contains ViTCLSForMaskedImageModeling"):
-        export_model(ExportOptions(str(tmp_path / "masked"), "onnx", tmp_path / "vit.onnx"))
+        export_model(
+            ExportOptions(
+                model=str(tmp_path / "masked"), format="onnx", output=tmp_path / "vit.onnx"
+            )
+        )
 
     checkpoint(tmp_path / "incomplete", ViTCLSModel)
     settings = json.loads((tmp_path / "incomplete" / "config.json").read_text())
@@ -509,7 +528,11 @@ def test_unsupported_and_incomplete_models_are_errors(tmp_path: Path) -> None:
             json.dumps(settings | {"architectures": names})
         )
         with raises_one_line(words):
-            export_model(ExportOptions(str(tmp_path / "incomplete"), "onnx", tmp_path / "vit.onnx"))
+            export_model(
+                ExportOptions(
+                    model=str(tmp_path / "incomplete"), format="onnx", output=tmp_path / "vit.onnx"
+                )
+            )
 
 
 def test_unsupported_layers_and_sizes_are_errors(tmp_path: Path) -> None:
@@ -529,9 +552,15 @@ def test_existing_files_are_not_replaced(tmp_path: Path) -> None:
     for name in ("vit.onnx", "other.onnx.json"):
         (tmp_path / name).touch()
         with raises_one_line(f"{tmp_path / name} exists"):
-            export_model(ExportOptions("nowhere", "onnx", tmp_path / name.removesuffix(".json")))
+            export_model(
+                ExportOptions(
+                    model="nowhere", format="onnx", output=tmp_path / name.removesuffix(".json")
+                )
+            )
     with raises_one_line("the file name must end in .xml"):
-        export_model(ExportOptions("nowhere", "openvino", tmp_path / "vit.onnx"))
+        export_model(
+            ExportOptions(model="nowhere", format="openvino", output=tmp_path / "vit.onnx")
+        )
 
 
 def test_a_folder_with_files_of_another_model_is_not_changed(tmp_path: Path) -> None:
@@ -539,7 +568,9 @@ def test_a_folder_with_files_of_another_model_is_not_changed(tmp_path: Path) -> 
     (tmp_path / "output").mkdir()
     (tmp_path / "output" / "config.json").write_text("other")
     with raises_one_line(f"{tmp_path / 'output' / 'config.json'} exists"):
-        export_model(ExportOptions(str(tmp_path / "model"), "onnx", tmp_path / "output"))
+        export_model(
+            ExportOptions(model=str(tmp_path / "model"), format="onnx", output=tmp_path / "output")
+        )
     assert [file.name for file in (tmp_path / "output").iterdir()] == ["config.json"]
     assert (tmp_path / "output" / "config.json").read_text() == "other"
 
@@ -554,4 +585,6 @@ def test_packages_that_are_not_installed_are_named(
         with raises_one_line(
             f"`format='onnx'` requires packages that are not installed: {missing}. Run pip install"
         ):
-            export_model(ExportOptions("nowhere", "onnx", tmp_path / "vit.onnx", **flags))
+            export_model(
+                ExportOptions(model="nowhere", format="onnx", output=tmp_path / "vit.onnx", **flags)
+            )

@@ -104,7 +104,7 @@ def build_evaluator(
     name: str, accelerator: Accelerator, images: Any = None, warn: Any = print, **options: Any
 ) -> Evaluator:
     """Return an evaluator for one kind of labels."""
-    data_options = DataOptions("", **{"num_workers": 0} | options)
+    data_options = DataOptions(dataset="", **{"num_workers": 0} | options)
     images = images or build_labeled_images(name)
     processor = ViTCLSImageProcessor(size=16)
     return Evaluator(
@@ -145,7 +145,7 @@ def evaluate_digits(model: Path, output: Path | None = None) -> dict[str, Any]:
     """Evaluate as `vitcls evaluate` does. 359 digits are not a multiple of 2 x 7."""
     data = DataOptions(dataset="digits", num_workers=0)
     return evaluate_checkpoint(
-        EvaluateOptions(model=str(model), data=data, batch_size=7, output=output)
+        EvaluateOptions(model=str(model), **vars(data), batch_size=7, output=output)
     )
 
 
@@ -153,7 +153,7 @@ def evaluate_frozen_digits(model: Path, output: Path | None = None) -> dict[str,
     """Evaluate as `vitcls evaluate --frozen knn` does."""
     data = DataOptions(dataset="digits", num_workers=0)
     return evaluate_frozen(
-        EvaluateOptions(str(model), data, batch_size=7, frozen="knn", output=output)
+        EvaluateOptions(model=str(model), **vars(data), batch_size=7, frozen="knn", output=output)
     )
 
 

@@ -61,7 +61,7 @@ def run_training(options: Any) -> dict[str, Any]:
 
 def run_dry(options: Any) -> None:
     """Run `--dry-run` in this process."""
-    run_to_folder(replace(options, run=replace(options.run, dry_run=True)))
+    run_to_folder(replace(options, dry_run=True))
 
 
 def run_to_folder(options: Any) -> Path:
@@ -76,12 +76,12 @@ def prepare_setup(options: Any) -> SimpleNamespace:
     kind: Any = pretrain if isinstance(options, PretrainOptions) else finetune
     options = kind.check_options(options)
     accelerator = Accelerator(cpu=True)
-    initial = resolve_initial_model(options.model.model)
+    initial = resolve_initial_model(options.model)
     reporter = Reporter(options.output_dir / "metrics.jsonl", accelerator)
     data = kind.load_data(options, initial)
     options = resolve_options(options, initial, data)[0]
     setup = kind.build_training_setup(options, initial, data, reporter)
-    plan = build_batch_plan(data.num_training_images, options.training, accelerator.num_processes)
+    plan = build_batch_plan(data.num_training_images, options, accelerator.num_processes)
     return SimpleNamespace(setup=setup, options=options, data=data, plan=plan, reporter=reporter)
 
 

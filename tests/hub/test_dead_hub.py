@@ -81,34 +81,34 @@ def test_cached_hub_datasets_load_without_the_hub(
         private=False,
         files={"README.md": b"# x", "train.parquet": content},
     )
-    assert len(load_splits(DataOptions("ann/pictures")).images_by_split["train"]) == 8
+    assert len(load_splits(DataOptions(dataset="ann/pictures")).images_by_split["train"]) == 8
     with raises_one_line(
         "ann/none is not a file or folder", "the Hub has no such dataset", error=OSError
     ):
-        load_splits(DataOptions("ann/none"))
+        load_splits(DataOptions(dataset="ann/none"))
     with raises_one_line(
         "a/b/c is not a file or folder", "not a valid id of a dataset", error=OSError
     ):
-        load_splits(DataOptions("a/b/c"))
+        load_splits(DataOptions(dataset="a/b/c"))
 
     stop_hub(monkeypatch)
     started = time.monotonic()
-    assert len(load_splits(DataOptions("ann/pictures")).images_by_split["train"]) == 8
+    assert len(load_splits(DataOptions(dataset="ann/pictures")).images_by_split["train"]) == 8
     assert "127.0.0.1:9 does not respond" in caplog.text
     assert ". Loading ann/pictures from the cache" in caplog.text
     for streaming in (False, True):
         with raises_one_line(
             "ann/none is not a file or folder", f"{DEAD} does not respond", error=OSError
         ):
-            load_training_data(DataOptions("ann/none", streaming=streaming))
+            load_training_data(DataOptions(dataset="ann/none", streaming=streaming))
     with raises_one_line("ann/none", f"{DEAD} does not respond", error=OSError):
-        load_training_data(DataOptions("ann/none"), use_labels=False)
+        load_training_data(DataOptions(dataset="ann/none"), use_labels=False)
     assert time.monotonic() - started < 10  # `datasets` takes 40 seconds for one of these requests
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     caplog.clear()
-    assert len(load_splits(DataOptions("ann/pictures")).images_by_split["train"]) == 8
+    assert len(load_splits(DataOptions(dataset="ann/pictures")).images_by_split["train"]) == 8
     assert "does not respond" not in caplog.text
 
 
@@ -122,7 +122,7 @@ def test_cached_timm_models_of_the_hub_are_pinned_and_load_without_the_hub(
     )
     files = {file.name: file.read_bytes() for file in (tmp_path / "theirs").iterdir()}
     commit = hub.create("ann/vit", private=False, files=files).branches["main"]
-    run(ConvertOptions(tmp_path / "mine", "timm:hf-hub:ann/vit"))
+    run(ConvertOptions(output=tmp_path / "mine", source="timm:hf-hub:ann/vit"))
 
     certificate = json.loads((tmp_path / "mine" / "parity_report.json").read_text())
     assert certificate["source_revision"] == commit

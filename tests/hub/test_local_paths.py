@@ -8,7 +8,6 @@ import pytest
 import yaml
 from helpers.tiny_models import raises_one_line
 
-from modeling_vitcls.data.options import DataOptions
 from modeling_vitcls.hub.local_paths import (
     can_publish_images,
     get_title,
@@ -27,7 +26,6 @@ from modeling_vitcls.training.options import (
     FinetuneOptions,
     ModelOptions,
     PretrainOptions,
-    RunOptions,
 )
 from modeling_vitcls.training.resume import (
     RecordedFlags,
@@ -113,9 +111,9 @@ def test_a_title_has_no_folders_and_no_revision(name: str, title: str) -> None:
 def options_of(output: Path, dataset: str, **others: Any) -> FinetuneOptions:
     """Return options of a run on local data, as on the command line."""
     teacher = DistillationOptions(teacher="timm:resnet18@weights.pt")
-    model = ModelOptions("vitcls-tiny", num_distillation_tokens=1)
+    model = ModelOptions(model="vitcls-tiny", num_distillation_tokens=1)
     return FinetuneOptions(
-        output, DataOptions(dataset), model, distillation=teacher, run=RunOptions(**others)
+        output_dir=output, dataset=dataset, **vars(model), **vars(teacher), **others
     )
 
 
@@ -141,8 +139,8 @@ def test_files_of_a_run_contain_no_local_paths(
     assert str(tmp_path) not in text
 
     again = resolve_local_paths(options_of(Path(flags["output_dir"]), flags["dataset"]))
-    assert again.distillation == options.distillation
-    assert Path(again.data.dataset).resolve() == Path(options.data.dataset)
+    assert again == options
+    assert Path(again.dataset).resolve() == Path(options.dataset)
     recorded = RecordedFlags(get_relative_flags(options), chosen={}, config={})
     check_flags_unchanged(recorded, to_flags(options), folder)
 
@@ -176,11 +174,11 @@ def test_relative_names_are_resolved_to_the_same_path(here: Path, name: str, rel
 
 def test_a_folder_takes_precedence_over_built_in_data(here: Path, tmp_path: Path) -> None:
     options = resolve_local_paths(options_of(tmp_path / "run", "digits"))
-    assert (options.data.dataset, options.model.model) == (f"{here}/digits", "vitcls-tiny")
+    assert (options.dataset, options.model) == (f"{here}/digits", "vitcls-tiny")
     pretraining = resolve_local_paths(
-        PretrainOptions(tmp_path, DataOptions("data/teach"), ModelOptions("acme/data"))
+        PretrainOptions(output_dir=tmp_path, dataset="data/teach", model="acme/data")
     )
-    assert (pretraining.data.dataset, pretraining.model.model) == (
+    assert (pretraining.dataset, pretraining.model) == (
         f"{here}/data/teach",
         f"{here}/acme/data",
     )

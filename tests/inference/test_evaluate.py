@@ -126,14 +126,14 @@ def write_table(folder: Path, name: str, header: list[str], text: Any) -> Path:
 def evaluate(model: Path, dataset: object, **data: Any) -> dict[str, Any]:
     """Evaluate all images of a table."""
     options = DataOptions(dataset=str(dataset), num_workers=0, **data)
-    return evaluate_checkpoint(EvaluateOptions(model=str(model), data=options, batch_size=4))
+    return evaluate_checkpoint(EvaluateOptions(model=str(model), **vars(options), batch_size=4))
 
 
 def test_predictions_of_a_run_are_not_replaced(tmp_path: Path) -> None:
     file = tmp_path / "predictions.parquet"
     write_json(tmp_path / "results.json", {})
     with raises_one_line("would replace the predictions of the run"):
-        evaluate_checkpoint(EvaluateOptions("mine", DataOptions("digits"), per_image=file))
+        evaluate_checkpoint(EvaluateOptions(model="mine", dataset="digits", per_image=file))
 
 
 def test_several_labels_per_image_are_matched_by_name_and_scored_per_image(
@@ -153,9 +153,9 @@ def test_several_labels_per_image_are_matched_by_name_and_scored_per_image(
     assert found["loss"] == close(expected["loss"])
     assert [row["name"] for row in found["per_class"]] == CLASSES
     reset_accelerate()
-    data = DataOptions(str(table), label_column=("tags",), label_separator="|")
+    data = DataOptions(dataset=str(table), label_column=("tags",), label_separator="|")
     options = EvaluateOptions(
-        str(models / "multi_label"), data, per_image=tmp_path / "new" / "rows.parquet"
+        model=str(models / "multi_label"), **vars(data), per_image=tmp_path / "new" / "rows.parquet"
     )
     results = evaluate_checkpoint(options)
     rows = pd.read_parquet(options.per_image)
@@ -195,7 +195,7 @@ def test_tasks_are_matched_by_name_and_missing_labels_are_not_counted(
         evaluate(models / "multi_task", table, label_column=("age",))
     reset_accelerate()
     options = EvaluateOptions(
-        str(models / "multi_task"), DataOptions(str(table)), per_image=tmp_path / "rows.parquet"
+        model=str(models / "multi_task"), dataset=str(table), per_image=tmp_path / "rows.parquet"
     )
     with raises_one_line("`per_image`"):
         evaluate_checkpoint(options)
@@ -238,8 +238,10 @@ def test_the_results_describe_the_evaluation(
         folder.mkdir(parents=True, exist_ok=True)
         image.save(folder / f"{index}.png")
     options = EvaluateOptions(
-        str(tmp_path / "model"),
-        DataOptions(str(data), num_workers=0, max_unreadable_images=1),
+        model=str(tmp_path / "model"),
+        dataset=str(data),
+        num_workers=0,
+        max_unreadable_images=1,
         split="validation",
         fit="pad",
         batch_size=4,
@@ -328,7 +330,7 @@ def test_two_processes_evaluate_frozen_features(two_process_folder: Path) -> Non
 def test_an_unfinished_run_names_resume(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").mkdir()
     with raises_one_line("vitcls finetune ... --resume"):
-        evaluate_checkpoint(EvaluateOptions(model=str(tmp_path), data=DataOptions("digits")))
+        evaluate_checkpoint(EvaluateOptions(model=str(tmp_path), dataset="digits"))
 
 
 def test_a_regression_is_an_error(tmp_path: Path) -> None:
@@ -336,13 +338,11 @@ def test_a_regression_is_an_error(tmp_path: Path) -> None:
     type(build_classifier("single"))(config).save_pretrained(tmp_path)
     ViTCLSImageProcessor(size=16).save_pretrained(tmp_path)
     with raises_one_line("regression"):
-        evaluate_checkpoint(
-            EvaluateOptions(model=str(tmp_path), data=DataOptions(dataset="digits"))
-        )
+        evaluate_checkpoint(EvaluateOptions(model=str(tmp_path), dataset="digits"))
 
 
 def test_only_models_of_several_labels_use_the_columns_in_their_results(tmp_path: Path) -> None:
-    options = DataOptions("data")
+    options = DataOptions(dataset="data")
     tags = ViTCLSConfig(problem_type="multi_label_classification")
     tags.save_pretrained(tmp_path)
 
@@ -356,5 +356,5 @@ def test_only_models_of_several_labels_use_the_columns_in_their_results(tmp_path
     folder = ModelFolder(tmp_path)
     assert set_label_columns(options, ViTCLSConfig(), folder) == options
 
-    given = DataOptions("data", label_column=("other",))
+    given = DataOptions(dataset="data", label_column=("other",))
     assert set_label_columns(given, tags, folder) == given

@@ -58,7 +58,7 @@ def test_a_batch_without_readable_images_has_the_shape_of_the_model() -> None:
         LabeledImages(images, [0, 1, 0]),
         processor,
         labels,
-        DataOptions("", num_workers=0),
+        DataOptions(dataset="", num_workers=0),
         2,
         Accelerator(cpu=True),
     )

@@ -47,12 +47,12 @@ def test_a_list_contains_files_and_folders(photos: Path, tmp_path: Path) -> None
     file.write_bytes(
         f"\ufeff{photos / 'c.png'}\r\n\n{photos / 'inner'}\n".encode() + b"odd-\xff.png\n"
     )
-    source = open_input(PredictOptions("model", list=file))
+    source = open_input(PredictOptions(model="model", list=file))
     names = [record.name for record in source.read_records(range(source.num_images))]
     assert names == [*sorted_photos(photos)[2:], "odd-\ufffd.png"]
     file.write_text("\n \n", encoding="utf-8")
     with raises_one_line(f"the list {file} is empty"):
-        open_input(PredictOptions("model", list=file))
+        open_input(PredictOptions(model="model", list=file))
 
 
 def test_files_that_no_image_processor_reads_are_skipped(photos: Path) -> None:
@@ -76,7 +76,7 @@ def test_other_files_in_folders_are_counted_with_the_remedy_for_heic(
     for name in ("a.heic", "inner/b.HEIC", "notes.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-    options = PredictOptions("model", (str(tmp_path),))
+    options = PredictOptions(model="model", paths=(str(tmp_path),))
     with raises_one_line("there are no images", "2 .heic, 1 .txt", "to JPEG"):
         open_input(options)
 
@@ -93,7 +93,7 @@ def test_figures_of_a_training_run_are_not_predicted(
         (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
         (tmp_path / name).touch()
 
-    source = open_input(PredictOptions("model", (str(tmp_path),)))
+    source = open_input(PredictOptions(model="model", paths=(str(tmp_path),)))
 
     assert source.names == [str(tmp_path / "photo.png")]
     (message,) = caplog.messages
@@ -114,7 +114,7 @@ def test_images_of_folders_are_sorted_whatever_the_file_system_lists_first(
             yield parent, folders, sorted(files, reverse=True)
 
     monkeypatch.setattr(os, "walk", walk_backwards)
-    source = open_input(PredictOptions("model", (str(tmp_path),)))
+    source = open_input(PredictOptions(model="model", paths=(str(tmp_path),)))
     assert isinstance(source, ListInput)
     names = [str(Path(name).relative_to(tmp_path)) for name in source.names]
     assert names == ["0.png", "a/3.jpg", "b/1.png", "b/2.PNG"]
@@ -154,7 +154,7 @@ def test_an_input_is_identified_by_its_content(photos: Path, tmp_path: Path) -> 
 
     def identities() -> list[dict[str, Any]]:
         return [
-            open_input(PredictOptions("model", **options)).compute_fingerprint()
+            open_input(PredictOptions(model="model", **options)).compute_fingerprint()
             for options in given
         ]
 
@@ -303,30 +303,32 @@ def test_idx_files_are_read(tmp_path: Path) -> None:
     for name, header in (("images-idx3", [0x803, 2, 4, 4]), ("labels-idx1", [0x801, 2])):
         content = np.array(header, dtype=">i4").tobytes() + pixels.tobytes()[: np.prod(header[1:])]
         (tmp_path / f"train-{name}-ubyte").write_bytes(content)
-    source = open_input(PredictOptions("model", dataset=str(tmp_path)))
+    source = open_input(PredictOptions(model="model", dataset=str(tmp_path)))
     (record,) = source.read_records(range(1, 2))
     assert source.num_images == 2
     assert record.name == f"{tmp_path.name}/1"
     np.testing.assert_array_equal(np.asarray(record.content), pixels[1])
-    assert open_input(PredictOptions("model", dataset="digits")).names[-1] == "digits/1796"
+    assert open_input(PredictOptions(model="model", dataset="digits")).names[-1] == "digits/1796"
 
 
 def test_datasets_that_cannot_be_used_are_named(tmp_path: Path) -> None:
     (tmp_path / "table.csv").write_text("a,b\n1,2\n", encoding="utf-8")
     with raises_one_line("cannot identify the image column", "`image_column`"):
-        open_input(PredictOptions("model", dataset=str(tmp_path / "table.csv")))
+        open_input(PredictOptions(model="model", dataset=str(tmp_path / "table.csv")))
     with raises_one_line("has no column 'c'. Choose one of a, b"):
-        open_input(PredictOptions("model", dataset=str(tmp_path / "table.csv"), image_column="c"))
+        open_input(
+            PredictOptions(model="model", dataset=str(tmp_path / "table.csv"), image_column="c")
+        )
     with raises_one_line("`split`", "train"):
-        open_input(PredictOptions("model", dataset=str(tmp_path / "table.csv"), split="test"))
+        open_input(PredictOptions(model="model", dataset=str(tmp_path / "table.csv"), split="test"))
 
     datasets.Dataset.from_dict({"image": ["a.png"]}).filter(lambda row: False).save_to_disk(
         tmp_path / "empty"
     )
     with raises_one_line("empty is empty"):
-        open_input(PredictOptions("model", dataset=str(tmp_path / "empty")))
+        open_input(PredictOptions(model="model", dataset=str(tmp_path / "empty")))
     with raises_one_line("there are no images in"):
-        open_input(PredictOptions("model", (str(tmp_path),)))
+        open_input(PredictOptions(model="model", paths=(str(tmp_path),)))
 
 
 def test_one_of_several_splits_has_to_be_named(tmp_path: Path) -> None:
@@ -335,9 +337,9 @@ def test_one_of_several_splits_has_to_be_named(tmp_path: Path) -> None:
             (tmp_path / split / "cat").mkdir(parents=True, exist_ok=True)
             Image.new("L", (4, 4)).save(tmp_path / split / "cat" / f"{index}.png")
     with raises_one_line("`split`", "train, test"):
-        open_input(PredictOptions("model", dataset=str(tmp_path)))
+        open_input(PredictOptions(model="model", dataset=str(tmp_path)))
     for split, number in (("train", 2), ("test", 1)):
         assert (
-            open_input(PredictOptions("model", dataset=str(tmp_path), split=split)).num_images
+            open_input(PredictOptions(model="model", dataset=str(tmp_path), split=split)).num_images
             == number
         )

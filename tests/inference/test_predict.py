@@ -142,7 +142,11 @@ def test_labels_equal_those_of_the_model_and_the_pipeline(
     output = tmp_path / "new" / "folder" / "out.JSON"
     predict_images(
         PredictOptions(
-            str(models / "one_label"), (str(photos),), output=output, top_k=2, batch_size=4
+            model=str(models / "one_label"),
+            paths=(str(photos),),
+            output=output,
+            top_k=2,
+            batch_size=4,
         )
     )
     rows = read_json(output)
@@ -165,7 +169,10 @@ def test_there_are_columns_for_the_three_labels_of_the_model(
     models: Path, unreadable: Path, tmp_path: Path
 ) -> None:
     options = PredictOptions(
-        str(models / "one_label"), (str(unreadable),), output=tmp_path / "out.json", top_k=7
+        model=str(models / "one_label"),
+        paths=(str(unreadable),),
+        output=tmp_path / "out.json",
+        top_k=7,
     )
     assert predict_images(options) == PredictionCounts(num_images=3, num_failed=2)
     assert list(read_json(tmp_path / "out.json")[0]) == [
@@ -185,7 +192,9 @@ def test_there_are_columns_for_the_three_labels_of_the_model(
     output = tmp_path / "a.parquet"
     encoder = str(models / "encoder")
     predict_images(
-        PredictOptions(encoder, (str(unreadable),), output=output, features=("registers",))
+        PredictOptions(
+            model=encoder, paths=(str(unreadable),), output=output, features=("registers",)
+        )
     )
     assert [row is None for row in pq.read_table(output)["features"].to_pylist()] == [
         False,
@@ -196,8 +205,8 @@ def test_there_are_columns_for_the_three_labels_of_the_model(
 
 def test_several_tasks_have_separate_columns(models: Path, photos: Path, tmp_path: Path) -> None:
     options = PredictOptions(
-        str(models / "several_tasks"),
-        (str(photos),),
+        model=str(models / "several_tasks"),
+        paths=(str(photos),),
         output=tmp_path / "out.parquet",
         top_k=3,
         batch_size=5,
@@ -243,7 +252,10 @@ def test_several_labels_are_predicted_from_the_threshold(
     ]
 
     options = PredictOptions(
-        str(models / "several_labels"), (str(photos),), output=tmp_path / "a.csv", threshold=1
+        model=str(models / "several_labels"),
+        paths=(str(photos),),
+        output=tmp_path / "a.csv",
+        threshold=1,
     )
     predict_images(options)
     assert [row["labels"] for row in csv.DictReader((tmp_path / "a.csv").open())] == [""] * 9
@@ -261,7 +273,11 @@ def test_features_equal_the_tokens_of_the_model(
     output = tmp_path / ("out.parquet" if source == "encoder" else "out.json")
     predict_images(
         PredictOptions(
-            str(models / source), (str(photos),), output=output, features=(kind,), batch_size=9
+            model=str(models / source),
+            paths=(str(photos),),
+            output=output,
+            features=(kind,),
+            batch_size=9,
         )
     )
     rows = read_json(output) if output.suffix == ".json" else pq.read_table(output).to_pylist()
@@ -285,8 +301,8 @@ def test_features_of_any_layer_are_those_after_the_final_norm(
     """Layers are outputs after the final norm, if there is one. The last layer is the default."""
     names = ("cls", "cls@1", "mean@2", "patches")
     options = PredictOptions(
-        str(models / "encoder"),
-        (str(photos),),
+        model=str(models / "encoder"),
+        paths=(str(photos),),
         features=names,
         feature_dtype="float16",
         output=tmp_path / "out.parquet",
@@ -339,7 +355,7 @@ def test_datasets_are_read_like_files(models: Path, photos: Path, tmp_path: Path
     ):
         output = tmp_path / "out.json"
         predict_images(
-            PredictOptions(str(models / "one_label"), output=output, batch_size=4, **given)
+            PredictOptions(model=str(models / "one_label"), output=output, batch_size=4, **given)
         )
         reset_accelerate()
         answers = [(row["index"], row["label"], row["probability"]) for row in read_json(output)]
@@ -375,7 +391,10 @@ def test_processes_take_batches_in_turn(
     # processes are not in order
     monkeypatch.setattr(predict_module, "gather_object", lambda rows: rows[::-1])
     options = PredictOptions(
-        str(models / "one_label"), (str(photos),), output=tmp_path / "a.jsonl", batch_size=2
+        model=str(models / "one_label"),
+        paths=(str(photos),),
+        output=tmp_path / "a.jsonl",
+        batch_size=2,
     )
     source = predict_module.open_input(options)
     predictor = predict_module.build_predictor(options, resolve(options.model), build_accelerator())
@@ -419,7 +438,9 @@ def test_more_jobs_than_images_write_empty_files(
 ) -> None:
     for number in range(1, 12):
         options = {"output": tmp_path / "jobs", "shard": f"{number}/11"}
-        predict_images(PredictOptions(str(models / "one_label"), (str(photos),), **options))
+        predict_images(
+            PredictOptions(model=str(models / "one_label"), paths=(str(photos),), **options)
+        )
         reset_accelerate()
     assert sorted(pd.read_parquet(tmp_path / "jobs")["index"]) == list(range(9))
 
@@ -445,7 +466,9 @@ def start(models: Path, photos: Path, tmp_path: Path) -> Callable[..., Predictio
     ) -> PredictionCounts:
         reset_accelerate()
         options: dict[str, Any] = {"output": tmp_path / "labels", "shard": shard, **others}
-        return predict_images(PredictOptions(str(models / model), (str(path),), **options))
+        return predict_images(
+            PredictOptions(model=str(models / model), paths=(str(path),), **options)
+        )
 
     return start
 
@@ -550,7 +573,7 @@ def test_models_without_labels_are_a_one_line_error(
         tmp_path / "absent": "is not a folder",
     }.items():
         with raises_one_line(words, error=(ValueError, OSError)):
-            predict_images(PredictOptions(str(source), (str(photos),)))
+            predict_images(PredictOptions(model=str(source), paths=(str(photos),)))
         reset_accelerate()
     for fields, problem in (
         ({"num_labels": 0}, "has no classifier"),
@@ -597,7 +620,12 @@ def test_rows_of_options_have_the_settings_of_the_options(models: Path, photos: 
         threshold = model(pixel_values(photos)).logits.sigmoid().median().item()
     flags: dict[str, Any] = {"threshold": threshold, "top_k": 2}
     options = PredictOptions(
-        source, (str(photos),), mixed_precision="bf16", num_workers=1, batch_size=7, **flags
+        model=source,
+        paths=(str(photos),),
+        mixed_precision="bf16",
+        num_workers=1,
+        batch_size=7,
+        **flags,
     )
     with torch.autocast("cpu", torch.bfloat16):
         expected = predict(model, processor, photos, **flags)

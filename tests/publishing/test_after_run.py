@@ -131,7 +131,7 @@ def test_the_data_of_a_run_are_loaded_again(tmp_path: Path) -> None:
         folder = ModelFolder(write_run_folder(tmp_path / select, None, flags, model_class))
         found: Any = load_run_data(folder)
         expected = load_training_data(
-            DataOptions("digits", split_seed=5), select == "best", is_labeled
+            DataOptions(dataset="digits", split_seed=5), select == "best", is_labeled
         )
         assert found.held_out.keys.tolist() == expected.held_out.keys.tolist()
         assert found.label_space == expected.label_space

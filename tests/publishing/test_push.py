@@ -600,7 +600,11 @@ def test_a_private_branch_is_pushed_and_verified_unless_a_flag_says_otherwise(
 ) -> None:
     folder = save_classifier(tmp_path / "mine")
     for is_verified in (True, False):
-        run_push(PushOptions(folder, "new", private=True, branch="dev", verify=is_verified))
+        run_push(
+            PushOptions(
+                model=folder, hub_model_id="new", private=True, branch="dev", verify=is_verified
+            )
+        )
         assert ("verified: ann/new at" in capsys.readouterr().out) == is_verified
 
     assert hub.repositories["ann/new"].private

@@ -26,7 +26,7 @@ def test_calibration_uses_images_that_are_not_reported(
     select: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With just enough images."""
-    data = load_training_data(DataOptions("digits"), use_selection_split=select == "best")
+    data = load_training_data(DataOptions(dataset="digits"), use_selection_split=select == "best")
     fitted = (
         data.held_out.select(range(0, len(data.held_out), 2))
         if select == "last"

@@ -32,7 +32,9 @@ PRETRAINED = {"folder": "checkpoint"}
 def build_options(kind: Any = FinetuneOptions, **groups: Any) -> Any:
     """Return the options of a run."""
     return kind(
-        Path("out"), DataOptions("digits"), **({"model": ModelOptions("vitcls-tiny")} | groups)
+        Path("out"),
+        DataOptions(dataset="digits"),
+        **({"model": ModelOptions(model="vitcls-tiny")} | groups),
     )
 
 
@@ -50,7 +52,7 @@ def build_initial(
 
 def get_values(options: Any) -> dict[str, Any]:
     """Return the values that have defaults."""
-    flags = vars(options.training) | vars(options.augmentation) | vars(options.model)
+    flags = vars(options) | vars(options) | vars(options.model)
     return {name: flags[name] for name in DEFAULT_FLAGS}
 
 
@@ -125,14 +127,14 @@ def test_every_default_can_be_overridden_and_the_reasons_are_printed() -> None:
     options, line = resolve_defaults(
         build_tiny_options(Path("out"), "digits", **flags), initial, 2000
     )
-    assert (options.training.learning_rate, options.augmentation.shift) == (0.3, 0.0)
+    assert (options.learning_rate, options.shift) == (0.3, 0.0)
     assert "random weights, width 96: initializer range 0.082" in line
     assert "image size 28: crop scale 1" in line
     assert "learning rate" not in line
     assert "random weights, 2,000 images: epochs 30, batch size 32" in line
     assert "random weights, a stream: " in resolve_defaults(build_options(), initial, None)[1]
     assert resolve_defaults(options, initial, 2000) == (options, "")
-    sizes = ModelOptions("vitcls-tiny", hidden_size=192, image_size=(32, 96), patch_size=32)
+    sizes = ModelOptions(model="vitcls-tiny", hidden_size=192, image_size=(32, 96), patch_size=32)
     line = resolve_defaults(build_options(model=sizes), initial, 2000)[1]
 
     assert "width 192: " in line
@@ -151,7 +153,7 @@ def test_the_default_epochs_are_limited_on_cpus(monkeypatch: pytest.MonkeyPatch)
     sizes = {"patch_size": 16, "num_attention_heads": 6, "intermediate_size": 1536}
     initial = build_initial(384, 224, sizes, **PRETRAINED)
     options, line = resolve_defaults(build_options(), initial, 9_000)
-    assert options.training.epochs == 1e15 // (3 * 9.2e9 * 9_000) == 4
+    assert options.epochs == 1e15 // (3 * 9.2e9 * 9_000) == 4
     assert "CPUs" in line
     assert "`epochs=30`" in line
     assert resolve_defaults(build_options(), initial, 900)[0].training.epochs == 30
@@ -167,7 +169,7 @@ def test_max_steps_replace_the_epochs() -> None:
     options, line = resolve_defaults(
         build_options(training=TrainingOptions(max_steps=3)), build_initial(), 9
     )
-    assert options.training.epochs == 30.0
+    assert options.epochs == 30.0
     assert "epochs" not in line
 
 

@@ -210,7 +210,11 @@ def test_a_checkpoint_of_an_unknown_type_is_an_error(tmp_path: Path) -> None:
     for kind, contents in ((FinetuneOptions, '{"model_type": "mystery"}'), (PretrainOptions, "{}")):
         (start / "config.json").write_text(contents, encoding="utf-8")
         with raises_one_line(str(start), "not 'vitcls'", "vitcls convert"):
-            run_training(kind(tmp_path / "run", DataOptions("digits"), ModelOptions(str(start))))
+            run_training(
+                kind(
+                    tmp_path / "run", DataOptions(dataset="digits"), ModelOptions(model=str(start))
+                )
+            )
 
 
 def test_only_names_that_look_like_presets_must_be_presets(
@@ -271,7 +275,7 @@ def test_contradictory_flags_are_errors(flags: dict[str, Any], named: tuple[str,
 
 
 def test_a_teacher_adds_a_distillation_token() -> None:
-    options = FinetuneOptions(Path("out"), DataOptions("digits"), ModelOptions("some/checkpoint"))
+    options = FinetuneOptions(output_dir=Path("out"), dataset="digits", model="some/checkpoint")
     assert check_options(options) == options
     taught = replace(options, distillation=DistillationOptions(teacher="t"))
     assert check_options(taught).model.num_distillation_tokens == 1
@@ -475,7 +479,7 @@ def test_large_checkpoints_are_fine_tuned_at_224_pixels(
     )
     encoder = ViTCLSModel(config)
     save_with_processor(encoder, tmp_path, ViTCLSImageProcessor(size=config.image_height_width))
-    options = ModelOptions(str(tmp_path), image_size=flag)
+    options = ModelOptions(model=str(tmp_path), image_size=flag)
     options, line = choose_image_size(options, resolve_initial_model(options.model))
     label_space = LabelSpace("single_label_classification", {"label": ["yes", "no"]})
 

@@ -136,7 +136,7 @@ def test_a_finished_run_is_replaced_only_with_overwrite(
     with build_dry_run_options(options_of(earlier, resume=True)) as options:  # next to the folder
         assert options.output_dir.parent.parent == earlier.parent
         assert not options.output_dir.exists()
-        assert (options.training.log_every, options.run.resume) == (1, False)
+        assert (options.log_every, options.resume) == (1, False)
     with build_dry_run_options(options_of(earlier / "new" / "run")):
         assert len(list((earlier / "new").iterdir())) == 1  # the temporary folder
     assert not list((earlier / "new").iterdir())

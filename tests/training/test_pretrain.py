@@ -272,7 +272,7 @@ def test_worse_features_are_named() -> None:
 
 def test_lejepa_replaces_the_crops_of_the_augmentation() -> None:
     options = check_options(tiny_options(Path("out"), crop_scale=None, shift=None))
-    assert (options.method, options.augmentation) == ("lejepa", PLAIN)
+    assert (options.method, options) == ("lejepa", PLAIN)
     crops = replace(PLAIN, crop_scale=0.5, shift=0.1)
     assert check_options(tiny_options(Path("out"), **vars(crops))).augmentation == crops
     assert (

@@ -321,9 +321,7 @@ def test_unequal_classes_have_a_balanced_accuracy_and_a_lowest_recall(
     encoder: Path, unequal_photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = build_options(tmp_path / "run", encoder, trainable="head")
-    results = run_training(
-        replace(options, data=replace(options.data, dataset=str(unequal_photos)))
-    )
+    results = run_training(replace(options, dataset=str(unequal_photos)))
     (line,) = (row for row in capsys.readouterr().out.splitlines() if "balanced accuracy" in row)
     assert "lowest recall" in line
     assert results["frozen"]["balanced"]["balanced_accuracy"] >= 0.5
@@ -337,7 +335,7 @@ def test_class_weights_raise_the_recall_of_a_small_class(
         options = build_options(
             tmp_path / balance, encoder, trainable="head", class_balance=balance
         )
-        data = replace(options.data, dataset=str(unequal_photos))
+        data = replace(options, dataset=str(unequal_photos))
         results = run_training(replace(options, data=data))
         recalls[balance] = results["per_class"][0]["recall"]
     assert recalls["weights"] >= recalls["none"]
@@ -398,7 +396,7 @@ def test_fine_tuning_starts_from_the_regression(
     state["metadata"] |= {"best_score": 0.0, "margin": 0.0}  # any evaluation is better
     file.write_text(format_state(state), encoding="utf-8")
 
-    resumed = run_training(replace(options, run=replace(options.run, resume=True)))
+    resumed = run_training(replace(options, resume=True))
     assert resumed["frozen"] == frozen
     assert resumed["selection"]["step"] == 2
 
@@ -461,10 +459,10 @@ def test_a_resumed_run_keeps_what_the_regression_reads(encoder: Path, tmp_path: 
         max_steps=2,
         keep_checkpoints=2,
     )
-    run_training(replace(options, training=replace(options.training, select="last")))
+    run_training(replace(options, select="last"))
     (tmp_path / "run" / "results.json").unlink()
-    resume = replace(options, run=replace(options.run, resume=True))
-    run_training(replace(resume, training=replace(options.training, select="last")))
+    resume = replace(options, resume=True)
+    run_training(replace(resume, select="last"))
     config = ViTCLSForImageClassification.from_pretrained(tmp_path / "run").config
     assert config.pooled_layers == [-2, -1]
     assert config.pooling == "cls_mean"
@@ -534,9 +532,9 @@ def test_heads_and_poolers_without_a_regression_have_no_probe(
 def test_random_weights_have_no_probe(tmp_path: Path) -> None:
     run = prepare_setup(build_tiny_options(tmp_path / "run", "digits", probe=True, select=None))
     assert run.setup.probe is None
-    assert run.options.training.select == "last"
+    assert run.options.select == "last"
     assert run.setup.summary_lines["probe"] == "off, because the initial weights are random"
-    stream = replace(run.options, data=replace(run.options.data, streaming=True))
+    stream = replace(run.options, data=replace(run.options, streaming=True))
     for options, names, kind, reason in (
         (stream, {"classifier.weight"}, "single_label_classification", "stream"),
         (run.options, {"classifier.weight"}, "multi_task", "label"),

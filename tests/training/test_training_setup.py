@@ -40,7 +40,7 @@ from modeling_vitcls.training.loop import build_batch_plan
 from modeling_vitcls.training.training_setup import build_training_images
 
 
-DIGITS = DataOptions("digits", num_workers=0)
+DIGITS = DataOptions(dataset="digits", num_workers=0)
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("fresh_accelerate", "few_digits")]
 
@@ -61,7 +61,7 @@ def write_images(folder: Path, splits: dict[str, dict[str, int]]) -> DataOptions
                 number += 1
                 color = (number * 7 % 256, 200 if name == "noon" else 20, 90)
                 Image.new("RGB", (16, 16), color).save(folder / split / name / f"{number}.png")
-    return DataOptions(str(folder), num_workers=0)
+    return DataOptions(dataset=str(folder), num_workers=0)
 
 
 # Defaults -----------------------------------------------------------------------------------------
@@ -103,12 +103,10 @@ def test_the_flags_and_the_checkpoint_determine_the_batches(tmp_path: Path) -> N
     }
     run = prepare_setup(build_options(tmp_path / "run", replace(DIGITS, split_seed=3), **flags))
     train, options, task = run.data.train, run.options, run.setup
-    plan = build_batch_plan(len(train), options.training, 1)
+    plan = build_batch_plan(len(train), options, 1)
     assert [*run.plan.iterate_keys(0)] == [*plan.iterate_keys(0)]
 
-    augmentation = build_augmentation(
-        options.augmentation, ViTCLSImageProcessor(size=[24, 32], resample=0)
-    )
+    augmentation = build_augmentation(options, ViTCLSImageProcessor(size=[24, 32], resample=0))
     builder = BatchBuilder(augmentation, run.data.label_space, to_rgb=False, seed=5, num_channels=1)
     images = TrainingImages(train, builder)
     expected = next(iterate_training_batches(images, run.plan, 0, 0))
@@ -154,7 +152,9 @@ def test_the_best_checkpoint_is_saved_and_reported(
     assert saved.keys() == selected.keys()
     assert all(torch.equal(saved[name], selected[name]) for name in saved)
     reset_accelerate()
-    evaluated = evaluate_checkpoint(EvaluateOptions(str(folder), DIGITS, batch_size=16))
+    evaluated = evaluate_checkpoint(
+        EvaluateOptions(model=str(folder), **vars(DIGITS), batch_size=16)
+    )
     assert evaluated["accuracy"] == results["accuracy"]
     assert evaluated["num_images"] == results["num_images"]
 
@@ -319,7 +319,7 @@ def test_each_image_is_held_out_in_one_fold_and_the_pooled_result_has_a_wilson_i
 
     reset_accelerate()
     evaluated = evaluate_checkpoint(
-        EvaluateOptions(str(tmp_path / "run" / "fold-2"), DIGITS, batch_size=16)
+        EvaluateOptions(model=str(tmp_path / "run" / "fold-2"), **vars(DIGITS), batch_size=16)
     )
     assert evaluated["accuracy"] == accuracies[1]
 
@@ -346,7 +346,7 @@ def test_a_run_on_all_images_has_no_accuracy(tmp_path: Path, capsys: pytest.Capt
     assert "not evaluated" in output
     assert "WARNING" not in output
     with raises_one_line("all 300 images", "`dataset`"):
-        evaluate_checkpoint(EvaluateOptions(str(tmp_path / "run"), DIGITS))
+        evaluate_checkpoint(EvaluateOptions(model=str(tmp_path / "run"), **vars(DIGITS)))
     assert len(load_evaluation_data(data, "train").images) == 300
 
 
@@ -363,4 +363,4 @@ def test_a_class_without_training_images_is_a_warning(tmp_path: Path) -> None:
     run = prepare_setup(build_options(tmp_path / "run", data, model=model, select=None))
     (warning,) = run.setup.warnings
     assert "1 of the 3 classes have no training images: night" in warning
-    assert (run.data.selection, run.options.training.select) == (None, "last")
+    assert (run.data.selection, run.options.select) == (None, "last")
