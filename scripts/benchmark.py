@@ -56,7 +56,7 @@ from modeling_vitcls.hub.model_files import BACKEND_FILES
 from modeling_vitcls.inference.exported_graphs import ExportedGraph
 from modeling_vitcls.model.configuration_vitcls import ViTCLSConfig
 from modeling_vitcls.model.cpu_kernels_vitcls import EMULATED_DTYPES
-from modeling_vitcls.runtime.flags import check_minimum, check_value
+from modeling_vitcls.runtime.flags import Options, check_minimum, check_value
 from modeling_vitcls.runtime.system import get_processor_name, get_versions
 
 
@@ -82,7 +82,7 @@ Function = Callable[[], object]
 
 
 @dataclass(frozen=True)
-class BenchmarkOptions:
+class BenchmarkOptions(Options):
     """Measure the speed of a model, and compare it with timm and transformers."""
 
     model: str = "vitcls-small"
@@ -106,7 +106,7 @@ class BenchmarkOptions:
     markdown: Path | None = None
     """Markdown file for the table. The table is also printed."""
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
         check_minimum(self, 1, "rounds")
         check_value(self, "batch_sizes", min(self.batch_sizes) >= 1, "1 or more")
 

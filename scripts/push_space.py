@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 
 from modeling_vitcls.cli.export import silence_exporters
 from modeling_vitcls.cli.parsing import run_script
+from modeling_vitcls.runtime.flags import Options
 
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class SpaceOptions:
+class SpaceOptions(Options):
     """Publish a Space that labels photos with a classifier on the Hub."""
 
     model: str
@@ -47,7 +48,7 @@ class SpaceOptions:
     output: Path | None = None
     """Write the files of the Space to this folder instead of pushing them."""
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
         if self.output is not None and (self.space_id is not None or self.private):
             raise ValueError(
                 "--space-id and --private apply to pushes. Remove --output, which prevents the push"

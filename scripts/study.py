@@ -58,7 +58,7 @@ from modeling_vitcls.cli.parsing import (
 )
 from modeling_vitcls.runtime.errors import format_error
 from modeling_vitcls.runtime.files import read_json, write_json
-from modeling_vitcls.runtime.flags import check_minimum, to_arguments
+from modeling_vitcls.runtime.flags import Options, check_minimum, to_arguments
 
 
 if TYPE_CHECKING:
@@ -499,7 +499,7 @@ def run_study(runner: StudyRunner, command: str) -> list[dict[str, Any]]:
 
 
 @dataclass(frozen=True)
-class StudyOptions:
+class StudyOptions(Options):
     """Fine-tune with each combination of settings and seeds, and write a page of tables."""
 
     config: Path
@@ -513,7 +513,7 @@ class StudyOptions:
     threads: int = 1
     """CPU threads per run."""
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
         check_minimum(self, 1, "jobs", "threads")
 
 

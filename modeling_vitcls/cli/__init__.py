@@ -87,16 +87,19 @@ def run_command(arguments: list[str]) -> None:
     modules = load_modules()
     from ..runtime.flags import get_flag_fields
     from .flag_messages import messages_name_flags
-    from .parsing import exit_on_error, parse_command_line, silence_libraries
+    from .parsing import check_paths, exit_on_error, parse_command_line, silence_libraries
 
     name, options = parse_command_line(modules, arguments or ["--help"])
+    flag_names = get_flag_fields(type(options))
+    with messages_name_flags(flag_names):
+        check_paths(options)
 
     from ..model.configuration_vitcls import ViTCLSConfig
 
     # __init__.py does not register the classes in a CLI process
     ViTCLSConfig.register_auto_classes()
     silence_libraries()
-    with messages_name_flags(get_flag_fields(type(options))), exit_on_error():
+    with messages_name_flags(flag_names), exit_on_error():
         modules[name].run(options)
 
 

@@ -36,7 +36,7 @@ from ..runtime.messages import format_message
 from .flag_messages import messages_name_flags
 
 
-ScriptOptions = TypeVar("ScriptOptions")
+ScriptOptions = TypeVar("ScriptOptions", bound=Options)
 
 PACKAGE_FOLDER = Path(__file__).parents[1]
 # Folders with the recipes that --config accepts by name: one in an installed package, one in a
@@ -90,7 +90,6 @@ def parse_command_line(modules: dict[str, ModuleType], arguments: list[str]) -> 
     )
     with messages_name_flags(get_flag_fields(type(options))):
         check_options(options)
-        check_paths(options)
     return name, options
 
 
@@ -333,14 +332,16 @@ def run_script(
     """Run a program of scripts/ that is not a subcommand, with the same errors of one line.
 
     Args:
-        options_class: A dataclass whose fields are the flags.
+        options_class: The class of its options, whose fields are the flags.
         run: The program.
         arguments: The flags. Default: `sys.argv[1:]`.
     """
     options = tyro.cli(options_class, args=arguments, config=TYRO_CONFIG)
-    silence_libraries()
-    with messages_name_flags(get_flag_fields(options_class)), exit_on_error():
-        run(options)
+    with messages_name_flags(get_flag_fields(options_class)):
+        check_options(options)
+        silence_libraries()
+        with exit_on_error():
+            run(options)
 
 
 def exit_with_message(message: str, status: int = 2, is_on_all_processes: bool = True) -> NoReturn:

@@ -39,6 +39,7 @@ from modeling_vitcls.export.measurement import compare_outputs_on_images
 from modeling_vitcls.export.tracing import GraphShape, build_dynamic_shapes
 from modeling_vitcls.hub.model_files import hash_files
 from modeling_vitcls.runtime.files import write_json
+from modeling_vitcls.runtime.flags import Options
 from modeling_vitcls.runtime.staging import check_output_is_empty, create_output_folder
 
 
@@ -49,7 +50,7 @@ BATCH_SIZE = 16  # number of images per batch in the comparison
 
 
 @dataclass(frozen=True)
-class BrowserOptions:
+class BrowserOptions(Options):
     """Write a model to a folder that transformers.js loads."""
 
     model: str

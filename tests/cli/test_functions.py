@@ -3,6 +3,7 @@
 Datasets may be in memory, and errors name the argument.
 """
 
+import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,14 @@ from helpers.tiny_models import raises_one_line
 from PIL import Image
 from torch.utils.data import Dataset
 
-from modeling_vitcls import evaluate, finetune, inspect_tokens, predict, pretrain
+from modeling_vitcls import evaluate, finetune, inspect_tokens, look, predict, pretrain
 from modeling_vitcls.analysis import inspect_tokens as inspect_tokens_module
 from modeling_vitcls.analysis.options import InspectOptions
+from modeling_vitcls.cli import load_modules
 from modeling_vitcls.cli.functions import build_options
 from modeling_vitcls.publishing import after_run
 from modeling_vitcls.runtime.files import write_json
+from modeling_vitcls.runtime.flags import get_flag_fields
 from modeling_vitcls.training import run
 from modeling_vitcls.training.options import FinetuneOptions, PretrainOptions
 
@@ -205,6 +208,43 @@ def test_a_wrong_value_names_its_argument(name: str, value: Any, words: list[str
         build_options(FinetuneOptions, **REQUIRED, **{name: value})
 
 
+@pytest.mark.parametrize(
+    ("function", "command"),
+    [(finetune, "finetune"), (pretrain, "pretrain"), (evaluate, "evaluate"), (predict, "predict")],
+)
+def test_the_signature_of_a_function_is_the_flags_of_its_command(
+    function: Any, command: str
+) -> None:
+    parameters = inspect.signature(function).parameters
+    options_class = load_modules()[command].OPTIONS_CLASS
+    names = [name for name in get_flag_fields(options_class) if name in parameters]
+    keywords = [name for name in parameters if name in names]
+    assert sorted(keywords) == sorted(names)
+    assert set(get_flag_fields(options_class)) - set(names) <= {
+        *("paths", "config", "output", "shard")
+    }
+    positional = [name for name, each in parameters.items() if each.kind is not each.KEYWORD_ONLY]
+    assert [*keywords] == [
+        *(name for name in positional if name in names),
+        *(name for name in names if name not in positional),
+    ]
+    for name, field in get_flag_fields(options_class).items():
+        if name in parameters and name not in positional:
+            assert parameters[name].annotation == field.type
+
+
+def test_look_writes_the_sheet_that_it_returns(
+    trained: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    folder, _ = trained
+    image, _ = get_digits()[0]
+    sheet = look(folder, image, output=tmp_path / "sheet.png")
+    with Image.open(tmp_path / "sheet.png") as written:
+        assert written.size == sheet.size
+    with raises_one_line("`output=", ".png"):
+        look(folder, image, output="sheet.pdf")
+
+
 @pytest.mark.parametrize("other", [{"frozen": "knn"}, {"audit": "page.html"}])
 def test_evaluation_refuses_what_it_would_not_write(other: dict[str, Any]) -> None:
     with raises_one_line("per_image", "frozen", "audit"):
@@ -225,10 +265,10 @@ def test_missing_images_name_the_argument() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options_class", "flags", "arguments"),
+    ("command", "flags", "arguments"),
     [
         (
-            FinetuneOptions,
+            "finetune",
             [
                 "--image-size",
                 "32",
@@ -248,19 +288,17 @@ def test_missing_images_name_the_argument() -> None:
             },
         ),
         (
-            PretrainOptions,
+            "pretrain",
             ["--mask-ratio", "0.5", "--epochs", "3"],
             {"mask_ratio": 0.5, "epochs": 3.0},
         ),
     ],
 )
-def test_arguments_are_flags(
-    options_class: Any, flags: list[str], arguments: dict[str, Any]
-) -> None:
+def test_arguments_are_flags(command: str, flags: list[str], arguments: dict[str, Any]) -> None:
     by_flags = parse_flags(
-        options_class, [*flags, "--model", "m", "--dataset", "digits", "--output-dir", "out"]
+        command, [*flags, "--model", "m", "--dataset", "digits", "--output-dir", "out"]
     )
-    assert build_options(options_class, **REQUIRED, **arguments) == by_flags
+    assert build_options(type(by_flags), **REQUIRED, **arguments) == by_flags
 
 
 @pytest.mark.parametrize("function", [finetune, pretrain])

@@ -44,7 +44,7 @@ def unfinished(tmp_path: Path) -> Any:
 
 def test_a_changed_folder_is_an_error(unfinished: Any) -> None:
     """The first difference is named: classes, numbers of images, or their order."""
-    photos = Path(unfinished.data.dataset)
+    photos = Path(unfinished.dataset)
     run_training(unfinished)  # with the same data
     (unfinished.output_dir / "results.json").unlink()
 
@@ -63,14 +63,14 @@ def test_a_changed_folder_is_an_error(unfinished: Any) -> None:
 
 
 def test_images_that_were_replaced_are_an_error(unfinished: Any) -> None:
-    file = Path(unfinished.data.dataset, "cat", "1.png")
+    file = Path(unfinished.dataset, "cat", "1.png")
     Image.new("RGB", (8, 8)).save(file)
     with raises_one_line("`resume=True`", "images or their order"):
         run_training(unfinished)
 
 
 def test_images_that_changed_their_classes_are_an_error(unfinished: Any) -> None:
-    photos = Path(unfinished.data.dataset)
+    photos = Path(unfinished.dataset)
     (photos / "cat" / "1.png").rename(photos / "other.png")
     (photos / "dog" / "1.png").rename(photos / "cat" / "1.png")
     (photos / "other.png").rename(photos / "dog" / "1.png")

@@ -537,15 +537,21 @@ def test_unsupported_and_incomplete_models_are_errors(tmp_path: Path) -> None:
 
 def test_unsupported_layers_and_sizes_are_errors(tmp_path: Path) -> None:
     checkpoint(tmp_path / "model")
-    target = (str(tmp_path / "model"), "onnx", tmp_path / "vit.onnx")
+    target = {
+        "model": str(tmp_path / "model"),
+        "format": "onnx",
+        "output": tmp_path / "vit.onnx",
+    }
     for layers in ((0, 1), (3,)):
         with raises_one_line("`exclude_layers`", "from 1 to 2"):
-            export_model(ExportOptions(*target, int8=True, dataset="digits", exclude_layers=layers))
+            export_model(
+                ExportOptions(**target, int8=True, dataset="digits", exclude_layers=layers)
+            )
     (tmp_path / "model" / "preprocessor_config.json").unlink()
     with raises_one_line("`dataset`", "image processor"):
-        export_model(ExportOptions(*target, int8=True, dataset="digits"))
+        export_model(ExportOptions(**target, int8=True, dataset="digits"))
     with raises_one_line("41 is not a multiple"):
-        export_model(ExportOptions(*target, image_size=(41, 32), dynamic=False))
+        export_model(ExportOptions(**target, image_size=(41, 32), dynamic=False))
 
 
 def test_existing_files_are_not_replaced(tmp_path: Path) -> None:

@@ -2,12 +2,8 @@
 
 from typing import Any
 
-import tyro
-
 from modeling_vitcls import cli
-from modeling_vitcls.cli.flag_messages import messages_name_flags
-from modeling_vitcls.cli.parsing import TYRO_CONFIG, one_line_errors, prepare_flags
-from modeling_vitcls.runtime.flags import get_flag_fields
+from modeling_vitcls.cli.parsing import parse_command_line
 
 
 def run_here(*arguments: str) -> int:
@@ -19,11 +15,7 @@ def run_here(*arguments: str) -> int:
     return 0
 
 
-def parse_flags(options_class: Any, flags: list[str]) -> Any:
-    """Return the options of flags and the recipe in --config.
-
-    Exit with status 2 if a flag is invalid.
-    """
-    flags = prepare_flags("finetune", options_class, flags)
-    with messages_name_flags(get_flag_fields(options_class)), one_line_errors():
-        return tyro.cli(options_class, args=flags, config=TYRO_CONFIG)
+def parse_flags(command: str, flags: list[str]) -> Any:
+    """Return the options of a command, from its flags and the recipe in --config."""
+    _, options = parse_command_line(cli.load_modules(), [command, *flags])
+    return options

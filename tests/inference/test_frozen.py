@@ -4,7 +4,6 @@ The features are those of a plain loop.
 """
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -62,7 +61,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(model: Path, frozen: str, **options: Any) -> dict[str, Any]:
     """Evaluate the frozen features on digits."""
-    options = {"data": DIGITS, "batch_size": 50} | options
+    options = {"dataset": "digits", "num_workers": 0, "batch_size": 50} | options
     return evaluate_frozen(EvaluateOptions(model=str(model), frozen=frozen, **options))
 
 
@@ -104,12 +103,12 @@ def test_the_named_split_is_evaluated_without_unreadable_images(
     dataset = write_noise(tmp_path / "noise", {"train": (6, 6), "val": (4, 4)})
     for split in ("train", "val"):
         (dataset / split / "a" / "3.png").write_bytes(b"no image")
-    data = DataOptions(dataset=str(dataset), num_workers=0)
+    data = {"dataset": str(dataset), "num_workers": 0}
     monkeypatch.setattr(
         frozen, "time", SimpleNamespace(perf_counter=iter([10.0, 11.234, 20.0]).__next__)
     )
 
-    results = run(model, "knn", data=data, split="validation")
+    results = run(model, "knn", **data, split="validation")
     assert (results["seconds"], results["images_per_second"]) == (1.23, 14.6)  # 18 images
     assert (results["split"], results["num_training_images"], results["num_images"]) == (
         "validation",
@@ -122,7 +121,7 @@ def test_the_named_split_is_evaluated_without_unreadable_images(
     processor = ViTCLSImageProcessor(size=16, do_convert_rgb=False, image_mean=0.5, image_std=0.5)
     processor.save_pretrained(gray)
     with pytest.raises(ValueError, match=r"more than 0 images cannot be read.* has 3 channels"):
-        run(gray, "knn", data=replace(data, max_unreadable_images=0), split="validation")
+        run(gray, "knn", **data, max_unreadable_images=0, split="validation")
 
 
 @pytest.mark.parametrize("frozen", CLASSIFIERS)
@@ -133,7 +132,7 @@ def test_results_equal_scikit_learn(model: Path, frozen: str, tmp_path: Path) ->
     results = run(
         model,
         frozen,
-        data=data,
+        **vars(data),
         split="validation",
         fit="pad",
         output=tmp_path / "new" / "frozen.json",
@@ -166,10 +165,10 @@ def test_the_images_that_a_classifier_is_fitted_to_are_not_evaluated(
     model: Path, tmp_path: Path
 ) -> None:
     data = DataOptions(dataset=str(write_noise(tmp_path / "data", {".": (8, 8)})), num_workers=0)
-    results = run(model, "knn", data=data)
+    results = run(model, "knn", **vars(data))
     assert results["num_training_images"] + results["num_images"] == 16
     with raises_one_line("`split`"):
-        run(model, "knn", data=data, split="train")
+        run(model, "knn", **vars(data), split="train")
 
 
 def test_other_labels_are_an_error(model: Path, tmp_path: Path) -> None:
@@ -180,7 +179,7 @@ def test_other_labels_are_an_error(model: Path, tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match=r"`frozen='knn'` requires one label per image.* `label_column`"
     ):
-        run(model, "knn", data=data)
+        run(model, "knn", **vars(data))
     with pytest.raises(ValueError, match=r"`audit` requires one label per image.* `label_column`"):
         load_audited_images(
             EvaluateOptions(
@@ -193,7 +192,7 @@ def test_each_row_by_layer_is_scikit_learn_on_that_layer(model: Path, tmp_path: 
     """The other rows are compared with the first, CLS of the last layer, on the same images."""
     dataset = str(write_noise(tmp_path, {"train": (8, 8), "val": (6, 6)}))
     data = DataOptions(dataset=dataset, num_workers=0)
-    rows = run(model, "knn", data=data, split="validation")["layers"]
+    rows = run(model, "knn", **vars(data), split="validation")["layers"]
     encoder = ViTCLSModel.from_pretrained(model).eval()
     processor = ViTCLSImageProcessor.from_pretrained(model)
 

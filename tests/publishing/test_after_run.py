@@ -83,7 +83,7 @@ def test_a_run_gets_a_report_and_a_card_from_its_folder(
     )
     assert write_report(ModelFolder(moved), pytest.fail)
 
-    finish_run(moved, RunOptions(), None)  # the report is not written again
+    finish_run(moved, RunOptions(output_dir=moved), None)  # the report is not written again
     assert "diagnosis" not in capsys.readouterr().out
     assert "not moved" in (moved / "report.html").read_text()
     assert "not moved" not in report
@@ -222,7 +222,9 @@ def test_a_run_is_pushed_and_verified(
     assert f"  {len(hub.files('ann/mine')) - 1} files match their hashes; code of " in output
 
     finish_run(
-        tmp_path / "mine", RunOptions(report=False, hub_verify=False, hub_private=True), "ann/new"
+        tmp_path / "mine",
+        RunOptions(output_dir=tmp_path / "mine", report=False, hub_verify=False, hub_private=True),
+        "ann/new",
     )
 
     output = capsys.readouterr().out
@@ -246,7 +248,7 @@ def test_a_run_without_a_report_is_finished(
     folder = write_run_folder(
         tmp_path / "[old]", {"confusion_matrix": [[3, 0, 0]] * 3}, {"dataset": "./gone [old]"}
     )
-    finish_run(folder, RunOptions(), None)
+    finish_run(folder, RunOptions(output_dir=folder), None)
     warning, written = capsys.readouterr().out.splitlines()
     assert "report.html" in warning
     assert "gone [old]" in warning

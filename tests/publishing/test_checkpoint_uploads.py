@@ -59,10 +59,10 @@ def test_the_newest_checkpoint_replaces_the_earlier_one_on_the_branch(
 
 def test_checkpoints_are_uploaded_by_the_run_that_pushes_to_a_branch() -> None:
     flags: dict[str, Any] = {"push_to_hub": True, "hub_checkpoint_branch": "dev"}
-    assert build_uploader(RunOptions(**flags), "ann/mine") is not None
+    assert build_uploader(RunOptions(output_dir=Path("out"), **flags), "ann/mine") is not None
     for options, repo_id in (
         (flags, None),
         (flags | {"dry_run": True}, "ann/mine"),
         ({}, "ann/mine"),
     ):
-        assert build_uploader(RunOptions(**options), repo_id) is None
+        assert build_uploader(RunOptions(output_dir=Path("out"), **options), repo_id) is None

@@ -295,7 +295,7 @@ def test_the_commit_to_verify_is_part_of_the_id(hub: LocalHub) -> None:
 
 def test_a_verification_takes_a_folder_but_no_flags_of_a_push() -> None:
     flags: dict[str, Any] = {"branch": "other", "private": True, "verify": False}
-    assert PushOptions(verify_only="ann/mine@main", model=Path("mine")).model == Path("mine")
+    PushOptions(verify_only="ann/mine@main", model=Path("mine")).check()
     for flag, value in flags.items():
         with raises_one_line(flag):
-            PushOptions(verify_only="ann/mine", **{flag: value})
+            PushOptions(verify_only="ann/mine", **{flag: value}).check()

@@ -6,8 +6,6 @@ from helpers.scripts_in_process import run_in_process
 
 WRONG_FLAGS = [
     ("benchmark.py", "--rounds 0", "--rounds"),
-    ("benchmark.py", "--round 3", "--round"),
-    ("study.py", "--output-dir out", "--config"),
     ("study.py", "--config study_digits --output-dir out --jobs 0", "--jobs"),
     ("study.py", "--config study_digts --output-dir out", "study_digits"),
     ("push_space.py", "--model m --output o --private", "--private"),

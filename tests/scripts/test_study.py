@@ -23,7 +23,6 @@ from helpers.tiny_models import raises_one_line
 from pyarrow import parquet
 from scipy import stats
 
-from modeling_vitcls import cli
 from modeling_vitcls.cli.parsing import run_script
 from modeling_vitcls.training.pretrain import check_options
 from scripts.study import (
@@ -229,7 +228,6 @@ def test_a_wrong_study_file_gets_one_line(tmp_path: Path, named: str, content: b
 @pytest.mark.parametrize("file", STUDIES)
 def test_the_commands_of_a_study_in_the_repository_are_valid(file: Path) -> None:
     runner = StudyRunner(load_study(file), Path("runs/study"))
-    modules = cli.load_modules()
     first_run, *other_runs = runner.study.plan_runs()
 
     for run in [first_run, *other_runs]:
@@ -238,7 +236,7 @@ def test_the_commands_of_a_study_in_the_repository_are_valid(file: Path) -> None
             and len(set(run.levels.items()) - set(first_run.levels.items())) <= 1
         ):
             for stage, flags in runner.build_commands(run):
-                options = parse_flags(modules[stage].OPTIONS_CLASS, flags)
+                options = parse_flags(stage, flags)
                 if stage == "pretrain":
                     check_options(options)
 

@@ -10,7 +10,6 @@ from helpers.tiny_models import build_tiny_config, save_with_processor
 from helpers.tiny_options import build_tiny_options
 
 from modeling_vitcls import ViTCLSConfig, ViTCLSForImageClassification
-from modeling_vitcls.data.options import DataOptions
 from modeling_vitcls.training import defaults
 from modeling_vitcls.training.defaults import (
     DEFAULT_FLAGS,
@@ -20,22 +19,16 @@ from modeling_vitcls.training.defaults import (
 from modeling_vitcls.training.model import InitialModel, resolve_initial_model
 from modeling_vitcls.training.options import (
     FinetuneOptions,
-    ModelOptions,
     PretrainOptions,
-    TrainingOptions,
 )
 
 
 PRETRAINED = {"folder": "checkpoint"}
 
 
-def build_options(kind: Any = FinetuneOptions, **groups: Any) -> Any:
+def build_options(kind: Any = FinetuneOptions, **flags: Any) -> Any:
     """Return the options of a run."""
-    return kind(
-        Path("out"),
-        DataOptions(dataset="digits"),
-        **({"model": ModelOptions(model="vitcls-tiny")} | groups),
-    )
+    return kind(**{"output_dir": Path("out"), "dataset": "digits", "model": "vitcls-tiny"} | flags)
 
 
 def build_initial(
@@ -52,13 +45,11 @@ def build_initial(
 
 def get_values(options: Any) -> dict[str, Any]:
     """Return the values that have defaults."""
-    flags = vars(options) | vars(options) | vars(options.model)
+    flags = vars(options)
     return {name: flags[name] for name in DEFAULT_FLAGS}
 
 
-HEAD, LORA, LAST = (
-    build_options(training=TrainingOptions(trainable=each)) for each in ("head", "lora", "last-2")
-)
+HEAD, LORA, LAST = (build_options(trainable=each) for each in ("head", "lora", "last-2"))
 
 
 @pytest.mark.parametrize(
@@ -134,8 +125,8 @@ def test_every_default_can_be_overridden_and_the_reasons_are_printed() -> None:
     assert "random weights, 2,000 images: epochs 30, batch size 32" in line
     assert "random weights, a stream: " in resolve_defaults(build_options(), initial, None)[1]
     assert resolve_defaults(options, initial, 2000) == (options, "")
-    sizes = ModelOptions(model="vitcls-tiny", hidden_size=192, image_size=(32, 96), patch_size=32)
-    line = resolve_defaults(build_options(model=sizes), initial, 2000)[1]
+    options = build_options(hidden_size=192, image_size=(32, 96), patch_size=32)
+    line = resolve_defaults(options, initial, 2000)[1]
 
     assert "width 192: " in line
     assert "image size 96: " in line
@@ -156,19 +147,17 @@ def test_the_default_epochs_are_limited_on_cpus(monkeypatch: pytest.MonkeyPatch)
     assert options.epochs == 1e15 // (3 * 9.2e9 * 9_000) == 4
     assert "CPUs" in line
     assert "`epochs=30`" in line
-    assert resolve_defaults(build_options(), initial, 900)[0].training.epochs == 30
-    assert resolve_defaults(build_options(), initial, 10**6)[0].training.epochs == 1
-    given = build_options(training=TrainingOptions(epochs=20.0))
-    assert resolve_defaults(given, initial, 9_000)[0].training.epochs == 20
+    assert resolve_defaults(build_options(), initial, 900)[0].epochs == 30
+    assert resolve_defaults(build_options(), initial, 10**6)[0].epochs == 1
+    given = build_options(epochs=20.0)
+    assert resolve_defaults(given, initial, 9_000)[0].epochs == 20
     set_device(monkeypatch, "cuda")
 
-    assert resolve_defaults(build_options(), initial, 9_000)[0].training.epochs == 30
+    assert resolve_defaults(build_options(), initial, 9_000)[0].epochs == 30
 
 
 def test_max_steps_replace_the_epochs() -> None:
-    options, line = resolve_defaults(
-        build_options(training=TrainingOptions(max_steps=3)), build_initial(), 9
-    )
+    options, line = resolve_defaults(build_options(max_steps=3), build_initial(), 9)
     assert options.epochs == 30.0
     assert "epochs" not in line
 

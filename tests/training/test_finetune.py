@@ -375,8 +375,8 @@ def test_macro_f1_is_printed_for_imbalanced_classes(
     assert ("macro_f1" in setup.printed_metrics) == is_imbalanced
     warning = " ".join(describe_imbalance(run.options, rare, has_steps=True))
     assert ("`class_balance='weights'`" in warning) == is_imbalanced
-    training = replace(run.options, class_balance="weights")
-    assert not describe_imbalance(replace(run.options, training=training), rare, has_steps=True)
+    weighted = replace(run.options, class_balance="weights")
+    assert not describe_imbalance(weighted, rare, has_steps=True)
 
 
 def test_macro_f1_is_not_recommended_if_a_class_is_not_held_out(

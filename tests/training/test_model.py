@@ -29,7 +29,6 @@ from modeling_vitcls import (
 )
 from modeling_vitcls.cli.functions import build_options
 from modeling_vitcls.data.labels import LabelSpace
-from modeling_vitcls.data.options import DataOptions
 from modeling_vitcls.hub.model_files import hash_weights
 from modeling_vitcls.training.finetune import check_label_kind, check_options
 from modeling_vitcls.training.model import (
@@ -41,7 +40,6 @@ from modeling_vitcls.training.model import (
     set_trainable_parameters,
 )
 from modeling_vitcls.training.options import (
-    DistillationOptions,
     FinetuneOptions,
     ModelOptions,
     PretrainOptions,
@@ -210,11 +208,7 @@ def test_a_checkpoint_of_an_unknown_type_is_an_error(tmp_path: Path) -> None:
     for kind, contents in ((FinetuneOptions, '{"model_type": "mystery"}'), (PretrainOptions, "{}")):
         (start / "config.json").write_text(contents, encoding="utf-8")
         with raises_one_line(str(start), "not 'vitcls'", "vitcls convert"):
-            run_training(
-                kind(
-                    tmp_path / "run", DataOptions(dataset="digits"), ModelOptions(model=str(start))
-                )
-            )
+            run_training(kind(output_dir=tmp_path / "run", dataset="digits", model=str(start)))
 
 
 def test_only_names_that_look_like_presets_must_be_presets(
@@ -277,9 +271,9 @@ def test_contradictory_flags_are_errors(flags: dict[str, Any], named: tuple[str,
 def test_a_teacher_adds_a_distillation_token() -> None:
     options = FinetuneOptions(output_dir=Path("out"), dataset="digits", model="some/checkpoint")
     assert check_options(options) == options
-    taught = replace(options, distillation=DistillationOptions(teacher="t"))
-    assert check_options(taught).model.num_distillation_tokens == 1
-    two = replace(taught, model=replace(options.model, num_distillation_tokens=2))
+    taught = replace(options, teacher="t")
+    assert check_options(taught).num_distillation_tokens == 1
+    two = replace(taught, num_distillation_tokens=2)
     assert check_options(two) == two
 
 

@@ -534,7 +534,7 @@ def test_random_weights_have_no_probe(tmp_path: Path) -> None:
     assert run.setup.probe is None
     assert run.options.select == "last"
     assert run.setup.summary_lines["probe"] == "off, because the initial weights are random"
-    stream = replace(run.options, data=replace(run.options, streaming=True))
+    stream = replace(run.options, streaming=True)
     for options, names, kind, reason in (
         (stream, {"classifier.weight"}, "single_label_classification", "stream"),
         (run.options, {"classifier.weight"}, "multi_task", "label"),

@@ -188,7 +188,7 @@ def test_a_resumed_run_uses_the_commits_with_which_it_was_started() -> None:
     options = build_options(Path("run"), model="acme/vit", teacher="acme/other")
     chosen = {"model": f"acme/vit@{'0' * 40}", "teacher": f"acme/other@{'1' * 40}"}
     used = use_chosen_values(options, chosen)
-    assert (used.model.model, used.distillation.teacher) == (chosen["model"], chosen["teacher"])
+    assert (used.model, used.teacher) == (chosen["model"], chosen["teacher"])
 
     recorded = RecordedFlags(to_flags(options), chosen, config={})
     for sources in ({"model": "acme/vit", "teacher": "acme/other"}, chosen):
