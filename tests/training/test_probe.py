@@ -335,8 +335,7 @@ def test_class_weights_raise_the_recall_of_a_small_class(
         options = build_options(
             tmp_path / balance, encoder, trainable="head", class_balance=balance
         )
-        data = replace(options, dataset=str(unequal_photos))
-        results = run_training(replace(options, data=data))
+        results = run_training(replace(options, dataset=str(unequal_photos)))
         recalls[balance] = results["per_class"][0]["recall"]
     assert recalls["weights"] >= recalls["none"]
     weights = [
