@@ -141,7 +141,7 @@ def describe_problems(
         *describe_exclusion(data),
         *describe_missing_classes(data),
         *describe_copies(data),
-        *describe_shared_groups(data, options.data.group_column),
+        *describe_shared_groups(data, options.group_column),
         *describe_overlap(initial, data),
     ]
 
