@@ -54,8 +54,19 @@ if __name__ == "__main__":
         "image-classification", model=MODEL, revision=COMMIT, trust_remote_code=True
     )
     examples = [[str(file)] for file in sorted(Path(__file__).parent.glob("{examples}/*"))]
-    page = gradio.Interface.from_pipeline(
-        classifier, title=MODEL, examples=examples or None, cache_examples=False
+
+
+    def predict(photo):
+        return {{row["label"]: row["score"] for row in classifier(photo, top_k=5)}}
+
+    page = gradio.Interface(
+        predict,
+        gradio.Image(type="pil"),
+        gradio.Label(num_top_classes=5),
+        title=MODEL,
+        examples=examples or None,
+        cache_examples=False,
+        api_name="predict",
     )
     page.launch()
 '''
