@@ -29,6 +29,7 @@ from ..model.fast_image_processing_vitcls import open_regular_file
 from ..model.image_processing_vitcls import read_image, shorten_text
 from ..runtime.errors import format_error
 from .labels import MultiHotLabels
+from .urls import fetch, is_url
 
 
 # Pillow warns about harmless properties of files, once per image and worker.
@@ -328,11 +329,8 @@ def decode_image(encoded_image: dict[str, Any], fallback_name: str) -> Image.Ima
     if content is None and not path:
         raise UnreadableImage(f"{fallback_name} has no image")
     try:
-        # a file in a Hub repository or an archive
-        if content is None and (path.startswith("hf://") or "::" in path):
-            import datasets
-
-            image = datasets.Image().decode_example({"path": path, "bytes": None})
+        if content is None and is_url(path) and not Path(path).exists():
+            image = read_image(fetch(path))
         else:
             image = read_image(path if content is None else content)
     except Exception as error:  # Pillow's decoders raise many types of errors on damaged data

@@ -34,6 +34,8 @@ class DataOptions(Options):
     group_column: str | None = None
     """Column of a table with groups, such as patients: all images of a group are on one side of
     every split."""
+    allow_urls: bool = False
+    """Fetch images from the http(s) addresses in a table, but not from private networks."""
     held_out_fraction: float | None = None
     """Fraction of the images to hold out for evaluation if the dataset has no evaluation split.
     Default: 0.2, and 0 for a frozen model, which is measured by cross-validation.

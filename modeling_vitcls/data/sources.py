@@ -52,6 +52,7 @@ from .labels import (
 )
 from .options import DataOptions
 from .tables import read_table
+from .urls import check_urls
 from .zip_files import is_zip_file, unpack_zip
 
 
@@ -245,6 +246,8 @@ def load_table(options: DataOptions, use_labels: bool, select: SplitSelector) ->
     image_column = find_image_column(options, features)
     folder = get_dataset_folder(options.dataset)
     name = get_dataset_name(options.dataset)
+    for dataset in datasets.values():
+        check_urls(dataset, image_column, options.allow_urls, options.dataset)
     images_by_split = {
         split: build_images(dataset, image_column, folder, options.dataset)
         for split, dataset in datasets.items()

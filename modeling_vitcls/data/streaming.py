@@ -53,6 +53,7 @@ from .sources import (
     open_splits,
     warn_on_first_process,
 )
+from .urls import WEB_PREFIXES, raise_not_allowed
 
 
 MAX_HELD_OUT_IMAGES = 10_000  # maximum number of held-out images of a stream
@@ -89,6 +90,7 @@ class StreamedImages:
     reader: LabelReader | None  # None if labels are not read
     folder: Path
     shuffle_buffer_size: int
+    allow_urls: bool = False
     held_out_fraction: float = 0.0
     split_seed: int = 0
     is_held_out_part: bool = False  # whether the images are the held-out ones
@@ -176,6 +178,10 @@ class StreamedImages:
         """
         for values in stream:
             encoded_image = to_encoded_image(values[self.image_column], self.folder)
+            path = (encoded_image["path"] or "").lower()
+            is_at_url = encoded_image["bytes"] is None and path.startswith(WEB_PREFIXES)
+            if is_at_url and not self.allow_urls:
+                raise_not_allowed(self.name, "images are at web addresses")
             key = compute_encoded_content_key(encoded_image)
             (number,) = draw_numbers(np.array([key], np.uint64), self.split_seed)
             if (int(number) / 2**64 < self.held_out_fraction) == is_held_out:
@@ -251,6 +257,7 @@ def open_streams(options: DataOptions, use_labels: bool) -> Splits:
             reader=reader and reader.for_split(features_by_split[split]),
             folder=folder,
             shuffle_buffer_size=options.shuffle_buffer,
+            allow_urls=options.allow_urls,
         )
     return Splits(name, label_space, images_by_split, list(streams), facts)
 

@@ -25,9 +25,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, unquote_to_bytes
 
-import fsspec
 import torch
-from huggingface_hub.utils import http_backoff
 from PIL import Image
 
 from ..data.image_folder import (
@@ -51,6 +49,7 @@ from ..data.sources import (
     open_splits,
     warn_on_first_process,
 )
+from ..data.urls import FetchError, check_urls, fetch, is_url
 from ..hub.local_paths import is_built_in_dataset
 from ..model.image_processing_vitcls import (
     SOURCE_TYPES,
@@ -61,8 +60,6 @@ from ..runtime.errors import format_error
 from .options import PredictOptions
 
 
-# Wait before the first retry of a download in seconds; doubled before each further retry.
-SECONDS_BEFORE_RETRY = 1.0
 DATA_URI_PREFIX = "data:"
 
 
@@ -74,6 +71,7 @@ class ImageRecord:
     name: str
     # path, URL, encoded bytes, or any other input of the image processor; None for a missing image
     content: Any
+    is_from_table: bool = False  # whether a URL was not given by hand
 
 
 # Lists --------------------------------------------------------------------------------------------
@@ -221,12 +219,15 @@ def build_record(index: int, value: Any, folder: Path) -> ImageRecord:
     """
     if isinstance(value, str):
         path = value if value.startswith(DATA_URI_PREFIX) else resolve_path(folder, value)
-        return ImageRecord(index, get_source_name(value), path)
+        return ImageRecord(index, get_source_name(value), path, is_from_table=True)
     if isinstance(value, dict):
         name = value.get("path")
         encoded = value.get("bytes")
         return ImageRecord(
-            index, make_printable(name or str(index)), name if encoded is None else encoded
+            index,
+            make_printable(name or str(index)),
+            name if encoded is None else encoded,
+            is_from_table=True,
         )
     return ImageRecord(index, str(index), value)
 
@@ -296,6 +297,7 @@ def open_input(options: PredictOptions) -> PredictionInput:
         split = split.cast_column(column, datasets.Image(decode=False))
     if not len(split):
         raise ValueError(f"the dataset {dataset} is empty. Add images")
+    check_urls(split, column, options.allow_urls, dataset)
     return DatasetInput(split, column, folder, settings)
 
 
@@ -323,14 +325,6 @@ class PreparedImage:
     record: ImageRecord
     pixels: torch.Tensor | None = None
     error: str | None = None
-
-
-class FetchError(OSError):
-    """Raised if a file cannot be fetched.
-
-    The prediction stops instead of recording the image as unreadable, because the image itself may
-    be readable.
-    """
 
 
 def prepare_images(
@@ -364,8 +358,8 @@ def prepare_image(processor: ViTCLSImageProcessor, record: ImageRecord) -> Prepa
     try:
         if isinstance(content, str) and content.startswith(DATA_URI_PREFIX):
             content = decode_data_uri(content)
-        elif isinstance(content, str) and "://" in content:
-            content = fetch(content)
+        elif isinstance(content, str) and is_url(content) and not Path(content).exists():
+            content = fetch(content, record.is_from_table)
         pixels = processor(content, return_tensors="pt")["pixel_values"][0]  # [C, H, W]
     except FetchError:
         raise
@@ -386,32 +380,3 @@ def decode_data_uri(uri: str) -> bytes:
         return base64.b64decode(unquote(text), validate=True)
     except ValueError as error:
         raise ValueError(f"cannot decode a data URI ({format_error(error)})") from error
-
-
-def fetch(url: str) -> bytes:
-    """Return the contents of a URL.
-
-    It is that of a web server, or of another file system such as `hf://` or an archive.
-
-    Network errors and temporary errors of a web server are retried for about 15 seconds. Raise
-    ValueError if the server has no such image, and FetchError otherwise.
-    """
-    try:
-        if url.startswith(("http://", "https://")):
-            retries: Any = {"max_retries": 4, "base_wait_time": SECONDS_BEFORE_RETRY}
-            response = http_backoff("GET", url, **retries, follow_redirects=True, timeout=60.0)
-            response.raise_for_status()
-            return response.content
-        with fsspec.open(url, "rb") as file:
-            return file.read()
-    except Exception as error:
-        # the types depend on the file system and on the version of huggingface_hub
-        status = getattr(getattr(error, "response", None), "status_code", None)
-        if status is not None and 400 <= status < 500 and status not in (408, 429):
-            raise ValueError(
-                f"cannot fetch the image: the server returned status {status}"
-            ) from error
-        reason = f"{type(error).__name__}: {format_error(error)}"
-        raise FetchError(
-            f"cannot fetch {url} ({reason}). Repeat the command to continue, or remove the URL"
-        ) from error

@@ -91,6 +91,8 @@ class ImageOptions(Options):
     the Hub."""
     image_column: str | None = None
     """Column with images or image paths. By default, the column is detected by type or name."""
+    allow_urls: bool = False
+    """Fetch images from the http(s) addresses in a table of --dataset."""
     batch_size: int | None = None
     """Maximum number of images per process and forward pass. To save memory, smaller batches are
     used if full attention maps are computed. Default: 32 on GPUs; on CPUs, as many images as have

@@ -3,7 +3,6 @@
 import gzip
 import io
 import struct
-import zipfile
 import zlib
 from collections import Counter
 from pathlib import Path
@@ -563,23 +562,6 @@ def test_missing_images_are_unreadable(tmp_path: Path) -> None:
     for index in range(3):
         with pytest.raises(UnreadableImage, match=f"row {index}"):
             images[index]
-
-
-def test_addresses_are_not_joined_to_the_folder(tmp_path: Path) -> None:
-    """Check URLs, and files in an archive, which `datasets` opens."""
-    Image.new("RGB", (5, 4), (1, 2, 3)).save(tmp_path / "a.png")
-    with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
-        archive.write(tmp_path / "a.png", "b.png")
-    paths = ["https://example.org/a.png", f"zip://b.png::{tmp_path / 'images.zip'}", "a.png"]
-    (tmp_path / "list.csv").write_text(
-        "\n".join(["image,label", *(f"{path},x" for path in paths)]), encoding="utf-8"
-    )
-    images = read_single_split(tmp_path / "list.csv").images
-
-    assert images.get_names() == paths
-    for image in (images[1], images[2]):
-        assert image.size == (5, 4)
-        assert image.getpixel((0, 0)) == (1, 2, 3)
 
 
 def test_each_unreadable_image_is_named_once_and_the_number_has_a_limit() -> None:
