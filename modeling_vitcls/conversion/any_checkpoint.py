@@ -47,8 +47,9 @@ logger = logging.getLogger(__name__)
 
 
 def is_preset(name: str) -> bool:
-    """Return whether `name` is the name of a preset."""
-    return name.removeprefix("vitcls-") in PRESETS
+    """Return whether `name` is a preset, such as `vitcls-tiny`. An existing path takes precedence."""
+    kind, _, preset = name.partition("-")
+    return kind == "vitcls" and preset in PRESETS and not Path(name).exists()
 
 
 def resolve(source: str, backend: str = "torch", files: Sequence[str] = ()) -> ModelFolder:
@@ -87,7 +88,8 @@ def resolve(source: str, backend: str = "torch", files: Sequence[str] = ()) -> M
 
 def find_or_convert(source: str, files: Sequence[str]) -> str:
     """Return the folder of a vitcls model, or of the converted model of another source."""
-    if source.startswith(SOURCE_PREFIXES) or Path(source).is_file():
+    is_named = source.startswith(SOURCE_PREFIXES) and not Path(source).exists()
+    if is_named or Path(source).is_file():
         return convert_once(pin_revision(source))
 
     name, revision = split_revision(source)

@@ -185,7 +185,7 @@ def describe_export(
     report: Report = {
         "format": options.format,
         "file": file.name,
-        "model": strip_folders(resolve_name(options.model, is_built_in=folder is None)),
+        "model": strip_folders(resolve_name(options.model)),
         "model_class": type(model).__name__,
         "weights": "random" if folder is None else "trained",
         "dtype": "int8" if options.int8 else options.dtype,

@@ -26,7 +26,7 @@ from ..data.splits import (
     read_splits,
     select_task,
 )
-from ..hub.local_paths import is_built_in_dataset, resolve_name, strip_folders
+from ..hub.local_paths import resolve_name, strip_folders
 from ..inference.evaluate import build_evaluator, set_label_columns
 from ..inference.evaluator import Evaluator
 from ..inference.exported_graphs import INPUT_NAME, ExportedModel
@@ -69,7 +69,7 @@ class ExportImages:
 
         metric = next(iter(metrics))
         scores = {
-            "dataset": strip_folders(resolve_name(self.dataset, is_built_in_dataset(self.dataset))),
+            "dataset": strip_folders(resolve_name(self.dataset)),
             "split": self.split,
             "num_images": metrics["num_images"],
             "metric": metric,

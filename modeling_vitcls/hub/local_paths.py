@@ -28,14 +28,14 @@ def is_built_in_dataset(dataset: str) -> bool:
     return dataset == BUILT_IN_DATASET and not Path(dataset).exists()
 
 
-def resolve_name(name: str, is_built_in: bool = False) -> str:
+def resolve_name(name: str) -> str:
     """Return a name in which the path of an existing file or folder is absolute.
 
     `name` is a path, a Hub id, `timm:NAME`, `timm:local-dir:FOLDER` or `transformers:...`. A
-    built-in name (a preset) takes precedence over a path.
+    path takes precedence over a built-in name (`digits`, a preset).
     """
     prefix, path = split_prefix(name)
-    if path and not is_built_in and Path(path).exists():
+    if path and Path(path).exists():
         return f"{prefix}{Path(path).absolute()}"
     return name
 

@@ -246,9 +246,9 @@ def get_added_token_names(stored_config: ViTCLSConfig, model: Classifier) -> set
 
 
 def check_preset_name(name: str) -> None:
-    """Raise ValueError if a name starts with "vitcls-" but is not a preset, file or folder."""
+    """Raise ValueError if a name looks like that of a preset, but is no preset, file or folder."""
     if (
-        name.startswith("vitcls-")
+        (name.startswith("vitcls-") or name in PRESETS)
         and "/" not in name
         and not is_preset(name)
         and not Path(name).exists()

@@ -64,12 +64,7 @@ def resolve_local_paths(options: Any) -> Any:
     dataset = resolve_name(options.dataset)
     exclude = options.exclude and options.exclude.absolute()
     options = replace(options, dataset=dataset, exclude=exclude)
-    return replace_sources(
-        options,
-        lambda flag, source: resolve_name(
-            source, is_built_in=flag == "model" and is_preset(source)
-        ),
-    )
+    return replace_sources(options, lambda flag, source: resolve_name(source))
 
 
 def pin_models(options: Any) -> Any:

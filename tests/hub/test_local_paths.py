@@ -59,7 +59,7 @@ def test_paths_become_absolute_and_names_with_at_are_kept(here: Path) -> None:
         "timm:resnet18@none.pt",
     ):
         assert resolve_name(other) == other
-    assert resolve_name("digits", is_built_in=True) == "digits"
+    assert resolve_name("digits") == "digits"
 
     (here / "at@home").mkdir()
     for name in ("at@home", "@v1", "acme/data@"):

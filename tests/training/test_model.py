@@ -17,6 +17,7 @@ from helpers.tiny_models import (
     get_largest_difference,
     raises_one_line,
     randomize,
+    save_classifier,
     save_with_processor,
 )
 from helpers.tiny_options import build_initial_model, run_training
@@ -220,6 +221,19 @@ def test_only_names_that_look_like_presets_must_be_presets(
         check_preset_name(name)
     with raises_one_line("`model='vitcls-yours'` is not a preset", "vitcls-tiny, vitcls-small"):
         check_preset_name("vitcls-yours")
+    with raises_one_line("`model='tiny'` is not a preset", "vitcls-tiny"):
+        check_preset_name("tiny")
+
+
+@pytest.mark.parametrize("name", ["base", "vitcls-tiny", "timm:mine"])
+def test_a_folder_with_the_name_of_a_preset_or_of_another_project_is_used(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_classifier(Path(name))
+    initial = resolve_initial_model(name)
+    assert not initial.has_random_weights
+    assert initial.folder is not None
 
 
 @pytest.mark.integration
