@@ -31,6 +31,7 @@ import numpy as np
 
 from ..hub.loading import describe_missing_repo, fall_back_to_cache, is_hub_id
 from ..hub.local_paths import is_built_in_dataset
+from ..model.fast_image_processing_vitcls import open_regular_file
 from ..model.heads_vitcls import IGNORED_LABEL
 from ..runtime.errors import format_error
 from .columns import SPLIT_ORDER, divide_by_column, read_groups
@@ -419,7 +420,7 @@ def compute_content_digest(path: Path) -> str:
     files = [path] if path.is_file() else [path / name for name in scan_folder(path).files]
     for file in files:
         digest.update(f"{file.relative_to(path.parent)}\0".encode())
-        with file.open("rb") as stream:
+        with open_regular_file(file) as stream:
             digest.update(hashlib.file_digest(stream, "blake2b").digest())
     return digest.hexdigest()
 

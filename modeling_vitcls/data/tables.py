@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..model.fast_image_processing_vitcls import open_regular_file
 from ..runtime.errors import format_error
 from .labels import spell_label
 
@@ -51,7 +52,8 @@ def read_table(file: Path) -> Any:
 
 def read_text(file: Path) -> str:
     """Return the text of a file in UTF-8 or UTF-16, without its byte order mark."""
-    content = file.read_bytes()
+    with open_regular_file(file) as stream:
+        content = stream.read()
     encoding = "utf-8-sig"
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         encoding = "utf-16"

@@ -76,7 +76,7 @@ def open_regular_file(path: str | os.PathLike[str]) -> BinaryIO:
     a device would fill the memory.
     """
     if Path(path).exists() and not Path(path).is_file():
-        raise OSError("it is not a regular file")
+        raise OSError(f"{path} is not a regular file")
     return Path(path).open("rb")
 
 

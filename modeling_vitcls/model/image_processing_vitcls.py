@@ -205,7 +205,8 @@ class ViTCLSBaseImageProcessor(BaseImageProcessor):
         check_sizes(settings)
         resample = settings.get("resample")
         # PIL treats names as bilinear
-        if isinstance(resample, int | str) and resample not in RESAMPLING_FILTERS:
+        is_known = resample in RESAMPLING_FILTERS and not isinstance(resample, bool)
+        if isinstance(resample, int | str) and not is_known:
             filters_text = ", ".join(
                 f"{int(value)} ({value.name.lower()})" for value in RESAMPLING_FILTERS
             )

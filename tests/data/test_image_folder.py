@@ -19,6 +19,7 @@ from modeling_vitcls.data.image_folder import (
     read_image_folder,
     scan_folder,
 )
+from modeling_vitcls.data.images import UnreadableImage
 from modeling_vitcls.data.options import DataOptions
 from modeling_vitcls.data.splits import load_evaluation_data, load_training_data
 from modeling_vitcls.inference.inputs import open_input
@@ -322,6 +323,32 @@ def test_a_file_of_annotations_beside_each_image_is_no_table(tmp_path: Path, nam
         "dog": 3,
     }
     assert "skipped 6 files of other types" in get_notes(tmp_path)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="requires named pipes")
+def test_named_pipes_and_devices_are_unreadable_images(tmp_path: Path) -> None:
+    write_photos(tmp_path, range(5))
+    os.mkfifo(tmp_path / "cat" / "pipe.png")
+    (tmp_path / "dog" / "zero.png").symlink_to("/dev/zero")
+    data = load(tmp_path)
+
+    messages = []
+    for part in (data.train, data.held_out):
+        for index in range(len(part)):
+            try:
+                part.images[index]
+            except UnreadableImage as error:
+                messages.append(str(error))
+    assert len(messages) == 2
+    assert all("is not a regular file" in message for message in messages)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="requires named pipes")
+@pytest.mark.parametrize("name", ["train.csv", "train.parquet"])
+def test_a_named_pipe_is_no_table(tmp_path: Path, name: str) -> None:
+    os.mkfifo(tmp_path / name)
+    with pytest.raises((ValueError, OSError), match="regular file"):
+        load(tmp_path)
 
 
 @pytest.mark.parametrize("copy", ["dog/other name.png", "test/dog/1.png"])
