@@ -69,16 +69,18 @@ def test_addresses_in_a_table_require_a_flag(
 ) -> None:
     table = write_table(tmp_path, address)
     with raises_one_line("1 of the images are at web addresses", "`allow_urls=True`"):
-        load_training_data(DataOptions(table))
+        load_training_data(DataOptions(dataset=table))
     with raises_one_line("`allow_urls=True`"):
-        open_input(PredictOptions("model", dataset=table))
+        open_input(PredictOptions(model="model", dataset=table))
     with raises_one_line("`allow_urls=True`"):
-        data = load_training_data(DataOptions(table, streaming=True, held_out_fraction=0.5))
+        data = load_training_data(DataOptions(dataset=table, streaming=True, held_out_fraction=0.5))
         list(data.train.iterate_pass(0, 0, 0, 1))
     assert not network.requested
 
-    assert open_input(PredictOptions("model", dataset=table, allow_urls=True)).num_images == 11
-    load_training_data(DataOptions(table, allow_urls=True))
+    assert (
+        open_input(PredictOptions(model="model", dataset=table, allow_urls=True)).num_images == 11
+    )
+    load_training_data(DataOptions(dataset=table, allow_urls=True))
 
 
 @pytest.mark.parametrize(
@@ -96,7 +98,7 @@ def test_other_schemes_are_refused(network: Network, address: str, tmp_path: Pat
     with raises_one_line("only http, https and hf", error=UnreadableImage):
         decode_image({"path": address, "bytes": None}, "row 1")
     table = write_table(tmp_path, address)
-    *_, record = open_input(PredictOptions("model", dataset=table)).read_records(range(11))
+    *_, record = open_input(PredictOptions(model="model", dataset=table)).read_records(range(11))
     assert "only http, https and hf" in (prepare_image(None, record).error or "")  # type: ignore
     assert not network.requested
 
