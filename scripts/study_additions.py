@@ -66,9 +66,8 @@ def compute_features(options: Options) -> tuple[list[str], dict[str, Features]]:
     """Return the classes, and the features of both splits, which are kept in OUTPUT."""
     data = DataOptions(dataset=str(options.photos), num_workers=0)
     splits = load_splits(data)
-    base = load_base(
-        str(write_encoder(options)), AdditionOptions(data=data, output_dir=Path("not-written"))
-    )
+    flags = {"dataset": str(options.photos), "num_workers": 0, "output_dir": Path("not-written")}
+    base = load_base(str(write_encoder(options)), AdditionOptions(**flags))
     features = {}
     for split in ("train", "test"):
         file = options.output / f"{split}.npz"

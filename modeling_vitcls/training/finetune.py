@@ -37,6 +37,7 @@ from ..data.splits import (
 )
 from ..hub.local_paths import strip_folders
 from ..inference.evaluator import Evaluator
+from ..inference.frozen_features import FrozenPass
 from ..inference.metrics import SELECTION_METRICS
 from . import losses
 from .model import InitialModel, build_model, set_trainable_parameters
@@ -110,6 +111,9 @@ def build_training_setup(
         f"{len(names)} of {column!r}" for column, names in labels.columns.items()
     )
 
+    build_pass = None
+    if labels.kind == "single_label_classification" and options.statistics:
+        build_pass = partial(FrozenPass, **evaluator_arguments)
     teacher_name = options.teacher
     return TrainingSetup(
         model,
@@ -129,6 +133,7 @@ def build_training_setup(
             "label_column": list(options.label_column or labels.columns),
             "label_separator": options.label_separator,
         },
+        build_pass=build_pass,
         probe=probe,
     )
 

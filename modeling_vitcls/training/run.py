@@ -51,7 +51,14 @@ from .output_folder import save_output
 from .probe import FittedProbe
 from .resume import format_flag_value, resolve_local_paths
 from .run_inputs import Environment, Loaded, Options, load, print_summary, set_up
-from .run_results import Result, Trained, build_results, print_estimate, print_result
+from .run_results import (
+    Result,
+    Trained,
+    build_results,
+    print_estimate,
+    print_result,
+    store_statistics,
+)
 from .signals import SignalHandler
 from .training_setup import TrainingSetup, build_training_images
 
@@ -130,6 +137,7 @@ def run(kind: ModuleType, asked: Options, on_checkpoint: Callable[[Path], None] 
         trained = train_steps(loaded, frozen, evaluators, environment, on_checkpoint)
         result = finish_model(loaded, frozen, evaluators, trained, environment)
 
+        store_statistics(loaded, trained.loop.state.model)
         features_after = measure_features(loaded, environment, trained.loop.state.model)
         results = build_results(
             loaded, trained, result, environment, features_before, features_after

@@ -2,17 +2,28 @@
 
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from torch.distributed.fsdp import FSDPModule
+
 from ..data.images import LabeledImages
 from ..data.splits import MAX_CLASS_RATIO
+from ..inference.class_statistics import ClassStatistics, Token
+from ..inference.frozen_features import FeatureLayout
+from ..inference.linear_probe import KNOWN_RECALL, MIN_DISTANCE_IMAGES, NUM_LAST_LAYERS
+from ..model.modeling_vitcls import count_output_tokens
 from . import pretrain
 from .dry_run import describe_dry_probe, describe_dry_run
 from .loop import TrainingLoop
 from .output_folder import CHECKPOINTS_FOLDER, RESULTS_FILE
 from .reporter import describe_run, format_result
 from .run_inputs import Environment, Loaded
+
+
+MAX_STATISTICS_IMAGES = 5000  # of which the statistics of a trained model are
 
 
 @dataclass(frozen=True)
@@ -188,3 +199,47 @@ def print_estimate(
     else:
         text = describe_dry_probe(results, loaded.full_plan, seconds)
     environment.reporter.print_line("dry run", text)
+
+
+# Class statistics ---------------------------------------------------------------------------------
+
+
+def store_statistics(loaded: Loaded, trained_model: Any) -> None:
+    """Store class statistics in a trained model, from one pass over some of its training images.
+
+    A frozen model has them already. Nothing is stored for several labels per image, a stream, a
+    sharded model, and one image per class. Unknown images are those whose distance is larger than
+    that of most images that the model was not trained on.
+    """
+    setup, data, model = loaded.setup, loaded.data, loaded.setup.model
+    if setup.build_pass is None:
+        return
+    is_sharded = isinstance(trained_model, FSDPModule)
+    if model.class_distance is not None or is_sharded or not isinstance(data.train, LabeledImages):
+        return
+
+    compute = partial(compute_tokens, setup.build_pass, model.eval())
+    tokens, labels = compute(data.train)
+    try:
+        statistics = ClassStatistics.fit(tokens, labels, model.config.num_labels)
+    except ValueError:  # one image per class
+        return
+    other_images = data.held_out if data.selection is None else data.selection
+    if len(other_images) >= MIN_DISTANCE_IMAGES:
+        distances = statistics.compute_distances(compute(other_images)[0])
+        threshold = float(np.quantile(distances, KNOWN_RECALL, method="higher"))
+        model.config.distance_threshold = threshold
+    statistics.set_in_model(model)
+
+
+def compute_tokens(
+    build_pass: Any, model: Any, images: LabeledImages
+) -> tuple[dict[Token, np.ndarray], np.ndarray]:
+    """Return the features of each token and the labels of some labeled images."""
+    layout = FeatureLayout.for_extra_heads(model.config, NUM_LAST_LAYERS)
+    features = build_pass(images.draw(MAX_STATISTICS_IMAGES), layout)(model)
+    features = features.take(features.labels >= 0)
+    tokens = features.get_tokens()
+    if count_output_tokens(model.vitcls, None, {}) is not None:  # only CLS in the last layer
+        del tokens[-1, "mean"]
+    return tokens, features.labels

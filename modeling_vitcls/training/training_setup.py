@@ -15,6 +15,7 @@ from ..data.batches import BatchBuilder, TrainingImages
 from ..data.images import LabeledImages
 from ..data.splits import TrainingData
 from ..data.streaming import StreamedImages, TrainingStream
+from ..inference.frozen_features import FrozenPass
 from ..model.image_processing_vitcls import ViTCLSImageProcessor
 from .losses import Objective
 from .probe import Probe
@@ -44,6 +45,8 @@ class TrainingSetup:
     # data, whether the run has training steps -> warnings about classes of different sizes
     describe_imbalance: Callable[[TrainingData, bool], list[str]] = lambda data, has_steps: []
     results: dict[str, Any] = field(default_factory=dict)  # fields of results.json
+    # images, layout -> pass with the features of class statistics; None for other models
+    build_pass: Callable[..., FrozenPass] | None = None
     probe: Probe | None = None  # sets the classifier from the features of the frozen encoder
     encoder: Any = None  # part of the model that is saved; None to save the model
     measure_features: Callable[[Any], dict[str, Any]] | None = None  # before and after pre-training
