@@ -32,6 +32,8 @@ from modeling_vitcls import (
     predict,
 )
 from modeling_vitcls.data.aspect_ratio import get_fit, set_fit
+from modeling_vitcls.inference.evaluate import evaluate_checkpoint
+from modeling_vitcls.inference.options import EvaluateOptions
 from modeling_vitcls.training import output_folder
 from modeling_vitcls.training import probe as probe_module
 from modeling_vitcls.training.checkpoints import format_state, read_state
@@ -182,6 +184,14 @@ def test_most_training_images_are_known_and_noise_is_unknown(
     unknown = [row["unknown"] for row in rows]
     assert np.mean(unknown[:40]) <= 0.15
     assert np.mean(unknown[40:]) >= 0.8
+
+
+def test_an_evaluation_on_the_training_images_names_the_result_of_the_run(
+    run_on_all_labels: Any,
+) -> None:
+    options, _ = run_on_all_labels
+    with pytest.raises(ValueError, match=r"trained on all 300 images.* results\.json"):
+        evaluate_checkpoint(EvaluateOptions(str(options.output_dir), options.data))
 
 
 def test_the_result_of_cross_validation_has_an_interval_around_it(run_on_all_labels: Any) -> None:
