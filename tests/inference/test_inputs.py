@@ -55,7 +55,7 @@ def test_a_list_contains_files_and_folders(photos: Path, tmp_path: Path) -> None
 
 def test_files_that_no_image_processor_reads_are_skipped(photos: Path) -> None:
     Image.new("RGB", (8, 8)).save(photos / "inner" / "z.tga")
-    source = open_input(PredictOptions("model", (str(photos / "inner"),)))
+    source = open_input(PredictOptions(model="model", paths=(str(photos / "inner"),)))
     (photos / "inner" / "z.tga").unlink()
     assert not [
         record.name
