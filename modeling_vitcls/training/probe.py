@@ -40,6 +40,7 @@ from ..inference.frozen_features import (
 )
 from ..inference.image_pass import ImageOutput
 from ..inference.linear_probe import (
+    MIN_DISTANCE_IMAGES,
     NUM_LAST_LAYERS,
     Candidate,
     LinearProbe,
@@ -313,6 +314,12 @@ class Probe:
             if geometry_text := describe_geometry(record):
                 reporter.print_line("fit", geometry_text)
             reporter.print_line("frozen", describe_probe(record))
+            if is_final and self.has_statistics and chosen.distance_threshold_ is None:
+                reporter.print_line(
+                    "unknown",
+                    f"predictions do not mark unknown images, which requires {MIN_DISTANCE_IMAGES} "
+                    "cross-validated images, and CLS or the mean of the patches as pooling",
+                )
         return fitted
 
     def compute_features(
