@@ -14,8 +14,9 @@ shift              0.04                       0
 flag               fewer than 10,000 images   large dataset: at least 10,000 images, or a stream
 batch_size         32                         64
 
-If the classifier starts from the regression of a probe, the learning rate for pre-trained weights
-is lower: 3e-5 at width 384 (`choose_learning_rate_after_probe`).
+A run whose classifier starts from that of the frozen model has a lower learning rate for
+pre-trained weights: 3e-5 at width 384. The low-rank matrices of LoRA start from zero, and keep
+their own rate.
 
 Learning rates for random and pre-trained weights are proportional to 1 / width (muP, arXiv
 2203.03466) within fixed limits. Narrow models learn slowly with the common initializer range of
@@ -43,7 +44,12 @@ from .options import FinetuneOptions, PretrainOptions
 
 Options = TypeVar("Options", FinetuneOptions, PretrainOptions)
 TrainingMethod = Literal[
-    "random weights", "pre-trained weights", "LoRA", "new head on frozen weights", "self-supervised"
+    "random weights",
+    "pre-trained weights",
+    "from the frozen model's classifier",
+    "LoRA",
+    "new head on frozen weights",
+    "self-supervised",
 ]
 
 # Checkpoint suggested if the initial weights are random.
@@ -55,9 +61,7 @@ MAX_CPU_FLOPS = 1e15  # of all training steps; about an hour at 300 GFLOP/s
 SIZE_FLAGS = (
     "image_size patch_size hidden_size num_hidden_layers num_attention_heads intermediate_size"
 ).split()
-DEFAULT_FLAGS = (
-    "learning_rate initializer_range layer_decay epochs batch_size crop_scale shift".split()
-)
+DEFAULT_FLAGS = "initializer_range layer_decay epochs batch_size crop_scale shift".split()
 
 
 def resolve_defaults(
@@ -66,10 +70,11 @@ def resolve_defaults(
     """Return the options with a value for each flag in `DEFAULT_FLAGS`, and a line about them.
 
     The line has the default values that affect the run, grouped by reason. `num_training_images` is
-    None for a stream. For checkpoints, `initializer_range` remains None.
+    None for a stream. For checkpoints, `initializer_range` remains None. The learning rate is not
+    among these flags (`resolve_learning_rate`).
     """
     config_values = options.get_config_values()
-    width = config_values.get("hidden_size", initial.config.hidden_size)
+    width = get_width(options, initial)
     image_size = max(to_pair(config_values.get("image_size", initial.config.image_size)))
     method = get_training_method(options, initial.has_random_weights)
     is_pretrained = method == "pre-trained weights"
@@ -92,7 +97,6 @@ def resolve_defaults(
         epochs = max_epochs
 
     defaults = (
-        ("learning_rate", choose_learning_rate(method, width), width_reason),
         ("initializer_range", initializer_range, width_reason),
         ("layer_decay", 0.75 if is_pretrained else 1.0, method),
         ("epochs", epochs, dataset_reason),
@@ -114,6 +118,30 @@ def resolve_defaults(
     return options, "; ".join(
         f"{reason}: {', '.join(values)}" for reason, values in values_by_reason.items()
     )
+
+
+def resolve_learning_rate(
+    options: Options, initial: InitialModel, has_probe: bool
+) -> tuple[Options, str | None]:
+    """Return the options with a learning rate, and a line about it if it is a default value.
+
+    `has_probe` is whether the classifier starts from that of the frozen model.
+    """
+    if options.learning_rate is not None:
+        return options, None
+
+    width = get_width(options, initial)
+    method = get_training_method(options, initial.has_random_weights)
+    if has_probe and method == "pre-trained weights":
+        method = "from the frozen model's classifier"
+    changes: dict[str, Any] = {"learning_rate": choose_learning_rate(method, width)}
+    options = replace(options, **changes)
+    return options, f"{options.learning_rate:g}: {method}, width {width}"
+
+
+def get_width(options: FinetuneOptions | PretrainOptions, initial: InitialModel) -> int:
+    """Return the width of the model of a run."""
+    return options.get_config_values().get("hidden_size", initial.config.hidden_size)
 
 
 def compute_max_epochs(
@@ -144,7 +172,7 @@ def compute_max_epochs(
 def get_training_method(
     options: FinetuneOptions | PretrainOptions, has_random_weights: bool
 ) -> TrainingMethod:
-    """Return the method that determines the learning rate."""
+    """Return the method that determines the defaults."""
     if isinstance(options, PretrainOptions):
         return "self-supervised"
     if options.trainable in ("head", "lora"):
@@ -153,29 +181,24 @@ def get_training_method(
 
 
 def choose_learning_rate(method: TrainingMethod, width: int) -> float:
-    """Return the default learning rate, rounded to two significant digits."""
+    """Return the default learning rate, rounded to two significant digits.
+
+    From the frozen model's classifier, the features must stay near those that it was fitted to. With
+    the rate for a new classifier, the loss of a ViT-S on 130 photographs rose from 0.7 to 1.2 and
+    came back after 30 steps; with this rate, it fell.
+    """
+    pretrained_rate = min(max(5e-5 * 768 / width, 5e-5), 4e-4)
     match method:
         case "random weights":
             learning_rate = min(1e-3 * 96 / width, 1e-3)
         case "pre-trained weights":
-            learning_rate = min(max(5e-5 * 768 / width, 5e-5), 4e-4)
+            learning_rate = pretrained_rate
+        case "from the frozen model's classifier":
+            learning_rate = min(max(3e-5 * (384 / width) ** 2, 1e-5), pretrained_rate)
         case "new head on frozen weights":
             learning_rate = 1e-3
         case _:
             learning_rate = 5e-4
-    return float(f"{learning_rate:.1e}")
-
-
-def choose_learning_rate_after_probe(width: int) -> float:
-    """Return the default learning rate of a run whose classifier starts from the regression.
-
-    Its features must stay near those that the regression was fitted to. With the rate for a new
-    classifier, the loss of a ViT-S on 130 photographs rose from 0.7 to 1.2 and came back after 30
-    steps; with this rate, it fell.
-    """
-    learning_rate = min(
-        max(3e-5 * (384 / width) ** 2, 1e-5), choose_learning_rate("pre-trained weights", width)
-    )
     return float(f"{learning_rate:.1e}")
 
 

@@ -12,7 +12,6 @@ temperature comes from the images that each fold leaves out. A run without steps
 images, unless it is asked to: cross-validation measures its result.
 """
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -117,21 +116,20 @@ def explain_missing_steps(
         is_length_set: whether the user has set the number of epochs or steps.
     """
     if options.trainable == "head":
-        return "none: `trainable='head'` keeps the encoder, and the classifier is the regression"
+        return "none: `trainable='head'` keeps the encoder"
 
     num_selection = None if data.selection is None else len(data.selection)
     if num_selection is not None and num_selection < MIN_SELECTION_IMAGES:
         return (
             f"none: {num_selection} separate images are too few to compare fine-tuning with the "
-            "frozen model, which is saved. Set `select='last'` to fine-tune on all images"
+            "frozen model"
         )
 
     flops = FLOPS_OF_STEP * forward_flops * data.num_training_images * options.epochs
     if device.type == "cpu" and not is_length_set and flops > MAX_CPU_FLOPS:
-        minutes = math.ceil(flops / CPU_FLOPS_PER_MINUTE)
         return (
-            f"none: {options.epochs:g} epochs would take about {minutes:,} minutes on this CPU, "
-            f"so that the frozen model is saved. Set `epochs={options.epochs:g}` to fine-tune"
+            f"none: {options.epochs:g} epochs would take more than "
+            f"{MAX_CPU_FLOPS / CPU_FLOPS_PER_MINUTE:.0f} minutes on this CPU"
         )
     return None
 

@@ -24,7 +24,7 @@ from ..runtime.staging import FolderLock
 from ..runtime.system import describe_device
 from . import output_folder
 from .checkpoints import Checkpoint, CheckpointStore
-from .defaults import choose_learning_rate_after_probe, describe_random_weights, resolve_defaults
+from .defaults import describe_random_weights, resolve_defaults, resolve_learning_rate
 from .loop import build_batch_plan
 from .model import InitialModel, choose_image_size, resolve_initial_model
 from .options import FinetuneOptions
@@ -147,11 +147,11 @@ def load(kind: Any, options: Options, environment: Environment) -> Loaded:
         initial = resolve_initial_model(options.model)
     data = load_on_main(accelerator, options.dataset, partial(kind.load_data, options, initial))
 
-    is_rate_set = options.learning_rate is not None
     is_length_set = asked.epochs is not None or asked.max_steps is not None
     with accelerator.main_process_first():
         options, default_lines = resolve_options(options, initial, data)
         setup = kind.build_training_setup(options, initial, data, environment.reporter)
+        options, rate_line = resolve_learning_rate(options, initial, setup.probe is not None)
         forward_flops = (setup.encoder or setup.model).flops()
 
     reason = None
@@ -166,13 +166,6 @@ def load(kind: Any, options: Options, environment: Environment) -> Loaded:
             select="last",
         )
         data = load_on_main(accelerator, options.dataset, partial(kind.load_data, options, initial))
-
-    if setup.probe is not None and not is_rate_set:
-        rate = choose_learning_rate_after_probe(setup.model.config.hidden_size)
-        options = replace(options, learning_rate=rate)
-        default_lines["rate"] = (
-            f"{rate:g}, because the classifier starts from the regression on the frozen encoder"
-        )
 
     if options.gradient_checkpointing:
         setup.model.gradient_checkpointing_enable()
@@ -192,6 +185,7 @@ def load(kind: Any, options: Options, environment: Environment) -> Loaded:
         **describe_splits(data, setup.processor, setup.labels_text),
         **describe_model(initial.name, setup.model, forward_flops),
         **default_lines,
+        "rate": rate_line,
         **setup.summary_lines,
         "device": f"{describe_device(accelerator)}, mixed precision: {precision_text}",
     }

@@ -1,5 +1,7 @@
 """End of a run: results.json and the last printed lines (run.py)."""
 
+import math
+import shlex
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -15,15 +17,29 @@ from ..inference.class_statistics import ClassStatistics, Token
 from ..inference.frozen_features import FeatureLayout
 from ..inference.linear_probe import KNOWN_RECALL, MIN_DISTANCE_IMAGES, NUM_LAST_LAYERS
 from ..model.modeling_vitcls import count_output_tokens
+from ..runtime.flags import get_flag_fields, to_arguments
 from . import pretrain
 from .dry_run import describe_dry_probe, describe_dry_run
 from .loop import TrainingLoop
 from .output_folder import CHECKPOINTS_FOLDER, RESULTS_FILE
+from .probe import CPU_FLOPS_PER_MINUTE, FLOPS_OF_STEP
 from .reporter import describe_run, format_result
+from .resume import get_relative_flags
 from .run_inputs import Environment, Loaded
 
 
 MAX_STATISTICS_IMAGES = 5000  # of which the statistics of a trained model are
+FINE_TUNING_EPOCHS = 5  # of the command that a run without steps prints
+# flags of a run without steps that this command leaves out; --hub-model-id, because its model would
+# replace the frozen one
+FLAGS_WITHOUT_FINE_TUNING = (
+    "trainable",
+    "max_steps",
+    "early_stopping",
+    "resume",
+    "overwrite",
+    "hub_model_id",
+)
 
 
 @dataclass(frozen=True)
@@ -148,8 +164,49 @@ def print_result(
         reporter.print_line("classes", describe_class_results(results))
     if "features" in results:
         reporter.print_line("features", results["features"]["summary"])
+    if not loaded.has_steps:
+        reporter.print_line("steps", describe_fine_tuning(loaded, environment))
     folder = loaded.options.output_dir
     reporter.print_line("saved", describe_saved_files(folder))
+
+
+def describe_fine_tuning(loaded: Loaded, environment: Environment) -> str:
+    """Return that a run had no steps, and the command that fine-tunes, with its duration on a CPU."""
+    text = "not fine-tuned: the encoder is frozen. "
+    command = build_fine_tuning_command(environment.asked)
+    num_images = count_training_images(loaded)
+    if environment.accelerator.device.type != "cpu" or num_images is None:
+        return f"{text}To fine-tune all weights: {command}"
+
+    flops = FLOPS_OF_STEP * loaded.forward_flops * num_images * FINE_TUNING_EPOCHS
+    minutes = math.ceil(flops / CPU_FLOPS_PER_MINUTE)
+    duration = "a minute" if minutes == 1 else f"{minutes:,} minutes"
+    return f"{text}Fine-tuning all weights would take about {duration}: {command}"
+
+
+def build_fine_tuning_command(asked: Any) -> str:
+    """Return the command of a run without steps, changed so that it trains all weights.
+
+    Args:
+        asked: the options as the person set them.
+    """
+    asked_names = {
+        name
+        for name, field in get_flag_fields(type(asked)).items()
+        if getattr(asked, name) != field.default
+    }
+    flags = {
+        name: value
+        for name, value in get_relative_flags(asked).items()
+        if name in asked_names.difference(FLAGS_WITHOUT_FINE_TUNING)
+    }
+    flags |= {
+        "output_dir": f"{flags['output_dir']}-fine-tuned",
+        "select": "last",
+        "epochs": FINE_TUNING_EPOCHS,
+    }
+    arguments = [argument for flag in flags.items() for argument in to_arguments(*flag)]
+    return f"vitcls finetune {shlex.join(arguments)}"
 
 
 def describe_class_results(results: dict[str, Any]) -> str:

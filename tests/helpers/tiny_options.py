@@ -14,6 +14,7 @@ from modeling_vitcls.data.labels import LabelSpace
 from modeling_vitcls.data.options import AugmentationOptions
 from modeling_vitcls.runtime.files import read_json
 from modeling_vitcls.training import finetune, pretrain
+from modeling_vitcls.training.defaults import resolve_learning_rate
 from modeling_vitcls.training.loop import build_batch_plan
 from modeling_vitcls.training.model import build_model, resolve_initial_model
 from modeling_vitcls.training.options import FinetuneOptions, ModelOptions, PretrainOptions
@@ -81,6 +82,7 @@ def prepare_setup(options: Any) -> SimpleNamespace:
     data = kind.load_data(options, initial)
     options = resolve_options(options, initial, data)[0]
     setup = kind.build_training_setup(options, initial, data, reporter)
+    options = resolve_learning_rate(options, initial, setup.probe is not None)[0]
     plan = build_batch_plan(data.num_training_images, options, accelerator.num_processes)
     return SimpleNamespace(setup=setup, options=options, data=data, plan=plan, reporter=reporter)
 

@@ -15,6 +15,7 @@ from modeling_vitcls.training.defaults import (
     DEFAULT_FLAGS,
     describe_random_weights,
     resolve_defaults,
+    resolve_learning_rate,
 )
 from modeling_vitcls.training.model import InitialModel, resolve_initial_model
 from modeling_vitcls.training.options import (
@@ -60,7 +61,6 @@ HEAD, LORA, LAST = (build_options(trainable=each) for each in ("head", "lora", "
             {},
             2000,
             {
-                "learning_rate": 1e-3,
                 "layer_decay": 1.0,
                 "initializer_range": 0.082,
                 "crop_scale": 1.0,
@@ -70,13 +70,13 @@ HEAD, LORA, LAST = (build_options(trainable=each) for each in ("head", "lora", "
             None,
             {"hidden_size": 192, "image_size": 224},
             9,
-            {"learning_rate": 5e-4, "initializer_range": 0.058},
+            {"initializer_range": 0.058},
         ),
         (
             None,
             {"hidden_size": 4096, "image_size": 65},
             9,
-            {"learning_rate": 2.3e-5, "initializer_range": 0.02, "crop_scale": 0.35, "shift": 0},
+            {"initializer_range": 0.02, "crop_scale": 0.35, "shift": 0},
         ),
         (None, {"image_size": 64}, 9_999, {"batch_size": 32, "epochs": 30.0, "shift": 0.04}),
         (None, {}, 10_000, {"batch_size": 64, "epochs": 30.0}),
@@ -84,22 +84,22 @@ HEAD, LORA, LAST = (build_options(trainable=each) for each in ("head", "lora", "
             None,
             PRETRAINED | {"hidden_size": 384},
             9_999,
-            {"learning_rate": 1e-4, "layer_decay": 0.75, "initializer_range": None, "epochs": 30.0},
+            {"layer_decay": 0.75, "initializer_range": None, "epochs": 30.0},
         ),
-        (None, PRETRAINED | {"hidden_size": 48}, 10_000, {"learning_rate": 4e-4, "epochs": 10.0}),
+        (None, PRETRAINED | {"hidden_size": 48}, 10_000, {"epochs": 10.0}),
         (
             LAST,
             PRETRAINED | {"hidden_size": 1536},
             None,
-            {"learning_rate": 5e-5, "epochs": 10.0, "batch_size": 64},
+            {"epochs": 10.0, "batch_size": 64},
         ),
-        (HEAD, PRETRAINED, 10_000, {"learning_rate": 1e-3, "layer_decay": 1.0, "epochs": 30.0}),
-        (LORA, PRETRAINED, 9, {"learning_rate": 5e-4, "layer_decay": 1.0}),
+        (HEAD, PRETRAINED, 10_000, {"layer_decay": 1.0, "epochs": 30.0}),
+        (LORA, PRETRAINED, 9, {"layer_decay": 1.0}),
         (
             build_options(PretrainOptions),
             {},
             9,
-            {"learning_rate": 5e-4, "initializer_range": 0.082},
+            {"initializer_range": 0.082},
         ),
     ],
 )
@@ -112,16 +112,41 @@ def test_defaults_follow_the_weights_the_image_size_and_the_number_of_images(
     assert {name: values[name] for name in expected} == expected
 
 
+@pytest.mark.parametrize(
+    ("options", "initial", "has_probe", "expected"),
+    [
+        (build_options(), {}, False, 1e-3),
+        (build_options(hidden_size=192), {}, False, 5e-4),
+        (build_options(), {"hidden_size": 4096}, False, 2.3e-5),
+        (build_options(), PRETRAINED | {"hidden_size": 384}, False, 1e-4),
+        (build_options(), PRETRAINED | {"hidden_size": 48}, False, 4e-4),
+        (LAST, PRETRAINED | {"hidden_size": 1536}, False, 5e-5),
+        (build_options(), PRETRAINED | {"hidden_size": 384}, True, 3e-5),
+        (build_options(), PRETRAINED | {"hidden_size": 48}, True, 4e-4),
+        (LAST, PRETRAINED | {"hidden_size": 1536}, True, 1e-5),
+        (HEAD, PRETRAINED, False, 1e-3),
+        (LORA, PRETRAINED | {"hidden_size": 384}, False, 5e-4),
+        (LORA, PRETRAINED | {"hidden_size": 384}, True, 5e-4),
+        (build_options(PretrainOptions), {}, False, 5e-4),
+        (build_options(learning_rate=0.3), PRETRAINED, True, 0.3),
+    ],
+)
+def test_the_learning_rate_follows_the_initial_weights_and_the_width(
+    options: Any, initial: dict[str, Any], has_probe: bool, expected: float
+) -> None:
+    options, _ = resolve_learning_rate(options, build_initial(**initial), has_probe)
+    assert options.learning_rate == expected
+
+
 def test_every_default_can_be_overridden_and_the_reasons_are_printed() -> None:
     initial = build_initial()
-    flags = {"model": "vitcls-tiny", "learning_rate": 0.3, "crop_scale": None, "shift": 0.0}
+    flags = {"model": "vitcls-tiny", "crop_scale": None, "shift": 0.0}
     options, line = resolve_defaults(
         build_tiny_options(Path("out"), "digits", **flags), initial, 2000
     )
-    assert (options.learning_rate, options.shift) == (0.3, 0.0)
+    assert options.shift == 0.0
     assert "random weights, width 96: initializer range 0.082" in line
     assert "image size 28: crop scale 1" in line
-    assert "learning rate" not in line
     assert "random weights, 2,000 images: epochs 30, batch size 32" in line
     assert "random weights, a stream: " in resolve_defaults(build_options(), initial, None)[1]
     assert resolve_defaults(options, initial, 2000) == (options, "")

@@ -372,6 +372,18 @@ def test_a_long_run_on_a_cpu_ends_at_the_probe(
     assert with_length["steps"] == 1
 
 
+@pytest.mark.parametrize(("trainable", "rate"), [("full", 4e-4), ("lora", 5e-4)])
+def test_the_learning_rate_after_the_probe_is_that_of_the_trained_weights(
+    trainable: str, rate: float, encoder: Path, tmp_path: Path
+) -> None:
+    """A ViT of width 32 has the largest rate for pre-trained weights."""
+    flags = {"trainable": trainable, "select": "last", "max_steps": 1, "warmup": 0.0}
+    options = build_options(tmp_path / "run", encoder, **flags)
+    run_training(options)
+    (record,) = read_metrics(options.output_dir)
+    assert record["learning_rate"] == pytest.approx(rate)
+
+
 def test_fine_tuning_starts_from_the_regression(
     encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,0 +1,67 @@
+"""Runs that keep the encoder: the command that they print trains all weights.
+
+The encoder is converted and has a native side of 280 pixels; the photos are not square, and the
+classes have different sizes.
+"""
+
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from helpers.accelerate_state import reset_accelerate
+from PIL import Image
+
+from modeling_vitcls import ViTCLSModel
+from modeling_vitcls.cli import main
+from modeling_vitcls.runtime.files import read_json
+
+
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
+
+
+@pytest.fixture
+def sources(tmp_path: Path) -> Path:
+    """Return a folder with a Dinov2 encoder and photos of two classes."""
+    config = transformers.Dinov2Config(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        mlp_ratio=2,
+        image_size=280,
+        patch_size=28,
+    )
+    transformers.Dinov2Model(config).save_pretrained(tmp_path / "vit")
+    size = {"height": 280, "width": 280}
+    transformers.ViTImageProcessor(size=size).save_pretrained(tmp_path / "vit")
+
+    noise = np.random.default_rng(0)
+    for name, brightest, number in (("ants", 100, 15), ("bees", 255, 9)):
+        (tmp_path / "my photos" / name).mkdir(parents=True)
+        for index in range(number):
+            pixels = noise.integers(0, brightest, (24, 40, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "my photos" / name / f"{index}.png")
+    return tmp_path
+
+
+@pytest.mark.parametrize("flags", [("--trainable", "head"), ()])
+def test_a_run_without_steps_prints_the_command_that_trains_all_weights(
+    flags: tuple[str, ...], sources: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--model", str(sources / "vit"), "--dataset", str(sources / "my photos")]
+    arguments += ["--output-dir", str(sources / "frozen"), "--num-workers", "0", "--no-report"]
+    main(["finetune", *arguments, *flags])
+    assert read_json(sources / "frozen/results.json")["steps"] == 0
+    command = capsys.readouterr().out.rpartition(": vitcls ")[2].splitlines()[0]
+
+    reset_accelerate()
+    main(shlex.split(command))
+    (results_file,) = set(sources.glob("*/results.json")) - {sources / "frozen/results.json"}
+    assert read_json(results_file)["steps"] > 0
+
+    original = ViTCLSModel.from_pretrained(sources / "frozen").state_dict()
+    trained = ViTCLSModel.from_pretrained(results_file.parent).state_dict()
+    name = "layers.0.mlp.fc1.weight"
+    assert not torch.equal(original[name], trained[name])
