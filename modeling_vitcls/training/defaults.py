@@ -4,7 +4,7 @@ flag               random weights             pre-trained weights        --train
 learning_rate      1e-3 at width 96           5e-5 at width 768          5e-4               1e-3
 layer_decay        1                          0.75                       1                  1
 initializer_range  0.8 / sqrt(width)          checkpoint's value         checkpoint's value checkpoint's value
-epochs             30                         30, or 10 (large dataset)  30                 30
+epochs             30                         30, or 10 (large dataset)  5                  30
                    On CPUs, the epochs of a run have at most `MAX_CPU_FLOPS`, but there is at least one epoch.
 
 flag               at most 64 pixels per side larger images
@@ -90,6 +90,8 @@ def resolve_defaults(
     dataset_reason = f"{method}, {size}"
 
     epochs = 10.0 if is_pretrained and is_large else 30.0
+    if method == "LoRA":
+        epochs = 5.0
     notes = {}
     max_epochs = compute_max_epochs(options, initial, config_values, num_training_images)
     if max_epochs < epochs:

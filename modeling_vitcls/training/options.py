@@ -122,7 +122,7 @@ class TrainingOptions(Options):
 
     epochs: float | None = None
     """Number of passes over the training images. Default: 30, or 10 for pre-trained weights and a
-    large dataset (at least 10,000 images, or a stream)."""
+    large dataset (at least 10,000 images, or a stream), or 5 for LoRA."""
     max_steps: int | None = None
     """Number of optimizer steps, instead of --epochs."""
     batch_size: int | None = None

@@ -94,7 +94,7 @@ HEAD, LORA, LAST = (build_options(trainable=each) for each in ("head", "lora", "
             {"epochs": 10.0, "batch_size": 64},
         ),
         (HEAD, PRETRAINED, 10_000, {"layer_decay": 1.0, "epochs": 30.0}),
-        (LORA, PRETRAINED, 9, {"layer_decay": 1.0}),
+        (LORA, PRETRAINED, 9, {"layer_decay": 1.0, "epochs": 5.0}),
         (
             build_options(PretrainOptions),
             {},
