@@ -50,7 +50,14 @@ from .provenance import Provenance, read_folder_provenance
 NATIVE_MODEL_TYPES = ("vit", "deit", "dinov2", "dinov2_with_registers", "dinov3_vit")
 
 # First parts of the names of weights that an encoder without a classifier does not use.
-HEADS = {"classifier", "classifiers", "distillation_classifier", "extra_heads", "decoder"}
+HEADS = {
+    "classifier",
+    "classifiers",
+    "class_distance",
+    "distillation_classifier",
+    "extra_heads",
+    "decoder",
+}
 
 SOURCE_FLAGS = ("dataset", "model", "teacher")  # flags that may contain local paths
 # Names or prefixes of the flags that are not published: the destination of a push, and how the run

@@ -582,7 +582,7 @@ def uint16_to_uint8(pixels: Tensor, bit_depth: int, name: str) -> Tensor:
         logger.warning(
             f"The largest 16-bit value of {name} is {maximum:,}, so the image is almost black. If "
             f"such files use {num_bits} of the 16 bits, set bit_depth={num_bits} in the image "
-            "processor (vitcls finetune --bit-depth)."
+            "processor (`vitcls finetune --bit-depth`)."
         )
     rounded: Tensor = (2 * 255 * pixels + white) // (2 * white)
     return rounded.to(torch.uint8)

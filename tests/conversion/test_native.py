@@ -199,7 +199,7 @@ def test_a_model_and_the_target_library_require_each_other(
     flags: dict[str, Any], tmp_path: Path
 ) -> None:
     with raises_one_line("--"):
-        ConvertOptions(output=tmp_path / "out", **flags)
+        ConvertOptions(output=tmp_path / "out", **flags).check()
 
 
 def test_results_of_the_same_weights_are_kept(tmp_path: Path) -> None:

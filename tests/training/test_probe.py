@@ -191,7 +191,7 @@ def test_an_evaluation_on_the_training_images_names_the_result_of_the_run(
 ) -> None:
     options, _ = run_on_all_labels
     with pytest.raises(ValueError, match=r"trained on all 300 images.* results\.json"):
-        evaluate_checkpoint(EvaluateOptions(str(options.output_dir), options.data))
+        evaluate_checkpoint(EvaluateOptions(model=str(options.output_dir), dataset=options.dataset))
 
 
 def test_the_result_of_cross_validation_has_an_interval_around_it(run_on_all_labels: Any) -> None:
