@@ -342,7 +342,7 @@ def decode_image(encoded_image: dict[str, Any], fallback_name: str) -> Image.Ima
         elif not isinstance(error, ValueError):  # the messages of `read_image` contain the path
             message = f"{shorten_text(path)}: {message}"
         raise UnreadableImage(message) from error
-    image.filename = path or fallback_name  # type: ignore[union-attr]
+    image.filename = path or fallback_name  # type: ignore[union-attr, attr-defined]
     return image
 
 

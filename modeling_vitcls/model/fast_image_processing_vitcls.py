@@ -14,8 +14,9 @@ machine.
 
 import os
 from functools import lru_cache
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
@@ -69,7 +70,7 @@ def read_jpeg_bytes(source: Any) -> bytearray | None:
         return None
 
 
-def open_regular_file(path: str | os.PathLike[str]) -> BinaryIO:
+def open_regular_file(path: str | os.PathLike[str]) -> BufferedReader:
     """Open a file for reading.
 
     Raise OSError if it is missing, or not a regular file after links: a named pipe would block, and

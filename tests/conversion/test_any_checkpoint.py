@@ -156,7 +156,7 @@ def test_a_timm_model_on_the_hub_is_converted_at_the_requested_commit(tmp_path: 
         assert folder.config.num_labels == num_labels
         assert folder.parity_report["source"] == f"timm:hf-hub:ann/timm@{commit}"
 
-    assert load_source(f"timm:hf-hub:ann/timm@{COMMIT}").num_classes == 5
+    assert load_source(f"timm:hf-hub:ann/timm@{COMMIT}").model.num_classes == 5
 
     save_for_hf(model, tmp_path / "local", safe_serialization=True)
     assert resolve(str(tmp_path / "local")).config.num_labels == 6

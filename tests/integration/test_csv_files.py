@@ -120,7 +120,8 @@ def test_leaving_out_many_images_or_most_of_a_class_is_a_warning(
     ]
     table.write_text("\n".join(["split,id", *ids]))
     options = build_tiny_options(tmp_path / "out", tmp_path / "photos", exclude=table)
-    warnings = prepare_setup(options).setup.warnings
+    loaded = prepare_setup(options)
+    warnings = loaded.setup.describe_data(loaded.data)
     if expected is None:
         assert warnings == []
     else:
