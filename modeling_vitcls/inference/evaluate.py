@@ -39,7 +39,12 @@ from ..runtime.system import describe_device, get_versions
 from .evaluator import Evaluator
 from .exported_graphs import ExportedModel
 from .load_model import TORCH, LoadedModel, check_is_classifier, load_for_inference
-from .metric_tables import build_class_tables, build_metric_rows
+from .metric_tables import (
+    build_class_tables,
+    build_confusion_tables,
+    build_metric_rows,
+    describe_confusions,
+)
 from .options import EvaluateOptions
 from .per_image import write_predictions
 
@@ -253,13 +258,17 @@ def set_label_columns(
 def print_results(
     results: dict[str, Any], part_text: str, config: ViTCLSConfig, console: Console
 ) -> None:
-    """Print the metrics, and the metrics of each class if there are few classes."""
+    """Print the metrics and, if there are few classes, those of each class and its confusions."""
     images_text = f"{results['num_images']:,} images of {results['dataset']}"
     summary = f"{images_text} ({part_text}), each counted once"
     console.print(f"{summary}; {results['images_per_second']:,} images/s", markup=False)
     console.print(build_table("", ["Metric", "Value"], build_metric_rows(results, config)))
     for title, rows in build_class_tables(results, config).items():
         console.print(build_table(title, list(rows[0]), [list(row.values()) for row in rows]))
+    for title, (header, *matrix) in build_confusion_tables(results, config).items():
+        console.print(build_table(title, header, matrix))
+    for line in describe_confusions(results, config):
+        console.print(line, markup=False)
 
 
 def build_table(title: str, header: list[str], rows: list[list[str]]) -> Table:

@@ -25,6 +25,8 @@ CLASS_COLUMNS = {
     "average_precision": "Average precision",
 }
 MAX_CLASSES_IN_TABLE = 20
+MAX_CLASSES_IN_MATRIX = 12
+NUM_CONFUSIONS = 3
 MAX_NAME_LENGTH = 100  # maximum length of a name in a card, in characters
 
 
@@ -71,6 +73,58 @@ def build_class_tables(
         for title, rows in tables.items()
         if 0 < len(rows) <= MAX_CLASSES_IN_TABLE
     }
+
+
+def build_confusion_tables(
+    results: dict[str, Any], config: ViTCLSConfig | None
+) -> dict[str, list[list[str]]]:
+    """Return the rows of each confusion matrix, by title. The first row is the header.
+
+    Rows are labels; columns are predictions, by the numbers before the names. Tasks with more than
+    `MAX_CLASSES_IN_MATRIX` classes have no table.
+    """
+    tables = {}
+    for title, names, matrix in list_confusion_matrices(results, config):
+        if len(names) > MAX_CLASSES_IN_MATRIX:
+            continue
+        header = ["", *(str(number) for number in range(1, len(names) + 1))]
+        rows = [
+            [f"{number} {name}", *(str(count) if count else "" for count in counts)]
+            for number, (name, counts) in enumerate(zip(names, matrix, strict=True), start=1)
+        ]
+        tables[f"{title} (rows: labels, columns: predictions)"] = [header, *rows]
+    return tables
+
+
+def describe_confusions(results: dict[str, Any], config: ViTCLSConfig | None) -> list[str]:
+    """Return a line with the most frequent confusions of each task, if there are any."""
+    lines = []
+    for title, names, matrix in list_confusion_matrices(results, config):
+        pairs = [
+            (count, f"{names[label]} as {names[prediction]} ({count:,})")
+            for label, counts in enumerate(matrix)
+            for prediction, count in enumerate(counts)
+            if count and label != prediction
+        ]
+        pairs.sort(key=lambda pair: -pair[0])
+        if pairs:
+            texts = ", ".join(text for _, text in pairs[:NUM_CONFUSIONS])
+            lines.append(f"{title}, most frequent: {texts}")
+    return lines
+
+
+def list_confusion_matrices(
+    results: dict[str, Any], config: ViTCLSConfig | None
+) -> list[tuple[str, list[str], list[list[int]]]]:
+    """Return a title, the names of the classes and the matrix of each task that has one."""
+    tasks = config.task_labels() if config is not None else {}
+    titles = {"": "Confusions"} | {f"{task}_": f"{task}, confusions" for task in tasks}
+    matrices = []
+    for prefix, title in titles.items():
+        if (matrix := results.get(f"{prefix}confusion_matrix")) is not None:
+            names = [format_name(row["name"]) for row in results[f"{prefix}per_class"]]
+            matrices.append((title, names, matrix))
+    return matrices
 
 
 def build_class_row(metrics: dict[str, Any]) -> dict[str, str]:

@@ -1150,6 +1150,10 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
 
     def _check_labels(self, num_labels: Any) -> None:
         """Check `num_labels`, `id2label` and `label2id` before transformers builds label names."""
+        for name, example in (("id2label", '{"0": "cat"}'), ("label2id", '{"cat": 0}')):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, dict):
+                raise ValueError(f"`{name}` is {value!r}. Write it as an object such as {example}.")
         if self.id2label is not None:
             for label in self.id2label.values():
                 if not isinstance(label, str):

@@ -5,7 +5,9 @@ import pytest
 from modeling_vitcls import ViTCLSConfig
 from modeling_vitcls.inference.metric_tables import (
     build_class_tables,
+    build_confusion_tables,
     build_metric_rows,
+    describe_confusions,
     format_small_percent,
     get_metric_names,
 )
@@ -49,3 +51,22 @@ def test_a_calibration_error_has_the_one_that_a_calibrated_model_has_by_chance()
     ((_, value),) = build_metric_rows(results, None)
     assert value.startswith("8.60%")
     assert "17.02%" in value
+
+
+def test_the_most_frequent_confusions_come_first() -> None:
+    results = {
+        "per_class": [{"name": name} for name in ("coat", "shirt", "hat")],
+        "confusion_matrix": [[5, 2, 0], [7, 9, 1], [0, 3, 4]],
+    }
+    (line,) = describe_confusions(results, None)
+    assert line.endswith("`shirt` as `coat` (7), `hat` as `shirt` (3), `coat` as `shirt` (2)")
+
+
+def test_a_confusion_matrix_has_up_to_twelve_classes() -> None:
+    for num_classes, num_tables in ((12, 1), (13, 0)):
+        results = {
+            "per_class": [{"name": str(index)} for index in range(num_classes)],
+            "confusion_matrix": [[0] * num_classes] * num_classes,
+        }
+        assert len(build_confusion_tables(results, None)) == num_tables
+        assert describe_confusions(results, None) == []
