@@ -294,7 +294,9 @@ def compute_tokens(
 ) -> tuple[dict[Token, np.ndarray], np.ndarray]:
     """Return the features of each token and the labels of some labeled images."""
     layout = FeatureLayout.for_extra_heads(model.config, NUM_LAST_LAYERS)
-    features = build_pass(images.draw(MAX_STATISTICS_IMAGES), layout)(model)
+    # the steps and evaluations have named the unreadable images
+    statistics_pass = build_pass(images.draw(MAX_STATISTICS_IMAGES), layout, warn=lambda text: None)
+    features = statistics_pass(model)
     features = features.take(features.labels >= 0)
     tokens = features.get_tokens()
     if count_output_tokens(model.vitcls, None, {}) is not None:  # only CLS in the last layer
