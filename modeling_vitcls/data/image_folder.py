@@ -112,7 +112,7 @@ class ImageFolder:
     def is_image_folder(self) -> bool:
         """Return whether the folder is read as an image folder, and not as a folder of tables.
 
-        JSON files, and tables beside an image of the same name, are annotations of single images.
+        JSON files, and tables with the name of an image, are annotations of single images.
         """
         names = {PurePosixPath(image).with_suffix("").as_posix() for image in self.images}
         names.update(self.images)
@@ -313,13 +313,13 @@ class Layout(NamedTuple):
     class_depth: int = 0  # number of folders above the class folders
 
     def get_split(self, folders: Sequence[str]) -> str | None:
-        """Return the split of a file in nested folders; None if it is beside the split folders."""
+        """Return the split of a file in nested folders; None if it is in no split folder."""
         if not self.splits:
             return "train"
         return self.splits.get(next(iter(folders[self.split_depth :]), ""))
 
     def get_class(self, folders: Sequence[str]) -> str | None:
-        """Return the class of an image in nested folders; None if it is beside class folders."""
+        """Return the class of an image in nested folders; None if it is in no class folder."""
         return next(iter(folders[self.class_depth :]), None)
 
 

@@ -119,7 +119,7 @@ def find_class_names(data: Any) -> list[str]:
 
 
 def name_vectors(labels: list[Any], names: list[str]) -> list[Any]:
-    """Return the labels, with names in the place of vectors that have 0 or 1 for each class."""
+    """Return the labels, with lists of names instead of vectors of 0 and 1."""
     return [
         [name for name, bit in zip(names, label, strict=True) if bit]
         if isinstance(label, list) and len(label) == len(names) and set(label) <= {0, 1}

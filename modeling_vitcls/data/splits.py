@@ -141,7 +141,7 @@ def load_training_data(
     separate from the held-out images. They are the validation split if the dataset also has a test
     split; otherwise, they are drawn from the training images.
 
-    Of a stream, the training images are streamed, and the first 10,000 images of the other splits,
+    With a stream, only the training images are streamed. The first 10,000 images of the other splits,
     or of the held-out part, are read immediately and stored in memory without decoding.
 
     Raise ValueError if the dataset has no images, no labels (unless `use_labels` is False) or only
@@ -525,7 +525,7 @@ def select_task(splits: pd.DataFrame, task: str | None) -> pd.DataFrame:
 def find_trained_images(images: LabeledImages, splits: pd.DataFrame) -> np.ndarray:
     """Return whether each image [N] trained a model.
 
-    Of a model that was trained on a stream, these are all images that it did not hold out, if it
+    For a model that was trained on a stream, these are all images that it did not hold out, if it
     held out any of them.
     """
     if not len(splits):

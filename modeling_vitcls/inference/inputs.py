@@ -157,7 +157,7 @@ def list_sources(images: Any) -> list[Any]:
         images: one image, a file object, a batch [N, ...], or an iterable of these.
 
     Raises:
-        ValueError: If `images` is none of these.
+        ValueError: If `images` has another type.
     """
     is_single = isinstance(images, (*SOURCE_TYPES, memoryview, Image.Image))
     is_array = getattr(images, "ndim", 1) > 1
