@@ -213,7 +213,7 @@ class ModelFolder:
 
     @cached_property
     def num_parameters(self) -> int:
-        """The number of values in the weight files."""
+        """The number of values in the weight files, without class statistics."""
         with ExitStack() as stack:
             files = [
                 stack.enter_context(safe_open(self.path / name, "pt"))
@@ -223,6 +223,7 @@ class ModelFolder:
                 math.prod(file.get_slice(key).get_shape())
                 for file in files
                 for key in file.keys()  # noqa: SIM118
+                if not key.startswith("class_distance.")
             )
 
     @cached_property
