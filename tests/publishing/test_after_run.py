@@ -17,13 +17,10 @@ from huggingface_hub import ModelCard
 
 from modeling_vitcls import (
     ViTCLSForImageClassification,
-    ViTCLSForMaskedImageModeling,
     ViTCLSModel,
     finetune,
 )
 from modeling_vitcls.cli.functions import build_options
-from modeling_vitcls.data.options import DataOptions
-from modeling_vitcls.data.splits import load_training_data
 from modeling_vitcls.hub.model_folder import ModelFolder
 from modeling_vitcls.publishing.after_run import finish_run, prepare_push
 from modeling_vitcls.publishing.card import write_card
@@ -115,35 +112,6 @@ def test_the_report_of_a_run_without_steps_costs_few_passes(
     assert write_report(folder, pytest.fail) is not None
     assert 0 < sum(counts) <= max_images
     assert "not measured" not in (folder.path / "report.html").read_text()
-
-
-@pytest.mark.usefixtures("few_digits")
-def test_the_data_of_a_run_are_loaded_again(tmp_path: Path) -> None:
-    """The checkpoint may have been selected on other images.
-
-    Masked image modeling uses no labels.
-    """
-    for model_class, select, is_labeled in (
-        (ViTCLSForImageClassification, "best", True),
-        (ViTCLSForMaskedImageModeling, "last", False),
-    ):
-        flags: dict[str, Any] = {"split_seed": 5, "select": select, "output_dir": "./runs/out"}
-        folder = ModelFolder(write_run_folder(tmp_path / select, None, flags, model_class))
-        found: Any = load_run_data(folder)
-        expected = load_training_data(
-            DataOptions(dataset="digits", split_seed=5), select == "best", is_labeled
-        )
-        assert found.held_out.keys.tolist() == expected.held_out.keys.tolist()
-        assert found.label_space == expected.label_space
-        assert (len(found.train), len(found.held_out)) == (
-            len(expected.train),
-            len(expected.held_out),
-        )
-    (folder.path / "config.resolved.yaml").write_text("{dataset: digits, held_out_fraction: 0}")
-    assert write_report(ModelFolder(folder.path), pytest.fail) is None  # no images are held out
-
-    (folder.path / "config.resolved.yaml").unlink()
-    assert load_run_data(ModelFolder(folder.path)) is None
 
 
 def test_the_report_shows_photos_of_all_classes_of_all_predictions(tmp_path: Path) -> None:

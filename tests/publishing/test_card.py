@@ -15,24 +15,16 @@ from markdown_it import MarkdownIt
 
 import modeling_vitcls as vitcls
 from modeling_vitcls import (
-    ViTCLSForImageClassification,
     ViTCLSForMultiTaskClassification,
     ViTCLSModel,
 )
 from modeling_vitcls.conversion.convert import convert_checkpoint, write_native_model
-from modeling_vitcls.hub.model_files import hash_weights
 from modeling_vitcls.hub.model_folder import ModelFolder
-from modeling_vitcls.model.configuration_vitcls import MIN_TRANSFORMERS_VERSION
 from modeling_vitcls.publishing.card import (
     build_metadata,
     describe_architecture,
-    describe_run,
-    describe_use,
-    format_class_list,
     render_card,
-    write_card,
 )
-from modeling_vitcls.runtime.files import write_json
 from modeling_vitcls.version import __version__
 
 
@@ -141,48 +133,6 @@ def test_the_card_promises_effects_of_tokens_only_if_the_report_has_them(
     text = load_card(folder).text
     assert "shows the attention" in text
     assert ("measured effects" in text) is has_effects
-
-
-def test_a_card_describes_the_run_the_architecture_and_the_use(tmp_path: Path) -> None:
-    config = build_tiny_config(num_cls_tokens=2, num_register_tokens=3, image_size=[32, 40])
-    flags = {
-        "batch_size": 32,
-        "gradient_accumulation_steps": 3,
-        "teacher": "timm:resnet18@/home/ann/w.pt",
-    }
-    folder = ModelFolder(
-        write_run_folder(tmp_path / "mine", {"num_processes": 20}, flags, config=config)
-    )
-    card = load_card(folder.path).text
-    run = describe_run(folder)
-
-    model = ViTCLSForImageClassification(config)
-    assert "used 1,920 images" in card
-    assert run["images_per_step"] == 32 * 3 * 20
-    assert run["teacher"] == "`timm:resnet18@path/to/w.pt`"
-    assert run["from_scratch"]
-    assert describe_architecture(folder) == {
-        "num_parameters": model.num_parameters(),
-        "sequence_length": 2 + 3 + 20,
-        "layout": "[ CLS x 2 | register x 3 | patch x 20 ]",
-        "image_size": "32 x 40",
-        "is_classifier": True,
-    }
-
-    use = {
-        "auto_class": "AutoModelForImageClassification",
-        "has_pipeline": True,
-        "can_be_finetuned": False,
-    }
-    assert describe_use(folder) == use | {
-        "min_transformers": ".".join(map(str, MIN_TRANSFORMERS_VERSION))
-    }
-
-    names = [f"`{number}`" for number in range(52)]
-    assert format_class_list(list(map(str, range(50)))) == ", ".join(names[:50])
-    assert format_class_list(list(map(str, range(52)))).startswith(
-        ", ".join(names[:50]) + " and 2 more"
-    )
 
 
 @pytest.mark.parametrize(
@@ -311,18 +261,6 @@ def test_the_license_of_the_initial_weights_is_inherited(
     assert getattr(card.data, "base_model_relation", None) == ("finetune" if provenance else None)
 
 
-def test_an_ignored_license_is_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    provenance = {"name": "ann/base", "base_model": "ann/base", "license": "cc-by-4.0"}
-    for name, flag in (("mine", "mit"), ("unset", None), ("same", "cc-by-4.0")):
-        flags = {"license": flag, "model": "ann/base"}
-        write_card(
-            ModelFolder(write_run_folder(tmp_path / name, {"provenance": provenance}, flags))
-        )
-    (message,) = caplog.messages
-    assert "`license='mit'`" in message
-    assert "cc-by-4.0" in message
-
-
 def test_the_recipe_has_no_local_paths_and_no_destination(tmp_path: Path) -> None:
     flags = {
         "dataset": "/home/ann/secret/photos",
@@ -353,27 +291,6 @@ def test_the_recipe_has_no_local_paths_and_no_destination(tmp_path: Path) -> Non
         assert ModelFolder(folder.path).flags == {}
 
 
-def test_names_from_a_dataset_cannot_change_the_card(tmp_path: Path) -> None:
-    config = build_tiny_config(id2label={0: "a`\n# Injected", 1: "b\x1b[31m", 2: "c"})
-    text = load_card(
-        write_run_folder(tmp_path / "mine", None, None, ViTCLSForImageClassification, config)
-    ).text
-    assert "\n# Injected" not in text
-    assert "\x1b" not in text
-
-
-def test_a_line_break_in_the_name_of_a_folder_does_not_end_the_title(tmp_path: Path) -> None:
-    folder = write_run_folder(tmp_path / "mine\n---\nevil: 1")
-    assert "# mine --- evil: 1\n" in load_card(folder).text
-
-
-def test_a_recipe_next_to_results_of_no_run_is_not_described(tmp_path: Path) -> None:
-    """Such as a recipe that was copied to a model that was not trained."""
-    folder = write_run_folder(tmp_path / "mine")
-    write_json(folder / "results.json", {"weights_sha256": hash_weights(folder), "versions": {}})
-    assert "## Training" not in load_card(folder).text
-
-
 def test_a_run_without_held_out_images_has_no_results(tmp_path: Path) -> None:
     results = {"num_images": 0, "accuracy": None, "accuracy_interval": None}
     card = load_card(write_run_folder(tmp_path / "mine", results, {"dataset": "acme/photos"}))
@@ -382,19 +299,6 @@ def test_a_run_without_held_out_images_has_no_results(tmp_path: Path) -> None:
 
 
 # Other folders ------------------------------------------------------------------------------------
-
-
-def test_a_merged_adapter_has_a_card_of_its_own(tmp_path: Path) -> None:
-    """A model that was saved by hand, with a license in its former card."""
-    folder = save_with_processor(
-        ViTCLSForImageClassification(build_tiny_config()), tmp_path / "merged"
-    )
-    card = load_card(folder)
-    assert card.data.pipeline_tag == "image-classification"
-    assert "not measured" in card.text
-    encoder = load_card(save_with_processor(ViTCLSModel(build_tiny_config()), tmp_path / "encoder"))
-    assert encoder.data.pipeline_tag == "image-feature-extraction"
-    assert "AutoModel.from_pretrained" in encoder.text
 
 
 def test_the_card_of_a_converted_model_names_its_source_and_base_model(tmp_path: Path) -> None:

@@ -8,9 +8,7 @@ import pytest
 from helpers.local_hub import LocalHub
 from huggingface_hub import HfApi
 
-from modeling_vitcls.publishing.after_run import build_uploader
 from modeling_vitcls.publishing.checkpoint_uploads import build_checkpoint_uploader
-from modeling_vitcls.training.options import RunOptions
 
 
 pytestmark = pytest.mark.integration
@@ -55,14 +53,3 @@ def test_the_newest_checkpoint_replaces_the_earlier_one_on_the_branch(
     assert all(
         "live" in warning and "ann/model" in warning and "\n" not in warning for warning in warnings
     )
-
-
-def test_checkpoints_are_uploaded_by_the_run_that_pushes_to_a_branch() -> None:
-    flags: dict[str, Any] = {"push_to_hub": True, "hub_checkpoint_branch": "dev"}
-    assert build_uploader(RunOptions(output_dir=Path("out"), **flags), "ann/mine") is not None
-    for options, repo_id in (
-        (flags, None),
-        (flags | {"dry_run": True}, "ann/mine"),
-        ({}, "ann/mine"),
-    ):
-        assert build_uploader(RunOptions(output_dir=Path("out"), **options), repo_id) is None

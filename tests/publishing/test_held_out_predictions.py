@@ -1,6 +1,5 @@
 """The held-out images of a run in the report and the card, from predictions.parquet."""
 
-import re
 from pathlib import Path
 from urllib.request import urlopen
 
@@ -16,9 +15,7 @@ from modeling_vitcls.data.images import ArrayImages, LabeledImages
 from modeling_vitcls.data.labels import LabelSpace
 from modeling_vitcls.data.splits import TrainingData
 from modeling_vitcls.hub.model_folder import ModelFolder
-from modeling_vitcls.publishing.card import render_card
 from modeling_vitcls.publishing.held_out_predictions import (
-    describe_accuracy,
     describe_predictions,
     find_images,
 )
@@ -114,42 +111,6 @@ def test_a_name_of_several_training_images_is_not_shown(folder: Path) -> None:
     write_predictions(folder, rows.assign(nearest_images=[train.images.get_names()] * len(rows)))
     found = describe_predictions(ModelFolder(folder), find_images(build_data(NO_IMAGES, train)))
     assert found["wrong"][0]["nearest"] == []
-
-
-def test_the_headline_names_the_accuracy_and_the_most_frequent_confusion(folder: Path) -> None:
-    rows = pd.read_parquet(folder / "predictions.parquet")
-    table = pd.crosstab(rows["label"], rows["prediction"])
-    for name in NAMES:
-        table.loc[name, name] = 0
-    label, prediction = table.stack().idxmax()
-    headline = describe_predictions(ModelFolder(folder))["headline"]
-    accuracy = (rows["label"] == rows["prediction"]).mean()
-
-    assert headline.startswith(
-        f"{accuracy:.1%} of 400 held-out images are right; ".replace(".0%", "%")
-    )
-    count = table.max().max()
-    total = (rows["label"] == label).sum()
-    assert headline.endswith(f"{label} is most often taken for {prediction} ({count} of {total})")
-
-
-def test_a_confusion_that_is_not_repeated_is_not_in_the_headline() -> None:
-    rows = pd.DataFrame(
-        {"label": ["a", "b", "c"], "prediction": ["a", "b", "c"], "loss": [0.1, 0.2, 0.3]}
-    )
-    assert describe_accuracy(rows) == "All 3 held-out images are right"
-    assert (
-        describe_accuracy(rows.assign(prediction=["a", "b", "a"]))
-        == "66.7% of 3 held-out images are right"
-    )
-
-
-def test_the_card_states_wrong_images(folder: Path) -> None:
-    found = describe_predictions(ModelFolder(folder))
-    card = render_card(ModelFolder(folder))
-    assert "`dusk/photo " in card
-    (sentence,) = re.findall(r"- (\d+) of 400 predictions are wrong; .* these exceeds 90%.*", card)
-    assert int(sentence) == found["num_wrong"]
 
 
 def test_predictions_of_other_weights_or_kinds_are_not_shown(folder: Path) -> None:

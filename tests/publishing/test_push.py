@@ -171,31 +171,6 @@ def test_the_target_of_a_link_is_not_pushed(
 
 
 @pytest.mark.parametrize(
-    "weight_map", ['"model.safetensors"', '["model.safetensors"]', '{"a": "../x.safetensors"}']
-)
-def test_an_index_that_names_no_weight_files_is_one_line(
-    hub: LocalHub, folder: Path, weight_map: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (folder / WEIGHTS).rename(folder.parent / "x.safetensors")
-    (folder / "model.safetensors.index.json").write_text(f'{{"weight_map": {weight_map}}}')
-    assert run_push_command(folder) == 1
-    error = capsys.readouterr().err
-    assert "weight_map" in error
-    assert error.strip().count("\n") == 0
-    assert hub.count_requests("POST", "/commit/") == 0
-
-
-def test_images_of_an_edited_card_that_stay_local_are_named(
-    hub: LocalHub, folder: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    (folder / "images" / "mine.png").write_bytes(b"")
-    (folder / "README.md").write_text("![my image](images/mine.png)")
-    push_folder(ModelFolder(folder), "ann/model")
-    assert "images/mine.png" not in hub.files("ann/model")
-    assert any("images/mine.png" in message for message in caplog.messages)
-
-
-@pytest.mark.parametrize(
     ("flags", "is_published"),
     [
         ({"dataset": "acme/photos"}, True),

@@ -25,14 +25,12 @@ from modeling_vitcls.cli.push import PushOptions
 from modeling_vitcls.cli.push import run as run_push
 from modeling_vitcls.hub import connection
 from modeling_vitcls.hub.model_folder import ModelFolder
-from modeling_vitcls.publishing.published_files import collect_files
 from modeling_vitcls.publishing.push import push_folder
-from modeling_vitcls.publishing.verification_script import collect_outputs, get_auto_class
+from modeling_vitcls.publishing.verification_script import get_auto_class
 from modeling_vitcls.publishing.verify import (
     VerificationError,
     build_clean_environment,
     compare_outputs,
-    describe_code_differences,
     verify,
     verify_push,
 )
@@ -238,47 +236,6 @@ def test_outputs_are_compared_with_a_tolerance(value: float, is_equal: bool) -> 
             compare_outputs("ann/model", found, expected)
 
 
-def test_the_largest_difference_may_grow_with_the_largest_value() -> None:
-    expected = {"A/x": torch.tensor([100.0, 0.0]), "A/y": torch.zeros(2), "A/empty": torch.ones(0)}
-    found = expected | {"A/x": torch.tensor([100.0, 5e-5]), "A/y": torch.tensor([0.0, -5e-7])}
-    assert compare_outputs("ann/model", found, expected) == {"A": pytest.approx(5e-5)}
-
-
-def test_outputs_of_all_auto_classes_of_a_folder_are_collected(
-    folder: Path, tmp_path: Path
-) -> None:
-    _, report = collect_outputs(str(folder), {})
-    classes = {
-        "AutoModel": "ViTCLSModel",
-        "AutoModelForImageClassification": "ViTCLSForImageClassification",
-    }
-    assert report == {
-        "classes": classes | {"AutoImageProcessor": "ViTCLSImageProcessor"},
-        "missing": [],
-    }
-
-    config = build_tiny_config(num_cls_tokens=2, tasks=TASKS, image_size=[32, 40], num_channels=1)
-    vitcls.ViTCLSForMultiTaskClassification(config).save_pretrained(tmp_path / "tasks")
-    outputs, _ = collect_outputs(str(tmp_path / "tasks"), {})
-    assert outputs["AutoModel/last_hidden_state"].shape == (2, 2 + 20, 16)
-    assert {f"AutoModelForImageClassification/logits.{task}" for task in TASKS} < outputs.keys()
-
-    vitcls.ViTCLSBackbone(build_tiny_config(out_indices=[1])).save_pretrained(tmp_path / "backbone")
-    outputs, report = collect_outputs(str(tmp_path / "backbone"), {}, vitcls.ViTCLSBackbone)
-    assert report["classes"]["AutoBackbone"] == "ViTCLSBackbone"
-    assert "AutoBackbone/feature_maps.0" in outputs
-
-
-def test_code_is_compared_with_the_package(folder: Path) -> None:
-    files = collect_files(ModelFolder(folder), "ann/model")
-    assert describe_code_differences(files) == f"code of modeling_vitcls {vitcls.__version__}"
-    del files["heads_vitcls.py"]
-    files |= {"blocks_vitcls.py": b"", "other.py": b""}
-    assert describe_code_differences(files).endswith(
-        ": blocks_vitcls.py, heads_vitcls.py, other.py"
-    )
-
-
 @pytest.mark.parametrize(
     "found", [{}, {"a": torch.ones(3)}, {"a": torch.ones(2), "b": torch.ones(1)}]
 )
@@ -291,11 +248,3 @@ def test_the_commit_to_verify_is_part_of_the_id(hub: LocalHub) -> None:
     hub.create("ann/mine", private=False, files={"config.json": b"{}"})
     with raises_one_line("other-branch", error=OSError):
         run_push(PushOptions(verify_only="ann/mine@other-branch"))
-
-
-def test_a_verification_takes_a_folder_but_no_flags_of_a_push() -> None:
-    flags: dict[str, Any] = {"branch": "other", "private": True, "verify": False}
-    PushOptions(verify_only="ann/mine@main", model=Path("mine")).check()
-    for flag, value in flags.items():
-        with raises_one_line(flag):
-            PushOptions(verify_only="ann/mine", **{flag: value}).check()
