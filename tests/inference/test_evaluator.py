@@ -1,16 +1,13 @@
 """The evaluator: every image is counted once, and unreadable images are named."""
 
-import io
 from typing import Any
 
 import pytest
 import torch
-from accelerate import Accelerator
 from helpers import evaluation_results
 from helpers.evaluation_results import close, compute_outputs
 from helpers.evaluation_worker import (
     NUM_IMAGES,
-    SIZES,
     UNREADABLE,
     build_classifier,
     build_evaluator,
@@ -18,14 +15,9 @@ from helpers.evaluation_worker import (
 )
 from helpers.photo_folders import CountedImages
 from helpers.tiny_models import raises_one_line
-from PIL import Image
 
-from modeling_vitcls import ViTCLSConfig, ViTCLSImageProcessor
-from modeling_vitcls.data.images import DatasetImages, LabeledImages
-from modeling_vitcls.data.labels import LabelSpace
-from modeling_vitcls.data.options import DataOptions
+from modeling_vitcls.data.images import LabeledImages
 from modeling_vitcls.inference import image_pass
-from modeling_vitcls.inference.evaluator import Evaluator
 from modeling_vitcls.runtime.distributed import build_accelerator
 
 
@@ -33,37 +25,6 @@ pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 CPU = torch.device("cpu")
 by_one_process = evaluation_results.by_one_process  # a fixture
-
-
-def test_a_batch_without_readable_images_has_the_shape_of_the_model() -> None:
-    labels = LabelSpace("single_label_classification", {"label": ["a", "b"]})
-    sizes = SIZES | {"image_size": (16, 24), "num_channels": 1}
-    model = type(build_classifier("single"))(
-        ViTCLSConfig(**sizes, **labels.to_config_values())
-    ).eval()
-    shapes: list[tuple[int, ...]] = []
-    model.register_forward_pre_hook(lambda module, inputs: shapes.append(tuple(inputs[0].shape)))
-    file = io.BytesIO()
-    Image.new("L", (24, 16)).save(file, "PNG")
-    images = DatasetImages.from_list(
-        [
-            {"path": name, "bytes": file.getvalue()[:end]}
-            for name, end in (("a", None), ("b", 40), ("c", 40))
-        ]
-    )
-    processor = ViTCLSImageProcessor(size={"height": 16, "width": 24}, do_convert_rgb=False)
-    processor.image_mean = processor.image_std = [0.5]
-
-    evaluator = Evaluator(
-        LabeledImages(images, [0, 1, 0]),
-        processor,
-        labels,
-        DataOptions(dataset="", num_workers=0),
-        2,
-        Accelerator(cpu=True),
-    )
-    assert evaluator(model)["num_unreadable_images"] == 2
-    assert shapes == [(1, 1, 16, 24), (2, 1, 16, 24)]
 
 
 def test_unreadable_images_are_named_once_and_not_counted(by_one_process: dict[str, Any]) -> None:

@@ -21,7 +21,7 @@ from modeling_vitcls.data.aspect_ratio import set_fit
 from modeling_vitcls.data.options import DataOptions
 from modeling_vitcls.data.splits import load_evaluation_data
 from modeling_vitcls.inference import frozen
-from modeling_vitcls.inference.frozen import build_classifier, evaluate_frozen
+from modeling_vitcls.inference.frozen import evaluate_frozen
 from modeling_vitcls.inference.intervals import compute_proportion_interval
 from modeling_vitcls.inference.linear_probe import LinearProbe
 from modeling_vitcls.inference.options import EvaluateOptions
@@ -76,10 +76,6 @@ def encode(model: Path, images: Any) -> np.ndarray:
         tokens = encoder(processor(image, return_tensors="pt")["pixel_values"]).last_hidden_state[0]
         rows.append([*tokens[:6].numpy(), tokens[6:].mean(0).numpy()])
     return np.array(rows)
-
-
-def test_ten_neighbors_vote_or_all_images_if_there_are_fewer() -> None:
-    assert [build_classifier("knn", count).n_neighbors for count in (7, 10, 11)] == [7, 10, 10]
 
 
 def write_noise(folder: Path, counts: dict[str, tuple[int, ...]]) -> Path:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import datasets
-import numpy as np
 import pytest
 from helpers import prediction_photos
 from helpers.prediction_photos import sorted_photos
@@ -19,7 +18,6 @@ from PIL import Image
 
 from modeling_vitcls.data import image_folder, urls
 from modeling_vitcls.data.image_folder import compute_files_digest
-from modeling_vitcls.data.images import ArrayImages
 from modeling_vitcls.data.urls import FetchError
 from modeling_vitcls.inference import inputs
 from modeling_vitcls.inference.inputs import (
@@ -30,7 +28,6 @@ from modeling_vitcls.inference.inputs import (
     build_record,
     open_input,
     prepare_image,
-    prepare_images,
 )
 from modeling_vitcls.inference.options import PredictOptions
 
@@ -51,17 +48,6 @@ def test_a_list_contains_files_and_folders(photos: Path, tmp_path: Path) -> None
     file.write_text("\n \n", encoding="utf-8")
     with raises_one_line(f"the list {file} is empty"):
         open_input(PredictOptions(model="model", list=file))
-
-
-def test_files_that_no_image_processor_reads_are_skipped(photos: Path) -> None:
-    Image.new("RGB", (8, 8)).save(photos / "inner" / "z.tga")
-    source = open_input(PredictOptions(model="model", paths=(str(photos / "inner"),)))
-    (photos / "inner" / "z.tga").unlink()
-    assert not [
-        record.name
-        for record in source.read_records(range(source.num_images))
-        if "z.tga" in record.name
-    ]
 
 
 def test_other_files_in_folders_are_counted_with_the_remedy_for_heic(
@@ -170,33 +156,6 @@ def test_an_input_is_identified_by_its_content(photos: Path, tmp_path: Path) -> 
     assert json.loads(json.dumps(first)) == first  # as stored in the output
 
 
-def test_arrays_are_identified_by_their_pixels() -> None:
-    pixels = np.zeros((2, 4, 4), np.uint8)
-    first = ListInput(["0", "1"], ArrayImages(pixels)).compute_fingerprint()
-    assert ListInput(["0", "1"], ArrayImages(pixels.copy())).compute_fingerprint() == first
-    assert ListInput(["0", "2"], ArrayImages(pixels)).compute_fingerprint() != first
-    pixels[1, 3, 3] = 1
-    assert ListInput(["0", "1"], ArrayImages(pixels)).compute_fingerprint() != first
-
-
-def test_files_are_identified_by_their_size_and_time(tmp_path: Path) -> None:
-    file = tmp_path / "a.png"
-    digests = []
-    for content, seconds in ((b"1", 1), (b"22", 1), (b"22", 2), (b"22", 2)):
-        file.write_bytes(content)
-        os.utime(file, (seconds, seconds))
-        digests.append(ListInput([file.name], [str(file)]).compute_fingerprint()["sha256"])
-
-    assert len(set(digests)) == 3
-    assert digests[2] == digests[3]
-
-    urls = [
-        ListInput([url], [url]).compute_fingerprint()
-        for url in ("https://host/a.png", "https://host/b\0.png")
-    ]
-    assert urls[0] != urls[1]
-
-
 def test_values_of_a_column_are_paths_bytes_or_images(tmp_path: Path) -> None:
     image = Image.new("L", (4, 4))
 
@@ -212,19 +171,6 @@ def test_values_of_a_column_are_paths_bytes_or_images(tmp_path: Path) -> None:
     ):
         record = build_record(7, value, tmp_path)
         assert (record.name, record.content) == (name, content)
-
-
-def test_paths_and_bytes_are_passed_to_the_image_processor() -> None:
-    for content in ("a.png", b"bytes"):
-        record = ImageRecord(0, "name", content)
-        prepared = prepare_image(lambda given, return_tensors: {"pixel_values": [given]}, record)
-        assert prepared == PreparedImage(record, content)  # type: ignore[arg-type]
-
-
-def test_some_images_are_read_ahead() -> None:
-    records = iter([ImageRecord(index, "name", None) for index in range(9)])
-    next(prepare_images(records, None, num_workers=1, num_ahead=4))
-    assert len(list(records)) == 9 - (1 + 4)  # four images are read ahead
 
 
 class FlakyServer(BaseHTTPRequestHandler):
@@ -279,19 +225,6 @@ def test_a_network_failure_is_retried_and_is_not_an_unreadable_image(
     server.server_close()
     with raises_one_line(f"{address}/photo.png", error=FetchError):
         prepare(f"{address}/photo.png")
-
-
-def test_idx_files_are_read(tmp_path: Path) -> None:
-    pixels = np.arange(2 * 4 * 4, dtype=np.uint8).reshape(2, 4, 4)
-    for name, header in (("images-idx3", [0x803, 2, 4, 4]), ("labels-idx1", [0x801, 2])):
-        content = np.array(header, dtype=">i4").tobytes() + pixels.tobytes()[: np.prod(header[1:])]
-        (tmp_path / f"train-{name}-ubyte").write_bytes(content)
-    source = open_input(PredictOptions(model="model", dataset=str(tmp_path)))
-    (record,) = source.read_records(range(1, 2))
-    assert source.num_images == 2
-    assert record.name == f"{tmp_path.name}/1"
-    np.testing.assert_array_equal(np.asarray(record.content), pixels[1])
-    assert open_input(PredictOptions(model="model", dataset="digits")).names[-1] == "digits/1796"
 
 
 def test_datasets_that_cannot_be_used_are_named(tmp_path: Path) -> None:

@@ -13,7 +13,6 @@ from helpers.tiny_models import raises_one_line
 from modeling_vitcls.inference.outputs import (
     get_output_columns,
     print_table,
-    show_progress,
     write_rows,
 )
 
@@ -79,20 +78,6 @@ def test_lists_and_half_precision_are_written_to_every_format(tmp_path: Path) ->
     lines = (tmp_path / "out.jsonl").read_text(encoding="utf-8").splitlines()
     assert list(map(json.loads, lines)) == expected
     assert "ü" in lines[0]
-
-
-@pytest.mark.parametrize(("is_terminal", "is_shown"), [("1", True), ("1", False), ("", True)])
-def test_progress_is_shown_on_a_terminal(
-    is_terminal: str,
-    is_shown: bool,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.setenv("FORCE_COLOR", is_terminal)
-    assert list(show_progress((index for index in range(3)), "images", 3, is_shown)) == [0, 1, 2]
-    printed, shown = capsys.readouterr()
-    assert ("100%" in shown) is bool(is_terminal and is_shown)
-    assert not printed
 
 
 def test_tables_show_no_control_characters(capsys: pytest.CaptureFixture) -> None:

@@ -5,7 +5,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 from helpers.digits_models import train_digits_model
 from helpers.evaluation_worker import (
     CLASSES,
@@ -14,12 +13,11 @@ from helpers.evaluation_worker import (
     build_evaluator,
     build_labeled_images,
 )
-from helpers.tiny_models import raises_one_line
 from sklearn.metrics import log_loss
 
 from modeling_vitcls import ViTCLSImageProcessor, evaluate
 from modeling_vitcls.data.images import LabeledImages
-from modeling_vitcls.inference.per_image import get_outputs, select_names, write_predictions
+from modeling_vitcls.inference.per_image import write_predictions
 from modeling_vitcls.runtime.distributed import build_accelerator
 
 
@@ -69,12 +67,3 @@ def test_rows_keep_the_index_of_their_image(tmp_path: Path) -> None:
 
     assert table["index"].tolist() == rows
     assert table["label"].tolist() == [CLASSES[labels[index]] for index in rows]
-
-    logits, found = get_outputs(evaluator, slice(1, 4))
-    assert (len(logits), found.tolist()) == (2, labels[3:5])
-
-    evaluator.rows = evaluator.rows[:2]
-    assert [len(part) for part in get_outputs(evaluator)] == [0, 0]
-    with raises_one_line("label"):
-        write_predictions(tmp_path / "rows.parquet", evaluator, None)
-    assert select_names(["a", "b"], torch.tensor([0.5, 0.6])) == ["b"]

@@ -8,11 +8,8 @@ import base64
 import csv
 import io
 import json
-import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -39,13 +36,11 @@ from modeling_vitcls import (
     ViTCLSModel,
 )
 from modeling_vitcls.cli import functions
-from modeling_vitcls.conversion.any_checkpoint import resolve
 from modeling_vitcls.inference import predict as predict_module
 from modeling_vitcls.inference.options import PredictOptions
 from modeling_vitcls.inference.outputs import PredictionCounts
 from modeling_vitcls.inference.predict import predict_images
 from modeling_vitcls.runtime import distributed
-from modeling_vitcls.runtime.distributed import build_accelerator
 
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
@@ -163,44 +158,6 @@ def test_labels_equal_those_of_the_model_and_the_pipeline(
             [one["score"] for one in answer], abs=1e-5
         )
         assert row["error"] is None
-
-
-def test_there_are_columns_for_the_three_labels_of_the_model(
-    models: Path, unreadable: Path, tmp_path: Path
-) -> None:
-    options = PredictOptions(
-        model=str(models / "one_label"),
-        paths=(str(unreadable),),
-        output=tmp_path / "out.json",
-        top_k=7,
-    )
-    assert predict_images(options) == PredictionCounts(num_images=3, num_failed=2)
-    assert list(read_json(tmp_path / "out.json")[0]) == [
-        *(
-            "index",
-            "image",
-            "label",
-            "probability",
-            "label_2",
-            "probability_2",
-            "label_3",
-            "probability_3",
-            "error",
-        )
-    ]
-
-    output = tmp_path / "a.parquet"
-    encoder = str(models / "encoder")
-    predict_images(
-        PredictOptions(
-            model=encoder, paths=(str(unreadable),), output=output, features=("registers",)
-        )
-    )
-    assert [row is None for row in pq.read_table(output)["features"].to_pylist()] == [
-        False,
-        True,
-        True,
-    ]
 
 
 def test_several_tasks_have_separate_columns(models: Path, photos: Path, tmp_path: Path) -> None:
@@ -384,25 +341,6 @@ def digits_table(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
-def test_processes_take_batches_in_turn(
-    models: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The second process of three predicts every third batch."""
-    # processes are not in order
-    monkeypatch.setattr(predict_module, "gather_object", lambda rows: rows[::-1])
-    options = PredictOptions(
-        model=str(models / "one_label"),
-        paths=(str(photos),),
-        output=tmp_path / "a.jsonl",
-        batch_size=2,
-    )
-    source = predict_module.open_input(options)
-    predictor = predict_module.build_predictor(options, resolve(options.model), build_accelerator())
-    process: Any = SimpleNamespace(num_processes=3, process_index=1, is_main_process=True)
-    rows = predict_module.compute_rows(process, source, predictor, range(9))
-    assert [row["index"] for row in rows] == [2, 3, 8]
-
-
 @pytest.mark.slow
 def test_two_processes_write_the_same_file_as_one(
     models: Path, digits_table: Path, tmp_path: Path
@@ -443,18 +381,6 @@ def test_more_jobs_than_images_write_empty_files(
         )
         reset_accelerate()
     assert sorted(pd.read_parquet(tmp_path / "jobs")["index"]) == list(range(9))
-
-
-@pytest.mark.parametrize(
-    ("num_cores", "num_processes", "expected"),
-    [(4, "1", 4), (32, "1", 8), (32, "16", 2), (2, "4", 1), (None, "1", 1)],
-)
-def test_threads_are_divided_among_the_processes(
-    num_cores: int | None, num_processes: str, expected: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(os, "cpu_count", lambda: num_cores)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", num_processes)
-    assert predict_module.get_num_workers() == expected
 
 
 @pytest.fixture
@@ -521,16 +447,6 @@ def test_a_damaged_part_is_named(start: Callable[..., PredictionCounts], tmp_pat
         start()
 
 
-def test_a_part_with_the_rows_of_another_part_is_refused(
-    start: Callable[..., PredictionCounts], tmp_path: Path
-) -> None:
-    start(shard="2/2")
-    folder = tmp_path / "labels"
-    shutil.copy(folder / "part-2-of-2.parquet", folder / "part-1-of-2.parquet")
-    with raises_one_line("part-1-of-2.parquet", "other images"):
-        start()
-
-
 def test_an_interrupted_job_leaves_no_file(
     start: Callable[..., PredictionCounts], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -590,49 +506,6 @@ def test_models_without_labels_are_a_one_line_error(
 # Python function, and flags -----------------------------------------------------------------------
 
 
-def test_predict_accepts_images_of_any_kind(models: Path, photos: Path) -> None:
-    model = models / "one_label"
-    picture = photos / "a.jpg"
-    given = [
-        str(picture),
-        picture,
-        picture.read_bytes(),
-        Image.open(picture),
-        np.asarray(Image.open(picture)),
-    ]
-    rows = functions.predict(model, [*given, b"broken", photos / "inner"], top_k=2)
-
-    assert [row["image"] for row in rows][:6] == [str(picture), str(picture), "2", "3", "4", "5"]
-    assert len({(row["label"], row["probability"], row["label_2"]) for row in rows[:5]}) == 1
-    assert "cannot read an image" in rows[5]["error"]
-    assert len(rows) == 12
-
-    (alone,) = functions.predict(model, picture)
-    assert alone["image"] == str(picture)
-    assert alone["label"] == rows[0]["label"]
-
-
-def test_rows_of_options_have_the_settings_of_the_options(models: Path, photos: Path) -> None:
-    source = str(models / "several_labels")
-    processor = ViTCLSImageProcessor(size=32)
-    model = ViTCLSForImageClassification.from_pretrained(source)
-    with torch.no_grad():
-        threshold = model(pixel_values(photos)).logits.sigmoid().median().item()
-    flags: dict[str, Any] = {"threshold": threshold, "top_k": 2}
-    options = PredictOptions(
-        model=source,
-        paths=(str(photos),),
-        mixed_precision="bf16",
-        num_workers=1,
-        batch_size=7,
-        **flags,
-    )
-    with torch.autocast("cpu", torch.bfloat16):
-        expected = predict(model, processor, photos, **flags)
-    assert predict_module.predict_from_options(options, []) == expected
-    assert expected != predict(model, processor, photos, **flags)
-
-
 def test_predictions_are_in_bfloat16_where_it_is_faster(
     models: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -664,6 +537,8 @@ def write_data_uri(path: Path) -> str:
 
 
 SERVED: dict[str, Callable[[Path], Any]] = {
+    "a name": str,
+    "an opened image": Image.open,
     "bytes": lambda path: path.read_bytes(),
     "a memoryview": lambda path: memoryview(path.read_bytes()),
     "a file object": lambda path: path.open("rb"),

@@ -14,8 +14,6 @@ from modeling_vitcls import (
 from modeling_vitcls.inference.prediction_rows import (
     build_prediction_columns,
     build_rows,
-    select_probable_labels,
-    select_top_labels,
     try_predict,
 )
 
@@ -26,30 +24,6 @@ NAMES = ["ant", "bee", "cat", "dog"]
 def predict(columns: Any, pixels: torch.Tensor) -> list[dict[str, Any]]:
     """Return the rows of a batch of images."""
     return build_rows(columns, try_predict(columns, pixels), len(pixels))
-
-
-def test_the_most_probable_labels_come_first() -> None:
-    logits = torch.tensor([[0.5, 3.0, -1.0, 2.0], [1.0, 0.0, 4.0, -2.0]])
-    for dtype in (torch.float32, torch.bfloat16):  # probabilities are computed in float32
-        top = select_top_labels(logits.to(dtype), NAMES, 2)
-        assert [[name for name, _ in image] for image in top] == [["bee", "dog"], ["cat", "ant"]]
-        expected = logits.double().softmax(dim=1)
-        for image, row in zip(top, expected, strict=True):
-            for name, probability in image:
-                assert probability == pytest.approx(row[NAMES.index(name)].item(), abs=1e-6)
-    assert [len(image) for image in select_top_labels(logits, NAMES, 9)] == [4, 4]
-
-
-def test_labels_with_the_probability_of_the_threshold_are_predicted() -> None:
-    logits = torch.tensor([[0.0, 3.0, -0.1, 2.0], [-9.0, -8.0, -7.0, -6.0]])
-    first, second = select_probable_labels(logits, NAMES, 0.5)
-    assert [name for name, _ in first] == ["bee", "dog", "ant"]
-    assert second == []
-    expected = [1 / (1 + 2.718281828459045**-logit) for logit in (3.0, 2.0, 0.0)]
-    assert [probability for _, probability in first] == pytest.approx(expected, abs=1e-6)
-    names = list(map(str, range(100)))
-    (equal,) = select_probable_labels(torch.ones(1, 100), names, 0.5)
-    assert [name for name, _ in equal] == names
 
 
 @pytest.mark.parametrize(
@@ -103,12 +77,3 @@ def test_images_of_an_unsupported_shape_are_errors() -> None:
     rows = predict(columns, build_images(2, channels=4))
     assert len(rows) == 2
     assert all("requires 3 channel" in row["error"] for row in rows)
-
-
-def test_names_are_in_the_order_of_their_indices() -> None:
-    names = {2: "cat", 0: "ant", 1: "bee"}
-    label2id = {name: index for index, name in names.items()}
-    config = build_tiny_config(id2label=names, label2id=label2id)
-    columns: Any = build_prediction_columns(ViTCLSForImageClassification(config), None, 0.5, None)
-    rows = columns.build_rows({"": torch.tensor([[0.0, 1.0, 0.0], [1.0, 0.0, 0.0]])})
-    assert [row["label"] for row in rows] == ["bee", "ant"]
