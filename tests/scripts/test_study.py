@@ -4,7 +4,6 @@ The runs of slow tests are real fine-tuning processes. In the other tests, `PROG
 `vitcls` command.
 """
 
-import json
 import os
 import signal
 import subprocess
@@ -12,7 +11,6 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pandas
 import pytest
@@ -23,13 +21,11 @@ from helpers.tiny_models import raises_one_line
 from pyarrow import parquet
 from scipy import stats
 
-from modeling_vitcls.cli.parsing import run_script
 from modeling_vitcls.training.pretrain import check_options
 from scripts.study import (
     Study,
     StudyOptions,
     StudyRunner,
-    build_row,
     format_table,
     load_study,
     run_study,
@@ -155,55 +151,6 @@ def test_the_grid_combines_levels_seeds_and_stages(tmp_path: Path) -> None:
     )
 
 
-def test_each_stage_gets_its_flags_folders_and_the_resume_of_its_checkpoints(
-    tmp_path: Path,
-) -> None:
-    stages = {
-        "pretrain": {"dataset": "{subset:few images {seed}}"},
-        "finetune": {
-            "model": "{folder}/{run}",
-            "flip": False,
-            "image_size": [32, "{seed}8"],
-            "folds": 2,
-        },
-        "evaluate": {"dataset": "digits"},
-        "inspect": {"num_images": 4, "model": "{run}/pretrain"},  # by default, the fine-tuned model
-    }
-    subsets = {"few images 0": {"dataset": "digits", "num_images": 4}}
-    study = load_study(
-        write_study(
-            tmp_path,
-            stages=stages,
-            subsets=subsets,
-            factors={"lr_1/2": {0.5: None}},
-            baseline={"lr_1/2": 0.5},
-        )
-    )
-    out = tmp_path / "out"
-    run = study.plan_runs()[0]
-    runner = StudyRunner(study, out)
-    folder = out / "runs" / "lr-1-2-0.5_seed-0"
-
-    (folder / "pretrain" / "checkpoints" / "step-00000001").mkdir(parents=True)
-    (folder / "finetune" / "checkpoints").mkdir(parents=True)  # killed before the first checkpoint
-    assert {stage: " ".join(flags) for stage, flags in runner.build_commands(run)} == {
-        "pretrain": f"--dataset {out}/subsets/few-images-0 --seed 0 "
-        f"--output-dir {folder}/pretrain --resume",
-        "finetune": f"--model {out}/{folder} --no-flip --image-size 32 08 --folds 2 --seed 0 "
-        f"--output-dir {folder}/finetune --overwrite",
-        "evaluate": f"--dataset digits --model {folder}/finetune --output {folder}/evaluate.json",
-        "inspect": f"--num-images 4 --model {folder}/pretrain --json {folder}/inspect.json "
-        f"--output {folder}/report.html",
-    }
-
-    names = ("pretrain/results.json", "finetune/results.json", "evaluate.json", "inspect.json")
-    for file in (folder / name for name in names):
-        assert not runner.is_finished(run)
-        file.parent.mkdir(exist_ok=True)
-        file.touch()
-    assert runner.is_finished(run)
-
-
 WRONG_FILES = {
     "seeds": yaml.safe_dump(
         {name: value for name, value in STUDY.items() if name != "seeds"}
@@ -281,64 +228,6 @@ def test_a_subset_has_random_training_images_and_all_other_images(
             replace(study, subsets={"d": subset}), tmp_path, dataset=str(tmp_path / "absent")
         ).execute()
     assert not (folder / "d").exists()
-
-
-def test_a_row_has_the_first_and_the_last_value_of_the_training_log(tmp_path: Path) -> None:
-    runner = StudyRunner(load_study(write_study(tmp_path)), tmp_path / "out")
-    run = runner.study.plan_runs()[0]
-    folder = runner.get_run_folder(run) / "finetune"
-    folder.mkdir(parents=True)
-    results = {
-        "accuracy": 0.5,
-        "dataset": "digits",
-        "resumed": True,
-        "loss": 0.25,
-        "counts": list(range(32)),
-        "pixels": [1] * 33,
-    }
-    (folder / "results.json").write_text(json.dumps(results | {"tokens": {"cls": {"norm": 2}}}))
-    records = [
-        {"loss": 2.5, "entropy": [1.0, 2.0], "name": "a"},
-        {"loss": 1.5, "entropy": [3, 4]},
-        {"accuracy": 0.5},
-    ]
-
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    expected = {
-        "pooling": "cls",
-        "seed": 0,
-        "status": "finished",
-        "accuracy": 0.5,
-        "tokens.cls.norm": 2.0,
-    }
-    expected |= {"loss": 0.25, **{f"counts.{index}": float(index) for index in range(32)}}
-    expected |= {
-        "first.loss": 2.5,
-        "first.entropy.0": 1.0,
-        "first.entropy.1": 2.0,
-        "first.accuracy": 0.5,
-    }
-    expected |= {
-        "last.loss": 1.5,
-        "last.entropy.0": 3.0,
-        "last.entropy.1": 4.0,
-        "last.accuracy": 0.5,
-    }
-    assert build_row(runner, run) == expected
-
-    of_one_task = {"kind_accuracy": 0.5, "kind_loss": 0.25}
-    for label_column, more in (("kind", of_one_task), (["kind", "age"], {})):
-        tasks = replace(run, stages={"finetune": {"label_column": label_column}})
-        assert build_row(runner, tasks) == expected | more
-
-
-def test_a_factor_with_the_name_of_a_number_keeps_its_levels(tmp_path: Path) -> None:
-    runner = StudyRunner(load_study(write_study(tmp_path)), tmp_path / "out")
-    run = replace(runner.study.plan_runs()[0], levels={"steps": "few"})
-    folder = runner.get_run_folder(run) / "finetune"
-    folder.mkdir(parents=True)
-    (folder / "results.json").write_text(json.dumps({"steps": 8}))
-    assert build_row(runner, run)["steps"] == "few"
 
 
 def test_differences_are_paired_by_seed_within_the_other_levels() -> None:
@@ -464,19 +353,6 @@ def test_all_runs_are_executed_and_summarized(
             run_study(
                 StudyRunner(replace(load_study(file), **changes), output), "python scripts/study.py"
             )
-
-
-def test_a_study_of_the_package_has_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    runners: list[StudyRunner] = []
-
-    def run_nothing(runner: StudyRunner, command: str) -> list[dict[str, Any]]:
-        runners.append(runner)
-        return []
-
-    monkeypatch.setattr("scripts.study.run_study", run_nothing)
-    run_script(StudyOptions, run_command, f"--config study_digits --output-dir {tmp_path}".split())
-    (runner,) = runners
-    assert runner.study == load_study(RECIPES / "study_digits.yaml")
 
 
 @pytest.mark.slow
