@@ -233,21 +233,3 @@ def test_weights_may_be_frozen_and_gradients_disabled(mode: Any) -> None:
     assert get_largest_difference(found, expected) <= TOLERANCE
     assert not pixels.requires_grad
     assert_no_recording(model)
-
-
-def test_the_mode_of_each_module_is_kept() -> None:
-    """Dropout is disabled.
-
-    Frozen modules, which are in evaluation mode while others train, stay in it.
-    """
-    model = build_classifier(
-        hidden_dropout_prob=0.5, attention_probs_dropout_prob=0.5, drop_path_rate=0.5
-    )
-    expected = trace_attention(model, build_images(), needs_gradients=True).compute_attribution()
-    model.train()
-    model.vitcls.layers[0].eval()
-    before = {name: module.training for name, module in model.named_modules()}
-    found = trace_attention(model, build_images(), needs_gradients=True).compute_attribution()
-
-    assert torch.equal(found, expected)
-    assert {name: module.training for name, module in model.named_modules()} == before

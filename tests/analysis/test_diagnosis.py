@@ -4,7 +4,6 @@ Planted truths in trained and random models are in test_planted_truths.py.
 """
 
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -244,49 +243,6 @@ def test_a_second_mode_is_found_from_2_5_times_the_median(
         assert 1.2 < mode.threshold < ratio
 
 
-def build_ratios(num_outliers: int, logarithm: float, count: int = 4096) -> torch.Tensor:
-    """Return norms within 1% of their median, and outliers that all have the same logarithm."""
-    ratios = torch.linspace(0.99, 1.01, count)
-    ratios[:num_outliers] = math.exp(logarithm)
-    return ratios
-
-
-def test_the_second_mode_is_measured_beyond_its_valley() -> None:
-    """Windows have 5 bins of 0.05.
-
-    The valley begins at 0.25 or more, and all valleys from 0.25 to 0.75 are empty.
-    """
-    mode = find_second_mode(build_ratios(20, 1.02))
-    assert mode is not None
-    assert mode.score == pytest.approx(20**0.5)
-    assert mode.fraction == pytest.approx(20 / 4096)
-    assert mode.ratio == pytest.approx(math.exp(1.02))
-    assert mode.threshold == pytest.approx(math.exp(0.5 + 0.125))
-    # 15 ** 0.5 is less than 4 standard deviations
-    assert find_second_mode(build_ratios(15, 1.02)) is None
-    # too near to the median: no valley from 0.25 to 0.5
-    assert find_second_mode(build_ratios(20, 0.45)) is None
-
-
-def test_large_modes_are_outliers_only_at_three_times_the_median() -> None:
-    assert find_second_mode(build_ratios(800, 1.02)) is not None
-    assert find_second_mode(build_ratios(840, 1.02)) is None  # more than 20%: may be the foreground
-    assert find_second_mode(build_ratios(1230, 1.61)) is not None  # 30% at five times the median
-    assert find_second_mode(build_ratios(60, 1.02, 50_000)) is not None
-    assert find_second_mode(build_ratios(40, 1.02, 50_000)) is None  # less than 0.1%
-
-
-def test_the_best_window_width_is_used() -> None:
-    """A wide mode has few patches in each narrow window, and most in the window of 17 bins."""
-    for count in (30, 100):  # 100 patches are a mode for all widths
-        ratios = build_ratios(count, 0.0)
-        ratios[:count] = torch.linspace(1.52, 2.28, count).exp()
-        mode = find_second_mode(ratios)
-        assert mode is not None
-        assert mode.score == pytest.approx(count**0.5)
-        assert mode.fraction == pytest.approx(count / 4096)
-
-
 def replace_ratios(findings: Findings, by_layer: dict[int, float]) -> Findings:
     """Return findings with a second mode after some layers."""
     ratios = [
@@ -321,13 +277,3 @@ def test_the_last_layers_that_are_used_are_decisive() -> None:
     assert (encoder.headline, encoder.numbers["layer"]) == ("artifacts", 9)
     larger = replace_ratios(findings, {7: 0.02, 8: 0.03})
     assert diagnose_patches(TokenUse(model.config), larger).numbers["layer"] == 8
-
-
-def test_the_patches_of_a_single_layer_are_judged_in_the_embeddings() -> None:
-    """The head does not use the patches of the last layer."""
-    model = build_classifier(num_hidden_layers=1)
-    findings = collect_findings(model, PIXELS)
-    found = diagnose_patches(TokenUse(model.config), replace_ratios(findings, {0: 0.02}))
-    assert (found.headline, found.numbers["layer"]) == ("artifacts", 0)
-    # the registers are the same for all images
-    assert judge(model, findings) == ["not measured"] * 5

@@ -147,11 +147,6 @@ def test_shown_photos_are_of_all_classes() -> None:
     assert list(found.values())[:3] == ["wrong", "uncertain", "typical"]
 
 
-def test_every_photo_is_shown_if_there_are_few() -> None:
-    found = select_images([0.5, 0.6, 0.7], [False] * 3, [0, 0, 0], 5)
-    assert found == {0: "uncertain", 2: "typical", 1: "uncertain"}
-
-
 def test_a_photo_is_wrong_if_one_task_is() -> None:
     config = build_tiny_config(num_cls_tokens=2, tasks={"age": 2, "kind": 2})
     logits = torch.tensor([[3.0, 0.0], [1.0, 0.0], [2.0, 0.0]])
@@ -163,12 +158,3 @@ def test_a_photo_is_wrong_if_one_task_is() -> None:
     confidences, is_wrong, _ = rate_outputs(tasks, config)
     assert is_wrong == [True, False, False]
     assert confidences == pytest.approx((logits / 2).softmax(dim=1)[:, 0].tolist())
-
-
-def test_the_confidence_of_several_labels_is_the_smallest() -> None:
-    config = build_tiny_config(problem_type="multi_label_classification", num_labels=3)
-    logits = torch.tensor([[3.0, -1.0, 2.0]])
-    outputs = {"": Predictions(logits, (logits > 0).long(), torch.full((1, 3), IGNORED_LABEL))}
-    confidences, is_wrong, _ = rate_outputs(outputs, config)
-    assert confidences == pytest.approx([1 / (1 + np.exp(-1))])
-    assert is_wrong == [False]

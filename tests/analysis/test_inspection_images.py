@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 from helpers.photo_folders import write_photos
-from helpers.tiny_models import TASKS, build_tiny_config, raises_one_line
+from helpers.tiny_models import TASKS, build_tiny_config
 from PIL import Image
 
 from modeling_vitcls import (
@@ -80,45 +80,6 @@ def test_labels_of_a_dataset_are_the_indices_of_the_model() -> None:
     assert found.names[:2] == ["digits 0", "digits 1"]
     assert len(found.names) == len(found.images) == len(found.labels)
     assert len(found.images) == 1797
-
-
-def test_images_and_labels_are_read_from_the_named_columns(tmp_path: Path) -> None:
-    write_photos(tmp_path, range(4), "x")
-    rows = [f"x/0.png,x/{number}.png,cat|dog" for number in range(4)]
-    (tmp_path / "table.csv").write_text(
-        "\n".join(["photo,thumbnail,tags", *rows]), encoding="utf-8"
-    )
-    columns: dict[str, Any] = {
-        "image_column": "thumbnail",
-        "label_column": ("tags",),
-        "label_separator": "|",
-    }
-    options = InspectOptions(
-        model="model", dataset=str(tmp_path / "table.csv"), split="train", **columns
-    )
-    found = open_images(
-        options, build_named_classifier(CLASSES, problem_type="multi_label_classification")
-    )
-
-    assert found.labels
-    assert list(found.labels) == [[1.0, 0.0, 1.0]] * len(found.names)
-
-
-def test_an_encoder_reads_the_selected_split(tmp_path: Path) -> None:
-    for split, numbers in {"train": range(3), "test": range(3, 5)}.items():
-        write_photos(tmp_path / "photos" / split, numbers)
-    encoder = ViTCLSModel(build_tiny_config())
-    for split, count in ((None, 4), ("test", 4), ("train", 6)):
-        found = open_images(
-            InspectOptions(model="model", dataset=str(tmp_path / "photos"), split=split), encoder
-        )
-        assert len(found.images) == count
-
-    with raises_one_line("no split 'nothing'", "train"):
-        open_images(
-            InspectOptions(model="model", dataset=str(tmp_path / "photos"), split="nothing"),
-            encoder,
-        )
 
 
 def test_images_are_drawn_at_random_with_their_names_and_labels() -> None:

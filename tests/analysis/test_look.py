@@ -32,10 +32,8 @@ from modeling_vitcls import (
 )
 from modeling_vitcls.analysis import look as look_module
 from modeling_vitcls.analysis import sheet as sheet_module
-from modeling_vitcls.analysis.look import draw_photo
-from modeling_vitcls.analysis.options import LookOptions
 from modeling_vitcls.analysis.photo import PhotoMeasurements, build_json_record, measure_photo
-from modeling_vitcls.analysis.sheet import color_attention, draw_layers, draw_sheet, render
+from modeling_vitcls.analysis.sheet import draw_sheet, render
 
 
 PROCESSOR = ViTCLSImageProcessor(size=32)
@@ -72,13 +70,6 @@ def read_error(capsys: pytest.CaptureFixture[str]) -> str:
 
 
 # Files --------------------------------------------------------------------------------------------
-
-
-def test_one_photo_gives_one_sheet(model: str, photo: str, tmp_path: Path) -> None:
-    assert run_here("look", photo, "--model", model, "-o", str(tmp_path / "new" / "sheet.png")) == 0
-    with Image.open(tmp_path / "new" / "sheet.png") as sheet:
-        assert sheet.width == 1800
-        assert sheet.format == "PNG"
 
 
 def test_a_folder_gives_one_sheet_per_photo_and_names_broken_files(
@@ -209,24 +200,6 @@ def test_registers_are_shown_in_the_last_layer_that_uses_them() -> None:
 # Sheets -------------------------------------------------------------------------------------------
 
 
-def test_the_brightest_patch_has_the_most_attention() -> None:
-    values = torch.zeros(4, 4)
-    values[2, 1] = 1.0
-    assert color_attention(values).sum(axis=-1).argmax() == 2 * 4 + 1
-
-
-def test_maps_that_the_head_does_not_read_are_pale(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The head reads CLS after layer 2 of 4, and the patches and the register of layer 1."""
-    config = build_tiny_config(num_hidden_layers=4, pooled_layers=[2], num_register_tokens=1)
-    rows = []
-    monkeypatch.setattr(sheet_module, "draw_rows", lambda *arguments: rows.append(arguments[-1]))
-    draw_layers(measure(ViTCLSForImageClassification(config)))
-    used = {f"{row.name} {row.note}": [tile.is_used for tile in row.tiles] for row in rows[0]}
-    assert used["CLS attention"] == [True, True, False, False]
-    for name in ("register attention", "patches features", "patches norms"):
-        assert used[name] == [True, False, False, False]
-
-
 def list_texts(figure: Figure) -> list[Text]:
     """Return the texts of a figure, without the labels of axes that are not drawn."""
     texts = list(figure.texts)
@@ -286,16 +259,6 @@ def test_the_function_returns_the_image_of_the_command(
     )
     sheet = look(model, photo, image_size=64)
     assert np.array_equal(np.asarray(sheet), np.asarray(Image.open(tmp_path / "out.png")))
-
-
-def test_an_output_file_is_written_and_the_sheet_is_returned(
-    model: str, photo: str, tmp_path: Path
-) -> None:
-    output, numbers = tmp_path / "new" / "sheet.png", tmp_path / "numbers.json"
-    sheet = draw_photo(LookOptions(model=model, paths=(photo,), output=output, json=numbers), photo)
-    assert np.array_equal(np.asarray(sheet), np.asarray(Image.open(output)))
-    (record,) = json.loads(numbers.read_text())["photos"]
-    assert record["photo"] == Path(photo).name
 
 
 def test_an_array_and_a_tensor_have_the_numbers_of_the_photo(

@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from helpers.tiny_models import build_images, build_tiny_config, raises_one_line, randomize
-from matplotlib import colormaps
+from helpers.tiny_models import build_images, build_tiny_config, randomize
 from PIL import Image
 
 from modeling_vitcls import (
@@ -15,19 +14,11 @@ from modeling_vitcls import (
 from modeling_vitcls.analysis.maps import (
     draw_region,
     extract_patch_maps,
-    get_head_names,
-    overlay,
 )
 from modeling_vitcls.data.aspect_ratio import VisibleRegion, get_visible_region
 
 
 RAW = {"do_rescale": False, "do_normalize": False}
-
-
-def test_differential_attention_has_two_maps_per_head():
-    assert get_head_names(build_tiny_config()) == ["head 1", "head 2"]
-    names = ["head 1, first map", "head 1, second map", "head 2, first map", "head 2, second map"]
-    assert get_head_names(build_tiny_config(attention_type="differential")) == names
 
 
 # Maps ---------------------------------------------------------------------------------------------
@@ -50,12 +41,6 @@ def test_patch_maps_contain_the_attention_to_each_patch():
             key = config.token_layout.num_prefix_tokens + row * 10 + column
             expected = torch.stack([layer[:, :, :6, key] for layer in attentions], dim=1)
             assert torch.allclose(maps[..., row, column], expected, atol=1e-6)
-
-
-def test_maps_of_another_image_size_are_errors():
-    config = build_tiny_config(num_register_tokens=2)
-    with raises_one_line("64 x 32"):
-        extract_patch_maps(torch.zeros(1, 3, 19), config, (64, 32))
 
 
 # The visible part of the image --------------------------------------------------------------------
@@ -121,26 +106,6 @@ def test_the_visible_part_equals_the_input_of_the_model(settings, backend, size)
 
 
 # Pictures -----------------------------------------------------------------------------------------
-
-
-def test_maps_are_bilinear_between_the_centers_of_patches():
-    """A patch is 2 x 2 pixels; its maximum is the brightest color."""
-    values = torch.tensor([[0.0, 4.0], [0.0, 4.0]])
-    drawn = np.asarray(overlay(Image.new("RGB", (4, 4), "black"), values), dtype=float)[0]
-    # the scale ends at three times the mean, which is 2
-    for color, strength in zip(drawn, [0, 1 / 6, 1 / 2, 2 / 3], strict=True):
-        expected = np.array(colormaps["inferno"](strength)[:3]) * 255 * (0.25 + 0.6 * strength)
-        assert np.abs(color - expected).max() < 1
-
-
-def test_uniform_maps_are_not_bright():
-    """The value of the brightest color is at least three times the mean."""
-    gray = Image.new("RGB", (90, 60), (200, 200, 200))
-    for value, strength in ((1.0, 1 / 3), (0.0, 0.0)):
-        drawn = np.asarray(overlay(gray, torch.full((4, 4), value)), dtype=float)
-        color = np.array(colormaps["inferno"](strength)[:3]) * 255
-        opacity = 0.25 + 0.6 * strength
-        assert np.abs(drawn - (200 * 0.75 * (1 - opacity) + color * opacity)).max() < 1
 
 
 def test_the_drawn_region_is_that_of_the_model():

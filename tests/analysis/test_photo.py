@@ -15,7 +15,7 @@ from modeling_vitcls import (
 )
 from modeling_vitcls.analysis.attribution import trace_attention
 from modeling_vitcls.analysis.maps import extract_patch_maps
-from modeling_vitcls.analysis.photo import decompose_patches, match_colors, measure_photo
+from modeling_vitcls.analysis.photo import decompose_patches, measure_photo
 from modeling_vitcls.data.aspect_ratio import VisibleRegion
 
 
@@ -84,21 +84,6 @@ def test_added_tasks_have_the_attributions_of_a_model_for_the_task() -> None:
     assert get_largest_difference(first.values, alone) < 1e-5
 
 
-def test_several_labels_are_predicted_from_one_half() -> None:
-    config = build_tiny_config(num_labels=5, problem_type="multi_label_classification")
-    model = randomize(ViTCLSForImageClassification(config))
-    with torch.no_grad():
-        logits = model(PIXELS).logits[0]
-    for threshold, num_labels in ((logits.sort().values[:2].mean(), 4), (logits.max() + 1, 0)):
-        with torch.no_grad():
-            model.classifier.bias -= threshold
-        (prediction,) = measure_photo(model, PROCESSOR, PHOTO).predictions
-        with torch.no_grad():
-            model.classifier.bias += threshold
-        order = logits.argsort(descending=True)[:num_labels]
-        assert [name for name, _ in prediction.labels] == [f"LABEL_{index}" for index in order]
-
-
 def test_a_rotated_photo_is_upright_and_pixels_without_a_patch_are_not_covered() -> None:
     model = randomize(ViTCLSForImageClassification(build_tiny_config()))
     photo = PHOTO.copy()
@@ -146,10 +131,3 @@ def test_few_patches_and_equal_patches_have_colors_too() -> None:
     equal, _ = decompose_patches(torch.ones(3, 4, 8))
     assert equal.isfinite().all()
     assert len(equal.flatten(0, 1).unique(dim=0)) == 1
-
-
-def test_components_keep_their_color_from_layer_to_layer() -> None:
-    last = torch.rand(5, 6, 3, generator=torch.Generator().manual_seed(0))
-    earlier = torch.stack([1 - last[..., 2], last[..., 0], 1 - last[..., 1]], dim=-1)
-    matched = match_colors(torch.stack([earlier, last, last.flip(-1)]), last_layer=1)
-    assert torch.allclose(matched, last.expand(3, -1, -1, -1))

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from helpers.tiny_models import build_images, build_tiny_config, raises_one_line, randomize
-from torch import nn
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel
 from modeling_vitcls.analysis.register_neurons import (
@@ -111,55 +110,6 @@ def test_outliers_move_to_the_register(fields: dict[str, Any]) -> None:
     ).all()  # position of the artifacts after the change
     # the original model is not changed
     assert compute_outlier_fraction(model, build_images()) == 2 / 16
-
-
-@pytest.mark.parametrize("ratio", [1.1, 1.2])
-def test_neurons_are_ordered_by_their_mean_activation_at_outliers(ratio: float) -> None:
-    """Compare with loops over images, patches and neurons, for random weights."""
-    model = randomize(ViTCLSModel(build_tiny_config(num_hidden_layers=3)))
-    inputs: list[torch.Tensor] = []
-    hooks = [
-        layer.mlp.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
-        for layer in model.layers
-    ]
-    with torch.no_grad():
-        states = model(build_images(3), output_hidden_states=True).hidden_states
-        activations = [
-            nn.functional.gelu(
-                nn.functional.linear(rows, layer.mlp.fc1.weight, layer.mlp.fc1.bias)
-            )[:, 1:]
-            for rows, layer in zip(inputs, model.layers, strict=True)
-        ]
-    for hook in hooks:
-        hook.remove()
-
-    def list_outliers(step: int) -> list[set[int]]:
-        """Return the indices of the outlier patches of each image in a hidden state."""
-        norms = [[patch.norm().item() for patch in image[1:]] for image in states[step]]
-        # 16 patches
-        return [{i for i, norm in enumerate(row) if norm > ratio * sorted(row)[7]} for row in norms]
-
-    outliers = list_outliers(-1)
-    num_outliers = sum(map(len, outliers))
-    assert all(outliers)
-    assert num_outliers < 3 * 16 / 2
-    assert compute_outlier_fraction(model, build_images(3), ratio) == pytest.approx(
-        num_outliers / (3 * 16)
-    )
-    shared = [sum(map(len, map(set.__and__, list_outliers(step), outliers))) for step in (1, 2, 3)]
-    last_layer = next(layer for layer, number in enumerate(shared) if number >= num_outliers / 2)
-    scores = {}
-    for layer in range(last_layer + 1):
-        for neuron in range(24):
-            means = [
-                sum(abs(activations[layer][image, patch, neuron].item()) for patch in patches)
-                / len(patches)
-                for image, patches in enumerate(outliers)
-            ]
-            scores[layer, neuron] = sum(means) / len(means)
-    expected = sorted(scores, key=lambda place: -scores[place])[:12]
-    found = find_register_neurons(model, build_images(3), 12, ratio)
-    assert found == [list(place) for place in expected]
 
 
 @all_mlps
