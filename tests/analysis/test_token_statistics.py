@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.tiny_models import (
+    TOKENS,
     build_images,
     build_tiny_config,
     each_layout,
@@ -23,11 +24,6 @@ from modeling_vitcls.analysis.token_statistics import Findings
 
 TOLERANCE = 1e-5
 PATCH = {"patch_size": [8, 4], "num_hidden_layers": 3}
-TOKENS: dict[str, Any] = {
-    "num_cls_tokens": 2,
-    "num_distillation_tokens": 1,
-    "num_register_tokens": 3,
-}
 
 
 @torch.no_grad()

@@ -46,6 +46,13 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 
 each_layout = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 
+# Two CLS, one distillation and three register tokens.
+TOKENS: dict[str, Any] = {
+    "num_cls_tokens": 2,
+    "num_distillation_tokens": 1,
+    "num_register_tokens": 3,
+}
+
 TASKS = {"species": 4, "age": 2}
 # Name -> model class, required fields, and inputs in addition to the images.
 KINDS: dict[str, tuple[type, dict[str, Any], dict[str, Any]]] = {
@@ -92,7 +99,7 @@ BLOCKS: dict[str, dict[str, Any]] = {
     "sincos": {"position_embedding_type": "sincos_2d"},
     "no_positions": {"position_embedding_type": "none"},
     "scopes": {"num_cls_tokens": 2, "cls_scopes": ["image", [2, 2, 0, 1]]},
-    "tokens": {"num_cls_tokens": 2, "num_distillation_tokens": 1, "num_register_tokens": 3},
+    "tokens": TOKENS,
 }
 each_block = pytest.mark.parametrize("fields", BLOCKS.values(), ids=BLOCKS)
 

@@ -212,31 +212,6 @@ def test_each_change_is_logged_once_in_a_line_of_its_own(
     assert len(lines) == len(expected)
 
 
-def test_other_arguments_are_applied(tmp_path: Path) -> None:
-    randomize(ViTCLSForImageClassification(build_tiny_config())).save_pretrained(
-        tmp_path / "step 2"
-    )
-    for loader in (ViTCLSForImageClassification, AutoModelForImageClassification):
-        model, info = loader.from_pretrained(
-            tmp_path,
-            subfolder="step 2",
-            num_register_tokens=2,
-            dtype=torch.bfloat16,
-            attn_implementation="eager",
-            drop_path_rate=0.2,
-            num_labels=3,
-            output_loading_info=True,
-            gate_new_tokens=True,
-        )
-        assert not info["missing_keys"]
-        assert model.config.gated_tokens == {"registers": 2}
-        assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
-        assert (
-            model.config._attn_implementation == model.vitcls.config._attn_implementation == "eager"
-        )
-        assert model.vitcls.layers[1].drop_path.rate == 0.2
-
-
 def test_new_parameters_of_a_frozen_model_are_trainable() -> None:
     model = (
         randomize(ViTCLSForImageClassification(build_tiny_config())).requires_grad_(False).train()
@@ -347,20 +322,6 @@ def test_a_configuration_object_adapts_the_model_and_is_not_changed(
         assert (larger.embeddings.distillation_token is None) == (not more)
         assert torch.equal(larger.embeddings.cls_token, model.embeddings.cls_token)
     assert config.to_dict() == before
-
-
-def test_a_configuration_in_another_folder_replaces_that_of_the_checkpoint(tmp_path: Path) -> None:
-    model = randomize(ViTCLSModel(build_tiny_config()))
-    model.save_pretrained(tmp_path)
-    (tmp_path / "settings").mkdir()
-    (tmp_path / "config.json").rename(tmp_path / "settings" / "config.json")
-    for _ in range(2):
-        loaded = ViTCLSModel.from_pretrained(
-            tmp_path, config=str(tmp_path / "settings"), num_register_tokens=1
-        )
-        assert loaded.config.num_register_tokens == 1
-        assert torch.equal(loaded.embeddings.cls_token, model.embeddings.cls_token)
-        (tmp_path / "config.json").write_text("{")  # a damaged file is not read either
 
 
 def test_impossible_changes_are_errors(tmp_path: Path) -> None:

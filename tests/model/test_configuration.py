@@ -3,7 +3,6 @@
 Random configurations are tested in test_properties.py.
 """
 
-import copy
 import json
 import math
 import os
@@ -264,13 +263,6 @@ def test_stored_labels_are_kept_until_their_number_or_names_change(tmp_path: Pat
     assert (renamed.num_labels, renamed.label2id) == (3, {"a": 0, "b": 1, "c": 2})
 
 
-def test_the_grid_has_rows_by_the_height_and_columns_by_the_width() -> None:
-    assert build_tiny_config(image_size=[32, 48], patch_size=[8, 4]).grid_size == (
-        4,
-        12,
-    )  # rows, columns
-
-
 def test_stored_stages_apply_to_the_stored_number_of_layers_only(tmp_path: Path) -> None:
     """The stored stages apply only to models with the same number of layers."""
     build_tiny_config(out_features=["stem", "stage2"]).save_pretrained(tmp_path)
@@ -299,13 +291,6 @@ def test_gates_stay_with_the_last_tokens_of_a_group_at_load(tmp_path: Path) -> N
             tmp_path, num_register_tokens=num_registers, num_cls_tokens=2
         )
         assert config.gated_tokens == gated_tokens
-
-
-def test_label_ids_follow_the_names_and_names_may_repeat() -> None:
-    config = ViTCLSConfig(id2label={0: "cat", 1: "dog", 2: "cow"})
-    assert (config.num_labels, config.label2id) == (3, {"cat": 0, "dog": 1, "cow": 2})
-    # two ImageNet classes have this name
-    assert ViTCLSConfig(id2label={0: "crane", 1: "crane"}).num_labels == 2
 
 
 SAVED_CONFIGS = [
@@ -404,27 +389,6 @@ def test_auto_classes_and_the_map_of_remote_code_agree(tmp_path: Path) -> None:
 
     with_tasks = build_tiny_config(tasks={"age": 2}).auto_map["AutoModelForImageClassification"]
     assert with_tasks == "modeling_vitcls.ViTCLSForMultiTaskClassification"
-
-
-def test_configurations_share_no_mutable_values() -> None:
-    build_tiny_config().auto_map.clear()
-    stored = {
-        "gated_tokens": {"cls": 1},
-        "unknown": 1,
-    }  # without num_cls_tokens, which is 1 by default
-    before = copy.deepcopy(stored)
-    assert ViTCLSConfig.from_dict(stored, num_cls_tokens=2).gated_tokens == {"cls": 2}
-    assert stored == before
-    assert len(build_tiny_config().auto_map) == 5
-
-
-def test_assigning_a_wrong_type_is_an_error() -> None:
-    config = build_tiny_config()
-    with raises_one_line("num_register_tokens"):
-        config.num_register_tokens = "4"
-    with raises_one_line("str"):
-        config.num_labels = "3"
-    assert config.num_register_tokens == 0
 
 
 def test_contradictory_assignments_are_errors_when_the_model_is_built(tmp_path: Path) -> None:

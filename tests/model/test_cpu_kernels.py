@@ -29,9 +29,7 @@ from modeling_vitcls.model import cpu_kernels_vitcls
 from modeling_vitcls.model.cpu_kernels_vitcls import (
     KERNEL_CLASSES,
     CPULinear,
-    CPUPatchProjection,
     attend_in_chunks,
-    install_cpu_kernels,
     uninstall_cpu_kernels,
 )
 
@@ -65,7 +63,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
 }
 each_variant = pytest.mark.parametrize("fields", VARIANTS.values(), ids=VARIANTS)
-each_dtype = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 
 
 @pytest.fixture(autouse=True)
@@ -266,34 +263,6 @@ def test_a_common_offset_of_all_keys_does_not_make_chunked_attention_less_exact(
     assert_as_exact_in_half_precision(found, expected, exact)
 
 
-@each_dtype
-@pytest.mark.parametrize("autocast", [False, True])
-def test_emulated_products_are_rounded_once(
-    dtype: torch.dtype, autocast: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Weights and inputs are rounded; the product is rounded after float32 arithmetic."""
-    monkeypatch.setattr(cpu_kernels_vitcls, "EMULATED_DTYPES", {dtype})
-    torch.manual_seed(0)
-    linear = CPULinear(48, 80)
-    projection = CPUPatchProjection(3, 24, kernel_size=4, stride=4)
-
-    for layer, inputs in ((linear, torch.randn(2, 7, 48)), (projection, torch.randn(2, 3, 8, 8))):
-        weight = layer.weight.to(dtype).float()
-        bias = layer.bias.to(dtype).float()
-        rounded = inputs.to(dtype).float()
-        if layer is linear:
-            expected = nn.functional.linear(rounded, weight, bias)
-        else:
-            expected = nn.functional.conv2d(rounded, weight, bias, stride=4)
-        with torch.autocast("cpu", dtype=dtype, enabled=autocast):
-            found = layer(inputs) if autocast else layer.to(dtype)(inputs.to(dtype))
-            in_float64 = layer.double()(inputs.double())  # autocast ignores float64
-        assert torch.equal(found, expected.to(dtype))
-        with torch.autocast("cpu", enabled=False):
-            base = nn.Linear if layer is linear else nn.Conv2d
-            assert torch.equal(in_float64, base.forward(layer, inputs.double()))
-
-
 @pytest.mark.parametrize(("shape", "out"), [((2, 7, 48), 80), ((3, 48), 16), ((48,), 80)], ids=str)
 @requires_onednn
 def test_derivatives_of_a_linear_layer_equal_those_in_float64(
@@ -316,19 +285,6 @@ def compute_derivatives(layer: nn.Module, inputs: torch.Tensor) -> list[torch.Te
     wanted = [inputs, *layer.parameters()]
     first = torch.autograd.grad(layer(inputs).square().sum(), wanted, create_graph=True)
     return [*first, *torch.autograd.grad(sum(each.square().sum() for each in first), wanted)]
-
-
-def test_only_the_gradients_that_are_needed_are_computed() -> None:
-    layer = CPULinear(48, 80).requires_grad_(False)
-    assert layer(torch.randn(3, 48)).grad_fn is None
-    layer.bias.requires_grad_()
-    result = layer(torch.randn(3, 48))
-    inputs = torch.randn(3, 48, requires_grad=True)
-    assert ONEDNN not in list_operators(result.sum().backward)
-    assert torch.equal(layer.bias.grad, torch.full((80,), 3.0))
-    assert layer.weight.grad is None
-    layer(inputs).sum().backward()
-    torch.testing.assert_close(inputs.grad, layer.weight.sum(0).expand(3, 48))
 
 
 @pytest.mark.parametrize(
@@ -442,15 +398,6 @@ def test_copies_have_the_kernels_that_the_environment_allows(
     assert count_kernels(copy_model(fast)) == 0
 
 
-def test_modules_are_those_of_plain_pytorch() -> None:
-    fast, plain = build_models()
-    assert list(fast.state_dict()) == list(plain.state_dict())
-    for module, plain_module in zip(fast.modules(), plain.modules(), strict=True):
-        assert type(module) is KERNEL_CLASSES.get(type(plain_module), type(plain_module))
-        assert isinstance(module, type(plain_module))
-        assert vars(module).keys() == vars(plain_module).keys()  # the subclasses have no state
-
-
 # Where kernels compute ----------------------------------------------------------------------------
 
 
@@ -462,17 +409,6 @@ def test_kernels_compute_by_default() -> None:
     assert ONEDNN in operators
     assert "aten::gelu" not in operators
     assert {"LinearFunction", "OneDNNGELULinear"} <= list_operators(run_step, model, build_images())
-
-
-@requires_onednn
-@torch.no_grad()
-def test_small_products_do_not_use_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
-    layer = CPULinear(48, 80)
-    monkeypatch.setattr(
-        cpu_kernels_vitcls, "MIN_MULTIPLICATIONS", {(torch.float32, False): 10 * 48 * 80}
-    )
-    assert ONEDNN not in list_operators(layer, torch.randn(9, 48))
-    assert ONEDNN in list_operators(layer, torch.randn(2, 5, 48))
 
 
 @requires_onednn
@@ -528,25 +464,7 @@ def test_hooks_and_replaced_forwards_inside_an_mlp_are_called_once(name: str, ki
     assert len(seen) == (1 if "backward" in kind else 2)
 
 
-@pytest.mark.parametrize(
-    "change", [{"stride": 2}, {"padding": 1}, {"dilation": 2}, {"groups": 3}], ids=str
-)
-def test_other_convolutions_are_not_replaced(change: dict[str, int]) -> None:
-    layer = nn.Conv2d(3, 24, kernel_size=4, **{"stride": 4} | change)
-    install_cpu_kernels(layer)
-    assert type(layer) is nn.Conv2d
-
-
 # Switches -----------------------------------------------------------------------------------------
-
-
-def test_uninstalled_kernels_leave_a_plain_model() -> None:
-    model, plain = build_models()
-    assert str(model).count("cpu_kernels=True") > 0
-    uninstall_cpu_kernels(model)
-    assert count_kernels(model) == 0
-    assert "cpu_kernels" not in str(model)
-    assert_same_outputs(run_step(model, build_images()), run_step(plain, build_images()))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -557,13 +475,6 @@ def test_the_onednn_switch_of_pytorch_disables_the_kernels(dtype: torch.dtype) -
             train, fast, dtype
         )
         assert_same_outputs(train(fast, dtype), train(plain, dtype))
-
-
-def test_a_missing_private_name_of_pytorch_disables_the_kernels(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(cpu_kernels_vitcls, "HAS_PRIVATE_NAMES", False)
-    assert count_kernels(ViTCLSForImageClassification(build_tiny_config())) == 0
 
 
 @pytest.mark.parametrize("fault", ["raises", "wrong"])

@@ -14,7 +14,6 @@ from sklearn.datasets import load_sample_images
 from transformers.image_utils import SizeDict
 
 from modeling_vitcls import ViTCLSImageProcessor, ViTCLSImageProcessorPil
-from modeling_vitcls.model.fast_image_processing_vitcls import read_jpeg_bytes
 
 
 SIZES: list[dict[str, Any]] = [
@@ -111,16 +110,6 @@ def test_lists_keep_their_order(tmp_path: Path) -> None:
         build_photograph(30 + 5 * index, 40).save(file)
     images = [list(map(str, files[:3])), files[3].read_bytes(), build_photograph()]
     check_same(ViTCLSImageProcessor(size=32), images, "nested and mixed")
-
-
-def test_jpeg_files_and_bytes_are_read_once_and_completely(tmp_path: Path) -> None:
-    """Otherwise, each file would be read and decoded a second time, by the slow path."""
-    content = encode_jpeg(build_photograph(), quality=60)
-    (tmp_path / "a.jpg").write_bytes(content)
-    (tmp_path / "a.png").write_bytes(b"no JPEG")
-    assert read_jpeg_bytes(tmp_path / "a.jpg") == read_jpeg_bytes(content) == content
-    assert isinstance(read_jpeg_bytes(content), bytearray)  # PyTorch warns about read-only buffers
-    assert read_jpeg_bytes(tmp_path / "a.png") is None
 
 
 def test_errors_are_those_of_the_slow_path(tmp_path: Path) -> None:

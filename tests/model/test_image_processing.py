@@ -386,11 +386,6 @@ def test_an_almost_black_file_of_sixteen_bits_is_named_with_its_largest_value(
     assert "set bit_depth=10" in warning
 
 
-def test_the_bit_depth_is_saved(tmp_path: Path) -> None:
-    ViTCLSImageProcessor(bit_depth=12).save_pretrained(tmp_path)
-    assert ViTCLSImageProcessor.from_pretrained(tmp_path).bit_depth == 12
-
-
 @pytest.mark.parametrize("maximum", [1.0, 1.0001, 1.3, 2.0, 5.0])
 def test_floats_that_are_not_from_0_to_255_are_errors(backend: type, maximum: float) -> None:
     dark, bright = np.full((4, 4), 0.5), np.full((4, 4), maximum)
@@ -584,14 +579,14 @@ def test_contradictory_settings_are_errors(backend: type, settings: dict) -> Non
             attempt(**settings)
 
 
-def test_a_setting_of_a_wrong_type_is_an_error(backend: type) -> None:
-    with raises_one_line("do_resize"):
-        backend()(build_gradient(), do_resize="yes")
-
-
 # Saving and loading -------------------------------------------------------------------------------
 
-SETTINGS = {"size": {"height": 32, "width": 48}, "resample": 2, "image_mean": [0.1, 0.2, 0.3]}
+SETTINGS = {
+    "size": {"height": 32, "width": 48},
+    "resample": 2,
+    "image_mean": [0.1, 0.2, 0.3],
+    "bit_depth": 12,
+}
 
 
 def read_settings(folder: Path) -> dict:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from helpers.tiny_models import (
     TASKS,
+    TOKENS,
     assert_same_outputs,
     build_images,
     build_tiny_config,
@@ -19,12 +20,6 @@ from torch.nn.functional import cross_entropy
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSForMultiTaskClassification
 
-
-TOKENS: dict[str, Any] = {
-    "num_cls_tokens": 2,
-    "num_distillation_tokens": 1,
-    "num_register_tokens": 3,
-}
 
 # Fields, and the number of tokens that the classifiers read; None means all.
 NUM_READ: list[tuple[dict[str, Any], int | None]] = [
@@ -138,27 +133,6 @@ def test_requested_outputs_contain_all_tokens(output: str) -> None:
     assert count_computed_tokens(model, **{output: True}) == 22
     setattr(model.config, output, True)
     assert count_computed_tokens(model) == 22
-
-
-@torch.no_grad()
-def test_recorders_receive_all_tokens() -> None:
-    model = ViTCLSForImageClassification(build_tiny_config(**TOKENS))
-    queries: list[torch.Tensor] = []
-    model.vitcls.layers[-1].attention.recorder = lambda query, *others: queries.append(query)
-    model(build_images())
-    assert queries[0].shape[2] == 22
-
-
-def test_gradients_of_the_first_norm_of_the_last_layer_reach_all_tokens() -> None:
-    """As Grad-CAM reads them, with hooks on that norm."""
-    model = randomize(ViTCLSForImageClassification(build_tiny_config(**TOKENS)))
-    activations: list[torch.Tensor] = []
-    model.vitcls.layers[-1].layernorm_before.register_forward_hook(
-        lambda *call: activations.append(call[2])
-    )
-    logits = model(build_images()).logits
-    (gradient,) = torch.autograd.grad(logits[:, 0].sum(), activations)
-    assert (gradient.abs().sum(dim=(0, 2)) > 0).all()
 
 
 @pytest.mark.parametrize("implementation", ["flex_attention", "flash_attention_2"])

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.tiny_models import (
+    TOKENS,
     build_images,
     build_tiny_config,
     get_largest_difference,
@@ -14,11 +15,6 @@ from helpers.tiny_models import (
 from modeling_vitcls import ViTCLSModel
 
 
-TOKENS: dict[str, Any] = {
-    "num_cls_tokens": 2,
-    "num_distillation_tokens": 1,
-    "num_register_tokens": 3,
-}
 PREFIX = 6  # register tokens among them
 MASK = torch.ones(2, PREFIX + 16, dtype=torch.long)
 MASK[1, 8:14] = 0
