@@ -10,10 +10,8 @@ from modeling_vitcls.analysis.options import InspectOptions
 from modeling_vitcls.data.options import AugmentationOptions, DataOptions
 from modeling_vitcls.export.options import ExportOptions
 from modeling_vitcls.inference.options import EvaluateOptions, PredictOptions
-from modeling_vitcls.runtime.flags import get_flag_fields, to_arguments, to_flags
 from modeling_vitcls.training.options import (
     DistillationOptions,
-    FinetuneOptions,
     LeJEPAOptions,
     MAEOptions,
     ModelOptions,
@@ -202,27 +200,3 @@ def test_flags_that_are_set_become_fields_of_the_configuration() -> None:
         ]
         == 2
     )
-
-
-def test_flags_of_a_run_are_those_of_a_recipe() -> None:
-    options = FinetuneOptions(
-        output_dir=Path("out"),
-        dataset="digits",
-        label_column=("a", "b"),
-        model="vitcls-tiny",
-        config=Path("a.yaml"),
-    )
-    flags = to_flags(options)
-
-    assert flags.keys() == get_flag_fields(FinetuneOptions).keys() - {"config"}
-    assert flags["output_dir"] == "out"
-    assert flags["label_column"] == ["a", "b"]
-    assert flags["model"] == "vitcls-tiny"
-    assert flags["distillation_tau"] == 3.0
-    assert flags["flip"] is True
-    assert flags["teacher"] is None
-
-    arguments = [to_arguments(name, flags[name]) for name in ("output_dir", "label_column", "flip")]
-    assert arguments == [["--output-dir", "out"], ["--label-column", "a", "b"], ["--flip"]]
-    assert to_arguments("hub_verify", False) == ["--no-hub-verify"]
-    assert to_arguments("seed", 0) == ["--seed", "0"]

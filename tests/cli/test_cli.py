@@ -10,10 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import transformers
 from helpers.command_in_process import run_here
-from helpers.fresh_processes import run_fresh
-from helpers.tiny_models import SIZES
 
 import modeling_vitcls
 from modeling_vitcls import cli
@@ -21,7 +18,6 @@ from modeling_vitcls.cli import finetune
 from modeling_vitcls.cli.parsing import exit_on_error
 from modeling_vitcls.data.options import DataOptions
 from modeling_vitcls.data.splits import load_training_data, write_splits
-from modeling_vitcls.model.configuration_vitcls import AUTO_MAP
 from modeling_vitcls.runtime.errors import RunStopped, mark_errors_of_all_processes
 from modeling_vitcls.version import __version__
 from scripts.demo_load import load_held_out_digits
@@ -77,41 +73,10 @@ def test_help_and_wrong_flags_do_not_load_torch(arguments: tuple[str, ...]) -> N
     assert ran.returncode == (2 if "--epoch" in arguments else 0)
 
 
-def test_help_names_each_command(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("COLUMNS", "120")
-    assert run_here() == 0
-    text = capsys.readouterr().out
-    lines = " ".join(text.split())
-    for name, module in cli.load_modules().items():
-        summary = str(module.__doc__).splitlines()[0].partition(": ")[2]
-        assert name in lines
-        assert summary in lines
-    assert run_here("--help") == 0
-    assert capsys.readouterr().out == text
-
-
 def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("--version", "-V"):
         assert run_here(name) == 0
         assert capsys.readouterr().out == f"vitcls {__version__}\n"
-
-
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_a_version_that_cannot_be_written_is_one_line() -> None:
-    command = [sys.executable, "-m", "modeling_vitcls.cli", "--version"]
-    with Path("/dev/full").open("w") as full:
-        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
-    assert done.returncode == 1
-    assert done.stderr.startswith("error: ")
-    assert done.stderr.count("\n") == 1
-
-
-def test_a_closed_standard_output_does_not_end_a_command(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Daemons close it (`>&-`)."""
-    monkeypatch.setattr(sys, "stdout", None)
-    assert run_here("env") == 0
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs the limits of Linux")
@@ -155,16 +120,6 @@ def test_a_missing_extra_is_named(
         assert f"requires {missing}" in error
         assert 'pip install ".[cli]"' in error
         assert error.count("\n") == 1
-
-
-def test_completion_includes_all_commands_and_their_flags(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    assert run_here("--tyro-print-completion", "bash") == 0
-    script = capsys.readouterr().out
-    assert all(name in script for name in cli.COMMANDS)
-    assert "--num-register-tokens" in script
-    assert "--top-k" in script
 
 
 def test_a_run_that_stops_early_ends_with_its_status(
@@ -234,58 +189,6 @@ def test_importing_the_package_loads_no_optional_library() -> None:
     assert not {"timm", "datasets", "matplotlib", "sklearn", "rich", "tyro"} & set(
         ran.stdout.split()
     )
-
-
-def test_importing_the_package_registers_the_auto_classes() -> None:
-    config = transformers.AutoConfig.for_model("vitcls", **SIZES)
-    for auto_class, path in AUTO_MAP.items():
-        built = (
-            config
-            if auto_class == "AutoConfig"
-            else getattr(transformers, auto_class).from_config(config)
-        )
-        assert type(built) is getattr(modeling_vitcls, path.partition(".")[2])
-
-
-def test_the_command_registers_the_auto_classes_after_flags_are_checked(tmp_path: Path) -> None:
-    """The command loads a model folder through an Auto class without trust_remote_code."""
-    code = COMMAND.replace(
-        "finally:", "finally:\n    from transformers.models.auto import CONFIG_MAPPING\n"
-    ).replace("print(*sorted(sys.modules)", "print('vitcls' in CONFIG_MAPPING")
-    ran = run_fresh(
-        "-c",
-        code,
-        "export",
-        "--model",
-        tmp_path,
-        "--format",
-        "onnx",
-        "--output",
-        tmp_path / "a.onnx",
-    )
-
-    assert ran.returncode == 1, ran.stderr
-    assert ran.stderr.splitlines()[-1] == "True", ran.stderr
-
-
-@pytest.mark.parametrize(
-    ("arguments", "command", "expected"),
-    [
-        (["bin/vitcls", "env"], [], True),
-        (["C:/Scripts/vitcls.exe"], [], True),
-        (["-m", "env"], ["python", "-m", "modeling_vitcls.cli", "env"], True),
-        (["-m"], ["python", "-m", "pytest"], False),
-        (["scripts/train.py"], ["python", "scripts/train.py", "modeling_vitcls.cli"], False),
-        (["vitcls/train.py"], [], False),
-        ([], [], False),
-    ],
-)
-def test_a_process_of_the_command_is_recognized(
-    arguments: list[str], command: list[str], expected: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sys, "argv", arguments)
-    monkeypatch.setattr(sys, "orig_argv", command)
-    assert modeling_vitcls.is_cli_process() is expected
 
 
 def test_public_names_are_visible_to_type_checkers() -> None:

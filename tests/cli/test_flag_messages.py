@@ -6,17 +6,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from accelerate import Accelerator
 from helpers.command_in_process import run_here
 
 import modeling_vitcls
 from modeling_vitcls import evaluate, finetune
-from modeling_vitcls.cli.flag_messages import messages_name_flags, name_flags
+from modeling_vitcls.cli.flag_messages import name_flags
 from modeling_vitcls.inference.options import EvaluateOptions, PredictOptions
 from modeling_vitcls.runtime.flags import get_flag_fields
-from modeling_vitcls.runtime.messages import format_message
 from modeling_vitcls.training.options import FinetuneOptions
-from modeling_vitcls.training.reporter import Reporter
 
 
 PACKAGE = Path(modeling_vitcls.__file__).parent
@@ -65,13 +62,6 @@ def test_commands_paths_and_parameters_of_other_functions_stay(message: str) -> 
     assert name_flags(message, get_flag_fields(EvaluateOptions)) == message
 
 
-def test_messages_name_parameters_outside_of_commands() -> None:
-    with messages_name_flags(["seed"]):
-        in_command = format_message("Set `seed=1`")
-    assert in_command == "Set --seed 1"
-    assert format_message("Set `seed=1`") == "Set `seed=1`"
-
-
 def test_an_error_about_options_names_a_parameter_in_python_and_a_flag_in_the_command(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -92,20 +82,6 @@ def test_an_error_of_a_run_names_parameters_in_python_and_flags_in_the_command(
     arguments = ["--model", "vitcls-tiny", "--dataset", str(tmp_path)]
     run_here("evaluate", *arguments, "--frozen", "knn", "--streaming")
     assert capsys.readouterr().err.rstrip().endswith("Remove --streaming")
-
-
-def test_a_line_of_a_run_names_flags_in_the_command(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    reporter = Reporter(tmp_path / "metrics.jsonl", Accelerator(cpu=True))
-    with messages_name_flags(["held_out_fraction"]):
-        reporter.print_line("next", "set `held_out_fraction=0`")
-        reporter.warn("set a larger `held_out_fraction`")
-    printed = capsys.readouterr().out.splitlines()
-    assert printed == [
-        "next      set --held-out-fraction 0",
-        "WARNING: set a larger --held-out-fraction",
-    ]
 
 
 def list_strings(file: Path) -> Iterator[str]:

@@ -13,21 +13,15 @@ import pytest
 import sklearn.datasets
 import torch
 from helpers.accelerate_state import reset_accelerate
-from helpers.command_in_process import parse_flags
 from helpers.tiny_models import raises_one_line
 from PIL import Image
 from torch.utils.data import Dataset
 
 from modeling_vitcls import evaluate, finetune, inspect_tokens, look, predict, pretrain
-from modeling_vitcls.analysis import inspect_tokens as inspect_tokens_module
-from modeling_vitcls.analysis.options import InspectOptions
 from modeling_vitcls.cli import load_modules
 from modeling_vitcls.cli.functions import build_options
-from modeling_vitcls.publishing import after_run
-from modeling_vitcls.runtime.files import write_json
 from modeling_vitcls.runtime.flags import get_flag_fields
-from modeling_vitcls.training import run
-from modeling_vitcls.training.options import FinetuneOptions, PretrainOptions
+from modeling_vitcls.training.options import FinetuneOptions
 
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate", "few_digits")
@@ -104,36 +98,6 @@ def test_a_torch_dataset_trains_an_encoder_and_its_classifier(tmp_path: Path) ->
         tmp_path / "encoder", TorchDigits(), tmp_path / "run", num_workers=0, select="last", **RUN
     )
     assert finetuned["num_training_images"] == results["num_training_images"]
-
-
-def test_images_in_memory_files_and_bytes_have_the_same_prediction(
-    trained: tuple[Path, dict[str, Any]], tmp_path: Path
-) -> None:
-    folder, _ = trained
-    images = [image for image, _ in get_digits()[:3]]
-    rows = predict(folder, images, top_k=2)
-    assert [row["index"] for row in rows] == [0, 1, 2]
-    assert {"label", "label_2"} <= rows[0].keys()
-
-    images[1].save(tmp_path / "1.png")
-    (from_path,) = predict(folder, tmp_path / "1.png", top_k=2)
-    assert from_path["label"] == rows[1]["label"]
-
-    images[2].save(tmp_path / "2.png")
-    # images in memory are named by their position
-    rows = predict(folder, [tmp_path, images[1]], top_k=2)
-    assert [row["image"] for row in rows] == [str(tmp_path / "1.png"), str(tmp_path / "2.png"), "1"]
-
-    (from_bytes,) = predict(folder, (tmp_path / "1.png").read_bytes(), top_k=2)
-    assert from_bytes["label"] == from_path["label"]
-    assert from_bytes["error"] is None
-
-    assert len(predict(folder, dataset="digits", features="cls")) == 300
-    assert len(predict(folder, images, features="registers")[0]["features"]) == 16
-
-    for flag in ("output", "shard", "config"):
-        with raises_one_line(flag, error=TypeError):
-            predict(folder, images, **{flag: None})
 
 
 @pytest.mark.parametrize("shape", [(12, 10), (12, 10, 3), (3, 12, 10)], ids=str)
@@ -262,92 +226,3 @@ def test_missing_images_name_the_argument() -> None:
         predict("m")
     assert "PATHS" not in str(raised.value)
     assert "--" not in str(raised.value)
-
-
-@pytest.mark.parametrize(
-    ("command", "flags", "arguments"),
-    [
-        (
-            "finetune",
-            [
-                "--image-size",
-                "32",
-                "48",
-                "--label-column",
-                "a",
-                "b",
-                "--no-flip",
-                "--log-with",
-                "wandb",
-            ],
-            {
-                "image_size": [32, 48],
-                "label_column": ["a", "b"],
-                "flip": False,
-                "log_with": ["wandb"],
-            },
-        ),
-        (
-            "pretrain",
-            ["--mask-ratio", "0.5", "--epochs", "3"],
-            {"mask_ratio": 0.5, "epochs": 3.0},
-        ),
-    ],
-)
-def test_arguments_are_flags(command: str, flags: list[str], arguments: dict[str, Any]) -> None:
-    by_flags = parse_flags(
-        command, [*flags, "--model", "m", "--dataset", "digits", "--output-dir", "out"]
-    )
-    assert build_options(type(by_flags), **REQUIRED, **arguments) == by_flags
-
-
-@pytest.mark.parametrize("function", [finetune, pretrain])
-@pytest.mark.parametrize(
-    ("flags", "names"),
-    [
-        ({}, ["out"]),
-        ({"folds": 3}, ["fold-1", "fold-2", "fold-3"]),
-        ({"folds": 3, "fold": 1}, ["out"]),
-        ({"dry_run": True, "folds": 3}, []),
-    ],
-)
-def test_flags_select_one_run_all_folds_or_a_dry_run(
-    function: Any,
-    flags: dict[str, Any],
-    names: list[str],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Nothing is trained: the stages of a run are replaced."""
-    finished: list[tuple[str, str]] = []
-
-    def train(options: Any, on_checkpoint: Any) -> Path:
-        assert on_checkpoint == (options, "ann/mine")
-        assert isinstance(options, FinetuneOptions if function is finetune else PretrainOptions)
-        options.output_dir.mkdir(parents=True)
-        write_json(options.output_dir / "config.json", {"model_type": "vitcls"})
-        write_json(
-            options.output_dir / "results.json", {"accuracy": 1.0, "selection_metric": "accuracy"}
-        )
-        return options.output_dir
-
-    monkeypatch.setattr(run, "train", train)
-    monkeypatch.setattr(after_run, "prepare_push", lambda options: "ann/mine")
-    monkeypatch.setattr(after_run, "build_uploader", lambda *arguments: arguments)
-    monkeypatch.setattr(
-        after_run,
-        "finish_run",
-        lambda folder, run, repo_id: finished.append((folder.name, repo_id)),
-    )
-    results = function("vitcls-tiny", "digits", tmp_path / "out", **flags)
-    assert finished == [(name, "ann/mine") for name in names]
-    assert len(results.get("folds", [])) == (3 if len(names) == 3 else 0)
-    assert bool(results) == ("dry_run" not in flags)
-
-
-@pytest.mark.parametrize(
-    "images", ["photos", Path("photos"), ["photos"], (Path("photos"),)], ids=repr
-)
-def test_one_path_is_a_list_of_one_path(images: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inspect_tokens_module, "inspect_tokens", lambda options: options)
-    assert inspect_tokens("m", images) == InspectOptions(model="m", paths=("photos",))

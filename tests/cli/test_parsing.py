@@ -13,7 +13,7 @@ from helpers.command_in_process import parse_flags, run_here
 from helpers.tiny_models import build_tiny_config, save_with_processor
 
 from modeling_vitcls import ViTCLSConfig, ViTCLSForImageClassification, cli
-from modeling_vitcls.cli.parsing import find_recipe, silence_libraries
+from modeling_vitcls.cli.parsing import silence_libraries
 from modeling_vitcls.runtime.flags import get_flag_fields
 
 
@@ -149,16 +149,6 @@ def test_a_folder_that_is_not_utf_8_is_an_error_before_training(
     assert not Path(folder).exists()
 
 
-def test_a_deleted_working_directory_is_named(
-    tmp_path: Path, run_with_error: Callable[..., str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "gone").mkdir()
-    monkeypatch.chdir(tmp_path / "gone")
-    (tmp_path / "gone").rmdir()
-    flags = ["--model", "vitcls-tiny", "--dataset", "digits", "--output-dir", "o"]
-    assert "the working directory no longer exists" in run_with_error("finetune", *flags)
-
-
 @pytest.mark.parametrize(
     ("command", "library", "extra"),
     [
@@ -249,18 +239,6 @@ def list_described_flags(options_class: type) -> set[str]:
 def test_every_flag_has_a_help_text(command: str) -> None:
     options_class = cli.load_modules()[command].OPTIONS_CLASS
     assert get_flag_fields(options_class).keys() <= list_described_flags(options_class)
-
-
-def test_recipes_have_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    Path("digits").mkdir()  # a folder is not a recipe
-    assert (
-        find_recipe(Path("digits")).read_text() == (SCRIPTS / "recipes" / "digits.yaml").read_text()
-    )
-    Path("digits").rmdir()
-    # a file in the working folder takes precedence
-    Path("digits").write_text("epochs: 1", encoding="utf-8")
-    assert find_recipe(Path("digits")) == Path("digits")
 
 
 def test_commands_do_not_print_transformers_reports_about_weights(
