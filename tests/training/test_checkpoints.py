@@ -146,15 +146,6 @@ def test_the_best_checkpoint_is_the_newest_that_was_saved_as_the_best(
     assert store.list_steps() == [20, 40, 50, 60]
 
 
-def test_the_same_step_is_replaced(store: CheckpointStore) -> None:
-    save(store, 10)
-    store.save(10, build_tensors(10), {"flag": 10, "again": True}, is_best=False)
-    assert [path.name for path in store.folder.iterdir()] == ["step-00000010"]
-    checkpoint = store.load_newest(pytest.fail)
-    assert checkpoint is not None
-    assert checkpoint.metadata["again"]
-
-
 def test_the_rest_of_a_killed_save_is_removed(store: CheckpointStore) -> None:
     for act in (lambda: save(store, 20), lambda: get_newest(store), store.clear):
         save(store, 10)

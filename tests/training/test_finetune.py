@@ -38,7 +38,6 @@ from safetensors.torch import load_file
 from transformers import ResNetConfig, ResNetForImageClassification, ViTImageProcessor
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSForMultiTaskClassification
-from modeling_vitcls.data.batches import Normalizer, iterate_training_batches
 from modeling_vitcls.hub.model_files import hash_weights
 from modeling_vitcls.inference.evaluator import Evaluator
 from modeling_vitcls.runtime.errors import RunStopped
@@ -49,13 +48,8 @@ from modeling_vitcls.training.finetune import (
     build_training_setup,
     describe_imbalance,
 )
-from modeling_vitcls.training.losses import (
-    compute_distillation_loss,
-)
 from modeling_vitcls.training.model import resolve_initial_model
 from modeling_vitcls.training.options import FinetuneOptions
-from modeling_vitcls.training.teacher import Teacher
-from modeling_vitcls.training.training_setup import build_training_images
 
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("fresh_accelerate", "few_digits")]
@@ -330,27 +324,6 @@ def test_linear_probing_trains_only_the_head(
     assert model.config.temperature == 1
 
 
-def test_a_new_token_is_trained_with_a_frozen_encoder(pretrained: Path, tmp_path: Path) -> None:
-    flags = {"model": pretrained, "trainable": "head", "num_distillation_tokens": 1}
-    model = prepare_setup(tiny_options(tmp_path, "digits", **flags)).setup.model
-    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    heads = {
-        f"{head}.{name}"
-        for head in ("classifier", "distillation_classifier")
-        for name in ("weight", "bias")
-    }
-    assert trained == heads | {"vitcls.embeddings.distillation_token", "vitcls.gates.gates"}
-
-
-@pytest.mark.parametrize("flag", ["mixup", "cutmix"])
-def test_images_are_mixed_by_flags(flag: str, color_images: Path, tmp_path: Path) -> None:
-    run = prepare_setup(tiny_options(tmp_path / "out", color_images, **{flag: 5.0}))
-    pixels = torch.randint(256, (8, 3, 32, 32), dtype=torch.uint8)
-    mixed_pixels, mixed_labels = run.setup.objective.mixer(pixels, torch.arange(8) % 2)
-    assert mixed_labels.is_floating_point()
-    assert not torch.equal(mixed_pixels, pixels)
-
-
 def test_the_losses_of_classes_are_weighted_on_request(color_images: Path, tmp_path: Path) -> None:
     run = prepare_setup(tiny_options(tmp_path / "out", color_images, class_balance="weights"))
     counts = torch.bincount(torch.tensor(run.data.train.labels), minlength=2)
@@ -376,18 +349,6 @@ def test_macro_f1_is_printed_for_imbalanced_classes(
     assert ("`class_balance='weights'`" in warning) == is_imbalanced
     weighted = replace(run.options, class_balance="weights")
     assert not describe_imbalance(weighted, rare, has_steps=True)
-
-
-def test_macro_f1_is_not_recommended_if_a_class_is_not_held_out(
-    color_images: Path, tmp_path: Path
-) -> None:
-    run = prepare_setup(tiny_options(tmp_path / "out", color_images))
-    dusk, noon = (np.flatnonzero(np.equal(run.data.train.labels, each)) for each in (0, 1))
-    held_out = run.data.held_out.select(np.flatnonzero(np.equal(run.data.held_out.labels, 0)))
-    rare = replace(run.data, train=run.data.train.select([*dusk[:11], noon[0]]), held_out=held_out)
-    (warning,) = describe_imbalance(run.options, rare, has_steps=True)
-    assert "macro F1" not in warning
-    assert "held-out images" in warning
 
 
 def test_lora_is_merged_into_a_plain_model(pretrained: Path, tmp_path: Path) -> None:
@@ -435,45 +396,6 @@ def test_a_teacher_trains_the_distillation_token(teacher: Path, tmp_path: Path, 
     parts = last["label_loss"] / 2 + last["distillation_loss"] / 2
     assert last["loss"] == pytest.approx(parts, abs=1e-5)
     assert read_json(tmp_path / "results.json")["teacher_provenance"]["license"] == "cc-by-nc-4.0"
-
-
-def test_the_flags_determine_the_distillation(
-    teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The teacher predicts in the precision of the run."""
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
-    flags = {
-        "distillation": "soft",
-        "distillation_alpha": 0.3,
-        "distillation_tau": 2.0,
-    }
-    flags |= {"batch_size": 80}
-    run = prepare_setup(tiny_options(tmp_path, "digits", teacher=teacher, **flags))
-    task = run.setup
-    seen = []
-    images = build_training_images(run.options, run.data, task.processor, 3)
-
-    batch = next(iterate_training_batches(images, run.plan, 0, 0))
-
-    handle = torch.nn.modules.module.register_module_forward_hook(
-        lambda module, inputs, outputs: (
-            seen.append(outputs) if isinstance(module, Teacher) else None
-        )
-    )
-    losses = task.objective(task.model.eval(), batch)
-
-    handle.remove()
-    assert [logits.dtype for logits in seen] == [torch.bfloat16]
-
-    outputs = task.model(Normalizer(task.processor, CPU)(batch["pixels"]))
-    loss = torch.nn.functional.cross_entropy(
-        outputs.cls_logits, batch["labels"], label_smoothing=0.1
-    )
-
-    distillation_loss = compute_distillation_loss("soft", outputs.distillation_logits, seen[0], 2.0)
-    expected = {"label_loss": loss, "distillation_loss": distillation_loss}
-    torch.testing.assert_close(losses, {"loss": 0.7 * loss + 0.3 * distillation_loss} | expected)
-    assert task.summary_lines["teacher"].startswith(f"{teacher}: ")
 
 
 def test_all_options_can_be_combined(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -151,27 +151,6 @@ def test_global_crops_are_large_and_local_crops_are_small() -> None:
     torch.testing.assert_close(losses["invariance_loss"], expected)
 
 
-def test_brightness_contrast_and_saturation_change_by_up_to_two_fifths() -> None:
-    """The images have a gray and a colored pixel. A fifth of the images become gray."""
-    pixels = torch.tensor([[0.4, 0.58], [0.4, 0.6], [0.4, 0.62]])[:, None]
-    images = lejepa.jitter(pixels.expand(400, 3, 1, 2))
-    brightness = images.mean((1, 2, 3)) / 0.5
-    contrast = (images[..., 1] - images[..., 0]).mean((1, 2)) / 0.2 / brightness
-    saturation = (images[:, 2] - images[:, 0])[:, 0, 1] / 0.04 / brightness / contrast
-    is_gray = saturation < 0.1
-    assert 0.1 < is_gray.float().mean() < 0.3
-    colors = torch.stack([brightness, contrast, saturation])[:, ~is_gray]
-    # independent, except for images that do not change
-    assert colors.corrcoef().triu(diagonal=1).max() < 0.5
-    for factors in colors:
-        assert 0.599 < factors.min() < 0.65
-        assert 1.35 < factors.max() < 1.401
-        assert 0.1 < ((factors - 1).abs() < 1e-4).float().mean() < 0.3
-    extremes = lejepa.jitter(torch.eye(2).expand(50, 3, 2, 2))  # black and white
-
-    assert (extremes.min(), extremes.max()) == (0, 1)
-
-
 @pytest.mark.parametrize(
     "fields", [{}, {"pooling": "mean"}, {"num_cls_tokens": 2, "cls_pooling": "concat"}]
 )

@@ -1,12 +1,10 @@
 """The training loop: steps, moving average, checkpoints, tokens, losses, and signals."""
 
-import itertools
 import math
 import os
 import signal
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -18,7 +16,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from helpers.accelerate_state import reset_accelerate
 from helpers.random_classifiers import build_random_model
 from helpers.tiny_options import PLAIN, TINY, build_initial_model
-from helpers.warm_processes import READY, SECONDS
+from helpers.warm_processes import SECONDS
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from modeling_vitcls import (
@@ -39,12 +37,10 @@ from modeling_vitcls.data.options import DataOptions
 from modeling_vitcls.data.splits import load_training_data
 from modeling_vitcls.runtime.errors import RunStopped
 from modeling_vitcls.training import duration
-from modeling_vitcls.training import loop as loop_module
 from modeling_vitcls.training.loop import (
     TrainingLoop,
     TrainingState,
     build_batch_plan,
-    is_end_of_epochs,
 )
 from modeling_vitcls.training.losses import (
     LabelObjective,
@@ -114,7 +110,7 @@ class SignalAtStep:
 
 
 class RecordedLoop:
-    """A training loop on digits, whose losses, seeds and evaluated weights are recorded."""
+    """A training loop on digits, whose losses and evaluated weights are recorded."""
 
     def __init__(
         self,
@@ -149,11 +145,9 @@ class RecordedLoop:
             self.normalise, partial(compute_single_label_loss, label_smoothing=0.1)
         )
         self.losses: list[float] = []  # loss of each batch
-        self.seeds: list[int] = []  # random seed of each batch
 
         def objective(model: torch.nn.Module, batch: Any) -> dict[str, torch.Tensor]:
             assert self.model.training
-            self.seeds.append(torch.initial_seed())
             losses = classification(model, batch)
             self.losses.append(losses["loss"].item())
             return losses
@@ -264,75 +258,6 @@ def test_records_have_the_step_the_learning_rate_and_the_norms_of_each_token() -
     assert bench.reporter.records[-1]["peak_memory_mb"] == round(bench.loop.peak_memory / 2**20, 1)
 
 
-def test_losses_and_speed_are_measured_since_the_last_record(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Each step takes 2 s."""
-    bench = RecordedLoop(max_steps=5, log_every=2, gradient_accumulation_steps=2)
-    times = itertools.count(0, 2)
-    monkeypatch.setattr(loop_module.time, "perf_counter", lambda: next(times))
-    bench.run()
-    means = [
-        sum(losses) / len(losses)
-        for losses in (bench.losses[:4], bench.losses[4:8], bench.losses[8:])
-    ]
-    assert [record["loss"] for record in bench.reporter.records] == pytest.approx(means, abs=1e-6)
-    assert [record["images_per_second"] for record in bench.reporter.records] == [8.0, 8.0, 8.0]
-
-
-def collect_seeds(first_step: int = 0, **training: Any) -> list[int]:
-    """Return the random seeds of the batches of four steps, after `first_step` of them."""
-    bench = RecordedLoop(max_steps=4, gradient_accumulation_steps=2, **training)
-    bench.state.step = first_step
-    bench.run()
-    assert bench.reporter.steps == [1, 2, 3, 4][first_step:]
-    return bench.seeds
-
-
-def test_each_batch_has_its_own_seed_and_the_same_seed_after_a_resume(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    seeds = collect_seeds()
-    assert len(seeds) == len(set(seeds)) == 8
-    assert collect_seeds(first_step=2) == seeds[4:]
-    assert not set(collect_seeds(seed=1)) & set(seeds)
-    monkeypatch.setattr(Accelerator, "process_index", 1)  # each process draws other random numbers
-    assert not set(collect_seeds()) & set(seeds)
-
-
-def test_the_last_evaluation_is_repeated_if_all_steps_are_done() -> None:
-    bench = RecordedLoop(max_steps=4)
-    bench.state.step = 4
-    assert bench.run()["accuracy"] == 0.5
-
-
-def test_frozen_layers_stay_in_eval_mode() -> None:
-    """Check the steps before and after an evaluation."""
-    bench = RecordedLoop(
-        prepare=lambda model: model.vitcls.layers[0].requires_grad_(False),
-        epochs=2,
-        max_steps=None,
-        batch_size=175,
-    )
-    objective = bench.loop.objective
-    modes = []
-
-    def record_modes(model: Any, batch: Any) -> dict[str, torch.Tensor]:
-        modes.append([layer.training for layer in model.vitcls.layers])
-        return objective(model, batch)
-
-    bench.loop.objective = record_modes
-    bench.run()
-    assert len(bench.evaluations) == 2
-    assert modes == [[False, True]] * 5
-
-
-def test_evaluations_are_due_at_the_end_of_epochs() -> None:
-    plan = build_batch_plan(100, TrainingOptions(max_steps=10, batch_size=40), num_processes=1)
-    for num_epochs, steps in ((1, [3, 5, 8, 10]), (2, [5, 10]), (3, [8])):
-        assert [step for step in range(1, 11) if is_end_of_epochs(step, num_epochs, plan)] == steps
-
-
 # Moving average -----------------------------------------------------------------------------------
 
 
@@ -411,14 +336,6 @@ def test_fine_tuning_must_exceed_the_frozen_model_by_more_than_chance() -> None:
     single.run()
 
     assert single.store.saved == [(0, True), (1, False), (1, True)]
-
-
-def test_early_stopping_counts_evaluations_since_the_best_one() -> None:
-    bench = RecordedLoop(epochs=6, max_steps=None, batch_size=120, early_stopping=2)
-    bench.accuracies = iter([0.5, 0.75, 0.6, 0.7, 0.8])
-    assert bench.run()["accuracy"] == 0.7
-    assert bench.state.step == 12
-    assert "stopped" in bench.reporter.lines
 
 
 def test_early_stopping_does_not_compare_with_the_frozen_model() -> None:
@@ -721,26 +638,6 @@ def test_a_second_interrupt_ends_at_once() -> None:
             time.sleep(1)
 
 
-def wait_for_two_signals(ready: Any) -> None:
-    """Never reach the next step of a run."""
-    with SignalHandler(Accelerator(cpu=True)) as interruption:
-        os.kill(os.getpid(), signal.SIGTERM)
-        interruption.signal_times[signal.SIGTERM] -= 2
-        ready.set()
-        while True:
-            time.sleep(0.01)
-
-
-def test_a_second_termination_ends_at_once() -> None:
-    ready = READY.Event()
-    process = READY.Process(target=wait_for_two_signals, args=(ready,))
-    process.start()
-    assert ready.wait(SECONDS)
-    process.terminate()
-    process.join(timeout=5)
-    assert process.exitcode == -signal.SIGTERM
-
-
 def test_ignored_signals_stay_ignored() -> None:
     old = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
@@ -749,12 +646,6 @@ def test_ignored_signals_stay_ignored() -> None:
             assert interruption.get_signal() is None
     finally:
         signal.signal(signal.SIGINT, old)
-
-
-def test_signals_are_not_handled_in_other_threads() -> None:
-    handler = SignalHandler(Accelerator(cpu=True))
-    with ThreadPoolExecutor() as threads:
-        assert threads.submit(handler.__enter__).result() is handler
 
 
 @pytest.mark.parametrize(

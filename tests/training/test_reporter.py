@@ -4,7 +4,6 @@ import io
 import json
 import math
 from pathlib import Path
-from typing import Any
 
 import pytest
 from accelerate import Accelerator
@@ -16,47 +15,11 @@ from modeling_vitcls.training.reporter import Reporter, flatten_record
 RECORD = {"epoch": 0.5, "loss": 2.0, "learning_rate": 2.5e-4, "images_per_second": 100.0}
 
 
-def build_reporter(folder: Path, **console: Any) -> tuple[Reporter, io.StringIO]:
+def build_reporter(folder: Path) -> tuple[Reporter, io.StringIO]:
     output = io.StringIO()
     reporter = Reporter(folder / "metrics.jsonl", Accelerator(cpu=True))
-    reporter.printed_metrics = ("accuracy",)
-    reporter.console = reporter.progress.live.console = Console(
-        file=output, soft_wrap=True, **console
-    )
+    reporter.console = reporter.progress.live.console = Console(file=output, soft_wrap=True)
     return reporter, output
-
-
-def test_a_line_shows_the_learning_rate_and_the_remaining_time(tmp_path: Path) -> None:
-    """After a resume at step 10, a step takes two minutes."""
-    reporter, output = build_reporter(tmp_path)
-    now = [1000.0]
-    reporter.progress.get_time = lambda: now[0]
-    reporter.start_after(10, 20)
-    reporter.log(RECORD | {"step": 10})
-    for step in (11, 12):
-        now[0] += 120
-        reporter.show_step(step)
-    reporter.log(RECORD | {"step": 12, "held_out_loss": 1.0, "held_out_accuracy": 0.25})
-    reporter.log(RECORD | {"step": 20})
-
-    first, second, last = output.getvalue().splitlines()
-    assert all("lr 2.5e-04" in line for line in (first, second, last))
-    assert "left" not in first  # no step was measured
-    assert "0:16:00 left" in second
-    assert "accuracy 25.00%" in second
-    assert "left" not in last
-
-
-def test_the_bar_moves_at_every_step(tmp_path: Path) -> None:
-    reporter, output = build_reporter(tmp_path, force_terminal=True, highlight=False, width=200)
-    reporter.progress.disable = False
-    reporter.start_after(0, 20)
-    with reporter.progress:
-        reporter.show_step(1)
-        reporter.progress.refresh()
-        reporter.log(RECORD | {"step": 1, "held_out_accuracy": 0.25})
-    assert "1/20" in output.getvalue()
-    assert "held out: accuracy 25.00%\n" in output.getvalue()
 
 
 def test_records_of_repeated_steps_are_removed(tmp_path: Path) -> None:

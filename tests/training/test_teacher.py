@@ -192,24 +192,6 @@ def test_the_whole_crop_is_used_without_a_center_crop(tmp_path: Path) -> None:
     assert get_largest_difference(teacher(border), teacher(other)) > 1e-3
 
 
-def test_the_size_depends_on_the_aspect_ratio_of_the_student(tmp_path: Path) -> None:
-    folder = save_teacher(
-        tmp_path / "edges", build_tiny_resnet(), build_half_processor(size={"shortest_edge": 20})
-    )
-    teacher = load_labeled_teacher(folder, size=(32, 48))
-    assert teacher.preprocessing.height_width == (20, 30)
-    assert teacher(build_pixels(height=32, width=48)).shape == (2, 3)
-
-
-def test_mixed_pixels_are_rounded(resnet: Path) -> None:
-    teacher = load_labeled_teacher(resnet)
-    batch = build_pixels()
-    assert get_largest_difference(teacher(batch), teacher(batch.float() + 0.3)) == 0
-    brighter = (batch.int() + 21).clamp(max=255).to(torch.uint8)
-    assert torch.equal(teacher(brighter), teacher(batch.float() + 20.7))
-    assert get_largest_difference(teacher(batch), teacher(brighter)) > 0
-
-
 @pytest.mark.parametrize("channels", [1, 3])
 def test_gray_and_color_images_are_converted(channels: int, tmp_path: Path) -> None:
     one_mean = {"image_mean": [0.5], "image_std": [0.5]}
@@ -234,17 +216,6 @@ def test_gray_and_color_images_are_converted(channels: int, tmp_path: Path) -> N
     )
 
     assert get_largest_difference(found, expected) <= 1e-5
-
-
-def test_other_channels_are_errors(resnet: Path) -> None:
-    with raises_one_line("3 channel(s)", "4"):
-        load_labeled_teacher(resnet, channels=4)
-
-
-def test_teacher_is_frozen_and_in_eval_mode(resnet: Path) -> None:
-    teacher = load_labeled_teacher(resnet)
-    assert not any(module.training for module in teacher.modules())
-    assert not any(parameter.requires_grad for parameter in teacher.parameters())
 
 
 # Labels -------------------------------------------------------------------------------------------
@@ -332,11 +303,6 @@ def test_timm_preprocessing_equals_timm(tmp_path: Path) -> None:
     )
 
     assert torch.equal(teacher.preprocessing(build_pixels()), teacher.preprocessing(resized))
-
-
-def test_a_timm_teacher_that_cannot_be_loaded_is_named() -> None:
-    with raises_one_line("no_such_model", error=OSError):
-        load_labeled_teacher("timm:no_such_model")
 
 
 # Losses -------------------------------------------------------------------------------------------

@@ -3,7 +3,6 @@
 import json
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,12 +20,9 @@ from helpers.tiny_options import (
 from PIL import Image
 from safetensors.torch import load_file
 
-from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor
-from modeling_vitcls.data.augmentation import build_augmentation
-from modeling_vitcls.data.batches import BatchBuilder, TrainingImages, iterate_training_batches
+from modeling_vitcls import ViTCLSForImageClassification
 from modeling_vitcls.data.options import DataOptions
-from modeling_vitcls.data.sampling import BatchPlan
-from modeling_vitcls.data.splits import load_evaluation_data, load_training_data
+from modeling_vitcls.data.splits import load_evaluation_data
 from modeling_vitcls.inference.evaluate import evaluate_checkpoint
 from modeling_vitcls.inference.evaluator import Evaluator
 from modeling_vitcls.inference.intervals import compute_proportion_interval
@@ -34,10 +30,7 @@ from modeling_vitcls.inference.options import EvaluateOptions
 from modeling_vitcls.training import duration as duration_module
 from modeling_vitcls.training import finetune
 from modeling_vitcls.training.checkpoints import CheckpointStore
-from modeling_vitcls.training.dry_run import describe_dry_run, draw_few_images
 from modeling_vitcls.training.folds import run_folds
-from modeling_vitcls.training.loop import build_batch_plan
-from modeling_vitcls.training.training_setup import build_training_images
 
 
 DIGITS = DataOptions(dataset="digits", num_workers=0)
@@ -84,42 +77,6 @@ def test_defaults_are_recorded(tmp_path: Path) -> None:
 
     assert {name: resolved[name] for name in expected} == expected
     assert not resolved.keys() & {"config", "resume", "overwrite", "dry_run"}
-
-
-def test_the_flags_and_the_checkpoint_determine_the_batches(tmp_path: Path) -> None:
-    """The checkpoint requires gray images that are not square."""
-    start = tmp_path / "start"
-    ViTCLSForImageClassification(
-        build_tiny_config(num_channels=1, image_size=[24, 32])
-    ).save_pretrained(start)
-    settings = {"image_mean": [0.4], "image_std": [0.2], "resample": 0, "do_convert_rgb": False}
-    ViTCLSImageProcessor(size={"height": 24, "width": 32}, **settings).save_pretrained(start)
-    flags = {"crop_scale": 0.6, "shift": 0.1, "seed": 5}
-    flags |= {
-        "model": start,
-        "max_steps": 2,
-        "gradient_checkpointing": True,
-        "max_unreadable_images": 0,
-    }
-    run = prepare_setup(build_options(tmp_path / "run", replace(DIGITS, split_seed=3), **flags))
-    train, options, task = run.data.train, run.options, run.setup
-    plan = build_batch_plan(len(train), options, 1)
-    assert [*run.plan.iterate_keys(0)] == [*plan.iterate_keys(0)]
-
-    augmentation = build_augmentation(options, ViTCLSImageProcessor(size=[24, 32], resample=0))
-    builder = BatchBuilder(augmentation, run.data.label_space, to_rgb=False, seed=5, num_channels=1)
-    images = TrainingImages(train, builder)
-    expected = next(iterate_training_batches(images, run.plan, 0, 0))
-    images = build_training_images(options, run.data, task.processor, 1)
-
-    batch = next(iterate_training_batches(images, run.plan, 0, 0))
-    assert batch["pixels"].shape == (16, 1, 24, 32)
-    assert batch.keys() == expected.keys()
-    assert batch.pop("errors") == expected.pop("errors") == {}
-    assert all(torch.equal(batch[name], expected[name]) for name in expected)
-    assert task.build_evaluator(run.data.held_out)(task.model.eval())["num_images"] == len(
-        run.data.held_out
-    )
 
 
 # The best checkpoint ------------------------------------------------------------------------------
@@ -253,38 +210,6 @@ def test_a_dry_run_evaluates_random_images_and_prints_no_result(
     assert "accuracy" not in printed
     assert "WARNING" not in printed
     assert "ran 3 steps" in printed
-
-
-@pytest.mark.parametrize(("batch_size", "fraction"), [(8, 0.4), (30, 1.0)])
-def test_a_dry_run_of_two_processes_evaluates_a_batch_of_each(
-    batch_size: int, fraction: float, tmp_path: Path
-) -> None:
-    """The full run evaluates 40 images."""
-    data = write_images(
-        tmp_path, {"train": {"dusk": 2, "noon": 2}, "val": {"dusk": 20, "noon": 20}}
-    )
-    plan: Any = SimpleNamespace(batch_size=batch_size, num_processes=2)
-    few, evaluated_fraction = draw_few_images(load_training_data(data), plan)
-    assert evaluated_fraction == fraction
-    assert len(few.held_out) == 40 * fraction
-
-
-def test_a_dry_run_predicts_the_duration_of_the_full_run() -> None:
-    """25 steps of 2 s, and two evaluations of 7.8 s: 3.9 s with half of the images.
-
-    The first step does not count.
-    """
-    loop: Any = SimpleNamespace(
-        step_seconds=[1.0, 3.0, 2.0], evaluation_seconds=[9.0, 3.9], peak_memory=5 * 2**20
-    )
-    options = build_options(Path("run"), evaluate_every=2)
-    for num_images, duration in ((100, "0:01:06"), (None, "0:00:58")):  # a stream is evaluated once
-        plan = BatchPlan(
-            num_images, 10, accumulation_steps=1, num_processes=1, num_steps=25, seed=0
-        )
-        text = describe_dry_run(loop, plan, options, 0.5, 61.4)
-        for part in ("ran 3 steps", "in 61 s", "25 steps", duration, " 5 MiB"):
-            assert part in text
 
 
 # Cross-validation, and training on all images
