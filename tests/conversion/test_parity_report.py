@@ -10,7 +10,6 @@ from modeling_vitcls.conversion.parity_report import (
     compare_models,
     describe_pooling,
     describe_position_embeddings,
-    get_non_square_size,
 )
 
 
@@ -71,8 +70,3 @@ def test_sources_without_the_same_outputs_are_errors() -> None:
     source.compute_outputs = lambda images: 1 / 0  # fails at the native size
     with pytest.raises(ZeroDivisionError):
         compare_models(source, model)
-
-
-def test_the_second_size_has_fewer_rows_and_more_columns() -> None:
-    for native_size, other_size in (((32, 48), (24, 64)), ((4, 8), (4, 16))):
-        assert get_non_square_size(native_size, (4, 8)) == other_size

@@ -46,7 +46,7 @@ from modeling_vitcls.conversion.from_state_dict import (
     read_vit_options,
 )
 from modeling_vitcls.conversion.parity_report import compare_models
-from modeling_vitcls.conversion.source_files import FileSource, detect_family, unwrap_weights
+from modeling_vitcls.conversion.source_files import FileSource
 from modeling_vitcls.conversion.weight_rules import ConversionError
 from modeling_vitcls.hub.provenance import find_provenance
 from scripts.random_weights import randomize_weights
@@ -360,32 +360,6 @@ def test_tips_files_are_exact_if_their_family_is_known(tmp_path: Path) -> None:
         FileSource.load(save(weights, tmp_path / "unknown.pth"))
 
 
-def test_containers_are_read_in_order_and_tell_the_family(tmp_path: Path) -> None:
-    for key, family in (
-        ("teacher", "dino"),
-        ("student", "dino"),
-        ("model", "mae"),
-        ("target_encoder", "msn"),
-    ):
-        assert detect_family(PLAIN, key, tmp_path) == family
-    averaged, latest = ({"cls_token": torch.full((1,), value)} for value in (0.0, 1.0))
-    weights, key = unwrap_weights({"model": latest, "model_ema": averaged, "module": latest}, [])
-    assert (weights, key) == (averaged, "model_ema")
-
-
-def test_an_encoder_of_two_pooled_tokens_has_no_pooler() -> None:
-    """A distilled DeiT outputs its CLS and its distillation token."""
-    weights = FILES["deit_distilled.pth"][2]()
-    heads = ("head.", "head_dist.")
-    assert (
-        convert_state_dict(
-            {n: w for n, w in weights.items() if not n.startswith(heads)}, "deit"
-        ).pooler
-        is None
-    )
-    assert convert_state_dict(build_vit_weights(), "deit").pooler is not None
-
-
 @torch.no_grad()
 def test_dinov3_is_exact_with_stored_and_with_computed_periods(tmp_path: Path) -> None:
     """Both variants are exact: as the authors run the weights, and as timm and transformers do."""
@@ -576,15 +550,6 @@ def test_npz_files_of_big_vision_are_converted_exactly(name: str, tmp_path: Path
     assert is_rectangular or list(processor.image_mean) == [0.5, 0.5, 0.5]
 
 
-def test_the_image_model_of_a_flax_file_is_found() -> None:
-    """Files may contain a text model or the state of the optimizer."""
-    for prefix in ("", "img/", "params/", "params/img/", "opt/target/", "opt/target/img/"):
-        arrays = {f"{prefix}{name}": torch.ones(1) for name in ("embedding/kernel", "cls")} | {
-            "txt": torch.ones(1)
-        }
-        assert prepare_weights(arrays, "big_vision").keys() - {"txt"} == {"embedding/kernel", "cls"}
-
-
 def test_resampling_that_is_not_supported_is_not_compared(tmp_path: Path) -> None:
     """big_vision aligns the corners, so that only the native size is compared."""
     file = save(FLAX_FILES["mean"](), tmp_path / "vit.npz")
@@ -714,12 +679,6 @@ def test_unsupported_files_are_refused(name: str, tmp_path: Path) -> None:
     torch.save(content, tmp_path / "weights.pth")
     with raises_one_line(*words, error=ConversionError):
         FileSource.load(tmp_path / "weights.pth", family)
-
-
-def test_values_that_are_not_numbers_are_refused() -> None:
-    for weights in ({"cls_token": None}, {"cls_token": np.zeros(2, dtype="V2")}):
-        with raises_one_line("cls_token", "float32", error=ConversionError):
-            convert_state_dict(weights, "deit")
 
 
 def test_unreadable_files_and_unused_families_are_refused(tmp_path: Path) -> None:

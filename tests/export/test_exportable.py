@@ -18,7 +18,6 @@ from helpers.tiny_models import (
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel
 from modeling_vitcls.data.options import DataOptions
 from modeling_vitcls.data.splits import load_training_data, write_splits
-from modeling_vitcls.export import exporter
 from modeling_vitcls.export.exportable import (
     NamedOutputsModel,
     compute_named_outputs,
@@ -112,15 +111,3 @@ def test_calibration_uses_the_training_images_of_the_run(tmp_path: Path) -> None
             ViTCLSForImageClassification(build_tiny_config(num_labels=3)), tmp_path / "other"
         )
         load_export_images(load_exportable_model(str(tmp_path / "other")), "digits", split="train")
-
-
-def test_a_preset_has_random_weights() -> None:
-    exportable = load_exportable_model("vitcls-tiny")
-    assert exportable.folder is None
-    assert not exportable.model.training
-    assert exportable.model.config.hidden_size == 192
-    assert exporter.describe_preprocessing(exportable.processor)["size"] == {
-        "height": 224,
-        "width": 224,
-    }
-    assert exporter.describe_preprocessing(None) is None

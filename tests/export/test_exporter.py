@@ -35,9 +35,8 @@ from modeling_vitcls.export import exporter, formats
 from modeling_vitcls.export.exporter import export_model
 from modeling_vitcls.export.measurement import compare_outputs_on_images
 from modeling_vitcls.export.options import ExportOptions
-from modeling_vitcls.export.tracing import GraphShape, get_smallest_size
+from modeling_vitcls.export.tracing import get_smallest_size
 from modeling_vitcls.hub.model_files import hash_files, hash_weights
-from modeling_vitcls.hub.model_folder import ModelFolder
 
 
 pytestmark = pytest.mark.integration
@@ -418,58 +417,6 @@ def test_limits_are_absolute_and_relative_to_the_largest_value(dtype: str, limit
             exporter.compare_outputs(images, reference, wrong, dtype)
 
 
-def test_a_dynamic_graph_has_names_of_axes_where_a_fixed_graph_has_sizes() -> None:
-    outputs = {
-        "tokens": torch.zeros(2, 17, 8),
-        "maps": torch.zeros(2, 8, 4, 4),
-        "logits": torch.zeros(2, 3),
-    }
-    dynamic, fixed = (GraphShape((32, 32), (8, 8), is_dynamic) for is_dynamic in (True, False))
-
-    assert exporter.get_output_shapes(outputs, dynamic) == {
-        "tokens": ["batch", "tokens", 8],
-        "maps": ["batch", 8, "rows", "columns"],
-        "logits": ["batch", 3],
-    }
-    assert exporter.get_output_shapes(outputs, fixed) == {
-        "tokens": ["batch", 17, 8],
-        "maps": ["batch", 8, 4, 4],
-        "logits": ["batch", 3],
-    }
-
-
-def test_only_outputs_of_classifiers_have_labels() -> None:
-    config = build_tiny_config(num_cls_tokens=2, tasks={"b": ["x", "y"], "a": 1})
-    assert exporter.get_label_names(config, ["a", "b"]) == {"a": ["LABEL_0"], "b": ["x", "y"]}
-    assert exporter.get_label_names(build_tiny_config(), ["last_hidden_state"]) == {}
-
-
-def test_graphs_are_compared_at_the_native_the_smallest_and_other_sizes() -> None:
-    """The native size is 32 x 64 pixels, and the patch size is 8.
-
-    Sizes are batch, channels, height and width.
-    """
-    config = build_tiny_config(image_size=[32, 64])
-
-    shapes = exporter.select_image_shapes(config, GraphShape((32, 48), (16, 16), True))
-    assert shapes == [
-        (1, 3, 32, 64),
-        (3, 3, 32, 48),
-        (2, 3, 24, 64),
-        (1, 3, 48, 33),
-        (1, 3, 16, 16),
-    ]
-
-    shapes = exporter.select_image_shapes(config, GraphShape((8, 8), (16, 24), True))
-    assert shapes == [
-        (1, 3, 32, 64),
-        (3, 3, 16, 24),
-        (2, 3, 16, 24),
-        (1, 3, 16, 24),
-        (1, 3, 16, 24),
-    ]
-
-
 def test_outputs_are_compared_by_error_cosine_and_label() -> None:
     expected, found = (
         [{"logits": torch.tensor(values)}] for values in ([[3.0, 4.0]], [[3.0, 0.0]])
@@ -487,26 +434,6 @@ def test_outputs_are_compared_by_error_cosine_and_label() -> None:
 
 
 # Errors
-
-
-def test_a_folder_has_the_files_that_its_model_has(tmp_path: Path) -> None:
-    ViTCLSModel(build_tiny_config()).save_pretrained(tmp_path / "model")
-    report = {
-        "weights_sha256": {},
-        "sha256": {"model.xml": "a", "model.bin": "b"},
-    }
-    exporter.write_model_files(ModelFolder(tmp_path / "model"), tmp_path, report)
-    assert [file.name for file in sorted(tmp_path.glob("*.json"))] == [
-        "config.json",
-        "results.json",
-    ]
-
-
-def test_other_names_or_shapes_raise_an_error() -> None:
-    wanted = [{"logits": torch.zeros(2, 3)}]
-    for found in ({"logits": torch.zeros(1, 3)}, {"output": torch.zeros(2, 3)}):
-        with raises_one_line("the written graph must have the outputs [('logits', [2, 3])]"):
-            exporter.compare_outputs([build_images()], wanted, [found], "float32")
 
 
 def test_unsupported_and_incomplete_models_are_errors(tmp_path: Path) -> None:
@@ -579,18 +506,3 @@ def test_a_folder_with_files_of_another_model_is_not_changed(tmp_path: Path) -> 
         )
     assert [file.name for file in (tmp_path / "output").iterdir()] == ["config.json"]
     assert (tmp_path / "output" / "config.json").read_text() == "other"
-
-
-def test_packages_that_are_not_installed_are_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for missing, flags in (("onnxruntime", {}), ("nncf", {"int8": True, "dataset": "digits"})):
-        monkeypatch.setattr(
-            exporter, "find_spec", lambda name, missing=missing: None if name == missing else name
-        )
-        with raises_one_line(
-            f"`format='onnx'` requires packages that are not installed: {missing}. Run pip install"
-        ):
-            export_model(
-                ExportOptions(model="nowhere", format="onnx", output=tmp_path / "vit.onnx", **flags)
-            )

@@ -111,27 +111,6 @@ def test_dtype_labels_and_mode_are_kept(name: str) -> None:
     assert model.config.label2id == source.config.label2id
 
 
-def test_initial_values_and_the_problem_type_are_kept() -> None:
-    scale = {"layerscale_value": 0.5}
-    rates = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.2, "drop_path_rate": 0.3}
-
-    for name, values in {
-        "Dinov2": RATIO | scale,
-        "DINOv3ViT": PLAIN | scale,
-        "InternVLVision": PLAIN | {"layer_scale_init_value": 0.5},
-        "Beit": PLAIN | {"layer_scale_init_value": 0.5} | rates,
-    }.items():
-        source = Case(f"{name}Model", f"{name}Config", values | {"initializer_range": 0.03}).build()
-        config = convert_from_transformers(source).config
-        assert (config.layer_scale_init_value, config.initializer_range) == (0.5, 0.03), name
-    assert {name: getattr(config, name) for name in rates} == rates
-
-    labels = {"num_labels": 3, "problem_type": "multi_label_classification"}
-    source = Case("ViTForImageClassification", "ViTConfig", PLAIN | labels).build()
-
-    assert convert_from_transformers(source).config.problem_type == "multi_label_classification"
-
-
 class Subclass(transformers.ViTModel):
     """May compute anything."""
 
