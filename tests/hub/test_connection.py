@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import logging
 from collections.abc import Callable
 from contextlib import suppress
 from types import SimpleNamespace
@@ -12,15 +11,12 @@ import pytest
 from huggingface_hub import get_session
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
-from transformers.utils import logging as transformers_logging
 
 from modeling_vitcls.hub import connection
 from modeling_vitcls.hub.connection import (
     HTTPError,
-    format_hub_error,
     is_temporary,
     retry,
-    silence_transformers,
 )
 
 
@@ -125,21 +121,7 @@ def test_only_errors_that_may_pass_are_temporary(error: BaseException, expected:
 # Messages -----------------------------------------------------------------------------------------
 
 
-def test_messages_of_causes_are_joined_without_repetition() -> None:
-    repeated = chain(OSError("cannot read x.\nAt all."), ValueError("x"), TimeoutError("timed out"))
-    assert format_hub_error(repeated) == "cannot read x. At all: timed out"
-    error = chain(
-        OSError("no file"), build_hub_error(500, "Out of\n order.", "Error"), HTTPError("500 Error")
-    )
-    assert format_hub_error(error) == "no file: HTTP 500, Out of order"
-    assert format_hub_error(build_hub_error(502, reason="Bad Gateway")) == "HTTP 502, Bad Gateway"
-
-
 # Silence ------------------------------------------------------------------------------------------
-
-
-def get_transformers_output() -> tuple[int, bool]:
-    return transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
 
 
 def test_timeouts_and_progress_bars_are_restored() -> None:
@@ -159,17 +141,3 @@ def test_timeouts_and_progress_bars_are_restored() -> None:
 
     assert get_session().timeout == before
     assert not are_progress_bars_disabled()
-
-
-def test_transformers_is_silent_within_the_block() -> None:
-    with silence_transformers():  # for the other tests
-        transformers_logging.set_verbosity(logging.INFO)
-        transformers_logging.enable_progress_bar()
-        with suppress(ZeroDivisionError), silence_transformers():
-            assert get_transformers_output() == (logging.ERROR, False)
-            raise ZeroDivisionError
-        assert get_transformers_output() == (logging.INFO, True)
-        transformers_logging.disable_progress_bar()
-        with silence_transformers():
-            pass
-        assert get_transformers_output() == (logging.INFO, False)

@@ -9,10 +9,7 @@ import yaml
 from helpers.tiny_models import raises_one_line
 
 from modeling_vitcls.hub.local_paths import (
-    can_publish_images,
-    get_title,
     is_local,
-    is_same_source,
     make_relative,
     resolve_name,
     split_revision,
@@ -87,22 +84,6 @@ def test_only_absolute_paths_are_local(here: Path, name: str, shared: str) -> No
     assert is_local(name) is (name != shared)
     assert not is_local(None)
     assert not is_local(["/a"])
-
-
-@pytest.mark.parametrize(
-    ("name", "title"),
-    [
-        ("data/teach", "teach"),
-        ("transformers:data/teach", "teach"),
-        ("weights.pt", "weights.pt"),
-        ("timm:resnet18@weights.pt", "timm:resnet18"),
-        ("timm:resnet18", "timm:resnet18"),
-        ("someone/their-model@0123abc", "someone/their-model"),
-    ],
-)
-@pytest.mark.usefixtures("here")
-def test_a_title_has_no_folders_and_no_revision(name: str, title: str) -> None:
-    assert get_title(name) == title
 
 
 def options_of(output: Path, dataset: str, **others: Any) -> FinetuneOptions:
@@ -211,27 +192,3 @@ def test_a_run_is_resumed_with_another_spelling_of_its_data(here: Path, tmp_path
     check(before, flags("../new/teach"))
     with raises_one_line("`dataset`"):
         check(before, flags("../clinic/scans"))
-
-
-def test_a_folder_has_moved_only_if_its_old_path_is_gone(here: Path) -> None:
-    (here / "new/teach").mkdir(parents=True)
-    for old, is_same in (
-        ("/gone/teach", True),
-        (f"{here}/data/teach", False),
-        ("gone/teach", False),
-    ):
-        assert is_same_source(old, f"{here}/new/teach") is is_same
-    assert is_same_source("timm:resnet18@/gone/w.pt", "timm:resnet18@/new/w.pt")
-    assert not is_same_source("timm:resnet18@/gone/w.pt", "timm:resnet50@/new/w.pt")
-
-
-def test_images_of_local_datasets_are_published_only_if_requested() -> None:
-    for dataset, is_public in (
-        ("digits", True),
-        ("acme/data", True),
-        ("./data", False),
-        ("csv:x", False),
-        (None, False),
-    ):
-        assert can_publish_images({"dataset": dataset}) is is_public
-        assert can_publish_images({"dataset": dataset, "card_samples": True})

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import DistributedType, PartialState
+from accelerate import DistributedType
 from helpers.tiny_models import build_tiny_config, raises_one_line
 
 from modeling_vitcls import ViTCLSForImageClassification
@@ -38,47 +38,6 @@ def arguments(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     for name in ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP"):
         monkeypatch.delenv(name, raising=False)
     return found
-
-
-@pytest.mark.parametrize("has_gpu", [False, True])
-def test_a_run_uses_the_gpu_if_there_is_one(
-    has_gpu: bool, arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch.accelerator, "is_available", lambda: has_gpu)
-    accelerator: Any = build_accelerator(gradient_accumulation_steps=3)
-    (handler,) = arguments["kwargs_handlers"]
-    assert arguments["cpu"] == (not has_gpu)
-    assert handler.timeout.total_seconds() == 12 * 3600  # for a push by the main process
-    assert accelerator.gradient_accumulation_steps == 3
-
-
-def test_fsdp_on_cpus_is_enabled(
-    arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Accelerate ignores FSDP on CPUs."""
-    plugins: list[Any] = []
-
-    class Plugin(SimpleNamespace):
-        def __init__(self) -> None:
-            super().__init__(precision=None)
-            plugins.append(self)
-
-        def set_mixed_precision(self, precision: str) -> None:
-            self.precision = precision
-
-    monkeypatch.setattr(distributed, "FullyShardedDataParallelPlugin", Plugin)
-    result = {"distributed_type": DistributedType.MULTI_CPU, "is_fsdp2": True}
-    for number, (use_fsdp, precision) in enumerate(((False, "bf16"), (True, "no"), (True, "bf16"))):
-        arguments["result"] = result | {"mixed_precision": precision, "state": SimpleNamespace()}
-        if use_fsdp:
-            monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-        accelerator: Any = build_accelerator()
-        assert len(plugins) == number
-        if use_fsdp:
-            assert accelerator.state.fsdp_plugin is plugins[-1]
-            assert plugins[-1].precision == (None if precision == "no" else precision)
-            assert accelerator.state.distributed_type == DistributedType.FSDP
-            assert PartialState().distributed_type == DistributedType.FSDP
 
 
 @pytest.mark.parametrize("is_fsdp2", [False, True])
@@ -146,11 +105,6 @@ def test_deepspeed_is_an_error(arguments: dict[str, Any], monkeypatch: pytest.Mo
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     with raises_one_line("DeepSpeed", "fsdp2.yaml"):
         build_accelerator()
-
-
-def test_missing_trackers_are_errors() -> None:
-    with raises_one_line("`log_with='no_tracker'`"):
-        build_accelerator(trackers=("json", "no_tracker"))
 
 
 def test_models_are_sharded_by_layer_unless_the_configuration_names_modules() -> None:
