@@ -206,13 +206,6 @@ def test_links_resolve(page: Path) -> None:
             assert anchor in get_anchors(target), f"{get_name(page)}: {link} has no such heading"
 
 
-def test_every_page_is_in_the_index() -> None:
-    linked = {
-        link.partition("#")[0] for link in LINK.findall((ROOT / "docs" / "README.md").read_text())
-    }
-    assert {page.name for page in (ROOT / "docs").glob("*.md")} - {"README.md"} <= linked
-
-
 # Commands and flags -------------------------------------------------------------------------------
 
 
@@ -378,31 +371,6 @@ def test_files_in_the_text_exist(page: Path) -> None:
                 else find_file(path)
             )
             assert exists or path in OTHER_FILES, f"{get_name(page)}: {path} does not exist"
-
-
-def read_table(page: Path, heading: str) -> list[list[str]]:
-    """Return the cells of the rows of the first table below a heading."""
-    text = page.read_text(encoding="utf-8").partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
-    rows = re.findall(r"^\| (.*) \|$", text, re.MULTILINE)
-    return [row.split(" | ") for row in rows[1:]]
-
-
-def test_the_list_of_shipped_files_is_complete() -> None:
-    rows = read_table(ROOT / "docs" / "architecture.md", "Files")
-    assert sorted(row[0].strip("`") for row in rows) == sorted(
-        file.name for file in (PACKAGE / "model").glob("*_vitcls.py")
-    )
-
-
-def test_the_list_of_folders_is_complete() -> None:
-    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
-    listing = text.partition("    modeling_vitcls/\n")[2].partition("    scripts/")[0]
-    listed = {
-        name for line in listing.splitlines() for name in line.split("  ")[3].strip().split(", ")
-    }
-    folders = {f"{file.parent.name}/" for file in PACKAGE.glob("*/__init__.py")}
-    files = {file.name for file in PACKAGE.glob("*.py")} - {"__init__.py", "version.py"}
-    assert listed == folders | {name for name in files if not name.endswith("_vitcls.py")}
 
 
 def test_links_of_the_package_page_are_absolute(
