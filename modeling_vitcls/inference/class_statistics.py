@@ -256,6 +256,8 @@ def estimate_shrinkage(values: np.ndarray) -> tuple[float, float]:
     covariance matrices").
     """
     num_values, width = values.shape
+    if num_values == 2:  # one difference, whose noise cannot be estimated
+        return 1.0, float((values**2).mean())
     norms = (values**2).sum(axis=1)
     mean_variance = norms.sum() / (num_values * width)
     products = values @ values.T if num_values < width else values.T @ values

@@ -65,3 +65,17 @@ def test_a_run_without_steps_prints_the_command_that_trains_all_weights(
     trained = ViTCLSModel.from_pretrained(results_file.parent).state_dict()
     name = "layers.0.mlp.fc1.weight"
     assert not torch.equal(original[name], trained[name])
+
+
+@pytest.mark.filterwarnings("error::scipy.linalg.LinAlgWarning")
+def test_two_photos_of_each_class_are_enough(sources: Path) -> None:
+    """Two images have one difference, and four classes of them a covariance of rank 4."""
+    photos = sources / "few photos"
+    for index, photo in enumerate(sorted((sources / "my photos" / "ants").iterdir())[:8]):
+        (photos / f"kind {index % 4}").mkdir(parents=True, exist_ok=True)
+        photo.rename(photos / f"kind {index % 4}" / photo.name)
+
+    arguments = ["--model", str(sources / "vit"), "--dataset", str(photos)]
+    arguments += ["--output-dir", str(sources / "frozen"), "--num-workers", "0", "--no-report"]
+    main(["finetune", *arguments, "--trainable", "head"])
+    assert read_json(sources / "frozen/results.json")["num_images"] == 8
