@@ -22,7 +22,8 @@ COMMAND = re.compile(
     r'pip install (\\?")(?:\.|modeling_vitcls)\[([a-z,]+)\](?: @ git\+[^\s"\\]+)?\\?"'
 )
 CLONE = re.compile(r"git clone \S+")
-NO_ADDRESS = "ADDRESS-OF-THIS-REPOSITORY"
+NO_ADDRESS = "<address>"
+EXPLANATION = re.compile(rf"^# {NO_ADDRESS}.*\n", re.MULTILINE)
 # more follow if there is an address
 BADGES = re.compile(r"^(\[!\[License.*\]\(docs/installation\.md#requirements\)).*$", re.MULTILINE)
 
@@ -31,6 +32,7 @@ def write_address(text: str, address: str | None) -> str:
     """Return a page whose commands clone `address` and install from it, or from a checkout."""
     text = BADGES.sub(lambda found: found[1] + make_badges(address), text)
     text = CLONE.sub(f"git clone {address or NO_ADDRESS}", text)
+    text = EXPLANATION.sub("", text) if address else text
     source = f"modeling_vitcls[EXTRAS] @ git+{address}" if address else ".[EXTRAS]"
     return COMMAND.sub(
         lambda found: f"pip install {found[1]}{source.replace('EXTRAS', found[2])}{found[1]}", text

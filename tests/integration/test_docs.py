@@ -334,7 +334,7 @@ def test_the_pages_contain_the_address_of_pyproject() -> None:
     url = "https://example.org/x"
     commands = {
         'pip install ".[cli,export]"': f'pip install "modeling_vitcls[cli,export] @ git+{url}"',
-        "git clone ADDRESS-OF-THIS-REPOSITORY x": f"git clone {url} x",
+        "git clone <address> x": f"git clone {url} x",
     }
     for command, with_address in commands.items():
         assert make_address.write_address(command, url) == with_address
@@ -346,6 +346,7 @@ def test_the_pages_contain_the_address_of_pyproject() -> None:
 
     assert "https://github.com/a/x/actions/workflows/test.yml/badge.svg" in readme
     assert "https://a.github.io/x" in readme
+    assert "<address>" not in readme
 
 
 # Names and messages -------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """The blocks of README.md run as printed, in a new environment.
 
-The block with `git clone` does not run, because it sets up an environment of its own.
+The block with `git clone` runs with this repository as its address, and `make` prints its steps.
 
 The Hub is a local one with the two timm models of the page, with random weights, and accepts the
 push. `photos` is a folder of digits.
@@ -9,6 +9,7 @@ push. `photos` is a folder of digits.
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -34,8 +35,8 @@ BLOCKS = [
     for language, text in re.findall(
         r"^```(python|bash)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL
     )
-    if not text.startswith("git clone")
 ]
+CLONE = next(text for _, text in BLOCKS if "git clone" in text)
 # the fixture `environment` stands for it
 NEW_ENVIRONMENT = re.compile(r"^python3 -m venv .*\n", re.MULTILINE)
 TIMM_MODELS = (
@@ -104,7 +105,8 @@ def test_every_block_runs_after_the_printed_installation(
     checkout: Path, environment: dict[str, str], hub: LocalHub
 ) -> None:
     installation = next(text for _, text in BLOCKS if NEW_ENVIRONMENT.match(text))
-    for language, text in sorted(BLOCKS, key=lambda block: block[1] != installation):
+    blocks = [block for block in BLOCKS if block[1] != CLONE]
+    for language, text in sorted(blocks, key=lambda block: block[1] != installation):
         text = NEW_ENVIRONMENT.sub("", text)
         command = ["bash", "-ec", text] if language == "bash" else ["python", "-c", text]
         done = subprocess.run(
@@ -126,6 +128,26 @@ def test_every_block_runs_after_the_printed_installation(
     assert accuracy >= 0.97
     assert (checkout / "runs/photos/report.html").stat().st_size > 100_000
     assert "model.safetensors" in hub.files("ME/photos")
+
+
+def test_the_first_block_clones_an_address_and_makes_its_targets(tmp_path: Path) -> None:
+    if not (ROOT / ".git").exists():
+        pytest.skip("requires a git repository")
+    assert CLONE.count("<address>") == 2, "the word is explained, and stands in one command"
+    lines = CLONE.replace("<address>", shlex.quote(str(ROOT)))
+    done = subprocess.run(
+        ["bash", "-ec", lines],
+        cwd=tmp_path,
+        env=os.environ | {"MAKEFLAGS": "n"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+
+    assert done.returncode == 0, done.stderr
+    assert "scripts/demo.py" in done.stdout
+    assert "-m pytest" in done.stdout
 
 
 def test_the_numbers_of_the_readme_are_in_committed_results() -> None:
