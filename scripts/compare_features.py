@@ -23,7 +23,6 @@ from modeling_vitcls.runtime.system import get_processor_name
 
 
 PROGRAMS = Path(__file__).parent / "compared" / "features"
-NAMES = ("vitcls.sh", "pipeline.py", "timm_loader.py")
 
 
 @dataclass(frozen=True)
@@ -40,6 +39,10 @@ class Options:
     """Number of photographs."""
     rounds: int = 3
     """Number of rounds. Each round runs each program once."""
+    precisions: tuple[str, ...] = ("fp32", "bf16")
+    """Precisions to measure. CPUs without bfloat16 instructions need only fp32."""
+    programs: tuple[str, ...] = ("vitcls.sh", "pipeline.py", "timm_loader.py")
+    """Programs in scripts/compared/features/ to run; the ratios are those to the first one."""
 
 
 def main() -> None:
@@ -54,11 +57,11 @@ def main() -> None:
         "second, vitcls / program |",
         "|---|---|---:|---:|---:|---:|",
     ]
-    for precision in ("fp32", "bf16"):
+    for precision in options.precisions:
         rounds = []
         for _ in range(options.rounds):
             usages_by_name = {}
-            for name in NAMES:
+            for name in options.programs:
                 usages_by_name[name] = run_measured(
                     PROGRAMS / name,
                     environment | {"PRECISION": precision},
@@ -66,10 +69,10 @@ def main() -> None:
                 )
             rounds.append(usages_by_name)
             print(precision, rounds[-1], flush=True)
-        for name in NAMES:
+        for name in options.programs:
             usages = [each[name] for each in rounds]
             ratio = statistics.median(
-                each[name].cpu_seconds / each["vitcls.sh"].cpu_seconds for each in rounds
+                each[name].cpu_seconds / each[options.programs[0]].cpu_seconds for each in rounds
             )
             values = [
                 f"{statistics.median(usage.cpu_seconds for usage in usages):.1f}",
