@@ -39,7 +39,7 @@ from modeling_vitcls import (
     ViTCLSModel,
     convert_from_timm,
 )
-from modeling_vitcls.conversion import convert, source_models
+from modeling_vitcls.conversion import source_models
 from modeling_vitcls.conversion.convert import convert_checkpoint, load_source
 from modeling_vitcls.conversion.parity_report import compare_models
 from modeling_vitcls.conversion.weight_rules import ConversionError
@@ -497,18 +497,3 @@ def test_unsupported_sources_are_one_line_errors_and_write_nothing(
         convert_checkpoint(source, tmp_path / "made")
     assert "\n" not in str(raised.value)
     assert list_all(tmp_path) == before
-
-
-def test_a_model_to_convert_back_is_pinned_by_its_commit(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    found: list[Any] = []
-
-    def get_model_folder(name: str, revision: str | None = None) -> str:
-        found.append((name, revision))
-        raise OSError("not downloaded")
-
-    monkeypatch.setattr(convert, "get_model_folder", get_model_folder)
-    with pytest.raises(OSError, match="not downloaded"):
-        convert.write_native_model(f"ann/mine@{'0' * 40}", tmp_path / "out")
-    assert found == [("ann/mine", "0" * 40)]

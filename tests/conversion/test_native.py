@@ -194,14 +194,6 @@ def test_code_in_a_native_repository_is_not_run(hub: LocalHub, tmp_path: Path) -
         push_folder(ModelFolder(tmp_path / "native"), "ann/native")
 
 
-@pytest.mark.parametrize("flags", [{"to": "transformers"}, {"model": "x"}])
-def test_a_model_and_the_target_library_require_each_other(
-    flags: dict[str, Any], tmp_path: Path
-) -> None:
-    with raises_one_line("--"):
-        ConvertOptions(output=tmp_path / "out", **flags).check()
-
-
 def test_results_of_the_same_weights_are_kept(tmp_path: Path) -> None:
     """The card of the native model has the results of the run, with the hash of the new weights."""
     folder = save(tmp_path / "mine")

@@ -9,7 +9,6 @@ import socket
 import time
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -19,7 +18,7 @@ from helpers.local_hub import LocalHub, Token
 from helpers.scripts_in_process import run_in_process
 from helpers.source_checkpoints import SIZES, save_checkpoint
 from helpers.tiny_models import raises_one_line, save_classifier
-from huggingface_hub import HfApi, get_session
+from huggingface_hub import HfApi
 from huggingface_hub.utils import _http as hub_http
 from huggingface_hub.utils import enable_progress_bars
 
@@ -29,7 +28,6 @@ from modeling_vitcls.hub.loading import (
     download_files,
     get_cached_commit,
     get_model_folder,
-    resolve_commit,
 )
 from modeling_vitcls.hub.model_files import CONFIG_FILES
 from modeling_vitcls.hub.model_folder import ModelFolder
@@ -217,38 +215,8 @@ def test_given_revisions_are_used(
         get_model_folder("ann/model", revision="gone")
 
 
-def test_a_revision_is_resolved_to_its_commit(hub: LocalHub) -> None:
-    model = hub.repositories["ann/model"]
-    old = model.branches["main"]
-    HfApi().create_tag("ann/model", tag="v1")
-    model.commit("main", "new", {"config.json": hub.store("config.json", b"new")})
-    model.commit("branch", "other", {"config.json": hub.store("config.json", b"branch")})
-
-    revisions = {
-        "main": model.branches["main"],
-        "branch": model.branches["branch"],
-        "v1": old,
-        old: old,
-    }
-    assert len(set(revisions.values())) == 3
-
-    for revision, commit in revisions.items():
-        private = loading.HubCommit("ann/model", commit, needs_token=True)
-        assert resolve_commit("ann/model", revision) == private
-    assert resolve_commit("ann/model") == resolve_commit("ann/model", "main")
-
-    hub.create("ann/public", private=False)
-    assert not resolve_commit("ann/public").needs_token
-    hub.gated.add("ann/public")
-    assert resolve_commit("ann/public").needs_token
-    with raises_one_line("ann/model", "v2", error=OSError):
-        resolve_commit("ann/model", "v2")
-    with raises_one_line("no id at all", error=OSError):
-        resolve_commit("no id at all")
-
-
 def test_only_the_matching_files_of_the_commit_are_downloaded(
-    hub: LocalHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    hub: LocalHub, tmp_path: Path
 ) -> None:
     model = hub.repositories["ann/model"]
     old = model.branches["main"]
@@ -264,18 +232,6 @@ def test_only_the_matching_files_of_the_commit_are_downloaded(
     cached = Path(get_model_folder("ann/model", ["config.json", "*.txt"]))
     assert (cached / "notes.txt").read_bytes() == b"new"
     assert cached.is_relative_to(tmp_path / "cache")
-    timeouts: list[float] = []
-
-    def download(*_: Any, **__: Any) -> Path:
-        timeouts.append(get_session().timeout.read)
-        return cached
-
-    monkeypatch.setattr(loading, "snapshot_download", download)
-    download_files("ann/model", None, [])
-    download_files("ann/model", None, [], 3.0)
-    assert get_model_folder("ann/model") == str(cached)
-    assert timeouts == [loading.COMMIT_TIMEOUT, 3.0, loading.TIMEOUT]
-    assert loading.TIMEOUT < loading.COMMIT_TIMEOUT
 
 
 def test_files_are_downloaded_once_and_the_newest_is_used(

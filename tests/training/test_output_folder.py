@@ -21,7 +21,7 @@ from helpers.warm_processes import READY, SECONDS
 
 from modeling_vitcls.model.modeling_vitcls import ViTCLSModel
 from modeling_vitcls.runtime import staging
-from modeling_vitcls.runtime.staging import LOCK_FILE, FolderLock, stage_files
+from modeling_vitcls.runtime.staging import LOCK_FILE, FolderLock
 from modeling_vitcls.training import output_folder
 from modeling_vitcls.training import run as run_module
 from modeling_vitcls.training.checkpoints import CheckpointStore
@@ -290,30 +290,6 @@ def test_only_folders_of_runs_and_models_are_cleared(folder: Path, name: str | N
 
     assert contents(folder) == {}
     assert not (folder / "images").exists()
-
-
-def test_the_configuration_is_moved_first_and_the_results_last(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    names = ["config.json", "README.md", "images/a.png", "model.safetensors", "results.json"]
-    moved = []
-    move = Path.replace
-
-    def note(path: Path, target: Path) -> Path:
-        moved.append(path.name)
-        return move(path, target)
-
-    (tmp_path / ".model.partial" / "of an earlier attempt").mkdir(parents=True)
-    with stage_files(tmp_path, "config.json", "results.json") as folder:
-        (folder / "images").mkdir()
-        for name in (*names[2:], *names[:2]):
-            (folder / name).touch()
-        monkeypatch.setattr(Path, "replace", note)
-    assert [name for name in moved if not name.startswith(".")] == [
-        Path(name).name for name in names
-    ]
-    assert set(contents(tmp_path)) == set(names)
-    assert not folder.exists()
 
 
 # A kill in the final save -------------------------------------------------------------------------
