@@ -112,10 +112,13 @@ def load_from_dataset(
     splits: pd.DataFrame,
 ) -> InspectionImages:
     """Load one split, with the label indices of a classifier's label space, or without labels."""
-    column_options = {
-        name: getattr(options, name) for name in ("image_column", "label_column", "label_separator")
-    }
-    data_options = DataOptions(dataset=dataset, **column_options)
+    data_options = DataOptions(
+        dataset=dataset,
+        image_column=options.image_column,
+        label_column=options.label_column,
+        label_separator=options.label_separator,
+        allow_urls=options.allow_urls,
+    )
     use_labels = label_space is not None
 
     data = load_evaluation_data(data_options, options.split, splits, use_labels=use_labels)

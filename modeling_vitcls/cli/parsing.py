@@ -24,6 +24,7 @@ import yaml
 
 from ..hub.local_paths import split_prefix
 from ..runtime.errors import describe_error, is_raised_on_all_processes
+from ..runtime.files import read_text
 from ..runtime.flags import (
     EQUIVALENT_FLAGS,
     Options,
@@ -253,7 +254,7 @@ def read_recipe(path: Path) -> list[str]:
     if not path.suffix:
         check_recipe_exists(path, "recipe", "[!s]*.yaml")
     try:
-        recipe = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        recipe = yaml.safe_load(read_text(path)) or {}
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         exit_with_message(f"error: cannot read the recipe {path}: {' '.join(str(error).split())}")
     if not isinstance(recipe, dict):

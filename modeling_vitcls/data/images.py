@@ -29,7 +29,7 @@ from ..model.fast_image_processing_vitcls import open_regular_file
 from ..model.image_processing_vitcls import read_image, shorten_text
 from ..runtime.errors import format_error
 from .labels import MultiHotLabels
-from .urls import fetch, is_url
+from .urls import fetch_if_url
 
 
 # Pillow warns about harmless properties of files, once per image and worker.
@@ -193,6 +193,18 @@ class DatasetImages(Sequence):
         for start in range(0, len(rows), ROWS_PER_READ):
             yield self.dataset[rows[start : start + ROWS_PER_READ]][self.column]
 
+    def iterate_paths(self) -> Iterator[str | None]:
+        """Yield the path or URL of each row that does not contain the image itself."""
+        import pyarrow
+        import pyarrow.compute
+
+        paths = self.arrow_values
+        if pyarrow.types.is_struct(paths.type):
+            is_path = pyarrow.compute.struct_field(paths, "bytes").is_null()
+            paths = pyarrow.compute.struct_field(paths, "path").filter(is_path)
+        for chunk in paths.chunks:
+            yield from chunk.to_pylist()
+
     def iterate_names(self) -> Iterator[str]:
         """Yield the path of each image within the folder, or "". Images are not read."""
         import pyarrow
@@ -329,10 +341,7 @@ def decode_image(encoded_image: dict[str, Any], fallback_name: str) -> Image.Ima
     if content is None and not path:
         raise UnreadableImage(f"{fallback_name} has no image")
     try:
-        if content is None and is_url(path) and not Path(path).exists():
-            image = read_image(fetch(path))
-        else:
-            image = read_image(path if content is None else content)
+        image = read_image(fetch_if_url(path) if content is None else content)
     except Exception as error:  # Pillow's decoders raise many types of errors on damaged data
         message = format_error(error)
         if content is not None:

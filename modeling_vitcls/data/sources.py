@@ -53,7 +53,7 @@ from .labels import (
 )
 from .options import DataOptions
 from .tables import read_table
-from .urls import check_urls
+from .urls import check_urls, is_url
 from .zip_files import is_zip_file, unpack_zip
 
 
@@ -247,10 +247,8 @@ def load_table(options: DataOptions, use_labels: bool, select: SplitSelector) ->
     image_column = find_image_column(options, features)
     folder = get_dataset_folder(options.dataset)
     name = get_dataset_name(options.dataset)
-    for dataset in datasets.values():
-        check_urls(dataset, image_column, options.allow_urls, options.dataset)
     images_by_split = {
-        split: build_images(dataset, image_column, folder, options.dataset)
+        split: build_images(dataset, image_column, folder, options.dataset, options.allow_urls)
         for split, dataset in datasets.items()
     }
     if not use_labels:
@@ -458,25 +456,31 @@ def read_column(dataset: Any, column: str) -> list[Any]:
     return dataset.select_columns([column])[:][column]  # type: ignore[no-any-return]
 
 
-def build_images(dataset: Any, column: str, folder: Path, name: str) -> DatasetImages:
+def build_images(
+    dataset: Any, column: str, folder: Path, name: str, allow_urls: bool
+) -> DatasetImages:
     """Return the images of one split.
 
     The column contains encoded images, or paths relative to `folder`. Raise ValueError if none of
-    the paths is a file.
+    the paths is a file, or if there are web addresses without `allow_urls`.
     """
     import datasets
 
     images = dataset.select_columns([column])
     feature = dataset.features[column]
-    if is_image_feature(feature):
-        return DatasetImages(images.cast_column(column, datasets.Image(decode=False)), folder)
-    if getattr(feature, "dtype", None) != "string":
+    is_encoded = is_image_feature(feature)
+    if is_encoded:
+        images = images.cast_column(column, datasets.Image(decode=False))
+    elif getattr(feature, "dtype", None) != "string":
         images = images.cast_column(column, datasets.Value("string"))  # numbers as file names
-    paths = [path for path in images[:MAX_CHECKED_PATHS][column] if path]
-    if paths and not any("://" in path or (folder / path).exists() for path in paths):
+
+    built = DatasetImages(images, folder)
+    check_urls(built.iterate_paths(), allow_urls, name)
+    paths = [] if is_encoded else [path for path in images[:MAX_CHECKED_PATHS][column] if path]
+    if paths and not any(is_url(path) or os.path.exists(folder / path) for path in paths):  # noqa: PTH110
         raise ValueError(
             f"{name}: the column {column!r} has no names of files in {folder}, such as "
             f"{paths[0]!r}. Set `image_column` to a column of file names, or write them with their "
             "folder and suffix"
         )
-    return DatasetImages(images, folder)
+    return built

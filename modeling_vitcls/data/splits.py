@@ -35,6 +35,7 @@ from scipy.sparse.csgraph import connected_components
 
 from ..hub.model_files import SPLITS_FILE
 from ..hub.model_folder import ModelFolder
+from ..model.fast_image_processing_vitcls import open_regular_file
 from ..model.heads_vitcls import IGNORED_LABEL
 from ..runtime.distributed import run_on_main
 from ..runtime.files import escape_csv_cell, write_atomically
@@ -299,7 +300,8 @@ def exclude_images(
     """
     import pandas as pd
 
-    table = pd.read_csv(file, dtype=str)
+    with open_regular_file(file) as stream:
+        table = pd.read_csv(stream, dtype=str)
     if not {"split", "id"} <= set(table.columns):
         raise ValueError(
             f"`exclude={str(file)!r}`: the column 'split' or 'id' is missing. Use a table of "

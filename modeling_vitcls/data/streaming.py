@@ -53,7 +53,7 @@ from .sources import (
     open_splits,
     warn_on_first_process,
 )
-from .urls import WEB_PREFIXES, raise_not_allowed
+from .urls import check_urls
 
 
 MAX_HELD_OUT_IMAGES = 10_000  # maximum number of held-out images of a stream
@@ -178,10 +178,8 @@ class StreamedImages:
         """
         for values in stream:
             encoded_image = to_encoded_image(values[self.image_column], self.folder)
-            path = (encoded_image["path"] or "").lower()
-            is_at_url = encoded_image["bytes"] is None and path.startswith(WEB_PREFIXES)
-            if is_at_url and not self.allow_urls:
-                raise_not_allowed(self.name, "images are at web addresses")
+            if encoded_image["bytes"] is None:
+                check_urls([encoded_image["path"]], self.allow_urls, self.name)
             key = compute_encoded_content_key(encoded_image)
             (number,) = draw_numbers(np.array([key], np.uint64), self.split_seed)
             if (int(number) / 2**64 < self.held_out_fraction) == is_held_out:

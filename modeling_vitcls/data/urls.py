@@ -1,16 +1,19 @@
-"""Images at URLs in a table: what is fetched, from where, and for how long.
+"""Images at URLs in a table or a list: what is fetched, from where, and for how long.
 
     https://HOST/photo.jpg              with `allow_urls`; never from this machine or a private network
     hf://datasets/ORG/NAME@REV/a.jpg    a file in a repository on the Hub
     anything else                       refused: file://, ftp://, simplecache::http://...
 
-Every redirect is checked like the first address. A host that does not answer is asked once. With
-`HF_HUB_OFFLINE=1`, nothing is fetched.
+Whatever reads addresses from a file (tables, streams, lists, `EmbedImages`) calls `check_urls`, and
+all images come through `fetch_if_url`. Every redirect is checked like the first address. A host that
+does not answer is asked once. With `HF_HUB_OFFLINE=1`, nothing is fetched.
 """
 
 import ipaddress
+import os
 import re
 import socket
+from collections.abc import Iterable
 from typing import Any
 from urllib.parse import unquote, urljoin, urlsplit
 
@@ -47,40 +50,35 @@ class FetchError(OSError):
 
 
 def is_url(path: str) -> bool:
-    """Return whether a path is a URL, or a chain of URLs."""
-    return "://" in path or "::" in path
+    """Return whether a path is a URL, or a data URI, which contains the image."""
+    return "://" in path or path.startswith("data:")
 
 
-def check_urls(dataset: Any, column: str, allow_urls: bool, name: str) -> None:
-    """Raise ValueError if images of a table `name` are at web addresses, without `allow_urls`.
+def check_urls(paths: Iterable[Any], allow_urls: bool, name: str) -> None:
+    """Raise ValueError if images are at web addresses, without `allow_urls`.
 
-    The rows of a stream are checked when they are read.
+    Args:
+        paths: paths and URLs; anything else is not fetched.
+        allow_urls: whether web addresses are allowed.
+        name: name of the table or list.
     """
-    import datasets
-    import pyarrow.compute
-
-    if allow_urls or isinstance(dataset, datasets.IterableDataset):
+    if allow_urls:
         return
-    values = dataset.select_columns([column]).with_format("arrow")[:][column]
-    if pyarrow.types.is_struct(values.type):
-        values = pyarrow.compute.struct_field(values, "path")
-    if not pyarrow.types.is_string(values.type):
-        return
-    is_web = pyarrow.compute.match_substring_regex(values, "^https?://", ignore_case=True)
-    number = pyarrow.compute.sum(is_web).as_py()
+    number = sum(isinstance(path, str) and path.lower().startswith(WEB_PREFIXES) for path in paths)
     if number:
-        raise_not_allowed(name, f"{number:,} of the images are at web addresses")
+        raise ValueError(
+            f"{name}: {number:,} of the images are at web addresses. Set `allow_urls=True` to "
+            f"fetch them from your network, if you trust {name}, or download the images"
+        )
 
 
-def raise_not_allowed(name: str, problem: str) -> None:
-    """Raise the error about web addresses in a table."""
-    raise ValueError(
-        f"{name}: {problem}. Set `allow_urls=True` to fetch them from your network, if you trust "
-        "the table, or download the images"
-    )
+def fetch_if_url(path: str, is_by_hand: bool = False) -> str | bytes:
+    """Return the content of a URL, or of a chain of URLs; other paths are returned unchanged."""
+    is_chain = "::" in path and not os.path.exists(path)  # noqa: PTH110  # False for long names
+    return fetch(path, is_by_hand) if "://" in path or is_chain else path
 
 
-def fetch(url: str, is_from_table: bool = True) -> bytes:
+def fetch(url: str, is_by_hand: bool = False) -> bytes:
     """Return the contents of a URL.
 
     Network errors and temporary errors of a server are retried for about 15 seconds. Raise
@@ -88,8 +86,8 @@ def fetch(url: str, is_from_table: bool = True) -> bytes:
 
     Args:
         url: the URL.
-        is_from_table: whether it must not be an address of this machine or of a private network. A
-            person may give such an address.
+        is_by_hand: whether a person gave the address, which may then be one of this machine or of a
+            private network.
     """
     host = urlsplit(url).netloc
     headers = None
@@ -115,7 +113,7 @@ def fetch(url: str, is_from_table: bool = True) -> bytes:
 
     try:
         for _ in range(MAX_REDIRECTS + 1):
-            if is_from_table and headers is None:
+            if not is_by_hand and headers is None:
                 check_public(url)
             response: Any = http_backoff(
                 "GET",

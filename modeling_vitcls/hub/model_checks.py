@@ -10,6 +10,7 @@ import torch
 
 from ..model.adaptation_vitcls import check_checkpoint_folder
 from ..model.configuration_vitcls import ViTCLSConfig
+from ..model.fast_image_processing_vitcls import open_regular_file
 from ..runtime.files import read_json
 from .model_files import (
     ADAPTER_FILE,
@@ -98,4 +99,4 @@ def check_weight_files(source: str, folder: Path) -> None:
     for name in list_weight_files(folder):
         if (folder / name).exists():
             # otherwise, safetensors reports a file without read permission as missing
-            (folder / name).open("rb").close()
+            open_regular_file(folder / name).close()

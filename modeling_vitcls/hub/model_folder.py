@@ -15,7 +15,7 @@ from ..model.adaptation_vitcls import load_checkpoint
 from ..model.configuration_vitcls import ViTCLSConfig
 from ..model.image_processing_vitcls import ViTCLSImageProcessor
 from ..model.modeling_vitcls import ViTCLSModel
-from ..runtime.files import read_json
+from ..runtime.files import read_json, read_text
 from ..runtime.messages import format_message
 from .connection import silence_transformers
 from .local_paths import can_publish_images, strip_folders
@@ -319,7 +319,7 @@ class ModelFolder:
     def flags(self) -> dict[str, Any]:
         """The flags of the run that wrote the folder; empty if they are missing or unreadable."""
         try:
-            flags: Any = yaml.safe_load((self.path / RECIPE_FILE).read_text(encoding="utf-8"))
+            flags: Any = yaml.safe_load(read_text(self.path / RECIPE_FILE))
         except (OSError, ValueError, yaml.YAMLError):  # no such file, not UTF-8, or not YAML
             return {}
         return flags if isinstance(flags, dict) else {}

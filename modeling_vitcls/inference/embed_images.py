@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 from ..conversion.any_checkpoint import resolve
+from ..data.urls import check_urls
 from ..model.image_processing_vitcls import SOURCE_TYPES
 from .inputs import build_record
 from .load_model import choose_batch_size, load_model
@@ -50,6 +51,7 @@ class EmbedImages:
         device: device of the model. Default: CUDA if it is available.
         backend: engine as in `vitcls predict --backend`. "auto" is "torch" if the folder has
             weights.
+        allow_urls: whether to fetch images from http(s) addresses in the batches.
 
     Example:
         >>> from datasets import load_dataset
@@ -70,12 +72,13 @@ class EmbedImages:
         fit: str | None = None,
         device: str | None = None,
         backend: str = "auto",
+        allow_urls: bool = False,
     ) -> None:
         self.model = str(model)
         self.features = tuple(features)
         self.image_column = image_column
         self.dtype, self.batch_size, self.fit, self.device = dtype, batch_size, fit, device
-        self.backend = backend
+        self.backend, self.allow_urls = backend, allow_urls
         self.predictor: Predictor | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -102,8 +105,9 @@ class EmbedImages:
             raise ValueError(
                 f"the column {column} is one image, not a batch. Set `batched=True`, or pass a list"
             )
-        records = (build_record(index, image, Path()) for index, image in enumerate(images))
-        rows = list(self.predictor.iterate_rows(records))
+        records = [build_record(index, image, Path()) for index, image in enumerate(images)]
+        check_urls((record.content for record in records), self.allow_urls, f"the column {column}")
+        rows = list(self.predictor.iterate_rows(iter(records)))
         columns: Any = self.predictor.columns
         outputs: dict[str, Any] = {name: values for name, values in batch.items() if name != column}
         for name, (output_name, feature) in zip(

@@ -20,11 +20,13 @@ import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, unquote_to_bytes
 
+import numpy as np
 import torch
 from PIL import Image
 
@@ -39,17 +41,18 @@ from ..data.image_folder import (
     make_printable,
     scan_folder,
 )
-from ..data.images import ROWS_PER_READ, ArrayImages, resolve_path
+from ..data.images import ArrayImages, DatasetImages, resolve_path
 from ..data.labels import find_image_column
 from ..data.options import DataOptions
 from ..data.sources import (
+    build_images,
     get_dataset_folder,
     is_idx_folder,
     load_splits,
     open_splits,
     warn_on_first_process,
 )
-from ..data.urls import FetchError, check_urls, fetch, is_url
+from ..data.urls import FetchError, check_urls, fetch_if_url
 from ..hub.local_paths import is_built_in_dataset
 from ..model.image_processing_vitcls import (
     SOURCE_TYPES,
@@ -71,7 +74,7 @@ class ImageRecord:
     name: str
     # path, URL, encoded bytes, or any other input of the image processor; None for a missing image
     content: Any
-    is_from_table: bool = False  # whether a URL was not given by hand
+    is_by_hand: bool = False  # whether a person gave the URL, and not a table or a list
 
 
 # Lists --------------------------------------------------------------------------------------------
@@ -83,6 +86,7 @@ class ListInput:
 
     names: Sequence[str]
     contents: Sequence[Any]
+    is_by_hand: bool = True  # whether a person gave the URLs
 
     @property
     def num_images(self) -> int:
@@ -105,7 +109,7 @@ class ListInput:
     def read_records(self, indices: range) -> Iterator[ImageRecord]:
         """Yield the records in a range of indices."""
         for index in indices:
-            yield ImageRecord(index, self.names[index], self.contents[index])
+            yield ImageRecord(index, self.names[index], self.contents[index], self.is_by_hand)
 
 
 def build_list_input(paths: Iterable[str]) -> ListInput:
@@ -184,7 +188,10 @@ def read_file_object(image: Any) -> Any:
 
 
 def read_path_list(file: Path) -> list[str]:
-    """Return the non-empty lines of a text file. Raise ValueError if there are no such lines."""
+    """Return the non-empty lines of a text file. Raise ValueError if there are no such lines.
+
+    The file may be a pipe, such as /dev/stdin or `<(find photos)`, which is read until it ends.
+    """
     lines = file.read_text(encoding="utf-8-sig", errors="surrogateescape").split("\n")
     paths = [path for line in lines if (path := line.removesuffix("\r")).strip()]
     if not paths:
@@ -200,7 +207,9 @@ def get_source_name(source: str) -> str:
 def get_file_stat(path: str) -> list[int] | None:
     """Return the size in bytes and the modification time in nanoseconds of a file.
 
-    It is None for URLs and missing files.
+    It is None for URLs and missing files. A file that is replaced by one of the same size and time
+    is not noticed: the time of the change (ctime) would differ between the machines of an array
+    job, to which images are copied with their time of modification.
     """
     try:
         stat = Path(path).stat()
@@ -219,16 +228,12 @@ def build_record(index: int, value: Any, folder: Path) -> ImageRecord:
     """
     if isinstance(value, str):
         path = value if value.startswith(DATA_URI_PREFIX) else resolve_path(folder, value)
-        return ImageRecord(index, get_source_name(value), path, is_from_table=True)
+        return ImageRecord(index, get_source_name(value), path)
     if isinstance(value, dict):
         name = value.get("path")
         encoded = value.get("bytes")
-        return ImageRecord(
-            index,
-            make_printable(name or str(index)),
-            name if encoded is None else encoded,
-            is_from_table=True,
-        )
+        content = name if encoded is None else encoded
+        return ImageRecord(index, make_printable(name or str(index)), content)
     return ImageRecord(index, str(index), value)
 
 
@@ -236,29 +241,26 @@ def build_record(index: int, value: Any, folder: Path) -> ImageRecord:
 class DatasetInput:
     """The rows of a dataset on disk."""
 
-    dataset: Any  # datasets.Dataset
-    column: str
-    folder: Path
+    images: DatasetImages
     settings: dict[str, Any]
 
     @property
     def num_images(self) -> int:
-        return len(self.dataset)
+        return len(self.images)
 
     def compute_fingerprint(self) -> dict[str, Any]:
         """Return the options, the number of images and the fingerprint of the dataset."""
         return {
             **self.settings,
             "images": self.num_images,
-            "fingerprint": self.dataset._fingerprint,
+            "fingerprint": self.images.dataset._fingerprint,
         }
 
     def read_records(self, indices: range) -> Iterator[ImageRecord]:
         """Yield the records in a range of indices."""
-        for start in range(indices.start, indices.stop, ROWS_PER_READ):
-            values = self.dataset[start : min(start + ROWS_PER_READ, indices.stop)][self.column]
-            for index, value in enumerate(values, start):
-                yield build_record(index, value, self.folder)
+        parts = self.images.read_values(np.arange(indices.start, indices.stop))
+        for index, value in zip(indices, chain.from_iterable(parts), strict=True):
+            yield build_record(index, value, self.images.folder)
 
 
 PredictionInput = ListInput | DatasetInput
@@ -270,11 +272,12 @@ def open_input(options: PredictOptions) -> PredictionInput:
     Labels are not required. Raise ValueError if the input has no images or the dataset cannot be
     read, and OSError if the list cannot be read or the dataset cannot be found.
     """
+    if options.list is not None:
+        paths = read_path_list(options.list)
+        check_urls(paths, options.allow_urls, str(options.list))
+        return replace(build_list_input(paths), is_by_hand=False)
     if options.dataset is None:
-        return build_list_input(
-            list(options.paths) if options.list is None else read_path_list(options.list)
-        )
-    import datasets
+        return build_list_input(options.paths)
 
     dataset = options.dataset
     data_options = DataOptions(dataset=dataset, image_column=options.image_column)
@@ -292,13 +295,9 @@ def open_input(options: PredictOptions) -> PredictionInput:
     settings: dict[str, Any] = {"dataset": dataset, "split": options.split, "column": column}
     if path.exists():
         settings["files"] = compute_files_digest(path)
-    split = split.select_columns([column])
-    if isinstance(features[column], datasets.Image):  # the threads decode the images
-        split = split.cast_column(column, datasets.Image(decode=False))
     if not len(split):
         raise ValueError(f"the dataset {dataset} is empty. Add images")
-    check_urls(split, column, options.allow_urls, dataset)
-    return DatasetInput(split, column, folder, settings)
+    return DatasetInput(build_images(split, column, folder, dataset, options.allow_urls), settings)
 
 
 def select_split(splits: Mapping[str, Any], options: PredictOptions) -> Any:
@@ -358,8 +357,8 @@ def prepare_image(processor: ViTCLSImageProcessor, record: ImageRecord) -> Prepa
     try:
         if isinstance(content, str) and content.startswith(DATA_URI_PREFIX):
             content = decode_data_uri(content)
-        elif isinstance(content, str) and is_url(content) and not Path(content).exists():
-            content = fetch(content, record.is_from_table)
+        elif isinstance(content, str):
+            content = fetch_if_url(content, record.is_by_hand)
         pixels = processor(content, return_tensors="pt")["pixel_values"][0]  # [C, H, W]
     except FetchError:
         raise

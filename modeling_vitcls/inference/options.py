@@ -92,7 +92,7 @@ class ImageOptions(Options):
     image_column: str | None = None
     """Column with images or image paths. By default, the column is detected by type or name."""
     allow_urls: bool = False
-    """Fetch images from the http(s) addresses in a table of --dataset."""
+    """Fetch images from the http(s) addresses in a table or a list, but not from private networks."""
     batch_size: int | None = None
     """Maximum number of images per process and forward pass. To save memory, smaller batches are
     used if full attention maps are computed. Default: 32 on GPUs; on CPUs, as many images as have

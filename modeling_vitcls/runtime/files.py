@@ -1,4 +1,4 @@
-"""Read JSON, write files atomically, and replace unprintable characters."""
+"""Read text and JSON, write files atomically, and replace unprintable characters."""
 
 import hashlib
 import json
@@ -14,13 +14,23 @@ from typing import Any
 FORMULA_PREFIXES = ("=", "+", "-", "@", "\t", "\r")  # first characters of formulas in spreadsheets
 
 
+def read_text(file: Path) -> str:
+    """Return the text of a file in UTF-8.
+
+    Raise OSError if it is missing, or not a regular file after links: a named pipe would block.
+    """
+    if file.exists() and not file.is_file():
+        raise OSError(f"{file} is not a regular file. Set the path of a file")
+    return file.read_text(encoding="utf-8")
+
+
 def read_json(file: Path) -> dict[str, Any]:
     """Read a JSON object from a file.
 
     Raise ValueError if the file does not contain a valid JSON object.
     """
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(read_text(file))
     except ValueError as error:  # not UTF-8 or not JSON
         raise ValueError(f"cannot read {file}: {error}") from None
     except RecursionError:

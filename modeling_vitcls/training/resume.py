@@ -27,7 +27,7 @@ from ..hub.local_paths import (
     strip_folders,
 )
 from ..hub.model_files import CONFIG_FILE, RECIPE_FILE, RESULTS_FILE
-from ..runtime.files import read_json
+from ..runtime.files import read_json, read_text
 from ..runtime.flags import to_flags
 from .options import ModelOptions, PretrainOptions
 
@@ -132,7 +132,7 @@ def build_flags_record(
 
 def read_finished_flags(folder: Path) -> RecordedFlags:
     """Return the flags of a finished run, which has no checkpoints, from its files."""
-    flags = yaml.safe_load((folder / RECIPE_FILE).read_text(encoding="utf-8"))
+    flags = yaml.safe_load(read_text(folder / RECIPE_FILE))
     chosen = read_json(folder / RESULTS_FILE).get("chosen_flags", {})
     unset = {name: None for name in chosen if name not in PATH_FLAGS}
     return RecordedFlags(flags | unset, chosen, read_json(folder / CONFIG_FILE))

@@ -61,6 +61,23 @@ def test_a_wrong_value_in_the_configuration_is_named(
     assert field in run_with_error("predict", "--model", folder, photos)
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="requires named pipes")
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "recipe.yaml", "audit.csv"])
+def test_a_named_pipe_instead_of_a_file_is_an_error(
+    name: str, folder: Path, photos: Path, run_with_error: Callable[..., str]
+) -> None:
+    """Reading it would wait for ever."""
+    (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / name)
+    signal.alarm(100)  # ends the tests instead of a wait without end
+
+    command = ["finetune", "--model", folder, "--dataset", photos, "--output-dir", folder / "run"]
+    flags = {"recipe.yaml": ["--config", folder / name], "audit.csv": ["--exclude", folder / name]}
+    status = 2 if name == "recipe.yaml" else 1
+    assert "not a regular file" in run_with_error(*command, *flags.get(name, []), status=status)
+    signal.alarm(0)
+
+
 @pytest.mark.parametrize(
     "text", ['{"a": ' * 100_000, '{"model_type": "vitcls", "a": ' + "[" * 50_000]
 )

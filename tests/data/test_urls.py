@@ -1,11 +1,13 @@
 """Images at URLs in a table: which addresses are fetched."""
 
 import socket
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import huggingface_hub
+import pyarrow.parquet
 import pytest
 from helpers.photo_folders import write_photos
 from helpers.tiny_models import raises_one_line
@@ -15,6 +17,7 @@ from modeling_vitcls.data.images import UnreadableImage, decode_image
 from modeling_vitcls.data.options import DataOptions
 from modeling_vitcls.data.splits import load_training_data
 from modeling_vitcls.data.urls import FetchError, fetch
+from modeling_vitcls.inference.embed_images import EmbedImages
 from modeling_vitcls.inference.inputs import open_input, prepare_image
 from modeling_vitcls.inference.options import PredictOptions
 
@@ -83,6 +86,52 @@ def test_addresses_in_a_table_require_a_flag(
     load_training_data(DataOptions(dataset=table, allow_urls=True))
 
 
+def test_addresses_in_a_list_or_in_a_batch_require_the_same_flag(
+    tmp_path: Path, network: Network
+) -> None:
+    file = tmp_path / "list.txt"
+    file.write_text("http://photos.org/a.png\nhttp://inner.org/b.png\n", encoding="utf-8")
+    with raises_one_line(f"{file}: 2 of the images are at web addresses", "`allow_urls=True`"):
+        open_input(PredictOptions(model="model", list=file))
+    embed = EmbedImages("model")
+    embed.predictor = object()  # type: ignore[assignment]
+    with raises_one_line("the column path: 1 of the images", "`allow_urls=True`"):
+        embed({"path": ["a.png", "http://photos.org/a.png"]})
+    assert not network.requested
+
+    source = open_input(PredictOptions(model="model", list=file, allow_urls=True))
+    _, second = source.read_records(range(2))
+    assert "private network" in (prepare_image(None, second).error or "")  # type: ignore
+
+
+@pytest.mark.parametrize("is_stored", [False, True])
+def test_addresses_in_a_parquet_file_are_found_in_columns_of_any_type(
+    tmp_path: Path, network: Network, is_stored: bool
+) -> None:
+    """polars writes large strings; a photo that the table contains may have an address as its path."""
+    photos = sorted(write_photos(tmp_path / "photos", range(5)).glob("*/*.png"))
+    addresses = [f"http://photos.org/{photo.name}" for photo in photos]
+    images: Any = pyarrow.array(addresses, pyarrow.large_string())
+    if is_stored:
+        contents = [photo.read_bytes() for photo in photos]
+        images = pyarrow.array(
+            [{"bytes": each, "path": path} for each, path in zip(contents, addresses, strict=True)]
+        )
+    labels = [photo.parent.name for photo in photos]
+    file = tmp_path / "table.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"image": images, "label": labels}), file)
+
+    for read in (
+        lambda: load_training_data(DataOptions(dataset=str(file))),
+        lambda: open_input(PredictOptions(model="model", dataset=str(file))),
+    ):
+        with (
+            nullcontext() if is_stored else raises_one_line("10 of the images", "`allow_urls=True`")
+        ):
+            read()
+    assert not network.requested
+
+
 @pytest.mark.parametrize(
     "address",
     [
@@ -124,7 +173,7 @@ def test_private_addresses_are_refused_also_after_a_redirect(network: Network, h
             fetch(address)
 
     assert network.requested == ["http://photos.org/a.png", "http://photos.org/b.png"]
-    assert fetch(secret, is_from_table=False) == b"content"  # given by hand
+    assert fetch(secret, is_by_hand=True) == b"content"
 
 
 def test_redirects_are_followed_to_web_addresses_only(network: Network) -> None:

@@ -18,6 +18,7 @@ from PIL import Image
 
 from modeling_vitcls.data import image_folder, urls
 from modeling_vitcls.data.image_folder import compute_files_digest
+from modeling_vitcls.data.images import DatasetImages
 from modeling_vitcls.data.urls import FetchError
 from modeling_vitcls.inference import inputs
 from modeling_vitcls.inference.inputs import (
@@ -108,7 +109,7 @@ def test_rows_of_a_dataset_keep_their_index_in_any_ranges(tmp_path: Path) -> Non
     """More than 64 rows are read in several parts. Missing images have no content."""
     values = [None if index == 2 else f"{index}.png" for index in range(150)]
     dataset = datasets.Dataset.from_dict({"image": values})
-    source = DatasetInput(dataset, "image", tmp_path, {})
+    source = DatasetInput(DatasetImages(dataset, tmp_path), {})
     records = [*source.read_records(range(1, 3)), *source.read_records(range(60, 150))]
 
     assert [record.index for record in records] == [1, 2, *range(60, 150)]
@@ -208,14 +209,15 @@ def test_a_network_failure_is_retried_and_is_not_an_unreadable_image(
 
     def prepare(url: str) -> PreparedImage:
         return prepare_image(
-            lambda content, return_tensors: {"pixel_values": [content]}, ImageRecord(0, "name", url)
+            lambda content, return_tensors: {"pixel_values": [content]},
+            ImageRecord(0, "name", url, is_by_hand=True),
         )
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), FlakyServer)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     address = f"http://127.0.0.1:{server.server_port}"
     for url in (f"{address}/photo.png", f"{address}/moved.png"):
-        assert prepare(url) == PreparedImage(ImageRecord(0, "name", url), b"encoded")
+        assert prepare(url).pixels == b"encoded"
     assert "400" in (prepare(f"{address}/missing.png").error or "")
     for name in ("slow.png", "busy.png", "down.png"):
         with raises_one_line(f"{address}/{name}", error=FetchError):
