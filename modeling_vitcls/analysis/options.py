@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from ..hub.model_files import check_output_files
 from ..inference.options import ImageOptions
 from ..runtime.flags import Options, check_minimum, check_value
 
@@ -53,6 +54,7 @@ class InspectOptions(ImageOptions):
                 "`image_column`, `label_column` and `label_separator` require `dataset`. Set "
                 "`dataset`."
             )
+        check_output_files(self, "output", "json")
         if self.output.suffix.lower() not in (".html", ".htm"):
             raise ValueError(f"`output={str(self.output)!r}`: the file name must end in .html")
         if self.json is not None and self.json.suffix.lower() != ".json":
@@ -86,6 +88,7 @@ class LookOptions(Options):
 
     def check(self) -> None:
         super().check()
+        check_output_files(self, "json")
         if not self.paths:
             raise ValueError(
                 "Name at least one photo, folder or URL: `vitcls look photo.jpg --model M`"

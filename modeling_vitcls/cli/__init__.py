@@ -42,7 +42,7 @@ def main(arguments: list[str] | None = None) -> None:
         arguments: The subcommand and its flags. Default: `sys.argv[1:]`.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
-    open_closed_streams()
+    prepare_streams()
     try:
         try:
             run_command(arguments)
@@ -64,11 +64,18 @@ def main(arguments: list[str] | None = None) -> None:
         raise SystemExit(1) from None
 
 
-def open_closed_streams() -> None:
-    """Discard what is written to an output stream that the caller has closed (`>&-`)."""
+def prepare_streams() -> None:
+    """Make both output streams accept every text.
+
+    What is written to a stream that the caller has closed (`>&-`) is discarded. Characters that the
+    encoding of a stream lacks are escaped, such as those of labels in ASCII.
+    """
     for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:
+        stream = getattr(sys, name)
+        if stream is None:
             setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
+        elif getattr(stream, "errors", None) == "strict":
+            stream.reconfigure(errors="backslashreplace")
 
 
 def discard_output() -> None:

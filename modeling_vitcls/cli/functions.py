@@ -482,7 +482,7 @@ def convert_value(field: dataclasses.Field[Any], value: Any) -> Any:
             value = (str(value),)
     elif isinstance(value, Sequence):
         value = tuple(value)
-    elif isinstance(value, int) and float in value_types and int not in value_types:
+    elif type(value) is int and float in value_types and int not in value_types:  # no bool
         value = float(value)
 
     try:

@@ -57,6 +57,7 @@ def parse_command_line(modules: dict[str, ModuleType], arguments: list[str]) -> 
     command line is invalid.
     """
     name, flags = arguments[0], arguments[1:]
+    check_is_set(flags)
     if name in modules:
         options_class = modules[name].OPTIONS_CLASS
         common_flags = getattr(modules[name], "COMMON_FLAGS", None)
@@ -92,6 +93,17 @@ def parse_command_line(modules: dict[str, ModuleType], arguments: list[str]) -> 
     with messages_name_flags(get_flag_fields(type(options))):
         check_options(options)
     return name, options
+
+
+def check_is_set(flags: list[str]) -> None:
+    """Exit with status 2 if an argument is empty.
+
+    It comes from a shell variable without a value, and as a path it would be the current folder.
+    """
+    for index, flag in enumerate(flags):
+        if not flag.strip() or (flag.startswith("--") and flag.endswith("=")):
+            text = flag or " ".join([*flags[max(0, index - 1) : index], "''"])
+            exit_with_message(f"error: the value of {text} is empty. Set it, or remove the flag")
 
 
 def insert_recipe(flags: list[str], flag_names: Collection[str]) -> list[str]:

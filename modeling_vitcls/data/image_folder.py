@@ -33,7 +33,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from ..hub.model_files import CONFIG_FILES, RECIPE_FILE
-from ..runtime.errors import format_error
+from ..runtime.errors import format_error, is_disk_full, name_full_disk
 from ..runtime.files import replace_control_characters
 from .tables import read_table, wrap_table
 
@@ -280,10 +280,13 @@ def explain_reading_errors(name: str) -> Iterator[None]:
     verbosity = datasets.logging.get_verbosity()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     try:
-        yield
+        with name_full_disk(datasets.config.HF_DATASETS_CACHE):
+            yield
     except datasets.data_files.EmptyDatasetError:
         raise ValueError(f"{name} contains no images and no tables. Check the path") from None
     except Exception as error:  # the readers raise many types of errors on damaged data
+        if is_disk_full(error):
+            raise
         cause: BaseException = error
         while isinstance(cause, datasets.exceptions.DatasetGenerationError) and cause.__cause__:
             cause = cause.__cause__

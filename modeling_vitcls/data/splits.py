@@ -38,6 +38,7 @@ from ..hub.model_folder import ModelFolder
 from ..model.fast_image_processing_vitcls import open_regular_file
 from ..model.heads_vitcls import IGNORED_LABEL
 from ..runtime.distributed import run_on_main
+from ..runtime.errors import explain_damage
 from ..runtime.files import escape_csv_cell, write_atomically
 from .image_folder import describe_single_class, format_name_list
 from .images import NO_CONTENT_KEY, DatasetImages, LabeledImages, compute_digest
@@ -511,12 +512,9 @@ def read_splits(folder: ModelFolder) -> pd.DataFrame:
     if not file.is_file():
         folder.warn_about_lost_splits()
         return EMPTY_TABLE
-    try:
+    remedy = "Remove it to use the model without the list of its training images"
+    with explain_damage(file, remedy):
         return pd.read_parquet(file, columns=list(EMPTY_TABLE))
-    except Exception as error:  # pyarrow raises many types of errors on damaged files
-        raise ValueError(
-            f"{file} is damaged. Remove it to use the model without the list of its training images"
-        ) from error
 
 
 def select_task(splits: pd.DataFrame, task: str | None) -> pd.DataFrame:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ..model.fast_image_processing_vitcls import open_regular_file
-from ..runtime.errors import format_error
+from ..runtime.errors import explain_damage
 from .labels import spell_label
 
 
@@ -36,13 +36,10 @@ def read_table(file: Path) -> Any:
     """
     suffix = file.suffix.lower()
     if suffix == ".parquet":
-        import pyarrow
         import pyarrow.parquet
 
-        try:
+        with explain_damage(file, "Write the table again"):
             return wrap_table(pyarrow.parquet.read_table(file))
-        except pyarrow.ArrowException as error:
-            raise ValueError(f"cannot read {file} as Parquet: {format_error(error)}") from error
     text = read_text(file)
     columns = read_json_lines(file, text) if suffix == ".jsonl" else read_csv(file, text)
     if not any(columns.values()):

@@ -134,6 +134,8 @@ def fetch(url: str, is_by_hand: bool = False) -> bytes:
     except ValueError:
         raise
     except Exception as error:  # the types depend on the version of huggingface_hub
+        if type(error).__name__ == "InvalidURL":
+            raise ValueError(f"{url!r} is not a valid address: {format_error(error)}") from error
         status = getattr(getattr(error, "response", None), "status_code", None)
         if status is not None and 400 <= status < 500 and status not in (408, 429):
             raise ValueError(

@@ -4,10 +4,9 @@ import hashlib
 import shutil
 import tempfile
 import zipfile
-from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
-from ..runtime.errors import format_error
+from ..runtime.errors import format_error, is_disk_full, name_full_disk
 from .image_folder import is_hidden
 from .images import get_cache_file
 
@@ -30,7 +29,7 @@ def unpack_zip(file: Path) -> Path:
     exceeds a limit, or would write outside of the folder.
     """
     try:
-        with zipfile.ZipFile(file) as archive:
+        with name_full_disk(get_cache_file("")), zipfile.ZipFile(file) as archive:
             members = list_members(file, archive)
             contents = [(str(path), info.CRC, info.file_size) for path, info in members.items()]
             digest = hashlib.sha256(repr(contents).encode(errors="surrogateescape")).hexdigest()
@@ -43,9 +42,14 @@ def unpack_zip(file: Path) -> Path:
                         (unpacked / path).parent.mkdir(parents=True, exist_ok=True)
                         with archive.open(info) as source, (unpacked / path).open("wb") as target:
                             shutil.copyfileobj(source, target)
-                    with suppress(FileExistsError):  # unpacked by another process
+                    try:
                         unpacked.rename(root)
+                    except OSError:  # of one of several types if another process has unpacked it
+                        if not root.is_dir():
+                            raise
     except (zipfile.BadZipFile, RuntimeError, NotImplementedError, OSError, EOFError) as error:
+        if is_disk_full(error):
+            raise
         raise ValueError(
             f"cannot unpack {file}: {format_error(error)}. Unpack it with another program, and set "
             "`dataset` to the folder"

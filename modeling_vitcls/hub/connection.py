@@ -4,6 +4,7 @@ import importlib
 import json
 import logging
 import math
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -39,6 +40,8 @@ MAX_RETRY_WAIT = 300.0  # maximum wait before a retry, in seconds
 # Time after the first failure, without waits that the Hub requests, after which no retry starts, in
 # seconds.
 MAX_RETRY_SECONDS = 60.0
+
+SILENCE_LOCK = threading.RLock()
 
 Result = TypeVar("Result")
 
@@ -95,17 +98,21 @@ def end_requests_without_response(seconds: float) -> Iterator[None]:
 
 @contextmanager
 def silence_transformers() -> Iterator[None]:
-    """Turn off transformers' progress bars and warnings within the block."""
-    verbosity = transformers_logging.get_verbosity()
-    had_progress_bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        if had_progress_bars:
-            transformers_logging.enable_progress_bar()
+    """Turn off transformers' progress bars and warnings within the block.
+
+    Other threads wait, because the settings are those of the process.
+    """
+    with SILENCE_LOCK:
+        verbosity = transformers_logging.get_verbosity()
+        had_progress_bars = transformers_logging.is_progress_bar_enabled()
+        transformers_logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()
+        try:
+            yield
+        finally:
+            transformers_logging.set_verbosity(verbosity)
+            if had_progress_bars:
+                transformers_logging.enable_progress_bar()
 
 
 @contextmanager

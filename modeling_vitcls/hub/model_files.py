@@ -69,6 +69,14 @@ LICENSE_FILES = tuple(
 MODEL_PATTERNS = (*CONFIG_FILES, *WEIGHTS_PATTERNS, CODE_PATTERN)
 # Files of a training run, which belong to certain weights.
 RUN_FILES = (RESULTS_FILE, SPLITS_FILE, METRICS_FILE, RECIPE_FILE, REPORT_FILE)
+# Files that commands read again, which no other output replaces.
+REQUIRED_PATTERNS = (
+    *MODEL_PATTERNS,
+    *(name for name in RUN_FILES if name != REPORT_FILE),
+    PREDICTIONS_FILE,
+    PARITY_REPORT_FILE,
+    CERTIFICATE_FILE,
+)
 RESULT_IMAGE_PATTERNS = (SAMPLE_IMAGES_FILE, f"{IMAGES_FOLDER}/confusion_matrix*.png")
 # Backend -> files that it reads in a model folder. Large ONNX files have their weights in a second
 # file.
@@ -88,6 +96,29 @@ def is_match(name: str, patterns: Iterable[str]) -> bool:
     return any(
         name.count("/") == pattern.count("/") and fnmatchcase(name, pattern) for pattern in patterns
     )
+
+
+def check_output_files(options: object, *names: str) -> None:
+    """Raise ValueError if a file to write is a folder, a device, or a file of a model.
+
+    Args:
+        options: options of a command.
+        names: names of the options with the files.
+    """
+    for name in names:
+        file: Path | None = getattr(options, name)
+        if file is None:
+            continue
+        if file.exists() and not file.is_file():
+            raise ValueError(
+                f"`{name}={str(file)!r}` is not a file that can be replaced. Set the path of a file"
+            )
+        is_in_model = (file.resolve().parent / CONFIG_FILE).is_file()
+        if is_in_model and is_match(file.name, REQUIRED_PATTERNS):
+            raise ValueError(
+                f"`{name}={str(file)!r}` would replace a file of the model in {file.parent}. "
+                "Choose another file"
+            )
 
 
 def list_backend_files(backend: str) -> tuple[str, ...]:

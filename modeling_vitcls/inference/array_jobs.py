@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from ..hub.model_files import BACKEND_FILES, CONFIG_FILES, hash_files
 from ..hub.model_folder import ModelFolder
-from ..runtime.errors import format_error
+from ..runtime.errors import explain_damage
 from .inputs import PredictionInput
 from .options import PredictOptions
 from .outputs import PredictionCounts
@@ -82,7 +82,8 @@ def read_finished_part(file: Path, settings: str, indices: range) -> PredictionC
     if not file.exists():
         return None
 
-    errors = pq.read_table(file, columns=["index", "error"])
+    with explain_damage(file, "Delete it, and repeat"):
+        errors = pq.read_table(file, columns=["index", "error"])
     if errors["index"].to_pylist() != list(indices):
         raise ValueError(f"{file} has other images. Delete it, and repeat")
     return PredictionCounts(len(errors), len(errors) - errors["error"].null_count)
@@ -92,13 +93,9 @@ def read_settings(file: Path) -> dict[str, Any]:
     """Return the settings in a part. Raise ValueError if the file is damaged."""
     if not file.is_file():  # a pipe, from which reading would wait forever
         raise ValueError(f"{file} is not a regular file. Delete it, and repeat")
-    try:
+    with explain_damage(file, "Delete it, and repeat"):
         metadata: Mapping[bytes, bytes] = pq.read_metadata(file).metadata
         return json.loads(metadata[METADATA_KEY.encode()])
-    except Exception as error:  # pyarrow raises several types of errors
-        raise ValueError(
-            f"{file} is damaged ({format_error(error)}). Delete it, and repeat"
-        ) from error
 
 
 def check_settings(found: dict[str, Any], settings: dict[str, Any], file: Path) -> None:

@@ -29,7 +29,6 @@ from ..data.splits import (
     read_splits,
     select_task,
 )
-from ..hub.model_files import PREDICTIONS_FILE, RESULTS_FILE
 from ..hub.model_folder import ModelFolder
 from ..model.configuration_vitcls import ViTCLSConfig
 from ..runtime.distributed import build_accelerator
@@ -125,16 +124,6 @@ def build_evaluator(
     )
 
 
-def check_is_not_of_a_run(file: Path) -> None:
-    """Raise ValueError if a file is the predictions of a run, which other commands rely on."""
-    file = file.resolve()
-    if file.name == PREDICTIONS_FILE and (file.parent / RESULTS_FILE).exists():
-        raise ValueError(
-            f"`per_image={str(file)!r}` would replace the predictions of the run in {file.parent}. "
-            "Choose another file"
-        )
-
-
 def evaluate_checkpoint(options: EvaluateOptions) -> dict[str, Any]:
     """Evaluate a saved model, print and return the results, and write them to `output` if set.
 
@@ -150,8 +139,6 @@ def evaluate_checkpoint(options: EvaluateOptions) -> dict[str, Any]:
         OSError: if the checkpoint cannot be found or read, if the dataset cannot be found, or if
             the output cannot be written.
     """
-    if options.per_image is not None:
-        check_is_not_of_a_run(options.per_image)
     accelerator, console, warn = set_up_evaluation(options.mixed_precision)
     with accelerator.main_process_first():  # the main process downloads the files
         folder = resolve(options.model, options.backend)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from ..data.options import DataOptions, check_stored_images
+from ..hub.model_files import check_output_files
 from ..runtime.flags import Options, check_minimum, check_value
 
 
@@ -66,6 +67,7 @@ class EvaluateOptions(EngineOptions, DataOptions):
         super().check()
         check_stored_images(self)
         check_minimum(self, 1, "batch_size", "max_images")
+        check_output_files(self, "output", "per_image", "audit")
         if self.task is not None and (self.frozen or self.audit or self.per_image):
             raise ValueError("`task` only measures a task. Remove `frozen`, `audit`, `per_image`")
         if self.per_image and (self.frozen or self.audit):
@@ -161,6 +163,8 @@ class PredictOptions(ImageOptions, EngineOptions):
                 f"`output={str(self.output)!r}`: set a .csv, .json, .jsonl or .parquet file, or a "
                 "folder without a suffix"
             )
+        if suffix:
+            check_output_files(self, "output")
         if self.shard is not None and (self.output is None or suffix):
             raise ValueError(
                 "`shard` requires a folder of Parquet files. Set `output` to a folder."

@@ -29,7 +29,7 @@ import torch
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
 from ..data.labels import LabelSpace
-from ..runtime.errors import format_error
+from ..runtime.errors import explain_damage
 from ..runtime.files import write_atomically
 from .evaluator import Evaluator, round_floats
 from .image_pass import ImageOutput, stack_rows
@@ -116,13 +116,11 @@ def read_weights_hash(file: Path) -> dict[str, str] | None:
 
     It is None if the file does not contain it. Raise ValueError if the file is damaged.
     """
-    try:
+    with explain_damage(file, "Write it again"):
         metadata = pq.read_schema(file).metadata or {}
         if METADATA_KEY not in metadata:
             return None
         return json.loads(metadata[METADATA_KEY])["weights_sha256"]
-    except Exception as error:  # pyarrow raises several types of errors
-        raise ValueError(f"cannot read {file}: {format_error(error)}") from error
 
 
 def get_outputs(evaluator: Evaluator, images: slice = slice(None)) -> tuple[np.ndarray, np.ndarray]:

@@ -1,8 +1,10 @@
 """Errors in one line, missing extras, and errors that all processes of a run raise."""
 
 import errno
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 
 MAX_MESSAGE_LENGTH = 400  # maximum length of a formatted error message, in characters
@@ -30,18 +32,50 @@ def describe_error(error: BaseException) -> str:
     """Return the message of an error; that of a file operation names the file and the reason."""
     if not isinstance(error, OSError) or error.errno is None:
         return str(error)
-    if error.filename is None:
+    if error.filename is None or is_disk_full(error):
         return describe_exhaustion(error) or str(error)
     file = error.filename2 or error.filename  # a rename has two
     return f"cannot use {file}: {error.strerror}. Check the path and its permissions"
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Return whether an error is about a full disk or a full quota; libraries in Rust have no number."""
+    has_number = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+    return has_number or "No space left on device" in str(error)
+
+
+@contextmanager
+def name_full_disk(path: str | Path) -> Iterator[None]:
+    """Name a file or folder in the errors of the block about a full disk."""
+    try:
+        yield
+    except Exception as error:
+        if not is_disk_full(error):
+            raise
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
+
+
+@contextmanager
+def explain_damage(file: Path, remedy: str) -> Iterator[None]:
+    """Raise the errors of pyarrow in the block, about a damaged file, as a one-line ValueError.
+
+    Errors about the machine, such as a missing permission or too little memory, are not converted.
+    """
+    try:
+        yield
+    except (ValueError, LookupError, TypeError, NotImplementedError, OSError) as error:
+        if getattr(error, "errno", None) is not None:  # pyarrow sets none for damaged data
+            raise
+        raise ValueError(f"cannot read {file}: {format_error(error)}. {remedy}") from error
 
 
 def describe_exhaustion(error: BaseException) -> str | None:
     """Return the line for an error of a machine without memory, files or space; None for others."""
     text = str(error).lower()
     number = getattr(error, "errno", None)
-    if number == errno.ENOSPC:
-        return "cannot write the output: no space is left on the device. Free space, then repeat"
+    if is_disk_full(error):
+        file = getattr(error, "filename", None) or "to the standard output or a temporary file"
+        return f"cannot write {file}: no space is left on the device. Free space, then repeat"
     if number in (errno.EMFILE, errno.ENFILE) or "too many open files" in text:
         return "too many files are open. Raise the limit (ulimit -n), or end other programs"
 

@@ -85,6 +85,8 @@ def write_atomically(file: Path) -> Iterator[Path]:
     The name of the temporary file is random, because processes on other hosts may have the same
     process id.
     """
+    if file.exists() and not file.is_file():  # a rename would replace /dev/null
+        raise OSError(f"cannot write {file}: it is not a regular file")
     temporary_file = file.with_name(f".{file.name}.{secrets.token_hex(8)}.unfinished")
     try:
         yield temporary_file

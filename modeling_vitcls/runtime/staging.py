@@ -18,6 +18,7 @@ from typing import Self
 
 from filelock import FileLock, Timeout
 
+from .errors import name_full_disk
 from .files import sync_to_disk, write_atomically
 
 
@@ -142,8 +143,9 @@ def stage_files(
     staging_folder = folder / name
     staging_folder.mkdir()
     try:
-        yield staging_folder
-        move_files(staging_folder, folder, first, last)
+        with name_full_disk(folder):
+            yield staging_folder
+            move_files(staging_folder, folder, first, last)
     finally:
         remove_unfinished_files(folder, name)
 

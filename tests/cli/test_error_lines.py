@@ -1,9 +1,11 @@
 """Commands that end with one line: damaged model folders, limits of the system, and Ctrl-C."""
 
+import io
 import json
 import os
 import shutil
 import signal
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -76,6 +78,59 @@ def test_a_named_pipe_instead_of_a_file_is_an_error(
     status = 2 if name == "recipe.yaml" else 1
     assert "not a regular file" in run_with_error(*command, *flags.get(name, []), status=status)
     signal.alarm(0)
+
+
+@pytest.mark.parametrize(
+    ("command", "flag", "name"),
+    [
+        ("evaluate", "--output", "model/config.json"),
+        ("evaluate", "--output", "model/results.json"),
+        ("evaluate", "--per-image", "model/predictions.parquet"),
+        ("predict", "--output", "model/results.json"),
+        ("inspect", "--json", "model/results.json"),
+        ("evaluate", "--output", "photos"),
+        ("evaluate", "--per-image", "pipe"),
+    ],
+)
+def test_outputs_replace_no_file_of_a_model_no_folder_and_no_device(
+    command: str,
+    flag: str,
+    name: str,
+    folder: Path,
+    photos: Path,
+    tmp_path: Path,
+    run_with_error: Callable[..., str],
+) -> None:
+    """A pipe stands for /dev/null, which the superuser would replace with a file."""
+    os.mkfifo(tmp_path / "pipe")
+    before = (folder / "config.json").read_bytes()
+    error = run_with_error(
+        *(command, "--model", folder, "--dataset", photos, flag, tmp_path / name), status=2
+    )
+    assert f"{flag} {tmp_path / name}" in error
+    assert (folder / "config.json").read_bytes() == before
+    assert (tmp_path / "pipe").is_fifo()
+
+
+@pytest.mark.parametrize("flags", [["--dataset", ""], ["--dataset="], ["--output-dir", " "]])
+def test_an_empty_value_is_an_error_and_not_the_current_folder(
+    flags: list[str], folder: Path, run_with_error: Callable[..., str]
+) -> None:
+    """It comes from a shell variable that is not set."""
+    error = run_with_error("finetune", "--model", folder, *flags, status=2)
+    assert "is empty" in error
+    assert flags[0] in error
+
+
+def test_names_that_the_terminal_cannot_encode_are_escaped(
+    folder: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (photos / "cat" / "0.png").rename(photos / "été.png")
+    content = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(content, "ascii"))
+    assert run_here("predict", "--model", str(folder), str(photos / "été.png")) == 0
+    sys.stdout.flush()
+    assert b"\\xe9t\\xe9.png" in content.getvalue()
 
 
 @pytest.mark.parametrize(

@@ -164,6 +164,7 @@ def test_an_unknown_argument_is_named_with_the_one_to_use(
         ("auto_augment", "random", ["trivial"]),
         ("auto_augment", 3, ["trivial"]),
         ("learning_rate", "1e-4", []),
+        ("learning_rate", True, []),
         ("image_size", "large", []),
     ],
 )

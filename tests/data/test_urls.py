@@ -18,7 +18,7 @@ from modeling_vitcls.data.options import DataOptions
 from modeling_vitcls.data.splits import load_training_data
 from modeling_vitcls.data.urls import FetchError, fetch
 from modeling_vitcls.inference.embed_images import EmbedImages
-from modeling_vitcls.inference.inputs import open_input, prepare_image
+from modeling_vitcls.inference.inputs import ImageRecord, open_input, prepare_image
 from modeling_vitcls.inference.options import PredictOptions
 
 
@@ -216,3 +216,9 @@ def test_nothing_is_fetched_offline(
     with raises_one_line("HF_HUB_OFFLINE", error=FetchError):
         fetch(address)
     assert not network.requested
+
+
+def test_an_address_that_is_not_valid_is_an_unreadable_image() -> None:
+    """It does not end a prediction, as a failing network does."""
+    record = ImageRecord(0, "name", "http://photos.org/a\x01.png", is_by_hand=True)
+    assert "not a valid address" in (prepare_image(None, record).error or "")  # type: ignore

@@ -1,8 +1,12 @@
 """Image folders in .zip files."""
 
 import shutil
+import tempfile
+import threading
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pytest
@@ -12,6 +16,7 @@ from helpers.tiny_models import raises_one_line
 from modeling_vitcls.data import zip_files
 from modeling_vitcls.data.options import DataOptions
 from modeling_vitcls.data.splits import TrainingData, load_training_data
+from modeling_vitcls.data.zip_files import unpack_zip
 from modeling_vitcls.inference.inputs import open_input
 from modeling_vitcls.inference.options import PredictOptions
 
@@ -99,3 +104,20 @@ def test_damaged_files_leave_nothing_behind(tmp_path: Path, cache: Path) -> None
         load(file)
 
     assert not list(cache.rglob("*.png"))
+
+
+def test_two_commands_unpack_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both have unpacked all files before the first one moves them to the cache."""
+    file = pack(write_photos(tmp_path / "photos", range(6)))
+    both = threading.Barrier(2)
+
+    def make_folder(**options: Any) -> Any:
+        both.wait(timeout=100)
+        return temporary_directory(**options)
+
+    temporary_directory = tempfile.TemporaryDirectory
+    monkeypatch.setattr(zip_files.tempfile, "TemporaryDirectory", make_folder)
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(unpack_zip, [file, file])
+    assert first == second
+    assert len(list(first.glob("*/*.png"))) == 12

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import threading
 from collections.abc import Callable
 from contextlib import suppress
 from types import SimpleNamespace
@@ -11,12 +12,14 @@ import pytest
 from huggingface_hub import get_session
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
+from transformers.utils.logging import is_progress_bar_enabled
 
 from modeling_vitcls.hub import connection
 from modeling_vitcls.hub.connection import (
     HTTPError,
     is_temporary,
     retry,
+    silence_transformers,
 )
 
 
@@ -141,3 +144,26 @@ def test_timeouts_and_progress_bars_are_restored() -> None:
 
     assert get_session().timeout == before
     assert not are_progress_bars_disabled()
+
+
+def test_a_thread_that_ends_does_not_end_the_silence_of_another_one() -> None:
+    """Several threads load models for `predict`."""
+    has_left = threading.Event()
+
+    def enter_first(has_entered: threading.Event) -> None:
+        with silence_transformers():
+            has_entered.set()
+            is_second_inside.wait(timeout=0.5)
+        has_left.set()
+
+    is_first_inside, is_second_inside = threading.Event(), threading.Event()
+    before = is_progress_bar_enabled()
+    thread = threading.Thread(target=enter_first, args=[is_first_inside])
+    thread.start()
+    is_first_inside.wait(timeout=100)
+    with silence_transformers():
+        is_second_inside.set()
+        has_left.wait(timeout=100)
+        assert not is_progress_bar_enabled()
+    thread.join()
+    assert is_progress_bar_enabled() == before

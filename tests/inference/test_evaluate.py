@@ -129,13 +129,6 @@ def evaluate(model: Path, dataset: object, **data: Any) -> dict[str, Any]:
     return evaluate_checkpoint(EvaluateOptions(model=str(model), **vars(options), batch_size=4))
 
 
-def test_predictions_of_a_run_are_not_replaced(tmp_path: Path) -> None:
-    file = tmp_path / "predictions.parquet"
-    write_json(tmp_path / "results.json", {})
-    with raises_one_line("would replace the predictions of the run"):
-        evaluate_checkpoint(EvaluateOptions(model="mine", dataset="digits", per_image=file))
-
-
 def test_several_labels_per_image_are_matched_by_name_and_scored_per_image(
     models: Path, tmp_path: Path, by_one_process: dict[str, Any]
 ) -> None:

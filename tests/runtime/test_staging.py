@@ -1,5 +1,6 @@
 """A folder is written by one command at a time, completely or not at all."""
 
+import errno
 import itertools
 import os
 import sys
@@ -11,6 +12,7 @@ import pytest
 from helpers.tiny_models import raises_one_line
 
 from modeling_vitcls.runtime import staging
+from modeling_vitcls.runtime.errors import describe_error
 from modeling_vitcls.runtime.staging import (
     FolderLock,
     check_output_is_empty,
@@ -129,3 +131,14 @@ def test_what_a_killed_command_left_is_removed_by_the_next_one(tmp_path: Path) -
             "killed" if is_complete else "new"
         }
     assert number > 8
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, "full"), RuntimeError("I/O error: No space left on device")]
+)
+def test_a_full_disk_is_named(tmp_path: Path, error: Exception) -> None:
+    with pytest.raises(OSError) as raised, create_output_folder(tmp_path / "out"):
+        raise error
+    message = describe_error(raised.value)
+    assert message.startswith(f"cannot write {tmp_path / 'out'}: no space is left on the device")
+    assert not list_names(tmp_path)
