@@ -65,7 +65,7 @@ def main() -> None:
     for name in flags.parts:
         try:
             text = PARTS[name](flags.dry_run)
-        except Exception as error:
+        except Exception as error:  # a part that fails does not end the other measurements
             traceback.print_exc()
             # The messages of subprocess errors contain local paths.
             is_process = isinstance(error, subprocess.SubprocessError)

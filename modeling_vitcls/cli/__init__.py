@@ -55,7 +55,7 @@ def main(arguments: list[str] | None = None) -> None:
         if os.environ.get("RANK", "0") == "0":
             print("interrupted by Ctrl-C", file=sys.stderr)
         raise SystemExit(128 + signal.SIGINT) from None
-    except Exception as error:
+    except Exception as error:  # raised again unless memory, files or space have run out
         message = describe_exhaustion(error)
         if message is None:
             raise

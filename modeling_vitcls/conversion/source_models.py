@@ -132,8 +132,7 @@ class TransformersSource(Source):
 
         try:
             config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        except Exception as error:
-            # ValueError for unknown model types, OSError for missing files, Hub errors
+        except Exception as error:  # configurations of other projects may raise any error
             is_remote = "trust_remote_code" in str(error)
             reason = (
                 "it requires remote code, which is never run" if is_remote else format_error(error)
@@ -240,8 +239,7 @@ def check_timm_architecture(name: str) -> None:
     try:
         with torch.device("meta"):  # without memory and values
             model = timm.create_model(name, pretrained=False)
-    except Exception:
-        # the code of an architecture may read values; the class is checked after loading
+    except Exception:  # code that reads values of weights; the class is checked after loading
         return
     if type(model).__name__ in TIMM_CLASSES:
         return

@@ -168,8 +168,7 @@ def fall_back_to_cache(
     try:
         with force_offline():
             yield None
-    except Exception as error:
-        # libraries raise different errors for files that are not in the cache
+    except (OSError, ValueError) as error:  # of libraries, about files that are not in the cache
         raise OSError(
             f"{repo_id} is not a {PATH_NOUNS[repo_type]} and is missing or incomplete in the "
             f"cache, and {hub_error}"

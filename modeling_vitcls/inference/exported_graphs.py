@@ -74,7 +74,7 @@ class ExportedGraph(nn.Module):
         """
         try:
             outputs = self.run({INPUT_NAME: pixel_values.float().cpu().numpy()})
-        except Exception as error:
+        except Exception as error:  # both runtimes raise undocumented exceptions
             raise GraphError(
                 f"{self.file} cannot be run on images of shape {list(pixel_values.shape)}: "
                 f"{format_error(error)}"

@@ -445,13 +445,12 @@ def load_checkpoint(load: Callable[..., Any], source: Any, *args: Any, **kwargs:
     )
     try:
         model_or_tuple = load(source, *args, **{"key_mapping": RENAMED_PARAMETERS, **kwargs})
-    except Exception as error:
+    except Exception as error:  # raised again below; the error of safetensors is not imported
         if isinstance(error, RuntimeError) and "ignore_mismatched_sizes" in str(error):
             raise MismatchedWeightsError(
                 describe_mismatch(load, source, *args, **kwargs)
             ) from error
 
-        # compare names to avoid importing safetensors
         is_damaged = type(error).__name__ == "SafetensorError"
         if is_damaged or (isinstance(error, OSError) and "\n" in str(error)):
             prefix = "the weights in " if is_damaged else ""

@@ -433,8 +433,7 @@ def read_url(url: str, source_name: str) -> bytes:
             return base64.b64decode(url.partition(",")[2], validate=True)
         response = get_session().get(url, follow_redirects=True, timeout=DOWNLOAD_TIMEOUT)
         response.raise_for_status()
-    except Exception as error:
-        # the type of the exception depends on the version of huggingface_hub
+    except Exception as error:  # the type depends on the version of huggingface_hub
         raise ValueError(
             f"cannot fetch the image at {source_name}: {get_first_line(error)}"
         ) from error
@@ -492,7 +491,7 @@ def pil_to_tensor(image: PIL.Image.Image, to_rgb: bool, bit_depth: int = 16) -> 
         values = pil_to_array(image)
         pixels = to_channels_first(torch.from_numpy(values), ChannelDimension.LAST)
         pixels = to_uint8(pixels, do_rescale=True, bit_depth=bit_depth, name=name)
-    except Exception as error:
+    except Exception as error:  # a lazily opened image is decoded here
         raise ValueError(f"cannot use the image {name}: {get_first_line(error)}") from error
 
     if to_rgb:

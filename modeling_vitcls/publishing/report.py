@@ -149,7 +149,7 @@ def convert_errors(warn: Callable[[str], None], message: str) -> Iterator[None]:
     """Convert any error inside the `with` block to a warning."""
     try:
         yield
-    except Exception as error:
+    except Exception as error:  # whatever fails in a report, the model is already written
         warn(f"{message}: {' '.join(str(error).split()) or type(error).__name__}")
 
 
