@@ -43,6 +43,8 @@ def main(arguments: list[str] | None = None) -> None:
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     prepare_streams()
+    if "LOCAL_RANK" not in os.environ:
+        os.environ.pop("RANK", None)  # of a cluster without a launcher: this is the only process
     try:
         try:
             run_command(arguments)

@@ -76,7 +76,7 @@ def test_a_named_pipe_instead_of_a_file_is_an_error(
     command = ["finetune", "--model", folder, "--dataset", photos, "--output-dir", folder / "run"]
     flags = {"recipe.yaml": ["--config", folder / name], "audit.csv": ["--exclude", folder / name]}
     status = 2 if name == "recipe.yaml" else 1
-    assert "not a regular file" in run_with_error(*command, *flags.get(name, []), status=status)
+    assert name in run_with_error(*command, *flags.get(name, []), status=status)
     signal.alarm(0)
 
 
@@ -120,6 +120,14 @@ def test_an_empty_value_is_an_error_and_not_the_current_folder(
     error = run_with_error("finetune", "--model", folder, *flags, status=2)
     assert "is empty" in error
     assert flags[0] in error
+
+
+def test_a_rank_without_a_launcher_hides_no_error(
+    photos: Path, monkeypatch: pytest.MonkeyPatch, run_with_error: Callable[..., str]
+) -> None:
+    """Managers of clusters set RANK in each container; the command is still the only process."""
+    monkeypatch.setenv("RANK", "1")
+    assert "runs/absent" in run_with_error("predict", "--model", "runs/absent", photos)
 
 
 def test_names_that_the_terminal_cannot_encode_are_escaped(
