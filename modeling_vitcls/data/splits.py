@@ -301,12 +301,12 @@ def exclude_images(
     """
     import pandas as pd
 
-    with open_regular_file(file) as stream:
+    remedy = "Use a table of `vitcls evaluate --audit`"
+    with explain_damage(file, remedy), open_regular_file(file) as stream:
         table = pd.read_csv(stream, dtype=str)
     if not {"split", "id"} <= set(table.columns):
         raise ValueError(
-            f"`exclude={str(file)!r}`: the column 'split' or 'id' is missing. Use a table of "
-            "`vitcls evaluate --audit`"
+            f"`exclude={str(file)!r}`: the column 'split' or 'id' is missing. {remedy}"
         )
     excluded = set(table["id"][table["split"].isin([split, escape_csv_cell(split)])])
     names = images.images.get_names()

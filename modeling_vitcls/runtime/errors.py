@@ -57,7 +57,7 @@ def name_full_disk(path: str | Path) -> Iterator[None]:
 
 @contextmanager
 def explain_damage(file: Path, remedy: str) -> Iterator[None]:
-    """Raise the errors of pyarrow in the block, about a damaged file, as a one-line ValueError.
+    """Raise the errors of pyarrow and pandas in the block, about a damaged file, as one-line ValueErrors.
 
     Errors about the machine, such as a missing permission or too little memory, are not converted.
     """
