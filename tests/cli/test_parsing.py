@@ -154,6 +154,7 @@ def test_a_folder_that_is_not_utf_8_is_an_error_before_training(
     [
         ("demo --model m", "gradio", "demo"),
         ("evaluate --model m --dataset digits --audit audit.html", "cleanlab", "audit"),
+        ("export --model m --format onnx --output m.onnx", "onnxruntime", "export"),
     ],
 )
 def test_a_missing_library_is_named_with_the_extra_of_the_checkout(
@@ -164,9 +165,10 @@ def test_a_missing_library_is_named_with_the_extra_of_the_checkout(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     found = importlib.util.find_spec
-    for module in ("modeling_vitcls.cli.demo", "modeling_vitcls.analysis.audit"):
+    for module in ("cli.demo", "analysis.audit", "export.exporter"):
         monkeypatch.setattr(
-            f"{module}.find_spec", lambda name: None if name == library else found(name)
+            f"modeling_vitcls.{module}.find_spec",
+            lambda name: None if name == library else found(name),
         )
     error = run_with_error(*command.split())
     assert library in error

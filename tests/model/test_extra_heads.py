@@ -210,12 +210,6 @@ def test_adapting_keeps_adds_and_removes_heads() -> None:
     assert torch.equal(changed(images).task_logits["indoors"], model(images).task_logits["indoors"])
 
 
-def test_models_without_heads_have_no_task_logits() -> None:
-    model = ViTCLSForImageClassification(build_tiny_config())
-    assert "task_logits" not in model(build_images())
-    assert not [name for name in model.state_dict() if "extra" in name]
-
-
 def test_the_pipeline_returns_the_main_labels(tmp_path: Path) -> None:
     _, model = build_pair(HEADS)
     model.save_pretrained(tmp_path)

@@ -9,11 +9,9 @@ import torch
 from accelerate import DistributedType
 from helpers.tiny_models import build_tiny_config, raises_one_line
 
-from modeling_vitcls import ViTCLSForImageClassification
 from modeling_vitcls.runtime import distributed
 from modeling_vitcls.runtime.distributed import (
     build_accelerator,
-    configure_layer_sharding,
     set_mixed_precision,
 )
 
@@ -105,15 +103,3 @@ def test_deepspeed_is_an_error(arguments: dict[str, Any], monkeypatch: pytest.Mo
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     with raises_one_line("DeepSpeed", "fsdp2.yaml"):
         build_accelerator()
-
-
-def test_models_are_sharded_by_layer_unless_the_configuration_names_modules() -> None:
-    model = ViTCLSForImageClassification(build_tiny_config(layer_type="parallel"))
-    names = {type(layer).__name__ for layer in model.vitcls.layers}
-    accelerator: Any = SimpleNamespace(state=SimpleNamespace())
-    configure_layer_sharding(accelerator, model)  # without FSDP
-    for configured, expected in ((None, sorted(names)), (["Linear"], ["Linear"])):
-        plugin = SimpleNamespace(transformer_cls_names_to_wrap=configured)
-        accelerator.state.fsdp_plugin = plugin
-        configure_layer_sharding(accelerator, model)
-        assert plugin.transformer_cls_names_to_wrap == expected

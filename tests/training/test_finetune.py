@@ -324,6 +324,15 @@ def test_linear_probing_trains_only_the_head(
     assert model.config.temperature == 1
 
 
+@pytest.mark.parametrize("flag", ["mixup", "cutmix"])
+def test_images_are_mixed_by_flags(flag: str, color_images: Path, tmp_path: Path) -> None:
+    run = prepare_setup(tiny_options(tmp_path / "out", color_images, **{flag: 5.0}))
+    pixels = torch.randint(256, (8, 3, 32, 32), dtype=torch.uint8)
+    mixed_pixels, mixed_labels = run.setup.objective.mixer(pixels, torch.arange(8) % 2)
+    assert mixed_labels.is_floating_point()
+    assert not torch.equal(mixed_pixels, pixels)
+
+
 def test_the_losses_of_classes_are_weighted_on_request(color_images: Path, tmp_path: Path) -> None:
     run = prepare_setup(tiny_options(tmp_path / "out", color_images, class_balance="weights"))
     counts = torch.bincount(torch.tensor(run.data.train.labels), minlength=2)
