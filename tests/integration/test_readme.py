@@ -3,7 +3,7 @@
 The block with `git clone` runs with this repository as its address, and `make` prints its steps.
 
 The Hub is a local one with the two timm models of the page, with random weights, and accepts the
-push. `photos` is a folder of digits.
+push. The photos are digits.
 """
 
 import json
@@ -60,16 +60,24 @@ def hub() -> Iterator[LocalHub]:
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """Return a copy of the repository with the folder `photos`."""
+    """Return a copy of the repository with the photos of the page."""
     folder = tmp_path / "checkout"
     shutil.copytree(ROOT, folder, ignore=NOT_COPIED)
     digits = load_digits()
-    for label, name in enumerate(("cat", "dog")):
-        (folder / "photos" / name).mkdir(parents=True)
-        for index, pixels in enumerate(digits.images[digits.target == label][:4]):
-            Image.fromarray((pixels * 15).astype(np.uint8)).resize((64, 64)).save(
-                folder / f"photos/{name}/{index}.png"
-            )
+    images = [
+        Image.fromarray((pixels * 15).astype(np.uint8)).resize((64, 64)) for pixels in digits.images
+    ]
+    images[0].save(folder / "photo.jpg")
+    for path, label, first in (
+        ("photos/cat", 0, 0),
+        ("photos/dog", 1, 0),
+        ("more/cat", 0, 20),
+        ("more/dog", 1, 20),
+        ("new/bird", 2, 0),
+    ):
+        (folder / path).mkdir(parents=True)
+        for index in np.flatnonzero(digits.target == label)[first : first + 8]:
+            images[index].save(folder / path / f"{index}.png")
     return folder
 
 
