@@ -33,6 +33,7 @@ ADDED = [
     "LICENSE",
     "notebooks/quickstart.ipynb",
     "scripts/make_hero.py",
+    *(file.relative_to(ROOT).as_posix() for file in (ROOT / "scripts" / "compared").glob("*.*")),
 ]
 LINK = re.compile(r"(\]\()([^)\s]+)(\))")
 FENCE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)

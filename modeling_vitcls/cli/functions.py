@@ -101,7 +101,7 @@ def finetune(
         RunStopped: if the run is interrupted or fails.
         PushError: if `push_to_hub` is set and the push fails. The folder is complete.
 
-    Example:
+    Examples:
         >>> from modeling_vitcls import finetune
         >>> results = finetune("runs/photos", "photos", "runs/mine")
         >>> print(results["accuracy"], results["num_images"])
@@ -122,7 +122,7 @@ def pretrain(
     The arguments, return value and errors are the same as for `finetune`, and the flags are those
     of `vitcls pretrain`. The labels of the dataset are ignored.
 
-    Example:
+    Examples:
         >>> from modeling_vitcls import pretrain
         >>> results = pretrain("runs/photos", "photos", "runs/encoder", epochs=1)
     """
@@ -177,7 +177,7 @@ def evaluate(model: str | Path, dataset: Any, **flags: Any) -> dict[str, Any]:
     Raises:
         TypeError, ValueError, OSError: as in `finetune`.
 
-    Example:
+    Examples:
         >>> from modeling_vitcls import evaluate
         >>> results = evaluate("runs/photos", "photos")
         >>> results["num_images"]
@@ -219,7 +219,7 @@ def predict(model: str | Path, images: Any = None, **flags: Any) -> list[dict[st
     Raises:
         TypeError, ValueError, OSError: as in `finetune`.
 
-    Example:
+    Examples:
         >>> from modeling_vitcls import predict
         >>> (row,) = predict("runs/photos", ["photo.jpg"])
         >>> print(row["label"], row["probability"])
@@ -259,7 +259,7 @@ def inspect_tokens(model: str | Path, images: Any = (), **flags: Any) -> Any:
     Raises:
         TypeError, ValueError, OSError: as in `finetune`.
 
-    Example:
+    Examples:
         >>> from modeling_vitcls import inspect_tokens
         >>> inspection = inspect_tokens("runs/photos", dataset="photos", output="report.html")
         >>> for verdict in inspection.verdicts:
@@ -297,7 +297,7 @@ def look(model: str | Path, image: Any, output: str | Path | None = None, **flag
     Raises:
         TypeError, ValueError, OSError: as in `finetune`.
 
-    Example:
+    Examples:
         >>> from modeling_vitcls import look
         >>> sheet = look("runs/photos", "photo.jpg")
         >>> sheet.width
@@ -336,7 +336,7 @@ def add_task(
     Raises:
         TypeError, ValueError, OSError: as in `finetune`; ValueError if another output would change.
 
-    Example:
+    Examples:
         >>> from modeling_vitcls import add_task
         >>> record = add_task("runs/digits", "photos", "pet", "runs/with-pet")
     """
@@ -368,7 +368,7 @@ def add_class(
         TypeError, ValueError, OSError: as in `finetune`; ValueError if the old classes would lose
             too much.
 
-    Example:
+    Examples:
         >>> from modeling_vitcls import add_class
         >>> record = add_class("runs/digits", "photos", "runs/with-cats-and-dogs")
     """
@@ -416,7 +416,7 @@ def verify_unchanged(
     Raises:
         TypeError, ValueError, OSError: as in `finetune`.
 
-    Example:
+    Examples:
         >>> from modeling_vitcls import add_task, verify_unchanged
         >>> record = add_task("runs/digits", "photos", "animal", "runs/with-animal")
         >>> verify_unchanged("runs/digits", "runs/with-animal")["difference"] is None

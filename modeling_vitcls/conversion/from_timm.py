@@ -55,7 +55,7 @@ def convert_from_timm(model: nn.Module) -> ViTCLSPreTrainedModel:
     Raises:
         ConversionError: If the class or a feature is not supported.
 
-    Example:
+    Examples:
         >>> import timm, torch
         >>> from modeling_vitcls import convert_from_timm
         >>> source = timm.create_model("vit_tiny_patch16_224").eval()

@@ -46,7 +46,7 @@ def convert_from_transformers(model: PreTrainedModel) -> ViTCLSPreTrainedModel:
         ConversionError: If the class or a feature is not supported, or weights are missing or
             unexpected.
 
-    Example:
+    Examples:
         >>> from modeling_vitcls import convert_from_transformers
         >>> from transformers import ViTConfig, ViTModel
         >>> config = ViTConfig(hidden_size=96, num_attention_heads=3, intermediate_size=384)

@@ -53,7 +53,7 @@ def convert_to_transformers(
         ConversionError: If no class supports the model. The message names the nearest class and the
             unsupported fields.
 
-    Example:
+    Examples:
         >>> from modeling_vitcls import ViTCLSConfig, ViTCLSModel, convert_to_transformers
         >>> model = ViTCLSModel(ViTCLSConfig.from_preset("tiny"))
         >>> type(convert_to_transformers(model)).__name__

@@ -53,7 +53,7 @@ class EmbedImages:
             weights.
         allow_urls: whether to fetch images from http(s) addresses in the batches.
 
-    Example:
+    Examples:
         >>> from datasets import load_dataset
         >>> from modeling_vitcls import EmbedImages
         >>> photos = load_dataset("imagefolder", data_dir="photos", split="train")

@@ -165,7 +165,7 @@ RESERVED_OUTPUT_NAMES = ("logits", "cls_logits", "distillation_logits", "cls_att
 class TokenLayout:
     """Slices of the token groups, in sequence order.
 
-    Example:
+    Examples:
         >>> from modeling_vitcls import TokenLayout
         >>> layout = TokenLayout.from_counts(num_cls=1, num_distillation=0, num_registers=4)
         >>> layout.registers, layout.num_prefix_tokens
@@ -441,7 +441,7 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
         ValueError: If a field has a wrong type or value, fields contradict each other, or a keyword
             is unknown.
 
-    Example:
+    Examples:
         >>> from modeling_vitcls import ViTCLSConfig
         >>> config = ViTCLSConfig(num_cls_tokens=2, num_register_tokens=4, image_size=224)
         >>> config.token_counts, config.grid_size

@@ -289,7 +289,7 @@ class ViTCLSImageProcessor(ViTCLSBaseImageProcessor, TorchvisionBackend):  # typ
             if sizes or channels are inconsistent, if values are out of range, or if a setting is
             misspelled. The message is a single line.
 
-    Example:
+    Examples:
         >>> from modeling_vitcls import ViTCLSImageProcessor
         >>> processor = ViTCLSImageProcessor(size=224)
         >>> processor("photo.jpg", return_tensors="pt")["pixel_values"].shape
@@ -360,7 +360,7 @@ class ViTCLSImageProcessorPil(ViTCLSBaseImageProcessor, PilBackend):  # type: ig
     Settings, inputs and errors are the same as in `ViTCLSImageProcessor`, whose docstring states
     how outputs differ.
 
-    Example:
+    Examples:
         >>> from modeling_vitcls import ViTCLSImageProcessorPil
         >>> processor = ViTCLSImageProcessorPil(size=224)
         >>> processor("photo.jpg", return_tensors="np")["pixel_values"].shape

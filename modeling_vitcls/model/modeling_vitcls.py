@@ -167,7 +167,7 @@ class ViTCLSMultiTaskOutput(ModelOutput):
 class ViTCLSPreTrainedModel(AdaptableModel):
     """Base class of all models, with methods for loading, saving and initialization.
 
-    Example:
+    Examples:
         >>> from modeling_vitcls import ViTCLSModel
         >>> model = ViTCLSModel.from_pretrained("runs/photos", num_register_tokens=4)
         >>> model.config.token_counts
@@ -299,7 +299,7 @@ TOKEN_INITS: dict[str, Callable[[Tensor, float], Any]] = {
 class ViTCLSModel(ViTCLSPreTrainedModel):
     """A Vision Transformer (arXiv 2010.11929) with configurable special tokens, no classifier.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from modeling_vitcls import ViTCLSConfig, ViTCLSModel
         >>> model = ViTCLSModel(ViTCLSConfig.from_preset("tiny", num_register_tokens=4)).eval()
@@ -488,7 +488,7 @@ class ViTCLSForImageClassification(ViTCLSPreTrainedModel):
     Classifiers of further tasks (`config.extra_heads`) read the tokens of the same forward pass;
     the other outputs have the same bits as without them.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from modeling_vitcls import ViTCLSForImageClassification
         >>> model = ViTCLSForImageClassification.from_pretrained("runs/photos").eval()
@@ -647,7 +647,7 @@ class ViTCLSForMultiTaskClassification(ViTCLSPreTrainedModel):
 
     Classifier i reads CLS token i of the `config.pooled_layers`.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from modeling_vitcls import ViTCLSConfig, ViTCLSForMultiTaskClassification
         >>> tasks = {"age": 3, "species": 12}
@@ -802,7 +802,7 @@ def has_user_hooks(module: nn.Module | None) -> bool:
 class ViTCLSForMaskedImageModeling(ViTCLSPreTrainedModel):
     """A ViT for pre-training, which reconstructs masked patches (SimMIM, arXiv 2111.09886).
 
-    Example:
+    Examples:
         >>> import torch
         >>> from modeling_vitcls import ViTCLSConfig, ViTCLSForMaskedImageModeling
         >>> model = ViTCLSForMaskedImageModeling(ViTCLSConfig.from_preset("tiny"))
@@ -864,7 +864,7 @@ class ViTCLSBackbone(BackboneMixin, ViTCLSModel):  # type: ignore[misc]  # num_f
 
     A feature map consists of the patch tokens of a layer, reshaped to a grid.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from modeling_vitcls import ViTCLSBackbone, ViTCLSConfig
         >>> config = ViTCLSConfig.from_preset("tiny", out_features=["stage6", "stage12"])

@@ -41,7 +41,7 @@ NUM_FEATURES = 64  # channels of the projector's output
 class LeJEPA(ViTCLSPreTrainedModel):
     """An encoder with a projector on its pooled token. The projector is dropped after pre-training.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from modeling_vitcls import ViTCLSConfig, ViTCLSModel
         >>> from modeling_vitcls.training.lejepa import (

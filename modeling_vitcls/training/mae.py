@@ -53,7 +53,7 @@ def build_decoder_config(config: ViTCLSConfig, num_layers: int) -> ViTCLSConfig:
 class MAE(ViTCLSPreTrainedModel):
     """An encoder of visible patches and a decoder of all patches.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from modeling_vitcls import ViTCLSConfig, ViTCLSModel
         >>> from modeling_vitcls.training.mae import MAE, build_decoder_config
