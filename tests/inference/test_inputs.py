@@ -128,7 +128,7 @@ def test_an_input_is_identified_by_its_content(photos: Path, tmp_path: Path) -> 
     folder = tmp_path / "data" / "x"
     table = tmp_path / "table.csv"
     folder.mkdir(parents=True)
-    table.write_text("image\nb.png\n", encoding="utf-8")
+    table.write_text("image\ndata/x/10.bmp\n", encoding="utf-8")
     for shade in (10, 20):
         Image.new("L", (8, 8), shade).save(folder / f"{shade}.bmp")
     given: list[dict[str, Any]] = [
@@ -152,7 +152,7 @@ def test_an_input_is_identified_by_its_content(photos: Path, tmp_path: Path) -> 
         "fingerprint": first[2]["fingerprint"],
     }
     Image.new("L", (8, 8), 30).save(folder / "10.bmp")
-    table.write_text("image\nc.png\n", encoding="utf-8")
+    table.write_text("image\ndata/x/20.bmp\n", encoding="utf-8")
     assert all(now != then for now, then in zip(identities(), first, strict=True))
     assert json.loads(json.dumps(first)) == first  # as stored in the output
 
