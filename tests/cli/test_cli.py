@@ -61,6 +61,18 @@ def test_a_closed_pipe_ends_the_help_without_a_traceback(arguments: tuple[str, .
     assert ran.stderr == ""
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize(
+    ("output", "status", "error"), [(">&-", 0, ""), ("> /dev/full", 1, "no space is left")]
+)
+def test_a_closed_or_full_output_is_no_traceback(output: str, status: int, error: str) -> None:
+    command = f"{sys.executable} -m modeling_vitcls.cli --version {output}"
+    ran = subprocess.run(["sh", "-c", command], stderr=subprocess.PIPE, text=True, timeout=300)
+    assert ran.returncode == status
+    assert error in ran.stderr
+    assert ran.stderr.count("\n") == status
+
+
 @pytest.mark.parametrize(
     "arguments", [("--help",), ("finetune", "--help"), ("finetune", "--epoch", "3")]
 )
