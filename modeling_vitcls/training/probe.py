@@ -25,7 +25,7 @@ from sklearn.neighbors import NearestNeighbors
 from threadpoolctl import threadpool_limits
 from torch import nn
 
-from ..data.aspect_ratio import get_fit, read_sizes, set_fit
+from ..data.aspect_ratio import describe_fit, get_fit, read_sizes, set_fit
 from ..data.images import LabeledImages
 from ..data.splits import MAX_CLASS_RATIO
 from ..inference.evaluator import round_floats
@@ -309,8 +309,8 @@ class Probe:
         self.set_classifier(fitted, is_final)
         record["seconds"] = round(time.perf_counter() - start_time, 1)
         if reporter.printed_metrics:  # none in a dry run
-            if geometry_text := describe_geometry(record):
-                reporter.print_line("fit", geometry_text)
+            fit_text = describe_geometry(record) or describe_fit(self.processor, images.images)
+            reporter.print_line("fit", fit_text)
             reporter.print_line("frozen", describe_probe(record))
             if is_final and self.has_statistics and chosen.distance_threshold_ is None:
                 reporter.print_line(

@@ -161,9 +161,12 @@ def flatten_record(record: dict[str, Any], prefix: str = "") -> dict[str, float]
 
 
 def describe_splits(
-    data: TrainingData, processor: ViTCLSImageProcessor, labels_text: str
+    data: TrainingData, processor: ViTCLSImageProcessor, labels_text: str, is_fit_known: bool
 ) -> dict[str, str]:
-    """Return the summary lines about the data."""
+    """Return the summary lines about the data.
+
+    `is_fit_known` is False if the run chooses the geometry later.
+    """
 
     def format_number(images: Any) -> str:
         is_stream = images is None or isinstance(images, StreamedImages)
@@ -202,6 +205,8 @@ def describe_splits(
             f"{num_excluded:,} of {total:,} training images are left out (`exclude`)"
         )
 
+    if not is_fit_known:
+        return lines
     if data.num_held_out_images or isinstance(data.train, StreamedImages):
         measured = data.held_out.images
     else:
@@ -245,16 +250,22 @@ def format_result(metrics: dict[str, Any], names: tuple[str, ...]) -> str:
     return f"{text} on {metrics['num_images']:,} held-out images"
 
 
-def describe_model(source: str, model: Any, forward_flops: int) -> dict[str, str]:
-    """Return the summary lines about the model."""
+def describe_model(
+    source: str, model: Any, forward_flops: int, is_pooling_known: bool
+) -> dict[str, str]:
+    """Return the summary lines about the model.
+
+    `is_pooling_known` is False if the run chooses the tokens of the classifier later.
+    """
     config = model.config
     token_counts = {name: count for name, count in count_tokens(config).items() if count}
     layout_text = " | ".join(f"{count} {name}" for name, count in token_counts.items())
     height, width = config.image_height_width
+    pooling_text = f", pooling {config.pooling}" if is_pooling_known else ""
     return {
         "model": f"{source}: {count_parameters(model):,} parameters, "
         f"{count_parameters(model, only_trainable=True):,} trainable, {config.num_hidden_layers} "
-        f"layers of width {config.hidden_size}, pooling {config.pooling}",
+        f"layers of width {config.hidden_size}{pooling_text}",
         "tokens": f"[ {layout_text} ] = {sum(token_counts.values())} for {height} x {width} "
         f"pixels, {forward_flops / 1e9:.3g} GFLOP per image",
     }

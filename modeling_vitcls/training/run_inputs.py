@@ -181,9 +181,10 @@ def load(kind: Any, options: Options, environment: Environment) -> Loaded:
         partial(prepare_folder, options, data, plan, setup.model.config.to_dict(), environment),
     )
 
+    has_probe = setup.probe is not None  # which chooses the geometry and the tokens
     lines = {
-        **describe_splits(data, setup.processor, setup.labels_text),
-        **describe_model(initial.name, setup.model, forward_flops),
+        **describe_splits(data, setup.processor, setup.labels_text, is_fit_known=not has_probe),
+        **describe_model(initial.name, setup.model, forward_flops, is_pooling_known=not has_probe),
         **default_lines,
         "rate": rate_line,
         **setup.summary_lines,

@@ -13,18 +13,19 @@ from torch.distributed.fsdp import FSDPModule
 
 from ..data.images import LabeledImages
 from ..data.splits import MAX_CLASS_RATIO
+from ..hub.local_paths import is_local, make_relative, split_prefix
+from ..hub.model_files import PREDICTIONS_FILE, RESULTS_FILE, SPLITS_FILE
 from ..inference.class_statistics import ClassStatistics, Token
 from ..inference.frozen_features import FeatureLayout
 from ..inference.linear_probe import KNOWN_RECALL, MIN_DISTANCE_IMAGES, NUM_LAST_LAYERS
 from ..model.modeling_vitcls import count_output_tokens
-from ..runtime.flags import get_flag_fields, to_arguments
+from ..runtime.flags import get_flag_fields, to_arguments, to_flags
 from . import pretrain
 from .dry_run import describe_dry_probe, describe_dry_run
 from .loop import TrainingLoop
-from .output_folder import CHECKPOINTS_FOLDER, RESULTS_FILE
+from .output_folder import CHECKPOINTS_FOLDER
 from .probe import CPU_FLOPS_PER_MINUTE, FLOPS_OF_STEP
 from .reporter import describe_run, format_result
-from .resume import get_relative_flags
 from .run_inputs import Environment, Loaded
 
 
@@ -196,8 +197,8 @@ def build_fine_tuning_command(asked: Any) -> str:
         if getattr(asked, name) != field.default
     }
     flags = {
-        name: value
-        for name, value in get_relative_flags(asked).items()
+        name: shorten_path(value)
+        for name, value in to_flags(asked).items()
         if name in asked_names.difference(FLAGS_WITHOUT_FINE_TUNING)
     }
     flags |= {
@@ -207,6 +208,13 @@ def build_fine_tuning_command(asked: Any) -> str:
     }
     arguments = [argument for flag in flags.items() for argument in to_arguments(*flag)]
     return f"vitcls finetune {shlex.join(arguments)}"
+
+
+def shorten_path(name: Any) -> Any:
+    """Make a local path relative to the working directory, unless two folders lie between them."""
+    relative = make_relative(name)
+    is_far = is_local(name) and split_prefix(relative)[1].startswith("../../")
+    return name if is_far else relative
 
 
 def describe_class_results(results: dict[str, Any]) -> str:
@@ -231,7 +239,11 @@ def describe_class_results(results: dict[str, Any]) -> str:
 
 def describe_saved_files(folder: Path) -> str:
     """Return what a run has saved, with sizes, because checkpoints may be larger than the model."""
-    text = f"{folder} (model, image processor, {RESULTS_FILE}), {measure_size(folder)}"
+    files = [
+        name for name in (RESULTS_FILE, SPLITS_FILE, PREDICTIONS_FILE) if (folder / name).exists()
+    ]
+    names = ", ".join(["model", "image processor", *files])
+    text = f"{folder} ({names}), {measure_size(folder)}"
     checkpoints = folder / CHECKPOINTS_FOLDER
     if checkpoints.exists():
         text += f", of which {measure_size(checkpoints)} are checkpoints"

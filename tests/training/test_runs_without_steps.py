@@ -16,6 +16,7 @@ from PIL import Image
 
 from modeling_vitcls import ViTCLSModel
 from modeling_vitcls.cli import main
+from modeling_vitcls.runtime import progress
 from modeling_vitcls.runtime.files import read_json
 
 
@@ -48,8 +49,12 @@ def sources(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("flags", [("--trainable", "head"), ()])
 def test_a_run_without_steps_prints_the_command_that_trains_all_weights(
-    flags: tuple[str, ...], sources: Path, capsys: pytest.CaptureFixture[str]
+    flags: tuple[str, ...],
+    sources: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    """Paths of other folders are absolute, so that the command runs anywhere."""
     arguments = ["--model", str(sources / "vit"), "--dataset", str(sources / "my photos")]
     arguments += ["--output-dir", str(sources / "frozen"), "--num-workers", "0", "--no-report"]
     main(["finetune", *arguments, *flags])
@@ -57,6 +62,7 @@ def test_a_run_without_steps_prints_the_command_that_trains_all_weights(
     command = capsys.readouterr().out.rpartition(": vitcls ")[2].splitlines()[0]
 
     reset_accelerate()
+    monkeypatch.chdir(sources / "vit")
     main(shlex.split(command))
     (results_file,) = set(sources.glob("*/results.json")) - {sources / "frozen/results.json"}
     assert read_json(results_file)["steps"] > 0
@@ -79,3 +85,20 @@ def test_two_photos_of_each_class_are_enough(sources: Path) -> None:
     arguments += ["--output-dir", str(sources / "frozen"), "--num-workers", "0", "--no-report"]
     main(["finetune", *arguments, "--trainable", "head"])
     assert read_json(sources / "frozen/results.json")["num_images"] == 8
+
+
+def test_a_run_without_steps_names_its_geometry_and_its_tokens_once(
+    sources: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They are chosen after the first lines; a pass whose images are unfinished has no count."""
+    monkeypatch.setattr(progress, "LINE_SECONDS", 0.0005)
+    arguments = ["--model", str(sources / "vit"), "--dataset", str(sources / "my photos")]
+    arguments += ["--output-dir", str(sources / "frozen"), "--num-workers", "0", "--no-report"]
+    main(["finetune", *arguments, "--trainable", "head"])
+    lines = capsys.readouterr().out.splitlines()
+    (fit_line,) = [line for line in lines if line.startswith("fit ")]
+    assert fit_line.split()[1].strip(";,") in ("crop", "squash")
+    (model_line,) = [line for line in lines if line.startswith("model ")]
+    assert "pooling" not in model_line
+    assert "features: started" in lines
+    assert not [line for line in lines if line.startswith("features 0")]
