@@ -146,7 +146,8 @@ def load_source(source_name: str, family: str | None = None) -> SourceModel:
     source does not exist or is not supported.
     """
     project, _, name = source_name.partition(":")
-    if project in SOURCE_CLASSES or not Path(source_name).suffix:
+    is_file = Path(source_name).is_file()
+    if not is_file and (project in SOURCE_CLASSES or not Path(source_name).suffix):
         if family is not None:
             raise ConversionError(
                 f"`family={family!r}` requires a state-dict file, but the source is {source_name}"

@@ -32,9 +32,10 @@ def resolve_name(name: str) -> str:
     """Return a name in which the path of an existing file or folder is absolute.
 
     `name` is a path, a Hub id, `timm:NAME`, `timm:local-dir:FOLDER` or `transformers:...`. A
-    path takes precedence over a built-in name (`digits`, a preset).
+    path takes precedence over a built-in name (`digits`, a preset) and over the name of another
+    project's model.
     """
-    prefix, path = split_prefix(name)
+    prefix, path = ("", name) if Path(name).exists() else split_prefix(name)
     if path and Path(path).exists():
         return f"{prefix}{Path(path).absolute()}"
     return name

@@ -215,3 +215,27 @@ def test_an_evaluation_says_that_the_images_of_the_run_are_not_listed(
     assert run_here("evaluate", *flags) == 0
     (line,) = [line for line in caplog.messages if "is missing" in line]
     assert line.startswith("splits.parquet of ")
+
+
+@pytest.mark.parametrize("name", ["base", "vitcls-tiny", "timm:mine", "transformers:mine"])
+def test_a_folder_wins_over_a_preset_a_built_in_dataset_and_another_project(
+    name: str, folder: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also if the working folder has one with the name of the split."""
+    monkeypatch.chdir(tmp_path)
+    folder.rename(name)
+    write_photos(Path("digits/train"), range(8, 16))
+    photos.rename("digits/test")
+    write_photos(Path("test"), range(1))
+
+    data = ["--dataset", "digits", "--num-workers", "0"]
+    assert (
+        run_here("evaluate", "--model", name, *data, "--split", "test", "--output", "a.json") == 0
+    )
+    assert json.loads(Path("a.json").read_text())["num_images"] == 16
+
+    steps = ["--output-dir", "run", "--max-steps", "1", "--select", "last", "--no-report"]
+    assert run_here("finetune", "--model", name, *data, *steps) == 0
+    results = json.loads(Path("run/results.json").read_text())
+    assert results["num_training_images"] == 16
+    assert json.loads(Path("run/config.json").read_text())["num_register_tokens"] == 1

@@ -62,6 +62,8 @@ def build(kind: str, folder: Path) -> Any:
     pairs = [(make_image(index), name_class(index)) for index in range(NUM_IMAGES)]
     if kind == "torch":
         return TorchDataset()
+    if kind == "part of a torch dataset":  # whose class names are those of the dataset
+        return torch.utils.data.Subset(TorchDataset(), range(NUM_IMAGES))
     if kind == "datasets":
         rows = {"image": [{"bytes": encode(image), "path": None} for image, _ in pairs]}
         columns = rows | {"label": [label for _, label in pairs]}
@@ -76,7 +78,8 @@ def build(kind: str, folder: Path) -> Any:
     return [(convert(image), label) for image, label in pairs]
 
 
-KINDS = ["images", "arrays", "bytes", "paths", "torch", "datasets", "splits"]
+KINDS = ["images", "arrays", "bytes", "paths", "torch", "part of a torch dataset", "datasets"]
+KINDS += ["splits"]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -9,6 +9,7 @@ import torch
 from helpers.tiny_models import build_tiny_config, randomize
 
 from modeling_vitcls import ViTCLSForImageClassification
+from modeling_vitcls.hub.model_folder import ModelFolder
 from modeling_vitcls.inference.class_statistics import ClassStatistics
 
 
@@ -73,3 +74,9 @@ def test_statistics_survive_an_adaptation() -> None:
     adapted = model.adapt(num_register_tokens=2).eval()
     difference = adapted(images[:4]).distance - model(images[:4]).distance
     assert difference.abs().max() < 0.01
+
+
+def test_statistics_are_not_counted_as_parameters(tmp_path: Path) -> None:
+    model, _, _ = build_model()
+    model.save_pretrained(tmp_path)
+    assert ModelFolder(tmp_path).num_parameters == model.num_parameters()
