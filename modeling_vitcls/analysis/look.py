@@ -35,16 +35,17 @@ def draw_photo(options: LookOptions, image: Any) -> Image.Image:
     With `output` or `json`, the sheet or its numbers are also written.
     """
     is_source = isinstance(image, str | bytes | Path)
+    if not (is_source or isinstance(image, Image.Image) or hasattr(image, "ndim")):
+        raise ValueError(f"cannot draw a {type(image).__name__}. Pass one photo")
+    model, processor = load_adjusted_model(options)
     if is_source:
         photo = read_image(image)
     elif isinstance(image, Image.Image):
         photo = image
-    elif hasattr(image, "ndim"):
-        check_float_levels([image])
-        photo = to_pil_image(image_to_tensor(image, to_rgb=True))
     else:
-        raise ValueError(f"cannot draw a {type(image).__name__}. Pass one photo")
-    model, processor = load_adjusted_model(options)
+        check_float_levels([image])
+        pixels = image_to_tensor(image, to_rgb=True, bit_depth=processor.bit_depth)
+        photo = to_pil_image(pixels)
     name = Path(image).name if is_source and not isinstance(image, bytes) else ""
     model_name = get_title(options.model)
     measurements = measure_photo(model, processor, photo)

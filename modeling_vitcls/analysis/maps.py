@@ -92,9 +92,13 @@ def get_brightest_value(values: torch.Tensor) -> float:
     return max(values.max().item(), MIN_SCALE * values.mean().item())
 
 
-def to_upright_rgb(image: Image.Image) -> Image.Image:
-    """Convert an image to 8-bit RGB as the image processor does: upright and on white."""
-    return Image.fromarray(pil_to_tensor(image, to_rgb=True).permute(1, 2, 0).contiguous().numpy())
+def to_upright_rgb(image: Image.Image, bit_depth: int = 16) -> Image.Image:
+    """Convert an image to 8-bit RGB as the image processor does: upright and on white.
+
+    `bit_depth` is the number of bits that 16-bit images use.
+    """
+    pixels = pil_to_tensor(image, to_rgb=True, bit_depth=bit_depth)
+    return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
 
 
 def draw_region(image: Image.Image, region: VisibleRegion, side: int) -> Image.Image:

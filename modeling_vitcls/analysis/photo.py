@@ -160,7 +160,7 @@ def measure_photo(model: Any, processor: Any, image: Image.Image) -> PhotoMeasur
         for task, label, rows in attribute_predictions(trace, predictions)
     ]
 
-    upright_image = to_upright_rgb(image)
+    upright_image = to_upright_rgb(image, processor.bit_depth)
     image_size = (upright_image.height, upright_image.width)
     return PhotoMeasurements(
         config=config,

@@ -95,9 +95,10 @@ def describe_predictions(
     shown = wrong.head(MAX_WRONG_IMAGES)
     columns = ["image", "label", "prediction", "confidence"]
     wrong_rows = shown[columns].assign(url=None, nearest=None).to_dict("records")
+    bit_depth = folder.load_processor().bit_depth if folder.has_processor else 16
     for row, names in zip(wrong_rows, shown.get("nearest_images", [()] * len(shown)), strict=True):
-        row["url"] = draw_thumbnail(images or {}, row["image"], THUMBNAIL_SIDE)
-        row["nearest"] = describe_nearest_images(images or {}, names, folder)
+        row["url"] = draw_thumbnail(images or {}, row["image"], THUMBNAIL_SIDE, bit_depth)
+        row["nearest"] = describe_nearest_images(images or {}, names, folder, bit_depth)
 
     is_cross_validated = folder.results.get("split") == "cross-validation"
     estimate = folder.results["accuracy"] if is_cross_validated else None
@@ -120,8 +121,12 @@ def describe_predictions(
     }
 
 
-def draw_thumbnail(images: Mapping[str, FoundImage], name: str, side: int) -> str | None:
+def draw_thumbnail(
+    images: Mapping[str, FoundImage], name: str, side: int, bit_depth: int
+) -> str | None:
     """Return a small image as a data URL.
+
+    16-bit images use `bit_depth` bits.
 
     Return None if the dataset has changed, or the image is unreadable.
     """
@@ -129,7 +134,7 @@ def draw_thumbnail(images: Mapping[str, FoundImage], name: str, side: int) -> st
         return None
     found = images[name]
     try:
-        image = to_upright_rgb(found.images.images[found.position])
+        image = to_upright_rgb(found.images.images[found.position], bit_depth)
     except ValueError:
         return None
     image.thumbnail((side, side))
@@ -137,7 +142,7 @@ def draw_thumbnail(images: Mapping[str, FoundImage], name: str, side: int) -> st
 
 
 def describe_nearest_images(
-    images: Mapping[str, FoundImage], names: Sequence[str], folder: ModelFolder
+    images: Mapping[str, FoundImage], names: Sequence[str], folder: ModelFolder, bit_depth: int
 ) -> list[dict[str, Any]]:
     """Return the names, labels and thumbnails of the nearest training images that are found."""
     class_names = get_label_space(folder.config).names
@@ -146,7 +151,7 @@ def describe_nearest_images(
         if name in images:
             found = images[name]
             label = class_names[found.images.labels[found.position]]
-            url = draw_thumbnail(images, name, NEAREST_SIDE)
+            url = draw_thumbnail(images, name, NEAREST_SIDE, bit_depth)
             nearest.append({"image": name, "label": label, "url": url})
     return nearest
 

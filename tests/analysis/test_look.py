@@ -277,3 +277,18 @@ def test_gray_models_take_color_photos(tmp_path: Path) -> None:
     gray = ViTCLSImageProcessor(size=32, do_convert_rgb=False, image_mean=[0.5], image_std=[0.5])
     folder = save_encoder(tmp_path, gray, num_channels=1)
     assert look(folder, photograph("china.jpg").convert("L")).width == 1800
+
+
+@pytest.mark.parametrize("is_array", [False, True])
+def test_a_photo_of_twelve_bits_is_as_bright_as_the_model_sees_it(
+    is_array: bool, tmp_path: Path
+) -> None:
+    folder = save_encoder(tmp_path, ViTCLSImageProcessor(size=32, bit_depth=12))
+    values = np.asarray(photograph("china.jpg").convert("L"), dtype=np.uint16) * 16
+    photo: Any = values
+    if not is_array:
+        photo = tmp_path / "scan.png"
+        Image.fromarray(values).save(photo)
+    bright = np.asarray(look(folder, Image.fromarray((values // 16).astype(np.uint8))), float)
+    difference = np.abs(np.asarray(look(folder, photo), float) - bright)
+    assert difference.mean() < 1
