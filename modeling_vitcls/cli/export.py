@@ -75,6 +75,11 @@ def format_notes(report: dict[str, Any]) -> list[str]:
     lines = [f"Accepts any batch size{sizes}"]
     if report["fixed_because"]:
         lines.append(f"The image size is fixed: {report['fixed_because']}")
+    if report["lacks_distance"]:
+        lines.append(
+            "Has no output `distance`, for which int8 has too few digits: predictions through the "
+            "file do not mark unknown images"
+        )
     if (comparison := report["comparison"]) is not None:
         lines.append(
             f"{comparison['output']} of {comparison['num_images']} held-out images: relative error "

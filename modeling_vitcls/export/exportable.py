@@ -3,7 +3,8 @@
 ViTCLSModel                         last_hidden_state, pooler_output
 ViTCLSForImageClassification        logits; if there are two heads, also cls_logits and distillation_logits
 ViTCLSForMultiTaskClassification    one output per task, named after the task
-both classifiers                    then one output per extra head, named after its task
+both classifiers                    then one output per extra head, named after its task, and
+                                    distance (to the nearest class), if the model has class statistics
 ViTCLSBackbone                      feature maps, named after their stages
 """
 
@@ -17,6 +18,7 @@ from torch import nn
 from ..conversion.any_checkpoint import is_preset, resolve
 from ..data.aspect_ratio import set_fit
 from ..hub.model_folder import ModelFolder
+from ..inference.exported_graphs import DISTANCE
 from ..model.configuration_vitcls import ViTCLSConfig
 from ..model.image_processing_vitcls import ViTCLSImageProcessor
 from ..model.modeling_vitcls import (
@@ -46,11 +48,12 @@ class NamedOutputsModel(nn.Module):
 
 
 def get_classifier_outputs(outputs: Any, model: Any) -> dict[str, torch.Tensor | None]:
-    """Return the logits [B, labels], those of each of two heads, and those of extra heads."""
+    """Return the logits [B, labels], those of two heads and of extra heads, and the distance [B]."""
     names = ["logits"]
     if outputs.distillation_logits is not None:
         names += ["cls_logits", "distillation_logits"]
-    return {name: outputs[name] for name in names} | (outputs.task_logits or {})
+    logits = {name: outputs[name] for name in names} | (outputs.task_logits or {})
+    return logits | {DISTANCE: outputs.distance}
 
 
 # Model class -> function that selects the outputs by name.

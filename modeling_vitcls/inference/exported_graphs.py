@@ -8,7 +8,7 @@ weights of the folder (the hash in its report, FILE.json), and that its outputs 
 the dtype of the model.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,6 +27,7 @@ from ..runtime.files import read_json
 
 
 INPUT_NAME = "pixel_values"
+DISTANCE = "distance"  # output with the distance to the nearest class
 # Precision -> OpenVINO's hint. Without a hint, OpenVINO computes in bfloat16 if the CPU can.
 OPENVINO_HINTS = {"fp32": "f32", "bf16": "bf16"}
 
@@ -39,7 +40,7 @@ class GraphError(ValueError):
     """
 
 
-Runner = Callable[[dict[str, Any]], dict[str, Any]]  # arrays by input name -> arrays by output name
+Runner = Callable[[dict[str, Any]], Sequence[Any]]  # arrays by input name -> arrays of the outputs
 
 
 class ExportedGraph(nn.Module):
@@ -58,13 +59,14 @@ class ExportedGraph(nn.Module):
         super().__init__()
         self.file = file
         try:
-            self.run = open_openvino(file, precision) if file.suffix == ".xml" else open_onnx(file)
+            opened = open_openvino(file, precision) if file.suffix == ".xml" else open_onnx(file)
         except ImportError as error:
             raise ValueError(
                 f"{file} requires {error.name}. {describe_installation('export')}"
             ) from error
         except Exception as error:  # both runtimes raise undocumented exceptions
             raise ValueError(f"{file} cannot be read: {format_error(error)}") from error
+        self.output_names, self.run = opened
 
     def forward(self, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return the outputs [B, ...] by name, for images [B, C, H, W].
@@ -73,17 +75,20 @@ class ExportedGraph(nn.Module):
             GraphError: If the graph does not support the images.
         """
         try:
-            outputs = self.run({INPUT_NAME: pixel_values.float().cpu().numpy()})
+            arrays = self.run({INPUT_NAME: pixel_values.float().cpu().numpy()})
         except Exception as error:  # both runtimes raise undocumented exceptions
             raise GraphError(
                 f"{self.file} cannot be run on images of shape {list(pixel_values.shape)}: "
                 f"{format_error(error)}"
             ) from error
-        return {name: torch.from_numpy(array.copy()) for name, array in outputs.items()}
+        return {
+            name: torch.from_numpy(array.copy())
+            for name, array in zip(self.output_names, arrays, strict=True)
+        }
 
 
-def open_onnx(file: Path) -> Runner:
-    """Open an ONNX file in onnxruntime."""
+def open_onnx(file: Path) -> tuple[list[str], Runner]:
+    """Open an ONNX file in onnxruntime. Return the names of its outputs, and how to run it."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -91,7 +96,7 @@ def open_onnx(file: Path) -> Runner:
     options.log_severity_level = 3  # only log errors
     session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
     names = [output.name for output in session.get_outputs()]
-    return lambda inputs: dict(zip(names, session.run(names, inputs), strict=True))
+    return names, lambda inputs: session.run(names, inputs)
 
 
 @cache
@@ -107,19 +112,22 @@ def get_openvino_core() -> Any:
     return openvino.Core()
 
 
-def open_openvino(file: Path, precision: str) -> Runner:
-    """Compile an OpenVINO file for the CPU."""
+def open_openvino(file: Path, precision: str) -> tuple[list[str], Runner]:
+    """Compile an OpenVINO file for the CPU. Return the names of its outputs, and how to run it."""
     hints = {
         "INFERENCE_PRECISION_HINT": OPENVINO_HINTS[precision],
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
     }
     compiled_model = get_openvino_core().compile_model(file, "CPU", hints)
     names = [output.get_any_name() for output in compiled_model.outputs]
-    return lambda inputs: dict(zip(names, compiled_model(inputs).to_tuple(), strict=True))
+    return names, lambda inputs: compiled_model(inputs).to_tuple()
 
 
 class ExportedModel(nn.Module):
     """An exported graph with the interface of its model, whose weights are not loaded.
+
+    `class_distance` is the name of the output with the distance to the nearest class. It is None if
+    the graph has none, and in bfloat16, which has too few digits for it.
 
     Args:
         file: The exported file.
@@ -147,6 +155,8 @@ class ExportedModel(nn.Module):
         self.config = config
         self.use_head = use_head
         self.graph = ExportedGraph(file, "bf16" if mixed_precision == "bf16" else "fp32")
+        has_distance = DISTANCE in self.graph.output_names and mixed_precision == "no"
+        self.class_distance = DISTANCE if has_distance else None
 
     @property
     def base_model(self) -> "ExportedModel":

@@ -46,7 +46,7 @@ class EvaluateOptions(EngineOptions, DataOptions):
     of 224 pixels."""
     frozen: Literal["knn", "logreg"] | None = None
     """Evaluate the frozen encoder instead of the classifier of the model: fit `knn` or `logreg`
-    (logistic regression) to the features of the training images."""
+    (shrinkage LDA or logistic regression) to the features of the training images."""
     output: Path | None = None
     """JSON file for the metrics, including the metrics of each class and the confusion matrix; with
     --audit, for the numbers of issues."""

@@ -25,6 +25,7 @@ from ..data.splits import load_on_main
 from ..hub.model_folder import ModelFolder
 from ..model.image_processing_vitcls import ViTCLSImageProcessor
 from ..runtime.distributed import build_accelerator, run_on_main
+from ..runtime.messages import format_message
 from .array_jobs import METADATA_KEY, Part, describe_settings, read_finished_part
 from .inputs import (
     ImageRecord,
@@ -132,14 +133,23 @@ def build_predictor(
     options: PredictOptions, folder: ModelFolder, accelerator: Accelerator
 ) -> Predictor:
     """Load the model and its image processor on the device, and build a predictor."""
+    print_line = accelerator.on_main_process(partial(print, file=sys.stderr))
     loaded = load_for_inference(
         folder,
         options,
         accelerator,
         use_head=options.features is None,
         max_batch_size=MAX_BATCH_SIZE,
-        print_line=accelerator.on_main_process(partial(print, file=sys.stderr)),
+        print_line=print_line,
     )
+    config: Any = loaded.model.config
+    has_statistics = options.features is None and config.class_statistics is not None
+    if has_statistics and loaded.model.class_distance is None:
+        text = (
+            "this graph does not compute `distance` and `unknown`, for which int8 and bfloat16 "
+            "have too few digits. `backend='torch'` does"
+        )
+        print_line(f"engine: {format_message(text)}")
     columns = build_prediction_columns(
         model=loaded.model,
         top_k=options.top_k,

@@ -28,7 +28,7 @@ from transformers import PreTrainedModel
 from ..data.labels import is_multi_label
 from ..model.configuration_vitcls import ExtraHead
 from ..runtime.messages import format_message
-from .exported_graphs import GraphError
+from .exported_graphs import DISTANCE, GraphError
 from .image_pass import ImageBatch, find_finite, group_by_shape, pass_over_images
 from .inputs import PreparedImage
 from .load_model import check_is_classifier
@@ -43,7 +43,6 @@ Row = dict[str, Any]
 Label = tuple[str, float]  # name and probability
 # default minimum probability of a predicted label in multi-label classification
 DEFAULT_THRESHOLD = 0.5
-DISTANCE = "distance"  # output and column of the distance to the nearest class
 
 
 def select_top_labels(logits: torch.Tensor, names: list[str], top_k: int) -> list[list[Label]]:

@@ -8,7 +8,7 @@
     options.py          flags of the commands that train
     finetune.py         data, model, loss and evaluator of fine-tuning
     pretrain.py         data, model, loss and evaluator of pre-training; lejepa.py and mae.py are its methods
-    probe.py            k-NN and logistic regression on the frozen model, before fine-tuning
+    probe.py            linear classifier on the frozen model, before fine-tuning
     loop.py             training loop
     checkpoints.py      checkpoints on disk, written completely or not at all
     duration.py         expected duration of a run, before its first step

@@ -1,6 +1,6 @@
 """Fine-tuning on labeled images. run.py implements the complete run.
 
-    probe              logistic regression on frozen features, from which the classifier starts (probe.py)
+    probe              linear classifier on frozen features, from which the classifier starts (probe.py)
     fine-tuning        trained on pixels; with --teacher, the distillation token is trained on the teacher's logits
     --trainable head   stops after the probe; without a probe, the head is trained on pixels with a frozen encoder
 

@@ -161,7 +161,7 @@ class TrainingOptions(Options):
     """Weights to train: `full` (all), `head` (linear probing), `last-N` (last N layers and head),
     or `lora`."""
     probe: bool = True
-    """Start the classifier of a pre-trained model from logistic regression on the features of the
+    """Start the classifier of a pre-trained model from a linear classifier on the features of the
     frozen model, and print the accuracy of the frozen model. `--trainable head` then stops.
     --no-probe: start from random values."""
     statistics: bool = True

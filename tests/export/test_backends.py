@@ -37,6 +37,7 @@ from modeling_vitcls.export import exporter
 from modeling_vitcls.export.exporter import export_model
 from modeling_vitcls.export.options import ExportOptions
 from modeling_vitcls.export.quantization import check_drop, rank_layers, round_to_int8
+from modeling_vitcls.inference.class_statistics import ClassStatistics
 from modeling_vitcls.inference.exported_graphs import ExportedGraph, ExportedModel
 from modeling_vitcls.inference.intervals import compute_proportion_interval
 
@@ -46,6 +47,16 @@ pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("fresh_accelerate
 DIGITS_PROCESSOR = ViTCLSImageProcessor(
     size=8, do_convert_rgb=False, image_mean=[0.5], image_std=[0.5]
 )
+
+
+def add_statistics(model: Any) -> None:
+    """Store class statistics of random features in a classifier."""
+    random = np.random.default_rng(0)
+    size = model.config.hidden_size
+    features = {token: random.normal(size=(60, size)) for token in ((-1, "cls"), (-2, "mean"))}
+    statistics = ClassStatistics.fit(features, np.arange(60) % 3, model.config.num_labels)
+    statistics.set_in_model(model)
+    model.config.distance_threshold = size**0.5
 
 
 @pytest.fixture(scope="module")
@@ -63,9 +74,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         )
         image.save(folder / f"{index}.png")
     config = build_tiny_config(num_distillation_tokens=1, temperature=2.5, position_antialias=True)
-    source = str(
-        save_with_processor(randomize(ViTCLSForImageClassification(config)), parent / "mine")
-    )
+    classifier = randomize(ViTCLSForImageClassification(config))
+    add_statistics(classifier)
+    source = str(save_with_processor(classifier, parent / "mine"))
     dataset = str(parent / "images")
     export_model(
         ExportOptions(model=source, format="openvino", output=parent / "exported", dataset=dataset)
@@ -128,6 +139,22 @@ def test_backends_have_the_predictions_of_torch(backend: str, model: Path, tmp_p
             theirs[f"label{suffix}"] for suffix in ("", "_2", "_3")
         ]
         assert mine["probability"] == pytest.approx(theirs["probability"], abs=1e-5)
+        assert mine["distance"] == pytest.approx(theirs["distance"], rel=1e-4)
+        assert mine["unknown"] is theirs["unknown"]
+
+
+def test_export_and_predictions_say_that_an_int8_graph_has_no_distance(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images, output = str(model.parent / "images"), str(tmp_path / "exported")
+    words = ["export", "--model", str(model.parent / "mine"), "--format", "openvino", "--int8"]
+    assert run_here(*words, "--dataset", images, "--max-drop", "100", "--output", output) == 0
+    assert "no output `distance`" in capsys.readouterr().out
+    reset_accelerate()
+    assert run_here("predict", "--model", output, images) == 0
+    printed = capsys.readouterr()
+    assert "distance" not in printed.out
+    assert "does not compute `distance`" in printed.err
 
 
 @pytest.mark.parametrize("backend", [pytest.param("onnx", marks=pytest.mark.slow), "openvino"])
@@ -191,6 +218,7 @@ def test_the_hint_in_the_report_has_the_outputs_of_the_model(model: Path) -> Non
 
 RELEASE_IN_A_THREAD = """
 import pathlib, signal, sys, threading
+from modeling_vitcls.inference.class_statistics import ClassStatistics
 from modeling_vitcls.inference.exported_graphs import ExportedGraph
 graphs = [ExportedGraph(pathlib.Path(sys.argv[1]))]
 thread = threading.Thread(target=graphs.clear)

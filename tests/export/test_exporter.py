@@ -366,6 +366,7 @@ def test_the_report_describes_inputs_and_outputs(exported: tuple[Any, Path]) -> 
         "config_sha256": hash_files([file.parents[2] / "model" / "config.json"]),
         "excluded_layers": [],
         "num_calibration_images": 0,
+        "lacks_distance": False,
         "evaluation": None,
         "comparison": None,
     }
