@@ -100,6 +100,9 @@ def export_for_transformers_js(source: str, output: Path) -> dict[str, Any]:
             "a different --model"
         )
 
+    if isinstance(model, ViTCLSForImageClassification):
+        model.remove_class_statistics()  # pages show no distances, and int8 would make them wrong
+
     browser_model = BrowserModel(model).eval()
     batch_shape = (BATCH_SIZE, model.config.num_channels, *model.config.image_height_width)
     image_numbers = torch.arange(BATCH_SIZE).view(-1, 1, 1, 1)  # [B, 1, 1, 1]
