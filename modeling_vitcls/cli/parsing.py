@@ -57,7 +57,6 @@ def parse_command_line(modules: dict[str, ModuleType], arguments: list[str]) -> 
     command line is invalid.
     """
     name, flags = arguments[0], arguments[1:]
-    check_is_set(flags)
     if name in modules:
         options_class = modules[name].OPTIONS_CLASS
         common_flags = getattr(modules[name], "COMMON_FLAGS", None)
@@ -66,6 +65,7 @@ def parse_command_line(modules: dict[str, ModuleType], arguments: list[str]) -> 
             raise SystemExit(0)
         flags = ["--help" if flag == "--help-all" else flag for flag in flags]
         flags = insert_recipe(flags, get_flag_fields(options_class))
+        check_is_set(flags)
         suggest_equivalent_flags(flags, get_flag_fields(options_class))
 
     subcommands: list[Any] = []

@@ -165,6 +165,11 @@ class PredictOptions(ImageOptions, EngineOptions):
             )
         if suffix:
             check_output_files(self, "output")
+        elif self.output is not None and self.output.exists() and not self.output.is_dir():
+            raise ValueError(
+                f"`output={str(self.output)!r}` exists and is not a folder. Set a folder, or a file "
+                "with a suffix such as .csv"
+            )
         if self.shard is not None and (self.output is None or suffix):
             raise ValueError(
                 "`shard` requires a folder of Parquet files. Set `output` to a folder."

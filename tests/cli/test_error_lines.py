@@ -89,6 +89,7 @@ def test_a_named_pipe_instead_of_a_file_is_an_error(
         ("predict", "--output", "model/results.json"),
         ("inspect", "--json", "model/results.json"),
         ("evaluate", "--output", "photos"),
+        ("predict", "--output", "pipe"),
         ("evaluate", "--per-image", "pipe"),
     ],
 )
