@@ -120,6 +120,7 @@ COMBINATIONS: list[tuple[type, dict[str, Any], dict[str, Any], str]] = [
     (EvaluateOptions, {"frozen": "knn"}, {"backend": "onnx"}, "`backend`"),
     (EvaluateOptions, {}, {"streaming": True}, "`streaming`"),
     (EvaluateOptions, {"audit": Path("a.html")}, {"backend": "onnx"}, "`backend`"),
+    (EvaluateOptions, {"audit": Path("a.html")}, {"frozen": "knn"}, "`frozen='logreg'`"),
     (PredictOptions, {"paths": ("a",)}, {"paths": ()}, "`images`"),
     (PredictOptions, {"paths": (), "list": Path("b")}, {"dataset": "c"}, "`images`"),
     (PredictOptions, {"output": Path("a.JSON")}, {"output": Path("a.txt")}, "`output='a.txt'`"),

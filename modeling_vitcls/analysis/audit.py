@@ -1,17 +1,16 @@
-"""Audit of a labeled dataset: label errors, near duplicates, outliers and overlapping classes.
+"""Audit of a labeled dataset: possible label errors, near duplicates and outliers (cleanlab).
 
-    audit_checkpoint(options)         `evaluate --audit`: compute features and probabilities, audit, write
-    audit = audit_dataset(images)     the tables, from labels, probabilities and features
-    write_audit(audit, images, ...)   audit.html with photos, and audit.csv for `finetune --exclude`
+    images -> encoder, once -> features -> out-of-fold probabilities -> cleanlab's Datalab -> page, table
 
-Label errors, outliers and overlapping classes are cleanlab's (Northcutt et al. 2021, arXiv
-1911.00068). Probabilities must come from a model that was not trained on the image: held-out, or
-out-of-fold for a run with folds. A classifier that is wrong about many images also lists many right
-labels, so its accuracy is printed as well. Near duplicates are neighbors in the model's
-features, or in small copies of the images, whose pixels agree.
+    audit_checkpoint(options)        `evaluate --audit`: all of it
+    audit = audit_images(images)     one row per issue
+    write_audit(audit, images, ...)  audit.html with photos to check, and audit.csv with all rows
+
+The probability of each label comes from a classifier that was not fitted to the image: that of a
+run which predicted all images in this way (a frozen run, or one with `--folds`), or a `LinearProbe`
+of the model's features. The page saves the checked photos as a table for `finetune --exclude`.
 """
 
-import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -22,66 +21,52 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
-from PIL import Image
 from rich.console import Console
-from scipy.special import softmax
-from sklearn.model_selection import cross_val_predict
-from sklearn.neighbors import NearestNeighbors
 
 from ..conversion.any_checkpoint import resolve
 from ..data.images import LabeledImages
-from ..data.label_matching import match_labels
 from ..data.labels import get_label_space
 from ..data.sources import load_splits
-from ..data.splits import (
-    choose_fitting_and_evaluation_split,
-    find_trained_images,
-    read_splits,
-    select_task,
-)
+from ..data.splits import choose_evaluation_split, get_keys, read_splits
 from ..hub.model_files import PREDICTIONS_FILE
+from ..hub.model_folder import ModelFolder
+from ..inference.class_statistics import TokenFeatures
 from ..inference.evaluate import MAX_BATCH_SIZE, set_up_evaluation, write_results
-from ..inference.frozen import build_classifier
-from ..inference.image_pass import ImagePass, stack_rows
-from ..inference.linear_probe import LinearProbe
+from ..inference.frozen_features import FeatureLayout, FrozenPass
+from ..inference.linear_probe import NUM_LAST_LAYERS, LinearProbe
 from ..inference.load_model import TORCH, load_for_inference
 from ..inference.options import EvaluateOptions
-from ..model.heads_vitcls import IGNORED_LABEL
 from ..runtime.errors import describe_installation
 from ..runtime.files import escape_csv_cell, write_atomically
 from ..runtime.progress import report_work
 from .report import encode_data_url, render_page
 
 
-NUM_FOLDS = 5  # folds of the cross-validation with `frozen`
-# The classifier's features: CLS and the mean of the patches. Scaling them changed nothing.
 # of cleanlab's choices, the one with the fewest right labels (docs/evaluating.md)
 LABEL_FILTER = "low_self_confidence"
-NUM_NEIGHBORS = 5  # neighbors in feature space whose pixels are compared
-THUMBNAIL_SIZE = 32  # side of the compared images in pixels
+NUM_NEIGHBORS = 10  # of each image, in the search for duplicates and outliers
 PHOTO_SIZE = 192  # longer side of the images on the page in pixels
-MAX_PIXEL_DISTANCE = 0.1  # maximum distance of near duplicates, 1 - correlation of the pixels
-# Near duplicates are at most this fraction of the distance at which images of the dataset usually
-# have a neighbor. Without this limit, all images of the digit 1 would be duplicates.
-MAX_RELATIVE_DISTANCE = 0.25
-OUTLIER_FRACTION = 0.01  # fraction of the images that the page lists as outliers
-MAX_SHOWN = 100  # maximum number of rows of a table with photos
-BLOCK_SIZE = 1024  # images whose neighbors' pixels are compared at once
+MAX_SHOWN = 200  # rows of each kind of issue on the page
 
 
 @dataclass(frozen=True)
 class AuditedImages:
-    """Readable images with the outputs of a model. All lists have N entries."""
+    """N readable images with the features of a model.
 
-    ids: list[str]  # path or index of each image in its split
-    splits: list[str]
-    labels: np.ndarray  # [N], label indices
-    probabilities: np.ndarray  # [N, L]; NaN for images that the model was trained on
-    features: np.ndarray  # [N, D]
-    pixels: np.ndarray  # [N, THUMBNAIL_SIZE, THUMBNAIL_SIZE, 3], uint8
-    sources: list[tuple[Sequence[Any], int]]  # images of the split, and the index of the image
-    names: list[str]  # of the labels
+    Attributes:
+        rows: `split`, `id` (path or index in the split) and `label` of each image.
+        sources: the images that contain each image, and its index among them.
+        keys: [N] checksums of the content.
+        features: [N, D] of each token.
+        probabilities: [N, K] of the K classes, sorted by name; NaN if the label of an image cannot
+            be checked.
+    """
+
+    rows: pd.DataFrame
+    sources: list[tuple[LabeledImages, int]]
+    keys: np.ndarray
+    features: TokenFeatures
+    probabilities: np.ndarray
 
     @property
     def is_checked(self) -> np.ndarray:
@@ -89,26 +74,23 @@ class AuditedImages:
         return np.isfinite(self.probabilities).all(axis=1)
 
     @property
-    def accuracy(self) -> float | None:
-        """Return the fraction of the checked labels that are predicted; None without any."""
-        if not self.is_checked.any():
-            return None
-        predicted = self.probabilities[self.is_checked].argmax(axis=1)
-        return float((predicted == self.labels[self.is_checked]).mean())
+    def predictions(self) -> np.ndarray:
+        """Return the most probable label [N] of each image, which is its own if it is unchecked."""
+        names, labels = np.unique(self.rows["label"], return_inverse=True)
+        return np.where(self.is_checked, names[self.probabilities.argmax(axis=1)], names[labels])
+
+    @property
+    def accuracy(self) -> float:
+        """Return the fraction of the checked labels that are predicted."""
+        return float((self.predictions == self.rows["label"])[self.is_checked].mean())
 
 
 def audit_checkpoint(options: EvaluateOptions) -> dict[str, Any]:
     """Audit a dataset, write the page and the table, and return the number of issues of each kind.
 
-    Features are the CLS tokens and the mean of the patches. Probabilities are the classifier's for
-    held-out images or, with `frozen`, those of a classifier on the features that was fitted
-    without the image, for all images. If the model is the output folder of a run with folds,
-    they are those of the model that held out the image, for all images, and the features are those
-    of the first fold's model.
-
     Raises:
-        ValueError: if the dataset has several labels per image, if the model has no classifier
-            without `frozen`, or if the page or the table exists without `overwrite`.
+        ValueError: if the dataset has several labels per image or too few images, or if the page
+            or the table exists without `overwrite`.
         OSError: if the model or the dataset cannot be read, or the page cannot be written.
     """
     assert options.audit is not None
@@ -117,8 +99,11 @@ def audit_checkpoint(options: EvaluateOptions) -> dict[str, Any]:
             raise ValueError(
                 f"{file} exists, and may have been edited. Set `overwrite=True`, or another `audit`"
             )
+    if find_spec("cleanlab") is None:
+        raise ValueError(f"`audit` requires cleanlab. {describe_installation('audit')}")
+
     images, num_unreadable, console = load_audited_images(options)
-    audit = audit_dataset(images)
+    audit = audit_images(images)
     title = f"Audit of {Path(options.dataset).name}"
     csv_file = write_audit(audit, images, options.audit, title)
     counts = {issue: len(rows) for issue, rows in audit.items()}
@@ -129,9 +114,8 @@ def audit_checkpoint(options: EvaluateOptions) -> dict[str, Any]:
             style="bold yellow",
         )
     console.print(
-        f"{len(images.ids):,} images: {counts['duplicate']} near duplicates, {counts['label']} "
-        f"possible label errors, {counts['outlier']} outliers, {counts['overlap']} pairs of "
-        "classes that overlap"
+        f"{len(images.rows):,} images: {counts['label']} possible label errors, "
+        f"{counts['duplicate']} near duplicates, {counts['outlier']} outliers"
     )
     if counts["label"]:
         console.print(
@@ -141,7 +125,7 @@ def audit_checkpoint(options: EvaluateOptions) -> dict[str, Any]:
     console.print(f"saved {options.audit} and {csv_file.name}", markup=False)
     results = counts | {
         "across_splits": across,
-        "num_images": len(images.ids),
+        "num_images": len(images.rows),
         "num_unreadable_images": num_unreadable,
         "accuracy": images.accuracy,
     }
@@ -149,317 +133,186 @@ def audit_checkpoint(options: EvaluateOptions) -> dict[str, Any]:
     return results
 
 
-def compute_features_and_logits(model: Any, pixel_values: torch.Tensor) -> torch.Tensor:
-    """Return the features [B, F] of images [B, C, H, W], then the logits [B, L] of a classifier.
-
-    The features are the CLS tokens and the mean of the patches.
-    """
-    outputs = model(pixel_values, output_hidden_states=True)
-    tokens = model.base_model.normalize(outputs.hidden_states[-1])
-    layout = model.config.token_layout
-    mean = tokens[:, layout.patches].mean(dim=1, keepdim=True)
-    features = torch.cat([tokens[:, layout.cls], mean], dim=1).flatten(1)
-    logits = getattr(outputs, "logits", None)
-    return features if logits is None else torch.cat([features, logits], dim=1)
+# Features and probabilities -----------------------------------------------------------------------
 
 
 def load_audited_images(options: EvaluateOptions) -> tuple[AuditedImages, int, Console]:
-    """Return the audited images, the number of unreadable ones, and the main process's console.
-
-    The images are those for training and the held-out ones, with features and probabilities.
-    """
-    if find_spec("cleanlab") is None:
-        raise ValueError(f"`audit` requires cleanlab. {describe_installation('audit')}")
-    folds = [] if options.frozen else sorted(Path(options.model).glob(f"fold-*/{PREDICTIONS_FILE}"))
-    folder = resolve(str(folds[0].parent) if folds else options.model)
-    is_cross_validated = folder.saved_results.get("split") == "cross-validation"
-    if not options.frozen and is_cross_validated and not folds:
-        folds = [folder.path / PREDICTIONS_FILE]
-    if options.frozen is None and not folder.config.num_labels:
-        raise ValueError(
-            "`audit` requires a classifier, but the model has none. Set `frozen='logreg'`"
-        )
+    """Return the audited images, the number of unreadable ones, and the main process's console."""
+    files = sorted(Path(options.model).glob(f"fold-*/{PREDICTIONS_FILE}"))
+    folder = resolve(str(files[0].parent) if files else options.model)
+    if folder.results.get("split") == "cross-validation":
+        files = [folder.path / PREDICTIONS_FILE]
 
     accelerator, console, warn = set_up_evaluation(options.mixed_precision)
+    data = load_splits(options, select=partial(choose_splits, options))
+    if data.label_space.kind != "single_label_classification":
+        raise ValueError("`audit` requires one label per image. Set a single `label_column`")
+    names = np.array(data.label_space.names)
+    parts = {
+        split: images.draw(options.max_images, options.split_seed)
+        for split, images in data.images_by_split.items()
+    }
+    check_class_sizes(parts.values())
     loaded = load_for_inference(
         folder,
         replace(options, backend=TORCH),
         accelerator,
-        use_head=options.frozen is None,
+        use_head=False,
         max_batch_size=MAX_BATCH_SIZE,
         print_line=partial(console.print, markup=False),
     )
-    splits = select_task(read_splits(folder), None)
-    choose_splits = partial(choose_fitting_and_evaluation_split, options.split, options.dataset)
-    data = load_splits(options, select=list if folds else choose_splits)
-    if data.label_space.kind != "single_label_classification":
-        raise ValueError("`audit` requires one label per image. Set a single `label_column`")
-    if options.frozen:
-        check_class_sizes(data.images_by_split.values())
+    layout = FeatureLayout.from_config(loaded.model.config, NUM_LAST_LAYERS)
 
-    model_space = get_label_space(loaded.config)
-    label_space = data.label_space if options.frozen else model_space
-    parts = []
+    tables = []
+    values = []
+    keys = []
+    sources: list[tuple[LabeledImages, int]] = []
     num_unreadable = 0
-    for name, images in data.images_by_split.items():
-        images = images.draw(options.max_images, options.split_seed)
-        if not options.frozen:
-            images = match_labels(images, data.label_space, model_space)
-        image_pass = ImagePass(
-            images=images,
+    for split, images in parts.items():
+        image_pass = FrozenPass(
+            images,
+            layout,
             processor=loaded.processor,
-            label_space=label_space,
+            label_space=data.label_space,
             options=options,
             batch_size=loaded.batch_size,
             accelerator=accelerator,
             num_channels=loaded.config.num_channels,
             warn=warn,
         )
-        is_held_out = np.ones(len(images), dtype=bool)
-        if not options.frozen and not folds:
-            is_held_out = ~find_trained_images(images, splits)
-            console.print(
-                f"labels checked: {is_held_out.sum():,} of {len(images):,} images of split "
-                f"{name!r}; training used the others",
-                markup=False,
-            )
-        parts.append(audit_split(name, images, image_pass, loaded.model, is_held_out, console))
+        features = image_pass(loaded.model, console)
         num_unreadable += image_pass.num_unreadable
+        ids = np.array(images.images.get_names())[features.indices]
+        tables.append(pd.DataFrame({"split": split, "id": ids, "label": names[features.labels]}))
+        values.append(features.values)
+        keys.append(get_keys(images)[features.indices])
+        sources += [(images, index) for index in features.indices.tolist()]
 
-    audited = join_parts(parts)
-    if folds:
-        probabilities = read_fold_probabilities(folds, audited.ids, len(model_space.names))
-        audited = replace(audited, probabilities=probabilities)
-    elif options.frozen:
+    audited = AuditedImages(
+        rows=pd.concat(tables, ignore_index=True),
+        sources=sources,
+        keys=np.concatenate(keys),
+        features=layout.split(np.concatenate(values)),
+        probabilities=np.zeros((len(sources), 0)),
+    )
+    probabilities = None
+    if files and not options.frozen:
+        probabilities = read_recorded_probabilities(folder, files, audited)
+    if probabilities is None:
         with report_work("cross-validation", console):
-            probabilities = predict_out_of_fold(options.frozen, audited)
-        audited = replace(audited, probabilities=probabilities)
-    return audited, num_unreadable, console
+            probabilities = predict_out_of_fold(audited)
+    else:
+        console.print("labels are checked with the predictions of the run")
+    return replace(audited, probabilities=probabilities), num_unreadable, console
 
 
-def audit_split(
-    name: str,
-    images: LabeledImages,
-    image_pass: ImagePass,
-    model: Any,
-    is_held_out: np.ndarray,
-    console: Console,
-) -> AuditedImages:
-    """Pass the images of a split through the model.
-
-    The probabilities are those of its classifier, or [N, 0] for an encoder.
-    """
-    rows = image_pass.collect(model, partial(compute_features_and_logits, model), console)
-    values, labels = stack_rows(rows)
-    indices = [row.index for row in rows]
-    num_features = (model.config.num_cls_tokens + 1) * model.config.hidden_size
-    logits = values[:, num_features:]
-    probabilities = softmax(logits, axis=1) if logits.size else logits
-    return AuditedImages(
-        ids=[row.name for row in rows],
-        splits=[name] * len(rows),
-        labels=labels,
-        probabilities=np.where(is_held_out[indices, None], probabilities, np.nan),
-        features=values[:, :num_features],
-        pixels=np.stack([make_thumbnail(images.images[index]) for index in indices]),
-        sources=[(images.images, index) for index in indices],
-        names=image_pass.label_space.names,
-    )
-
-
-def join_parts(parts: Sequence[AuditedImages]) -> AuditedImages:
-    """Return the images of all parts, which have the same label names."""
-    joined = {
-        field: np.concatenate([getattr(part, field) for part in parts])
-        for field in ("labels", "probabilities", "features", "pixels")
-    }
-    return AuditedImages(
-        ids=[each for part in parts for each in part.ids],
-        splits=[each for part in parts for each in part.splits],
-        sources=[each for part in parts for each in part.sources],
-        names=parts[0].names,
-        **joined,
-    )
-
-
-def predict_out_of_fold(kind: str, images: AuditedImages) -> np.ndarray:
-    """Return the probabilities [N, L] of a classifier that was fitted without the image.
-
-    The regularization of a logistic regression is chosen, because the probabilities of one that
-    fits every training image mark many more right labels. The only image of a class has NaN.
-    """
-    if kind == "logreg":
-        probe = LinearProbe().fit(images.features, images.labels)
-        if not probe.num_folds_:
-            raise ValueError(
-                "`frozen='logreg'` requires two images of each of two classes. Add images, or set "
-                "`frozen='knn'`"
-            )
-        probabilities = np.zeros((len(images.labels), len(images.names)))
-        probabilities[:, probe.classes_] = probe.out_of_fold_
-        return probabilities
-    classifier = build_classifier(kind, len(images.labels) * (NUM_FOLDS - 1) // NUM_FOLDS)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # classes with fewer than five images
-        return cross_val_predict(  # type: ignore[no-any-return]
-            classifier, images.features, images.labels, cv=NUM_FOLDS, method="predict_proba"
-        )
+def choose_splits(options: EvaluateOptions, names: Sequence[str]) -> Sequence[str]:
+    """Return the splits to audit: all of them, or the one of `split`."""
+    if options.split is None:
+        return names
+    return [choose_evaluation_split(options.split, options.dataset, names)]
 
 
 def check_class_sizes(parts: Iterable[LabeledImages]) -> None:
-    """Raise ValueError if no class has an image for each fold of the cross-validation."""
-    sizes = Counter(label for images in parts for label in images.labels if label != IGNORED_LABEL)
-    if sizes and max(sizes.values()) < NUM_FOLDS:
-        raise ValueError(
-            f"`audit` with `frozen` requires {NUM_FOLDS} images of a class, but the largest class "
-            f"has {max(sizes.values())}. Add images, or audit with a classifier (without `frozen`)"
-        )
+    """Raise ValueError unless two classes have two images, which a cross-validation needs."""
+    sizes = Counter(label for images in parts for label in images.labels)
+    if sum(size > 1 for size in sizes.values()) < 2:
+        raise ValueError("`audit` requires two images of each of two classes. Add images")
 
 
-def read_fold_probabilities(files: list[Path], ids: Sequence[str], num_labels: int) -> np.ndarray:
-    """Return the out-of-fold probabilities [N, L] of images; NaN for images without a prediction.
+def read_recorded_probabilities(
+    folder: ModelFolder, files: Sequence[Path], images: AuditedImages
+) -> np.ndarray | None:
+    """Return the probabilities [N, K] that a run recorded for images when it did not see them.
 
-    They are the predictions of each fold's held-out images.
+    Return None if it has not recorded all of these images and classes.
     """
-    rows = pd.concat(pd.read_parquet(file, columns=["image", "probabilities"]) for file in files)
-    by_image = dict(zip(rows["image"], rows["probabilities"], strict=True))
-    missing = np.full(num_labels, np.nan)
-    return np.stack([by_image.get(name, missing) for name in ids])
-
-
-def make_thumbnail(image: Image.Image) -> np.ndarray:
-    """Return the pixels of the image at the size for comparisons."""
-    return np.asarray(
-        image.convert("RGB").resize((THUMBNAIL_SIZE, THUMBNAIL_SIZE), Image.Resampling.BOX)
+    tables = [pd.read_parquet(file, columns=["image", "probabilities"]) for file in files]
+    recorded = pd.concat(tables).drop_duplicates("image", keep=False).set_index("image")
+    names = get_label_space(folder.config).names
+    classes = np.unique(images.rows["label"])
+    is_seen = images.rows["id"].isin(recorded.index) & np.isin(
+        images.keys, read_splits(folder)["key"]
     )
+    if images.rows["id"].duplicated().any() or not is_seen.all() or not set(classes) <= set(names):
+        return None
+    probabilities = np.stack(recorded.loc[images.rows["id"], "probabilities"])
+    return probabilities[:, [names.index(name) for name in classes]]
 
 
-def audit_dataset(images: AuditedImages) -> dict[str, pd.DataFrame]:
+def predict_out_of_fold(images: AuditedImages) -> np.ndarray:
+    """Return the probabilities [N, K] of a classifier that was not fitted to the image.
+
+    Copies of an image are left out together. The only image of a class has NaN.
+    """
+    probe = LinearProbe().fit(images.features, images.rows["label"].to_numpy(), groups=images.keys)
+    return probe.out_of_fold_
+
+
+# Issues -------------------------------------------------------------------------------------------
+
+
+def audit_images(images: AuditedImages) -> dict[str, pd.DataFrame]:
     """Return a table for each kind of issue, with the most severe issue first.
 
-    Columns: `split`, `id`, `label`, `score` (low is severe), `suggested` (label errors), and
-    `other` and `other_split` (near duplicates). `overlap` has cleanlab's columns of pairs of
-    classes.
+    Columns: `row`, the number of the image; its `split`, `id`, `label` and `predicted` label; the
+    `score` from 0 (severe) to 1, which is the probability of the label for label errors; and
+    `other_row`, `other_split` and `other` of near duplicates.
     """
-    return {
-        "duplicate": find_near_duplicates(images),
-        "label": find_label_errors(images),
-        "outlier": find_outliers(images),
-        "overlap": find_class_overlap(images),
-    }
+    from cleanlab import Datalab
 
-
-def find_label_errors(images: AuditedImages) -> pd.DataFrame:
-    """Return the images that confident learning marks as possible label errors.
-
-    Confident learning estimates their number; they are those with the lowest score. The
-    score is the label's probability, from a model that was not trained on the image.
-    """
-    from cleanlab.filter import find_label_issues
-    from cleanlab.rank import get_label_quality_scores
-
-    known = np.flatnonzero(images.is_checked)
-    labels, probabilities = images.labels[known], images.probabilities[known]
-    scores = get_label_quality_scores(labels, probabilities, method="self_confidence")
-    is_issue = find_label_issues(labels, probabilities, filter_by=LABEL_FILTER, n_jobs=1)
-    order = np.argsort(scores, kind="stable")
-    order = order[is_issue[order]]
-    rows = build_rows(images, known[order], scores[order])
-    return rows.assign(
-        suggested=[images.names[index] for index in probabilities[order].argmax(axis=1)]
+    labels = images.rows["label"].to_numpy()
+    own_label = np.eye(images.probabilities.shape[1])[np.unique(labels, return_inverse=True)[1]]
+    tokens = [token for token in images.features if token[0] == -1]
+    num_neighbors = min(NUM_NEIGHBORS, len(labels) - 1)
+    lab = Datalab({"label": labels}, label_name="label", verbosity=0)
+    lab.find_issues(
+        pred_probs=np.where(images.is_checked[:, None], images.probabilities, own_label),
+        features=np.concatenate([images.features[token] for token in tokens], axis=1),
+        issue_types={
+            "label": {
+                "clean_learning_kwargs": {
+                    "find_label_issues_kwargs": {"filter_by": LABEL_FILTER, "n_jobs": 1}
+                }
+            },
+            "near_duplicate": {"k": num_neighbors},
+            "outlier": {"k": num_neighbors},
+        },
     )
+    rows = images.rows.assign(row=images.rows.index, predicted=images.predictions)
+    found = {"duplicate": list_pairs(rows, lab)}
+    for issue in ("label", "outlier"):
+        scores = lab.get_issues(issue).query(f"is_{issue}_issue")[f"{issue}_score"]
+        scores = scores.sort_values(kind="stable")
+        found[issue] = rows.loc[scores.index].assign(score=scores.round(4))
+    return found
 
 
-def find_outliers(images: AuditedImages) -> pd.DataFrame:
-    """Return the images whose features are far from those of all other images."""
-    from cleanlab.outlier import OutOfDistribution
-
-    scores = OutOfDistribution().fit_score(features=images.features, verbose=False)
-    order = np.argsort(scores, kind="stable")[: max(1, round(OUTLIER_FRACTION * len(scores)))]
-    return build_rows(images, order, scores[order])
-
-
-def find_class_overlap(images: AuditedImages) -> pd.DataFrame:
-    """Return pairs of classes, those with the most images of the other class first."""
-    from cleanlab.dataset import find_overlapping_classes
-
-    known = images.is_checked
-    table = find_overlapping_classes(
-        images.labels[known], images.probabilities[known], class_names=images.names
+def list_pairs(rows: pd.DataFrame, lab: Any) -> pd.DataFrame:
+    """Return the pairs of near duplicates. Those in different splits come first."""
+    neighbors = lab.get_info("near_duplicate")["near_duplicate_sets"]
+    pairs = np.array(
+        [(row, other) for row, others in enumerate(neighbors) for other in others if row < other],
+        dtype=int,
+    ).reshape(-1, 2)
+    scores = lab.get_issues("near_duplicate")["near_duplicate_score"].to_numpy()
+    first, second = rows.iloc[pairs[:, 0]], rows.iloc[pairs[:, 1]]
+    found = first.reset_index(drop=True).assign(
+        score=scores[pairs].max(axis=1).round(4),
+        other_row=second["row"].to_numpy(),
+        other_split=second["split"].to_numpy(),
+        other=second["id"].to_numpy(),
     )
-    return table[table["Num Overlapping Examples"] > 0]
+    is_same_split = found["split"] == found["other_split"]
+    return found.assign(same=is_same_split).sort_values(["same", "score"]).drop(columns="same")
 
 
-def find_near_duplicates(images: AuditedImages) -> pd.DataFrame:
-    """Return pairs of images with the same content. Pairs across splits come first."""
-    colors = images.pixels.astype(np.float32)
-    num_images = len(images.pixels)
-    pixels = standardize(colors)
-    mirrored = standardize(colors[:, :, ::-1])
-    cell = THUMBNAIL_SIZE // 8
-    cells = colors.reshape(num_images, 8, cell, 8, cell, 3).mean(axis=(2, 4))  # [N, 8, 8, 3]
-    coarse = standardize(cells)
-    coarse_mirrored = standardize(cells[:, :, ::-1])
-    num_neighbors = min(NUM_NEIGHBORS + 1, num_images)  # including the image itself
-    searches = ((images.features, images.features), (coarse, coarse), (coarse_mirrored, coarse))
-    all_neighbors = np.hstack(
-        [
-            NearestNeighbors(n_neighbors=num_neighbors, metric="cosine")
-            .fit(vectors)
-            .kneighbors(queries)[1]
-            for queries, vectors in searches
-        ]
-    )  # [N, K]
-    closest = np.full(num_images, np.inf)  # smallest distance of each image to a neighbor
-    pairs: dict[tuple[int, int], float] = {}
-    for start in range(0, num_images, BLOCK_SIZE):
-        neighbors = all_neighbors[start : start + BLOCK_SIZE]  # [B, K]
-        rows = np.arange(start, start + len(neighbors))
-        candidates = pixels[neighbors]  # [B, K, P]
-        agreement = np.maximum(
-            np.einsum("bp,bkp->bk", pixels[rows], candidates),
-            np.einsum("bp,bkp->bk", mirrored[rows], candidates),
-        )
-        agreement[neighbors == rows[:, None]] = -1
-        closest[rows] = (1 - agreement).min(axis=1)
-        for row, column in zip(*np.nonzero(1 - agreement <= MAX_PIXEL_DISTANCE), strict=True):
-            first, second = sorted((int(rows[row]), int(neighbors[row, column])))
-            pairs[first, second] = float(1 - agreement[row, column])
-    limit = min(MAX_PIXEL_DISTANCE, MAX_RELATIVE_DISTANCE * float(np.median(closest)))
-    # An identical image is a duplicate even if most images of the dataset have one.
-    found = [(pair, distance) for pair, distance in pairs.items() if distance <= max(limit, 1e-5)]
-    found.sort(key=lambda item: (images.splits[item[0][0]] == images.splits[item[0][1]], item[1]))
-    rows = build_rows(
-        images,
-        np.array([pair[0] for pair, _ in found], int),
-        np.array([d for _, d in found], float),
-    )
-    others = [pair[1] for pair, _ in found]
-    return rows.assign(
-        other=[images.ids[index] for index in others],
-        other_split=[images.splits[index] for index in others],
-        other_row=others,
-    )
+def count_pairs_across_splits(audit: dict[str, pd.DataFrame]) -> int:
+    """Return the number of near duplicates whose images are in different splits."""
+    return int((audit["duplicate"]["split"] != audit["duplicate"]["other_split"]).sum())
 
 
-def standardize(images: np.ndarray) -> np.ndarray:
-    """Return images [N, ...] as vectors [N, P] of mean 0 and length 1, or 0 if constant."""
-    flat = images.reshape(len(images), -1)
-    flat = flat - flat.mean(axis=1, keepdims=True)
-    return flat / np.maximum(np.linalg.norm(flat, axis=1, keepdims=True), 1e-6)
-
-
-def build_rows(images: AuditedImages, indices: np.ndarray, scores: np.ndarray) -> pd.DataFrame:
-    """Return the columns that all kinds of issues have."""
-    return pd.DataFrame(
-        {
-            "split": [images.splits[index] for index in indices],
-            "id": [images.ids[index] for index in indices],
-            "label": [images.names[images.labels[index]] for index in indices],
-            "score": np.round(scores, 4),
-            "row": indices,
-        }
-    )
+# Output -------------------------------------------------------------------------------------------
 
 
 def write_audit(
@@ -467,44 +320,41 @@ def write_audit(
 ) -> Path:
     """Write the page, and a CSV file with one row per issue to the same folder.
 
-    Return the path of the file. Texts in the table are escaped, because labels and file names may
+    Return the path of the file. Texts in both tables are escaped, because labels and file names may
     be formulas of a spreadsheet.
     """
-    tables = {issue: rows for issue, rows in audit.items() if issue != "overlap"}
-    table = pd.concat(tables, names=["issue", None]).drop(columns=["row", "other_row"])
-    page.parent.mkdir(parents=True, exist_ok=True)
+    table = pd.concat(audit, names=["issue", None]).reset_index("issue")
     csv_file = page.with_suffix(".csv")
-    table = table.reset_index("issue").map(
-        lambda value: escape_csv_cell(value) if isinstance(value, str) else value
-    )
     shown = {issue: rows.head(MAX_SHOWN).to_dict("records") for issue, rows in audit.items()}
+    photos = images.rows.assign(predicted=images.predictions)
+    photos["line"] = escape_cells(images.rows).to_csv(index=False, header=False).splitlines()
     html = render_page(
         "audit.html.j2",
         title=title,
-        shown=shown,
+        audit=shown,
         counts={issue: len(rows) for issue, rows in audit.items()},
         across=count_pairs_across_splits(audit),
-        num_images=len(images.ids),
+        num_images=len(images.rows),
         num_checked=int(images.is_checked.sum()),
         accuracy=images.accuracy,
-        thumbnail=partial(draw_photo, images),
-        csv_name=csv_file.name,
+        photos=photos.to_dict("records"),
+        draw=lambda row: draw_photo(*images.sources[row]),
     )
+    page.parent.mkdir(parents=True, exist_ok=True)
     with write_atomically(csv_file) as temporary_file:
-        table.to_csv(temporary_file, index=False)
+        escape_cells(table.drop(columns=["row", "other_row"])).to_csv(temporary_file, index=False)
     with write_atomically(page) as temporary_file:
         temporary_file.write_text(html, encoding="utf-8")
     return csv_file
 
 
-def draw_photo(images: AuditedImages, row: int) -> str:
+def escape_cells(table: pd.DataFrame) -> pd.DataFrame:
+    """Return a table whose texts are safe cells of a CSV file."""
+    return table.map(lambda value: escape_csv_cell(value) if isinstance(value, str) else value)
+
+
+def draw_photo(source: LabeledImages, index: int) -> str:
     """Return an image, large enough to judge its label, as a data URL."""
-    source, index = images.sources[row]
-    photo = source[index].convert("RGB")
+    photo = source.images[index].convert("RGB")
     photo.thumbnail((PHOTO_SIZE, PHOTO_SIZE))
     return encode_data_url(photo)
-
-
-def count_pairs_across_splits(audit: dict[str, pd.DataFrame]) -> int:
-    """Return the number of near duplicates whose images are in different splits."""
-    return int((audit["duplicate"]["split"] != audit["duplicate"]["other_split"]).sum())

@@ -55,9 +55,10 @@ class EvaluateOptions(EngineOptions, DataOptions):
     per_image: Path | None = None
     """Parquet file with one row per image: label, prediction, probabilities and loss."""
     audit: Path | None = None
-    """HTML page of possible label errors, near duplicates, outliers and overlapping classes, with a
-    CSV file for `finetune --exclude` in the same folder. Checks the labels of held-out images; with
-    --frozen logreg, or if --model is the output folder of a run with --folds, all labels."""
+    """HTML page of possible label errors, near duplicates and outliers, which saves the photos that
+    you check as a table for `finetune --exclude`. Labels are checked with the cross-validation of
+    the run in --model, if there is one, or of a classifier on the model's features (always with
+    --frozen logreg)."""
     overwrite: bool = False
     """Replace the files of an earlier --audit."""
     config: Path | None = None
@@ -76,6 +77,8 @@ class EvaluateOptions(EngineOptions, DataOptions):
             )
         if self.backend not in ("auto", "torch") and (self.frozen or self.audit):
             raise ValueError("`frozen` and `audit` require `backend='torch'`. Remove `backend`")
+        if self.frozen == "knn" and self.audit:
+            raise ValueError("`audit` requires a linear classifier. Set `frozen='logreg'`")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -178,9 +178,7 @@ def test_other_labels_are_an_error(model: Path, tmp_path: Path) -> None:
         run(model, "knn", **vars(data))
     with pytest.raises(ValueError, match=r"`audit` requires one label per image.* `label_column`"):
         load_audited_images(
-            EvaluateOptions(
-                model=str(model), **vars(data), frozen="knn", audit=tmp_path / "page.html"
-            )
+            EvaluateOptions(model=str(model), **vars(data), audit=tmp_path / "page.html")
         )
 
 

@@ -45,9 +45,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def audit(model: Path, photos: Path, page: Path, *flags: str) -> int:
     reset_accelerate()
     data = ["--dataset", str(photos), "--held-out-fraction", "0.5", "--num-workers", "0"]
-    return run_here(
-        "evaluate", "--model", str(model), *data, "--frozen", "knn", "--audit", str(page), *flags
-    )
+    return run_here("evaluate", "--model", str(model), *data, "--audit", str(page), *flags)
 
 
 def check_cells(file: Path) -> None:
@@ -161,7 +159,7 @@ def test_a_full_disk_keeps_the_earlier_file_and_is_named(
     file = tmp_path / ("audit.html" if flag == "--audit" else "rows.parquet")
     file.write_text("earlier")
     data = ["--dataset", str(photos), "--held-out-fraction", "0.5", "--num-workers", "0"]
-    flags = [flag, str(file), *(["--frozen", "knn", "--overwrite"] if flag == "--audit" else [])]
+    flags = [flag, str(file), *(["--overwrite"] if flag == "--audit" else [])]
     with limited_file_size(1000):
         assert run_here("evaluate", "--model", str(model), *data, *flags) == 1
     printed = capsys.readouterr()
