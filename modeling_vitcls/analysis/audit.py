@@ -1,6 +1,7 @@
-"""Audit of a labeled dataset: possible label errors, near duplicates and outliers (cleanlab).
+"""Audit of a labeled dataset: possible label errors, outliers and near duplicates.
 
     images -> encoder, once -> features -> out-of-fold probabilities -> cleanlab's Datalab -> page, table
+           -> small copies -> near duplicates ---------------------------------------------^
 
     audit_checkpoint(options)        `evaluate --audit`: all of it
     audit = audit_images(images)     one row per issue
@@ -21,7 +22,9 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from PIL import Image
 from rich.console import Console
+from sklearn.neighbors import NearestNeighbors
 
 from ..conversion.any_checkpoint import resolve
 from ..data.images import LabeledImages
@@ -44,7 +47,13 @@ from .report import encode_data_url, render_page
 
 # of cleanlab's choices, the one with the fewest right labels (docs/evaluating.md)
 LABEL_FILTER = "low_self_confidence"
-NUM_NEIGHBORS = 10  # of each image, in the search for duplicates and outliers
+NUM_NEIGHBORS = 10  # of each image, by whose distance outliers are found
+NUM_COPIES = 5  # most similar images of each image that may be near duplicates
+THUMBNAIL_SIZE = 32  # side of the compared images in pixels
+MAX_DISTANCE = 0.1  # maximum distance of near duplicates, 1 - correlation of the pixels
+# Near duplicates are at most this fraction of the distance at which images of the dataset usually
+# have a neighbor. Without this limit, all images of the digit 1 would be duplicates.
+MAX_RELATIVE_DISTANCE = 0.25
 PHOTO_SIZE = 192  # longer side of the images on the page in pixels
 MAX_SHOWN = 200  # rows of each kind of issue on the page
 
@@ -256,15 +265,14 @@ def audit_images(images: AuditedImages) -> dict[str, pd.DataFrame]:
     """Return a table for each kind of issue, with the most severe issue first.
 
     Columns: `row`, the number of the image; its `split`, `id`, `label` and `predicted` label; the
-    `score` from 0 (severe) to 1, which is the probability of the label for label errors; and
-    `other_row`, `other_split` and `other` of near duplicates.
+    `score` from 0 (severe) to 1, which is the probability of the label for label errors and the
+    distance of near duplicates; and their `other_row`, `other_split` and `other`.
     """
     from cleanlab import Datalab
 
     labels = images.rows["label"].to_numpy()
     own_label = np.eye(images.probabilities.shape[1])[np.unique(labels, return_inverse=True)[1]]
     tokens = [token for token in images.features if token[0] == -1]
-    num_neighbors = min(NUM_NEIGHBORS, len(labels) - 1)
     lab = Datalab({"label": labels}, label_name="label", verbosity=0)
     lab.find_issues(
         pred_probs=np.where(images.is_checked[:, None], images.probabilities, own_label),
@@ -275,12 +283,11 @@ def audit_images(images: AuditedImages) -> dict[str, pd.DataFrame]:
                     "find_label_issues_kwargs": {"filter_by": LABEL_FILTER, "n_jobs": 1}
                 }
             },
-            "near_duplicate": {"k": num_neighbors},
-            "outlier": {"k": num_neighbors},
+            "outlier": {"k": min(NUM_NEIGHBORS, len(labels) - 1)},
         },
     )
     rows = images.rows.assign(row=images.rows.index, predicted=images.predictions)
-    found = {"duplicate": list_pairs(rows, lab)}
+    found = {"duplicate": list_pairs(rows, *find_near_duplicates(images))}
     for issue in ("label", "outlier"):
         scores = lab.get_issues(issue).query(f"is_{issue}_issue")[f"{issue}_score"]
         scores = scores.sort_values(kind="stable")
@@ -288,23 +295,54 @@ def audit_images(images: AuditedImages) -> dict[str, pd.DataFrame]:
     return found
 
 
-def list_pairs(rows: pd.DataFrame, lab: Any) -> pd.DataFrame:
+def find_near_duplicates(images: AuditedImages) -> tuple[np.ndarray, np.ndarray]:
+    """Return pairs [P, 2] of images whose pixels agree, also if one is mirrored, and distances [P].
+
+    The features of an encoder find one copy in ten that was made smaller and saved as JPEG.
+    """
+    pixels = np.stack([make_thumbnail(source, index) for source, index in images.sources])
+    vectors = standardize(pixels)
+    num_neighbors = min(NUM_COPIES + 1, len(vectors))  # including the image itself
+    search = NearestNeighbors(n_neighbors=num_neighbors, metric="cosine").fit(vectors)
+    found = [search.kneighbors(queries) for queries in (vectors, standardize(pixels[:, :, ::-1]))]
+    distances, neighbors = map(np.hstack, zip(*found, strict=True))  # [N, K]
+    rows = np.arange(len(vectors))[:, None]
+    distances = np.where(neighbors == rows, np.inf, distances)
+
+    usual = float(np.median(distances.min(axis=1)))
+    # An identical image is a duplicate even if most images of the dataset have one.
+    limit = max(min(MAX_DISTANCE, MAX_RELATIVE_DISTANCE * usual), 1e-5)
+    pairs = np.sort(np.stack([np.broadcast_to(rows, neighbors.shape), neighbors], axis=-1))
+    is_near = distances <= limit
+    order = np.argsort(distances[is_near], kind="stable")
+    pairs, first = np.unique(pairs[is_near][order], axis=0, return_index=True)
+    return pairs, distances[is_near][order][first]
+
+
+def make_thumbnail(source: LabeledImages, index: int) -> np.ndarray:
+    """Return the pixels of an image at the size for comparisons."""
+    image = source.images[index].convert("RGB")
+    return np.asarray(image.resize((THUMBNAIL_SIZE, THUMBNAIL_SIZE), Image.Resampling.BOX))
+
+
+def standardize(pixels: np.ndarray) -> np.ndarray:
+    """Return images [N, H, W, 3] as vectors [N, P] of mean 0, which are 0 if constant."""
+    flat = pixels.reshape(len(pixels), -1).astype(np.float32)
+    return flat - flat.mean(axis=1, keepdims=True)
+
+
+def list_pairs(rows: pd.DataFrame, pairs: np.ndarray, distances: np.ndarray) -> pd.DataFrame:
     """Return the pairs of near duplicates. Those in different splits come first."""
-    neighbors = lab.get_info("near_duplicate")["near_duplicate_sets"]
-    pairs = np.array(
-        [(row, other) for row, others in enumerate(neighbors) for other in others if row < other],
-        dtype=int,
-    ).reshape(-1, 2)
-    scores = lab.get_issues("near_duplicate")["near_duplicate_score"].to_numpy()
     first, second = rows.iloc[pairs[:, 0]], rows.iloc[pairs[:, 1]]
     found = first.reset_index(drop=True).assign(
-        score=scores[pairs].max(axis=1).round(4),
+        score=distances.round(4),
         other_row=second["row"].to_numpy(),
         other_split=second["split"].to_numpy(),
         other=second["id"].to_numpy(),
     )
     is_same_split = found["split"] == found["other_split"]
-    return found.assign(same=is_same_split).sort_values(["same", "score"]).drop(columns="same")
+    order = np.lexsort((found["score"], is_same_split))
+    return found.iloc[order]
 
 
 def count_pairs_across_splits(audit: dict[str, pd.DataFrame]) -> int:

@@ -26,6 +26,7 @@ from modeling_vitcls.analysis.audit import (
     AuditedImages,
     audit_checkpoint,
     audit_images,
+    find_near_duplicates,
     load_audited_images,
     predict_out_of_fold,
     write_audit,
@@ -96,6 +97,23 @@ def test_copies_in_another_split_come_first(
     assert (rows["split"] != rows["other_split"]).is_monotonic_decreasing
     # of 1,797 digits of 8 x 8 pixels, some of which agree by chance
     assert len(rows) - len(across) <= 5
+
+
+def test_a_mirrored_copy_is_a_near_duplicate_and_plain_images_are_none(
+    planted: tuple[AuditedImages, ...],
+) -> None:
+    generator = np.random.default_rng(0)
+    images = [
+        Image.fromarray(generator.integers(256, size=(60, 90, 3), dtype=np.uint8)) for _ in range(9)
+    ]
+    images += [images[3].transpose(Image.Transpose.FLIP_LEFT_RIGHT).resize((45, 30))]
+    images += [Image.new("RGB", (60, 90), color) for color in ("white", "black")]
+    source = LabeledImages(images, [0] * len(images))
+    audited = replace(planted[0], sources=[(source, index) for index in range(len(images))])
+
+    pairs, _ = find_near_duplicates(audited)
+
+    assert pairs.tolist() == [[3, 9]]
 
 
 def test_the_ranking_finds_as_many_wrong_labels_as_scikit_learn(
