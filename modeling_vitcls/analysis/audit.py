@@ -56,6 +56,7 @@ MAX_DISTANCE = 0.1  # maximum distance of near duplicates, 1 - correlation of th
 MAX_RELATIVE_DISTANCE = 0.25
 PHOTO_SIZE = 192  # longer side of the images on the page in pixels
 MAX_SHOWN = 200  # rows of each kind of issue on the page
+TOO_FEW_IMAGES = "`audit` requires two different images of each of two classes. Add images"
 
 
 @dataclass(frozen=True)
@@ -226,7 +227,7 @@ def check_class_sizes(parts: Iterable[LabeledImages]) -> None:
     """Raise ValueError unless two classes have two images, which a cross-validation needs."""
     sizes = Counter(label for images in parts for label in images.labels)
     if sum(size > 1 for size in sizes.values()) < 2:
-        raise ValueError("`audit` requires two images of each of two classes. Add images")
+        raise ValueError(TOO_FEW_IMAGES)
 
 
 def read_recorded_probabilities(
@@ -255,6 +256,8 @@ def predict_out_of_fold(images: AuditedImages) -> np.ndarray:
     Copies of an image are left out together. The only image of a class has NaN.
     """
     probe = LinearProbe().fit(images.features, images.rows["label"].to_numpy(), groups=images.keys)
+    if not probe.num_folds_:
+        raise ValueError(TOO_FEW_IMAGES)
     return probe.out_of_fold_
 
 

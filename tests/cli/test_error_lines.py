@@ -228,7 +228,7 @@ def test_an_interrupted_prediction_ends_with_one_line(
     [
         (8, "evaluate", ["the classes differ", "cat", "LABEL_0"]),
         (2, "finetune --folds 5 --output-dir run", ["--folds"]),
-        (1, "evaluate --audit audit.html", ["two images of each of two classes"]),
+        (1, "evaluate --audit audit.html", ["two different images of each of two classes"]),
         (0, "finetune --output-dir run", ["contains no images"]),
     ],
 )
