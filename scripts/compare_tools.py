@@ -14,7 +14,6 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -23,8 +22,9 @@ from typing import Any
 import torch
 import tyro
 from safetensors.torch import load_file
-from study_first_answer import draw_photos, list_photos
+from study_first_answer import draw_photos, link_photos, list_photos
 
+from modeling_vitcls.inference.intervals import compute_proportion_interval
 from modeling_vitcls.runtime.files import read_json, write_json
 from modeling_vitcls.runtime.system import get_processor_name
 
@@ -72,7 +72,8 @@ def main() -> None:
     options.output.mkdir(parents=True, exist_ok=True)
     chosen = draw_photos(options.photos / "train", options.labels, seed=0)
     link_photos(chosen, options.output / "photos" / "train")
-    link_photos(list_photos(options.photos / "test"), options.output / "photos" / "test")
+    test = list_photos(options.photos / "test")
+    link_photos(test, options.output / "photos" / "test")
     environment = build_environment(options.encoder, options.output)
     file = options.output / "rows.json"
     rows: dict[str, Any] = read_json(file) if file.exists() else {}
@@ -87,16 +88,8 @@ def main() -> None:
             rows[name] = {**run_program(name, options.output, environment), "versions": versions}
             write_json(file, rows)
             print(name, rows[name], flush=True)
-    (options.output / "README.md").write_text(format_table(rows), encoding="utf-8")
-
-
-def link_photos(files: Iterable[Path], folder: Path) -> None:
-    """Link photographs in FOLDER/CLASS."""
-    for file in files:
-        link = folder / file.parent.name / file.name
-        link.parent.mkdir(parents=True, exist_ok=True)
-        if not link.exists():
-            link.symlink_to(file.resolve())
+    table = format_table(rows, num_images=len(test))
+    (options.output / "README.md").write_text(table, encoding="utf-8")
 
 
 def build_environment(encoder: Path, output: Path) -> dict[str, str]:
@@ -187,15 +180,18 @@ def count_lines(script: Path) -> int:
     return sum(bool(line.strip()) for line in text.splitlines())
 
 
-def format_table(rows: dict[str, Any]) -> str:
-    """Return the table, the versions and the kind of CPU."""
+def format_table(rows: dict[str, Any], num_images: int) -> str:
+    """Return the table, the most accurate program first, with the versions and the kind of CPU."""
     lines = [
-        "| program | accuracy | CPU seconds | peak memory, GiB | lines |",
+        "| program | accuracy (95%) | CPU seconds | peak memory, GiB | lines |",
         "|---|---:|---:|---:|---:|",
     ]
-    for name, row in rows.items():
+    for name, row in sorted(rows.items(), key=lambda item: -item[1]["accuracy"]):
+        interval = compute_proportion_interval(round(row["accuracy"] * num_images), num_images)
+        assert interval is not None
+        low, high = interval
         values = [
-            f"{100 * row['accuracy']:.1f} %",
+            f"{row['accuracy']:.1%} ({100 * low:.1f} to {100 * high:.1f})",
             f"{row['cpu_seconds']:,.0f}",
             f"{row['peak_memory'] / 2**30:.1f}",
             str(row["lines"]),

@@ -21,6 +21,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -31,6 +32,7 @@ import torch
 import tyro
 from PIL import Image
 from sklearn.linear_model import LogisticRegressionCV
+from sklearn.metrics import log_loss
 from torchmetrics.functional.classification import multiclass_calibration_error
 from transformers import AutoImageProcessor, AutoModel
 
@@ -110,6 +112,15 @@ def list_photos(folder: Path) -> list[Path]:
     return sorted(folder.glob("*/*"))
 
 
+def link_photos(files: Iterable[Path], folder: Path) -> None:
+    """Link photographs in FOLDER/CLASS."""
+    for file in files:
+        link = folder / file.parent.name / file.name
+        link.parent.mkdir(parents=True, exist_ok=True)
+        if not link.exists():
+            link.symlink_to(file.resolve())
+
+
 # Ours ---------------------------------------------------------------------------------------------
 
 
@@ -118,9 +129,7 @@ def run_ours(options: Options, chosen: list[Path], name: str) -> dict[str, Any]:
     folder = options.output / name
     photos = folder / "photos"
     shutil.rmtree(folder, ignore_errors=True)
-    for file in chosen:
-        (photos / file.parent.name).mkdir(parents=True, exist_ok=True)
-        shutil.copy(file, photos / file.parent.name)
+    link_photos(chosen, photos)
 
     run = folder / "run"
     result = folder / "evaluation.json"
@@ -189,18 +198,24 @@ def run_peer(options: Options, chosen: list[Path], features: Features) -> dict[s
     probabilities = classifier.predict_proba(test_features)
     seconds = time.process_time() - start_time
 
-    predicted = probabilities.argmax(axis=1)
     targets = np.searchsorted(classifier.classes_, test_labels)
+    metrics = compute_metrics(probabilities, targets)
+    seconds += features.seconds_per_image * (len(chosen) + len(test))
+    return metrics | {"cpu_seconds": seconds}
+
+
+def compute_metrics(probabilities: np.ndarray, targets: np.ndarray) -> dict[str, float]:
+    """Return the accuracy, log loss and calibration error of probabilities [N, K]."""
     error = multiclass_calibration_error(
         torch.from_numpy(probabilities).float(),
         torch.from_numpy(targets),
-        len(classifier.classes_),
+        probabilities.shape[1],
         n_bins=15,
     )
     return {
-        "accuracy": float((predicted == targets).mean()),
+        "accuracy": float((probabilities.argmax(axis=1) == targets).mean()),
+        "log_loss": log_loss(targets, probabilities, labels=range(probabilities.shape[1])),
         "calibration_error": float(error),
-        "cpu_seconds": seconds + features.seconds_per_image * (len(chosen) + len(test)),
     }
 
 
