@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from .image_folder import SPLIT_BY_FOLDER_NAME, format_name_list
+from ..runtime.messages import format_name_list
+from .folder_layout import SPLIT_BY_FOLDER_NAME, SPLIT_ORDER
 from .labels import get_class_name
 from .options import DataOptions
 
 
 SPLIT_COLUMN_NAMES = ("split", "subset", "partition", "set", "data_split")
-SPLIT_ORDER = ("train", "validation", "test")
 # columns whose rows with one value usually show the same thing
 GROUP_COLUMN_NAME = re.compile(
     r"(patient|subject|person|individual|animal|camera|video|session|site|location|scene|sequence)"

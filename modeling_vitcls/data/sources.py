@@ -20,7 +20,8 @@ import os
 import re
 import struct
 import zlib
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from itertools import chain
@@ -33,14 +34,10 @@ from ..hub.loading import describe_missing_repo, fall_back_to_cache, is_hub_id
 from ..hub.local_paths import is_built_in_dataset
 from ..model.fast_image_processing_vitcls import open_regular_file
 from ..model.heads_vitcls import IGNORED_LABEL
-from ..runtime.errors import format_error
-from .columns import SPLIT_ORDER, divide_by_column, read_groups
-from .image_folder import (
-    SPLIT_BY_FOLDER_NAME,
-    explain_reading_errors,
-    read_image_folder,
-    scan_folder,
-)
+from ..runtime.errors import format_error, is_disk_full, name_full_disk
+from .columns import divide_by_column, read_groups
+from .folder_layout import SPLIT_BY_FOLDER_NAME, SPLIT_ORDER
+from .image_folder import read_image_folder, scan_folder
 from .images import ArrayImages, DatasetImages, LabeledImages, get_cache_file
 from .in_memory import MEMORY_PREFIX, get_dataset
 from .labels import (
@@ -370,8 +367,6 @@ def open_local_splits(path: Path, options: DataOptions, use_labels: bool) -> Any
         image_splits = read_image_folder(folder, use_labels)
         for note in folder.notes:
             warn_on_first_process(note)
-        for warning in folder.warnings:
-            warn_on_first_process(f"WARNING: {warning}")
         return image_splits
     if is_zip_file(Path(options.dataset)):
         raise ValueError(
@@ -433,6 +428,41 @@ def find_text_tables(folder: Path) -> dict[str, list[Path]]:
             names = [SPLIT_BY_FOLDER_NAME[part] for part in parts if part in SPLIT_BY_FOLDER_NAME]
             tables.setdefault(names[0] if names else "train", []).append(file)
     return {split: tables[split] for split in SPLIT_ORDER if split in tables}
+
+
+@contextmanager
+def explain_reading_errors(name: str) -> Iterator[None]:
+    """Raise the errors of `datasets` in the block as a one-line ValueError that names the cause.
+
+    `datasets` does not log them. `name` is the dataset or the file.
+    """
+    import datasets
+
+    verbosity = datasets.logging.get_verbosity()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    try:
+        with name_full_disk(datasets.config.HF_DATASETS_CACHE):
+            yield
+    except datasets.data_files.EmptyDatasetError:
+        raise ValueError(f"{name} contains no images and no tables. Check the path") from None
+    except Exception as error:  # the readers raise many types of errors on damaged data
+        if is_disk_full(error):
+            raise
+        cause: BaseException = error
+        while isinstance(cause, datasets.exceptions.DatasetGenerationError) and cause.__cause__:
+            cause = cause.__cause__
+        if isinstance(cause, UnicodeDecodeError):
+            raise ValueError(
+                f"{name} is not encoded as UTF-8. Save it as UTF-8, such as with the file type "
+                "'CSV UTF-8' of a spreadsheet"
+            ) from error
+        raise ValueError(
+            f"cannot read the dataset {name!r} ({type(cause).__name__}: {format_error(cause)}). "
+            "Check the path and the file format: CSV, JSON Lines or Parquet, or a folder of images "
+            "or of such files"
+        ) from error
+    finally:
+        datasets.logging.set_verbosity(verbosity)
 
 
 def get_dataset_name(dataset: str) -> str:

@@ -40,7 +40,8 @@ from ..model.heads_vitcls import IGNORED_LABEL
 from ..runtime.distributed import run_on_main
 from ..runtime.errors import explain_damage
 from ..runtime.files import escape_csv_cell, write_atomically
-from .image_folder import describe_single_class, format_name_list
+from ..runtime.messages import format_name_list
+from .image_folder import describe_single_class
 from .images import NO_CONTENT_KEY, DatasetImages, LabeledImages, compute_digest
 from .in_memory import MEMORY_PREFIX
 from .labels import LabelSpace, MultiHotLabels

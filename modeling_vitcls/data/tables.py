@@ -16,6 +16,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from ..model.fast_image_processing_vitcls import open_regular_file
@@ -149,10 +150,19 @@ def build_column(values: Sequence[Any]) -> Any:
     return pyarrow.array(texts, pyarrow.string())
 
 
-def wrap_table(columns: Mapping[str, Any] | Any) -> Any:
-    """Return a `datasets.Dataset` of an Arrow table, or of Arrow arrays by column."""
+def wrap_table(
+    columns: Mapping[str, Any] | Any, features: Mapping[str, Any] = MappingProxyType({})
+) -> Any:
+    """Return a `datasets.Dataset` of an Arrow table, or of values or Arrow arrays by column.
+
+    `features` are the types of columns that differ from those of their values.
+    """
     import datasets
     import pyarrow
 
-    table = pyarrow.table(columns) if isinstance(columns, dict) else columns
-    return datasets.Dataset(datasets.table.InMemoryTable(table))
+    table = datasets.table.InMemoryTable(
+        pyarrow.table(columns) if isinstance(columns, dict) else columns
+    )
+    found = datasets.Features.from_arrow_schema(table.schema)
+    info = datasets.DatasetInfo(features=datasets.Features({**found, **features}))
+    return datasets.Dataset(table, info)

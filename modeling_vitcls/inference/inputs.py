@@ -36,7 +36,6 @@ from ..data.image_folder import (
     compute_files_digest,
     describe_skipped_runs,
     describe_types,
-    format_name_list,
     get_heic_remedy,
     make_printable,
     scan_folder,
@@ -60,6 +59,7 @@ from ..model.image_processing_vitcls import (
     flatten_images,
 )
 from ..runtime.errors import format_error
+from ..runtime.messages import format_name_list
 from .options import PredictOptions
 
 

@@ -6,8 +6,10 @@ Errors are raised with the names of parameters. Lines that are printed while a f
 formatted here, because the function is the same in Python and in a command.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+
+from .files import replace_control_characters
 
 
 # Formatters of the commands that are running; a command may run another one. There are none in a
@@ -18,6 +20,12 @@ _formatters: list[Callable[[str], str]] = []
 def format_message(message: str) -> str:
     """Return a message as the running program shows it to the user."""
     return _formatters[-1](message) if _formatters else message
+
+
+def format_name_list(names: Sequence[str], max_names: int = 3) -> str:
+    """Return the first names and the number of omitted names as text."""
+    suffix = f" and {len(names) - max_names:,} more" if len(names) > max_names else ""
+    return ", ".join(map(replace_control_characters, names[:max_names])) + suffix
 
 
 @contextmanager

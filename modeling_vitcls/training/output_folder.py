@@ -21,7 +21,6 @@ import yaml
 from accelerate import Accelerator
 from torch.distributed.fsdp import FSDPModule
 
-from ..data.image_folder import format_name_list
 from ..data.splits import TrainingData, write_splits
 from ..hub.connection import silence_transformers
 from ..hub.local_paths import is_local, split_prefix
@@ -51,6 +50,7 @@ from ..inference.speed import measure_inference_speed
 from ..runtime.distributed import run_on_main
 from ..runtime.errors import RunStopped, format_error
 from ..runtime.files import read_json, write_json
+from ..runtime.messages import format_name_list
 from ..runtime.staging import STAGING_FOLDER, stage_files
 from .checkpoints import WRITE_ERRORS, Checkpoint, CheckpointStore, Tensors
 from .distributed_state import gather_weights

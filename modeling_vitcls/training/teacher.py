@@ -27,7 +27,6 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 from transformers.image_utils import pil_torch_interpolation_mapping
 
 from ..conversion.any_checkpoint import resolve
-from ..data.image_folder import format_name_list
 from ..data.labels import LabelSpace
 from ..hub.loading import (
     get_external_model_folder,
@@ -37,6 +36,7 @@ from ..hub.local_paths import split_revision
 from ..inference.image_pass import find_finite
 from ..model.configuration_vitcls import ViTCLSConfig
 from ..runtime.errors import format_error
+from ..runtime.messages import format_name_list
 
 
 TIMM_PREFIX = "timm:"

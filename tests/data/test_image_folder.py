@@ -443,30 +443,6 @@ def test_all_formats_that_can_be_decoded_are_images(tmp_path: Path) -> None:
     assert names - set(scan_folder(tmp_path).images) <= {"a.pfm"}  # floating-point values
 
 
-def test_the_fingerprint_depends_on_files_and_labels(tmp_path: Path) -> None:
-    """`datasets` caches results and predictions are resumed by this fingerprint."""
-    folder = write_class(write_class(tmp_path / "a", "cat", 2), "dog", 2)
-    (folder / "cat" / "1.png").unlink()
-    # reported when the image is read
-    (folder / "cat" / "1.png").symlink_to(tmp_path / "absent.png")
-    last = folder / "dog" / "1.png"
-    os.utime(last, ns=(0, 1000))
-
-    def get_fingerprint(use_labels: bool = True) -> str:
-        return read_image_folder(scan_folder(folder), use_labels)["train"]._fingerprint
-
-    found = [get_fingerprint(), get_fingerprint(use_labels=False)]
-    assert get_fingerprint() == found[0]
-    os.utime(last, ns=(0, 2000))
-    found.append(get_fingerprint())
-    last.write_bytes(last.read_bytes() + b" ")
-    os.utime(last, ns=(0, 2000))
-    found.append(get_fingerprint())
-    last.rename(folder / "dog" / "2.png")
-    found.append(get_fingerprint())
-    assert len(set(found)) == len(found)
-
-
 def test_predictions_are_for_every_image(tmp_path: Path) -> None:
     write_images(tmp_path, "1.png", "test_2.png", "deep/3.png")
     source = open_input(PredictOptions(model="model", dataset=str(tmp_path)))
