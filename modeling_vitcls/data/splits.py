@@ -35,7 +35,6 @@ from scipy.sparse.csgraph import connected_components
 
 from ..hub.model_files import SPLITS_FILE
 from ..hub.model_folder import ModelFolder
-from ..model.fast_image_processing_vitcls import open_regular_file
 from ..model.heads_vitcls import IGNORED_LABEL
 from ..runtime.distributed import run_on_main
 from ..runtime.errors import explain_damage
@@ -49,6 +48,7 @@ from .options import DataOptions, check_stored_images
 from .sampling import derive_seed, draw_numbers
 from .sources import Splits, load_splits
 from .streaming import MAX_HELD_OUT_IMAGES, StreamedImages, open_streams
+from .tables import read_table
 
 
 # Names of held-out splits, in order of precedence.
@@ -300,22 +300,20 @@ def exclude_images(
     ValueError if the table does not have the columns `split` and `id`, or lists only other images
     or all images, and OSError if it cannot be read.
     """
-    import pandas as pd
-
-    remedy = "Use a table of `vitcls evaluate --audit`"
-    with explain_damage(file, remedy), open_regular_file(file) as stream:
-        table = pd.read_csv(stream, dtype=str)
-    if not {"split", "id"} <= set(table.columns):
+    table = read_table(file)
+    if not {"split", "id"} <= set(table.features):
         raise ValueError(
-            f"`exclude={str(file)!r}`: the column 'split' or 'id' is missing. {remedy}"
+            f"`exclude={str(file)!r}`: the column 'split' or 'id' is missing. Use a table of "
+            "`vitcls evaluate --audit`"
         )
-    excluded = set(table["id"][table["split"].isin([split, escape_csv_cell(split)])])
+    # the audit writes escaped names
+    rows = zip(table["id"], table["split"], strict=True)
+    excluded = {name for name, part in rows if part in (split, escape_csv_cell(split))}
     names = images.images.get_names()
     kept = [
         index
         for index, name in enumerate(names)
-        if name not in excluded
-        and escape_csv_cell(name) not in excluded  # the audit writes escaped names
+        if excluded.isdisjoint((name, escape_csv_cell(name)))
     ]
     if excluded and len(kept) == len(names):
         raise ValueError(

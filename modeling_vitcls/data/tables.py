@@ -5,12 +5,10 @@
     .parquet      values keep their type
 
 There is no cache, so that a table is never older than its file. The separator of a CSV file (comma,
-semicolon, tab or bar) is the one that divides its header into most columns; lines before the header
-may be comments (`#`) or `sep=;`.
+semicolon, tab or bar) is the most frequent one in its header; lines before the header may be
+comments (`#`) or `sep=;`.
 """
 
-import codecs
-import csv
 import io
 import json
 import re
@@ -26,8 +24,9 @@ from .labels import spell_label
 
 TABLE_READERS = (".csv", ".tsv", ".jsonl", ".parquet")
 SEPARATORS = {",": "comma", ";": "semicolon", "\t": "tab", "|": "bar"}
+PANDAS_PREFIX = "Error tokenizing data. C error: "
 # blank lines and comments before the header, and the line in which spreadsheets name the separator
-PREAMBLE = re.compile(r'(?:[ \t]*(?:#[^\r\n]*)?[\r\n]+)*(?:"?sep=(?P<separator>.)"?[\r\n]+)?')
+PREAMBLE = re.compile(r'(?:[ \t]*(?:#.*)?\n)*(?:"?sep=(?P<separator>.)"?\n)?')
 
 
 def read_table(file: Path) -> Any:
@@ -42,7 +41,12 @@ def read_table(file: Path) -> Any:
         with explain_damage(file, "Write the table again"):
             return wrap_table(pyarrow.parquet.read_table(file))
     text = read_text(file)
-    columns = read_json_lines(file, text) if suffix == ".jsonl" else read_csv(file, text)
+    if not text.strip():
+        columns: dict[str, list[Any]] = {}
+    elif suffix == ".jsonl":
+        columns = read_json_lines(file, text)
+    else:
+        columns = read_csv(file, text)
     if not any(columns.values()):
         raise ValueError(f"{file} is empty. Add rows with images")
     return wrap_table({name: build_column(values) for name, values in columns.items()})
@@ -52,18 +56,14 @@ def read_text(file: Path) -> str:
     """Return the text of a file in UTF-8 or UTF-16, without its byte order mark."""
     with open_regular_file(file) as stream:
         content = stream.read()
-    encoding = "utf-8-sig"
-    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        encoding = "utf-16"
-    elif b"\0" in content[:2]:
-        encoding = "utf-16-be" if content[:1] == b"\0" else "utf-16-le"
     try:
-        return content.decode(encoding)
+        text = content.decode(json.detect_encoding(content))
     except UnicodeDecodeError:
         raise ValueError(
             f"{file} is not encoded as UTF-8. Save it as UTF-8, such as with the file type 'CSV "
             "UTF-8' of a spreadsheet"
         ) from None
+    return re.sub("\r\n?", "\n", text).removeprefix("\ufeff")
 
 
 def read_csv(file: Path, text: str) -> dict[str, list[str]]:
@@ -71,46 +71,37 @@ def read_csv(file: Path, text: str) -> dict[str, list[str]]:
 
     Raise ValueError if a row has more fields than the header, or the quotes do not match.
     """
+    import pandas
+
     preamble = PREAMBLE.match(text)
     assert preamble is not None
-    text = text[preamble.end() :]
-    separator = preamble["separator"] or choose_separator(text)
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
-    first_line = preamble.group().count("\n") or preamble.group().count("\r")
-
-    rows = []
+    header, _, rows = text[preamble.end() :].partition("\n")
+    separator = preamble["separator"] or max(SEPARATORS, key=header.count)
+    # separators at the end of a line, which some programs add
+    rows = re.sub(rf"([ \t]*{re.escape(separator)})+[ \t]*$", "", rows, flags=re.MULTILINE)
     try:
-        header = [name.strip() for name in next(reader, [])]
-        for row in reader:
-            while len(row) > len(header) and not row[-1].strip():
-                row.pop()  # a separator at the end of the line
-            if len(row) > len(header):
-                raise ValueError(
-                    f"{file}, line {first_line + reader.line_num}: the row has {len(row)} fields, "
-                    f"but the header has {len(header)} (separated by a {SEPARATORS[separator]}). "
-                    "Put fields that contain the separator in double quotes"
-                )
-            if any(cell.strip() for cell in row):
-                rows.append(row + [""] * (len(header) - len(row)))
-    except csv.Error as error:
+        table = pandas.read_csv(
+            io.StringIO(f"{preamble.group()}{header}\n{rows}"),
+            sep=separator,
+            skiprows=preamble.group().count("\n"),
+            header=None,
+            dtype=str,
+            keep_default_na=False,
+        ).fillna("")  # rows with fewer fields than the header
+    except ValueError as error:
         raise ValueError(
-            f"{file}, line {first_line + reader.line_num}: {error}. Check the quotes of this field"
+            f"{file}: {format_error(error).removeprefix(PANDAS_PREFIX)} (fields are separated by a "
+            f"{SEPARATORS.get(separator, repr(separator))}). Check the quotes, which are required "
+            "around fields that contain the separator"
         ) from error
 
-    named = [name for name in header if name]
-    if len(set(named)) < len(named):
-        raise ValueError(f"{file} has two columns with the same name: {', '.join(named)}")
-    columns = dict(zip(header, map(list, zip(*rows, strict=True)), strict=True)) if rows else {}
-    return {name: columns.get(name, []) for name in named}
-
-
-def choose_separator(text: str) -> str:
-    """Return the separator that divides the header into most columns."""
-
-    def count_columns(separator: str) -> int:
-        return len(next(csv.reader(io.StringIO(text, newline=""), delimiter=separator), []))
-
-    return max(SEPARATORS, key=count_columns)
+    names = table.iloc[0].str.strip()
+    columns = {column: name for column, name in names.items() if name}
+    if len(set(columns.values())) < len(columns):
+        raise ValueError(
+            f"{file} has two columns with the same name: {', '.join(columns.values())}"
+        )
+    return {name: table[column][1:].tolist() for column, name in columns.items()}
 
 
 def read_json_lines(file: Path, text: str) -> dict[str, list[Any]]:

@@ -217,8 +217,11 @@ def test_dialects_of_spreadsheets_are_read(content: bytes, photos: Path) -> None
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ("file_name,label\n0.png,Smith, John\n", ["line 2", "3 fields", "a comma"]),
-        ('file_name,label\n0.png,"cat\n1.png,dog\n', ["line 3", "Check the quotes"]),
+        ("file_name,label\n0.png,Smith, John\n", ["line 2, saw 3", "a comma"]),
+        (
+            'file_name,label\n0.png,"cat\n1.png,dog\n',
+            ["string starting at row 1", "Check the quotes"],
+        ),
         ("file_name,label,label\n0.png,a,b\n", ["two columns with the same name"]),
         ("file_name label\n0.png cat\n", ["separated by commas, semicolons, tabs or bars"]),
         ("file_name,label\n", ["is empty"]),
