@@ -79,6 +79,10 @@ class LabeledImages:
         )
         return LabeledImages(self.images.select(indices), labels, groups, keys)
 
+    def divide(self, is_second: np.ndarray) -> tuple["LabeledImages", "LabeledImages"]:
+        """Return the images in two parts, given whether each image [N] is in the second part."""
+        return self.select(np.flatnonzero(~is_second)), self.select(np.flatnonzero(is_second))
+
     def draw(self, num_images: int | None, seed: int = 0) -> "LabeledImages":
         """Return `num_images` random images in dataset order.
 

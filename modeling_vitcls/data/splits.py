@@ -24,6 +24,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -283,12 +284,8 @@ def check_contradictions(parts: Sequence[Any], label_space: LabelSpace, dataset:
 
 def find_contradictions(keys: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """Return the images whose key [N] is also that of an image with another label [N]."""
-    _, group = np.unique(keys, return_inverse=True)
-    lowest = np.full(len(keys), np.iinfo(np.int64).max)  # of each group
-    highest = np.full(len(keys), -1)
-    np.minimum.at(lowest, group, labels)
-    np.maximum.at(highest, group, labels)
-    return np.flatnonzero(lowest[group] < highest[group])
+    groups = pd.Series(labels).groupby(keys)
+    return np.flatnonzero(groups.transform("min") < groups.transform("max"))
 
 
 def exclude_images(
@@ -310,23 +307,20 @@ def exclude_images(
     rows = zip(table["id"], table["split"], strict=True)
     excluded = {name for name, part in rows if part in (split, escape_csv_cell(split))}
     names = images.images.get_names()
-    kept = [
-        index
-        for index, name in enumerate(names)
-        if excluded.isdisjoint((name, escape_csv_cell(name)))
-    ]
-    if excluded and len(kept) == len(names):
+    is_excluded = np.array(
+        [not excluded.isdisjoint((name, escape_csv_cell(name))) for name in names], bool
+    )
+    if excluded and not is_excluded.any():
         raise ValueError(
             f"`exclude={str(file)!r}` lists {len(excluded):,} images of the split {split!r}, but "
             f"none of them is one of the {len(names):,} training images. Use a table of `vitcls "
             "evaluate --audit` with this dataset, or remove `exclude`"
         )
-    if not kept:
+    if is_excluded.all():
         raise ValueError(
             f"`exclude={str(file)!r}` lists all {len(names):,} training images. Keep some of them"
         )
-    others = sorted(set(range(len(names))) - set(kept))
-    return images.select(kept), images.select(others)
+    return images.divide(is_excluded)
 
 
 class TrainingSplits(NamedTuple):
@@ -401,8 +395,7 @@ def hold_out_images(images: Any, options: DataOptions) -> tuple[Any, LabeledImag
             )
         return train, replace(train, is_held_out_part=True).read_first(MAX_HELD_OUT_IMAGES)
 
-    is_held_out = select_held_out(images, options)
-    return images.select(np.flatnonzero(~is_held_out)), images.select(np.flatnonzero(is_held_out))
+    return images.divide(select_held_out(images, options))  # type: ignore[no-any-return]
 
 
 def select_held_out(images: LabeledImages, options: DataOptions) -> np.ndarray:
@@ -600,7 +593,7 @@ def load_fitting_and_evaluation_data(
     if split is None and fitting_name == name:
         if not is_trained.any():
             is_trained = ~select_held_out(add_keys({name: images})[name], options)
-        fitting = images.select(np.flatnonzero(is_trained))
+        _, fitting = images.divide(is_trained)
     description = f"{len(fitting):,} images"
     return (
         EvaluationData(loaded.label_space, fitting, fitting_name, 0, description),
@@ -636,7 +629,7 @@ def leave_out(
             f"images, or `split={name!r}` to evaluate these"
         )
     elif num_trained:
-        images = images.select(np.flatnonzero(~is_trained))
+        images, _ = images.divide(is_trained)
         num_left_out = num_trained
         description = f"{part}, of which {num_trained:,} are left out, because training used them"
 
@@ -708,13 +701,10 @@ def describe_change(
     for name, current in current_description.items():
         stored = stored_description.get(name)
         if stored != current:
-            numbers = " changed"
-            if isinstance(stored, int) and current:
-                numbers = f" was {stored:,} and is {current:,}"
-            return (
-                name.replace("num_", "number of ").replace("held_out", "held-out").replace("_", " ")
-                + numbers
-            )
+            name = name.replace("num_", "number of ").replace("held_out", "held-out")
+            is_number = isinstance(stored, int) and current
+            numbers = f"was {stored:,} and is {current:,}" if is_number else "changed"
+            return f"{name.replace('_', ' ')} {numbers}"
     return None
 
 
@@ -723,65 +713,51 @@ def describe_exclusion(training_data: TrainingData) -> list[str]:
     excluded = training_data.excluded
     if not excluded:
         return []
-    parts: list[Any] = [excluded, training_data.train]  # streams have no `exclude`
-    if training_data.selection is not None:
-        parts.append(training_data.selection)
+    train: Any = training_data.train  # streams have no `exclude`
+    parts = [part for part in (excluded, train, training_data.selection) if part is not None]
     num_images = sum(map(len, parts))
-    text = f"`exclude` leaves out {len(excluded):,} of {num_images:,} training images"
-
-    emptied = []
+    most_of_class = []
     if all(map(is_stratified, parts)):
-        sizes = Counter(label for part in parts for label in part.labels)
-        emptied = [
+        sizes = Counter(chain.from_iterable(part.labels for part in parts))
+        most_of_class = [
             training_data.label_space.names[label]
             for label, count in sorted(Counter(excluded.labels).items())
             if count > sizes[label] / 2
         ]
-    if emptied:
-        text += f", most of those of {format_name_list(emptied)}"
-    elif len(excluded) <= MAX_EXCLUDED_FRACTION * num_images:
+    if not most_of_class and len(excluded) <= MAX_EXCLUDED_FRACTION * num_images:
         return []
+    text = f", most of those of {format_name_list(most_of_class)}" if most_of_class else ""
     return [
-        f"{text}. Many of their labels may be right: look at the page of the audit, and delete the "
-        "rows of images to keep from the table"
+        f"`exclude` leaves out {len(excluded):,} of {num_images:,} training images{text}. Many of "
+        "their labels may be right: look at the page of the audit, and delete the rows of images "
+        "to keep from the table"
     ]
 
 
-def describe_shared_groups(training_data: TrainingData, column: str | None) -> list[str]:
-    """Return a warning about groups of a column with images in two splits of the dataset.
+def describe_leaks(training_data: TrainingData, group_column: str | None) -> list[str]:
+    """Return warnings about copies and groups with images in two splits of the dataset.
 
-    Drawn held-out images have groups of their own, and streams have none.
-    """
-    train, held_out = training_data.train, training_data.held_out
-    if column is None or isinstance(train, StreamedImages):
-        return []
-    assert train.groups is not None and held_out.groups is not None
-    num_shared = len(np.intersect1d(train.groups, held_out.groups))
-    if not num_shared:
-        return []
-    return [
-        f"{num_shared:,} groups are on both sides of the dataset's own splits (`group_column="
-        f"{column!r}`), so the result is better than for new groups. Divide the splits by group"
-    ]
-
-
-def describe_copies(training_data: TrainingData) -> list[str]:
-    """Return a warning about images of a held-out split that are training images, too.
-
-    Drawn held-out images never are, and streams are not compared.
+    Drawn held-out images have groups of their own, and streams are not compared.
     """
     train, held_out = training_data.train, training_data.held_out
     if isinstance(train, StreamedImages):
         return []
-    assert train.keys is not None and held_out.keys is not None
-    num_copies = int(np.isin(held_out.keys, train.keys).sum())
-    if not num_copies:
-        return []
-    return [
-        f"{num_copies:,} of the {len(held_out):,} held-out images are identical to training "
-        "images, so the result is better than for new images. Remove these images, which `vitcls "
-        "evaluate --audit` lists, from the training split"
-    ]
+    warnings = []
+    if num_copies := int(np.isin(get_keys(held_out), get_keys(train)).sum()):
+        warnings.append(
+            f"{num_copies:,} of the {len(held_out):,} held-out images are identical to training "
+            "images, so the result is better than for new images. Remove these images, which "
+            "`vitcls evaluate --audit` lists, from the training split"
+        )
+    assert train.groups is not None and held_out.groups is not None
+    num_shared = len(np.intersect1d(train.groups, held_out.groups))
+    if group_column is not None and num_shared:
+        warnings.append(
+            f"{num_shared:,} groups are on both sides of the dataset's own splits (`group_column="
+            f"{group_column!r}`), so the result is better than for new groups. Divide the splits "
+            "by group"
+        )
+    return warnings
 
 
 def describe_missing_classes(training_data: TrainingData) -> list[str]:

@@ -26,10 +26,9 @@ from ..data.sampling import compute_class_weights
 from ..data.splits import (
     MAX_CLASS_RATIO,
     TrainingData,
-    describe_copies,
     describe_exclusion,
+    describe_leaks,
     describe_missing_classes,
-    describe_shared_groups,
     find_trained_images,
     load_training_data,
     read_splits,
@@ -145,8 +144,7 @@ def describe_problems(
     return [
         *describe_exclusion(data),
         *describe_missing_classes(data),
-        *describe_copies(data),
-        *describe_shared_groups(data, options.group_column),
+        *describe_leaks(data, options.group_column),
         *describe_overlap(initial, data),
     ]
 

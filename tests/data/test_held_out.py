@@ -17,7 +17,7 @@ from helpers.tiny_options import build_tiny_options, run_training
 from modeling_vitcls.data.in_memory import add_dataset
 from modeling_vitcls.data.options import DataOptions
 from modeling_vitcls.data.splits import (
-    describe_copies,
+    describe_leaks,
     load_training_data,
     read_splits,
     write_splits,
@@ -167,13 +167,13 @@ def test_an_image_with_two_labels_is_an_error(is_table: bool, tmp_path: Path) ->
 def test_copies_in_the_held_out_split_are_reported(tmp_path: Path) -> None:
     write_photos(tmp_path / "train", range(10))
     write_photos(tmp_path / "test", range(8, 13))
-    (warning,) = describe_copies(read(tmp_path))
+    (warning,) = describe_leaks(read(tmp_path), None)
     assert "4 of the 10 held-out images" in warning
     write_photos(tmp_path / "test", range(20, 25))
     for name in ("cat", "dog"):
         for number in (8, 9):
             (tmp_path / "test" / name / f"{number}.png").unlink()
-    assert describe_copies(read(tmp_path)) == []
+    assert describe_leaks(read(tmp_path), None) == []
 
 
 def test_empty_parts_are_errors(tmp_path: Path) -> None:
