@@ -46,7 +46,7 @@ def match_labels(images: Any, data_space: LabelSpace, model_space: LabelSpace) -
             )
     convert = partial(convert_label, data_space, model_space)
     if isinstance(images.labels, MultiHotLabels):
-        rows = (map(convert, images.labels.get_indices(row).tolist()) for row in range(len(images)))
+        rows = (map(convert, indices) for indices in images.labels.indices)
         return replace(images, labels=MultiHotLabels.from_indices(rows, len(model_space.names)))
     return replace(images, labels=list(map(convert, images.labels)))
 
@@ -63,13 +63,6 @@ def convert_label(
             name: convert_label(data_space, model_space, label[name], name)
             for name in model_space.columns
         }
-    if isinstance(label, list):
-        indices = [
-            convert_label(data_space, model_space, index)
-            for index, value in enumerate(label)
-            if value
-        ]
-        return MultiHotLabels.from_indices([indices], len(model_space.names))[0]
     if label == IGNORED_LABEL:
         return IGNORED_LABEL
 

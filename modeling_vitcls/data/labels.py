@@ -15,6 +15,7 @@ its own: labels are matched by name. This file also selects the image column.
 
 import ast
 import math
+import re
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -22,7 +23,6 @@ from functools import cached_property
 from itertools import chain
 from typing import Any, Literal
 
-import numpy as np
 import torch
 
 from ..model.configuration_vitcls import ViTCLSConfig
@@ -154,36 +154,28 @@ class MultiHotLabels(Sequence):
     Items are lists with 0.0 or 1.0 per class.
     """
 
-    indices: np.ndarray  # class indices of all images, in the order of the images
-    offsets: np.ndarray  # [N + 1]; the indices of image i start at offsets[i]
+    indices: list[list[int]]  # class indices of each image
     num_classes: int
 
     @classmethod
     def from_indices(cls, labels: Iterable[Iterable[int]], num_classes: int) -> "MultiHotLabels":
         """Build labels from the class indices of each image; negative indices are ignored."""
-        rows = [
-            np.unique([index for index in label if index >= 0]).astype(np.int32) for label in labels
-        ]
-        offsets = np.cumsum([0, *map(len, rows)])
-        return cls(np.concatenate([*rows, np.zeros(0, np.int32)]), offsets, num_classes)
+        rows = [sorted({int(index) for index in label if index >= 0}) for label in labels]
+        return cls(rows, num_classes)
 
     def __len__(self) -> int:
-        return len(self.offsets) - 1
+        return len(self.indices)
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return [self[position] for position in range(len(self))[index]]
-        multi_hot = np.zeros(self.num_classes)
-        # IndexError at the end, so that it can be iterated
-        multi_hot[self.get_indices(range(len(self))[index])] = 1
-        return multi_hot.tolist()
-
-    def get_indices(self, index: int) -> np.ndarray:
-        """Return the class indices of one image."""
-        return self.indices[self.offsets[index] : self.offsets[index + 1]]
+        multi_hot = [0.0] * self.num_classes
+        for label in self.indices[index]:
+            multi_hot[label] = 1.0
+        return multi_hot
 
     def select(self, indices: Iterable[int]) -> "MultiHotLabels":
-        return self.from_indices(map(self.get_indices, indices), self.num_classes)
+        return replace(self, indices=[self.indices[index] for index in indices])
 
 
 # Reading ------------------------------------------------------------------------------------------
@@ -192,6 +184,7 @@ class MultiHotLabels(Sequence):
 # how a row contains its labels: one value per column, a list of labels, one place per class with 0
 # or 1, or one such column per class
 LabelForm = Literal["value", "list", "vector", "class columns"]
+NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
 BITS = {"0": False, "0.0": False, "false": False, "1": True, "1.0": True, "true": True}
 
 
@@ -204,27 +197,31 @@ class LabelColumn:
     # names that the split declares, so that labels are indices into these; None: labels are names
     declared: tuple[str, ...] | None = None
 
+    @cached_property
+    def index_by_name(self) -> dict[str, int]:
+        """Class index by name and, if no name is a number, by the class index as text."""
+        indices = range(len(self.classes))
+        by_name = dict(zip(self.classes, indices, strict=True))
+        if any(name.removeprefix("-").isdecimal() for name in self.classes):
+            return by_name
+        return dict(zip(map(str, indices), indices, strict=True)) | by_name
+
     def get_index(self, value: Any, row_name: str) -> int:
         """Return the class index of one value, or -100 if the value is missing.
 
         Raise ValueError if the value is not one of the classes.
         """
-        name = get_class_name(value)
-        is_declared = self.declared is not None and type(value) is int
-        if name is None or (is_declared and value == -1):
+        label = value
+        if self.declared is not None and type(value) is int and -1 <= value < len(self.declared):
+            label = (*self.declared, None)[value]  # -1: a missing label
+        name = get_class_name(label)
+        if name is None:
             return IGNORED_LABEL
-        names = self.declared if is_declared else None
-        if names is not None:
-            name = get_class_name(names[value]) if 0 <= value < len(names) else None
-        if name in self.index_by_name:
-            return self.index_by_name[name]
-        if name is not None and self.has_class_indices:
-            index = int(name) if name.isdecimal() and not isinstance(value, bool) else -1
-            if str(index) == name and 0 <= index < len(self.classes):
-                return index
-        raise ValueError(
-            f"{row_name} has the label {value!r}, not one of the {len(self.classes)} classes"
-        )
+        if name not in self.index_by_name:
+            raise ValueError(
+                f"{row_name} has the label {value!r}, not one of the {len(self.classes)} classes"
+            )
+        return self.index_by_name[name]
 
     def get_indices(self, values: Sequence[Any], name_row: Callable[[int], str]) -> list[int]:
         """Return the class index of each value."""
@@ -233,18 +230,6 @@ class LabelColumn:
             if str(value) not in known:
                 known[str(value)] = self.get_index(value, name_row(row))
         return [known[str(value)] for value in values]
-
-    @cached_property
-    def has_class_indices(self) -> bool:
-        """Return whether whole numbers that are no names are class indices.
-
-        They are not if any class name is a number.
-        """
-        return not any(name.removeprefix("-").isdecimal() for name in self.classes)
-
-    @cached_property
-    def index_by_name(self) -> dict[str, int]:
-        return {name: index for index, name in enumerate(self.classes)}
 
 
 @dataclass(frozen=True)
@@ -396,7 +381,8 @@ def find_label_form(
     declared: Mapping[str, list[str]],
 ) -> LabelForm:
     """Return how the rows contain their labels. Raise ValueError if they contradict the options."""
-    if len(names) > 1 and all(is_class_column(values.get(name, [])) for name in names):
+    has_bits = [bool(values.get(name)) and all(map(is_bit, values[name])) for name in names]
+    if len(names) > 1 and all(has_bits):
         return "class columns"
     has_lists = [
         name
@@ -429,11 +415,6 @@ def find_label_form(
     return "vector"
 
 
-def is_class_column(values: Sequence[Any]) -> bool:
-    """Return whether a column contains 0 or 1 for every image."""
-    return bool(values) and all(map(is_bit, values))
-
-
 def is_bit(value: Any) -> bool:
     return str(value).lower() in BITS
 
@@ -454,15 +435,13 @@ def list_spellings(
             )
         spellings.update(text for label in labels if (text := spell_label(label)) is not None)
 
-    if not spellings:
-        return []
-    numbers = [number for text in spellings if (number := parse_number(text)) is not None]
-    if len(numbers) == len(spellings) and not all(map(float.is_integer, numbers)):
+    are_numbers = all(map(NUMBER.fullmatch, spellings))
+    if are_numbers and not all(float(text).is_integer() for text in spellings):
         raise ValueError(
             f"{options.dataset}: the column {name!r} has decimal numbers, which are no class "
             "labels. Set `label_column` to another column, or `label_names` to these numbers"
         )
-    if form == "value" and all(text[0] + text[-1] == "[]" for text in spellings):
+    if form == "value" and spellings and all(text[0] + text[-1] == "[]" for text in spellings):
         raise ValueError(
             f"{options.dataset}: the labels of {name!r} look like lists, such as "
             f"{min(spellings)!r:.60}, but cannot be read. Write them as JSON, such as "
@@ -475,15 +454,6 @@ def get_sort_key(text: str) -> tuple[float, str]:
     """Return the key that sorts whole numbers by value, before other text."""
     is_whole = text.removeprefix("-").isdecimal()
     return (int(text) if is_whole else math.inf, text)
-
-
-def parse_number(text: str) -> float | None:
-    """Return the finite number that a text is, or None."""
-    try:
-        number = float(text)
-    except ValueError:
-        return None
-    return number if math.isfinite(number) else None
 
 
 def describe_similar_labels(column: str, spellings: Sequence[str]) -> list[str]:

@@ -687,7 +687,7 @@ def describe_data(training_data: TrainingData) -> dict[str, Any]:
             assert part.keys is not None
             labels = part.labels
             if isinstance(labels, MultiHotLabels):
-                labels = [labels.offsets.tolist(), labels.indices.tolist()]
+                labels = labels.indices
             description[f"{name} or their order"] = hashlib.sha256(part.keys.tobytes()).hexdigest()
             text = json.dumps(labels)
             description[f"labels of {name}"] = hashlib.sha256(text.encode()).hexdigest()

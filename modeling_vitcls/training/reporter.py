@@ -9,6 +9,7 @@ import math
 from collections import Counter
 from contextlib import suppress
 from datetime import timedelta
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -229,7 +230,7 @@ def describe_class_sizes(data: TrainingData) -> str:
     counts: Counter[int] = Counter()
     for part in parts:
         is_multi_hot = isinstance(part.labels, MultiHotLabels)
-        counts.update(part.labels.indices.tolist() if is_multi_hot else part.labels)
+        counts.update(chain.from_iterable(part.labels.indices) if is_multi_hot else part.labels)
     names = map(replace_control_characters, data.label_space.names)
     sizes = [(counts[label], name) for label, name in enumerate(names)]
     if len(sizes) > MAX_NAMED_CLASSES:

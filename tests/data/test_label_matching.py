@@ -5,7 +5,7 @@ from helpers.tiny_models import raises_one_line
 
 from modeling_vitcls.data.images import LabeledImages
 from modeling_vitcls.data.label_matching import match_labels
-from modeling_vitcls.data.labels import LabelSpace
+from modeling_vitcls.data.labels import LabelSpace, MultiHotLabels
 
 
 def build_single_label_space(*names: str) -> LabelSpace:
@@ -41,12 +41,11 @@ def test_several_labels_are_matched_by_name() -> None:
     kind = "multi_label_classification"
     given = LabelSpace(kind, {"tags": ["b", "c", "a"]})
     known = LabelSpace(kind, {"label": ["a", "b", "d", "e"]})
-    matched = match_labels(
-        LabeledImages([], [[1.0, 0.0, 0.0], [1.0, 0.0, 1.0], [0.0, 0.0, 0.0]]), given, known
-    )
-    assert matched.labels == [[0.0, 1.0, 0.0, 0.0], [1.0, 1.0, 0.0, 0.0], [0.0] * 4]
+    labels = MultiHotLabels.from_indices([[0], [0, 2], []], 3)
+    matched = match_labels(LabeledImages([], labels), given, known)
+    assert list(matched.labels) == [[0.0, 1.0, 0.0, 0.0], [1.0, 1.0, 0.0, 0.0], [0.0] * 4]
     with pytest.raises(ValueError, match="the label 'c', but the model has only the labels"):
-        match_labels(LabeledImages([], [[0.0, 1.0, 0.0]]), given, known)
+        match_labels(LabeledImages([], MultiHotLabels.from_indices([[1]], 3)), given, known)
 
 
 def test_tasks_are_matched_by_name() -> None:
