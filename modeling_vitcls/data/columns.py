@@ -6,9 +6,11 @@ patient    rows of one group are on one side of every split (--group-column)
 
 import re
 from collections.abc import Collection, Mapping
+from itertools import chain
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from ..runtime.messages import format_name_list
 from .folder_layout import SPLIT_BY_FOLDER_NAME, SPLIT_ORDER
@@ -99,20 +101,20 @@ def read_groups(
                     )
         return {}, None
 
-    group_by_name: dict[str, int] = {}
-    groups_by_split = {}
-    num_groups = 0
-    for split, part in datasets.items():
-        groups = []
-        for name in read_names(part, column):
-            group = num_groups if name is None else group_by_name.setdefault(name, num_groups)
-            num_groups = max(num_groups, group + 1)
-            groups.append(group)
-        groups_by_split[split] = np.array(groups, np.int64)
-    return groups_by_split, f"column {column!r}: {num_groups:,} groups"
+    names = [read_names(part, column) for part in datasets.values()]
+    groups, _ = pd.factorize(np.array(list(chain.from_iterable(names)), object))
+    is_missing = groups < 0
+    groups[is_missing] = np.arange(is_missing.sum()) + groups.max(initial=-1) + 1
+    parts = np.split(groups, np.cumsum(list(map(len, names)))[:-1])
+    num_groups = groups.max(initial=-1) + 1
+    return dict(zip(datasets, parts, strict=True)), f"column {column!r}: {num_groups:,} groups"
+
+
+def read_column(dataset: Any, column: str) -> list[Any]:
+    """Return all values of one column."""
+    return dataset.select_columns([column])[:][column]  # type: ignore[no-any-return]
 
 
 def read_names(dataset: Any, column: str) -> list[str | None]:
     """Return the values of a column as text; None for an empty one."""
-    values = dataset.select_columns([column])[:][column]
-    return [get_class_name(value) for value in values]
+    return [get_class_name(value) for value in read_column(dataset, column)]

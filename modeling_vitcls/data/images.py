@@ -62,10 +62,6 @@ class LabeledImages:
     def __len__(self) -> int:
         return len(self.labels)
 
-    @property
-    def num_images(self) -> int:
-        return len(self)
-
     def select(self, indices: Iterable[int]) -> "LabeledImages":
         """Return the images and labels at `indices`, in the given order."""
         indices = list(indices)
@@ -126,8 +122,8 @@ class DatasetImages(Sequence):
     """
 
     dataset: Any
-    folder: Path = Path()  # folder to which paths are relative
-    rows: np.ndarray | None = None  # row of each image; None: all rows
+    folder: Path  # folder to which paths are relative
+    rows: np.ndarray  # row of each image
 
     @classmethod
     def from_list(cls, values: Sequence[Any], folder: Path = Path()) -> "DatasetImages":
@@ -137,10 +133,9 @@ class DatasetImages(Sequence):
         feature: Any = datasets.Image(decode=False)
         if values and isinstance(values[0], str):
             feature = datasets.Value("string")
-        return cls(
-            datasets.Dataset.from_dict({"image": values}, datasets.Features({"image": feature})),
-            folder,
-        )
+        features = datasets.Features({"image": feature})
+        dataset = datasets.Dataset.from_dict({"image": values}, features)
+        return cls(dataset, folder, np.arange(len(dataset)))
 
     @property
     def column(self) -> str:
@@ -151,51 +146,47 @@ class DatasetImages(Sequence):
         """The column of all rows as an Arrow array, which is not copied."""
         return self.dataset.with_format("arrow")[:][self.column]
 
-    @property
-    def used_rows(self) -> np.ndarray:
-        """The row of each image."""
-        return np.arange(len(self.dataset)) if self.rows is None else self.rows
-
     def __len__(self) -> int:
-        return len(self.dataset) if self.rows is None else len(self.rows)
+        return len(self.rows)
 
     def __getitem__(self, index: Any) -> Any:
-        return decode_image(self.get_encoded_image(index), f"row {self.get_row(index)}")
+        return decode_image(self.get_encoded_image(index), f"row {self.rows[index]}")
 
-    def get_row(self, index: int) -> int:
-        """Return the row of an image.
+    def get_encoded_image(self, index: int) -> dict[str, Any]:
+        """Return {"path": ..., "bytes": ...}, the input of `decode_image`.
 
         Raise IndexError at the end of the sequence, so that it can be iterated.
         """
-        return range(len(self.dataset))[index] if self.rows is None else int(self.rows[index])
-
-    def get_encoded_image(self, index: int) -> dict[str, Any]:
-        """Return {"path": ..., "bytes": ...}, the input of `decode_image`."""
-        return to_encoded_image(self.dataset[self.get_row(index)][self.column], self.folder)
+        return to_encoded_image(self.dataset[int(self.rows[index])][self.column], self.folder)
 
     def select(self, indices: Sequence[int]) -> "DatasetImages":
-        selected = np.asarray(indices, np.int64)
-        return replace(self, rows=selected if self.rows is None else self.rows[selected])
+        return replace(self, rows=self.rows[np.asarray(indices, np.int64)])
 
     def get_names(self) -> list[str]:
-        rows = self.used_rows
+        """Return the path of each image within the folder, or its row. Images are not read."""
+        import pyarrow
+        import pyarrow.compute
+
+        values = self.arrow_values
+        is_encoded = pyarrow.types.is_struct(values.type)
+        paths = pyarrow.compute.struct_field(values, "path") if is_encoded else values
+        names = paths.take(pyarrow.array(self.rows)).to_pylist()
+        if not is_encoded:
+            names = [resolve_path(self.folder, name) for name in names]
         return [
-            name or str(row) for row, name in zip(rows.tolist(), self.iterate_names(), strict=True)
+            get_relative_path(name or "", self.folder) or str(row)
+            for row, name in zip(self.rows, names, strict=True)
         ]
 
     def compute_content_keys(self) -> np.ndarray:
         """Return a key of the content of each image. Files are read by several threads."""
         keys: list[int] = []
         with ThreadPoolExecutor() as pool:
-            for values in self.read_values(self.used_rows):
+            for start in range(0, len(self), ROWS_PER_READ):
+                values = self.dataset[self.rows[start : start + ROWS_PER_READ]][self.column]
                 images = (to_encoded_image(value, self.folder) for value in values)
                 keys += pool.map(compute_encoded_content_key, images)
         return np.array(keys, np.uint64)
-
-    def read_values(self, rows: np.ndarray) -> Iterator[list[Any]]:
-        """Yield the values of rows, some rows at a time."""
-        for start in range(0, len(rows), ROWS_PER_READ):
-            yield self.dataset[rows[start : start + ROWS_PER_READ]][self.column]
 
     def iterate_paths(self) -> Iterator[str | None]:
         """Yield the path or URL of each row that does not contain the image itself."""
@@ -208,20 +199,6 @@ class DatasetImages(Sequence):
             paths = pyarrow.compute.struct_field(paths, "path").filter(is_path)
         for chunk in paths.chunks:
             yield from chunk.to_pylist()
-
-    def iterate_names(self) -> Iterator[str]:
-        """Yield the path of each image within the folder, or "". Images are not read."""
-        import pyarrow
-        import pyarrow.compute
-
-        values = self.arrow_values
-        is_encoded = pyarrow.types.is_struct(values.type)
-        paths = pyarrow.compute.struct_field(values, "path") if is_encoded else values
-        for chunk in paths.take(pyarrow.array(self.used_rows)).chunks:
-            for path in chunk.to_pylist():
-                yield get_relative_path(
-                    (path if is_encoded else resolve_path(self.folder, path)) or "", self.folder
-                )
 
 
 def get_cache_file(name: str) -> Path:

@@ -27,6 +27,7 @@ import torch
 
 from ..model.configuration_vitcls import ViTCLSConfig
 from ..model.heads_vitcls import IGNORED_LABEL
+from ..runtime.messages import warn_on_first_process
 from .options import DataOptions
 
 
@@ -211,11 +212,10 @@ class LabelColumn:
 
         Raise ValueError if the value is not one of the classes.
         """
-        label = value
-        if self.declared is not None and type(value) is int and -1 <= value < len(self.declared):
-            label = (*self.declared, None)[value]  # -1: a missing label
+        is_index = self.declared is not None and type(value) is int
+        label = dict(enumerate(self.declared or ())).get(value) if is_index else value
         name = get_class_name(label)
-        if name is None:
+        if name is None and (value == -1 or not is_index):
             return IGNORED_LABEL
         if name not in self.index_by_name:
             raise ValueError(
@@ -240,7 +240,6 @@ class LabelReader:
     form: LabelForm
     columns: list[LabelColumn]
     separator: str | None = None
-    warnings: tuple[str, ...] = ()
 
     @property
     def label_space(self) -> LabelSpace:
@@ -354,7 +353,6 @@ def build_label_reader(
         return LabelReader("multi_label_classification", form, columns)
 
     columns = []
-    warnings = []
     for name in names:
         spellings = declared[name] or list_spellings(options, name, values[name], form)
         if declared[name] and options.label_names not in (None, tuple(declared[name])):
@@ -364,13 +362,13 @@ def build_label_reader(
             )
         classes = list(dict.fromkeys(str(get_class_name(each)) for each in spellings))
         columns.append(LabelColumn(name, classes, get_declared_names(features[name])))
-        warnings += describe_similar_labels(name, spellings)
+        warn_about_similar_labels(options.dataset, name, spellings)
     kind: LabelKind = "single_label_classification"
     if form != "value":
         kind = "multi_label_classification"
     elif len(names) > 1:
         kind = "multi_task"
-    return LabelReader(kind, form, columns, options.label_separator, tuple(warnings))
+    return LabelReader(kind, form, columns, options.label_separator)
 
 
 def find_label_form(
@@ -456,8 +454,8 @@ def get_sort_key(text: str) -> tuple[float, str]:
     return (int(text) if is_whole else math.inf, text)
 
 
-def describe_similar_labels(column: str, spellings: Sequence[str]) -> list[str]:
-    """Return a warning about labels that look alike, if there are any.
+def warn_about_similar_labels(dataset: str, column: str, spellings: Sequence[str]) -> None:
+    """Log a warning about labels that look alike, if there are any.
 
     They differ only in case, white space, invisible characters or their form in Unicode. Labels
     that are equal in the form NFC are one class.
@@ -473,12 +471,11 @@ def describe_similar_labels(column: str, spellings: Sequence[str]) -> list[str]:
             is_one = len(set(map(get_class_name, group))) == 1
             text = " and ".join(map(ascii, group))
             parts.append(f"{text} ({'one class' if is_one else 'separate classes'})")
-    if not parts:
-        return []
-    return [
-        f"labels of {column!r} differ only in case, white space, invisible characters or Unicode "
-        f"form: {', '.join(parts[:10])}. Give each class one name"
-    ]
+    if parts:
+        warn_on_first_process(
+            f"WARNING: {dataset}: labels of {column!r} differ only in case, white space, invisible "
+            f"characters or Unicode form: {', '.join(parts[:10])}. Give each class one name"
+        )
 
 
 def split_labels(value: Any, separator: str | None) -> list[Any]:

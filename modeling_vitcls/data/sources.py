@@ -15,7 +15,6 @@ held_out.py. Streamed datasets are read in streaming.py.
 
 import gzip
 import hashlib
-import logging
 import os
 import re
 import struct
@@ -23,7 +22,7 @@ import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cache, partial
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -35,7 +34,8 @@ from ..hub.local_paths import is_built_in_dataset
 from ..model.fast_image_processing_vitcls import open_regular_file
 from ..model.heads_vitcls import IGNORED_LABEL
 from ..runtime.errors import format_error, is_disk_full, name_full_disk
-from .columns import divide_by_column, read_groups
+from ..runtime.messages import warn_on_first_process
+from .columns import divide_by_column, read_column, read_groups
 from .folder_layout import SPLIT_BY_FOLDER_NAME, SPLIT_ORDER
 from .image_folder import read_image_folder, scan_folder
 from .images import ArrayImages, DatasetImages, LabeledImages, get_cache_file
@@ -82,8 +82,6 @@ IDX_CLASSES = {
 # of which one is in a folder written by `save_to_disk`
 SAVED_FILES = ("dataset_dict.json", "state.json")
 MAX_CHECKED_PATHS = 100  # of a table, of which one must be a file
-
-logger = logging.getLogger(__name__)
 
 # names of all splits -> names of the splits to read
 SplitSelector = Callable[[list[str]], Collection[str]]
@@ -257,8 +255,6 @@ def load_table(options: DataOptions, use_labels: bool, select: SplitSelector) ->
 
     features_by_split = {split: dataset.features for split, dataset in datasets.items()}
     reader = build_label_reader(options, features_by_split, read_all)
-    for warning in reader.warnings:
-        warn_on_first_process(f"WARNING: {options.dataset}: {warning}")
     facts = {"labels": describe_labels(reader)} | facts
     groups_by_split, groups_fact = read_groups(options, datasets, reader.column_names)
     if groups_fact:
@@ -308,13 +304,6 @@ def drop_unlabeled_images(images: LabeledImages, name: str) -> LabeledImages:
         f"{name}: skipped {len(images) - len(labeled):,} of {len(images):,} images (no label)"
     )
     return images.select(labeled)
-
-
-@cache
-def warn_on_first_process(message: str) -> None:
-    """Log a warning once, on the first process only."""
-    if os.environ.get("RANK", "0") == "0":
-        logger.warning("%s", message)
 
 
 def open_splits(options: DataOptions, use_labels: bool) -> Any:
@@ -481,11 +470,6 @@ def get_dataset_folder(dataset: str) -> Path:
     return path.parent if path.suffix.lower() in DATASET_SUFFIXES else path
 
 
-def read_column(dataset: Any, column: str) -> list[Any]:
-    """Return all values of one column."""
-    return dataset.select_columns([column])[:][column]  # type: ignore[no-any-return]
-
-
 def build_images(
     dataset: Any, column: str, folder: Path, name: str, allow_urls: bool
 ) -> DatasetImages:
@@ -504,7 +488,7 @@ def build_images(
     elif getattr(feature, "dtype", None) != "string":
         images = images.cast_column(column, datasets.Value("string"))  # numbers as file names
 
-    built = DatasetImages(images, folder)
+    built = DatasetImages(images, folder, np.arange(len(images)))
     check_urls(built.iterate_paths(), allow_urls, name)
     paths = [] if is_encoded else [path for path in images[:MAX_CHECKED_PATHS][column] if path]
     if paths and not any(is_url(path) or os.path.exists(folder / path) for path in paths):  # noqa: PTH110

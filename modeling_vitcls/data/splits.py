@@ -109,7 +109,7 @@ class TrainingData:
     @property
     def num_training_images(self) -> int | None:
         """Return the number of training images; None for a stream, whose length is unknown."""
-        return self.train.num_images
+        return None if isinstance(self.train, StreamedImages) else len(self.train)
 
     @property
     def num_held_out_images(self) -> int:

@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -51,7 +51,6 @@ from .sources import (
     get_dataset_folder,
     get_dataset_name,
     open_splits,
-    warn_on_first_process,
 )
 from .urls import check_urls
 
@@ -94,7 +93,6 @@ class StreamedImages:
     held_out_fraction: float = 0.0
     split_seed: int = 0
     is_held_out_part: bool = False  # whether the images are the held-out ones
-    num_images: ClassVar[None] = None  # unknown
 
     def iterate_examples(
         self, seed: int, process_index: int, num_processes: int, start: int = 0
@@ -239,8 +237,6 @@ def open_streams(options: DataOptions, use_labels: bool) -> Splits:
         reader = build_label_reader(options, features_by_split, read_labels)
         columns += reader.column_names
         facts["labels"] = describe_labels(reader)
-        for warning in reader.warnings:
-            warn_on_first_process(f"WARNING: {options.dataset}: {warning}")
     label_space = UNLABELED if reader is None else reader.label_space
     name = get_dataset_name(options.dataset)
     folder = get_dataset_folder(options.dataset)

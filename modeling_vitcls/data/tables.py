@@ -18,7 +18,7 @@ from types import MappingProxyType
 from typing import Any
 
 from ..model.fast_image_processing_vitcls import open_regular_file
-from ..runtime.errors import explain_damage
+from ..runtime.errors import explain_damage, format_error
 from .labels import spell_label
 
 

@@ -244,7 +244,7 @@ class ImagePass:
         batches = track(
             self.load_batches(),
             self.pass_name,
-            self.images.num_images,
+            len(self.images),
             count=lambda batch: (
                 (len(batch.indices) + len(batch.error_messages)) * accelerator.num_processes
             ),

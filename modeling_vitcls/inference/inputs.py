@@ -49,7 +49,6 @@ from ..data.sources import (
     is_idx_folder,
     load_splits,
     open_splits,
-    warn_on_first_process,
 )
 from ..data.urls import FetchError, check_urls, fetch_if_url
 from ..hub.local_paths import is_built_in_dataset
@@ -59,7 +58,7 @@ from ..model.image_processing_vitcls import (
     flatten_images,
 )
 from ..runtime.errors import format_error
-from ..runtime.messages import format_name_list
+from ..runtime.messages import format_name_list, warn_on_first_process
 from .options import PredictOptions
 
 

@@ -6,11 +6,16 @@ Errors are raised with the names of parameters. Lines that are printed while a f
 formatted here, because the function is the same in Python and in a command.
 """
 
+import logging
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 
 from .files import replace_control_characters
 
+
+logger = logging.getLogger(__name__)
 
 # Formatters of the commands that are running; a command may run another one. There are none in a
 # Python program.
@@ -26,6 +31,13 @@ def format_name_list(names: Sequence[str], max_names: int = 3) -> str:
     """Return the first names and the number of omitted names as text."""
     suffix = f" and {len(names) - max_names:,} more" if len(names) > max_names else ""
     return ", ".join(map(replace_control_characters, names[:max_names])) + suffix
+
+
+@cache
+def warn_on_first_process(message: str) -> None:
+    """Log a warning once, on the first process only."""
+    if os.environ.get("RANK", "0") == "0":
+        logger.warning("%s", message)
 
 
 @contextmanager
