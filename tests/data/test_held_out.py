@@ -89,14 +89,6 @@ def test_the_folds_are_stratified(tmp_path: Path) -> None:
         read(write_photos(tmp_path / "few", range(2)), folds=30, fold=1)
 
 
-def test_the_split_of_tags_is_not_stratified(tmp_path: Path) -> None:
-    paths = sorted(write_photos(tmp_path / "photos", range(30)).glob("*/*.png"))
-    # one tag is enough
-    rows = [f"{path},{'x' if index % 2 else ''}" for index, path in enumerate(paths)]
-    (tmp_path / "tags.csv").write_text("\n".join(["image,label", *rows]), encoding="utf-8")
-    assert "not stratified" in read(tmp_path / "tags.csv", label_separator="|").held_out_name
-
-
 def test_the_split_depends_only_on_the_content_of_the_images(tmp_path: Path) -> None:
     """It does not depend on their order, on their names or on the type of the dataset."""
     folder = write_photos(tmp_path / "here", range(40))
@@ -148,7 +140,7 @@ def test_copies_join_the_groups_of_a_table(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("is_table", [False, True])
 def test_an_image_with_two_labels_is_an_error(is_table: bool, tmp_path: Path) -> None:
-    """They are one file in two rows, or one content in two folders."""
+    """They are one file in two rows, or one content in two splits."""
     dataset = folder = write_photos(tmp_path / "photos", range(12))
     names = ["photos/cat/3.png is 'cat' and photos/cat/3.png is 'dog'"]
     if is_table:
@@ -158,8 +150,10 @@ def test_an_image_with_two_labels_is_an_error(is_table: bool, tmp_path: Path) ->
         dataset = tmp_path / "table.csv"
         dataset.write_text("\n".join(["image,label", *rows]), encoding="utf-8")
     else:
-        shutil.copyfile(folder / "cat" / "3.png", folder / "dog" / "also 3.png")
-        names = ["cat/3.png is 'cat' and dog/also 3.png is 'dog'"]
+        dataset = folder.rename(tmp_path / "train").parent
+        write_photos(tmp_path / "test", range(20, 22))
+        shutil.copyfile(tmp_path / "train/cat/3.png", tmp_path / "test/dog/also 3.png")
+        names = ["train/cat/3.png is 'cat' and test/dog/also 3.png is 'dog'"]
     with raises_one_line("1 image has several labels", *names):
         read(dataset)
 

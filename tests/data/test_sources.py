@@ -5,6 +5,7 @@ import io
 import struct
 import zlib
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -113,21 +114,6 @@ def test_a_table_has_relative_paths_and_named_labels(
     assert_noon_is_class_1(data)
 
 
-def test_parquet_files_have_embedded_images_and_numbered_labels(
-    color_images: Path, tmp_path: Path
-) -> None:
-    paths = list_paths(color_images)
-    rows = {
-        "photo": paths,
-        "extra": [0] * 20,
-        "target": [7 if "noon" in path else 3 for path in paths],
-    }
-    file = write_table(tmp_path / "table.parquet", rows, photo=datasets.Image())
-    data = read(file)
-    assert data.label_space.columns == {"target": ["3", "7"]}
-    assert_noon_is_class_1(data)
-
-
 def test_class_names_match_labels_by_name_or_index(color_images: Path, tmp_path: Path) -> None:
     paths = list_paths(color_images)
     numbers = write_table(
@@ -203,71 +189,43 @@ def test_a_folder_in_the_format_of_mnist_keeps_its_test_split(
     assert data.train.images[0].size == (7, 5)
 
 
-def test_damaged_folders_in_the_format_of_mnist_are_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda whole: whole[:40],
+        lambda whole: whole[:10] + bytes(20) + whole[30:],
+        lambda whole: b"not compressed",
+        lambda whole: gzip.compress(b"\0\0\x09\x03" + gzip.decompress(whole)[4:]),
+        lambda whole: gzip.compress(gzip.decompress(whole)[:-1]),
+        lambda whole: gzip.compress(b"\0\0\x08\x03"),
+    ],
+)
+def test_damaged_files_in_the_format_of_mnist_are_named(
+    damage: Callable[[bytes], bytes], tmp_path: Path
+) -> None:
     write_mnist(tmp_path, ".gz")
     file = tmp_path / "train-images-idx3-ubyte.gz"
-    whole = file.read_bytes()
-    signed = gzip.compress(b"\0\0\x09\x03" + gzip.decompress(whole)[4:])
-    short = gzip.compress(gzip.decompress(whole)[:-1])
-    no_sizes = gzip.compress(b"\0\0\x08\x03")
-    damaged = whole[:10] + bytes(20) + whole[30:]
-    for content in (
-        whole[:40],
-        damaged,
-        b"not compressed",
-        gzip.compress(b""),
-        signed,
-        short,
-        no_sizes,
-    ):
-        file.write_bytes(content)
-        with raises_one_line("train-images-idx3-ubyte.gz"):
-            read(tmp_path)
-    file.write_bytes(whole)
-
-    (tmp_path / "train-labels-idx1-ubyte.gz").unlink()
-    with raises_one_line("train-labels-idx1-ubyte"):
+    file.write_bytes(damage(file.read_bytes()))
+    with raises_one_line(file.name):
         read(tmp_path)
 
 
-def test_the_largest_label_of_both_splits_sets_the_number_of_mnist_classes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The number of classes is the largest label plus 1, or 10.
+def test_the_largest_label_of_both_splits_sets_the_number_of_mnist_classes(tmp_path: Path) -> None:
+    write_mnist(tmp_path)
+    labels = tmp_path / "train-labels-idx1-ubyte"
+    write_idx(labels, np.arange(12, dtype=np.uint8))
+    assert len(load_splits(DataOptions(dataset=str(tmp_path))).label_space.names) == 12
 
-    A split may be missing, and the folder may be `.`.
-    """
-    write_mnist(tmp_path / "mine")
-    write_idx(tmp_path / "mine" / "train-labels-idx1-ubyte", np.arange(12, dtype=np.uint8))
-    monkeypatch.chdir(tmp_path / "mine")
-    # the other split has fewer classes
-    assert len(load_splits(DataOptions(dataset=".")).label_space.names) == 12
-
-    (tmp_path / "mine" / "t10k-images-idx3-ubyte").unlink()
-    splits = load_splits(DataOptions(dataset="."))
-    assert (splits.name, splits.names, list(splits.images_by_split)) == (
-        "mine",
-        ["train"],
-        ["train"],
-    )
-    assert splits.label_space.names == [str(index) for index in range(12)]
-
-    (tmp_path / "test").mkdir()
-    for kind in ("images-idx3", "labels-idx1"):  # only the second split
-        name = f"{kind}-ubyte"
-        (tmp_path / "test" / f"t10k-{name}").write_bytes(
-            (tmp_path / "mine" / f"train-{name}").read_bytes()
-        )
-    assert load_splits(DataOptions(dataset=str(tmp_path / "test"))).names == ["test"]
-
-    unlabeled = load_splits(DataOptions(dataset="."), use_labels=False)
+    unlabeled = load_splits(DataOptions(dataset=str(tmp_path)), use_labels=False)
     assert unlabeled.images_by_split["train"].labels == [-100] * 12
     assert unlabeled.label_space.columns == {}
 
-    for count in (11, 13):
-        write_idx(tmp_path / "mine" / "train-labels-idx1-ubyte", np.arange(count, dtype=np.uint8))
-        with raises_one_line("train-images-idx3-ubyte", f"12 images, but {count} labels"):
-            load_splits(DataOptions(dataset="."))
+    write_idx(labels, np.arange(11, dtype=np.uint8))
+    with raises_one_line("train-images-idx3-ubyte", "12 images, but 11 labels"):
+        load_splits(DataOptions(dataset=str(tmp_path)))
+    labels.unlink()
+    with raises_one_line("no file train-labels-idx1-ubyte"):
+        load_splits(DataOptions(dataset=str(tmp_path)))
 
 
 # Labels -------------------------------------------------------------------------------------------
@@ -304,36 +262,25 @@ def test_several_columns_are_several_tasks(color_images: Path, tmp_path: Path) -
         assert is_noon(image) == (label["shade"] == 1)
 
 
+@pytest.mark.parametrize(
+    ("labels", "feature"),
+    [
+        ([0, 1, -1, 1], datasets.ClassLabel(names=["x", "y"])),
+        (["x", None, "y", "y"], datasets.Value("string")),
+    ],
+)
 def test_rows_without_a_label_are_skipped_and_counted(
+    labels: list[Any],
+    feature: Any,
     color_images: Path,
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    paths = list_paths(color_images)
-    declared = write_table(
-        tmp_path / "a.parquet",
-        {"image": paths, "label": [0, 1, -1, 1] * 5},
-        label=datasets.ClassLabel(names=["a", "b"]),
-    )
-    table = write_table(
-        tmp_path / "b.parquet", {"image": paths, "label": ["x", None, "y", "y"] * 5}
-    )
-
-    for file, classes in ((declared, ["a", "b"]), (table, ["x", "y"])):
-        caplog.clear()
-        data = read(file)
-        assert len(list_all(data)) == 15
-        assert data.label_space.names == classes
-        assert "5 of 20" in caplog.text
-
-    caplog.clear()
-    assert len(list_all(read(table))) == 15
-    assert not caplog.records  # once per process
-
-    monkeypatch.setenv("RANK", "1")  # only the first process prints the warning
-    assert len(list_all(read(table.rename(tmp_path / "c.parquet")))) == 15
-    assert not caplog.records
+    rows = {"image": list_paths(color_images), "label": labels * 5}
+    data = read(write_table(tmp_path / "a.parquet", rows, label=feature))
+    assert len(list_all(data)) == 15
+    assert data.label_space.names == ["x", "y"]
+    assert "5 of 20" in caplog.text
 
 
 def test_contradictory_labels_are_named(color_images: Path, tmp_path: Path) -> None:
@@ -351,25 +298,6 @@ def test_contradictory_labels_are_named(color_images: Path, tmp_path: Path) -> N
 
 # Held-out parts
 # --------------------------------------------------------------------------------------------------
-
-
-def test_a_split_of_the_dataset_is_used_if_it_exists(color_images: Path, tmp_path: Path) -> None:
-    for split, names in (("train", range(7)), ("test", range(7, 10))):
-        for label in ("dusk", "noon"):
-            (tmp_path / split / label).mkdir(parents=True)
-            for name in names:
-                (tmp_path / split / label / f"{name}.png").symlink_to(
-                    color_images / label / f"{name}.png"
-                )
-    data = read(tmp_path)
-    assert (len(data.train), len(data.held_out), data.held_out_name) == (14, 6, "split 'test'")
-
-    options = DataOptions(dataset=str(tmp_path))
-    assert [len(load_evaluation_data(options, split)[1]) for split in ("train", "test")] == [14, 6]
-
-    for use_labels in (True, False):  # only the selected splits are read
-        splits = load_splits(options, use_labels, lambda names: names[1:])
-        assert (splits.names, list(splits.images_by_split)) == (["train", "test"], ["test"])
 
 
 def write_splits(folder: Path, color_images: Path, **labels: int | None) -> Path:
@@ -415,18 +343,6 @@ def test_missing_labels_of_an_unused_split_are_ignored(color_images: Path, tmp_p
         load_evaluation_data(options, "test")
     with raises_one_line("split 'test'", "`label_column`"):
         read(write_splits(tmp_path / "b", color_images, train=None, test=-1))
-
-
-@pytest.mark.parametrize("only", ["validation", "test"])
-def test_a_split_given_by_name_is_used_as_a_whole(
-    color_images: Path, tmp_path: Path, only: str
-) -> None:
-    options = DataOptions(
-        dataset=str(write_splits(tmp_path / "data", color_images, **{only: None}))
-    )
-    names = load_evaluation_data(options, only).images.images.get_names()
-    assert len(names) == 20
-    assert all(name.endswith(".png") for name in names)
 
 
 def test_images_can_be_read_without_labels(color_images: Path, tmp_path: Path) -> None:
@@ -544,24 +460,20 @@ def test_unreadable_images_are_named(tmp_path: Path) -> None:
 
 
 def test_missing_images_are_unreadable(tmp_path: Path) -> None:
-    (tmp_path / "list.csv").write_text(
-        "image,label\nabsent.png,x\n,x\nabsent.png,x\nlist.csv,y\n", encoding="utf-8"
-    )
+    (tmp_path / "list.csv").write_text("image,label\nabsent.png,x\n,x\nlist.csv,y\n")
     images = read_single_split(tmp_path / "list.csv").images
-    with pytest.raises(UnreadableImage, match=r"absent\.png"):
-        images[0]
-    with pytest.raises(UnreadableImage, match="row 1 has no image"):
-        images[1]
-    assert images.get_names() == ["absent.png", "1", "absent.png", "list.csv"]
-
-    table = write_table(
-        tmp_path / "table.parquet", {"image": [None, b"", None], "label": ["x"] * 3}
-    )
-    images = read_single_split(table).images
-    assert images.get_names() == ["0", "1", "2"]
-    for index in range(3):
-        with pytest.raises(UnreadableImage, match=f"row {index}"):
-            images[index]
+    assert images.get_names() == ["absent.png", "1", "list.csv"]
+    table = write_table(tmp_path / "t.parquet", {"image": [None, b""], "label": ["x"] * 2})
+    encoded = read_single_split(table).images
+    assert encoded.get_names() == ["0", "1"]
+    for part, index, name in (
+        (images, 0, "absent.png"),
+        (images, 1, "row 1 has no image"),
+        (encoded, 0, "row 0"),
+        (encoded, 1, "row 1"),
+    ):
+        with pytest.raises(UnreadableImage, match=name):
+            part[index]
 
 
 def test_each_unreadable_image_is_named_once_and_the_number_has_a_limit() -> None:

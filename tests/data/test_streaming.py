@@ -27,7 +27,7 @@ from modeling_vitcls.data.labels import LabelSpace
 from modeling_vitcls.data.options import AugmentationOptions, DataOptions
 from modeling_vitcls.data.sampling import BatchPlan
 from modeling_vitcls.data.splits import TrainingData, load_training_data
-from modeling_vitcls.data.streaming import StreamedImages, TrainingStream, read_ahead
+from modeling_vitcls.data.streaming import StreamedImages, TrainingStream
 from modeling_vitcls.training.loop import build_batch_plan
 from modeling_vitcls.training.options import TrainingOptions
 
@@ -306,29 +306,6 @@ def test_only_the_first_images_of_a_large_held_out_part_are_kept(
     assert sorted([*trained, *whole]) == list(range(NUM_IMAGES))  # no held-out images
 
 
-def test_a_split_of_the_dataset_is_read_as_a_whole(two_shards: Path, tmp_path: Path) -> None:
-    for split, shard in (("train", 0), ("validation", 1)):
-        (tmp_path / f"{split}.parquet").symlink_to(two_shards / f"train-{shard}.parquet")
-    data = read(tmp_path)
-    assert data.held_out_name == "split 'validation'"
-    assert sorted(get_held_out(data)) == list(range(1, NUM_IMAGES, 2))
-    assert isinstance(data.train, StreamedImages)
-    assert sorted(get_indices(islice(data.train.iterate_examples(0, 0, 1), 30))) == list(
-        range(0, NUM_IMAGES, 2)
-    )
-
-
-def test_only_the_first_images_of_an_evaluation_split_are_read(
-    two_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for split, shard in (("train", 0), ("validation", 1)):
-        (tmp_path / f"{split}.parquet").symlink_to(two_shards / f"train-{shard}.parquet")
-    monkeypatch.setattr(training_data, "MAX_HELD_OUT_IMAGES", 3)
-    data = read(tmp_path)
-    assert get_held_out(data) == [1, 3, 5]
-    assert data.held_out_name == "split 'validation', of which the first 3 images are read"
-
-
 def test_undeclared_labels_are_collected(tmp_path: Path) -> None:
     folder = write_shards(tmp_path / "data", 2, datasets.Value("string"))
     assert read(folder).label_space.names == ["a", "b", "c"]
@@ -357,12 +334,6 @@ def test_rows_without_a_label_are_skipped(tmp_path: Path) -> None:
         number for number in range(40) if number % 4 != 3
     ]
     assert next(islice(data.train.iterate_examples(0, 0, 1), 30 - len(held_out), None)).epoch == 1
-
-
-def test_a_table_without_rows_is_an_error(tmp_path: Path) -> None:
-    (tmp_path / "list.csv").write_text("file,kind\n", encoding="utf-8")
-    with raises_one_line("list.csv is empty"):
-        read(tmp_path / "list.csv", label_names=("even", "odd"), label_column=("kind",))
 
 
 def test_a_streamed_table_of_paths_has_the_labels_of_its_rows(tmp_path: Path) -> None:
@@ -403,15 +374,3 @@ def test_streams_can_be_read_without_labels(two_shards: Path) -> None:
     assert data.label_space.columns == {}
     (batch,) = build_batches(data.train, build_plan(max_steps=1, batch_size=4))
     assert batch["labels"].tolist() == [-100] * 4
-
-
-def test_prefetching_keeps_order_and_errors() -> None:
-    def numbers() -> Any:
-        yield from range(5)
-        raise ValueError("no more")
-
-    ahead = read_ahead(numbers(), 3)
-    assert list(islice(ahead, 5)) == [0, 1, 2, 3, 4]
-    with pytest.raises(ValueError, match="no more"):
-        next(ahead)
-    assert list(read_ahead(iter(range(7)), 3)) == list(range(7))

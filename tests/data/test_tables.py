@@ -314,12 +314,6 @@ def test_one_column_of_bits_per_class_is_multi_label(bits: list[str], photos: Pa
     assert list(splits.images_by_split["train"].labels) == [[0, 0], [1, 1], [0, 1]]
 
 
-def test_columns_of_names_are_tasks(photos: Path) -> None:
-    table = write_csv(photos, ["cat", "dog"], "tasks.csv", age=[0, 1])
-    splits = load_splits(DataOptions(dataset=table, label_column=("label", "age")))
-    assert splits.label_space.kind == "multi_task"
-
-
 # Splits -------------------------------------------------------------------------------------------
 
 

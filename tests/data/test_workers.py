@@ -52,39 +52,17 @@ def run_with_shared_memory(size: str, *arguments: object) -> subprocess.Complete
     )
 
 
-def test_a_tiny_shared_memory_is_an_error_before_training(tmp_path: Path) -> None:
-    flags = [
-        "--config",
-        "digits",
-        "--output-dir",
-        tmp_path / "run",
-        "--max-steps",
-        2,
-        "--num-workers",
-        2,
-    ]
-    ran = run_with_shared_memory("64k", "-m", "modeling_vitcls.cli", "finetune", *flags)
+@pytest.mark.parametrize(
+    "arguments",
+    ["finetune --config digits --max-steps 2 --output-dir", "evaluate --dataset digits --model"],
+)
+def test_a_tiny_shared_memory_is_an_error(arguments: str, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    if "evaluate" in arguments:
+        save_classifier(folder)
+    command = ["-m", "modeling_vitcls.cli", *arguments.split(), folder, "--num-workers", "2"]
+    ran = run_with_shared_memory("64k", *command)
     assert ran.returncode == 1
-
-    (error,) = ran.stderr.strip().splitlines()
-    assert "/dev/shm" in error
-    assert "--num-workers 0" in error
-
-
-def test_a_tiny_shared_memory_is_an_error_of_evaluate(tmp_path: Path) -> None:
-    flags = [
-        "--model",
-        save_classifier(tmp_path / "model"),
-        "--dataset",
-        "digits",
-        "--frozen",
-        "knn",
-    ]
-    ran = run_with_shared_memory(
-        "64k", "-m", "modeling_vitcls.cli", "evaluate", *flags, "--num-workers", 2
-    )
-    assert ran.returncode == 1
-
     error = ran.stderr.strip().splitlines()[-1]
     assert "/dev/shm" in error
     assert "--num-workers 0" in error

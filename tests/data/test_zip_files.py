@@ -51,13 +51,6 @@ def test_a_folder_is_read_with_or_without_an_outer_folder(tmp_path: Path, base: 
     assert open_input(PredictOptions(model="model", dataset=str(file))).num_images == 12
 
 
-def test_splits_in_a_zip_file_are_read(tmp_path: Path) -> None:
-    for number, split in enumerate(("train", "test")):
-        write_photos(tmp_path / "photos" / split, range(number, number + 1))
-
-    assert load(pack(tmp_path / "photos")).held_out_name == "split 'test'"
-
-
 def test_a_changed_file_is_unpacked_again(tmp_path: Path) -> None:
     file = pack(write_photos(tmp_path / "photos", range(6)))
     load(file)
