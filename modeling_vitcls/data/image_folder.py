@@ -152,14 +152,12 @@ def compute_files_digest(path: Path) -> str | None:
     It is computed from names, sizes and modification times. Files are not read. Folders of training
     runs are skipped, because they change during a run.
     """
+    if not path.exists():
+        return None
+    files = [path]
     if path.is_dir():
         folder = scan_folder(path)
         files = [path / name for name in (*folder.images, *folder.metadata, *folder.tables)]
-    elif path.is_file():
-        files = [path]
-    else:
-        return None
-
     digest = hashlib.sha256()
     for file in files:
         with suppress(OSError):  # a broken link

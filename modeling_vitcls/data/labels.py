@@ -238,23 +238,18 @@ class LabelReader:
 
     kind: LabelKind
     form: LabelForm
-    columns: list[LabelColumn]
+    column_names: list[str]  # columns of the table
+    columns: list[LabelColumn]  # the same, or a single one for the columns of classes
     separator: str | None = None
 
     @property
     def label_space(self) -> LabelSpace:
-        if self.form == "class columns":
-            return LabelSpace(self.kind, {"labels": self.column_names})
         return LabelSpace(self.kind, {column.name: column.classes for column in self.columns})
-
-    @property
-    def column_names(self) -> list[str]:
-        return [column.name for column in self.columns]
 
     def for_split(self, features: Features) -> "LabelReader":
         """Return the reader of a split with these columns, whose class indices are its own."""
         columns = [
-            replace(column, declared=get_declared_names(features[column.name]))
+            replace(column, declared=get_declared_names(features.get(column.name)))
             for column in self.columns
         ]
         return replace(self, columns=columns)
@@ -278,12 +273,11 @@ class LabelReader:
             name_row: returns the name of a row in error messages.
         """
         if self.kind == "multi_label_classification":
-            num_classes = len(self.label_space.names)
             rows = (
                 self.read_list(list(row), name_row(number))
                 for number, row in enumerate(zip(*values, strict=True))
             )
-            return MultiHotLabels.from_indices(rows, num_classes)
+            return MultiHotLabels.from_indices(rows, len(self.label_space.names))
         indices = [self.columns[n].get_indices(column, name_row) for n, column in enumerate(values)]
         if self.kind == "single_label_classification":
             return indices[0]
@@ -349,8 +343,9 @@ def build_label_reader(
     }
     form = find_label_form(options, names, features, values, declared)
     if form == "class columns":
-        columns = [LabelColumn(name, ["0", "1"]) for name in names]
-        return LabelReader("multi_label_classification", form, columns)
+        return LabelReader(
+            "multi_label_classification", form, names, [LabelColumn("labels", names)]
+        )
 
     columns = []
     for name in names:
@@ -368,7 +363,7 @@ def build_label_reader(
         kind = "multi_label_classification"
     elif len(names) > 1:
         kind = "multi_task"
-    return LabelReader(kind, form, columns, options.label_separator)
+    return LabelReader(kind, form, names, columns, options.label_separator)
 
 
 def find_label_form(

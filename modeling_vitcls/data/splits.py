@@ -367,14 +367,11 @@ def check_splits(
             f"`folds` requires a dataset without a held-out split, but {options.dataset} has "
             f"{split!r}. Remove `folds`"
         )
-    if lacks_selection and options.streaming:
+    if lacks_selection and (options.streaming or not options.held_out_part):
         raise ValueError(
-            "`select='best'` with `streaming=True` requires a validation split and a test split, "
-            f"but {options.dataset} has only {', '.join(splits.names)}. Remove one of the two flags"
-        )
-    if lacks_selection and not options.held_out_part:
-        raise ValueError(
-            "`select='best'` requires images, but `held_out_fraction` is 0. Set a larger one"
+            "`select='best'` requires a validation split and a test split, or a part of the "
+            f"training images, but {options.dataset} has only {', '.join(splits.names)}. Set "
+            "`held_out_fraction` above 0 without `streaming=True`, or remove `select='best'`"
         )
 
 
@@ -393,7 +390,7 @@ def hold_out_images(images: Any, options: DataOptions) -> tuple[Any, LabeledImag
             return train, LabeledImages(
                 DatasetImages.from_list([]), [], keys=np.zeros(0, np.uint64)
             )
-        return train, replace(train, is_held_out_part=True).read_first(MAX_HELD_OUT_IMAGES)
+        return train, train.read_first(MAX_HELD_OUT_IMAGES, is_held_out=True)
 
     return images.divide(select_held_out(images, options))  # type: ignore[no-any-return]
 
@@ -435,15 +432,10 @@ def select_held_out(images: LabeledImages, options: DataOptions) -> np.ndarray:
         )
     is_held_out = (fold == (options.fold if folds is not None else 1))[group]
     if not is_held_out.any():
-        reason = (
-            f"each of the {len(set(images.labels))} classes has a single image (or copies or a "
-            "group of one)"
-            if is_stratified(images)
-            else f"there is only {len(images)} image (or copies or a group of one)"
-        )
         raise ValueError(
-            f"{options.dataset}: no image can be held out, because {reason}. Add images, choose a "
-            "different `label_column`, or set `held_out_fraction=0` to train on all images"
+            f"{options.dataset}: no image can be held out, because each class has a single image "
+            "(or copies or a group of one). Add images, choose a different `label_column`, or set "
+            "`held_out_fraction=0` to train on all images"
         )
     return is_held_out  # type: ignore[no-any-return]
 

@@ -70,11 +70,6 @@ class Example:
     index: int
     epoch: int = 0
 
-    @property
-    def name(self) -> str:
-        """Return the path of the image, or its checksum."""
-        return self.encoded_image["path"] or f"{self.index:x}"
-
 
 @dataclass(frozen=True)
 class StreamedImages:
@@ -92,7 +87,6 @@ class StreamedImages:
     allow_urls: bool = False
     held_out_fraction: float = 0.0
     split_seed: int = 0
-    is_held_out_part: bool = False  # whether the images are the held-out ones
 
     def iterate_examples(
         self, seed: int, process_index: int, num_processes: int, start: int = 0
@@ -117,12 +111,8 @@ class StreamedImages:
 
             # all passes of a process have the same length
             num_passes, remaining_start = divmod(start, num_examples)
-            if num_passes:
-                pass_index += num_passes
-                start = remaining_start
-            else:
-                pass_index += 1
-                start = 0
+            pass_index += max(num_passes, 1)
+            start = remaining_start if num_passes else 0
 
     def iterate_pass(
         self, seed: int, pass_index: int, process_index: int, num_processes: int
@@ -139,22 +129,21 @@ class StreamedImages:
         local_rows = rows if has_own_shards else islice(rows, process_index, None, num_processes)
         return self.build_examples(local_rows)
 
-    def read_first(self, num_images: int) -> LabeledImages:
+    def read_first(self, num_images: int, is_held_out: bool = False) -> LabeledImages:
         """Return the first images in the order of the stream, stored in memory without decoding.
 
-        Raise ValueError if there are none.
+        They are the first that are held out (`is_held_out`) or not. Raise ValueError if there are
+        none.
         """
-        rows = self.iterate_rows(self.stream, self.is_held_out_part)
+        rows = self.iterate_rows(self.stream, is_held_out)
         examples = list(islice(self.build_examples(rows), num_images))
         if not examples:
-            remedy = (
-                "Set a larger `held_out_fraction`"
-                if self.is_held_out_part
-                else "Remove the evaluation split"
+            raise ValueError(
+                f"{self.name} has no images for evaluation. Set a larger `held_out_fraction`, or "
+                "remove the evaluation split"
             )
-            raise ValueError(f"{self.name} has no images for evaluation. {remedy}")
         labels: Any = [example.label for example in examples]
-        if labels and isinstance(labels[0], list):
+        if isinstance(labels[0], list):
             labels = MultiHotLabels.from_indices(map(np.flatnonzero, labels), len(labels[0]))
         return LabeledImages(
             DatasetImages.from_list([example.encoded_image for example in examples], self.folder),
@@ -207,17 +196,16 @@ def open_streams(options: DataOptions, use_labels: bool) -> Splits:
     """
     import datasets
 
-    opened = open_splits(options, use_labels)
+    streams = open_splits(options, use_labels)
     facts: dict[str, str] = {}
-    if all(isinstance(split, datasets.Dataset) for split in opened.values()):
-        opened, facts = divide_by_column(opened, options)
-        opened = {name: split.to_iterable_dataset() for name, split in opened.items()}
+    if all(isinstance(split, datasets.Dataset) for split in streams.values()):
+        stored, facts = divide_by_column(streams, options)
+        streams = {name: split.to_iterable_dataset() for name, split in stored.items()}
     elif options.split_column is not None:
         raise ValueError(
             "`split_column` requires all rows, which `streaming=True` does not read. Remove one of "
             "the two flags"
         )
-    streams = opened
     features_by_split = {
         split: read_features(stream, options.dataset) for split, stream in streams.items()
     }

@@ -172,10 +172,10 @@ def test_copies_in_the_held_out_split_are_reported(tmp_path: Path) -> None:
 
 def test_empty_parts_are_errors(tmp_path: Path) -> None:
     folder = write_photos(tmp_path, range(1))
-    with raises_one_line("each of the 2 classes has a single image", "`held_out_fraction=0`"):
+    with raises_one_line("each class has a single image", "`held_out_fraction=0`"):
         read(folder)
     (folder / "dog" / "0.png").unlink()
-    with raises_one_line("there is only 1 image", "`held_out_fraction=0`"):
+    with raises_one_line("each class has a single image", "`held_out_fraction=0`"):
         load_training_data(DataOptions(dataset=str(folder)), use_labels=False)
 
 

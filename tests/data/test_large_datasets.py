@@ -58,7 +58,8 @@ def test_web_dataset_shards_need_no_flags(is_folder: bool, tmp_path: Path) -> No
 
     examples = [*data.train.iterate_pass(0, 0, 0, 1)]
     assert {
-        int(Path(example.name).stem.split("/")[-1]) % 3 == example.label for example in examples
+        int(Path(example.encoded_image["path"]).stem.split("/")[-1]) % 3 == example.label
+        for example in examples
     } == {True}
     assert len(examples) + len(data.held_out) == 40
 

@@ -187,7 +187,7 @@ def test_selection_images_of_a_single_split_are_not_used_for_anything_else(tmp_p
 
 def test_selection_without_images_for_it_is_an_error(tmp_path: Path) -> None:
     photos = write_photos(tmp_path / "photos", range(10))
-    with raises_one_line("`select='best'`", "`held_out_fraction`"):
+    with raises_one_line("`select='best'`", "`held_out_fraction` above 0"):
         load_training_data(
             DataOptions(dataset=str(photos), held_out_fraction=0.0), use_selection_split=True
         )

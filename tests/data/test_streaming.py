@@ -288,7 +288,7 @@ def test_a_stream_with_an_empty_evaluation_split_is_an_error(tmp_path: Path) -> 
     folder = write_shards(tmp_path / "data", 1)
     train = datasets.Dataset.from_parquet(str(folder / "train-0.parquet"))
     pq.ParquetWriter(folder / "test-0.parquet", train.features.arrow_schema).close()
-    with pytest.raises(ValueError, match="Remove the evaluation split"):
+    with pytest.raises(ValueError, match="remove the evaluation split"):
         read(folder)
 
 
