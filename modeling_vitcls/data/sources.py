@@ -10,7 +10,7 @@
     anything else         the id of a dataset on the Hub
 
 A table may have a column of splits and one of groups (columns.py). Held-out images are selected in
-held_out.py. Streamed datasets are read in streaming.py.
+splits.py. Streamed datasets are read in streaming.py.
 """
 
 import gzip

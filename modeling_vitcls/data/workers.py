@@ -9,7 +9,6 @@ there, or if a limit such as `ulimit -n` is reached, PyTorch waits forever. Here
 cannot pass on a batch ends, and the training process raises an error.
 """
 
-import math
 import multiprocessing.queues
 import os
 import shutil
@@ -75,10 +74,8 @@ def explain_worker_errors(num_workers: int) -> Iterator[None]:
         reason = " ".join(str(error).split()).partition(". ")[0].rstrip(".")
         causes = "too little memory, a limit (ulimit), or storage that does not respond"
         if SHARED_MEMORY.is_dir():
-            free_bytes = shutil.disk_usage(SHARED_MEMORY).free
-            causes = (
-                f"a full {SHARED_MEMORY} ({format_megabytes(free_bytes)} are free now), {causes}"
-            )
+            free = shutil.disk_usage(SHARED_MEMORY).free
+            causes = f"a full {SHARED_MEMORY} ({free / 1e6:,.1f} MB are free now), {causes}"
         raise OSError(f"{reason}. Possible causes: {causes}. Set `num_workers=0`") from error
 
 
@@ -94,8 +91,8 @@ def check_shared_memory(num_workers: int, batch_bytes: int) -> None:
     free = shutil.disk_usage(SHARED_MEMORY).free
     if free < needed:
         raise ValueError(
-            f"{num_workers} data loading processes require {format_megabytes(needed)} in "
-            f"{SHARED_MEMORY}, but {format_megabytes(free)} are free. Set `num_workers=0` or a "
+            f"{num_workers} data loading processes require {needed / 1e6:,.1f} MB in "
+            f"{SHARED_MEMORY}, but {free / 1e6:,.1f} MB are free. Set `num_workers=0` or a "
             f"smaller `batch_size`, or enlarge {SHARED_MEMORY} (in Docker: --shm-size)"
         )
 
@@ -114,12 +111,6 @@ def check_open_files(num_workers: int) -> None:
             f"{num_workers} data loading processes require about {needed} open files, but the "
             f"limit is {limit}. Set `num_workers=0`, or raise the limit (ulimit -n {needed})"
         )
-
-
-def format_megabytes(num_bytes: int) -> str:
-    """Return a size in megabytes; sizes below 10 MB have one decimal."""
-    megabytes = num_bytes / 1e6
-    return f"{megabytes:.1f} MB" if megabytes < 10 else f"{math.ceil(megabytes):,} MB"
 
 
 # In the data loading processes --------------------------------------------------------------------

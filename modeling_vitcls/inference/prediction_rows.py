@@ -17,7 +17,7 @@ W], and `build_rows` converts the outputs to rows.
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -309,21 +309,18 @@ def build_prediction_columns(
     if features is not None:
         return FeatureColumns(model, features, feature_dtype)
 
-    added_heads = config.get_added_tasks()
-    if added_heads and not config.tasks and not config.num_labels:
-        return LabelColumns(model, added_heads, top_k)
-
-    check_is_classifier(config)
+    heads = config.get_added_tasks()
+    if config.tasks or config.num_labels or not heads:
+        check_is_classifier(config)
     if config.tasks:
-        heads = {task: ExtraHead(labels) for task, labels in config.task_labels().items()}
-        return LabelColumns(model, heads | added_heads, top_k)
-
-    names = [config.id2label[index] for index in range(config.num_labels)]
-    if is_multi_label(config):
-        head = ExtraHead(names, problem_type="multi_label_classification", threshold=threshold)
-        return LabelColumns(model, {"": head} | added_heads, top_k)
-    head = ExtraHead(names)
-    return LabelColumns(model, {"": head} | added_heads, top_k)
+        tasks = {task: ExtraHead(labels) for task, labels in config.task_labels().items()}
+        heads = tasks | heads
+    elif config.num_labels:
+        head = ExtraHead([config.id2label[index] for index in range(config.num_labels)])
+        if is_multi_label(config):
+            head = replace(head, problem_type="multi_label_classification", threshold=threshold)
+        heads = {"": head} | heads
+    return LabelColumns(model, heads, top_k)
 
 
 def predict_rows(
