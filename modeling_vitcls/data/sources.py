@@ -236,19 +236,20 @@ def read_idx(file: Path, num_dimensions: int) -> np.ndarray:
 
 def load_table(options: DataOptions, use_labels: bool, select: SplitSelector) -> Splits:
     """Load the splits of an image folder, a table, data in memory or a dataset on the Hub."""
-    all_splits, facts = divide_by_column(open_splits(options, use_labels), options)
+    opened = open_dataset(options, use_labels)
+    all_splits, facts = divide_by_column(opened.splits, options)
     datasets = {split: all_splits[split] for split in select(list(all_splits))}
     features = next(iter(datasets.values())).features
     image_column = find_image_column(options, features)
-    folder = get_dataset_folder(options.dataset)
-    name = get_dataset_name(options.dataset)
     images_by_split = {
-        split: build_images(dataset, image_column, folder, options.dataset, options.allow_urls)
+        split: build_images(
+            dataset, image_column, opened.folder, options.dataset, options.allow_urls
+        )
         for split, dataset in datasets.items()
     }
     if not use_labels:
         unlabeled = {split: mark_as_unlabeled(each) for split, each in images_by_split.items()}
-        return Splits(name, UNLABELED, unlabeled, list(all_splits), facts)
+        return Splits(opened.name, UNLABELED, unlabeled, list(all_splits), facts)
 
     def read_all(column: str) -> Iterable[Any]:
         return chain.from_iterable(read_column(dataset, column) for dataset in datasets.values())
@@ -268,7 +269,7 @@ def load_table(options: DataOptions, use_labels: bool, select: SplitSelector) ->
         )
         images = LabeledImages(images_by_split[split], labels, groups_by_split.get(split))
         labeled_splits[split] = drop_unlabeled_images(images, f"{options.dataset}, split {split!r}")
-    return Splits(name, reader.label_space, labeled_splits, list(all_splits), facts)
+    return Splits(opened.name, reader.label_space, labeled_splits, list(all_splits), facts)
 
 
 def describe_labels(reader: LabelReader) -> str:
@@ -306,8 +307,17 @@ def drop_unlabeled_images(images: LabeledImages, name: str) -> LabeledImages:
     return images.select(labeled)
 
 
-def open_splits(options: DataOptions, use_labels: bool) -> Any:
-    """Return the splits of a dataset by name, as `datasets` objects.
+@dataclass(frozen=True)
+class OpenedDataset:
+    """A table or an image folder, of which no columns are selected yet."""
+
+    name: str  # of the file or folder, or the id on the Hub
+    folder: Path  # to which image paths are relative
+    splits: Any  # `datasets` objects by name
+
+
+def open_dataset(options: DataOptions, use_labels: bool) -> OpenedDataset:
+    """Open a dataset that `datasets` represents: all but `digits` and MNIST's files.
 
     With `streaming`, rows of the Hub and of large files are not read yet. Raise ValueError if the
     dataset cannot be read, and OSError if it is found neither locally nor on the Hub.
@@ -320,9 +330,11 @@ def open_splits(options: DataOptions, use_labels: bool) -> Any:
         raise ValueError(f"{options.dataset} is always loaded into memory. Remove `streaming=True`")
 
     if is_in_memory:
-        return get_dataset(options.dataset)
+        return OpenedDataset(options.dataset, Path("/"), get_dataset(options.dataset))
     if path.exists():
-        return open_local_splits(path, options, use_labels)
+        root = unpack_zip(path) if is_zip_file(path) else path
+        splits = open_local_splits(root, options, use_labels)
+        return OpenedDataset(path.resolve().name, root if root.is_dir() else root.parent, splits)
     if path.suffix.lower() in DATASET_SUFFIXES:
         raise OSError(f"there is no file {options.dataset}. Check the path")
     if not is_hub_id(options.dataset):
@@ -336,7 +348,7 @@ def open_splits(options: DataOptions, use_labels: bool) -> Any:
             fall_back_to_cache(options.dataset, "dataset"),
             explain_reading_errors(options.dataset),
         ):
-            return datasets.load_dataset(options.dataset, streaming=options.streaming)
+            splits = datasets.load_dataset(options.dataset, streaming=options.streaming)
     except ValueError as error:
         if not isinstance(error.__cause__, ConnectionError | FileNotFoundError):
             raise
@@ -344,20 +356,19 @@ def open_splits(options: DataOptions, use_labels: bool) -> Any:
             f"there is no file or folder {options.dataset}, and no such dataset was found on the "
             "Hub or in its cache. Check the name"
         ) from error
+    return OpenedDataset(options.dataset, path, splits)
 
 
 def open_local_splits(path: Path, options: DataOptions, use_labels: bool) -> Any:
-    """Return the splits of a file or folder on this machine."""
+    """Return the splits of a file or folder on this machine, which may be an unpacked .zip file."""
     import datasets
 
-    if is_zip_file(path):
-        path = unpack_zip(path)
     if path.is_dir() and (folder := scan_folder(path)).is_image_folder:
         image_splits = read_image_folder(folder, use_labels)
         for note in folder.notes:
             warn_on_first_process(note)
         return image_splits
-    if is_zip_file(Path(options.dataset)):
+    if path != Path(options.dataset):  # unpacked
         raise ValueError(
             f"{options.dataset} contains no image folder. Unpack it, and set `dataset` to what "
             "contains the images and labels"
@@ -452,22 +463,6 @@ def explain_reading_errors(name: str) -> Iterator[None]:
         ) from error
     finally:
         datasets.logging.set_verbosity(verbosity)
-
-
-def get_dataset_name(dataset: str) -> str:
-    """Return the name of the dataset: the file or folder name, or the id on the Hub."""
-    path = Path(dataset)
-    return path.resolve().name if path.exists() else dataset
-
-
-def get_dataset_folder(dataset: str) -> Path:
-    """Return the folder to which image paths are relative."""
-    if dataset.startswith(MEMORY_PREFIX):
-        return Path("/")
-    path = Path(dataset)
-    if is_zip_file(path):
-        return unpack_zip(path)
-    return path.parent if path.suffix.lower() in DATASET_SUFFIXES else path
 
 
 def build_images(

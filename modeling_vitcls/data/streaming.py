@@ -48,9 +48,7 @@ from .sampling import BatchPlan, derive_seed, draw_numbers
 from .sources import (
     Splits,
     describe_labels,
-    get_dataset_folder,
-    get_dataset_name,
-    open_splits,
+    open_dataset,
 )
 from .urls import check_urls
 
@@ -196,7 +194,8 @@ def open_streams(options: DataOptions, use_labels: bool) -> Splits:
     """
     import datasets
 
-    streams = open_splits(options, use_labels)
+    opened = open_dataset(options, use_labels)
+    streams = opened.splits
     facts: dict[str, str] = {}
     if all(isinstance(split, datasets.Dataset) for split in streams.values()):
         stored, facts = divide_by_column(streams, options)
@@ -226,22 +225,20 @@ def open_streams(options: DataOptions, use_labels: bool) -> Splits:
         columns += reader.column_names
         facts["labels"] = describe_labels(reader)
     label_space = UNLABELED if reader is None else reader.label_space
-    name = get_dataset_name(options.dataset)
-    folder = get_dataset_folder(options.dataset)
     images_by_split = {}
     for split, stream in streams.items():
         if isinstance(features[image_column], datasets.Image):
             stream = stream.cast_column(image_column, datasets.Image(decode=False))
         images_by_split[split] = StreamedImages(
-            name=name,
+            name=opened.name,
             stream=stream.select_columns(columns),
             image_column=image_column,
             reader=reader and reader.for_split(features_by_split[split]),
-            folder=folder,
+            folder=opened.folder,
             shuffle_buffer_size=options.shuffle_buffer,
             allow_urls=options.allow_urls,
         )
-    return Splits(name, label_space, images_by_split, list(streams), facts)
+    return Splits(opened.name, label_space, images_by_split, list(streams), facts)
 
 
 def read_label_column(streams: Any, column: str, dataset: str) -> Iterator[Any]:

@@ -45,10 +45,9 @@ from ..data.labels import find_image_column
 from ..data.options import DataOptions
 from ..data.sources import (
     build_images,
-    get_dataset_folder,
     is_idx_folder,
     load_splits,
-    open_splits,
+    open_dataset,
 )
 from ..data.urls import FetchError, check_urls, fetch_if_url
 from ..hub.local_paths import is_built_in_dataset
@@ -287,16 +286,17 @@ def open_input(options: PredictOptions) -> PredictionInput:
         ).images
         return ListInput([f"{path.name}/{index}" for index in range(len(images))], images)
 
-    split = select_split(open_splits(data_options, use_labels=False), options)
+    opened = open_dataset(data_options, use_labels=False)
+    split = select_split(opened.splits, options)
     features = split.features
     column = find_image_column(data_options, features)
-    folder = get_dataset_folder(dataset)
     settings: dict[str, Any] = {"dataset": dataset, "split": options.split, "column": column}
     if path.exists():
         settings["files"] = compute_files_digest(path)
     if not len(split):
         raise ValueError(f"the dataset {dataset} is empty. Add images")
-    return DatasetInput(build_images(split, column, folder, dataset, options.allow_urls), settings)
+    images = build_images(split, column, opened.folder, dataset, options.allow_urls)
+    return DatasetInput(images, settings)
 
 
 def select_split(splits: Mapping[str, Any], options: PredictOptions) -> Any:
