@@ -27,10 +27,11 @@ from rich.console import Console
 from sklearn.neighbors import NearestNeighbors
 
 from ..conversion.any_checkpoint import resolve
+from ..data.evaluation_data import choose_evaluation_split
 from ..data.images import LabeledImages
 from ..data.labels import get_label_space
 from ..data.sources import load_splits
-from ..data.splits import choose_evaluation_split, get_keys, read_splits
+from ..data.splits_table import get_keys, read_splits
 from ..hub.model_files import PREDICTIONS_FILE
 from ..hub.model_folder import ModelFolder
 from ..inference.class_statistics import TokenFeatures

@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from ..conversion.any_checkpoint import resolve
-from ..data.splits import read_splits, select_task
+from ..data.splits_table import read_splits, select_task
 from ..hub.local_paths import get_title
 from ..inference.load_model import load_model
 from ..runtime.distributed import choose_precision

@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from ..data.evaluation_data import load_evaluation_data
 from ..data.images import ArrayImages, DatasetImages
 from ..data.label_matching import match_labels
 from ..data.labels import LabelSpace, get_label_space
 from ..data.options import DataOptions
-from ..data.splits import EMPTY_TABLE, load_evaluation_data
+from ..data.splits_table import EMPTY_TABLE
 from ..inference.inputs import build_list_input
 from ..model.configuration_vitcls import ViTCLSConfig
 from ..model.heads_vitcls import IGNORED_LABEL

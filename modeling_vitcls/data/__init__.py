@@ -7,7 +7,8 @@ sources.py, image_folder.py, in_memory.py    datasets -> splits by name
 folder_layout.py                             folders of splits and of classes, by their names
 tables.py, columns.py, labels.py             tables as text; their splits and groups; kinds of labels
 streaming.py                                 datasets that are read during training
-splits.py                                    images that a run trains on and holds out, and splits.parquet, their list
+splits.py                                    images that a run trains on and holds out
+splits_table.py, evaluation_data.py          splits.parquet, their list; images to evaluate
 images.py                                    images decoded on demand
 label_matching.py                            labels of a dataset as labels of a model, by name
 aspect_ratio.py                              from any aspect ratio to the input of the model

@@ -8,7 +8,7 @@ decode images:
 
     select(indices)          a subset
     get_names()              the path of each image within the dataset, a checksum (arrays), or the row number
-    compute_content_keys()   a checksum of each image: training images are recognized under any name (splits.py)
+    compute_content_keys()   a checksum of each image: training images are recognized under any name (splits_table.py)
 """
 
 import hashlib

@@ -1,16 +1,7 @@
-"""Which images a run trains on, which it holds out, and the table of both that it leaves behind.
+"""Which images a run trains on, and which it holds out.
 
     --dataset -> sources.py: splits by name -> held-out images, if there is only one split -> TrainingData
               -> streaming.py, with --streaming
-
-splits.parquet, a file of every run, is published with the model. Each row is an image:
-
-    key      a checksum of its content (images.py); there are no names
-    split    train, validation (selects the checkpoint) or test (held out)
-    task     the added task that saw it; "" is the model itself
-
-Whether an image was trained on is read from this table, so that a dataset may be renamed, moved,
-extended or divided after training. A stream records its held-out images only.
 
 Held-out images of a dataset without an evaluation split are those with the smallest random numbers,
 which depend on the seed and on the content of the image: of each class the given fraction, and at
@@ -23,7 +14,6 @@ import pickle
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -34,28 +24,24 @@ from accelerate import Accelerator
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from ..hub.model_files import SPLITS_FILE
-from ..hub.model_folder import ModelFolder
 from ..model.heads_vitcls import IGNORED_LABEL
 from ..runtime.distributed import run_on_main
-from ..runtime.errors import explain_damage
-from ..runtime.files import escape_csv_cell, write_atomically
+from ..runtime.files import escape_csv_cell
 from ..runtime.messages import format_name_list
 from .image_folder import describe_single_class
 from .images import NO_CONTENT_KEY, DatasetImages, LabeledImages, compute_digest
 from .in_memory import MEMORY_PREFIX
 from .labels import LabelSpace, MultiHotLabels
-from .options import DataOptions, check_stored_images
+from .options import DataOptions
 from .sampling import derive_seed, draw_numbers
 from .sources import Splits, load_splits
+from .splits_table import build_splits_table, get_keys
 from .streaming import MAX_HELD_OUT_IMAGES, StreamedImages, open_streams
 from .tables import read_table
 
 
 # Names of held-out splits, in order of precedence.
 HELD_OUT_SPLITS = ("validation", "valid", "val", "dev", "test")
-# Splits that `vitcls evaluate` reads, in order of precedence.
-EVALUATION_SPLITS = ("test", *HELD_OUT_SPLITS[:-1])
 # fraction of the training images from which `--exclude` warns that right labels may be listed
 MAX_EXCLUDED_FRACTION = 0.05
 MAX_NAMED_IMAGES = 10  # with two labels
@@ -231,11 +217,6 @@ def add_keys(splits: Mapping[str, Any]) -> dict[str, Any]:
         for (name, keys), part in zip(parts.items(), np.split(groups, ends), strict=True)
     }
     return {**splits, **with_keys}
-
-
-def get_keys(images: LabeledImages) -> np.ndarray:
-    """Return the keys of the content of images, which are read only if they are not known."""
-    return images.images.compute_content_keys() if images.keys is None else images.keys
 
 
 def join_groups(first: np.ndarray, second: np.ndarray) -> np.ndarray:
@@ -460,204 +441,6 @@ def describe_held_out(options: DataOptions, images: Any) -> str:
     is_labeled = not isinstance(images, StreamedImages) and IGNORED_LABEL not in images.labels[:1]
     reason = ", not stratified: several labels per image" if is_labeled else ""
     return f"{part}, split seed {options.split_seed}{reason}"
-
-
-# The images that a run saw ------------------------------------------------------------------------
-
-
-EMPTY_TABLE = pd.DataFrame(
-    {"key": np.zeros(0, np.uint64), "split": np.zeros(0, str), "task": np.zeros(0, str)}
-)
-
-
-def build_splits_table(parts: Mapping[str, Any], task: str = "") -> pd.DataFrame:
-    """Return the rows of splits.parquet about images by split; streams are left out."""
-    tables = [
-        pd.DataFrame({"key": get_keys(part), "split": split, "task": task})
-        for split, part in parts.items()
-        if isinstance(part, LabeledImages) and len(part)
-    ]
-    return pd.concat(tables, ignore_index=True) if tables else EMPTY_TABLE
-
-
-def write_splits(table: pd.DataFrame, folder: Path) -> None:
-    """Write splits.parquet to a model folder. Each image is listed once for each split and task."""
-    rows = table.drop_duplicates().sort_values(["task", "split", "key"])
-    with write_atomically(folder / SPLITS_FILE) as temporary_file:
-        rows.to_parquet(temporary_file, index=False)
-
-
-def read_splits(folder: ModelFolder) -> pd.DataFrame:
-    """Return splits.parquet of a model folder; an empty table if there is none.
-
-    Raise ValueError if the file is damaged.
-    """
-    file = folder.path / SPLITS_FILE
-    if not file.is_file():
-        folder.warn_about_lost_splits()
-        return EMPTY_TABLE
-    remedy = "Remove it to use the model without the list of its training images"
-    with explain_damage(file, remedy):
-        return pd.read_parquet(file, columns=list(EMPTY_TABLE))
-
-
-def select_task(splits: pd.DataFrame, task: str | None) -> pd.DataFrame:
-    """Return the rows about an added task, or about the model itself (None)."""
-    return splits[splits["task"] == (task or "")]
-
-
-def find_trained_images(images: LabeledImages, splits: pd.DataFrame) -> np.ndarray:
-    """Return whether each image [N] trained a model.
-
-    For a model that was trained on a stream, these are all images that it did not hold out, if it
-    held out any of them.
-    """
-    if not len(splits):
-        return np.zeros(len(images), bool)
-    keys = get_keys(images)
-    is_held_out = np.isin(keys, splits["key"][splits["split"] == "test"])
-    if not (splits["split"] == "train").any() and is_held_out.any():
-        return ~is_held_out
-    return np.isin(keys, splits["key"][splits["split"] != "test"])
-
-
-class EvaluationData(NamedTuple):
-    """Images and labels for the evaluation of a model."""
-
-    label_space: LabelSpace
-    images: LabeledImages
-    split: str
-    num_left_out: int  # number of images that trained the model
-    description: str  # of the images, as text
-
-
-def load_evaluation_data(
-    options: DataOptions,
-    split: str | None,
-    splits: pd.DataFrame = EMPTY_TABLE,
-    use_labels: bool = True,
-    max_images: int | None = None,
-) -> EvaluationData:
-    """Load the images to evaluate, without those that trained the model.
-
-    Args:
-        options: the dataset.
-        split: the split, of which all images are evaluated. None: `test`, else `validation`, else
-            the only split.
-        splits: the rows of splits.parquet about the model.
-        use_labels: whether labels are read. If False, every label is -100.
-        max_images: number of images to draw at random (`options.split_seed`).
-
-    Raises:
-        ValueError: if the split does not exist, or if training used all of its images.
-    """
-    check_stored_images(options)
-    choose = partial(choose_evaluation_split, split, options.dataset)
-    loaded = load_splits(options, use_labels, lambda names: [choose(names)])
-    name = choose(loaded.names)
-    images = loaded.images_by_split[name]
-    if use_labels:
-        images = replace(images, keys=get_keys(images))
-        check_contradictions([images], loaded.label_space, options.dataset)
-    is_trained = find_trained_images(images, splits)
-    return leave_out(loaded, name, is_trained, split is not None, options, max_images)
-
-
-def load_fitting_and_evaluation_data(
-    options: DataOptions,
-    split: str | None,
-    splits: pd.DataFrame = EMPTY_TABLE,
-    max_images: int | None = None,
-) -> tuple[EvaluationData, EvaluationData]:
-    """Load images to fit a classifier or to calibrate a graph, and the images to evaluate.
-
-    The latter are those of `load_evaluation_data`. If the dataset has only one split, the images
-    are fitted to that trained the model; if none of them did, a part is held out. With `split`, an
-    only split is both.
-    """
-    check_stored_images(options)
-    choose = partial(choose_fitting_and_evaluation_split, split, options.dataset)
-    loaded = load_splits(options, select=choose)
-    fitting_name, name = choose(loaded.names)
-    images, fitting = loaded.images_by_split[name], loaded.images_by_split[fitting_name]
-    is_trained = find_trained_images(images, splits)
-
-    if split is None and fitting_name == name:
-        if not is_trained.any():
-            is_trained = ~select_held_out(add_keys({name: images})[name], options)
-        _, fitting = images.divide(is_trained)
-    description = f"{len(fitting):,} images"
-    return (
-        EvaluationData(loaded.label_space, fitting, fitting_name, 0, description),
-        leave_out(loaded, name, is_trained, split is not None, options, max_images),
-    )
-
-
-def leave_out(
-    loaded: Splits,
-    name: str,
-    is_trained: np.ndarray,
-    is_named: bool,
-    options: DataOptions,
-    max_images: int | None,
-) -> EvaluationData:
-    """Return at most `max_images` images of a split that did not train the model.
-
-    If the user has named the split, all its images count. Raise ValueError if none is left.
-    """
-    images = loaded.images_by_split[name]
-    part = f"{len(images):,} images"
-    if len(loaded.names) > 1:  # users have not given the name of an only split
-        part += f" of split {name!r}"
-    num_trained = int(is_trained.sum())
-    description = f"all {part}"
-    num_left_out = 0
-    if num_trained and is_named:
-        description += f", of which training used {num_trained:,}"
-    elif num_trained == len(images):
-        raise ValueError(
-            f"the model was trained on all {len(images):,} images of {options.dataset}. Its result "
-            f"on images that it had not seen is in its results.json. Set `dataset` to other "
-            f"images, or `split={name!r}` to evaluate these"
-        )
-    elif num_trained:
-        images, _ = images.divide(is_trained)
-        num_left_out = num_trained
-        description = f"{part}, of which {num_trained:,} are left out, because training used them"
-
-    drawn = images.draw(max_images, options.split_seed)
-    if len(drawn) < len(images):
-        description = f"drawn at random from {description}"
-    return EvaluationData(loaded.label_space, drawn, name, num_left_out, description)
-
-
-def choose_evaluation_split(split: str | None, dataset: str, names: Sequence[str]) -> str:
-    """Return the name of the split to evaluate. Raise ValueError if there is no such split."""
-    if split is None:
-        split = next(
-            (name for name in EVALUATION_SPLITS if name in names),
-            names[0] if len(names) == 1 else None,
-        )
-    if split is not None and split in names:
-        return split
-    problem = (
-        f"has no split {split!r}"
-        if split is not None
-        else "has several splits, none of them for evaluation"
-    )
-    raise ValueError(f"{dataset} {problem}. Set `split` to one of {', '.join(names)}")
-
-
-def choose_fitting_and_evaluation_split(
-    split: str | None, dataset: str, names: Sequence[str]
-) -> tuple[str, str]:
-    """Return the names of the split that a classifier is fitted to, and of the evaluated split.
-
-    They are the same if the dataset has only one.
-    """
-    evaluated = choose_evaluation_split(split, dataset, names)
-    fitting_names = ["train"] if "train" in names else [each for each in names if each != evaluated]
-    return (fitting_names or [evaluated])[0], evaluated
 
 
 # Changes of the data ------------------------------------------------------------------------------

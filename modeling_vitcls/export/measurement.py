@@ -18,14 +18,11 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from ..data.evaluation_data import load_fitting_and_evaluation_data
 from ..data.images import LabeledImages
 from ..data.options import DataOptions
-from ..data.splits import (
-    load_fitting_and_evaluation_data,
-    load_training_data,
-    read_splits,
-    select_task,
-)
+from ..data.splits import load_training_data
+from ..data.splits_table import read_splits, select_task
 from ..hub.local_paths import resolve_name, strip_folders
 from ..inference.evaluate import build_evaluator, set_label_columns
 from ..inference.evaluator import Evaluator

@@ -3,7 +3,7 @@
 options -> model, data -> labels matched by name -> Evaluator (evaluator.py) -> tables, and a JSON file
 
 Images that the model was trained on are not evaluated unless --split is set
-(data/splits.py).
+(data/splits_table.py).
 """
 
 import time
@@ -19,16 +19,12 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..conversion.any_checkpoint import resolve
+from ..data.evaluation_data import EvaluationData, load_evaluation_data
 from ..data.label_matching import match_labels
 from ..data.labels import get_label_space
 from ..data.options import DataOptions
-from ..data.splits import (
-    EvaluationData,
-    load_evaluation_data,
-    load_on_main,
-    read_splits,
-    select_task,
-)
+from ..data.splits import load_on_main
+from ..data.splits_table import read_splits, select_task
 from ..hub.model_folder import ModelFolder
 from ..model.configuration_vitcls import ViTCLSConfig
 from ..runtime.distributed import build_accelerator

@@ -23,13 +23,9 @@ import torch
 from rich.console import Console
 
 from ..conversion.any_checkpoint import resolve
-from ..data.splits import (
-    EvaluationData,
-    load_fitting_and_evaluation_data,
-    load_on_main,
-    read_splits,
-    select_task,
-)
+from ..data.evaluation_data import EvaluationData, load_fitting_and_evaluation_data
+from ..data.splits import load_on_main
+from ..data.splits_table import read_splits, select_task
 from .evaluate import (
     MAX_BATCH_SIZE,
     build_table,

@@ -35,13 +35,11 @@ from ..data.label_matching import match_labels
 from ..data.labels import LabelSpace, get_label_space
 from ..data.options import DataOptions
 from ..data.sources import load_splits
-from ..data.splits import (
+from ..data.splits import TrainingData, choose_training_splits, load_training_data
+from ..data.splits_table import (
     EMPTY_TABLE,
-    TrainingData,
     build_splits_table,
-    choose_training_splits,
     find_trained_images,
-    load_training_data,
     read_splits,
     select_task,
     write_splits,

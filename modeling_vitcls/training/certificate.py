@@ -19,9 +19,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ..conversion.any_checkpoint import resolve
+from ..data.evaluation_data import load_evaluation_data
 from ..data.images import LabeledImages
 from ..data.options import DataOptions
-from ..data.splits import load_evaluation_data
 from ..hub.model_files import list_weight_files
 from ..hub.model_folder import ModelFolder
 from ..model.configuration_vitcls import ViTCLSConfig

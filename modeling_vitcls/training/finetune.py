@@ -29,11 +29,9 @@ from ..data.splits import (
     describe_exclusion,
     describe_leaks,
     describe_missing_classes,
-    find_trained_images,
     load_training_data,
-    read_splits,
-    select_task,
 )
+from ..data.splits_table import find_trained_images, read_splits, select_task
 from ..hub.local_paths import strip_folders
 from ..inference.evaluator import Evaluator
 from ..inference.frozen_features import FrozenPass

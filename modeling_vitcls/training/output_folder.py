@@ -21,7 +21,8 @@ import yaml
 from accelerate import Accelerator
 from torch.distributed.fsdp import FSDPModule
 
-from ..data.splits import TrainingData, write_splits
+from ..data.splits import TrainingData
+from ..data.splits_table import write_splits
 from ..hub.connection import silence_transformers
 from ..hub.local_paths import is_local, split_prefix
 from ..hub.model_files import (

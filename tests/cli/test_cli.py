@@ -17,7 +17,8 @@ from modeling_vitcls import cli
 from modeling_vitcls.cli import finetune
 from modeling_vitcls.cli.parsing import exit_on_error
 from modeling_vitcls.data.options import DataOptions
-from modeling_vitcls.data.splits import load_training_data, write_splits
+from modeling_vitcls.data.splits import load_training_data
+from modeling_vitcls.data.splits_table import write_splits
 from modeling_vitcls.runtime.errors import RunStopped, mark_errors_of_all_processes
 from modeling_vitcls.version import __version__
 from scripts.demo_load import load_held_out_digits

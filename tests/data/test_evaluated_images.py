@@ -13,13 +13,11 @@ from helpers.tiny_models import raises_one_line
 from helpers.tiny_options import build_tiny_options, run_training
 
 from modeling_vitcls import evaluate, inspect_tokens
+from modeling_vitcls.data.evaluation_data import load_fitting_and_evaluation_data
 from modeling_vitcls.data.images import DatasetImages
 from modeling_vitcls.data.options import DataOptions
-from modeling_vitcls.data.splits import (
-    EMPTY_TABLE,
-    load_fitting_and_evaluation_data,
-    load_training_data,
-)
+from modeling_vitcls.data.splits import load_training_data
+from modeling_vitcls.data.splits_table import EMPTY_TABLE
 from modeling_vitcls.hub.model_folder import ModelFolder
 from modeling_vitcls.publishing.published_files import list_published_files
 from modeling_vitcls.runtime.files import read_json

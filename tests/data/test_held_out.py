@@ -16,12 +16,8 @@ from helpers.tiny_options import build_tiny_options, run_training
 
 from modeling_vitcls.data.in_memory import add_dataset
 from modeling_vitcls.data.options import DataOptions
-from modeling_vitcls.data.splits import (
-    describe_leaks,
-    load_training_data,
-    read_splits,
-    write_splits,
-)
+from modeling_vitcls.data.splits import describe_leaks, load_training_data
+from modeling_vitcls.data.splits_table import read_splits, write_splits
 from modeling_vitcls.hub.model_folder import ModelFolder
 from modeling_vitcls.inference.evaluate import evaluate_checkpoint
 from modeling_vitcls.inference.options import EvaluateOptions

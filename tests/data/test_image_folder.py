@@ -13,6 +13,7 @@ from helpers.tiny_models import raises_one_line
 from PIL import Image
 
 from modeling_vitcls.data import image_folder
+from modeling_vitcls.data.evaluation_data import load_evaluation_data
 from modeling_vitcls.data.image_folder import (
     compute_files_digest,
     read_image_folder,
@@ -20,7 +21,7 @@ from modeling_vitcls.data.image_folder import (
 )
 from modeling_vitcls.data.images import UnreadableImage
 from modeling_vitcls.data.options import DataOptions
-from modeling_vitcls.data.splits import load_evaluation_data, load_training_data
+from modeling_vitcls.data.splits import load_training_data
 from modeling_vitcls.inference.inputs import open_input
 from modeling_vitcls.inference.options import PredictOptions
 from modeling_vitcls.model.image_processing_vitcls import get_image_formats

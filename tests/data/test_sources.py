@@ -16,12 +16,13 @@ from helpers.tiny_models import raises_one_line
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from modeling_vitcls.data.evaluation_data import load_evaluation_data
 from modeling_vitcls.data.images import LabeledImages, UnreadableImage, UnreadableImageCounter
 from modeling_vitcls.data.in_memory import add_dataset
 from modeling_vitcls.data.labels import MultiHotLabels
 from modeling_vitcls.data.options import DataOptions
 from modeling_vitcls.data.sources import load_splits
-from modeling_vitcls.data.splits import load_evaluation_data, load_training_data
+from modeling_vitcls.data.splits import load_training_data
 from modeling_vitcls.model.image_processing_vitcls import pil_to_tensor
 
 

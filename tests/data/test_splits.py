@@ -13,6 +13,7 @@ from helpers.tiny_models import raises_one_line
 from helpers.tiny_options import build_tiny_options, prepare_setup, run_training
 from PIL import Image
 
+from modeling_vitcls.data.evaluation_data import load_evaluation_data
 from modeling_vitcls.data.images import DatasetImages, LabeledImages
 from modeling_vitcls.data.options import DataOptions
 from modeling_vitcls.data.splits import (
@@ -20,7 +21,6 @@ from modeling_vitcls.data.splits import (
     describe_change,
     describe_data,
     exclude_images,
-    load_evaluation_data,
     load_training_data,
 )
 from modeling_vitcls.training.reporter import describe_splits

@@ -17,7 +17,8 @@ from helpers.tiny_models import (
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel
 from modeling_vitcls.data.options import DataOptions
-from modeling_vitcls.data.splits import load_training_data, write_splits
+from modeling_vitcls.data.splits import load_training_data
+from modeling_vitcls.data.splits_table import write_splits
 from modeling_vitcls.export.exportable import (
     NamedOutputsModel,
     compute_named_outputs,

@@ -18,8 +18,8 @@ from sklearn.neighbors import KNeighborsClassifier
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor, ViTCLSModel
 from modeling_vitcls.analysis.audit import load_audited_images
 from modeling_vitcls.data.aspect_ratio import set_fit
+from modeling_vitcls.data.evaluation_data import load_evaluation_data
 from modeling_vitcls.data.options import DataOptions
-from modeling_vitcls.data.splits import load_evaluation_data
 from modeling_vitcls.inference import frozen
 from modeling_vitcls.inference.frozen import evaluate_frozen
 from modeling_vitcls.inference.intervals import compute_proportion_interval

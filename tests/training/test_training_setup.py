@@ -21,8 +21,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from modeling_vitcls import ViTCLSForImageClassification
+from modeling_vitcls.data.evaluation_data import load_evaluation_data
 from modeling_vitcls.data.options import DataOptions
-from modeling_vitcls.data.splits import load_evaluation_data
 from modeling_vitcls.inference.evaluate import evaluate_checkpoint
 from modeling_vitcls.inference.evaluator import Evaluator
 from modeling_vitcls.inference.intervals import compute_proportion_interval

@@ -1,0 +1,159 @@
+"""The images that evaluation reads: all of a split, except those that trained the model."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from .images import LabeledImages
+from .labels import LabelSpace
+from .options import DataOptions, check_stored_images
+from .sources import Splits, load_splits
+from .splits import HELD_OUT_SPLITS, add_keys, check_contradictions, select_held_out
+from .splits_table import EMPTY_TABLE, find_trained_images, get_keys
+
+
+# Splits that `vitcls evaluate` reads, in order of precedence.
+EVALUATION_SPLITS = ("test", *HELD_OUT_SPLITS[:-1])
+
+
+class EvaluationData(NamedTuple):
+    """Images and labels for the evaluation of a model."""
+
+    label_space: LabelSpace
+    images: LabeledImages
+    split: str
+    num_left_out: int  # number of images that trained the model
+    description: str  # of the images, as text
+
+
+def load_evaluation_data(
+    options: DataOptions,
+    split: str | None,
+    splits: pd.DataFrame = EMPTY_TABLE,
+    use_labels: bool = True,
+    max_images: int | None = None,
+) -> EvaluationData:
+    """Load the images to evaluate, without those that trained the model.
+
+    Args:
+        options: the dataset.
+        split: the split, of which all images are evaluated. None: `test`, else `validation`, else
+            the only split.
+        splits: the rows of splits.parquet about the model.
+        use_labels: whether labels are read. If False, every label is -100.
+        max_images: number of images to draw at random (`options.split_seed`).
+
+    Raises:
+        ValueError: if the split does not exist, or if training used all of its images.
+    """
+    check_stored_images(options)
+    choose = partial(choose_evaluation_split, split, options.dataset)
+    loaded = load_splits(options, use_labels, lambda names: [choose(names)])
+    name = choose(loaded.names)
+    images = loaded.images_by_split[name]
+    if use_labels:
+        images = replace(images, keys=get_keys(images))
+        check_contradictions([images], loaded.label_space, options.dataset)
+    is_trained = find_trained_images(images, splits)
+    return leave_out(loaded, name, is_trained, split is not None, options, max_images)
+
+
+def load_fitting_and_evaluation_data(
+    options: DataOptions,
+    split: str | None,
+    splits: pd.DataFrame = EMPTY_TABLE,
+    max_images: int | None = None,
+) -> tuple[EvaluationData, EvaluationData]:
+    """Load images to fit a classifier or to calibrate a graph, and the images to evaluate.
+
+    The latter are those of `load_evaluation_data`. If the dataset has only one split, the images
+    are fitted to that trained the model; if none of them did, a part is held out. With `split`, an
+    only split is both.
+    """
+    check_stored_images(options)
+    choose = partial(choose_fitting_and_evaluation_split, split, options.dataset)
+    loaded = load_splits(options, select=choose)
+    fitting_name, name = choose(loaded.names)
+    images, fitting = loaded.images_by_split[name], loaded.images_by_split[fitting_name]
+    is_trained = find_trained_images(images, splits)
+
+    if split is None and fitting_name == name:
+        if not is_trained.any():
+            is_trained = ~select_held_out(add_keys({name: images})[name], options)
+        _, fitting = images.divide(is_trained)
+    description = f"{len(fitting):,} images"
+    return (
+        EvaluationData(loaded.label_space, fitting, fitting_name, 0, description),
+        leave_out(loaded, name, is_trained, split is not None, options, max_images),
+    )
+
+
+def leave_out(
+    loaded: Splits,
+    name: str,
+    is_trained: np.ndarray,
+    is_named: bool,
+    options: DataOptions,
+    max_images: int | None,
+) -> EvaluationData:
+    """Return at most `max_images` images of a split that did not train the model.
+
+    If the user has named the split, all its images count. Raise ValueError if none is left.
+    """
+    images = loaded.images_by_split[name]
+    part = f"{len(images):,} images"
+    if len(loaded.names) > 1:  # users have not given the name of an only split
+        part += f" of split {name!r}"
+    num_trained = int(is_trained.sum())
+    description = f"all {part}"
+    num_left_out = 0
+    if num_trained and is_named:
+        description += f", of which training used {num_trained:,}"
+    elif num_trained == len(images):
+        raise ValueError(
+            f"the model was trained on all {len(images):,} images of {options.dataset}. Its result "
+            f"on images that it had not seen is in its results.json. Set `dataset` to other "
+            f"images, or `split={name!r}` to evaluate these"
+        )
+    elif num_trained:
+        images, _ = images.divide(is_trained)
+        num_left_out = num_trained
+        description = f"{part}, of which {num_trained:,} are left out, because training used them"
+
+    drawn = images.draw(max_images, options.split_seed)
+    if len(drawn) < len(images):
+        description = f"drawn at random from {description}"
+    return EvaluationData(loaded.label_space, drawn, name, num_left_out, description)
+
+
+def choose_evaluation_split(split: str | None, dataset: str, names: Sequence[str]) -> str:
+    """Return the name of the split to evaluate. Raise ValueError if there is no such split."""
+    if split is None:
+        split = next(
+            (name for name in EVALUATION_SPLITS if name in names),
+            names[0] if len(names) == 1 else None,
+        )
+    if split is not None and split in names:
+        return split
+    problem = (
+        f"has no split {split!r}"
+        if split is not None
+        else "has several splits, none of them for evaluation"
+    )
+    raise ValueError(f"{dataset} {problem}. Set `split` to one of {', '.join(names)}")
+
+
+def choose_fitting_and_evaluation_split(
+    split: str | None, dataset: str, names: Sequence[str]
+) -> tuple[str, str]:
+    """Return the names of the split that a classifier is fitted to, and of the evaluated split.
+
+    They are the same if the dataset has only one.
+    """
+    evaluated = choose_evaluation_split(split, dataset, names)
+    fitting_names = ["train"] if "train" in names else [each for each in names if each != evaluated]
+    return (fitting_names or [evaluated])[0], evaluated

@@ -1,0 +1,85 @@
+"""splits.parquet: the images that a run trained on and held out.
+
+It is a file of every run, and is published with the model. Each row is an image:
+
+    key      a checksum of its content (images.py); there are no names
+    split    train, validation (selects the checkpoint) or test (held out)
+    task     the added task that saw it; "" is the model itself
+
+Whether an image was trained on is read from this table, so that a dataset may be renamed, moved,
+extended or divided after training. A stream records its held-out images only.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from ..hub.model_files import SPLITS_FILE
+from ..hub.model_folder import ModelFolder
+from ..runtime.errors import explain_damage
+from ..runtime.files import write_atomically
+from .images import LabeledImages
+
+
+EMPTY_TABLE = pd.DataFrame(
+    {"key": np.zeros(0, np.uint64), "split": np.zeros(0, str), "task": np.zeros(0, str)}
+)
+
+
+def get_keys(images: LabeledImages) -> np.ndarray:
+    """Return the keys of the content of images, which are read only if they are not known."""
+    return images.images.compute_content_keys() if images.keys is None else images.keys
+
+
+def build_splits_table(parts: Mapping[str, Any], task: str = "") -> pd.DataFrame:
+    """Return the rows of splits.parquet about images by split; streams are left out."""
+    tables = [
+        pd.DataFrame({"key": get_keys(part), "split": split, "task": task})
+        for split, part in parts.items()
+        if isinstance(part, LabeledImages) and len(part)
+    ]
+    return pd.concat(tables, ignore_index=True) if tables else EMPTY_TABLE
+
+
+def write_splits(table: pd.DataFrame, folder: Path) -> None:
+    """Write splits.parquet to a model folder. Each image is listed once for each split and task."""
+    rows = table.drop_duplicates().sort_values(["task", "split", "key"])
+    with write_atomically(folder / SPLITS_FILE) as temporary_file:
+        rows.to_parquet(temporary_file, index=False)
+
+
+def read_splits(folder: ModelFolder) -> pd.DataFrame:
+    """Return splits.parquet of a model folder; an empty table if there is none.
+
+    Raise ValueError if the file is damaged.
+    """
+    file = folder.path / SPLITS_FILE
+    if not file.is_file():
+        folder.warn_about_lost_splits()
+        return EMPTY_TABLE
+    remedy = "Remove it to use the model without the list of its training images"
+    with explain_damage(file, remedy):
+        return pd.read_parquet(file, columns=list(EMPTY_TABLE))
+
+
+def select_task(splits: pd.DataFrame, task: str | None) -> pd.DataFrame:
+    """Return the rows about an added task, or about the model itself (None)."""
+    return splits[splits["task"] == (task or "")]
+
+
+def find_trained_images(images: LabeledImages, splits: pd.DataFrame) -> np.ndarray:
+    """Return whether each image [N] trained a model.
+
+    For a model that was trained on a stream, these are all images that it did not hold out, if it
+    held out any of them.
+    """
+    if not len(splits):
+        return np.zeros(len(images), bool)
+    keys = get_keys(images)
+    is_held_out = np.isin(keys, splits["key"][splits["split"] == "test"])
+    if not (splits["split"] == "train").any() and is_held_out.any():
+        return ~is_held_out
+    return np.isin(keys, splits["key"][splits["split"] != "test"])
