@@ -21,7 +21,6 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path, PurePosixPath
-from types import MappingProxyType
 from typing import Any
 
 from ..hub.model_files import CONFIG_FILES, RECIPE_FILE
@@ -70,9 +69,8 @@ class ImageFolder:
     folders: list[str] = field(default_factory=list)  # visible subfolders
     run_folders: list[str] = field(default_factory=list)  # whose files are not listed
     system_folders: list[str] = field(default_factory=list)  # likewise, without the hidden ones
-    notes: list[str] = field(
-        default_factory=list
-    )  # one line for each kind of unused file or folder
+    # one line for each kind of unused file or folder
+    notes: list[str] = field(default_factory=list)
 
     @property
     def files(self) -> list[str]:
@@ -286,7 +284,7 @@ def build_labeled_splits(
 def build_dataset(
     paths: Sequence[str | None],
     columns: Mapping[str, Any],
-    features: Mapping[str, Any] = MappingProxyType({}),
+    features: Mapping[str, Any] | None = None,
 ) -> Any:
     """Return a `datasets.Dataset` with the column `image` of image files, and other columns.
 
@@ -299,10 +297,10 @@ def build_dataset(
     images = pyarrow.StructArray.from_arrays(
         [contents, pyarrow.array(paths, pyarrow.string())], ["bytes", "path"]
     )
-    return wrap_table({"image": images, **columns}, {"image": datasets.Image(), **features})
+    return wrap_table({"image": images, **columns}, {"image": datasets.Image(), **(features or {})})
 
 
-# Messages ------------------------------------------------------------------------------------------
+# Unused files -------------------------------------------------------------------------------------
 
 
 def check_output_is_not_read(output_dir: Path, dataset: str) -> None:

@@ -14,7 +14,6 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from ..model.fast_image_processing_vitcls import open_regular_file
@@ -141,9 +140,7 @@ def build_column(values: Sequence[Any]) -> Any:
     return pyarrow.array(texts, pyarrow.string())
 
 
-def wrap_table(
-    columns: Mapping[str, Any] | Any, features: Mapping[str, Any] = MappingProxyType({})
-) -> Any:
+def wrap_table(columns: Mapping[str, Any] | Any, features: Mapping[str, Any] | None = None) -> Any:
     """Return a `datasets.Dataset` of an Arrow table, or of values or Arrow arrays by column.
 
     `features` are the types of columns that differ from those of their values.
@@ -155,5 +152,5 @@ def wrap_table(
         pyarrow.table(columns) if isinstance(columns, dict) else columns
     )
     found = datasets.Features.from_arrow_schema(table.schema)
-    info = datasets.DatasetInfo(features=datasets.Features({**found, **features}))
+    info = datasets.DatasetInfo(features=datasets.Features({**found, **(features or {})}))
     return datasets.Dataset(table, info)

@@ -330,6 +330,14 @@ def test_named_pipes_and_devices_are_unreadable_images(tmp_path: Path) -> None:
     assert all("is not a regular file" in message for message in messages)
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="requires named pipes")
+@pytest.mark.parametrize("name", ["train.csv", "train.parquet"])
+def test_a_named_pipe_is_no_table(tmp_path: Path, name: str) -> None:
+    os.mkfifo(tmp_path / name)
+    with pytest.raises((ValueError, OSError), match="regular file"):
+        load(tmp_path)
+
+
 # Other readers of folders -------------------------------------------------------------------------
 
 
