@@ -182,11 +182,15 @@ class DatasetImages(Sequence):
         """Return a key of the content of each image. Files are read by several threads."""
         keys: list[int] = []
         with ThreadPoolExecutor() as pool:
-            for start in range(0, len(self), ROWS_PER_READ):
-                values = self.dataset[self.rows[start : start + ROWS_PER_READ]][self.column]
+            for values in self.read_values(self.rows):
                 images = (to_encoded_image(value, self.folder) for value in values)
                 keys += pool.map(compute_encoded_content_key, images)
         return np.array(keys, np.uint64)
+
+    def read_values(self, rows: np.ndarray) -> Iterator[list[Any]]:
+        """Yield the values of rows, some rows at a time."""
+        for start in range(0, len(rows), ROWS_PER_READ):
+            yield self.dataset[rows[start : start + ROWS_PER_READ]][self.column]
 
     def iterate_paths(self) -> Iterator[str | None]:
         """Yield the path or URL of each row that does not contain the image itself."""
