@@ -100,7 +100,7 @@ def run_command(arguments: list[str]) -> None:
 
     name, options = parse_command_line(modules, arguments or ["--help"])
     flag_names = get_flag_fields(type(options))
-    with messages_name_flags(flag_names):
+    with messages_name_flags(flag_names), exit_on_error():
         check_paths(options)
 
     from ..model.configuration_vitcls import ViTCLSConfig

@@ -102,7 +102,7 @@ def check_is_set(flags: list[str]) -> None:
     """
     for index, flag in enumerate(flags):
         if not flag.strip() or (flag.startswith("--") and flag.endswith("=")):
-            text = flag or " ".join([*flags[max(0, index - 1) : index], "''"])
+            text = flag.strip() or " ".join([*flags[max(0, index - 1) : index], "''"])
             exit_with_message(f"error: the value of {text} is empty. Set it, or remove the flag")
 
 
@@ -134,8 +134,8 @@ def check_options(options: Options) -> None:
     """Exit with status 2 if the values of flags are not allowed, or contradict each other."""
     try:
         options.check()
-    except ValueError as error:
-        exit_with_message(f"error: {error}")
+    except (ValueError, OSError) as error:  # such as a name that is too long
+        exit_with_message(f"error: {describe_error(error)}")
 
 
 def check_paths(options: Any) -> None:

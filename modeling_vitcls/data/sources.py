@@ -451,6 +451,8 @@ def explain_reading_errors(name: str) -> Iterator[None]:
         cause: BaseException = error
         while isinstance(cause, datasets.exceptions.DatasetGenerationError) and cause.__cause__:
             cause = cause.__cause__
+        if "BatchSize must be greater than 0" in str(cause):  # of a Parquet file
+            raise ValueError(f"{name} is empty. Add rows with images") from error
         if isinstance(cause, UnicodeDecodeError):
             raise ValueError(
                 f"{name} is not encoded as UTF-8. Save it as UTF-8, such as with the file type "

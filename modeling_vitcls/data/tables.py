@@ -84,6 +84,7 @@ def read_csv(file: Path, text: str) -> dict[str, list[str]]:
             sep=separator,
             skiprows=preamble.group().count("\n"),
             header=None,
+            skipinitialspace=f"{separator} " in header,  # as people type a table
             dtype=str,
             keep_default_na=False,
         ).fillna("")  # rows with fewer fields than the header

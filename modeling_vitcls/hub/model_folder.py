@@ -15,6 +15,7 @@ from ..model.adaptation_vitcls import load_checkpoint
 from ..model.configuration_vitcls import ViTCLSConfig
 from ..model.image_processing_vitcls import ViTCLSImageProcessor
 from ..model.modeling_vitcls import ViTCLSModel
+from ..runtime.errors import format_error
 from ..runtime.files import read_json, read_text
 from ..runtime.messages import format_message
 from .connection import silence_transformers
@@ -320,7 +321,10 @@ class ModelFolder:
         """The flags of the run that wrote the folder; empty if they are missing or unreadable."""
         try:
             flags: Any = yaml.safe_load(read_text(self.path / RECIPE_FILE))
-        except (OSError, ValueError, yaml.YAMLError):  # no such file, not UTF-8, or not YAML
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            warn_once(f"ignoring {self.path / RECIPE_FILE}: {format_error(error)}")
             return {}
         return flags if isinstance(flags, dict) else {}
 

@@ -203,6 +203,9 @@ class ViTCLSBaseImageProcessor(BaseImageProcessor):
         """Return the settings in canonical form, as `__init__` and `preprocess` require them."""
         settings = super()._standardize_kwargs(**kwargs)
         check_sizes(settings)
+        for name in ("rescale_factor", "image_std"):
+            if settings.get(name) is not None and not np.all(settings[name]):
+                raise ValueError(f"{name} must not be 0, but it is {settings[name]}")
         resample = settings.get("resample")
         # PIL treats names as bilinear
         is_known = resample in RESAMPLING_FILTERS and not isinstance(resample, bool)

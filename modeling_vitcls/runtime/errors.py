@@ -41,7 +41,8 @@ def describe_error(error: BaseException) -> str:
 def is_disk_full(error: BaseException) -> bool:
     """Return whether an error is about a full disk or a full quota; libraries in Rust have no number."""
     has_number = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
-    return has_number or "No space left on device" in str(error)
+    texts = ("No space left on device", "Not enough disk space")  # of safetensors, of `datasets`
+    return has_number or any(text in str(error) for text in texts)
 
 
 @contextmanager
@@ -66,7 +67,8 @@ def explain_damage(file: Path, remedy: str) -> Iterator[None]:
     except (ValueError, LookupError, TypeError, NotImplementedError, OSError) as error:
         if getattr(error, "errno", None) is not None:  # pyarrow sets none for damaged data
             raise
-        raise ValueError(f"cannot read {file}: {format_error(error)}. {remedy}") from error
+        reason = format_error(error).rstrip(".")
+        raise ValueError(f"cannot read {file}: {reason}. {remedy}") from error
 
 
 def describe_exhaustion(error: BaseException) -> str | None:

@@ -63,7 +63,16 @@ def test_a_wrong_value_in_the_configuration_is_named(
     assert field in run_with_error("predict", "--model", folder, photos)
 
 
+@pytest.fixture
+def time_limit() -> Iterator[None]:
+    """End the tests instead of a wait without end."""
+    signal.alarm(300)
+    yield
+    signal.alarm(0)
+
+
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="requires named pipes")
+@pytest.mark.usefixtures("time_limit")
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "recipe.yaml", "audit.csv"])
 def test_a_named_pipe_instead_of_a_file_is_an_error(
     name: str, folder: Path, photos: Path, run_with_error: Callable[..., str]
@@ -71,13 +80,11 @@ def test_a_named_pipe_instead_of_a_file_is_an_error(
     """Reading it would wait for ever."""
     (folder / name).unlink(missing_ok=True)
     os.mkfifo(folder / name)
-    signal.alarm(100)  # ends the tests instead of a wait without end
-
+    write_photos(photos, range(4))
     command = ["finetune", "--model", folder, "--dataset", photos, "--output-dir", folder / "run"]
     flags = {"recipe.yaml": ["--config", folder / name], "audit.csv": ["--exclude", folder / name]}
     status = 2 if name == "recipe.yaml" else 1
     assert name in run_with_error(*command, *flags.get(name, []), status=status)
-    signal.alarm(0)
 
 
 @pytest.mark.parametrize(

@@ -204,6 +204,7 @@ def test_other_separators_are_read(separator: str, photos: Path) -> None:
         b"file_name,label,\n0.png,cat,\n",
         b"file_name,label\n0.png,cat,\n",
         b",file_name,label\n0,0.png,cat\n",
+        b"label, file_name\ncat, 0.png\n",
         b' file_name , Label\n"0.png","cat"\n\n,\n',
         "file_name;label\n0.png;cat\n".encode("utf-16"),
         "file_name,label\n0.png,cat\n".encode("utf-16-le"),
