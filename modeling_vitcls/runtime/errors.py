@@ -50,7 +50,7 @@ def name_full_disk(path: str | Path) -> Iterator[None]:
     """Name a file or folder in the errors of the block about a full disk."""
     try:
         yield
-    except Exception as error:
+    except Exception as error:  # raised again unless the disk is full
         if not is_disk_full(error):
             raise
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
