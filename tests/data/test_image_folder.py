@@ -472,7 +472,7 @@ def test_runs_next_to_split_folders_are_ignored_without_a_warning(
     ("files", "message"),
     [
         (["train/shoes/a.nef", "train/shoes/2024/b.NEF", "train/shoes/c.txt"], "2 .nef, 1 .txt"),
-        (["train/cat/1.png", "test/shoes/a.nef"], "test (1 .nef). Convert"),
+        (["test/shoes/a.nef"], "test (1 .nef). Convert"),
         (["train/shoes/a.heic"], "1 .heic). To read HEIC, `pip install pillow-heif`"),
     ],
 )

@@ -54,7 +54,10 @@ def run_with_shared_memory(size: str, *arguments: object) -> subprocess.Complete
 
 @pytest.mark.parametrize(
     "arguments",
-    ["finetune --config digits --max-steps 2 --output-dir", "evaluate --dataset digits --model"],
+    [
+        "finetune --config digits --max-steps 2 --output-dir",
+        "evaluate --dataset digits --frozen knn --model",
+    ],
 )
 def test_a_tiny_shared_memory_is_an_error(arguments: str, tmp_path: Path) -> None:
     folder = tmp_path / "model"
