@@ -31,3 +31,14 @@ def write_photos(root: Path, numbers: range, *names: str) -> Path:
             )
             Image.fromarray(noise).save(root / name / f"{number}.png")
     return root
+
+
+def write_unequal_photos(root: Path) -> Path:
+    """Write 15 dark and 9 brighter photos of 40 x 24 pixels, and return the folder."""
+    noise = np.random.default_rng(0)
+    for name, brightest, number in (("ants", 100, 15), ("bees", 255, 9)):
+        (root / name).mkdir(parents=True)
+        for index in range(number):
+            pixels = noise.integers(0, brightest, (24, 40, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(root / name / f"{index}.png")
+    return root

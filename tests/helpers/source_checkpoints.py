@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import timm
+import torch
 import transformers
 from timm.models import save_for_hf
 
@@ -41,6 +42,23 @@ def build_vit_classifier(**fields: Any) -> transformers.PreTrainedModel:
             transformers.ViTConfig(**SIZES, id2label=NAMES, **fields)
         )
     )
+
+
+def save_large_encoder(folder: Path, num_layers: int = 2) -> str:
+    """Save an encoder with a native side of 280 pixels and its processor, and return the folder."""
+    config = transformers.Dinov2Config(
+        hidden_size=32,
+        num_hidden_layers=num_layers,
+        num_attention_heads=2,
+        mlp_ratio=2,
+        image_size=280,
+        patch_size=28,
+    )
+    torch.manual_seed(0)
+    transformers.Dinov2Model(config).save_pretrained(folder)
+    processor = transformers.ViTImageProcessor(size={"height": 280, "width": 280})
+    processor.save_pretrained(folder)
+    return str(folder)
 
 
 class RunWhenUnpickled:

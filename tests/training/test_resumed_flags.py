@@ -10,13 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-import torch
-import transformers
 from helpers.accelerate_state import reset_accelerate
+from helpers.photo_folders import write_unequal_photos
+from helpers.source_checkpoints import save_large_encoder
 from helpers.tiny_models import raises_one_line
-from PIL import Image
 
 from modeling_vitcls.cli import load_modules, main
 from modeling_vitcls.cli.parsing import parse_command_line
@@ -42,37 +40,15 @@ FLAGS = [name for name in get_flag_fields(FinetuneOptions) if name not in NOT_SP
 def command(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
     """Yield a command without an output folder: few flags, two classes of photos, a ViT of 280 px."""
     folder = tmp_path_factory.mktemp("sources")
-    config = transformers.Dinov2Config(
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        mlp_ratio=2,
-        image_size=280,
-        patch_size=28,
-    )
-    torch.manual_seed(0)
-    transformers.Dinov2Model(config).save_pretrained(folder / "vit")
-    transformers.ViTImageProcessor(size={"height": 280, "width": 280}).save_pretrained(
-        folder / "vit"
-    )
-    write_photos(folder / "photos")
+    encoder = save_large_encoder(folder / "vit")
+    photos = write_unequal_photos(folder / "photos")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(folder / "cache" / "hub"))
         yield [
             "finetune",
-            *("--model", str(folder / "vit"), "--dataset", str(folder / "photos")),
+            *("--model", encoder, "--dataset", str(photos)),
             *("--select", "last", "--epochs", "2", "--num-workers", "0", "--no-report"),
         ]
-
-
-def write_photos(root: Path) -> None:
-    """Write 15 bright and 9 dark photos of 40 x 24 pixels."""
-    noise = np.random.default_rng(0)
-    for name, brightest, number in (("ants", 100, 15), ("bees", 255, 9)):
-        (root / name).mkdir(parents=True)
-        for index in range(number):
-            pixels = noise.integers(0, brightest, (24, 40, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(root / name / f"{index}.png")
 
 
 @pytest.fixture(scope="module")

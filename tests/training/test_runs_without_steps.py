@@ -7,12 +7,11 @@ classes have different sizes.
 import shlex
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-import transformers
 from helpers.accelerate_state import reset_accelerate
-from PIL import Image
+from helpers.photo_folders import write_unequal_photos
+from helpers.source_checkpoints import save_large_encoder
 
 from modeling_vitcls import ViTCLSModel
 from modeling_vitcls.cli import main
@@ -26,24 +25,8 @@ pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 @pytest.fixture
 def sources(tmp_path: Path) -> Path:
     """Return a folder with a Dinov2 encoder and photos of two classes."""
-    config = transformers.Dinov2Config(
-        hidden_size=32,
-        num_hidden_layers=5,
-        num_attention_heads=2,
-        mlp_ratio=2,
-        image_size=280,
-        patch_size=28,
-    )
-    transformers.Dinov2Model(config).save_pretrained(tmp_path / "vit")
-    size = {"height": 280, "width": 280}
-    transformers.ViTImageProcessor(size=size).save_pretrained(tmp_path / "vit")
-
-    noise = np.random.default_rng(0)
-    for name, brightest, number in (("ants", 100, 15), ("bees", 255, 9)):
-        (tmp_path / "my photos" / name).mkdir(parents=True)
-        for index in range(number):
-            pixels = noise.integers(0, brightest, (24, 40, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(tmp_path / "my photos" / name / f"{index}.png")
+    save_large_encoder(tmp_path / "vit", num_layers=5)
+    write_unequal_photos(tmp_path / "my photos")
     return tmp_path
 
 
