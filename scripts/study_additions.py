@@ -10,7 +10,7 @@ all classes. With --trained, one class is also left out of a run with steps, and
 command.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -25,6 +25,7 @@ from modeling_vitcls.data.options import DataOptions
 from modeling_vitcls.data.sources import load_splits
 from modeling_vitcls.inference.class_statistics import ClassStatistics
 from modeling_vitcls.inference.frozen_features import (
+    ROW_FIELDS,
     Features,
     concatenate_features,
 )
@@ -74,7 +75,7 @@ def compute_features(options: Options) -> tuple[list[str], dict[str, Features]]:
         if not file.exists():
             images = splits.images_by_split[split]
             computed = base.compute_features(images, splits.label_space)
-            np.savez(file, values=computed.values, labels=computed.labels, indices=computed.indices)
+            np.savez(file, **{name: getattr(computed, name) for name in ROW_FIELDS})
         stored = np.load(file)
         features[split] = Features(base.layout, **{key: stored[key] for key in stored.files})
     return splits.label_space.names, features
@@ -137,7 +138,7 @@ def leave_out(
 def relabel(features: Features, order: list[int]) -> Features:
     """Return the features with the labels in another order."""
     labels = np.argsort(order)[features.labels]
-    return Features(features.layout, features.values, labels, features.indices)
+    return replace(features, labels=labels)
 
 
 def compute_logits(statistics: ClassStatistics, features: Features) -> np.ndarray:

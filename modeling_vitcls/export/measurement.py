@@ -59,23 +59,21 @@ class ExportImages:
         evaluator = self.evaluator
         if evaluator is None:
             return None
-        evaluator.keep_logits = evaluator.label_space.kind == "single_label_classification"
-        metrics = evaluator(model.to(evaluator.accelerator.device))
-        rows = evaluator.rows
-        file_metrics = evaluator(ExportedModel(file, model.to("cpu").config, True))
+        of_model = evaluator.predict(model.to(evaluator.accelerator.device))
+        of_file = evaluator.predict(ExportedModel(file, model.to("cpu").config, True))
 
-        metric = next(iter(metrics))
+        metric = next(iter(of_model.metrics))
         scores = {
             "dataset": strip_folders(resolve_name(self.dataset)),
             "split": self.split,
-            "num_images": metrics["num_images"],
+            "num_images": of_model.metrics["num_images"],
             "metric": metric,
-            "model": metrics[metric],
-            "file": file_metrics[metric],
+            "model": of_model.metrics[metric],
+            "file": of_file.metrics[metric],
         }
-        if not evaluator.keep_logits:
+        if evaluator.label_space.kind != "single_label_classification":
             return scores | {"interval": None, "drop_interval": None, "num_equal_labels": None}
-        return scores | compare_labels(rows, evaluator.rows)
+        return scores | compare_labels(of_model.rows, of_file.rows)
 
 
 def prepare_images(images: Any, processor: Any, count: int) -> list[torch.Tensor]:

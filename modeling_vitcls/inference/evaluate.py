@@ -145,9 +145,13 @@ def evaluate_checkpoint(options: EvaluateOptions) -> dict[str, Any]:
         raise ValueError(
             "`per_image` requires a single task. Use `vitcls predict --dataset` for several tasks"
         )
-    evaluator.keep_logits = options.per_image is not None
     start_time = time.perf_counter()
-    metrics = evaluator(model, console)
+    predictions = None
+    if options.per_image is None:
+        metrics = evaluator(model, console)
+    else:
+        predictions = evaluator.predict(model, console)
+        metrics = predictions.metrics
     seconds = time.perf_counter() - start_time
     results = {
         **describe_evaluation(options, setup.data, metrics["num_images"], seconds, accelerator),
@@ -158,9 +162,9 @@ def evaluate_checkpoint(options: EvaluateOptions) -> dict[str, Any]:
     print_results(results, setup.data.description, setup.config, console)
     if accelerator.is_main_process:
         write_results(results, options.output, console)
-        if options.per_image is not None:
+        if options.per_image is not None and predictions is not None:
             options.per_image.parent.mkdir(parents=True, exist_ok=True)
-            write_predictions(options.per_image, evaluator, folder.weights_sha256)
+            write_predictions(options.per_image, predictions, folder.weights_sha256)
             console.print(f"saved {options.per_image}", markup=False)
     accelerator.end_training()
     return results

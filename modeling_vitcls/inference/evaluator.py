@@ -10,13 +10,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from rich.console import Console
 from torch import nn
 
-from .image_pass import ImageOutput, ImagePass, list_rows
-from .metrics import METRICS, select_scalars
+from ..data.labels import LabelSpace
+from .image_pass import ImageOutput, ImagePass, list_rows, stack_rows
+from .metrics import METRICS, SingleLabelMetrics, select_scalars
 
 
 @dataclass(frozen=True)
@@ -27,25 +30,77 @@ class HeadOutput:
     distillation_logits: None = None
 
 
+@dataclass(frozen=True)
+class Predictions:
+    """Logits of a model for all readable images, in their order, and their metrics.
+
+    They are the same on every process.
+    """
+
+    label_space: LabelSpace
+    rows: Sequence[ImageOutput]
+    metrics: dict[str, Any]
+
+    def get_outputs(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return logits [N, L] and labels [N] of the images that have a label."""
+        rows = [row for row in self.rows if is_labeled(row)]
+        if not rows:
+            return np.zeros((0, 1), np.float32), np.zeros(0, np.int64)
+        return stack_rows(rows)
+
+    def list_wrong(self) -> list[ImageOutput]:
+        """Return the images with another predicted label than their own."""
+        return [row for row in self.rows if is_labeled(row) and row.values.argmax() != row.label]
+
+
+def is_labeled(row: ImageOutput) -> bool:
+    """Return whether the label of an image is known."""
+    return bool(row.label.ndim or row.label >= 0)
+
+
+def build_predictions(
+    label_space: LabelSpace, rows: Sequence[ImageOutput], accelerator: Accelerator
+) -> Predictions:
+    """Return the predictions of rows with one label that are known on every process."""
+    metrics = SingleLabelMetrics(label_space, accelerator.device)
+    # metrics are summed over the processes
+    own = slice(accelerator.process_index, None, accelerator.num_processes)
+    logits, labels = (
+        torch.from_numpy(array[own]).to(accelerator.device) for array in stack_rows(rows)
+    )
+    metrics.update_logits(logits, labels)
+    return Predictions(label_space, rows, round_floats(metrics.compute()))
+
+
 class Evaluator(ImagePass):
     """Evaluates models on a fixed set of labeled images. The arguments are those of `ImagePass`.
 
     With `task`, the logits are those of this added task.
-
-    With `keep_logits = True`, `rows` contains the logits of the last evaluation for all readable
-    images, in their order, on every process.
     """
 
-    keep_logits = False
     task: str | None = None
-    rows: Sequence[ImageOutput] = ()
     pass_name = "evaluating"
 
+    def predict(self, model: nn.Module, console: Console | None = None) -> Predictions:
+        """Return the metrics of a model and, except for several tasks, the logits of each image.
+
+        All processes must call this method.
+        """
+        rows: list[ImageOutput] | None = None if self.label_space.kind == "multi_task" else []
+        metrics = self(model, console, rows)
+        return Predictions(self.label_space, self.gather_rows(rows or []), metrics)
+
     @torch.no_grad()
-    def __call__(self, model: nn.Module, console: Console | None = None) -> dict[str, Any]:
+    def __call__(
+        self,
+        model: nn.Module,
+        console: Console | None = None,
+        rows: list[ImageOutput] | None = None,
+    ) -> dict[str, Any]:
         """Evaluate a model on the device in evaluation mode.
 
-        Return the metrics for the kind of labels (metrics.py).
+        Return the metrics for the kind of labels (metrics.py). The images of this process with
+        their logits are added to `rows`.
 
         In the returned dict, numbers come before lists and dicts, and the first number is the
         metric for comparing models. `num_unreadable_images` is the number of unreadable images,
@@ -57,17 +112,14 @@ class Evaluator(ImagePass):
                 are unreadable, or if the outputs of the model for any image are not finite.
         """
         metrics = METRICS[self.label_space.kind](self.label_space, self.accelerator.device)
-        rows: list[ImageOutput] = []
 
         def compute(pixel_values: torch.Tensor) -> Any:
             return self.compute_outputs(model, pixel_values)
 
         for batch, outputs in self.iterate(model, compute, console):
             metrics.update(outputs, send_to_device(batch.labels, self.accelerator.device))
-            if self.keep_logits:
+            if rows is not None:
                 rows += list_rows(batch, outputs.logits)
-        if self.keep_logits:
-            self.rows = self.gather_rows(rows)
         values = round_floats(metrics.compute())
         return select_scalars(values) | {"num_unreadable_images": self.num_unreadable} | values
 

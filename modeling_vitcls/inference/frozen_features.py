@@ -1,8 +1,6 @@
 """One pass of images through a frozen encoder, whose features serve everything that follows.
 
-    images -> encoder, once -> per layer: final norm, CLS and mean of the patches -> FrozenPass
-                               FrozenPass.features             for fits, on every process
-                               HeadEvaluator(pass, ...)(model) metrics of a classifier, without the encoder
+    images -> encoder, once -> per layer: final norm, CLS and mean of the patches -> Features
 
 The features of a layer are what a classifier with `config.pooled_layers` reads, so that a
 regression on them is the model's classifier.
@@ -22,9 +20,7 @@ from torch import nn
 from ..model.configuration_vitcls import ViTCLSConfig
 from ..model.heads_vitcls import TokenPooler, build_pooler
 from .class_statistics import Token
-from .evaluator import Evaluator, HeadOutput
-from .image_pass import ImageBatch, ImageOutput, ImagePass, list_rows, stack_rows
-from .linear_probe import Candidate
+from .image_pass import ImageOutput, ImagePass, stack_rows
 
 
 OWN_POOLING = "own"  # tokens of a candidate that reads the output of the model's pooler
@@ -61,13 +57,6 @@ class FeatureLayout:
         plain_config.pooled_norm = False
         plain_config.pooled_activation = None
         return cls.from_config(plain_config, num_layers)
-
-    @property
-    def token_choices(self) -> tuple[str, ...]:
-        """Return the values of `pooling` that a classifier can have, the simplest first."""
-        if OWN_POOLING in self.widths:
-            return (OWN_POOLING,)
-        return ("cls", "cls_mean") if "cls" in self.widths else ("mean",)
 
     def get_columns(self, layers: Sequence[int], tokens: str) -> np.ndarray:
         """Return the columns of what a classifier reads, in the order of its input.
@@ -126,47 +115,49 @@ def pool_layers(encoder: Any, outputs: Any, layout: FeatureLayout) -> torch.Tens
     return torch.cat(parts, dim=1)
 
 
+ROW_FIELDS = ("values", "labels", "indices", "names", "groups")  # of `Features`
+
+
 @dataclass(frozen=True)
 class Features:
-    """Features and labels of the readable images of a pass."""
+    """Features of the readable images of a pass, one row for each image."""
 
     layout: FeatureLayout
     values: np.ndarray  # [N, all] float32
     labels: np.ndarray  # [N] class indices, or [N, L] with several labels per image
     indices: np.ndarray  # [N] indices of the images among those of the pass
+    names: np.ndarray  # [N]
+    groups: np.ndarray  # [N]; copies of an image are in one group
+    num_unreadable: int = 0
 
     def get_tokens(self) -> dict[Token, np.ndarray]:
         """Return the features [N, D] of each token, in the order in which classifiers read them."""
         return self.layout.split(self.values)
 
-    def take(self, is_taken: np.ndarray) -> "Features":
-        """Return the features of some images."""
-        return replace(
-            self,
-            values=self.values[is_taken],
-            labels=self.labels[is_taken],
-            indices=self.indices[is_taken],
-        )
+    def take(self, rows: np.ndarray) -> "Features":
+        """Return some rows, given their positions or a mask."""
+        arrays = {name: getattr(self, name)[rows] for name in ROW_FIELDS}
+        return replace(self, **arrays)
+
+    def build_rows(self, logits: np.ndarray) -> list[ImageOutput]:
+        """Return the images with logits [N, L] in place of the features."""
+        labels = torch.from_numpy(self.labels)
+        return list(map(ImageOutput, self.indices.tolist(), labels, logits, self.names.tolist()))
 
 
 def concatenate_features(first: Features, second: Features) -> Features:
-    """Return the features of two parts of the same images."""
-    return Features(
-        first.layout,
-        values=np.concatenate([first.values, second.values]),
-        labels=np.concatenate([first.labels, second.labels]),
-        indices=np.concatenate([first.indices, second.indices]),
-    )
+    """Return the rows of two passes."""
+    arrays = {
+        name: np.concatenate([getattr(first, name), getattr(second, name)]) for name in ROW_FIELDS
+    }
+    num_unreadable = first.num_unreadable + second.num_unreadable
+    return Features(first.layout, **arrays, num_unreadable=num_unreadable)
 
 
 class FrozenPass(ImagePass):
-    """One pass of images through an encoder. Calling it with a model computes the features, once.
+    """One pass of images through an encoder, whose features are the same on every process.
 
     With `has_logits`, the last columns of the features are the logits of the classifier.
-
-    Attributes:
-        features: of the readable images, in their order, the same on every process.
-        batches: batches of this process, with features in place of pixels.
     """
 
     is_repeated = False
@@ -175,25 +166,25 @@ class FrozenPass(ImagePass):
         self, images: Any, layout: FeatureLayout, has_logits: bool = False, **arguments: Any
     ) -> None:
         super().__init__(images, **arguments)
-        self.arguments = arguments
         self.layout = layout
         self.has_logits = has_logits
-        self.batches: list[ImageBatch] = []
 
     def __call__(self, model: nn.Module, console: Console | None = None) -> Features:
         """Compute and return the features, with a classifier or an encoder."""
         encoder = getattr(model, "vitcls", model)
-        rows: list[ImageOutput] = []
-        for batch, features in self.iterate(encoder, partial(self.compute, model), console):
-            rows += list_rows(batch, features)
-            self.batches.append(replace(batch, pixel_values=features[: len(batch.indices)].cpu()))
-
-        rows = self.gather_rows(rows)
+        rows = self.collect(encoder, partial(self.compute, model), console)
         values, labels = stack_rows(rows)
-        self.features = Features(
-            self.layout, values, labels, indices=np.array([row.index for row in rows])
+        indices = np.array([row.index for row in rows])
+        groups = np.arange(len(self.images)) if self.images.groups is None else self.images.groups
+        return Features(
+            self.layout,
+            values=values,
+            labels=labels,
+            indices=indices,
+            names=np.array([row.name for row in rows], str),
+            groups=groups[indices],
+            num_unreadable=self.num_unreadable,
         )
-        return self.features
 
     def compute(self, model: Any, pixel_values: torch.Tensor) -> torch.Tensor:
         """Return the features [B, all], or [B, all + L] with logits, of images [B, C, H, W]."""
@@ -202,34 +193,3 @@ class FrozenPass(ImagePass):
         outputs = program(pixel_values, output_hidden_states=OWN_POOLING not in self.layout.widths)
         features = pool_layers(encoder, outputs, self.layout)
         return torch.cat([features, outputs.logits.float()], dim=1) if self.has_logits else features
-
-
-class HeadEvaluator(Evaluator):
-    """Evaluates the classifier of a model on the features of a `FrozenPass`."""
-
-    def __init__(self, frozen_pass: FrozenPass, candidate: Candidate) -> None:
-        super().__init__(frozen_pass.images, **frozen_pass.arguments | {"warn": ignore_message})
-        columns = frozen_pass.layout.get_columns(candidate.layers, candidate.pooling)
-        self.cache = []
-        for batch in frozen_pass.batches:
-            assert batch.pixel_values is not None
-            # the "pixels" are the features [G, F] that the classifier reads
-            self.cache.append(replace(batch, pixel_values=batch.pixel_values[:, columns]))
-
-    def pad_batch(self, model: nn.Module, batch: ImageBatch) -> ImageBatch:
-        """Return the batch itself: the classifier needs no padding."""
-        if batch.pixel_values is not None:
-            return batch
-        width = self.accelerator.unwrap_model(model).config.pooled_size
-        return replace(batch, pixel_values=torch.zeros(0, width))
-
-    def compute_outputs(self, model: nn.Module, pixel_values: torch.Tensor) -> HeadOutput:
-        """Return the logits [B, L], in single precision."""
-        classifier = self.accelerator.unwrap_model(model)
-        with torch.autocast(pixel_values.device.type, enabled=False):
-            logits = classifier.classifier(pixel_values) / classifier.config.temperature
-        return HeadOutput(logits)
-
-
-def ignore_message(message: str) -> None:
-    """Ignore a warning that the pass over the images has printed."""

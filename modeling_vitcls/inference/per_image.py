@@ -17,54 +17,35 @@ because predictions of other weights must not be used.
 """
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
-from ..data.labels import LabelSpace
 from ..runtime.errors import explain_damage
 from ..runtime.files import write_atomically
-from .evaluator import Evaluator, round_floats
-from .image_pass import ImageOutput, stack_rows
-from .metrics import SingleLabelMetrics
+from .evaluator import Predictions, is_labeled
+from .image_pass import stack_rows
 
 
 METADATA_KEY = b"vitcls"
 
 
-@dataclass(frozen=True)
-class Predictions:
-    """Labeled images with the logits of a model, as an `Evaluator` keeps them."""
-
-    label_space: LabelSpace
-    rows: Sequence[ImageOutput]
-
-    def compute_metrics(self) -> dict[str, Any]:
-        """Return the metrics for one label per image (metrics.py)."""
-        metrics = SingleLabelMetrics(self.label_space, torch.device("cpu"))
-        metrics.update_logits(*map(torch.from_numpy, stack_rows(self.rows)))
-        values: dict[str, Any] = round_floats(metrics.compute())
-        return values
-
-
 def write_predictions(
     file: Path,
-    evaluator: Evaluator | Predictions,
+    predictions: Predictions,
     weights_hash: dict[str, str] | None,
     nearest_images: Mapping[int, list[str]] | None = None,
 ) -> None:
-    """Write a Parquet file with the columns in the header of this file, for the last evaluation.
+    """Write a Parquet file with the columns in the header of this file.
 
     Args:
         file: The file to write.
-        evaluator: Its `rows` are the images.
+        predictions: Logits of all images.
         weights_hash: SHA-256 of each weight file of the model, for the metadata.
         nearest_images: Names of the nearest training images, the nearest first, by the index of the
             image.
@@ -75,8 +56,8 @@ def write_predictions(
     """
     import pandas as pd
 
-    names = evaluator.label_space.names
-    rows = [row for row in evaluator.rows if is_labeled(row)]
+    names = predictions.label_space.names
+    rows = [row for row in predictions.rows if is_labeled(row)]
     if not rows:
         raise ValueError("no evaluated image has a label")
     # [N, L]; [N], or [N, L] with several labels per image
@@ -86,7 +67,7 @@ def write_predictions(
         "index": [row.index for row in rows],
         "image": [row.name for row in rows],
     }
-    if evaluator.label_space.kind == "single_label_classification":
+    if predictions.label_space.kind == "single_label_classification":
         columns |= {
             "label": [names[label] for label in targets.tolist()],
             "prediction": [names[index] for index in logits.argmax(dim=1).tolist()],
@@ -121,22 +102,6 @@ def read_weights_hash(file: Path) -> dict[str, str] | None:
         if METADATA_KEY not in metadata:
             return None
         return json.loads(metadata[METADATA_KEY])["weights_sha256"]
-
-
-def get_outputs(evaluator: Evaluator, images: slice = slice(None)) -> tuple[np.ndarray, np.ndarray]:
-    """Return logits [N, L] and labels [N] of the selected images that have a label.
-
-    The images are those of the last evaluation.
-    """
-    rows = [row for row in evaluator.rows[images] if is_labeled(row)]
-    if not rows:
-        return np.zeros((0, 1), np.float32), np.zeros(0, np.int64)
-    return stack_rows(rows)
-
-
-def is_labeled(row: ImageOutput) -> bool:
-    """Return whether the label of an image is known."""
-    return bool(row.label.ndim or row.label >= 0)
 
 
 def select_names(names: list[str], values: torch.Tensor) -> list[str]:

@@ -86,8 +86,7 @@ from .probe import (
     MAX_CHOICE_IMAGES,
     build_probe_record,
     describe_probe,
-    find_groups,
-    split_at_random,
+    draw_parts,
 )
 
 
@@ -259,18 +258,17 @@ def fit_task(base: Base, data: TrainingData, options: AddTaskOptions) -> FittedH
     check_has_one_label(data.label_space, options.dataset)
     compute = partial(base.compute_features, label_space=data.label_space)
     images: Any = data.train  # not streamed
-    first_images, other_images = split_at_random(images.draw(options.max_images), MAX_CHOICE_IMAGES)
-    features = compute(first_images)
+    first, others = draw_parts(len(images), options.max_images)
+    features = compute(images.select(first))
     num_chosen_images = len(features.labels)
-    groups = find_groups([(first_images, features.indices)])
     probe = LinearProbe(pooling=None if base.computes_last_patches else "cls")
     with threadpool_limits(limits=1):  # the matrices are small
-        probe.fit(features.get_tokens(), features.labels, groups)
-    if len(other_images):
-        features = concatenate_features(features, compute(other_images))
+        probe.fit(features.get_tokens(), features.labels, features.groups)
+    if len(others):
+        features = concatenate_features(features, compute(images.select(others)))
         probe.refit(features.get_tokens(), features.labels)
 
-    record = build_probe_record(probe, features, num_chosen_images)
+    record = build_probe_record(probe, len(features.labels))
     head = build_task_head(probe, data.label_space.names, record)
     if probe.estimate_ is not None:
         measured = {

@@ -17,12 +17,16 @@ from scipy.special import log_softmax, softmax
 from torchmetrics.functional.classification import multiclass_calibration_error
 
 from ..inference.confidence import fit_temperature
+from ..inference.evaluator import Predictions
 from ..inference.intervals import NUM_BINS, compute_chance_calibration_error
 from ..inference.linear_probe import LinearProbe
 
 
 MIN_IMAGES = 100  # minimum number of images for a temperature; with fewer, it is mostly noise
 MIN_ERROR_IMAGES = 100  # with fewer images, a calibration error is mostly noise
+# images that a temperature is fitted to
+CROSS_VALIDATION, SELECTION, HELD_OUT = "cross-validation", "selection", "held-out"
+ERROR_METRICS = ("calibration_error", "calibration_error_by_chance")  # with the temperature
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,7 @@ class Calibration:
     """Temperature, or the reason why there is none."""
 
     num_images: int
-    images: str  # "cross-validation", "selection" or "held-out"
+    images: str  # `CROSS_VALIDATION`, `SELECTION` or `HELD_OUT`
     text: str  # for the printed line
     temperature: float | None = None
 
@@ -50,11 +54,11 @@ class Calibration:
         }
 
 
-def find_calibration(logits: np.ndarray, labels: np.ndarray, images: str) -> Calibration:
-    """Fit the temperature to logits [N, L] and labels [N].
-
-    The images are those that the classifier was not fitted to. `images` says which they are.
-    """
+def find_calibration(predictions: Predictions, images: str) -> Calibration:
+    """Fit the temperature to predictions of `SELECTION` images, or of half of `HELD_OUT` images."""
+    logits, labels = predictions.get_outputs()
+    if images == HELD_OUT:
+        logits, labels = logits[::2], labels[::2]
     num_images = len(labels)
     if not has_enough_images(num_images):
         return explain_missing_calibration(num_images, images)
@@ -70,12 +74,12 @@ def find_calibration(logits: np.ndarray, labels: np.ndarray, images: str) -> Cal
     return Calibration(num_images, images, text, temperature)
 
 
-def describe_probe_calibration(probe: LinearProbe, num_images: int) -> Calibration:
+def describe_probe_calibration(probe: LinearProbe) -> Calibration:
     """Return the calibration of a probe, whose temperature is that of out-of-fold logits."""
     temperature = round(probe.temperature_, 4)
-    images = "cross-validation"
-    text = f"temperature {temperature:.2f}, from {describe_images(images, num_images)}"
-    return Calibration(num_images, images, text, temperature)
+    num_images = int(np.isfinite(probe.losses_).sum())
+    text = f"temperature {temperature:.2f}, from {describe_images(CROSS_VALIDATION, num_images)}"
+    return Calibration(num_images, CROSS_VALIDATION, text, temperature)
 
 
 def has_enough_images(num_images: int) -> bool:
@@ -118,19 +122,22 @@ def compute_loss(logits: np.ndarray, labels: np.ndarray) -> float:
 
 
 def describe_images(images: str, num_images: int) -> str:
-    if images == "cross-validation":
+    if images == CROSS_VALIDATION:
         return f"{num_images:,} training images, each by a classifier that was not fitted to it"
     return f"{num_images:,} {images} images"
 
 
 def measure_errors(
-    calibration: Calibration, logits: np.ndarray, labels: np.ndarray
+    calibration: Calibration, predictions: Predictions
 ) -> tuple[dict[str, float], str]:
     """Return the calibration errors before and after the temperature, and a text about both.
 
-    The text is empty for few images.
+    The predictions are of held-out images, with the temperature. The text is empty for few images.
     """
     assert calibration.temperature is not None
+    logits, labels = predictions.get_outputs()
+    if calibration.images == HELD_OUT:  # the temperature is fitted to the other half
+        logits, labels = logits[1::2], labels[1::2]
     before = compute_error(logits * calibration.temperature, labels)
     after = compute_error(logits, labels)
     by_chance = compute_error_by_chance(logits)

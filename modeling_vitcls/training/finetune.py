@@ -86,11 +86,14 @@ def build_training_setup(
         options, model, initial.has_random_weights, new_parameter_names, labels.kind
     )
     probe = None
+    build_pass = partial(FrozenPass, **evaluator_arguments)
     summary_lines = {}
     if missing_probe_reason is None:
         probe = Probe(
             model=model,
-            arguments=evaluator_arguments,
+            processor=processor,
+            accelerator=accelerator,
+            build_pass=build_pass,
             max_images=None if options.trainable == "head" else MAX_PROBE_IMAGES,
             fit=options.fit,
             pooling=options.pooling,
@@ -108,9 +111,7 @@ def build_training_setup(
         f"{len(names)} of {column!r}" for column, names in labels.columns.items()
     )
 
-    build_pass = None
-    if labels.kind == "single_label_classification" and options.statistics:
-        build_pass = partial(FrozenPass, **evaluator_arguments)
+    has_statistics = labels.kind == "single_label_classification" and options.statistics
     teacher_name = options.teacher
     return TrainingSetup(
         model,
@@ -130,7 +131,7 @@ def build_training_setup(
             "label_column": list(options.label_column or labels.columns),
             "label_separator": options.label_separator,
         },
-        build_pass=build_pass,
+        build_pass=build_pass if has_statistics else None,
         probe=probe,
     )
 

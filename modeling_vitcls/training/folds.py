@@ -14,9 +14,8 @@ import torch
 
 from ..data.labels import LabelSpace
 from ..hub.model_files import PREDICTIONS_FILE
-from ..inference.evaluator import round_floats
+from ..inference.evaluator import build_predictions, round_floats
 from ..inference.image_pass import ImageOutput
-from ..inference.per_image import Predictions
 from ..runtime.distributed import build_accelerator, run_on_main
 from ..runtime.files import write_json
 from .output_folder import METRICS_FILE
@@ -54,8 +53,11 @@ def run_folds(options: Any, train_fold: Callable[[Any], dict[str, Any]]) -> dict
     text = f"mean {format_metric(metric, mean)} over {len(folds)} folds"
 
     accelerator = build_accelerator()
-    pooled = run_on_main(accelerator, lambda: pool_predictions(options.output_dir, results))
-    if pooled is not None:
+    rows = run_on_main(accelerator, lambda: read_predictions(options.output_dir, results))
+    if rows is not None:
+        names = [row["name"] for row in results[0]["per_class"]]
+        label_space = LabelSpace("single_label_classification", {"label": names})
+        pooled = build_predictions(label_space, rows, accelerator).metrics
         summary |= pooled
         low, high = (100 * value for value in pooled["accuracy_interval"])
         text = (
@@ -68,8 +70,8 @@ def run_folds(options: Any, train_fold: Callable[[Any], dict[str, Any]]) -> dict
     return summary
 
 
-def pool_predictions(folder: Path, results: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """Return the metrics of the held-out images of all folds; None without one label per image."""
+def read_predictions(folder: Path, results: list[dict[str, Any]]) -> list[ImageOutput] | None:
+    """Return the predictions of all folds; None without one label per image."""
     import pandas as pd
 
     files = [folder / f"fold-{index}" / PREDICTIONS_FILE for index in range(1, len(results) + 1)]
@@ -77,7 +79,7 @@ def pool_predictions(folder: Path, results: list[dict[str, Any]]) -> dict[str, A
         return None
     names = [row["name"] for row in results[0]["per_class"]]
     table = pd.concat([pd.read_parquet(file) for file in files])
-    rows = [
+    return [
         ImageOutput(
             index=index,
             label=torch.tensor(names.index(label)),
@@ -88,5 +90,3 @@ def pool_predictions(folder: Path, results: list[dict[str, Any]]) -> dict[str, A
             zip(table["label"], table["probabilities"], table["image"], strict=True)
         )
     ]
-    label_space = LabelSpace("single_label_classification", {"label": names})
-    return Predictions(label_space, rows).compute_metrics()

@@ -21,7 +21,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object, send_to_device
-from scipy.stats import norm
 from torch import nn
 
 from ..data.batches import Batch
@@ -49,8 +48,6 @@ Evaluate = Callable[[Any], Metrics]
 # Maximum number of consecutive steps that the fp16 loss scaler may skip. After one more skipped
 # step, the scale would be 2^20 times smaller.
 MAX_CONSECUTIVE_OVERFLOWS = 19
-# maximum fraction of runs in which the best evaluation replaces an equal frozen model by chance
-MAX_CHANCE = 0.05
 
 
 @dataclass
@@ -64,8 +61,8 @@ class TrainingState:
     optimizer: torch.optim.Optimizer
     ema: Ema | None = None
     step: int = 0  # number of completed optimizer steps
-    best_score: float | None = None  # best score of all evaluations so far
-    margin: float = 0.0  # by which an evaluation must exceed the best score: see `evaluate_step`
+    # of the best evaluation so far, or a higher one that is required to replace the frozen model
+    score_to_exceed: float | None = None
     # scores of all evaluations after the first step, in order
     scores: list[float] = field(default_factory=list)
     # losses of the steps since the last record
@@ -291,53 +288,35 @@ class TrainingLoop:
 
     # Evaluation and records -----------------------------------------------------------------------
 
-    def evaluate(self, evaluate_model: Evaluate | None = None) -> Metrics:
+    def evaluate(self) -> Metrics:
         """Return the metrics of an evaluation, of the averaged weights if EMA is used."""
-        evaluate_model = evaluate_model or self.evaluate_model
         start_time = time.perf_counter()
         self.state.model.eval()
         with nullcontext() if self.state.ema is None else self.state.ema.use_averaged_weights():
-            metrics = evaluate_model(self.state.model)
+            metrics = self.evaluate_model(self.state.model)
         reshard(self.state.model)
         set_train_mode(self.state.model)
         self.evaluation_seconds.append(time.perf_counter() - start_time)
         return metrics
 
-    def evaluate_step(self, evaluate_model: Evaluate | None = None) -> Metrics:
-        """Evaluate the model, log the pending record, and save a checkpoint of the best model.
-
-        `evaluate_model` replaces the evaluation of the loop: for the frozen model, whose features
-        are known.
-        The accuracy of the frozen model (step 0) must be exceeded by so many of its standard errors
-        that the best of all evaluations would exceed it by chance in at most `MAX_CHANCE` of runs
-        (one-sided, Bonferroni): 2.6 standard errors for 10 evaluations, 2.9 for 30.
-        """
+    def evaluate_step(self) -> Metrics:
+        """Evaluate the model, log the pending record, and save a checkpoint of the best model."""
         state = self.state
-        metrics = self.evaluate(evaluate_model)
+        metrics = self.evaluate()
         score = metrics.get(self.selection_metric)
 
         self.is_best = False
-        if score is not None and state.step:
+        if score is not None:
             state.scores.append(score)
-        if score is not None and (
-            state.best_score is None or score > state.best_score + state.margin
-        ):
-            self.is_best = True
-            state.best_score = score
-            state.margin = 0.0
-            if not state.step:
-                num_epochs = self.plan.count_epochs(self.plan.num_steps)
-                num_evaluations = num_epochs // self.options.evaluate_every
-                num_evaluations = max(min(num_evaluations, self.plan.num_steps), 1)
-                num_errors = float(norm.isf(MAX_CHANCE / num_evaluations))
-                state.margin = num_errors * math.sqrt(score * (1 - score) / metrics["num_images"])
+            self.is_best = state.score_to_exceed is None or score > state.score_to_exceed
+        if self.is_best:
+            state.score_to_exceed = score
 
         scalars = {
             f"{self.evaluated_images}_{name}": value
             for name, value in select_scalars(metrics).items()
         }
-        if state.pending_record:  # empty before the first step
-            self.log(state.pending_record | scalars)
+        self.log(state.pending_record | scalars)
         state.pending_record = {}
 
         if self.is_best:
@@ -385,6 +364,11 @@ class TrainingLoop:
         """Return the training time so far in seconds, including the time before --resume."""
         return self.state.earlier_seconds + time.perf_counter() - self.start_time
 
+    def save_as_best(self, score_to_exceed: float) -> None:
+        """Save a checkpoint that is the best one until an evaluation exceeds a score."""
+        self.state.score_to_exceed = score_to_exceed
+        self.save(True)
+
     def save(self, is_best: bool) -> None:
         """Save a checkpoint with everything that `restore` requires.
 
@@ -394,8 +378,7 @@ class TrainingLoop:
         state = self.state
         metadata = self.run_metadata | {
             "step": state.step,
-            "best_score": state.best_score,
-            "margin": state.margin,
+            "score_to_exceed": state.score_to_exceed,
             "scores": state.scores,
             "training_seconds": self.get_training_seconds(),
             "recent_losses": gather_object([state.recent_losses]),
@@ -422,8 +405,7 @@ class TrainingLoop:
         metadata = checkpoint.metadata
         scatter_state(checkpoint, self.accelerator, state.model, state.optimizer, state.shadow)
         state.step = checkpoint.step
-        state.best_score = metadata["best_score"]
-        state.margin = metadata["margin"]
+        state.score_to_exceed = metadata["score_to_exceed"]
         state.scores = metadata["scores"]
 
         losses_by_process = metadata["recent_losses"]

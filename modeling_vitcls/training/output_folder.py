@@ -45,7 +45,7 @@ from ..hub.model_files import (
     list_export_files,
 )
 from ..hub.provenance import find_provenance
-from ..inference.evaluator import Evaluator
+from ..inference.evaluator import Predictions
 from ..inference.per_image import write_predictions
 from ..inference.speed import measure_inference_speed
 from ..runtime.distributed import run_on_main
@@ -192,10 +192,10 @@ def save_output(
     options: FinetuneOptions | PretrainOptions,
     initial: InitialModel,
     accelerator: Accelerator,
-    evaluator: Evaluator | None,
+    predictions: Predictions | None,
     nearest_images: dict[int, list[str]] | None,
 ) -> None:
-    """Write the model, the image processor, results.json and the evaluator's predictions.
+    """Write the model, the image processor, results.json and the predictions.
 
     All processes must call this function. Raise RunStopped on all processes if the folder cannot be
     written.
@@ -225,10 +225,10 @@ def save_output(
                     initial=initial,
                 )
                 write_splits(data.build_splits_table(), folder)
-                if evaluator is not None:
+                if predictions is not None:
                     weights_hash = read_json(folder / RESULTS_FILE)["weights_sha256"]
                     file = folder / PREDICTIONS_FILE
-                    write_predictions(file, evaluator, weights_hash, nearest_images)
+                    write_predictions(file, predictions, weights_hash, nearest_images)
         except WRITE_ERRORS as error:
             raise OSError(format_error(error)) from error
 

@@ -21,21 +21,22 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from sklearn.neighbors import NearestNeighbors
 from threadpoolctl import threadpool_limits
 from torch import nn
 
 from ..data.aspect_ratio import describe_fit, get_fit, read_sizes, set_fit
 from ..data.images import LabeledImages
-from ..data.splits import MAX_CLASS_RATIO
-from ..inference.evaluator import round_floats
+from ..data.labels import LabelSpace
+from ..data.splits import MAX_CLASS_RATIO, TrainingData
+from ..inference.evaluator import Predictions, build_predictions, round_floats
 from ..inference.frozen_features import (
     OWN_POOLING,
     FeatureLayout,
     Features,
     FrozenPass,
     concatenate_features,
-    ignore_message,
 )
 from ..inference.image_pass import ImageOutput
 from ..inference.linear_probe import (
@@ -50,7 +51,6 @@ from ..inference.linear_probe import (
 from ..model.heads_vitcls import build_pooler
 from ..runtime.distributed import run_on_main
 from ..runtime.progress import report_work
-from .reporter import Reporter
 
 
 MAX_PROBE_IMAGES = (
@@ -135,47 +135,37 @@ def explain_missing_steps(
 
 
 @dataclass(frozen=True)
-class FittedProbe:
-    """A fitted probe, and the features that it is fitted to and evaluated on."""
+class FrozenModel:
+    """The classifier of a frozen encoder, and the features that it was fitted to.
+
+    Attributes:
+        probe: the classifier.
+        record: what was chosen, for results.json.
+        features: of the training images; the first ones are those of the choice.
+        selection, held_out: of the other images, if there are any.
+    """
 
     probe: LinearProbe
-    record: dict[str, Any]  # for results.json
-    features: Features  # of the N training images; the first ones are those of the choice
-    sources: list[tuple[LabeledImages, np.ndarray]]  # datasets of the N images, and indices in each
-    num_chosen_images: int  # of the choice
-    selection: FrozenPass | None
-    held_out: FrozenPass | None
+    record: dict[str, Any]
+    features: Features
+    selection: Features | None
+    held_out: Features | None
 
     def refit(self, with_selection: bool) -> LinearProbe:
         """Fit the probe to the training images and, on request, to the selection images."""
         features = self.features
         if with_selection and self.selection is not None:
-            features = concatenate_features(features, self.selection.features)
-        if len(features.labels) > self.num_chosen_images:
+            features = concatenate_features(features, self.selection)
+        if len(features.labels) > len(self.probe.losses_):  # more than those of the choice
             self.probe.refit(features.get_tokens(), features.labels)
         return self.probe
-
-    def get_names(self) -> list[str]:
-        """Return the names of the training images."""
-        names: list[str] = []
-        for dataset, indices in self.sources:
-            names += dataset.select(indices.tolist()).images.get_names()
-        return names
 
     def list_out_of_fold_rows(self, num_labels: int) -> list[ImageOutput]:
         """Return the training images with logits of a classifier that was not fitted to them."""
         probabilities = expand_classes(self.probe.out_of_fold_, self.probe.classes_, num_labels)
-        logits = np.log(np.maximum(probabilities, MIN_PROBABILITY)).astype(np.float32)
-        names = self.get_names()
-        return [
-            ImageOutput(
-                index=int(self.features.indices[row]),
-                label=torch.tensor(self.features.labels[row]),
-                values=logits[row],
-                name=names[row],
-            )
-            for row in np.flatnonzero(np.isfinite(logits[:, 0]))
-        ]
+        known = np.flatnonzero(np.isfinite(probabilities[:, 0]))
+        logits = np.log(np.maximum(probabilities[known], MIN_PROBABILITY)).astype(np.float32)
+        return self.features.take(known).build_rows(logits)
 
     def find_nearest_images(self, rows: Sequence[ImageOutput]) -> dict[int, list[str]]:
         """Return the names of the nearest training images of some images, by the index of each.
@@ -185,23 +175,20 @@ class FittedProbe:
         """
         if not rows:
             return {}
-        is_held_out = self.held_out is not None
-        features = self.held_out.features if self.held_out is not None else self.features
-        features = features.take(np.isin(features.indices, [row.index for row in rows]))
         tokens = self.probe.candidate_.tokens
         own = stack_tokens(self.features.get_tokens(), tokens)
-        num_nearest = min(NUM_NEAREST_IMAGES + (not is_held_out), len(own))
+        others = self.features if self.held_out is None else self.held_out
+        others = others.take(np.isin(others.indices, [row.index for row in rows]))
+        num_nearest = min(NUM_NEAREST_IMAGES + (self.held_out is None), len(own))
         neighbors = NearestNeighbors(n_neighbors=num_nearest, metric="cosine").fit(own)
         nearest = neighbors.kneighbors(
-            stack_tokens(features.get_tokens(), tokens), return_distance=False
+            stack_tokens(others.get_tokens(), tokens), return_distance=False
         )
-        names = self.get_names()
         found = {}
-        for index, columns in zip(features.indices.tolist(), nearest.tolist(), strict=True):
-            others = [
-                row for row in columns if is_held_out or int(self.features.indices[row]) != index
-            ]
-            found[index] = [names[row] for row in others[:NUM_NEAREST_IMAGES]]
+        for index, columns in zip(others.indices.tolist(), nearest, strict=True):
+            if self.held_out is None:  # the image itself is the nearest
+                columns = columns[self.features.indices[columns] != index]
+            found[index] = self.features.names[columns[:NUM_NEAREST_IMAGES]].tolist()
         return found
 
 
@@ -211,7 +198,9 @@ class Probe:
 
     Attributes:
         model: the classifier. The probe replaces its pooler and its classifier.
-        arguments: arguments of `FrozenPass`, except for the images and the layout.
+        processor: image processor. The probe may change its geometry.
+        accelerator: defines the device and the processes.
+        build_pass: returns a `FrozenPass` for images and a layout.
         max_images: maximum number of training images; None for all.
         fit, pooling, pooled_layers: settings of the user, which are not searched; None to choose.
         class_weight: as in `LinearProbe.fit`.
@@ -219,7 +208,9 @@ class Probe:
     """
 
     model: Any
-    arguments: dict[str, Any]
+    processor: Any
+    accelerator: Accelerator
+    build_pass: Callable[..., FrozenPass]
     max_images: int | None
     fit: str | None = None
     pooling: str | None = None
@@ -228,12 +219,8 @@ class Probe:
     has_statistics: bool = True
 
     @property
-    def processor(self) -> Any:
-        return self.arguments["processor"]
-
-    @property
-    def accelerator(self) -> Any:
-        return self.arguments["accelerator"]
+    def device(self) -> torch.device:
+        return self.accelerator.device
 
     @property
     def layers(self) -> tuple[int, ...] | None:
@@ -244,104 +231,92 @@ class Probe:
         indices = config.resolve_layers(self.pooled_layers)
         return tuple(index - config.num_hidden_layers - 1 for index in indices)
 
-    def run(self, data: Any, reporter: Reporter, is_final: bool) -> FittedProbe:
+    def run(self, data: TrainingData, warn: Callable[[str], None], is_final: bool) -> FrozenModel:
         """Choose and fit the classifier, and set it as that of the model.
 
         Args:
             data: training data. Selection and held-out images pass the encoder once, too.
-            reporter: prints the choice.
+            warn: prints a warning about an unreadable image. Steps that follow report those of the
+                training images.
             is_final: whether no training follows. The classifier is then also fitted to the
                 selection images.
         """
+        assert isinstance(data.train, LabeledImages)
         start_time = time.perf_counter()
+        warn_of_training = warn if is_final else ignore_message
         num_layers = max(NUM_LAST_LAYERS, *(-layer for layer in self.layers or (-1,)))
         layout = FeatureLayout.from_config(self.model.config, num_layers)
-        images = data.train.draw(self.max_images)
-        first_images, other_images = split_at_random(images, MAX_CHOICE_IMAGES)
+        first, others = draw_parts(len(data.train), self.max_images)
+        features = self.compute_features(data.train, layout, warn_of_training, first)
 
         # Geometry, on training images
-        features = self.compute_features(first_images, layout).features
         comparison = None
         if (
             self.fit is None
             and get_fit(self.processor) != SQUASH
-            and has_various_shapes(first_images)
+            and has_various_shapes(data.train.select(first))
         ):
-            features, comparison = self.compare_with_squash(first_images, features)
+            features, comparison = self.compare_with_squash(data.train, features)
 
         # Head, layers and tokens, on all images that are not held out if no training follows
-        sources = [(first_images, features.indices)]
         selection = None
         if data.selection is not None and len(data.selection):
-            selection = self.compute_features(data.selection, layout, warn=reporter.warn)
+            selection = self.compute_features(data.selection, layout, warn)
             if is_final:
-                features = concatenate_features(features, selection.features)
-                sources.append((data.selection, selection.features.indices))
+                features = concatenate_features(features, selection)
                 selection = None
-        groups = find_groups(sources)
-        chosen = run_on_main(self.accelerator, lambda: self.choose(features, groups))
-        num_chosen_images = len(features.labels)
+        chosen = run_on_main(self.accelerator, partial(self.choose, features))
+        chosen_features = features
 
         # The other images
-        if len(other_images):
-            others = self.compute_features(other_images, layout).features
-            features = concatenate_features(features, others)
-            sources.append((other_images, others.indices))
+        if len(others):
+            other_features = self.compute_features(data.train, layout, warn_of_training, others)
+            features = concatenate_features(features, other_features)
         held_out = None
         if len(data.held_out):
-            held_out = self.compute_features(data.held_out, layout, warn=reporter.warn)
-        record = build_probe_record(chosen, features, num_chosen_images)
-        record |= {"fit": get_fit(self.processor)} | (
-            {"geometry": comparison} if comparison else {}
-        )
+            held_out = self.compute_features(data.held_out, layout, warn)
+
+        record = build_probe_record(chosen, len(features.labels))
+        record["fit"] = get_fit(self.processor)
+        if comparison:
+            record["geometry"] = comparison
         if is_final and data.class_ratio > MAX_CLASS_RATIO and self.class_weight is None:
-            record |= {"balanced": self.measure_class_weights(chosen, features, groups)}
-        fitted = FittedProbe(
-            probe=chosen,
-            record=record,
-            features=features,
-            sources=sources,
-            num_chosen_images=num_chosen_images,
-            selection=selection,
-            held_out=held_out,
-        )
+            record["balanced"] = self.measure_class_weights(chosen, chosen_features)
+        frozen = FrozenModel(chosen, record, features, selection, held_out)
         self.set_pooling(chosen.candidate_)
-        self.set_classifier(fitted, is_final)
+        self.set_classifier(frozen, is_final)
         record["seconds"] = round(time.perf_counter() - start_time, 1)
-        if reporter.printed_metrics:  # none in a dry run
-            fit_text = describe_geometry(record) or describe_fit(self.processor, images.images)
-            reporter.print_line("fit", fit_text)
-            reporter.print_line("frozen", describe_probe(record))
-            if is_final and self.has_statistics and chosen.distance_threshold_ is None:
-                reporter.print_line(
-                    "unknown",
-                    f"predictions do not mark unknown images, which requires {MIN_DISTANCE_IMAGES} "
-                    "cross-validated images, and CLS or the mean of the patches as pooling",
-                )
-        return fitted
+        return frozen
 
     def compute_features(
         self,
         images: LabeledImages,
         layout: FeatureLayout,
-        warn: Callable[[str], None] = ignore_message,
-    ) -> FrozenPass:
-        """Pass images through the encoder.
+        warn: Callable[[str], None],
+        indices: np.ndarray | None = None,
+    ) -> Features:
+        """Pass images, or some of them, through the encoder."""
+        part = images if indices is None else images.select(indices)
+        features = self.build_pass(part, layout, warn=warn)(self.model.to(self.device).eval())
+        return features if indices is None else replace(features, indices=indices[features.indices])
 
-        Training reports unreadable images, so that the default does not.
-        """
-        frozen_pass = FrozenPass(images, layout, **(self.arguments | {"warn": warn}))
-        frozen_pass(self.model.to(self.accelerator.device).eval())
-        return frozen_pass
+    @torch.no_grad()
+    def predict(
+        self, frozen: FrozenModel, features: Features, label_space: LabelSpace
+    ) -> Predictions:
+        """Return the predictions of the model's classifier for features, without the encoder."""
+        inputs = stack_tokens(features.get_tokens(), frozen.probe.candidate_.tokens)
+        logits = self.model.classifier(torch.from_numpy(inputs).float().to(self.device))
+        rows = features.build_rows((logits / self.model.config.temperature).cpu().numpy())
+        predictions = build_predictions(label_space, rows, self.accelerator)
+        predictions.metrics["num_unreadable_images"] = features.num_unreadable
+        return predictions
 
-    def measure_class_weights(
-        self, chosen: LinearProbe, features: Features, groups: np.ndarray | None
-    ) -> dict[str, float]:
+    def measure_class_weights(self, chosen: LinearProbe, features: Features) -> dict[str, float]:
         """Return what class weights would change in cross-validation."""
-        labels = features.labels[: len(chosen.losses_)]
-        chosen_features = features.take(np.arange(len(features.labels)) < len(labels))
         weighted = replace(self, class_weight="balanced")
-        other = run_on_main(self.accelerator, partial(weighted.choose, chosen_features, groups))
+        other = run_on_main(self.accelerator, partial(weighted.choose, features))
+        labels = features.labels
         record = {}
         for suffix, probe in (("_without", chosen), ("", other)):
             known = np.isfinite(probe.losses_)
@@ -352,12 +327,12 @@ class Probe:
             record[f"accuracy{suffix}"] = float(is_right[known].mean())
         return round_floats(record)
 
-    def choose(self, features: Features, groups: np.ndarray | None) -> LinearProbe:
+    def choose(self, features: Features) -> LinearProbe:
         """Choose and fit the classifier, by cross-validation."""
         # The matrices are small: with more threads, the fits take more time in total.
         with report_work("cross-validation"), threadpool_limits(limits=1):
             return LinearProbe(self.layers, self.pooling).fit(
-                features.get_tokens(), features.labels, groups, self.class_weight
+                features.get_tokens(), features.labels, features.groups, self.class_weight
             )
 
     # Geometry -------------------------------------------------------------------------------------
@@ -371,25 +346,24 @@ class Probe:
         processor is set to the chosen geometry.
 
         Args:
-            images: images of the choice.
-            own: their features with the checkpoint's own geometry.
+            images: training images.
+            own: features of those of the choice, with the checkpoint's own geometry.
 
         Returns:
             The features of all images with the chosen geometry, and the record of the comparison.
         """
         own_fit = get_fit(self.processor)
         own_settings = {name: getattr(self.processor, name) for name in GEOMETRY_SETTINGS}
-        num_compared = min(MAX_SQUASHED_IMAGES, round(SQUASHED_FRACTION * len(images)))
-        is_compared = np.zeros(len(images), dtype=bool)
-        is_compared[np.random.default_rng(0).permutation(len(images))[:num_compared]] = True
+        num_compared = min(MAX_SQUASHED_IMAGES, round(SQUASHED_FRACTION * len(own.labels)))
+        order = np.random.default_rng(0).permutation(len(own.labels))
+        compared = np.sort(own.indices[order[:num_compared]])
         self.set_geometry(SQUASH)
-        squashed = self.compute_part(images, is_compared, own.layout)
+        squashed = self.compute_features(images, own.layout, ignore_message, compared)
 
         losses = {}
-        shared = np.intersect1d(own.indices[is_compared[own.indices]], squashed.indices)
-        for fit, features in ((own_fit, own), (SQUASH, squashed)):
-            part = features.take(np.isin(features.indices, shared))
-            probe = run_on_main(self.accelerator, partial(self.choose, part, None))
+        part = own.take(np.isin(own.indices, squashed.indices))
+        for fit, features in ((own_fit, part), (SQUASH, squashed)):
+            probe = run_on_main(self.accelerator, partial(self.choose, features))
             if probe.num_folds_:
                 losses[fit] = probe.losses_
         record: dict[str, Any] = {}
@@ -397,22 +371,15 @@ class Probe:
         if len(losses) == 2:  # with fewer, there are too few images to compare
             is_squashed = is_clearly_worse(losses[own_fit], losses[SQUASH], 1.0)
             means = {fit: float(np.nanmean(values)) for fit, values in losses.items()}
-            record = {"num_images": len(shared), "losses": means}
+            record = {"num_images": len(squashed.labels), "losses": means}
 
         if is_squashed:
-            others = self.compute_part(images, ~is_compared, own.layout)
+            remaining = np.setdiff1d(own.indices, compared)
+            others = self.compute_features(images, own.layout, ignore_message, remaining)
             return concatenate_features(squashed, others), record
         for name, value in own_settings.items():  # `set_fit` would not know the size before a crop
             setattr(self.processor, name, value)
         return own, record
-
-    def compute_part(
-        self, images: LabeledImages, is_chosen: np.ndarray, layout: FeatureLayout
-    ) -> Features:
-        """Compute the features of some of the images; the indices are those among all images."""
-        indices = np.flatnonzero(is_chosen)
-        features = self.compute_features(images.select(indices.tolist()), layout).features
-        return replace(features, indices=indices[features.indices])
 
     def set_geometry(self, fit: str) -> None:
         set_fit(self.processor, fit, self.model.config.image_height_width)
@@ -421,7 +388,8 @@ class Probe:
 
     def restore(self, record: dict[str, Any]) -> None:
         """Set the geometry and the pooling that an interrupted run chose."""
-        self.set_geometry(record["fit"])
+        if record["fit"] != get_fit(self.processor):
+            self.set_geometry(record["fit"])
         self.set_pooling(Candidate(record["head"], tuple(record["layers"]), record["pooling"]))
 
     def set_pooling(self, candidate: Candidate) -> None:
@@ -432,16 +400,16 @@ class Probe:
             config.pooled_layers = None if candidate.layers == (-1,) else list(candidate.layers)
             self.model.vitcls.pooler = build_pooler(config)
         self.model.build_classifiers()
-        self.model.to(self.accelerator.device)
+        self.model.to(self.device)
 
-    def set_classifier(self, fitted: FittedProbe, is_final: bool) -> None:
+    def set_classifier(self, frozen: FrozenModel, is_final: bool) -> None:
         """Set the classifier of the model to the fitted one.
 
         A final classifier is fitted to the selection images, too, and has a temperature. If
         training follows, the temperature is part of the weights, so that the loss starts low.
         """
         with report_work("fitting the classifier"):
-            probe = run_on_main(self.accelerator, partial(fitted.refit, with_selection=is_final))
+            probe = run_on_main(self.accelerator, partial(frozen.refit, with_selection=is_final))
         num_labels = self.model.config.num_labels
         scale = 1.0 if is_final else probe.temperature_
         weight = expand_classes(probe.weight_.T / scale, probe.classes_, num_labels).T
@@ -463,41 +431,30 @@ def expand_classes(values: np.ndarray, classes: np.ndarray, num_labels: int) -> 
     return expanded
 
 
-def find_groups(sources: list[tuple[LabeledImages, np.ndarray]]) -> np.ndarray | None:
-    """Return the group [N] of each image: those of the data, or copies of an image.
-
-    It is None if the images have no groups and cannot be compared.
-    """
-    parts = [dataset.select(indices.tolist()) for dataset, indices in sources]
-    if all(part.groups is not None for part in parts):
-        return np.concatenate([part.groups for part in parts])
-    return np.concatenate([part.images.compute_content_keys() for part in parts])
-
-
 def has_various_shapes(images: LabeledImages) -> bool:
     """Return whether the median image of a sample is clearly not square."""
     ratios = [max(size) / min(size) for size in read_sizes(images.images)]
     return bool(ratios) and median(ratios) >= MIN_ASPECT_RATIO
 
 
-def split_at_random(images: LabeledImages, num_images: int) -> tuple[LabeledImages, LabeledImages]:
-    """Return `num_images` random images, and the other images."""
-    order = np.random.default_rng(0).permutation(len(images))
-    first = np.sort(order[:num_images])
-    others = np.sort(order[num_images:])
-    return images.select(first.tolist()), images.select(others.tolist())
+def draw_parts(num_images: int, max_images: int | None) -> tuple[np.ndarray, np.ndarray]:
+    """Draw images, and return the indices of those of the choice and of the others, in order."""
+    order = np.random.default_rng(0).permutation(num_images)[:max_images]
+    return np.sort(order[:MAX_CHOICE_IMAGES]), np.sort(order[MAX_CHOICE_IMAGES:])
+
+
+def ignore_message(message: str) -> None:
+    """Ignore a warning about an image that is reported elsewhere."""
 
 
 # Record -------------------------------------------------------------------------------------------
 
 
-def build_probe_record(
-    probe: LinearProbe, features: Features, num_chosen_images: int
-) -> dict[str, Any]:
+def build_probe_record(probe: LinearProbe, num_images: int) -> dict[str, Any]:
     """Return the choice and the results of all candidates for results.json."""
     record: dict[str, Any] = {
-        "num_training_images": len(features.labels),
-        "num_images_of_choice": num_chosen_images,
+        "num_training_images": num_images,
+        "num_images_of_choice": len(probe.losses_),
         "num_folds": probe.num_folds_,
         "head": probe.candidate_.head,
         "layers": list(probe.candidate_.layers),
@@ -526,6 +483,26 @@ def describe_probe(record: dict[str, Any]) -> str:
         f"candidates in {record['num_folds']}-fold cross-validation "
         f"({describe_candidate(default)}: {default['loss']:.2f})"
     )
+
+
+def describe_frozen(
+    probe: Probe, frozen: FrozenModel, images: Any, is_final: bool
+) -> dict[str, str | None]:
+    """Return the lines about a frozen model: its geometry, its classifier, and what it lacks.
+
+    `images` are training images, of which a crop shows a part.
+    """
+    unknown = None
+    if is_final and probe.has_statistics and frozen.probe.distance_threshold_ is None:
+        unknown = (
+            f"predictions do not mark unknown images, which requires {MIN_DISTANCE_IMAGES} "
+            "cross-validated images, and CLS or the mean of the patches as pooling"
+        )
+    return {
+        "fit": describe_geometry(frozen.record) or describe_fit(probe.processor, images),
+        "frozen": describe_probe(frozen.record),
+        "unknown": unknown,
+    }
 
 
 def describe_geometry(record: dict[str, Any]) -> str | None:

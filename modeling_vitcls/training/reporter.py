@@ -7,6 +7,7 @@ main process prints and writes.
 import json
 import math
 from collections import Counter
+from collections.abc import Mapping
 from contextlib import suppress
 from datetime import timedelta
 from itertools import chain
@@ -60,6 +61,12 @@ class Reporter:
     def print_line(self, name: str, text: str) -> None:
         """Print one line of the summary."""
         self.console.print(f"{name:<9} {format_message(text)}", markup=False)
+
+    def print_lines(self, lines: Mapping[str, str | None]) -> None:
+        """Print the lines that have a text."""
+        for name, text in lines.items():
+            if text:
+                self.print_line(name, text)
 
     def warn(self, message: str) -> None:
         """Print a highlighted warning."""

@@ -1,6 +1,6 @@
 """One training run, from options to a model folder. `run` reads from top to bottom.
 
-    options -> load -> describe -> probe of the frozen encoder -> steps -> calibration -> folder
+    options -> load -> describe -> frozen model -> steps -> choice -> calibration -> result -> folder
 
 What is trained is a `TrainingSetup` (finetune.py, pretrain.py); how the steps run is a
 `TrainingLoop` (loop.py). The run writes weights, configuration, code, image processor,
@@ -8,6 +8,7 @@ config.resolved.yaml, metrics.jsonl, checkpoints and finally results.json, which
 complete. publishing/ builds the report and the card from the folder.
 """
 
+import math
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
@@ -15,25 +16,27 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
 from accelerate import Accelerator
+from scipy.stats import norm
 from torch.distributed.fsdp import FSDPModule
 
 from ..data.batches import iterate_training_batches
 from ..data.image_folder import check_output_is_not_read
-from ..data.images import LabeledImages, UnreadableImageCounter
+from ..data.images import UnreadableImageCounter
+from ..data.sampling import BatchPlan
 from ..data.workers import explain_worker_errors
-from ..inference.evaluator import round_floats
-from ..inference.frozen_features import HeadEvaluator
-from ..inference.per_image import Predictions, get_outputs, is_labeled
+from ..inference.evaluator import Evaluator, Predictions, build_predictions, round_floats
 from ..runtime.distributed import configure_layer_sharding, run_on_main
 from ..runtime.errors import RunStopped, describe_error, is_raised_on_all_processes
 from ..runtime.flags import to_flags
 from ..runtime.staging import STAGING_FOLDER, FolderLock
 from . import finetune, pretrain
 from .calibration import (
+    ERROR_METRICS,
+    HELD_OUT,
+    SELECTION,
     Calibration,
     describe_probe_calibration,
     explain_missing_calibration,
@@ -48,10 +51,11 @@ from .model import check_preset_name
 from .optimizer import Ema, build_optimizer
 from .options import FinetuneOptions, PretrainOptions
 from .output_folder import save_output
-from .probe import FittedProbe
+from .probe import FrozenModel, describe_frozen
 from .resume import format_flag_value, resolve_local_paths
 from .run_inputs import Environment, Loaded, Options, load, print_summary, set_up
 from .run_results import (
+    Best,
     Result,
     Trained,
     build_results,
@@ -65,18 +69,32 @@ from .training_setup import TrainingSetup, build_training_images
 
 # default of --save-every in steps for streams, which have no epochs
 DEFAULT_STREAM_SAVE_EVERY = 1000
-ALL = slice(None)
-FIRST_HALF = slice(0, None, 2)
-SECOND_HALF = slice(1, None, 2)  # of the held-out images
+# maximum fraction of runs in which the best evaluation replaces an equal frozen model by chance
+MAX_CHANCE = 0.05
 
 
-@dataclass(frozen=True)
-class Evaluators:
+class Evaluators(NamedTuple):
     """The evaluations of a run: an `Evaluator`, or `evaluate_nothing` without images."""
 
     selection: Evaluate  # of the selection images or, without them, of the held-out images
     held_out: Evaluate
-    has_held_out: bool
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """What a run knows about its frozen model.
+
+    Attributes:
+        record: its choice, for results.json and checkpoints; None without a probe.
+        score: of the selection images.
+        num_images: number of the selection images.
+        model: the model; None in a resumed run, which has only what checkpoints contain.
+    """
+
+    record: dict[str, Any] | None = None
+    score: float | None = None
+    num_images: int = 0
+    model: FrozenModel | None = None
 
 
 def train(
@@ -130,17 +148,26 @@ def run(kind: ModuleType, asked: Options, on_checkpoint: Callable[[Path], None] 
             loaded = reduce_for_dry_run(loaded)
         print_summary(loaded, environment)
 
-        frozen = fit_probe(loaded, environment)
+        frozen = fit_frozen(loaded, environment)
         features_before = measure_features(loaded, environment)
-
         evaluators = build_evaluators(loaded)
         trained = train_steps(loaded, frozen, evaluators, environment, on_checkpoint)
-        result = finish_model(loaded, frozen, evaluators, trained, environment)
 
-        store_statistics(loaded, trained.loop.state.model)
-        features_after = measure_features(loaded, environment, trained.loop.state.model)
+        best = choose(loaded, frozen, trained, environment)
+        calibration = calibrate(loaded, best, evaluators)
+        result = measure(loaded, frozen, trained, best, calibration, evaluators)
+        environment.reporter.print_lines(result.lines)
+        store_statistics(loaded, best.model)
+        features_after = measure_features(loaded, environment, best.model)
+
         results = build_results(
-            loaded, trained, result, environment, features_before, features_after
+            loaded=loaded,
+            frozen_record=frozen.record,
+            trained=trained,
+            best=best,
+            result=result,
+            environment=environment,
+            features=(features_before, features_after),
         )
         save_output(
             loaded.setup,
@@ -149,7 +176,7 @@ def run(kind: ModuleType, asked: Options, on_checkpoint: Callable[[Path], None] 
             loaded.options,
             loaded.initial,
             accelerator,
-            evaluator=result.evaluator,
+            predictions=result.predictions,
             nearest_images=result.nearest_images,
         )
         if options.keep_checkpoints is None:
@@ -158,7 +185,7 @@ def run(kind: ModuleType, asked: Options, on_checkpoint: Callable[[Path], None] 
         print_end(results, loaded, trained, environment)
 
         # DDP must not outlive its process group: with torch 2.11, gloo may wait forever
-        del trained
+        del trained, best
         accelerator.free_memory()
         accelerator.end_training()
         return folder
@@ -167,22 +194,30 @@ def run(kind: ModuleType, asked: Options, on_checkpoint: Callable[[Path], None] 
 # Stages -------------------------------------------------------------------------------------------
 
 
-def fit_probe(loaded: Loaded, environment: Environment) -> FittedProbe | None:
+def fit_frozen(loaded: Loaded, environment: Environment) -> Frozen:
     """Start the classifier from a regression on the frozen encoder.
 
     A resumed run restores what the regression reads; the weights are those of the checkpoint.
     """
-    checkpoint, probe = environment.checkpoint, loaded.setup.probe
+    checkpoint, probe, data = environment.checkpoint, loaded.setup.probe, loaded.data
     if checkpoint is not None:
-        record = loaded.metadata["probe"] = checkpoint.metadata["probe"]
+        record = checkpoint.metadata["probe"]
         if record and probe is not None:
             probe.restore(record)
-        return None
-    frozen = None
-    if probe is not None:
-        frozen = probe.run(loaded.data, environment.reporter, is_final=not loaded.has_steps)
-    loaded.metadata["probe"] = frozen and frozen.record
-    return frozen
+        return Frozen(record, checkpoint.metadata["frozen_score"])
+    if probe is None:
+        return Frozen()
+
+    reporter = environment.reporter
+    model = probe.run(data, reporter.warn, is_final=not loaded.has_steps)
+    if not loaded.options.dry_run:
+        images = data.train.images
+        reporter.print_lines(describe_frozen(probe, model, images, not loaded.has_steps))
+    if model.selection is None:
+        return Frozen(model.record, model=model)
+    metrics = probe.predict(model, model.selection, data.label_space).metrics
+    score = metrics[loaded.setup.selection_metric]
+    return Frozen(model.record, score, metrics["num_images"], model)
 
 
 def measure_features(
@@ -203,13 +238,11 @@ def measure_features(
 
 def build_evaluators(loaded: Loaded) -> Evaluators:
     """Build the evaluations of selection and held-out images."""
-    data, setup = loaded.data, loaded.setup
-    has_held_out = data.num_held_out_images != 0
+    data, build = loaded.data, loaded.setup.build_evaluator
     held_out: Evaluate = evaluate_nothing
-    if has_held_out:
-        held_out = setup.build_evaluator(data.held_out)
-    selection = held_out if data.selection is None else setup.build_evaluator(data.selection)
-    return Evaluators(selection, held_out, has_held_out)
+    if data.num_held_out_images:
+        held_out = build(data.held_out)
+    return Evaluators(held_out if data.selection is None else build(data.selection), held_out)
 
 
 def evaluate_nothing(model: Any) -> dict[str, Any]:
@@ -219,15 +252,12 @@ def evaluate_nothing(model: Any) -> dict[str, Any]:
 
 def train_steps(
     loaded: Loaded,
-    frozen: FittedProbe | None,
+    frozen: Frozen,
     evaluators: Evaluators,
     environment: Environment,
     on_checkpoint: Callable[[Path], None] | None,
 ) -> Trained:
-    """Run the remaining steps, and load the selected weights.
-
-    Without steps, the frozen model is selected.
-    """
+    """Run the remaining steps; none if the run stops at the frozen model."""
     options = loaded.options
     data = loaded.data
     setup = loaded.setup
@@ -239,7 +269,6 @@ def train_steps(
     state = prepare_state(options, setup, accelerator)
     default_save_every = None if plan.num_images else DEFAULT_STREAM_SAVE_EVERY
     metrics: dict[str, Any] = {}
-    selected_step = None
 
     with (
         SignalHandler(accelerator) as signals,
@@ -260,7 +289,7 @@ def train_steps(
             save_every=options.save_every or default_save_every,
             evaluated_images="held_out" if data.selection is None else "selection",
             signals=signals,
-            run_metadata=loaded.metadata,
+            run_metadata=loaded.metadata | {"probe": frozen.record, "frozen_score": frozen.score},
             on_checkpoint=on_checkpoint,
         )
         if environment.checkpoint is not None:
@@ -271,188 +300,156 @@ def train_steps(
         if options.log_with:
             start_trackers(accelerator, options)
 
-        if not loaded.has_steps:
-            return Trained(loop, metrics, 0, loop.get_training_seconds())
-
-        if frozen is not None and frozen.selection is not None:
-            # the frozen model takes part in the selection, as step 0
-            loop.evaluate_step(HeadEvaluator(frozen.selection, frozen.probe.candidate_))
-
-        batches = iterate_training_batches(
-            images, plan, accelerator.process_index, options.num_workers, state.step
-        )
-        with closing(batches):  # closing stops the data loading workers
-            metrics = loop.run(batches)
-
-        if options.select == "best":
-            selected_step = loop.load_best_weights()
-            text = f"the checkpoint of step {selected_step:,}, with the best evaluation"
-            if selected_step == 0:
-                text = "the frozen model: fine-tuning was not clearly better"
-            reporter.print_line("selected", text)
-        seconds = loop.get_training_seconds()
-
-    if state.ema is not None:
-        state.ema.copy_to_model(state.ema.shadow)
-    return Trained(loop, metrics, selected_step, seconds)
+        if loaded.has_steps:
+            if frozen.model is not None and frozen.score is not None:
+                # the frozen model takes part in the selection, as step 0
+                loop.save_as_best(compute_bar(frozen, plan, options.evaluate_every))
+            batches = iterate_training_batches(
+                images, plan, accelerator.process_index, options.num_workers, state.step
+            )
+            with closing(batches):  # closing stops the data loading workers
+                metrics = loop.run(batches)
+    return Trained(loop, metrics, loop.get_training_seconds())
 
 
-def finish_model(
-    loaded: Loaded,
-    frozen: FittedProbe | None,
-    evaluators: Evaluators,
-    trained: Trained,
-    environment: Environment,
-) -> Result:
-    """Fit the classifier of a frozen model, calibrate it, and measure the held-out images.
+def compute_bar(frozen: Frozen, plan: BatchPlan, evaluate_every: int) -> float:
+    """Return the accuracy that an evaluation must exceed to be chosen over the frozen model.
 
-    A frozen model is fitted to all images that are not held out.
+    It is so many standard errors above that of the frozen model that the best of all evaluations
+    exceeds it by chance in at most `MAX_CHANCE` of runs (one-sided, Bonferroni): 2.6 standard
+    errors for 10 evaluations, 2.9 for 30.
     """
-    model = trained.loop.state.model.eval()
-    final = None
-    if trained.selected_step == 0:
-        final = refit_frozen_model(loaded, frozen, model, environment)
-    if final is not None and final.held_out is None and final.probe.num_folds_:
-        return measure_by_cross_validation(loaded, final, environment)
-
-    evaluate = evaluators.held_out
-    if final is not None and final.held_out is not None:
-        evaluate = HeadEvaluator(final.held_out, final.probe.candidate_)
-
-    calibration, reported = None, ALL
-    if loaded.setup.can_calibrate:
-        calibration, reported = calibrate(loaded, final, evaluators, evaluate, model)
-    if calibration is not None and calibration.is_fitted:
-        calibration.apply(loaded.setup.model.config)
-
-    keeps_predictions = loaded.setup.can_calibrate and evaluators.has_held_out
-    metrics = trained.metrics
-    if keeps_predictions or loaded.data.selection is not None or final is not None:
-        if keeps_predictions:
-            evaluate.keep_logits = True  # type: ignore[attr-defined]
-        metrics = evaluate(model)
-        reshard(model)
-
-    record: dict[str, Any] = {}
-    if calibration is not None:
-        text = calibration.text
-        if calibration.is_fitted:
-            record = calibration.to_dict()
-        if calibration.is_fitted and evaluators.has_held_out:
-            outputs = get_outputs(evaluate, reported)  # type: ignore[arg-type]
-            errors, errors_text = measure_errors(calibration, *outputs)
-            record |= errors
-            for key in ("calibration_error", "calibration_error_by_chance"):
-                metrics[key] = errors[key]
-            text += errors_text
-        environment.reporter.print_line("calibration", text)
-    if not keeps_predictions:
-        return Result(metrics, record or None, evaluator=None, nearest_images=None)
-    nearest_images = find_nearest_images(final or frozen, evaluate)
-    return Result(metrics, record or None, evaluate, nearest_images)
-
-
-def measure_by_cross_validation(
-    loaded: Loaded, final: FittedProbe, environment: Environment
-) -> Result:
-    """Return the result of a frozen model that was fitted to all images.
-
-    Each image is predicted by a classifier that was not fitted to it, and the accuracy is corrected
-    for the choice among the candidates.
-    """
-    setup, probe = loaded.setup, final.probe
-    rows = final.list_out_of_fold_rows(setup.model.config.num_labels)
-    predictions = Predictions(loaded.data.label_space, rows)
-    metrics = predictions.compute_metrics()
-    assert probe.estimate_ is not None
-    metrics |= round_floats(
-        {"accuracy": probe.estimate_.accuracy, "accuracy_interval": probe.estimate_.interval}
+    assert frozen.score is not None
+    num_evaluations = plan.count_epochs(plan.num_steps) // evaluate_every
+    num_evaluations = max(min(num_evaluations, plan.num_steps), 1)
+    num_errors = float(norm.isf(MAX_CHANCE / num_evaluations))
+    return frozen.score + num_errors * math.sqrt(
+        frozen.score * (1 - frozen.score) / frozen.num_images
     )
-    metrics["num_unreadable_images"] = 0
-
-    calibration = describe_probe_calibration(probe, len(rows))
-    environment.reporter.print_line("calibration", calibration.text)
-    record = calibration.to_dict() | {
-        key: metrics[key] for key in ("calibration_error", "calibration_error_by_chance")
-    }
-    wrong = [row for row in rows if row.values.argmax() != row.label]
-    return Result(metrics, record, predictions, final.find_nearest_images(wrong))
 
 
-def calibrate(
-    loaded: Loaded,
-    final: FittedProbe | None,
-    evaluators: Evaluators,
-    evaluate: Evaluate,
-    model: Any,
-) -> tuple[Calibration | None, slice]:
-    """Find the temperature of the classifier, on images that it was not fitted to.
+def choose(loaded: Loaded, frozen: Frozen, trained: Trained, environment: Environment) -> Best:
+    """Load the weights of the model that is saved: the best evaluation, or the last step.
 
-    Args:
-        loaded: what the run trains on.
-        final: the probe of a frozen model; None for a trained model.
-        evaluators: the evaluations of the run.
-        evaluate: the evaluation of the held-out images by the final model.
-        model: the final model.
-
-    Returns:
-        The calibration, None without images for it, and the held-out images that may measure its
-        error.
+    The classifier of a frozen model is fitted to all images that are not held out.
     """
-    selection = loaded.data.selection
-    if final is not None and final.probe.num_folds_:
-        return describe_probe_calibration(final.probe, final.num_chosen_images), ALL
+    loop, probe = trained.loop, loaded.setup.probe
+    step = None if loaded.has_steps else 0
+    if loaded.has_steps and loaded.options.select == "best":
+        with stop_on_errors(loaded.options.num_workers):
+            step = loop.load_best_weights()
+        text = f"the checkpoint of step {step:,}, with the best evaluation"
+        if step == 0:
+            text = "the frozen model: fine-tuning was not clearly better"
+        environment.reporter.print_line("selected", text)
+    if loop.state.ema is not None:
+        loop.state.ema.copy_to_model(loop.state.ema.shadow)
 
-    if selection is not None and loaded.has_steps:
-        if isinstance(selection, LabeledImages) and not has_enough_images(len(selection)):
-            return explain_missing_calibration(len(selection), images="selection"), ALL
-        outputs = compute_outputs(evaluators.selection, model)
-        return find_calibration(*outputs, images="selection"), ALL
-
-    if evaluators.has_held_out:
-        logits, labels = compute_outputs(evaluate, model)
-        calibration = find_calibration(logits[FIRST_HALF], labels[FIRST_HALF], images="held-out")
-        return calibration, SECOND_HALF
-    return None, ALL
-
-
-def find_nearest_images(frozen: FittedProbe | None, evaluate: Any) -> dict[int, list[str]] | None:
-    """Return the nearest training images of each wrong prediction, by frozen features.
-
-    Returns None without these features (random weights, a resumed run), or if images have several
-    labels.
-    """
-    if frozen is None or frozen.held_out is None:
-        return None
-    rows = [row for row in evaluate.rows if is_labeled(row)]
-    wrong = [row for row in rows if row.values.argmax() != row.label]
-    return frozen.find_nearest_images(wrong)
-
-
-def refit_frozen_model(
-    loaded: Loaded, frozen: FittedProbe | None, model: Any, environment: Environment
-) -> FittedProbe | None:
-    """Fit the classifier of the frozen model to the training and selection images.
-
-    A resumed run computes the features again. Returns None for a sharded model, whose classifier is
-    kept.
-    """
-    probe = loaded.setup.probe
-    if probe is None or isinstance(model, FSDPModule):
-        return None
-    if frozen is None:
-        return probe.run(loaded.data, environment.reporter, is_final=True)
+    score = frozen.score if step == 0 else loop.state.score_to_exceed
+    model = loop.state.model.eval()
+    # the classifier of a sharded model is kept
+    if step != 0 or probe is None or isinstance(model, FSDPModule):
+        return Best(model, step, score)
+    final = frozen.model
+    if final is None:  # a resumed run computes the features again
+        final = probe.run(loaded.data, environment.reporter.warn, is_final=False)
     if loaded.has_steps:
-        probe.set_classifier(frozen, is_final=True)
-    return frozen
+        probe.set_classifier(final, is_final=True)
+    return Best(model, step, score, final)
 
 
-def compute_outputs(evaluate: Any, model: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Return logits [N, L] and labels [N] of the images of an evaluator."""
-    evaluate.keep_logits = True
-    evaluate(model)
-    reshard(model)
-    return get_outputs(evaluate)
+def calibrate(loaded: Loaded, best: Best, evaluators: Evaluators) -> Calibration | None:
+    """Set the temperature of the classifier, from images that it was not fitted to.
+
+    Returns None without such images.
+    """
+    setup, selection = loaded.setup, loaded.data.selection
+    if not setup.can_calibrate:
+        return None
+    if best.frozen is not None and best.frozen.probe.num_folds_:
+        return describe_probe_calibration(best.frozen.probe)
+
+    calibration = None
+    if selection is not None and loaded.has_steps:
+        if not has_enough_images(len(selection)):
+            return explain_missing_calibration(len(selection), SELECTION)
+        assert isinstance(evaluators.selection, Evaluator)
+        calibration = find_calibration(evaluators.selection.predict(best.model), SELECTION)
+    elif predictions := predict_held_out(loaded, best, evaluators):
+        calibration = find_calibration(predictions, HELD_OUT)
+    reshard(best.model)
+    if calibration is not None and calibration.is_fitted:
+        calibration.apply(setup.model.config)
+    return calibration
+
+
+def predict_held_out(loaded: Loaded, best: Best, evaluators: Evaluators) -> Predictions | None:
+    """Return the predictions of the held-out images; None without images or one label for each."""
+    frozen, probe = best.frozen, loaded.setup.probe
+    if frozen is not None and probe is not None:
+        if frozen.held_out is None:
+            return None
+        return probe.predict(frozen, frozen.held_out, loaded.data.label_space)
+    if loaded.setup.can_calibrate and isinstance(evaluators.held_out, Evaluator):
+        return evaluators.held_out.predict(best.model)
+    return None
+
+
+def measure(
+    loaded: Loaded,
+    frozen: Frozen,
+    trained: Trained,
+    best: Best,
+    calibration: Calibration | None,
+    evaluators: Evaluators,
+) -> Result:
+    """Measure the held-out images or, for a frozen model without them, the training images.
+
+    Each training image is then predicted by a classifier that was not fitted to it, and the
+    accuracy is corrected for the choice among the candidates.
+    """
+    predictions = predict_held_out(loaded, best, evaluators)
+    errors: dict[str, float] = {}
+    text = "" if calibration is None else calibration.text
+    if predictions is not None:
+        metrics = predictions.metrics
+        if calibration is not None and calibration.is_fitted:
+            errors, errors_text = measure_errors(calibration, predictions)
+            metrics |= {name: errors[name] for name in ERROR_METRICS}
+            text += errors_text
+    elif best.frozen is not None and best.frozen.probe.num_folds_:
+        predictions = predict_out_of_fold(loaded, best.frozen)
+        metrics = predictions.metrics
+        errors = {name: metrics[name] for name in ERROR_METRICS}
+    elif best.frozen is not None or loaded.data.selection is not None:
+        metrics = evaluators.held_out(best.model)
+    else:
+        metrics = trained.metrics  # of the last evaluation
+    reshard(best.model)
+
+    record = None
+    if calibration is not None and calibration.is_fitted:
+        record = calibration.to_dict() | errors
+    nearest_images = None
+    compared = best.frozen or frozen.model
+    if predictions is not None and compared is not None:
+        nearest_images = compared.find_nearest_images(predictions.list_wrong())
+    return Result(metrics, record, predictions, nearest_images, {"calibration": text})
+
+
+def predict_out_of_fold(loaded: Loaded, frozen: FrozenModel) -> Predictions:
+    """Return the predictions of training images by classifiers that were not fitted to them."""
+    probe = loaded.setup.probe
+    assert probe is not None
+    assert frozen.probe.estimate_ is not None
+    estimate = frozen.probe.estimate_
+    rows = frozen.list_out_of_fold_rows(probe.model.config.num_labels)
+    predictions = build_predictions(loaded.data.label_space, rows, probe.accelerator)
+    predictions.metrics.update(
+        round_floats({"accuracy": estimate.accuracy, "accuracy_interval": estimate.interval})
+    )
+    predictions.metrics["num_unreadable_images"] = frozen.features.num_unreadable
+    return predictions
 
 
 # Parts --------------------------------------------------------------------------------------------

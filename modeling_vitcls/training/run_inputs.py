@@ -287,9 +287,7 @@ def print_summary(loaded: Loaded, environment: Environment) -> None:
             "steps": loaded.missing_steps_reason,
         }
 
-    for name, text in lines.items():
-        if text:
-            reporter.print_line(name, text)
+    reporter.print_lines(lines)
     setup = loaded.setup
     warnings = [
         *setup.describe_data(loaded.data),

@@ -16,6 +16,7 @@ from ..data.splits import MAX_CLASS_RATIO
 from ..hub.local_paths import is_local, make_relative, split_prefix
 from ..hub.model_files import PREDICTIONS_FILE, RESULTS_FILE, SPLITS_FILE
 from ..inference.class_statistics import ClassStatistics, Token
+from ..inference.evaluator import Predictions
 from ..inference.frozen_features import FeatureLayout
 from ..inference.linear_probe import KNOWN_RECALL, MIN_DISTANCE_IMAGES, NUM_LAST_LAYERS
 from ..model.modeling_vitcls import count_output_tokens
@@ -24,7 +25,7 @@ from . import pretrain
 from .dry_run import describe_dry_probe, describe_dry_run
 from .loop import TrainingLoop
 from .output_folder import CHECKPOINTS_FOLDER
-from .probe import CPU_FLOPS_PER_MINUTE
+from .probe import CPU_FLOPS_PER_MINUTE, FrozenModel
 from .reporter import describe_run, format_result
 from .run_inputs import Environment, Loaded
 
@@ -45,34 +46,61 @@ FLAGS_WITHOUT_FINE_TUNING = (
 
 @dataclass(frozen=True)
 class Trained:
-    """The model after the last step, with the selected weights."""
+    """The model after the last step."""
 
     loop: TrainingLoop
     metrics: dict[str, Any]  # of the last evaluation; empty if the run has no steps
-    selected_step: int | None  # None if no step was selected; 0 for the frozen model
     seconds: float
 
 
 @dataclass(frozen=True)
+class Best:
+    """The model that is saved, in evaluation mode.
+
+    Attributes:
+        model: the model from `Accelerator.prepare`, with the chosen weights.
+        step: the step that was chosen, 0 for the frozen model; None if none was chosen.
+        score: the metric of the choice, for the selection images.
+        frozen: the frozen model with its final classifier, if it was chosen.
+    """
+
+    model: Any
+    step: int | None
+    score: float | None
+    frozen: FrozenModel | None = None
+
+
+@dataclass(frozen=True)
 class Result:
-    """The metrics of the model that is saved, and its calibration."""
+    """The metrics of the model that is saved, and its calibration.
+
+    Attributes:
+        metrics, calibration: fields of results.json.
+        predictions: content of predictions.parquet, if the images have one label each.
+        nearest_images: names of the nearest training images of each wrong prediction, by its index.
+        lines: to print.
+    """
 
     metrics: dict[str, Any]
     calibration: dict[str, Any] | None
-    evaluator: Any  # whose outputs are written to predictions.parquet; None without predictions
-    # names of the nearest training images of each wrong prediction, by its index
+    predictions: Predictions | None
     nearest_images: dict[int, list[str]] | None
+    lines: dict[str, str]
 
 
 def build_results(
     loaded: Loaded,
+    frozen_record: dict[str, Any] | None,
     trained: Trained,
+    best: Best,
     result: Result,
     environment: Environment,
-    features_before: dict[str, Any] | None,
-    features_after: dict[str, Any] | None,
+    features: tuple[dict[str, Any] | None, dict[str, Any] | None],
 ) -> dict[str, Any]:
-    """Return the content of results.json."""
+    """Return the content of results.json.
+
+    `features` are the metrics of features before and after pre-training.
+    """
     data, setup, loop = loaded.data, loaded.setup, trained.loop
     results: dict[str, Any] = {
         "dataset": data.name,
@@ -84,10 +112,10 @@ def build_results(
     }
 
     seconds = trained.seconds
-    if probe_record := loaded.metadata["probe"]:
-        results["frozen"] = probe_record
+    if frozen_record:
+        results["frozen"] = frozen_record
         if not loaded.has_steps:
-            seconds = probe_record["seconds"]
+            seconds = frozen_record["seconds"]
     results |= {
         "calibration": result.calibration,
         "selection_metric": setup.selection_metric,
@@ -103,17 +131,14 @@ def build_results(
         results["selection"] = {
             "images": data.selection_name,
             "num_images": len(data.selection) if is_stored else None,
-            "step": trained.selected_step,
-            setup.selection_metric: loop.state.best_score,
+            "step": best.step,
+            setup.selection_metric: best.score,
         }
 
-    if features_before is not None and features_after is not None:
-        summary = pretrain.compare_features(features_before, features_after)
-        results["features"] = {
-            "before": features_before,
-            "after": features_after,
-            "summary": summary,
-        }
+    before, after = features
+    if before is not None and after is not None:
+        summary = pretrain.compare_features(before, after)
+        results["features"] = {"before": before, "after": after, "summary": summary}
     return results
 
 

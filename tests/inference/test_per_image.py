@@ -60,9 +60,8 @@ def test_rows_keep_the_index_of_their_image(tmp_path: Path) -> None:
     images = LabeledImages(pictures.images, labels)
     rows = [3, 4, 6, 7, 8, 9, 10]
     evaluator = build_evaluator("single", build_accelerator(), images, max_unreadable_images=4)
-    evaluator.keep_logits = True
-    evaluator(build_classifier("single"))
-    write_predictions(tmp_path / "rows.parquet", evaluator, None)
+    predictions = evaluator.predict(build_classifier("single"))
+    write_predictions(tmp_path / "rows.parquet", predictions, None)
     table = pd.read_parquet(tmp_path / "rows.parquet")
 
     assert table["index"].tolist() == rows

@@ -364,7 +364,8 @@ def test_a_new_row_is_between_the_logits_of_the_classifier_as_between_those_of_t
     statistics = ClassStatistics.fit({(-1, "cls"): values[:60]}, labels[:60], 3)
     weight, bias = statistics.build_classifier()
     own = values @ weight.T + bias
-    features = Features(FeatureLayout(1, {"cls": 6}), values, labels, labels)
+    names = np.full(90, "")
+    features = Features(FeatureLayout(1, {"cls": 6}), values, labels, labels, names, labels)
     head = additions.build_class_head(
         statistics, features.take(labels == 3), scale * own[60:] + shift, ["new"]
     )
