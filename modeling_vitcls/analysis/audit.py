@@ -185,9 +185,10 @@ def load_audited_images(options: EvaluateOptions) -> tuple[AuditedImages, int, C
             layout,
             processor=loaded.processor,
             label_space=data.label_space,
-            options=options,
             batch_size=loaded.batch_size,
             accelerator=accelerator,
+            num_workers=options.num_workers,
+            max_unreadable_images=options.max_unreadable_images,
             num_channels=loaded.config.num_channels,
             warn=warn,
         )

@@ -112,9 +112,10 @@ def build_evaluator(
         match_labels(data.images, data.label_space, label_space),
         processor=loaded.processor,
         label_space=label_space,
-        options=options,
         batch_size=loaded.batch_size,
         accelerator=accelerator,
+        num_workers=options.num_workers,
+        max_unreadable_images=options.max_unreadable_images,
         num_channels=loaded.config.num_channels,
         warn=warn,
     )

@@ -135,9 +135,10 @@ def evaluate_frozen(options: EvaluateOptions) -> dict[str, Any]:
             images=data.images,
             processor=loaded.processor,
             label_space=data.label_space,
-            options=options,
             batch_size=loaded.batch_size,
             accelerator=accelerator,
+            num_workers=options.num_workers,
+            max_unreadable_images=options.max_unreadable_images,
             num_channels=model.config.num_channels,
             warn=warn,
         )

@@ -30,7 +30,6 @@ from torch.utils.data import Dataset
 from ..data.aspect_ratio import get_output_size
 from ..data.images import LabeledImages, UnreadableImageCounter, check_channels
 from ..data.labels import LabelSpace
-from ..data.options import DataOptions
 from ..data.workers import build_loader, explain_worker_errors
 from ..model.image_processing_vitcls import ViTCLSImageProcessor
 from ..runtime.progress import track
@@ -162,10 +161,10 @@ class ImagePass:
         images: all images and labels, the same on every process.
         processor: image processor that returns `pixel_values`.
         label_space: names of the labels, in the order of the model's logits.
-        options: numbers of data loading workers and of unreadable images. Unreadable images are
-            skipped; the pass fails if more images are unreadable.
         batch_size: number of images per process and forward pass.
         accelerator: the accelerator, which defines the device, the precision and the processes.
+        num_workers: number of data loading processes.
+        max_unreadable_images: unreadable images are skipped; the pass fails if there are more.
         num_channels: number of input channels of the model. Images with a different number of
             channels are counted as unreadable.
         warn: function that prints a warning; called on the main process, once for each unreadable
@@ -183,9 +182,10 @@ class ImagePass:
         images: LabeledImages,
         processor: ViTCLSImageProcessor,
         label_space: LabelSpace,
-        options: DataOptions,
         batch_size: int,
         accelerator: Accelerator,
+        num_workers: int,
+        max_unreadable_images: int,
         num_channels: int | None = None,
         warn: Callable[[str], None] = print,
     ) -> None:
@@ -194,7 +194,7 @@ class ImagePass:
         self.batch_size = batch_size
         self.accelerator = accelerator
         warn = accelerator.on_main_process(warn)
-        self.unreadable_counter = UnreadableImageCounter(warn, options.max_unreadable_images)
+        self.unreadable_counter = UnreadableImageCounter(warn, max_unreadable_images)
 
         batches = BatchDataset(
             source=images,
@@ -210,7 +210,7 @@ class ImagePass:
         image_bytes = (num_channels or 3) * (height or 0) * (width or 0) * torch.float32.itemsize
         batch_images = min(batch_size, len(images))
 
-        self.num_workers = options.num_workers
+        self.num_workers = num_workers
         self.loader = build_loader(
             batches,
             self.num_workers,

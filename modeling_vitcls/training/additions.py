@@ -124,9 +124,10 @@ class Base:
             has_logits=with_logits,
             processor=self.processor,
             label_space=label_space,
-            options=self.options,
             batch_size=self.options.batch_size,
             accelerator=self.accelerator,
+            num_workers=self.options.num_workers,
+            max_unreadable_images=self.options.max_unreadable_images,
             num_channels=self.config.num_channels,
             warn=self.warn,
         )

@@ -59,9 +59,10 @@ def build_evaluator_arguments(
     return {
         "processor": processor,
         "label_space": data.label_space,
-        "options": options,
         "batch_size": options.batch_size,
         "accelerator": reporter.accelerator,
+        "num_workers": options.num_workers,
+        "max_unreadable_images": options.max_unreadable_images,
         "num_channels": num_channels,
         "warn": reporter.warn,
     }

@@ -101,14 +101,23 @@ def build_labeled_images(
 
 
 def build_evaluator(
-    name: str, accelerator: Accelerator, images: Any = None, warn: Any = print, **options: Any
+    name: str,
+    accelerator: Accelerator,
+    images: Any = None,
+    warn: Any = print,
+    num_workers: int = 0,
+    max_unreadable_images: int = 100,
 ) -> Evaluator:
     """Return an evaluator for one kind of labels."""
-    data_options = DataOptions(dataset="", **{"num_workers": 0} | options)
-    images = images or build_labeled_images(name)
-    processor = ViTCLSImageProcessor(size=16)
     return Evaluator(
-        images, processor, SPACES[name], data_options, BATCH_SIZE, accelerator, warn=warn
+        images or build_labeled_images(name),
+        ViTCLSImageProcessor(size=16),
+        SPACES[name],
+        BATCH_SIZE,
+        accelerator,
+        num_workers=num_workers,
+        max_unreadable_images=max_unreadable_images,
+        warn=warn,
     )
 
 
