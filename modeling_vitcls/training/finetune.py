@@ -45,128 +45,140 @@ from .teacher import Teacher, load_teacher
 from .training_setup import TrainingSetup, build_evaluator_arguments
 
 
-def load_data(options: FinetuneOptions, initial: InitialModel) -> TrainingData:
-    """Load the training images and the held-out images.
+class FineTuning:
+    """The recipe of `vitcls finetune`: see `Recipe` in training_setup.py."""
 
-    For pre-trained weights, `--select` is best by default if the dataset has enough images for a
-    selection split.
-    """
-    is_pretrained = not initial.has_random_weights and options.trainable != "head"
-    can_select = options.held_out_fraction != 0 and not options.streaming
+    def check_options(self, options: FinetuneOptions) -> FinetuneOptions:
+        """Check and return the options, before data and models are loaded.
 
-    data = None
-    if options.select is None and is_pretrained and can_select:
-        with suppress(ValueError):  # too few images; other errors are raised again below
-            data = load_training_data(options, True)
-    if data is None:
-        data = load_training_data(options, options.needs_selection)
+        With a teacher, the default of num_distillation_tokens is 1. Raise ValueError if flags
+        contradict each other.
+        """
+        if options.teacher is not None and options.num_distillation_tokens is None:
+            options = replace(options, num_distillation_tokens=1)
+        if options.teacher is not None and not options.num_distillation_tokens:
+            raise ValueError(
+                "`teacher` requires `num_distillation_tokens=1` or more. Change it, or remove "
+                "`teacher`"
+            )
 
-    check_label_kind(options, data.label_space.kind)
-    return data
+        if options.trainable != "full" and is_preset(options.model):
+            raise ValueError(
+                f"`trainable={options.trainable!r}` requires trained weights, but "
+                f"{options.model} has random weights. Set `model` to a checkpoint"
+            )
 
+        if options.streaming and options.class_balance != "none":
+            raise ValueError(
+                "`class_balance` requires all labels, which `streaming=True` does not read. Remove "
+                "one flag"
+            )
+        return options
 
-def build_training_setup(
-    options: FinetuneOptions, initial: InitialModel, data: TrainingData, reporter: Reporter
-) -> TrainingSetup:
-    """Load the model and the teacher, freeze parameters, and build loss and evaluation."""
-    accelerator = reporter.accelerator
-    labels = data.label_space
-    model, processor, new_parameter_names = build_model(options, initial, labels)
-    teacher = None
-    if options.teacher is not None:
-        teacher = load_teacher(options.teacher, labels, model.config, accelerator.device)
+    def load_data(self, options: FinetuneOptions, initial: InitialModel) -> TrainingData:
+        """Load the training images and the held-out images.
 
-    set_trainable_parameters(model, options.trainable, options.lora_rank, new_parameter_names)
+        For pre-trained weights, `--select` is best by default if the dataset has enough images for
+        a selection split.
+        """
+        is_pretrained = not initial.has_random_weights and options.trainable != "head"
+        can_select = options.held_out_fraction != 0 and not options.streaming
 
-    evaluator_arguments = build_evaluator_arguments(
-        options, data, processor, model.config.num_channels, reporter
-    )
+        data = None
+        if options.select is None and is_pretrained and can_select:
+            with suppress(ValueError):  # too few images; other errors are raised again below
+                data = load_training_data(options, True)
+        if data is None:
+            data = load_training_data(options, options.needs_selection)
 
-    missing_probe_reason = explain_missing_probe(
-        options, model, initial.has_random_weights, new_parameter_names, labels.kind
-    )
-    probe = None
-    build_pass = partial(FrozenPass, **evaluator_arguments)
-    summary_lines = {}
-    if missing_probe_reason is None:
-        probe = Probe(
-            model=model,
-            processor=processor,
-            accelerator=accelerator,
-            build_pass=build_pass,
-            max_images=None if options.trainable == "head" else MAX_PROBE_IMAGES,
-            fit=options.fit,
-            pooling=options.pooling,
-            pooled_layers=options.pooled_layers,
-            has_statistics=options.statistics,
-            class_weight="balanced" if options.class_balance == "weights" else None,
+        check_label_kind(options, data.label_space.kind)
+        return data
+
+    def build_setup(
+        self,
+        options: FinetuneOptions,
+        initial: InitialModel,
+        data: TrainingData,
+        reporter: Reporter,
+    ) -> TrainingSetup:
+        """Load the model and the teacher, freeze parameters, and build loss and evaluation."""
+        accelerator = reporter.accelerator
+        labels = data.label_space
+        model, processor, new_parameter_names = build_model(options, initial, labels)
+        teacher = None
+        if options.teacher is not None:
+            teacher = load_teacher(options.teacher, labels, model.config, accelerator.device)
+
+        set_trainable_parameters(model, options.trainable, options.lora_rank, new_parameter_names)
+
+        evaluator_arguments = build_evaluator_arguments(
+            options, data, processor, model.config.num_channels, reporter
         )
-    else:
-        summary_lines["probe"] = f"off, because {missing_probe_reason}"
-    if teacher is not None:
-        summary_lines["teacher"] = teacher.description
-    normalize = Normalizer(processor, accelerator.device)
-    metric = SELECTION_METRICS[labels.kind]
-    class_count_text = " + ".join(
-        f"{len(names)} of {column!r}" for column, names in labels.columns.items()
-    )
 
-    has_statistics = labels.kind == "single_label_classification" and options.statistics
-    teacher_name = options.teacher
-    return TrainingSetup(
-        model,
-        processor,
-        build_objective(options, data, teacher, normalize, accelerator),
-        build_evaluator=partial(Evaluator, **evaluator_arguments),
-        selection_metric=metric,
-        printed_metrics=(metric, "macro_f1") if data.class_ratio > MAX_CLASS_RATIO else (metric,),
-        result_metrics=(metric, "cls_accuracy", "distillation_accuracy"),
-        labels_text=f"classes: {class_count_text}, {labels.kind.replace('_', ' ')}",
-        can_calibrate=labels.kind == "single_label_classification",
-        summary_lines=summary_lines,
-        describe_data=partial(describe_problems, options, initial),
-        describe_imbalance=partial(describe_imbalance, options),
-        results={
-            "teacher": strip_folders(teacher_name) if teacher_name else None,
-            "label_column": list(options.label_column or labels.columns),
-            "label_separator": options.label_separator,
-        },
-        build_pass=build_pass if has_statistics else None,
-        probe=probe,
-    )
+        missing_probe_reason = explain_missing_probe(
+            options, model, initial.has_random_weights, new_parameter_names, labels.kind
+        )
+        probe = None
+        build_pass = partial(FrozenPass, **evaluator_arguments)
+        summary_lines = {}
+        if missing_probe_reason is None:
+            probe = Probe(
+                model=model,
+                processor=processor,
+                accelerator=accelerator,
+                build_pass=build_pass,
+                max_images=None if options.trainable == "head" else MAX_PROBE_IMAGES,
+                fit=options.fit,
+                pooling=options.pooling,
+                pooled_layers=options.pooled_layers,
+                has_statistics=options.statistics,
+                class_weight="balanced" if options.class_balance == "weights" else None,
+            )
+        else:
+            summary_lines["probe"] = f"off, because {missing_probe_reason}"
+        if teacher is not None:
+            summary_lines["teacher"] = teacher.description
+        normalize = Normalizer(processor, accelerator.device)
+        metric = SELECTION_METRICS[labels.kind]
+        class_count_text = " + ".join(
+            f"{len(names)} of {column!r}" for column, names in labels.columns.items()
+        )
 
+        has_statistics = labels.kind == "single_label_classification" and options.statistics
+        teacher_name = options.teacher
+        return TrainingSetup(
+            model,
+            processor,
+            build_objective(options, data, teacher, normalize, accelerator),
+            build_evaluator=partial(Evaluator, **evaluator_arguments),
+            selection_metric=metric,
+            printed_metrics=(metric, "macro_f1")
+            if data.class_ratio > MAX_CLASS_RATIO
+            else (metric,),
+            result_metrics=(metric, "cls_accuracy", "distillation_accuracy"),
+            labels_text=f"classes: {class_count_text}, {labels.kind.replace('_', ' ')}",
+            can_calibrate=labels.kind == "single_label_classification",
+            summary_lines=summary_lines,
+            results={
+                "teacher": strip_folders(teacher_name) if teacher_name else None,
+                "label_column": list(options.label_column or labels.columns),
+                "label_separator": options.label_separator,
+            },
+            build_pass=build_pass if has_statistics else None,
+            probe=probe,
+        )
 
-def describe_problems(
-    options: FinetuneOptions, initial: InitialModel, data: TrainingData
-) -> list[str]:
-    """Return warnings about the data."""
-    return [
-        *describe_exclusion(data),
-        *describe_missing_classes(data),
-        *describe_leaks(data, options.group_column),
-        *describe_overlap(initial, data),
-    ]
-
-
-def describe_imbalance(options: FinetuneOptions, data: TrainingData, has_steps: bool) -> list[str]:
-    """Return a warning about classes of very different sizes.
-
-    The largest then has more than `MAX_CLASS_RATIO` times as many training images as the smallest.
-    A run without steps measures what class weights would change.
-    """
-    if options.class_balance != "none" or not has_steps:
-        return []
-    if data.class_ratio <= MAX_CLASS_RATIO:
-        return []
-
-    advice = "The accuracy hardly depends on small classes: compare macro F1"
-    if describe_missing_classes(data):
-        advice = "No result measures the classes without held-out images: add images of them"
-    advice += ", and set `class_balance='weights'`"
-    return [
-        f"the largest class has {data.class_ratio:.0f} times as many training images as the "
-        f"smallest. {advice}"
-    ]
+    def describe_data(
+        self, options: FinetuneOptions, initial: InitialModel, data: TrainingData, has_steps: bool
+    ) -> list[str]:
+        """Return warnings about the data."""
+        return [
+            *describe_exclusion(data),
+            *describe_missing_classes(data),
+            *describe_leaks(data, options.group_column),
+            *describe_overlap(initial, data),
+            *describe_imbalance(options.class_balance, data, has_steps),
+        ]
 
 
 def build_objective(
@@ -216,33 +228,6 @@ def build_label_loss(
 # Checks -------------------------------------------------------------------------------------------
 
 
-def check_options(options: FinetuneOptions) -> FinetuneOptions:
-    """Check and return the options, before data and models are loaded.
-
-    With a teacher, the default of num_distillation_tokens is 1. Raise ValueError if flags
-    contradict each other.
-    """
-    if options.teacher is not None and options.num_distillation_tokens is None:
-        options = replace(options, num_distillation_tokens=1)
-    if options.teacher is not None and not options.num_distillation_tokens:
-        raise ValueError(
-            "`teacher` requires `num_distillation_tokens=1` or more. Change it, or remove `teacher`"
-        )
-
-    if options.trainable != "full" and is_preset(options.model):
-        raise ValueError(
-            f"`trainable={options.trainable!r}` requires trained weights, but "
-            f"{options.model} has random weights. Set `model` to a checkpoint"
-        )
-
-    if options.streaming and options.class_balance != "none":
-        raise ValueError(
-            "`class_balance` requires all labels, which `streaming=True` does not read. Remove one "
-            "flag"
-        )
-    return options
-
-
 def check_label_kind(options: FinetuneOptions, kind: str) -> None:
     """Raise ValueError for a flag that requires one label per image, if the labels are others."""
     flags = {
@@ -256,6 +241,27 @@ def check_label_kind(options: FinetuneOptions, kind: str) -> None:
             raise ValueError(
                 f"`{flag}` requires one label per image, but the labels are {kind}. Remove `{flag}`"
             )
+
+
+def describe_imbalance(class_balance: str, data: TrainingData, has_steps: bool) -> list[str]:
+    """Return a warning about classes of very different sizes.
+
+    The largest then has more than `MAX_CLASS_RATIO` times as many training images as the smallest.
+    A run without steps measures what class weights would change.
+    """
+    if class_balance != "none" or not has_steps:
+        return []
+    if data.class_ratio <= MAX_CLASS_RATIO:
+        return []
+
+    advice = "The accuracy hardly depends on small classes: compare macro F1"
+    if describe_missing_classes(data):
+        advice = "No result measures the classes without held-out images: add images of them"
+    advice += ", and set `class_balance='weights'`"
+    return [
+        f"the largest class has {data.class_ratio:.0f} times as many training images as the "
+        f"smallest. {advice}"
+    ]
 
 
 def describe_overlap(initial: InitialModel, data: TrainingData) -> list[str]:

@@ -45,85 +45,99 @@ MAX_NEIGHBORS = 10_000  # maximum number of training images for k-NN and logisti
 MIN_RANK = 0.02
 
 
-def check_options(options: PretrainOptions) -> PretrainOptions:
-    """Return the options with the method's defaults.
+class PreTraining:
+    """The recipe of `vitcls pretrain`: see `Recipe` in training_setup.py."""
 
-    Raise ValueError if flags contradict each other or require labels.
-    """
-    flags = to_flags(options)
-    defaults = {"mixup": 0, "cutmix": 0, "class_balance": "none", "trainable": "full"}
-    for name, default in defaults.items():
-        if flags[name] != default:
-            raise ValueError(f"`{name}` is supported only in fine-tuning. Remove the flag")
+    def check_options(self, options: PretrainOptions) -> PretrainOptions:
+        """Return the options with the method's defaults.
 
-    if options.method == "lejepa":  # draws its own crops
-        crop_scale = options.crop_scale or 1.0
-        shift = options.shift or 0.0
-        options = replace(options, crop_scale=crop_scale, shift=shift)
-    return options
+        Raise ValueError if flags contradict each other or require labels.
+        """
+        flags = to_flags(options)
+        defaults = {"mixup": 0, "cutmix": 0, "class_balance": "none", "trainable": "full"}
+        for name, default in defaults.items():
+            if flags[name] != default:
+                raise ValueError(f"`{name}` is supported only in fine-tuning. Remove the flag")
 
+        if options.method == "lejepa":  # draws its own crops
+            crop_scale = options.crop_scale or 1.0
+            shift = options.shift or 0.0
+            options = replace(options, crop_scale=crop_scale, shift=shift)
+        return options
 
-def load_data(options: PretrainOptions, initial: InitialModel) -> TrainingData:
-    """Load the training images and the held-out images, with labels if the dataset has any."""
-    should_select = options.needs_selection
-    try:
-        return load_training_data(options, should_select)
-    except ValueError:  # no labels, or another problem, which the next call reports
-        return load_training_data(options, should_select, use_labels=False)
+    def load_data(self, options: PretrainOptions, initial: InitialModel) -> TrainingData:
+        """Load the training images and the held-out images, with labels if the dataset has any."""
+        should_select = options.needs_selection
+        try:
+            return load_training_data(options, should_select)
+        except ValueError:  # no labels, or another problem, which the next call reports
+            return load_training_data(options, should_select, use_labels=False)
 
+    def build_setup(
+        self,
+        options: PretrainOptions,
+        initial: InitialModel,
+        data: TrainingData,
+        reporter: Reporter,
+    ) -> TrainingSetup:
+        """Load the model, and build loss and evaluation."""
+        encoder, processor = build_encoder(options, initial)
+        config = encoder.config
+        device = reporter.accelerator.device
+        normalize = Normalizer(processor, device)
+        rows, columns = config.grid_size
 
-def build_training_setup(
-    options: PretrainOptions, initial: InitialModel, data: TrainingData, reporter: Reporter
-) -> TrainingSetup:
-    """Load the model, and build loss and evaluation."""
-    encoder, processor = build_encoder(options, initial)
-    config = encoder.config
-    device = reporter.accelerator.device
-    normalize = Normalizer(processor, device)
-    rows, columns = config.grid_size
+        method: Any
+        objective: Objective
+        if options.method == "mae":
+            method = MAE(encoder, build_decoder_config(config, options.decoder_layers))
+            objective = MAEObjective(normalize, rows * columns, options.mask_ratio)
+            masks = draw_masks(1, rows * columns, options.mask_ratio, torch.device("cpu"))
+            num_masked = int(masks.sum())
+            summary = f"MAE: {num_masked} of {rows} x {columns} patches are masked"
+        else:
+            method = LeJEPA(encoder, options.projector_width)
+            objective = LeJEPAObjective(normalize, options, config.patch_height_width)
+            crops = f"{options.global_crops} global and {options.local_crops} local crops"
+            summary = f"LeJEPA: {crops} per image"
 
-    method: Any
-    objective: Objective
-    if options.method == "mae":
-        method = MAE(encoder, build_decoder_config(config, options.decoder_layers))
-        objective = MAEObjective(normalize, rows * columns, options.mask_ratio)
-        masks = draw_masks(1, rows * columns, options.mask_ratio, torch.device("cpu"))
-        num_masked = int(masks.sum())
-        summary = f"MAE: {num_masked} of {rows} x {columns} patches are masked"
-    else:
-        method = LeJEPA(encoder, options.projector_width)
-        objective = LeJEPAObjective(normalize, options, config.patch_height_width)
-        summary = (
-            f"LeJEPA: {options.global_crops} global and {options.local_crops} local crops per image"
+        has_single_labels = data.label_space.kind == "single_label_classification"
+        has_labels = has_single_labels and bool(data.label_space.columns)
+        arguments = build_evaluator_arguments(
+            options, data, processor, config.num_channels, reporter
+        )
+        neighbors = None
+        if has_labels and isinstance(data.train, LabeledImages):
+            neighbors = ImagePass(data.train.draw(MAX_NEIGHBORS, options.split_seed), **arguments)
+
+        def build_evaluator(images: LabeledImages, with_regression: bool = False) -> FeatureQuality:
+            return FeatureQuality(
+                ImagePass(images, **arguments), neighbors, reporter.warn, with_regression
+            )
+
+        selection_metric = "effective_rank" if neighbors is None else "knn_accuracy"
+        return TrainingSetup(
+            method,
+            processor,
+            objective,
+            build_evaluator,
+            selection_metric=selection_metric,
+            printed_metrics=(selection_metric,),
+            result_metrics=("knn_accuracy", "knn_accuracy_of_patches", "effective_rank"),
+            labels_text="labels are used only to measure the features"
+            if has_labels
+            else "no labels",
+            summary_lines={"method": summary},
+            results={"method": options.method},
+            encoder=method.vitcls,
+            measure_features=build_evaluator(data.held_out, with_regression=True),
         )
 
-    has_single_labels = data.label_space.kind == "single_label_classification"
-    has_labels = has_single_labels and bool(data.label_space.columns)
-    arguments = build_evaluator_arguments(options, data, processor, config.num_channels, reporter)
-    neighbors = None
-    if has_labels and isinstance(data.train, LabeledImages):
-        neighbors = ImagePass(data.train.draw(MAX_NEIGHBORS, options.split_seed), **arguments)
-
-    def build_evaluator(images: LabeledImages, with_regression: bool = False) -> FeatureQuality:
-        return FeatureQuality(
-            ImagePass(images, **arguments), neighbors, reporter.warn, with_regression
-        )
-
-    selection_metric = "effective_rank" if neighbors is None else "knn_accuracy"
-    return TrainingSetup(
-        method,
-        processor,
-        objective,
-        build_evaluator,
-        selection_metric=selection_metric,
-        printed_metrics=(selection_metric,),
-        result_metrics=("knn_accuracy", "knn_accuracy_of_patches", "effective_rank"),
-        labels_text="labels are used only to measure the features" if has_labels else "no labels",
-        summary_lines={"method": summary},
-        results={"method": options.method},
-        encoder=method.vitcls,
-        measure_features=build_evaluator(data.held_out, with_regression=True),
-    )
+    def describe_data(
+        self, options: PretrainOptions, initial: InitialModel, data: TrainingData, has_steps: bool
+    ) -> list[str]:
+        """Return no warnings: labels do not matter."""
+        return []
 
 
 # Quality of the features --------------------------------------------------------------------------

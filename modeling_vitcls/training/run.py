@@ -2,7 +2,7 @@
 
     options -> load -> describe -> frozen model -> steps -> choice -> calibration -> result -> folder
 
-What is trained is a `TrainingSetup` (finetune.py, pretrain.py); how the steps run is a
+What is trained is a `Recipe` (finetune.py, pretrain.py); how the steps run is a
 `TrainingLoop` (loop.py). The run writes weights, configuration, code, image processor,
 config.resolved.yaml, metrics.jsonl, checkpoints and finally results.json, which marks the folder as
 complete. publishing/ builds the report and the card from the folder.
@@ -15,7 +15,6 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 from typing import Any, NamedTuple
 
 from accelerate import Accelerator
@@ -32,7 +31,6 @@ from ..runtime.distributed import configure_layer_sharding, run_on_main
 from ..runtime.errors import RunStopped, describe_error, is_raised_on_all_processes
 from ..runtime.flags import to_flags
 from ..runtime.staging import STAGING_FOLDER, FolderLock
-from . import finetune, pretrain
 from .calibration import (
     ERROR_METRICS,
     HELD_OUT,
@@ -46,11 +44,13 @@ from .calibration import (
 )
 from .distributed_state import reshard
 from .dry_run import build_dry_run_options, reduce_for_dry_run
+from .finetune import FineTuning
 from .loop import Evaluate, TrainingLoop, TrainingState
 from .model import check_preset_name
 from .optimizer import Ema, build_optimizer
 from .options import FinetuneOptions, PretrainOptions
 from .output_folder import save_output
+from .pretrain import PreTraining
 from .probe import FrozenModel, describe_frozen
 from .resume import format_flag_value, resolve_local_paths
 from .run_inputs import Environment, Loaded, Options, load, print_summary, set_up
@@ -64,7 +64,7 @@ from .run_results import (
     store_statistics,
 )
 from .signals import SignalHandler
-from .training_setup import TrainingSetup, build_training_images
+from .training_setup import Recipe, TrainingSetup, build_training_images
 
 
 # default of --save-every in steps for streams, which have no epochs
@@ -116,21 +116,21 @@ def train(
         RunStopped: after a signal, a non-finite loss, too many unreadable images, or a full disk.
     """
     check_preset_name(options.model)
-    kind = pretrain if isinstance(options, PretrainOptions) else finetune
+    recipe: Recipe = PreTraining() if isinstance(options, PretrainOptions) else FineTuning()
     options = resolve_local_paths(options)
     check_output_is_not_read(options.output_dir, options.dataset)
     if options.dry_run:
         with build_dry_run_options(options) as dry_run_options:
-            return run(kind, dry_run_options, None)
-    return run(kind, options, on_checkpoint)
+            return run(recipe, dry_run_options, None)
+    return run(recipe, options, on_checkpoint)
 
 
-def run(kind: ModuleType, asked: Options, on_checkpoint: Callable[[Path], None] | None) -> Path:
+def run(recipe: Recipe, asked: Options, on_checkpoint: Callable[[Path], None] | None) -> Path:
     """Run all stages, and return the output folder.
 
     `asked` are the options as the person set them.
     """
-    options = kind.check_options(asked)
+    options = recipe.check_options(asked)
     folder = options.output_dir
     with FolderLock(folder) as lock:
         environment = set_up(asked, lock)
@@ -143,10 +143,10 @@ def run(kind: ModuleType, asked: Options, on_checkpoint: Callable[[Path], None] 
             reporter.print_line("finished", f"{folder} already contains the results of this run")
             return folder
 
-        loaded = load(kind, options, environment)
+        loaded = load(recipe, options, environment)
         if options.dry_run:
             loaded = reduce_for_dry_run(loaded)
-        print_summary(loaded, environment)
+        print_summary(recipe, loaded, environment)
 
         frozen = fit_frozen(loaded, environment)
         features_before = measure_features(loaded, environment)

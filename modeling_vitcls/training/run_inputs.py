@@ -1,8 +1,8 @@
 """Start of a run: the folder, the data, the models, and all defaults (run.py).
 
 environment = set_up(asked, lock)               where the run takes place
-loaded = load(kind, options, environment)       what it trains on
-print_summary(loaded, environment)
+loaded = load(recipe, options, environment)     what it trains on
+print_summary(recipe, loaded, environment)
 """
 
 import time
@@ -41,7 +41,7 @@ from .resume import (
     read_finished_flags,
     use_chosen_values,
 )
-from .training_setup import TrainingSetup
+from .training_setup import Recipe, TrainingSetup
 
 
 Options = Any  # FinetuneOptions or PretrainOptions
@@ -134,7 +134,7 @@ def open_folder(
     return checkpoint, False
 
 
-def load(kind: Any, options: Options, environment: Environment) -> Loaded:
+def load(recipe: Recipe, options: Options, environment: Environment) -> Loaded:
     """Load the data and the models, resolve all defaults, and prepare the output folder."""
     accelerator = environment.accelerator
     checkpoint = environment.checkpoint
@@ -145,12 +145,12 @@ def load(kind: Any, options: Options, environment: Environment) -> Loaded:
     with accelerator.main_process_first():  # only the main process downloads files
         options = pin_models(options)
         initial = resolve_initial_model(options.model)
-    data = load_on_main(accelerator, options.dataset, partial(kind.load_data, options, initial))
+    data = load_on_main(accelerator, options.dataset, partial(recipe.load_data, options, initial))
 
     is_length_set = asked.epochs is not None or asked.max_steps is not None
     with accelerator.main_process_first():
         options, default_lines = resolve_options(options, initial, data)
-        setup = kind.build_training_setup(options, initial, data, environment.reporter)
+        setup = recipe.build_setup(options, initial, data, environment.reporter)
         options, rate_line = resolve_learning_rate(options, initial, setup.probe is not None)
         forward_flops = (setup.encoder or setup.model).flops()
 
@@ -165,7 +165,9 @@ def load(kind: Any, options: Options, environment: Environment) -> Loaded:
             held_out_fraction=0.0,
             select="last",
         )
-        data = load_on_main(accelerator, options.dataset, partial(kind.load_data, options, initial))
+        data = load_on_main(
+            accelerator, options.dataset, partial(recipe.load_data, options, initial)
+        )
 
     if options.gradient_checkpointing:
         setup.model.gradient_checkpointing_enable()
@@ -273,7 +275,7 @@ def resolve_options(
     return options, lines
 
 
-def print_summary(loaded: Loaded, environment: Environment) -> None:
+def print_summary(recipe: Recipe, loaded: Loaded, environment: Environment) -> None:
     """Print what the run does, before it starts."""
     reporter = environment.reporter
     lines = dict(loaded.lines)
@@ -288,11 +290,8 @@ def print_summary(loaded: Loaded, environment: Environment) -> None:
         }
 
     reporter.print_lines(lines)
-    setup = loaded.setup
-    warnings = [
-        *setup.describe_data(loaded.data),
-        *setup.describe_imbalance(loaded.data, loaded.has_steps),
-    ]
-    for warning in warnings:
+    for warning in recipe.describe_data(
+        loaded.options, loaded.initial, loaded.data, loaded.has_steps
+    ):
         reporter.warn(warning)
-    reporter.printed_metrics = setup.printed_metrics
+    reporter.printed_metrics = loaded.setup.printed_metrics

@@ -1,13 +1,12 @@
 """What a run trains: the interface of run.py to finetune.py and pretrain.py.
 
-Each of the two files has three functions: `check_options(options)`, `load_data(options, initial)`
-and `build_training_setup(options, initial, data, reporter)`.
+Each of the two files has a `Recipe`, which builds a `TrainingSetup`.
 """
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from ..data.aspect_ratio import get_output_size
 from ..data.augmentation import build_augmentation
@@ -18,8 +17,32 @@ from ..data.streaming import StreamedImages, TrainingStream
 from ..inference.frozen_features import FrozenPass
 from ..model.image_processing_vitcls import ViTCLSImageProcessor
 from .losses import Objective
+from .model import InitialModel
 from .probe import Probe
 from .reporter import Reporter
+
+
+class Recipe(Protocol):
+    """A kind of training: what its flags mean, and what it reads and trains."""
+
+    def check_options(self, options: Any) -> Any:
+        """Return the options with defaults, before data and models are loaded.
+
+        Raise ValueError if flags contradict each other.
+        """
+
+    def load_data(self, options: Any, initial: InitialModel) -> TrainingData:
+        """Load the training images and the held-out images."""
+
+    def build_setup(
+        self, options: Any, initial: InitialModel, data: TrainingData, reporter: Reporter
+    ) -> "TrainingSetup":
+        """Load the model, and build loss and evaluation."""
+
+    def describe_data(
+        self, options: Any, initial: InitialModel, data: TrainingData, has_steps: bool
+    ) -> list[str]:
+        """Return warnings about the data, for a run with or without training steps."""
 
 
 @dataclass
@@ -40,10 +63,6 @@ class TrainingSetup:
     can_calibrate: bool = False
     # lines to print before training, keyed by name
     summary_lines: dict[str, str] = field(default_factory=dict)
-    # data -> warnings to print before training
-    describe_data: Callable[[TrainingData], list[str]] = lambda data: []
-    # data, whether the run has training steps -> warnings about classes of different sizes
-    describe_imbalance: Callable[[TrainingData, bool], list[str]] = lambda data, has_steps: []
     results: dict[str, Any] = field(default_factory=dict)  # fields of results.json
     # images, layout -> pass with the features of class statistics; None for other models
     build_pass: Callable[..., FrozenPass] | None = None

@@ -13,14 +13,16 @@ from modeling_vitcls.cli.functions import build_options
 from modeling_vitcls.data.labels import LabelSpace
 from modeling_vitcls.data.options import AugmentationOptions
 from modeling_vitcls.runtime.files import read_json
-from modeling_vitcls.training import finetune, pretrain
 from modeling_vitcls.training.defaults import resolve_learning_rate
+from modeling_vitcls.training.finetune import FineTuning
 from modeling_vitcls.training.loop import build_batch_plan
 from modeling_vitcls.training.model import build_model, resolve_initial_model
 from modeling_vitcls.training.options import FinetuneOptions, ModelOptions, PretrainOptions
+from modeling_vitcls.training.pretrain import PreTraining
 from modeling_vitcls.training.reporter import Reporter
 from modeling_vitcls.training.run import train
 from modeling_vitcls.training.run_inputs import resolve_options
+from modeling_vitcls.training.training_setup import Recipe
 
 
 TINY = ModelOptions(
@@ -74,14 +76,14 @@ def run_to_folder(options: Any) -> Path:
 def prepare_setup(options: Any) -> SimpleNamespace:
     """Return what a run prepares: task, resolved options, data, plan and reporter."""
     reset_accelerate()
-    kind: Any = pretrain if isinstance(options, PretrainOptions) else finetune
-    options = kind.check_options(options)
+    recipe: Recipe = PreTraining() if isinstance(options, PretrainOptions) else FineTuning()
+    options = recipe.check_options(options)
     accelerator = Accelerator(cpu=True)
     initial = resolve_initial_model(options.model)
     reporter = Reporter(options.output_dir / "metrics.jsonl", accelerator)
-    data = kind.load_data(options, initial)
+    data = recipe.load_data(options, initial)
     options = resolve_options(options, initial, data)[0]
-    setup = kind.build_training_setup(options, initial, data, reporter)
+    setup = recipe.build_setup(options, initial, data, reporter)
     options = resolve_learning_rate(options, initial, setup.probe is not None)[0]
     plan = build_batch_plan(data.num_training_images, options, accelerator.num_processes)
     return SimpleNamespace(setup=setup, options=options, data=data, plan=plan, reporter=reporter)

@@ -21,7 +21,7 @@ from helpers.tiny_models import raises_one_line
 from pyarrow import parquet
 from scipy import stats
 
-from modeling_vitcls.training.pretrain import check_options
+from modeling_vitcls.training.pretrain import PreTraining
 from scripts.study import (
     Study,
     StudyOptions,
@@ -185,7 +185,7 @@ def test_the_commands_of_a_study_in_the_repository_are_valid(file: Path) -> None
             for stage, flags in runner.build_commands(run):
                 options = parse_flags(stage, flags)
                 if stage == "pretrain":
-                    check_options(options)
+                    PreTraining().check_options(options)
 
 
 def test_a_subset_has_random_training_images_and_all_other_images(

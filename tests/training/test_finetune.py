@@ -44,10 +44,7 @@ from modeling_vitcls.runtime.errors import RunStopped
 from modeling_vitcls.runtime.files import read_json
 from modeling_vitcls.training import run as run_module
 from modeling_vitcls.training.checkpoints import CheckpointStore
-from modeling_vitcls.training.finetune import (
-    build_training_setup,
-    describe_imbalance,
-)
+from modeling_vitcls.training.finetune import FineTuning, describe_imbalance
 from modeling_vitcls.training.model import resolve_initial_model
 from modeling_vitcls.training.options import FinetuneOptions
 
@@ -352,12 +349,11 @@ def test_macro_f1_is_printed_for_imbalanced_classes(
     dusk, noon = (np.flatnonzero(np.equal(run.data.train.labels, each)) for each in (0, 1))
     rare = replace(run.data, train=run.data.train.select([*dusk[:num_images], noon[0]]))
     initial = resolve_initial_model("vitcls-tiny")
-    setup = build_training_setup(run.options, initial, rare, run.reporter)
+    setup = FineTuning().build_setup(run.options, initial, rare, run.reporter)
     assert ("macro_f1" in setup.printed_metrics) == is_imbalanced
-    warning = " ".join(describe_imbalance(run.options, rare, has_steps=True))
+    warning = " ".join(describe_imbalance("none", rare, has_steps=True))
     assert ("`class_balance='weights'`" in warning) == is_imbalanced
-    weighted = replace(run.options, class_balance="weights")
-    assert not describe_imbalance(weighted, rare, has_steps=True)
+    assert not describe_imbalance("weights", rare, has_steps=True)
 
 
 def test_lora_is_merged_into_a_plain_model(pretrained: Path, tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ from modeling_vitcls import (
 from modeling_vitcls.cli.functions import build_options
 from modeling_vitcls.data.labels import LabelSpace
 from modeling_vitcls.hub.model_files import hash_weights
-from modeling_vitcls.training.finetune import check_label_kind, check_options
+from modeling_vitcls.training.finetune import FineTuning, check_label_kind
 from modeling_vitcls.training.model import (
     check_preset_name,
     choose_image_size,
@@ -279,16 +279,16 @@ def test_contradictory_flags_are_errors(flags: dict[str, Any], named: tuple[str,
         **{"output_dir": "out", "dataset": "digits", "model": "some/checkpoint"} | flags,
     )
     with raises_one_line(*named) if named else nullcontext():
-        check_options(options)
+        FineTuning().check_options(options)
 
 
 def test_a_teacher_adds_a_distillation_token() -> None:
     options = FinetuneOptions(output_dir=Path("out"), dataset="digits", model="some/checkpoint")
-    assert check_options(options) == options
+    assert FineTuning().check_options(options) == options
     taught = replace(options, teacher="t")
-    assert check_options(taught).num_distillation_tokens == 1
+    assert FineTuning().check_options(taught).num_distillation_tokens == 1
     two = replace(taught, num_distillation_tokens=2)
-    assert check_options(two) == two
+    assert FineTuning().check_options(two) == two
 
 
 @pytest.mark.parametrize(

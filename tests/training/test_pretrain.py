@@ -29,7 +29,7 @@ from modeling_vitcls.runtime.files import read_json
 from modeling_vitcls.training.options import PretrainOptions
 from modeling_vitcls.training.pretrain import (
     FeatureQuality,
-    check_options,
+    PreTraining,
     compare_features,
     compute_effective_rank,
 )
@@ -259,12 +259,15 @@ def test_worse_features_are_named() -> None:
 
 
 def test_lejepa_replaces_the_crops_of_the_augmentation() -> None:
-    options = check_options(tiny_options(Path("out"), crop_scale=None, shift=None))
+    options = PreTraining().check_options(tiny_options(Path("out"), crop_scale=None, shift=None))
     assert (options.method, options.crop_scale, options.shift) == ("lejepa", 1.0, 0.0)
-    options = check_options(tiny_options(Path("out"), crop_scale=0.5, shift=0.1))
+    options = PreTraining().check_options(tiny_options(Path("out"), crop_scale=0.5, shift=0.1))
     assert (options.crop_scale, options.shift) == (0.5, 0.1)
     assert (
-        check_options(tiny_options(Path("out"), crop_scale=None, method="mae")).crop_scale is None
+        PreTraining()
+        .check_options(tiny_options(Path("out"), crop_scale=None, method="mae"))
+        .crop_scale
+        is None
     )
 
 
