@@ -21,6 +21,7 @@ from transformers.image_utils import SizeDict, get_image_size_for_max_height_wid
 
 from ..model.fast_image_processing_vitcls import resize_and_crop
 from ..model.image_processing_vitcls import CROP_ROUNDINGS
+from .images import read_size
 
 
 MAX_MEASURED_IMAGES = 64  # number of images whose size is read
@@ -220,7 +221,7 @@ def read_sizes(images: Sequence[Any]) -> list[Size]:
     sizes = []
     for index in range(0, len(images), -(-len(images) // MAX_MEASURED_IMAGES) or 1):
         try:
-            width, height = images[index].size
+            width, height = read_size(images, index)
         except ValueError:  # an unreadable image is reported when it is used
             continue
         sizes.append((height, width))

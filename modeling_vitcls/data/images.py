@@ -17,16 +17,17 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 
 from ..model.fast_image_processing_vitcls import open_regular_file
-from ..model.image_processing_vitcls import read_image, shorten_text
+from ..model.image_processing_vitcls import get_image_formats, read_image, shorten_text
 from ..runtime.errors import format_error
 from .labels import MultiHotLabels
 from .urls import fetch_if_url
@@ -224,6 +225,22 @@ def compute_digest(images: Any, index: int) -> str:
         return hashlib.sha256(images.pixels[index].tobytes()).hexdigest()
     with open_encoded_image(images.get_encoded_image(index)) as stream:
         return hashlib.sha256(stream.read()).hexdigest()
+
+
+def read_size(images: Any, index: int) -> tuple[int, int]:
+    """Return the width and the height of an upright image; of a local file, from its header.
+
+    Raise UnreadableImage if the image cannot be read.
+    """
+    if isinstance(images, DatasetImages):
+        with (
+            suppress(Exception),  # the image is decoded below
+            open_encoded_image(images.get_encoded_image(index)) as stream,
+            Image.open(stream, formats=get_image_formats()) as image,
+        ):
+            is_turned = image.getexif().get(ExifTags.Base.Orientation, 1) > 4
+            return image.size[::-1] if is_turned else image.size
+    return images[index].size  # type: ignore[no-any-return]
 
 
 def open_encoded_image(encoded_image: dict[str, Any]) -> BinaryIO:

@@ -89,6 +89,8 @@ class TrainingData:
     selection_name: str = ""
     # training images that `--exclude` leaves out; None without it
     excluded: LabeledImages | None = None
+    # the stored images of the only split, before any were held out; None with an evaluation split
+    undivided: LabeledImages | None = None
     # lines about what was read: the labels, and the columns of splits and groups
     facts: Mapping[str, str] = field(default_factory=dict)
 
@@ -153,10 +155,12 @@ def load_training_data(
     images = add_keys(splits.images_by_split)
     train = images[training_splits.train]
 
+    undivided = None
     if training_splits.held_out is not None:
         held_out = read_images(images[training_splits.held_out])
         held_out_name = f"split {training_splits.held_out!r}"
     else:
+        undivided = None if options.streaming else train
         held_out_name = describe_held_out(options, train)
         train, held_out = hold_out_images(train, options)
     if options.streaming and len(held_out) == MAX_HELD_OUT_IMAGES:
@@ -190,8 +194,18 @@ def load_training_data(
         selection=selection,
         selection_name=selection_name,
         excluded=excluded,
+        undivided=undivided,
         facts=splits.facts,
     )
+
+
+def hold_out_nothing(data: TrainingData, exclude: Path | None) -> TrainingData:
+    """Return the data of a run on all images of the only split, which is not read again."""
+    train, excluded = data.undivided, None
+    assert train is not None
+    if exclude is not None:
+        train, excluded = exclude_images(train, data.train_split, exclude)
+    return replace(data, train=train, held_out=train.select([]), selection=None, excluded=excluded)
 
 
 def read_images(images: LabeledImages | StreamedImages) -> LabeledImages:

@@ -17,7 +17,7 @@ from accelerate.utils import set_seed
 
 from ..data.image_folder import compute_files_digest
 from ..data.sampling import BatchPlan
-from ..data.splits import TrainingData, describe_data, load_on_main
+from ..data.splits import TrainingData, describe_data, hold_out_nothing, load_on_main
 from ..runtime.distributed import build_accelerator, run_on_main, set_mixed_precision
 from ..runtime.flags import to_flags
 from ..runtime.staging import FolderLock
@@ -159,15 +159,12 @@ def load(recipe: Recipe, options: Options, environment: Environment) -> Loaded:
         reason = explain_missing_steps(
             options, data, forward_flops, accelerator.device, is_length_set
         )
-    if reason is not None and can_train_on_all_images(asked, data):
-        options = replace(
-            options,
-            held_out_fraction=0.0,
-            select="last",
-        )
-        data = load_on_main(
-            accelerator, options.dataset, partial(recipe.load_data, options, initial)
-        )
+    # A frozen model is measured by cross-validation, without held-out images, unless the person
+    # held out images, or the dataset has a split for it.
+    has_choice = asked.held_out_fraction is not None or asked.folds is not None
+    if reason is not None and data.undivided is not None and not has_choice:
+        options = replace(options, held_out_fraction=0.0, select="last")
+        data = hold_out_nothing(data, options.exclude)
 
     if options.gradient_checkpointing:
         setup.model.gradient_checkpointing_enable()
@@ -206,15 +203,6 @@ def load(recipe: Recipe, options: Options, environment: Environment) -> Loaded:
         forward_flops=forward_flops,
         metadata=metadata,
     )
-
-
-def can_train_on_all_images(asked: Options, data: TrainingData) -> bool:
-    """Return whether a frozen model is measured by cross-validation, without held-out images.
-
-    It is unless the person held out images, or the dataset has a split for it.
-    """
-    is_asked = asked.held_out_fraction is not None or asked.folds is not None
-    return not is_asked and data.held_out_split is None
 
 
 def prepare_folder(
