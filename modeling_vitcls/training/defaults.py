@@ -33,10 +33,10 @@ from accelerate import PartialState
 from ..model.configuration_vitcls import to_pair
 from ..model.modeling_vitcls import ViTCLSModel
 from .model import InitialModel
-from .options import FinetuneOptions, PretrainOptions
+from .options import PretrainOptions, TrainOptions
 
 
-Options = TypeVar("Options", FinetuneOptions, PretrainOptions)
+Options = TypeVar("Options", bound=TrainOptions)
 TrainingMethod = Literal[
     "random weights",
     "pre-trained weights",
@@ -162,7 +162,7 @@ def resolve_learning_rate(
     return options, f"{options.learning_rate:g}: {method}, width {width}"
 
 
-def get_width(options: FinetuneOptions | PretrainOptions, initial: InitialModel) -> int:
+def get_width(options: TrainOptions, initial: InitialModel) -> int:
     """Return the width of the model of a run."""
     return options.get_config_values().get("hidden_size", initial.config.hidden_size)
 
@@ -192,9 +192,7 @@ def compute_max_epochs(
     return max(1.0, MAX_CPU_FLOPS // (step_flops * num_training_images))
 
 
-def get_training_method(
-    options: FinetuneOptions | PretrainOptions, has_random_weights: bool
-) -> TrainingMethod:
+def get_training_method(options: TrainOptions, has_random_weights: bool) -> TrainingMethod:
     """Return the method that determines the defaults."""
     if isinstance(options, PretrainOptions):
         return "self-supervised"

@@ -18,6 +18,7 @@ from ..data.sampling import BatchPlan
 from ..data.splits import TrainingData
 from .checkpoints import CheckpointStore
 from .loop import TrainingLoop
+from .options import TrainOptions
 from .output_folder import CHECKPOINTS_FOLDER, check_replaceable
 from .run_inputs import Loaded
 
@@ -27,7 +28,7 @@ NUM_PROBE_IMAGES = 256  # maximum number of training images for the probe
 
 
 @contextmanager
-def build_dry_run_options(options: Any) -> Iterator[Any]:
+def build_dry_run_options(options: TrainOptions) -> Iterator[TrainOptions]:
     """Yield the options of a dry run, which writes to a temporary folder.
 
     The folder is removed at the end of the `with` block. Raise ValueError if the full run would not
@@ -85,7 +86,7 @@ def draw_few_images(data: TrainingData, plan: BatchPlan) -> tuple[TrainingData, 
 def describe_dry_run(
     loop: TrainingLoop,
     full_plan: BatchPlan,
-    options: Any,
+    evaluate_every: int,
     evaluated_fraction: float,
     seconds: float,
 ) -> str:
@@ -94,13 +95,13 @@ def describe_dry_run(
     Args:
         loop: the loop after the dry run.
         full_plan: batch plan of the full run.
-        options: flags of the run.
+        evaluate_every: number of epochs between evaluations.
         evaluated_fraction: fraction of the evaluated images in the images that the full run
             evaluates.
         seconds: duration of the dry run.
     """
     epochs = full_plan.count_epochs(full_plan.num_steps) if full_plan.num_images else 1.0
-    num_evaluations = math.ceil(epochs / options.evaluate_every)
+    num_evaluations = math.ceil(epochs / evaluate_every)
     # The first step is slower than later steps.
     full_seconds = full_plan.num_steps * min(
         loop.step_seconds[1:] or loop.step_seconds, default=0.0

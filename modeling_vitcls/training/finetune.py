@@ -116,7 +116,12 @@ class FineTuning:
         )
 
         missing_probe_reason = explain_missing_probe(
-            options, model, initial.has_random_weights, new_parameter_names, labels.kind
+            is_wanted=options.probe,
+            is_stream=options.streaming,
+            model=model,
+            has_random_weights=initial.has_random_weights,
+            new_parameter_names=new_parameter_names,
+            label_kind=labels.kind,
         )
         probe = None
         build_pass = partial(FrozenPass, **evaluator_arguments)

@@ -18,6 +18,7 @@ from ..inference.evaluator import build_predictions, round_floats
 from ..inference.image_pass import ImageOutput
 from ..runtime.distributed import build_accelerator, run_on_main
 from ..runtime.files import write_json
+from .options import TrainOptions
 from .output_folder import METRICS_FILE
 from .probe import MIN_PROBABILITY
 from .reporter import Reporter, format_metric
@@ -26,7 +27,9 @@ from .reporter import Reporter, format_metric
 FOLDS_FILE = "folds.json"  # results of a cross-validation
 
 
-def run_folds(options: Any, train_fold: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+def run_folds(
+    options: TrainOptions, train_fold: Callable[[TrainOptions], dict[str, Any]]
+) -> dict[str, Any]:
     """Train one model per fold in OUTPUT_DIR/fold-1, fold-2, ...
 
     (`--folds`). Write folds.json and return its content. `train_fold` returns the contents of
@@ -39,7 +42,7 @@ def run_folds(options: Any, train_fold: Callable[[Any], dict[str, Any]]) -> dict
         )
 
     results = []
-    for fold in range(1, options.folds + 1):
+    for fold in range(1, (options.folds or 0) + 1):
         folder = options.output_dir / f"fold-{fold}"
         results.append(train_fold(replace(options, output_dir=folder, fold=fold)))
 

@@ -30,7 +30,7 @@ from ..model.blocks_vitcls import ViTCLSEmbeddings, ViTCLSLayer
 from ..model.configuration_vitcls import PRESETS, ViTCLSConfig
 from ..model.image_processing_vitcls import ViTCLSImageProcessor
 from ..model.modeling_vitcls import ViTCLSModel
-from .options import ModelOptions
+from .options import FinetuneOptions, ModelOptions
 
 
 # Image sides in pixels: largest side that is kept, and its replacement.
@@ -113,8 +113,8 @@ def build_model(
 
 
 def choose_image_size(
-    options: ModelOptions, initial: InitialModel
-) -> tuple[ModelOptions, str | None]:
+    options: FinetuneOptions, initial: InitialModel
+) -> tuple[FinetuneOptions, str | None]:
     """Return the options with an image size, and a line with the reason and the cost.
 
     Large images of a checkpoint are replaced with images of 224 pixels, unless `--image-size` is

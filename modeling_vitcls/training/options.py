@@ -407,6 +407,9 @@ class PretrainOptions(
     """LeJEPA trains the pooled token (CLS), and MAE reconstructs masked patches."""
 
 
+TrainOptions = FinetuneOptions | PretrainOptions
+
+
 @dataclass(frozen=True, kw_only=True)
 class AdditionOptions(DataOptions):
     """Flags that `add-task` and `add-class` share."""

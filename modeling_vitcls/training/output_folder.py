@@ -56,7 +56,7 @@ from ..runtime.staging import STAGING_FOLDER, stage_files
 from .checkpoints import WRITE_ERRORS, Checkpoint, CheckpointStore, Tensors
 from .distributed_state import gather_weights
 from .model import InitialModel, merge_lora
-from .options import FinetuneOptions, PretrainOptions
+from .options import FinetuneOptions, TrainOptions
 from .resume import replace_sources
 from .training_setup import TrainingSetup
 
@@ -81,7 +81,7 @@ FINAL_FILE_PATTERNS = (
 CHECKPOINTS_FOLDER = "checkpoints"
 
 
-def check_replaceable(options: Any, store: CheckpointStore) -> None:
+def check_replaceable(options: TrainOptions, store: CheckpointStore) -> None:
     """Raise ValueError if a new run would replace files without `overwrite=True`.
 
     Files that no run has written count, too.
@@ -120,7 +120,7 @@ def is_finished(folder: Path) -> bool:
     return (folder / RESULTS_FILE).exists() and (folder / CONFIG_FILE).exists()
 
 
-def check_sources_not_removed(options: FinetuneOptions | PretrainOptions) -> None:
+def check_sources_not_removed(options: TrainOptions) -> None:
     """Raise ValueError if --overwrite would remove the initial model or the teacher."""
     folder = options.output_dir.resolve()
 
@@ -189,7 +189,7 @@ def save_output(
     setup: TrainingSetup,
     data: TrainingData,
     results: dict[str, Any],
-    options: FinetuneOptions | PretrainOptions,
+    options: TrainOptions,
     initial: InitialModel,
     accelerator: Accelerator,
     predictions: Predictions | None,
@@ -246,7 +246,7 @@ def write_model_files(
     folder: Path,
     weights: Tensors,
     results: dict[str, Any],
-    options: FinetuneOptions | PretrainOptions,
+    options: TrainOptions,
     initial: InitialModel,
 ) -> None:
     """Write weights, configuration, code, image processor and results.

@@ -78,7 +78,8 @@ GEOMETRY_SETTINGS = ("do_resize", "size", "do_center_crop", "crop_size", "do_pad
 
 
 def explain_missing_probe(
-    options: Any,
+    is_wanted: bool,
+    is_stream: bool,
     model: Any,
     has_random_weights: bool,
     new_parameter_names: set[str],
@@ -87,8 +88,8 @@ def explain_missing_probe(
     """Return the reason why a run has no probe, or None if it has one."""
     reasons = {
         "the initial weights are random": has_random_weights,
-        "`probe=False` is set": not options.probe,
-        "the dataset is a stream": options.streaming,
+        "`probe=False` is set": not is_wanted,
+        "the dataset is a stream": is_stream,
         "the dataset does not have one label per image": label_kind
         != "single_label_classification",
         "the model has a distillation head": getattr(model, "distillation_classifier", None)
@@ -104,18 +105,21 @@ def explain_missing_probe(
 
 
 def explain_missing_steps(
-    options: Any, data: Any, forward_flops: int, device: torch.device, is_length_set: bool
+    data: TrainingData,
+    trainable: str,
+    epochs: float,
+    forward_flops: int,
+    is_limited: bool,
 ) -> str | None:
     """Return why a run ends at its probe, or None if it trains.
 
     Args:
-        options: options of the run, with all defaults.
         data: training data.
+        trainable, epochs: flags of the run.
         forward_flops: floating-point operations of a forward pass of one image.
-        device: device of the run.
-        is_length_set: whether the user has set the number of epochs or steps.
+        is_limited: whether the run is on a CPU, and the user has not set its length.
     """
-    if options.trainable == "head":
+    if trainable == "head":
         return "none: `trainable='head'` keeps the encoder"
 
     num_selection = None if data.selection is None else len(data.selection)
@@ -125,10 +129,10 @@ def explain_missing_steps(
             "frozen model"
         )
 
-    flops = FLOPS_OF_STEP * forward_flops * data.num_training_images * options.epochs
-    if device.type == "cpu" and not is_length_set and flops > MAX_CPU_FLOPS:
+    flops = FLOPS_OF_STEP * forward_flops * (data.num_training_images or 0) * epochs
+    if is_limited and flops > MAX_CPU_FLOPS:
         return (
-            f"none: {options.epochs:g} epochs would take more than "
+            f"none: {epochs:g} epochs would take more than "
             f"{MAX_CPU_FLOPS / CPU_FLOPS_PER_MINUTE:.0f} minutes on this CPU"
         )
     return None

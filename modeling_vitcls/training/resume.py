@@ -29,7 +29,7 @@ from ..hub.local_paths import (
 from ..hub.model_files import CONFIG_FILE, RECIPE_FILE, RESULTS_FILE
 from ..runtime.files import read_json, read_text
 from ..runtime.flags import to_flags
-from .options import ModelOptions, PretrainOptions
+from .options import ModelOptions, PretrainOptions, TrainOptions
 
 
 # Flags that may change on --resume, because these flags do not affect the result.
@@ -59,7 +59,7 @@ class RecordedFlags:
     config: dict[str, Any]
 
 
-def resolve_local_paths(options: Any) -> Any:
+def resolve_local_paths(options: TrainOptions) -> TrainOptions:
     """Return the options with absolute paths for a local dataset, model and teacher."""
     dataset = resolve_name(options.dataset)
     exclude = options.exclude and options.exclude.absolute()
@@ -67,7 +67,7 @@ def resolve_local_paths(options: Any) -> Any:
     return replace_sources(options, lambda flag, source: resolve_name(source))
 
 
-def pin_models(options: Any) -> Any:
+def pin_models(options: TrainOptions) -> TrainOptions:
     """Return the options with Hub models pinned to commits.
 
     Raise ValueError or OSError if a model cannot be found.
@@ -79,7 +79,7 @@ def pin_models(options: Any) -> Any:
     return replace_sources(options, pin)
 
 
-def replace_sources(options: Any, convert: Callable[[str, str], str]) -> Any:
+def replace_sources(options: TrainOptions, convert: Callable[[str, str], str]) -> TrainOptions:
     """Return the options with another model and teacher: `convert(flag, value)`."""
     options = replace(options, model=convert("model", options.model))
     if isinstance(options, PretrainOptions) or options.teacher is None:
@@ -88,7 +88,7 @@ def replace_sources(options: Any, convert: Callable[[str, str], str]) -> Any:
     return replace(options, teacher=teacher)
 
 
-def get_relative_flags(options: Any, should_strip: bool = False) -> dict[str, Any]:
+def get_relative_flags(options: TrainOptions, should_strip: bool = False) -> dict[str, Any]:
     """Return all flags of the run, with paths relative to the current directory.
 
     If `should_strip` is set, local folders are replaced with placeholders, because the flags are
@@ -102,8 +102,8 @@ def get_relative_flags(options: Any, should_strip: bool = False) -> dict[str, An
 
 
 def build_flags_record(
-    asked: Any,
-    options: Any,
+    asked: TrainOptions,
+    options: TrainOptions,
     config: dict[str, Any],
     should_strip: bool,
     recorded: RecordedFlags | None,
@@ -138,12 +138,12 @@ def read_finished_flags(folder: Path) -> RecordedFlags:
     return RecordedFlags(flags | unset, chosen, read_json(folder / CONFIG_FILE))
 
 
-def use_chosen_values(options: Any, chosen: dict[str, Any]) -> Any:
+def use_chosen_values(options: TrainOptions, chosen: dict[str, Any]) -> TrainOptions:
     """Return the options with the values that were derived when the run was started.
 
     The flags of the resumed run are checked (`check_flags_unchanged`).
     """
-    values = {
+    values: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value
         for name, value in chosen.items()
         if getattr(options, name) is None or name in PATH_FLAGS

@@ -48,12 +48,12 @@ from .finetune import FineTuning
 from .loop import Evaluate, TrainingLoop, TrainingState
 from .model import check_preset_name
 from .optimizer import Ema, build_optimizer
-from .options import FinetuneOptions, PretrainOptions
+from .options import PretrainOptions, TrainOptions
 from .output_folder import save_output
 from .pretrain import PreTraining
 from .probe import FrozenModel, describe_frozen
 from .resume import format_flag_value, resolve_local_paths
-from .run_inputs import Environment, Loaded, Options, load, print_summary, set_up
+from .run_inputs import Environment, Loaded, load, print_summary, set_up
 from .run_results import (
     Best,
     Result,
@@ -97,9 +97,7 @@ class Frozen:
     model: FrozenModel | None = None
 
 
-def train(
-    options: FinetuneOptions | PretrainOptions, on_checkpoint: Callable[[Path], None] | None = None
-) -> Path:
+def train(options: TrainOptions, on_checkpoint: Callable[[Path], None] | None = None) -> Path:
     """Train and evaluate a model, and return the folder with the model and its results.
 
     With `--dry-run`, run a few steps, print the expected duration and memory of the full run, and
@@ -125,7 +123,7 @@ def train(
     return run(recipe, options, on_checkpoint)
 
 
-def run(recipe: Recipe, asked: Options, on_checkpoint: Callable[[Path], None] | None) -> Path:
+def run(recipe: Recipe, asked: TrainOptions, on_checkpoint: Callable[[Path], None] | None) -> Path:
     """Run all stages, and return the output folder.
 
     `asked` are the options as the person set them.
@@ -455,7 +453,9 @@ def predict_out_of_fold(loaded: Loaded, frozen: FrozenModel) -> Predictions:
 # Parts --------------------------------------------------------------------------------------------
 
 
-def prepare_state(options: Any, setup: TrainingSetup, accelerator: Accelerator) -> TrainingState:
+def prepare_state(
+    options: TrainOptions, setup: TrainingSetup, accelerator: Accelerator
+) -> TrainingState:
     """Prepare model and optimizer for the launch configuration, and build the moving average."""
     if options.compile:
         setup.model.compile()
@@ -466,7 +466,7 @@ def prepare_state(options: Any, setup: TrainingSetup, accelerator: Accelerator) 
     return state
 
 
-def start_trackers(accelerator: Accelerator, options: Any) -> None:
+def start_trackers(accelerator: Accelerator, options: TrainOptions) -> None:
     folder = options.output_dir / "trackers"
     run_on_main(accelerator, partial(folder.mkdir, exist_ok=True))
     # Flags are formatted as text, because TensorBoard does not accept lists.

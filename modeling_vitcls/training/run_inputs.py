@@ -27,7 +27,7 @@ from .checkpoints import Checkpoint, CheckpointStore
 from .defaults import describe_random_weights, resolve_defaults, resolve_learning_rate
 from .loop import build_batch_plan
 from .model import InitialModel, choose_image_size, resolve_initial_model
-from .options import FinetuneOptions
+from .options import FinetuneOptions, TrainOptions
 from .output_folder import CHECKPOINTS_FOLDER
 from .probe import explain_missing_steps
 from .reporter import Reporter, describe_batches, describe_model, describe_splits
@@ -44,7 +44,6 @@ from .resume import (
 from .training_setup import Recipe, TrainingSetup
 
 
-Options = Any  # FinetuneOptions or PretrainOptions
 NUM_KEPT_DURING_RUN = 2  # checkpoints, besides the best one; none is kept after the run
 
 
@@ -55,7 +54,7 @@ class Environment:
     accelerator: Accelerator
     reporter: Reporter
     store: CheckpointStore
-    asked: Options  # as the person set them, without derived values
+    asked: TrainOptions  # as the person set them, without derived values
     checkpoint: Checkpoint | None  # to resume from
     is_finished: bool  # whether the resumed run has written its results
     start_time: float
@@ -65,7 +64,7 @@ class Environment:
 class Loaded:
     """What a run trains on, with all defaults resolved."""
 
-    options: Options
+    options: TrainOptions
     initial: InitialModel
     data: TrainingData
     setup: TrainingSetup
@@ -82,7 +81,7 @@ class Loaded:
         return self.missing_steps_reason is None
 
 
-def set_up(asked: Options, lock: FolderLock) -> Environment:
+def set_up(asked: TrainOptions, lock: FolderLock) -> Environment:
     """Build the accelerator, open the output folder, and load the checkpoint to resume from."""
     start_time = time.perf_counter()
     folder = asked.output_dir
@@ -113,7 +112,7 @@ def set_up(asked: Options, lock: FolderLock) -> Environment:
 
 
 def open_folder(
-    asked: Options, lock: FolderLock, store: CheckpointStore, warn: Callable[[str], None]
+    asked: TrainOptions, lock: FolderLock, store: CheckpointStore, warn: Callable[[str], None]
 ) -> tuple[Checkpoint | None, bool]:
     """Lock and check the output folder.
 
@@ -134,7 +133,7 @@ def open_folder(
     return checkpoint, False
 
 
-def load(recipe: Recipe, options: Options, environment: Environment) -> Loaded:
+def load(recipe: Recipe, options: TrainOptions, environment: Environment) -> Loaded:
     """Load the data and the models, resolve all defaults, and prepare the output folder."""
     accelerator = environment.accelerator
     checkpoint = environment.checkpoint
@@ -147,7 +146,6 @@ def load(recipe: Recipe, options: Options, environment: Environment) -> Loaded:
         initial = resolve_initial_model(options.model)
     data = load_on_main(accelerator, options.dataset, partial(recipe.load_data, options, initial))
 
-    is_length_set = asked.epochs is not None or asked.max_steps is not None
     with accelerator.main_process_first():
         options, default_lines = resolve_options(options, initial, data)
         setup = recipe.build_setup(options, initial, data, environment.reporter)
@@ -156,8 +154,14 @@ def load(recipe: Recipe, options: Options, environment: Environment) -> Loaded:
 
     reason = None
     if setup.probe is not None and checkpoint is None:  # a checkpoint is one of steps
+        is_length_set = asked.epochs is not None or asked.max_steps is not None
+        assert options.epochs is not None
         reason = explain_missing_steps(
-            options, data, forward_flops, accelerator.device, is_length_set
+            data=data,
+            trainable=options.trainable,
+            epochs=options.epochs,
+            forward_flops=forward_flops,
+            is_limited=accelerator.device.type == "cpu" and not is_length_set,
         )
     # A frozen model is measured by cross-validation, without held-out images, unless the person
     # held out images, or the dataset has a split for it.
@@ -206,7 +210,7 @@ def load(recipe: Recipe, options: Options, environment: Environment) -> Loaded:
 
 
 def prepare_folder(
-    options: Options,
+    options: TrainOptions,
     data: TrainingData,
     plan: BatchPlan,
     config: dict[str, Any],
@@ -243,14 +247,13 @@ def prepare_folder(
 
 
 def resolve_options(
-    options: Any, initial: InitialModel, data: TrainingData
-) -> tuple[Any, dict[str, str | None]]:
+    options: TrainOptions, initial: InitialModel, data: TrainingData
+) -> tuple[TrainOptions, dict[str, str | None]]:
     """Return the options with the defaults that depend on the run, and summary lines.
 
     The defaults are in defaults.py, and the lines are about these values.
     """
-    select = "last" if data.selection is None else "best"
-    options = replace(options, select=select)
+    options = replace(options, select="last" if data.selection is None else "best")
     size_line = None
     if isinstance(options, FinetuneOptions):
         options, size_line = choose_image_size(options, initial)

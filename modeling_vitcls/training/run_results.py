@@ -24,6 +24,7 @@ from ..runtime.flags import get_flag_fields, to_arguments, to_flags
 from . import pretrain
 from .dry_run import describe_dry_probe, describe_dry_run
 from .loop import TrainingLoop
+from .options import TrainOptions
 from .output_folder import CHECKPOINTS_FOLDER
 from .probe import CPU_FLOPS_PER_MINUTE, FrozenModel
 from .reporter import describe_run, format_result
@@ -214,7 +215,7 @@ def describe_fine_tuning(loaded: Loaded, environment: Environment) -> str:
     return f"{text}Fine-tuning {layers} would take about {duration}: {command}"
 
 
-def build_fine_tuning_command(asked: Any, num_layers: int) -> str:
+def build_fine_tuning_command(asked: TrainOptions, num_layers: int) -> str:
     """Return the command of a run without steps, changed so that it trains the last layers.
 
     Args:
@@ -294,7 +295,11 @@ def print_estimate(
     seconds = time.perf_counter() - environment.start_time
     if loaded.has_steps:
         text = describe_dry_run(
-            trained.loop, loaded.full_plan, loaded.options, loaded.evaluated_fraction, seconds
+            trained.loop,
+            loaded.full_plan,
+            loaded.options.evaluate_every,
+            loaded.evaluated_fraction,
+            seconds,
         )
     else:
         text = describe_dry_probe(results, loaded.full_plan, seconds)

@@ -18,6 +18,7 @@ from ..inference.frozen_features import FrozenPass
 from ..model.image_processing_vitcls import ViTCLSImageProcessor
 from .losses import Objective
 from .model import InitialModel
+from .options import TrainOptions
 from .probe import Probe
 from .reporter import Reporter
 
@@ -72,7 +73,11 @@ class TrainingSetup:
 
 
 def build_evaluator_arguments(
-    options: Any, data: TrainingData, processor: Any, num_channels: int, reporter: Reporter
+    options: TrainOptions,
+    data: TrainingData,
+    processor: Any,
+    num_channels: int,
+    reporter: Reporter,
 ) -> dict[str, Any]:
     """Return the keyword arguments of the evaluators of a run, except for the images."""
     return {
@@ -88,7 +93,7 @@ def build_evaluator_arguments(
 
 
 def build_training_images(
-    options: Any, data: TrainingData, processor: Any, num_channels: int
+    options: TrainOptions, data: TrainingData, processor: Any, num_channels: int
 ) -> Any:
     """Build the augmented training images (`TrainingImages` or `TrainingStream`)."""
     augmentation = build_augmentation(options, processor)
