@@ -6,7 +6,7 @@ The command is implemented in modeling_vitcls/training/additions.py.
 """
 
 from ..training.options import AddClassOptions
-from .functions import run_addition
+from .functions import run_add_class
 
 
 OPTIONS_CLASS = AddClassOptions
@@ -14,4 +14,4 @@ OPTIONS_CLASS = AddClassOptions
 
 def run(options: AddClassOptions) -> None:
     """Add the classes, and write the model folder with its card."""
-    run_addition(options)
+    run_add_class(options)

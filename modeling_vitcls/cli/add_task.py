@@ -7,7 +7,7 @@ The command is implemented in modeling_vitcls/training/additions.py.
 """
 
 from ..training.options import AddTaskOptions
-from .functions import run_addition
+from .functions import run_add_task
 
 
 OPTIONS_CLASS = AddTaskOptions
@@ -15,4 +15,4 @@ OPTIONS_CLASS = AddTaskOptions
 
 def run(options: AddTaskOptions) -> None:
     """Add or remove the task, and write the model folder with its card."""
-    run_addition(options)
+    run_add_task(options)

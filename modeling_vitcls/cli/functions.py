@@ -340,10 +340,22 @@ def add_task(
         >>> from modeling_vitcls import add_task
         >>> record = add_task("runs/digits", "photos", "pet", "runs/with-pet")
     """
-    options = build_options(
-        AddTaskOptions, model=model, dataset=dataset, name=name, output_dir=output_dir, **flags
+    return run_add_task(
+        build_options(
+            AddTaskOptions, model=model, dataset=dataset, name=name, output_dir=output_dir, **flags
+        )
     )
-    return run_addition(options)
+
+
+def run_add_task(options: AddTaskOptions) -> dict[str, Any]:
+    """Add or remove a task, and write the card. Return the record of the task."""
+    from ..hub.model_folder import ModelFolder
+    from ..publishing.card import write_card
+    from ..training.additions import add_task_from_options
+
+    record = add_task_from_options(options)
+    write_card(ModelFolder(options.output_dir))
+    return record
 
 
 @with_own_state
@@ -376,22 +388,18 @@ def add_class(
         from ..data.in_memory import add_dataset
 
         flags["old_dataset"] = add_dataset(flags["old_dataset"])
-    options = build_options(
-        AddClassOptions, model=model, dataset=dataset, output_dir=output_dir, **flags
+    return run_add_class(
+        build_options(AddClassOptions, model=model, dataset=dataset, output_dir=output_dir, **flags)
     )
-    return run_addition(options)
 
 
-def run_addition(options: AddTaskOptions | AddClassOptions) -> dict[str, Any]:
-    """Add a task or classes, and write the card. Return the record of the addition."""
+def run_add_class(options: AddClassOptions) -> dict[str, Any]:
+    """Add classes, and write the card. Return the record of the classes."""
     from ..hub.model_folder import ModelFolder
     from ..publishing.card import write_card
-    from ..training.additions import add_classes_from_options, add_task_from_options
+    from ..training.additions import add_classes_from_options
 
-    if isinstance(options, AddClassOptions):
-        record = add_classes_from_options(options)
-    else:
-        record = add_task_from_options(options)
+    record = add_classes_from_options(options)
     write_card(ModelFolder(options.output_dir))
     return record
 

@@ -7,7 +7,6 @@ regression on them is the model's classifier.
 """
 
 import copy
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -58,29 +57,14 @@ class FeatureLayout:
         plain_config.pooled_activation = None
         return cls.from_config(plain_config, num_layers)
 
-    def get_columns(self, layers: Sequence[int], tokens: str) -> np.ndarray:
-        """Return the columns of what a classifier reads, in the order of its input.
-
-        The order is layer after layer, each with CLS before the mean of the patches. `tokens` is
-        the pooling of a `Candidate`.
-        """
-        layer_width = sum(self.widths.values())
-        columns = []
-        for layer in layers:
-            start = (self.num_layers + layer) * layer_width
-            for kind, width in self.widths.items():
-                if kind == tokens or tokens == "cls_mean":
-                    columns.append(np.arange(start, start + width))
-                start += width
-        return np.concatenate(columns)
-
     def split(self, values: np.ndarray) -> dict[Token, np.ndarray]:
-        """Return the features [N, D] of each token, of features [N, all]."""
-        return {
-            (layer, kind): values[:, self.get_columns([layer], kind)]
-            for layer in range(-self.num_layers, 0)
-            for kind in self.widths
-        }
+        """Return the features [N, D] of each token, of features [N, all].
+
+        The order is layer after layer, each with CLS before the mean of the patches.
+        """
+        tokens = [(layer, kind) for layer in range(-self.num_layers, 0) for kind in self.widths]
+        ends = np.cumsum([self.widths[kind] for _, kind in tokens])
+        return dict(zip(tokens, np.split(values[:, : ends[-1]], ends[:-1], axis=1), strict=True))
 
 
 def has_searchable_pooling(config: ViTCLSConfig) -> bool:

@@ -42,10 +42,6 @@ class Calibration:
     def is_fitted(self) -> bool:
         return self.temperature is not None
 
-    def apply(self, config: Any) -> None:
-        """Write the temperature to a model's configuration."""
-        config.temperature = self.temperature
-
     def to_dict(self) -> dict[str, Any]:
         return {
             "temperature": self.temperature,
@@ -60,8 +56,9 @@ def find_calibration(predictions: Predictions, images: str) -> Calibration:
     if images == HELD_OUT:
         logits, labels = logits[::2], labels[::2]
     num_images = len(labels)
-    if not has_enough_images(num_images):
-        return explain_missing_calibration(num_images, images)
+    if num_images < MIN_IMAGES:
+        text = f"not calibrated: {num_images:,} images, {MIN_IMAGES} needed"
+        return Calibration(num_images, images, text)
 
     temperature = round(fit_temperature(logits, labels), 4)
     text = f"temperature {temperature:.2f}, from {describe_images(images, num_images)}"
@@ -80,17 +77,6 @@ def describe_probe_calibration(probe: LinearProbe) -> Calibration:
     num_images = int(np.isfinite(probe.losses_).sum())
     text = f"temperature {temperature:.2f}, from {describe_images(CROSS_VALIDATION, num_images)}"
     return Calibration(num_images, CROSS_VALIDATION, text, temperature)
-
-
-def has_enough_images(num_images: int) -> bool:
-    return num_images >= MIN_IMAGES
-
-
-def explain_missing_calibration(num_images: int, images: str) -> Calibration:
-    """Return a calibration that says why there is none."""
-    return Calibration(
-        num_images, images, f"not calibrated: {num_images:,} images, {MIN_IMAGES} needed"
-    )
 
 
 def is_improvement(logits: np.ndarray, labels: np.ndarray, temperature: float) -> bool:
@@ -140,12 +126,13 @@ def measure_errors(
         logits, labels = logits[1::2], labels[1::2]
     before = compute_error(logits * calibration.temperature, labels)
     after = compute_error(logits, labels)
-    by_chance = compute_error_by_chance(logits)
+    confidences = softmax(logits.astype(np.float64), axis=1).max(axis=1)
+    by_chance = round(compute_chance_calibration_error(confidences), 6)
     text = ""
     if len(labels) >= MIN_ERROR_IMAGES:
         text = (
             f"; calibration error of {len(labels):,} other images {100 * before:.1f} -> "
-            f"{100 * after:.1f} points {describe_error_by_chance(by_chance)}"
+            f"{100 * after:.1f} points (a calibrated model: {100 * by_chance:.1f}, by chance)"
         )
     errors = {
         "calibration_error_before": before,
@@ -162,13 +149,3 @@ def compute_error(logits: np.ndarray, labels: np.ndarray) -> float:
         probabilities, torch.from_numpy(labels), logits.shape[1], n_bins=NUM_BINS
     )
     return round(float(error), 6)
-
-
-def compute_error_by_chance(logits: np.ndarray) -> float:
-    """Return the calibration error of a calibrated model with the confidences of logits [N, L]."""
-    confidences = softmax(logits.astype(np.float64), axis=1).max(axis=1)
-    return round(compute_chance_calibration_error(confidences), 6)
-
-
-def describe_error_by_chance(by_chance: float) -> str:
-    return f"(a calibrated model: {100 * by_chance:.1f}, by chance)"
