@@ -167,7 +167,7 @@ class FrozenModel:
     def list_out_of_fold_rows(self, num_labels: int) -> list[ImageOutput]:
         """Return the training images with logits of a classifier that was not fitted to them."""
         probabilities = expand_classes(self.probe.out_of_fold_, self.probe.classes_, num_labels)
-        known = np.flatnonzero(np.isfinite(probabilities[:, 0]))
+        known = np.flatnonzero(np.isfinite(probabilities).all(axis=1))
         logits = np.log(np.maximum(probabilities[known], MIN_PROBABILITY)).astype(np.float32)
         return self.features.take(known).build_rows(logits)
 
