@@ -6,9 +6,9 @@
     dry_run.py          the inputs of a dry run, and its estimate
     training_setup.py   what a run trains: the interface between run.py and the next two files
     options.py          flags of the commands that train
-    finetune.py         data, model, loss and evaluator of fine-tuning
-    pretrain.py         data, model, loss and evaluator of pre-training; lejepa.py and mae.py are its methods
-    probe.py            linear classifier on the frozen model, before fine-tuning
+    finetune.py         recipe of fine-tuning: data, model, loss and evaluator
+    pretrain.py         recipe of pre-training; lejepa.py and mae.py are its methods
+    probe.py            linear classifier of the frozen encoder, before fine-tuning
     loop.py             training loop
     checkpoints.py      checkpoints on disk, written completely or not at all
     duration.py         expected duration of a run, before its first step
