@@ -56,9 +56,8 @@ def find_calibration(predictions: Predictions, images: str) -> Calibration:
     if images == HELD_OUT:
         logits, labels = logits[::2], labels[::2]
     num_images = len(labels)
-    if num_images < MIN_IMAGES:
-        text = f"not calibrated: {num_images:,} images, {MIN_IMAGES} needed"
-        return Calibration(num_images, images, text)
+    if not has_enough_images(num_images):
+        return explain_missing_calibration(num_images, images)
 
     temperature = round(fit_temperature(logits, labels), 4)
     text = f"temperature {temperature:.2f}, from {describe_images(images, num_images)}"
@@ -77,6 +76,16 @@ def describe_probe_calibration(probe: LinearProbe) -> Calibration:
     num_images = int(np.isfinite(probe.losses_).sum())
     text = f"temperature {temperature:.2f}, from {describe_images(CROSS_VALIDATION, num_images)}"
     return Calibration(num_images, CROSS_VALIDATION, text, temperature)
+
+
+def has_enough_images(num_images: int) -> bool:
+    return num_images >= MIN_IMAGES
+
+
+def explain_missing_calibration(num_images: int, images: str) -> Calibration:
+    """Return a calibration that says why there is none."""
+    text = f"not calibrated: {num_images:,} images, {MIN_IMAGES} needed"
+    return Calibration(num_images, images, text)
 
 
 def is_improvement(logits: np.ndarray, labels: np.ndarray, temperature: float) -> bool:

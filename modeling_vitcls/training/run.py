@@ -37,7 +37,9 @@ from .calibration import (
     SELECTION,
     Calibration,
     describe_probe_calibration,
+    explain_missing_calibration,
     find_calibration,
+    has_enough_images,
     measure_errors,
 )
 from .distributed_state import reshard
@@ -367,6 +369,8 @@ def calibrate(loaded: Loaded, best: Best, evaluators: Evaluators) -> Calibration
 
     calibration = None
     if selection is not None and loaded.has_steps:
+        if not has_enough_images(len(selection)):
+            return explain_missing_calibration(len(selection), SELECTION)
         assert isinstance(evaluators.selection, Evaluator)
         calibration = find_calibration(evaluators.selection.predict(best.model), SELECTION)
     elif predictions := predict_held_out(loaded, best, evaluators):
