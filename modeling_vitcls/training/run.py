@@ -23,7 +23,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from ..data.batches import iterate_training_batches
 from ..data.image_folder import check_output_is_not_read
-from ..data.images import UnreadableImageCounter
+from ..data.images import LabeledImages, UnreadableImageCounter
 from ..data.sampling import BatchPlan
 from ..data.workers import explain_worker_errors
 from ..inference.evaluator import Evaluator, Predictions, build_predictions, round_floats
@@ -209,6 +209,7 @@ def fit_frozen(loaded: Loaded, environment: Environment) -> Frozen:
     reporter = environment.reporter
     model = probe.run(data, reporter.warn, is_final=not loaded.has_steps)
     if not loaded.options.dry_run:
+        assert isinstance(data.train, LabeledImages)
         images = data.train.images
         reporter.print_lines(describe_frozen(probe, model, images, not loaded.has_steps))
     if model.selection is None:
