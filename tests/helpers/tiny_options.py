@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -74,7 +75,7 @@ def run_to_folder(options: Any) -> Path:
 
 
 def prepare_setup(options: Any) -> SimpleNamespace:
-    """Return what a run prepares: task, resolved options, data, plan and reporter."""
+    """Return what a run prepares: setup, resolved options, data, plan, reporter and warnings."""
     reset_accelerate()
     recipe: Recipe = PreTraining() if isinstance(options, PretrainOptions) else FineTuning()
     options = recipe.check_options(options)
@@ -86,7 +87,14 @@ def prepare_setup(options: Any) -> SimpleNamespace:
     setup = recipe.build_setup(options, initial, data, reporter)
     options = resolve_learning_rate(options, initial, setup.probe is not None)[0]
     plan = build_batch_plan(data.num_training_images, options, accelerator.num_processes)
-    return SimpleNamespace(setup=setup, options=options, data=data, plan=plan, reporter=reporter)
+    return SimpleNamespace(
+        setup=setup,
+        options=options,
+        data=data,
+        plan=plan,
+        reporter=reporter,
+        warnings=partial(recipe.describe_data, options, initial, data, has_steps=False),
+    )
 
 
 def build_initial_model(options: ModelOptions, label_space: LabelSpace) -> Any:

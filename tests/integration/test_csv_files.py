@@ -119,7 +119,7 @@ def test_leaving_out_many_images_or_most_of_a_class_is_a_warning(
     table.write_text("\n".join(["split,id", *ids]))
     options = build_tiny_options(tmp_path / "out", tmp_path / "photos", exclude=table)
     loaded = prepare_setup(options)
-    warnings = loaded.setup.describe_data(loaded.data)
+    warnings = loaded.warnings()
     if expected is None:
         assert warnings == []
     else:

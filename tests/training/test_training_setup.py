@@ -287,6 +287,6 @@ def test_a_class_without_training_images_is_a_warning(tmp_path: Path) -> None:
     splits = {"train": {"dusk": 1, "noon": 1}, "val": {"dusk": 2, "noon": 2, "night": 2}}
     data = write_images(tmp_path / "data", splits)
     run = prepare_setup(build_options(tmp_path / "run", data, model=model, select=None))
-    (warning,) = run.setup.describe_data(run.data)
+    (warning,) = run.warnings()
     assert "1 of the 3 classes have no training images: night" in warning
     assert (run.data.selection, run.options.select) == (None, "last")
