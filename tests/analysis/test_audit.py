@@ -279,6 +279,7 @@ def test_a_frozen_run_has_already_predicted_its_images(
         num_workers=0,
         report=False,
     )
+    reset_accelerate()
     options = replace(options, model=str(tmp_path / "run"))
     recorded = pd.read_parquet(tmp_path / "run" / "predictions.parquet").set_index("image")
     capsys.readouterr()
@@ -307,6 +308,7 @@ def test_predictions_of_folds_are_those_of_the_model_that_held_out_the_image(
         num_workers=0,
         report=False,
     )
+    reset_accelerate()
     found, _, _ = load_audited_images(replace(options, model=str(tmp_path / "run")))
     files = sorted((tmp_path / "run").glob("fold-*/predictions.parquet"))
     recorded = pd.concat(map(pd.read_parquet, files)).set_index("image")
