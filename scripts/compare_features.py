@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 import tyro
 from compare_tools import build_environment, run_measured
-from study_first_answer import link_photos
+from study_photos import link_photos
 
 from modeling_vitcls.runtime.system import get_processor_name
 

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 import tyro
 from safetensors.torch import load_file
-from study_first_answer import draw_photos, link_photos, list_photos
+from study_photos import PhotoOptions, draw_photos, link_photos, list_photos
 
 from modeling_vitcls.inference.intervals import compute_proportion_interval
 from modeling_vitcls.runtime.files import read_json, write_json
@@ -52,15 +52,9 @@ TIMM_NAMES = (
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(PhotoOptions):
     """Encoder, photographs and output of the comparison."""
 
-    encoder: Path
-    """Folder of a DINOv2 ViT-S/14, as `AutoModel.from_pretrained` takes it."""
-    photos: Path
-    """Folder with train/CLASS/PHOTO and test/CLASS/PHOTO."""
-    output: Path
-    """Folder for the photographs, the runs and README.md."""
     labels: int = 50
     """Number of training photographs per class."""
     programs: tuple[str, ...] = tuple(PACKAGES)

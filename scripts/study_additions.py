@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 import tyro
+from study_photos import PhotoOptions, link_photos
 
 from modeling_vitcls import ViTCLSImageProcessor, ViTCLSModel, add_class, finetune
 from modeling_vitcls.conversion.any_checkpoint import resolve
@@ -37,15 +38,9 @@ from modeling_vitcls.training.options import AdditionOptions
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(PhotoOptions):
     """Encoder, images and size of the study."""
 
-    encoder: str
-    """A ViT, as `vitcls convert` takes it."""
-    photos: Path
-    """Folder with train/CLASS/PHOTO and test/CLASS/PHOTO."""
-    output: Path
-    """Folder for features, runs.json and README.md."""
     image_size: int = 224
     """Height and width of the images in pixels."""
     num_old: int = 50
@@ -86,7 +81,7 @@ def write_encoder(options: Options) -> Path:
     folder = options.output / "encoder"
     if not folder.exists():
         size = options.image_size
-        source = resolve(options.encoder).path
+        source = resolve(str(options.encoder)).path
         ViTCLSModel.from_pretrained(source, image_size=size).save_pretrained(folder)
         ViTCLSImageProcessor.from_pretrained(
             source, size={"shortest_edge": size}, crop_size={"height": size, "width": size}
@@ -152,7 +147,8 @@ def train_and_add(options: Options, name: str) -> dict[str, Any]:
     for split in ("train", "test"):
         for part in ("old", "new"):
             folders[split, part] = options.output / part / split
-            link_photos(options, folders[split, part], split, name, is_new=part == "new")
+            photos = list_part(options, split, name, is_new=part == "new")
+            link_photos(photos, folders[split, part])
     finetune(
         str(options.output / "encoder"),
         str(options.output / "old"),
@@ -174,19 +170,17 @@ def train_and_add(options: Options, name: str) -> dict[str, Any]:
     )
 
 
-def link_photos(options: Options, folder: Path, split: str, name: str, is_new: bool) -> None:
-    """Write links to the photos of the left-out class, or of the others."""
+def list_part(options: Options, split: str, name: str, is_new: bool) -> list[Path]:
+    """Return the photos of the left-out class, or of the others."""
+    files: list[Path] = []
     for source in sorted((options.photos / split).iterdir()):
         if (source.name == name) != is_new:
             continue
-        (folder / source.name).mkdir(parents=True, exist_ok=True)
         photos = sorted(source.iterdir())
         if split == "train":
             photos = photos[: 20 if is_new else options.num_old]
-        for photo in photos:
-            link = folder / source.name / photo.name
-            if not link.exists():
-                link.symlink_to(photo.resolve())
+        files += photos
+    return files
 
 
 # Page ---------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ import tyro
 from sklearn.linear_model import LogisticRegressionCV
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
-from study_first_answer import draw_photos
+from study_photos import PhotoOptions, draw_photos
 
 from modeling_vitcls import EmbedImages
 from modeling_vitcls.inference.intervals import compute_bootstrap_interval
@@ -31,15 +31,9 @@ BATCH_SIZE = 32
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(PhotoOptions):
     """Encoder, photographs and size of the study."""
 
-    encoder: Path
-    """Folder of a ViT with 12 layers, or any other checkpoint that `vitcls convert` takes."""
-    photos: Path
-    """Folder with train/CLASS/PHOTO and test/CLASS/PHOTO."""
-    output: Path
-    """Folder for features.npz and README.md."""
     labels: int = 50
     """Number of training photographs per class and draw."""
     max_test: int = 100

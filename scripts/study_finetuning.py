@@ -27,15 +27,8 @@ import numpy as np
 import torch
 import tyro
 from PIL import Image
-from study_first_answer import (
-    BATCH_SIZE,
-    Options,
-    compute_metrics,
-    draw_photos,
-    link_photos,
-    list_photos,
-    run_command,
-)
+from study_first_answer import BATCH_SIZE, Options, compute_metrics, run_command
+from study_photos import draw_photos, link_photos, list_photos
 from transformers import AutoImageProcessor
 
 from modeling_vitcls import ViTCLSForImageClassification

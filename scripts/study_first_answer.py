@@ -15,13 +15,11 @@ features of scikit-learn's side are computed once; its CPU time is that of the i
 needs. An interrupted study continues: finished runs are read from OUTPUT.
 """
 
-import random
 import resource
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -33,6 +31,7 @@ import tyro
 from PIL import Image
 from sklearn.linear_model import LogisticRegressionCV
 from sklearn.metrics import log_loss
+from study_photos import PhotoOptions, draw_photos, link_photos, list_photos
 from torchmetrics.functional.classification import multiclass_calibration_error
 from transformers import AutoImageProcessor, AutoModel
 
@@ -45,15 +44,9 @@ STRENGTHS = (1e-3, 1e-2, 0.1, 1.0, 10.0)  # C of the peer, chosen by its own cro
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(PhotoOptions):
     """Encoder, photographs and size of the study."""
 
-    encoder: Path
-    """Folder of a ViT, as `AutoModel.from_pretrained` takes it."""
-    photos: Path
-    """Folder with train/CLASS/PHOTO and test/CLASS/PHOTO."""
-    output: Path
-    """Folder for the runs, runs.json and README.md."""
     labels: tuple[int, ...] = (20, 50, 100)
     """Numbers of training photographs per class."""
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -94,31 +87,6 @@ def main() -> None:
             write_json(file, {"rows": rows})
             print(rows[-1], flush=True)
     (options.output / "README.md").write_text(format_page(rows), encoding="utf-8")
-
-
-# Photographs --------------------------------------------------------------------------------------
-
-
-def draw_photos(folder: Path, num_labels: int, seed: int) -> list[Path]:
-    """Return `num_labels` random photographs of each class."""
-    chooser = random.Random(seed)
-    classes = [sorted(each.iterdir()) for each in sorted(folder.iterdir())]
-    return [
-        file for files in classes for file in chooser.sample(files, min(num_labels, len(files)))
-    ]
-
-
-def list_photos(folder: Path) -> list[Path]:
-    return sorted(folder.glob("*/*"))
-
-
-def link_photos(files: Iterable[Path], folder: Path) -> None:
-    """Link photographs in FOLDER/CLASS."""
-    for file in files:
-        link = folder / file.parent.name / file.name
-        link.parent.mkdir(parents=True, exist_ok=True)
-        if not link.exists():
-            link.symlink_to(file.resolve())
 
 
 # Ours ---------------------------------------------------------------------------------------------
