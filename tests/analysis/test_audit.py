@@ -106,7 +106,7 @@ def test_a_mirrored_copy_is_a_near_duplicate_and_plain_images_are_none(
     images = [
         Image.fromarray(generator.integers(256, size=(60, 90, 3), dtype=np.uint8)) for _ in range(9)
     ]
-    images += [images[3].transpose(Image.Transpose.FLIP_LEFT_RIGHT).resize((45, 30))]
+    images += [images[3].transpose(Image.Transpose.FLIP_LEFT_RIGHT)]
     images += [Image.new("RGB", (60, 90), color) for color in ("white", "black")]
     source = LabeledImages(images, [0] * len(images))
     audited = replace(planted[0], sources=[(source, index) for index in range(len(images))])
@@ -200,7 +200,7 @@ def test_checked_photos_are_left_out_of_training(browser: Browser, tmp_path: Pat
         pixels = generator.integers(0, 120, (60, 90, 3), dtype=np.uint8) + (0 if is_dark else 130)
         (photos / name).mkdir(parents=True, exist_ok=True)
         Image.fromarray(np.uint8(pixels)).save(photos / name / f"{index}.png")
-    (photos / "light" / "copy.png").write_bytes((photos / "light" / "30.png").read_bytes())
+    (photos / "light" / "copy.png").write_bytes((photos / "light" / "31.png").read_bytes())
     (photos / "light" / "broken.png").write_bytes(b"broken")
     model = save_with_processor(ViTCLSModel(build_tiny_config()), tmp_path / "model")
     page, output = tmp_path / "audit.html", tmp_path / "counts.json"
