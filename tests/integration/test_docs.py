@@ -76,6 +76,7 @@ OTHER_FLAGS = {
 # programs that are no subcommands of vitcls
 PROGRAMS = (
     "scripts/benchmark.py",
+    "scripts/compare_features.py",
     "scripts/compare_tools.py",
     "scripts/push_space.py",
     "scripts/space/transformers_js.py",
