@@ -125,8 +125,8 @@ def audit_checkpoint(options: EvaluateOptions) -> dict[str, Any]:
             style="bold yellow",
         )
     console.print(
-        f"{len(images.rows):,} images: {counts['label']} possible label errors, "
-        f"{counts['duplicate']} near duplicates, {counts['outlier']} outliers"
+        f"images: {len(images.rows):,}; possible label errors: {counts['label']}, "
+        f"near duplicates: {counts['duplicate']}, outliers: {counts['outlier']}"
     )
     if counts["label"]:
         console.print(
