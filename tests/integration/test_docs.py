@@ -522,7 +522,9 @@ def test_examples_in_docstrings_run(run: Run, tmp_path: Path) -> None:
             source = example.source.strip()
             lines.append(f"assert repr(({source})) == {expected!r}" if is_value else source)
 
-    write_classifier(tmp_path / "runs" / "digits", list("0123456789"))
+    # README's command, shorter
+    flags = ["--config", "digits", "--output-dir", "runs/digits", "--epochs", "5", "--no-report"]
+    run([*MODULE, "finetune", *flags])
     (tmp_path / "page.py").write_text("\n\n".join(lines), encoding="utf-8")
     run(["page.py"])
 
