@@ -82,7 +82,7 @@ class Evaluators(NamedTuple):
 
 @dataclass(frozen=True)
 class Frozen:
-    """What a run knows about its frozen model.
+    """The frozen model of a run, and its score.
 
     Attributes:
         record: its choice, for results.json and checkpoints; None without a probe.
