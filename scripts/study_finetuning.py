@@ -40,6 +40,7 @@ from modeling_vitcls.inference.linear_probe import NUM_LAST_LAYERS, LinearProbe,
 from modeling_vitcls.runtime.files import read_json, write_json
 
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EPOCHS = 5
 TRAINABLE = {"head": "frozen", "last-4": "last four layers", "full": "all layers"}
 RECIPE = ("trainable", "is_averaged", "is_refitted")
@@ -134,7 +135,8 @@ def fine_tune(options: Options, folder: Path, trainable: str) -> float:
 
 def load_model(folder: Path) -> Any:
     """Load a model in evaluation mode, with the temperature as part of the classifier."""
-    model = ViTCLSForImageClassification.from_pretrained(folder).eval().requires_grad_(False)
+    model = ViTCLSForImageClassification.from_pretrained(folder, device_map=DEVICE)
+    model.eval().requires_grad_(False)
     model.classifier.weight /= model.config.temperature
     model.classifier.bias /= model.config.temperature
     model.config.temperature = 1.0
@@ -144,7 +146,7 @@ def load_model(folder: Path) -> Any:
 def average_weights(start: Any, tuned: Any) -> Any:
     """Return a model whose weights are the means of those of two models."""
     weights = start.state_dict()
-    model = ViTCLSForImageClassification(tuned.config).eval().requires_grad_(False)
+    model = ViTCLSForImageClassification(tuned.config).to(DEVICE).eval().requires_grad_(False)
     model.load_state_dict(
         {name: (value + weights[name]) / 2 for name, value in tuned.state_dict().items()}
     )
@@ -157,8 +159,8 @@ def apply_head(model: Any, features: TokenFeatures) -> np.ndarray:
     kinds = ("cls", "mean") if config.pooling == "cls_mean" else (config.pooling,)
     layers = config.resolve_layers(config.pooled_layers or [config.num_hidden_layers])
     tokens = [(layer - config.num_hidden_layers - 1, kind) for layer in layers for kind in kinds]
-    values = torch.from_numpy(stack_tokens(features, tokens)).float()
-    return model.classifier(values).softmax(dim=1).double().numpy()
+    values = torch.from_numpy(stack_tokens(features, tokens)).float().to(DEVICE)
+    return model.classifier(values).softmax(dim=1).double().cpu().numpy()
 
 
 # Features -----------------------------------------------------------------------------------------
@@ -180,7 +182,7 @@ def compute_features(model: Any, start: Any, folder: Path, files: list[Path]) ->
             layer_states.append(layer(layer_states[-1], None, None))
         outputs = SimpleNamespace(hidden_states=layer_states)
         parts.append(pool_layers(encoder, outputs, layout))
-    return layout.split(torch.cat(parts).numpy())
+    return layout.split(torch.cat(parts).cpu().numpy())
 
 
 def have_equal_first_layers(model: Any, start: Any) -> bool:
@@ -208,7 +210,7 @@ def compute_states(model: Any, folder: Path, files: list[Path]) -> torch.Tensor:
     parts = []
     for start in range(0, len(files), BATCH_SIZE):
         batch = [Image.open(file).convert("RGB") for file in files[start : start + BATCH_SIZE]]
-        pixel_values = processor(batch, return_tensors="pt")["pixel_values"]
+        pixel_values = processor(batch, return_tensors="pt")["pixel_values"].to(DEVICE)
         grid_size = encoder.embeddings.patch_embeddings.get_grid_size(pixel_values)
         states = encoder.embeddings(pixel_values, grid_size)
         for layer in encoder.layers[:-NUM_LAST_LAYERS]:

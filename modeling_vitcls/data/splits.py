@@ -91,6 +91,8 @@ class TrainingData:
     excluded: LabeledImages | None = None
     # the stored images of the only split, before any were held out; None with an evaluation split
     undivided: LabeledImages | None = None
+    # the training images with the selection images, if these were drawn from them; otherwise None
+    unselected: LabeledImages | StreamedImages | None = None
     # lines about what was read: the labels, and the columns of splits and groups
     facts: Mapping[str, str] = field(default_factory=dict)
 
@@ -170,7 +172,7 @@ def load_training_data(
     if options.exclude is not None:
         train, excluded = exclude_images(train, training_splits.train, options.exclude)
 
-    selection = None
+    selection = unselected = None
     selection_name = ""
     if training_splits.selection is not None:
         selection = read_images(images[training_splits.selection])
@@ -180,6 +182,7 @@ def load_training_data(
             options, split_seed=derive_seed(options.split_seed, 1), folds=None, fold=None
         )
         selection_name = f"about {options.held_out_part:.0%} of the training images"
+        unselected = train
         train, selection = hold_out_images(train, selection_options)
 
     check_contradictions([train, held_out, selection], splits.label_space, options.dataset)
@@ -195,6 +198,7 @@ def load_training_data(
         selection_name=selection_name,
         excluded=excluded,
         undivided=undivided,
+        unselected=unselected,
         facts=splits.facts,
     )
 
@@ -205,7 +209,17 @@ def hold_out_nothing(data: TrainingData, exclude: Path | None) -> TrainingData:
     assert train is not None
     if exclude is not None:
         train, excluded = exclude_images(train, data.train_split, exclude)
-    return replace(data, train=train, held_out=train.select([]), selection=None, excluded=excluded)
+    held_out = train.select([])
+    return replace(
+        data, train=train, held_out=held_out, selection=None, unselected=None, excluded=excluded
+    )
+
+
+def select_nothing(data: TrainingData) -> TrainingData:
+    """Return the data of a run whose selection images, if they were drawn, are for training."""
+    if data.unselected is None:
+        return data
+    return replace(data, train=data.unselected, selection=None, selection_name="", unselected=None)
 
 
 def read_images(images: LabeledImages | StreamedImages) -> LabeledImages:

@@ -106,12 +106,10 @@ def describe_predictions(
         folder.results.get("steps") and folder.results.get("selection", {}).get("step") != 0
     )
     return {
-        "headline": describe_accuracy(rows, estimate),
+        "headline": describe_accuracy(rows, estimate, bool(is_trained)),
         "is_cross_validated": is_cross_validated,
         "is_trained": bool(is_trained),  # whether the weights are not those of the frozen model
-        "images_name": "Training images, each predicted by a classifier of other images"
-        if is_cross_validated
-        else "Held-out images",
+        "images_name": describe_predicted_images(is_cross_validated, bool(is_trained)),
         "num_images": len(rows),
         "num_wrong": len(wrong),
         "num_confident_errors": int((wrong["confidence"] > MIN_CONFIDENT).sum()),
@@ -156,11 +154,22 @@ def describe_nearest_images(
     return nearest
 
 
-def describe_accuracy(rows: Any, estimate: float | None = None) -> str:
+def describe_predicted_images(is_cross_validated: bool, is_trained: bool) -> str:
+    """Return what the predicted images are, for a heading."""
+    if not is_cross_validated:
+        return "Held-out images"
+    text = "Training images, each predicted by a classifier of other images"
+    return f"{text}, before fine-tuning" if is_trained else text
+
+
+def describe_accuracy(
+    rows: Any, estimate: float | None = None, is_before_training: bool = False
+) -> str:
     """Return the accuracy and the most frequent confusion in one sentence.
 
     A confusion that happened once is omitted. `rows` are the rows of predictions.parquet, and
-    `estimate` is the accuracy for new images if these are training images.
+    `estimate` is the accuracy for new images if these are training images; if `is_before_training`
+    is set, that of the frozen model.
     """
     num_images = len(rows)
     wrong = rows[rows["label"] != rows["prediction"]]
@@ -171,6 +180,8 @@ def describe_accuracy(rows: Any, estimate: float | None = None) -> str:
     sentence = f"{percentage} of {num_images:,} held-out images are right"
     if estimate is not None:
         sentence = f"About {estimate:.1%} of new images are right"
+        if is_before_training:
+            sentence += " before fine-tuning"
 
     if not len(wrong):
         return sentence

@@ -5,6 +5,7 @@ learning_rate      `LEARNING_RATES`, for each kind of initial weights
 layer_decay        1                          0.75                       1                  1
 initializer_range  0.8 / sqrt(width)          checkpoint's value         checkpoint's value checkpoint's value
 epochs             30                         30, or 10 (large dataset)  5                  30
+                   5 with --refit, which is the default of `should_refit`.
                    On CPUs, the epochs of a run have at most `MAX_CPU_FLOPS`, but there is at least one epoch.
 
 flag               at most 64 pixels per side larger images
@@ -77,12 +78,22 @@ LEARNING_RATES: dict[TrainingMethod, RateRule] = {
 EXAMPLE_CHECKPOINT = "timm:vit_small_patch14_reg4_dinov2.lvd142m"
 MAX_SMALL_IMAGE_SIZE = 64  # maximum length of the longer side of a small image, in pixels
 MIN_LARGE_DATASET_SIZE = 10_000  # minimum number of training images in a large dataset
+REFIT_EPOCHS = 5.0
+# Minimum number of training images, and their mean number in a class, for a classifier that is
+# fitted again by default: with 200 images, 20 of each class, it gained nothing
+# (model_cards/studies/finetuning.md). Large data sets have a selection.
+MIN_REFIT_IMAGES = 500
+MIN_REFIT_CLASS_SIZE = 50
 MAX_CPU_FLOPS = 1e15  # of all training steps; about an hour at 300 GFLOP/s
 # Flags with defaults of this file
 SIZE_FLAGS = (
     "image_size patch_size hidden_size num_hidden_layers num_attention_heads intermediate_size"
 ).split()
-DEFAULT_FLAGS = "initializer_range layer_decay epochs batch_size crop_scale shift".split()
+# flags of another length or another choice than those of the study
+FLAGS_WITHOUT_REFIT = "epochs max_steps select early_stopping ema_decay teacher".split()
+# flag -> name of its printed line
+LINE_NAMES = {"epochs": "epochs", "learning_rate": "rate"}
+DEFAULT_FLAGS = "initializer_range layer_decay batch_size crop_scale shift".split()
 
 
 def resolve_defaults(
@@ -91,8 +102,8 @@ def resolve_defaults(
     """Return the options with a value for each flag in `DEFAULT_FLAGS`, and a line about them.
 
     The line has the default values that affect the run, grouped by reason. `num_training_images` is
-    None for a stream. For checkpoints, `initializer_range` remains None. The learning rate is not
-    among these flags (`resolve_learning_rate`).
+    None for a stream. For checkpoints, `initializer_range` remains None. The length of the run and
+    its learning rate are not among these flags (`resolve_schedule`).
     """
     config_values = options.get_config_values()
     width = get_width(options, initial)
@@ -107,22 +118,14 @@ def resolve_defaults(
 
     width_reason = f"{method}, width {width}"
     size_reason = f"image size {image_size}"
-    size = "a stream" if num_training_images is None else f"{num_training_images:,} images"
-    dataset_reason = f"{method}, {size}"
-
-    epochs = 10.0 if is_pretrained and is_large else 30.0
-    if method == "LoRA":
-        epochs = 5.0
-    notes = {}
-    max_epochs = compute_max_epochs(options, initial, config_values, num_training_images)
-    if max_epochs < epochs:
-        notes["epochs"] = f" (limited on CPUs; `epochs={epochs:g}` is the default on GPUs)"
-        epochs = max_epochs
+    size = "at least" if is_large else "fewer than"
+    dataset_reason = f"{method}, {size} {MIN_LARGE_DATASET_SIZE:,} images"
+    if num_training_images is None:
+        dataset_reason = f"{method}, a stream"
 
     defaults = (
         ("initializer_range", initializer_range, width_reason),
         ("layer_decay", 0.75 if is_pretrained else 1.0, method),
-        ("epochs", epochs, dataset_reason),
         ("batch_size", 64 if is_large else 32, dataset_reason),
         ("crop_scale", 1.0 if has_small_images else 0.35, size_reason),
         ("shift", 0.04 if has_small_images else 0.0, size_reason),
@@ -134,32 +137,85 @@ def resolve_defaults(
             continue
         changes: dict[str, Any] = {name: value}
         options = replace(options, **changes)
-        if name != "epochs" or options.max_steps is None:
-            text = f"{name.replace('_', ' ')} {value:g}{notes.get(name, '')}"
-            values_by_reason.setdefault(reason, []).append(text)
+        values_by_reason.setdefault(reason, []).append(f"{name.replace('_', ' ')} {value:g}")
 
     return options, "; ".join(
         f"{reason}: {', '.join(values)}" for reason, values in values_by_reason.items()
     )
 
 
-def resolve_learning_rate(
-    options: Options, initial: InitialModel, has_probe: bool
-) -> tuple[Options, str | None]:
-    """Return the options with a learning rate, and a line about it if it is a default value.
+def resolve_schedule(
+    options: Options, initial: InitialModel, num_training_images: int | None, has_probe: bool
+) -> tuple[Options, dict[str, str | None]]:
+    """Return the options with a length and a learning rate, and lines about the default values.
 
-    `has_probe` is whether the classifier starts from that of the frozen model.
+    Args:
+        options: flags of the run; `refit` is set (`should_refit`).
+        initial: initial model.
+        num_training_images: None for a stream.
+        has_probe: whether the classifier starts from that of the frozen model.
     """
-    if options.learning_rate is not None:
-        return options, None
-
-    width = get_width(options, initial)
     method = get_training_method(options, initial.has_random_weights)
+    is_large = num_training_images is None or num_training_images >= MIN_LARGE_DATASET_SIZE
+    epochs = 10.0 if method == "pre-trained weights" and is_large else 30.0
+    size = "a stream" if num_training_images is None else f"{num_training_images:,} images"
+    epochs_reason = f"{method}, {size}"
+    if method == "LoRA":
+        epochs = 5.0
+    if options.refit:
+        epochs = REFIT_EPOCHS
+        epochs_reason = (
+            "then the classifier is fitted again (`refit`). `select='best'` keeps images for a "
+            "selection, and `trainable='head'` keeps the encoder"
+        )
+    else:
+        max_epochs = compute_max_epochs(options, initial, num_training_images)
+        if max_epochs < epochs:
+            epochs_reason += f"; limited on CPUs, `epochs={epochs:g}` is the default on GPUs"
+            epochs = max_epochs
+
     if has_probe and method == "pre-trained weights":
         method = "from the frozen model's classifier"
-    changes: dict[str, Any] = {"learning_rate": choose_learning_rate(method, width)}
-    options = replace(options, **changes)
-    return options, f"{options.learning_rate:g}: {method}, width {width}"
+    width = get_width(options, initial)
+    defaults: dict[str, tuple[Any, str]] = {
+        "epochs": (epochs, epochs_reason),
+        "learning_rate": (choose_learning_rate(method, width), f"{method}, width {width}"),
+    }
+    lines: dict[str, str | None] = {}
+    for name, (value, reason) in defaults.items():
+        if getattr(options, name) is None:
+            changes: dict[str, Any] = {name: value}
+            options = replace(options, **changes)
+            if name != "epochs" or options.max_steps is None:
+                lines[LINE_NAMES[name]] = f"{value:g}: {reason}"
+    return options, lines
+
+
+def should_refit(
+    options: TrainOptions,
+    initial: InitialModel,
+    num_training_images: int | None,
+    num_labels: int,
+    has_probe: bool,
+) -> bool:
+    """Return whether the classifier is fitted again after the last step by default.
+
+    Args:
+        options: the flags as the user set them.
+        initial: initial model.
+        num_training_images: with all that a run with a selection would hold out; None for a stream.
+        num_labels: number of classes.
+        has_probe: whether the classifier starts from that of the frozen model.
+    """
+    return (
+        has_probe
+        and not any(getattr(options, name) for name in FLAGS_WITHOUT_REFIT)
+        and options.trainable == "full"
+        and get_training_method(options, initial.has_random_weights) == "pre-trained weights"
+        and num_training_images is not None
+        and MIN_REFIT_IMAGES <= num_training_images < MIN_LARGE_DATASET_SIZE
+        and num_training_images / num_labels >= MIN_REFIT_CLASS_SIZE
+    )
 
 
 def get_width(options: TrainOptions, initial: InitialModel) -> int:
@@ -168,10 +224,7 @@ def get_width(options: TrainOptions, initial: InitialModel) -> int:
 
 
 def compute_max_epochs(
-    options: Options,
-    initial: InitialModel,
-    config_values: dict[str, Any],
-    num_training_images: int | None,
+    options: TrainOptions, initial: InitialModel, num_training_images: int | None
 ) -> float:
     """Return the maximum default number of epochs.
 
@@ -182,7 +235,7 @@ def compute_max_epochs(
         return math.inf
 
     config = copy.deepcopy(initial.config)
-    for name, value in config_values.items():
+    for name, value in options.get_config_values().items():
         if name in SIZE_FLAGS:
             setattr(config, name, value)
 

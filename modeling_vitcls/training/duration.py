@@ -14,12 +14,14 @@ from datetime import timedelta
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import send_to_device
 
 from ..data.batches import Batch
 
 
 MIN_SECONDS = 600  # runs that take longer print their expected duration
+NUM_MEASURED_IMAGES = 2  # in each of two forward passes
 MIN_BATCHES = 20  # in shorter runs, the measurement would take too large a part of the time
 
 
@@ -51,6 +53,28 @@ def describe_duration(loop: Any, batches: Iterator[Batch]) -> tuple[Iterator[Bat
         "and evaluations"
     )
     return batches, text if seconds >= MIN_SECONDS else None
+
+
+@torch.no_grad()
+def measure_forward_seconds(model: Any, accelerator: Accelerator) -> float:
+    """Return the seconds of a forward pass of one image, averaged over processes.
+
+    The first of two passes warms up.
+    """
+    config = model.config
+    images = torch.zeros(NUM_MEASURED_IMAGES, config.num_channels, *config.image_height_width).to(
+        accelerator.device
+    )
+    is_training = model.training
+    model.to(accelerator.device).eval()
+    seconds = 0.0
+    for _ in range(2):
+        start_time = time.perf_counter()
+        with accelerator.autocast():
+            model(images)
+        seconds = (time.perf_counter() - start_time) / NUM_MEASURED_IMAGES
+    model.train(is_training)
+    return float(accelerator.reduce(torch.tensor(seconds, device=accelerator.device), "mean"))
 
 
 def measure_pass(loop: Any, batches: Iterator[Batch]) -> float:

@@ -122,7 +122,7 @@ class TrainingOptions(Options):
 
     epochs: float | None = None
     """Number of passes over the training images. Default: 30, or 10 for pre-trained weights and a
-    large dataset (at least 10,000 images, or a stream), or 5 for LoRA."""
+    large dataset (at least 10,000 images, or a stream), or 5 for LoRA and with --refit."""
     max_steps: int | None = None
     """Number of optimizer steps, instead of --epochs."""
     batch_size: int | None = None
@@ -164,6 +164,12 @@ class TrainingOptions(Options):
     """Start the classifier of a pre-trained model from a linear classifier on the features of the
     frozen model, and print the accuracy of the frozen model. `--trainable head` then stops.
     --no-probe: start from random values."""
+    refit: bool = False
+    """Fit the classifier again after the last step, as that of a frozen model, to the features of
+    the trained encoder. No images are held out or kept for a selection, unless you set this: the
+    result is that of the frozen model, from cross-validation. Default: for all layers of a
+    pre-trained model and 500 to 10,000 images (50 per class), if you set no flags about the length
+    of the run, the selection, a teacher, or a moving average."""
     statistics: bool = True
     """Store means and covariances of the features of the classes with a frozen model: they mark
     unknown images, and `vitcls add-class` then needs no images of the old classes."""
@@ -212,6 +218,14 @@ class TrainingOptions(Options):
                 "`early_stopping` requires `select='best'`. Remove `select='last'` or "
                 "`early_stopping`"
             )
+
+        if self.refit and self.needs_selection:
+            raise ValueError(
+                "`refit=True` selects no checkpoint. Remove `refit`, or `select='best'` and "
+                "`early_stopping`"
+            )
+        if self.refit and not self.probe:
+            raise ValueError("`refit=True` requires `probe=True`. Remove one flag")
 
         check_minimum(self, 0, "weight_decay", "seed")
         for name in ("epochs", "learning_rate", "max_gradient_norm"):

@@ -12,6 +12,7 @@ temperature comes from the images that each fold leaves out. A run without steps
 images, unless it is asked to: cross-validation measures its result.
 """
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -51,6 +52,7 @@ from ..inference.linear_probe import (
 from ..model.heads_vitcls import build_pooler
 from ..runtime.distributed import run_on_main
 from ..runtime.progress import report_work
+from .options import TrainOptions
 
 
 MAX_PROBE_IMAGES = (
@@ -62,10 +64,8 @@ SQUASHED_FRACTION = 0.4
 MAX_SQUASHED_IMAGES = 500
 # with fewer images, the accuracy of the frozen model has a standard error of up to 7 points
 MIN_SELECTION_IMAGES = 50
-FLOPS_OF_STEP = 3  # forward and backward pass of an image, relative to its forward pass
-# of two cores with AVX-512; the estimate of a duration is within a factor of 3
-CPU_FLOPS_PER_MINUTE = 60 * 150e9
-MAX_CPU_FLOPS = 10 * CPU_FLOPS_PER_MINUTE  # of a run on a CPU whose length the user has not set
+FORWARD_PASSES_OF_STEP = 3  # a backward pass takes as long as two forward passes
+MAX_STEP_SECONDS = 600  # of a run on a CPU whose length the user has not set
 # difference of a class without training images to the smallest bias, in logits
 ABSENT_CLASS_MARGIN = 100.0
 MIN_PROBABILITY = 1e-30  # of stored out-of-fold predictions
@@ -105,37 +105,52 @@ def explain_missing_probe(
 
 
 def explain_missing_steps(
+    options: TrainOptions,
     data: TrainingData,
-    trainable: str,
-    epochs: float,
-    forward_flops: int,
-    is_limited: bool,
+    forward_seconds: float | None,
+    num_processes: int,
 ) -> str | None:
     """Return why a run ends at its probe, or None if it trains.
 
     Args:
+        options: flags of the run.
         data: training data.
-        trainable, epochs: flags of the run.
-        forward_flops: floating-point operations of a forward pass of one image.
-        is_limited: whether the run is on a CPU, and the user has not set its length.
+        forward_seconds: measured time of a forward pass of one image; None for a run whose time is
+            not limited, on a GPU or because the user has set its length.
+        num_processes: number of processes.
     """
-    if trainable == "head":
+    if options.trainable == "head":
         return "none: `trainable='head'` keeps the encoder"
 
     num_selection = None if data.selection is None else len(data.selection)
-    if num_selection is not None and num_selection < MIN_SELECTION_IMAGES:
+    if not options.refit and num_selection is not None and num_selection < MIN_SELECTION_IMAGES:
         return (
             f"none: {num_selection} separate images are too few to compare fine-tuning with the "
             "frozen model"
         )
 
-    flops = FLOPS_OF_STEP * forward_flops * (data.num_training_images or 0) * epochs
-    if is_limited and flops > MAX_CPU_FLOPS:
+    if forward_seconds is None:
+        return None
+    assert options.epochs is not None
+    num_images = options.epochs * (data.num_training_images or 0)
+    seconds = estimate_step_seconds(forward_seconds, num_images) / num_processes
+    if seconds > MAX_STEP_SECONDS:
         return (
-            f"none: {epochs:g} epochs would take more than "
-            f"{MAX_CPU_FLOPS / CPU_FLOPS_PER_MINUTE:.0f} minutes on this CPU"
+            f"none: {options.epochs:g} epochs would take about {format_minutes(seconds)} on this "
+            f"CPU, more than {MAX_STEP_SECONDS / 60:.0f}"
         )
     return None
+
+
+def estimate_step_seconds(forward_seconds: float, num_images: float) -> float:
+    """Return the expected duration of the steps on a number of images."""
+    return FORWARD_PASSES_OF_STEP * forward_seconds * num_images
+
+
+def format_minutes(seconds: float) -> str:
+    """Return a duration in whole minutes as text."""
+    minutes = math.ceil(seconds / 60)
+    return "a minute" if minutes == 1 else f"{minutes:,} minutes"
 
 
 @dataclass(frozen=True)
@@ -291,6 +306,11 @@ class Probe:
         self.set_classifier(frozen, is_final)
         record["seconds"] = round(time.perf_counter() - start_time, 1)
         return frozen
+
+    def run_again(self, data: TrainingData, warn: Callable[[str], None]) -> FrozenModel:
+        """Fit the classifier to the features of the trained encoder, as the final one."""
+        again = replace(self, fit=get_fit(self.processor), max_images=None)
+        return again.run(data, warn, is_final=True)
 
     def compute_features(
         self,

@@ -146,7 +146,7 @@ def use_chosen_values(options: TrainOptions, chosen: dict[str, Any]) -> TrainOpt
     values: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value
         for name, value in chosen.items()
-        if getattr(options, name) is None or name in PATH_FLAGS
+        if getattr(options, name) is None or name in (*PATH_FLAGS, "refit")
     }
     return replace(options, **values)
 

@@ -51,7 +51,7 @@ from .optimizer import Ema, build_optimizer
 from .options import PretrainOptions, TrainOptions
 from .output_folder import save_output
 from .pretrain import PreTraining
-from .probe import FrozenModel, describe_frozen
+from .probe import FrozenModel, describe_frozen, describe_probe
 from .resume import format_flag_value, resolve_local_paths
 from .run_inputs import Environment, Loaded, load, print_summary, set_up
 from .run_results import (
@@ -195,10 +195,11 @@ def run(recipe: Recipe, asked: TrainOptions, on_checkpoint: Callable[[Path], Non
 def fit_frozen(loaded: Loaded, environment: Environment) -> Frozen:
     """Start the classifier from a regression on the frozen encoder.
 
-    A resumed run restores what the regression reads; the weights are those of the checkpoint.
+    A resumed run restores what the regression reads; the weights are those of the checkpoint. If
+    the classifier is fitted again, the result is that of the frozen model, which is computed again.
     """
     checkpoint, probe, data = environment.checkpoint, loaded.setup.probe, loaded.data
-    if checkpoint is not None:
+    if checkpoint is not None and not loaded.options.refit:
         record = checkpoint.metadata["probe"]
         if record and probe is not None:
             probe.restore(record)
@@ -300,7 +301,7 @@ def train_steps(
             start_trackers(accelerator, options)
 
         if loaded.has_steps:
-            if frozen.model is not None and frozen.score is not None:
+            if options.select == "best" and frozen.score is not None and frozen.model is not None:
                 # the frozen model takes part in the selection, as step 0
                 loop.save_as_best(compute_bar(frozen, plan, options.evaluate_every))
             batches = iterate_training_batches(
@@ -330,7 +331,8 @@ def compute_bar(frozen: Frozen, plan: BatchPlan, evaluate_every: int) -> float:
 def choose(loaded: Loaded, frozen: Frozen, trained: Trained, environment: Environment) -> Best:
     """Load the weights of the model that is saved: the best evaluation, or the last step.
 
-    The classifier of a frozen model is fitted to all images that are not held out.
+    The classifier of a frozen model, or one that is fitted again, is fitted to all images that are
+    not held out.
     """
     loop, probe = trained.loop, loaded.setup.probe
     step = None if loaded.has_steps else 0
@@ -347,7 +349,13 @@ def choose(loaded: Loaded, frozen: Frozen, trained: Trained, environment: Enviro
     score = frozen.score if step == 0 else loop.state.score_to_exceed
     model = loop.state.model.eval()
     # the classifier of a sharded model is kept
-    if step != 0 or probe is None or isinstance(model, FSDPModule):
+    if probe is None or isinstance(model, FSDPModule):
+        return Best(model, step, score)
+    if loaded.has_steps and loaded.options.refit:
+        fitted = probe.run_again(loaded.data, environment.reporter.warn)
+        environment.reporter.print_line("refitted", describe_probe(fitted.record))
+        return Best(model, step, score, fitted)
+    if step != 0:
         return Best(model, step, score)
     final = frozen.model
     if final is None:  # a resumed run computes the features again
@@ -417,7 +425,8 @@ def measure(
             metrics |= {name: errors[name] for name in ERROR_METRICS}
             text += errors_text
     elif best.frozen is not None and best.frozen.probe.num_folds_:
-        predictions = predict_out_of_fold(loaded, best.frozen)
+        # trained features know the labels: they would be predicted too well
+        predictions = predict_out_of_fold(loaded, frozen.model or best.frozen)
         metrics = predictions.metrics
         errors = {name: metrics[name] for name in ERROR_METRICS}
     elif best.frozen is not None or loaded.data.selection is not None:

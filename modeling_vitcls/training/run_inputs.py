@@ -17,14 +17,26 @@ from accelerate.utils import set_seed
 
 from ..data.image_folder import compute_files_digest
 from ..data.sampling import BatchPlan
-from ..data.splits import TrainingData, describe_data, hold_out_nothing, load_on_main
+from ..data.splits import (
+    TrainingData,
+    describe_data,
+    hold_out_nothing,
+    load_on_main,
+    select_nothing,
+)
 from ..runtime.distributed import build_accelerator, run_on_main, set_mixed_precision
 from ..runtime.flags import to_flags
 from ..runtime.staging import FolderLock
 from ..runtime.system import describe_device
 from . import output_folder
 from .checkpoints import Checkpoint, CheckpointStore
-from .defaults import describe_random_weights, resolve_defaults, resolve_learning_rate
+from .defaults import (
+    describe_random_weights,
+    resolve_defaults,
+    resolve_schedule,
+    should_refit,
+)
+from .duration import measure_forward_seconds
 from .loop import build_batch_plan
 from .model import InitialModel, choose_image_size, resolve_initial_model
 from .options import FinetuneOptions, TrainOptions
@@ -72,6 +84,7 @@ class Loaded:
     full_plan: BatchPlan  # of the run that a dry run tests
     evaluated_fraction: float  # of the images that the full run evaluates, evaluated in a dry run
     missing_steps_reason: str | None  # why the run ends at the probe; None if it trains
+    forward_seconds: float | None  # of an image, on a CPU, if it was measured
     lines: dict[str, str | None]  # of the printed summary
     forward_flops: int
     metadata: dict[str, Any]  # of checkpoints
@@ -149,36 +162,41 @@ def load(recipe: Recipe, options: TrainOptions, environment: Environment) -> Loa
     with accelerator.main_process_first():
         options, default_lines = resolve_options(options, initial, data)
         setup = recipe.build_setup(options, initial, data, environment.reporter)
-        options, rate_line = resolve_learning_rate(options, initial, setup.probe is not None)
         forward_flops = (setup.encoder or setup.model).flops()
-
-    reason = None
-    if setup.probe is not None and checkpoint is None:  # a checkpoint is one of steps
-        is_length_set = asked.epochs is not None or asked.max_steps is not None
-        assert options.epochs is not None
-        reason = explain_missing_steps(
-            data=data,
-            trainable=options.trainable,
-            epochs=options.epochs,
-            forward_flops=forward_flops,
-            is_limited=accelerator.device.type == "cpu" and not is_length_set,
-        )
-    # A frozen model is measured by cross-validation, without held-out images, unless the person
-    # held out images, or the dataset has a split for it.
-    has_choice = asked.held_out_fraction is not None or asked.folds is not None
-    if reason is not None and data.undivided is not None and not has_choice:
-        options = replace(options, held_out_fraction=0.0, select="last")
-        data = hold_out_nothing(data, options.exclude)
-
-    if options.gradient_checkpointing:
-        setup.model.gradient_checkpointing_enable()
 
     recorded_precision = None if checkpoint is None else checkpoint.metadata["mixed_precision"]
     precision_text = set_mixed_precision(
         accelerator, options.mixed_precision, setup.model.config, recorded_precision
     )
 
+    options, data_of_all = decide_refit(options, asked, initial, data, setup)
+    if options.refit:
+        data = data_of_all
+    options, schedule_lines = resolve_schedule(
+        options, initial, data.num_training_images, setup.probe is not None
+    )
+
+    reason = forward_seconds = None
+    if setup.probe is not None and checkpoint is None:  # a checkpoint is one of steps
+        if accelerator.device.type == "cpu":
+            forward_seconds = measure_forward_seconds(setup.model, accelerator)
+        is_length_set = asked.epochs is not None or asked.max_steps is not None
+        reason = explain_missing_steps(
+            options, data, None if is_length_set else forward_seconds, accelerator.num_processes
+        )
+    if reason is not None:
+        data = data_of_all
+    if reason is not None or options.refit:
+        options = replace(options, select="last")
+        if data.undivided is not None and not len(data.held_out):
+            options = replace(options, held_out_fraction=0.0)
+
+    if options.gradient_checkpointing:
+        setup.model.gradient_checkpointing_enable()
+
     plan = build_batch_plan(data.num_training_images, options, accelerator.num_processes)
+    if reason is not None:  # the same command decides again
+        options = replace(options, epochs=asked.epochs, refit=asked.refit)
     metadata = run_on_main(
         accelerator,
         partial(prepare_folder, options, data, plan, setup.model.config.to_dict(), environment),
@@ -189,7 +207,7 @@ def load(recipe: Recipe, options: TrainOptions, environment: Environment) -> Loa
         **describe_splits(data, setup.processor, setup.labels_text, is_fit_known=not has_probe),
         **describe_model(initial.name, setup.model, forward_flops, is_pooling_known=not has_probe),
         **default_lines,
-        "rate": rate_line,
+        **schedule_lines,
         **setup.summary_lines,
         "device": f"{describe_device(accelerator)}, mixed precision: {precision_text}",
     }
@@ -203,10 +221,39 @@ def load(recipe: Recipe, options: TrainOptions, environment: Environment) -> Loa
         full_plan=plan,
         evaluated_fraction=1.0,
         missing_steps_reason=reason,
+        forward_seconds=forward_seconds,
         lines=lines,
         forward_flops=forward_flops,
         metadata=metadata,
     )
+
+
+def decide_refit(
+    options: TrainOptions,
+    asked: TrainOptions,
+    initial: InitialModel,
+    data: TrainingData,
+    setup: TrainingSetup,
+) -> tuple[TrainOptions, TrainingData]:
+    """Return the options with `refit`, and the data of a run that trains on all labels.
+
+    A frozen model is measured by cross-validation, without held-out images, unless the person held
+    out images, or the dataset has a split for it. Raise ValueError if the classifier cannot be
+    fitted again.
+    """
+    has_choice = asked.held_out_fraction is not None or asked.folds is not None
+    data_of_all = data
+    if data.undivided is not None and not has_choice:
+        data_of_all = hold_out_nothing(data, options.exclude)
+    data_of_all = select_nothing(data_of_all)
+
+    has_probe = setup.probe is not None
+    if options.refit and not has_probe:
+        reason = setup.summary_lines.get("probe", "off")
+        raise ValueError(f"`refit=True` requires a frozen model, which is {reason}. Remove `refit`")
+    num_images, num_labels = data_of_all.num_training_images, setup.model.config.num_labels
+    is_default = should_refit(asked, initial, num_images, num_labels, has_probe)
+    return replace(options, refit=options.refit or is_default), data_of_all
 
 
 def prepare_folder(
@@ -275,6 +322,7 @@ def print_summary(recipe: Recipe, loaded: Loaded, environment: Environment) -> N
     else:
         lines |= {
             "defaults": None,
+            "epochs": None,
             "rate": None,
             "selection": None,
             "steps": loaded.missing_steps_reason,

@@ -1,6 +1,5 @@
 """End of a run: results.json and the last printed lines (run.py)."""
 
-import math
 import shlex
 import time
 from dataclasses import dataclass
@@ -22,22 +21,23 @@ from ..inference.linear_probe import KNOWN_RECALL, MIN_DISTANCE_IMAGES, NUM_LAST
 from ..model.modeling_vitcls import count_output_tokens
 from ..runtime.flags import get_flag_fields, to_arguments, to_flags
 from . import pretrain
+from .defaults import REFIT_EPOCHS
 from .dry_run import describe_dry_probe, describe_dry_run
 from .loop import TrainingLoop
 from .options import TrainOptions
 from .output_folder import CHECKPOINTS_FOLDER
-from .probe import CPU_FLOPS_PER_MINUTE, FrozenModel
+from .probe import FrozenModel, estimate_step_seconds, format_minutes
 from .reporter import describe_run, format_result
 from .run_inputs import Environment, Loaded
 
 
 MAX_STATISTICS_IMAGES = 5000  # of which the statistics of a trained model are
-FINE_TUNING_EPOCHS = 5  # of the command that a run without steps prints
 # flags of a run without steps that this command leaves out; --hub-model-id, because its model would
 # replace the frozen one
 FLAGS_WITHOUT_FINE_TUNING = (
     "trainable",
     "max_steps",
+    "select",
     "early_stopping",
     "resume",
     "overwrite",
@@ -145,7 +145,8 @@ def build_results(
 
 def describe_measured_images(loaded: Loaded) -> str:
     """Return the held-out images as text, or that each training image was predicted by folds."""
-    if loaded.has_steps or len(loaded.data.held_out):
+    has_folds = loaded.options.refit or not loaded.has_steps
+    if len(loaded.data.held_out) or not has_folds:
         return loaded.data.held_out_name
     return "cross-validation"
 
@@ -157,11 +158,16 @@ def describe_result(results: dict[str, Any], loaded: Loaded) -> str:
     if results["split"] != "cross-validation" or not record or not record["num_folds"]:
         return text
     low, high = (100 * value for value in results["accuracy_interval"])
-    return (
+    text = (
         f"accuracy {results['accuracy']:.2%} (95% interval: {low:.1f} to {high:.1f}), estimated by "
         f"{record['num_folds']}-fold cross-validation on {results['num_images']:,} images, "
-        f"corrected for the choice among {len(record['candidates'])} candidates. The saved model "
-        "was fitted to all of them"
+        f"corrected for the choice among {len(record['candidates'])} candidates. "
+    )
+    if not results["steps"]:
+        return f"{text}The saved model was fitted to all of them"
+    return (
+        f"frozen model: {text}The saved model was fine-tuned from it on all of them, so that its "
+        "own accuracy is not measured. `held_out_fraction=0.2` holds out images for this"
     )
 
 
@@ -200,27 +206,20 @@ def print_result(
 def describe_fine_tuning(loaded: Loaded, environment: Environment) -> str:
     """Return that a run had no steps, and the command that fine-tunes, with its duration on a CPU."""
     text = "not fine-tuned: the encoder is frozen. "
-    num_layers = loaded.setup.model.config.num_hidden_layers
-    # as accurate as all layers, in three fifths of the time (model_cards/studies/finetuning.md)
-    num_tuned_layers = min(NUM_LAST_LAYERS, num_layers)
-    command = build_fine_tuning_command(environment.asked, num_tuned_layers)
-    layers = f"the last {num_tuned_layers} layers"
+    command = build_fine_tuning_command(environment.asked)
     num_images = count_training_images(loaded)
-    if environment.accelerator.device.type != "cpu" or num_images is None:
-        return f"{text}To fine-tune {layers}: {command}"
+    if loaded.forward_seconds is None or num_images is None:
+        return f"{text}To fine-tune all layers: {command}"
 
-    flops_of_step = loaded.forward_flops * (1 + 2 * num_tuned_layers / num_layers)
-    minutes = math.ceil(flops_of_step * num_images * FINE_TUNING_EPOCHS / CPU_FLOPS_PER_MINUTE)
-    duration = "a minute" if minutes == 1 else f"{minutes:,} minutes"
-    return f"{text}Fine-tuning {layers} would take about {duration}: {command}"
+    seconds = estimate_step_seconds(loaded.forward_seconds, REFIT_EPOCHS * num_images)
+    duration = format_minutes(seconds / environment.accelerator.num_processes)
+    return f"{text}Fine-tuning all layers would take about {duration}: {command}"
 
 
-def build_fine_tuning_command(asked: TrainOptions, num_layers: int) -> str:
-    """Return the command of a run without steps, changed so that it trains the last layers.
+def build_fine_tuning_command(asked: TrainOptions) -> str:
+    """Return the command of a run without steps, changed so that it trains all layers.
 
-    Args:
-        asked: the options as the person set them.
-        num_layers: number of layers to train.
+    `asked` are the options as the person set them.
     """
     asked_names = {
         name
@@ -234,9 +233,8 @@ def build_fine_tuning_command(asked: TrainOptions, num_layers: int) -> str:
     }
     flags |= {
         "output_dir": f"{flags['output_dir']}-fine-tuned",
-        "trainable": f"last-{num_layers}",
-        "select": "last",
-        "epochs": FINE_TUNING_EPOCHS,
+        "epochs": f"{REFIT_EPOCHS:g}",
+        "refit": True,
     }
     arguments = [argument for flag in flags.items() for argument in to_arguments(*flag)]
     return f"vitcls finetune {shlex.join(arguments)}"

@@ -14,7 +14,7 @@ from modeling_vitcls.cli.functions import build_options
 from modeling_vitcls.data.labels import LabelSpace
 from modeling_vitcls.data.options import AugmentationOptions
 from modeling_vitcls.runtime.files import read_json
-from modeling_vitcls.training.defaults import resolve_learning_rate
+from modeling_vitcls.training.defaults import resolve_schedule
 from modeling_vitcls.training.finetune import FineTuning
 from modeling_vitcls.training.loop import build_batch_plan
 from modeling_vitcls.training.model import build_model, resolve_initial_model
@@ -85,7 +85,9 @@ def prepare_setup(options: Any) -> SimpleNamespace:
     data = recipe.load_data(options, initial)
     options = resolve_options(options, initial, data)[0]
     setup = recipe.build_setup(options, initial, data, reporter)
-    options = resolve_learning_rate(options, initial, setup.probe is not None)[0]
+    options = resolve_schedule(options, initial, data.num_training_images, setup.probe is not None)[
+        0
+    ]
     plan = build_batch_plan(data.num_training_images, options, accelerator.num_processes)
     return SimpleNamespace(
         setup=setup,

@@ -15,7 +15,8 @@ from modeling_vitcls.training.defaults import (
     DEFAULT_FLAGS,
     describe_random_weights,
     resolve_defaults,
-    resolve_learning_rate,
+    resolve_schedule,
+    should_refit,
 )
 from modeling_vitcls.training.model import InitialModel, resolve_initial_model
 from modeling_vitcls.training.options import (
@@ -50,6 +51,12 @@ def get_values(options: Any) -> dict[str, Any]:
     return {name: flags[name] for name in DEFAULT_FLAGS}
 
 
+def set_device(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+    monkeypatch.setattr(
+        defaults, "PartialState", lambda: SimpleNamespace(device=torch.device(device))
+    )
+
+
 HEAD, LORA, LAST = (build_options(trainable=each) for each in ("head", "lora", "last-2"))
 
 
@@ -78,23 +85,17 @@ HEAD, LORA, LAST = (build_options(trainable=each) for each in ("head", "lora", "
             9,
             {"initializer_range": 0.02, "crop_scale": 0.35, "shift": 0},
         ),
-        (None, {"image_size": 64}, 9_999, {"batch_size": 32, "epochs": 30.0, "shift": 0.04}),
-        (None, {}, 10_000, {"batch_size": 64, "epochs": 30.0}),
+        (None, {"image_size": 64}, 9_999, {"batch_size": 32, "shift": 0.04}),
+        (None, {}, 10_000, {"batch_size": 64}),
         (
             None,
             PRETRAINED | {"hidden_size": 384},
             9_999,
-            {"layer_decay": 0.75, "initializer_range": None, "epochs": 30.0},
+            {"layer_decay": 0.75, "initializer_range": None},
         ),
-        (None, PRETRAINED | {"hidden_size": 48}, 10_000, {"epochs": 10.0}),
-        (
-            LAST,
-            PRETRAINED | {"hidden_size": 1536},
-            None,
-            {"epochs": 10.0, "batch_size": 64},
-        ),
-        (HEAD, PRETRAINED, 10_000, {"layer_decay": 1.0, "epochs": 30.0}),
-        (LORA, PRETRAINED, 9, {"layer_decay": 1.0, "epochs": 5.0}),
+        (LAST, PRETRAINED | {"hidden_size": 1536}, None, {"batch_size": 64}),
+        (HEAD, PRETRAINED, 10_000, {"layer_decay": 1.0}),
+        (LORA, PRETRAINED, 9, {"layer_decay": 1.0}),
         (
             build_options(PretrainOptions),
             {},
@@ -110,6 +111,31 @@ def test_defaults_follow_the_weights_the_image_size_and_the_number_of_images(
         resolve_defaults(options or build_options(), build_initial(**initial), num_images)[0]
     )
     assert {name: values[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "initial", "num_images", "expected"),
+    [
+        (build_options(), {}, 9_999, 30),
+        (build_options(), {}, 10_000, 30),
+        (build_options(), PRETRAINED | {"hidden_size": 384}, 9_999, 30),
+        (build_options(refit=True), PRETRAINED | {"hidden_size": 384}, 9_999, 5),
+        (build_options(), PRETRAINED | {"hidden_size": 48}, 10_000, 10),
+        (LAST, PRETRAINED | {"hidden_size": 1536}, None, 10),
+        (HEAD, PRETRAINED, 10_000, 30),
+        (LORA, PRETRAINED, 9, 5),
+    ],
+)
+def test_the_epochs_follow_the_weights_and_the_number_of_images(
+    options: Any,
+    initial: dict[str, Any],
+    num_images: int | None,
+    expected: float,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    set_device(monkeypatch, "cuda")
+    options, _ = resolve_schedule(options, build_initial(**initial), num_images, has_probe=True)
+    assert options.epochs == expected
 
 
 @pytest.mark.parametrize(
@@ -134,7 +160,7 @@ def test_defaults_follow_the_weights_the_image_size_and_the_number_of_images(
 def test_the_learning_rate_follows_the_initial_weights_and_the_width(
     options: Any, initial: dict[str, Any], has_probe: bool, expected: float
 ) -> None:
-    options, _ = resolve_learning_rate(options, build_initial(**initial), has_probe)
+    options, _ = resolve_schedule(options, build_initial(**initial), 900, has_probe)
     assert options.learning_rate == expected
 
 
@@ -147,7 +173,7 @@ def test_every_default_can_be_overridden_and_the_reasons_are_printed() -> None:
     assert options.shift == 0.0
     assert "random weights, width 96: initializer range 0.082" in line
     assert "image size 28: crop scale 1" in line
-    assert "random weights, 2,000 images: epochs 30, batch size 32" in line
+    assert "random weights, fewer than 10,000 images: batch size 32" in line
     assert "random weights, a stream: " in resolve_defaults(build_options(), initial, None)[1]
     assert resolve_defaults(options, initial, 2000) == (options, "")
     options = build_options(hidden_size=192, image_size=(32, 96), patch_size=32)
@@ -157,34 +183,62 @@ def test_every_default_can_be_overridden_and_the_reasons_are_printed() -> None:
     assert "image size 96: " in line
 
 
-def set_device(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
-    monkeypatch.setattr(
-        defaults, "PartialState", lambda: SimpleNamespace(device=torch.device(device))
-    )
-
-
 def test_the_default_epochs_are_limited_on_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
     """A ViT-S/16 of 224 pixels computes 9.2 GFLOP per image, three times as many in a step."""
     set_device(monkeypatch, "cpu")
     sizes = {"patch_size": 16, "num_attention_heads": 6, "intermediate_size": 1536}
     initial = build_initial(384, 224, sizes, **PRETRAINED)
-    options, line = resolve_defaults(build_options(), initial, 9_000)
+
+    def resolve_epochs(options: Any, num_images: int) -> float:
+        return resolve_schedule(options, initial, num_images, has_probe=False)[0].epochs
+
+    options, lines = resolve_schedule(build_options(), initial, 9_000, has_probe=False)
     assert options.epochs == 1e15 // (3 * 9.2e9 * 9_000) == 4
-    assert "CPUs" in line
-    assert "`epochs=30`" in line
-    assert resolve_defaults(build_options(), initial, 900)[0].epochs == 30
-    assert resolve_defaults(build_options(), initial, 10**6)[0].epochs == 1
-    given = build_options(epochs=20.0)
-    assert resolve_defaults(given, initial, 9_000)[0].epochs == 20
+    assert "CPUs" in lines["epochs"]
+    assert "`epochs=30`" in lines["epochs"]
+    assert resolve_epochs(build_options(), 900) == 30
+    assert resolve_epochs(build_options(), 10**6) == 1
+    assert resolve_epochs(build_options(epochs=20.0), 9_000) == 20
     set_device(monkeypatch, "cuda")
 
-    assert resolve_defaults(build_options(), initial, 9_000)[0].epochs == 30
+    assert resolve_epochs(build_options(), 9_000) == 30
 
 
 def test_max_steps_replace_the_epochs() -> None:
-    options, line = resolve_defaults(build_options(max_steps=3), build_initial(), 9)
+    options, lines = resolve_schedule(build_options(max_steps=3), build_initial(), 9, False)
     assert options.epochs == 30.0
-    assert "epochs" not in line
+    assert "epochs" not in lines
+
+
+@pytest.mark.parametrize(
+    ("flags", "num_images", "num_labels", "expected"),
+    [
+        ({}, 500, 10, True),
+        ({"learning_rate": 1e-5}, 9_999, 10, True),
+        ({}, 499, 2, False),
+        ({}, 500, 11, False),
+        ({}, 10_000, 10, False),
+        ({}, None, 10, False),
+        *(
+            (flags, 900, 10, False)
+            for flags in (
+                {"trainable": "last-2"},
+                {"epochs": 3.0},
+                {"max_steps": 9},
+                {"select": "last"},
+                {"ema_decay": 0.9},
+                {"early_stopping": 2},
+                {"teacher": "teacher"},
+            )
+        ),
+    ],
+)
+def test_the_classifier_is_fitted_again_where_this_was_measured(
+    flags: dict[str, Any], num_images: int | None, num_labels: int, expected: bool
+) -> None:
+    initial = build_initial(**PRETRAINED)
+    assert should_refit(build_options(**flags), initial, num_images, num_labels, True) is expected
+    assert not should_refit(build_options(**flags), initial, num_images, num_labels, False)
 
 
 def test_only_a_preset_has_random_weights(tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ from modeling_vitcls import (
 from modeling_vitcls.data.aspect_ratio import get_fit, set_fit
 from modeling_vitcls.inference.evaluate import evaluate_checkpoint
 from modeling_vitcls.inference.options import EvaluateOptions
-from modeling_vitcls.training import output_folder
+from modeling_vitcls.training import output_folder, run_inputs
 from modeling_vitcls.training import probe as probe_module
 from modeling_vitcls.training.checkpoints import format_state, read_state
 from modeling_vitcls.training.probe import explain_missing_probe
@@ -255,8 +255,9 @@ def test_a_trained_model_is_shown_beside_the_nearest_images_before_training(
 def test_no_image_passes_the_frozen_encoder_twice(
     encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Except in the measurement of the speed, whose images are random."""
+    """Except in the measurements of the speed, whose images are no photos."""
     monkeypatch.setattr(output_folder, "measure_inference_speed", lambda model, device: {})
+    monkeypatch.setattr(run_inputs, "measure_forward_seconds", lambda model, accelerator: 0.0)
     counts = []
     forward = ViTCLSModel.forward
 
@@ -365,7 +366,7 @@ def test_select_last_trains_on_few_images(
 def test_a_long_run_on_a_cpu_ends_at_the_probe(
     encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(probe_module, "MAX_CPU_FLOPS", 1.0)
+    monkeypatch.setattr(probe_module, "MAX_STEP_SECONDS", 0.0)
     default = run_training(build_options(tmp_path / "default", encoder, max_steps=None))
     assert default["steps"] == 0
     with_length = run_training(build_options(tmp_path / "length", encoder, max_steps=1))
