@@ -39,7 +39,8 @@ COMMON_FLAGS = (
         "training, such as --select last --epochs 20 --auto-augment rand",
         {
             "select": "default: best, if enough images",
-            "epochs": "default: 30, or 10 if pre-trained, from 10,000 images",
+            "epochs": "default: 5 from a frozen start, 10 from 10,000 images, or 30",
+            "refit": "fit the classifier again; default from 500 images on",
             "batch_size": "per process; default: 64, or 32 below 10,000 images",
             "learning_rate": "default: from the width and the initial weights",
             "trainable": "full, head, last-N or lora",
