@@ -70,11 +70,16 @@ def find_calibration(predictions: Predictions, images: str) -> Calibration:
     return Calibration(num_images, images, text, temperature)
 
 
-def describe_probe_calibration(probe: LinearProbe) -> Calibration:
-    """Return the calibration of a probe, whose temperature is that of out-of-fold logits."""
+def describe_probe_calibration(probe: LinearProbe, is_trained: bool) -> Calibration:
+    """Return the calibration of a probe, whose temperature is that of out-of-fold logits.
+
+    `is_trained` is whether the encoder was trained on the images.
+    """
     temperature = round(probe.temperature_, 4)
     num_images = int(np.isfinite(probe.losses_).sum())
     text = f"temperature {temperature:.2f}, from {describe_images(CROSS_VALIDATION, num_images)}"
+    if is_trained:
+        text += " (the encoder was trained on it)"
     return Calibration(num_images, CROSS_VALIDATION, text, temperature)
 
 

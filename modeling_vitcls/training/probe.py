@@ -309,7 +309,7 @@ class Probe:
 
     def run_again(self, data: TrainingData, warn: Callable[[str], None]) -> FrozenModel:
         """Fit the classifier to the features of the trained encoder, as the final one."""
-        again = replace(self, fit=get_fit(self.processor), max_images=None)
+        again = replace(self, fit=get_fit(self.processor))
         return again.run(data, warn, is_final=True)
 
     def compute_features(

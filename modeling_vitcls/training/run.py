@@ -374,7 +374,7 @@ def calibrate(loaded: Loaded, best: Best, evaluators: Evaluators) -> Calibration
     if not setup.can_calibrate:
         return None
     if best.frozen is not None and best.frozen.probe.num_folds_:
-        return describe_probe_calibration(best.frozen.probe)
+        return describe_probe_calibration(best.frozen.probe, is_trained=best.step != 0)
 
     calibration = None
     if selection is not None and loaded.has_steps:
@@ -415,6 +415,8 @@ def measure(
     Each training image is then predicted by a classifier that was not fitted to it, and the
     accuracy is corrected for the choice among the candidates.
     """
+    # trained features know the labels: cross-validation of them would be too good
+    start = frozen.model or best.frozen
     predictions = predict_held_out(loaded, best, evaluators)
     errors: dict[str, float] = {}
     text = "" if calibration is None else calibration.text
@@ -425,8 +427,8 @@ def measure(
             metrics |= {name: errors[name] for name in ERROR_METRICS}
             text += errors_text
     elif best.frozen is not None and best.frozen.probe.num_folds_:
-        # trained features know the labels: they would be predicted too well
-        predictions = predict_out_of_fold(loaded, frozen.model or best.frozen)
+        assert start is not None
+        predictions = predict_out_of_fold(loaded, start)
         metrics = predictions.metrics
         errors = {name: metrics[name] for name in ERROR_METRICS}
     elif best.frozen is not None or loaded.data.selection is not None:
@@ -439,9 +441,8 @@ def measure(
     if calibration is not None and calibration.is_fitted:
         record = calibration.to_dict() | errors
     nearest_images = None
-    compared = best.frozen or frozen.model
-    if predictions is not None and compared is not None:
-        nearest_images = compared.find_nearest_images(predictions.list_wrong())
+    if predictions is not None and start is not None:
+        nearest_images = start.find_nearest_images(predictions.list_wrong())
     return Result(metrics, record, predictions, nearest_images, {"calibration": text})
 
 

@@ -169,7 +169,9 @@ def load(recipe: Recipe, options: TrainOptions, environment: Environment) -> Loa
         accelerator, options.mixed_precision, setup.model.config, recorded_precision
     )
 
-    options, data_of_all = decide_refit(options, asked, initial, data, setup)
+    options, data_of_all = decide_refit(
+        options, asked, initial, data, setup, is_sharded=accelerator.is_fsdp2
+    )
     if options.refit:
         data = data_of_all
     options, schedule_lines = resolve_schedule(
@@ -234,6 +236,7 @@ def decide_refit(
     initial: InitialModel,
     data: TrainingData,
     setup: TrainingSetup,
+    is_sharded: bool,
 ) -> tuple[TrainOptions, TrainingData]:
     """Return the options with `refit`, and the data of a run that trains on all labels.
 
@@ -251,8 +254,11 @@ def decide_refit(
     if options.refit and not has_probe:
         reason = setup.summary_lines.get("probe", "off")
         raise ValueError(f"`refit=True` requires a frozen model, which is {reason}. Remove `refit`")
+    if options.refit and is_sharded:
+        raise ValueError("`refit=True` does not support sharded weights. Remove `refit`")
     num_images, num_labels = data_of_all.num_training_images, setup.model.config.num_labels
-    is_default = should_refit(asked, initial, num_images, num_labels, has_probe)
+    can_refit = has_probe and not is_sharded
+    is_default = should_refit(asked, initial, num_images, num_labels, can_refit)
     return replace(options, refit=options.refit or is_default), data_of_all
 
 
