@@ -13,6 +13,7 @@ section below the other.
 import io
 import textwrap
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,7 +24,6 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox
-from mpl_toolkits.axes_grid1 import ImageGrid
 from PIL import Image
 
 from ..inference.token_names import SINGLE_TOKEN_NAMES
@@ -38,6 +38,8 @@ DPI = 150
 LEFT, RIGHT = 0.025, 0.975  # margins, as fractions of the width
 TILES_LEFT = 0.12  # left edge of the tiles, right of the names of the rows
 GAP = 0.12  # between sections, in inches
+TILE_GAP = 0.07  # between the tiles of a row, in inches
+CAPTION_GAP = 0.2  # between the rows of tiles, in inches
 LARGE_SIDE = 640  # longer side of a picture in the first row, in pixels
 LARGE_GAP = 0.25  # between the pictures in the first row, in inches
 MAX_LARGE_HEIGHT = 3.4  # of these pictures, in inches
@@ -191,7 +193,14 @@ def draw_overview(measurements: PhotoMeasurements) -> Figure:
     }
     for axes, (title, picture) in zip(slots, pictures.items(), strict=True):
         axes.set_anchor("NW")
-        show_tile(axes, picture, photo)
+        # in the proportions of the photo; a patch is one rectangle
+        is_photo = isinstance(picture, Image.Image)
+        axes.imshow(
+            picture,
+            extent=(0, photo.width, photo.height, 0),
+            interpolation="antialiased" if is_photo else "nearest",
+        )
+        axes.set_axis_off()
         axes.set_title(
             title, loc="left", fontsize=10, color=DARK_GRAY, weight="bold", pad=4, parse_math=False
         )
@@ -242,7 +251,7 @@ def draw_attributions(measurements: PhotoMeasurements) -> list[Figure]:
     tiles = []
     for attribution in attributions:
         name, probability = attribution.label
-        headers.append(shorten_text(": ".join(filter(None, (attribution.task, name))), 24))
+        headers.append(shorten_text(": ".join(filter(None, (attribution.task, name))), 22))
         picture = np.asarray(overlay(photo, attribution.values))
         tiles.append(Tile(picture, f"{probability:.0%}"))
     return draw_rows(
@@ -368,64 +377,42 @@ def draw_rows(
 def draw_grid(
     photo: Image.Image, headers: Sequence[str], rows: Sequence[Row], num_slots: int
 ) -> Figure:
-    """Draw rows of tiles. They are as wide as in a line of `num_slots` tiles."""
-    share = (RIGHT - TILES_LEFT) * len(headers) / num_slots  # of the width
-    tile_height = share * WIDTH / len(headers) * photo.height / photo.width
-    figure = create_section((tile_height + 0.2) * len(rows))
-    grid = ImageGrid(
-        figure,
-        (TILES_LEFT, 0, share, 1),
-        nrows_ncols=(len(rows), len(headers)),
-        axes_pad=(0.07, 0.2),
-    )
-    grid.get_divider().set_anchor("NW")
+    """Draw rows of tiles. They are as wide as in a line of `num_slots` tiles.
 
-    for line, row in zip(grid.axes_row, rows, strict=True):
-        for axes, tile in zip(line, row.tiles, strict=True):
-            show_tile(axes, tile.picture, photo, 1 if tile.is_used else UNUSED_OPACITY)
-            axes.set_title(tile.caption, loc="left", fontsize=7, color=MEDIUM_GRAY, pad=2)
-        place = {"xycoords": ("figure fraction", "axes fraction"), "textcoords": "offset points"}
-        name = "\n".join(textwrap.wrap(shorten_text(row.name, 36), 13))
-        line[0].annotate(
-            name,
-            (LEFT, 0.5),
-            (0, 0),
-            va="bottom",
-            color=row.color,
-            fontsize=8.5,
-            weight="bold",
-            parse_math=False,
-            **place,
-        )
-        line[0].annotate(
-            row.note, (LEFT, 0.5), (0, -2), va="top", color=MEDIUM_GRAY, fontsize=7.5, **place
-        )
-
-    for axes, header in zip(grid.axes_row[0], headers, strict=True):
-        axes.annotate(
-            header,
-            (0, 1),
-            (0, 11),
-            xycoords="axes fraction",
-            textcoords="offset points",
-            color=DARK_GRAY,
-            fontsize=7.5,
-            parse_math=False,
-        )
-    return figure
-
-
-def show_tile(axes: Axes, picture: Any, photo: Image.Image, opacity: float = 1.0) -> None:
-    """Show a picture in the proportions of the photo, without axes. A patch is one rectangle."""
-    extent = (0, photo.width, photo.height, 0)
-    is_photo = isinstance(picture, Image.Image)
-    axes.imshow(
-        picture,
-        extent=extent,
-        alpha=opacity,
-        interpolation="antialiased" if is_photo else "nearest",
-    )
+    All tiles share one pair of axes, in inches from the upper left corner, because axes of their
+    own would take most of the time of a report.
+    """
+    width = (RIGHT - TILES_LEFT) * WIDTH / num_slots - TILE_GAP
+    height = width * photo.height / photo.width
+    figure = create_section(len(rows) * (height + CAPTION_GAP) - CAPTION_GAP)
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.set(xlim=(0, WIDTH), ylim=(figure.get_figheight(), 0))
+    axes.set_autoscale_on(False)
     axes.set_axis_off()
+    write_at = partial(axes.annotate, textcoords="offset points")
+
+    lefts = [TILES_LEFT * WIDTH + column * (width + TILE_GAP) for column in range(len(headers))]
+    for number, row in enumerate(rows):
+        top = number * (height + CAPTION_GAP)
+        for left, tile in zip(lefts, row.tiles, strict=True):
+            axes.imshow(
+                tile.picture,
+                extent=(left, left + width, top + height, top),
+                aspect="auto",
+                alpha=1 if tile.is_used else UNUSED_OPACITY,
+                interpolation="nearest",
+            )
+            write_at(tile.caption, (left, top), (0, 2), fontsize=7, color=MEDIUM_GRAY)
+
+        middle = (LEFT * WIDTH, top + height / 2)
+        name = "\n".join(textwrap.wrap(shorten_text(row.name, 36), 13))
+        style: dict[str, Any] = {"fontsize": 8.5, "weight": "bold", "color": row.color, "parse_math": False}
+        write_at(name, middle, (0, 0), va="bottom", **style)
+        write_at(row.note, middle, (0, -2), va="top", fontsize=7.5, color=MEDIUM_GRAY)
+
+    for left, header in zip(lefts, headers, strict=True):
+        write_at(header, (left, 0), (0, 11), fontsize=7.5, color=DARK_GRAY, parse_math=False)
+    return figure
 
 
 # Text ---------------------------------------------------------------------------------------------
