@@ -406,7 +406,12 @@ def draw_grid(
 
         middle = (LEFT * WIDTH, top + height / 2)
         name = "\n".join(textwrap.wrap(shorten_text(row.name, 36), 13))
-        style: dict[str, Any] = {"fontsize": 8.5, "weight": "bold", "color": row.color, "parse_math": False}
+        style: dict[str, Any] = {
+            "fontsize": 8.5,
+            "weight": "bold",
+            "color": row.color,
+            "parse_math": False,
+        }
         write_at(name, middle, (0, 0), va="bottom", **style)
         write_at(row.note, middle, (0, -2), va="top", fontsize=7.5, color=MEDIUM_GRAY)
 

@@ -160,13 +160,14 @@ def evaluate_checkpoint(options: EvaluateOptions) -> dict[str, Any]:
         "weights_sha256": folder.weights_sha256,
         **metrics,
     }
-    print_results(results, setup.data.description, setup.config, console)
+    # first the files: `| head` ends the process when it has enough lines
     if accelerator.is_main_process:
         write_results(results, options.output, console)
         if options.per_image is not None and predictions is not None:
             options.per_image.parent.mkdir(parents=True, exist_ok=True)
             write_predictions(options.per_image, predictions, folder.weights_sha256)
             console.print(f"saved {options.per_image}", markup=False)
+    print_results(results, setup.data.description, setup.config, console)
     accelerator.end_training()
     return results
 

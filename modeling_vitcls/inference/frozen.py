@@ -172,8 +172,8 @@ def evaluate_frozen(options: EvaluateOptions) -> dict[str, Any]:
         results["layers"] = round_floats(
             measure_layers(options.frozen, layout, layer_features, labels)
         )
-        print_accuracies(results, held_out_data, console)
         write_results(results, options.output, console)
+        print_accuracies(results, held_out_data, console)
     accelerator.end_training()
     return results
 

@@ -206,6 +206,30 @@ def test_a_table_has_the_metrics_of_the_same_images_in_memory(
     assert "100%" not in printed  # progress is shown on terminals only
 
 
+def test_the_files_are_written_before_the_table_is_printed(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`vitcls evaluate ... | head` ends when it prints more than is read."""
+
+    def fail(*args: Any) -> None:
+        raise BrokenPipeError
+
+    monkeypatch.setattr(evaluate_module, "print_results", fail)
+    table = write_table(tmp_path, "single", ["animal"], lambda label: [CLASSES[label]])
+    options = EvaluateOptions(
+        model=str(models / "single"),
+        dataset=str(table),
+        label_column=("animal",),
+        num_workers=0,
+        output=tmp_path / "results.json",
+        per_image=tmp_path / "images.parquet",
+    )
+    with pytest.raises(BrokenPipeError):
+        evaluate_checkpoint(options)
+    assert (tmp_path / "results.json").exists()
+    assert (tmp_path / "images.parquet").exists()
+
+
 def test_the_results_describe_the_evaluation(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
