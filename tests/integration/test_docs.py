@@ -3,6 +3,7 @@
 Fast tests resolve the imports of Python blocks; slow tests run the blocks. The
 blocks of a page run one after the other in one process, offline, in a folder with
     photos/cat/*.png, photos/dog/*.png, photo.jpg    real digits as images
+    more/cat/*.png, more/dog/*.png                   the next digits
     runs/photos                                      a small random classifier of cat and dog
     study_digits                                     the recipe with two seeds and two steps per run
 
@@ -419,10 +420,11 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("docs")
     digits = load_digits()
     for label, name in enumerate(("cat", "dog")):
-        (folder / "photos" / name).mkdir(parents=True)
-        for index, pixels in enumerate(digits.images[digits.target == label][:20]):
+        for index, pixels in enumerate(digits.images[digits.target == label][:40]):
             image = Image.fromarray((pixels * 15).astype(np.uint8)).convert("RGB").resize((40, 36))
-            image.save(folder / "photos" / name / f"{index}.png")
+            file = folder / ("photos" if index < 20 else "more") / name / f"{index}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            image.save(file)
     image.save(folder / "photo.jpg")
     write_classifier(folder / "runs" / "photos", ["cat", "dog"])
     # found before the study of this name in the package, which takes minutes
