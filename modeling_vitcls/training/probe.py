@@ -31,6 +31,7 @@ from ..data.aspect_ratio import describe_fit, get_fit, read_sizes, set_fit
 from ..data.images import LabeledImages
 from ..data.labels import LabelSpace
 from ..data.splits import MAX_CLASS_RATIO, TrainingData
+from ..inference.confidence import fit_confidence
 from ..inference.evaluator import Predictions, build_predictions, round_floats
 from ..inference.frozen_features import (
     OWN_POOLING,
@@ -105,19 +106,15 @@ def explain_missing_probe(
 
 
 def explain_missing_steps(
-    options: TrainOptions,
-    data: TrainingData,
-    forward_seconds: float | None,
-    num_processes: int,
+    options: TrainOptions, data: TrainingData, seconds: float | None
 ) -> str | None:
     """Return why a run ends at its probe, or None if it trains.
 
     Args:
         options: flags of the run.
         data: training data.
-        forward_seconds: measured time of a forward pass of one image; None for a run whose time is
-            not limited, on a GPU or because the user has set its length.
-        num_processes: number of processes.
+        seconds: expected duration of the steps; None if it is not limited, on a GPU or because the
+            user has set the length of the run.
     """
     if options.trainable == "head":
         return "none: `trainable='head'` keeps the encoder"
@@ -129,22 +126,26 @@ def explain_missing_steps(
             "frozen model"
         )
 
-    if forward_seconds is None:
+    if seconds is None or seconds <= MAX_STEP_SECONDS:
         return None
-    assert options.epochs is not None
-    num_images = options.epochs * (data.num_training_images or 0)
-    seconds = estimate_step_seconds(forward_seconds, num_images) / num_processes
-    if seconds > MAX_STEP_SECONDS:
-        return (
-            f"none: {options.epochs:g} epochs would take about {format_minutes(seconds)} on this "
-            f"CPU, more than {MAX_STEP_SECONDS / 60:.0f}"
-        )
-    return None
+    return (
+        f"none: {options.epochs:g} epochs would take about {format_minutes(seconds)} on this CPU, "
+        f"more than {MAX_STEP_SECONDS / 60:.0f}"
+    )
 
 
-def estimate_step_seconds(forward_seconds: float, num_images: float) -> float:
-    """Return the expected duration of the steps on a number of images."""
-    return FORWARD_PASSES_OF_STEP * forward_seconds * num_images
+def estimate_step_seconds(
+    forward_seconds: float, epochs: float, num_images: int | None, num_processes: int
+) -> float:
+    """Return the expected duration of the steps of a run.
+
+    Args:
+        forward_seconds: measured time of a forward pass of one image.
+        epochs: number of epochs.
+        num_images: number of training images; None for a stream, which has no probe.
+        num_processes: number of processes.
+    """
+    return FORWARD_PASSES_OF_STEP * forward_seconds * epochs * (num_images or 0) / num_processes
 
 
 def format_minutes(seconds: float) -> str:
@@ -307,10 +308,21 @@ class Probe:
         record["seconds"] = round(time.perf_counter() - start_time, 1)
         return frozen
 
-    def run_again(self, data: TrainingData, warn: Callable[[str], None]) -> FrozenModel:
-        """Fit the classifier to the features of the trained encoder, as the final one."""
-        again = replace(self, fit=get_fit(self.processor))
-        return again.run(data, warn, is_final=True)
+    def run_again(
+        self, data: TrainingData, warn: Callable[[str], None], start: FrozenModel
+    ) -> FrozenModel:
+        """Fit the classifier to the features of the trained encoder, as the final one.
+
+        These features know the labels, also in cross-validation, whose probabilities are therefore
+        too certain: the temperature is raised until their mean is the accuracy of the frozen model.
+        """
+        again = replace(self, fit=get_fit(self.processor)).run(data, warn, is_final=True)
+        probe, estimate = again.probe, start.probe.estimate_
+        if estimate is not None and probe.num_folds_:
+            known = np.isfinite(probe.losses_)
+            probe.temperature_ *= fit_confidence(probe.out_of_fold_[known], estimate.accuracy)
+            self.model.config.temperature = round(probe.temperature_, 4)
+        return again
 
     def compute_features(
         self,

@@ -352,7 +352,8 @@ def choose(loaded: Loaded, frozen: Frozen, trained: Trained, environment: Enviro
     if probe is None or isinstance(model, FSDPModule):
         return Best(model, step, score)
     if loaded.has_steps and loaded.options.refit:
-        fitted = probe.run_again(loaded.data, environment.reporter.warn)
+        assert frozen.model is not None
+        fitted = probe.run_again(loaded.data, environment.reporter.warn, frozen.model)
         environment.reporter.print_line("refitted", describe_probe(fitted.record))
         return Best(model, step, score, fitted)
     if step != 0:

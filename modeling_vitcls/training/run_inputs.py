@@ -41,7 +41,7 @@ from .loop import build_batch_plan
 from .model import InitialModel, choose_image_size, resolve_initial_model
 from .options import FinetuneOptions, TrainOptions
 from .output_folder import CHECKPOINTS_FOLDER
-from .probe import explain_missing_steps
+from .probe import estimate_step_seconds, explain_missing_steps, format_minutes
 from .reporter import Reporter, describe_batches, describe_model, describe_splits
 from .resume import (
     RecordedFlags,
@@ -180,12 +180,20 @@ def load(recipe: Recipe, options: TrainOptions, environment: Environment) -> Loa
 
     reason = forward_seconds = None
     if setup.probe is not None and checkpoint is None:  # a checkpoint is one of steps
+        seconds = None
         if accelerator.device.type == "cpu":
             forward_seconds = measure_forward_seconds(setup.model, accelerator)
-        is_length_set = asked.epochs is not None or asked.max_steps is not None
-        reason = explain_missing_steps(
-            options, data, None if is_length_set else forward_seconds, accelerator.num_processes
-        )
+            if asked.epochs is None and asked.max_steps is None:
+                assert options.epochs is not None
+                seconds = estimate_step_seconds(
+                    forward_seconds,
+                    options.epochs,
+                    data.num_training_images,
+                    accelerator.num_processes,
+                )
+        reason = explain_missing_steps(options, data, seconds)
+        if reason is None and seconds is not None:
+            schedule_lines["steps"] = f"about {format_minutes(seconds)} on this CPU"
     if reason is not None:
         data = data_of_all
     if reason is not None or options.refit:

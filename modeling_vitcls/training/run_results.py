@@ -211,8 +211,10 @@ def describe_fine_tuning(loaded: Loaded, environment: Environment) -> str:
     if loaded.forward_seconds is None or num_images is None:
         return f"{text}To fine-tune all layers: {command}"
 
-    seconds = estimate_step_seconds(loaded.forward_seconds, REFIT_EPOCHS * num_images)
-    duration = format_minutes(seconds / environment.accelerator.num_processes)
+    seconds = estimate_step_seconds(
+        loaded.forward_seconds, REFIT_EPOCHS, num_images, environment.accelerator.num_processes
+    )
+    duration = format_minutes(seconds)
     return f"{text}Fine-tuning all layers would take about {duration}: {command}"
 
 

@@ -6,6 +6,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -19,7 +20,7 @@ from transformers import AutoImageProcessor
 from modeling_vitcls import ViTCLSForImageClassification, evaluate
 from modeling_vitcls.cli import main
 from modeling_vitcls.runtime.files import read_json
-from modeling_vitcls.training import defaults, dry_run
+from modeling_vitcls.training import defaults, dry_run, probe
 from modeling_vitcls.training.probe import Probe
 from modeling_vitcls.training.reporter import Reporter
 
@@ -93,6 +94,31 @@ def test_the_classifier_is_fitted_to_the_trained_features(
     assert again.config.temperature == model.config.temperature
     assert again.config.distance_threshold == model.config.distance_threshold
     assert again.config.pooled_layers == model.config.pooled_layers
+
+
+def test_the_temperature_lowers_the_confidence_to_the_accuracy_of_the_frozen_model(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    temperatures = []
+    run = Probe.run
+
+    def fit(probabilities: np.ndarray, accuracy: float) -> float:
+        temperatures.append(accuracy)
+        return 2.0
+
+    def run_and_record(self: Probe, *args: Any, **kwargs: Any) -> Any:
+        frozen = run(self, *args, **kwargs)
+        temperatures.append(frozen.probe.temperature_)
+        return frozen
+
+    monkeypatch.setattr(probe, "fit_confidence", fit)
+    monkeypatch.setattr(Probe, "run", run_and_record)
+    main([*command, "--output-dir", str(tmp_path / "run")])
+
+    _, trained, accuracy = temperatures
+    assert accuracy == read_json(tmp_path / "run/results.json")["accuracy"]
+    config = read_json(tmp_path / "run/config.json")
+    assert config["temperature"] == pytest.approx(2 * trained, abs=1e-4)
 
 
 @pytest.mark.parametrize("has_test_split", [True, False])
