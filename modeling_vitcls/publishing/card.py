@@ -174,10 +174,16 @@ def build_metadata(folder: ModelFolder, name: str) -> dict[str, Any]:
     if metric_names:
         metadata["metrics"] = ["accuracy" if "accuracy" in results else "mean_average_precision"]
     # A dataset type is required in the model index, and the only valid types are datasets on the
-    # Hub.
-    if metric_names and metadata["datasets"] and not list_added_classes(folder):
+    # Hub. The results of another model are left out.
+    is_changed = list_added_classes(folder) or is_frozen_result(results)
+    if metric_names and metadata["datasets"] and not is_changed:
         metadata |= {"model_name": name, "eval_results": build_eval_results(folder, metric_names)}
     return metadata
+
+
+def is_frozen_result(results: dict[str, Any]) -> bool:
+    """Return whether the results are those of the frozen model, before training steps."""
+    return results.get("split") == "cross-validation" and bool(results.get("steps"))
 
 
 def build_eval_results(folder: ModelFolder, metric_names: dict[str, str]) -> list[EvalResult]:
@@ -271,6 +277,7 @@ def describe_run(folder: ModelFolder) -> dict[str, Any]:
         "metrics": build_metric_rows(results, config),
         "class_tables": build_class_tables(results, config),
         "is_cross_validated": results.get("split") == "cross-validation",
+        "is_frozen_result": is_frozen_result(results),
         "predictions": describe_predictions(folder),
         "images_per_step": images_per_step,
         "teacher": format_name(strip_folders(flags["teacher"])) if flags.get("teacher") else None,

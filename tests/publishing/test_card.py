@@ -123,6 +123,15 @@ def test_results_before_a_class_was_added_are_named_as_such(tmp_path: Path) -> N
     assert not card.data.eval_results
 
 
+def test_results_of_the_frozen_model_are_not_in_the_model_index(tmp_path: Path) -> None:
+    """The accuracy of the trained model was not measured."""
+    frozen = {"num_folds": 10, "candidates": [{}, {}]}
+    results = {"split": "cross-validation", "steps": 9, "frozen": frozen}
+    card = load_card(write_run_folder(tmp_path / "mine", results, {"dataset": "ann/photos"}))
+    assert not card.data.eval_results
+    assert "**These are results of the frozen model**" in card.text
+
+
 @pytest.mark.parametrize(("steps", "has_effects"), [(0, False), (5, True)])
 def test_the_card_promises_effects_of_tokens_only_if_the_report_has_them(
     steps: int, has_effects: bool, tmp_path: Path

@@ -75,7 +75,9 @@ def test_the_result_is_that_of_the_frozen_model(runs: Path) -> None:
         pd.read_parquet(runs / name / "predictions.parquet") for name in ("default", "frozen")
     )
     assert_allclose(own["loss"], other["loss"])
-    assert "**These are results of the frozen model**" in (runs / "default/README.md").read_text()
+    card = (runs / "default/README.md").read_text(encoding="utf-8")
+    assert "**These are results of the frozen model**" in card
+    assert "before fine-tuning" not in (runs / "frozen/README.md").read_text(encoding="utf-8")
 
 
 def test_the_classifier_is_fitted_to_the_trained_features(
