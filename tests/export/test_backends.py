@@ -319,9 +319,9 @@ def digits_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_int8_loses_at_most_0_3_points(
     format_name: str, digits_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """`evaluate --backend` repeats the result of the export.
+    """A larger drop than --max-drop writes nothing.
 
-    A larger drop than --max-drop writes nothing.
+    `evaluate --backend` reads all images, and the export those that were held out.
     """
     output = tmp_path / "exported"
     words = (
@@ -352,7 +352,7 @@ def test_int8_loses_at_most_0_3_points(
 
     reset_accelerate()
     results = evaluate(str(output), "digits", backend=format_name)
-    assert results["accuracy"] == pytest.approx(scores["file"], abs=1e-3)
+    assert scores["interval"][0] <= results["accuracy"] <= scores["interval"][1]
 
 
 def test_int8_leaves_the_patch_projection_and_excluded_layers_in_float32(
