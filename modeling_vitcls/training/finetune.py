@@ -2,6 +2,7 @@
 
     probe              linear classifier on frozen features, from which the classifier starts (probe.py)
     fine-tuning        trained on pixels; with --teacher, the distillation token is trained on the teacher's logits
+    --refit            fits the classifier again after fine-tuning, to the features of the trained encoder
     --trainable head   stops after the probe; without a probe, the head is trained on pixels with a frozen encoder
 
 After the run, the output folder contains:

@@ -9,7 +9,8 @@ fine-tuning: Kumar et al. 2022, arXiv 2202.10054). With `--select best`, the fro
 in the selection: fine-tuning must be better than the frozen model by more than chance. If the
 frozen model is the result, its classifier is fitted to the training and selection images, and its
 temperature comes from the images that each fold leaves out. A run without steps holds out no
-images, unless it is asked to: cross-validation measures its result.
+images, unless it is asked to: cross-validation measures its result. With `--refit`, the classifier
+is fitted again to the features of the trained encoder, and the result is that of the frozen model.
 """
 
 import math
