@@ -9,7 +9,7 @@
 the system), and warns about folders that are not read although they look like classes. Hidden files
 are ignored, and so are the folders of models and training runs, which contain figures. A folder that
 contains at least as many tables as images, and no metadata files, is read by the `datasets` library;
-a table named like an image beside it is not counted.
+a table with the same name as an image in its folder does not count.
 """
 
 import hashlib

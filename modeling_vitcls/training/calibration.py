@@ -79,7 +79,7 @@ def describe_probe_calibration(probe: LinearProbe, is_trained: bool) -> Calibrat
     num_images = int(np.isfinite(probe.losses_).sum())
     text = f"temperature {temperature:.2f}, from {describe_images(CROSS_VALIDATION, num_images)}"
     if is_trained:
-        text += ", raised to the accuracy of the frozen model, because the encoder knows the image"
+        text += ", and from the accuracy of the frozen model"
     return Calibration(num_images, CROSS_VALIDATION, text, temperature)
 
 

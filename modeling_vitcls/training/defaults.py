@@ -91,8 +91,6 @@ SIZE_FLAGS = (
 ).split()
 # flags of another length or another choice than those of the study
 FLAGS_WITHOUT_REFIT = "epochs max_steps select early_stopping ema_decay teacher".split()
-# flag -> name of its printed line
-LINE_NAMES = {"epochs": "epochs", "learning_rate": "rate"}
 DEFAULT_FLAGS = "initializer_range layer_decay batch_size crop_scale shift".split()
 
 
@@ -177,18 +175,16 @@ def resolve_schedule(
     if has_probe and method == "pre-trained weights":
         method = "from the frozen model's classifier"
     width = get_width(options, initial)
-    defaults: dict[str, tuple[Any, str]] = {
-        "epochs": (epochs, epochs_reason),
-        "learning_rate": (choose_learning_rate(method, width), f"{method}, width {width}"),
-    }
+    changes: dict[str, Any] = {}
     lines: dict[str, str | None] = {}
-    for name, (value, reason) in defaults.items():
-        if getattr(options, name) is None:
-            changes: dict[str, Any] = {name: value}
-            options = replace(options, **changes)
-            if name != "epochs" or options.max_steps is None:
-                lines[LINE_NAMES[name]] = f"{value:g}: {reason}"
-    return options, lines
+    if options.epochs is None:
+        changes["epochs"] = epochs
+        if options.max_steps is None:
+            lines["epochs"] = f"{epochs:g}: {epochs_reason}"
+    if options.learning_rate is None:
+        changes["learning_rate"] = rate = choose_learning_rate(method, width)
+        lines["rate"] = f"{rate:g}: {method}, width {width}"
+    return replace(options, **changes), lines
 
 
 def should_refit(

@@ -133,7 +133,9 @@ class FineTuning:
                 processor=processor,
                 accelerator=accelerator,
                 build_pass=build_pass,
-                max_images=MAX_PROBE_IMAGES if has_other_classifier(options) else None,
+                max_images=None
+                if options.trainable == "head" or options.refit
+                else MAX_PROBE_IMAGES,
                 fit=options.fit,
                 pooling=options.pooling,
                 pooled_layers=options.pooled_layers,
@@ -185,11 +187,6 @@ class FineTuning:
             *describe_overlap(initial, data),
             *describe_imbalance(options.class_balance, data, has_steps),
         ]
-
-
-def has_other_classifier(options: FinetuneOptions) -> bool:
-    """Return whether the run may end with another classifier than that of the probe."""
-    return options.trainable != "head" and not options.refit
 
 
 def build_objective(
