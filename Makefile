@@ -3,7 +3,7 @@
 # make pictures   draw docs/images/ again, from runs/digits and the encoder in HERO (default: runs/hero)
 # make site       build the documentation's site in site/, and fail if a link or an object is missing
 # make test-quick run the fastest test files of each folder, in under 60 s on two cores
-# make check      lint and check types
+# make check      lint, check types and the size of the code
 # make test       set up, lint, run all tests except the slow ones (CI runs `make browser check test`)
 # make test-all   like `make test`, including the slow tests
 # make coverage   like `make test`, and report how many lines of each file run
@@ -90,6 +90,7 @@ test test-all coverage: lint
 
 check: lint
 	$(RUN) -m mypy
+	$(RUN) -m pytest -q tests/test_size.py
 
 lint: setup
 	$(RUN) -m ruff check .
