@@ -44,7 +44,6 @@ def check(kind: Any, flags: dict[str, Any]) -> None:
 # Class, flags, accepted values, rejected values
 LIMITS: list[tuple[type, str, list[Any], list[Any]]] = [
     (DataOptions, "held_out_fraction", [0.0, 0.99], [-0.1, 1.0]),
-    (DataOptions, "folds", [None, 2], [1]),
     (DataOptions, "shuffle_buffer", [1], [0]),
     (DataOptions, "split_seed max_unreadable_images num_workers", [0], [-1]),
     (AugmentationOptions, "crop_scale", [None, 0.01, 1], [0, 1.1]),
@@ -107,9 +106,6 @@ def test_values_outside_of_their_limits_are_errors(
 
 # Class, flags that are accepted, changes that are rejected, and the flag in the error message.
 COMBINATIONS: list[tuple[type, dict[str, Any], dict[str, Any], str]] = [
-    (DataOptions, {"folds": 3, "fold": 3}, {"fold": 4}, "`fold` is 4"),
-    (DataOptions, {"folds": 3, "fold": 1}, {"fold": 0}, "`fold` is 0"),
-    (DataOptions, {"folds": 3, "fold": 2}, {"folds": None}, "`fold` is 2"),
     (DataOptions, {"exclude": Path("a.csv")}, {"streaming": True}, "`exclude`"),
     (
         RunOptions,

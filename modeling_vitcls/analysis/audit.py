@@ -8,7 +8,7 @@
     write_audit(audit, images, ...)  audit.html with photos to check, and audit.csv with all rows
 
 The probability of each label comes from a classifier that was not fitted to the image: that of a
-run which predicted all images in this way (a frozen run, or one with `--folds`), or a `LinearProbe`
+run which predicted all images in this way (a frozen run), or a `LinearProbe`
 of the model's features. The page saves the checked photos as a table for `finetune --exclude`.
 """
 
@@ -149,8 +149,8 @@ def audit_checkpoint(options: EvaluateOptions) -> dict[str, Any]:
 
 def load_audited_images(options: EvaluateOptions) -> tuple[AuditedImages, int, Console]:
     """Return the audited images, the number of unreadable ones, and the main process's console."""
-    files = sorted(Path(options.model).glob(f"fold-*/{PREDICTIONS_FILE}"))
-    folder = resolve(str(files[0].parent) if files else options.model)
+    files: list[Path] = []
+    folder = resolve(options.model)
     if folder.results.get("split") == "cross-validation":
         files = [folder.path / PREDICTIONS_FILE]
 

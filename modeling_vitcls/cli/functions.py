@@ -92,7 +92,7 @@ def finetune(
         flags: other flags of `vitcls finetune`, which `help` lists.
 
     Returns:
-        The contents of results.json, or of folds.json if `folds` is set.
+        The contents of results.json.
 
     Raises:
         TypeError: if a flag is unknown.
@@ -135,28 +135,21 @@ def pretrain(
 def run_training(options: Any) -> dict[str, Any]:
     """Train, then write the report and the card and push the folder.
 
-    Return the contents of results.json or folds.json, or an empty dict if `dry_run` is set.
+    Return the contents of results.json, or an empty dict if `dry_run` is set.
     """
     from accelerate import PartialState
 
     from ..hub.model_folder import ModelFolder
     from ..publishing.after_run import build_uploader, finish_run, prepare_push
-    from ..training.folds import run_folds
     from ..training.run import train
 
     repo_id = prepare_push(options)
-
-    def train_one(options: Any) -> dict[str, Any]:
-        folder = train(options, build_uploader(options, repo_id))
-        if options.dry_run:
-            return {}
-        if PartialState().is_main_process:
-            finish_run(folder, options, repo_id)
-        return ModelFolder(folder).saved_results
-
-    if options.folds is not None and options.fold is None and not options.dry_run:
-        return run_folds(options, train_one)
-    return train_one(options)
+    folder = train(options, build_uploader(options, repo_id))
+    if options.dry_run:
+        return {}
+    if PartialState().is_main_process:
+        finish_run(folder, options, repo_id)
+    return ModelFolder(folder).saved_results
 
 
 @with_own_state

@@ -44,12 +44,6 @@ class DataOptions(Options):
     split_seed: int = 0
     """Random seed for the held-out split. Use the same seed for all runs that you compare.
     Evaluation uses the seed of the training run."""
-    folds: int | None = None
-    """Cross-validation: train one model per fold in OUTPUT_DIR/fold-1, fold-2, ..., and report the
-    mean accuracy."""
-    fold: int | None = None
-    """With --folds: hold out only this fold (numbered from 1), and write the output to OUTPUT_DIR
-    itself. Default: all folds, one after another."""
     streaming: bool = False
     """Stream the training images instead of downloading them. Requires --max-steps."""
     shuffle_buffer: int = 1000
@@ -76,11 +70,6 @@ class DataOptions(Options):
         super().check()
         fraction = self.held_out_part
         check_value(self, "held_out_fraction", 0 <= fraction < 1, "at least 0 and below 1")
-        check_minimum(self, 2, "folds")
-        if self.fold is not None:
-            check_value(
-                self, "fold", 1 <= self.fold <= (self.folds or 0), "from 1 to the value of `folds`"
-            )
         check_minimum(self, 1, "shuffle_buffer")
         if self.streaming and self.group_column is not None:
             raise ValueError(
@@ -140,6 +129,6 @@ class AugmentationOptions(Options):
 
 def check_stored_images(data: DataOptions) -> None:
     """Raise ValueError for flags that only training supports."""
-    for name in ("streaming", "folds", "exclude"):
+    for name in ("streaming", "exclude"):
         if getattr(data, name):
             raise ValueError(f"`{name}` is only for training. Remove `{name}`")

@@ -178,9 +178,7 @@ def load_training_data(
         selection = read_images(images[training_splits.selection])
         selection_name = f"split {training_splits.selection!r}"
     elif use_selection_split:
-        selection_options = replace(
-            options, split_seed=derive_seed(options.split_seed, 1), folds=None, fold=None
-        )
+        selection_options = replace(options, split_seed=derive_seed(options.split_seed, 1))
         selection_name = f"about {options.held_out_part:.0%} of the training images"
         unselected = train
         train, selection = hold_out_images(train, selection_options)
@@ -358,8 +356,7 @@ def check_splits(
 ) -> None:
     """Raise ValueError if there is only one class, or if the splits do not support the options.
 
-    A cross-validation, and the selection of a checkpoint (`use_selection_split`), require certain
-    splits.
+    The selection of a checkpoint (`use_selection_split`) requires certain splits.
     """
     label_space = splits.label_space
     lacks_selection = use_selection_split and training_splits.selection is None
@@ -370,12 +367,6 @@ def check_splits(
     ):
         raise ValueError(describe_single_class(options.dataset, label_space.names[0]))
 
-    if options.folds is not None and training_splits.held_out is not None:
-        split = training_splits.held_out
-        raise ValueError(
-            f"`folds` requires a dataset without a held-out split, but {options.dataset} has "
-            f"{split!r}. Remove `folds`"
-        )
     if lacks_selection and (options.streaming or not options.held_out_part):
         raise ValueError(
             "`select='best'` requires a validation split and a test split, or a part of the "
@@ -405,15 +396,14 @@ def hold_out_images(images: Any, options: DataOptions) -> tuple[Any, LabeledImag
 
 
 def select_held_out(images: LabeledImages, options: DataOptions) -> np.ndarray:
-    """Return whether each image [N] is held out: a fraction of each class, or one fold.
+    """Return whether each image [N] is held out: a fraction of each class.
 
     The units are the groups of the images. Raise ValueError if none or all of the images would be
     held out.
     """
     assert images.keys is not None and images.groups is not None
-    folds = options.folds if options.fold is not None else None
     fraction = options.held_out_part
-    if not fraction and folds is None:
+    if not fraction:
         return np.zeros(len(images), bool)
 
     _, first, group = np.unique(images.groups, return_index=True, return_inverse=True)
@@ -422,31 +412,23 @@ def select_held_out(images: LabeledImages, options: DataOptions) -> np.ndarray:
     np.minimum.at(numbers, group, draw_numbers(images.keys, options.split_seed))
     labels = np.array(images.labels)[first] if is_stratified(images) else np.zeros(len(first), int)
 
-    fold = np.zeros(len(sizes), int)  # of each group
+    is_held_out = np.zeros(len(sizes), bool)  # each group
     for label in np.unique(labels).tolist():
         members = np.flatnonzero(labels == label)
         members = members[np.argsort(numbers[members], kind="stable")]
-        if folds is not None:
-            fold[members] = (np.arange(len(members)) + label) % folds + 1
-        elif len(members) > 1:
+        if len(members) > 1:
             # of each class, at least one group is held out, and at least one is not
             middles = np.cumsum(sizes[members]) - sizes[members] / 2
             num_held_out = int((middles <= fraction * sizes[members].sum()).sum())
-            fold[members[: min(max(num_held_out, 1), len(members) - 1)]] = 1
+            is_held_out[members[: min(max(num_held_out, 1), len(members) - 1)]] = True
 
-    if folds is not None and len(missing := set(range(1, folds + 1)) - set(fold.tolist())):
-        raise ValueError(
-            f"{options.dataset}: fold {min(missing)} of {folds} has no images, because the dataset "
-            f"has only {len(sizes)} images or groups. Set a smaller `folds`"
-        )
-    is_held_out = (fold == (options.fold if folds is not None else 1))[group]
     if not is_held_out.any():
         raise ValueError(
             f"{options.dataset}: no image can be held out, because each class has a single image "
             "(or copies or a group of one). Add images, choose a different `label_column`, or set "
             "`held_out_fraction=0` to train on all images"
         )
-    return is_held_out  # type: ignore[no-any-return]
+    return is_held_out[group]  # type: ignore[no-any-return]
 
 
 def is_stratified(images: Any) -> bool:
@@ -462,8 +444,6 @@ def is_stratified(images: Any) -> bool:
 def describe_held_out(options: DataOptions, images: Any) -> str:
     """Return which images of the only split are held out."""
     part = f"about {options.held_out_part:.0%}"
-    if options.folds is not None and options.fold is not None:
-        part = f"fold {options.fold} of {options.folds}"
     if is_stratified(images):
         return f"{part}, stratified by class, split seed {options.split_seed}"
     is_labeled = not isinstance(images, StreamedImages) and IGNORED_LABEL not in images.labels[:1]

@@ -252,9 +252,8 @@ def decide_refit(
     out images, or the dataset has a split for it. Raise ValueError if the classifier cannot be
     fitted again.
     """
-    has_choice = asked.held_out_fraction is not None or asked.folds is not None
     data_of_all = data
-    if data.undivided is not None and not has_choice:
+    if data.undivided is not None and asked.held_out_fraction is None:
         data_of_all = hold_out_nothing(data, options.exclude)
     data_of_all = select_nothing(data_of_all)
 

@@ -294,30 +294,6 @@ def test_a_frozen_run_has_already_predicted_its_images(
     assert "predictions of the run" not in capsys.readouterr().out
 
 
-def test_predictions_of_folds_are_those_of_the_model_that_held_out_the_image(
-    tmp_path: Path,
-) -> None:
-    photos = write_photos(tmp_path / "photos", range(10))
-    options = build_audit_options(tmp_path, photos)
-    finetune(
-        options.model,
-        photos,
-        output_dir=tmp_path / "run",
-        folds=2,
-        trainable="head",
-        num_workers=0,
-        report=False,
-    )
-    reset_accelerate()
-    found, _, _ = load_audited_images(replace(options, model=str(tmp_path / "run")))
-    files = sorted((tmp_path / "run").glob("fold-*/predictions.parquet"))
-    recorded = pd.concat(map(pd.read_parquet, files)).set_index("image")
-
-    assert len(files) == 2
-    expected = np.stack(recorded.loc[found.rows["id"], "probabilities"])
-    assert np.array_equal(found.probabilities, expected)
-
-
 def test_photos_on_the_page_are_large_enough_to_judge_their_labels(tmp_path: Path) -> None:
     photos = write_photos(tmp_path / "photos", range(8))
     pixels = np.random.default_rng(0).integers(256, size=(300, 600, 3), dtype=np.uint8)

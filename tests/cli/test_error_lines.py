@@ -234,7 +234,6 @@ def test_an_interrupted_prediction_ends_with_one_line(
     ("num_photos", "command", "words"),
     [
         (8, "evaluate", ["the classes differ", "cat", "LABEL_0"]),
-        (2, "finetune --folds 5 --output-dir run", ["--folds"]),
         (1, "evaluate --audit audit.html", ["two different images of each of two classes"]),
         (0, "finetune --output-dir run", ["contains no images"]),
     ],

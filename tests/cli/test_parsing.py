@@ -92,7 +92,6 @@ def test_a_flag_that_does_not_exist_or_fit_is_named(
     [
         (f"finetune {RUN} --lr 3", ["--lr", "use --learning-rate"]),
         (f"finetune {RUN} --epochs -1", ["--epochs is -1.0, but it must be above 0"]),
-        (f"finetune {RUN} --folds 1", ["--folds is 1, but it must be 2 or more"]),
         ("finetune --config nosuch --output-dir o", ["nosuch", "digits"]),
         ("inspect --model m", ["PATHS", "--dataset"]),
         ("inspect --model m a.png --output page.pdf", ["--output page.pdf"]),

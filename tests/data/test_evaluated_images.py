@@ -100,7 +100,7 @@ def test_splits_without_an_evaluation_split_are_an_error(photos: Path) -> None:
 # Images that the model was trained on -------------------------------------------------------------
 
 
-@pytest.mark.parametrize("flags", [{}, {"folds": 3, "fold": 2}, {"select": "best"}])
+@pytest.mark.parametrize("flags", [{}, {"select": "best"}])
 def test_the_training_folder_is_evaluated_on_the_images_that_training_held_out(
     flags: dict[str, Any], photos: Path, tmp_path: Path
 ) -> None:

@@ -73,18 +73,6 @@ def test_the_split_is_stratified(fraction: float, tmp_path: Path) -> None:
     assert data.class_ratio == max(counts[0].values()) / min(counts[0].values())
 
 
-def test_the_folds_are_stratified(tmp_path: Path) -> None:
-    """The images by which classes exceed a multiple of the folds are divided among the folds."""
-    folder = write_photos(tmp_path / "photos", range(13), "ant", "cat")
-    folds = [read(folder, folds=3, fold=fold) for fold in (1, 2, 3)]
-    counts = [Counter(fold.held_out.labels) for fold in folds]
-    assert sorted(count.total() for count in counts) == [8, 9, 9]
-    assert {count[label] for count in counts for label in (0, 1)} == {4, 5}
-    assert len(set.union(*(get_names(fold.held_out) for fold in folds))) == 26
-    with raises_one_line("fold 4 of 30 has no images", "smaller `folds`"):
-        read(write_photos(tmp_path / "few", range(2)), folds=30, fold=1)
-
-
 def test_the_split_depends_only_on_the_content_of_the_images(tmp_path: Path) -> None:
     """It does not depend on their order, on their names or on the type of the dataset."""
     folder = write_photos(tmp_path / "here", range(40))

@@ -162,13 +162,6 @@ def test_splits_are_used_for_their_purposes(tmp_path: Path, streaming: bool) -> 
     assert data.num_training_images == (None if streaming else 10)
 
 
-def test_folds_of_a_dataset_with_a_held_out_split_are_an_error(tmp_path: Path) -> None:
-    for split in ("train", "test"):
-        write_photos(tmp_path / "photos" / split, range(4))
-    with raises_one_line("`folds`"):
-        load_training_data(DataOptions(dataset=str(tmp_path / "photos"), folds=2, fold=1))
-
-
 def test_selection_images_of_a_single_split_are_not_used_for_anything_else(tmp_path: Path) -> None:
     photos = write_photos(tmp_path / "photos", range(40))
     options = DataOptions(dataset=str(photos), held_out_fraction=0.25, split_seed=3)

@@ -377,11 +377,10 @@ def test_a_column_with_other_values_than_splits_is_named(photos: Path) -> None:
         load_training_data(DataOptions(dataset=some))
 
 
-@pytest.mark.parametrize("folds", [None, 3])
-def test_the_images_of_a_group_are_on_one_side(folds: int | None, photos: Path) -> None:
+def test_the_images_of_a_group_are_on_one_side(photos: Path) -> None:
     patients = [f"p{index // 2}" for index in range(NUM_IMAGES)]
     table = write_csv(photos, ["a", "b"] * 6, "patients.csv", patient=patients)
-    options = DataOptions(dataset=table, group_column="patient", folds=folds, fold=folds and 1)
+    options = DataOptions(dataset=table, group_column="patient")
     data = load_training_data(options)
     held_out, train = (
         {patients[FILES.index(name)] for name in part.images.get_names()}

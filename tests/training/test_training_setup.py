@@ -1,6 +1,5 @@
-"""Whole runs in this process: defaults, the best checkpoint, folds, and no held-out images."""
+"""Whole runs in this process: defaults, the best checkpoint, and no held-out images."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,12 +24,10 @@ from modeling_vitcls.data.evaluation_data import load_evaluation_data
 from modeling_vitcls.data.options import DataOptions
 from modeling_vitcls.inference.evaluate import evaluate_checkpoint
 from modeling_vitcls.inference.evaluator import Evaluator
-from modeling_vitcls.inference.intervals import compute_proportion_interval
 from modeling_vitcls.inference.options import EvaluateOptions
 from modeling_vitcls.training import duration as duration_module
 from modeling_vitcls.training import finetune
 from modeling_vitcls.training.checkpoints import CheckpointStore
-from modeling_vitcls.training.folds import run_folds
 
 
 DIGITS = DataOptions(dataset="digits", num_workers=0)
@@ -212,52 +209,8 @@ def test_a_dry_run_evaluates_random_images_and_prints_no_result(
     assert "ran 3 steps" in printed
 
 
-# Cross-validation, and training on all images
-# ------------------------------------------------------------------------
-
-
-def test_each_image_is_held_out_in_one_fold_and_the_pooled_result_has_a_wilson_interval(
-    tmp_path: Path,
-) -> None:
-    data = replace(DIGITS, folds=3)
-    summary = run_folds(build_options(tmp_path / "run", data, max_steps=2), run_training)
-    parts = [
-        json.loads((tmp_path / "run" / f"fold-{fold}" / "results.json").read_text())
-        for fold in (1, 2, 3)
-    ]
-    assert sum(part["num_images"] for part in parts) == 300
-
-    accuracies = [part["accuracy"] for part in parts]
-    assert summary["mean"] == pytest.approx(sum(accuracies) / 3, abs=1e-6)
-    assert summary == json.loads((tmp_path / "run" / "folds.json").read_text(encoding="utf-8"))
-
-    num_right = round(sum(part["accuracy"] * part["num_images"] for part in parts))
-    assert summary["num_images"] == 300
-    assert summary["accuracy"] == pytest.approx(num_right / 300, abs=1e-6)
-    interval = compute_proportion_interval(num_right, 300)
-    assert summary["accuracy_interval"] == pytest.approx(interval, abs=1e-6)
-    assert sum(map(sum, summary["confusion_matrix"])) == 300
-
-    folds = [
-        {"folder": f"fold-{fold}", "accuracy": value} for fold, value in enumerate(accuracies, 1)
-    ]
-    assert (summary["metric"], summary["folds"]) == ("accuracy", folds)
-
-    reset_accelerate()
-    evaluated = evaluate_checkpoint(
-        EvaluateOptions(model=str(tmp_path / "run" / "fold-2"), **vars(DIGITS), batch_size=16)
-    )
-    assert evaluated["accuracy"] == accuracies[1]
-
-
-def test_folds_are_not_pushed(tmp_path: Path) -> None:
-    options = build_options(tmp_path / "run", replace(DIGITS, folds=3), push_to_hub=True)
-    with pytest.raises(
-        ValueError,
-        match="`folds` trains several models, but `push_to_hub=True` pushes only one model",
-    ):
-        run_folds(options, run_training)
-    assert not (tmp_path / "run").exists()
+# Training on all images
+# --------------------------------------------------------------------------
 
 
 def test_a_run_on_all_images_has_no_accuracy(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
