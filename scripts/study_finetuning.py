@@ -32,7 +32,7 @@ from study_photos import draw_photos, link_photos, list_photos
 from transformers import AutoImageProcessor
 
 from modeling_vitcls import ViTCLSForImageClassification
-from modeling_vitcls.data.aspect_ratio import get_fit
+from modeling_vitcls.data.aspect_ratio import get_resize
 from modeling_vitcls.inference.class_statistics import TokenFeatures
 from modeling_vitcls.inference.frozen_features import FeatureLayout, pool_layers
 from modeling_vitcls.inference.intervals import compute_bootstrap_interval
@@ -127,7 +127,7 @@ def fine_tune(options: Options, folder: Path, trainable: str) -> float:
     if trainable != "head":
         # the geometry is compared once for all models
         frozen = read_json(folder / "head" / "results.json")["frozen"]
-        flags += ["--epochs", EPOCHS, "--fit", frozen["fit"]]
+        flags += ["--epochs", EPOCHS, "--resize", frozen["resize"]]
     seconds = run_command("finetune", *flags)
     write_json(usage, {"cpu_seconds": seconds})
     return seconds
@@ -191,13 +191,13 @@ def have_equal_first_layers(model: Any, start: Any) -> bool:
     return all(torch.equal(value, layers[1][name]) for name, value in layers[0].items())
 
 
-# (fit of the image processor, photographs) -> tokens of the start, which is the same for all draws
+# (resizing of the image processor, photographs) -> tokens of the start, which is the same for all draws
 START_STATES: dict[tuple[str, tuple[Path, ...]], torch.Tensor] = {}
 
 
 def compute_start_states(start: Any, folder: Path, files: list[Path]) -> torch.Tensor:
     """Return the tokens of the start before the last four layers, computed once."""
-    key = (get_fit(AutoImageProcessor.from_pretrained(folder / "head")), tuple(files))
+    key = (get_resize(AutoImageProcessor.from_pretrained(folder / "head")), tuple(files))
     if key not in START_STATES:
         START_STATES[key] = compute_states(start, folder, files)
     return START_STATES[key]

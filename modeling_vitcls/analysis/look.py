@@ -14,7 +14,7 @@ from rich.progress import track
 from torchvision.transforms.v2.functional import to_pil_image
 
 from ..conversion.any_checkpoint import resolve
-from ..data.aspect_ratio import get_fit, get_output_size, set_fit
+from ..data.aspect_ratio import get_output_size, get_resize, set_resize
 from ..hub.local_paths import get_title
 from ..inference.inputs import build_list_input
 from ..inference.load_model import load_model
@@ -106,16 +106,16 @@ def write_sheets(options: LookOptions) -> list[Path]:
 
 
 def load_adjusted_model(options: LookOptions) -> tuple[Any, Any]:
-    """Load the model and its image processor, and set the image size and the fit of the options."""
+    """Load the model and its image processor, and set the image size and the resizing of the options."""
     model, processor = load_model(resolve(options.model), use_head=None)
-    if options.image_size is not None or options.fit is not None:
-        fit = options.fit or get_fit(processor)
+    if options.image_size is not None or options.resize is not None:
+        resize = options.resize or get_resize(processor)
         size = (
             get_output_size(processor)
             if options.image_size is None
             else to_pair(options.image_size)
         )
-        set_fit(processor, fit, size)
+        set_resize(processor, resize, size)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return model.to(device).eval(), processor  # type: ignore[arg-type]  # `to` is decorated
 

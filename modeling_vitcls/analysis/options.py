@@ -82,7 +82,7 @@ class LookOptions(Options):
     image_size: int | tuple[int, int] | None = None
     """Image height and width in pixels; one number sets both. Default: the size of the image
     processor. Larger images have more patches and finer maps."""
-    fit: Literal["squash", "crop", "pad"] | None = None
+    resize: Literal["squash", "crop", "pad"] | None = None
     """How photos of other aspect ratios become the input: resize the whole photo (`squash`), crop
     the center (`crop`) or add gray (`pad`). Default: the setting of the image processor."""
 

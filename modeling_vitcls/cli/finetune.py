@@ -31,7 +31,7 @@ COMMON_FLAGS = (
         {
             "num_register_tokens": "registers; default: the checkpoint's",
             "image_size": "or native; default: as trained, but 224 if above 256",
-            "fit": "default: measured",
+            "resize": "default: measured",
             "pooling": "default: measured",
         },
     ),

@@ -282,7 +282,7 @@ def look(model: str | Path, image: Any, output: str | Path | None = None, **flag
         model: a folder, a Hub id or any other checkpoint that `--model` accepts.
         image: a path, a URL, encoded bytes, a PIL image, or an array or tensor of one image.
         output: image file for the sheet. Default: the sheet is only returned.
-        flags: `image_size` and `fit`, as in `vitcls look`.
+        flags: `image_size` and `resize`, as in `vitcls look`.
 
     Returns:
         The sheet as a PIL image, 1,800 pixels wide. A notebook displays the image.

@@ -45,27 +45,27 @@ class VisibleRegion(NamedTuple):
     bottom: float
 
 
-def set_fit(processor: Processor, fit: str, height_width: Size) -> None:
-    """Set the size and the fit of an image processor.
+def set_resize(processor: Processor, resize: str, height_width: Size) -> None:
+    """Set the size and the resizing of an image processor.
 
     A center crop keeps its ratio to the resized image.
     """
     height, width = height_width
     size = SizeDict(height=height, width=width)
     has_same_crop = processor.do_center_crop and dict(processor.crop_size) == dict(size)
-    if fit == "crop" and has_same_crop:
+    if resize == "crop" and has_same_crop:
         return
 
     crop_ratio = get_crop_ratio(processor)
     processor.do_resize = True
-    processor.do_center_crop = fit == "crop"
-    processor.do_pad = fit == "pad"
+    processor.do_center_crop = resize == "crop"
+    processor.do_pad = resize == "pad"
     processor.size = size
 
-    if fit == "crop":
+    if resize == "crop":
         processor.size = SizeDict(shortest_edge=math.floor(max(height_width) / crop_ratio))
         processor.crop_size = size
-    elif fit == "pad":
+    elif resize == "pad":
         processor.size = SizeDict(max_height=height, max_width=width)
         processor.pad_size = size
 
@@ -83,11 +83,11 @@ def get_crop_ratio(processor: Processor) -> float:
 def get_output_size(processor: Processor, default: Size | None = None) -> Size:
     """Return the height and width of the preprocessed images.
 
-    They are known after `set_fit`. For another processor, whose images keep their aspect ratio,
+    They are known after `set_resize`. For another processor, whose images keep their aspect ratio,
     `default` is returned if it is set.
     """
     names = {"crop": "crop_size", "pad": "pad_size", "squash": "size"}
-    size = getattr(processor, names[get_fit(processor)])
+    size = getattr(processor, names[get_resize(processor)])
     if default is not None and not (size and size.height and size.width):
         return default
     return size.height, size.width
@@ -99,14 +99,14 @@ def has_fixed_size(processor: Processor) -> bool:
     return (processor.do_resize or processor.do_center_crop) and bool(height and width)
 
 
-def get_fit(processor: Processor) -> str:
-    """Return the fit of an image processor."""
+def get_resize(processor: Processor) -> str:
+    """Return how an image processor makes images the input: crop, squash or pad."""
     if processor.do_center_crop:
         return "crop"
     return "pad" if processor.do_pad else "squash"
 
 
-class FitTransform(nn.Module):
+class ResizeTransform(nn.Module):
     """The image processor's resizing, cropping and padding, without normalization.
 
     With `keep_resolution`, images are padded to the aspect ratio of the input, but not resized or
@@ -228,18 +228,18 @@ def read_sizes(images: Sequence[Any]) -> list[Size]:
     return sizes
 
 
-def describe_fit(processor: Processor, images: Sequence[Any]) -> str:
-    """Return the fit and the median share of the image area that the model sees, as text.
+def describe_resize(processor: Processor, images: Sequence[Any]) -> str:
+    """Return the kind of resizing and the median share of the area that the model sees, as text.
 
     For a crop, a sample of `images` is read.
     """
-    fit = get_fit(processor)
+    resize = get_resize(processor)
     share = 1.0
-    if fit == "crop":
+    if resize == "crop":
         sizes = read_sizes(images)
         if not sizes:
-            return fit
+            return resize
         share = median(get_visible_share(processor, size) for size in sizes)
 
-    median_text = "a median of " if fit == "crop" else ""
-    return f"{fit}; evaluation sees {median_text}{100 * share:.0f} % of the image area"
+    median_text = "a median of " if resize == "crop" else ""
+    return f"{resize}; evaluation sees {median_text}{100 * share:.0f} % of the image area"

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torchvision.transforms import InterpolationMode, v2
 
-from .aspect_ratio import FitTransform, get_output_size
+from .aspect_ratio import ResizeTransform, get_output_size
 from .options import AugmentationOptions
 from .sampling import draw_random_bits
 
@@ -67,7 +67,7 @@ def build_augmentation(options: AugmentationOptions, processor: Any) -> Augmenta
     Without random crops, images are resized as by the image processor.
     """
     height_width = get_output_size(processor)
-    fixed_transform = FitTransform(processor, keep_resolution=options.crop_scale != 1)
+    fixed_transform = ResizeTransform(processor, keep_resolution=options.crop_scale != 1)
 
     transforms: list[nn.Module] = []
     assert options.crop_scale is not None

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from ..conversion.any_checkpoint import is_preset, resolve
-from ..data.aspect_ratio import set_fit
+from ..data.aspect_ratio import set_resize
 from ..hub.model_folder import ModelFolder
 from ..inference.exported_graphs import DISTANCE
 from ..model.configuration_vitcls import ViTCLSConfig
@@ -107,7 +107,7 @@ def load_exportable_model(source: str) -> ExportableModel:
             ViTCLSConfig.from_preset(source)
         )
         processor = ViTCLSImageProcessor()
-        set_fit(processor, "squash", model.config.image_height_width)
+        set_resize(processor, "squash", model.config.image_height_width)
         return ExportableModel(source, model.eval(), processor, None)
     folder = resolve(source)
     class_name = (folder.config.architectures or ["an unknown class"])[0]

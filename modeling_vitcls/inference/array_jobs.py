@@ -25,7 +25,7 @@ METADATA_KEY = "vitcls"
 # options that determine the rows, beside the model and the images
 SETTINGS = (
     *("features", "feature_dtype", "top_k", "threshold"),
-    *("mixed_precision", "backend", "fit"),
+    *("mixed_precision", "backend", "resize"),
 )
 
 

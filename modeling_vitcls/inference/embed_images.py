@@ -47,7 +47,7 @@ class EmbedImages:
             Default: `image`, `bytes` or `path`.
         dtype: "float32" or "float16".
         batch_size: maximum number of images per forward pass. Default: as in `vitcls predict`.
-        fit: see `vitcls predict --fit`.
+        resize: see `vitcls predict --resize`.
         device: device of the model. Default: CUDA if it is available.
         backend: engine as in `vitcls predict --backend`. "auto" is "torch" if the folder has
             weights.
@@ -69,7 +69,7 @@ class EmbedImages:
         image_column: str | None = None,
         dtype: str = "float32",
         batch_size: int | None = None,
-        fit: str | None = None,
+        resize: str | None = None,
         device: str | None = None,
         backend: str = "auto",
         allow_urls: bool = False,
@@ -77,7 +77,7 @@ class EmbedImages:
         self.model = str(model)
         self.features = tuple(features)
         self.image_column = image_column
-        self.dtype, self.batch_size, self.fit, self.device = dtype, batch_size, fit, device
+        self.dtype, self.batch_size, self.resize, self.device = dtype, batch_size, resize, device
         self.backend, self.allow_urls = backend, allow_urls
         self.predictor: Predictor | None = None
 
@@ -125,7 +125,9 @@ class EmbedImages:
     def build_predictor(self) -> Predictor:
         """Load the model."""
         folder = resolve(self.model, self.backend)
-        model, processor = load_model(folder, use_head=False, fit=self.fit, backend=self.backend)
+        model, processor = load_model(
+            folder, use_head=False, resize=self.resize, backend=self.backend
+        )
         device = torch.device(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         batch_size = choose_batch_size(
             self.batch_size, model.config, processor, device, MAX_BATCH_SIZE

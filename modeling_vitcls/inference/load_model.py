@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from ..data.aspect_ratio import get_output_size, set_fit
+from ..data.aspect_ratio import get_output_size, set_resize
 from ..hub.model_files import BACKEND_FILES
 from ..hub.model_folder import ModelFolder
 from ..model.configuration_vitcls import ViTCLSConfig
@@ -68,7 +68,7 @@ def load_for_inference(
 
     Args:
         folder: The model.
-        options: The fit, the backend, the precision and the batch size.
+        options: The resizing, the backend, the precision and the batch size.
         accelerator: The accelerator, whose precision is set for `mixed_precision="auto"`.
         use_head: Whether to load the classifier.
         max_batch_size: Default batch size on GPUs.
@@ -87,7 +87,7 @@ def load_for_inference(
     if backend == "auto" and accelerator.device.type != "cpu" and folder.has_weights:
         backend = TORCH  # graphs are computed on CPUs
     model, processor = load_model(
-        folder, use_head, options.fit, backend, accelerator.mixed_precision, print_line
+        folder, use_head, options.resize, backend, accelerator.mixed_precision, print_line
     )
     batch_size = choose_batch_size(
         options.batch_size, model.config, processor, accelerator.device, max_batch_size
@@ -98,7 +98,7 @@ def load_for_inference(
 def load_model(
     folder: ModelFolder,
     use_head: bool | None,
-    fit: str | None = None,
+    resize: str | None = None,
     backend: str = "torch",
     mixed_precision: str = "no",
     print_line: Callable[[str], None] = print,
@@ -108,7 +108,7 @@ def load_model(
     Args:
         folder: The model.
         use_head: Whether to load the classifier; None to load it if there is one.
-        fit: Fit of the image processor. Default: unchanged.
+        resize: How images become the input (crop, squash, pad). Default: unchanged.
         backend: "torch", "onnx", "openvino" or an exported file, which replaces the weights. "auto"
             is a classifier's graph in the folder that fits (exported_graphs.py), or else "torch".
         mixed_precision: Precision of an exported file (exported_graphs.py).
@@ -136,8 +136,8 @@ def load_model(
         )
         arguments = {}
     processor = folder.load_processor()
-    if fit is not None:
-        set_fit(processor, fit, get_output_size(processor, config.image_height_width))
+    if resize is not None:
+        set_resize(processor, resize, get_output_size(processor, config.image_height_width))
     backends = [name for name, (file, _) in BACKEND_FILES.items() if (folder.path / file).is_file()]
     has_only_graphs = bool(backends) and not any(folder.path.glob("*.safetensors"))
     if backend == "auto" and has_only_graphs:

@@ -14,7 +14,7 @@ from ..runtime.flags import Options, check_minimum, check_value
 class EngineOptions(Options):
     """Flags of the forward pass that evaluation and prediction share."""
 
-    fit: Literal["squash", "crop", "pad"] | None = None
+    resize: Literal["squash", "crop", "pad"] | None = None
     """How images of other aspect ratios become the input: resize the whole image (`squash`), crop
     the center (`crop`) or add gray (`pad`). Default: the setting of the image processor."""
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"

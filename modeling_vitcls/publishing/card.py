@@ -302,7 +302,7 @@ def describe_probe(results: dict[str, Any]) -> dict[str, Any]:
     return {
         "is_frozen": True,
         "probe": {
-            "description": f"{describe_candidate(record)}; images: {record['fit']}",
+            "description": f"{describe_candidate(record)}; images: {record['resize']}",
             "reason": f" {reason}" if reason else "",
             "rows": [row | {"name": describe_candidate(row)} for row in rows],
         },

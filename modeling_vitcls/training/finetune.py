@@ -136,7 +136,7 @@ class FineTuning:
                 max_images=None
                 if options.trainable == "head" or options.refit
                 else MAX_PROBE_IMAGES,
-                fit=options.fit,
+                resize=options.resize,
                 pooling=options.pooling,
                 pooled_layers=options.pooled_layers,
                 has_statistics=options.statistics,

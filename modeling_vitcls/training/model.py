@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from ..conversion.any_checkpoint import is_preset, resolve
-from ..data.aspect_ratio import get_fit, set_fit
+from ..data.aspect_ratio import get_resize, set_resize
 from ..data.labels import LabelSpace
 from ..hub.model_folder import ModelFolder
 from ..inference.load_model import CLASSIFIER_CLASSES, Classifier
@@ -107,7 +107,7 @@ def build_model(
     model.config.class_statistics = model.config.distance_threshold = None
     model.class_distance = None
 
-    set_fit(processor, options.fit or get_fit(processor), model.config.image_height_width)
+    set_resize(processor, options.resize or get_resize(processor), model.config.image_height_width)
     processor.bit_depth = options.bit_depth or processor.bit_depth
     return model, processor, new_parameter_names
 

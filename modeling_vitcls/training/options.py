@@ -42,7 +42,7 @@ class ModelOptions(Options):
     """Image height and width in pixels; one number sets both. `native` keeps the size of the
     checkpoint. Default: the size of the preset or checkpoint, but fine-tuning uses 224 pixels for
     checkpoints of more than 256 pixels per side."""
-    fit: Literal["squash", "crop", "pad"] | None = None
+    resize: Literal["squash", "crop", "pad"] | None = None
     """How images of other aspect ratios become the input: resize the whole image (`squash`), crop
     the center (`crop`) or add gray (`pad`). Saved in the image processor, for evaluation and
     prediction. Default: as the checkpoint does, or `squash` if the probe measures that it is
@@ -81,7 +81,7 @@ class ModelOptions(Options):
         config_values = {
             name: value
             for name, value in values.items()
-            if name not in ("model", "fit", "bit_depth") and value not in (None, "native")
+            if name not in ("model", "resize", "bit_depth") and value not in (None, "native")
         }
 
         if self.pooled_layers:

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..data.aspect_ratio import get_fit, set_fit
+from ..data.aspect_ratio import get_resize, set_resize
 from ..data.batches import Normalizer
 from ..data.images import LabeledImages
 from ..data.splits import TrainingData, load_training_data
@@ -267,6 +267,6 @@ def build_encoder(
     if encoder.embeddings.mask_token is not None:
         # not used; DDP requires gradients of all parameters
         encoder.embeddings.mask_token.requires_grad_(False)
-    set_fit(processor, options.fit or get_fit(processor), config.image_height_width)
+    set_resize(processor, options.resize or get_resize(processor), config.image_height_width)
     processor.bit_depth = options.bit_depth or processor.bit_depth
     return encoder, processor

@@ -28,7 +28,7 @@ from sklearn.neighbors import NearestNeighbors
 from threadpoolctl import threadpool_limits
 from torch import nn
 
-from ..data.aspect_ratio import describe_fit, get_fit, read_sizes, set_fit
+from ..data.aspect_ratio import describe_resize, get_resize, read_sizes, set_resize
 from ..data.images import LabeledImages
 from ..data.labels import LabelSpace
 from ..data.splits import MAX_CLASS_RATIO, TrainingData
@@ -75,7 +75,7 @@ NUM_NEAREST_IMAGES = 3  # nearest training images of a wrong prediction
 # median of the longer side divided by the shorter, from which two geometries are compared
 MIN_ASPECT_RATIO = 1.05
 SQUASH = "squash"
-# Settings of an image processor that `set_fit` changes
+# Settings of an image processor that `set_resize` changes
 GEOMETRY_SETTINGS = ("do_resize", "size", "do_center_crop", "crop_size", "do_pad", "pad_size")
 
 
@@ -223,7 +223,7 @@ class Probe:
         accelerator: defines the device and the processes.
         build_pass: returns a `FrozenPass` for images and a layout.
         max_images: maximum number of training images; None for all.
-        fit, pooling, pooled_layers: settings of the user, which are not searched; None to choose.
+        resize, pooling, pooled_layers: settings of the user, which are not searched; None to choose.
         class_weight: as in `LinearProbe.fit`.
         has_statistics: whether class statistics are stored with the model.
     """
@@ -233,7 +233,7 @@ class Probe:
     accelerator: Accelerator
     build_pass: Callable[..., FrozenPass]
     max_images: int | None
-    fit: str | None = None
+    resize: str | None = None
     pooling: str | None = None
     pooled_layers: Sequence[int] | None = None
     class_weight: str | None = None
@@ -273,8 +273,8 @@ class Probe:
         # Geometry, on training images
         comparison = None
         if (
-            self.fit is None
-            and get_fit(self.processor) != SQUASH
+            self.resize is None
+            and get_resize(self.processor) != SQUASH
             and has_various_shapes(data.train.select(first))
         ):
             features, comparison = self.compare_with_squash(data.train, features)
@@ -298,7 +298,7 @@ class Probe:
             held_out = self.compute_features(data.held_out, layout, warn)
 
         record = build_probe_record(chosen, len(features.labels))
-        record["fit"] = get_fit(self.processor)
+        record["resize"] = get_resize(self.processor)
         if comparison:
             record["geometry"] = comparison
         if is_final and data.class_ratio > MAX_CLASS_RATIO and self.class_weight is None:
@@ -317,7 +317,7 @@ class Probe:
         These features know the labels, also in cross-validation, whose probabilities are therefore
         too certain: the temperature is raised until their mean is the accuracy of the frozen model.
         """
-        again = replace(self, fit=get_fit(self.processor)).run(data, warn, is_final=True)
+        again = replace(self, resize=get_resize(self.processor)).run(data, warn, is_final=True)
         probe, estimate = again.probe, start.probe.estimate_
         if estimate is not None and probe.num_folds_:
             known = np.isfinite(probe.losses_)
@@ -389,7 +389,7 @@ class Probe:
         Returns:
             The features of all images with the chosen geometry, and the record of the comparison.
         """
-        own_fit = get_fit(self.processor)
+        own_resize = get_resize(self.processor)
         own_settings = {name: getattr(self.processor, name) for name in GEOMETRY_SETTINGS}
         num_compared = min(MAX_SQUASHED_IMAGES, round(SQUASHED_FRACTION * len(own.labels)))
         order = np.random.default_rng(0).permutation(len(own.labels))
@@ -399,34 +399,37 @@ class Probe:
 
         losses = {}
         part = own.take(np.isin(own.indices, squashed.indices))
-        for fit, features in ((own_fit, part), (SQUASH, squashed)):
+        for resize, features in ((own_resize, part), (SQUASH, squashed)):
             probe = run_on_main(self.accelerator, partial(self.choose, features))
             if probe.num_folds_:
-                losses[fit] = probe.losses_
+                losses[resize] = probe.losses_
         record: dict[str, Any] = {}
         is_squashed = False
         if len(losses) == 2:  # with fewer, there are too few images to compare
-            is_squashed = is_clearly_worse(losses[own_fit], losses[SQUASH], 1.0)
-            means = {fit: float(np.nanmean(values)) for fit, values in losses.items()}
+            is_squashed = is_clearly_worse(losses[own_resize], losses[SQUASH], 1.0)
+            means = {resize: float(np.nanmean(values)) for resize, values in losses.items()}
             record = {"num_images": len(squashed.labels), "losses": means}
 
         if is_squashed:
             remaining = np.setdiff1d(own.indices, compared)
             others = self.compute_features(images, own.layout, ignore_message, remaining)
             return concatenate_features(squashed, others), record
-        for name, value in own_settings.items():  # `set_fit` would not know the size before a crop
+        for (
+            name,
+            value,
+        ) in own_settings.items():  # `set_resize` would not know the size before a crop
             setattr(self.processor, name, value)
         return own, record
 
-    def set_geometry(self, fit: str) -> None:
-        set_fit(self.processor, fit, self.model.config.image_height_width)
+    def set_geometry(self, resize: str) -> None:
+        set_resize(self.processor, resize, self.model.config.image_height_width)
 
     # Model ----------------------------------------------------------------------------------------
 
     def restore(self, record: dict[str, Any]) -> None:
         """Set the geometry and the pooling that an interrupted run chose."""
-        if record["fit"] != get_fit(self.processor):
-            self.set_geometry(record["fit"])
+        if record["resize"] != get_resize(self.processor):
+            self.set_geometry(record["resize"])
         self.set_pooling(Candidate(record["head"], tuple(record["layers"]), record["pooling"]))
 
     def set_pooling(self, candidate: Candidate) -> None:
@@ -536,7 +539,7 @@ def describe_frozen(
             "cross-validated images, and CLS or the mean of the patches as pooling"
         )
     return {
-        "fit": describe_geometry(frozen.record) or describe_fit(probe.processor, images),
+        "resize": describe_geometry(frozen.record) or describe_resize(probe.processor, images),
         "frozen": describe_probe(frozen.record),
         "unknown": unknown,
     }
@@ -546,8 +549,10 @@ def describe_geometry(record: dict[str, Any]) -> str | None:
     """Return the comparison of the two geometries as text, or None if they were not compared."""
     if "geometry" not in record:
         return None
-    losses = ", ".join(f"{fit} {loss:.2f}" for fit, loss in record["geometry"]["losses"].items())
+    losses = ", ".join(
+        f"{resize} {loss:.2f}" for resize, loss in record["geometry"]["losses"].items()
+    )
     return (
-        f"{record['fit']}; log loss on {record['geometry']['num_images']:,} images: {losses}. Set "
-        "`fit` to choose"
+        f"{record['resize']}; log loss on {record['geometry']['num_images']:,} images: {losses}. Set "
+        "`resize` to choose"
     )

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 
-from ..data.aspect_ratio import describe_fit
+from ..data.aspect_ratio import describe_resize
 from ..data.labels import MultiHotLabels
 from ..data.sampling import BatchPlan
 from ..data.splits import HELD_OUT_SPLITS, TrainingData
@@ -169,11 +169,11 @@ def flatten_record(record: dict[str, Any], prefix: str = "") -> dict[str, float]
 
 
 def describe_splits(
-    data: TrainingData, processor: ViTCLSImageProcessor, labels_text: str, is_fit_known: bool
+    data: TrainingData, processor: ViTCLSImageProcessor, labels_text: str, is_resize_known: bool
 ) -> dict[str, str]:
     """Return the summary lines about the data.
 
-    `is_fit_known` is False if the run chooses the geometry later.
+    `is_resize_known` is False if the run chooses the geometry later.
     """
 
     def format_number(images: Any) -> str:
@@ -213,13 +213,13 @@ def describe_splits(
             f"{num_excluded:,} of {total:,} training images are left out (`exclude`)"
         )
 
-    if not is_fit_known:
+    if not is_resize_known:
         return lines
     if data.num_held_out_images or isinstance(data.train, StreamedImages):
         measured = data.held_out.images
     else:
         measured = data.train.images
-    lines["fit"] = describe_fit(processor, measured)
+    lines["resize"] = describe_resize(processor, measured)
     return lines
 
 

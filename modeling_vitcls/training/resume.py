@@ -44,7 +44,7 @@ CHANGEABLE_FLAGS = (
 PATH_FLAGS = ("dataset", "exclude", "model", "teacher")
 # flags of the model whose values are not in its configuration as they are set, or are chosen by the
 # probe after the start
-FLAGS_NOT_IN_CONFIG = ("model", "fit", "bit_depth", "cls_scopes", "pooling", "pooled_layers")
+FLAGS_NOT_IN_CONFIG = ("model", "resize", "bit_depth", "cls_scopes", "pooling", "pooled_layers")
 CONFIG_FLAGS = [
     field.name for field in fields(ModelOptions) if field.name not in FLAGS_NOT_IN_CONFIG
 ]

@@ -214,7 +214,7 @@ def load(recipe: Recipe, options: TrainOptions, environment: Environment) -> Loa
 
     has_probe = setup.probe is not None  # which chooses the geometry and the tokens
     lines = {
-        **describe_splits(data, setup.processor, setup.labels_text, is_fit_known=not has_probe),
+        **describe_splits(data, setup.processor, setup.labels_text, is_resize_known=not has_probe),
         **describe_model(initial.name, setup.model, forward_flops, is_pooling_known=not has_probe),
         **default_lines,
         **schedule_lines,

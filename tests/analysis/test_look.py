@@ -180,7 +180,7 @@ def test_the_numbers_are_those_of_eager_attention(
 def test_the_image_size_sets_the_number_of_patches(model: str, photo: str, tmp_path: Path) -> None:
     numbers = tmp_path / "numbers.json"
     flags = ["--model", model, "-o", str(tmp_path / "out.png"), "--json", str(numbers)]
-    assert run_here("look", photo, *flags, "--image-size", "48", "64", "--fit", "crop") == 0
+    assert run_here("look", photo, *flags, "--image-size", "48", "64", "--resize", "crop") == 0
     (record,) = json.loads(numbers.read_text())["photos"]
     assert record["patch_grid"] == [6, 8]
     left, top, right, bottom = record["visible_region"]

@@ -112,7 +112,7 @@ def test_values_of_flags_that_contradict_each_other_are_one_line(
 
 
 def test_paths_may_follow_a_choice(tmp_path: Path, run_with_error: Callable[..., str]) -> None:
-    error = run_with_error("predict", "--model", "/no/such/model", "--fit", "crop", tmp_path)
+    error = run_with_error("predict", "--model", "/no/such/model", "--resize", "crop", tmp_path)
     assert "/no/such/model" in error
 
 

@@ -1,4 +1,4 @@
-"""`--fit`: the region of an image that reaches the model, in training and prediction."""
+"""`--resize`: the region of an image that reaches the model, in training and prediction."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from modeling_vitcls import (
     ViTCLSImageProcessor,
     ViTCLSImageProcessorPil,
 )
-from modeling_vitcls.data.aspect_ratio import describe_fit, get_visible_share, set_fit
+from modeling_vitcls.data.aspect_ratio import describe_resize, get_visible_share, set_resize
 from modeling_vitcls.data.augmentation import build_augmentation
 from modeling_vitcls.data.batches import Normalizer
 from modeling_vitcls.data.images import DatasetImages
@@ -62,15 +62,18 @@ def cropping_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("image_size", [None, (32, 48)])
-@pytest.mark.parametrize("fit", [None, "pad", "crop"])
+@pytest.mark.parametrize("resize", [None, "pad", "crop"])
 def test_a_white_square_at_each_edge_reaches_the_input(
-    fit: str | None, image_size: tuple[int, int] | None, cropping_checkpoint: Path, tmp_path: Path
+    resize: str | None,
+    image_size: tuple[int, int] | None,
+    cropping_checkpoint: Path,
+    tmp_path: Path,
 ) -> None:
     """The saved processor, both backends and training see the same region.
 
     By default, the checkpoint's own setting is kept.
     """
-    flags = {} if fit is None else {"fit": fit}
+    flags = {} if resize is None else {"resize": resize}
     _, processor, _ = build_initial_model(
         ModelOptions(model=str(cropping_checkpoint), image_size=image_size, **flags), LABELS
     )
@@ -90,15 +93,15 @@ def test_a_white_square_at_each_edge_reaches_the_input(
                 torch.testing.assert_close(normalized, values, atol=0.01, rtol=0)
             is_seen.append(bool((values > 1.5).any()))  # white is above 2 after normalization
         assert is_seen == [is_seen[0]] * 3
-        assert is_seen[0] or fit in (None, "crop")
-    assert ("sees 100 %" in describe_fit(processor, build_edge_images())) is (
-        fit not in (None, "crop")
+        assert is_seen[0] or resize in (None, "crop")
+    assert ("sees 100 %" in describe_resize(processor, build_edge_images())) is (
+        resize not in (None, "crop")
     )
 
 
 def test_random_crops_of_padded_images_have_the_aspect_ratio_of_the_input() -> None:
     processor = ViTCLSImageProcessor(do_resize=False)
-    set_fit(processor, "pad", (32, 48))
+    set_resize(processor, "pad", (32, 48))
     assert processor.do_resize  # in prediction
 
     augmentation = build_augmentation(AugmentationOptions(crop_scale=0.5, shift=0.0), processor)
@@ -134,22 +137,22 @@ def test_a_crop_keeps_its_ratio_at_another_size_and_the_seen_share_is_measured(
             **settings, do_center_crop=True, crop_size={"height": 32, "width": 32}
         )
         assert get_visible_share(processor, (100, 100)) == pytest.approx(share)
-        set_fit(processor, "crop", (32, 32))  # the same crop
+        set_resize(processor, "crop", (32, 32))  # the same crop
         assert dict(processor.size) == settings["size"]
-        set_fit(processor, "crop", (64, 64))
+        set_resize(processor, "crop", (64, 64))
         assert (processor.size.shortest_edge, processor.crop_size.height) == (edge, 64)
     assert get_visible_share(processor, (160, 640)) == pytest.approx((64 / 72) ** 2 / 4)
 
     for size in ((640, 160), (100, 100), (100, 130)):
         Image.new("L", size).save(tmp_path / f"{size}.png")
-    text = describe_fit(
+    text = describe_resize(
         processor, DatasetImages.from_list(["absent.png", *map(str, tmp_path.iterdir())])
     )
     assert f"median of {100 * (64 / 72) ** 2 / 1.3:.0f} %" in text
     for none_readable in ([], DatasetImages.from_list(["absent.png"])):
-        assert describe_fit(processor, none_readable) == "crop"
+        assert describe_resize(processor, none_readable) == "crop"
 
-    set_fit(processor, "crop", (20, 28))
+    set_resize(processor, "crop", (20, 28))
     assert (processor.size.shortest_edge, processor.crop_size.width) == (
         31,
         28,
@@ -163,7 +166,7 @@ def test_another_fit_keeps_the_size_of_the_processor(tmp_path: Path) -> None:
     ViTCLSImageProcessor(
         size={"shortest_edge": 40}, do_center_crop=True, crop_size=crop
     ).save_pretrained(tmp_path)
-    for fit in ("squash", "pad", "crop"):
-        _, processor = load_model(ModelFolder(tmp_path), use_head=True, fit=fit)
+    for resize in ("squash", "pad", "crop"):
+        _, processor = load_model(ModelFolder(tmp_path), use_head=True, resize=resize)
         pixels = processor(Image.new("RGB", (50, 40)), return_tensors="pt")["pixel_values"]
         assert pixels.shape[-2:] == (32, 32)

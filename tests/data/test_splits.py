@@ -240,9 +240,13 @@ def test_a_table_that_excludes_no_or_all_images_is_an_error(ids: list[str], tmp_
 def test_training_on_a_split_named_test_is_reported(tmp_path: Path) -> None:
     photos = write_photos(tmp_path / "photos" / "test", range(20))
     run = prepare_setup(build_tiny_options(tmp_path / "out", photos.parent, epochs=1))
-    lines = describe_splits(run.data, run.setup.processor, run.setup.labels_text, is_fit_known=True)
+    lines = describe_splits(
+        run.data, run.setup.processor, run.setup.labels_text, is_resize_known=True
+    )
     assert "'test'" in lines["split"]
     # a folder of classes
     run = prepare_setup(build_tiny_options(tmp_path / "other", photos, epochs=1))
-    lines = describe_splits(run.data, run.setup.processor, run.setup.labels_text, is_fit_known=True)
+    lines = describe_splits(
+        run.data, run.setup.processor, run.setup.labels_text, is_resize_known=True
+    )
     assert "split" not in lines

@@ -18,7 +18,7 @@ from helpers.tiny_models import build_tiny_config, raises_one_line, save_with_pr
 from PIL import Image
 
 from modeling_vitcls import EmbedImages, ViTCLSImageProcessor, ViTCLSModel
-from modeling_vitcls.data.aspect_ratio import set_fit
+from modeling_vitcls.data.aspect_ratio import set_resize
 
 
 photos = prediction_photos.photos  # a fixture
@@ -85,7 +85,7 @@ def test_one_image_instead_of_a_batch_is_an_error(image: Any, encoder: Path) -> 
 
 
 def test_unreadable_images_have_an_error(encoder: Path, photos: Path) -> None:
-    embed = EmbedImages(encoder, image_column="photo", dtype="float16", fit="pad")
+    embed = EmbedImages(encoder, image_column="photo", dtype="float16", resize="pad")
     outputs = embed({"path": ["x", "y"], "photo": [b"broken", (photos / "a.jpg").read_bytes()]})
     assert outputs["cls"].dtype == np.float16
     assert np.isnan(outputs["cls"]).all(axis=1).tolist() == [True, False]
@@ -96,7 +96,7 @@ def test_unreadable_images_have_an_error(encoder: Path, photos: Path) -> None:
 
     model = ViTCLSModel.from_pretrained(encoder).eval()
     processor = ViTCLSImageProcessor.from_pretrained(encoder)
-    set_fit(processor, "pad", (32, 48))
+    set_resize(processor, "pad", (32, 48))
     (row,) = predict(model, processor, photos / "a.jpg", features="cls")
     np.testing.assert_allclose(outputs["cls"][1], row["features"], atol=1e-3)
     for unusable in (embed, EmbedImages(encoder)):

@@ -34,7 +34,7 @@ from helpers.warm_processes import OFFLINE, run_together
 from PIL import Image
 
 from modeling_vitcls import ViTCLSConfig, ViTCLSImageProcessor
-from modeling_vitcls.data.aspect_ratio import set_fit
+from modeling_vitcls.data.aspect_ratio import set_resize
 from modeling_vitcls.data.labels import LabelSpace
 from modeling_vitcls.data.options import DataOptions
 from modeling_vitcls.hub.model_folder import ModelFolder
@@ -246,7 +246,7 @@ def test_the_results_describe_the_evaluation(
         size={"height": 16, "width": 24}, do_convert_rgb=False, image_mean=0.5, image_std=0.5
     )
     processor.save_pretrained(tmp_path / "model")
-    set_fit(processor, "pad", (16, 24))
+    set_resize(processor, "pad", (16, 24))
     images = [Image.new("L", (32, 16), 40 * index) for index in range(6)]
     data = tmp_path / "data"
     output = tmp_path / "results.json"
@@ -260,7 +260,7 @@ def test_the_results_describe_the_evaluation(
         num_workers=0,
         max_unreadable_images=1,
         split="validation",
-        fit="pad",
+        resize="pad",
         batch_size=4,
         mixed_precision="bf16",
         output=output,

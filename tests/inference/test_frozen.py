@@ -17,7 +17,7 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor, ViTCLSModel
 from modeling_vitcls.analysis.audit import load_audited_images
-from modeling_vitcls.data.aspect_ratio import set_fit
+from modeling_vitcls.data.aspect_ratio import set_resize
 from modeling_vitcls.data.evaluation_data import load_evaluation_data
 from modeling_vitcls.data.options import DataOptions
 from modeling_vitcls.inference import frozen
@@ -70,7 +70,7 @@ def encode(model: Path, images: Any) -> np.ndarray:
     """Return the features of the tokens [images, tokens, D], from a plain loop over the images."""
     encoder = ViTCLSModel.from_pretrained(model).eval()
     processor = ViTCLSImageProcessor.from_pretrained(model)
-    set_fit(processor, "pad", (16, 16))
+    set_resize(processor, "pad", (16, 16))
     rows = []
     for image in images:
         tokens = encoder(processor(image, return_tensors="pt")["pixel_values"]).last_hidden_state[0]
@@ -130,7 +130,7 @@ def test_results_equal_scikit_learn(model: Path, frozen: str, tmp_path: Path) ->
         frozen,
         **vars(data),
         split="validation",
-        fit="pad",
+        resize="pad",
         output=tmp_path / "new" / "frozen.json",
     )
     assert json.loads((tmp_path / "new" / "frozen.json").read_text(encoding="utf-8")) == results | {

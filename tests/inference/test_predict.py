@@ -416,7 +416,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "`features`": {"features": ("mean",)},
     "`feature_dtype`": {"feature_dtype": "float16"},
     "`mixed_precision`": {"mixed_precision": "bf16"},
-    "`fit`": {"fit": "crop"},
+    "`resize`": {"resize": "crop"},
     "another model": {"model": "several_labels"},
     "another number of jobs": {"shard": "1/3"},
 }

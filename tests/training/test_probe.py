@@ -31,7 +31,7 @@ from modeling_vitcls import (
     ViTCLSModel,
     predict,
 )
-from modeling_vitcls.data.aspect_ratio import get_fit, set_fit
+from modeling_vitcls.data.aspect_ratio import get_resize, set_resize
 from modeling_vitcls.inference.evaluate import evaluate_checkpoint
 from modeling_vitcls.inference.options import EvaluateOptions
 from modeling_vitcls.training import output_folder, run_inputs
@@ -523,14 +523,14 @@ def test_the_better_geometry_is_chosen(encoder: Path, tmp_path: Path) -> None:
     own = tmp_path / "own"
     shutil.copytree(encoder, own)
     processor = ViTCLSImageProcessor.from_pretrained(own)
-    set_fit(processor, "crop", (32, 32))
+    set_resize(processor, "crop", (32, 32))
     processor.save_pretrained(own)
     results = run_training(
         build_tiny_options(tmp_path / "run", folder, model=own, probe=True, select=None)
     )
 
-    assert results["frozen"]["fit"] == "squash"
-    assert get_fit(ViTCLSImageProcessor.from_pretrained(tmp_path / "run")) == "squash"
+    assert results["frozen"]["resize"] == "squash"
+    assert get_resize(ViTCLSImageProcessor.from_pretrained(tmp_path / "run")) == "squash"
     assert results["accuracy"] == 1
 
 

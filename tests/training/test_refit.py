@@ -87,8 +87,8 @@ def test_the_classifier_is_fitted_to_the_trained_features(
     model = ViTCLSForImageClassification.from_pretrained(runs / "default")
     model.vitcls.save_pretrained(tmp_path / "encoder")
     AutoImageProcessor.from_pretrained(runs / "default").save_pretrained(tmp_path / "encoder")
-    fit = read_json(runs / "default/results.json")["frozen"]["fit"]
-    flags = ["--model", str(tmp_path / "encoder"), "--trainable", "head", "--fit", fit]
+    resize = read_json(runs / "default/results.json")["frozen"]["resize"]
+    flags = ["--model", str(tmp_path / "encoder"), "--trainable", "head", "--resize", resize]
     main([*command, "--output-dir", str(tmp_path / "run"), *flags])
 
     again = ViTCLSForImageClassification.from_pretrained(tmp_path / "run")

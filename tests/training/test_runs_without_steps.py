@@ -82,8 +82,8 @@ def test_a_run_without_steps_names_its_geometry_and_its_tokens_once(
     arguments += ["--output-dir", str(sources / "frozen"), "--num-workers", "0", "--no-report"]
     main(["finetune", *arguments, "--trainable", "head"])
     lines = capsys.readouterr().out.splitlines()
-    (fit_line,) = [line for line in lines if line.startswith("fit ")]
-    assert fit_line.split()[1].strip(";,") in ("crop", "squash")
+    (resize_line,) = [line for line in lines if line.startswith("resize ")]
+    assert resize_line.split()[1].strip(";,") in ("crop", "squash")
     (model_line,) = [line for line in lines if line.startswith("model ")]
     assert "pooling" not in model_line
     assert "features: started" in lines
