@@ -14,7 +14,7 @@ from .version import __version__
 
 
 if TYPE_CHECKING:
-    from .cli.functions import (
+    from .cli.api import (
         add_class,
         add_task,
         evaluate,
@@ -69,7 +69,7 @@ __all__ = [
 
 # Module -> names of its public objects.
 IMPORT_STRUCTURE = {
-    "cli.functions": (
+    "cli.api": (
         *(
             "add_class",
             "add_task",

@@ -21,7 +21,7 @@ import tyro
 from study_photos import PhotoOptions, link_photos
 
 from modeling_vitcls import ViTCLSImageProcessor, ViTCLSModel, add_class, finetune
-from modeling_vitcls.conversion.any_checkpoint import resolve
+from modeling_vitcls.conversion.open_model import open_model
 from modeling_vitcls.data.options import DataOptions
 from modeling_vitcls.data.sources import load_splits
 from modeling_vitcls.inference.class_statistics import ClassStatistics
@@ -81,7 +81,7 @@ def write_encoder(options: Options) -> Path:
     folder = options.output / "encoder"
     if not folder.exists():
         size = options.image_size
-        source = resolve(str(options.encoder)).path
+        source = open_model(str(options.encoder)).path
         ViTCLSModel.from_pretrained(source, image_size=size).save_pretrained(folder)
         ViTCLSImageProcessor.from_pretrained(
             source, size={"shortest_edge": size}, crop_size={"height": size, "width": size}

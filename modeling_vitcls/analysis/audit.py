@@ -26,7 +26,7 @@ from PIL import Image
 from rich.console import Console
 from sklearn.neighbors import NearestNeighbors
 
-from ..conversion.any_checkpoint import resolve
+from ..conversion.open_model import open_model
 from ..data.evaluation_data import choose_evaluation_split
 from ..data.images import LabeledImages
 from ..data.labels import get_label_space
@@ -150,7 +150,7 @@ def audit_checkpoint(options: EvaluateOptions) -> dict[str, Any]:
 def load_audited_images(options: EvaluateOptions) -> tuple[AuditedImages, int, Console]:
     """Return the audited images, the number of unreadable ones, and the main process's console."""
     files: list[Path] = []
-    folder = resolve(options.model)
+    folder = open_model(options.model)
     if folder.results.get("split") == "cross-validation":
         files = [folder.path / PREDICTIONS_FILE]
 

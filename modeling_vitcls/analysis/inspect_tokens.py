@@ -6,7 +6,7 @@ import torch
 from rich.console import Console
 from rich.markup import escape
 
-from ..conversion.any_checkpoint import resolve
+from ..conversion.open_model import open_model
 from ..data.splits_table import read_splits, select_task
 from ..hub.local_paths import get_title
 from ..inference.load_model import load_model
@@ -32,7 +32,7 @@ def inspect_tokens(options: InspectOptions) -> Inspection:
     """
     console = Console(emoji=False, soft_wrap=True, highlight=False)
     error_console = Console(emoji=False, stderr=True, soft_wrap=True, highlight=False)
-    folder = resolve(options.model)
+    folder = open_model(options.model)
     model, processor = load_model(folder, use_head=None)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device).eval()

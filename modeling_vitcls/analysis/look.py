@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import track
 from torchvision.transforms.v2.functional import to_pil_image
 
-from ..conversion.any_checkpoint import resolve
+from ..conversion.open_model import open_model
 from ..data.aspect_ratio import get_output_size, get_resize, set_resize
 from ..hub.local_paths import get_title
 from ..inference.inputs import build_list_input
@@ -107,7 +107,7 @@ def write_sheets(options: LookOptions) -> list[Path]:
 
 def load_adjusted_model(options: LookOptions) -> tuple[Any, Any]:
     """Load the model and its image processor, and set the image size and the resizing of the options."""
-    model, processor = load_model(resolve(options.model), use_head=None)
+    model, processor = load_model(open_model(options.model), use_head=None)
     if options.image_size is not None or options.resize is not None:
         resize = options.resize or get_resize(processor)
         size = (

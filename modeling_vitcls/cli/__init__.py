@@ -6,7 +6,7 @@
 
     parsing.py        recipes and flags -> options; one-line errors and exit statuses
     flag_messages.py  messages of the package -> messages that name flags
-    functions.py      the commands as Python functions
+    api.py            the commands as Python functions
     NAME.py           vitcls NAME, with underscores for hyphens
 
 A subcommand defines OPTIONS_CLASS and `run(options)`. OPTIONS_CLASS is a flat dataclass whose fields

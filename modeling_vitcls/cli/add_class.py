@@ -6,7 +6,7 @@ The command is implemented in modeling_vitcls/training/additions.py.
 """
 
 from ..training.options import AddClassOptions
-from .functions import run_add_class
+from .api import run_add_class
 
 
 OPTIONS_CLASS = AddClassOptions

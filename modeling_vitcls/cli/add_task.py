@@ -7,7 +7,7 @@ The command is implemented in modeling_vitcls/training/additions.py.
 """
 
 from ..training.options import AddTaskOptions
-from .functions import run_add_task
+from .api import run_add_task
 
 
 OPTIONS_CLASS = AddTaskOptions

@@ -82,7 +82,7 @@ def build_page(options: DemoOptions) -> Any:
 
     from ..analysis.photo import measure_photo
     from ..analysis.sheet import draw_sheet
-    from ..conversion.any_checkpoint import resolve
+    from ..conversion.open_model import open_model
     from ..hub.local_paths import get_title
     from ..inference.inputs import ImageRecord
     from ..inference.options import PredictOptions
@@ -94,7 +94,7 @@ def build_page(options: DemoOptions) -> Any:
     settings = PredictOptions(
         model=options.model, paths=("photo",), top_k=NUM_LABELS, backend="torch"
     )
-    predictor = build_predictor(settings, resolve(options.model), build_accelerator())
+    predictor = build_predictor(settings, open_model(options.model), build_accelerator())
     columns: Any = predictor.columns
     tasks = [*columns.single_labels, *columns.label_lists]
 

@@ -8,7 +8,7 @@ features.
 """
 
 from ..inference.options import EvaluateOptions
-from .functions import run_evaluation
+from .api import run_evaluation
 
 
 OPTIONS_CLASS = EvaluateOptions

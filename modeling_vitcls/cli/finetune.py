@@ -71,7 +71,7 @@ def run(options: FinetuneOptions | PretrainOptions) -> None:
     If the run is interrupted or fails, exit with its exit status.
     """
     from ..runtime.errors import RunStopped
-    from .functions import run_training
+    from .api import run_training
 
     try:
         run_training(options)

@@ -2,7 +2,7 @@
 
 Tables of rules map the names of the parameters.
 
-    any_checkpoint.py         any supported checkpoint -> a model folder, converted once and cached
+    open_model.py             any supported checkpoint -> a model folder, converted once and cached
     weight_rules.py           rules for parameter names and shapes in both directions, and handling of the classifier
     from_transformers.py      conversion of transformers models
     transformers_families.py  parameter names and configurations of the model families of transformers

@@ -1,4 +1,4 @@
-"""Datasets in memory for the Python functions (cli/functions.py).
+"""Datasets in memory for the Python functions (cli/api.py).
 
 Each dataset is converted to a named `datasets.DatasetDict`:
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..conversion.any_checkpoint import is_preset, resolve
+from ..conversion.open_model import is_preset, open_model
 from ..data.aspect_ratio import set_resize
 from ..hub.model_folder import ModelFolder
 from ..inference.exported_graphs import DISTANCE
@@ -109,7 +109,7 @@ def load_exportable_model(source: str) -> ExportableModel:
         processor = ViTCLSImageProcessor()
         set_resize(processor, "squash", model.config.image_height_width)
         return ExportableModel(source, model.eval(), processor, None)
-    folder = resolve(source)
+    folder = open_model(source)
     class_name = (folder.config.architectures or ["an unknown class"])[0]
     if class_name not in MODEL_CLASSES:
         raise ValueError(

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..conversion.any_checkpoint import resolve
+from ..conversion.open_model import open_model
 from ..data.urls import check_urls
 from ..model.image_processing_vitcls import SOURCE_TYPES
 from .inputs import build_record
@@ -124,7 +124,7 @@ class EmbedImages:
 
     def build_predictor(self) -> Predictor:
         """Load the model."""
-        folder = resolve(self.model, self.backend)
+        folder = open_model(self.model, self.backend)
         model, processor = load_model(
             folder, use_head=False, resize=self.resize, backend=self.backend
         )

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ..conversion.any_checkpoint import resolve
+from ..conversion.open_model import open_model
 from ..data.evaluation_data import EvaluationData, load_evaluation_data
 from ..data.label_matching import match_labels
 from ..data.labels import get_label_space
@@ -138,7 +138,7 @@ def evaluate_checkpoint(options: EvaluateOptions) -> dict[str, Any]:
     """
     accelerator, console, warn = set_up_evaluation(options.mixed_precision)
     with accelerator.main_process_first():  # the main process downloads the files
-        folder = resolve(options.model, options.backend)
+        folder = open_model(options.model, options.backend)
     print_line = partial(console.print, markup=False)
     setup = load_evaluation(folder, options, accelerator, warn, print_line)
     model, evaluator, kind = setup.model, setup.evaluator, setup.evaluator.label_space.kind

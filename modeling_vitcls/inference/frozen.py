@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from ..conversion.any_checkpoint import resolve
+from ..conversion.open_model import open_model
 from ..data.evaluation_data import EvaluationData, load_fitting_and_evaluation_data
 from ..data.splits import load_on_main
 from ..data.splits_table import read_splits, select_task
@@ -94,7 +94,7 @@ def evaluate_frozen(options: EvaluateOptions) -> dict[str, Any]:
     assert options.frozen is not None
     accelerator, console, warn = set_up_evaluation(options.mixed_precision)
     with accelerator.main_process_first():  # the main process downloads the files
-        folder = resolve(options.model)
+        folder = open_model(options.model)
     loaded = load_for_inference(
         folder,
         replace(options, backend=TORCH),

@@ -20,7 +20,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from transformers import PreTrainedModel
 
-from ..conversion.any_checkpoint import resolve
+from ..conversion.open_model import open_model
 from ..data.splits import load_on_main
 from ..hub.model_folder import ModelFolder
 from ..model.image_processing_vitcls import ViTCLSImageProcessor
@@ -85,7 +85,7 @@ def predict_from_options(options: PredictOptions, images: list[Any]) -> list[Row
     """
     accelerator = build_accelerator(mixed_precision=options.mixed_precision)
     source = wrap_images(images) if images else open_input(options)
-    predictor = build_predictor(options, resolve(options.model, options.backend), accelerator)
+    predictor = build_predictor(options, open_model(options.model, options.backend), accelerator)
     return list(predictor.iterate_rows(source.read_records(range(source.num_images))))
 
 
@@ -101,7 +101,7 @@ def predict_images(options: PredictOptions) -> PredictionCounts:
     accelerator = build_accelerator(mixed_precision=options.mixed_precision)
     source = load_on_main(accelerator, options.dataset or "", partial(open_input, options))
     with accelerator.main_process_first():  # the main process downloads the files
-        folder = resolve(options.model, options.backend)
+        folder = open_model(options.model, options.backend)
 
     file = options.output
     indices = range(source.num_images)

@@ -28,7 +28,7 @@ from rich.console import Console
 from sklearn.model_selection import StratifiedKFold
 from threadpoolctl import threadpool_limits
 
-from ..conversion.any_checkpoint import resolve
+from ..conversion.open_model import open_model
 from ..data.image_folder import check_output_is_not_read
 from ..data.images import LabeledImages
 from ..data.label_matching import match_labels
@@ -216,7 +216,7 @@ def add_task_from_options(options: AddTaskOptions) -> dict[str, Any]:
 def load_base(source: str, options: AdditionOptions) -> Base:
     """Load a model, its image processor and the device."""
     accelerator, console, warn = set_up_evaluation(options.mixed_precision)
-    folder = resolve(source)
+    folder = open_model(source)
     model = load_old_model(folder)
     if isinstance(model, ViTCLSModel):
         model = build_classifier_without_labels(model)

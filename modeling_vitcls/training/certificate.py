@@ -18,7 +18,7 @@ from rich.console import Console
 from safetensors import safe_open
 from torch import Tensor
 
-from ..conversion.any_checkpoint import resolve
+from ..conversion.open_model import open_model
 from ..data.evaluation_data import load_evaluation_data
 from ..data.images import LabeledImages
 from ..data.options import DataOptions
@@ -314,8 +314,8 @@ def verify_models(options: VerifyUnchangedOptions) -> dict[str, Any]:
     Raises:
         ValueError, OSError: if a model or the dataset cannot be read.
     """
-    old_folder = resolve(options.old)
-    new_folder = resolve(options.new)
+    old_folder = open_model(options.old)
+    new_folder = open_model(options.new)
     old = load_old_model(old_folder)
     load_old_model(new_folder)
     if options.dataset is not None:

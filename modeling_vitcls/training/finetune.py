@@ -19,7 +19,7 @@ from functools import partial
 import torch
 from accelerate import Accelerator
 
-from ..conversion.any_checkpoint import is_preset
+from ..conversion.open_model import is_preset
 from ..data.augmentation import BatchMixer
 from ..data.batches import Batch, Normalizer
 from ..data.images import LabeledImages

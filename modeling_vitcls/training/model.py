@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..conversion.any_checkpoint import is_preset, resolve
+from ..conversion.open_model import is_preset, open_model
 from ..data.aspect_ratio import get_resize, set_resize
 from ..data.labels import LabelSpace
 from ..hub.model_folder import ModelFolder
@@ -70,7 +70,7 @@ def resolve_initial_model(name: str) -> InitialModel:
     """
     if is_preset(name):
         return InitialModel(name, None, ViTCLSConfig.from_preset(name))
-    folder = resolve(name)
+    folder = open_model(name)
     return InitialModel(name, folder, folder.config)
 
 

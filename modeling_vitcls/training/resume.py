@@ -18,7 +18,7 @@ from typing import Any
 
 import yaml
 
-from ..conversion.any_checkpoint import is_preset, pin_revision
+from ..conversion.open_model import is_preset, pin_revision
 from ..data.splits import describe_change
 from ..hub.local_paths import (
     is_same_source,

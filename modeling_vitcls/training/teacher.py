@@ -6,7 +6,7 @@ Teachers (`finetune --teacher`) are image classifiers of any architecture:
 
 `FOLDER` or a Hub id     an image classifier from transformers or this package; code in the repository is not executed
 `timm:NAME`              a timm model with its pretrained weights; also `timm:hf-hub:ID` and `timm:local-dir:FOLDER`
-FILE                     a published state dict with a classifier, converted once (conversion/any_checkpoint.py)
+FILE                     a published state dict with a classifier, converted once (conversion/open_model.py)
 
 The teacher and the student receive the same crop, resized for the teacher (DeiT, arXiv 2012.12877).
 The teacher's image processor determines the input size, interpolation, scale and normalization, but
@@ -26,7 +26,7 @@ from torchvision.transforms.v2 import functional as transforms
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 from transformers.image_utils import pil_torch_interpolation_mapping
 
-from ..conversion.any_checkpoint import resolve
+from ..conversion.open_model import open_model
 from ..data.labels import LabelSpace
 from ..hub.loading import (
     get_external_model_folder,
@@ -119,7 +119,7 @@ def load_teacher(
     if source.startswith(TIMM_PREFIX):
         model, preprocessing, names, num_labels = load_timm_teacher(source)
     else:
-        folder = str(resolve(source).path) if Path(source).is_file() else source
+        folder = str(open_model(source).path) if Path(source).is_file() else source
         model, preprocessing, names, num_labels = load_transformers_teacher(folder, student)
     label_indices, note = match_labels(source, names, num_labels, labels.names)
 

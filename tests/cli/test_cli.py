@@ -141,7 +141,7 @@ def test_a_run_that_stops_early_ends_with_its_status(
     def stop(options: Any) -> None:
         raise RunStopped("stopped by a signal", exit_status=143, is_on_all_processes=False)
 
-    monkeypatch.setattr("modeling_vitcls.cli.functions.run_training", stop)
+    monkeypatch.setattr("modeling_vitcls.cli.api.run_training", stop)
     monkeypatch.setenv("RANK", "1")
     with pytest.raises(SystemExit, match="143"):
         finetune.run(None)  # type: ignore[arg-type]
@@ -150,7 +150,7 @@ def test_a_run_that_stops_early_ends_with_its_status(
     def fail(options: Any) -> None:
         raise RunStopped("none of the images can be read")
 
-    monkeypatch.setattr("modeling_vitcls.cli.functions.run_training", fail)
+    monkeypatch.setattr("modeling_vitcls.cli.api.run_training", fail)
     monkeypatch.setenv("RANK", "0")
     with pytest.raises(SystemExit, match="1"):
         finetune.run(None)  # type: ignore[arg-type]

@@ -36,7 +36,6 @@ from torch import nn
 from torch.nn.functional import interpolate
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor, ViTCLSModel
-from modeling_vitcls.conversion.any_checkpoint import compute_cache_name
 from modeling_vitcls.conversion.convert import convert_checkpoint, load_source
 from modeling_vitcls.conversion.from_state_dict import (
     NUM_HEADS,
@@ -45,6 +44,7 @@ from modeling_vitcls.conversion.from_state_dict import (
     prepare_weights,
     read_vit_options,
 )
+from modeling_vitcls.conversion.open_model import compute_cache_name
 from modeling_vitcls.conversion.parity_report import compare_models
 from modeling_vitcls.conversion.source_files import FileSource
 from modeling_vitcls.conversion.weight_rules import ConversionError

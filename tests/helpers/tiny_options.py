@@ -10,7 +10,7 @@ from typing import Any
 from accelerate import Accelerator
 
 from helpers.accelerate_state import reset_accelerate
-from modeling_vitcls.cli.functions import build_options
+from modeling_vitcls.cli.api import build_options
 from modeling_vitcls.data.labels import LabelSpace
 from modeling_vitcls.data.options import AugmentationOptions
 from modeling_vitcls.runtime.files import read_json

@@ -20,7 +20,7 @@ from modeling_vitcls import (
     ViTCLSModel,
     finetune,
 )
-from modeling_vitcls.cli.functions import build_options
+from modeling_vitcls.cli.api import build_options
 from modeling_vitcls.hub.model_folder import ModelFolder
 from modeling_vitcls.publishing.after_run import finish_run, prepare_push
 from modeling_vitcls.publishing.card import write_card

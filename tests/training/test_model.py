@@ -28,7 +28,7 @@ from modeling_vitcls import (
     ViTCLSImageProcessor,
     ViTCLSModel,
 )
-from modeling_vitcls.cli.functions import build_options
+from modeling_vitcls.cli.api import build_options
 from modeling_vitcls.data.labels import LabelSpace
 from modeling_vitcls.hub.model_files import hash_weights
 from modeling_vitcls.training.finetune import FineTuning, check_label_kind

@@ -1,10 +1,10 @@
 """The one door to a model of any kind: what a user names -> `ModelFolder`. Conversions are cached.
 
-    resolve("runs/mine")                     a vitcls model: the same folder
-    resolve("someone/their-model@COMMIT")    a vitcls model on the Hub: the downloaded folder
-    resolve("facebook/dinov2-small")         a transformers model: the converted model
-    resolve("timm:vit_small_patch16_224")    a timm model: the converted model
-    resolve("dinov2_vits14_pretrain.pth")    a published state dict: the converted model
+    open_model("runs/mine")                     a vitcls model: the same folder
+    open_model("someone/their-model@COMMIT")    a vitcls model on the Hub: the downloaded folder
+    open_model("facebook/dinov2-small")         a transformers model: the converted model
+    open_model("timm:vit_small_patch16_224")    a timm model: the converted model
+    open_model("dinov2_vits14_pretrain.pth")    a published state dict: the converted model
 
 A command resolves its model once, and everything below receives the folder.
 
@@ -52,7 +52,7 @@ def is_preset(name: str) -> bool:
     return kind == "vitcls" and preset in PRESETS and not Path(name).exists()
 
 
-def resolve(source: str, backend: str = "torch", files: Sequence[str] = ()) -> ModelFolder:
+def open_model(source: str, backend: str = "torch", files: Sequence[str] = ()) -> ModelFolder:
     """Return the folder of a vitcls model, after downloading or converting the source if necessary.
 
     Args:

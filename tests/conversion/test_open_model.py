@@ -27,13 +27,12 @@ from modeling_vitcls import (
     ViTCLSModel,
     convert_from_timm,
 )
-from modeling_vitcls.conversion import any_checkpoint
-from modeling_vitcls.conversion.any_checkpoint import (
-    compute_cache_name,
-    pin_revision,
-    resolve,
-)
 from modeling_vitcls.conversion.convert import load_source
+from modeling_vitcls.conversion.open_model import (
+    compute_cache_name,
+    open_model,
+    pin_revision,
+)
 from modeling_vitcls.conversion.weight_rules import ConversionError
 from modeling_vitcls.inference.load_model import load_model
 
@@ -82,9 +81,9 @@ def test_a_model_of_transformers_is_converted_once(
     source: Path, own_cache: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING):
-        folder = resolve(str(source)).path
-        assert resolve(str(source)).path == folder
-        assert resolve(f"transformers:{source}").path == folder
+        folder = open_model(str(source)).path
+        assert open_model(str(source)).path == folder
+        assert open_model(f"transformers:{source}").path == folder
 
     assert sum("converting" in record.message for record in caplog.records) == 1
     assert folder.parent == own_cache
@@ -93,7 +92,7 @@ def test_a_model_of_transformers_is_converted_once(
 
     pixel_values = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     theirs = transformers.ViTForImageClassification.from_pretrained(source).eval()
-    ours, _ = load_model(resolve(str(source)), use_head=True)
+    ours, _ = load_model(open_model(str(source)), use_head=True)
     with torch.no_grad():
         assert (ours(pixel_values).logits - theirs(pixel_values).logits).abs().max() < 1e-5
 
@@ -112,7 +111,7 @@ def test_conversions_of_other_sources_and_versions_are_not_used(
         monkeypatch.chdir(tmp_path / name)
         names.append(compute_cache_name("source"))
     names += [compute_cache_name(f"timm:test_vit{number}") for number in ("", 2)]
-    monkeypatch.setattr(any_checkpoint, "__version__", "9.9.9")
+    monkeypatch.setattr("modeling_vitcls.conversion.open_model.__version__", "9.9.9")
     names += [
         compute_cache_name("timm:test_vit"),
         compute_cache_name(str(tmp_path / "one" / "source")),
@@ -130,7 +129,7 @@ def test_conversions_of_other_sources_and_versions_are_not_used(
 
 def test_weights_of_the_same_size_and_time_are_converted_again(source: Path) -> None:
     """`cp -p`, rsync and archives keep the time of modification."""
-    old = resolve(str(source)).load(ViTCLSForImageClassification)
+    old = open_model(str(source)).load(ViTCLSForImageClassification)
     weights_file = source / "model.safetensors"
     time = weights_file.stat().st_mtime_ns
     weights = load_file(weights_file)
@@ -138,7 +137,7 @@ def test_weights_of_the_same_size_and_time_are_converted_again(source: Path) -> 
     save_file(weights, weights_file, metadata={"format": "pt"})
     os.utime(weights_file, ns=(time, time))
 
-    new = resolve(str(source)).load(ViTCLSForImageClassification)
+    new = open_model(str(source)).load(ViTCLSForImageClassification)
     assert torch.equal(new.classifier.weight, -old.classifier.weight)
 
 
@@ -152,14 +151,14 @@ def test_a_timm_model_on_the_hub_is_converted_at_the_requested_commit(tmp_path: 
         (f"ann/timm@{COMMIT}", 5, COMMIT),
         ("ann/timm", 6, COMMIT[::-1]),
     ):
-        folder = resolve(name)
+        folder = open_model(name)
         assert folder.config.num_labels == num_labels
         assert folder.parity_report["source"] == f"timm:hf-hub:ann/timm@{commit}"
 
     assert load_source(f"timm:hf-hub:ann/timm@{COMMIT}").model.num_classes == 5
 
     save_for_hf(model, tmp_path / "local", safe_serialization=True)
-    assert resolve(str(tmp_path / "local")).config.num_labels == 6
+    assert open_model(str(tmp_path / "local")).config.num_labels == 6
 
 
 def test_the_conversion_of_a_hub_model_is_pinned(source: Path) -> None:
@@ -167,21 +166,21 @@ def test_the_conversion_of_a_hub_model_is_pinned(source: Path) -> None:
     folders = []
     for commit in (COMMIT, COMMIT[::-1]):
         shutil.copytree(source, add_commit("vit", commit))
-        folders.append(resolve("ann/vit").path)
+        folders.append(open_model("ann/vit").path)
         for name in ("ann/vit", "transformers:ann/vit"):
-            converted = resolve(name)
+            converted = open_model(name)
             report = converted.parity_report
             assert converted.path == folders[-1]  # converted once
             assert (report["source"], report["source_revision"]) == ("transformers:ann/vit", commit)
 
     assert folders[0] != folders[1]
-    assert resolve(f"ann/vit@{COMMIT}").path == folders[0]
+    assert open_model(f"ann/vit@{COMMIT}").path == folders[0]
     assert load_source(f"transformers:ann/vit@{COMMIT}").revision == COMMIT
 
 
 def test_vitcls_folders_are_not_converted(tmp_path: Path) -> None:
     randomize(ViTCLSModel(build_tiny_config())).save_pretrained(tmp_path / "mine")
-    assert resolve(str(tmp_path / "mine")).path == tmp_path / "mine"
+    assert open_model(str(tmp_path / "mine")).path == tmp_path / "mine"
     assert pin_revision(str(tmp_path / "mine")) == str(tmp_path / "mine")
 
 
@@ -189,7 +188,7 @@ def test_vitcls_folders_are_not_converted(tmp_path: Path) -> None:
 def test_a_damaged_configuration_is_an_error_of_one_line(tmp_path: Path, text: str) -> None:
     (tmp_path / "config.json").write_text(text)
     with raises_one_line(str(tmp_path)):
-        resolve(str(tmp_path))
+        open_model(str(tmp_path))
 
 
 def test_commits_are_pinned(cached_hub_model: str) -> None:
@@ -197,11 +196,11 @@ def test_commits_are_pinned(cached_hub_model: str) -> None:
     assert pin_revision(cached_hub_model) == pin_revision(pinned) == pinned
     assert pin_revision(f"transformers:{cached_hub_model}@main") == f"transformers:{pinned}"
     assert pin_revision("timm:test_vit") == "timm:test_vit"
-    assert resolve(pinned).path.name == COMMIT
+    assert open_model(pinned).path.name == COMMIT
 
-    load_model(resolve(pinned), use_head=True)
+    load_model(open_model(pinned), use_head=True)
     with pytest.raises(OSError, match="ann/mine"):
-        resolve(f"{cached_hub_model}@{'f' * 40}")
+        open_model(f"{cached_hub_model}@{'f' * 40}")
 
     Path(
         constants.HF_HUB_CACHE, "models--ann--mine", "refs", "main"

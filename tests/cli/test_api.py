@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 
 from modeling_vitcls import evaluate, finetune, inspect_tokens, look, predict, pretrain
 from modeling_vitcls.cli import load_modules
-from modeling_vitcls.cli.functions import build_options
+from modeling_vitcls.cli.api import build_options
 from modeling_vitcls.runtime.flags import get_flag_fields
 from modeling_vitcls.training.options import FinetuneOptions
 
