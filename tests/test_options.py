@@ -106,7 +106,6 @@ def test_values_outside_of_their_limits_are_errors(
 
 # Class, flags that are accepted, changes that are rejected, and the flag in the error message.
 COMBINATIONS: list[tuple[type, dict[str, Any], dict[str, Any], str]] = [
-    (DataOptions, {"exclude": Path("a.csv")}, {"streaming": True}, "`exclude`"),
     (
         RunOptions,
         {"hub_checkpoint_branch": "dev", "push_to_hub": True},
@@ -115,8 +114,6 @@ COMBINATIONS: list[tuple[type, dict[str, Any], dict[str, Any], str]] = [
     ),
     (EvaluateOptions, {"frozen": "knn"}, {"backend": "onnx"}, "`backend`"),
     (EvaluateOptions, {}, {"streaming": True}, "`streaming`"),
-    (EvaluateOptions, {"audit": Path("a.html")}, {"backend": "onnx"}, "`backend`"),
-    (EvaluateOptions, {"audit": Path("a.html")}, {"frozen": "knn"}, "`frozen='logreg'`"),
     (PredictOptions, {"paths": ("a",)}, {"paths": ()}, "`images`"),
     (PredictOptions, {"paths": (), "list": Path("b")}, {"dataset": "c"}, "`images`"),
     (PredictOptions, {"output": Path("a.JSON")}, {"output": Path("a.txt")}, "`output='a.txt'`"),

@@ -20,5 +20,4 @@ inspect_tokens.py       the command `vitcls inspect`
 photo.py                predictions, attention of the tokens and features of the patches in one photo
 sheet.py                the sheet of one photo as an image
 look.py                 the command `vitcls look`
-audit.py                wrong labels, duplicates and unusual images of a dataset
 """

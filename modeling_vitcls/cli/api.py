@@ -164,8 +164,7 @@ def evaluate(model: str | Path, dataset: Any, **flags: Any) -> dict[str, Any]:
         flags: other flags of `vitcls evaluate`, which `help` lists.
 
     Returns:
-        The metrics that `vitcls evaluate --output FILE` writes or, if `audit` is set, the numbers
-        of issues, and the accuracy of the predictions that the labels were checked with.
+        The metrics that `vitcls evaluate --output FILE` writes.
 
     Raises:
         TypeError, ValueError, OSError: as in `finetune`.
@@ -180,14 +179,10 @@ def evaluate(model: str | Path, dataset: Any, **flags: Any) -> dict[str, Any]:
 
 
 def run_evaluation(options: EvaluateOptions) -> dict[str, Any]:
-    """Evaluate the classifier or the frozen features, or audit the dataset."""
+    """Evaluate the classifier or the frozen features."""
     from ..inference.evaluate import evaluate_checkpoint
     from ..inference.frozen import evaluate_frozen
 
-    if options.audit is not None:
-        from ..analysis.audit import audit_checkpoint
-
-        return audit_checkpoint(options)
     if options.frozen:
         return evaluate_frozen(options)
     return evaluate_checkpoint(options)

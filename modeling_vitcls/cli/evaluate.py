@@ -15,5 +15,5 @@ OPTIONS_CLASS = EvaluateOptions
 
 
 def run(options: EvaluateOptions) -> None:
-    """Evaluate the model, its frozen features, or audit the dataset, and print the results."""
+    """Evaluate the model or its frozen features, and print the results."""
     run_evaluation(options)

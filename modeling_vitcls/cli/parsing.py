@@ -153,7 +153,7 @@ def check_paths(options: Any) -> None:
                 exit_with_message(
                     f"error: there is no file or folder {path}. Check --{name}", status=1
                 )
-    for name in ("output_dir", "output", "json", "per_image", "audit"):
+    for name in ("output_dir", "output", "json", "per_image"):
         if isinstance(values.get(name), str):
             check_writable(name, Path(values[name]))
     for name in ("output_dir", "output", "dataset", "model"):

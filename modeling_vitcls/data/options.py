@@ -1,7 +1,6 @@
 """Flags of the dataset, of the held-out split and of the augmentation (runtime/flags.py)."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 from ..runtime.flags import Options, check_minimum, check_value
@@ -49,9 +48,6 @@ class DataOptions(Options):
     shuffle_buffer: int = 1000
     """Number of images in the shuffle buffer of a streamed dataset. For an image folder, which is
     streamed class by class, set the number of images in the folder."""
-    exclude: Path | None = None
-    """CSV file of `evaluate --audit`: the training images in it are left out. Held-out images are
-    not left out."""
     max_unreadable_images: int = 100
     """Maximum number of unreadable images, which are reported and skipped. The run stops if more
     images are unreadable."""
@@ -74,10 +70,6 @@ class DataOptions(Options):
         if self.streaming and self.group_column is not None:
             raise ValueError(
                 "`group_column` requires all rows, which a stream lacks. Remove `streaming=True`"
-            )
-        if self.streaming and self.exclude is not None:
-            raise ValueError(
-                "`exclude` requires all image names, which a stream lacks. Remove `streaming=True`"
             )
         check_minimum(self, 0, "split_seed", "max_unreadable_images", "num_workers")
 
@@ -129,6 +121,5 @@ class AugmentationOptions(Options):
 
 def check_stored_images(data: DataOptions) -> None:
     """Raise ValueError for flags that only training supports."""
-    for name in ("streaming", "exclude"):
-        if getattr(data, name):
-            raise ValueError(f"`{name}` is only for training. Remove `{name}`")
+    if data.streaming:
+        raise ValueError("`streaming` is only for training. Remove `streaming`")

@@ -14,8 +14,6 @@ import pickle
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import chain
-from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -26,7 +24,6 @@ from scipy.sparse.csgraph import connected_components
 
 from ..model.heads_vitcls import IGNORED_LABEL
 from ..runtime.distributed import run_on_main
-from ..runtime.files import escape_csv_cell
 from ..runtime.messages import format_name_list
 from .image_folder import describe_single_class
 from .images import NO_CONTENT_KEY, DatasetImages, LabeledImages, compute_digest
@@ -37,13 +34,10 @@ from .sampling import derive_seed, draw_numbers
 from .sources import Splits, load_splits
 from .splits_table import build_splits_table, get_keys
 from .streaming import MAX_HELD_OUT_IMAGES, StreamedImages, open_streams
-from .tables import read_table
 
 
 # Names of held-out splits, in order of precedence.
 HELD_OUT_SPLITS = ("validation", "valid", "val", "dev", "test")
-# fraction of the training images from which `--exclude` warns that right labels may be listed
-MAX_EXCLUDED_FRACTION = 0.05
 MAX_NAMED_IMAGES = 10  # with two labels
 
 # ratio of the largest to the smallest class, above which balanced metrics are printed, too
@@ -87,8 +81,6 @@ class TrainingData:
     # images for selecting the best checkpoint (`--select best`)
     selection: LabeledImages | None = None
     selection_name: str = ""
-    # training images that `--exclude` leaves out; None without it
-    excluded: LabeledImages | None = None
     # the stored images of the only split, before any were held out; None with an evaluation split
     undivided: LabeledImages | None = None
     # the training images with the selection images, if these were drawn from them; otherwise None
@@ -168,10 +160,6 @@ def load_training_data(
     if options.streaming and len(held_out) == MAX_HELD_OUT_IMAGES:
         held_out_name += f", of which the first {MAX_HELD_OUT_IMAGES:,} images are read"
 
-    excluded = None
-    if options.exclude is not None:
-        train, excluded = exclude_images(train, training_splits.train, options.exclude)
-
     selection = unselected = None
     selection_name = ""
     if training_splits.selection is not None:
@@ -194,23 +182,18 @@ def load_training_data(
         held_out_name=held_out_name,
         selection=selection,
         selection_name=selection_name,
-        excluded=excluded,
         undivided=undivided,
         unselected=unselected,
         facts=splits.facts,
     )
 
 
-def hold_out_nothing(data: TrainingData, exclude: Path | None) -> TrainingData:
+def hold_out_nothing(data: TrainingData) -> TrainingData:
     """Return the data of a run on all images of the only split, which is not read again."""
-    train, excluded = data.undivided, None
+    train = data.undivided
     assert train is not None
-    if exclude is not None:
-        train, excluded = exclude_images(train, data.train_split, exclude)
     held_out = train.select([])
-    return replace(
-        data, train=train, held_out=held_out, selection=None, unselected=None, excluded=excluded
-    )
+    return replace(data, train=train, held_out=held_out, selection=None, unselected=None)
 
 
 def select_nothing(data: TrainingData) -> TrainingData:
@@ -293,41 +276,6 @@ def find_contradictions(keys: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """Return the images whose key [N] is also that of an image with another label [N]."""
     groups = pd.Series(labels).groupby(keys)
     return np.flatnonzero(groups.transform("min") < groups.transform("max"))
-
-
-def exclude_images(
-    images: LabeledImages, split: str, file: Path
-) -> tuple[LabeledImages, LabeledImages]:
-    """Return the training images to keep, and those that a table of the audit lists in this split.
-
-    Held-out images are never left out, because this would only make the accuracy look better. Raise
-    ValueError if the table does not have the columns `split` and `id`, or lists only other images
-    or all images, and OSError if it cannot be read.
-    """
-    table = read_table(file)
-    if not {"split", "id"} <= set(table.features):
-        raise ValueError(
-            f"`exclude={str(file)!r}`: the column 'split' or 'id' is missing. Use a table of "
-            "`vitcls evaluate --audit`"
-        )
-    # the audit writes escaped names
-    rows = zip(table["id"], table["split"], strict=True)
-    excluded = {name for name, part in rows if part in (split, escape_csv_cell(split))}
-    names = images.images.get_names()
-    is_excluded = np.array(
-        [not excluded.isdisjoint((name, escape_csv_cell(name))) for name in names], bool
-    )
-    if excluded and not is_excluded.any():
-        raise ValueError(
-            f"`exclude={str(file)!r}` lists {len(excluded):,} images of the split {split!r}, but "
-            f"none of them is one of the {len(names):,} training images. Use a table of `vitcls "
-            "evaluate --audit` with this dataset, or remove `exclude`"
-        )
-    if is_excluded.all():
-        raise ValueError(
-            f"`exclude={str(file)!r}` lists all {len(names):,} training images. Keep some of them"
-        )
-    return images.divide(is_excluded)
 
 
 class TrainingSplits(NamedTuple):
@@ -491,32 +439,6 @@ def describe_change(
     return None
 
 
-def describe_exclusion(training_data: TrainingData) -> list[str]:
-    """Return a warning if `--exclude` leaves out many images, or most images of a class."""
-    excluded = training_data.excluded
-    if not excluded:
-        return []
-    train: Any = training_data.train  # streams have no `exclude`
-    parts = [part for part in (excluded, train, training_data.selection) if part is not None]
-    num_images = sum(map(len, parts))
-    most_of_class = []
-    if all(map(is_stratified, parts)):
-        sizes = Counter(chain.from_iterable(part.labels for part in parts))
-        most_of_class = [
-            training_data.label_space.names[label]
-            for label, count in sorted(Counter(excluded.labels).items())
-            if count > sizes[label] / 2
-        ]
-    if not most_of_class and len(excluded) <= MAX_EXCLUDED_FRACTION * num_images:
-        return []
-    text = f", most of those of {format_name_list(most_of_class)}" if most_of_class else ""
-    return [
-        f"`exclude` leaves out {len(excluded):,} of {num_images:,} training images{text}. Many of "
-        "their labels may be right: look at the page of the audit, and delete the rows of images "
-        "to keep from the table"
-    ]
-
-
 def describe_leaks(training_data: TrainingData, group_column: str | None) -> list[str]:
     """Return warnings about copies and groups with images in two splits of the dataset.
 
@@ -526,11 +448,13 @@ def describe_leaks(training_data: TrainingData, group_column: str | None) -> lis
     if isinstance(train, StreamedImages):
         return []
     warnings = []
-    if num_copies := int(np.isin(get_keys(held_out), get_keys(train)).sum()):
+    is_copy = np.isin(get_keys(held_out), get_keys(train))
+    if is_copy.any():
+        example = held_out.images.get_names()[is_copy.argmax()]
         warnings.append(
-            f"{num_copies:,} of the {len(held_out):,} held-out images are identical to training "
-            "images, so the result is better than for new images. Remove these images, which "
-            "`vitcls evaluate --audit` lists, from the training split"
+            f"{is_copy.sum():,} of the {len(held_out):,} held-out images are identical to training "
+            f"images ({example}), so the result is better than for new images. Remove them from one "
+            "of the splits"
         )
     assert train.groups is not None and held_out.groups is not None
     num_shared = len(np.intersect1d(train.groups, held_out.groups))

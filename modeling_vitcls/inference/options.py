@@ -48,19 +48,11 @@ class EvaluateOptions(EngineOptions, DataOptions):
     """Evaluate the frozen encoder instead of the classifier of the model: fit `knn` or `logreg`
     (shrinkage LDA or logistic regression) to the features of the training images."""
     output: Path | None = None
-    """JSON file for the metrics, including the metrics of each class and the confusion matrix; with
-    --audit, for the numbers of issues."""
+    """JSON file for the metrics, including the metrics of each class and the confusion matrix."""
     task: str | None = None
     """Evaluate an added task (`vitcls add-task`) instead of the classifier of the model."""
     per_image: Path | None = None
     """Parquet file with one row per image: label, prediction, probabilities and loss."""
-    audit: Path | None = None
-    """HTML page of possible label errors, near duplicates and outliers, which saves the photos that
-    you check as a table for `finetune --exclude`. Labels are checked with the cross-validation of
-    the run in --model, if there is one, or of a classifier on the model's features (always with
-    --frozen logreg)."""
-    overwrite: bool = False
-    """Replace the files of an earlier --audit."""
     config: Path | None = None
     """Recipe: a YAML file of flags. Flags on the command line override flags in the recipe."""
 
@@ -68,17 +60,13 @@ class EvaluateOptions(EngineOptions, DataOptions):
         super().check()
         check_stored_images(self)
         check_minimum(self, 1, "batch_size", "max_images")
-        check_output_files(self, "output", "per_image", "audit")
-        if self.task is not None and (self.frozen or self.audit or self.per_image):
-            raise ValueError("`task` only measures a task. Remove `frozen`, `audit`, `per_image`")
-        if self.per_image and (self.frozen or self.audit):
-            raise ValueError(
-                "`per_image` is about the classifier. Remove `per_image`, or `frozen` and `audit`"
-            )
-        if self.backend not in ("auto", "torch") and (self.frozen or self.audit):
-            raise ValueError("`frozen` and `audit` require `backend='torch'`. Remove `backend`")
-        if self.frozen == "knn" and self.audit:
-            raise ValueError("`audit` requires a linear classifier. Set `frozen='logreg'`")
+        check_output_files(self, "output", "per_image")
+        if self.task is not None and (self.frozen or self.per_image):
+            raise ValueError("`task` only measures a task. Remove `frozen`, `per_image`")
+        if self.per_image and self.frozen:
+            raise ValueError("`per_image` is about the classifier. Remove `per_image` or `frozen`")
+        if self.backend not in ("auto", "torch") and self.frozen:
+            raise ValueError("`frozen` requires `backend='torch'`. Remove `backend`")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,7 +27,6 @@ from ..data.sampling import compute_class_weights
 from ..data.splits import (
     MAX_CLASS_RATIO,
     TrainingData,
-    describe_exclusion,
     describe_leaks,
     describe_missing_classes,
     load_training_data,
@@ -181,7 +180,6 @@ class FineTuning:
     ) -> list[str]:
         """Return warnings about the data."""
         return [
-            *describe_exclusion(data),
             *describe_missing_classes(data),
             *describe_leaks(data, options.group_column),
             *describe_overlap(initial, data),

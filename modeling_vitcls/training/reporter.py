@@ -205,14 +205,6 @@ def describe_splits(
             f"the best checkpoint is selected on {selection_text} separate images "
             f"({data.selection_name})"
         )
-    if data.excluded is not None:
-        num_excluded = len(data.excluded)
-        num_selection = 0 if data.selection is None else len(data.selection)
-        total = num_excluded + num_selection + (data.num_training_images or 0)
-        lines["excluded"] = (
-            f"{num_excluded:,} of {total:,} training images are left out (`exclude`)"
-        )
-
     if not is_resize_known:
         return lines
     if data.num_held_out_images or isinstance(data.train, StreamedImages):

@@ -41,7 +41,7 @@ CHANGEABLE_FLAGS = (
     "mixed_precision"
 ).split()
 # flags whose values may be paths
-PATH_FLAGS = ("dataset", "exclude", "model", "teacher")
+PATH_FLAGS = ("dataset", "model", "teacher")
 # flags of the model whose values are not in its configuration as they are set, or are chosen by the
 # probe after the start
 FLAGS_NOT_IN_CONFIG = ("model", "resize", "bit_depth", "cls_scopes", "pooling", "pooled_layers")
@@ -62,8 +62,7 @@ class RecordedFlags:
 def resolve_local_paths(options: TrainOptions) -> TrainOptions:
     """Return the options with absolute paths for a local dataset, model and teacher."""
     dataset = resolve_name(options.dataset)
-    exclude = options.exclude and options.exclude.absolute()
-    options = replace(options, dataset=dataset, exclude=exclude)
+    options = replace(options, dataset=dataset)
     return replace_sources(options, lambda flag, source: resolve_name(source))
 
 
@@ -97,8 +96,7 @@ def get_relative_flags(options: TrainOptions, should_strip: bool = False) -> dic
     convert = strip_folders if should_strip else make_relative
     options = replace_sources(options, lambda _, source: convert(source))
     flags = to_flags(replace(options, dataset=convert(options.dataset)))
-    paths = {name: flags[name] and convert(flags[name]) for name in ("output_dir", "exclude")}
-    return flags | paths
+    return flags | {"output_dir": convert(flags["output_dir"])}
 
 
 def build_flags_record(

@@ -254,7 +254,7 @@ def decide_refit(
     """
     data_of_all = data
     if data.undivided is not None and asked.held_out_fraction is None:
-        data_of_all = hold_out_nothing(data, options.exclude)
+        data_of_all = hold_out_nothing(data)
     data_of_all = select_nothing(data_of_all)
 
     has_probe = setup.probe is not None

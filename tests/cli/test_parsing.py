@@ -152,7 +152,6 @@ def test_a_folder_that_is_not_utf_8_is_an_error_before_training(
     ("command", "library", "extra"),
     [
         ("demo --model m", "gradio", "demo"),
-        ("evaluate --model m --dataset digits --audit audit.html", "cleanlab", "audit"),
         ("export --model m --format onnx --output m.onnx", "onnxruntime", "export"),
     ],
 )
@@ -164,7 +163,7 @@ def test_a_missing_library_is_named_with_the_extra_of_the_checkout(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     found = importlib.util.find_spec
-    for module in ("cli.demo", "analysis.audit", "export.exporter"):
+    for module in ("cli.demo", "export.exporter"):
         monkeypatch.setattr(
             f"modeling_vitcls.{module}.find_spec",
             lambda name: None if name == library else found(name),
@@ -260,7 +259,6 @@ def test_commands_do_not_print_transformers_reports_about_weights(
     ("command", "flag"),
     [
         ("evaluate --model m --dataset d", "--output"),
-        ("evaluate --model m --dataset d", "--audit"),
         ("predict --model m photo.jpg", "--output"),
         ("inspect --model m photo.jpg", "--json"),
         ("export --model m --format onnx", "--output"),
@@ -271,7 +269,7 @@ def test_an_output_that_cannot_be_written_is_reported_before_the_work(
     command: str, flag: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "file").touch()
-    suffix = {"--json": ".json", "--audit": ".html"}.get(flag, ".onnx" * ("export" in command))
+    suffix = {"--json": ".json"}.get(flag, ".onnx" * ("export" in command))
     output = tmp_path / "file" / "inner" / f"x{suffix}"
     assert run_here(*command.split(), flag, str(output)) == 1
     error = capsys.readouterr().err
@@ -291,9 +289,8 @@ def test_a_folder_without_write_permission_is_reported_before_the_work(
 def test_errors_of_file_operations_name_the_file_and_the_reason(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = ["--model", "vitcls-tiny", "--dataset", "digits", "--output-dir"]
-    missing = str(tmp_path / "nofile.csv")
-    assert run_here("finetune", *arguments, str(tmp_path / "out"), "--exclude", missing) == 1
+    missing = str(tmp_path / "nofile.txt")
+    assert run_here("predict", "--model", "vitcls-tiny", "--list", missing) == 1
     error = capsys.readouterr().err
     assert f"error: cannot use {missing}: No such file" in error
     assert "Errno" not in error

@@ -14,13 +14,11 @@ from helpers.tiny_options import build_tiny_options, prepare_setup, run_training
 from PIL import Image
 
 from modeling_vitcls.data.evaluation_data import load_evaluation_data
-from modeling_vitcls.data.images import DatasetImages, LabeledImages
 from modeling_vitcls.data.options import DataOptions
 from modeling_vitcls.data.splits import (
     choose_training_splits,
     describe_change,
     describe_data,
-    exclude_images,
     load_training_data,
 )
 from modeling_vitcls.training.reporter import describe_splits
@@ -207,34 +205,6 @@ def test_without_a_held_out_part_all_images_are_trained_on(tmp_path: Path, strea
         assert data.num_training_images == 20
         with raises_one_line("all 20 images", "`split='train'`"):
             load_evaluation_data(options, None, data.build_splits_table())
-
-
-def test_listed_images_of_the_training_split_are_excluded(tmp_path: Path) -> None:
-    """The names of these images are row numbers, which remain text."""
-    images = LabeledImages(
-        DatasetImages.from_list([{"path": None, "bytes": b"image"}] * 4), [0, 1, 2, 3]
-    )
-    (tmp_path / "audit.csv").write_text("id,split\n1,train\n2,test\n3,train\n", encoding="utf-8")
-    kept, excluded = exclude_images(images, "train", tmp_path / "audit.csv")
-    assert kept.labels == [0, 2]
-    assert excluded.labels == [1, 3]
-    for name in ("id", "split"):
-        (tmp_path / "audit.csv").write_text(f"{name}\n1\n", encoding="utf-8")
-        with raises_one_line("`exclude=", "audit.csv"):
-            exclude_images(images, "train", tmp_path / "audit.csv")
-
-
-@pytest.mark.parametrize(
-    "ids", [["cat/other.png", "absent.png"], [f"cat/{index}.png" for index in range(20)]]
-)
-def test_a_table_that_excludes_no_or_all_images_is_an_error(ids: list[str], tmp_path: Path) -> None:
-    images = DatasetImages.from_list(
-        [{"path": f"cat/{index}.png", "bytes": None} for index in range(20)]
-    )
-    table = tmp_path / "audit.csv"
-    table.write_text("\n".join(["id,split", *(f"{name},train" for name in ids)]), encoding="utf-8")
-    with raises_one_line("`exclude=", str(table)):
-        exclude_images(LabeledImages(images, [0] * 20), "train", table)
 
 
 def test_training_on_a_split_named_test_is_reported(tmp_path: Path) -> None:

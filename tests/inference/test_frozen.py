@@ -16,7 +16,6 @@ from PIL import Image
 from sklearn.neighbors import KNeighborsClassifier
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor, ViTCLSModel
-from modeling_vitcls.analysis.audit import load_audited_images
 from modeling_vitcls.data.aspect_ratio import set_resize
 from modeling_vitcls.data.evaluation_data import load_evaluation_data
 from modeling_vitcls.data.options import DataOptions
@@ -176,10 +175,6 @@ def test_other_labels_are_an_error(model: Path, tmp_path: Path) -> None:
         ValueError, match=r"`frozen='knn'` requires one label per image.* `label_column`"
     ):
         run(model, "knn", **vars(data))
-    with pytest.raises(ValueError, match=r"`audit` requires one label per image.* `label_column`"):
-        load_audited_images(
-            EvaluateOptions(model=str(model), **vars(data), audit=tmp_path / "page.html")
-        )
 
 
 def test_each_row_by_layer_is_scikit_learn_on_that_layer(model: Path, tmp_path: Path) -> None:

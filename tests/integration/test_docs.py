@@ -5,6 +5,7 @@ blocks of a page run one after the other in one process, offline, in a folder wi
     photos/cat/*.png, photos/dog/*.png, photo.jpg    real digits as images
     more/cat/*.png, more/dog/*.png                   the next digits
     runs/photos                                      a small random classifier of cat and dog
+    dino                                             its encoder
     study_digits                                     the recipe with two seeds and two steps per run
 
 An HTML comment in the line before a block changes what happens to it:
@@ -47,6 +48,7 @@ from modeling_vitcls import (
     ViTCLSConfig,
     ViTCLSForImageClassification,
     ViTCLSImageProcessor,
+    ViTCLSModel,
     cli,
 )
 from modeling_vitcls.training import lejepa, mae
@@ -427,6 +429,11 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
             image.save(file)
     image.save(folder / "photo.jpg")
     write_classifier(folder / "runs" / "photos", ["cat", "dog"])
+    encoder = ViTCLSModel.from_pretrained(folder / "runs" / "photos")
+    encoder.save_pretrained(folder / "dino")
+    ViTCLSImageProcessor.from_pretrained(folder / "runs" / "photos").save_pretrained(
+        folder / "dino"
+    )
     # found before the study of this name in the package, which takes minutes
     study = yaml.safe_load(
         (ROOT / "scripts" / "recipes" / "study_digits.yaml").read_text(encoding="utf-8")
@@ -506,6 +513,19 @@ def test_python_blocks_run(page: Path, run: Run, tmp_path: Path) -> None:
     for line in source.splitlines():
         if PRINTED.match(line):
             assert line.removeprefix("# ") in done.stdout.splitlines()
+
+
+@pytest.mark.slow
+def test_the_page_finds_planted_wrong_labels(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "photos" / "cat" / "0.png").rename(tmp_path / "photos" / "dog" / "planted.png")
+    (block,) = (
+        block
+        for block in read_blocks(ROOT / "docs" / "evaluating.md")
+        if "find_label_issues" in block.text
+    )
+    (tmp_path / "page.py").write_text(block.text, encoding="utf-8")
+    found = run(["page.py"]).stdout.partition("prediction\n")[2]
+    assert "dog/planted.png" in found.splitlines()[0]
 
 
 @pytest.mark.slow

@@ -467,7 +467,7 @@ def test_trackers_get_metrics_with_their_steps_and_the_flags(tmp_path: Path) -> 
     assert [event.step for event in events.Scalars("loss")] == [1, 2, 3]
 
     flags = yaml.safe_load(next((tmp_path / "trackers").rglob("hparams.yml")).read_text())
-    assert (flags["learning_rate"], flags["log_with"], flags["exclude"]) == (
+    assert (flags["learning_rate"], flags["log_with"], flags["group_column"]) == (
         "0.003",
         "tensorboard",
         "unset",
