@@ -29,6 +29,7 @@ from PIL import ExifTags, Image
 from ..model.fast_image_processing_vitcls import open_regular_file
 from ..model.image_processing_vitcls import get_image_formats, read_image, shorten_text
 from ..runtime.errors import format_error
+from ..runtime.flags import expand_home
 from .labels import MultiHotLabels
 from .urls import fetch_if_url
 
@@ -312,7 +313,7 @@ def resolve_path(folder: Path, path: str | None) -> str:
     """
     if not path or "://" in path:
         return path or ""
-    return str(folder / path)
+    return str(folder / expand_home(path))
 
 
 def get_relative_path(path: str, folder: Path) -> str:

@@ -57,6 +57,7 @@ from ..model.image_processing_vitcls import (
     flatten_images,
 )
 from ..runtime.errors import format_error
+from ..runtime.flags import expand_home
 from ..runtime.messages import format_name_list, warn_on_first_process
 from .options import PredictOptions
 
@@ -170,7 +171,7 @@ def list_sources(images: Any) -> list[Any]:
                 "object, a PIL image, an array, a tensor, or a list of these"
             )
         images = list(images)
-    return [read_file_object(image) for image in flatten_images(images)]
+    return [expand_home(read_file_object(image)) for image in flatten_images(images)]
 
 
 def read_file_object(image: Any) -> Any:
@@ -191,7 +192,7 @@ def read_path_list(file: Path) -> list[str]:
     The file may be a pipe, such as /dev/stdin or `<(find photos)`, which is read until it ends.
     """
     lines = file.read_text(encoding="utf-8-sig", errors="surrogateescape").split("\n")
-    paths = [path for line in lines if (path := line.removesuffix("\r")).strip()]
+    paths = [expand_home(path) for line in lines if (path := line.removesuffix("\r")).strip()]
     if not paths:
         raise ValueError(f"the list {file} is empty. Write one path per line")
     return paths

@@ -453,9 +453,15 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
     # adapted.
     _skip_validation: ClassVar[bool] = False
     # Outputs that Trainer does not collect as predictions.
-    keys_to_ignore_at_inference: ClassVar[list[str]] = (
-        "cls_logits distillation_logits task_logits losses hidden_states attentions".split()
-    )
+    keys_to_ignore_at_inference: ClassVar[list[str]] = [
+        "cls_logits",
+        "distillation_logits",
+        "task_logits",
+        "distance",
+        "losses",
+        "hidden_states",
+        "attentions",
+    ]
     base_model_fsdp_plan: ClassVar[dict[Any, str]] = {
         "embeddings": "free_full_weight",
         "layers.*": "free_full_weight",

@@ -76,9 +76,10 @@ def open_regular_file(path: str | os.PathLike[str]) -> BufferedReader:
     Raise OSError if it is missing, or not a regular file after links: a named pipe would block, and
     a device would fill the memory.
     """
-    if Path(path).exists() and not Path(path).is_file():
+    file = Path(os.path.expanduser(path))  # noqa: PTH111  # unlike Path's, without errors
+    if file.exists() and not file.is_file():
         raise OSError(f"{path} is not a regular file")
-    return Path(path).open("rb")
+    return file.open("rb")
 
 
 def get_settings(processor: Any, names: list[str]) -> tuple[Any, ...]:

@@ -9,6 +9,8 @@ share are in base classes. This file and the options import only the standard li
 
 import dataclasses
 import difflib
+import os
+import re
 import types
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -35,13 +37,33 @@ EQUIVALENT_FLAGS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Base class of the options of all commands, and of the groups of fields that they share."""
+    """Base class of the options of all commands, and of the groups of fields that they share.
+
+    `~` in paths is the home folder: a shell leaves it in `--output-dir=~/runs`, as Python does.
+    """
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            object.__setattr__(self, name, expand_home(value))
 
     def check(self) -> None:
         """Raise ValueError if a value is not allowed, or if fields contradict each other.
 
         The command line and the Python functions call it once; groups of fields extend it.
         """
+
+
+def expand_home(value: Any) -> Any:
+    """Put the home folder in place of `~` in a path, also in `transformers:~/model`.
+
+    Other values are returned unchanged.
+    """
+    if isinstance(value, str):
+        expand = os.path.expanduser  # Path's raises for a user without a home
+        return re.sub(r"(^|[:@])(~[^/\\]*)", lambda part: part[1] + expand(part[2]), value)
+    if isinstance(value, Path):
+        return Path(expand_home(str(value)))
+    return tuple(map(expand_home, value)) if isinstance(value, tuple) else value
 
 
 def check_value(options: Any, name: str, is_valid: bool, requirement: str) -> None:

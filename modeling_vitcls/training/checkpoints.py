@@ -26,7 +26,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from ..runtime.errors import format_error
+from ..runtime.errors import describe_error
 from ..runtime.files import compute_file_digest, sync_to_disk
 from ..runtime.staging import follow_umask
 
@@ -104,8 +104,8 @@ class CheckpointStore:
             shutil.rmtree(partial_folder, ignore_errors=True)
             raise OSError(
                 f"cannot write the checkpoint of step {step} to {self.folder}: "
-                f"{format_error(error)}. Earlier checkpoints are intact. Free disk space, then use "
-                "`resume=True`"
+                f"{describe_error(error)}. Earlier checkpoints are intact: then repeat the command "
+                "with `resume=True`"
             ) from error
 
         self.prune(step)

@@ -49,7 +49,7 @@ from ..inference.evaluator import Predictions
 from ..inference.per_image import write_predictions
 from ..inference.speed import measure_inference_speed
 from ..runtime.distributed import run_on_main
-from ..runtime.errors import RunStopped, format_error
+from ..runtime.errors import RunStopped, describe_error, format_error
 from ..runtime.files import read_json, write_json
 from ..runtime.messages import format_name_list
 from ..runtime.staging import STAGING_FOLDER, stage_files
@@ -230,14 +230,14 @@ def save_output(
                     file = folder / PREDICTIONS_FILE
                     write_predictions(file, predictions, weights_hash, nearest_images)
         except WRITE_ERRORS as error:
-            raise OSError(format_error(error)) from error
+            raise OSError(describe_error(error)) from error
 
     try:
         run_on_main(accelerator, write)
     except OSError as error:
         raise RunStopped(
-            f"cannot write the model to {options.output_dir} ({error}). Free disk space, then use "
-            "`resume=True`"
+            f"cannot write the model to {options.output_dir}: {format_error(error)}. Then repeat "
+            "the command with `resume=True`"
         ) from error
 
 

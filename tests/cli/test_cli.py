@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from helpers.command_in_process import run_here
+from helpers.photo_folders import write_photos
 
 import modeling_vitcls
 from modeling_vitcls import cli
@@ -49,6 +50,20 @@ def run_command(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-c", COMMAND, *arguments], capture_output=True, text=True, timeout=300
     )
+
+
+def test_a_tilde_in_a_path_is_the_home_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write_photos(tmp_path / "photos", range(4))
+    (tmp_path / "list.txt").write_text("~/photos/cat/0.png\n", encoding="utf-8")
+    tiny = "--model=vitcls-tiny --hidden-size=16 --num-attention-heads=1 --image-size=32".split()
+    data = ["--dataset=~/photos", "--max-steps=1", "--num-workers=0", "--no-report"]
+
+    assert run_here("finetune", *tiny, *data, "--output-dir=~/run") == 0
+    assert run_here("predict", "--model=~/run", "--list=~/list.txt", "--output=~/rows.csv") == 0
+    assert "cat" in (tmp_path / "rows.csv").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("arguments", [("demo", "--help"), ("finetune", "--help")])

@@ -18,7 +18,6 @@ from transformers import (
     BertConfig,
     BertLMHeadModel,
     BertModel,
-    EvalPrediction,
     Trainer,
     TrainingArguments,
     VisionEncoderDecoderModel,
@@ -33,6 +32,7 @@ from modeling_vitcls import (
     ViTCLSModel,
 )
 from modeling_vitcls.hub.model_files import hash_weights
+from modeling_vitcls.inference.class_statistics import ClassStatistics
 
 
 pytestmark = pytest.mark.integration
@@ -141,18 +141,21 @@ def build_trainer(
     )
 
 
-def test_trainer_trains_evaluates_and_saves(tmp_path: Path) -> None:
-    seen: list[EvalPrediction] = []
+def test_the_example_of_the_image_classification_page_trains_and_saves(tmp_path: Path) -> None:
+    """Metrics, the best model and `predict`, with a model that has class statistics."""
 
-    def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
-        seen.append(prediction)
-        return {
-            "accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())
-        }
+    def compute_metrics(eval_pred: Any) -> dict[str, float]:
+        predictions, labels = eval_pred
+        predictions = np.argmax(predictions, axis=1)
+        return {"accuracy": float((predictions == labels).mean())}
 
+    model = build_tiny_classifier()
+    features = np.random.default_rng(0).normal(size=(12, model.config.hidden_size))
+    ClassStatistics.fit({(-1, "cls"): features}, np.arange(12) % 3, 3).set_in_model(model)
+    data = Examples(torch.arange(12) % 3)
     trainer = build_trainer(
-        build_tiny_classifier(),
-        Examples(torch.arange(12) % 3),
+        model,
+        data,
         tmp_path,
         trainer={
             "processing_class": ViTCLSImageProcessor(size=32),
@@ -173,9 +176,9 @@ def test_trainer_trains_evaluates_and_saves(tmp_path: Path) -> None:
     trainer.train()
     after = trainer.evaluate()
     assert after["eval_loss"] < before
-    assert 0 <= after["eval_accuracy"] <= 1
-    assert isinstance(seen[-1].predictions, np.ndarray)
-    assert seen[-1].predictions.shape == (12, 3)
+    predicted = trainer.predict(data)
+    assert predicted.predictions.shape == (12, 3)
+    assert predicted.metrics["test_accuracy"] == after["eval_accuracy"]
     trainer.save_model(str(tmp_path / "final"))
     for folder in (tmp_path / "checkpoint-30", tmp_path / "final"):
         assert_same_logits(AutoModelForImageClassification.from_pretrained(folder), trainer.model)

@@ -1,5 +1,6 @@
 """Outputs contain only tensors, so that gather, DataParallel and pytrees handle them."""
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -17,8 +18,12 @@ from helpers.tiny_models import (
 from torch.nn.parallel import scatter_gather
 from torch.utils import _pytree as pytree
 
-from modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel
-from modeling_vitcls.model.modeling_vitcls import ViTCLSModelOutput
+from modeling_vitcls import ViTCLSConfig, ViTCLSForImageClassification, ViTCLSModel
+from modeling_vitcls.model.modeling_vitcls import (
+    ViTCLSImageClassifierOutput,
+    ViTCLSModelOutput,
+    ViTCLSMultiTaskOutput,
+)
 
 
 FIELDS: dict[str, Any] = {"num_register_tokens": 2}
@@ -28,6 +33,12 @@ NUM_TOKENS = 1 + 2 + 16
 def build_model() -> ViTCLSModel:
     """Return an encoder with random weights."""
     return randomize(ViTCLSModel(build_tiny_config(**FIELDS)))
+
+
+@pytest.mark.parametrize("output", [ViTCLSImageClassifierOutput, ViTCLSMultiTaskOutput])
+def test_trainer_collects_only_logits_as_predictions(output: type) -> None:
+    collected = {each.name for each in dataclasses.fields(output)} - {"loss"}
+    assert collected - set(ViTCLSConfig.keys_to_ignore_at_inference) == {"logits"}
 
 
 def contains_tensors_only(value: Any) -> bool:

@@ -527,7 +527,7 @@ def test_a_model_that_cannot_be_written_is_a_one_line_error(
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
     try:
         with raises_one_line(
-            "cannot write the model to", "File too large", "Free disk space", error=RunStopped
+            "cannot write the model to", "File too large", "`resume=True`", error=RunStopped
         ):
             train(tmp_path, "digits")
     finally:
