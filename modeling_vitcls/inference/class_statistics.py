@@ -61,20 +61,29 @@ class ClassStatistics:
     counts: np.ndarray
 
     @classmethod
-    def fit(cls, features: TokenFeatures, labels: np.ndarray, num_labels: int) -> "ClassStatistics":
+    def fit(
+        cls,
+        features: TokenFeatures,
+        labels: np.ndarray,
+        num_labels: int,
+        has_covariance: bool = True,
+    ) -> "ClassStatistics":
         """Compute the statistics of features and labels [N] from 0 to `num_labels` - 1.
 
-        Raises:
-            ValueError: if no class has two images.
+        Without a class of two images, or without `has_covariance`, nothing is known about the
+        variance within classes: all features then have the same, and the nearest mean wins.
         """
         counts = np.bincount(labels, minlength=num_labels)
-        if counts.max(initial=0) < 2:
-            raise ValueError("class statistics require a class with two images. Add images")
+        has_covariance = has_covariance and counts.max(initial=0) > 1
         means, precisions, sizes = [], [], []
         for values in features.values():
             values = values.astype(np.float64)
             mean = compute_means(values, labels, counts)
-            covariance, own_covariance = compute_covariances(values - mean[labels], labels, counts)
+            if has_covariance:
+                residuals = values - mean[labels]
+                covariance, own_covariance = compute_covariances(residuals, labels, counts)
+            else:
+                covariance = own_covariance = np.eye(values.shape[1]) * (values.var() or 1.0)
             precision = linalg.inv(covariance, overwrite_a=True)
             means.append(mean)
             precisions.append((precision + precision.T) / 2)

@@ -2,8 +2,8 @@
 
     images -> encoder, once -> per layer: final norm, CLS and mean of the patches -> Features
 
-The features of a layer are what a classifier with `config.pooled_layers` reads, so that a
-regression on them is the model's classifier.
+The features of a layer are what a classifier with `config.pooled_layers` reads, so a linear
+classifier of them is the model's classifier.
 """
 
 import copy

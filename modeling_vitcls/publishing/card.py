@@ -286,7 +286,7 @@ def describe_run(folder: ModelFolder) -> dict[str, Any]:
 
 
 def describe_probe(results: dict[str, Any]) -> dict[str, Any]:
-    """Return the variables about a regression on frozen features, if the classifier is one."""
+    """Return the variables about a classifier of frozen features, if the model has one."""
     record = results.get("frozen")
     selection = results.get("selection", {})
     if record is None or (results["steps"] and selection.get("step") != 0):

@@ -1,6 +1,6 @@
 """Probe of the frozen encoder before fine-tuning: a linear classifier.
 
-    training images -> frozen encoder, once -> choice of geometry, head, layers, tokens -> classifier
+    training images -> frozen encoder, once -> choice of geometry, layers, tokens -> classifier
     selection and held-out images -> the same encoder, once -> selection, result
 
 The choice is made in inference/linear_probe.py, from features of inference/frozen_features.py.
@@ -279,7 +279,7 @@ class Probe:
         ):
             features, comparison = self.compare_with_squash(data.train, features)
 
-        # Head, layers and tokens, on all images that are not held out if no training follows
+        # Layers and tokens, on all images that are not held out if no training follows
         selection = None
         if data.selection is not None and len(data.selection):
             selection = self.compute_features(data.selection, layout, warn)
@@ -430,7 +430,7 @@ class Probe:
         """Set the geometry and the pooling that an interrupted run chose."""
         if record["resize"] != get_resize(self.processor):
             self.set_geometry(record["resize"])
-        self.set_pooling(Candidate(record["head"], tuple(record["layers"]), record["pooling"]))
+        self.set_pooling(Candidate(tuple(record["layers"]), record["pooling"]))
 
     def set_pooling(self, candidate: Candidate) -> None:
         """Give the model a pooler and a classifier that read the tokens of a candidate."""
@@ -496,10 +496,8 @@ def build_probe_record(probe: LinearProbe, num_images: int) -> dict[str, Any]:
         "num_training_images": num_images,
         "num_images_of_choice": len(probe.losses_),
         "num_folds": probe.num_folds_,
-        "head": probe.candidate_.head,
         "layers": list(probe.candidate_.layers),
         "pooling": probe.candidate_.pooling,
-        "strength": probe.strength_,
     }
     if probe.estimate_ is not None:
         record |= {

@@ -193,9 +193,9 @@ def run(recipe: Recipe, asked: TrainOptions, on_checkpoint: Callable[[Path], Non
 
 
 def fit_frozen(loaded: Loaded, environment: Environment) -> Frozen:
-    """Start the classifier from a regression on the frozen encoder.
+    """Start the classifier from one that is fitted to the frozen encoder.
 
-    A resumed run restores what the regression reads; the weights are those of the checkpoint. If
+    A resumed run restores what the classifier reads; the weights are those of the checkpoint. If
     the classifier is fitted again, the result is that of the frozen model, which is computed again.
     """
     checkpoint, probe, data = environment.checkpoint, loaded.setup.probe, loaded.data

@@ -21,7 +21,6 @@ from PIL import Image
 from scipy.special import softmax
 from sklearn.datasets import load_digits
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
-from sklearn.linear_model import LogisticRegression
 from transformers import Trainer, TrainingArguments
 from transformers.image_utils import SizeDict
 
@@ -86,16 +85,9 @@ def compute_features(run: Path, images: Any) -> np.ndarray:
 
 
 def predict_with_scikit_learn(
-    record: dict[str, Any], features: np.ndarray, labels: np.ndarray, others: np.ndarray
+    features: np.ndarray, labels: np.ndarray, others: np.ndarray
 ) -> np.ndarray:
-    """Return the log probabilities of a candidate, before the temperature."""
-    if record["head"] == "logistic":
-        mean = features.mean(axis=0)
-        norm = np.sqrt(((features - mean) ** 2).sum(axis=1).mean())
-        regression = LogisticRegression(C=record["strength"], max_iter=1000)
-        regression.fit((features - mean) / norm, labels)
-        return regression.decision_function((others - mean) / norm)
-
+    """Return the log probabilities of averaged discriminants, before the temperature."""
     num_tokens = features.shape[1] // WIDTH
     logits = []
     for train, test in zip(
@@ -110,9 +102,7 @@ def check_classifier(run: Path, results: dict[str, Any], parts: list[Any], image
     """Compare a saved model with scikit-learn's classifier on the input of its own."""
     features = np.concatenate([compute_features(run, part.images) for part in parts])
     labels = np.concatenate([part.labels for part in parts])
-    logits = predict_with_scikit_learn(
-        results["frozen"], features, labels, compute_features(run, images)
-    )
+    logits = predict_with_scikit_learn(features, labels, compute_features(run, images))
     expected = softmax(logits / results["calibration"]["temperature"], axis=1)
     np.testing.assert_allclose(softmax(compute_logits(run, images), axis=1), expected, atol=5e-3)
 
@@ -270,36 +260,6 @@ def test_no_image_passes_the_frozen_encoder_twice(
     options = build_options(tmp_path / "head", encoder, trainable="head")
     results = run_training(options)
     assert sum(counts) == results["num_training_images"]
-
-
-def test_a_learning_rate_that_is_too_large_ends_with_the_frozen_model(
-    encoder: Path, tmp_path: Path
-) -> None:
-    """The classifier of the frozen model is then the regression on training and selection images.
-
-    The default learning rate of this model is 4e-4, and 30 times this value is 1.2e-2.
-    """
-    flags = {
-        "learning_rate": 1.2e-2,
-        "warmup": 0.0,
-        "epochs": 1.0,
-        "max_steps": None,
-        "batch_size": 16,
-    }
-    options = build_options(tmp_path / "run", encoder, **flags, weight_decay=10.0)
-    results = run_training(options)
-
-    records = [
-        record for record in read_metrics(tmp_path / "run") if "selection_accuracy" in record
-    ]
-    assert all(
-        record["selection_accuracy"] <= results["selection"]["accuracy"] for record in records
-    )
-    assert results["selection"]["step"] == 0
-
-    data = prepare_setup(options).data
-    parts = [data.train, data.selection]
-    check_classifier(tmp_path / "run", results, parts, data.held_out.images)
 
 
 def test_nothing_is_trained_with_too_few_selection_images(encoder: Path, tmp_path: Path) -> None:
