@@ -1,6 +1,6 @@
 """Images and labels of `vitcls inspect`, decoded on access.
 
-PATHS       files, folders and URLs; if a folder has the name of a class, its images have this label
+PATHS       files and folders; if a folder has the name of a class, its images have this label
 --dataset   a dataset, loaded as in `vitcls evaluate`
 """
 
@@ -69,10 +69,10 @@ def open_images(
     list_input = build_list_input(options.paths)
     files = [str(content) for content in list_input.contents]
     for file in files:
-        if "://" not in file and not Path(file).exists():
+        if not Path(file).exists():
             raise ValueError(f"Image {file} does not exist. Check the path.")
 
-    names = [name if "://" in name else Path(name).name for name in list_input.names]
+    names = [Path(name).name for name in list_input.names]
     source = ", ".join(map(get_short_name, options.paths))
     labels = None if label_space is None else get_folder_labels(files, label_space)
     return InspectionImages(DatasetImages.from_list(files), names, labels, source)
@@ -89,8 +89,8 @@ def name_images(images: ArrayImages | DatasetImages, source: str) -> list[str]:
 
 
 def get_short_name(path: str) -> str:
-    """Return the last component of a path; URLs are returned unchanged."""
-    return path if "://" in path else Path(path).resolve().name
+    """Return the last component of a path."""
+    return Path(path).resolve().name
 
 
 def get_folder_labels(files: Sequence[str], label_space: LabelSpace) -> list[int] | None:
@@ -118,7 +118,6 @@ def load_from_dataset(
         image_column=options.image_column,
         label_column=options.label_column,
         label_separator=options.label_separator,
-        allow_urls=options.allow_urls,
     )
     use_labels = label_space is not None
 

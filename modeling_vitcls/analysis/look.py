@@ -30,7 +30,7 @@ DEFAULT_OUTPUT = Path("look.png")
 
 
 def draw_photo(options: LookOptions, image: Any) -> Image.Image:
-    """Return the sheet of one photo: a path, a URL, encoded bytes, a PIL image or an array.
+    """Return the sheet of one photo: a path, encoded bytes, a PIL image or an array.
 
     With `output` or `json`, the sheet or its numbers are also written.
     """

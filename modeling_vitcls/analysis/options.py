@@ -65,14 +65,14 @@ class InspectOptions(ImageOptions):
 class LookOptions(Options):
     """Draw one sheet per photo: attention by head and layer, and features and norms of the patches.
 
-    The photos are image files, folders or URLs.
+    The photos are image files or folders.
     """
 
     model: str
     """Folder or Hub id of a vitcls model (`ID@COMMIT` pins the model), or another ViT, which is
     converted once (`timm:NAME`, `transformers:ID`, a folder, a Hub id, a file)."""
     paths: tuple[str, ...] = ()
-    """Image files, folders (including subfolders), or URLs."""
+    """Image files or folders (including subfolders)."""
     output: Path | None = None
     """Image file for the sheet, or a folder. For several photos, the name of each photo is appended
     to the file name. The command writes `look.png` by default."""
@@ -90,9 +90,7 @@ class LookOptions(Options):
         super().check()
         check_output_files(self, "json")
         if not self.paths:
-            raise ValueError(
-                "Name at least one photo, folder or URL: `vitcls look photo.jpg --model M`"
-            )
+            raise ValueError("Name at least one photo or folder: `vitcls look photo.jpg --model M`")
         sizes = self.image_size if isinstance(self.image_size, tuple) else (self.image_size,)
         check_value(
             self, "image_size", all(size is None or size >= 1 for size in sizes), "1 or more"

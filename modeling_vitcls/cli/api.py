@@ -195,8 +195,8 @@ def predict(model: str | Path, images: Any = None, **flags: Any) -> list[dict[st
 
     Args:
         model: a folder, a Hub id or any other checkpoint that `--model` accepts.
-        images: a path, a URL, a data URI, an encoded image (bytes or a file object), a PIL image, an
-            array or a tensor, or a list of these. An array of four dimensions is a batch. A folder
+        images: a path, a data URI, an encoded image (bytes or a file object), a PIL image, an array or
+            a tensor, or a list of these. An array of four dimensions is a batch. A folder
             path selects all images in the folder. To use a dataset instead, set `dataset`.
         flags: other flags of `vitcls predict`, which `help` lists.
 
@@ -237,8 +237,8 @@ def inspect_tokens(model: str | Path, images: Any = (), **flags: Any) -> Any:
 
     Args:
         model: a folder, a Hub id or any other checkpoint that `--model` accepts.
-        images: a path, a URL, or a list of paths or URLs. To inspect the images of a dataset
-            instead, set `dataset`.
+        images: a path or a list of paths. To inspect the images of a dataset instead, set
+            `dataset`.
         flags: other flags of `vitcls inspect`, which `help` lists.
 
     Returns:
@@ -260,7 +260,7 @@ def inspect_tokens(model: str | Path, images: Any = (), **flags: Any) -> Any:
     for path in paths:
         if not isinstance(path, str | Path):
             raise ValueError(
-                f"`images` must be paths or URLs, but one is of type {type(path).__name__}. Save "
+                f"`images` must be paths, but one is of type {type(path).__name__}. Save "
                 "the images in files, or set `dataset` to a list of (image, label)"
             )
     return inspect_tokens(
@@ -275,7 +275,7 @@ def look(model: str | Path, image: Any, output: str | Path | None = None, **flag
 
     Args:
         model: a folder, a Hub id or any other checkpoint that `--model` accepts.
-        image: a path, a URL, encoded bytes, a PIL image, or an array or tensor of one image.
+        image: a path, encoded bytes, a PIL image, or an array or tensor of one image.
         output: image file for the sheet. Default: the sheet is only returned.
         flags: `image_size` and `resize`, as in `vitcls look`.
 

@@ -18,7 +18,7 @@ class InspectCommandOptions(InspectOptions):
     __doc__ = InspectOptions.__doc__
 
     paths: tyro.conf.Positional[tuple[str, ...]] = ()
-    """Image files, folders (including subfolders), or URLs."""
+    """Image files or folders (including subfolders)."""
 
 
 OPTIONS_CLASS = InspectCommandOptions

@@ -20,7 +20,7 @@ class LookCommandOptions(LookOptions):
     __doc__ = LookOptions.__doc__
 
     paths: tyro.conf.Positional[tuple[str, ...]] = ()
-    """Image files, folders (including subfolders), or URLs."""
+    """Image files or folders (including subfolders)."""
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("look.png")
     """Image file for the sheet, or a folder. For several photos, the name of each photo is appended
     to the file name."""

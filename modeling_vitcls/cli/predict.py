@@ -21,7 +21,7 @@ class PredictCommandOptions(PredictOptions):
     __doc__ = PredictOptions.__doc__
 
     paths: tyro.conf.Positional[tuple[str, ...]] = ()
-    """Image files, folders (including subfolders), or URLs."""
+    """Image files or folders (including subfolders)."""
 
 
 OPTIONS_CLASS = PredictCommandOptions

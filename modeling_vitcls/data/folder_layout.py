@@ -3,9 +3,8 @@
     photos/cat/1.jpg, photos/dog/2.jpg                  classes cat, dog; one split, "train"
     photos/cat/2024/may/1.jpg                           class cat: images may be at any depth in a class folder
     photos/train/cat/1.jpg, photos/Testing/cat/2.jpg    splits "train" and "test"
-    photos/training_set/cat/.., photos/test_set/cat/..  the same, because both folders contain the same classes
     photos/cat/train/1.jpg, photos/cat/test/2.jpg       the same: class folders that contain only split folders
-    photos/fold1/cat/1.jpg, photos/fold2/cat/2.jpg      an error: splits or classes?
+    photos/fold1/cat/1.jpg, photos/fold2/cat/2.jpg      an error: these look like splits (also seg_train, seg_test)
     photos/bus/1.jpg, photos/train/2.jpg                classes bus, train
     photos/1.jpg                                        no classes: only for predictions and pre-training
 
@@ -14,7 +13,7 @@ Files are not read, and their names are not interpreted.
 
 import re
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
@@ -29,8 +28,6 @@ SPLIT_BY_FOLDER_NAME = {
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }
 SPLIT_ORDER = ("train", "validation", "test")
-# A word in the name of a folder, such as Train in "TrainImages" and test in "test_set-2"
-WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
 DATE = re.compile(r"(19|20)\d\d([-_. ]?\d\d){0,2}")  # in names of folders that are no classes
 
 
@@ -74,13 +71,7 @@ def find_layout(
         if path:
             paths.setdefault(path[0], []).append(path)
 
-    # Names such as seg_train and test_set are also those of classes, unless the folders contain the
-    # same subfolders.
-    guessed = {name: split for name in paths if (split := guess_split(name))}
-    class_depth = find_class_depth([paths[name] for name in guessed])
-    splits = guessed
-    if not class_depth:
-        splits = {name: split for name, split in guessed.items() if is_split_name(name)}
+    splits = {name: split for name in paths if (split := SPLIT_BY_FOLDER_NAME.get(name.lower()))}
     is_divided = len(splits) == len(paths) > 0
     if metadata and not (is_divided and all("/" in file for file in metadata)):
         return Layout({})
@@ -91,71 +82,53 @@ def find_layout(
                 raise ValueError(
                     f"{root}: the folders {name!r} and {other!r} are the same split. Merge them"
                 )
-        return Layout(splits, class_depth=class_depth or 1)
+        return Layout(splits, class_depth=1)
 
-    subfolders_by_folder = {name: list_names(each, depth=1) for name, each in paths.items()}
+    nested = {name: each for name, each in paths.items() if list_names(each, depth=1)}
     for name in splits:
-        other = next(other for other in paths if other not in splits)
-        if subfolders_by_folder[name]:
+        if name in nested:
+            other = next(other for other in paths if other not in splits)
+            subfolders = format_name_list(sorted(list_names(nested[name], depth=1)))
             raise ValueError(
-                f"{root}: {name!r} has the name of a split and contains folders "
-                f"({format_name_list(sorted(subfolders_by_folder[name]))}), but {other!r} is not a "
-                f"split (train, validation, test). Move {other!r} elsewhere, or rename {name!r}"
+                f"{root}: {name!r} has the name of a split and contains folders ({subfolders}), "
+                f"but {other!r} is not a split (train, validation, test). Move {other!r} "
+                f"elsewhere, or rename {name!r}"
             )
 
-    subfolders = sorted(set().union(*subfolders_by_folder.values()))
-    inner = {name: SPLIT_BY_FOLDER_NAME.get(name.lower(), "") for name in subfolders}
+    inner = list_names(chain.from_iterable(paths.values()), depth=1)
+    inner_splits = {name: SPLIT_BY_FOLDER_NAME.get(name.lower(), "") for name in sorted(inner)}
     has_files = any(len(path) == 1 for path in chain.from_iterable(paths.values()))
-    if all(inner.values()) and len(set(inner.values())) > 1 and not has_files:
-        return Layout(inner, split_depth=1)
+    if all(inner_splits.values()) and len(set(inner_splits.values())) > 1 and not has_files:
+        return Layout(inner_splits, split_depth=1)
 
-    if use_labels and not has_files and find_class_depth(paths.values(), min_names=2):
+    if use_labels and (classes := find_shared_folders(nested.values())):
         raise ValueError(
-            f"{root}: the folders {format_name_list(sorted(paths))} contain the same "
-            f"folders ({format_name_list(subfolders)}), so these may be the classes. If so, rename "
-            "the outer folders to train, validation and test, or merge them; otherwise, move the "
-            "images out of the inner folders"
+            f"{root}: the folders {format_name_list(sorted(nested))} contain the same folders "
+            f"({format_name_list(classes)}), so they look like splits. Rename them to train, "
+            "validation and test, each with the folders of the classes; if they are the classes, "
+            "move their images out of the inner folders"
         )
     return Layout({})
 
 
-def is_split_name(name: str) -> bool:
-    """Return whether a folder has the name of a split, in any case."""
-    return name.lower() in SPLIT_BY_FOLDER_NAME
-
-
-def guess_split(name: str) -> str | None:
-    """Return the split that a word in the name of a folder names, as in `seg_train`, or None."""
-    words = [re.sub("(set|data|images)$", "", word.lower()) or word for word in WORD.findall(name)]
-    names = (name.lower(), *words)
-    splits = {SPLIT_BY_FOLDER_NAME[word] for word in names if word in SPLIT_BY_FOLDER_NAME}
-    return splits.pop() if len(splits) == 1 else None
-
-
-def list_names(paths: Collection[Sequence[str]], depth: int) -> set[str]:
+def list_names(paths: Iterable[Sequence[str]], depth: int) -> set[str]:
     """Return the names of folders at a depth of nested folders."""
     return {path[depth] for path in paths if len(path) > depth}
 
 
-def find_class_depth(paths: Collection[Collection[Sequence[str]]], min_names: int = 1) -> int:
-    """Return the depth at which several folders contain the same subfolders: 1, 2, or 0 if none.
+def find_shared_folders(paths: Collection[Collection[Sequence[str]]]) -> list[str]:
+    """Find the folders that several outer folders contain, given the nested folders of their images.
 
-    It is 2 if each of the folders contains a single subfolder: seg_train/seg_train/cat. Half of the
-    subfolders of each folder must be in another one, because a class may be missing in a split.
-    `paths` are the nested folders of the images in each folder.
+    They look like classes, and the outer folders like splits, if there are two or more of them, and
+    if they make up half of each outer folder, because a class may be missing in a split. If each
+    outer folder contains a single one (seg_train/seg_train/cat), the next level counts.
     """
-
-    def have_same_names(depth: int) -> bool:
-        names = [list_names(each, depth) for each in paths]
-        counts = Counter(chain.from_iterable(names))
-        shared = {name for name in counts if counts[name] > 1 and not DATE.fullmatch(name)}
-        return len(shared) >= min_names and all(
-            2 * len(each & shared) >= len(each) > 0 for each in names
-        )
-
-    have_one_folder = all(
-        len(list_names(each, depth=1)) == 1 and min(map(len, each)) > 1 for each in paths
-    )
-    if have_one_folder and have_same_names(depth=2):
-        return 2
-    return 1 if have_same_names(depth=1) else 0
+    depth = 2 if all(len(list_names(each, depth=1)) == 1 for each in paths) else 1
+    nested = [each for each in paths if list_names(each, depth)]
+    if any(len(path) == depth for path in chain.from_iterable(nested)):
+        return []
+    names = [list_names(each, depth) for each in nested]
+    counts = Counter(chain.from_iterable(names))
+    shared = {name for name in counts if counts[name] > 1 and not DATE.fullmatch(name)}
+    is_half = all(2 * len(each & shared) >= len(each) for each in names)
+    return sorted(shared) if is_half and len(shared) > 1 else []

@@ -25,7 +25,7 @@ from typing import Any
 
 from ..hub.model_files import CONFIG_FILES, RECIPE_FILE
 from ..runtime.messages import format_name_list
-from .folder_layout import SPLIT_ORDER, Layout, find_layout, is_split_name
+from .folder_layout import SPLIT_BY_FOLDER_NAME, SPLIT_ORDER, Layout, find_layout
 from .tables import read_table, wrap_table
 
 
@@ -325,11 +325,7 @@ def check_output_is_not_read(output_dir: Path, dataset: str) -> None:
 
 
 def note_unused_folders(folder: ImageFolder, layout: Layout) -> None:
-    """Add notes about folders that are read as splits because of their names, and about skipped ones."""
-    guessed = {name: split for name, split in layout.splits.items() if not is_split_name(name)}
-    if guessed:
-        splits = ", ".join(f"{name} is the split {split!r}" for name, split in guessed.items())
-        folder.notes.append(f"{folder.path}: {splits}")
+    """Add notes about skipped folders of training runs and of the system."""
     skipped = [name for name in folder.run_folders if layout.get_split(name.split("/"))]
     if skipped:
         folder.notes.append(f"WARNING: {folder.path}: {describe_skipped_runs(skipped)}")
@@ -353,7 +349,7 @@ def note_folders_without_images(folder: ImageFolder, layout: Layout) -> None:
         is_class = len(folders) == layout.class_depth + 1 and (
             layout.split_depth > 0 or layout.get_split(folders) is not None
         )
-        is_split = len(folders) == 1 and is_split_name(name)
+        is_split = name.lower() in SPLIT_BY_FOLDER_NAME
         if name in with_images or not (is_class or is_split):
             continue
         files = [

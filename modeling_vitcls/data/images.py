@@ -1,7 +1,7 @@
 """Sequences of images that are decoded on access, and a counter of unreadable images.
 
-    ArrayImages      images of the same size in memory (digits, MNIST)
-    DatasetImages    a column of a `datasets.Dataset`: encoded images, paths or URLs
+    ArrayImages      images of the same size in memory (digits)
+    DatasetImages    a column of a `datasets.Dataset`: encoded images or paths
 
 Both return PIL images and raise `UnreadableImage` for unreadable images. Three methods do not
 decode images:
@@ -14,6 +14,7 @@ decode images:
 import hashlib
 import io
 import os
+import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -31,7 +32,6 @@ from ..model.image_processing_vitcls import get_image_formats, read_image, short
 from ..runtime.errors import format_error
 from ..runtime.flags import expand_home
 from .labels import MultiHotLabels
-from .urls import fetch_if_url
 
 
 # Pillow warns about harmless properties of files, once per image and worker.
@@ -40,6 +40,7 @@ warnings.filterwarnings("ignore", module=r"PIL\.")
 # an image file larger than three parts is identified by its size, start, middle and end
 CONTENT_PART_BYTES = 16_384
 ROWS_PER_READ = 64  # number of dataset rows that are read from disk at once
+ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 
 
 class UnreadableImage(ValueError):
@@ -194,18 +195,6 @@ class DatasetImages(Sequence):
         for start in range(0, len(rows), ROWS_PER_READ):
             yield self.dataset[rows[start : start + ROWS_PER_READ]][self.column]
 
-    def iterate_paths(self) -> Iterator[str | None]:
-        """Yield the path or URL of each row that does not contain the image itself."""
-        import pyarrow
-        import pyarrow.compute
-
-        paths = self.arrow_values
-        if pyarrow.types.is_struct(paths.type):
-            is_path = pyarrow.compute.struct_field(paths, "bytes").is_null()
-            paths = pyarrow.compute.struct_field(paths, "path").filter(is_path)
-        for chunk in paths.chunks:
-            yield from chunk.to_pylist()
-
 
 def get_cache_file(name: str) -> Path:
     """Return the path of a file or folder in the cache of `datasets`."""
@@ -255,7 +244,7 @@ def open_encoded_image(encoded_image: dict[str, Any]) -> BinaryIO:
         return io.BytesIO(content)
     try:
         return open_regular_file(path)
-    except OSError:  # a URL, a file in an archive, a device, or a missing file
+    except OSError:  # an address, a file in an archive, a device, or a missing file
         return io.BytesIO(path.encode(errors="surrogateescape"))
 
 
@@ -294,6 +283,15 @@ def check_channels(image: Image.Image, pixels: torch.Tensor, num_channels: int |
         )
 
 
+def check_is_no_address(path: str) -> None:
+    """Refuse an address, because a table from others must cause no request from this network."""
+    if ADDRESS.match(path):
+        raise ValueError(
+            f"{shorten_text(path)} is an address, and images are read only from files. Download "
+            f"it: `curl -O {path}`"
+        )
+
+
 def to_encoded_image(value: Any, folder: Path) -> dict[str, Any]:
     """Convert an encoded image or a path to {"path": ..., "bytes": ...}.
 
@@ -309,7 +307,7 @@ def to_encoded_image(value: Any, folder: Path) -> dict[str, Any]:
 def resolve_path(folder: Path, path: str | None) -> str:
     """Join a path to a folder.
 
-    URLs and absolute paths are left unchanged. Return "" for a missing path.
+    Addresses and absolute paths are left unchanged. Return "" for a missing path.
     """
     if not path or "://" in path:
         return path or ""
@@ -319,7 +317,7 @@ def resolve_path(folder: Path, path: str | None) -> str:
 def get_relative_path(path: str, folder: Path) -> str:
     """Return the path of an image relative to the dataset folder.
 
-    URLs, empty paths, and relative paths outside of the folder, such as names in a table, are left
+    Addresses, empty paths, and relative paths outside of the folder, such as names in a table, are left
     unchanged.
     """
     prefix = f"{folder}/"
@@ -344,15 +342,15 @@ def decode_image(encoded_image: dict[str, Any], fallback_name: str) -> Image.Ima
     if content is None and not path:
         raise UnreadableImage(f"{fallback_name} has no image")
     try:
-        image = read_image(fetch_if_url(path) if content is None else content)
-    except Exception as error:  # Pillow's decoders raise many types of errors on damaged data
+        if content is None:
+            check_is_no_address(path)
+        image = read_image(path if content is None else content)
+    except ValueError as error:
         message = format_error(error)
         if content is not None:
             message = (
                 f"cannot read the image {shorten_text(path) if path else fallback_name}: {message}"
             )
-        elif not isinstance(error, ValueError):  # the messages of `read_image` contain the path
-            message = f"{shorten_text(path)}: {message}"
         raise UnreadableImage(message) from error
     image.filename = path or fallback_name  # type: ignore[union-attr, attr-defined]
     return image

@@ -15,8 +15,7 @@ class DataOptions(Options):
 
     dataset: str
     """`digits` (scikit-learn), a folder with a subfolder per class, a CSV, JSON Lines or Parquet
-    file, a folder written by `save_to_disk`, a folder with MNIST's idx files, or a dataset id on
-    the Hub."""
+    file, a folder written by `save_to_disk`, or a dataset id on the Hub."""
     image_column: str | None = None
     """Column with images or image paths. By default, the column is detected by type or name."""
     label_column: tuple[str, ...] | None = None
@@ -33,8 +32,6 @@ class DataOptions(Options):
     group_column: str | None = None
     """Column of a table with groups, such as patients: all images of a group are on one side of
     every split."""
-    allow_urls: bool = False
-    """Fetch images from the http(s) addresses in a table, but not from private networks."""
     held_out_fraction: float | None = None
     """Fraction of the images to hold out for evaluation if the dataset has no evaluation split.
     Default: 0.2, and 0 for a frozen model, which is measured by cross-validation.

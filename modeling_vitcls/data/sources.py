@@ -1,8 +1,7 @@
 """Load the splits of the dataset in `--dataset`.
 
     digits                1,797 handwritten digits of 8 x 8 pixels from scikit-learn, in memory
-    a folder of idx files MNIST, Fashion-MNIST and other datasets in this format, in memory
-    an image folder       a subfolder per class, or metadata.csv; read by image_folder.py, also in a .zip file
+    an image folder       a subfolder per class, or metadata.csv; read by image_folder.py
     CSV, JSON Lines       a file, or a folder with a file per split; read by tables.py
     Parquet, WebDataset   a file, or a folder with a file per split; read by the `datasets` library, offline
     saved with `datasets` a folder written by `save_to_disk`
@@ -13,12 +12,10 @@ A table may have a column of splits and one of groups (columns.py). Held-out ima
 splits.py. Streamed datasets are read in streaming.py.
 """
 
-import gzip
 import hashlib
 import os
 import re
-import struct
-import zlib
+import shlex
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -38,7 +35,7 @@ from ..runtime.messages import warn_on_first_process
 from .columns import divide_by_column, read_column, read_groups
 from .folder_layout import SPLIT_BY_FOLDER_NAME, SPLIT_ORDER
 from .image_folder import read_image_folder, scan_folder
-from .images import ArrayImages, DatasetImages, LabeledImages, get_cache_file
+from .images import ADDRESS, ArrayImages, DatasetImages, LabeledImages, get_cache_file
 from .in_memory import MEMORY_PREFIX, get_dataset
 from .labels import (
     UNLABELED,
@@ -50,8 +47,6 @@ from .labels import (
 )
 from .options import DataOptions
 from .tables import read_table
-from .urls import check_urls, is_url
-from .zip_files import is_zip_file, unpack_zip
 
 
 # files that the `datasets` library reads
@@ -69,16 +64,11 @@ REMEDIES = {
     ),
     ".txt": "Add a line with the names of the columns, such as file_name,label, and save it as .csv",
     ".xml": "Write the labels to a CSV file with the columns file_name and label",
-    ".gz": "Unpack it",
+    ".gz": "Unpack it: `gunzip FILE`",
+    ".zip": "Unpack it: `unzip FILE -d photos`, and set `dataset` to this folder",
 }
 
-IDX_SPLITS = {"train": "train", "t10k": "test"}
-IDX_CLASSES = {
-    "fashion-mnist": (
-        "T-shirt/top,Trouser,Pullover,Dress,Coat,Sandal,Shirt,Sneaker,Bag,Ankle boot".split(",")
-    ),
-}
-
+OTHER_REMEDY = "Set `dataset` to a folder of images, or to a CSV file"
 # of which one is in a folder written by `save_to_disk`
 SAVED_FILES = ("dataset_dict.json", "state.json")
 MAX_CHECKED_PATHS = 100  # of a table, of which one must be a file
@@ -116,8 +106,6 @@ def load_splits(
     """
     if is_built_in_dataset(options.dataset):
         splits = load_digits()
-    elif is_idx_folder(Path(options.dataset)):
-        splits = load_idx_folder(Path(options.dataset))
     else:
         return load_table(options, use_labels, select)
 
@@ -167,70 +155,6 @@ def load_digits() -> Splits:
     return Splits("digits", label_space, {"train": images}, ["train"])
 
 
-def is_idx_folder(folder: Path) -> bool:
-    """Return whether a folder contains images in the MNIST format."""
-    return any(find_idx_file(folder, split, "images-idx3") for split in IDX_SPLITS)
-
-
-def find_idx_file(folder: Path, split: str, kind: str) -> Path | None:
-    """Return the path of a plain or compressed file in the MNIST format, or None."""
-    files = (folder / f"{split}-{kind}-ubyte{suffix}" for suffix in ("", ".gz"))
-    return next((file for file in files if file.is_file()), None)
-
-
-def load_idx_folder(folder: Path) -> Splits:
-    """Load the splits of a folder in the MNIST format.
-
-    Raise ValueError if a label file is missing, or if a file is damaged.
-    """
-    images_by_split = {}
-    num_classes = 10
-
-    for prefix, name in IDX_SPLITS.items():
-        image_file, label_file = (
-            find_idx_file(folder, prefix, kind) for kind in ("images-idx3", "labels-idx1")
-        )
-        if image_file is None:
-            continue
-        if label_file is None:
-            raise ValueError(
-                f"{folder} has no file {prefix}-labels-idx1-ubyte. Download the files again"
-            )
-
-        images = read_idx(image_file, num_dimensions=3)
-        labels = read_idx(label_file, num_dimensions=1)
-        if len(images) != len(labels):
-            raise ValueError(
-                f"{image_file} has {len(images)} images, but {len(labels)} labels. Download both "
-                "files"
-            )
-        num_classes = max(num_classes, int(labels.max(initial=0)) + 1)
-        images_by_split[name] = LabeledImages(ArrayImages(images), labels.tolist())
-
-    name = folder.resolve().name
-    classes = IDX_CLASSES.get(name, [str(index) for index in range(num_classes)])
-    label_space = LabelSpace("single_label_classification", {"label": classes})
-    return Splits(name, label_space, images_by_split, list(images_by_split))
-
-
-def read_idx(file: Path, num_dimensions: int) -> np.ndarray:
-    """Read an idx file as [images, H, W] or [images] `uint8`.
-
-    The file contains two zero bytes, the type code 8 (`uint8`), the number of dimensions, the size
-    of each dimension, and the values.
-    """
-    try:
-        content = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
-        if content[:4] != bytes([0, 0, 8, num_dimensions]):
-            raise ValueError("the header of the file is not valid")
-        shape = struct.unpack_from(f">{num_dimensions}I", content, 4)
-        return np.frombuffer(content, np.uint8, offset=4 + 4 * num_dimensions).reshape(shape)
-    except (OSError, EOFError, ValueError, struct.error, zlib.error) as error:
-        raise ValueError(
-            f"cannot read {file} as a file in the MNIST format: {format_error(error)}"
-        ) from error
-
-
 # Tables and folders -------------------------------------------------------------------------------
 
 
@@ -242,9 +166,7 @@ def load_table(options: DataOptions, use_labels: bool, select: SplitSelector) ->
     features = next(iter(datasets.values())).features
     image_column = find_image_column(options, features)
     images_by_split = {
-        split: build_images(
-            dataset, image_column, opened.folder, options.dataset, options.allow_urls
-        )
+        split: build_images(dataset, image_column, opened.folder, options.dataset)
         for split, dataset in datasets.items()
     }
     if not use_labels:
@@ -317,24 +239,21 @@ class OpenedDataset:
 
 
 def open_dataset(options: DataOptions, use_labels: bool) -> OpenedDataset:
-    """Open a dataset that `datasets` represents: all but `digits` and MNIST's files.
+    """Open a dataset that `datasets` represents: all but `digits`.
 
     With `streaming`, rows of the Hub and of large files are not read yet. Raise ValueError if the
     dataset cannot be read, and OSError if it is found neither locally nor on the Hub.
     """
     path = Path(options.dataset)
     is_in_memory = options.dataset.startswith(MEMORY_PREFIX)
-    if options.streaming and (
-        is_in_memory or is_built_in_dataset(options.dataset) or is_idx_folder(path)
-    ):
+    if options.streaming and (is_in_memory or is_built_in_dataset(options.dataset)):
         raise ValueError(f"{options.dataset} is always loaded into memory. Remove `streaming=True`")
 
     if is_in_memory:
         return OpenedDataset(options.dataset, Path("/"), get_dataset(options.dataset))
     if path.exists():
-        root = unpack_zip(path) if is_zip_file(path) else path
-        splits = open_local_splits(root, options, use_labels)
-        return OpenedDataset(path.resolve().name, root if root.is_dir() else root.parent, splits)
+        splits = open_local_splits(path, options, use_labels)
+        return OpenedDataset(path.resolve().name, path if path.is_dir() else path.parent, splits)
     if path.suffix.lower() in DATASET_SUFFIXES:
         raise OSError(f"there is no file {options.dataset}. Check the path")
     if not is_hub_id(options.dataset):
@@ -360,7 +279,7 @@ def open_dataset(options: DataOptions, use_labels: bool) -> OpenedDataset:
 
 
 def open_local_splits(path: Path, options: DataOptions, use_labels: bool) -> Any:
-    """Return the splits of a file or folder on this machine, which may be an unpacked .zip file."""
+    """Return the splits of a file or folder on this machine."""
     import datasets
 
     if path.is_dir() and (folder := scan_folder(path)).is_image_folder:
@@ -368,12 +287,6 @@ def open_local_splits(path: Path, options: DataOptions, use_labels: bool) -> Any
         for note in folder.notes:
             warn_on_first_process(note)
         return image_splits
-    if path != Path(options.dataset):  # unpacked
-        raise ValueError(
-            f"{options.dataset} contains no image folder. Unpack it, and set `dataset` to what "
-            "contains the images and labels"
-        )
-
     suffix = path.suffix.lower()
     if path.is_file() and suffix in TEXT_TABLES:
         return {"train": read_table(path)}
@@ -384,10 +297,15 @@ def open_local_splits(path: Path, options: DataOptions, use_labels: bool) -> Any
     if path.is_dir() and (tables := find_text_tables(path)):
         parts = {split: [read_table(file) for file in files] for split, files in tables.items()}
         return {split: datasets.concatenate_datasets(part) for split, part in parts.items()}
+    if path.is_dir() and any(path.glob("*-ubyte*")):
+        raise ValueError(
+            f"{path} contains MNIST's idx files, which are not read. Set `dataset` to the same "
+            "images on the Hub, such as 'ylecun/mnist' or 'zalando-datasets/fashion_mnist'"
+        )
     if not path.is_dir() and suffix not in LIBRARY_READERS:
         raise ValueError(
             f"{path} is not a table that can be read. "
-            f"{REMEDIES.get(suffix, 'Set `dataset` to a folder of images, or to a CSV file')}"
+            f"{REMEDIES.get(suffix, OTHER_REMEDY).replace('FILE', shlex.quote(str(path)))}"
         )
     with explain_reading_errors(options.dataset):
         if options.streaming:
@@ -467,13 +385,11 @@ def explain_reading_errors(name: str) -> Iterator[None]:
         datasets.logging.set_verbosity(verbosity)
 
 
-def build_images(
-    dataset: Any, column: str, folder: Path, name: str, allow_urls: bool
-) -> DatasetImages:
+def build_images(dataset: Any, column: str, folder: Path, name: str) -> DatasetImages:
     """Return the images of one split.
 
     The column contains encoded images, or paths relative to `folder`. Raise ValueError if none of
-    the paths is a file, or if there are web addresses without `allow_urls`.
+    the paths is a file, or if some are addresses.
     """
     import datasets
 
@@ -485,13 +401,20 @@ def build_images(
     elif getattr(feature, "dtype", None) != "string":
         images = images.cast_column(column, datasets.Value("string"))  # numbers as file names
 
-    built = DatasetImages(images, folder, np.arange(len(images)))
-    check_urls(built.iterate_paths(), allow_urls, name)
     paths = [] if is_encoded else [path for path in images[:MAX_CHECKED_PATHS][column] if path]
-    if paths and not any(is_url(path) or os.path.exists(folder / path) for path in paths):  # noqa: PTH110
+    if any(map(ADDRESS.match, paths)):
+        raise ValueError(
+            f"{name}: the column {column!r} has addresses, and images are read only from files. "
+            "Download them with `img2dataset`, which writes a table of images and labels"
+        )
+    is_found = (
+        path.startswith("data:") or os.path.exists(folder / path)  # noqa: PTH110  # False for long names
+        for path in paths
+    )
+    if paths and not any(is_found):
         raise ValueError(
             f"{name}: the column {column!r} has no names of files in {folder}, such as "
             f"{paths[0]!r}. Set `image_column` to a column of file names, or write them with their "
             "folder and suffix"
         )
-    return built
+    return DatasetImages(images, folder, np.arange(len(images)))

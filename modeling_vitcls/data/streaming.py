@@ -50,7 +50,6 @@ from .sources import (
     describe_labels,
     open_dataset,
 )
-from .urls import check_urls
 
 
 MAX_HELD_OUT_IMAGES = 10_000  # maximum number of held-out images of a stream
@@ -82,7 +81,6 @@ class StreamedImages:
     reader: LabelReader | None  # None if labels are not read
     folder: Path
     shuffle_buffer_size: int
-    allow_urls: bool = False
     held_out_fraction: float = 0.0
     split_seed: int = 0
 
@@ -163,8 +161,6 @@ class StreamedImages:
         """
         for values in stream:
             encoded_image = to_encoded_image(values[self.image_column], self.folder)
-            if encoded_image["bytes"] is None:
-                check_urls([encoded_image["path"]], self.allow_urls, self.name)
             key = compute_encoded_content_key(encoded_image)
             (number,) = draw_numbers(np.array([key], np.uint64), self.split_seed)
             if (int(number) / 2**64 < self.held_out_fraction) == is_held_out:
@@ -236,7 +232,6 @@ def open_streams(options: DataOptions, use_labels: bool) -> Splits:
             reader=reader and reader.for_split(features_by_split[split]),
             folder=opened.folder,
             shuffle_buffer_size=options.shuffle_buffer,
-            allow_urls=options.allow_urls,
         )
     return Splits(opened.name, label_space, images_by_split, list(streams), facts)
 

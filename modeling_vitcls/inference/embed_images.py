@@ -16,7 +16,6 @@ import torch
 from PIL import Image
 
 from ..conversion.open_model import open_model
-from ..data.urls import check_urls
 from ..model.image_processing_vitcls import SOURCE_TYPES
 from .inputs import build_record
 from .load_model import choose_batch_size, load_model
@@ -51,7 +50,6 @@ class EmbedImages:
         device: device of the model. Default: CUDA if it is available.
         backend: engine as in `vitcls predict --backend`. "auto" is "torch" if the folder has
             weights.
-        allow_urls: whether to fetch images from http(s) addresses in the batches.
 
     Examples:
         >>> from datasets import load_dataset
@@ -72,13 +70,12 @@ class EmbedImages:
         resize: str | None = None,
         device: str | None = None,
         backend: str = "auto",
-        allow_urls: bool = False,
     ) -> None:
         self.model = str(model)
         self.features = tuple(features)
         self.image_column = image_column
         self.dtype, self.batch_size, self.resize, self.device = dtype, batch_size, resize, device
-        self.backend, self.allow_urls = backend, allow_urls
+        self.backend = backend
         self.predictor: Predictor | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -106,7 +103,6 @@ class EmbedImages:
                 f"the column {column} is one image, not a batch. Set `batched=True`, or pass a list"
             )
         records = [build_record(index, image, Path()) for index, image in enumerate(images)]
-        check_urls((record.content for record in records), self.allow_urls, f"the column {column}")
         rows = list(self.predictor.iterate_rows(iter(records)))
         columns: Any = self.predictor.columns
         outputs: dict[str, Any] = {name: values for name, values in batch.items() if name != column}

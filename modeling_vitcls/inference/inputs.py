@@ -2,8 +2,8 @@
 
 Inputs yield records: index, name and undecoded image.
 
-    PATHS, --list, digits, MNIST files    ListInput      complete list, known at the start
-    other datasets                        DatasetInput   random access with the `datasets` library
+    PATHS, --list, digits    ListInput      complete list, known at the start
+    other datasets           DatasetInput   random access with the `datasets` library
 
 They are read in ranges of indices. Several threads decode and preprocess images ahead of the
 forward pass.
@@ -20,7 +20,7 @@ import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -40,16 +40,14 @@ from ..data.image_folder import (
     make_printable,
     scan_folder,
 )
-from ..data.images import ArrayImages, DatasetImages, resolve_path
+from ..data.images import ArrayImages, DatasetImages, check_is_no_address, resolve_path
 from ..data.labels import find_image_column
 from ..data.options import DataOptions
 from ..data.sources import (
     build_images,
-    is_idx_folder,
     load_splits,
     open_dataset,
 )
-from ..data.urls import FetchError, check_urls, fetch_if_url
 from ..hub.local_paths import is_built_in_dataset
 from ..model.image_processing_vitcls import (
     SOURCE_TYPES,
@@ -71,9 +69,8 @@ class ImageRecord:
 
     index: int  # index in the input
     name: str
-    # path, URL, encoded bytes, or any other input of the image processor; None for a missing image
+    # path, data URI, encoded bytes, or any other input of the image processor; None: no image
     content: Any
-    is_by_hand: bool = False  # whether a person gave the URL, and not a table or a list
 
 
 # Lists --------------------------------------------------------------------------------------------
@@ -85,7 +82,6 @@ class ListInput:
 
     names: Sequence[str]
     contents: Sequence[Any]
-    is_by_hand: bool = True  # whether a person gave the URLs
 
     @property
     def num_images(self) -> int:
@@ -108,11 +104,11 @@ class ListInput:
     def read_records(self, indices: range) -> Iterator[ImageRecord]:
         """Yield the records in a range of indices."""
         for index in indices:
-            yield ImageRecord(index, self.names[index], self.contents[index], self.is_by_hand)
+            yield ImageRecord(index, self.names[index], self.contents[index])
 
 
 def build_list_input(paths: Iterable[str]) -> ListInput:
-    """Return an input with the given files and URLs, and the images in the given folders.
+    """Return an input with the given files, and the images in the given folders.
 
     Images in a folder are sorted by name. Other files, and folders of training runs, cause a
     warning. Raise ValueError if there are no images.
@@ -122,6 +118,7 @@ def build_list_input(paths: Iterable[str]) -> ListInput:
     other_files: list[str] = []
     run_folders: list[str] = []
     for path in paths:
+        check_is_no_address(path)
         if not os.path.isdir(path):  # noqa: PTH112  # False for names of any length
             files.append(path)
             continue
@@ -154,7 +151,7 @@ def build_list_input(paths: Iterable[str]) -> ListInput:
 
 
 def list_sources(images: Any) -> list[Any]:
-    """Return images of any kind as paths, URLs, data URIs, encoded images, PIL images and arrays.
+    """Return images of any kind as paths, data URIs, encoded images, PIL images and arrays.
 
     Args:
         images: one image, a file object, a batch [N, ...], or an iterable of these.
@@ -167,7 +164,7 @@ def list_sources(images: Any) -> list[Any]:
     if not is_single and not is_array and not hasattr(images, "read"):
         if isinstance(images, Mapping) or not isinstance(images, Iterable):
             raise ValueError(
-                f"`images` cannot be of type {type(images).__name__}. Pass a path, a URL, bytes, a file "
+                f"`images` cannot be of type {type(images).__name__}. Pass a path, bytes, a file "
                 "object, a PIL image, an array, a tensor, or a list of these"
             )
         images = list(images)
@@ -199,14 +196,14 @@ def read_path_list(file: Path) -> list[str]:
 
 
 def get_source_name(source: str) -> str:
-    """Return the name of an image: its path or URL, or the start of a data URI."""
+    """Return the name of an image: its path, or the start of a data URI."""
     return f"{source[:40]}..." if source.startswith(DATA_URI_PREFIX) else make_printable(source)
 
 
 def get_file_stat(path: str) -> list[int] | None:
     """Return the size in bytes and the modification time in nanoseconds of a file.
 
-    It is None for URLs and missing files. A file that is replaced by one of the same size and time
+    It is None for missing files. A file that is replaced by one of the same size and time
     is not noticed: the time of the change (ctime) would differ between the machines of an array
     job, to which images are copied with their time of modification.
     """
@@ -272,16 +269,14 @@ def open_input(options: PredictOptions) -> PredictionInput:
     read, and OSError if the list cannot be read or the dataset cannot be found.
     """
     if options.list is not None:
-        paths = read_path_list(options.list)
-        check_urls(paths, options.allow_urls, str(options.list))
-        return replace(build_list_input(paths), is_by_hand=False)
+        return build_list_input(read_path_list(options.list))
     if options.dataset is None:
         return build_list_input(options.paths)
 
     dataset = options.dataset
     data_options = DataOptions(dataset=dataset, image_column=options.image_column)
     path = Path(dataset)
-    if is_built_in_dataset(dataset) or is_idx_folder(path):
+    if is_built_in_dataset(dataset):
         images = select_split(
             load_splits(data_options, use_labels=False).images_by_split, options
         ).images
@@ -296,7 +291,7 @@ def open_input(options: PredictOptions) -> PredictionInput:
         settings["files"] = compute_files_digest(path)
     if not len(split):
         raise ValueError(f"the dataset {dataset} is empty. Add images")
-    images = build_images(split, column, opened.folder, dataset, options.allow_urls)
+    images = build_images(split, column, opened.folder, dataset)
     return DatasetInput(images, settings)
 
 
@@ -350,7 +345,7 @@ def prepare_images(
 
 
 def prepare_image(processor: ViTCLSImageProcessor, record: ImageRecord) -> PreparedImage:
-    """Read, decode and preprocess one image. Raise FetchError if the image cannot be fetched."""
+    """Read, decode and preprocess one image."""
     content = record.content
     if content is None:
         return PreparedImage(record, error=f"row {record.index} has no image")
@@ -358,10 +353,8 @@ def prepare_image(processor: ViTCLSImageProcessor, record: ImageRecord) -> Prepa
         if isinstance(content, str) and content.startswith(DATA_URI_PREFIX):
             content = decode_data_uri(content)
         elif isinstance(content, str):
-            content = fetch_if_url(content, record.is_by_hand)
+            check_is_no_address(content)
         pixels = processor(content, return_tensors="pt")["pixel_values"][0]  # [C, H, W]
-    except FetchError:
-        raise
     except (ValueError, OSError) as error:
         return PreparedImage(record, error=format_error(error))
     return PreparedImage(record, pixels)

@@ -77,15 +77,12 @@ class ImageOptions(Options):
     """Folder or Hub id of a vitcls model (`ID@COMMIT` pins the model), or another ViT, which is
     converted once (`timm:NAME`, `transformers:ID`, a folder, a Hub id, a file)."""
     paths: tuple[str, ...] = ()
-    """Image files, folders (including subfolders), or URLs."""
+    """Image files or folders (including subfolders)."""
     dataset: str | None = None
     """`digits` (scikit-learn), a folder with a subfolder per class, a CSV, JSON Lines or Parquet
-    file, a folder written by `save_to_disk`, a folder with MNIST's idx files, or a dataset id on
-    the Hub."""
+    file, a folder written by `save_to_disk`, or a dataset id on the Hub."""
     image_column: str | None = None
     """Column with images or image paths. By default, the column is detected by type or name."""
-    allow_urls: bool = False
-    """Fetch images from the http(s) addresses in a table or a list, but not from private networks."""
     batch_size: int | None = None
     """Maximum number of images per process and forward pass. To save memory, smaller batches are
     used if full attention maps are computed. Default: 32 on GPUs; on CPUs, as many images as have
@@ -101,7 +98,7 @@ class PredictOptions(ImageOptions, EngineOptions):
     """
 
     list: Path | None = None
-    """Text file with one image file, folder or URL per line."""
+    """Text file with one image file or folder per line."""
     split: str | None = None
     """Dataset split with the images. Default: the only split."""
     output: Path | None = None

@@ -80,7 +80,7 @@ class Predictor:
 def predict_from_options(options: PredictOptions, images: list[Any]) -> list[Row]:
     """Return the rows that `vitcls predict` would write, computed in this process.
 
-    `images` are paths, URLs, folders, encoded bytes, PIL images and arrays. If `images` is empty,
+    `images` are paths, folders, encoded bytes, PIL images and arrays. If `images` is empty,
     the options specify the input.
     """
     accelerator = build_accelerator(mixed_precision=options.mixed_precision)

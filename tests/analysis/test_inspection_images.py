@@ -54,12 +54,6 @@ def test_folder_names_are_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     here = open_paths(build_named_classifier(CLASSES), Path())
     assert (here.labels, here.source) == ([2, 2], "cat")
 
-    url = "https://host/photos/1.png"
-    remote = open_images(
-        InspectOptions(model="model", paths=(url,)), build_named_classifier(CLASSES)
-    )
-    assert (remote.names, remote.source) == ([url], url)
-
 
 def test_folder_names_are_labels_of_single_label_classifiers_only(tmp_path: Path) -> None:
     folder = write_photos(tmp_path, range(1), *CLASSES)

@@ -211,28 +211,6 @@ def test_links_are_followed_without_cycles(tmp_path: Path, monkeypatch: pytest.M
 # Folders as programs and people leave them --------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("train", "test"),
-    [
-        ("training_set", "test_set"),
-        ("TrainImages", "TestImages"),
-        ("chips-train", "chips-val"),
-        ("seg_train/seg_train", "seg_test/seg_test"),
-        ("train/images", "valid/images"),
-    ],
-)
-def test_folders_of_the_same_classes_are_splits_if_their_names_say_so(
-    tmp_path: Path, train: str, test: str
-) -> None:
-    for number, folder in enumerate((train, test, test)):
-        write_photos(tmp_path / folder, range(number, number + 1))
-    data = load(tmp_path)
-
-    assert data.label_space.names == ["cat", "dog"]
-    assert (len(data.train), len(data.held_out)) == (2, 4)
-    assert {name.split("/")[0] for name in data.held_out.images.get_names()} == {test.split("/")[0]}
-
-
 def test_class_folders_that_contain_split_folders_are_read(tmp_path: Path) -> None:
     write_class(tmp_path, "cat/train", 2)
     write_class(tmp_path, "cat/val", 1)
@@ -247,26 +225,27 @@ def test_class_folders_that_contain_split_folders_are_read(tmp_path: Path) -> No
     }
 
 
-@pytest.mark.parametrize("names", [("fold0", "fold1"), ("berlin", "paris", "rome")])
-def test_folders_of_the_same_classes_without_names_of_splits_are_errors(
-    tmp_path: Path, names: tuple[str, ...]
+@pytest.mark.parametrize(
+    ("names", "other"),
+    [
+        (("fold0", "fold1"), "photo.png"),
+        (("berlin", "paris", "rome"), "photo.png"),
+        (("test_set", "training_set"), "pred_set/1.png"),
+        (("seg_test/seg_test", "seg_train/seg_train"), "seg_pred/seg_pred/1.png"),
+    ],
+)
+def test_folders_of_the_same_classes_look_like_splits_and_are_an_error(
+    tmp_path: Path, names: tuple[str, ...], other: str
 ) -> None:
     for name in names:
         write_photos(tmp_path / name, range(1))
-    write_class(tmp_path, f"{names[0]}/only_here", 1)
+    write_images(tmp_path, other, f"{names[0]}/only_here/0.png")
 
-    with raises_one_line(", ".join(names), "cat, dog", "rename"):
+    with raises_one_line(
+        "cat, dog", "look like splits", "Rename them to train, validation and test"
+    ):
         read(tmp_path)
-    assert len(read(tmp_path, use_labels=False)["train"][""]) == 2 * len(names) + 1
-
-
-def test_a_split_beside_a_folder_that_is_none_is_an_error(tmp_path: Path) -> None:
-    for name in ("seg_train/seg_train", "seg_test/seg_test"):
-        write_photos(tmp_path / name, range(1))
-    write_class(tmp_path, "seg_pred", 2)
-
-    with raises_one_line("'seg_test' has the name of a split", "Move 'seg_pred' elsewhere"):
-        read(tmp_path)
+    assert len(read(tmp_path, use_labels=False)["train"][""]) == 2 * len(names) + 2
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,9 @@
 """Datasets: sources, columns, labels, held-out parts, unreadable images."""
 
-import gzip
 import io
 import struct
 import zlib
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -147,86 +145,10 @@ def test_the_digits_are_those_of_scikit_learn() -> None:
     assert set(data.held_out.labels) == set(range(10))
 
 
-def write_idx(file: Path, values: np.ndarray) -> None:
-    content = (
-        bytes([0, 0, 8, values.ndim])
-        + struct.pack(f">{values.ndim}I", *values.shape)
-        + values.tobytes()
-    )
-    file.write_bytes(gzip.compress(content) if file.suffix == ".gz" else content)
-
-
-def write_mnist(folder: Path, ending: str = "") -> np.ndarray:
-    """Write a folder in MNIST's format and return the training images."""
-    folder.mkdir(exist_ok=True)
-    images = np.random.default_rng(0).integers(0, 256, (12, 5, 7), dtype=np.uint8)
-    for split, count in (("train", 12), ("t10k", 4)):
-        write_idx(folder / f"{split}-images-idx3-ubyte{ending}", images[:count])
-        write_idx(
-            folder / f"{split}-labels-idx1-ubyte{ending}", np.arange(count, dtype=np.uint8) % 10
-        )
-    return images
-
-
-@pytest.mark.parametrize(
-    ("name", "ending", "first"), [("mine", "", "0"), ("fashion-mnist", ".gz", "T-shirt/top")]
-)
-def test_a_folder_in_the_format_of_mnist_keeps_its_test_split(
-    tmp_path: Path, name: str, ending: str, first: str
-) -> None:
-    images = write_mnist(tmp_path / name, ending)
-    data = read(tmp_path / name)
-
-    assert (data.name, data.held_out_name, len(data.train), len(data.held_out)) == (
-        name,
-        "split 'test'",
-        12,
-        4,
-    )
-    assert data.label_space.names[0] == first
-    assert len(data.label_space.names) == 10
-    assert list(data.train.labels) == [*range(10), 0, 1]
-    assert np.array_equal(np.asarray(data.train.images[11]), images[11])
-    assert data.train.images[0].size == (7, 5)
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda whole: whole[:40],
-        lambda whole: whole[:10] + bytes(20) + whole[30:],
-        lambda whole: b"not compressed",
-        lambda whole: gzip.compress(b"\0\0\x09\x03" + gzip.decompress(whole)[4:]),
-        lambda whole: gzip.compress(gzip.decompress(whole)[:-1]),
-        lambda whole: gzip.compress(b"\0\0\x08\x03"),
-    ],
-)
-def test_damaged_files_in_the_format_of_mnist_are_named(
-    damage: Callable[[bytes], bytes], tmp_path: Path
-) -> None:
-    write_mnist(tmp_path, ".gz")
-    file = tmp_path / "train-images-idx3-ubyte.gz"
-    file.write_bytes(damage(file.read_bytes()))
-    with raises_one_line(file.name):
+def test_idx_files_are_an_error_that_names_the_same_images_on_the_hub(tmp_path: Path) -> None:
+    (tmp_path / "train-images-idx3-ubyte.gz").touch()
+    with raises_one_line("MNIST's idx files", "`dataset`", "'ylecun/mnist'"):
         read(tmp_path)
-
-
-def test_the_largest_label_of_both_splits_sets_the_number_of_mnist_classes(tmp_path: Path) -> None:
-    write_mnist(tmp_path)
-    labels = tmp_path / "train-labels-idx1-ubyte"
-    write_idx(labels, np.arange(12, dtype=np.uint8))
-    assert len(load_splits(DataOptions(dataset=str(tmp_path))).label_space.names) == 12
-
-    unlabeled = load_splits(DataOptions(dataset=str(tmp_path)), use_labels=False)
-    assert unlabeled.images_by_split["train"].labels == [-100] * 12
-    assert unlabeled.label_space.columns == {}
-
-    write_idx(labels, np.arange(11, dtype=np.uint8))
-    with raises_one_line("train-images-idx3-ubyte", "12 images, but 11 labels"):
-        load_splits(DataOptions(dataset=str(tmp_path)))
-    labels.unlink()
-    with raises_one_line("no file train-labels-idx1-ubyte"):
-        load_splits(DataOptions(dataset=str(tmp_path)))
 
 
 # Labels -------------------------------------------------------------------------------------------
@@ -368,9 +290,8 @@ def test_images_can_be_read_without_labels(color_images: Path, tmp_path: Path) -
 def test_unusable_datasets_are_named(tmp_path: Path) -> None:
     with pytest.raises(OSError, match=r"there is no file .*absent\.csv\. Check the path"):
         read(tmp_path / "absent.csv")
-    write_mnist(tmp_path / "mnist")
     in_memory = add_dataset([(Image.new("L", (4, 4)), 0)])
-    for dataset in ("digits", tmp_path / "mnist", in_memory):
+    for dataset in ("digits", in_memory):
         with pytest.raises(
             ValueError, match=rf"{dataset} is always loaded into memory. Remove `streaming=True`"
         ):

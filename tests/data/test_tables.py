@@ -143,6 +143,12 @@ def test_a_split_without_labels_is_named(photos: Path, tmp_path: Path) -> None:
         read_labels(tmp_path)
 
 
+def test_addresses_in_a_table_are_an_error_that_names_a_program(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("image,label\nhttps://a.org/1.png,cat\n", encoding="utf-8")
+    with raises_one_line("the column 'image' has addresses", "`img2dataset`"):
+        read_labels(tmp_path / "t.csv")
+
+
 def test_a_column_without_names_of_files_is_an_error(tmp_path: Path) -> None:
     pd.DataFrame({"file": [1, 2], "label": ["a", "b"]}).to_csv(tmp_path / "t.csv", index=False)
     with raises_one_line("the column 'file' has no names of files", "such as '1'"):
@@ -237,7 +243,13 @@ def test_damaged_tables_are_named(content: str, words: list[str], photos: Path) 
 
 @pytest.mark.parametrize(
     ("name", "remedy"),
-    [("t.xlsx", "CSV UTF-8"), ("t.json", ".jsonl"), ("t.txt", "save it as .csv"), ("t", "folder")],
+    [
+        ("t.xlsx", "CSV UTF-8"),
+        ("t.json", ".jsonl"),
+        ("t.txt", "save it as .csv"),
+        ("t", "folder"),
+        ("my photos.zip", "my photos.zip' -d photos`"),
+    ],
 )
 def test_files_of_other_types_have_a_remedy(name: str, remedy: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text("{}", encoding="utf-8")

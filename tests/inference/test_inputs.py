@@ -2,12 +2,9 @@
 
 import json
 import os
-import threading
-from collections import Counter
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import datasets
 import pytest
@@ -16,16 +13,13 @@ from helpers.prediction_photos import sorted_photos
 from helpers.tiny_models import raises_one_line
 from PIL import Image
 
-from modeling_vitcls.data import image_folder, urls
+from modeling_vitcls.data import image_folder
 from modeling_vitcls.data.image_folder import compute_files_digest
 from modeling_vitcls.data.images import DatasetImages
-from modeling_vitcls.data.urls import FetchError
 from modeling_vitcls.inference import inputs
 from modeling_vitcls.inference.inputs import (
     DatasetInput,
-    ImageRecord,
     ListInput,
-    PreparedImage,
     build_record,
     open_input,
     prepare_image,
@@ -173,59 +167,15 @@ def test_values_of_a_column_are_paths_bytes_or_images(tmp_path: Path) -> None:
         assert (record.name, record.content) == (name, content)
 
 
-class FlakyServer(BaseHTTPRequestHandler):
-    """A web server whose first two answers to each path are temporary errors.
-
-    Only /photo.png exists.
-    """
-
-    num_requests: ClassVar[Counter[str]] = Counter()
-    statuses: ClassVar = {
-        "/photo.png": 200,
-        "/moved.png": 302,
-        "/slow.png": 408,
-        "/busy.png": 429,
-        "/down.png": 500,
-    }
-
-    def do_GET(self) -> None:
-        self.num_requests[self.path] += 1
-        self.send_response(
-            503 if self.num_requests[self.path] <= 2 else self.statuses.get(self.path, 400)
-        )
-        self.send_header("Location", "/photo.png")
-        self.end_headers()
-        self.wfile.write(b"encoded" if self.path == "/photo.png" else b"")
-
-    def log_message(self, *args: Any) -> None: ...
-
-
-def test_a_network_failure_is_retried_and_is_not_an_unreadable_image(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """An image that the server lacks is a row with an error. Other failures stop the prediction."""
-    monkeypatch.setattr(urls, "SECONDS_BEFORE_RETRY", 0.01)
-
-    def prepare(url: str) -> PreparedImage:
-        return prepare_image(
-            lambda content, return_tensors: {"pixel_values": [content]},
-            ImageRecord(0, "name", url, is_by_hand=True),
-        )
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), FlakyServer)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    address = f"http://127.0.0.1:{server.server_port}"
-    for url in (f"{address}/photo.png", f"{address}/moved.png"):
-        assert prepare(url).pixels == b"encoded"
-    assert "400" in (prepare(f"{address}/missing.png").error or "")
-    for name in ("slow.png", "busy.png", "down.png"):
-        with raises_one_line(f"{address}/{name}", error=FetchError):
-            prepare(f"{address}/{name}")
-    assert FlakyServer.num_requests["/down.png"] == 5
-    server.shutdown()
-    server.server_close()
-    with raises_one_line(f"{address}/photo.png", error=FetchError):
-        prepare(f"{address}/photo.png")
+def test_an_address_is_refused_before_any_request(tmp_path: Path) -> None:
+    address = "https://a.org/1.png"
+    file = tmp_path / "list.txt"
+    file.write_text(address, encoding="utf-8")
+    for options in ({"paths": (address,)}, {"list": file}):
+        with raises_one_line(f"`curl -O {address}`"):
+            open_input(PredictOptions(model="model", **options))  # type: ignore[arg-type]
+    (record,) = [build_record(0, address, tmp_path)]
+    assert f"`curl -O {address}`" in (prepare_image(None, record).error or "")  # type: ignore
 
 
 def test_datasets_that_cannot_be_used_are_named(tmp_path: Path) -> None:
