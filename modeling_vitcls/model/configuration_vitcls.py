@@ -25,11 +25,12 @@ import dataclasses
 import difflib
 import importlib
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import textwrap
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar, Literal
 
-from huggingface_hub.dataclasses import strict
+from huggingface_hub.dataclasses import as_validated_field, strict
 from huggingface_hub.errors import StrictDataclassError
 from transformers.activations import ACT2FN
 from transformers.backbone_utils import BackboneConfigMixin
@@ -102,8 +103,9 @@ TRANSFORMERS_KEYWORDS = frozenset(
     "gradient_checkpointing per_layer_config tie_last_hidden_states".split()
 )
 
+TokenGroup = Literal["cls", "distillation", "registers"]  # special tokens
 # Group of special tokens -> field with the number of tokens.
-COUNT_FIELDS = {
+COUNT_FIELDS: dict[TokenGroup, str] = {
     "cls": "num_cls_tokens",
     "distillation": "num_distillation_tokens",
     "registers": "num_register_tokens",
@@ -134,33 +136,91 @@ REMOVED_FIELDS: dict[str, Any] = {
 # Attention implementations that config.json may name. Others may be kernels of any repository.
 STORED_ATTENTIONS = ("sdpa", "eager", "flex_attention")
 
-# Field -> smallest and largest value. The upper limits only reject typos that would exhaust the
-# memory.
-SIZE_LIMITS: dict[str, tuple[int, int]] = {
-    **dict.fromkeys(COUNT_FIELDS.values(), (0, 100_000)),
-    "num_channels": (1, 100_000),
-    "num_hidden_layers": (1, 10_000),
-    "hidden_size": (1, 1_000_000),
-    "num_attention_heads": (1, 1_000_000),
-    "intermediate_size": (1, 1_000_000),
-    "head_hidden_size": (1, 1_000_000),
-    "attention_head_size": (1, 1_000_000),
-    "attention_pool_heads": (1, 1_000_000),
-    "attention_pool_intermediate_size": (1, 1_000_000),
-}
 # Fields that are saved even with default values.
-ALWAYS_SAVED_FIELDS = {"image_size", "patch_size", "pooling", *SIZE_LIMITS}
+ALWAYS_SAVED_FIELDS = (
+    *("image_size", "patch_size", "num_channels", "pooling", *COUNT_FIELDS.values()),
+    *("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"),
+)
 MAX_LABELS = 1_000_000  # maximum number of labels of one classifier
 MAX_PATCHES = 2**22  # maximum number of patches of an image
 MAX_PATCH_SIDE = 4096  # maximum height and width of a patch, in pixels
 
-PROBLEM_TYPES = (None, "single_label_classification", "multi_label_classification", "regression")
-
-EXTRA_HEAD_POOLINGS = ("cls", "mean", "cls_mean", "max")
 # Names that an extra head cannot have, because exported graphs have outputs with these names.
 RESERVED_OUTPUT_NAMES = ("logits", "cls_logits", "distillation_logits", "cls_attention")
 
 
+# Bounds of fields ---------------------------------------------------------------------------------
+def bounded(is_valid: Callable[[Any], bool], requirement: str) -> Callable[..., Any]:
+    """Build a kind of field whose values are None or meet a requirement, such as "positive"."""
+
+    def check(value: Any) -> None:
+        if value is not None and not is_valid(value):
+            raise ValueError(f"must be {requirement}, but it is {value}")
+
+    return as_validated_field(check)
+
+
+def between(minimum: int, maximum: int) -> Callable[..., Any]:
+    """Build a kind of field with values from `minimum` to `maximum`."""
+    return bounded(
+        lambda value: minimum <= value <= maximum, f"between {minimum:,} and {maximum:,}"
+    )
+
+
+def extent(maximum: int) -> Callable[..., Any]:
+    """Build a kind of field with one number for both axes, or [height, width]."""
+    return bounded(
+        lambda value: (
+            (isinstance(value, int) or len(value) == 2)
+            and 1 <= min(to_pair(value)) <= max(to_pair(value)) <= maximum
+        ),
+        f"1 to {maximum:,}, or [height, width]",
+    )
+
+
+# The upper limits only reject typos that would exhaust the memory.
+token_count = between(0, 100_000)
+channel_count = between(1, 100_000)
+layer_count = between(1, 10_000)
+width = between(1, 1_000_000)
+probability = between(0, 1)
+rate = bounded(lambda value: 0 <= value < 1, "at least 0 and below 1")
+positive = bounded(lambda value: 0 < value < math.inf, "a finite positive number")
+finite = bounded(math.isfinite, "finite or None")
+activation = bounded(ACT2FN.__contains__, 'an activation of transformers, such as "gelu"')
+
+
+@contextmanager
+def raise_one_line_errors(owner: str = "") -> Iterator[None]:
+    """Raise one-line `ValueError`s instead of the multi-line errors that `strict` raises.
+
+    The message of a bound begins with its `owner`; a wrong type is reported with the field anyway.
+    """
+    try:
+        yield
+    except (StrictDataclassError, TypeError) as error:
+        reason: BaseException = error
+        while reason.__cause__ is not None:  # the innermost error names the item of a list
+            reason = reason.__cause__
+        prefix = owner if isinstance(reason, ValueError) else ""
+        raise ValueError(prefix + textwrap.shorten(str(reason), 600, placeholder=" ...")) from None
+
+
+def shorten_errors(strict_class: Any) -> Any:
+    """Make a strict class raise one-line errors that name the field."""
+    set_field = strict_class.__setattr__
+
+    def set_field_or_name_it(self: Any, name: str, value: Any) -> None:
+        with raise_one_line_errors(f"`{name}` "):
+            set_field(self, name, value)
+
+    strict_class.__setattr__ = set_field_or_name_it
+    for name in ("__init__", "validate"):
+        setattr(strict_class, name, raise_one_line_errors()(getattr(strict_class, name)))
+    return strict_class
+
+
+# Parts --------------------------------------------------------------------------------------------
 @dataclasses.dataclass(frozen=True)
 class TokenLayout:
     """Slices of the token groups, in sequence order.
@@ -202,7 +262,12 @@ class TokenLayout:
         )
 
 
-@dataclasses.dataclass(frozen=True)
+ExtraPooling = Literal["cls", "mean", "cls_mean", "max"]
+
+
+@shorten_errors
+@strict
+@dataclasses.dataclass
 class ExtraHead:
     """An entry of `ViTCLSConfig.extra_heads`, with default values.
 
@@ -219,30 +284,55 @@ class ExtraHead:
     """
 
     labels: list[str]
-    pooling: str | list[str] = "cls"
+    pooling: ExtraPooling | list[ExtraPooling] = "cls"
     pooled_layers: list[int] | None = None
-    problem_type: str = "single_label_classification"
-    temperature: float = 1.0
-    threshold: float | None = None
+    problem_type: Literal["single_label_classification", "multi_label_classification"] = (
+        "single_label_classification"
+    )
+    temperature: float | int = positive(default=1.0)
+    threshold: float | int | None = probability(default=None)
     adds_classes: bool = False
 
+    def validate_pooling(self) -> None:
+        """Check that each layer has a pooling."""
+        if len(self.layer_poolings) != len(self.pooled_layers or [-1]):
+            raise ValueError("`pooling` must be one, or one for each of `pooled_layers`")
+
+    def validate_added_classes(self) -> None:
+        """Check that added classes have no settings of their own: they share one softmax."""
+        has_own_settings = (
+            self.problem_type == "multi_label_classification" or self.temperature != 1
+        )
+        if self.adds_classes and has_own_settings:
+            raise ValueError("`adds_classes` requires the default `problem_type` and `temperature`")
+
     @property
-    def layer_poolings(self) -> list[str]:
+    def layer_poolings(self) -> list[ExtraPooling]:
         """Return the pooling of each layer."""
-        if isinstance(self.pooling, str):
-            return [self.pooling] * len(self.pooled_layers or [-1])
-        return self.pooling
+        if isinstance(self.pooling, list):
+            return self.pooling
+        return [self.pooling] * len(self.pooled_layers or [-1])
 
 
-@contextmanager
-def raise_one_line_errors() -> Iterator[None]:
-    """Raise a one-line `ValueError` instead of the multi-line errors that `strict` raises."""
+@shorten_errors
+@strict
+@dataclasses.dataclass
+class StoredStatistics:
+    """The value of `ViTCLSConfig.class_statistics`: which tokens have means and covariances."""
+
+    tokens: list[list[int | str]]  # pairs of a layer and a kind
+    num_classes: int = between(1, MAX_LABELS)()
+
+
+def build_part(part_class: Any, owner: str, fields: dict[str, Any]) -> Any:
+    """Build a part of a configuration from its fields. The message of an error names the owner."""
     try:
-        yield
-    except (StrictDataclassError, TypeError) as error:
-        raise ValueError(" ".join(str(error.__cause__ or error).split())) from None
+        return part_class(**fields)
+    except ValueError as error:
+        raise ValueError(f"{owner}: {error}") from None
 
 
+@shorten_errors
 @strict
 class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
     r"""Configuration of a Vision Transformer with CLS, distillation and register tokens.
@@ -468,14 +558,21 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
         "layernorm": "keep_full_weight",
     }
 
+    # Fields of transformers, whose types `strict` checks only if they stand in this file
+    id2label: dict[int, str] | dict[str, str] | None = None
+    label2id: dict[str, int] | None = None
+    problem_type: (
+        Literal["regression", "single_label_classification", "multi_label_classification"] | None
+    ) = None
+
     # Main options
-    num_cls_tokens: int = 1
-    num_distillation_tokens: int = 0
-    num_register_tokens: int = 0
+    num_cls_tokens: int = token_count(default=1)
+    num_distillation_tokens: int = token_count(default=0)
+    num_register_tokens: int = token_count(default=0)
     use_mask_token: bool = False
     token_init: Literal["trunc_normal", "near_zero", "zeros"] = "trunc_normal"
-    cls_scopes: list[str | list[int]] | None = None
-    gated_tokens: dict[str, int] | None = None
+    cls_scopes: list[Literal["image"] | list[int]] | None = None
+    gated_tokens: dict[TokenGroup, int] | None = None
     register_neurons: list[list[int]] | None = None
     tasks: dict[str, int | list[str]] | None = None
     pooling: Literal["cls", "mean", "cls_mean", "max", "attention"] = "cls"
@@ -483,18 +580,18 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
     pooled_cls_tokens: list[int] | None = None
     pooled_layers: list[int] | None = None
     head_type: Literal["linear", "mlp"] = "linear"
-    head_hidden_size: int | None = None
+    head_hidden_size: int | None = width(default=None)
     distillation_head: bool | None = None
     distillation_inference: Literal["mean", "cls", "distillation"] = "mean"
     compute_all_tokens: bool = False
     extra_heads: dict[str, dict[str, Any]] | None = None
-    image_size: int | list[int] | tuple[int, int] = 224
-    patch_size: int | list[int] | tuple[int, int] = 16
-    num_channels: int = 3
-    hidden_size: int = 768
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 12
-    intermediate_size: int = 3072
+    image_size: int | list[int] | tuple[int, int] = extent(1_000_000)(default=224)
+    patch_size: int | list[int] | tuple[int, int] = extent(MAX_PATCH_SIDE)(default=16)
+    num_channels: int = channel_count(default=3)
+    hidden_size: int = width(default=768)
+    num_hidden_layers: int = layer_count(default=12)
+    num_attention_heads: int = width(default=12)
+    intermediate_size: int = width(default=3072)
     position_embedding_type: Literal[
         "learned",
         "sincos_2d",
@@ -507,15 +604,15 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
     attention_type: Literal["softmax", "differential"] = "softmax"
     qk_norm: bool = False
     mlp_type: Literal["mlp", "glu", "swiglu"] = "mlp"
-    hidden_act: str = "gelu"
-    layer_scale_init_value: float | int | None = None
-    initializer_range: float | int = 0.02
-    hidden_dropout_prob: float | int = 0.0
-    attention_probs_dropout_prob: float | int = 0.0
-    drop_path_rate: float | int = 0.0
-    temperature: float | int = 1.0
+    hidden_act: str = activation(default="gelu")
+    layer_scale_init_value: float | int | None = finite(default=None)
+    initializer_range: float | int = positive(default=0.02)
+    hidden_dropout_prob: float | int = rate(default=0.0)
+    attention_probs_dropout_prob: float | int = rate(default=0.0)
+    drop_path_rate: float | int = rate(default=0.0)
+    temperature: float | int = positive(default=1.0)
     class_statistics: dict[str, Any] | None = None
-    distance_threshold: float | None = None
+    distance_threshold: float | None = finite(default=None)
     mim_loss: Literal["l1", "l2"] = "l1"
     norm_pixel_target: bool = False
     _out_features: list[str] | None = None
@@ -528,17 +625,17 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
     position_interpolation: Literal["bicubic", "bilinear", "crop"] = "bicubic"
     position_antialias: bool = False
     position_offset: float | int = 0.0
-    rope_theta: float | int = 100.0
+    rope_theta: float | int = positive(default=100.0)
     rope_periods: list[float] | None = None
     rope_coordinates: Literal["centered", "grid"] = "centered"
-    rope_reference_grid: list[int] | tuple[int, int] | None = None
+    rope_reference_grid: list[int] | tuple[int, int] | None = extent(1_000_000)(default=None)
     rope_grid_offset: float | int = 0.0
     rope_axes: Literal["yx", "xy"] = "yx"
     relative_position_bias: Literal["none", "layer", "shared"] = "none"
-    attention_head_size: int | None = None
+    attention_head_size: int | None = width(default=None)
     layer_type: Literal["standard", "post", "parallel"] = "standard"
     norm_type: Literal["layernorm", "rmsnorm"] = "layernorm"
-    layer_norm_eps: float = 1e-6
+    layer_norm_eps: float = positive(default=1e-6)
     patch_norm: bool = False
     pre_norm: bool = False
     attention_norm: bool = False
@@ -552,10 +649,10 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
     projection_bias: bool = True
     mlp_bias: bool = True
     pooled_norm: bool = False
-    pooled_activation: str | None = None
+    pooled_activation: str | None = activation(default=None)
     attention_pool_tokens: Literal["patches", "all"] = "patches"
-    attention_pool_heads: int | None = None
-    attention_pool_intermediate_size: int | None = None
+    attention_pool_heads: int | None = width(default=None)
+    attention_pool_intermediate_size: int | None = width(default=None)
     attention_pool_mlp: bool = True
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -564,7 +661,6 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
             if name not in known_names and not name.startswith("_"):
                 raise ValueError(f"Unknown field {name!r}{_format_suggestion(name, known_names)}")
 
-        self.validate_sizes()  # checked before lists of these sizes are built
         self.auto_map = kwargs.pop("auto_map", None) or self.build_auto_map()
         # AutoModelForImageClassification selects one of two classes by `architectures`, which must
         # not be None.
@@ -621,8 +717,8 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
         labels = config_dict.get("id2label")
         num_stored_labels = isinstance(labels, dict) and len(labels)
         if "id2label" in overrides or kwargs.get("num_labels") not in (None, num_stored_labels):
-            # stored labels do not apply to the new classifier
-            config_dict |= {"id2label": None, "label2id": None}
+            # stored labels and class statistics do not apply to the new classifier
+            config_dict |= dict.fromkeys(("id2label", "label2id", "class_statistics"))
 
         if overrides.get("num_hidden_layers") not in (None, config_dict.get("num_hidden_layers")):
             # stored stages do not apply to the new layers
@@ -874,45 +970,31 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
             raise ValueError(f"task {name}: the model has no such added task. {choice}")
         head = tasks[name]
 
-        config = copy.deepcopy(self)
-        config.tasks = None
-        config.architectures = None
-        config.compute_all_tokens = self.compute_all_tokens or not self.num_labels
-        config.extra_heads = {
-            name: {
-                "labels": head.labels,
-                "pooling": head.pooling,
-                "pooled_layers": head.pooled_layers,
-                "adds_classes": True,
-            }
+        # an extra head without another classifier beside it has the same bits
+        own_head = {
+            "labels": head.labels,
+            "pooling": head.pooling,
+            "pooled_layers": head.pooled_layers,
+            "adds_classes": True,
         }
-        config.id2label = dict(enumerate(head.labels))
-        config.label2id = {label: index for index, label in enumerate(head.labels)}
-        config.problem_type = head.problem_type  # type: ignore[assignment]
-        config.temperature = head.temperature
-        config.class_statistics = None
-        config.distance_threshold = None
+        changes = {
+            "tasks": None,
+            "architectures": None,
+            "compute_all_tokens": self.compute_all_tokens or not self.num_labels,
+            "extra_heads": {name: own_head},
+            "id2label": dict(enumerate(head.labels)),
+            "label2id": {label: index for index, label in enumerate(head.labels)},
+            "problem_type": head.problem_type,
+            "temperature": head.temperature,
+            "class_statistics": None,
+            "distance_threshold": None,
+        }
+        config = copy.deepcopy(self)
+        for field, value in changes.items():
+            setattr(config, field, value)
         return config
 
-    # Size checks, which the other checks require --------------------------------------------------
-    def validate_architecture(self) -> None:
-        """Check sizes before transformers' own check, which uses `head_dim`.
-
-        Checks run in alphabetical order.
-        """
-        self.validate_sizes()
-        super().validate_architecture()
-
-    def validate_sizes(self) -> None:
-        """Check that every count and size is within its limits."""
-        for name, (minimum, maximum) in SIZE_LIMITS.items():
-            value = getattr(self, name)
-            if value is not None and not minimum <= value <= maximum:
-                raise ValueError(
-                    f"`{name}` must be between {minimum} and {maximum:,}, but it is {value}."
-                )
-
-    # Checks of the main options -------------------------------------------------------------------
+    # Checks of fields that depend on one another --------------------------------------------------
     def validate_token_init(self) -> None:
         """Check that special tokens cannot remain identical during training."""
         has_learned_positions = self.position_embedding_type.startswith("learned")
@@ -943,7 +1025,7 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
         for scope in scopes or ():
             if scope == "image":
                 continue
-            if isinstance(scope, str) or len(scope) != 4:
+            if len(scope) != 4:
                 raise ValueError(
                     f'`cls_scopes`: {scope!r} must be "image" or [rows, columns, row, column].'
                 )
@@ -957,10 +1039,6 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
     def validate_gates(self) -> None:
         """Check that gated tokens exist."""
         for group, num_gated in (self.gated_tokens or {}).items():
-            if group not in COUNT_FIELDS:
-                raise ValueError(
-                    f"`gated_tokens`: unknown group {group!r}. Use {', '.join(COUNT_FIELDS)}."
-                )
             num_tokens = getattr(self, COUNT_FIELDS[group])
             if not 0 < num_gated <= num_tokens:
                 raise ValueError(
@@ -1010,10 +1088,9 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
                     f"`tasks` does not support the name {name!r}. Use letters, digits and "
                     "underscores."
                 )
-            num_labels = labels if isinstance(labels, int) else len(set(labels))
-            has_duplicates = isinstance(labels, list) and len(labels) != num_labels
-            if not 1 <= num_labels <= MAX_LABELS or has_duplicates:
-                raise ValueError(f"`tasks`: {name!r} requires 1 to {MAX_LABELS:,} distinct labels.")
+            self._check_label_names(
+                f"`tasks`: {name!r}", range(labels) if isinstance(labels, int) else labels
+            )
 
     def validate_pooling(self) -> None:
         """Check that the pooled CLS tokens exist."""
@@ -1063,7 +1140,7 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
             )
 
     def validate_extra_heads(self) -> None:
-        """Check the names and the fields of the extra heads."""
+        """Check the names of the extra heads, and that the model has the tokens that they read."""
         for name, fields in (self.extra_heads or {}).items():
             owner = f"`extra_heads`: {name!r}"
             if not name.isidentifier() or name in (*RESERVED_OUTPUT_NAMES, *(self.tasks or ())):
@@ -1071,12 +1148,15 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
                     f"{owner} is not a free name. Use another one, of letters, digits and "
                     "underscores."
                 )
-            known_names = [field.name for field in dataclasses.fields(ExtraHead)]
-            for field_name in fields:
-                if field_name not in known_names:
-                    suggestion = _format_suggestion(field_name, known_names)
-                    raise ValueError(f"{owner} has an unknown field {field_name!r}{suggestion}")
-            self._check_extra_head(owner, fields)
+
+            head: ExtraHead = build_part(ExtraHead, owner, fields)
+            is_binary = head.problem_type == "multi_label_classification" or head.adds_classes
+            self._check_label_names(owner, head.labels, min_labels=1 if is_binary else 2)
+            self._check_layers(f"{owner}: `pooled_layers`", head.pooled_layers)
+            if any("cls" in pooling for pooling in head.layer_poolings) and not self.num_cls_tokens:
+                raise ValueError(
+                    f'{owner} requires a CLS token, but the model has none. Set `pooling="mean"`.'
+                )
 
         added_labels = [label for labels in self.get_added_classes().values() for label in labels]
         id2label: dict[Any, str] = dict(self.id2label or {})
@@ -1088,92 +1168,31 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
                 f"`id2label`, which are {last_labels[:3]}. Append them to id2label."
             )
 
-    def _check_extra_head(self, owner: str, fields: dict[str, Any]) -> None:
-        """Check the values of an extra head. Messages start with its `owner`."""
-        labels = fields.get("labels")
-        if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
-            raise ValueError(
-                f'{owner} requires `labels`, a list of names. Set `labels=["rain", "sun"]`.'
-            )
-
-        head = ExtraHead(**fields)
-        is_multi_label = head.problem_type == "multi_label_classification"
-        if not is_multi_label and head.problem_type != "single_label_classification":
-            raise ValueError(
-                f"{owner} supports the problem types {', '.join(PROBLEM_TYPES[1:3])}. Set one of "
-                "them."
-            )
-
-        num_labels = len(set(labels))
-        min_labels = 1 if is_multi_label or head.adds_classes else 2
-        if num_labels != len(labels) or not min_labels <= num_labels <= MAX_LABELS:
+    def _check_label_names(self, owner: str, labels: Sequence[Any], min_labels: int = 1) -> None:
+        """Check the number of label names, and that none repeats."""
+        if not min_labels <= len(labels) <= MAX_LABELS or len(set(labels)) != len(labels):
             raise ValueError(f"{owner} requires {min_labels} to {MAX_LABELS:,} distinct labels.")
-        if head.adds_classes and (is_multi_label or head.temperature != 1):
-            raise ValueError(
-                f"{owner} adds classes, which share `temperature` and `problem_type` with the "
-                "others."
-            )
-
-        are_layers = isinstance(head.pooled_layers, list) and all(
-            type(layer) is int for layer in head.pooled_layers
-        )
-        if head.pooled_layers is not None and not are_layers:
-            raise ValueError(
-                f"{owner} requires `pooled_layers`, a list of numbers. Set `pooled_layers=[-1]`."
-            )
-
-        if any(pooling not in EXTRA_HEAD_POOLINGS for pooling in head.layer_poolings):
-            raise ValueError(
-                f"{owner} supports the poolings {', '.join(EXTRA_HEAD_POOLINGS)}. Set one of them."
-            )
-        if any("cls" in pooling for pooling in head.layer_poolings) and not self.num_cls_tokens:
-            raise ValueError(
-                f'{owner} requires a CLS token, but the model has none. Set `pooling="mean"`.'
-            )
-        if len(head.layer_poolings) != len(head.pooled_layers or [-1]):
-            raise ValueError(f"{owner} requires one pooling, or one for each of `pooled_layers`.")
-        self._check_layers(f"{owner}: `pooled_layers`", head.pooled_layers)
-
-        if not _is_number(head.temperature) or not head.temperature > 0:
-            raise ValueError(
-                f"{owner}: `temperature` must be a positive number, but it is {head.temperature}."
-            )
-
-        if head.threshold is None:
-            return
-        if not _is_number(head.threshold) or (is_multi_label and not 0 < head.threshold < 1):
-            raise ValueError(
-                f"{owner}: `threshold` must be a probability between 0 and 1, but it is "
-                f"{head.threshold}."
-            )
-
-    def validate_problem_type(self) -> None:
-        """Check that a loss exists for `problem_type`."""
-        if self.problem_type not in PROBLEM_TYPES:
-            raise ValueError(
-                f"Unknown problem_type {self.problem_type!r}. Use {', '.join(PROBLEM_TYPES[1:])}."
-            )
 
     def _check_labels(self, num_labels: Any) -> None:
         """Check `num_labels`, `id2label` and `label2id` before transformers builds label names."""
-        for name, example in (("id2label", '{"0": "cat"}'), ("label2id", '{"cat": 0}')):
-            value = getattr(self, name)
-            if value is not None and not isinstance(value, dict):
-                raise ValueError(f"`{name}` is {value!r}. Write it as an object such as {example}.")
         if self.id2label is not None:
-            for label in self.id2label.values():
-                if not isinstance(label, str):
-                    raise ValueError(
-                        f"`id2label` has the label {label!r}, which is not a string. Write it in "
-                        "quotes."
-                    )
             expected_ids = set(map(str, range(len(self.id2label))))
             if set(map(str, self.id2label)) != expected_ids:
                 raise ValueError(
                     f"`id2label` has the ids {list(self.id2label)}. Number the labels from 0 "
                     "without gaps."
                 )
-            self._check_label_ids()
+
+            # The names that transformers generates are not a contradiction: they remain if a
+            # person sets only `id2label`. Labels may repeat.
+            labels = {str(index): label for index, label in self.id2label.items()}
+            for label, index in (self.label2id or {}).items():
+                if label not in (labels.get(str(index)), f"LABEL_{index}"):
+                    raise ValueError(
+                        f"`label2id` maps {label!r} to {index}, but `id2label` maps {index} to "
+                        f"{labels.get(str(index))!r}. Correct one of them, or remove `label2id`."
+                    )
+
         if num_labels is not None and not (
             type(num_labels) is int and 0 <= num_labels <= MAX_LABELS
         ):
@@ -1191,34 +1210,8 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
                 "Omit `num_labels`."
             )
 
-    def _check_label_ids(self) -> None:
-        """Check that `label2id` does not contradict `id2label`; labels may repeat.
-
-        The names that transformers generates are not a contradiction: they remain if a person sets
-        only `id2label`.
-        """
-        labels = {str(index): label for index, label in (self.id2label or {}).items()}
-        for label, index in (self.label2id or {}).items():
-            if label not in (labels.get(str(index)), f"LABEL_{index}"):
-                raise ValueError(
-                    f"`label2id` maps {label!r} to {index}, but `id2label` maps {index} to "
-                    f"{labels.get(str(index))!r}. Correct one of them, or remove `label2id`."
-                )
-
     def validate_image(self) -> None:
-        """Check that sizes are positive, and that patches divide the image."""
-        for name in ("image_size", "patch_size"):
-            value = getattr(self, name)
-            if (not isinstance(value, int) and len(value) != 2) or min(to_pair(value)) < 1:
-                raise ValueError(
-                    f"`{name}` must be a positive number of pixels or [height, width], but it is "
-                    f"{value}."
-                )
-
-        if max(self.patch_height_width) > MAX_PATCH_SIDE:
-            raise ValueError(
-                f"`patch_size` must be at most {MAX_PATCH_SIDE:,}, but it is {self.patch_size}."
-            )
+        """Check that patches divide the image, and that they are not too many."""
         if math.prod(self.grid_size) > MAX_PATCHES:
             raise ValueError(
                 f"`image_size` {self.image_size} makes {math.prod(self.grid_size):,} patches of "
@@ -1231,13 +1224,10 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
         )
         for axis, size, patch_size in axes:
             if size % patch_size:
-                rounded_down = size // patch_size * patch_size
-                multiples = f"{patch_size}"
-                if rounded_down:
-                    multiples = f"{rounded_down} or {rounded_down + patch_size}"
+                multiple = max(size // patch_size, 1) * patch_size
                 raise ValueError(
                     f"`image_size`: {axis} {size} is not a multiple of the patch {axis} "
-                    f"{patch_size}. Use {multiples}."
+                    f"{patch_size}. Use {multiple} or {multiple + patch_size}."
                 )
 
     def validate_attention(self) -> None:
@@ -1260,72 +1250,39 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
                 f"{self.hidden_size}."
             )
 
-        if self.attention_type == "differential" and self.relative_position_bias != "none":
-            raise ValueError(
-                '`attention_type="differential"` requires `relative_position_bias="none"`.'
-            )
         if self.attention_type == "differential" and (
-            self.head_dim % 2 or self.has_rotary_positions
+            self.head_dim % 2 or self.has_rotary_positions or self.relative_position_bias != "none"
         ):
             raise ValueError(
-                '`attention_type="differential"` requires an even head size and no rotary '
-                f"positions, but the head size is {self.head_dim} and position_embedding_type is "
-                f'"{self.position_embedding_type}".'
+                '`attention_type="differential"` requires an even head size, no rotary positions '
+                f'and `relative_position_bias="none"`, but the head size is {self.head_dim}, '
+                f'position_embedding_type is "{self.position_embedding_type}" and '
+                f'relative_position_bias is "{self.relative_position_bias}".'
             )
-
-    def validate_activations(self) -> None:
-        """Check that the activations exist in transformers."""
-        for name in ("hidden_act", "pooled_activation"):
-            value = getattr(self, name)
-            if value is not None and value not in ACT2FN:
-                raise ValueError(f"Unknown {name} {value!r}{_format_suggestion(value, ACT2FN)}")
-
-    def validate_numbers(self) -> None:
-        """Check that rates are in [0, 1), and other numbers finite and, if required, positive."""
-        for name in (
-            "hidden_dropout_prob",
-            "attention_probs_dropout_prob",
-            "drop_path_rate",
-        ):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(
-                    f"`{name}` must be at least 0 and below 1, but it is {getattr(self, name)}."
-                )
-
-        for name in ("layer_scale_init_value", "distance_threshold"):
-            if not math.isfinite(getattr(self, name) or 0):
-                raise ValueError(f"`{name}` must be finite or None, not {getattr(self, name)}.")
-
-        for name in ("initializer_range", "rope_theta", "layer_norm_eps", "temperature"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(
-                    f"`{name}` must be a finite positive number, but it is {getattr(self, name)}."
-                )
 
     def validate_class_statistics(self) -> None:
-        """Check the tokens of the class statistics."""
+        """Check the tokens and the number of classes of the class statistics."""
         if self.class_statistics is None:
             return
-        statistics = self.class_statistics
-        is_known = set(statistics) == {"tokens", "num_classes"} and all(
-            -self.num_hidden_layers <= layer < 0 and kind in ("cls", "mean")
-            for layer, kind in statistics.get("tokens", ())
-        )
-        if not is_known:
+        statistics = build_part(StoredStatistics, "`class_statistics`", self.class_statistics)
+        known_tokens = [
+            [layer, kind] for layer in range(-self.num_hidden_layers, 0) for kind in ("cls", "mean")
+        ]
+        if not statistics.tokens or any(token not in known_tokens for token in statistics.tokens):
             raise ValueError(
-                "`class_statistics` requires `tokens` (pairs of a negative layer and 'cls' or "
-                f"'mean') and `num_classes`, but it is {statistics}."
+                f"`class_statistics`: `tokens` must be pairs of a layer from "
+                f'-{self.num_hidden_layers} to -1 and "cls" or "mean", such as [[-1, "cls"]], but '
+                f"it is {statistics.tokens}."
+            )
+        if statistics.num_classes != self.num_labels:
+            raise ValueError(
+                f"`class_statistics` has num_classes={statistics.num_classes}, but the model has "
+                f"{self.num_labels} labels. Set `class_statistics=None`."
             )
 
     # Checks of the options for converted checkpoints ----------------------------------------------
-    def validate_rope_reference_grid(self) -> None:
-        """Check the reference grid and the periods of rotary positions."""
-        grid = self.rope_reference_grid
-        if grid is not None and (len(grid) != 2 or min(grid) < 1):
-            raise ValueError(
-                "`rope_reference_grid` must be two positive numbers [rows, columns], but it is "
-                f"{grid}."
-            )
+    def validate_rope_periods(self) -> None:
+        """Check the number and the values of rotary periods."""
         periods = self.rope_periods
         num_periods = self.head_dim // 4
         if periods is not None and (
@@ -1372,17 +1329,10 @@ def to_pair(value: int | Sequence[int]) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else (value[0], value[1])
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
 def _format_suggestion(name: str, known_names: Iterable[str], cutoff: float = 0.6) -> str:
     matches = difflib.get_close_matches(name, known_names, n=1, cutoff=cutoff)
     return f": did you mean {matches[0]}?" if matches else ""
 
-
-for _name in ("__init__", "__setattr__", "validate"):
-    setattr(ViTCLSConfig, _name, raise_one_line_errors()(getattr(ViTCLSConfig, _name)))
 
 ViTCLSConfig.register_for_auto_class()
 

@@ -170,12 +170,15 @@ class ExtraHeads(nn.ModuleDict):
 
     Attributes:
         layers: indices, from 1, of the layers that the heads read.
+        added_classes: names of the heads whose logits are further classes of the classifier.
     """
 
     def __init__(self, config: ViTCLSConfig) -> None:
         super().__init__()
         self.config = config
+        # here and not in `forward`, because torch.compile does not trace the checks of `ExtraHead`
         heads = config.get_extra_heads()
+        self.added_classes = list(config.get_added_classes())
         self.pooled_layers = {
             name: config.resolve_layers(head.pooled_layers) for name, head in heads.items()
         }
@@ -195,6 +198,7 @@ class ExtraHeads(nn.ModuleDict):
         """Remove a head, also from the configuration."""
         heads = dict(self.config.extra_heads or {})
         del heads[name], self.poolers[name], self[f"task_{name}"]
+        self.added_classes = [each for each in self.added_classes if each != name]
         self.config.extra_heads = heads or None
 
     def forward(

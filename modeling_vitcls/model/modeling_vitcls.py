@@ -610,7 +610,7 @@ class ViTCLSForImageClassification(ViTCLSPreTrainedModel):
             cls_logits = None  # would duplicate `logits` in the graph
 
         task_logits = self.extra_heads(outputs.layer_tokens, outputs.compute_all_tokens)
-        added_logits = [task_logits.pop(name) for name in self.config.get_added_classes()]
+        added_logits = [task_logits.pop(name) for name in self.extra_heads.added_classes]
         if added_logits:
             # a larger product would change the bits of the others
             own_logits = [] if isinstance(self.classifier, nn.Identity) else [logits]

@@ -369,6 +369,9 @@ def append_head(
     if id2label is not None:
         config.id2label = id2label
         config.label2id = {label: index for index, label in id2label.items()}
+        config.class_statistics = (
+            None  # of the old classes; those of all classes are set afterwards
+        )
     config.extra_heads = {**(config.extra_heads or {}), name: head.fields}
     extended = rebuild(model, config)
     linear = extended.extra_heads[f"task_{name}"]
