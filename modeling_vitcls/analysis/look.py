@@ -19,7 +19,7 @@ from ..hub.local_paths import get_title
 from ..inference.inputs import build_list_input
 from ..inference.load_model import load_model
 from ..model.configuration_vitcls import to_pair
-from ..model.image_processing_vitcls import check_float_levels, image_to_tensor, read_image
+from ..model.image_processing_vitcls import image_to_tensor, read_image
 from ..runtime.files import write_atomically, write_json
 from .options import LookOptions
 from .photo import build_json_record, measure_photo
@@ -43,7 +43,6 @@ def draw_photo(options: LookOptions, image: Any) -> Image.Image:
     elif isinstance(image, Image.Image):
         photo = image
     else:
-        check_float_levels([image])
         pixels = image_to_tensor(image, to_rgb=True, bit_depth=processor.bit_depth)
         photo = to_pil_image(pixels)
     name = Path(image).name if is_source and not isinstance(image, bytes) else ""

@@ -17,7 +17,7 @@ same data.
 import hashlib
 import io
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -25,10 +25,7 @@ from PIL import Image
 from torchvision.transforms.v2.functional import to_pil_image
 
 from ..model.image_processing_vitcls import (
-    MAX_OF_FRACTIONS,
-    MIN_OF_LEVELS,
     image_to_tensor,
-    is_float_array,
 )
 from .tables import build_column, wrap_table
 
@@ -97,7 +94,6 @@ def convert_split(data: Any) -> Any:
         raise ValueError(
             "the dataset in memory has no images. Pass at least one (image, label) pair"
         )
-    encode_floats(rows)
     names = find_class_names(data)
     columns = {"image": pyarrow.array([row["image"] for row in rows])}
     for column in dict.fromkeys(column for row in rows for column in row if column != "image"):
@@ -142,33 +138,12 @@ def convert_pair(pair: Any, index: int) -> dict[str, Any]:
     return {"image": encode_image(image, index), **labels}
 
 
-def encode_floats(rows: Sequence[dict[str, Any]]) -> None:
-    """Encode the arrays and tensors of floats, whose range their largest value determines.
-
-    Raise ValueError if they are neither from 0 to 1 nor from 0 to 255.
-    """
-    indices = [index for index, row in enumerate(rows) if is_float_array(row["image"])]
-    maximum = max((float(rows[index]["image"].max()) for index in indices), default=0.0)
-    if MAX_OF_FRACTIONS < maximum < MIN_OF_LEVELS:
-        raise ValueError(
-            f"the largest float of the images in memory is {maximum:g}, so they are neither from 0 "
-            "to 1 nor from 0 to 255. Pass one of these, or integers"
-        )
-    for index in indices:
-        pixels = torch.as_tensor(rows[index]["image"])
-        if maximum <= MAX_OF_FRACTIONS and pixels.min() > -1:  # resampling overshoots
-            pixels = pixels.clamp(0, 1) * 255
-        rows[index]["image"] = encode_image(pixels, index, has_floats=True)
-
-
-def encode_image(image: Any, index: int, has_floats: bool = False) -> Any:
+def encode_image(image: Any, index: int) -> Any:
     """Return an image as {"path": ..., "bytes": ...}.
 
     Images in memory are encoded as PNG, which is lossless. Arrays and tensors are [H, W], [H, W, C]
-    or [C, H, W]; floats are returned unchanged, unless `has_floats` is set (see `encode_floats`).
+    or [C, H, W], of integers or of floats from 0 to 1.
     """
-    if is_float_array(image) and not has_floats:
-        return image
     if isinstance(image, str | os.PathLike):
         return {"path": os.fspath(image), "bytes": None}
     if isinstance(image, bytes):

@@ -72,11 +72,6 @@ RESAMPLING_FILTERS = tuple(map(PILImageResampling, range(4)))  # nearest, Lanczo
 # torchvision and timm.
 CROP_ROUNDINGS: dict[str, Callable[[float], int]] = {"down": math.floor, "even": round}
 
-# Largest values of floats that are taken for values from 0 to 1 (bicubic resizing overshoots), and
-# smallest ones that are taken for values from 0 to 255
-MAX_OF_FRACTIONS = 2.0
-MIN_OF_LEVELS = 16.0
-
 REPORTED_BIT_DEPTHS: set[int] = set()  # numbers of bits that a warning has named
 
 GRAY_MODES = frozenset({"1", "L", "LA", "I", "I;16", "I;16L", "I;16B", "I;16N"})
@@ -160,12 +155,14 @@ class ViTCLSBaseImageProcessor(BaseImageProcessor):
         pixels = image_to_tensor(
             image, bool(do_convert_rgb), do_rescale, input_data_format, self.bit_depth
         )
-        if kwargs.get("do_normalize") and not do_rescale:
-            check_fractions(pixels, kwargs.get("image_mean"))
         if kwargs.get("do_normalize"):
-            check_channels(
-                len(pixels), **{name: kwargs.get(name) for name in ("image_mean", "image_std")}
-            )
+            statistics = {name: kwargs.get(name) for name in ("image_mean", "image_std")}
+            check_channels(len(pixels), **statistics)
+            if not do_rescale and pixels.dtype is torch.uint8 and np.max(kwargs["image_mean"]) <= 1:
+                raise ValueError(
+                    "do_rescale=False requires floats from 0 to 1, but this image has integers: "
+                    "set do_rescale=True, or divide the values by 255"
+                )
         return super().process_image(
             pixels, do_convert_rgb=False, input_data_format=ChannelDimension.FIRST, **kwargs
         )
@@ -180,14 +177,6 @@ class ViTCLSBaseImageProcessor(BaseImageProcessor):
             return super().center_crop(image, size, **kwargs)
         top, left = map(CROP_ROUNDINGS[self.crop_rounding], margins)
         return image[..., top : top + size.height, left : left + size.width]
-
-    def _prepare_image_like_inputs(self, images: Any, *args: Any, **kwargs: Any) -> list[Any]:
-        """Return the converted images; the range of all floats of a batch is checked at once."""
-        images = self._prepare_images_structure(images)
-        if kwargs.get("do_rescale"):
-            check_float_levels(images)
-        prepared: list[Any] = super()._prepare_image_like_inputs(images, *args, **kwargs)
-        return prepared
 
     def _prepare_images_structure(self, images: Any, expected_ndims: int = 3) -> list[Any]:
         """Return a flat list of images.
@@ -245,10 +234,9 @@ class ViTCLSImageProcessor(ViTCLSBaseImageProcessor, TorchvisionBackend):  # typ
           first frame is used.
         - Bit depth: 1-bit values become 0 and 255. 16-bit values (PIL `I;16`, `I`; `uint16`) are
           divided by 257, not clipped; files of cameras and microscopes that use 10 to 14 of the 16
-          bits require `bit_depth`. Other arrays must contain values from 0 to 255, or floats from 0
-          to 1 if `do_rescale=False`. Floats that are in the other range are an error, for which the
-          largest value of all floats of a batch counts: up to 2, the range is 0 to 1. PIL's float
-          mode `F` has no defined range and raises an error.
+          bits require `bit_depth`. Other integers must be from 0 to 255, and floats from 0 to 1:
+          they are the same image, with and without `do_rescale`. PIL's float mode `F` has no
+          defined range and raises an error.
         - Channels, `do_convert_rgb=True`: All modes are converted to RGB. Transparent images are
           composited on white.
         - Channels, `do_convert_rgb=False`: Gray images are composited on white and have 1 channel.
@@ -279,8 +267,8 @@ class ViTCLSImageProcessor(ViTCLSBaseImageProcessor, TorchvisionBackend):  # typ
             override this setting.
         bit_depth (`int`, defaults to 16): Number of bits that 16-bit images use, from 9 to 16. Calls
             cannot override this setting.
-        do_rescale (`bool`, defaults to `True`): Whether to multiply by `rescale_factor` (False for
-            floats in [0, 1]).
+        do_rescale (`bool`, defaults to `True`): Whether to multiply by `rescale_factor`. Floats are
+            rounded to 256 levels first; with False, they are not.
         rescale_factor (`float`, defaults to 1/255): Factor by which pixel values are multiplied.
         do_normalize (`bool`, defaults to `True`): Whether to subtract `image_mean` and divide by
             `image_std`.
@@ -340,7 +328,6 @@ class ViTCLSImageProcessor(ViTCLSBaseImageProcessor, TorchvisionBackend):  # typ
 
     def _fast_preprocess(self, images: list[Any]) -> BatchFeature:
         """Return the output of `preprocess` for validated settings that the fast path supports."""
-        check_float_levels(images)
         tensors = [self._load_image(image) for image in images]
         check_same_shape(tensors)
         return BatchFeature(data={"pixel_values": normalize_batch(self, tensors)})
@@ -384,12 +371,11 @@ def read_image(source: ImageSource) -> PIL.Image.Image:
             source.
     """
     content: bytes | bytearray | None = None
-    path: str | os.PathLike[str] = ""
+    path: Any = source
     if isinstance(source, bytes | bytearray):
         content = source
         source_name = f"{len(source)} bytes"
     else:
-        path = source
         source_name = shorten_text(os.fspath(source))
         if str(source).startswith(URL_PREFIXES):
             content = read_url(str(source), source_name)
@@ -507,7 +493,7 @@ def pil_to_array(image: PIL.Image.Image) -> np.ndarray:
     """Return the values of a PIL image: [H, W], [H, W, 3], or [H, W, 4] with transparency."""
     if image.mode == "F":
         raise ValueError(
-            "mode F has no fixed range: convert to mode L, or pass an array with do_rescale=False"
+            "mode F has no fixed range: convert to mode L, or pass an array of floats from 0 to 1"
         )
     if image.mode.startswith("I"):
         values = np.asarray(image)
@@ -547,8 +533,8 @@ def to_uint8(
 ) -> Tensor:
     """Convert pixels [C, H, W] of any type to `uint8` from 0 to 255.
 
-    Floats without rescaling become `float32`. The conversion is necessary, because the results of
-    the two backends are almost equal only for `uint8` images. `check_float_levels` checks floats.
+    Floats are from 0 to 1; without rescaling, they become `float32`. The conversion is necessary,
+    because the results of the two backends are almost equal only for `uint8` images.
     """
     if pixels.dtype is torch.uint8:
         return pixels
@@ -556,16 +542,18 @@ def to_uint8(
         return pixels.to(torch.uint8) * 255
     if pixels.dtype is torch.uint16:
         return uint16_to_uint8(pixels.to(torch.int32), bit_depth, name)
-    if pixels.is_floating_point() and not do_rescale:
-        return pixels.float()
 
+    is_float = pixels.is_floating_point()
     minimum, maximum = (bound.item() for bound in torch.aminmax(pixels.double()))
-    if not (minimum >= 0 and maximum <= 255):
+    if not (minimum >= 0 and maximum <= (1 if is_float else 255)):
         raise ValueError(
-            f"the values of this image are between {minimum:g} and {maximum:g}: pass values from 0 "
-            "to 255, 16-bit values as uint16, or floats with do_rescale=False"
+            f"the values of this image are between {minimum:g} and {maximum:g}, but floats must be "
+            "from 0 to 1 and integers from 0 to 255: clip floats, or divide them by the largest "
+            "possible value, and pass 16-bit values as uint16"
         )
-    return pixels.round().to(torch.uint8) if pixels.is_floating_point() else pixels.to(torch.uint8)
+    if is_float and not do_rescale:
+        return pixels.float()
+    return (pixels.float() * 255).round().to(torch.uint8) if is_float else pixels.to(torch.uint8)
 
 
 def uint16_to_uint8(pixels: Tensor, bit_depth: int, name: str) -> Tensor:
@@ -588,47 +576,6 @@ def uint16_to_uint8(pixels: Tensor, bit_depth: int, name: str) -> Tensor:
         )
     rounded: Tensor = (2 * 255 * pixels + white) // (2 * white)
     return rounded.to(torch.uint8)
-
-
-def check_float_levels(images: Sequence[Any]) -> None:
-    """Raise ValueError if the floats of a batch are not from 0 to 255, but from 0 to 1, or unclear.
-
-    The largest value of all images counts, because a single dark image may have only small values.
-    """
-    floats = [image for image in images if is_float_array(image)]
-    maximum = max((float(image.max()) for image in floats), default=0.0)
-    if 0 < maximum <= MAX_OF_FRACTIONS:
-        raise ValueError(
-            f"the floats of these images are already rescaled (the maximum value is {maximum:g}): "
-            "multiply them by 255 to get values from 0 to 255, or call the image processor with "
-            "do_rescale=False"
-        )
-    if MAX_OF_FRACTIONS < maximum < MIN_OF_LEVELS:
-        raise ValueError(
-            f"the maximum value of the floats of these images is {maximum:g}, so they are neither "
-            "from 0 to 1 nor from 0 to 255: pass one of these, or integers"
-        )
-
-
-def is_float_array(image: Any) -> bool:
-    """Return whether an image is an array or a tensor of floats, with at least one value."""
-    if isinstance(image, Tensor):
-        return image.is_floating_point() and image.numel() > 0
-    return isinstance(image, np.ndarray) and image.dtype.kind == "f" and image.size > 0
-
-
-def check_fractions(pixels: Tensor, image_mean: float | Sequence[float] | None) -> None:
-    """Raise ValueError if pixels that are normalized without rescaling are from 0 to 255.
-
-    They may be if `image_mean` is, too.
-    """
-    means = image_mean if isinstance(image_mean, list | tuple) else [image_mean or 0.0]
-    maximum = pixels.max().item()
-    if maximum >= MIN_OF_LEVELS and max(means) <= MAX_OF_FRACTIONS:
-        raise ValueError(
-            f"do_rescale=False requires values from 0 to 1, but the maximum value is {maximum:g}: "
-            "set do_rescale=True, or divide the values by 255"
-        )
 
 
 def convert_to_rgb(pixels: Tensor) -> Tensor:
@@ -655,11 +602,8 @@ def composite_on_white(pixels: Tensor) -> Tensor:
 def check_setting_names(keywords: dict[str, Any] | ImagesKwargs) -> None:
     """Raise ValueError for misspelled settings; transformers handles other unknown keywords."""
     settings = ImagesKwargs.__annotations__
-    for keyword in keywords:
-        if keyword in settings:
-            continue
-        matches = difflib.get_close_matches(keyword, settings, n=1, cutoff=0.85)
-        if matches:
+    for keyword in keywords.keys() - settings.keys():
+        if matches := difflib.get_close_matches(keyword, settings, n=1, cutoff=0.85):
             raise ValueError(f"unknown setting {keyword!r}: did you mean {matches[0]!r}?")
 
 

@@ -156,14 +156,13 @@ def test_gray_arrays_and_numbers_as_labels_are_read() -> None:
     ("pixels", "expected"),
     [
         (torch.tensor([[0.0, 1.0], [0.2, 0.4]]), [[0, 255], [51, 102]]),  # from 0 to 1
-        (torch.tensor([[0.0, 255.0], [51.0, 2.0]]), [[0, 255], [51, 2]]),  # from 0 to 255
         (
             torch.tensor([[0, 1], [1, 0]], dtype=torch.uint8),
             [[0, 1], [1, 0]],
         ),  # integers are never scaled
     ],
 )
-def test_pixels_are_scaled_only_from_floats_between_0_and_1(
+def test_floats_are_scaled_and_integers_are_not(
     pixels: torch.Tensor, expected: list[list[int]]
 ) -> None:
     splits = load_splits(DataOptions(dataset=add_dataset([(pixels, 0), (pixels.numpy(), 0)])))
@@ -171,18 +170,9 @@ def test_pixels_are_scaled_only_from_floats_between_0_and_1(
         assert np.array(image).tolist() == expected
 
 
-def test_the_range_of_floats_is_that_of_the_whole_dataset() -> None:
-    dark, bright = np.array([[-0.02, 0.2], [1.0, 1.0]]), np.full((2, 2), 1.02)
-    pairs = [(np.full((2, 2), 0.0), 0), (dark, 1), (torch.tensor(bright), 1)]
-    images = load_splits(DataOptions(dataset=add_dataset(pairs))).images_by_split["train"].images
-    assert np.array(images[1]).tolist() == [[0, 51], [255, 255]]
-    assert np.array(images[2]).tolist() == [[255, 255], [255, 255]]
-
-    pairs = [(np.array([[0.0, 1.0]]), 0), (np.full((2, 2), 200.0), 1)]
-    images = load_splits(DataOptions(dataset=add_dataset(pairs))).images_by_split["train"].images
-    assert np.array(images[0]).tolist() == [[0, 1]]
-    with raises_one_line("the largest float of the images in memory is 5"):
-        add_dataset([(np.full((2, 2), 5.0), 0)])
+def test_floats_that_are_not_from_0_to_1_are_errors() -> None:
+    with raises_one_line("item 1", "floats must be from 0 to 1"):
+        add_dataset([(np.full((2, 2), 0.5), 0), (np.full((2, 2), 1.02), 0)])
 
 
 @pytest.mark.parametrize(

@@ -70,7 +70,7 @@ def build_example_images() -> dict[str, Any]:
         },
         "16 bits": PIL.Image.fromarray(values[..., 0].astype(np.uint16) * 257),
         "array": values,
-        "array of floats": values.astype(np.float32),
+        "array of floats": values.astype(np.float32) / 255,
         "array of whole numbers": values.astype(np.int64),
         "gray array": values[..., 0],
         "channels first": torch.from_numpy(values).permute(2, 0, 1).contiguous(),
