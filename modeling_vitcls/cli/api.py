@@ -135,7 +135,7 @@ def pretrain(
 def run_training(options: Any) -> dict[str, Any]:
     """Train, then write the report and the card and push the folder.
 
-    Return the contents of results.json, or an empty dict if `dry_run` is set.
+    Return the contents of results.json.
     """
     from accelerate import PartialState
 
@@ -145,8 +145,6 @@ def run_training(options: Any) -> dict[str, Any]:
 
     repo_id = prepare_push(options)
     folder = train(options, build_uploader(options, repo_id))
-    if options.dry_run:
-        return {}
     if PartialState().is_main_process:
         finish_run(folder, options, repo_id)
     return ModelFolder(folder).saved_results

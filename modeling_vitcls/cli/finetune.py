@@ -3,9 +3,8 @@
     vitcls finetune --config scripts/recipes/digits.yaml --output-dir runs/digits
     vitcls finetune --model vitcls-tiny --dataset path/to/images --output-dir runs/mine
 
-To continue an interrupted run, repeat the command with --resume. --dry-run tests all stages of a
-run with a few steps. The training is implemented in modeling_vitcls/training/run.py and
-finetune.py.
+To continue an interrupted run, repeat the command with --resume. The training is
+implemented in modeling_vitcls/training/run.py and finetune.py.
 """
 
 from ..training.options import FinetuneOptions, PretrainOptions
@@ -52,11 +51,10 @@ COMMON_FLAGS = (
         },
     ),
     FlagGroup(
-        "run, such as --dry-run, or --resume after an interruption",
+        "run, such as --resume after an interruption",
         {
             "resume": "continue the run in --output-dir",
             "overwrite": "replace the run in --output-dir",
-            "dry_run": "test all stages, and estimate duration and memory",
             "log_with": "trackers",
             "push_to_hub": "push the model, and verify it",
             "hub_model_id": "default: in your account, named after --output-dir",
@@ -66,7 +64,7 @@ COMMON_FLAGS = (
 
 
 def run(options: FinetuneOptions | PretrainOptions) -> None:
-    """Train a model, or test the run if --dry-run is set.
+    """Train a model.
 
     If the run is interrupted or fails, exit with its exit status.
     """

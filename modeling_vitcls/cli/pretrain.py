@@ -3,9 +3,8 @@
     vitcls pretrain --model vitcls-tiny --dataset path/to/images --output-dir runs/pretrained
     vitcls finetune --model runs/pretrained --dataset path/to/labeled --output-dir runs/mine
 
-To continue an interrupted run, repeat the command with --resume. --dry-run tests all stages of a
-run with a few steps. The training is implemented in modeling_vitcls/training/run.py and
-pretrain.py.
+To continue an interrupted run, repeat the command with --resume. The training is
+implemented in modeling_vitcls/training/run.py and pretrain.py.
 """
 
 from ..training.options import PretrainOptions
@@ -45,11 +44,10 @@ COMMON_FLAGS = (
         },
     ),
     FlagGroup(
-        "run, such as --dry-run, or --resume after an interruption",
+        "run, such as --resume after an interruption",
         {
             "resume": "continue the run in --output-dir",
             "overwrite": "replace the run in --output-dir",
-            "dry_run": "test all stages, and estimate duration and memory",
             "log_with": "trackers",
             "push_to_hub": "push the encoder, and verify it",
             "hub_model_id": "default: in your account, named after --output-dir",

@@ -63,7 +63,7 @@ HEADS = {
 SOURCE_FLAGS = ("dataset", "model", "teacher")  # flags that may contain local paths
 # Names or prefixes of the flags that are not published: the destination of a push, and how the run
 # was started
-PRIVATE_FLAGS = ("push_to_hub", "hub_", "resume", "overwrite", "dry_run")
+PRIVATE_FLAGS = ("push_to_hub", "hub_", "resume", "overwrite")
 
 logger = logging.getLogger(__name__)
 

@@ -33,7 +33,7 @@ def prepare_push(options: FinetuneOptions | PretrainOptions) -> str | None:
 
 def build_uploader(options: RunOptions, repo_id: str | None) -> Callable[[Path], None] | None:
     """Build the function that pushes each checkpoint; None without `hub_checkpoint_branch`."""
-    if repo_id is None or options.hub_checkpoint_branch is None or options.dry_run:
+    if repo_id is None or options.hub_checkpoint_branch is None:
         return None
     return build_checkpoint_uploader(repo_id, options.hub_checkpoint_branch, warn)
 

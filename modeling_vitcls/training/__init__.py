@@ -3,7 +3,6 @@
     run.py              complete run of fine-tuning or pre-training; read this file first
     run_inputs.py       start of a run: folder, data, models and defaults
     run_results.py      end of a run: results.json and the last lines
-    dry_run.py          the inputs of a dry run, and its estimate
     training_setup.py   what a run trains: the interface between run.py and the next two files
     options.py          flags of the commands that train
     finetune.py         recipe of fine-tuning: data, model, loss and evaluator
@@ -11,7 +10,7 @@
     probe.py            linear classifier of the frozen encoder, before fine-tuning
     loop.py             training loop
     checkpoints.py      checkpoints on disk, written completely or not at all
-    duration.py         expected duration of a run, before its first step
+    duration.py         expected duration of a run
     calibration.py      temperature of the trained classifier
     output_folder.py    checks of the output folder, removal of replaced files, lock of the folder
 

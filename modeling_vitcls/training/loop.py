@@ -32,7 +32,7 @@ from ..runtime.errors import RunStopped, mark_errors_of_all_processes
 from ..runtime.system import get_peak_memory
 from .checkpoints import Checkpoint, CheckpointStore
 from .distributed_state import gather_state, reshard, scatter_state, scatter_weights_and_ema
-from .duration import describe_duration
+from .duration import MIN_STEPS, NUM_TIMED_STEPS, describe_duration
 from .losses import Losses, Objective
 from .model import set_train_mode
 from .optimizer import Ema, get_learning_rate
@@ -126,10 +126,6 @@ class TrainingLoop:
         """
         set_train_mode(self.state.model)
         metrics = self.evaluate_step() if self.state.pending_record else {}
-        batches, duration = describe_duration(self, batches)
-        if duration is not None:
-            self.reporter.print_line("duration", duration)
-
         while self.state.step < self.plan.num_steps and not self.should_stop_early():
             metrics = self.run_step(batches)
             is_last_step = self.state.step == self.plan.num_steps
@@ -179,6 +175,8 @@ class TrainingLoop:
         start_time = time.perf_counter()
         record = self.run_optimizer_step(batches, should_measure_tokens=should_log)
         self.step_seconds.append(time.perf_counter() - start_time)
+        if len(self.step_seconds) == NUM_TIMED_STEPS and self.plan.num_steps >= MIN_STEPS:
+            self.print_duration()
         self.reporter.show_step(state.step)
         if not should_log:
             self.reporter.print_if_due(state.step)
@@ -285,6 +283,18 @@ class TrainingLoop:
                 f"the loss or its gradient is not finite in step {self.state.step + 1}. Set a "
                 "lower `learning_rate`, a longer `warmup`, or `mixed_precision='no'`"
             )
+
+    def print_duration(self) -> None:
+        """Print how long the run takes and how much memory it needs, after its first steps."""
+        text = describe_duration(
+            plan=self.plan,
+            step=self.state.step,
+            step_seconds=self.step_seconds,
+            num_evaluated_images=len(getattr(self.evaluate_model, "images", ())),
+            evaluate_every=self.options.evaluate_every,
+            memory=get_peak_memory(self.accelerator.device),
+        )
+        self.reporter.print_line("duration", text)
 
     # Evaluation and records -----------------------------------------------------------------------
 

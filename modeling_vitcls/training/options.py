@@ -308,9 +308,6 @@ class RunOptions(Options):
     """Experiment trackers to log to, in addition to metrics.jsonl."""
     report: bool = True
     """Write report.html (see `vitcls inspect`) and add attention maps to the model card."""
-    dry_run: bool = False
-    """Test the run and estimate the duration: train a few steps, evaluate, save a checkpoint and
-    the model, and check the push permission. The output is removed."""
     push_to_hub: bool = False
     """Push the model to the Hub and verify the pushed commit."""
     hub_model_id: str | None = None

@@ -161,11 +161,7 @@ def prepare(
     """Remove the files of an earlier run, unless it is resumed, and write config.resolved.yaml."""
     if checkpoint is None:
         remove_run_files(folder, store)
-    flags = {
-        name: value
-        for name, value in flags.items()
-        if name not in ("resume", "overwrite", "dry_run")
-    }
+    flags = {name: flags[name] for name in flags if name not in ("resume", "overwrite")}
     (folder / RECIPE_FILE).write_text(yaml.safe_dump(flags, sort_keys=False), encoding="utf-8")
 
 

@@ -13,7 +13,6 @@ images, unless it is asked to: cross-validation measures its result. With `--ref
 is fitted again to the features of the trained encoder, and the result is that of the frozen model.
 """
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -54,6 +53,7 @@ from ..inference.linear_probe import (
 from ..model.heads_vitcls import build_pooler
 from ..runtime.distributed import run_on_main
 from ..runtime.progress import report_work
+from .duration import format_minutes
 from .options import TrainOptions
 
 
@@ -66,7 +66,6 @@ SQUASHED_FRACTION = 0.4
 MAX_SQUASHED_IMAGES = 500
 # with fewer images, the accuracy of the frozen model has a standard error of up to 7 points
 MIN_SELECTION_IMAGES = 50
-FORWARD_PASSES_OF_STEP = 3  # a backward pass takes as long as two forward passes
 MAX_STEP_SECONDS = 600  # of a run on a CPU whose length the user has not set
 # difference of a class without training images to the smallest bias, in logits
 ABSENT_CLASS_MARGIN = 100.0
@@ -133,26 +132,6 @@ def explain_missing_steps(
         f"none: {options.epochs:g} epochs would take about {format_minutes(seconds)} on this CPU, "
         f"more than {MAX_STEP_SECONDS / 60:.0f}"
     )
-
-
-def estimate_step_seconds(
-    forward_seconds: float, epochs: float, num_images: int | None, num_processes: int
-) -> float:
-    """Return the expected duration of the steps of a run.
-
-    Args:
-        forward_seconds: measured time of a forward pass of one image.
-        epochs: number of epochs.
-        num_images: number of training images; None for a stream, which has no probe.
-        num_processes: number of processes.
-    """
-    return FORWARD_PASSES_OF_STEP * forward_seconds * epochs * (num_images or 0) / num_processes
-
-
-def format_minutes(seconds: float) -> str:
-    """Return a duration in whole minutes as text."""
-    minutes = math.ceil(seconds / 60)
-    return "a minute" if minutes == 1 else f"{minutes:,} minutes"
 
 
 @dataclass(frozen=True)

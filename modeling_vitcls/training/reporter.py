@@ -55,7 +55,7 @@ class Reporter:
         )
         self.progress_task = self.progress.add_task("training", total=None)
         self.last_line_time = self.progress.get_time()  # of the last line about steps
-        # metrics of evaluations that lines contain, set by the run; none in a dry run
+        # metrics of evaluations that lines contain, set by the run
         self.printed_metrics: tuple[str, ...] = ()
 
     def print_line(self, name: str, text: str) -> None:

@@ -35,7 +35,7 @@ from .options import ModelOptions, PretrainOptions, TrainOptions
 # Flags that may change on --resume, because these flags do not affect the result.
 CHANGEABLE_FLAGS = (
     "output_dir num_workers max_unreadable_images batch_size gradient_accumulation_steps resume "
-    "overwrite save_every keep_checkpoints log_with report dry_run push_to_hub hub_model_id "
+    "overwrite save_every keep_checkpoints log_with report push_to_hub hub_model_id "
     "hub_private hub_verify hub_checkpoint_branch license card_samples "
     # the precision itself is compared (`check_run_unchanged`)
     "mixed_precision"

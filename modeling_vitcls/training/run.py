@@ -43,7 +43,6 @@ from .calibration import (
     measure_errors,
 )
 from .distributed_state import reshard
-from .dry_run import build_dry_run_options, reduce_for_dry_run
 from .finetune import FineTuning
 from .loop import Evaluate, TrainingLoop, TrainingState
 from .model import check_preset_name
@@ -59,7 +58,6 @@ from .run_results import (
     Result,
     Trained,
     build_results,
-    print_estimate,
     print_result,
     store_statistics,
 )
@@ -100,9 +98,6 @@ class Frozen:
 def train(options: TrainOptions, on_checkpoint: Callable[[Path], None] | None = None) -> Path:
     """Train and evaluate a model, and return the folder with the model and its results.
 
-    With `--dry-run`, run a few steps, print the expected duration and memory of the full run, and
-    keep no files, not even the returned folder.
-
     Args:
         options: flags of the run.
         on_checkpoint: called on the main process with the folder of each saved checkpoint.
@@ -117,9 +112,6 @@ def train(options: TrainOptions, on_checkpoint: Callable[[Path], None] | None = 
     recipe: Recipe = PreTraining() if isinstance(options, PretrainOptions) else FineTuning()
     options = resolve_local_paths(options)
     check_output_is_not_read(options.output_dir, options.dataset)
-    if options.dry_run:
-        with build_dry_run_options(options) as dry_run_options:
-            return run(recipe, dry_run_options, None)
     return run(recipe, options, on_checkpoint)
 
 
@@ -142,8 +134,6 @@ def run(recipe: Recipe, asked: TrainOptions, on_checkpoint: Callable[[Path], Non
             return folder
 
         loaded = load(recipe, options, environment)
-        if options.dry_run:
-            loaded = reduce_for_dry_run(loaded)
         print_summary(recipe, loaded, environment)
 
         frozen = fit_frozen(loaded, environment)
@@ -179,8 +169,7 @@ def run(recipe: Recipe, asked: TrainOptions, on_checkpoint: Callable[[Path], Non
         )
         if options.keep_checkpoints is None:
             run_on_main(accelerator, environment.store.clear)
-        print_end = print_estimate if options.dry_run else print_result
-        print_end(results, loaded, trained, environment)
+        print_result(results, loaded, trained, environment)
 
         # DDP must not outlive its process group: with torch 2.11, gloo may wait forever
         del trained, best
@@ -209,10 +198,9 @@ def fit_frozen(loaded: Loaded, environment: Environment) -> Frozen:
 
     reporter = environment.reporter
     model = probe.run(data, reporter.warn, is_final=not loaded.has_steps)
-    if not loaded.options.dry_run:
-        assert isinstance(data.train, LabeledImages)
-        images = data.train.images
-        reporter.print_lines(describe_frozen(probe, model, images, not loaded.has_steps))
+    assert isinstance(data.train, LabeledImages)
+    images = data.train.images
+    reporter.print_lines(describe_frozen(probe, model, images, not loaded.has_steps))
     if model.selection is None:
         return Frozen(model.record, model=model)
     metrics = probe.predict(model, model.selection, data.label_space).metrics

@@ -5,7 +5,6 @@ loaded = load(recipe, options, environment)     what it trains on
 print_summary(recipe, loaded, environment)
 """
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -36,12 +35,12 @@ from .defaults import (
     resolve_schedule,
     should_refit,
 )
-from .duration import measure_forward_seconds
+from .duration import estimate_step_seconds, format_minutes, measure_forward_seconds
 from .loop import build_batch_plan
 from .model import InitialModel, choose_image_size, resolve_initial_model
 from .options import FinetuneOptions, TrainOptions
 from .output_folder import CHECKPOINTS_FOLDER
-from .probe import estimate_step_seconds, explain_missing_steps, format_minutes
+from .probe import explain_missing_steps
 from .reporter import Reporter, describe_batches, describe_model, describe_splits
 from .resume import (
     RecordedFlags,
@@ -69,7 +68,6 @@ class Environment:
     asked: TrainOptions  # as the person set them, without derived values
     checkpoint: Checkpoint | None  # to resume from
     is_finished: bool  # whether the resumed run has written its results
-    start_time: float
 
 
 @dataclass(frozen=True)
@@ -81,8 +79,6 @@ class Loaded:
     data: TrainingData
     setup: TrainingSetup
     plan: BatchPlan
-    full_plan: BatchPlan  # of the run that a dry run tests
-    evaluated_fraction: float  # of the images that the full run evaluates, evaluated in a dry run
     missing_steps_reason: str | None  # why the run ends at the probe; None if it trains
     forward_seconds: float | None  # of an image, on a CPU, if it was measured
     lines: dict[str, str | None]  # of the printed summary
@@ -96,7 +92,6 @@ class Loaded:
 
 def set_up(asked: TrainOptions, lock: FolderLock) -> Environment:
     """Build the accelerator, open the output folder, and load the checkpoint to resume from."""
-    start_time = time.perf_counter()
     folder = asked.output_dir
     accelerator = build_accelerator(
         asked.gradient_accumulation_steps,
@@ -120,7 +115,6 @@ def set_up(asked: TrainOptions, lock: FolderLock) -> Environment:
         asked=asked,
         checkpoint=checkpoint,
         is_finished=is_finished,
-        start_time=start_time,
     )
 
 
@@ -228,8 +222,6 @@ def load(recipe: Recipe, options: TrainOptions, environment: Environment) -> Loa
         data=data,
         setup=setup,
         plan=plan,
-        full_plan=plan,
-        evaluated_fraction=1.0,
         missing_steps_reason=reason,
         forward_seconds=forward_seconds,
         lines=lines,

@@ -1,7 +1,6 @@
 """End of a run: results.json and the last printed lines (run.py)."""
 
 import shlex
-import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,11 +21,11 @@ from ..model.modeling_vitcls import count_output_tokens
 from ..runtime.flags import get_flag_fields, to_arguments, to_flags
 from . import pretrain
 from .defaults import REFIT_EPOCHS
-from .dry_run import describe_dry_probe, describe_dry_run
+from .duration import estimate_step_seconds, format_minutes
 from .loop import TrainingLoop
 from .options import TrainOptions
 from .output_folder import CHECKPOINTS_FOLDER
-from .probe import FrozenModel, estimate_step_seconds, format_minutes
+from .probe import FrozenModel
 from .reporter import describe_run, format_result
 from .run_inputs import Environment, Loaded
 
@@ -286,24 +285,6 @@ def measure_size(folder: Path) -> str:
     """Return the size of the files in a folder."""
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     return f"{size / 1e6:,.1f} MB"
-
-
-def print_estimate(
-    results: dict[str, Any], loaded: Loaded, trained: Trained, environment: Environment
-) -> None:
-    """Print the expected duration and memory of the full run, as the last line of a dry run."""
-    seconds = time.perf_counter() - environment.start_time
-    if loaded.has_steps:
-        text = describe_dry_run(
-            trained.loop,
-            loaded.full_plan,
-            loaded.options.evaluate_every,
-            loaded.evaluated_fraction,
-            seconds,
-        )
-    else:
-        text = describe_dry_probe(results, loaded.full_plan, seconds)
-    environment.reporter.print_line("dry run", text)
 
 
 # Class statistics ---------------------------------------------------------------------------------

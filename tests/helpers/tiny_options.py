@@ -1,7 +1,6 @@
 """Build options of tiny training runs, and read the logs of the runs."""
 
 import json
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -61,11 +60,6 @@ def build_tiny_options(
 def run_training(options: Any) -> dict[str, Any]:
     """Train in this process, and return the contents of results.json."""
     return read_json(run_to_folder(options) / "results.json")
-
-
-def run_dry(options: Any) -> None:
-    """Run `--dry-run` in this process."""
-    run_to_folder(replace(options, dry_run=True))
 
 
 def run_to_folder(options: Any) -> Path:

@@ -154,9 +154,3 @@ def test_sharded_weights_and_bfloat16_have_the_same_losses(
         assert math.isclose(found["loss"], expected["loss"], rel_tol=tolerance), found["step"]
     weights, expected_weights = (load_file(each / "model.safetensors") for each in (folder, whole))
     assert weights.keys() == expected_weights.keys()
-
-
-def test_a_dry_run_in_two_processes_keeps_no_files(flags: Flags, tmp_path: Path) -> None:
-    folder = run_two(tmp_path / "run", [*flags("mae"), "--dry-run"])
-    assert "no files were kept" in folder.with_suffix(".log").read_text(encoding="utf-8")
-    assert not folder.exists()

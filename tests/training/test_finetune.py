@@ -7,7 +7,6 @@ Single modules are tested in test_batches, ...
 
 import math
 import os
-import re
 import resource
 import shutil
 import subprocess
@@ -29,7 +28,6 @@ from helpers.tiny_options import (
     build_tiny_options,
     prepare_setup,
     read_metrics,
-    run_dry,
     run_training,
 )
 from helpers.warm_processes import OFFLINE, run_together
@@ -532,25 +530,6 @@ def test_a_model_that_cannot_be_written_is_a_one_line_error(
             train(tmp_path, "digits")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-
-
-def test_a_dry_run_executes_all_steps_and_keeps_nothing(
-    color_images: Path, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
-    """Also of a stream with an evaluation split."""
-    for split in ("train", "test"):
-        shutil.copytree(color_images, tmp_path / "data" / split)
-    run_dry(
-        tiny_options(
-            tmp_path / "out", tmp_path / "data", streaming=True, max_steps=50, ema_decay=0.9
-        )
-    )
-    output = capsys.readouterr().out
-
-    assert re.search(
-        r"The full run has 50 steps, takes about \d:\d\d:\d\d, and needs about [\d,]+ MiB", output
-    )
-    assert list(tmp_path.iterdir()) == [tmp_path / "data"]
 
 
 @pytest.mark.slow

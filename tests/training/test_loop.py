@@ -36,7 +36,6 @@ from modeling_vitcls.data.images import UnreadableImageCounter
 from modeling_vitcls.data.options import DataOptions
 from modeling_vitcls.data.splits import load_training_data
 from modeling_vitcls.runtime.errors import RunStopped
-from modeling_vitcls.training import duration
 from modeling_vitcls.training.loop import (
     TrainingLoop,
     TrainingState,
@@ -328,22 +327,6 @@ def test_early_stopping_does_not_compare_with_the_frozen_model() -> None:
     bench.run()
     assert bench.state.step == 12
     assert bench.reporter.lines == []
-
-
-def test_the_measured_duration_does_not_change_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = RecordedLoop(max_steps=9)
-    whole.run()
-    monkeypatch.setattr(duration, "MIN_BATCHES", 1)
-    monkeypatch.setattr(duration, "MIN_SECONDS", 0)
-    measured = RecordedLoop(max_steps=9)
-    measured.run()
-    assert measured.reporter.lines == ["duration"]
-    assert measured.losses[2:] == whole.losses
-    weights = copy_weights(measured.model)
-
-    assert all(
-        torch.equal(weights[name], weight) for name, weight in copy_weights(whole.model).items()
-    )
 
 
 @pytest.mark.parametrize("step", [3, 4])

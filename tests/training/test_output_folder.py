@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.tiny_models import build_tiny_config, raises_one_line, save_with_processor
-from helpers.tiny_options import build_tiny_options, run_dry, run_training
+from helpers.tiny_options import build_tiny_options, run_training
 from helpers.warm_processes import READY, SECONDS
 
 from modeling_vitcls.model.modeling_vitcls import ViTCLSModel
@@ -25,7 +25,6 @@ from modeling_vitcls.runtime.staging import LOCK_FILE, FolderLock
 from modeling_vitcls.training import output_folder
 from modeling_vitcls.training import run as run_module
 from modeling_vitcls.training.checkpoints import CheckpointStore
-from modeling_vitcls.training.dry_run import build_dry_run_options
 from modeling_vitcls.training.options import FinetuneOptions, PretrainOptions
 from modeling_vitcls.training.output_folder import (
     check_replaceable,
@@ -124,27 +123,11 @@ def test_a_run_that_fails_releases_its_lock(folder: Path) -> None:
     assert not folder.exists()
 
 
-def test_a_finished_run_is_replaced_only_with_overwrite(
-    earlier: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_finished_run_is_replaced_only_with_overwrite(earlier: Path) -> None:
     before = contents(earlier)
     with raises_one_line(f"{earlier} contains a finished run. Set `overwrite=True`"):
         run(earlier)
     assert contents(earlier) == before
-    with raises_one_line(f"{earlier} contains a finished run"):
-        run_dry(options_of(earlier))
-    with build_dry_run_options(options_of(earlier, resume=True)) as options:  # next to the folder
-        assert options.output_dir.parent.parent == earlier.parent
-        assert not options.output_dir.exists()
-        assert (options.log_every, options.resume) == (1, False)
-    with build_dry_run_options(options_of(earlier / "new" / "run")):
-        assert len(list((earlier / "new").iterdir())) == 1  # the temporary folder
-    assert not list((earlier / "new").iterdir())
-    monkeypatch.setenv("RANK", "1")  # the first process creates its own folder
-    with build_dry_run_options(options_of(earlier / "new" / "run")):
-        assert not list((earlier / "new").iterdir())
-    monkeypatch.delenv("RANK")
-
     assert run(earlier, max_steps=2, overwrite=True)["steps"] == 2
 
 

@@ -20,7 +20,7 @@ from transformers import AutoImageProcessor
 from modeling_vitcls import ViTCLSForImageClassification, evaluate
 from modeling_vitcls.cli import main
 from modeling_vitcls.runtime.files import read_json
-from modeling_vitcls.training import defaults, dry_run, probe
+from modeling_vitcls.training import defaults, probe
 from modeling_vitcls.training.probe import Probe
 from modeling_vitcls.training.reporter import Reporter
 
@@ -170,27 +170,6 @@ def test_an_interrupted_run_ends_with_the_same_weights(
         read_json(folder / "results.json") for folder in (tmp_path / "run", runs / "default")
     )
     assert results["accuracy"] == uninterrupted["accuracy"]
-
-
-def test_a_dry_run_reads_few_images(
-    command: list[str],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.setattr(dry_run, "NUM_PROBE_IMAGES", 16)
-    numbers = []
-    run = Probe.run
-
-    def count(self: Probe, *args: Any, **kwargs: Any) -> Any:
-        frozen = run(self, *args, **kwargs)
-        numbers.append(len(frozen.features.labels))
-        return frozen
-
-    monkeypatch.setattr(Probe, "run", count)
-    main([*command, "--output-dir", str(tmp_path / "run"), "--dry-run"])
-    assert numbers == [16, 16]
-    assert "ran 3 steps" in capsys.readouterr().out
 
 
 def test_a_model_without_a_frozen_start_is_refused(

@@ -32,7 +32,7 @@ from modeling_vitcls.training.resume import (
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
-NOT_SPELLED = ("config", "output_dir", "resume", "overwrite", "dry_run")
+NOT_SPELLED = ("config", "output_dir", "resume", "overwrite")
 FLAGS = [name for name in get_flag_fields(FinetuneOptions) if name not in NOT_SPELLED]
 
 

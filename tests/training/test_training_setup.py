@@ -1,5 +1,6 @@
 """Whole runs in this process: defaults, the best checkpoint, and no held-out images."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,6 @@ from helpers.tiny_options import (
     build_tiny_options,
     prepare_setup,
     read_metrics,
-    run_dry,
     run_training,
 )
 from PIL import Image
@@ -23,10 +23,7 @@ from modeling_vitcls import ViTCLSForImageClassification
 from modeling_vitcls.data.evaluation_data import load_evaluation_data
 from modeling_vitcls.data.options import DataOptions
 from modeling_vitcls.inference.evaluate import evaluate_checkpoint
-from modeling_vitcls.inference.evaluator import Evaluator
 from modeling_vitcls.inference.options import EvaluateOptions
-from modeling_vitcls.training import duration as duration_module
-from modeling_vitcls.training import finetune
 from modeling_vitcls.training.checkpoints import CheckpointStore
 
 
@@ -73,7 +70,7 @@ def test_defaults_are_recorded(tmp_path: Path) -> None:
     }
 
     assert {name: resolved[name] for name in expected} == expected
-    assert not resolved.keys() & {"config", "resume", "overwrite", "dry_run"}
+    assert not resolved.keys() & {"config", "resume", "overwrite"}
 
 
 # The best checkpoint ------------------------------------------------------------------------------
@@ -138,13 +135,13 @@ def test_early_stopping_is_resumed_exactly(tmp_path: Path, capsys: pytest.Captur
         build_options(tmp_path / "other", select="last", **flags)
 
 
-def test_a_long_run_says_how_long_it_takes_before_the_first_step(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+def test_a_run_says_after_its_first_steps_how_long_it_takes_and_what_memory_it_needs(
+    tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    monkeypatch.setattr(duration_module, "MIN_SECONDS", 0)
     run_training(build_options(tmp_path / "run", max_steps=20))
     printed = capsys.readouterr().out
-    assert 0 < printed.index("\nduration") < printed.index("\nstep ")
+    assert re.search(r"\nduration +about a minute: 17 more steps .* [\d,]+ MiB of memory", printed)
+    assert printed.index("\nduration") < printed.index("\nstep 10/20")
 
 
 def test_a_validation_split_selects_and_the_test_split_is_reported(tmp_path: Path) -> None:
@@ -186,29 +183,6 @@ def test_a_validation_split_selects_and_the_test_split_is_reported(tmp_path: Pat
     )
 
 
-def test_a_dry_run_evaluates_random_images_and_prints_no_result(
-    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The first selection images are all of one class."""
-    splits = {split: {"dusk": 40, "noon": 40} for split in ("train", "val")}
-    data = write_images(tmp_path / "data", splits | {"test": {"dusk": 2, "noon": 2}})
-    evaluated: list[Any] = []
-
-    class RecordingEvaluator(Evaluator):
-        def __init__(self, images: Any, *arguments: Any, **others: Any) -> None:
-            evaluated.append(images)
-            super().__init__(images, *arguments, **others)
-
-    monkeypatch.setattr(finetune, "Evaluator", RecordingEvaluator)
-    run_dry(build_options(tmp_path / "run", data, report=False, select="best"))
-    assert set(evaluated[1].labels) == {0, 1}
-    assert len(evaluated[1]) == 16
-    printed = capsys.readouterr().out
-    assert "accuracy" not in printed
-    assert "WARNING" not in printed
-    assert "ran 3 steps" in printed
-
-
 # Training on all images
 # --------------------------------------------------------------------------
 
@@ -216,7 +190,6 @@ def test_a_dry_run_evaluates_random_images_and_prints_no_result(
 def test_a_run_on_all_images_has_no_accuracy(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     data = replace(DIGITS, held_out_fraction=0.0)
     options = build_options(tmp_path / "run", data, max_steps=2, report=True)
-    run_dry(options)
     results = run_training(options)
     assert (results["num_training_images"], results["num_images"]) == (300, 0)
     output = capsys.readouterr().out
