@@ -78,7 +78,6 @@ LIMITS: list[tuple[type, str, list[Any], list[Any]]] = [
     (EvaluateOptions, "batch_size", [1], [0]),
     (PredictOptions, "threshold", [0, 1], [-0.1, 1.1]),
     (PredictOptions, "batch_size top_k num_workers", [1], [0]),
-    (PredictOptions, "shard", ["1/1", "2/12"], ["0/2", "3/2", "2", "1/0"]),
     (
         PredictOptions,
         "features",
@@ -112,13 +111,11 @@ COMBINATIONS: list[tuple[type, dict[str, Any], dict[str, Any], str]] = [
         {"push_to_hub": False},
         "`push_to_hub=True`",
     ),
-    (EvaluateOptions, {"frozen": "knn"}, {"backend": "onnx"}, "`backend`"),
     (EvaluateOptions, {}, {"streaming": True}, "`streaming`"),
     (PredictOptions, {"paths": ("a",)}, {"paths": ()}, "`images`"),
     (PredictOptions, {"paths": (), "list": Path("b")}, {"dataset": "c"}, "`images`"),
     (PredictOptions, {"output": Path("a.JSON")}, {"output": Path("a.txt")}, "`output='a.txt'`"),
-    (PredictOptions, {"shard": "1/2"}, {"output": Path("a.csv")}, "`shard`"),
-    (PredictOptions, {"shard": "1/2"}, {"output": None}, "`shard`"),
+    (PredictOptions, {}, {"output": Path("folder")}, "`output='folder'`"),
     (
         PredictOptions,
         {"features": ("cls",), "output": Path("a.json")},
@@ -127,7 +124,7 @@ COMBINATIONS: list[tuple[type, dict[str, Any], dict[str, Any], str]] = [
     ),
     (
         PredictOptions,
-        {"features": ("cls",), "output": Path("a")},
+        {"features": ("cls",), "output": Path("a.parquet")},
         {"output": Path("a.csv")},
         "`features=('cls',)`",
     ),
@@ -159,9 +156,6 @@ def test_contradicting_flags_are_errors(
 
 
 def test_an_output_folder_is_not_a_file(tmp_path: Path) -> None:
-    """The output of a run is no file; the name of an existing folder may contain a dot."""
-    (tmp_path / "v1.0").mkdir()
-    check(PredictOptions, {"output": tmp_path / "v1.0", "shard": "1/2"})
     (tmp_path / "out").write_text("", encoding="utf-8")
     with raises_one_line("`output_dir`"):
         check(RunOptions, {"output_dir": tmp_path / "out"})

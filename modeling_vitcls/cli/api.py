@@ -153,7 +153,7 @@ def run_training(options: Any) -> dict[str, Any]:
 @with_own_state
 @shows_flags_of(EvaluateOptions)
 def evaluate(model: str | Path, dataset: Any, **flags: Any) -> dict[str, Any]:
-    """Evaluate a saved model or its frozen features, as `vitcls evaluate` does.
+    """Evaluate a saved model, as `vitcls evaluate` does.
 
     Args:
         model: a folder, a Hub id or any other checkpoint that `--model` accepts.
@@ -173,21 +173,15 @@ def evaluate(model: str | Path, dataset: Any, **flags: Any) -> dict[str, Any]:
         >>> results["num_images"]
         40
     """
-    return run_evaluation(build_options(EvaluateOptions, model=model, dataset=dataset, **flags))
-
-
-def run_evaluation(options: EvaluateOptions) -> dict[str, Any]:
-    """Evaluate the classifier or the frozen features."""
     from ..inference.evaluate import evaluate_checkpoint
-    from ..inference.frozen import evaluate_frozen
 
-    if options.frozen:
-        return evaluate_frozen(options)
-    return evaluate_checkpoint(options)
+    return evaluate_checkpoint(
+        build_options(EvaluateOptions, model=model, dataset=dataset, **flags)
+    )
 
 
 @with_own_state
-@shows_flags_of(PredictOptions, "output", "shard")
+@shows_flags_of(PredictOptions, "output")
 def predict(model: str | Path, images: Any = None, **flags: Any) -> list[dict[str, Any]]:
     """Predict the labels of images, or compute their features, as `vitcls predict` does.
 
@@ -220,7 +214,6 @@ def predict(model: str | Path, images: Any = None, **flags: Any) -> list[dict[st
     fixed_flags: dict[str, Any] = {
         "paths": placeholder_paths,
         "output": Path("not-written.json"),
-        "shard": None,
     }
     if images is not None and not sources:
         return []  # an empty list, not a missing one

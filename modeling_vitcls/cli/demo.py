@@ -91,9 +91,7 @@ def build_page(options: DemoOptions) -> Any:
     from ..runtime.distributed import build_accelerator
 
     title = get_title(options.model)
-    settings = PredictOptions(
-        model=options.model, paths=("photo",), top_k=NUM_LABELS, backend="torch"
-    )
+    settings = PredictOptions(model=options.model, paths=("photo",), top_k=NUM_LABELS)
     predictor = build_predictor(settings, open_model(options.model), build_accelerator())
     columns: Any = predictor.columns
     tasks = [*columns.single_labels, *columns.label_lists]

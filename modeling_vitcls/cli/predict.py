@@ -2,8 +2,7 @@
 
     vitcls predict --model runs/mine photo.jpg path/to/folder
     vitcls predict --model runs/mine --list files.txt --output labels.csv
-    vitcls predict --model runs/mine --dataset path/or/hub-id --features cls --output features
-    vitcls predict --model runs/mine --list files.txt --features cls --output features --shard 3/16
+    vitcls predict --model runs/mine --dataset path/or/hub-id --features cls --output cls.parquet
 
 The prediction is implemented in modeling_vitcls/inference/predict.py.
 """

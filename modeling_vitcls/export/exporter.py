@@ -240,7 +240,7 @@ def describe_export(
 
 
 def write_model_files(model_folder: ModelFolder, folder: Path, report: Report) -> None:
-    """Write what `predict` and `evaluate` with `backend` require in the folder of the graph.
+    """Write what `predict` with `backend` requires in the folder of the graph.
 
     These are the configuration, the image processor, the splits of the model's run and, in
     results.json, the measurements of the file.

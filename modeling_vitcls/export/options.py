@@ -20,7 +20,7 @@ class ExportOptions(Options):
     """ONNX (.onnx), or OpenVINO (.xml and .bin)."""
     output: Path
     """Output file, which must not exist yet, or a folder: model.onnx (or model.xml) and all files
-    that `predict` and `evaluate` with --backend require."""
+    that `predict --backend` requires."""
     int8: bool = False
     """Quantize the matrix products to int8 (NNCF), calibrated on training images of --dataset. The
     image size is fixed."""

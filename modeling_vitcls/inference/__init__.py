@@ -2,16 +2,17 @@
 
     options.py          flags of `vitcls evaluate` and `vitcls predict`
     load_model.py       loading of a model by name, and a check that the model is a classifier
-    metrics.py          metrics for each kind of labels, and for masked autoencoders
+    exported_graphs.py  files of `vitcls export` in place of a model, for `vitcls predict --backend`
+    metrics.py          metrics for each kind of labels
     image_pass.py       one pass of images through a model, for everything in this list that needs outputs
     evaluator.py        metrics of a model on labeled images
-    engines.py          the engine of a job: PyTorch or a faster graph
     evaluate.py         the command `vitcls evaluate`
-    frozen.py           simple classifiers on frozen features, for `vitcls evaluate --frozen`
+    per_image.py        the file of `vitcls evaluate --per-image`
+    frozen_features.py  features of a frozen encoder
+    linear_probe.py     a classifier of frozen features
     inputs.py           images for prediction, decoded in advance by threads
     prediction_rows.py  pixels -> rows of labels, probabilities or features
     outputs.py          rows -> table, CSV, JSON, Parquet; progress
-    shards.py           folders of Parquet files, written by any number of jobs
     embed_images.py     EmbedImages, for Ray, Spark and datasets.map
     predict.py          the command `vitcls predict`
     intervals.py        confidence intervals

@@ -48,8 +48,7 @@ class EmbedImages:
         batch_size: maximum number of images per forward pass. Default: as in `vitcls predict`.
         resize: see `vitcls predict --resize`.
         device: device of the model. Default: CUDA if it is available.
-        backend: engine as in `vitcls predict --backend`. "auto" is "torch" if the folder has
-            weights.
+        backend: engine as in `vitcls predict --backend`.
 
     Examples:
         >>> from datasets import load_dataset
@@ -69,7 +68,7 @@ class EmbedImages:
         batch_size: int | None = None,
         resize: str | None = None,
         device: str | None = None,
-        backend: str = "auto",
+        backend: str = "torch",
     ) -> None:
         self.model = str(model)
         self.features = tuple(features)

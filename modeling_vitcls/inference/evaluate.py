@@ -32,8 +32,7 @@ from ..runtime.files import write_json
 from ..runtime.messages import format_message
 from ..runtime.system import describe_device, get_versions
 from .evaluator import Evaluator
-from .exported_graphs import ExportedModel
-from .load_model import TORCH, LoadedModel, check_is_classifier, load_for_inference
+from .load_model import LoadedModel, check_is_classifier, load_for_inference
 from .metric_tables import (
     build_class_tables,
     build_confusion_tables,
@@ -69,9 +68,11 @@ def load_evaluation(
     """
     loaded = load_for_inference(
         folder,
-        options,
         accelerator,
         use_head=True,
+        resize=options.resize,
+        mixed_precision=options.mixed_precision,
+        batch_size=options.batch_size,
         max_batch_size=MAX_BATCH_SIZE,
         print_line=print_line,
     )
@@ -126,7 +127,6 @@ def evaluate_checkpoint(options: EvaluateOptions) -> dict[str, Any]:
 
     Args:
         options: The flags of `vitcls evaluate`.
-        choose_engine: Function that chooses the engine for `backend="auto"` (engines.py).
 
     Raises:
         ValueError: if the model type is not supported, if the split does not exist, if training
@@ -138,7 +138,7 @@ def evaluate_checkpoint(options: EvaluateOptions) -> dict[str, Any]:
     """
     accelerator, console, warn = set_up_evaluation(options.mixed_precision)
     with accelerator.main_process_first():  # the main process downloads the files
-        folder = open_model(options.model, options.backend)
+        folder = open_model(options.model)
     print_line = partial(console.print, markup=False)
     setup = load_evaluation(folder, options, accelerator, warn, print_line)
     model, evaluator, kind = setup.model, setup.evaluator, setup.evaluator.label_space.kind
@@ -156,7 +156,6 @@ def evaluate_checkpoint(options: EvaluateOptions) -> dict[str, Any]:
     seconds = time.perf_counter() - start_time
     results = {
         **describe_evaluation(options, setup.data, metrics["num_images"], seconds, accelerator),
-        "engine": model.file.name if isinstance(model, ExportedModel) else TORCH,
         "weights_sha256": folder.weights_sha256,
         **metrics,
     }

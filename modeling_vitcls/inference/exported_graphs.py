@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..data.aspect_ratio import has_fixed_size
 from ..hub.model_files import BACKEND_FILES, CONFIG_FILE, hash_files
 from ..hub.model_folder import ModelFolder
 from ..model.configuration_vitcls import ViTCLSConfig
@@ -202,34 +201,6 @@ class ExportedModel(nn.Module):
         return SimpleNamespace(
             **{"distillation_logits": None} | outputs | {"task_logits": task_logits}
         )
-
-
-def find_graph(
-    folder: ModelFolder,
-    processor: ViTCLSImageProcessor,
-    mixed_precision: str,
-    print_line: Callable[[str], None],
-) -> ExportedModel | None:
-    """Return the graph in a folder that `backend="auto"` runs, or None for PyTorch.
-
-    It is model.xml or model.onnx, if it was exported from the weights and the configuration of the
-    folder and computes in the precision of the job. A line says which engine runs and, if a graph
-    is not used, why.
-    """
-    if not has_fixed_size(processor):
-        return None
-    for backend in ("openvino", "onnx"):
-        file = folder.path / BACKEND_FILES[backend][0]
-        if not file.is_file():
-            continue
-        try:
-            model = load_exported_model(backend, folder, processor, True, mixed_precision)
-        except ValueError as error:
-            print_line(f"engine: not {file.name}, because {error}")
-            continue
-        print_line(f"engine: {file.name}. `backend='torch'` turns it off")
-        return model
-    return None
 
 
 def load_exported_model(

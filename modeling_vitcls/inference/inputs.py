@@ -14,8 +14,6 @@ times as fast as two processes.
 """
 
 import base64
-import hashlib
-import json
 import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -33,14 +31,13 @@ from PIL import Image
 from ..data.image_folder import (
     IMAGE_SUFFIXES,
     ROOT,
-    compute_files_digest,
     describe_skipped_runs,
     describe_types,
     get_heic_remedy,
     make_printable,
     scan_folder,
 )
-from ..data.images import ArrayImages, DatasetImages, check_is_no_address, resolve_path
+from ..data.images import DatasetImages, check_is_no_address, resolve_path
 from ..data.labels import find_image_column
 from ..data.options import DataOptions
 from ..data.sources import (
@@ -86,20 +83,6 @@ class ListInput:
     @property
     def num_images(self) -> int:
         return len(self.names)
-
-    def compute_fingerprint(self) -> dict[str, Any]:
-        """Return the number of images, and a digest of the names and contents.
-
-        Contents are pixels, or the sizes and modification times of files.
-        """
-        digest = hashlib.sha256(json.dumps(list(self.names)).encode())
-        if isinstance(self.contents, ArrayImages):
-            digest.update(self.contents.pixels.tobytes())
-        else:
-            digest.update(
-                json.dumps([get_file_stat(content) for content in self.contents]).encode()
-            )
-        return {"images": self.num_images, "sha256": digest.hexdigest()}
 
     def read_records(self, indices: range) -> Iterator[ImageRecord]:
         """Yield the records in a range of indices."""
@@ -200,20 +183,6 @@ def get_source_name(source: str) -> str:
     return f"{source[:40]}..." if source.startswith(DATA_URI_PREFIX) else make_printable(source)
 
 
-def get_file_stat(path: str) -> list[int] | None:
-    """Return the size in bytes and the modification time in nanoseconds of a file.
-
-    It is None for missing files. A file that is replaced by one of the same size and time
-    is not noticed: the time of the change (ctime) would differ between the machines of an array
-    job, to which images are copied with their time of modification.
-    """
-    try:
-        stat = Path(path).stat()
-    except (OSError, ValueError):
-        return None
-    return [stat.st_size, stat.st_mtime_ns]
-
-
 # Datasets -----------------------------------------------------------------------------------------
 
 
@@ -238,19 +207,10 @@ class DatasetInput:
     """The rows of a dataset on disk."""
 
     images: DatasetImages
-    settings: dict[str, Any]
 
     @property
     def num_images(self) -> int:
         return len(self.images)
-
-    def compute_fingerprint(self) -> dict[str, Any]:
-        """Return the options, the number of images and the fingerprint of the dataset."""
-        return {
-            **self.settings,
-            "images": self.num_images,
-            "fingerprint": self.images.dataset._fingerprint,
-        }
 
     def read_records(self, indices: range) -> Iterator[ImageRecord]:
         """Yield the records in a range of indices."""
@@ -284,15 +244,11 @@ def open_input(options: PredictOptions) -> PredictionInput:
 
     opened = open_dataset(data_options, use_labels=False)
     split = select_split(opened.splits, options)
-    features = split.features
-    column = find_image_column(data_options, features)
-    settings: dict[str, Any] = {"dataset": dataset, "split": options.split, "column": column}
-    if path.exists():
-        settings["files"] = compute_files_digest(path)
+    column = find_image_column(data_options, split.features)
     if not len(split):
         raise ValueError(f"the dataset {dataset} is empty. Add images")
     images = build_images(split, column, opened.folder, dataset)
-    return DatasetInput(images, settings)
+    return DatasetInput(images)
 
 
 def select_split(splits: Mapping[str, Any], options: PredictOptions) -> Any:

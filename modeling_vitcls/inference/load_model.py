@@ -23,11 +23,9 @@ from ..model.modeling_vitcls import (
 )
 from ..runtime.distributed import set_mixed_precision
 from ..runtime.messages import format_message
-from .exported_graphs import find_graph, load_exported_model
-from .options import EvaluateOptions, PredictOptions
+from .exported_graphs import load_exported_model
 
 
-TORCH = "torch"
 CPU_BATCH_TOKENS = (
     1600  # 8 images with 196 patches; larger batches need more memory and are not faster
 )
@@ -57,20 +55,25 @@ class LoadedModel:
 
 def load_for_inference(
     folder: ModelFolder,
-    options: EvaluateOptions | PredictOptions,
     accelerator: Accelerator,
     *,
     use_head: bool,
+    resize: str | None,
+    mixed_precision: str,
+    batch_size: int | None,
     max_batch_size: int,
     print_line: Callable[[str], None],
+    backend: str = "torch",
 ) -> LoadedModel:
-    """Load a model on the device of the accelerator, in the precision of the options.
+    """Load a model on the device of the accelerator, in the precision that the user asked for.
 
     Args:
         folder: The model.
-        options: The resizing, the backend, the precision and the batch size.
         accelerator: The accelerator, whose precision is set for `mixed_precision="auto"`.
         use_head: Whether to load the classifier.
+        resize, backend: As in `load_model`.
+        mixed_precision: The flag, also "auto".
+        batch_size: Number of images of a process; None to choose it.
         max_batch_size: Default batch size on GPUs.
         print_line: Prints the precision if it was chosen.
 
@@ -78,19 +81,14 @@ def load_for_inference(
         ValueError, OSError: As in `load_model`.
     """
     # ONNX files run in float32
-    if options.mixed_precision == "auto" and not options.backend.endswith("onnx"):
+    if mixed_precision == "auto" and not backend.endswith("onnx"):
         text = set_mixed_precision(accelerator, "auto", folder.config)
         if accelerator.mixed_precision != "no":
             print_line(f"mixed precision: {format_message(text)}")
 
-    backend = options.backend
-    if backend == "auto" and accelerator.device.type != "cpu" and folder.has_weights:
-        backend = TORCH  # graphs are computed on CPUs
-    model, processor = load_model(
-        folder, use_head, options.resize, backend, accelerator.mixed_precision, print_line
-    )
+    model, processor = load_model(folder, use_head, resize, backend, accelerator.mixed_precision)
     batch_size = choose_batch_size(
-        options.batch_size, model.config, processor, accelerator.device, max_batch_size
+        batch_size, model.config, processor, accelerator.device, max_batch_size
     )
     return LoadedModel(folder, model.to(accelerator.device).eval(), processor, batch_size)
 
@@ -101,7 +99,6 @@ def load_model(
     resize: str | None = None,
     backend: str = "torch",
     mixed_precision: str = "no",
-    print_line: Callable[[str], None] = print,
 ) -> tuple[Any, ViTCLSImageProcessor]:
     """Load a model and its image processor for prediction.
 
@@ -109,10 +106,8 @@ def load_model(
         folder: The model.
         use_head: Whether to load the classifier; None to load it if there is one.
         resize: How images become the input (crop, squash, pad). Default: unchanged.
-        backend: "torch", "onnx", "openvino" or an exported file, which replaces the weights. "auto"
-            is a classifier's graph in the folder that fits (exported_graphs.py), or else "torch".
+        backend: "torch", "onnx", "openvino" or an exported file, which replaces the weights.
         mixed_precision: Precision of an exported file (exported_graphs.py).
-        print_line: Prints which graph "auto" runs.
 
     Raises:
         ValueError: If the model lacks weights, or has no classifier although one is requested, or
@@ -138,28 +133,15 @@ def load_model(
     processor = folder.load_processor()
     if resize is not None:
         set_resize(processor, resize, get_output_size(processor, config.image_height_width))
-    backends = [name for name, (file, _) in BACKEND_FILES.items() if (folder.path / file).is_file()]
-    has_only_graphs = bool(backends) and not any(folder.path.glob("*.safetensors"))
-    if backend == "auto" and has_only_graphs:
-        backend = backends[-1]
-    if backend == "auto":
-        graph = find_graph(folder, processor, mixed_precision, print_line) if use_head else None
-        if graph is not None:
-            return graph, processor
-        backend = TORCH
-    if backend != TORCH:
-        graph = load_exported_model(
-            backend=backend,
-            folder=folder,
-            processor=processor,
-            use_head=use_head,
-            mixed_precision=mixed_precision,
-        )
+    if backend != "torch":
+        graph = load_exported_model(backend, folder, processor, use_head, mixed_precision)
         return graph, processor
-    if has_only_graphs:
+
+    graphs = [name for name, (file, _) in BACKEND_FILES.items() if (folder.path / file).is_file()]
+    if graphs and not any(folder.path.glob("*.safetensors")):
         raise ValueError(
-            f"`backend='torch'` requires weights, but {folder.source} has none. Set "
-            f"`backend={backends[0]!r}`"
+            f"{folder.source} has a graph, but no weights. Run `vitcls predict --backend "
+            f"{graphs[0]}`, or set `model` to the model that was exported"
         )
     return folder.load(model_class, **arguments), processor
 

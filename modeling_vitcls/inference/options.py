@@ -21,11 +21,6 @@ class EngineOptions(Options):
     """Precision of the forward pass. `auto`: the setting of `accelerate launch` or, without it,
     `bf16` on GPUs and CPUs with bf16 instructions (on CPUs, for models at least as wide as ViT-Ti),
     and otherwise `no`."""
-    backend: str = "auto"
-    """Engine: `torch`, or `onnx` or `openvino` for model.onnx or model.xml in the model's folder,
-    which then requires no other weights, or a file that `vitcls export` wrote. `auto`: for labels on
-    CPUs, model.xml or model.onnx in the folder if it was exported from this model; otherwise
-    `torch`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,9 +39,6 @@ class EvaluateOptions(EngineOptions, DataOptions):
     """Number of images per process and forward pass. Default: 64 on GPUs. On CPUs, larger batches
     are not faster and need more memory: as many images as have 1,600 tokens, for example 8 images
     of 224 pixels."""
-    frozen: Literal["knn", "logreg"] | None = None
-    """Evaluate the frozen encoder instead of the classifier of the model: fit `knn` or `logreg`
-    (shrinkage LDA or logistic regression) to the features of the training images."""
     output: Path | None = None
     """JSON file for the metrics, including the metrics of each class and the confusion matrix."""
     task: str | None = None
@@ -61,12 +53,8 @@ class EvaluateOptions(EngineOptions, DataOptions):
         check_stored_images(self)
         check_minimum(self, 1, "batch_size", "max_images")
         check_output_files(self, "output", "per_image")
-        if self.task is not None and (self.frozen or self.per_image):
-            raise ValueError("`task` only measures a task. Remove `frozen`, `per_image`")
-        if self.per_image and self.frozen:
-            raise ValueError("`per_image` is about the classifier. Remove `per_image` or `frozen`")
-        if self.backend not in ("auto", "torch") and self.frozen:
-            raise ValueError("`frozen` requires `backend='torch'`. Remove `backend`")
+        if self.task is not None and self.per_image:
+            raise ValueError("`task` only measures a task. Remove `per_image`")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,12 +90,11 @@ class PredictOptions(ImageOptions, EngineOptions):
     split: str | None = None
     """Dataset split with the images. Default: the only split."""
     output: Path | None = None
-    """Output file (.csv, .json, .jsonl or .parquet), or a folder for the file of --shard. Default:
-    print a table."""
-    shard: str | None = None
-    """`i/n`: compute the i-th of n parts of the images (numbered from 1), and write
-    OUTPUT/part-i-of-n.parquet, for array jobs. A job whose file exists ends at once. The jobs do not
-    communicate. Default for a folder: 1/1."""
+    """Output file (.csv, .json, .jsonl or .parquet). It appears when it is complete. Default: print
+    a table."""
+    backend: str = "torch"
+    """Engine: `torch`, or `onnx` or `openvino` for model.onnx or model.xml in the model's folder,
+    which then requires no other weights, or a file that `vitcls export` wrote."""
     top_k: int | None = None
     """Maximum number of predicted labels per image. Default: 1 or, for multi-label models, all
     labels with a probability of at least --threshold."""
@@ -142,29 +129,14 @@ class PredictOptions(ImageOptions, EngineOptions):
                 "cls@6"
             )
             check_value(self, "features", is_feature, requirement)
-        match = re.fullmatch(r"([1-9]\d*)/([1-9]\d*)", self.shard or "1/1")
-        is_part = match is not None and int(match[1]) <= int(match[2])
-        check_value(self, "shard", is_part, "i/n with i from 1 to n, such as 3/16")
-        suffix = "" if self.output is None or self.output.is_dir() else self.output.suffix.lower()
-        if suffix not in ("", ".csv", ".json", ".jsonl", ".parquet"):
+        suffix = ".csv" if self.output is None else self.output.suffix.lower()
+        if suffix not in (".csv", ".json", ".jsonl", ".parquet"):
             raise ValueError(
-                f"`output={str(self.output)!r}`: set a .csv, .json, .jsonl or .parquet file, or a "
-                "folder without a suffix"
+                f"`output={str(self.output)!r}`: set a .csv, .json, .jsonl or .parquet file"
             )
-        if suffix:
-            check_output_files(self, "output")
-        elif self.output is not None and self.output.exists() and not self.output.is_dir():
+        check_output_files(self, "output")
+        if self.features and suffix == ".csv":
             raise ValueError(
-                f"`output={str(self.output)!r}` exists and is not a folder. Set a folder, or a file "
-                "with a suffix such as .csv"
-            )
-        if self.shard is not None and (self.output is None or suffix):
-            raise ValueError(
-                "`shard` requires a folder of Parquet files. Set `output` to a folder."
-            )
-        if self.features and (self.output is None or suffix == ".csv"):
-            output_text = "a printed table" if self.output is None else "a CSV file"
-            raise ValueError(
-                f"`features={self.features}` cannot be written to {output_text}. Set `output` to a "
-                "folder, or to a .parquet, .json or .jsonl file."
+                f"`features={self.features}` cannot be printed or written to a CSV file. Set "
+                "`output` to a .parquet, .json or .jsonl file"
             )

@@ -57,16 +57,14 @@ def count_rows(rows: Iterable[Row], counts: PredictionCounts) -> Iterator[Row]:
         yield row
 
 
-def write_rows(
-    rows: Iterable[Row], columns: Columns, file: Path, metadata: dict[str, str] | None = None
-) -> None:
+def write_rows(rows: Iterable[Row], columns: Columns, file: Path) -> None:
     """Write rows to a file in the format of its suffix, and replace an existing file.
 
-    If an error is raised, no partial file remains. The rows of a Parquet file, which also stores
-    `metadata`, are written while they are computed.
+    If an error is raised, no partial file remains. The rows of a Parquet file are written while
+    they are computed.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
-    schema = pa.schema(list(columns.items()), metadata)
+    schema = pa.schema(list(columns.items()))
     with write_atomically(file) as temporary_file:
         if file.suffix.lower() == ".parquet":
             write_parquet(rows, schema, temporary_file)

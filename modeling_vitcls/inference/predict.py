@@ -1,7 +1,7 @@
 """Prediction of labels or features for any number of images, from options to rows.
 
-    images -> records -> pixels -> predictions -> rows -> table, file, or one part of an array job
-    inputs.py ----------------->   prediction_rows.py ->  outputs.py   array_jobs.py
+    images -> records -> pixels -> predictions -> rows -> table or file
+    inputs.py ----------------->   prediction_rows.py ->  outputs.py
 
 The images are divided into batches by index, and the batches are assigned to the processes in turn.
 The output is therefore bit-identical for any number of processes.
@@ -24,9 +24,8 @@ from ..conversion.open_model import open_model
 from ..data.splits import load_on_main
 from ..hub.model_folder import ModelFolder
 from ..model.image_processing_vitcls import ViTCLSImageProcessor
-from ..runtime.distributed import build_accelerator, run_on_main
+from ..runtime.distributed import build_accelerator
 from ..runtime.messages import format_message
-from .array_jobs import METADATA_KEY, Part, describe_settings, read_finished_part
 from .inputs import (
     ImageRecord,
     ListInput,
@@ -103,28 +102,14 @@ def predict_images(options: PredictOptions) -> PredictionCounts:
     with accelerator.main_process_first():  # the main process downloads the files
         folder = open_model(options.model, options.backend)
 
-    file = options.output
-    indices = range(source.num_images)
-    metadata = None
-    if file is not None and (file.is_dir() or not file.suffix):
-        part = Part.from_text(options.shard or "1/1")
-        file = file / part.file_name
-        indices = part.select(source.num_images)
-        settings = run_on_main(accelerator, lambda: describe_settings(options, folder, source))
-        finished = run_on_main(accelerator, lambda: read_finished_part(file, settings, indices))
-        if finished is not None:
-            accelerator.end_training()
-            return finished if accelerator.is_main_process else PredictionCounts()
-        metadata = {METADATA_KEY: settings}
-
     predictor = build_predictor(options, folder, accelerator)
     counts = PredictionCounts()
-    rows = count_rows(compute_rows(accelerator, source, predictor, indices), counts)
+    rows = count_rows(compute_rows(accelerator, source, predictor), counts)
     columns = get_output_columns(predictor.columns.columns)
-    if accelerator.is_main_process and file is None:
+    if accelerator.is_main_process and options.output is None:
         print_table(rows, columns)
-    elif accelerator.is_main_process and file is not None:
-        write_rows(rows, columns, file, metadata)
+    elif accelerator.is_main_process and options.output is not None:
+        write_rows(rows, columns, options.output)
     accelerator.end_training()
     return counts
 
@@ -136,9 +121,12 @@ def build_predictor(
     print_line = accelerator.on_main_process(partial(print, file=sys.stderr))
     loaded = load_for_inference(
         folder,
-        options,
         accelerator,
         use_head=options.features is None,
+        resize=options.resize,
+        mixed_precision=options.mixed_precision,
+        batch_size=options.batch_size,
+        backend=options.backend,
         max_batch_size=MAX_BATCH_SIZE,
         print_line=print_line,
     )
@@ -168,14 +156,15 @@ def build_predictor(
 
 
 def compute_rows(
-    accelerator: Accelerator, source: PredictionInput, predictor: Predictor, indices: range
+    accelerator: Accelerator, source: PredictionInput, predictor: Predictor
 ) -> Iterator[Row]:
-    """Return the rows of the images with these indices, in order.
+    """Return the rows of all images, in order.
 
     With several processes, the main process gathers the rows; otherwise, they are computed while
     the iterator is read.
     """
     size = predictor.batch_size
+    indices = range(source.num_images)
     batches = [indices[start : start + size] for start in range(0, len(indices), size)]
     local_batches = batches[accelerator.process_index :: accelerator.num_processes]
     records = chain.from_iterable(map(source.read_records, local_batches))

@@ -25,8 +25,8 @@ from ..data.aspect_ratio import get_resize, set_resize
 from ..data.batches import Normalizer
 from ..data.images import LabeledImages
 from ..data.splits import TrainingData, load_training_data
-from ..inference.frozen import build_classifier
 from ..inference.image_pass import ImagePass, stack_rows
+from ..inference.linear_probe import LinearProbe
 from ..model.configuration_vitcls import ViTCLSConfig
 from ..model.image_processing_vitcls import ViTCLSImageProcessor
 from ..model.modeling_vitcls import ViTCLSModel
@@ -186,11 +186,19 @@ class FeatureQuality:
         metrics: dict[str, Any] = {}
         if self.neighbors is not None:
             train_features, train_labels = stack_rows(self.neighbors.collect(model, compute))
-            kinds = {"knn_accuracy": "knn"}
+            from sklearn.neighbors import KNeighborsClassifier
+
+            num_neighbors = min(10, len(train_labels))
+            classifiers: dict[str, Any] = {
+                "knn_accuracy": KNeighborsClassifier(
+                    num_neighbors, weights="distance", metric="cosine"
+                )
+            }
             if self.with_regression:
-                kinds["regression_accuracy"] = "logreg"
-            for (name, kind), (suffix, part) in itertools.product(kinds.items(), parts.items()):
-                classifier = build_classifier(kind, len(train_labels))
+                classifiers["regression_accuracy"] = LinearProbe()
+            for (name, classifier), (suffix, part) in itertools.product(
+                classifiers.items(), parts.items()
+            ):
                 classifier.fit(train_features[part], train_labels)
                 metrics[name + suffix] = round(float(classifier.score(features[part], labels)), 6)
 

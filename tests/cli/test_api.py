@@ -71,12 +71,6 @@ def test_data_in_memory_is_evaluated_on_its_held_out_images(
     seconds = evaluated["num_images"] / evaluated["images_per_second"]
     assert evaluated["seconds"] == pytest.approx(seconds, abs=0.006)  # the duration is rounded
 
-    splits = {"train": get_digits()[:200], "test": get_digits()[200:]}
-    frozen = evaluate(folder, splits, frozen="knn", split="test", num_workers=0)
-    assert (frozen["num_training_images"], frozen["num_images"]) == (200, 100)
-    frozen = evaluate(folder, splits, frozen="knn", num_workers=0)
-    assert frozen["num_images"] + frozen["num_left_out_images"] == 100
-
 
 class TorchDigits(Dataset):
     """Digits as a torch dataset."""
@@ -185,9 +179,7 @@ def test_the_signature_of_a_function_is_the_flags_of_its_command(
     names = [name for name in get_flag_fields(options_class) if name in parameters]
     keywords = [name for name in parameters if name in names]
     assert sorted(keywords) == sorted(names)
-    assert set(get_flag_fields(options_class)) - set(names) <= {
-        *("paths", "config", "output", "shard")
-    }
+    assert set(get_flag_fields(options_class)) - set(names) <= {*("paths", "config", "output")}
     positional = [name for name, each in parameters.items() if each.kind is not each.KEYWORD_ONLY]
     assert [*keywords] == [
         *(name for name in positional if name in names),
@@ -208,11 +200,6 @@ def test_look_writes_the_sheet_that_it_returns(
         assert written.size == sheet.size
     with raises_one_line("`output=", ".png"):
         look(folder, image, output="sheet.pdf")
-
-
-def test_evaluation_refuses_what_it_would_not_write() -> None:
-    with raises_one_line("per_image", "frozen"):
-        evaluate("m", "digits", frozen="knn", per_image="some")
 
 
 @pytest.mark.parametrize("size", ["native", 32, [32, 48]])

@@ -77,10 +77,10 @@ def test_an_error_of_a_run_names_parameters_in_python_and_flags_in_the_command(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(ValueError, match=r"Remove `streaming`$"):
-        evaluate("vitcls-tiny", tmp_path, frozen="knn", streaming=True)
+        evaluate("vitcls-tiny", tmp_path, streaming=True)
 
     arguments = ["--model", "vitcls-tiny", "--dataset", str(tmp_path)]
-    run_here("evaluate", *arguments, "--frozen", "knn", "--streaming")
+    run_here("evaluate", *arguments, "--streaming")
     assert capsys.readouterr().err.rstrip().endswith("Remove --streaming")
 
 

@@ -172,14 +172,6 @@ def test_images_are_drawn_at_random_and_their_number_is_printed(
     assert "at random from all 60 images" in printed
 
 
-def test_frozen_features_are_evaluated_on_the_same_images(photos: Path, tmp_path: Path) -> None:
-    """A new folder without splits is divided, because the classifier needs images."""
-    other = write_photos(tmp_path / "other", range(100, 130))
-    for dataset in (photos / "train", other):
-        found = run_evaluate(tmp_path, photos / "run", dataset, "--frozen", "knn")
-        assert (found["num_images"], found["num_training_images"]) == (12, 48)
-
-
 def test_other_photos_are_inspected_whole(photos: Path, tmp_path: Path) -> None:
     other = write_photos(tmp_path / "other", range(100, 110))
     for dataset, count in ((photos / "train", 12), (other, 20)):

@@ -56,7 +56,7 @@ def run_with_shared_memory(size: str, *arguments: object) -> subprocess.Complete
     "arguments",
     [
         "finetune --config digits --max-steps 2 --output-dir",
-        "evaluate --dataset digits --frozen knn --model",
+        "evaluate --dataset digits --model",
     ],
 )
 def test_a_tiny_shared_memory_is_an_error(arguments: str, tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -24,11 +23,10 @@ LABELS = {
     "id2label": dict(enumerate(NAMES)),
     "label2id": {name: index for index, name in enumerate(NAMES)},
 }
-Command = Callable[[Path, Path], list[str]]
-COMMANDS: dict[str, Command] = {
-    "predict": lambda model, photos: ["predict", "--model", str(model), str(photos)],
-    "evaluate": lambda model, photos: ["evaluate", "--model", str(model), "--dataset", str(photos)],
-}
+
+
+def predict(model: Path, photos: Path) -> list[str]:
+    return ["predict", "--model", str(model), str(photos)]
 
 
 def write_graph(
@@ -99,100 +97,59 @@ def check_error(command: list[str], capsys: pytest.CaptureFixture[str], *words: 
 def test_a_graph_of_the_model_is_run(
     model: Path, photos: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run_here(*COMMANDS["predict"](model, photos), "--backend", "onnx") == 0
+    assert run_here(*predict(model, photos), "--backend", "onnx") == 0
     assert len([line for line in capsys.readouterr().out.splitlines() if ".png" in line]) == 12
 
 
-def run_auto(
-    command: Command, model: Path, photos: Path, capsys: pytest.CaptureFixture[str]
-) -> str:
-    """Run a command with the default engine in float32, and return what it prints."""
-    assert run_here(*command(model, photos), "--mixed-precision", "no") == 0
-    printed = capsys.readouterr()
-    return printed.out + printed.err
-
-
-@pytest.mark.parametrize("command", COMMANDS.values(), ids=COMMANDS)
-def test_a_graph_in_the_folder_is_run_by_default(
-    command: Command, model: Path, photos: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert "engine: model.onnx" in run_auto(command, model, photos, capsys)
-
-
-def test_the_default_engine_is_torch_without_a_graph(
-    saved: Path, photos: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert "engine" not in run_auto(COMMANDS["predict"], saved, photos, capsys)
-
-
-@pytest.mark.parametrize("changed", ["model.safetensors", "config.json", "model.onnx"])
-def test_a_graph_that_does_not_fit_is_not_run_by_default(
-    changed: str, model: Path, photos: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    if changed == "config.json":
-        config = json.loads((model / "config.json").read_text())
-        (model / "config.json").write_text(json.dumps(config | {"temperature": 2.0}))
-    elif changed == "model.safetensors":
-        ViTCLSForImageClassification(build_tiny_config(**LABELS)).save_pretrained(model)
-    else:
-        write_graph(model / "model.onnx", num_outputs=7)
-    assert "engine: not model.onnx" in run_auto(COMMANDS["predict"], model, photos, capsys)
-
-
-@pytest.mark.parametrize("command", COMMANDS.values(), ids=COMMANDS)
 @pytest.mark.parametrize("num_outputs", [1, 2, 7])
 def test_a_graph_with_another_number_of_labels_is_an_error(
-    command: Command,
     num_outputs: int,
     model: Path,
     photos: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     write_graph(model / "model.onnx", num_outputs)
-    check_error(command(model, photos), capsys, "model.onnx", f"[1, {num_outputs}]", "[1, 3]")
+    check_error(predict(model, photos), capsys, "model.onnx", f"[1, {num_outputs}]", "[1, 3]")
 
 
-@pytest.mark.parametrize("command", COMMANDS.values(), ids=COMMANDS)
 def test_a_graph_with_integer_logits_is_an_error(
-    command: Command, model: Path, photos: Path, capsys: pytest.CaptureFixture[str]
+    model: Path, photos: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_graph(model / "model.onnx", output_type=TensorProto.INT64)
-    check_error(command(model, photos), capsys, "int64")
+    check_error(predict(model, photos), capsys, "int64")
 
 
-@pytest.mark.parametrize("command", COMMANDS.values(), ids=COMMANDS)
 def test_a_graph_without_logits_is_one_error(
-    command: Command, model: Path, photos: Path, capsys: pytest.CaptureFixture[str]
+    model: Path, photos: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_graph(model / "model.onnx", name="other")
-    check_error(command(model, photos), capsys, "no output logits")
+    check_error(predict(model, photos), capsys, "no output logits")
 
 
-def test_a_graph_of_another_image_size_is_one_error_and_no_shard(
+def test_a_graph_of_another_image_size_is_one_error_and_no_file(
     model: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     settings = json.loads((model / "preprocessor_config.json").read_text())
     settings["size"] = {"height": 64, "width": 64}
     (model / "preprocessor_config.json").write_text(json.dumps(settings))
-    command = [*COMMANDS["predict"](model, photos), "--output", str(tmp_path / "shards")]
+    command = [*predict(model, photos), "--output", str(tmp_path / "rows.csv")]
     check_error(command, capsys, "[1, 3, 64, 64]")
-    assert not (tmp_path / "shards").exists()
+    assert not (tmp_path / "rows.csv").exists()
 
 
-@pytest.mark.parametrize("command", COMMANDS.values(), ids=COMMANDS)
 def test_a_graph_of_other_weights_is_an_error(
-    command: Command, model: Path, photos: Path, capsys: pytest.CaptureFixture[str]
+    model: Path, photos: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     other = ViTCLSForImageClassification(build_tiny_config(num_register_tokens=1, **LABELS))
     other.save_pretrained(model)
-    check_error(command(model, photos), capsys, "other weights", "vitcls export")
+    check_error(predict(model, photos), capsys, "other weights", "vitcls export")
 
 
 def test_a_graph_without_a_report_next_to_weights_is_an_error(
     model: Path, photos: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (model / "model.onnx.json").unlink()
-    check_error(COMMANDS["predict"](model, photos), capsys, "model.onnx.json is missing")
+    check_error(predict(model, photos), capsys, "model.onnx.json is missing")
 
 
 def test_a_folder_with_a_graph_and_results_of_other_weights_is_an_error(
@@ -202,7 +159,7 @@ def test_a_folder_with_a_graph_and_results_of_other_weights_is_an_error(
     (model / "results.json").write_text(
         json.dumps({"weights_sha256": {"model.safetensors": "other"}})
     )
-    check_error(COMMANDS["predict"](model, photos), capsys, "other weights")
+    check_error(predict(model, photos), capsys, "other weights")
 
 
 def test_a_graph_that_replaced_the_exported_one_is_an_error(
@@ -211,7 +168,7 @@ def test_a_graph_that_replaced_the_exported_one_is_an_error(
     report = json.loads((model / "model.onnx.json").read_text())
     report["sha256"] = {"model.onnx": "of the exported file"}
     (model / "model.onnx.json").write_text(json.dumps(report))
-    check_error(COMMANDS["predict"](model, photos), capsys, "has changed")
+    check_error(predict(model, photos), capsys, "has changed")
 
 
 def test_finetune_with_overwrite_removes_exported_graphs(model: Path, photos: Path) -> None:

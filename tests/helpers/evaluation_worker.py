@@ -32,7 +32,6 @@ from modeling_vitcls.data.labels import LabelSpace
 from modeling_vitcls.data.options import DataOptions
 from modeling_vitcls.inference.evaluate import evaluate_checkpoint
 from modeling_vitcls.inference.evaluator import Evaluator
-from modeling_vitcls.inference.frozen import evaluate_frozen
 from modeling_vitcls.inference.options import EvaluateOptions
 from modeling_vitcls.runtime.distributed import build_accelerator
 
@@ -158,22 +157,9 @@ def evaluate_digits(model: Path, output: Path | None = None) -> dict[str, Any]:
     )
 
 
-def evaluate_frozen_digits(model: Path, output: Path | None = None) -> dict[str, Any]:
-    """Evaluate as `vitcls evaluate --frozen knn` does."""
-    data = DataOptions(dataset="digits", num_workers=0)
-    return evaluate_frozen(
-        EvaluateOptions(model=str(model), **vars(data), batch_size=7, frozen="knn", output=output)
-    )
-
-
 def main() -> None:
     """Evaluate. The main process writes the results."""
     folder = Path(sys.argv[1])
-    if sys.argv[2:] == [
-        "frozen"
-    ]:  # in a separate run, because an evaluation ends the process group
-        evaluate_frozen_digits(folder, folder / "frozen.json")
-        return
     accelerator = build_accelerator()
     results = evaluate_all(accelerator)
     if accelerator.is_main_process:

@@ -27,7 +27,6 @@ from helpers.evaluation_worker import (
     build_classifier,
     build_labeled_images,
     evaluate_digits,
-    evaluate_frozen_digits,
 )
 from helpers.tiny_models import raises_one_line
 from helpers.warm_processes import OFFLINE, run_together
@@ -330,18 +329,6 @@ def test_two_processes_evaluate_a_saved_model(
     assert "digits.json" in printed
     # no partial file
     assert [file.name for file in (two_process_folder / "new").iterdir()] == ["digits.json"]
-
-
-@pytest.mark.slow
-def test_two_processes_evaluate_frozen_features(two_process_folder: Path) -> None:
-    run_together(
-        WORKER, two_process_folder, "frozen", log=two_process_folder / "log", environment=OFFLINE
-    )
-    two = read_json(two_process_folder / "frozen.json")
-    one = evaluate_frozen_digits(two_process_folder)
-    assert (two["num_processes"], one["num_processes"]) == (2, 1)
-    assert two["num_images"] == 359
-    assert {**two, **dict.fromkeys(MEASURED)} == {**one, **dict.fromkeys(MEASURED)}
 
 
 def test_an_unfinished_run_names_resume(tmp_path: Path) -> None:

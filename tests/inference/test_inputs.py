@@ -1,6 +1,5 @@
-"""Inputs of prediction: lists, folders, datasets and streams, and their identification."""
+"""Inputs of prediction: lists, folders, folders and datasets."""
 
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +13,6 @@ from helpers.tiny_models import raises_one_line
 from PIL import Image
 
 from modeling_vitcls.data import image_folder
-from modeling_vitcls.data.image_folder import compute_files_digest
 from modeling_vitcls.data.images import DatasetImages
 from modeling_vitcls.inference import inputs
 from modeling_vitcls.inference.inputs import (
@@ -102,7 +100,7 @@ def test_images_of_folders_are_sorted_whatever_the_file_system_lists_first(
 def test_rows_of_a_dataset_keep_their_index_in_any_ranges(tmp_path: Path) -> None:
     """More than 64 rows are read in several parts. Missing images have no content."""
     values = [None if index == 2 else f"{index}.png" for index in range(150)]
-    source = DatasetInput(DatasetImages.from_list(values, tmp_path), {})
+    source = DatasetInput(DatasetImages.from_list(values, tmp_path))
     records = [*source.read_records(range(1, 3)), *source.read_records(range(60, 150))]
 
     assert [record.index for record in records] == [1, 2, *range(60, 150)]
@@ -114,40 +112,6 @@ def test_rows_of_a_dataset_keep_their_index_in_any_ranges(tmp_path: Path) -> Non
         assert (record.name, record.content) == (
             ("2", None) if record.index == 2 else (f"{record.index}.png", path)
         )
-
-
-def test_an_input_is_identified_by_its_content(photos: Path, tmp_path: Path) -> None:
-    """Check inputs of equal names and sizes: files, a folder, a table."""
-    folder = tmp_path / "data" / "x"
-    table = tmp_path / "table.csv"
-    folder.mkdir(parents=True)
-    table.write_text("image\ndata/x/10.bmp\n", encoding="utf-8")
-    for shade in (10, 20):
-        Image.new("L", (8, 8), shade).save(folder / f"{shade}.bmp")
-    given: list[dict[str, Any]] = [
-        {"paths": (str(folder),)},
-        {"dataset": str(folder.parent)},
-        {"dataset": str(table)},
-    ]
-
-    def identities() -> list[dict[str, Any]]:
-        return [
-            open_input(PredictOptions(model="model", **options)).compute_fingerprint()
-            for options in given
-        ]
-
-    first = identities()
-    assert identities() == first
-    settings = {"dataset": str(table), "column": "image", "files": compute_files_digest(table)}
-    assert first[2] == settings | {
-        "split": None,
-        "images": 1,
-        "fingerprint": first[2]["fingerprint"],
-    }
-    Image.new("L", (8, 8), 30).save(folder / "10.bmp")
-    table.write_text("image\ndata/x/20.bmp\n", encoding="utf-8")
-    assert all(now != then for now, then in zip(identities(), first, strict=True))
-    assert json.loads(json.dumps(first)) == first  # as stored in the output
 
 
 def test_values_of_a_column_are_paths_bytes_or_images(tmp_path: Path) -> None:

@@ -14,7 +14,6 @@ from typing import Any
 
 import datasets
 import numpy as np
-import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 import sklearn.datasets
@@ -38,7 +37,6 @@ from modeling_vitcls import (
 from modeling_vitcls.cli import functions
 from modeling_vitcls.inference import predict as predict_module
 from modeling_vitcls.inference.options import PredictOptions
-from modeling_vitcls.inference.outputs import PredictionCounts
 from modeling_vitcls.inference.predict import predict_images
 from modeling_vitcls.runtime import distributed
 
@@ -321,7 +319,7 @@ def test_datasets_are_read_like_files(models: Path, photos: Path, tmp_path: Path
     assert len(expected or []) == 9
 
 
-# Processes and array jobs -------------------------------------------------------------------------
+# Processes -------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -353,102 +351,8 @@ def test_two_processes_write_the_same_file_as_one(
     assert (tmp_path / "one.csv").read_bytes() == (tmp_path / "two.csv").read_bytes()
 
 
-def test_array_jobs_write_one_file_each_that_pandas_reads_together(
-    models: Path, photos: Path, tmp_path: Path
-) -> None:
-    model = str(models / "encoder")
-    for shard in ("3/3", "1/3", "2/3"):
-        flags = ["--output", tmp_path / "jobs", "--shard", shard, "--features", "cls"]
-        assert run_in_process("predict.py", "--model", model, photos, *flags) == 0
-        reset_accelerate()
-    names = {file.name for file in (tmp_path / "jobs").iterdir()}
-    assert names == {f"part-{number}-of-3.parquet" for number in (1, 2, 3)}
-
-    found = pd.read_parquet(tmp_path / "jobs").sort_values("index")
-    rows = functions.predict(model, photos, features="cls")
-    assert found["image"].tolist() == [row["image"] for row in rows]
-    expected = np.stack([row["features"] for row in rows])
-    np.testing.assert_allclose(np.stack(found["features"]), expected, atol=1e-5)
-
-
-def test_more_jobs_than_images_write_empty_files(
-    models: Path, photos: Path, tmp_path: Path
-) -> None:
-    for number in range(1, 12):
-        options = {"output": tmp_path / "jobs", "shard": f"{number}/11"}
-        predict_images(
-            PredictOptions(model=str(models / "one_label"), paths=(str(photos),), **options)
-        )
-        reset_accelerate()
-    assert sorted(pd.read_parquet(tmp_path / "jobs")["index"]) == list(range(9))
-
-
-@pytest.fixture
-def start(models: Path, photos: Path, tmp_path: Path) -> Callable[..., PredictionCounts]:
-    """Return a function that starts the job 1/2, with other options if there are any."""
-
-    def start(
-        model: str = "one_label", path: Path = photos, shard: str = "1/2", **others: Any
-    ) -> PredictionCounts:
-        reset_accelerate()
-        options: dict[str, Any] = {"output": tmp_path / "labels", "shard": shard, **others}
-        return predict_images(
-            PredictOptions(model=str(models / model), paths=(str(path),), **options)
-        )
-
-    return start
-
-
-def test_a_finished_job_ends_without_loading_the_model(
-    start: Callable[..., PredictionCounts], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    first = start()
-    (file,) = (tmp_path / "labels").iterdir()
-    written = file.stat().st_mtime_ns
-    monkeypatch.delattr(predict_module, "build_predictor")
-    assert start(batch_size=3, num_workers=1) == first == PredictionCounts(4, 0)
-    assert file.stat().st_mtime_ns == written
-
-
-CHANGES: dict[str, dict[str, Any]] = {
-    "`threshold`": {"threshold": 0.6},
-    "`top_k`": {"top_k": 2},
-    "`features`": {"features": ("mean",)},
-    "`feature_dtype`": {"feature_dtype": "float16"},
-    "`mixed_precision`": {"mixed_precision": "bf16"},
-    "`resize`": {"resize": "crop"},
-    "another model": {"model": "several_labels"},
-    "another number of jobs": {"shard": "1/3"},
-}
-
-
-@pytest.mark.parametrize("shard", ["1/2", "2/2"])
-@pytest.mark.parametrize(("words", "change"), CHANGES.items(), ids=CHANGES)
-def test_parts_of_other_predictions_are_not_mixed(
-    words: str, change: dict[str, Any], shard: str, start: Callable[..., PredictionCounts]
-) -> None:
-    start()
-    with raises_one_line("part-1-of-2.parquet", words):
-        start(**{"shard": shard, **change})
-
-
-def test_a_job_on_other_images_is_refused(
-    start: Callable[..., PredictionCounts], photos: Path
-) -> None:
-    start()
-    with raises_one_line("part-1-of-2.parquet", "another input"):
-        start(path=photos / "inner")
-
-
-def test_a_damaged_part_is_named(start: Callable[..., PredictionCounts], tmp_path: Path) -> None:
-    start()
-    (tmp_path / "labels" / "part-1-of-2.parquet").write_bytes(b"half")
-    with raises_one_line("part-1-of-2.parquet", "Delete it"):
-        start()
-
-
 def test_an_interrupted_job_leaves_no_file(
-    start: Callable[..., PredictionCounts], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    models: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The error is raised while rows are written."""
 
@@ -457,9 +361,14 @@ def test_an_interrupted_job_leaves_no_file(
         raise OSError("the server cannot be reached")
 
     monkeypatch.setattr(predict_module, "predict_rows", fail)
+    options = PredictOptions(
+        model=str(models / "one_label"),
+        paths=(str(photos),),
+        output=tmp_path / "jobs" / "1.parquet",
+    )
     with pytest.raises(OSError, match="server"):
-        start()
-    assert not any((tmp_path / "labels").iterdir())
+        predict_images(options)
+    assert not any((tmp_path / "jobs").iterdir())
 
 
 # Models -------------------------------------------------------------------------------------------

@@ -68,14 +68,6 @@ def test_evaluate_reports_no_accuracy(
     assert not list(tmp_path.iterdir())
 
 
-def test_evaluate_frozen_fits_no_classifier(
-    encoder: Path, photos: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    flags = ["--frozen", "knn", "--held-out-fraction", "0.5", "--num-workers", "0"]
-    assert run_here("evaluate", "--model", str(encoder), "--dataset", str(photos), *flags) == 1
-    check_error(capsys, "8 of 8 images")
-
-
 def test_finetune_does_not_learn_from_a_teacher(
     classifier: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -5,12 +5,10 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers.accelerate_state import reset_accelerate
 from helpers.photo_folders import write_photos
 from helpers.tiny_options import build_tiny_options, run_training
 from rich.console import Console
 
-from modeling_vitcls import evaluate
 from modeling_vitcls.runtime import progress
 from modeling_vitcls.runtime.progress import report_work, track
 
@@ -70,13 +68,10 @@ def test_no_line_is_printed_after_an_error() -> None:
 
 @pytest.mark.integration
 @pytest.mark.usefixtures("fresh_accelerate")
-def test_training_evaluation_and_frozen_features_print_lines(
+def test_training_and_evaluation_print_lines(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(progress, "LINE_SECONDS", 0.0005)
     photos = write_photos(tmp_path / "photos", range(40))
     run_training(build_tiny_options(tmp_path / "run", photos, max_steps=2, batch_size=8))
     assert "evaluating: started" in capsys.readouterr().out
-    reset_accelerate()
-    evaluate(tmp_path / "run", photos, frozen="knn", num_workers=0, batch_size=4)
-    assert "features: started" in capsys.readouterr().out
