@@ -19,7 +19,7 @@ import torch
 from ..data.aspect_ratio import has_fixed_size
 from ..data.images import LabeledImages
 from ..data.labels import UNLABELED, get_label_space, is_multi_label
-from ..inference.image_pass import BatchDataset, ImageBatch
+from ..inference.image_pass import ImageBatch, prepare_batches
 from ..inference.load_model import choose_batch_size
 from ..model.heads_vitcls import IGNORED_LABEL
 from .ablation import (
@@ -190,22 +190,19 @@ def read_batches(
     config = use.config
     if not has_fixed_size(processor):
         batch_size = 1
-    dataset = BatchDataset(
-        source=LabeledImages(images, [IGNORED_LABEL] * len(images) if labels is None else labels),
-        processor=processor,
+    order = np.random.default_rng(0).permutation(len(images)).tolist()
+    parts = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    prepared = prepare_batches(
+        LabeledImages(images, [IGNORED_LABEL] * len(images) if labels is None else labels),
+        parts,
+        processor,
         label_space=UNLABELED if labels is None else get_label_space(config),
-        batch_size=batch_size,
-        process_index=0,
-        num_processes=1,
         num_channels=config.num_channels,
     )
-    order = np.random.default_rng(0).permutation(len(images)).tolist()
-    starts = range(0, len(order), batch_size)
 
     batches = []
     error_messages: list[str] = []
-    for start in watch(starts, "reading images"):
-        batch = dataset[order[start : start + batch_size]]
+    for _, batch in zip(watch(parts, "reading images"), prepared, strict=True):
         error_messages += batch.error_messages.values()
         for message in batch.error_messages.values():
             on_warning(f"skipped an image: {message}")

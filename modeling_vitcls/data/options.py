@@ -49,8 +49,8 @@ class DataOptions(Options):
     """Maximum number of unreadable images, which are reported and skipped. The run stops if more
     images are unreadable."""
     num_workers: int = 2
-    """Number of data loading processes per training process. 0: images are loaded in the training
-    process."""
+    """Number of processes that load training images, per training process, and of threads that
+    load other images. 0: images are loaded when they are needed."""
 
     @property
     def held_out_part(self) -> float:

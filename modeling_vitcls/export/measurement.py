@@ -7,7 +7,6 @@ Training images calibrate int8 graphs. Held-out images measure the accuracy and,
 labels, the differences between the outputs of the file and the model.
 """
 
-import contextlib
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,16 +19,18 @@ from torch.nn import functional as F
 
 from ..data.evaluation_data import load_fitting_and_evaluation_data
 from ..data.images import LabeledImages
+from ..data.labels import UNLABELED
 from ..data.options import DataOptions
 from ..data.splits import load_training_data
 from ..data.splits_table import read_splits, select_task
 from ..hub.local_paths import resolve_name, strip_folders
 from ..inference.evaluate import build_evaluator, set_label_columns
 from ..inference.evaluator import Evaluator
-from ..inference.exported_graphs import INPUT_NAME, ExportedModel
-from ..inference.image_pass import ImageOutput
+from ..inference.exported_graphs import ExportedModel
+from ..inference.image_pass import ImageOutput, prepare_batches
 from ..inference.intervals import compute_proportion_interval
 from ..inference.load_model import Classifier, LoadedModel, check_is_classifier
+from ..model.heads_vitcls import IGNORED_LABEL
 from ..runtime.distributed import build_accelerator
 from ..runtime.messages import format_message
 from .exportable import ExportableModel, Outputs
@@ -81,10 +82,10 @@ def prepare_images(images: Any, processor: Any, count: int) -> list[torch.Tensor
 
     Unreadable images are left out.
     """
-    pixels = []
-    for index in range(0, len(images), max(1, len(images) // count)):
-        with contextlib.suppress(ValueError):
-            pixels.append(processor(images[index], return_tensors="pt")[INPUT_NAME])
+    indices = range(0, len(images), max(1, len(images) // count))
+    unlabeled = LabeledImages(images, [IGNORED_LABEL] * len(images))
+    batches = prepare_batches(unlabeled, [[index] for index in indices], processor, UNLABELED)
+    pixels = [batch.pixel_values for batch in batches if batch.pixel_values is not None]
     return pixels[:count]
 
 

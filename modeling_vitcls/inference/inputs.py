@@ -6,18 +6,12 @@ Inputs yield records: index, name and undecoded image.
     other datasets           DatasetInput   random access with the `datasets` library
 
 They are read in ranges of indices. Several threads decode and preprocess images ahead of the
-forward pass.
-
-Threads are faster than worker processes, because decoding and resizing release the GIL and no data
-is copied between processes. On two cores, two threads loaded JPEG files of 500 x 375 pixels 1.3
-times as fast as two processes.
+forward pass (`prepare_ahead` in image_pass.py).
 """
 
 import base64
 import os
-from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -275,29 +269,6 @@ class PreparedImage:
     record: ImageRecord
     pixels: torch.Tensor | None = None
     error: str | None = None
-
-
-def prepare_images(
-    records: Iterator[ImageRecord],
-    processor: ViTCLSImageProcessor,
-    num_workers: int,
-    num_ahead: int,
-) -> Iterator[PreparedImage]:
-    """Yield the preprocessed images in order.
-
-    `num_workers` threads process up to `num_ahead` images in advance.
-    """
-    pool = ThreadPoolExecutor(num_workers)
-    futures: deque[Future[PreparedImage]] = deque()
-    try:
-        for record in records:
-            futures.append(pool.submit(prepare_image, processor, record))
-            if len(futures) > num_ahead:
-                yield futures.popleft().result()
-        while futures:
-            yield futures.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def prepare_image(processor: ViTCLSImageProcessor, record: ImageRecord) -> PreparedImage:

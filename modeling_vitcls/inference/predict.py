@@ -26,13 +26,14 @@ from ..hub.model_folder import ModelFolder
 from ..model.image_processing_vitcls import ViTCLSImageProcessor
 from ..runtime.distributed import build_accelerator
 from ..runtime.messages import format_message
+from .image_pass import prepare_ahead
 from .inputs import (
     ImageRecord,
     ListInput,
     PredictionInput,
     build_list_input,
     open_input,
-    prepare_images,
+    prepare_image,
 )
 from .load_model import load_for_inference
 from .options import PredictOptions
@@ -69,9 +70,8 @@ class Predictor:
 
     def iterate_rows(self, records: Iterator[ImageRecord]) -> Iterator[Row]:
         """Yield a row for each image, in order."""
-        images = prepare_images(
-            records, self.processor, self.num_workers, num_ahead=2 * self.batch_size
-        )
+        prepare = partial(prepare_image, self.processor)
+        images = prepare_ahead(prepare, records, self.num_workers, num_ahead=2 * self.batch_size)
         batches = iter(lambda: list(islice(images, self.batch_size)), [])
         return predict_rows(batches, self.columns, self.model.device, self.autocast)
 

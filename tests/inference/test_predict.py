@@ -34,7 +34,7 @@ from modeling_vitcls import (
     ViTCLSImageProcessor,
     ViTCLSModel,
 )
-from modeling_vitcls.cli import functions
+from modeling_vitcls.cli import api
 from modeling_vitcls.inference import predict as predict_module
 from modeling_vitcls.inference.options import PredictOptions
 from modeling_vitcls.inference.predict import predict_images
@@ -422,7 +422,7 @@ def test_predictions_are_in_bfloat16_where_it_is_faster(
     monkeypatch.setattr(distributed, "MIN_BFLOAT16_WIDTH", 16)
     source = str(models / "one_label")
     rows, in_bfloat16, in_float32 = (
-        functions.predict(source, photos, mixed_precision=precision)
+        api.predict(source, photos, mixed_precision=precision)
         for precision in ("auto", "bf16", "no")
     )
     assert rows == in_bfloat16 != in_float32
@@ -463,15 +463,15 @@ SERVED: dict[str, Callable[[Path], Any]] = {
 def test_a_photo_of_a_request_has_the_label_of_its_file(
     build: Callable[[Path], Any], models: Path, photos: Path
 ) -> None:
-    (expected,) = functions.predict(models / "one_label", photos / "a.jpg")
-    (row,) = functions.predict(models / "one_label", build(photos / "a.jpg"))
+    (expected,) = api.predict(models / "one_label", photos / "a.jpg")
+    (row,) = api.predict(models / "one_label", build(photos / "a.jpg"))
     assert row["error"] is None
     assert row["label"] == expected["label"]
     assert row["probability"] == pytest.approx(expected["probability"], abs=1e-5)
 
 
 def test_no_photos_have_no_rows(models: Path) -> None:
-    assert functions.predict(models / "one_label", []) == []
+    assert api.predict(models / "one_label", []) == []
 
 
 @pytest.mark.parametrize(
@@ -481,11 +481,11 @@ def test_no_photos_have_no_rows(models: Path) -> None:
 )
 def test_what_is_no_photo_is_one_line(images: Any, models: Path) -> None:
     with raises_one_line("`images`"):
-        functions.predict(models / "one_label", images)
+        api.predict(models / "one_label", images)
 
 
 @pytest.mark.parametrize("uri", ["data:image/png;base64,%%%", "data:,text", "data:"])
 def test_a_data_uri_without_a_photo_has_the_reason_in_its_row(uri: str, models: Path) -> None:
-    (row,) = functions.predict(models / "one_label", uri)
+    (row,) = api.predict(models / "one_label", uri)
     assert row["error"]
     assert row["label"] is None
