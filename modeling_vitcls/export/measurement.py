@@ -19,17 +19,18 @@ from torch.nn import functional as F
 
 from ..data.evaluation_data import load_fitting_and_evaluation_data
 from ..data.images import LabeledImages
-from ..data.labels import UNLABELED
+from ..data.label_matching import match_labels
+from ..data.labels import UNLABELED, get_label_space
 from ..data.options import DataOptions
 from ..data.splits import load_training_data
 from ..data.splits_table import read_splits, select_task
 from ..hub.local_paths import resolve_name, strip_folders
-from ..inference.evaluate import build_evaluator, set_label_columns
+from ..inference.evaluate import set_label_columns
 from ..inference.evaluator import Evaluator
 from ..inference.exported_graphs import ExportedModel
 from ..inference.image_pass import ImageOutput, prepare_batches
 from ..inference.intervals import compute_proportion_interval
-from ..inference.load_model import Classifier, LoadedModel, check_is_classifier
+from ..inference.load_model import Classifier, check_is_classifier
 from ..model.heads_vitcls import IGNORED_LABEL
 from ..runtime.distributed import build_accelerator
 from ..runtime.messages import format_message
@@ -146,13 +147,16 @@ def load_export_images(
         training, held_out = load_fitting_and_evaluation_data(
             options, split, select_task(read_splits(folder), None)
         )
-        evaluator = build_evaluator(
-            LoadedModel(folder, model, processor, BATCH_SIZE),
-            model.config,
-            held_out,
-            options,
-            build_accelerator(mixed_precision="no"),
-            print,
+        label_space = get_label_space(model.config)
+        evaluator = Evaluator(
+            match_labels(held_out.images, held_out.label_space, label_space),
+            processor=processor,
+            label_space=label_space,
+            batch_size=BATCH_SIZE,
+            accelerator=build_accelerator(mixed_precision="no"),
+            num_workers=options.num_workers,
+            max_unreadable_images=options.max_unreadable_images,
+            num_channels=model.config.num_channels,
         )
     except ValueError as error:
         if split is not None:

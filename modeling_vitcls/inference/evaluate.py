@@ -10,8 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from accelerate import Accelerator
 from rich.console import Console
@@ -19,7 +18,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..conversion.open_model import open_model
-from ..data.evaluation_data import EvaluationData, load_evaluation_data
+from ..data.evaluation_data import load_evaluation_data
 from ..data.label_matching import match_labels
 from ..data.labels import get_label_space
 from ..data.options import DataOptions
@@ -32,7 +31,7 @@ from ..runtime.files import write_json
 from ..runtime.messages import format_message
 from ..runtime.system import describe_device, get_versions
 from .evaluator import Evaluator
-from .load_model import LoadedModel, check_is_classifier, load_for_inference
+from .load_model import check_is_classifier, load_for_inference
 from .metric_tables import (
     build_class_tables,
     build_confusion_tables,
@@ -46,26 +45,23 @@ from .per_image import write_predictions
 MAX_BATCH_SIZE = 64  # default number of images per process and forward pass on GPUs
 
 
-class EvaluationSetup(NamedTuple):
-    """A loaded model and an evaluator with the labeled images."""
+def evaluate_checkpoint(options: EvaluateOptions) -> dict[str, Any]:
+    """Evaluate a saved model, print and return the results, and write them to `output` if set.
 
-    model: Any  # on the device, in eval mode
-    config: ViTCLSConfig  # of the evaluated task
-    evaluator: Evaluator
-    data: EvaluationData
+    Args:
+        options: The flags of `vitcls evaluate`.
 
-
-def load_evaluation(
-    folder: ModelFolder,
-    options: EvaluateOptions,
-    accelerator: Accelerator,
-    warn: Callable[[str], None],
-    print_line: Callable[[str], None] = print,
-) -> EvaluationSetup:
-    """Load the model and the labeled images.
-
-    The errors are the same as in `evaluate_checkpoint`.
+    Raises:
+        ValueError: if the model type is not supported, if the split does not exist, if training
+            used all of its images, if an image has a label that the model lacks, or if too many
+            images are unreadable.
+        OSError: if the checkpoint cannot be found or read, if the dataset cannot be found, or if
+            the output cannot be written.
     """
+    accelerator, console, warn = set_up_evaluation(options.mixed_precision)
+    print_line = partial(console.print, markup=False)
+    with accelerator.main_process_first():  # the main process downloads the files
+        folder = open_model(options.model)
     loaded = load_for_inference(
         folder,
         accelerator,
@@ -80,6 +76,10 @@ def load_evaluation(
     if options.task is not None:
         config = config.build_task_config(options.task)
     check_is_classifier(config)
+    if options.per_image is not None and config.tasks:
+        raise ValueError(
+            "`per_image` requires a single task. Use `vitcls predict --dataset` for several tasks"
+        )
 
     data_options = set_label_columns(options, config, folder, options.task)
     load_data = partial(
@@ -90,26 +90,8 @@ def load_evaluation(
         max_images=options.max_images,
     )
     data = load_on_main(accelerator, data_options.dataset, load_data)
-
-    evaluator = build_evaluator(loaded, config, data, options, accelerator, warn)
-    evaluator.task = options.task
-    return EvaluationSetup(model=loaded.model, config=config, evaluator=evaluator, data=data)
-
-
-def build_evaluator(
-    loaded: LoadedModel,
-    config: ViTCLSConfig,
-    data: EvaluationData,
-    options: DataOptions,
-    accelerator: Accelerator,
-    warn: Callable[[str], None],
-) -> Evaluator:
-    """Build an evaluator of images whose labels are matched with those of a model by name.
-
-    Raise ValueError if the labels differ.
-    """
     label_space = get_label_space(config)
-    return Evaluator(
+    evaluator = Evaluator(
         match_labels(data.images, data.label_space, label_space),
         processor=loaded.processor,
         label_space=label_space,
@@ -117,56 +99,46 @@ def build_evaluator(
         accelerator=accelerator,
         num_workers=options.num_workers,
         max_unreadable_images=options.max_unreadable_images,
-        num_channels=loaded.config.num_channels,
+        num_channels=config.num_channels,
         warn=warn,
     )
+    evaluator.task = options.task
 
-
-def evaluate_checkpoint(options: EvaluateOptions) -> dict[str, Any]:
-    """Evaluate a saved model, print and return the results, and write them to `output` if set.
-
-    Args:
-        options: The flags of `vitcls evaluate`.
-
-    Raises:
-        ValueError: if the model type is not supported, if the split does not exist, if training
-            used all of its images, if the options of the held-out split differ from the options
-            that were used in training, if an image has a label that the model lacks, or if too many
-            images are unreadable.
-        OSError: if the checkpoint cannot be found or read, if the dataset cannot be found, or if
-            the output cannot be written.
-    """
-    accelerator, console, warn = set_up_evaluation(options.mixed_precision)
-    with accelerator.main_process_first():  # the main process downloads the files
-        folder = open_model(options.model)
-    print_line = partial(console.print, markup=False)
-    setup = load_evaluation(folder, options, accelerator, warn, print_line)
-    model, evaluator, kind = setup.model, setup.evaluator, setup.evaluator.label_space.kind
-    if options.per_image is not None and kind == "multi_task":
-        raise ValueError(
-            "`per_image` requires a single task. Use `vitcls predict --dataset` for several tasks"
-        )
     start_time = time.perf_counter()
     predictions = None
     if options.per_image is None:
-        metrics = evaluator(model, console)
+        metrics = evaluator(loaded.model, console)
     else:
-        predictions = evaluator.predict(model, console)
+        predictions = evaluator.predict(loaded.model, console)
         metrics = predictions.metrics
     seconds = time.perf_counter() - start_time
-    results = {
-        **describe_evaluation(options, setup.data, metrics["num_images"], seconds, accelerator),
+
+    results: dict[str, Any] = {
+        "model": options.model,
+        **({} if options.task is None else {"task": options.task}),
+        "dataset": options.dataset,
+        "split": data.split,
+        "num_left_out_images": data.num_left_out,
+        "images_per_second": round(metrics["num_images"] / seconds, 1),
+        "seconds": round(seconds, 2),
+        "device": describe_device(accelerator),
+        "mixed_precision": accelerator.mixed_precision,
+        "num_processes": accelerator.num_processes,
+        "versions": get_versions(),
         "weights_sha256": folder.weights_sha256,
         **metrics,
     }
-    # first the files: `| head` ends the process when it has enough lines
     if accelerator.is_main_process:
-        write_results(results, options.output, console)
+        # first the files: `| head` ends the process when it has enough lines
+        if options.output is not None:
+            options.output.parent.mkdir(parents=True, exist_ok=True)
+            write_json(options.output, results)
+            print_line(f"saved {options.output}")
         if options.per_image is not None and predictions is not None:
             options.per_image.parent.mkdir(parents=True, exist_ok=True)
             write_predictions(options.per_image, predictions, folder.weights_sha256)
-            console.print(f"saved {options.per_image}", markup=False)
-    print_results(results, setup.data.description, setup.config, console)
+            print_line(f"saved {options.per_image}")
+    print_results(results, data.description, config, console)
     accelerator.end_training()
     return results
 
@@ -184,37 +156,6 @@ def set_up_evaluation(
         console.print(f"WARNING: {format_message(message)}", style="bold yellow", markup=False)
 
     return accelerator, console, warn
-
-
-def describe_evaluation(
-    options: EvaluateOptions,
-    data: EvaluationData,
-    num_images: int,
-    seconds: float,
-    accelerator: Accelerator,
-) -> dict[str, Any]:
-    """Return the results that describe the model, the images, the speed and the environment."""
-    return {
-        "model": options.model,
-        **({} if options.task is None else {"task": options.task}),
-        "dataset": options.dataset,
-        "split": data.split,
-        "num_left_out_images": data.num_left_out,
-        "images_per_second": round(num_images / seconds, 1),
-        "seconds": round(seconds, 2),
-        "device": describe_device(accelerator),
-        "mixed_precision": accelerator.mixed_precision,
-        "num_processes": accelerator.num_processes,
-        "versions": get_versions(),
-    }
-
-
-def write_results(results: dict[str, Any], file: Path | None, console: Console) -> None:
-    """Write the results to a file, if there is one."""
-    if file is not None:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_json(file, results)
-        console.print(f"saved {file}", markup=False)
 
 
 def set_label_columns(
