@@ -29,7 +29,7 @@ REQUIRED: dict[type, dict[str, Any]] = {
     ModelOptions: {"model": "vitcls-tiny"},
     RunOptions: {"output_dir": Path("o")},
     EvaluateOptions: {"model": "m", "dataset": "digits"},
-    PredictOptions: {"model": "m", "paths": ("a.jpg",), "output": Path("out")},
+    PredictOptions: {"model": "m", "paths": ("a.jpg",), "output": Path("out.json")},
     InspectOptions: {"model": "m", "paths": ("a.jpg",)},
     StudyOptions: {"config": Path("c"), "output_dir": Path("o")},
     ExportOptions: {"model": "m", "format": "onnx", "output": Path("o"), "dataset": "d"},
