@@ -74,7 +74,6 @@ LIMITS: list[tuple[type, str, list[Any], list[Any]]] = [
     (LeJEPAOptions, "sigreg_weight", [0.1, 0.9], [0, 1]),
     (RunOptions, "license", [None, "cc-by-4.0"], ["CC BY", "", "-mit", "MIT"]),
     (RunOptions, "save_every keep_checkpoints", [1], [0]),
-    (RunOptions, "hub_checkpoint_branch", [None], ["", "main"]),
     (EvaluateOptions, "batch_size", [1], [0]),
     (PredictOptions, "threshold", [0, 1], [-0.1, 1.1]),
     (PredictOptions, "batch_size top_k num_workers", [1], [0]),
@@ -105,12 +104,6 @@ def test_values_outside_of_their_limits_are_errors(
 
 # Class, flags that are accepted, changes that are rejected, and the flag in the error message.
 COMBINATIONS: list[tuple[type, dict[str, Any], dict[str, Any], str]] = [
-    (
-        RunOptions,
-        {"hub_checkpoint_branch": "dev", "push_to_hub": True},
-        {"push_to_hub": False},
-        "`push_to_hub=True`",
-    ),
     (EvaluateOptions, {}, {"streaming": True}, "`streaming`"),
     (PredictOptions, {"paths": ("a",)}, {"paths": ()}, "`images`"),
     (PredictOptions, {"paths": (), "list": Path("b")}, {"dataset": "c"}, "`images`"),

@@ -140,11 +140,11 @@ def run_training(options: Any) -> dict[str, Any]:
     from accelerate import PartialState
 
     from ..hub.model_folder import ModelFolder
-    from ..publishing.after_run import build_uploader, finish_run, prepare_push
+    from ..publishing.after_run import finish_run, prepare_push
     from ..training.run import train
 
     repo_id = prepare_push(options)
-    folder = train(options, build_uploader(options, repo_id))
+    folder = train(options)
     if PartialState().is_main_process:
         finish_run(folder, options, repo_id)
     return ModelFolder(folder).saved_results

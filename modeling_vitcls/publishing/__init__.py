@@ -10,6 +10,5 @@ published_files.py         the files that a push publishes
 push.py                    permissions and push, with retries
 verify.py                  verification of a published model, which is loaded in a new process
 verification_script.py     the script that the new process runs, independent of this package
-checkpoint_uploads.py      uploads of training checkpoints to a branch
 after_run.py               all of these after a training run
 """

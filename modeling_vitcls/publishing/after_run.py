@@ -1,7 +1,6 @@
 """What follows a training run, on the main process: report, card, push and verification."""
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 from rich.console import Console
@@ -12,7 +11,6 @@ from ..hub.model_folder import ModelFolder
 from ..runtime.messages import format_message
 from ..training.options import FinetuneOptions, PretrainOptions, RunOptions
 from .card import write_card
-from .checkpoint_uploads import build_checkpoint_uploader
 from .push import prepare_repository, push_folder
 from .report import write_report
 from .verify import verify_push
@@ -29,13 +27,6 @@ def prepare_push(options: FinetuneOptions | PretrainOptions) -> str | None:
         return None
     name = options.output_dir.resolve().name
     return prepare_repository(options.hub_model_id, name, options.hub_private)
-
-
-def build_uploader(options: RunOptions, repo_id: str | None) -> Callable[[Path], None] | None:
-    """Build the function that pushes each checkpoint; None without `hub_checkpoint_branch`."""
-    if repo_id is None or options.hub_checkpoint_branch is None:
-        return None
-    return build_checkpoint_uploader(repo_id, options.hub_checkpoint_branch, warn)
 
 
 def finish_run(path: Path, options: RunOptions, repo_id: str | None) -> None:

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from pathlib import Path
+from functools import partial
 from statistics import fmean
 from typing import Any
 
@@ -97,8 +97,6 @@ class TrainingLoop:
     evaluated_images: str = "held_out"
     # constant values that checkpoints contain
     run_metadata: dict[str, Any] = field(default_factory=dict)
-    # called on the main process with each saved checkpoint
-    on_checkpoint: Callable[[Path], None] | None = None
     # durations of all steps in this process, in seconds
     step_seconds: list[float] = field(default_factory=list)
     evaluation_seconds: list[float] = field(default_factory=list)
@@ -399,12 +397,9 @@ class TrainingLoop:
             self.accelerator, state.model, state.optimizer, state.shadow
         )
 
-        def write() -> None:
-            self.store.save(state.step, tensors, metadata | non_tensor_state, is_best)
-            if self.on_checkpoint is not None:
-                self.on_checkpoint(self.store.get_folder(state.step))
-
-        run_on_main(self.accelerator, write)
+        metadata |= non_tensor_state
+        save = partial(self.store.save, state.step, tensors, metadata, is_best)
+        run_on_main(self.accelerator, save)
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Load a checkpoint into the state.

@@ -317,10 +317,6 @@ class RunOptions(Options):
     hub_verify: bool = True
     """Load the model from the pushed commit in a new process, and compare its outputs with the
     outputs of the saved model."""
-    hub_checkpoint_branch: str | None = None
-    """Push each saved checkpoint to this branch in the background. To resume on another machine,
-    run `hf download ID --revision BRANCH --local-dir FOLDER`, then repeat the command with
-    --output-dir FOLDER --resume. Default: checkpoints are not pushed. Requires --push-to-hub."""
     license: str | None = None
     """License of the trained weights for the model card: a Hub identifier such as apache-2.0. If
     the initial weights have a license, the card contains the license of the initial weights
@@ -337,17 +333,11 @@ class RunOptions(Options):
                 f"`output_dir={str(self.output_dir)!r}` is a file. Set `output_dir` to a folder"
             )
         check_minimum(self, 1, "save_every", "keep_checkpoints")
-        is_valid_branch = self.hub_checkpoint_branch not in ("", "main")
-        check_value(self, "hub_checkpoint_branch", is_valid_branch, "a branch other than main")
         is_valid_license = self.license is None or bool(
             re.fullmatch(r"[a-z0-9][a-z0-9.-]*", self.license)
         )
         requirement = "a Hub license identifier, such as apache-2.0 or cc-by-4.0"
         check_value(self, "license", is_valid_license, requirement)
-        if self.hub_checkpoint_branch and not self.push_to_hub:
-            raise ValueError(
-                "`hub_checkpoint_branch` requires `push_to_hub=True`. Set `push_to_hub=True`."
-            )
 
 
 # The fields of the last base class come first.

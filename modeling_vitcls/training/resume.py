@@ -24,7 +24,6 @@ from ..hub.local_paths import (
     is_same_source,
     make_relative,
     resolve_name,
-    strip_folders,
 )
 from ..hub.model_files import CONFIG_FILE, RECIPE_FILE, RESULTS_FILE
 from ..runtime.files import read_json, read_text
@@ -36,7 +35,7 @@ from .options import ModelOptions, PretrainOptions, TrainOptions
 CHANGEABLE_FLAGS = (
     "output_dir num_workers max_unreadable_images batch_size gradient_accumulation_steps resume "
     "overwrite save_every keep_checkpoints log_with report push_to_hub hub_model_id "
-    "hub_private hub_verify hub_checkpoint_branch license card_samples "
+    "hub_private hub_verify license card_samples "
     # the precision itself is compared (`check_run_unchanged`)
     "mixed_precision"
 ).split()
@@ -87,23 +86,17 @@ def replace_sources(options: TrainOptions, convert: Callable[[str, str], str]) -
     return replace(options, teacher=teacher)
 
 
-def get_relative_flags(options: TrainOptions, should_strip: bool = False) -> dict[str, Any]:
-    """Return all flags of the run, with paths relative to the current directory.
-
-    If `should_strip` is set, local folders are replaced with placeholders, because the flags are
-    published.
-    """
-    convert = strip_folders if should_strip else make_relative
-    options = replace_sources(options, lambda _, source: convert(source))
-    flags = to_flags(replace(options, dataset=convert(options.dataset)))
-    return flags | {"output_dir": convert(flags["output_dir"])}
+def get_relative_flags(options: TrainOptions) -> dict[str, Any]:
+    """Return all flags of the run, with paths relative to the current directory."""
+    options = replace_sources(options, lambda _, source: make_relative(source))
+    flags = to_flags(replace(options, dataset=make_relative(options.dataset)))
+    return flags | {"output_dir": make_relative(flags["output_dir"])}
 
 
 def build_flags_record(
     asked: TrainOptions,
     options: TrainOptions,
     config: dict[str, Any],
-    should_strip: bool,
     recorded: RecordedFlags | None,
 ) -> dict[str, Any]:
     """Return the fields of `RecordedFlags` for a checkpoint.
@@ -112,11 +105,10 @@ def build_flags_record(
         asked: the options as the person set them.
         options: the options of the run.
         config: the configuration of the model.
-        should_strip: see `get_relative_flags`.
         recorded: the record of the run that is resumed, whose derived values stay derived.
     """
     asked_flags = to_flags(asked)
-    flags = get_relative_flags(asked, should_strip)
+    flags = get_relative_flags(asked)
     chosen = {
         name: value for name, value in to_flags(options).items() if value != asked_flags[name]
     }

@@ -10,7 +10,7 @@ complete. publishing/ builds the report and the card from the folder.
 
 import math
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -95,12 +95,11 @@ class Frozen:
     model: FrozenModel | None = None
 
 
-def train(options: TrainOptions, on_checkpoint: Callable[[Path], None] | None = None) -> Path:
+def train(options: TrainOptions) -> Path:
     """Train and evaluate a model, and return the folder with the model and its results.
 
     Args:
         options: flags of the run.
-        on_checkpoint: called on the main process with the folder of each saved checkpoint.
 
     Raises:
         ValueError, OSError: if data or models cannot be read or do not match the options, another
@@ -112,10 +111,10 @@ def train(options: TrainOptions, on_checkpoint: Callable[[Path], None] | None = 
     recipe: Recipe = PreTraining() if isinstance(options, PretrainOptions) else FineTuning()
     options = resolve_local_paths(options)
     check_output_is_not_read(options.output_dir, options.dataset)
-    return run(recipe, options, on_checkpoint)
+    return run(recipe, options)
 
 
-def run(recipe: Recipe, asked: TrainOptions, on_checkpoint: Callable[[Path], None] | None) -> Path:
+def run(recipe: Recipe, asked: TrainOptions) -> Path:
     """Run all stages, and return the output folder.
 
     `asked` are the options as the person set them.
@@ -139,7 +138,7 @@ def run(recipe: Recipe, asked: TrainOptions, on_checkpoint: Callable[[Path], Non
         frozen = fit_frozen(loaded, environment)
         features_before = measure_features(loaded, environment)
         evaluators = build_evaluators(loaded)
-        trained = train_steps(loaded, frozen, evaluators, environment, on_checkpoint)
+        trained = train_steps(loaded, frozen, evaluators, environment)
 
         best = choose(loaded, frozen, trained, environment)
         calibration = calibrate(loaded, best, evaluators)
@@ -243,7 +242,6 @@ def train_steps(
     frozen: Frozen,
     evaluators: Evaluators,
     environment: Environment,
-    on_checkpoint: Callable[[Path], None] | None,
 ) -> Trained:
     """Run the remaining steps; none if the run stops at the frozen model."""
     options = loaded.options
@@ -278,7 +276,6 @@ def train_steps(
             evaluated_images="held_out" if data.selection is None else "selection",
             signals=signals,
             run_metadata=loaded.metadata | {"probe": frozen.record, "frozen_score": frozen.score},
-            on_checkpoint=on_checkpoint,
         )
         if environment.checkpoint is not None:
             loop.restore(environment.checkpoint)

@@ -288,7 +288,6 @@ def prepare_folder(
             environment.asked,
             options,
             config,
-            should_strip=options.hub_checkpoint_branch is not None,
             recorded=recorded,
         ),
     }
