@@ -11,7 +11,6 @@ from ..data.splits_table import read_splits, select_task
 from ..hub.local_paths import get_title
 from ..inference.load_model import load_model
 from ..runtime.distributed import choose_precision
-from ..runtime.messages import format_message
 from ..runtime.progress import track
 from .inspection import Inspection, inspect_model
 from .inspection_images import open_images
@@ -41,7 +40,7 @@ def inspect_tokens(options: InspectOptions) -> Inspection:
         precision = choose_precision(device, model.config)
         if precision == "bf16":
             text = "mixed precision: bf16. `mixed_precision='no'` turns it off"
-            console.print(format_message(text), markup=False)
+            console.print(text, markup=False)
     splits = select_task(read_splits(folder), None)
     images = open_images(options, model, splits).draw(options.max_images)
     for file in (options.output, options.json):

@@ -4,10 +4,9 @@
     accelerate launch -m modeling_vitcls.cli finetune --model vitcls-tiny ...       several processes
     vitcls --tyro-print-completion bash                                             shell completion
 
-    parsing.py        recipes and flags -> options; one-line errors and exit statuses
-    flag_messages.py  messages of the package -> messages that name flags
-    api.py            the commands as Python functions
-    NAME.py           vitcls NAME, with underscores for hyphens
+    parsing.py  recipes and flags -> options; one-line errors and exit statuses
+    api.py      the commands as Python functions
+    NAME.py     vitcls NAME, with underscores for hyphens
 
 A subcommand defines OPTIONS_CLASS and `run(options)`. OPTIONS_CLASS is a flat dataclass whose fields
 are the flags, and whose `check` raises ValueError if flags contradict each other. ValueErrors
@@ -94,21 +93,18 @@ def run_command(arguments: list[str]) -> None:
         return
 
     modules = load_modules()
-    from ..runtime.flags import get_flag_fields
-    from .flag_messages import messages_name_flags
     from .parsing import check_paths, exit_on_error, parse_command_line, silence_libraries
 
     name, options = parse_command_line(modules, arguments or ["--help"])
-    flag_names = get_flag_fields(type(options))
-    with messages_name_flags(flag_names), exit_on_error():
+    with exit_on_error(type(options)):
         check_paths(options)
 
+    # imports torch; __init__.py does not register the classes in the process of a command
     from ..model.configuration_vitcls import ViTCLSConfig
 
-    # __init__.py does not register the classes in a CLI process
     ViTCLSConfig.register_auto_classes()
-    silence_libraries()
-    with messages_name_flags(flag_names), exit_on_error():
+    with exit_on_error(type(options)):
+        silence_libraries()
         modules[name].run(options)
 
 

@@ -69,7 +69,6 @@ def run(options: ConvertOptions) -> None:
 def print_report(report: "Report", output: Path) -> None:
     """Print the parity report, and the command that pushes the model to the Hub."""
     from ..publishing.push import build_push_command
-    from ..runtime.messages import format_message
 
     print(
         f"Largest differences between {report['model_class']} and {report['source']} (limit "
@@ -84,7 +83,7 @@ def print_report(report: "Report", output: Path) -> None:
         print(f"No other image size was compared: {report['not_compared']}")
     if reason := report["preprocessing"]["assumed_because"]:
         print(f"Image processor: the settings are assumed, because {reason}. Check them")
-    print(*map(format_message, report["notes"]), f"Classifier: {report['classifier']}", sep="\n")
+    print(*report["notes"], f"Classifier: {report['classifier']}", sep="\n")
     print(
         f"\nWritten to {output}. README.md has the code that loads the model. To push and verify "
         "the model, run"

@@ -8,7 +8,7 @@ implemented in modeling_vitcls/training/run.py and finetune.py.
 """
 
 from ..training.options import FinetuneOptions, PretrainOptions
-from .parsing import FlagGroup, exit_with_message
+from .parsing import FlagGroup
 
 
 OPTIONS_CLASS = FinetuneOptions
@@ -64,15 +64,7 @@ COMMON_FLAGS = (
 
 
 def run(options: FinetuneOptions | PretrainOptions) -> None:
-    """Train a model.
-
-    If the run is interrupted or fails, exit with its exit status.
-    """
-    from ..runtime.errors import RunStopped
+    """Train a model."""
     from .api import run_training
 
-    try:
-        run_training(options)
-    except RunStopped as stopped:
-        prefix = "error: " if stopped.exit_status == 1 else ""  # otherwise a signal
-        exit_with_message(f"{prefix}{stopped}", stopped.exit_status, stopped.is_on_all_processes)
+    run_training(options)

@@ -10,6 +10,7 @@ and the command line overrides the recipe. Invalid flags are reported before tor
 import argparse
 import dataclasses
 import os
+import re
 import shutil
 import sys
 import textwrap
@@ -23,7 +24,7 @@ import tyro
 import yaml
 
 from ..hub.local_paths import split_prefix
-from ..runtime.errors import describe_error, is_raised_on_all_processes
+from ..runtime.errors import RunStopped, describe_error, is_raised_on_all_processes
 from ..runtime.files import read_text
 from ..runtime.flags import (
     EQUIVALENT_FLAGS,
@@ -33,8 +34,6 @@ from ..runtime.flags import (
     to_arguments,
     to_flags,
 )
-from ..runtime.messages import format_message
-from .flag_messages import messages_name_flags
 
 
 ScriptOptions = TypeVar("ScriptOptions", bound=Options)
@@ -45,6 +44,8 @@ PACKAGE_FOLDER = Path(__file__).parents[1]
 RECIPE_FOLDERS = (PACKAGE_FOLDER / "recipes", PACKAGE_FOLDER.parent / "scripts" / "recipes")
 
 TYRO_CONFIG = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
+# A parameter in an error: `batch_size` or `batch_size=64`
+PARAMETER = re.compile(r"`([a-z]\w*)(?:=([^`]*))?`")
 
 
 def parse_command_line(modules: dict[str, ModuleType], arguments: list[str]) -> tuple[str, Any]:
@@ -90,8 +91,8 @@ def parse_command_line(modules: dict[str, ModuleType], arguments: list[str]) -> 
         config=TYRO_CONFIG,
         console_outputs=os.environ.get("RANK", "0") == "0",
     )
-    with messages_name_flags(get_flag_fields(type(options))):
-        check_options(options)
+    with exit_on_error(type(options), status=2):
+        options.check()
     return name, options
 
 
@@ -130,16 +131,8 @@ def suggest_equivalent_flags(flags: list[str], flag_names: Collection[str]) -> N
             )
 
 
-def check_options(options: Options) -> None:
-    """Exit with status 2 if the values of flags are not allowed, or contradict each other."""
-    try:
-        options.check()
-    except (ValueError, OSError) as error:  # such as a name that is too long
-        exit_with_message(f"error: {describe_error(error)}")
-
-
-def check_paths(options: Any) -> None:
-    """Exit with a message if a local path does not exist, before libraries are imported.
+def check_paths(options: Options) -> None:
+    """Raise ValueError if a local path does not exist, before libraries are imported.
 
     Models, sources and datasets are checked, and whether a name can be written to the files of a
     run.
@@ -150,40 +143,33 @@ def check_paths(options: Any) -> None:
         for source in value if isinstance(value, list) else [value]:
             path = split_prefix(source)[1].partition("@")[0]
             if is_path(path) and not Path(path).exists() and not Path(source).exists():
-                exit_with_message(
-                    f"error: there is no file or folder {path}. Check --{name}", status=1
-                )
-    for name in ("output_dir", "output", "json", "per_image"):
+                raise ValueError(f"there is no file or folder {path}. Check `{name}`")
+    for name in ("output_dir", "output", "json", "per_image", "audit"):
         if isinstance(values.get(name), str):
             check_writable(name, Path(values[name]))
     for name in ("output_dir", "output", "dataset", "model"):
         value = values.get(name)
         # Python reads bytes of file names that are not UTF-8 as surrogates
         if isinstance(value, str) and value.encode(errors="ignore").decode() != value:
-            exit_with_message(
-                f"error: --{name.replace('_', '-')} {value!a} is not valid UTF-8. Rename the "
-                "folder, or set another one",
-                status=1,
+            raise ValueError(
+                f"`{name}` is {value!a}, which is not valid UTF-8. Rename the folder, or set "
+                "another one"
             )
 
 
 def check_writable(name: str, output: Path) -> None:
-    """Exit with a message if a file or folder cannot be written, before the work is done."""
-    reason = None
+    """Raise ValueError if a file or folder cannot be written, before the work is done."""
     for path in (output, *output.parents):
         # unlike Path.is_dir, these do not raise PermissionError
         if os.path.isdir(path):  # noqa: PTH112
-            if not os.access(path, os.W_OK):
-                reason = f"no permission to write to {path}"
-            break
-        if path != output and os.path.exists(path):  # noqa: PTH110
+            if os.access(path, os.W_OK):
+                return
+            reason = f"no permission to write to {path}"
+        elif path != output and os.path.exists(path):  # noqa: PTH110
             reason = f"{path} is not a folder"
-            break
-    if reason is not None:
-        exit_with_message(
-            f"error: cannot write {output}: {reason}. Set a different --{name.replace('_', '-')}",
-            status=1,
-        )
+        else:
+            continue
+        raise ValueError(f"cannot write {output}: {reason}. Set a different `{name}`")
 
 
 def is_path(source: str) -> bool:
@@ -304,29 +290,30 @@ def silence_libraries() -> None:
 
 
 @contextmanager
-def exit_on_error() -> Iterator[None]:
-    """Exit with status 1 and a one-line message if the block raises ValueError or OSError."""
+def exit_on_error(options_class: type[Options], status: int = 1) -> Iterator[None]:
+    """Exit with a one-line message if the block raises ValueError or OSError, or a run is stopped."""
+    is_on_all_processes = False
     try:
         yield
+        return
+    except RunStopped as stopped:
+        status = stopped.exit_status
+        is_on_all_processes = stopped.is_on_all_processes
+        message = str(stopped)
     except (ValueError, OSError) as error:
+        is_on_all_processes = status == 2 or is_raised_on_all_processes(error)
+        message = describe_error(error)
         if isinstance(error, FileNotFoundError) and not has_working_directory():
-            exit_with_message(
-                "error: the working directory no longer exists. Change to another folder", status=1
-            )
-        exit_with_message(
-            f"error: {describe_error(error)}",
-            status=1,
-            is_on_all_processes=is_raised_on_all_processes(error),
-        )
+            message = "the working directory no longer exists. Change to another folder"
     except RuntimeError as error:
         if "can't start new thread" not in str(error):
             raise
-        exit_with_message(
-            "error: no more threads can be started. Raise the limit of processes (ulimit -u) or of "
-            "memory (ulimit -v), or end other programs",
-            status=1,
-            is_on_all_processes=False,
+        message = (
+            "no more threads can be started. Raise the limit of processes (ulimit -u) or of "
+            "memory (ulimit -v), or end other programs"
         )
+    prefix = "error: " if status in (1, 2) else ""  # otherwise a signal
+    exit_with_message(f"{prefix}{add_flags(message, options_class)}", status, is_on_all_processes)
 
 
 def has_working_directory() -> bool:
@@ -335,6 +322,19 @@ def has_working_directory() -> bool:
         return Path.cwd().exists()
     except FileNotFoundError:
         return False
+
+
+def add_flags(message: str, options_class: type[Options]) -> str:
+    """Append the flags of the parameters that an error names.
+
+    Errors name parameters, as Python does: "Set `num_workers=0` (--num-workers)".
+    """
+    flags = {
+        f"--{'no-' if value == 'False' else ''}{name.replace('_', '-')}"
+        for name, value in PARAMETER.findall(message)
+        if name in get_flag_fields(options_class)
+    }
+    return f"{message} ({', '.join(sorted(flags))})" if flags else message
 
 
 def run_script(
@@ -350,20 +350,19 @@ def run_script(
         arguments: The flags. Default: `sys.argv[1:]`.
     """
     options = tyro.cli(options_class, args=arguments, config=TYRO_CONFIG)
-    with messages_name_flags(get_flag_fields(options_class)):
-        check_options(options)
-        silence_libraries()
-        with exit_on_error():
-            run(options)
+    with exit_on_error(options_class, status=2):
+        options.check()
+    silence_libraries()
+    with exit_on_error(options_class):
+        run(options)
 
 
 def exit_with_message(message: str, status: int = 2, is_on_all_processes: bool = True) -> NoReturn:
-    """Print a one-line message, with flags for parameters, to stderr and exit.
+    """Print a one-line message to stderr and exit.
 
     Status 2 means that a flag is invalid. If all processes exit with the message
     (`is_on_all_processes`), only the first process prints the message.
     """
-    message = format_message(message)
     rank = os.environ.get("RANK", "0")
     if rank == "0":
         print(message, file=sys.stderr)

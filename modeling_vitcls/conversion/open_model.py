@@ -37,7 +37,6 @@ from ..hub.model_files import PARITY_REPORT_FILE, RESULTS_FILE, SPLITS_FILE, lis
 from ..hub.model_folder import ModelFolder
 from ..model.configuration_vitcls import PRESETS
 from ..runtime.files import read_json
-from ..runtime.messages import format_message
 from ..version import __version__
 
 
@@ -134,7 +133,7 @@ def convert_once(source: str) -> str:
             report = convert_checkpoint(source, folder)
             for note in report["notes"]:
                 if note.startswith("pooling: "):
-                    logger.warning("%s", format_message(note))
+                    logger.warning("%s", note)
             logger.warning("the converted model is cached in %s", folder)
     return str(folder)
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ..runtime.messages import format_name_list
+from ..runtime.errors import format_name_list
 from .folder_layout import SPLIT_BY_FOLDER_NAME, SPLIT_ORDER
 from .labels import get_class_name
 from .options import DataOptions

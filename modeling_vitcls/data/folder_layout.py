@@ -18,7 +18,7 @@ from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
-from ..runtime.messages import format_name_list
+from ..runtime.errors import format_name_list
 
 
 # Split by lowercase folder name.

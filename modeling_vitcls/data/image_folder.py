@@ -24,7 +24,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ..hub.model_files import CONFIG_FILES, RECIPE_FILE
-from ..runtime.messages import format_name_list
+from ..runtime.errors import format_name_list
 from .folder_layout import SPLIT_BY_FOLDER_NAME, SPLIT_ORDER, Layout, find_layout
 from .tables import read_table, wrap_table
 

@@ -10,7 +10,7 @@ from typing import Any
 from unicodedata import normalize
 
 from ..model.heads_vitcls import IGNORED_LABEL
-from ..runtime.messages import format_name_list
+from ..runtime.errors import format_name_list
 from .labels import LabelSpace, MultiHotLabels
 
 

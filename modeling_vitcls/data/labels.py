@@ -27,7 +27,7 @@ import torch
 
 from ..model.configuration_vitcls import ViTCLSConfig
 from ..model.heads_vitcls import IGNORED_LABEL
-from ..runtime.messages import warn_on_first_process
+from ..runtime.errors import warn_on_first_process
 from .options import DataOptions
 
 

@@ -30,8 +30,7 @@ from ..hub.loading import describe_missing_repo, fall_back_to_cache, is_hub_id
 from ..hub.local_paths import is_built_in_dataset
 from ..model.fast_image_processing_vitcls import open_regular_file
 from ..model.heads_vitcls import IGNORED_LABEL
-from ..runtime.errors import format_error, is_disk_full, name_full_disk
-from ..runtime.messages import warn_on_first_process
+from ..runtime.errors import format_error, is_disk_full, name_full_disk, warn_on_first_process
 from .columns import divide_by_column, read_column, read_groups
 from .folder_layout import SPLIT_BY_FOLDER_NAME, SPLIT_ORDER
 from .image_folder import read_image_folder, scan_folder

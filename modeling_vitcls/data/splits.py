@@ -24,7 +24,7 @@ from scipy.sparse.csgraph import connected_components
 
 from ..model.heads_vitcls import IGNORED_LABEL
 from ..runtime.distributed import run_on_main
-from ..runtime.messages import format_name_list
+from ..runtime.errors import format_name_list
 from .image_folder import describe_single_class
 from .images import NO_CONTENT_KEY, DatasetImages, LabeledImages, compute_digest
 from .in_memory import MEMORY_PREFIX

@@ -33,7 +33,6 @@ from ..inference.intervals import compute_proportion_interval
 from ..inference.load_model import Classifier, check_is_classifier
 from ..model.heads_vitcls import IGNORED_LABEL
 from ..runtime.distributed import build_accelerator
-from ..runtime.messages import format_message
 from .exportable import ExportableModel, Outputs
 
 
@@ -163,7 +162,7 @@ def load_export_images(
             raise
         data = load_training_data(options, use_labels=False)
         assert isinstance(data.train, LabeledImages)  # nothing is streamed
-        logger.warning("the accuracy is not measured: %s", format_message(str(error)))
+        logger.warning("the accuracy is not measured: %s", error)
         return ExportImages(dataset, data.train.images, data.held_out.images)
     return ExportImages(
         dataset=dataset,

@@ -17,7 +17,6 @@ from ..model.image_processing_vitcls import ViTCLSImageProcessor
 from ..model.modeling_vitcls import ViTCLSModel
 from ..runtime.errors import format_error
 from ..runtime.files import read_json, read_text
-from ..runtime.messages import format_message
 from .connection import silence_transformers
 from .local_paths import can_publish_images, strip_folders
 from .model_checks import check_is_vitcls
@@ -395,7 +394,7 @@ class ModelFolder:
 @cache
 def warn_once(message: str) -> None:
     """Log a warning once, because a push and its verification both read the folder."""
-    logger.warning(format_message(message))
+    logger.warning(message)
 
 
 def list_strings(value: Any) -> list[str]:

@@ -28,7 +28,6 @@ from ..hub.model_folder import ModelFolder
 from ..model.configuration_vitcls import ViTCLSConfig
 from ..runtime.distributed import build_accelerator
 from ..runtime.files import write_json
-from ..runtime.messages import format_message
 from ..runtime.system import describe_device, get_versions
 from .evaluator import Evaluator
 from .load_model import check_is_classifier, load_for_inference
@@ -153,7 +152,7 @@ def set_up_evaluation(
     )
 
     def warn(message: str) -> None:
-        console.print(f"WARNING: {format_message(message)}", style="bold yellow", markup=False)
+        console.print(f"WARNING: {message}", style="bold yellow", markup=False)
 
     return accelerator, console, warn
 

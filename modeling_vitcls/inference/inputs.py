@@ -45,9 +45,8 @@ from ..model.image_processing_vitcls import (
     ViTCLSImageProcessor,
     flatten_images,
 )
-from ..runtime.errors import format_error
+from ..runtime.errors import format_error, format_name_list, warn_on_first_process
 from ..runtime.flags import expand_home
-from ..runtime.messages import format_name_list, warn_on_first_process
 from .options import PredictOptions
 
 

@@ -22,7 +22,6 @@ from ..model.modeling_vitcls import (
     ViTCLSModel,
 )
 from ..runtime.distributed import set_mixed_precision
-from ..runtime.messages import format_message
 from .exported_graphs import load_exported_model
 
 
@@ -84,7 +83,7 @@ def load_for_inference(
     if mixed_precision == "auto" and not backend.endswith("onnx"):
         text = set_mixed_precision(accelerator, "auto", folder.config)
         if accelerator.mixed_precision != "no":
-            print_line(f"mixed precision: {format_message(text)}")
+            print_line(f"mixed precision: {text}")
 
     model, processor = load_model(folder, use_head, resize, backend, accelerator.mixed_precision)
     batch_size = choose_batch_size(

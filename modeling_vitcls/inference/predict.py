@@ -25,7 +25,6 @@ from ..data.splits import load_on_main
 from ..hub.model_folder import ModelFolder
 from ..model.image_processing_vitcls import ViTCLSImageProcessor
 from ..runtime.distributed import build_accelerator
-from ..runtime.messages import format_message
 from .image_pass import prepare_ahead
 from .inputs import (
     ImageRecord,
@@ -137,7 +136,7 @@ def build_predictor(
             "this graph does not compute `distance` and `unknown`, for which int8 and bfloat16 "
             "have too few digits. `backend='torch'` does"
         )
-        print_line(f"engine: {format_message(text)}")
+        print_line(f"engine: {text}")
     columns = build_prediction_columns(
         model=loaded.model,
         top_k=options.top_k,

@@ -27,7 +27,6 @@ from transformers import PreTrainedModel
 
 from ..data.labels import is_multi_label
 from ..model.configuration_vitcls import ExtraHead
-from ..runtime.messages import format_message
 from .exported_graphs import DISTANCE, GraphError
 from .image_pass import ImageBatch, find_finite, group_by_shape, pass_over_images
 from .inputs import PreparedImage
@@ -382,7 +381,7 @@ def build_rows(
     if isinstance(outputs, str):
         return [{"error": outputs}] * num_images
     message = "the model output is not finite. Set a different `mixed_precision`"
-    overflow_row = {"error": format_message(message)}
+    overflow_row = {"error": message}
     rows = columns.build_rows(outputs)
     are_finite = find_finite(outputs, num_images).tolist()
     return [

@@ -8,7 +8,6 @@ from rich.console import Console
 from ..hub.connection import silence_transformers
 from ..hub.model_files import CARD_FILE, REPORT_FILE
 from ..hub.model_folder import ModelFolder
-from ..runtime.messages import format_message
 from ..training.options import FinetuneOptions, PretrainOptions, RunOptions
 from .card import write_card
 from .push import prepare_repository, push_folder
@@ -58,9 +57,7 @@ def finish_run(path: Path, options: RunOptions, repo_id: str | None) -> None:
 
 def print_line(text: str, style: str | None = None) -> None:
     """Print a line without wrapping it."""
-    Console(emoji=False, soft_wrap=True, highlight=False).print(
-        format_message(text), style=style, markup=False
-    )
+    Console(emoji=False, soft_wrap=True, highlight=False).print(text, style=style, markup=False)
 
 
 def warn(message: str) -> None:

@@ -1,11 +1,17 @@
-"""Errors in one line, missing extras, and errors that all processes of a run raise."""
+"""Errors and warnings in one line, missing extras, and errors that all processes of a run raise."""
 
 import errno
+import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
+from .files import replace_control_characters
+
+
+logger = logging.getLogger(__name__)
 
 MAX_MESSAGE_LENGTH = 400  # maximum length of a formatted error message, in characters
 # parts of messages about too little memory, in lower case, of Python, PyTorch and the loader
@@ -88,6 +94,19 @@ def describe_exhaustion(error: BaseException) -> str | None:
             "smaller batch"
         )
     return None
+
+
+def format_name_list(names: Sequence[str], max_names: int = 3) -> str:
+    """Return the first names and the number of omitted names as text."""
+    suffix = f" and {len(names) - max_names:,} more" if len(names) > max_names else ""
+    return ", ".join(map(replace_control_characters, names[:max_names])) + suffix
+
+
+@cache
+def warn_on_first_process(message: str) -> None:
+    """Log a warning once, on the first process only."""
+    if os.environ.get("RANK", "0") == "0":
+        logger.warning("%s", message)
 
 
 @contextmanager

@@ -49,9 +49,8 @@ from ..inference.evaluator import Predictions
 from ..inference.per_image import write_predictions
 from ..inference.speed import measure_inference_speed
 from ..runtime.distributed import run_on_main
-from ..runtime.errors import RunStopped, describe_error, format_error
+from ..runtime.errors import RunStopped, describe_error, format_error, format_name_list
 from ..runtime.files import read_json, write_json
-from ..runtime.messages import format_name_list
 from ..runtime.staging import STAGING_FOLDER, stage_files
 from .checkpoints import WRITE_ERRORS, Checkpoint, CheckpointStore, Tensors
 from .distributed_state import gather_weights

@@ -27,7 +27,6 @@ from ..data.streaming import StreamedImages
 from ..model.configuration_vitcls import ViTCLSConfig
 from ..model.image_processing_vitcls import ViTCLSImageProcessor
 from ..runtime.files import replace_control_characters, write_atomically
-from ..runtime.messages import format_message
 from ..runtime.progress import LINE_SECONDS
 from ..runtime.system import describe_device, get_versions
 
@@ -60,7 +59,7 @@ class Reporter:
 
     def print_line(self, name: str, text: str) -> None:
         """Print one line of the summary."""
-        self.console.print(f"{name:<9} {format_message(text)}", markup=False)
+        self.console.print(f"{name:<9} {text}", markup=False)
 
     def print_lines(self, lines: Mapping[str, str | None]) -> None:
         """Print the lines that have a text."""
@@ -70,7 +69,7 @@ class Reporter:
 
     def warn(self, message: str) -> None:
         """Print a highlighted warning."""
-        self.console.print(f"WARNING: {format_message(message)}", style="bold yellow", markup=False)
+        self.console.print(f"WARNING: {message}", style="bold yellow", markup=False)
 
     def start_after(self, step: int, num_steps: int) -> None:
         """Start the output of a run that continues after `step`.

@@ -35,8 +35,7 @@ from ..hub.loading import (
 from ..hub.local_paths import split_revision
 from ..inference.image_pass import find_finite
 from ..model.configuration_vitcls import ViTCLSConfig
-from ..runtime.errors import format_error
-from ..runtime.messages import format_name_list
+from ..runtime.errors import format_error, format_name_list
 
 
 TIMM_PREFIX = "timm:"

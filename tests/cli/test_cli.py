@@ -1,13 +1,11 @@
 """The vitcls command: help, version, errors, completion, and imported modules."""
 
 import ast
-import contextlib
 import os
 import runpy
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 from helpers.command_in_process import run_here
@@ -15,12 +13,12 @@ from helpers.photo_folders import write_photos
 
 import modeling_vitcls
 from modeling_vitcls import cli
-from modeling_vitcls.cli import finetune
 from modeling_vitcls.cli.parsing import exit_on_error
 from modeling_vitcls.data.options import DataOptions
 from modeling_vitcls.data.splits import load_training_data
 from modeling_vitcls.data.splits_table import write_splits
 from modeling_vitcls.runtime.errors import RunStopped, mark_errors_of_all_processes
+from modeling_vitcls.training.options import FinetuneOptions
 from modeling_vitcls.version import __version__
 from scripts.demo_load import load_held_out_digits
 
@@ -150,34 +148,46 @@ def test_a_missing_extra_is_named(
         assert error.count("\n") == 1
 
 
-def test_a_run_that_stops_early_ends_with_its_status(
+@pytest.mark.parametrize(
+    ("error", "rank", "status", "printed"),
+    [
+        (
+            RunStopped("by a signal", 143, is_on_all_processes=False),
+            1,
+            143,
+            "process 1: by a signal\n",
+        ),
+        (RunStopped("no images"), 0, 1, "error: no images\n"),
+        (ValueError("wrong"), 1, 1, "process 1: error: wrong\n"),
+        (ValueError("Set `num_workers=0`"), 0, 1, "error: Set `num_workers=0` (--num-workers)\n"),
+        (ValueError("`probe=False` is set"), 0, 1, "error: `probe=False` is set (--no-probe)\n"),
+    ],
+)
+def test_an_error_is_one_line_with_the_flags_that_it_names(
+    error: Exception,
+    rank: int,
+    status: int,
+    printed: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("RANK", str(rank))
+    with pytest.raises(SystemExit, match=f"^{status}$"), exit_on_error(FinetuneOptions):
+        raise error
+    assert capsys.readouterr().err == printed
+
+
+def test_an_error_of_all_processes_is_printed_once(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def stop(options: Any) -> None:
-        raise RunStopped("stopped by a signal", exit_status=143, is_on_all_processes=False)
-
-    monkeypatch.setattr("modeling_vitcls.cli.api.run_training", stop)
     monkeypatch.setenv("RANK", "1")
-    with pytest.raises(SystemExit, match="143"):
-        finetune.run(None)  # type: ignore[arg-type]
-    assert capsys.readouterr().err == "process 1: stopped by a signal\n"
-
-    def fail(options: Any) -> None:
-        raise RunStopped("none of the images can be read")
-
-    monkeypatch.setattr("modeling_vitcls.cli.api.run_training", fail)
-    monkeypatch.setenv("RANK", "0")
-    with pytest.raises(SystemExit, match="1"):
-        finetune.run(None)  # type: ignore[arg-type]
-    assert capsys.readouterr().err == "error: none of the images can be read\n"
-    monkeypatch.setenv("RANK", "1")
-    for mark, printed in (
-        (contextlib.nullcontext, "process 1: error: wrong\n"),
-        (mark_errors_of_all_processes, ""),
+    with (
+        pytest.raises(SystemExit),
+        exit_on_error(FinetuneOptions),
+        mark_errors_of_all_processes(),
     ):
-        with pytest.raises(SystemExit, match=r"^1$"), exit_on_error(), mark():
-            raise ValueError("wrong")
-        assert capsys.readouterr().err == printed
+        raise ValueError("wrong")
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize(("command", "script"), WRAPPERS.items())

@@ -115,7 +115,8 @@ def test_outputs_replace_no_file_of_a_model_no_folder_and_no_device(
     error = run_with_error(
         *(command, "--model", folder, "--dataset", photos, flag, tmp_path / name), status=2
     )
-    assert f"{flag} {tmp_path / name}" in error
+    assert flag in error
+    assert str(tmp_path / name) in error
     assert (folder / "config.json").read_bytes() == before
     assert (tmp_path / "pipe").is_fifo()
 

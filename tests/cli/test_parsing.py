@@ -91,10 +91,10 @@ def test_a_flag_that_does_not_exist_or_fit_is_named(
     ("command", "words"),
     [
         (f"finetune {RUN} --lr 3", ["--lr", "use --learning-rate"]),
-        (f"finetune {RUN} --epochs -1", ["--epochs is -1.0, but it must be above 0"]),
+        (f"finetune {RUN} --epochs -1", ["`epochs` is -1.0, but it must be above 0 (--epochs)"]),
         ("finetune --config nosuch --output-dir o", ["nosuch", "digits"]),
-        ("inspect --model m", ["PATHS", "--dataset"]),
-        ("inspect --model m a.png --output page.pdf", ["--output page.pdf"]),
+        ("inspect --model m", ["`images`", "--dataset"]),
+        ("inspect --model m a.png --output page.pdf", ["page.pdf", "(--output)"]),
         ("inspect --model m a.png --label-column x", ["--label-column", "--dataset"]),
         ("push", ["--model", "--verify-only"]),
         ("convert --output o", ["--source", "--model"]),
@@ -274,7 +274,7 @@ def test_an_output_that_cannot_be_written_is_reported_before_the_work(
     assert run_here(*command.split(), flag, str(output)) == 1
     error = capsys.readouterr().err
     assert error.startswith(f"error: cannot write {output}: ")
-    assert error.endswith(f"is not a folder. Set a different {flag}\n")
+    assert error.endswith(f"({flag})\n")
 
 
 def test_a_folder_without_write_permission_is_reported_before_the_work(
