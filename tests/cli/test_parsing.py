@@ -256,21 +256,20 @@ def test_commands_do_not_print_transformers_reports_about_weights(
 
 
 @pytest.mark.parametrize(
-    ("command", "flag"),
+    ("command", "flag", "name"),
     [
-        ("evaluate --model m --dataset d", "--output"),
-        ("predict --model m photo.jpg", "--output"),
-        ("inspect --model m photo.jpg", "--json"),
-        ("export --model m --format onnx", "--output"),
-        ("finetune --model m --dataset d", "--output-dir"),
+        ("evaluate --model m --dataset d", "--output", "x.json"),
+        ("predict --model m photo.jpg", "--output", "x.csv"),
+        ("inspect --model m photo.jpg", "--json", "x.json"),
+        ("export --model m --format onnx", "--output", "x.onnx"),
+        ("finetune --model m --dataset d", "--output-dir", "x"),
     ],
 )
 def test_an_output_that_cannot_be_written_is_reported_before_the_work(
-    command: str, flag: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    command: str, flag: str, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "file").touch()
-    suffix = {"--json": ".json"}.get(flag, ".onnx" * ("export" in command))
-    output = tmp_path / "file" / "inner" / f"x{suffix}"
+    output = tmp_path / "file" / "inner" / name
     assert run_here(*command.split(), flag, str(output)) == 1
     error = capsys.readouterr().err
     assert error.startswith(f"error: cannot write {output}: ")
