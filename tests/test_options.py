@@ -57,7 +57,6 @@ LIMITS: list[tuple[type, str, list[Any], list[Any]]] = [
     (TrainingOptions, "weight_decay seed", [0], [-1]),
     (TrainingOptions, "warmup label_smoothing", [0, 0.9], [-0.1, 1]),
     (TrainingOptions, "layer_decay", [None, 0.1, 1], [0, 1.1]),
-    (TrainingOptions, "ema_decay", [None, 0.1, 0.9], [0, 1]),
     (
         TrainingOptions,
         "trainable",

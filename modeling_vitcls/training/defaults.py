@@ -90,7 +90,7 @@ SIZE_FLAGS = (
     "image_size patch_size hidden_size num_hidden_layers num_attention_heads intermediate_size"
 ).split()
 # flags of another length or another choice than those of the study
-FLAGS_WITHOUT_REFIT = "epochs max_steps select early_stopping ema_decay teacher".split()
+FLAGS_WITHOUT_REFIT = "epochs max_steps select early_stopping teacher".split()
 DEFAULT_FLAGS = "initializer_range layer_decay batch_size crop_scale shift".split()
 
 

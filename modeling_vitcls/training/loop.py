@@ -1,6 +1,6 @@
 """The training loop: how a run trains, evaluates, logs and saves checkpoints.
 
-    batch -> objective -> accumulated gradients -> clipping -> AdamW -> moving average
+    batch -> objective -> accumulated gradients -> clipping -> AdamW
                           at intervals: metrics record, evaluation, checkpoint
 
 `TrainingState` contains the state that changes during training. The learning rate, the order and
@@ -12,7 +12,6 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from statistics import fmean
@@ -31,11 +30,11 @@ from ..runtime.distributed import run_on_main
 from ..runtime.errors import RunStopped, mark_errors_of_all_processes
 from ..runtime.system import get_peak_memory
 from .checkpoints import Checkpoint, CheckpointStore
-from .distributed_state import gather_state, reshard, scatter_state, scatter_weights_and_ema
+from .distributed_state import gather_state, reshard, scatter_state, scatter_weights
 from .duration import MIN_STEPS, NUM_TIMED_STEPS, describe_duration
 from .losses import Losses, Objective
 from .model import set_train_mode
-from .optimizer import Ema, get_learning_rate
+from .optimizer import get_learning_rate
 from .options import TrainingOptions
 from .reporter import Reporter
 from .signals import SignalHandler
@@ -59,7 +58,6 @@ class TrainingState:
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
-    ema: Ema | None = None
     step: int = 0  # number of completed optimizer steps
     # of the best evaluation so far, or a higher one that is required to replace the frozen model
     score_to_exceed: float | None = None
@@ -70,10 +68,6 @@ class TrainingState:
     # metrics of a step that has not been evaluated yet; otherwise empty
     pending_record: Metrics = field(default_factory=dict)
     earlier_seconds: float = 0.0  # training time before --resume
-
-    @property
-    def shadow(self) -> list[torch.Tensor] | None:
-        return None if self.ema is None else self.ema.shadow
 
 
 @dataclass
@@ -233,8 +227,6 @@ class TrainingLoop:
                     state.optimizer.zero_grad()
 
         state.step += 1
-        if state.ema is not None:
-            state.ema.update(state.step)
         state.recent_losses.append(
             {name: fmean(loss[name].item() for loss in losses) for name in losses[0]}
         )
@@ -297,11 +289,10 @@ class TrainingLoop:
     # Evaluation and records -----------------------------------------------------------------------
 
     def evaluate(self) -> Metrics:
-        """Return the metrics of an evaluation, of the averaged weights if EMA is used."""
+        """Return the metrics of an evaluation."""
         start_time = time.perf_counter()
         self.state.model.eval()
-        with nullcontext() if self.state.ema is None else self.state.ema.use_averaged_weights():
-            metrics = self.evaluate_model(self.state.model)
+        metrics = self.evaluate_model(self.state.model)
         reshard(self.state.model)
         set_train_mode(self.state.model)
         self.evaluation_seconds.append(time.perf_counter() - start_time)
@@ -393,9 +384,7 @@ class TrainingLoop:
             "pending_record": state.pending_record,
             "unreadable_images": sorted(self.unreadable_images.indices),
         }
-        tensors, non_tensor_state = gather_state(
-            self.accelerator, state.model, state.optimizer, state.shadow
-        )
+        tensors, non_tensor_state = gather_state(self.accelerator, state.model, state.optimizer)
 
         metadata |= non_tensor_state
         save = partial(self.store.save, state.step, tensors, metadata, is_best)
@@ -408,7 +397,7 @@ class TrainingLoop:
         """
         state = self.state
         metadata = checkpoint.metadata
-        scatter_state(checkpoint, self.accelerator, state.model, state.optimizer, state.shadow)
+        scatter_state(checkpoint, self.accelerator, state.model, state.optimizer)
         state.step = checkpoint.step
         state.score_to_exceed = metadata["score_to_exceed"]
         state.scores = metadata["scores"]
@@ -428,7 +417,7 @@ class TrainingLoop:
         Raise ValueError if the checkpoint is damaged or missing.
         """
         checkpoint: Checkpoint = run_on_main(self.accelerator, self.store.load_best)
-        scatter_weights_and_ema(checkpoint, self.accelerator, self.state.model, self.state.shadow)
+        scatter_weights(checkpoint, self.accelerator, self.state.model)
         return checkpoint.step
 
 

@@ -1,20 +1,12 @@
-"""Optimizer: parameter groups of AdamW, learning rate, and the moving average of the weights.
-
-The exponential moving average of the trainable weights is a list of tensors in the order of the
-trainable parameters (Polyak and Juditsky 1992; used for ViTs in DeiT, section 6). The average works
-with one process, DDP and sharded models.
-"""
+"""Optimizer: parameter groups of AdamW, and the learning rate."""
 
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from .options import TrainingOptions
 
@@ -85,46 +77,3 @@ def get_learning_rate(step: int, num_steps: int, options: TrainingOptions) -> fl
         return options.learning_rate * (step + 1) / num_warmup_steps
     progress = (step - num_warmup_steps) / (num_steps - num_warmup_steps)
     return options.learning_rate * (1 + math.cos(math.pi * progress)) / 2
-
-
-class Ema:
-    """Exponential moving average of the trainable weights.
-
-    `shadow` has one tensor per trainable parameter.
-    """
-
-    def __init__(self, model: nn.Module, decay: float) -> None:
-        self.decay = decay
-        self.trainable_parameters = [
-            parameter for parameter in model.parameters() if parameter.requires_grad
-        ]
-        self.shadow = [parameter.detach().clone() for parameter in self.trainable_parameters]
-
-    @torch.no_grad()
-    def update(self, step: int) -> None:
-        """Update the average with the current weights.
-
-        `step` is the number of completed steps (at least 1). The decay is smaller in the first
-        steps, so that the influence of the initial weights decreases quickly.
-        """
-        decay = min(self.decay, (1 + step) / (10 + step))
-        get_ema_multi_avg_fn(decay)(self.shadow, self.trainable_parameters, step)
-
-    @contextmanager
-    def use_averaged_weights(self) -> Iterator[None]:
-        """Replace the model's weights with the averaged weights during the `with` block."""
-        weights = [parameter.detach().clone() for parameter in self.trainable_parameters]
-        self.copy_to_model(self.shadow)
-        try:
-            yield
-        finally:
-            self.copy_to_model(weights)
-
-    @torch.no_grad()
-    def copy_to_model(self, weights: list[torch.Tensor]) -> None:
-        """Copy `weights` into the model.
-
-        `weights` contains one tensor for each trainable parameter.
-        """
-        for parameter, weight in zip(self.trainable_parameters, weights, strict=True):
-            parameter.copy_(weight)

@@ -153,10 +153,6 @@ class TrainingOptions(Options):
     max_gradient_norm: float = 1.0
     """Maximum norm of the gradients; gradients with a larger norm are scaled down. The ViT paper
     uses 1."""
-    ema_decay: float | None = None
-    """Decay of an exponential moving average of the weights, which is evaluated and saved instead
-    of the weights. 0.999 is suitable for runs of a few thousand steps. Default: no moving
-    average."""
     trainable: str = "full"
     """Weights to train: `full` (all), `head` (linear probing), `last-N` (last N layers and head),
     or `lora`."""
@@ -169,7 +165,7 @@ class TrainingOptions(Options):
     the trained encoder. No images are held out or kept for a selection, unless you set this: the
     result is that of the frozen model, from cross-validation. Default: for all layers of a
     pre-trained model and 500 to 10,000 images (50 per class), if you set no flags about the length
-    of the run, the selection, a teacher, or a moving average."""
+    of the run, the selection, or a teacher."""
     statistics: bool = True
     """Store means and covariances of the features of the classes with a frozen model: they mark
     unknown images, and `vitcls add-class` then needs no images of the old classes."""
@@ -239,9 +235,6 @@ class TrainingOptions(Options):
             "layer_decay",
             self.layer_decay is None or 0 < self.layer_decay <= 1,
             "above 0 and at most 1",
-        )
-        check_value(
-            self, "ema_decay", self.ema_decay is None or 0 < self.ema_decay < 1, "between 0 and 1"
         )
 
         is_valid_trainable = bool(re.fullmatch(r"full|head|lora|last-[1-9]\d*", self.trainable))

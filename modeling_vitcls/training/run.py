@@ -46,7 +46,7 @@ from .distributed_state import reshard
 from .finetune import FineTuning
 from .loop import Evaluate, TrainingLoop, TrainingState
 from .model import check_preset_name
-from .optimizer import Ema, build_optimizer
+from .optimizer import build_optimizer
 from .options import PretrainOptions, TrainOptions
 from .output_folder import save_output
 from .pretrain import PreTraining
@@ -328,8 +328,6 @@ def choose(loaded: Loaded, frozen: Frozen, trained: Trained, environment: Enviro
         if step == 0:
             text = "the frozen model: fine-tuning was not clearly better"
         environment.reporter.print_line("selected", text)
-    if loop.state.ema is not None:
-        loop.state.ema.copy_to_model(loop.state.ema.shadow)
 
     score = frozen.score if step == 0 else loop.state.score_to_exceed
     model = loop.state.model.eval()
@@ -453,14 +451,11 @@ def predict_out_of_fold(loaded: Loaded, frozen: FrozenModel) -> Predictions:
 def prepare_state(
     options: TrainOptions, setup: TrainingSetup, accelerator: Accelerator
 ) -> TrainingState:
-    """Prepare model and optimizer for the launch configuration, and build the moving average."""
+    """Prepare model and optimizer for the launch configuration."""
     if options.compile:
         setup.model.compile()
     configure_layer_sharding(accelerator, setup.model)
-    state = TrainingState(*accelerator.prepare(setup.model, build_optimizer(setup.model, options)))
-    if options.ema_decay:
-        state.ema = Ema(state.model, options.ema_decay)
-    return state
+    return TrainingState(*accelerator.prepare(setup.model, build_optimizer(setup.model, options)))
 
 
 def start_trackers(accelerator: Accelerator, options: TrainOptions) -> None:

@@ -9,9 +9,9 @@ import math
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from ..model.blocks_vitcls import ViTCLSEmbeddings
-from .distributed_state import gather_tensor
 
 
 Tokens = dict[str, torch.Tensor]  # token name (for example "cls[0]") -> token [D]
@@ -34,8 +34,10 @@ class TokenMonitor:
         copies: Tokens = {}
         for group, parameter in self.parameters.items():
             tensor = parameter.grad if gradients else parameter.detach()
+            if isinstance(tensor, DTensor):
+                tensor = tensor.full_tensor()  # all processes call this
             if tensor is not None:
-                tokens = gather_tensor(tensor).float().cpu().squeeze(0).clone()  # [n, D]
+                tokens = tensor.float().cpu().squeeze(0).clone()  # [n, D]
                 copies |= {f"{group}[{index}]": token for index, token in enumerate(tokens)}
         return copies
 

@@ -53,7 +53,7 @@ SCHEDULE = (
 )
 RUN = f"{TINY} {SCHEDULE}"
 EVERYTHING = (
-    f"{RUN} --batch-size 4 --gradient-accumulation-steps 2 --ema-decay 0.9 --mixup 0.4 --cutmix 1 "
+    f"{RUN} --batch-size 4 --gradient-accumulation-steps 2 --mixup 0.4 --cutmix 1 "
     "--random-erasing 0.3 --auto-augment trivial --layer-decay 0.8 "
     "--keep-checkpoints 2"
 )
@@ -306,7 +306,7 @@ def folder(tmp_path: Path) -> Iterator[Path]:
 def test_a_run_with_all_options_that_is_killed_at_any_step_ends_with_the_same_weights(
     image_folder: Path, folder: Path, uninterrupted: Callable[[str], Path]
 ) -> None:
-    """Use accumulation, a moving average, mixup and CutMix; kill in the first epoch, too."""
+    """Use accumulation, mixup and CutMix; kill in the first epoch, too."""
     flags = f"{EVERYTHING} --dataset {image_folder}"
     output = kill_and_resume(folder, flags, [3, 8, *draw_steps(2, seed=1)])
     assert get_resumed_step(output) > 3
@@ -321,7 +321,7 @@ VARIANTS = {
         f"{RUN} --num-cls-tokens 2 --num-distillation-tokens 1 --pooling cls_mean"
     ),
     "head": f"{SCHEDULE} --model {{trained}} --trainable head",
-    "LoRA": f"{SCHEDULE} --model {{trained}} --trainable lora --lora-rank 2 --ema-decay 0.9",
+    "LoRA": f"{SCHEDULE} --model {{trained}} --trainable lora --lora-rank 2",
     "last layer": f"{SCHEDULE} --model {{trained}} --trainable last-1 --class-balance weights",
     "a teacher": f"{RUN} --teacher {{trained}} --distillation soft",
 }

@@ -226,7 +226,6 @@ def test_max_steps_replace_the_epochs() -> None:
                 {"epochs": 3.0},
                 {"max_steps": 9},
                 {"select": "last"},
-                {"ema_decay": 0.9},
                 {"early_stopping": 2},
                 {"teacher": "teacher"},
             )

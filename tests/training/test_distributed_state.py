@@ -17,13 +17,11 @@ from modeling_vitcls import ViTCLSConfig, ViTCLSForImageClassification
 from modeling_vitcls.training.checkpoints import CheckpointStore
 from modeling_vitcls.training.distributed_state import (
     gather_state,
-    gather_tensor,
     gather_weights,
     reshard,
     scatter_state,
 )
 from modeling_vitcls.training.model import set_trainable_parameters
-from modeling_vitcls.training.optimizer import Ema
 
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("fresh_accelerate")]
@@ -57,14 +55,13 @@ def build_optimizer(kind: str, model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=1e-3, fused=kind == "fused")
 
 
-def step_once(model: nn.Module, optimizer: torch.optim.Optimizer, ema: Ema, step: int) -> float:
+def step_once(model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> float:
     torch.manual_seed(step)
     pixels = torch.randn(4, 3, 16, 16)  # [B, C, H, W]
     loss = nn.functional.cross_entropy(model(pixel_values=pixels).logits, torch.arange(4) % 3)
     loss.backward()
     optimizer.step()
     optimizer.zero_grad()
-    ema.update(step + 1)
     return loss.item()
 
 
@@ -73,25 +70,23 @@ def check_resume(
 ) -> dict[str, dict[str, torch.Tensor]]:
     """Check that `second` continues from a checkpoint as `first` does; return its tensors.
 
-    Both are a model, its optimizer and the moving average of its weights.
+    Both are a model and its optimizer.
     """
-    model, optimizer, ema = first
+    model, optimizer = first
     for step in range(3):
-        step_once(model, optimizer, ema, step)
-    tensors, facts = gather_state(accelerator, model, optimizer, ema.shadow)
+        step_once(model, optimizer, step)
+    tensors, facts = gather_state(accelerator, model, optimizer)
     store.save(3, tensors, facts, is_best=False)
-    expected = [step_once(model, optimizer, ema, step) for step in range(3, 6)]
+    expected = [step_once(model, optimizer, step) for step in range(3, 6)]
 
-    other, other_optimizer, other_ema = second
+    other, other_optimizer = second
     checkpoint: Any = store.load_newest(pytest.fail)
-    scatter_state(checkpoint, accelerator, other, other_optimizer, other_ema.shadow)
-    found = [step_once(other, other_optimizer, other_ema, step) for step in range(3, 6)]
+    scatter_state(checkpoint, accelerator, other, other_optimizer)
+    found = [step_once(other, other_optimizer, step) for step in range(3, 6)]
 
     assert found == expected
     for name, tensor in gather_weights(model).items():
         assert torch.equal(tensor, gather_weights(other)[name]), name
-    for mine, theirs in zip(ema.shadow, other_ema.shadow, strict=True):
-        assert torch.equal(gather_tensor(mine), gather_tensor(theirs))
     return tensors
 
 
@@ -106,14 +101,12 @@ def test_training_resumes_to_the_bit(store: CheckpointStore, kind: str) -> None:
     for seed in (0, 1):
         model = build(kind, seed)
         model, optimizer = accelerator.prepare(model, build_optimizer(kind, model))
-        states.append((model, optimizer, Ema(model, decay=0.9)))
+        states.append((model, optimizer))
 
     tensors = check_resume(store, accelerator, *states)
 
     if kind != "LoRA":
-        names = build("plain", seed=0).state_dict().keys()
-        assert tensors["model"].keys() == names >= tensors["ema"].keys()
-        assert tensors["ema"]
+        assert tensors["model"].keys() == build("plain", seed=0).state_dict().keys()
 
 
 def test_parameters_without_moments_have_none_after_a_resume(store: CheckpointStore) -> None:
@@ -126,19 +119,18 @@ def test_parameters_without_moments_have_none_after_a_resume(store: CheckpointSt
     for seed in (0, 1):
         model: Any = build("plain", seed)
         optimizer = build_optimizer("plain", model)
-        ema = Ema(model, decay=0.9)
         model.vitcls.layers[0].requires_grad_(False)
         if seed == 0:
-            step_once(model, optimizer, ema, 0)
-            store.save(1, *gather_state(accelerator, model, optimizer, None), is_best=False)
+            step_once(model, optimizer, 0)
+            store.save(1, *gather_state(accelerator, model, optimizer), is_best=False)
         else:
             checkpoint: Any = store.load_newest(pytest.fail)
-            scatter_state(checkpoint, accelerator, model, optimizer, None)
+            scatter_state(checkpoint, accelerator, model, optimizer)
         assert not any(
             optimizer.state.get(parameter) for parameter in model.vitcls.layers[0].parameters()
         )
         model.vitcls.layers[0].requires_grad_(True)
-        losses.append([step_once(model, optimizer, ema, step) for step in (1, 2, 3)])
+        losses.append([step_once(model, optimizer, step) for step in (1, 2, 3)])
 
     assert losses[0] == losses[1]
 
@@ -152,12 +144,12 @@ def test_the_loss_scaler_is_resumed(store: CheckpointStore) -> None:
     accelerator.scaler.load_state_dict(
         accelerator.scaler.state_dict() | {"scale": 512.5, "_growth_tracker": 3}
     )
-    tensors, facts = gather_state(accelerator, model, optimizer, None)
+    tensors, facts = gather_state(accelerator, model, optimizer)
     assert tensors.keys() == {"model", "optimizer"}
     store.save(1, tensors, facts, is_best=False)
     checkpoint: Any = store.load_newest(pytest.fail)
     accelerator.scaler = torch.amp.GradScaler("cpu")
-    scatter_state(checkpoint, accelerator, model, optimizer, None)
+    scatter_state(checkpoint, accelerator, model, optimizer)
     state = accelerator.scaler.state_dict()
 
     assert (state["scale"], state["growth_interval"], state["_growth_tracker"]) == (512.5, 5, 3)
@@ -176,13 +168,13 @@ def mesh() -> Iterator[distributed.DeviceMesh]:
 
 def build_sharded(
     seed: int, mesh: distributed.DeviceMesh
-) -> tuple[nn.Module, torch.optim.Optimizer, Ema]:
-    """Return a model that is sharded with FSDP2, its optimizer and its moving average."""
+) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """Return a model that is sharded with FSDP2, and its optimizer."""
     model: Any = build("plain", seed)
     for layer in model.vitcls.layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    return model, build_optimizer("plain", model), Ema(model, decay=0.9)
+    return model, build_optimizer("plain", model)
 
 
 def test_fsdp2_on_one_process_resumes_bit_for_bit(
@@ -195,7 +187,7 @@ def test_fsdp2_on_one_process_resumes_bit_for_bit(
     assert not any(
         isinstance(tensor, DTensor) for group in tensors.values() for tensor in group.values()
     )
-    assert tensors["model"].keys() == tensors["ema"].keys() == build("plain", 0).state_dict().keys()
+    assert tensors["model"].keys() == build("plain", 0).state_dict().keys()
 
 
 def test_evaluated_weights_are_sharded_again(mesh: distributed.DeviceMesh) -> None:

@@ -58,7 +58,7 @@ CPU = torch.device("cpu")
 SHORT_RUN_FLAGS = (
     "--hidden-size 32 --num-hidden-layers 2 --num-attention-heads 2 --intermediate-size 64 "
     "--num-cls-tokens 2 --num-distillation-tokens 1 --cls-pooling mean --max-steps 7 --log-every 2 "
-    "--no-report --save-every 5 --keep-checkpoints 2 --ema-decay 0.9 --select best"
+    "--no-report --save-every 5 --keep-checkpoints 2 --select best"
 )
 
 
@@ -416,7 +416,6 @@ def test_all_options_can_be_combined(tmp_path: Path, monkeypatch: pytest.MonkeyP
         "class_balance": "weights",
     }
     flags |= {
-        "ema_decay": 0.9,
         "layer_decay": 0.7,
         "drop_path_rate": 0.1,
         "gradient_accumulation_steps": 2,
@@ -481,7 +480,6 @@ def test_a_failed_evaluation_is_repeated(tmp_path: Path, monkeypatch: pytest.Mon
         "max_steps": 6,
         "batch_size": 80,
         "log_every": 2,
-        "ema_decay": 0.9,
     }  # three steps per epoch
     whole = train(tmp_path / "whole", "digits", **settings)
     evaluate = Evaluator.__call__

@@ -1,4 +1,4 @@
-"""The training loop: steps, moving average, checkpoints, tokens, losses, and signals."""
+"""The training loop: steps, checkpoints, tokens, losses, and signals."""
 
 import math
 import os
@@ -17,7 +17,6 @@ from helpers.accelerate_state import reset_accelerate
 from helpers.random_classifiers import build_random_model
 from helpers.tiny_options import PLAIN, TINY, build_initial_model
 from helpers.warm_processes import SECONDS
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from modeling_vitcls import (
     ViTCLSConfig,
@@ -49,7 +48,6 @@ from modeling_vitcls.training.losses import (
     compute_single_label_loss,
 )
 from modeling_vitcls.training.optimizer import (
-    Ema,
     build_optimizer,
     build_parameter_groups,
 )
@@ -131,8 +129,6 @@ class RecordedLoop:
         prepare(self.model)
         optimizers = optimizer or (lambda model: build_optimizer(model, self.options))
         self.state = TrainingState(*self.accelerator.prepare(self.model, optimizers(self.model)))
-        if self.options.ema_decay:
-            self.state.ema = Ema(self.state.model, self.options.ema_decay)
         self.plan = build_batch_plan(len(DIGITS.train), self.options, num_processes=1)
         self.normalise = Normalizer(processor, self.accelerator.device)
         self.reporter = RecordingReporter()
@@ -237,37 +233,6 @@ def test_steps_equal_a_plain_training_loop() -> None:
     assert min(norms) > 0.2  # all steps are clipped
     for name, weight in reference.named_parameters():
         torch.testing.assert_close(bench.model.get_parameter(name), weight, atol=1e-6, rtol=0)
-
-
-# Moving average -----------------------------------------------------------------------------------
-
-
-def test_the_average_is_evaluated_and_the_weights_stay() -> None:
-    """Compare with torch's AveragedModel, with the same decay in each step."""
-    bench = RecordedLoop(ema_decay=0.3, max_steps=4, learning_rate=1e-2)
-    decays = iter([2 / 11, 3 / 12, 0.3, 0.3])  # (1 + step) / (10 + step), at most `ema_decay`
-    reference = AveragedModel(
-        bench.model,
-        multi_avg_fn=lambda averages, new, _: get_ema_multi_avg_fn(next(decays))(averages, new, 0),
-    )
-    reference.n_averaged.fill_(1)  # the average starts with the initial weights
-    batches = bench.batches()
-    for _ in range(4):
-        bench.loop.run_step(batches)
-        reference.update_parameters(bench.model)
-
-    shadow = list(reference.module.parameters())
-    assert all(
-        torch.equal(mine, theirs)
-        for mine, theirs in zip(bench.state.ema.shadow, shadow, strict=True)
-    )
-
-    evaluated = bench.evaluations[-1].values()
-    assert all(torch.equal(mine, theirs) for mine, theirs in zip(evaluated, shadow, strict=True))
-    assert any(
-        not torch.equal(now, average)
-        for now, average in zip(bench.model.parameters(), shadow, strict=True)
-    )
 
 
 # Checkpoints and signals --------------------------------------------------------------------------

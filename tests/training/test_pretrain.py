@@ -124,7 +124,6 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "not square": {
         "image_size": [32, 48],
         "patch_size": 16,
-        "ema_decay": 0.5,
         "gradient_accumulation_steps": 2,
     },
 }

@@ -34,12 +34,11 @@ NOT_COMPARED = ("images_per_second", "peak_memory_mb", "seconds", "inference", "
 
 
 def build_options(folder: Path, **flags: Any) -> FinetuneOptions:
-    """Return the options of three steps with averaged weights, which saves after each step."""
+    """Return the options of three steps, which saves after each step."""
     settings = {
         "max_steps": 3,
         "batch_size": 8,
         "learning_rate": 3e-3,
-        "ema_decay": 0.5,
         "save_every": 1,
     }
     settings |= {"log_every": 3, "keep_checkpoints": 5}
@@ -164,7 +163,6 @@ CHANGES: list[tuple[dict[str, Any], str]] = [
         {"learning_rate": None},
         "`learning_rate` 0.003, but the value in this run is unset. Use the same flags",
     ),
-    ({"ema_decay": None}, "`ema_decay` 0.5, but the value in this run is unset"),
     ({"max_steps": 9}, f"`max_steps` 3, but the value in this run is 9. {LENGTH}"),
     ({"epochs": 9.0}, LENGTH),
     ({"batch_size": 4}, "has 8 images per step, but this run has 4"),

@@ -81,7 +81,7 @@ def test_the_best_checkpoint_is_saved_and_reported(
 ) -> None:
     """The learning rate is far too high, so that later evaluations are worse."""
     folder = tmp_path / "run"
-    flags = {"epochs": 4.0, "batch_size": 60, "learning_rate": 0.2, "warmup": 0.0, "ema_decay": 0.5}
+    flags = {"epochs": 4.0, "batch_size": 60, "learning_rate": 0.2, "warmup": 0.0}
     flags |= {"drop_path_rate": 0.5}  # not in evaluations
     flags |= {"keep_checkpoints": 2}
     results = run_training(build_options(folder, select="best", **flags))
@@ -99,7 +99,7 @@ def test_the_best_checkpoint_is_saved_and_reported(
     store = CheckpointStore(folder / "checkpoints", num_kept=2)
     assert store.load_best().step == best["step"]
     saved = load_file(folder / "model.safetensors")
-    selected = store.load_best().load_tensors("ema")
+    selected = store.load_best().load_tensors("model")
     statistics = {name for name in saved if name.startswith("class_distance.")}
     assert saved.keys() - statistics == selected.keys()
     assert all(torch.equal(saved[name], selected[name]) for name in selected)
