@@ -20,21 +20,22 @@ import torch
 import tyro
 from study_photos import PhotoOptions, link_photos
 
-from modeling_vitcls import ViTCLSImageProcessor, ViTCLSModel, add_class, finetune
+from modeling_vitcls import ViTCLSImageProcessor, ViTCLSModel, add_class, evaluate, finetune
 from modeling_vitcls.conversion.open_model import open_model
 from modeling_vitcls.data.options import DataOptions
 from modeling_vitcls.data.sources import load_splits
 from modeling_vitcls.inference.class_statistics import ClassStatistics
 from modeling_vitcls.inference.frozen_features import (
     ROW_FIELDS,
+    FeatureLayout,
     Features,
     concatenate_features,
 )
-from modeling_vitcls.inference.linear_probe import stack_tokens
+from modeling_vitcls.inference.linear_probe import NUM_LAST_LAYERS, stack_tokens
 from modeling_vitcls.runtime.files import read_json, write_json
 from modeling_vitcls.runtime.system import format_device_name
-from modeling_vitcls.training.additions import build_class_head, load_base
-from modeling_vitcls.training.options import AdditionOptions
+from modeling_vitcls.training.additions import build_rows, open_old_model
+from modeling_vitcls.training.options import AddClassOptions
 
 
 @dataclass(frozen=True)
@@ -62,17 +63,23 @@ def compute_features(options: Options) -> tuple[list[str], dict[str, Features]]:
     """Return the classes, and the features of both splits, which are kept in OUTPUT."""
     data = DataOptions(dataset=str(options.photos), num_workers=0)
     splits = load_splits(data)
-    flags = {"dataset": str(options.photos), "num_workers": 0, "output_dir": Path("not-written")}
-    base = load_base(str(write_encoder(options)), AdditionOptions(**flags))
+    addition = AddClassOptions(
+        model=str(write_encoder(options)),
+        dataset=str(options.photos),
+        output_dir=Path("not-written"),
+        num_workers=0,
+    )
+    _, model, compute = open_old_model(addition)
+    layout = FeatureLayout.for_extra_heads(model.config, NUM_LAST_LAYERS)
     features = {}
     for split in ("train", "test"):
         file = options.output / f"{split}.npz"
         if not file.exists():
             images = splits.images_by_split[split]
-            computed = base.compute_features(images, splits.label_space)
+            computed = compute(images, splits.label_space)
             np.savez(file, **{name: getattr(computed, name) for name in ROW_FIELDS})
         stored = np.load(file)
-        features[split] = Features(base.layout, **{key: stored[key] for key in stored.files})
+        features[split] = Features(layout, **{key: stored[key] for key in stored.files})
     return splits.label_space.names, features
 
 
@@ -110,8 +117,10 @@ def leave_out(
     results = []
     for num_images in options.sizes:
         new = train.take(drawn[-1][:num_images])
-        head = build_class_head(statistics, new, compute_logits(statistics, new), ["new"])
-        added = head.predict(test, test_logits) == test.labels
+        with_logits = np.hstack([new.values, compute_logits(statistics, new)])
+        weight, bias = build_rows(statistics, replace(new, values=with_logits), num_classes)
+        new_logits = stack_tokens(test.get_tokens(), statistics.tokens) @ weight.T + bias
+        added = np.hstack([test_logits, new_logits]).argmax(axis=1) == test.labels
         everything = concatenate_features(old, new)
         together = ClassStatistics.fit(everything.get_tokens(), everything.labels, num_classes)
         fitted = compute_logits(together, test).argmax(axis=1) == test.labels
@@ -160,14 +169,11 @@ def train_and_add(options: Options, name: str) -> dict[str, Any]:
         num_workers=0,
         report=False,
     )
-    return add_class(
-        options.output / "trained",
-        str(options.output / "new"),
-        options.output / "trained-and-added",
-        old_dataset=str(options.output / "old"),
-        max_old_loss=100,
-        num_workers=0,
-    )
+    trained, added = (options.output / name for name in ("trained", "trained-and-added"))
+    record = add_class(trained, str(options.output / "new"), added, num_workers=0)
+    old = str(options.output / "old")
+    accuracies = [evaluate(each, old, num_workers=0)["accuracy"] for each in (trained, added)]
+    return record | {"old_classes_before_and_after": accuracies}
 
 
 def list_part(options: Options, split: str, name: str, is_new: bool) -> list[Path]:

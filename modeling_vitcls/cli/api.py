@@ -296,16 +296,16 @@ def look(model: str | Path, image: Any, output: str | Path | None = None, **flag
 @with_own_state
 @shows_flags_of(AddTaskOptions)
 def add_task(
-    model: str | Path, dataset: Any, name: str | None, output_dir: str | Path, **flags: Any
+    model: str | Path, dataset: Any, name: str, output_dir: str | Path, **flags: Any
 ) -> dict[str, Any]:
     """Add a task to a finished model, as `vitcls add-task` does.
 
     The other outputs stay equal to the bit.
 
     Args:
-        model: a classifier, a multi-task model or an encoder: a folder, a Hub id or any other ViT.
+        model: a vitcls model (classifier, multi-task model or encoder): a folder or a Hub id.
         dataset: images with the labels of the task, as in `finetune`.
-        name: name of the task. None to only remove one (`remove_task`).
+        name: name of the task.
         output_dir: output folder, which must be empty or must not exist.
         flags: other flags of `vitcls add-task`.
 
@@ -319,22 +319,13 @@ def add_task(
         >>> from modeling_vitcls import add_task
         >>> record = add_task("runs/digits", "photos", "pet", "runs/with-pet")
     """
-    return run_add_task(
+    from ..training.additions import add_task_from_options
+
+    return add_task_from_options(
         build_options(
             AddTaskOptions, model=model, dataset=dataset, name=name, output_dir=output_dir, **flags
         )
     )
-
-
-def run_add_task(options: AddTaskOptions) -> dict[str, Any]:
-    """Add or remove a task, and write the card. Return the record of the task."""
-    from ..hub.model_folder import ModelFolder
-    from ..publishing.card import write_card
-    from ..training.additions import add_task_from_options
-
-    record = add_task_from_options(options)
-    write_card(ModelFolder(options.output_dir))
-    return record
 
 
 @with_own_state
@@ -347,40 +338,27 @@ def add_class(
     The logits of the old classes stay equal to the bit.
 
     Args:
-        model: a classifier with one label per image: a folder or a Hub id.
+        model: a vitcls classifier with class statistics, as `finetune` writes it: a folder or a
+            Hub id.
         dataset: images of the new classes, as in `finetune`.
         output_dir: output folder, which must be empty or must not exist.
-        flags: other flags of `vitcls add-class`, such as `old_dataset`.
+        flags: other flags of `vitcls add-class`.
 
     Returns:
-        The record of the classes in results.json: their recall, and what the old classes lose.
+        The record of the classes in results.json, with their recall.
 
     Raises:
-        TypeError, ValueError, OSError: as in `finetune`; ValueError if the old classes would lose
-            too much.
+        TypeError, ValueError, OSError: as in `finetune`; ValueError if an old logit would change.
 
     Examples:
         >>> from modeling_vitcls import add_class
         >>> record = add_class("runs/digits", "photos", "runs/with-cats-and-dogs")
     """
-    if not isinstance(flags.get("old_dataset", ""), str | Path | None):
-        from ..data.in_memory import add_dataset
-
-        flags["old_dataset"] = add_dataset(flags["old_dataset"])
-    return run_add_class(
-        build_options(AddClassOptions, model=model, dataset=dataset, output_dir=output_dir, **flags)
-    )
-
-
-def run_add_class(options: AddClassOptions) -> dict[str, Any]:
-    """Add classes, and write the card. Return the record of the classes."""
-    from ..hub.model_folder import ModelFolder
-    from ..publishing.card import write_card
     from ..training.additions import add_classes_from_options
 
-    record = add_classes_from_options(options)
-    write_card(ModelFolder(options.output_dir))
-    return record
+    return add_classes_from_options(
+        build_options(AddClassOptions, model=model, dataset=dataset, output_dir=output_dir, **flags)
+    )
 
 
 @with_own_state
@@ -393,7 +371,7 @@ def verify_unchanged(
     The weights and the outputs are compared.
 
     Args:
-        old, new: folders or Hub ids.
+        old, new: folders or Hub ids of vitcls models.
         dataset: images to compare the outputs with, as in `finetune`. Default: random pixels.
         flags: other flags of `vitcls verify-unchanged`.
 

@@ -24,6 +24,11 @@ from .model_files import (
 )
 
 
+NOT_VITCLS = (
+    "{0} is not a vitcls model. Convert it first: vitcls convert --source {0} --output FOLDER"
+)
+
+
 def check_is_vitcls(source: str, folder: str | Path) -> None:
     """Check that a folder contains one vitcls model, whose files can be read without running code.
 
@@ -52,12 +57,8 @@ def check_adapter(source: str, folder: Path) -> None:
 
 def check_config(source: str, file: Path, config_dict: dict[str, Any]) -> None:
     """Check the values of config.json that `ViTCLSConfig` does not check."""
-    model_type = config_dict.get("model_type")
-    if model_type != ViTCLSConfig.model_type:
-        raise ValueError(
-            f"{source} contains a model of type {model_type!r}, not {ViTCLSConfig.model_type!r}. "
-            "Convert the model with `vitcls convert` first"
-        )
+    if config_dict.get("model_type") != ViTCLSConfig.model_type:
+        raise ValueError(NOT_VITCLS.format(source))
 
     dtype = config_dict.get("dtype") or "float32"
     if not isinstance(getattr(torch, str(dtype), None), torch.dtype):

@@ -18,8 +18,9 @@ from ..model.modeling_vitcls import ViTCLSModel
 from ..runtime.errors import format_error
 from ..runtime.files import read_json, read_text
 from .connection import silence_transformers
-from .local_paths import can_publish_images, strip_folders
-from .model_checks import check_is_vitcls
+from .loading import MODEL_FILE_PATTERNS, get_model_folder
+from .local_paths import can_publish_images, split_prefix, split_revision, strip_folders
+from .model_checks import NOT_VITCLS, check_is_vitcls
 from .model_files import (
     ADDITIONS_KEY,
     CERTIFICATE_FILE,
@@ -43,7 +44,7 @@ from .model_files import (
     is_match,
     list_weight_files,
 )
-from .provenance import Provenance, read_folder_provenance
+from .provenance import Provenance, find_provenance
 
 
 # Model types that `vitcls convert --to transformers` writes.
@@ -351,7 +352,7 @@ class ModelFolder:
             if "provenance" in content:
                 values = content["provenance"]
                 return None if values is None else Provenance.from_dict(values, self.path)
-        return read_folder_provenance(self.path)
+        return find_provenance(self.source)
 
     @cached_property
     def teacher_provenance(self) -> Provenance | None:
@@ -389,6 +390,19 @@ class ModelFolder:
         names = ["attention", "confusion_matrix", *(f"confusion_matrix_{task}" for task in tasks)]
         files = {name: f"{IMAGES_FOLDER}/{name}.png" for name in names}
         return {name: file for name, file in files.items() if (self.path / file).is_file()}
+
+
+def open_vitcls(source: str) -> ModelFolder:
+    """Open a vitcls model without converting anything: a folder, or `ID[@REVISION]` on the Hub.
+
+    Raise ValueError for a model of another project.
+    """
+    if not Path(source).is_dir() and (split_prefix(source)[0] or Path(source).is_file()):
+        raise ValueError(NOT_VITCLS.format(source))
+    name, revision = split_revision(source)
+    records = (RESULTS_FILE, SPLITS_FILE, RECIPE_FILE, PARITY_REPORT_FILE, *LICENSE_PATTERNS)
+    patterns = (*MODEL_FILE_PATTERNS, *records)
+    return ModelFolder(Path(get_model_folder(name, patterns, revision)), source)
 
 
 @cache

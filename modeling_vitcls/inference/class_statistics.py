@@ -2,7 +2,7 @@
 
     features and labels -> ClassStatistics.fit -> .build_classifier()    weight and bias, without steps
                                                -> .compute_distances()   how far an image is from all classes
-                                               -> .add_class()           row and bias of another class
+                                               -> .extend(), .build_new_rows()    rows of further classes
 
 This is linear discriminant analysis (Gaussian classes with one covariance), which is better than
 logistic regression with few labels (Wang et al. 2024, arXiv 2402.04087). Each kind of token of each
@@ -127,27 +127,23 @@ class ClassStatistics:
         ]
         return np.concatenate(weights, axis=1) / len(weights), np.mean(biases, axis=0)
 
-    def add_class(self, features: TokenFeatures) -> tuple[np.ndarray, float]:
-        """Return the row [T * D] and the bias of a further class with images [n, D] of each token.
+    def build_new_rows(self, num_old: int) -> tuple[np.ndarray, np.ndarray]:
+        """Build rows [L, T * D] and biases [L] of the classes after the first `num_old`.
 
-        They continue those of `build_classifier`. The mean of n images is farther from the origin
-        than that of the class, by its noise. This lowers the bias, which is corrected by
-        `sizes` / (2n), beyond the same error of the old classes. The new class is as frequent as
-        the mean of the others.
+        They continue those of `build_classifier` for the old classes. The mean of n images is
+        farther from the origin than the mean of the class, by its noise. This lowers the bias,
+        which is corrected by `sizes` / (2n), beyond the same error of the old classes. A new class
+        is as frequent as the mean of the old ones; without images, it is never predicted.
         """
-        means = tuple(
-            features[token].astype(np.float64).mean(axis=0, keepdims=True) for token in self.tokens
-        )
-        new = replace(self, means=means)
-        row, bias = (values[0] for values in new.compute_discriminants())
-        known = self.counts > 0
-        weights, biases = (values[known] for values in self.compute_discriminants())
-
-        num_images = len(features[self.tokens[0]])
-        noise = 1 / num_images - (1 / self.counts[known]).mean()
-        prior = self.counts[known].mean() / self.counts.sum()
-        bias = bias - biases.mean() + self.sizes.mean() * noise / 2 + np.log(prior)
-        return row - weights.mean(axis=0), float(bias)
+        weights, biases = self.compute_discriminants()
+        old_counts, new_counts = np.split(self.counts, [num_old])
+        known = np.flatnonzero(old_counts)
+        noise = 1 / np.maximum(new_counts, 1) - (1 / old_counts[known]).mean()
+        prior = old_counts[known].mean() / old_counts.sum()
+        new_biases = biases[num_old:] - biases[known].mean() + np.log(prior)
+        new_biases += self.sizes.mean() * noise / 2
+        new_biases[new_counts == 0] = -np.inf
+        return weights[num_old:] - weights[known].mean(axis=0), new_biases
 
     def compute_distances(self, features: TokenFeatures) -> np.ndarray:
         """Return the Mahalanobis distance [N] to the nearest class mean (arXiv 1807.03888).
@@ -164,14 +160,17 @@ class ClassStatistics:
         nearest = np.mean(squares, axis=0).min(axis=1)  # [N], of [N, K]
         return np.sqrt(np.maximum(nearest, 0))
 
-    def extend(self, features: TokenFeatures) -> "ClassStatistics":
-        """Return the statistics with the mean of a further class, as for `add_class`."""
+    def extend(
+        self, features: TokenFeatures, labels: np.ndarray, num_labels: int
+    ) -> "ClassStatistics":
+        """Append the means of further classes, which have the labels up to `num_labels` - 1."""
+        num_old = len(self.counts)
+        counts = np.bincount(labels, minlength=num_labels)[num_old:]
         means = tuple(
-            np.concatenate([mean, features[token].astype(np.float64).mean(axis=0, keepdims=True)])
+            np.concatenate([mean, compute_means(features[token], labels - num_old, counts)])
             for token, mean in zip(self.tokens, self.means, strict=True)
         )
-        num_images = len(features[self.tokens[0]])
-        return replace(self, means=means, counts=np.append(self.counts, num_images))
+        return replace(self, means=means, counts=np.append(self.counts, counts))
 
     def expand(self, classes: np.ndarray, num_labels: int) -> "ClassStatistics":
         """Return the statistics of all labels of a model, of which they have some classes."""
@@ -208,7 +207,9 @@ class ClassStatistics:
         if getattr(model, "class_distance", None) is None:
             return None
         arrays = {
-            name: each.cpu().numpy() for name, each in model.class_distance.state_dict().items()
+            # NumPy has no bfloat16
+            name: each.float().cpu().numpy()
+            for name, each in model.class_distance.state_dict().items()
         }
         tokens = tuple(model.class_distance.tokens)
 

@@ -146,7 +146,13 @@ MAX_PATCHES = 2**22  # maximum number of patches of an image
 MAX_PATCH_SIDE = 4096  # maximum height and width of a patch, in pixels
 
 # Names that an extra head cannot have, because exported graphs have outputs with these names.
-RESERVED_OUTPUT_NAMES = ("logits", "cls_logits", "distillation_logits", "cls_attention")
+RESERVED_OUTPUT_NAMES = (
+    "logits",
+    "cls_logits",
+    "distillation_logits",
+    "distance",
+    "cls_attention",
+)
 
 
 # Bounds of fields ---------------------------------------------------------------------------------

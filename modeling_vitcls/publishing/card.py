@@ -37,6 +37,7 @@ from ..inference.metric_tables import (
 )
 from ..model.configuration_vitcls import MIN_TRANSFORMERS_VERSION
 from ..runtime.files import replace_control_characters
+from ..training.additions import format_result
 from ..version import __version__
 from .held_out_predictions import describe_predictions
 from .verification_script import get_auto_class
@@ -338,30 +339,11 @@ def describe_addition(name: str, record: dict[str, Any]) -> dict[str, Any]:
     """Return the variables of the row of an added task or of added classes."""
     is_task = record["kind"] == "task"
     names = format_name(name) if is_task else ", ".join(map(format_name, record["labels"]))
-
-    result = "not measured"
-    if measured := record.get("result"):
-        metric = next(iter(measured))
-        low, high = measured[f"{metric}_interval"]
-        result = (
-            f"{metric.replace('_', ' ')} {measured[metric]:.1%} ({low:.1%} to {high:.1%}), "
-            f"{measured['num_images']:,} images"
-        )
-
-    if old := record.get("old_classes"):
-        low, high = old["old_loss_interval"]
-        result += (
-            f"; old classes lose {old['old_loss']:.1%} ({low:.1%} to {high:.1%}) of "
-            f"{old['num_images']:,} images"
-        )
-    elif not is_task:
-        result += "; what the old classes lose was not measured"
-
     return {
         "name": f"{'task' if is_task else 'classes'} {names}",
         "dataset": format_name(record["dataset"]),
         "reads": record["reads"],
-        "result": result,
+        "result": format_result(record),
         "cost": f"{format_small_percent(record['relative_flops'])} FLOPs, "
         f"{record['num_parameters']:,} parameters",
     }

@@ -1,6 +1,6 @@
 """The certificate that a model gives the same answers as an earlier one, to the bit.
 
-    tensors of OLD = tensors of NEW     SHA-256 of each
+    tensors of OLD = tensors of NEW     SHA-256 of each; of class statistics, the rows of the old classes
     settings of the image processor     equal
     logits of OLD = logits of NEW       torch.equal, at three batch sizes, in float32 and, where supported, bfloat16
 
@@ -9,22 +9,23 @@ does the same for any two models, and prints the difference.
 """
 
 import hashlib
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 
-from ..conversion.open_model import open_model
 from ..data.evaluation_data import load_evaluation_data
 from ..data.images import LabeledImages
+from ..data.labels import get_label_space
 from ..data.options import DataOptions
+from ..hub.local_paths import strip_folders
 from ..hub.model_files import list_weight_files
-from ..hub.model_folder import ModelFolder
-from ..model.configuration_vitcls import ViTCLSConfig
+from ..hub.model_folder import ModelFolder, open_vitcls
 from ..model.modeling_vitcls import (
     ViTCLSForImageClassification,
     ViTCLSForMultiTaskClassification,
@@ -42,8 +43,7 @@ MODEL_CLASSES = {
 NUM_IMAGES = 256
 MAX_IMAGES = {16: NUM_IMAGES, 3: 48, 1: 16}  # batch size -> maximum number of images
 ENCODER_PREFIX = "vitcls."
-HEAD_PREFIX = "extra_heads.task_"
-# class statistics, which gain the mean of an added class; no logit reads them
+# class statistics, to which an added class appends a row; `distance` reads them
 GROWING_PREFIXES = ("class_distance.means_", "class_distance.counts")
 
 
@@ -61,62 +61,45 @@ def load_old_model(folder: ModelFolder) -> Any:
     return folder.load(MODEL_CLASSES[folder.architecture])
 
 
-def read_pixels(
-    images: LabeledImages, processor: Any, num_images: int = NUM_IMAGES
-) -> list[Tensor]:
+def read_pixels(images: LabeledImages, processor: Any) -> list[Tensor]:
     """Return the pixels [C, H, W] of readable images, drawn at random."""
     pixels = []
-    drawn = images.draw(num_images)
+    drawn = images.draw(NUM_IMAGES)
     for index in range(len(drawn)):
-        try:
+        with suppress(ValueError):  # an unreadable image, which the pass over the images reports
             pixels.append(processor(drawn.images[index], return_tensors="pt")["pixel_values"][0])
-        except ValueError:  # an unreadable image, which the pass over the images reports
-            continue
     return pixels
 
 
 # Comparison ---------------------------------------------------------------------------------------
 
 
-def certify(
-    old_folder: Path,
-    new_folder: Path,
-    old_name: str,
-    pixels: Sequence[Tensor],
-    device: torch.device,
-    changed_heads: Collection[str] = (),
-) -> dict[str, Any]:
-    """Return the certificate that a new model has the outputs of an old one.
+def certify(old: ModelFolder, new: Path, pixels: Sequence[Tensor]) -> dict[str, Any]:
+    """Return the certificate that a new model folder has the outputs of an old one.
 
-    Args:
-        old_folder, new_folder: model folders.
-        old_name: name of the old model for errors and for the certificate.
-        pixels: images [C, H, W].
-        device: device of the models.
-        changed_heads: names of extra heads of the old model that are replaced or removed.
+    The models are compared on the accelerator, if there is one, with images [C, H, W].
 
     Raises:
         ValueError: at the first difference.
     """
-    tensor_hashes = compare_tensors(old_folder, new_folder, changed_heads)
-    compare_processors(old_folder, new_folder)
-    old, new = (
-        load_old_model(ModelFolder(folder, old_name)).to(device)
-        for folder in (old_folder, new_folder)
-    )
+    tensor_hashes = compare_tensors(old.path, new)
+    compare_processors(old.path, new)
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    old_name = strip_folders(old.source)
+    models = [load_old_model(each).to(device) for each in (old, ModelFolder(new, old_name))]
+    check_labels(*models)
     passes = []
     dtypes = [torch.float32, *([torch.bfloat16] if has_bfloat16(device) else [])]
     for dtype in dtypes:
-        for model in (old, new):
+        for model in models:
             model.to(dtype)
         for batch_size, max_images in MAX_IMAGES.items():
             compared = pixels[:max_images]
-            hashes = compare_logits(old, new, compared, batch_size, changed_heads)
             record = {
                 "dtype": str(dtype).removeprefix("torch."),
                 "batch_size": batch_size,
                 "num_images": len(compared),
-                "logits_sha256": hashes,
+                "logits_sha256": compare_logits(*models, compared, batch_size),
             }
             passes.append(record)
     return {
@@ -124,7 +107,6 @@ def certify(
         "num_images": len(pixels),
         "images_sha256": hash_tensors(pixels),
         "passes": passes,
-        "changed_heads": sorted(changed_heads),
         "num_tensors": len(tensor_hashes),
         "tensors_sha256": tensor_hashes,
         "device": format_device_name(device),
@@ -132,41 +114,32 @@ def certify(
     }
 
 
-def compare_tensors(
-    old_folder: Path, new_folder: Path, changed_heads: Collection[str]
-) -> dict[str, str]:
+def compare_tensors(old_folder: Path, new_folder: Path) -> dict[str, str]:
     """Return the SHA-256 of each tensor of the old model.
 
     Raises:
         ValueError: If the new model lacks one of them or has another value.
     """
-    old = hash_weight_tensors(old_folder)
-    new = hash_weight_tensors(new_folder)
-    is_encoder = not any(name.startswith(ENCODER_PREFIX) for name in old)
+    old, new = map(load_tensors, (old_folder, new_folder))
     hashes = {}
-    for name, old_hash in old.items():
+    for name, tensor in old.items():
+        hashes[name] = hash_tensors([tensor])
+        found = new.get(name, new.get(f"{ENCODER_PREFIX}{name}"))  # OLD may be an encoder
+        if found is None:
+            raise ValueError(f"the tensor {name} is missing in the new model")
         if name.startswith(GROWING_PREFIXES):
-            continue
-        if name.rpartition(".")[0].removeprefix(HEAD_PREFIX) in changed_heads and name.startswith(
-            HEAD_PREFIX
-        ):
-            continue
-        new_name = f"{ENCODER_PREFIX}{name}" if is_encoder and name not in new else name
-        if new.get(new_name) != old_hash:
-            problem = "has other values" if new_name in new else "is missing"
-            raise ValueError(f"the tensor {new_name} {problem} in the new model")
-        hashes[name] = old_hash
+            found = found[: len(tensor)]
+        if hash_tensors([found]) != hashes[name]:
+            raise ValueError(f"the tensor {name} has other values in the new model")
     return hashes
 
 
-def hash_weight_tensors(folder: Path) -> dict[str, str]:
-    """Return the SHA-256 of each tensor in the weight files of a folder, by name."""
-    hashes = {}
+def load_tensors(folder: Path) -> dict[str, Tensor]:
+    """Load the tensors in the weight files of a folder, by name."""
+    tensors: dict[str, Tensor] = {}
     for file_name in list_weight_files(folder):
-        with safe_open(folder / file_name, "pt") as file:
-            for name in sorted(file.keys()):
-                hashes[name] = hash_tensors([file.get_tensor(name)])
-    return hashes
+        tensors |= load_file(folder / file_name)
+    return dict(sorted(tensors.items()))
 
 
 def hash_tensors(tensors: Sequence[Tensor]) -> str:
@@ -201,36 +174,21 @@ def read_processor_settings(folder: Path) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def compare_logits(
-    old: Any,
-    new: Any,
-    pixels: Sequence[Tensor],
-    batch_size: int,
-    changed_heads: Collection[str],
-) -> dict[str, str]:
+def compare_logits(old: Any, new: Any, pixels: Sequence[Tensor], batch_size: int) -> dict[str, str]:
     """Return the SHA-256 of the old outputs by name.
 
     Raise ValueError if one of the new outputs differs.
     """
-    check_labels(old.config, new.config)
     outputs: dict[str, list[Tensor]] = {}
     for batch in iterate_batches(pixels, batch_size):
         inputs = batch.to(old.device, old.dtype)
-        old_outputs = compute_outputs(old, inputs)
         new_outputs = compute_outputs(new, inputs)
-        for name, expected in old_outputs.items():
-            if name in changed_heads:
-                continue
-            found = new_outputs.get(name)
-            if found is None:
+        for name, expected in compute_outputs(old, inputs).items():
+            if name not in new_outputs:
                 raise ValueError(f"the output {name} is missing in the new model")
-            found = found[:, : expected.shape[1]]
+            found = new_outputs[name][:, : expected.shape[1]]
             if not torch.equal(found, expected):
-                difference = (
-                    (found - expected).abs().max().item()
-                    if found.shape == expected.shape
-                    else float("nan")
-                )
+                difference = (found - expected).abs().max().item()
                 dtype = str(old.dtype).removeprefix("torch.")
                 raise ValueError(
                     f"the output {name} differs by {difference:.1e} in batches of {batch_size} "
@@ -240,28 +198,14 @@ def compare_logits(
     return {name: hash_tensors(tensors) for name, tensors in outputs.items()}
 
 
-def check_labels(old: ViTCLSConfig, new: ViTCLSConfig) -> None:
-    """Raise ValueError if the names of the old labels differ."""
-    old_labels, new_labels = (list_labels(config) for config in (old, new))
-    for index, label in enumerate(old_labels):
-        if index >= len(new_labels) or new_labels[index] != label:
-            raise ValueError(
-                f"label {index} of the old model, {label!r}, is not label {index} of the new model"
-            )
-
-
-def list_labels(config: ViTCLSConfig) -> list[str]:
-    """Return the labels of a model; those of several tasks with the name of the task."""
-    if config.tasks:
-        return [
-            f"{task}: {label}" for task, labels in config.task_labels().items() for label in labels
-        ]
-    id2label: dict[Any, str] = dict(config.id2label or {})
-    return (
-        [id2label[index] for index in range(len(id2label))]
-        if config.architectures != ["ViTCLSModel"]
-        else []
-    )
+def check_labels(old: Any, new: Any) -> None:
+    """Raise ValueError if the names of the old labels are not the first of the new ones."""
+    if isinstance(old, ViTCLSModel):  # has no labels
+        return
+    new_columns = get_label_space(new.config).columns
+    for column, names in get_label_space(old.config).columns.items():
+        if new_columns.get(column, [])[: len(names)] != names:
+            raise ValueError(f"the labels of {column!r} are not the first ones of the new model")
 
 
 def compute_outputs(model: Any, pixel_values: Tensor) -> dict[str, Tensor]:
@@ -275,22 +219,16 @@ def compute_outputs(model: Any, pixel_values: Tensor) -> dict[str, Tensor]:
         return {"logits": outputs.pooler_output}
     named = dict(outputs.logits) if isinstance(outputs.logits, dict) else {"logits": outputs.logits}
     for name in ("cls_logits", "distillation_logits"):
-        value = outputs.get(name)
-        if value is not None and value.shape[1]:
-            named[name] = value
+        if outputs.get(name) is not None and outputs[name].shape[1]:
+            named[name] = outputs[name]
     return named | (outputs.task_logits or {})
 
 
 def iterate_batches(pixels: Sequence[Tensor], batch_size: int) -> Iterator[Tensor]:
     """Yield batches [B, C, H, W] of images of the same shape."""
-    batch: list[Tensor] = []
-    for image in sorted(pixels, key=lambda image: image.shape):
-        if batch and (len(batch) == batch_size or batch[0].shape != image.shape):
-            yield torch.stack(batch)
-            batch = []
-        batch.append(image)
-    if batch:
-        yield torch.stack(batch)
+    by_shape = sorted(pixels, key=lambda image: image.shape)
+    for _, images in groupby(by_shape, key=lambda image: image.shape):
+        yield from torch.stack(list(images)).split(batch_size)
 
 
 def describe_certificate(certificate: dict[str, Any]) -> str:
@@ -314,30 +252,22 @@ def verify_models(options: VerifyUnchangedOptions) -> dict[str, Any]:
     Raises:
         ValueError, OSError: if a model or the dataset cannot be read.
     """
-    old_folder = open_model(options.old)
-    new_folder = open_model(options.new)
-    old = load_old_model(old_folder)
-    load_old_model(new_folder)
+    old_folder = open_vitcls(options.old)
+    new_folder = open_vitcls(options.new)
+    # An unreadable model is an error, and not a difference.
+    old, _ = map(load_old_model, (old_folder, new_folder))
     if options.dataset is not None:
         data_options = DataOptions(dataset=options.dataset)
         data = load_evaluation_data(data_options, options.split, use_labels=False)
         pixels = read_pixels(data.images, old_folder.load_processor())
     else:
-        generator = torch.Generator().manual_seed(0)
-        shape = (NUM_IMAGES, old.config.num_channels, *old.config.image_height_width)
-        pixels = list(torch.randn(shape, generator=generator))
+        size = (old.config.num_channels, *old.config.image_height_width)
+        pixels = list(torch.randn(NUM_IMAGES, *size, generator=torch.Generator().manual_seed(0)))
 
-    console = Console(emoji=False, soft_wrap=True, highlight=False)
-    device = (
-        torch.accelerator.current_accelerator()
-        if torch.accelerator.is_available()
-        else torch.device("cpu")
-    )
-    assert device is not None
     try:
-        certificate = certify(old_folder.path, new_folder.path, options.old, pixels, device)
+        certificate = certify(old_folder, new_folder.path, pixels)
     except ValueError as error:
-        console.print(f"changed: {error}", markup=False)
+        print(f"changed: {error}")
         return {"difference": str(error)}
-    console.print(f"unchanged: {describe_certificate(certificate)}", markup=False)
+    print(f"unchanged: {describe_certificate(certificate)}")
     return {"difference": None, **certificate}

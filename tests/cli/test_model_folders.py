@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers.command_in_process import run_here
 from helpers.photo_folders import write_photos
+from helpers.source_checkpoints import build_vit_classifier, save_checkpoint
 from helpers.tiny_models import build_tiny_config, save_with_processor
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
@@ -131,6 +132,32 @@ def test_training_does_not_start_from_weights_without_a_place(
     edit(folder, num_register_tokens=0)
     flags = ["--model", folder, "--dataset", photos, "--output-dir", tmp_path / "run"]
     assert "register_tokens" in run_with_error(command, *flags, "--num-workers", 0)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "add-task --model vit --dataset photos --name kind --output-dir new",
+        "add-class --model vit --dataset photos --output-dir new",
+        "add-class --model timm:vit_tiny_patch16_224 --dataset photos --output-dir new",
+        "verify-unchanged model vit",
+        "push --model vit --hub-model-id ann/photos",
+    ],
+)
+def test_a_model_of_another_project_is_converted_first(
+    words: str,
+    folder: Path,
+    photos: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    run_with_error: Callable[..., str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_checkpoint(build_vit_classifier(), Path("vit"))
+    error = run_with_error(*words.split())
+    source = "timm:vit_tiny_patch16_224" if "timm:" in words else "vit"
+    assert f"{source} is not a vitcls model" in error
+    assert f"vitcls convert --source {source} --output" in error
 
 
 def test_an_encoder_may_leave_the_heads_of_a_classifier_unused(

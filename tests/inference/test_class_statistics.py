@@ -62,10 +62,11 @@ def test_a_distance_is_scipys_to_the_nearest_class_mean() -> None:
 def test_an_added_class_of_many_images_has_the_row_of_a_fitted_one() -> None:
     features, labels = draw_features(3000)
     statistics = ClassStatistics.fit({CLS: features[labels < 2]}, labels[labels < 2], 2)
-    row, _ = statistics.add_class({CLS: features[labels == 2]})
+    is_new = labels == 2
+    rows, _ = statistics.extend({CLS: features[is_new]}, labels[is_new], 3).build_new_rows(2)
 
     weight, _ = ClassStatistics.fit({CLS: features}, labels, 3).build_classifier()
-    assert np.corrcoef(row, weight[2])[0, 1] > 0.99
+    assert np.corrcoef(rows[0], weight[2])[0, 1] > 0.99
 
 
 def test_a_class_of_five_images_is_found_as_often_as_one_of_many() -> None:
@@ -74,14 +75,14 @@ def test_a_class_of_five_images_is_found_as_often_as_one_of_many() -> None:
     statistics = ClassStatistics.fit({CLS: features[~is_new]}, labels[~is_new], 2)
     weight, bias = statistics.build_classifier(has_equal_priors=True)
 
-    recalls = []
-    for start in range(0, 500, 5):
-        row, row_bias = statistics.add_class({CLS: features[is_new][start : start + 5]})
-        logits = features[is_new][500:] @ np.vstack([weight, row]).T + [*bias, row_bias]
-        recalls.append((logits.argmax(axis=1) == 2).mean())
-    row, row_bias = statistics.add_class({CLS: features[is_new][:500]})
-    logits = features[is_new][500:] @ np.vstack([weight, row]).T + [*bias, row_bias]
-    assert np.mean(recalls) == pytest.approx((logits.argmax(axis=1) == 2).mean(), abs=0.1)
+    def measure_recall(images: np.ndarray) -> float:
+        added = statistics.extend({CLS: images}, np.full(len(images), 2), 3)
+        rows, biases = added.build_new_rows(2)
+        logits = features[is_new][500:] @ np.vstack([weight, rows]).T + [*bias, *biases]
+        return float((logits.argmax(axis=1) == 2).mean())
+
+    few = [measure_recall(features[is_new][start : start + 5]) for start in range(0, 500, 5)]
+    assert np.mean(few) == pytest.approx(measure_recall(features[is_new][:500]), abs=0.1)
 
 
 def test_a_class_without_images_is_never_predicted() -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.command_in_process import run_here
-from helpers.digits_models import DIGITS, train_digits_model
+from helpers.digits_models import DIGITS, LABELS, PIXELS, train_digits_model
 from helpers.tiny_models import (
     build_images,
     build_tiny_config,
@@ -36,7 +36,7 @@ from modeling_vitcls.inference.frozen_features import FeatureLayout, Features
 from modeling_vitcls.runtime import staging
 from modeling_vitcls.runtime.files import read_json, write_json
 from modeling_vitcls.training import additions
-from modeling_vitcls.training.additions import rebuild
+from modeling_vitcls.training.additions import append_head
 
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("fresh_accelerate")]
@@ -48,7 +48,7 @@ IMAGES = [
 TARGETS = DIGITS.target[:NUM_IMAGES].tolist()
 add_task = partial(modeling_vitcls.add_task, num_workers=0)
 add_class = partial(modeling_vitcls.add_class, num_workers=0)
-LABELS = {
+TASKS = {
     "parity": ["odd" if target % 2 else "even" for target in TARGETS],
     "size": ["large" if target > 4 else "small" for target in TARGETS],
     "hole": ["hole" if target in (0, 6, 8, 9) else "none" for target in TARGETS],
@@ -61,10 +61,14 @@ def build_dataset(labels: list[str]) -> list[tuple[Image.Image, str]]:
 
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the folder of a classifier of digits."""
+    """Write the folder of a classifier of digits with class statistics."""
     folder = tmp_path_factory.mktemp("digits")
     model = train_digits_model(epochs=2)
     model.config.id2label = {index: str(index) for index in range(10)}
+    with torch.no_grad():
+        states = model(PIXELS, output_hidden_states=True).hidden_states[-1]
+    features = {(-1, "cls"): model.vitcls.normalize(states)[:, 0].detach().numpy()}
+    ClassStatistics.fit(features, LABELS.numpy(), 10).set_in_model(model)
     model.save_pretrained(folder)
     processor = ViTCLSImageProcessor(
         size=8, do_convert_rgb=False, image_mean=[0.5], image_std=[0.5]
@@ -77,7 +81,7 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def with_parity(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the classifier of digits with the task "odd or even"."""
     folder = tmp_path_factory.mktemp("additions") / "parity"
-    add_task(digits, build_dataset(LABELS["parity"]), "parity", folder)
+    add_task(digits, build_dataset(TASKS["parity"]), "parity", folder)
     return folder
 
 
@@ -97,7 +101,7 @@ def test_an_added_task_is_better_than_chance_and_keeps_the_logits(
     assert torch.equal(outputs.logits, compute(digits, images).logits)
     assert outputs.task_logits["parity"].shape == (3, 2)
     results = evaluate(
-        with_parity, build_dataset(LABELS["parity"]), task="parity", split="train", num_workers=0
+        with_parity, build_dataset(TASKS["parity"]), task="parity", split="train", num_workers=0
     )
     assert results["accuracy"] > 0.7
 
@@ -116,14 +120,14 @@ def test_earlier_tasks_keep_their_bits_in_any_order(with_parity: Path, tmp_path:
         for name in names:
             source = folder
             folder = tmp_path / "-".join((*names, name))
-            add_task(source, build_dataset(LABELS[name]), name, folder)
+            add_task(source, build_dataset(TASKS[name]), name, folder)
         outputs.append(compute(folder, images))
     first, second = outputs
 
     assert torch.equal(
         first.task_logits["parity"], compute(with_parity, images).task_logits["parity"]
     )
-    for name in LABELS:
+    for name in TASKS:
         assert torch.equal(first.task_logits[name], second.task_logits[name])
 
 
@@ -134,25 +138,17 @@ def test_the_certificate_names_what_was_compared(with_parity: Path) -> None:
     assert certificate["num_images"] == len(IMAGES)
 
 
-def test_a_task_is_replaced_or_removed_on_request_only(with_parity: Path, tmp_path: Path) -> None:
-    data = build_dataset(LABELS["size"])
-    with raises_one_line("`overwrite_task=True`"):
-        add_task(with_parity, data, "parity", tmp_path / "refused")
-    assert not (tmp_path / "refused").exists()
-    add_task(with_parity, data, "parity", tmp_path / "replaced", overwrite_task=True)
-    outputs = compute(tmp_path / "replaced", build_images(1, 8, 8, channels=1))
-    assert set(outputs.task_logits) == {"parity"}
-    add_task(with_parity, data, "parity", tmp_path / "both", remove_task="parity")
-    assert set(predict(tmp_path / "both", IMAGES[:1])[0]) >= {"parity_label"}
-    add_task(with_parity, data, None, tmp_path / "removed", remove_task="parity")
-    assert compute(tmp_path / "removed", build_images(1, 8, 8, channels=1)).task_logits is None
+@pytest.mark.parametrize("name", ["parity", "distance", "loss"])
+def test_a_task_has_a_free_name(name: str, with_parity: Path, tmp_path: Path) -> None:
+    with raises_one_line("the model has an output with this name"):
+        add_task(with_parity, build_dataset(TASKS["size"]), name, tmp_path / "new")
 
 
 def test_an_encoder_becomes_a_model_with_a_task(digits: Path, tmp_path: Path) -> None:
     encoder = ViTCLSModel.from_pretrained(digits)
     encoder.save_pretrained(tmp_path / "encoder")
     ViTCLSImageProcessor.from_pretrained(digits).save_pretrained(tmp_path / "encoder")
-    add_task(tmp_path / "encoder", build_dataset(LABELS["size"]), "size", tmp_path / "new")
+    add_task(tmp_path / "encoder", build_dataset(TASKS["size"]), "size", tmp_path / "new")
     images = build_images(2, 8, 8, channels=1)
     outputs = compute(tmp_path / "new", images)
     assert outputs.task_logits["size"].shape == (2, 2)
@@ -172,9 +168,7 @@ def test_predictions_have_columns_for_the_task(with_parity: Path) -> None:
 
 
 def test_a_task_has_one_label_per_image(digits: Path, tmp_path: Path) -> None:
-    rows = [
-        f"{parity}|{size}" for parity, size in zip(LABELS["parity"], LABELS["size"], strict=True)
-    ]
+    rows = [f"{parity}|{size}" for parity, size in zip(TASKS["parity"], TASKS["size"], strict=True)]
     with raises_one_line("one label per image"):
         add_task(digits, build_dataset(rows), "tags", tmp_path / "new", label_separator="|")
 
@@ -213,11 +207,11 @@ def test_two_commands_that_write_one_new_folder_leave_one_result(
         monkeypatch.undo()
         monkeypatch.setattr(staging, "LOCK_TIMEOUT", 0.1)
         with raises_one_line("in use by another command"):
-            add_task(digits, build_dataset(LABELS["hole"]), "hole", tmp_path / "new")
+            add_task(digits, build_dataset(TASKS["hole"]), "hole", tmp_path / "new")
         return additions.certify(*arguments)
 
     monkeypatch.setattr(additions, "certify", certify_and_add)
-    add_task(digits, build_dataset(LABELS["size"]), "size", tmp_path / "new")
+    add_task(digits, build_dataset(TASKS["size"]), "size", tmp_path / "new")
     outputs = compute(tmp_path / "new", build_images(1, 8, 8, channels=1))
     assert set(outputs.task_logits) == {"size"}
     assert not [path.name for path in (tmp_path / "new").iterdir() if path.name.startswith(".")]
@@ -256,18 +250,17 @@ def test_nothing_is_written_if_an_old_output_would_change(
 ) -> None:
     """A copy of the old weights with an error of one unit in the last place."""
 
-    def rebuild_wrongly(model: Any, config: Any) -> Any:
-        rebuilt = rebuild(model, config)
-        bias = rebuilt.classifier.bias.data
+    def append_wrongly(*arguments: Any) -> Any:
+        extended = append_head(*arguments)
+        bias = extended.classifier.bias.data
         bias[0] = torch.nextafter(bias[0], torch.tensor(torch.inf))
-        return rebuilt
+        return extended
 
-    monkeypatch.setattr(additions, "rebuild", rebuild_wrongly)
+    monkeypatch.setattr(additions, "append_head", append_wrongly)
     with raises_one_line("classifier.bias has other values"):
-        add_task(digits, build_dataset(LABELS["size"]), "size", tmp_path / "new")
-    old = build_dataset(list(map(str, TARGETS)))
+        add_task(digits, build_dataset(TASKS["size"]), "size", tmp_path / "new")
     with raises_one_line("classifier.bias has other values"):
-        add_class(digits, build_new(STRIPES, "stripes"), tmp_path / "new", old_dataset=old)
+        add_class(digits, build_new(STRIPES, "stripes"), tmp_path / "new")
     assert not (tmp_path / "new").exists()
 
 
@@ -290,65 +283,71 @@ def build_new(pixels: np.ndarray, name: str) -> list[tuple[Image.Image, str]]:
     return [(Image.fromarray(each), name) for each in pixels]
 
 
-def test_a_model_of_1000_classes_keeps_its_bits(tmp_path: Path) -> None:
-    model = ViTCLSForImageClassification(build_tiny_config(num_labels=1000))
-    source = save_with_processor(model, tmp_path / "source")
-    noise = np.random.default_rng(0).integers(0, 256, (36, 32, 32, 3), dtype=np.uint8)
-    old = [
-        (image, f"LABEL_{index % 3}") for index, (image, _) in enumerate(build_new(noise[:24], ""))
-    ]
-    add_class(
-        source,
-        build_new(noise[24:], "new"),
-        tmp_path / "new",
-        old_dataset=old,
-        max_old_loss=100,
-    )
-    images = build_images(3)
-    old_logits = compute(source, images).logits
-    new_logits = compute(tmp_path / "new", images).logits
-
-    assert new_logits.shape == (3, 1001)
-    assert torch.equal(new_logits[:, :1000], old_logits)
-    assert (
-        ViTCLSForImageClassification.from_pretrained(tmp_path / "new").config.id2label[1000]
-        == "new"
-    )
+@pytest.fixture(scope="module")
+def with_stripes(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Write the classifier of digits with a class that looks like no digit."""
+    folder = tmp_path_factory.mktemp("additions") / "stripes"
+    add_class(digits, build_new(STRIPES, "stripes"), folder)
+    return folder
 
 
-def test_an_added_class_is_recognized_and_what_it_costs_is_measured(
-    digits: Path, tmp_path: Path
-) -> None:
-    """The new class is a stripe pattern that no digit looks like."""
-    old = build_dataset(list(map(str, TARGETS)))
-    record = add_class(digits, build_new(STRIPES, "stripes"), tmp_path / "new", old_dataset=old)
-
-    assert record["old_classes"]["old_loss"] <= 0.02
-    assert record["old_classes"]["num_images"] == NUM_IMAGES // 2  # the others: statistics
+def test_an_added_class_is_recognized(with_stripes: Path) -> None:
+    record = read_json(with_stripes / "results.json")["additions"]["added_classes_001"]
     assert record["result"]["recall"] > 0.9
-    assert predict(tmp_path / "new", [Image.fromarray(STRIPES[0])])[0]["label"] == "stripes"
+    assert predict(with_stripes, [Image.fromarray(STRIPES[0])])[0]["label"] == "stripes"
 
 
-def test_classes_that_cost_too_much_are_refused_with_the_figure(
-    digits: Path, tmp_path: Path
+def test_the_statistics_of_old_classes_are_certified(
+    digits: Path, with_stripes: Path, tmp_path: Path
 ) -> None:
-    """The new class is a class of the model under another name."""
-    old = build_dataset(list(map(str, TARGETS)))
-    new = [(image, "nought") for image, label in old if label == "0"]
-    with raises_one_line("the old classes lose", "points", "`max_old_loss`"):
-        add_class(digits, new, tmp_path / "new", old_dataset=old)
-    assert not (tmp_path / "new").exists()
+    assert verify_unchanged(digits, with_stripes)["difference"] is None
+    shutil.copytree(with_stripes, tmp_path / "changed")
+    change_weight(tmp_path / "changed", "class_distance.means_0")
+    difference = verify_unchanged(digits, tmp_path / "changed")["difference"]
+    assert difference is not None
+    assert "class_distance.means_0" in difference
 
 
-def test_without_class_statistics_both_remedies_are_named(digits: Path, tmp_path: Path) -> None:
-    with raises_one_line("has no class statistics", "`old_dataset`", "vitcls finetune"):
-        add_class(digits, build_new(STRIPES, "stripes"), tmp_path / "new")
+def test_a_class_is_added_to_statistics_in_bfloat16(digits: Path, tmp_path: Path) -> None:
+    model = ViTCLSForImageClassification.from_pretrained(digits, dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "half")
+    ViTCLSImageProcessor.from_pretrained(digits).save_pretrained(tmp_path / "half")
+    record = add_class(tmp_path / "half", build_new(STRIPES, "stripes"), tmp_path / "new")
+    assert record["result"]["recall"] > 0.9
+
+
+def test_without_class_statistics_the_remedy_is_named(tmp_path: Path) -> None:
+    model = ViTCLSForImageClassification(build_tiny_config())
+    source = save_with_processor(model, tmp_path / "source")
+    with raises_one_line("has no class statistics", f"vitcls finetune --model {source}"):
+        add_class(source, build_new(STRIPES, "stripes"), tmp_path / "new")
 
 
 def test_the_recall_of_one_image_is_not_measured(digits: Path, tmp_path: Path) -> None:
-    old = build_dataset(list(map(str, TARGETS)))
-    new = build_new(STRIPES[:1], "stripes")
-    assert "result" not in add_class(digits, new, tmp_path / "new", old_dataset=old)
+    assert "result" not in add_class(digits, build_new(STRIPES[:1], "stripes"), tmp_path / "new")
+
+
+def test_copies_of_an_image_count_once(digits: Path, tmp_path: Path) -> None:
+    copies = np.repeat(STRIPES[:6], 5, axis=0)
+    record = add_class(digits, build_new(copies, "stripes"), tmp_path / "copies")
+    expected = add_class(digits, build_new(STRIPES[:6], "stripes"), tmp_path / "single")
+    assert record["result"]["num_groups"] == 6
+    assert record["result"]["recall_interval"] == expected["result"]["recall_interval"]
+
+
+def test_a_new_class_that_is_spelled_like_an_old_one_is_named(
+    with_stripes: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    add_class(with_stripes, build_new(STRIPES, "Stripes "), tmp_path / "new")
+    assert "'stripes' and 'Stripes ' (separate classes)" in caplog.text
+
+
+def test_several_processes_are_refused(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with raises_one_line("by one process", "`accelerate launch`"):
+        add_class(digits, build_new(STRIPES, "stripes"), tmp_path / "new")
 
 
 @pytest.mark.parametrize(("scale", "shift"), [(1, 0), (0.2, 5)])
@@ -364,11 +363,18 @@ def test_a_new_row_is_between_the_logits_of_the_classifier_as_between_those_of_t
     statistics = ClassStatistics.fit({(-1, "cls"): values[:60]}, labels[:60], 3)
     weight, bias = statistics.build_classifier()
     own = values @ weight.T + bias
-    names = np.full(90, "")
-    features = Features(FeatureLayout(1, {"cls": 6}), values, labels, labels, names, labels)
-    head = additions.build_class_head(
-        statistics, features.take(labels == 3), scale * own[60:] + shift, ["new"]
+    logits = scale * own + shift
+    features = Features(
+        FeatureLayout(1, {"cls": 6}),
+        values=np.hstack([values, logits]),
+        labels=labels,
+        indices=labels,
+        names=np.full(90, ""),
+        groups=labels,
     )
-    row, row_bias = statistics.add_class({(-1, "cls"): values[60:]})
-    expected = scale * (values @ row + row_bias) + shift
-    np.testing.assert_allclose(head.compute_logits(features)[:, 0], expected, rtol=1e-3, atol=1e-3)
+    new = features.take(labels == 3)
+    weight, bias = additions.build_rows(statistics, new, 4)
+    rows, row_bias = statistics.extend(new.get_tokens(), new.labels, 4).build_new_rows(3)
+    expected = scale * (values @ rows[0] + row_bias) + shift
+    found = values @ weight[0] + bias
+    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-3)

@@ -208,7 +208,7 @@ def test_a_checkpoint_of_an_unknown_type_is_an_error(tmp_path: Path) -> None:
     ViTCLSForImageClassification(build_tiny_config()).save_pretrained(start)
     for kind, contents in ((FinetuneOptions, '{"model_type": "mystery"}'), (PretrainOptions, "{}")):
         (start / "config.json").write_text(contents, encoding="utf-8")
-        with raises_one_line(str(start), "not 'vitcls'", "vitcls convert"):
+        with raises_one_line(f"{start} is not a vitcls model", "vitcls convert"):
             run_training(kind(output_dir=tmp_path / "run", dataset="digits", model=str(start)))
 
 
