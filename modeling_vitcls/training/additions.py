@@ -54,12 +54,7 @@ from ..hub.model_files import (
 from ..hub.model_folder import ModelFolder, open_vitcls
 from ..inference.class_statistics import ClassStatistics, Token
 from ..inference.evaluate import set_up_evaluation
-from ..inference.frozen_features import (
-    FeatureLayout,
-    Features,
-    FrozenPass,
-    concatenate_features,
-)
+from ..inference.frozen_features import FeatureLayout, Features, FrozenPass
 from ..inference.intervals import compute_proportion_interval
 from ..inference.linear_probe import (
     NUM_LAST_LAYERS,
@@ -83,7 +78,7 @@ from ..runtime.staging import check_output_is_empty, create_output_folder
 from ..runtime.system import get_versions
 from .certificate import certify, describe_certificate, load_old_model, read_pixels
 from .options import AddClassOptions, AdditionOptions, AddTaskOptions
-from .probe import ABSENT_CLASS_MARGIN, build_probe_record, describe_probe, draw_parts
+from .probe import ABSENT_CLASS_MARGIN, build_probe_record, describe_probe, expand_classes
 
 
 SINGLE_LABEL: Final = "single_label_classification"
@@ -192,16 +187,9 @@ def fit_task(
 
     Return the record of the task for results.json.
     """
-    images: Any = data.train  # not streamed
-    first, others = draw_parts(len(images), max_images)
-    features = compute(images.select(first), data.label_space)
-    chosen_groups = features.groups
+    features = compute(data.train.draw(max_images), data.label_space)  # type: ignore[union-attr]
     with threadpool_limits(limits=1):  # the matrices are small
         probe.fit(features.get_tokens(), features.labels, features.groups)
-    if len(others):
-        other_features = compute(images.select(others), data.label_space)
-        features = concatenate_features(features, other_features)
-        probe.refit(features.get_tokens(), features.labels)
 
     record = {
         "kind": "task",
@@ -220,8 +208,8 @@ def fit_task(
         record["result"] = {
             "accuracy": probe.estimate_.accuracy,
             "accuracy_interval": probe.estimate_.interval,
-            "num_images": len(chosen_groups),
-            "num_groups": len(np.unique(chosen_groups)),
+            "num_images": len(features.groups),
+            "num_groups": len(np.unique(features.groups)),
             "images": "cross-validated",
         }
     return record
@@ -229,9 +217,8 @@ def fit_task(
 
 def append_probe(model: Any, name: str, probe: LinearProbe, labels: list[str]) -> Any:
     """Append a fitted probe as a task. Labels without training images are never predicted."""
-    weight = np.zeros((len(labels), probe.weight_.shape[1]))
+    weight = expand_classes(probe.weight_.T, probe.classes_, len(labels)).T
     bias = np.full(len(labels), probe.bias_.min() - ABSENT_CLASS_MARGIN)
-    weight[probe.classes_] = probe.weight_
     bias[probe.classes_] = probe.bias_
     temperature = round(probe.temperature_, 4)
     head = build_head(probe.candidate_.tokens, labels) | {"temperature": temperature}
@@ -266,8 +253,9 @@ def add_classes_from_options(options: AddClassOptions) -> dict[str, Any]:
         records = {next(reversed(extended.config.extra_heads)): record}
         splits = build_splits_table({"train": images})
         certificate = write_model(folder, extended, staging, records, images, splits)
-    head = f"means of the classes, {record['reads']}"
-    print_addition(head, record, certificate, options.output_dir)
+    print_addition(
+        f"means of the classes, {record['reads']}", record, certificate, options.output_dir
+    )
     return record
 
 
@@ -308,15 +296,18 @@ def add_classes(
     extended_statistics = statistics.extend(features.get_tokens(), features.labels, len(names))
     missing = np.flatnonzero(extended_statistics.counts[num_old:] == 0)
     if len(missing):
-        name = names[num_old + missing[0]]
-        raise ValueError(f"the class {name!r} has no images. Add images, or remove the class")
+        raise ValueError(
+            f"the class {names[num_old + missing[0]]!r} has no images. Add images, or remove the "
+            "class"
+        )
 
     # The logits of rows are divided by the temperature later, as those in the features were.
     weight, bias = build_rows(statistics, features, len(names))
     head = build_head(statistics.tokens, names[num_old:]) | {"adds_classes": True}
     name = f"added_classes_{len(model.config.get_added_classes()) + 1:03d}"
-    temperature = model.config.temperature
-    extended = append_head(model, name, head, temperature * weight, temperature * bias)
+    extended = append_head(
+        model, name, head, model.config.temperature * weight, model.config.temperature * bias
+    )
     extended_statistics.set_in_model(extended)
     extended.class_distance.to(model.class_distance.counts.dtype)
 
@@ -480,11 +471,11 @@ def print_addition(
     head: str, record: dict[str, Any], certificate: dict[str, Any], output: Path
 ) -> None:
     """Print what was added; `head` says how its classifier was made."""
-    flops = format_small_percent(record["relative_flops"])
     lines = {
         "head": head,
         "result": format_result(record),
-        "cost": f"{flops} of the forward pass (FLOPs), {record['num_parameters']:,} parameters",
+        "cost": f"{format_small_percent(record['relative_flops'])} of the forward pass (FLOPs), "
+        f"{record['num_parameters']:,} parameters",
         "certificate": describe_certificate(certificate),
         "written": output,
     }

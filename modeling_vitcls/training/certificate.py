@@ -86,22 +86,24 @@ def certify(old: ModelFolder, new: Path, pixels: Sequence[Tensor]) -> dict[str, 
     compare_processors(old.path, new)
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     old_name = strip_folders(old.source)
-    models = [load_old_model(each).to(device) for each in (old, ModelFolder(new, old_name))]
-    check_labels(*models)
+    old_model = load_old_model(old).to(device)
+    new_model = load_old_model(ModelFolder(new, old_name)).to(device)
+    check_labels(old_model, new_model)
     passes = []
     dtypes = [torch.float32, *([torch.bfloat16] if has_bfloat16(device) else [])]
     for dtype in dtypes:
-        for model in models:
-            model.to(dtype)
+        old_model.to(dtype)
+        new_model.to(dtype)
         for batch_size, max_images in MAX_IMAGES.items():
             compared = pixels[:max_images]
-            record = {
-                "dtype": str(dtype).removeprefix("torch."),
-                "batch_size": batch_size,
-                "num_images": len(compared),
-                "logits_sha256": compare_logits(*models, compared, batch_size),
-            }
-            passes.append(record)
+            passes.append(
+                {
+                    "dtype": str(dtype).removeprefix("torch."),
+                    "batch_size": batch_size,
+                    "num_images": len(compared),
+                    "logits_sha256": compare_logits(old_model, new_model, compared, batch_size),
+                }
+            )
     return {
         "old_model": old_name,
         "num_images": len(pixels),
@@ -165,11 +167,10 @@ def compare_processors(old_folder: Path, new_folder: Path) -> None:
 def read_processor_settings(folder: Path) -> dict[str, Any]:
     """Return the settings of the image processor of a folder, without those that name its code."""
     settings = read_json(folder / "preprocessor_config.json")
-    is_code = ("auto_map", "image_processor_type")
     return {
         name: value
         for name, value in settings.items()
-        if name not in is_code and not name.startswith("_")
+        if name not in ("auto_map", "image_processor_type") and not name.startswith("_")
     }
 
 
@@ -236,7 +237,7 @@ def describe_certificate(certificate: dict[str, Any]) -> str:
     dtypes = " and ".join(dict.fromkeys(row["dtype"] for row in certificate["passes"]))
     batch_sizes = ", ".join(map(str, sorted({row["batch_size"] for row in certificate["passes"]})))
     return (
-        f"{certificate['num_tensors']} tensors and all outputs for {certificate['num_images']:,} "
+        f"{certificate['num_tensors']} tensors and all logits for {certificate['num_images']:,} "
         f"images are equal to the bit ({dtypes}, batches of {batch_sizes})"
     )
 
@@ -255,14 +256,19 @@ def verify_models(options: VerifyUnchangedOptions) -> dict[str, Any]:
     old_folder = open_vitcls(options.old)
     new_folder = open_vitcls(options.new)
     # An unreadable model is an error, and not a difference.
-    old, _ = map(load_old_model, (old_folder, new_folder))
+    load_old_model(new_folder)
+    old = load_old_model(old_folder)
     if options.dataset is not None:
-        data_options = DataOptions(dataset=options.dataset)
-        data = load_evaluation_data(data_options, options.split, use_labels=False)
+        data = load_evaluation_data(
+            DataOptions(dataset=options.dataset), options.split, use_labels=False
+        )
         pixels = read_pixels(data.images, old_folder.load_processor())
     else:
-        size = (old.config.num_channels, *old.config.image_height_width)
-        pixels = list(torch.randn(NUM_IMAGES, *size, generator=torch.Generator().manual_seed(0)))
+        generator = torch.Generator().manual_seed(0)
+        height, width = old.config.image_height_width
+        pixels = list(
+            torch.randn(NUM_IMAGES, old.config.num_channels, height, width, generator=generator)
+        )
 
     try:
         certificate = certify(old_folder, new_folder.path, pixels)

@@ -408,6 +408,8 @@ TrainOptions = FinetuneOptions | PretrainOptions
 class AdditionOptions(DataOptions):
     """Flags that `add-task` and `add-class` share."""
 
+    model: str
+    """A vitcls model: a folder or a Hub id."""
     output_dir: Path
     """Output folder, which must be empty or must not exist."""
     batch_size: int = 64

@@ -190,7 +190,7 @@ def test_code_in_a_native_repository_is_not_run(hub: LocalHub, tmp_path: Path) -
     config = tmp_path / "native" / "config.json"
     settings = json.loads(config.read_text()) | {"auto_map": {"AutoConfig": "other.Config"}}
     config.write_text(json.dumps(settings))
-    with raises_one_line("contains a model of type 'dinov2_with_registers'"):
+    with raises_one_line("is not a vitcls model"):
         push_folder(ModelFolder(tmp_path / "native"), "ann/native")
 
 
