@@ -30,10 +30,8 @@ from modeling_vitcls import (
     predict,
     verify_unchanged,
 )
-from modeling_vitcls.hub.model_files import CERTIFICATE_FILE, hash_weights
 from modeling_vitcls.inference.class_statistics import ClassStatistics
 from modeling_vitcls.inference.frozen_features import FeatureLayout, Features
-from modeling_vitcls.runtime import staging
 from modeling_vitcls.runtime.files import read_json, write_json
 from modeling_vitcls.training import additions
 from modeling_vitcls.training.additions import append_head
@@ -51,7 +49,6 @@ add_class = partial(modeling_vitcls.add_class, num_workers=0)
 TASKS = {
     "parity": ["odd" if target % 2 else "even" for target in TARGETS],
     "size": ["large" if target > 4 else "small" for target in TARGETS],
-    "hole": ["hole" if target in (0, 6, 8, 9) else "none" for target in TARGETS],
 }
 
 
@@ -106,36 +103,12 @@ def test_an_added_task_is_better_than_chance_and_keeps_the_logits(
     assert results["accuracy"] > 0.7
 
 
-def test_the_tensors_of_the_old_model_are_in_the_new_file(digits: Path, with_parity: Path) -> None:
-    old, new = (load_file(folder / "model.safetensors") for folder in (digits, with_parity))
-    assert all(torch.equal(new[name], value) for name, value in old.items())
-    assert set(new) - set(old) == {"extra_heads.task_parity.weight", "extra_heads.task_parity.bias"}
-
-
-def test_earlier_tasks_keep_their_bits_in_any_order(with_parity: Path, tmp_path: Path) -> None:
+def test_an_earlier_task_keeps_its_bits(with_parity: Path, tmp_path: Path) -> None:
     images = build_images(3, 8, 8, channels=1)
-    outputs = []
-    for names in (("size", "hole"), ("hole", "size")):
-        folder = with_parity
-        for name in names:
-            source = folder
-            folder = tmp_path / "-".join((*names, name))
-            add_task(source, build_dataset(TASKS[name]), name, folder)
-        outputs.append(compute(folder, images))
-    first, second = outputs
-
-    assert torch.equal(
-        first.task_logits["parity"], compute(with_parity, images).task_logits["parity"]
-    )
-    for name in TASKS:
-        assert torch.equal(first.task_logits[name], second.task_logits[name])
-
-
-def test_the_certificate_names_what_was_compared(with_parity: Path) -> None:
-    certificate = read_json(with_parity / CERTIFICATE_FILE)
-    assert certificate["weights_sha256"] == hash_weights(with_parity)
-    assert {row["batch_size"] for row in certificate["passes"]} == {1, 3, 16}
-    assert certificate["num_images"] == len(IMAGES)
+    add_task(with_parity, build_dataset(TASKS["size"]), "size", tmp_path / "both")
+    both = compute(tmp_path / "both", images).task_logits
+    assert set(both) == {"parity", "size"}
+    assert torch.equal(both["parity"], compute(with_parity, images).task_logits["parity"])
 
 
 @pytest.mark.parametrize("name", ["parity", "distance", "loss"])
@@ -184,64 +157,25 @@ def test_remote_code_loads_the_task_in_a_fresh_process(with_parity: Path) -> Non
     assert ended.stdout.strip() == "torch.Size([1, 2])", ended.stderr
 
 
-def test_predictions_of_several_labels_per_image_have_columns_for_added_tasks(
-    tmp_path: Path,
-) -> None:
-    heads = {
-        "size": {"labels": ["large", "small"]},
-        "tags": {"labels": ["a", "b"], "problem_type": "multi_label_classification"},
-    }
-    config = build_tiny_config(problem_type="multi_label_classification", extra_heads=heads)
-    source = save_with_processor(ViTCLSForImageClassification(config), tmp_path / "source")
-    row = predict(source, [Image.new("RGB", (32, 32), "red")], threshold=0.01)[0]
-    assert {"labels", "tags_labels", "size_label"} <= row.keys()
-    assert set(row["labels"]) == {"LABEL_0", "LABEL_1", "LABEL_2"}
-
-
-def test_two_commands_that_write_one_new_folder_leave_one_result(
-    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(staging, "LOCK_TIMEOUT", 0.1)
-
-    def certify_and_add(*arguments: Any) -> Any:
-        monkeypatch.undo()
-        monkeypatch.setattr(staging, "LOCK_TIMEOUT", 0.1)
-        with raises_one_line("in use by another command"):
-            add_task(digits, build_dataset(TASKS["hole"]), "hole", tmp_path / "new")
-        return additions.certify(*arguments)
-
-    monkeypatch.setattr(additions, "certify", certify_and_add)
-    add_task(digits, build_dataset(TASKS["size"]), "size", tmp_path / "new")
-    outputs = compute(tmp_path / "new", build_images(1, 8, 8, channels=1))
-    assert set(outputs.task_logits) == {"size"}
-    assert not [path.name for path in (tmp_path / "new").iterdir() if path.name.startswith(".")]
-
-
 # Certificate -------------------------------------------------------------------------------------
 
 
-def change_json(file: Path, **fields: Any) -> None:
-    write_json(file, read_json(file) | fields)
-
-
-def change_weight(folder: Path, name: str) -> None:
-    """Change one value of a tensor by one unit in the last place."""
+def copy_and_change(source: Path, folder: Path, name: str) -> Path:
+    """Copy a folder, and change one value of a tensor by one unit in the last place."""
+    shutil.copytree(source, folder)
     file = folder / "model.safetensors"
     tensors = load_file(file)
     flat = tensors[name].reshape(-1)
     flat[0] = torch.nextafter(flat[0], torch.tensor(torch.inf))
     save_file(tensors, file, {"format": "pt"})
+    return folder
 
 
 def test_verify_unchanged_exits_with_1_on_a_changed_weight(
     digits: Path, with_parity: Path, tmp_path: Path
 ) -> None:
     assert run_here("verify-unchanged", str(digits), str(with_parity)) == 0
-    changed = tmp_path / "changed"
-    changed.mkdir()
-    for file in with_parity.iterdir():
-        (changed / file.name).write_bytes(file.read_bytes())
-    change_weight(changed, "classifier.bias")
+    changed = copy_and_change(with_parity, tmp_path / "changed", "classifier.bias")
     assert run_here("verify-unchanged", str(digits), str(changed)) == 1
 
 
@@ -268,7 +202,8 @@ def test_outputs_are_compared_even_if_all_tensors_are_equal(
     digits: Path, with_parity: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(with_parity, tmp_path / "changed")
-    change_json(tmp_path / "changed" / "config.json", temperature=2.0)
+    file = tmp_path / "changed" / "config.json"
+    write_json(file, read_json(file) | {"temperature": 2.0})
     assert "logits" in verify_unchanged(digits, tmp_path / "changed")["difference"]
 
 
@@ -291,21 +226,12 @@ def with_stripes(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     return folder
 
 
-def test_an_added_class_is_recognized(with_stripes: Path) -> None:
-    record = read_json(with_stripes / "results.json")["additions"]["added_classes_001"]
-    assert record["result"]["recall"] > 0.9
-    assert predict(with_stripes, [Image.fromarray(STRIPES[0])])[0]["label"] == "stripes"
-
-
 def test_the_statistics_of_old_classes_are_certified(
     digits: Path, with_stripes: Path, tmp_path: Path
 ) -> None:
     assert verify_unchanged(digits, with_stripes)["difference"] is None
-    shutil.copytree(with_stripes, tmp_path / "changed")
-    change_weight(tmp_path / "changed", "class_distance.means_0")
-    difference = verify_unchanged(digits, tmp_path / "changed")["difference"]
-    assert difference is not None
-    assert "class_distance.means_0" in difference
+    changed = copy_and_change(with_stripes, tmp_path / "changed", "class_distance.means_0")
+    assert "class_distance.means_0" in str(verify_unchanged(digits, changed)["difference"])
 
 
 def test_a_class_is_added_to_statistics_in_bfloat16(digits: Path, tmp_path: Path) -> None:
