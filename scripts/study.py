@@ -327,7 +327,7 @@ def build_row(runner: StudyRunner, run: StudyRun) -> dict[str, Any]:
     """Build the row of a run in runs.parquet: levels, seed, status and numbers.
 
     The column names of numeric values start with the stage (for example,
-    `inspect.findings.patch_norms.3`), except for the stage `finetune`. The prefixes `first.` and
+    `inspect.patches.outliers`), except for the stage `finetune`. The prefixes `first.` and
     `last.` denote the first and the last value in the training log (for example, `first.loss` and
     `last.token_norm.cls[0]`). If a run has a single label column, the accuracy and loss are
     also stored as `COLUMN_accuracy` and `COLUMN_loss`, which are the names in runs with several

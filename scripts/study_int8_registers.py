@@ -28,10 +28,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor, nn
 
 from modeling_vitcls import ViTCLSImageProcessor, ViTCLSModel, convert_from_timm
-from modeling_vitcls.analysis.register_neurons import (
-    add_test_time_register,
-    compute_outlier_fraction,
-)
+from modeling_vitcls.analysis.faults import is_outlier
 from modeling_vitcls.export.exportable import NamedOutputsModel
 from modeling_vitcls.export.formats import write_openvino
 from modeling_vitcls.export.quantization import quantize_graph, round_inputs, round_to_int8
@@ -100,6 +97,21 @@ def plant_outliers(model: Any, images: Tensor, seed: int) -> tuple[Any, list[lis
             NORM * norm / ACTIVATION
         )
     return model, [[LAYER, neuron] for neuron in range(NUM_NEURONS)]
+
+
+@torch.no_grad()
+def add_test_time_register(model: Any, neurons: list[list[int]]) -> Any:
+    """Return a copy of the model with a register of zeros that receives the neurons' activations."""
+    adapted = model.adapt(num_register_tokens=1, register_neurons=neurons, gate_new_tokens=False)
+    adapted.embeddings.register_tokens.zero_()
+    return adapted
+
+
+@torch.no_grad()
+def compute_outlier_fraction(model: Any, images: Tensor) -> float:
+    """Return the fraction of patches with outlier norms after the last layer."""
+    states = model(images, output_hidden_states=True).hidden_states[-1]
+    return is_outlier(states[:, model.config.token_layout.patches]).float().mean().item()
 
 
 @torch.no_grad()

@@ -21,7 +21,6 @@ from itertools import cycle, islice
 from typing import Any
 
 import torch
-from scipy import stats
 from torch import nn
 
 from ..data.labels import is_multi_label
@@ -38,12 +37,14 @@ from ..model.heads_vitcls import IGNORED_LABEL
 from .token_use import TokenUse
 
 
-# Batches with labels or None. Labels are [B, A] with the columns of all tasks (see `Predictions`),
-# or [B] if A is 1. Each iteration yields the same batches.
+# Batches with labels or None. Labels are [B, A] with the columns of all tasks, or [B] if A is 1.
+# Each iteration yields the same batches.
 Batches = Iterable[ImageBatch]
 # (items, description) -> items, with a progress bar
 Watch = Callable[[Collection[Any], str], Iterable[Any]]
-Outputs = dict[str, Any]  # name of a task or a feature -> `Predictions` or `Features`
+# name of a task -> logits [labels] of each image; or, of an encoder, name of a kind of features ->
+# vectors [n, D] of each image, because images of other sizes have other numbers of patches
+Outputs = dict[str, list[torch.Tensor]]
 
 MIN_IMAGES = 16  # minimum number of images required to judge an effect
 MIN_CHANGE = 1e-3  # smaller effects are rounding errors
@@ -66,12 +67,6 @@ class Effect:
         num_images: number of images.
         changed: fraction of images whose prediction changes; None for features.
         changed_interval: interval for `changed`.
-        accuracy_change: accuracy after the ablation minus accuracy before; None if no label is
-            known.
-        improvement: p-value under the null hypothesis that the accuracy does not increase (exact
-            McNemar test); None if no label is known.
-        is_better_than_chance: whether the accuracy after the ablation is better than chance; None
-            if unknown.
         null_sizes: sizes of the effects of ablating redrawn tokens; empty if a head reads the
             token, because then every replacement has an effect.
         redraw_drop: interval for the decrease in accuracy if the token is redrawn, as a mean over
@@ -83,18 +78,14 @@ class Effect:
     num_images: int
     changed: float | None = None
     changed_interval: Interval | None = None
-    accuracy_change: float | None = None
-    improvement: float | None = None
-    is_better_than_chance: bool | None = None
     null_sizes: tuple[float, ...] = ()
     redraw_drop: Interval | None = None
 
     @property
     def limit(self) -> float | None:
-        """Return the limit of the null distribution, or None if there is none.
+        """Upper bound of the prediction interval of the null distribution at NULL_LEVEL.
 
-        The limit is the upper bound of its prediction interval at NULL_LEVEL, which accounts for
-        rare large effects.
+        It accounts for rare large effects. None without a null distribution.
         """
         if not self.null_sizes:
             return None
@@ -102,7 +93,7 @@ class Effect:
 
     @property
     def is_measurable(self) -> bool:
-        """Return whether the interval excludes no change.
+        """Whether the interval excludes no change.
 
         Any change of a prediction counts, and a change of features above rounding errors.
         """
@@ -112,7 +103,7 @@ class Effect:
 
     @property
     def is_beyond_limit(self) -> bool:
-        """Return whether the effect is measurable, and more than that of a random token.
+        """Whether the effect is measurable, and more than that of a random token.
 
         It exceeds the limit of its null distribution, or a random token in its place costs
         accuracy.
@@ -124,6 +115,17 @@ class Effect:
             and (self.size > self.limit or costs_accuracy)
         )
 
+    @property
+    def comparison(self) -> str:
+        """How the effect compares with that of a random token, for the table."""
+        if self.num_images < MIN_IMAGES:
+            return f"under {MIN_IMAGES} images"
+        if not self.is_measurable:
+            return "no change"
+        if self.limit is None:
+            return "read by a head"
+        return "more" if self.is_beyond_limit else "no more"
+
 
 # token key or group name -> output name -> effect
 Ablations = dict[str, dict[str, Effect]]
@@ -132,7 +134,7 @@ Ablations = dict[str, dict[str, Effect]]
 def compute_ablations(
     model: Any, use: TokenUse, batches: Batches, watch: Watch = lambda items, description: items
 ) -> Ablations:
-    """Return the effects of each special token and of each group of several tokens.
+    """Measure the effects of each special token and of each group of several tokens.
 
     The effects of tokens that no head reads have null distributions.
 
@@ -141,27 +143,29 @@ def compute_ablations(
         use: the tokens that the outputs of the model read.
         batches: batches of images and labels, over which several passes per token are made.
         watch: function that returns the same items and shows the progress.
-
-    Raises:
-        ValueError: if there are no images, or labels have the wrong shape.
     """
-    layout = model.config.token_layout
-    targets = get_ablation_targets(layout)
+    config = model.config
+    targets = get_ablation_targets(config.token_layout)
     generator = torch.Generator().manual_seed(0)
     ablations: Ablations = {}
     if not targets:
         return ablations
 
     # [L + 1, S, D]
-    means, before = collect_mean_states(model, batches, range(layout.num_prefix_tokens))
+    means, before = collect_mean_states(
+        model, batches, range(config.token_layout.num_prefix_tokens)
+    )
+    labels = collect_labels(batches, config)
     for key, indices in watch(targets.items(), "ablating tokens"):
         with replace_by_means(model, use, indices, means[:, indices]):
             after = collect_outputs(model, batches)
         ablations[key] = {
-            name: compute_effect(output, after[name]) for name, output in before.items()
+            name: compute_effect(rows, after[name], config) for name, rows in before.items()
         }
 
-    for keys, draws in watch(list(plan_redraws(layout, use)), "ablating random tokens"):
+    for keys, draws in watch(
+        list(plan_redraws(config.token_layout, use)), "ablating random tokens"
+    ):
         sizes: dict[str, list[float]] = {}  # output name -> null distribution
         # (redrawn key, output name) -> drops [images] per draw
         drops: dict[tuple[str, str], list[torch.Tensor]] = {}
@@ -171,12 +175,12 @@ def compute_ablations(
                 with replace_by_means(model, use, targets[key], redrawn_means):
                     replaced = collect_outputs(model, batches)
 
-            for name, output in redrawn.items():
-                size = summarize_changes(replaced[name], measure_changes(output, replaced[name]))
-                sizes.setdefault(name, []).append(size)
-                if isinstance(output, Predictions) and bool(output.is_known.all()):
-                    was_correct = before[name].predicted == output.labels
-                    is_correct = output.predicted == output.labels
+            for name, rows in redrawn.items():
+                sizes.setdefault(name, []).append(compute_size(rows, replaced[name]))
+                # only if all labels are known: the drop is a mean over all images
+                if name in labels and bool((labels[name] != IGNORED_LABEL).all()):
+                    was_correct = predict_labels(before[name], config) == labels[name]
+                    is_correct = predict_labels(rows, config) == labels[name]
                     drop_by_image = (was_correct.float() - is_correct.float()).mean(dim=1)
                     drops.setdefault((key, name), []).append(drop_by_image)
 
@@ -211,18 +215,20 @@ def plan_redraws(layout: TokenLayout, use: TokenUse) -> Iterator[tuple[list[str]
 # Effects ------------------------------------------------------------------------------------------
 
 
-def compute_effect(before: Any, after: Any) -> Effect:
-    """Return the effect of an ablation on one output (`Predictions` or `Features`)."""
+def compute_effect(
+    before: list[torch.Tensor], after: list[torch.Tensor], config: ViTCLSConfig
+) -> Effect:
+    """Compare one output of all images before and after an ablation."""
     changes = measure_changes(before, after)
-    size = summarize_changes(after, changes)
     low, high = compute_bootstrap_interval(changes.tolist())
-    if isinstance(before, Features):
+    size = compute_size(before, after)
+    if has_vectors(before):
         return Effect(size, (low, high), len(before))
 
-    is_changed = (before.predicted != after.predicted).any(dim=-1)
-    num_changed = int(is_changed.sum())
-    changed_low, changed_high = compute_proportion_interval(num_changed, len(before)) or (0.0, 1.0)
-    effect = Effect(
+    is_changed = (predict_labels(before, config) != predict_labels(after, config)).any(dim=1)
+    changed_interval = compute_proportion_interval(int(is_changed.sum()), len(before))
+    changed_low, changed_high = changed_interval or (0.0, 1.0)
+    return Effect(
         size=size,
         interval=(low**0.5, high**0.5),
         num_images=len(before),
@@ -230,53 +236,35 @@ def compute_effect(before: Any, after: Any) -> Effect:
         changed_interval=(changed_low, changed_high),
     )
 
-    was_correct = (before.predicted == before.labels)[before.is_known]
-    is_correct = (after.predicted == before.labels)[before.is_known]
-    if not len(is_correct):
-        return effect
 
-    num_gained = int((is_correct & ~was_correct).sum())
-    num_lost = int((was_correct & ~is_correct).sum())
-    p_value = 1.0
-    if num_gained:
-        test = stats.binomtest(num_gained, num_gained + num_lost, alternative="greater")
-        p_value = test.pvalue
-
-    return replace(
-        effect,
-        accuracy_change=(num_gained - num_lost) / len(is_correct),
-        improvement=float(p_value),
-        is_better_than_chance=after.is_better_than_chance(),
-    )
+def compute_size(before: list[torch.Tensor], after: list[torch.Tensor]) -> float:
+    """Average the changes over images, as in `Effect.size`."""
+    mean = measure_changes(before, after).mean().item()
+    return mean if has_vectors(before) else math.sqrt(mean)
 
 
-def measure_changes(before: Any, after: Any) -> torch.Tensor:
-    """Return the change [images] of an output.
+def measure_changes(before: list[torch.Tensor], after: list[torch.Tensor]) -> torch.Tensor:
+    """Measure the change [images] of an output.
 
     For logits, it is the squared change in units of their variance over images; for features, 1
     minus the cosine similarity.
     """
-    if isinstance(before, Features):
-        pairs = zip(before.vectors, after.vectors, strict=True)
+    if has_vectors(before):
+        pairs = zip(before, after, strict=True)
         return 1 - torch.stack(
             [nn.functional.cosine_similarity(*pair, dim=-1).mean() for pair in pairs]
         ).clamp(max=1)
 
-    root_mean_square = before.logits.square().mean().sqrt()
-    variances = (before.logits - before.logits.mean(dim=0)).square().mean(dim=1)  # [images]
+    logits = torch.stack(before)  # [images, labels]
+    root_mean_square = logits.square().mean().sqrt()
+    variances = (logits - logits.mean(dim=0)).square().mean(dim=1)  # [images]
     scale = (
         variances.mean()
         .sqrt()
         .clamp(min=MIN_RELATIVE_DEVIATION * root_mean_square)
         .clamp(min=1e-12)
     )
-    return (after.logits - before.logits).square().mean(dim=1) / scale.square()
-
-
-def summarize_changes(output: Any, changes: torch.Tensor) -> float:
-    """Return `Effect.size` for changes [images]."""
-    mean = changes.mean().item()
-    return math.sqrt(mean) if isinstance(output, Predictions) else mean
+    return (torch.stack(after) - logits).square().mean(dim=1) / scale.square()
 
 
 # Tokens -------------------------------------------------------------------------------------------
@@ -311,21 +299,24 @@ def get_ablation_targets(layout: TokenLayout) -> dict[str, list[int]]:
 def collect_mean_states(
     model: Any, batches: Batches, indices: Sequence[int]
 ) -> tuple[torch.Tensor, Outputs]:
-    """Return the mean states [L + 1, n, D] of some tokens, and the outputs of the same passes.
+    """Compute the mean states [L + 1, n, D] of some tokens, and the outputs of the same passes.
 
     The tokens are those at the sequence indices `indices`. The means are in double precision.
     """
     state_sums = []
+    num_images = 0
 
     def run(pixel_values: torch.Tensor) -> Any:
+        nonlocal num_images
         outputs = model(pixel_values, output_hidden_states=True)
         # [B, L + 1, n, D]
         states = torch.stack([state[:, list(indices)] for state in outputs.hidden_states], dim=1)
         state_sums.append(states.cpu().double().sum(dim=0))
+        num_images += len(pixel_values)
         return outputs
 
     outputs = collect_outputs(model, batches, run)
-    return torch.stack(state_sums).sum(dim=0) / count_images(outputs), outputs
+    return torch.stack(state_sums).sum(dim=0) / num_images, outputs
 
 
 @contextmanager
@@ -393,88 +384,32 @@ def replace_tokens(
 # Outputs ------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Predictions:
-    """Predictions of one task for all images."""
-
-    logits: torch.Tensor  # [images, labels]
-    # [images, 1], class indices; [images, labels] with values 0 or 1 for a multi-label model
-    predicted: torch.Tensor
-    labels: torch.Tensor  # same shape as `predicted`; IGNORED_LABEL if unknown
-
-    def __len__(self) -> int:
-        return len(self.predicted)
-
-    @property
-    def is_known(self) -> torch.Tensor:
-        """Return a mask with the shape of `predicted` of the known labels."""
-        return self.labels != IGNORED_LABEL
-
-    def compute_accuracy(self) -> float | None:
-        """Return the fraction of correct predictions for known labels, or None without any."""
-        is_correct = (self.predicted == self.labels)[self.is_known]
-        return is_correct.float().mean().item() if len(is_correct) else None
-
-    def compute_chance(self) -> float:
-        """Return the accuracy of predicting the most frequent label of each column."""
-        columns = [column[column != IGNORED_LABEL] for column in self.labels.unbind(dim=1)]
-        counts = [
-            column.unique(return_counts=True)[1].max().item() for column in columns if len(column)
-        ]
-        return sum(counts) / sum(map(len, columns))
-
-    def is_better_than_chance(self) -> bool | None:
-        """Return whether the accuracy exceeds chance by more than 2 standard errors.
-
-        Return None if no label is known.
-        """
-        accuracy = self.compute_accuracy()
-        if accuracy is None:
-            return None
-        chance = self.compute_chance()
-        num_known_images = int(self.is_known.any(dim=1).sum())
-        return accuracy > chance + 2 * math.sqrt(chance * (1 - chance) / num_known_images)
-
-
-@dataclass(frozen=True)
-class Features:
-    """One kind of features of an encoder: one tensor [vectors, D] per image."""
-
-    vectors: list[torch.Tensor]
-
-    def __len__(self) -> int:
-        return len(self.vectors)
-
-
 def collect_outputs(
     model: Any, batches: Batches, run: Callable[[torch.Tensor], Any] | None = None
 ) -> Outputs:
-    """Return the outputs for all images, on the CPU.
+    """Collect the outputs for all images, on the CPU.
 
     Args:
         model: a classifier or an encoder, in evaluation mode.
-        batches: batches of images and labels.
+        batches: batches of images.
         run: function from images [B, C, H, W] to the output of the model. Default: the model.
-
-    Raises:
-        ValueError: if there are no images, or the shape of the labels does not match the
-            predictions.
     """
-    batch_outputs = []
-    for batch, outputs in pass_over_images(run or model, batches, model.device):
-        if hasattr(outputs, "logits"):
-            batch_outputs.append(extract_predictions(outputs, batch.labels, model.config))
-        else:
-            batch_outputs.append(extract_features(outputs, model.config.token_layout))
-    return join_outputs(batch_outputs)
+    collected: Outputs = {}
+    for _, outputs in pass_over_images(run or model, batches, model.device):
+        for name, rows in select_outputs(outputs, model.config.token_layout).items():
+            collected.setdefault(name, []).extend(rows.float().cpu())
+    return collected
 
 
-def extract_features(outputs: Any, layout: TokenLayout) -> Outputs:
-    """Return the features of a batch, on the CPU.
+def select_outputs(outputs: Any, layout: TokenLayout) -> dict[str, torch.Tensor]:
+    """Select the logits [B, labels] of each task, or the features [B, n, D] of an encoder.
 
-    They are "cls" and "distillation" (if there are such tokens), "pooled" (`pooler_output`) or,
-    without a pooler, "mean of patches", and "patches".
+    The features are "cls" and "distillation" (if there are such tokens), "pooled" (`pooler_output`)
+    or, without a pooler, "mean of patches", and "patches".
     """
+    if hasattr(outputs, "logits"):
+        return outputs.logits if isinstance(outputs.logits, dict) else {"": outputs.logits}
+
     states = outputs.last_hidden_state  # [B, N, D]
     features = {"cls": states[:, layout.cls], "distillation": states[:, layout.distillation]}
     if outputs.pooler_output is not None:
@@ -482,70 +417,40 @@ def extract_features(outputs: Any, layout: TokenLayout) -> Outputs:
     else:
         features["mean of patches"] = states[:, layout.patches].mean(dim=1, keepdim=True)
     features["patches"] = states[:, layout.patches]
-    return {
-        name: Features(list(rows.float().cpu())) for name, rows in features.items() if rows.shape[1]
-    }
+    return {name: vectors for name, vectors in features.items() if vectors.shape[1]}
 
 
-def extract_predictions(outputs: Any, labels: torch.Tensor | None, config: ViTCLSConfig) -> Outputs:
-    """Return the predictions of each task for a batch, on the CPU.
-
-    Raise ValueError if the shape of the labels does not match the predictions.
-    """
-    logits_by_task = outputs.logits if isinstance(outputs.logits, dict) else {"": outputs.logits}
-    # [B, 1] each, or [B, labels] for a multi-label model
-    predicted = {
-        task: predict_labels(logits, config).cpu() for task, logits in logits_by_task.items()
-    }
-
-    shape = torch.cat(list(predicted.values()), dim=1).shape
-    labels = torch.full(shape, IGNORED_LABEL) if labels is None else labels.cpu()
-    if len(labels) != shape[0] or labels.numel() != shape.numel():
-        raise ValueError(
-            f"The predictions have shape {list(shape)} [images, labels per image], but the labels "
-            f"have shape {list(labels.shape)}. Pass one label per prediction."
-        )
-
-    label_columns = labels.view(shape).split(
-        [columns.shape[1] for columns in predicted.values()], dim=1
-    )
-    return {
-        task: Predictions(logits.float().cpu(), predicted[task], columns)
-        for (task, logits), columns in zip(logits_by_task.items(), label_columns, strict=True)
-    }
-
-
-def join_outputs(batches: Sequence[Outputs]) -> Outputs:
-    """Return the outputs of all batches. Raise ValueError if there are no batches."""
-    if not batches:
-        raise ValueError(
-            "Ablation requires at least one image, but there are no images. Pass one or more "
-            "images."
-        )
-
-    joined: Outputs = {}
-    for name, first in batches[0].items():
-        if isinstance(first, Features):
-            joined[name] = Features([row for batch in batches for row in batch[name].vectors])
-        else:
-            fields = zip(*(vars(batch[name]).values() for batch in batches), strict=True)
-            joined[name] = Predictions(*map(torch.cat, fields))
-    return joined
-
-
-def count_images(outputs: Outputs) -> int:
-    """Return the number of images."""
-    return len(next(iter(outputs.values())))
+def has_vectors(rows: list[torch.Tensor]) -> bool:
+    """Whether an output is features, with several vectors per image, and not logits."""
+    return rows[0].ndim == 2
 
 
 # Labels -------------------------------------------------------------------------------------------
 
 
-def predict_labels(logits: torch.Tensor, config: ViTCLSConfig) -> torch.Tensor:
-    """Return the predicted labels (`Predictions.predicted`) for the logits [B, labels] of a task.
+def predict_labels(rows: list[torch.Tensor], config: ViTCLSConfig) -> torch.Tensor:
+    """Predict the class [images, 1] from the logits [labels] of each image.
 
-    A multi-label model predicts each label whose probability is at least DEFAULT_THRESHOLD.
+    A multi-label model predicts 0 or 1 for each label [images, labels]: whether its probability is
+    at least DEFAULT_THRESHOLD.
     """
+    logits = torch.stack(rows)
     if is_multi_label(config):
-        return (logits.float().sigmoid() >= DEFAULT_THRESHOLD).long()
+        return (logits.sigmoid() >= DEFAULT_THRESHOLD).long()
     return logits.argmax(dim=-1, keepdim=True)
+
+
+def collect_labels(batches: Batches, config: ViTCLSConfig) -> dict[str, torch.Tensor]:
+    """Collect the labels of each task, in the shape of its predictions; empty without labels.
+
+    Unknown labels are IGNORED_LABEL.
+    """
+    parts = [
+        batch.labels.view(len(batch.labels), -1) for batch in batches if batch.labels is not None
+    ]
+    if not parts:
+        return {}
+    labels = torch.cat(parts)  # [images, columns]
+    if not config.tasks:
+        return {"": labels}
+    return dict(zip(config.task_labels(), labels.split(1, dim=1), strict=True))

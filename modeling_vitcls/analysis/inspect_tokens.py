@@ -1,10 +1,11 @@
-"""Inspect a saved model on images, write the report, and print the verdicts: `vitcls inspect`."""
+"""Inspect a saved model on images, write the report, and print its table: `vitcls inspect`."""
 
 from functools import partial
 
 import torch
 from rich.console import Console
 from rich.markup import escape
+from rich.table import Table
 
 from ..conversion.open_model import open_model
 from ..data.splits_table import read_splits, select_task
@@ -15,15 +16,11 @@ from ..runtime.progress import track
 from .inspection import Inspection, inspect_model
 from .inspection_images import open_images
 from .options import InspectOptions
-from .report import SIGNS, measure_shown_photo, write_json_values, write_page
-from .verdict_texts import describe_verdict
-
-
-RATING_STYLES = {"good": "green", "bad": "red", "doubtful": "yellow", "neutral": "dim"}
+from .report import format_effect, measure_shown_photo, write_json_values, write_page
 
 
 def inspect_tokens(options: InspectOptions) -> Inspection:
-    """Inspect a saved model, write the report, and print the verdicts.
+    """Inspect a saved model, write the report, and print its table.
 
     Raises:
         ValueError, OSError: if the model or the images cannot be read, the images do not match the
@@ -85,18 +82,21 @@ def inspect_tokens(options: InspectOptions) -> Inspection:
 
 
 def print_inspection(inspection: Inspection, options: InspectOptions, console: Console) -> None:
-    """Print the verdicts and the paths of the written files."""
-    if not inspection.verdicts:
+    """Print the table, the faults and the paths of the written files."""
+    rows = [format_effect(*row) for row in inspection.effects]
+    if not rows:
         console.print("The model has no special tokens.")
-    for verdict in [*inspection.verdicts, inspection.patches]:
-        headline = f"[{RATING_STYLES[verdict.rating]}]{SIGNS[verdict.rating]} {verdict.headline}[/]"
-        console.print(
-            f"[bold]{escape(verdict.token)}[/]: {headline}. {escape(describe_verdict(verdict))}"
-        )
-    num_images = inspection.findings.num_images
+    else:
+        table = Table(*rows[0], box=None, pad_edge=False)
+        for row in rows:
+            table.add_row(*map(escape, row.values()))
+        console.print(table)
+    for line in inspection.lines:
+        console.print(line, markup=False)
     num_shown = len(inspection.shown_images)
     console.print(
-        f"saved {options.output} ({num_images:,} images, {num_shown} shown)", markup=False
+        f"saved {options.output} ({inspection.num_images:,} images, {num_shown} shown)",
+        markup=False,
     )
     if options.json is not None:
         console.print(f"saved {options.json}", markup=False)

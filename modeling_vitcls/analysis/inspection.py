@@ -1,7 +1,7 @@
-"""All measurements of the report (report.py): statistics over many images, effects and verdicts.
+"""All measurements of the report (report.py): effects of the special tokens, faults, and patches.
 
-images -> batches in random order (inference/image_pass.py) -> token_statistics.py -> ablation.py
-       -> diagnosis.py, and the images to show
+images -> batches in random order (inference/image_pass.py) -> one pass: outputs, states, patches
+       -> ablation.py, faults.py, and the images to show
 
 The images of `vitcls inspect` are opened in inspection_images.py. The photos that the report shows
 are measured one by one (photo.py).
@@ -21,19 +21,22 @@ from ..data.images import LabeledImages
 from ..data.labels import UNLABELED, get_label_space, is_multi_label
 from ..inference.image_pass import ImageBatch, prepare_batches
 from ..inference.load_model import choose_batch_size
+from ..inference.token_names import SINGLE_TOKEN_NAMES, get_token_names
 from ..model.heads_vitcls import IGNORED_LABEL
 from .ablation import (
     MIN_IMAGES,
     Ablations,
+    Effect,
     Outputs,
-    Predictions,
     Watch,
+    collect_labels,
     collect_outputs,
     compute_ablations,
+    get_token_keys,
+    predict_labels,
 )
-from .diagnosis import Outcome, Verdict, diagnose_patches, diagnose_tokens, summarize_diagnosis
+from .faults import OUTLIER_RATIO, find_identical_tokens, find_unmoved_tokens, is_outlier
 from .model_utils import count_tokens, evaluation_mode, is_classifier, unwrap_model
-from .token_statistics import Findings, TokenStatistics
 from .token_use import TokenUse
 
 
@@ -51,40 +54,51 @@ class Inspection:
     """Measurements that `inspect_model` returns.
 
     Attributes:
-        use: the configuration of the model, and which tokens its outputs read.
+        config: configuration of the model.
         model_class: class name of the model.
         num_parameters: number of parameters of the model.
-        findings: statistics over `findings.num_images` images.
+        num_images: number of images that were measured.
         ablations: effects of each special token and each group, with null distributions
             (`compute_ablations`); empty if the effects were not measured.
         num_ablation_images: number of images for the effects and their null distributions.
-        verdicts: one verdict per special token, and one per group of several special tokens. If the
-            effects were not measured, only the tokens with a fault.
-        patches: verdict on the patch norms.
+        faults: one sentence per identical token, and per token that training did not move.
+        outlier_share: fraction of the patches with outlier norms after `outlier_layer`, the last
+            layer in which the patches are used.
         shown_images: index of each image to show, and why (`select_images`); None for an encoder.
         num_unreadable: number of images that could not be read.
     """
 
-    use: TokenUse
+    config: Any
     model_class: str
     num_parameters: int
-    findings: Findings
+    num_images: int
     ablations: Ablations
     num_ablation_images: int
-    verdicts: list[Verdict]
-    patches: Verdict
+    faults: list[str]
+    outlier_share: float
+    outlier_layer: int
     shown_images: dict[int, str | None]
     num_unreadable: int
 
     @property
-    def config(self) -> Any:
-        """Return the configuration of the model."""
-        return self.use.config
+    def effects(self) -> list[tuple[str, str, Effect]]:
+        """Rows of the table: name of the token or group, name of the output, and effect."""
+        keys = get_token_keys(self.config.token_layout)
+        names = dict(zip(keys, get_token_names(self.config), strict=True))
+        rows = []
+        for key, by_output in self.ablations.items():
+            name = names.get(key) or f"all {SINGLE_TOKEN_NAMES[key]} tokens"
+            rows += [(name, output, effect) for output, effect in by_output.items()]
+        return rows
 
     @property
-    def summary(self) -> str:
-        """Return the diagnosis in one line."""
-        return summarize_diagnosis([*self.verdicts, self.patches])
+    def lines(self) -> list[str]:
+        """One sentence per fault, and one about the patches."""
+        return [
+            *self.faults,
+            f"{self.outlier_share:.2%} of the patches have outlier norms after layer "
+            f"{self.outlier_layer} (more than {OUTLIER_RATIO:g} times the median of the image)",
+        ]
 
 
 def inspect_model(
@@ -100,7 +114,7 @@ def inspect_model(
     on_warning: WarningCallback = lambda message: None,
     watch: Watch = lambda items, description: items,
 ) -> Inspection:
-    """Measure the states, the attention and the effects of a model's special tokens.
+    """Measure the effects of a model's special tokens, their faults, and the patch norms.
 
     The model is not changed and stays on its device.
 
@@ -112,8 +126,7 @@ def inspect_model(
         labels: labels of the images, as in a dataset (data/labels.py); -100 if unknown.
         num_shown: number of images to select for the report.
         has_ablations: whether to measure the effect of each token, which takes up to 16 passes per
-            token and image (`compute_ablations`). Without the effects, only the faults of tokens
-            have a verdict.
+            token and image (`compute_ablations`).
         token_movement: distance by which training moved each token (`token_movement` in
             results.json).
         batch_size: number of images per forward pass. Default: chosen for the device.
@@ -132,14 +145,14 @@ def inspect_model(
 
     batch_size = choose_batch_size(batch_size, config, processor, model.device, MAX_BATCH_SIZE)
     batches = read_batches(
-        use, processor, images, labels if use.has_head else None, batch_size, on_warning, watch
+        config, processor, images, labels if use.has_head else None, batch_size, on_warning, watch
     )
     indices = [index for batch in batches for index in batch.indices]
 
     ablations: Ablations = {}
     ablation_batches: list[ImageBatch] = []
     with evaluation_mode(model):
-        findings, outputs = collect_statistics(measured_model, batches, watch)
+        outputs, states, outlier_share = measure_states(measured_model, use, batches, watch)
         if has_ablations:
             pixel_values: Any = batches[0].pixel_values
             flops = 2 * num_parameters * count_tokens(model, pixel_values)
@@ -147,25 +160,30 @@ def inspect_model(
             ablation_batches = take_images(batches, min(num_affordable, MAX_ABLATION_IMAGES))
             ablations = compute_ablations(measured_model, use, ablation_batches, watch)
 
-    verdicts = diagnose_tokens(use, findings, ablations, token_movement)
-    if not has_ablations:
-        verdicts = [verdict for verdict in verdicts if verdict.headline is not Outcome.NOT_MEASURED]
-
+    *used_layers, patch_layer = use.num_layers
     shown_images: dict[int, str | None] = dict.fromkeys(indices[:num_shown])
     if use.has_head:
+        rated = rate_outputs(outputs, collect_labels(batches, config), config)
         shown_images = {
-            indices[position]: kind
-            for position, kind in select_images(*rate_outputs(outputs, config), num_shown).items()
+            indices[position]: kind for position, kind in select_images(*rated, num_shown).items()
         }
+    names = get_token_names(config)
+    faults = [
+        f"{names[index]}: identical to {names[other]} after layer {layer}"
+        for index, (other, layer) in find_identical_tokens(states, used_layers).items()
+    ]
+    unmoved = find_unmoved_tokens(get_token_keys(config.token_layout), token_movement or {})
+    faults += [f"{names[index]}: not moved by training, which moved others" for index in unmoved]
     return Inspection(
-        use=use,
+        config=config,
         model_class=type(model).__name__,
         num_parameters=num_parameters,
-        findings=findings,
+        num_images=len(indices),
         ablations=ablations,
         num_ablation_images=sum(len(batch.indices) for batch in ablation_batches),
-        verdicts=verdicts,
-        patches=diagnose_patches(use, findings),
+        faults=faults,
+        outlier_share=outlier_share,
+        outlier_layer=patch_layer,
         shown_images=shown_images,
         num_unreadable=len(images) - len(indices),
     )
@@ -175,7 +193,7 @@ def inspect_model(
 
 
 def read_batches(
-    use: TokenUse,
+    config: Any,
     processor: Any,
     images: Sequence[Any],
     labels: Sequence[Any] | None,
@@ -183,11 +201,10 @@ def read_batches(
     on_warning: WarningCallback,
     watch: Watch,
 ) -> list[ImageBatch]:
-    """Return the preprocessed images in random order, because datasets are often sorted by class.
+    """Preprocess the images in random order, because datasets are often sorted by class.
 
     Raise ValueError if no image is readable.
     """
-    config = use.config
     if not has_fixed_size(processor):
         batch_size = 1
     order = np.random.default_rng(0).permutation(len(images)).tolist()
@@ -223,10 +240,10 @@ def read_batches(
 
 
 def take_images(batches: Sequence[ImageBatch], num_images: int) -> list[ImageBatch]:
-    """Return the first `num_images` images of the batches."""
+    """Take the first `num_images` images of the batches."""
     taken: list[ImageBatch] = []
     for batch in batches:
-        assert batch.pixel_values is not None
+        assert batch.pixel_values is not None, "`read_batches` keeps only batches with images"
         count = min(num_images, len(batch.indices))
         labels = None if batch.labels is None else batch.labels[:count]
         if count:
@@ -235,39 +252,61 @@ def take_images(batches: Sequence[ImageBatch], num_images: int) -> list[ImageBat
     return taken
 
 
-def collect_statistics(
-    model: Any, batches: Sequence[ImageBatch], watch: Watch
-) -> tuple[Findings, Outputs]:
-    """Return the statistics over all images, and the outputs of the same forward passes."""
-    statistics = TokenStatistics(model)
-    watched_batches = watch(batches, "collecting statistics")
-    outputs = collect_outputs(model, watched_batches, statistics.update)
-    findings = statistics.compute()
-    if not bool(findings.patch_norms.isfinite().all() and findings.token_norms.isfinite().all()):
-        raise ValueError(
-            "The hidden states of the model are not finite. Check the weights, or load them in "
-            "float32."
-        )
-    return findings, outputs
+def measure_states(
+    model: Any, use: TokenUse, batches: Sequence[ImageBatch], watch: Watch
+) -> tuple[Outputs, dict[int, torch.Tensor], float]:
+    """Run the model on all images once, for the outputs, the faults and the outliers.
+
+    Returns the outputs, the states [images, S, D] of the special tokens by layer (only those layers
+    after which tokens are compared), and the fraction of patches with outlier norms.
+
+    Raise ValueError if the states are not finite.
+    """
+    layout = model.config.token_layout
+    *used_layers, patch_layer = use.num_layers
+    parts: dict[int, list[torch.Tensor]] = {layer: [] for layer in used_layers}
+    outliers = []
+
+    def run(pixel_values: torch.Tensor) -> Any:
+        outputs = model(pixel_values, output_hidden_states=True)
+        for layer, states in parts.items():
+            special = outputs.hidden_states[layer][:, : layout.num_prefix_tokens]
+            states.append(special.float().cpu())
+        patches = outputs.hidden_states[patch_layer][:, layout.patches]
+        if not all(state.isfinite().all() for state in outputs.hidden_states):
+            raise ValueError(
+                "The hidden states of the model are not finite. Check the weights, or load them in "
+                "float32."
+            )
+        outliers.append(is_outlier(patches).flatten().cpu())
+        return outputs
+
+    outputs = collect_outputs(model, watch(batches, "measuring states"), run)
+    joined = {layer: torch.cat(states) for layer, states in parts.items()}
+    return outputs, joined, torch.cat(outliers).float().mean().item()
 
 
 # Images to show -----------------------------------------------------------------------------------
 
 
 def rate_outputs(
-    outputs: Outputs, config: Any
+    outputs: Outputs, labels: Mapping[str, torch.Tensor], config: Any
 ) -> tuple[list[float], list[bool], Sequence[Hashable]]:
-    """Return the arguments of `select_images` for the outputs of a classifier."""
-    tasks: list[Predictions] = list(outputs.values())
-    confidences = torch.stack([compute_confidences(task.logits, config) for task in tasks])
-    is_wrong = torch.stack(
-        [((task.predicted != task.labels) & task.is_known).any(dim=1) for task in tasks]
-    ).any(dim=0)
+    """Compute the arguments of `select_images` for the outputs of a classifier."""
+    confidences = torch.stack(
+        [compute_confidences(torch.stack(rows), config) for rows in outputs.values()]
+    )
+    predicted = {task: predict_labels(rows, config) for task, rows in outputs.items()}
+    is_wrong = torch.zeros(confidences.shape[1], dtype=torch.bool)
+    for task, known in labels.items():
+        is_wrong |= ((predicted[task] != known) & (known != IGNORED_LABEL)).any(dim=1)
 
     classes: list[int] = [0] * len(is_wrong)
-    if len(tasks) == 1 and not is_multi_label(config):
-        (task,) = tasks
-        classes = torch.where(task.is_known, task.labels, task.predicted)[:, 0].tolist()
+    if len(outputs) == 1 and not is_multi_label(config):
+        (shown,) = predicted.values()
+        for known in labels.values():
+            shown = torch.where(known != IGNORED_LABEL, known, shown)
+        classes = shown[:, 0].tolist()
     return confidences.amin(dim=0).tolist(), is_wrong.tolist(), classes
 
 

@@ -5,8 +5,7 @@
     build_json_record(measurements)         # the numbers
 
 Patches of one object have similar features and thus similar colors (Oquab et al. 2023, arXiv
-2304.07193, figure 1). Features are hidden states before the final norm. Statistics over many images
-are in token_statistics.py.
+2304.07193, figure 1). Features are hidden states before the final norm.
 """
 
 import math
@@ -32,9 +31,9 @@ from ..inference.prediction_rows import (
 from ..inference.token_names import get_token_names_by_group
 from ..model.configuration_vitcls import ViTCLSConfig
 from .attribution import AttentionTrace, trace_attention
+from .faults import OUTLIER_RATIO
 from .maps import extract_patch_maps, get_head_names, to_upright_rgb
 from .model_utils import is_classifier, unwrap_model
-from .register_neurons import OUTLIER_RATIO
 from .token_use import TokenUse
 
 

@@ -1,4 +1,4 @@
-"""The HTML report: one self-contained page about the special tokens of a model, without a script.
+"""The HTML report: one self-contained page about predictions and special tokens, without a script.
 
 inspection = inspect_model(model, processor, images)
 photos = [measure_shown_photo(model, processor, images[0], "cat.jpg")]
@@ -6,7 +6,6 @@ write_page("report.html", inspection, photos)
 
 inspection.py      measurements of many images
 sheet.py           the sheet of each photo
-figures.py         the curve and the histogram, embedded as SVG
 report.html.j2     text and tables
 page.css           style of every page
 """
@@ -15,14 +14,12 @@ import base64
 import io
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import jinja2
-import numpy as np
-import torch
 from markupsafe import Markup
 from PIL import Image
 
@@ -30,13 +27,11 @@ from ..hub.loading import get_cached_commit
 from ..hub.local_paths import get_title
 from ..runtime.files import write_atomically
 from ..version import __version__
-from .diagnosis import Verdict
-from .figures import plot_entropy, plot_norm_histogram, render_svg, shorten_text
+from .ablation import Effect
 from .inspection import Inspection
 from .maps import draw_region, overlay
 from .photo import PhotoMeasurements, measure_photo
-from .sheet import draw_sheet
-from .verdict_texts import describe_verdict
+from .sheet import color_features, draw_sheet, shorten_middle
 
 
 TEMPLATE_FOLDER = Path(__file__).parent
@@ -44,8 +39,6 @@ NUM_LARGE_WRONG_IMAGES = 6  # number of wrong images on the first screen
 MAX_FILE_NAME = 24  # maximum length of a file name under an image, in characters
 THUMBNAIL_SIDE = 200  # longer side of the pictures of a photo beside its name, in pixels
 MAX_EXACT_SIDE = 96  # maximum length of the longer side of an image that is stored without loss
-# symbols distinguish ratings without color
-SIGNS = {"good": "✓", "bad": "✕", "doubtful": "≈", "neutral": "○"}
 # Kinds of photos (`select_images`) and their names in the report.
 KINDS = {"wrong": "wrong prediction", "uncertain": "least confident", "typical": "typical"}
 
@@ -113,7 +106,6 @@ def write_page(
     """
     config = inspection.config
     title = title or get_title(config.name_or_path) or inspection.model_class
-    shown_verdicts, other_verdicts = sort_verdicts(inspection)
     text = render_page(
         "report.html.j2",
         title=title,
@@ -122,17 +114,11 @@ def write_page(
         version=__version__,
         date=datetime.now().astimezone().strftime("%d %B %Y, %H:%M %Z"),
         inspection=inspection,
-        findings=inspection.findings,
-        shown_verdicts=shown_verdicts,
-        other_verdicts=other_verdicts,
         photos=[build_photo_row(photo, title) for photo in photos],
         predictions=predictions,
-        effects=build_effect_rows(inspection.verdicts),
-        figures=build_figures(inspection),
+        effects=[format_effect(*row) for row in inspection.effects],
         num_large=NUM_LARGE_WRONG_IMAGES,
         shorten=shorten_name,
-        signs=SIGNS,
-        describe=describe_verdict,
     )
     write_text(file, text)
 
@@ -151,21 +137,29 @@ def render_page(template: str, **values: Any) -> str:
 
 
 def write_json_values(file: str | Path, inspection: Inspection, model: str) -> None:
-    """Write the values of an inspection as JSON, with the name and commit of the model.
+    """Write the table of effects, the faults and the outlier norms as JSON, for programs.
 
-    Numbers that are not finite become null.
+    `effects` has all values of each `Effect`; `num_images` is the number of measured images.
 
     Raises:
         OSError: if the file cannot be written.
     """
-    commit = get_commit(inspection.config)
-    values = {"model": model, "commit": commit, "version": __version__} | build_json_values(
-        inspection
-    )
-    text = json.dumps(values, default=torch.Tensor.tolist)
-    write_text(
-        file, json.dumps(json.loads(text, parse_constant=lambda constant: None), indent=1) + "\n"
-    )
+    effects = [
+        {"token": token, "output": output, **asdict(effect)}
+        | {"limit": effect.limit, "comparison": effect.comparison}
+        for token, output, effect in inspection.effects
+    ]
+    values = {
+        "model": model,
+        "commit": get_commit(inspection.config),
+        "version": __version__,
+        "effects": effects,
+        "faults": inspection.faults,
+        "patches": {"outliers": inspection.outlier_share, "layer": inspection.outlier_layer},
+        "num_images": inspection.num_images,
+        "num_unreadable": inspection.num_unreadable,
+    }
+    write_text(file, json.dumps(values, indent=1) + "\n")
 
 
 def write_text(file: str | Path, text: str) -> None:
@@ -188,8 +182,7 @@ def build_photo_row(photo: ShownPhoto, title: str) -> dict[str, Any]:
     layer = measurements.token_layers[0]
     attention = measurements.maps[layer - 1, :, 0].mean(dim=0)  # [gh, gw]
     visible_part = draw_region(measurements.image, measurements.visible_region, THUMBNAIL_SIDE)
-    colors = measurements.colors[measurements.patch_layer - 1].numpy()
-    features = Image.fromarray((colors * 255).round().astype(np.uint8))
+    features = color_features(measurements.colors[measurements.patch_layer - 1])
     pictures = {
         photo.name: visible_part,
         f"attention of {measurements.token_names[0]}": overlay(visible_part, attention),
@@ -207,59 +200,24 @@ def build_photo_row(photo: ShownPhoto, title: str) -> dict[str, Any]:
 
 def shorten_name(name: str) -> str:
     """Return the last part of the name of an image, shortened to MAX_FILE_NAME characters."""
-    return shorten_text(name.rpartition("/")[2], MAX_FILE_NAME)
+    return shorten_middle(name.rpartition("/")[2], MAX_FILE_NAME)
 
 
-def sort_verdicts(inspection: Inspection) -> tuple[list[Verdict], list[Verdict]]:
-    """Return the verdicts for the first screen, and the others, which would surprise nobody.
-
-    A token has a verdict on the first screen if there are several tokens or something is wrong with
-    it; the patches only if something is wrong.
-    """
-    has_several_tokens = inspection.config.token_layout.num_prefix_tokens > 1
-    shown: list[Verdict] = []
-    others: list[Verdict] = []
-    for verdict in (*inspection.verdicts, inspection.patches):
-        is_wrong = verdict.rating in ("bad", "doubtful")
-        is_shown = is_wrong or (has_several_tokens and verdict is not inspection.patches)
-        (shown if is_shown else others).append(verdict)
-    return shown, others
-
-
-def build_effect_rows(verdicts: Sequence[Verdict]) -> list[dict[str, str]]:
-    """Return one row for the effect of replacing each token on each output.
-
-    A dot marks the effect that decided the outcome.
-    """
-    rows = []
-    for verdict in verdicts:
-        for name, effect in verdict.numbers.get("effects", {}).items():
-            row = {"token": verdict.token, "output": name or "predictions"}
-            if name == verdict.numbers["decided_by"]:
-                row["output"] += " •"
-
-            row["changed predictions"] = "–"
-            if effect["changed"] is not None:
-                low, high = effect["changed_interval"]
-                changed = f"{effect['changed']:.1%} ({low:.1%} to {high:.1%})"
-                row["changed predictions"] = changed
-
-            row["effect (95% interval)"] = "{:.2g} ({:.2g} to {:.2g})".format(
-                effect["size"], *effect["interval"]
-            )
-            row["limit"] = "no test" if effect["limit"] is None else f"{effect['limit']:.2g}"
-            rows.append(row)
-    return rows
-
-
-def build_figures(inspection: Inspection) -> list[Markup]:
-    """Return the figures of the page as SVG."""
-    config = inspection.config
-    findings = inspection.findings
-    figures = [plot_norm_histogram(config, findings, inspection.patches.numbers["layer"])]
-    if config.token_layout.num_prefix_tokens:
-        figures.insert(0, plot_entropy(config, findings))
-    return [Markup(render_svg(figure)) for figure in figures]
+def format_effect(token: str, output: str, effect: Effect) -> dict[str, str]:
+    """Format a row of the table of effects, for the page and the terminal."""
+    changed = "–"
+    if effect.changed is not None and effect.changed_interval is not None:
+        low, high = effect.changed_interval
+        changed = f"{effect.changed:.1%} ({low:.1%} to {high:.1%})"
+    low, high = effect.interval
+    return {
+        "token": token,
+        "output": output or "predictions",
+        "changed predictions": changed,
+        "effect (95% interval)": f"{effect.size:.2g} ({low:.2g} to {high:.2g})",
+        "limit": "–" if effect.limit is None else f"{effect.limit:.2g}",
+        "than a random token": effect.comparison,
+    }
 
 
 def get_commit(config: Any) -> str | None:
@@ -272,41 +230,3 @@ def encode_data_url(image: Image.Image) -> str:
     buffer = io.BytesIO()
     image.save(buffer, "webp", quality=80, lossless=max(image.size) <= MAX_EXACT_SIDE)
     return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"
-
-
-# Values for programs ------------------------------------------------------------------------------
-
-
-def build_json_values(inspection: Inspection) -> dict[str, Any]:
-    """Return all verdicts with the measured values, and the findings.
-
-    Mean states and norms of single patches are omitted. `tokens` are the special tokens, then the
-    groups of several tokens; `effects` contains all values by output (`Effect`), and `decided_by`
-    names the output that decided the outcome.
-    """
-    omitted_names = ("mean_states", "patch_ratios")
-    findings = {
-        name: value
-        for name, value in vars(inspection.findings).items()
-        if name not in omitted_names
-    }
-
-    def build_record(verdict: Verdict) -> dict[str, Any]:
-        return {
-            "token": verdict.token,
-            "word": verdict.headline,
-            "rating": verdict.rating,
-            "reason": describe_verdict(verdict),
-            "outcome": verdict.outcome,
-            "faults": list(verdict.faults),
-            **verdict.numbers,
-        }
-
-    return {
-        "diagnosis": inspection.summary,
-        "tokens": list(map(build_record, inspection.verdicts)),
-        "patches": build_record(inspection.patches),
-        "num_ablation_images": inspection.num_ablation_images,
-        "findings": findings,
-        "num_unreadable": inspection.num_unreadable,
-    }

@@ -6,43 +6,36 @@
     attention of each head       one row per token, in the last layer in which the token is used
     layer by layer               one row per token, then principal components and norms
 
-Each section is a figure of the width of the sheet and as high as its contents. The sheet is one
-section below the other.
+Each line of the sheet is a `Strip`: one composed picture, and texts at its pixels. The strips are
+the rows of one matplotlib figure.
 """
 
-import io
 import textwrap
 from collections.abc import Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from matplotlib import colormaps
-from matplotlib.axes import Axes
-from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.transforms import Bbox
 from PIL import Image
 
 from ..inference.token_names import SINGLE_TOKEN_NAMES
 from ..model.configuration_vitcls import ViTCLSConfig
-from .figures import DARK_GRAY, GROUP_COLORS, shorten_text
 from .maps import COLORMAP, MIN_SCALE, draw_region, get_brightest_value, limit_region, overlay
 from .photo import PhotoMeasurements
 
 
-WIDTH = 12.0  # width of the sheet in inches
+# in pixels, of which an inch has DPI
+WIDTH = 1800
 DPI = 150
-LEFT, RIGHT = 0.025, 0.975  # margins, as fractions of the width
-TILES_LEFT = 0.12  # left edge of the tiles, right of the names of the rows
-GAP = 0.12  # between sections, in inches
-TILE_GAP = 0.07  # between the tiles of a row, in inches
-CAPTION_GAP = 0.2  # between the rows of tiles, in inches
-LARGE_SIDE = 640  # longer side of a picture in the first row, in pixels
-LARGE_GAP = 0.25  # between the pictures in the first row, in inches
-MAX_LARGE_HEIGHT = 3.4  # of these pictures, in inches
+LEFT, RIGHT = 45, 1755
+TILES_LEFT = 216  # left edge of the tiles, right of the names of the rows
+TILE_GAP = 10
+LARGE_SIDE = 640  # longer side of the photo before it is scaled
+LARGE_GAP = 38  # between the pictures in the first row
+MAX_LARGE_HEIGHT = 510  # of these pictures
 
 MAX_COLUMNS = 17  # maximum number of tiles per line: the mean and 16 heads
 # tiles are not larger than in a line of this number of tiles
@@ -51,8 +44,18 @@ MIN_COLUMNS_OF_MANY = 12
 MANY_TOKENS = 3  # minimum number of tokens for MIN_COLUMNS_OF_MANY
 MAX_TOKENS = 9  # maximum number of tokens with a row
 MAX_ATTRIBUTIONS = 12  # maximum number of labels with an attribution
+CHARACTER_WIDTH = 9  # of a header, so that neighbors do not overlap
 MAX_TITLE = 64  # maximum number of characters of the title, beside the small photo
 
+# Color of each group of `config.token_layout`. Color-blind readers can distinguish the colors
+# (palette of Okabe and Ito).
+GROUP_COLORS = {
+    "cls": "#0072B2",
+    "distillation": "#D55E00",
+    "registers": "#009E73",
+    "patches": "#8C8C8C",
+}
+DARK_GRAY = "#222222"
 MEDIUM_GRAY = "#666666"
 NORM_COLORMAP = "viridis"
 BRIGHT_QUANTILE = 0.99  # quantile of an attention map that is drawn in the brightest color
@@ -61,9 +64,9 @@ UNUSED_OPACITY = 0.35  # of maps that no output of the model depends on
 
 
 class Tile(NamedTuple):
-    """A picture [h, w, 3], and the text above it."""
+    """A picture, and the text above it."""
 
-    picture: np.ndarray
+    picture: Image.Image
     caption: str
     is_used: bool = True
 
@@ -77,6 +80,20 @@ class Row(NamedTuple):
     tiles: list[Tile]
 
 
+class Strip:
+    """A line of the sheet: a picture as wide as the sheet, and texts at its pixels."""
+
+    def __init__(self, height: int) -> None:
+        self.picture = Image.new("RGB", (WIDTH, height), "white")
+        self.texts: list[dict[str, Any]] = []
+
+    def write(
+        self, x: int, y: int, text: str, size: float = 9, color: str = MEDIUM_GRAY, **style: Any
+    ) -> None:
+        """Write a text that begins at x, on the baseline y."""
+        self.texts.append({"x": x, "y": y, "s": text, "fontsize": size, "color": color, **style})
+
+
 def draw_sheet(measurements: PhotoMeasurements, title: str = "") -> Image.Image:
     """Draw the sheet of a photo.
 
@@ -87,55 +104,33 @@ def draw_sheet(measurements: PhotoMeasurements, title: str = "") -> Image.Image:
     Returns:
         An RGB image that is 1,800 pixels wide.
     """
-    figures = [
+    strips = [
         draw_header(measurements, title),
         draw_overview(measurements),
         *draw_attributions(measurements),
         *draw_heads(measurements),
         *draw_layers(measurements),
+        Strip(20),
     ]
-    sections = [render(figure) for figure in figures]
-    margin = round(GAP * DPI)
-    height = sum(section.height for section in sections) + 2 * margin
-    sheet = Image.new("RGB", (sections[0].width, height), "white")
-    y = margin
-    for section in sections:
-        sheet.paste(section, (0, y))
-        y += section.height
-    return sheet
-
-
-def render(figure: Figure) -> Image.Image:
-    """Return a figure as an image of the width of the sheet and the height of its contents."""
-    contents = figure.get_tightbbox()
-    region = Bbox.from_extents(0, contents.y0 - GAP, WIDTH, contents.y1 + GAP)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, bbox_inches=region, pil_kwargs={"compress_level": 1})
-    return Image.open(buffer).convert("RGB")
-
-
-def create_section(height: float) -> Figure:
-    """Create a white figure of the width of the sheet; the height is in inches."""
-    return Figure(figsize=(WIDTH, height), dpi=DPI, facecolor="white")
-
-
-def write(
-    figure: Figure,
-    text: str,
-    inches: float,
-    size: float = 9,
-    color: str = MEDIUM_GRAY,
-    **style: Any,
-) -> None:
-    """Write a line whose baseline is `inches` above the upper edge of the figure."""
-    y = 1 + inches / figure.get_figheight()
-    figure.text(LEFT, y, text, fontsize=size, color=color, parse_math=False, **style)
+    heights = [strip.picture.height for strip in strips]
+    figure = Figure(figsize=(WIDTH / DPI, sum(heights) / DPI), dpi=DPI)
+    # the rows fill the figure, so a pixel of a strip is a pixel of the sheet
+    places = {"left": 0, "right": 1, "bottom": 0, "top": 1, "hspace": 0}
+    rows = figure.subplots(len(strips), height_ratios=heights, gridspec_kw=places)
+    for axes, strip in zip(rows, strips, strict=True):
+        axes.imshow(strip.picture, aspect="auto", interpolation="nearest")
+        axes.set_axis_off()
+        for text in strip.texts:
+            axes.text(parse_math=False, **text)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
 
 
 # Sections -----------------------------------------------------------------------------------------
 
 
-def draw_header(measurements: PhotoMeasurements, title: str) -> Figure:
+def draw_header(measurements: PhotoMeasurements, title: str) -> Strip:
     """Write the title, the size of the model, what it sees of the photo, and the predictions."""
     config = measurements.config
     image = measurements.image
@@ -145,7 +140,7 @@ def draw_header(measurements: PhotoMeasurements, title: str) -> Figure:
     visible_part = describe_visible_part(measurements)
     lines = [
         f"{config.num_hidden_layers} layers, {config.num_attention_heads} heads, patches of "
-        f"{patch_height} × {patch_width} pixels, {describe_tokens(config)}",
+        f"{patch_height} × {patch_width} pixels, {count_special_tokens(config)}",
         f"photo of {image.width} × {image.height} pixels; the model sees {visible_part} at "
         f"{width} × {height} pixels, as {columns} × {rows} patches",
     ]
@@ -153,95 +148,63 @@ def draw_header(measurements: PhotoMeasurements, title: str) -> Figure:
         labels = ", ".join(map(format_label, prediction.labels))
         lines.append(f"{prediction.task or 'prediction'}: {labels or 'no label'}")
 
-    figure = create_section(0.3 + 0.2 * len(lines))
-    write(figure, shorten_text(title, MAX_TITLE), -0.2, 15, DARK_GRAY, weight="bold")
+    strip = Strip(80 + 30 * len(lines))
+    strip.write(LEFT, 65, shorten_middle(title, MAX_TITLE), 15, DARK_GRAY, weight="bold")
     for number, line in enumerate(lines, start=1):
-        write(figure, line, -0.2 - 0.2 * number)
+        strip.write(LEFT, 65 + 30 * number, line)
     if visible_part != "all of it":
-        axes = figure.add_axes((0.75, 0, RIGHT - 0.75, 1), anchor="NE")
-        axes.imshow(draw_whole_photo(measurements))
-        axes.set_axis_off()
-    return figure
+        photo = draw_whole_photo(measurements)
+        photo.thumbnail((400, strip.picture.height - 36))
+        strip.picture.paste(photo, (RIGHT - photo.width, 36))
+    return strip
 
 
-def draw_overview(measurements: PhotoMeasurements) -> Figure:
+def draw_overview(measurements: PhotoMeasurements) -> Strip:
     """Draw what the model sees, the attention of the first token, and the patches."""
-    token = shorten_text(measurements.token_names[0], 11)
+    token = shorten_middle(measurements.token_names[0], 11)
     token_layer = measurements.token_layers[0]
     attention = measurements.maps[token_layer - 1, :, 0].mean(dim=0)  # [gh, gw]
     layer = measurements.patch_layer
     norms = measurements.norms[layer - 1]  # [gh, gw]
     photo = draw_visible_part(measurements)
-
-    slot = ((RIGHT - LEFT) * WIDTH - 3 * LARGE_GAP) / 4
-    figure = create_section(min(slot * photo.height / photo.width, MAX_LARGE_HEIGHT))
-    slots = figure.subplots(
-        ncols=4,
-        gridspec_kw={
-            "left": LEFT,
-            "right": RIGHT,
-            "bottom": 0,
-            "top": 1,
-            "wspace": LARGE_GAP / slot,
-        },
-    )
     pictures = {
         "What the model sees": photo,
         f"Attention of {token}, layer {token_layer}": overlay(photo, attention),
-        f"Patch features, layer {layer}": measurements.colors[layer - 1].numpy(),
+        f"Patch features, layer {layer}": color_features(measurements.colors[layer - 1]),
         f"Patch norms, layer {layer}": color_norms(norms),
     }
-    for axes, (title, picture) in zip(slots, pictures.items(), strict=True):
-        axes.set_anchor("NW")
-        # in the proportions of the photo; a patch is one rectangle
-        is_photo = isinstance(picture, Image.Image)
-        axes.imshow(
-            picture,
-            extent=(0, photo.width, photo.height, 0),
-            interpolation="antialiased" if is_photo else "nearest",
-        )
-        axes.set_axis_off()
-        axes.set_title(
-            title, loc="left", fontsize=10, color=DARK_GRAY, weight="bold", pad=4, parse_math=False
-        )
+
+    slot = (RIGHT - LEFT - 3 * LARGE_GAP) // 4
+    scale = min(slot / photo.width, MAX_LARGE_HEIGHT / photo.height)
+    width, height = max(round(scale * photo.width), 1), max(round(scale * photo.height), 1)
+    top = 50
+    below = top + height + 12
+    strip = Strip(below + 48)
+    lefts = [LEFT + number * (slot + LARGE_GAP) for number in range(4)]
+    for left, (title, picture) in zip(lefts, pictures.items(), strict=True):
+        strip.picture.paste(scale_picture(picture, width, height), (left, top))
+        strip.write(left, top - 9, title, 10, DARK_GRAY, weight="bold")
 
     brightest = get_brightest_value(attention)
-    draw_color_bar(figure, slots[1], COLORMAP, {0: "0", brightest: f"{brightest:.2%} in one patch"})
-    limits = {value: f"{value:.3g}" for value in (norms.min().item(), norms.max().item())}
-    draw_color_bar(figure, slots[3], NORM_COLORMAP, limits)
+    bars = {
+        lefts[1]: (COLORMAP, "0", f"{brightest:.2%} in one patch"),
+        lefts[3]: (NORM_COLORMAP, f"{norms.min():.3g}", f"{norms.max():.3g}"),
+    }
+    for left, (colormap, low, high) in bars.items():
+        colors = colormaps[colormap](np.linspace(0, 1, width))[None, :, :3]  # [1, width, 3]
+        strip.picture.paste(to_picture(colors).resize((width, 10)), (left, below))
+        strip.write(left, below + 30, low, 8)
+        strip.write(left + width, below + 30, high, 8, ha="right")
 
     share = sum(measurements.explained_variance[layer - 1])
-    slots[2].annotate(
-        f"red, green, blue: 3 principal components,\nwhich explain {share:.0%} of the variance",
-        (0, 0),
-        xycoords="axes fraction",
-        xytext=(0, -6),
-        textcoords="offset points",
-        va="top",
-        fontsize=8,
-        color=MEDIUM_GRAY,
+    explanation = (
+        f"red, green, blue: 3 principal components,\nwhich explain {share:.0%} of the variance"
     )
-    return figure
+    strip.write(lefts[2], below - 2, explanation, 8, va="top")
+    return strip
 
 
-def draw_color_bar(figure: Figure, axes: Axes, colormap: str, labels: dict[float, str]) -> None:
-    """Draw a color bar below a picture, with labels of its ends."""
-    low, high = min(labels), max(labels)
-    inch = 1 / figure.get_figheight()
-    bar = figure.colorbar(
-        ScalarMappable(Normalize(low, max(high, low + 1e-12)), colormap),
-        cax=axes.inset_axes((0, -0.15 * inch, 1, 0.07 * inch)),
-        orientation="horizontal",
-    )
-    bar.outline.set_visible(False)
-    bar.ax.tick_params(length=0, labelsize=8, labelcolor=MEDIUM_GRAY)
-    bar.set_ticks([low, high], labels=[labels[low], labels[high]])
-    left, right = bar.ax.get_xticklabels()
-    left.set_horizontalalignment("left")
-    right.set_horizontalalignment("right")
-
-
-def draw_attributions(measurements: PhotoMeasurements) -> list[Figure]:
+def draw_attributions(measurements: PhotoMeasurements) -> list[Strip]:
     """Draw the attribution of each label of the predictions over the photo."""
     attributions = measurements.attributions[:MAX_ATTRIBUTIONS]
     if not attributions:
@@ -251,9 +214,8 @@ def draw_attributions(measurements: PhotoMeasurements) -> list[Figure]:
     tiles = []
     for attribution in attributions:
         name, probability = attribution.label
-        headers.append(shorten_text(": ".join(filter(None, (attribution.task, name))), 22))
-        picture = np.asarray(overlay(photo, attribution.values))
-        tiles.append(Tile(picture, f"{probability:.0%}"))
+        headers.append(": ".join(filter(None, (attribution.task, name))))
+        tiles.append(Tile(overlay(photo, attribution.values), f"{probability:.0%}"))
     return draw_rows(
         measurements,
         "What counts for a label",
@@ -264,7 +226,7 @@ def draw_attributions(measurements: PhotoMeasurements) -> list[Figure]:
     )
 
 
-def draw_heads(measurements: PhotoMeasurements) -> list[Figure]:
+def draw_heads(measurements: PhotoMeasurements) -> list[Strip]:
     """Draw the mean and the heads of each token in the last layer in which the token is used."""
     num_tokens = len(measurements.token_names)
     heading = "Attention by head"
@@ -286,7 +248,7 @@ def draw_heads(measurements: PhotoMeasurements) -> list[Figure]:
     return draw_rows(measurements, heading, explanation, headers, rows)
 
 
-def draw_layers(measurements: PhotoMeasurements) -> list[Figure]:
+def draw_layers(measurements: PhotoMeasurements) -> list[Strip]:
     """Draw the attention of each token, the features and the norms after each layer."""
     explanation = (
         "Attention: mean over heads, and percentage on patches. Features: 3 components, and the "
@@ -308,7 +270,7 @@ def draw_layers(measurements: PhotoMeasurements) -> list[Figure]:
         is_used = layer < measurements.patch_layer
         share = sum(measurements.explained_variance[layer])
         values = measurements.norms[layer]
-        features.append(Tile(measurements.colors[layer].numpy(), f"{share:.0%}", is_used))
+        features.append(Tile(color_features(measurements.colors[layer]), f"{share:.0%}", is_used))
         norms.append(
             Tile(color_norms(values), f"{values.min():.3g} to {values.max():.3g}", is_used)
         )
@@ -326,7 +288,7 @@ def build_attention_row(
     maps: torch.Tensor,
     num_used: int | None = None,
 ) -> Row:
-    """Return the row of a token, with one tile for each map [n, gh, gw].
+    """Build the row of a token, with one tile for each map [n, gh, gw].
 
     The first `num_used` maps are used; all of them by default.
     """
@@ -347,90 +309,66 @@ def draw_rows(
     explanation: str,
     headers: Sequence[str],
     rows: Sequence[Row],
-) -> list[Figure]:
+) -> list[Strip]:
     """Draw a heading, one line in gray, and rows of tiles with headers above the columns.
 
-    If there are too many columns, all rows continue in further figures.
+    If there are too many columns, all rows continue below.
     """
     has_many = len(measurements.token_names) >= MANY_TOKENS
     min_columns = MIN_COLUMNS_OF_MANY if has_many else MIN_COLUMNS
     # rounded up
     num_lines = -(-len(headers) // MAX_COLUMNS)
     num_columns = -(-len(headers) // num_lines)
+    photo = draw_visible_part(measurements)
+    width = (RIGHT - TILES_LEFT) // max(num_columns, min_columns) - TILE_GAP
+    height = max(round(width * photo.height / photo.width), 1)
 
-    figures = []
+    title = Strip(76)
+    title.write(LEFT, 44, heading, 11.5, DARK_GRAY, weight="bold")
+    title.write(LEFT, 73, explanation, 8.5)
+    strips = [title]
     for start in range(0, len(headers), num_columns):
         columns = slice(start, start + num_columns)
-        figures.append(
-            draw_grid(
-                draw_visible_part(measurements),
-                headers[columns],
-                [row._replace(tiles=row.tiles[columns]) for row in rows],
-                max(num_columns, min_columns),
-            )
-        )
-    write(figures[0], heading, 0.6, 11.5, DARK_GRAY, weight="bold")
-    write(figures[0], explanation, 0.41, 8.5)
-    return figures
+        names = Strip(40)
+        for number, header in enumerate(headers[columns]):
+            x = TILES_LEFT + number * (width + TILE_GAP)
+            text = shorten_middle(header, width // CHARACTER_WIDTH)
+            names.write(x, 36, text, 7.5, DARK_GRAY)
+        strips.append(names)
+        strips += [draw_row(row, row.tiles[columns], width, height) for row in rows]
+    return strips
 
 
-def draw_grid(
-    photo: Image.Image, headers: Sequence[str], rows: Sequence[Row], num_slots: int
-) -> Figure:
-    """Draw rows of tiles. They are as wide as in a line of `num_slots` tiles.
+def draw_row(row: Row, tiles: Sequence[Tile], width: int, height: int) -> Strip:
+    """Draw some tiles of a row, of this size, below their captions."""
+    top = 24
+    strip = Strip(top + height + 6)
+    for number, tile in enumerate(tiles):
+        x = TILES_LEFT + number * (width + TILE_GAP)
+        picture = scale_picture(tile.picture, width, height)
+        if not tile.is_used:
+            picture = Image.blend(Image.new("RGB", picture.size, "white"), picture, UNUSED_OPACITY)
+        strip.picture.paste(picture, (x, top))
+        strip.write(x, top - 4, tile.caption, 7)
 
-    All tiles share one pair of axes, in inches from the upper left corner, because axes of their
-    own would take most of the time of a report.
-    """
-    width = (RIGHT - TILES_LEFT) * WIDTH / num_slots - TILE_GAP
-    height = width * photo.height / photo.width
-    figure = create_section(len(rows) * (height + CAPTION_GAP) - CAPTION_GAP)
-    axes = figure.add_axes((0, 0, 1, 1))
-    axes.set(xlim=(0, WIDTH), ylim=(figure.get_figheight(), 0))
-    axes.set_autoscale_on(False)
-    axes.set_axis_off()
-    write_at = partial(axes.annotate, textcoords="offset points")
-
-    lefts = [TILES_LEFT * WIDTH + column * (width + TILE_GAP) for column in range(len(headers))]
-    for number, row in enumerate(rows):
-        top = number * (height + CAPTION_GAP)
-        for left, tile in zip(lefts, row.tiles, strict=True):
-            axes.imshow(
-                tile.picture,
-                extent=(left, left + width, top + height, top),
-                aspect="auto",
-                alpha=1 if tile.is_used else UNUSED_OPACITY,
-                interpolation="nearest",
-            )
-            write_at(tile.caption, (left, top), (0, 2), fontsize=7, color=MEDIUM_GRAY)
-
-        middle = (LEFT * WIDTH, top + height / 2)
-        name = "\n".join(textwrap.wrap(shorten_text(row.name, 36), 13))
-        style: dict[str, Any] = {
-            "fontsize": 8.5,
-            "weight": "bold",
-            "color": row.color,
-            "parse_math": False,
-        }
-        write_at(name, middle, (0, 0), va="bottom", **style)
-        write_at(row.note, middle, (0, -2), va="top", fontsize=7.5, color=MEDIUM_GRAY)
-
-    for left, header in zip(lefts, headers, strict=True):
-        write_at(header, (left, 0), (0, 11), fontsize=7.5, color=DARK_GRAY, parse_math=False)
-    return figure
+    middle = top + height // 2
+    name = "\n".join(textwrap.wrap(shorten_middle(row.name, 36), 13))
+    strip.write(LEFT, middle, name, 8.5, row.color, weight="bold", va="bottom")
+    strip.write(LEFT, middle + 4, row.note, 7.5, va="top")
+    return strip
 
 
 # Text ---------------------------------------------------------------------------------------------
 
 
 def format_label(label: tuple[str, float]) -> str:
-    """Return a label with its probability as text."""
+    """Format a label with its probability."""
     name, probability = label
-    return f"{shorten_text(name, 40)} {probability:.0%}"
+    return f"{shorten_middle(name, 40)} {probability:.0%}"
 
 
-def describe_tokens(config: ViTCLSConfig) -> str:
-    """Return the numbers of special tokens as text, such as "1 CLS token, 4 register tokens"."""
+def count_special_tokens(config: ViTCLSConfig) -> str:
+    """Count the special tokens in words, such as "1 CLS token, 4 register tokens"."""
     indices = range(config.token_layout.num_prefix_tokens)
     counts = {
         name: len(indices[group])
@@ -444,12 +382,21 @@ def describe_tokens(config: ViTCLSConfig) -> str:
 
 
 def describe_visible_part(measurements: PhotoMeasurements) -> str:
-    """Return which part of the photo the model sees."""
+    """Say which part of the photo the model sees."""
     image = measurements.image
     inside = limit_region(measurements.visible_region, image)
     area = (inside.right - inside.left) * (inside.bottom - inside.top)
     share = area / (image.width * image.height)
     return "all of it" if share > 0.995 else f"the central {share:.0%} of it"
+
+
+def shorten_middle(text: str, max_length: int) -> str:
+    """Replace the middle of a long text with "…", because names often differ at their ends."""
+    if len(text) <= max_length:
+        return text
+    suffix_length = (max_length - 1) // 2
+    prefix_length = max_length - 1 - suffix_length
+    return f"{text[:prefix_length]}…{text[len(text) - suffix_length :]}"
 
 
 # Pictures -----------------------------------------------------------------------------------------
@@ -473,14 +420,31 @@ def draw_whole_photo(measurements: PhotoMeasurements) -> Image.Image:
     return pale
 
 
-def color_attention(values: torch.Tensor) -> np.ndarray:
-    """Return the colors [gh, gw, 3] of an attention map [gh, gw]."""
+def scale_picture(picture: Image.Image, width: int, height: int) -> Image.Image:
+    """Scale a picture; a patch that is enlarged remains one rectangle of one color."""
+    is_enlarged = picture.width < width
+    resample = Image.Resampling.NEAREST if is_enlarged else Image.Resampling.LANCZOS
+    return picture.resize((width, height), resample)
+
+
+def to_picture(colors: np.ndarray) -> Image.Image:
+    """Convert colors [h, w, 3] from 0 to 1."""
+    return Image.fromarray((colors * 255).round().astype(np.uint8))
+
+
+def color_attention(values: torch.Tensor) -> Image.Image:
+    """Color an attention map [gh, gw]."""
     brightest = max(values.quantile(BRIGHT_QUANTILE).item(), MIN_SCALE * values.mean().item())
     strength = values / brightest if brightest > 0 else values
-    return colormaps[COLORMAP](strength.numpy())[:, :, :3]
+    return to_picture(colormaps[COLORMAP](strength.numpy())[:, :, :3])
 
 
-def color_norms(norms: torch.Tensor) -> np.ndarray:
-    """Return the colors [gh, gw, 3] of norms [gh, gw], from the smallest to the largest norm."""
+def color_features(colors: torch.Tensor) -> Image.Image:
+    """Draw the principal components [gh, gw, 3] of the patches as colors."""
+    return to_picture(colors.numpy())
+
+
+def color_norms(norms: torch.Tensor) -> Image.Image:
+    """Color norms [gh, gw], from the smallest to the largest norm."""
     strength = (norms - norms.min()) / (norms.max() - norms.min()).clamp(min=1e-12)
-    return colormaps[NORM_COLORMAP](strength.numpy())[:, :, :3]
+    return to_picture(colormaps[NORM_COLORMAP](strength.numpy())[:, :, :3])

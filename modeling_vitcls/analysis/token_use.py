@@ -1,6 +1,5 @@
 """Which tokens the outputs of a model are computed from, and in how many layers a token is used."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -74,7 +73,3 @@ class TokenUse:
             for index in indices:
                 num_layers[index] = max(num_layers[index], last_layers[head])
         return num_layers
-
-    def find_heads_of(self, indices: Sequence[int]) -> list[str]:
-        """Return the names of the outputs that read only tokens at these sequence indices."""
-        return [head for head, read in self.readers.items() if read and read <= set(indices)]

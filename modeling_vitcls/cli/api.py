@@ -241,8 +241,8 @@ def inspect_tokens(model: str | Path, images: Any = (), **flags: Any) -> Any:
     Examples:
         >>> from modeling_vitcls import inspect_tokens
         >>> inspection = inspect_tokens("runs/photos", dataset="photos", output="report.html")
-        >>> for verdict in inspection.verdicts:
-        ...     print(verdict.token, verdict.headline)
+        >>> for token, output, effect in inspection.effects:
+        ...     print(token, effect.changed, effect.comparison)
     """
     from ..analysis.inspect_tokens import inspect_tokens
     from ..inference.inputs import list_sources

@@ -373,7 +373,6 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
             and `from_pretrained` set this field when they add tokens.
         register_neurons (`list[[layer, neuron]]`, *optional*): MLP neurons whose activations are
             moved to the last register (Jiang et al. 2025, arXiv 2506.08010).
-            `find_register_neurons` finds such neurons.
         tasks (`dict[str, int | list[str]]`, *optional*): Task name -> number of labels or label
             names, for `ViTCLSForMultiTaskClassification`. Tasks are sorted by name; the input of
             classifier i is CLS token i.

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from sklearn.metrics import ConfusionMatrixDisplay
 
-from ..analysis.figures import create_figure, shorten_text
+from ..analysis.sheet import shorten_middle
 from ..data.labels import get_label_space
 from ..hub.model_files import IMAGES_FOLDER, RESULT_IMAGE_PATTERNS, SAMPLE_IMAGES_FILE
 from ..model.configuration_vitcls import ViTCLSConfig
@@ -78,9 +78,9 @@ def plot_confusion_matrix(matrix: Sequence[Sequence[int]], class_names: Sequence
     num_classes = len(class_names)
     fractions = counts / counts.sum(axis=1, keepdims=True).clip(min=1)
     side = min(max(2.6 + 0.34 * num_classes, 4.0), 8.0)
-    figure = create_figure(side + 0.6, side)
+    figure = Figure(figsize=(side + 0.6, side), dpi=100, facecolor="white", layout="constrained")
     axes = figure.add_subplot()
-    short_names = [shorten_text(name, 18) for name in class_names]
+    short_names = [shorten_middle(name, 18) for name in class_names]
 
     plot = ConfusionMatrixDisplay(fractions, display_labels=short_names).plot(
         ax=axes,

@@ -47,7 +47,7 @@ def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_folder_names_are_labels_and_the_printed_table_equals_the_page(
+def test_terminal_page_and_json_have_the_same_values(
     model: str, image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The unreadable file is named."""
@@ -62,15 +62,16 @@ def test_folder_names_are_labels_and_the_printed_table_equals_the_page(
     assert "broken [old].png" in errors
 
     found = json.loads(figures.read_text())
-    for verdict in [*found["tokens"], found["patches"]]:
-        assert verdict["token"] in printed
-        assert verdict["word"] in printed
-        assert verdict["reason"] in printed
+    (outliers,) = (line for line in printed.splitlines() if "outlier norms" in line)
+    assert outliers.startswith(f"{found['patches']['outliers']:.2%}")
     assert f"saved {page}" in printed
     assert "(11 images, 4 shown)" in printed
 
     text = page.read_text()
-    assert found["tokens"][0]["reason"] in text.replace("&#39;", "'")
+    assert outliers in text
+    for effect in found["effects"]:
+        assert effect["token"] in printed
+        assert f"{effect['changed']:.1%} (" in text
     assert str(image_folder) not in text
     assert model not in text  # local folders are not in the page
 
@@ -82,14 +83,14 @@ def build_options(model: str, tmp_path: Path, *paths: Any, **fields: Any) -> Ins
 
 
 def test_all_measurements_run_in_bfloat16(model: str, image_folder: Path, tmp_path: Path) -> None:
-    verdicts = [
+    exact, rounded = (
         inspect_tokens(
             build_options(model, tmp_path, image_folder, mixed_precision=precision)
-        ).verdicts
+        ).ablations
         for precision in ("no", "bf16")
-    ]
-    assert [verdict.token for verdict in verdicts[1]] == [verdict.token for verdict in verdicts[0]]
-    assert verdicts[1] != verdicts[0]
+    )
+    assert exact.keys() == rounded.keys()
+    assert exact != rounded
 
 
 def test_the_page_names_the_commit_of_a_model_on_the_hub(
@@ -101,7 +102,8 @@ def test_the_page_names_the_commit_of_a_model_on_the_hub(
 ) -> None:
     hub_model = tmp_path / "hub" / "ann" / "pets"
     shutil.copytree(model, hub_model)
-    write_json(hub_model / "results.json", {"token_movement": {"registers[1]": 0.25}})
+    movement = {"registers[0]": 0.0, "registers[1]": 0.25}
+    write_json(hub_model / "results.json", {"token_movement": movement})
     page = tmp_path / "new" / "report.html"
     figures = tmp_path / "other" / "figures.json"
     flags = [str(image_folder / "owl"), "--output", str(page), "--json", str(figures)]
@@ -119,7 +121,9 @@ def test_the_page_names_the_commit_of_a_model_on_the_hub(
     assert f"<code>{commit.name}</code>" in text
     assert str(tmp_path) not in text
     assert (found["model"], found["commit"]) == ("ann/pets", commit.name)
-    assert [token["movement"] for token in found["tokens"][:3]] == [None, None, 0.25]
+    assert [fault for fault in found["faults"] if "not moved" in fault] == [
+        "register 1: not moved by training, which moved others"
+    ]
 
 
 def test_the_evaluation_split_is_read(image_folder: Path, tmp_path: Path, capsys: Any) -> None:
@@ -130,7 +134,7 @@ def test_the_evaluation_split_is_read(image_folder: Path, tmp_path: Path, capsys
     options = build_options(
         model, tmp_path, dataset=str(tmp_path / "photos"), max_images=2, num_images=1
     )
-    assert inspect_tokens(options).verdicts == []
+    assert inspect_tokens(options).effects == []
     assert "no special tokens" in capsys.readouterr().out
     assert "'validation'" in html.unescape((tmp_path / "report.html").read_text())
 

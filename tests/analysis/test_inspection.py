@@ -16,14 +16,13 @@ from modeling_vitcls import (
     ViTCLSModel,
 )
 from modeling_vitcls.analysis import inspection
-from modeling_vitcls.analysis.ablation import MIN_IMAGES, Predictions, collect_outputs
+from modeling_vitcls.analysis.ablation import MIN_IMAGES, collect_labels
 from modeling_vitcls.analysis.inspection import (
     inspect_model,
     rate_outputs,
     read_batches,
     select_images,
 )
-from modeling_vitcls.analysis.token_use import TokenUse
 from modeling_vitcls.model.heads_vitcls import IGNORED_LABEL
 
 
@@ -48,9 +47,7 @@ def build_classifier(**fields: Any) -> ViTCLSForImageClassification:
 
 
 def read(model: Any, images: list[Any], labels: Any, processor: Any = PROCESSOR) -> Any:
-    return read_batches(
-        TokenUse(model.config), processor, images, labels, 4, print, lambda items, _: items
-    )
+    return read_batches(model.config, processor, images, labels, 4, print, lambda items, _: items)
 
 
 # Measured images ----------------------------------------------------------------------------------
@@ -59,9 +56,8 @@ def read(model: Any, images: list[Any], labels: Any, processor: Any = PROCESSOR)
 def test_large_models_use_fewer_images_for_effects(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(inspection, "MAX_ABLATION_FLOPS", 1)
     found = inspect_model(build_classifier(), PROCESSOR, build_images(), batch_size=3)
-    assert found.num_ablation_images == MIN_IMAGES < found.findings.num_images == NUM_IMAGES
-    effects = [effect for by_name in found.ablations.values() for effect in by_name.values()]
-    assert {effect.num_images for effect in effects} == {MIN_IMAGES}
+    assert found.num_ablation_images == MIN_IMAGES < found.num_images == NUM_IMAGES
+    assert {effect.num_images for _, _, effect in found.effects} == {MIN_IMAGES}
 
 
 def test_the_first_images_of_a_sorted_dataset_are_of_several_classes() -> None:
@@ -97,32 +93,45 @@ def test_images_of_several_shapes_keep_their_labels() -> None:
     ],
     ids=["several labels", "tasks"],
 )
-def test_labels_of_every_kind_are_compared_with_the_predictions(
-    fields: dict[str, Any], labels: list[Any]
-) -> None:
+def test_labels_of_every_kind_are_read(fields: dict[str, Any], labels: list[Any]) -> None:
     kind = ViTCLSForMultiTaskClassification if "tasks" in fields else ViTCLSForImageClassification
     model = kind(build_tiny_config(**{"num_labels": 8} | fields)).eval()
-    outputs = collect_outputs(model, read(model, build_images()[:2], labels))
+    found = collect_labels(read(model, build_images()[:2], labels), model.config)
     if "tasks" not in fields:
-        assert sorted(outputs[""].labels.tolist()) == sorted(labels)
+        assert sorted(found[""].tolist()) == sorted(labels)
         return
-    for task, predictions in outputs.items():
-        expected = [label[task] for label in labels]
-        assert sorted(predictions.labels.flatten().tolist()) == sorted(expected)
+    for task, known in found.items():
+        assert sorted(known.flatten().tolist()) == sorted(label[task] for label in labels)
 
 
 def test_unreadable_images_are_named_and_skipped() -> None:
-    """An encoder outputs both CLS tokens."""
-    encoder = ViTCLSModel(build_tiny_config(num_cls_tokens=2, num_register_tokens=1)).eval()
+    encoder = ViTCLSModel(build_tiny_config(num_register_tokens=1)).eval()
     images = [Image.new("F", (32, 32)), *build_images()[:2]]
     warnings: list[str] = []
     found = inspect_model(encoder, PROCESSOR, images, on_warning=warnings.append)
     assert (found.num_unreadable, len(warnings)) == (1, 1)
     assert sorted(found.shown_images) == [1, 2]
-    assert [verdict.numbers["read_layers"] for verdict in found.verdicts[:3]] == [2, 2, 1]
-    assert found.patches.numbers["layer"] == 2  # the last layer
     with raises_one_line("at least one image"):
         inspect_model(encoder, PROCESSOR, images[:1])
+
+
+def test_planted_faults_are_named() -> None:
+    """Two registers are equal, one was not moved, and a neuron writes to one patch of 16."""
+    model = build_classifier(num_register_tokens=3)
+    with torch.no_grad():
+        registers = model.vitcls.embeddings.register_tokens
+        registers[:, 2] = registers[:, 0]
+        model.vitcls.embeddings.position_embeddings.patches[:, 5] = 1e4
+    movement = {"cls[0]": 1.0, "registers[0]": 1.0, "registers[1]": 0.0, "registers[2]": 1.0}
+    found = inspect_model(
+        model, PROCESSOR, build_images(), has_ablations=False, token_movement=movement
+    )
+    assert [fault.partition(" ")[0] for fault in found.faults] == ["register"] * 3
+    assert "register 1: identical to register 3 after layer 1" in found.faults
+    assert found.faults[-1].startswith("register 2: not moved")
+    assert found.outlier_share == 1 / 16
+    assert found.outlier_layer == 1  # the classifier reads CLS of the last layer
+    assert found.effects == []
 
 
 def test_hidden_states_that_are_not_finite_are_errors() -> None:
@@ -150,11 +159,11 @@ def test_shown_photos_are_of_all_classes() -> None:
 def test_a_photo_is_wrong_if_one_task_is() -> None:
     config = build_tiny_config(num_cls_tokens=2, tasks={"age": 2, "kind": 2})
     logits = torch.tensor([[3.0, 0.0], [1.0, 0.0], [2.0, 0.0]])
-    predicted = torch.zeros(3, 1, dtype=torch.long)
-    tasks = {
-        "age": Predictions(logits, predicted, torch.tensor([[0], [0], [IGNORED_LABEL]])),
-        "kind": Predictions(logits / 2, predicted, torch.tensor([[1], [0], [IGNORED_LABEL]])),
+    outputs = {"age": list(logits), "kind": list(logits / 2)}
+    labels = {
+        "age": torch.tensor([[0], [0], [IGNORED_LABEL]]),
+        "kind": torch.tensor([[1], [0], [IGNORED_LABEL]]),
     }
-    confidences, is_wrong, _ = rate_outputs(tasks, config)
+    confidences, is_wrong, _ = rate_outputs(outputs, labels, config)
     assert is_wrong == [True, False, False]
     assert confidences == pytest.approx((logits / 2).softmax(dim=1)[:, 0].tolist())

@@ -1,7 +1,5 @@
 """The tokens that heads read, compared with the gradients of the outputs."""
 
-from typing import Any
-
 import pytest
 import torch
 from helpers.tiny_models import TASKS, build_images, build_tiny_config, randomize
@@ -69,21 +67,3 @@ def test_a_head_reads_the_tokens_with_a_gradient(fields: dict) -> None:
     if gradient[layout.patches].any():
         expected.add(PATCHES)
     assert TokenUse(config).read_tokens == expected
-
-
-@pytest.mark.parametrize(
-    ("fields", "indices", "heads"),
-    [
-        ({"num_register_tokens": 1}, [0], [""]),
-        ({"num_register_tokens": 1}, [1], []),
-        ({"num_distillation_tokens": 1}, [1], ["distillation"]),
-        ({"num_cls_tokens": 3, "cls_pooling": "mean"}, [1], []),
-        ({"num_cls_tokens": 3, "cls_pooling": "mean"}, [0, 1, 2], [""]),
-        ({"pooling": "cls_mean"}, [0], []),
-    ],
-)
-def test_heads_that_tokens_feed_alone_are_found(
-    fields: dict[str, Any], indices: list[int], heads: list[str]
-) -> None:
-    config = build_tiny_config(**fields)
-    assert TokenUse(config).find_heads_of(indices) == heads

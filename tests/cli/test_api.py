@@ -126,14 +126,14 @@ def test_inspection_requires_paths(image: Any) -> None:
         inspect_tokens("m", image)
 
 
-def test_every_token_gets_a_verdict_and_a_report_is_written(
+def test_every_token_has_an_effect_and_a_report_is_written(
     trained: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
     folder, _ = trained
     inspection = inspect_tokens(
         folder, dataset="digits", output=tmp_path / "report.html", max_images=8, num_images=1
     )
-    assert {verdict.token for verdict in inspection.verdicts} == {"CLS", "register"}
+    assert {token for token, _, _ in inspection.effects} == {"CLS", "register"}
     assert (tmp_path / "report.html").exists()
 
 

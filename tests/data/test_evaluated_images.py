@@ -176,7 +176,7 @@ def test_other_photos_are_inspected_whole(photos: Path, tmp_path: Path) -> None:
     other = write_photos(tmp_path / "other", range(100, 110))
     for dataset, count in ((photos / "train", 12), (other, 20)):
         found = inspect_tokens(photos / "run", dataset=dataset, output=tmp_path / "report.html")
-        assert found.findings.num_images == count
+        assert found.num_images == count
 
 
 # The table ----------------------------------------------------------------------------------------

@@ -1,11 +1,10 @@
-"""Small models whose predictions differ between images, and their statistics."""
+"""Small models whose predictions differ between images."""
 
 from typing import Any
 
 import torch
 from torch import nn
 
-from modeling_vitcls.analysis.token_statistics import Findings, TokenStatistics
 from scripts.random_weights import randomize_weights
 
 
@@ -25,14 +24,6 @@ def center_logits(model: Any, pixels: torch.Tensor) -> Any:
     for task, head in (heads or {None: model.classifier}).items():
         subtract_from_bias(head, (by_task if task is None else by_task[task]).mean(dim=0))
     return model
-
-
-def collect_findings(model: Any, *batches: torch.Tensor) -> Findings:
-    """Return the token statistics over batches of images [B, C, H, W]."""
-    statistics = TokenStatistics(model)
-    for pixels in batches:
-        statistics.update(pixels)
-    return statistics.compute()
 
 
 def subtract_from_bias(head: nn.Linear, logits: torch.Tensor) -> None:

@@ -1,0 +1,70 @@
+"""Two faults of special tokens, and the share of patches with outlier norms.
+
+    find_identical_tokens(states, layers)      tokens that do the work of another token
+    find_unmoved_tokens(keys, movement)        tokens that training did not reach
+    is_outlier(patches)                        patches that store something global (Darcet et al. 2023)
+
+A token's output in a layer counts only if an output of the model depends on it (`TokenUse`).
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+
+# Maximum distance between identical tokens, relative to their variation over images
+MAX_IDENTICAL_DISTANCE = 0.01
+ROUNDING_ERROR = 1e-6  # rounding error of a state as a fraction of its norm
+# Minimum norm of an outlier patch, as a multiple of the median patch norm of the image. Darcet et
+# al. choose an absolute norm for each model.
+OUTLIER_RATIO = 3.0
+
+
+def find_identical_tokens(
+    states: Mapping[int, torch.Tensor], used_layers: Sequence[int]
+) -> dict[int, tuple[int, int]]:
+    """Map each token with the same state as another to the nearest such token, and the layer.
+
+    Two tokens are compared after the last layer in which both are used, because a head may ignore
+    a difference that arises later.
+
+    Args:
+        states: states [images, S, D] of the special tokens after the layers `used_layers`.
+        used_layers: [S], last layer in which each token is used.
+    """
+    identical = {}
+    for index, own_layer in enumerate(used_layers):
+        candidates = []
+        for other, other_layer in enumerate(used_layers):
+            layer = min(own_layer, other_layer)
+            pair = states[layer][:, [index, other]].double()  # [images, 2, D]
+            mean = pair.mean(dim=0)
+            variation = (pair - mean).square().sum(dim=-1).mean(dim=0).sqrt()  # [2]
+            distance = (pair[:, 0] - pair[:, 1]).square().sum(dim=-1).mean().sqrt()
+            limit = MAX_IDENTICAL_DISTANCE * variation.min() + ROUNDING_ERROR * mean[0].norm()
+            if other != index and distance <= limit:
+                candidates.append((distance.item(), other, layer))
+        if candidates:
+            identical[index] = min(candidates)[1:]
+    return identical
+
+
+def find_unmoved_tokens(keys: Sequence[str], movement: Mapping[str, float]) -> list[int]:
+    """Find the tokens that training did not move although it moved others.
+
+    Args:
+        keys: [S], keys of the special tokens, such as `cls[0]`.
+        movement: distance by which training moved each token (`token_movement` in results.json).
+    """
+    if not any(movement.values()):
+        return []  # the run trained no token at all, for example only the head
+    return [index for index, key in enumerate(keys) if movement.get(key) == 0]
+
+
+def is_outlier(patches: torch.Tensor) -> torch.Tensor:
+    """Mark the patches [B, P, D] with outlier norms [B, P].
+
+    Their norms exceed OUTLIER_RATIO times the median patch norm of the image.
+    """
+    norms = patches.float().norm(dim=-1)
+    return norms > OUTLIER_RATIO * norms.median(dim=1, keepdim=True).values
