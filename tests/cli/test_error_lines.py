@@ -16,8 +16,6 @@ from helpers.command_in_process import run_here
 from helpers.photo_folders import write_photos
 from helpers.tiny_models import save_classifier
 
-from modeling_vitcls.inference import inputs
-
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
@@ -219,13 +217,10 @@ def test_a_limit_of_threads_is_named(
 def test_an_interrupted_prediction_ends_with_one_line(
     folder: Path, photos: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    prepare_image = inputs.prepare_image
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
 
-    def interrupt(*arguments: Any) -> Any:
-        os.kill(os.getpid(), signal.SIGINT)
-        return prepare_image(*arguments)
-
-    monkeypatch.setattr(inputs, "prepare_image", interrupt)
+    monkeypatch.setattr("modeling_vitcls.inference.predict.prepare_image", interrupt)
     capsys.readouterr()
     assert run_here("predict", "--model", str(folder), str(photos)) == 128 + signal.SIGINT
     assert capsys.readouterr().err == "interrupted by Ctrl-C\n"
