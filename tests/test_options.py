@@ -97,7 +97,7 @@ def test_values_outside_of_their_limits_are_errors(
         for value in accepted:
             check(kind, {name: value})
         for value in rejected:
-            with raises_one_line(f"`{name}` is {value}, but it must be "):
+            with raises_one_line(f"`{name}` is {value}", ", but it must be "):
                 check(kind, {name: value})
 
 

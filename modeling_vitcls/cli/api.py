@@ -15,22 +15,22 @@ Keyword arguments are the flags of the commands: `learning_rate=1e-4` is `--lear
 a path, a Hub id, or data in memory (data/in_memory.py).
 """
 
-import dataclasses
+import ast
 import inspect
-from collections.abc import Callable, Sequence
+import random
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import fields
+from functools import cache
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, TypeVar, get_origin
+from textwrap import indent
+from typing import Any, TypeVar
 
 from ..analysis.options import InspectOptions, LookOptions
 from ..inference.options import EvaluateOptions, PredictOptions
-from ..runtime.caller_state import with_own_state
-from ..runtime.flags import (
-    Options,
-    find_similar_flag,
-    get_flag_fields,
-    get_value_types,
-    list_choices,
-)
+from ..runtime.flags import Options
 from ..training.options import (
     AddClassOptions,
     AddTaskOptions,
@@ -42,43 +42,92 @@ from ..training.options import (
 
 CommandOptions = TypeVar("CommandOptions", bound=Options)
 Function = TypeVar("Function", bound=Callable[..., Any])
-# Fields that are no keyword arguments, because they are flags of the command line
-COMMAND_FIELDS = ("config", "paths")
 
 
-def shows_flags_of(options_class: type[Options], *omitted: str) -> Callable[[Function], Function]:
-    """Decorate a function that takes the fields of an options class as keyword arguments.
+# What a function takes from its caller -----------------------------------------------------------
 
-    `help`, notebooks and editors then show the fields with their types and defaults, except for
-    those in `omitted`.
+
+@contextmanager
+def own_state() -> Iterator[None]:
+    """Compute with torch's defaults, then restore the caller's defaults and random state.
+
+    The defaults are the dtype, the device and the gradient mode of new tensors. The random state is
+    that of torch, NumPy and Python. No context manager of accelerate or transformers does this.
+    """
+    import numpy as np
+    import torch
+
+    with ExitStack() as stack:
+        stack.callback(random.setstate, random.getstate())
+        stack.callback(np.random.set_state, np.random.get_state())
+        stack.callback(torch.set_default_dtype, torch.get_default_dtype())
+        # a device of its own makes new tensors slower, so it is set only to replace another
+        if torch.get_default_device().type != "cpu":
+            stack.enter_context(torch.device("cpu"))
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        # does not start CUDA in a process that does not use it
+        gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+        stack.enter_context(torch.random.fork_rng(gpus))
+        torch.set_default_dtype(torch.float32)
+        yield
+
+
+def takes_flags(options_class: type[Options], *omitted: str) -> Callable[[Function], Function]:
+    """Show the fields of an options class as the keywords of a function.
+
+    The signature lists their types and defaults, for editors and notebooks, and the docstring
+    explains them. Fields in `omitted` are no keywords.
     """
 
-    def add_signature(function: Function) -> Function:
-        parameters = [
-            parameter
-            for parameter in inspect.signature(function).parameters.values()
-            if parameter.kind is not inspect.Parameter.VAR_KEYWORD
+    def document(function: Function) -> Function:
+        named = [
+            each
+            for each in inspect.signature(function).parameters.values()
+            if each.kind is not each.VAR_KEYWORD
         ]
-        shown_names = {parameter.name for parameter in parameters}.union(COMMAND_FIELDS, omitted)
-        for name, field in get_flag_fields(options_class).items():
-            if name not in shown_names:
-                has_default = field.default is not dataclasses.MISSING
-                parameters.append(
-                    inspect.Parameter(
-                        name,
-                        inspect.Parameter.KEYWORD_ONLY,
-                        default=field.default if has_default else inspect.Parameter.empty,
-                        annotation=field.type,
-                    )
-                )
-        function.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        # `config` is a recipe, which only a command reads, and `paths` are the images
+        hidden = {each.name for each in named}.union(omitted, ("config", "paths"))
+        flags = [
+            each
+            for each in inspect.signature(options_class).parameters.values()
+            if each.name not in hidden
+        ]
+        function.__signature__ = inspect.Signature([*named, *flags])  # type: ignore[attr-defined]
+
+        texts = [inspect.cleandoc(str(function.__doc__))]
+        for group in options_class.__mro__[:-1]:
+            explanations = read_explanations(group.__module__)[group.__name__]
+            shown = [
+                f"    {each}\n{indent(explanations[each.name], 8 * ' ')}"
+                for each in flags
+                if each.name in explanations
+            ]
+            if shown:
+                texts.append("\n".join([str(group.__doc__).partition("\n")[0], *shown]))
+        function.__doc__ = "\n\n".join(texts)
         return function
 
-    return add_signature
+    return document
 
 
-@with_own_state
-@shows_flags_of(FinetuneOptions)
+@cache
+def read_explanations(module: str) -> dict[str, dict[str, str]]:
+    """Return the docstrings below the fields of all classes in a module."""
+    tree = ast.parse(inspect.getsource(sys.modules[module]))
+    return {
+        node.name: {
+            ast.unparse(field).partition(":")[0]: inspect.cleandoc(ast.literal_eval(text.value))
+            for field, text in pairwise(node.body)
+            if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr)
+        }
+        for node in tree.body
+        if isinstance(node, ast.ClassDef)
+    }
+
+
+@own_state()
+@takes_flags(FinetuneOptions)
 def finetune(
     model: str | Path, dataset: Any, output_dir: str | Path, **flags: Any
 ) -> dict[str, Any]:
@@ -112,8 +161,8 @@ def finetune(
     return run_training(options)
 
 
-@with_own_state
-@shows_flags_of(PretrainOptions)
+@own_state()
+@takes_flags(PretrainOptions)
 def pretrain(
     model: str | Path, dataset: Any, output_dir: str | Path, **flags: Any
 ) -> dict[str, Any]:
@@ -150,8 +199,8 @@ def run_training(options: Any) -> dict[str, Any]:
     return ModelFolder(folder).saved_results
 
 
-@with_own_state
-@shows_flags_of(EvaluateOptions)
+@own_state()
+@takes_flags(EvaluateOptions)
 def evaluate(model: str | Path, dataset: Any, **flags: Any) -> dict[str, Any]:
     """Evaluate a saved model, as `vitcls evaluate` does.
 
@@ -180,8 +229,8 @@ def evaluate(model: str | Path, dataset: Any, **flags: Any) -> dict[str, Any]:
     )
 
 
-@with_own_state
-@shows_flags_of(PredictOptions, "output")
+@own_state()
+@takes_flags(PredictOptions, "output")
 def predict(model: str | Path, images: Any = None, **flags: Any) -> list[dict[str, Any]]:
     """Predict the labels of images, or compute their features, as `vitcls predict` does.
 
@@ -208,21 +257,20 @@ def predict(model: str | Path, images: Any = None, **flags: Any) -> list[dict[st
     from ..inference.predict import predict_from_options
 
     sources = [] if images is None else list_sources(images)
-    # PredictOptions requires one path per image
-    placeholder_paths = tuple(map(str, range(len(sources))))
-    # features require an output file
-    fixed_flags: dict[str, Any] = {
-        "paths": placeholder_paths,
-        "output": Path("not-written.json"),
-    }
     if images is not None and not sources:
         return []  # an empty list, not a missing one
-    options = build_options(PredictOptions, fixed_flags, model=model, **flags)
+    options = build_options(
+        PredictOptions,
+        model=model,
+        paths=tuple(map(str, range(len(sources)))),  # one per image, as the options require
+        output="not-written.json",  # as features require
+        **flags,
+    )
     return predict_from_options(options, sources)
 
 
-@with_own_state
-@shows_flags_of(InspectOptions)
+@own_state()
+@takes_flags(InspectOptions)
 def inspect_tokens(model: str | Path, images: Any = (), **flags: Any) -> Any:
     """Write the report on the special tokens of a model, as `vitcls inspect` does.
 
@@ -259,8 +307,8 @@ def inspect_tokens(model: str | Path, images: Any = (), **flags: Any) -> Any:
     )
 
 
-@with_own_state
-@shows_flags_of(LookOptions, "json")
+@own_state()
+@takes_flags(LookOptions, "json")
 def look(model: str | Path, image: Any, output: str | Path | None = None, **flags: Any) -> Any:
     """Draw what a model sees in a photo, as `vitcls look` does.
 
@@ -284,17 +332,15 @@ def look(model: str | Path, image: Any, output: str | Path | None = None, **flag
     """
     from ..analysis.look import draw_photo
 
-    fixed_flags: dict[str, Any] = {"paths": ("image",), "json": None}
-    if output is not None:
-        flags["output"] = output
-    sheet = draw_photo(build_options(LookOptions, fixed_flags, model=model, **flags), image)
+    options = build_options(LookOptions, model=model, paths="image", output=output, **flags)
+    sheet = draw_photo(options, image)
     if output is not None:
         sheet.save(output)
     return sheet
 
 
-@with_own_state
-@shows_flags_of(AddTaskOptions)
+@own_state()
+@takes_flags(AddTaskOptions)
 def add_task(
     model: str | Path, dataset: Any, name: str, output_dir: str | Path, **flags: Any
 ) -> dict[str, Any]:
@@ -328,8 +374,8 @@ def add_task(
     )
 
 
-@with_own_state
-@shows_flags_of(AddClassOptions)
+@own_state()
+@takes_flags(AddClassOptions)
 def add_class(
     model: str | Path, dataset: Any, output_dir: str | Path, **flags: Any
 ) -> dict[str, Any]:
@@ -361,8 +407,8 @@ def add_class(
     )
 
 
-@with_own_state
-@shows_flags_of(VerifyUnchangedOptions)
+@own_state()
+@takes_flags(VerifyUnchangedOptions)
 def verify_unchanged(
     old: str | Path, new: str | Path, dataset: Any = None, **flags: Any
 ) -> dict[str, Any]:
@@ -389,71 +435,34 @@ def verify_unchanged(
     """
     from ..training.certificate import verify_models
 
-    if dataset is not None:
-        flags["dataset"] = dataset
-    return verify_models(build_options(VerifyUnchangedOptions, old=old, new=new, **flags))
+    return verify_models(
+        build_options(VerifyUnchangedOptions, old=old, new=new, dataset=dataset, **flags)
+    )
 
 
 # Options ------------------------------------------------------------------------------------------
 
 
-def build_options(
-    options_class: type[CommandOptions], /, fixed: dict[str, Any] | None = None, **flags: Any
-) -> CommandOptions:
-    """Build and check the options of a command.
+def build_options(options_class: type[CommandOptions], /, **flags: Any) -> CommandOptions:
+    """Build and check the options of a command. A dataset in memory gets a name.
 
-    An in-memory dataset is registered under a generated name. Raise TypeError if a flag is unknown,
-    and ValueError if a value is not allowed.
-
-    Args:
-        options_class: the class of the options.
-        fixed: values of fields that the caller of the function cannot set.
-        flags: values of the other fields.
+    Raise TypeError if a flag is unknown, and ValueError if a value is not allowed.
     """
-    fixed = fixed or {}
-    fields = get_flag_fields(options_class)
-    known_flags = fields.keys() - fixed.keys() - {"config"}
-    for name in flags:
-        if name not in known_flags:
-            similar = find_similar_flag(name, known_flags)
-            hint = f". Use {similar}" if similar else ""
-            raise TypeError(f"unknown keyword argument {name!r}{hint}")
-    if "dataset" in flags and not isinstance(flags["dataset"], str | Path | None):
+    from huggingface_hub.dataclasses import type_validator  # slow to import
+
+    if "config" in flags:  # a recipe is read by the command, before its flags
+        raise TypeError("`config` is a flag of the command. Set the values of the recipe instead")
+    if not isinstance(flags.get("dataset"), str | Path | None):
         from ..data.in_memory import add_dataset
 
         flags["dataset"] = add_dataset(flags["dataset"])
-    values = {name: convert_value(fields[name], value) for name, value in flags.items()}
-    options = options_class(**fixed, **values)
+    options = options_class(**flags)
+    for field in fields(options):
+        value = getattr(options, field.name)
+        try:
+            type_validator(field.name, value, field.type)
+        except (TypeError, ValueError):
+            expected = inspect.formatannotation(field.type)
+            raise ValueError(f"`{field.name}` is {value!r}, but it must be {expected}") from None
     options.check()
     return options
-
-
-def convert_value(field: dataclasses.Field[Any], value: Any) -> Any:
-    """Convert a value to the type of a field.
-
-    Sequences become tuples, a single text becomes a tuple if the field has several values, and
-    texts become paths if the field is a path. Raise ValueError if the value has another type, or is
-    not one of the choices.
-    """
-    from huggingface_hub.dataclasses import type_validator
-
-    value_types = get_value_types(field.type)
-    if isinstance(value, str | Path):
-        if Path in value_types:
-            value = Path(value)
-        elif str in value_types:
-            value = str(value)
-        elif value != "native" and any(get_origin(each) is tuple for each in value_types):
-            value = (str(value),)
-    elif isinstance(value, Sequence):
-        value = tuple(value)
-    elif type(value) is int and float in value_types and int not in value_types:  # no bool
-        value = float(value)
-
-    try:
-        type_validator(field.name, value, field.type)
-    except (TypeError, ValueError):
-        choices = ", ".join(map(repr, list_choices(field.type)))
-        expected = f"one of {choices}" if choices else inspect.formatannotation(field.type)
-        raise ValueError(f"`{field.name}` is {value!r}, but it must be {expected}") from None
-    return value

@@ -8,11 +8,9 @@ share are in base classes. This file and the options import only the standard li
 """
 
 import dataclasses
-import difflib
 import os
 import re
 import types
-from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType
@@ -39,12 +37,25 @@ EQUIVALENT_FLAGS = {
 class Options:
     """Base class of the options of all commands, and of the groups of fields that they share.
 
-    `~` in paths is the home folder: a shell leaves it in `--output-dir=~/runs`, as Python does.
+    Python programs may write a path as a text, several values as a list or one text, and a fraction
+    as 1. `~` in paths is the home folder: a shell leaves it in `--output-dir=~/runs`, as Python does.
     """
 
     def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            object.__setattr__(self, name, expand_home(value))
+        for field in dataclasses.fields(self):
+            value = expand_home(getattr(self, field.name))
+            kinds = get_value_types(field.type)
+            if isinstance(value, list):
+                value = tuple(value)
+            elif isinstance(value, str) and get_origin(kinds[0]) is tuple:
+                value = (value,)
+            elif isinstance(value, str) and Path in kinds:
+                value = Path(value)
+            elif isinstance(value, Path) and Path not in kinds:
+                value = str(value)
+            elif type(value) is int and float in kinds:  # no bool
+                value = float(value)
+            object.__setattr__(self, field.name, value)
 
     def check(self) -> None:
         """Raise ValueError if a value is not allowed, or if fields contradict each other.
@@ -98,17 +109,6 @@ def list_choices(type_hint: Any) -> list[str]:
     if not all(get_origin(each) is Literal for each in value_types):
         return []
     return [str(choice) for each in value_types for choice in get_args(each)]
-
-
-def find_similar_flag(name: str, flag_names: Collection[str]) -> str | None:
-    """Return the flag of this package for an unknown name, or None.
-
-    It is the equivalent flag, or the one with the most similar name.
-    """
-    equivalent = EQUIVALENT_FLAGS.get(name)
-    if equivalent in flag_names:
-        return equivalent
-    return next(iter(difflib.get_close_matches(name, flag_names, n=1)), None)
 
 
 def to_flags(options: Any) -> dict[str, Any]:

@@ -18,7 +18,6 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from modeling_vitcls import evaluate, finetune, inspect_tokens, look, predict, pretrain
-from modeling_vitcls.cli import load_modules
 from modeling_vitcls.cli.api import build_options
 from modeling_vitcls.runtime.flags import get_flag_fields
 from modeling_vitcls.training.options import FinetuneOptions
@@ -111,15 +110,6 @@ def test_one_image_is_one_row_and_a_batch_one_row_per_image(
         assert predict(folder, Image.fromarray(pixels)) == rows
 
 
-def test_floats_from_0_to_1_have_an_error_that_predict_can_remedy(
-    trained: tuple[Path, dict[str, Any]],
-) -> None:
-    folder, _ = trained
-    (row,) = predict(folder, np.random.default_rng(0).random((12, 10, 3)))
-    assert row["label"] is None
-    assert "0 to 255" in row["error"]
-
-
 @pytest.mark.parametrize("image", [np.zeros((12, 10, 3)), Image.new("RGB", (10, 12))])
 def test_inspection_requires_paths(image: Any) -> None:
     with raises_one_line("images", "paths", "dataset"):
@@ -137,19 +127,10 @@ def test_every_token_has_an_effect_and_a_report_is_written(
     assert (tmp_path / "report.html").exists()
 
 
-@pytest.mark.parametrize(
-    ("flags", "words"),
-    [
-        ({"learning_rat": 1e-3}, ["learning_rat", "learning_rate"]),
-        ({"lr": 1e-3}, ["lr", "learning_rate"]),  # a name of other training scripts
-        ({"config": "digits.yaml"}, ["config"]),
-    ],
-)
-def test_an_unknown_argument_is_named_with_the_one_to_use(
-    flags: dict[str, Any], words: list[str], tmp_path: Path
-) -> None:
-    with raises_one_line(*words, error=TypeError):
-        finetune("vitcls-tiny", "digits", tmp_path, **flags)
+@pytest.mark.parametrize("name", ["learning_rat", "config"])
+def test_an_unknown_argument_is_named(name: str, tmp_path: Path) -> None:
+    with raises_one_line(name, error=TypeError):
+        finetune("vitcls-tiny", "digits", tmp_path, **{name: "digits"})
 
 
 @pytest.mark.parametrize(
@@ -167,27 +148,17 @@ def test_a_wrong_value_names_its_argument(name: str, value: Any, words: list[str
         build_options(FinetuneOptions, **REQUIRED, **{name: value})
 
 
-@pytest.mark.parametrize(
-    ("function", "command"),
-    [(finetune, "finetune"), (pretrain, "pretrain"), (evaluate, "evaluate"), (predict, "predict")],
-)
-def test_the_signature_of_a_function_is_the_flags_of_its_command(
-    function: Any, command: str
-) -> None:
-    parameters = inspect.signature(function).parameters
-    options_class = load_modules()[command].OPTIONS_CLASS
-    names = [name for name in get_flag_fields(options_class) if name in parameters]
-    keywords = [name for name in parameters if name in names]
-    assert sorted(keywords) == sorted(names)
-    assert set(get_flag_fields(options_class)) - set(names) <= {*("paths", "config", "output")}
-    positional = [name for name, each in parameters.items() if each.kind is not each.KEYWORD_ONLY]
-    assert [*keywords] == [
-        *(name for name in positional if name in names),
-        *(name for name in names if name not in positional),
-    ]
-    for name, field in get_flag_fields(options_class).items():
-        if name in parameters and name not in positional:
-            assert parameters[name].annotation == field.type
+def test_the_help_of_a_function_explains_the_flags_of_its_command() -> None:
+    parameters = inspect.signature(finetune).parameters
+    assert parameters["learning_rate"].annotation == float | None
+    assert parameters["seed"].default == 0
+    assert (
+        {"epochs", "dataset"}
+        < parameters.keys()
+        == get_flag_fields(FinetuneOptions).keys() - {"config"}
+    )
+    assert inspect.getdoc(finetune).count("Peak learning rate.") == 1
+    assert "Peak learning rate." not in inspect.getdoc(predict)
 
 
 def test_look_writes_the_sheet_that_it_returns(
@@ -209,7 +180,5 @@ def test_an_image_size_is_a_word_a_number_or_two(size: Any) -> None:
 
 
 def test_missing_images_name_the_argument() -> None:
-    with pytest.raises(ValueError, match="images") as raised:
+    with raises_one_line("`images`"):
         predict("m")
-    assert "PATHS" not in str(raised.value)
-    assert "--" not in str(raised.value)
