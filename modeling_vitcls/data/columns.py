@@ -14,8 +14,7 @@ import pandas as pd
 
 from ..runtime.errors import format_name_list
 from .folder_layout import SPLIT_BY_FOLDER_NAME, SPLIT_ORDER
-from .labels import get_class_name
-from .options import DataOptions
+from .labels import read_column, spell_label
 
 
 SPLIT_COLUMN_NAMES = ("split", "subset", "partition", "set", "data_split")
@@ -27,48 +26,45 @@ GROUP_COLUMN_NAME = re.compile(
 )
 
 
-def divide_by_column(splits: Any, options: DataOptions) -> tuple[Any, dict[str, str]]:
+def divide_by_column(
+    splits: Any, dataset: str, column: str | None, label_columns: Collection[str]
+) -> tuple[Any, dict[str, str]]:
     """Divide the only split of a table by its column of splits.
 
     Returns:
         The splits by name, and the fact about the column, if there is one.
 
     Raises:
-        ValueError: if `split_column` does not exist or contains other values, or if the dataset has
-            several splits.
+        ValueError: if the column does not exist or contains other values, or if it was named and
+            the dataset has several splits.
     """
-    if options.split_column is not None and len(splits) > 1:
-        raise ValueError(
-            f"`split_column` has no effect on {options.dataset}, which has the splits "
-            f"{', '.join(splits)}. Remove `split_column`"
-        )
     if len(splits) > 1:
+        if column is not None:
+            raise ValueError(
+                f"`split_column` has no effect on {dataset}, which has the splits "
+                f"{', '.join(splits)}. Remove `split_column`"
+            )
         return splits, {}
-    (dataset,) = splits.values()
-    features = dataset.features or {}
-    column = options.split_column or next(
-        (name for name in features if name.lower() in SPLIT_COLUMN_NAMES), None
-    )
-    if column is None or column in (options.label_column or ()):
+    (table,) = splits.values()
+    is_named = column is not None
+    if column is None:
+        column = next((name for name in table.features if name.lower() in SPLIT_COLUMN_NAMES), None)
+    if column is None or column in label_columns:
         return splits, {}
-    if column not in features:
-        raise ValueError(
-            f"{options.dataset} has no column {column!r}. Choose one of {', '.join(features)}"
-        )
 
-    names = read_names(dataset, column)
-    parts = [SPLIT_BY_FOLDER_NAME.get((name or "").strip().lower()) for name in names]
-    unknown = sorted({str(name) for name, part in zip(names, parts, strict=True) if part is None})
+    names = read_texts(table, column, dataset)
+    parts = np.array([SPLIT_BY_FOLDER_NAME.get((name or "").strip().lower(), "") for name in names])
+    unknown = sorted({str(name) for name, part in zip(names, parts, strict=True) if not part})
     if unknown:
         values = format_name_list([repr(name) for name in unknown])
-        if options.split_column is None and len(unknown) == len(set(names)):
+        if not is_named and len(unknown) == len(set(names)):
             return splits, {"splits": f"the column {column!r} is not used: it contains {values}"}
         raise ValueError(
-            f"{options.dataset}: the column {column!r} contains {values}. Its values must be "
-            "train, validation or test; rename or remove the column if it means something else"
+            f"{dataset}: the column {column!r} contains {values}. Its values must be train, "
+            "validation or test; rename or remove the column if it means something else"
         )
     divided = {
-        split: dataset.select([row for row, part in enumerate(parts) if part == split])
+        split: table.select(np.flatnonzero(parts == split))
         for split in SPLIT_ORDER
         if split in parts
     }
@@ -77,44 +73,40 @@ def divide_by_column(splits: Any, options: DataOptions) -> tuple[Any, dict[str, 
 
 
 def read_groups(
-    options: DataOptions, datasets: Mapping[str, Any], used_columns: Collection[str]
-) -> tuple[dict[str, np.ndarray], str | None]:
+    tables: Mapping[str, Any], dataset: str, column: str
+) -> tuple[dict[str, np.ndarray], str]:
     """Return the number of the group of each row by split, and the fact about groups.
 
-    A row without a value is a group of its own. Without `group_column`, there are no groups, and
-    the fact is about a column that could contain them.
+    A row without a value is a group of its own.
     """
-    features = next(iter(datasets.values())).features
-    column = options.group_column
-    if column is not None and any(column not in part.features for part in datasets.values()):
-        raise ValueError(
-            f"{options.dataset} has no column {column!r}. Choose one of {', '.join(features)}"
-        )
-    if column is None:
-        for name in features:
-            if GROUP_COLUMN_NAME.fullmatch(name) and name not in used_columns:
-                values = [value for part in datasets.values() for value in read_names(part, name)]
-                if 1 < len(set(values)) < len(values):
-                    return {}, (
-                        f"the column {name!r} is not used: images with the same value may be on "
-                        f"both sides of a split. To keep them together, set `group_column={name!r}`"
-                    )
-        return {}, None
-
-    names = [read_names(part, column) for part in datasets.values()]
-    groups, _ = pd.factorize(np.array(list(chain.from_iterable(names)), object))
+    names = [read_texts(table, column, dataset) for table in tables.values()]
+    groups, _ = pd.factorize(np.array(list(chain(*names)), object))
     is_missing = groups < 0
     groups[is_missing] = np.arange(is_missing.sum()) + groups.max(initial=-1) + 1
     parts = np.split(groups, np.cumsum(list(map(len, names)))[:-1])
     num_groups = groups.max(initial=-1) + 1
-    return dict(zip(datasets, parts, strict=True)), f"column {column!r}: {num_groups:,} groups"
+    return dict(zip(tables, parts, strict=True)), f"column {column!r}: {num_groups:,} groups"
 
 
-def read_column(dataset: Any, column: str) -> list[Any]:
-    """Return all values of one column."""
-    return dataset.select_columns([column])[:][column]  # type: ignore[no-any-return]
+def find_unused_groups(
+    tables: Mapping[str, Any], dataset: str, used_columns: Collection[str]
+) -> str | None:
+    """Return the fact about a column that could contain groups, if there is one."""
+    for name in next(iter(tables.values())).features:
+        if GROUP_COLUMN_NAME.fullmatch(name) and name not in used_columns:
+            values = list(chain(*(read_texts(table, name, dataset) for table in tables.values())))
+            if 1 < len(set(values)) < len(values):
+                return (
+                    f"the column {name!r} is not used: images with the same value may be on both "
+                    f"sides of a split. To keep them together, set `group_column={name!r}`"
+                )
+    return None
 
 
-def read_names(dataset: Any, column: str) -> list[str | None]:
-    """Return the values of a column as text; None for an empty one."""
-    return [get_class_name(value) for value in read_column(dataset, column)]
+def read_texts(table: Any, column: str, dataset: str) -> list[str | None]:
+    """Return the values of a column as text; None for an empty one. Raise ValueError without it."""
+    if column not in table.features:
+        raise ValueError(
+            f"{dataset} has no column {column!r}. Choose one of {', '.join(table.features)}"
+        )
+    return list(map(spell_label, read_column(table, column)))

@@ -5,8 +5,8 @@
     read_image_folder(folder)    -> splits, whose images are not copied; the labels are the class folders, or those in
                                     metadata.csv (or .jsonl, .parquet), also in split folders
 
-`ImageFolder.notes` lists what is skipped (other file types, images next to class folders, folders of
-the system), and warns about folders that are not read although they look like classes. Hidden files
+What is skipped is logged (other file types, images next to class folders, folders of the system), and
+so are folders that are not read although they look like classes. Hidden files
 are ignored, and so are the folders of models and training runs, which contain figures. A folder that
 contains at least as many tables as images, and no metadata files, is read by the `datasets` library;
 a table with the same name as an image in its folder does not count.
@@ -24,7 +24,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ..hub.model_files import CONFIG_FILES, RECIPE_FILE
-from ..runtime.errors import format_name_list
+from ..runtime.errors import format_name_list, warn_on_first_process
 from .folder_layout import SPLIT_BY_FOLDER_NAME, SPLIT_ORDER, Layout, find_layout
 from .tables import read_table, wrap_table
 
@@ -39,7 +39,6 @@ HEIC_REMEDY = "To read HEIC, `pip install pillow-heif`, or convert the images to
 if find_spec("pillow_heif"):
     IMAGE_SUFFIXES |= HEIF_SUFFIXES
 TABLE_SUFFIXES = frozenset(".arrow .csv .json .jsonl .parquet .tar .tsv .zip".split())
-LABEL_TABLE_SUFFIXES = frozenset(".csv .jsonl .parquet .tsv".split())
 METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 
 # Folders and files of operating systems and network storage, in lower case
@@ -69,8 +68,6 @@ class ImageFolder:
     folders: list[str] = field(default_factory=list)  # visible subfolders
     run_folders: list[str] = field(default_factory=list)  # whose files are not listed
     system_folders: list[str] = field(default_factory=list)  # likewise, without the hidden ones
-    # one line for each kind of unused file or folder
-    notes: list[str] = field(default_factory=list)
 
     @property
     def files(self) -> list[str]:
@@ -176,7 +173,7 @@ def make_printable(name: str) -> str:
 
 
 def read_image_folder(folder: ImageFolder, use_labels: bool) -> Any:
-    """Return the splits as a `datasets.DatasetDict`, and add notes about unused files.
+    """Return the splits as a `datasets.DatasetDict`, and log which files are not used.
 
     If there are metadata files, the columns are `image` and the columns of the metadata files
     except `file_name`. Otherwise, the columns are `image` and, if labels are used, `label`. Without
@@ -197,13 +194,18 @@ def read_image_folder(folder: ImageFolder, use_labels: bool) -> Any:
     for image in folder.images:
         images_by_split[layout.get_split(image.split("/")[:-1])].append(image)
 
-    note_unused_folders(folder, layout)
-    note_unused_files(folder, images_by_split.pop(None), "next to the split folders")
-    note_unused_files(folder, sorted([*folder.other_files, *folder.tables]), "of other types")
+    skipped = [name for name in folder.run_folders if layout.get_split(name.split("/"))]
+    if skipped:
+        warn_on_first_process(f"WARNING: {folder.path}: {describe_skipped_runs(skipped)}")
+    if folder.system_folders:
+        names = format_name_list(folder.system_folders)
+        warn_on_first_process(f"{folder.path}: skipped folders of the system: {names}")
+    warn_about_files(folder.path, images_by_split.pop(None), "next to the split folders")
+    warn_about_files(folder.path, sorted([*folder.other_files, *folder.tables]), "of other types")
     if folder.metadata:
         return read_metadata(folder, layout)
     if use_labels:
-        note_folders_without_images(folder, layout)
+        warn_about_folders_without_images(folder, layout)
         return build_labeled_splits(folder, images_by_split, layout)
     parts = {
         split: build_dataset([str(folder.path / image) for image in images], {})
@@ -259,15 +261,11 @@ def build_labeled_splits(
     classes = sorted(set(chain.from_iterable(map(dict.values, labels_by_split.values()))))
     if not classes:
         parent = folder.path / PurePosixPath(unlabeled_images[0]).parent
-        files = [folder.path / table for table in folder.tables]
-        files += sorted(folder.path.parent.iterdir())
-        tables = [file for file in files if file.suffix.lower() in LABEL_TABLE_SUFFIXES]
         raise ValueError(
             f"{parent} contains images, but no class folders. Move the images of each class into a "
-            "separate folder, or set `dataset` to "
-            f"{tables[0] if tables else 'a table of images and labels'}"
+            "separate folder, or set `dataset` to a table of images and labels"
         )
-    note_unused_files(folder, unlabeled_images, "outside of class folders")
+    warn_about_files(folder.path, unlabeled_images, "outside of class folders")
     feature = datasets.ClassLabel(names=classes)
     parts = {
         split: build_dataset(
@@ -324,20 +322,8 @@ def check_output_is_not_read(output_dir: Path, dataset: str) -> None:
         )
 
 
-def note_unused_folders(folder: ImageFolder, layout: Layout) -> None:
-    """Add notes about skipped folders of training runs and of the system."""
-    skipped = [name for name in folder.run_folders if layout.get_split(name.split("/"))]
-    if skipped:
-        folder.notes.append(f"WARNING: {folder.path}: {describe_skipped_runs(skipped)}")
-    if folder.system_folders:
-        folder.notes.append(
-            f"{folder.path}: skipped folders of the system: "
-            f"{format_name_list(folder.system_folders)}"
-        )
-
-
-def note_folders_without_images(folder: ImageFolder, layout: Layout) -> None:
-    """Add a warning about folders in the places of classes and splits that have no images."""
+def warn_about_folders_without_images(folder: ImageFolder, layout: Layout) -> None:
+    """Log a warning about folders in the places of classes and splits that have no images."""
     with_images: set[str] = set()
     for file in (*folder.images, *(f"{run}/{RECIPE_FILE}" for run in folder.run_folders)):
         with_images.update(map(str, PurePosixPath(file).parents))
@@ -361,7 +347,7 @@ def note_folders_without_images(folder: ImageFolder, layout: Layout) -> None:
     if descriptions:
         remedy = get_heic_remedy(unread_files)
         remedy = remedy or "Convert their images to JPEG, or remove the folders"
-        folder.notes.append(
+        warn_on_first_process(
             f"WARNING: {folder.path}: these folders have no image of a readable type, so they are left "
             f"out: {format_name_list(descriptions, MAX_NAMED_FOLDERS)}. {remedy}"
         )
@@ -388,27 +374,8 @@ def get_heic_remedy(files: Sequence[str]) -> str:
     return HEIC_REMEDY if is_heic else ""
 
 
-def describe_single_class(dataset: str, name: str) -> str:
-    """Return the error message for a dataset with only one class."""
-    folder = Path(dataset, name)
-    hint = (
-        f". If its subfolders are the classes or splits, set `dataset={str(folder)!r}`"
-        if folder.is_dir()
-        else ""
-    )
-    return (
-        f"a classifier requires two or more classes, but {dataset} has the single class {name!r}"
-        f"{hint}"
-    )
-
-
-def note_unused_files(folder: ImageFolder, files: list[str], reason: str) -> None:
-    """Add a note about unused files, if there are any.
-
-    `reason` follows the word "files" in the note.
-    """
+def warn_about_files(folder: Path, files: list[str], reason: str) -> None:
+    """Log which files are not used, and why."""
     if files:
         count_text = "1 file" if len(files) == 1 else f"{len(files):,} files"
-        folder.notes.append(
-            f"{folder.path}: skipped {count_text} {reason}: {format_name_list(files)}"
-        )
+        warn_on_first_process(f"{folder}: skipped {count_text} {reason}: {format_name_list(files)}")

@@ -94,17 +94,18 @@ def convert_split(data: Any) -> Any:
         raise ValueError(
             "the dataset in memory has no images. Pass at least one (image, label) pair"
         )
-    names = find_class_names(data)
     columns = {"image": pyarrow.array([row["image"] for row in rows])}
     for column in dict.fromkeys(column for row in rows for column in row if column != "image"):
-        values = [row.get(column) for row in rows]
-        if names and column == "label":
-            values = name_vectors(values, names)
-        columns[column] = build_column(values)
-    dataset = wrap_table(columns).cast_column("image", datasets.Image())
-    if names and dataset.features.get("label") == datasets.Value("int64"):
-        dataset = dataset.cast_column("label", datasets.ClassLabel(names=names))
-    return dataset
+        columns[column] = build_column([row.get(column) for row in rows])
+    features: dict[str, Any] = {}
+    if (names := find_class_names(data)) and "label" in columns:
+        found = columns["label"].type
+        if pyarrow.types.is_integer(found):
+            features["label"] = datasets.ClassLabel(names=names)
+        elif found in (pyarrow.list_(pyarrow.int64()), pyarrow.list_(pyarrow.float64())):
+            columns["label"] = columns["label"].cast(pyarrow.list_(pyarrow.int64()))
+            features["label"] = datasets.List(datasets.ClassLabel(names=names))
+    return wrap_table(columns, features).cast_column("image", datasets.Image())
 
 
 def find_class_names(data: Any) -> list[str]:
@@ -112,16 +113,6 @@ def find_class_names(data: Any) -> list[str]:
     while not hasattr(data, "classes") and hasattr(data, "dataset"):
         data = data.dataset
     return [str(name) for name in getattr(data, "classes", None) or ()]
-
-
-def name_vectors(labels: list[Any], names: list[str]) -> list[Any]:
-    """Return the labels, with lists of names instead of vectors of 0 and 1."""
-    return [
-        [name for name, bit in zip(names, label, strict=True) if bit]
-        if isinstance(label, list) and len(label) == len(names) and set(label) <= {0, 1}
-        else label
-        for label in labels
-    ]
 
 
 def convert_pair(pair: Any, index: int) -> dict[str, Any]:

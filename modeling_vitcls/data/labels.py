@@ -1,16 +1,20 @@
-"""Labels of a dataset: the columns that contain them, and the conversion to class indices.
+"""Labels of a dataset: every cell becomes label names, and one function turns names into indices.
 
-                                                      label of one image            batch of labels
-    several --label-column
-        multi_task                                    {task: class index or -100}   {task: [B] int64}
-    a column of lists or of vectors of 0 and 1, text with --label-separator, or one --label-column of 0 and 1 per class
-        multi_label_classification                    0.0 or 1.0 per class          [B, classes] float32
-    any other column
-        single_label_classification                   class index                   [B] int64
+    cell                                                      label names (`read_names`)
+    text, a number, a truth value                             its spelling: 001, 1 (also for 1.0), True
+    the index of a `ClassLabel`                               the name that its split declares
+    a list, text like ["a", "b"], text with a separator       one for each item
+    a list with 0 or 1 for each class                         those of the ones
+    0 and 1 in one column for each class                      the names of these columns
 
-The label names are declared by the dataset (`ClassLabel`), set by --label-names, or collected as
-the sorted distinct values, in this order of precedence. Each split may declare them in an order of
-its own: labels are matched by name. This file also selects the image column.
+    kind                          label of one image (`LabelSpace.index`)    batch of labels
+    multi_task                    {task: class index or -100}                {task: [B] int64}
+    multi_label_classification    0.0 or 1.0 per class                       [B, classes] float32
+    single_label_classification   class index                                [B] int64
+
+The classes are declared by the dataset, set by --label-names, or the sorted distinct names, in this
+order of precedence. Each split may declare them in an order of its own. This file also finds the
+columns of images and labels.
 """
 
 import ast
@@ -28,7 +32,6 @@ import torch
 from ..model.configuration_vitcls import ViTCLSConfig
 from ..model.heads_vitcls import IGNORED_LABEL
 from ..runtime.errors import warn_on_first_process
-from .options import DataOptions
 
 
 IMAGE_COLUMN_NAMES = tuple(
@@ -68,7 +71,7 @@ class LabelSpace:
     def index_by_name(self) -> dict[str, dict[str, int]]:
         """Return class indices by column and class name in the Unicode form NFC."""
         return {
-            column: {unicodedata.normalize("NFC", name): index for index, name in enumerate(names)}
+            column: {normalize_name(name): index for index, name in enumerate(names)}
             for column, names in self.columns.items()
         }
 
@@ -80,6 +83,56 @@ class LabelSpace:
             "id2label": dict(enumerate(self.names)),
             "label2id": {name: index for index, name in enumerate(self.names)},
             "problem_type": self.kind,
+        }
+
+    def index(self, names: Mapping[str, Sequence[Sequence[str]]], where: str) -> Any:
+        """Return the labels of images as indices. No other function turns names into integers.
+
+        Args:
+            names: label names of each image by column. An image without one has the label -100.
+            where: name of the images in error messages.
+
+        Returns:
+            A list of indices or of {task: index}, or `MultiHotLabels`.
+
+        Raises:
+            ValueError: if a name is not one of the classes. The message contains the row.
+        """
+        indices = {}
+        for column, rows in names.items():
+            index_by_name = self.index_by_name[column]
+            for row, each in enumerate(rows):
+                for name in each:
+                    if normalize_name(name) not in index_by_name:
+                        raise ValueError(
+                            f"{where}: row {row} has the label {name!r}, not one of the "
+                            f"{len(index_by_name)} classes"
+                        )
+            indices[column] = [
+                [index_by_name[normalize_name(name)] for name in each] for each in rows
+            ]
+
+        if self.kind == "multi_label_classification":
+            (lists,) = indices.values()
+            return MultiHotLabels.from_indices(lists, len(self.names))
+        values = [[next(iter(each), IGNORED_LABEL) for each in rows] for rows in indices.values()]
+        if self.kind == "single_label_classification":
+            return values[0]
+        return [dict(zip(indices, row, strict=True)) for row in zip(*values, strict=True)]
+
+    def list_names(self, labels: Any) -> dict[str, list[list[str]]]:
+        """Return the label names of images by column, the input of `index`."""
+        if self.kind == "multi_task":
+            indices = {task: [[label[task]] for label in labels] for task in self.columns}
+        elif isinstance(labels, MultiHotLabels):
+            indices = dict.fromkeys(self.columns, labels.indices)
+        else:
+            indices = {column: [[label] for label in labels] for column in self.columns}
+        return {
+            column: [
+                [names[index] for index in each if is_known(index)] for each in indices[column]
+            ]
+            for column, names in self.columns.items()
         }
 
     def collate(self, labels: list[Any]) -> Any:
@@ -182,263 +235,189 @@ class MultiHotLabels(Sequence):
 # Reading ------------------------------------------------------------------------------------------
 
 
-# how a row contains its labels: one value per column, a list of labels, one place per class with 0
-# or 1, or one such column per class
-LabelForm = Literal["value", "list", "vector", "class columns"]
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
 BITS = {"0": False, "0.0": False, "false": False, "1": True, "1.0": True, "true": True}
 
 
-@dataclass(frozen=True)
-class LabelColumn:
-    """A label column and the names of its classes."""
+def read_labels(
+    tables: Mapping[str, Any],
+    columns: Sequence[str],
+    dataset: str,
+    separator: str | None = None,
+    label_names: Sequence[str] | None = None,
+) -> tuple[LabelSpace, dict[str, Any]]:
+    """Read the label columns of all splits: cells become label names, and names become indices.
 
-    name: str
-    classes: list[str]
-    # names that the split declares, so that labels are indices into these; None: labels are names
-    declared: tuple[str, ...] | None = None
+    Args:
+        tables: `datasets.Dataset` of each split.
+        columns: label columns. Several columns of 0 and 1 are classes, other ones are tasks.
+        dataset: name of the dataset in error messages.
+        separator: separator of several labels in one text.
+        label_names: names of all classes, if the dataset does not declare them.
 
-    @cached_property
-    def index_by_name(self) -> dict[str, int]:
-        """Class index by name and, if no name is a number, by the class index as text."""
-        indices = range(len(self.classes))
-        by_name = dict(zip(self.classes, indices, strict=True))
-        if any(name.removeprefix("-").isdecimal() for name in self.classes):
-            return by_name
-        return dict(zip(map(str, indices), indices, strict=True)) | by_name
+    Returns:
+        The label space, and the labels of each split in the format of its kind.
 
-    def get_index(self, value: Any, row_name: str) -> int:
-        """Return the class index of one value, or -100 if the value is missing.
-
-        Raise ValueError if the value is not one of the classes.
-        """
-        is_index = self.declared is not None and type(value) is int
-        label = dict(enumerate(self.declared or ())).get(value) if is_index else value
-        name = get_class_name(label)
-        if name is None and (value == -1 or not is_index):
-            return IGNORED_LABEL
-        if name not in self.index_by_name:
-            raise ValueError(
-                f"{row_name} has the label {value!r}, not one of the {len(self.classes)} classes"
-            )
-        return self.index_by_name[name]
-
-    def get_indices(self, values: Sequence[Any], name_row: Callable[[int], str]) -> list[int]:
-        """Return the class index of each value."""
-        known: dict[str, int] = {}
-        for row, value in enumerate(values):
-            if str(value) not in known:
-                known[str(value)] = self.get_index(value, name_row(row))
-        return [known[str(value)] for value in values]
-
-
-@dataclass(frozen=True)
-class LabelReader:
-    """Reader of the labels in the rows of one split."""
-
-    kind: LabelKind
-    form: LabelForm
-    column_names: list[str]  # columns of the table
-    columns: list[LabelColumn]  # the same, or a single one for the columns of classes
-    separator: str | None = None
-
-    @property
-    def label_space(self) -> LabelSpace:
-        return LabelSpace(self.kind, {column.name: column.classes for column in self.columns})
-
-    def for_split(self, features: Features) -> "LabelReader":
-        """Return the reader of a split with these columns, whose class indices are its own."""
-        columns = [
-            replace(column, declared=get_declared_names(features.get(column.name)))
-            for column in self.columns
-        ]
-        return replace(self, columns=columns)
-
-    def read(self, row: Row, row_name: str) -> Any:
-        """Return the label of one row in the format of the label kind.
-
-        Raise ValueError if a value is not one of the classes. `row_name` is the name of the row in
-        error messages.
-        """
-        values = [[row[name]] for name in self.column_names]
-        return self.read_columns(values, lambda _: row_name)[0]
-
-    def read_columns(self, values: Sequence[Sequence[Any]], name_row: Callable[[int], str]) -> Any:
-        """Return the labels of all rows, a list or `MultiHotLabels` (several labels per image).
-
-        Raise ValueError if a value is not one of the classes.
-
-        Args:
-            values: values of each column in `columns`.
-            name_row: returns the name of a row in error messages.
-        """
-        if self.kind == "multi_label_classification":
-            rows = (
-                self.read_list(list(row), name_row(number))
-                for number, row in enumerate(zip(*values, strict=True))
-            )
-            return MultiHotLabels.from_indices(rows, len(self.label_space.names))
-        indices = [self.columns[n].get_indices(column, name_row) for n, column in enumerate(values)]
-        if self.kind == "single_label_classification":
-            return indices[0]
-        return [
-            dict(zip(self.label_space.columns, row, strict=True))
-            for row in zip(*indices, strict=True)
-        ]
-
-    def read_list(self, values: list[Any], row_name: str) -> list[int]:
-        """Return the class indices of an image with several labels, given its value per column."""
-        if self.form == "list":
-            labels = split_labels(values[0], self.separator)
-            return [self.columns[0].get_index(label, row_name) for label in labels]
-        names = self.label_space.names
-        bits = values if self.form == "class columns" else split_labels(values[0], None)
-        if bits in ([None], [""]):
-            return []
-        if len(bits) != len(names) or not all(map(is_bit, bits)):
-            raise ValueError(
-                f"{row_name} has the labels {values!r}, not 0 or 1 for each of the {len(names)} "
-                "classes"
-            )
-        return [index for index, bit in enumerate(bits) if BITS.get(str(bit).lower())]
-
-
-def build_label_reader(
-    options: DataOptions,
-    features_by_split: Mapping[str, Features],
-    read_column: Callable[[str], Iterable[Any]],
-) -> LabelReader:
-    """Build the label reader of a dataset; `for_split` returns that of a split.
-
-    Raise ValueError if a column does not exist or contains no class labels, or if the classes of a
-    column are unknown. `read_column` returns the values of a column in all splits.
+    Raises:
+        ValueError: if a column contains no class labels, or a row has a label that is not a class.
     """
-    features = next(iter(features_by_split.values()))
-    names = [
-        find_column(
-            "label",
-            name,
-            features,
-            has_matching_type=get_declared_names,
-            common_names=LABEL_COLUMN_NAMES,
-            dataset=options.dataset,
-        )
-        for name in options.label_column or (None,)
-    ]
-    for split, others in features_by_split.items():
-        if missing := [name for name in names if name not in others]:
-            raise ValueError(
-                f"{options.dataset}: the split {split!r} has no labels in the column "
-                f"{missing[0]!r}. Set `dataset` to the files of the other splits"
-            )
-
-    declared = {
-        name: list_declared_names([each[name] for each in features_by_split.values()])
-        for name in names
+    kind: LabelKind = "multi_task" if len(columns) > 1 else "single_label_classification"
+    cells = {
+        column: {split: read_column(table, column) for split, table in tables.items()}
+        for column in columns
     }
-    values = {
-        name: list(read_column(name))
-        for name in names
-        if not declared[name] or get_item_type(features[name]) is not None
-    }
-    form = find_label_form(options, names, features, values, declared)
-    if form == "class columns":
-        return LabelReader(
-            "multi_label_classification", form, names, [LabelColumn("labels", names)]
-        )
-
-    columns = []
-    for name in names:
-        spellings = declared[name] or list_spellings(options, name, values[name], form)
-        if declared[name] and options.label_names not in (None, tuple(declared[name])):
-            raise ValueError(
-                f"`label_names` has no effect on {options.dataset}, which has the labels "
-                f"{', '.join(map(repr, declared[name][:20]))}. Remove `label_names`"
-            )
-        classes = list(dict.fromkeys(str(get_class_name(each)) for each in spellings))
-        columns.append(LabelColumn(name, classes, get_declared_names(features[name])))
-        warn_about_similar_labels(options.dataset, name, spellings)
-    kind: LabelKind = "single_label_classification"
-    if form != "value":
+    if len(columns) > 1 and all(
+        get_bit(cell) is not None for parts in cells.values() for cell in chain(*parts.values())
+    ):
         kind = "multi_label_classification"
-    elif len(names) > 1:
-        kind = "multi_task"
-    return LabelReader(kind, form, names, columns, options.label_separator)
-
-
-def find_label_form(
-    options: DataOptions,
-    names: Sequence[str],
-    features: Features,
-    values: Mapping[str, list[Any]],
-    declared: Mapping[str, list[str]],
-) -> LabelForm:
-    """Return how the rows contain their labels. Raise ValueError if they contradict the options."""
-    has_bits = [bool(values.get(name)) and all(map(is_bit, values[name])) for name in names]
-    if len(names) > 1 and all(has_bits):
-        return "class columns"
-    has_lists = [
-        name
-        for name in names
-        if options.label_separator
-        or get_item_type(features[name]) is not None
-        or any(parse_list(value) is not None for value in values.get(name, []))
-    ]
-    if not has_lists:
-        return "value"
-    if len(names) > 1:
-        raise ValueError(
-            f"{options.dataset}: several label columns require one label per image, but "
-            f"{has_lists[0]!r} has lists. Set one `label_column`, or omit `label_separator`"
-        )
-    lists = [split_labels(value, None) for value in values[names[0]] if value not in (None, "")]
-    lengths = set(map(len, lists))
-    if options.label_separator or len(lengths) != 1 or lengths == {1}:
-        return "list"
-    if not all(map(is_bit, chain.from_iterable(lists))):
-        return "list"
-    class_names = options.label_names or declared[names[0]]
-    if lengths != {len(class_names)}:
-        (length,) = lengths
-        found = f", not {len(class_names)}" if class_names else ""
-        raise ValueError(
-            f"{options.dataset}: each value of {names[0]!r} has {length} places with 0 or 1. Set "
-            f"`label_names` to the {length} names of these classes, in this order{found}"
-        )
-    return "vector"
-
-
-def is_bit(value: Any) -> bool:
-    return str(value).lower() in BITS
-
-
-def list_spellings(
-    options: DataOptions, name: str, values: Iterable[Any], form: LabelForm
-) -> list[str]:
-    """Return the different labels of a column as they are written; numbers are sorted by value."""
-    if options.label_names is not None:
-        return list(options.label_names)
-    spellings: set[str] = set()
-    for value in values:
-        labels = [value] if form == "value" else split_labels(value, options.label_separator)
-        if any(isinstance(label, list | dict) for label in labels):
-            raise ValueError(
-                f"{options.dataset}: the column {name!r} has no class labels, but values such as "
-                f"{value!r:.60}. Set `label_column`"
+        classes = {"labels": list(columns)}
+        names = {"labels": {split: name_columns(cells, split) for split in tables}}
+    else:
+        classes, names = {}, {}
+        for column, parts in cells.items():
+            features = {split: table.features[column] for split, table in tables.items()}
+            where = f"{dataset}: the column {column!r}"
+            classes[column], names[column], has_lists = read_label_names(
+                parts, features, where, separator, label_names
             )
-        spellings.update(text for label in labels if (text := spell_label(label)) is not None)
+            if has_lists and len(columns) > 1:
+                raise ValueError(
+                    f"{where} has lists, but several label columns require one label per image. "
+                    "Set one `label_column`, or omit `label_separator`"
+                )
+            if has_lists:
+                kind = "multi_label_classification"
 
+    space = LabelSpace(kind, classes)
+    labels = {}
+    for split in tables:
+        rows = {column: parts[split] for column, parts in names.items()}
+        labels[split] = space.index(rows, f"{dataset}, split {split!r}")
+    return space, labels
+
+
+def read_column(table: Any, column: str) -> list[Any]:
+    """Return all values of one column."""
+    return table.select_columns([column])[:][column]  # type: ignore[no-any-return]
+
+
+def name_columns(cells: Mapping[str, Mapping[str, list[Any]]], split: str) -> list[list[str]]:
+    """Return the names of the columns with 1, true or True in each row of a split."""
+    rows = zip(*(parts[split] for parts in cells.values()), strict=True)
+    return [[name for name, cell in zip(cells, row, strict=True) if get_bit(cell)] for row in rows]
+
+
+def read_label_names(
+    cells: Mapping[str, list[Any]],
+    features: Mapping[str, Any],
+    where: str,
+    separator: str | None,
+    label_names: Sequence[str] | None,
+) -> tuple[list[str], dict[str, list[list[str]]], bool]:
+    """Return the classes of a column, the label names of each image, and whether cells are lists.
+
+    What the cells contain is decided for all splits together, because a short one could mislead.
+    """
+    declared = {split: get_declared_names(feature) for split, feature in features.items()}
+    classes = list(dict.fromkeys(chain(*(names or () for names in declared.values()))))
+    is_declared = bool(classes)
+    if is_declared and label_names is not None and list(label_names) != classes:
+        raise ValueError(
+            f"{where} declares the labels {', '.join(map(repr, classes[:20]))}, so `label_names` "
+            "has no effect. Remove `label_names`"
+        )
+    classes = classes or list(label_names or ())
+
+    distinct = list({repr(cell): cell for cell in chain(*cells.values())}.values())
+    lists = [split_labels(cell, separator) for cell in distinct]
+    for cell, items in zip(distinct, lists, strict=True):
+        if any(isinstance(item, list | dict) for item in items):
+            raise ValueError(
+                f"{where} has no class labels, but values such as {cell!r:.60}. Set `label_column`"
+            )
+    has_lists = separator is not None or lists != [[cell] for cell in distinct]
+    filled = [items for items in lists if items not in ([None], [""])]
+    lengths = set(map(len, filled))
+    has_vectors = (
+        has_lists
+        and separator is None
+        and len(lengths - {1}) == len(lengths) == 1
+        and all(get_bit(item) is not None for item in chain(*filled))
+    )
+    if has_vectors and lengths != {len(classes)}:
+        (length,) = lengths
+        raise ValueError(
+            f"{where} has {length} places with 0 or 1 in each value. Set `label_names` to the "
+            f"{length} names of these classes, in this order"
+            f"{f', not {len(classes)}' if classes else ''}"
+        )
+
+    names = {
+        split: read_names(values, declared[split] or classes, is_declared, separator, has_vectors)
+        for split, values in cells.items()
+    }
+    spellings = classes or sort_spellings({*chain(*chain(*names.values()))}, where, has_lists)
+    warn_about_similar_labels(where, spellings)
+    return list(dict.fromkeys(map(normalize_name, spellings))), names, has_lists
+
+
+def read_names(
+    values: Iterable[Any],
+    classes: Sequence[str],
+    is_declared: bool,
+    separator: str | None,
+    has_vectors: bool,
+) -> list[list[str]]:
+    """Return the label names of each image, whatever its cell contains (see the table above).
+
+    Args:
+        values: cells of one label column.
+        classes: names that this split declares or the user has given; empty if there are none.
+        is_declared: whether numbers are always indices of `classes`. Names that the user gives have
+            indices, too, unless one of them is a number itself.
+        separator: separator of several labels in one text.
+        has_vectors: whether lists have one place for each of `classes`, with 0 or 1.
+    """
+    name_by_index: dict[str, str] = {}
+    if is_declared or not any(name.removeprefix("-").isdecimal() for name in classes):
+        name_by_index = {str(index): name for index, name in enumerate(classes)}
+
+    def find_names(value: Any) -> list[str]:
+        items = split_labels(value, separator)
+        if has_vectors and len(items) == len(classes):
+            return [name for name, item in zip(classes, items, strict=True) if get_bit(item)]
+        texts = [text for item in items if (text := spell_label(item)) is not None]
+        if is_declared:  # -1 is a missing label
+            return [name_by_index.get(text, f"index {text}") for text in texts if text != "-1"]
+        return [name_by_index.get(text, text) for text in texts]
+
+    known: dict[str, list[str]] = {}
+    rows = []
+    for value in values:  # large tables repeat few cells
+        key = repr(value)
+        if key not in known:
+            known[key] = find_names(value)
+        rows.append(known[key])
+    return rows
+
+
+def get_bit(value: Any) -> bool | None:
+    """Return the truth value of 0 or 1, false or true, also as text; None for other values."""
+    return BITS.get(str(value).lower())
+
+
+def sort_spellings(spellings: set[str], where: str, has_lists: bool) -> list[str]:
+    """Sort the different labels of a column; numbers by value. Raise ValueError if they are none."""
     are_numbers = all(map(NUMBER.fullmatch, spellings))
     if are_numbers and not all(float(text).is_integer() for text in spellings):
         raise ValueError(
-            f"{options.dataset}: the column {name!r} has decimal numbers, which are no class "
-            "labels. Set `label_column` to another column, or `label_names` to these numbers"
+            f"{where} has decimal numbers, which are no class labels. Set `label_column` to "
+            "another column, or `label_names` to these numbers"
         )
-    if form == "value" and spellings and all(text[0] + text[-1] == "[]" for text in spellings):
+    if not has_lists and spellings and all(text[0] + text[-1] == "[]" for text in spellings):
         raise ValueError(
-            f"{options.dataset}: the labels of {name!r} look like lists, such as "
-            f"{min(spellings)!r:.60}, but cannot be read. Write them as JSON, such as "
-            '["cat", "dog"], or as text with `label_separator`'
+            f"{where} has labels that look like lists, such as {min(spellings)!r:.60}, but cannot "
+            'be read. Write them as JSON, such as ["cat", "dog"], or as text with `label_separator`'
         )
     return sorted(spellings, key=get_sort_key)
 
@@ -449,7 +428,7 @@ def get_sort_key(text: str) -> tuple[float, str]:
     return (int(text) if is_whole else math.inf, text)
 
 
-def warn_about_similar_labels(dataset: str, column: str, spellings: Sequence[str]) -> None:
+def warn_about_similar_labels(where: str, spellings: Sequence[str]) -> None:
     """Log a warning about labels that look alike, if there are any.
 
     They differ only in case, white space, invisible characters or their form in Unicode. Labels
@@ -463,12 +442,12 @@ def warn_about_similar_labels(dataset: str, column: str, spellings: Sequence[str
     parts = []
     for group in groups.values():
         if len(group) > 1:
-            is_one = len(set(map(get_class_name, group))) == 1
+            is_one = len(set(map(normalize_name, group))) == 1
             text = " and ".join(map(ascii, group))
             parts.append(f"{text} ({'one class' if is_one else 'separate classes'})")
     if parts:
         warn_on_first_process(
-            f"WARNING: {dataset}: labels of {column!r} differ only in case, white space, invisible "
+            f"WARNING: {where} has labels that differ only in case, white space, invisible "
             f"characters or Unicode form: {', '.join(parts[:10])}. Give each class one name"
         )
 
@@ -510,31 +489,44 @@ def spell_label(value: Any) -> str | None:
     return str(value) if str(value).strip() else None
 
 
-def get_class_name(value: Any) -> str | None:
-    """Return the name of the class of a label, which is its spelling in the Unicode form NFC."""
-    text = spell_label(value)
-    return None if text is None else unicodedata.normalize("NFC", text)
+def normalize_name(name: str) -> str:
+    """Return a name in the Unicode form NFC, in which names are compared: é of macOS and Windows."""
+    return unicodedata.normalize("NFC", name)
 
 
 # Columns ------------------------------------------------------------------------------------------
 
 
-def find_image_column(options: DataOptions, features: Features) -> str:
+def find_image_column(
+    dataset: str,
+    features: Features,
+    column: str | None,
+    label_columns: Sequence[str] | None = None,
+) -> str:
     """Return the name of the column of images or image paths, which has no labels."""
-    label_columns = options.label_column or [
-        name for name in features if name.lower() in LABEL_COLUMN_NAMES
-    ]
-    candidates = {name: each for name, each in features.items() if name not in label_columns}
-    if options.image_column is None and len(candidates) == 1 < len(features):
+    excluded = label_columns or [name for name in features if name.lower() in LABEL_COLUMN_NAMES]
+    candidates = {name: each for name, each in features.items() if name not in excluded}
+    if column is None and len(candidates) == 1 < len(features):
         return next(iter(candidates))
-    return find_column(
-        "image",
-        options.image_column,
-        candidates,
-        has_matching_type=is_image_feature,
-        common_names=IMAGE_COLUMN_NAMES,
-        dataset=options.dataset,
-    )
+    return find_column("image", column, candidates, is_image_feature, IMAGE_COLUMN_NAMES, dataset)
+
+
+def find_label_columns(
+    dataset: str, tables: Mapping[str, Any], columns: Sequence[str] | None
+) -> list[str]:
+    """Return the label columns, which all splits have."""
+    features = next(iter(tables.values())).features
+    names = [
+        find_column("label", name, features, get_declared_names, LABEL_COLUMN_NAMES, dataset)
+        for name in columns or (None,)
+    ]
+    for split, table in tables.items():
+        if missing := [name for name in names if name not in table.features]:
+            raise ValueError(
+                f"{dataset}: the split {split!r} has no labels in the column {missing[0]!r}. Set "
+                "`dataset` to the files of the other splits"
+            )
+    return names
 
 
 def find_column(
@@ -592,12 +584,6 @@ def get_declared_names(feature: Any) -> tuple[str, ...] | None:
         if type(column_type).__name__ == "ClassLabel":
             return tuple(column_type.names)
     return None
-
-
-def list_declared_names(features: Iterable[Any]) -> list[str]:
-    """Return the label names that the splits declare: those of the first one, then new ones."""
-    names = (get_declared_names(feature) or () for feature in features)
-    return list(dict.fromkeys(chain.from_iterable(names)))
 
 
 def get_item_type(feature: Any) -> Any:

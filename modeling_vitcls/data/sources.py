@@ -16,10 +16,9 @@ import hashlib
 import os
 import re
 import shlex
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -31,27 +30,32 @@ from ..hub.local_paths import is_built_in_dataset
 from ..model.fast_image_processing_vitcls import open_regular_file
 from ..model.heads_vitcls import IGNORED_LABEL
 from ..runtime.errors import format_error, is_disk_full, name_full_disk, warn_on_first_process
-from .columns import divide_by_column, read_column, read_groups
+from .columns import divide_by_column, find_unused_groups, read_groups
 from .folder_layout import SPLIT_BY_FOLDER_NAME, SPLIT_ORDER
 from .image_folder import read_image_folder, scan_folder
 from .images import ADDRESS, ArrayImages, DatasetImages, LabeledImages, get_cache_file
 from .in_memory import MEMORY_PREFIX, get_dataset
 from .labels import (
     UNLABELED,
-    LabelReader,
     LabelSpace,
-    build_label_reader,
     find_image_column,
+    find_label_columns,
     is_image_feature,
+    read_labels,
 )
 from .options import DataOptions
 from .tables import read_table
 
 
-# files that the `datasets` library reads
-LIBRARY_READERS = {".parquet": "parquet", ".tar": "webdataset"}
-TEXT_TABLES = (".csv", ".tsv", ".jsonl")
-DATASET_SUFFIXES = (*TEXT_TABLES, *LIBRARY_READERS)
+# Suffix of a table -> its reader: tables.py, or one of the `datasets` library. The tables of a folder
+# are those of the first reader that has any.
+READERS = {
+    ".csv": "text",
+    ".tsv": "text",
+    ".jsonl": "text",
+    ".parquet": "parquet",
+    ".tar": "webdataset",
+}
 # what to do with a file of another type
 REMEDIES = {
     ".xlsx": "Save the sheet as CSV UTF-8",
@@ -71,6 +75,13 @@ OTHER_REMEDY = "Set `dataset` to a folder of images, or to a CSV file"
 # of which one is in a folder written by `save_to_disk`
 SAVED_FILES = ("dataset_dict.json", "state.json")
 MAX_CHECKED_PATHS = 100  # of a table, of which one must be a file
+
+# kind of labels, as text
+KIND_TEXTS = {
+    "single_label_classification": "one label per image",
+    "multi_label_classification": "several labels per image",
+    "multi_task": "one task per column",
+}
 
 # names of all splits -> names of the splits to read
 SplitSelector = Callable[[list[str]], Collection[str]]
@@ -159,52 +170,45 @@ def load_digits() -> Splits:
 
 def load_table(options: DataOptions, use_labels: bool, select: SplitSelector) -> Splits:
     """Load the splits of an image folder, a table, data in memory or a dataset on the Hub."""
-    opened = open_dataset(options, use_labels)
-    all_splits, facts = divide_by_column(opened.splits, options)
-    datasets = {split: all_splits[split] for split in select(list(all_splits))}
-    features = next(iter(datasets.values())).features
-    image_column = find_image_column(options, features)
-    images_by_split = {
-        split: build_images(dataset, image_column, opened.folder, options.dataset)
-        for split, dataset in datasets.items()
+    dataset = options.dataset
+    opened = open_dataset(dataset, use_labels)
+    all_tables, facts = divide_by_column(
+        opened.splits, dataset, options.split_column, options.label_column or ()
+    )
+    tables = {split: all_tables[split] for split in select(list(all_tables))}
+    features = next(iter(tables.values())).features
+    column = find_image_column(dataset, features, options.image_column, options.label_column)
+    images = {
+        split: build_images(table, column, opened.folder, dataset)
+        for split, table in tables.items()
     }
     if not use_labels:
-        unlabeled = {split: mark_as_unlabeled(each) for split, each in images_by_split.items()}
-        return Splits(opened.name, UNLABELED, unlabeled, list(all_splits), facts)
+        unlabeled = {split: mark_as_unlabeled(each) for split, each in images.items()}
+        return Splits(opened.name, UNLABELED, unlabeled, list(all_tables), facts)
 
-    def read_all(column: str) -> Iterable[Any]:
-        return chain.from_iterable(read_column(dataset, column) for dataset in datasets.values())
+    columns = find_label_columns(dataset, tables, options.label_column)
+    label_space, labels = read_labels(
+        tables, columns, dataset, options.label_separator, options.label_names
+    )
+    examples = [", ".join(map(repr, names[:3])) for names in label_space.columns.values()]
+    facts["labels"] = (
+        f"{KIND_TEXTS[label_space.kind]}, from {', '.join(map(repr, columns))}, such as "
+        f"{'; '.join(examples)}"
+    )
+    groups: dict[str, np.ndarray] = {}
+    if options.group_column is not None:
+        groups, facts["groups"] = read_groups(tables, dataset, options.group_column)
+    elif fact := find_unused_groups(tables, dataset, columns):
+        facts["groups"] = fact
 
-    features_by_split = {split: dataset.features for split, dataset in datasets.items()}
-    reader = build_label_reader(options, features_by_split, read_all)
-    facts = {"labels": describe_labels(reader)} | facts
-    groups_by_split, groups_fact = read_groups(options, datasets, reader.column_names)
-    if groups_fact:
-        facts["groups"] = groups_fact
-
-    labeled_splits = {}
-    for split, dataset in datasets.items():
-        name_row = partial("{}, split {!r}: row {}".format, options.dataset, split)
-        labels = reader.for_split(dataset.features).read_columns(
-            [read_column(dataset, column) for column in reader.column_names], name_row
+    labeled = {
+        split: drop_unlabeled_images(
+            LabeledImages(images[split], labels[split], groups.get(split)),
+            f"{dataset}, split {split!r}",
         )
-        images = LabeledImages(images_by_split[split], labels, groups_by_split.get(split))
-        labeled_splits[split] = drop_unlabeled_images(images, f"{options.dataset}, split {split!r}")
-    return Splits(opened.name, reader.label_space, labeled_splits, list(all_splits), facts)
-
-
-def describe_labels(reader: LabelReader) -> str:
-    """Return which columns contain the labels, their kind, and labels as they are spelled."""
-    kinds = {
-        "single_label_classification": "one label per image",
-        "multi_label_classification": "several labels per image",
-        "multi_task": "one task per column",
+        for split in tables
     }
-    examples = [
-        f"{', '.join(map(repr, names[:3]))}" for names in reader.label_space.columns.values()
-    ]
-    columns = ", ".join(map(repr, reader.column_names))
-    return f"{kinds[reader.kind]}, from {columns}, such as {'; '.join(examples)}"
+    return Splits(opened.name, label_space, labeled, list(all_tables), facts)
 
 
 def drop_unlabeled_images(images: LabeledImages, name: str) -> LabeledImages:
@@ -234,117 +238,105 @@ class OpenedDataset:
 
     name: str  # of the file or folder, or the id on the Hub
     folder: Path  # to which image paths are relative
-    splits: Any  # `datasets` objects by name
+    splits: Any  # `datasets.Dataset` by name
 
 
-def open_dataset(options: DataOptions, use_labels: bool) -> OpenedDataset:
+def open_dataset(dataset: str, use_labels: bool) -> OpenedDataset:
     """Open a dataset that `datasets` represents: all but `digits`.
 
-    With `streaming`, rows of the Hub and of large files are not read yet. Raise ValueError if the
-    dataset cannot be read, and OSError if it is found neither locally nor on the Hub.
+    Raise ValueError if the dataset cannot be read, and OSError if it is found neither locally nor
+    on the Hub.
     """
-    path = Path(options.dataset)
-    is_in_memory = options.dataset.startswith(MEMORY_PREFIX)
-    if options.streaming and (is_in_memory or is_built_in_dataset(options.dataset)):
-        raise ValueError(f"{options.dataset} is always loaded into memory. Remove `streaming=True`")
-
-    if is_in_memory:
-        return OpenedDataset(options.dataset, Path("/"), get_dataset(options.dataset))
+    path = Path(dataset)
+    if dataset.startswith(MEMORY_PREFIX):
+        return OpenedDataset(dataset, Path("/"), get_dataset(dataset))
+    if path.is_dir():
+        return OpenedDataset(path.resolve().name, path, read_folder(path, use_labels))
+    suffix = path.suffix.lower()
+    if path.exists() and suffix not in READERS:
+        remedy = REMEDIES.get(suffix, OTHER_REMEDY).replace("FILE", shlex.quote(dataset))
+        raise ValueError(f"{dataset} is not a table that can be read. {remedy}")
     if path.exists():
-        splits = open_local_splits(path, options, use_labels)
-        return OpenedDataset(path.resolve().name, path if path.is_dir() else path.parent, splits)
-    if path.suffix.lower() in DATASET_SUFFIXES:
-        raise OSError(f"there is no file {options.dataset}. Check the path")
-    if not is_hub_id(options.dataset):
-        raise OSError(describe_missing_repo(options.dataset, "dataset"))
+        return OpenedDataset(
+            path.resolve().name, path.parent, read_tables(READERS[suffix], {"train": [path]})
+        )
+    if suffix in READERS:
+        raise OSError(f"there is no file {dataset}. Check the path")
+    if not is_hub_id(dataset):
+        raise OSError(describe_missing_repo(dataset, "dataset"))
 
     import datasets
 
     try:
         # without the fallback, `datasets` retries for almost a minute
-        with (
-            fall_back_to_cache(options.dataset, "dataset"),
-            explain_reading_errors(options.dataset),
-        ):
-            splits = datasets.load_dataset(options.dataset, streaming=options.streaming)
+        with fall_back_to_cache(dataset, "dataset"), explain_reading_errors(dataset):
+            splits = datasets.load_dataset(dataset)
     except ValueError as error:
         if not isinstance(error.__cause__, ConnectionError | FileNotFoundError):
             raise
         raise OSError(
-            f"there is no file or folder {options.dataset}, and no such dataset was found on the "
-            "Hub or in its cache. Check the name"
+            f"there is no file or folder {dataset}, and no such dataset was found on the Hub or in "
+            "its cache. Check the name"
         ) from error
-    return OpenedDataset(options.dataset, path, splits)
+    return OpenedDataset(dataset, path, splits)
 
 
-def open_local_splits(path: Path, options: DataOptions, use_labels: bool) -> Any:
-    """Return the splits of a file or folder on this machine."""
+def read_folder(path: Path, use_labels: bool) -> Any:
+    """Return the splits of an image folder, a folder of `save_to_disk`, or a folder of tables."""
     import datasets
 
-    if path.is_dir() and (folder := scan_folder(path)).is_image_folder:
-        image_splits = read_image_folder(folder, use_labels)
-        for note in folder.notes:
-            warn_on_first_process(note)
-        return image_splits
-    suffix = path.suffix.lower()
-    if path.is_file() and suffix in TEXT_TABLES:
-        return {"train": read_table(path)}
-    if path.is_dir() and any((path / file).is_file() for file in SAVED_FILES):
-        with explain_reading_errors(options.dataset):  # written by `save_to_disk`
+    folder = scan_folder(path)
+    if folder.is_image_folder:
+        return read_image_folder(folder, use_labels)
+    if any((path / file).is_file() for file in SAVED_FILES):
+        with explain_reading_errors(str(path)):
             saved = datasets.load_from_disk(path)
         return saved if isinstance(saved, dict) else {"train": saved}
-    if path.is_dir() and (tables := find_text_tables(path)):
-        parts = {split: [read_table(file) for file in files] for split, files in tables.items()}
-        return {split: datasets.concatenate_datasets(part) for split, part in parts.items()}
-    if path.is_dir() and any(path.glob("*-ubyte*")):
+    for reader in dict.fromkeys(READERS.values()):
+        if tables := find_tables(path, folder.files, reader):
+            return read_tables(reader, tables)
+    if any("-ubyte" in file for file in folder.files):
         raise ValueError(
             f"{path} contains MNIST's idx files, which are not read. Set `dataset` to the same "
             "images on the Hub, such as 'ylecun/mnist' or 'zalando-datasets/fashion_mnist'"
         )
-    if not path.is_dir() and suffix not in LIBRARY_READERS:
-        raise ValueError(
-            f"{path} is not a table that can be read. "
-            f"{REMEDIES.get(suffix, OTHER_REMEDY).replace('FILE', shlex.quote(str(path)))}"
-        )
-    with explain_reading_errors(options.dataset):
-        if options.streaming:
-            return load_files(path, streaming=True)
-        # the cache of `datasets` identifies a file by its time, which a copy may keep
-        cache_folder = get_cache_file(compute_content_digest(path))
-        return load_files(path, cache_dir=str(cache_folder))
+    raise ValueError(
+        f"{path} contains no images and no tables ({', '.join(READERS)}). Check the path"
+    )
 
 
-def load_files(path: Path, **arguments: Any) -> Any:
-    """Load a file, or a folder with files by split, with the `datasets` library."""
-    import datasets
-
-    if path.is_dir():
-        return datasets.load_dataset(str(path), **arguments)
-    reader = LIBRARY_READERS[path.suffix.lower()]
-    return datasets.load_dataset(reader, data_files=str(path), **arguments)
-
-
-def compute_content_digest(path: Path) -> str:
-    """Return a hash of the content of a file, or of the names and the content of all its files."""
-    digest = hashlib.blake2b(digest_size=16)
-    files = [path] if path.is_file() else [path / name for name in scan_folder(path).files]
-    for file in files:
-        digest.update(f"{file.relative_to(path.parent)}\0".encode())
-        with open_regular_file(file) as stream:
-            digest.update(hashlib.file_digest(stream, "blake2b").digest())
-    return digest.hexdigest()
-
-
-def find_text_tables(folder: Path) -> dict[str, list[Path]]:
-    """Return the text tables of a folder by the split that their names or folders begin with."""
-    files = [folder / name for name in scan_folder(folder).files]
+def find_tables(root: Path, files: Sequence[str], reader: str) -> dict[str, list[Path]]:
+    """Return the tables of a folder by the split that their names or folders begin with."""
     tables: dict[str, list[Path]] = {}
     for file in files:
-        if file.suffix.lower() in TEXT_TABLES:
-            parts = re.split(r"[/._-]", file.relative_to(folder).as_posix().lower())
-            names = [SPLIT_BY_FOLDER_NAME[part] for part in parts if part in SPLIT_BY_FOLDER_NAME]
-            tables.setdefault(names[0] if names else "train", []).append(file)
+        if READERS.get(Path(file).suffix.lower()) == reader:
+            words = re.split(r"[/._-]", file.lower())
+            splits = [SPLIT_BY_FOLDER_NAME[word] for word in words if word in SPLIT_BY_FOLDER_NAME]
+            tables.setdefault(splits[0] if splits else "train", []).append(root / file)
     return {split: tables[split] for split in SPLIT_ORDER if split in tables}
+
+
+def read_tables(reader: str, files: Mapping[str, Sequence[Path]]) -> Any:
+    """Return the tables of each split as `datasets.Dataset`."""
+    import datasets
+
+    if reader == "text":
+        return {
+            split: datasets.concatenate_datasets(list(map(read_table, part)))
+            for split, part in files.items()
+        }
+    paths = list(chain(*files.values()))
+    # the cache of `datasets` identifies a file by its time, which a copy may keep
+    digest = hashlib.blake2b(digest_size=16)
+    for file in paths:
+        with open_regular_file(file) as stream:
+            digest.update(hashlib.file_digest(stream, "blake2b").digest())
+    with explain_reading_errors(str(paths[0].parent if len(paths) > 1 else paths[0])):
+        return datasets.load_dataset(
+            reader,
+            data_files={split: list(map(str, part)) for split, part in files.items()},
+            cache_dir=str(get_cache_file(digest.hexdigest())),
+        )
 
 
 @contextmanager
@@ -360,8 +352,6 @@ def explain_reading_errors(name: str) -> Iterator[None]:
     try:
         with name_full_disk(datasets.config.HF_DATASETS_CACHE):
             yield
-    except datasets.data_files.EmptyDatasetError:
-        raise ValueError(f"{name} contains no images and no tables. Check the path") from None
     except Exception as error:  # the readers raise many types of errors on damaged data
         if is_disk_full(error):
             raise
@@ -370,11 +360,6 @@ def explain_reading_errors(name: str) -> Iterator[None]:
             cause = cause.__cause__
         if "BatchSize must be greater than 0" in str(cause):  # of a Parquet file
             raise ValueError(f"{name} is empty. Add rows with images") from error
-        if isinstance(cause, UnicodeDecodeError):
-            raise ValueError(
-                f"{name} is not encoded as UTF-8. Save it as UTF-8, such as with the file type "
-                "'CSV UTF-8' of a spreadsheet"
-            ) from error
         raise ValueError(
             f"cannot read the dataset {name!r} ({type(cause).__name__}: {format_error(cause)}). "
             "Check the path and the file format: CSV, JSON Lines or Parquet, or a folder of images "

@@ -25,7 +25,6 @@ from scipy.sparse.csgraph import connected_components
 from ..model.heads_vitcls import IGNORED_LABEL
 from ..runtime.distributed import run_on_main
 from ..runtime.errors import format_name_list
-from .image_folder import describe_single_class
 from .images import NO_CONTENT_KEY, DatasetImages, LabeledImages, compute_digest
 from .in_memory import MEMORY_PREFIX
 from .labels import LabelSpace, MultiHotLabels
@@ -313,7 +312,10 @@ def check_splits(
         and label_space.columns
         and len(label_space.names) == 1
     ):
-        raise ValueError(describe_single_class(options.dataset, label_space.names[0]))
+        raise ValueError(
+            f"a classifier requires two or more classes, but {options.dataset} has the single class "
+            f"{label_space.names[0]!r}. If this is a folder of classes, set `dataset` to it"
+        )
 
     if lacks_selection and (options.streaming or not options.held_out_part):
         raise ValueError(

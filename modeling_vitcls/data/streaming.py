@@ -17,11 +17,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
 
+from ..hub.loading import fall_back_to_cache, is_hub_id
+from ..hub.local_paths import is_built_in_dataset
 from ..model.heads_vitcls import IGNORED_LABEL
 from .batches import Batch, BatchBuilder
 from .columns import divide_by_column
@@ -33,21 +36,28 @@ from .images import (
     decode_image,
     to_encoded_image,
 )
+from .in_memory import MEMORY_PREFIX
 from .labels import (
     UNLABELED,
     Features,
-    LabelReader,
+    LabelKind,
+    LabelSpace,
     MultiHotLabels,
-    build_label_reader,
     find_image_column,
+    find_label_columns,
     get_declared_names,
     get_item_type,
+    read_label_names,
+    read_names,
 )
 from .options import DataOptions
 from .sampling import BatchPlan, derive_seed, draw_numbers
 from .sources import (
+    KIND_TEXTS,
+    READERS,
+    OpenedDataset,
     Splits,
-    describe_labels,
+    explain_reading_errors,
     open_dataset,
 )
 
@@ -55,6 +65,7 @@ from .sources import (
 MAX_HELD_OUT_IMAGES = 10_000  # maximum number of held-out images of a stream
 
 
+Row = dict[str, Any]  # values by column
 StreamRow = tuple[dict[str, Any], int]  # (column name -> value, image key)
 
 
@@ -78,7 +89,7 @@ class StreamedImages:
     name: str
     stream: Any  # an IterableDataset whose images are not decoded
     image_column: str
-    reader: LabelReader | None  # None if labels are not read
+    reader: "RowReader | None"  # None if labels are not read
     folder: Path
     shuffle_buffer_size: int
     held_out_fraction: float = 0.0
@@ -179,6 +190,32 @@ class StreamedImages:
                 yield Example(encoded_image, label, index)
 
 
+# Labels -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RowReader:
+    """The labels of a row of one split."""
+
+    space: LabelSpace
+    declared: dict[str, tuple[str, ...] | None]  # by column
+    separator: str | None
+
+    def read(self, row: Row, row_name: str) -> Any:
+        """Return the label of a row. Raise ValueError if it is not one of the classes."""
+        names = {
+            column: read_names(
+                [row[column]],
+                self.declared[column] or classes,
+                self.declared[column] is not None,
+                self.separator,
+                has_vectors=False,
+            )
+            for column, classes in self.space.columns.items()
+        }
+        return self.space.index(names, row_name)[0]
+
+
 # Opening ------------------------------------------------------------------------------------------
 
 
@@ -190,11 +227,30 @@ def open_streams(options: DataOptions, use_labels: bool) -> Splits:
     """
     import datasets
 
-    opened = open_dataset(options, use_labels)
+    path = Path(options.dataset)
+    is_on_hub = is_hub_id(options.dataset) and not path.exists()
+    if options.dataset.startswith(MEMORY_PREFIX) or is_built_in_dataset(options.dataset):
+        raise ValueError(f"{options.dataset} is always loaded into memory. Remove `streaming=True`")
+    if is_on_hub or (path.is_file() and path.suffix in (".parquet", ".tar")):
+        arguments = (
+            {"path": options.dataset}
+            if is_on_hub
+            else {"path": READERS[path.suffix], "data_files": str(path)}
+        )
+        with (
+            fall_back_to_cache(options.dataset, "dataset"),
+            explain_reading_errors(options.dataset),
+        ):
+            streams = datasets.load_dataset(**arguments, streaming=True)
+        opened = OpenedDataset(options.dataset, path.parent, streams)
+    else:
+        opened = open_dataset(options.dataset, use_labels)
     streams = opened.splits
     facts: dict[str, str] = {}
     if all(isinstance(split, datasets.Dataset) for split in streams.values()):
-        stored, facts = divide_by_column(streams, options)
+        stored, facts = divide_by_column(
+            streams, options.dataset, options.split_column, options.label_column or ()
+        )
         streams = {name: split.to_iterable_dataset() for name, split in stored.items()}
     elif options.split_column is not None:
         raise ValueError(
@@ -205,7 +261,9 @@ def open_streams(options: DataOptions, use_labels: bool) -> Splits:
         split: read_features(stream, options.dataset) for split, stream in streams.items()
     }
     features = next(iter(features_by_split.values()))
-    image_column = find_image_column(options, features)
+    image_column = find_image_column(
+        options.dataset, features, options.image_column, options.label_column
+    )
 
     def read_labels(column: str) -> Iterable[Any]:
         item_type = get_item_type(features[column])
@@ -214,13 +272,30 @@ def open_streams(options: DataOptions, use_labels: bool) -> Splits:
             return []  # no pass over the rows
         return read_label_column(streams, column, options.dataset)
 
-    reader = None
+    readers: dict[str, RowReader] = {}
     columns = [image_column]
+    label_space = UNLABELED
     if use_labels:
-        reader = build_label_reader(options, features_by_split, read_labels)
-        columns += reader.column_names
-        facts["labels"] = describe_labels(reader)
-    label_space = UNLABELED if reader is None else reader.label_space
+        tables = {
+            split: SimpleNamespace(features=found) for split, found in features_by_split.items()
+        }
+        label_columns = find_label_columns(options.dataset, tables, options.label_column)
+        columns += label_columns
+        kind: LabelKind = "multi_task" if len(columns) > 2 else "single_label_classification"
+        classes = {}
+        for name in label_columns:
+            parts = {split: found[name] for split, found in features_by_split.items()}
+            cells = {split: [] for split in parts} | {next(iter(parts)): list(read_labels(name))}
+            classes[name], _, has_lists = read_label_names(
+                cells, parts, options.dataset, options.label_separator, options.label_names
+            )
+            if has_lists or get_item_type(features[name]) is not None:
+                kind = "multi_label_classification"
+        label_space = LabelSpace(kind, classes)
+        facts["labels"] = KIND_TEXTS[kind]
+        for split, found in features_by_split.items():
+            declared = {name: get_declared_names(found[name]) for name in label_columns}
+            readers[split] = RowReader(label_space, declared, options.label_separator)
     images_by_split = {}
     for split, stream in streams.items():
         if isinstance(features[image_column], datasets.Image):
@@ -229,7 +304,7 @@ def open_streams(options: DataOptions, use_labels: bool) -> Splits:
             name=opened.name,
             stream=stream.select_columns(columns),
             image_column=image_column,
-            reader=reader and reader.for_split(features_by_split[split]),
+            reader=readers.get(split),
             folder=opened.folder,
             shuffle_buffer_size=options.shuffle_buffer,
         )

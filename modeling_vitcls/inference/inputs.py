@@ -235,9 +235,9 @@ def open_input(options: PredictOptions) -> PredictionInput:
         ).images
         return ListInput([f"{path.name}/{index}" for index in range(len(images))], images)
 
-    opened = open_dataset(data_options, use_labels=False)
+    opened = open_dataset(dataset, use_labels=False)
     split = select_split(opened.splits, options)
-    column = find_image_column(data_options, split.features)
+    column = find_image_column(dataset, split.features, options.image_column)
     if not len(split):
         raise ValueError(f"the dataset {dataset} is empty. Add images")
     images = build_images(split, column, opened.folder, dataset)

@@ -60,7 +60,7 @@ def test_a_run_shows_classes_labels_splits_and_groups(
     assert lines["labels"] == "one label per image, from 'label', such as '01', '1'"
     assert lines["splits"] == "column 'split': train 30, test 10 rows"
     assert "'patient' is not used" in lines["groups"]
-    assert "--group-column patient" in lines["groups"]
+    assert "`group_column='patient'`" in lines["groups"]
     assert "skipped 1 of 10 images (no label)" in caplog.text
 
 

@@ -132,7 +132,7 @@ def test_dicts_are_tasks_and_lists_are_several_labels() -> None:
     )
     assert (splits.label_space.kind, splits.label_space.names) == (
         "multi_label_classification",
-        ["0", "1"],
+        ["cat", "dog"],
     )
 
     names = ["a", "b"]

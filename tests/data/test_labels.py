@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import datasets
@@ -9,98 +10,81 @@ import pytest
 from helpers.tiny_models import raises_one_line
 
 from modeling_vitcls.data.labels import (
-    LabelReader,
     LabelSpace,
-    build_label_reader,
     find_image_column,
     get_label_space,
     is_multi_label,
+    read_labels,
+    read_names,
 )
-from modeling_vitcls.data.options import DataOptions
 from modeling_vitcls.model.configuration_vitcls import ViTCLSConfig
 
 
-INTEGERS = datasets.Value("int64")
-
-
-def build_reader(
-    values: list[Any], feature: Any = INTEGERS, names: tuple[str, ...] | None = None, **flags: Any
-) -> LabelReader:
-    """Build the reader of a column `label` with these values."""
-    options = DataOptions(dataset="table.csv", label_names=names, **flags)
-    return build_label_reader(options, {"train": {"label": feature}}, lambda column: values)
-
-
-def read_all(reader: LabelReader, values: list[Any]) -> list[Any]:
-    """Return the labels of rows with these values."""
-    return [reader.read({"label": value}, "row") for value in values]
+def read(
+    values: list[Any], feature: Any = None, names: tuple[str, ...] | None = None, **flags: Any
+) -> tuple[list[str], Any]:
+    """Return the classes and the labels of a column with these values."""
+    features = None if feature is None else datasets.Features({"label": feature})
+    table = datasets.Dataset.from_dict({"label": values}, features)
+    space, labels = read_labels(
+        {"train": table}, ["label"], "table.csv", label_names=names, **flags
+    )
+    return space.names, list(labels["train"])
 
 
 def test_minus_one_is_a_class_unless_the_column_is_declared() -> None:
-    reader = build_reader([1, -1, 0])
-    assert reader.label_space.names == ["-1", "0", "1"]
-    assert read_all(reader, [-1, 0, 1]) == [0, 1, 2]
-    declared = build_reader([], datasets.ClassLabel(names=["no", "yes"]))
-    assert read_all(declared, [0, 1, -1]) == [0, 1, -100]  # -1 is a missing label
-    with raises_one_line("row has the label 7, not one of the 2 classes"):  # an index, not a name
-        build_reader([], datasets.ClassLabel(names=["no", "7"])).read({"label": 7}, "row")
+    assert read([-1, 0, 1]) == (["-1", "0", "1"], [0, 1, 2])
+    declared = datasets.ClassLabel(names=["no", "yes"])
+    assert read([0, 1, -1], declared) == (["no", "yes"], [0, 1, -100])
+
+
+def test_an_index_of_a_declared_column_is_never_a_name() -> None:
+    rows = read_names([0, 7], ["no", "7"], is_declared=True, separator=None, has_vectors=False)
+    space = LabelSpace("single_label_classification", {"label": ["no", "7"]})
+    with raises_one_line("row 1 has the label 'index 7', not one of the 2 classes"):
+        space.index({"label": rows}, "table.csv")
 
 
 def test_undeclared_integers_are_names_sorted_by_value() -> None:
-    reader = build_reader([10, 9, 100, None])
-    assert reader.label_space.names == ["9", "10", "100"]
-    assert read_all(reader, [9, 10, 100, 10.0, "9"]) == [0, 1, 2, 1, 0]
-    for value in (0, 1, 2, -1, 3):  # not an index
-        with raises_one_line(f"row has the label {value}, not one of the 3 classes"):
-            reader.read({"label": value}, "row")
+    assert read([10, 9, 100, None]) == (["9", "10", "100"], [1, 0, 2, -100])
+    assert read([10.0, 9.0]) == (["9", "10"], [1, 0])
 
 
 @pytest.mark.parametrize("names", [("cat", "7", "dog"), ("cat", "-7", "dog")])
 def test_integers_are_never_indices_if_any_name_is_an_integer(names: tuple[str, ...]) -> None:
-    reader = build_reader([], names=names)
-    assert read_all(reader, ["cat", int(names[1]), names[1], "dog"]) == [0, 1, 1, 2]
+    assert read(["cat", names[1], "dog"], names=names)[1] == [0, 1, 2]
+    assert read([int(names[1])], names=names)[1] == [1]
     for value in (0, 1, 2, -1):
-        with raises_one_line(f"row has the label {value}, not one of the 3 classes"):
-            reader.read({"label": value}, "row")
+        with raises_one_line(f"row 0 has the label '{value}', not one of the 3 classes"):
+            read([value], names=names)
 
 
 def test_integers_are_indices_if_no_name_is_an_integer() -> None:
-    reader = build_reader([], names=("cat", "dog"), label_column=("label",))
-    assert read_all(reader, [0, 1, 1.0, "1", "cat", "dog"]) == [0, 1, 1, 1, 0, 1]
+    for values in ([0, 1], ["0", "1"], [0.0, 1.0], ["cat", "dog"]):
+        assert read(values, names=("cat", "dog"))[1] == [0, 1]
     for value in (-1, 2, "00", 0.5):
-        with raises_one_line(f"row has the label {value!r}, not one of the 2 classes"):
-            reader.read({"label": value}, "row")
-
-
-def test_names_of_mixed_types_are_sorted_numbers_first() -> None:
-    reader = build_reader(["b", 10, "a", 9], datasets.Value("string"))
-    assert reader.label_space.names == ["9", "10", "a", "b"]
-    assert read_all(reader, [10, "10", "b"]) == [1, 1, 3]
+        with raises_one_line(f"row 0 has the label '{value}', not one of the 2 classes"):
+            read([value], names=("cat", "dog"))
 
 
 def test_empty_text_and_nan_are_missing_labels() -> None:
-    reader = build_reader(["b", "", "a", None, math.nan], datasets.Value("string"))
-    assert reader.label_space.names == ["a", "b"]
-    assert read_all(reader, ["", None, math.nan, "b"]) == [-100, -100, -100, 1]
+    assert read(["b", "", "a", None]) == (["a", "b"], [1, -100, 0, -100])
+    assert read([1.0, math.nan]) == (["1"], [0, -100])
 
 
 def test_empty_text_between_separators_is_not_a_label() -> None:
-    reader = build_reader(["b|a", None, "|b||", " "], datasets.Value("string"), label_separator="|")
-    assert reader.label_space == LabelSpace("multi_label_classification", {"label": ["a", "b"]})
-    assert read_all(reader, ["b | a", None, "|b|| ", ""]) == [
-        [1.0, 1.0],
-        [0.0, 0.0],
-        [0.0, 1.0],
-        [0.0, 0.0],
-    ]
+    values = ["b | a", None, "|b|| ", ""]
+    names, labels = read(values, separator="|")
+    assert names == ["a", "b"]
+    assert labels == [[1.0, 1.0], [0.0, 0.0], [0.0, 1.0], [0.0, 0.0]]
     with raises_one_line("row 1 has the label 'c'"):
-        reader.read_columns([["a", "b|c"]], "row {}".format)
+        read(["a", "b|c"], names=("a", "b"), separator="|")
 
 
 @pytest.mark.parametrize("value", [0.5, {"x": 1}, [["a"], ["b"]]])
 def test_columns_of_other_values_are_not_labels(value: Any) -> None:
     with raises_one_line("'label'", "`label_column`"):
-        build_reader([value])
+        read([value])
 
 
 SINGLE = LabelSpace("single_label_classification", {"label": ["cat", "dog"]})
@@ -138,25 +122,22 @@ def test_a_label_space_survives_the_configuration(label_space: LabelSpace) -> No
     "build", [datasets.List, datasets.LargeList, datasets.Sequence, lambda feature: [feature]]
 )
 def test_each_type_of_list_contains_several_labels(build: Callable[[Any], Any]) -> None:
-    reader = build_reader([], build(datasets.ClassLabel(names=["1", "0"])))
-    assert reader.label_space == LabelSpace("multi_label_classification", {"label": ["1", "0"]})
-    assert read_all(reader, [[1], [1, 0], []]) == [[0.0, 1.0], [1.0, 1.0], [0.0, 0.0]]
-    assert build_reader([["b"], ["a"]], build(datasets.Value("string"))).label_space.columns == {
-        "label": ["a", "b"]
-    }
+    declared = build(datasets.ClassLabel(names=["1", "0"]))
+    assert read([[1], [1, 0], []], declared) == (["1", "0"], [[0.0, 1.0], [1.0, 1.0], [0.0, 0.0]])
+    assert read([["b"], ["a"]], build(datasets.Value("string")))[0] == ["a", "b"]
 
 
 def test_the_image_column_contains_images() -> None:
     """A usual name is only used among columns of images, or if no column contains images."""
-    options = DataOptions(dataset="table")
+    find = partial(find_image_column, "table", column=None)
     image = datasets.Image()
     text = datasets.Value("string")
 
     encoded = {"bytes": datasets.Value("binary"), "path": text, "source": text}
     for feature in (image, encoded, datasets.Value("binary")):
         features = {"image": text, "thumbnail": feature, "photo": feature}
-        assert find_image_column(options, features) == "photo"
-        assert find_image_column(options, {"image": text, "thumbnail": feature}) == "thumbnail"
-    assert find_image_column(options, {"box": {"path": text}, "id": text, "file": text}) == "file"
+        assert find(features) == "photo"
+        assert find({"image": text, "thumbnail": feature}) == "thumbnail"
+    assert find({"box": {"path": text}, "id": text, "file": text}) == "file"
     with raises_one_line("cannot identify the image column among a, b. Set `image_column`"):
-        find_image_column(options, {"a": image, "b": image})
+        find({"a": image, "b": image})

@@ -212,7 +212,7 @@ def test_contradictory_labels_are_named(color_images: Path, tmp_path: Path) -> N
     file = write_table(tmp_path / "table.parquet", rows)
     for options, message in (
         ({"label_column": ("tags", "shade")}, "`label_column`"),
-        ({"label_column": ("shade",)}, "single class 'a'$"),
+        ({"label_column": ("shade",)}, "single class 'a'"),
         ({"label_column": ("shade", "size"), "label_separator": "|"}, "`label_separator`"),
     ):
         with pytest.raises(ValueError, match=message):
