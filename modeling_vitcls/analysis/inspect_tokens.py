@@ -51,7 +51,7 @@ def inspect_tokens(options: InspectOptions) -> Inspection:
             images.images,
             labels=images.labels,
             num_shown=options.num_images,
-            token_movement=folder.saved_results.get("token_movement"),
+            token_movement=folder.results_of_any_weights.get("token_movement"),
             batch_size=options.batch_size,
             on_warning=lambda message: error_console.print(
                 f"WARNING: {message}", style="bold yellow", markup=False

@@ -54,7 +54,7 @@ class InspectOptions(ImageOptions):
                 "`image_column`, `label_column` and `label_separator` require `dataset`. Set "
                 "`dataset`."
             )
-        check_output_files(self, "output", "json")
+        check_output_files(output=self.output, json=self.json)
         if self.output.suffix.lower() not in (".html", ".htm"):
             raise ValueError(f"`output={str(self.output)!r}`: the file name must end in .html")
         if self.json is not None and self.json.suffix.lower() != ".json":
@@ -88,7 +88,7 @@ class LookOptions(Options):
 
     def check(self) -> None:
         super().check()
-        check_output_files(self, "json")
+        check_output_files(json=self.json)
         if not self.paths:
             raise ValueError("Name at least one photo or folder: `vitcls look photo.jpg --model M`")
         sizes = self.image_size if isinstance(self.image_size, tuple) else (self.image_size,)

@@ -196,7 +196,7 @@ def run_training(options: Any) -> dict[str, Any]:
     folder = train(options)
     if PartialState().is_main_process:
         finish_run(folder, options, repo_id)
-    return ModelFolder(folder).saved_results
+    return ModelFolder(folder).results_of_any_weights
 
 
 @own_state()

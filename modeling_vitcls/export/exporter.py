@@ -249,7 +249,7 @@ def write_model_files(model_folder: ModelFolder, folder: Path, report: Report) -
         if (model_folder.path / name).is_file():
             shutil.copyfile(model_folder.path / name, folder / name)
     kept_keys = ("label_column", "label_separator", "dataset")
-    results = model_folder.saved_results
+    results = model_folder.results_of_any_weights
     kept = {key: results[key] for key in kept_keys if key in results}
     (file_name,) = (name for name in report["sha256"] if not name.endswith((".bin", ".data")))
     write_json(

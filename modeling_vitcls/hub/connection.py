@@ -1,9 +1,11 @@
-"""Requests to the Hub: timeouts, retries after temporary failures, and one-line error messages."""
+"""Requests to the Hub: timeouts, retries after temporary failures, and one-line error messages.
 
-import importlib
+huggingface_hub itself repeats downloads and uploads of files (`http_backoff`), with a warning for
+each. It repeats no other requests, and no sequence of them, such as a push.
+"""
+
 import json
 import logging
-import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -24,9 +26,6 @@ from ..runtime.errors import format_error
 
 # Base class of the errors in the HTTP library (httpx or httpx2) that huggingface_hub uses.
 HTTPError: type[Exception] = next(base for base in HfHubHTTPError.__bases__ if base is not OSError)
-TimeoutException: type[Exception] = importlib.import_module(
-    HTTPError.__module__.partition(".")[0]
-).TimeoutException
 # Errors that requests to the Hub can raise: OSError for a refused connection, RuntimeError for a
 # failed upload, and ValueError for invalid metadata.
 HUB_ERRORS: tuple[type[Exception], ...] = (HTTPError, OSError, RuntimeError, ValueError)
@@ -37,9 +36,6 @@ TEMPORARY_STATUSES = frozenset({408, 409, 412, 429, 500, 502, 503, 504})
 # of five minutes.
 RETRY_WAITS = (1.0, 2.0, 4.0, 8.0)
 MAX_RETRY_WAIT = 300.0  # maximum wait before a retry, in seconds
-# Time after the first failure, without waits that the Hub requests, after which no retry starts, in
-# seconds.
-MAX_RETRY_SECONDS = 60.0
 
 SILENCE_LOCK = threading.RLock()
 
@@ -71,29 +67,6 @@ def set_hub_timeout(seconds: float) -> Iterator[None]:
         yield
     finally:
         client.timeout = previous_timeout
-
-
-@contextmanager
-def end_requests_without_response(seconds: float) -> Iterator[None]:
-    """Raise TimeoutError, a temporary error, if the Hub sends nothing for `seconds`.
-
-    huggingface_hub itself repeats such a request five times without a word.
-    """
-    client = get_session()
-    send = client.send
-
-    def send_once(*arguments: Any, **options: Any) -> Any:
-        try:
-            return send(*arguments, **options)
-        except TimeoutException as error:
-            raise TimeoutError(f"no response for {seconds:.0f} s") from error
-
-    with set_hub_timeout(seconds):
-        client.send = send_once  # type: ignore[method-assign]
-        try:
-            yield
-        finally:
-            del client.send
 
 
 @contextmanager
@@ -135,43 +108,34 @@ def retry(
     Before each retry, a line with the `description`, such as "pushing to someone/model", is logged.
     `waits` contains the wait before each retry in seconds (default: `RETRY_WAITS`).
     """
-    deadline = math.inf
     for wait in RETRY_WAITS if waits is None else waits:
         try:
             return action()
         except HUB_ERRORS as error:
-            now = time.monotonic()
-            if not is_temporary(error) or now > deadline:
+            if not is_temporary(error):
                 raise
-            deadline = min(deadline, now + MAX_RETRY_SECONDS)
-
             response = find_response(error)
             requested_wait = response.headers.get("Retry-After", "") if response is not None else ""
-            if requested_wait.isdecimal() and float(requested_wait) > wait:
-                wait = min(float(requested_wait), MAX_RETRY_WAIT)
-                deadline += wait  # a wait that the Hub requests does not count
-
-            delay_text = f"in {wait:.0f} s" if wait >= 1 else "immediately"
+            if requested_wait.isdecimal():
+                wait = max(wait, min(float(requested_wait), MAX_RETRY_WAIT))
             logger.warning(
-                "%s: %s; trying again %s", description, format_hub_error(error), delay_text
+                "%s: %s; trying again in %g s", description, format_hub_error(error), wait
             )
             time.sleep(wait)
     return action()
 
 
 def is_temporary(error: BaseException) -> bool:
-    """Return whether an error is temporary, in which case a retry may succeed."""
+    """Return whether an error is temporary, in which case a retry may succeed.
+
+    A Hub that has not answered within the timeout would not answer the next request, either.
+    """
     if (response := find_response(error)) is not None:
         return response.status_code in TEMPORARY_STATUSES
     # If the Hub is down, a proxy may return an HTML page instead of JSON.
-    temporary_errors = (
-        HTTPError,
-        ConnectionError,
-        TimeoutError,
-        RuntimeError,
-        json.JSONDecodeError,
-    )
-    return any(isinstance(cause, temporary_errors) for cause in iter_causes(error))
+    temporary_errors = (HTTPError, ConnectionError, RuntimeError, json.JSONDecodeError)
+    causes = [cause for cause in iter_causes(error) if isinstance(cause, temporary_errors)]
+    return bool(causes) and not any("Timeout" in type(cause).__name__ for cause in causes)
 
 
 def iter_causes(error: BaseException | None) -> Iterator[BaseException]:

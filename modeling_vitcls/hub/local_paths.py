@@ -76,15 +76,6 @@ def is_hub_dataset(name: Any) -> bool:
     )
 
 
-def can_publish_images(flags: dict[str, Any]) -> bool:
-    """Return whether images of the dataset may be published.
-
-    They may for `digits`, for datasets on the Hub, and for any dataset with `--card-samples`.
-    """
-    dataset = flags.get("dataset")
-    return bool(flags.get("card_samples")) or dataset == BUILT_IN_DATASET or is_hub_dataset(dataset)
-
-
 def strip_folders(name: str) -> str:
     """Replace the folders of a local path in a resolved name with `path/to`, for publication."""
     prefix, path = split_prefix(name)

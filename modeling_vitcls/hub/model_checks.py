@@ -37,22 +37,17 @@ def check_is_vitcls(source: str, folder: str | Path) -> None:
     weights, and OSError if config.json is missing or the weights may not be read.
     """
     folder = Path(folder)
-    check_adapter(source, folder)
-    check_checkpoint_folder(str(folder), needs_config_file=True)
-    check_config(source, folder / CONFIG_FILE, read_json(folder / CONFIG_FILE))
-    if (folder / PROCESSOR_FILE).is_file():
-        read_json(folder / PROCESSOR_FILE)
-    check_weight_files(source, folder)
-
-
-def check_adapter(source: str, folder: Path) -> None:
-    """Raise ValueError if the folder contains an adapter, which transformers would load as well."""
-    if (folder / ADAPTER_FILE).is_file():
+    if (folder / ADAPTER_FILE).is_file():  # transformers would load it as well
         raise ValueError(
             f"{source} contains an adapter ({ADAPTER_FILE}), which would change all outputs. Merge "
             "it into its model (PEFT's `merge_and_unload`) and save the model, or remove "
             f"{ADAPTER_FILE}"
         )
+    check_checkpoint_folder(str(folder), needs_config_file=True)
+    check_config(source, folder / CONFIG_FILE, read_json(folder / CONFIG_FILE))
+    if (folder / PROCESSOR_FILE).is_file():
+        read_json(folder / PROCESSOR_FILE)
+    check_weight_files(source, folder)
 
 
 def check_config(source: str, file: Path, config_dict: dict[str, Any]) -> None:

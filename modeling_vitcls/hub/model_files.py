@@ -98,15 +98,13 @@ def is_match(name: str, patterns: Iterable[str]) -> bool:
     )
 
 
-def check_output_files(options: object, *names: str) -> None:
+def check_output_files(**files: Path | None) -> None:
     """Raise ValueError if a file to write is a folder, a device, or a file of a model.
 
     Args:
-        options: options of a command.
-        names: names of the options with the files.
+        files: file to write by the name of the argument in the message.
     """
-    for name in names:
-        file: Path | None = getattr(options, name)
+    for name, file in files.items():
         if file is None:
             continue
         if file.exists() and not file.is_file():

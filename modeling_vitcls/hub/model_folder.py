@@ -1,7 +1,9 @@
 """A model folder: what is in the folder, and which of its results belong to its weights."""
 
+import json
 import logging
 import math
+import re
 from contextlib import ExitStack
 from functools import cache, cached_property
 from pathlib import Path
@@ -19,7 +21,13 @@ from ..runtime.errors import format_error
 from ..runtime.files import read_json, read_text
 from .connection import silence_transformers
 from .loading import MODEL_FILE_PATTERNS, get_model_folder
-from .local_paths import can_publish_images, split_prefix, split_revision, strip_folders
+from .local_paths import (
+    BUILT_IN_DATASET,
+    is_hub_dataset,
+    split_prefix,
+    split_revision,
+    strip_folders,
+)
 from .model_checks import NOT_VITCLS, check_is_vitcls
 from .model_files import (
     ADDITIONS_KEY,
@@ -105,8 +113,9 @@ class ModelFolder:
     @cached_property
     def code_references(self) -> list[str]:
         """The code references in `auto_map`, such as `modeling_vitcls.ViTCLSModel`."""
-        files = (self.path / name for name in CONFIG_FILES if (self.path / name).is_file())
-        return [text for file in files for text in list_strings(read_json(file).get("auto_map"))]
+        return list_code_references(
+            [self.read_saved(name).get("auto_map") for name in CONFIG_FILES]
+        )
 
     @cached_property
     def code_files(self) -> set[str]:
@@ -182,18 +191,16 @@ class ModelFolder:
             if name.removeprefix("vitcls.").partition(".")[0] not in unused_modules
         ]
         if unexpected:
-            num_others = len(unexpected) - 3
-            others = f" and {num_others} more" if num_others > 0 else ""
             raise ValueError(
-                f"{self.source} has weights that {CONFIG_FILE} has no place for: "
-                f"{', '.join(unexpected[:3])}{others}. Restore the {CONFIG_FILE} that belongs to "
+                f"{self.source} has {len(unexpected)} weights that {CONFIG_FILE} has no place for, "
+                f"such as {', '.join(unexpected[:3])}. Restore the {CONFIG_FILE} that belongs to "
                 "the weights, or save the model again"
             )
         return model, set(loading_info["missing_keys"])
 
     def warn_about_edited_settings(self) -> None:
         """Log a line if settings of the model or the image processor changed after training."""
-        trained_settings = self.saved_results.get("settings_sha256")
+        trained_settings = self.results_of_any_weights.get("settings_sha256")
         if not isinstance(trained_settings, dict):
             return
         settings = hash_settings(self.path)
@@ -260,18 +267,18 @@ class ModelFolder:
         """
         if all((self.path / name).is_file() for name in list_weight_files(self.path)):
             return hash_weights(self.path)
-        return self.saved_results.get("weights_sha256")
+        return self.results_of_any_weights.get("weights_sha256")
 
     @cached_property
-    def saved_results(self) -> dict[str, Any]:
+    def results_of_any_weights(self) -> dict[str, Any]:
         """The contents of results.json, also of other weights; empty if there is no file."""
         return self.read_saved(RESULTS_FILE)
 
-    def get_saved_results(self, task: str | None) -> dict[str, Any]:
+    def get_results_of_any_weights(self, task: str | None) -> dict[str, Any]:
         """Return results.json, or the record of an added task in it."""
         if task is None:
-            return self.saved_results
-        record: dict[str, Any] = self.saved_results.get(ADDITIONS_KEY, {}).get(task, {})
+            return self.results_of_any_weights
+        record: dict[str, Any] = self.results_of_any_weights.get(ADDITIONS_KEY, {}).get(task, {})
         return record
 
     @cached_property
@@ -348,7 +355,7 @@ class ModelFolder:
         It is read from results.json or the parity report, or else from the card.
         """
         # also valid for weights that were changed afterwards
-        for content in (self.saved_results, self.read_saved(PARITY_REPORT_FILE)):
+        for content in (self.results_of_any_weights, self.read_saved(PARITY_REPORT_FILE)):
             if "provenance" in content:
                 values = content["provenance"]
                 return None if values is None else Provenance.from_dict(values, self.path)
@@ -362,15 +369,17 @@ class ModelFolder:
 
     @property
     def private_files(self) -> set[str]:
-        """The files that show images of a dataset that may not be published."""
-        if self.flags and can_publish_images(self.flags):
+        """The files that show images, unless the dataset is public or `--card-samples` is set."""
+        dataset = self.flags.get("dataset")
+        is_public = dataset == BUILT_IN_DATASET or is_hub_dataset(dataset)
+        if is_public or self.flags.get("card_samples"):
             return set()
         return {REPORT_FILE, SAMPLE_IMAGES_FILE}
 
     @property
     def license_files(self) -> set[str]:
         """The names of the license files: the copied ones, and the usual names."""
-        contents = (self.saved_results, self.read_saved(PARITY_REPORT_FILE))
+        contents = (self.results_of_any_weights, self.read_saved(PARITY_REPORT_FILE))
         records = [content.get("provenance") or {} for content in contents]
         copied_files = {name for record in records for name in record.get("license_files", ())}
         return {
@@ -411,12 +420,7 @@ def warn_once(message: str) -> None:
     logger.warning(message)
 
 
-def list_strings(value: Any) -> list[str]:
-    """Return the strings in nested dicts and lists."""
-    if isinstance(value, str):
-        return [value]
-    if isinstance(value, dict):
-        value = list(value.values())
-    if not isinstance(value, list):
-        return []
-    return [text for nested_value in value for text in list_strings(nested_value)]
+def list_code_references(auto_map: Any) -> list[str]:
+    """Return the references in an `auto_map` of config.json or preprocessor_config.json."""
+    strings = re.findall(r'"([^"]*)"(:?)', json.dumps(auto_map))
+    return [value for value, colon in strings if not colon]  # not the keys of nested dicts

@@ -157,24 +157,24 @@ def read_folder_provenance(folder: Path, repo_id: str | None = None) -> Provenan
 def find_timm_provenance(name: str) -> Provenance:
     """Return the provenance of timm weights; only the name is known for weights in a local file."""
     kind, separator, location = name.partition(":")
+    if separator and kind.replace("_", "-") == "hf-hub":
+        return fetch_hub_provenance(location.partition("@")[0])
     if separator:
-        is_hub = kind.replace("_", "-") == "hf-hub"
-        if is_hub:
-            return fetch_hub_provenance(location.partition("@")[0])
         return read_folder_provenance(Path(location))
 
     name, _, file = name.partition("@")
+    provenance = Provenance(f"timm:{name}")
     if file:
-        return Provenance(f"timm:{name}")
+        return provenance
     import timm
 
     config = None
     with suppress(RuntimeError):  # there is no timm model with this name
         config = timm.get_pretrained_cfg(name)
     if config is None:
-        return Provenance(f"timm:{name}")
+        return provenance
 
-    provenance = Provenance(f"timm:{name}", base_model=config.hf_hub_id)
+    provenance = replace(provenance, base_model=config.hf_hub_id)
     if not config.license or config.license == "unknown":
         return provenance
     if config.license in HUB_LICENSES:

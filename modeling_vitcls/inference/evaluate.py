@@ -171,7 +171,7 @@ def set_label_columns(
         return replace(options, label_column=tuple(config.task_labels()))
     if task is None and config.problem_type != "multi_label_classification":
         return options
-    results = folder.get_saved_results(task)
+    results = folder.get_results_of_any_weights(task)
     columns = results.get("label_column")
     return replace(
         options,

@@ -52,7 +52,7 @@ class EvaluateOptions(EngineOptions, DataOptions):
         super().check()
         check_stored_images(self)
         check_minimum(self, 1, "batch_size", "max_images")
-        check_output_files(self, "output", "per_image")
+        check_output_files(output=self.output, per_image=self.per_image)
         if self.task is not None and self.per_image:
             raise ValueError("`task` only measures a task. Remove `per_image`")
 
@@ -134,7 +134,7 @@ class PredictOptions(ImageOptions, EngineOptions):
             raise ValueError(
                 f"`output={str(self.output)!r}`: set a .csv, .json, .jsonl or .parquet file"
             )
-        check_output_files(self, "output")
+        check_output_files(output=self.output)
         if self.features and suffix == ".csv":
             raise ValueError(
                 f"`features={self.features}` cannot be printed or written to a CSV file. Set "

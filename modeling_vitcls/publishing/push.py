@@ -24,7 +24,6 @@ from ..hub.connection import (
     HUB_ERRORS,
     check_is_online,
     describe_no_response,
-    end_requests_without_response,
     format_hub_error,
     hide_hub_progress_bars,
     retry,
@@ -203,7 +202,7 @@ def upload_files(
 
     try:
         with (
-            end_requests_without_response(TIMEOUT),
+            set_hub_timeout(TIMEOUT),
             nullcontext() if sys.stderr.isatty() else hide_hub_progress_bars(),
         ):
             return retry(push_once, f"pushing to {repo_id}")

@@ -26,7 +26,7 @@ from modeling_vitcls.hub.connection import check_is_online
 from modeling_vitcls.hub.loading import HubCommit, download_files, resolve_commit
 from modeling_vitcls.hub.local_paths import split_revision
 from modeling_vitcls.hub.model_files import CONFIG_FILES
-from modeling_vitcls.hub.model_folder import list_strings
+from modeling_vitcls.hub.model_folder import list_code_references
 from modeling_vitcls.model.configuration_vitcls import ViTCLSConfig
 from modeling_vitcls.publishing.push import PushResult, build_push_command, upload_files
 from modeling_vitcls.runtime.files import read_json
@@ -100,7 +100,7 @@ def find_published_model(source: str) -> HubCommit:
     folder = download_files(repo_id, model.sha, CONFIG_FILES)
     config_file, processor_config_file = (folder / name for name in CONFIG_FILES)
     config_dict = read_json(config_file) if config_file.is_file() else {}
-    code_references = list_strings(config_dict.get("auto_map"))
+    code_references = list_code_references(config_dict.get("auto_map"))
     if config_dict.get("model_type") != ViTCLSConfig.model_type or not code_references:
         raise ValueError(
             f"{repo_id} at {model.sha} does not contain a {ViTCLSConfig.model_type} model with its "

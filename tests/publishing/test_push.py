@@ -4,6 +4,7 @@ import hashlib
 import json
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from helpers.tiny_models import (
     save_with_processor,
 )
 from huggingface_hub import HfApi
+from huggingface_hub.utils import _http as hub_http
 from huggingface_hub.utils import enable_progress_bars
 
 import modeling_vitcls as vitcls
@@ -529,7 +531,7 @@ def test_a_push_gives_up_if_every_upload_fails(
     hub: LocalHub, folder: Path, kind: str | int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(f"{PUBLISHING}.push.TIMEOUT", 0.5)
-    monkeypatch.setattr(connection, "MAX_RETRY_SECONDS", 0.1)
+    monkeypatch.setattr(hub_http, "time", SimpleNamespace(sleep=lambda seconds: None))
     hub.fail("PUT", "/objects/", kind, times=1000)
     started = time.monotonic()
     with raises_one_line("vitcls push --model", error=PushError):
