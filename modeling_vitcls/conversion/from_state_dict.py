@@ -12,8 +12,8 @@ The families are DINO, iBOT, MSN, I-JEPA, DINOv2, DINOv3, TIPS, DeiT, MAE and bi
    the Flax arrays.
 3. The timm model is converted as in from_timm.py.
 4. `apply_family` restores what timm leaves out or does differently from the authors' code:
-   resampling of position embeddings, stored rotary periods, mask tokens, the second CLS token of
-   TIPS and the linear classifiers of DINOv2.
+   resampling of position embeddings, stored rotary periods, mask tokens and the second CLS token
+   of TIPS.
 
 timm's name of a family also selects the preprocessing of the family. timm alone reads the files of
 other models (`timm:NAME@FILE`); their conversion follows timm.
@@ -73,7 +73,6 @@ class FileFamily:
 
 
 GATE = "blocks.0.mlp.w3.weight"  # weight of a gated MLP
-LINEAR_HEAD = "linear_head.weight"  # classifier of DINOv2's hub models
 FAMILIES = {  # values of --family
     "dinov2": FileFamily(
         "vit_small_patch14_dinov2.lvd142m",
@@ -163,55 +162,11 @@ def apply_family(converted_weights: Weights, weights: Weights, family: str) -> F
         converted_weights["embeddings.cls_token"] = torch.cat(tokens, dim=1)
         fields |= {"num_cls_tokens": 2, "num_register_tokens": 0, "pooled_cls_tokens": [0]}
 
-    if LINEAR_HEAD in weights:
-        fields |= convert_linear_head(converted_weights, weights)
-
     mask_token = weights.get("mask_token", weights.get("masked_embed"))
     if mask_token is not None and family in ("dinov2", "tips", "dinov3", "ibot"):
         converted_weights["embeddings.mask_token"] = mask_token.float().reshape(1, 1, -1)
         fields["use_mask_token"] = True
     return fields
-
-
-def convert_linear_head(converted_weights: Weights, weights: Weights) -> Fields:
-    """Convert the linear classifier of DINOv2's hub models, and return fields of the configuration.
-
-    The input of the classifier is the CLS tokens of the last n layers and the mean of the patches
-    of the last layer (dinov2/hub/classifiers.py). The converted classifier also reads the means of
-    the earlier layers, with weights of zero.
-    """
-    weight = weights[LINEAR_HEAD].float()
-    bias = weights["linear_head.bias"].float()
-    *cls_columns, mean_columns = split_linear_head(weights)
-    columns = []
-    for index, cls_column in enumerate(cls_columns, start=1):
-        is_last = index == len(cls_columns)
-        columns += [cls_column, mean_columns if is_last else torch.zeros_like(mean_columns)]
-
-    converted_weights["classifier.weight"] = torch.cat(columns, dim=1).float()
-    converted_weights["classifier.bias"] = bias
-    return {
-        "pooling": "cls_mean",
-        "pooled_layers": list(range(-len(cls_columns), 0)) if len(cls_columns) > 1 else None,
-        "num_labels": len(weight),
-    }
-
-
-def split_linear_head(weights: Weights) -> tuple[torch.Tensor, ...]:
-    """Split the weight of DINOv2's linear classifier into matrices [labels, D].
-
-    There is one matrix for each CLS token, and then one for the mean of the patches.
-    """
-    weight = weights[LINEAR_HEAD]
-    width = find_weight(weights, "patch_embed.proj.weight").shape[0]
-    num_vectors = weight.shape[1] // width
-    depth = count_blocks(weights, r"blocks\.(\d+)\.")
-    if weight.shape[1] != num_vectors * width or not 2 <= num_vectors <= depth + 1:
-        raise ConversionError(
-            f"{LINEAR_HEAD} has {weight.shape[1]} inputs instead of (1 + layers) * {width}. Remove "
-            "linear_head.* from the file to convert the encoder"
-        )
-    return tuple(weight.split(width, dim=1))
 
 
 def get_family(family: str, weights: Weights) -> FileFamily:
@@ -345,8 +300,7 @@ def load_timm_weights(model: Any, weights: Weights, family: str) -> None:
         model.load_pretrained(file)
         return
 
-    for name in ("masked_embed", LINEAR_HEAD, "linear_head.bias"):
-        tensors.pop(name, None)
+    tensors.pop("masked_embed", None)
     if "rope_embed.periods" in tensors:  # timm computes the periods
         periods = tensors["rope_embed.periods"]
         model.rope._compute_periods = lambda device="cpu", dtype=None: periods.to(device, dtype)

@@ -41,6 +41,7 @@ from .weight_rules import (
 
 
 TIMM_CLASSES = ("VisionTransformer", "VisionTransformerDistilled", "Eva")
+TIMM_MODULES = ("vision_transformer", "deit", "eva")  # modules of timm.models with these classes
 
 
 def convert_from_timm(model: nn.Module) -> ViTCLSPreTrainedModel:

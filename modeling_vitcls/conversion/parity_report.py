@@ -117,34 +117,15 @@ def describe_pooling(source: SourceModel, config: ViTCLSConfig) -> list[str]:
 
 
 def describe_position_embeddings(source: SourceModel, config: ViTCLSConfig) -> list[str]:
-    """Return notes on how the model computes positions, and how other implementations differ."""
-    notes = []
-    if config.position_embedding_type.startswith("learned") and not source.native_size_reason:
-        offset_text = f", offset {config.position_offset}" if config.position_offset else ""
-        antialias = "with" if config.position_antialias else "without"
-        notes.append(
-            f"position embeddings for other image sizes: {config.position_interpolation} "
-            f"{antialias} antialiasing{offset_text}, as in {source.project}"
-        )
-
-    if "sapiens2" in f"{source.name} {type(source.model).__name__}".lower():
-        notes.append(
-            f"rotary positions: computed in float32, as in {source.project}; the authors' code "
-            "computes them in bfloat16 by default, which changes the outputs by up to 4e-3"
-        )
-    elif config.rope_periods is not None:
-        notes.append(
-            "rotary periods: as stored in the file and used by the authors' code; timm and "
-            "transformers compute the periods in float32"
-        )
-    elif (
-        config.position_embedding_type.endswith("rope_2d") and config.rope_coordinates == "centered"
-    ):
-        notes.append(
-            f"rotary periods: computed in float32, as in {source.project}; the authors' DINOv3 "
-            "files store rounded periods"
-        )
-    return notes
+    """Return a note on how the model resamples learned positions for other image sizes."""
+    if not config.position_embedding_type.startswith("learned") or source.native_size_reason:
+        return []
+    offset_text = f", offset {config.position_offset}" if config.position_offset else ""
+    antialias = "with" if config.position_antialias else "without"
+    return [
+        f"position embeddings for other image sizes: {config.position_interpolation} "
+        f"{antialias} antialiasing{offset_text}, as in {source.project}"
+    ]
 
 
 def get_non_square_size(

@@ -56,15 +56,14 @@ def convert_timm_preprocessing(model: nn.Module) -> ConvertedPreprocessing:
     settings: Any = resolve_data_config(pretrained_cfg=model.pretrained_cfg)
     _, height, width = settings["input_size"]
     source_transform: Any = create_transform(**settings, is_training=False)
-    try:
-        processor = ViTCLSImageProcessor(**convert_timm_settings(settings), crop_rounding="even")
-        # timm resizes with PIL
-        same_backend_processor = ViTCLSImageProcessorPil.from_dict(processor.to_dict())
-        return processor, check_processor(
-            same_backend_processor, source_transform, "timm's pretrained_cfg"
-        )
-    except ValueError as error:
-        return build_default_preprocessing((height, width), str(error))
+    # timm resizes with PIL
+    return build_checked_processor(
+        partial(convert_timm_settings, settings),
+        ViTCLSImageProcessorPil,
+        source_transform,
+        "timm's pretrained_cfg",
+        (height, width),
+    )
 
 
 def convert_timm_settings(settings: dict[str, Any]) -> dict[str, Any]:
@@ -97,6 +96,7 @@ def convert_timm_settings(settings: dict[str, Any]) -> dict[str, Any]:
         "resample": RESAMPLING_FILTERS[interpolation],
         "do_center_crop": True,
         "crop_size": {"height": height, "width": width},
+        "crop_rounding": "even",
         "image_mean": list(settings["mean"]),
         "image_std": list(settings["std"]),
     }
@@ -120,13 +120,30 @@ def convert_transformers_preprocessing(
         if isinstance(source_processor, PilBackend)
         else ViTCLSImageProcessor
     )
-    preprocess = partial(apply_processor, source_processor)
+    return build_checked_processor(
+        partial(select_settings, source_processor),
+        backend_class,
+        partial(apply_processor, source_processor),
+        type(source_processor).__name__,
+        image_size,
+    )
+
+
+def build_checked_processor(
+    read_settings: Callable[[], dict[str, Any]],
+    backend_class: Any,
+    preprocess: Callable[[PIL.Image.Image], torch.Tensor],
+    settings_name: str,
+    image_size: tuple[int, int],
+) -> ConvertedPreprocessing:
+    """Build an image processor and compare it with the source; the default one if it differs.
+
+    `backend_class` is our class with the backend of the source.
+    """
     try:
-        processor = ViTCLSImageProcessor(**select_settings(source_processor))
+        processor = ViTCLSImageProcessor(**read_settings())
         same_backend_processor = backend_class.from_dict(processor.to_dict())
-        return processor, check_processor(
-            same_backend_processor, preprocess, type(source_processor).__name__
-        )
+        return processor, check_processor(same_backend_processor, preprocess, settings_name)
     except ValueError as error:
         return build_default_preprocessing(image_size, str(error))
 

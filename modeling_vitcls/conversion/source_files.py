@@ -5,8 +5,7 @@
 
 1. A .npz file, a .safetensors file or a pickle of tensors is read without running code.
 2. The weights are read from a container (`teacher`, `target_encoder`, `model`, ...) if there is
-   one, and prefixes of parameter names (`module.`, `backbone.`) are stripped. The linear head of
-   DINOv2's hub classifiers is kept.
+   one, and prefixes of parameter names (`module.`, `backbone.`) are stripped.
 3. The family is detected from the parameter names and the container. If the family is ambiguous,
    set `--family`.
 4. timm builds the model (from_state_dict.py), which is the reference of the parity report. At image
@@ -29,16 +28,14 @@ from ..model.modeling_vitcls import ViTCLSPreTrainedModel
 from ..runtime.errors import format_error
 from ..runtime.files import compute_file_digest
 from .from_state_dict import (
-    LINEAR_HEAD,
     build_timm_model,
     convert_family_model,
     get_family,
     prepare_weights,
     resample_as_authors,
-    split_linear_head,
 )
 from .processors import ConvertedPreprocessing, convert_timm_preprocessing
-from .source_models import Outputs, TimmSource, raise_if_unsafe_pickle
+from .source_models import TimmSource, raise_if_unsafe_pickle
 from .weight_rules import ConversionError, Weights
 
 
@@ -106,29 +103,6 @@ class FileSource(TimmSource):
         except ConversionError as error:
             raise ConversionError(f"cannot convert {file}: {error}") from error
         return cls(file, family, weights, model, notes)
-
-    @property
-    def has_classifier(self) -> bool:
-        """Return whether the file contains a classifier."""
-        return LINEAR_HEAD in self.weights or super().has_classifier
-
-    def compute_outputs(self, pixel_values: torch.Tensor) -> Outputs:
-        """Return the outputs of the timm model, with the logits of DINOv2's linear head if any."""
-        if LINEAR_HEAD not in self.weights:
-            return super().compute_outputs(pixel_values)
-        size = pixel_values.shape[-2], pixel_values.shape[-1]
-        model: Any = self.model if size == self.image_size else self.build_resized_model(size)
-
-        num_layers = len(split_linear_head(self.weights)) - 1
-        layers = model.get_intermediate_layers(
-            pixel_values, num_layers, return_prefix_tokens=True, norm=True
-        )
-        inputs = [prefix_tokens[:, 0] for _, prefix_tokens in layers] + [layers[-1][0].mean(dim=1)]
-
-        weight = self.weights[LINEAR_HEAD].float()
-        bias = self.weights["linear_head.bias"].float()
-        logits = nn.functional.linear(torch.cat(inputs, dim=1), weight, bias)
-        return {"sequence": model.forward_features(pixel_values), "logits": logits}
 
     def convert(self) -> ViTCLSPreTrainedModel:
         """Convert the timm model, with the resampling of the authors' code."""
@@ -220,8 +194,7 @@ def unwrap_weights(weights: Mapping[str, Any], notes: list[str]) -> tuple[Weight
 
     while wrappers := [prefix for prefix in WRAPPER_PREFIXES if has_encoder(tensors, prefix)]:
         prefix = wrappers[0]
-        prefixes = (prefix, "linear_head.") if LINEAR_HEAD in tensors else (prefix,)
-        kept = {name: tensor for name, tensor in tensors.items() if name.startswith(prefixes)}
+        kept = {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
         if other_names := [name for name in tensors if name not in kept]:
             notes.append(
                 f"{len(other_names)} weights outside of {prefix}* are not converted, for example "

@@ -129,8 +129,10 @@ def read_rotary_positions(model: TimmModule) -> Fields:
         return {}
 
     name = get_class_name(rope)
-    is_supported = name in ("RotaryEmbeddingCat", "RotaryEmbeddingDinoV3", "RotaryEmbeddingMixed")
-    check_supported(is_supported, f"rotary positions of class {name}")
+    check_supported(
+        name in ("RotaryEmbeddingCat", "RotaryEmbeddingDinoV3", "RotaryEmbeddingMixed"),
+        f"rotary positions of class {name}",
+    )
 
     rope_type = "rope_mixed" if name == "RotaryEmbeddingMixed" else "rope_2d"
     fields = {
@@ -140,8 +142,10 @@ def read_rotary_positions(model: TimmModule) -> Fields:
     }
 
     if name == "RotaryEmbeddingDinoV3":  # coordinates from -1 to 1
-        has_period_range = rope.min_period is not None and rope.max_period is not None
-        check_supported(not has_period_range, "rotary positions with min_period and max_period")
+        check_supported(
+            rope.min_period is None or rope.max_period is None,
+            "rotary positions with min_period and max_period",
+        )
         check_supported(
             rope.normalize_coords == "separate" and not rope.grid_offset,
             f"rotary positions with normalize_coords={rope.normalize_coords!r} or with an offset",
@@ -150,8 +154,10 @@ def read_rotary_positions(model: TimmModule) -> Fields:
     if name == "RotaryEmbeddingMixed":  # learned frequencies (RoPE-ViT)
         return fields | {"rope_coordinates": "grid"}
 
-    is_in_patches = not rope.in_pixels and getattr(rope, "grid_type", "index") == "index"
-    check_supported(is_in_patches, "rotary positions in pixels")
+    check_supported(
+        not rope.in_pixels and getattr(rope, "grid_type", "index") == "index",
+        "rotary positions in pixels",
+    )
     return fields | {  # EVA-02, Perception Encoder
         "rope_coordinates": "grid",
         "rope_grid_offset": float(rope.grid_offset),
@@ -213,10 +219,14 @@ def read_branched_block(block: TimmModule) -> Fields:
     attention = block.attns[0].attn
     mlp = block.ffns[0].mlp
     fields = read_attention(attention) | read_mlp(mlp)
-    is_plain = fields["attention_type"] == "softmax" and fields["mlp_type"] == "mlp"
-    check_supported(is_plain, "gated or differential branches")
-    has_norms = any(fields[name] for name in ("qk_norm", "attention_norm", "mlp_norm"))
-    check_supported(not has_norms, "norms inside parallel branches")
+    check_supported(
+        fields["attention_type"] == "softmax" and fields["mlp_type"] == "mlp",
+        "gated or differential branches",
+    )
+    check_supported(
+        not any(fields[name] for name in ("qk_norm", "attention_norm", "mlp_norm")),
+        "norms inside parallel branches",
+    )
 
     num_branches = len(block.attns)
     return fields | {
@@ -243,8 +253,10 @@ BLOCK_READERS: dict[str, Callable[[TimmModule], Fields]] = {
 def read_attention(attention: TimmModule) -> Fields:
     """Return the fields of an attention module: type, heads, norms, biases and dropout."""
     name = get_class_name(attention)
-    is_supported = name in ("Attention", "AttentionRope", "EvaAttention", "DiffAttention")
-    check_supported(is_supported, f"attention of class {name}")
+    check_supported(
+        name in ("Attention", "AttentionRope", "EvaAttention", "DiffAttention"),
+        f"attention of class {name}",
+    )
     is_differential = name == "DiffAttention"
     head_dim = attention.head_dim * (2 if is_differential else 1)
     width = attention.proj.out_features

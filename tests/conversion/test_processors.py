@@ -119,28 +119,33 @@ def test_a_default_is_stated(theirs: Any, reason: str, tmp_path: Path) -> None:
     assert dict(processor.size) == {"height": 32, "width": 48}
 
 
-def test_unknown_settings_of_timm_give_the_default() -> None:
-    for change, reason in (
-        ({"crop_mode": "border"}, "crop_mode='border'"),
-        ({"input_size": (3, 224, 192)}, "crop_mode='center' for 224 x 192"),
-        ({"interpolation": "hamming"}, "interpolation='hamming'"),
-    ):
-        model = PretrainedConfigOnly(TIMM_CONFIGS["crop"])
-        model.pretrained_cfg |= change
-        processor, record = processors.convert_timm_preprocessing(model)
-        assert reason in record["assumed_because"]
-        height, width = model.pretrained_cfg["input_size"][1:]
-        assert dict(processor.size) == {"height": height, "width": width}
+# Change of timm's settings, sizes of the converted image processor, reason for the default.
+CHANGED: list[tuple[dict[str, Any], dict[str, int], str]] = [
+    ({"crop_mode": "border"}, {"height": 224, "width": 224}, "crop_mode='border'"),
+    (
+        {"input_size": (3, 224, 192)},
+        {"height": 224, "width": 192},
+        "crop_mode='center' for 224 x 192",
+    ),
+    ({"interpolation": "hamming"}, {"height": 224, "width": 224}, "interpolation='hamming'"),
+    (
+        {"input_size": (3, 224, 192), "crop_pct": 0.875, "crop_mode": "squash"},
+        {"height": 256, "width": 219},
+        "",
+    ),
+]
 
 
-def test_timm_images_are_squashed_before_the_crop() -> None:
+@pytest.mark.parametrize(("change", "size", "reason"), CHANGED, ids=str)
+def test_other_settings_of_timm_are_converted_exactly_or_give_the_default(
+    change: dict[str, Any], size: dict[str, int], reason: str
+) -> None:
     model = PretrainedConfigOnly(TIMM_CONFIGS["crop"])
-    model.pretrained_cfg |= {"input_size": (3, 224, 192), "crop_pct": 0.875, "crop_mode": "squash"}
+    model.pretrained_cfg |= change
     processor, record = processors.convert_timm_preprocessing(model)
-    assert record["largest_difference_in_gray_levels"] == 0
-    assert not record["assumed_because"]
-    assert dict(processor.size) == {"height": 256, "width": 219}
-    assert dict(processor.crop_size) == {"height": 224, "width": 192}
+    assert reason in record["assumed_because"]
+    assert record["largest_difference_in_gray_levels"] == (None if reason else 0)
+    assert dict(processor.size) == size
 
 
 def test_preprocessing_of_gray_images_of_timm_is_equal() -> None:
@@ -149,7 +154,6 @@ def test_preprocessing_of_gray_images_of_timm_is_equal() -> None:
     processor, record = processors.convert_timm_preprocessing(model)
     assert record["largest_difference_in_gray_levels"] == 0
     assert processor.do_convert_rgb is False
-    assert (record["origin"], record["limit"]) == ("timm's pretrained_cfg", 1.0)
     pixels = processor(photograph("china.jpg").convert("L"), return_tensors="pt")["pixel_values"]
     assert pixels.shape == (1, 1, 28, 28)
 

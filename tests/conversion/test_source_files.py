@@ -6,7 +6,6 @@ timm nor this package.
 
 import argparse
 import hashlib
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -45,10 +44,8 @@ from modeling_vitcls.conversion.from_state_dict import (
     read_vit_options,
 )
 from modeling_vitcls.conversion.open_model import compute_cache_name
-from modeling_vitcls.conversion.parity_report import compare_models
 from modeling_vitcls.conversion.source_files import FileSource
 from modeling_vitcls.conversion.weight_rules import ConversionError
-from modeling_vitcls.hub.provenance import find_provenance
 from scripts.random_weights import randomize_weights
 
 
@@ -244,13 +241,9 @@ def test_files_are_converted_exactly(
 
     report = convert_checkpoint(name, tmp_path / "made", family=option)
     assert report["family"] == family
-    assert report["source"] == f"path/to/{name}"
     assert len(report["comparisons"]) == 2
-    assert "as in the authors' code" in report["notes"][-1]
-
-    saved_report = json.loads((tmp_path / "made" / "parity_report.json").read_text())
-    assert saved_report["source_sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
-    assert str(tmp_path) not in json.dumps(saved_report)
+    assert report["source_sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
+    assert str(tmp_path) not in (tmp_path / "made" / "parity_report.json").read_text()
     assert not report["preprocessing"]["assumed_because"]
 
     processor = ViTCLSImageProcessor.from_pretrained(tmp_path / "made")
@@ -279,61 +272,6 @@ def test_files_are_converted_exactly(
     assert (unused in report["notes"]) is (name == "dino_full.pth")
 
 
-def build_linear_classifier(num_layers: int, num_registers: int = 0) -> Weights:
-    """Return the state dict of a classifier of DINOv2's hub, with six blocks and random weights."""
-    encoder = build_vit_weights(1, "ls{}.gamma", width=384, depth=6)
-    if num_registers:
-        encoder = add_token(encoder, register_tokens=(1, num_registers, 384))
-    head = fill(
-        {"linear_head.weight": (LABELS, (1 + num_layers) * 384), "linear_head.bias": (LABELS,)}
-    )
-    return {f"backbone.{name}": weight for name, weight in encoder.items()} | head
-
-
-def run_linear_classifier(
-    weights: Weights, images: torch.Tensor, num_layers: int, num_prefix: int
-) -> torch.Tensor:
-    """Return the logits of DINOv2's hub classifiers (dinov2/hub/classifiers.py)."""
-    encoder = {
-        name.removeprefix("backbone."): weight
-        for name, weight in weights.items()
-        if "linear" not in name
-    }
-    inputs = []
-    for depth in range(7 - num_layers, 7):
-        deeper = tuple(f"blocks.{index}." for index in range(depth, 6))
-        shallow = {name: weight for name, weight in encoder.items() if not name.startswith(deeper)}
-        tokens = run_authors_vit(shallow, images)
-        inputs.append(tokens[:, 0])
-    inputs.append(tokens[:, num_prefix:].mean(dim=1))
-    return torch.cat(inputs, dim=1) @ weights["linear_head.weight"].T + weights["linear_head.bias"]
-
-
-@torch.no_grad()
-@pytest.mark.parametrize(("num_layers", "num_registers"), [(1, 0), (4, 0), (4, 4)])
-def test_linear_classifiers_of_dinov2_are_converted_exactly(
-    num_layers: int, num_registers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    weights = build_linear_classifier(num_layers, num_registers)
-    save(weights, Path("dinov2_vits14_lc.pth"))
-    report = convert_checkpoint("dinov2_vits14_lc.pth", tmp_path / "made")
-    assert report["classifier"] == "kept"
-    assert all("logits" in comparison["differences"] for comparison in report["comparisons"])
-    model = ViTCLSForImageClassification.from_pretrained(tmp_path / "made")
-    images = torch.randn(2, 3, GRID * PATCH, GRID * PATCH)
-    expected = run_linear_classifier(weights, images, num_layers, 1 + num_registers)
-    assert (model(images).logits - expected).abs().max() <= LIMIT * expected.abs().max()
-
-
-def test_a_linear_classifier_of_another_width_is_refused(tmp_path: Path) -> None:
-    weights = build_linear_classifier(4)
-    weights["linear_head.weight"] = weights["linear_head.weight"][:, :-1]
-    file = save(weights, tmp_path / "dinov2_vits14_lc.pth")
-    with raises_one_line("linear_head.weight", "384", error=ConversionError):
-        convert_checkpoint(str(file), tmp_path / "made")
-
-
 @torch.no_grad()
 def test_tips_files_are_exact_if_their_family_is_known(tmp_path: Path) -> None:
     """Two CLS tokens, images in 0..1 that are resized to a square, and a known family."""
@@ -349,11 +287,7 @@ def test_tips_files_are_exact_if_their_family_is_known(tmp_path: Path) -> None:
     torch.testing.assert_close(outputs.pooler_output, expected[:, 0], atol=LIMIT, rtol=LIMIT)
 
     processor = source.convert_preprocessing()[0]
-    assert (list(processor.image_mean), list(processor.image_std), processor.resample) == (
-        [0] * 3,
-        [1] * 3,
-        2,
-    )
+    assert (list(processor.image_mean), list(processor.image_std)) == ([0] * 3, [1] * 3)
     assert dict(processor.size) == {"height": GRID * PATCH, "width": GRID * PATCH}
 
     with raises_one_line("`family`", "tips", "dinov2", error=ConversionError):
@@ -393,7 +327,6 @@ def test_dinov3_is_exact_with_stored_and_with_computed_periods(tmp_path: Path) -
         file = save(build_dinov3_weights(mlp, bias), tmp_path / f"{mlp}{bias}.pth")
         report = convert_checkpoint(str(file), tmp_path / f"made {mlp} {bias}")
         assert len(report["comparisons"]) == 2
-        assert "stored in the file" in report["notes"][-1]
         assert report["image_size"] == (16 * PATCH, 16 * PATCH)
 
 
@@ -544,11 +477,6 @@ def test_npz_files_of_big_vision_are_converted_exactly(name: str, tmp_path: Path
     expected = run_big_vision(weights, images)
     assert (model(images).logits - expected).abs().max() <= LIMIT * expected.abs().max()
 
-    processor, preprocessing = source.convert_preprocessing()
-    is_rectangular = name == "rectangular patches"  # timm crops only squares
-    assert bool(preprocessing["assumed_because"]) == is_rectangular
-    assert is_rectangular or list(processor.image_mean) == [0.5, 0.5, 0.5]
-
 
 def test_resampling_that_is_not_supported_is_not_compared(tmp_path: Path) -> None:
     """big_vision aligns the corners, so that only the native size is compared."""
@@ -556,10 +484,6 @@ def test_resampling_that_is_not_supported_is_not_compared(tmp_path: Path) -> Non
     report = convert_checkpoint(str(file), tmp_path / "made")
     assert len(report["comparisons"]) == 1
     assert "aligned corners" in report["not_compared"]
-    with raises_one_line("pre_logits", error=ConversionError):
-        FileSource.load(
-            save(FLAX_FILES["cls"]() | fill({"pre_logits/kernel": (48, 48)}), tmp_path / "pre.npz")
-        )
 
 
 # Files that timm reads ----------------------------------------------------------------------------
@@ -657,6 +581,11 @@ REFUSED: dict[str, tuple[Any, str | None, tuple[str, ...]]] = {
         ("blocks.0.attn.qkv.bias",),
     ),
     "Flax": (PLAIN, "big_vision", ("embedding/kernel",)),
+    "Flax with pre_logits": (
+        FLAX_FILES["cls"]() | fill({"pre_logits/kernel": (48, 48)}),
+        "big_vision",
+        ("pre_logits",),
+    ),
     "Flax without a layer": (
         {name: part for name, part in build_flax_weights(GRID**2).items() if "Dense_1" not in name},
         "big_vision",
@@ -713,25 +642,3 @@ def test_no_code_in_a_file_runs(tmp_path: Path) -> None:
         load_source(f"timm:test_vit@{tmp_path / 'evil.pth'}")
 
     assert not (tmp_path / "ran").exists()
-
-
-def test_a_file_has_labels_a_processor_and_an_unknown_license(tmp_path: Path) -> None:
-    file = save({"model": build_vit_weights(extra=HEAD)}, tmp_path / "deit.pth")
-    source = FileSource.load(file)
-
-    model = source.convert()
-
-    processor = source.convert_preprocessing()[0]
-    assert isinstance(model, ViTCLSForImageClassification)
-    assert model.config.num_labels == LABELS
-    assert (processor.crop_size.height, processor.crop_size.width) == (GRID * PATCH, GRID * PATCH)
-
-    provenance = find_provenance(str(file))
-    assert provenance.name == "deit.pth"
-    assert provenance.license is None
-
-    comparisons, _ = compare_models(source, model)
-    assert "cpu_kernels" not in str(model)  # their rounding errors are not those of the conversion
-    assert [set(comparison["differences"]) for comparison in comparisons] == [
-        {"cls", "patches", "logits"}
-    ] * 2

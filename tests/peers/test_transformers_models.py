@@ -203,7 +203,3 @@ class ViTCLSBackboneTests(backbone_tests.BackboneTesterMixin):
 
 class DistilledWithRegistersBackboneTest(ViTCLSBackboneTests, unittest.TestCase):
     layout = DISTILLED_WITH_REGISTERS
-
-
-class NoCLSBackboneTest(ViTCLSBackboneTests, unittest.TestCase):
-    layout = NO_CLS
