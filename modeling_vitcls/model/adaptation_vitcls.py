@@ -330,15 +330,14 @@ def adapt_tokens(context: AdaptationContext, are_positions: bool = False) -> Ada
     if num_old_tokens == num_kept == new_weight.shape[1]:
         return new_weight, ""
 
-    notes = [f"{num_kept} kept"]
-    if num_old_tokens > num_kept:
-        notes.append(f"{num_old_tokens - num_kept} dropped")
-    if new_weight.shape[1] > num_kept:
-        initialization = (
-            "to zero" if are_positions else f"by token_init={context.new_config.token_init!r}"
-        )
-        notes.append(f"{new_weight.shape[1] - num_kept} added, initialized {initialization}")
-    return new_weight, ", ".join(notes)
+    num_added = new_weight.shape[1] - num_kept
+    initialization = (
+        "to zero" if are_positions else f"by token_init={context.new_config.token_init!r}"
+    )
+    return new_weight, (
+        f"{num_kept} kept, {num_old_tokens - num_kept} dropped, {num_added} initialized "
+        f"{initialization}"
+    )
 
 
 def adapt_to_grid(resample: Callable[..., Tensor], context: AdaptationContext) -> AdaptedWeight:

@@ -125,14 +125,6 @@ ADAPTABLE_FIELDS = (
     *("cls_scopes", "gated_tokens", "register_neurons", "extra_heads"),
 )
 
-# Field of an earlier version -> default value, with which a stored configuration still loads.
-REMOVED_FIELDS: dict[str, Any] = {
-    "merged_patches_per_layer": 0,
-    "patch_drop_rate": 0,
-    "specialized_layers": None,
-    "distillation_teachers": None,
-}
-
 # Attention implementations that config.json may name. Others may be kernels of any repository.
 STORED_ATTENTIONS = ("sdpa", "eager", "flex_attention")
 
@@ -186,8 +178,6 @@ def extent(maximum: int) -> Callable[..., Any]:
 
 # The upper limits only reject typos that would exhaust the memory.
 token_count = between(0, 100_000)
-channel_count = between(1, 100_000)
-layer_count = between(1, 10_000)
 width = between(1, 1_000_000)
 probability = between(0, 1)
 rate = bounded(lambda value: 0 <= value < 1, "at least 0 and below 1")
@@ -592,9 +582,9 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
     extra_heads: dict[str, dict[str, Any]] | None = None
     image_size: int | list[int] | tuple[int, int] = extent(1_000_000)(default=224)
     patch_size: int | list[int] | tuple[int, int] = extent(MAX_PATCH_SIDE)(default=16)
-    num_channels: int = channel_count(default=3)
+    num_channels: int = between(1, 100_000)(default=3)
     hidden_size: int = width(default=768)
-    num_hidden_layers: int = layer_count(default=12)
+    num_hidden_layers: int = between(1, 10_000)(default=12)
     num_attention_heads: int = width(default=12)
     intermediate_size: int = width(default=3072)
     position_embedding_type: Literal[
@@ -743,15 +733,6 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
                 gated_tokens, stored_counts, new_counts
             )
 
-        config_dict.pop("energy_threshold", None)  # of an earlier version; changes no outputs
-        for name, default in REMOVED_FIELDS.items():
-            value = config_dict.pop(name, default)
-            if value != default:
-                raise ValueError(
-                    f"The stored configuration has {name}={value!r}, a field that is no longer "
-                    "supported. Remove the field from config.json, or train the model without it."
-                )
-
         for name in (
             "attn_implementation",
             "_attn_implementation",
@@ -773,12 +754,15 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
         config_or_tuple = super().from_dict({**config_dict, **overrides}, **kwargs)
         config = config_or_tuple[0] if isinstance(config_or_tuple, tuple) else config_or_tuple
 
-        # Unknown fields were set by the user before saving, or written by another version.
+        # Unknown fields were set by the user before saving, or written by another version, whose
+        # fields are off by default.
         for name, value in unknown_fields.items():
-            logger.warning(
-                f"The stored configuration has a field {name!r} that this version does not use."
-            )
             setattr(config, name, value)
+            if value:
+                logger.warning(
+                    f"The stored configuration has {name}={value!r}, a field that this version "
+                    "does not use."
+                )
         return config_or_tuple
 
     def save_pretrained(

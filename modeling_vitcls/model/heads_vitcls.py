@@ -194,13 +194,6 @@ class ExtraHeads(nn.ModuleDict):
             self[f"task_{name}"] = nn.Linear(size, len(head.labels))
         self.requires_grad_(False)
 
-    def remove(self, name: str) -> None:
-        """Remove a head, also from the configuration."""
-        heads = dict(self.config.extra_heads or {})
-        del heads[name], self.poolers[name], self[f"task_{name}"]
-        self.added_classes = [each for each in self.added_classes if each != name]
-        self.config.extra_heads = heads or None
-
     def forward(
         self, layer_tokens: Mapping[int, Tensor], compute_all_tokens: Callable[[], Tensor] | None
     ) -> dict[str, Tensor]:

@@ -197,12 +197,9 @@ class ViTCLSBaseImageProcessor(BaseImageProcessor):
                 raise ValueError(f"{name} must not be 0, but it is {settings[name]}")
         resample = settings.get("resample")
         # PIL treats names as bilinear
-        is_known = resample in RESAMPLING_FILTERS and not isinstance(resample, bool)
-        if isinstance(resample, int | str) and not is_known:
-            filters_text = ", ".join(
-                f"{int(value)} ({value.name.lower()})" for value in RESAMPLING_FILTERS
-            )
-            raise ValueError(f"unknown resample {resample!r}: use one of {filters_text}")
+        if isinstance(resample, int | str) and resample not in RESAMPLING_FILTERS:
+            names = ", ".join(f"{int(each)} ({each.name.lower()})" for each in RESAMPLING_FILTERS)
+            raise ValueError(f"unknown resample {resample!r}: use one of {names}")
         return settings
 
     def _preprocess(

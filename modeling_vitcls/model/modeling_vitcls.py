@@ -191,7 +191,6 @@ class ViTCLSPreTrainedModel(AdaptableModel):
         if not config._skip_validation:
             config.validate()  # fields may have changed since the configuration was built
         super().__init__(config, *args, **kwargs)
-        self.num_features = config.hidden_size  # as in timm
 
     def post_init(self) -> None:
         """Initialize the weights, and install the CPU kernels unless VITCLS_CPU_KERNELS is 0."""
@@ -229,11 +228,6 @@ class ViTCLSPreTrainedModel(AdaptableModel):
             init.constant_(module.gates, module.CLOSED)
         else:
             super()._init_weights(module)  # norms
-
-    def forward_features(self, pixel_values: Tensor) -> Tensor:
-        """Return the encoded tokens [B, N, D] of images [B, C, H, W], as timm's method does."""
-        tokens: Tensor = self.base_model(pixel_values).last_hidden_state
-        return tokens
 
     def token_attention(
         self,
@@ -527,19 +521,6 @@ class ViTCLSForImageClassification(ViTCLSPreTrainedModel):
         self.class_distance = None
         self.config.class_statistics = None
         self.config.distance_threshold = None
-
-    def reset_classifier(self, num_classes: int) -> None:
-        """Initialize new classifiers, or remove them if `num_classes` is 0 (as in timm)."""
-        self.remove_class_statistics()
-        for name in self.config.get_added_classes():
-            self.extra_heads.remove(name)
-        self.config.id2label = {}
-        self.config.label2id = {}
-        self.config.num_labels = num_classes
-        self.build_classifiers()
-        for head in filter(None, (self.classifier, self.distillation_classifier)):
-            head.to(self.device, self.dtype).apply(self._init_weights)
-        install_cpu_kernels(self)
 
     def select_task(self, name: str) -> "ViTCLSForImageClassification":
         """Return a classifier for an added task alone, with the same bits.

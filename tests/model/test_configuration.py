@@ -340,19 +340,6 @@ SAVED_CONFIGS = [
 ]
 
 
-def test_a_removed_field_loads_only_with_its_default_value(tmp_path: Path) -> None:
-    build_tiny_config().save_pretrained(tmp_path)
-    file = tmp_path / "config.json"
-    stored = json.loads(file.read_text())
-
-    file.write_text(json.dumps(stored | {"patch_drop_rate": 0.0, "specialized_layers": None}))
-    assert not hasattr(ViTCLSConfig.from_pretrained(tmp_path), "patch_drop_rate")
-
-    file.write_text(json.dumps(stored | {"patch_drop_rate": 0.25}))
-    with raises_one_line("patch_drop_rate=0.25", "no longer supported"):
-        ViTCLSConfig.from_pretrained(tmp_path)
-
-
 @pytest.mark.parametrize("fields", SAVED_CONFIGS, ids=str)
 def test_saved_and_loaded_configs_are_equal(fields: dict[str, Any], tmp_path: Path) -> None:
     config = build_tiny_config(**fields) if "id2label" not in fields else ViTCLSConfig(**fields)

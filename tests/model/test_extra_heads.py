@@ -210,14 +210,6 @@ def test_adapting_keeps_adds_and_removes_heads() -> None:
     assert torch.equal(changed(images).task_logits["indoors"], model(images).task_logits["indoors"])
 
 
-def test_the_pipeline_returns_the_main_labels(tmp_path: Path) -> None:
-    _, model = build_pair(HEADS)
-    model.save_pretrained(tmp_path)
-    ViTCLSImageProcessor(size=32).save_pretrained(tmp_path)
-    (answers,) = pipeline("image-classification", model=str(tmp_path))([Image.new("RGB", (32, 32))])
-    assert {answer["label"] for answer in answers} == {"LABEL_0", "LABEL_1", "LABEL_2"}
-
-
 def test_the_pipeline_returns_the_labels_of_a_selected_task() -> None:
     _, model = build_pair(HEADS)
     processor = ViTCLSImageProcessor(size=32)
@@ -225,19 +217,6 @@ def test_the_pipeline_returns_the_labels_of_a_selected_task() -> None:
     classify = pipeline("image-classification", model=weather, image_processor=processor)
     answers = classify(Image.new("RGB", (32, 32)))
     assert {answer["label"] for answer in answers} == set(LABELS)
-
-
-def test_a_reset_classifier_has_no_added_classes() -> None:
-    classes = {"labels": ["c"], "adds_classes": True}
-    heads = {"weather": HEADS["weather"], "c": classes}
-    config = build_tiny_config(id2label={0: "a", 1: "b", 2: "c"}, extra_heads=heads)
-    model = ViTCLSForImageClassification(config)
-    assert model(build_images()).logits.shape == (2, 3)
-
-    model.reset_classifier(5)
-    outputs = model(build_images())
-    assert outputs.logits.shape == (2, 5)
-    assert outputs.task_logits.keys() == model.config.extra_heads.keys() == {"weather"}
 
 
 SELECTED = [*MODELS.values(), {"num_labels": 0}, {"tasks": TASKS, "num_cls_tokens": 2}]

@@ -182,23 +182,6 @@ def test_other_settings_use_the_slow_path(settings: dict[str, Any]) -> None:
     assert processor._checked_settings is None
 
 
-def test_methods_of_a_subclass_are_called() -> None:
-    class Brighter(ViTCLSImageProcessor):
-        def rescale_and_normalize(
-            self, images: torch.Tensor, *args: Any, **kwargs: Any
-        ) -> torch.Tensor:
-            return super().rescale_and_normalize(images, *args, **kwargs) + 1
-
-    image = build_example_images()["jpeg"]
-    plain = ViTCLSImageProcessor(size=32)
-    brighter = Brighter(size=32)
-    for _ in range(2):
-        values = [
-            processor(image, return_tensors="pt")["pixel_values"] for processor in (plain, brighter)
-        ]
-        assert torch.equal(values[0] + 1, values[1])
-
-
 def test_checked_settings_are_not_saved(tmp_path: Path) -> None:
     processor = ViTCLSImageProcessor(size=32)
     fresh = processor.to_dict()

@@ -1,4 +1,4 @@
-"""Outputs contain only tensors, so that gather, DataParallel and pytrees handle them."""
+"""Outputs contain only tensors, which gather and pytrees handle."""
 
 import dataclasses
 from typing import Any
@@ -6,8 +6,6 @@ from typing import Any
 import pytest
 import torch
 from helpers.tiny_models import (
-    KINDS,
-    assert_same_outputs,
     build_images,
     build_tiny_config,
     each_kind,
@@ -15,8 +13,6 @@ from helpers.tiny_models import (
     raises_one_line,
     randomize,
 )
-from torch.nn.parallel import scatter_gather
-from torch.utils import _pytree as pytree
 
 from modeling_vitcls import ViTCLSConfig, ViTCLSForImageClassification, ViTCLSModel
 from modeling_vitcls.model.modeling_vitcls import (
@@ -72,47 +68,11 @@ def test_a_tuple_ends_with_the_pooler_output() -> None:
     assert torch.equal(values[-1], output.pooler_output)
 
 
-def rebuild_by_data_parallel(output: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Return the output that DataParallel gathers from two devices.
-
-    Only the copy between devices is replaced.
-    """
-
-    class Gather:
-        @staticmethod
-        def apply(target_device: Any, dim: int, *tensors: torch.Tensor) -> torch.Tensor:
-            return torch.cat(tensors, dim)
-
-    monkeypatch.setattr(scatter_gather, "Gather", Gather)
-    return scatter_gather.gather([output, output], "cpu")
-
-
-@torch.no_grad()
-def test_data_parallel_concatenates_every_output(monkeypatch: pytest.MonkeyPatch) -> None:
-    for model_class, fields, _ in KINDS.values():
-        output = randomize(model_class(build_tiny_config(**fields)))(build_images())
-        gathered = rebuild_by_data_parallel(output, monkeypatch)
-        assert type(gathered) is type(output)
-        assert list(gathered) == list(output)
-        flat, spec = pytree.tree_flatten(output)
-        assert_same_outputs(
-            gathered, pytree.tree_unflatten([torch.cat([each, each]) for each in flat], spec)
-        )
-
-
-@torch.no_grad()
-def test_tokens_of_a_rebuilt_output_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A gathered output has lost its layout; the error explains how to slice the tokens."""
-    output = build_model()(build_images())
-    leaves, spec = pytree.tree_flatten(output)
-    for rebuilt in (
-        pytree.tree_unflatten(leaves, spec),
-        rebuild_by_data_parallel(output, monkeypatch),
-        ViTCLSModelOutput(**output),
-    ):
-        assert rebuilt.last_hidden_state.shape[1:] == (NUM_TOKENS, 16)
-        with raises_one_line("rebuilt", "config.token_layout"):
-            _ = rebuilt.tokens
+def test_tokens_of_a_rebuilt_output_are_an_error() -> None:
+    """An output that was gathered from several processes has lost its layout."""
+    rebuilt = ViTCLSModelOutput(**build_model()(build_images()))
+    with raises_one_line("rebuilt", "config.token_layout"):
+        _ = rebuilt.tokens
 
 
 def test_the_temperature_divides_the_logits_in_evaluation_only() -> None:

@@ -69,23 +69,22 @@ def test_every_layout_equals_eager_attention(layout: dict[str, Any], implementat
 
 @torch.no_grad()
 @pytest.mark.parametrize("mask", [None, MASK], ids=["unmasked", "masked"])
-@pytest.mark.parametrize("fields", ATTENTIONS.values(), ids=ATTENTIONS)
+@pytest.mark.parametrize(
+    ("fields", "implementation"),
+    [
+        *((fields, "sdpa") for fields in ATTENTIONS.values()),
+        (ATTENTIONS["scopes"], "flex_attention"),
+    ],
+    ids=str,
+)
 def test_every_attention_equals_eager_attention(
-    fields: dict[str, Any], mask: torch.Tensor | None
+    fields: dict[str, Any], implementation: str, mask: torch.Tensor | None
 ) -> None:
     model = randomize(ViTCLSForImageClassification(build_tiny_config(**TOKENS | fields)))
+    model.set_attn_implementation(implementation)
     rows = model.token_attention(build_images(), attention_mask=mask)
     assert_same_outputs(rows, get_eager_rows(model, build_images(), attention_mask=mask), 1e-5)
     assert get_largest_difference(rows.sum(-1), torch.ones(rows.shape[:-1])) <= 1e-5
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("mask", [None, MASK], ids=["unmasked", "masked"])
-def test_scopes_of_flex_attention_equal_eager_attention(mask: torch.Tensor | None) -> None:
-    model = randomize(ViTCLSModel(build_tiny_config(**TOKENS | ATTENTIONS["scopes"])))
-    model.set_attn_implementation("flex_attention")
-    rows = model.token_attention(build_images(), attention_mask=mask)
-    assert_same_outputs(rows, get_eager_rows(model, build_images(), attention_mask=mask), 1e-5)
 
 
 @torch.no_grad()

@@ -213,14 +213,6 @@ def test_scopes_are_applied_with_an_attention_mask() -> None:
     assert torch.equal(_get_receptive_field(model, 0, attention_mask=mask), whole)
 
 
-def test_scopes_with_a_4d_mask_are_an_error() -> None:
-    """In other models, a 4D mask is used without changes. Here, this would disable the scopes."""
-    with raises_one_line("cls_scopes does not support a 4-dimensional attention_mask"):
-        _build_scoped_model()(
-            build_images(1), attention_mask=torch.ones(1, 1, 24, 24, dtype=torch.bool)
-        )
-
-
 def test_a_4d_mask_is_used_without_changes() -> None:
     model = randomize(ViTCLSModel(build_tiny_config()))
     mask = torch.ones(2, 17, dtype=torch.long)
@@ -241,18 +233,23 @@ def test_cells_cover_an_uneven_grid_without_gap_or_overlap() -> None:
         assert (seen == 1).all()
 
 
-def test_too_few_patches_for_the_scopes_are_an_error() -> None:
+@pytest.mark.parametrize(
+    ("attention", "size", "mask", "words"),
+    [
+        # other models use a 4D mask without changes, which would disable the scopes
+        ("sdpa", (32, 32), torch.ones(1, 1, 24, 24), ("4-dimensional attention_mask",)),
+        ("sdpa", (8, 32), None, ("2 x 2", "1 x 4")),
+        ("flash_attention_2", (32, 32), None, ("flash_attention_2", "sdpa")),
+    ],
+    ids=["4D mask", "too few patches", "attention without masks"],
+)
+def test_scopes_that_cannot_be_applied_are_errors(
+    attention: str, size: tuple[int, int], mask: torch.Tensor | None, words: tuple[str, ...]
+) -> None:
     model = _build_scoped_model()
-    assert model(build_images(1, 16, 16)).last_hidden_state.shape == (1, 8 + 4, 16)
-    with raises_one_line("cls_scopes", "2 x 2", "1 x 4"):
-        model(build_images(1, 8, 32))
-
-
-def test_scopes_require_attention_with_masks() -> None:
-    model = _build_scoped_model()
-    model.config._attn_implementation = "flash_attention_2"
-    with raises_one_line("cls_scopes", "flash_attention_2", "sdpa"):
-        model(build_images())
+    model.config._attn_implementation = attention
+    with raises_one_line("cls_scopes", *words):
+        model(build_images(1, *size), attention_mask=mask)
 
 
 # Attention masks of the caller
