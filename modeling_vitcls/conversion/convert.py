@@ -16,8 +16,7 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
-from ..hub.loading import get_model_folder
-from ..hub.local_paths import resolve_name, split_revision, strip_folders
+from ..hub.local_paths import resolve_name, strip_folders
 from ..hub.model_checks import check_is_vitcls
 from ..hub.model_files import (
     PARITY_REPORT_FILE,
@@ -26,7 +25,7 @@ from ..hub.model_files import (
     hash_settings,
     hash_weights,
 )
-from ..hub.model_folder import ModelFolder
+from ..hub.model_folder import ModelFolder, open_vitcls
 from ..hub.provenance import find_provenance
 from ..model.configuration_vitcls import ViTCLSConfig
 from ..model.modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel, ViTCLSPreTrainedModel
@@ -206,10 +205,8 @@ def write_native_model(source: str, output: Path) -> Report:
             is a single line.
     """
     check_output_is_empty(output)
-    name, revision = split_revision(source)
-    path = Path(get_model_folder(name, revision=revision))
-    check_is_vitcls(source, path)  # also refuses a model that was converted before
-    folder = ModelFolder(path, source)
+    folder = open_vitcls(source)
+    check_is_vitcls(source, folder.path)  # also refuses a model that was converted before
 
     is_classifier = folder.architecture == ViTCLSForImageClassification.__name__
     model_class = ViTCLSForImageClassification if is_classifier else ViTCLSModel
@@ -231,9 +228,8 @@ def write_native_model(source: str, output: Path) -> Report:
         reloaded_source = TransformersSource.load(str(output_folder))
         reloaded_source.model.float()
         reloaded_source.native_size_reason = native_size_reason
-        processor_size = None
-        if folder.has_processor:
-            processor_size = get_processor_size(folder.load_processor())
+        processor = folder.load_processor() if folder.has_processor else None
+        processor_size = processor and get_processor_size(processor)
         comparisons, not_compared = compare_models(reloaded_source, model, processor_size)
 
         copy_results(folder, output_folder)

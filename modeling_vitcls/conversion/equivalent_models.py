@@ -52,7 +52,7 @@ class Rewrite:
 
 
 def can_widen_classifier(config: ViTCLSConfig, target: ViTCLSConfig) -> bool:
-    """Return whether a linear classifier reads the CLS token or the mean, and the target both."""
+    """Check whether a linear classifier reads the CLS token or the mean, and the target both."""
     is_linear = (
         bool(config.num_labels) and config.head_type == "linear" and config.num_cls_tokens > 0
     )
@@ -68,7 +68,7 @@ def widen_classifier(weights: Weights, old_config: ViTCLSConfig, new_config: ViT
 
 
 def can_fold_temperature(config: ViTCLSConfig, target: ViTCLSConfig) -> bool:
-    """Return whether the model has one linear classifier, which can absorb the temperature."""
+    """Check whether the model has one linear classifier, which can absorb the temperature."""
     return (
         bool(config.num_labels)
         and config.head_type == "linear"

@@ -170,7 +170,7 @@ def apply_family(converted_weights: Weights, weights: Weights, family: str) -> F
 
 
 def get_family(family: str, weights: Weights) -> FileFamily:
-    """Return the entry of a family in `FAMILIES`, or that of DINOv2 with registers."""
+    """Look up a family in `FAMILIES`; DINOv2 with registers has an entry of its own."""
     if family == "dinov2" and "register_tokens" in weights:
         return DINOV2_WITH_REGISTERS
     return FAMILIES[family]
@@ -317,7 +317,7 @@ def load_timm_weights(model: Any, weights: Weights, family: str) -> None:
 
 
 def read_vit_options(weights: Weights, family: str) -> dict[str, Any]:
-    """Return the arguments of `timm.create_model` for weights named as in timm or DINOv2."""
+    """Read the arguments of `timm.create_model` for weights named as in timm or DINOv2."""
     width, channels, *patch_size = find_weight(weights, "patch_embed.proj.weight").shape
     num_heads = 20 if (family, width) == ("dinov3", 1280) else NUM_HEADS.get(width)
     if num_heads is None:
@@ -358,7 +358,7 @@ def read_vit_options(weights: Weights, family: str) -> dict[str, Any]:
 
 
 def read_big_vision_options(weights: Weights) -> dict[str, Any]:
-    """Return the arguments of `timm.create_model` for Flax arrays.
+    """Read the arguments of `timm.create_model` for Flax arrays.
 
     Flax's `nn.gelu` is the tanh approximation.
     """
@@ -394,7 +394,7 @@ def read_big_vision_options(weights: Weights) -> dict[str, Any]:
 
 
 def compute_image_size(num_patches: int, patch_size: list[int]) -> list[int]:
-    """Return the image size (height, width) in pixels.
+    """Compute the image size (height, width) in pixels.
 
     Raise ConversionError if the patch grid is not square.
     """
@@ -407,7 +407,7 @@ def compute_image_size(num_patches: int, patch_size: list[int]) -> list[int]:
 
 
 def count_blocks(weights: Weights, pattern: str) -> int:
-    """Return the number of blocks.
+    """Count the blocks.
 
     `pattern` matches the start of the names, with the index of the block as group.
     """
@@ -415,7 +415,7 @@ def count_blocks(weights: Weights, pattern: str) -> int:
 
 
 def find_weight(weights: Weights, pattern: str) -> torch.Tensor:
-    """Return the first weight whose name matches a pattern, or raise ConversionError."""
+    """Find the first weight whose name matches a pattern, or raise ConversionError."""
     for name, weight in weights.items():
         if re.fullmatch(pattern, name):
             return weight

@@ -69,7 +69,7 @@ def convert_from_timm(model: nn.Module) -> ViTCLSPreTrainedModel:
 
 
 def read_timm_model(model: nn.Module) -> tuple[ViTCLSConfig, Weights]:
-    """Return the configuration and the converted weights of a timm ViT.
+    """Read the configuration and the converted weights of a timm ViT.
 
     Raise ConversionError if the class or a feature is not supported.
     """
@@ -89,7 +89,7 @@ def read_timm_model(model: nn.Module) -> tuple[ViTCLSConfig, Weights]:
 
 
 def has_pooler(model: TimmModule) -> bool:
-    """Return whether a timm model has one pooled output.
+    """Check whether a timm model has one pooled output.
 
     A model with a distillation token has two.
     """
@@ -113,7 +113,7 @@ def rewrite_state_dict(model: TimmModule) -> Weights:
 def merge_branches(weights: Weights, prefix: str, num_branches: int) -> None:
     """Rewrite `attns.j` and `ffns.j` of a block as one attention module and one MLP.
 
-    The branches are those of arXiv 2203.09795, section 3.
+    Source of such blocks: arXiv 2203.09795, section 3.
 
     All branches have the same input. The scale and bias of each norm are folded into the subsequent
     projections, and LayerScale is folded into the preceding projection. The branches are then

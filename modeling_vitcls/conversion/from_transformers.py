@@ -82,7 +82,7 @@ def convert_from_transformers(model: PreTrainedModel) -> ViTCLSPreTrainedModel:
 
 
 def read_labels(config: Any) -> Fields:
-    """Return the label names and the problem type in the configuration of the source."""
+    """Read the label names and the problem type in the configuration of the source."""
     label_fields = {
         "id2label": config.id2label,
         "label2id": config.label2id,
@@ -107,7 +107,7 @@ class ConvertibleClass:
 
 
 def is_convertible(module: torch.nn.Module) -> bool:
-    """Return whether the class of a module is supported; subclasses are not."""
+    """Check whether the class of a module is supported; subclasses are not."""
     return type(module).__name__ in CONVERTIBLE_CLASSES and type(module).__module__.startswith(
         "transformers."
     )

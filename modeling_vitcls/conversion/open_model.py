@@ -9,7 +9,7 @@
 A command resolves its model once, and everything below receives the folder.
 
 Conversions are checked in the same way as in `vitcls convert`: a converted model is cached only if
-its outputs match those of the source to within 1e-5. The parity report records the source, the
+its outputs match the source to within 1e-5. The parity report records the source, the
 commit and the versions. The cache is the folder `vitcls/converted` next to the Hub cache. If the
 source or the version of this package changes, the model is converted again.
 """
@@ -46,13 +46,13 @@ logger = logging.getLogger(__name__)
 
 
 def is_preset(name: str) -> bool:
-    """Return whether `name` is a preset, such as `vitcls-tiny`. An existing path takes precedence."""
+    """Check whether `name` is a preset, such as `vitcls-tiny`; an existing path is none."""
     kind, _, preset = name.partition("-")
     return kind == "vitcls" and preset in PRESETS and not Path(name).exists()
 
 
 def open_model(source: str, backend: str = "torch", files: Sequence[str] = ()) -> ModelFolder:
-    """Return the folder of a vitcls model, after downloading or converting the source if necessary.
+    """Open the folder of a vitcls model, after downloading or converting the source if necessary.
 
     Args:
         source: A folder, `namespace/name` on the Hub with an optional `@REVISION`, `timm:NAME`,
@@ -86,7 +86,7 @@ def open_model(source: str, backend: str = "torch", files: Sequence[str] = ()) -
 
 
 def find_or_convert(source: str, files: Sequence[str]) -> str:
-    """Return the folder of a vitcls model, or of the converted model of another source."""
+    """Find the folder of a vitcls model, or of the converted model of another source."""
     is_named = source.startswith(SOURCE_PREFIXES) and not Path(source).exists()
     if is_named or Path(source).is_file():
         return convert_once(pin_revision(source))
@@ -139,7 +139,7 @@ def convert_once(source: str) -> str:
 
 
 def compute_cache_name(source: str) -> str:
-    """Return the folder name of a conversion.
+    """Compute the folder name of a conversion.
 
     The name depends on the commit or the local files of the source, and on the package version.
     """
@@ -150,7 +150,7 @@ def compute_cache_name(source: str) -> str:
         cache_key.append(str(path.resolve()))
         for file in files:
             status = file.stat()
-            # a copy or an archive may keep the time of modification, but not that of the change
+            # a copy or an archive may keep the time of modification; the change time is new
             times = (status.st_mtime_ns, status.st_ctime_ns)
             cache_key.append((file.name, status.st_size, times))
     readable_name = re.sub(r"[^\w.-]", "-", path.name)

@@ -89,7 +89,7 @@ def compare_models(
         ]
         if excessive:
             raise ConversionError(
-                f"the outputs of the converted model differ from those of {source.name} at "
+                f"the outputs of the converted model differ from {source.name} at "
                 f"{height} x {width} pixels: {', '.join(excessive)}; the limit is "
                 f"{MAX_DIFFERENCE:g} of the largest value"
             )
@@ -145,7 +145,7 @@ def build_random_images(shape: tuple[int, int, int, int]) -> torch.Tensor:
 
 
 def compute_model_outputs(model: ViTCLSPreTrainedModel, pixel_values: torch.Tensor) -> Outputs:
-    """Return the outputs of the converted model by token group."""
+    """Compute the outputs of the converted model by token group."""
     encoder_outputs = model.base_model(pixel_values)
     token_groups = split_token_groups({"sequence": encoder_outputs.last_hidden_state}, model)
     if not isinstance(model, ViTCLSForImageClassification):

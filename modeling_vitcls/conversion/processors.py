@@ -67,7 +67,7 @@ def convert_timm_preprocessing(model: nn.Module) -> ConvertedPreprocessing:
 
 
 def convert_timm_settings(settings: dict[str, Any]) -> dict[str, Any]:
-    """Convert the settings of `timm.data.resolve_data_config` to those of the image processor."""
+    """Convert the output of `timm.data.resolve_data_config` to image processor settings."""
     channels, height, width = settings["input_size"]
     scaled_height, scaled_width = (
         math.floor(length / settings["crop_pct"]) for length in (height, width)
@@ -157,7 +157,7 @@ def apply_processor(processor: Any, image: PIL.Image.Image) -> torch.Tensor:
 def select_settings(
     processor: ImageProcessingMixin, names: Sequence[str] = SHARED_SETTINGS
 ) -> dict[str, Any]:
-    """Return the settings of an image processor that are listed in `names` and are not None."""
+    """Select the settings of an image processor that are listed in `names` and are not None."""
     settings = processor.to_dict()
     return {name: settings[name] for name in names if settings.get(name) is not None}
 
@@ -169,7 +169,7 @@ def check_processor(
 ) -> dict[str, Any]:
     """Compare an image processor with the preprocessing of the source on test images.
 
-    `preprocess` is that of the source in the same backend. Raise ValueError if the pixels differ by
+    `preprocess` is the source's function in the same backend. Raise ValueError if the pixels differ by
     more than MAX_PIXEL_DIFFERENCE. `settings_name` is the name of the source's settings.
     """
     largest_difference = 0.0  # in gray levels

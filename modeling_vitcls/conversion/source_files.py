@@ -205,14 +205,14 @@ def unwrap_weights(weights: Mapping[str, Any], notes: list[str]) -> tuple[Weight
 
 
 def has_encoder(weights: Weights, prefix: str) -> bool:
-    """Return whether the weights contain an image encoder below `prefix`."""
+    """Check whether the weights contain an image encoder below `prefix`."""
     return any(
         re.match(rf"{re.escape(prefix)}.*patch_embed\.proj\.weight", name) for name in weights
     )
 
 
 def detect_family(weights: Weights, container_key: str | None, file: Path) -> str:
-    """Return the family of a state dict.
+    """Detect the family of a state dict.
 
     Raise ConversionError if no family or several families match.
     """

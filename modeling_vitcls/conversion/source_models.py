@@ -88,7 +88,7 @@ class TimmSource(Source):
 
     @property
     def has_classifier(self) -> bool:
-        """Return whether the model returns logits."""
+        """Whether the model returns logits."""
         return bool(self.model.num_classes)
 
     def convert(self) -> ViTCLSPreTrainedModel:
@@ -96,14 +96,12 @@ class TimmSource(Source):
         return convert_from_timm(self.model)
 
     def compute_outputs(self, pixel_values: torch.Tensor) -> Outputs:
-        """Return a dict with "sequence" and either "logits" or "pooled" for images [B, C, H, W].
+        """Compute a dict with "sequence" and either "logits" or "pooled" for images [B, C, H, W].
 
         timm may raise any exception if the model does not support the image size.
         """
-        height, width = pixel_values.shape[-2:]
-        model: Any = self.model
-        if (height, width) != self.image_size:
-            model = self.build_resized_model((height, width))
+        size = (pixel_values.shape[-2], pixel_values.shape[-1])
+        model: Any = self.model if size == self.image_size else self.build_resized_model(size)
         sequence = model.forward_features(pixel_values)
         output_name = "logits" if self.has_classifier else "pooled"
         return {"sequence": sequence, output_name: model.forward_head(sequence)}
@@ -168,7 +166,7 @@ class TransformersSource(Source):
         return convert_from_transformers(self.model)
 
     def compute_outputs(self, pixel_values: torch.Tensor) -> Outputs:
-        """Return the outputs for images [B, C, H, W].
+        """Compute the outputs for images [B, C, H, W].
 
         At sizes other than the native size, the position embeddings are interpolated.
         """
@@ -189,7 +187,7 @@ class TransformersSource(Source):
 
     @property
     def encoder(self) -> Any:
-        """Return the base model, which returns the token sequence."""
+        """The base model, which returns the token sequence."""
         name = CONVERTIBLE_CLASSES[type(self.model).__name__].encoder_name
         return self.model if name is None else getattr(self.model, name)
 

@@ -30,7 +30,7 @@ POOLINGS = {"token": "cls", "avg": "mean", "max": "max", "map": "attention"}
 
 
 def read_config_fields(model: TimmModule) -> Fields:
-    """Return the configuration of a `VisionTransformer`, `VisionTransformerDistilled` or `Eva`."""
+    """Read the configuration of a `VisionTransformer`, `VisionTransformerDistilled` or `Eva`."""
     # the other blocks differ only in drop path and the number of key and value heads
     first_block = model.blocks[0]
     block_class = get_class_name(first_block)
@@ -56,7 +56,7 @@ def read_config_fields(model: TimmModule) -> Fields:
 
 
 def read_patch_embedding(model: TimmModule) -> Fields:
-    """Return the fields of the patch embedding.
+    """Read the fields of the patch embedding.
 
     `image_size` is rounded down to whole patches, because timm ignores the remaining pixels.
     """
@@ -81,7 +81,7 @@ def read_patch_embedding(model: TimmModule) -> Fields:
 
 
 def read_tokens(model: TimmModule) -> Fields:
-    """Return the number of special tokens of each type."""
+    """Read the number of special tokens of each type."""
     names = {"cls": "cls_token", "distillation": "dist_token", "register": "reg_token"}
     parameters = {
         f"num_{group}_tokens": getattr(model, name, None) for group, name in names.items()
@@ -98,7 +98,7 @@ def read_tokens(model: TimmModule) -> Fields:
 
 
 def read_positions(model: TimmModule, token_counts: Fields) -> Fields:
-    """Return the fields of learned position embeddings.
+    """Read the fields of learned position embeddings.
 
     timm resamples them bicubically with antialiasing.
     """
@@ -120,7 +120,7 @@ def read_positions(model: TimmModule, token_counts: Fields) -> Fields:
 
 
 def read_rotary_positions(model: TimmModule) -> Fields:
-    """Return the fields of rotary position embeddings.
+    """Read the fields of rotary position embeddings.
 
     They replace or complement learned position embeddings.
     """
@@ -166,7 +166,7 @@ def read_rotary_positions(model: TimmModule) -> Fields:
 
 
 def read_norms(model: TimmModule) -> Fields:
-    """Return the type and eps of the norms, and which of the optional norms exist."""
+    """Read the type and eps of the norms, and which of the optional norms exist."""
     norms = {
         (NORM_TYPES.get(get_class_name(module), get_class_name(module)), module.eps)
         for name, module in model.named_modules()
@@ -187,7 +187,7 @@ def read_norms(model: TimmModule) -> Fields:
 
 
 def read_block(block: TimmModule) -> Fields:
-    """Return the fields of a block that applies attention and then an MLP."""
+    """Read the fields of a block that applies attention and then an MLP."""
     layer_type = (
         "post" if get_class_name(block) in ("ResPostBlock", "EvaBlockPostNorm") else "standard"
     )
@@ -200,7 +200,7 @@ def read_block(block: TimmModule) -> Fields:
 
 
 def read_parallel_block(block: TimmModule) -> Fields:
-    """Return the fields of a block with attention and MLP in parallel and fused projections."""
+    """Read the fields of a block with attention and MLP in parallel and fused projections."""
     return {
         "layer_type": "parallel",
         "attention_type": "differential" if hasattr(block, "sub_norm") else "softmax",
@@ -215,7 +215,7 @@ def read_parallel_block(block: TimmModule) -> Fields:
 
 
 def read_branched_block(block: TimmModule) -> Fields:
-    """Return the fields of a block whose parallel branches from_timm.py merges."""
+    """Read the fields of a block whose parallel branches from_timm.py merges."""
     attention = block.attns[0].attn
     mlp = block.ffns[0].mlp
     fields = read_attention(attention) | read_mlp(mlp)
@@ -251,7 +251,7 @@ BLOCK_READERS: dict[str, Callable[[TimmModule], Fields]] = {
 
 
 def read_attention(attention: TimmModule) -> Fields:
-    """Return the fields of an attention module: type, heads, norms, biases and dropout."""
+    """Read the fields of an attention module: type, heads, norms, biases and dropout."""
     name = get_class_name(attention)
     check_supported(
         name in ("Attention", "AttentionRope", "EvaAttention", "DiffAttention"),
@@ -273,7 +273,7 @@ def read_attention(attention: TimmModule) -> Fields:
 
 
 def read_qkv_biases(attention: TimmModule) -> Fields:
-    """Return the configuration fields for the query, key and value biases.
+    """Read the configuration fields for the query, key and value biases.
 
     In EVA, the key projections have no bias.
     """
@@ -295,7 +295,7 @@ def read_qkv_biases(attention: TimmModule) -> Fields:
 
 
 def read_mlp(mlp: TimmModule) -> Fields:
-    """Return the fields of a plain or gated MLP: type, activation, hidden size, biases and norm."""
+    """Read the fields of a plain or gated MLP: type, activation, hidden size, biases and norm."""
     name = get_class_name(mlp)
     check_supported(name in ("Mlp", "GluMlp", "SwiGLU"), f"MLP of class {name}")
     activation = read_activation(mlp.act)
@@ -312,7 +312,7 @@ def read_mlp(mlp: TimmModule) -> Fields:
 
 
 def read_layer_scale(block: TimmModule) -> Fields:
-    """Return the initial LayerScale value.
+    """Read the initial LayerScale value.
 
     If only attention has LayerScale, the MLP's LayerScale values become 1.
     """
@@ -324,7 +324,7 @@ def read_layer_scale(block: TimmModule) -> Fields:
 
 
 def read_pooling(model: TimmModule, hidden_act: str | None) -> Fields:
-    """Return the fields of the pooling method before the head."""
+    """Read the fields of the pooling method before the head."""
     if not model.global_pool:
         check_supported(not model.num_classes, "a classifier on every token (global_pool='')")
         # used by a new classifier
@@ -342,7 +342,7 @@ def read_pooling(model: TimmModule, hidden_act: str | None) -> Fields:
 
 
 def read_attention_pool(model: TimmModule, hidden_act: str | None) -> Fields:
-    """Return the fields of attention pooling.
+    """Read the fields of attention pooling.
 
     In `Eva`, the query also attends to special tokens.
     """
@@ -365,7 +365,7 @@ def read_attention_pool(model: TimmModule, hidden_act: str | None) -> Fields:
 
 
 def read_labels(model: TimmModule) -> Fields:
-    """Return the label names, or the number of labels if the model has no label names."""
+    """Read the label names, or the number of labels if the model has no label names."""
     if not model.num_classes:
         return {}
     label_names = (getattr(model, "pretrained_cfg", None) or {}).get("label_names")
@@ -375,7 +375,7 @@ def read_labels(model: TimmModule) -> Fields:
 
 
 def read_activation(module: TimmModule) -> str:
-    """Return the transformers name of an activation."""
+    """Read the transformers name of an activation."""
     name = (
         "GELUTanh" if getattr(module, "approximate", "none") == "tanh" else get_class_name(module)
     )
@@ -389,7 +389,7 @@ def get_class_name(module: TimmModule) -> str:
 
 
 def is_present(module: TimmModule) -> bool:
-    """Return whether a module is neither None nor an identity."""
+    """Check whether a module is neither None nor an identity."""
     return module is not None and not isinstance(module, nn.Identity)
 
 

@@ -157,7 +157,7 @@ class TargetMatch:
 
     target: TargetClass
     config: ViTCLSConfig  # configuration of the model after `applied_rewrites`
-    # configuration of the target, converted back; after an error, that of the model
+    # configuration of the target, converted back; after an error, the model's configuration
     target_config: ViTCLSConfig
     # description of each field that the target does not support, or of an error, by name
     mismatches: dict[str, str]
@@ -166,7 +166,7 @@ class TargetMatch:
 
 
 def find_best_match(model_class: str, config: ViTCLSConfig, native_size_only: bool) -> TargetMatch:
-    """Return the match with the fewest mismatches. Ties are broken by the number of rewrites."""
+    """Find the match with the fewest mismatches. Ties are broken by the number of rewrites."""
     matches = [
         find_equivalent_match(target, config, native_size_only) for target in TARGETS[model_class]
     ]
@@ -232,7 +232,7 @@ def compare_with_target(target: TargetClass, config: ViTCLSConfig) -> TargetMatc
 
 
 def is_mismatch(name: str, value: Any, target_value: Any) -> bool:
-    """Return whether the target does not support the value of a field.
+    """Check whether the target does not support the value of a field.
 
     Initial LayerScale values are not compared.
 

@@ -45,7 +45,7 @@ class TransformersFamily:
     has_square_grid: bool = False
 
     def read_all_fields(self, config: Any, weights: Weights) -> Fields:
-        """Return the fields of `ViTCLSConfig`, or raise ConversionError."""
+        """Read the fields of `ViTCLSConfig`, or raise ConversionError."""
         if self.has_square_grid and not isinstance(
             round_to_patches(config.image_size, config.patch_size), int
         ):
@@ -122,7 +122,7 @@ FIELD_NAMES = {
 
 
 def read_common_fields(config: Any, weights: Weights) -> Fields:
-    """Return the fields that most families share."""
+    """Read the fields that most families share."""
     fields = {
         target: getattr(config, name)
         for name, target in FIELD_NAMES.items()
@@ -151,7 +151,7 @@ def read_common_fields(config: Any, weights: Weights) -> Fields:
 
 
 def compute_dinov2_mlp_size(hidden_size: int, ratio: float, is_gated: bool) -> int:
-    """Return the hidden size of DINOv2's MLP.
+    """Compute the hidden size of DINOv2's MLP.
 
     A gated MLP has about as many parameters as a plain MLP.
     """
@@ -179,7 +179,7 @@ def get_glu_type(config: Any) -> str:
 
 
 def read_vit_fields(config: Any, weights: Weights) -> Fields:
-    """Return the fields of ViT.
+    """Read the fields of ViT.
 
     The optional pooler of `ViTModel` is a dense layer on the CLS token.
     """
@@ -190,7 +190,7 @@ def read_vit_fields(config: Any, weights: Weights) -> Fields:
 
 
 def read_ijepa_fields(config: Any, weights: Weights) -> Fields:
-    """Return the fields of I-JEPA, which has no special tokens.
+    """Read the fields of I-JEPA, which has no special tokens.
 
     The classifier uses the mean of the patches.
     """
@@ -206,7 +206,7 @@ def read_ijepa_fields(config: Any, weights: Weights) -> Fields:
 
 
 def read_dinov2_fields(config: Any, weights: Weights) -> Fields:
-    """Return the fields of DINOv2, with or without registers.
+    """Read the fields of DINOv2, with or without registers.
 
     Unlike the authors' code, transformers resamples position embeddings without an offset.
     `Dinov2WithRegistersModel` resamples with antialiasing.
@@ -216,7 +216,7 @@ def read_dinov2_fields(config: Any, weights: Weights) -> Fields:
 
 
 def select_by_mlp_type(tensor: torch.Tensor, config: ViTCLSConfig) -> Sequence[torch.Tensor]:
-    """Return the tensor for the first target if the MLP is plain, else for the second."""
+    """Select the tensor for the first target if the MLP is plain, else for the second."""
     return [tensor, tensor[:0]] if config.mlp_type == "mlp" else [tensor[:0], tensor]
 
 
@@ -260,7 +260,7 @@ SIGLIP_RULES = [
 
 
 def read_siglip_fields(config: Any, weights: Weights) -> Fields:
-    """Return the fields of SigLIP, which has no special tokens.
+    """Read the fields of SigLIP, which has no special tokens.
 
     A model with a head uses attention pooling.
 
@@ -292,7 +292,7 @@ SIGLIP2_RULES = [
 
 
 def read_internvl_fields(config: Any, weights: Weights) -> Fields:
-    """Return the fields of InternViT, which has no pooler."""
+    """Read the fields of InternViT, which has no pooler."""
     if config.use_qk_norm:
         raise ConversionError(
             "ViTCLS does not support query and key norms over all heads (use_qk_norm)"
@@ -327,7 +327,7 @@ AIMV2_RULES = [
 
 
 def read_aimv2_fields(config: Any, weights: Weights) -> Fields:
-    """Return the fields of AIMv2.
+    """Read the fields of AIMv2.
 
     It has RMS norms (also after the patch embedding), gated MLPs and no special tokens.
     """
@@ -350,7 +350,7 @@ BEIT_RULES = [
 
 
 def read_beit_fields(config: Any, weights: Weights) -> Fields:
-    """Return the fields of BEiT: a relative position bias, position embeddings, or both."""
+    """Read the fields of BEiT: a relative position bias, position embeddings, or both."""
     bias_type = "shared" if config.use_shared_relative_position_bias else "none"
     if config.use_relative_position_bias:
         bias_type = "layer"
@@ -364,7 +364,7 @@ def read_beit_fields(config: Any, weights: Weights) -> Fields:
 
 
 def add_shared_bias(weights: Weights) -> Weights:
-    """Add the shared relative position bias to that of each layer, if the model has both."""
+    """Add the shared relative position bias to the bias of each layer, if there are both."""
     shared_prefixes = ("shared_position_bias.", "encoder.relative_position_bias.")
     table_names = [name for name in weights if name.endswith("relative_position_bias_table")]
     shared_table_name = next(
@@ -400,7 +400,7 @@ RADIO_RULES = [
 
 
 def read_radio_fields(config: Any, weights: Weights) -> Fields:
-    """Return the fields of RADIO.
+    """Read the fields of RADIO.
 
     It concatenates CLS tokens, and crops position embeddings to the image size.
     """

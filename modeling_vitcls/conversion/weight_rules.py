@@ -182,7 +182,7 @@ def divide(tensor: torch.Tensor, num_parts: int) -> Sequence[torch.Tensor]:
 
 
 def find_rule(rules: Sequence[Rule], name: str) -> tuple[Rule | None, list[str]]:
-    """Return the first rule that matches `name`, and its targets; (None, []) for no rule."""
+    """Find the first rule that matches `name`, and its targets; (None, []) for no rule."""
     for rule in rules:
         if (targets := rule.match(name)) is not None:
             return rule, targets

@@ -73,7 +73,7 @@ def set_hub_timeout(seconds: float) -> Iterator[None]:
 def silence_transformers() -> Iterator[None]:
     """Turn off transformers' progress bars and warnings within the block.
 
-    Other threads wait, because the settings are those of the process.
+    Other threads wait, because the settings belong to the whole process.
     """
     with SILENCE_LOCK:
         verbosity = transformers_logging.get_verbosity()
@@ -126,7 +126,7 @@ def retry(
 
 
 def is_temporary(error: BaseException) -> bool:
-    """Return whether an error is temporary, in which case a retry may succeed.
+    """Check whether an error is temporary, in which case a retry may succeed.
 
     A Hub that has not answered within the timeout would not answer the next request, either.
     """
@@ -146,7 +146,7 @@ def iter_causes(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def find_response(error: BaseException) -> Any:
-    """Return the response of the Hub in the chain of an error and its causes, or None."""
+    """Find the response of the Hub in the chain of an error and its causes, or None."""
     return next(
         (cause.response for cause in iter_causes(error) if isinstance(cause, HfHubHTTPError)), None
     )

@@ -120,7 +120,7 @@ def get_external_model_folder(source: str, revision: str | None = None) -> str:
 def fetch_repo_info(
     repo_id: str, repo_type: RepoType = "model", revision: str | None = None
 ) -> Any:
-    """Return the Hub's information about a repository, using at most two requests.
+    """Fetch the Hub's information about a repository, using at most two requests.
 
     Raise HubUnreachableError if the Hub does not respond, and OSError if there is no such
     repository or revision.
@@ -195,7 +195,7 @@ def get_cached_commit(folder: str) -> str | None:
 
 
 def is_hub_id(source: str) -> bool:
-    """Return whether a name is a syntactically valid repository id."""
+    """Check whether a name is a syntactically valid repository id."""
     try:
         validate_repo_id(source)
     except HFValidationError:

@@ -24,7 +24,7 @@ RELATIVE_PREFIXES = ("./", "../")  # prefixes of relative paths; no Hub id start
 
 
 def is_built_in_dataset(dataset: str) -> bool:
-    """Return whether a dataset is scikit-learn's digits. A path with this name takes precedence."""
+    """Check whether a dataset is scikit-learn's digits. A path with this name takes precedence."""
     return dataset == BUILT_IN_DATASET and not Path(dataset).exists()
 
 
@@ -42,7 +42,7 @@ def resolve_name(name: str) -> str:
 
 
 def is_local(name: Any) -> bool:
-    """Return whether a resolved name is a local file or folder; False for other values."""
+    """Check whether a resolved name is a local file or folder; False for other values."""
     if not isinstance(name, str):
         return False
     path = split_prefix(name)[1]
@@ -67,7 +67,7 @@ def make_relative(name: Any) -> Any:
 
 
 def is_hub_dataset(name: Any) -> bool:
-    """Return whether a resolved name is the id of a dataset on the Hub."""
+    """Check whether a resolved name is the id of a dataset on the Hub."""
     return (
         isinstance(name, str)
         and name != BUILT_IN_DATASET
@@ -83,7 +83,7 @@ def strip_folders(name: str) -> str:
 
 
 def is_same_source(stored_name: Any, current_name: Any) -> bool:
-    """Return whether two names refer to the same dataset or model, which may have moved."""
+    """Check whether two names refer to the same dataset or model, which may have moved."""
     if stored_name == current_name or not (isinstance(stored_name, str) and is_local(current_name)):
         return bool(stored_name == current_name)
     old_prefix, old_path = split_prefix(stored_name)

@@ -80,7 +80,7 @@ def check_weight_files(source: str, folder: Path) -> None:
     has_one_file = (folder / WEIGHTS_FILE).is_file()
     if has_one_file and (folder / INDEX_FILE).is_file():
         raise ValueError(
-            f"{source} contains two sets of weights: {WEIGHTS_FILE} and those of {INDEX_FILE}. "
+            f"{source} contains two sets of weights: {WEIGHTS_FILE} and the files of {INDEX_FILE}. "
             "Remove the set that does not belong to the model"
         )
 

@@ -89,7 +89,7 @@ DEFAULT_EXPORT_PATTERNS = ("model.onnx", "model.onnx.*", "model.xml", "model.xml
 
 
 def is_match(name: str, patterns: Iterable[str]) -> bool:
-    """Return whether a path, such as `images/cat.png`, matches any of the patterns.
+    """Check whether a path, such as `images/cat.png`, matches any of the patterns.
 
     `*` does not match `/`.
     """
@@ -120,7 +120,7 @@ def check_output_files(**files: Path | None) -> None:
 
 
 def list_backend_files(backend: str) -> tuple[str, ...]:
-    """Return the patterns of the files that define a model, and that a backend reads."""
+    """List the patterns of the files that define a model, and that a backend reads."""
     if backend not in BACKEND_FILES:
         return (*CONFIG_FILES, *WEIGHTS_PATTERNS, ADAPTER_FILE)
     graph_files = BACKEND_FILES[backend]
@@ -128,7 +128,7 @@ def list_backend_files(backend: str) -> tuple[str, ...]:
 
 
 def list_weight_files(folder: Path) -> list[str]:
-    """Return the names of the weight files.
+    """List the names of the weight files.
 
     Raise ValueError if the index of the weights does not contain names of files in the same folder.
     """
@@ -148,12 +148,12 @@ def list_weight_files(folder: Path) -> list[str]:
 
 
 def hash_weights(folder: Path) -> dict[str, str]:
-    """Return the SHA-256 of each weight file, by file name."""
+    """Compute the SHA-256 of each weight file, by file name."""
     return hash_files(folder / name for name in list_weight_files(folder))
 
 
 def hash_settings(folder: Path) -> dict[str, str]:
-    """Return a SHA-256 of the values in config.json and preprocessor_config.json, by file name.
+    """Compute a SHA-256 of the values in config.json and preprocessor_config.json, by file name.
 
     Values that do not change outputs are left out.
     """
@@ -168,7 +168,7 @@ def hash_settings(folder: Path) -> dict[str, str]:
 
 
 def list_export_files(folder: Path) -> list[str]:
-    """Return the names of the files that `vitcls export` wrote to a folder.
+    """List the names of the files that `vitcls export` wrote to a folder.
 
     They are its reports (model.xml.json), and the listed files with the name of the graph
     (model.xml, model.bin). Other XML files are not among them.
@@ -190,5 +190,5 @@ def list_export_files(folder: Path) -> list[str]:
 
 
 def hash_files(files: Iterable[Path]) -> dict[str, str]:
-    """Return the SHA-256 of each file, by file name."""
+    """Compute the SHA-256 of each file, by file name."""
     return {file.name: compute_file_digest(file) for file in sorted(files)}

@@ -170,7 +170,7 @@ class ModelFolder:
     def load_partly(self, model_class: Any, **arguments: Any) -> tuple[Any, set[str]]:
         """Load the model, and return it with the names of the weights that the folder lacks.
 
-        `arguments` are those of `from_pretrained`. Raise ValueError if the folder has weights that
+        `arguments` are passed to `from_pretrained`. Raise ValueError if the folder has weights that
         config.json has no place for. Heads may be unused.
         """
         self.weights_sha256  # noqa: B018  # results name the weights that are read here
@@ -421,6 +421,6 @@ def warn_once(message: str) -> None:
 
 
 def list_code_references(auto_map: Any) -> list[str]:
-    """Return the references in an `auto_map` of config.json or preprocessor_config.json."""
+    """List the references in an `auto_map` of config.json or preprocessor_config.json."""
     strings = re.findall(r'"([^"]*)"(:?)', json.dumps(auto_map))
     return [value for value, colon in strings if not colon]  # not the keys of nested dicts

@@ -50,7 +50,7 @@ class Provenance:
 
     @property
     def license_metadata(self) -> dict[str, Any]:
-        """Return the license as keyword arguments of ModelCardData."""
+        """The license as keyword arguments of ModelCardData."""
         return {
             "license": self.license,
             "license_name": self.license_name,
@@ -59,7 +59,7 @@ class Provenance:
 
     @property
     def license_label(self) -> str | None:
-        """Return the name of the license; None if the license is unknown."""
+        """The name of the license; None if the license is unknown."""
         label = self.license_name if self.license == "other" and self.license_name else self.license
         return ", ".join(label) if isinstance(label, list) else label
 
@@ -84,7 +84,7 @@ class Provenance:
 
 
 def find_provenance(source: str) -> Provenance:
-    """Return the provenance of a model by its name.
+    """Find the provenance of a model by its name.
 
     The name is a folder, a Hub id, `timm:NAME[@FILE]` or `transformers:PATH_OR_ID`.
     """
@@ -97,7 +97,7 @@ def find_provenance(source: str) -> Provenance:
 
 
 def fetch_hub_provenance(repo_id: str) -> Provenance:
-    """Return the provenance of a model on the Hub, from its card.
+    """Fetch the provenance of a model on the Hub, from its card.
 
     If the Hub does not respond, the cached card is used.
     """
@@ -112,7 +112,7 @@ def fetch_hub_provenance(repo_id: str) -> Provenance:
 
 
 def read_folder_provenance(folder: Path, repo_id: str | None = None) -> Provenance:
-    """Return the provenance of a model folder, from its card and license files.
+    """Read the provenance of a model folder, from its card and license files.
 
     If `repo_id` is set, the folder contains the files of the Hub model `repo_id`, and this model is
     the base model. Otherwise, the base model is read from the card.
@@ -155,7 +155,7 @@ def read_folder_provenance(folder: Path, repo_id: str | None = None) -> Provenan
 
 
 def find_timm_provenance(name: str) -> Provenance:
-    """Return the provenance of timm weights; only the name is known for weights in a local file."""
+    """Find the provenance of timm weights; only the name is known for weights in a local file."""
     kind, separator, location = name.partition(":")
     if separator and kind.replace("_", "-") == "hf-hub":
         return fetch_hub_provenance(location.partition("@")[0])

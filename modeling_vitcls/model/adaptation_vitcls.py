@@ -181,7 +181,7 @@ def resolve_config(
 def read_adaptable_fields(
     config_class: type[ViTCLSConfig], source: Any, kwargs: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Return the values of `ADAPTABLE_FIELDS` in a checkpoint; {} if it has no configuration."""
+    """Read the values of `ADAPTABLE_FIELDS` in a checkpoint; {} if it has no configuration."""
     if source is None:  # the caller passes a state dict instead of a checkpoint
         return {}
     hub_kwargs = {name: kwargs[name] for name in HUB_KEYWORDS if name in kwargs}
@@ -211,7 +211,7 @@ def replace_fields(config: Any, values: Mapping[str, Any], validate: bool = True
 
 
 def can_gate_new_tokens(config: ViTCLSConfig, changes: Mapping[str, Any]) -> bool:
-    """Return whether the attention implementation supports gates.
+    """Check whether the attention implementation supports gates.
 
     Log a line if it does not, and tokens are added.
     """

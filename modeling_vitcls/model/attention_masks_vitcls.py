@@ -286,7 +286,7 @@ class TokenGates(nn.Module):
 
 
 def list_gated_tokens(config: ViTCLSConfig) -> list[tuple[str, int]]:
-    """Return (group, index within the group) of each gate, in sequence order.
+    """List (group, index within the group) of each gate, in sequence order.
 
     A group's last tokens are gated.
     """

@@ -345,7 +345,7 @@ class ViTCLSAttention(nn.Module):
     def project_qkv(
         self, hidden_states: Tensor, num_queries: int | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return queries [B, heads, n, head_dim], keys and values [B, heads, N, head_dim].
+        """Compute queries [B, heads, n, head_dim], keys and values [B, heads, N, head_dim].
 
         Rotary position embeddings are not yet applied.
         """
@@ -363,7 +363,7 @@ class ViTCLSAttention(nn.Module):
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
-        """Return the attention output [B, n, heads, head_dim] and the weights.
+        """Compute the attention output [B, n, heads, head_dim] and the weights.
 
         Fused attention returns no weights.
         """

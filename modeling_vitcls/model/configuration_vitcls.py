@@ -275,8 +275,8 @@ class ExtraHead:
         problem_type: "single_label_classification" or "multi_label_classification".
         temperature: number by which the logits are divided in evaluation mode.
         threshold: for several labels per image, the probability from which a label is predicted.
-        adds_classes: whether the logits are appended to `logits`, as those of further classes of
-            the classifier. The labels are then the last ones of `id2label`.
+        adds_classes: whether the logits are appended to `logits`: the head then adds classes to the
+            classifier, and its labels are the last ones of `id2label`.
     """
 
     labels: list[str]
@@ -304,7 +304,7 @@ class ExtraHead:
 
     @property
     def layer_poolings(self) -> list[ExtraPooling]:
-        """Return the pooling of each layer."""
+        """The pooling of each layer."""
         if isinstance(self.pooling, list):
             return self.pooling
         return [self.pooling] * len(self.pooled_layers or [-1])
@@ -333,8 +333,8 @@ def build_part(part_class: Any, owner: str, fields: dict[str, Any]) -> Any:
 class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
     r"""Configuration of a Vision Transformer with CLS, distillation and register tokens.
 
-    The defaults are those of ViT-B/16 (arXiv 2010.11929, table 1) at 224 x 224 pixels: one CLS
-    token and 196 patches.
+    The defaults describe ViT-B/16 (arXiv 2010.11929, table 1) at 224 x 224 pixels: one CLS token
+    and 196 patches.
 
     **Main options**
 
@@ -826,27 +826,27 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
     # Derived values -------------------------------------------------------------------------------
     @property
     def token_layout(self) -> TokenLayout:
-        """Return the slices of the token groups in the sequence."""
+        """The slices of the token groups in the sequence."""
         return TokenLayout.from_counts(*self.token_counts)
 
     @property
     def token_counts(self) -> tuple[int, int, int]:
-        """Return the numbers of CLS, distillation and register tokens."""
+        """The numbers of CLS, distillation and register tokens."""
         return self.num_cls_tokens, self.num_distillation_tokens, self.num_register_tokens
 
     @property
     def image_height_width(self) -> tuple[int, int]:
-        """Return `image_size` as (height, width) in pixels."""
+        """`image_size` as (height, width) in pixels."""
         return to_pair(self.image_size)
 
     @property
     def patch_height_width(self) -> tuple[int, int]:
-        """Return `patch_size` as (height, width) in pixels."""
+        """`patch_size` as (height, width) in pixels."""
         return to_pair(self.patch_size)
 
     @property
     def grid_size(self) -> tuple[int, int]:
-        """Return the number of patch rows and columns for images of `image_size`."""
+        """The number of patch rows and columns for images of `image_size`."""
         return self.get_grid_size(self.image_height_width)
 
     def get_grid_size(self, height_width: tuple[int, int]) -> tuple[int, int]:
@@ -857,19 +857,19 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
 
     @property
     def head_dim(self) -> int:
-        """Return the size of one attention head."""
+        """The size of one attention head."""
         return self.attention_head_size or self.hidden_size // self.num_attention_heads
 
     @property
     def pooled_cls_indices(self) -> list[int]:
-        """Return the indices of the CLS tokens that are pooled."""
+        """The indices of the CLS tokens that are pooled."""
         if self.pooled_cls_tokens is None:
             return list(range(self.num_cls_tokens))
         return self.pooled_cls_tokens
 
     @property
     def pooled_layer_indices(self) -> list[int]:
-        """Return the pooled layers, from 1 to `num_hidden_layers`, in the order of the pooling."""
+        """The pooled layers, from 1 to `num_hidden_layers`, in the order of the pooling."""
         return self.resolve_layers(self.pooled_layers)
 
     def resolve_layers(self, layers: Sequence[int] | None) -> list[int]:
@@ -878,11 +878,11 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
 
     @property
     def pooled_size(self) -> int:
-        """Return the size of the pooled vector, the input of the head."""
+        """The size of the pooled vector, the input of the head."""
         return self.compute_pooled_size(self.pooling, len(self.pooled_layer_indices))
 
     def compute_pooled_size(self, pooling: str, num_layers: int) -> int:
-        """Return the size of the vector that `pooling` computes from `num_layers` layers."""
+        """Compute the size of the vector that `pooling` makes of `num_layers` layers."""
         num_vectors = 1
         if pooling in ("cls", "cls_mean") and self.cls_pooling == "concat":
             num_vectors = len(self.pooled_cls_indices)
@@ -892,17 +892,17 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
 
     @property
     def has_rotary_positions(self) -> bool:
-        """Return whether the model has rotary position embeddings."""
+        """Whether the model has rotary position embeddings."""
         return "rope" in self.position_embedding_type
 
     @property
     def has_distillation_head(self) -> bool:
-        """Return whether the distillation tokens have a classifier."""
+        """Whether the distillation tokens have a classifier."""
         return self.num_distillation_tokens > 0 and self.distillation_head is not False
 
     @property
     def can_trim_last_layer(self) -> bool:
-        """Return whether the last layer can compute only the first tokens.
+        """Whether the last layer can compute only the first tokens.
 
         Register neurons in the last layer, flash and flex attention require all tokens.
         """
@@ -912,7 +912,7 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
 
     @property
     def num_head_tokens(self) -> int | None:
-        """Return the number of leading tokens that the classifiers read; None if they read all.
+        """The number of leading tokens that the classifiers read; None if they read all.
 
         In the last layer, a classifier computes only these tokens unless `compute_all_tokens` is
         True.

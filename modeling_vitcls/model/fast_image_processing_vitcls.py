@@ -35,7 +35,7 @@ URL_PREFIXES = ("http://", "https://", "data:")
 
 
 def read_jpeg(source: Any) -> Tensor | None:
-    """Return the upright RGB pixels [3, H, W] `uint8` of a JPEG file (path or bytes).
+    """Read the upright RGB pixels [3, H, W] `uint8` of a JPEG file (path or bytes).
 
     The pixels equal those from PIL. Return None for other formats, or if torchvision cannot decode
     the file or PIL decodes it differently (CMYK).
@@ -57,7 +57,7 @@ def read_jpeg(source: Any) -> Tensor | None:
 
 
 def read_jpeg_bytes(source: Any) -> bytearray | None:
-    """Return the contents of a JPEG file, given as a path or bytes; None for anything else."""
+    """Read the contents of a JPEG file, given as a path or bytes; None for anything else."""
     if isinstance(source, bytes | bytearray):
         return bytearray(source) if source.startswith(JPEG_SIGNATURE) else None
     if not isinstance(source, str | os.PathLike) or str(source).startswith(URL_PREFIXES):
@@ -91,7 +91,7 @@ def get_settings(processor: Any, names: list[str]) -> tuple[Any, ...]:
 
 
 def can_use_fast_path(processor: Any) -> bool:
-    """Return whether `normalize_batch` supports all settings of an image processor."""
+    """Check whether `normalize_batch` supports all settings of an image processor."""
     return bool(
         processor.do_rescale
         and processor.do_normalize

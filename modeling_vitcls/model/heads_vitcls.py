@@ -315,7 +315,7 @@ def compute_classification_loss(
     config: ViTCLSConfig,
     num_items_in_batch: Tensor | int | None = None,
 ) -> Tensor:
-    """Return the loss of logits [B, C] for C classes. `config.problem_type` selects the loss:
+    """Compute the loss of logits [B, C] for C classes. `config.problem_type` selects the loss:
 
     - integer labels [B]: cross-entropy; -100 is ignored;
     - float labels with "single_label_classification": cross-entropy with probabilities [B, C]
@@ -372,7 +372,7 @@ def compute_cross_entropy(
     num_items_in_batch: Tensor | int | None = None,
     owner: str = "the model",
 ) -> Tensor:
-    """Return the cross-entropy of logits [B, C] and class indices [B], ignoring -100.
+    """Compute the cross-entropy of logits [B, C] and class indices [B], ignoring -100.
 
     The result is 0 if all indices are -100.
 
@@ -400,7 +400,7 @@ def compute_cross_entropy(
 def compute_masked_pixel_loss(
     reconstruction: Tensor, pixel_values: Tensor, bool_masked_pos: Tensor, config: ViTCLSConfig
 ) -> Tensor:
-    """Return the mean loss over the masked pixels, in float32.
+    """Compute the mean loss over the masked pixels, in float32.
 
     Sources: SimMIM, arXiv 2111.09886, section 3.5; MAE, arXiv 2111.06377, section 3.
 

@@ -413,7 +413,7 @@ def get_image_formats() -> tuple[str, ...]:
 
 
 def read_url(url: str, source_name: str) -> bytes:
-    """Return the contents of an `http`, `https` or base64 `data` URL."""
+    """Read the contents of an `http`, `https` or base64 `data` URL."""
     try:
         if url.startswith("data:"):
             return base64.b64decode(url.partition(",")[2], validate=True)

@@ -100,7 +100,7 @@ class ViTCLSModelOutput(BaseModelOutputWithPooling):
 
     @property
     def tokens(self) -> dict[str, Tensor]:
-        """Return the tokens [B, n, D] of "cls", "distillation", "registers" and "patches".
+        """The tokens [B, n, D] of "cls", "distillation", "registers" and "patches".
 
         Raises:
             ValueError: if the output was rebuilt from tensors, for example after gathering from
@@ -445,7 +445,7 @@ class ViTCLSModel(ViTCLSPreTrainedModel):
     def compute_last_layer(
         self, inputs: tuple[Tensor, Any, Any], **kwargs: Unpack[TransformersKwargs]
     ) -> Tensor:
-        """Return all tokens [B, N, D] of the last layer after the final norm, in a second pass.
+        """Compute all tokens [B, N, D] of the last layer after the final norm, in a second pass.
 
         The first pass, of fewer tokens, stays as it is: a product of more rows could be rounded
         differently. Hooks of transformers and the recorder of the attention have seen the first
@@ -469,7 +469,7 @@ class ViTCLSModel(ViTCLSPreTrainedModel):
 
 
 def select_layer_value(values: Any, index: int) -> Any:
-    """Return the value of the layer at `index`, from 1, in a list; any other value as it is."""
+    """Select the value of the layer at `index`, from 1, in a list; any other value as it is."""
     return values[index - 1] if isinstance(values, list) else values
 
 
@@ -505,7 +505,7 @@ class ViTCLSForImageClassification(ViTCLSPreTrainedModel):
         self.post_init()
 
     def build_classifiers(self) -> None:
-        """Build the classifiers for `config.num_labels` labels, without those of extra heads."""
+        """Build the classifiers of `config.num_labels` labels; extra heads build their own."""
         self.num_labels = self.config.num_labels
         num_added = sum(map(len, self.config.get_added_classes().values()))
         num_labels = (self.num_labels or 0) - num_added
@@ -523,7 +523,7 @@ class ViTCLSForImageClassification(ViTCLSPreTrainedModel):
         self.config.distance_threshold = None
 
     def select_task(self, name: str) -> "ViTCLSForImageClassification":
-        """Return a classifier for an added task alone, with the same bits.
+        """Build a classifier of an added task alone, with the same bits.
 
         It is a model for transformers' pipelines.
 
@@ -543,7 +543,7 @@ class ViTCLSForImageClassification(ViTCLSPreTrainedModel):
 
     @property
     def distance_layers(self) -> list[int]:
-        """Return the layers that the class statistics read in evaluation mode."""
+        """The layers that the class statistics read in evaluation mode."""
         return [] if self.class_distance is None or self.training else self.class_distance.layers
 
     @can_return_tuple
@@ -717,7 +717,7 @@ class ViTCLSForMultiTaskClassification(ViTCLSPreTrainedModel):
     def compute_losses(
         self, logits: dict[str, Tensor], labels: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """Return the mean cross-entropy of each task over its labeled images.
+        """Compute the mean cross-entropy of each task over its labeled images.
 
         training/losses.py averages over all images.
         """
@@ -739,7 +739,7 @@ class ViTCLSForMultiTaskClassification(ViTCLSPreTrainedModel):
 def count_output_tokens(
     encoder: ViTCLSModel, compute_all_tokens: bool | None, kwargs: Mapping[str, Any]
 ) -> int | None:
-    """Return how many special tokens the last layer computes for a classifier; None for all.
+    """Count how many special tokens the last layer computes for a classifier; None for all.
 
     The last layer computes only the tokens that the heads read; the logits do not change. It
     computes all tokens if `compute_all_tokens` or `config.compute_all_tokens` is True, if hidden
@@ -770,7 +770,7 @@ def count_output_tokens(
 
 
 def has_user_hooks(module: nn.Module | None) -> bool:
-    """Return whether a module has hooks, except those of transformers and torch.distributed."""
+    """Check whether a module has hooks that a person set, not transformers or DDP."""
     names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     hooks = [hook for name in names for hook in (getattr(module, name, None) or {}).values()]
     module_names = (str(getattr(hook, "__module__", "")) for hook in hooks)

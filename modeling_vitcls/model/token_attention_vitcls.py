@@ -32,7 +32,7 @@ def compute_token_attention(
     tokens: Sequence[str],
     layers: LayerIndices,
 ) -> Tensor:
-    """Return the attention weights of special tokens (see `token_attention` of the models)."""
+    """Compute the attention weights of special tokens (see `token_attention` of the models)."""
     encoder = model.base_model
     layout = encoder.config.token_layout
     indices = range(layout.num_prefix_tokens)
@@ -88,13 +88,13 @@ def record_attention(
 def compute_attention_rows(
     query: Tensor, key: Tensor, mask: Tensor | None, scaling: float
 ) -> Tensor:
-    """Return the attention weights [B, heads, n, N] of n queries and N keys."""
+    """Compute the attention weights [B, heads, n, N] of n queries and N keys."""
     scores = torch.matmul(query, key.transpose(2, 3)) * scaling
     return apply_mask(scores, mask).softmax(dim=-1, dtype=torch.float32).to(query.dtype)
 
 
 def select_mask_rows(mask: Any, query: Tensor, key: Tensor) -> Tensor | None:
-    """Return the rows of a mask for the first n queries, for any attention implementation.
+    """Select the rows of a mask for the first n queries, for any attention implementation.
 
     Masks are None, [B, N] (flash), [B or 1, heads or 1, N or 1, N] (SDPA, eager) or a `BlockMask`
     (flex attention).

@@ -98,7 +98,7 @@ class ViTCLSDifferentialAttention(ViTCLSAttention):
     def project_qkv(
         self, hidden_states: Tensor, num_queries: int | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the queries, keys and values of both maps of each head.
+        """Compute the queries, keys and values of both maps of each head.
 
         Queries and keys are [B, 2 * heads, n or N, head_dim / 2]; values are
         [B, 2 * heads, N, head_dim].
@@ -110,7 +110,7 @@ class ViTCLSDifferentialAttention(ViTCLSAttention):
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
-        """Return the normalized difference [B, n, heads, head_dim] of both maps' outputs."""
+        """Compute the normalized difference [B, n, heads, head_dim] of both maps' outputs."""
         # [B, n, 2 * heads, head_dim]
         outputs, weights = super().attend(query, key, value, attention_mask, **kwargs)
         # [B, n, heads, head_dim] each
@@ -212,7 +212,7 @@ def select_mask(mask: Any, indices: Tensor) -> Any:
 def select_position_embeddings(
     position_embeddings: PositionEmbeddings, indices: Tensor
 ) -> PositionEmbeddings:
-    """Return cos and sin [B, heads or 1, n, head_dim] of the patches at `indices` [B, n]."""
+    """Select cos and sin [B, heads or 1, n, head_dim] of the patches at `indices` [B, n]."""
     index = indices[:, None, :, None]
     # [1, heads or 1, patches, head_dim] each
     cos, sin = (

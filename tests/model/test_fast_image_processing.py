@@ -1,6 +1,5 @@
 """The fast path of the image processor returns the values of the slow path, to the bit."""
 
-import copy
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from helpers.tiny_models import raises_one_line
 from sklearn.datasets import load_sample_images
 from transformers.image_utils import SizeDict
 
-from modeling_vitcls import ViTCLSImageProcessor, ViTCLSImageProcessorPil
+from modeling_vitcls import ViTCLSImageProcessor
 
 
 SIZES: list[dict[str, Any]] = [
@@ -180,14 +179,3 @@ def test_other_settings_use_the_slow_path(settings: dict[str, Any]) -> None:
         found = processor(build_example_images()["jpeg"], return_tensors="pt")["pixel_values"]
         assert torch.equal(found, run_slow_path(processor, build_example_images()["jpeg"]))
     assert processor._checked_settings is None
-
-
-def test_checked_settings_are_not_saved(tmp_path: Path) -> None:
-    processor = ViTCLSImageProcessor(size=32)
-    fresh = processor.to_dict()
-    check_same(processor, build_example_images()["jpeg"], "jpeg")
-    assert processor.to_dict() == fresh
-    check_same(copy.deepcopy(processor), build_example_images()["jpeg"], "copy")
-    processor.save_pretrained(tmp_path)
-    assert "_checked" not in (tmp_path / "preprocessor_config.json").read_text()
-    assert ViTCLSImageProcessorPil.from_pretrained(tmp_path).to_dict() == fresh

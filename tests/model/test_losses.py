@@ -134,22 +134,22 @@ def test_both_heads_are_trained() -> None:
         )
 
 
-def test_float_labels_require_a_problem_type() -> None:
-    model = build_classifier()
-    with raises_one_line("float labels", "problem_type", "single_label", "multi_label"):
-        model(build_images(), labels=torch.rand(2, 3))
-    assert model.config.problem_type is None
+# Labels, and words of the error.
+WRONG_LABELS: list[tuple[Any, tuple[str, ...]]] = [
+    (torch.rand(2, 3), ("float labels", "problem_type", "single_label", "multi_label")),
+    (torch.tensor([0, 3]), ("3", "0 to 2")),
+    (torch.tensor([0, -1]), ("-1", "0 to 2")),
+    (torch.zeros(3, dtype=torch.long), ()),
+    ({"size": torch.tensor([0, 0])}, ("'size'", "age, colour, species")),
+    ({"age": torch.tensor([0, 2])}, ("'age'", "0 to 1")),
+]
 
 
-@pytest.mark.parametrize("label", [3, -1])
-def test_unknown_label_ids_are_named(label: int) -> None:
-    with raises_one_line(str(label), "0 to 2"):
-        build_classifier()(build_images(), labels=torch.tensor([0, label]))
-
-
-def test_labels_of_a_wrong_shape_are_an_error() -> None:
-    with raises_one_line():
-        build_classifier()(build_images(), labels=torch.zeros(3, dtype=torch.long))
+@pytest.mark.parametrize(("labels", "words"), WRONG_LABELS, ids=str)
+def test_wrong_labels_are_errors(labels: Any, words: tuple[str, ...]) -> None:
+    model = build_multi_task() if isinstance(labels, dict) else build_classifier()
+    with raises_one_line(*words):
+        model(build_images(), labels=labels)
 
 
 # Several tasks
@@ -174,17 +174,6 @@ def test_task_losses_are_summed() -> None:
     )
 
 
-def test_each_task_reads_its_own_cls_token() -> None:
-    model = build_multi_task()
-    tokens = model.vitcls(build_images()).tokens["cls"]
-    logits = model(build_images()).logits
-    assert list(logits) == sorted(TASKS)
-    for index, (name, classifier) in enumerate(
-        zip(logits, model.classifiers.children(), strict=True)
-    ):
-        torch.testing.assert_close(logits[name], classifier(tokens[:, index]), atol=1e-6, rtol=0)
-
-
 def test_missing_tasks_are_ignored() -> None:
     model = build_multi_task()
     output = model(build_images(), labels={"colour": torch.tensor([2, 0])})
@@ -193,20 +182,6 @@ def test_missing_tasks_are_ignored() -> None:
     output.loss.backward()
     trained = [bool(classifier.weight.grad.any()) for classifier in model.classifiers.children()]
     assert trained == [False, True, False]  # age, color, species
-
-
-def test_unknown_tasks_and_their_label_ids_are_named() -> None:
-    with raises_one_line("'size'", "age, colour, species"):
-        build_multi_task()(build_images(), labels={"size": torch.tensor([0, 0])})
-    with raises_one_line("'age'", "0 to 1"):
-        build_multi_task()(build_images(), labels={"age": torch.tensor([0, 2])})
-
-
-def test_tasks_and_the_multi_task_class_require_each_other() -> None:
-    with raises_one_line("tasks"):
-        ViTCLSForMultiTaskClassification(build_tiny_config())
-    with raises_one_line("tasks", "ViTCLSForMultiTaskClassification"):
-        ViTCLSForImageClassification(build_tiny_config(num_cls_tokens=3, tasks=TASKS))
 
 
 # Masked image modeling (test_models.py and test_exactness.py test the values of the loss)

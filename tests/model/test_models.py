@@ -341,31 +341,6 @@ def test_masked_image_modeling_reconstructs_each_patch_from_its_token(
 # Backbone
 
 
-@each_layout
-def test_feature_maps_are_the_patches_of_each_stage(layout: dict[str, Any]) -> None:
-    config = build_tiny_config(
-        **layout, out_features=["stem", "stage1", "stage2"], apply_layernorm=False
-    )
-    backbone = randomize(ViTCLSBackbone(config))
-
-    assert backbone.stage_names == ["stem", "stage1", "stage2"]
-    assert backbone.channels == [16, 16, 16]
-
-    maps = backbone(build_images(2, 24, 56)).feature_maps
-    assert [feature_map.shape for feature_map in maps] == [(2, 16, 3, 7)] * 3
-
-    # Pixel (1, 2) of a map is the patch at row 1, column 2.
-    states = randomize(ViTCLSModel(config))(build_images(2, 24, 56), output_hidden_states=True)
-    patch = config.token_layout.num_prefix_tokens + 1 * 7 + 2
-
-    for feature_map, state in zip(maps[:2], states.hidden_states, strict=False):
-        assert get_largest_difference(feature_map[:, :, 1, 2], state[:, patch]) < 1e-6
-    assert get_largest_difference(maps[2][:, :, 1, 2], states.last_hidden_state[:, patch]) < 1e-6
-
-    backbone.out_features = ["stage1"]  # only the last stage of the model is normalized
-    assert torch.equal(backbone(build_images(2, 24, 56)).feature_maps[0], maps[1])
-
-
 def test_maps_of_tokens_require_a_cls_token() -> None:
     with raises_one_line("reshape_hidden_states", "num_cls_tokens"):
         ViTCLSBackbone(
@@ -405,6 +380,13 @@ def test_images_of_a_wrong_shape_are_errors(
         batch, height, width, channels = shape
         with raises_one_line("num_channels" if channels == 1 else f"{height} x {width}"):
             model(build_images(batch, height, width, channels))
+
+
+def test_tasks_and_the_multi_task_class_require_each_other() -> None:
+    with raises_one_line("tasks"):
+        ViTCLSForMultiTaskClassification(build_tiny_config())
+    with raises_one_line("tasks", "ViTCLSForMultiTaskClassification"):
+        ViTCLSForImageClassification(build_tiny_config(num_cls_tokens=2, tasks=TASKS))
 
 
 def test_wrong_inputs_are_errors() -> None:
