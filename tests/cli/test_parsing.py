@@ -177,7 +177,7 @@ def test_a_missing_library_is_named_with_the_extra_of_the_checkout(
     ("source", "words"),
     [
         ("timm:resnet50", ["resnet50 is not a plain ViT"]),
-        ("timm:mixer_b16_224", ["MlpMixer", "not a plain ViT"]),
+        ("timm:mixer_b16_224", ["mixer_b16_224 is not a plain ViT"]),
         ("timm:vit_smal_patch16_224", ["vit_small_patch16_224"]),
     ],
 )
