@@ -229,7 +229,7 @@ def write_native_model(source: str, output: Path) -> Report:
         reloaded_source.model.float()
         reloaded_source.native_size_reason = native_size_reason
         processor = folder.load_processor() if folder.has_processor else None
-        processor_size = processor and get_processor_size(processor)
+        processor_size = None if processor is None else get_processor_size(processor)
         comparisons, not_compared = compare_models(reloaded_source, model, processor_size)
 
         copy_results(folder, output_folder)

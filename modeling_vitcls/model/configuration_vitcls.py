@@ -105,7 +105,7 @@ TRANSFORMERS_KEYWORDS = frozenset(
 
 TokenGroup = Literal["cls", "distillation", "registers"]  # special tokens
 # Group of special tokens -> field with the number of tokens.
-COUNT_FIELDS: dict[TokenGroup, str] = {
+COUNT_FIELDS: dict[str, str] = {
     "cls": "num_cls_tokens",
     "distillation": "num_distillation_tokens",
     "registers": "num_register_tokens",
@@ -148,7 +148,7 @@ RESERVED_OUTPUT_NAMES = (
 
 
 # Bounds of fields ---------------------------------------------------------------------------------
-def bounded(is_valid: Callable[[Any], bool], requirement: str) -> Callable[..., Any]:
+def bounded(is_valid: Callable[[Any], bool], requirement: str) -> Any:
     """Build a kind of field whose values are None or meet a requirement, such as "positive"."""
 
     def check(value: Any) -> None:
@@ -158,14 +158,14 @@ def bounded(is_valid: Callable[[Any], bool], requirement: str) -> Callable[..., 
     return as_validated_field(check)
 
 
-def between(minimum: int, maximum: int) -> Callable[..., Any]:
+def between(minimum: int, maximum: int) -> Any:
     """Build a kind of field with values from `minimum` to `maximum`."""
     return bounded(
         lambda value: minimum <= value <= maximum, f"between {minimum:,} and {maximum:,}"
     )
 
 
-def extent(maximum: int) -> Callable[..., Any]:
+def extent(maximum: int) -> Any:
     """Build a kind of field with one number for both axes, or [height, width]."""
     return bounded(
         lambda value: (
@@ -1298,8 +1298,8 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
 
 
 def update_gated_tokens(
-    gated_tokens: dict[str, int] | None, counts: Mapping[str, int], new_counts: Mapping[str, int]
-) -> dict[str, int] | None:
+    gated_tokens: Mapping[Any, int] | None, counts: Mapping[str, int], new_counts: Mapping[str, int]
+) -> dict[Any, int] | None:
     """Return `gated_tokens` after the token counts (field -> count) change to `new_counts`.
 
     Gates stay with their tokens. Gated tokens are the last tokens of a group, so new tokens at the

@@ -840,7 +840,7 @@ class ViTCLSForMaskedImageModeling(ViTCLSPreTrainedModel):
 
 
 # Backbone -----------------------------------------------------------------------------------------
-class ViTCLSBackbone(BackboneMixin, ViTCLSModel):  # type: ignore[misc]  # num_features is a list
+class ViTCLSBackbone(BackboneMixin, ViTCLSModel):
     """A ViT that returns feature maps for dense prediction.
 
     A feature map consists of the patch tokens of a layer, reshaped to a grid.
