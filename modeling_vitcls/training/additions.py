@@ -187,7 +187,8 @@ def fit_task(
 
     Return the record of the task for results.json.
     """
-    features = compute(data.train.draw(max_images), data.label_space)  # type: ignore[union-attr]
+    images: Any = data.train  # not streamed
+    features = compute(images.draw(max_images), data.label_space)
     with threadpool_limits(limits=1):  # the matrices are small
         probe.fit(features.get_tokens(), features.labels, features.groups)
 

@@ -94,7 +94,7 @@ CHANGES: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
     ),
     "labels that are numbers": (
         lambda folder: edit(folder, id2label={"0": 1, "1": 2}),
-        ("id2label", "quotes"),
+        ("id2label",),
     ),
     "kernels of a repository": (
         lambda folder: edit(folder, attn_implementation="evil-org/evil"),
