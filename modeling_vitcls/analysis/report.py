@@ -99,7 +99,7 @@ def write_page(
             from.
         source: description of the images.
         predictions: headline, wrong images and calibration
-            (publishing/held_out_predictions.py).
+            (publishing/wrong_photos.py).
 
     Raises:
         OSError: if the file cannot be written.

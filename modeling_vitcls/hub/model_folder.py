@@ -93,10 +93,10 @@ class ModelFolder:
         self.path = path
         self.source = str(path) if source is None else source
         if not path.is_dir():
-            raise ValueError(f"{path} is not a folder. Specify the folder of a saved model")
+            raise ValueError(f"{self.source} is not a folder. Specify the folder of a saved model")
         if not (path / CONFIG_FILE).is_file():
             raise ValueError(
-                f"{path} does not contain a model: {CONFIG_FILE} is missing. Specify the folder of "
+                f"{self.source} does not contain a model: {CONFIG_FILE} is missing. Specify the folder of "
                 "a saved model"
             )
         if not self.is_native:

@@ -3,8 +3,6 @@
 import os
 from pathlib import Path
 
-from rich.console import Console
-
 from ..hub.connection import silence_transformers
 from ..hub.model_files import CARD_FILE, REPORT_FILE
 from ..hub.model_folder import ModelFolder
@@ -40,26 +38,19 @@ def finish_run(path: Path, options: RunOptions, repo_id: str | None) -> None:
         with silence_transformers():
             diagnosis = write_report(folder, warn)
         if diagnosis is not None:
-            print_line(f"diagnosis {diagnosis}")
+            print(f"diagnosis {diagnosis}")
 
     write_card(folder)
-    files = [path / CARD_FILE, *([report] if report.exists() else [])]
-    print_line(f"written   {', '.join(map(str, files))}")
+    print(f"written   {path / CARD_FILE}" + (f", {report}" if report.exists() else ""))
     if repo_id is None:
         return
 
     push_result = push_folder(folder, repo_id, options.hub_private)
-    print_line(f"pushed    {push_result.summary}")
+    print(f"pushed    {push_result.summary}")
     if options.hub_verify:
-        print_line("verifying loading the pushed model in a new process")
-        print_line(verify_push(push_result, folder))
-
-
-def print_line(text: str, style: str | None = None) -> None:
-    """Print a line without wrapping it."""
-    Console(emoji=False, soft_wrap=True, highlight=False).print(text, style=style, markup=False)
+        print("verifying loading the pushed model in a new process")
+        print(verify_push(push_result, folder))
 
 
 def warn(message: str) -> None:
-    """Print a warning."""
-    print_line(f"WARNING: {message}", "bold yellow")
+    print(f"WARNING: {message}", flush=True)

@@ -15,6 +15,7 @@ was edited is never replaced: the last line of a generated card contains a diges
 
 import hashlib
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +40,8 @@ from ..model.configuration_vitcls import MIN_TRANSFORMERS_VERSION
 from ..runtime.files import replace_control_characters
 from ..training.additions import format_result
 from ..version import __version__
-from .held_out_predictions import describe_predictions
 from .verification_script import get_auto_class
+from .wrong_photos import read_predictions, summarize_predictions, wrong_photos
 
 
 TAGS = ("vision", "vit", "vitcls")
@@ -87,7 +88,7 @@ def compute_digest(text: str) -> str:
 
 
 def render_card(
-    folder: ModelFolder, name: str | None = None, hidden_files: set[str] | None = None
+    folder: ModelFolder, name: str | None = None, hidden_files: Collection[str] = ()
 ) -> str:
     """Return the card of a model folder.
 
@@ -98,8 +99,6 @@ def render_card(
             published.
     """
     name = replace_control_characters(name or folder.path.resolve().name)
-    hidden_files = hidden_files or set()
-    images = {key: path for key, path in folder.images.items() if path not in hidden_files}
     has_report = (
         bool(folder.results)
         and (folder.path / REPORT_FILE).is_file()
@@ -110,7 +109,7 @@ def render_card(
         "card_data": ModelCardData(**build_metadata(folder, name)).to_yaml(),
         "name": name,
         "version": __version__,
-        "images": images,
+        "images": {key: path for key, path in folder.images.items() if path not in hidden_files},
         "report_file": REPORT_FILE if has_report else None,
         "has_token_effects": has_token_effects(folder),
         "license": get_license_source(folder),
@@ -120,9 +119,7 @@ def render_card(
         "parity": folder.parity_report,
         "certificate": folder.certificate,
         "added_classes": [format_name(label) for label in list_added_classes(folder)],
-        "additions": [
-            describe_addition(name, record) for name, record in list_additions(folder).items()
-        ],
+        "additions": list_additions(folder),
         "exports": folder.exports,
         **{
             name: getattr(folder, name)
@@ -131,18 +128,14 @@ def render_card(
     }
 
     is_run = "num_processes" in folder.results and bool(folder.flags)
-    template = "encoder" if "method" in folder.results else "classifier"
-    variables |= (
-        describe_architecture(folder)
-        | describe_use(folder)
-        | (describe_run(folder) if is_run else {})
-    )
     if folder.parity_report:
         template = "conversion"
-        variables = variables | describe_conversion(folder)
-    elif not is_run:
+    elif is_run:
+        template = "encoder" if "method" in folder.results else "classifier"
+    else:
         template = "model" if folder.has_weights else "export"
-
+    variables |= build_model_variables(folder)
+    variables |= build_run_variables(folder) if is_run else {}
     text = f"{TEMPLATES.get_template(f'{template}.md.j2').render(variables).rstrip()}\n\n"
     return f"{text}{SIGNATURE.format(compute_digest(text))}\n"
 
@@ -151,58 +144,43 @@ def render_card(
 
 
 def build_metadata(folder: ModelFolder, name: str) -> dict[str, Any]:
-    """Return the header of the card as keyword arguments of ModelCardData."""
-    config = folder.config
+    """Collect the header of the card as keyword arguments of ModelCardData."""
     results = folder.results
-    flags = folder.flags
-    report = folder.parity_report
     base_model = folder.provenance.base_model if folder.provenance else None
-    relation = None if report else "finetune"  # the Hub has no relation for exact copies
+    relation = None if folder.parity_report else "finetune"  # the Hub has none for exact copies
     is_classifier = "ForImageClassification" in folder.architecture
-
-    has_hub_dataset = results and is_hub_dataset(flags.get("dataset"))
+    dataset: Any = folder.flags.get("dataset") if results else None
     metadata = {
         "library_name": "transformers",
         "pipeline_tag": "image-classification" if is_classifier else "image-feature-extraction",
         "tags": [tag for tag in TAGS if tag != "vitcls" or not folder.is_native],
-        "datasets": [flags["dataset"]] if has_hub_dataset else None,
+        "datasets": [dataset] if is_hub_dataset(dataset) else None,
         "base_model": base_model,
         "base_model_relation": relation if base_model else None,
         **get_license_source(folder).license_metadata,
     }
 
-    metric_names = get_metric_names(results, config)
+    metric_names = get_metric_names(results, folder.config)
     if metric_names:
         metadata["metrics"] = ["accuracy" if "accuracy" in results else "mean_average_precision"]
     # A dataset type is required in the model index, and the only valid types are datasets on the
-    # Hub. The results of another model are left out.
-    is_changed = list_added_classes(folder) or is_frozen_result(results)
-    if metric_names and metadata["datasets"] and not is_changed:
-        metadata |= {"model_name": name, "eval_results": build_eval_results(folder, metric_names)}
+    # Hub. Results before classes were added are left out.
+    if metric_names and metadata["datasets"] and not list_added_classes(folder):
+        metadata["model_name"] = name
+        metadata["eval_results"] = [
+            EvalResult(
+                task_type="image-classification",
+                dataset_type=dataset,
+                dataset_name=results["dataset"],
+                dataset_split=results.get("held_out_split"),
+                dataset_args={"num_images": results["num_images"]},
+                metric_type=key,
+                metric_name=label,
+                metric_value=round(results[key], 6),
+            )
+            for key, label in metric_names.items()
+        ]
     return metadata
-
-
-def is_frozen_result(results: dict[str, Any]) -> bool:
-    """Return whether the results are those of the frozen model, before training steps."""
-    return results.get("split") == "cross-validation" and bool(results.get("steps"))
-
-
-def build_eval_results(folder: ModelFolder, metric_names: dict[str, str]) -> list[EvalResult]:
-    """Return the metrics of a run for the model index of the card."""
-    results = folder.results
-    return [
-        EvalResult(
-            task_type="image-classification",
-            dataset_type=folder.flags["dataset"],
-            dataset_name=results["dataset"],
-            dataset_split=results.get("held_out_split"),
-            dataset_args={"num_images": results["num_images"]},
-            metric_type=key,
-            metric_name=label,
-            metric_value=round(results[key], 6),
-        )
-        for key, label in metric_names.items()
-    ]
 
 
 # License ------------------------------------------------------------------------------------------
@@ -222,91 +200,53 @@ def get_license_source(folder: ModelFolder) -> Provenance:
 # Variables of the templates -----------------------------------------------------------------------
 
 
-def describe_architecture(folder: ModelFolder) -> dict[str, Any]:
-    """Return the variables about the model and its tokens."""
-    config = folder.config
-    variables: dict[str, Any] = {
-        "num_parameters": folder.num_parameters if folder.has_weights else None
-    }
-    if config is None:
-        return variables
-    length = config.token_layout.get_num_tokens(*config.grid_size)
-    counts = {group: len(range(length)[tokens]) for group, tokens in config.token_layout.items()}
-    return variables | {
-        "sequence_length": length,
-        "layout": "[ "
-        + " | ".join(f"{TOKEN_NAMES[key]} x {count}" for key, count in counts.items() if count)
-        + " ]",
-        "image_size": " x ".join(map(str, config.image_height_width)),
-        "is_classifier": "ForImage" in folder.architecture or bool(config.tasks),
-    }
-
-
-def describe_use(folder: ModelFolder) -> dict[str, Any]:
-    """Return the variables of the section "Use".
+def build_model_variables(folder: ModelFolder) -> dict[str, Any]:
+    """Collect what a card says about the model, its tokens and its use.
 
     A pipeline supports classifiers with one task.
     """
-    report = folder.parity_report
+    config = folder.config
     auto_class = get_auto_class(folder.architecture)
     is_classifier = auto_class == "AutoModelForImageClassification"
-    min_transformers = ".".join(map(str, MIN_TRANSFORMERS_VERSION))
-    if folder.is_native:
-        min_transformers = report["required_versions"]["transformers"].lstrip(">=")
-    return {
+    variables = {
+        "num_parameters": folder.num_parameters if folder.has_weights else None,
         "auto_class": auto_class,
-        "has_pipeline": is_classifier and not (folder.config is not None and folder.config.tasks),
-        "min_transformers": min_transformers,
+        "is_classifier": is_classifier,
+        "has_pipeline": is_classifier and not (config is not None and config.tasks),
         "can_be_finetuned": not folder.is_native and not (folder.results and is_classifier),
+        "min_transformers": ".".join(map(str, MIN_TRANSFORMERS_VERSION)),
     }
+    if config is None:
+        required = folder.parity_report["required_versions"]["transformers"]
+        return variables | {"min_transformers": required.lstrip(">=")}
+    length = config.token_layout.get_num_tokens(*config.grid_size)
+    counts = {group: len(range(length)[tokens]) for group, tokens in config.token_layout.items()}
+    groups = [f"{TOKEN_NAMES[key]} x {count}" for key, count in counts.items() if count]
+    return variables | {"sequence_length": length, "layout": f"[ {' | '.join(groups)} ]"}
 
 
-def describe_run(folder: ModelFolder) -> dict[str, Any]:
-    """Return the variables about a training run: results, limitations and training."""
-    config = folder.config
+def build_run_variables(folder: ModelFolder) -> dict[str, Any]:
+    """Collect what a card says about a training run: results, limitations and training."""
     results = folder.results
     flags = folder.flags
     images_per_step = None
     if "batch_size" in flags:
         images_per_process = flags["batch_size"] * flags.get("gradient_accumulation_steps", 1)
         images_per_step = images_per_process * results["num_processes"]
+    rows = read_predictions(folder)
+    predictions = None
+    if rows is not None:
+        predictions = summarize_predictions(folder, rows) | {"wrong": wrong_photos(rows, {})}
     return {
-        **describe_probe(results),
-        "dataset": format_name(results["dataset"]),
-        "from_scratch": folder.provenance is None,
-        "base_model": format_name(strip_folders(flags["model"])),
-        "metrics": build_metric_rows(results, config),
-        "class_tables": build_class_tables(results, config),
+        "is_frozen": bool(results.get("frozen")) and not results["steps"],
+        "initial_model": strip_folders(flags["model"]),
+        "metrics": build_metric_rows(results, folder.config),
+        "class_tables": build_class_tables(results, folder.config),
         "is_cross_validated": results.get("split") == "cross-validation",
-        "is_frozen_result": is_frozen_result(results),
-        "predictions": describe_predictions(folder),
+        "predictions": predictions,
         "images_per_step": images_per_step,
-        "teacher": format_name(strip_folders(flags["teacher"])) if flags.get("teacher") else None,
+        "teacher": strip_folders(flags["teacher"]) if flags.get("teacher") else None,
         "recipe_file": RECIPE_FILE,
-    }
-
-
-def describe_probe(results: dict[str, Any]) -> dict[str, Any]:
-    """Return the variables about a classifier of frozen features, if the model has one."""
-    record = results.get("frozen")
-    selection = results.get("selection", {})
-    if record is None or (results["steps"] and selection.get("step") != 0):
-        return {"is_frozen": False}
-    reason = ""
-    if results["steps"]:
-        reason = (
-            f"Fine-tuning for {results['steps']:,} steps was not clearly better on "
-            f"{selection['num_images']:,} images that were used for this comparison only."
-        )
-
-    rows = sorted(record["candidates"], key=lambda row: row["loss"])
-    return {
-        "is_frozen": True,
-        "probe": {
-            "description": f"{describe_candidate(record)}; images: {record['resize']}",
-            "reason": f" {reason}" if reason else "",
-            "rows": [row | {"name": describe_candidate(row)} for row in rows],
-        },
     }
 
 
@@ -335,35 +275,6 @@ def has_token_effects(folder: ModelFolder) -> bool:
     return has_several_tokens and folder.results.get("steps") != 0
 
 
-def describe_addition(name: str, record: dict[str, Any]) -> dict[str, Any]:
-    """Return the variables of the row of an added task or of added classes."""
-    is_task = record["kind"] == "task"
-    names = format_name(name) if is_task else ", ".join(map(format_name, record["labels"]))
-    return {
-        "name": f"{'task' if is_task else 'classes'} {names}",
-        "dataset": format_name(record["dataset"]),
-        "reads": record["reads"],
-        "result": format_result(record),
-        "cost": f"{format_small_percent(record['relative_flops'])} FLOPs, "
-        f"{record['num_parameters']:,} parameters",
-    }
-
-
-def describe_conversion(folder: ModelFolder) -> dict[str, Any]:
-    """Return the variables about a conversion."""
-    report = folder.parity_report
-    provenance = folder.provenance or Provenance(folder.parity_report["source"])
-    return {
-        "source_name": provenance.name,
-        "base_model": provenance.base_model,
-        # whether the base model in the card's header is the source itself, rather than the base
-        # model of the source
-        "is_copy": isinstance(provenance.base_model, str)
-        and provenance.name in (provenance.base_model, report["source"]),
-        "image_size": " x ".join(map(str, report["image_size"])),
-    }
-
-
 # Templates ----------------------------------------------------------------------------------------
 
 
@@ -386,6 +297,9 @@ TEMPLATES.filters |= {
     "code": format_name,
     "percent": format_percent,
     "number": "{:,}".format,
+    "small_percent": format_small_percent,
     "class_list": format_class_list,
+    "candidate": describe_candidate,
+    "addition_result": format_result,
 }
 TEMPLATES.globals["metric_names"] = METRIC_NAMES

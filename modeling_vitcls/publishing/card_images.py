@@ -4,7 +4,7 @@ images/confusion_matrix[_TASK].png    if results are given
 images/attention.png                  the sheet, if it is given
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +40,14 @@ def write_card_images(
     Raises:
         OSError: if a file cannot be written.
     """
-    figures = {
-        name: plot_confusion_matrix(matrix, class_names)
-        for name, matrix, class_names in find_confusion_matrices(results, config)
-    }
+    figures = {}
+    tasks = config.task_labels() or {"": get_label_space(config).names}
+    for task, names in tasks.items():
+        matrix = results.get(f"{task}_confusion_matrix".lstrip("_"))
+        if matrix and any(map(any, matrix)):
+            name = f"confusion_matrix_{task}".rstrip("_")
+            figures[name] = plot_confusion_matrix(matrix, names)
+
     for pattern in RESULT_IMAGE_PATTERNS:
         for file in folder.glob(pattern):
             file.unlink()
@@ -57,17 +61,6 @@ def write_card_images(
         sheet.save(folder / SAMPLE_IMAGES_FILE, optimize=True)
 
 
-def find_confusion_matrices(
-    results: Mapping[str, Any], config: ViTCLSConfig
-) -> Iterator[tuple[str, list[list[int]], list[str]]]:
-    """Yield (image name, matrix, class names) for each nonempty confusion matrix in the results."""
-    tasks = {f"{task}_": names for task, names in config.task_labels().items()}
-    for prefix, names in (tasks or {"": get_label_space(config).names}).items():
-        matrix = results.get(f"{prefix}confusion_matrix")
-        if matrix and any(map(any, matrix)):
-            yield f"confusion_matrix_{prefix}".rstrip("_"), matrix, names
-
-
 def plot_confusion_matrix(matrix: Sequence[Sequence[int]], class_names: Sequence[str]) -> Figure:
     """Plot a confusion matrix [L, L]; rows are true classes, columns are predicted classes.
 
@@ -75,9 +68,8 @@ def plot_confusion_matrix(matrix: Sequence[Sequence[int]], class_names: Sequence
     visible.
     """
     counts = np.asarray(matrix)
-    num_classes = len(class_names)
     fractions = counts / counts.sum(axis=1, keepdims=True).clip(min=1)
-    side = min(max(2.6 + 0.34 * num_classes, 4.0), 8.0)
+    side = min(max(2.6 + 0.34 * len(class_names), 4.0), 8.0)
     figure = Figure(figsize=(side + 0.6, side), dpi=100, facecolor="white", layout="constrained")
     axes = figure.add_subplot()
     short_names = [shorten_middle(name, 18) for name in class_names]
@@ -85,7 +77,7 @@ def plot_confusion_matrix(matrix: Sequence[Sequence[int]], class_names: Sequence
     plot = ConfusionMatrixDisplay(fractions, display_labels=short_names).plot(
         ax=axes,
         cmap="Blues",
-        include_values=num_classes <= MAX_CLASSES_WITH_COUNTS,
+        include_values=len(class_names) <= MAX_CLASSES_WITH_COUNTS,
         xticks_rotation="horizontal" if max(map(len, short_names)) <= 3 else "vertical",
         im_kw={"norm": PowerNorm(0.5, vmin=0, vmax=1)},
     )
@@ -95,7 +87,7 @@ def plot_confusion_matrix(matrix: Sequence[Sequence[int]], class_names: Sequence
             text.set(text=f"{count}", fontsize=9 if counts.max() < 1000 else 7)
 
     axes.set(xlabel="predicted", ylabel="true")
-    if num_classes > MAX_CLASSES_WITH_NAMES:
+    if len(class_names) > MAX_CLASSES_WITH_NAMES:
         axes.set(xticks=[], yticks=[])
-    axes.tick_params(labelsize=9 if num_classes <= MAX_CLASSES_WITH_COUNTS else 6)
+    axes.tick_params(labelsize=9 if len(class_names) <= MAX_CLASSES_WITH_COUNTS else 6)
     return figure

@@ -13,8 +13,8 @@ import sys
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants
 from huggingface_hub.errors import HfHubHTTPError
@@ -194,10 +194,8 @@ def upload_files(
             # retry starts again.
             parent_commit=info.sha,
         )
-        prefix = "spaces/" if repo_type == "space" else ""
-        url = f"{constants.ENDPOINT}/{prefix}{repo_id}" + (
-            "" if prefix else f"/commit/{commit.oid}"
-        )
+        path = f"spaces/{repo_id}" if repo_type == "space" else f"{repo_id}/commit/{commit.oid}"
+        url = f"{constants.ENDPOINT}/{path}"
         return PushResult(repo_id, commit.oid, url, bool(info.private))
 
     try:
@@ -216,10 +214,6 @@ def build_push_command(
     folder: Path, repo_id: str, private: bool = False, branch: str | None = None
 ) -> str:
     """Return the command line that pushes a model folder."""
-    flags: dict[str, Any] = {"model": folder, "hub_model_id": repo_id}
-    if private:
-        flags["private"] = True
-    if branch:
-        flags["branch"] = branch
-    arguments = [argument for flag in flags.items() for argument in to_arguments(*flag)]
-    return f"vitcls push {shlex.join(arguments)}"
+    flags = {"model": folder, "hub_model_id": repo_id, "private": private, "branch": branch}
+    arguments = [to_arguments(name, value) for name, value in flags.items() if value]
+    return f"vitcls push {shlex.join(chain.from_iterable(arguments))}"

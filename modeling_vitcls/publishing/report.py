@@ -7,12 +7,14 @@ Their predictions are read from predictions.parquet. The report of a run measure
 effects than `vitcls inspect`.
 """
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
+from functools import partial
 from typing import Any
 
 import torch
+from PIL import Image
 
 from ..analysis.inspection import Inspection, inspect_model, select_images
 from ..analysis.report import ShownPhoto, measure_shown_photo, write_page
@@ -25,11 +27,12 @@ from ..model import modeling_vitcls
 from ..runtime.progress import track
 from .card import has_token_effects
 from .card_images import write_card_images
-from .held_out_predictions import (
-    FoundImage,
-    describe_predictions,
-    find_images,
+from .wrong_photos import (
+    Photos,
+    find_photos,
     read_predictions,
+    summarize_predictions,
+    wrong_photos,
 )
 
 
@@ -52,15 +55,19 @@ def write_report(folder: ModelFolder, warn: Callable[[str], None]) -> str | None
     name = folder.path.resolve().name
     with convert_errors(warn, f"{REPORT_FILE} could not be written"):
         data = load_run_data(folder) if folder.results else None
-        has_predictions = read_predictions(folder) is not None
-        if data is not None and (len(data.held_out) or has_predictions):
-            images_by_name = find_images(data)
+        rows = read_predictions(folder)
+        if data is not None and (len(data.held_out) or rows is not None):
+            found = find_photos(data)
             split = folder.results["split"] if len(data.held_out) else "training images"
             source = f"{folder.results['dataset']}, {split}"
-            inspection, photos = inspect_run(folder, data, images_by_name)
-            predictions = describe_predictions(folder, images_by_name)
-            report = folder.path / REPORT_FILE
-            write_page(report, inspection, photos, name, source, predictions)
+            chosen = [] if rows is None else choose_photos(rows, found)
+            inspection, photos = inspect_run(folder, data, chosen)
+            predictions = None
+            if rows is not None:
+                bit_depth = folder.load_processor().bit_depth
+                wrong = wrong_photos(rows, found, data.label_space.names, bit_depth)
+                predictions = summarize_predictions(folder, rows) | {"wrong": wrong}
+            write_page(folder.path / REPORT_FILE, inspection, photos, name, source, predictions)
     if folder.config is not None:
         with convert_errors(warn, "the card has no images, because the images could not be drawn"):
             sheet = draw_sheet(photos[0].measurements, name) if photos else None
@@ -69,12 +76,12 @@ def write_report(folder: ModelFolder, warn: Callable[[str], None]) -> str | None
 
 
 def inspect_run(
-    folder: ModelFolder, data: TrainingData, images_by_name: Mapping[str, FoundImage]
+    folder: ModelFolder, data: TrainingData, chosen: list[tuple[Image.Image, dict[str, Any]]]
 ) -> tuple[Inspection, list[ShownPhoto]]:
     """Measure the model of a run on its held-out or training images, in the precision of the run.
 
-    Return the measurements of a sample of the images, and the photos to show, which are selected
-    from all predictions of the run.
+    Return the measurements of a sample of the images, and the photos to show: the chosen ones or,
+    without predictions, those of the sample.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = folder.load(getattr(modeling_vitcls, folder.architecture)).to(device)
@@ -96,52 +103,38 @@ def inspect_run(
             num_shown=NUM_SHOWN_IMAGES,
             has_ablations=has_token_effects(folder),
             token_movement=folder.results.get("token_movement"),
-            watch=watch,
+            watch=partial(track, unit="", has_bar=False),
         )
 
     # in float32, as in `vitcls look`
-    shown = select_predicted_images(folder, images_by_name)
-    if not shown:
+    if not chosen:
         names = sample.images.get_names()
         for index, kind in inspection.shown_images.items():
             truth = data.label_space.format_label(sample.labels[index]) if has_labels else None
             texts = {"name": names[index], "truth": truth, "kind": kind}
-            shown.append((FoundImage(sample, index), texts))
+            chosen.append((sample.images[index], texts))
     photos = [
-        measure_shown_photo(model, processor, images.images[position], **texts)
-        for (images, position), texts in watch(shown, "drawing photos")
+        measure_shown_photo(model, processor, image, **texts)
+        for image, texts in track(chosen, "drawing photos", unit="", has_bar=False)
     ]
     return inspection, photos
 
 
-def select_predicted_images(
-    folder: ModelFolder, images_by_name: Mapping[str, FoundImage]
-) -> list[tuple[FoundImage, dict[str, Any]]]:
-    """Return the most instructive images of all predictions of a run, with their texts.
-
-    The list is empty without predictions.
-    """
-    rows = read_predictions(folder)
-    if rows is None:
-        return []
-    rows = rows[rows["image"].isin(images_by_name.keys())]
+def choose_photos(rows: Any, photos: Photos) -> list[tuple[Image.Image, dict[str, Any]]]:
+    """Choose the most instructive images of all predictions of a run, with their texts."""
+    rows = rows[rows["image"].isin(photos.keys())]
     selected = select_images(
         rows["confidence"].tolist(),
         (rows["label"] != rows["prediction"]).tolist(),
         rows["label"].tolist(),
         NUM_SHOWN_IMAGES,
     )
-    shown = []
-    for position, kind in selected.items():
-        row = rows.iloc[position]
-        texts = {"name": row["image"], "truth": row["label"], "predicted": row["prediction"]}
-        shown.append((images_by_name[row["image"]], {**texts, "kind": kind}))
-    return shown
-
-
-def watch(items: Collection[Any], description: str) -> Iterable[Any]:
-    """Return the same items, and print lines about the progress."""
-    return track(items, f"report, {description}", unit="", has_bar=False)
+    chosen = []
+    for row, kind in zip(rows.iloc[list(selected)].itertuples(), selected.values(), strict=True):
+        images, index = photos[row.image]
+        texts = {"name": row.image, "truth": row.label, "predicted": row.prediction, "kind": kind}
+        chosen.append((images.images[index], texts))
+    return chosen
 
 
 @contextmanager
@@ -155,23 +148,15 @@ def convert_errors(warn: Callable[[str], None], message: str) -> Iterator[None]:
 
 def load_run_data(folder: ModelFolder) -> TrainingData | None:
     """Load the data of the run that wrote a folder; None without a record of the run."""
-    options = read_data_options(folder)
-    if options is None:
+    if "dataset" not in folder.flags:
         return None
-    use_labels = folder.architecture != "ViTCLSForMaskedImageModeling"
-    return load_training_data(options, folder.flags.get("select") == "best", use_labels)
-
-
-def read_data_options(folder: ModelFolder) -> DataOptions | None:
-    """Return the dataset options of the run that wrote a folder; None without a record."""
-    flags = folder.flags
-    if "dataset" not in flags:
-        return None
-    stored_values = {
-        field.name: flags[field.name] for field in fields(DataOptions) if field.name in flags
-    }
-    values: Any = {
+    names = {field.name for field in fields(DataOptions)}
+    values: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value
-        for name, value in stored_values.items()
+        for name, value in folder.flags.items()
+        if name in names
     }
-    return DataOptions(**values)
+    use_labels = folder.architecture != "ViTCLSForMaskedImageModeling"
+    return load_training_data(
+        DataOptions(**values), folder.flags.get("select") == "best", use_labels
+    )

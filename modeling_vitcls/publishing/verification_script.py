@@ -66,16 +66,14 @@ def collect_outputs(
 
     outputs: Outputs = {}
     report: dict[str, Any] = {"classes": {}, "missing": []}
-    cache_options = {
-        "revision": options.get("revision"),
-        "_raise_exceptions_for_missing_entries": False,
-    }
 
-    has_processor = (
-        transformers.utils.cached_file(source, "preprocessor_config.json", **cache_options)
-        is not None
+    processor_file = transformers.utils.cached_file(
+        source,
+        "preprocessor_config.json",
+        revision=options.get("revision"),
+        _raise_exceptions_for_missing_entries=False,
     )
-    if has_processor:
+    if processor_file is not None:
         processor = transformers.AutoImageProcessor.from_pretrained(source, **options)
         num_channels = 3 if processor.do_convert_rgb else config.num_channels
         shape = (num_channels, height * 5 // 4 + 1, width * 3 // 2 + 1)
@@ -102,7 +100,7 @@ def collect_outputs(
             f"{auto_class}/{name}": tensor for name, tensor in flatten_outputs(model_output)
         }
 
-    if has_processor:
+    if processor_file is not None:
         report["classes"]["AutoImageProcessor"] = type(processor).__name__
     return {name: tensor.detach().clone().contiguous() for name, tensor in outputs.items()}, report
 

@@ -102,25 +102,19 @@ def verify(repo_id: str, revision: str = "main", folder: ModelFolder | None = No
             )
             files = list_downloaded_files(path)
             check_hashes(commit, files)
-            try:
-                reference = ModelFolder(path)
-            except ValueError:
-                raise VerificationError(
-                    f"{repo_id} at {commit.sha} does not contain a vitcls model. Check the id and "
-                    "the revision"
-                ) from None
+            reference = ModelFolder(path, f"{repo_id} at {commit.sha}")
         else:
             reference = folder
             files = collect_files(folder, repo_id)
             check_hashes(commit, files, folder)
 
-        is_native = reference.is_native
-        code = "no code" if is_native else describe_code_differences(files)
         # AutoBackbone queries the Hub even for a local folder.
         expected_outputs, _ = collect_outputs(
             str(reference.path), {"trust_remote_code": False}, ViTCLSBackbone
         )
-        outputs, report = run_script(commit, Path(temporary_path), trust_remote_code=not is_native)
+        trust_remote_code = not reference.is_native
+        code = compare_code(files) if trust_remote_code else "no code"
+        outputs, report = run_script(commit, Path(temporary_path), trust_remote_code)
 
     if report["missing"]:
         raise VerificationError(
@@ -131,30 +125,27 @@ def verify(repo_id: str, revision: str = "main", folder: ModelFolder | None = No
     class_names = report["classes"]
     width = max(map(len, differences))
     auto_class = next(name for name in reversed(class_names) if name != "AutoImageProcessor")
-    trust_argument = "" if is_native else ", trust_remote_code=True"
-    advice = (
-        "" if is_native else " at a pinned commit, because loading runs the code in the repository"
-    )
-    reference_text = folder.path if folder else f"the same files with modeling_vitcls {__version__}"
-
+    trust = ", trust_remote_code=True" if trust_remote_code else ""
     lines = [
         f"verified: {repo_id} at {commit.sha}",
         f"  {len(files)} files match their hashes; {code}",
         "  outputs in float32 of a new process (empty cache, no modeling_vitcls), compared with "
-        f"{reference_text}:",
+        f"{folder.path if folder else f'the same files with modeling_vitcls {__version__}'}:",
         *(
             "    "
             f"{name:{width}}  {class_names.get(name, ''):30}  largest difference {difference:.1e}"
             for name, difference in differences.items()
         ),
         f"  limit {TOLERANCE:g}; "
-        + ", ".join(
-            f"{name} {version}" for name, version in get_versions("huggingface_hub").items()
+        + ", ".join(f"{name} {value}" for name, value in get_versions("huggingface_hub").items()),
+        "load the model"
+        + (
+            " at a pinned commit, because loading runs the code in the repository:"
+            if trust
+            else ":"
         ),
-        f"load the model{advice}:",
-        f'  {auto_class}.from_pretrained("{repo_id}", revision="{commit.sha}"{trust_argument})',
+        f'  {auto_class}.from_pretrained("{repo_id}", revision="{commit.sha}"{trust})',
     ]
-
     return "\n".join(lines)
 
 
@@ -223,22 +214,19 @@ def read_content(content: Path | bytes) -> bytes:
     return content if isinstance(content, bytes) else content.read_bytes()
 
 
-def describe_code_differences(files: Mapping[str, Path | bytes]) -> str:
+def compare_code(files: Mapping[str, Path | bytes]) -> str:
     """Compare Python files with the code of this package, and return one line."""
-    expected_files = {
+    expected = {
         file.name: file.read_bytes() for file in (PACKAGE_FOLDER / "model").glob(CODE_PATTERN)
     }
-    actual_files = {
-        name: read_content(content) for name, content in files.items() if name.endswith(".py")
-    }
-    names = expected_files.keys() | actual_files.keys()
-    different_names = sorted(
-        name for name in names if expected_files.get(name) != actual_files.get(name)
-    )
+    found = {name: read_content(files[name]) for name in files if name.endswith(".py")}
+    names = [
+        name
+        for name in sorted(expected.keys() | found.keys())
+        if expected.get(name) != found.get(name)
+    ]
     package = f"modeling_vitcls {__version__}"
-    if different_names:
-        return f"code differs from {package}: {', '.join(different_names)}"
-    return f"code of {package}"
+    return f"code differs from {package}: {', '.join(names)}" if names else f"code of {package}"
 
 
 def run_script(
@@ -253,15 +241,17 @@ def run_script(
         target = Path(home_folder, "outputs")
         target.mkdir()
 
-        arguments = [
-            commit.repo_id,
-            commit.sha,
-            str(trust_remote_code),
-            str(torch.get_num_threads()),
-            str(target),
-        ]
         process = subprocess.run(
-            [sys.executable, "-P", verification_script.__file__, *arguments],
+            [
+                sys.executable,
+                "-P",
+                verification_script.__file__,
+                commit.repo_id,
+                commit.sha,
+                str(trust_remote_code),
+                str(torch.get_num_threads()),
+                str(target),
+            ],
             cwd=home_folder,
             env=build_clean_environment(home_folder, commit.needs_token),
             capture_output=True,

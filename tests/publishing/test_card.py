@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from helpers.model_folders import RESULTS, write_results, write_run_folder
 from helpers.source_checkpoints import save_timm_model
 from helpers.tiny_models import build_tiny_config, save_with_processor
@@ -20,12 +19,7 @@ from modeling_vitcls import (
 )
 from modeling_vitcls.conversion.convert import convert_checkpoint, write_native_model
 from modeling_vitcls.hub.model_folder import ModelFolder
-from modeling_vitcls.publishing.card import (
-    build_metadata,
-    describe_architecture,
-    render_card,
-)
-from modeling_vitcls.version import __version__
+from modeling_vitcls.publishing.card import build_metadata, render_card
 
 
 MODEL_CARDS = Path(__file__).parents[2] / "model_cards"
@@ -74,26 +68,19 @@ def test_the_card_of_a_classifier_shows_what_was_measured(tmp_path: Path) -> Non
 
     card = load_card(write_run_folder(tmp_path / "mine", results), "ann/mine")
     text = card.text
-    assert "# ann/mine\n" in text
     assert 'model="ann/mine", revision="main"' in text
     assert "| Accuracy | 98.33% (95% interval: 96.00% to 99.00%) |" in text
     assert r"| `noon\|late` | 160 | 50.00% | 100.00% | 50.00% |" in text
-    assert all(
-        number in text
-        for number in ("by 1.23 percentage points", "differ by 3.45", "8.71", "0.65", "180 images")
-    )
-
-    code_files = sorted(
-        file.name for file in (Path(vitcls.__file__).parent / "model").glob("*_vitcls.py")
-    )
-    assert sorted(set(re.findall(r"`(\w+_vitcls\.py)`", text))) == code_files  # in reading order
-    assert "trained from scratch on `digits`" in text
-    assert f"These files belong to modeling_vitcls {__version__}." in text
-    assert card.data.library_name == "transformers"
+    numbers = ("by 1.23 percentage points", "differ by 3.45", "8.71", "0.65", "180 images")
+    assert all(number in text for number in numbers)
     assert card.data.pipeline_tag == "image-classification"
     assert card.data.license is None
-    assert "did not specify a license" in text
-    assert "report.html" not in text
+
+
+def test_the_card_names_all_code_files_to_read(tmp_path: Path) -> None:
+    text = load_card(write_run_folder(tmp_path / "mine")).text
+    files = (Path(vitcls.__file__).parent / "model").glob("*_vitcls.py")
+    assert set(re.findall(r"`(\w+_vitcls\.py)`", text)) == {file.name for file in files}
 
 
 def test_results_before_a_class_was_added_are_named_as_such(tmp_path: Path) -> None:
@@ -123,15 +110,6 @@ def test_results_before_a_class_was_added_are_named_as_such(tmp_path: Path) -> N
     assert not card.data.eval_results
 
 
-def test_results_of_the_frozen_model_are_not_in_the_model_index(tmp_path: Path) -> None:
-    """The accuracy of the trained model was not measured."""
-    frozen = {"num_folds": 10, "candidates": [{}, {}]}
-    results = {"split": "cross-validation", "steps": 9, "frozen": frozen}
-    card = load_card(write_run_folder(tmp_path / "mine", results, {"dataset": "ann/photos"}))
-    assert not card.data.eval_results
-    assert "**These are results of the frozen model**" in card.text
-
-
 @pytest.mark.parametrize(("steps", "has_effects"), [(0, False), (5, True)])
 def test_the_card_promises_effects_of_tokens_only_if_the_report_has_them(
     steps: int, has_effects: bool, tmp_path: Path
@@ -156,29 +134,18 @@ def test_the_model_index_names_datasets_of_the_hub_only(
     card = load_card(folder, "ann/mine")
     assert (card.data.datasets == ["acme/photos"]) is is_on_hub
 
-    if not is_on_hub:
-        assert card.data.eval_results is None
-        assert "98.33%" in card.text
-        return
+    assert bool(card.data.eval_results) is is_on_hub
+    assert "98.33%" in card.text
+    if is_on_hub:
+        (result,) = card.data.eval_results
+        assert (result.dataset_type, result.dataset_split) == ("acme/photos", "test")
+        assert (result.metric_type, result.metric_value) == ("accuracy", 0.983333)
 
-    (result,) = card.data.eval_results
-    assert (result.dataset_type, result.dataset_split, result.dataset_name) == (
-        "acme/photos",
-        "test",
-        "photos",
-    )
-    assert (result.metric_type, result.metric_name, result.metric_value) == (
-        "accuracy",
-        "Accuracy",
-        0.983333,
-    )
-    assert result.dataset_args == {"num_images": 360}
-    assert card.data.metrics == ["accuracy"]
-    assert yaml.safe_load(str(card).split("---")[1])["model-index"][0]["name"] == "ann/mine"
 
-    several_labels = ModelFolder(folder)
-    several_labels.results["mean_average_precision"] = several_labels.results.pop("accuracy")
-    assert build_metadata(several_labels, "ann/mine")["metrics"] == ["mean_average_precision"]
+def test_the_metric_of_several_labels_is_the_mean_average_precision(tmp_path: Path) -> None:
+    folder = ModelFolder(write_run_folder(tmp_path / "mine"))
+    folder.results["mean_average_precision"] = folder.results.pop("accuracy")
+    assert build_metadata(folder, "ann/mine")["metrics"] == ["mean_average_precision"]
 
 
 def test_an_encoder_shows_its_features_before_and_after_pre_training(tmp_path: Path) -> None:
@@ -197,17 +164,9 @@ def test_an_encoder_shows_its_features_before_and_after_pre_training(tmp_path: P
 
     card = load_card(write_run_folder(tmp_path / "mine", results, None, ViTCLSModel))
     assert "| 43.2% | 56.8% |" in card.text
-    assert "worse" not in card.text
     assert "vitcls finetune --model mine" in card.text
-    assert "cli pretrain --config config.resolved.yaml" in card.text
     assert card.data.pipeline_tag == "image-feature-extraction"
     assert card.data.eval_results is None
-
-    results["features"] |= {"summary": "k-NN 56.8% -> 43.2%. Pre-training made the features worse"}
-    assert (
-        "made the features worse"
-        in load_card(write_run_folder(tmp_path / "b", results, None, ViTCLSModel)).text
-    )
 
 
 def test_tasks_have_no_pipeline(tmp_path: Path) -> None:
@@ -222,8 +181,6 @@ def test_tasks_have_no_pipeline(tmp_path: Path) -> None:
     assert "| species: Accuracy | 75.00% |" in card.text
     assert "pipeline(" not in card.text
     assert card.data.pipeline_tag == "image-feature-extraction"
-    assert describe_architecture(ModelFolder(folder))["is_classifier"]
-
     save_with_processor(ViTCLSForMultiTaskClassification(config), tmp_path / "by hand")
     assert "species (2 classes)" in load_card(tmp_path / "by hand").text
 
@@ -317,7 +274,6 @@ def test_the_card_of_a_converted_model_names_its_source_and_base_model(tmp_path:
     assert "## Accuracy of the conversion" in card.text
 
     report = json.loads((tmp_path / "vit" / "parity_report.json").read_text())
-    report["image_size"] = [224, 160]
     for name in (
         report["source"],
         "timm/vit",
@@ -328,7 +284,6 @@ def test_the_card_of_a_converted_model_names_its_source_and_base_model(tmp_path:
         card = load_card(tmp_path / "vit")
         is_linked = f"[`{name}`](https://huggingface.co/timm/vit)" in card.text
         assert is_linked == (name != "mine")
-        assert "224 x 160" in card.text
         assert (card.data.base_model, getattr(card.data, "base_model_relation", None)) == (
             "timm/vit",
             None,

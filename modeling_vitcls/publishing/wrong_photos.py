@@ -1,0 +1,132 @@
+"""The wrong predictions of a run for its report and its card, from predictions.parquet.
+
+    rows = read_predictions(folder)                 one row per image, None without predictions
+    summary = summarize_predictions(folder, rows)   headline, counts, calibration
+    wrong_photos(rows, find_photos(data), ...)      the wrong images, the largest loss first
+
+These results exist only for classifiers with one label per image. The images of the rows are found
+in the data of the run by their names.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pandas as pd
+import pyarrow.parquet as pq
+
+from ..analysis.maps import to_upright_rgb
+from ..analysis.report import encode_data_url
+from ..data.images import LabeledImages
+from ..data.splits import TrainingData
+from ..hub.model_files import PREDICTIONS_FILE
+from ..hub.model_folder import ModelFolder, warn_once
+from ..inference.per_image import read_weights_hash
+
+
+MIN_CONFIDENT = 0.9  # probability above which a wrong prediction is a confident one
+MAX_WRONG_IMAGES = 12  # maximum number of wrong images in the report
+THUMBNAIL_SIDE = 240  # longer side of a wrong image in the report, in pixels
+NEAREST_SIDE = 120  # longer side of a nearest training image
+
+Photos = Mapping[str, tuple[LabeledImages, int]]  # name -> images of a split, and position there
+
+
+def find_photos(data: TrainingData) -> Photos:
+    """Find the images of a run by name, without names that several images have."""
+    found: dict[str, list[tuple[LabeledImages, int]]] = {}
+    for images in (data.held_out, data.train, data.selection):
+        if isinstance(images, LabeledImages):
+            for index, name in enumerate(images.images.get_names()):
+                found.setdefault(name, []).append((images, index))
+    return {name: places[0] for name, places in found.items() if len(places) == 1}
+
+
+def read_predictions(folder: ModelFolder) -> Any:
+    """Read predictions.parquet: a pandas DataFrame with one row per image, and `confidence`.
+
+    The result is None if the folder has no predictions of these weights, or the images do not have
+    exactly one label.
+    """
+    file = folder.path / PREDICTIONS_FILE
+    if not folder.results or not file.is_file() or folder.config is None:
+        return None
+    try:
+        if read_weights_hash(file) != folder.weights_sha256:
+            warn_once(f"ignoring {file}, because it contains the predictions of other weights")
+            return None
+        columns = ["image", "label", "prediction", "probabilities", "loss"]
+        if "nearest_images" in pq.read_schema(file).names:
+            columns.append("nearest_images")
+        rows = pd.read_parquet(file, columns=columns)
+    except (OSError, ValueError):  # pyarrow's errors are subclasses
+        warn_once(
+            f"ignoring {file}, because it is not readable. Write it again with `vitcls evaluate "
+            "--per-image`"
+        )
+        return None
+    if not len(rows) or not isinstance(rows["label"][0], str):
+        return None
+    return rows.assign(confidence=rows["probabilities"].map(max))
+
+
+def summarize_predictions(folder: ModelFolder, rows: Any) -> dict[str, Any]:
+    """Summarize the rows of `read_predictions` for the card and the report."""
+    wrong = rows[rows["label"] != rows["prediction"]]
+    sentence = f"{1 - len(wrong) / len(rows):.1%}".replace(".0%", "%")
+    sentence += f" of {len(rows):,} held-out images are right"
+    is_cross_validated = folder.results.get("split") == "cross-validation"
+    if is_cross_validated:
+        sentence = f"About {folder.results['accuracy']:.1%} of new images are right"
+
+    confusions = wrong.value_counts(["label", "prediction"])
+    if len(confusions) and confusions.iloc[0] > 1:
+        label, prediction = confusions.index[0]
+        num_of_label = (rows["label"] == label).sum()
+        sentence += (
+            f"; {label} is most often taken for {prediction} ({confusions.iloc[0]} of "
+            f"{num_of_label:,})"
+        )
+    return {
+        "headline": sentence,
+        "is_cross_validated": is_cross_validated,
+        "images_name": "Training images, each predicted by a classifier of other images"
+        if is_cross_validated
+        else "Held-out images",
+        "num_images": len(rows),
+        "num_wrong": len(wrong),
+        "num_confident_errors": int((wrong["confidence"] > MIN_CONFIDENT).sum()),
+        "min_confident": MIN_CONFIDENT,
+        "calibration": folder.results.get("calibration"),
+    }
+
+
+def wrong_photos(
+    rows: Any, photos: Photos, class_names: Sequence[str] = (), bit_depth: int = 16
+) -> list[dict[str, Any]]:
+    """List the wrong images with the largest losses, each with its nearest training images.
+
+    Images that are in `photos` have a thumbnail; 16-bit images use `bit_depth` bits.
+    """
+
+    def draw(name: str, side: int) -> str | None:
+        if name not in photos:  # the dataset has changed
+            return None
+        images, index = photos[name]
+        try:
+            image = to_upright_rgb(images.images[index], bit_depth)
+        except ValueError:  # unreadable
+            return None
+        image.thumbnail((side, side))
+        return encode_data_url(image)
+
+    wrong = rows[rows["label"] != rows["prediction"]].sort_values("loss", ascending=False)
+    shown = []
+    for row in wrong.head(MAX_WRONG_IMAGES).to_dict("records"):
+        nearest = []
+        for name in row.pop("nearest_images", ()):
+            if name in photos:
+                images, index = photos[name]
+                label = class_names[images.labels[index]]
+                nearest.append({"image": name, "label": label, "url": draw(name, NEAREST_SIDE)})
+        shown.append(row | {"url": draw(row["image"], THUMBNAIL_SIDE), "nearest": nearest})
+    return shown
