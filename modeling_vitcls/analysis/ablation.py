@@ -158,7 +158,7 @@ def compute_ablations(
     labels = collect_labels(batches, config)
     for key, indices in watch(targets.items(), "ablating tokens"):
         with replace_by_means(model, use, indices, means[:, indices]):
-            after = collect_outputs(model, batches)
+            after = gather_outputs(model, batches)
         ablations[key] = {
             name: compute_effect(rows, after[name], config) for name, rows in before.items()
         }
@@ -173,7 +173,7 @@ def compute_ablations(
             with redraw_tokens(model, targets[key], generator):
                 redrawn_means, redrawn = collect_mean_states(model, batches, targets[key])
                 with replace_by_means(model, use, targets[key], redrawn_means):
-                    replaced = collect_outputs(model, batches)
+                    replaced = gather_outputs(model, batches)
 
             for name, rows in redrawn.items():
                 sizes.setdefault(name, []).append(compute_size(rows, replaced[name]))
@@ -271,7 +271,7 @@ def measure_changes(before: list[torch.Tensor], after: list[torch.Tensor]) -> to
 
 
 def get_group_indices(layout: TokenLayout) -> dict[str, list[int]]:
-    """Return a dict that maps each nonempty group to the sequence indices of its special tokens."""
+    """Map each nonempty group to the sequence indices of its special tokens."""
     special_indices = range(layout.num_prefix_tokens)
     return {
         name: list(special_indices[group])
@@ -281,7 +281,7 @@ def get_group_indices(layout: TokenLayout) -> dict[str, list[int]]:
 
 
 def get_token_keys(layout: TokenLayout) -> list[str]:
-    """Return the keys of the special tokens, such as `cls[0]`, as in metrics.jsonl."""
+    """Name the special tokens by keys such as `cls[0]`, as in metrics.jsonl."""
     groups = get_group_indices(layout)
     return [
         f"{group}[{index}]" for group, members in groups.items() for index in range(len(members))
@@ -289,7 +289,7 @@ def get_token_keys(layout: TokenLayout) -> list[str]:
 
 
 def get_ablation_targets(layout: TokenLayout) -> dict[str, list[int]]:
-    """Return the sequence indices of each token, and of each group of several tokens, by key."""
+    """Map the key of each token, and of each group of several tokens, to sequence indices."""
     targets = {key: [index] for index, key in enumerate(get_token_keys(layout))}
     return targets | {
         name: members for name, members in get_group_indices(layout).items() if len(members) > 1
@@ -315,7 +315,7 @@ def collect_mean_states(
         num_images += len(pixel_values)
         return outputs
 
-    outputs = collect_outputs(model, batches, run)
+    outputs = gather_outputs(model, batches, run)
     return torch.stack(state_sums).sum(dim=0) / num_images, outputs
 
 
@@ -384,7 +384,7 @@ def replace_tokens(
 # Outputs ------------------------------------------------------------------------------------------
 
 
-def collect_outputs(
+def gather_outputs(
     model: Any, batches: Batches, run: Callable[[torch.Tensor], Any] | None = None
 ) -> Outputs:
     """Collect the outputs for all images, on the CPU.

@@ -47,7 +47,7 @@ class RecordedLayer:
     attention_output: torch.Tensor  # [B, N, maps, head_dim]
 
     def compute_weights(self, num_rows: int | None = None) -> torch.Tensor:
-        """Return the maps [B, maps, N, N], or only the rows of the first `num_rows` tokens.
+        """Compute the maps [B, maps, N, N], or only the rows of the first `num_rows` tokens.
 
         They are the maps of eager attention, computed in float32, so that rows sum to 1 for
         half-precision models too.
@@ -88,7 +88,7 @@ class AttentionTrace:
 
     @torch.no_grad()
     def compute_token_attention(self) -> torch.Tensor:
-        """Return what `model.token_attention` returns, [B, L, maps, S, N]."""
+        """Compute what `model.token_attention` returns, [B, L, maps, S, N]."""
         num_special_tokens = self.config.token_layout.num_prefix_tokens
         return torch.stack(
             [layer.compute_weights(num_special_tokens) for layer in self.layers], dim=1
@@ -97,7 +97,7 @@ class AttentionTrace:
     def compute_attribution(
         self, target: torch.Tensor | int | None = None, task: str | None = None
     ) -> torch.Tensor:
-        """Return the attribution of a class to each token [B, N].
+        """Attribute a class to each token [B, N].
 
         It is the attention weighted by its gradient, starting from the tokens that the head uses.
         Source: Chefer et al. 2021, arXiv 2103.15679, equations 5 and 6. The gradient of a map is
@@ -189,7 +189,7 @@ def trace_attention(
 def select_logits(
     outputs: Any, target: torch.Tensor | int | None, task: str | None
 ) -> torch.Tensor:
-    """Return the logit [B] of each image's target class; by default, of its predicted class.
+    """Select the logit [B] of each image's target class; by default, of its predicted class.
 
     `task` is the name of a task of a multi-task model or of an added task, and None for the
     classifier of any other model.
@@ -208,7 +208,7 @@ def select_logits(
 def compute_start_weights(
     gradient: torch.Tensor, config: ViTCLSConfig, num_tokens: int
 ) -> torch.Tensor:
-    """Return the start weight [B, 1, N] of each token.
+    """Compute the start weight [B, 1, N] of each token.
 
     The weight is 1 for a special token that the head uses, 1 in total for all patches that the head
     uses, and 0 for other tokens. The head uses tokens with a nonzero `gradient` [B, n, D], in which

@@ -19,7 +19,7 @@ from .options import InspectOptions
 from .report import format_effect, measure_shown_photo, write_json_values, write_page
 
 
-def inspect_tokens(options: InspectOptions) -> Inspection:
+def write_inspection(options: InspectOptions) -> Inspection:
     """Inspect a saved model, write the report, and print its table.
 
     Raises:
@@ -40,9 +40,9 @@ def inspect_tokens(options: InspectOptions) -> Inspection:
             console.print(text, markup=False)
     splits = select_task(read_splits(folder), None)
     images = open_images(options, model, splits).draw(options.max_images)
-    for file in (options.output, options.json):
-        if file is not None:
-            file.parent.mkdir(parents=True, exist_ok=True)  # raise errors before the measurements
+    files = [file for file in (options.output, options.json) if file is not None]
+    for file in files:
+        file.parent.mkdir(parents=True, exist_ok=True)  # raise errors before the measurements
     watch = partial(track, console=error_console, unit="")
     with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
         inspection = inspect_model(
@@ -74,15 +74,17 @@ def inspect_tokens(options: InspectOptions) -> Inspection:
     write_page(options.output, inspection, photos, title, images.source)
     if options.json is not None:
         write_json_values(options.json, inspection, title)
-    print_inspection(inspection, options, console)
+    print_inspection(inspection, console)
+    for file in files:
+        console.print(f"saved {file}", markup=False)
     return inspection
 
 
 # Output -------------------------------------------------------------------------------------------
 
 
-def print_inspection(inspection: Inspection, options: InspectOptions, console: Console) -> None:
-    """Print the table, the faults and the paths of the written files."""
+def print_inspection(inspection: Inspection, console: Console) -> None:
+    """Print the table, the faults and the numbers of images."""
     rows = [format_effect(*row) for row in inspection.effects]
     if not rows:
         console.print("The model has no special tokens.")
@@ -94,9 +96,4 @@ def print_inspection(inspection: Inspection, options: InspectOptions, console: C
     for line in inspection.lines:
         console.print(line, markup=False)
     num_shown = len(inspection.shown_images)
-    console.print(
-        f"saved {options.output} ({inspection.num_images:,} images, {num_shown} shown)",
-        markup=False,
-    )
-    if options.json is not None:
-        console.print(f"saved {options.json}", markup=False)
+    console.print(f"{inspection.num_images:,} images, {num_shown} shown")

@@ -30,13 +30,13 @@ from .ablation import (
     Outputs,
     Watch,
     collect_labels,
-    collect_outputs,
     compute_ablations,
+    gather_outputs,
     get_token_keys,
     predict_labels,
 )
 from .faults import OUTLIER_RATIO, find_identical_tokens, find_unmoved_tokens, is_outlier
-from .model_utils import count_tokens, evaluation_mode, is_classifier, unwrap_model
+from .model_utils import evaluation_mode, is_classifier, unwrap_model
 from .token_use import TokenUse
 
 
@@ -155,7 +155,9 @@ def inspect_model(
         outputs, states, outlier_share = measure_states(measured_model, use, batches, watch)
         if has_ablations:
             pixel_values: Any = batches[0].pixel_values
-            flops = 2 * num_parameters * count_tokens(model, pixel_values)
+            grid_size = model.base_model.embeddings.patch_embeddings.get_grid_size(pixel_values)
+            num_tokens = config.token_layout.get_num_tokens(*grid_size)
+            flops = 2 * num_parameters * num_tokens
             num_affordable = max(int(MAX_ABLATION_FLOPS / flops), MIN_IMAGES)
             ablation_batches = take_images(batches, min(num_affordable, MAX_ABLATION_IMAGES))
             ablations = compute_ablations(measured_model, use, ablation_batches, watch)
@@ -281,7 +283,7 @@ def measure_states(
         outliers.append(is_outlier(patches).flatten().cpu())
         return outputs
 
-    outputs = collect_outputs(model, watch(batches, "measuring states"), run)
+    outputs = gather_outputs(model, watch(batches, "measuring states"), run)
     joined = {layer: torch.cat(states) for layer, states in parts.items()}
     return outputs, joined, torch.cat(outliers).float().mean().item()
 
@@ -316,7 +318,7 @@ def select_images(
     classes: Sequence[Hashable],
     num_selected: int,
 ) -> dict[int, str | None]:
-    """Return the indices of the most instructive images, with the kind of each image.
+    """Select the most instructive images: index -> kind of image.
 
     Kinds take turns: the most confident wrong prediction, the least confident right prediction, a
     typical image, and so on. Each is of a class of which the fewest images are selected.
@@ -341,7 +343,7 @@ def select_images(
 
 
 def compute_confidences(logits: torch.Tensor, config: Any) -> torch.Tensor:
-    """Return the probability [images] of each prediction.
+    """Compute the probability [images] of each prediction.
 
     For a multi-label model, it is the minimum over labels.
     """

@@ -35,7 +35,7 @@ class InspectionImages:
     source: str
 
     def draw(self, num_images: int) -> "InspectionImages":
-        """Return at most `num_images` images, drawn at random, in the same order."""
+        """Draw at most `num_images` images at random, in the same order."""
         drawn = np.random.default_rng(0).permutation(len(self.names))[:num_images]
         indices = np.sort(drawn).tolist()
         return replace(
@@ -46,7 +46,7 @@ class InspectionImages:
         )
 
     def format_label(self, index: int, config: ViTCLSConfig) -> str | None:
-        """Return the label of an image as text; None if it is unknown."""
+        """Name the label of an image; None if it is unknown."""
         if self.labels is None:
             return None
         return get_label_space(config).format_label(self.labels[index])
@@ -55,7 +55,7 @@ class InspectionImages:
 def open_images(
     options: InspectOptions, model: Any, splits: pd.DataFrame = EMPTY_TABLE
 ) -> InspectionImages:
-    """Open the images of `paths` or `dataset`.
+    """Open the images of `paths` or `dataset`, with the label indices of a classifier.
 
     `splits` are the rows of splits.parquet about the model.
 
@@ -64,70 +64,53 @@ def open_images(
             the model.
     """
     label_space = get_label_space(model.config) if is_classifier(model) else None
-    if options.dataset is not None:
-        return load_from_dataset(options, options.dataset, label_space, splits)
-    list_input = build_list_input(options.paths)
+    if options.dataset is None:
+        return open_paths(options.paths, label_space)
+
+    data_options = DataOptions(
+        dataset=options.dataset,
+        image_column=options.image_column,
+        label_column=options.label_column,
+        label_separator=options.label_separator,
+    )
+    use_labels = label_space is not None
+    data = load_evaluation_data(data_options, options.split, splits, use_labels=use_labels)
+    labels: Sequence[Any] | None = None
+    if label_space is not None:
+        labels = match_labels(data.images, data.label_space, label_space).labels
+
+    images = data.images.images
+    dataset_name = Path(options.dataset).resolve().name
+    # the names of images in memory are checksums, which say nothing to a reader
+    is_in_memory = isinstance(images, ArrayImages)
+    names = list(map(str, range(len(images)))) if is_in_memory else images.get_names()
+    # numbers of rows do not say which dataset they are from
+    names = [f"{dataset_name} {name}" if name.isdigit() else name for name in names]
+    return InspectionImages(images, names, labels, f"{dataset_name}, {data.description}")
+
+
+def open_paths(paths: Sequence[str], label_space: LabelSpace | None) -> InspectionImages:
+    """Open image files and folders."""
+    list_input = build_list_input(paths)
     files = [str(content) for content in list_input.contents]
     for file in files:
         if not Path(file).exists():
             raise ValueError(f"Image {file} does not exist. Check the path.")
 
     names = [Path(name).name for name in list_input.names]
-    source = ", ".join(map(get_short_name, options.paths))
-    labels = None if label_space is None else get_folder_labels(files, label_space)
+    labels = None if label_space is None else find_folder_labels(files, label_space)
+    source = ", ".join(Path(path).resolve().name for path in paths)
     return InspectionImages(DatasetImages.from_list(files), names, labels, source)
 
 
-def name_images(images: ArrayImages | DatasetImages, source: str) -> list[str]:
-    """Return the path of each image within the dataset.
+def find_folder_labels(files: Sequence[str], label_space: LabelSpace) -> list[int] | None:
+    """Take the class index of each file from the name of its folder.
 
-    If an image has none, its name is the source and the number of its row.
-    """
-    if isinstance(images, ArrayImages):
-        return [f"{source} {index}" for index in range(len(images))]
-    return [f"{source} {name}" if name.isdigit() else name for name in images.get_names()]
-
-
-def get_short_name(path: str) -> str:
-    """Return the last component of a path."""
-    return Path(path).resolve().name
-
-
-def get_folder_labels(files: Sequence[str], label_space: LabelSpace) -> list[int] | None:
-    """Return the class index of each file, from the name of its folder.
-
-    The index is that of the class with the same name, or IGNORED_LABEL if there is no such class.
-    Return None if no folder has the name of a class, or images do not have exactly one class.
+    A folder without a class of this name has IGNORED_LABEL. None if no folder has the name of a
+    class, or images do not have exactly one class.
     """
     if label_space.kind != "single_label_classification":
         return None
     class_indices = {name: index for index, name in enumerate(label_space.names)}
     labels = [class_indices.get(Path(file).resolve().parent.name, IGNORED_LABEL) for file in files]
     return labels if any(label != IGNORED_LABEL for label in labels) else None
-
-
-def load_from_dataset(
-    options: InspectOptions,
-    dataset: str,
-    label_space: LabelSpace | None,
-    splits: pd.DataFrame,
-) -> InspectionImages:
-    """Load one split, with the label indices of a classifier's label space, or without labels."""
-    data_options = DataOptions(
-        dataset=dataset,
-        image_column=options.image_column,
-        label_column=options.label_column,
-        label_separator=options.label_separator,
-    )
-    use_labels = label_space is not None
-
-    data = load_evaluation_data(data_options, options.split, splits, use_labels=use_labels)
-    labels: Sequence[Any] | None = None
-    if label_space is not None:
-        labels = match_labels(data.images, data.label_space, label_space).labels
-
-    dataset_name = get_short_name(dataset)
-    names = name_images(data.images.images, dataset_name)
-    return InspectionImages(
-        data.images.images, names, labels, f"{dataset_name}, {data.description}"
-    )

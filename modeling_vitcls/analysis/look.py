@@ -30,14 +30,14 @@ DEFAULT_OUTPUT = Path("look.png")
 
 
 def draw_photo(options: LookOptions, image: Any) -> Image.Image:
-    """Return the sheet of one photo: a path, encoded bytes, a PIL image or an array.
+    """Draw the sheet of one photo: a path, encoded bytes, a PIL image or an array.
 
     With `output` or `json`, the sheet or its numbers are also written.
     """
     is_source = isinstance(image, str | bytes | Path)
     if not (is_source or isinstance(image, Image.Image) or hasattr(image, "ndim")):
         raise ValueError(f"cannot draw a {type(image).__name__}. Pass one photo")
-    model, processor = load_adjusted_model(options)
+    model, processor = load_adjusted_model(options.model, options.image_size, options.resize)
     if is_source:
         photo = read_image(image)
     elif isinstance(image, Image.Image):
@@ -71,7 +71,7 @@ def write_sheets(options: LookOptions) -> list[Path]:
     error_console = Console(emoji=False, stderr=True, soft_wrap=True, highlight=False)
     output = options.output or DEFAULT_OUTPUT
     sources = build_list_input(options.paths)
-    model, processor = load_adjusted_model(options)
+    model, processor = load_adjusted_model(options.model, options.image_size, options.resize)
     model_name = get_title(options.model)
     is_single = len(sources.names) == 1
     records: list[dict[str, Any]] = []
@@ -104,17 +104,14 @@ def write_sheets(options: LookOptions) -> list[Path]:
     return written
 
 
-def load_adjusted_model(options: LookOptions) -> tuple[Any, Any]:
-    """Load the model and its image processor, and set the image size and the resizing of the options."""
-    model, processor = load_model(open_model(options.model), use_head=None)
-    if options.image_size is not None or options.resize is not None:
-        resize = options.resize or get_resize(processor)
-        size = (
-            get_output_size(processor)
-            if options.image_size is None
-            else to_pair(options.image_size)
-        )
-        set_resize(processor, resize, size)
+def load_adjusted_model(
+    source: str, image_size: int | tuple[int, int] | None, resize: str | None
+) -> tuple[Any, Any]:
+    """Load the model and its image processor, with another image size or resizing if it is set."""
+    model, processor = load_model(open_model(source), use_head=None)
+    if image_size is not None or resize is not None:
+        size = get_output_size(processor) if image_size is None else to_pair(image_size)
+        set_resize(processor, resize or get_resize(processor), size)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return model.to(device).eval(), processor  # type: ignore[arg-type]  # `to` is decorated
 
@@ -133,7 +130,7 @@ def read_photo(name: str, source: str) -> Image.Image:
 
 
 def choose_file(output: Path, stem: str, is_single: bool, written: list[Path]) -> Path:
-    """Return the file for a sheet: `output`, `output`-STEM, or STEM.png in the folder `output`.
+    """Choose the file for a sheet: `output`, `output`-STEM, or STEM.png in the folder `output`.
 
     A number is appended if the command has already written a sheet with this name.
     """

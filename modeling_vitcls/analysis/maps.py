@@ -25,7 +25,7 @@ MIN_SCALE = 3.0
 
 
 def get_head_names(config: ViTCLSConfig) -> list[str]:
-    """Return the names of a layer's attention maps; differential attention has two per head."""
+    """Name the attention maps of a layer; differential attention has two per head."""
     names = [f"head {number}" for number in range(1, config.num_attention_heads + 1)]
     if config.attention_type == "differential":
         return [f"{name}, {ordinal} map" for name in names for ordinal in ("first", "second")]
@@ -33,7 +33,7 @@ def get_head_names(config: ViTCLSConfig) -> list[str]:
 
 
 def extract_patch_maps(rows: torch.Tensor, config: ViTCLSConfig, image_size: Size) -> torch.Tensor:
-    """Return the attention to patches as maps.
+    """Reshape the attention to patches into maps.
 
     Attention to special tokens is omitted, so maps do not sum to 1.
 
@@ -88,7 +88,7 @@ def overlay(image: Image.Image, values: torch.Tensor) -> Image.Image:
 
 
 def get_brightest_value(values: torch.Tensor) -> float:
-    """Return the value of a map that `overlay` draws in the brightest color."""
+    """Compute the value of a map that `overlay` draws in the brightest color."""
     return max(values.max().item(), MIN_SCALE * values.mean().item())
 
 
@@ -125,7 +125,7 @@ def draw_region(image: Image.Image, region: VisibleRegion, side: int) -> Image.I
 
 
 def limit_region(region: VisibleRegion, image: Image.Image) -> VisibleRegion:
-    """Return the part of a region that is inside an image."""
+    """Limit a region to its part inside an image."""
     return VisibleRegion(
         left=max(region.left, 0),
         top=max(region.top, 0),

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from accelerate.utils import extract_model_from_parallel
 from torch import nn
 
@@ -19,13 +18,13 @@ CLASSIFIER_CLASS_NAMES = {"ViTCLSForImageClassification", "ViTCLSForMultiTaskCla
 
 
 def unwrap_model(model: Any) -> Any:
-    """Return the ViTCLS model inside any wrappers; layers that PEFT inserted stay active."""
+    """Find the ViTCLS model inside any wrappers; layers that PEFT inserted stay active."""
     module: Any = extract_model_from_parallel(model, keep_torch_compile=False)
     return unwrap_model(module.get_base_model()) if hasattr(module, "get_base_model") else module
 
 
 def is_classifier(model: Any) -> bool:
-    """Return whether a model is a classifier (including subclasses).
+    """Whether a model is a classifier (including subclasses).
 
     Regression models are not classifiers.
     """
@@ -49,9 +48,3 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, was_training in modes.items():
             module.training = was_training
-
-
-def count_tokens(model: Any, pixel_values: torch.Tensor) -> int:
-    """Return the number of tokens of each image in a batch [B, C, H, W]."""
-    grid_size = model.base_model.embeddings.patch_embeddings.get_grid_size(pixel_values)
-    return model.config.token_layout.get_num_tokens(*grid_size)

@@ -153,7 +153,7 @@ def measure_photo(model: Any, processor: Any, image: Image.Image) -> PhotoMeasur
         token_layers.insert(0, patch_layer)
         attention = torch.cat([compute_patch_attention(trace), attention], dim=2)
 
-    predictions = build_predictions(use, trace.outputs)
+    predictions = predict_photo(use, trace.outputs)
     attributions = [
         Attribution(task, label, extract_patch_maps(rows.float().cpu(), config, input_size))
         for task, label, rows in attribute_predictions(trace, predictions)
@@ -180,8 +180,8 @@ def measure_photo(model: Any, processor: Any, image: Image.Image) -> PhotoMeasur
     )
 
 
-def build_predictions(use: TokenUse, outputs: Any) -> list[ImagePrediction]:
-    """Return the predictions for the outputs of one image.
+def predict_photo(use: TokenUse, outputs: Any) -> list[ImagePrediction]:
+    """Collect all predictions from the outputs of one image.
 
     That is the prediction of the classifier, or of each task, and of each added task. Encoders and
     regression models have none of their own.
@@ -209,7 +209,7 @@ def build_predictions(use: TokenUse, outputs: Any) -> list[ImagePrediction]:
 def build_prediction(
     task: str | None, logits: torch.Tensor, names: list[str], threshold: float | None = None
 ) -> ImagePrediction:
-    """Return the prediction for logits [1, labels].
+    """Select the shown labels from logits [1, labels].
 
     With several labels per image, `threshold` is the probability from which a label is predicted.
     """
@@ -232,7 +232,7 @@ def attribute_predictions(
 
 
 def decompose_patches(features: torch.Tensor) -> tuple[torch.Tensor, list[float]]:
-    """Return the first three principal components of the patches of one layer as colors.
+    """Color the patches of one layer by their first three principal components.
 
     The sign of a component is arbitrary.
 
@@ -259,7 +259,7 @@ def decompose_patches(features: torch.Tensor) -> tuple[torch.Tensor, list[float]
 
 @torch.no_grad()
 def compute_patch_attention(trace: AttentionTrace) -> torch.Tensor:
-    """Return the attention of the patches, averaged over the patches: [L, H, 1, N]."""
+    """Average the attention of the patches over the patches: [L, H, 1, N]."""
     patches = trace.config.token_layout.patches
     rows = [
         layer.compute_weights()[0, :, patches].mean(dim=1, keepdim=True) for layer in trace.layers
@@ -268,7 +268,7 @@ def compute_patch_attention(trace: AttentionTrace) -> torch.Tensor:
 
 
 def match_colors(colors: torch.Tensor, last_layer: int) -> torch.Tensor:
-    """Return the colors [L, gh, gw, 3] with similar components in the same channel.
+    """Put similar components of all layers [L, gh, gw, 3] into the same color channel.
 
     The order and the sign of principal components differ between layers. From `last_layer` to the
     first layer, each component gets the channel and the sign of the component of the next layer
@@ -294,7 +294,7 @@ def match_colors(colors: torch.Tensor, last_layer: int) -> torch.Tensor:
 
 
 def build_json_record(measurements: PhotoMeasurements) -> dict[str, Any]:
-    """Return the numbers of a sheet. Entropies are in nats, and fractions of attention sum to 1."""
+    """Build the numbers of a sheet. Entropies are in nats, and fractions of attention sum to 1."""
     config = measurements.config
     tokens = []
     for index, name in enumerate(measurements.token_names):
@@ -327,6 +327,6 @@ def build_json_record(measurements: PhotoMeasurements) -> dict[str, Any]:
 
 
 def summarize_row(config: ViTCLSConfig, row: torch.Tensor) -> dict[str, float]:
-    """Return the entropy of one row of attention [N], and its fraction on each group of tokens."""
+    """Compute the entropy of one row of attention [N], and its fraction on each group of tokens."""
     fractions = {name: row[group].sum().item() for name, group in config.token_layout.items()}
     return {"entropy": torch.special.entr(row).sum().item(), **fractions}

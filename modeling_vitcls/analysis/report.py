@@ -31,7 +31,7 @@ from .ablation import Effect
 from .inspection import Inspection
 from .maps import draw_region, overlay
 from .photo import PhotoMeasurements, measure_photo
-from .sheet import color_features, draw_sheet, shorten_middle
+from .sheet import draw_sheet, shorten_middle, to_picture
 
 
 TEMPLATE_FOLDER = Path(__file__).parent
@@ -63,7 +63,7 @@ class ShownPhoto:
 
     @property
     def caption(self) -> str:
-        """Return the true and the predicted labels, or the name of the photo."""
+        """The true and the predicted labels, or the name of the photo."""
         predicted = self.predicted or ", ".join(
             prediction.labels[0][0]
             for prediction in self.measurements.predictions
@@ -124,7 +124,7 @@ def write_page(
 
 
 def render_page(template: str, **values: Any) -> str:
-    """Return a page of this folder as HTML, in the style of every page."""
+    """Render a template of this folder as HTML, with the style of the report."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATE_FOLDER),
         autoescape=True,
@@ -173,7 +173,7 @@ def write_text(file: str | Path, text: str) -> None:
 
 
 def build_photo_row(photo: ShownPhoto, title: str) -> dict[str, Any]:
-    """Return the pictures of a photo as data URLs, and the texts beside them.
+    """Build the pictures of a photo as data URLs, and the texts beside them.
 
     The pictures are what the model sees, the attention of the first token, and the features of the
     patches; and the sheet.
@@ -182,7 +182,7 @@ def build_photo_row(photo: ShownPhoto, title: str) -> dict[str, Any]:
     layer = measurements.token_layers[0]
     attention = measurements.maps[layer - 1, :, 0].mean(dim=0)  # [gh, gw]
     visible_part = draw_region(measurements.image, measurements.visible_region, THUMBNAIL_SIDE)
-    features = color_features(measurements.colors[measurements.patch_layer - 1])
+    features = to_picture(measurements.colors[measurements.patch_layer - 1].numpy())
     pictures = {
         photo.name: visible_part,
         f"attention of {measurements.token_names[0]}": overlay(visible_part, attention),
@@ -199,7 +199,7 @@ def build_photo_row(photo: ShownPhoto, title: str) -> dict[str, Any]:
 
 
 def shorten_name(name: str) -> str:
-    """Return the last part of the name of an image, shortened to MAX_FILE_NAME characters."""
+    """Shorten the last part of the name of an image to MAX_FILE_NAME characters."""
     return shorten_middle(name.rpartition("/")[2], MAX_FILE_NAME)
 
 
@@ -221,12 +221,12 @@ def format_effect(token: str, output: str, effect: Effect) -> dict[str, str]:
 
 
 def get_commit(config: Any) -> str | None:
-    """Return the Hub commit that a model was loaded from, or None if the commit is unknown."""
+    """Find the Hub commit that a model was loaded from; None if the commit is unknown."""
     return getattr(config, "_commit_hash", None) or get_cached_commit(config.name_or_path)
 
 
 def encode_data_url(image: Image.Image) -> str:
-    """Return an image as a data URL."""
+    """Encode an image as a data URL."""
     buffer = io.BytesIO()
     image.save(buffer, "webp", quality=80, lossless=max(image.size) <= MAX_EXACT_SIDE)
     return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"

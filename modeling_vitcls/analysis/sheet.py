@@ -11,7 +11,7 @@ the rows of one matplotlib figure.
 """
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -104,12 +104,13 @@ def draw_sheet(measurements: PhotoMeasurements, title: str = "") -> Image.Image:
     Returns:
         An RGB image that is 1,800 pixels wide.
     """
+    photo = draw_region(measurements.image, measurements.visible_region, LARGE_SIDE)
     strips = [
         draw_header(measurements, title),
-        draw_overview(measurements),
-        *draw_attributions(measurements),
-        *draw_heads(measurements),
-        *draw_layers(measurements),
+        draw_overview(measurements, photo),
+        *draw_attributions(measurements, photo),
+        *draw_heads(measurements, photo),
+        *draw_layers(measurements, photo),
         Strip(20),
     ]
     heights = [strip.picture.height for strip in strips]
@@ -145,7 +146,10 @@ def draw_header(measurements: PhotoMeasurements, title: str) -> Strip:
         f"{width} × {height} pixels, as {columns} × {rows} patches",
     ]
     for prediction in measurements.predictions:
-        labels = ", ".join(map(format_label, prediction.labels))
+        labels = ", ".join(
+            f"{shorten_middle(name, 40)} {probability:.0%}"
+            for name, probability in prediction.labels
+        )
         lines.append(f"{prediction.task or 'prediction'}: {labels or 'no label'}")
 
     strip = Strip(80 + 30 * len(lines))
@@ -159,18 +163,17 @@ def draw_header(measurements: PhotoMeasurements, title: str) -> Strip:
     return strip
 
 
-def draw_overview(measurements: PhotoMeasurements) -> Strip:
+def draw_overview(measurements: PhotoMeasurements, photo: Image.Image) -> Strip:
     """Draw what the model sees, the attention of the first token, and the patches."""
     token = shorten_middle(measurements.token_names[0], 11)
     token_layer = measurements.token_layers[0]
     attention = measurements.maps[token_layer - 1, :, 0].mean(dim=0)  # [gh, gw]
     layer = measurements.patch_layer
     norms = measurements.norms[layer - 1]  # [gh, gw]
-    photo = draw_visible_part(measurements)
     pictures = {
         "What the model sees": photo,
         f"Attention of {token}, layer {token_layer}": overlay(photo, attention),
-        f"Patch features, layer {layer}": color_features(measurements.colors[layer - 1]),
+        f"Patch features, layer {layer}": to_picture(measurements.colors[layer - 1].numpy()),
         f"Patch norms, layer {layer}": color_norms(norms),
     }
 
@@ -191,10 +194,10 @@ def draw_overview(measurements: PhotoMeasurements) -> Strip:
         lefts[3]: (NORM_COLORMAP, f"{norms.min():.3g}", f"{norms.max():.3g}"),
     }
     for left, (colormap, low, high) in bars.items():
-        colors = colormaps[colormap](np.linspace(0, 1, width))[None, :, :3]  # [1, width, 3]
-        strip.picture.paste(to_picture(colors).resize((width, 10)), (left, below))
+        colors = colormaps[colormap](np.linspace(0, 1, slot))[None, :, :3]  # [1, slot, 3]
+        strip.picture.paste(to_picture(colors).resize((slot, 10)), (left, below))
         strip.write(left, below + 30, low, 8)
-        strip.write(left + width, below + 30, high, 8, ha="right")
+        strip.write(left + slot, below + 30, high, 8, ha="right")
 
     share = sum(measurements.explained_variance[layer - 1])
     explanation = (
@@ -204,29 +207,27 @@ def draw_overview(measurements: PhotoMeasurements) -> Strip:
     return strip
 
 
-def draw_attributions(measurements: PhotoMeasurements) -> list[Strip]:
-    """Draw the attribution of each label of the predictions over the photo."""
+def draw_attributions(measurements: PhotoMeasurements, photo: Image.Image) -> list[Strip]:
+    """Draw the attribution of each label of the predictions over the photo, if there are any."""
     attributions = measurements.attributions[:MAX_ATTRIBUTIONS]
     if not attributions:
         return []
-    photo = draw_visible_part(measurements)
-    headers = []
-    tiles = []
-    for attribution in attributions:
-        name, probability = attribution.label
-        headers.append(": ".join(filter(None, (attribution.task, name))))
-        tiles.append(Tile(overlay(photo, attribution.values), f"{probability:.0%}"))
+    tiles = [
+        Tile(overlay(photo, attribution.values), f"{attribution.label[1]:.0%}")
+        for attribution in attributions
+    ]
     return draw_rows(
         measurements,
+        photo,
         "What counts for a label",
         "Attribution: attention weighted by its gradient (Chefer et al. 2021). Bright patches raise "
         "the score of the label",
-        headers,
+        [": ".join(filter(None, (each.task, each.label[0]))) for each in attributions],
         [Row("prediction", "attribution", DARK_GRAY, tiles)],
     )
 
 
-def draw_heads(measurements: PhotoMeasurements) -> list[Strip]:
+def draw_heads(measurements: PhotoMeasurements, photo: Image.Image) -> list[Strip]:
     """Draw the mean and the heads of each token in the last layer in which the token is used."""
     num_tokens = len(measurements.token_names)
     heading = "Attention by head"
@@ -245,10 +246,10 @@ def draw_heads(measurements: PhotoMeasurements) -> list[Strip]:
         maps = measurements.maps[layer - 1, :, index]  # [H, gh, gw]
         maps = torch.cat([maps.mean(dim=0, keepdim=True), maps])  # [1 + H, gh, gw]
         rows.append(build_attention_row(measurements, index, f"layer {layer}", maps))
-    return draw_rows(measurements, heading, explanation, headers, rows)
+    return draw_rows(measurements, photo, heading, explanation, headers, rows)
 
 
-def draw_layers(measurements: PhotoMeasurements) -> list[Strip]:
+def draw_layers(measurements: PhotoMeasurements, photo: Image.Image) -> list[Strip]:
     """Draw the attention of each token, the features and the norms after each layer."""
     explanation = (
         "Attention: mean over heads, and percentage on patches. Features: 3 components, and the "
@@ -264,21 +265,21 @@ def draw_layers(measurements: PhotoMeasurements) -> list[Strip]:
         maps = measurements.maps[:, :, index].mean(dim=1)  # [L, gh, gw]
         rows.append(build_attention_row(measurements, index, "attention", maps, num_used))
 
-    features = []
-    norms = []
-    for layer in range(num_layers):
-        is_used = layer < measurements.patch_layer
-        share = sum(measurements.explained_variance[layer])
-        values = measurements.norms[layer]
-        features.append(Tile(color_features(measurements.colors[layer]), f"{share:.0%}", is_used))
-        norms.append(
-            Tile(color_norms(values), f"{values.min():.3g} to {values.max():.3g}", is_used)
+    used = range(measurements.patch_layer)
+    features = [
+        Tile(to_picture(colors.numpy()), f"{sum(shares):.0%}", layer in used)
+        for layer, (colors, shares) in enumerate(
+            zip(measurements.colors, measurements.explained_variance, strict=True)
         )
+    ]
+    norms = [
+        Tile(color_norms(values), f"{values.min():.3g} to {values.max():.3g}", layer in used)
+        for layer, values in enumerate(measurements.norms)
+    ]
     rows.append(Row("patches", "features", DARK_GRAY, features))
     rows.append(Row("patches", "norms", DARK_GRAY, norms))
-
     headers = [f"layer {layer + 1}" for layer in range(num_layers)]
-    return draw_rows(measurements, "Layer by layer", explanation, headers, rows)
+    return draw_rows(measurements, photo, "Layer by layer", explanation, headers, rows)
 
 
 def build_attention_row(
@@ -305,6 +306,7 @@ def build_attention_row(
 
 def draw_rows(
     measurements: PhotoMeasurements,
+    photo: Image.Image,
     heading: str,
     explanation: str,
     headers: Sequence[str],
@@ -314,26 +316,25 @@ def draw_rows(
 
     If there are too many columns, all rows continue below.
     """
-    has_many = len(measurements.token_names) >= MANY_TOKENS
-    min_columns = MIN_COLUMNS_OF_MANY if has_many else MIN_COLUMNS
+    title = Strip(82)
+    title.write(LEFT, 44, heading, 11.5, DARK_GRAY, weight="bold")
+    title.write(LEFT, 73, explanation, 8.5)
+
     # rounded up
     num_lines = -(-len(headers) // MAX_COLUMNS)
     num_columns = -(-len(headers) // num_lines)
-    photo = draw_visible_part(measurements)
+    has_many = len(measurements.token_names) >= MANY_TOKENS
+    min_columns = MIN_COLUMNS_OF_MANY if has_many else MIN_COLUMNS
     width = (RIGHT - TILES_LEFT) // max(num_columns, min_columns) - TILE_GAP
     height = max(round(width * photo.height / photo.width), 1)
 
-    title = Strip(76)
-    title.write(LEFT, 44, heading, 11.5, DARK_GRAY, weight="bold")
-    title.write(LEFT, 73, explanation, 8.5)
     strips = [title]
     for start in range(0, len(headers), num_columns):
         columns = slice(start, start + num_columns)
-        names = Strip(40)
-        for number, header in enumerate(headers[columns]):
-            x = TILES_LEFT + number * (width + TILE_GAP)
+        names = Strip(34)
+        for x, header in enumerate_columns(headers[columns], width):
             text = shorten_middle(header, width // CHARACTER_WIDTH)
-            names.write(x, 36, text, 7.5, DARK_GRAY)
+            names.write(x, 28, text, 7.5, DARK_GRAY)
         strips.append(names)
         strips += [draw_row(row, row.tiles[columns], width, height) for row in rows]
     return strips
@@ -342,9 +343,8 @@ def draw_rows(
 def draw_row(row: Row, tiles: Sequence[Tile], width: int, height: int) -> Strip:
     """Draw some tiles of a row, of this size, below their captions."""
     top = 24
-    strip = Strip(top + height + 6)
-    for number, tile in enumerate(tiles):
-        x = TILES_LEFT + number * (width + TILE_GAP)
+    strip = Strip(top + max(height, 40) + 6)  # the name and the note need 40 pixels
+    for x, tile in enumerate_columns(tiles, width):
         picture = scale_picture(tile.picture, width, height)
         if not tile.is_used:
             picture = Image.blend(Image.new("RGB", picture.size, "white"), picture, UNUSED_OPACITY)
@@ -358,13 +358,12 @@ def draw_row(row: Row, tiles: Sequence[Tile], width: int, height: int) -> Strip:
     return strip
 
 
+def enumerate_columns(items: Sequence[Any], width: int) -> Iterator[tuple[int, Any]]:
+    """Yield the left edge of the column of each item."""
+    return zip(range(TILES_LEFT, WIDTH, width + TILE_GAP), items, strict=False)
+
+
 # Text ---------------------------------------------------------------------------------------------
-
-
-def format_label(label: tuple[str, float]) -> str:
-    """Format a label with its probability."""
-    name, probability = label
-    return f"{shorten_middle(name, 40)} {probability:.0%}"
 
 
 def count_special_tokens(config: ViTCLSConfig) -> str:
@@ -402,22 +401,14 @@ def shorten_middle(text: str, max_length: int) -> str:
 # Pictures -----------------------------------------------------------------------------------------
 
 
-def draw_visible_part(measurements: PhotoMeasurements) -> Image.Image:
-    """Draw the part of the photo that the model sees."""
-    return draw_region(measurements.image, measurements.visible_region, LARGE_SIDE)
-
-
 def draw_whole_photo(measurements: PhotoMeasurements) -> Image.Image:
     """Draw the whole photo. The part that the model does not see is pale."""
-    photo = measurements.image.copy()
-    photo.thumbnail((LARGE_SIDE, LARGE_SIDE))
-    scale = photo.width / measurements.image.width
-    inside = limit_region(measurements.visible_region, measurements.image)
-    left, top, right, bottom = (round(edge * scale) for edge in inside)
-    gray = photo.convert("L").convert("RGB")
-    pale = Image.blend(Image.new("RGB", photo.size, "white"), gray, HIDDEN_OPACITY)
-    pale.paste(photo.crop((left, top, right, bottom)), (left, top))
-    return pale
+    photo = measurements.image
+    white = Image.new("RGB", photo.size, "white")
+    whole = Image.blend(white, photo.convert("L").convert("RGB"), HIDDEN_OPACITY)
+    left, top, right, bottom = map(round, limit_region(measurements.visible_region, photo))
+    whole.paste(photo.crop((left, top, right, bottom)), (left, top))
+    return whole
 
 
 def scale_picture(picture: Image.Image, width: int, height: int) -> Image.Image:
@@ -437,11 +428,6 @@ def color_attention(values: torch.Tensor) -> Image.Image:
     brightest = max(values.quantile(BRIGHT_QUANTILE).item(), MIN_SCALE * values.mean().item())
     strength = values / brightest if brightest > 0 else values
     return to_picture(colormaps[COLORMAP](strength.numpy())[:, :, :3])
-
-
-def color_features(colors: torch.Tensor) -> Image.Image:
-    """Draw the principal components [gh, gw, 3] of the patches as colors."""
-    return to_picture(colors.numpy())
 
 
 def color_norms(norms: torch.Tensor) -> Image.Image:

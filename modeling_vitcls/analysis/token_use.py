@@ -24,7 +24,7 @@ class TokenUse:
 
     @cached_property
     def readers(self) -> dict[str, set[int]]:
-        """Return a dict from each output to the sequence indices of the tokens that it reads.
+        """Map each output to the sequence indices of the tokens that it reads.
 
         These are the special tokens from which the output is computed directly, and PATCHES.
         Outputs are named as in ablation.py; the distillation head is "distillation".
@@ -52,12 +52,12 @@ class TokenUse:
 
     @cached_property
     def read_tokens(self) -> set[int]:
-        """Return the indices of all tokens that an output reads, as in `readers`."""
+        """Indices of all tokens that an output reads, as in `readers`."""
         return set().union(*self.readers.values())
 
     @cached_property
     def num_layers(self) -> list[int]:
-        """Return the number of layers whose output is used, for each special token and the patches.
+        """Number of layers whose output is used, for each special token and the patches.
 
         The last layer that a head reads is counted only if a head reads the token there. The
         attention of a token is used in the same layers.

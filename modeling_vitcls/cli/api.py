@@ -292,7 +292,7 @@ def inspect_tokens(model: str | Path, images: Any = (), **flags: Any) -> Any:
         >>> for token, output, effect in inspection.effects:
         ...     print(token, effect.changed, effect.comparison)
     """
-    from ..analysis.inspect_tokens import inspect_tokens
+    from ..analysis.inspect_tokens import write_inspection
     from ..inference.inputs import list_sources
 
     paths = list_sources(images)
@@ -302,7 +302,7 @@ def inspect_tokens(model: str | Path, images: Any = (), **flags: Any) -> Any:
                 f"`images` must be paths, but one is of type {type(path).__name__}. Save "
                 "the images in files, or set `dataset` to a list of (image, label)"
             )
-    return inspect_tokens(
+    return write_inspection(
         build_options(InspectOptions, model=model, paths=tuple(map(str, paths)), **flags)
     )
 

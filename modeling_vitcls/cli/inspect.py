@@ -26,6 +26,6 @@ OPTIONS_CLASS = InspectCommandOptions
 
 def run(options: InspectCommandOptions) -> None:
     """Inspect the special tokens of the model and write the report."""
-    from ..analysis.inspect_tokens import inspect_tokens
+    from ..analysis.inspect_tokens import write_inspection
 
-    inspect_tokens(options)
+    write_inspection(options)

@@ -5,18 +5,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.tiny_models import TASKS, build_tiny_config, raises_one_line
+from helpers.tiny_models import build_tiny_config, raises_one_line
 from helpers.varied_models import center_logits
 from PIL import Image
 
 from modeling_vitcls import (
     ViTCLSForImageClassification,
-    ViTCLSForMultiTaskClassification,
     ViTCLSImageProcessor,
     ViTCLSModel,
 )
 from modeling_vitcls.analysis import inspection
-from modeling_vitcls.analysis.ablation import MIN_IMAGES, collect_labels
+from modeling_vitcls.analysis.ablation import MIN_IMAGES
 from modeling_vitcls.analysis.inspection import (
     inspect_model,
     rate_outputs,
@@ -80,28 +79,6 @@ def test_images_of_several_shapes_keep_their_labels() -> None:
         expected = processor(images[index], return_tensors="pt")["pixel_values"]
         assert torch.equal(batch.pixel_values, expected)
         assert batch.labels.tolist() == [index]
-
-
-@pytest.mark.parametrize(
-    ("fields", "labels"),
-    [
-        ({"problem_type": "multi_label_classification"}, [[1.0] + [0.0] * 7, [0.0] * 8]),
-        (
-            {"num_cls_tokens": 2, "tasks": TASKS},
-            [{"age": 1, "species": 2}, {"age": 0, "species": -100}],
-        ),
-    ],
-    ids=["several labels", "tasks"],
-)
-def test_labels_of_every_kind_are_read(fields: dict[str, Any], labels: list[Any]) -> None:
-    kind = ViTCLSForMultiTaskClassification if "tasks" in fields else ViTCLSForImageClassification
-    model = kind(build_tiny_config(**{"num_labels": 8} | fields)).eval()
-    found = collect_labels(read(model, build_images()[:2], labels), model.config)
-    if "tasks" not in fields:
-        assert sorted(found[""].tolist()) == sorted(labels)
-        return
-    for task, known in found.items():
-        assert sorted(known.flatten().tolist()) == sorted(label[task] for label in labels)
 
 
 def test_unreadable_images_are_named_and_skipped() -> None:

@@ -117,7 +117,6 @@ def test_each_task_has_its_own_effects(trained_tasks: Any) -> None:
     labels = get_task_labels(HELD_OUT[1])
     found = measure(trained_tasks, labels=labels)
     assert found["cls[0]"]["parity"].comparison == "read by a head"
-    assert "cls" in found
 
     head = trained_tasks.classifiers["task_size"]
     with torch.no_grad():

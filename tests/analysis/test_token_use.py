@@ -1,5 +1,7 @@
 """The tokens that heads read, compared with the gradients of the outputs."""
 
+from typing import Any
+
 import pytest
 import torch
 from helpers.tiny_models import TASKS, build_images, build_tiny_config, randomize
@@ -15,15 +17,20 @@ def test_a_model_without_a_head_outputs_all_tokens_but_registers():
     assert TokenUse(config, has_head=False).num_layers == [2, 2, 2, 1, 2]
 
 
-def test_layers_above_the_pooled_layers_are_not_used() -> None:
-    config = build_tiny_config(num_hidden_layers=4, pooled_layers=[1, 3], num_register_tokens=1)
-    assert TokenUse(config).num_layers == [3, 2, 2]
-    assert TokenUse(config, has_head=False).num_layers == [4, 3, 4]
-
-
-def test_a_distillation_head_uses_all_layers() -> None:
-    config = build_tiny_config(num_hidden_layers=4, pooled_layers=[2], num_distillation_tokens=1)
-    assert TokenUse(config).num_layers == [3, 4, 3]
+@pytest.mark.parametrize(
+    ("fields", "has_head", "expected"),
+    [
+        ({"pooled_layers": [1, 3], "num_register_tokens": 1}, True, [3, 2, 2]),
+        ({"pooled_layers": [1, 3], "num_register_tokens": 1}, False, [4, 3, 4]),
+        # the distillation head reads the last layer
+        ({"pooled_layers": [2], "num_distillation_tokens": 1}, True, [3, 4, 3]),
+    ],
+)
+def test_layers_above_those_that_a_head_reads_are_not_used(
+    fields: dict[str, Any], has_head: bool, expected: list[int]
+) -> None:
+    config = build_tiny_config(num_hidden_layers=4, **fields)
+    assert TokenUse(config, has_head).num_layers == expected
 
 
 FIELDS = {
