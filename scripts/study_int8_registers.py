@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from modeling_vitcls import ViTCLSImageProcessor, ViTCLSModel, convert_from_timm
 from modeling_vitcls.analysis.faults import is_outlier
 from modeling_vitcls.export.exportable import NamedOutputsModel
-from modeling_vitcls.export.formats import write_openvino
+from modeling_vitcls.export.formats import write_graph
 from modeling_vitcls.export.quantization import quantize_graph, round_inputs, round_to_int8
 from modeling_vitcls.export.tracing import select_graph_shape, trace_model
 from modeling_vitcls.inference.exported_graphs import ExportedGraph
@@ -160,7 +160,7 @@ def export_int8(model: Any, images: Tensor, folder: str) -> ExportedGraph:
     shape = select_graph_shape(model, None, dynamic=False)
     file = Path(folder, "model.xml")
     graph = trace_model(model, shape, torch.float32)
-    write_openvino(graph, shape, list(NamedOutputsModel(model)(images[:2])), file)
+    write_graph(graph, shape, list(NamedOutputsModel(model)(images[:2])), file)
     quantize_graph(file, list(images[:NUM_CALIBRATION_IMAGES].split(1)))
     return ExportedGraph(file)
 

@@ -49,11 +49,14 @@ class NamedOutputsModel(nn.Module):
 
 def get_classifier_outputs(outputs: Any, model: Any) -> dict[str, torch.Tensor | None]:
     """Return the logits [B, labels], those of two heads and of extra heads, and the distance [B]."""
-    names = ["logits"]
-    if outputs.distillation_logits is not None:
-        names += ["cls_logits", "distillation_logits"]
-    logits = {name: outputs[name] for name in names} | (outputs.task_logits or {})
-    return logits | {DISTANCE: outputs.distance}
+    has_two_heads = outputs.distillation_logits is not None
+    return {
+        "logits": outputs.logits,
+        "cls_logits": outputs.cls_logits if has_two_heads else None,
+        "distillation_logits": outputs.distillation_logits,
+        **(outputs.task_logits or {}),
+        DISTANCE: outputs.distance,
+    }
 
 
 # Model class -> function that selects the outputs by name.
@@ -70,9 +73,6 @@ OUTPUT_SELECTORS: dict[type, Callable[[Any, Any], dict[str, torch.Tensor | None]
         zip(model.out_features, outputs.feature_maps, strict=True)
     ),
 }
-MODEL_CLASSES: dict[str, Any] = {
-    model_class.__name__: model_class for model_class in OUTPUT_SELECTORS
-}
 
 
 @torch.no_grad()
@@ -88,7 +88,6 @@ def compute_named_outputs(
 class ExportableModel:
     """A model for export."""
 
-    source: str
     model: ViTCLSPreTrainedModel  # in float32 and eval mode
     processor: ViTCLSImageProcessor | None  # None if the checkpoint has none
     folder: ModelFolder | None  # None for a preset, which has random weights
@@ -108,18 +107,15 @@ def load_exportable_model(source: str) -> ExportableModel:
         )
         processor = ViTCLSImageProcessor()
         set_resize(processor, "squash", model.config.image_height_width)
-        return ExportableModel(source, model.eval(), processor, None)
+        return ExportableModel(model.eval(), processor, None)
     folder = open_model(source)
     class_name = (folder.config.architectures or ["an unknown class"])[0]
-    if class_name not in MODEL_CLASSES:
+    classes: dict[str, Any] = {each.__name__: each for each in OUTPUT_SELECTORS}
+    if class_name not in classes:
         raise ValueError(
-            f"export requires one of {', '.join(MODEL_CLASSES)}, but {source} contains "
-            f"{class_name}. Set `model` to a model of a supported class"
+            f"export requires one of {', '.join(classes)}, but {source} contains {class_name}. Set "
+            "`model` to a model of a supported class"
         )
-    model = folder.load(MODEL_CLASSES[class_name], dtype=torch.float32)
-    return ExportableModel(
-        source,
-        model.eval(),
-        folder.load_processor() if folder.has_processor else None,
-        folder,
-    )
+    model = folder.load(classes[class_name], dtype=torch.float32)
+    loaded_processor = folder.load_processor() if folder.has_processor else None
+    return ExportableModel(model.eval(), loaded_processor, folder)

@@ -25,7 +25,7 @@ from ..inference.exported_graphs import DISTANCE, INPUT_NAME, ExportedModel
 from ..inference.speed import measure_inference_speed
 from ..model.configuration_vitcls import ViTCLSConfig
 from ..model.image_processing_vitcls import ViTCLSImageProcessor
-from ..model.modeling_vitcls import ViTCLSBackbone, ViTCLSForImageClassification
+from ..model.modeling_vitcls import ViTCLSBackbone
 from ..runtime.errors import describe_installation
 from ..runtime.files import write_json
 from ..runtime.staging import create_output_files
@@ -36,7 +36,7 @@ from .exportable import (
     compute_named_outputs,
     load_exportable_model,
 )
-from .formats import FORMATS, run_graph
+from .formats import PACKAGES, SUFFIXES, run_graph, write_graph
 from .measurement import (
     NUM_COMPARED_IMAGES,
     compare_outputs_on_images,
@@ -51,6 +51,7 @@ from .tracing import GraphShape, select_graph_shape, trace_model
 # dtype of the graph -> absolute tolerance, and tolerance relative to the largest absolute value of
 # the output.
 LIMITS: dict[str, tuple[float, float]] = {"float32": (1e-4, 0.0), "float16": (1e-4, 1e-2)}
+NO_LIMIT = (float("inf"), 0.0)  # of int8, whose metric is checked instead
 # relative tolerance of the distance to the nearest class, a difference of large numbers
 DISTANCE_LIMIT = 1e-4
 
@@ -73,33 +74,35 @@ def export_model(options: ExportOptions) -> Report:
             by more than `max_drop`, if packages are missing, or if `output` is invalid or exists.
             The message is a single line. Nothing is written if an error is raised.
     """
-    target = choose_target(options)
+    packages = [*PACKAGES[options.format], *(["nncf"] if options.int8 else [])]
+    target = choose_target(options.output, options.format, packages)
     exportable = load_exportable_model(options.model)
-    check_support(options, exportable)
-    model, processor, folder = exportable.model, exportable.processor, exportable.folder
-    lacks_distance = False
-    if options.int8 and isinstance(model, ViTCLSForImageClassification):
-        # its rounding errors would be larger than the differences of distances
-        lacks_distance = model.class_distance is not None
+    model: Any = exportable.model
+    processor, folder = exportable.processor, exportable.folder
+    num_layers = model.config.num_hidden_layers
+    if not set(options.exclude_layers) <= set(range(1, num_layers + 1)):
+        raise ValueError(f"`exclude_layers` requires numbers from 1 to {num_layers}")
+
+    # rounding errors of int8 are larger than the differences of distances
+    lacks_distance = options.int8 and getattr(model, "class_distance", None) is not None
+    if lacks_distance:
         model.remove_class_statistics()
     images = None
     if options.dataset is not None:
         images = load_export_images(exportable, options.dataset, options.split)
 
-    file_format = FORMATS[options.format]
     is_dynamic = options.dynamic and not options.int8  # int8 graphs have a fixed size
-    graph_shape = select_graph_shape(
-        model, options.image_size, is_dynamic, file_format.has_pytorch_antialias_filter
-    )
-    shapes = select_image_shapes(model.config, graph_shape)
-    batches = [build_random_images(shape) for shape in shapes]
+    # OpenVINO's antialiasing filter is not PyTorch's, which changes outputs by 1e-4 to 1e-3
+    has_pytorch_filter = options.format != "openvino"
+    graph_shape = select_graph_shape(model, options.image_size, is_dynamic, has_pytorch_filter)
+    batches = list(map(build_random_images, select_image_shapes(model.config, graph_shape)))
     reference_outputs = compute_named_outputs(model, batches)
     names = list(reference_outputs[0])
     graph = trace_model(model, graph_shape, getattr(torch, options.dtype))
 
     with create_output_files(target, last=get_report_path(target).name) as output_folder:
         file = output_folder / target.name
-        file_format.write(graph, graph_shape, names, file)
+        write_graph(graph, graph_shape, names, file)
         outputs = run_graph(file, batches, names)
         comparisons = compare_outputs(batches, reference_outputs, outputs, options.dtype)
 
@@ -109,13 +112,26 @@ def export_model(options: ExportOptions) -> Report:
             calibration_images = prepare_images(images.training, processor, NUM_CALIBRATION_IMAGES)
             quantize_graph(file, calibration_images, options.exclude_layers)
             outputs = run_graph(file, batches, names)
-            comparisons = compare_outputs(batches, reference_outputs, outputs, None)
+            comparisons = compare_outputs(batches, reference_outputs, outputs, "int8")
 
-        report = describe_export(
-            options, exportable, graph_shape, reference_outputs[0], comparisons, file
-        )
-        report["num_calibration_images"] = len(calibration_images)
-        report["lacks_distance"] = lacks_distance
+        report: Report = {
+            "format": options.format,
+            "file": file.name,
+            "model": strip_folders(resolve_name(options.model)),
+            "dtype": "int8" if options.int8 else options.dtype,
+            "limit": None if options.int8 else LIMITS[options.dtype],
+            "largest_differences": {
+                name: max(each["differences"][name] for each in comparisons) for name in names
+            },
+            "tried": comparisons,
+            **describe_graph(file, exportable, graph_shape, reference_outputs[0]),
+            "versions": get_versions("timm", *packages),
+            "excluded_layers": list(options.exclude_layers),
+            "num_calibration_images": len(calibration_images),
+            "lacks_distance": lacks_distance,
+            "evaluation": None,
+            "comparison": None,
+        }
         if images is not None:
             pixels = prepare_images(images.held_out, processor, NUM_COMPARED_IMAGES)
             report["comparison"] = compare_outputs_on_images(
@@ -132,76 +148,43 @@ def export_model(options: ExportOptions) -> Report:
     return report
 
 
-def choose_target(options: ExportOptions) -> Path:
-    """Return the file to write: `output`, or model.onnx or model.xml in the folder `output`.
+def choose_target(output: Path, file_format: str, packages: list[str]) -> Path:
+    """Choose the file to write: `output`, or a file `model` in the folder `output`.
 
-    Raise ValueError if its name has another suffix, or if it exists.
+    Raise ValueError if its name has another suffix, if it exists, or if packages are missing.
     """
-    output, suffix = options.output, FORMATS[options.format].suffix
+    suffix = SUFFIXES[file_format]
     target = output if output.suffix else output / f"model{suffix}"
     if target.suffix != suffix:
         raise ValueError(
             f"`output={str(output)!r}`: the file name must end in {suffix}, or have no suffix"
         )
     check_files_do_not_exist(target, get_report_path(target))
-    if missing := [name for name in list_packages(options) if find_spec(name) is None]:
+    if missing := [name for name in packages if find_spec(name) is None]:
         raise ValueError(
-            f"`format={options.format!r}` requires packages that are not installed: "
+            f"`format={file_format!r}` requires packages that are not installed: "
             f"{', '.join(missing)}. {describe_installation('export')}"
         )
     return target
 
 
-def list_packages(options: ExportOptions) -> list[str]:
-    """Return the packages that an export requires."""
-    return [*FORMATS[options.format].packages, *(["nncf"] if options.int8 else [])]
-
-
-def check_support(options: ExportOptions, exportable: ExportableModel) -> None:
-    """Raise ValueError if the model has no such layers, or no image processor for the dataset."""
-    num_layers = exportable.model.config.num_hidden_layers
-    if not set(options.exclude_layers) <= set(range(1, num_layers + 1)):
-        raise ValueError(f"`exclude_layers` requires numbers from 1 to {num_layers}")
-    if options.dataset is not None and exportable.processor is None:
-        raise ValueError(
-            f"`dataset` requires an image processor, but {options.model} has none. Omit `dataset`"
-        )
-
-
-def describe_export(
-    options: ExportOptions,
-    exportable: ExportableModel,
-    graph_shape: GraphShape,
-    outputs: Outputs,
-    comparisons: list[Report],
-    file: Path,
+def describe_graph(
+    file: Path, exportable: ExportableModel, graph_shape: GraphShape, outputs: Outputs
 ) -> Report:
-    """Return the report of a graph that was written, and measure its speed.
+    """Describe the inputs, the outputs and the size of a graph, and measure its speed.
 
     Args:
-        options: The flags of `vitcls export`.
+        file: The graph, in a folder that has no other files.
         exportable: The model.
         graph_shape: The image sizes of the graph.
         outputs: The outputs of the model for some images.
-        comparisons: The differences of the outputs (`compare_outputs`).
-        file: The graph, in a folder that has no other files.
     """
     model, folder = exportable.model, exportable.folder
-    names = list(outputs)
     height_width = ["height", "width"] if graph_shape.is_dynamic else graph_shape.image_size
     files = list(file.parent.iterdir())
     report: Report = {
-        "format": options.format,
-        "file": file.name,
-        "model": strip_folders(resolve_name(options.model)),
         "model_class": type(model).__name__,
         "weights": "random" if folder is None else "trained",
-        "dtype": "int8" if options.int8 else options.dtype,
-        "limit": None if options.int8 else LIMITS[options.dtype],
-        "largest_differences": {
-            name: max(each["differences"][name] for each in comparisons) for name in names
-        },
-        "tried": comparisons,
         "input": {
             "name": INPUT_NAME,
             "dtype": "float32",
@@ -213,17 +196,11 @@ def describe_export(
         "outputs": get_output_shapes(outputs, graph_shape),
         "fixed_because": graph_shape.fixed_size_reason,
         "preprocessing": describe_preprocessing(exportable.processor),
-        "labels": get_label_names(model.config, names),
-        "versions": get_versions("timm", *list_packages(options)),
+        "labels": get_label_names(model.config, list(outputs)),
         "sha256": hash_files(files),
         "num_bytes": sum(each.stat().st_size for each in files),
-        "excluded_layers": list(options.exclude_layers),
-        "num_calibration_images": 0,
-        "evaluation": None,
-        "comparison": None,
     }
-    if options.format == "openvino":
-        # without it, OpenVINO computes in bfloat16
+    if file.suffix == ".xml":  # without it, OpenVINO computes in bfloat16
         report["compile_config"] = {"INFERENCE_PRECISION_HINT": "f32"}
     if folder is not None:
         report["weights_sha256"] = folder.weights_sha256
@@ -233,8 +210,7 @@ def describe_export(
         graph_shape.is_dynamic or graph_shape.image_size == model.config.image_height_width
     )
     if has_native_size and not isinstance(model, ViTCLSBackbone):
-        use_head = "last_hidden_state" not in names
-        exported_model = ExportedModel(file, model.config, use_head)
+        exported_model = ExportedModel(file, model.config, "last_hidden_state" not in outputs)
         report["speed"] = measure_inference_speed(exported_model, torch.device("cpu"))
     return report
 
@@ -307,14 +283,13 @@ def compare_outputs(
     batches: list[torch.Tensor],
     reference_outputs: list[Outputs],
     outputs: list[Outputs],
-    dtype: str | None,
+    dtype: str,
 ) -> list[Report]:
     """Return the largest differences between the outputs of a file and of the model for each batch.
 
-    Raise ValueError if the names or shapes differ, or if a difference exceeds `LIMITS`; a dtype of
-    None has no limit.
+    Raise ValueError if the names or shapes differ, or if a difference exceeds `LIMITS`.
     """
-    absolute_limit, relative_limit = LIMITS[dtype] if dtype else (float("inf"), 0.0)
+    absolute_limit, relative_limit = LIMITS.get(dtype, NO_LIMIT)
     comparisons = []
     for images, reference, result in zip(batches, reference_outputs, outputs, strict=True):
         shape = list(images.shape)
@@ -345,14 +320,13 @@ def compare_outputs(
 
 def get_output_shapes(outputs: Outputs, graph_shape: GraphShape) -> dict[str, list[int | str]]:
     """Return the shape of each output, with names of the dynamic axes."""
+    # axes 1 of tokens [B, N, D], and 2 and 3 of feature maps [B, C, H, W]
+    dynamic_axes = {3: {1: "tokens"}, 4: {2: "rows", 3: "columns"}}
     shapes: dict[str, list[int | str]] = {}
     for name, output in outputs.items():
-        axes: list[int | str] = ["batch", *output.shape[1:]]
-        if graph_shape.is_dynamic and len(axes) == 3:
-            axes[1] = "tokens"
-        if graph_shape.is_dynamic and len(axes) == 4:
-            axes[2:] = ["rows", "columns"]
-        shapes[name] = axes
+        names = dynamic_axes.get(output.ndim, {}) if graph_shape.is_dynamic else {}
+        sizes = enumerate(output.shape[1:], start=1)
+        shapes[name] = ["batch", *(names.get(axis, size) for axis, size in sizes)]
     return shapes
 
 

@@ -6,8 +6,7 @@ openvino  .xml     OpenVINO, with weights in FILE.bin; converted from the ONNX g
 
 import re
 import tempfile
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -24,17 +23,39 @@ from .tracing import GraphShape, build_dynamic_shapes
 MAX_ONNX_WEIGHTS = 1_900_000_000
 
 
-@dataclass(frozen=True)
-class Format:
-    """File format for exported graphs."""
+SUFFIXES = {"onnx": ".onnx", "openvino": ".xml"}
+PACKAGES = {
+    "onnx": ("onnx", "onnxscript", "onnxruntime"),
+    "openvino": ("onnx", "onnxscript", "openvino"),
+}
 
-    suffix: str
-    packages: tuple[str, ...]  # names of the required packages
-    # Function (graph, image sizes, names of the outputs, file) that writes a graph
-    write: Callable[[ExportedProgram, GraphShape, list[str], Path], None]
-    # Whether the antialiasing filter of the runtime equals PyTorch's filter. OpenVINO uses a
-    # different filter, which changes outputs by 1e-4 to 1e-3.
-    has_pytorch_antialias_filter: bool = True
+
+def write_graph(
+    graph: ExportedProgram, graph_shape: GraphShape, names: list[str], file: Path
+) -> None:
+    """Write a graph to a file in the format of its suffix. OpenVINO reads the graph from ONNX.
+
+    Args:
+        graph: The traced graph.
+        graph_shape: The image sizes that it accepts.
+        names: Names of the outputs.
+        file: An .onnx or .xml file.
+
+    Raises:
+        ValueError: If torch.onnx or OpenVINO does not support the graph.
+    """
+    if file.suffix == ".onnx":
+        write_onnx(graph, graph_shape, names, file)
+        return
+    import openvino
+
+    with tempfile.TemporaryDirectory() as folder:
+        onnx_file = Path(folder, "model.onnx")
+        write_onnx(graph, graph_shape, names, onnx_file)
+        try:
+            openvino.save_model(openvino.Core().read_model(onnx_file), file, compress_to_fp16=False)
+        except RuntimeError as error:
+            raise ValueError(f"OpenVINO cannot read this model: {format_error(error)}") from error
 
 
 # ONNX ---------------------------------------------------------------------------------------------
@@ -55,7 +76,7 @@ def write_onnx(
         )
     except Exception as error:  # torch.onnx raises many types of errors
         raise ValueError(f"torch.onnx cannot export this model: {format_error(error)}") from error
-    assert program is not None
+    assert program is not None, "torch.onnx returns a program if `dynamo` is set"
 
     # names of nodes tell which layer of the model they compute (quantization.py)
     for node in program.model.graph:
@@ -71,37 +92,3 @@ def run_graph(file: Path, batches: Sequence[torch.Tensor], names: list[str]) -> 
     graph = ExportedGraph(file)
     outputs = [graph(images) for images in batches]
     return [{name: arrays[name] for name in names} for arrays in outputs]
-
-
-# OpenVINO -----------------------------------------------------------------------------------------
-
-
-def write_openvino(
-    graph: ExportedProgram, graph_shape: GraphShape, names: list[str], file: Path
-) -> None:
-    """Write a graph to an ONNX file, and convert the file with OpenVINO."""
-    with tempfile.TemporaryDirectory() as folder:
-        onnx_file = Path(folder, "model.onnx")
-        write_onnx(graph, graph_shape, names, onnx_file)
-        convert_to_openvino(onnx_file, file)
-
-
-def convert_to_openvino(onnx_file: Path, file: Path) -> None:
-    """Convert an ONNX file to an OpenVINO file. Raise ValueError if OpenVINO cannot read it."""
-    import openvino
-
-    try:
-        openvino.save_model(openvino.Core().read_model(onnx_file), file, compress_to_fp16=False)
-    except RuntimeError as error:
-        raise ValueError(f"OpenVINO cannot read this model: {format_error(error)}") from error
-
-
-ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
-OPENVINO_PACKAGES = ("onnx", "onnxscript", "openvino")
-
-FORMATS: dict[str, Format] = {
-    "onnx": Format(".onnx", ONNX_PACKAGES, write_onnx),
-    "openvino": Format(
-        ".xml", OPENVINO_PACKAGES, write_openvino, has_pytorch_antialias_filter=False
-    ),
-}

@@ -135,7 +135,8 @@ def load_export_images(
         ValueError, OSError: If the dataset cannot be read, or the labels do not match the model.
     """
     folder, model, processor = exportable.folder, exportable.model, exportable.processor
-    assert processor is not None, "exporter.py checks it"
+    if processor is None:
+        raise ValueError("`dataset` requires an image processor, but the model has none. Omit it")
     options = DataOptions(dataset=dataset)
     try:
         if folder is None or not isinstance(model, Classifier):

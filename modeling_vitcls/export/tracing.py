@@ -11,6 +11,7 @@ import copy
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch.export import Dim, ExportedProgram
 
@@ -85,9 +86,8 @@ def find_fixed_size_reason(config: ViTCLSConfig, has_pytorch_antialias_filter: b
 
 def get_smallest_size(config: ViTCLSConfig) -> tuple[int, int]:
     """Return (height, width) in pixels of the smallest images that a dynamic graph accepts."""
-    cls_grids = [scope for scope in config.cls_scopes or () if not isinstance(scope, str)]
-    rows = max([MIN_DYNAMIC_SIZE, *(grid[0] for grid in cls_grids)])
-    columns = max([MIN_DYNAMIC_SIZE, *(grid[1] for grid in cls_grids)])
+    grids = [scope[:2] for scope in config.cls_scopes or () if not isinstance(scope, str)]
+    rows, columns = np.max([[MIN_DYNAMIC_SIZE, MIN_DYNAMIC_SIZE], *grids], axis=0).tolist()
     patch_height, patch_width = config.patch_height_width
     return rows * patch_height, columns * patch_width
 

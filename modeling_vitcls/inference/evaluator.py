@@ -8,6 +8,7 @@ evaluates a saved model and writes the results.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,14 +21,6 @@ from torch import nn
 from ..data.labels import LabelSpace
 from .image_pass import ImageOutput, ImagePass, list_rows, stack_rows
 from .metrics import METRICS, SingleLabelMetrics, select_scalars
-
-
-@dataclass(frozen=True)
-class HeadOutput:
-    """The logits of a single head, as the output of a classifier."""
-
-    logits: torch.Tensor
-    distillation_logits: None = None
 
 
 @dataclass(frozen=True)
@@ -114,7 +107,11 @@ class Evaluator(ImagePass):
         metrics = METRICS[self.label_space.kind](self.label_space, self.accelerator.device)
 
         def compute(pixel_values: torch.Tensor) -> Any:
-            return self.compute_outputs(model, pixel_values)
+            outputs = model(pixel_values)
+            if self.task is None:
+                return outputs
+            logits = outputs.task_logits[self.task]
+            return SimpleNamespace(logits=logits, distillation_logits=None)
 
         for batch, outputs in self.iterate(model, compute, console):
             metrics.update(outputs, send_to_device(batch.labels, self.accelerator.device))
@@ -122,11 +119,6 @@ class Evaluator(ImagePass):
                 rows += list_rows(batch, outputs.logits)
         values = round_floats(metrics.compute())
         return select_scalars(values) | {"num_unreadable_images": self.num_unreadable} | values
-
-    def compute_outputs(self, model: nn.Module, pixel_values: torch.Tensor) -> Any:
-        """Return the model outputs for images [B, C, H, W]."""
-        outputs = model(pixel_values)
-        return outputs if self.task is None else HeadOutput(outputs.task_logits[self.task])
 
 
 def round_floats(value: Any) -> Any:

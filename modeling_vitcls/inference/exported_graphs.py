@@ -182,18 +182,14 @@ class ExportedModel(nn.Module):
             for name, output in self.graph(pixel_values).items()
         }
 
-        tasks = self.config.task_labels() if self.use_head else {}
-        for name in tasks or ["logits" if self.use_head else "last_hidden_state"]:
-            if name not in outputs:
-                raise GraphError(
-                    f"{self.graph.file} has no output {name}. Export the model that `model` names"
-                )
-            if len(outputs[name]) != len(pixel_values):
-                raise GraphError(
-                    f"{self.graph.file} has {len(outputs[name])} rows of {name} for "
-                    f"{len(pixel_values)} images. Export the model that `model` names"
-                )
+        wrong = [name for name, output in outputs.items() if len(output) != len(pixel_values)]
+        if wrong:
+            raise GraphError(
+                f"{self.file} has {len(outputs[wrong[0]])} rows of {wrong[0]} for "
+                f"{len(pixel_values)} images. Export the model that `model` names"
+            )
 
+        tasks = self.config.task_labels() if self.use_head else {}
         names = (self.config.extra_heads or {}) if self.use_head else {}
         task_logits = {name: outputs[name] for name in names if name in outputs} or None
         if tasks:
@@ -253,18 +249,24 @@ def check_weights(file: Path, folder: ModelFolder, requires_report: bool) -> Non
         return
 
     report = read_json(report_file)
-    if report.get("weights_sha256") != folder.weights_sha256:
-        raise GraphError(
-            f"{file} was exported from other weights than those in {folder.path}. {remedy}"
-        )
-
-    if report.get("config_sha256") != hash_files([folder.path / CONFIG_FILE]):
-        raise GraphError(f"{CONFIG_FILE} has changed since {file} was exported. {remedy}")
-
-    file_hashes = report.get("sha256", {})
-    files = [file.with_name(name) for name in file_hashes]
-    if file_hashes != hash_files(filter(Path.is_file, files)):
-        raise GraphError(f"{file} has changed since {report_file.name} was written. {remedy}")
+    files = [file.with_name(name) for name in report.get("sha256", {})]
+    hashes = {  # what is wrong if the recorded hash is not the current one
+        f"{file} was exported from other weights than those in {folder.path}": (
+            report.get("weights_sha256"),
+            folder.weights_sha256,
+        ),
+        f"{CONFIG_FILE} has changed since {file} was exported": (
+            report.get("config_sha256"),
+            hash_files([folder.path / CONFIG_FILE]),
+        ),
+        f"{file} has changed since {report_file.name} was written": (
+            report.get("sha256", {}),
+            hash_files(filter(Path.is_file, files)),
+        ),
+    }
+    for problem, (recorded, current) in hashes.items():
+        if recorded != current:
+            raise GraphError(f"{problem}. {remedy}")
 
 
 def check_outputs(model: ExportedModel, processor: ViTCLSImageProcessor) -> None:
@@ -293,18 +295,14 @@ def check_outputs(model: ExportedModel, processor: ViTCLSImageProcessor) -> None
 
     for name, shape in shapes.items():
         output = outputs.get(name)
-        remedy = "Export the model that `model` names"
-        if output is None:
-            raise GraphError(f"{model.graph.file} has no output {name}. {remedy}")
-        if list(output.shape) != shape:
+        if output is None or list(output.shape) != shape or not output.is_floating_point():
+            found = f"no output {name}"
+            if output is not None:
+                dtype = str(output.dtype).removeprefix("torch.")
+                found = f"an output {name} of {dtype} {list(output.shape)}"
             raise GraphError(
-                f"{model.graph.file} has an output {name} of shape {list(output.shape)} for one "
-                f"image, but the model has {shape}. {remedy}"
-            )
-        if not output.is_floating_point():
-            dtype = str(output.dtype).removeprefix("torch.")
-            raise GraphError(
-                f"{model.graph.file} has an output {name} of type {dtype}, not of floats. {remedy}"
+                f"{model.file} has {found} for one image, but the model has floats of shape "
+                f"{shape}. Export the model that `model` names"
             )
 
 

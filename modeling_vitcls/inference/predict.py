@@ -183,16 +183,16 @@ def wrap_images(images: Sequence[Any]) -> ListInput:
 
     Images in memory are named by index.
     """
-    names: list[str] = []
-    contents: list[Any] = []
-    for index, image in enumerate(images):
-        is_path = isinstance(image, str | Path)
-        image_input = (
-            build_list_input([str(image)]) if is_path else ListInput([str(index)], [image])
-        )
-        names += image_input.names
-        contents += image_input.contents
-    return ListInput(names, contents)
+    inputs = [
+        build_list_input([str(image)])
+        if isinstance(image, str | Path)
+        else ListInput([str(index)], [image])
+        for index, image in enumerate(images)
+    ]
+    return ListInput(
+        list(chain.from_iterable(each.names for each in inputs)),
+        list(chain.from_iterable(each.contents for each in inputs)),
+    )
 
 
 def get_num_workers() -> int:

@@ -114,9 +114,6 @@ class LabelColumns:
             task: head for task, head in heads.items() if task not in self.label_lists
         }
         self.has_distance = getattr(model, "class_distance", None) is not None
-        self.distance_threshold = getattr(
-            getattr(model, "config", None), "distance_threshold", None
-        )
         # task -> names of label and probability columns
         self.column_pairs: dict[str, list[tuple[str, str]]] = {}
         self.columns: dict[str, pa.DataType] = {}
@@ -135,7 +132,7 @@ class LabelColumns:
             self.columns[name_column(task, "probabilities")] = pa.list_(pa.float32())
         if self.has_distance:
             self.columns[DISTANCE] = pa.float32()
-        if self.distance_threshold is not None and self.has_distance:
+        if self.has_distance and model.config.distance_threshold is not None:
             self.columns["unknown"] = pa.bool_()
 
     def predict(self, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -150,29 +147,28 @@ class LabelColumns:
 
     def build_rows(self, outputs: dict[str, torch.Tensor]) -> list[Row]:
         """Return one row per image with the most probable labels."""
-        rows: list[Row] = [{} for _ in next(iter(outputs.values()))]
+        columns: dict[str, Sequence[Any]] = {}
         for task, pairs in self.column_pairs.items():
             names = self.single_labels[task].labels
-            top_labels = select_top_labels(outputs[task], names, len(pairs))
-            for row, labels in zip(rows, top_labels, strict=True):
-                for columns, label in zip(pairs, labels, strict=True):
-                    row |= dict(zip(columns, label, strict=True))
+            images = select_top_labels(outputs[task], names, len(pairs))
+            for rank, pair in enumerate(pairs):
+                names_and_probabilities = zip(*(labels[rank] for labels in images), strict=True)
+                columns |= dict(zip(pair, names_and_probabilities, strict=True))
 
         for task, head in self.label_lists.items():
             threshold = DEFAULT_THRESHOLD if head.threshold is None else head.threshold
             images = select_probable_labels(outputs[task], head.labels, threshold)
-            for row, image_labels in zip(rows, images, strict=True):
-                labels = image_labels[: self.max_labels]
-                row[name_column(task, "labels")] = [name for name, _ in labels]
-                row[name_column(task, "probabilities")] = [probability for _, probability in labels]
+            for index, name in enumerate(("labels", "probabilities")):
+                columns[name_column(task, name)] = [
+                    [label[index] for label in labels[: self.max_labels]] for labels in images
+                ]
 
         if self.has_distance:
-            for row, distance in zip(rows, outputs[DISTANCE][:, 0].tolist(), strict=True):
-                row[DISTANCE] = distance
-                if self.distance_threshold is not None:
-                    row["unknown"] = distance > self.distance_threshold
-
-        return rows
+            columns[DISTANCE] = outputs[DISTANCE][:, 0].tolist()
+        if "unknown" in self.columns:
+            threshold = self.model.config.distance_threshold
+            columns["unknown"] = [distance > threshold for distance in columns[DISTANCE]]
+        return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
 # Features -----------------------------------------------------------------------------------------
@@ -274,15 +270,11 @@ class FeatureColumns:
 
         A feature is one array, or a list with one array per token.
         """
-        arrays = {name: output.cpu().numpy() for name, output in outputs.items()}
-        rows = []
-        for index in range(len(next(iter(arrays.values())))):
-            row = {
-                name: array[index] if array.ndim == 2 else list(array[index])
-                for name, array in arrays.items()
-            }
-            rows.append(row)
-        return rows
+        columns: dict[str, Sequence[Any]] = {}
+        for name, output in outputs.items():
+            array = output.cpu().numpy()
+            columns[name] = list(array) if array.ndim == 2 else [list(tokens) for tokens in array]
+        return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
 # Rows ---------------------------------------------------------------------------------------------
