@@ -410,8 +410,6 @@ def summarize(study: Study, rows: "pandas.DataFrame", metric: str) -> "pandas.Da
     """
     import pandas
 
-    from modeling_vitcls.inference.intervals import compute_mean_interval
-
     factors = list(study.factors)
     if metric not in rows:
         return pandas.DataFrame()
@@ -439,6 +437,20 @@ def summarize(study: Study, rows: "pandas.DataFrame", metric: str) -> "pandas.Da
             | dict(zip(("difference", "difference_half_width"), interval, strict=True))
         )
     return pandas.DataFrame(summary)
+
+
+def compute_mean_interval(values: Sequence[float]) -> tuple[float, float]:
+    """Compute the mean over seeds and the half width of its 95% interval (Student's t).
+
+    The half width is NaN for a single value.
+    """
+    import numpy as np
+    from scipy import stats
+
+    if len(values) < 2:
+        return float(np.mean(values)), math.nan
+    half_width = stats.sem(values) * stats.t.ppf(0.975, len(values) - 1)
+    return float(np.mean(values)), float(half_width)
 
 
 def format_table(summary: "pandas.DataFrame") -> str:

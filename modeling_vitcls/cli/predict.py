@@ -35,15 +35,12 @@ def run(options: PredictCommandOptions) -> None:
     """
     from ..inference.predict import predict_images
 
-    summary = predict_images(options)
-    if options.output is not None and summary.num_images:
-        print(
-            f"{options.output}: {summary.num_images:,} images, {summary.num_failed:,} without a "
-            "prediction"
-        )
-    if summary.num_failed and summary.num_failed == summary.num_images:
+    num_images, num_failed = predict_images(options)
+    if options.output is not None and num_images:
+        print(f"{options.output}: {num_images:,} images, {num_failed:,} without a prediction")
+    if num_failed and num_failed == num_images:
         exit_with_message(
-            f"error: none of the {summary.num_images} images has a prediction. See the column "
-            "`error` in the output",
+            f"error: none of the {num_images} images has a prediction. See the column `error` in "
+            "the output",
             status=1,
         )

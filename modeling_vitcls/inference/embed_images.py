@@ -19,7 +19,7 @@ from ..conversion.open_model import open_model
 from ..model.image_processing_vitcls import SOURCE_TYPES
 from .inputs import build_record
 from .load_model import choose_batch_size, load_model
-from .predict import MAX_BATCH_SIZE, Predictor, get_num_workers
+from .predict import PREDICTION_BATCH_SIZE, Predictor, get_num_workers
 from .prediction_rows import FeatureColumns
 
 
@@ -125,7 +125,7 @@ class EmbedImages:
         )
         device = torch.device(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         batch_size = choose_batch_size(
-            self.batch_size, model.config, processor, device, MAX_BATCH_SIZE
+            self.batch_size, model.config, processor, device, PREDICTION_BATCH_SIZE
         )
         model = model.eval().to(device)
         return Predictor(

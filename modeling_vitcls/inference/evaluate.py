@@ -41,7 +41,7 @@ from .options import EvaluateOptions
 from .per_image import write_predictions
 
 
-MAX_BATCH_SIZE = 64  # default number of images per process and forward pass on GPUs
+EVALUATION_BATCH_SIZE = 64  # default number of images per process and forward pass on GPUs
 
 
 def evaluate_checkpoint(options: EvaluateOptions) -> dict[str, Any]:
@@ -68,10 +68,10 @@ def evaluate_checkpoint(options: EvaluateOptions) -> dict[str, Any]:
         resize=options.resize,
         mixed_precision=options.mixed_precision,
         batch_size=options.batch_size,
-        max_batch_size=MAX_BATCH_SIZE,
+        max_batch_size=EVALUATION_BATCH_SIZE,
         print_line=print_line,
     )
-    config = loaded.config
+    config: ViTCLSConfig = loaded.model.config
     if options.task is not None:
         config = config.build_task_config(options.task)
     check_is_classifier(config)

@@ -189,14 +189,12 @@ class ExportedModel(nn.Module):
                 f"{len(pixel_values)} images. Export the model that `model` names"
             )
 
-        tasks = self.config.task_labels() if self.use_head else {}
-        names = (self.config.extra_heads or {}) if self.use_head else {}
-        task_logits = {name: outputs[name] for name in names if name in outputs} or None
-        if tasks:
-            return SimpleNamespace(logits=outputs, task_logits=task_logits)
-        return SimpleNamespace(
-            **{"distillation_logits": None} | outputs | {"task_logits": task_logits}
-        )
+        heads = self.config.extra_heads or {}
+        task_logits = {name: outputs[name] for name in heads if name in outputs}
+        named = {"distillation_logits": None, **outputs, "task_logits": task_logits or None}
+        if self.config.tasks:
+            named["logits"] = outputs
+        return SimpleNamespace(**named)
 
 
 def load_exported_model(

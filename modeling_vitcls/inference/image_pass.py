@@ -14,7 +14,7 @@ counted as unreadable.
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -29,14 +29,12 @@ from accelerate.utils import gather_object
 from rich.console import Console
 from torch import nn
 
+from ..data.batches import MAX_CACHE_BYTES
 from ..data.images import LabeledImages, UnreadableImageCounter, check_channels
 from ..data.labels import LabelSpace
 from ..model.image_processing_vitcls import ViTCLSImageProcessor
 from ..runtime.progress import track
 
-
-# maximum size of the cache of preprocessed images per process, in bytes
-MAX_CACHE_BYTES = 256 * 2**20
 
 Item = TypeVar("Item")
 Prepared = TypeVar("Prepared")
@@ -86,14 +84,6 @@ def pass_over_images(
         with torch.no_grad(), autocast():
             outputs = compute(batch.pixel_values.to(device))
         yield batch, outputs
-
-
-def group_by_shape(pixels: Mapping[int, torch.Tensor]) -> list[dict[int, torch.Tensor]]:
-    """Group images [C, H, W] by shape, because image processors may preserve the aspect ratio."""
-    groups: dict[torch.Size, dict[int, torch.Tensor]] = {}
-    for index, image in pixels.items():
-        groups.setdefault(image.shape, {})[index] = image
-    return list(groups.values())
 
 
 def find_finite(outputs: Any, num_images: int) -> torch.Tensor:

@@ -261,20 +261,11 @@ def select_split(splits: Mapping[str, Any], options: PredictOptions) -> Any:
 # Preprocessing ------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class PreparedImage:
-    """An image with preprocessed pixels [C, H, W], or with an error if it is unreadable."""
-
-    record: ImageRecord
-    pixels: torch.Tensor | None = None
-    error: str | None = None
-
-
-def prepare_image(processor: ViTCLSImageProcessor, record: ImageRecord) -> PreparedImage:
+def prepare_image(processor: ViTCLSImageProcessor, record: ImageRecord) -> torch.Tensor | str:
     """Read, decode and preprocess one image."""
     content = record.content
     if content is None:
-        return PreparedImage(record, error=f"row {record.index} has no image")
+        return f"row {record.index} has no image"
     try:
         if isinstance(content, str) and content.startswith(DATA_URI_PREFIX):
             content = decode_data_uri(content)
@@ -282,8 +273,8 @@ def prepare_image(processor: ViTCLSImageProcessor, record: ImageRecord) -> Prepa
             check_is_no_address(content)
         pixels = processor(content, return_tensors="pt")["pixel_values"][0]  # [C, H, W]
     except (ValueError, OSError) as error:
-        return PreparedImage(record, error=format_error(error))
-    return PreparedImage(record, pixels)
+        return format_error(error)
+    return pixels
 
 
 def decode_data_uri(uri: str) -> bytes:

@@ -1,7 +1,6 @@
 """95% confidence intervals, computed by scipy. All intervals of the package come from this file.
 
 compute_proportion_interval(num_successes, num_trials)    accuracy, fraction of changed predictions
-compute_mean_interval(values)                             mean over seeds, folds or repeats
 compute_bootstrap_interval(values)                        mean over images
 estimate_after_choice(losses, is_right, ...)              accuracy of the best of several candidates
 compute_prediction_limit(values)                          limit of a null distribution
@@ -38,17 +37,6 @@ def compute_proportion_interval(num_successes: int, num_trials: int) -> list[flo
         CONFIDENCE_LEVEL, method="wilson"
     )
     return [float(interval.low), float(interval.high)]
-
-
-def compute_mean_interval(values: Sequence[float]) -> tuple[float, float]:
-    """Return the mean and the half width of its interval (Student's t).
-
-    The half width is NaN for a single value.
-    """
-    if len(values) < 2:
-        return float(np.mean(values)), math.nan
-    half_width = stats.sem(values) * stats.t.ppf((1 + CONFIDENCE_LEVEL) / 2, len(values) - 1)
-    return float(np.mean(values)), float(half_width)
 
 
 def compute_bootstrap_interval(values: Sequence[float]) -> Interval:

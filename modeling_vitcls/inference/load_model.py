@@ -41,15 +41,9 @@ CLASSIFIER_CLASSES: dict[str, type[Classifier]] = {
 class LoadedModel:
     """A model on its device and in evaluation mode, and how images pass through it."""
 
-    folder: ModelFolder
     model: Any
     processor: ViTCLSImageProcessor
     batch_size: int  # of a process
-
-    @property
-    def config(self) -> ViTCLSConfig:
-        config: ViTCLSConfig = self.model.config
-        return config
 
 
 def load_for_inference(
@@ -89,7 +83,7 @@ def load_for_inference(
     batch_size = choose_batch_size(
         batch_size, model.config, processor, accelerator.device, max_batch_size
     )
-    return LoadedModel(folder, model.to(accelerator.device).eval(), processor, batch_size)
+    return LoadedModel(model.to(accelerator.device).eval(), processor, batch_size)
 
 
 def load_model(
@@ -114,21 +108,14 @@ def load_model(
         OSError: If the model cannot be read, or has no image processor.
     """
     config = folder.config
-    model_class: Any = ViTCLSModel
-    arguments = {"add_pooling_layer": False}
     architectures = config.architectures or []
     has_head = any(name.endswith("Classification") for name in architectures)
     use_head = has_head if use_head is None else use_head
-    if use_head:
-        if architectures and not has_head:
-            raise ValueError(
-                f"labels require a classifier, but {folder.source} contains {architectures[0]}. "
-                "Fine-tune the model first, or write features with `vitcls predict --features cls`"
-            )
-        model_class = (
-            ViTCLSForMultiTaskClassification if config.tasks else ViTCLSForImageClassification
+    if use_head and architectures and not has_head:
+        raise ValueError(
+            f"labels require a classifier, but {folder.source} contains {architectures[0]}. "
+            "Fine-tune the model first, or write features with `vitcls predict --features cls`"
         )
-        arguments = {}
     processor = folder.load_processor()
     if resize is not None:
         set_resize(processor, resize, get_output_size(processor, config.image_height_width))
@@ -142,7 +129,12 @@ def load_model(
             f"{folder.source} has a graph, but no weights. Run `vitcls predict --backend "
             f"{graphs[0]}`, or set `model` to the model that was exported"
         )
-    return folder.load(model_class, **arguments), processor
+    if not use_head:
+        return folder.load(ViTCLSModel, add_pooling_layer=False), processor
+    model_class: Any = (
+        ViTCLSForMultiTaskClassification if config.tasks else ViTCLSForImageClassification
+    )
+    return folder.load(model_class), processor
 
 
 def choose_batch_size(

@@ -121,14 +121,9 @@ class PredictOptions(ImageOptions, EngineOptions):
         if self.dataset is None and (self.split or self.image_column):
             raise ValueError("`split` and `image_column` require `dataset`. Set `dataset`.")
         for name in self.features or ():
-            is_feature = bool(
-                re.fullmatch(r"(cls|registers|distillation|patches|mean)(@[1-9]\d*)?", name)
-            )
-            requirement = (
-                "cls, registers, distillation, patches or mean, and optionally a layer such as "
-                "cls@6"
-            )
-            check_value(self, "features", is_feature, requirement)
+            match = re.fullmatch(r"(cls|registers|distillation|patches|mean)(@[1-9]\d*)?", name)
+            requirement = "cls, registers, distillation, patches or mean, or a layer such as cls@6"
+            check_value(self, "features", bool(match), requirement)
         suffix = ".csv" if self.output is None else self.output.suffix.lower()
         if suffix not in (".csv", ".json", ".jsonl", ".parquet"):
             raise ValueError(

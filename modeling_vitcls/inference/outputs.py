@@ -1,8 +1,7 @@
-"""Rows as a printed table or a file."""
+"""Rows of predictions as a printed table or a file."""
 
 import json
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,6 @@ from rich.table import Table
 from rich.text import Text
 
 from ..runtime.files import escape_csv_cell, replace_control_characters, write_atomically
-from ..runtime.progress import track
 from .prediction_rows import Row
 
 
@@ -30,31 +28,7 @@ def get_output_columns(columns: Columns) -> Columns:
     return {"index": pa.int64(), "image": pa.string(), **columns, "error": pa.string()}
 
 
-def show_progress(
-    items: Iterable[Any], unit: str, total: int | None, is_shown: bool
-) -> Iterable[Any]:
-    """Yield the items, and show the progress on the standard error."""
-    console = Console(emoji=False, stderr=True, quiet=not is_shown, soft_wrap=True, highlight=False)
-    return track(items, "predicting", total, unit=unit, console=console)
-
-
 # Files --------------------------------------------------------------------------------------------
-
-
-@dataclass
-class PredictionCounts:
-    """Number of images, and number of images without a prediction."""
-
-    num_images: int = 0
-    num_failed: int = 0
-
-
-def count_rows(rows: Iterable[Row], counts: PredictionCounts) -> Iterator[Row]:
-    """Yield the rows, and count them."""
-    for row in rows:
-        counts.num_images += 1
-        counts.num_failed += row["error"] is not None
-        yield row
 
 
 def write_rows(rows: Iterable[Row], columns: Columns, file: Path) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from rich.console import Console
 from transformers import PreTrainedModel
 
 from ..conversion.open_model import open_model
@@ -25,6 +26,7 @@ from ..data.splits import load_on_main
 from ..hub.model_folder import ModelFolder
 from ..model.image_processing_vitcls import ViTCLSImageProcessor
 from ..runtime.distributed import build_accelerator
+from ..runtime.progress import track
 from .image_pass import prepare_ahead
 from .inputs import (
     ImageRecord,
@@ -37,23 +39,21 @@ from .inputs import (
 from .load_model import load_for_inference
 from .options import PredictOptions
 from .outputs import (
-    PredictionCounts,
-    count_rows,
     get_output_columns,
     print_table,
-    show_progress,
     write_rows,
 )
 from .prediction_rows import (
     AutocastFactory,
     PredictionColumns,
+    PreparedRecord,
     Row,
     build_prediction_columns,
     predict_rows,
 )
 
 
-MAX_BATCH_SIZE = 32  # default number of images per forward pass on GPUs
+PREDICTION_BATCH_SIZE = 32  # default number of images per forward pass on GPUs
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,10 @@ class Predictor:
 
     def iterate_rows(self, records: Iterator[ImageRecord]) -> Iterator[Row]:
         """Yield a row for each image, in order."""
-        prepare = partial(prepare_image, self.processor)
+
+        def prepare(record: ImageRecord) -> PreparedRecord:
+            return record, prepare_image(self.processor, record)
+
         images = prepare_ahead(prepare, records, self.num_workers, num_ahead=2 * self.batch_size)
         batches = iter(lambda: list(islice(images, self.batch_size)), [])
         return predict_rows(batches, self.columns, self.model.device, self.autocast)
@@ -87,10 +90,11 @@ def predict_from_options(options: PredictOptions, images: list[Any]) -> list[Row
     return list(predictor.iterate_rows(source.read_records(range(source.num_images))))
 
 
-def predict_images(options: PredictOptions) -> PredictionCounts:
+def predict_images(options: PredictOptions) -> tuple[int, int]:
     """Run the prediction that the options specify, and print or write the rows.
 
-    The counts are 0 except on the main process.
+    Return the number of images, and of those without a prediction. Both are 0 except on the main
+    process.
 
     Raises:
         ValueError, OSError: If the images or the model cannot be read, or the output cannot be
@@ -102,15 +106,20 @@ def predict_images(options: PredictOptions) -> PredictionCounts:
         folder = open_model(options.model, options.backend)
 
     predictor = build_predictor(options, folder, accelerator)
-    counts = PredictionCounts()
-    rows = count_rows(compute_rows(accelerator, source, predictor), counts)
+    are_failed: list[bool] = []
+
+    def iterate_rows() -> Iterator[Row]:
+        for row in compute_rows(accelerator, source, predictor):
+            are_failed.append(row["error"] is not None)
+            yield row
+
     columns = get_output_columns(predictor.columns.columns)
     if accelerator.is_main_process and options.output is None:
-        print_table(rows, columns)
+        print_table(iterate_rows(), columns)
     elif accelerator.is_main_process and options.output is not None:
-        write_rows(rows, columns, options.output)
+        write_rows(iterate_rows(), columns, options.output)
     accelerator.end_training()
-    return counts
+    return len(are_failed), sum(are_failed)
 
 
 def build_predictor(
@@ -126,7 +135,7 @@ def build_predictor(
         mixed_precision=options.mixed_precision,
         batch_size=options.batch_size,
         backend=options.backend,
-        max_batch_size=MAX_BATCH_SIZE,
+        max_batch_size=PREDICTION_BATCH_SIZE,
         print_line=print_line,
     )
     config: Any = loaded.model.config
@@ -167,11 +176,16 @@ def compute_rows(
     batches = [indices[start : start + size] for start in range(0, len(indices), size)]
     local_batches = batches[accelerator.process_index :: accelerator.num_processes]
     records = chain.from_iterable(map(source.read_records, local_batches))
-    rows = show_progress(
-        predictor.iterate_rows(records),
-        "images",
-        sum(map(len, local_batches)),
-        accelerator.is_main_process,
+    console = Console(
+        emoji=False,
+        stderr=True,
+        quiet=not accelerator.is_main_process,
+        soft_wrap=True,
+        highlight=False,
+    )
+    num_images = sum(map(len, local_batches))
+    rows = track(
+        predictor.iterate_rows(records), "predicting", num_images, unit="images", console=console
     )
     if accelerator.num_processes == 1:
         return iter(rows)

@@ -28,8 +28,8 @@ from transformers import PreTrainedModel
 from ..data.labels import is_multi_label
 from ..model.configuration_vitcls import ExtraHead
 from .exported_graphs import DISTANCE, GraphError
-from .image_pass import ImageBatch, find_finite, group_by_shape, pass_over_images
-from .inputs import PreparedImage
+from .image_pass import ImageBatch, find_finite, pass_over_images
+from .inputs import ImageRecord
 from .load_model import check_is_classifier
 
 
@@ -281,6 +281,8 @@ class FeatureColumns:
 
 
 PredictionColumns = LabelColumns | FeatureColumns
+# an image of an input, and its pixels [C, H, W] or the reason why it cannot be read
+PreparedRecord = tuple[ImageRecord, torch.Tensor | str]
 # function that returns a context manager for a forward pass
 AutocastFactory = Callable[[], AbstractContextManager]
 
@@ -315,7 +317,7 @@ def build_prediction_columns(
 
 
 def predict_rows(
-    chunks: Iterable[list[PreparedImage]],
+    chunks: Iterable[list[PreparedRecord]],
     columns: PredictionColumns,
     device: torch.device,
     autocast: AutocastFactory,
@@ -327,10 +329,16 @@ def predict_rows(
     """
     empty_row = dict.fromkeys(columns.columns)
     for images in chunks:
-        pixels = {image.record.index: image.pixels for image in images if image.pixels is not None}
+        errors: dict[int, str] = {}
+        groups: dict[torch.Size, dict[int, torch.Tensor]] = {}
+        for record, value in images:
+            if isinstance(value, str):
+                errors[record.index] = value
+            else:  # image processors may preserve the aspect ratio
+                groups.setdefault(value.shape, {})[record.index] = value
         batches = (
             ImageBatch(torch.stack(list(group.values())), indices=list(group))
-            for group in group_by_shape(pixels)
+            for group in groups.values()
         )
 
         predictions: dict[int, Row] = {}
@@ -340,13 +348,13 @@ def predict_rows(
             rows = build_rows(columns, outputs, len(batch.indices))
             predictions |= dict(zip(batch.indices, rows, strict=True))
 
-        for image in images:
+        for record, _ in images:
             yield {
-                "index": image.record.index,
-                "image": image.record.name,
+                "index": record.index,
+                "image": record.name,
                 **empty_row,
-                "error": image.error,
-                **predictions.get(image.record.index, {}),
+                "error": errors.get(record.index),
+                **predictions.get(record.index, {}),
             }
 
 

@@ -9,7 +9,7 @@ import torch
 from ..runtime.system import format_device_name, synchronize
 
 
-MAX_BATCH_SIZE = 32  # maximum batch size in images
+MAX_SPEED_BATCH_SIZE = 32  # maximum batch size in images
 NUM_REPEATS = 3  # maximum number of measured forward passes
 MEASUREMENT_SECONDS = 0.5  # approximate duration of the measurement in seconds
 
@@ -34,7 +34,7 @@ def measure_inference_speed(model: Any, device: torch.device) -> dict[str, Any]:
     )
     measure_seconds(image)  # warm up
     batch_size = int(MEASUREMENT_SECONDS / NUM_REPEATS / measure_seconds(image))
-    batch = image.expand(max(1, min(MAX_BATCH_SIZE, batch_size)), -1, -1, -1).contiguous()
+    batch = image.expand(max(1, min(MAX_SPEED_BATCH_SIZE, batch_size)), -1, -1, -1).contiguous()
 
     seconds: list[float] = []
     while len(seconds) < NUM_REPEATS and sum(seconds) < MEASUREMENT_SECONDS:

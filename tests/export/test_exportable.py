@@ -37,21 +37,17 @@ def test_an_encoder_in_half_precision_is_exported_in_float32(tmp_path: Path) -> 
     model = randomize(ViTCLSModel(build_tiny_config())).bfloat16()
     model.save_pretrained(tmp_path)
     exportable = load_exportable_model(str(tmp_path))
-    loaded = exportable.model
-
     assert exportable.processor is None
-    assert loaded.dtype == torch.float32
-    assert not loaded.training
-
-    (outputs,) = compute_named_outputs(loaded, [build_images()])
+    (outputs,) = compute_named_outputs(exportable.model, [build_images()])
     assert list(outputs) == ["last_hidden_state", "pooler_output"]
-    assert not outputs["pooler_output"].requires_grad
-
-    no_pooler = ViTCLSModel(build_tiny_config(), add_pooling_layer=False)
-    assert list(NamedOutputsModel(no_pooler)(build_images())) == ["last_hidden_state"]
     assert torch.equal(
         outputs["last_hidden_state"], model.float()(build_images()).last_hidden_state
     )
+
+
+def test_an_encoder_without_a_pooler_has_one_output() -> None:
+    model = ViTCLSModel(build_tiny_config(), add_pooling_layer=False)
+    assert list(NamedOutputsModel(model)(build_images())) == ["last_hidden_state"]
 
 
 def read_number(image: int | None, return_tensors: str) -> dict[str, Any]:
@@ -94,22 +90,27 @@ def test_calibration_uses_the_training_images_of_the_run(tmp_path: Path) -> None
     data = load_training_data(DataOptions(dataset="digits", split_seed=5))
     write_splits(data.build_splits_table(), tmp_path)
     images = load_export_images(load_exportable_model(str(tmp_path)), "digits")
-
-    keys = [
+    training, held_out = (
         set(part.compute_content_keys().tolist()) for part in (images.training, images.held_out)
-    ]
-    assert len(keys[1]) == 359
-    assert not keys[0] & keys[1]
+    )
+    assert len(held_out) == 359
+    assert not training & held_out
+
+
+def test_images_of_an_encoder_need_no_labels(tmp_path: Path) -> None:
+    save_with_processor(ViTCLSModel(build_tiny_config()), tmp_path)
+    unlabeled = load_export_images(load_exportable_model(str(tmp_path)), "digits")
+    assert len(unlabeled.training) > len(unlabeled.held_out) > 300
+    assert unlabeled.measure_file(tmp_path, None) is None
+
+
+def test_labels_of_a_requested_split_are_required(tmp_path: Path) -> None:
+    save_with_processor(ViTCLSForImageClassification(build_tiny_config(num_labels=3)), tmp_path)
+    with raises_one_line("LABEL_0"):
+        load_export_images(load_exportable_model(str(tmp_path)), "digits", split="train")
+
+
+def test_images_are_spread_over_all_and_unreadable_ones_left_out() -> None:
     prepared = prepare_images([0, None, 2, 3, 4, 5, 6], read_number, 3)
     assert torch.cat(prepared).tolist() == [0, 2, 4]
     assert len(prepare_images([0, None, 2], read_number, 4)) == 2
-
-    save_with_processor(ViTCLSModel(config), tmp_path / "encoder")
-    unlabeled = load_export_images(load_exportable_model(str(tmp_path / "encoder")), "digits")
-    assert len(unlabeled.training) > len(unlabeled.held_out) > 300
-    assert unlabeled.measure_file(tmp_path, None) is None
-    with raises_one_line("LABEL_0"):  # labels of a requested split are required
-        save_with_processor(
-            ViTCLSForImageClassification(build_tiny_config(num_labels=3)), tmp_path / "other"
-        )
-        load_export_images(load_exportable_model(str(tmp_path / "other")), "digits", split="train")

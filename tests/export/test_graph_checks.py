@@ -2,7 +2,9 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -23,10 +25,6 @@ LABELS = {
     "id2label": dict(enumerate(NAMES)),
     "label2id": {name: index for index, name in enumerate(NAMES)},
 }
-
-
-def predict(model: Path, photos: Path) -> list[str]:
-    return ["predict", "--model", str(model), str(photos)]
 
 
 def write_graph(
@@ -54,10 +52,6 @@ def write_graph(
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)])
     model.ir_version = 10
     onnx.save(model, file)
-    write_report(file)
-
-
-def write_report(file: Path) -> None:
     report = {
         "weights_sha256": hash_weights(file.parent),
         "config_sha256": hash_files([file.parent / "config.json"]),
@@ -85,123 +79,91 @@ def model(saved: Path, tmp_path: Path) -> Path:
     return folder
 
 
-def check_error(command: list[str], capsys: pytest.CaptureFixture[str], *words: str) -> None:
-    """Check that a command prints a single error with these words, and no result."""
-    assert run_here(*command, "--backend", "onnx") == 1
-    printed = capsys.readouterr()
-    assert printed.err.count("\n") == 1, printed.err
-    assert all(word in printed.err for word in words), printed.err
-    assert not printed.out
+def change_json(file: Path, **values: Any) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
 
 
-def test_a_graph_of_the_model_is_run(
-    model: Path, photos: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert run_here(*predict(model, photos), "--backend", "onnx") == 0
-    assert len([line for line in capsys.readouterr().out.splitlines() if ".png" in line]) == 12
-
-
-@pytest.mark.parametrize("num_outputs", [1, 2, 7])
-def test_a_graph_with_another_number_of_labels_is_an_error(
-    num_outputs: int,
-    model: Path,
-    photos: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    write_graph(model / "model.onnx", num_outputs)
-    check_error(predict(model, photos), capsys, "model.onnx", f"[1, {num_outputs}]", "[1, 3]")
-
-
-def test_a_graph_with_integer_logits_is_an_error(
-    model: Path, photos: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    write_graph(model / "model.onnx", output_type=TensorProto.INT64)
-    check_error(predict(model, photos), capsys, "int64")
-
-
-def test_a_graph_without_logits_is_one_error(
-    model: Path, photos: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    write_graph(model / "model.onnx", name="other")
-    check_error(predict(model, photos), capsys, "no output logits")
-
-
-def test_a_graph_of_another_image_size_is_one_error_and_no_file(
-    model: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    settings = json.loads((model / "preprocessor_config.json").read_text())
-    settings["size"] = {"height": 64, "width": 64}
-    (model / "preprocessor_config.json").write_text(json.dumps(settings))
-    command = [*predict(model, photos), "--output", str(tmp_path / "rows.csv")]
-    check_error(command, capsys, "[1, 3, 64, 64]")
-    assert not (tmp_path / "rows.csv").exists()
-
-
-def test_a_graph_of_other_weights_is_an_error(
-    model: Path, photos: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    other = ViTCLSForImageClassification(build_tiny_config(num_register_tokens=1, **LABELS))
-    other.save_pretrained(model)
-    check_error(predict(model, photos), capsys, "other weights", "vitcls export")
-
-
-def test_a_graph_without_a_report_next_to_weights_is_an_error(
-    model: Path, photos: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (model / "model.onnx.json").unlink()
-    check_error(predict(model, photos), capsys, "model.onnx.json is missing")
-
-
-def test_a_folder_with_a_graph_and_results_of_other_weights_is_an_error(
-    model: Path, photos: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (model / "model.safetensors").unlink()
-    (model / "results.json").write_text(
+def keep_only_the_graph(folder: Path) -> None:
+    """Leave a graph, and results of other weights."""
+    (folder / "model.safetensors").unlink()
+    (folder / "results.json").write_text(
         json.dumps({"weights_sha256": {"model.safetensors": "other"}})
     )
-    check_error(predict(model, photos), capsys, "other weights")
 
 
-def test_a_graph_that_replaced_the_exported_one_is_an_error(
-    model: Path, photos: Path, capsys: pytest.CaptureFixture[str]
+OTHER_MODEL = ViTCLSForImageClassification(build_tiny_config(num_register_tokens=1, **LABELS))
+# Name -> what changes the folder of a model with its graph, and words of the error.
+CHANGES: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
+    "one label": (lambda folder: write_graph(folder / "model.onnx", 1), ["[1, 1]", "[1, 3]"]),
+    "seven labels": (lambda folder: write_graph(folder / "model.onnx", 7), ["[1, 7]", "[1, 3]"]),
+    "integers": (
+        lambda folder: write_graph(folder / "model.onnx", output_type=TensorProto.INT64),
+        ["int64"],
+    ),
+    "another output": (
+        lambda folder: write_graph(folder / "model.onnx", name="other"),
+        ["no output logits"],
+    ),
+    "another image size": (
+        lambda folder: change_json(
+            folder / "preprocessor_config.json", size={"height": 64, "width": 64}
+        ),
+        ["[1, 3, 64, 64]"],
+    ),
+    "other weights": (OTHER_MODEL.save_pretrained, ["other weights", "vitcls export"]),
+    "results of other weights": (keep_only_the_graph, ["other weights"]),
+    "another temperature": (
+        lambda folder: change_json(folder / "config.json", temperature=2.0),
+        ["config.json has changed"],
+    ),
+    "no report": (
+        lambda folder: (folder / "model.onnx.json").unlink(),
+        ["model.onnx.json is missing"],
+    ),
+    "another graph": (
+        lambda folder: change_json(folder / "model.onnx.json", sha256={"model.onnx": "other"}),
+        ["model.onnx has changed"],
+    ),
+}
+
+
+def predict(model: Path, photos: Path, output: Path) -> int:
+    flags = ["--model", str(model), "--backend", "onnx", "--output", str(output)]
+    return run_here("predict", str(photos), *flags)
+
+
+def test_a_graph_of_the_model_is_run(model: Path, photos: Path, tmp_path: Path) -> None:
+    assert predict(model, photos, tmp_path / "rows.csv") == 0
+    assert len((tmp_path / "rows.csv").read_text().splitlines()) == 13
+
+
+@pytest.mark.parametrize(("change", "words"), CHANGES.values(), ids=CHANGES)
+def test_a_graph_that_is_not_one_of_the_model_is_one_error_and_no_file(
+    change: Callable[[Path], Any],
+    words: list[str],
+    model: Path,
+    photos: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    report = json.loads((model / "model.onnx.json").read_text())
-    report["sha256"] = {"model.onnx": "of the exported file"}
-    (model / "model.onnx.json").write_text(json.dumps(report))
-    check_error(predict(model, photos), capsys, "has changed")
+    change(model)
+    assert predict(model, photos, tmp_path / "rows.csv") == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1, error
+    assert all(word in error for word in words), error
+    assert not (tmp_path / "rows.csv").exists()
 
 
 def test_finetune_with_overwrite_removes_exported_graphs(model: Path, photos: Path) -> None:
     write_graph(model / "other.onnx")
-    report = {"weights_sha256": {}, "sha256": {"other.onnx": "1", "other.onnx.data": "2"}}
-    (model / "other.onnx.json").write_text(json.dumps(report))
+    change_json(model / "other.onnx.json", sha256={"other.onnx": "1", "other.onnx.data": "2"})
     (model / "annotations.xml").write_text("<a/>")  # not written by `vitcls export`
-    sizes = (
-        "--hidden-size 16 --num-hidden-layers 1 --num-attention-heads 2 --image-size 32 "
-        "--patch-size 8"
+    flags = (
+        "--model vitcls-tiny --hidden-size 16 --num-hidden-layers 1 --num-attention-heads 2 "
+        "--image-size 32 --patch-size 8 --max-steps 1 --batch-size 4 --num-workers 0 --no-report"
     ).split()
-    flags = [
-        "--model",
-        "vitcls-tiny",
-        *sizes,
-        "--max-steps",
-        "1",
-        "--batch-size",
-        "4",
-        "--num-workers",
-        "0",
-    ]
-
-    command = [
-        "finetune",
-        "--dataset",
-        str(photos),
-        "--output-dir",
-        str(model),
-        *flags,
-        "--no-report",
-    ]
-    assert run_here(*command, "--overwrite") == 0
+    folders = ["--dataset", str(photos), "--output-dir", str(model)]
+    assert run_here("finetune", *folders, *flags, "--overwrite") == 0
     assert (model / "results.json").is_file()
     assert {
         file.name for file in model.iterdir() if ".onnx" in file.name or ".xml" in file.name

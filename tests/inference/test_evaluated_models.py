@@ -101,10 +101,3 @@ def test_a_distance_threshold_that_is_not_finite_is_an_error(
         reset_accelerate()
         assert run_here("predict", "--model", str(model), str(photos)) == 1
         check_error(capsys, "distance_threshold")
-
-
-def test_names_are_printed_as_they_are(
-    model: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert run_evaluation(model, photos, "--output", tmp_path / ":x:.json") == 0
-    assert f"saved {tmp_path / ':x:.json'}\n" in capsys.readouterr().out

@@ -10,7 +10,6 @@ from torchmetrics.functional.classification import binary_calibration_error
 from modeling_vitcls.inference.intervals import (
     compute_bootstrap_interval,
     compute_chance_calibration_error,
-    compute_mean_interval,
     compute_prediction_limit,
     compute_proportion_interval,
 )
@@ -29,17 +28,6 @@ def test_proportions_have_the_interval_of_wilson(num_correct: int, num_images: i
     )
     expected = [max(center - half_width, 0), min(center + half_width, 1)]
     assert compute_proportion_interval(num_correct, num_images) == pytest.approx(expected, abs=1e-9)
-
-
-def test_means_have_the_interval_of_student() -> None:
-    """Student's t with two degrees of freedom: 4.302653 standard errors."""
-    mean, half_width = compute_mean_interval([0.5, 0.6, 0.7])
-    assert (mean, half_width) == (
-        pytest.approx(0.6),
-        pytest.approx(4.302653 * 0.1 / 3**0.5, rel=1e-6),
-    )
-    assert math.isnan(compute_mean_interval([0.5])[1])
-    assert compute_proportion_interval(0, 0) is None  # too few values
 
 
 def test_bootstrap_intervals_approach_the_normal_approximation() -> None:

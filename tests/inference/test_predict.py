@@ -5,7 +5,6 @@ two processes.
 """
 
 import base64
-import csv
 import io
 import json
 from collections.abc import Callable
@@ -16,7 +15,6 @@ import datasets
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-import sklearn.datasets
 import torch
 from helpers import prediction_photos
 from helpers.accelerate_state import reset_accelerate
@@ -99,34 +97,21 @@ def pixel_values(photos: Path) -> torch.Tensor:
 # Labels -------------------------------------------------------------------------------------------
 
 
-def test_the_table_contains_images_labels_and_errors(
-    models: Path, unreadable: Path, capsys: pytest.CaptureFixture
-) -> None:
-    assert run_in_process("predict.py", "--model", models / "one_label", unreadable) == 0
-    printed = capsys.readouterr()
-    first, second, third = [line for line in printed.out.splitlines() if str(unreadable) in line]
-    assert f"{unreadable}/1-whole.jpg" in first
-    assert any(name in first for name in NAMES)
-    assert "2-cut.jpg" in second
-    assert "truncated" in second.lower()
-    assert "3-text.png" in third
-    assert "not an image in a supported format" in third
-    assert not printed.err
+def test_a_row_of_an_unreadable_image_has_the_reason(models: Path, unreadable: Path) -> None:
+    first, second, third = api.predict(models / "one_label", unreadable)
+    assert first["error"] is None
+    assert "truncated" in second["error"].lower()
+    assert "not an image in a supported format" in third["error"]
 
 
 def test_without_any_prediction_the_status_is_1(
     models: Path, unreadable: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    images = [unreadable / name for name in ("2-cut.jpg", "3-text.png", "absent.jpg")]
+    images = [unreadable / name for name in ("2-cut.jpg", "absent.jpg")]
     flags = ["--model", models / "one_label", *images, "--output", tmp_path / "out.json"]
     assert run_in_process("predict.py", *flags) == 1
-    last = capsys.readouterr().err.splitlines()[-1]
-    assert (
-        last == "error: none of the 3 images has a prediction. See the column `error` in the output"
-    )
-    rows = read_json(tmp_path / "out.json")
-    assert [row["label"] for row in rows] == [None] * 3
-    assert "No such file" in rows[2]["error"]
+    assert "none of the 2 images" in capsys.readouterr().err.splitlines()[-1]
+    assert [row["label"] for row in read_json(tmp_path / "out.json")] == [None] * 2
 
 
 def test_labels_equal_those_of_the_model_and_the_pipeline(
@@ -186,34 +171,22 @@ def test_several_tasks_have_separate_columns(models: Path, photos: Path, tmp_pat
         np.testing.assert_allclose(table[f"{task}_probability"], probability, atol=1e-6)
 
 
-def test_several_labels_are_predicted_from_the_threshold(
-    models: Path, photos: Path, tmp_path: Path
-) -> None:
+def test_several_labels_are_predicted_from_the_threshold(models: Path, photos: Path) -> None:
     model = ViTCLSForImageClassification.from_pretrained(models / "several_labels")
+    processor = ViTCLSImageProcessor(size=32)
     with torch.no_grad():
         probabilities = model(pixel_values(photos)).logits.sigmoid()
     threshold = probabilities.median().item()
-    rows = predict(model, ViTCLSImageProcessor(size=32), photos, threshold=threshold)
+    rows = predict(model, processor, photos, threshold=threshold)
 
     assert [set(row["labels"]) for row in rows] == [
         {NAMES[label] for label in range(3) if image[label] >= threshold} for image in probabilities
     ]
-    assert {len(row["labels"]) for row in rows} != {3}
     assert all(row["probabilities"] == sorted(row["probabilities"], reverse=True) for row in rows)
-
-    best = predict(model, ViTCLSImageProcessor(size=32), photos, threshold=0, top_k=1)
+    best = predict(model, processor, photos, threshold=0, top_k=1)
     assert [row["labels"] for row in best] == [
         [NAMES[label]] for label in probabilities.argmax(dim=1)
     ]
-
-    options = PredictOptions(
-        model=str(models / "several_labels"),
-        paths=(str(photos),),
-        output=tmp_path / "a.csv",
-        threshold=1,
-    )
-    predict_images(options)
-    assert [row["labels"] for row in csv.DictReader((tmp_path / "a.csv").open())] == [""] * 9
 
 
 # Features -----------------------------------------------------------------------------------------
@@ -253,7 +226,7 @@ def test_features_equal_the_tokens_of_the_model(
 def test_features_of_any_layer_are_those_after_the_final_norm(
     models: Path, photos: Path, tmp_path: Path
 ) -> None:
-    """Layers are outputs after the final norm, if there is one. The last layer is the default."""
+    """The last layer is the default."""
     names = ("cls", "cls@1", "mean@2", "patches")
     options = PredictOptions(
         model=str(models / "encoder"),
@@ -270,24 +243,27 @@ def test_features_of_any_layer_are_those_after_the_final_norm(
         outputs = model(pixel_values(photos), output_hidden_states=True)
         first = model.layernorm(outputs.hidden_states[1])
     last = outputs.tokens["patches"]
+    expected = (outputs.tokens["cls"][:, 0], first[:, 0], last.mean(1), last)
+    for name, values in zip(names, expected, strict=True):
+        assert "halffloat" in str(table.schema.field(name).type)
+        found = np.array(table[name].to_pylist()).astype(np.float16)
+        np.testing.assert_array_equal(found, values.half().numpy())
 
-    for name, values in zip(
-        names, (outputs.tokens["cls"][:, 0], first[:, 0], last.mean(1), last), strict=True
-    ):
-        found = np.array(table[name].to_pylist())
-        assert found.dtype == np.float16 or str(table.schema.field(name).type).count("halffloat")
-        np.testing.assert_array_equal(found.astype(np.float16), values.half().numpy())
-    for wrong in ("cls@0", "cls@3"):
-        with raises_one_line(f"`features={wrong!r}`", "cls@2"):
-            predict(model, ViTCLSImageProcessor(size=32), photos, features=wrong)
 
+def test_the_last_layer_of_a_model_without_a_final_norm_is_its_output(photos: Path) -> None:
     model = ViTCLSModel(build_tiny_config(final_norm=False))
-    (row,) = predict(
-        model, ViTCLSImageProcessor(size=32), photos / "a.jpg", features=["cls", "cls@2"]
-    )
+    processor = ViTCLSImageProcessor(size=32)
+    (row,) = predict(model, processor, photos / "a.jpg", features=["cls", "cls@2"])
     np.testing.assert_array_equal(row["cls"], row["cls@2"])
-    with raises_one_line("`features='registers'`", "cls, mean"):
-        predict(model, ViTCLSImageProcessor(size=32), photos, features="registers")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "remedy"), [("cls@0", "cls@2"), ("cls@3", "cls@2"), ("registers", "cls, mean")]
+)
+def test_features_that_the_model_lacks_are_an_error(wrong: str, remedy: str, photos: Path) -> None:
+    model = ViTCLSModel(build_tiny_config())
+    with raises_one_line(f"`features={wrong!r}`", remedy):
+        predict(model, ViTCLSImageProcessor(size=32), photos, features=wrong)
 
 
 # Inputs -------------------------------------------------------------------------------------------
@@ -301,53 +277,32 @@ def test_datasets_are_read_like_files(models: Path, photos: Path, tmp_path: Path
     encoded = [{"bytes": Path(path).read_bytes(), "path": None} for path in paths]
     table = datasets.Dataset.from_dict({"other": [b"x"] * 9, "photo": encoded})
     table.cast_column("photo", datasets.Image()).to_parquet(tmp_path / "images.parquet")
-    expected = None
 
-    for given in (
-        {"paths": (str(photos),)},
-        {"dataset": str(photos / "list.csv")},
-        {"dataset": str(tmp_path / "images.parquet"), "image_column": "photo"},
-    ):
-        output = tmp_path / "out.json"
-        predict_images(
-            PredictOptions(model=str(models / "one_label"), output=output, batch_size=4, **given)
+    model = models / "one_label"
+    files, rows, embedded = (
+        [(row["index"], row["label"], row["probability"]) for row in found]
+        for found in (
+            api.predict(model, photos),
+            api.predict(model, dataset=str(photos / "list.csv")),
+            api.predict(model, dataset=tmp_path / "images.parquet", image_column="photo"),
         )
-        reset_accelerate()
-        answers = [(row["index"], row["label"], row["probability"]) for row in read_json(output)]
-        expected = expected or answers
-        assert answers == expected
-    assert len(expected or []) == 9
+    )
+    assert files == rows == embedded
+    assert len(files) == 9
 
 
 # Processes -------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def digits_table(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a Parquet file of a thousand digits, of which every hundredth is unreadable."""
-    values = []
-    for index, image in enumerate(sklearn.datasets.load_digits().images[:NUM_DIGITS]):
-        encoded = io.BytesIO()
-        Image.fromarray((image * 15).astype(np.uint8)).save(encoded, format="PNG")
-        values.append(
-            {"bytes": encoded.getvalue() if index % 100 else b"broken", "path": f"{index}.png"}
-        )
-    file = tmp_path_factory.mktemp("digits") / "digits.parquet"
-    datasets.Dataset.from_dict({"image": values}).cast_column("image", datasets.Image()).to_parquet(
-        file
-    )
-    return file
-
-
 @pytest.mark.slow
 def test_two_processes_write_the_same_file_as_one(
-    models: Path, digits_table: Path, tmp_path: Path
+    models: Path, photos: Path, unreadable: Path, tmp_path: Path
 ) -> None:
-    flags = ["--model", models / "one_label", "--dataset", digits_table, "--batch-size", 30]
+    flags = ["--model", models / "one_label", photos, unreadable, "--batch-size", 2]
     for processes, name in ((1, "one.csv"), (2, "two.csv")):
         how = {"log": tmp_path / f"{name}.log", "environment": OFFLINE, "processes": processes}
         printed = run_together("predict.py", *flags, "--output", tmp_path / name, **how)
-        assert printed == f"{tmp_path / name}: 1,000 images, 10 without a prediction\n"
+        assert printed == f"{tmp_path / name}: 12 images, 2 without a prediction\n"
     assert (tmp_path / "one.csv").read_bytes() == (tmp_path / "two.csv").read_bytes()
 
 
