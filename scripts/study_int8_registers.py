@@ -31,7 +31,7 @@ from modeling_vitcls import ViTCLSImageProcessor, ViTCLSModel, convert_from_timm
 from modeling_vitcls.analysis.faults import is_outlier
 from modeling_vitcls.export.exportable import NamedOutputsModel
 from modeling_vitcls.export.formats import write_graph
-from modeling_vitcls.export.quantization import quantize_graph, round_inputs, round_to_int8
+from modeling_vitcls.export.quantization import quantize_graph, round_to_int8
 from modeling_vitcls.export.tracing import select_graph_shape, trace_model
 from modeling_vitcls.inference.exported_graphs import ExportedGraph
 from modeling_vitcls.model.blocks_vitcls import ViTCLSAttention
@@ -151,7 +151,9 @@ def simulate_int8(model: Any) -> Any:
             module.weight.data = round_to_int8(
                 module.weight.data, module.weight.data.abs().amax(1, keepdim=True)
             )
-            module.register_forward_pre_hook(round_inputs)
+            module.register_forward_pre_hook(
+                lambda module, inputs: round_to_int8(inputs[0], inputs[0].abs().max())
+            )
     return model
 
 

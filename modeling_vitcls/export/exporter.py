@@ -103,16 +103,18 @@ def export_model(options: ExportOptions) -> Report:
     with create_output_files(target, last=get_report_path(target).name) as output_folder:
         file = output_folder / target.name
         write_graph(graph, graph_shape, names, file)
-        outputs = run_graph(file, batches, names)
-        comparisons = compare_outputs(batches, reference_outputs, outputs, options.dtype)
+        comparisons = compare_outputs(
+            batches, reference_outputs, run_graph(file, batches, names), options.dtype
+        )
 
         calibration_images: list[torch.Tensor] = []
         if options.int8:
             assert images is not None, "int8 requires a dataset"
             calibration_images = prepare_images(images.training, processor, NUM_CALIBRATION_IMAGES)
             quantize_graph(file, calibration_images, options.exclude_layers)
-            outputs = run_graph(file, batches, names)
-            comparisons = compare_outputs(batches, reference_outputs, outputs, "int8")
+            comparisons = compare_outputs(
+                batches, reference_outputs, run_graph(file, batches, names), "int8"
+            )
 
         report: Report = {
             "format": options.format,
@@ -227,11 +229,8 @@ def write_model_files(model_folder: ModelFolder, folder: Path, report: Report) -
     kept_keys = ("label_column", "label_separator", "dataset")
     results = model_folder.results_of_any_weights
     kept = {key: results[key] for key in kept_keys if key in results}
-    (file_name,) = (name for name in report["sha256"] if not name.endswith((".bin", ".data")))
-    write_json(
-        folder / RESULTS_FILE,
-        kept | {"weights_sha256": report["weights_sha256"], "files": {file_name: report}},
-    )
+    measured = {"weights_sha256": report["weights_sha256"], "files": {report["file"]: report}}
+    write_json(folder / RESULTS_FILE, kept | measured)
 
 
 def get_report_path(file: Path) -> Path:

@@ -123,14 +123,11 @@ def rank_layers(model: Any, images: torch.Tensor) -> list[int]:
                 module.weight.copy_(
                     round_to_int8(module.weight, module.weight.abs().amax(1, keepdim=True))
                 )
-                module.register_forward_pre_hook(round_inputs)
+                module.register_forward_pre_hook(
+                    lambda module, inputs: round_to_int8(inputs[0], inputs[0].abs().max())
+                )
         errors[number] = (compute_output(quantized) - expected).norm().item()
     return sorted(errors, key=lambda number: -errors[number])
-
-
-def round_inputs(module: nn.Module, inputs: tuple[torch.Tensor]) -> torch.Tensor:
-    """Hook that rounds the inputs of a layer."""
-    return round_to_int8(inputs[0], inputs[0].abs().max())
 
 
 def round_to_int8(values: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:

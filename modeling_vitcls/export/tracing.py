@@ -113,10 +113,9 @@ def trace_model(
 
     height, width = graph_shape.image_size
     if graph_shape.is_dynamic:  # not square, and not the native size
-        patch_height, patch_width = config.patch_height_width
         num_patches = max(config.grid_size)
-        height = (num_patches + 1) * patch_height
-        width = (num_patches + 3) * patch_width
+        height = (num_patches + 1) * config.patch_height_width[0]
+        width = (num_patches + 3) * config.patch_height_width[1]
     images = torch.zeros(MIN_DYNAMIC_SIZE, config.num_channels, height, width)
 
     try:
@@ -130,10 +129,9 @@ def trace_model(
             graph = graph.run_decompositions({})
     except Exception as error:  # torch.export raises many types of errors
         hint = ". Set `dynamic=False`" if graph_shape.is_dynamic else ""
-        message = (
+        raise ValueError(
             f"torch.export cannot trace this {type(model).__name__} ({format_error(error)}){hint}"
-        )
-        raise ValueError(message) from error
+        ) from error
 
     for node in graph.graph.nodes:
         node.meta.pop("stack_trace", None)  # stack traces contain local paths

@@ -26,14 +26,6 @@ from .prediction_rows import FeatureColumns
 IMAGE_COLUMNS = ("image", "bytes", "path")  # column names of images in Ray, Spark and `datasets`
 
 
-def is_single_image(images: Any) -> bool:
-    """Return whether a column is one image: a source, a PIL image, or [H, W] or [H, W, C]."""
-    shape: Any = getattr(images, "shape", ())
-    if len(shape) == 3:
-        return shape[2] in (3, 4)  # otherwise a batch of gray images
-    return len(shape) == 2 or isinstance(images, (*SOURCE_TYPES, Image.Image))
-
-
 class EmbedImages:
     """Picklable function that adds features to a batch of images.
 
@@ -97,7 +89,10 @@ class EmbedImages:
                 "them"
             )
         images = batch[column] if column is not None and batch else ()
-        if is_single_image(images):
+        shape: Any = getattr(images, "shape", ())
+        # [H, W], or [H, W, C]; with another last axis, it is a batch of gray images
+        is_array = len(shape) == 2 or (len(shape) == 3 and shape[2] in (3, 4))
+        if is_array or isinstance(images, (*SOURCE_TYPES, Image.Image)):
             raise ValueError(
                 f"the column {column} is one image, not a batch. Set `batched=True`, or pass a list"
             )

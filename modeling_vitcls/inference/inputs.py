@@ -228,20 +228,18 @@ def open_input(options: PredictOptions) -> PredictionInput:
 
     dataset = options.dataset
     data_options = DataOptions(dataset=dataset, image_column=options.image_column)
-    path = Path(dataset)
     if is_built_in_dataset(dataset):
         images = select_split(
             load_splits(data_options, use_labels=False).images_by_split, options
         ).images
-        return ListInput([f"{path.name}/{index}" for index in range(len(images))], images)
+        return ListInput([f"{dataset}/{index}" for index in range(len(images))], images)
 
     opened = open_dataset(dataset, use_labels=False)
     split = select_split(opened.splits, options)
     column = find_image_column(dataset, split.features, options.image_column)
     if not len(split):
         raise ValueError(f"the dataset {dataset} is empty. Add images")
-    images = build_images(split, column, opened.folder, dataset)
-    return DatasetInput(images)
+    return DatasetInput(build_images(split, column, opened.folder, dataset))
 
 
 def select_split(splits: Mapping[str, Any], options: PredictOptions) -> Any:

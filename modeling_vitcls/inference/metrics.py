@@ -71,7 +71,9 @@ class SingleLabelMetrics:
         self.calibration_error = CalibrationErrors(
             num_classes, n_bins=NUM_BINS, validate_args=False
         ).to(device)
-        self.top_5_accuracy = build_aggregator(MeanMetric, device) if num_classes > 5 else None
+        self.top_5_accuracy: dict[str, Any] = {}
+        if num_classes > 5:
+            self.top_5_accuracy["top_5_accuracy"] = build_aggregator(MeanMetric, device)
         self.head_accuracies = {name: build_aggregator(MeanMetric, device) for name in HEAD_OUTPUTS}
         self.confusion_matrix = None
         if num_classes <= MAX_MATRIX_CLASSES:
@@ -107,10 +109,8 @@ class SingleLabelMetrics:
         # all in [0, 1].
         self.calibration_error.update(logits.softmax(dim=1), labels)
 
-        if self.top_5_accuracy is not None:
-            self.top_5_accuracy.update(
-                (logits.topk(5).indices == labels[:, None]).any(dim=1).float()
-            )
+        for metric in self.top_5_accuracy.values():
+            metric.update((logits.topk(5).indices == labels[:, None]).any(dim=1).float())
         if self.confusion_matrix is not None:
             self.confusion_matrix.update(predictions, labels)
 
@@ -119,29 +119,31 @@ class SingleLabelMetrics:
         num_correct, _, num_images = map(sum, counts)
         class_metrics = compute_class_metrics(self.names, counts)
 
-        values: MetricValues = {"accuracy": safe_divide(num_correct, num_images)}
-        if self.top_5_accuracy is not None:
-            values["top_5_accuracy"] = to_number(self.top_5_accuracy.compute())
-        values["balanced_accuracy"] = compute_mean([row["recall"] for row in class_metrics])
-        values["macro_f1"] = compute_mean([row["f1"] for row in class_metrics])
-        errors = self.calibration_error.compute()
-        values["calibration_error"], values["calibration_error_by_chance"] = map(to_number, errors)
+        error, error_by_chance = map(to_number, self.calibration_error.compute())
 
-        values |= {
-            name: to_number(metric.compute())
-            for name, metric in self.head_accuracies.items()
-            if metric.update_called
+        def compute_if_updated(metrics: dict[str, Any]) -> MetricValues:
+            return {
+                name: to_number(metric.compute())
+                for name, metric in metrics.items()
+                if metric.update_called
+            }
+
+        values: MetricValues = {
+            "accuracy": safe_divide(num_correct, num_images),
+            **compute_if_updated(self.top_5_accuracy),
+            "balanced_accuracy": compute_mean([row["recall"] for row in class_metrics]),
+            "macro_f1": compute_mean([row["f1"] for row in class_metrics]),
+            "calibration_error": error,
+            "calibration_error_by_chance": error_by_chance,
+            **compute_if_updated(self.head_accuracies),
+            "loss": to_number(self.loss.compute()),
+            "num_images": num_images,
+            "accuracy_interval": compute_proportion_interval(num_correct, num_images),
+            "per_class": class_metrics,
         }
-
-        values["loss"] = to_number(self.loss.compute())
-        values["num_images"] = num_images
-        values["accuracy_interval"] = compute_proportion_interval(num_correct, num_images)
-        values["per_class"] = class_metrics
-
         if self.confusion_matrix is not None:
-            num_classes = len(self.names)
-            matrix = self.confusion_matrix.compute().reshape(num_classes, num_classes)
-            values["confusion_matrix"] = matrix.tolist()
+            matrix = self.confusion_matrix.compute()  # a scalar for one class
+            values["confusion_matrix"] = matrix.reshape(len(self.names), -1).tolist()
         return values
 
 

@@ -111,9 +111,8 @@ def print_table(rows: Iterable[Row], columns: Columns) -> None:
 
     table = Table()
     for name in names:
-        header = Text(replace_control_characters(name))
         table.add_column(
-            header,
+            Text(replace_control_characters(name)),
             justify="right" if pa.types.is_floating(columns[name]) else "left",
             overflow="fold",
         )

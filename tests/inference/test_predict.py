@@ -7,6 +7,7 @@ two processes.
 import base64
 import io
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,6 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from helpers import prediction_photos
-from helpers.accelerate_state import reset_accelerate
 from helpers.prediction_photos import predict, sorted_photos
 from helpers.scripts_in_process import run_in_process
 from helpers.tiny_models import build_tiny_config, raises_one_line, randomize
@@ -329,42 +329,44 @@ def test_an_interrupted_job_leaves_no_file(
 # Models -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("encoder", "ViTCLSModel"),
+        ("masked", "ViTCLSForMaskedImageModeling"),
+        ("lost", "classifier.bias"),
+        ("absent", "is not a folder"),
+    ],
+)
 def test_models_without_labels_are_a_one_line_error(
-    models: Path, photos: Path, tmp_path: Path
+    source: str, words: str, models: Path, photos: Path
 ) -> None:
-    (tmp_path / "config.json").write_text('{"model_type": "vit"}', encoding="utf-8")
-    lost = tmp_path / "lost"
-    model = randomize(ViTCLSForImageClassification(build_tiny_config()))
-    weights = {
-        name: value for name, value in model.state_dict().items() if "classifier" not in name
-    }
-    model.save_pretrained(lost, state_dict=weights)
-    (lost / "config.json").write_text(
-        json.dumps(read_json(lost / "config.json") | {"architectures": None})
-    )
-    ViTCLSImageProcessor(size=32).save_pretrained(lost)
+    """The model "lost" is a classifier without the weights of its head."""
+    shutil.copytree(models / "encoder", models / "lost", dirs_exist_ok=True)
+    config = read_json(models / "lost" / "config.json") | {"architectures": None}
+    (models / "lost" / "config.json").write_text(json.dumps(config))
+    with raises_one_line(words, error=(ValueError, OSError)):
+        api.predict(models / source, photos)
 
-    for source, words in {
-        models / "encoder": "ViTCLSModel",
-        models / "masked": "ViTCLSForMaskedImageModeling",
-        lost: "classifier.bias",
-        tmp_path: "model.safetensors",
-        "vitcls-tiny": "preset",
-        tmp_path / "absent": "is not a folder",
-    }.items():
-        with raises_one_line(words, error=(ValueError, OSError)):
-            predict_images(PredictOptions(model=str(source), paths=(str(photos),)))
-        reset_accelerate()
-    for fields, problem in (
+
+def test_a_preset_predicts_no_labels(photos: Path) -> None:
+    with raises_one_line("preset"):
+        api.predict("vitcls-tiny", photos)
+
+
+@pytest.mark.parametrize(
+    ("fields", "problem"),
+    [
         ({"num_labels": 0}, "has no classifier"),
         ({"num_labels": 1, "problem_type": "regression"}, "was trained for regression"),
-    ):
-        with raises_one_line(problem, "--features cls"):
-            predict(
-                ViTCLSForImageClassification(build_tiny_config(**fields)),
-                ViTCLSImageProcessor(size=32),
-                photos,
-            )
+    ],
+)
+def test_a_model_without_classes_predicts_no_labels(
+    fields: dict[str, Any], problem: str, photos: Path
+) -> None:
+    model = ViTCLSForImageClassification(build_tiny_config(**fields))
+    with raises_one_line(problem, "--features cls"):
+        predict(model, ViTCLSImageProcessor(size=32), photos)
 
 
 # Python function, and flags -----------------------------------------------------------------------
