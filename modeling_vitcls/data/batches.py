@@ -101,7 +101,7 @@ class TrainingImages:
         return plan.iterate_keys(process_index, first_step)
 
     def __getitem__(self, keys: list[ImageKey]) -> Batch:
-        """Return the batch for a list of keys. Raise ValueError if no image can be read."""
+        """Build the batch for a list of keys. Raise ValueError if no image can be read."""
         loaded_indices, pixels = zip(
             *(self.load_readable_image(index) for _, index in keys), strict=True
         )
@@ -114,7 +114,7 @@ class TrainingImages:
         )
 
     def load_readable_image(self, index: int) -> tuple[int, torch.Tensor]:
-        """Return the index and the pixels of the first readable image, starting at `index`."""
+        """Find the first readable image from `index` on; return its index and its pixels."""
         num_images = len(self.source)
         for candidate in (number % num_images for number in range(index, index + num_images)):
             if candidate not in self.errors:
@@ -128,7 +128,7 @@ class TrainingImages:
         )
 
     def load_pixels(self, index: int) -> torch.Tensor:
-        """Return the prepared pixels of an image, from the cache if possible."""
+        """Prepare the pixels of an image, or take them from the cache."""
         if index in self.cache:
             return self.cache[index]
         pixels = self.builder.prepare_image(self.source.images[index])

@@ -62,34 +62,26 @@ def load_evaluation_data(
     return leave_out(loaded, name, is_trained, split is not None, options, max_images)
 
 
-def load_fitting_and_evaluation_data(
-    options: DataOptions,
-    split: str | None,
-    splits: pd.DataFrame = EMPTY_TABLE,
-    max_images: int | None = None,
-) -> tuple[EvaluationData, EvaluationData]:
-    """Load images to fit a classifier or to calibrate a graph, and the images to evaluate.
+def load_calibration_and_evaluation_data(
+    options: DataOptions, split: str | None, splits: pd.DataFrame = EMPTY_TABLE
+) -> tuple[LabeledImages, EvaluationData]:
+    """Load images to calibrate a graph, and the images to evaluate.
 
-    The latter are those of `load_evaluation_data`. If the dataset has only one split, the images
-    are fitted to that trained the model; if none of them did, a part is held out. With `split`, an
+    The latter are the images of `load_evaluation_data`. If the dataset has only one split, the former
+    are the images that trained the model; if none of them did, a part is held out. With `split`, an
     only split is both.
     """
-    check_stored_images(options)
-    choose = partial(choose_fitting_and_evaluation_split, split, options.dataset)
+    choose = partial(choose_calibration_and_evaluation_split, split, options.dataset)
     loaded = load_splits(options, select=choose)
-    fitting_name, name = choose(loaded.names)
-    images, fitting = loaded.images_by_split[name], loaded.images_by_split[fitting_name]
+    calibration_name, name = choose(loaded.names)
+    images, calibration = (loaded.images_by_split[each] for each in (name, calibration_name))
     is_trained = find_trained_images(images, splits)
 
-    if split is None and fitting_name == name:
+    if split is None and calibration_name == name:
         if not is_trained.any():
             is_trained = ~select_held_out(add_keys({name: images})[name], options)
-        _, fitting = images.divide(is_trained)
-    description = f"{len(fitting):,} images"
-    return (
-        EvaluationData(loaded.label_space, fitting, fitting_name, 0, description),
-        leave_out(loaded, name, is_trained, split is not None, options, max_images),
-    )
+        _, calibration = images.divide(is_trained)
+    return calibration, leave_out(loaded, name, is_trained, split is not None, options, None)
 
 
 def leave_out(
@@ -100,7 +92,7 @@ def leave_out(
     options: DataOptions,
     max_images: int | None,
 ) -> EvaluationData:
-    """Return at most `max_images` images of a split that did not train the model.
+    """Keep at most `max_images` images of a split that did not train the model.
 
     If the user has named the split, all its images count. Raise ValueError if none is left.
     """
@@ -131,7 +123,7 @@ def leave_out(
 
 
 def choose_evaluation_split(split: str | None, dataset: str, names: Sequence[str]) -> str:
-    """Return the name of the split to evaluate. Raise ValueError if there is no such split."""
+    """Choose the split to evaluate. Raise ValueError if there is no such split."""
     if split is None:
         split = next(
             (name for name in EVALUATION_SPLITS if name in names),
@@ -147,13 +139,13 @@ def choose_evaluation_split(split: str | None, dataset: str, names: Sequence[str
     raise ValueError(f"{dataset} {problem}. Set `split` to one of {', '.join(names)}")
 
 
-def choose_fitting_and_evaluation_split(
+def choose_calibration_and_evaluation_split(
     split: str | None, dataset: str, names: Sequence[str]
 ) -> tuple[str, str]:
-    """Return the names of the split that a classifier is fitted to, and of the evaluated split.
+    """Choose the split that calibrates a graph, and the split to evaluate.
 
     They are the same if the dataset has only one.
     """
     evaluated = choose_evaluation_split(split, dataset, names)
-    fitting_names = ["train"] if "train" in names else [each for each in names if each != evaluated]
-    return (fitting_names or [evaluated])[0], evaluated
+    others = ["train"] if "train" in names else [each for each in names if each != evaluated]
+    return (others or [evaluated])[0], evaluated

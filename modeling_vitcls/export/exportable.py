@@ -42,13 +42,13 @@ class NamedOutputsModel(nn.Module):
         self.select_outputs = OUTPUT_SELECTORS[type(model)]
 
     def forward(self, pixel_values: torch.Tensor) -> Outputs:
-        """Return a dict that maps output names to outputs [B, ...] for images [B, C, H, W]."""
+        """Compute the outputs [B, ...] for images [B, C, H, W], by name."""
         outputs = self.select_outputs(self.model(pixel_values), self.model)
         return {name: output.float() for name, output in outputs.items() if output is not None}
 
 
 def get_classifier_outputs(outputs: Any, model: Any) -> dict[str, torch.Tensor | None]:
-    """Return the logits [B, labels], those of two heads and of extra heads, and the distance [B]."""
+    """Name the logits [B, labels] of the classifier and of other heads, and the distance [B]."""
     has_two_heads = outputs.distillation_logits is not None
     return {
         "logits": outputs.logits,
@@ -79,7 +79,7 @@ OUTPUT_SELECTORS: dict[type, Callable[[Any, Any], dict[str, torch.Tensor | None]
 def compute_named_outputs(
     model: ViTCLSPreTrainedModel, batches: list[torch.Tensor]
 ) -> list[Outputs]:
-    """Return the outputs of the model for each batch of images [B, C, H, W]."""
+    """Compute the outputs of the model for each batch of images [B, C, H, W]."""
     wrapped_model = NamedOutputsModel(model)
     return [wrapped_model(batch) for batch in batches]
 

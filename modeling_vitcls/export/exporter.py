@@ -234,7 +234,7 @@ def write_model_files(model_folder: ModelFolder, folder: Path, report: Report) -
 
 
 def get_report_path(file: Path) -> Path:
-    """Return the path of the report of an exported file."""
+    """Name the report of an exported file."""
     return file.with_name(f"{file.name}.json")
 
 
@@ -251,7 +251,7 @@ def check_files_do_not_exist(*files: Path) -> None:
 def select_image_shapes(
     config: ViTCLSConfig, graph_shape: GraphShape
 ) -> list[tuple[int, int, int, int]]:
-    """Return the image shapes for the comparison.
+    """Choose the image shapes for the comparison.
 
     For a dynamic graph, the shapes include the native, requested and smallest sizes, non-square
     sizes, and a size that is not a multiple of the patch size.
@@ -284,7 +284,7 @@ def compare_outputs(
     outputs: list[Outputs],
     dtype: str,
 ) -> list[Report]:
-    """Return the largest differences between the outputs of a file and of the model for each batch.
+    """Find the largest differences between the outputs of a file and of the model, by batch.
 
     Raise ValueError if the names or shapes differ, or if a difference exceeds `LIMITS`.
     """
@@ -310,7 +310,7 @@ def compare_outputs(
             limit = absolute_limit + max(relative_limit, own_limit) * magnitudes[name]
             if not difference <= limit:  # also true for NaN
                 raise ValueError(
-                    f"the output {name} of the written graph differs from that of the model by "
+                    f"the output {name} of the written graph differs from the model's output by "
                     f"{difference:.2g} for images {shape}, but the limit in {dtype} is {limit:.2g}"
                 )
         comparisons.append({"shape": shape, "differences": differences, "magnitudes": magnitudes})
@@ -318,7 +318,7 @@ def compare_outputs(
 
 
 def get_output_shapes(outputs: Outputs, graph_shape: GraphShape) -> dict[str, list[int | str]]:
-    """Return the shape of each output, with names of the dynamic axes."""
+    """List the shape of each output, with names of the dynamic axes."""
     # axes 1 of tokens [B, N, D], and 2 and 3 of feature maps [B, C, H, W]
     dynamic_axes = {3: {1: "tokens"}, 4: {2: "rows", 3: "columns"}}
     shapes: dict[str, list[int | str]] = {}
@@ -330,7 +330,7 @@ def get_output_shapes(outputs: Outputs, graph_shape: GraphShape) -> dict[str, li
 
 
 def describe_preprocessing(processor: ViTCLSImageProcessor | None) -> dict[str, Any] | None:
-    """Return the settings of the image processor that are not None, or None without a processor."""
+    """List the settings of the image processor that are not None; None without a processor."""
     if processor is None:
         return None
     settings = select_settings(processor, (*SHARED_SETTINGS, "crop_rounding", "do_pad", "pad_size"))
@@ -340,7 +340,7 @@ def describe_preprocessing(processor: ViTCLSImageProcessor | None) -> dict[str, 
 
 
 def get_label_names(config: ViTCLSConfig, names: list[str]) -> dict[str, list[str]]:
-    """Return the class names of each logits output, in the order of the logits."""
+    """List the class names of each logits output, in the order of the logits."""
     labels = config.task_labels()
     if not config.tasks:
         class_names = get_label_space(config).names

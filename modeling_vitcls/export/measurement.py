@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from ..data.evaluation_data import load_fitting_and_evaluation_data
+from ..data.evaluation_data import load_calibration_and_evaluation_data
 from ..data.images import LabeledImages
 from ..data.label_matching import match_labels
 from ..data.labels import UNLABELED, get_label_space
@@ -53,7 +53,7 @@ class ExportImages:
     evaluator: Evaluator | None = None
 
     def measure_file(self, file: Path, model: Any) -> dict[str, Any] | None:
-        """Return the metric of the model and of an exported file; None without labels.
+        """Measure the model and an exported file; None without labels.
 
         With one label per image, the values of `compare_labels` are added.
         """
@@ -78,7 +78,7 @@ class ExportImages:
 
 
 def prepare_images(images: Any, processor: Any, count: int) -> list[torch.Tensor]:
-    """Return up to `count` preprocessed images, each [1, C, H, W], spread over all images.
+    """Preprocess up to `count` images, each [1, C, H, W], spread over all images.
 
     Unreadable images are left out.
     """
@@ -92,9 +92,9 @@ def prepare_images(images: Any, processor: Any, count: int) -> list[torch.Tensor
 def compare_labels(
     model_rows: Sequence[ImageOutput], file_rows: Sequence[ImageOutput]
 ) -> dict[str, Any]:
-    """Return the number of equal labels, and 95% intervals of the accuracy and of its loss.
+    """Count equal labels, and compute 95% intervals of the accuracy and of its loss.
 
-    The accuracy is that of a file, and the loss is what it loses against the model.
+    The accuracy is the file's, and the loss is what it loses against the model.
 
     Both programs are evaluated on the same images. The loss therefore depends only on the images
     for which exactly one of them is right (McNemar's test), and its interval on the share of these
@@ -144,7 +144,7 @@ def load_export_images(
             raise ValueError(problem)
         check_is_classifier(model.config)
         options = set_label_columns(options, model.config, folder)
-        training, held_out = load_fitting_and_evaluation_data(
+        training, held_out = load_calibration_and_evaluation_data(
             options, split, select_task(read_splits(folder), None)
         )
         label_space = get_label_space(model.config)
@@ -167,7 +167,7 @@ def load_export_images(
         return ExportImages(dataset, data.train.images, data.held_out.images)
     return ExportImages(
         dataset=dataset,
-        training=training.images.images,
+        training=training.images,
         held_out=held_out.images.images,
         split=held_out.split,
         evaluator=evaluator,
@@ -175,7 +175,7 @@ def load_export_images(
 
 
 def compare_outputs_on_images(found: list[Outputs], expected: list[Outputs]) -> dict[str, Any]:
-    """Compare the first output of a file with that of the model, one dict per image.
+    """Compare the first output of a file and of the model, one dict per image.
 
     Measured are the relative error (Frobenius norm), the mean cosine similarity and, for logits,
     the fraction of images with the same top-1 label.

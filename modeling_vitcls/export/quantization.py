@@ -100,9 +100,9 @@ def check_drop(report: dict[str, Any], max_drop: float, model: Any, images: torc
 
 @torch.no_grad()
 def rank_layers(model: Any, images: torch.Tensor) -> list[int]:
-    """Return the numbers of the layers, from 1, in the order of their errors in int8.
+    """Rank the numbers of the layers, from 1, by their errors in int8, the largest first.
 
-    The error is that of the outputs when the linear layers of one layer alone compute in int8
+    The error is measured at the outputs, with the linear layers of one layer alone in int8
     (simulated: weights per output channel, inputs per tensor).
 
     Args:

@@ -45,7 +45,7 @@ def select_graph_shape(
     dynamic: bool,
     has_pytorch_antialias_filter: bool = True,
 ) -> GraphShape:
-    """Return the image sizes that the graph of a model will accept.
+    """Choose the image sizes that the graph of a model will accept.
 
     If `dynamic` is True but a dynamic size is not possible, the size is fixed.
 
@@ -62,7 +62,7 @@ def select_graph_shape(
 
 
 def find_fixed_size_reason(config: ViTCLSConfig, has_pytorch_antialias_filter: bool) -> str:
-    """Return why the image size of the graph must be fixed; empty if it can be dynamic."""
+    """Say why the image size of the graph must be fixed; empty if it can be dynamic."""
     if not config.position_embedding_type.startswith("learned"):
         return ""
     if config.position_offset:
@@ -85,7 +85,7 @@ def find_fixed_size_reason(config: ViTCLSConfig, has_pytorch_antialias_filter: b
 
 
 def get_smallest_size(config: ViTCLSConfig) -> tuple[int, int]:
-    """Return (height, width) in pixels of the smallest images that a dynamic graph accepts."""
+    """Compute (height, width) in pixels of the smallest images that a dynamic graph accepts."""
     grids = [scope[:2] for scope in config.cls_scopes or () if not isinstance(scope, str)]
     rows, columns = np.max([[MIN_DYNAMIC_SIZE, MIN_DYNAMIC_SIZE], *grids], axis=0).tolist()
     patch_height, patch_width = config.patch_height_width
@@ -139,7 +139,7 @@ def trace_model(
 
 
 def build_dynamic_shapes(graph_shape: GraphShape) -> dict[str, Any]:
-    """Return the dynamic axes of the input for torch.export, with names and minimum sizes."""
+    """Name the dynamic axes of the input for torch.export, with minimum sizes."""
     axes = {0: Dim("batch", min=1)}
     if graph_shape.is_dynamic:
         height, width = graph_shape.smallest_size

@@ -14,7 +14,7 @@ MAX_TEMPERATURE = 100.0
 def fit_temperature(
     logits: np.ndarray, labels: np.ndarray, weights: np.ndarray | None = None
 ) -> float:
-    """Return the temperature that minimizes the cross-entropy of softmax(logits / temperature).
+    """Find the temperature that minimizes the cross-entropy of softmax(logits / temperature).
 
     Source: Guo et al. 2017, arXiv 1706.04599, section 4.2. Predicted labels do not depend on the
     temperature. Images have equal weights unless `weights` [N] is given.

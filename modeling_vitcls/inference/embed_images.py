@@ -70,11 +70,11 @@ class EmbedImages:
         self.predictor: Predictor | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return the arguments without the model, which each process loads itself."""
+        """Leave the model out of a pickle: each process loads it itself."""
         return self.__dict__ | {"predictor": None}
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the columns of a batch without the images, one array per feature, and `error`.
+        """Replace the images of a batch with one array per feature and the column `error`.
 
         A feature is [B, D] or [B, n, D]. `error` is the error message of each unreadable image,
         whose features are NaN, or an empty text. Ray and Spark also pass empty batches, for which

@@ -160,7 +160,7 @@ def set_up_evaluation(
 def set_label_columns(
     options: DataOptions, config: ViTCLSConfig, folder: ModelFolder, task: str | None = None
 ) -> DataOptions:
-    """Return the options with the label columns of the model's training, unless columns are set.
+    """Fill in the label columns of the model's training, unless columns are set.
 
     These are the columns of a multi-task model, or the label column and the separator of a
     multi-label model or of an added task.
@@ -186,7 +186,7 @@ def set_label_columns(
 def print_results(
     results: dict[str, Any], part_text: str, config: ViTCLSConfig, console: Console
 ) -> None:
-    """Print the metrics and, if there are few classes, those of each class and its confusions."""
+    """Print the metrics and, if there are few classes, a row per class and the confusions."""
     images_text = f"{results['num_images']:,} images of {results['dataset']}"
     summary = f"{images_text} ({part_text}), each counted once"
     console.print(f"{summary}; {results['images_per_second']:,} images/s", markup=False)

@@ -35,14 +35,14 @@ class Predictions:
     metrics: dict[str, Any]
 
     def get_outputs(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return logits [N, L] and labels [N] of the images that have a label."""
+        """Stack the logits [N, L] and labels [N] of the images that have a label."""
         rows = [row for row in self.rows if is_labeled(row)]
         if not rows:
             return np.zeros((0, 1), np.float32), np.zeros(0, np.int64)
         return stack_rows(rows)
 
     def list_wrong(self) -> list[ImageOutput]:
-        """Return the images with another predicted label than their own."""
+        """List the images with another predicted label than their own."""
         return [row for row in self.rows if is_labeled(row) and row.values.argmax() != row.label]
 
 
@@ -54,7 +54,7 @@ def is_labeled(row: ImageOutput) -> bool:
 def build_predictions(
     label_space: LabelSpace, rows: Sequence[ImageOutput], accelerator: Accelerator
 ) -> Predictions:
-    """Return the predictions of rows with one label that are known on every process."""
+    """Measure rows with one label that are known on every process."""
     metrics = SingleLabelMetrics(label_space, accelerator.device)
     # metrics are summed over the processes
     own = slice(accelerator.process_index, None, accelerator.num_processes)
@@ -66,16 +66,16 @@ def build_predictions(
 
 
 class Evaluator(ImagePass):
-    """Evaluates models on a fixed set of labeled images. The arguments are those of `ImagePass`.
+    """Evaluates models on a fixed set of labeled images. It takes the arguments of `ImagePass`.
 
-    With `task`, the logits are those of this added task.
+    With `task`, it evaluates this added task.
     """
 
     task: str | None = None
     pass_name = "evaluating"
 
     def predict(self, model: nn.Module, console: Console | None = None) -> Predictions:
-        """Return the metrics of a model and, except for several tasks, the logits of each image.
+        """Measure a model and keep, except for several tasks, the logits of each image.
 
         All processes must call this method.
         """
@@ -122,7 +122,7 @@ class Evaluator(ImagePass):
 
 
 def round_floats(value: Any) -> Any:
-    """Return the value with all floats rounded to six decimals, also in nested lists and dicts."""
+    """Round all floats to six decimals, also in nested lists and dicts."""
     if isinstance(value, float):
         return round(value, 6)
     if isinstance(value, list):

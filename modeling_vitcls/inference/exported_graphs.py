@@ -43,7 +43,7 @@ Runner = Callable[[dict[str, Any]], Sequence[Any]]  # arrays by input name -> ar
 
 
 class ExportedGraph(nn.Module):
-    """A graph in a file. The threads are those of PyTorch.
+    """A graph in a file. It runs in as many threads as PyTorch.
 
     Args:
         file: An .onnx or .xml file.
@@ -68,7 +68,7 @@ class ExportedGraph(nn.Module):
         self.output_names, self.run = opened
 
     def forward(self, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Return the outputs [B, ...] by name, for images [B, C, H, W].
+        """Compute the outputs [B, ...] by name, for images [B, C, H, W].
 
         Raises:
             GraphError: If the graph does not support the images.
@@ -100,7 +100,7 @@ def open_onnx(file: Path) -> tuple[list[str], Runner]:
 
 @cache
 def get_openvino_core() -> Any:
-    """Return OpenVINO's core, which is never released.
+    """Create OpenVINO's core once; it is never released.
 
     On CPUs with AMX, the core installs a signal stack for the thread that creates it. When another
     thread releases the core, for example while it collects garbage, the stack is unmapped and the
@@ -168,7 +168,7 @@ class ExportedModel(nn.Module):
         output_hidden_states: bool = False,
         num_output_tokens: int | None = None,
     ) -> SimpleNamespace:
-        """Return the outputs [B, ...] for images [B, C, H, W], on the device of the images.
+        """Compute the outputs [B, ...] for images [B, C, H, W], on the device of the images.
 
         The graph always computes all tokens (`num_output_tokens`).
         """
@@ -215,7 +215,7 @@ def load_exported_model(
 
     Raises:
         ValueError: If there is no such graph, if it cannot be run, if it was exported from other
-            weights, or if its outputs are not those of the model.
+            weights, or if its outputs are not the outputs of the model.
     """
     file = find_exported_file(backend, folder.path)
     check_weights(file, folder, requires_report=backend in BACKEND_FILES)
@@ -305,7 +305,7 @@ def check_outputs(model: ExportedModel, processor: ViTCLSImageProcessor) -> None
 
 
 def find_exported_file(backend: str, folder: Path) -> Path:
-    """Return the file that a backend runs.
+    """Find the file that a backend runs.
 
     Args:
         backend: "onnx" or "openvino" for model.onnx or model.xml in the folder, or the path of an
@@ -323,6 +323,6 @@ def find_exported_file(backend: str, folder: Path) -> Path:
 
 
 def format_export_command(file: Path, folder: Path) -> str:
-    """Return the command that writes a graph of the model in a folder."""
+    """Format the command that writes a graph of the model in a folder."""
     file_format = "openvino" if file.suffix == ".xml" else "onnx"
     return f"vitcls export --model {folder} --format {file_format} --output {file}"

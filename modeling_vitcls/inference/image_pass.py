@@ -229,7 +229,7 @@ class ImagePass:
         """Yield the batches of this process with what `compute` returns for their images.
 
         `compute` returns a tensor [B, ...], tensors by name, or an object with one of both as
-        `logits`. Rows after those of the batch are padding.
+        `logits`. Further rows are padding.
 
         Args:
             model: the model that `compute` runs, on the device and in evaluation mode.
@@ -290,20 +290,20 @@ class ImagePass:
     def collect(
         self, model: nn.Module, compute: Compute, console: Console | None = None
     ) -> list[ImageOutput]:
-        """Return what `compute` returns for each readable image, in order, on every process."""
+        """Collect what `compute` returns for each readable image, in order, on every process."""
         rows: list[ImageOutput] = []
         for batch, outputs in self.iterate(model, compute, console):
             rows += list_rows(batch, outputs)
         return self.gather_rows(rows)
 
     def gather_rows(self, rows: list[ImageOutput]) -> list[ImageOutput]:
-        """Return the rows of all processes, in the order of the images, with their names."""
+        """Gather the rows of all processes in the order of the images, and name them."""
         rows = sorted(gather_object(rows), key=lambda row: row.index)
         names = self.images.images.get_names()
         return [replace(row, name=names[row.index]) for row in rows]
 
     def pad_batch(self, model: nn.Module, batch: ImageBatch) -> ImageBatch:
-        """Return the batch with blank images after its own, up to the batch size, if required.
+        """Add blank images to a batch, up to the batch size, if required.
 
         It is if the model is shared by several processes or compiled for a batch size, or if no
         image is readable.
@@ -346,14 +346,14 @@ class ImagePass:
 
 
 def stack_rows(rows: Sequence[ImageOutput]) -> tuple[np.ndarray, np.ndarray]:
-    """Return the values [N, ...] and the labels [N, ...] of rows."""
+    """Stack the values [N, ...] and the labels [N, ...] of rows."""
     return np.stack([row.values for row in rows]), np.stack([row.label.numpy() for row in rows])
 
 
 def list_rows(batch: ImageBatch, values: torch.Tensor) -> list[ImageOutput]:
-    """Return one row per image of a batch, given the values [B, ...].
+    """Make one row per image of a batch, given the values [B, ...].
 
-    Values after those of the images are padding.
+    Further values are padding.
     """
     # a row of a tensor would be pickled with its batch
     arrays = values.float().cpu().numpy()

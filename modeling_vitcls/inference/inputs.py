@@ -84,7 +84,7 @@ class ListInput:
 
 
 def build_list_input(paths: Iterable[str]) -> ListInput:
-    """Return an input with the given files, and the images in the given folders.
+    """Build an input of the given files, and of the images in the given folders.
 
     Images in a folder are sorted by name. Other files, and folders of training runs, cause a
     warning. Raise ValueError if there are no images.
@@ -127,7 +127,7 @@ def build_list_input(paths: Iterable[str]) -> ListInput:
 
 
 def list_sources(images: Any) -> list[Any]:
-    """Return images of any kind as paths, data URIs, encoded images, PIL images and arrays.
+    """List images of any kind as paths, data URIs, encoded images, PIL images and arrays.
 
     Args:
         images: one image, a file object, a batch [N, ...], or an iterable of these.
@@ -148,7 +148,7 @@ def list_sources(images: Any) -> list[Any]:
 
 
 def read_file_object(image: Any) -> Any:
-    """Return the bytes of a file object or a memoryview. Other images are returned unchanged."""
+    """Read a file object or a memoryview. Other images are returned unchanged."""
     if isinstance(image, memoryview):
         return bytes(image)
     if not hasattr(image, "read"):
@@ -160,7 +160,7 @@ def read_file_object(image: Any) -> Any:
 
 
 def read_path_list(file: Path) -> list[str]:
-    """Return the non-empty lines of a text file. Raise ValueError if there are no such lines.
+    """Read the non-empty lines of a text file. Raise ValueError if there are none.
 
     The file may be a pipe, such as /dev/stdin or `<(find photos)`, which is read until it ends.
     """
@@ -172,7 +172,7 @@ def read_path_list(file: Path) -> list[str]:
 
 
 def get_source_name(source: str) -> str:
-    """Return the name of an image: its path, or the start of a data URI."""
+    """Name an image by its path, or by the start of a data URI."""
     return f"{source[:40]}..." if source.startswith(DATA_URI_PREFIX) else make_printable(source)
 
 
@@ -243,7 +243,7 @@ def open_input(options: PredictOptions) -> PredictionInput:
 
 
 def select_split(splits: Mapping[str, Any], options: PredictOptions) -> Any:
-    """Return the split that `split` names, or the only split if `split` is not set.
+    """Select the split that `split` names, or the only split if `split` is not set.
 
     Raise ValueError if there is no such split.
     """
@@ -276,7 +276,7 @@ def prepare_image(processor: ViTCLSImageProcessor, record: ImageRecord) -> torch
 
 
 def decode_data_uri(uri: str) -> bytes:
-    """Return the contents of a URI `data:image/png;base64,...` (RFC 2397).
+    """Decode a URI `data:image/png;base64,...` (RFC 2397).
 
     Raise ValueError if it is not encoded as it says.
     """

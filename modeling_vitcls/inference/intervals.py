@@ -24,7 +24,7 @@ Interval = tuple[float, float]  # lower and upper bounds
 
 
 def compute_proportion_interval(num_successes: int, num_trials: int) -> list[float] | None:
-    """Return the Wilson score interval [low, high] of `num_successes / num_trials`.
+    """Compute the Wilson score interval [low, high] of `num_successes / num_trials`.
 
     It is None if `num_trials` is 0.
 
@@ -40,7 +40,7 @@ def compute_proportion_interval(num_successes: int, num_trials: int) -> list[flo
 
 
 def compute_bootstrap_interval(values: Sequence[float]) -> Interval:
-    """Return the percentile bootstrap interval of the mean of the values."""
+    """Compute the percentile bootstrap interval of the mean of the values."""
     if len(values) < 2:
         return float(values[0]), float(values[0])
     options = {"confidence_level": CONFIDENCE_LEVEL, "n_resamples": NUM_RESAMPLES, "rng": 0}
@@ -64,7 +64,7 @@ def estimate_after_choice(
     weights: np.ndarray | None = None,
     groups: np.ndarray | None = None,
 ) -> Estimate:
-    """Return the accuracy of the candidate with the lowest loss, corrected for the choice.
+    """Estimate the accuracy of the candidate with the lowest loss, corrected for the choice.
 
     The out-of-fold accuracy of the best of several candidates is too high, because it was chosen
     for it. Each bootstrap sample of the images chooses a candidate, which the other images measure
@@ -93,7 +93,7 @@ def estimate_after_choice(
 
 
 def compute_prediction_limit(values: Sequence[float], level: float) -> float:
-    """Return the value below which one further draw lies with probability `level`.
+    """Compute the value below which one further draw lies with probability `level`.
 
     The draw is from the distribution of `values` (normal with unknown variance). The limit is at
     least the largest of the values.
@@ -109,12 +109,12 @@ def compute_prediction_limit(values: Sequence[float], level: float) -> float:
 
 
 def compute_chance_calibration_error(confidences: np.ndarray) -> float:
-    """Return the expected calibration error (15 bins) of a model that is calibrated.
+    """Compute the expected calibration error (15 bins) of a model that is calibrated.
 
-    It is not 0, because the accuracy of few images differs from their confidences [N] by chance:
-    the number of correct predictions in a bin is binomial, and its mean absolute deviation is that
-    of De Moivre (Diaconis and Zabell 1991, "Closed form summation for classical distributions").
-    It is NaN if there are no images, or if a confidence is.
+    Even a perfectly calibrated model has some error on few images. In each bin, the number of
+    correct predictions is binomial; De Moivre's formula gives its mean absolute deviation (Diaconis
+    and Zabell 1991, "Closed form summation for classical distributions"). The result is NaN if
+    there are no images, or if a confidence is.
     """
     if not len(confidences) or not np.isfinite(confidences).all():
         return math.nan

@@ -144,7 +144,7 @@ def choose_batch_size(
     device: torch.device,
     default: int,
 ) -> int:
-    """Return `batch_size` or, if it is None, `default`.
+    """Choose `batch_size` or, if it is None, `default`.
 
     On CPUs, the default is at most `CPU_BATCH_TOKENS` tokens of images of the size that the image
     processor makes.

@@ -31,7 +31,7 @@ MAX_NAME_LENGTH = 100  # maximum length of a name in a card, in characters
 
 
 def get_metric_names(results: dict[str, Any], config: ViTCLSConfig | None) -> dict[str, str]:
-    """Return a dict that maps the keys of the measured metrics to their names.
+    """Name the measured metrics, by their keys in the results.
 
     Metrics over all tasks come first.
     """
@@ -43,7 +43,7 @@ def get_metric_names(results: dict[str, Any], config: ViTCLSConfig | None) -> di
 
 
 def build_metric_rows(results: dict[str, Any], config: ViTCLSConfig | None) -> list[list[str]]:
-    """Return the name and the value of each measured metric, with its confidence interval."""
+    """List the name and the value of each measured metric, with its confidence interval."""
     rows = []
     for key, name in get_metric_names(results, config).items():
         interval = results.get(f"{key}_interval")  # [low, high]
@@ -61,7 +61,7 @@ def build_metric_rows(results: dict[str, Any], config: ViTCLSConfig | None) -> l
 def build_class_tables(
     results: dict[str, Any], config: ViTCLSConfig | None
 ) -> dict[str, list[dict[str, str]]]:
-    """Return the rows of the table of classes, by title.
+    """Build the rows of each table of classes, by title.
 
     Tasks with more than `MAX_CLASSES_IN_TABLE` classes have no table.
     """
@@ -78,7 +78,7 @@ def build_class_tables(
 def build_confusion_tables(
     results: dict[str, Any], config: ViTCLSConfig | None
 ) -> dict[str, list[list[str]]]:
-    """Return the rows of each confusion matrix, by title. The first row is the header.
+    """Build the rows of each confusion matrix, by title. The first row is the header.
 
     Rows are labels; columns are predictions, by the numbers before the names. Tasks with more than
     `MAX_CLASSES_IN_MATRIX` classes have no table.
@@ -97,7 +97,7 @@ def build_confusion_tables(
 
 
 def describe_confusions(results: dict[str, Any], config: ViTCLSConfig | None) -> list[str]:
-    """Return a line with the most frequent confusions of each task, if there are any."""
+    """Name the most frequent confusions of each task in a line, if there are any."""
     lines = []
     for title, names, matrix in list_confusion_matrices(results, config):
         pairs = [
@@ -116,7 +116,7 @@ def describe_confusions(results: dict[str, Any], config: ViTCLSConfig | None) ->
 def list_confusion_matrices(
     results: dict[str, Any], config: ViTCLSConfig | None
 ) -> list[tuple[str, list[str], list[list[int]]]]:
-    """Return a title, the names of the classes and the matrix of each task that has one."""
+    """List a title, the names of the classes and the matrix of each task that has one."""
     tasks = config.task_labels() if config is not None else {}
     titles = {"": "Confusions"} | {f"{task}_": f"{task}, confusions" for task in tasks}
     matrices = []
@@ -128,7 +128,7 @@ def list_confusion_matrices(
 
 
 def build_class_row(metrics: dict[str, Any]) -> dict[str, str]:
-    """Return a dict that maps column names to table cells for one class."""
+    """Format the metrics of one class as table cells, by column."""
     metric_cells = {
         CLASS_COLUMNS[key]: format_percent(value)
         for key, value in metrics.items()
@@ -142,17 +142,17 @@ def build_class_row(metrics: dict[str, Any]) -> dict[str, str]:
 
 
 def format_percent(value: float | None) -> str:
-    """Return a fraction as a percentage, or a dash for None."""
+    """Format a fraction as a percentage; None is a dash."""
     return "–" if value is None else f"{value:.2%}"
 
 
 def format_small_percent(value: float) -> str:
-    """Return a positive fraction as a percentage with three decimals, never as 0."""
+    """Format a positive fraction as a percentage with three decimals, never as 0."""
     return f"{value:.3%}" if value >= 1e-5 else "less than 0.001%"
 
 
 def format_name(name: str) -> str:
-    """Return a name from a dataset as inline Markdown code on one line.
+    """Format a name from a dataset as inline Markdown code on one line.
 
     It has at most 100 characters.
     """

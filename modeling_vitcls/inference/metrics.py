@@ -42,7 +42,7 @@ MetricValues = dict[str, Any]
 
 
 def select_scalars(metrics: Mapping[str, Any]) -> dict[str, int | float]:
-    """Return the scalar metrics, in their original order, for logging and comparison."""
+    """Select the scalar metrics, in their original order, for logging and comparison."""
     return {name: value for name, value in metrics.items() if isinstance(value, int | float)}
 
 
@@ -54,7 +54,7 @@ class SingleLabelMetrics:
     balanced_accuracy       mean recall of the classes that have images
     macro_f1                mean F1 of the classes that have images or predictions
     calibration_error       expected calibration error with 15 bins (Guo et al. 2017, arXiv 1706.04599)
-    calibration_error_by_chance     that of a calibrated model on as many images
+    calibration_error_by_chance     what a calibrated model has on as many images
     cls_accuracy, distillation_accuracy     accuracy of each head, if the model has two heads
     loss                    cross-entropy, without label smoothing
     num_images
@@ -299,7 +299,7 @@ class ClassCounts(Metric):
 
 
 class CalibrationErrors(MulticlassCalibrationError):
-    """The calibration error, and that of a calibrated model with the same confidences."""
+    """The calibration error, and what a calibrated model with the same confidences has."""
 
     def compute(self) -> torch.Tensor:
         """Return both errors [2]."""
@@ -334,16 +334,16 @@ def compute_class_metrics(names: list[str], counts: list[list[int]]) -> list[Met
 
 
 def safe_divide(numerator: int, denominator: int) -> float | None:
-    """Return the quotient, or None if the denominator is 0."""
+    """Divide; the result is None if the denominator is 0."""
     return numerator / denominator if denominator else None
 
 
 def compute_mean(values: list[float | None]) -> float | None:
-    """Return the mean of the values that are not None, or None if all values are None."""
+    """Average the values that are not None; the result is None if all are."""
     defined_values = [value for value in values if value is not None]
     return sum(defined_values) / len(defined_values) if defined_values else None
 
 
 def to_number(value: torch.Tensor) -> float | None:
-    """Return the value of a one-element tensor; None for NaN and infinity, which JSON lacks."""
+    """Convert a one-element tensor; NaN and infinity, which JSON lacks, become None."""
     return value.item() if value.isfinite() else None

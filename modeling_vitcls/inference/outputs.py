@@ -24,7 +24,7 @@ Columns = dict[str, pa.DataType]
 
 
 def get_output_columns(columns: Columns) -> Columns:
-    """Return the columns of the output: index, image, those of the prediction, and error."""
+    """Put the columns of a prediction between `index` and `image`, and `error`."""
     return {"index": pa.int64(), "image": pa.string(), **columns, "error": pa.string()}
 
 
@@ -126,7 +126,7 @@ def print_table(rows: Iterable[Row], columns: Columns) -> None:
 
 
 def format_table_cell(value: Any) -> str:
-    """Return the text of one table cell."""
+    """Format the value of one table cell."""
     if isinstance(value, list):
         return ", ".join(map(format_table_cell, value))
     if isinstance(value, float):

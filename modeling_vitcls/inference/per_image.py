@@ -10,8 +10,8 @@ loss            cross-entropy                           binary cross-entropy, me
 nearest_images  of a wrong prediction: the training images  -
                 with the most similar features
 
-`finetune` writes the same file for its held-out images, predictions.parquet. Only this file has the
-column `nearest_images`, and only after a probe of the frozen encoder, whose features are compared.
+`finetune` writes the same file for its held-out images, predictions.parquet. Runs that start from a
+frozen encoder also write `nearest_images`, found with its features. No other file has this column.
 Several tasks are not supported. The metadata of the file contains the hash of the model's weights,
 because predictions of other weights must not be used.
 """
@@ -93,7 +93,7 @@ def write_predictions(
 
 
 def read_weights_hash(file: Path) -> dict[str, str] | None:
-    """Return the SHA-256 of each weight file of the model that computed a file of predictions.
+    """Read the SHA-256 of each weight file of the model that computed a file of predictions.
 
     It is None if the file does not contain it. Raise ValueError if the file is damaged.
     """
@@ -105,5 +105,5 @@ def read_weights_hash(file: Path) -> dict[str, str] | None:
 
 
 def select_names(names: list[str], values: torch.Tensor) -> list[str]:
-    """Return the names whose values are above 0.5."""
+    """Select the names whose values are above 0.5."""
     return [name for name, value in zip(names, values.tolist(), strict=True) if value > 0.5]

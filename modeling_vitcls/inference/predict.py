@@ -79,7 +79,7 @@ class Predictor:
 
 
 def predict_from_options(options: PredictOptions, images: list[Any]) -> list[Row]:
-    """Return the rows that `vitcls predict` would write, computed in this process.
+    """Compute the rows that `vitcls predict` would write, in this process.
 
     `images` are paths, folders, encoded bytes, PIL images and arrays. If `images` is empty,
     the options specify the input.
@@ -166,7 +166,7 @@ def build_predictor(
 def compute_rows(
     accelerator: Accelerator, source: PredictionInput, predictor: Predictor
 ) -> Iterator[Row]:
-    """Return the rows of all images, in order.
+    """Compute the rows of all images, in order.
 
     With several processes, the main process gathers the rows; otherwise, they are computed while
     the iterator is read.
@@ -193,7 +193,7 @@ def compute_rows(
 
 
 def wrap_images(images: Sequence[Any]) -> ListInput:
-    """Return an input with images from paths, folders and memory.
+    """Build an input of images from paths, folders and memory.
 
     Images in memory are named by index.
     """
@@ -210,6 +210,6 @@ def wrap_images(images: Sequence[Any]) -> ListInput:
 
 
 def get_num_workers() -> int:
-    """Return the number of CPU cores per local process, clamped to [1, 8]."""
+    """Count the CPU cores per local process, clamped to [1, 8]."""
     num_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return max(1, min(8, (os.cpu_count() or 1) // num_processes))

@@ -45,7 +45,7 @@ DEFAULT_THRESHOLD = 0.5
 
 
 def select_top_labels(logits: torch.Tensor, names: list[str], top_k: int) -> list[list[Label]]:
-    """Return the `top_k` most probable labels of each image, given logits [B, num_labels].
+    """Select the `top_k` most probable labels of each image, given logits [B, num_labels].
 
     Each image has one label.
     """
@@ -57,7 +57,7 @@ def select_top_labels(logits: torch.Tensor, names: list[str], top_k: int) -> lis
 def select_probable_labels(
     logits: torch.Tensor, names: list[str], threshold: float
 ) -> list[list[Label]]:
-    """Return the labels of each image whose probability is at least `threshold`, sorted.
+    """Select the labels of each image whose probability is at least `threshold`, sorted.
 
     The multi-label logits are [B, num_labels].
     """
@@ -72,7 +72,7 @@ def select_probable_labels(
 def build_labels(
     indices: torch.Tensor, probabilities: torch.Tensor, names: list[str]
 ) -> list[list[Label]]:
-    """Return the names and probabilities of labels, given indices and probabilities [B, n]."""
+    """Pair the names and probabilities of labels, given indices and probabilities [B, n]."""
     labels = []
     for pair in zip(indices.tolist(), probabilities.tolist(), strict=True):
         image_labels = zip(*pair, strict=True)
@@ -81,7 +81,7 @@ def build_labels(
 
 
 def name_column(task: str, name: str) -> str:
-    """Return the name of a column of a task. That of a classifier has an empty name."""
+    """Name a column of a task. The task of a classifier has an empty name."""
     return f"{task}_{name}" if task else name
 
 
@@ -136,7 +136,7 @@ class LabelColumns:
             self.columns["unknown"] = pa.bool_()
 
     def predict(self, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Return the logits [B, num_labels] of each task."""
+        """Compute the logits [B, num_labels] of each task."""
         outputs: Any = self.model(pixel_values)
         logits = outputs.logits if isinstance(outputs.logits, dict) else {"": outputs.logits}
         logits = {**logits, **(getattr(outputs, "task_logits", None) or {})}
@@ -146,7 +146,7 @@ class LabelColumns:
         return tensors
 
     def build_rows(self, outputs: dict[str, torch.Tensor]) -> list[Row]:
-        """Return one row per image with the most probable labels."""
+        """Build one row per image with the most probable labels."""
         columns: dict[str, Sequence[Any]] = {}
         for task, pairs in self.column_pairs.items():
             names = self.single_labels[task].labels
@@ -210,7 +210,7 @@ class Feature:
         return cls(group, int(layer) if layer else None, token_counts[group])
 
     def select(self, encoder: Any, outputs: Any) -> torch.Tensor:
-        """Return the feature [B, D], or [B, n, D] if there are n > 1 tokens."""
+        """Select the feature [B, D], or [B, n, D] if there are n > 1 tokens."""
         tokens = outputs.last_hidden_state
         if self.layer is not None:
             tokens = outputs.hidden_states[self.layer]
@@ -243,7 +243,7 @@ class FeatureColumns:
         }
 
     def predict(self, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Return each feature as [B, D], or [B, n, D] if there are n > 1 tokens."""
+        """Compute each feature as [B, D], or [B, n, D] if there are n > 1 tokens."""
         has_layers = any(feature.layer is not None for feature in self.features.values())
         num_tokens = None if has_layers else self.count_special_tokens()
         outputs = self.encoder(
@@ -255,9 +255,9 @@ class FeatureColumns:
         }
 
     def count_special_tokens(self) -> int | None:
-        """Return the number of leading special tokens that contain all features.
+        """Count the leading special tokens that contain all features; None if patches do.
 
-        It is None if patches are required.
+        The last layer computes only these tokens.
         """
         config: Any = self.encoder.config
         groups = {feature.group for feature in self.features.values()}
@@ -266,7 +266,7 @@ class FeatureColumns:
         return max(getattr(config.token_layout, group).stop for group in groups)
 
     def build_rows(self, outputs: dict[str, torch.Tensor]) -> list[Row]:
-        """Return one row per image with the features.
+        """Build one row per image with the features.
 
         A feature is one array, or a list with one array per token.
         """
@@ -362,9 +362,9 @@ def predict_rows(
 def try_predict(
     columns: PredictionColumns, pixel_values: torch.Tensor
 ) -> dict[str, torch.Tensor] | str:
-    """Return the outputs [B, ...] for images [B, C, H, W].
+    """Compute the outputs [B, ...] for images [B, C, H, W].
 
-    If the model does not support the images, it is the reason.
+    If the model does not support the images, return the reason.
     """
     try:
         return columns.predict(pixel_values)
@@ -377,7 +377,7 @@ def try_predict(
 def build_rows(
     columns: PredictionColumns, outputs: dict[str, torch.Tensor] | str, num_images: int
 ) -> list[Row]:
-    """Return a row for each image, given what `try_predict` returns."""
+    """Build a row for each image, given what `try_predict` returns."""
     if isinstance(outputs, str):
         return [{"error": outputs}] * num_images
     message = "the model output is not finite. Set a different `mixed_precision`"

@@ -16,7 +16,7 @@ MEASUREMENT_SECONDS = 0.5  # approximate duration of the measurement in seconds
 
 @torch.inference_mode()
 def measure_inference_speed(model: Any, device: torch.device) -> dict[str, Any]:
-    """Return the median speed in images per second, and the conditions of the measurement.
+    """Measure the median speed in images per second, under conditions that are part of the result.
 
     The batch size is 32, or smaller if the measurement would otherwise take too long. A model that
     needs longer than MEASUREMENT_SECONDS for one image is measured once.

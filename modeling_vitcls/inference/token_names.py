@@ -11,7 +11,7 @@ SINGLE_TOKEN_NAMES = {"cls": "CLS", "distillation": "distillation", "registers":
 
 
 def get_token_names(config: Any) -> list[str]:
-    """Return the name of each special token, in sequence order.
+    """Name each special token, in sequence order.
 
     A single CLS token is named "CLS", and several CLS tokens are named "CLS 1", "CLS 2" and so on;
     distillation and register tokens are named in the same way. In a multi-task model, "CLS species"
@@ -22,7 +22,7 @@ def get_token_names(config: Any) -> list[str]:
 
 
 def get_token_names_by_group(config: Any) -> dict[str, list[str]]:
-    """Return the names of the tokens of each group: "cls", "distillation" and "registers"."""
+    """Name the tokens of each group: "cls", "distillation" and "registers"."""
     layout = config.token_layout
     indices = range(layout.num_prefix_tokens)
     names: dict[str, list[str]] = {}

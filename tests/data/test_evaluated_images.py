@@ -13,7 +13,7 @@ from helpers.tiny_models import raises_one_line
 from helpers.tiny_options import build_tiny_options, run_training
 
 from modeling_vitcls import evaluate, inspect_tokens
-from modeling_vitcls.data.evaluation_data import load_fitting_and_evaluation_data
+from modeling_vitcls.data.evaluation_data import load_calibration_and_evaluation_data
 from modeling_vitcls.data.images import DatasetImages
 from modeling_vitcls.data.options import DataOptions
 from modeling_vitcls.data.splits import load_training_data
@@ -229,10 +229,10 @@ def test_large_files_are_read_in_part(tmp_path: Path) -> None:
     assert encoded.compute_content_keys().tolist() == keys.tolist()
 
 
-def test_a_classifier_of_an_only_split_is_fitted_to_the_other_images(photos: Path) -> None:
+def test_the_other_images_of_an_only_split_calibrate_a_graph(photos: Path) -> None:
     options = DataOptions(dataset=str(photos / "train"))
     for splits in (EMPTY_TABLE, load_training_data(options).build_splits_table()):
-        fitted, evaluated = load_fitting_and_evaluation_data(options, None, splits)
-        names = [*fitted.images.images.get_names(), *evaluated.images.images.get_names()]
+        fitted, evaluated = load_calibration_and_evaluation_data(options, None, splits)
+        names = [*fitted.images.get_names(), *evaluated.images.images.get_names()]
         assert len(set(names)) == len(names) == 60
         assert len(evaluated.images) == 12
