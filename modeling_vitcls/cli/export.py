@@ -23,7 +23,7 @@ def run(options: ExportOptions) -> None:
     from ..export.exporter import export_model
 
     silence_exporters()
-    print_report(export_model(options), options.output)
+    print_export(export_model(options), options.output)
 
 
 def silence_exporters() -> None:
@@ -34,7 +34,7 @@ def silence_exporters() -> None:
     warnings.filterwarnings("ignore", module=r"torch\.|onnxscript|copyreg")
 
 
-def print_report(report: dict[str, Any], output: Path) -> None:
+def print_export(report: dict[str, Any], output: Path) -> None:
     """Print the report, the name of the file, and how to compare it with the model."""
     file = output / report["file"] if not output.suffix else output
     if report["dtype"] != "int8":  # random images say little about int8

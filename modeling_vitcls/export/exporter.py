@@ -55,10 +55,8 @@ NO_LIMIT = (float("inf"), 0.0)  # of int8, whose metric is checked instead
 # relative tolerance of the distance to the nearest class, a difference of large numbers
 DISTANCE_LIMIT = 1e-4
 
-Report = dict[str, Any]
 
-
-def export_model(options: ExportOptions) -> Report:
+def export_model(options: ExportOptions) -> dict[str, Any]:
     """Export a model to a file, such as mine.onnx, and write a report to mine.onnx.json.
 
     Args:
@@ -103,7 +101,7 @@ def export_model(options: ExportOptions) -> Report:
     with create_output_files(target, last=get_report_path(target).name) as output_folder:
         file = output_folder / target.name
         write_graph(graph, graph_shape, names, file)
-        comparisons = compare_outputs(
+        comparisons = measure_differences(
             batches, reference_outputs, run_graph(file, batches, names), options.dtype
         )
 
@@ -112,11 +110,11 @@ def export_model(options: ExportOptions) -> Report:
             assert images is not None, "int8 requires a dataset"
             calibration_images = prepare_images(images.training, processor, NUM_CALIBRATION_IMAGES)
             quantize_graph(file, calibration_images, options.exclude_layers)
-            comparisons = compare_outputs(
+            comparisons = measure_differences(
                 batches, reference_outputs, run_graph(file, batches, names), "int8"
             )
 
-        report: Report = {
+        report: dict[str, Any] = {
             "format": options.format,
             "file": file.name,
             "model": strip_folders(resolve_name(options.model)),
@@ -144,7 +142,7 @@ def export_model(options: ExportOptions) -> Report:
             check_drop(report, options.max_drop, model, torch.cat(calibration_images[:16]))
 
         if folder is not None and not options.output.suffix:
-            write_model_files(folder, output_folder, report)
+            copy_model_files(folder, output_folder, report)
         write_json(get_report_path(file), report)
         check_files_do_not_exist(*(target.parent / each.name for each in output_folder.iterdir()))
     return report
@@ -172,7 +170,7 @@ def choose_target(output: Path, file_format: str, packages: list[str]) -> Path:
 
 def describe_graph(
     file: Path, exportable: ExportableModel, graph_shape: GraphShape, outputs: Outputs
-) -> Report:
+) -> dict[str, Any]:
     """Describe the inputs, the outputs and the size of a graph, and measure its speed.
 
     Args:
@@ -184,7 +182,7 @@ def describe_graph(
     model, folder = exportable.model, exportable.folder
     height_width = ["height", "width"] if graph_shape.is_dynamic else graph_shape.image_size
     files = list(file.parent.iterdir())
-    report: Report = {
+    report: dict[str, Any] = {
         "model_class": type(model).__name__,
         "weights": "random" if folder is None else "trained",
         "input": {
@@ -217,7 +215,7 @@ def describe_graph(
     return report
 
 
-def write_model_files(model_folder: ModelFolder, folder: Path, report: Report) -> None:
+def copy_model_files(model_folder: ModelFolder, folder: Path, report: dict[str, Any]) -> None:
     """Write what `predict` with `backend` requires in the folder of the graph.
 
     These are the configuration, the image processor, the splits of the model's run and, in
@@ -278,12 +276,12 @@ def select_image_shapes(
     ]
 
 
-def compare_outputs(
+def measure_differences(
     batches: list[torch.Tensor],
     reference_outputs: list[Outputs],
     outputs: list[Outputs],
     dtype: str,
-) -> list[Report]:
+) -> list[dict[str, Any]]:
     """Find the largest differences between the outputs of a file and of the model, by batch.
 
     Raise ValueError if the names or shapes differ, or if a difference exceeds `LIMITS`.

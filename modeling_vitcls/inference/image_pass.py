@@ -36,7 +36,7 @@ from ..model.image_processing_vitcls import ViTCLSImageProcessor
 from ..runtime.progress import track
 
 
-Item = TypeVar("Item")
+Source = TypeVar("Source")
 Prepared = TypeVar("Prepared")
 
 
@@ -100,7 +100,7 @@ def find_finite(outputs: Any, num_images: int) -> torch.Tensor:
 
 
 def prepare_ahead(
-    prepare: Callable[[Item], Prepared], items: Iterable[Item], num_threads: int, num_ahead: int
+    prepare: Callable[[Source], Prepared], items: Iterable[Source], num_threads: int, num_ahead: int
 ) -> Iterator[Prepared]:
     """Prepare items by threads, up to `num_ahead` in advance, and yield the results in order.
 

@@ -80,7 +80,7 @@ def write_csv(table: pa.Table, file: Path) -> None:
     frame.to_csv(file, index=False, header=[escape_csv_cell(name) for name in table.column_names])
 
 
-def write_json(table: pa.Table, file: Path, pattern: str, separator: str) -> None:
+def write_json_rows(table: pa.Table, file: Path, pattern: str, separator: str) -> None:
     """Write one JSON object per line. Missing values are null."""
     lines = (
         json.dumps(row, ensure_ascii=False, allow_nan=False, default=float)
@@ -91,8 +91,8 @@ def write_json(table: pa.Table, file: Path, pattern: str, separator: str) -> Non
 
 WRITERS: dict[str, Callable[[pa.Table, Path], None]] = {
     ".csv": write_csv,
-    ".json": lambda table, file: write_json(table, file, "[\n{}\n]\n", ",\n"),
-    ".jsonl": lambda table, file: write_json(table, file, "{}\n", "\n"),
+    ".json": lambda table, file: write_json_rows(table, file, "[\n{}\n]\n", ",\n"),
+    ".jsonl": lambda table, file: write_json_rows(table, file, "{}\n", "\n"),
 }
 
 

@@ -345,7 +345,7 @@ def predict_rows(
         for batch, outputs in pass_over_images(
             partial(try_predict, columns), batches, device, autocast
         ):
-            rows = build_rows(columns, outputs, len(batch.indices))
+            rows = build_checked_rows(columns, outputs, len(batch.indices))
             predictions |= dict(zip(batch.indices, rows, strict=True))
 
         for record, _ in images:
@@ -374,7 +374,7 @@ def try_predict(
         return str(error)
 
 
-def build_rows(
+def build_checked_rows(
     columns: PredictionColumns, outputs: dict[str, torch.Tensor] | str, num_images: int
 ) -> list[Row]:
     """Build a row for each image, given what `try_predict` returns."""

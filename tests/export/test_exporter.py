@@ -337,13 +337,13 @@ def test_limits_are_absolute_and_relative_to_the_largest_value(dtype: str, limit
     logits = torch.tensor([[4.0, -1.0]])
     images = [build_images()]
     below = [{"logits": logits - 0.9 * limit}]
-    (comparison,) = exporter.compare_outputs(images, [{"logits": logits}], below, dtype)
+    (comparison,) = exporter.measure_differences(images, [{"logits": logits}], below, dtype)
     assert comparison["differences"] == {"logits": pytest.approx(0.9 * limit, rel=1e-2)}
     assert comparison["magnitudes"] == {"logits": 4}
     for difference in (1.1 * limit, float("nan")):
         wrong = [{"logits": logits + difference}]
         with raises_one_line("the output logits", f"the limit in {dtype} is {limit:.2g}"):
-            exporter.compare_outputs(images, [{"logits": logits}], wrong, dtype)
+            exporter.measure_differences(images, [{"logits": logits}], wrong, dtype)
 
 
 def test_outputs_are_compared_by_error_cosine_and_label() -> None:

@@ -12,8 +12,8 @@ from modeling_vitcls import (
     ViTCLSModel,
 )
 from modeling_vitcls.inference.prediction_rows import (
+    build_checked_rows,
     build_prediction_columns,
-    build_rows,
     try_predict,
 )
 
@@ -23,7 +23,7 @@ NAMES = ["ant", "bee", "cat", "dog"]
 
 def predict(columns: Any, pixels: torch.Tensor) -> list[dict[str, Any]]:
     """Return the rows of a batch of images."""
-    return build_rows(columns, try_predict(columns, pixels), len(pixels))
+    return build_checked_rows(columns, try_predict(columns, pixels), len(pixels))
 
 
 @pytest.mark.parametrize(
