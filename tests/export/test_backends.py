@@ -3,14 +3,14 @@
 import importlib
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import onnx
 import pytest
 import torch
-from helpers.accelerate_state import reset_accelerate
 from helpers.command_in_process import run_here
 from helpers.digits_models import train_digits_model
 from helpers.fresh_processes import run_fresh
@@ -132,19 +132,21 @@ def test_backends_have_the_predictions_of_torch(backend: str, model: Path) -> No
         assert row["distance"] == pytest.approx(other["distance"], rel=1e-4)
 
 
-def test_export_and_predictions_say_that_an_int8_graph_has_no_distance(
+def test_an_int8_graph_has_no_distance_and_a_prediction_says_so(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    images, output = str(model.parent / "images"), str(tmp_path / "exported")
-    words = ["export", "--model", str(model.parent / "mine"), "--format", "openvino", "--int8"]
-    assert run_here(*words, "--dataset", images, "--max-drop", "100", "--output", output) == 0
-    assert "no output `distance`" in capsys.readouterr().out
-    reset_accelerate()
-    words = ["predict", "--model", output, images, "--backend", "openvino"]
-    assert run_here(*words) == 0
-    printed = capsys.readouterr()
-    assert "distance" not in printed.out
-    assert "does not compute `distance`" in printed.err
+    options = ExportOptions(
+        model=str(model.parent / "mine"),
+        format="openvino",
+        int8=True,
+        max_drop=100.0,
+        dataset=str(model.parent / "images"),
+        output=tmp_path / "exported",
+    )
+    assert export_model(options)["lacks_distance"]
+    (row,) = predict(str(options.output), Image.new("RGB", (40, 40)), backend="openvino")
+    assert "distance" not in row
+    assert "does not compute `distance`" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("backend", [pytest.param("onnx", marks=pytest.mark.slow), "openvino"])
@@ -281,30 +283,24 @@ def digits_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("format_name", ["openvino", "onnx"])
+@pytest.mark.parametrize("file_format", ["openvino", "onnx"])
 def test_int8_loses_at_most_0_3_points(
-    format_name: str, digits_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    file_format: Literal["openvino", "onnx"], digits_model: Path, tmp_path: Path
 ) -> None:
-    """A larger drop than --max-drop writes nothing."""
-    output = tmp_path / "exported"
-    words = (
-        "export",
-        "--model",
-        str(digits_model),
-        "--format",
-        format_name,
-        "--int8",
-        "--dataset",
-        "digits",
+    """A larger drop than `max_drop` writes nothing."""
+    options = ExportOptions(
+        model=str(digits_model),
+        format=file_format,
+        int8=True,
+        max_drop=0.3,
+        dataset="digits",
+        output=tmp_path / "exported",
     )
-    assert run_here(*words, "--output", str(output), "--max-drop", "-50") == 1
-    assert "--exclude-layers" in capsys.readouterr().err
-    assert not output.exists()
+    with raises_one_line("`exclude_layers="):
+        export_model(replace(options, max_drop=-50.0))
+    assert not options.output.exists()
 
-    reset_accelerate()
-    assert run_here(*words, "--output", str(output), "--max-drop", "0.3") == 0
-    (report,) = json.loads((output / "results.json").read_text())["files"].values()
-
+    report = export_model(options)
     scores = report["evaluation"]
     assert scores["model"] > 0.9
     assert scores["model"] - scores["file"] <= 0.003
