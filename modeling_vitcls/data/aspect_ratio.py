@@ -10,7 +10,6 @@ prediction, export and transformers' pipelines agree.
 
 import math
 from collections.abc import Callable, Sequence
-from statistics import median
 from typing import Any, NamedTuple
 
 import torch
@@ -207,15 +206,6 @@ RESIZE_RULES: dict[frozenset[str], Callable[..., Size]] = {
 PAD_ROUNDINGS: dict[str, Callable[[float], int]] = {"torchvision": math.trunc, "pil": math.floor}
 
 
-def get_visible_share(processor: Processor, image_size: Size) -> float:
-    """Return the fraction of the area of an image (height, width) that the model receives."""
-    height, width = image_size
-    region = get_visible_region(processor, image_size)
-    visible_height = min(region.bottom, height) - max(region.top, 0)
-    visible_width = min(region.right, width) - max(region.left, 0)
-    return visible_height * visible_width / (height * width)
-
-
 def read_sizes(images: Sequence[Any]) -> list[Size]:
     """Return height and width of `MAX_MEASURED_IMAGES` images, spread over all images."""
     sizes = []
@@ -226,20 +216,3 @@ def read_sizes(images: Sequence[Any]) -> list[Size]:
             continue
         sizes.append((height, width))
     return sizes
-
-
-def describe_resize(processor: Processor, images: Sequence[Any]) -> str:
-    """Return the kind of resizing and the median share of the area that the model sees, as text.
-
-    For a crop, a sample of `images` is read.
-    """
-    resize = get_resize(processor)
-    share = 1.0
-    if resize == "crop":
-        sizes = read_sizes(images)
-        if not sizes:
-            return resize
-        share = median(get_visible_share(processor, size) for size in sizes)
-
-    median_text = "a median of " if resize == "crop" else ""
-    return f"{resize}; evaluation sees {median_text}{100 * share:.0f} % of the image area"

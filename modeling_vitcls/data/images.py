@@ -144,11 +144,6 @@ class DatasetImages(Sequence):
     def column(self) -> str:
         return self.dataset.column_names[0]
 
-    @property
-    def arrow_values(self) -> Any:
-        """The column of all rows as an Arrow array, which is not copied."""
-        return self.dataset.with_format("arrow")[:][self.column]
-
     def __len__(self) -> int:
         return len(self.rows)
 
@@ -170,7 +165,7 @@ class DatasetImages(Sequence):
         import pyarrow
         import pyarrow.compute
 
-        values = self.arrow_values
+        values = self.dataset.with_format("arrow")[:][self.column]  # not copied
         is_encoded = pyarrow.types.is_struct(values.type)
         paths = pyarrow.compute.struct_field(values, "path") if is_encoded else values
         names = paths.take(pyarrow.array(self.rows)).to_pylist()
@@ -194,13 +189,6 @@ class DatasetImages(Sequence):
         """Yield the values of rows, some rows at a time."""
         for start in range(0, len(rows), ROWS_PER_READ):
             yield self.dataset[rows[start : start + ROWS_PER_READ]][self.column]
-
-
-def get_cache_file(name: str) -> Path:
-    """Return the path of a file or folder in the cache of `datasets`."""
-    import datasets
-
-    return Path(datasets.config.HF_DATASETS_CACHE, "vitcls", name)
 
 
 def compute_encoded_content_key(encoded_image: dict[str, Any]) -> int:

@@ -357,8 +357,9 @@ def read_label_names(
         for split, values in cells.items()
     }
     spellings = classes or sort_spellings({*chain(*chain(*names.values()))}, where, has_lists)
-    warn_about_similar_labels(where, spellings)
-    return list(dict.fromkeys(map(normalize_name, spellings))), names, has_lists
+    classes = list(dict.fromkeys(map(normalize_name, spellings)))
+    warn_about_similar_classes(where, classes)
+    return classes, names, has_lists
 
 
 def read_names(
@@ -419,36 +420,24 @@ def sort_spellings(spellings: set[str], where: str, has_lists: bool) -> list[str
             f"{where} has labels that look like lists, such as {min(spellings)!r:.60}, but cannot "
             'be read. Write them as JSON, such as ["cat", "dog"], or as text with `label_separator`'
         )
-    return sorted(spellings, key=get_sort_key)
+    return sorted(
+        spellings,
+        key=lambda text: (int(text) if text.removeprefix("-").isdecimal() else math.inf, text),
+    )
 
 
-def get_sort_key(text: str) -> tuple[float, str]:
-    """Return the key that sorts whole numbers by value, before other text."""
-    is_whole = text.removeprefix("-").isdecimal()
-    return (int(text) if is_whole else math.inf, text)
-
-
-def warn_about_similar_labels(where: str, spellings: Sequence[str]) -> None:
-    """Log a warning about labels that look alike, if there are any.
-
-    They differ only in case, white space, invisible characters or their form in Unicode. Labels
-    that are equal in the form NFC are one class.
-    """
+def warn_about_similar_classes(where: str, names: Sequence[str]) -> None:
+    """Log a warning about classes whose names differ only in case, white space or invisible characters."""
     groups: dict[str, list[str]] = {}
-    for name in spellings:
+    for name in names:
         visible = "".join(each for each in name if unicodedata.category(each) != "Cf")
         key = " ".join(unicodedata.normalize("NFKC", visible).split()).casefold()
         groups.setdefault(key, []).append(name)
-    parts = []
-    for group in groups.values():
-        if len(group) > 1:
-            is_one = len(set(map(normalize_name, group))) == 1
-            text = " and ".join(map(ascii, group))
-            parts.append(f"{text} ({'one class' if is_one else 'separate classes'})")
-    if parts:
+    alike = [" and ".join(map(ascii, group)) for group in groups.values() if len(group) > 1]
+    if alike:
         warn_on_first_process(
-            f"WARNING: {where} has labels that differ only in case, white space, invisible "
-            f"characters or Unicode form: {', '.join(parts[:10])}. Give each class one name"
+            f"WARNING: {where} has separate classes that differ only in case, white space or "
+            f"invisible characters: {', '.join(alike[:10])}. Give each class one name"
         )
 
 
@@ -557,14 +546,10 @@ def find_column(
         if common_name in column_by_name:
             return column_by_name[common_name]
 
-    if len(features) < 2:
-        raise ValueError(
-            f"{dataset} has no {kind} column: its first line names {len(features)} column(s) "
-            f"({', '.join(features)}), separated by commas, semicolons, tabs or bars. Add one"
-        )
     raise ValueError(
         f"{dataset}: cannot identify the {kind} column among {', '.join(features)}. Set "
-        f"`{kind}_column`"
+        f"`{kind}_column`, or write a table whose columns are separated by commas, semicolons, tabs "
+        "or bars"
     )
 
 

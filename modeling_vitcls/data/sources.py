@@ -33,7 +33,7 @@ from ..runtime.errors import format_error, is_disk_full, name_full_disk, warn_on
 from .columns import divide_by_column, find_unused_groups, read_groups
 from .folder_layout import SPLIT_BY_FOLDER_NAME, SPLIT_ORDER
 from .image_folder import read_image_folder, scan_folder
-from .images import ADDRESS, ArrayImages, DatasetImages, LabeledImages, get_cache_file
+from .images import ADDRESS, ArrayImages, DatasetImages, LabeledImages
 from .in_memory import MEMORY_PREFIX, get_dataset
 from .labels import (
     UNLABELED,
@@ -335,7 +335,7 @@ def read_tables(reader: str, files: Mapping[str, Sequence[Path]]) -> Any:
         return datasets.load_dataset(
             reader,
             data_files={split: list(map(str, part)) for split, part in files.items()},
-            cache_dir=str(get_cache_file(digest.hexdigest())),
+            cache_dir=str(Path(datasets.config.HF_DATASETS_CACHE, "vitcls", digest.hexdigest())),
         )
 
 

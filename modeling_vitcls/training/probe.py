@@ -27,7 +27,7 @@ from sklearn.neighbors import NearestNeighbors
 from threadpoolctl import threadpool_limits
 from torch import nn
 
-from ..data.aspect_ratio import describe_resize, get_resize, read_sizes, set_resize
+from ..data.aspect_ratio import get_resize, read_sizes, set_resize
 from ..data.images import LabeledImages
 from ..data.labels import LabelSpace
 from ..data.splits import MAX_CLASS_RATIO, TrainingData
@@ -516,7 +516,7 @@ def describe_frozen(
             "cross-validated images, and CLS or the mean of the patches as pooling"
         )
     return {
-        "resize": describe_geometry(frozen.record) or describe_resize(probe.processor, images),
+        "resize": describe_geometry(frozen.record) or get_resize(probe.processor),
         "frozen": describe_probe(frozen.record),
         "unknown": unknown,
     }

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 
-from ..data.aspect_ratio import describe_resize
+from ..data.aspect_ratio import get_resize
 from ..data.labels import MultiHotLabels
 from ..data.sampling import BatchPlan
 from ..data.splits import HELD_OUT_SPLITS, TrainingData
@@ -206,11 +206,7 @@ def describe_splits(
         )
     if not is_resize_known:
         return lines
-    if data.num_held_out_images or isinstance(data.train, StreamedImages):
-        measured = data.held_out.images
-    else:
-        measured = data.train.images
-    lines["resize"] = describe_resize(processor, measured)
+    lines["resize"] = get_resize(processor)
     return lines
 
 

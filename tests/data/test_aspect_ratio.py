@@ -14,10 +14,9 @@ from modeling_vitcls import (
     ViTCLSImageProcessor,
     ViTCLSImageProcessorPil,
 )
-from modeling_vitcls.data.aspect_ratio import describe_resize, get_visible_share, set_resize
+from modeling_vitcls.data.aspect_ratio import set_resize
 from modeling_vitcls.data.augmentation import build_augmentation
 from modeling_vitcls.data.batches import Normalizer
-from modeling_vitcls.data.images import DatasetImages
 from modeling_vitcls.data.labels import LabelSpace
 from modeling_vitcls.data.options import AugmentationOptions
 from modeling_vitcls.hub.model_folder import ModelFolder
@@ -94,9 +93,6 @@ def test_a_white_square_at_each_edge_reaches_the_input(
             is_seen.append(bool((values > 1.5).any()))  # white is above 2 after normalization
         assert is_seen == [is_seen[0]] * 3
         assert is_seen[0] or resize in (None, "crop")
-    assert ("sees 100 %" in describe_resize(processor, build_edge_images())) is (
-        resize not in (None, "crop")
-    )
 
 
 def test_random_crops_of_padded_images_have_the_aspect_ratio_of_the_input() -> None:
@@ -123,35 +119,21 @@ def test_random_crops_of_padded_images_have_the_aspect_ratio_of_the_input() -> N
     )
 
 
-def test_a_crop_keeps_its_ratio_at_another_size_and_the_seen_share_is_measured(
-    tmp_path: Path,
-) -> None:
-    for settings, share, edge in (
-        ({"size": {"height": 40, "width": 40}}, (32 / 40) ** 2, 80),
-        ({"size": {"max_height": 40, "max_width": 50}}, (32 / 40) ** 2, 80),
-        ({"size": {"height": 40, "width": 40}, "do_resize": False}, (32 / 100) ** 2, 64),
-        ({"size": {"max_height": 24, "max_width": 24}}, 1, 64),  # padded by the crop
-        ({"size": {"shortest_edge": 36}}, (32 / 36) ** 2, 72),
+def test_a_crop_keeps_its_ratio_at_another_size() -> None:
+    for settings, edge in (
+        ({"size": {"height": 40, "width": 40}}, 80),
+        ({"size": {"max_height": 40, "max_width": 50}}, 80),
+        ({"size": {"height": 40, "width": 40}, "do_resize": False}, 64),
+        ({"size": {"max_height": 24, "max_width": 24}}, 64),  # padded by the crop
+        ({"size": {"shortest_edge": 36}}, 72),
     ):
         processor = ViTCLSImageProcessor(
             **settings, do_center_crop=True, crop_size={"height": 32, "width": 32}
         )
-        assert get_visible_share(processor, (100, 100)) == pytest.approx(share)
         set_resize(processor, "crop", (32, 32))  # the same crop
         assert dict(processor.size) == settings["size"]
         set_resize(processor, "crop", (64, 64))
         assert (processor.size.shortest_edge, processor.crop_size.height) == (edge, 64)
-    assert get_visible_share(processor, (160, 640)) == pytest.approx((64 / 72) ** 2 / 4)
-
-    for size in ((640, 160), (100, 100), (100, 130)):
-        Image.new("L", size).save(tmp_path / f"{size}.png")
-    text = describe_resize(
-        processor, DatasetImages.from_list(["absent.png", *map(str, tmp_path.iterdir())])
-    )
-    assert f"median of {100 * (64 / 72) ** 2 / 1.3:.0f} %" in text
-    for none_readable in ([], DatasetImages.from_list(["absent.png"])):
-        assert describe_resize(processor, none_readable) == "crop"
-
     set_resize(processor, "crop", (20, 28))
     assert (processor.size.shortest_edge, processor.crop_size.width) == (
         31,

@@ -144,14 +144,6 @@ def test_dicts_are_tasks_and_lists_are_several_labels() -> None:
         assert splits.images_by_split["train"].labels[:3] == [[0.0, 0.0], [1.0, 0.0], [1.0, 1.0]]
 
 
-def test_gray_arrays_and_numbers_as_labels_are_read() -> None:
-    pixels = np.arange(64, dtype=np.uint8).reshape(8, 8)
-    name = add_dataset([(pixels + index, np.int64(index % 3)) for index in range(9)])
-    splits = load_splits(DataOptions(dataset=name))
-    assert splits.label_space.names == ["0", "1", "2"]
-    assert np.array_equal(np.array(splits.images_by_split["train"].images[4]), pixels + 4)
-
-
 @pytest.mark.parametrize(
     ("pixels", "expected"),
     [

@@ -17,7 +17,6 @@ from sklearn.datasets import load_digits
 from modeling_vitcls.data.evaluation_data import load_evaluation_data
 from modeling_vitcls.data.images import LabeledImages, UnreadableImage, UnreadableImageCounter
 from modeling_vitcls.data.in_memory import add_dataset
-from modeling_vitcls.data.labels import MultiHotLabels
 from modeling_vitcls.data.options import DataOptions
 from modeling_vitcls.data.sources import load_splits
 from modeling_vitcls.data.splits import load_training_data
@@ -94,46 +93,18 @@ def test_subfolders_are_classes(color_images: Path) -> None:
     assert_noon_is_class_1(data)
 
 
-@pytest.mark.parametrize(("suffix", "separator"), [(".csv", ","), (".tsv", "\t")])
-def test_a_table_has_relative_paths_and_named_labels(
-    color_images: Path, tmp_path: Path, suffix: str, separator: str
-) -> None:
+def test_a_table_has_relative_paths_and_named_labels(color_images: Path, tmp_path: Path) -> None:
     (tmp_path / "images").symlink_to(color_images)
     rows = [
-        separator.join([f"images/{Path(path).relative_to(color_images)}", Path(path).parent.name])
+        f"images/{Path(path).relative_to(color_images)},{Path(path).parent.name}"
         for path in list_paths(color_images)
     ]
-    (tmp_path / f"list{suffix}").write_text(
-        "\n".join([f"path{separator}category", *rows]), encoding="utf-8"
-    )
-    data = read(tmp_path / f"list{suffix}")
+    (tmp_path / "list.csv").write_text("\n".join(["path,category", *rows]), encoding="utf-8")
+    data = read(tmp_path / "list.csv")
 
-    assert data.name == f"list{suffix}"
+    assert data.name == "list.csv"
     assert data.label_space.columns == {"category": ["dusk", "noon"]}
     assert_noon_is_class_1(data)
-
-
-def test_class_names_match_labels_by_name_or_index(color_images: Path, tmp_path: Path) -> None:
-    paths = list_paths(color_images)
-    numbers = write_table(
-        tmp_path / "a.parquet", {"image": paths, "label": [int("noon" in path) for path in paths]}
-    )
-    words = write_table(
-        tmp_path / "b.parquet",
-        {"image": paths, "label": [Path(path).parent.name for path in paths]},
-    )
-
-    for file, names in (
-        (numbers, ("dark", "light")),
-        (words, ("dusk", "noon")),
-        (words, ("noon", "dusk")),
-    ):
-        data = read(file, label_names=names)
-        assert data.label_space.names == list(names)
-        for image, label in list_all(data):
-            assert (names[label] in ("light", "noon")) == is_noon(image)
-    with pytest.raises(ValueError, match="split 'train': row 10 has the label 'noon', not one of"):
-        read(words, label_names=("dusk", "dawn"))
 
 
 def test_the_digits_are_those_of_scikit_learn() -> None:
@@ -152,18 +123,6 @@ def test_idx_files_are_an_error_that_names_the_same_images_on_the_hub(tmp_path: 
 
 
 # Labels -------------------------------------------------------------------------------------------
-
-
-def test_lists_of_declared_labels_are_several_labels(color_images: Path, tmp_path: Path) -> None:
-    paths = list_paths(color_images)
-    rows = {"image": paths, "tags": [[0, 2] if "noon" in path else [] for path in paths]}
-    feature = datasets.List(datasets.ClassLabel(names=["sun", "moon", "sky"]))
-    data = read(write_table(tmp_path / "table.parquet", rows, image=datasets.Image(), tags=feature))
-    assert data.label_space.kind == "multi_label_classification"
-    assert data.label_space.names == ["sun", "moon", "sky"]
-    assert isinstance(data.train.labels, MultiHotLabels)
-    for image, label in list_all(data):
-        assert label == ([1.0, 0.0, 1.0] if is_noon(image) else [0.0, 0.0, 0.0])
 
 
 def test_several_columns_are_several_tasks(color_images: Path, tmp_path: Path) -> None:
