@@ -82,6 +82,7 @@ def convert_checkpoint(source_name: str, output: Path, family: str | None = None
     with create_output_folder(output) as folder:
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
+        # after saving: the comparison casts both models to float32. An error removes the folder.
         comparisons, not_compared = compare_models(source, model, get_processor_size(processor))
         return write_parity_report(
             folder,

@@ -36,7 +36,7 @@ from ..model.modeling_vitcls import ViTCLSPreTrainedModel
 from ..runtime.errors import format_error
 from ..runtime.files import replace_control_characters
 from .from_timm import has_pooler, read_timm_model
-from .weight_rules import ConversionError, Fields, Weights, build_model
+from .weight_rules import ConversionError, Fields, Weights, build_converted_model
 
 
 # Resampling of learned position embeddings in the authors' code, as differences from timm's
@@ -141,7 +141,7 @@ def convert_family_model(model: Any, weights: Weights, family: str) -> ViTCLSPre
     """Convert a timm model that was built from the weights of a family."""
     config, converted_weights = read_timm_model(model)
     config = replace_fields(config, apply_family(converted_weights, weights, family))
-    return build_model(config, converted_weights, add_pooling_layer=has_pooler(model))
+    return build_converted_model(config, converted_weights, add_pooling_layer=has_pooler(model))
 
 
 def apply_family(converted_weights: Weights, weights: Weights, family: str) -> Fields:

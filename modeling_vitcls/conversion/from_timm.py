@@ -33,7 +33,7 @@ from .weight_rules import (
     Weights,
     append_ones,
     append_zero_bias,
-    build_model,
+    build_converted_model,
     convert_weights,
     repeat_kv,
     split_positions,
@@ -65,7 +65,7 @@ def convert_from_timm(model: nn.Module) -> ViTCLSPreTrainedModel:
         >>> torch.testing.assert_close(model(image).logits, source(image), rtol=0, atol=1e-4)
     """
     config, weights = read_timm_model(model)
-    return build_model(config, weights, add_pooling_layer=has_pooler(model))
+    return build_converted_model(config, weights, add_pooling_layer=has_pooler(model))
 
 
 def read_timm_model(model: nn.Module) -> tuple[ViTCLSConfig, Weights]:

@@ -22,7 +22,7 @@ from .weight_rules import (
     Rule,
     Weights,
     append_zero_bias,
-    build_model,
+    build_converted_model,
     convert_weights,
 )
 
@@ -68,7 +68,9 @@ def convert_from_transformers(model: PreTrainedModel) -> ViTCLSPreTrainedModel:
     weights = strip_encoder_name(model.state_dict(), convertible_class.encoder_name)
     fields = family.read_all_fields(getattr(model.config, "vision_config", model.config), weights)
     config = ViTCLSConfig(
-        **fields | dict(convertible_class.fields) | convertible_class.read_labels(model.config)
+        **fields
+        | dict(convertible_class.fields)
+        | convertible_class.read_label_fields(model.config)
     )
 
     rules = [
@@ -78,10 +80,10 @@ def convert_from_transformers(model: PreTrainedModel) -> ViTCLSPreTrainedModel:
     ]
     weights = convert_weights(family.prepare_weights(weights), rules, config)
     has_classifier = convertible_class.encoder_name is not None
-    return build_model(config, weights, has_classifier=has_classifier)
+    return build_converted_model(config, weights, has_classifier=has_classifier)
 
 
-def read_labels(config: Any) -> Fields:
+def read_label_fields(config: Any) -> Fields:
     """Read the label names and the problem type in the configuration of the source."""
     label_fields = {
         "id2label": config.id2label,
@@ -103,7 +105,7 @@ class ConvertibleClass:
     # name patterns of encoder weights that the class does not use
     unused_patterns: tuple[str, ...] = ()
     # function that reads the labels from the configuration
-    read_labels: Callable[[Any], Fields] = read_labels
+    read_label_fields: Callable[[Any], Fields] = read_label_fields
 
 
 def is_convertible(module: torch.nn.Module) -> bool:
@@ -132,7 +134,7 @@ CLIP_EMBEDDER = ConvertibleClass(
     families.CLIP,
     "vision_model",
     {"pooled_norm": True},
-    read_labels=lambda config: {"num_labels": config.projection_dim},
+    read_label_fields=lambda config: {"num_labels": config.projection_dim},
 )
 CLIP_CLASSIFIER = ConvertibleClass(
     families.CLIP, "vision_model", {"pooling": "mean"}, unused_patterns=("post_layernorm.{rest}",)

@@ -56,6 +56,7 @@ def compare_models(
     uninstall_cpu_kernels(model)
     model.to(dtype=torch.float32)  # type: ignore[call-arg]  # `to` is untyped in transformers
     comparisons: list[Report] = []
+    # A square grid would hide swapped rows and columns.
     non_square_size = get_non_square_size(source.image_size, model.config.patch_height_width)
     sizes = dict.fromkeys([source.image_size, processor_size or source.image_size, non_square_size])
 

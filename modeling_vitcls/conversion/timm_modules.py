@@ -51,7 +51,7 @@ def read_config_fields(model: TimmModule) -> Fields:
         "num_hidden_layers": len(model.blocks),
         "drop_path_rate": float(max(drop_path_rates, default=0.0)),
         **read_pooling(model, block_fields.get("hidden_act")),
-        **read_labels(model),
+        **read_timm_labels(model),
     }
 
 
@@ -364,7 +364,7 @@ def read_attention_pool(model: TimmModule, hidden_act: str | None) -> Fields:
     }
 
 
-def read_labels(model: TimmModule) -> Fields:
+def read_timm_labels(model: TimmModule) -> Fields:
     """Read the label names, or the number of labels if the model has no label names."""
     if not model.num_classes:
         return {}

@@ -23,7 +23,12 @@ from ..model.configuration_vitcls import COUNT_FIELDS, GROUPS_WITH_POSITIONS, Vi
 from ..model.modeling_vitcls import ViTCLSPreTrainedModel
 from ..runtime.errors import format_error
 from .equivalent_models import REWRITES, Rewrite
-from .from_transformers import CONVERTIBLE_CLASSES, HEAD_RULES, read_labels, strip_encoder_name
+from .from_transformers import (
+    CONVERTIBLE_CLASSES,
+    HEAD_RULES,
+    read_label_fields,
+    strip_encoder_name,
+)
 from .transformers_families import FIELD_NAMES, compute_dinov2_mlp_size
 from .weight_rules import ConversionError, revert_weights, simplify_size
 
@@ -118,7 +123,7 @@ class TargetClass:
             # DINOv2; with registers, a mask token always exists
             "use_mask_token": config.use_mask_token,
             **biases,
-            **read_labels(config),
+            **read_label_fields(config),
         }
 
         settings = {name: value for name, value in settings.items() if name in supported_fields}

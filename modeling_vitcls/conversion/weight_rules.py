@@ -192,7 +192,7 @@ def find_rule(rules: Sequence[Rule], name: str) -> tuple[Rule | None, list[str]]
 # Models -------------------------------------------------------------------------------------------
 
 
-def build_model(
+def build_converted_model(
     config: ViTCLSConfig,
     weights: Weights,
     add_pooling_layer: bool = True,

@@ -112,6 +112,7 @@ def get_external_model_folder(source: str, revision: str | None = None) -> str:
     It includes pickled weights if no safetensors files exist.
     """
     folder = get_model_folder(source, revision=revision)
+    # pickles may be large, so they are downloaded only if nothing else is there
     if any(Path(folder).glob("*.safetensors")):
         return folder
     return get_model_folder(source, (*MODEL_FILE_PATTERNS, *PICKLED_WEIGHTS_PATTERNS), revision)
@@ -165,6 +166,7 @@ def fall_back_to_cache(
         yield commit
         return
 
+    # Only now, because offline mode also hides a repository that was deleted or made private.
     try:
         with force_offline():
             yield None

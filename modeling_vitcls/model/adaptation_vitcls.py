@@ -91,11 +91,14 @@ class AdaptableModel(PreTrainedModel):
             if getattr(config, name) != value
         }
         if changes:
+            # The weights are loaded into the old shapes, and adapted afterwards. The old sizes need
+            # not be valid together with the new values of other fields.
             kwargs["config"] = replace_fields(config, old_fields, validate=False)
 
         model_or_tuple = load_checkpoint(super().from_pretrained, source, *model_args, **kwargs)
         has_loading_info = isinstance(model_or_tuple, tuple)  # output_loading_info=True
         model = model_or_tuple[0] if has_loading_info else model_or_tuple
+        # before `adapt`, so that it counts only gates that still do something
         remove_open_gates(model)
 
         if not changes:

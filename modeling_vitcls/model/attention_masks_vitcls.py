@@ -290,7 +290,7 @@ def list_gated_tokens(config: ViTCLSConfig) -> list[tuple[str, int]]:
 
     A group's last tokens are gated.
     """
-    gated_tokens = config.gated_tokens or {}
+    gated_tokens: dict[Any, int] = config.gated_tokens or {}
     tokens: list[tuple[str, int]] = []
     for group, field in COUNT_FIELDS.items():
         num_tokens = getattr(config, field)

@@ -656,6 +656,7 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
             if name not in known_names and not name.startswith("_"):
                 raise ValueError(f"Unknown field {name!r}{_format_suggestion(name, known_names)}")
 
+        # before `super`, which would set these as plain attributes, without deriving anything
         self.auto_map = kwargs.pop("auto_map", None) or self.build_auto_map()
         # AutoModelForImageClassification selects one of two classes by `architectures`, which must
         # not be None.
@@ -751,6 +752,7 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
             if name not in keywords and not name.startswith("_")
         }
 
+        # overrides are merged first: alone, the stored values may contradict them
         config_or_tuple = super().from_dict({**config_dict, **overrides}, **kwargs)
         config = config_or_tuple[0] if isinstance(config_or_tuple, tuple) else config_or_tuple
 

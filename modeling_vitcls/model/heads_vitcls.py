@@ -149,7 +149,7 @@ def build_pooler(config: ViTCLSConfig) -> nn.Module:
 
 
 # Classifiers --------------------------------------------------------------------------------------
-def build_head(config: ViTCLSConfig, in_features: int, num_labels: int | None) -> nn.Module:
+def build_classifier(config: ViTCLSConfig, in_features: int, num_labels: int | None) -> nn.Module:
     """Build a classifier, [B, in_features] -> [B, num_labels]; the identity for 0 labels."""
     if not num_labels:
         return nn.Identity()

@@ -157,7 +157,7 @@ class ViTCLSBaseImageProcessor(BaseImageProcessor):
         )
         if kwargs.get("do_normalize"):
             statistics = {name: kwargs.get(name) for name in ("image_mean", "image_std")}
-            check_channels(len(pixels), **statistics)
+            check_statistics(len(pixels), **statistics)
             if not do_rescale and pixels.dtype is torch.uint8 and np.max(kwargs["image_mean"]) <= 1:
                 raise ValueError(
                     "do_rescale=False requires floats from 0 to 1, but this image has integers: "
@@ -335,7 +335,7 @@ class ViTCLSImageProcessor(ViTCLSBaseImageProcessor, TorchvisionBackend):  # typ
         pixels = read_jpeg(image) if to_rgb else None
         if pixels is None:
             pixels = image_to_tensor(self.fetch_images(image), to_rgb, bit_depth=self.bit_depth)
-        check_channels(len(pixels), image_mean=self.image_mean, image_std=self.image_std)
+        check_statistics(len(pixels), image_mean=self.image_mean, image_std=self.image_std)
         return resize_and_crop(self, pixels)
 
 
@@ -638,7 +638,7 @@ def check_same_shape(images: list[Any]) -> None:
         )
 
 
-def check_channels(num_channels: int, **statistics: float | Sequence[float] | None) -> None:
+def check_statistics(num_channels: int, **statistics: float | Sequence[float] | None) -> None:
     """Raise ValueError unless mean and std are scalars or have one value per channel."""
     for name, values in statistics.items():
         if isinstance(values, list | tuple) and len(values) != num_channels:

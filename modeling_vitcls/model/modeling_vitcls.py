@@ -54,7 +54,7 @@ from .heads_vitcls import (
     ClassDistance,
     ExtraHeads,
     PixelDecoder,
-    build_head,
+    build_classifier,
     build_pooler,
     compute_classification_loss,
     compute_cross_entropy,
@@ -509,10 +509,10 @@ class ViTCLSForImageClassification(ViTCLSPreTrainedModel):
         self.num_labels = self.config.num_labels
         num_added = sum(map(len, self.config.get_added_classes().values()))
         num_labels = (self.num_labels or 0) - num_added
-        self.classifier = build_head(self.config, self.config.pooled_size, num_labels)
+        self.classifier = build_classifier(self.config, self.config.pooled_size, num_labels)
         self.distillation_classifier = None
         if self.config.has_distillation_head and num_labels:
-            self.distillation_classifier = build_head(
+            self.distillation_classifier = build_classifier(
                 self.config, self.config.hidden_size, num_labels
             )
 
@@ -650,7 +650,7 @@ class ViTCLSForMultiTaskClassification(ViTCLSPreTrainedModel):
         self.classifiers = nn.ModuleDict(
             {
                 # nn.Module has a method `type`
-                f"task_{name}": build_head(
+                f"task_{name}": build_classifier(
                     config, config.hidden_size * num_pooled_layers, len(labels)
                 )
                 for name, labels in config.task_labels().items()
