@@ -5,7 +5,7 @@ They read the files of the folder, and nothing else.
 report.py                  report.html and the card's images
 card.py                    README.md, with one template per kind of model in model_cards/
 card_images.py             the card's images
-held_out_predictions.py    predictions of held-out images, for the report and the card
+wrong_photos.py            wrong predictions of a run, for the report and the card
 published_files.py         the files that a push publishes
 push.py                    permissions and push, with retries
 verify.py                  verification of a published model, which is loaded in a new process

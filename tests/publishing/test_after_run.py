@@ -1,6 +1,5 @@
 """After a training run, publishing adds the report and the card from the folder alone."""
 
-import html
 import re
 from pathlib import Path
 from typing import Any
@@ -8,7 +7,6 @@ from unittest.mock import Mock
 
 import pandas as pd
 import pytest
-import torch
 from helpers.local_hub import LocalHub
 from helpers.model_folders import write_predictions, write_run_folder
 from helpers.photo_folders import write_photos
@@ -17,7 +15,6 @@ from huggingface_hub import ModelCard
 
 from modeling_vitcls import (
     ViTCLSForImageClassification,
-    ViTCLSModel,
     finetune,
 )
 from modeling_vitcls.cli.api import build_options
@@ -25,7 +22,6 @@ from modeling_vitcls.hub.model_folder import ModelFolder
 from modeling_vitcls.publishing.after_run import finish_run, prepare_push
 from modeling_vitcls.publishing.card import write_card
 from modeling_vitcls.publishing.report import load_run_data, write_report
-from modeling_vitcls.runtime.files import read_json, write_json
 from modeling_vitcls.training.options import FinetuneOptions, RunOptions
 
 
@@ -47,28 +43,13 @@ def test_a_run_gets_a_report_and_a_card_from_its_folder(
     finetune("vitcls-tiny", "digits", folder, max_steps=2, num_register_tokens=1, **SMALL)
     output = capsys.readouterr().out
     assert f"written   {folder}/README.md, {folder}/report.html" in output
-    assert "diagnosis" in output
-
-    results = read_json(folder / "results.json")
     card = ModelCard.load(folder / "README.md").text
-    assert f"{results['accuracy']:.2%}" in card
-    assert "images/attention.png" in card
-    assert "[report.html]" in card
-
     report = (folder / "report.html").read_text()
-    assert f"{results['dataset']}, {results['split']}" in html.unescape(report)
     rows = pd.read_parquet(folder / "predictions.parquet")
-    wrong = rows[rows["label"] != rows["prediction"]]
-    num_wrong = len(wrong)
-    assert any(f"{row.label} → {row.prediction}" in report for row in wrong.itertuples())
-
-    headline = re.search("<h1>(.*?)%? of ", report)
-    assert headline
-    assert float(headline[1]) == pytest.approx(100 * results["accuracy"], abs=0.05)
+    num_wrong = int((rows["label"] != rows["prediction"]).sum())
     assert f"{num_wrong} of {len(rows)} predictions are wrong" in report
     assert f"- {num_wrong} of {len(rows)} " in card
     assert report.count('class="sheet"') == 6
-    assert sum(f'alt="{name}"' in report for name in wrong["image"]) >= min(num_wrong, 12)
 
     # The folder is all that publishing reads.
     for file in (folder / "README.md", folder / "report.html", *(folder / "images").iterdir()):
@@ -81,30 +62,6 @@ def test_a_run_gets_a_report_and_a_card_from_its_folder(
     text = ModelCard.load(moved / "README.md").text
     expected = card.replace("# run", "# moved").replace('"run"', '"moved"')
     assert text.rpartition("<!--")[0] == expected.rpartition("<!--")[0]
-
-
-@pytest.mark.usefixtures("few_digits")
-@pytest.mark.parametrize(("flops", "max_images"), [(1e11, 22), (1e6, 70)])
-def test_the_report_of_a_run_without_steps_costs_few_passes(
-    flops: float, max_images: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A large model measures 16 images and shows 6 photos; a small one measures 64."""
-    counts = []
-    forward = ViTCLSModel.forward
-
-    def count(self: Any, pixel_values: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        counts.append(len(pixel_values))
-        return forward(self, pixel_values, *args, **kwargs)
-
-    monkeypatch.setattr(ViTCLSModel, "forward", count)
-    config = build_tiny_config(num_labels=10, num_cls_tokens=2)
-    results = {"steps": 0, "forward_flops_per_image": flops}
-    folder = ModelFolder(
-        write_run_folder(tmp_path / "run", results, {"dataset": "digits"}, config=config)
-    )
-    assert write_report(folder, pytest.fail) is not None
-    assert 0 < sum(counts) <= max_images
-    assert "not measured" not in (folder.path / "report.html").read_text()
 
 
 def test_the_report_shows_photos_of_all_classes_of_all_predictions(tmp_path: Path) -> None:
@@ -176,23 +133,12 @@ def test_a_run_is_pushed_and_verified(
     assert "verified: ann/mine at" in output
     assert "# ann/mine" in hub.read("ann/mine", "README.md").decode()
 
-    finish_run(
-        tmp_path / "mine",
-        RunOptions(output_dir=tmp_path / "mine", report=False, hub_verify=False, hub_private=True),
-        "ann/new",
-    )
 
-    output = capsys.readouterr().out
-    assert hub.repositories["ann/new"].private
-    assert "verified:" not in output
-    assert "report.html" not in output
-
-    monkeypatch.chdir(tmp_path / "mine")
+def test_other_processes_than_the_first_prepare_no_push(monkeypatch: pytest.MonkeyPatch) -> None:
     options = build_options(
         FinetuneOptions, model="m", dataset="d", output_dir=".", push_to_hub=True
     )
-    assert prepare_push(options) == "ann/mine"
-    monkeypatch.setenv("RANK", "1")  # another process of a run
+    monkeypatch.setenv("RANK", "1")
     assert prepare_push(options) is None
 
 
@@ -221,9 +167,3 @@ def test_a_model_saved_by_hand_gets_a_card(tmp_path: Path) -> None:
     assert "for image classification with 3 classes" in card.text
     assert card.data.eval_results is None
     assert 'model="mine"' in card.text
-
-    write_json(
-        tmp_path / "mine" / "config.json",
-        read_json(tmp_path / "mine" / "config.json") | {"architectures": None},
-    )
-    assert ModelFolder(tmp_path / "mine").architecture == "ViTCLSModel"  # as in from_pretrained

@@ -43,9 +43,3 @@ def test_a_confusion_matrix_shows_counts_and_shares_of_the_true_class() -> None:
     assert get_matrix_texts(figure) == ["8", "2", "0", "0", "0", "0", "1", "0", "3"]
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("predicted", "true")
     assert np.allclose(axes.images[0].get_array(), [[0.8, 0.2, 0], [0, 0, 0], [0.25, 0, 0.75]])
-
-
-def test_the_sheet_of_a_photo_is_an_image_of_the_card(tmp_path: Path) -> None:
-    sheet = Image.new("RGB", (30, 20), "red")
-    write_card_images(tmp_path, build_tiny_config(), {}, sheet)
-    assert np.array_equal(np.asarray(Image.open(tmp_path / "images" / "attention.png")), sheet)

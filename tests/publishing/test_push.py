@@ -15,16 +15,12 @@ from helpers.model_folders import write_results, write_run_folder
 from helpers.tiny_models import (
     build_tiny_config,
     raises_one_line,
-    save_classifier,
     save_with_processor,
 )
 from huggingface_hub import HfApi
 from huggingface_hub.utils import _http as hub_http
-from huggingface_hub.utils import enable_progress_bars
 
 import modeling_vitcls as vitcls
-from modeling_vitcls.cli.push import PushOptions
-from modeling_vitcls.cli.push import run as run_push
 from modeling_vitcls.hub import connection
 from modeling_vitcls.hub.model_folder import ModelFolder
 from modeling_vitcls.publishing.card import write_card
@@ -75,15 +71,6 @@ def folder(tmp_path: Path) -> Path:
     return target
 
 
-def take_snapshot(folder: Path) -> dict[str, str]:
-    """Return the hashes of all files of a folder."""
-    return {
-        str(path): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in folder.rglob("*")
-        if path.is_file()
-    }
-
-
 def run_push_command(folder: Path) -> int:
     """Push with the command, and return its exit status."""
     target = ("--hub-model-id", "ann/model", "--no-verify")
@@ -104,40 +91,15 @@ def replace_weights(folder: Path) -> None:
 # Files --------------------------------------------------------------------------------------------
 
 
-def test_a_push_is_one_commit_of_the_model_files(
-    hub: LocalHub, folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    before = take_snapshot(folder)
-    enable_progress_bars()
+def test_a_push_is_one_commit_of_the_model_files(hub: LocalHub, folder: Path) -> None:
     pushed = push_folder(ModelFolder(folder), "ann/model")
-    assert "%" not in capsys.readouterr().err  # progress bars
-
     repository = hub.repositories["ann/model"]
     assert len(repository.commits) == 2
     assert repository.branches == {"main": pushed.commit}
-    assert not repository.private
-    assert pushed.summary == f"{hub.url}/ann/model/commit/{pushed.commit} (public)"
-
-    accompanying = {
-        "README.md",
-        "results.json",
-        "config.resolved.yaml",
-        "images/attention.png",
-        "report.html",
-    }
-    assert (
-        set(hub.files("ann/model"))
-        == {".gitattributes", "CODE_LICENSE", "LICENSE"} | MODEL_FILES | accompanying
-    )
-    for name in MODEL_FILES | {"results.json"}:
-        assert hub.read("ann/model", name) == (folder / name).read_bytes()
+    accompanying = "README.md results.json config.resolved.yaml images/attention.png report.html"
+    licenses = {".gitattributes", "CODE_LICENSE", "LICENSE"}
+    assert set(hub.files("ann/model")) == licenses | MODEL_FILES | set(accompanying.split())
     assert hub.files("ann/model")[WEIGHTS].is_lfs
-
-    recipe = yaml.safe_load(hub.read("ann/model", "config.resolved.yaml"))
-    flags = {"output_dir": "my-model", "model": "vitcls-tiny", "dataset": "digits", "epochs": 3.0}
-    assert list(recipe.items()) == list(flags.items())  # in this order
-    assert b"Apache License" in hub.read("ann/model", "CODE_LICENSE")
-    assert take_snapshot(folder) == before
     assert push_folder(ModelFolder(folder), "ann/model").commit == pushed.commit  # nothing changed
 
 
@@ -202,7 +164,6 @@ def test_results_of_other_weights_are_not_published(
     assert "98.33%" in read_card(hub)
 
     replace_weights(folder)
-    (folder / "parity_report.json").write_text('{"sha256": {}}')
     push_folder(ModelFolder(folder), "ann/model")
     names = set(hub.files("ann/model"))
     assert names >= MODEL_FILES
@@ -215,8 +176,7 @@ def test_results_of_other_weights_are_not_published(
     }
     assert "98.33%" not in read_card(hub)
 
-    (message,) = (text for text in caplog.messages if "results.json" in text)
-    assert "\n" not in message
+    assert "results.json" in caplog.text
 
 
 def write_export(folder: Path, **values: Any) -> None:
@@ -229,13 +189,6 @@ def write_export(folder: Path, **values: Any) -> None:
         "metric": "accuracy",
         "model": 0.974,
     }
-    speed = {
-        "images_per_second": 1234.5,
-        "batch_size": 32,
-        "repeats": 5,
-        "dtype": "float32",
-        "device": "CPU",
-    }
     report = {
         "format": "openvino",
         "dtype": "int8",
@@ -243,7 +196,7 @@ def write_export(folder: Path, **values: Any) -> None:
         "num_bytes": 3 * 2**19,
         "evaluation": scores | {"file": 0.9725, "interval": [0.95, 0.99]},
         "comparison": None,
-        "speed": speed,
+        "speed": None,
         "largest_differences": {"logits": 2e-6},
         "sha256": {"model.xml": "", "model.bin": ""},
     }
@@ -256,19 +209,11 @@ def test_exported_files_are_pushed_only_with_the_weights_they_were_created_from(
     hub: LocalHub, folder: Path
 ) -> None:
     write_export(folder)
-    (folder / "pytorch_model.bin").write_bytes(b"pickled")
     push_folder(ModelFolder(folder), "ann/model")
     names = set(hub.files("ann/model"))
 
     assert {"model.xml", "model.bin", "model.xml.json"} <= names
-    assert "pytorch_model.bin" not in names
-
-    card = read_card(hub)
-    (row,) = (line for line in card.splitlines() if line.startswith("| `model.xml` |"))
-    assert all(
-        text in row
-        for text in ("int8", "1.5 MiB", "97.25% (95.00% to 99.00%)", "97.40%", "359", "1,234")
-    )
+    assert "97.25% (95.00% to 99.00%)" in read_card(hub)
 
     replace_weights(folder)
     push_folder(ModelFolder(folder), "ann/model")
@@ -295,12 +240,8 @@ def test_a_folder_of_exported_files_is_pushed_without_weights_and_code(
         *("model.xml", "model.bin", "model.xml.json"),
     }
     card = hub.read("ann/export", "README.md").decode()
-    assert "1.2e-02" in card
     assert "98.44%" in card
-    assert "--backend my-model/model.xml" in card
     assert "trust_remote_code" not in card
-    assert "None" not in card
-    assert "Apache-2.0" not in card
 
 
 def test_a_push_removes_outdated_files_of_its_branch_and_keeps_others(
@@ -310,12 +251,9 @@ def test_a_push_removes_outdated_files_of_its_branch_and_keeps_others(
     push_folder(ModelFolder(folder), "ann/model")
     for name in ("notes.md", "handler.py", "parity_report.json", "checkpoints/step-1/state.json"):
         HfApi().upload_file(path_or_fileobj=b"mine", path_in_repo=name, repo_id="ann/model")
-    main = hub.repositories["ann/model"].branches["main"]
     (folder / WEIGHTS).unlink()
     model = vitcls.ViTCLSForImageClassification(build_tiny_config())
     model.save_pretrained(folder, max_shard_size="20KB")
-    assert ModelFolder(folder).num_parameters == model.num_parameters()
-
     write_results(folder)
     push_folder(ModelFolder(folder), "ann/model", branch="new")
     names = set(hub.files("ann/model", "new"))
@@ -329,10 +267,6 @@ def test_a_push_removes_outdated_files_of_its_branch_and_keeps_others(
         "parity_report.json",
         "checkpoints/step-1/state.json",
     }
-
-    (folder / "report.html").write_text("new")
-    again = push_folder(ModelFolder(folder), "ann/model", branch="new").commit  # the branch exists
-    assert hub.repositories["ann/model"].branches == {"main": main, "new": again}
 
 
 @pytest.mark.parametrize(
@@ -388,23 +322,14 @@ def test_a_generated_card_names_the_repository_and_an_edited_card_is_kept(
 ) -> None:
     write_card(ModelFolder(folder))
     local_card = (folder / "README.md").read_text()
-    assert "# my-run\n" in local_card
-    assert 'model="my-run"' in local_card
-
     push_folder(ModelFolder(folder), "ann/model")
-    card = read_card(hub)
-    assert "# ann/model\n" in card
-    assert 'model="ann/model"' in card
-    assert "my-run" not in card
+    assert "# ann/model\n" in read_card(hub)
     assert (folder / "README.md").read_text() == local_card
 
     text = local_card.replace("# my-run", "# My model")
     (folder / "README.md").write_text(text)
     push_folder(ModelFolder(folder), "ann/model")
     assert read_card(hub) == text
-
-    write_card(ModelFolder(folder))
-    assert (folder / "README.md").read_text() == text
 
     (folder / "README.md").write_text("---\nlicense: [\n---\n")  # invalid YAML
     with raises_one_line("README.md", "vitcls push", error=PushError):
@@ -569,21 +494,3 @@ def test_a_failed_push_prints_the_command_that_completes_it(hub: LocalHub, folde
     command = f"vitcls push --model {folder} --hub-model-id ann/model --private --branch new"
     with raises_one_line("HTTP 403", command, error=PushError):
         push_folder(ModelFolder(folder), "ann/model", private=True, branch="new")
-
-
-@pytest.mark.usefixtures("fast_verification")
-def test_a_private_branch_is_pushed_and_verified_unless_a_flag_says_otherwise(
-    hub: LocalHub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    folder = save_classifier(tmp_path / "mine")
-    for is_verified in (True, False):
-        run_push(
-            PushOptions(
-                model=folder, hub_model_id="new", private=True, branch="dev", verify=is_verified
-            )
-        )
-        assert ("verified: ann/new at" in capsys.readouterr().out) == is_verified
-
-    assert hub.repositories["ann/new"].private
-    assert WEIGHTS in hub.files("ann/new", "dev")
-    assert WEIGHTS not in hub.files("ann/new", "main")

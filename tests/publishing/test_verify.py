@@ -20,13 +20,11 @@ from helpers.tiny_models import (
 from huggingface_hub import HfApi
 from safetensors.torch import load_file, save_file
 
-import modeling_vitcls as vitcls
 from modeling_vitcls.cli.push import PushOptions
 from modeling_vitcls.cli.push import run as run_push
 from modeling_vitcls.hub import connection
 from modeling_vitcls.hub.model_folder import ModelFolder
 from modeling_vitcls.publishing.push import push_folder
-from modeling_vitcls.publishing.verification_script import get_auto_class
 from modeling_vitcls.publishing.verify import (
     VerificationError,
     build_clean_environment,
@@ -85,13 +83,8 @@ def test_each_kind_of_model_is_verified_at_an_old_tag(
     HfApi().create_tag("ann/model", tag="v1", revision=first)
     push_folder(ModelFolder(save_classifier(tmp_path / "other")), "ann/model")
     report = verify("ann/model", "v1")
-
     assert first in report
     assert model_class.__name__ in report
-
-    names = ("AutoModel", get_auto_class(model_class.__name__), "AutoImageProcessor")
-    assert all(f"    {name} " in report for name in names)
-    assert f"code of modeling_vitcls {vitcls.__version__}" in report
 
 
 # Untrusted code -----------------------------------------------------------------------------------
@@ -124,8 +117,6 @@ def test_published_code_runs_in_another_process_and_other_logits_are_noticed(
     assert process != os.getpid()
     assert "hf_ann" not in environment.values()
     assert "MY_SECRET" not in environment
-    assert environment["HF_ENDPOINT"] == hub.url
-    assert environment["PATH"] == os.environ["PATH"]
 
 
 def test_only_private_repositories_are_loaded_with_the_token(
