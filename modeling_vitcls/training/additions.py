@@ -30,7 +30,7 @@ from threadpoolctl import threadpool_limits
 from ..data.image_folder import check_output_is_not_read
 from ..data.images import LabeledImages
 from ..data.label_matching import match_labels
-from ..data.labels import LabelSpace, get_label_space, warn_about_similar_labels
+from ..data.labels import LabelSpace, get_label_space, warn_about_similar_classes
 from ..data.options import DataOptions
 from ..data.sources import load_splits
 from ..data.splits import (
@@ -270,7 +270,7 @@ def load_new_images(options: DataOptions, old_names: list[str]) -> tuple[LabelSp
             f"the model has the class {known[0]!r} already. Remove its images from `dataset`"
         )
     names = [*old_names, *new_space.names]
-    warn_about_similar_labels(options.dataset, next(iter(new_space.columns)), names)
+    warn_about_similar_classes(f"{options.dataset} and the model", names)
 
     images = add_keys(splits.images_by_split)
     check_contradictions(list(images.values()), new_space, options.dataset)
