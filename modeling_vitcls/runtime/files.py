@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import secrets
 import unicodedata
 from collections.abc import Iterator
@@ -42,15 +43,8 @@ def read_json(file: Path) -> dict[str, Any]:
 
 def replace_control_characters(text: str) -> str:
     """Replace line breaks and tabs with spaces, and other unprintable characters with U+FFFD."""
-    characters = []
-    for char in text:
-        if char.isprintable():
-            characters.append(char)
-        elif char.isspace():
-            characters.append(" ")
-        else:
-            characters.append("\ufffd")
-    return "".join(characters)
+    text = re.sub(r"\s", " ", text)
+    return "".join(char if char.isprintable() else "\ufffd" for char in text)
 
 
 def escape_csv_cell(text: str) -> str:

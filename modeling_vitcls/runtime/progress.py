@@ -3,17 +3,17 @@
     for batch in track(batches, "features", 245, count=len):       features 120 of 245 images
     with report_work("writing report.html"):                       writing report.html, for 0:00:30
 
-All passes over images use `track`. A thread prints the lines, so that a single slow item doesn't
-delay them. Short stages that follow one another share the 30 seconds: the features of three parts,
-20 seconds each, are not a silent minute.
+All passes over images use `track`. Short stages that follow one another share the 30 seconds: the
+features of three parts, 20 seconds each, are not a silent minute.
 """
 
 import math
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sized
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
+from types import SimpleNamespace
 from typing import TypeVar
 
 from rich.console import Console
@@ -22,8 +22,10 @@ from rich.progress import Progress
 
 LINE_SECONDS = 30  # seconds between lines
 MAX_GAP_SECONDS = 10  # between two stages that share the time until the next line
-# fraction of LINE_SECONDS (5 seconds) in which a stage prints no line, as it may be short
+# A stage stays silent for its first 5 seconds (this part of LINE_SECONDS): it may be over by then.
 SILENT_FRACTION = 1 / 6
+# When the last line was printed, and when the last stage ended, over all stages of the process
+silence = SimpleNamespace(start=-math.inf, end_of_stage=-math.inf)
 
 Item = TypeVar("Item")
 
@@ -56,14 +58,8 @@ def track(
     if console.quiet or (console.is_terminal and not has_bar):
         yield from items
         return
+
     num_processed = 0
-    if console.is_terminal:
-        with Progress(console=console, transient=True) as progress:
-            task = progress.add_task(description, total=total)
-            for item in items:
-                yield item
-                progress.advance(task, count(item))
-        return
 
     def describe() -> str:
         if num_processed == 0:
@@ -71,10 +67,14 @@ def track(
         total_text = "" if total is None else f" of {total:,}"
         return f"{description} {num_processed:,}{total_text} {unit}".rstrip()
 
-    with print_regularly(describe, console):
+    lines = nullcontext() if console.is_terminal else print_regularly(describe, console)
+    bar = Progress(console=console, transient=True, disable=not console.is_terminal)
+    with bar, lines:
+        task = bar.add_task(description, total=total)
         for item in items:
             yield item
             num_processed += count(item)
+            bar.update(task, completed=num_processed)
 
 
 @contextmanager
@@ -96,11 +96,15 @@ def report_work(description: str, console: Console | None = None) -> Iterator[No
 @contextmanager
 def print_regularly(describe: Callable[[], str], console: Console) -> Iterator[None]:
     """Print the text that `describe` returns every 30 seconds of the `with` block."""
+    now = time.monotonic()
+    if now - silence.end_of_stage > MAX_GAP_SECONDS:
+        silence.start = now
+    silence.start = max(silence.start, now - (1 - SILENT_FRACTION) * LINE_SECONDS)
     is_finished = threading.Event()
-    silence.start_stage()
 
     def print_lines() -> None:
-        while not is_finished.wait(silence.get_remaining_seconds()):
+        # a thread, so that one slow item does not delay the lines
+        while not is_finished.wait(max(0.0, silence.start + LINE_SECONDS - time.monotonic())):
             console.print(describe(), markup=False)
             silence.start = time.monotonic()
 
@@ -112,24 +116,3 @@ def print_regularly(describe: Callable[[], str], console: Console) -> Iterator[N
         is_finished.set()
         thread.join()
         silence.end_of_stage = time.monotonic()
-
-
-class Silence:
-    """When the last line was printed, over all stages of the process."""
-
-    def __init__(self) -> None:
-        self.start = self.end_of_stage = -math.inf
-
-    def start_stage(self) -> None:
-        """Count from now, unless another stage has just ended."""
-        now = time.monotonic()
-        if now - self.end_of_stage > MAX_GAP_SECONDS:
-            self.start = now
-        self.start = max(self.start, now - (1 - SILENT_FRACTION) * LINE_SECONDS)
-
-    def get_remaining_seconds(self) -> float:
-        """Return the time until the next line."""
-        return max(0.0, self.start + LINE_SECONDS - time.monotonic())
-
-
-silence = Silence()
