@@ -50,12 +50,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from modeling_vitcls.cli.parsing import (
-    check_recipe_exists,
-    exit_with_message,
-    find_recipe,
-    run_script,
-)
+from modeling_vitcls.cli.parsing import find_recipe, run_script
 from modeling_vitcls.runtime.errors import format_error
 from modeling_vitcls.runtime.files import read_json, write_json
 from modeling_vitcls.runtime.flags import Options, check_minimum, to_arguments
@@ -531,8 +526,7 @@ class StudyOptions(Options):
 
 def run(options: StudyOptions) -> None:
     """Run the study. Exit with status 1 if a run fails."""
-    file = find_recipe(options.config)
-    check_recipe_exists(file, "study", "study_*.yaml")
+    file = find_recipe(options.config, "study_*.yaml")
     runner = StudyRunner(
         load_study(file), options.output_dir, options.jobs, options.threads, options.dataset
     )
@@ -541,10 +535,9 @@ def run(options: StudyOptions) -> None:
     flags += ["--dataset", options.dataset] if options.dataset else []
     rows = run_study(runner, shlex.join(map(str, ["python", "scripts/study.py", *flags])))
     if num_unfinished := sum(row["status"] != "finished" for row in rows):
-        message = (
-            f"error: {num_unfinished} of {len(rows)} runs failed. See log.txt in their folders"
+        raise ValueError(
+            f"{num_unfinished} of {len(rows)} runs failed. See log.txt in their folders"
         )
-        exit_with_message(message, status=1)
 
 
 if __name__ == "__main__":

@@ -114,6 +114,7 @@ def load_modules() -> dict[str, ModuleType]:
     Exit with status 1 if the extra `cli` is not installed.
     """
     try:
+        importlib.import_module(f"{__name__}.parsing")
         return {
             name: importlib.import_module(f"{__name__}.{name.replace('-', '_')}")
             for name in COMMANDS

@@ -8,59 +8,46 @@ implemented in modeling_vitcls/training/run.py and finetune.py.
 """
 
 from ..training.options import FinetuneOptions, PretrainOptions
-from .parsing import FlagGroup
 
 
 OPTIONS_CLASS = FinetuneOptions
 # Flags in `--help`, by group; `--help-all` shows all flags
-COMMON_FLAGS = (
-    FlagGroup(
-        "files, such as --model facebook/dinov2-small --dataset photos --output-dir runs",
-        {
-            "model": "folder, Hub id, timm:NAME, or vitcls-tiny to -large",
-            "dataset": "folder with one folder per class, table, Hub id",
-            "output_dir": "folder for the model, the card and the report",
-            "config": "recipe: a YAML file of flags, or a name such as digits",
-            "label_column": "one column, or one per task; default: by name or type",
-            "held_out_fraction": "part of the images for evaluation",
-        },
-    ),
-    FlagGroup(
-        "model, such as --image-size 336 --num-register-tokens 4",
-        {
-            "num_register_tokens": "registers; default: the checkpoint's",
-            "image_size": "or native; default: as trained, but 224 if above 256",
-            "resize": "default: measured",
-            "pooling": "default: measured",
-        },
-    ),
-    FlagGroup(
-        "training, such as --select last --epochs 20 --auto-augment rand",
-        {
-            "select": "default: best, if enough images",
-            "epochs": "default: 5 from a frozen start, 10 from 10,000 images, or 30",
-            "refit": "fit the classifier again; default from 500 images on",
-            "batch_size": "per process; default: 64, or 32 below 10,000 images",
-            "learning_rate": "default: from the width and the initial weights",
-            "trainable": "full, head, last-N or lora",
-            "mixed_precision": "precision",
-            "auto_augment": "augmentation",
-            "mixup": "alpha, or 0 for none",
-            "class_balance": "for imbalanced classes",
-            "seed": "random seed",
-        },
-    ),
-    FlagGroup(
-        "run, such as --resume after an interruption",
-        {
-            "resume": "continue the run in --output-dir",
-            "overwrite": "replace the run in --output-dir",
-            "log_with": "trackers",
-            "push_to_hub": "push the model, and verify it",
-            "hub_model_id": "default: in your account, named after --output-dir",
-        },
-    ),
-)
+COMMON_FLAGS = {
+    "files, such as --model facebook/dinov2-small --dataset photos --output-dir runs": {
+        "model": "folder, Hub id, timm:NAME, or vitcls-tiny to -large",
+        "dataset": "folder with one folder per class, table, Hub id",
+        "output_dir": "folder for the model, the card and the report",
+        "config": "recipe: a YAML file of flags, or a name such as digits",
+        "label_column": "one column, or one per task; default: by name or type",
+        "held_out_fraction": "part of the images for evaluation",
+    },
+    "model, such as --image-size 336 --num-register-tokens 4": {
+        "num_register_tokens": "registers; default: the checkpoint's",
+        "image_size": "or native; default: as trained, but 224 if above 256",
+        "resize": "default: measured",
+        "pooling": "default: measured",
+    },
+    "training, such as --select last --epochs 20 --auto-augment rand": {
+        "select": "default: best, if enough images",
+        "epochs": "default: 5 from a frozen start, 10 from 10,000 images, or 30",
+        "refit": "fit the classifier again; default from 500 images on",
+        "batch_size": "per process; default: 64, or 32 below 10,000 images",
+        "learning_rate": "default: from the width and the initial weights",
+        "trainable": "full, head, last-N or lora",
+        "mixed_precision": "precision",
+        "auto_augment": "augmentation",
+        "mixup": "alpha, or 0 for none",
+        "class_balance": "for imbalanced classes",
+        "seed": "random seed",
+    },
+    "run, such as --resume after an interruption": {
+        "resume": "continue the run in --output-dir",
+        "overwrite": "replace the run in --output-dir",
+        "log_with": "trackers",
+        "push_to_hub": "push the model, and verify it",
+        "hub_model_id": "default: in your account, named after --output-dir",
+    },
+}
 
 
 def run(options: FinetuneOptions | PretrainOptions) -> None:

@@ -18,19 +18,17 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated, Any, NoReturn, TypeVar, Union
+from typing import Annotated, Any, TypeVar, Union
 
 import tyro
 import yaml
 
 from ..hub.local_paths import split_prefix
-from ..runtime.errors import RunStopped, describe_error, is_raised_on_all_processes
+from ..runtime.errors import RunStopped, describe_error, format_error, is_raised_on_all_processes
 from ..runtime.files import read_text
 from ..runtime.flags import (
-    EQUIVALENT_FLAGS,
     Options,
     get_flag_fields,
-    list_choices,
     to_arguments,
     to_flags,
 )
@@ -42,6 +40,21 @@ PACKAGE_FOLDER = Path(__file__).parents[1]
 # Folders with the recipes that --config accepts by name: one in an installed package, one in a
 # source checkout.
 RECIPE_FOLDERS = (PACKAGE_FOLDER / "recipes", PACKAGE_FOLDER.parent / "scripts" / "recipes")
+
+# Flags of other training scripts -> parameters of this package
+EQUIVALENT_FLAGS = {
+    "--lr": "learning_rate",
+    "--bs": "batch_size",
+    "--wd": "weight_decay",
+    "--per-device-train-batch-size": "batch_size",
+    "--num-train-epochs": "epochs",
+    "--data": "dataset",
+    "--data-dir": "dataset",
+    "--model-name-or-path": "model",
+    "--fp16": "mixed_precision",
+    "--bf16": "mixed_precision",
+    "--clip-grad": "max_gradient_norm",
+}
 
 TYRO_CONFIG = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
 # A parameter in an error: `batch_size` or `batch_size=64`
@@ -65,9 +78,9 @@ def parse_command_line(modules: dict[str, ModuleType], arguments: list[str]) -> 
             print(format_short_help(name, options_class, common_flags))
             raise SystemExit(0)
         flags = ["--help" if flag == "--help-all" else flag for flag in flags]
-        flags = insert_recipe(flags, get_flag_fields(options_class))
-        check_is_set(flags)
-        suggest_equivalent_flags(flags, get_flag_fields(options_class))
+        with exit_on_error(options_class, status=2):
+            flags = insert_recipe(flags, get_flag_fields(options_class))
+            check_flags(flags, get_flag_fields(options_class))
 
     subcommands: list[Any] = []
     for command, module in modules.items():
@@ -96,17 +109,6 @@ def parse_command_line(modules: dict[str, ModuleType], arguments: list[str]) -> 
     return name, options
 
 
-def check_is_set(flags: list[str]) -> None:
-    """Exit with status 2 if an argument is empty.
-
-    It comes from a shell variable without a value, and as a path it would be the current folder.
-    """
-    for index, flag in enumerate(flags):
-        if not flag.strip() or (flag.startswith("--") and flag.endswith("=")):
-            text = flag.strip() or " ".join([*flags[max(0, index - 1) : index], "''"])
-            exit_with_message(f"error: the value of {text} is empty. Set it, or remove the flag")
-
-
 def insert_recipe(flags: list[str], flag_names: Collection[str]) -> list[str]:
     """Return the flags of the recipe in `--config`, followed by the other flags."""
     if "config" not in flag_names:
@@ -114,21 +116,22 @@ def insert_recipe(flags: list[str], flag_names: Collection[str]) -> list[str]:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config", type=Path)
     path = parser.parse_known_args(flags)[0].config
-    return flags if path is None else [*read_recipe(find_recipe(path)), *flags]
+    return flags if path is None else [*read_recipe(path), *flags]
 
 
-def suggest_equivalent_flags(flags: list[str], flag_names: Collection[str]) -> None:
-    """Exit with status 2 if a flag is that of another training script, such as `--lr`.
+def check_flags(flags: list[str], flag_names: Collection[str]) -> None:
+    """Raise ValueError if an argument is empty, or is the flag of another program, such as `--lr`.
 
     tyro suggests flags of similar spelling.
     """
-    for flag in flags:
-        name = flag.partition("=")[0].removeprefix("--").replace("-", "_")
-        equivalent = EQUIVALENT_FLAGS.get(name)
-        if flag.startswith("--") and equivalent is not None and equivalent in flag_names:
-            exit_with_message(
-                f"error: there is no flag {flag}; use --{equivalent.replace('_', '-')}"
-            )
+    for index, flag in enumerate(flags):
+        # of a shell variable without a value; as a path, it would be the current folder
+        if not flag.strip() or (flag.startswith("--") and flag.endswith("=")):
+            name = flag.strip() or flags[max(0, index - 1)]
+            raise ValueError(f"the value of {name} is empty. Set it, or remove the flag")
+        equivalent = EQUIVALENT_FLAGS.get(flag.partition("=")[0].replace("_", "-"))
+        if equivalent in flag_names:
+            raise ValueError(f"there is no flag {flag}. Set `{equivalent}`")
 
 
 def check_paths(options: Options) -> None:
@@ -159,17 +162,17 @@ def check_paths(options: Options) -> None:
 
 def check_writable(name: str, output: Path) -> None:
     """Raise ValueError if a file or folder cannot be written, before the work is done."""
-    for path in (output, *output.parents):
-        # unlike Path.is_dir, these do not raise PermissionError
-        if os.path.isdir(path):  # noqa: PTH112
-            if os.access(path, os.W_OK):
-                return
-            reason = f"no permission to write to {path}"
-        elif path != output and os.path.exists(path):  # noqa: PTH110
-            reason = f"{path} is not a folder"
-        else:
-            continue
-        raise ValueError(f"cannot write {output}: {reason}. Set a different `{name}`")
+    output = output.absolute()
+    # unlike Path.exists, os.path.exists does not raise PermissionError
+    existing = next(path for path in (output, *output.parents) if os.path.exists(path))  # noqa: PTH110
+    if existing != output and not existing.is_dir():
+        raise ValueError(
+            f"cannot write {output}: {existing} is not a folder. Set a different `{name}`"
+        )
+    if existing.is_dir() and not os.access(existing, os.W_OK):
+        raise ValueError(
+            f"cannot write {output}: no permission to write to {existing}. Set a different `{name}`"
+        )
 
 
 def is_path(source: str) -> bool:
@@ -191,32 +194,23 @@ def is_path(source: str) -> bool:
 # Help ---------------------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True)
-class FlagGroup:
-    """Flags that `--help` lists together.
+def format_short_help(
+    command: str, options_class: type[Options], groups: dict[str, dict[str, str]]
+) -> str:
+    """Format the flags that are set most often, with their choices and defaults, on one screen.
 
-    Attributes:
-        title: title of the group, and an example of its flags.
-        texts: name of a flag -> a few words, with a default value only where the flag's own is
-            None.
+    `groups` maps the title of a group, with an example, to its flags, with a few words about each.
     """
-
-    title: str
-    texts: dict[str, str]
-
-
-def format_short_help(command: str, options_class: type, groups: tuple[FlagGroup, ...]) -> str:
-    """Format the flags that are set most often, with their choices and defaults, on one screen."""
     width = max(60, shutil.get_terminal_size().columns)
     fields = get_flag_fields(options_class)
     lines = [f"usage: vitcls {command} --model M --dataset D --output-dir FOLDER [FLAGS]"]
-    for group in groups:
-        lines += ["", group.title]
-        for name, text in group.texts.items():
+    for title, texts in groups.items():
+        lines += ["", title]
+        for name, text in texts.items():
             flag = f"  --{name.replace('_', '-')}"
             words = f"{flag:<26}{text} {describe_values(fields[name])}"
             lines += textwrap.wrap(words, width, subsequent_indent=" " * 26, break_on_hyphens=False)
-    rest = len(fields) - sum(len(group.texts) for group in groups)
+    rest = len(fields) - sum(map(len, groups.values()))
     return "\n".join(
         [*lines, "", f"`vitcls {command} --help-all` also shows the other {rest} flags."]
     )
@@ -224,7 +218,10 @@ def format_short_help(command: str, options_class: type, groups: tuple[FlagGroup
 
 def describe_values(field: dataclasses.Field[Any]) -> str:
     """Return the choices and the default value of a flag in parentheses, if there are any."""
-    choices = ", ".join(list_choices(field.type))
+    hint = str(field.type)
+    # not those of a flag that also accepts other values, such as a size or `native`
+    is_choice = hint.startswith(("typing.", "tuple[typing."))
+    choices = ", ".join(re.findall(r"'(\w+)'", hint)) if is_choice else ""
     has_default = isinstance(field.default, str | float | int) and not isinstance(
         field.default, bool
     )
@@ -236,40 +233,35 @@ def describe_values(field: dataclasses.Field[Any]) -> str:
 # Recipes ------------------------------------------------------------------------------------------
 
 
-def find_recipe(path: Path) -> Path:
-    """Return `path` itself, or the path of a recipe of the package by its name.
+def find_recipe(path: Path, pattern: str = "[!s]*.yaml") -> Path:
+    """Return a file, or the recipe of the package with this name, such as `digits`.
 
-    `digits` is such a name.
+    Raise ValueError with the names that match a pattern if there is none.
     """
-    if path.is_file() or path.suffix or path.name != str(path):
+    if path.is_file() or path.suffix:
         return path
-    recipe_files = (folder / f"{path}.yaml" for folder in RECIPE_FOLDERS)
-    return next((file for file in recipe_files if file.is_file()), path)
+    recipes = {file.stem: file for folder in RECIPE_FOLDERS for file in folder.glob(pattern)}
+    if str(path) not in recipes:
+        raise ValueError(
+            f"there is no recipe {path}. Set `config` to a file, or to one of "
+            f"{', '.join(sorted(recipes))}"
+        )
+    return recipes[str(path)]
 
 
 def read_recipe(path: Path) -> list[str]:
-    """Read a recipe and return its flags. Exit with status 2 if the file cannot be read."""
-    if not path.suffix:
-        check_recipe_exists(path, "recipe", "[!s]*.yaml")
+    """Read a recipe and return its flags. Raise ValueError if the file cannot be read."""
+    file = find_recipe(path)
     try:
-        recipe = yaml.safe_load(read_text(path)) or {}
+        recipe = yaml.safe_load(read_text(file)) or {}
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        exit_with_message(f"error: cannot read the recipe {path}: {' '.join(str(error).split())}")
+        raise ValueError(f"cannot read the recipe {file}: {format_error(error)}") from None
     if not isinstance(recipe, dict):
-        exit_with_message(f"error: the recipe {path} must contain lines of the form `flag: value`")
-    return [
-        argument for name, value in recipe.items() for argument in to_arguments(str(name), value)
-    ]
-
-
-def check_recipe_exists(path: Path, kind: str, pattern: str) -> None:
-    """Exit with status 2 if a file does not exist, and list the recipes that match a pattern."""
-    if path.is_file():
-        return
-    names = sorted({file.stem for folder in RECIPE_FOLDERS for file in folder.glob(pattern)})
-    exit_with_message(
-        f"error: there is no {kind} {path}: set --config to a file, or to one of {', '.join(names)}"
-    )
+        raise ValueError(f"the recipe {file} must contain lines of the form flag: value")
+    arguments: list[str] = []
+    for name, value in recipe.items():
+        arguments += to_arguments(str(name), value)
+    return arguments
 
 
 # Errors and output of libraries -------------------------------------------------------------------
@@ -291,37 +283,29 @@ def silence_libraries() -> None:
 
 @contextmanager
 def exit_on_error(options_class: type[Options], status: int = 1) -> Iterator[None]:
-    """Exit with a one-line message if the block raises ValueError or OSError, or a run is stopped."""
-    is_on_all_processes = False
+    """Exit with a one-line message if the block raises ValueError or OSError, or a run is stopped.
+
+    Status 2 means that a flag is invalid. If all processes raise the error, the first one prints it.
+    """
     try:
         yield
         return
     except RunStopped as stopped:
         status = stopped.exit_status
-        is_on_all_processes = stopped.is_on_all_processes
         message = str(stopped)
+        is_on_all_processes = stopped.is_on_all_processes
     except (ValueError, OSError) as error:
-        is_on_all_processes = status == 2 or is_raised_on_all_processes(error)
         message = describe_error(error)
-        if isinstance(error, FileNotFoundError) and not has_working_directory():
-            message = "the working directory no longer exists. Change to another folder"
-    except RuntimeError as error:
-        if "can't start new thread" not in str(error):
-            raise
-        message = (
-            "no more threads can be started. Raise the limit of processes (ulimit -u) or of "
-            "memory (ulimit -v), or end other programs"
-        )
-    prefix = "error: " if status in (1, 2) else ""  # otherwise a signal
-    exit_with_message(f"{prefix}{add_flags(message, options_class)}", status, is_on_all_processes)
+        is_on_all_processes = status == 2 or is_raised_on_all_processes(error)
 
-
-def has_working_directory() -> bool:
-    """Return whether the working directory exists."""
-    try:
-        return Path.cwd().exists()
-    except FileNotFoundError:
-        return False
+    if status in (1, 2):  # otherwise, a signal has ended the run
+        message = f"error: {message}"
+    rank = os.environ.get("RANK", "0")
+    if rank == "0":
+        print(add_flags(message, options_class), file=sys.stderr)
+    elif not is_on_all_processes:
+        print(f"process {rank}: {add_flags(message, options_class)}", file=sys.stderr)
+    raise SystemExit(status)
 
 
 def add_flags(message: str, options_class: type[Options]) -> str:
@@ -355,17 +339,3 @@ def run_script(
     silence_libraries()
     with exit_on_error(options_class):
         run(options)
-
-
-def exit_with_message(message: str, status: int = 2, is_on_all_processes: bool = True) -> NoReturn:
-    """Print a one-line message to stderr and exit.
-
-    Status 2 means that a flag is invalid. If all processes exit with the message
-    (`is_on_all_processes`), only the first process prints the message.
-    """
-    rank = os.environ.get("RANK", "0")
-    if rank == "0":
-        print(message, file=sys.stderr)
-    elif not is_on_all_processes:
-        print(f"process {rank}: {message}", file=sys.stderr)
-    raise SystemExit(status)

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import tyro
 
 from ..inference.options import PredictOptions
-from .parsing import exit_with_message
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,8 +38,6 @@ def run(options: PredictCommandOptions) -> None:
     if options.output is not None and num_images:
         print(f"{options.output}: {num_images:,} images, {num_failed:,} without a prediction")
     if num_failed and num_failed == num_images:
-        exit_with_message(
-            f"error: none of the {num_images} images has a prediction. See the column `error` in "
-            "the output",
-            status=1,
+        raise ValueError(
+            f"none of the {num_images} images has a prediction. See the column `error` in the output"
         )

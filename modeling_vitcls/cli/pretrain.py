@@ -9,48 +9,35 @@ implemented in modeling_vitcls/training/run.py and pretrain.py.
 
 from ..training.options import PretrainOptions
 from .finetune import run as run  # the same for both kinds of training
-from .parsing import FlagGroup
 
 
 OPTIONS_CLASS = PretrainOptions
-COMMON_FLAGS = (
-    FlagGroup(
-        "files, such as --model vitcls-tiny --dataset photos --output-dir runs/pretrained",
-        {
-            "model": "folder, Hub id, timm:NAME, or vitcls-tiny to -large",
-            "dataset": "folder, table or Hub id; labels are not needed",
-            "output_dir": "folder for the encoder and the card",
-            "config": "recipe: a YAML file of flags",
-        },
-    ),
-    FlagGroup(
-        "model, such as --method mae --image-size 96 --patch-size 8",
-        {
-            "method": "default: lejepa",
-            "num_register_tokens": "registers; default: the preset's or checkpoint's",
-            "image_size": "pixels; default: the preset's or checkpoint's",
-            "patch_size": "pixels; default: the preset's or checkpoint's",
-        },
-    ),
-    FlagGroup(
-        "training, such as --epochs 100 --batch-size 128",
-        {
-            "epochs": "default: 30, or 10 if pre-trained, from 10,000 images",
-            "batch_size": "per process; default: 64, or 32 below 10,000 images",
-            "learning_rate": "default: from the width and the initial weights",
-            "mask_ratio": "part of the patches that MAE masks",
-            "mixed_precision": "precision",
-            "seed": "random seed",
-        },
-    ),
-    FlagGroup(
-        "run, such as --resume after an interruption",
-        {
-            "resume": "continue the run in --output-dir",
-            "overwrite": "replace the run in --output-dir",
-            "log_with": "trackers",
-            "push_to_hub": "push the encoder, and verify it",
-            "hub_model_id": "default: in your account, named after --output-dir",
-        },
-    ),
-)
+COMMON_FLAGS = {
+    "files, such as --model vitcls-tiny --dataset photos --output-dir runs/pretrained": {
+        "model": "folder, Hub id, timm:NAME, or vitcls-tiny to -large",
+        "dataset": "folder, table or Hub id; labels are not needed",
+        "output_dir": "folder for the encoder and the card",
+        "config": "recipe: a YAML file of flags",
+    },
+    "model, such as --method mae --image-size 96 --patch-size 8": {
+        "method": "default: lejepa",
+        "num_register_tokens": "registers; default: the preset's or checkpoint's",
+        "image_size": "pixels; default: the preset's or checkpoint's",
+        "patch_size": "pixels; default: the preset's or checkpoint's",
+    },
+    "training, such as --epochs 100 --batch-size 128": {
+        "epochs": "default: 30, or 10 if pre-trained, from 10,000 images",
+        "batch_size": "per process; default: 64, or 32 below 10,000 images",
+        "learning_rate": "default: from the width and the initial weights",
+        "mask_ratio": "part of the patches that MAE masks",
+        "mixed_precision": "precision",
+        "seed": "random seed",
+    },
+    "run, such as --resume after an interruption": {
+        "resume": "continue the run in --output-dir",
+        "overwrite": "replace the run in --output-dir",
+        "log_with": "trackers",
+        "push_to_hub": "push the encoder, and verify it",
+        "hub_model_id": "default: in your account, named after --output-dir",
+    },
+}

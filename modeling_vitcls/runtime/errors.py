@@ -38,8 +38,9 @@ def describe_error(error: BaseException) -> str:
     """Return the message of an error; that of a file operation names the file and the reason."""
     if not isinstance(error, OSError) or error.errno is None:
         return str(error)
-    if error.filename is None or is_disk_full(error):
-        return describe_exhaustion(error) or str(error)
+    exhaustion = describe_exhaustion(error)
+    if exhaustion is not None or error.filename is None:
+        return exhaustion or str(error)
     file = error.filename2 or error.filename  # a rename has two
     return f"cannot use {file}: {error.strerror}. Check the path and its permissions"
 
@@ -86,6 +87,8 @@ def describe_exhaustion(error: BaseException) -> str | None:
         return f"cannot write {file}: no space is left on the device. Free space, then repeat"
     if number in (errno.EMFILE, errno.ENFILE) or "too many open files" in text:
         return "too many files are open. Raise the limit (ulimit -n), or end other programs"
+    if "can't start new thread" in text:
+        return "there are too many threads. Raise the limits (ulimit -u, -v), or end other programs"
 
     is_memory_error = isinstance(error, MemoryError) or number == errno.ENOMEM
     if is_memory_error or any(part in text for part in MEMORY_MESSAGES):

@@ -13,24 +13,7 @@ import re
 import types
 from dataclasses import dataclass
 from pathlib import Path
-from types import NoneType
-from typing import Any, Literal, Union, get_args, get_origin
-
-
-# Flags of other training scripts -> equivalent flags in this package.
-EQUIVALENT_FLAGS = {
-    "lr": "learning_rate",
-    "bs": "batch_size",
-    "wd": "weight_decay",
-    "per_device_train_batch_size": "batch_size",
-    "num_train_epochs": "epochs",
-    "data": "dataset",
-    "data_dir": "dataset",
-    "model_name_or_path": "model",
-    "fp16": "mixed_precision",
-    "bf16": "mixed_precision",
-    "clip_grad": "max_gradient_norm",
-}
+from typing import Any, Union, get_args, get_origin
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +27,8 @@ class Options:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = expand_home(getattr(self, field.name))
-            kinds = get_value_types(field.type)
+            is_union = get_origin(field.type) in (Union, types.UnionType)
+            kinds = get_args(field.type) if is_union else (field.type,)
             if isinstance(value, list):
                 value = tuple(value)
             elif isinstance(value, str) and get_origin(kinds[0]) is tuple:
@@ -93,22 +77,6 @@ def check_minimum(options: Any, minimum: int, *names: str) -> None:
 def get_flag_fields(options_class: Any) -> dict[str, dataclasses.Field[Any]]:
     """Return the fields of an options class by name."""
     return {field.name: field for field in dataclasses.fields(options_class)}
-
-
-def get_value_types(type_hint: Any) -> tuple[Any, ...]:
-    """Return the types of a union, or the type itself."""
-    is_union = get_origin(type_hint) in (Union, types.UnionType)
-    return get_args(type_hint) if is_union else (type_hint,)
-
-
-def list_choices(type_hint: Any) -> list[str]:
-    """Return the choices of a flag; an empty list if it accepts other values as well."""
-    value_types = [each for each in get_value_types(type_hint) if each is not NoneType]
-    if len(value_types) == 1 and get_origin(value_types[0]) is tuple:  # several values
-        value_types = [each for each in get_args(value_types[0]) if each is not Ellipsis]
-    if not all(get_origin(each) is Literal for each in value_types):
-        return []
-    return [str(choice) for each in value_types for choice in get_args(each)]
 
 
 def to_flags(options: Any) -> dict[str, Any]:

@@ -204,14 +204,18 @@ def test_weights_without_read_permission_are_not_called_missing(
 
 
 def test_a_limit_of_threads_is_named(
-    folder: Path, photos: Path, run_with_error: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+    folder: Path,
+    photos: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def refuse(*_: Any, **__: Any) -> None:
         # what Python raises at the limit of `ulimit -u`
         raise RuntimeError("can't start new thread")
 
     monkeypatch.setattr("threading.Thread.start", refuse)
-    assert "ulimit -u" in run_with_error("predict", "--model", folder, photos)
+    assert run_here("predict", "--model", str(folder), str(photos)) == 1
+    assert "ulimit -u" in capfd.readouterr().err
 
 
 def test_an_interrupted_prediction_ends_with_one_line(

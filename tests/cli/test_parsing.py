@@ -55,7 +55,7 @@ def test_recipes_are_flags_that_the_command_line_overrides(tmp_path: Path) -> No
         (b"\xff\xfe\xff", ["cannot read", "recipe.yaml"]),
         (b"epochs: [3", ["cannot read", "recipe.yaml"]),
         (b"- epochs", ["flag: value", "recipe.yaml"]),
-        (b"epochs: 3\nlr: 0.1", ["--lr", "use --learning-rate"]),
+        (b"epochs: 3\nlr: 0.1", ["--lr", "(--learning-rate)"]),
     ],
 )
 def test_errors_of_recipes_are_one_line(
@@ -90,7 +90,7 @@ def test_a_flag_that_does_not_exist_or_fit_is_named(
 @pytest.mark.parametrize(
     ("command", "words"),
     [
-        (f"finetune {RUN} --lr 3", ["--lr", "use --learning-rate"]),
+        (f"finetune {RUN} --lr 3", ["--lr", "(--learning-rate)"]),
         (f"finetune {RUN} --epochs -1", ["`epochs` is -1.0, but it must be above 0 (--epochs)"]),
         ("finetune --config nosuch --output-dir o", ["nosuch", "digits"]),
         ("inspect --model m", ["`images`", "--dataset"]),

@@ -179,6 +179,6 @@ def test_a_model_without_a_frozen_start_is_refused(
     with pytest.raises(SystemExit, match="1"):
         main([*command, *flags, "--output-dir", str(tmp_path / "run")])
     assert (
-        "--refit requires a frozen model, which is off, because the initial weights are random"
+        "requires a frozen model, which is off, because the initial weights are random"
         in " ".join(capsys.readouterr().err.split())
     )
