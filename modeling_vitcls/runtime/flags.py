@@ -13,7 +13,7 @@ import re
 import types
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Union, get_args, get_origin
+from typing import Annotated, Any, Union, get_args, get_origin
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,8 +27,11 @@ class Options:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = expand_home(getattr(self, field.name))
-            is_union = get_origin(field.type) in (Union, types.UnionType)
-            kinds = get_args(field.type) if is_union else (field.type,)
+            hint = field.type
+            if get_origin(hint) is Annotated:  # what tyro has to know about a flag of a command
+                hint = get_args(hint)[0]
+            is_union = get_origin(hint) in (Union, types.UnionType)
+            kinds = get_args(hint) if is_union else (hint,)
             if isinstance(value, list):
                 value = tuple(value)
             elif isinstance(value, str) and get_origin(kinds[0]) is tuple:
