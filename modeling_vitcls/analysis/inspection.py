@@ -46,8 +46,6 @@ MAX_BATCH_SIZE = 32  # default number of images per forward pass on GPUs
 MAX_ABLATION_IMAGES = 256
 MAX_ABLATION_FLOPS = 2.5e11
 
-WarningCallback = Callable[[str], None]
-
 
 @dataclass(frozen=True)
 class Inspection:
@@ -111,7 +109,7 @@ def inspect_model(
     has_ablations: bool = True,
     token_movement: Mapping[str, float] | None = None,
     batch_size: int | None = None,
-    on_warning: WarningCallback = lambda message: None,
+    on_warning: Callable[[str], None] = lambda message: None,
     watch: Watch = lambda items, description: items,
 ) -> Inspection:
     """Measure the effects of a model's special tokens, their faults, and the patch norms.
@@ -154,8 +152,8 @@ def inspect_model(
     with evaluation_mode(model):
         outputs, states, outlier_share = measure_states(measured_model, use, batches, watch)
         if has_ablations:
-            pixel_values: Any = batches[0].pixel_values
-            grid_size = model.base_model.embeddings.patch_embeddings.get_grid_size(pixel_values)
+            patch_embeddings = model.base_model.embeddings.patch_embeddings
+            grid_size = patch_embeddings.get_grid_size(batches[0].pixel_values)
             num_tokens = config.token_layout.get_num_tokens(*grid_size)
             flops = 2 * num_parameters * num_tokens
             num_affordable = max(int(MAX_ABLATION_FLOPS / flops), MIN_IMAGES)
@@ -200,7 +198,7 @@ def read_batches(
     images: Sequence[Any],
     labels: Sequence[Any] | None,
     batch_size: int,
-    on_warning: WarningCallback,
+    on_warning: Callable[[str], None],
     watch: Watch,
 ) -> list[ImageBatch]:
     """Preprocess the images in random order, because datasets are often sorted by class.
@@ -284,8 +282,8 @@ def measure_states(
         return outputs
 
     outputs = gather_outputs(model, watch(batches, "measuring states"), run)
-    joined = {layer: torch.cat(states) for layer, states in parts.items()}
-    return outputs, joined, torch.cat(outliers).float().mean().item()
+    special_states = {layer: torch.cat(states) for layer, states in parts.items()}
+    return outputs, special_states, torch.cat(outliers).float().mean().item()
 
 
 # Images to show -----------------------------------------------------------------------------------

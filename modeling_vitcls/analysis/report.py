@@ -12,7 +12,6 @@ page.css           style of every page
 
 import base64
 import io
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
@@ -25,7 +24,7 @@ from PIL import Image
 
 from ..hub.loading import get_cached_commit
 from ..hub.local_paths import get_title
-from ..runtime.files import write_atomically
+from ..runtime.files import write_atomically, write_json
 from ..version import __version__
 from .ablation import Effect
 from .inspection import Inspection
@@ -120,7 +119,9 @@ def write_page(
         num_large=NUM_LARGE_WRONG_IMAGES,
         shorten=shorten_name,
     )
-    write_text(file, text)
+    Path(file).parent.mkdir(parents=True, exist_ok=True)
+    with write_atomically(Path(file)) as partial_file:
+        partial_file.write_text(text, encoding="utf-8")
 
 
 def render_page(template: str, **values: Any) -> str:
@@ -136,7 +137,7 @@ def render_page(template: str, **values: Any) -> str:
     return environment.get_template(template).render(style=style, **values)
 
 
-def write_json_values(file: str | Path, inspection: Inspection, model: str) -> None:
+def write_json_values(file: Path, inspection: Inspection, model: str) -> None:
     """Write the table of effects, the faults and the outlier norms as JSON, for programs.
 
     `effects` has all values of each `Effect`; `num_images` is the number of measured images.
@@ -159,14 +160,7 @@ def write_json_values(file: str | Path, inspection: Inspection, model: str) -> N
         "num_images": inspection.num_images,
         "num_unreadable": inspection.num_unreadable,
     }
-    write_text(file, json.dumps(values, indent=1) + "\n")
-
-
-def write_text(file: str | Path, text: str) -> None:
-    """Write a text file atomically. Create the parent folder if necessary."""
-    Path(file).parent.mkdir(parents=True, exist_ok=True)
-    with write_atomically(Path(file)) as partial_file:
-        partial_file.write_text(text, encoding="utf-8")
+    write_json(file, values)
 
 
 # The page -----------------------------------------------------------------------------------------
