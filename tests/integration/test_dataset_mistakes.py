@@ -95,16 +95,6 @@ def test_a_table_in_another_encoding_is_named_in_one_line(
     assert "evaluate --help" not in error
 
 
-def test_labels_that_differ_only_in_case_or_white_space_are_named(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    labels = ["pants", "PANTS", "pants ", "hat"]
-    table = write_table(tmp_path, labels * 3)
-    assert finetune(tmp_path / "run", "--dataset", str(table)) == 0
-    assert "'PANTS' and 'pants' and 'pants '" in caplog.text
-    assert "'hat'" not in caplog.text
-
-
 @pytest.mark.parametrize("flag", ["--label-column", "--label-names", "--image-column"])
 def test_flags_of_tables_are_refused_for_other_data(
     flag: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -123,18 +113,6 @@ def test_label_names_are_refused_if_the_folders_have_other_names(
     assert "'cat', 'dog'" in error
     assert "Remove `label_names`" in error
     assert finetune(tmp_path / "run", *flags, "cat", "dog") == 0
-
-
-def test_the_summary_names_all_images_and_classes(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    photos = write_photos(tmp_path / "photos", range(20))
-    write_photos(photos, range(20, 30), "ant")
-    flags = ["--dataset", str(photos), "--select", "best"]
-    assert finetune(tmp_path / "run", *flags) == 0
-    output = capsys.readouterr().out
-    assert "32 training images, 8 selection images, 10 held-out images" in output
-    assert "classes   ant: 10, cat: 20, dog: 20" in output
 
 
 # HEIC ---------------------------------------------------------------------------------------------
