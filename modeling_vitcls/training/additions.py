@@ -173,8 +173,7 @@ def add_task_from_options(options: AddTaskOptions) -> dict[str, Any]:
 def check_name(name: str, config: ViTCLSConfig) -> None:
     """Raise ValueError if an output of the model has a name."""
     outputs = [field.name for field in fields(ViTCLSImageClassifierOutput)]
-    heads = (*config.get_extra_heads(), *(config.tasks or ()))
-    if name in (*RESERVED_OUTPUT_NAMES, *outputs, *heads):
+    if name in (*RESERVED_OUTPUT_NAMES, *outputs, *config.get_extra_heads(), *(config.tasks or ())):
         raise ValueError(
             f"`name={name!r}`: the model has an output with this name. Choose another `name`"
         )
