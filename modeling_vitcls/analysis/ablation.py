@@ -151,7 +151,8 @@ def compute_ablations(
     if not targets:
         return ablations
 
-    # [L + 1, S, D]
+    # The means and the outputs come from the same passes, so that only the ablation differs between
+    # before and after, and not the rounding of other batches. Means: [L + 1, S, D]
     means, before = collect_mean_states(
         model, batches, range(config.token_layout.num_prefix_tokens)
     )
@@ -170,6 +171,8 @@ def compute_ablations(
         # (redrawn key, output name) -> drops [images] per draw
         drops: dict[tuple[str, str], list[torch.Tensor]] = {}
         for key in draws:
+            # A redrawn token has other states, so it is replaced with its own means, not with those of
+            # the trained token.
             with redraw_tokens(model, targets[key], generator):
                 redrawn_means, redrawn = collect_mean_states(model, batches, targets[key])
                 with replace_by_means(model, use, targets[key], redrawn_means):

@@ -36,7 +36,9 @@ def find_identical_tokens(
     for index, own_layer in enumerate(used_layers):
         candidates = []
         for other, other_layer in enumerate(used_layers):
+            # a token has no use after its last layer, whatever its state there
             layer = min(own_layer, other_layer)
+            # In float32, the variation of a token with a large norm would be lost to rounding.
             pair = states[layer][:, [index, other]].double()  # [images, 2, D]
             mean = pair.mean(dim=0)
             variation = (pair - mean).square().sum(dim=-1).mean(dim=0).sqrt()  # [2]

@@ -139,6 +139,7 @@ def inspect_model(
     config = model.config
     use = TokenUse(config, is_classifier(model))
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    # heads of other kinds, such as a decoder of pixels, say nothing about the tokens
     measured_model = model if use.has_head else model.base_model
 
     batch_size = choose_batch_size(batch_size, config, processor, model.device, MAX_BATCH_SIZE)
@@ -151,6 +152,8 @@ def inspect_model(
     ablation_batches: list[ImageBatch] = []
     with evaluation_mode(model):
         outputs, states, outlier_share = measure_states(measured_model, use, batches, watch)
+        # Effects take up to 16 passes per token, so a large model measures them on fewer images. The
+        # order of the batches is random, so the first images are a sample.
         if has_ablations:
             patch_embeddings = model.base_model.embeddings.patch_embeddings
             grid_size = patch_embeddings.get_grid_size(batches[0].pixel_values)
@@ -205,6 +208,7 @@ def read_batches(
 
     Raise ValueError if no image is readable.
     """
+    # images of several sizes cannot be stacked
     if not has_fixed_size(processor):
         batch_size = 1
     order = np.random.default_rng(0).permutation(len(images)).tolist()
