@@ -17,6 +17,7 @@ a path, a Hub id, or data in memory (data/in_memory.py).
 
 import ast
 import inspect
+import os
 import random
 import sys
 from collections.abc import Callable, Iterator
@@ -295,16 +296,8 @@ def inspect_tokens(model: str | Path, images: Any = (), **flags: Any) -> Any:
     from ..analysis.inspect_tokens import write_inspection
     from ..inference.inputs import list_sources
 
-    paths = list_sources(images)
-    for path in paths:
-        if not isinstance(path, str | Path):
-            raise ValueError(
-                f"`images` must be paths, but one is of type {type(path).__name__}. Save "
-                "the images in files, or set `dataset` to a list of (image, label)"
-            )
-    return write_inspection(
-        build_options(InspectOptions, model=model, paths=tuple(map(str, paths)), **flags)
-    )
+    paths = tuple(map(os.fspath, list_sources(images)))  # TypeError for images in memory
+    return write_inspection(build_options(InspectOptions, model=model, paths=paths, **flags))
 
 
 @own_state()

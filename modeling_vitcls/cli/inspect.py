@@ -6,25 +6,13 @@
 The inspection is implemented in modeling_vitcls/analysis/inspect_tokens.py.
 """
 
-from dataclasses import dataclass
-
-import tyro
-
 from ..analysis.options import InspectOptions
 
 
-@dataclass(frozen=True, kw_only=True)
-class InspectCommandOptions(InspectOptions):
-    __doc__ = InspectOptions.__doc__
-
-    paths: tyro.conf.Positional[tuple[str, ...]] = ()
-    """Image files or folders (including subfolders)."""
+OPTIONS_CLASS = InspectOptions
 
 
-OPTIONS_CLASS = InspectCommandOptions
-
-
-def run(options: InspectCommandOptions) -> None:
+def run(options: InspectOptions) -> None:
     """Inspect the special tokens of the model and write the report."""
     from ..analysis.inspect_tokens import write_inspection
 

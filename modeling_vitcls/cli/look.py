@@ -19,8 +19,6 @@ from ..analysis.options import LookOptions
 class LookCommandOptions(LookOptions):
     __doc__ = LookOptions.__doc__
 
-    paths: tyro.conf.Positional[tuple[str, ...]] = ()
-    """Image files or folders (including subfolders)."""
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("look.png")
     """Image file for the sheet, or a folder. For several photos, the name of each photo is appended
     to the file name."""

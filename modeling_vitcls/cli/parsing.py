@@ -56,6 +56,7 @@ EQUIVALENT_FLAGS = {
     "--clip-grad": "max_gradient_norm",
 }
 
+POSITIONAL_ARGUMENTS = ("paths", "old", "new")
 TYRO_CONFIG = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
 # A parameter in an error: `batch_size` or `batch_size=64`
 PARAMETER = re.compile(r"`([a-z]\w*)(?:=([^`]*))?`")
@@ -92,7 +93,8 @@ def parse_command_line(modules: dict[str, ModuleType], arguments: list[str]) -> 
             )
         subcommands.append(
             Annotated[
-                module.OPTIONS_CLASS, tyro.conf.subcommand(name=command, description=description)
+                add_positional_arguments(module.OPTIONS_CLASS),
+                tyro.conf.subcommand(name=command, description=description),
             ]
         )
     # the number of types is not known here
@@ -107,6 +109,23 @@ def parse_command_line(modules: dict[str, ModuleType], arguments: list[str]) -> 
     with exit_on_error(type(options), status=2):
         options.check()
     return name, options
+
+
+def add_positional_arguments(options_class: type[Options]) -> type[Options]:
+    """Return an options class with fields that are arguments without a flag, such as the images.
+
+    The options of the library do not import tyro.
+    """
+    arguments = [
+        (field.name, tyro.conf.Positional[field.type], dataclasses.field(default=field.default))  # type: ignore[misc]
+        for field in dataclasses.fields(options_class)
+        if field.name in POSITIONAL_ARGUMENTS
+    ]
+    if not arguments:
+        return options_class
+    return dataclasses.make_dataclass(
+        options_class.__name__, arguments, bases=(options_class,), frozen=True, kw_only=True
+    )
 
 
 def insert_recipe(flags: list[str], flag_names: Collection[str]) -> list[str]:

@@ -7,25 +7,13 @@
 The prediction is implemented in modeling_vitcls/inference/predict.py.
 """
 
-from dataclasses import dataclass
-
-import tyro
-
 from ..inference.options import PredictOptions
 
 
-@dataclass(frozen=True, kw_only=True)
-class PredictCommandOptions(PredictOptions):
-    __doc__ = PredictOptions.__doc__
-
-    paths: tyro.conf.Positional[tuple[str, ...]] = ()
-    """Image files or folders (including subfolders)."""
+OPTIONS_CLASS = PredictOptions
 
 
-OPTIONS_CLASS = PredictCommandOptions
-
-
-def run(options: PredictCommandOptions) -> None:
+def run(options: PredictOptions) -> None:
     """Predict the labels of images and print a summary.
 
     Exit with status 1 if no image has a prediction.

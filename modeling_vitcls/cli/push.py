@@ -44,12 +44,9 @@ class PushOptions(Options):
         for field in fields(self):
             is_push_flag = field.name not in ("verify_only", "model")
             if is_push_flag and getattr(self, field.name) != field.default:
-                flag = (
-                    "--no-verify" if field.name == "verify" else f"--{field.name.replace('_', '-')}"
-                )
                 raise ValueError(
-                    f"--verify-only pushes nothing, but {flag} applies only to pushes. Omit one of "
-                    "these flags"
+                    f"`verify_only` pushes nothing, but `{field.name}` applies only to pushes. Omit "
+                    "one of these flags"
                 )
 
 

@@ -6,27 +6,13 @@ The exit status is 1 if the models differ. The command is implemented in
 modeling_vitcls/training/certificate.py.
 """
 
-from dataclasses import dataclass
-
-import tyro
-
 from ..training.options import VerifyUnchangedOptions
 
 
-@dataclass(frozen=True, kw_only=True)
-class VerifyUnchangedCommandOptions(VerifyUnchangedOptions):
-    __doc__ = VerifyUnchangedOptions.__doc__
-
-    old: tyro.conf.Positional[str]
-    """The model before the change: a folder or a Hub id (`ID@COMMIT` pins the model)."""
-    new: tyro.conf.Positional[str]
-    """The model after the change."""
+OPTIONS_CLASS = VerifyUnchangedOptions
 
 
-OPTIONS_CLASS = VerifyUnchangedCommandOptions
-
-
-def run(options: VerifyUnchangedCommandOptions) -> None:
+def run(options: VerifyUnchangedOptions) -> None:
     """Compare the models, and exit with status 1 if they differ."""
     from ..training.certificate import verify_models
 

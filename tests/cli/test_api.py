@@ -112,7 +112,7 @@ def test_one_image_is_one_row_and_a_batch_one_row_per_image(
 
 @pytest.mark.parametrize("image", [np.zeros((12, 10, 3)), Image.new("RGB", (10, 12))])
 def test_inspection_requires_paths(image: Any) -> None:
-    with raises_one_line("images", "paths", "dataset"):
+    with raises_one_line("PathLike", error=TypeError):
         inspect_tokens("m", image)
 
 

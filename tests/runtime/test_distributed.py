@@ -19,31 +19,19 @@ from modeling_vitcls.runtime.distributed import (
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 
-@pytest.fixture
-def arguments(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """Replace the Accelerator, and return the arguments of its constructor.
-
-    An Accelerator cannot be built without a launcher. The argument "result" contains its
-    attributes.
-    """
-    found: dict[str, Any] = {"result": {"distributed_type": DistributedType.NO}}
-
-    def build(**arguments: Any) -> SimpleNamespace:
-        found.update(arguments)
-        return SimpleNamespace(**found["result"])
-
-    monkeypatch.setattr(distributed, "Accelerator", build)
-    for name in ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP"):
-        monkeypatch.delenv(name, raising=False)
-    return found
+def test_deepspeed_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with raises_one_line("DeepSpeed", "fsdp2.yaml"):
+        build_accelerator()
 
 
 @pytest.mark.parametrize("is_fsdp2", [False, True])
 def test_only_version_2_of_fsdp_is_supported(
-    is_fsdp2: bool, arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    is_fsdp2: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")  # Accelerate has enabled FSDP on GPUs
-    arguments["result"] = {"distributed_type": DistributedType.FSDP, "is_fsdp2": is_fsdp2}
+    """An Accelerator with FSDP cannot be built without a launcher."""
+    accelerator = SimpleNamespace(distributed_type=DistributedType.FSDP, is_fsdp2=is_fsdp2)
+    monkeypatch.setattr(distributed, "Accelerator", lambda **arguments: accelerator)
     with nullcontext() if is_fsdp2 else raises_one_line("fsdp_version"):
         build_accelerator()
 
@@ -97,9 +85,3 @@ def test_later_accelerators_of_a_process_may_have_another_precision(
     assert build_accelerator(mixed_precision="no").mixed_precision == "no"
     assert build_accelerator(mixed_precision="bf16").mixed_precision == "bf16"
     assert choose(monkeypatch, 16).mixed_precision == "no"
-
-
-def test_deepspeed_is_an_error(arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    with raises_one_line("DeepSpeed", "fsdp2.yaml"):
-        build_accelerator()

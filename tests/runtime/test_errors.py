@@ -4,7 +4,7 @@ import pytest
 from accelerate import Accelerator
 
 from modeling_vitcls.runtime.distributed import run_on_main
-from modeling_vitcls.runtime.errors import RunStopped, format_error, is_raised_on_all_processes
+from modeling_vitcls.runtime.errors import format_error, is_raised_on_all_processes
 
 
 @pytest.mark.parametrize(
@@ -38,5 +38,3 @@ def test_errors_of_the_main_process_are_marked() -> None:
         with pytest.raises(type(error), match=str(error)) as raised:
             run_on_main(accelerator, fail)
         assert is_raised_on_all_processes(raised.value) is is_marked
-    stopped = RunStopped("the loss is not finite")
-    assert (stopped.exit_status, stopped.is_on_all_processes) == (1, True)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers.tiny_models import build_tiny_config, raises_one_line
 
-from modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel
+from modeling_vitcls import ViTCLSForImageClassification
 from scripts import benchmark
 from scripts.benchmark import BenchmarkOptions, Row, format_markdown, run_benchmarks
 
@@ -33,13 +33,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_backends_and_peers_have_the_outputs_of_the_model(
     model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    outputs: list[Any] = []
-
-    def measure(function: Any) -> float:
-        outputs.append(function())
-        return 5.0
-
-    monkeypatch.setattr(benchmark, "measure_calls_per_second", measure)
+    monkeypatch.setattr(benchmark, "measure_calls_per_second", lambda function: 5.0)
     monkeypatch.setattr(benchmark, "NUM_CHECKED_IMAGES", 1)
     settings = BenchmarkOptions(model, ("inference", "step"), ("torch", "openvino"), **SMALL)
     settings = BenchmarkOptions(**vars(settings) | {"precisions": ("fp32", "bf16")})
@@ -59,44 +53,9 @@ def test_backends_and_peers_have_the_outputs_of_the_model(
         for row in rows
         if row.precision == "bf16" and row.engine != "openvino"
     )
-    loaded = ViTCLSForImageClassification.from_pretrained(model)
-    num_flops = {False: loaded.flops()}
-    loaded.config.compute_all_tokens = True
-    num_flops[True] = loaded.flops()  # timm and transformers compute all tokens in the last layer
-    for row in rows:
-        expected = num_flops[row.engine in ("timm", "transformers")] * (
-            3 if row.work == "step" else 1
-        )
-        assert row.flops_per_image == expected
     assert all(row.throughputs == [10.0, 10.0] for row in rows)  # two rounds
-    inferred, stepped = outputs[:16], outputs[16:]
-    assert all(len(output) == 2 and output.is_inference() for output in inferred)
-    assert stepped == [None] * 12
     # the caption has no local path
     assert str(Path(model).parent) not in format_markdown(rows, settings)
-
-
-@pytest.mark.slow
-def test_encoders_in_int8_are_measured_and_differ_slightly(tmp_path: Path) -> None:
-    ViTCLSModel(build_tiny_config()).save_pretrained(tmp_path)
-    settings = BenchmarkOptions(
-        str(tmp_path), ("inference",), ("onnx", "openvino"), (), ("fp32", "int8"), **SMALL
-    )
-
-    rows = run_benchmarks(settings)
-
-    engines = [
-        (engine, precision) for engine in ("onnx", "openvino") for precision in ("fp32", "int8")
-    ]
-    assert [(row.engine, row.precision) for row in rows] == engines
-    assert all(
-        row.difference < 0.5 and (row.difference > 1e-4) == (row.precision == "int8")
-        for row in rows
-    )
-
-    table = format_markdown(rows, settings)
-    assert "| openvino int8 |" in table
-    assert " onnxruntime " in table
 
 
 @pytest.mark.parametrize("error", [0.01, float("nan")])
