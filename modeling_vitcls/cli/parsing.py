@@ -117,7 +117,7 @@ def add_positional_arguments(options_class: type[Options]) -> type[Options]:
     The options of the library do not import tyro.
     """
     arguments = [
-        (field.name, tyro.conf.Positional[field.type], dataclasses.field(default=field.default))  # type: ignore[misc]
+        (field.name, tyro.conf.Positional[field.type], dataclasses.field(default=field.default))  # type: ignore[misc, name-defined]
         for field in dataclasses.fields(options_class)
         if field.name in POSITIONAL_ARGUMENTS
     ]
