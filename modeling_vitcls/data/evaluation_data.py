@@ -79,7 +79,10 @@ def load_calibration_and_evaluation_data(
 
     if split is None and calibration_name == name:
         if not is_trained.any():
-            is_trained = ~select_held_out(add_keys({name: images})[name], options)
+            with_keys = add_keys({name: images})[name]
+            is_trained = ~select_held_out(
+                with_keys, options.held_out_part, options.split_seed, options.dataset
+            )
         _, calibration = images.divide(is_trained)
     return calibration, leave_out(loaded, name, is_trained, split is not None, options, None)
 

@@ -34,9 +34,10 @@ class DataOptions(Options):
     every split."""
     held_out_fraction: float | None = None
     """Fraction of the images to hold out for evaluation if the dataset has no evaluation split.
-    Default: 0.2, and 0 for a frozen model, which is measured by cross-validation.
-    Whether an image is held out depends only on the fraction, --split-seed and the checksum of the
-    image. 0: train on all images, without evaluation."""
+    Default: 0 without training steps, because cross-validation measures the model; otherwise 0.1
+    from 2,000 images on, 0.2 for fewer, and 0 for fewer than 5 per class. Whether an image is held
+    out depends only on the fraction, --split-seed and the checksum of the image. 0: train on all
+    images, without evaluation."""
     split_seed: int = 0
     """Random seed for the held-out split. Use the same seed for all runs that you compare.
     Evaluation uses the seed of the training run."""

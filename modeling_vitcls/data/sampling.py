@@ -97,7 +97,7 @@ def compute_class_weights(labels: Sequence[int], num_classes: int) -> torch.Tens
 class BatchPlan:
     """The number of steps of a run, and the images of every batch."""
 
-    num_images: int | None  # None for a stream, which has its own order (streaming.py)
+    num_images: int
     batch_size: int
     accumulation_steps: int
     num_processes: int
@@ -110,11 +110,8 @@ class BatchPlan:
         return self.batch_size * self.accumulation_steps * self.num_processes
 
     def count_epochs(self, step: int) -> float:
-        """Return the (fractional) number of epochs after `step` steps; 0 for a stream.
-
-        The length of a stream is unknown.
-        """
-        return step * self.images_per_step / self.num_images if self.num_images else 0.0
+        """Return the (fractional) number of epochs after `step` steps."""
+        return step * self.images_per_step / self.num_images
 
     def iterate_keys(self, process_index: int, first_step: int = 0) -> Iterator[list[ImageKey]]:
         """Yield the keys of each batch of one process, starting at `first_step`."""
@@ -128,6 +125,5 @@ class BatchPlan:
 
     def compute_key(self, step: int, position: int) -> ImageKey:
         """Return the key of the image at a position in a step."""
-        assert self.num_images is not None  # not a stream
         epoch, position_in_epoch = divmod(step * self.images_per_step + position, self.num_images)
         return epoch, int(shuffle_indices(self.num_images, self.seed, epoch)[position_in_epoch])

@@ -273,7 +273,7 @@ def load_new_images(options: DataOptions, old_names: list[str]) -> tuple[LabelSp
 
     images = add_keys(splits.images_by_split)
     check_contradictions(list(images.values()), new_space, options.dataset)
-    train = images[choose_training_splits(splits.names, use_selection_split=False).train]
+    train = images[choose_training_splits(False, splits.names)[0]]
     label_space = LabelSpace(SINGLE_LABEL, {"label": names})
     return label_space, match_labels(train, new_space, label_space)
 

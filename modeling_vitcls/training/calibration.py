@@ -22,7 +22,7 @@ from ..inference.intervals import NUM_BINS, compute_chance_calibration_error
 from ..inference.linear_probe import LinearProbe
 
 
-MIN_IMAGES = 100  # minimum number of images for a temperature; with fewer, it is mostly noise
+MIN_IMAGES = 100  # minimum number of images for a temperature
 MIN_ERROR_IMAGES = 100  # with fewer images, a calibration error is mostly noise
 # images that a temperature is fitted to
 CROSS_VALIDATION, SELECTION, HELD_OUT = "cross-validation", "selection", "held-out"
@@ -38,15 +38,15 @@ class Calibration:
     text: str  # for the printed line
     temperature: float | None = None
 
-    @property
-    def is_fitted(self) -> bool:
-        return self.temperature is not None
-
-    def to_dict(self) -> dict[str, Any]:
+    def build_record(self, errors: dict[str, float]) -> dict[str, Any] | None:
+        """Build the field of results.json, with the calibration errors; None if there is none."""
+        if self.temperature is None:
+            return None
         return {
             "temperature": self.temperature,
             "num_images": self.num_images,
             "images": self.images,
+            **errors,
         }
 
 
@@ -56,8 +56,9 @@ def find_calibration(predictions: Predictions, images: str) -> Calibration:
     if images == HELD_OUT:
         logits, labels = logits[::2], labels[::2]
     num_images = len(labels)
-    if not has_enough_images(num_images):
-        return explain_missing_calibration(num_images, images)
+    if num_images < MIN_IMAGES:  # a temperature of few images is mostly noise
+        text = f"not calibrated: {num_images:,} images, {MIN_IMAGES} needed"
+        return Calibration(num_images, images, text)
 
     temperature = round(fit_temperature(logits, labels), 4)
     text = f"temperature {temperature:.2f}, from {describe_images(images, num_images)}"
@@ -70,27 +71,14 @@ def find_calibration(predictions: Predictions, images: str) -> Calibration:
     return Calibration(num_images, images, text, temperature)
 
 
-def describe_probe_calibration(probe: LinearProbe, is_trained: bool) -> Calibration:
-    """Return the calibration of a probe, whose temperature is that of out-of-fold logits.
-
-    `is_trained` is whether the encoder was trained on the images.
-    """
-    temperature = round(probe.temperature_, 4)
+def describe_probe_calibration(probe: LinearProbe) -> Calibration:
+    """Return the calibration of a probe, whose temperature is that of out-of-fold logits."""
     num_images = int(np.isfinite(probe.losses_).sum())
+    if not num_images:
+        return Calibration(0, CROSS_VALIDATION, "not calibrated: too few images for folds")
+    temperature = round(probe.temperature_, 4)
     text = f"temperature {temperature:.2f}, from {describe_images(CROSS_VALIDATION, num_images)}"
-    if is_trained:
-        text += ", and from the accuracy of the frozen model"
     return Calibration(num_images, CROSS_VALIDATION, text, temperature)
-
-
-def has_enough_images(num_images: int) -> bool:
-    return num_images >= MIN_IMAGES
-
-
-def explain_missing_calibration(num_images: int, images: str) -> Calibration:
-    """Return a calibration that says why there is none."""
-    text = f"not calibrated: {num_images:,} images, {MIN_IMAGES} needed"
-    return Calibration(num_images, images, text)
 
 
 def is_improvement(logits: np.ndarray, labels: np.ndarray, temperature: float) -> bool:
@@ -132,9 +120,11 @@ def measure_errors(
 ) -> tuple[dict[str, float], str]:
     """Return the calibration errors before and after the temperature, and a text about both.
 
-    The predictions are of held-out images, with the temperature. The text is empty for few images.
+    The predictions are of held-out images, with the temperature. The text is empty for few images,
+    and there are no errors without a temperature.
     """
-    assert calibration.temperature is not None
+    if calibration.temperature is None:
+        return {}, ""
     logits, labels = predictions.get_outputs()
     if calibration.images == HELD_OUT:  # the temperature is fitted to the other half
         logits, labels = logits[1::2], labels[1::2]
@@ -154,6 +144,11 @@ def measure_errors(
         "calibration_error_by_chance": by_chance,
     }
     return errors, text
+
+
+def select_error_metrics(values: dict[str, Any]) -> dict[str, float]:
+    """Return the errors that are also metrics of the saved model, with its temperature."""
+    return {name: values[name] for name in ERROR_METRICS if name in values}
 
 
 def compute_error(logits: np.ndarray, labels: np.ndarray) -> float:

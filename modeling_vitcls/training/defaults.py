@@ -5,14 +5,14 @@ learning_rate      `LEARNING_RATES`, for each kind of initial weights
 layer_decay        1                          0.75                       1                  1
 initializer_range  0.8 / sqrt(width)          checkpoint's value         checkpoint's value checkpoint's value
 epochs             30                         30, or 10 (large dataset)  5                  30
-                   5 with --refit, which is the default of `should_refit`.
+                   5 from the frozen model's classifier (the study in model_cards/studies/finetuning.md).
                    On CPUs, the epochs of a run have at most `MAX_CPU_FLOPS`, but there is at least one epoch.
 
 flag               at most 64 pixels per side larger images
 crop_scale         1                          0.35
 shift              0.04                       0
 
-flag               fewer than 10,000 images   large dataset: at least 10,000 images, or a stream
+flag               fewer than 10,000 images   large dataset: at least 10,000 images
 batch_size         32                         64
 
 Narrow models learn slowly with the common initializer range of 0.02. The default range is therefore
@@ -78,52 +78,40 @@ LEARNING_RATES: dict[TrainingMethod, RateRule] = {
 EXAMPLE_CHECKPOINT = "timm:vit_small_patch14_reg4_dinov2.lvd142m"
 MAX_SMALL_IMAGE_SIZE = 64  # maximum length of the longer side of a small image, in pixels
 MIN_LARGE_DATASET_SIZE = 10_000  # minimum number of training images in a large dataset
-REFIT_EPOCHS = 5.0
-# Minimum number of training images, and their mean number in a class, for a classifier that is
-# fitted again by default: with 200 images, 20 of each class, it gained nothing
-# (model_cards/studies/finetuning.md). Large data sets have a selection.
-MIN_REFIT_IMAGES = 500
-MIN_REFIT_CLASS_SIZE = 50
+FINE_TUNING_EPOCHS = 5.0  # of weights that start from a classifier which fits them, and of LoRA
 MAX_CPU_FLOPS = 1e15  # of all training steps; about an hour at 300 GFLOP/s
 # Flags with defaults of this file
 SIZE_FLAGS = (
     "image_size patch_size hidden_size num_hidden_layers num_attention_heads intermediate_size"
 ).split()
-# flags of another length or another choice than those of the study
-FLAGS_WITHOUT_REFIT = "epochs max_steps select early_stopping teacher".split()
 DEFAULT_FLAGS = "initializer_range layer_decay batch_size crop_scale shift".split()
 
 
 def resolve_defaults(
-    options: Options, initial: InitialModel, num_training_images: int | None
+    options: Options, initial: InitialModel, num_training_images: int
 ) -> tuple[Options, str]:
-    """Return the options with a value for each flag in `DEFAULT_FLAGS`, and a line about them.
+    """Fill in each flag of `DEFAULT_FLAGS` that is not set; also return a line about them.
 
-    The line has the default values that affect the run, grouped by reason. `num_training_images` is
-    None for a stream. For checkpoints, `initializer_range` remains None. The length of the run and
-    its learning rate are not among these flags (`resolve_schedule`).
+    The line has the default values that affect the run, grouped by reason. For checkpoints,
+    `initializer_range` remains None. The length of the run and its learning rate are not among
+    these flags (`resolve_schedule`).
     """
     config_values = options.get_config_values()
     width = get_width(options, initial)
     image_size = max(to_pair(config_values.get("image_size", initial.config.image_size)))
     method = get_training_method(options, initial.has_random_weights)
-    is_pretrained = method == "pre-trained weights"
     has_small_images = image_size <= MAX_SMALL_IMAGE_SIZE
-    is_large = num_training_images is None or num_training_images >= MIN_LARGE_DATASET_SIZE
-    initializer_range = (
-        max(round(0.8 / math.sqrt(width), 3), 0.02) if initial.folder is None else None
-    )
+    is_large = num_training_images >= MIN_LARGE_DATASET_SIZE
+    initializer_range = None
+    if initial.folder is None:
+        initializer_range = max(round(0.8 / math.sqrt(width), 3), 0.02)
 
-    width_reason = f"{method}, width {width}"
     size_reason = f"image size {image_size}"
     size = "at least" if is_large else "fewer than"
     dataset_reason = f"{method}, {size} {MIN_LARGE_DATASET_SIZE:,} images"
-    if num_training_images is None:
-        dataset_reason = f"{method}, a stream"
-
     defaults = (
-        ("initializer_range", initializer_range, width_reason),
-        ("layer_decay", 0.75 if is_pretrained else 1.0, method),
+        ("initializer_range", initializer_range, f"{method}, width {width}"),
+        ("layer_decay", 0.75 if method == "pre-trained weights" else 1.0, method),
         ("batch_size", 64 if is_large else 32, dataset_reason),
         ("crop_scale", 1.0 if has_small_images else 0.35, size_reason),
         ("shift", 0.04 if has_small_images else 0.0, size_reason),
@@ -136,82 +124,45 @@ def resolve_defaults(
         changes: dict[str, Any] = {name: value}
         options = replace(options, **changes)
         values_by_reason.setdefault(reason, []).append(f"{name.replace('_', ' ')} {value:g}")
-
-    return options, "; ".join(
-        f"{reason}: {', '.join(values)}" for reason, values in values_by_reason.items()
-    )
+    text = "; ".join(f"{reason}: {', '.join(each)}" for reason, each in values_by_reason.items())
+    return options, text
 
 
 def resolve_schedule(
-    options: Options, initial: InitialModel, num_training_images: int | None, has_probe: bool
+    options: Options, initial: InitialModel, num_training_images: int, has_probe: bool
 ) -> tuple[Options, dict[str, str | None]]:
-    """Return the options with a length and a learning rate, and lines about the default values.
+    """Fill in the length and the learning rate if they are not set; also return lines about them.
 
     Args:
-        options: flags of the run; `refit` is set (`should_refit`).
+        options: flags of the run.
         initial: initial model.
-        num_training_images: None for a stream.
+        num_training_images: number of training images.
         has_probe: whether the classifier starts from that of the frozen model.
     """
     method = get_training_method(options, initial.has_random_weights)
-    is_large = num_training_images is None or num_training_images >= MIN_LARGE_DATASET_SIZE
-    epochs = 10.0 if method == "pre-trained weights" and is_large else 30.0
-    size = "a stream" if num_training_images is None else f"{num_training_images:,} images"
-    epochs_reason = f"{method}, {size}"
-    if method == "LoRA":
-        epochs = 5.0
-    if options.refit:
-        epochs = REFIT_EPOCHS
-        epochs_reason = (
-            "then the classifier is fitted again (`refit`). `select='best'` keeps images for a "
-            "selection, and `trainable='head'` keeps the encoder"
-        )
-    else:
-        max_epochs = compute_max_epochs(options, initial, num_training_images)
-        if max_epochs < epochs:
-            epochs_reason += f"; limited on CPUs, `epochs={epochs:g}` is the default on GPUs"
-            epochs = max_epochs
-
     if has_probe and method == "pre-trained weights":
         method = "from the frozen model's classifier"
+    is_large = num_training_images >= MIN_LARGE_DATASET_SIZE
+    epochs = 10.0 if method == "pre-trained weights" and is_large else 30.0
+    if method in ("LoRA", "from the frozen model's classifier"):
+        epochs = FINE_TUNING_EPOCHS
+    reason = f"{method}, {num_training_images:,} images"
+    max_epochs = compute_max_epochs(options, initial, num_training_images)
+    if max_epochs < epochs:
+        reason += f"; limited on CPUs, `epochs={epochs:g}` is the default on GPUs"
+        epochs = max_epochs
+
     width = get_width(options, initial)
     changes: dict[str, Any] = {}
     lines: dict[str, str | None] = {}
     if options.epochs is None:
         changes["epochs"] = epochs
         if options.max_steps is None:
-            lines["epochs"] = f"{epochs:g}: {epochs_reason}"
+            lines["epochs"] = f"{epochs:g}: {reason}"
     if options.learning_rate is None:
         changes["learning_rate"] = rate = choose_learning_rate(method, width)
         lines["rate"] = f"{rate:g}: {method}, width {width}"
     return replace(options, **changes), lines
-
-
-def should_refit(
-    options: TrainOptions,
-    initial: InitialModel,
-    num_training_images: int | None,
-    num_labels: int,
-    has_probe: bool,
-) -> bool:
-    """Return whether the classifier is fitted again after the last step by default.
-
-    Args:
-        options: the flags as the user set them.
-        initial: initial model.
-        num_training_images: with all that a run with a selection would hold out; None for a stream.
-        num_labels: number of classes.
-        has_probe: whether the classifier starts from that of the frozen model.
-    """
-    return (
-        has_probe
-        and not any(getattr(options, name) for name in FLAGS_WITHOUT_REFIT)
-        and options.trainable == "full"
-        and get_training_method(options, initial.has_random_weights) == "pre-trained weights"
-        and num_training_images is not None
-        and MIN_REFIT_IMAGES <= num_training_images < MIN_LARGE_DATASET_SIZE
-        and num_training_images / num_labels >= MIN_REFIT_CLASS_SIZE
-    )
 
 
 def get_width(options: TrainOptions, initial: InitialModel) -> int:
@@ -220,14 +171,14 @@ def get_width(options: TrainOptions, initial: InitialModel) -> int:
 
 
 def compute_max_epochs(
-    options: TrainOptions, initial: InitialModel, num_training_images: int | None
+    options: TrainOptions, initial: InitialModel, num_training_images: int
 ) -> float:
     """Return the maximum default number of epochs.
 
-    It is infinite on GPUs, for streams, and if the user has set the length of the run.
+    It is infinite on GPUs, and if the user has set the length of the run.
     """
     has_number = options.epochs is not None or options.max_steps is not None
-    if has_number or not num_training_images or PartialState().device.type != "cpu":
+    if has_number or PartialState().device.type != "cpu":
         return math.inf
 
     config = copy.deepcopy(initial.config)

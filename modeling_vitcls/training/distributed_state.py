@@ -1,6 +1,6 @@
 """The training state as named full tensors, for one process, DDP and FSDP2.
 
-    model, optimizer                   <->   {"model", "optimizer"} -> name -> full tensor on the CPU
+    model, optimizer, start weights    <->   {"model", "optimizer", "start"} -> name -> full tensor on the CPU
     on every process, possibly sharded       on the main process
 
 Full tensors do not depend on the number of processes. Names are parameter names of the unwrapped
@@ -13,6 +13,7 @@ weights. Moments are not loaded with `set_optimizer_state_dict`, because this fu
 count of 1 for parameters that have no moments in the checkpoint.
 """
 
+from collections.abc import Sequence
 from itertools import chain
 from typing import Any
 
@@ -38,13 +39,17 @@ FULL_STATE_DICT_OPTIONS = StateDictOptions(full_state_dict=True, cpu_offload=Tru
 
 
 def gather_state(
-    accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer
+    accelerator: Accelerator,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    start: Sequence[torch.Tensor] = (),
 ) -> tuple[dict[str, Tensors], dict[str, Any]]:
     """Return the full tensors of the training state, and the loss scaler's state for JSON.
 
     The tensors are returned only on the main process. This function must be called on all
     processes. With a single process on the CPU, the returned tensors share memory with the training
-    state and must be written to disk before training continues.
+    state and must be written to disk before training continues. `start` contains the weights
+    before the first step, in the order of the trainable parameters; it is empty if they are not needed.
     """
     torch_optimizer = unwrap_optimizer(optimizer)
     parameter_states: Any = {}
@@ -60,25 +65,47 @@ def gather_state(
     }
 
     tensors = {"model": gather_weights(model), "optimizer": moments}
+    if start:
+        tensors["start"] = {}
+        for name, tensor in zip(get_trainable_parameter_names(model), start, strict=True):
+            full_tensor = gather_tensor(tensor)
+            if accelerator.is_main_process:
+                tensors["start"][name] = full_tensor.detach().cpu()
+
     scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else {}
     return tensors, {"scaler": scaler}
 
 
+@torch.no_grad()
 def scatter_state(
     checkpoint: Checkpoint,
     accelerator: Accelerator,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
+    start: Sequence[torch.Tensor] = (),
 ) -> None:
     """Load a state returned by `gather_state`. This function must be called on all processes.
 
-    The checkpoint is the same on all processes. Only the main process reads its tensors from disk.
+    Args:
+        checkpoint: checkpoint to load, the same on all processes. Only the main process reads the
+            tensors from disk.
+        start: weights before the first step, which are overwritten in place.
     """
-    scatter_weights(checkpoint, accelerator, model)
+    scatter_model(checkpoint, accelerator, model)
+    if start:
+        stored = checkpoint.load_tensors("start") if accelerator.is_main_process else {}
+        for name, target in zip(get_trainable_parameter_names(model), start, strict=True):
+            target.copy_(distribute_like(stored.get(name), target.dtype, target, accelerator))
     moments = checkpoint.load_tensors("optimizer") if accelerator.is_main_process else None
     scatter_optimizer_state(moments, accelerator, model, optimizer)
     if accelerator.scaler is not None and checkpoint.metadata["scaler"]:
         accelerator.scaler.load_state_dict(checkpoint.metadata["scaler"])
+
+
+def scatter_model(checkpoint: Checkpoint, accelerator: Accelerator, model: nn.Module) -> None:
+    """Load the weights of a checkpoint into the model on all processes."""
+    weights = checkpoint.load_tensors("model") if accelerator.is_main_process else None
+    scatter_weights(weights, model, accelerator)
 
 
 def reshard(model: nn.Module) -> None:
@@ -100,6 +127,13 @@ def get_named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return dict(extract_model_from_parallel(model, keep_torch_compile=False).named_parameters())
 
 
+def get_trainable_parameter_names(model: nn.Module) -> list[str]:
+    """Return the names of the trainable parameters, in the order of the model's parameters."""
+    return [
+        name for name, parameter in get_named_parameters(model).items() if parameter.requires_grad
+    ]
+
+
 def unwrap_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     """Return the PyTorch optimizer inside Accelerate's wrapper."""
     return optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
@@ -117,11 +151,19 @@ def gather_weights(model: nn.Module) -> Tensors:
     return weights
 
 
-def scatter_weights(checkpoint: Checkpoint, accelerator: Accelerator, model: nn.Module) -> None:
-    """Load the weights of a checkpoint, which the main process reads, on all processes."""
-    weights: dict[str, Any] = {}
-    if accelerator.is_main_process:
-        weights |= checkpoint.load_tensors("model")
+def gather_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the full tensor of a possibly sharded tensor.
+
+    This function must be called on all processes.
+    """
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def scatter_weights(
+    full_tensors: Tensors | None, model: nn.Module, accelerator: Accelerator
+) -> None:
+    """Load full tensors from the main process into the model on all processes."""
+    weights: dict[str, Any] = {} if full_tensors is None else {**full_tensors}
     targets: dict[str, Any] = get_model_state_dict(model)
     # Full tensors cannot be copied into DTensors without these options. FSDP2 uses DTensors even
     # with one process.

@@ -42,17 +42,17 @@ def measure_forward_seconds(model: Any, accelerator: Accelerator) -> float:
 
 
 def estimate_step_seconds(
-    forward_seconds: float, epochs: float, num_images: int | None, num_processes: int
+    forward_seconds: float, epochs: float, num_images: int, num_processes: int
 ) -> float:
     """Return the expected duration of the steps of a run.
 
     Args:
         forward_seconds: measured time of a forward pass of one image.
         epochs: number of epochs.
-        num_images: number of training images; None for a stream, which has no probe.
+        num_images: number of training images.
         num_processes: number of processes.
     """
-    return FORWARD_PASSES_OF_STEP * forward_seconds * epochs * (num_images or 0) / num_processes
+    return FORWARD_PASSES_OF_STEP * forward_seconds * epochs * num_images / num_processes
 
 
 def describe_duration(

@@ -1,9 +1,8 @@
 """Fine-tuning on labeled images. run.py implements the complete run.
 
-    probe              linear classifier on frozen features, from which the classifier starts (probe.py)
-    fine-tuning        trained on pixels; with --teacher, the distillation token is trained on the teacher's logits
-    --refit            fits the classifier again after fine-tuning, to the features of the trained encoder
-    --trainable head   stops after the probe; without a probe, the head is trained on pixels with a frozen encoder
+    frozen model       linear classifier of frozen features (probe.py): saved by a frozen run, and the start of steps
+    steps              trained on pixels; with --teacher, the distillation token is trained on the teacher's logits
+    --trainable head   the frozen model; without one, the head is trained on pixels with a frozen encoder
 
 After the run, the output folder contains:
     config.json, model.safetensors, preprocessor_config.json, *_vitcls.py    files for from_pretrained
@@ -12,7 +11,6 @@ After the run, the output folder contains:
 """
 
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 
@@ -22,14 +20,15 @@ from accelerate import Accelerator
 from ..conversion.open_model import is_preset
 from ..data.augmentation import BatchMixer
 from ..data.batches import Batch, Normalizer
-from ..data.images import LabeledImages
 from ..data.sampling import compute_class_weights
 from ..data.splits import (
     MAX_CLASS_RATIO,
     TrainingData,
+    UndividedImages,
+    compute_class_ratio,
     describe_leaks,
     describe_missing_classes,
-    load_training_data,
+    load_undivided_images,
 )
 from ..data.splits_table import find_trained_images, read_splits, select_task
 from ..hub.local_paths import strip_folders
@@ -39,7 +38,7 @@ from ..inference.metrics import SELECTION_METRICS
 from . import losses
 from .model import InitialModel, build_model, set_trainable_parameters
 from .options import FinetuneOptions
-from .probe import MAX_PROBE_IMAGES, Probe, explain_missing_probe
+from .probe import Probe, explain_missing_probe
 from .reporter import Reporter
 from .teacher import Teacher, load_teacher
 from .training_setup import TrainingSetup, build_evaluator_arguments
@@ -67,57 +66,36 @@ class FineTuning:
                 f"`trainable={options.trainable!r}` requires trained weights, but "
                 f"{options.model} has random weights. Set `model` to a checkpoint"
             )
-
-        if options.streaming and options.class_balance != "none":
-            raise ValueError(
-                "`class_balance` requires all labels, which `streaming=True` does not read. Remove "
-                "one flag"
-            )
         return options
 
-    def load_data(self, options: FinetuneOptions, initial: InitialModel) -> TrainingData:
-        """Load the training images and the held-out images.
-
-        For pre-trained weights, `--select` is best by default if the dataset has enough images for
-        a selection split.
-        """
-        is_pretrained = not initial.has_random_weights and options.trainable != "head"
-        can_select = options.held_out_fraction != 0 and not options.streaming
-
-        data = None
-        if options.select is None and is_pretrained and can_select:
-            with suppress(ValueError):  # too few images; other errors are raised again below
-                data = load_training_data(options, True)
-        if data is None:
-            data = load_training_data(options, options.needs_selection)
-
-        check_label_kind(options, data.label_space.kind)
-        return data
+    def load_images(self, options: FinetuneOptions, initial: InitialModel) -> UndividedImages:
+        """Read the labels and keys of the images. Steps that select read validation and test."""
+        can_be_frozen = not initial.has_random_weights
+        images = load_undivided_images(options, options.needs_selection or can_be_frozen)
+        check_label_kind(options, images.label_space.kind)
+        return images
 
     def build_setup(
         self,
         options: FinetuneOptions,
         initial: InitialModel,
-        data: TrainingData,
+        images: UndividedImages,
         reporter: Reporter,
     ) -> TrainingSetup:
-        """Load the model and the teacher, freeze parameters, and build loss and evaluation."""
+        """Load the model and the teacher, freeze parameters, and prepare loss and evaluation."""
         accelerator = reporter.accelerator
-        labels = data.label_space
+        labels = images.label_space
         model, processor, new_parameter_names = build_model(options, initial, labels)
         teacher = None
         if options.teacher is not None:
             teacher = load_teacher(options.teacher, labels, model.config, accelerator.device)
 
         set_trainable_parameters(model, options.trainable, options.lora_rank, new_parameter_names)
-
         evaluator_arguments = build_evaluator_arguments(
-            options, data, processor, model.config.num_channels, reporter
+            options, labels, processor, model.config.num_channels, reporter
         )
-
         missing_probe_reason = explain_missing_probe(
             is_wanted=options.probe,
-            is_stream=options.streaming,
             model=model,
             has_random_weights=initial.has_random_weights,
             new_parameter_names=new_parameter_names,
@@ -132,9 +110,6 @@ class FineTuning:
                 processor=processor,
                 accelerator=accelerator,
                 build_pass=build_pass,
-                max_images=None
-                if options.trainable == "head" or options.refit
-                else MAX_PROBE_IMAGES,
                 resize=options.resize,
                 pooling=options.pooling,
                 pooled_layers=options.pooled_layers,
@@ -145,45 +120,52 @@ class FineTuning:
             summary_lines["probe"] = f"off, because {missing_probe_reason}"
         if teacher is not None:
             summary_lines["teacher"] = teacher.description
-        normalize = Normalizer(processor, accelerator.device)
         metric = SELECTION_METRICS[labels.kind]
+        printed_metrics: tuple[str, ...] = (metric,)
+        if compute_class_ratio(images.train) > MAX_CLASS_RATIO:
+            printed_metrics = (metric, "macro_f1")
         class_count_text = " + ".join(
             f"{len(names)} of {column!r}" for column, names in labels.columns.items()
         )
 
-        has_statistics = labels.kind == "single_label_classification" and options.statistics
-        teacher_name = options.teacher
+        is_single_label = labels.kind == "single_label_classification"
+        new_heads = [name for name in new_parameter_names if not name.startswith("vitcls.")]
         return TrainingSetup(
             model,
             processor,
-            build_objective(options, data, teacher, normalize, accelerator),
-            build_evaluator=partial(Evaluator, **evaluator_arguments),
+            build_objective=partial(
+                build_objective,
+                options,
+                teacher=teacher,
+                normalize=Normalizer(processor, accelerator.device),
+                accelerator=accelerator,
+            ),
+            build_evaluator=lambda data, images: Evaluator(images, **evaluator_arguments),
             selection_metric=metric,
-            printed_metrics=(metric, "macro_f1")
-            if data.class_ratio > MAX_CLASS_RATIO
-            else (metric,),
+            printed_metrics=printed_metrics,
             result_metrics=(metric, "cls_accuracy", "distillation_accuracy"),
             labels_text=f"classes: {class_count_text}, {labels.kind.replace('_', ' ')}",
-            can_calibrate=labels.kind == "single_label_classification",
+            can_calibrate=is_single_label,
+            has_known_head=probe is not None or not new_heads,
             summary_lines=summary_lines,
             results={
-                "teacher": strip_folders(teacher_name) if teacher_name else None,
+                "teacher": strip_folders(options.teacher) if options.teacher else None,
                 "label_column": list(options.label_column or labels.columns),
                 "label_separator": options.label_separator,
             },
-            build_pass=build_pass if has_statistics else None,
+            build_pass=build_pass if is_single_label and options.statistics else None,
             probe=probe,
         )
 
-    def describe_data(
-        self, options: FinetuneOptions, initial: InitialModel, data: TrainingData, has_steps: bool
+    def list_warnings(
+        self, options: FinetuneOptions, initial: InitialModel, data: TrainingData
     ) -> list[str]:
-        """Return warnings about the data."""
+        """List classes without images, leaks between splits, and classes of different sizes."""
         return [
             *describe_missing_classes(data),
             *describe_leaks(data, options.group_column),
             *describe_overlap(initial, data),
-            *describe_imbalance(options.class_balance, data, has_steps),
+            *describe_imbalance(options.class_balance, data),
         ]
 
 
@@ -219,7 +201,7 @@ def build_label_loss(
 ) -> losses.LabelLossFunction:
     labels = data.label_space
     class_weights = None
-    if options.class_balance == "weights" and isinstance(data.train, LabeledImages):
+    if options.class_balance == "weights":
         class_weights = compute_class_weights(data.train.labels, len(labels.names)).to(device)
     functions: dict[str, Callable[..., torch.Tensor]] = {
         "single_label_classification": partial(
@@ -249,15 +231,12 @@ def check_label_kind(options: FinetuneOptions, kind: str) -> None:
             )
 
 
-def describe_imbalance(class_balance: str, data: TrainingData, has_steps: bool) -> list[str]:
+def describe_imbalance(class_balance: str, data: TrainingData) -> list[str]:
     """Return a warning about classes of very different sizes.
 
     The largest then has more than `MAX_CLASS_RATIO` times as many training images as the smallest.
-    A run without steps measures what class weights would change.
     """
-    if class_balance != "none" or not has_steps:
-        return []
-    if data.class_ratio <= MAX_CLASS_RATIO:
+    if class_balance != "none" or data.class_ratio <= MAX_CLASS_RATIO:
         return []
 
     advice = "The accuracy hardly depends on small classes: compare macro F1"
@@ -275,7 +254,7 @@ def describe_overlap(initial: InitialModel, data: TrainingData) -> list[str]:
 
     Raise ValueError if its splits.parquet is damaged.
     """
-    if initial.folder is None or not isinstance(data.held_out, LabeledImages):
+    if initial.folder is None:
         return []
     splits = select_task(read_splits(initial.folder), None)
     num_trained = int(find_trained_images(data.held_out, splits).sum())

@@ -30,7 +30,7 @@ from ..runtime.distributed import run_on_main
 from ..runtime.errors import RunStopped, mark_errors_of_all_processes
 from ..runtime.system import get_peak_memory
 from .checkpoints import Checkpoint, CheckpointStore
-from .distributed_state import gather_state, reshard, scatter_state, scatter_weights
+from .distributed_state import gather_state, reshard, scatter_model, scatter_state
 from .duration import MIN_STEPS, NUM_TIMED_STEPS, describe_duration
 from .losses import Losses, Objective
 from .model import set_train_mode
@@ -58,9 +58,10 @@ class TrainingState:
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
+    # trainable weights before the first step; empty if they are not averaged with the last
+    start: list[torch.Tensor] = field(default_factory=list)
     step: int = 0  # number of completed optimizer steps
-    # of the best evaluation so far, or a higher one that is required to replace the frozen model
-    score_to_exceed: float | None = None
+    best_score: float | None = None  # of the evaluations so far
     # scores of all evaluations after the first step, in order
     scores: list[float] = field(default_factory=list)
     # losses of the steps since the last record
@@ -289,7 +290,7 @@ class TrainingLoop:
     # Evaluation and records -----------------------------------------------------------------------
 
     def evaluate(self) -> Metrics:
-        """Return the metrics of an evaluation."""
+        """Return the metrics of an evaluation of the current weights."""
         start_time = time.perf_counter()
         self.state.model.eval()
         metrics = self.evaluate_model(self.state.model)
@@ -307,9 +308,9 @@ class TrainingLoop:
         self.is_best = False
         if score is not None:
             state.scores.append(score)
-            self.is_best = state.score_to_exceed is None or score > state.score_to_exceed
+            self.is_best = state.best_score is None or score > state.best_score
         if self.is_best:
-            state.score_to_exceed = score
+            state.best_score = score
 
         scalars = {
             f"{self.evaluated_images}_{name}": value
@@ -363,11 +364,6 @@ class TrainingLoop:
         """Return the training time so far in seconds, including the time before --resume."""
         return self.state.earlier_seconds + time.perf_counter() - self.start_time
 
-    def save_as_best(self, score_to_exceed: float) -> None:
-        """Save a checkpoint that is the best one until an evaluation exceeds a score."""
-        self.state.score_to_exceed = score_to_exceed
-        self.save(True)
-
     def save(self, is_best: bool) -> None:
         """Save a checkpoint with everything that `restore` requires.
 
@@ -377,14 +373,16 @@ class TrainingLoop:
         state = self.state
         metadata = self.run_metadata | {
             "step": state.step,
-            "score_to_exceed": state.score_to_exceed,
+            "best_score": state.best_score,
             "scores": state.scores,
             "training_seconds": self.get_training_seconds(),
             "recent_losses": gather_object([state.recent_losses]),
             "pending_record": state.pending_record,
             "unreadable_images": sorted(self.unreadable_images.indices),
         }
-        tensors, non_tensor_state = gather_state(self.accelerator, state.model, state.optimizer)
+        tensors, non_tensor_state = gather_state(
+            self.accelerator, state.model, state.optimizer, state.start
+        )
 
         metadata |= non_tensor_state
         save = partial(self.store.save, state.step, tensors, metadata, is_best)
@@ -397,9 +395,9 @@ class TrainingLoop:
         """
         state = self.state
         metadata = checkpoint.metadata
-        scatter_state(checkpoint, self.accelerator, state.model, state.optimizer)
+        scatter_state(checkpoint, self.accelerator, state.model, state.optimizer, state.start)
         state.step = checkpoint.step
-        state.score_to_exceed = metadata["score_to_exceed"]
+        state.best_score = metadata["best_score"]
         state.scores = metadata["scores"]
 
         losses_by_process = metadata["recent_losses"]
@@ -417,26 +415,17 @@ class TrainingLoop:
         Raise ValueError if the checkpoint is damaged or missing.
         """
         checkpoint: Checkpoint = run_on_main(self.accelerator, self.store.load_best)
-        scatter_weights(checkpoint, self.accelerator, self.state.model)
+        scatter_model(checkpoint, self.accelerator, self.state.model)
         return checkpoint.step
 
 
-def build_batch_plan(
-    num_images: int | None, options: TrainingOptions, num_processes: int
-) -> BatchPlan:
-    """Return a plan of `max_steps` steps, or of `epochs` epochs rounded up to whole steps.
-
-    `num_images` is None for a stream. Raise ValueError for a stream without `max_steps`.
-    """
-    assert options.batch_size is not None
+def build_batch_plan(num_images: int, options: TrainingOptions, num_processes: int) -> BatchPlan:
+    """Return a plan of `max_steps` steps, or of `epochs` epochs rounded up to whole steps."""
+    assert options.batch_size is not None, "the defaults set it"
     accumulation_steps = options.gradient_accumulation_steps
     num_steps = options.max_steps
     if not num_steps:
-        if num_images is None:
-            raise ValueError(
-                "a stream of unknown length requires a number of steps. Set `max_steps`"
-            )
-        assert options.epochs is not None
+        assert options.epochs is not None, "the plan sets it"
         images_per_step = options.batch_size * accumulation_steps * num_processes
         num_steps = math.ceil(options.epochs * num_images / images_per_step)
 

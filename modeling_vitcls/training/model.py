@@ -183,7 +183,7 @@ def load_with_label_space(
         )
 
         config = copy.deepcopy(encoder.config)
-        config.tasks = None
+        config.tasks = config.class_statistics = None  # of the old labels
         for name, value in label_space.to_config_values().items():
             setattr(config, name, value)
         model = model_class(config)

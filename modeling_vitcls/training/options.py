@@ -121,8 +121,10 @@ class TrainingOptions(Options):
     """Training and evaluation."""
 
     epochs: float | None = None
-    """Number of passes over the training images. Default: 30, or 10 for pre-trained weights and a
-    large dataset (at least 10,000 images, or a stream), or 5 for LoRA and with --refit."""
+    """Number of passes over the training images; setting it asks for training steps. Default: 30, or
+    5 for LoRA and for weights that start from the classifier of the frozen model. Without steps, the
+    encoder stays frozen: that is the default below 2,000 images (50 per class), or if five epochs
+    would take more than ten minutes on a CPU."""
     max_steps: int | None = None
     """Number of optimizer steps, instead of --epochs."""
     batch_size: int | None = None
@@ -153,22 +155,19 @@ class TrainingOptions(Options):
     max_gradient_norm: float = 1.0
     """Maximum norm of the gradients; gradients with a larger norm are scaled down. The ViT paper
     uses 1."""
+    average_with_start: float = 0.5
+    """Part of the weights before the first step in the saved weights, if they were trained before;
+    the rest is those of the last step (WiSE-FT, Wortsman et al. 2021). 0: only those of the last
+    step, as with --select best and from random weights."""
     trainable: str = "full"
     """Weights to train: `full` (all), `head` (linear probing), `last-N` (last N layers and head),
     or `lora`."""
     probe: bool = True
-    """Start the classifier of a pre-trained model from a linear classifier on the features of the
-    frozen model, and print the accuracy of the frozen model. `--trainable head` then stops.
-    --no-probe: start from random values."""
-    refit: bool = False
-    """Fit the classifier again after the last step, as that of a frozen model, to the features of
-    the trained encoder. No images are held out or kept for a selection, unless you set this: the
-    result is that of the frozen model, from cross-validation. Default: for all layers of a
-    pre-trained model and 500 to 10,000 images (50 per class), if you set no flags about the length
-    of the run, the selection, or a teacher."""
+    """Fit a linear classifier to the features of a pre-trained, frozen encoder: a run without steps
+    saves it, and steps start from it. --no-probe: start from random values."""
     statistics: bool = True
     """Store means and covariances of the features of the classes with a frozen model: they mark
-    unknown images, and `vitcls add-class` computes the rows of new classes from them."""
+    unknown images, and `vitcls add-class` then needs no images of the old classes."""
     lora_rank: int = 8
     """Rank of the LoRA matrices for the query and value projections (Hu et al. 2021)."""
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
@@ -190,11 +189,10 @@ class TrainingOptions(Options):
     """Stop after this number of evaluations without improvement. Requires --select best. Default:
     run all steps."""
     select: Literal["last", "best"] | None = None
-    """Checkpoint to save and report: the last checkpoint, or the checkpoint with the best metric,
-    which may be the frozen model of the probe. The best checkpoint is selected on the validation
-    split if there is also a test split, otherwise on additional held-out training images. The
-    reported metrics do not use these images. Default: best for pre-trained weights if the dataset
-    has enough images, otherwise last."""
+    """Checkpoint to save and report: the last checkpoint, or the checkpoint with the best metric.
+    The best checkpoint is selected on the validation split if there is also a test split, otherwise
+    on additional held-out training images. The reported metrics do not use these images. Default:
+    last."""
 
     def check(self) -> None:
         super().check()
@@ -215,20 +213,12 @@ class TrainingOptions(Options):
                 "`early_stopping`"
             )
 
-        if self.refit and self.needs_selection:
-            raise ValueError(
-                "`refit=True` selects no checkpoint. Remove `refit`, or `select='best'` and "
-                "`early_stopping`"
-            )
-        if self.refit and not self.probe:
-            raise ValueError("`refit=True` requires `probe=True`. Remove one flag")
-
         check_minimum(self, 0, "weight_decay", "seed")
         for name in ("epochs", "learning_rate", "max_gradient_norm"):
             check_value(
                 self, name, getattr(self, name) is None or getattr(self, name) > 0, "above 0"
             )
-        for name in ("warmup", "label_smoothing"):
+        for name in ("warmup", "label_smoothing", "average_with_start"):
             check_value(self, name, 0 <= getattr(self, name) < 1, "at least 0 and below 1")
         check_value(
             self,
@@ -408,8 +398,6 @@ TrainOptions = FinetuneOptions | PretrainOptions
 class AdditionOptions(DataOptions):
     """Flags that `add-task` and `add-class` share."""
 
-    model: str
-    """A vitcls model: a folder or a Hub id."""
     output_dir: Path
     """Output folder, which must be empty or must not exist."""
     batch_size: int = 64
@@ -426,9 +414,15 @@ class AddTaskOptions(AdditionOptions):
     """
 
     model: str
-    """A vitcls model (classifier, multi-task model or encoder): a folder or a Hub id."""
-    name: str
+    """A classifier, a multi-task model or an encoder: a folder, a Hub id, or another ViT, which is
+    converted once."""
+    name: str | None = None
     """Name of the task, of letters, digits and underscores: the key of `outputs.task_logits`."""
+    overwrite_task: bool = False
+    """Replace the added task with this name."""
+    remove_task: str | None = None
+    """Remove the added task with this name. Without --name, the images of --dataset are only
+    compared."""
     max_images: int | None = None
     """Maximum number of images that the classifier is fitted to, drawn at random. Default: all."""
 
@@ -436,7 +430,15 @@ class AddTaskOptions(AdditionOptions):
         super().check()
         check_minimum(self, 1, "batch_size", "max_images")
         check_stored_images(self)
-        if not self.name.isidentifier():
+        if self.name is None and self.remove_task is None:
+            raise ValueError(
+                "`name` is missing. Set `name` to the name of the task, or `remove_task`"
+            )
+        if self.name is None and self.overwrite_task:
+            raise ValueError(
+                "`overwrite_task=True` requires `name`. Set `name` to the task that is replaced"
+            )
+        if self.name is not None and not self.name.isidentifier():
             raise ValueError(
                 f"`name={self.name!r}` must consist of letters, digits and underscores"
             )
@@ -450,12 +452,18 @@ class AddClassOptions(AdditionOptions):
     """
 
     model: str
-    """A vitcls classifier with class statistics, as `vitcls finetune` writes it: a folder or a Hub
-    id."""
+    """A classifier with one label per image: a folder or a Hub id."""
+    old_dataset: str | None = None
+    """Images of the old classes, to measure what these lose. Required for a model without class
+    statistics, which are then computed from them."""
+    max_old_loss: float = 2.0
+    """Limit of this loss, in points: the images of old classes that were right, and are predicted
+    as a new class."""
 
     def check(self) -> None:
         super().check()
         check_minimum(self, 1, "batch_size")
+        check_value(self, "max_old_loss", 0 <= self.max_old_loss <= 100, "from 0 to 100")
         check_stored_images(self)
 
 
@@ -464,7 +472,7 @@ class VerifyUnchangedOptions(Options):
     """Compare two models: weights and outputs, to the bit. The exit status is 1 if they differ."""
 
     old: str
-    """The vitcls model before the change: a folder or a Hub id (`ID@COMMIT` pins the model)."""
+    """The model before the change: a folder or a Hub id (`ID@COMMIT` pins the model)."""
     new: str
     """The model after the change."""
     dataset: str | None = None

@@ -24,7 +24,7 @@ import torch
 from ..data.aspect_ratio import get_resize, set_resize
 from ..data.batches import Normalizer
 from ..data.images import LabeledImages
-from ..data.splits import TrainingData, load_training_data
+from ..data.splits import TrainingData, UndividedImages, load_undivided_images
 from ..inference.image_pass import ImagePass, stack_rows
 from ..inference.linear_probe import LinearProbe
 from ..model.configuration_vitcls import ViTCLSConfig
@@ -65,19 +65,19 @@ class PreTraining:
             options = replace(options, crop_scale=crop_scale, shift=shift)
         return options
 
-    def load_data(self, options: PretrainOptions, initial: InitialModel) -> TrainingData:
-        """Load the training images and the held-out images, with labels if the dataset has any."""
-        should_select = options.needs_selection
+    def load_images(self, options: PretrainOptions, initial: InitialModel) -> UndividedImages:
+        """Read the keys of the images, and the labels if the dataset has any."""
+        reads_all = options.needs_selection
         try:
-            return load_training_data(options, should_select)
+            return load_undivided_images(options, reads_all)
         except ValueError:  # no labels, or another problem, which the next call reports
-            return load_training_data(options, should_select, use_labels=False)
+            return load_undivided_images(options, reads_all, use_labels=False)
 
     def build_setup(
         self,
         options: PretrainOptions,
         initial: InitialModel,
-        data: TrainingData,
+        images: UndividedImages,
         reporter: Reporter,
     ) -> TrainingSetup:
         """Load the model, and build loss and evaluation."""
@@ -101,26 +101,28 @@ class PreTraining:
             crops = f"{options.global_crops} global and {options.local_crops} local crops"
             summary = f"LeJEPA: {crops} per image"
 
-        has_single_labels = data.label_space.kind == "single_label_classification"
-        has_labels = has_single_labels and bool(data.label_space.columns)
+        labels = images.label_space
+        has_labels = labels.kind == "single_label_classification" and bool(labels.columns)
         arguments = build_evaluator_arguments(
-            options, data, processor, config.num_channels, reporter
+            options, labels, processor, config.num_channels, reporter
         )
-        neighbors = None
-        if has_labels and isinstance(data.train, LabeledImages):
-            neighbors = ImagePass(data.train.draw(MAX_NEIGHBORS, options.split_seed), **arguments)
 
-        def build_evaluator(images: LabeledImages, with_regression: bool = False) -> FeatureQuality:
-            return FeatureQuality(
-                ImagePass(images, **arguments), neighbors, reporter.warn, with_regression
-            )
+        def build_evaluator(
+            data: TrainingData, images: LabeledImages, with_regression: bool = False
+        ) -> FeatureQuality:
+            neighbors = None
+            if has_labels:
+                drawn = data.train.draw(MAX_NEIGHBORS, options.split_seed)
+                neighbors = ImagePass(drawn, **arguments)
+            held_out = ImagePass(images, **arguments)
+            return FeatureQuality(held_out, neighbors, reporter.warn, with_regression)
 
-        selection_metric = "effective_rank" if neighbors is None else "knn_accuracy"
+        selection_metric = "knn_accuracy" if has_labels else "effective_rank"
         return TrainingSetup(
             method,
             processor,
-            objective,
-            build_evaluator,
+            build_objective=lambda data: objective,
+            build_evaluator=build_evaluator,
             selection_metric=selection_metric,
             printed_metrics=(selection_metric,),
             result_metrics=("knn_accuracy", "knn_accuracy_of_patches", "effective_rank"),
@@ -130,13 +132,15 @@ class PreTraining:
             summary_lines={"method": summary},
             results={"method": options.method},
             encoder=method.vitcls,
-            measure_features=build_evaluator(data.held_out, with_regression=True),
+            build_feature_measure=lambda data: build_evaluator(
+                data, data.held_out, with_regression=True
+            ),
         )
 
-    def describe_data(
-        self, options: PretrainOptions, initial: InitialModel, data: TrainingData, has_steps: bool
+    def list_warnings(
+        self, options: PretrainOptions, initial: InitialModel, data: TrainingData
     ) -> list[str]:
-        """Return no warnings: labels do not matter."""
+        """Labels do not matter."""
         return []
 
 

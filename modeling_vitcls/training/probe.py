@@ -1,16 +1,12 @@
-"""Probe of the frozen encoder before fine-tuning: a linear classifier.
+"""The frozen model of a run: a linear classifier of the features of the encoder.
 
-    training images -> frozen encoder, once -> choice of geometry, layers, tokens -> classifier
-    selection and held-out images -> the same encoder, once -> selection, result
+    training images -> encoder, once -> choice of geometry, layers, tokens -> classifier
+    held-out images -> encoder, once -> result, nearest training images
 
-The choice is made in inference/linear_probe.py, from features of inference/frozen_features.py.
-Fine-tuning then starts from this classifier instead of a random one (linear probing, then
-fine-tuning: Kumar et al. 2022, arXiv 2202.10054). With `--select best`, the frozen model takes part
-in the selection: fine-tuning must be better than the frozen model by more than chance. If the
-frozen model is the result, its classifier is fitted to the training and selection images, and its
-temperature comes from the images that each fold leaves out. A run without steps holds out no
-images, unless it is asked to: cross-validation measures its result. With `--refit`, the classifier
-is fitted again to the features of the trained encoder, and the result is that of the frozen model.
+The choice is made in inference/linear_probe.py, from features of inference/frozen_features.py. A
+frozen run saves this classifier, fitted to every label, and its temperature comes from the images
+that each fold leaves out. Steps start from it instead of a random one (linear probing, then
+fine-tuning: Kumar et al. 2022, arXiv 2202.10054).
 """
 
 import time
@@ -21,6 +17,7 @@ from statistics import median
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from accelerate import Accelerator
 from sklearn.neighbors import NearestNeighbors
@@ -30,8 +27,6 @@ from torch import nn
 from ..data.aspect_ratio import get_resize, read_sizes, set_resize
 from ..data.images import LabeledImages
 from ..data.labels import LabelSpace
-from ..data.splits import MAX_CLASS_RATIO, TrainingData
-from ..inference.confidence import fit_confidence
 from ..inference.evaluator import Predictions, build_predictions, round_floats
 from ..inference.frozen_features import (
     OWN_POOLING,
@@ -53,8 +48,6 @@ from ..inference.linear_probe import (
 from ..model.heads_vitcls import build_pooler
 from ..runtime.distributed import run_on_main
 from ..runtime.progress import report_work
-from .duration import format_minutes
-from .options import TrainOptions
 
 
 MAX_PROBE_IMAGES = (
@@ -64,9 +57,6 @@ MAX_CHOICE_IMAGES = 5_000  # maximum number of images for the choice by cross-va
 # images whose features are computed with both geometries: a fraction, at most a number
 SQUASHED_FRACTION = 0.4
 MAX_SQUASHED_IMAGES = 500
-# with fewer images, the accuracy of the frozen model has a standard error of up to 7 points
-MIN_SELECTION_IMAGES = 50
-MAX_STEP_SECONDS = 600  # of a run on a CPU whose length the user has not set
 # difference of a class without training images to the smallest bias, in logits
 ABSENT_CLASS_MARGIN = 100.0
 MIN_PROBABILITY = 1e-30  # of stored out-of-fold predictions
@@ -80,58 +70,25 @@ GEOMETRY_SETTINGS = ("do_resize", "size", "do_center_crop", "crop_size", "do_pad
 
 def explain_missing_probe(
     is_wanted: bool,
-    is_stream: bool,
     model: Any,
     has_random_weights: bool,
     new_parameter_names: set[str],
     label_kind: str,
 ) -> str | None:
-    """Return the reason why a run has no probe, or None if it has one."""
+    """Return the reason why a run has no frozen model, or None if it has one."""
+    has_new_pooler = any(name.startswith("vitcls.pooler.") for name in new_parameter_names)
+    distillation_classifier = getattr(model, "distillation_classifier", None)
     reasons = {
         "the initial weights are random": has_random_weights,
         "`probe=False` is set": not is_wanted,
-        "the dataset is a stream": is_stream,
-        "the dataset does not have one label per image": label_kind
-        != "single_label_classification",
-        "the model has a distillation head": getattr(model, "distillation_classifier", None)
-        is not None,
+        "the images do not have one label each": label_kind != "single_label_classification",
+        "the model has a distillation head": distillation_classifier is not None,
         "the head is an MLP": not isinstance(getattr(model, "classifier", None), nn.Linear),
-        "the pooler has random weights": any(
-            name.startswith("vitcls.pooler.") for name in new_parameter_names
-        ),
+        "the pooler has random weights": has_new_pooler,
         "the checkpoint has a classifier for these labels": "classifier.weight"
         not in new_parameter_names,
     }
     return next((reason for reason, is_true in reasons.items() if is_true), None)
-
-
-def explain_missing_steps(
-    options: TrainOptions, data: TrainingData, seconds: float | None
-) -> str | None:
-    """Return why a run ends at its probe, or None if it trains.
-
-    Args:
-        options: flags of the run.
-        data: training data.
-        seconds: expected duration of the steps; None if it is not limited, on a GPU or because the
-            user has set the length of the run.
-    """
-    if options.trainable == "head":
-        return "none: `trainable='head'` keeps the encoder"
-
-    num_selection = None if data.selection is None else len(data.selection)
-    if not options.refit and num_selection is not None and num_selection < MIN_SELECTION_IMAGES:
-        return (
-            f"none: {num_selection} separate images are too few to compare fine-tuning with the "
-            "frozen model"
-        )
-
-    if seconds is None or seconds <= MAX_STEP_SECONDS:
-        return None
-    return (
-        f"none: {options.epochs:g} epochs would take about {format_minutes(seconds)} on this CPU, "
-        f"more than {MAX_STEP_SECONDS / 60:.0f}"
-    )
 
 
 @dataclass(frozen=True)
@@ -142,23 +99,13 @@ class FrozenModel:
         probe: the classifier.
         record: what was chosen, for results.json.
         features: of the training images; the first ones are those of the choice.
-        selection, held_out: of the other images, if there are any.
+        held_out: of the held-out images, if there are any.
     """
 
     probe: LinearProbe
     record: dict[str, Any]
     features: Features
-    selection: Features | None
     held_out: Features | None
-
-    def refit(self, with_selection: bool) -> LinearProbe:
-        """Fit the probe to the training images and, on request, to the selection images."""
-        features = self.features
-        if with_selection and self.selection is not None:
-            features = concatenate_features(features, self.selection)
-        if len(features.labels) > len(self.probe.losses_):  # more than those of the choice
-            self.probe.refit(features.get_tokens(), features.labels)
-        return self.probe
 
     def list_out_of_fold_rows(self, num_labels: int) -> list[ImageOutput]:
         """Return the training images with logits of a classifier that was not fitted to them."""
@@ -201,7 +148,6 @@ class Probe:
         processor: image processor. The probe may change its geometry.
         accelerator: defines the device and the processes.
         build_pass: returns a `FrozenPass` for images and a layout.
-        max_images: maximum number of training images; None for all.
         resize, pooling, pooled_layers: settings of the user, which are not searched; None to choose.
         class_weight: as in `LinearProbe.fit`.
         has_statistics: whether class statistics are stored with the model.
@@ -211,7 +157,6 @@ class Probe:
     processor: Any
     accelerator: Accelerator
     build_pass: Callable[..., FrozenPass]
-    max_images: int | None
     resize: str | None = None
     pooling: str | None = None
     pooled_layers: Sequence[int] | None = None
@@ -231,78 +176,55 @@ class Probe:
         indices = config.resolve_layers(self.pooled_layers)
         return tuple(index - config.num_hidden_layers - 1 for index in indices)
 
-    def run(self, data: TrainingData, warn: Callable[[str], None], is_final: bool) -> FrozenModel:
-        """Choose and fit the classifier, and set it as that of the model.
+    def fit(
+        self,
+        parts: Sequence[LabeledImages],
+        held_out: LabeledImages,
+        warn: Callable[[str], None],
+        max_images: int | None = None,
+    ) -> FrozenModel:
+        """Choose and fit the classifier, and set the geometry and the pooling that it reads.
 
         Args:
-            data: training data. Selection and held-out images pass the encoder once, too.
-            warn: prints a warning about an unreadable image. Steps that follow report those of the
-                training images.
-            is_final: whether no training follows. The classifier is then also fitted to the
-                selection images.
+            parts: images to fit it to. The geometry is chosen on the first part.
+            held_out: images that pass the encoder once, too.
+            warn: prints a warning about an unreadable image.
+            max_images: number of images of the first part, drawn at random; None for all.
         """
-        assert isinstance(data.train, LabeledImages)
         start_time = time.perf_counter()
-        warn_of_training = warn if is_final else ignore_message
+        train, *others = parts
         num_layers = max(NUM_LAST_LAYERS, *(-layer for layer in self.layers or (-1,)))
         layout = FeatureLayout.from_config(self.model.config, num_layers)
-        first, others = draw_parts(len(data.train), self.max_images)
-        features = self.compute_features(data.train, layout, warn_of_training, first)
-
-        # Geometry, on training images
+        first, rest = sample_parts(np.array(train.labels), max_images)
+        features = self.compute_features(train, layout, warn, first)
         comparison = None
         if (
             self.resize is None
             and get_resize(self.processor) != SQUASH
-            and has_various_shapes(data.train.select(first))
+            and has_various_shapes(train.select(first))
         ):
-            features, comparison = self.compare_with_squash(data.train, features)
+            features, comparison = self.compare_with_squash(train, features)
 
-        # Layers and tokens, on all images that are not held out if no training follows
-        selection = None
-        if data.selection is not None and len(data.selection):
-            selection = self.compute_features(data.selection, layout, warn)
-            if is_final:
-                features = concatenate_features(features, selection)
-                selection = None
+        for part in others:
+            features = concatenate_features(features, self.compute_features(part, layout, warn))
         chosen = run_on_main(self.accelerator, partial(self.choose, features))
-        chosen_features = features
-
-        # The other images
-        if len(others):
-            other_features = self.compute_features(data.train, layout, warn_of_training, others)
-            features = concatenate_features(features, other_features)
-        held_out = None
-        if len(data.held_out):
-            held_out = self.compute_features(data.held_out, layout, warn)
+        if len(rest):
+            more = self.compute_features(train, layout, warn, rest)
+            features = concatenate_features(features, more)
+            with report_work("fitting the classifier"):
+                refit = partial(chosen.refit, features.get_tokens(), features.labels)
+                chosen = run_on_main(self.accelerator, refit)
+        held_out_features = None
+        if len(held_out):
+            held_out_features = self.compute_features(held_out, layout, warn)
 
         record = build_probe_record(chosen, len(features.labels))
         record["resize"] = get_resize(self.processor)
         if comparison:
             record["geometry"] = comparison
-        if is_final and data.class_ratio > MAX_CLASS_RATIO and self.class_weight is None:
-            record["balanced"] = self.measure_class_weights(chosen, chosen_features)
-        frozen = FrozenModel(chosen, record, features, selection, held_out)
         self.set_pooling(chosen.candidate_)
-        self.set_classifier(frozen, is_final)
         record["seconds"] = round(time.perf_counter() - start_time, 1)
-        return frozen
-
-    def run_again(
-        self, data: TrainingData, warn: Callable[[str], None], start: FrozenModel
-    ) -> FrozenModel:
-        """Fit the classifier to the features of the trained encoder, as the final one.
-
-        These features know the labels, also in cross-validation, whose probabilities are therefore
-        too certain: the temperature is raised until their mean is the accuracy of the frozen model.
-        """
-        again = replace(self, resize=get_resize(self.processor)).run(data, warn, is_final=True)
-        probe, estimate = again.probe, start.probe.estimate_
-        if estimate is not None and probe.num_folds_:
-            known = np.isfinite(probe.losses_)
-            probe.temperature_ *= fit_confidence(probe.out_of_fold_[known], estimate.accuracy)
-            self.model.config.temperature = round(probe.temperature_, 4)
-        return again
+        return FrozenModel(chosen, record, features, held_out_features)
 
     def compute_features(
         self,
@@ -328,20 +250,20 @@ class Probe:
         predictions.metrics["num_unreadable_images"] = features.num_unreadable
         return predictions
 
-    def measure_class_weights(self, chosen: LinearProbe, features: Features) -> dict[str, float]:
-        """Return what class weights would change in cross-validation."""
-        weighted = replace(self, class_weight="balanced")
-        other = run_on_main(self.accelerator, partial(weighted.choose, features))
-        labels = features.labels
-        record = {}
-        for suffix, probe in (("_without", chosen), ("", other)):
-            known = np.isfinite(probe.losses_)
-            is_right = probe.out_of_fold_.argmax(axis=1) == np.searchsorted(probe.classes_, labels)
-            classes = np.unique(labels[known])
-            recalls = [is_right[known & (labels == label)].mean() for label in classes]
-            record[f"balanced_accuracy{suffix}"] = float(np.mean(recalls))
-            record[f"accuracy{suffix}"] = float(is_right[known].mean())
-        return round_floats(record)
+    def predict_out_of_fold(self, frozen: FrozenModel, label_space: LabelSpace) -> Predictions:
+        """Return the predictions of training images by classifiers that were not fitted to them.
+
+        The accuracy is corrected for the choice among the candidates.
+        """
+        estimate = frozen.probe.estimate_
+        assert estimate is not None, "there are folds"
+        rows = frozen.list_out_of_fold_rows(self.model.config.num_labels)
+        predictions = build_predictions(label_space, rows, self.accelerator)
+        predictions.metrics.update(
+            round_floats({"accuracy": estimate.accuracy, "accuracy_interval": estimate.interval})
+        )
+        predictions.metrics["num_unreadable_images"] = frozen.features.num_unreadable
+        return predictions
 
     def choose(self, features: Features) -> LinearProbe:
         """Choose and fit the classifier, by cross-validation."""
@@ -421,23 +343,28 @@ class Probe:
         self.model.build_classifiers()
         self.model.to(self.device)
 
-    def set_classifier(self, frozen: FrozenModel, is_final: bool) -> None:
-        """Set the classifier of the model to the fitted one.
+    def set_classifier(self, probe: LinearProbe) -> None:
+        """Make the model the frozen one: with temperature, class statistics and threshold."""
+        config = self.model.config
+        config.temperature = round(probe.temperature_, 4)
+        if self.has_statistics and probe.statistics_ is not None:
+            probe.statistics_.expand(probe.classes_, config.num_labels).set_in_model(self.model)
+            config.distance_threshold = probe.distance_threshold_
+        self.copy_weights(probe, scale=1.0)
 
-        A final classifier is fitted to the selection images, too, and has a temperature. If
-        training follows, the temperature is part of the weights, so that the loss starts low.
+    def set_start(self, probe: LinearProbe) -> None:
+        """Let steps start from the classifier: its temperature is part of the weights.
+
+        The loss then starts low.
         """
-        with report_work("fitting the classifier"):
-            probe = run_on_main(self.accelerator, partial(frozen.refit, with_selection=is_final))
+        self.copy_weights(probe, scale=probe.temperature_)
+
+    def copy_weights(self, probe: LinearProbe, scale: float) -> None:
+        """Copy weight and bias to the model. Classes without images are never predicted."""
         num_labels = self.model.config.num_labels
-        scale = 1.0 if is_final else probe.temperature_
         weight = expand_classes(probe.weight_.T / scale, probe.classes_, num_labels).T
         bias = np.full(num_labels, probe.bias_.min() / scale - ABSENT_CLASS_MARGIN)
         bias[probe.classes_] = probe.bias_ / scale
-        self.model.config.temperature = round(probe.temperature_, 4) if is_final else 1.0
-        if is_final and self.has_statistics and probe.statistics_ is not None:
-            probe.statistics_.expand(probe.classes_, num_labels).set_in_model(self.model)
-            self.model.config.distance_threshold = probe.distance_threshold_
         with torch.no_grad():
             self.model.classifier.weight.copy_(torch.from_numpy(weight))
             self.model.classifier.bias.copy_(torch.from_numpy(bias))
@@ -456,9 +383,14 @@ def has_various_shapes(images: LabeledImages) -> bool:
     return bool(ratios) and median(ratios) >= MIN_ASPECT_RATIO
 
 
-def draw_parts(num_images: int, max_images: int | None) -> tuple[np.ndarray, np.ndarray]:
-    """Draw images, and return the indices of those of the choice and of the others, in order."""
-    order = np.random.default_rng(0).permutation(num_images)[:max_images]
+def sample_parts(labels: np.ndarray, max_images: int | None) -> tuple[np.ndarray, np.ndarray]:
+    """Sample images, and return the indices of those of the choice and of the others, in order.
+
+    Two of each class are among those of the choice, if it has as many: cross-validation needs them.
+    """
+    order = np.random.default_rng(0).permutation(len(labels))
+    ranks = pd.Series(order).groupby(labels[order]).cumcount()
+    order = order[np.argsort(ranks > 1, kind="stable")][:max_images]
     return np.sort(order[:MAX_CHOICE_IMAGES]), np.sort(order[MAX_CHOICE_IMAGES:])
 
 
@@ -502,23 +434,24 @@ def describe_probe(record: dict[str, Any]) -> str:
     )
 
 
-def describe_frozen(
-    probe: Probe, frozen: FrozenModel, images: Any, is_final: bool
-) -> dict[str, str | None]:
-    """Return the lines about a frozen model: its geometry, its classifier, and what it lacks.
+def describe_frozen(probe: Probe, frozen: FrozenModel, images: Any) -> dict[str, str | None]:
+    """Return the lines about a frozen model: its geometry and its classifier.
 
     `images` are training images, of which a crop shows a part.
     """
-    unknown = None
-    if is_final and probe.has_statistics and frozen.probe.distance_threshold_ is None:
-        unknown = (
-            f"predictions do not mark unknown images, which requires {MIN_DISTANCE_IMAGES} "
-            "cross-validated images, and CLS or the mean of the patches as pooling"
-        )
     return {
         "resize": describe_geometry(frozen.record) or get_resize(probe.processor),
         "frozen": describe_probe(frozen.record),
-        "unknown": unknown,
+    }
+
+
+def explain_missing_threshold(probe: LinearProbe, has_statistics: bool) -> dict[str, str]:
+    """Return a line that says why predictions do not mark unknown images, if they do not."""
+    if not has_statistics or probe.distance_threshold_ is not None:
+        return {}
+    return {
+        "unknown": f"predictions do not mark unknown images, which requires {MIN_DISTANCE_IMAGES} "
+        "cross-validated images, and CLS or the mean of the patches as pooling"
     }
 
 

@@ -23,7 +23,6 @@ from ..data.aspect_ratio import get_resize
 from ..data.labels import MultiHotLabels
 from ..data.sampling import BatchPlan
 from ..data.splits import HELD_OUT_SPLITS, TrainingData
-from ..data.streaming import StreamedImages
 from ..model.configuration_vitcls import ViTCLSConfig
 from ..model.image_processing_vitcls import ViTCLSImageProcessor
 from ..runtime.files import replace_control_characters, write_atomically
@@ -168,58 +167,52 @@ def flatten_record(record: dict[str, Any], prefix: str = "") -> dict[str, float]
 
 
 def describe_splits(
-    data: TrainingData, processor: ViTCLSImageProcessor, labels_text: str, is_resize_known: bool
+    data: TrainingData,
+    processor: ViTCLSImageProcessor,
+    labels_text: str,
+    is_resize_known: bool,
+    needs_selection: bool,
 ) -> dict[str, str]:
     """Return the summary lines about the data.
 
     `is_resize_known` is False if the run chooses the geometry later.
     """
-
-    def format_number(images: Any) -> str:
-        is_stream = images is None or isinstance(images, StreamedImages)
-        return "a stream of" if is_stream else f"{len(images):,}"
-
-    train_text = format_number(data.train)
-    held_out_text = format_number(data.held_out)
-    selection_text = format_number(data.selection)
-
     lines = {}
     if data.train_split in HELD_OUT_SPLITS:
         lines["split"] = (
             f"training uses the split {data.train_split!r}, because no split is named 'train'"
         )
-    middle_text = "" if data.selection is None else f"{selection_text} selection images, "
-    held_out = f"{held_out_text} held-out images ({data.held_out_name})"
-    if data.num_held_out_images == 0:
-        held_out = "none held out"
+    middle_text = ""
+    if data.selection is not None:
+        middle_text = f"{len(data.selection):,} of {data.selection_name}, "
+    held_out = "none held out"
+    if len(data.held_out):
+        held_out = f"{len(data.held_out):,} held-out images ({data.held_out_name})"
     lines["data"] = (
-        f"{data.name}: {train_text} training images, {middle_text}{held_out}; {labels_text}"
+        f"{data.name}: {len(data.train):,} training images, {middle_text}{held_out}; {labels_text}"
     )
     class_text = describe_class_sizes(data)
     if class_text:
         lines["classes"] = class_text
-    lines |= data.facts
-    if data.selection is not None:
+    if data.selection is not None and needs_selection:
         lines["selection"] = (
-            f"the best checkpoint is selected on {selection_text} separate images "
+            f"the best checkpoint is selected on {len(data.selection):,} separate images "
             f"({data.selection_name})"
         )
-    if not is_resize_known:
-        return lines
-    lines["resize"] = get_resize(processor)
+    if is_resize_known:
+        lines["resize"] = get_resize(processor)
     return lines
 
 
 def describe_class_sizes(data: TrainingData) -> str:
     """Return the number of images of each class or, of many classes, the smallest and largest.
 
-    It is "" for streams, for images without labels, and for several tasks.
+    It is "" for images without labels, and for several tasks.
     """
     parts: list[Any] = [data.train, data.held_out]
     if data.selection is not None:
         parts.append(data.selection)
-    is_stream = isinstance(data.train, StreamedImages)
-    if is_stream or not data.label_space.columns or data.label_space.kind == "multi_task":
+    if not data.label_space.columns or data.label_space.kind == "multi_task":
         return ""
     counts: Counter[int] = Counter()
     for part in parts:
@@ -268,28 +261,18 @@ def describe_model(
 
 def describe_batches(plan: BatchPlan) -> str:
     """Return the summary line about the batches."""
-    epoch_text = f" = {plan.count_epochs(plan.num_steps):.1f} epochs" if plan.num_images else ""
     return (
         f"{plan.images_per_step} images per step = {plan.batch_size} x {plan.accumulation_steps} "
-        f"accumulated x {plan.num_processes} process(es); {plan.num_steps:,} steps{epoch_text}"
+        f"accumulated x {plan.num_processes} process(es); {plan.num_steps:,} steps = "
+        f"{plan.count_epochs(plan.num_steps):.1f} epochs"
     )
 
 
-def describe_run(
-    plan: BatchPlan, num_steps: int, model: Any, accelerator: Accelerator, seconds: float
-) -> dict[str, Any]:
-    """Return the steps, model size, speed, device and versions for results.json.
-
-    `num_steps` is the number of executed steps.
-    """
-    token_counts = count_tokens(model.config)
+def build_model_record(model: Any, accelerator: Accelerator) -> dict[str, Any]:
+    """Build the fields of results.json about the model, the device and the versions."""
     return {
-        "steps": num_steps,
-        "epochs": round(plan.count_epochs(num_steps), 4) if plan.num_images else None,
-        "seconds": round(seconds, 2),
-        "images_per_second": round(num_steps * plan.images_per_step / seconds, 1),
         "num_parameters": count_parameters(model),
-        "token_layout": token_counts,
+        "token_layout": count_tokens(model.config),
         "device": describe_device(accelerator),
         "mixed_precision": accelerator.mixed_precision,
         "num_processes": accelerator.num_processes,

@@ -136,7 +136,7 @@ def use_chosen_values(options: TrainOptions, chosen: dict[str, Any]) -> TrainOpt
     values: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value
         for name, value in chosen.items()
-        if getattr(options, name) is None or name in (*PATH_FLAGS, "refit")
+        if getattr(options, name) is None or name in PATH_FLAGS
     }
     return replace(options, **values)
 
@@ -189,12 +189,6 @@ def check_run_unchanged(metadata: dict[str, Any], current: dict[str, Any], folde
         raise ValueError(
             f"`resume=True`: the dataset has changed since the run in {folder} was started: "
             f"{change}. Restore the dataset, or choose a different `output_dir`"
-        )
-    if metadata.get("files") != current["files"]:
-        raise ValueError(
-            "`resume=True`: the sizes or times of the dataset's files have changed since the run "
-            f"in {folder} was started. Restore the files and their times, or choose a different "
-            "`output_dir`"
         )
     if metadata["mixed_precision"] != current["mixed_precision"]:
         raise ValueError(

@@ -1,105 +1,82 @@
 """One training run, from options to a model folder. `run` reads from top to bottom.
 
-    options -> load -> describe -> frozen model -> steps -> choice -> calibration -> result -> folder
+    options -> inputs -> plan -> division of the images -> frozen run or steps -> folder
 
-What is trained is a `Recipe` (finetune.py, pretrain.py); how the steps run is a
-`TrainingLoop` (loop.py). The run writes weights, configuration, code, image processor,
-config.resolved.yaml, metrics.jsonl, checkpoints and finally results.json, which marks the folder as
-complete. publishing/ builds the report and the card from the folder.
+What is trained is a `Recipe` (finetune.py, pretrain.py); what a run is, is decided in plan.py. The
+run writes weights, configuration, code, image processor, config.resolved.yaml, metrics.jsonl,
+checkpoints and finally results.json, which marks the folder as complete. publishing/ builds the
+report and the card from the folder.
 """
 
-import math
 import shutil
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+import numpy as np
 from accelerate import Accelerator
-from scipy.stats import norm
 from torch.distributed.fsdp import FSDPModule
 
 from ..data.batches import iterate_training_batches
 from ..data.image_folder import check_output_is_not_read
 from ..data.images import LabeledImages, UnreadableImageCounter
-from ..data.sampling import BatchPlan
+from ..data.splits import TrainingData
 from ..data.workers import explain_worker_errors
-from ..inference.evaluator import Evaluator, Predictions, build_predictions, round_floats
+from ..inference.class_statistics import ClassStatistics, Token
+from ..inference.evaluator import Evaluator, Predictions
+from ..inference.frozen_features import FeatureLayout
+from ..inference.linear_probe import KNOWN_RECALL, MIN_DISTANCE_IMAGES, NUM_LAST_LAYERS
+from ..model.modeling_vitcls import count_output_tokens
 from ..runtime.distributed import configure_layer_sharding, run_on_main
 from ..runtime.errors import RunStopped, describe_error, is_raised_on_all_processes
 from ..runtime.flags import to_flags
 from ..runtime.staging import STAGING_FOLDER, FolderLock
 from .calibration import (
-    ERROR_METRICS,
     HELD_OUT,
     SELECTION,
     Calibration,
     describe_probe_calibration,
-    explain_missing_calibration,
     find_calibration,
-    has_enough_images,
     measure_errors,
+    select_error_metrics,
 )
 from .distributed_state import reshard
 from .finetune import FineTuning
-from .loop import Evaluate, TrainingLoop, TrainingState
+from .loop import Evaluate, TrainingLoop, TrainingState, build_batch_plan
 from .model import check_preset_name
-from .optimizer import build_optimizer
+from .optimizer import average_with_start, build_optimizer
 from .options import PretrainOptions, TrainOptions
-from .output_folder import save_output
-from .pretrain import PreTraining
-from .probe import FrozenModel, describe_frozen, describe_probe
-from .resume import format_flag_value, resolve_local_paths
-from .run_inputs import Environment, Loaded, load, print_summary, set_up
+from .output_folder import prepare, save_output
+from .plan import RunPlan, plan_run
+from .pretrain import PreTraining, compare_features
+from .probe import (
+    MAX_PROBE_IMAGES,
+    FrozenModel,
+    describe_frozen,
+    explain_missing_threshold,
+    ignore_message,
+)
+from .reporter import describe_batches
+from .resume import format_flag_value, get_relative_flags, resolve_local_paths
+from .run_inputs import Launch, RunInputs, load, set_up
 from .run_results import (
-    Best,
-    Result,
-    Trained,
+    Outcome,
     build_results,
+    build_run_record,
     print_result,
-    store_statistics,
+    print_summary,
 )
 from .signals import SignalHandler
 from .training_setup import Recipe, TrainingSetup, build_training_images
 
 
-# default of --save-every in steps for streams, which have no epochs
-DEFAULT_STREAM_SAVE_EVERY = 1000
-# maximum fraction of runs in which the best evaluation replaces an equal frozen model by chance
-MAX_CHANCE = 0.05
-
-
-class Evaluators(NamedTuple):
-    """The evaluations of a run: an `Evaluator`, or `evaluate_nothing` without images."""
-
-    selection: Evaluate  # of the selection images or, without them, of the held-out images
-    held_out: Evaluate
-
-
-@dataclass(frozen=True)
-class Frozen:
-    """The frozen model of a run, and its score.
-
-    Attributes:
-        record: its choice, for results.json and checkpoints; None without a probe.
-        score: of the selection images.
-        num_images: number of the selection images.
-        model: the model; None in a resumed run, which has only what checkpoints contain.
-    """
-
-    record: dict[str, Any] | None = None
-    score: float | None = None
-    num_images: int = 0
-    model: FrozenModel | None = None
+MAX_STATISTICS_IMAGES = 5000  # of which the statistics of a trained model are
 
 
 def train(options: TrainOptions) -> Path:
     """Train and evaluate a model, and return the folder with the model and its results.
-
-    Args:
-        options: flags of the run.
 
     Raises:
         ValueError, OSError: if data or models cannot be read or do not match the options, another
@@ -115,347 +92,359 @@ def train(options: TrainOptions) -> Path:
 
 
 def run(recipe: Recipe, asked: TrainOptions) -> Path:
-    """Run all stages, and return the output folder.
-
-    `asked` are the options as the person set them.
-    """
-    options = recipe.check_options(asked)
-    folder = options.output_dir
+    """Run all stages, and return the output folder."""
+    folder = asked.output_dir
     with FolderLock(folder) as lock:
-        environment = set_up(asked, lock)
-        accelerator, reporter = environment.accelerator, environment.reporter
-        if environment.is_finished:
-            # killed at the end
+        launch = set_up(asked, lock)
+        accelerator = launch.accelerator
+        if launch.is_finished:  # killed at the end, or repeated
             shutil.rmtree(folder / STAGING_FOLDER, ignore_errors=True)
-            if options.keep_checkpoints is None:
-                environment.store.clear()
-            reporter.print_line("finished", f"{folder} already contains the results of this run")
+            if asked.keep_checkpoints is None:
+                launch.store.clear()
+            launch.reporter.print_line(
+                "finished", f"{folder} already contains the results of this run"
+            )
             return folder
 
-        loaded = load(recipe, options, environment)
-        print_summary(recipe, loaded, environment)
-
-        frozen = fit_frozen(loaded, environment)
-        features_before = measure_features(loaded, environment)
-        evaluators = build_evaluators(loaded)
-        trained = train_steps(loaded, frozen, evaluators, environment)
-
-        best = choose(loaded, frozen, trained, environment)
-        calibration = calibrate(loaded, best, evaluators)
-        result = measure(loaded, frozen, trained, best, calibration, evaluators)
-        environment.reporter.print_lines(result.lines)
-        store_statistics(loaded, best.model)
-        features_after = measure_features(loaded, environment, best.model)
-
-        results = build_results(
-            loaded=loaded,
-            frozen_record=frozen.record,
-            trained=trained,
-            best=best,
-            result=result,
-            environment=environment,
-            features=(features_before, features_after),
+        # What the run is. The division of the images depends on it, so it comes first.
+        inputs = load(recipe, launch)
+        plan = plan_run(inputs.options, inputs.initial, inputs.images, inputs.setup, launch)
+        options = plan.options
+        assert options.held_out_fraction is not None, "the plan sets it"
+        data = inputs.images.divide(
+            options.held_out_fraction, options.split_seed, options.needs_selection
         )
-        save_output(
-            loaded.setup,
-            loaded.data,
-            results,
-            loaded.options,
-            loaded.initial,
+        # Compared with the checkpoint first: nothing is written if the run is another one.
+        record = run_on_main(accelerator, partial(build_run_record, plan, data, inputs, launch))
+        run_on_main(
             accelerator,
-            predictions=result.predictions,
-            nearest_images=result.nearest_images,
+            partial(prepare, folder, launch.store, get_relative_flags(options), launch.checkpoint),
+        )
+        print_summary(recipe, inputs, plan, data, launch)
+
+        if plan.kind == "frozen":
+            outcome = run_frozen(inputs, data, launch)
+        else:
+            outcome = run_steps(inputs, plan, data, record, launch)
+
+        # Everything that is known about the saved model; then the folder, whole or not at all.
+        chosen_flags = record["flags"]["chosen"]
+        results = build_results(inputs, data, outcome, chosen_flags, accelerator)
+        save_output(
+            inputs.setup,
+            data,
+            results,
+            options,
+            inputs.initial,
+            accelerator,
+            predictions=outcome.predictions,
+            nearest_images=outcome.nearest_images,
         )
         if options.keep_checkpoints is None:
-            run_on_main(accelerator, environment.store.clear)
-        print_result(results, loaded, trained, environment)
+            run_on_main(accelerator, launch.store.clear)
+        print_result(results, inputs, plan, data, launch)
 
         # DDP must not outlive its process group: with torch 2.11, gloo may wait forever
-        del trained, best
         accelerator.free_memory()
         accelerator.end_training()
         return folder
 
 
-# Stages -------------------------------------------------------------------------------------------
+# Frozen -------------------------------------------------------------------------------------------
 
 
-def fit_frozen(loaded: Loaded, environment: Environment) -> Frozen:
-    """Start the classifier from one that is fitted to the frozen encoder.
+def run_frozen(inputs: RunInputs, data: TrainingData, launch: Launch) -> Outcome:
+    """Fit the classifier to every label that is not held out, and measure it.
 
-    A resumed run restores what the classifier reads; the weights are those of the checkpoint. If
-    the classifier is fitted again, the result is that of the frozen model, which is computed again.
+    Without held-out images, each training image is predicted by a classifier that was not fitted to
+    it, and the accuracy is corrected for the choice among the candidates.
     """
-    checkpoint, probe, data = environment.checkpoint, loaded.setup.probe, loaded.data
-    if checkpoint is not None and not loaded.options.refit:
-        record = checkpoint.metadata["probe"]
-        if record and probe is not None:
-            probe.restore(record)
-        return Frozen(record, checkpoint.metadata["frozen_score"])
-    if probe is None:
-        return Frozen()
+    probe = inputs.setup.probe
+    assert probe is not None, "only a run with a probe can be frozen"
+    reporter = launch.reporter
+    parts = [data.train] if data.selection is None else [data.train, data.selection]
+    frozen = probe.fit(parts, data.held_out, reporter.warn)
+    probe.set_classifier(frozen.probe)
+    reporter.print_lines(describe_frozen(probe, frozen, data.train.images))
 
-    reporter = environment.reporter
-    model = probe.run(data, reporter.warn, is_final=not loaded.has_steps)
-    assert isinstance(data.train, LabeledImages)
-    images = data.train.images
-    reporter.print_lines(describe_frozen(probe, model, images, not loaded.has_steps))
-    if model.selection is None:
-        return Frozen(model.record, model=model)
-    metrics = probe.predict(model, model.selection, data.label_space).metrics
-    score = metrics[loaded.setup.selection_metric]
-    return Frozen(model.record, score, metrics["num_images"], model)
+    reporter.print_lines(explain_missing_threshold(frozen.probe, probe.has_statistics))
+
+    calibration = describe_probe_calibration(frozen.probe)
+    split = data.held_out_name
+    predictions = None
+    metrics = evaluate_nothing()
+    errors: dict[str, float] = {}
+    text = ""
+    if frozen.held_out is not None:
+        predictions = probe.predict(frozen, frozen.held_out, data.label_space)
+        errors, text = measure_errors(calibration, predictions)
+        metrics = predictions.metrics | select_error_metrics(errors)
+    elif frozen.probe.estimate_ is not None:
+        split = "cross-validation"
+        predictions = probe.predict_out_of_fold(frozen, data.label_space)
+        metrics = predictions.metrics
+        errors = select_error_metrics(metrics)
+    reporter.print_line("calibration", calibration.text + text)
+    return Outcome(
+        metrics=metrics,
+        split=split,
+        num_training_images=sum(map(len, parts)),
+        calibration=calibration.build_record(errors),
+        predictions=predictions,
+        nearest_images=find_nearest_images(frozen, predictions),
+        seconds=frozen.record["seconds"],
+        results={"frozen": frozen.record},
+    )
 
 
-def measure_features(
-    loaded: Loaded, environment: Environment, model: Any = None
-) -> dict[str, Any] | None:
-    """Measure the features of an encoder before or after pre-training.
-
-    Returns None if there is nothing to measure.
-    """
-    measure = loaded.setup.measure_features
-    if measure is None or loaded.data.num_held_out_images == 0:
-        return None
-    model = loaded.setup.model.to(environment.accelerator.device) if model is None else model
-    features = measure(model.eval())
-    reshard(model)
-    return features
+# Steps --------------------------------------------------------------------------------------------
 
 
-def build_evaluators(loaded: Loaded) -> Evaluators:
-    """Build the evaluations of selection and held-out images."""
-    data, build = loaded.data, loaded.setup.build_evaluator
+def run_steps(
+    inputs: RunInputs, plan: RunPlan, data: TrainingData, record: dict[str, Any], launch: Launch
+) -> Outcome:
+    """Train, and measure what is saved on images that did not train it."""
+    setup, options, reporter = inputs.setup, plan.options, launch.reporter
+    measure_features = None
+    if setup.build_feature_measure is not None and len(data.held_out):
+        measure_features = setup.build_feature_measure(data)
+    features_before = measure(setup.model, measure_features, launch.accelerator)
+
+    frozen, start_record = start_from_frozen(setup, data, launch)
     held_out: Evaluate = evaluate_nothing
-    if data.num_held_out_images:
-        held_out = build(data.held_out)
-    return Evaluators(held_out if data.selection is None else build(data.selection), held_out)
+    if len(data.held_out):
+        held_out = setup.build_evaluator(data, data.held_out)
+    selection = held_out
+    if data.selection is not None:
+        selection = setup.build_evaluator(data, data.selection)
+
+    with (
+        SignalHandler(launch.accelerator) as signals,
+        reporter.progress,
+        stop_on_errors(options.num_workers),
+    ):
+        metadata = record | {"probe": start_record}
+        loop = build_loop(setup, plan, data, launch, signals, selection, metadata)
+        batches = iterate_training_batches(
+            build_training_images(options, data, setup.processor, setup.model.config.num_channels),
+            loop.plan,
+            launch.accelerator.process_index,
+            options.num_workers,
+            loop.state.step,
+        )
+        with closing(batches):  # closing stops the data loading workers
+            metrics = loop.run(batches)
+
+        # the weights that are saved
+        step = loop.state.step
+        if options.select == "best":
+            step = loop.load_best_weights()
+            reporter.print_line("selected", f"the checkpoint of step {step:,}")
+        elif plan.averaging:
+            average_with_start(loop.model, loop.state.start, plan.averaging)
+            reporter.print_line(
+                "averaged",
+                f"{plan.averaging:g} of the weights before the first step, the rest after it",
+            )
+    model = loop.state.model.eval()
+
+    predictions = calibration = None
+    errors: dict[str, float] = {}
+    if setup.can_calibrate and len(data.held_out):
+        assert isinstance(held_out, Evaluator), "only a classifier is calibrated"
+        if data.selection is None:
+            calibration = calibrate(setup, model, held_out, HELD_OUT)
+        else:
+            assert isinstance(selection, Evaluator), "only a classifier is calibrated"
+            calibration = calibrate(setup, model, selection, SELECTION)
+        predictions = held_out.predict(model)
+        errors, text = measure_errors(calibration, predictions)
+        metrics = predictions.metrics | select_error_metrics(errors)
+        reporter.print_line("calibration", calibration.text + text)
+    elif step != loop.state.step or plan.averaging or data.selection is not None:
+        metrics = held_out(model)  # the last evaluation was of other weights or images
+    reshard(model)
+    # after the measurement, which a distance to the classes would only slow down
+    if options.select == "last" and not isinstance(model, FSDPModule):
+        store_statistics(setup, data)
+
+    results: dict[str, Any] = {}
+    if start_record is not None:
+        results["frozen"] = start_record
+    if options.select == "best":
+        assert data.selection is not None, "the division has selection images"
+        results["selection"] = {
+            "images": data.selection_name,
+            "num_images": len(data.selection),
+            "step": step,
+            setup.selection_metric: loop.state.best_score,
+        }
+    if plan.averaging:
+        results["average_with_start"] = plan.averaging
+    features_after = measure(model, measure_features, launch.accelerator)
+    if features_before is not None and features_after is not None:
+        results["features"] = {
+            "before": features_before,
+            "after": features_after,
+            "summary": compare_features(features_before, features_after),
+        }
+    return Outcome(
+        metrics=metrics,
+        split=data.held_out_name,
+        num_training_images=len(data.train),
+        calibration=None if calibration is None else calibration.build_record(errors),
+        predictions=predictions,
+        nearest_images=None if frozen is None else find_nearest_images(frozen, predictions),
+        seconds=loop.get_training_seconds(),
+        num_steps=loop.state.step,
+        epochs=loop.plan.count_epochs(loop.state.step),
+        images_per_step=loop.plan.images_per_step,
+        num_unreadable=len(loop.unreadable_images.indices),
+        results=results | {"token_movement": loop.monitor.compute_token_movement()},
+    )
 
 
-def evaluate_nothing(model: Any) -> dict[str, Any]:
+def start_from_frozen(
+    setup: TrainingSetup, data: TrainingData, launch: Launch
+) -> tuple[FrozenModel | None, dict[str, Any] | None]:
+    """Let the classifier start from that of the frozen model; also return what was chosen.
+
+    A resumed run restores the choice only: the weights are those of the checkpoint.
+    """
+    probe = setup.probe
+    if probe is None:
+        return None, None
+    if launch.checkpoint is not None:
+        record = launch.checkpoint.metadata["probe"]
+        probe.restore(record)
+        return None, record
+    # the steps report the unreadable images
+    frozen = probe.fit([data.train], data.held_out, ignore_message, MAX_PROBE_IMAGES)
+    probe.set_start(frozen.probe)
+    launch.reporter.print_lines(describe_frozen(probe, frozen, data.train.images))
+    return frozen, frozen.record
+
+
+def build_loop(
+    setup: TrainingSetup,
+    plan: RunPlan,
+    data: TrainingData,
+    launch: Launch,
+    signals: SignalHandler,
+    evaluate: Evaluate,
+    metadata: dict[str, Any],
+) -> TrainingLoop:
+    """Prepare model, optimizer and trackers, and load the checkpoint to resume from."""
+    options, accelerator, reporter = plan.options, launch.accelerator, launch.reporter
+    if options.compile:
+        setup.model.compile()
+    if options.gradient_checkpointing:
+        setup.model.gradient_checkpointing_enable()
+    configure_layer_sharding(accelerator, setup.model)
+    state = TrainingState(*accelerator.prepare(setup.model, build_optimizer(setup.model, options)))
+    if plan.averaging:
+        trainable = (each for each in state.model.parameters() if each.requires_grad)
+        state.start = [each.detach().clone() for each in trainable]
+
+    batch_plan = build_batch_plan(len(data.train), options, accelerator.num_processes)
+    reporter.print_line("batches", describe_batches(batch_plan))
+    loop = TrainingLoop(
+        state=state,
+        objective=setup.build_objective(data),
+        evaluate_model=evaluate,
+        plan=batch_plan,
+        options=options,
+        accelerator=accelerator,
+        reporter=reporter,
+        store=launch.store,
+        selection_metric=setup.selection_metric,
+        unreadable_images=UnreadableImageCounter(reporter.warn, options.max_unreadable_images),
+        save_every=options.save_every,
+        evaluated_images="held_out" if data.selection is None else "selection",
+        signals=signals,
+        run_metadata=metadata,
+    )
+    if launch.checkpoint is not None:
+        loop.restore(launch.checkpoint)
+        reporter.print_line("resumed", f"after step {state.step:,} of {batch_plan.num_steps:,}")
+    reporter.start_after(state.step - bool(state.pending_record), batch_plan.num_steps)
+    accelerator.wait_for_everyone()
+    if options.log_with:
+        start_trackers(accelerator, options)
+    return loop
+
+
+def evaluate_nothing(model: Any = None) -> dict[str, Any]:
     """Return the metrics of a run without held-out images."""
     return {"num_images": 0, "num_unreadable_images": 0}
 
 
-def train_steps(
-    loaded: Loaded,
-    frozen: Frozen,
-    evaluators: Evaluators,
-    environment: Environment,
-) -> Trained:
-    """Run the remaining steps; none if the run stops at the frozen model."""
-    options = loaded.options
-    data = loaded.data
-    setup = loaded.setup
-    plan = loaded.plan
-    accelerator = environment.accelerator
-    reporter = environment.reporter
-
-    images = build_training_images(options, data, setup.processor, setup.model.config.num_channels)
-    state = prepare_state(options, setup, accelerator)
-    default_save_every = None if plan.num_images else DEFAULT_STREAM_SAVE_EVERY
-    metrics: dict[str, Any] = {}
-
-    with (
-        SignalHandler(accelerator) as signals,
-        reporter.progress,
-        stop_on_errors(options.num_workers),
-    ):
-        loop = TrainingLoop(
-            state=state,
-            objective=setup.objective,
-            evaluate_model=evaluators.selection,
-            plan=plan,
-            options=options,
-            accelerator=accelerator,
-            reporter=reporter,
-            store=environment.store,
-            selection_metric=setup.selection_metric,
-            unreadable_images=UnreadableImageCounter(reporter.warn, options.max_unreadable_images),
-            save_every=options.save_every or default_save_every,
-            evaluated_images="held_out" if data.selection is None else "selection",
-            signals=signals,
-            run_metadata=loaded.metadata | {"probe": frozen.record, "frozen_score": frozen.score},
-        )
-        if environment.checkpoint is not None:
-            loop.restore(environment.checkpoint)
-            reporter.print_line("resumed", f"after step {state.step:,} of {plan.num_steps:,}")
-        reporter.start_after(state.step - bool(state.pending_record), plan.num_steps)
-        accelerator.wait_for_everyone()
-        if options.log_with:
-            start_trackers(accelerator, options)
-
-        if loaded.has_steps:
-            if options.select == "best" and frozen.score is not None and frozen.model is not None:
-                # the frozen model takes part in the selection, as step 0
-                loop.save_as_best(compute_bar(frozen, plan, options.evaluate_every))
-            batches = iterate_training_batches(
-                images, plan, accelerator.process_index, options.num_workers, state.step
-            )
-            with closing(batches):  # closing stops the data loading workers
-                metrics = loop.run(batches)
-    return Trained(loop, metrics, loop.get_training_seconds())
-
-
-def compute_bar(frozen: Frozen, plan: BatchPlan, evaluate_every: int) -> float:
-    """Return the accuracy that an evaluation must exceed to be chosen over the frozen model.
-
-    It is so many standard errors above that of the frozen model that the best of all evaluations
-    exceeds it by chance in at most `MAX_CHANCE` of runs (one-sided, Bonferroni): 2.6 standard
-    errors for 10 evaluations, 2.9 for 30.
-    """
-    assert frozen.score is not None
-    num_evaluations = plan.count_epochs(plan.num_steps) // evaluate_every
-    num_evaluations = max(min(num_evaluations, plan.num_steps), 1)
-    num_errors = float(norm.isf(MAX_CHANCE / num_evaluations))
-    return frozen.score + num_errors * math.sqrt(
-        frozen.score * (1 - frozen.score) / frozen.num_images
-    )
-
-
-def choose(loaded: Loaded, frozen: Frozen, trained: Trained, environment: Environment) -> Best:
-    """Load the weights of the model that is saved: the best evaluation, or the last step.
-
-    The classifier of a frozen model, or one that is fitted again, is fitted to all images that are
-    not held out.
-    """
-    loop, probe = trained.loop, loaded.setup.probe
-    step = None if loaded.has_steps else 0
-    if loaded.has_steps and loaded.options.select == "best":
-        with stop_on_errors(loaded.options.num_workers):
-            step = loop.load_best_weights()
-        text = f"the checkpoint of step {step:,}, with the best evaluation"
-        if step == 0:
-            text = "the frozen model: fine-tuning was not clearly better"
-        environment.reporter.print_line("selected", text)
-
-    score = frozen.score if step == 0 else loop.state.score_to_exceed
-    model = loop.state.model.eval()
-    # the classifier of a sharded model is kept
-    if probe is None or isinstance(model, FSDPModule):
-        return Best(model, step, score)
-    if loaded.has_steps and loaded.options.refit:
-        assert frozen.model is not None
-        fitted = probe.run_again(loaded.data, environment.reporter.warn, frozen.model)
-        environment.reporter.print_line("refitted", describe_probe(fitted.record))
-        return Best(model, step, score, fitted)
-    if step != 0:
-        return Best(model, step, score)
-    final = frozen.model
-    if final is None:  # a resumed run computes the features again
-        final = probe.run(loaded.data, environment.reporter.warn, is_final=False)
-    if loaded.has_steps:
-        probe.set_classifier(final, is_final=True)
-    return Best(model, step, score, final)
-
-
-def calibrate(loaded: Loaded, best: Best, evaluators: Evaluators) -> Calibration | None:
-    """Set the temperature of the classifier, from images that it was not fitted to.
-
-    Returns None without such images.
-    """
-    setup, selection = loaded.setup, loaded.data.selection
-    if not setup.can_calibrate:
+def measure(model: Any, measure_features: Any, accelerator: Accelerator) -> dict[str, Any] | None:
+    """Measure the features of an encoder; None if there is nothing to measure."""
+    if measure_features is None:
         return None
-    if best.frozen is not None and best.frozen.probe.num_folds_:
-        return describe_probe_calibration(best.frozen.probe, is_trained=best.step != 0)
+    features: dict[str, Any] = measure_features(model.to(accelerator.device).eval())
+    reshard(model)
+    return features
 
-    calibration = None
-    if selection is not None and loaded.has_steps:
-        if not has_enough_images(len(selection)):
-            return explain_missing_calibration(len(selection), SELECTION)
-        assert isinstance(evaluators.selection, Evaluator)
-        calibration = find_calibration(evaluators.selection.predict(best.model), SELECTION)
-    elif predictions := predict_held_out(loaded, best, evaluators):
-        calibration = find_calibration(predictions, HELD_OUT)
-    reshard(best.model)
-    if calibration is not None and calibration.is_fitted:
+
+# Measurements -------------------------------------------------------------------------------------
+
+
+def calibrate(setup: TrainingSetup, model: Any, evaluate: Evaluator, images: str) -> Calibration:
+    """Fit and set the temperature of a trained classifier, on images that did not train it."""
+    calibration = find_calibration(evaluate.predict(model), images)
+    reshard(model)
+    if calibration.temperature is not None:
         setup.model.config.temperature = calibration.temperature
     return calibration
 
 
-def predict_held_out(loaded: Loaded, best: Best, evaluators: Evaluators) -> Predictions | None:
-    """Return the predictions of the held-out images; None without images or one label for each."""
-    frozen, probe = best.frozen, loaded.setup.probe
-    if frozen is not None and probe is not None:
-        if frozen.held_out is None:
-            return None
-        return probe.predict(frozen, frozen.held_out, loaded.data.label_space)
-    if loaded.setup.can_calibrate and isinstance(evaluators.held_out, Evaluator):
-        return evaluators.held_out.predict(best.model)
-    return None
+def find_nearest_images(
+    frozen: FrozenModel | None, predictions: Predictions | None
+) -> dict[int, list[str]] | None:
+    """Find the training images that the frozen model sees as similar to each wrong prediction."""
+    if frozen is None or predictions is None:
+        return None
+    return frozen.find_nearest_images(predictions.list_wrong())
 
 
-def measure(
-    loaded: Loaded,
-    frozen: Frozen,
-    trained: Trained,
-    best: Best,
-    calibration: Calibration | None,
-    evaluators: Evaluators,
-) -> Result:
-    """Measure the held-out images or, for a frozen model without them, the training images.
+def store_statistics(setup: TrainingSetup, data: TrainingData) -> None:
+    """Store class statistics in a trained model, from one pass over some of its training images.
 
-    Each training image is then predicted by a classifier that was not fitted to it, and the
-    accuracy is corrected for the choice among the candidates.
+    Unknown images are those whose distance is larger than that of most images that the model was
+    not trained on.
     """
-    # trained features know the labels: cross-validation of them would be too good
-    start = frozen.model or best.frozen
-    predictions = predict_held_out(loaded, best, evaluators)
-    errors: dict[str, float] = {}
-    text = "" if calibration is None else calibration.text
-    if predictions is not None:
-        metrics = predictions.metrics
-        if calibration is not None and calibration.is_fitted:
-            errors, errors_text = measure_errors(calibration, predictions)
-            metrics |= {name: errors[name] for name in ERROR_METRICS}
-            text += errors_text
-    elif best.frozen is not None and best.frozen.probe.num_folds_:
-        assert start is not None
-        predictions = predict_out_of_fold(loaded, start)
-        metrics = predictions.metrics
-        errors = {name: metrics[name] for name in ERROR_METRICS}
-    elif best.frozen is not None or loaded.data.selection is not None:
-        metrics = evaluators.held_out(best.model)
-    else:
-        metrics = trained.metrics  # of the last evaluation
-    reshard(best.model)
-
-    record = None
-    if calibration is not None and calibration.is_fitted:
-        record = calibration.to_dict() | errors
-    nearest_images = None
-    if predictions is not None and start is not None:
-        nearest_images = start.find_nearest_images(predictions.list_wrong())
-    return Result(metrics, record, predictions, nearest_images, {"calibration": text})
+    if setup.build_pass is None:
+        return
+    model = setup.model.eval()
+    compute = partial(compute_tokens, setup.build_pass, model)
+    tokens, labels = compute(data.train)
+    statistics = ClassStatistics.fit(tokens, labels, model.config.num_labels)
+    other_images = data.held_out if data.selection is None else data.selection
+    if len(other_images) >= MIN_DISTANCE_IMAGES:
+        distances = statistics.compute_distances(compute(other_images)[0])
+        threshold = float(np.quantile(distances, KNOWN_RECALL, method="higher"))
+        model.config.distance_threshold = threshold
+    statistics.set_in_model(model)
 
 
-def predict_out_of_fold(loaded: Loaded, frozen: FrozenModel) -> Predictions:
-    """Return the predictions of training images by classifiers that were not fitted to them."""
-    probe = loaded.setup.probe
-    assert probe is not None
-    assert frozen.probe.estimate_ is not None
-    estimate = frozen.probe.estimate_
-    rows = frozen.list_out_of_fold_rows(probe.model.config.num_labels)
-    predictions = build_predictions(loaded.data.label_space, rows, probe.accelerator)
-    predictions.metrics.update(
-        round_floats({"accuracy": estimate.accuracy, "accuracy_interval": estimate.interval})
-    )
-    predictions.metrics["num_unreadable_images"] = frozen.features.num_unreadable
-    return predictions
+def compute_tokens(
+    build_pass: Any, model: Any, images: LabeledImages
+) -> tuple[dict[Token, np.ndarray], np.ndarray]:
+    """Return the features of each token and the labels of some labeled images."""
+    layout = FeatureLayout.for_extra_heads(model.config, NUM_LAST_LAYERS)
+    # the steps and evaluations have named the unreadable images
+    statistics_pass = build_pass(images.draw(MAX_STATISTICS_IMAGES), layout, warn=ignore_message)
+    features = statistics_pass(model)
+    features = features.take(features.labels >= 0)
+    tokens = features.get_tokens()
+    if count_output_tokens(model.vitcls, None, {}) is not None:  # only CLS in the last layer
+        del tokens[-1, "mean"]
+    return tokens, features.labels
 
 
-# Parts --------------------------------------------------------------------------------------------
-
-
-def prepare_state(
-    options: TrainOptions, setup: TrainingSetup, accelerator: Accelerator
-) -> TrainingState:
-    """Prepare model and optimizer for the launch configuration."""
-    if options.compile:
-        setup.model.compile()
-    configure_layer_sharding(accelerator, setup.model)
-    return TrainingState(*accelerator.prepare(setup.model, build_optimizer(setup.model, options)))
+# Trackers and errors ------------------------------------------------------------------------------
 
 
 def start_trackers(accelerator: Accelerator, options: TrainOptions) -> None:

@@ -12,8 +12,8 @@ from ..data.aspect_ratio import get_output_size
 from ..data.augmentation import build_augmentation
 from ..data.batches import BatchBuilder, TrainingImages
 from ..data.images import LabeledImages
-from ..data.splits import TrainingData
-from ..data.streaming import StreamedImages, TrainingStream
+from ..data.labels import LabelSpace
+from ..data.splits import TrainingData, UndividedImages
 from ..inference.frozen_features import FrozenPass
 from ..model.image_processing_vitcls import ViTCLSImageProcessor
 from .losses import Objective
@@ -27,23 +27,21 @@ class Recipe(Protocol):
     """A kind of training: what its flags mean, and what it reads and trains."""
 
     def check_options(self, options: Any) -> Any:
-        """Return the options with defaults, before data and models are loaded.
+        """Fill in defaults before data and models are loaded.
 
         Raise ValueError if flags contradict each other.
         """
 
-    def load_data(self, options: Any, initial: InitialModel) -> TrainingData:
-        """Load the training images and the held-out images."""
+    def load_images(self, options: Any, initial: InitialModel) -> UndividedImages:
+        """Read the labels and keys of the images."""
 
     def build_setup(
-        self, options: Any, initial: InitialModel, data: TrainingData, reporter: Reporter
+        self, options: Any, initial: InitialModel, images: UndividedImages, reporter: Reporter
     ) -> "TrainingSetup":
-        """Load the model, and build loss and evaluation."""
+        """Load the model, and prepare loss and evaluation."""
 
-    def describe_data(
-        self, options: Any, initial: InitialModel, data: TrainingData, has_steps: bool
-    ) -> list[str]:
-        """Return warnings about the data, for a run with or without training steps."""
+    def list_warnings(self, options: Any, initial: InitialModel, data: TrainingData) -> list[str]:
+        """List what is wrong with the data."""
 
 
 @dataclass
@@ -52,9 +50,10 @@ class TrainingSetup:
 
     model: Any  # unwrapped ViTCLS model; parameters that are not trained are frozen
     processor: ViTCLSImageProcessor
-    objective: Objective
-    # Returns a function from a model to metrics; an `Evaluator` if the model can be calibrated.
-    build_evaluator: Callable[[LabeledImages], Callable[[Any], dict[str, Any]]]
+    build_objective: Callable[[TrainingData], Objective]
+    # Returns a function from a model to the metrics of images; an `Evaluator` if the model can be
+    # calibrated.
+    build_evaluator: Callable[[TrainingData, LabeledImages], Callable[[Any], dict[str, Any]]]
     # Name of the metric that selects the best checkpoint. Higher values are better.
     selection_metric: str
     printed_metrics: tuple[str, ...]  # metrics of evaluations that are printed during training
@@ -62,6 +61,8 @@ class TrainingSetup:
     labels_text: str
     # whether the model has a temperature: a classifier with one label per image
     can_calibrate: bool = False
+    # whether no head is random when steps start
+    has_known_head: bool = False
     # lines to print before training, keyed by name
     summary_lines: dict[str, str] = field(default_factory=dict)
     results: dict[str, Any] = field(default_factory=dict)  # fields of results.json
@@ -69,12 +70,13 @@ class TrainingSetup:
     build_pass: Callable[..., FrozenPass] | None = None
     probe: Probe | None = None  # sets the classifier from the features of the frozen encoder
     encoder: Any = None  # part of the model that is saved; None to save the model
-    measure_features: Callable[[Any], dict[str, Any]] | None = None  # before and after pre-training
+    # measures features before and after pre-training
+    build_feature_measure: Callable[[TrainingData], Callable[[Any], dict[str, Any]]] | None = None
 
 
 def build_evaluator_arguments(
     options: TrainOptions,
-    data: TrainingData,
+    label_space: LabelSpace,
     processor: Any,
     num_channels: int,
     reporter: Reporter,
@@ -82,7 +84,7 @@ def build_evaluator_arguments(
     """Return the keyword arguments of the evaluators of a run, except for the images."""
     return {
         "processor": processor,
-        "label_space": data.label_space,
+        "label_space": label_space,
         "batch_size": options.batch_size,
         "accelerator": reporter.accelerator,
         "num_workers": options.num_workers,
@@ -94,19 +96,15 @@ def build_evaluator_arguments(
 
 def build_training_images(
     options: TrainOptions, data: TrainingData, processor: Any, num_channels: int
-) -> Any:
-    """Build the augmented training images (`TrainingImages` or `TrainingStream`)."""
-    augmentation = build_augmentation(options, processor)
-    to_rgb = bool(processor.do_convert_rgb)
+) -> TrainingImages:
+    """Build the augmented training images."""
     builder = BatchBuilder(
-        augmentation,
+        build_augmentation(options, processor),
         data.label_space,
-        to_rgb,
+        bool(processor.do_convert_rgb),
         seed=options.seed,
         bit_depth=processor.bit_depth,
         num_channels=num_channels,
         image_bytes=num_channels * math.prod(get_output_size(processor)),
     )
-    if isinstance(data.train, StreamedImages):
-        return TrainingStream(data.train, builder)
     return TrainingImages(data.train, builder)

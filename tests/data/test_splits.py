@@ -75,9 +75,7 @@ def test_images_that_changed_their_classes_are_an_error(unfinished: Any) -> None
         run_training(unfinished)
 
 
-@pytest.mark.parametrize("streaming", [False, True])
-def test_changes_of_a_table_are_found(tmp_path: Path, streaming: bool) -> None:
-    """Check order and labels, stored and streamed."""
+def test_changes_of_a_table_are_found(tmp_path: Path) -> None:
     photos = write_photos(tmp_path / "photos", range(60), "cat", "dog")
     rows = [
         f"photos/{path.parent.name}/{path.name},{path.parent.name}"
@@ -86,9 +84,7 @@ def test_changes_of_a_table_are_found(tmp_path: Path, streaming: bool) -> None:
 
     def describe(lines: list[str]) -> dict[str, Any]:
         (tmp_path / "list.csv").write_text("\n".join(["image,label", *lines]), encoding="utf-8")
-        options = DataOptions(
-            dataset=str(tmp_path / "list.csv"), streaming=streaming, label_names=("cat", "dog")
-        )
+        options = DataOptions(dataset=str(tmp_path / "list.csv"), label_names=("cat", "dog"))
         return describe_data(load_training_data(options))
 
     first = describe(rows)
@@ -103,13 +99,14 @@ def test_the_description_of_data_changes_only_with_the_data(tmp_path: Path) -> N
     photos = write_photos(tmp_path / "photos", range(30))
     data = load_training_data(DataOptions(dataset=str(photos)))
     description = describe_data(data)
-    assert (description["num_training_images"], description["num_held_out_images"]) == (48, 12)
+    assert description["number of training images"] == 48
+    assert description["number of held-out images"] == 12
     assert description["classes"] == {"label": ["cat", "dog"]}
 
     write_photos(photos, [3, 7], "cat")  # the same files
     assert describe_data(load_training_data(DataOptions(dataset=str(photos)))) == description
     assert describe_change(description, description) is None
-    changed = description | {"num_held_out_images": 1012}
+    changed = description | {"number of held-out images": 1012}
     assert describe_change(description, changed) == "number of held-out images was 12 and is 1,012"
 
 
@@ -117,21 +114,21 @@ def test_the_description_of_data_changes_only_with_the_data(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("names", "use_selection_split", "expected"),
+    ("names", "reads_all", "expected"),
     [
-        (["train"], False, ("train", None, None)),
-        (["a", "b"], False, ("a", None, None)),
-        (["test", "train"], True, ("train", "test", None)),
-        (["test", "validation", "train"], False, ("train", "validation", None)),
-        (["test", "validation", "train"], True, ("train", "test", "validation")),
-        (["train", "validation", "dev"], True, ("train", "validation", None)),
-        (["test", "dev", "val"], True, ("test", "val", None)),
+        (["train"], False, ["train"]),
+        (["a", "b"], False, ["a"]),
+        (["test", "train"], True, ["train", "test"]),
+        (["test", "validation", "train"], False, ["train", "validation"]),
+        (["test", "validation", "train"], True, ["train", "validation", "test"]),
+        (["train", "validation", "dev"], True, ["train", "validation"]),
+        (["test", "dev", "val"], True, ["test", "val"]),
     ],
 )
-def test_results_are_measured_on_the_test_split_if_the_validation_split_selects_the_checkpoint(
-    names: list[str], use_selection_split: bool, expected: tuple[str | None, ...]
+def test_the_test_split_is_read_beside_a_validation_split_only_on_request(
+    names: list[str], reads_all: bool, expected: list[str]
 ) -> None:
-    assert choose_training_splits(names, use_selection_split) == expected
+    assert choose_training_splits(reads_all, names) == expected
 
 
 def get_names(part: Any) -> set[str]:
@@ -139,13 +136,10 @@ def get_names(part: Any) -> set[str]:
     return {"/".join(Path(name).parts[-2:]) for name in part.images.get_names()}
 
 
-@pytest.mark.parametrize("streaming", [False, True])
-def test_splits_are_used_for_their_purposes(tmp_path: Path, streaming: bool) -> None:
+def test_splits_are_used_for_their_purposes(tmp_path: Path) -> None:
     for split, numbers in (("train", range(5)), ("val", range(5, 8)), ("test", range(8, 12))):
         write_photos(tmp_path / "photos" / split, numbers)
-    options = DataOptions(
-        dataset=str(tmp_path / "photos"), streaming=streaming, held_out_fraction=0.0
-    )
+    options = DataOptions(dataset=str(tmp_path / "photos"), held_out_fraction=0.0)
     data = load_training_data(options, use_selection_split=True)
 
     assert (data.held_out_name, data.selection_name) == ("split 'test'", "split 'validation'")
@@ -157,7 +151,7 @@ def test_splits_are_used_for_their_purposes(tmp_path: Path, streaming: bool) -> 
     assert get_names(data.selection) == {
         f"{name}/{number}.png" for name in ("cat", "dog") for number in range(5, 8)
     }
-    assert data.num_training_images == (None if streaming else 10)
+    assert len(data.train) == 10
 
 
 def test_selection_images_of_a_single_split_are_not_used_for_anything_else(tmp_path: Path) -> None:
@@ -182,41 +176,37 @@ def test_selection_without_images_for_it_is_an_error(tmp_path: Path) -> None:
         load_training_data(
             DataOptions(dataset=str(photos), held_out_fraction=0.0), use_selection_split=True
         )
-    with raises_one_line("`select='best'`", "`streaming=True`"):
-        load_training_data(
-            DataOptions(dataset=str(photos), streaming=True), use_selection_split=True
-        )
 
 
-@pytest.mark.parametrize("streaming", [False, True])
-def test_without_a_held_out_part_all_images_are_trained_on(tmp_path: Path, streaming: bool) -> None:
+def test_without_a_held_out_part_all_images_are_trained_on(tmp_path: Path) -> None:
     photos = write_photos(tmp_path / "photos", range(10))
-    options = DataOptions(dataset=str(photos), held_out_fraction=0.0, streaming=streaming)
+    options = DataOptions(dataset=str(photos), held_out_fraction=0.0)
     data = load_training_data(options)
 
     assert len(data.held_out) == 0
-
-    if streaming:
-        examples = data.train.iterate_examples(0, 0, 1)  # type: ignore[union-attr]
-        first_pass = [next(examples) for _ in range(20)]
-        assert {example.epoch for example in first_pass} == {0}
-        assert next(examples).epoch == 1
-    else:
-        assert data.num_training_images == 20
-        with raises_one_line("all 20 images", "`split='train'`"):
-            load_evaluation_data(options, None, data.build_splits_table())
+    assert len(data.train) == 20
+    with raises_one_line("all 20 images", "`split='train'`"):
+        load_evaluation_data(options, None, data.build_splits_table())
 
 
 def test_training_on_a_split_named_test_is_reported(tmp_path: Path) -> None:
     photos = write_photos(tmp_path / "photos" / "test", range(20))
     run = prepare_setup(build_tiny_options(tmp_path / "out", photos.parent, epochs=1))
     lines = describe_splits(
-        run.data, run.setup.processor, run.setup.labels_text, is_resize_known=True
+        run.data,
+        run.setup.processor,
+        run.setup.labels_text,
+        is_resize_known=True,
+        needs_selection=False,
     )
     assert "'test'" in lines["split"]
     # a folder of classes
     run = prepare_setup(build_tiny_options(tmp_path / "other", photos, epochs=1))
     lines = describe_splits(
-        run.data, run.setup.processor, run.setup.labels_text, is_resize_known=True
+        run.data,
+        run.setup.processor,
+        run.setup.labels_text,
+        is_resize_known=True,
+        needs_selection=False,
     )
     assert "split" not in lines

@@ -13,15 +13,15 @@ from modeling_vitcls.cli.api import build_options
 from modeling_vitcls.data.labels import LabelSpace
 from modeling_vitcls.data.options import AugmentationOptions
 from modeling_vitcls.runtime.files import read_json
-from modeling_vitcls.training.defaults import resolve_schedule
 from modeling_vitcls.training.finetune import FineTuning
 from modeling_vitcls.training.loop import build_batch_plan
 from modeling_vitcls.training.model import build_model, resolve_initial_model
 from modeling_vitcls.training.options import FinetuneOptions, ModelOptions, PretrainOptions
+from modeling_vitcls.training.plan import plan_run
 from modeling_vitcls.training.pretrain import PreTraining
 from modeling_vitcls.training.reporter import Reporter
 from modeling_vitcls.training.run import train
-from modeling_vitcls.training.run_inputs import resolve_options
+from modeling_vitcls.training.run_inputs import Launch, load
 from modeling_vitcls.training.training_setup import Recipe
 
 
@@ -72,24 +72,25 @@ def prepare_setup(options: Any) -> SimpleNamespace:
     """Return what a run prepares: setup, resolved options, data, plan, reporter and warnings."""
     reset_accelerate()
     recipe: Recipe = PreTraining() if isinstance(options, PretrainOptions) else FineTuning()
-    options = recipe.check_options(options)
     accelerator = Accelerator(cpu=True)
-    initial = resolve_initial_model(options.model)
     reporter = Reporter(options.output_dir / "metrics.jsonl", accelerator)
-    data = recipe.load_data(options, initial)
-    options = resolve_options(options, initial, data)[0]
-    setup = recipe.build_setup(options, initial, data, reporter)
-    options = resolve_schedule(options, initial, data.num_training_images, setup.probe is not None)[
-        0
-    ]
-    plan = build_batch_plan(data.num_training_images, options, accelerator.num_processes)
+    launch = Launch(accelerator, reporter, None, options, checkpoint=None, is_finished=False)
+    inputs = load(recipe, launch)
+    plan = plan_run(inputs.options, inputs.initial, inputs.images, inputs.setup, launch)
+    data = inputs.images.divide(
+        plan.options.held_out_fraction, plan.options.split_seed, plan.options.needs_selection
+    )
+    batches = None
+    if plan.kind == "steps":
+        batches = build_batch_plan(len(data.train), plan.options, accelerator.num_processes)
     return SimpleNamespace(
-        setup=setup,
-        options=options,
+        setup=inputs.setup,
+        options=plan.options,
         data=data,
-        plan=plan,
+        kind=plan.kind,
+        plan=batches,
         reporter=reporter,
-        warnings=partial(recipe.describe_data, options, initial, data, has_steps=False),
+        warnings=partial(recipe.list_warnings, plan.options, inputs.initial, data),
     )
 
 

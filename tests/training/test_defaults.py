@@ -16,7 +16,6 @@ from modeling_vitcls.training.defaults import (
     describe_random_weights,
     resolve_defaults,
     resolve_schedule,
-    should_refit,
 )
 from modeling_vitcls.training.model import InitialModel, resolve_initial_model
 from modeling_vitcls.training.options import (
@@ -93,7 +92,7 @@ HEAD, LORA, LAST = (build_options(trainable=each) for each in ("head", "lora", "
             9_999,
             {"layer_decay": 0.75, "initializer_range": None},
         ),
-        (LAST, PRETRAINED | {"hidden_size": 1536}, None, {"batch_size": 64}),
+        (LAST, PRETRAINED | {"hidden_size": 1536}, 10_000, {"batch_size": 64}),
         (HEAD, PRETRAINED, 10_000, {"layer_decay": 1.0}),
         (LORA, PRETRAINED, 9, {"layer_decay": 1.0}),
         (
@@ -114,27 +113,26 @@ def test_defaults_follow_the_weights_the_image_size_and_the_number_of_images(
 
 
 @pytest.mark.parametrize(
-    ("options", "initial", "num_images", "expected"),
+    ("options", "initial", "num_images", "has_probe", "expected"),
     [
-        (build_options(), {}, 9_999, 30),
-        (build_options(), {}, 10_000, 30),
-        (build_options(), PRETRAINED | {"hidden_size": 384}, 9_999, 30),
-        (build_options(refit=True), PRETRAINED | {"hidden_size": 384}, 9_999, 5),
-        (build_options(), PRETRAINED | {"hidden_size": 48}, 10_000, 10),
-        (LAST, PRETRAINED | {"hidden_size": 1536}, None, 10),
-        (HEAD, PRETRAINED, 10_000, 30),
-        (LORA, PRETRAINED, 9, 5),
+        (build_options(), {}, 10_000, False, 30),
+        (build_options(), PRETRAINED | {"hidden_size": 384}, 9_999, False, 30),
+        (build_options(), PRETRAINED | {"hidden_size": 384}, 9_999, True, 5),
+        (build_options(), PRETRAINED | {"hidden_size": 48}, 10_000, False, 10),
+        (HEAD, PRETRAINED, 10_000, False, 30),
+        (LORA, PRETRAINED, 9, False, 5),
     ],
 )
 def test_the_epochs_follow_the_weights_and_the_number_of_images(
     options: Any,
     initial: dict[str, Any],
-    num_images: int | None,
+    num_images: int,
+    has_probe: bool,
     expected: float,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     set_device(monkeypatch, "cuda")
-    options, _ = resolve_schedule(options, build_initial(**initial), num_images, has_probe=True)
+    options, _ = resolve_schedule(options, build_initial(**initial), num_images, has_probe)
     assert options.epochs == expected
 
 
@@ -174,7 +172,6 @@ def test_every_default_can_be_overridden_and_the_reasons_are_printed() -> None:
     assert "random weights, width 96: initializer range 0.082" in line
     assert "image size 28: crop scale 1" in line
     assert "random weights, fewer than 10,000 images: batch size 32" in line
-    assert "random weights, a stream: " in resolve_defaults(build_options(), initial, None)[1]
     assert resolve_defaults(options, initial, 2000) == (options, "")
     options = build_options(hidden_size=192, image_size=(32, 96), patch_size=32)
     line = resolve_defaults(options, initial, 2000)[1]
@@ -208,36 +205,6 @@ def test_max_steps_replace_the_epochs() -> None:
     options, lines = resolve_schedule(build_options(max_steps=3), build_initial(), 9, False)
     assert options.epochs == 30.0
     assert "epochs" not in lines
-
-
-@pytest.mark.parametrize(
-    ("flags", "num_images", "num_labels", "expected"),
-    [
-        ({}, 500, 10, True),
-        ({"learning_rate": 1e-5}, 9_999, 10, True),
-        ({}, 499, 2, False),
-        ({}, 500, 11, False),
-        ({}, 10_000, 10, False),
-        ({}, None, 10, False),
-        *(
-            (flags, 900, 10, False)
-            for flags in (
-                {"trainable": "last-2"},
-                {"epochs": 3.0},
-                {"max_steps": 9},
-                {"select": "last"},
-                {"early_stopping": 2},
-                {"teacher": "teacher"},
-            )
-        ),
-    ],
-)
-def test_the_classifier_is_fitted_again_where_this_was_measured(
-    flags: dict[str, Any], num_images: int | None, num_labels: int, expected: bool
-) -> None:
-    initial = build_initial(**PRETRAINED)
-    assert should_refit(build_options(**flags), initial, num_images, num_labels, True) is expected
-    assert not should_refit(build_options(**flags), initial, num_images, num_labels, False)
 
 
 def test_only_a_preset_has_random_weights(tmp_path: Path) -> None:

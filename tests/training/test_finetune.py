@@ -40,7 +40,6 @@ from modeling_vitcls.hub.model_files import hash_weights
 from modeling_vitcls.inference.evaluator import Evaluator
 from modeling_vitcls.runtime.errors import RunStopped
 from modeling_vitcls.runtime.files import read_json
-from modeling_vitcls.training import run as run_module
 from modeling_vitcls.training.checkpoints import CheckpointStore
 from modeling_vitcls.training.finetune import FineTuning, describe_imbalance
 from modeling_vitcls.training.model import resolve_initial_model
@@ -228,29 +227,6 @@ def test_several_labels_per_image_are_learned(tasks: Path, tmp_path: Path) -> No
     assert not (tmp_path / "predictions.parquet").exists()  # only of images with one label
 
 
-def test_a_stream_is_learned(
-    color_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(run_module, "DEFAULT_STREAM_SAVE_EVERY", 15)
-    results = train(
-        tmp_path,
-        color_images,
-        streaming=True,
-        max_steps=20,
-        held_out_fraction=0.4,
-        keep_checkpoints=2,
-    )
-    assert results["num_training_images"] is None
-    assert results["num_images"] > 4
-    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
-        "step-00000015",
-        "step-00000020",
-    ]
-    assert results["accuracy"] == 1.0
-    with pytest.raises(ValueError, match="`max_steps`"):
-        run_training(tiny_options(tmp_path / "other", color_images, streaming=True, max_steps=None))
-
-
 def test_unreadable_images_are_named_and_skipped(
     color_images: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
@@ -323,7 +299,9 @@ def test_linear_probing_trains_only_the_head(
 def test_images_are_mixed_by_flags(flag: str, color_images: Path, tmp_path: Path) -> None:
     run = prepare_setup(tiny_options(tmp_path / "out", color_images, **{flag: 5.0}))
     pixels = torch.randint(256, (8, 3, 32, 32), dtype=torch.uint8)
-    mixed_pixels, mixed_labels = run.setup.objective.mixer(pixels, torch.arange(8) % 2)
+    mixed_pixels, mixed_labels = run.setup.build_objective(run.data).mixer(
+        pixels, torch.arange(8) % 2
+    )
     assert mixed_labels.is_floating_point()
     assert not torch.equal(mixed_pixels, pixels)
 
@@ -335,7 +313,9 @@ def test_the_losses_of_classes_are_weighted_on_request(color_images: Path, tmp_p
     labels = torch.tensor([0, 1, 1, 0, 1, 1])
     plain = torch.nn.functional.cross_entropy(logits, labels, label_smoothing=0.1, reduction="none")
     weighted = (plain * (counts.sum() / (2 * counts))[labels]).mean()
-    torch.testing.assert_close(run.setup.objective.label_loss(logits, labels), weighted)
+    torch.testing.assert_close(
+        run.setup.build_objective(run.data).label_loss(logits, labels), weighted
+    )
 
 
 @pytest.mark.parametrize(("num_images", "is_imbalanced"), [(3, False), (4, True)])
@@ -349,9 +329,9 @@ def test_macro_f1_is_printed_for_imbalanced_classes(
     initial = resolve_initial_model("vitcls-tiny")
     setup = FineTuning().build_setup(run.options, initial, rare, run.reporter)
     assert ("macro_f1" in setup.printed_metrics) == is_imbalanced
-    warning = " ".join(describe_imbalance("none", rare, has_steps=True))
+    warning = " ".join(describe_imbalance("none", rare))
     assert ("`class_balance='weights'`" in warning) == is_imbalanced
-    assert not describe_imbalance("weights", rare, has_steps=True)
+    assert not describe_imbalance("weights", rare)
 
 
 def test_lora_is_merged_into_a_plain_model(pretrained: Path, tmp_path: Path) -> None:

@@ -259,7 +259,6 @@ def test_a_model_of_the_hub_tells_its_results(
             {"teacher": "t", "num_distillation_tokens": 0},
             ("`teacher`", "`num_distillation_tokens=1`"),
         ),
-        ({"streaming": True, "class_balance": "weights"}, ("`class_balance`", "`streaming=True`")),
         ({"model": "vitcls-tiny", "trainable": "last-1"}, ("`trainable='last-1'`", "`model`")),
         ({"class_balance": "weights", "mixup": 0.8, "cutmix": 1.0}, ()),
         (
@@ -270,7 +269,6 @@ def test_a_model_of_the_hub_tells_its_results(
             },
             (),
         ),
-        ({"model": "vitcls-tiny", "streaming": True}, ()),
     ],
 )
 def test_contradictory_flags_are_errors(flags: dict[str, Any], named: tuple[str, ...]) -> None:

@@ -154,7 +154,7 @@ def test_the_old_model_is_never_next_to_the_new_configuration(
         raise ValueError("stop")
 
     monkeypatch.setattr(Path, "unlink", note)
-    monkeypatch.setattr(run_module, "prepare_state", stop)
+    monkeypatch.setattr(run_module, "build_loop", stop)
     with pytest.raises(ValueError, match="stop"):
         run(earlier, max_steps=2, overwrite=True)
     monkeypatch.undo()

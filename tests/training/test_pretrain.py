@@ -192,7 +192,7 @@ def test_the_accuracy_is_that_of_scikit_learn(
     )
     task, selection = prepared.setup, prepared.data.selection
     train = prepared.data.train.draw(150, 3)
-    found = task.build_evaluator(selection)(task.model.eval())
+    found = task.build_evaluator(prepared.data, selection)(task.model.eval())
 
     def encode(images: Any) -> torch.Tensor:
         pixels = task.processor([image.convert("RGB") for image in images], return_tensors="pt")[
@@ -231,7 +231,7 @@ def test_the_effective_rank_is_the_exponential_of_the_entropy_of_singular_values
 def test_a_collapse_is_a_warning(tmp_path: Path) -> None:
     warnings: list[str] = []
     prepared = prepare_setup(tiny_options(tmp_path / "out"))
-    evaluate: FeatureQuality = prepared.setup.build_evaluator(prepared.data.held_out)
+    evaluate: FeatureQuality = prepared.setup.build_evaluator(prepared.data, prepared.data.held_out)
     evaluate.warn = warnings.append
     evaluate(prepared.setup.model.eval())
     assert warnings == []

@@ -1,4 +1,4 @@
-"""Probe of the frozen encoder: scikit-learn's regression; fine-tuning is never worse."""
+"""The frozen model: scikit-learn's classifier, its result, and the start of steps."""
 
 import math
 import shutil
@@ -32,9 +32,7 @@ from modeling_vitcls import (
 from modeling_vitcls.data.aspect_ratio import get_resize, set_resize
 from modeling_vitcls.inference.evaluate import evaluate_checkpoint
 from modeling_vitcls.inference.options import EvaluateOptions
-from modeling_vitcls.training import output_folder, run_inputs
-from modeling_vitcls.training import probe as probe_module
-from modeling_vitcls.training.checkpoints import format_state, read_state
+from modeling_vitcls.training import output_folder, plan
 from modeling_vitcls.training.probe import explain_missing_probe
 
 
@@ -57,8 +55,8 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def build_options(folder: Path, encoder: Path, **flags: Any) -> Any:
-    """Return the options of a run with a probe and the default of --select."""
-    settings = {"model": encoder, "probe": True, "select": None, "batch_size": 32, "max_steps": 4}
+    """Return the options of a frozen run or, with `max_steps`, of one with steps."""
+    settings = {"model": encoder, "probe": True, "select": None, "batch_size": 32}
     return build_tiny_options(folder, "digits", **settings | flags)
 
 
@@ -112,7 +110,6 @@ def frozen_run(encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     options = build_options(
         tmp_path_factory.mktemp("head") / "run",
         encoder,
-        trainable="head",
         held_out_fraction=0.2,
     )
     return options, run_training(options)
@@ -121,7 +118,7 @@ def frozen_run(encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
 @pytest.fixture(scope="module")
 def run_on_all_labels(encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Return the options and the results of a run without steps and without held-out images."""
-    options = build_options(tmp_path_factory.mktemp("all") / "run", encoder, trainable="head")
+    options = build_options(tmp_path_factory.mktemp("all") / "run", encoder)
     return options, run_training(options)
 
 
@@ -143,9 +140,9 @@ def test_the_reported_accuracy_is_that_of_the_saved_model(frozen_run: Any) -> No
 def test_a_run_without_steps_trains_on_every_label(run_on_all_labels: Any) -> None:
     options, results = run_on_all_labels
     data = prepare_setup(options).data
-    parts = [part for part in (data.train, data.selection, data.held_out) if part]
-    assert results["num_training_images"] == sum(map(len, parts))
-    check_classifier(options.output_dir, results, parts, data.held_out.images)
+    assert results["num_training_images"] == len(data.train) == 300
+    images = data.train.images.select(range(40))
+    check_classifier(options.output_dir, results, [data.train], images)
 
 
 def test_predictions_of_training_images_come_from_classifiers_of_other_images(
@@ -233,9 +230,9 @@ def test_the_nearest_images_of_a_wrong_prediction_have_the_most_similar_features
 def test_a_trained_model_is_shown_beside_the_nearest_images_before_training(
     encoder: Path, tmp_path: Path
 ) -> None:
-    frozen = {"trainable": "head", "pooled_layers": (-1,), "pooling": "cls"}
+    frozen = {"pooled_layers": (-1,), "pooling": "cls", "held_out_fraction": 0.2}
     run_training(build_options(tmp_path / "head", encoder, **frozen))
-    trained = frozen | {"trainable": "full", "select": "last", "learning_rate": 0.1}
+    trained = frozen | {"max_steps": 4, "learning_rate": 0.1}
     options = build_options(tmp_path / "trained", encoder, **trained)
     run_training(options)
     check_nearest_images(options, tmp_path / "head")
@@ -246,7 +243,7 @@ def test_no_image_passes_the_frozen_encoder_twice(
 ) -> None:
     """Except in the measurements of the speed, whose images are no photos."""
     monkeypatch.setattr(output_folder, "measure_inference_speed", lambda model, device: {})
-    monkeypatch.setattr(run_inputs, "measure_forward_seconds", lambda model, accelerator: 0.0)
+    monkeypatch.setattr(plan, "measure_forward_seconds", lambda model, accelerator: 0.0)
     counts = []
     forward = ViTCLSModel.forward
 
@@ -256,23 +253,28 @@ def test_no_image_passes_the_frozen_encoder_twice(
         return forward(self, pixel_values, *args, **kwargs)
 
     monkeypatch.setattr(ViTCLSModel, "forward", count)
-    options = build_options(tmp_path / "head", encoder, trainable="head")
+    options = build_options(tmp_path / "head", encoder)
     results = run_training(options)
     assert sum(counts) == results["num_training_images"]
 
 
-def test_nothing_is_trained_with_too_few_selection_images(encoder: Path, tmp_path: Path) -> None:
-    """The classifier is the regression on training and selection images."""
-    options = build_options(tmp_path / "run", encoder, held_out_fraction=0.02)
+def test_a_frozen_run_is_fitted_to_the_validation_split_and_measured_on_the_test_split(
+    encoder: Path, tmp_path: Path
+) -> None:
+    digits = load_digits()
+    for index, (image, label) in enumerate(zip(digits.images[:90], digits.target, strict=False)):
+        split = ("train", "validation", "test")[index % 3]
+        file = tmp_path / "photos" / split / str(label) / f"{index}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray((image * 15).astype(np.uint8)).save(file)
+    options = replace(build_options(tmp_path / "run", encoder), dataset=str(tmp_path / "photos"))
     results = run_training(options)
     data = prepare_setup(options).data
-    assert len(data.selection) < 50
-    assert results["steps"] == 0
-    assert results["num_training_images"] == len(data.train) + len(data.selection)
-    # no second copy of the weights
-    assert not list((tmp_path / "run").rglob("checkpoints/*/*.safetensors"))
+    assert (results["num_training_images"], results["split"]) == (60, "split 'test'")
     parts = [data.train, data.selection]
     check_classifier(tmp_path / "run", results, parts, data.held_out.images)
+    # no second copy of the weights
+    assert not list((tmp_path / "run").rglob("checkpoints/*/*.safetensors"))
 
 
 @pytest.fixture(scope="module")
@@ -290,11 +292,11 @@ def unequal_photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_unequal_classes_have_a_balanced_accuracy_and_a_lowest_recall(
     encoder: Path, unequal_photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = build_options(tmp_path / "run", encoder, trainable="head")
+    options = build_options(tmp_path / "run", encoder)
     results = run_training(replace(options, dataset=str(unequal_photos)))
     (line,) = (row for row in capsys.readouterr().out.splitlines() if "balanced accuracy" in row)
     assert "lowest recall" in line
-    assert results["frozen"]["balanced"]["balanced_accuracy"] >= 0.5
+    assert results["balanced_accuracy"] >= 0.5
 
 
 def test_class_weights_raise_the_recall_of_a_small_class(
@@ -302,9 +304,7 @@ def test_class_weights_raise_the_recall_of_a_small_class(
 ) -> None:
     recalls = {}
     for balance in ("none", "weights"):
-        options = build_options(
-            tmp_path / balance, encoder, trainable="head", class_balance=balance
-        )
+        options = build_options(tmp_path / balance, encoder, class_balance=balance)
         results = run_training(replace(options, dataset=str(unequal_photos)))
         recalls[balance] = results["per_class"][0]["recall"]
     assert recalls["weights"] >= recalls["none"]
@@ -315,41 +315,22 @@ def test_class_weights_raise_the_recall_of_a_small_class(
     assert not torch.equal(*weights)
 
 
-def test_select_last_trains_on_few_images(encoder: Path, tmp_path: Path) -> None:
-    flags = {"held_out_fraction": 0.02, "select": "last", "max_steps": 1}
-    assert run_training(build_options(tmp_path / "last", encoder, **flags))["steps"] == 1
-
-
-def test_a_long_run_on_a_cpu_ends_at_the_probe(
-    encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(probe_module, "MAX_STEP_SECONDS", 0.0)
-    default = run_training(build_options(tmp_path / "default", encoder, max_steps=None))
-    assert default["steps"] == 0
-    with_length = run_training(build_options(tmp_path / "length", encoder, max_steps=1))
-    assert with_length["steps"] == 1
-
-
 @pytest.mark.parametrize(("trainable", "rate"), [("full", 4e-4), ("lora", 5e-4)])
 def test_the_learning_rate_after_the_probe_is_that_of_the_trained_weights(
     trainable: str, rate: float, encoder: Path, tmp_path: Path
 ) -> None:
     """A ViT of width 32 has the largest rate for pre-trained weights."""
-    flags = {"trainable": trainable, "select": "last", "max_steps": 1, "warmup": 0.0}
+    flags = {"trainable": trainable, "max_steps": 1, "warmup": 0.0}
     options = build_options(tmp_path / "run", encoder, **flags)
     run_training(options)
     (record,) = read_metrics(options.output_dir)
     assert record["learning_rate"] == pytest.approx(rate)
 
 
-def test_fine_tuning_starts_from_the_regression(
+def test_steps_start_from_the_frozen_model_also_after_a_damaged_checkpoint(
     encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The frozen model takes part in the selection.
-
-    A resumed run does not evaluate the step after which it starts: here step 1, because the
-    checkpoint of step 2 is damaged.
-    """
+    """A resumed run starts after step 1, because the checkpoint of step 2 is damaged."""
     flags = {
         "max_steps": 2,
         "learning_rate": 1e-6,
@@ -359,10 +340,6 @@ def test_fine_tuning_starts_from_the_regression(
     }
     options = build_options(tmp_path / "run", encoder, **flags)
     results = run_training(options)
-
-    frozen = results["frozen"]
-    assert results["selection"]["step"] == 0
-    assert results["selection"]["num_images"] == 50
     # the loss of a random classifier
     assert read_metrics(tmp_path / "run")[0]["loss"] < 0.6 * math.log(10)
 
@@ -370,24 +347,19 @@ def test_fine_tuning_starts_from_the_regression(
     (tmp_path / "run" / "results.json").unlink()
     weights = tmp_path / "run" / "checkpoints" / "step-00000002" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-7])
-    file = tmp_path / "run" / "checkpoints" / "step-00000001" / "state.json"
-    state = read_state(file.parent)
-    state["metadata"]["score_to_exceed"] = 0.0  # any evaluation is better
-    file.write_text(format_state(state), encoding="utf-8")
 
     resumed = run_training(replace(options, resume=True))
-    assert resumed["frozen"] == frozen
-    assert resumed["selection"]["step"] == 2
-
+    assert resumed["frozen"] == results["frozen"]
+    assert resumed["accuracy"] == results["accuracy"]
     printed = capsys.readouterr().out
     assert f"the checkpoint {weights.parent} is damaged" in printed
     assert "resumed   after step 1 of 2" in printed
 
 
-def test_the_loss_stays_low_when_training_starts_from_the_regression(
+def test_the_loss_stays_low_when_training_starts_from_the_frozen_model(
     encoder: Path, tmp_path: Path
 ) -> None:
-    flags = {"max_steps": 30, "learning_rate": None, "log_every": 1, "select": "last"}
+    flags = {"max_steps": 30, "log_every": 1}
     run_training(build_options(tmp_path / "run", encoder, **flags))
     losses = [record["loss"] for record in read_metrics(tmp_path / "run") if "loss" in record]
     assert len(losses) == 30
@@ -429,7 +401,7 @@ def test_the_loss_stays_low_in_transformers_trainer(frozen_run: Any, tmp_path: P
     assert max(losses) < 2 * before
 
 
-def test_a_resumed_run_keeps_what_the_regression_reads(encoder: Path, tmp_path: Path) -> None:
+def test_a_resumed_run_keeps_what_the_classifier_reads(encoder: Path, tmp_path: Path) -> None:
     options = build_options(
         tmp_path / "run",
         encoder,
@@ -438,10 +410,9 @@ def test_a_resumed_run_keeps_what_the_regression_reads(encoder: Path, tmp_path: 
         max_steps=2,
         keep_checkpoints=2,
     )
-    run_training(replace(options, select="last"))
+    run_training(options)
     (tmp_path / "run" / "results.json").unlink()
-    resume = replace(options, resume=True)
-    run_training(replace(resume, select="last"))
+    run_training(replace(options, resume=True))
     config = ViTCLSForImageClassification.from_pretrained(tmp_path / "run").config
     assert config.pooled_layers == [-2, -1]
     assert config.pooling == "cls_mean"
@@ -460,9 +431,9 @@ def test_the_probe_chooses_what_the_user_has_not_set(
     encoder: Path, tmp_path: Path, flags: dict[str, Any], tokens: set[str]
 ) -> None:
     prepared = prepare_setup(build_options(tmp_path / "run", encoder, **flags))
-    frozen = replace(prepared.setup.probe, max_images=64).run(
-        prepared.data, prepared.reporter.warn, is_final=False
-    )
+    data = prepared.data
+    warn = prepared.reporter.warn
+    frozen = prepared.setup.probe.fit([data.train], data.held_out, warn, max_images=64)
     assert {row["pooling"] for row in frozen.record["candidates"]} == tokens
     assert frozen.record["num_training_images"] == 64
 
@@ -500,7 +471,7 @@ def test_the_better_geometry_is_chosen(encoder: Path, tmp_path: Path) -> None:
         ({"pooling": "attention"}, "the pooler has random weights"),
     ],
 )
-def test_heads_and_poolers_without_a_regression_have_no_probe(
+def test_heads_and_poolers_of_another_kind_have_no_probe(
     encoder: Path, tmp_path: Path, flags: dict[str, Any], reason: str
 ) -> None:
     task = prepare_setup(build_options(tmp_path / "run", encoder, **flags)).setup
@@ -513,12 +484,11 @@ def test_random_weights_have_no_probe(tmp_path: Path) -> None:
     assert run.setup.probe is None
     assert run.options.select == "last"
     assert run.setup.summary_lines["probe"] == "off, because the initial weights are random"
-    for is_stream, names, kind, reason in (
-        (True, {"classifier.weight"}, "single_label_classification", "stream"),
-        (False, {"classifier.weight"}, "multi_task", "label"),
-        (False, set(), "single_label_classification", "checkpoint has a classifier"),
+    for names, kind, reason in (
+        ({"classifier.weight"}, "multi_task", "label"),
+        (set(), "single_label_classification", "checkpoint has a classifier"),
     ):
-        explanation = explain_missing_probe(True, is_stream, run.setup.model, False, names, kind)
+        explanation = explain_missing_probe(True, run.setup.model, False, names, kind)
         assert reason in str(explanation)
 
 

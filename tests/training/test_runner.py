@@ -123,12 +123,12 @@ def test_a_resumed_run_has_the_same_results(
 
 
 def test_unreadable_images_and_evaluations_of_earlier_steps_are_counted(killed: Path) -> None:
-    change_metadata(killed, unreadable_images=[7, 3], score_to_exceed=2.0)
+    change_metadata(killed, unreadable_images=[7, 3], best_score=2.0)
     results = run_training(build_options(killed, resume=True))
     assert results["num_unreadable_training_images"] == 2
     state = read_json(killed / "checkpoints" / "step-00000003" / "state.json")
     assert state["metadata"]["unreadable_images"] == [3, 7]
-    assert state["metadata"]["score_to_exceed"] == 2.0
+    assert state["metadata"]["best_score"] == 2.0
 
 
 def test_a_signal_saves_a_checkpoint(

@@ -43,6 +43,7 @@ def test_a_run_without_steps_prints_the_command_that_trains_all_layers(
     main(["finetune", *arguments, *flags])
     assert read_json(sources / "frozen/results.json")["steps"] == 0
     command = capsys.readouterr().out.rpartition(": vitcls ")[2].splitlines()[0]
+    assert "--epochs 5" in command
 
     reset_accelerate()
     monkeypatch.chdir(sources / "vit")

@@ -1,0 +1,125 @@
+"""What a run is, decided before any image is divided or decoded.
+
+    frozen    no steps: the classifier is fitted to the features of the encoder, and every label trains
+    steps     some images are held out, and what is saved is measured on them
+
+a classifier cannot be fitted to frozen features      steps   (`explain_missing_probe`)
+a flag about steps is set, or a checkpoint continues  steps
+`trainable='head'`                                    frozen
+fewer than 2,000 images, or 50 of a class             frozen  a fifth of the labels costs more than steps gain
+otherwise                                             steps, if they take less than ten minutes
+"""
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from ..data.splits import UndividedImages
+from .defaults import FINE_TUNING_EPOCHS, resolve_schedule
+from .duration import estimate_step_seconds, format_minutes, measure_forward_seconds
+from .model import InitialModel
+from .options import TrainOptions
+from .run_inputs import Launch
+from .training_setup import TrainingSetup
+
+
+# flags that only mean something for steps: setting one asks for them
+STEP_FLAGS = ("epochs", "max_steps", "learning_rate", "select", "early_stopping")
+MIN_STEP_IMAGES = 2000
+MIN_STEP_CLASS_SIZE = 50
+MAX_STEP_SECONDS = 600  # of steps that nobody asked for
+FEW_IMAGES_PER_CLASS = 5  # with fewer, nothing is held out
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """What a run is, and how it is run.
+
+    Attributes:
+        kind: frozen or with steps.
+        reason: one sentence why.
+        options: the flags, with a value for each that this kind of run reads.
+        averaging: part of the start weights in the saved weights; 0 for the last weights.
+        fine_tuning_seconds: expected duration of steps on a CPU; None if it was not measured.
+        lines: to print about values that the plan has chosen.
+    """
+
+    kind: Literal["frozen", "steps"]
+    reason: str
+    options: TrainOptions
+    averaging: float
+    fine_tuning_seconds: float | None
+    lines: dict[str, str | None]
+
+
+def plan_run(
+    options: TrainOptions,
+    initial: InitialModel,
+    images: UndividedImages,
+    setup: TrainingSetup,
+    launch: Launch,
+) -> RunPlan:
+    """Decide what a run is. The only measurement is a forward pass, on a CPU."""
+    num_images = len(images.train)
+    num_labels = max(sum(map(len, images.label_space.columns.values())), 1)
+    accelerator = launch.accelerator
+    can_choose = setup.probe is not None and launch.checkpoint is None
+    seconds = None
+    if can_choose and accelerator.device.type == "cpu":
+        forward_seconds = measure_forward_seconds(setup.model, accelerator)
+        seconds = estimate_step_seconds(
+            forward_seconds, FINE_TUNING_EPOCHS, num_images, accelerator.num_processes
+        )
+
+    wishes = [name for name in STEP_FLAGS if getattr(options, name) is not None]
+    kind: Literal["frozen", "steps"] = "steps"
+    reason = f"{num_images:,} images"
+    if setup.probe is None:
+        reason = setup.summary_lines.get("probe", "")
+    elif launch.checkpoint is not None:
+        reason = "a checkpoint is continued"
+    elif wishes:
+        reason = f"`{wishes[0]}` is set"
+    elif options.trainable == "head":
+        kind, reason = "frozen", "`trainable='head'` keeps the encoder"
+    elif options.trainable != "full":
+        reason = "`trainable` is set"
+    elif num_images < max(MIN_STEP_IMAGES, MIN_STEP_CLASS_SIZE * num_labels):
+        kind = "frozen"
+        reason = (
+            f"{reason}. With fewer than {MIN_STEP_IMAGES:,} ({MIN_STEP_CLASS_SIZE} per class), "
+            "every label trains the classifier, and none is held out"
+        )
+    elif seconds is not None and seconds > MAX_STEP_SECONDS:
+        kind = "frozen"
+        reason = (
+            f"{FINE_TUNING_EPOCHS:g} epochs would take about {format_minutes(seconds)} on this "
+            f"CPU, more than {MAX_STEP_SECONDS // 60}"
+        )
+    elif seconds is not None:
+        reason = f"{reason}, about {format_minutes(seconds)} on this CPU"
+
+    fraction = options.held_out_fraction
+    if fraction is None:
+        fraction = 0.1 if num_images >= MIN_STEP_IMAGES else 0.2
+        if kind == "frozen" or num_images < FEW_IMAGES_PER_CLASS * num_labels:
+            fraction = 0.0
+    options = replace(
+        options,
+        held_out_fraction=fraction,
+        select="best" if options.needs_selection else "last",
+    )
+    lines: dict[str, str | None] = {}
+    if kind == "steps":
+        options, lines = resolve_schedule(options, initial, num_images, setup.probe is not None)
+
+    # a random head has no start that is worth keeping
+    has_start = not initial.has_random_weights and setup.has_known_head
+    averages = kind == "steps" and has_start and options.select == "last"
+    return RunPlan(
+        kind=kind,
+        reason=reason,
+        options=options,
+        averaging=options.average_with_start if averages else 0.0,
+        fine_tuning_seconds=seconds,
+        lines=lines,
+    )

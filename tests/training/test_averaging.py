@@ -1,0 +1,73 @@
+"""Steps from trained weights end at the mean of the start and the end."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.tiny_models import build_tiny_config, randomize, save_with_processor
+from helpers.tiny_options import build_tiny_options, run_to_folder
+from safetensors.torch import load_file
+
+from modeling_vitcls import ViTCLSModel
+
+
+pytestmark = [
+    pytest.mark.integration,
+    pytest.mark.usefixtures("fresh_accelerate", "few_digits"),
+]
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of an encoder."""
+    folder = tmp_path_factory.mktemp("encoder")
+    save_with_processor(randomize(ViTCLSModel(build_tiny_config())), folder)
+    return folder
+
+
+def build_options(folder: Path, encoder: Path, **flags: Any) -> Any:
+    """Return the options of a run of four steps."""
+    settings = {"model": str(encoder), "probe": True, "select": None, "max_steps": 4}
+    return build_tiny_options(folder, "digits", **settings | {"learning_rate": 1e-2} | flags)
+
+
+def load_encoder_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Return the weights of the encoder in a model folder."""
+    weights = load_file(folder / "model.safetensors")
+    return {
+        name.removeprefix("vitcls."): weights[name]
+        for name in weights
+        if not name.startswith(("class_distance", "classifier"))
+    }
+
+
+@pytest.mark.parametrize("trainable", ["full", "lora"])
+def test_the_saved_weights_are_the_mean_of_start_and_end(
+    trainable: str, encoder: Path, tmp_path: Path
+) -> None:
+    flags: dict[str, Any] = {"trainable": trainable}
+    end = build_options(tmp_path / "end", encoder, average_with_start=0.0, **flags)
+    last = load_encoder_weights(run_to_folder(end))
+    mean = load_encoder_weights(run_to_folder(build_options(tmp_path / "mean", encoder, **flags)))
+    start = load_encoder_weights(encoder)
+
+    assert any(not torch.equal(last[name], start[name]) for name in start)
+    for name in start:
+        torch.testing.assert_close(mean[name], (start[name] + last[name]) / 2)
+
+
+def test_an_interrupted_run_ends_at_the_same_mean_to_the_bit(encoder: Path, tmp_path: Path) -> None:
+    flags: dict[str, Any] = {"save_every": 2, "keep_checkpoints": 2}
+    options = build_options(tmp_path / "run", encoder, **flags)
+    folder = run_to_folder(options)
+    whole = (folder / "model.safetensors").read_bytes()
+    (folder / "results.json").unlink()
+    (last,) = folder.glob("checkpoints/*4")
+    for file in last.iterdir():
+        file.unlink()
+    last.rmdir()
+
+    run_to_folder(replace(options, resume=True))
+    assert (folder / "model.safetensors").read_bytes() == whole

@@ -1,0 +1,103 @@
+"""What a run is: frozen or with steps, and which images it holds out."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from modeling_vitcls.training import plan
+from modeling_vitcls.training.options import FinetuneOptions
+from modeling_vitcls.training.plan import RunPlan, plan_run
+
+
+def make_plan(
+    monkeypatch: pytest.MonkeyPatch,
+    num_images: int = 600,
+    num_labels: int = 10,
+    has_probe: bool = True,
+    step_seconds: float | None = None,
+    checkpoint: Any = None,
+    **flags: Any,
+) -> RunPlan:
+    """Plan a run of a trained encoder; `step_seconds` is the duration of its steps on a CPU."""
+    device = "cuda" if step_seconds is None else "cpu"
+    monkeypatch.setattr(plan, "measure_forward_seconds", lambda *arguments: 0.0)
+    monkeypatch.setattr(plan, "estimate_step_seconds", lambda *arguments: step_seconds)
+    monkeypatch.setattr(plan, "resolve_schedule", lambda options, *arguments: (options, {}))
+    accelerator = SimpleNamespace(device=torch.device(device), num_processes=1)
+    return plan_run(
+        FinetuneOptions(model="encoder", dataset="photos", output_dir=Path("run"), **flags),
+        SimpleNamespace(has_random_weights=not has_probe),  # type: ignore[arg-type]
+        SimpleNamespace(  # type: ignore[arg-type]
+            train=range(num_images),
+            label_space=SimpleNamespace(columns={"label": list(range(num_labels))}),
+        ),
+        SimpleNamespace(  # type: ignore[arg-type]
+            probe=object() if has_probe else None,
+            model=None,
+            has_known_head=has_probe,
+            summary_lines={},
+        ),
+        SimpleNamespace(accelerator=accelerator, checkpoint=checkpoint),  # type: ignore[arg-type]
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "kind"),
+    [
+        ({}, "frozen"),
+        ({"num_images": 1_999}, "frozen"),
+        ({"num_images": 2_000}, "steps"),
+        ({"num_images": 2_000, "num_labels": 41}, "frozen"),
+        ({"num_images": 2_000, "step_seconds": 600.0}, "steps"),
+        ({"num_images": 2_000, "step_seconds": 601.0}, "frozen"),
+        ({"epochs": 2.0}, "steps"),
+        ({"epochs": 2.0, "step_seconds": 9_000.0}, "steps"),
+        ({"max_steps": 1}, "steps"),
+        ({"select": "best"}, "steps"),
+        ({"learning_rate": 1e-5}, "steps"),
+        ({"trainable": "lora"}, "steps"),
+        ({"trainable": "head", "num_images": 9_000}, "frozen"),
+        ({"trainable": "head", "epochs": 1.0}, "steps"),
+        ({"has_probe": False}, "steps"),
+        ({"checkpoint": object()}, "steps"),
+    ],
+)
+def test_a_run_has_steps_if_somebody_asks_for_them_or_if_they_pay(
+    settings: dict[str, Any], kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert make_plan(monkeypatch, **settings).kind == kind
+
+
+@pytest.mark.parametrize(
+    ("settings", "fraction"),
+    [
+        ({}, 0.0),
+        ({"held_out_fraction": 0.3}, 0.3),
+        ({"epochs": 1.0}, 0.2),
+        ({"epochs": 1.0, "num_images": 2_000}, 0.1),
+        ({"epochs": 1.0, "num_images": 49}, 0.0),  # fewer than five of each class
+    ],
+)
+def test_only_steps_hold_images_out_by_default(
+    settings: dict[str, Any], fraction: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert make_plan(monkeypatch, **settings).options.held_out_fraction == fraction
+
+
+@pytest.mark.parametrize(
+    ("settings", "averaging"),
+    [
+        ({"epochs": 1.0}, 0.5),
+        ({"epochs": 1.0, "average_with_start": 0.0}, 0.0),
+        ({"epochs": 1.0, "select": "best"}, 0.0),
+        ({"has_probe": False}, 0.0),
+        ({}, 0.0),
+    ],
+)
+def test_the_last_weights_are_averaged_with_trained_ones_only(
+    settings: dict[str, Any], averaging: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert make_plan(monkeypatch, **settings).averaging == averaging
