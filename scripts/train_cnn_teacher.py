@@ -53,7 +53,6 @@ def train_cnn_teacher(
     """
     torch.manual_seed(seed)
     data = load_training_data(DataOptions(dataset=dataset, num_workers=0))
-    assert isinstance(data.train, LabeledImages)  # not a streamed dataset
     dataset_label_names = data.label_space.names
     label_order = label_names or tuple(dataset_label_names)
     config = ResNetConfig(

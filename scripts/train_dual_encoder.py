@@ -74,7 +74,6 @@ def train_dual_encoder(
     """
     torch.manual_seed(seed)
     data = load_training_data(DataOptions(dataset=dataset, num_workers=0))
-    assert isinstance(data.train, LabeledImages)  # not a streamed dataset
     class_names = data.label_space.names
     tokenizer = build_tokenizer(class_names)
     image_processor = ViTCLSImageProcessor(size={"height": image_size, "width": image_size})

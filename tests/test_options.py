@@ -44,7 +44,6 @@ def check(kind: Any, flags: dict[str, Any]) -> None:
 # Class, flags, accepted values, rejected values
 LIMITS: list[tuple[type, str, list[Any], list[Any]]] = [
     (DataOptions, "held_out_fraction", [0.0, 0.99], [-0.1, 1.0]),
-    (DataOptions, "shuffle_buffer", [1], [0]),
     (DataOptions, "split_seed max_unreadable_images num_workers", [0], [-1]),
     (AugmentationOptions, "crop_scale", [None, 0.01, 1], [0, 1.1]),
     (AugmentationOptions, "rotation", [0, 180], [-1, 181]),
@@ -103,7 +102,6 @@ def test_values_outside_of_their_limits_are_errors(
 
 # Class, flags that are accepted, changes that are rejected, and the flag in the error message.
 COMBINATIONS: list[tuple[type, dict[str, Any], dict[str, Any], str]] = [
-    (EvaluateOptions, {}, {"streaming": True}, "`streaming`"),
     (PredictOptions, {"paths": ("a",)}, {"paths": ()}, "`images`"),
     (PredictOptions, {"paths": (), "list": Path("b")}, {"dataset": "c"}, "`images`"),
     (PredictOptions, {"output": Path("a.JSON")}, {"output": Path("a.txt")}, "`output='a.txt'`"),

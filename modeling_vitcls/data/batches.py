@@ -10,7 +10,7 @@ A batch is a dict:
     errors   {index: message}        error message of each unreadable image, which another image replaces
 """
 
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,7 +32,7 @@ Batch = dict[str, Any]
 
 @dataclass(frozen=True)
 class BatchBuilder:
-    """Builds batches from decoded images of stored or streamed datasets.
+    """Builds batches from decoded images.
 
     The augmentation of an image depends only on (seed, epoch, index), and not on the process or
     worker.
@@ -95,11 +95,6 @@ class TrainingImages:
         self.cache: dict[int, torch.Tensor] = {}
         self.errors: dict[int, str] = {}  # index of each unreadable image -> error message
 
-    def iterate_keys(
-        self, plan: BatchPlan, process_index: int, first_step: int
-    ) -> Iterator[list[ImageKey]]:
-        return plan.iterate_keys(process_index, first_step)
-
     def __getitem__(self, keys: list[ImageKey]) -> Batch:
         """Build the batch for a list of keys. Raise ValueError if no image can be read."""
         loaded_indices, pixels = zip(
@@ -141,20 +136,22 @@ class TrainingImages:
 
 
 def iterate_training_batches(
-    dataset: Any, plan: BatchPlan, process_index: int, num_workers: int, first_step: int = 0
+    dataset: TrainingImages,
+    plan: BatchPlan,
+    process_index: int,
+    num_workers: int,
+    first_step: int = 0,
 ) -> Generator[Batch, None, None]:
     """Yield the batches of one process, starting at `first_step`.
 
-    The dataset is a `TrainingImages` or a `TrainingStream`.
-
-    Raise ValueError, without the worker's traceback, if no image can be read, or if the label of a
-    streamed example is not one of the classes. Close the iterator to stop the workers.
+    Raise ValueError, without the worker's traceback, if no image can be read. Close the iterator to
+    stop the workers.
     """
     loader = build_loader(
         dataset,
         num_workers,
         batch_bytes=plan.batch_size * dataset.builder.image_bytes,
-        sampler=dataset.iterate_keys(plan, process_index, first_step),
+        sampler=plan.iterate_keys(process_index, first_step),
         pin_memory=torch.cuda.is_available(),
     )
     try:

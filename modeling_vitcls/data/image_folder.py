@@ -12,11 +12,9 @@ contains at least as many tables as images, and no metadata files, is read by th
 a table with the same name as an image in its folder does not count.
 """
 
-import hashlib
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from itertools import chain
@@ -139,27 +137,6 @@ def scan_folder(path: Path) -> ImageFolder:
             if not is_hidden(name):
                 folder.add(str(relative_parent / name))
     return folder
-
-
-def compute_files_digest(path: Path) -> str | None:
-    """Return a hash of the images and tables in a folder, or of one file; None if there is none.
-
-    It is computed from names, sizes and modification times. Files are not read. Folders of training
-    runs are skipped, because they change during a run.
-    """
-    if not path.exists():
-        return None
-    files = [path]
-    if path.is_dir():
-        folder = scan_folder(path)
-        files = [path / name for name in (*folder.images, *folder.metadata, *folder.tables)]
-    digest = hashlib.sha256()
-    for file in files:
-        with suppress(OSError):  # a broken link
-            stat = file.stat()
-            name = os.fsencode(file.relative_to(path))
-            digest.update(name + f" {stat.st_size} {stat.st_mtime_ns}\n".encode())
-    return digest.hexdigest()
 
 
 def is_hidden(name: str) -> bool:

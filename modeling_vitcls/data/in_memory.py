@@ -86,8 +86,7 @@ def convert_split(data: Any) -> Any:
         raise TypeError(
             "a dataset must be a path, a datasets.Dataset, a torch Dataset with a length, or a "
             f"list of (image, label) pairs, but the type of the data is {type(data).__name__}. "
-            "Convert a DataFrame with datasets.Dataset.from_pandas. For a stream, pass its name "
-            "and streaming=True"
+            "Convert a DataFrame with datasets.Dataset.from_pandas"
         )
     rows = [convert_pair(data[index], index) for index in range(len(data))]
     if not rows:

@@ -25,7 +25,7 @@ class DataOptions(Options):
     """Separator of the labels in a text column with several labels per image (`cat|dog`)."""
     label_names: tuple[str, ...] | None = None
     """Names of all labels. By default, they are declared by the dataset or collected from the label
-    column; they are required for WebDataset shards on the Hub."""
+    column."""
     split_column: str | None = None
     """Column of a table with the split of each row: train, validation or test. By default, a column
     `split` is used."""
@@ -41,11 +41,6 @@ class DataOptions(Options):
     split_seed: int = 0
     """Random seed for the held-out split. Use the same seed for all runs that you compare.
     Evaluation uses the seed of the training run."""
-    streaming: bool = False
-    """Stream the training images instead of downloading them. Requires --max-steps."""
-    shuffle_buffer: int = 1000
-    """Number of images in the shuffle buffer of a streamed dataset. For an image folder, which is
-    streamed class by class, set the number of images in the folder."""
     max_unreadable_images: int = 100
     """Maximum number of unreadable images, which are reported and skipped. The run stops if more
     images are unreadable."""
@@ -64,11 +59,6 @@ class DataOptions(Options):
         super().check()
         fraction = self.held_out_part
         check_value(self, "held_out_fraction", 0 <= fraction < 1, "at least 0 and below 1")
-        check_minimum(self, 1, "shuffle_buffer")
-        if self.streaming and self.group_column is not None:
-            raise ValueError(
-                "`group_column` requires all rows, which a stream lacks. Remove `streaming=True`"
-            )
         check_minimum(self, 0, "split_seed", "max_unreadable_images", "num_workers")
 
 
@@ -115,9 +105,3 @@ class AugmentationOptions(Options):
         )
         check_value(self, "zoom", 0 <= self.zoom < 1, "at least 0 and below 1")
         check_minimum(self, 0, "mixup", "cutmix")
-
-
-def check_stored_images(data: DataOptions) -> None:
-    """Raise ValueError for flags that only training supports."""
-    if data.streaming:
-        raise ValueError("`streaming` is only for training. Remove `streaming`")

@@ -9,7 +9,7 @@
     anything else         the id of a dataset on the Hub
 
 A table may have a column of splits and one of groups (columns.py). Held-out images are selected in
-splits.py. Streamed datasets are read in streaming.py.
+splits.py.
 """
 
 import hashlib
@@ -93,7 +93,7 @@ class Splits:
 
     name: str
     label_space: LabelSpace
-    images_by_split: Mapping[str, Any]  # values: `LabeledImages` or `StreamedImages` (streaming.py)
+    images_by_split: Mapping[str, LabeledImages]
     names: list[str]  # names of all splits
     # lines about what was read: the labels, and the columns of splits and groups
     facts: dict[str, str] = field(default_factory=dict)

@@ -7,7 +7,7 @@ It is a file of every run, and is published with the model. Each row is an image
     task     the added task that saw it; "" is the model itself
 
 Whether an image was trained on is read from this table, so that a dataset may be renamed, moved,
-extended or divided after training. A stream records its held-out images only.
+extended or divided after training.
 """
 
 from collections.abc import Mapping
@@ -35,7 +35,7 @@ def get_keys(images: LabeledImages) -> np.ndarray:
 
 
 def build_splits_table(parts: Mapping[str, Any], task: str = "") -> pd.DataFrame:
-    """Return the rows of splits.parquet about images by split; streams are left out."""
+    """Return the rows of splits.parquet about images by split."""
     tables = [
         pd.DataFrame({"key": get_keys(part), "split": split, "task": task})
         for split, part in parts.items()
@@ -71,15 +71,7 @@ def select_task(splits: pd.DataFrame, task: str | None) -> pd.DataFrame:
 
 
 def find_trained_images(images: LabeledImages, splits: pd.DataFrame) -> np.ndarray:
-    """Return whether each image [N] trained a model.
-
-    For a model that was trained on a stream, these are all images that it did not hold out, if it
-    held out any of them.
-    """
+    """Return whether each image [N] trained a model."""
     if not len(splits):
         return np.zeros(len(images), bool)
-    keys = get_keys(images)
-    is_held_out = np.isin(keys, splits["key"][splits["split"] == "test"])
-    if not (splits["split"] == "train").any() and is_held_out.any():
-        return ~is_held_out
-    return np.isin(keys, splits["key"][splits["split"] != "test"])
+    return np.isin(get_keys(images), splits["key"][splits["split"] != "test"])

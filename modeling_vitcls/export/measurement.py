@@ -162,7 +162,6 @@ def load_export_images(
         if split is not None:
             raise
         data = load_training_data(options, use_labels=False)
-        assert isinstance(data.train, LabeledImages)  # nothing is streamed
         logger.warning("the accuracy is not measured: %s", error)
         return ExportImages(dataset, data.train.images, data.held_out.images)
     return ExportImages(

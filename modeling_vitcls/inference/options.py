@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from ..data.options import DataOptions, check_stored_images
+from ..data.options import DataOptions
 from ..hub.model_files import check_output_files
 from ..runtime.flags import Options, check_minimum, check_value
 
@@ -50,7 +50,6 @@ class EvaluateOptions(EngineOptions, DataOptions):
 
     def check(self) -> None:
         super().check()
-        check_stored_images(self)
         check_minimum(self, 1, "batch_size", "max_images")
         check_output_files(output=self.output, per_image=self.per_image)
         if self.task is not None and self.per_image:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from ..data.options import AugmentationOptions, DataOptions, check_stored_images
+from ..data.options import AugmentationOptions, DataOptions
 from ..runtime.flags import Options, check_minimum, check_value
 
 
@@ -282,8 +282,7 @@ class RunOptions(Options):
     """Replace an earlier run in --output-dir and all other files that have the same names as output
     files."""
     save_every: int | None = None
-    """Number of steps between checkpoints. Default: a checkpoint at each evaluation, or every 1,000
-    steps for a streamed dataset."""
+    """Number of steps between checkpoints. Default: a checkpoint at each evaluation."""
     keep_checkpoints: int | None = None
     """Number of most recent checkpoints to keep, besides the best one, also after the run. Default:
     2, which are removed when the run is finished."""
@@ -429,7 +428,6 @@ class AddTaskOptions(AdditionOptions):
     def check(self) -> None:
         super().check()
         check_minimum(self, 1, "batch_size", "max_images")
-        check_stored_images(self)
         if self.name is None and self.remove_task is None:
             raise ValueError(
                 "`name` is missing. Set `name` to the name of the task, or `remove_task`"
@@ -464,7 +462,6 @@ class AddClassOptions(AdditionOptions):
         super().check()
         check_minimum(self, 1, "batch_size")
         check_value(self, "max_old_loss", 0 <= self.max_old_loss <= 100, "from 0 to 100")
-        check_stored_images(self)
 
 
 @dataclass(frozen=True, kw_only=True)

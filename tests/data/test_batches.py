@@ -28,7 +28,6 @@ from modeling_vitcls.data.images import DatasetImages, LabeledImages
 from modeling_vitcls.data.labels import LabelSpace
 from modeling_vitcls.data.options import AugmentationOptions
 from modeling_vitcls.data.sampling import derive_seed
-from modeling_vitcls.data.streaming import TrainingStream
 
 
 LABELS = LabelSpace("single_label_classification", {"label": list("abcde")})
@@ -39,7 +38,7 @@ def build_images(
     seed: int = 0,
     label_space: LabelSpace = LABELS,
     **options: Any,
-) -> TrainingImages | TrainingStream:
+) -> TrainingImages:
     options = {"crop_scale": 1.0, "flip": False, "shift": 0.0} | options
     augmentation = build_augmentation(
         AugmentationOptions(**options), ViTCLSImageProcessor(size=[16, 16])

@@ -201,16 +201,6 @@ def test_selection_images_are_left_out(photos: Path, tmp_path: Path) -> None:
     assert found["num_images"] == splits["test"]
 
 
-def test_a_model_of_a_stream_is_evaluated_on_the_images_that_it_held_out(
-    photos: Path, tmp_path: Path
-) -> None:
-    model = train(tmp_path / "run", photos / "train", streaming=True, shuffle_buffer=60)
-    trained = read_json(model / "results.json")
-    found = run_evaluate(tmp_path, model, photos / "train")
-    assert found["num_images"] == trained["num_images"] == 60 - found["num_left_out_images"]
-    assert found["accuracy"] == trained["accuracy"]
-
-
 def test_large_files_are_read_in_part(tmp_path: Path) -> None:
     """Files of the same size differ if their start, middle or end differs."""
     contents = [bytearray(100_000) for _ in range(4)]

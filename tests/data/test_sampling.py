@@ -11,8 +11,6 @@ from modeling_vitcls.data.sampling import (
     derive_seed,
     draw_random_bits,
 )
-from modeling_vitcls.training.loop import build_batch_plan
-from modeling_vitcls.training.options import TrainingOptions
 
 
 def list_keys(plan: BatchPlan, process: int = 0) -> list[tuple[int, int]]:
@@ -61,14 +59,6 @@ def test_weights_are_inverse_to_frequency_with_mean_one() -> None:
     weights = compute_class_weights(labels, 5)
     assert weights.tolist() == pytest.approx([10 / 18, 10 / 9, 0, 10 / 3, 0])
     assert sum(weights[label].item() for label in labels[:10]) / 10 == pytest.approx(1)
-
-
-def test_streams_require_a_number_of_steps() -> None:
-    with pytest.raises(ValueError, match=r"requires a number of steps.*Set `max_steps`"):
-        build_batch_plan(None, TrainingOptions(batch_size=64), 1)
-    assert (
-        build_batch_plan(None, TrainingOptions(max_steps=3, batch_size=64), 1).count_epochs(2) == 0
-    )
 
 
 # Random numbers -----------------------------------------------------------------------------------

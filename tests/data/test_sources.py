@@ -16,7 +16,6 @@ from sklearn.datasets import load_digits
 
 from modeling_vitcls.data.evaluation_data import load_evaluation_data
 from modeling_vitcls.data.images import LabeledImages, UnreadableImage, UnreadableImageCounter
-from modeling_vitcls.data.in_memory import add_dataset
 from modeling_vitcls.data.options import DataOptions
 from modeling_vitcls.data.sources import load_splits
 from modeling_vitcls.data.splits import load_training_data
@@ -250,12 +249,6 @@ def test_unusable_datasets_are_named(tmp_path: Path) -> None:
         read(tmp_path / "absent.csv")
     with pytest.raises(OSError, match=r"no file or folder nothere|not a file or folder"):
         read("nothere")
-    in_memory = add_dataset([(Image.new("L", (4, 4)), 0)])
-    for dataset in ("digits", in_memory):
-        with pytest.raises(
-            ValueError, match=rf"{dataset} is always loaded into memory. Remove `streaming=True`"
-        ):
-            read(dataset, streaming=True)
 
 
 # Unusual and unreadable images --------------------------------------------------------------------

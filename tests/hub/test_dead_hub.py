@@ -96,11 +96,10 @@ def test_cached_hub_datasets_load_without_the_hub(
     assert len(load_splits(DataOptions(dataset="ann/pictures")).images_by_split["train"]) == 8
     assert "127.0.0.1:9 does not respond" in caplog.text
     assert ". Loading ann/pictures from the cache" in caplog.text
-    for streaming in (False, True):
-        with raises_one_line(
-            "ann/none is not a file or folder", f"{DEAD} does not respond", error=OSError
-        ):
-            load_training_data(DataOptions(dataset="ann/none", streaming=streaming))
+    with raises_one_line(
+        "ann/none is not a file or folder", f"{DEAD} does not respond", error=OSError
+    ):
+        load_training_data(DataOptions(dataset="ann/none"))
     with raises_one_line("ann/none", f"{DEAD} does not respond", error=OSError):
         load_training_data(DataOptions(dataset="ann/none"), use_labels=False)
     assert time.monotonic() - started < 10  # `datasets` takes 40 seconds for one of these requests

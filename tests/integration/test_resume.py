@@ -17,7 +17,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import datasets
 import psutil
 import pytest
 import torch
@@ -151,7 +150,6 @@ def build_ready_process(
 
 
 def finetune(flags: list[str], log: Path, environment: dict[str, str]) -> None:
-    datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0  # 5 s after each pass of a stream
     run_script("finetune.py", flags, log, log, environment)
 
 
@@ -349,22 +347,6 @@ def test_a_killed_run_of_any_kind_ends_with_the_same_weights(
     run.kill()
 
     assert get_resumed_step(finish(folder, f"{flags} --resume")) > 0
-    assert_equal_runs(folder, uninterrupted(flags))
-
-
-@pytest.mark.slow
-def test_a_stream_is_resumed(
-    image_folder: Path, folder: Path, uninterrupted: Callable[[str], Path]
-) -> None:
-    files = sorted(map(str, image_folder.glob("*/*/*.png")), key=lambda name: Path(name).stem)
-    features = datasets.Features(
-        {"image": datasets.Image(), "label": datasets.ClassLabel(names=["dusk", "noon"])}
-    )
-    rows = {"image": files, "label": [int("noon" in name) for name in files]}
-    parquet = image_folder.parent / "pictures.parquet"
-    datasets.Dataset.from_dict(rows, features=features).to_parquet(parquet)
-    flags = f"{RUN} --dataset {parquet} --streaming --shuffle-buffer 10 --max-steps {NUM_STEPS}"
-    kill_and_resume(folder, flags, draw_steps(2, seed=3))
     assert_equal_runs(folder, uninterrupted(flags))
 
 
