@@ -27,10 +27,9 @@ COMMON_FLAGS = {
         "resize": "default: measured",
         "pooling": "default: measured",
     },
-    "training, such as --select last --epochs 20 --auto-augment rand": {
-        "select": "default: best, if enough images",
-        "epochs": "default: 5 from a frozen start, 10 from 10,000 images, or 30",
-        "refit": "fit the classifier again; default from 500 images on",
+    "training, such as --epochs 5 --auto-augment rand": {
+        "select": "default: last",
+        "epochs": "setting it asks for steps; default: 5 from a frozen start, or 30",
         "batch_size": "per process; default: 64, or 32 below 10,000 images",
         "learning_rate": "default: from the width and the initial weights",
         "trainable": "full, head, last-N or lora",
