@@ -107,25 +107,3 @@ def test_every_parameter_except_the_pooler_is_trained() -> None:
         "l1",
         False,
     )  # of SimMIM
-
-
-def test_the_decoder_has_two_thirds_of_the_width() -> None:
-    fields: dict[str, Any] = {
-        "layer_norm_eps": 1e-3,
-        "image_size": [32, 48],
-        "patch_size": 16,
-        "num_channels": 1,
-    }
-    config = build_decoder_config(ViTCLSConfig(hidden_size=768, **fields), num_layers=5)
-    fields |= {
-        "hidden_size": 512,
-        "num_hidden_layers": 5,
-        "num_attention_heads": 16,
-        "intermediate_size": 2048,
-    }
-    assert {name: getattr(config, name) for name in fields} == fields
-    rounded = build_decoder_config(
-        ViTCLSConfig(hidden_size=128, num_attention_heads=4), num_layers=1
-    )
-
-    assert rounded.hidden_size == 96  # three heads of 32

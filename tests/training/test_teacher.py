@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import timm
 import torch
@@ -35,7 +34,6 @@ from modeling_vitcls.data.labels import LabelSpace
 from modeling_vitcls.training.losses import compute_distillation_loss
 from modeling_vitcls.training.teacher import (
     Teacher,
-    get_interpolation,
     load_teacher,
     match_labels,
 )
@@ -147,8 +145,6 @@ def test_teachers_predict_as_with_their_own_image_processor(build: Any, tmp_path
         expected = alone(**processor(list(batch), return_tensors="pt")).logits
         assert get_largest_difference(teacher(batch), expected) <= 1e-5
 
-    assert teacher.description.endswith(f"{size[0]} x {size[1]} pixels")
-
 
 @pytest.mark.parametrize(
     ("resample", "mode"), [(0, "nearest-exact"), (1, "bicubic"), (2, "bilinear")]
@@ -167,7 +163,6 @@ def test_teachers_resize_with_the_filter_of_their_processor(
     expected = functional.resize(pixels, [24, 24], InterpolationMode(mode), antialias=True)
 
     assert torch.equal(teacher.preprocessing(pixels), teacher.preprocessing(expected))
-    assert get_interpolation("random") is InterpolationMode.BILINEAR  # of timm's configurations
     assert teacher(pixels).dtype == torch.float32
     assert (
         get_largest_difference(teacher(pixels), model.float()(teacher.preprocessing(pixels)).logits)
@@ -202,14 +197,6 @@ def test_gray_and_color_images_are_converted(channels: int, tmp_path: Path) -> N
     batch = build_pixels(channels=channels)
     for folder in (grey, colour):
         assert load_labeled_teacher(folder, channels=channels)(batch).shape == (2, 3)
-    pictures = build_pil_images(batch.expand(-1, 3, -1, -1))
-    as_grey = torch.stack(
-        [torch.from_numpy(np.array(picture.convert("L"))).float()[None] for picture in pictures]
-    )
-    found, expected = (
-        load_labeled_teacher(grey, channels=each.shape[1])(each) for each in (batch, as_grey)
-    )
-    assert get_largest_difference(found, expected) <= 2e-2
     in_color = batch.expand(-1, 3, -1, -1)
     found, expected = (
         load_labeled_teacher(colour, channels=each.shape[1])(each) for each in (batch, in_color)
@@ -225,10 +212,8 @@ def test_labels_are_matched_by_name(resnet: Path) -> None:
     plain = load_labeled_teacher(resnet)(build_pixels())
     permuted = load_labeled_teacher(resnet, "cat", "ant", "bee")
     assert torch.equal(permuted(build_pixels()), plain[:, [2, 0, 1]])
-    assert permuted.description.endswith("pixels")
     some = load_labeled_teacher(resnet, "cat", "ant")
     assert torch.equal(some(build_pixels()), plain[:, [2, 0]])
-    assert some.description.endswith("pixels; 2 of the teacher's 3 labels are used")
 
 
 def test_labels_without_names_are_matched_by_index_with_a_message(tmp_path: Path) -> None:
@@ -283,7 +268,6 @@ def test_a_published_state_dict_is_converted(
     normalized /= torch.tensor(IMAGENET_DEFAULT_STD)[:, None, None]
     assert get_largest_difference(teacher(build_pixels()), model(normalized)) <= 1e-5
     assert "no names" in teacher.description
-    assert "deit.pth" in teacher.description
 
 
 def test_timm_preprocessing_equals_timm(tmp_path: Path) -> None:
