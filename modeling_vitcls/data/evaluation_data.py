@@ -10,7 +10,7 @@ import pandas as pd
 
 from .images import LabeledImages
 from .labels import LabelSpace
-from .options import DataOptions, check_stored_images
+from .options import DataOptions
 from .sources import Splits, load_splits
 from .splits import HELD_OUT_SPLITS, add_keys, check_contradictions, select_held_out
 from .splits_table import EMPTY_TABLE, find_trained_images, get_keys
@@ -50,7 +50,6 @@ def load_evaluation_data(
     Raises:
         ValueError: if the split does not exist, or if training used all of its images.
     """
-    check_stored_images(options)
     choose = partial(choose_evaluation_split, split, options.dataset)
     loaded = load_splits(options, use_labels, lambda names: [choose(names)])
     name = choose(loaded.names)
