@@ -3,8 +3,8 @@
 import math
 
 import numpy as np
-from scipy.optimize import brentq, minimize_scalar
-from scipy.special import log_softmax, softmax
+from scipy.optimize import minimize_scalar
+from scipy.special import log_softmax
 
 
 MIN_TEMPERATURE = 0.05
@@ -29,22 +29,3 @@ def fit_temperature(
     return math.exp(
         minimize_scalar(compute_loss, bounds=bounds, method="bounded", options={"xatol": 1e-6}).x
     )
-
-
-def fit_confidence(probabilities: np.ndarray, accuracy: float) -> float:
-    """Return a divisor of the logits, at least 1, that lowers the mean confidence to `accuracy`.
-
-    Args:
-        probabilities: [N, L].
-        accuracy: between the chance of one label, 1 / L, and 1.
-    """
-    logits = np.log(np.maximum(probabilities, np.finfo(np.float64).tiny))
-
-    def compute_excess(log_divisor: float) -> float:
-        confidences = softmax(logits / math.exp(log_divisor), axis=1).max(axis=1)
-        return float(confidences.mean()) - accuracy
-
-    low, high = 0.0, math.log(MAX_TEMPERATURE)
-    if compute_excess(low) <= 0 or compute_excess(high) >= 0:
-        return 1.0
-    return math.exp(brentq(compute_excess, low, high))

@@ -6,7 +6,6 @@ import torch
 from scipy.special import softmax
 
 from modeling_vitcls.inference.confidence import (
-    fit_confidence,
     fit_temperature,
 )
 
@@ -39,16 +38,3 @@ def test_the_temperature_minimizes_the_cross_entropy(temperature: float) -> None
     # the limits
     assert fit_temperature(logits, logits.argmax(axis=1)) == pytest.approx(0.05, rel=1e-3)
     assert fit_temperature(logits, logits.argmin(axis=1)) == pytest.approx(100, rel=1e-3)
-
-
-def test_the_mean_confidence_is_lowered_to_the_accuracy() -> None:
-    logits = np.random.default_rng(0).normal(0, 6, (50, 4))
-    probabilities = softmax(logits, axis=1)
-    assert probabilities.max(axis=1).mean() > 0.8
-    divisor = fit_confidence(probabilities, 0.6)
-    confidences = softmax(logits / divisor, axis=1).max(axis=1)
-    assert confidences.mean() == pytest.approx(0.6)
-
-
-def test_the_mean_confidence_is_never_raised() -> None:
-    assert fit_confidence(np.array([[0.6, 0.4], [0.3, 0.7]]), 0.9) == 1.0
