@@ -11,12 +11,10 @@ import resource
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
-import numpy as np
 import pytest
 import torch
 import yaml
@@ -41,8 +39,6 @@ from modeling_vitcls.inference.evaluator import Evaluator
 from modeling_vitcls.runtime.errors import RunStopped
 from modeling_vitcls.runtime.files import read_json
 from modeling_vitcls.training.checkpoints import CheckpointStore
-from modeling_vitcls.training.finetune import FineTuning, describe_imbalance
-from modeling_vitcls.training.model import resolve_initial_model
 from modeling_vitcls.training.options import FinetuneOptions
 
 
@@ -295,17 +291,6 @@ def test_linear_probing_trains_only_the_head(
     assert model.config.temperature == 1
 
 
-@pytest.mark.parametrize("flag", ["mixup", "cutmix"])
-def test_images_are_mixed_by_flags(flag: str, color_images: Path, tmp_path: Path) -> None:
-    run = prepare_setup(tiny_options(tmp_path / "out", color_images, **{flag: 5.0}))
-    pixels = torch.randint(256, (8, 3, 32, 32), dtype=torch.uint8)
-    mixed_pixels, mixed_labels = run.setup.build_objective(run.data).mixer(
-        pixels, torch.arange(8) % 2
-    )
-    assert mixed_labels.is_floating_point()
-    assert not torch.equal(mixed_pixels, pixels)
-
-
 def test_the_losses_of_classes_are_weighted_on_request(color_images: Path, tmp_path: Path) -> None:
     run = prepare_setup(tiny_options(tmp_path / "out", color_images, class_balance="weights"))
     counts = torch.bincount(torch.tensor(run.data.train.labels), minlength=2)
@@ -316,22 +301,6 @@ def test_the_losses_of_classes_are_weighted_on_request(color_images: Path, tmp_p
     torch.testing.assert_close(
         run.setup.build_objective(run.data).label_loss(logits, labels), weighted
     )
-
-
-@pytest.mark.parametrize(("num_images", "is_imbalanced"), [(3, False), (4, True)])
-def test_macro_f1_is_printed_for_imbalanced_classes(
-    num_images: int, is_imbalanced: bool, color_images: Path, tmp_path: Path
-) -> None:
-    """The other class has one image. Weights of the classes make the warning unnecessary."""
-    run = prepare_setup(tiny_options(tmp_path / "out", color_images))
-    dusk, noon = (np.flatnonzero(np.equal(run.data.train.labels, each)) for each in (0, 1))
-    rare = replace(run.data, train=run.data.train.select([*dusk[:num_images], noon[0]]))
-    initial = resolve_initial_model("vitcls-tiny")
-    setup = FineTuning().build_setup(run.options, initial, rare, run.reporter)
-    assert ("macro_f1" in setup.printed_metrics) == is_imbalanced
-    warning = " ".join(describe_imbalance("none", rare))
-    assert ("`class_balance='weights'`" in warning) == is_imbalanced
-    assert not describe_imbalance("weights", rare)
 
 
 def test_lora_is_merged_into_a_plain_model(pretrained: Path, tmp_path: Path) -> None:

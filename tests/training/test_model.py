@@ -1,16 +1,13 @@
 """The initial model of training, invalid flags, what is trained, and merged LoRA models."""
 
-import json
 import re
 import sys
 from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers.local_hub import LocalHub
 from helpers.tiny_models import (
     build_images,
     build_tiny_config,
@@ -30,7 +27,6 @@ from modeling_vitcls import (
 )
 from modeling_vitcls.cli.api import build_options
 from modeling_vitcls.data.labels import LabelSpace
-from modeling_vitcls.hub.model_files import hash_weights
 from modeling_vitcls.training.finetune import FineTuning, check_label_kind
 from modeling_vitcls.training.model import (
     check_preset_name,
@@ -194,15 +190,6 @@ def test_checkpoints_in_bfloat16_are_trained_in_float32(names: list[str], tmp_pa
     assert new_names == new | {"vitcls.embeddings.distillation_token"}
 
 
-def test_registers_that_are_added_to_a_checkpoint_are_gated(tmp_path: Path) -> None:
-    save_with_processor(ViTCLSModel(build_tiny_config()), tmp_path)
-    options = ModelOptions(model=str(tmp_path), num_register_tokens=2)
-    label_space = LabelSpace("single_label_classification", {"label": ["no", "yes"]})
-    model, _, _ = build_initial_model(options, label_space)
-    encoder, _ = build_encoder(options, resolve_initial_model(options.model))
-    assert model.config.gated_tokens == encoder.config.gated_tokens == {"registers": 2}
-
-
 def test_a_checkpoint_of_an_unknown_type_is_an_error(tmp_path: Path) -> None:
     start = tmp_path / "start"
     ViTCLSForImageClassification(build_tiny_config()).save_pretrained(start)
@@ -236,22 +223,6 @@ def test_a_folder_with_the_name_of_a_preset_or_of_another_project_is_used(
     assert initial.folder is not None
 
 
-@pytest.mark.integration
-def test_a_model_of_the_hub_tells_its_results(
-    hub: LocalHub, two_tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The results tell which images were held out."""
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    files = {file.name: file.read_bytes() for file in two_tasks.iterdir()}
-    results = {"weights_sha256": hash_weights(two_tasks)}
-    files["results.json"] = json.dumps(results).encode()
-    hub.create("ann/trained", private=False, files=files)
-
-    initial = resolve_initial_model("ann/trained")
-    assert initial.folder is not None
-    assert initial.folder.results == results
-
-
 @pytest.mark.parametrize(
     ("flags", "named"),
     [
@@ -278,15 +249,6 @@ def test_contradictory_flags_are_errors(flags: dict[str, Any], named: tuple[str,
     )
     with raises_one_line(*named) if named else nullcontext():
         FineTuning().check_options(options)
-
-
-def test_a_teacher_adds_a_distillation_token() -> None:
-    options = FinetuneOptions(output_dir=Path("out"), dataset="digits", model="some/checkpoint")
-    assert FineTuning().check_options(options) == options
-    taught = replace(options, teacher="t")
-    assert FineTuning().check_options(taught).num_distillation_tokens == 1
-    two = replace(taught, num_distillation_tokens=2)
-    assert FineTuning().check_options(two) == two
 
 
 @pytest.mark.parametrize(
@@ -486,20 +448,10 @@ def test_large_checkpoints_are_fine_tuned_at_224_pixels(
     encoder = ViTCLSModel(config)
     save_with_processor(encoder, tmp_path, ViTCLSImageProcessor(size=config.image_height_width))
     options = ModelOptions(model=str(tmp_path), image_size=flag)
-    options, line = choose_image_size(options, resolve_initial_model(options.model))
+    options, _ = choose_image_size(options, resolve_initial_model(options.model))
     label_space = LabelSpace("single_label_classification", {"label": ["yes", "no"]})
 
     model, processor, _ = build_initial_model(options, label_space)
     assert (
         model.config.image_height_width == expected == (processor.size.height, processor.size.width)
     )
-
-    if flag is None and expected != config.image_height_width:
-        sizes = [
-            " x ".join(dict.fromkeys(map(str, size)))
-            for size in (expected, config.image_height_width)
-        ]
-        costs = [f"{encoder.flops(size) / 1e9:.1f}" for size in (expected, native)]
-        assert all(fact in str(line) for fact in (*sizes, *costs, "`image_size='native'`"))
-    else:
-        assert line is None

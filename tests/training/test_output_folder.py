@@ -3,24 +3,21 @@
 Real processes hold the locks.
 """
 
-import itertools
 import os
 import shutil
 import signal
-import sys
 import time
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers.tiny_models import build_tiny_config, raises_one_line, save_with_processor
+from helpers.tiny_models import raises_one_line
 from helpers.tiny_options import build_tiny_options, run_training
 from helpers.warm_processes import READY, SECONDS
 
-from modeling_vitcls.model.modeling_vitcls import ViTCLSModel
 from modeling_vitcls.runtime import staging
+from modeling_vitcls.runtime.errors import RunStopped
 from modeling_vitcls.runtime.staging import LOCK_FILE, FolderLock
 from modeling_vitcls.training import output_folder
 from modeling_vitcls.training import run as run_module
@@ -155,7 +152,7 @@ def test_the_old_model_is_never_next_to_the_new_configuration(
 
     monkeypatch.setattr(Path, "unlink", note)
     monkeypatch.setattr(run_module, "build_loop", stop)
-    with pytest.raises(ValueError, match="stop"):
+    with pytest.raises(RunStopped, match="stop"):
         run(earlier, max_steps=2, overwrite=True)
     monkeypatch.undo()
     assert set(contents(earlier)) == {"config.resolved.yaml", "notes.txt"}
@@ -273,118 +270,6 @@ def test_only_folders_of_runs_and_models_are_cleared(folder: Path, name: str | N
 
     assert contents(folder) == {}
     assert not (folder / "images").exists()
-
-
-# A kill in the final save -------------------------------------------------------------------------
-
-KILLED = 9  # exit status
-CHANGES = (
-    "os.rename",
-    "os.remove",
-    "os.rmdir",
-    "os.mkdir",
-    "os.link",
-    "os.symlink",
-    "os.truncate",
-    "shutil.rmtree",
-)
-
-
-def end_at_change(number: int, folder: Path) -> None:
-    """End this process immediately before its change number `number` of the files in `folder`."""
-    numbers = itertools.count(1)
-
-    def count(event: str, arguments: tuple[Any, ...]) -> None:
-        is_change = event in CHANGES or (
-            event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
-        )
-        if is_change and str(arguments[0]).startswith(f"{folder}/") and next(numbers) == number:
-            os._exit(KILLED)
-
-    sys.addaudithook(count)
-
-
-def copy_files(source: Path, target: Path) -> None:
-    """Replace the files of `target`, except its lock, which this process holds."""
-    for path in target.iterdir() if target.exists() else ():
-        if path.name != LOCK_FILE:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-    shutil.copytree(source, target, ignore=shutil.ignore_patterns(LOCK_FILE), dirs_exist_ok=True)
-
-
-def save_and_end(folder: Path, model: Path, queue: Any) -> None:
-    """Train, end the final save before each change of a file, and resume each run.
-
-    The final saves run in child processes, which end before the first, the second, ... change. Runs
-    are resumed in folders with other files outside of the staging folder, which a resumed run
-    removes. Send the number of children, and then the problem of each resumed run, or None if its
-    folder is whole.
-    """
-    torch.set_num_threads(1)
-    save_output = run_module.save_output
-    output_folder.measure_inference_speed = lambda *arguments: {}  # slow, and writes no files
-    flags = {"model": model, "trainable": "lora", "lora_rank": 2, "max_steps": 1, "batch_size": 4}
-
-    def save(*arguments: Any, **keywords: Any) -> None:
-        copy_files(folder, folder.parent / "before")
-        save_output(*arguments, **keywords)  # also imports everything before the forks
-        copy_files(folder, folder.parent / "whole")
-        for number in itertools.count(1):
-            copy_files(folder.parent / "before", folder)
-            child = os.fork()
-            if not child:
-                end_at_change(number, folder)
-                save_output(*arguments, **keywords)
-                os._exit(0)
-            status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-            assert status in (0, KILLED)
-            if status == 0:
-                raise InterruptedError
-            copy_files(folder, folder.parent / str(number))
-
-    run_module.save_output = save
-    with suppress(InterruptedError):
-        run_training(build_tiny_options(folder, "digits", **flags))
-    run_module.save_output = save_output
-    expected = contents(folder.parent / "whole")
-    killed = sorted(
-        (path for path in folder.parent.iterdir() if path.name.isdigit()),
-        key=lambda path: int(path.name),
-    )
-    queue.put(len(killed))
-    for path in {
-        tuple(entry.name for entry in sorted(path.iterdir())): path for path in killed
-    }.values():
-        try:
-            run_training(build_tiny_options(path, "digits", resume=True, **flags))
-            found = contents(path)
-            changed = [name for name in COMPARED if found.get(name) != expected[name]]
-            changed += [entry.name for entry in path.iterdir() if entry.name.startswith(".")]
-            queue.put(
-                f"{path.name}: {changed}" if changed or found.keys() != expected.keys() else None
-            )
-        except Exception as error:
-            queue.put(f"{path.name}: {error!r}")
-    queue.put("end")
-
-
-COMPARED = ("model.safetensors", "config.json", "preprocessor_config.json", "modeling_vitcls.py")
-COMPARED += ("predictions.parquet",)
-
-
-@pytest.mark.slow
-def test_a_final_save_that_is_killed_before_any_change_of_a_file_is_repeated(
-    tmp_path: Path,
-) -> None:
-    model = save_with_processor(ViTCLSModel(build_tiny_config()), tmp_path / "model")
-    queue = READY.SimpleQueue()
-    process = READY.Process(target=save_and_end, args=(tmp_path / "runs" / "mine", model, queue))
-    process.start()
-    number, *problems = iter(queue.get, "end")
-    process.join(SECONDS)
-    assert number > 60, (number, problems)
-    assert len(problems) > 15, (number, problems)
-    assert not [problem for problem in problems if problem is not None]
 
 
 def test_a_run_writes_only_listed_files(finished: Path) -> None:

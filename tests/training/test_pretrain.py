@@ -1,7 +1,6 @@
 """Pre-training with LeJEPA and MAE: features, saved encoder, resumption, any tokens."""
 
 import math
-import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -29,8 +28,6 @@ from modeling_vitcls.runtime.files import read_json
 from modeling_vitcls.training.options import PretrainOptions
 from modeling_vitcls.training.pretrain import (
     FeatureQuality,
-    PreTraining,
-    compare_features,
     compute_effective_rank,
 )
 
@@ -242,32 +239,6 @@ def test_a_collapse_is_a_warning(tmp_path: Path) -> None:
     assert len(warnings) == 1
     assert "1.0 of 32 channels" in warnings[0]
     assert "`sigreg_weight`" in warnings[0]
-
-
-def test_worse_features_are_named() -> None:
-    good, bad = (
-        {"knn_accuracy": value, "regression_accuracy": value, "num_images": 9}
-        for value in (0.5, 0.4)
-    )
-    text = compare_features(good, bad)
-    assert "worse" in text
-    assert re.findall(r"\d+\.\d%", text) == ["50.0%", "40.0%"] * 2
-    assert "worse" not in compare_features(bad, good) + compare_features(
-        good, bad | {"knn_accuracy": 0.5}
-    )
-
-
-def test_lejepa_replaces_the_crops_of_the_augmentation() -> None:
-    options = PreTraining().check_options(tiny_options(Path("out"), crop_scale=None, shift=None))
-    assert (options.method, options.crop_scale, options.shift) == ("lejepa", 1.0, 0.0)
-    options = PreTraining().check_options(tiny_options(Path("out"), crop_scale=0.5, shift=0.1))
-    assert (options.crop_scale, options.shift) == (0.5, 0.1)
-    assert (
-        PreTraining()
-        .check_options(tiny_options(Path("out"), crop_scale=None, method="mae"))
-        .crop_scale
-        is None
-    )
 
 
 # Flags --------------------------------------------------------------------------------------------

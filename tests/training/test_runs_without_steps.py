@@ -15,7 +15,6 @@ from helpers.source_checkpoints import save_large_encoder
 
 from modeling_vitcls import ViTCLSModel
 from modeling_vitcls.cli import main
-from modeling_vitcls.runtime import progress
 from modeling_vitcls.runtime.files import read_json
 
 
@@ -72,20 +71,3 @@ def test_two_photos_of_each_class_are_enough(sources: Path) -> None:
     arguments += ["--output-dir", str(sources / "frozen"), "--num-workers", "0", "--no-report"]
     main(["finetune", *arguments, "--trainable", "head"])
     assert read_json(sources / "frozen/results.json")["num_images"] == 8
-
-
-def test_a_run_without_steps_names_its_geometry_and_its_tokens_once(
-    sources: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """They are chosen after the first lines; a pass whose images are unfinished has no count."""
-    monkeypatch.setattr(progress, "LINE_SECONDS", 0.0005)
-    arguments = ["--model", str(sources / "vit"), "--dataset", str(sources / "my photos")]
-    arguments += ["--output-dir", str(sources / "frozen"), "--num-workers", "0", "--no-report"]
-    main(["finetune", *arguments, "--trainable", "head"])
-    lines = capsys.readouterr().out.splitlines()
-    (resize_line,) = [line for line in lines if line.startswith("resize ")]
-    assert resize_line.split()[1].strip(";,") in ("crop", "squash")
-    (model_line,) = [line for line in lines if line.startswith("model ")]
-    assert "pooling" not in model_line
-    assert "features: started" in lines
-    assert not [line for line in lines if line.startswith("features 0")]

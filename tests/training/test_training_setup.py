@@ -150,28 +150,7 @@ def test_a_validation_split_selects_and_the_test_split_is_reported(tmp_path: Pat
         tmp_path / "data",
         {split: dict.fromkeys(("dusk", "noon"), n) for split, n in counts.items()},
     )
-    forwards: list[tuple[bool, int]] = []
-
-    def note(model: Any, _: Any, output: Any) -> None:
-        if isinstance(model, ViTCLSForImageClassification) and output.logits.device.type != "meta":
-            is_checkpointed = any(
-                getattr(module, "gradient_checkpointing", False) for module in model.modules()
-            )
-            forwards.append((model.training and is_checkpointed, len(output.logits.unique(dim=0))))
-
-    handle = torch.nn.modules.module.register_module_forward_hook(note)
-    try:
-        options = build_options(
-            tmp_path / "run", data, max_steps=2, select="best", gradient_checkpointing=True
-        )
-        results = run_training(options)
-    finally:
-        handle.remove()
-    # without FLOPs and speed
-    forwards = [forward for forward in forwards if forward[1] > 1 or forward[0]]
-    # The validation split is evaluated after each epoch, and the test split at the end.
-    assert [count for is_trained, count in forwards if not is_trained] == [6, 6, 10]
-    assert forwards[0][0]
+    results = run_training(build_options(tmp_path / "run", data, max_steps=2, select="best"))
     assert (results["split"], results["num_images"], results["dataset"]) == (
         "split 'test'",
         10,
