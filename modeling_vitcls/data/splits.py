@@ -292,6 +292,7 @@ def select_held_out(images: LabeledImages, fraction: float, seed: int, dataset: 
     out.
     """
     assert images.keys is not None, "`add_keys` comes before the division"
+    assert images.groups is not None, "`add_keys` comes before the division"
     if not fraction:
         return np.zeros(len(images), bool)
 

@@ -167,7 +167,7 @@ class TrainingOptions(Options):
     saves it, and steps start from it. --no-probe: start from random values."""
     statistics: bool = True
     """Store means and covariances of the features of the classes with a frozen model: they mark
-    unknown images, and `vitcls add-class` then needs no images of the old classes."""
+    unknown images, and `vitcls add-class` computes the rows of new classes from them."""
     lora_rank: int = 8
     """Rank of the LoRA matrices for the query and value projections (Hu et al. 2021)."""
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
@@ -397,6 +397,8 @@ TrainOptions = FinetuneOptions | PretrainOptions
 class AdditionOptions(DataOptions):
     """Flags that `add-task` and `add-class` share."""
 
+    model: str
+    """A vitcls model: a folder or a Hub id."""
     output_dir: Path
     """Output folder, which must be empty or must not exist."""
     batch_size: int = 64
@@ -413,30 +415,16 @@ class AddTaskOptions(AdditionOptions):
     """
 
     model: str
-    """A classifier, a multi-task model or an encoder: a folder, a Hub id, or another ViT, which is
-    converted once."""
-    name: str | None = None
+    """A vitcls model (classifier, multi-task model or encoder): a folder or a Hub id."""
+    name: str
     """Name of the task, of letters, digits and underscores: the key of `outputs.task_logits`."""
-    overwrite_task: bool = False
-    """Replace the added task with this name."""
-    remove_task: str | None = None
-    """Remove the added task with this name. Without --name, the images of --dataset are only
-    compared."""
     max_images: int | None = None
     """Maximum number of images that the classifier is fitted to, drawn at random. Default: all."""
 
     def check(self) -> None:
         super().check()
         check_minimum(self, 1, "batch_size", "max_images")
-        if self.name is None and self.remove_task is None:
-            raise ValueError(
-                "`name` is missing. Set `name` to the name of the task, or `remove_task`"
-            )
-        if self.name is None and self.overwrite_task:
-            raise ValueError(
-                "`overwrite_task=True` requires `name`. Set `name` to the task that is replaced"
-            )
-        if self.name is not None and not self.name.isidentifier():
+        if not self.name.isidentifier():
             raise ValueError(
                 f"`name={self.name!r}` must consist of letters, digits and underscores"
             )
@@ -450,18 +438,12 @@ class AddClassOptions(AdditionOptions):
     """
 
     model: str
-    """A classifier with one label per image: a folder or a Hub id."""
-    old_dataset: str | None = None
-    """Images of the old classes, to measure what these lose. Required for a model without class
-    statistics, which are then computed from them."""
-    max_old_loss: float = 2.0
-    """Limit of this loss, in points: the images of old classes that were right, and are predicted
-    as a new class."""
+    """A vitcls classifier with class statistics, as `vitcls finetune` writes it: a folder or a Hub
+    id."""
 
     def check(self) -> None:
         super().check()
         check_minimum(self, 1, "batch_size")
-        check_value(self, "max_old_loss", 0 <= self.max_old_loss <= 100, "from 0 to 100")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -469,7 +451,7 @@ class VerifyUnchangedOptions(Options):
     """Compare two models: weights and outputs, to the bit. The exit status is 1 if they differ."""
 
     old: str
-    """The model before the change: a folder or a Hub id (`ID@COMMIT` pins the model)."""
+    """The vitcls model before the change: a folder or a Hub id (`ID@COMMIT` pins the model)."""
     new: str
     """The model after the change."""
     dataset: str | None = None

@@ -434,11 +434,8 @@ def describe_probe(record: dict[str, Any]) -> str:
     )
 
 
-def describe_frozen(probe: Probe, frozen: FrozenModel, images: Any) -> dict[str, str | None]:
-    """Return the lines about a frozen model: its geometry and its classifier.
-
-    `images` are training images, of which a crop shows a part.
-    """
+def describe_frozen(probe: Probe, frozen: FrozenModel) -> dict[str, str | None]:
+    """Return the lines about a frozen model: its geometry and its classifier."""
     return {
         "resize": describe_geometry(frozen.record) or get_resize(probe.processor),
         "frozen": describe_probe(frozen.record),

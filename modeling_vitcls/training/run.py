@@ -165,8 +165,7 @@ def run_frozen(inputs: RunInputs, data: TrainingData, launch: Launch) -> Outcome
     parts = [data.train] if data.selection is None else [data.train, data.selection]
     frozen = probe.fit(parts, data.held_out, reporter.warn)
     probe.set_classifier(frozen.probe)
-    reporter.print_lines(describe_frozen(probe, frozen, data.train.images))
-
+    reporter.print_lines(describe_frozen(probe, frozen))
     reporter.print_lines(explain_missing_threshold(frozen.probe, probe.has_statistics))
 
     calibration = describe_probe_calibration(frozen.probe)
@@ -321,7 +320,7 @@ def start_from_frozen(
     # the steps report the unreadable images
     frozen = probe.fit([data.train], data.held_out, ignore_message, MAX_PROBE_IMAGES)
     probe.set_start(frozen.probe)
-    launch.reporter.print_lines(describe_frozen(probe, frozen, data.train.images))
+    launch.reporter.print_lines(describe_frozen(probe, frozen))
     return frozen, frozen.record
 
 

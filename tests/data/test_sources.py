@@ -86,7 +86,6 @@ def test_subfolders_are_classes(color_images: Path) -> None:
     assert data.label_space.kind == "single_label_classification"
     assert data.label_space.names == ["dusk", "noon"]
     assert len(data.train) + len(data.held_out) == 20
-    assert data.num_training_images == len(data.train)
     assert data.held_out_name == "about 20%, stratified by class, split seed 0"
     assert_noon_is_class_1(data)
 

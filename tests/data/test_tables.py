@@ -16,7 +16,7 @@ from modeling_vitcls.data.in_memory import add_dataset
 from modeling_vitcls.data.labels import LabelSpace
 from modeling_vitcls.data.options import DataOptions
 from modeling_vitcls.data.sources import load_splits
-from modeling_vitcls.data.splits import load_training_data
+from modeling_vitcls.data.splits import load_training_data, load_undivided_images
 
 
 NUM_IMAGES = 12
@@ -346,10 +346,10 @@ def test_the_labels_of_each_split_are_matched_by_name(
 def test_a_column_of_splits_is_used(name: str, spellings: list[str], photos: Path) -> None:
     parts = [spellings[index % 3] for index in range(NUM_IMAGES)]
     table = write_csv(photos, ["a", "b", "a", "b"] * 3, "split.csv", **{name: parts})
-    data = load_training_data(DataOptions(dataset=table), use_selection_split=True)
-    for images, first in ((data.train, 0), (data.held_out, 1), (data.selection, 2)):
-        assert images.images.get_names() == FILES[first::3]
-    assert data.facts["splits"] == f"column {name!r}: train 4, validation 4, test 4 rows"
+    images = load_undivided_images(DataOptions(dataset=table), reads_all=True)
+    for split, first in (("train", 0), ("test", 1), ("validation", 2)):
+        assert images.splits[split].images.get_names() == FILES[first::3]
+    assert images.facts["splits"] == f"column {name!r}: train 4, validation 4, test 4 rows"
 
 
 def test_another_column_of_splits_can_be_named(photos: Path) -> None:
@@ -364,7 +364,7 @@ def test_another_column_of_splits_can_be_named(photos: Path) -> None:
 def test_a_column_with_other_values_than_splits_is_named(photos: Path) -> None:
     colors = ["red", "blue"] * 6
     table = write_csv(photos, ["a", "b", "b", "a"] * 3, "set.csv", set=colors)
-    assert "'set' is not used" in load_training_data(DataOptions(dataset=table)).facts["splits"]
+    assert "'set' is not used" in load_undivided_images(DataOptions(dataset=table)).facts["splits"]
     with raises_one_line("'set' contains 'blue', 'red'"):
         load_training_data(DataOptions(dataset=table, split_column="set"))
     some = write_csv(photos, ["a", "b", "b", "a"] * 3, "some.csv", split=["train", ""] * 6)
@@ -376,24 +376,25 @@ def test_the_images_of_a_group_are_on_one_side(photos: Path) -> None:
     patients = [f"p{index // 2}" for index in range(NUM_IMAGES)]
     table = write_csv(photos, ["a", "b"] * 6, "patients.csv", patient=patients)
     options = DataOptions(dataset=table, group_column="patient")
-    data = load_training_data(options)
+    images = load_undivided_images(options)
+    data = images.divide(0.2)
     held_out, train = (
         {patients[FILES.index(name)] for name in part.images.get_names()}
         for part in (data.held_out, data.train)
     )
     assert len(held_out) in (1, 2)
     assert not held_out & train
-    assert data.facts["groups"] == "column 'patient': 6 groups"
+    assert images.facts["groups"] == "column 'patient': 6 groups"
 
 
 @pytest.mark.parametrize("name", ["patient", "Patient_ID", "camera", "video id"])
 def test_a_column_of_groups_that_is_not_used_is_named(name: str, photos: Path) -> None:
     table = write_csv(photos, ["a", "b"] * 6, "groups.csv", **{name: ["p", "q", "q"] * 4})
-    fact = load_training_data(DataOptions(dataset=table)).facts["groups"]
+    fact = load_undivided_images(DataOptions(dataset=table)).facts["groups"]
     assert fact.startswith(f"the column {name!r} is not used")
     assert f"`group_column={name!r}`" in fact
     table = write_csv(photos, ["a", "b"] * 6, "groups.csv", **{name: range(NUM_IMAGES)})
-    assert "groups" not in load_training_data(DataOptions(dataset=table)).facts
+    assert "groups" not in load_undivided_images(DataOptions(dataset=table)).facts
 
 
 def test_tables_of_a_folder_are_its_splits(photos: Path, tmp_path: Path) -> None:
