@@ -48,6 +48,7 @@ def main(arguments: list[str] | None = None) -> None:
         try:
             run_command(arguments)
         finally:
+            # here and not at exit, where Python could only print a traceback of a closed pipe
             sys.stdout.flush()
     except BrokenPipeError:  # the reader of the output has read enough: `vitcls demo --help | head`
         discard_output()
@@ -69,7 +70,7 @@ def prepare_streams() -> None:
     """Make both output streams accept every text.
 
     What is written to a stream that the caller has closed (`>&-`) is discarded. Characters that the
-    encoding of a stream lacks are escaped, such as those of labels in ASCII.
+    encoding of a stream lacks are escaped, such as an umlaut in ASCII.
     """
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
@@ -95,6 +96,7 @@ def run_command(arguments: list[str]) -> None:
     modules = load_modules()
     from .parsing import check_paths, exit_on_error, parse_command_line, silence_libraries
 
+    # flags and paths first: an error about them should not wait seconds for torch
     name, options = parse_command_line(modules, arguments or ["--help"])
     with exit_on_error(type(options)):
         check_paths(options)

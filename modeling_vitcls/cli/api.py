@@ -52,8 +52,8 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 def own_state() -> Iterator[None]:
     """Compute with torch's defaults, then restore the caller's defaults and random state.
 
-    The defaults are the dtype, the device and the gradient mode of new tensors. The random state is
-    that of torch, NumPy and Python. No context manager of accelerate or transformers does this.
+    The defaults are the dtype, the device and the gradient mode of new tensors. The random state includes
+    torch, NumPy and Python. No context manager of accelerate or transformers does this.
     """
     import numpy as np
     import torch

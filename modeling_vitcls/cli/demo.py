@@ -115,7 +115,7 @@ def build_page(options: DemoOptions) -> Any:
             gradio.Label(label="Probabilities", num_top_classes=NUM_LABELS, show_heading=False),
         ]
     photo_input: Any = gradio.Image(label="Photo", type="filepath")
-    # gradio would decode the file. Formats and messages are those of `vitcls predict`.
+    # gradio would decode the file. `vitcls predict` knows more formats, and names the fault.
     photo_input.preprocess = lambda payload: payload and payload.path
     sheet = gradio.Image(
         label="Sheet", show_label=False, format="png", buttons=["download", "fullscreen"]

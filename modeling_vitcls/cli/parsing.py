@@ -78,6 +78,7 @@ def parse_command_line(modules: dict[str, ModuleType], arguments: list[str]) -> 
         if common_flags and {"--help", "-h"} & set(flags):
             print(format_short_help(name, options_class, common_flags))
             raise SystemExit(0)
+        # tyro knows only --help, which lists all flags
         flags = ["--help" if flag == "--help-all" else flag for flag in flags]
         with exit_on_error(options_class, status=2):
             flags = insert_recipe(flags, get_flag_fields(options_class))
@@ -132,9 +133,11 @@ def insert_recipe(flags: list[str], flag_names: Collection[str]) -> list[str]:
     """Return the flags of the recipe in `--config`, followed by the other flags."""
     if "config" not in flag_names:
         return flags
+    # argparse finds --config in both spellings, before tyro reports unknown flags
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config", type=Path)
     path = parser.parse_known_args(flags)[0].config
+    # the last value of a flag counts, so the command line overrides the recipe
     return flags if path is None else [*read_recipe(path), *flags]
 
 
@@ -238,7 +241,7 @@ def format_short_help(
 def describe_values(field: dataclasses.Field[Any]) -> str:
     """Return the choices and the default value of a flag in parentheses, if there are any."""
     hint = str(field.type)
-    # not those of a flag that also accepts other values, such as a size or `native`
+    # a flag that also accepts other values, such as a size or `native`, has no list of choices
     is_choice = hint.startswith(("typing.", "tuple[typing."))
     choices = ", ".join(re.findall(r"'(\w+)'", hint)) if is_choice else ""
     has_default = isinstance(field.default, str | float | int) and not isinstance(

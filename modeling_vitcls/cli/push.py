@@ -65,7 +65,9 @@ def run(options: PushOptions) -> None:
         repo_id, revision = split_revision(options.verify_only)
         print(verify(repo_id, revision or "main", folder))
         return
-    assert options.model is not None
+    assert options.model is not None, (
+        "`check` requires a model, unless only a repository is verified"
+    )
     folder = ModelFolder(options.model)
     folder.check_is_complete()
     folder.warn_about_edited_settings()

@@ -32,7 +32,7 @@ from .system import has_bfloat16
 # Maximum time that processes wait for each other, for example for a download or push by the main
 # process.
 PROCESS_GROUP_TIMEOUT = timedelta(hours=12)
-# Minimum width of a model for which --mixed-precision auto selects bf16 on a CPU: that of ViT-Ti.
+# Minimum width of a model for which `mixed_precision='auto'` selects bf16 on a CPU: ViT-Ti's.
 # Narrower models are also faster in bf16, but they take little time, and float32 is more exact.
 MIN_BFLOAT16_WIDTH = 192
 

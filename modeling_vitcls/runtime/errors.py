@@ -35,7 +35,7 @@ def format_error(error: BaseException) -> str:
 
 
 def describe_error(error: BaseException) -> str:
-    """Return the message of an error; that of a file operation names the file and the reason."""
+    """Return the message of an error, which names the file and the reason if a file cannot be used."""
     if not isinstance(error, OSError) or error.errno is None:
         return str(error)
     exhaustion = describe_exhaustion(error)

@@ -84,6 +84,7 @@ def write_atomically(file: Path) -> Iterator[Path]:
     temporary_file = file.with_name(f".{file.name}.{secrets.token_hex(8)}.unfinished")
     try:
         yield temporary_file
+        # before the rename: after a power failure, the name could belong to an empty file
         sync_to_disk(temporary_file)
         temporary_file.replace(file)
     except OSError as error:
@@ -92,6 +93,7 @@ def write_atomically(file: Path) -> Iterator[Path]:
         raise OSError(f"cannot write {file}: {error.strerror}") from error
     finally:
         temporary_file.unlink(missing_ok=True)
+    # the new name of a file is stored in its folder
     sync_to_disk(file.parent)
 
 

@@ -13,7 +13,7 @@ import re
 import types
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Union, get_args, get_origin
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,11 +25,9 @@ class Options:
     """
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value = expand_home(getattr(self, field.name))
-            hint = field.type
-            if get_origin(hint) is Annotated:  # what tyro has to know about a flag of a command
-                hint = get_args(hint)[0]
+        # without what tyro has to know about a flag of a command (Annotated)
+        for name, hint in get_type_hints(type(self)).items():
+            value = expand_home(getattr(self, name))
             is_union = get_origin(hint) in (Union, types.UnionType)
             kinds = get_args(hint) if is_union else (hint,)
             if isinstance(value, list):
@@ -42,7 +40,7 @@ class Options:
                 value = str(value)
             elif type(value) is int and float in kinds:  # no bool
                 value = float(value)
-            object.__setattr__(self, field.name, value)
+            object.__setattr__(self, name, value)
 
     def check(self) -> None:
         """Raise ValueError if a value is not allowed, or if fields contradict each other.

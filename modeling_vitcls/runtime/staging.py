@@ -42,6 +42,7 @@ class FolderLock:
         self.parameter = parameter
         self.lock_file = folder / name
         self.file_lock = FileLock(self.lock_file, timeout=LOCK_TIMEOUT, thread_local=False)
+        # a command that fails leaves no empty folder behind
         self.new_folders = [each for each in (folder, *folder.parents) if not each.exists()]
 
     def acquire(self) -> None:
@@ -63,6 +64,7 @@ class FolderLock:
 
     def __exit__(self, *error: object) -> None:
         if self.file_lock.is_locked:
+            # in this order: after the release, the file could be the lock of another command
             self.lock_file.unlink(missing_ok=True)
             self.file_lock.release()
             for folder in self.new_folders:
@@ -84,10 +86,12 @@ def create_output_folder(output: Path, parameter: str = "output") -> Iterator[Pa
         ValueError: if `output` is not empty, or another command writes to it.
     """
     output = output.resolve()
+    # before the lock, whose file would be in somebody's folder
     check_output_is_empty(output, parameter)
     with FolderLock(output, parameter) as lock:
         lock.acquire()
         remove_unfinished_files(output)
+        # again: the command that held the lock may have filled the folder
         check_output_is_empty(output, parameter)
         with stage_files(output, last="config.json") as folder:
             yield folder
@@ -157,12 +161,14 @@ def move_files(staging_folder: Path, folder: Path, first: str, last: str) -> Non
     names = sorted(path.relative_to(staging_folder).as_posix() for path in files)
     names.sort(key=lambda name: (name != first, name == last))
 
+    # the list comes first, so that a move that is killed can be undone
     moved_file = staging_folder / MOVED_FILES
     with write_atomically(moved_file) as file:
         file.write_text("\n".join(names), encoding="utf-8")
     for path in files:
         sync_to_disk(path)
 
+    # renames within one folder do not copy, and cannot run out of space
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (staging_folder / name).replace(folder / name)
