@@ -367,7 +367,7 @@ def flatten_numbers(value: Any, name: str) -> dict[str, float]:
 
 def write_page(runner: StudyRunner, rows: "pandas.DataFrame", command: str) -> Path:
     """Write README.md and return its path."""
-    from modeling_vitcls.runtime.system import format_threads, get_processor_name, get_versions
+    from modeling_vitcls.runtime.system import get_processor_name, get_versions
 
     study = runner.study
     finished_rows = rows[rows["status"] == "finished"]
@@ -382,7 +382,7 @@ def write_page(runner: StudyRunner, rows: "pandas.DataFrame", command: str) -> P
     sections.append(
         f"## Method\n\n{len(finished_rows)} of {len(rows)} runs finished, seeds "
         f"{', '.join(map(str, study.seeds))}; {training_seconds / 60:.0f} minutes of training in "
-        f"total, {format_threads(runner.num_threads)} per run, on {get_processor_name()}. "
+        f"total, {runner.num_threads} thread{'s' * (runner.num_threads > 1)} per run, on {get_processor_name()}. "
         "Each value is the mean over seeds with its 95% confidence interval (Student's t). "
         "Differences are paired by seed. Each finished run is evaluated once on the held-out "
         "images.\n\n"

@@ -79,8 +79,6 @@ def print_report(report: "Report", output: Path) -> None:
             f"{name} {value:.1e}" for name, value in comparison["differences"].items()
         )
         print("- {} x {} pixels: {}".format(*comparison["image_size"], differences))
-    if report["not_compared"]:
-        print(f"No other image size was compared: {report['not_compared']}")
     if reason := report["preprocessing"]["assumed_because"]:
         print(f"Image processor: the settings are assumed, because {reason}. Check them")
     print(*report["notes"], f"Classifier: {report['classifier']}", sep="\n")

@@ -18,11 +18,6 @@ from ..runtime.flags import Options
 
 NUM_LABELS = 5  # maximum number of labels with a probability
 NONE_OF_THESE = "none of these"  # answer for a photo that shows none of the labels
-# The page loads no fonts from other hosts.
-FONTS: dict[str, Any] = {
-    "font": ("system-ui", "sans-serif"),
-    "font_mono": ("ui-monospace", "monospace"),
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +60,10 @@ def run(options: DemoOptions) -> None:
             prevent_thread_lock=True,
             quiet=True,
             show_error=True,
-            theme=gradio.themes.Default(**FONTS),
+            # fonts of the system: the page loads none from other hosts
+            theme=gradio.themes.Default(
+                font=("system-ui", "sans-serif"), font_mono=("ui-monospace", "monospace")
+            ),
             footer_links=["gradio"],
         )
     except OSError as error:  # gradio's message does not mention --port

@@ -50,12 +50,6 @@ def print_export(report: dict[str, Any], output: Path) -> None:
             print(f"- {batch_size} images of {height} x {width}: {differences}")
     print("\n".join(format_notes(report)))
     print(f"\nwrote {file} and {file.name}.json")
-    if "weights_sha256" in report:
-        print(
-            f"Compare it with `vitcls predict --model MODEL --mixed-precision no IMAGES`, with and "
-            f"without `--backend {file}`: without the flag, CPUs with bf16 instructions compute in "
-            "bf16"
-        )
 
 
 def format_notes(report: dict[str, Any]) -> list[str]:

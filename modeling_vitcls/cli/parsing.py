@@ -36,10 +36,12 @@ from ..runtime.flags import (
 
 ScriptOptions = TypeVar("ScriptOptions", bound=Options)
 
-PACKAGE_FOLDER = Path(__file__).parents[1]
 # Folders with the recipes that --config accepts by name: one in an installed package, one in a
 # source checkout.
-RECIPE_FOLDERS = (PACKAGE_FOLDER / "recipes", PACKAGE_FOLDER.parent / "scripts" / "recipes")
+RECIPE_FOLDERS = (
+    Path(__file__).parents[1] / "recipes",
+    Path(__file__).parents[2] / "scripts" / "recipes",
+)
 
 # Flags of other training scripts -> parameters of this package
 EQUIVALENT_FLAGS = {

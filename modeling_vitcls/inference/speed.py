@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ..runtime.system import format_device_name, synchronize
+from ..runtime.system import format_device_name
 
 
 MAX_SPEED_BATCH_SIZE = 32  # maximum batch size in images
@@ -25,7 +25,8 @@ def measure_inference_speed(model: Any, device: torch.device) -> dict[str, Any]:
     def measure_seconds(pixel_values: torch.Tensor) -> float:
         start_time = time.perf_counter()
         model(pixel_values)
-        synchronize(device)
+        if device.type != "cpu":  # until all work of the device is complete
+            torch.accelerator.synchronize(device)
         return time.perf_counter() - start_time
 
     config = model.config

@@ -22,12 +22,6 @@ except ImportError:  # Windows
 CORE_LIBRARIES = ("torch", "torchvision", "transformers", "accelerate")
 
 
-def synchronize(device: torch.device) -> None:
-    """Wait until all work on a device is complete."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
-
-
 def has_bfloat16(device: torch.device) -> bool:
     """Return whether a device has instructions for bfloat16.
 
@@ -67,13 +61,8 @@ def format_device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     if device.type == "cpu":
-        return f"CPU, {format_threads(torch.get_num_threads())}"
+        return f"CPU, {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}"
     return device.type
-
-
-def format_threads(count: int) -> str:
-    """Format a number of threads: "1 thread" or "2 threads"."""
-    return "1 thread" if count == 1 else f"{count} threads"
 
 
 def get_versions(*libraries: str) -> dict[str, str]:
