@@ -153,20 +153,15 @@ class FineTuning:
                 "label_column": list(options.label_column or labels.columns),
                 "label_separator": options.label_separator,
             },
+            list_warnings=lambda data: [
+                *describe_missing_classes(data),
+                *describe_leaks(data, options.group_column),
+                *describe_overlap(initial, data),
+                *describe_imbalance(options.class_balance, data),
+            ],
             build_pass=build_pass if is_single_label and options.statistics else None,
             probe=probe,
         )
-
-    def list_warnings(
-        self, options: FinetuneOptions, initial: InitialModel, data: TrainingData
-    ) -> list[str]:
-        """List classes without images, leaks between splits, and classes of different sizes."""
-        return [
-            *describe_missing_classes(data),
-            *describe_leaks(data, options.group_column),
-            *describe_overlap(initial, data),
-            *describe_imbalance(options.class_balance, data),
-        ]
 
 
 def build_objective(

@@ -194,7 +194,10 @@ class TrainingLoop:
         state = self.state
         options = self.options
         accelerator = self.accelerator
-        learning_rate = get_learning_rate(state.step, self.plan.num_steps, options)
+        assert options.learning_rate is not None, "the plan sets it"
+        learning_rate = get_learning_rate(
+            state.step, self.plan.num_steps, options.learning_rate, options.warmup
+        )
         for group in state.optimizer.param_groups:
             group["lr"] = learning_rate * group["lr_scale"]
 

@@ -1,9 +1,4 @@
-"""Optimizer: parameter groups of AdamW, learning rate, and the moving average of the weights.
-
-The exponential moving average of the trainable weights is a list of tensors in the order of the
-trainable parameters (Polyak and Juditsky 1992; used for ViTs in DeiT, section 6). The average works
-with one process, DDP and sharded models.
-"""
+"""Parameter groups of AdamW, the learning rate of each step, and the mean of the first and last weights."""
 
 import math
 import re
@@ -13,16 +8,6 @@ from typing import Any
 
 import torch
 from torch import nn
-
-from .options import TrainingOptions
-
-
-def build_optimizer(model: nn.Module, options: TrainingOptions) -> torch.optim.Optimizer:
-    """Build a fused AdamW optimizer for the trainable parameters."""
-    assert options.learning_rate is not None
-    assert options.layer_decay is not None
-    groups = build_parameter_groups(model, options.weight_decay, options.layer_decay)
-    return torch.optim.AdamW(groups, lr=options.learning_rate, fused=True)
 
 
 def build_parameter_groups(
@@ -75,14 +60,16 @@ def get_parameter_depths(model: nn.Module) -> dict[str, int]:
     return depths
 
 
-def get_learning_rate(step: int, num_steps: int, options: TrainingOptions) -> float:
-    """Return the learning rate at `step`, from 0: linear warmup, then cosine decay to 0."""
-    assert options.learning_rate is not None
-    num_warmup_steps = round(options.warmup * num_steps)
+def get_learning_rate(step: int, num_steps: int, peak: float, warmup: float) -> float:
+    """Return the learning rate at `step`, from 0: linear warmup, then cosine decay to 0.
+
+    `peak` is the highest rate, and `warmup` the part of the steps before it.
+    """
+    num_warmup_steps = round(warmup * num_steps)
     if step < num_warmup_steps:
-        return options.learning_rate * (step + 1) / num_warmup_steps
+        return peak * (step + 1) / num_warmup_steps
     progress = (step - num_warmup_steps) / (num_steps - num_warmup_steps)
-    return options.learning_rate * (1 + math.cos(math.pi * progress)) / 2
+    return peak * (1 + math.cos(math.pi * progress)) / 2
 
 
 @torch.no_grad()

@@ -137,12 +137,6 @@ class PreTraining:
             ),
         )
 
-    def list_warnings(
-        self, options: PretrainOptions, initial: InitialModel, data: TrainingData
-    ) -> list[str]:
-        """Labels do not matter."""
-        return []
-
 
 # Quality of the features --------------------------------------------------------------------------
 

@@ -8,18 +8,22 @@ checkpoints and finally results.json, which marks the folder as complete. publis
 report and the card from the folder.
 """
 
+import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from accelerate import Accelerator
 from torch.distributed.fsdp import FSDPModule
 
-from ..data.batches import iterate_training_batches
+from ..data.aspect_ratio import get_output_size
+from ..data.augmentation import build_augmentation
+from ..data.batches import Batch, BatchBuilder, TrainingImages, iterate_training_batches
 from ..data.image_folder import check_output_is_not_read
 from ..data.images import LabeledImages, UnreadableImageCounter
 from ..data.splits import TrainingData
@@ -46,7 +50,7 @@ from .distributed_state import reshard
 from .finetune import FineTuning
 from .loop import Evaluate, TrainingLoop, TrainingState, build_batch_plan
 from .model import check_preset_name
-from .optimizer import average_with_start, build_optimizer
+from .optimizer import average_with_start, build_parameter_groups
 from .options import PretrainOptions, TrainOptions
 from .output_folder import prepare, save_output
 from .plan import RunPlan, plan_run
@@ -69,7 +73,7 @@ from .run_results import (
     print_summary,
 )
 from .signals import SignalHandler
-from .training_setup import Recipe, TrainingSetup, build_training_images
+from .training_setup import Recipe, TrainingSetup
 
 
 MAX_STATISTICS_IMAGES = 5000  # of which the statistics of a trained model are
@@ -120,7 +124,7 @@ def run(recipe: Recipe, asked: TrainOptions) -> Path:
             accelerator,
             partial(prepare, folder, launch.store, get_relative_flags(options), launch.checkpoint),
         )
-        print_summary(recipe, inputs, plan, data, launch)
+        print_summary(inputs, plan, data, launch)
 
         if plan.kind == "frozen":
             outcome = run_frozen(inputs, data, launch)
@@ -217,45 +221,26 @@ def run_steps(
     if data.selection is not None:
         selection = setup.build_evaluator(data, data.selection)
 
+    metadata = record | {"probe": start_record}
     with (
         SignalHandler(launch.accelerator) as signals,
         reporter.progress,
         stop_on_errors(options.num_workers),
     ):
-        metadata = record | {"probe": start_record}
         loop = build_loop(setup, plan, data, launch, signals, selection, metadata)
-        batches = iterate_training_batches(
-            build_training_images(options, data, setup.processor, setup.model.config.num_channels),
-            loop.plan,
-            launch.accelerator.process_index,
-            options.num_workers,
-            loop.state.step,
-        )
-        with closing(batches):  # closing stops the data loading workers
+        # closing stops the data loading workers
+        with closing(iterate_batches(setup, plan, data, loop)) as batches:
             metrics = loop.run(batches)
-
-        # the weights that are saved
-        step = loop.state.step
-        if options.select == "best":
-            step = loop.load_best_weights()
-            reporter.print_line("selected", f"the checkpoint of step {step:,}")
-        elif plan.averaging:
-            average_with_start(loop.model, loop.state.start, plan.averaging)
-            reporter.print_line(
-                "averaged",
-                f"{plan.averaging:g} of the weights before the first step, the rest after it",
-            )
+        step = set_saved_weights(loop, plan)
     model = loop.state.model.eval()
 
     predictions = calibration = None
     errors: dict[str, float] = {}
     if setup.can_calibrate and len(data.held_out):
         assert isinstance(held_out, Evaluator), "only a classifier is calibrated"
-        if data.selection is None:
-            calibration = calibrate(setup, model, held_out, HELD_OUT)
-        else:
-            assert isinstance(selection, Evaluator), "only a classifier is calibrated"
-            calibration = calibrate(setup, model, selection, SELECTION)
+        assert isinstance(selection, Evaluator), "only a classifier is calibrated"
+        images = HELD_OUT if data.selection is None else SELECTION
+        calibration = calibrate(setup, model, selection, images)
         predictions = held_out.predict(model)
         errors, text = measure_errors(calibration, predictions)
         metrics = predictions.metrics | select_error_metrics(errors)
@@ -267,11 +252,8 @@ def run_steps(
     if options.select == "last" and not isinstance(model, FSDPModule):
         store_statistics(setup, data)
 
-    results: dict[str, Any] = {}
-    if start_record is not None:
-        results["frozen"] = start_record
-    if options.select == "best":
-        assert data.selection is not None, "the division has selection images"
+    results: dict[str, Any] = {} if start_record is None else {"frozen": start_record}
+    if options.select == "best" and data.selection is not None:
         results["selection"] = {
             "images": data.selection_name,
             "num_images": len(data.selection),
@@ -293,7 +275,7 @@ def run_steps(
         num_training_images=len(data.train),
         calibration=None if calibration is None else calibration.build_record(errors),
         predictions=predictions,
-        nearest_images=None if frozen is None else find_nearest_images(frozen, predictions),
+        nearest_images=find_nearest_images(frozen, predictions),
         seconds=loop.get_training_seconds(),
         num_steps=loop.state.step,
         epochs=loop.plan.count_epochs(loop.state.step),
@@ -340,7 +322,10 @@ def build_loop(
     if options.gradient_checkpointing:
         setup.model.gradient_checkpointing_enable()
     configure_layer_sharding(accelerator, setup.model)
-    state = TrainingState(*accelerator.prepare(setup.model, build_optimizer(setup.model, options)))
+    assert options.learning_rate and options.layer_decay, "the plan sets them"
+    groups = build_parameter_groups(setup.model, options.weight_decay, options.layer_decay)
+    optimizer = torch.optim.AdamW(groups, lr=options.learning_rate, fused=True)
+    state = TrainingState(*accelerator.prepare(setup.model, optimizer))
     if plan.averaging:
         trainable = (each for each in state.model.parameters() if each.requires_grad)
         state.start = [each.detach().clone() for each in trainable]
@@ -369,8 +354,54 @@ def build_loop(
     reporter.start_after(state.step - bool(state.pending_record), batch_plan.num_steps)
     accelerator.wait_for_everyone()
     if options.log_with:
-        start_trackers(accelerator, options)
+        folder = options.output_dir / "trackers"
+        run_on_main(accelerator, partial(folder.mkdir, exist_ok=True))
+        # Flags are formatted as text, because TensorBoard does not accept lists.
+        accelerator.init_trackers(
+            options.output_dir.resolve().name,
+            config={name: format_flag_value(value) for name, value in to_flags(options).items()},
+            init_kwargs={"wandb": {"dir": str(folder)}},
+        )
     return loop
+
+
+def iterate_batches(
+    setup: TrainingSetup, plan: RunPlan, data: TrainingData, loop: TrainingLoop
+) -> Generator[Batch, None, None]:
+    """Yield the augmented images of this process, from the step on that the loop continues."""
+    options, processor = plan.options, setup.processor
+    num_channels = setup.model.config.num_channels
+    builder = BatchBuilder(
+        build_augmentation(options, processor),
+        data.label_space,
+        bool(processor.do_convert_rgb),
+        seed=options.seed,
+        bit_depth=processor.bit_depth,
+        num_channels=num_channels,
+        image_bytes=num_channels * math.prod(get_output_size(processor)),
+    )
+    return iterate_training_batches(
+        TrainingImages(data.train, builder),
+        loop.plan,
+        loop.accelerator.process_index,
+        options.num_workers,
+        loop.state.step,
+    )
+
+
+def set_saved_weights(loop: TrainingLoop, plan: RunPlan) -> int:
+    """Replace the last weights with those that the run saves, and tell of which step they are."""
+    if plan.options.select == "best":
+        step = loop.load_best_weights()
+        loop.reporter.print_line("selected", f"the checkpoint of step {step:,}")
+        return step
+    if plan.averaging:
+        average_with_start(loop.model, loop.state.start, plan.averaging)
+        loop.reporter.print_line(
+            "averaged",
+            f"{plan.averaging:g} of the weights before the first step, the rest after it",
+        )
+    return loop.state.step
 
 
 def evaluate_nothing(model: Any = None) -> dict[str, Any]:
@@ -443,17 +474,7 @@ def compute_tokens(
     return tokens, features.labels
 
 
-# Trackers and errors ------------------------------------------------------------------------------
-
-
-def start_trackers(accelerator: Accelerator, options: TrainOptions) -> None:
-    folder = options.output_dir / "trackers"
-    run_on_main(accelerator, partial(folder.mkdir, exist_ok=True))
-    # Flags are formatted as text, because TensorBoard does not accept lists.
-    flags = {name: format_flag_value(value) for name, value in to_flags(options).items()}
-    accelerator.init_trackers(
-        options.output_dir.resolve().name, config=flags, init_kwargs={"wandb": {"dir": str(folder)}}
-    )
+# Errors -------------------------------------------------------------------------------------------
 
 
 @contextmanager

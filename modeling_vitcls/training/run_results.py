@@ -20,7 +20,6 @@ from .plan import STEP_FLAGS, RunPlan
 from .reporter import build_model_record, describe_model, describe_splits, format_result
 from .resume import RecordedFlags, build_flags_record, check_run_unchanged
 from .run_inputs import Launch, RunInputs
-from .training_setup import Recipe
 
 
 # flags of a frozen run that its command for steps leaves out; --hub-model-id, because its model would
@@ -122,9 +121,7 @@ def build_results(
     }
 
 
-def print_summary(
-    recipe: Recipe, inputs: RunInputs, plan: RunPlan, data: TrainingData, launch: Launch
-) -> None:
+def print_summary(inputs: RunInputs, plan: RunPlan, data: TrainingData, launch: Launch) -> None:
     """Print what the run does, before it starts."""
     setup, reporter = inputs.setup, launch.reporter
     is_choice_known = setup.probe is None  # a frozen model chooses geometry and tokens
@@ -146,7 +143,7 @@ def print_summary(
             "run": f"{TEXTS_OF_KINDS[plan.kind]}: {plan.reason}",
         }
     )
-    for warning in recipe.list_warnings(plan.options, inputs.initial, data):
+    for warning in setup.list_warnings(data):
         reporter.warn(warning)
     reporter.printed_metrics = setup.printed_metrics
 

@@ -3,14 +3,10 @@
 Each of the two files has a `Recipe`, which builds a `TrainingSetup`.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from ..data.aspect_ratio import get_output_size
-from ..data.augmentation import build_augmentation
-from ..data.batches import BatchBuilder, TrainingImages
 from ..data.images import LabeledImages
 from ..data.labels import LabelSpace
 from ..data.splits import TrainingData, UndividedImages
@@ -40,9 +36,6 @@ class Recipe(Protocol):
     ) -> "TrainingSetup":
         """Load the model, and prepare loss and evaluation."""
 
-    def list_warnings(self, options: Any, initial: InitialModel, data: TrainingData) -> list[str]:
-        """List what is wrong with the data."""
-
 
 @dataclass
 class TrainingSetup:
@@ -69,6 +62,8 @@ class TrainingSetup:
     # images, layout -> pass with the features of class statistics; None for other models
     build_pass: Callable[..., FrozenPass] | None = None
     probe: Probe | None = None  # sets the classifier from the features of the frozen encoder
+    # lists what is wrong with the images
+    list_warnings: Callable[[TrainingData], list[str]] = lambda data: []
     encoder: Any = None  # part of the model that is saved; None to save the model
     # measures features before and after pre-training
     build_feature_measure: Callable[[TrainingData], Callable[[Any], dict[str, Any]]] | None = None
@@ -92,19 +87,3 @@ def build_evaluator_arguments(
         "num_channels": num_channels,
         "warn": reporter.warn,
     }
-
-
-def build_training_images(
-    options: TrainOptions, data: TrainingData, processor: Any, num_channels: int
-) -> TrainingImages:
-    """Build the augmented training images."""
-    builder = BatchBuilder(
-        build_augmentation(options, processor),
-        data.label_space,
-        bool(processor.do_convert_rgb),
-        seed=options.seed,
-        bit_depth=processor.bit_depth,
-        num_channels=num_channels,
-        image_bytes=num_channels * math.prod(get_output_size(processor)),
-    )
-    return TrainingImages(data.train, builder)

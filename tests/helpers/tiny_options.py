@@ -90,7 +90,7 @@ def prepare_setup(options: Any) -> SimpleNamespace:
         kind=plan.kind,
         plan=batches,
         reporter=reporter,
-        warnings=partial(recipe.list_warnings, plan.options, inputs.initial, data),
+        warnings=partial(inputs.setup.list_warnings, data),
     )
 
 

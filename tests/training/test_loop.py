@@ -47,7 +47,6 @@ from modeling_vitcls.training.losses import (
     compute_single_label_loss,
 )
 from modeling_vitcls.training.optimizer import (
-    build_optimizer,
     build_parameter_groups,
 )
 from modeling_vitcls.training.options import TrainingOptions
@@ -125,7 +124,11 @@ class RecordedLoop:
         torch.manual_seed(0)
         self.model, processor, _ = build_initial_model(TINY, DIGITS.label_space)
         prepare(self.model)
-        optimizers = optimizer or (lambda model: build_optimizer(model, self.options))
+        optimizers = optimizer or (
+            lambda model: torch.optim.AdamW(
+                build_parameter_groups(model, 0.05), lr=1e-3, fused=True
+            )
+        )
         self.state = TrainingState(*self.accelerator.prepare(self.model, optimizers(self.model)))
         self.plan = build_batch_plan(len(DIGITS.train), self.options, num_processes=1)
         self.normalise = Normalizer(processor, self.accelerator.device)

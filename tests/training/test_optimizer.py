@@ -1,27 +1,24 @@
 """Groups of parameters, learning rates."""
 
 import math
-from dataclasses import replace
 
 import pytest
 from helpers.random_classifiers import build_random_model
 
-from modeling_vitcls.training.optimizer import build_optimizer, get_learning_rate
-from modeling_vitcls.training.options import TrainingOptions
+from modeling_vitcls.training.optimizer import build_parameter_groups, get_learning_rate
 
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 
 def test_learning_rate_rises_then_falls() -> None:
-    options = TrainingOptions(learning_rate=1.0, warmup=0.1)
-    rates = [get_learning_rate(step, 100, options) for step in range(100)]
+    rates = [get_learning_rate(step, 100, peak=1.0, warmup=0.1) for step in range(100)]
     assert rates[:10] == pytest.approx([0.1 * step for step in range(1, 11)])
     assert rates[10] == 1.0
     assert rates == [*rates[:10], *sorted(rates[10:], reverse=True)]
     assert rates[55] == pytest.approx(0.5)  # half of the cosine decay
     assert rates[40] == pytest.approx((1 + math.cos(math.pi / 3)) / 2)  # a third of it
-    assert get_learning_rate(0, 1, replace(options, warmup=0.0)) == 1.0
+    assert get_learning_rate(0, 1, peak=1.0, warmup=0.0) == 1.0
 
 
 def test_only_weights_of_linear_layers_and_patches_decay() -> None:
@@ -29,9 +26,7 @@ def test_only_weights_of_linear_layers_and_patches_decay() -> None:
         num_distillation_tokens=1, pooling="attention", layer_scale_init_value=0.1
     )
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    options = TrainingOptions(learning_rate=1.0, weight_decay=0.05, layer_decay=1.0)
-    groups = build_optimizer(model, options).param_groups
-    assert [group["fused"] for group in groups] == [True, True]
+    groups = build_parameter_groups(model, weight_decay=0.05)
 
     by_decay = {
         group["weight_decay"]: [names[id(one)] for one in group["params"]] for group in groups
@@ -60,9 +55,7 @@ def test_learning_rates_decrease_from_the_head_to_the_tokens() -> None:
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     scale_of = {
         names[id(parameter)]: group["lr_scale"]
-        for group in build_optimizer(
-            model, TrainingOptions(learning_rate=1.0, layer_decay=0.5)
-        ).param_groups
+        for group in build_parameter_groups(model, weight_decay=0.05, layer_decay=0.5)
         for parameter in group["params"]
     }
     assert scale_of.keys() == set(names.values())
