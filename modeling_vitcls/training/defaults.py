@@ -25,13 +25,13 @@ The default values are printed with their reasons and written to config.resolved
 
 import copy
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Literal, TypeVar
 
 import torch
 from accelerate import PartialState
 
-from ..model.configuration_vitcls import to_pair
+from ..model.configuration_vitcls import ViTCLSConfig, to_pair
 from ..model.modeling_vitcls import ViTCLSModel
 from .model import InitialModel
 from .options import PretrainOptions, TrainOptions
@@ -48,30 +48,20 @@ TrainingMethod = Literal[
 ]
 
 
-@dataclass(frozen=True)
-class RateRule:
-    """A learning rate that is proportional to `1 / width ** power`, within limits."""
-
-    rate: float
-    width: int = 1  # at which the rate holds
-    power: int = 0
-    minimum: float = 0.0
-    maximum: float = math.inf
-
-
-# The more of the weights is known at the start, the lower is the rate. That of all weights follows
-# the width (muP, arXiv 2203.03466); that of new weights beside frozen ones does not.
-LEARNING_RATES: dict[TrainingMethod, RateRule] = {
-    "random weights": RateRule(1e-3, 96, power=1, maximum=1e-3),
-    "pre-trained weights": RateRule(5e-5, 768, power=1, minimum=5e-5, maximum=4e-4),
+# A rate, the width at which it holds, the power of 1 / width that it is proportional to, and its
+# limits. The more of the weights is known at the start, the lower is the rate. A rate for all weights
+# follows the width (muP, arXiv 2203.03466); new weights beside frozen ones have the same at any.
+LEARNING_RATES: dict[TrainingMethod, tuple[float, int, int, float, float]] = {
+    "random weights": (1e-3, 96, 1, 0.0, 1e-3),
+    "pre-trained weights": (5e-5, 768, 1, 5e-5, 4e-4),
     # The features must stay near those that the classifier was fitted to. With the rate for a new
     # classifier, the loss of a ViT-S on 130 photographs rose from 0.7 to 1.2 and came back after 30
     # steps; with this rate, it fell (model_cards/studies/learning_rate.md has 1e-5 and 1e-4).
-    "from the frozen model's classifier": RateRule(3e-5, 384, power=2, minimum=1e-5, maximum=4e-4),
+    "from the frozen model's classifier": (3e-5, 384, 2, 1e-5, 4e-4),
     # The matrices start from zero, also after a frozen start (measured in docs/fine-tuning.md).
-    "LoRA": RateRule(5e-4),
-    "new head on frozen weights": RateRule(1e-3),
-    "self-supervised": RateRule(5e-4),
+    "LoRA": (5e-4, 1, 0, 0.0, 1.0),
+    "new head on frozen weights": (1e-3, 1, 0, 0.0, 1.0),
+    "self-supervised": (5e-4, 1, 0, 0.0, 1.0),
 }
 
 # Checkpoint suggested if the initial weights are random.
@@ -97,9 +87,10 @@ def resolve_defaults(
     these flags (`resolve_schedule`).
     """
     config_values = options.get_config_values()
-    width = get_width(options, initial)
+    width = config_values.get("hidden_size", initial.config.hidden_size)
     image_size = max(to_pair(config_values.get("image_size", initial.config.image_size)))
-    method = get_training_method(options, initial.has_random_weights)
+    is_pretraining = isinstance(options, PretrainOptions)
+    method = get_training_method(is_pretraining, options.trainable, initial.has_random_weights)
     has_small_images = image_size <= MAX_SMALL_IMAGE_SIZE
     is_large = num_training_images >= MIN_LARGE_DATASET_SIZE
     initializer_range = None
@@ -139,7 +130,10 @@ def resolve_schedule(
         num_training_images: number of training images.
         has_probe: whether the classifier starts from that of the frozen model.
     """
-    method = get_training_method(options, initial.has_random_weights)
+    config_values = options.get_config_values()
+    width = config_values.get("hidden_size", initial.config.hidden_size)
+    is_pretraining = isinstance(options, PretrainOptions)
+    method = get_training_method(is_pretraining, options.trainable, initial.has_random_weights)
     if has_probe and method == "pre-trained weights":
         method = "from the frozen model's classifier"
     is_large = num_training_images >= MIN_LARGE_DATASET_SIZE
@@ -147,12 +141,12 @@ def resolve_schedule(
     if method in ("LoRA", "from the frozen model's classifier"):
         epochs = FINE_TUNING_EPOCHS
     reason = f"{method}, {num_training_images:,} images"
-    max_epochs = compute_max_epochs(options, initial, num_training_images)
-    if max_epochs < epochs:
-        reason += f"; limited on CPUs, `epochs={epochs:g}` is the default on GPUs"
-        epochs = max_epochs
+    if options.epochs is None and options.max_steps is None and PartialState().device.type == "cpu":
+        max_epochs = compute_max_epochs(initial.config, config_values, num_training_images)
+        if max_epochs < epochs:
+            reason += f"; limited on CPUs, `epochs={epochs:g}` is the default on GPUs"
+            epochs = max_epochs
 
-    width = get_width(options, initial)
     changes: dict[str, Any] = {}
     lines: dict[str, str | None] = {}
     if options.epochs is None:
@@ -165,24 +159,15 @@ def resolve_schedule(
     return replace(options, **changes), lines
 
 
-def get_width(options: TrainOptions, initial: InitialModel) -> int:
-    """Return the width of the model of a run."""
-    return options.get_config_values().get("hidden_size", initial.config.hidden_size)
-
-
 def compute_max_epochs(
-    options: TrainOptions, initial: InitialModel, num_training_images: int
+    config: ViTCLSConfig, config_values: dict[str, Any], num_training_images: int
 ) -> float:
-    """Return the maximum default number of epochs.
+    """Compute the maximum default number of epochs on a CPU.
 
-    It is infinite on GPUs, and if the user has set the length of the run.
+    `config_values` are set in a copy of the initial `config`, as far as they are sizes.
     """
-    has_number = options.epochs is not None or options.max_steps is not None
-    if has_number or PartialState().device.type != "cpu":
-        return math.inf
-
-    config = copy.deepcopy(initial.config)
-    for name, value in options.get_config_values().items():
+    config = copy.deepcopy(config)
+    for name, value in config_values.items():
         if name in SIZE_FLAGS:
             setattr(config, name, value)
 
@@ -192,20 +177,22 @@ def compute_max_epochs(
     return max(1.0, MAX_CPU_FLOPS // (step_flops * num_training_images))
 
 
-def get_training_method(options: TrainOptions, has_random_weights: bool) -> TrainingMethod:
+def get_training_method(
+    is_pretraining: bool, trainable: str, has_random_weights: bool
+) -> TrainingMethod:
     """Return the method that determines the defaults."""
-    if isinstance(options, PretrainOptions):
+    if is_pretraining:
         return "self-supervised"
-    if options.trainable in ("head", "lora"):
-        return "LoRA" if options.trainable == "lora" else "new head on frozen weights"
+    if trainable in ("head", "lora"):
+        return "LoRA" if trainable == "lora" else "new head on frozen weights"
     return "random weights" if has_random_weights else "pre-trained weights"
 
 
 def choose_learning_rate(method: TrainingMethod, width: int) -> float:
     """Return the default learning rate, rounded to two significant digits."""
-    rule = LEARNING_RATES[method]
-    rate = rule.rate * (rule.width / width) ** rule.power
-    return float(f"{min(max(rate, rule.minimum), rule.maximum):.1e}")
+    rate, rate_width, power, minimum, maximum = LEARNING_RATES[method]
+    rate *= (rate_width / width) ** power
+    return float(f"{min(max(rate, minimum), maximum):.1e}")
 
 
 def describe_random_weights(initial: InitialModel) -> str | None:

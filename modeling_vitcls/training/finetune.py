@@ -13,6 +13,7 @@ After the run, the output folder contains:
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -72,7 +73,13 @@ class FineTuning:
         """Read the labels and keys of the images. Steps that select read validation and test."""
         can_be_frozen = not initial.has_random_weights
         images = load_undivided_images(options, options.needs_selection or can_be_frozen)
-        check_label_kind(options, images.label_space.kind)
+        check_label_kind(
+            images.label_space.kind,
+            mixup=options.mixup,
+            cutmix=options.cutmix,
+            class_balance=options.class_balance,
+            teacher=options.teacher,
+        )
         return images
 
     def build_setup(
@@ -85,7 +92,9 @@ class FineTuning:
         """Load the model and the teacher, freeze parameters, and prepare loss and evaluation."""
         accelerator = reporter.accelerator
         labels = images.label_space
-        model, processor, new_parameter_names = build_model(options, initial, labels)
+        model, processor, new_parameter_names = build_model(
+            initial, labels, options.get_config_values(), options.resize, options.bit_depth
+        )
         teacher = None
         if options.teacher is not None:
             teacher = load_teacher(options.teacher, labels, model.config, accelerator.device)
@@ -176,7 +185,18 @@ def build_objective(
     mixer = None
     if options.mixup or options.cutmix:
         mixer = BatchMixer(options, len(labels.names))
-    label_loss = build_label_loss(options, data, accelerator.device)
+    class_weights = None
+    if options.class_balance == "weights":
+        class_weights = compute_class_weights(data.train.labels, len(labels.names))
+        class_weights = class_weights.to(accelerator.device)
+    functions: dict[str, Callable[..., torch.Tensor]] = {
+        "single_label_classification": partial(
+            losses.compute_single_label_loss, class_weights=class_weights
+        ),
+        "multi_label_classification": losses.compute_multi_label_loss,
+        "multi_task": losses.compute_multi_task_loss,
+    }
+    label_loss = partial(functions[labels.kind], label_smoothing=options.label_smoothing)
     if teacher is None:
         return losses.LabelObjective(normalize, label_loss, mixer)
 
@@ -191,36 +211,13 @@ def build_objective(
     return losses.LabelObjective(normalize, label_loss, mixer, compute_loss, alpha)
 
 
-def build_label_loss(
-    options: FinetuneOptions, data: TrainingData, device: torch.device
-) -> losses.LabelLossFunction:
-    labels = data.label_space
-    class_weights = None
-    if options.class_balance == "weights":
-        class_weights = compute_class_weights(data.train.labels, len(labels.names)).to(device)
-    functions: dict[str, Callable[..., torch.Tensor]] = {
-        "single_label_classification": partial(
-            losses.compute_single_label_loss, class_weights=class_weights
-        ),
-        "multi_label_classification": losses.compute_multi_label_loss,
-        "multi_task": losses.compute_multi_task_loss,
-    }
-    return partial(functions[labels.kind], label_smoothing=options.label_smoothing)
-
-
 # Checks -------------------------------------------------------------------------------------------
 
 
-def check_label_kind(options: FinetuneOptions, kind: str) -> None:
+def check_label_kind(kind: str, **flags: Any) -> None:
     """Raise ValueError for a flag that requires one label per image, if the labels are others."""
-    flags = {
-        "mixup": bool(options.mixup),
-        "cutmix": bool(options.cutmix),
-        "class_balance": options.class_balance != "none",
-        "teacher": options.teacher is not None,
-    }
-    for flag, is_set in flags.items():
-        if is_set and kind != "single_label_classification":
+    for flag, value in flags.items():
+        if value not in (0, None, "none") and kind != "single_label_classification":
             raise ValueError(
                 f"`{flag}` requires one label per image, but the labels are {kind}. Remove `{flag}`"
             )

@@ -14,7 +14,7 @@ The mask token is already frozen and remains frozen.
 
 import copy
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,6 @@ from ..model.blocks_vitcls import ViTCLSEmbeddings, ViTCLSLayer
 from ..model.configuration_vitcls import PRESETS, ViTCLSConfig
 from ..model.image_processing_vitcls import ViTCLSImageProcessor
 from ..model.modeling_vitcls import ViTCLSModel
-from .options import FinetuneOptions, ModelOptions
 
 
 # Image sides in pixels: largest side that is kept, and its replacement.
@@ -75,15 +74,19 @@ def resolve_initial_model(name: str) -> InitialModel:
 
 
 def build_model(
-    options: ModelOptions, initial: InitialModel, label_space: LabelSpace
+    initial: InitialModel,
+    label_space: LabelSpace,
+    config_values: dict[str, Any],
+    resize: str | None = None,
+    bit_depth: int | None = None,
 ) -> tuple[Classifier, ViTCLSImageProcessor, set[str]]:
     """Build a preset with random weights, or load a checkpoint.
 
     Return the model, the image processor, and the names of the parameters that are not loaded from
     a checkpoint. A classifier in the checkpoint is kept only if the classifier has the labels of
-    `label_space`. Multi-task models have one CLS token per task.
+    `label_space`. Multi-task models have one CLS token per task. The other arguments are those of
+    the configuration and of the image processor that replace the stored ones.
     """
-    config_values = options.get_config_values()
     if label_space.kind == "multi_task":
         config_values = {"num_cls_tokens": len(label_space.columns)} | config_values
 
@@ -107,26 +110,23 @@ def build_model(
     model.config.class_statistics = model.config.distance_threshold = None
     model.class_distance = None
 
-    set_resize(processor, options.resize or get_resize(processor), model.config.image_height_width)
-    processor.bit_depth = options.bit_depth or processor.bit_depth
+    set_resize(processor, resize or get_resize(processor), model.config.image_height_width)
+    processor.bit_depth = bit_depth or processor.bit_depth
     return model, processor, new_parameter_names
 
 
 def choose_image_size(
-    options: FinetuneOptions, initial: InitialModel
-) -> tuple[FinetuneOptions, str | None]:
-    """Return the options with an image size, and a line with the reason and the cost.
+    folder: Path, config_values: dict[str, Any]
+) -> tuple[tuple[int, int] | None, str | None]:
+    """Choose 224 pixels in place of a large native side of a checkpoint, which costs too much.
 
-    Large images of a checkpoint are replaced with images of 224 pixels, unless `--image-size` is
-    set.
+    Also return a line with the reason and the cost. Both are None for a small side.
     """
-    if options.image_size is not None or initial.folder is None:
-        return options, None
-    config = ViTCLSConfig.from_pretrained(initial.folder.path, **options.get_config_values())
+    config = ViTCLSConfig.from_pretrained(folder, **config_values)
     native_size = config.image_height_width
     patch_size = config.patch_height_width
     if max(native_size) <= MAX_NATIVE_SIDE:
-        return options, None
+        return None, None
 
     scale = FINETUNING_SIDE / max(native_size)
     size = [
@@ -142,7 +142,7 @@ def choose_image_size(
         for height, width in (size, native_size)
     )
 
-    return replace(options, image_size=(size[0], size[1])), (
+    return (size[0], size[1]), (
         f"{size_text} px: {costs[0]} GFLOP per image; native {native_text} px: {costs[1]}. A "
         f"native side of more than {MAX_NATIVE_SIDE} px is reduced for fine-tuning; "
         "`image_size='native'` keeps it"
@@ -157,7 +157,7 @@ def load_with_label_space(
     The classifier is new, unless the checkpoint has a classifier with the same labels. Return the
     model, and the names of the newly initialized parameters.
     """
-    assert initial.folder is not None
+    assert initial.folder is not None, "a preset has no checkpoint to load"
     stored_config = initial.config
     model_class = CLASSIFIER_CLASSES[label_space.kind]
     # fitted to features that fine-tuning changes

@@ -13,6 +13,7 @@ The folder is locked (runtime/staging.py).
 """
 
 import shutil
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -55,8 +56,6 @@ from ..runtime.staging import STAGING_FOLDER, stage_files
 from .checkpoints import WRITE_ERRORS, Checkpoint, CheckpointStore, Tensors
 from .distributed_state import gather_weights
 from .model import InitialModel, merge_lora
-from .options import FinetuneOptions, TrainOptions
-from .resume import replace_sources
 from .training_setup import TrainingSetup
 
 
@@ -80,19 +79,11 @@ FINAL_FILE_PATTERNS = (
 CHECKPOINTS_FOLDER = "checkpoints"
 
 
-def check_replaceable(options: TrainOptions, store: CheckpointStore) -> None:
-    """Raise ValueError if a new run would replace files without `overwrite=True`.
+def check_replaceable(folder: Path, store: CheckpointStore) -> None:
+    """Raise ValueError if a run without `overwrite=True` would replace files.
 
-    Files that no run has written count, too.
-
-    Also raise ValueError if --overwrite would remove the initial model or the teacher. `store`
-    contains the checkpoints in the output folder.
+    Files that no run has written count, too. `store` contains the checkpoints in the folder.
     """
-    folder = options.output_dir
-    if options.overwrite:
-        check_sources_not_removed(options)
-        return
-
     if is_finished(folder):
         raise ValueError(
             f"{folder} contains a finished run. Set `overwrite=True`, or choose a different "
@@ -119,20 +110,19 @@ def is_finished(folder: Path) -> bool:
     return (folder / RESULTS_FILE).exists() and (folder / CONFIG_FILE).exists()
 
 
-def check_sources_not_removed(options: TrainOptions) -> None:
-    """Raise ValueError if --overwrite would remove the initial model or the teacher."""
-    folder = options.output_dir.resolve()
+def check_sources_not_removed(folder: Path, sources: Mapping[str, str | None]) -> None:
+    """Raise ValueError if `overwrite=True` would remove the initial model or the teacher.
 
-    def check(flag: str, source: str) -> str:
-        path = Path(split_prefix(source)[1]).resolve()
+    `sources` contains them by flag.
+    """
+    folder = folder.resolve()
+    for flag, source in sources.items():
+        path = Path(split_prefix(source or "")[1]).resolve()
         if is_local(source) and folder in (path, *path.parents):
             raise ValueError(
                 f"`overwrite=True` would remove the `{flag}` in {folder}. Choose a different "
                 "`output_dir`"
             )
-        return source
-
-    replace_sources(options, check)
 
 
 def remove_run_files(folder: Path, store: CheckpointStore) -> None:
@@ -181,12 +171,14 @@ def list_final_files(folder: Path) -> list[str]:
 
 
 def save_output(
+    output_dir: Path,
     setup: TrainingSetup,
     data: TrainingData,
     results: dict[str, Any],
-    options: TrainOptions,
-    initial: InitialModel,
     accelerator: Accelerator,
+    *,
+    initial: InitialModel,
+    teacher: str | None,
     predictions: Predictions | None,
     nearest_images: dict[int, list[str]] | None,
 ) -> None:
@@ -208,7 +200,7 @@ def save_output(
             # A run that is killed at any time is continued by --resume: config.json marks the folder
             # as that of a model, and results.json the run as finished.
             with (
-                stage_files(options.output_dir, CONFIG_FILE, RESULTS_FILE) as folder,
+                stage_files(output_dir, CONFIG_FILE, RESULTS_FILE) as folder,
                 silence_transformers(),
             ):
                 write_model_files(
@@ -216,8 +208,8 @@ def save_output(
                     folder,
                     weights=weights,
                     results=results,
-                    options=options,
                     initial=initial,
+                    teacher=teacher,
                 )
                 write_splits(data.build_splits_table(), folder)
                 if predictions is not None:
@@ -231,7 +223,7 @@ def save_output(
         run_on_main(accelerator, write)
     except OSError as error:
         raise RunStopped(
-            f"cannot write the model to {options.output_dir}: {format_error(error)}. Then repeat "
+            f"cannot write the model to {output_dir}: {format_error(error)}. Then repeat "
             "the command with `resume=True`"
         ) from error
 
@@ -241,8 +233,8 @@ def write_model_files(
     folder: Path,
     weights: Tensors,
     results: dict[str, Any],
-    options: TrainOptions,
     initial: InitialModel,
+    teacher: str | None,
 ) -> None:
     """Write weights, configuration, code, image processor and results.
 
@@ -269,8 +261,8 @@ def write_model_files(
         provenance = find_provenance(initial.name)
         provenance.copy_license(folder)
         results["provenance"] = provenance.to_dict()
-    if isinstance(options, FinetuneOptions) and options.teacher is not None:
-        results["teacher_provenance"] = find_provenance(options.teacher).to_dict()
+    if teacher is not None:
+        results["teacher_provenance"] = find_provenance(teacher).to_dict()
 
     # `model` may be sharded
     saved_model = unsharded_class.from_pretrained(folder).to(model.device).eval()

@@ -35,7 +35,7 @@ from .lejepa import LeJEPA, LeJEPAObjective
 from .losses import Objective
 from .mae import MAE, MAEObjective, build_decoder_config, draw_masks
 from .model import InitialModel
-from .options import ModelOptions, PretrainOptions
+from .options import PretrainOptions
 from .reporter import Reporter
 from .training_setup import TrainingSetup, build_evaluator_arguments
 
@@ -81,7 +81,9 @@ class PreTraining:
         reporter: Reporter,
     ) -> TrainingSetup:
         """Load the model, and build loss and evaluation."""
-        encoder, processor = build_encoder(options, initial)
+        encoder, processor = build_encoder(
+            initial, options.get_config_values(), options.resize, options.bit_depth
+        )
         config = encoder.config
         device = reporter.accelerator.device
         normalize = Normalizer(processor, device)
@@ -252,13 +254,14 @@ def compute_effective_rank(features: np.ndarray) -> float:
 
 
 def build_encoder(
-    options: ModelOptions, initial: InitialModel
+    initial: InitialModel,
+    config_values: dict[str, Any],
+    resize: str | None = None,
+    bit_depth: int | None = None,
 ) -> tuple[ViTCLSModel, ViTCLSImageProcessor]:
-    """Build the encoder from a preset or a checkpoint."""
-    name = initial.name
-    config_values = options.get_config_values()
+    """Build the encoder from a preset or a checkpoint; the other arguments as in `build_model`."""
     if initial.folder is None:
-        encoder = ViTCLSModel(ViTCLSConfig.from_preset(name, **config_values))
+        encoder = ViTCLSModel(ViTCLSConfig.from_preset(initial.name, **config_values))
         processor = ViTCLSImageProcessor()
     else:
         encoder, _ = initial.folder.load_partly(
@@ -273,6 +276,6 @@ def build_encoder(
     if encoder.embeddings.mask_token is not None:
         # not used; DDP requires gradients of all parameters
         encoder.embeddings.mask_token.requires_grad_(False)
-    set_resize(processor, options.resize or get_resize(processor), config.image_height_width)
-    processor.bit_depth = options.bit_depth or processor.bit_depth
+    set_resize(processor, resize or get_resize(processor), config.image_height_width)
+    processor.bit_depth = bit_depth or processor.bit_depth
     return encoder, processor

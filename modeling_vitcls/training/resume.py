@@ -11,24 +11,18 @@ A resumed run may set a flag as before, or to the value that was derived for it.
 taken from the record, so that they do not depend on the machine that resumes the run.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Iterable
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
-from ..conversion.open_model import is_preset, pin_revision
 from ..data.splits import describe_change
-from ..hub.local_paths import (
-    is_same_source,
-    make_relative,
-    resolve_name,
-)
+from ..hub.local_paths import is_same_source, make_relative
 from ..hub.model_files import CONFIG_FILE, RECIPE_FILE, RESULTS_FILE
 from ..runtime.files import read_json, read_text
-from ..runtime.flags import to_flags
-from .options import ModelOptions, PretrainOptions, TrainOptions
+from .options import ModelOptions, TrainOptions
 
 
 # Flags that may change on --resume, because these flags do not affect the result.
@@ -40,7 +34,8 @@ CHANGEABLE_FLAGS = (
     "mixed_precision"
 ).split()
 # flags whose values may be paths
-PATH_FLAGS = ("dataset", "model", "teacher")
+SOURCE_FLAGS = ("model", "teacher")
+PATH_FLAGS = ("dataset", *SOURCE_FLAGS)
 # flags of the model whose values are not in its configuration as they are set, or are chosen by the
 # probe after the start
 FLAGS_NOT_IN_CONFIG = ("model", "resize", "bit_depth", "cls_scopes", "pooling", "pooled_layers")
@@ -48,113 +43,80 @@ CONFIG_FLAGS = [
     field.name for field in fields(ModelOptions) if field.name not in FLAGS_NOT_IN_CONFIG
 ]
 
-
-@dataclass(frozen=True)
-class RecordedFlags:
-    """The flags of a run, and the values that were derived for flags that were not set."""
-
-    flags: dict[str, Any]
-    chosen: dict[str, Any]
-    config: dict[str, Any]
+Options = TypeVar("Options", bound=TrainOptions)
+FlagsRecord = dict[str, dict[str, Any]]  # "flags", "chosen" and "config"
 
 
-def resolve_local_paths(options: TrainOptions) -> TrainOptions:
-    """Return the options with absolute paths for a local dataset, model and teacher."""
-    dataset = resolve_name(options.dataset)
-    options = replace(options, dataset=dataset)
-    return replace_sources(options, lambda flag, source: resolve_name(source))
+def convert_sources(
+    options: Options, convert: Callable[[str], str], flags: Iterable[str] = PATH_FLAGS
+) -> Options:
+    """Replace the dataset, the model and the teacher, as far as they are set and among `flags`."""
+    values: dict[str, Any] = {name: getattr(options, name, None) for name in flags}
+    return replace(
+        options, **{name: convert(value) for name, value in values.items() if value is not None}
+    )
 
 
-def pin_models(options: TrainOptions) -> TrainOptions:
-    """Return the options with Hub models pinned to commits.
-
-    Raise ValueError or OSError if a model cannot be found.
-    """
-
-    def pin(flag: str, source: str) -> str:
-        return source if flag == "model" and is_preset(source) else pin_revision(source)
-
-    return replace_sources(options, pin)
-
-
-def replace_sources(options: TrainOptions, convert: Callable[[str, str], str]) -> TrainOptions:
-    """Return the options with another model and teacher: `convert(flag, value)`."""
-    options = replace(options, model=convert("model", options.model))
-    if isinstance(options, PretrainOptions) or options.teacher is None:
-        return options
-    teacher = convert("teacher", options.teacher)
-    return replace(options, teacher=teacher)
-
-
-def get_relative_flags(options: TrainOptions) -> dict[str, Any]:
-    """Return all flags of the run, with paths relative to the current directory."""
-    options = replace_sources(options, lambda _, source: make_relative(source))
-    flags = to_flags(replace(options, dataset=make_relative(options.dataset)))
-    return flags | {"output_dir": make_relative(flags["output_dir"])}
+def make_flags_relative(flags: dict[str, Any]) -> dict[str, Any]:
+    """Make the local paths among the flags relative to the current directory."""
+    names = (*PATH_FLAGS, "output_dir")
+    return {name: make_relative(flags[name]) if name in names else flags[name] for name in flags}
 
 
 def build_flags_record(
-    asked: TrainOptions,
-    options: TrainOptions,
+    flags: dict[str, Any],
+    used_flags: dict[str, Any],
     config: dict[str, Any],
-    recorded: RecordedFlags | None,
-) -> dict[str, Any]:
-    """Return the fields of `RecordedFlags` for a checkpoint.
+    recorded: FlagsRecord | None,
+) -> FlagsRecord:
+    """Build the record of the flags for a checkpoint.
 
     Args:
-        asked: the options as the person set them.
-        options: the options of the run.
+        flags: the flags as the person set them.
+        used_flags: the flags of the run, with derived values.
         config: the configuration of the model.
         recorded: the record of the run that is resumed, whose derived values stay derived.
     """
-    asked_flags = to_flags(asked)
-    flags = get_relative_flags(asked)
-    chosen = {
-        name: value for name, value in to_flags(options).items() if value != asked_flags[name]
-    }
+    chosen = {name: value for name, value in used_flags.items() if value != flags[name]}
+    flags = make_flags_relative(flags)
     if recorded is not None:
-        derived_names = (recorded.chosen.keys() | recorded.config.keys()).difference(PATH_FLAGS)
-        flags |= {name: recorded.flags[name] for name in derived_names}
-        chosen = recorded.chosen | chosen
+        derived = (recorded["chosen"].keys() | recorded["config"].keys()).difference(PATH_FLAGS)
+        flags |= {name: recorded["flags"][name] for name in derived}
+        chosen = recorded["chosen"] | chosen
     config = {name: config[name] for name in CONFIG_FLAGS if name in config}
     return {"flags": flags, "chosen": chosen, "config": config}
 
 
-def read_finished_flags(folder: Path) -> RecordedFlags:
-    """Return the flags of a finished run, which has no checkpoints, from its files."""
+def read_finished_flags(folder: Path) -> FlagsRecord:
+    """Read the record of a finished run, which has no checkpoints, from its other files."""
     flags = yaml.safe_load(read_text(folder / RECIPE_FILE))
     chosen = read_json(folder / RESULTS_FILE).get("chosen_flags", {})
     unset = {name: None for name in chosen if name not in PATH_FLAGS}
-    return RecordedFlags(flags | unset, chosen, read_json(folder / CONFIG_FILE))
+    return {"flags": flags | unset, "chosen": chosen, "config": read_json(folder / CONFIG_FILE)}
 
 
-def use_chosen_values(options: TrainOptions, chosen: dict[str, Any]) -> TrainOptions:
-    """Return the options with the values that were derived when the run was started.
+def select_chosen_values(chosen: dict[str, Any], flags: dict[str, Any]) -> dict[str, Any]:
+    """Select the values that a resumed run takes from its start: of unset flags, and commits.
 
-    The flags of the resumed run are checked (`check_flags_unchanged`).
+    The set ones are compared instead (`check_flags_unchanged`).
     """
-    values: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value
-        for name, value in chosen.items()
-        if getattr(options, name) is None or name in PATH_FLAGS
+    return {
+        name: value for name, value in chosen.items() if flags[name] is None or name in PATH_FLAGS
     }
-    return replace(options, **values)
 
 
-def check_flags_unchanged(recorded: RecordedFlags, asked: dict[str, Any], folder: Path) -> None:
+def check_flags_unchanged(recorded: FlagsRecord, flags: dict[str, Any], folder: Path) -> None:
     """Raise ValueError if the flags of a resumed run differ from those of the run.
 
     Args:
-        recorded: the flags of the run in `folder`.
-        asked: the flags of the resumed run, as the person set them.
+        recorded: the record of the run in `folder`.
+        flags: the flags of the resumed run, as the person set them.
         folder: output folder.
     """
-    for name, value in recorded.flags.items():
-        current_value = asked.get(name)
-        accepted_values = [
-            value,
-            *(values[name] for values in (recorded.chosen, recorded.config) if name in values),
-        ]
+    derived = (recorded["chosen"], recorded["config"])
+    for name, value in recorded["flags"].items():
+        current_value = flags.get(name)
+        accepted_values = [value, *(values[name] for values in derived if name in values)]
         if name in CHANGEABLE_FLAGS or any(
             is_same_value(name, accepted, current_value) for accepted in accepted_values
         ):

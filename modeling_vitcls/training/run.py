@@ -28,6 +28,7 @@ from ..data.image_folder import check_output_is_not_read
 from ..data.images import LabeledImages, UnreadableImageCounter
 from ..data.splits import TrainingData
 from ..data.workers import explain_worker_errors
+from ..hub.local_paths import resolve_name
 from ..inference.class_statistics import ClassStatistics, Token
 from ..inference.evaluator import Evaluator, Predictions
 from ..inference.frozen_features import FeatureLayout
@@ -63,7 +64,7 @@ from .probe import (
     ignore_message,
 )
 from .reporter import describe_batches
-from .resume import format_flag_value, get_relative_flags, resolve_local_paths
+from .resume import convert_sources, format_flag_value, make_flags_relative
 from .run_inputs import Launch, RunInputs, load, set_up
 from .run_results import (
     Outcome,
@@ -90,7 +91,7 @@ def train(options: TrainOptions) -> Path:
     """
     check_preset_name(options.model)
     recipe: Recipe = PreTraining() if isinstance(options, PretrainOptions) else FineTuning()
-    options = resolve_local_paths(options)
+    options = convert_sources(options, resolve_name)
     check_output_is_not_read(options.output_dir, options.dataset)
     return run(recipe, options)
 
@@ -122,7 +123,13 @@ def run(recipe: Recipe, asked: TrainOptions) -> Path:
         record = run_on_main(accelerator, partial(build_run_record, plan, data, inputs, launch))
         run_on_main(
             accelerator,
-            partial(prepare, folder, launch.store, get_relative_flags(options), launch.checkpoint),
+            partial(
+                prepare,
+                folder,
+                launch.store,
+                make_flags_relative(to_flags(options)),
+                launch.checkpoint,
+            ),
         )
         print_summary(inputs, plan, data, launch)
 
@@ -135,12 +142,13 @@ def run(recipe: Recipe, asked: TrainOptions) -> Path:
         chosen_flags = record["flags"]["chosen"]
         results = build_results(inputs, data, outcome, chosen_flags, accelerator)
         save_output(
+            folder,
             inputs.setup,
             data,
             results,
-            options,
-            inputs.initial,
             accelerator,
+            initial=inputs.initial,
+            teacher=getattr(options, "teacher", None),
             predictions=outcome.predictions,
             nearest_images=outcome.nearest_images,
         )
@@ -229,7 +237,7 @@ def run_steps(
     ):
         loop = build_loop(setup, plan, data, launch, signals, selection, metadata)
         # closing stops the data loading workers
-        with closing(iterate_batches(setup, plan, data, loop)) as batches:
+        with closing(iterate_augmented_batches(setup, plan, data, loop)) as batches:
             metrics = loop.run(batches)
         step = set_saved_weights(loop, plan)
     model = loop.state.model.eval()
@@ -365,7 +373,7 @@ def build_loop(
     return loop
 
 
-def iterate_batches(
+def iterate_augmented_batches(
     setup: TrainingSetup, plan: RunPlan, data: TrainingData, loop: TrainingLoop
 ) -> Generator[Batch, None, None]:
     """Yield the augmented images of this process, from the step on that the loop continues."""

@@ -5,12 +5,13 @@ inputs = load(recipe, launch)         labels and keys of all images, the model w
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
+from ..conversion.open_model import is_preset, pin_revision
 from ..data.splits import UndividedImages, load_on_main
 from ..runtime.distributed import build_accelerator, run_on_main, set_mixed_precision
 from ..runtime.flags import to_flags
@@ -20,15 +21,15 @@ from . import output_folder
 from .checkpoints import Checkpoint, CheckpointStore
 from .defaults import describe_random_weights, resolve_defaults
 from .model import InitialModel, choose_image_size, resolve_initial_model
-from .options import FinetuneOptions, TrainOptions
+from .options import PretrainOptions, TrainOptions
 from .output_folder import CHECKPOINTS_FOLDER
 from .reporter import Reporter
 from .resume import (
-    RecordedFlags,
+    SOURCE_FLAGS,
     check_flags_unchanged,
-    pin_models,
+    convert_sources,
     read_finished_flags,
-    use_chosen_values,
+    select_chosen_values,
 )
 from .training_setup import Recipe, TrainingSetup
 
@@ -95,11 +96,13 @@ def open_folder(
         check_flags_unchanged(read_finished_flags(folder), to_flags(asked), folder)
         return None, True
     checkpoint = store.load_newest(warn) if asked.resume else None
-    if checkpoint is None:
-        output_folder.check_replaceable(asked, store)
-        return None, False
-    recorded = RecordedFlags(**checkpoint.metadata["flags"])
-    check_flags_unchanged(recorded, to_flags(asked), folder)
+    if checkpoint is not None:
+        check_flags_unchanged(checkpoint.metadata["flags"], to_flags(asked), folder)
+    elif asked.overwrite:
+        sources = {name: getattr(asked, name, None) for name in SOURCE_FLAGS}
+        output_folder.check_sources_not_removed(folder, sources)
+    else:
+        output_folder.check_replaceable(folder, store)
     return checkpoint, False
 
 
@@ -111,18 +114,24 @@ def load(recipe: Recipe, launch: Launch) -> RunInputs:
     recorded_precision = None
     if checkpoint is not None:
         # not derived again: another machine might derive other values
-        options = use_chosen_values(options, checkpoint.metadata["flags"]["chosen"])
+        chosen = checkpoint.metadata["flags"]["chosen"]
+        options = replace(options, **select_chosen_values(chosen, to_flags(options)))
         recorded_precision = checkpoint.metadata["mixed_precision"]
     with accelerator.main_process_first():  # only the main process downloads files
-        options = pin_models(options)
+        # a preset is on no Hub
+        pinned = ("teacher",) if is_preset(options.model) else SOURCE_FLAGS
+        options = convert_sources(options, pin_revision, pinned)
         initial = resolve_initial_model(options.model)
     load_images = partial(recipe.load_images, options, initial)
     images = load_on_main(accelerator, options.dataset, load_images)
 
     with accelerator.main_process_first():
         size_line = None
-        if isinstance(options, FinetuneOptions):
-            options, size_line = choose_image_size(options, initial)
+        keeps_size = isinstance(options, PretrainOptions) or options.image_size is not None
+        if not keeps_size and initial.folder is not None:
+            config_values = options.get_config_values()
+            size, size_line = choose_image_size(initial.folder.path, config_values)
+            options = replace(options, image_size=size)
         options, defaults_line = resolve_defaults(options, initial, len(images.train))
         setup = recipe.build_setup(options, initial, images, launch.reporter)
         forward_flops = (setup.encoder or setup.model).flops()

@@ -96,7 +96,9 @@ def prepare_setup(options: Any) -> SimpleNamespace:
 
 def build_initial_model(options: ModelOptions, label_space: LabelSpace) -> Any:
     """Return model, image processor and names of new parameters, as at a run's start."""
-    return build_model(options, resolve_initial_model(options.model), label_space)
+    initial = resolve_initial_model(options.model)
+    config_values = options.get_config_values()
+    return build_model(initial, label_space, config_values, options.resize, options.bit_depth)
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

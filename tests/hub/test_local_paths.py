@@ -23,10 +23,9 @@ from modeling_vitcls.training.options import (
     PretrainOptions,
 )
 from modeling_vitcls.training.resume import (
-    RecordedFlags,
     check_flags_unchanged,
-    get_relative_flags,
-    resolve_local_paths,
+    convert_sources,
+    make_flags_relative,
 )
 
 
@@ -102,7 +101,7 @@ def write_recipe(options: FinetuneOptions) -> None:
     """Write config.resolved.yaml, as a run does."""
     options.output_dir.mkdir(parents=True, exist_ok=True)
     store = CheckpointStore(options.output_dir / "checkpoints", num_kept=1)
-    output_folder.prepare(options.output_dir, store, get_relative_flags(options), None)
+    output_folder.prepare(options.output_dir, store, make_flags_relative(to_flags(options)), None)
 
 
 def test_files_of_a_run_contain_no_local_paths(
@@ -110,7 +109,7 @@ def test_files_of_a_run_contain_no_local_paths(
 ) -> None:
     """The files repeat the run from the same folder, and show that data and teacher are local."""
     folder = tmp_path / "runs" / "mine"
-    options = resolve_local_paths(options_of(folder, str(tmp_path / "clinic" / "scans")))
+    options = convert_sources(options_of(folder, str(tmp_path / "clinic" / "scans")), resolve_name)
     write_recipe(options)
 
     text = (folder / "config.resolved.yaml").read_text()
@@ -119,7 +118,7 @@ def test_files_of_a_run_contain_no_local_paths(
     assert (flags["model"], flags["teacher"]) == ("vitcls-tiny", "timm:resnet18@./weights.pt")
     assert str(tmp_path) not in text
 
-    recorded = RecordedFlags(get_relative_flags(options), chosen={}, config={})
+    recorded = {"flags": make_flags_relative(to_flags(options)), "chosen": {}, "config": {}}
     check_flags_unchanged(recorded, to_flags(options), folder)
 
     monkeypatch.chdir(tmp_path / "clinic")  # the dataset is a local folder, from any working folder
@@ -149,10 +148,10 @@ def test_relative_names_are_resolved_to_the_same_path(here: Path, name: str, rel
 
 def test_a_folder_takes_precedence_over_built_in_data(here: Path, tmp_path: Path) -> None:
     (here / "vitcls-tiny").mkdir(exist_ok=True)
-    options = resolve_local_paths(options_of(tmp_path / "run", "digits"))
+    options = convert_sources(options_of(tmp_path / "run", "digits"), resolve_name)
     assert (options.dataset, options.model) == (f"{here}/digits", f"{here}/vitcls-tiny")
-    pretraining = resolve_local_paths(
-        PretrainOptions(output_dir=tmp_path, dataset="data/teach", model="acme/data")
+    pretraining = convert_sources(
+        PretrainOptions(output_dir=tmp_path, dataset="data/teach", model="acme/data"), resolve_name
     )
     assert (pretraining.dataset, pretraining.model) == (
         f"{here}/data/teach",
@@ -162,10 +161,10 @@ def test_a_folder_takes_precedence_over_built_in_data(here: Path, tmp_path: Path
 
 def test_a_run_is_resumed_with_another_spelling_of_its_data(here: Path, tmp_path: Path) -> None:
     def flags(dataset: str) -> dict[str, Any]:
-        return to_flags(resolve_local_paths(options_of(tmp_path / "run", dataset)))
+        return to_flags(convert_sources(options_of(tmp_path / "run", dataset), resolve_name))
 
     def check(stored: dict[str, Any], current: dict[str, Any]) -> None:
-        check_flags_unchanged(RecordedFlags(stored, chosen={}, config={}), current, tmp_path)
+        check_flags_unchanged({"flags": stored, "chosen": {}, "config": {}}, current, tmp_path)
 
     before = flags("data/teach")
     assert before["dataset"] == f"{here}/data/teach"

@@ -178,7 +178,8 @@ def test_checkpoints_in_bfloat16_are_trained_in_float32(names: list[str], tmp_pa
     model, _, new_names = build_initial_model(
         options, LabelSpace("single_label_classification", {"label": names})
     )
-    encoder, _ = build_encoder(options, resolve_initial_model(options.model))
+    initial = resolve_initial_model(options.model)
+    encoder, _ = build_encoder(initial, options.get_config_values())
     for vit in (model.vitcls, encoder):
         assert {parameter.dtype for parameter in vit.parameters()} == {torch.float32}
         frozen = [name for name, parameter in vit.named_parameters() if not parameter.requires_grad]
@@ -258,12 +259,10 @@ def test_contradictory_flags_are_errors(flags: dict[str, Any], named: tuple[str,
 def test_mixing_balancing_and_labeled_teachers_require_one_label_per_image(
     flag: str, value: Any
 ) -> None:
-    flags = {"output_dir": "out", "dataset": "digits", "model": "some/checkpoint", flag: value}
-    options = build_options(FinetuneOptions, **flags)
-    check_label_kind(options, "single_label_classification")
+    check_label_kind("single_label_classification", **{flag: value})
     for kind in ("multi_label_classification", "multi_task"):
         with raises_one_line(f"`{flag}`", kind):
-            check_label_kind(options, kind)
+            check_label_kind(kind, **{flag: value})
 
 
 LAYOUT: dict[str, Any] = {"num_distillation_tokens": 1, "num_register_tokens": 2}
@@ -448,7 +447,9 @@ def test_large_checkpoints_are_fine_tuned_at_224_pixels(
     encoder = ViTCLSModel(config)
     save_with_processor(encoder, tmp_path, ViTCLSImageProcessor(size=config.image_height_width))
     options = ModelOptions(model=str(tmp_path), image_size=flag)
-    options, _ = choose_image_size(options, resolve_initial_model(options.model))
+    if flag is None:
+        size, _ = choose_image_size(tmp_path, options.get_config_values())
+        options = ModelOptions(model=str(tmp_path), image_size=size)
     label_space = LabelSpace("single_label_classification", {"label": ["yes", "no"]})
 
     model, processor, _ = build_initial_model(options, label_space)

@@ -16,19 +16,20 @@ from helpers.tiny_models import raises_one_line
 from helpers.tiny_options import build_tiny_options, run_training
 from helpers.warm_processes import READY, SECONDS
 
+from modeling_vitcls.hub.local_paths import resolve_name
 from modeling_vitcls.runtime import staging
 from modeling_vitcls.runtime.errors import RunStopped
 from modeling_vitcls.runtime.staging import LOCK_FILE, FolderLock
 from modeling_vitcls.training import output_folder
 from modeling_vitcls.training import run as run_module
 from modeling_vitcls.training.checkpoints import CheckpointStore
-from modeling_vitcls.training.options import FinetuneOptions, PretrainOptions
+from modeling_vitcls.training.options import FinetuneOptions
 from modeling_vitcls.training.output_folder import (
     check_replaceable,
+    check_sources_not_removed,
     list_final_files,
     remove_run_files,
 )
-from modeling_vitcls.training.resume import resolve_local_paths
 
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("few_digits")]
@@ -160,7 +161,7 @@ def test_the_old_model_is_never_next_to_the_new_configuration(
     (
         earlier / "metrics.jsonl"
     ).touch()  # a run that was killed before its first checkpoint is replaced
-    check_replaceable(options_of(earlier), CheckpointStore(earlier / "checkpoints", num_kept=1))
+    check_replaceable(earlier, CheckpointStore(earlier / "checkpoints", num_kept=1))
     assert len(states) > 10
     assert "results.json" in states[0]
     # an incomplete run is never recognized as finished
@@ -193,11 +194,8 @@ def test_sources_in_the_output_folder_are_not_removed(
     monkeypatch.chdir(folder)  # Hub names are not folders in the output folder
 
     def check(**sources: object) -> None:
-        flags = {name: str(value) for name, value in sources.items()}
-        options = resolve_local_paths(
-            options_of(Path("../run"), overwrite=True, num_distillation_tokens=1, **flags)
-        )
-        check_replaceable(options, CheckpointStore(folder / "checkpoints", num_kept=1))
+        names = {flag: resolve_name(str(value)) for flag, value in sources.items()}
+        check_sources_not_removed(Path("../run"), names)
 
     for source in (inside, "models/mine", "../run", f"transformers:{inside}"):
         for flag in ("model", "teacher"):
@@ -205,11 +203,6 @@ def test_sources_in_the_output_folder_are_not_removed(
                 check(**{flag: source})
     for source in (beside, tmp_path, "acme/model"):
         check(model=source, teacher=source)
-    pretraining = build_tiny_options(
-        folder, "digits", PretrainOptions, overwrite=True, model=str(inside)
-    )
-    with raises_one_line("`overwrite=True` would remove the `model`"):
-        check_replaceable(pretraining, CheckpointStore(folder / "checkpoints", num_kept=1))
 
 
 @pytest.mark.parametrize(
@@ -263,7 +256,7 @@ def test_only_folders_of_runs_and_models_are_cleared(folder: Path, name: str | N
         for step in (1, 2):
             store.save(step, {"model": {"weight": torch.zeros(1)}}, {"step": step}, is_best=False)
         with raises_one_line("an unfinished run (step 2). Set `resume=True` or `overwrite=True`"):
-            check_replaceable(options_of(folder), store)
+            check_replaceable(folder, store)
     else:
         (folder / name).touch()
     remove_run_files(folder, store)

@@ -18,15 +18,16 @@ from helpers.tiny_models import raises_one_line
 
 from modeling_vitcls.cli import load_modules, main
 from modeling_vitcls.cli.parsing import parse_command_line
+from modeling_vitcls.hub.local_paths import resolve_name
 from modeling_vitcls.model.configuration_vitcls import to_pair
 from modeling_vitcls.runtime.files import read_json
 from modeling_vitcls.runtime.flags import get_flag_fields, to_arguments, to_flags
 from modeling_vitcls.training.options import FinetuneOptions
 from modeling_vitcls.training.reporter import Reporter
 from modeling_vitcls.training.resume import (
-    RecordedFlags,
+    FlagsRecord,
     check_flags_unchanged,
-    resolve_local_paths,
+    convert_sources,
 )
 
 
@@ -75,9 +76,9 @@ def interrupted(stopped: Path, tmp_path: Path) -> Path:
     return shutil.copytree(stopped, tmp_path / "run")
 
 
-def read_recorded_flags(folder: Path) -> RecordedFlags:
+def read_recorded_flags(folder: Path) -> FlagsRecord:
     (state,) = folder.glob("checkpoints/step-*/state.json")
-    return RecordedFlags(**read_json(state)["metadata"]["flags"])
+    return read_json(state)["metadata"]["flags"]
 
 
 @pytest.mark.parametrize(
@@ -106,14 +107,14 @@ def test_a_run_resumes_with_any_flag_spelled_as_the_value_that_it_used(
 ) -> None:
     """The value of a flag that is not set is derived, that of the configuration, or its default."""
     recorded = read_recorded_flags(stopped)
-    value: Any = recorded.flags[name]
-    for values in (recorded.config, recorded.chosen):
+    value: Any = recorded["flags"][name]
+    for values in (recorded["config"], recorded["chosen"]):
         value = values.get(name, value)
     words = [] if value in (None, [], ()) else to_arguments(name, value)
     arguments = [*command, "--output-dir", str(stopped), "--resume"]
     for more_words in ([], words):
         _, options = parse_command_line(load_modules(), [*arguments, *more_words])
-        check_flags_unchanged(recorded, to_flags(resolve_local_paths(options)), stopped)
+        check_flags_unchanged(recorded, to_flags(convert_sources(options, resolve_name)), stopped)
 
 
 @pytest.mark.parametrize(
@@ -128,14 +129,14 @@ def test_a_run_does_not_resume_with_another_value(
     name = words.split()[0].removeprefix("--").replace("-", "_")
     with raises_one_line(f"was started with `{name}`"):
         check_flags_unchanged(
-            read_recorded_flags(stopped), to_flags(resolve_local_paths(options)), stopped
+            read_recorded_flags(stopped), to_flags(convert_sources(options, resolve_name)), stopped
         )
 
 
 def test_a_resumed_run_keeps_the_values_that_were_derived_on_another_machine(
     command: list[str], interrupted: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    chosen = read_recorded_flags(interrupted).chosen
+    chosen = read_recorded_flags(interrupted)["chosen"]
     monkeypatch.setattr("modeling_vitcls.training.defaults.choose_learning_rate", lambda *_: 0.5)
     monkeypatch.setattr("modeling_vitcls.training.model.FINETUNING_SIDE", 112)
     main([*command, "--output-dir", str(interrupted), "--resume"])

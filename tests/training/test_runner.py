@@ -21,10 +21,9 @@ from modeling_vitcls.training.checkpoints import CheckpointStore, format_state, 
 from modeling_vitcls.training.options import FinetuneOptions
 from modeling_vitcls.training.reporter import Reporter
 from modeling_vitcls.training.resume import (
-    RecordedFlags,
     check_flags_unchanged,
     check_run_unchanged,
-    use_chosen_values,
+    select_chosen_values,
 )
 
 
@@ -179,10 +178,9 @@ def test_another_run_is_an_error(killed: Path, changes: dict[str, Any], message:
 def test_a_resumed_run_uses_the_commits_with_which_it_was_started() -> None:
     options = build_options(Path("run"), model="acme/vit", teacher="acme/other")
     chosen = {"model": f"acme/vit@{'0' * 40}", "teacher": f"acme/other@{'1' * 40}"}
-    used = use_chosen_values(options, chosen)
-    assert (used.model, used.teacher) == (chosen["model"], chosen["teacher"])
+    assert select_chosen_values(chosen, to_flags(options)) == chosen
 
-    recorded = RecordedFlags(to_flags(options), chosen, config={})
+    recorded = {"flags": to_flags(options), "chosen": chosen, "config": {}}
     for sources in ({"model": "acme/vit", "teacher": "acme/other"}, chosen):
         check_flags_unchanged(recorded, to_flags(options) | sources, Path("run"))
     with raises_one_line("`model` acme/vit, but", f"is acme/vit@{'2' * 40}"):
