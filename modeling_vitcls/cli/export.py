@@ -35,7 +35,7 @@ def silence_exporters() -> None:
 
 
 def print_export(report: dict[str, Any], output: Path) -> None:
-    """Print the report, the name of the file, and how to compare it with the model."""
+    """Print the report and the name of the file."""
     file = output / report["file"] if not output.suffix else output
     if report["dtype"] != "int8":  # random images say little about int8
         print(
