@@ -11,7 +11,6 @@ from modeling_vitcls.data.options import AugmentationOptions, DataOptions
 from modeling_vitcls.export.options import ExportOptions
 from modeling_vitcls.inference.options import EvaluateOptions, PredictOptions
 from modeling_vitcls.training.options import (
-    DistillationOptions,
     LeJEPAOptions,
     MAEOptions,
     ModelOptions,
@@ -50,8 +49,8 @@ LIMITS: list[tuple[type, str, list[Any], list[Any]]] = [
     (AugmentationOptions, "random_erasing", [0, 1], [-0.1, 1.1]),
     (AugmentationOptions, "shift zoom", [0, 0.9], [-0.1, 1]),
     (AugmentationOptions, "mixup cutmix", [0], [-0.1]),
-    (TrainingOptions, "epochs learning_rate max_gradient_norm", [0.1], [0]),
-    (TrainingOptions, "max_steps batch_size gradient_accumulation_steps lora_rank", [1], [0]),
+    (TrainingOptions, "epochs learning_rate", [0.1], [0]),
+    (TrainingOptions, "max_steps batch_size gradient_accumulation_steps", [1], [0]),
     (TrainingOptions, "log_every evaluate_every", [1], [0]),
     (TrainingOptions, "weight_decay seed", [0], [-1]),
     (TrainingOptions, "warmup label_smoothing", [0, 0.9], [-0.1, 1]),
@@ -62,8 +61,6 @@ LIMITS: list[tuple[type, str, list[Any], list[Any]]] = [
         ["full", "head", "lora", "last-12"],
         ["none", "last", "last-0", "last-1x"],
     ),
-    (DistillationOptions, "distillation_alpha", [0.1, 1], [0, 1.1]),
-    (DistillationOptions, "distillation_tau", [0.1], [0]),
     (MAEOptions, "mask_ratio", [0.1, 0.9], [0, 1]),
     (MAEOptions, "decoder_layers", [1], [0]),
     (LeJEPAOptions, "global_crops projector_width", [1], [0]),

@@ -55,7 +55,6 @@ EQUIVALENT_FLAGS = {
     "--model-name-or-path": "model",
     "--fp16": "mixed_precision",
     "--bf16": "mixed_precision",
-    "--clip-grad": "max_gradient_norm",
 }
 
 POSITIONAL_ARGUMENTS = ("paths", "old", "new")

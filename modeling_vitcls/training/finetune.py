@@ -99,7 +99,7 @@ class FineTuning:
         if options.teacher is not None:
             teacher = load_teacher(options.teacher, labels, model.config, accelerator.device)
 
-        set_trainable_parameters(model, options.trainable, options.lora_rank, new_parameter_names)
+        set_trainable_parameters(model, options.trainable, new_parameter_names)
         evaluator_arguments = build_evaluator_arguments(
             options, labels, processor, model.config.num_channels, reporter
         )
@@ -203,12 +203,9 @@ def build_objective(
     def compute_loss(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
         with accelerator.autocast():
             teacher_logits = teacher(batch["pixels"])
-        return losses.compute_distillation_loss(
-            options.distillation, logits, teacher_logits, options.distillation_tau
-        )
+        return losses.compute_distillation_loss(options.distillation, logits, teacher_logits)
 
-    alpha = options.distillation_alpha
-    return losses.LabelObjective(normalize, label_loss, mixer, compute_loss, alpha)
+    return losses.LabelObjective(normalize, label_loss, mixer, compute_loss)
 
 
 # Checks -------------------------------------------------------------------------------------------

@@ -44,6 +44,7 @@ from .token_monitor import TokenMonitor
 Metrics = dict[str, Any]
 Evaluate = Callable[[Any], Metrics]
 
+MAX_GRADIENT_NORM = 1.0  # as in the ViT paper (arXiv 2010.11929, section 4.1)
 # Maximum number of consecutive steps that the fp16 loss scaler may skip. After one more skipped
 # step, the scale would be 2^20 times smaller.
 MAX_CONSECUTIVE_OVERFLOWS = 19
@@ -222,7 +223,7 @@ class TrainingLoop:
                         if parameter.requires_grad
                     ]
                     gradient_norm = float(
-                        accelerator.clip_grad_norm_(parameters, options.max_gradient_norm)
+                        accelerator.clip_grad_norm_(parameters, MAX_GRADIENT_NORM)
                     )
                     self.check_finite(losses, gradient_norm)
                     if should_measure_tokens:

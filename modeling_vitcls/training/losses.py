@@ -7,7 +7,7 @@ mean loss of accumulated batches is therefore equal to the loss of one large bat
 
 The loss with a teacher and labels follows DeiT (Touvron et al. 2021, arXiv 2012.12877, section 4):
 
-    total = (1 - alpha) * loss of the CLS head on the labels + alpha * distillation loss
+    total = 0.5 * loss of the CLS head on the labels + 0.5 * distillation loss
 
 teacher.py implements the teachers.
 """
@@ -28,6 +28,8 @@ Losses = dict[str, torch.Tensor]
 Objective = Callable[[nn.Module, Batch], Losses]
 # computes the mean loss from logits and labels
 LabelLossFunction = Callable[[Any, Any], torch.Tensor]
+
+TAU = 3.0  # temperature of soft distillation, as in DeiT
 
 
 # Losses of a head, by kind of labels --------------------------------------------------------------
@@ -98,7 +100,6 @@ class LabelObjective:
     # mean distillation loss from the logits of the distillation head and the batch; None without a
     # teacher
     distillation_loss: Callable[[torch.Tensor, Batch], torch.Tensor] | None = None
-    alpha: float = 0.5  # weight of the distillation loss; the weight of the label loss is 1 - alpha
 
     def __call__(self, model: nn.Module, batch: Batch) -> Losses:
         """Return the loss of a batch on the model's device and, with a teacher, its parts."""
@@ -112,7 +113,7 @@ class LabelObjective:
         if self.distillation_loss is not None:
             distillation_loss = self.distillation_loss(outputs.distillation_logits, batch)
             label_loss = self.label_loss(outputs.cls_logits, labels)
-            loss = (1 - self.alpha) * label_loss + self.alpha * distillation_loss
+            loss = (label_loss + distillation_loss) / 2
             return {"loss": loss, "label_loss": label_loss, "distillation_loss": distillation_loss}
 
         if isinstance(outputs.logits, dict):  # multi-task model
@@ -128,24 +129,24 @@ class LabelObjective:
 
 
 def compute_distillation_loss(
-    kind: str, student_logits: torch.Tensor, teacher_logits: torch.Tensor, tau: float
+    kind: str, student_logits: torch.Tensor, teacher_logits: torch.Tensor
 ) -> torch.Tensor:
     """Return the mean loss of the distillation head against the teacher, as a `float32` scalar.
 
     The logits of both are [B, L].
 
     The "hard" loss is the cross-entropy against the teacher's predicted label (equation 3). The
-    "soft" loss is tau² times the Kullback-Leibler divergence between the softened probabilities of
+    "soft" loss is TAU² times the Kullback-Leibler divergence between the softened probabilities of
     teacher and student (equation 2). This divergence is the sum of p_teacher * log(p_teacher /
-    p_student) (Hinton et al. 2015, arXiv 1503.02531). The factor tau² keeps the magnitude of the
-    gradients roughly independent of the temperature tau.
+    p_student) (Hinton et al. 2015, arXiv 1503.02531). The factor TAU² keeps the magnitude of the
+    gradients roughly independent of the temperature.
     """
     student_logits = student_logits.float()
     teacher_logits = teacher_logits.float()
     if kind == "hard":
         return nn.functional.cross_entropy(student_logits, teacher_logits.argmax(dim=-1))
-    student_log_probs = (student_logits / tau).log_softmax(dim=-1)
-    teacher_log_probs = (teacher_logits / tau).log_softmax(dim=-1)
-    return tau**2 * nn.functional.kl_div(
+    student_log_probs = (student_logits / TAU).log_softmax(dim=-1)
+    teacher_log_probs = (teacher_logits / TAU).log_softmax(dim=-1)
+    return TAU**2 * nn.functional.kl_div(
         student_log_probs, teacher_log_probs, reduction="batchmean", log_target=True
     )

@@ -35,8 +35,9 @@ from ..model.modeling_vitcls import ViTCLSModel
 # Image sides in pixels: largest side that is kept, and its replacement.
 MAX_NATIVE_SIDE = 256
 FINETUNING_SIDE = 224
-# Query and value projections (Hu et al. 2021, arXiv 2106.09685); the pattern excludes attention
-# poolers
+# The rank at which LoRA's results hardly change any more (Hu et al. 2021, arXiv 2106.09685, table 6)
+LORA_RANK = 8
+# the query and value projections of the paper; the pattern excludes attention poolers
 LORA_TARGET_MODULES = r".*\.layers\.\d+\.attention\.[qv]_proj"
 LORA_A_SUFFIX = ".lora_A.default.weight"
 LORA_B_SUFFIX = ".lora_B.default.weight"
@@ -264,7 +265,6 @@ def check_preset_name(name: str) -> None:
 def set_trainable_parameters(
     model: Any,
     trainable: str,
-    lora_rank: int = 8,
     new_parameter_names: Collection[str] = frozenset(),
 ) -> nn.Module:
     """Freeze the parameters that `trainable` does not select, and return the same model.
@@ -314,7 +314,7 @@ def set_trainable_parameters(
 
     trainable_names &= {name for name, parameter in parameters.items() if parameter.requires_grad}
     if trainable == "lora":
-        add_lora(model, lora_rank)
+        add_lora(model)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in trainable_names or ".lora_" in name)
     return model
@@ -339,7 +339,7 @@ def has_trainable_parameters(module: nn.Module) -> bool:
 # LoRA ---------------------------------------------------------------------------------------------
 
 
-def add_lora(model: Any, rank: int) -> None:
+def add_lora(model: Any) -> None:
     """Replace the query and value projections with PEFT's LoRA layers.
 
     They are scaled by 1: W x becomes W x + B A x.
@@ -349,7 +349,7 @@ def add_lora(model: Any, rank: int) -> None:
     except ImportError as error:
         raise ValueError("`trainable='lora'` requires PEFT: pip install peft") from error
     inject_adapter_in_model(
-        LoraConfig(r=rank, lora_alpha=rank, target_modules=LORA_TARGET_MODULES), model
+        LoraConfig(r=LORA_RANK, lora_alpha=LORA_RANK, target_modules=LORA_TARGET_MODULES), model
     )
 
 

@@ -152,9 +152,6 @@ class TrainingOptions(Options):
     class_balance: Literal["none", "weights"] = "none"
     """Method for imbalanced classes: `weights` multiplies the loss of each image by a factor
     that is inversely proportional to the size of its class."""
-    max_gradient_norm: float = 1.0
-    """Maximum norm of the gradients; gradients with a larger norm are scaled down. The ViT paper
-    uses 1."""
     average_with_start: float = 0.5
     """Part of the weights before the first step in the saved weights, if they were trained before;
     the rest is those of the last step (WiSE-FT, Wortsman et al. 2021). 0: only those of the last
@@ -168,8 +165,6 @@ class TrainingOptions(Options):
     statistics: bool = True
     """Store means and covariances of the features of the classes with a frozen model: they mark
     unknown images, and `vitcls add-class` computes the rows of new classes from them."""
-    lora_rank: int = 8
-    """Rank of the LoRA matrices for the query and value projections (Hu et al. 2021)."""
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
     """Precision of the forward pass. `auto`: the setting of `accelerate launch` or, without it,
     `bf16` on GPUs and CPUs with bf16 instructions (on CPUs, for models at least as wide as ViT-Ti),
@@ -204,7 +199,6 @@ class TrainingOptions(Options):
             "gradient_accumulation_steps",
             "log_every",
             "evaluate_every",
-            "lora_rank",
             "early_stopping",
         )
         if self.early_stopping is not None and self.select == "last":
@@ -214,7 +208,7 @@ class TrainingOptions(Options):
             )
 
         check_minimum(self, 0, "weight_decay", "seed")
-        for name in ("epochs", "learning_rate", "max_gradient_norm"):
+        for name in ("epochs", "learning_rate"):
             check_value(
                 self, name, getattr(self, name) is None or getattr(self, name) > 0, "above 0"
             )
@@ -252,18 +246,6 @@ class DistillationOptions(Options):
     distillation: Literal["soft", "hard"] = "hard"
     """Target of the distillation token: the class probabilities (soft) or the top-1 class (hard) of
     the teacher."""
-    distillation_alpha: float = 0.5
-    """Weight of the distillation loss. The weight of the label loss is 1 minus this value. DeiT
-    uses 0.5."""
-    distillation_tau: float = 3.0
-    """Temperature of soft distillation. The DeiT paper uses 3."""
-
-    def check(self) -> None:
-        super().check()
-        check_value(
-            self, "distillation_alpha", 0 < self.distillation_alpha <= 1, "above 0 and at most 1"
-        )
-        check_value(self, "distillation_tau", self.distillation_tau > 0, "above 0")
 
 
 @dataclass(frozen=True, kw_only=True)

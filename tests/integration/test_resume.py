@@ -319,7 +319,7 @@ VARIANTS = {
         f"{RUN} --num-cls-tokens 2 --num-distillation-tokens 1 --pooling cls_mean"
     ),
     "head": f"{SCHEDULE} --model {{trained}} --trainable head",
-    "LoRA": f"{SCHEDULE} --model {{trained}} --trainable lora --lora-rank 2",
+    "LoRA": f"{SCHEDULE} --model {{trained}} --trainable lora",
     "last layer": f"{SCHEDULE} --model {{trained}} --trainable last-1 --class-balance weights",
     "a teacher": f"{RUN} --teacher {{trained}} --distillation soft",
 }

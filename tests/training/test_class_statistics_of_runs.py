@@ -45,7 +45,7 @@ def frozen(tmp_path_factory: pytest.TempPathFactory, trained: Path) -> Path:
 def adapted(tmp_path_factory: pytest.TempPathFactory, trained: Path) -> Path:
     """Return the folder of a run with LoRA, whose weights are merged."""
     folder = tmp_path_factory.mktemp("adapted") / "run"
-    flags = {"model": str(trained), "trainable": "lora", "lora_rank": 2, "max_steps": 2}
+    flags = {"model": str(trained), "trainable": "lora", "max_steps": 2}
     return run_to_folder(build_tiny_options(folder, "digits", **flags))
 
 

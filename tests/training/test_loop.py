@@ -203,16 +203,16 @@ def test_accumulation_equals_the_large_batch() -> None:
         torch.testing.assert_close(small[name], large[name], atol=1e-6, rtol=0)
 
 
-def test_steps_equal_a_plain_training_loop() -> None:
+def test_steps_equal_a_plain_training_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     """Loss, learning rates of all layers, clipping, and cleared gradients."""
     groups = lambda model: torch.optim.SGD(build_parameter_groups(model, 0.0, 0.5), lr=1.0)  # noqa: E731
     settings = {
         "max_steps": 3,
         "learning_rate": 0.5,
         "warmup": 0.0,
-        "max_gradient_norm": 0.1,
         "log_every": 1,
     }
+    monkeypatch.setattr("modeling_vitcls.training.loop.MAX_GRADIENT_NORM", 0.1)
     bench = RecordedLoop(groups, **settings)
     torch.manual_seed(0)
     reference = build_initial_model(TINY, DIGITS.label_space)[0].train()

@@ -329,7 +329,7 @@ EXPECTED = {
 @pytest.mark.parametrize(("choice", "expected"), EXPECTED.items())
 def test_each_choice_trains_its_parameters(choice: str, expected: set[str]) -> None:
     model = build_random_model(**LAYOUT, pooling="attention")
-    assert group_trainable(set_trainable_parameters(model, choice, 4)) == expected
+    assert group_trainable(set_trainable_parameters(model, choice)) == expected
 
 
 @pytest.mark.parametrize("choice", ["head", "last-1", "lora"])
@@ -350,7 +350,7 @@ def test_added_tokens_are_trained_with_their_positions_and_gates(
     labels = LabelSpace("single_label_classification", {"label": names})
     options = ModelOptions(model=str(tmp_path), num_distillation_tokens=1, num_register_tokens=3)
     model, _, new_names = build_initial_model(options, labels)
-    found = group_trainable(set_trainable_parameters(model, choice, 4, new_names))
+    found = group_trainable(set_trainable_parameters(model, choice, new_names))
     new = {"gates.gates"} | {
         f"embeddings.{name}" for name in ("distillation_token", "register_tokens")
     }
@@ -379,7 +379,7 @@ def test_invalid_choices_are_errors(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_exactly_the_trainable_parameters_change(name: str, choice: str) -> None:
     """With several processes, a trainable parameter without a gradient stops the run."""
     model_class, fields = MODELS[name]
-    model = set_trainable_parameters(build_random_model(model_class, **fields), choice, 4)
+    model = set_trainable_parameters(build_random_model(model_class, **fields), choice)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     set_train_mode(model)
     learns = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -420,7 +420,7 @@ def test_a_frozen_encoder_has_no_dropout() -> None:
 
 
 def test_a_merged_model_has_equal_outputs_and_plain_modules() -> None:
-    model = randomize(set_trainable_parameters(build_random_model(**LAYOUT), "lora", 4))
+    model = randomize(set_trainable_parameters(build_random_model(**LAYOUT), "lora"))
     plain = ViTCLSForImageClassification(build_tiny_config(**LAYOUT)).eval()
     plain.load_state_dict(merge_lora(model.state_dict()))
     expected = model(build_images()).logits
