@@ -164,7 +164,6 @@ def train_and_add(options: Options, name: str) -> dict[str, Any]:
         output_dir=options.output / "trained",
         trainable="last-4",
         epochs=3,
-        evaluate_every=3,
         select="last",
         num_workers=0,
         report=False,

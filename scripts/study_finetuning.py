@@ -45,7 +45,7 @@ EPOCHS = 5
 TRAINABLE = {"head": "frozen", "last-4": "last four layers", "full": "all layers"}
 RECIPE = ("trainable", "is_averaged", "is_refitted")
 # nothing is held out, and no time is spent on what the study does not read
-FLAGS = ("--held-out-fraction", 0, "--average-with-start", 0, "--no-report", "--no-statistics")
+FLAGS = ("--held-out-fraction", 0, "--average-with-start", 0, "--no-report")
 
 
 def main() -> None:

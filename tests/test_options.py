@@ -51,7 +51,6 @@ LIMITS: list[tuple[type, str, list[Any], list[Any]]] = [
     (AugmentationOptions, "mixup cutmix", [0], [-0.1]),
     (TrainingOptions, "epochs learning_rate", [0.1], [0]),
     (TrainingOptions, "max_steps batch_size gradient_accumulation_steps", [1], [0]),
-    (TrainingOptions, "log_every evaluate_every", [1], [0]),
     (TrainingOptions, "weight_decay seed", [0], [-1]),
     (TrainingOptions, "warmup label_smoothing", [0, 0.9], [-0.1, 1]),
     (TrainingOptions, "layer_decay", [None, 0.1, 1], [0, 1.1]),

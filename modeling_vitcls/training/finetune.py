@@ -72,7 +72,7 @@ class FineTuning:
     def load_images(self, options: FinetuneOptions, initial: InitialModel) -> UndividedImages:
         """Read the labels and keys of the images. Steps that select read validation and test."""
         can_be_frozen = not initial.has_random_weights
-        images = load_undivided_images(options, options.needs_selection or can_be_frozen)
+        images = load_undivided_images(options, options.select == "best" or can_be_frozen)
         check_label_kind(
             images.label_space.kind,
             mixup=options.mixup,
@@ -122,7 +122,6 @@ class FineTuning:
                 resize=options.resize,
                 pooling=options.pooling,
                 pooled_layers=options.pooled_layers,
-                has_statistics=options.statistics,
                 class_weight="balanced" if options.class_balance == "weights" else None,
             )
         else:
@@ -168,7 +167,7 @@ class FineTuning:
                 *describe_overlap(initial, data),
                 *describe_imbalance(options.class_balance, data),
             ],
-            build_pass=build_pass if is_single_label and options.statistics else None,
+            build_pass=build_pass if is_single_label else None,
             probe=probe,
         )
 

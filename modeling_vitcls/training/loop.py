@@ -44,6 +44,8 @@ from .token_monitor import TokenMonitor
 Metrics = dict[str, Any]
 Evaluate = Callable[[Any], Metrics]
 
+MAX_LOG_INTERVAL = 10  # steps between records; runs of less than 100 steps have ten records
+MAX_EVALUATIONS = 30  # of a run, because an evaluation takes as long as many steps
 MAX_GRADIENT_NORM = 1.0  # as in the ViT paper (arXiv 2010.11929, section 4.1)
 # Maximum number of consecutive steps that the fp16 loss scaler may skip. After one more skipped
 # step, the scale would be 2^20 times smaller.
@@ -63,8 +65,6 @@ class TrainingState:
     start: list[torch.Tensor] = field(default_factory=list)
     step: int = 0  # number of completed optimizer steps
     best_score: float | None = None  # of the evaluations so far
-    # scores of all evaluations after the first step, in order
-    scores: list[float] = field(default_factory=list)
     # losses of the steps since the last record
     recent_losses: list[dict[str, float]] = field(default_factory=list)
     # metrics of a step that has not been evaluated yet; otherwise empty
@@ -120,7 +120,7 @@ class TrainingLoop:
         """
         set_train_mode(self.state.model)
         metrics = self.evaluate_step() if self.state.pending_record else {}
-        while self.state.step < self.plan.num_steps and not self.should_stop_early():
+        while self.state.step < self.plan.num_steps:
             metrics = self.run_step(batches)
             is_last_step = self.state.step == self.plan.num_steps
             name = None if is_last_step else self.signals.get_signal()
@@ -133,20 +133,7 @@ class TrainingLoop:
                     128 + signal.Signals[name],
                 )
 
-        if self.state.step < self.plan.num_steps:
-            steps = f"after step {self.state.step:,} of {self.plan.num_steps:,}"
-            reason = f"{self.options.early_stopping} evaluation(s) without improvement"
-            self.reporter.print_line("stopped", f"{steps}: {reason}")
         return metrics or self.evaluate()
-
-    def should_stop_early(self) -> bool:
-        """Return whether none of the last `early_stopping` evaluations exceeds all earlier ones."""
-        patience = self.options.early_stopping
-        scores = self.state.scores
-        if patience is None or not scores:
-            return False
-        num_evaluations_since_best = len(scores) - 1 - scores.index(max(scores))
-        return num_evaluations_since_best >= patience
 
     def run_step(self, batches: Iterator[Batch]) -> Metrics:
         """Run one step and the actions that are due after this step.
@@ -158,10 +145,9 @@ class TrainingLoop:
         state = self.state
         next_step = self.state.step + 1
         is_last_step = next_step == self.plan.num_steps
-        should_evaluate = is_last_step or is_end_of_epochs(
-            next_step, self.options.evaluate_every, self.plan
-        )
-        should_log = should_evaluate or next_step % self.options.log_every == 0
+        should_evaluate = is_last_step or is_end_of_epochs(next_step, self.plan)
+        log_interval = min(max(self.plan.num_steps // 10, 1), MAX_LOG_INTERVAL)
+        should_log = should_evaluate or next_step % log_interval == 0
         should_save = should_evaluate
         if self.save_every is not None:
             should_save = is_last_step or next_step % self.save_every == 0
@@ -286,7 +272,7 @@ class TrainingLoop:
             step=self.state.step,
             step_seconds=self.step_seconds,
             num_evaluated_images=len(getattr(self.evaluate_model, "images", ())),
-            evaluate_every=self.options.evaluate_every,
+            evaluate_every=count_epochs_between_evaluations(self.plan),
             memory=get_peak_memory(self.accelerator.device),
         )
         self.reporter.print_line("duration", text)
@@ -311,7 +297,6 @@ class TrainingLoop:
 
         self.is_best = False
         if score is not None:
-            state.scores.append(score)
             self.is_best = state.best_score is None or score > state.best_score
         if self.is_best:
             state.best_score = score
@@ -378,7 +363,6 @@ class TrainingLoop:
         metadata = self.run_metadata | {
             "step": state.step,
             "best_score": state.best_score,
-            "scores": state.scores,
             "training_seconds": self.get_training_seconds(),
             "recent_losses": gather_object([state.recent_losses]),
             "pending_record": state.pending_record,
@@ -402,7 +386,6 @@ class TrainingLoop:
         scatter_state(checkpoint, self.accelerator, state.model, state.optimizer, state.start)
         state.step = checkpoint.step
         state.best_score = metadata["best_score"]
-        state.scores = metadata["scores"]
 
         losses_by_process = metadata["recent_losses"]
         # a run may be resumed with more processes
@@ -443,8 +426,16 @@ def build_batch_plan(num_images: int, options: TrainingOptions, num_processes: i
     )
 
 
-def is_end_of_epochs(step: int, num_epochs: int, plan: BatchPlan) -> bool:
-    """Return whether a step completes a multiple of `num_epochs` epochs."""
+def count_epochs_between_evaluations(plan: BatchPlan) -> int:
+    """Return 1, or more if a run has more than `MAX_EVALUATIONS` epochs."""
+    # whole steps end a little after the last epoch
+    num_epochs = round(plan.count_epochs(plan.num_steps))
+    return max(math.ceil(num_epochs / MAX_EVALUATIONS), 1)
+
+
+def is_end_of_epochs(step: int, plan: BatchPlan) -> bool:
+    """Return whether a step completes the epochs between two evaluations."""
+    num_epochs = count_epochs_between_evaluations(plan)
     return math.floor(plan.count_epochs(step) / num_epochs) > math.floor(
         plan.count_epochs(step - 1) / num_epochs
     )

@@ -162,9 +162,6 @@ class TrainingOptions(Options):
     probe: bool = True
     """Fit a linear classifier to the features of a pre-trained, frozen encoder: a run without steps
     saves it, and steps start from it. --no-probe: start from random values."""
-    statistics: bool = True
-    """Store means and covariances of the features of the classes with a frozen model: they mark
-    unknown images, and `vitcls add-class` computes the rows of new classes from them."""
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
     """Precision of the forward pass. `auto`: the setting of `accelerate launch` or, without it,
     `bf16` on GPUs and CPUs with bf16 instructions (on CPUs, for models at least as wide as ViT-Ti),
@@ -175,14 +172,6 @@ class TrainingOptions(Options):
     """Recompute activations in the backward pass. Training needs less memory, but more time."""
     seed: int = 0
     """Random seed for the initial weights, image order, augmentation and stochastic depth."""
-    log_every: int = 10
-    """Number of steps between log entries in metrics.jsonl."""
-    evaluate_every: int = 1
-    """Number of epochs between evaluations on held-out images. The model is always evaluated after
-    the last step."""
-    early_stopping: int | None = None
-    """Stop after this number of evaluations without improvement. Requires --select best. Default:
-    run all steps."""
     select: Literal["last", "best"] | None = None
     """Checkpoint to save and report: the last checkpoint, or the checkpoint with the best metric.
     The best checkpoint is selected on the validation split if there is also a test split, otherwise
@@ -191,22 +180,7 @@ class TrainingOptions(Options):
 
     def check(self) -> None:
         super().check()
-        check_minimum(
-            self,
-            1,
-            "max_steps",
-            "batch_size",
-            "gradient_accumulation_steps",
-            "log_every",
-            "evaluate_every",
-            "early_stopping",
-        )
-        if self.early_stopping is not None and self.select == "last":
-            raise ValueError(
-                "`early_stopping` requires `select='best'`. Remove `select='last'` or "
-                "`early_stopping`"
-            )
-
+        check_minimum(self, 1, "max_steps", "batch_size", "gradient_accumulation_steps")
         check_minimum(self, 0, "weight_decay", "seed")
         for name in ("epochs", "learning_rate"):
             check_value(
@@ -225,11 +199,6 @@ class TrainingOptions(Options):
         check_value(
             self, "trainable", is_valid_trainable, "full, head, lora or last-N such as last-2"
         )
-
-    @property
-    def needs_selection(self) -> bool:
-        """Return whether evaluations are compared, which requires images that are not reported."""
-        return self.select == "best" or self.early_stopping is not None
 
 
 @dataclass(frozen=True, kw_only=True)

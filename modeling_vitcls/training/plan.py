@@ -23,7 +23,7 @@ from .training_setup import TrainingSetup
 
 
 # flags that only mean something for steps: setting one asks for them
-STEP_FLAGS = ("epochs", "max_steps", "learning_rate", "select", "early_stopping")
+STEP_FLAGS = ("epochs", "max_steps", "learning_rate", "select")
 MIN_STEP_IMAGES = 2000
 MIN_STEP_CLASS_SIZE = 50
 MAX_STEP_SECONDS = 600  # of steps that nobody asked for
@@ -106,7 +106,7 @@ def plan_run(
     options = replace(
         options,
         held_out_fraction=fraction,
-        select="best" if options.needs_selection else "last",
+        select=options.select or "last",
     )
     lines: dict[str, str | None] = {}
     if kind == "steps":

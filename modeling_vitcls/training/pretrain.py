@@ -67,7 +67,7 @@ class PreTraining:
 
     def load_images(self, options: PretrainOptions, initial: InitialModel) -> UndividedImages:
         """Read the keys of the images, and the labels if the dataset has any."""
-        reads_all = options.needs_selection
+        reads_all = options.select == "best"
         try:
             return load_undivided_images(options, reads_all)
         except ValueError:  # no labels, or another problem, which the next call reports

@@ -150,7 +150,6 @@ class Probe:
         build_pass: returns a `FrozenPass` for images and a layout.
         resize, pooling, pooled_layers: settings of the user, which are not searched; None to choose.
         class_weight: as in `LinearProbe.fit`.
-        has_statistics: whether class statistics are stored with the model.
     """
 
     model: Any
@@ -161,7 +160,6 @@ class Probe:
     pooling: str | None = None
     pooled_layers: Sequence[int] | None = None
     class_weight: str | None = None
-    has_statistics: bool = True
 
     @property
     def device(self) -> torch.device:
@@ -347,7 +345,7 @@ class Probe:
         """Make the model the frozen one: with temperature, class statistics and threshold."""
         config = self.model.config
         config.temperature = round(probe.temperature_, 4)
-        if self.has_statistics and probe.statistics_ is not None:
+        if probe.statistics_ is not None:
             probe.statistics_.expand(probe.classes_, config.num_labels).set_in_model(self.model)
             config.distance_threshold = probe.distance_threshold_
         self.copy_weights(probe, scale=1.0)
@@ -442,9 +440,9 @@ def describe_frozen(probe: Probe, frozen: FrozenModel) -> dict[str, str | None]:
     }
 
 
-def explain_missing_threshold(probe: LinearProbe, has_statistics: bool) -> dict[str, str]:
+def explain_missing_threshold(probe: LinearProbe) -> dict[str, str]:
     """Return a line that says why predictions do not mark unknown images, if they do not."""
-    if not has_statistics or probe.distance_threshold_ is not None:
+    if probe.distance_threshold_ is not None:
         return {}
     return {
         "unknown": f"predictions do not mark unknown images, which requires {MIN_DISTANCE_IMAGES} "

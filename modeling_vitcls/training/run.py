@@ -117,7 +117,7 @@ def run(recipe: Recipe, asked: TrainOptions) -> Path:
         options = plan.options
         assert options.held_out_fraction is not None, "the plan sets it"
         data = inputs.images.divide(
-            options.held_out_fraction, options.split_seed, options.needs_selection
+            options.held_out_fraction, options.split_seed, options.select == "best"
         )
         # Compared with the checkpoint first: nothing is written if the run is another one.
         record = run_on_main(accelerator, partial(build_run_record, plan, data, inputs, launch))
@@ -178,7 +178,7 @@ def run_frozen(inputs: RunInputs, data: TrainingData, launch: Launch) -> Outcome
     frozen = probe.fit(parts, data.held_out, reporter.warn)
     probe.set_classifier(frozen.probe)
     reporter.print_lines(describe_frozen(probe, frozen))
-    reporter.print_lines(explain_missing_threshold(frozen.probe, probe.has_statistics))
+    reporter.print_lines(explain_missing_threshold(frozen.probe))
 
     calibration = describe_probe_calibration(frozen.probe)
     split = data.held_out_name

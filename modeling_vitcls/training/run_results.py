@@ -130,7 +130,7 @@ def print_summary(inputs: RunInputs, plan: RunPlan, data: TrainingData, launch: 
                 setup.processor,
                 setup.labels_text,
                 is_resize_known=is_choice_known,
-                needs_selection=plan.options.needs_selection,
+                needs_selection=plan.options.select == "best",
             ),
             **inputs.images.facts,
             **describe_model(

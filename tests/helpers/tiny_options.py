@@ -78,7 +78,7 @@ def prepare_setup(options: Any) -> SimpleNamespace:
     inputs = load(recipe, launch)
     plan = plan_run(inputs.options, inputs.initial, inputs.images, inputs.setup, launch)
     data = inputs.images.divide(
-        plan.options.held_out_fraction, plan.options.split_seed, plan.options.needs_selection
+        plan.options.held_out_fraction, plan.options.split_seed, plan.options.select == "best"
     )
     batches = None
     if plan.kind == "steps":

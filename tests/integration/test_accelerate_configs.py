@@ -44,7 +44,7 @@ RUN = (
 # An epoch has two steps of 2 x 2 x 180 images: three epochs, evaluated after each.
 STEPS = (
     "--max-steps 6 --batch-size 180 --gradient-accumulation-steps 2 "
-    "--learning-rate 3e-3 --log-every 1 --keep-checkpoints 2"
+    "--learning-rate 3e-3 --keep-checkpoints 2"
 ).split()
 
 

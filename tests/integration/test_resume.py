@@ -47,9 +47,7 @@ TINY = (
     "--drop-path-rate 0.2 --no-report"
 )
 # 36 images: 4.5 steps per epoch, 23 steps. Checkpoints and logged records fall on different steps.
-SCHEDULE = (
-    "--epochs 5 --batch-size 8 --learning-rate 3e-3 --num-workers 0 --save-every 3 --log-every 2"
-)
+SCHEDULE = "--epochs 5 --batch-size 8 --learning-rate 3e-3 --num-workers 0 --save-every 3"
 RUN = f"{TINY} {SCHEDULE}"
 EVERYTHING = (
     f"{RUN} --batch-size 4 --gradient-accumulation-steps 2 --mixup 0.4 --cutmix 1 "

@@ -2,12 +2,10 @@
 
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from helpers.tiny_models import raises_one_line
 from helpers.tiny_options import build_tiny_options, run_to_folder
 from PIL import Image
 
@@ -74,12 +72,3 @@ def test_an_added_class_is_known(folder: Path, tmp_path: Path) -> None:
         predict(each, [NEW[0][0]])[0]["distance"] for each in (folder, tmp_path / "new")
     )
     assert after < before
-
-
-def test_statistics_are_left_out_on_request(trained: Path, tmp_path: Path) -> None:
-    flags: dict[str, Any] = {"model": str(trained), "trainable": "head", "probe": True}
-    folder = run_to_folder(
-        build_tiny_options(tmp_path / "run", "digits", statistics=False, **flags)
-    )
-    with raises_one_line("has no class statistics"):
-        add_class(folder, NEW, tmp_path / "new")

@@ -210,7 +210,6 @@ def test_steps_equal_a_plain_training_loop(monkeypatch: pytest.MonkeyPatch) -> N
         "max_steps": 3,
         "learning_rate": 0.5,
         "warmup": 0.0,
-        "log_every": 1,
     }
     monkeypatch.setattr("modeling_vitcls.training.loop.MAX_GRADIENT_NORM", 0.1)
     bench = RecordedLoop(groups, **settings)
@@ -239,12 +238,13 @@ def test_steps_equal_a_plain_training_loop(monkeypatch: pytest.MonkeyPatch) -> N
 # Checkpoints and signals --------------------------------------------------------------------------
 
 
-def test_checkpoints_are_saved_when_due() -> None:
+def test_checkpoints_are_saved_when_due(monkeypatch: pytest.MonkeyPatch) -> None:
     bench = RecordedLoop(max_steps=8, save_every=3)
     bench.run()
     assert bench.store.saved == [(3, False), (6, False), (8, False), (8, True)]
     # two steps per epoch
-    at_evaluations = RecordedLoop(epochs=3, max_steps=None, batch_size=180, evaluate_every=2)
+    monkeypatch.setattr("modeling_vitcls.training.loop.MAX_EVALUATIONS", 2)
+    at_evaluations = RecordedLoop(epochs=3, max_steps=None, batch_size=180)
     at_evaluations.run()
     assert at_evaluations.store.saved == [(4, False), (4, True), (6, False), (6, True)]
 
@@ -312,7 +312,7 @@ def test_a_non_finite_loss_stops_before_the_update(accumulation: int, build: Any
 
 
 def test_permanently_non_finite_gradients_stop_the_run() -> None:
-    bench = build_overflowing_loop(max_steps=40, log_every=40)
+    bench = build_overflowing_loop(max_steps=40)
     with pytest.raises(RunStopped, match="not finite in step 20"):
         bench.run()
 
@@ -336,7 +336,6 @@ def test_a_token_without_gradient_is_named_once_unless_tokens_are_frozen(
     bench = RecordedLoop(
         prepare=lambda model: model.vitcls.embeddings.register_tokens.requires_grad_(False),
         max_steps=6,
-        log_every=2,
         trainable=trainable,
     )
     bench.run()

@@ -48,7 +48,7 @@ def tiny_options(folder: Path, dataset: object = "digits", **flags: Any) -> Pret
         "projector_width": 32,
         "decoder_layers": 1,
     }
-    settings |= {"local_crops": 2, "log_every": 1}
+    settings |= {"local_crops": 2}
     return build_tiny_options(
         folder, dataset, PretrainOptions, **vars(TINY) | settings | {"select": None} | flags
     )

@@ -312,7 +312,6 @@ def test_steps_start_from_the_frozen_model_also_after_a_damaged_checkpoint(
     flags = {
         "max_steps": 2,
         "learning_rate": 1e-6,
-        "log_every": 1,
         "save_every": 1,
         "keep_checkpoints": 3,
     }
@@ -337,10 +336,8 @@ def test_steps_start_from_the_frozen_model_also_after_a_damaged_checkpoint(
 def test_the_loss_stays_low_when_training_starts_from_the_frozen_model(
     encoder: Path, tmp_path: Path
 ) -> None:
-    flags = {"max_steps": 30, "log_every": 1}
-    run_training(build_options(tmp_path / "run", encoder, **flags))
+    run_training(build_options(tmp_path / "run", encoder, max_steps=30))
     losses = [record["loss"] for record in read_metrics(tmp_path / "run") if "loss" in record]
-    assert len(losses) == 30
     assert max(losses) < 2 * losses[0]
 
 

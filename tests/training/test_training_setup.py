@@ -111,30 +111,6 @@ def test_the_best_checkpoint_is_saved_and_reported(
     assert evaluated["num_images"] == results["num_images"]
 
 
-def test_early_stopping_is_resumed_exactly(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    """With a tiny learning rate, no evaluation improves.
-
-    The run is killed before it writes its results.
-    """
-    flags: dict[str, Any] = {
-        "epochs": 8.0,
-        "learning_rate": 1e-12,
-        "warmup": 0.0,
-        "early_stopping": 2,
-        "keep_checkpoints": 2,
-    }
-    first = run_training(build_options(tmp_path / "run", select=None, **flags))
-    assert "stopped" in capsys.readouterr().out
-    assert first["epochs"] == pytest.approx(3, abs=0.1)
-    assert first["selection"]["num_images"] > 0
-    (tmp_path / "run" / "results.json").unlink()
-    again = run_training(build_options(tmp_path / "run", select=None, resume=True, **flags))
-
-    assert (again["steps"], again["accuracy"]) == (first["steps"], first["accuracy"])
-    with raises_one_line("`early_stopping`", "`select='best'`"):
-        build_options(tmp_path / "other", select="last", **flags)
-
-
 def test_a_run_says_after_its_first_steps_how_long_it_takes_and_what_memory_it_needs(
     tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
