@@ -45,7 +45,11 @@ cards: setup
 	set -e; for name in $(RECIPES); do \
 		OMP_NUM_THREADS=1 $(RUN) scripts/finetune.py --config scripts/recipes/$$name.yaml --output-dir runs/$$name --overwrite; \
 		mkdir -p model_cards/$$name/images; \
-		cp runs/$$name/README.md runs/$$name/results.json model_cards/$$name/; \
+		cp runs/$$name/results.json model_cards/$$name/; \
+		$(RUN) -c "from pathlib import Path; from modeling_vitcls.hub.model_folder import ModelFolder; \
+			from modeling_vitcls.publishing.card import render_card; \
+			print(render_card(ModelFolder(Path('runs/$$name')), license_id='apache-2.0'), end='')" \
+			> model_cards/$$name/README.md; \
 		$(RUN) -c "import yaml; from pathlib import Path; from modeling_vitcls.hub.model_folder import ModelFolder; \
 			print(yaml.safe_dump(ModelFolder(Path('runs/$$name')).shareable_flags, sort_keys=False), end='')" \
 			> model_cards/$$name/config.resolved.yaml; \

@@ -7,6 +7,7 @@ import pytest
 from helpers.tiny_models import raises_one_line
 
 from modeling_vitcls.analysis.options import InspectOptions
+from modeling_vitcls.cli.push import PushOptions
 from modeling_vitcls.data.options import AugmentationOptions, DataOptions
 from modeling_vitcls.export.options import ExportOptions
 from modeling_vitcls.inference.options import EvaluateOptions, PredictOptions
@@ -27,6 +28,7 @@ REQUIRED: dict[type, dict[str, Any]] = {
     DataOptions: {"dataset": "digits"},
     ModelOptions: {"model": "vitcls-tiny"},
     RunOptions: {"output_dir": Path("o")},
+    PushOptions: {"model": Path("m")},
     EvaluateOptions: {"model": "m", "dataset": "digits"},
     PredictOptions: {"model": "m", "paths": ("a.jpg",), "output": Path("out.json")},
     InspectOptions: {"model": "m", "paths": ("a.jpg",)},
@@ -66,7 +68,7 @@ LIMITS: list[tuple[type, str, list[Any], list[Any]]] = [
     (LeJEPAOptions, "local_crops", [0], [-1]),
     (LeJEPAOptions, "global_crop_scale", [0.06, 1], [0.05, 1.1]),
     (LeJEPAOptions, "sigreg_weight", [0.1, 0.9], [0, 1]),
-    (RunOptions, "license", [None, "cc-by-4.0"], ["CC BY", "", "-mit", "MIT"]),
+    (PushOptions, "license", [None, "cc-by-4.0"], ["CC BY", "", "-mit", "MIT"]),
     (RunOptions, "save_every keep_checkpoints", [1], [0]),
     (EvaluateOptions, "batch_size", [1], [0]),
     (PredictOptions, "threshold", [0, 1], [-0.1, 1.1]),

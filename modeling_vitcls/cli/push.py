@@ -7,10 +7,11 @@ A push requires a token: run `hf auth login`, or set HF_TOKEN. The push is imple
 modeling_vitcls/publishing/.
 """
 
+import re
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from ..runtime.flags import Options
+from ..runtime.flags import Options, check_value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +26,13 @@ class PushOptions(Options):
     """If the repository does not exist, create it as a private repository."""
     branch: str | None = None
     """Branch to push to, created if it does not exist. Default: main."""
+    license: str | None = None
+    """License of the weights for the model card: a Hub identifier such as apache-2.0. Default: that
+    of the initial weights, if they have one."""
+    card_samples: bool = False
+    """Show a few held-out images in the model card, and publish report.html with held-out and
+    training images, even if the repository is public and the images are local files. Images of
+    `digits` and of datasets on the Hub are always published."""
     verify: bool = True
     """Load the model from the pushed commit in a new process, and compare its outputs with the
     outputs of --model."""
@@ -35,6 +43,11 @@ class PushOptions(Options):
 
     def check(self) -> None:
         super().check()
+        is_valid_license = bool(
+            re.fullmatch(r"[a-z0-9][a-z0-9.-]*", "none" if self.license is None else self.license)
+        )
+        requirement = "a Hub license identifier, such as apache-2.0 or cc-by-4.0"
+        check_value(self, "license", is_valid_license, requirement)
         if self.verify_only is None:
             if self.model is None:
                 raise ValueError(
@@ -74,7 +87,14 @@ def run(options: PushOptions) -> None:
     repo_id = prepare_repository(
         options.hub_model_id, options.model.resolve().name, options.private
     )
-    pushed_model = push_folder(folder, repo_id, options.private, options.branch)
+    pushed_model = push_folder(
+        folder,
+        repo_id,
+        private=options.private,
+        branch=options.branch,
+        license_id=options.license,
+        card_samples=options.card_samples,
+    )
     print(f"pushed    {pushed_model.summary}", flush=True)
     # adapters and exported files do not load without other files
     if options.verify and folder.has_weights:

@@ -369,12 +369,10 @@ class ModelFolder:
 
     @property
     def private_files(self) -> set[str]:
-        """The files that show images, unless the dataset is public or `--card-samples` is set."""
+        """The files that show images, unless the dataset is public."""
         dataset = self.flags.get("dataset")
         is_public = dataset == BUILT_IN_DATASET or is_hub_dataset(dataset)
-        if is_public or self.flags.get("card_samples"):
-            return set()
-        return {REPORT_FILE, SAMPLE_IMAGES_FILE}
+        return set() if is_public else {REPORT_FILE, SAMPLE_IMAGES_FILE}
 
     @property
     def license_files(self) -> set[str]:

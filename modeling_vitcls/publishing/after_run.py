@@ -23,7 +23,7 @@ def prepare_push(options: FinetuneOptions | PretrainOptions) -> str | None:
     if not options.push_to_hub or not is_main_process:
         return None
     name = options.output_dir.resolve().name
-    return prepare_repository(options.hub_model_id, name, options.hub_private)
+    return prepare_repository(options.hub_model_id, name)
 
 
 def finish_run(path: Path, options: RunOptions, repo_id: str | None) -> None:
@@ -45,11 +45,10 @@ def finish_run(path: Path, options: RunOptions, repo_id: str | None) -> None:
     if repo_id is None:
         return
 
-    push_result = push_folder(folder, repo_id, options.hub_private)
+    push_result = push_folder(folder, repo_id)
     print(f"pushed    {push_result.summary}")
-    if options.hub_verify:
-        print("verifying loading the pushed model in a new process")
-        print(verify_push(push_result, folder))
+    print("verifying loading the pushed model in a new process")
+    print(verify_push(push_result, folder))
 
 
 def warn(message: str) -> None:

@@ -24,7 +24,7 @@ from jinja2 import Environment, FileSystemLoader
 
 from ..hub.local_paths import is_hub_dataset, strip_folders
 from ..hub.model_files import ADDITIONS_KEY, CARD_FILE, RECIPE_FILE, REPORT_FILE
-from ..hub.model_folder import ModelFolder, warn_once
+from ..hub.model_folder import ModelFolder
 from ..hub.provenance import Provenance
 from ..inference.linear_probe import describe_candidate
 from ..inference.metric_tables import (
@@ -64,13 +64,6 @@ def write_card(folder: ModelFolder) -> None:
     """Write the card of a model folder. An edited card is kept."""
     if not has_edited_card(folder):
         (folder.path / CARD_FILE).write_text(render_card(folder), encoding="utf-8")
-    flag = folder.flags.get("license")
-    weights_license = get_license_source(folder).license
-    if flag is not None and flag != weights_license:
-        warn_once(
-            f"`license={flag!r}` is ignored: the initial weights remain under the license "
-            f"{weights_license}"
-        )
 
 
 def has_edited_card(folder: ModelFolder) -> bool:
@@ -88,7 +81,10 @@ def compute_digest(text: str) -> str:
 
 
 def render_card(
-    folder: ModelFolder, name: str | None = None, hidden_files: Collection[str] = ()
+    folder: ModelFolder,
+    name: str | None = None,
+    hidden_files: Collection[str] = (),
+    license_id: str | None = None,
 ) -> str:
     """Return the card of a model folder.
 
@@ -97,8 +93,13 @@ def render_card(
         name: Id of the repository. Default: the name of the folder.
         hidden_files: Files of the folder that the card must not show, because they are not
             published.
+        license_id: License of the weights, such as apache-2.0. Default: that of the initial weights.
+
+    Raises:
+        ValueError: If the initial weights have another license.
     """
     name = replace_control_characters(name or folder.path.resolve().name)
+    license_source = get_license_source(folder, license_id)
     has_report = (
         bool(folder.results)
         and (folder.path / REPORT_FILE).is_file()
@@ -106,13 +107,13 @@ def render_card(
     )
 
     variables = {
-        "card_data": ModelCardData(**build_metadata(folder, name)).to_yaml(),
+        "card_data": ModelCardData(**build_metadata(folder, name, license_source)).to_yaml(),
         "name": name,
         "version": __version__,
         "images": {key: path for key, path in folder.images.items() if path not in hidden_files},
         "report_file": REPORT_FILE if has_report else None,
         "has_token_effects": has_token_effects(folder),
-        "license": get_license_source(folder),
+        "license": license_source,
         "has_code": folder.has_weights and not folder.is_native,
         "is_native": folder.is_native,
         "tasks": folder.config.task_labels() if folder.config is not None else {},
@@ -143,7 +144,7 @@ def render_card(
 # Metadata -----------------------------------------------------------------------------------------
 
 
-def build_metadata(folder: ModelFolder, name: str) -> dict[str, Any]:
+def build_metadata(folder: ModelFolder, name: str, license_source: Provenance) -> dict[str, Any]:
     """Collect the header of the card as keyword arguments of ModelCardData."""
     results = folder.results
     base_model = folder.provenance.base_model if folder.provenance else None
@@ -157,7 +158,7 @@ def build_metadata(folder: ModelFolder, name: str) -> dict[str, Any]:
         "datasets": [dataset] if is_hub_dataset(dataset) else None,
         "base_model": base_model,
         "base_model_relation": relation if base_model else None,
-        **get_license_source(folder).license_metadata,
+        **license_source.license_metadata,
     }
 
     metric_names = get_metric_names(results, folder.config)
@@ -186,15 +187,20 @@ def build_metadata(folder: ModelFolder, name: str) -> dict[str, Any]:
 # License ------------------------------------------------------------------------------------------
 
 
-def get_license_source(folder: ModelFolder) -> Provenance:
-    """Return the provenance whose license applies to the weights.
+def get_license_source(folder: ModelFolder, license_id: str | None) -> Provenance:
+    """Return the initial weights if their license is known; otherwise one with the given license.
 
-    It is that of the initial weights if their license is known, otherwise one with the `license` of
-    the run.
+    The license of weights also applies to weights that are derived from them.
     """
-    if folder.provenance is not None and folder.provenance.license is not None:
-        return folder.provenance
-    return Provenance("", license=folder.flags.get("license"))
+    initial = folder.provenance
+    if initial is None or initial.license is None:
+        return Provenance("", license=license_id)
+    if license_id not in (None, initial.license):
+        raise ValueError(
+            f"`license={license_id!r}`: the initial weights of {folder.path} are under the license "
+            f"{initial.license_label}, which applies to the model, too. Remove `license`"
+        )
+    return initial
 
 
 # Variables of the templates -----------------------------------------------------------------------

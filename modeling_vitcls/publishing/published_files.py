@@ -53,20 +53,30 @@ DELETE_PATTERNS = [
 logger = logging.getLogger(__name__)
 
 
-def collect_files(folder: ModelFolder, repo_id: str) -> dict[str, Path | bytes]:
+def collect_files(
+    folder: ModelFolder, repo_id: str, license_id: str | None = None, card_samples: bool = False
+) -> dict[str, Path | bytes]:
     """Return the files to publish: name in the repository -> path or content.
 
-    Raise ValueError if the model is incomplete, or if one of the files is a link to a file
-    elsewhere.
+    Args:
+        folder: Folder of the model.
+        repo_id: Repository, which the card names.
+        license_id: License of the weights for the card.
+        card_samples: Whether to publish images of a dataset that is not public.
+
+    Raises:
+        ValueError: If the model is incomplete, one of the files is a link to a file elsewhere, or
+            the initial weights have another license.
     """
     folder.check_is_complete()
-    names = list_published_files(folder)
+    hidden_files = set() if card_samples else folder.private_files
+    names = list_published_files(folder) - hidden_files
     files: dict[str, Path | bytes] = {name: folder.path / name for name in sorted(names)}
 
     if has_edited_card(folder):
         warn_about_images(folder, names)
     else:
-        files[CARD_FILE] = render_card(folder, repo_id, folder.private_files).encode()
+        files[CARD_FILE] = render_card(folder, repo_id, hidden_files, license_id).encode()
     if RECIPE_FILE in names:
         files[RECIPE_FILE] = yaml.safe_dump(folder.shareable_flags, sort_keys=False).encode()
     if any(name.endswith(".py") for name in names):
@@ -92,7 +102,6 @@ def list_published_files(folder: ModelFolder) -> set[str]:
         if folder.results or not (folder.path / RESULTS_FILE).is_file():
             names |= set(RUN_FILES)
         names |= set(folder.images.values())
-        names -= folder.private_files
     else:
         names |= {*CONFIG_FILES, RESULTS_FILE}
 

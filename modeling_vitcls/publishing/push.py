@@ -115,6 +115,8 @@ def push_folder(
     repo_id: str,
     private: bool = False,
     branch: str | None = None,
+    license_id: str | None = None,
+    card_samples: bool = False,
 ) -> PushResult:
     """Push a model folder; create the repository if it does not exist.
 
@@ -127,15 +129,23 @@ def push_folder(
         private: Whether a new repository must be private. Default: the account's default
             visibility.
         branch: Branch of the commit, created from `main` if it does not exist. Default: `main`.
+        license_id, card_samples: As in `collect_files`.
 
     Raises:
         ValueError: If the folder does not contain a complete model.
         PushError: If the push fails. The message is a single line and ends with the command that
             completes the push.
     """
-    command = build_push_command(folder.path, repo_id, private, branch)
+    command = build_push_command(
+        folder.path,
+        repo_id,
+        private=private,
+        branch=branch,
+        license=license_id,
+        card_samples=card_samples,
+    )
     return upload_files(
-        collect_files(folder, repo_id),
+        collect_files(folder, repo_id, license_id, card_samples),
         repo_id,
         repo_type="model",
         message="Upload model",
@@ -210,10 +220,8 @@ def upload_files(
         ) from error
 
 
-def build_push_command(
-    folder: Path, repo_id: str, private: bool = False, branch: str | None = None
-) -> str:
-    """Return the command line that pushes a model folder."""
-    flags = {"model": folder, "hub_model_id": repo_id, "private": private, "branch": branch}
+def build_push_command(folder: Path, repo_id: str, **others: str | bool | None) -> str:
+    """Return the command line that pushes a model folder, with those other flags that are set."""
+    flags = {"model": folder, "hub_model_id": repo_id, **others}
     arguments = [to_arguments(name, value) for name, value in flags.items() if value]
     return f"vitcls push {shlex.join(chain.from_iterable(arguments))}"

@@ -106,6 +106,7 @@ def verify(repo_id: str, revision: str = "main", folder: ModelFolder | None = No
         else:
             reference = folder
             files = collect_files(folder, repo_id)
+            del files[CARD_FILE]  # the flags of the push are part of it, such as the license
             check_hashes(commit, files, folder)
 
         # AutoBackbone queries the Hub even for a local folder.

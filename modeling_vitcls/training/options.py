@@ -242,22 +242,10 @@ class RunOptions(Options):
     report: bool = True
     """Write report.html (see `vitcls inspect`) and add attention maps to the model card."""
     push_to_hub: bool = False
-    """Push the model to the Hub and verify the pushed commit."""
+    """Push the model to the Hub and verify the pushed commit. `vitcls push` also pushes a finished
+    run: to a private repository, with a license, or with images of the dataset in its card."""
     hub_model_id: str | None = None
     """Repository to push to. Default: a repository in your account, named after --output-dir."""
-    hub_private: bool = False
-    """If the repository does not exist, create it as a private repository."""
-    hub_verify: bool = True
-    """Load the model from the pushed commit in a new process, and compare its outputs with the
-    outputs of the saved model."""
-    license: str | None = None
-    """License of the trained weights for the model card: a Hub identifier such as apache-2.0. If
-    the initial weights have a license, the card contains the license of the initial weights
-    instead. Default: no license in the card."""
-    card_samples: bool = False
-    """Show a few held-out images in the model card, and publish report.html with held-out and
-    training images, even if the repository is public and the images are local files. Images of
-    `digits` and of datasets on the Hub are always published."""
 
     def check(self) -> None:
         super().check()
@@ -266,11 +254,6 @@ class RunOptions(Options):
                 f"`output_dir={str(self.output_dir)!r}` is a file. Set `output_dir` to a folder"
             )
         check_minimum(self, 1, "save_every", "keep_checkpoints")
-        is_valid_license = self.license is None or bool(
-            re.fullmatch(r"[a-z0-9][a-z0-9.-]*", self.license)
-        )
-        requirement = "a Hub license identifier, such as apache-2.0 or cc-by-4.0"
-        check_value(self, "license", is_valid_license, requirement)
 
 
 # The fields of the last base class come first.

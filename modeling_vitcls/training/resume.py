@@ -29,7 +29,6 @@ from .options import ModelOptions, TrainOptions
 CHANGEABLE_FLAGS = (
     "output_dir num_workers max_unreadable_images batch_size gradient_accumulation_steps resume "
     "overwrite save_every keep_checkpoints log_with report push_to_hub hub_model_id "
-    "hub_private hub_verify license card_samples "
     # the precision itself is compared (`check_run_unchanged`)
     "mixed_precision"
 ).split()

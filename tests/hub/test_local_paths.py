@@ -177,7 +177,7 @@ def test_a_run_is_resumed_with_another_spelling_of_its_data(here: Path, tmp_path
         check(before, flags(spelling))
         # as written by earlier versions
         check(before | {"dataset": "data/teach"}, flags(spelling))
-    check(before, before | {"license": "mit", "card_samples": True})
+    check(before, before | {"hub_model_id": "ann/mine"})
     with raises_one_line("`dataset`", "acme/data", "a different `output_dir`"):
         check(before, flags("acme/data"))
     (tmp_path / "new").mkdir()

@@ -123,13 +123,11 @@ def test_a_run_is_pushed_and_verified(
         )
     assert not (tmp_path / "run").exists()
 
-    finetune(
-        "vitcls-tiny", "digits", tmp_path / "mine", push_to_hub=True, hub_private=True, **flags
-    )
+    finetune("vitcls-tiny", "digits", tmp_path / "mine", push_to_hub=True, **flags)
     commit = hub.repositories["ann/mine"].branches["main"]
 
     output = capsys.readouterr().out
-    assert f"pushed    {hub.url}/ann/mine/commit/{commit} (private)" in output
+    assert f"pushed    {hub.url}/ann/mine/commit/{commit} (public)" in output
     assert "verified: ann/mine at" in output
     assert "# ann/mine" in hub.read("ann/mine", "README.md").decode()
 

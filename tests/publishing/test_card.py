@@ -19,15 +19,15 @@ from modeling_vitcls import (
 )
 from modeling_vitcls.conversion.convert import convert_checkpoint, write_native_model
 from modeling_vitcls.hub.model_folder import ModelFolder
-from modeling_vitcls.publishing.card import build_metadata, render_card
+from modeling_vitcls.publishing.card import render_card
 
 
-def load_card(folder: Path, name: str | None = None) -> ModelCard:
+def load_card(folder: Path, name: str | None = None, license_id: str | None = None) -> ModelCard:
     """Return the card of a folder.
 
     It must be valid Markdown with a title and sections that are not empty.
     """
-    card = ModelCard(render_card(ModelFolder(folder), name))
+    card = ModelCard(render_card(ModelFolder(folder), name, license_id=license_id))
     tokens = MarkdownIt("commonmark").enable("table").parse(card.text)
     kinds = [token.type for token in tokens]
     assert kinds.count("heading_open") == len(list_headings(card.text)) + 1
@@ -142,7 +142,7 @@ def test_the_model_index_names_datasets_of_the_hub_only(
 def test_the_metric_of_several_labels_is_the_mean_average_precision(tmp_path: Path) -> None:
     folder = ModelFolder(write_run_folder(tmp_path / "mine"))
     folder.results["mean_average_precision"] = folder.results.pop("accuracy")
-    assert build_metadata(folder, "ann/mine")["metrics"] == ["mean_average_precision"]
+    assert ModelCard(render_card(folder)).data.metrics == ["mean_average_precision"]
 
 
 def test_an_encoder_shows_its_features_before_and_after_pre_training(tmp_path: Path) -> None:
@@ -188,7 +188,7 @@ def test_tasks_have_no_pipeline(tmp_path: Path) -> None:
         (None, "mit", "mit", "The weights are licensed under mit."),
         (
             {"name": "ann/base", "base_model": "ann/base", "license": "cc-by-4.0"},
-            "mit",
+            None,
             "cc-by-4.0",
             "derived from",
         ),
@@ -209,13 +209,12 @@ def test_the_license_of_the_initial_weights_is_inherited(
     words: str,
 ) -> None:
     flags = {
-        "license": flag,
         "model": "ann/base" if provenance else "vitcls-tiny",
         "teacher": "timm:resnet18",
     }
     results = {"provenance": provenance, "teacher": "timm:resnet18"}
     results["teacher_provenance"] = {"name": "timm:resnet18", "license": "apache-2.0"}
-    card = load_card(write_run_folder(tmp_path / "mine", results, flags))
+    card = load_card(write_run_folder(tmp_path / "mine", results, flags), license_id=flag)
 
     assert card.data.license == license_id
     assert words in card.text

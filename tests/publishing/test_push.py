@@ -135,20 +135,21 @@ def test_the_target_of_a_link_is_not_pushed(
 
 
 @pytest.mark.parametrize(
-    ("flags", "is_published"),
+    ("dataset", "card_samples", "is_published"),
     [
-        ({"dataset": "acme/photos"}, True),
-        ({"dataset": "./photos"}, False),
-        ({"dataset": "/home/ann/photos"}, False),
-        ({"dataset": "memory:0123456789abcdef"}, False),
-        ({"dataset": "./photos", "card_samples": True}, True),
+        ("acme/photos", False, True),
+        ("./photos", False, False),
+        ("/home/ann/photos", False, False),
+        ("memory:0123456789abcdef", False, False),
+        ("./photos", True, True),
     ],
 )
 def test_images_of_local_datasets_are_published_only_on_request(
-    hub: LocalHub, folder: Path, flags: dict[str, Any], is_published: bool
+    hub: LocalHub, folder: Path, dataset: str, card_samples: bool, is_published: bool
 ) -> None:
-    (folder / "config.resolved.yaml").write_text(yaml.safe_dump({"model": "vitcls-tiny"} | flags))
-    push_folder(ModelFolder(folder), "ann/model")
+    flags = {"model": "vitcls-tiny", "dataset": dataset}
+    (folder / "config.resolved.yaml").write_text(yaml.safe_dump(flags))
+    push_folder(ModelFolder(folder), "ann/model", card_samples=card_samples)
     card = read_card(hub)
     for name in ("report.html", "images/attention.png"):
         assert (name in hub.files("ann/model")) is is_published
