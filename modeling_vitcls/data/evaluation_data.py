@@ -58,7 +58,15 @@ def load_evaluation_data(
         images = replace(images, keys=get_keys(images))
         check_contradictions([images], loaded.label_space, options.dataset)
     is_trained = find_trained_images(images, splits)
-    return leave_out(loaded, name, is_trained, split is not None, options, max_images)
+    return leave_out(
+        loaded,
+        name,
+        is_trained,
+        is_named=split is not None,
+        dataset=options.dataset,
+        max_images=max_images,
+        seed=options.split_seed,
+    )
 
 
 def load_calibration_and_evaluation_data(
@@ -83,7 +91,8 @@ def load_calibration_and_evaluation_data(
                 with_keys, options.held_out_part, options.split_seed, options.dataset
             )
         _, calibration = images.divide(is_trained)
-    return calibration, leave_out(loaded, name, is_trained, split is not None, options, None)
+    is_named = split is not None
+    return calibration, leave_out(loaded, name, is_trained, is_named, options.dataset)
 
 
 def leave_out(
@@ -91,8 +100,9 @@ def leave_out(
     name: str,
     is_trained: np.ndarray,
     is_named: bool,
-    options: DataOptions,
-    max_images: int | None,
+    dataset: str,
+    max_images: int | None = None,
+    seed: int = 0,
 ) -> EvaluationData:
     """Keep at most `max_images` images of a split that did not train the model.
 
@@ -109,7 +119,7 @@ def leave_out(
         description += f", of which training used {num_trained:,}"
     elif num_trained == len(images):
         raise ValueError(
-            f"the model was trained on all {len(images):,} images of {options.dataset}. Its result "
+            f"the model was trained on all {len(images):,} images of {dataset}. Its result "
             f"on images that it had not seen is in its results.json. Set `dataset` to other "
             f"images, or `split={name!r}` to evaluate these"
         )
@@ -118,7 +128,7 @@ def leave_out(
         num_left_out = num_trained
         description = f"{part}, of which {num_trained:,} are left out, because training used them"
 
-    drawn = images.draw(max_images, options.split_seed)
+    drawn = images.draw(max_images, seed)
     if len(drawn) < len(images):
         description = f"drawn at random from {description}"
     return EvaluationData(loaded.label_space, drawn, name, num_left_out, description)

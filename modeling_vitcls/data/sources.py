@@ -114,34 +114,27 @@ def load_splits(
         ValueError: if the dataset cannot be read, or has no image or label column.
         OSError: if the dataset cannot be found.
     """
-    if is_built_in_dataset(options.dataset):
-        splits = load_digits()
-    else:
+    if not is_built_in_dataset(options.dataset):
         return load_table(options, use_labels, select)
 
-    check_columns_not_set(options, splits.label_space)
+    splits = load_digits()
+    only_values = {
+        "image_column": "image",
+        "label_column": tuple(splits.label_space.columns),
+        "label_separator": None,
+        "label_names": tuple(splits.label_space.names),
+    }
+    for name, only_value in only_values.items():
+        if getattr(options, name) not in (None, only_value):
+            raise ValueError(
+                f"`{name}` has no effect on {options.dataset}, whose images and labels are not in "
+                f"a table. Remove `{name}`"
+            )
     images_by_split = {name: splits.images_by_split[name] for name in select(splits.names)}
     if use_labels:
         return replace(splits, images_by_split=images_by_split)
     unlabeled = {name: mark_as_unlabeled(split.images) for name, split in images_by_split.items()}
     return replace(splits, label_space=UNLABELED, images_by_split=unlabeled)
-
-
-def check_columns_not_set(options: DataOptions, label_space: LabelSpace) -> None:
-    """Raise ValueError for flags of columns and labels other than the only ones of a dataset."""
-    only_values = {
-        "image_column": "image",
-        "label_column": tuple(label_space.columns),
-        "label_separator": None,
-        "label_names": tuple(label_space.names),
-    }
-    for name, only_value in only_values.items():
-        value = getattr(options, name)
-        if value not in (None, only_value):
-            raise ValueError(
-                f"`{name}` has no effect on {options.dataset}, whose images and labels are not in "
-                f"a table. Remove `{name}`"
-            )
 
 
 def mark_as_unlabeled(images: Any) -> LabeledImages:
@@ -171,20 +164,19 @@ def load_digits() -> Splits:
 def load_table(options: DataOptions, use_labels: bool, select: SplitSelector) -> Splits:
     """Load the splits of an image folder, a table, data in memory or a dataset on the Hub."""
     dataset = options.dataset
-    opened = open_dataset(dataset, use_labels)
+    name, folder, splits = open_dataset(dataset, use_labels)
     all_tables, facts = divide_by_column(
-        opened.splits, dataset, options.split_column, options.label_column or ()
+        splits, dataset, options.split_column, options.label_column or ()
     )
     tables = {split: all_tables[split] for split in select(list(all_tables))}
     features = next(iter(tables.values())).features
     column = find_image_column(dataset, features, options.image_column, options.label_column)
     images = {
-        split: build_images(table, column, opened.folder, dataset)
-        for split, table in tables.items()
+        split: build_images(table, column, folder, dataset) for split, table in tables.items()
     }
     if not use_labels:
         unlabeled = {split: mark_as_unlabeled(each) for split, each in images.items()}
-        return Splits(opened.name, UNLABELED, unlabeled, list(all_tables), facts)
+        return Splits(name, UNLABELED, unlabeled, list(all_tables), facts)
 
     columns = find_label_columns(dataset, tables, options.label_column)
     label_space, labels = read_labels(
@@ -208,7 +200,7 @@ def load_table(options: DataOptions, use_labels: bool, select: SplitSelector) ->
         )
         for split in tables
     }
-    return Splits(opened.name, label_space, labeled, list(all_tables), facts)
+    return Splits(name, label_space, labeled, list(all_tables), facts)
 
 
 def drop_unlabeled_images(images: LabeledImages, name: str) -> LabeledImages:
@@ -232,34 +224,29 @@ def drop_unlabeled_images(images: LabeledImages, name: str) -> LabeledImages:
     return images.select(labeled)
 
 
-@dataclass(frozen=True)
-class OpenedDataset:
-    """A table or an image folder, of which no columns are selected yet."""
-
-    name: str  # of the file or folder, or the id on the Hub
-    folder: Path  # to which image paths are relative
-    splits: Any  # `datasets.Dataset` by name
-
-
-def open_dataset(dataset: str, use_labels: bool) -> OpenedDataset:
+def open_dataset(dataset: str, use_labels: bool) -> tuple[str, Path, Any]:
     """Open a dataset that `datasets` represents: all but `digits`.
 
-    Raise ValueError if the dataset cannot be read, and OSError if it is found neither locally nor
-    on the Hub.
+    Returns:
+        The name of the file or folder, or the id on the Hub; the folder to which image paths are
+        relative; and `datasets.Dataset` by the name of the split, with all columns.
+
+    Raises:
+        ValueError: if the dataset cannot be read.
+        OSError: if it is found neither locally nor on the Hub.
     """
     path = Path(dataset)
     if dataset.startswith(MEMORY_PREFIX):
-        return OpenedDataset(dataset, Path("/"), get_dataset(dataset))
+        return dataset, Path("/"), get_dataset(dataset)
     if path.is_dir():
-        return OpenedDataset(path.resolve().name, path, read_folder(path, use_labels))
+        return path.resolve().name, path, read_folder(path, use_labels)
     suffix = path.suffix.lower()
     if path.exists() and suffix not in READERS:
         remedy = REMEDIES.get(suffix, OTHER_REMEDY).replace("FILE", shlex.quote(dataset))
         raise ValueError(f"{dataset} is not a table that can be read. {remedy}")
     if path.exists():
-        return OpenedDataset(
-            path.resolve().name, path.parent, read_tables(READERS[suffix], {"train": [path]})
-        )
+        tables = read_tables(READERS[suffix], {"train": [path]})
+        return path.resolve().name, path.parent, tables
     if suffix in READERS:
         raise OSError(f"there is no file {dataset}. Check the path")
     if not is_hub_id(dataset):
@@ -278,7 +265,7 @@ def open_dataset(dataset: str, use_labels: bool) -> OpenedDataset:
             f"there is no file or folder {dataset}, and no such dataset was found on the Hub or in "
             "its cache. Check the name"
         ) from error
-    return OpenedDataset(dataset, path, splits)
+    return dataset, path, splits
 
 
 def read_folder(path: Path, use_labels: bool) -> Any:

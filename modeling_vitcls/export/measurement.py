@@ -9,7 +9,7 @@ labels, the differences between the outputs of the file and the model.
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from ..data.options import DataOptions
 from ..data.splits import load_training_data
 from ..data.splits_table import read_splits, select_task
 from ..hub.local_paths import resolve_name, strip_folders
-from ..inference.evaluate import set_label_columns
+from ..inference.evaluate import get_training_columns
 from ..inference.evaluator import Evaluator
 from ..inference.exported_graphs import ExportedModel
 from ..inference.image_pass import ImageOutput, prepare_batches
@@ -143,7 +143,7 @@ def load_export_images(
             problem = "the weights are random" if folder is None else "the model has no classifier"
             raise ValueError(problem)
         check_is_classifier(model.config)
-        options = set_label_columns(options, model.config, folder)
+        options = replace(options, **get_training_columns(model.config, folder))
         training, held_out = load_calibration_and_evaluation_data(
             options, split, select_task(read_splits(folder), None)
         )

@@ -61,7 +61,7 @@ def evaluate_checkpoint(options: EvaluateOptions) -> dict[str, Any]:
     print_line = partial(console.print, markup=False)
     with accelerator.main_process_first():  # the main process downloads the files
         folder = open_model(options.model)
-    loaded = load_for_inference(
+    model, processor, batch_size = load_for_inference(
         folder,
         accelerator,
         use_head=True,
@@ -71,7 +71,7 @@ def evaluate_checkpoint(options: EvaluateOptions) -> dict[str, Any]:
         max_batch_size=EVALUATION_BATCH_SIZE,
         print_line=print_line,
     )
-    config: ViTCLSConfig = loaded.model.config
+    config: ViTCLSConfig = model.config
     if options.task is not None:
         config = config.build_task_config(options.task)
     check_is_classifier(config)
@@ -80,7 +80,9 @@ def evaluate_checkpoint(options: EvaluateOptions) -> dict[str, Any]:
             "`per_image` requires a single task. Use `vitcls predict --dataset` for several tasks"
         )
 
-    data_options = set_label_columns(options, config, folder, options.task)
+    data_options: DataOptions = options
+    if options.label_column is None and options.label_separator is None:
+        data_options = replace(options, **get_training_columns(config, folder, options.task))
     load_data = partial(
         load_evaluation_data,
         data_options,
@@ -92,9 +94,9 @@ def evaluate_checkpoint(options: EvaluateOptions) -> dict[str, Any]:
     label_space = get_label_space(config)
     evaluator = Evaluator(
         match_labels(data.images, data.label_space, label_space),
-        processor=loaded.processor,
+        processor=processor,
         label_space=label_space,
-        batch_size=loaded.batch_size,
+        batch_size=batch_size,
         accelerator=accelerator,
         num_workers=options.num_workers,
         max_unreadable_images=options.max_unreadable_images,
@@ -106,9 +108,9 @@ def evaluate_checkpoint(options: EvaluateOptions) -> dict[str, Any]:
     start_time = time.perf_counter()
     predictions = None
     if options.per_image is None:
-        metrics = evaluator(loaded.model, console)
+        metrics = evaluator(model, console)
     else:
-        predictions = evaluator.predict(loaded.model, console)
+        predictions = evaluator.predict(model, console)
         metrics = predictions.metrics
     seconds = time.perf_counter() - start_time
 
@@ -157,27 +159,20 @@ def set_up_evaluation(
     return accelerator, console, warn
 
 
-def set_label_columns(
-    options: DataOptions, config: ViTCLSConfig, folder: ModelFolder, task: str | None = None
-) -> DataOptions:
-    """Fill in the label columns of the model's training, unless columns are set.
+def get_training_columns(
+    config: ViTCLSConfig, folder: ModelFolder, task: str | None = None
+) -> dict[str, Any]:
+    """Find the label columns of the model's training, as values of `DataOptions`.
 
     These are the columns of a multi-task model, or the label column and the separator of a
     multi-label model or of an added task.
     """
-    if options.label_column is not None or options.label_separator is not None:
-        return options
     if config.tasks:
-        return replace(options, label_column=tuple(config.task_labels()))
+        return {"label_column": tuple(config.task_labels())}
     if task is None and config.problem_type != "multi_label_classification":
-        return options
+        return {}
     results = folder.get_results_of_any_weights(task)
-    columns = results.get("label_column")
-    return replace(
-        options,
-        label_column=columns and tuple(columns),
-        label_separator=results.get("label_separator"),
-    )
+    return {name: results.get(name) for name in ("label_column", "label_separator")}
 
 
 # Output -------------------------------------------------------------------------------------------

@@ -229,29 +229,27 @@ def open_input(options: PredictOptions) -> PredictionInput:
     dataset = options.dataset
     data_options = DataOptions(dataset=dataset, image_column=options.image_column)
     if is_built_in_dataset(dataset):
-        images = select_split(
-            load_splits(data_options, use_labels=False).images_by_split, options
-        ).images
+        digits = load_splits(data_options, use_labels=False).images_by_split
+        images = select_split(digits, options.split, dataset).images
         return ListInput([f"{dataset}/{index}" for index in range(len(images))], images)
 
-    opened = open_dataset(dataset, use_labels=False)
-    split = select_split(opened.splits, options)
+    _, folder, splits = open_dataset(dataset, use_labels=False)
+    split = select_split(splits, options.split, dataset)
     column = find_image_column(dataset, split.features, options.image_column)
     if not len(split):
         raise ValueError(f"the dataset {dataset} is empty. Add images")
-    return DatasetInput(build_images(split, column, opened.folder, dataset))
+    return DatasetInput(build_images(split, column, folder, dataset))
 
 
-def select_split(splits: Mapping[str, Any], options: PredictOptions) -> Any:
+def select_split(splits: Mapping[str, Any], split: str | None, dataset: str) -> Any:
     """Select the split that `split` names, or the only split if `split` is not set.
 
     Raise ValueError if there is no such split.
     """
-    split = next(iter(splits)) if options.split is None and len(splits) == 1 else options.split
+    split = next(iter(splits)) if split is None and len(splits) == 1 else split
     if split is None or split not in splits:
         raise ValueError(
-            f"{options.dataset} has several or other splits. Set `split` to one of "
-            f"{', '.join(splits)}"
+            f"{dataset} has several or other splits. Set `split` to one of {', '.join(splits)}"
         )
     return splits[split]
 

@@ -1,11 +1,10 @@
 """Load a saved model for evaluation or prediction.
 
-loaded = load_for_inference(folder, options, accelerator, use_head=True, ...)    in a command
+model, processor, batch_size = load_for_inference(folder, accelerator, use_head=True, ...)    in a command
 model, processor = load_model(folder, use_head=None)                             anywhere else
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -37,15 +36,6 @@ CLASSIFIER_CLASSES: dict[str, type[Classifier]] = {
 }
 
 
-@dataclass(frozen=True)
-class LoadedModel:
-    """A model on its device and in evaluation mode, and how images pass through it."""
-
-    model: Any
-    processor: ViTCLSImageProcessor
-    batch_size: int  # of a process
-
-
 def load_for_inference(
     folder: ModelFolder,
     accelerator: Accelerator,
@@ -57,7 +47,7 @@ def load_for_inference(
     max_batch_size: int,
     print_line: Callable[[str], None],
     backend: str = "torch",
-) -> LoadedModel:
+) -> tuple[Any, ViTCLSImageProcessor, int]:
     """Load a model on the device of the accelerator, in the precision that the user asked for.
 
     Args:
@@ -69,6 +59,10 @@ def load_for_inference(
         batch_size: Number of images of a process; None to choose it.
         max_batch_size: Default batch size on GPUs.
         print_line: Prints the precision if it was chosen.
+
+    Returns:
+        The model in evaluation mode, its image processor, and the number of images of a batch of
+        one process.
 
     Raises:
         ValueError, OSError: As in `load_model`.
@@ -83,7 +77,7 @@ def load_for_inference(
     batch_size = choose_batch_size(
         batch_size, model.config, processor, accelerator.device, max_batch_size
     )
-    return LoadedModel(model.to(accelerator.device).eval(), processor, batch_size)
+    return model.to(accelerator.device).eval(), processor, batch_size
 
 
 def load_model(

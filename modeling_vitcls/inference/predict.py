@@ -106,10 +106,12 @@ def predict_images(options: PredictOptions) -> tuple[int, int]:
         folder = open_model(options.model, options.backend)
 
     predictor = build_predictor(options, folder, accelerator)
+    # on all processes, although only the main process reads the rows
+    rows = compute_rows(accelerator, source, predictor)
     are_failed: list[bool] = []
 
     def iterate_rows() -> Iterator[Row]:
-        for row in compute_rows(accelerator, source, predictor):
+        for row in rows:
             are_failed.append(row["error"] is not None)
             yield row
 
@@ -127,7 +129,7 @@ def build_predictor(
 ) -> Predictor:
     """Load the model and its image processor on the device, and build a predictor."""
     print_line = accelerator.on_main_process(partial(print, file=sys.stderr))
-    loaded = load_for_inference(
+    model, processor, batch_size = load_for_inference(
         folder,
         accelerator,
         use_head=options.features is None,
@@ -138,27 +140,27 @@ def build_predictor(
         max_batch_size=PREDICTION_BATCH_SIZE,
         print_line=print_line,
     )
-    config: Any = loaded.model.config
+    config: Any = model.config
     has_statistics = options.features is None and config.class_statistics is not None
-    if has_statistics and loaded.model.class_distance is None:
+    if has_statistics and model.class_distance is None:
         text = (
             "this graph does not compute `distance` and `unknown`, for which int8 and bfloat16 "
             "have too few digits. `backend='torch'` does"
         )
         print_line(f"engine: {text}")
     columns = build_prediction_columns(
-        model=loaded.model,
+        model=model,
         top_k=options.top_k,
         threshold=options.threshold,
         features=options.features,
         feature_dtype=options.feature_dtype,
     )
     return Predictor(
-        model=loaded.model,
-        processor=loaded.processor,
+        model=model,
+        processor=processor,
         columns=columns,
         autocast=accelerator.autocast,
-        batch_size=loaded.batch_size,
+        batch_size=batch_size,
         num_workers=options.num_workers or get_num_workers(),
     )
 

@@ -31,8 +31,7 @@ from ..data.image_folder import check_output_is_not_read
 from ..data.images import LabeledImages
 from ..data.label_matching import match_labels
 from ..data.labels import LabelSpace, get_label_space, warn_about_similar_classes
-from ..data.options import DataOptions
-from ..data.sources import load_splits
+from ..data.sources import Splits, load_splits
 from ..data.splits import (
     TrainingData,
     add_keys,
@@ -243,7 +242,8 @@ def add_classes_from_options(options: AddClassOptions) -> dict[str, Any]:
             f"needs for another class. Run vitcls finetune --model {options.model}, which stores "
             "them, or add a task with vitcls add-task"
         )
-    label_space, images = load_new_images(options, get_label_space(model.config).names)
+    old_names = get_label_space(model.config).names
+    label_space, images = select_new_images(load_splits(options), options.dataset, old_names)
 
     with create_output_folder(options.output_dir, "output_dir") as staging:
         features = compute(images, label_space)
@@ -259,20 +259,21 @@ def add_classes_from_options(options: AddClassOptions) -> dict[str, Any]:
     return record
 
 
-def load_new_images(options: DataOptions, old_names: list[str]) -> tuple[LabelSpace, LabeledImages]:
-    """Load the training images of the new classes, labeled among all classes."""
-    splits = load_splits(options)
+def select_new_images(
+    splits: Splits, dataset: str, old_names: list[str]
+) -> tuple[LabelSpace, LabeledImages]:
+    """Select the training images of the new classes, labeled among all classes."""
     new_space = splits.label_space
-    check_has_one_label(new_space, options.dataset)
+    check_has_one_label(new_space, dataset)
     if known := sorted(set(new_space.names) & set(old_names)):
         raise ValueError(
             f"the model has the class {known[0]!r} already. Remove its images from `dataset`"
         )
     names = [*old_names, *new_space.names]
-    warn_about_similar_classes(f"{options.dataset} and the model", names)
+    warn_about_similar_classes(f"{dataset} and the model", names)
 
     images = add_keys(splits.images_by_split)
-    check_contradictions(list(images.values()), new_space, options.dataset)
+    check_contradictions(list(images.values()), new_space, dataset)
     train = images[choose_training_splits(False, splits.names)[0]]
     label_space = LabelSpace(SINGLE_LABEL, {"label": names})
     return label_space, match_labels(train, new_space, label_space)

@@ -12,7 +12,6 @@ masked ones (BEiT, SimMIM).
 """
 
 import copy
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -142,21 +141,13 @@ class MAE(ViTCLSPreTrainedModel):
         return MaskedImageModelingOutput(loss=loss, reconstruction=reconstruction)
 
 
-@dataclass(frozen=True)
-class MAEObjective:
-    """Loss of a batch with random masks of single patches."""
-
-    normalize: Normalizer
-    num_patches: int
-    mask_ratio: float
-
-    def __call__(self, model: nn.Module, batch: Batch) -> Losses:
-        pixels = self.normalize(batch["pixels"])
-        return {
-            "loss": model(
-                pixels, draw_masks(len(pixels), self.num_patches, self.mask_ratio, pixels.device)
-            ).loss
-        }
+def compute_mae_losses(
+    model: nn.Module, batch: Batch, normalize: Normalizer, num_patches: int, mask_ratio: float
+) -> Losses:
+    """Compute the loss of a batch with random masks of single patches."""
+    pixels = normalize(batch["pixels"])
+    masks = draw_masks(len(pixels), num_patches, mask_ratio, pixels.device)
+    return {"loss": model(pixels, masks).loss}
 
 
 def draw_masks(

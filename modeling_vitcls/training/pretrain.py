@@ -14,7 +14,7 @@ k-NN and of logistic regression on frozen features is measured before and after 
 
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -33,7 +33,7 @@ from ..model.modeling_vitcls import ViTCLSModel
 from ..runtime.flags import to_flags
 from .lejepa import LeJEPA, LeJEPAObjective
 from .losses import Objective
-from .mae import MAE, MAEObjective, build_decoder_config, draw_masks
+from .mae import MAE, build_decoder_config, compute_mae_losses, draw_masks
 from .model import InitialModel
 from .options import PretrainOptions
 from .reporter import Reporter
@@ -93,7 +93,12 @@ class PreTraining:
         objective: Objective
         if options.method == "mae":
             method = MAE(encoder, build_decoder_config(config, options.decoder_layers))
-            objective = MAEObjective(normalize, rows * columns, options.mask_ratio)
+            objective = partial(
+                compute_mae_losses,
+                normalize=normalize,
+                num_patches=rows * columns,
+                mask_ratio=options.mask_ratio,
+            )
             masks = draw_masks(1, rows * columns, options.mask_ratio, torch.device("cpu"))
             num_masked = int(masks.sum())
             summary = f"MAE: {num_masked} of {rows} x {columns} patches are masked"
@@ -111,13 +116,18 @@ class PreTraining:
 
         def build_evaluator(
             data: TrainingData, images: LabeledImages, with_regression: bool = False
-        ) -> FeatureQuality:
+        ) -> Callable[[Any], dict[str, Any]]:
             neighbors = None
             if has_labels:
                 drawn = data.train.draw(MAX_NEIGHBORS, options.split_seed)
                 neighbors = ImagePass(drawn, **arguments)
-            held_out = ImagePass(images, **arguments)
-            return FeatureQuality(held_out, neighbors, reporter.warn, with_regression)
+            return partial(
+                measure_features,
+                held_out=ImagePass(images, **arguments),
+                neighbors=neighbors,
+                warn=reporter.warn,
+                with_regression=with_regression,
+            )
 
         selection_metric = "knn_accuracy" if has_labels else "effective_rank"
         return TrainingSetup(
@@ -158,60 +168,62 @@ def compute_features(model: Any, method: Any, pixel_values: torch.Tensor) -> tor
     return torch.cat([token, patches], dim=1)
 
 
-@dataclass
-class FeatureQuality:
-    """Measures frozen features: the accuracy of k-NN on held-out images, and their effective rank.
+def measure_features(
+    model: Any,
+    held_out: ImagePass,
+    neighbors: ImagePass | None,
+    warn: Callable[[str], None],
+    with_regression: bool = False,
+) -> dict[str, Any]:
+    """Measure frozen features: the accuracy of k-NN on held-out images, and their effective rank.
 
-    `neighbors` are labeled training images; None without labels.
+    All processes must call this function.
+
+    Args:
+        model: the method, wrapped or not.
+        held_out: images to measure.
+        neighbors: labeled training images; None without labels.
+        warn: is called if the features have collapsed.
+        with_regression: whether to measure logistic regression, too.
     """
+    method = held_out.accelerator.unwrap_model(model)
+    compute = partial(compute_features, model, method)
+    # [images, token + D]
+    features, labels = stack_rows(held_out.collect(model, compute))
+    counts = {
+        "num_images": len(features),
+        "num_unreadable_images": held_out.num_unreadable,
+    }
+    patch_width = method.config.hidden_size
+    parts = {"": np.s_[:, :-patch_width], "_of_patches": np.s_[:, -patch_width:]}
 
-    held_out: ImagePass
-    neighbors: ImagePass | None
-    warn: Callable[[str], None]
-    with_regression: bool = False
+    metrics: dict[str, Any] = {}
+    if neighbors is not None:
+        train_features, train_labels = stack_rows(neighbors.collect(model, compute))
+        from sklearn.neighbors import KNeighborsClassifier
 
-    def __call__(self, model: Any) -> dict[str, Any]:
-        """Return the metrics of a method, wrapped or not. All processes must call this method."""
-        method = self.held_out.accelerator.unwrap_model(model)
-        compute = partial(compute_features, model, method)
-        # [images, token + D]
-        features, labels = stack_rows(self.held_out.collect(model, compute))
-        counts = {
-            "num_images": len(features),
-            "num_unreadable_images": self.held_out.num_unreadable,
+        num_neighbors = min(10, len(train_labels))
+        classifiers: dict[str, Any] = {
+            "knn_accuracy": KNeighborsClassifier(num_neighbors, weights="distance", metric="cosine")
         }
-        patch_width = method.config.hidden_size
-        parts = {"": np.s_[:, :-patch_width], "_of_patches": np.s_[:, -patch_width:]}
+        if with_regression:
+            classifiers["regression_accuracy"] = LinearProbe()
+        for (name, classifier), (suffix, part) in itertools.product(
+            classifiers.items(), parts.items()
+        ):
+            classifier.fit(train_features[part], train_labels)
+            metrics[name + suffix] = round(float(classifier.score(features[part], labels)), 6)
 
-        metrics: dict[str, Any] = {}
-        if self.neighbors is not None:
-            train_features, train_labels = stack_rows(self.neighbors.collect(model, compute))
-            from sklearn.neighbors import KNeighborsClassifier
-
-            num_neighbors = min(10, len(train_labels))
-            classifiers: dict[str, Any] = {
-                "knn_accuracy": KNeighborsClassifier(
-                    num_neighbors, weights="distance", metric="cosine"
-                )
-            }
-            if self.with_regression:
-                classifiers["regression_accuracy"] = LinearProbe()
-            for (name, classifier), (suffix, part) in itertools.product(
-                classifiers.items(), parts.items()
-            ):
-                classifier.fit(train_features[part], train_labels)
-                metrics[name + suffix] = round(float(classifier.score(features[part], labels)), 6)
-
-        rank = compute_effective_rank(features[parts[""]])
-        width = features.shape[-1] - patch_width
-        max_rank = min(width, len(features) - 1)  # n images have a rank of at most n - 1
-        if rank < max(MIN_RANK * max_rank, 1.5):
-            self.warn(
-                f"the features have collapsed: their effective rank is {rank:.1f} of {width} "
-                "channels, so images have nearly the same features. Set a lower `learning_rate` "
-                "or, with `method='lejepa'`, a larger `sigreg_weight`"
-            )
-        return metrics | {"effective_rank": round(rank, 2)} | counts
+    rank = compute_effective_rank(features[parts[""]])
+    width = features.shape[-1] - patch_width
+    max_rank = min(width, len(features) - 1)  # n images have a rank of at most n - 1
+    if rank < max(MIN_RANK * max_rank, 1.5):
+        warn(
+            f"the features have collapsed: their effective rank is {rank:.1f} of {width} "
+            "channels, so images have nearly the same features. Set a lower `learning_rate` "
+            "or, with `method='lejepa'`, a larger `sigreg_weight`"
+        )
+    return metrics | {"effective_rank": round(rank, 2)} | counts
 
 
 def compare_features(before: dict[str, Any], after: dict[str, Any]) -> str:

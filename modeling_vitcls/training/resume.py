@@ -50,10 +50,12 @@ def convert_sources(
     options: Options, convert: Callable[[str], str], flags: Iterable[str] = PATH_FLAGS
 ) -> Options:
     """Replace the dataset, the model and the teacher, as far as they are set and among `flags`."""
-    values: dict[str, Any] = {name: getattr(options, name, None) for name in flags}
-    return replace(
-        options, **{name: convert(value) for name, value in values.items() if value is not None}
-    )
+    values: dict[str, Any] = {
+        name: convert(value)
+        for name in flags
+        if (value := getattr(options, name, None)) is not None
+    }
+    return replace(options, **values)
 
 
 def make_flags_relative(flags: dict[str, Any]) -> dict[str, Any]:

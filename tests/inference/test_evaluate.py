@@ -36,10 +36,7 @@ from modeling_vitcls.data.labels import LabelSpace
 from modeling_vitcls.data.options import DataOptions
 from modeling_vitcls.hub.model_folder import ModelFolder
 from modeling_vitcls.inference import evaluate as evaluate_module
-from modeling_vitcls.inference.evaluate import (
-    evaluate_checkpoint,
-    set_label_columns,
-)
+from modeling_vitcls.inference.evaluate import evaluate_checkpoint, get_training_columns
 from modeling_vitcls.inference.options import EvaluateOptions
 from modeling_vitcls.runtime.files import read_json, write_json
 
@@ -294,10 +291,6 @@ def test_a_model_of_several_labels_is_evaluated_with_the_columns_of_its_run(
     tags.save_pretrained(tmp_path)
     write_json(tmp_path / "results.json", {"label_column": columns, "label_separator": ";"})
     folder = ModelFolder(tmp_path)
-    options = DataOptions(dataset="data")
-    found = set_label_columns(options, tags, folder)
+    found = DataOptions(dataset="data", **get_training_columns(tags, folder))
     assert (found.label_column, found.label_separator) == (columns and ("tags",), ";")
-    assert set_label_columns(options, ViTCLSConfig(), folder) == options
-
-    given = DataOptions(dataset="data", label_column=("other",))
-    assert set_label_columns(given, tags, folder) == given
+    assert get_training_columns(ViTCLSConfig(), folder) == {}

@@ -3,6 +3,7 @@
 import math
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,6 @@ from modeling_vitcls import ViTCLSImageProcessor, ViTCLSModel
 from modeling_vitcls.runtime.files import read_json
 from modeling_vitcls.training.options import PretrainOptions
 from modeling_vitcls.training.pretrain import (
-    FeatureQuality,
     compute_effective_rank,
 )
 
@@ -228,8 +228,9 @@ def test_the_effective_rank_is_the_exponential_of_the_entropy_of_singular_values
 def test_a_collapse_is_a_warning(tmp_path: Path) -> None:
     warnings: list[str] = []
     prepared = prepare_setup(tiny_options(tmp_path / "out"))
-    evaluate: FeatureQuality = prepared.setup.build_evaluator(prepared.data, prepared.data.held_out)
-    evaluate.warn = warnings.append
+    evaluate = partial(
+        prepared.setup.build_evaluator(prepared.data, prepared.data.held_out), warn=warnings.append
+    )
     evaluate(prepared.setup.model.eval())
     assert warnings == []
     with torch.no_grad():
