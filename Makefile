@@ -72,12 +72,12 @@ site: setup
 # Files that take at most 8 s of CPU time each
 QUICK := \
 	test_import_order test_options \
-	$(addprefix analysis/test_,maps token_statistics) \
+	$(addprefix analysis/test_,maps) \
 	$(addprefix cli/test_,parsing) \
-	$(addprefix conversion/test_,parity_report processors) \
+	$(addprefix conversion/test_,processors) \
 	$(addprefix data/test_,batches labels sampling sources splits) \
 	$(addprefix hub/test_,provenance) \
-	$(addprefix inference/test_,inputs metrics prediction_rows token_names) \
+	$(addprefix inference/test_,inputs metrics prediction_rows) \
 	$(addprefix model/test_,adaptation configuration outputs positions released_checkpoints structure tokens) \
 	$(addprefix runtime/test_,errors files) \
 	$(addprefix training/test_,defaults model optimizer)

@@ -10,21 +10,17 @@ from helpers.tiny_models import (
     build_images,
     build_tiny_config,
     get_largest_difference,
-    randomize,
 )
 from helpers.varied_models import center_logits
 
 from modeling_vitcls import (
     ViTCLSForImageClassification,
-    ViTCLSForMultiTaskClassification,
-    ViTCLSModel,
 )
 from modeling_vitcls.analysis.ablation import (
     MIN_CHANGE,
     MIN_IMAGES,
     NUM_NULL_DRAWS,
     Effect,
-    collect_labels,
     collect_mean_states,
     compute_ablations,
     compute_effect,
@@ -32,14 +28,11 @@ from modeling_vitcls.analysis.ablation import (
     gather_outputs,
     get_token_keys,
     predict_labels,
-    redraw_tokens,
     replace_by_means,
 )
 from modeling_vitcls.analysis.token_use import TokenUse
 from modeling_vitcls.inference.image_pass import ImageBatch
-from modeling_vitcls.inference.intervals import compute_bootstrap_interval
 from modeling_vitcls.model.attention_masks_vitcls import build_attention_mask
-from modeling_vitcls.model.heads_vitcls import IGNORED_LABEL
 
 
 PIXELS = build_images(6)
@@ -126,55 +119,16 @@ def test_replacing_a_token_by_its_mean_equals_a_computation_layer_by_layer(
         assert found[key][""].changed == pytest.approx(changed)
 
 
-def test_tokens_are_replaced_together_if_a_head_uses_only_one_of_them() -> None:
-    """The classifier then sees the mean of the CLS token, which is the same for all images."""
-    model = build_classifier(num_register_tokens=2)
-    means = collect_means(model)
-    with torch.no_grad(), replace_by_means(model, TokenUse(model.config), [0, 1], means[:, [0, 1]]):
-        found = model(PIXELS).logits
-    expected = model.classifier(model.vitcls.layernorm(means[-1, 0].float()))
-    assert get_largest_difference(found, expected.expand_as(found)) <= 1e-5
-
-
-def test_null_distributions_are_effects_of_redrawn_tokens() -> None:
-    """Redrawn tokens are ablated on the same images.
-
-    The draws cycle through the registers.
-    """
+def test_tokens_that_a_head_does_not_read_are_compared_with_redrawn_ones() -> None:
     model = build_classifier(num_register_tokens=3)
     outputs = torch.stack(gather_outputs(model, UNLABELED)[""])
     labels = predict_labels(list(outputs), model.config)
-
     found = compute_ablations(model, TokenUse(model.config), build_batches(labels))
     # the model is unchanged
     assert torch.equal(torch.stack(gather_outputs(model, UNLABELED)[""]), outputs)
-
-    generator = torch.Generator().manual_seed(0)
-    embeddings = []
-    model.vitcls.layers[0].register_forward_pre_hook(lambda layer, args: embeddings.append(args[0]))
-    sizes = []
-    drops = []
-    for draw in range(NUM_NULL_DRAWS):
-        index = 1 + draw % 3
-        with redraw_tokens(model, [index], generator):
-            means, redrawn = collect_mean_states(model, build_batches(labels), [index])
-            with replace_by_means(model, TokenUse(model.config), [index], means):
-                replaced = gather_outputs(model, UNLABELED)[""]
-        sizes.append(compute_size(redrawn[""], replaced))
-        drops.append((predict_labels(redrawn[""], model.config) != labels).float()[:, 0])
-    assert torch.stack(drops).any()
-
-    old, new = (model.vitcls.embeddings.register_tokens[0, 0], embeddings[0][0, 1])
-    assert new.norm().item() == pytest.approx(old.norm().item(), rel=1e-5)
-    assert torch.nn.functional.cosine_similarity(new, old, dim=0).item() < 0.9
-
-    assert found["cls[0]"][""].null_sizes == ()  # the head reads the token
+    assert found["cls[0]"][""].null_sizes == ()
     assert len(found["registers"][""].null_sizes) == NUM_NULL_DRAWS
-    for index in range(3):
-        effect = found[f"registers[{index}]"][""]
-        drop = compute_bootstrap_interval(torch.stack(drops[index::3]).mean(dim=0).tolist())
-        assert effect.null_sizes == pytest.approx(sizes, rel=1e-4)
-        assert effect.redraw_drop == drop
+    assert found["registers[0]"][""].redraw_drop is not None
 
 
 # Effects in numbers -------------------------------------------------------------------------------
@@ -225,64 +179,4 @@ def test_an_effect_is_compared_with_that_of_a_random_token(
 # Outputs ------------------------------------------------------------------------------------------
 
 
-def test_each_task_has_its_own_output() -> None:
-    """The tasks are in alphabetical order. Each has its own labels."""
-    config = build_tiny_config(
-        num_cls_tokens=2, num_register_tokens=1, tasks={"species": 9, "age": 7}
-    )
-    model = center_logits(ViTCLSForMultiTaskClassification(config), PIXELS).eval()
-    with torch.no_grad():
-        logits = model(PIXELS).logits
-
-    found = gather_outputs(model, UNLABELED)
-    assert list(found) == ["age", "species"]
-    for task, rows in found.items():
-        assert get_largest_difference(torch.stack(rows), logits[task]) <= 1e-5
-
-    labels = torch.cat([predict_labels(rows, config) for rows in found.values()], dim=1)
-    labels[:3, 0] = IGNORED_LABEL
-    by_task = collect_labels(build_batches(labels), config)
-    assert by_task["age"][:, 0].tolist() == labels[:, 0].tolist()
-
-    # a drop of the accuracy requires that all labels are known
-    effects = compute_ablations(model, TokenUse(model.config), build_batches(labels))
-    drops = {
-        task: effect.redraw_drop is not None for task, effect in effects["registers[0]"].items()
-    }
-    assert drops == {"age": False, "species": True}
-    assert effects["cls"]["age"].null_sizes == ()
-
-
 # Features -----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("fields", "has_pooler"),
-    [
-        ({"num_cls_tokens": 2, "num_distillation_tokens": 1, "num_register_tokens": 1}, True),
-        ({"num_register_tokens": 1}, False),
-        ({"num_cls_tokens": 0, "pooling": "mean"}, False),
-    ],
-)
-def test_features_are_the_tokens_and_the_pooled_vector(
-    fields: dict[str, Any], has_pooler: bool
-) -> None:
-    model = randomize(
-        ViTCLSModel(build_tiny_config(**{"pooling": "max"} | fields), add_pooling_layer=has_pooler)
-    )
-    batches = [build_images(2), build_images(1, seed=1)]
-    found = gather_outputs(model, list(map(ImageBatch, batches)))
-    with torch.no_grad():
-        outputs = [model(batch) for batch in batches]
-    tokens = {
-        name: torch.cat([output.tokens[name] for output in outputs])
-        for name in ("cls", "distillation", "patches")
-    }
-    tokens = {name: values for name, values in tokens.items() if values.shape[1]}
-    maximum = tokens["patches"].amax(dim=1, keepdim=True)
-    mean = tokens["patches"].mean(dim=1, keepdim=True)
-    expected = tokens | ({"pooled": maximum} if has_pooler else {"mean of patches": mean})
-
-    assert set(found) == set(expected)
-    for name, vectors in expected.items():
-        assert torch.allclose(torch.stack(found[name]), vectors, atol=1e-6), name

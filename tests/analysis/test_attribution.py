@@ -197,25 +197,6 @@ def test_attribution_of_a_task_starts_at_its_cls_token() -> None:
     )
 
 
-def test_the_target_is_the_predicted_class_unless_it_is_given() -> None:
-    model = build_classifier()
-    pixels = build_images(3)
-    # [class, B, N]
-    of_each = torch.stack(
-        [
-            trace_attention(model, pixels, needs_gradients=True).compute_attribution(target)
-            for target in range(3)
-        ]
-    )
-    chosen = model(pixels).logits.argmax(dim=-1)
-
-    assert get_largest_difference(of_each[0], of_each[1]) > 1e-3
-    assert torch.equal(
-        trace_attention(model, pixels, needs_gradients=True).compute_attribution(),
-        of_each[chosen, torch.arange(3)],
-    )
-
-
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_weights_may_be_frozen_and_gradients_disabled(mode: Any) -> None:
     expected = trace_attention(

@@ -23,13 +23,6 @@ def test_tokens_that_differ_less_than_images_do_are_identical(noise: float, is_f
     assert found == ({1: (3, 2), 3: (1, 2)} if is_found else {})
 
 
-def test_the_nearest_identical_token_is_named() -> None:
-    states = build_states()
-    states[:, 1] = states[:, 0] * (1 + 2e-4)
-    states[:, 2] = states[:, 0] * (1 + 1e-4)
-    assert find_identical_tokens({1: states}, [1, 1, 1, 1])[0] == (2, 1)
-
-
 def test_tokens_are_compared_in_the_last_layer_in_which_both_are_used() -> None:
     """In the last layer, two registers are equal, but only CLS is read there."""
     different, equal = build_states(3), build_states(3)

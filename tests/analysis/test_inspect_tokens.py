@@ -81,17 +81,6 @@ def build_options(model: str, tmp_path: Path, *paths: Any, **fields: Any) -> Ins
     )
 
 
-def test_all_measurements_run_in_bfloat16(model: str, image_folder: Path, tmp_path: Path) -> None:
-    exact, rounded = (
-        write_inspection(
-            build_options(model, tmp_path, image_folder, mixed_precision=precision)
-        ).ablations
-        for precision in ("no", "bf16")
-    )
-    assert exact.keys() == rounded.keys()
-    assert exact != rounded
-
-
 def test_the_page_names_the_commit_of_a_model_on_the_hub(
     model: str,
     image_folder: Path,

@@ -3,7 +3,6 @@
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
 from helpers.tiny_models import build_tiny_config, raises_one_line
 from helpers.varied_models import center_logits
@@ -14,15 +13,11 @@ from modeling_vitcls import (
     ViTCLSImageProcessor,
     ViTCLSModel,
 )
-from modeling_vitcls.analysis import inspection
-from modeling_vitcls.analysis.ablation import MIN_IMAGES
 from modeling_vitcls.analysis.inspection import (
     inspect_model,
-    rate_outputs,
     read_batches,
     select_images,
 )
-from modeling_vitcls.model.heads_vitcls import IGNORED_LABEL
 
 
 NUM_IMAGES = 18
@@ -50,13 +45,6 @@ def read(model: Any, images: list[Any], labels: Any, processor: Any = PROCESSOR)
 
 
 # Measured images ----------------------------------------------------------------------------------
-
-
-def test_large_models_use_fewer_images_for_effects(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inspection, "MAX_ABLATION_FLOPS", 1)
-    found = inspect_model(build_classifier(), PROCESSOR, build_images(), batch_size=3)
-    assert found.num_ablation_images == MIN_IMAGES < found.num_images == NUM_IMAGES
-    assert {effect.num_images for _, _, effect in found.effects} == {MIN_IMAGES}
 
 
 def test_the_first_images_of_a_sorted_dataset_are_of_several_classes() -> None:
@@ -131,16 +119,3 @@ def test_shown_photos_are_of_all_classes() -> None:
     assert {classes[index] for index in found} == {"bee", "ant", "fly"}
     assert next(iter(found)) == 0
     assert list(found.values())[:3] == ["wrong", "uncertain", "typical"]
-
-
-def test_a_photo_is_wrong_if_one_task_is() -> None:
-    config = build_tiny_config(num_cls_tokens=2, tasks={"age": 2, "kind": 2})
-    logits = torch.tensor([[3.0, 0.0], [1.0, 0.0], [2.0, 0.0]])
-    outputs = {"age": list(logits), "kind": list(logits / 2)}
-    labels = {
-        "age": torch.tensor([[0], [0], [IGNORED_LABEL]]),
-        "kind": torch.tensor([[1], [0], [IGNORED_LABEL]]),
-    }
-    confidences, is_wrong, _ = rate_outputs(outputs, labels, config)
-    assert is_wrong == [True, False, False]
-    assert confidences == pytest.approx((logits / 2).softmax(dim=1)[:, 0].tolist())

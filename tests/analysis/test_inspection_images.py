@@ -15,7 +15,6 @@ from modeling_vitcls import (
 )
 from modeling_vitcls.analysis.inspection_images import InspectionImages, open_images
 from modeling_vitcls.analysis.options import InspectOptions
-from modeling_vitcls.data.images import ArrayImages
 from modeling_vitcls.model.heads_vitcls import IGNORED_LABEL
 
 
@@ -69,15 +68,3 @@ def test_labels_of_a_dataset_are_the_indices_of_the_model() -> None:
     assert found.names[:2] == ["digits 0", "digits 1"]
     assert len(found.names) == len(found.images) == len(found.labels)
     assert len(found.images) == 1797
-
-
-def test_images_are_drawn_at_random_with_their_names_and_labels() -> None:
-    """Every second image has another class: regular intervals would select one class only."""
-    images = ArrayImages(np.arange(200, dtype=np.uint8).reshape(200, 1, 1))
-    names = [f"image {value}" for value in range(200)]
-    found = InspectionImages(images, names, range(200), "a test").draw(20)
-    values = [found.images[index].getpixel((0, 0)) for index in range(20)]
-    assert values == sorted(set(values))
-    assert 0 < sum(value % 2 for value in values) < 20
-    assert found.names == [f"image {value}" for value in values]
-    assert found.labels == values

@@ -12,10 +12,9 @@ from modeling_vitcls import (
     ViTCLSModel,
 )
 from modeling_vitcls.analysis.maps import (
-    draw_region,
     extract_patch_maps,
 )
-from modeling_vitcls.data.aspect_ratio import VisibleRegion, get_visible_region
+from modeling_vitcls.data.aspect_ratio import get_visible_region
 
 
 RAW = {"do_rescale": False, "do_normalize": False}
@@ -106,20 +105,3 @@ def test_the_visible_part_equals_the_input_of_the_model(settings, backend, size)
 
 
 # Pictures -----------------------------------------------------------------------------------------
-
-
-def test_the_drawn_region_is_that_of_the_model():
-    """Small images are enlarged without smoothing, and padding is gray."""
-    image = build_coordinates(6, 9)
-    inside = np.asarray(draw_region(image, VisibleRegion(2, 1, 7, 4), 50))
-    assert inside.shape == (30, 50, 3)
-    assert (inside[:, :10, 0] == 2 + BLACK).all()
-    assert (inside[-10:, :, 1] == 3 + BLACK).all()
-
-    padded = np.asarray(draw_region(image, VisibleRegion(0, -3, 9, 6), 90))
-    assert padded.shape == (90, 90, 3)
-    assert (padded[:30] == 128).all()
-    assert (padded[30:40, :, 1] == BLACK).all()
-
-    large = draw_region(Image.new("RGB", (900, 600)), VisibleRegion(150, 0, 750, 600), 300)
-    assert large.size == (300, 300)

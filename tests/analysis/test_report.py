@@ -102,25 +102,6 @@ def test_a_photo_opens_its_sheet(page: Page) -> None:
     assert sheet.evaluate("image => image.naturalWidth") == 1800
 
 
-def test_faults_and_outliers_are_lines_of_the_page(page: Page, inspection: Inspection) -> None:
-    assert page.locator("#tokens li").all_inner_texts() == inspection.lines
-    assert page.locator("#tokens .bad").count() == 2  # the two equal registers
-
-
-def test_the_table_contains_effects_intervals_and_limits(
-    page: Page, inspection: Inspection
-) -> None:
-    rows = page.locator("#effects tbody tr")
-    assert rows.count() == len(inspection.effects)
-    first = rows.first.inner_text()
-    effect = inspection.ablations["cls[0]"][""]
-    low, high = effect.changed_interval
-    assert f"{effect.changed:.1%} ({low:.1%} to {high:.1%})" in first
-    assert "read by a head" in first
-    register = rows.nth(1).inner_text()
-    assert f"{inspection.ablations['registers[0]'][''].limit:.2g}" in register
-
-
 @pytest.mark.parametrize("width", [390, 1280])
 def test_nothing_is_wider_than_the_window(page: Page, width: int) -> None:
     page.set_viewport_size({"width": width, "height": 844})

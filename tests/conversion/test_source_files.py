@@ -30,7 +30,7 @@ from helpers.published_weights import (
 )
 from helpers.source_checkpoints import RunWhenUnpickled
 from helpers.tiny_models import raises_one_line
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 from torch.nn.functional import interpolate
 
@@ -328,48 +328,6 @@ def test_dinov3_is_exact_with_stored_and_with_computed_periods(tmp_path: Path) -
         report = convert_checkpoint(str(file), tmp_path / f"made {mlp} {bias}")
         assert len(report["comparisons"]) == 2
         assert report["image_size"] == (16 * PATCH, 16 * PATCH)
-
-
-def test_key_biases_of_dinov3_are_refused() -> None:
-    weights = build_dinov3_weights()
-    unmasked = {name: part for name, part in weights.items() if not name.endswith("bias_mask")}
-    biases = [part.chunk(3)[1] for name, part in unmasked.items() if name.endswith("qkv.bias")]
-
-    for bias in biases:
-        bias[1:] = 0
-
-    with raises_one_line("nonzero key biases", error=ConversionError):
-        convert_state_dict(unmasked, "dinov3")
-    for bias in biases:
-        bias.zero_()
-    convert_state_dict(unmasked, "dinov3")
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("registers", [0, 4])
-def test_converted_weights_keep_the_dtype_of_the_file_if_it_represents_them(
-    registers: int, tmp_path: Path
-) -> None:
-    """The converted weights have the dtype of the file if this dtype represents them.
-
-    Weights outside of the backbone, such as a linear classifier, are named.
-    """
-    backbone = build_vit_weights(1, "ls{}.gamma", width=384)
-    if registers:
-        backbone = add_token(backbone, register_tokens=(1, registers, 384))
-    weights = {f"backbone.{name}": tensor.half() for name, tensor in backbone.items()}
-    weights["linear_head.bias"] = torch.zeros(LABELS)
-
-    report = convert_checkpoint(str(save(weights, tmp_path / "lc.pth")), tmp_path / "made")
-
-    assert report["classifier"] == "none"
-    assert any("linear_head.bias" in note for note in report["notes"])
-    dtypes = {
-        weight.dtype for weight in load_file(tmp_path / "made" / "model.safetensors").values()
-    }
-
-    # the sum of the CLS token and its position
-    assert dtypes == {torch.float32 if registers else torch.float16}
 
 
 @torch.no_grad()

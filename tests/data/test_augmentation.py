@@ -120,20 +120,6 @@ def test_placement_equals_torchvision_affine(
     torch.testing.assert_close(placed.float()[inside], expected[inside], atol=0.51, rtol=0)
 
 
-def test_a_mirrored_image_is_placed_like_other_images() -> None:
-    source = torch.stack(build_pil_images(1, (24, 32)))
-    options = AugmentationOptions(crop_scale=1.0, flip=True, rotation=25, shift=0.2, zoom=0.1)
-    numbers = np.array([[0.9, 0.8, 0.1, 0.7, 0.3]])
-    of_mirrored = BatchTransform(options)(source.flip(-1), numbers)
-    mirrored = BatchTransform(options)(source, numbers * [0, 1, 1, 1, 1])
-    torch.testing.assert_close(mirrored.float(), of_mirrored.float(), atol=1.0, rtol=0)
-    gray = source[:, :1].expand_as(source)  # one channel is computed
-    assert torch.equal(
-        BatchTransform(options)(gray, numbers)[:, 2:],
-        BatchTransform(options)(source, numbers)[:, :1],
-    )
-
-
 def test_erasing_changes_only_a_rectangle() -> None:
     (source,) = build_pil_images(1)
     torch.manual_seed(0)
@@ -207,13 +193,3 @@ def test_the_fractions_follow_alpha(name: str, mixer: Any, alpha: float) -> None
     torch.manual_seed(0)
     expected = mixer(alpha=alpha, num_classes=5)(pixels, torch.arange(4))
     assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
-
-
-def test_each_batch_gets_mixup_or_cutmix_if_both_are_on() -> None:
-    pixels = torch.tensor([0, 80, 160, 240], dtype=torch.uint8)[:, None, None, None].expand(
-        4, 3, 16, 16
-    )
-    mixer = BatchMixer(AugmentationOptions(mixup=1.0, cutmix=1.0), num_classes=5)
-    torch.manual_seed(0)
-    is_mixup = [len(mixer(pixels, torch.arange(4))[0][0].unique()) == 1 for _ in range(40)]
-    assert 8 < sum(is_mixup) < 32

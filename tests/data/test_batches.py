@@ -27,7 +27,6 @@ from modeling_vitcls.data.batches import (
 from modeling_vitcls.data.images import DatasetImages, LabeledImages
 from modeling_vitcls.data.labels import LabelSpace
 from modeling_vitcls.data.options import AugmentationOptions
-from modeling_vitcls.data.sampling import derive_seed
 
 
 LABELS = LabelSpace("single_label_classification", {"label": list("abcde")})
@@ -61,28 +60,6 @@ def are_equal(first: Batch, second: Batch) -> bool:
 
 
 # Images -------------------------------------------------------------------------------------------
-
-
-def test_a_batch_contains_its_keys() -> None:
-    source = LabeledImages(build_noise_images(5), [0, 1, 2, 3, 4])
-    images = build_images(source, seed=7, rotation=20)
-    batch = images[[(3, 4), (0, 2)]]
-
-    assert batch.pop("errors") == {}
-    assert {name: (list(value.shape), value.dtype) for name, value in batch.items()} == {
-        "pixels": ([2, 3, 16, 16], torch.uint8),
-        "labels": ([2], torch.int64),
-        "index": ([2], torch.int64),
-        "epoch": ([2], torch.int64),
-    }
-    assert batch["labels"].tolist() == batch["index"].tolist() == [4, 2]
-    assert batch["epoch"].tolist() == [3, 0]
-
-    seeds = np.array([derive_seed(7, 3), derive_seed(7, 0)], np.uint64)
-    prepared = [images.builder.prepare_image(source.images[index]) for index in (4, 2)]
-    assert torch.equal(
-        batch["pixels"], images.builder.augmentation(prepared, seeds, np.array([4, 2], np.uint64))
-    )
 
 
 @pytest.mark.parametrize(
@@ -188,15 +165,6 @@ def test_the_next_image_replaces_an_unreadable_one(half_unreadable: LabeledImage
         build_images(half_unreadable, **options), plan, 0, 0, first_step=1
     )
     assert all(are_equal(*pair) for pair in zip(resumed, batches[1:], strict=True))
-
-
-def test_an_image_of_an_unsupported_mode_is_unreadable() -> None:
-    unsupported = Image.new("F", (9, 9))  # can be decoded, but not used
-    batch = build_images(
-        LabeledImages([unsupported, *build_noise_images(1), unsupported], [0, 1, 2])
-    )[[(0, 2)]]
-    assert batch["labels"].tolist() == [1]
-    assert "mode F" in batch["errors"][2]
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])

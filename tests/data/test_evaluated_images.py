@@ -13,11 +13,9 @@ from helpers.tiny_models import raises_one_line
 from helpers.tiny_options import build_tiny_options, run_training
 
 from modeling_vitcls import evaluate, inspect_tokens
-from modeling_vitcls.data.evaluation_data import load_calibration_and_evaluation_data
 from modeling_vitcls.data.images import DatasetImages
 from modeling_vitcls.data.options import DataOptions
 from modeling_vitcls.data.splits import load_training_data
-from modeling_vitcls.data.splits_table import EMPTY_TABLE
 from modeling_vitcls.hub.model_folder import ModelFolder
 from modeling_vitcls.publishing.published_files import list_published_files
 from modeling_vitcls.runtime.files import read_json
@@ -193,14 +191,6 @@ def test_the_table_lists_each_image_of_the_run_by_its_content(photos: Path, tmp_
     assert "splits.parquet" in list_published_files(ModelFolder(photos / "run"))
 
 
-def test_selection_images_are_left_out(photos: Path, tmp_path: Path) -> None:
-    model = train(tmp_path / "run", photos / "train", select="best")
-    splits = pd.read_parquet(model / "splits.parquet")["split"].value_counts().to_dict()
-    assert set(splits) == {"train", "validation", "test"}
-    found = run_evaluate(tmp_path, model, photos / "train")
-    assert found["num_images"] == splits["test"]
-
-
 def test_large_files_are_read_in_part(tmp_path: Path) -> None:
     """Files of the same size differ if their start, middle or end differs."""
     contents = [bytearray(100_000) for _ in range(4)]
@@ -217,12 +207,3 @@ def test_large_files_are_read_in_part(tmp_path: Path) -> None:
         [{"path": None, "bytes": bytes(content)} for content in contents]
     )
     assert encoded.compute_content_keys().tolist() == keys.tolist()
-
-
-def test_the_other_images_of_an_only_split_calibrate_a_graph(photos: Path) -> None:
-    options = DataOptions(dataset=str(photos / "train"))
-    for splits in (EMPTY_TABLE, load_training_data(options).build_splits_table()):
-        fitted, evaluated = load_calibration_and_evaluation_data(options, None, splits)
-        names = [*fitted.images.get_names(), *evaluated.images.images.get_names()]
-        assert len(set(names)) == len(names) == 60
-        assert len(evaluated.images) == 12

@@ -21,8 +21,6 @@ from modeling_vitcls.data.image_folder import (
 from modeling_vitcls.data.images import UnreadableImage
 from modeling_vitcls.data.options import DataOptions
 from modeling_vitcls.data.splits import load_training_data
-from modeling_vitcls.inference.inputs import open_input
-from modeling_vitcls.inference.options import PredictOptions
 from modeling_vitcls.model.image_processing_vitcls import get_image_formats
 
 
@@ -350,29 +348,6 @@ def test_folders_with_metadata_are_never_ambiguous(tmp_path: Path, other: str) -
         load(tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("num_images", "names", "expected"),
-    [
-        (0, [], False),
-        (0, ["metadata.csv"], False),
-        (1, [], True),
-        *((1, [f"a.{suffix}"], False) for suffix in ("CSV", "jsonl", "tar")),
-        (2, ["a.parquet"], True),
-        *(
-            (1, ["a.parquet", "b.csv", f"metadata.{suffix}"], True)
-            for suffix in ("csv", "jsonl", "parquet")
-        ),
-    ],
-)
-def test_folders_of_tables_are_not_image_folders(
-    tmp_path: Path, num_images: int, names: list[str], expected: bool
-) -> None:
-    write_class(tmp_path, "cat", num_images)
-    for name in names:
-        (tmp_path / name).write_text("", encoding="utf-8")
-    assert scan_folder(tmp_path).is_image_folder is expected
-
-
 def test_all_formats_that_can_be_decoded_are_images(tmp_path: Path) -> None:
     formats = get_image_formats()
     names = {
@@ -382,13 +357,6 @@ def test_all_formats_that_can_be_decoded_are_images(tmp_path: Path) -> None:
         (tmp_path / name).touch()
     assert len(names) > 15
     assert names - set(scan_folder(tmp_path).images) <= {"a.pfm"}  # floating-point values
-
-
-def test_predictions_are_for_every_image(tmp_path: Path) -> None:
-    write_images(tmp_path, "1.png", "test_2.png", "deep/3.png")
-    source = open_input(PredictOptions(model="model", dataset=str(tmp_path)))
-    names = [record.name for record in source.read_records(range(3))]
-    assert names == [str(tmp_path / name) for name in ("1.png", "test_2.png", "deep/3.png")]
 
 
 # Folders that are not classes ---------------------------------------------------------------------
@@ -427,17 +395,6 @@ def test_images_next_to_the_files_of_a_training_run_are_refused(tmp_path: Path) 
     write_run(tmp_path)
     with raises_one_line("files of a training run", "Move"):
         load(tmp_path)
-
-
-def test_runs_next_to_split_folders_are_ignored_without_a_warning(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    for split in ("train", "test"):
-        write_photos(tmp_path / split, range(3))
-    write_run(tmp_path / "runs/first")
-
-    assert list(read(tmp_path)) == ["train", "test"]
-    assert caplog.text == ""
 
 
 @pytest.mark.parametrize(

@@ -5,16 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
-from helpers.tiny_models import raises_one_line
 from PIL import Image
 
 from modeling_vitcls.data.images import (
     ArrayImages,
     DatasetImages,
-    LabeledImages,
-    UnreadableImage,
-    decode_image,
     get_relative_path,
 )
 
@@ -55,30 +50,6 @@ def test_arrays_are_named_by_their_checksums() -> None:
     keys = DatasetImages.from_list(encoded).compute_content_keys().tolist()
     assert images.compute_content_keys().tolist() == keys
     assert images.get_names() == [f"{key:x}" for key in keys]
-
-
-def test_drawn_images_are_random_and_keep_their_order() -> None:
-    images = LabeledImages(ArrayImages(np.zeros((50, 1, 1), np.uint8)), list(range(50)))
-    assert images.draw(None) is images
-    assert images.draw(50) is images
-    labels = images.draw(20).labels
-    assert len(set(labels)) == 20
-    assert labels == sorted(labels)
-    assert labels != list(range(20))
-    assert labels == images.draw(20).labels != images.draw(20, seed=1).labels
-
-
-def test_images_are_named_in_errors(tmp_path: Path) -> None:
-    missing = tmp_path / "missing.png"
-
-    for value in (None, ""):
-        with raises_one_line("row 0 has no image", error=UnreadableImage):
-            DatasetImages.from_list([value])[0]
-    with pytest.raises(UnreadableImage, match=f"^cannot read an image from {str(missing)!r}: "):
-        decode_image({"path": str(missing), "bytes": None}, "row 1")
-    for path, name in (("b.png", "'b.png'"), (None, "row 1")):
-        with raises_one_line(f"cannot read the image {name}: ", error=UnreadableImage):
-            decode_image({"path": path, "bytes": b"text"}, "row 1")
 
 
 def test_names_are_paths_within_the_folder_however_the_path_is_written() -> None:

@@ -15,7 +15,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from modeling_vitcls.data.evaluation_data import load_evaluation_data
-from modeling_vitcls.data.images import LabeledImages, UnreadableImage, UnreadableImageCounter
+from modeling_vitcls.data.images import LabeledImages, UnreadableImage
 from modeling_vitcls.data.options import DataOptions
 from modeling_vitcls.data.sources import load_splits
 from modeling_vitcls.data.splits import load_training_data
@@ -78,16 +78,6 @@ def write_table(file: Path, rows: dict[str, list[Any]], **features: Any) -> Path
 
 
 # Sources ------------------------------------------------------------------------------------------
-
-
-def test_subfolders_are_classes(color_images: Path) -> None:
-    data = read(color_images)
-    assert data.name == color_images.name
-    assert data.label_space.kind == "single_label_classification"
-    assert data.label_space.names == ["dusk", "noon"]
-    assert len(data.train) + len(data.held_out) == 20
-    assert data.held_out_name == "about 20%, stratified by class, split seed 0"
-    assert_noon_is_class_1(data)
 
 
 def test_a_table_has_relative_paths_and_named_labels(color_images: Path, tmp_path: Path) -> None:
@@ -322,13 +312,3 @@ def test_missing_images_are_unreadable(tmp_path: Path) -> None:
     ):
         with pytest.raises(UnreadableImage, match=name):
             part[index]
-
-
-def test_each_unreadable_image_is_named_once_and_the_number_has_a_limit() -> None:
-    lines: list[str] = []
-    counter = UnreadableImageCounter(lines.append, limit=2)
-    counter.add({7: "file 7 is empty"})
-    counter.add({7: "file 7 is empty", 3: "file 3 is empty"})
-    assert lines == ["skipped an image: file 7 is empty", "skipped an image: file 3 is empty"]
-    with raises_one_line("file 9 is empty", "`max_unreadable_images`"):
-        counter.add({3: "file 3 is empty", 9: "file 9 is empty"})

@@ -17,8 +17,6 @@ from modeling_vitcls.data.evaluation_data import load_evaluation_data
 from modeling_vitcls.data.options import DataOptions
 from modeling_vitcls.data.splits import (
     choose_training_splits,
-    describe_change,
-    describe_data,
     load_training_data,
 )
 from modeling_vitcls.training.reporter import describe_splits
@@ -73,41 +71,6 @@ def test_images_that_changed_their_classes_are_an_error(unfinished: Any) -> None
     (photos / "other.png").rename(photos / "dog" / "1.png")
     with raises_one_line("`resume=True`", "images or their order"):
         run_training(unfinished)
-
-
-def test_changes_of_a_table_are_found(tmp_path: Path) -> None:
-    photos = write_photos(tmp_path / "photos", range(60), "cat", "dog")
-    rows = [
-        f"photos/{path.parent.name}/{path.name},{path.parent.name}"
-        for path in sorted(photos.glob("*/*.png"))
-    ]
-
-    def describe(lines: list[str]) -> dict[str, Any]:
-        (tmp_path / "list.csv").write_text("\n".join(["image,label", *lines]), encoding="utf-8")
-        options = DataOptions(dataset=str(tmp_path / "list.csv"), label_names=("cat", "dog"))
-        return describe_data(load_training_data(options))
-
-    first = describe(rows)
-    assert describe_change(first, describe(rows)) is None
-    assert "order" in (describe_change(first, describe(rows[::-1])) or "")
-    assert (
-        describe_change(first, describe([row.replace(",cat", ",dog") for row in rows])) is not None
-    )
-
-
-def test_the_description_of_data_changes_only_with_the_data(tmp_path: Path) -> None:
-    photos = write_photos(tmp_path / "photos", range(30))
-    data = load_training_data(DataOptions(dataset=str(photos)))
-    description = describe_data(data)
-    assert description["number of training images"] == 48
-    assert description["number of held-out images"] == 12
-    assert description["classes"] == {"label": ["cat", "dog"]}
-
-    write_photos(photos, [3, 7], "cat")  # the same files
-    assert describe_data(load_training_data(DataOptions(dataset=str(photos)))) == description
-    assert describe_change(description, description) is None
-    changed = description | {"number of held-out images": 1012}
-    assert describe_change(description, changed) == "number of held-out images was 12 and is 1,012"
 
 
 # Splits -------------------------------------------------------------------------------------------

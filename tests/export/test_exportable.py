@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -24,7 +23,7 @@ from modeling_vitcls.export.exportable import (
     compute_named_outputs,
     load_exportable_model,
 )
-from modeling_vitcls.export.measurement import compare_labels, load_export_images, prepare_images
+from modeling_vitcls.export.measurement import compare_labels, load_export_images
 from modeling_vitcls.export.quantization import check_drop
 from modeling_vitcls.inference.image_pass import ImageOutput
 from modeling_vitcls.inference.intervals import compute_proportion_interval
@@ -48,13 +47,6 @@ def test_an_encoder_in_half_precision_is_exported_in_float32(tmp_path: Path) -> 
 def test_an_encoder_without_a_pooler_has_one_output() -> None:
     model = ViTCLSModel(build_tiny_config(), add_pooling_layer=False)
     assert list(NamedOutputsModel(model)(build_images())) == ["last_hidden_state"]
-
-
-def read_number(image: int | None, return_tensors: str) -> dict[str, Any]:
-    """Stand in for an image processor; None is an unreadable image."""
-    if image is None:
-        raise ValueError
-    return {"pixel_values": [torch.tensor(image)]}
 
 
 def test_labels_of_model_and_file_are_compared_image_by_image() -> None:
@@ -108,9 +100,3 @@ def test_labels_of_a_requested_split_are_required(tmp_path: Path) -> None:
     save_with_processor(ViTCLSForImageClassification(build_tiny_config(num_labels=3)), tmp_path)
     with raises_one_line("LABEL_0"):
         load_export_images(load_exportable_model(str(tmp_path)), "digits", split="train")
-
-
-def test_images_are_spread_over_all_and_unreadable_ones_left_out() -> None:
-    prepared = prepare_images([0, None, 2, 3, 4, 5, 6], read_number, 3)
-    assert torch.cat(prepared).tolist() == [0, 2, 4]
-    assert len(prepare_images([0, None, 2], read_number, 4)) == 2

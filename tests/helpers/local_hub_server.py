@@ -159,13 +159,6 @@ def create_branch(hub: "LocalHub", match: re.Match[str], request: Request) -> Re
     return Response()
 
 
-def create_tag(hub: "LocalHub", match: re.Match[str], request: Request) -> Response:
-    """Create a tag of a revision."""
-    repository = get_writable(hub, match["repo"], request)
-    repository.tags[request.json()["tag"]], _ = get_commit(repository, match["name"])
-    return Response()
-
-
 # Reading ------------------------------------------------------------------------------------------
 
 
@@ -288,7 +281,6 @@ def lfs_batch(hub: "LocalHub", match: re.Match[str], request: Request) -> Respon
         if requested["oid"] not in hub.contents:
             response["actions"] = {
                 "upload": {"href": f"{hub.storage_url}/objects/{requested['oid']}"},
-                "verify": {"href": f"{hub.url}/{match['repo']}.git/info/lfs/objects/verify"},
             }
         objects.append(response)
     return Response({"transfer": "basic", "objects": objects})
@@ -300,14 +292,6 @@ def store_object(hub: "LocalHub", match: re.Match[str], request: Request) -> Res
         raise ErrorResponse(400, "XAmzContentSHA256Mismatch")
     hub.contents[match["sha256"]] = request.body
     return Response()
-
-
-def lfs_verify(hub: "LocalHub", match: re.Match[str], request: Request) -> Response:
-    """Return whether an LFS file is stored."""
-    requested = request.json()
-    if len(hub.contents.get(requested["oid"], b"")) != requested["size"]:
-        raise ErrorResponse(404, "the object is not there")
-    return Response({})
 
 
 def make_commit(hub: "LocalHub", match: re.Match[str], request: Request) -> Response:
@@ -372,13 +356,11 @@ HUB_ROUTES: Routes = [
     ("POST", re.compile(r"/api/validate-yaml"), validate_card),
     ("GET", re.compile(f"{ANY_REPO}/auth-check/write"), check_write_access),
     ("POST", re.compile(f"{ANY_REPO}/branch/(?P<name>[^/]+)"), create_branch),
-    ("POST", re.compile(f"{ANY_REPO}/tag/(?P<name>[^/]+)"), create_tag),
     ("GET", re.compile(f"{ANY_REPO}(/revision/{REVISION})?"), repository_info),
     ("GET", re.compile(f"{ANY_REPO}/tree/{REVISION}(/(?P<folder>.+))?"), tree),
     ("GET", re.compile(f"/{REPO}/resolve/{REVISION}/(?P<file>.+)"), resolve),
     ("POST", re.compile(f"{ANY_REPO}/preupload/{REVISION}"), preupload),
     ("POST", re.compile(f"/{REPO}[.]git/info/lfs/objects/batch"), lfs_batch),
-    ("POST", re.compile(f"/{REPO}[.]git/info/lfs/objects/verify"), lfs_verify),
     ("POST", re.compile(f"{ANY_REPO}/commit/{REVISION}"), make_commit),
 ]
 STORAGE_ROUTES: Routes = [

@@ -20,12 +20,10 @@ from helpers.source_checkpoints import SIZES, save_checkpoint
 from helpers.tiny_models import raises_one_line, save_classifier
 from huggingface_hub import HfApi
 from huggingface_hub.utils import _http as hub_http
-from huggingface_hub.utils import enable_progress_bars
 
 import modeling_vitcls as vitcls
 from modeling_vitcls.hub import loading
 from modeling_vitcls.hub.loading import (
-    download_files,
     get_cached_commit,
     get_model_folder,
 )
@@ -200,30 +198,8 @@ def test_given_revisions_are_used(
         get_model_folder("ann/model", revision="gone")
 
 
-def test_only_the_matching_files_of_the_commit_are_downloaded(
-    hub: LocalHub, tmp_path: Path
-) -> None:
-    model = hub.repositories["ann/model"]
-    old = model.branches["main"]
-    model.commit(
-        "main", "new", {name: hub.store(name, b"new") for name in ("config.json", "notes.txt")}
-    )
-    folder = download_files("ann/model", old, ["*.json"], folder=tmp_path / "files")
-    assert folder == tmp_path / "files"
-    assert (folder / "config.json").read_bytes() == b"{}"
-    assert not (folder / "model.safetensors").exists()
-    with raises_one_line("cannot download ann/none: HTTP 40", error=OSError):
-        download_files("ann/none", "0" * 40, ["*.json"])
-
-
-def test_files_are_downloaded_once_and_the_newest_is_used(
-    hub: LocalHub, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    enable_progress_bars()
-    for rank in (0, 1):  # only the first process shows progress bars
-        monkeypatch.setenv("LOCAL_RANK", str(rank))
-        folder = get_model_folder("ann/model")
-        assert ("%" in capsys.readouterr().err) is (rank == 0)
+def test_files_are_downloaded_once_and_the_newest_is_used(hub: LocalHub) -> None:
+    folder = get_model_folder("ann/model")
     assert get_cached_commit(folder) == hub.repositories["ann/model"].branches["main"]
 
     hub.requests.clear()
@@ -315,16 +291,6 @@ def test_pickled_weights_are_downloaded_only_if_there_are_no_others(
         "preprocessor_config.json",
         *shards,
     }
-
-
-def test_a_file_replaces_the_weights_of_timm(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With `custom_load`, timm reads only files in the format of its own weights."""
-    monkeypatch.setattr("timm.create_model", lambda name, **options: (name, options))
-    options = {
-        "pretrained": True,
-        "pretrained_cfg_overlay": {"file": "a@b.pth", "custom_load": False},
-    }
-    assert loading.load_timm_model("vit@a@b.pth") == (("vit", options), None)
 
 
 def test_incomplete_cached_models_are_not_used(

@@ -33,12 +33,12 @@ from PIL import Image
 from modeling_vitcls import ViTCLSConfig, ViTCLSImageProcessor
 from modeling_vitcls.data.aspect_ratio import set_resize
 from modeling_vitcls.data.labels import LabelSpace
-from modeling_vitcls.data.options import DataOptions
-from modeling_vitcls.hub.model_folder import ModelFolder
 from modeling_vitcls.inference import evaluate as evaluate_module
-from modeling_vitcls.inference.evaluate import evaluate_checkpoint, get_training_columns
+from modeling_vitcls.inference.evaluate import (
+    evaluate_checkpoint,
+)
 from modeling_vitcls.inference.options import EvaluateOptions
-from modeling_vitcls.runtime.files import read_json, write_json
+from modeling_vitcls.runtime.files import read_json
 
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
@@ -173,16 +173,6 @@ def test_tasks_are_matched_by_name_and_missing_labels_are_not_counted(
         evaluate(models / "multi_task", table, per_image=tmp_path / "rows.parquet")
 
 
-def test_a_table_has_the_metrics_of_the_same_images_in_memory(
-    models: Path, tmp_path: Path, by_one_process: dict[str, Any]
-) -> None:
-    table = write_table(tmp_path, "single", ["animal"], lambda label: [CLASSES[label]])
-    found = evaluate(models / "single", table, label_column=("animal",))
-    assert found["num_images"] == 2 * NUM_IMAGES
-    for name in ("accuracy", "cls_accuracy", "loss"):
-        assert found[name] == close(by_one_process["single"][name])
-
-
 def test_the_files_are_written_before_the_table_is_printed(
     models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -281,16 +271,3 @@ def test_a_regression_is_an_error(tmp_path: Path) -> None:
     ViTCLSImageProcessor(size=16).save_pretrained(tmp_path)
     with raises_one_line("regression"):
         evaluate_checkpoint(EvaluateOptions(model=str(tmp_path), dataset="digits"))
-
-
-@pytest.mark.parametrize("columns", [["tags"], None])
-def test_a_model_of_several_labels_is_evaluated_with_the_columns_of_its_run(
-    columns: list[str] | None, tmp_path: Path
-) -> None:
-    tags = ViTCLSConfig(problem_type="multi_label_classification")
-    tags.save_pretrained(tmp_path)
-    write_json(tmp_path / "results.json", {"label_column": columns, "label_separator": ";"})
-    folder = ModelFolder(tmp_path)
-    found = DataOptions(dataset="data", **get_training_columns(tags, folder))
-    assert (found.label_column, found.label_separator) == (columns and ("tags",), ";")
-    assert get_training_columns(ViTCLSConfig(), folder) == {}

@@ -13,11 +13,8 @@ from helpers.evaluation_worker import (
     build_evaluator,
     build_labeled_images,
 )
-from helpers.photo_folders import CountedImages
 from helpers.tiny_models import raises_one_line
 
-from modeling_vitcls.data.images import LabeledImages
-from modeling_vitcls.inference import image_pass
 from modeling_vitcls.runtime.distributed import build_accelerator
 
 
@@ -56,22 +53,6 @@ def test_too_many_unreadable_images_are_an_error() -> None:
     )
     with pytest.raises(ValueError, match="none of the 2 images can be read"):
         evaluator(build_classifier("single"))
-
-
-@pytest.mark.parametrize(("free_bytes", "num_reads"), [(0, 1), (-1, 3)])
-def test_small_datasets_are_preprocessed_once(
-    free_bytes: int, num_reads: int, monkeypatch: pytest.MonkeyPatch, by_one_process: dict[str, Any]
-) -> None:
-    num_bytes = NUM_IMAGES * 3 * 16 * 16 * 4
-    monkeypatch.setattr(image_pass, "MAX_CACHE_BYTES", num_bytes + free_bytes)
-    pictures = build_labeled_images("single")
-    counted = CountedImages(pictures.images)
-    evaluator = build_evaluator(
-        "single", build_accelerator(), LabeledImages(counted, pictures.labels)
-    )
-    for _ in range(3):
-        assert evaluator(build_classifier("single")) == by_one_process["single"]
-    assert counted.num_reads == num_reads * NUM_IMAGES
 
 
 def test_evaluation_draws_no_random_numbers() -> None:

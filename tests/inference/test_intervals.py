@@ -1,7 +1,5 @@
 """Confidence intervals, compared with published formulas and tables."""
 
-import math
-
 import numpy as np
 import pytest
 import torch
@@ -11,23 +9,7 @@ from modeling_vitcls.inference.intervals import (
     compute_bootstrap_interval,
     compute_chance_calibration_error,
     compute_prediction_limit,
-    compute_proportion_interval,
 )
-
-
-@pytest.mark.parametrize(("num_correct", "num_images"), [(0, 7), (7, 7), (353, 360), (1, 2)])
-def test_proportions_have_the_interval_of_wilson(num_correct: int, num_images: int) -> None:
-    z = 1.959963985
-    accuracy = num_correct / num_images
-    weight = z**2 / num_images
-    center = (accuracy + weight / 2) / (1 + weight)
-    half_width = (
-        z
-        / (1 + weight)
-        * math.sqrt(accuracy * (1 - accuracy) / num_images + weight / (4 * num_images))
-    )
-    expected = [max(center - half_width, 0), min(center + half_width, 1)]
-    assert compute_proportion_interval(num_correct, num_images) == pytest.approx(expected, abs=1e-9)
 
 
 def test_bootstrap_intervals_approach_the_normal_approximation() -> None:

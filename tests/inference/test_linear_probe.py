@@ -3,7 +3,7 @@
 import numpy as np
 
 from modeling_vitcls.inference.intervals import estimate_after_choice
-from modeling_vitcls.inference.linear_probe import LinearProbe, split_folds
+from modeling_vitcls.inference.linear_probe import LinearProbe
 
 
 CLS, MEAN = (-1, "cls"), (-1, "mean")
@@ -48,13 +48,6 @@ def test_the_estimate_is_below_the_accuracy_of_the_luckiest_candidate() -> None:
     best = losses.mean(axis=1).argmin()
     estimate = estimate_after_choice(losses, is_right)
     assert 0.5 < estimate.accuracy < is_right[best].mean()
-
-
-def test_images_of_a_group_are_in_one_fold() -> None:
-    labels = np.arange(60) % 3
-    groups = np.arange(60) // 6
-    for train, test in split_folds(labels, groups):
-        assert not np.intersect1d(groups[train], groups[test]).size
 
 
 def test_images_of_a_group_are_predicted_without_their_copies() -> None:

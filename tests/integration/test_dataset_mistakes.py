@@ -66,12 +66,6 @@ def test_runs_next_to_split_folders_can_be_repeated(tmp_path: Path) -> None:
         write_photos(tmp_path / "runs" / name, range(1), "images")
 
 
-def test_an_output_folder_in_a_split_is_refused(tmp_path: Path) -> None:
-    for split in ("train", "test"):
-        write_photos(tmp_path / split, range(4))
-    assert finetune(tmp_path / "test" / "run", "--dataset", str(tmp_path)) == 1
-
-
 # Labels and tables --------------------------------------------------------------------------------
 
 

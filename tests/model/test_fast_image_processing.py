@@ -103,14 +103,6 @@ def test_all_images_have_the_same_values(sizes: dict[str, Any], resample: int) -
         check_same(processor, image, name)
 
 
-def test_lists_keep_their_order(tmp_path: Path) -> None:
-    files = [tmp_path / f"{index}.jpg" for index in range(4)]
-    for index, file in enumerate(files):
-        build_photograph(30 + 5 * index, 40).save(file)
-    images = [list(map(str, files[:3])), files[3].read_bytes(), build_photograph()]
-    check_same(ViTCLSImageProcessor(size=32), images, "nested and mixed")
-
-
 def test_errors_are_those_of_the_slow_path(tmp_path: Path) -> None:
     whole = build_example_images()["jpeg"]
     (tmp_path / "cut.jpg").write_bytes(whole[: len(whole) // 2])

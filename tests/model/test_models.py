@@ -348,14 +348,6 @@ def test_maps_of_tokens_require_a_cls_token() -> None:
         )
 
 
-def test_positions_are_always_interpolated() -> None:
-    """transformers' argument `interpolate_pos_encoding` has no effect."""
-    model = randomize(ViTCLSForImageClassification(build_tiny_config(num_register_tokens=2)))
-    images = build_images(2, 24, 40)
-    outputs = model(images, interpolate_pos_encoding=False)
-    assert torch.equal(outputs.logits, model(images).logits)
-
-
 def test_a_classifier_of_other_labels_keeps_the_encoder(tmp_path: Path) -> None:
     config = build_tiny_config(id2label={0: "a", 1: "b", 2: "c"})
     model = randomize(ViTCLSForImageClassification(config))

@@ -23,7 +23,6 @@ from modeling_vitcls.model.modeling_vitcls import (
 
 
 FIELDS: dict[str, Any] = {"num_register_tokens": 2}
-NUM_TOKENS = 1 + 2 + 16
 
 
 def build_model() -> ViTCLSModel:

@@ -17,12 +17,11 @@ from modeling_vitcls import (
     ViTCLSForImageClassification,
     finetune,
 )
-from modeling_vitcls.cli.api import build_options
 from modeling_vitcls.hub.model_folder import ModelFolder
-from modeling_vitcls.publishing.after_run import finish_run, prepare_push
+from modeling_vitcls.publishing.after_run import finish_run
 from modeling_vitcls.publishing.card import write_card
 from modeling_vitcls.publishing.report import load_run_data, write_report
-from modeling_vitcls.training.options import FinetuneOptions, RunOptions
+from modeling_vitcls.training.options import RunOptions
 
 
 SMALL: dict[str, Any] = {
@@ -130,14 +129,6 @@ def test_a_run_is_pushed_and_verified(
     assert f"pushed    {hub.url}/ann/mine/commit/{commit} (public)" in output
     assert "verified: ann/mine at" in output
     assert "# ann/mine" in hub.read("ann/mine", "README.md").decode()
-
-
-def test_other_processes_than_the_first_prepare_no_push(monkeypatch: pytest.MonkeyPatch) -> None:
-    options = build_options(
-        FinetuneOptions, model="m", dataset="d", output_dir=".", push_to_hub=True
-    )
-    monkeypatch.setenv("RANK", "1")
-    assert prepare_push(options) is None
 
 
 def test_a_run_without_a_report_is_finished(

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.model_folders import RESULTS, write_results, write_run_folder
+from helpers.model_folders import write_run_folder
 from helpers.source_checkpoints import save_timm_model
 from helpers.tiny_models import build_tiny_config, save_with_processor
 from huggingface_hub import ModelCard
@@ -17,7 +17,7 @@ from modeling_vitcls import (
     ViTCLSForMultiTaskClassification,
     ViTCLSModel,
 )
-from modeling_vitcls.conversion.convert import convert_checkpoint, write_native_model
+from modeling_vitcls.conversion.convert import convert_checkpoint
 from modeling_vitcls.hub.model_folder import ModelFolder
 from modeling_vitcls.publishing.card import render_card
 
@@ -107,18 +107,6 @@ def test_results_before_a_class_was_added_are_named_as_such(tmp_path: Path) -> N
     assert not card.data.eval_results
 
 
-@pytest.mark.parametrize(("steps", "has_effects"), [(0, False), (5, True)])
-def test_the_card_promises_effects_of_tokens_only_if_the_report_has_them(
-    steps: int, has_effects: bool, tmp_path: Path
-) -> None:
-    config = build_tiny_config(num_cls_tokens=1, num_register_tokens=1)
-    folder = write_run_folder(tmp_path / "mine", {"steps": steps}, config=config)
-    (folder / "report.html").touch()
-    text = load_card(folder).text
-    assert "shows the attention" in text
-    assert ("measured effects" in text) is has_effects
-
-
 @pytest.mark.parametrize(
     ("dataset", "is_on_hub"), [("acme/photos", True), ("digits", False), ("./photos", False)]
 )
@@ -137,12 +125,6 @@ def test_the_model_index_names_datasets_of_the_hub_only(
         (result,) = card.data.eval_results
         assert (result.dataset_type, result.dataset_split) == ("acme/photos", "test")
         assert (result.metric_type, result.metric_value) == ("accuracy", 0.983333)
-
-
-def test_the_metric_of_several_labels_is_the_mean_average_precision(tmp_path: Path) -> None:
-    folder = ModelFolder(write_run_folder(tmp_path / "mine"))
-    folder.results["mean_average_precision"] = folder.results.pop("accuracy")
-    assert ModelCard(render_card(folder)).data.metrics == ["mean_average_precision"]
 
 
 def test_an_encoder_shows_its_features_before_and_after_pre_training(tmp_path: Path) -> None:
@@ -223,32 +205,6 @@ def test_the_license_of_the_initial_weights_is_inherited(
     assert getattr(card.data, "base_model_relation", None) == ("finetune" if provenance else None)
 
 
-def test_the_recipe_has_no_local_paths_and_no_destination(tmp_path: Path) -> None:
-    flags = {
-        "dataset": "/home/ann/secret/photos",
-        "model": "../secret/base",
-        "output_dir": "/home/ann/secret/out",
-    }
-    flags |= {
-        "teacher": "/home/ann/secret/b",
-        "overwrite": True,
-        "resume": True,
-        "shift": 0.0,
-    }
-    results = {"provenance": {"name": "base"}, "dataset": "photos"}
-    folder = ModelFolder(write_run_folder(tmp_path / "mine", results, flags))
-
-    sources = {
-        "dataset": "path/to/photos",
-        "model": "path/to/base",
-        "teacher": "path/to/b",
-    }
-    assert (
-        folder.shareable_flags == {"output_dir": "my-model", "epochs": 3.0, "shift": 0.0} | sources
-    )
-    assert "secret" not in render_card(folder)
-
-
 def test_a_run_without_held_out_images_has_no_results(tmp_path: Path) -> None:
     results = {"num_images": 0, "accuracy": None, "accuracy_interval": None}
     card = load_card(write_run_folder(tmp_path / "mine", results, {"dataset": "acme/photos"}))
@@ -280,19 +236,3 @@ def test_the_card_of_a_converted_model_names_its_source_and_base_model(tmp_path:
             "timm/vit",
             None,
         )
-
-
-def test_a_native_model_keeps_the_results_of_its_run(tmp_path: Path) -> None:
-    flags = {"dataset": "acme/photos"}
-    config = build_tiny_config(num_labels=3)
-    folder = write_run_folder(tmp_path / "mine", {"dataset": "photos"}, flags, config=config)
-    write_native_model(str(folder), tmp_path / "native")
-    native = tmp_path / "native"
-    write_results(native, {"dataset": "photos"})
-    card = load_card(native, "ann/native")
-
-    assert card.data.eval_results[0].metric_value == RESULTS["accuracy"]
-    assert "98.33%" in card.text
-    assert card.data.tags == ["vision", "vit"]
-    assert "trust_remote_code" not in card.text
-    assert "vitcls finetune" not in card.text

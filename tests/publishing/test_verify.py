@@ -2,7 +2,6 @@
 
 import json
 import os
-import site
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,6 @@ from modeling_vitcls.hub.model_folder import ModelFolder
 from modeling_vitcls.publishing.push import push_folder
 from modeling_vitcls.publishing.verify import (
     VerificationError,
-    build_clean_environment,
     compare_outputs,
     verify,
     verify_push,
@@ -80,7 +78,7 @@ def test_each_kind_of_model_is_verified_at_an_old_tag(
     first = push_folder(
         ModelFolder(save_with_processor(model, tmp_path / "mine")), "ann/model"
     ).commit
-    HfApi().create_tag("ann/model", tag="v1", revision=first)
+    hub.repositories["ann/model"].tags["v1"] = first
     push_folder(ModelFolder(save_classifier(tmp_path / "other")), "ann/model")
     report = verify("ann/model", "v1")
     assert first in report
@@ -117,30 +115,6 @@ def test_published_code_runs_in_another_process_and_other_logits_are_noticed(
     assert process != os.getpid()
     assert "hf_ann" not in environment.values()
     assert "MY_SECRET" not in environment
-
-
-def test_only_private_repositories_are_loaded_with_the_token(
-    hub: LocalHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    values = {
-        "HF_HOME": "/mine",
-        "AWS_KEY": "x",
-        "RANK": "1",
-        "no_proxy": "a",
-        "OMP_NUM_THREADS": "1",
-    }
-    for name, value in values.items():
-        monkeypatch.setenv(name, value)
-    found = build_clean_environment(str(tmp_path), needs_token=False)
-
-    assert not {"HF_TOKEN", "AWS_KEY", "RANK"} & found.keys()
-    assert found["HF_HOME"] == found["HOME"] == str(tmp_path)
-    assert found["no_proxy"] == "a"
-    assert found["OMP_NUM_THREADS"] == "1"
-    assert build_clean_environment(str(tmp_path), needs_token=True) == found | {
-        "HF_TOKEN": "hf_ann"
-    }
-    assert found["PYTHONUSERBASE"] == site.getuserbase()
 
 
 @pytest.mark.usefixtures("fast_verification")

@@ -61,14 +61,6 @@ def build_data(held_out: LabeledImages, train: LabeledImages = NO_IMAGES) -> Tra
     )
 
 
-def test_wrong_images_are_counted(folder: Path) -> None:
-    rows = read_predictions(ModelFolder(folder))
-    wrong = rows[rows["label"] != rows["prediction"]]
-    summary = summarize_predictions(ModelFolder(folder), rows)
-    assert summary["num_wrong"] == len(wrong)
-    assert summary["num_confident_errors"] == (wrong["probabilities"].map(max) > 0.9).sum()
-
-
 def test_the_most_frequent_confusion_is_named(folder: Path) -> None:
     rows = read_predictions(ModelFolder(folder)).head(4)
     rows = rows.assign(label=["dusk", "dusk", "dusk", "x"], prediction=["x", "x", "dusk", "dusk"])
@@ -81,21 +73,6 @@ def test_the_wrong_images_with_the_largest_losses_come_first(folder: Path) -> No
     wrong = rows[rows["label"] != rows["prediction"]].sort_values("loss")
     shown = [row["image"] for row in wrong_photos(rows, {})]
     assert shown == wrong["image"].tolist()[:-13:-1]
-
-
-def test_wrong_images_are_found_by_their_names_in_any_split(folder: Path) -> None:
-    pixels = np.random.default_rng(0).integers(0, 255, (400, 20, 30)).astype(np.uint8)
-    images = ArrayImages(pixels)
-    held_out, train = (
-        LabeledImages(images.select(part), [0] * len(part))
-        for part in (range(100), range(100, 399))
-    )
-    rows = read_predictions(ModelFolder(folder)).assign(image=images.get_names())
-    last = images.get_names()[399]  # the dataset has changed
-    for row in wrong_photos(rows, find_photos(build_data(held_out, train))):
-        assert (row["url"] is None) == (row["image"] == last)
-        if row["url"]:
-            assert Image.open(urlopen(row["url"])).size == (30, 20)
 
 
 def test_a_wrong_image_stands_above_its_nearest_training_images(folder: Path) -> None:

@@ -26,7 +26,6 @@ from scripts.study import (
     Study,
     StudyOptions,
     StudyRunner,
-    format_table,
     load_study,
     run_study,
     summarize,
@@ -218,10 +217,6 @@ def test_a_subset_has_random_training_images_and_all_other_images(
         assert sorted(one) != list(range(6))
     assert read("c", "train")["kind"] == [1 - number % 2 for number in numbers[2]]
     assert read("c", "test")["kind"] == [1, 0, 1, 0, 1]
-    assert (
-        b'"names": ["vehicle", "animal"]'
-        in parquet.read_schema(folder / "c" / "test.parquet").metadata[b"huggingface"]
-    )
     assert not (folder / "a" / "validation.parquet").exists()
     with pytest.raises(FileNotFoundError):
         StudyRunner(
@@ -255,27 +250,12 @@ def test_differences_are_paired_by_seed_within_the_other_levels() -> None:
     found = summary.loc[1, "difference"], summary.loc[1, "difference_half_width"]
     assert found == pytest.approx(((paired.low + paired.high) / 2, (paired.high - paired.low) / 2))
 
-    lines = format_table(summary).splitlines()
-    assert len({line.count("|") for line in lines}) == 1
-    table = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
-    assert [row[:3] for row in table] == [
-        ["cls", "s", "3"],
-        ["mean", "s", "3"],
-        ["cls", "l", "1"],
-        ["mean", "l", "1"],
-    ]
-    # the last level has no seed in common with the baseline
-    assert [row[4] for row in table] == ["baseline", "+9,333 ± 2,868", "baseline", ""]
-    assert table[0][3] == "70,000 ± 49,683"
-    assert table[2][3] == "75,000"
     # no baseline
     assert summarize(study, rows[rows["pooling"] == "mean"], "accuracy")["difference"].isna().all()
 
 
 @pytest.mark.usefixtures("program")
-def test_all_runs_are_executed_and_summarized(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_all_runs_are_executed_and_summarized(tmp_path: Path) -> None:
     factors = {"pooling": {"cls": {}, "mean": {"pooling": "mean"}, "median": {"pooling": "median"}}}
     metrics = {"evaluate.accuracy": "Accuracy", "accuracy": "Accuracy (%)", "f1": "F1"}
     stages = {"finetune": {"model": "vitcls-tiny"}, "evaluate": None}
@@ -291,8 +271,6 @@ def test_all_runs_are_executed_and_summarized(
     (output / "subsets" / "100").mkdir(parents=True)  # drawn before
     with raises_one_line("2 of 6 runs failed"):
         run_command(StudyOptions(file, output, "other", jobs=2, threads=3))
-    printed = capsys.readouterr().out
-    assert "6 runs (0 " in printed
     rows = parquet.read_table(output / "runs.parquet").to_pylist()
     assert [(row["pooling"], row["seed"], row["status"], row["accuracy"]) for row in rows] == [
         ("cls", 0, "finished", 0.5),
@@ -304,30 +282,12 @@ def test_all_runs_are_executed_and_summarized(
     ]
     assert all(row["threads"] == 33 and row["running"] <= 2 for row in rows)
     assert [row["evaluate.accuracy"] for row in rows[:4]] == [1.0] * 4
-    assert "evaluate.is_frozen" not in rows[0]
-    progress = set(printed.splitlines())
-    assert "pooling-cls_seed-1: evaluate.accuracy 1, accuracy 0.5625" in progress
-    assert "pooling-median_seed-0: failed: error: no median" in progress
     page = (output / "README.md").read_text()
-    assert page.startswith("# Pooling\n\nWhich pooling?\n\n")
-    assert "The mean." in page
-    assert "\n## Accuracy (%)\n" in page
-    assert "F1" not in page
     assert "| mean | 2 | 78 ± 40 | +25 ± 0 |\n" in page  # only finished runs, and equal decimals
     assert "| median |" not in page
     assert f"{file} --output-dir '{output}' --jobs 2 --threads 3 --dataset other\n" in page
-    assert all(
-        fact in page for fact in ("4 of 6 runs", "seeds 0, 1;", "; 6 minutes", "3 threads", "timm ")
-    )
 
     log = output / "runs" / "pooling-mean_seed-1" / "log.txt"
-    lines = [" ".join(line.split()[:3]) for line in log.read_text().splitlines()]
-    assert lines == [
-        "$ vitcls finetune",
-        "the stage finetune",
-        "$ vitcls evaluate",
-        "the stage evaluate",
-    ]
     (log.parent / "evaluate.json").unlink()
     run_study(StudyRunner(load_study(file), output), "python scripts/study.py")
     assert [line for line in log.read_text().splitlines() if line.startswith("the")][2:] == [
@@ -335,22 +295,6 @@ def test_all_runs_are_executed_and_summarized(
     ]
     finished = output / "runs" / "pooling-cls_seed-0" / "log.txt"
     assert finished.read_text().count("the stage") == 2
-    assert "6 runs (3 " in capsys.readouterr().out
-    subsets = {"one": {"dataset": str(tmp_path / "absent")}}
-    with pytest.raises(FileNotFoundError):
-        run_study(
-            StudyRunner(replace(load_study(file), subsets=subsets), tmp_path / "failed"),
-            "python scripts/study.py",
-        )
-    assert (
-        "0 of 6 runs finished, seeds 0, 1; 0 minutes"
-        in (tmp_path / "failed" / "README.md").read_text()
-    )
-    for changes in ({"subsets": {"one": {}}}, {"stages": {}}, {"factors": {}}):
-        with raises_one_line("--output-dir"):
-            run_study(
-                StudyRunner(replace(load_study(file), **changes), output), "python scripts/study.py"
-            )
 
 
 @pytest.mark.slow
