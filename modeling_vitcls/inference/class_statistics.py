@@ -125,38 +125,41 @@ class ClassStatistics:
             -(weight * mean).sum(axis=1) / 2
             for weight, mean in zip(weights, self.means, strict=True)
         ]
-        return np.concatenate(weights, axis=1) / len(weights), np.mean(biases, axis=0)
+        # The mean of n images is farther from everything than the mean of its class, by its noise:
+        # without this, small classes are hardly ever predicted.
+        noise = self.sizes.mean() / np.maximum(self.counts, 1) / 2
+        return np.concatenate(weights, axis=1) / len(weights), np.mean(biases, axis=0) + noise
 
     def build_new_rows(self, num_old: int) -> tuple[np.ndarray, np.ndarray]:
         """Build rows [L, T * D] and biases [L] of the classes after the first `num_old`.
 
-        They continue those of `build_classifier` for the old classes. The mean of n images is
-        farther from the origin than the mean of the class, by its noise. This lowers the bias,
-        which is corrected by `sizes` / (2n), beyond the same error of the old classes. A new class
-        is as frequent as the mean of the old ones; without images, it is never predicted.
+        They continue those of `build_classifier` for the old classes. A new class is as frequent as
+        the mean of the old ones; without images, it is never predicted.
         """
         weights, biases = self.compute_discriminants()
         old_counts, new_counts = np.split(self.counts, [num_old])
         known = np.flatnonzero(old_counts)
-        noise = 1 / np.maximum(new_counts, 1) - (1 / old_counts[known]).mean()
         prior = old_counts[known].mean() / old_counts.sum()
         new_biases = biases[num_old:] - biases[known].mean() + np.log(prior)
-        new_biases += self.sizes.mean() * noise / 2
         new_biases[new_counts == 0] = -np.inf
         return weights[num_old:] - weights[known].mean(axis=0), new_biases
 
     def compute_distances(self, features: TokenFeatures) -> np.ndarray:
         """Return the Mahalanobis distance [N] to the nearest class mean (arXiv 1807.03888).
 
-        With several tokens, it is the root of the mean of their squared distances.
+        With several tokens, it is the root of the mean of their squared distances. The noise of the
+        mean of few images is subtracted, as in the classifier.
         """
         known = self.counts > 0
         squares = []
-        for token, mean, precision in zip(self.tokens, self.means, self.precisions, strict=True):
+        for token, mean, precision, size in zip(
+            self.tokens, self.means, self.precisions, self.sizes, strict=True
+        ):
             values = features[token].astype(np.float64)
             own = np.einsum("nd,nd->n", values @ precision, values)[:, None]
             rows = mean[known] @ precision
-            squares.append(own - 2 * values @ rows.T + (rows * mean[known]).sum(axis=1))
+            of_means = (rows * mean[known]).sum(axis=1) - size / self.counts[known]
+            squares.append(own - 2 * values @ rows.T + of_means)
         nearest = np.mean(squares, axis=0).min(axis=1)  # [N], of [N, K]
         return np.sqrt(np.maximum(nearest, 0))
 

@@ -7,8 +7,7 @@ from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax
 
 
-MIN_TEMPERATURE = 0.05
-MAX_TEMPERATURE = 100.0
+MAX_LOG_TEMPERATURE = 20.0  # at which all probabilities are equal, in single precision
 
 
 def fit_temperature(
@@ -16,16 +15,24 @@ def fit_temperature(
 ) -> float:
     """Find the temperature that minimizes the cross-entropy of softmax(logits / temperature).
 
+    The target of an image is (N + 1/2) / (N + 1) for its label, and the rest for the others: N
+    images that are all right do not prove that the next one is. Without it, the temperature of few
+    images would go to 0 (Platt 1999, "Probabilistic outputs for support vector machines", section
+    2.2, with the prior of Jeffreys).
+
     Source: Guo et al. 2017, arXiv 1706.04599, section 4.2. Predicted labels do not depend on the
     temperature. Images have equal weights unless `weights` [N] is given.
     """
-    rows = np.arange(len(labels))
+    num_images, num_labels = logits.shape
+    right = (num_images + 0.5) / (num_images + 1)
+    targets = np.full(logits.shape, (1 - right) / max(num_labels - 1, 1))
+    targets[np.arange(num_images), labels] = right
 
     def compute_loss(log_temperature: float) -> float:
         log_probabilities = log_softmax(logits / math.exp(log_temperature), axis=1)
-        return -float(np.average(log_probabilities[rows, labels], weights=weights))
+        return -float(np.average((targets * log_probabilities).sum(axis=1), weights=weights))
 
-    bounds = (math.log(MIN_TEMPERATURE), math.log(MAX_TEMPERATURE))
+    bounds = (-MAX_LOG_TEMPERATURE, MAX_LOG_TEMPERATURE)
     return math.exp(
         minimize_scalar(compute_loss, bounds=bounds, method="bounded", options={"xatol": 1e-6}).x
     )

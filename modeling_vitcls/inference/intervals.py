@@ -18,6 +18,7 @@ from scipy import stats
 
 CONFIDENCE_LEVEL = 0.95
 NUM_RESAMPLES = 1000  # number of bootstrap samples
+MIN_CORRECTED_IMAGES = 30  # for a percentage that is corrected for the choice of a candidate
 NUM_BINS = 15  # of calibration errors
 
 Interval = tuple[float, float]  # lower and upper bounds
@@ -68,7 +69,9 @@ def estimate_after_choice(
 
     The out-of-fold accuracy of the best of several candidates is too high, because it was chosen
     for it. Each bootstrap sample of the images chooses a candidate, which the other images measure
-    (BBC-CV: Tsamardinos et al. 2018, arXiv 1708.07180, algorithm 5).
+    (BBC-CV: Tsamardinos et al. 2018, arXiv 1708.07180, algorithm 5). The interval is never narrower
+    than Wilson's: the bootstrap of images that are all right has no width. With fewer than
+    `MIN_CORRECTED_IMAGES`, the correction is noise, and the accuracy is the one out of fold.
 
     Args:
         losses, is_right: [C, N] out-of-fold results of C candidates for N images.
@@ -88,8 +91,12 @@ def estimate_after_choice(
             continue
         chosen = (losses @ counts).argmin()
         accuracies.append(is_right[chosen, counts == 0].mean())
-    low, high = np.quantile(accuracies, [(1 - CONFIDENCE_LEVEL) / 2, (1 + CONFIDENCE_LEVEL) / 2])
-    return Estimate(float(np.mean(accuracies)), [float(low), float(high)])
+    if num_images < MIN_CORRECTED_IMAGES:
+        accuracies = [is_right[losses.mean(axis=1).argmin()].mean()]
+    accuracy = float(np.mean(accuracies))
+    wilson = compute_proportion_interval(round(accuracy * num_groups), num_groups) or [0.0, 1.0]
+    bounds = np.quantile(accuracies, [(1 - CONFIDENCE_LEVEL) / 2, (1 + CONFIDENCE_LEVEL) / 2])
+    return Estimate(accuracy, [min(bounds[0], wilson[0]), max(bounds[1], wilson[1])])
 
 
 def compute_prediction_limit(values: Sequence[float], level: float) -> float:

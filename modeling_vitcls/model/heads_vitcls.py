@@ -246,6 +246,7 @@ class ClassDistance(nn.Module):
         super().__init__()
         statistics = config.class_statistics or {}
         self.counts: Tensor
+        self.sizes: Tensor
         self.tokens = [(layer, kind) for layer, kind in statistics["tokens"]]
         self.layers = config.resolve_layers([layer for layer, _ in self.tokens])
         self.poolers = [TokenPooler(config, kind) for _, kind in self.tokens]
@@ -260,7 +261,8 @@ class ClassDistance(nn.Module):
     def forward(self, layer_tokens: Mapping[int, Tensor]) -> Tensor:
         """Return the Mahalanobis distance [B] to the nearest class mean (arXiv 1807.03888).
 
-        It is the root of the mean over the tokens of the squared distances.
+        It is the root of the mean over the tokens of the squared distances, without the noise of
+        the means of few images (`sizes` / `counts`).
 
         Args:
             layer_tokens: layer index -> tokens [B, N, D] after the final norm.
@@ -276,7 +278,8 @@ class ClassDistance(nn.Module):
                 values, means = values.float() - center, means - center
                 products = values @ precision  # [B, D]
                 own = (products * values).sum(dim=1, keepdim=True)
-                of_means = ((means @ precision) * means).sum(dim=1)
+                noise = self.sizes[index].float() / self.counts.float().clamp(min=1)
+                of_means = ((means @ precision) * means).sum(dim=1) - noise
                 squares.append(own - 2 * products @ means.T + of_means)  # [B, K]
         distances = torch.stack(squares).mean(dim=0)
         distances = distances.masked_fill(self.counts == 0, torch.inf)

@@ -1,11 +1,8 @@
 """Calibration of a trained classifier: its temperature.
 
-    frozen model          logits of the images that each fold of the cross-validation leaves out
-    fine-tuned model      logits of the selection images
-    no selection images   logits of half of the held-out images; the error is reported for the other half
-
-A temperature that makes the calibration error of these images larger is not kept. It may still make
-the reported error larger, which is that of other images.
+frozen model          logits of the images that each fold of the cross-validation leaves out
+fine-tuned model      logits of the selection images
+no selection images   logits of half of the held-out images; the error is reported for the other half
 """
 
 from dataclasses import dataclass
@@ -13,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.special import log_softmax, softmax
+from scipy.special import softmax
 from torchmetrics.functional.classification import multiclass_calibration_error
 
 from ..inference.confidence import fit_temperature
@@ -62,12 +59,6 @@ def find_calibration(predictions: Predictions, images: str) -> Calibration:
 
     temperature = round(fit_temperature(logits, labels), 4)
     text = f"temperature {temperature:.2f}, from {describe_images(images, num_images)}"
-    if not is_improvement(logits, labels, temperature):
-        text = (
-            f"temperature 1, because {temperature:.2f} made the error of {num_images:,} {images} "
-            "images larger"
-        )
-        temperature = 1.0
     return Calibration(num_images, images, text, temperature)
 
 
@@ -79,34 +70,6 @@ def describe_probe_calibration(probe: LinearProbe) -> Calibration:
     temperature = round(probe.temperature_, 4)
     text = f"temperature {temperature:.2f}, from {describe_images(CROSS_VALIDATION, num_images)}"
     return Calibration(num_images, CROSS_VALIDATION, text, temperature)
-
-
-def is_improvement(logits: np.ndarray, labels: np.ndarray, temperature: float) -> bool:
-    """Return whether a temperature lowers the log loss of images that it was not fitted to.
-
-    Each half of the images measures the temperature of the other half.
-
-    It must not make the calibration error larger, either.
-    """
-    halves = np.arange(len(labels)) % 2
-    loss_before = 0.0
-    loss_after = 0.0
-
-    for half in (0, 1):
-        fitted = halves == half
-        measured = halves != half
-        half_temperature = fit_temperature(logits[fitted], labels[fitted])
-        loss_before += compute_loss(logits[measured], labels[measured])
-        loss_after += compute_loss(logits[measured] / half_temperature, labels[measured])
-
-    if loss_after > loss_before:
-        return False
-    return compute_error(logits / temperature, labels) <= compute_error(logits, labels)
-
-
-def compute_loss(logits: np.ndarray, labels: np.ndarray) -> float:
-    """Return the summed log loss of logits [N, L] and labels [N]."""
-    return -float(log_softmax(logits, axis=1)[np.arange(len(labels)), labels].sum())
 
 
 def describe_images(images: str, num_images: int) -> str:

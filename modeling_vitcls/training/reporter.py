@@ -23,6 +23,7 @@ from ..data.aspect_ratio import get_resize
 from ..data.labels import MultiHotLabels
 from ..data.sampling import BatchPlan
 from ..data.splits import HELD_OUT_SPLITS, TrainingData
+from ..inference.intervals import MIN_CORRECTED_IMAGES
 from ..model.configuration_vitcls import ViTCLSConfig
 from ..model.image_processing_vitcls import ViTCLSImageProcessor
 from ..runtime.files import replace_control_characters, write_atomically
@@ -234,8 +235,21 @@ def format_result(metrics: dict[str, Any], names: tuple[str, ...]) -> str:
             "the model was trained on all images and not evaluated, because `held_out_fraction` "
             "is 0"
         )
-    text = ", ".join(format_metric(name, metrics[name]) for name in names)
-    return f"{text} on {metrics['num_images']:,} held-out images"
+    texts = [
+        format_accuracy(metrics) if name == "accuracy" else format_metric(name, metrics[name])
+        for name in names
+    ]
+    return f"{', '.join(texts)} on {metrics['num_images']:,} held-out images"
+
+
+def format_accuracy(metrics: dict[str, Any]) -> str:
+    """Format an accuracy with its interval; that of few images is no percentage."""
+    low, high = (100 * value for value in metrics["accuracy_interval"])
+    num_images = metrics["num_images"]
+    if num_images < MIN_CORRECTED_IMAGES:
+        right = round(metrics["accuracy"] * num_images)
+        return f"{right} of {num_images} right (95%: {low:.0f} to {high:.0f}%)"
+    return f"accuracy {metrics['accuracy']:.2%} (95% interval: {low:.1f} to {high:.1f})"
 
 
 def describe_model(

@@ -11,13 +11,20 @@ from ..data.splits import MAX_CLASS_RATIO, TrainingData, describe_data
 from ..hub.local_paths import is_local, make_relative, split_prefix
 from ..hub.model_files import PREDICTIONS_FILE, RESULTS_FILE, SPLITS_FILE
 from ..inference.evaluator import Predictions
+from ..inference.intervals import MIN_CORRECTED_IMAGES
 from ..runtime.flags import get_flag_fields, to_arguments, to_flags
 from .defaults import FINE_TUNING_EPOCHS
 from .duration import format_minutes
 from .options import TrainOptions
 from .output_folder import CHECKPOINTS_FOLDER
 from .plan import STEP_FLAGS, RunPlan
-from .reporter import build_model_record, describe_model, describe_splits, format_result
+from .reporter import (
+    build_model_record,
+    describe_model,
+    describe_splits,
+    format_accuracy,
+    format_result,
+)
 from .resume import build_flags_record, check_run_unchanged
 from .run_inputs import Launch, RunInputs
 
@@ -177,13 +184,14 @@ def describe_result(results: dict[str, Any], result_metrics: tuple[str, ...]) ->
     if results["split"] != "cross-validation":
         return format_result(results, result_metrics)
     record = results["frozen"]
-    low, high = (100 * value for value in results["accuracy_interval"])
-    return (
-        f"accuracy {results['accuracy']:.2%} (95% interval: {low:.1f} to {high:.1f}), estimated by "
-        f"{record['num_folds']}-fold cross-validation on {results['num_images']:,} images, "
-        f"corrected for the choice among {len(record['candidates'])} candidates. The saved model "
-        "was fitted to all of them"
-    )
+    text = f"{format_accuracy(results)}, out of fold"
+    if results["num_images"] >= MIN_CORRECTED_IMAGES:
+        text = (
+            f"{format_accuracy(results)}, estimated by {record['num_folds']}-fold cross-validation "
+            f"on {results['num_images']:,} images, corrected for the choice among "
+            f"{len(record['candidates'])} candidates"
+        )
+    return f"{text}. The saved model was fitted to all of them"
 
 
 def build_fine_tuning_command(asked: TrainOptions) -> str:

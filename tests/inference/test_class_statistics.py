@@ -23,7 +23,9 @@ def draw_features(num_images: int = 90, seed: int = 0) -> tuple[np.ndarray, np.n
 @pytest.mark.parametrize("num_images", [30, 300])
 def test_the_classifier_is_scikit_learns_discriminant_analysis(num_images: int) -> None:
     features, labels = draw_features(num_images)
-    weight, bias = ClassStatistics.fit({CLS: features}, labels, 3).build_classifier()
+    statistics = ClassStatistics.fit({CLS: features}, labels, 3)
+    weight, bias = statistics.build_classifier()
+    bias = bias - statistics.sizes[0] / (2 * statistics.counts)  # the noise of the means
 
     expected = LinearDiscriminantAnalysis(solver="lsqr", shrinkage="auto").fit(features, labels)
     coefficients = expected.coef_ - expected.coef_.mean(axis=0)
@@ -52,11 +54,15 @@ def test_a_distance_is_scipys_to_the_nearest_class_mean() -> None:
 
     distances = statistics.compute_distances({CLS: features[:2]})
     precision = statistics.precisions[0]
+    noise = statistics.sizes[0] / statistics.counts
     expected = [
-        min(mahalanobis(row, mean, precision) for mean in statistics.means[0])
+        min(
+            mahalanobis(row, mean, precision) ** 2 - noise[label]
+            for label, mean in enumerate(statistics.means[0])
+        )
         for row in features[:2]
     ]
-    np.testing.assert_allclose(distances, expected)
+    np.testing.assert_allclose(distances, np.sqrt(expected))
 
 
 def test_an_added_class_of_many_images_has_the_row_of_a_fitted_one() -> None:
@@ -89,3 +95,15 @@ def test_a_class_without_images_is_never_predicted() -> None:
     features, labels = draw_features()
     weight, bias = ClassStatistics.fit({CLS: features}, labels * 2, 6).build_classifier()
     assert set((features @ weight.T + bias).argmax(axis=1)) == {0, 2, 4}
+
+
+def test_the_noise_of_a_mean_does_not_change_the_expected_discriminant() -> None:
+    """The mean of 5 images is farther away than the mean of its class; the bias makes up for it."""
+    width, num_images = 40, 5
+    draws = np.random.default_rng(0).normal(size=(4000, num_images, width)).mean(axis=1) + 1
+    counts = np.full(len(draws), num_images)
+    statistics = ClassStatistics(
+        (CLS,), (draws,), (np.eye(width),), np.array([float(width)]), counts
+    )
+    _, biases = statistics.compute_discriminants()
+    assert biases.mean() == pytest.approx(-width / 2, abs=0.2)

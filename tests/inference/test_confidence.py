@@ -1,4 +1,4 @@
-"""Temperature, as in torch, and the divisor of a mean confidence."""
+"""Temperature, as in torch."""
 
 import numpy as np
 import pytest
@@ -31,10 +31,25 @@ def test_the_temperature_minimizes_the_cross_entropy(temperature: float) -> None
     fitted = fit_temperature(logits, labels)
     assert fitted == pytest.approx(temperature, rel=0.05)
     divided = [torch.from_numpy(logits / (factor * fitted)) for factor in (0.999, 1, 1.001)]
+    smoothing = 0.5 / 4001 * NUM_LABELS / (NUM_LABELS - 1)  # torch's is uniform over all labels
     losses = [
-        torch.nn.functional.cross_entropy(each, torch.from_numpy(labels)).item() for each in divided
+        torch.nn.functional.cross_entropy(
+            each, torch.from_numpy(labels), label_smoothing=smoothing
+        ).item()
+        for each in divided
     ]
     assert min(losses) == losses[1]
-    # the limits
-    assert fit_temperature(logits, logits.argmax(axis=1)) == pytest.approx(0.05, rel=1e-3)
-    assert fit_temperature(logits, logits.argmin(axis=1)) == pytest.approx(100, rel=1e-3)
+
+
+@pytest.mark.parametrize("num_images", [2, 14, 200])
+def test_images_that_are_all_right_leave_a_doubt_about_the_next_one(num_images: int) -> None:
+    labels = np.arange(num_images) % 2
+    logits = 30 * np.eye(2)[labels]
+    probabilities = softmax(logits / fit_temperature(logits, labels), axis=1)
+    assert probabilities.max() == pytest.approx((num_images + 0.5) / (num_images + 1), rel=1e-4)
+
+
+def test_images_that_are_all_wrong_make_all_labels_equally_probable() -> None:
+    logits = 30 * np.eye(2)
+    probabilities = softmax(logits / fit_temperature(logits, np.array([1, 0])), axis=1)
+    np.testing.assert_allclose(probabilities, 0.5, atol=1e-4)

@@ -9,6 +9,7 @@ from modeling_vitcls.inference.intervals import (
     compute_bootstrap_interval,
     compute_chance_calibration_error,
     compute_prediction_limit,
+    estimate_after_choice,
 )
 
 
@@ -48,3 +49,12 @@ def test_the_calibration_error_by_chance_is_the_mean_of_simulated_calibrated_mod
     expected = pytest.approx(np.mean(errors), rel=0.06)
     assert compute_chance_calibration_error(confidences) == expected
     assert compute_chance_calibration_error(np.ones(num_images)) == 0
+
+
+def test_the_interval_of_images_that_are_all_right_is_not_empty() -> None:
+    """Wilson's interval of 14 of 14 begins at 78.5%."""
+    is_right = np.ones((3, 14))
+    estimate = estimate_after_choice(1 - is_right, is_right)
+    assert estimate.accuracy == 1
+    assert estimate.interval[0] == pytest.approx(0.785, abs=1e-3)
+    assert estimate.interval[1] == pytest.approx(1)

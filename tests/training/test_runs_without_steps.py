@@ -60,14 +60,21 @@ def test_a_run_without_steps_prints_the_command_that_trains_all_layers(
 
 
 @pytest.mark.filterwarnings("error::scipy.linalg.LinAlgWarning")
-def test_two_photos_of_each_class_are_enough(sources: Path) -> None:
+@pytest.mark.parametrize("num_photos", [1, 2, 3, 4])
+def test_a_few_photos_of_each_class_are_enough_and_have_no_percentage(
+    num_photos: int, sources: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Two images have one difference, and four classes of them a covariance of rank 4."""
     photos = sources / "few photos"
-    for index, photo in enumerate(sorted((sources / "my photos" / "ants").iterdir())[:8]):
+    for index, photo in enumerate(sorted((sources / "my photos" / "ants").iterdir())):
+        if index == 4 * num_photos:
+            break
         (photos / f"kind {index % 4}").mkdir(parents=True, exist_ok=True)
         photo.rename(photos / f"kind {index % 4}" / photo.name)
 
     arguments = ["--model", str(sources / "vit"), "--dataset", str(photos)]
     arguments += ["--output-dir", str(sources / "frozen"), "--num-workers", "0", "--no-report"]
-    main(["finetune", *arguments, "--trainable", "head"])
-    assert read_json(sources / "frozen/results.json")["num_images"] == 8
+    main(["finetune", *arguments])
+    results = read_json(sources / "frozen/results.json")
+    assert results["num_training_images"] == 4 * min(num_photos, 3) + (num_photos == 4) * 3
+    assert ("right (95%" in capsys.readouterr().out) == (num_photos > 1)
