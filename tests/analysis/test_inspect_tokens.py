@@ -94,7 +94,7 @@ def test_the_page_names_the_commit_of_a_model_on_the_hub(
     write_json(hub_model / "results.json", {"token_movement": movement})
     page = tmp_path / "new" / "report.html"
     figures = tmp_path / "other" / "figures.json"
-    flags = [str(image_folder / "owl"), "--output", str(page), "--json", str(figures)]
+    flags = [image_folder / "owl", "--output", page, "--json", figures, "--num-images", 1]
 
     with running_hub(tmp_path / "hub") as hub:
         point_client_at(hub.url, None, monkeypatch, tmp_path / "home")

@@ -12,7 +12,6 @@ from helpers.digits_models import (
     NUM_TRAINED,
     PIXELS,
     build_digits_config,
-    train_digits_model,
 )
 from helpers.tiny_models import build_images, build_tiny_config, randomize
 from helpers.varied_models import center_logits
@@ -66,13 +65,6 @@ def train(model: Any, compute_loss: Callable[[Any, torch.Tensor], torch.Tensor])
 
 
 # One task -----------------------------------------------------------------------------------------
-
-
-def test_a_token_that_alone_feeds_the_head_changes_predictions_and_has_no_test() -> None:
-    effect = measure(train_digits_model(epochs=NUM_EPOCHS))["cls[0]"][""]
-    assert effect.limit is None
-    assert effect.changed > 0.5
-    assert effect.changed_interval[0] < effect.changed < effect.changed_interval[1]
 
 
 @pytest.mark.parametrize("num_registers", [1, pytest.param(2, marks=pytest.mark.slow)])

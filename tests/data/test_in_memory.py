@@ -210,18 +210,3 @@ def test_data_of_another_process_is_an_error() -> None:
 
 
 # Files of the same contents -----------------------------------------------------------------------
-
-
-def test_folders_of_save_to_disk_have_all_images_of_their_splits(tmp_path: Path) -> None:
-    part = build("datasets", tmp_path)
-    part.save_to_disk(tmp_path / "one")
-    datasets.DatasetDict({"train": part, "validation": part.select(range(6))}).save_to_disk(
-        tmp_path / "two"
-    )
-    one = load_training_data(DataOptions(dataset=str(tmp_path / "one")))
-
-    assert len(one.train) + len(one.held_out) == NUM_IMAGES
-    assert one.held_out_split is None
-
-    two = load_training_data(DataOptions(dataset=str(tmp_path / "two")))
-    assert (len(two.train), len(two.held_out), two.held_out_split) == (NUM_IMAGES, 6, "validation")

@@ -1,36 +1,14 @@
 """The start of a run with many images, in several processes and from shards."""
 
 import io
-import pickle
 import tarfile
-from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 from helpers.photo_folders import write_photos
 
-from modeling_vitcls.data import splits
 from modeling_vitcls.data.options import DataOptions
-from modeling_vitcls.data.splits import load_on_main, load_training_data
-
-
-TWO_PROCESSES: Any = SimpleNamespace(num_processes=2)  # an accelerator
-
-
-def test_the_main_process_loads_a_folder_for_all_processes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    photos = write_photos(tmp_path / "photos", range(20))
-    load = partial(load_training_data, DataOptions(dataset=str(photos)))
-    sent = pickle.dumps(load())
-    monkeypatch.setattr(splits, "run_on_main", lambda accelerator, load: sent)
-    data = load_on_main(TWO_PROCESSES, str(photos), load)
-    names = [part.images.get_names() for part in (data.train, data.held_out)]
-    assert sorted(map(len, names)) == [8, 32]
-    assert data.train.images[0].size == (8, 8)
-    assert load_on_main(TWO_PROCESSES, "memory:0", lambda: "loaded") == "loaded"
+from modeling_vitcls.data.splits import load_training_data
 
 
 @pytest.mark.parametrize("is_folder", [True, False])

@@ -133,8 +133,12 @@ def test_backends_have_the_predictions_of_torch(backend: str, model: Path) -> No
 
 
 def test_an_int8_graph_has_no_distance_and_a_prediction_says_so(
-    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    model: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(exporter, "NUM_CALIBRATION_IMAGES", 4)
     options = ExportOptions(
         model=str(model.parent / "mine"),
         format="openvino",
@@ -310,6 +314,7 @@ def test_int8_loses_at_most_0_3_points(
     assert report["comparison"]["relative_error"] < 0.2
 
 
+@pytest.mark.slow
 def test_int8_leaves_the_patch_projection_and_excluded_layers_in_float32(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,7 +10,6 @@ from helpers.tiny_models import raises_one_line
 
 from modeling_vitcls.hub.local_paths import (
     is_local,
-    make_relative,
     resolve_name,
     split_revision,
     strip_folders,
@@ -126,24 +125,6 @@ def test_files_of_a_run_contain_no_local_paths(
     assert is_local(flags["teacher"])
     assert not is_local(flags["model"])
     assert strip_folders(flags["teacher"]) == "timm:resnet18@path/to/weights.pt"
-
-
-@pytest.mark.parametrize(
-    ("name", "relative"),
-    [
-        ("data/teach", "./data/teach"),
-        ("../clinic", "../clinic"),
-        (".hidden", "./.hidden"),
-        ("timm:local-dir:data/teach", "timm:local-dir:./data/teach"),
-        ("acme/none", "acme/none"),
-    ],
-)
-def test_relative_names_are_resolved_to_the_same_path(here: Path, name: str, relative: str) -> None:
-    resolved = resolve_name(name)
-    assert make_relative(resolved) == make_relative(relative) == relative
-    assert is_local(relative) is is_local(resolved)
-    assert resolve_name(relative) == resolved
-    assert make_relative(None) is None
 
 
 def test_a_folder_takes_precedence_over_built_in_data(here: Path, tmp_path: Path) -> None:

@@ -19,7 +19,6 @@ from helpers.tiny_models import build_tiny_config, raises_one_line, save_with_pr
 from PIL import Image
 
 from modeling_vitcls import EmbedImages, ViTCLSImageProcessor, ViTCLSModel
-from modeling_vitcls.data.aspect_ratio import set_resize
 
 
 photos = prediction_photos.photos  # a fixture
@@ -92,15 +91,6 @@ def test_unreadable_images_have_an_error_and_no_features(encoder: Path, photos: 
     assert np.isnan(outputs["cls"]).all(axis=1).tolist() == [True, False]
     assert list(map(bool, outputs["error"])) == [True, False]
     assert list(outputs) == ["path", "cls", "error"]
-
-
-def test_images_are_resized_as_asked(encoder: Path, photos: Path) -> None:
-    processor = ViTCLSImageProcessor.from_pretrained(encoder)
-    set_resize(processor, "pad", (32, 48))
-    model = ViTCLSModel.from_pretrained(encoder).eval()
-    (row,) = predict(model, processor, photos / "a.jpg", features="cls")
-    outputs = EmbedImages(encoder, resize="pad")({"path": [str(photos / "a.jpg")]})
-    np.testing.assert_allclose(outputs["cls"][0], row["features"], atol=1e-6)
 
 
 @pytest.mark.parametrize("column", [None, "photo"])

@@ -290,19 +290,6 @@ def test_stored_stages_apply_to_the_stored_number_of_layers_only(tmp_path: Path)
         assert config.stage_names == ["stem", "stage1", "stage2", "stage3"][: num_layers + 1]
 
 
-def test_gates_stay_with_the_last_tokens_of_a_group_at_load(tmp_path: Path) -> None:
-    build_tiny_config(num_register_tokens=3, gated_tokens={"registers": 2}).save_pretrained(
-        tmp_path
-    )
-    expected = {1: None, 2: {"registers": 1}, 3: {"registers": 2}, 5: {"registers": 4}}
-
-    for num_registers, gated_tokens in expected.items():
-        config = ViTCLSConfig.from_pretrained(
-            tmp_path, num_register_tokens=num_registers, num_cls_tokens=2
-        )
-        assert config.gated_tokens == gated_tokens
-
-
 SAVED_CONFIGS = [
     {},
     {"image_size": (24, 64), "patch_size": [4, 16]},

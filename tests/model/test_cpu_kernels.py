@@ -6,7 +6,6 @@ Every switch disables them, and unsupported cases are computed by plain PyTorch.
 import copy
 import pickle
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import pytest
@@ -285,23 +284,6 @@ def compute_derivatives(layer: nn.Module, inputs: torch.Tensor) -> list[torch.Te
     wanted = [inputs, *layer.parameters()]
     first = torch.autograd.grad(layer(inputs).square().sum(), wanted, create_graph=True)
     return [*first, *torch.autograd.grad(sum(each.square().sum() for each in first), wanted)]
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"dtype": torch.float32},
-        {"attention_mask": torch.arange(34).view(2, 17) < 33},
-        {"fields": {"attention_probs_dropout_prob": 0.1}},
-        {"fields": {"num_register_tokens": 1184}},
-    ],
-    ids=["float32", "mask", "dropout", "1201 keys"],
-)
-@torch.no_grad()
-def test_sdpa_computes_what_chunked_attention_does_not(change: dict[str, Any]) -> None:
-    fast, _ = build_models(**change.pop("fields", {}))
-    images = build_images().to(change.pop("dtype", torch.bfloat16))
-    assert SDPA in list_operators(partial(fast.to(images.dtype).train(), images, **change))
 
 
 @torch.no_grad()

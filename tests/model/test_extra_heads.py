@@ -232,6 +232,7 @@ def test_selecting_a_task_that_does_not_exist_names_the_tasks() -> None:
         model.select_task("whether")
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_compiled_models_compute_the_heads() -> None:
     _, model = build_pair(HEADS, pooled_layers=[-2, -1], pooling="cls_mean")

@@ -1,12 +1,10 @@
 """The image processor: all kinds of images, both backends, errors, and saving."""
 
 import base64
-import contextlib
 import functools
 import http.server
 import json
 import os
-import socket
 import threading
 from collections.abc import Iterator
 from io import BytesIO
@@ -486,10 +484,8 @@ def test_other_formats_are_errors(
     assert path.name in get_error(backend, path)
 
 
-def test_pipes_sockets_and_devices_are_errors(backend: type, tmp_path: Path) -> None:
-    pipe, listening, device, link = (
-        tmp_path / f"{name}.png" for name in ("pipe", "socket", "device", "link")
-    )
+def test_pipes_and_devices_are_errors(backend: type, tmp_path: Path) -> None:
+    pipe, device, link = (tmp_path / f"{name}.png" for name in ("pipe", "device", "link"))
     os.mkfifo(pipe)
     device.symlink_to("/dev/zero")
     link.symlink_to(pipe)
@@ -498,20 +494,15 @@ def test_pipes_sockets_and_devices_are_errors(backend: type, tmp_path: Path) -> 
 
     def process() -> None:
         contents.append(read_jpeg_bytes(pipe))
-        for path in (pipe, listening, device, link, tmp_path):
+        for path in (pipe, device, link, tmp_path):
             messages[path.name] = get_error(backend, path)
 
-    with (
-        socket.socket(socket.AF_UNIX) as listener,
-        contextlib.chdir(tmp_path),
-    ):  # names of sockets must be short
-        listener.bind(listening.name)
-        # opening a pipe blocks until a process writes to it
-        thread = threading.Thread(target=process, daemon=True)
-        thread.start()
-        thread.join(60)
+    # opening a pipe blocks until a process writes to it
+    thread = threading.Thread(target=process, daemon=True)
+    thread.start()
+    thread.join(60)
     assert contents == [None]
-    assert len(messages) == 5
+    assert len(messages) == 4
     for name, message in messages.items():
         assert name in message
         assert "is not a regular file" in message

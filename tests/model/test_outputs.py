@@ -1,9 +1,7 @@
 """Outputs contain only tensors, which gather and pytrees handle."""
 
-import dataclasses
 from typing import Any
 
-import pytest
 import torch
 from helpers.tiny_models import (
     build_images,
@@ -14,11 +12,9 @@ from helpers.tiny_models import (
     randomize,
 )
 
-from modeling_vitcls import ViTCLSConfig, ViTCLSForImageClassification, ViTCLSModel
+from modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel
 from modeling_vitcls.model.modeling_vitcls import (
-    ViTCLSImageClassifierOutput,
     ViTCLSModelOutput,
-    ViTCLSMultiTaskOutput,
 )
 
 
@@ -28,12 +24,6 @@ FIELDS: dict[str, Any] = {"num_register_tokens": 2}
 def build_model() -> ViTCLSModel:
     """Return an encoder with random weights."""
     return randomize(ViTCLSModel(build_tiny_config(**FIELDS)))
-
-
-@pytest.mark.parametrize("output", [ViTCLSImageClassifierOutput, ViTCLSMultiTaskOutput])
-def test_trainer_collects_only_logits_as_predictions(output: type) -> None:
-    collected = {each.name for each in dataclasses.fields(output)} - {"loss"}
-    assert collected - set(ViTCLSConfig.keys_to_ignore_at_inference) == {"logits"}
 
 
 def contains_tensors_only(value: Any) -> bool:

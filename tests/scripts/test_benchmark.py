@@ -1,6 +1,5 @@
 """python scripts/benchmark.py: rows, ratios, and errors if outputs differ."""
 
-import itertools
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ from helpers.tiny_models import build_tiny_config, raises_one_line
 
 from modeling_vitcls import ViTCLSForImageClassification
 from scripts import benchmark
-from scripts.benchmark import BenchmarkOptions, Row, format_markdown, run_benchmarks
+from scripts.benchmark import BenchmarkOptions, format_markdown, run_benchmarks
 
 
 pytestmark = pytest.mark.integration
@@ -73,24 +72,3 @@ def test_models_with_different_outputs_are_not_compared(
     monkeypatch.setattr(benchmark, "convert_from_timm", convert_wrongly)
     with raises_one_line("timm in fp32", "differs from the model"):
         run_benchmarks(BenchmarkOptions(model, backends=(), peers=("timm",), **SMALL))
-
-
-def test_ratios_compare_measurements_of_the_same_round() -> None:
-    rows = [Row("inference", name, "fp32", 3, 1, 0.0) for name in ("torch", "timm")]
-    calls: list[str] = []
-    benchmark.measure_rows(
-        rows, [lambda: calls.append("ours"), lambda: calls.append("theirs")], num_rounds=2
-    )
-    # the second round is reversed
-    assert [name for name, _ in itertools.groupby(calls)] == ["ours", "theirs", "ours"]
-
-    ours, theirs = (
-        Row("inference", "torch", "fp32", 1, 1, 0.0, values)
-        for values in ([2.0, 9.0, 8.0], [1.0, 3.0, 2.0])
-    )
-
-    assert ours.compute_ratios(theirs) == [2.5, 3.0, 3.5]  # of 2, 3 and 4
-    assert (
-        Row("", "", "", 1, 1, 0.0, [6.0]).compute_ratios(Row("", "", "", 1, 1, 0.0, [2.0]))
-        == [3.0] * 3
-    )

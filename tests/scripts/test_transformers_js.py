@@ -23,7 +23,7 @@ from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor
 from modeling_vitcls.export.formats import run_graph
 
 
-pytestmark = pytest.mark.integration
+pytestmark = pytest.mark.slow  # three graphs of a model
 
 for library in ("onnx", "onnxscript", "onnxruntime"):
     pytest.importorskip(library, reason=f"{library} is not installed")
@@ -71,7 +71,6 @@ def test_the_files_have_the_logits_and_the_attention_of_the_model(web: Path) -> 
         assert (outputs["cls_attention"] - attention).abs().max() <= limit, name
 
 
-@pytest.mark.slow
 def test_node_predicts_the_labels_of_the_model(
     web: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
