@@ -203,9 +203,8 @@ def load_model(source: str, folder: Path) -> Any:
 
     A preset gets random weights.
     """
-    exportable = load_exportable_model(source)
-    is_trained = exportable.folder is not None
-    model: Any = exportable.model if is_trained else randomize_weights(exportable.model)
+    loaded, _, folder = load_exportable_model(source)
+    model: Any = randomize_weights(loaded) if folder is None else loaded
     model.save_pretrained(folder)
     return model
 

@@ -55,15 +55,6 @@ class ImagePrediction:
 
 
 @dataclass(frozen=True)
-class Attribution:
-    """Contribution of each patch to the score of a label."""
-
-    task: str | None
-    label: Label
-    values: torch.Tensor  # [gh, gw] (`AttentionTrace.compute_attribution`)
-
-
-@dataclass(frozen=True)
 class PhotoMeasurements:
     """Predictions, attention and patch features of one photo.
 
@@ -79,7 +70,8 @@ class PhotoMeasurements:
         input_size: height and width of the preprocessed photo, in pixels.
         predictions: one prediction, or one per task, and one per added task; empty for an encoder
             without tasks.
-        attributions: one per label of the predictions, for at most MAX_LABELS of each.
+        attributions: task, label, and contribution of each patch to the score of the label [gh, gw]
+            (`AttentionTrace.compute_attribution`), for at most MAX_LABELS of each prediction.
         token_names: [S], name of each token.
         token_groups: [S], group of each token in `config.token_layout`.
         token_layers: [S], last layer in which each token is used, numbered from 1.
@@ -98,7 +90,7 @@ class PhotoMeasurements:
     visible_region: VisibleRegion
     input_size: Size
     predictions: list[ImagePrediction]
-    attributions: list[Attribution]
+    attributions: list[tuple[str | None, Label, torch.Tensor]]
     token_names: list[str]
     token_groups: list[str]
     token_layers: list[int]
@@ -155,7 +147,7 @@ def measure_photo(model: Any, processor: Any, image: Image.Image) -> PhotoMeasur
 
     predictions = predict_photo(use, trace.outputs)
     attributions = [
-        Attribution(task, label, extract_patch_maps(rows.float().cpu(), config, input_size))
+        (task, label, extract_patch_maps(rows.float().cpu(), config, input_size))
         for task, label, rows in attribute_predictions(trace, predictions)
     ]
 

@@ -213,8 +213,8 @@ def draw_attributions(measurements: PhotoMeasurements, photo: Image.Image) -> li
     if not attributions:
         return []
     tiles = [
-        Tile(overlay(photo, attribution.values), f"{attribution.label[1]:.0%}")
-        for attribution in attributions
+        Tile(overlay(photo, values), f"{probability:.0%}")
+        for _, (_, probability), values in attributions
     ]
     return draw_rows(
         measurements,
@@ -222,7 +222,7 @@ def draw_attributions(measurements: PhotoMeasurements, photo: Image.Image) -> li
         "What counts for a label",
         "Attribution: attention weighted by its gradient (Chefer et al. 2021). Bright patches raise "
         "the score of the label",
-        [": ".join(filter(None, (each.task, each.label[0]))) for each in attributions],
+        [": ".join(filter(None, (task, name))) for task, (name, _), _ in attributions],
         [Row("prediction", "attribution", DARK_GRAY, tiles)],
     )
 

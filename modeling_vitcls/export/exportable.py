@@ -9,7 +9,6 @@ ViTCLSBackbone                      feature maps, named after their stages
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -84,17 +83,14 @@ def compute_named_outputs(
     return [wrapped_model(batch) for batch in batches]
 
 
-@dataclass(frozen=True)
-class ExportableModel:
-    """A model for export."""
-
-    model: ViTCLSPreTrainedModel  # in float32 and eval mode
-    processor: ViTCLSImageProcessor | None  # None if the checkpoint has none
-    folder: ModelFolder | None  # None for a preset, which has random weights
-
-
-def load_exportable_model(source: str) -> ExportableModel:
+def load_exportable_model(
+    source: str,
+) -> tuple[ViTCLSPreTrainedModel, ViTCLSImageProcessor | None, ModelFolder | None]:
     """Load any checkpoint that `model` may name, or a preset with random weights.
+
+    Returns:
+        The model in float32 and eval mode; its image processor, None if the checkpoint has none;
+        and its folder, None for a preset.
 
     Raises:
         ValueError: If the checkpoint is not a ViTCLS model, if its class is not supported, or if
@@ -107,7 +103,7 @@ def load_exportable_model(source: str) -> ExportableModel:
         )
         processor = ViTCLSImageProcessor()
         set_resize(processor, "squash", model.config.image_height_width)
-        return ExportableModel(model.eval(), processor, None)
+        return model.eval(), processor, None
     folder = open_model(source)
     class_name = (folder.config.architectures or ["an unknown class"])[0]
     classes: dict[str, Any] = {each.__name__: each for each in OUTPUT_SELECTORS}
@@ -118,4 +114,4 @@ def load_exportable_model(source: str) -> ExportableModel:
         )
     model = folder.load(classes[class_name], dtype=torch.float32)
     loaded_processor = folder.load_processor() if folder.has_processor else None
-    return ExportableModel(model.eval(), loaded_processor, folder)
+    return model.eval(), loaded_processor, folder

@@ -30,12 +30,7 @@ from ..runtime.errors import describe_installation
 from ..runtime.files import write_json
 from ..runtime.staging import create_output_files
 from ..runtime.system import get_versions
-from .exportable import (
-    ExportableModel,
-    Outputs,
-    compute_named_outputs,
-    load_exportable_model,
-)
+from .exportable import Outputs, compute_named_outputs, load_exportable_model
 from .formats import PACKAGES, SUFFIXES, run_graph, write_graph
 from .measurement import (
     NUM_COMPARED_IMAGES,
@@ -74,9 +69,8 @@ def export_model(options: ExportOptions) -> dict[str, Any]:
     """
     packages = [*PACKAGES[options.format], *(["nncf"] if options.int8 else [])]
     target = choose_target(options.output, options.format, packages)
-    exportable = load_exportable_model(options.model)
-    model: Any = exportable.model
-    processor, folder = exportable.processor, exportable.folder
+    model: Any
+    model, processor, folder = load_exportable_model(options.model)
     num_layers = model.config.num_hidden_layers
     if not set(options.exclude_layers) <= set(range(1, num_layers + 1)):
         raise ValueError(f"`exclude_layers` requires numbers from 1 to {num_layers}")
@@ -87,7 +81,7 @@ def export_model(options: ExportOptions) -> dict[str, Any]:
         model.remove_class_statistics()
     images = None
     if options.dataset is not None:
-        images = load_export_images(exportable, options.dataset, options.split)
+        images = load_export_images(model, processor, folder, options.dataset, options.split)
 
     is_dynamic = options.dynamic and not options.int8  # int8 graphs have a fixed size
     # OpenVINO's antialiasing filter is not PyTorch's, which changes outputs by 1e-4 to 1e-3
@@ -124,7 +118,9 @@ def export_model(options: ExportOptions) -> dict[str, Any]:
                 name: max(each["differences"][name] for each in comparisons) for name in names
             },
             "tried": comparisons,
-            **describe_graph(file, exportable, graph_shape, reference_outputs[0]),
+            **describe_graph(
+                file, model, processor, folder, graph_shape, outputs=reference_outputs[0]
+            ),
             "versions": get_versions("timm", *packages),
             "excluded_layers": list(options.exclude_layers),
             "num_calibration_images": len(calibration_images),
@@ -169,17 +165,21 @@ def choose_target(output: Path, file_format: str, packages: list[str]) -> Path:
 
 
 def describe_graph(
-    file: Path, exportable: ExportableModel, graph_shape: GraphShape, outputs: Outputs
+    file: Path,
+    model: Any,
+    processor: ViTCLSImageProcessor | None,
+    folder: ModelFolder | None,
+    graph_shape: GraphShape,
+    outputs: Outputs,
 ) -> dict[str, Any]:
     """Describe the inputs, the outputs and the size of a graph, and measure its speed.
 
     Args:
         file: The graph, in a folder that has no other files.
-        exportable: The model.
+        model, processor, folder: As `load_exportable_model` returns them.
         graph_shape: The image sizes of the graph.
         outputs: The outputs of the model for some images.
     """
-    model, folder = exportable.model, exportable.folder
     height_width = ["height", "width"] if graph_shape.is_dynamic else graph_shape.image_size
     files = list(file.parent.iterdir())
     report: dict[str, Any] = {
@@ -195,7 +195,7 @@ def describe_graph(
         },
         "outputs": get_output_shapes(outputs, graph_shape),
         "fixed_because": graph_shape.fixed_size_reason,
-        "preprocessing": describe_preprocessing(exportable.processor),
+        "preprocessing": describe_preprocessing(processor),
         "labels": get_label_names(model.config, list(outputs)),
         "sha256": hash_files(files),
         "num_bytes": sum(each.stat().st_size for each in files),

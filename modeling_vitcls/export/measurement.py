@@ -1,7 +1,7 @@
 """Accuracy, differences and speed of an exported file on the images of a dataset.
 
-    images = load_export_images(exportable, "digits")        # split as in the run of the model
-    images.measure_file(Path("model.xml"), exportable.model)
+    images = load_export_images(model, processor, folder, "digits")    # split as in the model's run
+    images.measure_file(Path("model.xml"), model)
 
 Training images calibrate int8 graphs. Held-out images measure the accuracy and, also without
 labels, the differences between the outputs of the file and the model.
@@ -25,6 +25,7 @@ from ..data.options import DataOptions
 from ..data.splits import load_training_data
 from ..data.splits_table import read_splits, select_task
 from ..hub.local_paths import resolve_name, strip_folders
+from ..hub.model_folder import ModelFolder
 from ..inference.evaluate import get_training_columns
 from ..inference.evaluator import Evaluator
 from ..inference.exported_graphs import ExportedModel
@@ -32,8 +33,10 @@ from ..inference.image_pass import ImageOutput, prepare_batches
 from ..inference.intervals import compute_proportion_interval
 from ..inference.load_model import Classifier, check_is_classifier
 from ..model.heads_vitcls import IGNORED_LABEL
+from ..model.image_processing_vitcls import ViTCLSImageProcessor
+from ..model.modeling_vitcls import ViTCLSPreTrainedModel
 from ..runtime.distributed import build_accelerator
-from .exportable import ExportableModel, Outputs
+from .exportable import Outputs
 
 
 NUM_COMPARED_IMAGES = 64
@@ -119,14 +122,18 @@ def compare_labels(
 
 
 def load_export_images(
-    exportable: ExportableModel, dataset: str, split: str | None = None
+    model: ViTCLSPreTrainedModel,
+    processor: ViTCLSImageProcessor | None,
+    folder: ModelFolder | None,
+    dataset: str,
+    split: str | None = None,
 ) -> ExportImages:
     """Load the training images and the held-out images of a dataset.
 
     Without labels, or for a model without classifier, print why no accuracy is measured.
 
     Args:
-        exportable: The model, with an image processor.
+        model, processor, folder: As `load_exportable_model` returns them. A processor is required.
         dataset: As in `vitcls evaluate`.
         split: Split to evaluate, as in `vitcls evaluate`, which requires labels. Default: held-out
             images.
@@ -134,7 +141,6 @@ def load_export_images(
     Raises:
         ValueError, OSError: If the dataset cannot be read, or the labels do not match the model.
     """
-    folder, model, processor = exportable.folder, exportable.model, exportable.processor
     if processor is None:
         raise ValueError("`dataset` requires an image processor, but the model has none. Omit it")
     options = DataOptions(dataset=dataset)

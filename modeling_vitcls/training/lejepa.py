@@ -13,7 +13,6 @@ device, from PyTorch's random numbers.
 """
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,7 +22,6 @@ from torch import distributed as dist
 from ..data.batches import Batch, Normalizer
 from ..model.modeling_vitcls import ViTCLSModel, ViTCLSPreTrainedModel
 from .losses import Losses
-from .options import LeJEPAOptions
 
 
 # frequencies of the characteristic functions that SIGReg compares
@@ -80,47 +78,40 @@ class LeJEPA(ViTCLSPreTrainedModel):
         return torch.cat(projections)
 
 
-@dataclass(frozen=True)
-class LeJEPAObjective:
-    """Loss of a batch: crops, projections, invariance and SIGReg."""
+def compute_lejepa_losses(
+    model: nn.Module,
+    batch: Batch,
+    *,
+    normalize: Normalizer,
+    patch_size: tuple[int, int],
+    num_global: int,
+    num_local: int,
+    global_scale: float,
+    sigreg_weight: float,
+) -> Losses:
+    """Compute the losses of a batch: crops, projections, invariance and SIGReg.
 
-    normalize: Normalizer
-    options: LeJEPAOptions
-    patch_size: tuple[int, int]
+    `num_global` and `num_local` crops have more and less than `global_scale` of the image area.
+    """
+    pixels = batch["pixels"].float() / 255
+    size = list(pixels.shape[-2:])
+    small = [
+        max(2, round(LOCAL_SIZE * side / patch)) * patch
+        for side, patch in zip(size, patch_size, strict=True)
+    ]
+    kinds = [(num_global, size, (global_scale, 1.0))]
+    if num_local:
+        kinds.append((num_local, small, (0.05, global_scale)))
+    views = []
+    for number, crop_size, scale in kinds:
+        crops = (crop(pixels, crop_size, scale) for _ in range(number))
+        views.append(torch.stack([normalize(255 * jitter(each)) for each in crops]))
 
-    def __call__(self, model: nn.Module, batch: Batch) -> Losses:
-        options = self.options
-        pixels = batch["pixels"].float() / 255
-        height, width = pixels.shape[-2:]
-        small = [
-            max(2, round(LOCAL_SIZE * side / patch)) * patch
-            for side, patch in zip((height, width), self.patch_size, strict=True)
-        ]
-
-        views = [
-            self.draw_crops(
-                pixels, options.global_crops, [height, width], (options.global_crop_scale, 1.0)
-            )
-        ]
-        if options.local_crops:
-            views.append(
-                self.draw_crops(
-                    pixels, options.local_crops, small, (0.05, options.global_crop_scale)
-                )
-            )
-
-        projections = model(*views).float()
-        invariance = compute_invariance_loss(projections, options.global_crops)
-        sigreg = compute_sigreg(projections, draw_directions(projections, NUM_DIRECTIONS))
-        loss = (1 - options.sigreg_weight) * invariance + options.sigreg_weight * sigreg
-        return {"loss": loss, "invariance_loss": invariance, "sigreg_loss": sigreg}
-
-    def draw_crops(
-        self, pixels: Tensor, num_crops: int, size: list[int], scale: tuple[float, float]
-    ) -> Tensor:
-        """Return normalized random crops [num_crops, B, C, *size] with random colors."""
-        crops = [self.normalize(255 * jitter(crop(pixels, size, scale))) for _ in range(num_crops)]
-        return torch.stack(crops)
+    projections = model(*views).float()
+    invariance = compute_invariance_loss(projections, num_global)
+    sigreg = compute_sigreg(projections, draw_directions(projections, NUM_DIRECTIONS))
+    loss = (1 - sigreg_weight) * invariance + sigreg_weight * sigreg
+    return {"loss": loss, "invariance_loss": invariance, "sigreg_loss": sigreg}
 
 
 # Views --------------------------------------------------------------------------------------------

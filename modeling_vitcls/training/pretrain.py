@@ -31,7 +31,7 @@ from ..model.configuration_vitcls import ViTCLSConfig
 from ..model.image_processing_vitcls import ViTCLSImageProcessor
 from ..model.modeling_vitcls import ViTCLSModel
 from ..runtime.flags import to_flags
-from .lejepa import LeJEPA, LeJEPAObjective
+from .lejepa import LeJEPA, compute_lejepa_losses
 from .losses import Objective
 from .mae import MAE, build_decoder_config, compute_mae_losses, draw_masks
 from .model import InitialModel
@@ -104,7 +104,15 @@ class PreTraining:
             summary = f"MAE: {num_masked} of {rows} x {columns} patches are masked"
         else:
             method = LeJEPA(encoder, options.projector_width)
-            objective = LeJEPAObjective(normalize, options, config.patch_height_width)
+            objective = partial(
+                compute_lejepa_losses,
+                normalize=normalize,
+                patch_size=config.patch_height_width,
+                num_global=options.global_crops,
+                num_local=options.local_crops,
+                global_scale=options.global_crop_scale,
+                sigreg_weight=options.sigreg_weight,
+            )
             crops = f"{options.global_crops} global and {options.local_crops} local crops"
             summary = f"LeJEPA: {crops} per image"
 

@@ -1,4 +1,4 @@
-"""One training run, from options to a model folder. `run` reads from top to bottom.
+"""One training run, from options to a model folder. `train` reads from top to bottom.
 
     options -> inputs -> plan -> division of the images -> frozen run or steps -> folder
 
@@ -80,7 +80,7 @@ from .training_setup import Recipe, TrainingSetup
 MAX_STATISTICS_IMAGES = 5000  # of which the statistics of a trained model are
 
 
-def train(options: TrainOptions) -> Path:
+def train(asked: TrainOptions) -> Path:
     """Train and evaluate a model, and return the folder with the model and its results.
 
     Raises:
@@ -89,16 +89,11 @@ def train(options: TrainOptions) -> Path:
             resumed.
         RunStopped: after a signal, a non-finite loss, too many unreadable images, or a full disk.
     """
-    check_preset_name(options.model)
-    recipe: Recipe = PreTraining() if isinstance(options, PretrainOptions) else FineTuning()
-    options = convert_sources(options, resolve_name)
-    check_output_is_not_read(options.output_dir, options.dataset)
-    return run(recipe, options)
-
-
-def run(recipe: Recipe, asked: TrainOptions) -> Path:
-    """Run all stages, and return the output folder."""
+    check_preset_name(asked.model)
+    recipe: Recipe = PreTraining() if isinstance(asked, PretrainOptions) else FineTuning()
+    asked = convert_sources(asked, resolve_name)
     folder = asked.output_dir
+    check_output_is_not_read(folder, asked.dataset)
     with FolderLock(folder) as lock:
         launch = set_up(asked, lock)
         accelerator = launch.accelerator

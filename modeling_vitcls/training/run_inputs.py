@@ -4,7 +4,6 @@ launch = set_up(asked, lock)          accelerator, output folder, checkpoint to 
 inputs = load(recipe, launch)         labels and keys of all images, the model with its initial weights
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -76,34 +75,25 @@ def set_up(asked: TrainOptions, lock: FolderLock) -> Launch:
     store = CheckpointStore(
         folder / CHECKPOINTS_FOLDER, asked.keep_checkpoints or NUM_KEPT_DURING_RUN
     )
-    checkpoint, is_finished = run_on_main(
-        accelerator, partial(open_folder, asked, lock, store, reporter.warn)
-    )
+
+    def open_folder() -> tuple[Checkpoint | None, bool]:
+        """Find the checkpoint to resume from, and tell whether the run to resume is finished."""
+        lock.acquire()
+        if asked.resume and output_folder.is_finished(folder):
+            check_flags_unchanged(read_finished_flags(folder), to_flags(asked), folder)
+            return None, True
+        checkpoint = store.load_newest(reporter.warn) if asked.resume else None
+        if checkpoint is not None:
+            check_flags_unchanged(checkpoint.metadata["flags"], to_flags(asked), folder)
+        elif asked.overwrite:
+            sources = {name: getattr(asked, name, None) for name in SOURCE_FLAGS}
+            output_folder.check_sources_not_removed(folder, sources)
+        else:
+            output_folder.check_replaceable(folder, store)
+        return checkpoint, False
+
+    checkpoint, is_finished = run_on_main(accelerator, open_folder)
     return Launch(accelerator, reporter, store, asked, checkpoint, is_finished)
-
-
-def open_folder(
-    asked: TrainOptions, lock: FolderLock, store: CheckpointStore, warn: Callable[[str], None]
-) -> tuple[Checkpoint | None, bool]:
-    """Lock and check the output folder.
-
-    Returns:
-        The checkpoint to resume from, and whether the run to resume is finished.
-    """
-    folder = asked.output_dir
-    lock.acquire()
-    if asked.resume and output_folder.is_finished(folder):
-        check_flags_unchanged(read_finished_flags(folder), to_flags(asked), folder)
-        return None, True
-    checkpoint = store.load_newest(warn) if asked.resume else None
-    if checkpoint is not None:
-        check_flags_unchanged(checkpoint.metadata["flags"], to_flags(asked), folder)
-    elif asked.overwrite:
-        sources = {name: getattr(asked, name, None) for name in SOURCE_FLAGS}
-        output_folder.check_sources_not_removed(folder, sources)
-    else:
-        output_folder.check_replaceable(folder, store)
-    return checkpoint, False
 
 
 def load(recipe: Recipe, launch: Launch) -> RunInputs:

@@ -89,9 +89,7 @@ def export_for_transformers_js(source: str, output: Path) -> dict[str, Any]:
             than the limit. The message is one line.
     """
     check_output_is_empty(output)
-    exportable = load_exportable_model(source)
-    model = exportable.model
-    processor = exportable.processor
+    model, processor, source_folder = load_exportable_model(source)
     is_supported = isinstance(model, ViTCLSForImageClassification | ViTCLSModel)
     if not is_supported or processor is None or not processor.do_convert_rgb:
         raise ValueError(
@@ -136,7 +134,7 @@ def export_for_transformers_js(source: str, output: Path) -> dict[str, Any]:
         report = {
             "comparisons": comparisons,
             "num_images": NUM_IMAGES,
-            "weights_sha256": exportable.folder.weights_sha256 if exportable.folder else {},
+            "weights_sha256": source_folder.weights_sha256 if source_folder else {},
             "sha256": hash_files(folder.glob("*.onnx")),
         }
         write_json(folder / "report.json", report)

@@ -35,9 +35,9 @@ pytestmark = pytest.mark.integration
 def test_an_encoder_in_half_precision_is_exported_in_float32(tmp_path: Path) -> None:
     model = randomize(ViTCLSModel(build_tiny_config())).bfloat16()
     model.save_pretrained(tmp_path)
-    exportable = load_exportable_model(str(tmp_path))
-    assert exportable.processor is None
-    (outputs,) = compute_named_outputs(exportable.model, [build_images()])
+    model, processor, _ = load_exportable_model(str(tmp_path))
+    assert processor is None
+    (outputs,) = compute_named_outputs(model, [build_images()])
     assert list(outputs) == ["last_hidden_state", "pooler_output"]
     assert torch.equal(
         outputs["last_hidden_state"], model.float()(build_images()).last_hidden_state
@@ -81,7 +81,7 @@ def test_calibration_uses_the_training_images_of_the_run(tmp_path: Path) -> None
     save_with_processor(ViTCLSForImageClassification(config), tmp_path)
     data = load_training_data(DataOptions(dataset="digits", split_seed=5))
     write_splits(data.build_splits_table(), tmp_path)
-    images = load_export_images(load_exportable_model(str(tmp_path)), "digits")
+    images = load_export_images(*load_exportable_model(str(tmp_path)), "digits")
     training, held_out = (
         set(part.compute_content_keys().tolist()) for part in (images.training, images.held_out)
     )
@@ -91,7 +91,7 @@ def test_calibration_uses_the_training_images_of_the_run(tmp_path: Path) -> None
 
 def test_images_of_an_encoder_need_no_labels(tmp_path: Path) -> None:
     save_with_processor(ViTCLSModel(build_tiny_config()), tmp_path)
-    unlabeled = load_export_images(load_exportable_model(str(tmp_path)), "digits")
+    unlabeled = load_export_images(*load_exportable_model(str(tmp_path)), "digits")
     assert len(unlabeled.training) > len(unlabeled.held_out) > 300
     assert unlabeled.measure_file(tmp_path, None) is None
 
@@ -99,4 +99,4 @@ def test_images_of_an_encoder_need_no_labels(tmp_path: Path) -> None:
 def test_labels_of_a_requested_split_are_required(tmp_path: Path) -> None:
     save_with_processor(ViTCLSForImageClassification(build_tiny_config(num_labels=3)), tmp_path)
     with raises_one_line("LABEL_0"):
-        load_export_images(load_exportable_model(str(tmp_path)), "digits", split="train")
+        load_export_images(*load_exportable_model(str(tmp_path)), "digits", split="train")

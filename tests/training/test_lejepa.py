@@ -15,12 +15,11 @@ from modeling_vitcls.model.image_processing_vitcls import ViTCLSImageProcessor
 from modeling_vitcls.training import lejepa
 from modeling_vitcls.training.lejepa import (
     LeJEPA,
-    LeJEPAObjective,
     compute_invariance_loss,
+    compute_lejepa_losses,
     compute_sigreg,
     crop,
 )
-from modeling_vitcls.training.options import LeJEPAOptions
 
 
 @pytest.mark.slow
@@ -132,9 +131,16 @@ def test_global_crops_are_large_and_local_crops_are_small() -> None:
         return torch.cat([each.mean((-1, -2)) for each in arguments])
 
     pixels = (255 * (torch.arange(96) // 4 % 2)).to(torch.uint8).expand(40, 3, 72, 96)
-    options = LeJEPAOptions(local_crops=3, global_crop_scale=0.5)
-    normalize = Normalizer(ViTCLSImageProcessor(), torch.device("cpu"))
-    losses = LeJEPAObjective(normalize, options, (8, 32))(model, {"pixels": pixels})  # type: ignore[arg-type]
+    losses = compute_lejepa_losses(
+        model,  # type: ignore[arg-type]
+        {"pixels": pixels},
+        normalize=Normalizer(ViTCLSImageProcessor(), torch.device("cpu")),
+        patch_size=(8, 32),
+        num_global=2,
+        num_local=3,
+        global_scale=0.5,
+        sigreg_weight=0.05,
+    )
     assert [list(each.shape) for each in views] == [
         [2, 40, 3, 72, 96],
         [3, 40, 3, 32, 64],
@@ -156,10 +162,16 @@ def test_global_crops_are_large_and_local_crops_are_small() -> None:
 )
 def test_gradients_reach_the_tokens(fields: dict) -> None:
     model = LeJEPA(ViTCLSModel(build_tiny_config(**fields)), width=32)
-    normalize = Normalizer(ViTCLSImageProcessor(), torch.device("cpu"))
-    options = LeJEPAOptions(local_crops=0)
-    objective = LeJEPAObjective(normalize, options, (8, 8))
-    losses = objective(model, {"pixels": (build_images(4).sigmoid() * 255).to(torch.uint8)})
+    losses = compute_lejepa_losses(
+        model,
+        {"pixels": (build_images(4).sigmoid() * 255).to(torch.uint8)},
+        normalize=Normalizer(ViTCLSImageProcessor(), torch.device("cpu")),
+        patch_size=(8, 8),
+        num_global=2,
+        num_local=0,
+        global_scale=0.3,
+        sigreg_weight=0.05,
+    )
     losses["loss"].backward()
     torch.testing.assert_close(
         losses["loss"], 0.95 * losses["invariance_loss"] + 0.05 * losses["sigreg_loss"]
