@@ -67,6 +67,7 @@ def export_model(options: ExportOptions) -> dict[str, Any]:
             by more than `max_drop`, if packages are missing, or if `output` is invalid or exists.
             The message is a single line. Nothing is written if an error is raised.
     """
+    # A wrong file name or a missing package is reported before anything is downloaded.
     packages = [*PACKAGES[options.format], *(["nncf"] if options.int8 else [])]
     target = choose_target(options.output, options.format, packages)
     model: Any
@@ -95,6 +96,8 @@ def export_model(options: ExportOptions) -> dict[str, Any]:
     with create_output_files(target, last=get_report_path(target).name) as output_folder:
         file = output_folder / target.name
         write_graph(graph, graph_shape, names, file)
+        # In float32 first, also for int8: int8 has no limit, so a wrong graph would pass for a
+        # rounding error.
         comparisons = measure_differences(
             batches, reference_outputs, run_graph(file, batches, names), options.dtype
         )
@@ -140,6 +143,8 @@ def export_model(options: ExportOptions) -> dict[str, Any]:
         if folder is not None and not options.output.suffix:
             copy_model_files(folder, output_folder, report)
         write_json(get_report_path(file), report)
+        # Again, because the names of all files are known only now, such as FILE.data for large
+        # weights, and because another program may have written one of them meanwhile.
         check_files_do_not_exist(*(target.parent / each.name for each in output_folder.iterdir()))
     return report
 
@@ -224,6 +229,8 @@ def copy_model_files(model_folder: ModelFolder, folder: Path, report: dict[str, 
     for name in (*CONFIG_FILES, SPLITS_FILE):
         if (model_folder.path / name).is_file():
             shutil.copyfile(model_folder.path / name, folder / name)
+    # The accuracies in results.json were measured with PyTorch. Only what was measured with the
+    # graph describes the graph.
     kept_keys = ("label_column", "label_separator", "dataset")
     results = model_folder.results_of_any_weights
     kept = {key: results[key] for key in kept_keys if key in results}
@@ -254,6 +261,8 @@ def select_image_shapes(
     For a dynamic graph, the shapes include the native, requested and smallest sizes, non-square
     sizes, and a size that is not a multiple of the patch size.
     """
+    # torch.export sometimes turns the size of the example into a constant. Only other batch sizes
+    # show that it has not.
     if not graph_shape.is_dynamic:
         return [
             (batch_size, config.num_channels, *graph_shape.image_size) for batch_size in (1, 2, 3)

@@ -53,6 +53,7 @@ def write_graph(
         onnx_file = Path(folder, "model.onnx")
         write_onnx(graph, graph_shape, names, onnx_file)
         try:
+            # OpenVINO would store the weights in float16 by default.
             openvino.save_model(openvino.Core().read_model(onnx_file), file, compress_to_fp16=False)
         except RuntimeError as error:
             raise ValueError(f"OpenVINO cannot read this model: {format_error(error)}") from error

@@ -64,6 +64,7 @@ class ExportImages:
         if evaluator is None:
             return None
         of_model = evaluator.predict(model.to(evaluator.accelerator.device))
+        # The runtimes of the graphs compute on the CPU and get NumPy arrays.
         of_file = evaluator.predict(ExportedModel(file, model.to("cpu").config, True))
 
         metric = next(iter(of_model.metrics))
@@ -85,6 +86,7 @@ def prepare_images(images: Any, processor: Any, count: int) -> list[torch.Tensor
 
     Unreadable images are left out.
     """
+    # Datasets are often sorted by class, and the first images would then be of one class.
     indices = range(0, len(images), max(1, len(images) // count))
     unlabeled = LabeledImages(images, [IGNORED_LABEL] * len(images))
     batches = prepare_batches(unlabeled, [[index] for index in indices], processor, UNLABELED)
@@ -113,6 +115,8 @@ def compare_labels(
     num_images = len(is_correct)
     num_lost = int((is_correct & ~is_correct_in_file).sum())
     num_different = int((is_correct != is_correct_in_file).sum())
+    # Without an image that tells the two apart, the interval is undefined and the loss is 0: the
+    # bounds are multiplied by the number of these images.
     lost_interval = compute_proportion_interval(num_lost, num_different) or [0.5, 0.5]
     return {
         "interval": compute_proportion_interval(int(is_correct_in_file.sum()), num_images),
@@ -165,6 +169,8 @@ def load_export_images(
             num_channels=model.config.num_channels,
         )
     except ValueError as error:
+        # Who names a split asks for an accuracy, and a warning would be no answer. Otherwise,
+        # images without labels are enough.
         if split is not None:
             raise
         data = load_training_data(options, use_labels=False)

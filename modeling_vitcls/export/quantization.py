@@ -59,6 +59,8 @@ def quantize_graph(
             if file.suffix == ".xml":
                 import openvino
 
+                # From bytes, because a graph that was read from a file may keep the file mapped,
+                # and this file is replaced below.
                 graph = openvino.Core().read_model(
                     file.read_bytes(), file.with_suffix(".bin").read_bytes()
                 )
@@ -116,6 +118,8 @@ def rank_layers(model: Any, images: torch.Tensor) -> list[int]:
     expected = compute_output(model)
     errors = {}
     for number in range(1, model.config.num_hidden_layers + 1):
+        # A new copy for each layer, so that its error is not mixed with the errors of the layers
+        # before.
         quantized = copy.deepcopy(model)
         uninstall_cpu_kernels(quantized)  # fused kernels would skip the hooks
         for module in quantized.base_model.layers[number - 1].modules():

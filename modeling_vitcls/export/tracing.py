@@ -105,14 +105,18 @@ def trace_model(
     if not graph_shape.is_dynamic and graph_shape.image_size != config.image_height_width:
         model = model.adapt(image_size=list(graph_shape.image_size))
     else:
+        # The caller still computes reference outputs with the model, in float32.
         model = copy.deepcopy(model)
-    model.set_attn_implementation("sdpa")  # PyTorch's fused attention
+    # PyTorch's fused attention, which the exporters know as one operation
+    model.set_attn_implementation("sdpa")
     # attention masks that require gradients would select a different attention kernel
     model.requires_grad_(False)
     model.to(dtype=dtype)  # type: ignore[call-arg]  # `to` is decorated
 
     height, width = graph_shape.image_size
-    if graph_shape.is_dynamic:  # not square, and not the native size
+    # At the native size, position embeddings are not resampled, and a square image hides which axis
+    # a size comes from. A graph traced with such an example would be right for that size only.
+    if graph_shape.is_dynamic:
         num_patches = max(config.grid_size)
         height = (num_patches + 1) * config.patch_height_width[0]
         width = (num_patches + 3) * config.patch_height_width[1]

@@ -60,6 +60,8 @@ def set_hub_timeout(seconds: float) -> Iterator[None]:
     By default, only file downloads have a timeout in huggingface_hub (HF_HUB_DOWNLOAD_TIMEOUT). All
     threads share one client.
     """
+    # The process has only this client. The old value is put back, because a later download must not
+    # inherit a limit that suits one short request.
     client = get_session()
     previous_timeout = client.timeout
     client.timeout = seconds
@@ -76,6 +78,8 @@ def silence_transformers() -> Iterator[None]:
     Other threads wait, because the settings belong to the whole process.
     """
     with SILENCE_LOCK:
+        # What the caller has silenced stays silent afterwards, so both settings are read before
+        # they are changed.
         verbosity = transformers_logging.get_verbosity()
         had_progress_bars = transformers_logging.is_progress_bar_enabled()
         transformers_logging.set_verbosity_error()
@@ -112,16 +116,20 @@ def retry(
         try:
             return action()
         except HUB_ERRORS as error:
+            # A refused token or a missing repository is the same in eight seconds.
             if not is_temporary(error):
                 raise
             response = find_response(error)
             requested_wait = response.headers.get("Retry-After", "") if response is not None else ""
+            # HTTP also allows a date here. The Hub sends seconds, so a date is not worth a parser.
             if requested_wait.isdecimal():
                 wait = max(wait, min(float(requested_wait), MAX_RETRY_WAIT))
             logger.warning(
                 "%s: %s; trying again in %g s", description, format_hub_error(error), wait
             )
             time.sleep(wait)
+    # The last attempt is outside of the loop: its error is the one to raise, and nobody waits after
+    # it.
     return action()
 
 
@@ -130,6 +138,8 @@ def is_temporary(error: BaseException) -> bool:
 
     A Hub that has not answered within the timeout would not answer the next request, either.
     """
+    # The status decides if there is one, because the type does not: a missing repository is an
+    # HTTPError, too.
     if (response := find_response(error)) is not None:
         return response.status_code in TEMPORARY_STATUSES
     # If the Hub is down, a proxy may return an HTML page instead of JSON.
@@ -160,6 +170,7 @@ def format_hub_error(error: BaseException) -> str:
         if isinstance(cause, HfHubHTTPError):
             reason = cause.server_message or cause.response.reason_phrase
             message = " ".join(f"HTTP {cause.response.status_code}, {reason}".split())
+        # Errors that wrap another error often quote it, and one line should say a thing once.
         if not any(message.rstrip(".") in earlier_message for earlier_message in messages):
             messages.append(message.rstrip("."))
         if isinstance(cause, HfHubHTTPError):  # the messages of the causes repeat this message

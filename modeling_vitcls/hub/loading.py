@@ -100,6 +100,7 @@ def get_model_folder(
                 f"@{revision}"
             )
         return source
+    # For a mistyped path, the Hub's client would explain the syntax of repository ids.
     if not is_hub_id(source):
         raise OSError(describe_missing_repo(source))
     with fall_back_to_cache(source, revision=revision):
@@ -134,6 +135,7 @@ def fetch_repo_info(
             f"looking up {repo_id}",
             waits=(RETRY_WAIT,),
         )
+    # These two are HTTP errors as well, so they come before HUB_ERRORS: here, the Hub has answered.
     except RepositoryNotFoundError as error:
         raise OSError(
             f"{describe_missing_repo(repo_id, repo_type)} ({format_hub_error(error)})"
@@ -161,6 +163,7 @@ def fall_back_to_cache(
     try:
         commit = fetch_repo_info(repo_id, repo_type, revision).sha
     except HubUnreachableError as error:
+        # Python deletes `error` at the end of this block, but the message below needs it.
         hub_error = error
     else:
         yield commit
@@ -181,6 +184,8 @@ def fall_back_to_cache(
 @contextmanager
 def force_offline() -> Iterator[None]:
     """Run the block as if HF_HUB_OFFLINE were set."""
+    # The variable is read once, when huggingface_hub is imported, so setting it now would have no
+    # effect.
     previous_value = constants.HF_HUB_OFFLINE
     constants.HF_HUB_OFFLINE = True
     try:
@@ -192,6 +197,7 @@ def force_offline() -> Iterator[None]:
 def get_cached_commit(folder: str) -> str | None:
     """Return the commit hash of a folder in the cache; None for any other folder."""
     path = Path(folder)
+    # The cache names the folder of a commit .../snapshots/HASH.
     is_snapshot = path.parent.name == "snapshots" and re.fullmatch(r"[0-9a-f]{40}", path.name)
     return path.name if is_snapshot else None
 
@@ -210,6 +216,7 @@ def download_model(repo_id: str, patterns: Sequence[str], revision: str | None) 
 
     All processes on a machine share one download, and only the first process shows progress bars.
     """
+    # LOCAL_RANK instead of RANK, because each machine downloads to a cache of its own.
     is_first_process = os.environ.get("LOCAL_RANK", "0") == "0"
     with nullcontext() if is_first_process else hide_hub_progress_bars():
         folder = download_files(repo_id, revision, patterns, TIMEOUT)
@@ -301,9 +308,13 @@ def load_timm_model(name: str) -> tuple[nn.Module, str | None]:
     kind, separator, location = name.partition(":")
     if not separator and "@" in name:
         name, _, file = name.partition("@")
+        # Older versions of timm would read the file in the format of the published weights, such as
+        # Flax's .npz.
         overlay = {"file": file, "custom_load": False}
         return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay), None
     if not separator:
+        # The name does not say in which repository the weights are, and the request that decides
+        # about the cache needs its id.
         config = timm.get_pretrained_cfg(name)
         hub_id = None if config is None else config.hf_hub_id
         with fall_back_to_cache(hub_id) if hub_id else nullcontext():
@@ -312,5 +323,6 @@ def load_timm_model(name: str) -> tuple[nn.Module, str | None]:
         return timm.create_model(name, pretrained=True), None
     repo_id, _, revision = location.partition("@")
     with fall_back_to_cache(repo_id, revision=revision or None) as commit:
+        # Without the hash, a push in the meantime would make the recorded commit wrong.
         pinned_name = f"{kind}:{repo_id}@{commit}" if commit else name
         return timm.create_model(pinned_name, pretrained=True), commit

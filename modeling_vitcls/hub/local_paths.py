@@ -35,6 +35,7 @@ def resolve_name(name: str) -> str:
     path takes precedence over a built-in name (`digits`, a preset) and over the name of another
     project's model.
     """
+    # The whole name comes first, since a file name may contain `:` or `@` itself.
     prefix, path = ("", name) if Path(name).exists() else split_prefix(name)
     if path and Path(path).exists():
         return f"{prefix}{Path(path).absolute()}"
@@ -61,6 +62,7 @@ def make_relative(name: Any) -> Any:
         relative_path = Path(os.path.relpath(path)).as_posix()
     except ValueError:  # the paths are on different Windows drives
         return name
+    # Without `./`, the folder `data/teach` would look like a model of the user `data`.
     return prefix + (
         relative_path if relative_path.startswith(RELATIVE_PREFIXES) else f"./{relative_path}"
     )
@@ -89,6 +91,8 @@ def is_same_source(stored_name: Any, current_name: Any) -> bool:
     old_prefix, old_path = split_prefix(stored_name)
     new_prefix, new_path = split_prefix(current_name)
     is_same_file = Path(old_path).resolve() == Path(new_path).resolve()
+    # A run can be resumed after its data was moved. If the old path still exists, the new one is
+    # another dataset with the same name.
     has_moved = (
         is_local(stored_name)
         and not Path(old_path).exists()
@@ -119,6 +123,7 @@ def split_revision(name: str) -> tuple[str, str | None]:
 
     The revision is None if there is no `@`, or if the path `name` exists.
     """
+    # The last one, because `local@home/model@v1` is a path with a revision, too.
     path, _, revision = name.rpartition("@")
     return (path, revision) if path and revision and not Path(name).exists() else (name, None)
 

@@ -78,12 +78,14 @@ def check_config(source: str, file: Path, config_dict: dict[str, Any]) -> None:
 def check_weight_files(source: str, folder: Path) -> None:
     """Check that the folder has one set of weights in safetensors, or only exported files."""
     has_one_file = (folder / WEIGHTS_FILE).is_file()
+    # transformers would read model.safetensors without a word, even if the shards are newer.
     if has_one_file and (folder / INDEX_FILE).is_file():
         raise ValueError(
             f"{source} contains two sets of weights: {WEIGHTS_FILE} and the files of {INDEX_FILE}. "
             "Remove the set that does not belong to the model"
         )
 
+    # A folder may have both formats. Then the pickles are not read, so they are no problem.
     is_pickled = any(is_match(file.name, PICKLED_WEIGHTS_PATTERNS) for file in folder.iterdir())
     if is_pickled and not any(folder.glob("*.safetensors")):
         raise ValueError(

@@ -93,6 +93,8 @@ def is_match(name: str, patterns: Iterable[str]) -> bool:
 
     `*` does not match `/`.
     """
+    # The `*` of fnmatch also matches `/`, so a pattern of the folder would match the files of its
+    # subfolders.
     return any(
         name.count("/") == pattern.count("/") and fnmatchcase(name, pattern) for pattern in patterns
     )
@@ -135,6 +137,8 @@ def list_weight_files(folder: Path) -> list[str]:
     index_file = folder / INDEX_FILE
     if not index_file.is_file():
         return [WEIGHTS_FILE]
+    # The names come from a file that anybody may have written. The patterns have no `/`, so a name
+    # such as ../../secret is refused.
     weight_map = read_json(index_file).get("weight_map")
     names = list(weight_map.values()) if isinstance(weight_map, dict) else []
     if not names or not all(
@@ -162,6 +166,7 @@ def hash_settings(folder: Path) -> dict[str, str]:
         if (folder / name).is_file():
             values = read_json(folder / name)
             settings = {key: values[key] for key in values if key not in UNMEASURED_SETTINGS}
+            # Saving a model again may change the order of the keys, but not what they mean.
             text = json.dumps(settings, sort_keys=True)
             hashes[name] = hashlib.sha256(text.encode()).hexdigest()
     return hashes

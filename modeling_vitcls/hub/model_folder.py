@@ -107,6 +107,8 @@ class ModelFolder:
     @cached_property
     def is_native(self) -> bool:
         """Whether the model was converted to a class of transformers, and requires no code."""
+        # The model type alone says nothing: any ViT of transformers has it. Only a conversion by
+        # this package writes a parity report.
         is_native = read_json(self.path / CONFIG_FILE).get("model_type") in NATIVE_MODEL_TYPES
         return is_native and (self.path / PARITY_REPORT_FILE).is_file() and not self.code_references
 
@@ -124,6 +126,8 @@ class ModelFolder:
         names: set[str] = set()
         while modules:
             name = f"{modules.pop()}.py"
+            # A missing file has no imports to follow. Its name stays in the set, so that a push can
+            # report it.
             if name not in names and (self.path / name).is_file():
                 modules += get_relative_imports(self.path / name)
             names.add(name)
@@ -182,6 +186,9 @@ class ModelFolder:
                 self.path, output_loading_info=True, **arguments
             )
 
+        # An encoder may be loaded from the folder of a classifier. Any other surplus weight means
+        # that config.json describes a different model, which would compute something else without
+        # an error.
         unused_modules = HEADS if model_class is ViTCLSModel else set()
         if getattr(model.base_model, "pooler", None) is None:
             unused_modules = unused_modules | {"pooler"}
@@ -228,6 +235,7 @@ class ModelFolder:
                 for name in list_weight_files(self.path)
             ]
             return sum(
+                # A slice reads the shape from the header of the file, not the weight.
                 math.prod(file.get_slice(key).get_shape())
                 for file in files
                 for key in file.keys()  # noqa: SIM118
@@ -318,6 +326,8 @@ class ModelFolder:
         `key` is the field with the hashes of the weights.
         """
         content = self.read_saved(name)
+        # A folder of exported files has no weights to compare the hash with; its results were
+        # written with it.
         if not content or not self.has_weights or content.get(key) == self.weights_sha256:
             return content
         warn_once(f"ignoring {name}, because it belongs to other weights than those in {self.path}")
@@ -341,6 +351,8 @@ class ModelFolder:
         sources = {
             name: strip_folders(self.flags[name]) for name in SOURCE_FLAGS if self.flags.get(name)
         }
+        # Readers repeat the run in a folder of their own, and a local path may contain the name of
+        # a person.
         shareable_paths: dict[str, Any] = sources | {"output_dir": "my-model"}
         return {
             name: shareable_paths.get(name, value)
@@ -377,6 +389,8 @@ class ModelFolder:
     @property
     def license_files(self) -> set[str]:
         """The names of the license files: the copied ones, and the usual names."""
+        # The names are read from JSON, so they are checked: a file elsewhere must not be published
+        # as a license.
         contents = (self.results_of_any_weights, self.read_saved(PARITY_REPORT_FILE))
         records = [content.get("provenance") or {} for content in contents]
         copied_files = {name for record in records for name in record.get("license_files", ())}

@@ -70,6 +70,8 @@ class Provenance:
     @classmethod
     def from_dict(cls, values: dict[str, Any], folder: Path) -> Self:
         """Return the provenance that `to_dict` stored in the results.json of a model folder."""
+        # The file may have been downloaded. A name such as ../id_rsa must not lead out of the
+        # folder, because license files are published.
         names = [
             name for name in values.get("license_files", ()) if is_match(name, LICENSE_PATTERNS)
         ]
@@ -79,6 +81,7 @@ class Provenance:
     def copy_license(self, folder: Path) -> None:
         """Copy the license text to a model folder. Raise OSError if the files cannot be written."""
         for file in self.license_files:
+            # shutil raises an error if a file is copied onto itself.
             if file.resolve().parent != folder.resolve():
                 shutil.copyfile(file, folder / file.name)
 
@@ -107,6 +110,8 @@ def fetch_hub_provenance(repo_id: str) -> Provenance:
         with hide_hub_progress_bars():
             folder = get_model_folder(repo_id, (CONFIG_FILE, CARD_FILE, *LICENSE_PATTERNS))
     except OSError:
+        # No network is no reason to stop: the base model is known from its name, and only the
+        # license is not.
         return Provenance(repo_id, base_model=repo_id)
     return read_folder_provenance(Path(folder), repo_id)
 
@@ -164,6 +169,8 @@ def find_timm_provenance(name: str) -> Provenance:
 
     name, _, file = name.partition("@")
     provenance = Provenance(f"timm:{name}")
+    # These weights may come from anywhere, so the license of timm's own weights does not apply to
+    # them.
     if file:
         return provenance
     import timm

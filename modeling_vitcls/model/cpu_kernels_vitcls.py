@@ -14,8 +14,8 @@
     attention classes   -> CPUAttention, ...    bfloat16: a few heads at a time, and one cast of
                                                 the input
 
-On CPUs without bfloat16 or float16 instructions, half-precision products, including those of
-attention, are computed in float32 and then rounded. The subclasses add no state. Parameters, state
+On CPUs without bfloat16 or float16 instructions, half-precision products, also in attention,
+are computed in float32 and then rounded. The subclasses add no state. Parameters, state
 dicts, `isinstance` checks, copying and pickling work as in plain modules. Plain PyTorch is used on
 other devices, in exported and traced programs, under torch.func, for modules with hooks, for
 quantized, sharded or parametrized weights, and if a private PyTorch API is missing. Under autocast,

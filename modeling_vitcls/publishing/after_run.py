@@ -19,7 +19,9 @@ def prepare_push(options: FinetuneOptions | PretrainOptions) -> str | None:
     It is None without `push_to_hub` and on processes other than the main process. Raise
     ValueError or OSError if a push is not possible.
     """
-    is_main_process = os.environ.get("RANK", "0") == "0"  # Accelerate is not initialized yet
+    # Accelerate, which knows the process, is built only in the run. The repository is created before
+    # it: a token that may not write should not be found after hours of training.
+    is_main_process = os.environ.get("RANK", "0") == "0"
     if not options.push_to_hub or not is_main_process:
         return None
     name = options.output_dir.resolve().name
@@ -34,6 +36,7 @@ def finish_run(path: Path, options: RunOptions, repo_id: str | None) -> None:
     """
     folder = ModelFolder(path)
     report = path / REPORT_FILE
+    # A finished run that is repeated with --resume has its report already.
     if options.report and not report.exists():
         with silence_transformers():
             diagnosis = write_report(folder, warn)

@@ -93,12 +93,15 @@ def render_card(
         name: Id of the repository. Default: the name of the folder.
         hidden_files: Files of the folder that the card must not show, because they are not
             published.
-        license_id: License of the weights, such as apache-2.0. Default: that of the initial weights.
+        license_id: License of the weights, such as apache-2.0. Default: the license of the
+            initial weights.
 
     Raises:
         ValueError: If the initial weights have another license.
     """
     name = replace_control_characters(name or folder.path.resolve().name)
+    # First, because it may raise: a card must not be written under a license that the weights do
+    # not have.
     license_source = get_license_source(folder, license_id)
     has_report = (
         bool(folder.results)
@@ -130,6 +133,8 @@ def render_card(
 
     is_run = "num_processes" in folder.results and bool(folder.flags)
     if folder.parity_report:
+        # A conversion may carry the results of the run that trained its source, so it is asked for
+        # first.
         template = "conversion"
     elif is_run:
         template = "encoder" if "method" in folder.results else "classifier"

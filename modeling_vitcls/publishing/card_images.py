@@ -30,7 +30,7 @@ def write_card_images(
     results: Mapping[str, Any],
     sheet: Image.Image | None = None,
 ) -> None:
-    """Write the images of a card to `folder`/images, and delete those of an earlier run.
+    """Write the images of a card to `folder`/images, and delete what an earlier run wrote.
 
     Args:
         config: configuration of the model.
@@ -48,6 +48,7 @@ def write_card_images(
             name = f"confusion_matrix_{task}".rstrip("_")
             figures[name] = plot_confusion_matrix(matrix, names)
 
+    # An earlier run may have had other tasks. Its images would pass for images of this run.
     for pattern in RESULT_IMAGE_PATTERNS:
         for file in folder.glob(pattern):
             file.unlink()
@@ -68,6 +69,7 @@ def plot_confusion_matrix(matrix: Sequence[Sequence[int]], class_names: Sequence
     visible.
     """
     counts = np.asarray(matrix)
+    # A class without images has a row of zeros, which must not be divided by zero.
     fractions = counts / counts.sum(axis=1, keepdims=True).clip(min=1)
     side = min(max(2.6 + 0.34 * len(class_names), 4.0), 8.0)
     figure = Figure(figsize=(side + 0.6, side), dpi=100, facecolor="white", layout="constrained")

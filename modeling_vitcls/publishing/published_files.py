@@ -73,6 +73,7 @@ def collect_files(
     names = list_published_files(folder) - hidden_files
     files: dict[str, Path | bytes] = {name: folder.path / name for name in sorted(names)}
 
+    # What a person wrote is published as it is, even if it names another repository.
     if has_edited_card(folder):
         warn_about_images(folder, names)
     else:
@@ -99,6 +100,8 @@ def list_published_files(folder: ModelFolder) -> set[str]:
         names |= {*CONFIG_FILES, *list_weight_files(folder.path), INDEX_FILE, *folder.code_files}
         names |= {PARITY_REPORT_FILE} if folder.parity_report else set()
         names |= {CERTIFICATE_FILE} if folder.certificate else set()
+        # Results of other weights keep all files of their run back. A recipe beside new weights
+        # would be false as well.
         if folder.results or not (folder.path / RESULTS_FILE).is_file():
             names |= set(RUN_FILES)
         names |= set(folder.images.values())
@@ -132,6 +135,7 @@ def warn_about_images(folder: ModelFolder, files: set[str]) -> None:
 
 def read_code_license() -> str:
     """Return the text of the license of the code files."""
+    # An installed package has the file in its metadata, a checkout in its root.
     checkout_license = PACKAGE_FOLDER.parent / "LICENSE"
     if checkout_license.is_file():
         return checkout_license.read_text(encoding="utf-8")

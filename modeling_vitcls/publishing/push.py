@@ -97,6 +97,8 @@ def prepare_repository(
             api.auth_check(name, repo_type=repo_type, write=True)
             is_private = api.repo_info(name, repo_type=repo_type, timeout=TIMEOUT).private
     except HUB_ERRORS as error:  # a ValueError for an invalid name, or if there is no token
+        # With a status below 500, the Hub has answered and the user can act. Anything else is a
+        # network or a server that may work later.
         is_refused = isinstance(error, HfHubHTTPError) and error.response.status_code < 500
         if not is_refused and not isinstance(error, ValueError):
             raise OSError(f"{describe_no_response(error)}, or push later") from error
@@ -187,6 +189,8 @@ def upload_files(
             api.create_repo(repo_id, private=private or None, exist_ok=True)
         if branch is not None:
             api.create_branch(repo_id, branch=branch, exist_ok=True)
+        # The commit that is read here is the parent below. All of this is repeated after a failure,
+        # because another push changes both the parent and the files to delete.
         info = api.repo_info(repo_id, repo_type=repo_type, revision=branch, timeout=TIMEOUT)
         names = api.list_repo_files(repo_id, repo_type=repo_type, revision=info.sha)
         outdated = set(filter_repo_objects(names, allow_patterns=delete_patterns)) - files.keys()

@@ -80,14 +80,16 @@ def inspect_run(
 ) -> tuple[Inspection, list[ShownPhoto]]:
     """Measure the model of a run on its held-out or training images, in the precision of the run.
 
-    Return the measurements of a sample of the images, and the photos to show: the chosen ones or,
-    without predictions, those of the sample.
+    Return the measurements of a sample of the images, and the photos to show: the chosen ones, or
+    photos of the sample if there are no predictions.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = folder.load(getattr(modeling_vitcls, folder.architecture)).to(device)
     processor = folder.load_processor()
     is_bfloat16 = folder.results.get("mixed_precision") == "bf16"
 
+    # A report follows each run, so it may cost seconds for a small model, but not hours for a large
+    # one.
     num_affordable = int(MAX_STATISTICS_FLOPS / folder.results.get("forward_flops_per_image", 1))
     num_measured = min(max(num_affordable, MIN_STATISTICS_IMAGES), NUM_STATISTICS_IMAGES)
     measured: Any = data.held_out if len(data.held_out) else data.train

@@ -2,8 +2,8 @@
 
     print(verify("someone/model", "0123abc...", ModelFolder(Path("runs/mine"))))
 
-1. The hashes of the files on the Hub must match those of the files that a push of `folder`
-   publishes or, without `folder`, those of the downloaded files.
+1. The files on the Hub must have the hashes of the files that a push of `folder` publishes or,
+   without `folder`, of the downloaded files.
 2. A new process, with an empty cache and without this package, loads the commit with the Auto
    classes (verification_script.py). Because the process may run code by an unknown author, it
    receives only a few environment variables, and it receives the user's token only if the
@@ -114,7 +114,10 @@ def verify(repo_id: str, revision: str = "main", folder: ModelFolder | None = No
             str(reference.path), {"trust_remote_code": False}, ViTCLSBackbone
         )
         trust_remote_code = not reference.is_native
+        # The reference is computed by this package's code, so a reader should know whether the
+        # published code is the same.
         code = compare_code(files) if trust_remote_code else "no code"
+        # After the hashes: if files are damaged, their code is not run.
         outputs, report = run_script(commit, Path(temporary_path), trust_remote_code)
 
     if report["missing"]:
@@ -242,6 +245,8 @@ def run_script(
         target = Path(home_folder, "outputs")
         target.mkdir()
 
+        # A process, because a module that was imported once cannot be taken back: this one already
+        # has modeling_vitcls, its registered classes and the caches of transformers.
         process = subprocess.run(
             [
                 sys.executable,

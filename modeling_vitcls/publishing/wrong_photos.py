@@ -38,6 +38,7 @@ def find_photos(data: TrainingData) -> Photos:
         if isinstance(images, LabeledImages):
             for index, name in enumerate(images.images.get_names()):
                 found.setdefault(name, []).append((images, index))
+    # A name that two images have would show the wrong photo, so neither is shown.
     return {name: places[0] for name, places in found.items() if len(places) == 1}
 
 
@@ -51,6 +52,7 @@ def read_predictions(folder: ModelFolder) -> Any:
     if not folder.results or not file.is_file() or folder.config is None:
         return None
     try:
+        # A model that was trained again makes other mistakes than those in the file.
         if read_weights_hash(file) != folder.weights_sha256:
             warn_once(f"ignoring {file}, because it contains the predictions of other weights")
             return None

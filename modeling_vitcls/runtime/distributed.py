@@ -62,6 +62,7 @@ def build_accelerator(
                 f"`log_with={name!r}` requires the package {name}. Run pip install {name}"
             )
 
+    # Checked before the accelerator is built, which would ask the user to install DeepSpeed.
     if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
         raise ValueError(
             "DeepSpeed is not supported. Use FSDP2 (scripts/accelerate/fsdp2.yaml) instead"
@@ -116,6 +117,8 @@ def set_mixed_precision(
         return accelerator.mixed_precision
     device = accelerator.device
     precision = recorded or choose_precision(device, config)
+    # Accelerate has no setter. The precision depends on the device, which is known only after the
+    # accelerator was built, and no model has been prepared with the earlier precision yet.
     accelerator.state._mixed_precision = precision
     accelerator.native_amp = precision == "bf16"
 
@@ -173,6 +176,9 @@ def run_on_main(accelerator: Accelerator, function: Callable[[], Any]) -> Any:
 
     On all processes, return its result or raise its ValueError or OSError.
     """
+    # If the main process raised its error at once, the others would wait for it at their next
+    # collective operation, up to the time limit. Errors of other types are bugs: they end the
+    # process with a traceback, and the launcher ends the other processes.
     outcome: list[Any] = [None, None]
     if accelerator.is_main_process:
         try:

@@ -80,6 +80,8 @@ def explain_damage(file: Path, remedy: str) -> Iterator[None]:
 
 def describe_exhaustion(error: BaseException) -> str | None:
     """Return the line for an error of a machine without memory, files or space; None for others."""
+    # PyTorch and the loader of shared libraries raise errors without a number. Their text is all
+    # there is.
     text = str(error).lower()
     number = getattr(error, "errno", None)
     if is_disk_full(error):

@@ -81,6 +81,7 @@ def write_atomically(file: Path) -> Iterator[Path]:
     """
     if file.exists() and not file.is_file():  # a rename would replace /dev/null
         raise OSError(f"cannot write {file}: it is not a regular file")
+    # In the same folder, because a rename replaces a file in one step only within a file system.
     temporary_file = file.with_name(f".{file.name}.{secrets.token_hex(8)}.unfinished")
     try:
         yield temporary_file
@@ -104,6 +105,8 @@ def sync_to_disk(path: Path) -> None:
     """
     if os.name == "nt" and path.is_dir():
         return
+    # Windows flushes a file only if it is open for writing; a folder can be opened only for
+    # reading.
     file_descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
         os.fsync(file_descriptor)

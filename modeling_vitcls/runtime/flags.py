@@ -40,6 +40,8 @@ class Options:
                 value = str(value)
             elif type(value) is int and float in kinds:  # no bool
                 value = float(value)
+            # The dataclass is frozen. This is the one place where a value may change: nobody has
+            # read it yet.
             object.__setattr__(self, name, value)
 
     def check(self) -> None:
@@ -88,6 +90,8 @@ def to_flags(options: Any) -> dict[str, Any]:
             flags[name] = str(value)
         else:
             flags[name] = list(value) if isinstance(value, tuple) else value
+    # The values of the recipe are among the flags already, and its file may change or be absent
+    # later.
     flags.pop("config", None)
     return flags
 

@@ -90,9 +90,13 @@ def create_output_folder(output: Path, parameter: str = "output") -> Iterator[Pa
     check_output_is_empty(output, parameter)
     with FolderLock(output, parameter) as lock:
         lock.acquire()
+        # Only with the lock: without it, this could remove the files of a command that is still
+        # running.
         remove_unfinished_files(output)
         # again: the command that held the lock may have filled the folder
         check_output_is_empty(output, parameter)
+        # Nothing loads a folder without config.json, so nobody mistakes a part of the files for a
+        # model.
         with stage_files(output, last="config.json") as folder:
             yield folder
 

@@ -28,7 +28,9 @@ def has_bfloat16(device: torch.device) -> bool:
     They are in CUDA devices from Ampere on, and in CPUs with avx512_bf16 or AMX.
     """
     if device.type == "cuda":
+        # Older GPUs emulate bfloat16, which saves neither time nor rounding errors.
         return torch.cuda.is_bf16_supported(including_emulation=False)
+    # Both functions are private, so a version of PyTorch may lack one.
     checks = [
         getattr(torch.cpu, name, None)
         for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
@@ -42,6 +44,7 @@ def get_peak_memory(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     if resource is None:
         return psutil.Process().memory_info().peak_wset
+    # macOS counts bytes, Linux KiB.
     bytes_per_unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * bytes_per_unit
 
