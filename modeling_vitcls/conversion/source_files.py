@@ -4,8 +4,8 @@
     source = FileSource.load(Path("dino_deitsmall16_pretrain.pth"), family="dino")
 
 1. A .npz file, a .safetensors file or a pickle of tensors is read without running code.
-2. The weights are read from a container (`teacher`, `target_encoder`, `model`, ...) if there is
-   one, and prefixes of parameter names (`module.`, `backbone.`) are stripped.
+2. The weights are read from a container (`teacher`, `state_dict_ema`, `model`, ...) if there is
+   one, and the prefix of the patch projection (`module.`, `model.encoder.`) is stripped.
 3. The family is detected from the parameter names and the container. If the family is ambiguous,
    set `--family`.
 4. timm builds the model (from_state_dict.py), which is the reference of the parity report. At image
@@ -39,19 +39,11 @@ from .source_models import TimmSource, raise_if_unsafe_pickle
 from .weight_rules import ConversionError, Weights
 
 
-FILE_SUFFIXES = (".npz", ".safetensors", ".pth", ".pt", ".bin")
-# Keys of nested state dicts in order of precedence, with teachers and averaged weights first.
-CONTAINER_KEYS = (
-    "target_encoder",
-    "teacher",
-    "model_ema",
-    "state_dict",
-    "model",
-    "student",
-    "module",
-)
+# Words in the keys of nested state dicts, in order of precedence: teachers and averages are the
+# weights that their authors evaluate.
+CONTAINER_WORDS = ("target_encoder", "teacher", "ema", "state_dict", "model", "student", "module")
 MAX_CONTAINER_DEPTH = 8
-WRAPPER_PREFIXES = ("module.", "_orig_mod.", "backbone.")
+PATCH_PROJECTION = "patch_embed.proj.weight"
 
 # Family -> regular expression for the weight names that identify the family. The first matching
 # family is used.
@@ -145,12 +137,6 @@ def read_state_dict(file: Path) -> Mapping[str, Any]:
         raise FileNotFoundError(
             f"{file} is not a file. Use timm:NAME, transformers:PATH_OR_ID or an existing file"
         )
-    if file.suffix not in FILE_SUFFIXES:
-        raise ConversionError(
-            f"{file} is not supported. Use a file with one of the suffixes "
-            f"{' '.join(FILE_SUFFIXES)}"
-        )
-
     try:
         if file.suffix == ".npz":
             with np.load(file, allow_pickle=False) as arrays:
@@ -182,33 +168,39 @@ def unwrap_weights(weights: Mapping[str, Any], notes: list[str]) -> tuple[Weight
     """
     container_key = None
     for _ in range(MAX_CONTAINER_DEPTH):  # a state dict may contain itself
-        keys = [key for key in CONTAINER_KEYS if isinstance(weights.get(key), Mapping)]
-        if keys:
-            container_key = keys[0]
+        keys = [key for key, value in weights.items() if isinstance(value, Mapping)]
+        known = [key for key in keys if rank_name(str(key)) < len(CONTAINER_WORDS)]
+        # other programs have other names, but their optimizers have no patch projection
+        known = known or [
+            key for key in keys if PATCH_PROJECTION in "\n".join(map(str, weights[key]))
+        ]
+        if known:
+            container_key = min(known, key=lambda key: rank_name(str(key)))
             weights = weights[container_key]
+            if len(known) > 1:
+                notes.append(f"the weights are those of {container_key!r}, of {', '.join(known)}")
 
     is_array = (torch.Tensor, np.ndarray)
     tensors: dict[str, Any] = {
         str(name): value for name, value in weights.items() if isinstance(value, is_array)
     }
+    prefixes = [
+        name.removesuffix(PATCH_PROJECTION) for name in tensors if name.endswith(PATCH_PROJECTION)
+    ]
+    prefix = min(prefixes, key=lambda name: (rank_name(name), len(name)), default="")
+    kept = {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    if other_names := [name for name in tensors if name not in kept]:
+        notes.append(
+            f"{len(other_names)} weights outside of {prefix}* are not converted, for example "
+            f"{other_names[0]}"
+        )
+    return {name.removeprefix(prefix): tensor for name, tensor in kept.items()}, container_key
 
-    while wrappers := [prefix for prefix in WRAPPER_PREFIXES if has_encoder(tensors, prefix)]:
-        prefix = wrappers[0]
-        kept = {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-        if other_names := [name for name in tensors if name not in kept]:
-            notes.append(
-                f"{len(other_names)} weights outside of {prefix}* are not converted, for example "
-                f"{other_names[0]}"
-            )
-        tensors = {name.removeprefix(prefix): tensor for name, tensor in kept.items()}
-    return tensors, container_key
 
-
-def has_encoder(weights: Weights, prefix: str) -> bool:
-    """Check whether the weights contain an image encoder below `prefix`."""
-    return any(
-        re.match(rf"{re.escape(prefix)}.*patch_embed\.proj\.weight", name) for name in weights
-    )
+def rank_name(name: str) -> int:
+    """Rank a key or a prefix by the first of `CONTAINER_WORDS` in it."""
+    found = (index for index, word in enumerate(CONTAINER_WORDS) if word in name)
+    return next(found, len(CONTAINER_WORDS))
 
 
 def detect_family(weights: Weights, container_key: str | None, file: Path) -> str:
@@ -235,8 +227,8 @@ def detect_family(weights: Weights, container_key: str | None, file: Path) -> st
     ):
         names = f"weights such as {', '.join(list(weights)[:3])}" if weights else "no weights"
         raise ConversionError(
-            f"{file} does not contain a supported image encoder; it contains {names}. Use "
-            "timm:NAME@FILE or transformers:PATH_OR_ID"
+            f"{file} does not contain a supported image encoder; it contains {names}, but not "
+            f"{PATCH_PROJECTION}. Use timm:NAME@FILE or transformers:PATH_OR_ID"
         )
     elif family is None and container_key == "target_encoder":
         family = "msn" if "cls_token" in weights else "ijepa"

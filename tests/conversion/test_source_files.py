@@ -268,7 +268,10 @@ def test_files_are_converted_exactly(
         assert (model(images).logits - logits).abs().max() <= LIMIT * logits.abs().max()
     if (mask_token := weights.get("mask_token", weights.get("masked_embed"))) is not None:
         assert torch.equal(model.embeddings.mask_token.flatten(), mask_token.flatten())
-    unused = "1 weights outside of backbone.* are not converted, for example head.last_layer.weight"
+    unused = (
+        "1 weights outside of module.backbone.* are not converted, for example "
+        "module.head.last_layer.weight"
+    )
     assert (unused in report["notes"]) is (name == "dino_full.pth")
 
 
@@ -571,7 +574,7 @@ def test_unreadable_files_and_unused_families_are_refused(tmp_path: Path) -> Non
     with raises_one_line("`family='dino'`", "timm:test_vit", error=ConversionError):
         load_source("timm:test_vit", family="dino")
     (tmp_path / "weights.ckpt").touch()
-    with raises_one_line("weights.ckpt", ".npz .safetensors", error=ConversionError):
+    with raises_one_line("weights.ckpt", error=ConversionError):
         FileSource.load(tmp_path / "weights.ckpt")
     (tmp_path / "damaged.pth").write_bytes(b"damaged")
     with raises_one_line("damaged.pth", error=ConversionError):
@@ -597,3 +600,33 @@ def test_no_code_in_a_file_runs(tmp_path: Path) -> None:
         load_source(f"timm:test_vit@{tmp_path / 'evil.pth'}")
 
     assert not (tmp_path / "ran").exists()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("file", "key", "prefix", "other"),
+    [
+        ("last.ckpt", "state_dict", "model.", None),
+        ("model_best.pth.tar", "state_dict_ema", "", "state_dict"),
+        ("run.pth", "net", "", None),
+        ("run.pth", "model", "module.encoder.", None),
+    ],
+)
+def test_checkpoints_of_training_programs_are_unwrapped(
+    file: str, key: str, prefix: str, other: str | None, tmp_path: Path
+) -> None:
+    """Lightning's prefix, timm's averaged weights, and containers and suffixes of other programs."""
+    weights = build_plain_weights()
+    content = {key: {f"{prefix}{name}": weight for name, weight in weights.items()}}
+    if other is not None:
+        content = {other: {name: weight * 0.5 for name, weight in weights.items()}} | content
+    torch.save(content | {"epoch": 3}, tmp_path / file)
+    source = FileSource.load(tmp_path / file, family="deit")
+    assert torch.equal(source.model.blocks[0].mlp.fc1.weight, weights["blocks.0.mlp.fc1.weight"])
+
+
+def build_plain_weights() -> dict[str, torch.Tensor]:
+    """Return the weights of a plain ViT of timm."""
+    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 192, "depth": 1, "num_heads": 3}
+    model = timm.models.vision_transformer.VisionTransformer(num_classes=5, **sizes)
+    return {name: weight.clone() for name, weight in model.state_dict().items()}
