@@ -329,7 +329,7 @@ def build_rows(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Build a row for the mean of each new class, between the logits of the classifier.
 
-    Unless the classifier is that of the statistics, its logits have another mean and scale than
+    Unless the statistics are the classifier, its logits have another mean and scale than
     theirs. The row of a class is therefore moved and scaled as the logits of the old classes are,
     for the new images.
 
@@ -359,7 +359,7 @@ def cross_validate(
 ) -> np.ndarray | None:
     """Tell whether each new image [N] is recognized by rows that were computed without its group.
 
-    The arguments are those of `build_rows`. Copies of an image are one group. The result is None if
+    The arguments are as in `build_rows`. Copies of an image are one group. The result is None if
     all images of a class are one group.
     """
     groups, _ = pd.factorize(features.groups)
@@ -399,7 +399,7 @@ def build_head(tokens: Sequence[Token], labels: list[str]) -> dict[str, Any]:
 def append_head(
     model: Any, name: str, head: dict[str, Any], weight: np.ndarray, bias: np.ndarray
 ) -> Any:
-    """Build the model with another extra head. The other weights are those of `model`."""
+    """Build the model with another extra head. It takes all other weights from `model`."""
     config = copy.deepcopy(model.config)
     config.extra_heads = {**(config.extra_heads or {}), name: head}
     if head.get("adds_classes"):

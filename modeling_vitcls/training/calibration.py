@@ -51,9 +51,10 @@ def find_calibration(predictions: Predictions, images: str) -> Calibration:
     """Fit the temperature to predictions of `SELECTION` images, or of half of `HELD_OUT` images."""
     logits, labels = predictions.get_outputs()
     if images == HELD_OUT:
+        # Every second image, not the first half: held-out images are often sorted by class.
         logits, labels = logits[::2], labels[::2]
     num_images = len(labels)
-    if num_images < MIN_IMAGES:  # a temperature of few images is mostly noise
+    if num_images < MIN_IMAGES:
         text = f"not calibrated: {num_images:,} images, {MIN_IMAGES} needed"
         return Calibration(num_images, images, text)
 
@@ -63,7 +64,7 @@ def find_calibration(predictions: Predictions, images: str) -> Calibration:
 
 
 def describe_probe_calibration(probe: LinearProbe) -> Calibration:
-    """Return the calibration of a probe, whose temperature is that of out-of-fold logits."""
+    """Describe the calibration of a probe, whose temperature comes from out-of-fold logits."""
     num_images = int(np.isfinite(probe.losses_).sum())
     if not num_images:
         return Calibration(0, CROSS_VALIDATION, "not calibrated: too few images for folds")
@@ -89,8 +90,10 @@ def measure_errors(
     if calibration.temperature is None:
         return {}, ""
     logits, labels = predictions.get_outputs()
-    if calibration.images == HELD_OUT:  # the temperature is fitted to the other half
+    if calibration.images == HELD_OUT:
+        # The half to which the temperature was not fitted.
         logits, labels = logits[1::2], labels[1::2]
+    # The model divides its logits already; multiplied, they are as before.
     before = compute_error(logits * calibration.temperature, labels)
     after = compute_error(logits, labels)
     confidences = softmax(logits.astype(np.float64), axis=1).max(axis=1)

@@ -128,7 +128,7 @@ def resolve_schedule(
         options: flags of the run.
         initial: initial model.
         num_training_images: number of training images.
-        has_probe: whether the classifier starts from that of the frozen model.
+        has_probe: whether the classifier starts from the frozen model's.
     """
     config_values = options.get_config_values()
     width = config_values.get("hidden_size", initial.config.hidden_size)

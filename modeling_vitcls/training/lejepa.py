@@ -169,8 +169,8 @@ def compute_sigreg(projections: Tensor, directions: Tensor) -> Tensor:
     """Return the mean Epps-Pulley statistic of projections [views, B, P] in directions [P, M].
 
     The statistic is the number of images times the integral of |characteristic function of the
-    projections - that of a Gaussian|^2, weighted with the Gaussian's (section 4.2; trapezoidal
-    rule).
+    projections - characteristic function of a Gaussian|^2, weighted with the latter (section 4.2;
+    trapezoidal rule).
     """
     frequencies = torch.linspace(0, MAX_FREQUENCY, NUM_FREQUENCIES, device=projections.device)
     gaussian = torch.exp(-frequencies.square() / 2)

@@ -106,7 +106,8 @@ class TrainingLoop:
 
     def __post_init__(self) -> None:
         self.model = self.accelerator.unwrap_model(self.state.model)
-        # stores the initial tokens, so a checkpoint is loaded later
+        # The monitor copies the tokens, from which it measures their movement. A checkpoint is therefore
+        # loaded later: movement counts from the start of training, not from the resumption.
         self.monitor = TokenMonitor(self.model)
         # With other values of --trainable, some tokens are frozen.
         self.should_warn_about_tokens = self.options.trainable in ("full", "lora")
@@ -119,12 +120,18 @@ class TrainingLoop:
         RunStopped. Raise RunStopped, too, if a loss or gradient is not finite.
         """
         set_train_mode(self.state.model)
+        # The checkpoint was saved before the evaluation of its step, and the run was then stopped.
+        # Catch up before the next step changes the weights.
         metrics = self.evaluate_step() if self.state.pending_record else {}
         while self.state.step < self.plan.num_steps:
             metrics = self.run_step(batches)
+            # After the last step, a signal is ignored: only the results are missing, and a stopped
+            # run would be resumed for nothing else.
             is_last_step = self.state.step == self.plan.num_steps
             name = None if is_last_step else self.signals.get_signal()
             if name:
+                # This replaces the checkpoint of the same step, if there is one, so it must carry
+                # the mark of the best model on.
                 self.save(self.is_best)
                 raise RunStopped(
                     f"stopped by {name}; a checkpoint was saved. Repeat the command with "
@@ -149,12 +156,16 @@ class TrainingLoop:
         log_interval = min(max(self.plan.num_steps // 10, 1), MAX_LOG_INTERVAL)
         should_log = should_evaluate or next_step % log_interval == 0
         should_save = should_evaluate
+        # The last step is always saved: if the results cannot be written, for example because the
+        # disk is full, --resume starts here.
         if self.save_every is not None:
             should_save = is_last_step or next_step % self.save_every == 0
 
         start_time = time.perf_counter()
         record = self.run_optimizer_step(batches, should_measure_tokens=should_log)
         self.step_seconds.append(time.perf_counter() - start_time)
+        # Once, when the first steps are known. The first one includes compilation and allocation,
+        # and the estimate takes the fastest.
         if len(self.step_seconds) == NUM_TIMED_STEPS and self.plan.num_steps >= MIN_STEPS:
             self.print_duration()
         self.reporter.show_step(state.step)
@@ -165,10 +176,14 @@ class TrainingLoop:
         if should_log:
             record |= self.compute_recent_metrics()
         if should_evaluate:
+            # Set before the checkpoint is saved, which thereby knows that this step is still to be
+            # evaluated.
             state.pending_record = record
         elif should_log:
             self.log(record)
         if should_save:
+            # Whether this is the best model is known after the evaluation, which then saves it
+            # again.
             self.save(False)
         return self.evaluate_step() if should_evaluate else {}
 
@@ -182,6 +197,7 @@ class TrainingLoop:
         options = self.options
         accelerator = self.accelerator
         assert options.learning_rate is not None, "the plan sets it"
+        # Computed from the step. A scheduler would be one more state to save and to restore.
         learning_rate = get_learning_rate(
             state.step, self.plan.num_steps, options.learning_rate, options.warmup
         )
@@ -191,15 +207,19 @@ class TrainingLoop:
         losses: list[Losses] = []
         for batch_index in range(self.plan.accumulation_steps):
             batch = next(batches)
+            # Only collected here, and reported with the next record: a report is a round of messages
+            # between all processes.
             self.unreported_errors |= batch["errors"]
             batch = send_to_device(batch, accelerator.device, non_blocking=True)
-            # The processes draw different random numbers, for example for dropout.
+            # Seeded by the step, so a resumed run draws the same numbers without a stored generator.
+            # The processes draw different ones, for example for dropout.
             torch.manual_seed(
                 derive_seed(self.plan.seed, state.step, batch_index, accelerator.process_index)
             )
 
             with accelerator.accumulate(state.model):
                 batch_losses = self.objective(state.model, batch)
+                # Kept as tensors: a number would make the GPU wait for each batch.
                 losses.append({name: loss.detach() for name, loss in batch_losses.items()})
                 accelerator.backward(batch_losses["loss"])
                 if accelerator.sync_gradients:  # after the last accumulated batch
@@ -211,7 +231,12 @@ class TrainingLoop:
                     gradient_norm = float(
                         accelerator.clip_grad_norm_(parameters, MAX_GRADIENT_NORM)
                     )
+                    # Before the step: one gradient that is not finite would spoil the weights and
+                    # both moments of AdamW for good, and the last checkpoint would be the only way
+                    # back.
                     self.check_finite(losses, gradient_norm)
+                    # Between clipping and `zero_grad`, where the gradients are those that the
+                    # optimizer uses.
                     if should_measure_tokens:
                         token_gradients = self.monitor.copy_tokens(gradients=True)
                     state.optimizer.step()
@@ -232,6 +257,8 @@ class TrainingLoop:
         if should_measure_tokens:
             record |= self.monitor.compute_norms(token_gradients)
             for token, norm in record["token_gradient_norm"].items():
+                # A token without a gradient is never trained, and nothing else would show it: the
+                # loss falls all the same.
                 if norm == 0 and self.should_warn_about_tokens:
                     self.reporter.warn(
                         f"the token {token} received no gradient in step {state.step}"
@@ -252,6 +279,8 @@ class TrainingLoop:
         are_losses_finite = all(math.isfinite(batch_losses["loss"]) for batch_losses in losses)
         is_finite = are_losses_finite and self.num_overflows <= max_overflows
 
+        # A loss may be NaN on one process only. If it stopped alone, the others would wait for it
+        # in the next step until the timeout.
         if self.accelerator.num_processes > 1:
             is_finite_tensor = torch.tensor(float(is_finite), device=self.accelerator.device)
             is_finite = bool(
@@ -280,10 +309,11 @@ class TrainingLoop:
     # Evaluation and records -----------------------------------------------------------------------
 
     def evaluate(self) -> Metrics:
-        """Return the metrics of an evaluation of the current weights."""
+        """Measure the current weights, and go on training as before."""
         start_time = time.perf_counter()
         self.state.model.eval()
         metrics = self.evaluate_model(self.state.model)
+        # FSDP2 keeps the full weights after a forward pass without a backward pass.
         reshard(self.state.model)
         set_train_mode(self.state.model)
         self.evaluation_seconds.append(time.perf_counter() - start_time)
@@ -305,6 +335,8 @@ class TrainingLoop:
             f"{self.evaluated_images}_{name}": value
             for name, value in select_scalars(metrics).items()
         }
+        # Logged and cleared before the best model is saved: a run that continues from that
+        # checkpoint would otherwise evaluate and log the step twice.
         self.log(state.pending_record | scalars)
         state.pending_record = {}
 
@@ -318,6 +350,8 @@ class TrainingLoop:
 
     def report_unreadable_images(self) -> None:
         with mark_errors_of_all_processes():
+            # All processes add the same images, so they reach the limit, and raise the error,
+            # together.
             self.unreadable_images.add(dict(gather_object(list(self.unreported_errors.items()))))
         self.unreported_errors.clear()
 
@@ -358,6 +392,7 @@ class TrainingLoop:
 
         All processes must call this method.
         """
+        # First, because the checkpoint lists the images that were reported.
         self.report_unreadable_images()
         state = self.state
         metadata = self.run_metadata | {
@@ -373,6 +408,7 @@ class TrainingLoop:
         )
 
         metadata |= non_tensor_state
+        # Gathering needs all processes, writing only one.
         save = partial(self.store.save, state.step, tensors, metadata, is_best)
         run_on_main(self.accelerator, save)
 
@@ -388,7 +424,7 @@ class TrainingLoop:
         state.best_score = metadata["best_score"]
 
         losses_by_process = metadata["recent_losses"]
-        # a run may be resumed with more processes
+        # A run may be resumed with more processes. These losses are only logged, as means.
         process_index = self.accelerator.process_index % len(losses_by_process)
         state.recent_losses = losses_by_process[process_index]
 
@@ -402,12 +438,13 @@ class TrainingLoop:
         Raise ValueError if the checkpoint is damaged or missing.
         """
         checkpoint: Checkpoint = run_on_main(self.accelerator, self.store.load_best)
+        # Only the weights: after the last step, nothing needs the moments of the optimizer.
         scatter_model(checkpoint, self.accelerator, self.state.model)
         return checkpoint.step
 
 
 def build_batch_plan(num_images: int, options: TrainingOptions, num_processes: int) -> BatchPlan:
-    """Return a plan of `max_steps` steps, or of `epochs` epochs rounded up to whole steps."""
+    """Plan the batches of `max_steps` steps, or of `epochs` epochs rounded up to whole steps."""
     assert options.batch_size is not None, "the defaults set it"
     accumulation_steps = options.gradient_accumulation_steps
     num_steps = options.max_steps
@@ -427,14 +464,14 @@ def build_batch_plan(num_images: int, options: TrainingOptions, num_processes: i
 
 
 def count_epochs_between_evaluations(plan: BatchPlan) -> int:
-    """Return 1, or more if a run has more than `MAX_EVALUATIONS` epochs."""
-    # whole steps end a little after the last epoch
+    """Spread the evaluations: one per epoch, or fewer in runs of more than `MAX_EVALUATIONS` epochs."""
+    # Rounded, because the last whole step ends a little after the last epoch.
     num_epochs = round(plan.count_epochs(plan.num_steps))
     return max(math.ceil(num_epochs / MAX_EVALUATIONS), 1)
 
 
 def is_end_of_epochs(step: int, plan: BatchPlan) -> bool:
-    """Return whether a step completes the epochs between two evaluations."""
+    """Tell when an evaluation is due: a step completes the epochs between two evaluations."""
     num_epochs = count_epochs_between_evaluations(plan)
     return math.floor(plan.count_epochs(step) / num_epochs) > math.floor(
         plan.count_epochs(step - 1) / num_epochs

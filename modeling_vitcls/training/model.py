@@ -85,8 +85,8 @@ def build_model(
 
     Return the model, the image processor, and the names of the parameters that are not loaded from
     a checkpoint. A classifier in the checkpoint is kept only if the classifier has the labels of
-    `label_space`. Multi-task models have one CLS token per task. The other arguments are those of
-    the configuration and of the image processor that replace the stored ones.
+    `label_space`. Multi-task models have one CLS token per task. The other arguments replace stored
+    values of the configuration and of the image processor.
     """
     if label_space.kind == "multi_task":
         config_values = {"num_cls_tokens": len(label_space.columns)} | config_values
@@ -106,7 +106,8 @@ def build_model(
     if mask_token is not None:
         # not used in fine-tuning; DDP requires gradients of all trainable parameters
         mask_token.requires_grad_(False)
-    # fitted again after training (calibration.py)
+    # All of these were fitted to logits and features that training changes. They are fitted again
+    # after it (calibration.py, run.py).
     model.config.temperature = 1.0
     model.config.class_statistics = model.config.distance_threshold = None
     model.class_distance = None
@@ -135,6 +136,7 @@ def choose_image_size(
         for side, patch in zip(native_size, patch_size, strict=True)
     ]
 
+    # Counting operations needs shapes, not weights: on this device, a large model costs no memory.
     with torch.device("meta"):
         model = ViTCLSModel(config)
     costs = [f"{model.flops(each_size) / 1e9:.1f}" for each_size in (size, native_size)]
@@ -247,7 +249,7 @@ def get_added_token_names(stored_config: ViTCLSConfig, model: Classifier) -> set
 
 
 def check_preset_name(name: str) -> None:
-    """Raise ValueError if a name looks like that of a preset, but is no preset, file or folder."""
+    """Raise ValueError for a name that looks like a preset, but is no preset, file or folder."""
     if (
         (name.startswith("vitcls-") or name in PRESETS)
         and "/" not in name
@@ -313,6 +315,7 @@ def set_trainable_parameters(
         trainable_names.add("vitcls.gates.gates")
 
     trainable_names &= {name for name, parameter in parameters.items() if parameter.requires_grad}
+    # PEFT renames the weights that it wraps, so it comes after their names were collected.
     if trainable == "lora":
         add_lora(model)
     for name, parameter in model.named_parameters():

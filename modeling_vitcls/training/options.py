@@ -139,7 +139,7 @@ class TrainingOptions(Options):
     pre-trained ViT-B."""
     layer_decay: float | None = None
     """Layer-wise learning rate decay (BEiT, Bao et al. 2021): ratio of each layer's learning rate
-    to that of the next layer. Tokens, position embeddings and patch embeddings count as one layer
+    to the next layer's. Tokens, position embeddings and patch embeddings count as one layer
     before the first layer. 1: the same learning rate for all layers. Default: 0.75 for pre-trained
     weights, otherwise 1."""
     warmup: float = 0.1
@@ -154,8 +154,8 @@ class TrainingOptions(Options):
     that is inversely proportional to the size of its class."""
     average_with_start: float = 0.5
     """Part of the weights before the first step in the saved weights, if they were trained before;
-    the rest is those of the last step (WiSE-FT, Wortsman et al. 2021). 0: only those of the last
-    step, as with --select best and from random weights."""
+    the rest comes from the last step (WiSE-FT, Wortsman et al. 2021). 0: the last weights
+    alone, as with --select best and from random weights."""
     trainable: str = "full"
     """Weights to train: `full` (all), `head` (linear probing), `last-N` (last N layers and head),
     or `lora`."""

@@ -127,6 +127,8 @@ def check_sources_not_removed(folder: Path, sources: Mapping[str, str | None]) -
 
 def remove_run_files(folder: Path, store: CheckpointStore) -> None:
     """Remove the files of an earlier run or model. Other files are kept."""
+    # Without one of these, the folder is not of a run, and images or notes in it are not ours to
+    # remove.
     has_marker_file = any(
         (folder / name).exists() for name in (RESULTS_FILE, CONFIG_FILE, RECIPE_FILE)
     )
@@ -140,7 +142,7 @@ def remove_run_files(folder: Path, store: CheckpointStore) -> None:
     shutil.rmtree(folder / STAGING_FOLDER, ignore_errors=True)
     store.clear()
 
-    # removed last, because this file marks an output folder
+    # Removed last: if the process is killed before, this file still marks an output folder.
     (folder / RECIPE_FILE).unlink(missing_ok=True)
 
 
@@ -150,6 +152,8 @@ def prepare(
     """Remove the files of an earlier run, unless it is resumed, and write config.resolved.yaml."""
     if checkpoint is None:
         remove_run_files(folder, store)
+    # These two say how a run was started, not what it is; a repeated run must not overwrite by
+    # itself.
     flags = {name: flags[name] for name in flags if name not in ("resume", "overwrite")}
     (folder / RECIPE_FILE).write_text(yaml.safe_dump(flags, sort_keys=False), encoding="utf-8")
 
@@ -187,7 +191,10 @@ def save_output(
     All processes must call this function. Raise RunStopped on all processes if the folder cannot be
     written.
     """
+    # Outside of `write`, because all processes take part in gathering.
     weights = gather_weights(setup.model)
+    # Pre-training saves its encoder under the names of a plain encoder; projector and decoder stay
+    # in the checkpoints.
     if setup.encoder is not None:
         weights = {
             name.removeprefix("vitcls."): weights[name]
@@ -198,7 +205,7 @@ def save_output(
     def write() -> None:
         try:
             # A run that is killed at any time is continued by --resume: config.json marks the folder
-            # as that of a model, and results.json the run as finished.
+            # of a model and results.json a finished run, so these two are moved last.
             with (
                 stage_files(output_dir, CONFIG_FILE, RESULTS_FILE) as folder,
                 silence_transformers(),
@@ -251,7 +258,7 @@ def write_model_files(
     model.save_pretrained(folder, state_dict=merge_lora(weights))
     setup.processor.save_pretrained(folder)
 
-    # provenance None: random weights
+    # The hashes tie the results to these weights and settings: nothing publishes them with others.
     results = results | {
         "weights_sha256": hash_weights(folder),
         "settings_sha256": hash_settings(folder),
@@ -264,7 +271,7 @@ def write_model_files(
     if teacher is not None:
         results["teacher_provenance"] = find_provenance(teacher).to_dict()
 
-    # `model` may be sharded
+    # Read back from disk: `model` may be sharded, and this is what others will load.
     saved_model = unsharded_class.from_pretrained(folder).to(model.device).eval()
     results["inference"] = measure_inference_speed(saved_model, model.device)
     write_json(folder / RESULTS_FILE, results)

@@ -62,8 +62,11 @@ def plan_run(
     num_images = len(images.train)
     num_labels = max(sum(map(len, images.label_space.columns.values())), 1)
     accelerator = launch.accelerator
+    # A checkpoint was written by steps, so a resumed run has steps, whatever this machine would
+    # choose.
     can_choose = setup.probe is not None and launch.checkpoint is None
     seconds = None
+    # Only on a CPU may steps that nobody asked for take hours. Two forward passes tell.
     if can_choose and accelerator.device.type == "cpu":
         forward_seconds = measure_forward_seconds(setup.model, accelerator)
         seconds = estimate_step_seconds(
@@ -71,6 +74,8 @@ def plan_run(
         )
 
     wishes = [name for name in STEP_FLAGS if getattr(options, name) is not None]
+    # The first reason that applies decides: first what cannot be otherwise, then what the person
+    # asked for, then what is better for this many images, and last what takes too long.
     kind: Literal["frozen", "steps"] = "steps"
     reason = f"{num_images:,} images"
     if setup.probe is None:
@@ -100,19 +105,23 @@ def plan_run(
 
     fraction = options.held_out_fraction
     if fraction is None:
+        # A tenth of many images measures well enough; a tenth of few would be a handful.
         fraction = 0.1 if num_images >= MIN_STEP_IMAGES else 0.2
+        # Cross-validation measures a frozen run without giving up a label.
         if kind == "frozen" or num_images < FEW_IMAGES_PER_CLASS * num_labels:
             fraction = 0.0
+    # `select` gets its value only here, because a value that the person sets asks for steps.
     options = replace(
         options,
         held_out_fraction=fraction,
         select=options.select or "last",
     )
     lines: dict[str, str | None] = {}
+    # After the kind is known: the rate and the number of epochs depend on where the steps start.
     if kind == "steps":
         options, lines = resolve_schedule(options, initial, num_images, setup.probe is not None)
 
-    # a random head has no start that is worth keeping
+    # The mean with random weights would only dilute what the steps have learned.
     has_start = not initial.has_random_weights and setup.has_known_head
     averages = kind == "steps" and has_start and options.select == "last"
     return RunPlan(

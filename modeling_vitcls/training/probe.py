@@ -50,18 +50,20 @@ from ..runtime.distributed import run_on_main
 from ..runtime.progress import report_work
 
 
-MAX_PROBE_IMAGES = (
-    10_000  # maximum number of training images for the probe of a run with steps, drawn at random
-)
+# Maximum number of training images, drawn at random, for the probe of a run with steps. It is only
+# their start, and they see all images.
+MAX_PROBE_IMAGES = 10_000
 MAX_CHOICE_IMAGES = 5_000  # maximum number of images for the choice by cross-validation
-# images whose features are computed with both geometries: a fraction, at most a number
+# Images whose features are computed with both geometries: a fraction, at most a number. The second
+# pass costs no more than this, and its features are used if the second geometry wins.
 SQUASHED_FRACTION = 0.4
 MAX_SQUASHED_IMAGES = 500
-# difference of a class without training images to the smallest bias, in logits
+# Distance of a class without training images below the smallest bias, in logits. Finite, because the
+# loss of a held-out image of such a class would be infinite otherwise.
 ABSENT_CLASS_MARGIN = 100.0
 MIN_PROBABILITY = 1e-30  # of stored out-of-fold predictions
 NUM_NEAREST_IMAGES = 3  # nearest training images of a wrong prediction
-# median of the longer side divided by the shorter, from which two geometries are compared
+# Median of the longer side divided by the shorter. Below it, crop and squash see nearly the same pixels.
 MIN_ASPECT_RATIO = 1.05
 SQUASH = "squash"
 # Settings of an image processor that `set_resize` changes
@@ -98,7 +100,7 @@ class FrozenModel:
     Attributes:
         probe: the classifier.
         record: what was chosen, for results.json.
-        features: of the training images; the first ones are those of the choice.
+        features: of the training images, the images of the choice first.
         held_out: of the held-out images, if there are any.
     """
 
@@ -108,14 +110,15 @@ class FrozenModel:
     held_out: Features | None
 
     def list_out_of_fold_rows(self, num_labels: int) -> list[ImageOutput]:
-        """Return the training images with logits of a classifier that was not fitted to them."""
+        """List the training images with the logits of a classifier that was not fitted to them."""
+        # Logarithms of the probabilities are logits: softmax gives the same probabilities back.
         probabilities = expand_classes(self.probe.out_of_fold_, self.probe.classes_, num_labels)
         known = np.flatnonzero(np.isfinite(probabilities).all(axis=1))
         logits = np.log(np.maximum(probabilities[known], MIN_PROBABILITY)).astype(np.float32)
         return self.features.take(known).build_rows(logits)
 
     def find_nearest_images(self, rows: Sequence[ImageOutput]) -> dict[int, list[str]]:
-        """Return the names of the nearest training images of some images, by the index of each.
+        """Find the training images that explain wrong predictions: the nearest ones, by image index.
 
         The images are held out or, without those, training images. The similarity is the cosine of
         the features that the classifier reads. The nearest image is the first.
@@ -126,6 +129,7 @@ class FrozenModel:
         own = stack_tokens(self.features.get_tokens(), tokens)
         others = self.features if self.held_out is None else self.held_out
         others = others.take(np.isin(others.indices, [row.index for row in rows]))
+        # Among the training images, the nearest one is the image itself, so one more is needed.
         num_nearest = min(NUM_NEAREST_IMAGES + (self.held_out is None), len(own))
         neighbors = NearestNeighbors(n_neighbors=num_nearest, metric="cosine").fit(own)
         nearest = neighbors.kneighbors(
@@ -133,7 +137,7 @@ class FrozenModel:
         )
         found = {}
         for index, columns in zip(others.indices.tolist(), nearest, strict=True):
-            if self.held_out is None:  # the image itself is the nearest
+            if self.held_out is None:
                 columns = columns[self.features.indices[columns] != index]
             found[index] = self.features.names[columns[:NUM_NEAREST_IMAGES]].tolist()
         return found
@@ -191,11 +195,14 @@ class Probe:
         """
         start_time = time.perf_counter()
         train, *others = parts
+        # Four layers in any case: the class statistics are of these, whatever the classifier reads.
         num_layers = max(NUM_LAST_LAYERS, *(-layer for layer in self.layers or (-1,)))
         layout = FeatureLayout.from_config(self.model.config, num_layers)
         first, rest = sample_parts(np.array(train.labels), max_images)
         features = self.compute_features(train, layout, warn, first)
         comparison = None
+        # The geometry is settled first, on a part of the images: all features depend on it, and to
+        # compute them twice would double the longest part of the run.
         if (
             self.resize is None
             and get_resize(self.processor) != SQUASH
@@ -205,7 +212,10 @@ class Probe:
 
         for part in others:
             features = concatenate_features(features, self.compute_features(part, layout, warn))
+        # On one process for all: rounding on another CPU could turn a close choice.
         chosen = run_on_main(self.accelerator, partial(self.choose, features))
+        # These images were kept out of the choice, whose time grows with their number, but not of
+        # the fit.
         if len(rest):
             more = self.compute_features(train, layout, warn, rest)
             features = concatenate_features(features, more)
@@ -240,7 +250,7 @@ class Probe:
     def predict(
         self, frozen: FrozenModel, features: Features, label_space: LabelSpace
     ) -> Predictions:
-        """Return the predictions of the model's classifier for features, without the encoder."""
+        """Predict images whose features are known: only the classifier runs, not the encoder."""
         inputs = stack_tokens(features.get_tokens(), frozen.probe.candidate_.tokens)
         logits = self.model.classifier(torch.from_numpy(inputs).float().to(self.device))
         rows = features.build_rows((logits / self.model.config.temperature).cpu().numpy())
@@ -249,7 +259,7 @@ class Probe:
         return predictions
 
     def predict_out_of_fold(self, frozen: FrozenModel, label_space: LabelSpace) -> Predictions:
-        """Return the predictions of training images by classifiers that were not fitted to them.
+        """Predict the training images with classifiers that were not fitted to them.
 
         The accuracy is corrected for the choice among the candidates.
         """
@@ -283,12 +293,14 @@ class Probe:
 
         Args:
             images: training images.
-            own: features of those of the choice, with the checkpoint's own geometry.
+            own: features of the images of the choice, with the checkpoint's own geometry.
 
         Returns:
             The features of all images with the chosen geometry, and the record of the comparison.
         """
         own_resize = get_resize(self.processor)
+        # `set_resize` cannot undo itself: from the size after a crop, it would not know the size
+        # before.
         own_settings = {name: getattr(self.processor, name) for name in GEOMETRY_SETTINGS}
         num_compared = min(MAX_SQUASHED_IMAGES, round(SQUASHED_FRACTION * len(own.labels)))
         order = np.random.default_rng(0).permutation(len(own.labels))
@@ -304,19 +316,19 @@ class Probe:
                 losses[resize] = probe.losses_
         record: dict[str, Any] = {}
         is_squashed = False
-        if len(losses) == 2:  # with fewer, there are too few images to compare
+        # A geometry has no losses if its images were too few for folds.
+        if len(losses) == 2:
+            # A tie goes to the checkpoint's own geometry, with which its encoder was trained.
             is_squashed = is_clearly_worse(losses[own_resize], losses[SQUASH], 1.0)
             means = {resize: float(np.nanmean(values)) for resize, values in losses.items()}
             record = {"num_images": len(squashed.labels), "losses": means}
 
         if is_squashed:
+            # The compared images have their new features already.
             remaining = np.setdiff1d(own.indices, compared)
             others = self.compute_features(images, own.layout, ignore_message, remaining)
             return concatenate_features(squashed, others), record
-        for (
-            name,
-            value,
-        ) in own_settings.items():  # `set_resize` would not know the size before a crop
+        for name, value in own_settings.items():
             setattr(self.processor, name, value)
         return own, record
 
@@ -338,6 +350,7 @@ class Probe:
             config.pooling = candidate.pooling
             config.pooled_layers = None if candidate.layers == (-1,) else list(candidate.layers)
             self.model.vitcls.pooler = build_pooler(config)
+        # The width of the classifier depends on the layers and tokens that the new pooler returns.
         self.model.build_classifiers()
         self.model.to(self.device)
 
@@ -346,6 +359,8 @@ class Probe:
         config = self.model.config
         config.temperature = round(probe.temperature_, 4)
         if probe.statistics_ is not None:
+            # A label without training images keeps its place, so the rows match those of the
+            # classifier.
             probe.statistics_.expand(probe.classes_, config.num_labels).set_in_model(self.model)
             config.distance_threshold = probe.distance_threshold_
         self.copy_weights(probe, scale=1.0)
@@ -376,18 +391,20 @@ def expand_classes(values: np.ndarray, classes: np.ndarray, num_labels: int) -> 
 
 
 def has_various_shapes(images: LabeledImages) -> bool:
-    """Return whether the median image of a sample is clearly not square."""
+    """Decide whether squashing would change anything: is the median image clearly not square?"""
+    # Sizes come from the headers of the files. One panorama among squares changes no median.
     ratios = [max(size) / min(size) for size in read_sizes(images.images)]
     return bool(ratios) and median(ratios) >= MIN_ASPECT_RATIO
 
 
 def sample_parts(labels: np.ndarray, max_images: int | None) -> tuple[np.ndarray, np.ndarray]:
-    """Sample images, and return the indices of those of the choice and of the others, in order.
+    """Sample the images of the choice and the others; return the indices of both, in order.
 
-    Two of each class are among those of the choice, if it has as many: cross-validation needs them.
+    The choice has at least two images of each class that has two: cross-validation needs them.
     """
     order = np.random.default_rng(0).permutation(len(labels))
     ranks = pd.Series(order).groupby(labels[order]).cumcount()
+    # The first two images of every class move to the front, where they survive both limits.
     order = order[np.argsort(ranks > 1, kind="stable")][:max_images]
     return np.sort(order[:MAX_CHOICE_IMAGES]), np.sort(order[MAX_CHOICE_IMAGES:])
 
@@ -400,7 +417,7 @@ def ignore_message(message: str) -> None:
 
 
 def build_probe_record(probe: LinearProbe, num_images: int) -> dict[str, Any]:
-    """Return the choice and the results of all candidates for results.json."""
+    """Record the choice and the results of all candidates for results.json."""
     record: dict[str, Any] = {
         "num_training_images": num_images,
         "num_images_of_choice": len(probe.losses_),
@@ -441,7 +458,7 @@ def describe_frozen(probe: Probe, frozen: FrozenModel) -> dict[str, str | None]:
 
 
 def explain_missing_threshold(probe: LinearProbe) -> dict[str, str]:
-    """Return a line that says why predictions do not mark unknown images, if they do not."""
+    """Say why predictions do not mark unknown images, if they do not."""
     if probe.distance_threshold_ is not None:
         return {}
     return {

@@ -243,7 +243,7 @@ def format_result(metrics: dict[str, Any], names: tuple[str, ...]) -> str:
 
 
 def format_accuracy(metrics: dict[str, Any]) -> str:
-    """Format an accuracy with its interval; that of few images is no percentage."""
+    """Format an accuracy with its interval; with few images, as a fraction without a percentage."""
     low, high = (100 * value for value in metrics["accuracy_interval"])
     num_images = metrics["num_images"]
     if num_images < MIN_CORRECTED_IMAGES:

@@ -78,8 +78,11 @@ def build_flags_record(
         config: the configuration of the model.
         recorded: the record of the run that is resumed, whose derived values stay derived.
     """
+    # Compared before paths become relative, which would make every path look derived.
     chosen = {name: value for name, value in used_flags.items() if value != flags[name]}
     flags = make_flags_relative(flags)
+    # A value that was derived at the first start stays derived, even if the person has typed it
+    # since: otherwise the second resumption would compare it as a person's choice.
     if recorded is not None:
         derived = (recorded["chosen"].keys() | recorded["config"].keys()).difference(PATH_FLAGS)
         flags |= {name: recorded["flags"][name] for name in derived}
@@ -107,7 +110,7 @@ def select_chosen_values(chosen: dict[str, Any], flags: dict[str, Any]) -> dict[
 
 
 def check_flags_unchanged(recorded: FlagsRecord, flags: dict[str, Any], folder: Path) -> None:
-    """Raise ValueError if the flags of a resumed run differ from those of the run.
+    """Raise ValueError if a resumed run has other flags than the run that it continues.
 
     Args:
         recorded: the record of the run in `folder`.
@@ -117,6 +120,7 @@ def check_flags_unchanged(recorded: FlagsRecord, flags: dict[str, Any], folder: 
     derived = (recorded["chosen"], recorded["config"])
     for name, value in recorded["flags"].items():
         current_value = flags.get(name)
+        # A person may copy the derived value from the log into the command; that is no change.
         accepted_values = [value, *(values[name] for values in derived if name in values)]
         if name in CHANGEABLE_FLAGS or any(
             is_same_value(name, accepted, current_value) for accepted in accepted_values
@@ -124,6 +128,7 @@ def check_flags_unchanged(recorded: FlagsRecord, flags: dict[str, Any], folder: 
             continue
 
         advice = "Use the same flags, or choose a different `output_dir`"
+        # More epochs are another run: the learning rate of every past step depends on the total.
         if name in ("epochs", "max_steps"):
             advice = f"To train for more steps, start another run with `model={str(folder)!r}`"
         raise ValueError(
@@ -134,7 +139,7 @@ def check_flags_unchanged(recorded: FlagsRecord, flags: dict[str, Any], folder: 
 
 
 def is_same_value(name: str, stored: Any, current: Any) -> bool:
-    """Return whether two values of a flag mean the same. One number sets both image sides."""
+    """Compare two values of a flag by what they mean. One number sets both image sides."""
     if name in ("image_size", "patch_size"):
         stored, current = (
             [value, value] if isinstance(value, int) else value for value in (stored, current)

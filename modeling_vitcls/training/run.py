@@ -94,10 +94,14 @@ def train(asked: TrainOptions) -> Path:
     asked = convert_sources(asked, resolve_name)
     folder = asked.output_dir
     check_output_is_not_read(folder, asked.dataset)
+    # The main process takes the lock in `set_up`. It is held until the last file is in its place:
+    # two runs in one folder would mix their checkpoints.
     with FolderLock(folder) as lock:
         launch = set_up(asked, lock)
         accelerator = launch.accelerator
-        if launch.is_finished:  # killed at the end, or repeated
+        # A job script repeats its command with --resume, also after a run that was killed between
+        # its last file and its cleanup. Clean up what that run could not, and do nothing else.
+        if launch.is_finished:
             shutil.rmtree(folder / STAGING_FOLDER, ignore_errors=True)
             if asked.keep_checkpoints is None:
                 launch.store.clear()
@@ -128,6 +132,7 @@ def train(asked: TrainOptions) -> Path:
         )
         print_summary(inputs, plan, data, launch)
 
+        # Both kinds end in the same record, so nothing below asks what the run was.
         if plan.kind == "frozen":
             outcome = run_frozen(inputs, data, launch)
         else:
@@ -147,6 +152,7 @@ def train(asked: TrainOptions) -> Path:
             predictions=outcome.predictions,
             nearest_images=outcome.nearest_images,
         )
+        # Not before the folder is whole: until then, --resume needs the checkpoints.
         if options.keep_checkpoints is None:
             run_on_main(accelerator, launch.store.clear)
         print_result(results, inputs, plan, data, launch)
@@ -169,8 +175,12 @@ def run_frozen(inputs: RunInputs, data: TrainingData, launch: Launch) -> Outcome
     probe = inputs.setup.probe
     assert probe is not None, "only a run with a probe can be frozen"
     reporter = launch.reporter
+    # Without steps there is no checkpoint to select, so the labels of a validation split are free
+    # to train the classifier. The test split still measures it.
     parts = [data.train] if data.selection is None else [data.train, data.selection]
     frozen = probe.fit(parts, data.held_out, reporter.warn)
+    # Everything below is measured with the classifier and the temperature in the model, which are
+    # what the folder will contain.
     probe.set_classifier(frozen.probe)
     reporter.print_lines(describe_frozen(probe, frozen))
     reporter.print_lines(explain_missing_threshold(frozen.probe))
@@ -189,6 +199,8 @@ def run_frozen(inputs: RunInputs, data: TrainingData, launch: Launch) -> Outcome
         split = "cross-validation"
         predictions = probe.predict_out_of_fold(frozen, data.label_space)
         metrics = predictions.metrics
+        # The out-of-fold probabilities contain the temperature already, so there is no error before
+        # it.
         errors = select_error_metrics(metrics)
     reporter.print_line("calibration", calibration.text + text)
     return Outcome(
@@ -214,26 +226,38 @@ def run_steps(
     measure_features = None
     if setup.build_feature_measure is not None and len(data.held_out):
         measure_features = setup.build_feature_measure(data)
+    # Pre-training has no accuracy of its own. Its result is the difference on the same images, so
+    # the first half must be measured before anything trains.
     features_before = measure(setup.model, measure_features, launch.accelerator)
 
+    # The probe gives the model a new pooler and a new classifier, and may change how images are
+    # resized. Evaluators, which keep resized images, and the optimizer, which keeps parameters,
+    # would otherwise hold on to the old ones.
     frozen, start_record = start_from_frozen(setup, data, launch)
     held_out: Evaluate = evaluate_nothing
     if len(data.held_out):
         held_out = setup.build_evaluator(data, data.held_out)
+    # If no checkpoint is selected, looking at the held-out images during training is harmless.
     selection = held_out
     if data.selection is not None:
         selection = setup.build_evaluator(data, data.selection)
 
+    # A resumed run takes the choice from its checkpoint. Choosing again would cost a pass over the
+    # images, and the model has moved on since.
     metadata = record | {"probe": start_record}
+    # Signals are caught from here on, not earlier: before the first step, there is nothing that a
+    # checkpoint could save, and Ctrl-C may end the program at once.
     with (
         SignalHandler(launch.accelerator) as signals,
         reporter.progress,
         stop_on_errors(options.num_workers),
     ):
         loop = build_loop(setup, plan, data, launch, signals, selection, metadata)
-        # closing stops the data loading workers
+        # An iterator that is only forgotten would leave its data loading processes running.
         with closing(iterate_augmented_batches(setup, plan, data, loop)) as batches:
             metrics = loop.run(batches)
+        # Inside the block, because the best checkpoint is read from disk, which can fail like any
+        # step.
         step = set_saved_weights(loop, plan)
     model = loop.state.model.eval()
 
@@ -243,15 +267,17 @@ def run_steps(
         assert isinstance(held_out, Evaluator), "only a classifier is calibrated"
         assert isinstance(selection, Evaluator), "only a classifier is calibrated"
         images = HELD_OUT if data.selection is None else SELECTION
+        # The temperature comes first: predictions and metrics describe the model as it is saved.
         calibration = calibrate(setup, model, selection, images)
         predictions = held_out.predict(model)
         errors, text = measure_errors(calibration, predictions)
         metrics = predictions.metrics | select_error_metrics(errors)
         reporter.print_line("calibration", calibration.text + text)
+    # The last evaluation of the loop was of other weights, or of the images that select.
     elif step != loop.state.step or plan.averaging or data.selection is not None:
-        metrics = held_out(model)  # the last evaluation was of other weights or images
+        metrics = held_out(model)
     reshard(model)
-    # after the measurement, which a distance to the classes would only slow down
+    # After the measurement, which a distance to the classes would only slow down.
     if options.select == "last" and not isinstance(model, FSDPModule):
         store_statistics(setup, data)
 
@@ -291,9 +317,9 @@ def run_steps(
 def start_from_frozen(
     setup: TrainingSetup, data: TrainingData, launch: Launch
 ) -> tuple[FrozenModel | None, dict[str, Any] | None]:
-    """Let the classifier start from that of the frozen model; also return what was chosen.
+    """Let the classifier start from the frozen model's classifier; also return what was chosen.
 
-    A resumed run restores the choice only: the weights are those of the checkpoint.
+    A resumed run restores the choice only: its weights come from the checkpoint.
     """
     probe = setup.probe
     if probe is None:
@@ -302,7 +328,7 @@ def start_from_frozen(
         record = launch.checkpoint.metadata["probe"]
         probe.restore(record)
         return None, record
-    # the steps report the unreadable images
+    # The steps report the unreadable images.
     frozen = probe.fit([data.train], data.held_out, ignore_message, MAX_PROBE_IMAGES)
     probe.set_start(frozen.probe)
     launch.reporter.print_lines(describe_frozen(probe, frozen))
@@ -321,15 +347,22 @@ def build_loop(
     """Prepare model, optimizer and trackers, and load the checkpoint to resume from."""
     options, accelerator, reporter = plan.options, launch.accelerator, launch.reporter
     if options.compile:
+        # Compiled in place. The wrapper that `torch.compile(model)` returns would put `_orig_mod.`
+        # before the name of every weight.
         setup.model.compile()
     if options.gradient_checkpointing:
         setup.model.gradient_checkpointing_enable()
+    # Accelerate reads in `prepare` which layers to shard.
     configure_layer_sharding(accelerator, setup.model)
     assert options.learning_rate and options.layer_decay, "the plan sets them"
     groups = build_parameter_groups(setup.model, options.weight_decay, options.layer_decay)
     optimizer = torch.optim.AdamW(groups, lr=options.learning_rate, fused=True)
+    # Model and optimizer are prepared in one call: FSDP2 replaces the parameters, and only this
+    # call puts the new ones into the optimizer.
     state = TrainingState(*accelerator.prepare(setup.model, optimizer))
     if plan.averaging:
+        # Copied after `prepare`, so each process keeps the start of its own shard on its own
+        # device.
         trainable = (each for each in state.model.parameters() if each.requires_grad)
         state.start = [each.detach().clone() for each in trainable]
 
@@ -351,9 +384,12 @@ def build_loop(
         signals=signals,
         run_metadata=metadata,
     )
+    # Restored last, over everything above: also over the start weights, which a resumed run cannot
+    # compute again, because its model is no longer at the start.
     if launch.checkpoint is not None:
         loop.restore(launch.checkpoint)
         reporter.print_line("resumed", f"after step {state.step:,} of {batch_plan.num_steps:,}")
+    # A checkpoint saved before the evaluation of its step has a record that was never logged.
     reporter.start_after(state.step - bool(state.pending_record), batch_plan.num_steps)
     accelerator.wait_for_everyone()
     if options.log_with:
@@ -394,6 +430,8 @@ def iterate_augmented_batches(
 
 def set_saved_weights(loop: TrainingLoop, plan: RunPlan) -> int:
     """Replace the last weights with those that the run saves, and tell of which step they are."""
+    # Averaging serves the last weights only. The best checkpoint was measured as it is, and its
+    # mean with the start never was.
     if plan.options.select == "best":
         step = loop.load_best_weights()
         loop.reporter.print_line("selected", f"the checkpoint of step {step:,}")
@@ -408,7 +446,7 @@ def set_saved_weights(loop: TrainingLoop, plan: RunPlan) -> int:
 
 
 def evaluate_nothing(model: Any = None) -> dict[str, Any]:
-    """Return the metrics of a run without held-out images."""
+    """Stand in for an evaluator if no images are held out."""
     return {"num_images": 0, "num_unreadable_images": 0}
 
 
@@ -445,8 +483,7 @@ def find_nearest_images(
 def store_statistics(setup: TrainingSetup, data: TrainingData) -> None:
     """Store class statistics in a trained model, from one pass over some of its training images.
 
-    Unknown images are those whose distance is larger than that of most images that the model was
-    not trained on.
+    An image is unknown if it is farther away than most images that the model was not trained on.
     """
     if setup.build_pass is None:
         return
@@ -455,6 +492,8 @@ def store_statistics(setup: TrainingSetup, data: TrainingData) -> None:
     tokens, labels = compute(data.train)
     statistics = ClassStatistics.fit(tokens, labels, model.config.num_labels)
     other_images = data.held_out if data.selection is None else data.selection
+    # The threshold comes from images that the model was not trained on: training images lie closer
+    # to the means of their classes than any new image does.
     if len(other_images) >= MIN_DISTANCE_IMAGES:
         distances = statistics.compute_distances(compute(other_images)[0])
         threshold = float(np.quantile(distances, KNOWN_RECALL, method="higher"))
@@ -465,14 +504,17 @@ def store_statistics(setup: TrainingSetup, data: TrainingData) -> None:
 def compute_tokens(
     build_pass: Any, model: Any, images: LabeledImages
 ) -> tuple[dict[Token, np.ndarray], np.ndarray]:
-    """Return the features of each token and the labels of some labeled images."""
+    """Compute what the class statistics are made of: the features of each token, and the labels."""
     layout = FeatureLayout.for_extra_heads(model.config, NUM_LAST_LAYERS)
     # the steps and evaluations have named the unreadable images
     statistics_pass = build_pass(images.draw(MAX_STATISTICS_IMAGES), layout, warn=ignore_message)
     features = statistics_pass(model)
+    # An image without a label (-100) belongs to no mean.
     features = features.take(features.labels >= 0)
     tokens = features.get_tokens()
-    if count_output_tokens(model.vitcls, None, {}) is not None:  # only CLS in the last layer
+    # A classifier on CLS skips the patches of the last layer, so at inference they have no
+    # distance.
+    if count_output_tokens(model.vitcls, None, {}) is not None:
         del tokens[-1, "mean"]
     return tokens, features.labels
 

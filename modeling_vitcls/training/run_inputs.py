@@ -69,6 +69,7 @@ def set_up(asked: TrainOptions, lock: FolderLock) -> Launch:
         asked.log_with,
         folder / "trackers",
     )
+    # Before any model is built: every process must draw the same random weights.
     set_seed(asked.seed)
 
     reporter = Reporter(folder / output_folder.METRICS_FILE, accelerator)
@@ -79,12 +80,16 @@ def set_up(asked: TrainOptions, lock: FolderLock) -> Launch:
     def open_folder() -> tuple[Checkpoint | None, bool]:
         """Find the checkpoint to resume from, and tell whether the run to resume is finished."""
         lock.acquire()
+        # The results are looked for first: a finished run may have no checkpoints left to continue
+        # from, and has nothing left to do.
         if asked.resume and output_folder.is_finished(folder):
             check_flags_unchanged(read_finished_flags(folder), to_flags(asked), folder)
             return None, True
         checkpoint = store.load_newest(reporter.warn) if asked.resume else None
         if checkpoint is not None:
             check_flags_unchanged(checkpoint.metadata["flags"], to_flags(asked), folder)
+        # Nothing is removed yet. `prepare` removes the old files after the data and the model were
+        # read without an error, so a typo costs no finished run.
         elif asked.overwrite:
             sources = {name: getattr(asked, name, None) for name in SOURCE_FLAGS}
             output_folder.check_sources_not_removed(folder, sources)
@@ -92,6 +97,7 @@ def set_up(asked: TrainOptions, lock: FolderLock) -> Launch:
             output_folder.check_replaceable(folder, store)
         return checkpoint, False
 
+    # One process looks at the folder for all of them. The others would wait for its lock.
     checkpoint, is_finished = run_on_main(accelerator, open_folder)
     return Launch(accelerator, reporter, store, asked, checkpoint, is_finished)
 
@@ -103,29 +109,36 @@ def load(recipe: Recipe, launch: Launch) -> RunInputs:
     options = recipe.check_options(launch.asked)
     recorded_precision = None
     if checkpoint is not None:
-        # not derived again: another machine might derive other values
+        # Derived values come from the record: this machine might derive others.
         chosen = checkpoint.metadata["flags"]["chosen"]
         options = replace(options, **select_chosen_values(chosen, to_flags(options)))
         recorded_precision = checkpoint.metadata["mixed_precision"]
     with accelerator.main_process_first():  # only the main process downloads files
         # a preset is on no Hub
         pinned = ("teacher",) if is_preset(options.model) else SOURCE_FLAGS
+        # The commit is fixed before the first file is read. Otherwise, a push to the Hub in the
+        # meantime could combine the configuration of one version with the weights of another.
         options = convert_sources(options, pin_revision, pinned)
         initial = resolve_initial_model(options.model)
     load_images = partial(recipe.load_images, options, initial)
+    # Before the model is built, which needs to know the labels.
     images = load_on_main(accelerator, options.dataset, load_images)
 
     with accelerator.main_process_first():
         size_line = None
+        # The size is chosen before the weights are read, because they are resampled to it as they
+        # load.
         keeps_size = isinstance(options, PretrainOptions) or options.image_size is not None
         if not keeps_size and initial.folder is not None:
             config_values = options.get_config_values()
             size, size_line = choose_image_size(initial.folder.path, config_values)
             options = replace(options, image_size=size)
+        # Some defaults depend on the number of images and on the image size, hence after both.
         options, defaults_line = resolve_defaults(options, initial, len(images.train))
         setup = recipe.build_setup(options, initial, images, launch.reporter)
+        # Counted on the part that is saved, not on the decoder or projector of pre-training.
         forward_flops = (setup.encoder or setup.model).flops()
-    # the default depends on the width of the model
+    # The default depends on the width of the model, so the accelerator gets it only now.
     precision_text = set_mixed_precision(
         accelerator, options.mixed_precision, setup.model.config, recorded_precision
     )

@@ -75,7 +75,7 @@ def build_run_record(
 ) -> dict[str, Any]:
     """Build what checkpoints contain about the run, and compare it with the checkpoint to resume.
 
-    Raise ValueError if the run differs from that of the checkpoint.
+    Raise ValueError if the checkpoint belongs to a different run.
     """
     options, accelerator, checkpoint = plan.options, launch.accelerator, launch.checkpoint
     assert options.batch_size is not None, "the defaults set it"
@@ -180,7 +180,7 @@ def print_result(
 
 
 def describe_result(results: dict[str, Any], result_metrics: tuple[str, ...]) -> str:
-    """Return the result as text: that of held-out images, or the estimate of cross-validation."""
+    """Return the result as text: measured on held-out images, or estimated by cross-validation."""
     if results["split"] != "cross-validation":
         return format_result(results, result_metrics)
     record = results["frozen"]

@@ -40,7 +40,7 @@ class SignalHandler:
         accelerate, N processes   torchrun's agent forwards both signals to all processes, including DataLoader
                                   workers, and kills the processes after 30 s
 
-    The launcher's exit status may differ from that of the run (128 plus the signal's number):
+    The launcher may exit with another status than the run (128 plus the signal's number):
     torchrun's agent exits with 1 after any signal. Signal handlers are installed only in the main
     thread, because Python does not allow other threads to install handlers. Signals that are
     already ignored, for example Ctrl-C in background jobs of a shell, remain ignored.
@@ -84,6 +84,8 @@ class SignalHandler:
             self.received_signal = signal.Signals(signum)
 
         first_time = self.signal_times.setdefault(signum, now)
+        # A launcher may send its own copy of the first Ctrl-C within moments; only a person who
+        # waits and repeats it means it.
         if (
             signum == signal.SIGINT
             and now - min(self.signal_times.values()) > MAX_FORWARDING_SECONDS
@@ -98,10 +100,13 @@ class SignalHandler:
 
         The result is the same on all processes. This method must be called on all processes.
         """
+        # Accelerate may end on SIGTERM without forwarding it. Then this process has a new parent.
         if self.received_signal is None and self.parent_pid not in (None, os.getppid()):
             self.received_signal = signal.SIGTERM
         signum = int(self.received_signal or 0)
         if self.process_group is not None:
+            # The maximum over the processes: they must stop after the same step, or the rest would
+            # wait in the next one for those that have stopped.
             max_signum = torch.tensor(signum)
             distributed.all_reduce(
                 max_signum, op=distributed.ReduceOp.MAX, group=self.process_group
