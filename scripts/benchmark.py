@@ -203,8 +203,8 @@ def load_model(source: str, folder: Path) -> Any:
 
     A preset gets random weights.
     """
-    loaded, _, folder = load_exportable_model(source)
-    model: Any = randomize_weights(loaded) if folder is None else loaded
+    loaded, _, source_folder = load_exportable_model(source)
+    model: Any = randomize_weights(loaded) if source_folder is None else loaded
     model.save_pretrained(folder)
     return model
 

@@ -63,12 +63,8 @@ HIDDEN_OPACITY = 0.3  # of the part of the photo that the model does not see
 UNUSED_OPACITY = 0.35  # of maps that no output of the model depends on
 
 
-class Tile(NamedTuple):
-    """A picture, and the text above it."""
-
-    picture: Image.Image
-    caption: str
-    is_used: bool = True
+# a picture, the text above it, and whether an output of the model depends on it
+Tile = tuple[Image.Image, str, bool]
 
 
 class Row(NamedTuple):
@@ -213,7 +209,7 @@ def draw_attributions(measurements: PhotoMeasurements, photo: Image.Image) -> li
     if not attributions:
         return []
     tiles = [
-        Tile(overlay(photo, values), f"{probability:.0%}")
+        (overlay(photo, values), f"{probability:.0%}", True)
         for _, (_, probability), values in attributions
     ]
     return draw_rows(
@@ -267,13 +263,13 @@ def draw_layers(measurements: PhotoMeasurements, photo: Image.Image) -> list[Str
 
     used = range(measurements.patch_layer)
     features = [
-        Tile(to_picture(colors.numpy()), f"{sum(shares):.0%}", layer in used)
+        (to_picture(colors.numpy()), f"{sum(shares):.0%}", layer in used)
         for layer, (colors, shares) in enumerate(
             zip(measurements.colors, measurements.explained_variance, strict=True)
         )
     ]
     norms = [
-        Tile(color_norms(values), f"{values.min():.3g} to {values.max():.3g}", layer in used)
+        (color_norms(values), f"{values.min():.3g} to {values.max():.3g}", layer in used)
         for layer, values in enumerate(measurements.norms)
     ]
     rows.append(Row("patches", "features", DARK_GRAY, features))
@@ -295,7 +291,7 @@ def build_attention_row(
     """
     color = GROUP_COLORS[measurements.token_groups[index]]
     tiles = [
-        Tile(color_attention(values), f"{values.sum():.0%}", num_used is None or layer < num_used)
+        (color_attention(values), f"{values.sum():.0%}", num_used is None or layer < num_used)
         for layer, values in enumerate(maps)
     ]
     return Row(measurements.token_names[index], note, color, tiles)
@@ -344,12 +340,12 @@ def draw_row(row: Row, tiles: Sequence[Tile], width: int, height: int) -> Strip:
     """Draw some tiles of a row, of this size, below their captions."""
     top = 24
     strip = Strip(top + max(height, 40) + 6)  # the name and the note need 40 pixels
-    for x, tile in enumerate_columns(tiles, width):
-        picture = scale_picture(tile.picture, width, height)
-        if not tile.is_used:
+    for x, (unscaled, caption, is_used) in enumerate_columns(tiles, width):
+        picture = scale_picture(unscaled, width, height)
+        if not is_used:
             picture = Image.blend(Image.new("RGB", picture.size, "white"), picture, UNUSED_OPACITY)
         strip.picture.paste(picture, (x, top))
-        strip.write(x, top - 4, tile.caption, 7)
+        strip.write(x, top - 4, caption, 7)
 
     middle = top + height // 2
     name = "\n".join(textwrap.wrap(shorten_middle(row.name, 36), 13))

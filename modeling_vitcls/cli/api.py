@@ -428,9 +428,8 @@ def verify_unchanged(
     """
     from ..training.certificate import verify_models
 
-    return verify_models(
-        build_options(VerifyUnchangedOptions, old=old, new=new, dataset=dataset, **flags)
-    )
+    options = build_options(VerifyUnchangedOptions, old=old, new=new, dataset=dataset, **flags)
+    return verify_models(options.old, options.new, options.dataset, options.split)
 
 
 # Options ------------------------------------------------------------------------------------------

@@ -16,5 +16,5 @@ def run(options: VerifyUnchangedOptions) -> None:
     """Compare the models, and exit with status 1 if they differ."""
     from ..training.certificate import verify_models
 
-    if verify_models(options)["difference"] is not None:
+    if verify_models(options.old, options.new, options.dataset, options.split)["difference"]:
         raise SystemExit(1)

@@ -73,7 +73,7 @@ def read_csv(file: Path, text: str) -> dict[str, list[str]]:
     import pandas
 
     preamble = PREAMBLE.match(text)
-    assert preamble is not None
+    assert preamble is not None, "the pattern matches any text"
     header, _, rows = text[preamble.end() :].partition("\n")
     separator = preamble["separator"] or max(SEPARATORS, key=header.count)
     # separators at the end of a line, which some programs add

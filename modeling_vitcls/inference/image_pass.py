@@ -80,7 +80,7 @@ def pass_over_images(
         autocast: function that returns a context manager for a forward pass.
     """
     for batch in batches:
-        assert batch.pixel_values is not None
+        assert batch.pixel_values is not None, "batches without an image are skipped before"
         with torch.no_grad(), autocast():
             outputs = compute(batch.pixel_values.to(device))
         yield batch, outputs

@@ -33,7 +33,6 @@ from ..model.modeling_vitcls import (
 )
 from ..runtime.files import read_json
 from ..runtime.system import format_device_name, get_versions, has_bfloat16
-from .options import VerifyUnchangedOptions
 
 
 MODEL_CLASSES = {
@@ -245,29 +244,29 @@ def describe_certificate(certificate: dict[str, Any]) -> str:
 # Two models ---------------------------------------------------------------------------------------
 
 
-def verify_models(options: VerifyUnchangedOptions) -> dict[str, Any]:
-    """Compare two models, print and return the result.
+def verify_models(
+    old: str, new: str, dataset: str | None = None, split: str | None = None
+) -> dict[str, Any]:
+    """Compare two models on a split of a dataset or on random pixels, print and return the result.
 
     The result is the certificate with `difference` None, or only `difference`.
 
     Raises:
         ValueError, OSError: if a model or the dataset cannot be read.
     """
-    old_folder = open_vitcls(options.old)
-    new_folder = open_vitcls(options.new)
+    old_folder = open_vitcls(old)
+    new_folder = open_vitcls(new)
     # An unreadable model is an error, and not a difference.
     load_old_model(new_folder)
-    old = load_old_model(old_folder)
-    if options.dataset is not None:
-        data = load_evaluation_data(
-            DataOptions(dataset=options.dataset), options.split, use_labels=False
-        )
+    config = load_old_model(old_folder).config
+    if dataset is not None:
+        data = load_evaluation_data(DataOptions(dataset=dataset), split, use_labels=False)
         pixels = read_pixels(data.images, old_folder.load_processor())
     else:
         generator = torch.Generator().manual_seed(0)
-        height, width = old.config.image_height_width
+        height, width = config.image_height_width
         pixels = list(
-            torch.randn(NUM_IMAGES, old.config.num_channels, height, width, generator=generator)
+            torch.randn(NUM_IMAGES, config.num_channels, height, width, generator=generator)
         )
 
     try:

@@ -155,7 +155,7 @@ def match_labels(
             f"dataset, but has {names_text}. Use a teacher that was trained on the dataset's labels"
         )
 
-    assert names is not None
+    assert names is not None, "a teacher without names lacks every label"
     note = ""
     if len(names) > len(labels):
         note = f"{len(labels)} of the teacher's {len(names)} labels are used"
