@@ -11,12 +11,6 @@ from modeling_vitcls import ViTCLSForImageClassification, ViTCLSForMultiTaskClas
 from modeling_vitcls.analysis.token_use import PATCHES, TokenUse
 
 
-def test_a_model_without_a_head_outputs_all_tokens_but_registers():
-    config = build_tiny_config(num_cls_tokens=2, num_distillation_tokens=1, num_register_tokens=1)
-    assert TokenUse(config, has_head=False).read_tokens == {0, 1, 2, PATCHES}
-    assert TokenUse(config, has_head=False).num_layers == [2, 2, 2, 1, 2]
-
-
 @pytest.mark.parametrize(
     ("fields", "has_head", "expected"),
     [

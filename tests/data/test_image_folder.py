@@ -343,9 +343,6 @@ def test_folders_with_metadata_are_never_ambiguous(tmp_path: Path, other: str) -
     ).images
     assert list(images.labels) == [0, 1]
     assert images.images.get_names() == names
-    (tmp_path / "metadata.csv").write_text("label\na\n", encoding="utf-8")
-    with raises_one_line("metadata.csv"):
-        load(tmp_path)
 
 
 def test_all_formats_that_can_be_decoded_are_images(tmp_path: Path) -> None:

@@ -154,13 +154,6 @@ def test_several_tasks_have_separate_columns(models: Path, photos: Path, tmp_pat
     predict_images(options)
 
     table = pq.read_table(tmp_path / "out.parquet")
-    assert table.column_names[2:6] == [
-        "age_label",
-        "age_probability",
-        "age_label_2",
-        "age_probability_2",
-    ]
-    assert table.column_names[6:-1:2] == ["species_label", "species_label_2", "species_label_3"]
 
     model = ViTCLSForMultiTaskClassification.from_pretrained(models / "several_tasks")
     with torch.no_grad():

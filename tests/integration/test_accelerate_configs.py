@@ -93,29 +93,28 @@ def load_weights(folder: Path) -> dict[str, torch.Tensor]:
     }
 
 
+def train_two(folder: Path, environment: dict[str, str]) -> Path:
+    """Train on two CPU processes, without warnings, and return the folder of the model."""
+    log = folder / "log"
+    flags = (*RUN, *STEPS, "--output-dir", folder / "model")
+    run_together("finetune.py", *flags, log=log, environment=OFFLINE | environment)
+    output = log.read_text() + log.with_name("log.errors").read_text()
+    assert "WARNING" not in output
+    assert "Warning" not in output
+    return folder / "model"
+
+
 @pytest.fixture(scope="module")
 def ddp(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Train on two CPU processes, each with the whole model."""
-    folder = tmp_path_factory.mktemp("ddp") / "model"
-    log = folder.with_name("log")
-    run_together("finetune.py", *RUN, *STEPS, "--output-dir", folder, log=log, environment=OFFLINE)
-    assert "arning" not in log.read_text() + log.with_name("log.errors").read_text()
-    return folder
+    return train_two(tmp_path_factory.mktemp("ddp"), {})
 
 
 @pytest.fixture(scope="module")
 def fsdp2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Train on two CPU processes, each with a shard of the weights."""
-    folder = tmp_path_factory.mktemp("fsdp2") / "model"
-    log = folder.with_name("log")
-    environment = OFFLINE | get_launcher_environment("fsdp2_cpu.yaml")
-    run_together(
-        "finetune.py", *RUN, *STEPS, "--output-dir", folder, log=log, environment=environment
-    )
-    output = log.read_text() + log.with_name("log.errors").read_text()
-    assert "WARNING" not in output
-    assert "Warning" not in output
-    return folder
+    environment = get_launcher_environment("fsdp2_cpu.yaml")
+    return train_two(tmp_path_factory.mktemp("fsdp2"), environment)
 
 
 # The files ----------------------------------------------------------------------------------------

@@ -31,15 +31,16 @@ def finetune(output_dir: Path, *flags: str) -> int:
 # The output folder --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize(
+    ("command", "folder"), [*((command, "runs/first") for command in COMMANDS), ("finetune", ".")]
+)
 def test_an_output_folder_in_the_dataset_is_refused_before_anything_is_written(
-    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    command: str, folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The figures of the run would become a class of the next run."""
     photos = write_photos(tmp_path / "photos", range(5))
     files = sorted(tmp_path.rglob("*"))
-    output = photos / "runs" / "first"
-    flags = ["--dataset", str(photos), "--output-dir", str(output)]
+    flags = ["--dataset", str(photos), "--output-dir", str(photos / folder)]
 
     assert run_here(command, *COMMANDS[command], *flags) == 1
 
@@ -47,15 +48,6 @@ def test_an_output_folder_in_the_dataset_is_refused_before_anything_is_written(
     assert error.count("\n") == 1
     assert "is in the folder of the dataset" in error
     assert sorted(tmp_path.rglob("*")) == files
-
-
-def test_the_folder_of_the_dataset_is_no_output_folder(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    photos = write_photos(tmp_path / "photos", range(5))
-    assert finetune(photos, "--dataset", str(photos)) == 1
-    assert "is in the folder of the dataset" in capsys.readouterr().err
-    assert not (photos / "config.resolved.yaml").exists()
 
 
 def test_runs_next_to_split_folders_can_be_repeated(tmp_path: Path) -> None:

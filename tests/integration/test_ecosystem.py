@@ -110,37 +110,6 @@ def test_the_feature_extraction_pipeline_has_the_tokens_or_the_pooled_vector(
 # Trainer ------------------------------------------------------------------------------------------
 
 
-class Examples(torch.utils.data.Dataset):
-    """Random images with the given labels."""
-
-    def __init__(self, labels: torch.Tensor) -> None:
-        self.images = build_images(len(labels))
-        self.labels = labels
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        return {"pixel_values": self.images[index], "labels": self.labels[index]}
-
-
-def build_trainer(
-    model: Any, dataset: Any, folder: Path, *, trainer: Any = None, **arguments: Any
-) -> Trainer:
-    """Return a Trainer on the CPU without trackers; `trainer` has its other arguments."""
-    values = {
-        "output_dir": str(folder),
-        "use_cpu": True,
-        "report_to": [],
-        "disable_tqdm": True,
-        "logging_steps": 1,
-    }
-    settings = TrainingArguments(**(values | {"save_strategy": "no"} | arguments))
-    return Trainer(
-        model=model, args=settings, train_dataset=dataset, eval_dataset=dataset, **(trainer or {})
-    )
-
-
 def test_the_example_of_the_image_classification_page_trains_and_saves(tmp_path: Path) -> None:
     """Metrics, the best model and `predict`, with a model that has class statistics."""
 
@@ -152,15 +121,15 @@ def test_the_example_of_the_image_classification_page_trains_and_saves(tmp_path:
     model = build_tiny_classifier()
     features = np.random.default_rng(0).normal(size=(12, model.config.hidden_size))
     ClassStatistics.fit({(-1, "cls"): features}, np.arange(12) % 3, 3).set_in_model(model)
-    data = Examples(torch.arange(12) % 3)
-    trainer = build_trainer(
-        model,
-        data,
-        tmp_path,
-        trainer={
-            "processing_class": ViTCLSImageProcessor(size=32),
-            "compute_metrics": compute_metrics,
-        },
+    data = [
+        {"pixel_values": image, "labels": index % 3} for index, image in enumerate(build_images(12))
+    ]
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path),
+        use_cpu=True,
+        report_to=[],
+        disable_tqdm=True,
+        logging_steps=1,
         max_steps=30,
         learning_rate=3e-3,
         per_device_train_batch_size=12,
@@ -171,6 +140,14 @@ def test_the_example_of_the_image_classification_page_trains_and_saves(tmp_path:
         save_steps=30,
         load_best_model_at_end=True,
         metric_for_best_model="accuracy",
+    )
+    trainer = Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=data,
+        eval_dataset=data,
+        processing_class=ViTCLSImageProcessor(size=32),
+        compute_metrics=compute_metrics,
     )
     before = trainer.evaluate()["eval_loss"]
     trainer.train()

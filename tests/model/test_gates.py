@@ -130,13 +130,6 @@ def test_tokens_are_not_gated_if_the_attention_does_not_support_gates(
 
 
 @torch.no_grad()
-def test_a_gate_does_not_exceed_one() -> None:
-    gates = TokenGates(build_tiny_config(num_register_tokens=3, gated_tokens={"registers": 3}))
-    gates.gates.copy_(torch.tensor([1.0, 3.0, -2.0]) * TokenGates.OPEN)
-    assert gates.get_gate_values().tolist() == [1, 1, 1]
-
-
-@torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("loader", [ViTCLSModel, AutoModel])
 def test_open_gates_are_removed_when_a_checkpoint_is_loaded(

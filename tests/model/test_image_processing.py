@@ -2,11 +2,9 @@
 
 import base64
 import functools
-import http.server
 import json
 import os
 import threading
-from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -17,8 +15,10 @@ import PIL.EpsImagePlugin
 import PIL.Image
 import pytest
 import torch
+from helpers.local_hub import LocalHub
 from helpers.tiny_models import raises_one_line
 from sklearn.datasets import load_sample_images
+from transformers.testing_utils import CaptureLogger
 
 from modeling_vitcls import ViTCLSImageProcessor, ViTCLSImageProcessorPil
 from modeling_vitcls.model import image_processing_vitcls
@@ -165,20 +165,6 @@ def test_images_of_several_shapes_are_returned_as_a_list(backend: type) -> None:
 # Sources ------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def web_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Serve the files in tmp_path on this machine, and return the address."""
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    huggingface_hub.close_session()  # the client reads its environment once, at import
-    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
-    huggingface_hub.close_session()
-
-
 def test_paths_bytes_images_arrays_and_tensors_are_the_same_image(
     backend: type, tmp_path: Path
 ) -> None:
@@ -210,18 +196,17 @@ def test_paths_bytes_images_arrays_and_tensors_are_the_same_image(
 
 
 def test_images_are_downloaded_and_failed_downloads_name_their_address(
-    backend: type, tmp_path: Path, web_server: str
+    backend: type, hub: LocalHub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "folder").mkdir()
-    for name in ("image.png", "folder/index.html"):
-        (tmp_path / name).write_bytes(encode(build_gradient()))
-
-    for address in ("image.png", "folder"):  # the server redirects folder to folder/
-        found = as_hwc(get_raw_values(backend, f"{web_server}/{address}"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    image = encode(build_gradient())
+    hub.create("ann/photos", private=False, files={"image.png": image, "image.bin": image})
+    address = f"{hub.url}/ann/photos/resolve/main"
+    for name in ("image.png", "image.bin"):  # the second one is redirected
+        found = as_hwc(get_raw_values(backend, f"{address}/{name}"))
         np.testing.assert_array_equal(found, np.array(build_gradient()))
-    assert f"{web_server}/missing.png" in (
-        message := get_error(backend, f"{web_server}/missing.png")
-    )
+    message = get_error(backend, f"{address}/missing.png")
+    assert f"{address}/missing.png" in message
     assert "404" in message
 
 
@@ -365,15 +350,13 @@ def test_ten_to_fourteen_bits_are_scaled_by_the_bit_depth(backend: type, is_arra
 def test_an_almost_black_file_of_sixteen_bits_is_named_with_its_largest_value(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    warnings: list[str] = []
     monkeypatch.setattr(image_processing_vitcls, "REPORTED_BIT_DEPTHS", set())
-    monkeypatch.setattr(image_processing_vitcls.logger, "warning", warnings.append)
     PIL.Image.fromarray(np.full((4, 6), 1000, np.uint16)).save(tmp_path / "scan.png")
-    for _ in range(2):
-        ViTCLSImageProcessor()(tmp_path / "scan.png", return_tensors="pt")
-    (warning,) = warnings
-    assert "scan.png' is 1,000, so the image is almost black" in warning
-    assert "set bit_depth=10" in warning
+    with CaptureLogger(image_processing_vitcls.logger) as logs:
+        for _ in range(2):
+            ViTCLSImageProcessor()(tmp_path / "scan.png", return_tensors="pt")
+    assert logs.out.count("scan.png' is 1,000, so the image is almost black") == 1
+    assert "set bit_depth=10" in logs.out
 
 
 @pytest.mark.parametrize("do_rescale", [True, False])

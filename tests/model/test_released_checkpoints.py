@@ -4,7 +4,6 @@ The checkpoints are in fixtures/released/; released_models.py writes the checkpo
 release.
 """
 
-import logging
 import warnings
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,8 @@ from helpers.released_models import ANSWERS, KINDS, RELEASED, compute_outputs
 from helpers.tiny_models import build_tiny_config, randomize
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoImageProcessor, AutoModel
+from transformers.testing_utils import CaptureLogger
+from transformers.utils import logging
 
 import modeling_vitcls as vitcls
 from modeling_vitcls.version import __version__
@@ -26,18 +27,6 @@ CHECKPOINTS = sorted(path.parent for path in RELEASED.glob("*/*/config.json"))
 each_checkpoint = pytest.mark.parametrize(
     "folder", CHECKPOINTS, ids=["/".join(path.parts[-2:]) for path in CHECKPOINTS]
 )
-
-
-@pytest.fixture
-def log_messages() -> Any:
-    """Return the warnings and errors that transformers logs."""
-    records: list[str] = []
-    handler = logging.Handler(logging.WARNING)
-    handler.emit = lambda record: records.append(record.getMessage())  # type: ignore[method-assign]
-    logger = logging.getLogger("transformers")
-    logger.addHandler(handler)
-    yield records
-    logger.removeHandler(handler)
 
 
 def load_model(folder: Path, **values: Any) -> tuple[Any, dict[str, Any]]:
@@ -56,15 +45,15 @@ def test_this_version_has_its_checkpoints() -> None:
 
 @each_checkpoint
 def test_released_models_load_without_warnings_and_outputs_are_unchanged(
-    folder: Path, log_messages: list[str]
+    folder: Path,
 ) -> None:
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), CaptureLogger(logging.get_logger("transformers")) as logs:
         warnings.simplefilter("error")
         model, info = load_model(folder)
         processor = AutoImageProcessor.from_pretrained(folder)
         found = compute_outputs(model, processor)
 
-    assert not log_messages
+    assert not logs.out
     assert not any(info.values()), info
     assert {weights.dtype for weights in model.parameters()} == {torch.float32}
 

@@ -1,14 +1,12 @@
 """`scripts/push_space.py`: the files of a Space, pushes, and contradicting flags."""
 
 import importlib.metadata
-import sys
 from pathlib import Path
 
 import pytest
 from helpers.local_hub import LocalHub
 from helpers.tiny_models import raises_one_line, save_classifier
 from huggingface_hub import SpaceCard
-from packaging.requirements import Requirement
 
 from modeling_vitcls.hub.model_folder import ModelFolder
 from modeling_vitcls.publishing.push import push_folder
@@ -53,12 +51,7 @@ def test_a_space_shows_a_commit_of_a_model(hub: LocalHub, tmp_path: Path) -> Non
 
     card = SpaceCard(space["README.md"]).data
     assert (card.sdk, card.sdk_version) == ("gradio", importlib.metadata.version("gradio"))
-    assert card.python_version == "{}.{}".format(*sys.version_info)
-    assert (card.models, card.license, card.app_file) == (["ann/mine"], "apache-2.0", "app.py")
-    assert f"{hub.url}/ann/mine/tree/{first}" in space["README.md"]
-
-    names = {Requirement(line).name for line in space["requirements.txt"].split()}
-    assert {"torch", "transformers"} <= names
+    assert (card.models, card.app_file) == (["ann/mine"], "app.py")
 
     run(SpaceOptions("ann/mine", output=tmp_path / "space"))
     assert f"COMMIT = '{newest}'\n" in (tmp_path / "space" / "app.py").read_text()
@@ -79,11 +72,10 @@ def test_weights_of_private_models_are_published_in_private_spaces_only(
     commit = push_folder(
         ModelFolder(save_classifier(tmp_path / "mine")), "ann/mine", private=True
     ).commit
-    config = {"id2label": {"0": "cat"}}
 
     def export(source: str, folder: Path) -> None:
         folder.mkdir(parents=True)
-        write_json(folder / "config.json", config | {"source": source})
+        write_json(folder / "config.json", {"id2label": {"0": "cat"}, "source": source})
 
     monkeypatch.setattr("space.transformers_js.export_for_transformers_js", export)
     with raises_one_line("ann/mine", "--private"):
@@ -93,12 +85,6 @@ def test_weights_of_private_models_are_published_in_private_spaces_only(
     names = {".gitattributes", "README.md", "index.html", "app.js", "model/config.json"}
     assert set(hub.files("spaces/ann/page")) == names
     assert f'"ann/mine@{commit}"' in hub.read("spaces/ann/page", "model/config.json").decode()
-    card = SpaceCard(hub.read("spaces/ann/page", "README.md").decode())
-    assert (card.data.sdk, card.data.license, card.data.models) == (
-        "static",
-        "apache-2.0",
-        ["ann/mine"],
-    )
     run(SpaceOptions("ann/mine"))
     assert not hub.repositories["spaces/ann/mine-demo"].private
 
