@@ -103,7 +103,7 @@ class Effect:
 
     @property
     def is_beyond_limit(self) -> bool:
-        """Whether the effect is measurable, and more than that of a random token.
+        """Whether the effect is measurable, and more than a random token would have.
 
         It exceeds the limit of its null distribution, or a random token in its place costs
         accuracy.
@@ -117,7 +117,7 @@ class Effect:
 
     @property
     def comparison(self) -> str:
-        """How the effect compares with that of a random token, for the table."""
+        """How the effect compares with a random token's, for the table."""
         if self.num_images < MIN_IMAGES:
             return f"under {MIN_IMAGES} images"
         if not self.is_measurable:
@@ -146,6 +146,7 @@ def compute_ablations(
     """
     config = model.config
     targets = get_ablation_targets(config.token_layout)
+    # A generator of its own, so the same tokens are redrawn at every call.
     generator = torch.Generator().manual_seed(0)
     ablations: Ablations = {}
     if not targets:
@@ -171,8 +172,8 @@ def compute_ablations(
         # (redrawn key, output name) -> drops [images] per draw
         drops: dict[tuple[str, str], list[torch.Tensor]] = {}
         for key in draws:
-            # A redrawn token has other states, so it is replaced with its own means, not with those of
-            # the trained token.
+            # A redrawn token has other states than the trained one, so it is replaced with means of
+            # its own.
             with redraw_tokens(model, targets[key], generator):
                 redrawn_means, redrawn = collect_mean_states(model, batches, targets[key])
                 with replace_by_means(model, use, targets[key], redrawn_means):
@@ -260,6 +261,8 @@ def measure_changes(before: list[torch.Tensor], after: list[torch.Tensor]) -> to
 
     logits = torch.stack(before)  # [images, labels]
     root_mean_square = logits.square().mean().sqrt()
+    # In units of their spread over images, because a model with large logits has large changes. If
+    # they hardly vary, the unit has a minimum, or rounding errors would look like large effects.
     variances = (logits - logits.mean(dim=0)).square().mean(dim=1)  # [images]
     scale = (
         variances.mean()
@@ -334,10 +337,12 @@ def replace_by_means(
     encoder = model.base_model
     modules = [encoder.embeddings, *encoder.layers]
     if use.read_tokens.isdisjoint(indices):
-        modules.pop()  # a hook on the last layer would make the layer compute all tokens
+        # No output depends on the token there, and a hook would make the last layer compute all
+        # tokens.
+        modules.pop()
 
     with ExitStack() as hooks:
-        # compiled code does not call hooks
+        # Compiled code does not call hooks.
         hooks.enter_context(torch.compiler.set_stance("force_eager"))
         for module, means in zip(modules, mean_states, strict=False):
             hooks.enter_context(replace_tokens(module, indices, means))

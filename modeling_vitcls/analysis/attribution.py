@@ -117,6 +117,7 @@ class AttentionTrace:
         with torch.inference_mode(False), torch.enable_grad():
             logits = select_logits(self.outputs, target, task)  # [B]
             # None for layers above the last layer that the head reads
+            # The graph is kept, because the labels of one photo are attributed one after another.
             gradients = torch.autograd.grad(
                 logits.sum(),
                 [*attention_outputs, *self.read_tokens.values()],

@@ -134,6 +134,7 @@ def measure_photo(model: Any, processor: Any, image: Image.Image) -> PhotoMeasur
     decompositions = [decompose_patches(layer) for layer in features]
     colors = torch.stack([layer_colors for layer_colors, _ in decompositions])  # [L, gh, gw, 3]
 
+    # In a model of one layer, a token that no head reads is used in none. Its row shows this layer.
     *token_layers, patch_layer = [max(number, 1) for number in use.num_layers]
     names_by_group = get_token_names_by_group(config)
     token_names = [name for names in names_by_group.values() for name in names]

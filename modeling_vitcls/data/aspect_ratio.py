@@ -52,6 +52,8 @@ def set_resize(processor: Processor, resize: str, height_width: Size) -> None:
     height, width = height_width
     size = SizeDict(height=height, width=width)
     has_same_crop = processor.do_center_crop and dict(processor.crop_size) == dict(size)
+    # The checkpoint's own crop stays as it is: the resized side, computed again from the rounded
+    # ratio, could differ by a pixel.
     if resize == "crop" and has_same_crop:
         return
 

@@ -47,6 +47,8 @@ class Augmentation:
 
         if self.image_transform is not None:
             transformed_images = []
+            # The transforms of torchvision draw from the default generator, which is given back as
+            # it was.
             with torch.random.fork_rng(devices=[]):
                 for image, seed in zip(
                     pixels, (random_bits[:, 0] >> np.uint64(1)).tolist(), strict=True
@@ -57,7 +59,7 @@ class Augmentation:
 
         if not isinstance(pixels, torch.Tensor):
             pixels = torch.stack(list(pixels))
-        # in [0, 1)
+        # In [0, 1): the upper 53 bits, as many as a double holds.
         return self.batch_transform(pixels, (random_bits[:, 1:] >> np.uint64(11)) * 2.0**-53)
 
 

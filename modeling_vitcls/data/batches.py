@@ -112,6 +112,7 @@ class TrainingImages:
         """Find the first readable image from `index` on; return its index and its pixels."""
         num_images = len(self.source)
         for candidate in (number % num_images for number in range(index, index + num_images)):
+            # A file that failed once is not opened again in every epoch.
             if candidate not in self.errors:
                 try:
                     return candidate, self.load_pixels(candidate)
@@ -127,6 +128,7 @@ class TrainingImages:
         if index in self.cache:
             return self.cache[index]
         pixels = self.builder.prepare_image(self.source.images[index])
+        # All images or none: with a part of them, every batch would still wait for the rest.
         if pixels.nbytes * len(self.source) <= MAX_CACHE_BYTES:
             self.cache[index] = pixels
         return pixels

@@ -103,7 +103,7 @@ def scan_folder(path: Path) -> ImageFolder:
     """Return the files of a folder and its subfolders, sorted within each folder.
 
     Hidden files are ignored. Symbolic links to folders are followed, except cycles. The folders of
-    models and training runs, which contain figures, and those of the system are skipped. Raise
+    models and training runs, which contain figures, and folders of the system are skipped. Raise
     OSError if a folder cannot be read.
     """
 
@@ -120,6 +120,8 @@ def scan_folder(path: Path) -> ImageFolder:
         relative_parent = PurePosixPath(Path(parent).relative_to(path).as_posix())
         if RECIPE_FILE in files or set(CONFIG_FILES) <= set(files):
             folder.run_folders.append(str(relative_parent))
+            # The root is not skipped, but reported by `read_image_folder`: it would leave no image
+            # to read.
             if relative_parent.parts:
                 subfolders.clear()
                 continue
@@ -127,6 +129,8 @@ def scan_folder(path: Path) -> ImageFolder:
         visible = sorted(name for name in subfolders if not is_hidden(name))
         system = [name for name in visible if name.lower().startswith(SYSTEM_PREFIXES)]
         folder.system_folders.extend(str(relative_parent / name) for name in system)
+        # Changed in place, because `os.walk` visits the folders that remain in this list. A folder
+        # that was visited before is left out, or a link to a parent would never end.
         subfolders[:] = [
             name
             for name in visible
@@ -243,6 +247,8 @@ def build_labeled_splits(
             "separate folder, or set `dataset` to a table of images and labels"
         )
     warn_about_files(folder.path, unlabeled_images, "outside of class folders")
+    # One list of classes for all splits: a split without images of a class must not shift the
+    # others.
     feature = datasets.ClassLabel(names=classes)
     parts = {
         split: build_dataset(
@@ -263,7 +269,7 @@ def build_dataset(
 ) -> Any:
     """Return a `datasets.Dataset` with the column `image` of image files, and other columns.
 
-    `features` are the types of columns that differ from those of their values.
+    `features` are the types of columns whose values do not say it, such as class indices.
     """
     import datasets
     import pyarrow

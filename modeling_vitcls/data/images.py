@@ -90,6 +90,7 @@ class LabeledImages:
         """
         if num_images is None or num_images >= len(self):
             return self
+        # A permutation and not a choice: a larger number draws the same images, and more.
         indices = np.random.default_rng(seed).permutation(len(self))[:num_images]
         return self.select(np.sort(indices).tolist())
 
@@ -247,6 +248,8 @@ def compute_content_key(stream: BinaryIO) -> int:
         stream.seek(0)
         digest.update(stream.read())
     else:
+        # Files of one program often share their start, so the middle and the end are read, too. Whole
+        # files are compared only where it matters (`compute_digest`).
         for start in (0, size // 2, size - CONTENT_PART_BYTES):
             stream.seek(start)
             digest.update(stream.read(CONTENT_PART_BYTES))

@@ -4,7 +4,7 @@
     text, a number, a truth value                             its spelling: 001, 1 (also for 1.0), True
     the index of a `ClassLabel`                               the name that its split declares
     a list, text like ["a", "b"], text with a separator       one for each item
-    a list with 0 or 1 for each class                         those of the ones
+    a list with 0 or 1 for each class                         the classes that have a 1
     0 and 1 in one column for each class                      the names of these columns
 
     kind                          label of one image (`LabelSpace.index`)    batch of labels
@@ -369,7 +369,7 @@ def read_names(
     separator: str | None,
     has_vectors: bool,
 ) -> list[list[str]]:
-    """Return the label names of each image, whatever its cell contains (see the table above).
+    """Turn the cells of a column into label names, whatever they contain (see the table above).
 
     Args:
         values: cells of one label column.
@@ -380,6 +380,7 @@ def read_names(
         has_vectors: whether lists have one place for each of `classes`, with 0 or 1.
     """
     name_by_index: dict[str, str] = {}
+    # If names are numbers, a cell with 3 is the name "3", and not the class with this index.
     if is_declared or not any(name.removeprefix("-").isdecimal() for name in classes):
         name_by_index = {str(index): name for index, name in enumerate(classes)}
 
@@ -395,6 +396,7 @@ def read_names(
     known: dict[str, list[str]] = {}
     rows = []
     for value in values:  # large tables repeat few cells
+        # By spelling, because 1 and True are the same key of a dict, and lists are none.
         key = repr(value)
         if key not in known:
             known[key] = find_names(value)
@@ -465,7 +467,7 @@ def parse_list(value: Any) -> list[Any] | None:
 
 
 def spell_label(value: Any) -> str | None:
-    """Return a label as it is written, or None for a missing label.
+    """Spell a label as its file does, so that 001 stays 001; None for a missing label.
 
     Whole numbers have no decimal point; truth values are True and False.
     """

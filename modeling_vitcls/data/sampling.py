@@ -67,7 +67,8 @@ def draw_numbers(keys: np.ndarray, seed: int) -> np.ndarray:
 # Epochs -------------------------------------------------------------------------------------------
 
 
-@lru_cache(maxsize=4)  # a batch may span two epochs
+# Every image of a batch asks for the order of its epoch, and a batch may span two epochs.
+@lru_cache(maxsize=4)
 def shuffle_indices(num_images: int, seed: int, epoch: int) -> np.ndarray:
     """Return the indices of all images, shuffled with the seed of the epoch."""
     generator = torch.Generator().manual_seed(derive_seed(seed, epoch))

@@ -47,8 +47,8 @@ from .options import DataOptions
 from .tables import read_table
 
 
-# Suffix of a table -> its reader: tables.py, or one of the `datasets` library. The tables of a folder
-# are those of the first reader that has any.
+# Suffix of a table -> its reader: tables.py, or one of the `datasets` library. A folder is read by the
+# first reader that finds tables in it.
 READERS = {
     ".csv": "text",
     ".tsv": "text",
@@ -168,6 +168,8 @@ def load_table(options: DataOptions, use_labels: bool, select: SplitSelector) ->
     all_tables, facts = divide_by_column(
         splits, dataset, options.split_column, options.label_column or ()
     )
+    # Selected before the labels are read: a test split may hide its labels, which would be an
+    # error.
     tables = {split: all_tables[split] for split in select(list(all_tables))}
     features = next(iter(tables.values())).features
     column = find_image_column(dataset, features, options.image_column, options.label_column)
@@ -206,7 +208,7 @@ def load_table(options: DataOptions, use_labels: bool, select: SplitSelector) ->
 def drop_unlabeled_images(images: LabeledImages, name: str) -> LabeledImages:
     """Return the labeled images and log a warning about images without a label.
 
-    `name` is that of the split. Raise ValueError if no image has a label.
+    `name` names the split in messages. Raise ValueError if no image has a label.
     """
     if not isinstance(images.labels, list):
         return images
@@ -334,6 +336,7 @@ def explain_reading_errors(name: str) -> Iterator[None]:
     """
     import datasets
 
+    # The library logs what it then raises. Only the one line below is printed.
     verbosity = datasets.logging.get_verbosity()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     try:

@@ -83,7 +83,7 @@ class TrainingData:
 
     @property
     def class_ratio(self) -> float:
-        """Size of the largest class divided by that of the smallest; 1 for several labels per image."""
+        """How many times larger the largest class is than the smallest; 1 for several labels."""
         return compute_class_ratio(self.train)
 
     def build_splits_table(self, task: str = "") -> pd.DataFrame:
@@ -208,7 +208,8 @@ def load_training_data(
 
 
 def add_keys(splits: Mapping[str, LabeledImages]) -> dict[str, LabeledImages]:
-    """Return the splits with the keys of their images, and groups that contain all copies."""
+    """Make copies recognizable: add the keys of the images, and groups that contain all copies."""
+    # Over all splits at once: a copy of a training image in the test split has the same group.
     parts = {name: part.images.compute_content_keys() for name, part in splits.items()}
     _, copies = np.unique(np.concatenate(list(parts.values())), return_inverse=True)
     known = [part.groups for part in splits.values() if part.groups is not None]
@@ -221,7 +222,7 @@ def add_keys(splits: Mapping[str, LabeledImages]) -> dict[str, LabeledImages]:
 
 
 def join_groups(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Return groups [N] in which images are together that share either of two groups [N]."""
+    """Join two groupings [N]: images that share a group in either of them are together."""
     num_first = int(first.max(initial=-1)) + 1
     num_groups = num_first + int(second.max(initial=-1)) + 1
     pairs = (first, second + num_first)
@@ -240,6 +241,7 @@ def check_contradictions(parts: Sequence[Any], label_space: LabelSpace, dataset:
         return
     keys = np.concatenate([part.keys for part in parts])
     labels = np.concatenate([np.asarray(part.labels, np.int64) for part in parts])
+    # Missing images and empty files share a key, but they are no copies of each other.
     rows = find_contradictions(np.where(keys == NO_CONTENT_KEY, np.arange(len(keys)), keys), labels)
     if not len(rows):
         return
@@ -265,7 +267,7 @@ def check_contradictions(parts: Sequence[Any], label_space: LabelSpace, dataset:
 
 
 def find_contradictions(keys: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Return the images whose key [N] is also that of an image with another label [N]."""
+    """Find the images that share their key [N] with an image of another label [N]."""
     groups = pd.Series(labels).groupby(keys)
     return np.flatnonzero(groups.transform("min") < groups.transform("max"))
 
@@ -286,7 +288,7 @@ def choose_training_splits(reads_all: bool, names: Collection[str]) -> list[str]
 
 
 def select_held_out(images: LabeledImages, fraction: float, seed: int, dataset: str) -> np.ndarray:
-    """Return whether each image [N] is held out: a fraction of each class.
+    """Choose the held-out images, a fraction of each class: a mask [N].
 
     The units are the groups of the images. Raise ValueError if none of the images would be held
     out.
@@ -299,6 +301,7 @@ def select_held_out(images: LabeledImages, fraction: float, seed: int, dataset: 
     _, first, group = np.unique(images.groups, return_index=True, return_inverse=True)
     sizes = np.bincount(group)
     numbers = np.full(len(sizes), np.iinfo(np.uint64).max, np.uint64)
+    # A group takes the smallest number of its images: neither their order nor their names matter.
     np.minimum.at(numbers, group, draw_numbers(images.keys, seed))
     labels = np.array(images.labels)[first] if is_stratified(images) else np.zeros(len(first), int)
 
@@ -308,6 +311,8 @@ def select_held_out(images: LabeledImages, fraction: float, seed: int, dataset: 
         members = members[np.argsort(numbers[members], kind="stable")]
         if len(members) > 1:
             # of each class, at least one group is held out, and at least one is not
+            # A group counts from its middle, so a large one is rounded to the nearer side and not
+            # always up.
             middles = np.cumsum(sizes[members]) - sizes[members] / 2
             num_held_out = int((middles <= fraction * sizes[members].sum()).sum())
             is_held_out[members[: min(max(num_held_out, 1), len(members) - 1)]] = True
@@ -329,7 +334,7 @@ def is_stratified(images: LabeledImages) -> bool:
 
 
 def compute_class_ratio(images: LabeledImages) -> float:
-    """Divide the size of the largest class by that of the smallest; 1 for several labels."""
+    """Divide the sizes of the largest and the smallest class; 1 for several labels."""
     if not is_stratified(images):
         return 1.0
     sizes = Counter(images.labels).values()
@@ -349,7 +354,7 @@ def describe_held_out(images: LabeledImages, fraction: float, seed: int) -> str:
 
 
 def describe_data(training_data: TrainingData) -> dict[str, Any]:
-    """Return a description of the training data, to be stored in checkpoints."""
+    """Describe the training data for checkpoints, so that a resumed run notices a change."""
     parts = {"training": training_data.train, "held-out": training_data.held_out}
     description: dict[str, Any] = {"classes": training_data.label_space.columns}
     description |= {f"number of {name} images": len(part) for name, part in parts.items()}
@@ -369,7 +374,7 @@ def describe_data(training_data: TrainingData) -> dict[str, Any]:
 def describe_change(
     stored_description: dict[str, Any], current_description: dict[str, Any]
 ) -> str | None:
-    """Return the first difference between two outputs of `describe_data` as text, or None."""
+    """Say what has changed since the run started: the first difference, or None."""
     for name, current in current_description.items():
         stored = stored_description.get(name)
         if stored != current:

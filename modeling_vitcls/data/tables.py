@@ -52,7 +52,7 @@ def read_table(file: Path) -> Any:
 
 
 def read_text(file: Path) -> str:
-    """Return the text of a file in UTF-8 or UTF-16, without its byte order mark."""
+    """Read a text file as spreadsheets write it: UTF-8 or UTF-16, with any line ends."""
     with open_regular_file(file) as stream:
         content = stream.read()
     try:
@@ -75,6 +75,7 @@ def read_csv(file: Path, text: str) -> dict[str, list[str]]:
     preamble = PREAMBLE.match(text)
     assert preamble is not None, "the pattern matches any text"
     header, _, rows = text[preamble.end() :].partition("\n")
+    # A header of one column has no separator; `max` then returns the first, the comma.
     separator = preamble["separator"] or max(SEPARATORS, key=header.count)
     # separators at the end of a line, which some programs add
     rows = re.sub(rf"([ \t]*{re.escape(separator)})+[ \t]*$", "", rows, flags=re.MULTILINE)
@@ -125,9 +126,11 @@ def read_json_lines(file: Path, text: str) -> dict[str, list[Any]]:
 
 
 def build_column(values: Sequence[Any]) -> Any:
-    """Return a column as an Arrow array; as text if its values are of several types."""
+    """Build an Arrow array from the values of a column; of text if they have several types."""
     import pyarrow
 
+    # `isinstance(True, int)` is true, but a column with true and 1 is text, so the types are
+    # compared.
     types = {type(value) for value in values if value is not None}
     if len(types) <= 1 or types == {int, float}:
         try:
@@ -144,7 +147,7 @@ def build_column(values: Sequence[Any]) -> Any:
 def wrap_table(columns: Mapping[str, Any] | Any, features: Mapping[str, Any] | None = None) -> Any:
     """Return a `datasets.Dataset` of an Arrow table, or of values or Arrow arrays by column.
 
-    `features` are the types of columns that differ from those of their values.
+    `features` are the types of columns whose values do not say it, such as images.
     """
     import datasets
     import pyarrow

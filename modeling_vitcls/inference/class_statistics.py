@@ -7,14 +7,14 @@
 This is linear discriminant analysis (Gaussian classes with one covariance), which is better than
 logistic regression with few labels (Wang et al. 2024, arXiv 2402.04087). Each kind of token of each
 layer has its own means and covariance; the logits of all of them are averaged, so that the
-classifier is one linear layer on the concatenated tokens. The covariance is that of scikit-learn's
-`LinearDiscriminantAnalysis(solver="lsqr", shrinkage="auto")`: the average over the classes of
-Ledoit-Wolf estimates.
+classifier is one linear layer on the concatenated tokens. The covariance is the same as in
+scikit-learn's `LinearDiscriminantAnalysis(solver="lsqr", shrinkage="auto")`: the average over the
+classes of Ledoit-Wolf estimates.
 
 The logits of this classifier are overconfident, so that a model divides them by
 `config.temperature`. An added row is on the scale of the logits *before* this division: append it
 to the rows of `build_classifier`, and the temperature serves it as well. If the classifier was
-trained in another way, its logits h and those of the statistics, g, have different scales. The new
+trained in another way, its logits h and the logits of the statistics, g, have different scales. The new
 row is then put between the old ones by their means over the old classes: with the standard
 deviations over images and old classes of g and h, each centered for every image,
 `h_new = mean(h) + std(h) / std(g) * (g_new - mean(g))`. This is linear in the features, too.
@@ -86,6 +86,8 @@ class ClassStatistics:
                 covariance = own_covariance = np.eye(values.shape[1]) * (values.var() or 1.0)
             precision = linalg.inv(covariance, overwrite_a=True)
             means.append(mean)
+            # The inverse is symmetric up to rounding only, and a distance must not depend on the
+            # direction.
             precisions.append((precision + precision.T) / 2)
             sizes.append(float((precision * own_covariance).sum()))
         return cls(tuple(features), tuple(means), tuple(precisions), np.array(sizes), counts)
@@ -133,7 +135,7 @@ class ClassStatistics:
     def build_new_rows(self, num_old: int) -> tuple[np.ndarray, np.ndarray]:
         """Build rows [L, T * D] and biases [L] of the classes after the first `num_old`.
 
-        They continue those of `build_classifier` for the old classes. A new class is as frequent as
+        They continue the rows of `build_classifier` for the old classes. A new class is as frequent as
         the mean of the old ones; without images, it is never predicted.
         """
         weights, biases = self.compute_discriminants()
@@ -156,11 +158,14 @@ class ClassStatistics:
             self.tokens, self.means, self.precisions, self.sizes, strict=True
         ):
             values = features[token].astype(np.float64)
+            # The square of the difference, multiplied out: an array of all differences [N, K, D]
+            # would not fit into memory for many classes.
             own = np.einsum("nd,nd->n", values @ precision, values)[:, None]
             rows = mean[known] @ precision
             of_means = (rows * mean[known]).sum(axis=1) - size / self.counts[known]
             squares.append(own - 2 * values @ rows.T + of_means)
         nearest = np.mean(squares, axis=0).min(axis=1)  # [N], of [N, K]
+        # The subtracted noise may leave a negative square next to a mean.
         return np.sqrt(np.maximum(nearest, 0))
 
     def extend(
@@ -229,7 +234,7 @@ class ClassStatistics:
 
 
 def compute_means(values: np.ndarray, labels: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Return the mean [K, D] of the values [N, D] of each class."""
+    """Average the values [N, D] of each class: [K, D], zeros for a class without images."""
     sums = np.zeros((len(counts), values.shape[1]))
     np.add.at(sums, labels, values)
     return sums / np.maximum(counts, 1)[:, None]
@@ -251,6 +256,7 @@ def compute_covariances(
     for label in np.flatnonzero(counts):
         rows = labels == label
         variances = residuals[rows].var(axis=0)
+        # A constant feature has residuals of 0, which any scale leaves at 0.
         variances[variances == 0] = 1
         shrinkage, mean_variance = estimate_shrinkage(residuals[rows] / np.sqrt(variances))
         weights[rows] = 1 - shrinkage
@@ -264,7 +270,7 @@ def compute_covariances(
 def estimate_shrinkage(values: np.ndarray) -> tuple[float, float]:
     """Return Ledoit and Wolf's shrinkage of centered values [n, D], and their mean variance.
 
-    It is that of scikit-learn's `ledoit_wolf_shrinkage`, from the smaller of the two matrices
+    The result equals scikit-learn's `ledoit_wolf_shrinkage`, from the smaller of the two matrices
     [n, n] and [D, D] (Ledoit and Wolf 2004, "A well-conditioned estimator for large-dimensional
     covariance matrices").
     """

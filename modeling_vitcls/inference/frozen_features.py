@@ -82,9 +82,9 @@ def build_kind_config(config: ViTCLSConfig, kind: str) -> ViTCLSConfig:
 
 
 def pool_layers(encoder: Any, outputs: Any, layout: FeatureLayout) -> torch.Tensor:
-    """Return the features [B, all] of an encoder's outputs.
+    """Compute what classifiers of any of the layers read: the features [B, all] of the outputs.
 
-    The outputs contain the hidden states unless the layout is that of the encoder's own pooling.
+    The outputs contain the hidden states unless the layout stands for the encoder's own pooling.
     """
     if OWN_POOLING in layout.widths:
         if encoder.pooler is None:
@@ -109,7 +109,7 @@ class Features:
     layout: FeatureLayout
     values: np.ndarray  # [N, all] float32
     labels: np.ndarray  # [N] class indices, or [N, L] with several labels per image
-    indices: np.ndarray  # [N] indices of the images among those of the pass
+    indices: np.ndarray  # [N] indices of the images in the pass
     names: np.ndarray  # [N]
     groups: np.ndarray  # [N]; copies of an image are in one group
     num_unreadable: int = 0
@@ -130,7 +130,7 @@ class Features:
 
 
 def concatenate_features(first: Features, second: Features) -> Features:
-    """Return the rows of two passes."""
+    """Join the rows of two passes with the same layout."""
     arrays = {
         name: np.concatenate([getattr(first, name), getattr(second, name)]) for name in ROW_FIELDS
     }
@@ -144,6 +144,7 @@ class FrozenPass(ImagePass):
     With `has_logits`, the last columns of the features are the logits of the classifier.
     """
 
+    # Each image passes the encoder once, so a cache of preprocessed images would only take memory.
     is_repeated = False
 
     def __init__(

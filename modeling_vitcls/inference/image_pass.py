@@ -87,7 +87,7 @@ def pass_over_images(
 
 
 def find_finite(outputs: Any, num_images: int) -> torch.Tensor:
-    """Return whether the outputs for each image are finite [num_images].
+    """Find the images [num_images] whose outputs are finite; others must not become a result.
 
     The outputs are a tensor [B, ...], or one by name, of which the first rows are images.
     """
@@ -258,6 +258,7 @@ class ImagePass:
 
         error_messages: dict[int, str] = {}
         num_readable = 0
+        # Counted on the device: reading a number in every batch would make a GPU wait for it.
         num_not_finite = torch.zeros((), dtype=torch.int64, device=accelerator.device)
         padded_batches = (self.pad_batch(model, batch) for batch in batches)
 
@@ -270,6 +271,8 @@ class ImagePass:
             num_not_finite += (~find_finite(values, len(batch.indices))).sum()
             yield batch, outputs
 
+        # Errors are raised after the last batch, by all processes together. A process that stopped
+        # in the middle would leave the others waiting for its part of a sharded model.
         error_messages = dict(sorted(gather_object(list(error_messages.items()))))
         self.num_unreadable = len(error_messages)
         self.unreadable_counter.add(error_messages)

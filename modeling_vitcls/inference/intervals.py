@@ -87,6 +87,7 @@ def estimate_after_choice(
     for _ in range(NUM_RESAMPLES):
         drawn = generator.integers(num_groups, size=num_groups)
         counts = np.bincount(drawn, minlength=num_groups)[groups]  # [N]
+        # Every image was drawn, so none is left to measure the choice.
         if counts.all() or not counts.any():
             continue
         chosen = (losses @ counts).argmin()
@@ -94,6 +95,7 @@ def estimate_after_choice(
     if num_images < MIN_CORRECTED_IMAGES:
         accuracies = [is_right[losses.mean(axis=1).argmin()].mean()]
     accuracy = float(np.mean(accuracies))
+    # Groups count, not images: ten copies of a photo are one piece of evidence.
     wilson = compute_proportion_interval(round(accuracy * num_groups), num_groups) or [0.0, 1.0]
     bounds = np.quantile(accuracies, [(1 - CONFIDENCE_LEVEL) / 2, (1 + CONFIDENCE_LEVEL) / 2])
     return Estimate(accuracy, [min(bounds[0], wilson[0]), max(bounds[1], wilson[1])])

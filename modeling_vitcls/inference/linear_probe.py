@@ -10,7 +10,7 @@ appendix B.3). With 5 to 100 labels per class it is as accurate as logistic regr
 regularization, and 1 point better with 200 and 450 (CIFAR-10 at 112 pixels).
 
 The temperature comes from out-of-fold logits. With ten folds it is extrapolated to all images from
-that of five: classifiers of fewer labels are less certain, and the final one has them all.
+five folds: classifiers of fewer labels are less certain, and the final one has them all.
 """
 
 import warnings
@@ -30,7 +30,7 @@ NUM_LAST_LAYERS = 4  # of the largest candidate
 FEW_IMAGES = 1000  # up to which ten folds are run
 NUM_FOLDS, NUM_FOLDS_OF_FEW = 5, 10
 KNOWN_RECALL = 0.95  # fraction of training images within the distance threshold
-MIN_DISTANCE_IMAGES = 100  # with fewer, the threshold would be that of a handful of images
+MIN_DISTANCE_IMAGES = 100  # with fewer, a handful of images would decide the threshold
 POOLING_TEXTS = {
     "cls": "CLS",
     "mean": "mean of the patches",
@@ -83,12 +83,12 @@ def list_candidates(
 
 
 def describe_candidate(row: Mapping[str, Any]) -> str:
-    """Return a row of results.json as text: "shrinkage LDA on the last 4 layers, CLS + mean"."""
+    """Say what a candidate is and reads: "shrinkage LDA on the last 4 layers, CLS + mean"."""
     return f"shrinkage LDA on the {describe_layers(row['layers'])}, {POOLING_TEXTS[row['pooling']]}"
 
 
 def describe_layers(layers: Sequence[int]) -> str:
-    """Return "last layer", "layers -6, -2" or "last 4 layers"."""
+    """Name layers for a reader: "last layer", "layers -6, -2" or "last 4 layers"."""
     if tuple(layers) == (-1,):
         return "last layer"
     if tuple(layers) == tuple(range(-len(layers), 0)):
@@ -204,6 +204,7 @@ class LinearProbe:
             logits, distances = self.predict_left_out(features, indices, candidates, folds)
             scores = [Score.of(each, logits[each], indices, weights) for each in candidates]
             self.table_ = [score.build_record(weights) for score in scores]
+            # Of equal losses, the first one wins, which belongs to the simplest candidate.
             chosen = scores[int(np.argmin([row["loss"] for row in self.table_]))]
             self.candidate_ = chosen.candidate
             self.losses_ = chosen.losses
@@ -220,9 +221,14 @@ class LinearProbe:
                 fewer = split_folds(indices, groups, NUM_FOLDS)
                 logits, _ = self.predict_left_out(features, indices, [chosen.candidate], fewer)
                 other = Score.of(chosen.candidate, logits[chosen.candidate], indices, weights)
+                # By this factor, the temperature fell from classifiers of 80 % of the images to
+                # classifiers of 90 %. The same step again leads to all of them. It is limited,
+                # because the quotient of two temperatures from few images is mostly noise.
                 self.temperature_ *= np.clip(chosen.temperature / other.temperature, 0.5, 1.0)
 
         self.refit(features, labels)
+        # Distances out of fold: an image is closer to a mean that contains it than a new image
+        # would be.
         known_distances = distances.get(choose_statistics_tokens(features, self.candidate_))
         self.distance_threshold_ = None
         if known_distances is not None:
@@ -234,7 +240,7 @@ class LinearProbe:
         return self
 
     def refit(self, features: TokenFeatures, labels: np.ndarray) -> "LinearProbe":
-        """Fit what was chosen to all images: those of the choice, and others."""
+        """Fit what was chosen to all images, also to images that took no part in the choice."""
         self.classes_, indices = np.unique(labels, return_inverse=True)
         tokens = choose_statistics_tokens(features, self.candidate_)
         read = self.candidate_.tokens
@@ -296,12 +302,12 @@ class LinearProbe:
 
 
 def to_tokens(features: TokenFeatures | np.ndarray) -> TokenFeatures:
-    """Return features [N, D] as those of one token."""
+    """Accept a plain array, as scikit-learn does: its features [N, D] count as one token."""
     return {(-1, "own"): features} if isinstance(features, np.ndarray) else features
 
 
 def choose_statistics_tokens(features: TokenFeatures, candidate: Candidate) -> tuple[Token, ...]:
-    """Return the tokens of the last layers, of which a model stores statistics.
+    """Choose the tokens of which a model stores statistics, among its last layers.
 
     The patches of the last layer are only among them if the classifier reads them: a model on CLS
     does not compute them.
@@ -315,7 +321,7 @@ def choose_statistics_tokens(features: TokenFeatures, candidate: Candidate) -> t
 
 
 def stack_tokens(features: TokenFeatures, tokens: Sequence[Token]) -> np.ndarray:
-    """Return the features [N, T * D] that a classifier of some tokens reads."""
+    """Put the tokens of a classifier side by side, in the order of its weights: [N, T * D]."""
     return np.concatenate([features[token] for token in tokens], axis=1).astype(np.float64)
 
 
@@ -343,6 +349,8 @@ def split_folds(
     num_groups = np.array(
         [len(np.unique(groups[labels == label])) for label in range(labels.max() + 1)]
     )
+    # If the only group of a class were left out, its fold would not know the class. It always
+    # trains.
     single = np.flatnonzero(num_groups[labels] < 2)
     several = np.flatnonzero(num_groups[labels] > 1)
     num_folds = min(num_folds, num_groups.max())
@@ -359,9 +367,9 @@ def split_folds(
 
 
 def is_clearly_worse(losses: np.ndarray, other_losses: np.ndarray, num_errors: float) -> bool:
-    """Return whether the mean of losses is some standard errors above that of others.
+    """Tell whether some losses are worse on average, by more than some standard errors.
 
-    The losses are of the same images, so that the error is that of their differences.
+    Both are losses of the same images, so the error is computed from their differences.
     """
     differences = losses - other_losses
     differences = differences[np.isfinite(differences)]

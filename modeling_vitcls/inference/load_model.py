@@ -24,9 +24,8 @@ from ..runtime.distributed import set_mixed_precision
 from .exported_graphs import load_exported_model
 
 
-CPU_BATCH_TOKENS = (
-    1600  # 8 images with 196 patches; larger batches need more memory and are not faster
-)
+# 8 images with 196 patches. Larger batches need more memory on a CPU and are not faster.
+CPU_BATCH_TOKENS = 1600
 
 Classifier = ViTCLSForImageClassification | ViTCLSForMultiTaskClassification
 CLASSIFIER_CLASSES: dict[str, type[Classifier]] = {

@@ -38,6 +38,7 @@ def write_rows(rows: Iterable[Row], columns: Columns, file: Path) -> None:
     they are computed.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
+    # The types are given, not inferred: the first rows of a column may all be missing.
     schema = pa.schema(list(columns.items()))
     with write_atomically(file) as temporary_file:
         if file.suffix.lower() == ".parquet":

@@ -175,6 +175,8 @@ def compute_rows(
     """
     size = predictor.batch_size
     indices = range(source.num_images)
+    # Divided into batches first, and then among the processes: rounding depends on which images
+    # share a batch, and the output must not depend on the number of processes.
     batches = [indices[start : start + size] for start in range(0, len(indices), size)]
     local_batches = batches[accelerator.process_index :: accelerator.num_processes]
     records = chain.from_iterable(map(source.read_records, local_batches))
@@ -189,6 +191,7 @@ def compute_rows(
     rows = track(
         predictor.iterate_rows(records), "predicting", num_images, unit="images", console=console
     )
+    # Not a list: a file is written while the rows are computed, and memory stays small.
     if accelerator.num_processes == 1:
         return iter(rows)
     return iter(sorted(gather_object(list(rows)), key=lambda row: row["index"]))

@@ -99,6 +99,7 @@ def open_old_model(
                 "a task or class is added by one process. Start the command without `accelerate "
                 "launch`"
             )
+    # Before the model is loaded, because these mistakes need no model to be noticed.
     check_output_is_empty(options.output_dir, "output_dir")
     check_output_is_not_read(options.output_dir, options.dataset)
     folder = open_vitcls(options.model)
@@ -364,6 +365,7 @@ def cross_validate(
     """
     groups, _ = pd.factorize(features.groups)
     labels = features.labels[np.unique(groups, return_index=True)[1]]  # of each group
+    # Each class has images in every fold, so the smallest class limits their number.
     num_folds = min(NUM_FOLDS, np.unique(labels, return_counts=True)[1].min())
     if num_folds < 2:
         return None
@@ -408,6 +410,7 @@ def append_head(
         config.label2id = {label: index for index, label in enumerate(names)}
         config.class_statistics = None  # of the old classes; set for all of them afterwards
     extended = model.new_like(config).to(device=model.device, dtype=model.dtype).eval()
+    # The old model has no weights for the new head, which are set below.
     extended.load_state_dict(model.state_dict(), strict=False)
     linear = extended.extra_heads[f"task_{name}"]
     with torch.no_grad():
@@ -512,6 +515,8 @@ def write_model(
     with silence_transformers():
         model.save_pretrained(staging)
         processor.save_pretrained(staging)
+        # Both models are read from their files: what is certified is what is written. The files are
+        # still in the hidden folder, so a difference leaves no model behind.
         certificate = certify(folder, staging, read_pixels(images, processor))
     hashes = {"weights_sha256": hash_weights(staging)}
     write_json(staging / CERTIFICATE_FILE, hashes | certificate)

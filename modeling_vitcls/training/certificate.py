@@ -40,7 +40,9 @@ MODEL_CLASSES = {
     for model_class in (ViTCLSModel, ViTCLSForImageClassification, ViTCLSForMultiTaskClassification)
 }
 NUM_IMAGES = 256
-MAX_IMAGES = {16: NUM_IMAGES, 3: 48, 1: 16}  # batch size -> maximum number of images
+# Batch size -> maximum number of images. Libraries choose a kernel by the shape of its input, so
+# equal bits at one batch size prove nothing for another.
+MAX_IMAGES = {16: NUM_IMAGES, 3: 48, 1: 16}
 ENCODER_PREFIX = "vitcls."
 # class statistics, to which an added class appends a row; `distance` reads them
 GROWING_PREFIXES = ("class_distance.means_", "class_distance.counts")
@@ -81,6 +83,7 @@ def certify(old: ModelFolder, new: Path, pixels: Sequence[Tensor]) -> dict[str, 
     Raises:
         ValueError: at the first difference.
     """
+    # The cheap comparisons come first. They also say what differs, which logits cannot.
     tensor_hashes = compare_tensors(old.path, new)
     compare_processors(old.path, new)
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")

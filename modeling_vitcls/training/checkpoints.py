@@ -98,6 +98,7 @@ class CheckpointStore:
             if target.exists():  # saved before the evaluation of this step, or damaged
                 target.rename(old_folder)
             partial_folder.rename(target)
+            # A new name is an entry of the parent folder, which a power failure could lose.
             sync_to_disk(target.parent)
             shutil.rmtree(old_folder, ignore_errors=True)
         except WRITE_ERRORS as error:
@@ -108,6 +109,7 @@ class CheckpointStore:
                 "with `resume=True`"
             ) from error
 
+        # Old checkpoints go only when the new one is complete.
         self.prune(step)
 
     def load_newest(self, warn: Callable[[str], None]) -> Checkpoint | None:

@@ -142,6 +142,7 @@ def resolve_schedule(
         epochs = FINE_TUNING_EPOCHS
     reason = f"{method}, {num_training_images:,} images"
     if options.epochs is None and options.max_steps is None and PartialState().device.type == "cpu":
+        # Only a default is limited. Who sets a number of epochs gets it, however long it takes.
         max_epochs = compute_max_epochs(initial.config, config_values, num_training_images)
         if max_epochs < epochs:
             reason += f"; limited on CPUs, `epochs={epochs:g}` is the default on GPUs"

@@ -12,9 +12,8 @@ from ..data.sampling import BatchPlan
 
 
 NUM_MEASURED_IMAGES = 2  # in each of two forward passes
-NUM_TIMED_STEPS = (
-    3  # after which a run prints its duration; the first one is slower than the others
-)
+# After so many steps, a run prints its duration. The first step is slower than the others.
+NUM_TIMED_STEPS = 3
 MIN_STEPS = 20  # a shorter run has ended before its duration helps anyone
 FORWARD_PASSES_OF_STEP = 3  # a backward pass takes as long as two forward passes
 
@@ -68,6 +67,7 @@ def describe_duration(
     `step_seconds` are durations of the first steps of this process.
     """
     num_steps = plan.num_steps - step
+    # The fastest of the first steps, because compilation and allocation slow the others down.
     seconds = min(step_seconds)
     image_seconds = seconds / FORWARD_PASSES_OF_STEP / plan.images_per_step
     num_evaluations = max(math.ceil(plan.count_epochs(num_steps) / evaluate_every), 1)

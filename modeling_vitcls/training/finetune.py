@@ -71,6 +71,8 @@ class FineTuning:
 
     def load_images(self, options: FinetuneOptions, initial: InitialModel) -> UndividedImages:
         """Read the labels and keys of the images. Steps that select read validation and test."""
+        # A frozen run is fitted to the validation labels and measured on the test split. Whether
+        # the run is frozen is decided later, so both splits are read if it may be.
         can_be_frozen = not initial.has_random_weights
         images = load_undivided_images(options, options.select == "best" or can_be_frozen)
         check_label_kind(
@@ -137,6 +139,7 @@ class FineTuning:
         )
 
         is_single_label = labels.kind == "single_label_classification"
+        # A head is known if the checkpoint has it, or if the probe is going to fit it.
         new_heads = [name for name in new_parameter_names if not name.startswith("vitcls.")]
         return TrainingSetup(
             model,

@@ -67,6 +67,7 @@ class MAE(ViTCLSPreTrainedModel):
         super().__init__(config)
         decoder_config._attn_implementation = config._attn_implementation
         self.num_prefix_tokens = config.token_layout.num_prefix_tokens
+        # A copy, because `config` is saved with the encoder, for which these losses mean nothing.
         self.loss_config = copy.copy(config)
         self.loss_config.mim_loss = "l2"
         self.loss_config.norm_pixel_target = True

@@ -59,7 +59,8 @@ class PreTraining:
             if flags[name] != default:
                 raise ValueError(f"`{name}` is supported only in fine-tuning. Remove the flag")
 
-        if options.method == "lejepa":  # draws its own crops
+        # LeJEPA crops by itself, on the device. Crops of crops would leave little of the image.
+        if options.method == "lejepa":
             crop_scale = options.crop_scale or 1.0
             shift = options.shift or 0.0
             options = replace(options, crop_scale=crop_scale, shift=shift)

@@ -359,7 +359,7 @@ class Probe:
         config = self.model.config
         config.temperature = round(probe.temperature_, 4)
         if probe.statistics_ is not None:
-            # A label without training images keeps its place, so the rows match those of the
+            # A label without training images keeps its place, so the rows stay aligned with the
             # classifier.
             probe.statistics_.expand(probe.classes_, config.num_labels).set_in_model(self.model)
             config.distance_threshold = probe.distance_threshold_
