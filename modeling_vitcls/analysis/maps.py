@@ -106,29 +106,25 @@ def draw_region(image: Image.Image, region: VisibleRegion, side: int) -> Image.I
 
     The longer side becomes `side` pixels. Small images are enlarged without smoothing.
     """
-    scale = side / max(region.right - region.left, region.bottom - region.top)
+    left, top, right, bottom = region
+    scale = side / max(right - left, bottom - top)
     inside = limit_region(region, image)
 
     def scale_size(width: float, height: float) -> tuple[int, int]:
         return max(round(width * scale), 1), max(round(height * scale), 1)
 
     part = image.resize(
-        scale_size(inside.right - inside.left, inside.bottom - inside.top),
+        scale_size(inside[2] - inside[0], inside[3] - inside[1]),
         Image.Resampling.NEAREST if scale > 2 else Image.Resampling.LANCZOS,
         box=inside,
     )
-    size = scale_size(region.right - region.left, region.bottom - region.top)
-    picture = Image.new("RGB", size, "#808080")
-    offset = (inside.left - region.left) * scale, (inside.top - region.top) * scale
-    picture.paste(part, (round(offset[0]), round(offset[1])))
+    picture = Image.new("RGB", scale_size(right - left, bottom - top), "#808080")
+    offset = round((inside[0] - left) * scale), round((inside[1] - top) * scale)
+    picture.paste(part, offset)
     return picture
 
 
 def limit_region(region: VisibleRegion, image: Image.Image) -> VisibleRegion:
     """Limit a region to its part inside an image."""
-    return VisibleRegion(
-        left=max(region.left, 0),
-        top=max(region.top, 0),
-        right=min(region.right, image.width),
-        bottom=min(region.bottom, image.height),
-    )
+    left, top, right, bottom = region
+    return max(left, 0), max(top, 0), min(right, image.width), min(bottom, image.height)

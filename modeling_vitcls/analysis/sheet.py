@@ -379,9 +379,8 @@ def count_special_tokens(config: ViTCLSConfig) -> str:
 def describe_visible_part(measurements: PhotoMeasurements) -> str:
     """Say which part of the photo the model sees."""
     image = measurements.image
-    inside = limit_region(measurements.visible_region, image)
-    area = (inside.right - inside.left) * (inside.bottom - inside.top)
-    share = area / (image.width * image.height)
+    left, top, right, bottom = limit_region(measurements.visible_region, image)
+    share = (right - left) * (bottom - top) / (image.width * image.height)
     return "all of it" if share > 0.995 else f"the central {share:.0%} of it"
 
 

@@ -10,7 +10,7 @@ prediction, export and transformers' pipelines agree.
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -30,18 +30,9 @@ Size = tuple[int, int]  # height, width in pixels
 Processor = Any
 
 
-class VisibleRegion(NamedTuple):
-    """Edges, in pixels, of the image region that the model receives.
-
-    (0, 0, w, h) is the whole image.
-
-    The region extends beyond the image if the processor pads the image.
-    """
-
-    left: float
-    top: float
-    right: float
-    bottom: float
+# Left, top, right and bottom edge, in pixels, of the image region that the model receives: a box of
+# PIL. The region extends beyond the image if the processor pads the image.
+VisibleRegion = tuple[float, float, float, float]
 
 
 def set_resize(processor: Processor, resize: str, height_width: Size) -> None:
@@ -186,9 +177,7 @@ def get_visible_region(
 
     y_scale = image_size[0] / resized_size[0]
     x_scale = image_size[1] / resized_size[1]
-    return VisibleRegion(
-        left * x_scale, top * y_scale, (left + width) * x_scale, (top + height) * y_scale
-    )
+    return left * x_scale, top * y_scale, (left + width) * x_scale, (top + height) * y_scale
 
 
 # Keys of the processor's size -> function that returns height and width after resizing, as in

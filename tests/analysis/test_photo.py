@@ -16,7 +16,6 @@ from modeling_vitcls import (
 from modeling_vitcls.analysis.attribution import trace_attention
 from modeling_vitcls.analysis.maps import extract_patch_maps
 from modeling_vitcls.analysis.photo import decompose_patches, measure_photo
-from modeling_vitcls.data.aspect_ratio import VisibleRegion
 
 
 PROCESSOR = ViTCLSImageProcessor(
@@ -38,7 +37,7 @@ def test_predictions_maps_and_norms_are_those_of_the_model() -> None:
     model = randomize(ViTCLSForImageClassification(build_tiny_config(num_labels=5, **TOKENS)))
     found = measure_photo(model, PROCESSOR, PHOTO)
     # the crop of 40 x 60 pixels, twice as large
-    assert found.visible_region == VisibleRegion(20, 8, 100, 72)
+    assert found.visible_region == (20, 8, 100, 72)
 
     with torch.no_grad():
         outputs = model(PIXELS, output_hidden_states=True)
@@ -81,7 +80,7 @@ def test_a_rotated_photo_is_upright_and_pixels_without_a_patch_are_not_covered()
     found = measure_photo(model, processor, photo)
     assert np.array_equal(np.asarray(found.image), np.rot90(np.asarray(PHOTO), -1))
     # of 80 x 120 pixels, twice as large as resized
-    assert found.visible_region == VisibleRegion(8, 24, 72, 88)
+    assert found.visible_region == (8, 24, 72, 88)
 
 
 # Colors -------------------------------------------------------------------------------------------
