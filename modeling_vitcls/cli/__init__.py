@@ -122,6 +122,7 @@ def load_modules() -> dict[str, ModuleType]:
             for name in COMMANDS
         }
     except ModuleNotFoundError as error:
+        # Any other missing module is a fault of the installation, and its traceback is needed.
         if error.name not in ("tyro", "yaml"):
             raise
         message = f"the vitcls command requires {error.name}. {describe_installation('cli')}"

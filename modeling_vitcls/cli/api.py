@@ -58,6 +58,7 @@ def own_state() -> Iterator[None]:
     import numpy as np
     import torch
 
+    # A notebook goes on after an error, so all of this is undone then, too.
     with ExitStack() as stack:
         stack.callback(random.setstate, random.getstate())
         stack.callback(np.random.set_state, np.random.get_state())
@@ -114,7 +115,7 @@ def takes_flags(options_class: type[Options], *omitted: str) -> Callable[[Functi
 
 @cache
 def read_explanations(module: str) -> dict[str, dict[str, str]]:
-    """Return the docstrings below the fields of all classes in a module."""
+    """Read the docstrings below the fields of all classes in a module."""
     tree = ast.parse(inspect.getsource(sys.modules[module]))
     return {
         node.name: {
@@ -169,8 +170,8 @@ def pretrain(
 ) -> dict[str, Any]:
     """Pre-train a model on images without labels, as `vitcls pretrain` does.
 
-    The arguments, return value and errors are the same as for `finetune`, and the flags are those
-    of `vitcls pretrain`. The labels of the dataset are ignored.
+    The arguments, return value and errors are the same as for `finetune`, but with the flags of
+    `vitcls pretrain`. The labels of the dataset are ignored.
 
     Examples:
         >>> from modeling_vitcls import pretrain
@@ -447,8 +448,10 @@ def build_options(options_class: type[CommandOptions], /, **flags: Any) -> Comma
     if not isinstance(flags.get("dataset"), str | Path | None):
         from ..data.in_memory import add_dataset
 
+        # Options are written to the files of a run, where data in memory can only be a name.
         flags["dataset"] = add_dataset(flags["dataset"])
     options = options_class(**flags)
+    # tyro checks the types of flags on a command line. Keywords come without such a check.
     for field in fields(options):
         value = getattr(options, field.name)
         try:

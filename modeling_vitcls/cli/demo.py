@@ -52,6 +52,8 @@ def run(options: DemoOptions) -> None:
 
     page = build_page(options)
     try:
+        # gradio's own messages are off, so it must return, without a thread that blocks, before the
+        # address can be printed.
         _, address, _ = page.launch(
             server_name=options.host,
             server_port=options.port,
@@ -99,6 +101,8 @@ def build_page(options: DemoOptions) -> Any:
             raise gradio.Error("select a photo", print_exception=False)
         (row,) = predictor.iterate_rows(iter([ImageRecord(0, "photo", file)]))
         if row["error"]:
+            # The path is a temporary copy of the upload, which says nothing to the person who sees
+            # the error.
             raise gradio.Error(row["error"].replace(file, "the file"), print_exception=False)
         values = [value for task in tasks for value in read_answer(row, columns, task)]
         return [
@@ -131,7 +135,7 @@ def build_page(options: DemoOptions) -> Any:
 
 
 def read_answer(row: dict[str, Any], columns: Any, task: str) -> tuple[str, dict[str, float]]:
-    """Return the answer of a task, and the probabilities of its most probable labels.
+    """Read the answer of a task, and the probabilities of its most probable labels.
 
     Args:
         row: The row of a photo, as in `vitcls predict`.

@@ -64,7 +64,7 @@ PARAMETER = re.compile(r"`([a-z]\w*)(?:=([^`]*))?`")
 
 
 def parse_command_line(modules: dict[str, ModuleType], arguments: list[str]) -> tuple[str, Any]:
-    """Return the name of the subcommand and its options.
+    """Parse a command line into the name of the subcommand and its options.
 
     `modules` maps names of subcommands to modules, whose docstrings start with the name and a
     summary, followed by examples.
@@ -101,6 +101,7 @@ def parse_command_line(modules: dict[str, ModuleType], arguments: list[str]) -> 
         )
     # the number of types is not known here
     union: Any = Union[tuple(subcommands)]  # noqa: UP007
+    # All processes read the same command line, so one of them prints its errors.
     options = tyro.cli(
         union,
         prog="vitcls",
@@ -114,7 +115,7 @@ def parse_command_line(modules: dict[str, ModuleType], arguments: list[str]) -> 
 
 
 def add_positional_arguments(options_class: type[Options]) -> type[Options]:
-    """Return an options class with fields that are arguments without a flag, such as the images.
+    """Turn fields such as the images into arguments without a flag, in a subclass of the options.
 
     The options of the library do not import tyro.
     """
@@ -131,7 +132,7 @@ def add_positional_arguments(options_class: type[Options]) -> type[Options]:
 
 
 def insert_recipe(flags: list[str], flag_names: Collection[str]) -> list[str]:
-    """Return the flags of the recipe in `--config`, followed by the other flags."""
+    """Put the flags of the recipe in `--config` before the other flags."""
     if "config" not in flag_names:
         return flags
     # argparse finds --config in both spellings, before tyro reports unknown flags
@@ -199,7 +200,7 @@ def check_writable(name: str, output: Path) -> None:
 
 
 def is_path(source: str) -> bool:
-    """Return whether a name can only be a local path.
+    """Check whether a name can only be a local path.
 
     `runs` is the folder of the output in all examples.
     """
@@ -240,7 +241,7 @@ def format_short_help(
 
 
 def describe_values(field: dataclasses.Field[Any]) -> str:
-    """Return the choices and the default value of a flag in parentheses, if there are any."""
+    """Show the choices and the default value of a flag in parentheses, if there are any."""
     hint = str(field.type)
     # a flag that also accepts other values, such as a size or `native`, has no list of choices
     is_choice = hint.startswith(("typing.", "tuple[typing."))
@@ -256,8 +257,9 @@ def describe_values(field: dataclasses.Field[Any]) -> str:
 # Recipes ------------------------------------------------------------------------------------------
 
 
+# The recipes of studies (study_*.yaml) have other flags: scripts/study.py asks for them by name.
 def find_recipe(path: Path, pattern: str = "[!s]*.yaml") -> Path:
-    """Return a file, or the recipe of the package with this name, such as `digits`.
+    """Find a recipe: a file, or a name in the package, such as `digits`.
 
     Raise ValueError with the names that match a pattern if there is none.
     """

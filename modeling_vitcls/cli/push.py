@@ -27,8 +27,8 @@ class PushOptions(Options):
     branch: str | None = None
     """Branch to push to, created if it does not exist. Default: main."""
     license: str | None = None
-    """License of the weights for the model card: a Hub identifier such as apache-2.0. Default: that
-    of the initial weights, if they have one."""
+    """License of the weights for the model card: a Hub identifier such as apache-2.0. Default: the
+    license of the initial weights, if they have one."""
     card_samples: bool = False
     """Show a few held-out images in the model card, and publish report.html with held-out and
     training images, even if the repository is public and the images are local files. Images of
@@ -82,6 +82,7 @@ def run(options: PushOptions) -> None:
         "`check` requires a model, unless only a repository is verified"
     )
     folder = ModelFolder(options.model)
+    # First, so that a folder that cannot be pushed does not leave an empty repository on the Hub.
     folder.check_is_complete()
     folder.warn_about_edited_settings()
     repo_id = prepare_repository(

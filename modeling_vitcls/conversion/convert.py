@@ -75,6 +75,7 @@ def convert_checkpoint(source_name: str, output: Path, family: str | None = None
             nothing is written.
     """
     check_output_is_empty(output)
+    # The folder was checked first, because this may download gigabytes.
     source = load_source(source_name, family)
     model = convert_source(source)
     processor, preprocessing = source.convert_preprocessing()
@@ -159,6 +160,8 @@ def load_source(source_name: str, family: str | None = None) -> SourceModel:
             )
         return SOURCE_CLASSES[project].load(name)
 
+    # A name with a suffix is taken for a file even if there is none, so that the error names the
+    # file.
     return FileSource.load(Path(source_name), family)
 
 
@@ -167,6 +170,9 @@ def convert_source(source: SourceModel) -> ViTCLSPreTrainedModel:
 
     Cast the result to the dtype of the source if this dtype represents all encoder weights exactly.
     """
+    # Rewrites add and multiply weights, which half precision would round. If nothing had to be
+    # rewritten, the weights go back to their dtype without a loss, and the file stays as small as
+    # it was.
     saved_dtype = source.saved_dtype
     source.model.float()
     model = source.convert()
@@ -213,6 +219,8 @@ def write_native_model(source: str, output: Path) -> Report:
     model_class = ViTCLSForImageClassification if is_classifier else ViTCLSModel
     model: ViTCLSPreTrainedModel = folder.load(model_class)
 
+    # A class with the same outputs at every size comes first. Only if there is none, one size must
+    # do.
     native_size_reason = ""
     try:
         converted_model = convert_to_transformers(model)
@@ -226,6 +234,8 @@ def write_native_model(source: str, output: Path) -> Report:
         converted_model.save_pretrained(output_folder)
         preprocessing = write_processor(folder, output_folder)
 
+        # The files are compared, not the model in memory: a weight that was not written would not
+        # be missed there.
         reloaded_source = TransformersSource.load(str(output_folder))
         reloaded_source.model.float()
         reloaded_source.native_size_reason = native_size_reason
@@ -259,6 +269,8 @@ def copy_results(folder: ModelFolder, output_folder: Path) -> None:
     Results of other weights are not copied.
     """
     if folder.results:
+        # Results belong to weights by the hash of their file. These are the same numbers under
+        # other names, in a file with another hash.
         hashes = {
             "weights_sha256": hash_weights(output_folder),
             "settings_sha256": hash_settings(output_folder),

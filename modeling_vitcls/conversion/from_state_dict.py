@@ -152,9 +152,12 @@ def apply_family(converted_weights: Weights, weights: Weights, family: str) -> F
     """
     fields = dict(get_family(family, weights).resampling or {})
     if family == "dinov3" and "rope_embed.periods" in weights:
+        # The published periods are rounded to bfloat16, and the authors' code uses them as they
+        # are. timm and transformers compute new ones.
         fields["rope_periods"] = weights["rope_embed.periods"].float().tolist()
 
     if family == "tips":
+        # timm calls the second CLS token a register.
         tokens = [
             converted_weights["embeddings.cls_token"],
             converted_weights.pop("embeddings.register_tokens"),
@@ -202,6 +205,8 @@ def prepare_weights(weights: Mapping[str, Any], family: str) -> Weights:
         }
 
     if family == "dinov3":
+        # A mask in the file removes the key biases. Without a mask they would count, and the model
+        # has no place for them.
         for name, bias in tensors.items():
             if (
                 name.endswith("attn.qkv.bias")
@@ -272,6 +277,7 @@ def build_timm_model(weights: Weights, family: str) -> Any:
         )
         model: Any = timm.create_model(name, pretrained=False, **options)
         load_timm_weights(model, weights, family)
+    # It is a ValueError as well, and says more than the line below.
     except ConversionError:
         raise
     except (LookupError, RuntimeError, ValueError, AssertionError) as error:
@@ -311,6 +317,7 @@ def load_timm_weights(model: Any, weights: Weights, family: str) -> None:
     options = {}
     if "blocks.0.gamma_1" in tensors and family == "deit":
         options = {"adapt_layer_scale": True}
+    # Each file of timm's models has its own filter for the names in published checkpoints.
     model.load_state_dict(
         sys.modules[type(model).__module__].checkpoint_filter_fn(tensors, model, **options)
     )
@@ -332,6 +339,8 @@ def read_vit_options(weights: Weights, family: str) -> dict[str, Any]:
         hidden_size = find_weight(weights, "blocks.0.mlp.fc1.weight").shape[0]
 
     options: dict[str, Any] = {
+        # The file does not show the training size, because rotary positions do not depend on it, so
+        # 16 x 16 patches are assumed.
         "img_size": [16 * size for size in patch_size] if family == "dinov3" else None,
         "patch_size": patch_size,
         "in_chans": channels,

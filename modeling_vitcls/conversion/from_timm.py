@@ -97,7 +97,7 @@ def has_pooler(model: TimmModule) -> bool:
 
 
 def rewrite_state_dict(model: TimmModule) -> Weights:
-    """Return the state dict with parallel branches and differential attention rewritten."""
+    """Rewrite parallel branches and differential attention, which new names alone do not convert."""
     weights: Weights = model.state_dict()
     for index, block in enumerate(model.blocks):
         prefix = f"blocks.{index}."
@@ -139,6 +139,8 @@ def merge_branches(weights: Weights, prefix: str, num_branches: int) -> None:
         weights, f"{prefix}mlp.fc2", [fold_layer_scale(branch, "mlp.fc2") for branch in mlps], dim=1
     )
 
+    # The scale and bias are in the projections now. What is left of the norms is the same for all
+    # branches.
     for name, branch in (("norm1", attentions[0]), ("norm2", mlps[0])):
         weights[f"{prefix}{name}.weight"] = torch.ones_like(branch["norm.weight"])
         if "norm.bias" in branch:
@@ -162,11 +164,13 @@ def pop_branch(weights: Weights, prefix: str) -> Weights:
 
 
 def fold_norm(branch_weights: Weights, layer_name: str) -> Weights:
-    """Return the weight and bias of a layer with the preceding norm folded in.
+    """Fold the preceding norm into the weight and bias of a layer.
 
     The bias is computed in float64.
     """
     weight = branch_weights[f"{layer_name}.weight"]
+    # A sum over all channels in float32 would use up a part of the difference that a conversion may
+    # have.
     bias = branch_weights[f"{layer_name}.bias"].double()
     if "norm.bias" in branch_weights:
         bias = bias + weight.double() @ branch_weights["norm.bias"].double()
@@ -174,7 +178,7 @@ def fold_norm(branch_weights: Weights, layer_name: str) -> Weights:
 
 
 def fold_layer_scale(branch_weights: Weights, layer_name: str) -> Weights:
-    """Return the weight and bias of a layer with the subsequent LayerScale folded in."""
+    """Fold the subsequent LayerScale into the weight and bias of a layer."""
     weight = branch_weights[f"{layer_name}.weight"]
     bias = branch_weights[f"{layer_name}.bias"]
     scale = branch_weights.get("ls.gamma", torch.ones_like(bias))
@@ -201,6 +205,7 @@ def fold_differential_lambda(weights: Weights, prefix: str, lambda_init: float) 
     scale = weights[f"{prefix}sub_norm.weight"]
     lambda_full = lambda_1.exp() - lambda_2.exp() + lambda_init
     weights[f"{prefix}lambda_full"] = lambda_full.to(scale.dtype)
+    # timm multiplies by this factor after the norm; here, the weights of the norm contain it.
     weights[f"{prefix}sub_norm.weight"] = scale * (1 - lambda_init)
 
 

@@ -73,12 +73,15 @@ def convert_from_transformers(model: PreTrainedModel) -> ViTCLSPreTrainedModel:
         | convertible_class.read_label_fields(model.config)
     )
 
+    # The first match counts. A classifier of CLIP drops the norm on the pooled token, for which the
+    # family, meant for encoders, has a rule.
     rules = [
         *(Rule(name, []) for name in convertible_class.unused_patterns),
         *HEAD_RULES,
         *family.rules,
     ]
     weights = convert_weights(family.prepare_weights(weights), rules, config)
+    # The class decides, not the weights: a classifier with `num_labels=0` has none.
     has_classifier = convertible_class.encoder_name is not None
     return build_converted_model(config, weights, has_classifier=has_classifier)
 
@@ -110,13 +113,14 @@ class ConvertibleClass:
 
 def is_convertible(module: torch.nn.Module) -> bool:
     """Check whether the class of a module is supported; subclasses are not."""
+    # A class with this name in other code, such as remote code, may compute something else.
     return type(module).__name__ in CONVERTIBLE_CLASSES and type(module).__module__.startswith(
         "transformers."
     )
 
 
 def strip_encoder_name(weights: Weights, encoder_name: str | None) -> Weights:
-    """Return a state dict without the name of the encoder in its parameter names.
+    """Strip the name of the encoder from parameter names, so that one table fits all classes.
 
     `encoder_name` is None if the model is an encoder; the names are then unchanged.
     """

@@ -115,6 +115,8 @@ def pin_revision(source: str) -> str:
         return source
     prefix = "transformers:" if source.startswith("transformers:") else ""
     name, revision = split_revision(source.removeprefix(prefix))
+    # The small files are enough to learn the commit. If its conversion is in the cache, the weights
+    # are not needed.
     commit = get_cached_commit(get_model_folder(name, CONFIG_FILES, revision))
     return f"{prefix}{name}@{commit}" if commit else source
 
@@ -128,6 +130,7 @@ def convert_once(source: str) -> str:
     )
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):  # another process may be converting it
+        # This file is moved last, so a folder that has it is complete.
         if not (folder / CONFIG_FILE).is_file():
             logger.warning("converting %s", source)
             report = convert_checkpoint(source, folder)
@@ -149,6 +152,8 @@ def compute_cache_name(source: str) -> str:
         files = sorted(path.iterdir()) if path.is_dir() else [path]
         cache_key.append(str(path.resolve()))
         for file in files:
+            # No hash of the contents: each command computes this name, and reading large weights
+            # takes seconds.
             status = file.stat()
             # a copy or an archive may keep the time of modification; the change time is new
             times = (status.st_mtime_ns, status.st_ctime_ns)

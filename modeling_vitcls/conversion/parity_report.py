@@ -65,6 +65,8 @@ def compare_models(
         try:
             source_outputs = source.compute_outputs(pixel_values)
         except Exception as error:  # the exception type depends on the source
+            # The native size comes first. An error there is a fault, and only later a limit of the
+            # source.
             if not comparisons:
                 raise
             return (
@@ -74,6 +76,8 @@ def compare_models(
 
         source_groups = split_token_groups(source_outputs, model)
         outputs = compute_model_outputs(model, pixel_values)
+        # Only outputs that both models have are compared below, so a lost classifier would go
+        # unnoticed.
         if ("logits" in source_groups) != ("logits" in outputs):
             raise ConversionError(f"only one of {source.name} and the converted model has logits")
 
@@ -104,7 +108,7 @@ def compare_models(
 
 
 def describe_pooling(source: SourceModel, config: ViTCLSConfig) -> list[str]:
-    """Return a note if timm pools another token than the authors.
+    """Note that timm pools another token than the authors, if it does.
 
     See huggingface/pytorch-image-models#2681.
     """
@@ -118,7 +122,7 @@ def describe_pooling(source: SourceModel, config: ViTCLSConfig) -> list[str]:
 
 
 def describe_position_embeddings(source: SourceModel, config: ViTCLSConfig) -> list[str]:
-    """Return a note on how the model resamples learned positions for other image sizes."""
+    """Note how the model resamples learned positions for other image sizes."""
     if not config.position_embedding_type.startswith("learned") or source.native_size_reason:
         return []
     offset_text = f", offset {config.position_offset}" if config.position_offset else ""
@@ -132,7 +136,7 @@ def describe_position_embeddings(source: SourceModel, config: ViTCLSConfig) -> l
 def get_non_square_size(
     image_size: tuple[int, int], patch_size: tuple[int, int]
 ) -> tuple[int, int]:
-    """Return an image size (height, width) with fewer rows and more columns of patches."""
+    """Choose an image size (height, width) with fewer rows and more columns of patches."""
     height, width = image_size
     patch_height, patch_width = patch_size
     rows = height // patch_height

@@ -41,7 +41,7 @@ ConvertedPreprocessing = tuple[ViTCLSImageProcessor, dict[str, Any]]
 
 
 def get_processor_size(processor: Any) -> tuple[int, int]:
-    """Return the height and width that an image processor makes of a square photo."""
+    """Find the height and width that an image processor makes of a square photo."""
     is_gray = len(np.atleast_1d(processor.image_mean)) == 1 and not processor.do_convert_rgb
     mode = "L" if is_gray else "RGB"
     pixel_values = processor(PIL.Image.new(mode, (600, 600)), return_tensors="pt")["pixel_values"]
@@ -96,6 +96,7 @@ def convert_timm_settings(settings: dict[str, Any]) -> dict[str, Any]:
         "resample": RESAMPLING_FILTERS[interpolation],
         "do_center_crop": True,
         "crop_size": {"height": height, "width": width},
+        # timm crops with torchvision, which rounds half pixels to even.
         "crop_rounding": "even",
         "image_mean": list(settings["mean"]),
         "image_std": list(settings["std"]),
@@ -142,6 +143,8 @@ def build_checked_processor(
     """
     try:
         processor = ViTCLSImageProcessor(**read_settings())
+        # PIL and torchvision resize differently, by more than the limit. In the same backend, any
+        # difference comes from the settings.
         same_backend_processor = backend_class.from_dict(processor.to_dict())
         return processor, check_processor(same_backend_processor, preprocess, settings_name)
     except ValueError as error:
@@ -149,7 +152,7 @@ def build_checked_processor(
 
 
 def apply_processor(processor: Any, image: PIL.Image.Image) -> torch.Tensor:
-    """Return the preprocessed pixels [C, H, W] of an image."""
+    """Preprocess an image; the pixels are [C, H, W]."""
     pixels: torch.Tensor = processor(image, return_tensors="pt")["pixel_values"][0]
     return pixels
 
@@ -182,6 +185,8 @@ def check_processor(
                 f"the converted processor differs from {settings_name} in the output shape"
             )
 
+        # A limit for normalized values would depend on the standard deviation, so the comparison is
+        # in gray levels.
         std = torch.tensor(processor.image_std if processor.do_normalize else 1.0).view(-1, 1, 1)
         difference = ((pixels - expected).abs() * std * 255).max().item()
         if not difference <= MAX_PIXEL_DIFFERENCE:
@@ -217,7 +222,7 @@ def build_default_preprocessing(image_size: tuple[int, int], reason: str) -> Con
 
 
 def build_preprocessing_record(settings_name: str, reason: str) -> dict[str, Any]:
-    """Return the field `preprocessing` of the parity report, without a comparison.
+    """Build the field `preprocessing` of the parity report, without a comparison.
 
     `reason` is the reason why the default processor is used.
     """

@@ -101,7 +101,7 @@ class FileSource(TimmSource):
         return convert_family_model(self.model, self.weights, self.family)
 
     def build_resized_model(self, size: tuple[int, int]) -> Any:
-        """Return the timm model for another image size.
+        """Build the timm model for another image size.
 
         The position embeddings are resampled as in the authors' code.
         """
@@ -143,6 +143,8 @@ def read_state_dict(file: Path) -> Mapping[str, Any]:
                 return dict(arrays)
         if file.suffix == ".safetensors":
             return load_file(file)
+        # The checkpoints of DINO and MAE also contain the arguments of their training, an object
+        # that runs no code.
         with torch.serialization.safe_globals([argparse.Namespace]):
             weights = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load may raise any exception for a damaged file
@@ -159,7 +161,7 @@ def read_state_dict(file: Path) -> Mapping[str, Any]:
 
 
 def unwrap_weights(weights: Mapping[str, Any], notes: list[str]) -> tuple[Weights, str | None]:
-    """Return the tensors of the image encoder, and the key of the innermost container.
+    """Find the tensors of the image encoder, and the key of the innermost container.
 
     Prefixes of the parameter names are stripped.
 

@@ -72,6 +72,7 @@ class TimmSource(Source):
         try:
             model, commit = load_timm_model(name)
         except Exception as error:  # downloads raise errors of many types
+            # First, because for a file that could run code, the remedies below are wrong.
             raise_if_unsafe_pickle(name, error)
             raise OSError(
                 f"timm cannot load {name}: {format_error(error)}. Use a machine with access to the "
@@ -107,7 +108,7 @@ class TimmSource(Source):
         return {"sequence": sequence, output_name: model.forward_head(sequence)}
 
     def build_resized_model(self, size: tuple[int, int]) -> Any:
-        """Return a copy of the model for images of (height, width) pixels."""
+        """Copy the model for images of (height, width) pixels."""
         model: Any = copy.deepcopy(self.model)
         model.set_input_size(img_size=size)
         return model
@@ -129,6 +130,8 @@ class TransformersSource(Source):
         folder = get_external_model_folder(name_or_path, revision)
 
         try:
+            # False, because the default asks in a terminal whether to run the code of the
+            # repository.
             config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
         except Exception as error:  # configurations of other projects may raise any error
             is_remote = "trust_remote_code" in str(error)
@@ -209,6 +212,7 @@ class TransformersSource(Source):
             config.mask_ratio = 0.0
             height, width = pixel_values.shape[-2:]
             num_patches = (height // config.patch_size) * (width // config.patch_size)
+            # Ascending noise keeps the patches in their order.
             noise = torch.arange(num_patches, dtype=torch.float32)
             inputs["noise"] = noise.expand(len(pixel_values), -1)  # [B, rows * columns]
         return inputs
@@ -238,7 +242,7 @@ def check_timm_architecture(name: str) -> None:
 
 
 def get_convertible_class(config: transformers.PreTrainedConfig) -> Any:
-    """Return the transformers class that loads a checkpoint, or only its encoder.
+    """Choose the transformers class that loads a checkpoint, or only its encoder.
 
     The encoder is loaded if the whole model cannot be converted.
     """

@@ -167,6 +167,7 @@ def read_rotary_positions(model: TimmModule) -> Fields:
 
 def read_norms(model: TimmModule) -> Fields:
     """Read the type and eps of the norms, and which of the optional norms exist."""
+    # `sub_norm` is the norm of differential attention. Its eps is fixed, here as in timm.
     norms = {
         (NORM_TYPES.get(get_class_name(module), get_class_name(module)), module.eps)
         for name, module in model.named_modules()

@@ -98,6 +98,8 @@ class TargetClass:
         supported_fields = {field.name for field in dataclasses.fields(model_class.config_class)}
         biases = get_qkv_biases(config)
         is_gated = config.mlp_type != "mlp"
+        # DINOv2's configuration has a whole ratio instead of the size, so the ratio is looked up by
+        # the size. If several ratios give one size, the smallest is entered last and stays.
         mlp_ratios = {
             compute_dinov2_mlp_size(config.hidden_size, ratio, is_gated): ratio
             for ratio in range(16, 0, -1)
@@ -190,6 +192,7 @@ def find_equivalent_match(
         is_useful = is_allowed and not match.mismatches.keys().isdisjoint(changes)
         if is_useful and rewrite.is_possible(match.config, match.target_config):
             new_match = compare_with_target(target, replace_fields(match.config, changes))
+            # A rewrite that settles one field may unsettle another, so only progress counts.
             if len(new_match.mismatches) < len(match.mismatches):
                 applied_rewrites = (
                     *match.applied_rewrites,
@@ -204,9 +207,12 @@ def compare_with_target(target: TargetClass, config: ViTCLSConfig) -> TargetMatc
     convertible_class = CONVERTIBLE_CLASSES[target.name]
 
     try:
+        # Only names, shapes and settings are read, so the weights need no memory.
         with torch.device("meta"):
             target_model = target.build(config)
         weights = strip_encoder_name(target_model.state_dict(), convertible_class.encoder_name)
+        # The way back is the code that reads the checkpoints of this class. A field that gets lost
+        # on the way becomes a mismatch, not a model with other outputs.
         fields = convertible_class.family.read_all_fields(target_model.config, weights)
         round_trip_config = ViTCLSConfig(**fields | dict(convertible_class.fields))
     except (TypeError, ValueError) as error:
@@ -248,6 +254,7 @@ def is_mismatch(name: str, value: Any, target_value: Any) -> bool:
         return value is not None and target_value is None
     if name.endswith("_bias") and name != "relative_position_bias":
         return bool(value and not target_value)
+    # For these fields, 0, False, "" and None all say that the model has no such part.
     return bool((value or None) != (target_value or None))
 
 
@@ -279,7 +286,7 @@ IGNORED_FIELDS = frozenset(
 
 
 def get_effective_fields(config: ViTCLSConfig, has_head: bool) -> dict[str, Any]:
-    """Return the fields that affect the outputs of a model.
+    """Select the fields that affect the outputs of a model, for the comparison with a target.
 
     Equivalent values are mapped to the same value.
     """
@@ -315,7 +322,7 @@ def get_effective_fields(config: ViTCLSConfig, has_head: bool) -> dict[str, Any]
 
 
 def get_unused_fields(config: ViTCLSConfig, has_head: bool) -> set[str]:
-    """Return the fields that have no effect because of other fields."""
+    """Name the fields that have no effect because of other fields."""
     has_single_pooled_cls = config.num_cls_tokens == 1 or config.pooling not in ("cls", "cls_mean")
     names = [field.name for field in dataclasses.fields(config)]
     attention_pool_fields = {name for name in names if name.startswith("attention_pool_")}

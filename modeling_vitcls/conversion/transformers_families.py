@@ -71,6 +71,7 @@ COMMON_RULES = [
     ),
     Rule("embeddings.rms_norm.{rest}", "embeddings.patch_embeddings.norm.{rest}"),
     Rule("embeddings.{rest}", "embeddings.{rest}"),
+    # The name is misspelled in CLIP's checkpoints.
     Rule("pre_layrnorm.{rest}", "embeddings.norm.{rest}"),
     Rule("{stack}.{i}.(norm1|layer_norm1|rms_norm1).{rest}", "layers.{i}.layernorm_before.{rest}"),
     Rule("{stack}.{i}.(norm2|layer_norm2|rms_norm2).{rest}", "layers.{i}.layernorm_after.{rest}"),
@@ -302,7 +303,7 @@ def read_internvl_fields(config: Any, weights: Weights) -> Fields:
 
 
 def add_identity_projection(tensor: torch.Tensor, config: ViTCLSConfig) -> Sequence[torch.Tensor]:
-    """Return the probe, an identity projection and a zero bias, for a query without projection."""
+    """Replace a missing query projection with the identity and a zero bias, after the probe."""
     identity = torch.eye(config.hidden_size, dtype=tensor.dtype, device=tensor.device)
     return [tensor, identity, identity.new_zeros(config.hidden_size)]
 

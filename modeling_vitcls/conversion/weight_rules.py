@@ -169,6 +169,7 @@ def revert_weights(weights: Weights, rules: Sequence[Rule], reference: Weights) 
             )
             reverted_weights[name] = concatenated_weight.reshape(reference_weight.shape)
 
+    # A weight without a counterpart would be lost without an error, and the outputs would differ.
     if unused_names := sorted(weights.keys() - used_names):
         raise ConversionError(
             f"the target model has no counterparts of these weights: {join_names(unused_names)}"
@@ -213,6 +214,7 @@ def build_converted_model(
     kernel = weights["embeddings.patch_embeddings.projection.weight"]
 
     model: ViTCLSPreTrainedModel
+    # All weights are replaced below, and `load_state_dict` would report a missing one.
     with no_init_weights():
         if has_classifier or (has_classifier is None and head_names):
             model = ViTCLSForImageClassification(config)

@@ -163,7 +163,7 @@ def find_response(error: BaseException) -> Any:
 
 
 def format_hub_error(error: BaseException) -> str:
-    """Return the messages of an error and its causes in one line."""
+    """Say in one line what an error and its causes say."""
     messages: list[str] = []
     for cause in iter_causes(error):
         message = format_error(cause)
@@ -179,7 +179,7 @@ def format_hub_error(error: BaseException) -> str:
 
 
 def describe_no_response(error: BaseException) -> str:
-    """Return the error message, with reason and remedy, for a Hub that does not respond."""
+    """Say that the Hub does not respond, with the reason and a remedy."""
     return (
         f"the Hub at {constants.ENDPOINT} does not respond: {format_hub_error(error)}. Check the "
         "network, proxies and HF_ENDPOINT"

@@ -83,7 +83,7 @@ class HubUnreachableError(OSError):
 def get_model_folder(
     source: str, patterns: Sequence[str] = MODEL_FILE_PATTERNS, revision: str | None = None
 ) -> str:
-    """Return the folder that contains a model's files: `source` itself, or a folder in the cache.
+    """Find or download a model's files: the folder is `source` itself, or one in the cache.
 
     `source` is a folder, or `namespace/name` on the Hub. The files whose names match `patterns` are
     downloaded. `revision` is a commit hash, branch or tag on the Hub (default: the newest commit of
@@ -108,7 +108,7 @@ def get_model_folder(
 
 
 def get_external_model_folder(source: str, revision: str | None = None) -> str:
-    """Return the folder of a model from another project.
+    """Find or download a model from another project.
 
     It includes pickled weights if no safetensors files exist.
     """
@@ -256,7 +256,7 @@ def download_files(
 
 
 def describe_incomplete_cache(repo_id: str) -> str:
-    """Return the error message for a model that offline mode does not find in the cache."""
+    """Say that offline mode does not find a model in the cache, and how to fill the cache."""
     return (
         f"{repo_id} is not a folder and is missing or incomplete in the cache, and HF_HUB_OFFLINE "
         f"(or TRANSFORMERS_OFFLINE) is set. Check the path, or run `hf download {repo_id}` on a "
@@ -266,7 +266,7 @@ def describe_incomplete_cache(repo_id: str) -> str:
 
 
 def resolve_commit(repo_id: str, revision: str = "main") -> HubCommit:
-    """Return the commit of a branch or tag.
+    """Look up the commit of a branch or tag.
 
     Raise OSError if the repository or the revision does not exist, or if the Hub does not respond.
     """
@@ -277,7 +277,7 @@ def resolve_commit(repo_id: str, revision: str = "main") -> HubCommit:
 
 
 def describe_missing_repo(name: str, repo_type: RepoType = "model") -> str:
-    """Return the error message for a missing or private repository.
+    """Say that a repository is missing or private, and what to do in both cases.
 
     The Hub does not distinguish the two cases.
     """
@@ -295,7 +295,7 @@ def describe_missing_repo(name: str, repo_type: RepoType = "model") -> str:
 
 
 def load_timm_model(name: str) -> tuple[nn.Module, str | None]:
-    """Return a timm model and the commit hash of its repository.
+    """Load a timm model, and return it with the commit hash of its repository.
 
     The hash is None unless `name` starts with `hf-hub:`. In NAME@FILE, `FILE` contains weights for
     the model, in a format that timm can read.

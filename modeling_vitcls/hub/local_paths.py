@@ -29,7 +29,7 @@ def is_built_in_dataset(dataset: str) -> bool:
 
 
 def resolve_name(name: str) -> str:
-    """Return a name in which the path of an existing file or folder is absolute.
+    """Make the path of an existing file or folder in a name absolute.
 
     `name` is a path, a Hub id, `timm:NAME`, `timm:local-dir:FOLDER` or `transformers:...`. A
     path takes precedence over a built-in name (`digits`, a preset) and over the name of another
@@ -129,7 +129,7 @@ def split_revision(name: str) -> tuple[str, str | None]:
 
 
 def get_title(name: str) -> str:
-    """Return a name without the folders of a local path, and without a revision."""
+    """Shorten a name to a title: without the folders of a local path, and without a revision."""
     name = split_revision(name)[0]
     path = split_prefix(name)[1]
     return Path(path).resolve().name if path and Path(path).exists() else name

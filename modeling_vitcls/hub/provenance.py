@@ -64,12 +64,12 @@ class Provenance:
         return ", ".join(label) if isinstance(label, list) else label
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the provenance for results.json. License files are represented by their names."""
+        """Convert the provenance for results.json. License files are represented by their names."""
         return asdict(self) | {"license_files": [file.name for file in self.license_files]}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], folder: Path) -> Self:
-        """Return the provenance that `to_dict` stored in the results.json of a model folder."""
+        """Restore the provenance that `to_dict` stored in the results.json of a model folder."""
         # The file may have been downloaded. A name such as ../id_rsa must not lead out of the
         # folder, because license files are published.
         names = [

@@ -107,7 +107,7 @@ class AdaptableModel(PreTrainedModel):
         return (model, *model_or_tuple[1:]) if has_loading_info else model
 
     def adapt(self, gate_new_tokens: bool | None = None, **changes: Any) -> Self:
-        """Return a model with new values of `ADAPTABLE_FIELDS` and adapted weights.
+        """Build a model with other values of `ADAPTABLE_FIELDS`, and adapt the weights to it.
 
         If no field changes, this model is returned.
 
@@ -152,7 +152,7 @@ class AdaptableModel(PreTrainedModel):
 def resolve_config(
     config_class: type[ViTCLSConfig], source: Any, kwargs: dict[str, Any]
 ) -> tuple[ViTCLSConfig | None, dict[str, Any]]:
-    """Return the configuration for the arguments of `from_pretrained`, and the other arguments.
+    """Take the configuration out of the arguments of `from_pretrained`; return it and the others.
 
     The configuration is None if the arguments contain neither a ViTCLS configuration nor any of
     `ADAPTABLE_FIELDS`.
@@ -200,7 +200,7 @@ def read_adaptable_fields(
 
 
 def replace_fields(config: Any, values: Mapping[str, Any], validate: bool = True) -> Any:
-    """Return a copy of a configuration in which the fields in `values` are replaced."""
+    """Copy a configuration and replace the fields in `values`, which may be valid only together."""
     config = copy.deepcopy(config)
     for name, value in values.items():
         setattr(config, name, value)
@@ -242,7 +242,7 @@ def remove_open_gates(model: AdaptableModel) -> None:
 def get_gated_tokens(
     config: ViTCLSConfig, changes: Mapping[str, Any], gate_new_tokens: bool
 ) -> dict[str, int] | None:
-    """Return `gated_tokens` after `changes`; `gate_new_tokens` includes all added tokens."""
+    """Decide which tokens are gated after `changes`; `gate_new_tokens` includes all added tokens."""
     counts = {field: getattr(config, field) for field in COUNT_FIELDS.values()}
     new_counts = {field: changes.get(field, count) for field, count in counts.items()}
     remaining_gated_tokens = update_gated_tokens(config.gated_tokens, counts, new_counts)
@@ -409,6 +409,8 @@ ADAPTERS: dict[str, Callable[[AdaptationContext], AdaptedWeight]] = {
         ("embeddings.cls_token", "embeddings.distillation_token", "embeddings.register_"),
         adapt_tokens,
     ),
+    # The first key that is part of the name decides, so the patches come before the other
+    # positions.
     "position_embeddings.patches": partial(adapt_to_grid, resample_positions),
     "position_embeddings.": partial(adapt_tokens, are_positions=True),
     "patch_embeddings.projection.weight": adapt_to_patch_size,

@@ -88,6 +88,8 @@ def apply_mask(bias: Tensor, mask: Tensor | None) -> Tensor:
     if mask is None:
         return bias
     if mask.dtype == torch.bool:
+        # The smallest number instead of -inf, with which a row of hidden keys alone would become
+        # NaN.
         return torch.where(mask, bias, torch.finfo(bias.dtype).min)
     return bias + mask
 
@@ -127,7 +129,7 @@ def build_cls_attention_mask(
 def build_cls_visibility(
     config: ViTCLSConfig, grid_size: tuple[int, int], device: torch.device
 ) -> Tensor:
-    """Return a boolean matrix [N, N]; [q, k] is true if token q may attend to token k."""
+    """Build a boolean matrix [N, N]; [q, k] is true if token q may attend to token k."""
     layout = config.token_layout
     num_tokens = layout.get_num_tokens(*grid_size)
     visibility = torch.ones(num_tokens, num_tokens, dtype=torch.bool, device=device)
@@ -138,7 +140,7 @@ def build_cls_visibility(
 
 
 def build_cell_mask(scope: list[int], grid_size: tuple[int, int], device: torch.device) -> Tensor:
-    """Return a boolean vector [patches], true in the cell `[rows, columns, row, column]`."""
+    """Mark the patches in the cell `[rows, columns, row, column]`: a boolean vector [patches]."""
     grid_rows, grid_columns = grid_size
     rows, columns, row, column = scope
     if grid_rows < rows or grid_columns < columns:
@@ -177,7 +179,7 @@ class RelativePositionBias(nn.Module):
         )
 
     def forward(self, hidden_states: Tensor, mask: Any, grid_size: tuple[int, int]) -> Any:
-        """Return the masked bias [B or 1, heads, N, N], or a list with one bias per layer."""
+        """Add the mask to the bias [B or 1, heads, N, N], or to a list with one bias per layer."""
         require_additive_mask(self.config, "relative_position_bias")
         index = self.get_relative_position_index(grid_size, hidden_states.device)  # [N, N]
         # [tables, distances + 3, heads]
@@ -190,7 +192,7 @@ class RelativePositionBias(nn.Module):
     def get_relative_position_index(
         self, grid_size: tuple[int, int], device: torch.device
     ) -> Tensor:
-        """Return the index of the table row for each pair of tokens, [N, N]."""
+        """Find the row of the table for each pair of tokens, [N, N]."""
         layout = self.config.token_layout
         rows, columns = grid_size
         y, x = torch.meshgrid(
@@ -270,7 +272,7 @@ class TokenGates(nn.Module):
         self.gates = nn.Parameter(torch.empty(len(self.token_indices)))
 
     def forward(self, hidden_states: Tensor, mask: Any) -> Any:
-        """Return the mask, or the list of masks, with log(g) added for each gated token."""
+        """Scale the attention to each gated token: add log(g) to the mask, or to the list of masks."""
         require_additive_mask(self.config, "gated_tokens")
         bias = hidden_states.new_zeros(1, 1, 1, hidden_states.shape[1])  # [1, 1, 1, N]
         bias[..., self.token_indices] = self.get_gate_values().log().to(bias.dtype)
@@ -279,7 +281,7 @@ class TokenGates(nn.Module):
         return apply_mask(bias, mask)
 
     def get_gate_values(self) -> Tensor:
-        """Return the value g of each gate, [n]. A gate with g = 1 has no effect."""
+        """Compute the value g of each gate, [n]. A gate with g = 1 has no effect."""
         # has a nonzero gradient at 0, unlike abs
         magnitude = torch.where(self.gates < 0, -self.gates, self.gates)
         return (magnitude * self.SCALE + self.EPS).clamp(max=1.0)

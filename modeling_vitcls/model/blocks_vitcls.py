@@ -136,10 +136,11 @@ class ViTCLSEmbeddings(nn.Module):
         return self.norm(tokens)
 
     def get_special_tokens(self) -> dict[str, Tensor]:
-        """Return the learned tokens [1, n, D] of each group, in sequence order.
+        """Collect the learned tokens [1, n, D] of each group, in sequence order.
 
         Empty groups are omitted.
         """
+        # Everything that looks for tokens in the sequence relies on this order (TokenLayout).
         groups = {
             "cls": self.cls_token,
             "distillation": self.distillation_token,
@@ -217,6 +218,7 @@ class SinCosPositionEmbeddings(nn.Module):
         Special tokens do not change.
         """
         rows, columns = grid_size
+        # Computed for each grid instead of stored, so that images of any size have exact positions.
         y = torch.arange(rows, dtype=torch.float32, device=patches.device)
         x = torch.arange(columns, dtype=torch.float32, device=patches.device)
         y, x = torch.meshgrid(y, x, indexing="ij")  # [rows, columns] each
@@ -260,7 +262,7 @@ def eager_attention_forward(
     dropout: float = 0.0,
     **kwargs: Unpack[TransformersKwargs],
 ) -> tuple[Tensor, Tensor]:
-    """Return the attention output [B, n, heads, head_dim] and weights [B, heads, n, N].
+    """Compute attention [B, n, heads, head_dim] in plain PyTorch, and its weights [B, heads, n, N].
 
     Queries are [B, heads, n, head_dim]; keys and values are [B, heads, N, head_dim]. The softmax
     runs in float32.
@@ -320,7 +322,7 @@ class ViTCLSAttention(nn.Module):
         num_queries: int | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[Tensor, Tensor | None]:
-        """Return the outputs [B, n, D] and the attention weights [B, heads, n, N].
+        """Attend, [B, N, D] -> [B, n, D], and return the outputs and the weights [B, heads, n, N].
 
         Fused attention returns no weights.
 
@@ -373,6 +375,7 @@ class ViTCLSAttention(nn.Module):
             "scaling": self.scaling,
         }
         attn_output, weights = attention_function(self, query, key, value, attention_mask, **kwargs)
+        # Queries and keys are read here, after norms and rotation, as attention sees them.
         if self.recorder is not None:
             self.recorder(query, key, value, attention_mask, self.scaling, attn_output)
         return attn_output, weights

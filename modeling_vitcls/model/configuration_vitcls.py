@@ -125,7 +125,8 @@ ADAPTABLE_FIELDS = (
     *("cls_scopes", "gated_tokens", "register_neurons", "extra_heads"),
 )
 
-# Attention implementations that config.json may name. Others may be kernels of any repository.
+# Attention implementations that config.json may name. In transformers, other values may name a
+# repository of compiled kernels, and a downloaded file must not choose code to run.
 STORED_ATTENTIONS = ("sdpa", "eager", "flex_attention")
 
 # Fields that are saved even with default values.
@@ -376,8 +377,8 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
         pooled_cls_tokens (`list[int]`, *optional*): Indices of the CLS tokens that are pooled.
             Default: all.
         pooled_layers (`list[int]`, *optional*): Layers whose tokens are pooled, each after the
-            final norm. The input of the head is the concatenation, in this order. Indices are those
-            of `hidden_states` and `out_indices`: 1 is the first layer, -1 the last. `[-4, -3, -2,
+            final norm. The input of the head is the concatenation, in this order. Layers are numbered
+            as in `hidden_states` and `out_indices`: 1 is the first layer, -1 the last. `[-4, -3, -2,
             -1]` is the order of DINOv2's linear evaluation (`n_last_blocks` in
             dinov2/eval/linear.py; Oquab et al. 2023, arXiv 2304.07193). Default: the last layer.
         head_type (`"linear"` or `"mlp"`, defaults to `"linear"`): Type of the head. `"mlp"` is
@@ -775,7 +776,7 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """Return the fields to save: changed ones, and `ALWAYS_SAVED_FIELDS` that are not None."""
+        """Select the fields to save: changed ones, and `ALWAYS_SAVED_FIELDS` that are not None."""
         defaults: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(self)}
         defaults |= dict.fromkeys(ALWAYS_SAVED_FIELDS)
         values = super().to_diff_dict()
@@ -786,7 +787,7 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
         }
 
     def build_auto_map(self) -> dict[str, str]:
-        """Return `AUTO_MAP`, with the multi-task class as the classifier if there are tasks."""
+        """Name the code of each Auto class: `AUTO_MAP`, with the multi-task class if there are tasks."""
         if self.tasks is None:
             return dict(AUTO_MAP)
         return AUTO_MAP | {
@@ -951,7 +952,7 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
         }
 
     def build_task_config(self, name: str) -> "ViTCLSConfig":
-        """Return the configuration of a classifier for an added task alone.
+        """Build the configuration of a classifier for an added task alone.
 
         All of its classes are added ones.
         """
@@ -1302,7 +1303,7 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
 def update_gated_tokens(
     gated_tokens: Mapping[Any, int] | None, counts: Mapping[str, int], new_counts: Mapping[str, int]
 ) -> dict[Any, int] | None:
-    """Return `gated_tokens` after the token counts (field -> count) change to `new_counts`.
+    """Keep the gates of the tokens that remain when the token counts change to `new_counts`.
 
     Gates stay with their tokens. Gated tokens are the last tokens of a group, so new tokens at the
     end are also gated.

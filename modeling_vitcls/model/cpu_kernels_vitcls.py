@@ -54,11 +54,11 @@ try:
     HAS_AVX512_BFLOAT16 = torch.cpu._is_avx512_bf16_supported()
 
     def is_functorch_active() -> bool:
-        """Return whether torch.func or forward-mode AD is active; oneDNN supports neither."""
+        """Check whether torch.func or forward-mode AD is active; oneDNN supports neither."""
         return peek_functorch_stack() is not None or forward_ad._current_level >= 0
 
     def is_exporting() -> bool:
-        """Return whether the model is being exported, perhaps for another machine."""
+        """Check whether the model is being exported, perhaps for another machine."""
         # before torch 2.14, torch.compiler.is_exporting() is also true during compilation
         return torch.compiler._is_exporting_flag or torch.jit.is_tracing()
 
@@ -82,7 +82,7 @@ def install_cpu_kernels(model: nn.Module) -> None:
 
 
 def can_use_cpu_kernels() -> bool:
-    """Return whether VITCLS_CPU_KERNELS is not 0 and PyTorch has all required private APIs."""
+    """Check that VITCLS_CPU_KERNELS is not 0 and that PyTorch has all required private APIs."""
     return os.environ.get("VITCLS_CPU_KERNELS") != "0" and HAS_PRIVATE_NAMES
 
 
@@ -201,7 +201,7 @@ FUSED_CLASSES = [CPULinear, GELUActivation, nn.Identity, nn.Identity, CPULinear]
 
 # Conditions ---------------------------------------------------------------------------------------
 def can_use_onednn(linear: nn.Linear | nn.Conv2d, inputs: Tensor) -> bool:
-    """Return whether oneDNN is faster and can be used: not under torch.func or a dispatch mode."""
+    """Check that oneDNN is faster and can be used: not under torch.func or a dispatch mode."""
     min_multiplications = MIN_MULTIPLICATIONS.get((inputs.dtype, torch.is_grad_enabled()))
     if (
         min_multiplications is None
@@ -221,21 +221,21 @@ def can_use_onednn(linear: nn.Linear | nn.Conv2d, inputs: Tensor) -> bool:
 
 
 def can_fuse_gelu(mlp: ViTCLSMLP) -> bool:
-    """Return whether an MLP has only the exact GELU between `CPULinear` layers, and no hooks."""
+    """Check that an MLP has only the exact GELU between `CPULinear` layers, and no hooks."""
     modules = (mlp.fc1, mlp.activation_fn, mlp.register_neurons, mlp.norm, mlp.fc2)
     has_classes = [type(module) for module in modules] == FUSED_CLASSES
     return has_classes and not any(map(has_hooks, modules))
 
 
 def has_plain_parameters(linear: nn.Linear | nn.Conv2d) -> bool:
-    """Return whether weight and bias are plain: not quantized, sharded or parametrized."""
+    """Check that weight and bias are plain: not quantized, sharded or parametrized."""
     parameters = linear._parameters
     # the bias may be None
     return type(parameters.get("weight")) is nn.Parameter and "bias" in parameters
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Return whether a module has hooks or a replaced `forward`."""
+    """Check for hooks or a replaced `forward`, which a fused kernel would skip."""
     hooks = (
         module._forward_hooks,
         module._forward_pre_hooks,
@@ -246,7 +246,7 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 def is_capturing_graph() -> bool:
-    """Return whether the model is being compiled or traced."""
+    """Check whether the model is being compiled or traced."""
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
@@ -278,7 +278,7 @@ def compute_linear_gradients(
     weight: Tensor,
     bias: Tensor | None,
 ) -> tuple[Tensor | None, ...]:
-    """Return the gradients of a linear layer: inputs [..., in], weight [out, in], bias [out].
+    """Compute the gradients of a linear layer: inputs [..., in], weight [out, in], bias [out].
 
     Args:
         linear: function that computes a linear layer, `linear(inputs, weight, bias)`.
@@ -351,7 +351,7 @@ class OneDNNGELULinear(torch.autograd.Function):
 
 
 def is_onednn_correct() -> bool:
-    """Return whether oneDNN's operator runs on this CPU, and agrees with PyTorch."""
+    """Try oneDNN's operator on this CPU, and compare it with PyTorch."""
     if count_dispatch_modes():  # fake tensors have no values to compare
         return True
     inputs, weight = (
@@ -395,7 +395,7 @@ if HAS_PRIVATE_NAMES and torch.backends.cpu.get_cpu_capability().startswith("AVX
 
 
 def is_emulated(inputs: Tensor) -> bool:
-    """Return whether PyTorch would multiply `inputs` without instructions for their dtype."""
+    """Check whether PyTorch would multiply `inputs` without instructions for their dtype."""
     return (
         bool(EMULATED_DTYPES)
         and inputs.is_cpu
@@ -406,14 +406,14 @@ def is_emulated(inputs: Tensor) -> bool:
 
 
 def get_matmul_dtype(inputs: Tensor) -> torch.dtype:
-    """Return the dtype of matrix products of `inputs`; autocast changes all but float64."""
+    """Find the dtype of matrix products of `inputs`; autocast changes all but float64."""
     if inputs.dtype == torch.float64 or not torch.is_autocast_enabled(inputs.device.type):
         return inputs.dtype
     return torch.get_autocast_dtype(inputs.device.type)
 
 
 def cast_for_autocast(inputs: Tensor) -> Tensor:
-    """Return float32 inputs in the autocast dtype, so that several products share one cast."""
+    """Cast float32 inputs to the autocast dtype once, for several products."""
     if inputs.dtype != torch.float32 or not inputs.is_cpu or is_capturing_graph():
         return inputs
     return inputs.to(get_matmul_dtype(inputs))
@@ -458,7 +458,7 @@ def sdpa_attention(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Return (output [B, n, heads, head_dim], None), computed by chunked attention or by SDPA."""
+    """Compute attention [B, n, heads, head_dim] in chunks where that is faster, else with SDPA."""
     is_plain = attention_mask is None and dropout == 0 and not kwargs.get("is_causal")
     if is_plain and can_chunk_attention(query, key):
         return attend_in_chunks(query, key, value, scaling), None
@@ -475,7 +475,7 @@ def sdpa_attention(
 
 
 def can_chunk_attention(query: Tensor, key: Tensor) -> bool:
-    """Return whether `attend_in_chunks` is faster than SDPA. With AMX, it has not been measured."""
+    """Check that `attend_in_chunks` is faster than SDPA. With AMX, it has not been measured."""
     return (
         HAS_AVX512_BFLOAT16
         and not HAS_AMX
@@ -488,7 +488,7 @@ def can_chunk_attention(query: Tensor, key: Tensor) -> bool:
 
 
 def attend_in_chunks(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-    """Return softmax(query @ key.T * scaling) @ value, a few heads at a time.
+    """Compute softmax(query @ key.T * scaling) @ value, a few heads at a time.
 
     The scores of a few heads stay in the cache. They are rounded to the dtype of the inputs before
     the softmax, as in transformers' eager attention. Subtracting the mean of the keys makes scores

@@ -44,6 +44,7 @@ def read_jpeg(source: Any) -> Tensor | None:
     if jpeg_bytes is None:
         return None
     try:
+        # The bytes are a `bytearray`, because PyTorch warns about memory that it must not write to.
         encoded_bytes = torch.frombuffer(jpeg_bytes, dtype=torch.uint8)
         pixels: Tensor = decode_jpeg(
             encoded_bytes, mode=ImageReadMode.UNCHANGED, apply_exif_orientation=True
@@ -117,6 +118,8 @@ def normalize_batch(processor: Any, images: list[Tensor]) -> Tensor:
     mean, std = scale_statistics(
         processor.image_mean, processor.image_std, processor.rescale_factor
     )
+    # NumPy writes each image to its place in the batch, in one thread and without a copy in
+    # between.
     batch = np.empty((len(images), *images[0].shape), dtype=np.float32)  # [B, C, h, w]
     for pixels, image in zip(batch, images, strict=True):
         np.copyto(pixels, image.numpy())

@@ -103,6 +103,7 @@ class AttentionPooler(nn.Module):
             states.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for states in (query, key, value)
         )
+        # The probe is the same for all images, so it was projected once.
         query = query.expand(hidden_states.shape[0], -1, -1, -1)
 
         # [B, heads, 1, head_dim]
@@ -197,7 +198,7 @@ class ExtraHeads(nn.ModuleDict):
     def forward(
         self, layer_tokens: Mapping[int, Tensor], compute_all_tokens: Callable[[], Tensor] | None
     ) -> dict[str, Tensor]:
-        """Return the logits [B, labels] of each head.
+        """Compute the logits [B, labels] of each head.
 
         Every head is computed alone, so that its logits do not depend on which other heads exist.
 
@@ -259,7 +260,7 @@ class ClassDistance(nn.Module):
         self.register_buffer("sizes", torch.zeros(len(self.tokens)))
 
     def forward(self, layer_tokens: Mapping[int, Tensor]) -> Tensor:
-        """Return the Mahalanobis distance [B] to the nearest class mean (arXiv 1807.03888).
+        """Compute the Mahalanobis distance [B] to the nearest class mean (arXiv 1807.03888).
 
         It is the root of the mean over the tokens of the squared distances, without the noise of
         the means of few images (`sizes` / `counts`).
@@ -271,6 +272,7 @@ class ClassDistance(nn.Module):
         for index, (layer, pooler) in enumerate(zip(self.layers, self.poolers, strict=True)):
             values = pooler(layer_tokens[layer])
             device = "cpu" if values.is_meta else values.device.type  # FLOPs are counted on "meta"
+            # The distance is a difference of large numbers, for which bfloat16 has too few digits.
             with torch.autocast(device, enabled=False):
                 means = getattr(self, f"means_{index}").float()
                 precision = getattr(self, f"precisions_{index}").float()
@@ -282,7 +284,9 @@ class ClassDistance(nn.Module):
                 of_means = ((means @ precision) * means).sum(dim=1) - noise
                 squares.append(own - 2 * products @ means.T + of_means)  # [B, K]
         distances = torch.stack(squares).mean(dim=0)
+        # The mean of a class without images is a placeholder, and must not be the nearest one.
         distances = distances.masked_fill(self.counts == 0, torch.inf)
+        # Without the noise of the means, an estimated square can be slightly negative.
         return distances.amin(dim=1).clamp(min=0).sqrt()
 
 

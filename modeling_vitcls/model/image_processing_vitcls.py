@@ -310,6 +310,8 @@ class ViTCLSImageProcessor(ViTCLSBaseImageProcessor, TorchvisionBackend):  # typ
         ):
             return super().preprocess(images, *args, **kwargs)
 
+        # Settings are attributes that a person may change between two calls, so they are compared
+        # each time.
         settings = get_settings(self, self._valid_kwargs_names)
         inputs = list(flatten_images(images))
         if (
@@ -320,6 +322,7 @@ class ViTCLSImageProcessor(ViTCLSBaseImageProcessor, TorchvisionBackend):  # typ
             return self._fast_preprocess(inputs)
 
         batch = super().preprocess(images, **kwargs)
+        # Only after a complete call without an error, which has checked every setting.
         self._checked_settings = settings if can_use_fast_path(self) else None
         return batch
 
@@ -499,6 +502,8 @@ def pil_to_array(image: PIL.Image.Image) -> np.ndarray:
                 f"values must be between 0 and 65535, but range from {values.min()} to "
                 f"{values.max()}"
             )
+        # PIL may read 16-bit files as 32-bit integers (mode I), and only the range shows which they
+        # are.
         return values.astype(np.uint16)
     if image.has_transparency_data:
         return np.array(image.convert("RGBA"))

@@ -236,7 +236,7 @@ class ViTCLSPreTrainedModel(AdaptableModel):
         layers: LayerIndices = "all",
         attention_mask: Tensor | None = None,
     ) -> Tensor:
-        """Return the attention weights of the special tokens, for any attention implementation.
+        """Compute what the special tokens attend to, for any attention implementation.
 
         The values equal the rows of eager attention maps without dropout. One forward pass computes
         only these rows instead of full maps. To disable gradients of the output, use
@@ -262,7 +262,7 @@ class ViTCLSPreTrainedModel(AdaptableModel):
 
     @torch.no_grad()
     def flops(self, image_size: int | Sequence[int] | None = None, batch_size: int = 1) -> int:
-        """Return the FLOPs of a forward pass, counted on the meta device.
+        """Count the FLOPs of a forward pass, on the meta device.
 
         `torch.utils.flop_counter` counts matrix products and convolutions; a multiply-add counts as
         two. `image_size` is in pixels and defaults to `config.image_size`.
@@ -306,6 +306,7 @@ class ViTCLSModel(ViTCLSPreTrainedModel):
         super().__init__(config)
         layer_class = LAYER_CLASSES[config.layer_type]  # ViTCLSLayer by default
         attention_class = ATTENTION_CLASSES[config.attention_type]  # ViTCLSAttention by default
+        # A model with one layer has no depth over which the drop path rate could grow.
         last_layer_index = max(config.num_hidden_layers - 1, 1)
 
         self.embeddings = ViTCLSEmbeddings(config)
@@ -361,6 +362,8 @@ class ViTCLSModel(ViTCLSPreTrainedModel):
             ValueError: if images or masks have an unsupported shape.
             TypeError: if an argument is unknown.
         """
+        # transformers' classes accept any keyword, so a misspelled one would be ignored without an
+        # error.
         for name in kwargs:
             if name not in TransformersKwargs.__annotations__:
                 raise TypeError(f"forward() got an unexpected argument {name!r}")
@@ -369,12 +372,15 @@ class ViTCLSModel(ViTCLSPreTrainedModel):
                 f"pixel_values is a {type(pixel_values).__name__}: pass a tensor [B, C, H, W]"
             )
 
+        # Image processors return float32, also for a model in half precision.
         pixel_values = pixel_values.to(self.embeddings.patch_embeddings.projection.weight.dtype)
         grid_size = self.embeddings.patch_embeddings.get_grid_size(pixel_values)
         hidden_states = self.embeddings(pixel_values, grid_size, bool_masked_pos)  # [B, N, D]
 
         # None, a value for all layers, or a list with one value per layer
         mask = position_embeddings = None
+        # Without a mask, attention is faster. On a GPU, a small model takes as long as Python does,
+        # so the default model also skips the call that would return None.
         bias = self.relative_position_bias
         gates = self.gates
         if (
@@ -537,6 +543,7 @@ class ViTCLSForImageClassification(ViTCLSPreTrainedModel):
         """
         model = ViTCLSForImageClassification(self.config.build_task_config(name))
         weights = self.state_dict()
+        # Assigned, not copied: both models share the weights of the encoder.
         model.load_state_dict({key: weights[key] for key in model.state_dict()}, assign=True)
         model.train(self.training)
         return model
@@ -596,6 +603,8 @@ class ViTCLSForImageClassification(ViTCLSPreTrainedModel):
             # a larger product would change the bits of the others
             own_logits = [] if isinstance(self.classifier, nn.Identity) else [logits]
             logits = torch.cat([*own_logits, *added_logits], dim=-1)
+        # The temperature was fitted to the logits of the finished model. In a training loss, it
+        # would only rescale the gradients.
         if self.config.temperature != 1 and not self.training:
             logits = logits / self.config.temperature
 
@@ -870,7 +879,7 @@ class ViTCLSBackbone(BackboneMixin, ViTCLSModel):
         attention_mask: Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BackboneOutput:
-        """Return the feature maps of `config.out_features`.
+        """Compute the feature maps of `config.out_features`.
 
         Maps are [B, D, rows, columns], or [B, 1 + patches, D] (first CLS token and patches) if
         `config.reshape_hidden_states` is False. Without `config.apply_layernorm`, only the last

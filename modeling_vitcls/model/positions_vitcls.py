@@ -44,7 +44,7 @@ class AxialRotaryEmbeddings(nn.Module):
         self.theta = float(config.rope_theta)
 
     def forward(self, grid_size: tuple[int, int], hidden_states: Tensor) -> PositionEmbeddings:
-        """Return cos and sin [rows * columns, head_dim] in the dtype of `hidden_states`."""
+        """Compute cos and sin [rows * columns, head_dim] in the dtype of `hidden_states`."""
         device = hidden_states.device
         head_dim = self.config.head_dim
         periods = self.config.rope_periods
@@ -55,6 +55,7 @@ class AxialRotaryEmbeddings(nn.Module):
             self.theta**-exponents if periods is None else 1 / exponents.new_tensor(periods)
         )
         angles = coordinates[:, :, None] * frequencies  # [rows * columns, 2, head_dim / 4]
+        # Channel i is rotated together with channel i + head_dim / 2, so each angle stands twice.
         angles = angles.flatten(1).tile(2)  # [rows * columns, head_dim]
         return angles.cos().to(hidden_states.dtype), angles.sin().to(hidden_states.dtype)
 
@@ -78,7 +79,7 @@ class MixedRotaryEmbeddings(nn.Module):
     def forward(
         self, grid_size: tuple[int, int], hidden_states: Tensor
     ) -> list[PositionEmbeddings]:
-        """Return cos and sin [heads, rows * columns, head_dim] of each layer."""
+        """Compute cos and sin [heads, rows * columns, head_dim] of each layer."""
         # [rows * columns, 2]
         coordinates = get_patch_coordinates(self.config, grid_size, hidden_states.device)
         # [layers, heads, 1, d / 2]
@@ -105,7 +106,7 @@ class MixedRotaryEmbeddings(nn.Module):
 def get_patch_coordinates(
     config: ViTCLSConfig, grid_size: tuple[int, int], device: torch.device
 ) -> Tensor:
-    """Return the coordinates [rows * columns, 2] of all patches, row by row.
+    """Compute the coordinates [rows * columns, 2] of all patches, row by row.
 
     `config.rope_axes` sets the axis order. Mixed rotary embeddings use `"grid"` coordinates.
     Coordinates are computed for each grid and need no resampling.
@@ -135,8 +136,8 @@ def rotate_patches(
 ) -> tuple[Tensor, Tensor]:
     """Rotate the queries [B, heads, n, head_dim] and keys [B, heads, N, head_dim] of the patches.
 
-    Special tokens come first and are not rotated. n is N, or at most the number of special tokens
-    (no patch queries).
+    The special tokens at the front are not rotated. n is N, or smaller if only special tokens are
+    queried.
     """
     cos, sin = position_embeddings
     num_prefix_tokens = key.shape[-2] - cos.shape[-2]
@@ -153,7 +154,7 @@ def rotate_patches(
 
 # Resampling ---------------------------------------------------------------------------------------
 def needs_resampling(grid_size: tuple[int, int], new_grid_size: tuple[int, int]) -> bool:
-    """Return whether two grids differ, or are dynamic: a comparison would make them static."""
+    """Check whether two grids differ, or are dynamic: a comparison would make them static."""
     if torch.compiler.is_exporting() and any(
         isinstance(size, torch.SymInt) for size in new_grid_size
     ):

@@ -48,6 +48,7 @@ def compute_token_attention(
     def record(
         layer: int, query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: float, _: Any
     ) -> None:
+        # Special tokens come first. Complete maps of all layers may not fit into memory.
         query = query[:, :, : layout.num_prefix_tokens]
         rows[layer] = compute_attention_rows(
             query, key, select_mask_rows(mask, query, key), scaling

@@ -140,10 +140,11 @@ class RegisterNeurons(nn.Module):
         self.last_register = config.token_layout.registers.stop - 1
 
     def forward(self, activations: Tensor) -> Tensor:
-        """Return a copy of the activations [B, N, intermediate] with moved `neurons`."""
+        """Move the activations of `neurons`, in a copy of [B, N, intermediate]."""
         patch_activations = activations[:, self.patches, self.neurons]  # [B, patches, neurons]
         largest_index = patch_activations.abs().argmax(dim=1, keepdim=True)  # [B, 1, neurons]
 
+        # A copy, because autograd may need the activations as they were.
         edited_activations = activations.clone()
         edited_activations[:, self.patches, self.neurons] = 0
         edited_activations[:, self.last_register, self.neurons] = patch_activations.gather(

@@ -67,7 +67,7 @@ def write_card(folder: ModelFolder) -> None:
 
 
 def has_edited_card(folder: ModelFolder) -> bool:
-    """Return whether a folder has a card that was edited or not generated."""
+    """Check whether a person wrote or edited the card of a folder."""
     if not (folder.path / CARD_FILE).is_file():
         return False
     text = (folder.path / CARD_FILE).read_text(encoding="utf-8")
@@ -86,7 +86,7 @@ def render_card(
     hidden_files: Collection[str] = (),
     license_id: str | None = None,
 ) -> str:
-    """Return the card of a model folder.
+    """Write the text of a card from the files of a model folder.
 
     Args:
         folder: The folder.
@@ -193,7 +193,7 @@ def build_metadata(folder: ModelFolder, name: str, license_source: Provenance) -
 
 
 def get_license_source(folder: ModelFolder, license_id: str | None) -> Provenance:
-    """Return the initial weights if their license is known; otherwise one with the given license.
+    """Decide whose license applies: the one of the initial weights if it is known.
 
     The license of weights also applies to weights that are derived from them.
     """
@@ -262,14 +262,14 @@ def build_run_variables(folder: ModelFolder) -> dict[str, Any]:
 
 
 def list_additions(folder: ModelFolder) -> dict[str, Any]:
-    """Return the records of the added tasks and classes that the model has: head -> record."""
+    """Collect the records of the added tasks and classes that the model has: head -> record."""
     records = folder.results.get(ADDITIONS_KEY, {})
     heads = folder.config.get_extra_heads() if folder.config is not None else {}
     return {name: records[name] for name in heads if name in records}
 
 
 def list_added_classes(folder: ModelFolder) -> list[str]:
-    """Return the classes that were added after the results of the run were measured."""
+    """List the classes that were added after the results of the run were measured."""
     records = list_additions(folder).values()
     return [
         label for record in records if record["kind"] == "classes" for label in record["labels"]
@@ -277,7 +277,7 @@ def list_added_classes(folder: ModelFolder) -> list[str]:
 
 
 def has_token_effects(folder: ModelFolder) -> bool:
-    """Return whether the report of a run measures the effects of the special tokens.
+    """Check whether the report of a run measures the effects of the special tokens.
 
     They are news only if there are several tokens, and training changed them.
     """
@@ -290,7 +290,7 @@ def has_token_effects(folder: ModelFolder) -> bool:
 
 
 def format_class_list(class_names: list[str]) -> str:
-    """Return at most `MAX_LISTED_CLASSES` class names, and the number of other classes, as text."""
+    """List at most `MAX_LISTED_CLASSES` class names, and the number of other classes, as text."""
     text = ", ".join(map(format_name, class_names[:MAX_LISTED_CLASSES]))
     if len(class_names) <= MAX_LISTED_CLASSES:
         return text

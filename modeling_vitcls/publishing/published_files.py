@@ -56,7 +56,7 @@ logger = logging.getLogger(__name__)
 def collect_files(
     folder: ModelFolder, repo_id: str, license_id: str | None = None, card_samples: bool = False
 ) -> dict[str, Path | bytes]:
-    """Return the files to publish: name in the repository -> path or content.
+    """Collect the files to publish: name in the repository -> path or content.
 
     Args:
         folder: Folder of the model.
@@ -86,7 +86,7 @@ def collect_files(
 
 
 def list_published_files(folder: ModelFolder) -> set[str]:
-    """Return the names of the files to publish: those in the folder that this package writes.
+    """Name the files to publish: the ones in the folder that this package writes.
 
     Raise ValueError if one of them is a link, because its target is not a file of the folder.
     """
@@ -134,7 +134,7 @@ def warn_about_images(folder: ModelFolder, files: set[str]) -> None:
 
 
 def read_code_license() -> str:
-    """Return the text of the license of the code files."""
+    """Read the license of the code files."""
     # An installed package has the file in its metadata, a checkout in its root.
     checkout_license = PACKAGE_FOLDER.parent / "LICENSE"
     if checkout_license.is_file():

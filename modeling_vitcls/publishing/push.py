@@ -225,7 +225,7 @@ def upload_files(
 
 
 def build_push_command(folder: Path, repo_id: str, **others: str | bool | None) -> str:
-    """Return the command line that pushes a model folder, with those other flags that are set."""
+    """Build the command that a person can run to push a folder, with the other flags that are set."""
     flags = {"model": folder, "hub_model_id": repo_id, **others}
     arguments = [to_arguments(name, value) for name, value in flags.items() if value]
     return f"vitcls push {shlex.join(chain.from_iterable(arguments))}"

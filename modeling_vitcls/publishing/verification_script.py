@@ -109,7 +109,7 @@ def collect_outputs(
 
 
 def get_auto_class(architecture: str) -> str:
-    """Return the Auto class for a model class of modeling_vitcls or transformers."""
+    """Choose the Auto class for a model class of modeling_vitcls or transformers."""
     is_classifier = "ForImageClassification" in architecture
     return AUTO_CLASSES.get(
         architecture, "AutoModelForImageClassification" if is_classifier else "AutoModel"

@@ -171,7 +171,7 @@ def verify_push(push_result: PushResult, folder: ModelFolder) -> str:
 
 
 def list_downloaded_files(folder: Path) -> dict[str, Path | bytes]:
-    """Return the files in the folder of a download, without huggingface_hub's own: name -> path."""
+    """List the files of a download, without huggingface_hub's own: name -> path."""
     paths = {path.relative_to(folder): path for path in folder.rglob("*") if path.is_file()}
     return {name.as_posix(): path for name, path in paths.items() if name.parts[0] != ".cache"}
 
@@ -206,7 +206,7 @@ def check_hashes(
 
 
 def has_content(entry: RepoFile, content: Path | bytes) -> bool:
-    """Return whether a file on the Hub has a content: SHA-256 of large files, or Git's hash."""
+    """Compare a file on the Hub with a content, by SHA-256 of large files, or Git's hash."""
     if entry.lfs is not None:
         upload = CommitOperationAdd(entry.path, content).upload_info
         return upload.sha256.hex() == entry.lfs.sha256
@@ -277,7 +277,7 @@ def run_script(
 
 
 def build_clean_environment(home_folder: str, needs_token: bool) -> dict[str, str]:
-    """Return a minimal environment with the cache in `home_folder`.
+    """Build a minimal environment with the cache in `home_folder`.
 
     It contains the user's token if `needs_token` is True.
     """
@@ -297,7 +297,7 @@ def build_clean_environment(home_folder: str, needs_token: bool) -> dict[str, st
 
 
 def compare_outputs(repo_id: str, outputs: Outputs, expected_outputs: Outputs) -> dict[str, float]:
-    """Return the maximum absolute difference between the outputs for each Auto class.
+    """Find the maximum absolute difference between the outputs for each Auto class.
 
     Raise VerificationError if a difference exceeds the tolerance.
     """

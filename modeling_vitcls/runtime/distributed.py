@@ -136,7 +136,7 @@ def set_mixed_precision(
 
 
 def choose_precision(device: torch.device, config: ViTCLSConfig) -> str:
-    """Return "bf16" if the device has it and the model is large enough to gain much, else "no"."""
+    """Choose "bf16" if the device has it and the model is large enough to gain much, else "no"."""
     is_large_enough = device.type != "cpu" or config.hidden_size >= MIN_BFLOAT16_WIDTH
     return "bf16" if has_bfloat16(device) and is_large_enough else "no"
 

@@ -20,7 +20,7 @@ ALL_PROCESSES_NOTE = "on all processes"  # note that marks errors that are raise
 
 
 def format_error(error: BaseException) -> str:
-    """Return the message of an error as one line of at most `MAX_MESSAGE_LENGTH` characters.
+    """Shorten the message of an error to one line of at most `MAX_MESSAGE_LENGTH` characters.
 
     Invalid bytes in file names are replaced. If there is no message, the name of the error type is
     returned.
@@ -35,7 +35,7 @@ def format_error(error: BaseException) -> str:
 
 
 def describe_error(error: BaseException) -> str:
-    """Return the message of an error, which names the file and the reason if a file cannot be used."""
+    """Say what is wrong for a person: with the file and the reason if a file cannot be used."""
     if not isinstance(error, OSError) or error.errno is None:
         return str(error)
     exhaustion = describe_exhaustion(error)
@@ -46,7 +46,7 @@ def describe_error(error: BaseException) -> str:
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Return whether an error is about a full disk or a full quota; libraries in Rust have no number."""
+    """Check for a full disk or quota; the errors of libraries in Rust have a text, but no number."""
     has_number = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
     texts = ("No space left on device", "Not enough disk space")  # of safetensors, of `datasets`
     return has_number or any(text in str(error) for text in texts)
@@ -79,7 +79,7 @@ def explain_damage(file: Path, remedy: str) -> Iterator[None]:
 
 
 def describe_exhaustion(error: BaseException) -> str | None:
-    """Return the line for an error of a machine without memory, files or space; None for others."""
+    """Say that the machine lacks memory, files, threads or space; None for other errors."""
     # PyTorch and the loader of shared libraries raise errors without a number. Their text is all
     # there is.
     text = str(error).lower()
@@ -102,7 +102,7 @@ def describe_exhaustion(error: BaseException) -> str | None:
 
 
 def format_name_list(names: Sequence[str], max_names: int = 3) -> str:
-    """Return the first names and the number of omitted names as text."""
+    """Shorten a list of names for a message: the first ones, and how many follow."""
     suffix = f" and {len(names) - max_names:,} more" if len(names) > max_names else ""
     return ", ".join(map(replace_control_characters, names[:max_names])) + suffix
 
@@ -128,12 +128,12 @@ def mark_errors_of_all_processes() -> Iterator[None]:
 
 
 def is_raised_on_all_processes(error: BaseException) -> bool:
-    """Return whether an error was marked by `mark_errors_of_all_processes`."""
+    """Check whether an error was marked by `mark_errors_of_all_processes`."""
     return ALL_PROCESSES_NOTE in getattr(error, "__notes__", ())
 
 
 def describe_installation(extra: str) -> str:
-    """Return how to install an extra of this package, which is not on PyPI."""
+    """Say how to install an extra of this package, which is not on PyPI."""
     return f'Run pip install ".[{extra}]" in the checkout of this package'
 
 

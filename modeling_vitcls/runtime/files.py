@@ -16,7 +16,7 @@ FORMULA_PREFIXES = ("=", "+", "-", "@", "\t", "\r")  # first characters of formu
 
 
 def read_text(file: Path) -> str:
-    """Return the text of a file in UTF-8.
+    """Read the text of a file in UTF-8.
 
     Raise OSError if it is missing, or not a regular file after links: a named pipe would block.
     """
@@ -48,7 +48,7 @@ def replace_control_characters(text: str) -> str:
 
 
 def escape_csv_cell(text: str) -> str:
-    """Return a text as a CSV cell of one line that spreadsheets do not run as a formula.
+    """Make a text safe for a CSV cell: one line, which spreadsheets do not run as a formula.
 
     Control characters and line separators become escape sequences such as \\n. A single quote is
     put before a text that begins with a character of `FORMULA_PREFIXES`, as OWASP recommends
@@ -115,6 +115,6 @@ def sync_to_disk(path: Path) -> None:
 
 
 def compute_file_digest(file: Path) -> str:
-    """Return the SHA-256 of a file."""
+    """Compute the SHA-256 of a file."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

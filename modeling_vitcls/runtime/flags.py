@@ -83,7 +83,7 @@ def get_flag_fields(options_class: Any) -> dict[str, dataclasses.Field[Any]]:
 
 
 def to_flags(options: Any) -> dict[str, Any]:
-    """Return a dict of all flags except `--config`. The values can be written to YAML and JSON."""
+    """Convert options to a dict of flags for YAML and JSON, without `--config`."""
     flags: dict[str, Any] = {}
     for name, value in vars(options).items():
         if isinstance(value, Path):

@@ -23,7 +23,7 @@ CORE_LIBRARIES = ("torch", "torchvision", "transformers", "accelerate")
 
 
 def has_bfloat16(device: torch.device) -> bool:
-    """Return whether a device has instructions for bfloat16.
+    """Check whether a device has instructions for bfloat16.
 
     They are in CUDA devices from Ampere on, and in CPUs with avx512_bf16 or AMX.
     """
@@ -39,7 +39,7 @@ def has_bfloat16(device: torch.device) -> bool:
 
 
 def get_peak_memory(device: torch.device) -> int:
-    """Return the peak memory of a GPU, or of this process on other devices, in bytes."""
+    """Read the peak memory of a GPU, or of this process on other devices, in bytes."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if resource is None:
@@ -50,7 +50,7 @@ def get_peak_memory(device: torch.device) -> int:
 
 
 def describe_device(accelerator: Accelerator) -> str:
-    """Return the name of the device and, if the model is sharded, the sharding method."""
+    """Name the device and, if the model is sharded, the sharding method."""
     name = format_device_name(accelerator.device)
     if accelerator.device.type == "cpu":
         name += " per process"
