@@ -169,8 +169,8 @@ def load_transformers_teacher(source: str, student: ViTCLSConfig) -> LoadedTeach
     """Load a transformers classifier in `float32`, and its image processor."""
     with explain_loading_errors(source):
         folder = get_external_model_folder(*split_revision(source.removeprefix("transformers:")))
-        # Code of a repository is refused. It is not the default of `trust_remote_code`, which asks a question that a run in a cluster
-        # cannot answer.
+        # False and not the default, which asks on the terminal whether to run a repository's code: a job
+        # on a cluster has nobody to answer.
         model, loading_info = AutoModelForImageClassification.from_pretrained(
             folder, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
         )
