@@ -19,12 +19,12 @@ from typing import Self
 from filelock import FileLock, Timeout
 
 from .errors import name_full_disk
-from .files import sync_to_disk, write_atomically
+from .files import sync_to_disk
 
 
 LOCK_FILE = ".vitcls.lock"
 STAGING_FOLDER = ".model.partial"  # the files until all of them are written
-MOVED_FILES = ".moved"  # in the staging folder: the names of the files, before the first is moved
+LAST_FILE = "config.json"  # of a model folder: with it, the folder is complete
 # Waiting time in seconds. Data loading processes of a killed run hold its lock until they end, a
 # few seconds later.
 LOCK_TIMEOUT = 10.0
@@ -90,14 +90,11 @@ def create_output_folder(output: Path, parameter: str = "output") -> Iterator[Pa
     check_output_is_empty(output, parameter)
     with FolderLock(output, parameter) as lock:
         lock.acquire()
-        # Only with the lock: without it, this could remove the files of a command that is still
-        # running.
-        remove_unfinished_files(output)
         # again: the command that held the lock may have filled the folder
         check_output_is_empty(output, parameter)
         # Nothing loads a folder without config.json, so nobody mistakes a part of the files for a
         # model.
-        with stage_files(output, last="config.json") as folder:
+        with stage_files(output, last=LAST_FILE) as folder:
             yield folder
 
 
@@ -123,12 +120,13 @@ def create_output_files(target: Path, last: str) -> Iterator[Path]:
 def check_output_is_empty(output: Path, parameter: str = "output") -> None:
     """Raise ValueError, with the parameter to set, if `output` is not an empty or a new folder.
 
-    A folder with files of a killed command counts as empty, because they will be removed.
+    A folder with files of a killed command counts as empty, because they will be replaced.
     """
     if not output.exists():
         return
     names = {path.name for path in output.iterdir()} if output.is_dir() else {output.name}
-    if names - {LOCK_FILE} and STAGING_FOLDER not in names:
+    is_unfinished = STAGING_FOLDER in names and LAST_FILE not in names
+    if names - {LOCK_FILE} and not is_unfinished:
         raise ValueError(
             f"{output} exists and is not empty. Set a different `{parameter}`, or remove {output}"
         )
@@ -147,15 +145,17 @@ def stage_files(
         first, last: names of the files to move first and last.
         name: name of the hidden folder.
     """
-    remove_unfinished_files(folder, name)
     staging_folder = folder / name
+    # Only its own files are removed: those that a killed command has moved are replaced by this one,
+    # and a folder that somebody handed over may claim any file.
+    shutil.rmtree(staging_folder, ignore_errors=True)
     staging_folder.mkdir()
     try:
         with name_full_disk(folder):
             yield staging_folder
             move_files(staging_folder, folder, first, last)
     finally:
-        remove_unfinished_files(folder, name)
+        shutil.rmtree(staging_folder, ignore_errors=True)
 
 
 def move_files(staging_folder: Path, folder: Path, first: str, last: str) -> None:
@@ -165,32 +165,20 @@ def move_files(staging_folder: Path, folder: Path, first: str, last: str) -> Non
     names = sorted(path.relative_to(staging_folder).as_posix() for path in files)
     names.sort(key=lambda name: (name != first, name == last))
 
-    # the list comes first, so that a move that is killed can be undone
-    moved_file = staging_folder / MOVED_FILES
-    with write_atomically(moved_file) as file:
-        file.write_text("\n".join(names), encoding="utf-8")
     for path in files:
         sync_to_disk(path)
 
     # renames within one folder do not copy, and cannot run out of space
-    for name in names:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (staging_folder / name).replace(folder / name)
-    sync_to_disk(folder)
-    moved_file.unlink()
-
-
-def remove_unfinished_files(folder: Path, name: str = STAGING_FOLDER) -> None:
-    """Remove what a killed process left in a folder, which must be locked."""
-    moved_file = folder / name / MOVED_FILES
-    if moved_file.is_file():
-        names = moved_file.read_text(encoding="utf-8").splitlines()
-        if any((folder / name / each).is_file() for each in names):  # not all of them were moved
-            for each in names:
-                (folder / each).unlink(missing_ok=True)
-                with suppress(OSError):  # not empty
-                    (folder / each).parent.rmdir()
-    shutil.rmtree(folder / name, ignore_errors=True)
+    moved: list[Path] = []
+    try:
+        for name in names:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            moved.append((staging_folder / name).replace(folder / name))
+        sync_to_disk(folder)
+    except BaseException:  # all of the files or none, also after Ctrl-C
+        for path in moved:
+            path.unlink(missing_ok=True)
+        raise
 
 
 def follow_umask(folder: Path) -> None:

@@ -51,7 +51,7 @@ from ..inference.per_image import write_predictions
 from ..inference.speed import measure_inference_speed
 from ..runtime.distributed import run_on_main
 from ..runtime.errors import RunStopped, describe_error, format_error, format_name_list
-from ..runtime.files import read_json, write_json
+from ..runtime.files import read_json, write_atomically, write_json
 from ..runtime.staging import STAGING_FOLDER, stage_files
 from .checkpoints import WRITE_ERRORS, Checkpoint, CheckpointStore, Tensors
 from .distributed_state import gather_weights
@@ -155,7 +155,8 @@ def prepare(
     # These two say how a run was started, not what it is; a repeated run must not overwrite by
     # itself.
     flags = {name: flags[name] for name in flags if name not in ("resume", "overwrite")}
-    (folder / RECIPE_FILE).write_text(yaml.safe_dump(flags, sort_keys=False), encoding="utf-8")
+    with write_atomically(folder / RECIPE_FILE) as file:  # never through a link
+        file.write_text(yaml.safe_dump(flags, sort_keys=False), encoding="utf-8")
 
 
 def list_final_files(folder: Path) -> list[str]:

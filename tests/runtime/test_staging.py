@@ -14,7 +14,6 @@ from helpers.tiny_models import raises_one_line
 from modeling_vitcls.runtime import staging
 from modeling_vitcls.runtime.errors import describe_error
 from modeling_vitcls.runtime.staging import (
-    FolderLock,
     check_output_is_empty,
     create_output_files,
     create_output_folder,
@@ -108,7 +107,7 @@ def end_at_change(number: int, folder: Path, work: Callable[[], Any]) -> int:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs fork")
-def test_what_a_killed_command_left_is_removed_by_the_next_one(tmp_path: Path) -> None:
+def test_what_a_killed_command_left_is_replaced_by_the_next_one(tmp_path: Path) -> None:
     """The first process is killed before its first, second, ... change of the folder."""
     for number in itertools.count(1):
         output = tmp_path / str(number)
@@ -118,17 +117,29 @@ def test_what_a_killed_command_left_is_removed_by_the_next_one(tmp_path: Path) -
             break
         is_complete = (output / "config.json").is_file()
         if is_complete:
-            assert set(NAMES) <= set(list_names(output))
-        with FolderLock(output) as lock:
-            lock.acquire()
-            staging.remove_unfinished_files(output)
-        if not is_complete:
+            with raises_one_line("exists and is not empty"):
+                write(output, "new")
+        else:
             write(output, "new")
-        assert list_names(output) == NAMES
+        assert set(NAMES) == set(list_names(output)) - {staging.LOCK_FILE}
         assert {(output / name).read_text() for name in NAMES} == {
             "killed" if is_complete else "new"
         }
     assert number > 8
+
+
+def test_a_folder_that_somebody_handed_over_deletes_nothing(tmp_path: Path) -> None:
+    """A hidden list of moved files once named what the next command deletes."""
+    thesis = tmp_path / "precious" / "thesis.txt"
+    thesis.parent.mkdir()
+    thesis.write_text("mine")
+    partial = tmp_path / "shared" / staging.STAGING_FOLDER
+    partial.mkdir(parents=True)
+    (partial / "a").touch()
+    (partial / ".moved").write_text(f"a\n../precious/thesis.txt\n{thesis}\n")
+    write(tmp_path / "shared")
+    assert thesis.read_text() == "mine"
+    assert list_names(tmp_path / "shared") == NAMES
 
 
 @pytest.mark.parametrize(
