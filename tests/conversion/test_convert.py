@@ -1,7 +1,6 @@
 """Test scripts/convert.py: its files, its output, and that a failure writes nothing.
 
-The script runs in this process. A test loads the written model in a process that cannot import this
-package.
+The script runs in this process.
 """
 
 import copy
@@ -17,7 +16,6 @@ import pytest
 import timm
 import torch
 import transformers
-from helpers.fresh_processes import run_fresh
 from helpers.sample_photographs import photograph
 from helpers.scripts_in_process import run_in_process
 from helpers.source_checkpoints import (
@@ -30,7 +28,6 @@ from helpers.source_checkpoints import (
 )
 from helpers.tiny_models import build_tiny_config, raises_one_line
 from safetensors.torch import load_file, save_file
-from timm.data import create_transform, resolve_data_config
 from transformers import AutoImageProcessor
 
 from modeling_vitcls import (
@@ -142,39 +139,6 @@ def test_the_parity_report_has_the_differences_at_two_sizes(
             assert all(value > 0.1 for value in comparison["magnitudes"].values())
         assert native["image_size"][0] == native["image_size"][1]
         assert rectangle["image_size"][0] < rectangle["image_size"][1]
-
-
-CHILD = """
-import sys
-
-sys.modules["modeling_vitcls"] = None  # importing it fails
-
-import torch
-from PIL import Image
-from transformers import AutoImageProcessor, AutoModelForImageClassification
-
-image, model = Image.open(sys.argv[1]), sys.argv[3]
-# timm resizes with PIL
-processor = AutoImageProcessor.from_pretrained(model, backend="pil", trust_remote_code=True)
-model = AutoModelForImageClassification.from_pretrained(model, trust_remote_code=True)
-logits = model.eval()(**processor(image, return_tensors="pt")).logits
-assert type(model).__module__.startswith("transformers_modules."), type(model)
-torch.save(logits, sys.argv[2])
-"""
-
-
-@pytest.mark.slow
-def test_a_converted_model_loads_without_the_package(from_timm: Path, tmp_path: Path) -> None:
-    """Compare the logits of a photograph with timm's model and transform."""
-    photograph("china.jpg").save(tmp_path / "china.png")
-    words = ["-I", "-c", CHILD, tmp_path / "china.png", tmp_path / "logits", from_timm]
-    child = run_fresh(*words, environment={"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"})
-    assert child.returncode == 0, child.stderr[-2000:]
-    source = randomize_weights(timm.create_model("test_vit"))
-    transform = create_transform(**resolve_data_config(model=source), is_training=False)
-    with torch.no_grad():
-        wanted = source(transform(photograph("china.jpg")).unsqueeze(0))
-    assert (torch.load(tmp_path / "logits") - wanted).abs().max() <= LIMIT
 
 
 # A wrong conversion writes nothing

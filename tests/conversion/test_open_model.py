@@ -3,7 +3,6 @@
 import json
 import logging
 import os
-import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -121,7 +120,6 @@ def test_conversions_of_other_sources_and_versions_are_not_used(
     names.append(compute_cache_name(str(tmp_path / "one" / "source")))
 
     assert len(set(names)) == len(names) == 9
-    assert re.fullmatch(r"my-vit-b16-[0-9a-f]{16}", compute_cache_name("timm:my vit+b16"))
 
 
 def test_weights_of_the_same_size_and_time_are_converted_again(source: Path) -> None:

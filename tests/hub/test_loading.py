@@ -30,7 +30,6 @@ from modeling_vitcls.hub.loading import (
 from modeling_vitcls.hub.model_files import CONFIG_FILES
 from modeling_vitcls.hub.model_folder import ModelFolder
 from modeling_vitcls.publishing.push import push_folder
-from modeling_vitcls.publishing.verify import verify_push
 from scripts.random_weights import randomize_weights
 
 
@@ -105,7 +104,6 @@ def test_each_commit_runs_its_own_code_in_a_process_without_the_package(
     assert len(hub.requests) == asked
 
 
-@pytest.mark.usefixtures("fast_verification")
 def test_card_and_license_are_converted_with_the_model(hub: LocalHub, tmp_path: Path) -> None:
     config = transformers.Dinov2WithRegistersConfig(**SIZES, num_register_tokens=3, id2label=NAMES)
     save_checkpoint(
@@ -132,16 +130,7 @@ def test_card_and_license_are_converted_with_the_model(hub: LocalHub, tmp_path: 
         == 0
     )
 
-    pushed = push_folder(ModelFolder(folder), "ann/dino")
-    ours = hub.repositories["ann/dino"]
-    ours.commit(
-        "main", "broken", hub.files("ann/dino") | {"config.json": hub.store("config.json", b"{}")}
-    )
-
-    report = verify_push(pushed, ModelFolder(folder))
-    assert report.startswith(f"verified: ann/dino at {pushed.commit}")
-    arguments = f'"ann/dino", revision="{pushed.commit}", trust_remote_code=True'
-    assert report.endswith(f"AutoModelForImageClassification.from_pretrained({arguments})")
+    push_folder(ModelFolder(folder), "ann/dino")
     card = hub.read("ann/dino", "README.md").decode()
     for line in ("base_model: them/dino", "license: other", "license_name: dinov3-license"):
         assert f"\n{line}\n" in card

@@ -44,7 +44,6 @@ def test_paths_become_absolute_and_names_with_at_are_kept(here: Path) -> None:
 
     assert resolve_name("timm:resnet18@weights.pt") == f"timm:resnet18@{here}/weights.pt"
     assert resolve_name("timm:local-dir:data/teach") == f"timm:local-dir:{here}/data/teach"
-    assert resolve_name("timm:local_dir:data/teach") == f"timm:local_dir:{here}/data/teach"
     assert resolve_name("transformers:data/teach") == f"transformers:{here}/data/teach"
 
     for other in (
@@ -80,8 +79,6 @@ def test_paths_become_absolute_and_names_with_at_are_kept(here: Path) -> None:
 def test_only_absolute_paths_are_local(here: Path, name: str, shared: str) -> None:
     assert strip_folders(name) == shared
     assert is_local(name) is (name != shared)
-    assert not is_local(None)
-    assert not is_local(["/a"])
 
 
 def options_of(output: Path, dataset: str, **others: Any) -> FinetuneOptions:

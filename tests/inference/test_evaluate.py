@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 from helpers import evaluation_results
 from helpers.accelerate_state import reset_accelerate
 from helpers.evaluation_results import close
@@ -24,12 +23,11 @@ from helpers.evaluation_worker import (
     build_labeled_images,
     evaluate_digits,
 )
-from helpers.tiny_models import raises_one_line
+from helpers.tiny_models import raises_one_line, save_with_processor
 from helpers.warm_processes import OFFLINE, run_together
 from PIL import Image
 
-from modeling_vitcls import ViTCLSConfig, ViTCLSImageProcessor
-from modeling_vitcls.data.aspect_ratio import set_resize
+from modeling_vitcls import ViTCLSConfig, ViTCLSForImageClassification, ViTCLSImageProcessor
 from modeling_vitcls.data.labels import LabelSpace
 from modeling_vitcls.inference import evaluate as evaluate_module
 from modeling_vitcls.inference.evaluate import (
@@ -180,59 +178,21 @@ def test_the_files_are_written_before_the_table_is_printed(
     assert all(file.exists() for file in files.values())
 
 
-@pytest.fixture(scope="module")
-def gray_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a model of gray images, and next to it gray images of shade 40 * index.
-
-    A color image is unreadable for this model.
-    """
-    folder = tmp_path_factory.mktemp("gray")
-    names = ["[b]dark", "light"]
-    labels = LabelSpace("single_label_classification", {"label": names})
-    fields = SIZES | {"image_size": (16, 24), "num_channels": 1} | labels.to_config_values()
-    type(build_classifier("single"))(ViTCLSConfig(**fields)).save_pretrained(folder / "model")
-    ViTCLSImageProcessor(
-        size={"height": 16, "width": 24}, do_convert_rgb=False, image_mean=0.5, image_std=0.5
-    ).save_pretrained(folder / "model")
-    images = [Image.new("L", (32, 16), 40 * index) for index in range(6)]
-    for index, image in enumerate([*images, Image.new("RGB", (16, 16))]):
-        parent = folder / "data" / ("validation" if index else "train") / names[index % 2]
-        parent.mkdir(parents=True, exist_ok=True)
-        image.save(parent / f"{index}.png")
-    return folder
-
-
-def test_images_are_resized_as_asked_and_computed_in_bfloat16(gray_model: Path) -> None:
-    options = EvaluateOptions(
-        model=str(gray_model / "model"),
-        dataset=str(gray_model / "data"),
-        split="validation",
-        num_workers=0,
-        resize="pad",
-        mixed_precision="bf16",
-    )
-    results = evaluate_checkpoint(options)
-
-    processor = ViTCLSImageProcessor.from_pretrained(gray_model / "model")
-    set_resize(processor, "pad", (16, 24))
-    images = [Image.new("L", (32, 16), 40 * index) for index in range(1, 6)]
-    pixel_values = processor(images, return_tensors="pt")["pixel_values"]
-    model = type(build_classifier("single")).from_pretrained(gray_model / "model").eval()
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        logits = model(pixel_values).logits
-    targets = torch.tensor([1, 0, 1, 0, 1])
-    loss = torch.nn.functional.cross_entropy(logits.float(), targets).item()
-    assert results["loss"] == close(loss)
-    assert results["accuracy"] == (logits.argmax(1) == targets).float().mean()
-
-
 def test_an_image_of_other_channels_is_named_and_counted_as_unreadable(
-    gray_model: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    dataset = str(gray_model / "data")
-    options = EvaluateOptions(model=str(gray_model / "model"), dataset=dataset, num_workers=0)
+    labels = LabelSpace("single_label_classification", {"label": ["[b]dark", "light"]})
+    config = ViTCLSConfig(**SIZES | {"num_channels": 1} | labels.to_config_values())
+    gray = ViTCLSImageProcessor(size=16, do_convert_rgb=False, image_mean=0.5, image_std=0.5)
+    save_with_processor(ViTCLSForImageClassification(config), tmp_path / "model", gray)
+    for name, mode in (("[b]dark/1", "L"), ("light/2", "L"), ("[b]dark/6", "RGB")):
+        file = tmp_path / "data" / f"{name}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.new(mode, (16 + len(name), 16)).save(file)
+    dataset = str(tmp_path / "data")
+    options = EvaluateOptions(model=str(tmp_path / "model"), dataset=dataset, num_workers=0)
     results = evaluate_checkpoint(options)
-    assert (results["num_images"], results["num_unreadable_images"]) == (5, 1)
+    assert (results["num_images"], results["num_unreadable_images"]) == (2, 1)
     (warning,) = (
         line for line in capsys.readouterr().out.splitlines() if line.startswith("WARNING: ")
     )

@@ -325,7 +325,7 @@ def test_flags_in_the_text_exist(page: Path) -> None:
     if (
         page.name == "coming-from.md"
     ):  # only the first column of its first table contains flags of this package
-        text = re.sub(r"^(\| `--.*?) \| .*$", r"\1", text, flags=re.MULTILINE)
+        text = re.sub(r"^(\| (?:`--|–).*?) \| .*$", r"\1", text, flags=re.MULTILINE)
     for code in INLINE.findall(text):
         assert set(FLAG.findall(code)) <= known, f"{get_name(page)}: {code}"
 
@@ -344,13 +344,8 @@ def test_the_pages_contain_the_address_of_pyproject() -> None:
         assert make_address.write_address(command, url) == with_address
         assert make_address.write_address(with_address, None) == command
 
-    readme = make_address.write_address(
-        (ROOT / "README.md").read_text(encoding="utf-8"), "https://github.com/a/x"
-    )
-
-    assert "https://github.com/a/x/actions/workflows/test.yml/badge.svg" in readme
-    assert "https://a.github.io/x" in readme
-    assert "<address>" not in readme
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert "<address>" not in make_address.write_address(readme, "https://github.com/a/x")
 
 
 # Names and messages -------------------------------------------------------------------------------

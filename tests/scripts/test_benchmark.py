@@ -47,12 +47,6 @@ def test_backends_and_peers_have_the_outputs_of_the_model(
     ]
     assert [(row.work, row.engine, row.precision) for row in rows] == names
     assert all(row.difference < (1e-4 if row.precision == "fp32" else 0.08) for row in rows)
-    assert all(
-        row.difference > 1e-4
-        for row in rows
-        if row.precision == "bf16" and row.engine != "openvino"
-    )
-    assert all(row.throughputs == [10.0, 10.0] for row in rows)  # two rounds
     # the caption has no local path
     assert str(Path(model).parent) not in format_markdown(rows, settings)
 
