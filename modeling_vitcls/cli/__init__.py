@@ -43,7 +43,9 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     prepare_streams()
     if "LOCAL_RANK" not in os.environ:
-        os.environ.pop("RANK", None)  # of a cluster without a launcher: this is the only process
+        # A cluster may set RANK without a launcher. Then this is the only process, and must not
+        # wait for others or stay silent.
+        os.environ.pop("RANK", None)
     try:
         try:
             run_command(arguments)

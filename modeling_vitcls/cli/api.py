@@ -260,7 +260,9 @@ def predict(model: str | Path, images: Any = None, **flags: Any) -> list[dict[st
 
     sources = [] if images is None else list_sources(images)
     if images is not None and not sources:
-        return []  # an empty list, not a missing one
+        # An empty list has an empty answer. Without images at all, the options below report what is
+        # missing.
+        return []
     options = build_options(
         PredictOptions,
         model=model,
@@ -443,7 +445,8 @@ def build_options(options_class: type[CommandOptions], /, **flags: Any) -> Comma
     """
     from huggingface_hub.dataclasses import type_validator  # slow to import
 
-    if "config" in flags:  # a recipe is read by the command, before its flags
+    # A command reads the recipe before its other flags, and here nothing would.
+    if "config" in flags:
         raise TypeError("`config` is a flag of the command. Set the values of the recipe instead")
     if not isinstance(flags.get("dataset"), str | Path | None):
         from ..data.in_memory import add_dataset

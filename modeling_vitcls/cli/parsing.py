@@ -323,7 +323,8 @@ def exit_on_error(options_class: type[Options], status: int = 1) -> Iterator[Non
         message = describe_error(error)
         is_on_all_processes = status == 2 or is_raised_on_all_processes(error)
 
-    if status in (1, 2):  # otherwise, a signal has ended the run
+    # Any other status means that a signal has ended the run, which is no error.
+    if status in (1, 2):
         message = f"error: {message}"
     rank = os.environ.get("RANK", "0")
     if rank == "0":

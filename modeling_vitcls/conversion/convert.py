@@ -213,7 +213,9 @@ def write_native_model(source: str, output: Path) -> Report:
     """
     check_output_is_empty(output)
     folder = open_vitcls(source)
-    check_is_vitcls(source, folder.path)  # also refuses a model that was converted before
+    # `open_vitcls` also opens a model that was converted to transformers before, and there is
+    # nothing to convert in it.
+    check_is_vitcls(source, folder.path)
 
     is_classifier = folder.architecture == ViTCLSForImageClassification.__name__
     model_class = ViTCLSForImageClassification if is_classifier else ViTCLSModel

@@ -198,7 +198,9 @@ def prepare_weights(weights: Mapping[str, Any], family: str) -> Weights:
         if not str(name).startswith(ignored_prefixes):
             tensors[replace_control_characters(str(name))] = convert_to_tensor(str(name), array)
 
-    if family == "dinov2":  # larger models have names `blocks.CHUNK.BLOCK`
+    # The larger models were trained with blocks in chunks, and have names such as
+    # `blocks.CHUNK.BLOCK`.
+    if family == "dinov2":
         tensors = {
             re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", name): tensor
             for name, tensor in tensors.items()
@@ -307,12 +309,15 @@ def load_timm_weights(model: Any, weights: Weights, family: str) -> None:
         return
 
     tensors.pop("masked_embed", None)
-    if "rope_embed.periods" in tensors:  # timm computes the periods
+    # timm computes the periods in float32. The published ones are rounded, and the outputs of the
+    # reference must be the authors'.
+    if "rope_embed.periods" in tensors:
         periods = tensors["rope_embed.periods"]
         model.rope._compute_periods = lambda device="cpu", dtype=None: periods.to(device, dtype)
         model.rope.reset_parameters()
     if family in ("dinov2", "tips"):
-        tensors.setdefault("mask_token", torch.zeros(1))  # timm detects DINOv2 weights by this name
+        # timm's filter recognizes DINOv2 by this name, which some files lack.
+        tensors.setdefault("mask_token", torch.zeros(1))
 
     options = {}
     if "blocks.0.gamma_1" in tensors and family == "deit":
@@ -333,7 +338,9 @@ def read_vit_options(weights: Weights, family: str) -> dict[str, Any]:
             "timm.create_model, and use convert_from_timm"
         )
 
-    if GATE in weights:  # timm's DINOv2 fuses the gate and the values
+    # timm's DINOv2 has one layer for the gate and the values, and takes the width of both as the
+    # hidden size.
+    if GATE in weights:
         hidden_size = weights[GATE].shape[1] * (1 if family == "dinov3" else 2)
     else:
         hidden_size = find_weight(weights, "blocks.0.mlp.fc1.weight").shape[0]

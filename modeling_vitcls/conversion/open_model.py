@@ -123,13 +123,17 @@ def pin_revision(source: str) -> str:
 
 def convert_once(source: str) -> str:
     """Convert a source, pinned to a commit, unless it is in the cache; return its folder there."""
-    from .convert import convert_checkpoint  # slow, because it imports many transformers models
+    # Imported here, because it imports many models of transformers, and most commands convert
+    # nothing.
+    from .convert import convert_checkpoint
 
     folder = (
         Path(constants.HF_HUB_CACHE).parent / "vitcls" / "converted" / compute_cache_name(source)
     )
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):  # another process may be converting it
+    # All processes of a run open the same model. One of them converts it, and the others find it
+    # done.
+    with FileLock(f"{folder}.lock"):
         # This file is moved last, so a folder that has it is complete.
         if not (folder / CONFIG_FILE).is_file():
             logger.warning("converting %s", source)

@@ -70,7 +70,8 @@ class FileSource(TimmSource):
         self.family: str = family
         self.weights = weights  # weights by parameter name, without containers and prefixes
         self.sha256 = compute_file_digest(file)
-        self.saved_dtype = next(iter(weights.values())).dtype  # timm's model is in float32
+        # Read from the weights, because timm's model is in float32 in any case.
+        self.saved_dtype = next(iter(weights.values())).dtype
         self.resampling = get_family(family, weights).resampling
         self.project = "timm" if self.resampling is None else "the authors' code"
         if family == "big_vision":

@@ -208,7 +208,8 @@ class TransformersSource(Source):
         ):
             inputs["interpolate_pos_encoding"] = True
 
-        if "noise" in parameters:  # MAE sorts the patches by this noise and masks the last patches
+        # MAE sorts the patches by this noise, and would mask the last ones.
+        if "noise" in parameters:
             config.mask_ratio = 0.0
             height, width = pixel_values.shape[-2:]
             num_patches = (height // config.patch_size) * (width // config.patch_size)

@@ -36,7 +36,8 @@ def read_config_fields(model: TimmModule) -> Fields:
     block_class = get_class_name(first_block)
     check_supported(block_class in BLOCK_READERS, f"blocks of class {block_class}")
     block_fields = BLOCK_READERS[block_class](first_block)
-    last_block_modules = model.blocks[-1].modules()  # the last block has the highest drop path rate
+    # The drop path rate grows with the depth, and the configuration has the highest one.
+    last_block_modules = model.blocks[-1].modules()
     drop_path_rates = [
         module.drop_prob for module in last_block_modules if get_class_name(module) == "DropPath"
     ]

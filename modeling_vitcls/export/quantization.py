@@ -121,7 +121,8 @@ def rank_layers(model: Any, images: torch.Tensor) -> list[int]:
         # A new copy for each layer, so that its error is not mixed with the errors of the layers
         # before.
         quantized = copy.deepcopy(model)
-        uninstall_cpu_kernels(quantized)  # fused kernels would skip the hooks
+        # Fused kernels skip the hooks that round the inputs.
+        uninstall_cpu_kernels(quantized)
         for module in quantized.base_model.layers[number - 1].modules():
             if isinstance(module, nn.Linear):
                 module.weight.copy_(

@@ -138,7 +138,8 @@ def trace_model(
         ) from error
 
     for node in graph.graph.nodes:
-        node.meta.pop("stack_trace", None)  # stack traces contain local paths
+        # The file may be published, and stack traces contain the paths of this machine.
+        node.meta.pop("stack_trace", None)
     return graph
 
 

@@ -173,7 +173,8 @@ def format_hub_error(error: BaseException) -> str:
         # Errors that wrap another error often quote it, and one line should say a thing once.
         if not any(message.rstrip(".") in earlier_message for earlier_message in messages):
             messages.append(message.rstrip("."))
-        if isinstance(cause, HfHubHTTPError):  # the messages of the causes repeat this message
+        # The server's message is the most precise one, and the causes repeat it.
+        if isinstance(cause, HfHubHTTPError):
             break
     return ": ".join(messages)
 

@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 
-BUILT_IN_DATASET = "digits"  # name of scikit-learn's digits dataset, which is not on the Hub
+# scikit-learn's digits need no download, so examples and tests work without a network.
+BUILT_IN_DATASET = "digits"
 RELATIVE_PREFIXES = ("./", "../")  # prefixes of relative paths; no Hub id starts with a dot
 
 

@@ -37,7 +37,9 @@ def check_is_vitcls(source: str, folder: str | Path) -> None:
     weights, and OSError if config.json is missing or the weights may not be read.
     """
     folder = Path(folder)
-    if (folder / ADAPTER_FILE).is_file():  # transformers would load it as well
+    # transformers would load the adapter as well, without being asked, and the outputs would not be
+    # the ones of the weights that are checked here.
+    if (folder / ADAPTER_FILE).is_file():
         raise ValueError(
             f"{source} contains an adapter ({ADAPTER_FILE}), which would change all outputs. Merge "
             "it into its model (PEFT's `merge_and_unload`) and save the model, or remove "

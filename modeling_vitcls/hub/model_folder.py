@@ -435,4 +435,5 @@ def warn_once(message: str) -> None:
 def list_code_references(auto_map: Any) -> list[str]:
     """List the references in an `auto_map` of config.json or preprocessor_config.json."""
     strings = re.findall(r'"([^"]*)"(:?)', json.dumps(auto_map))
-    return [value for value, colon in strings if not colon]  # not the keys of nested dicts
+    # A string before a colon is a key of a nested dict, not a reference.
+    return [value for value, colon in strings if not colon]

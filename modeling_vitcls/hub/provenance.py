@@ -140,7 +140,9 @@ def read_folder_provenance(folder: Path, repo_id: str | None = None) -> Provenan
         for file in sorted(folder.glob(pattern))
         if file.is_file()
     )
-    license_files = tuple(dict.fromkeys(matching_files))  # license files come before notice files
+    # In the order of the patterns, licenses come before notices: the first one is linked as the
+    # license.
+    license_files = tuple(dict.fromkeys(matching_files))
 
     license_link = card_metadata.get("license_link")
     if not license_link and license_id == "other" and license_files:

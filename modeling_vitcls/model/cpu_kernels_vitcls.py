@@ -114,7 +114,9 @@ class CPULinear(CPUKernel, nn.Linear):
     def forward(self, inputs: Tensor) -> Tensor:
         """Return `inputs @ weight.T + bias`."""
         if can_use_onednn(self, inputs):
-            parameters = self._parameters  # a dict lookup is ten times as fast as attribute access
+            # A lookup in the dict is ten times as fast as the attributes, which nn.Module searches
+            # in Python.
+            parameters = self._parameters
             linear: Callable[..., Tensor] = (
                 onednn_linear_autograd if torch.is_grad_enabled() else onednn_linear
             )
@@ -265,7 +267,8 @@ def onednn_linear_autograd(inputs: Tensor, weight: Tensor, bias: Tensor | None) 
     """Return `inputs @ weight.T + bias` with gradients; under torch.func, PyTorch computes it."""
     if is_functorch_active():
         return nn.functional.linear(inputs, weight, bias)
-    if torch.is_grad_enabled():  # disabled when `LinearFunction.forward` calls this function
+    # `LinearFunction.forward` calls this function again, with gradients disabled.
+    if torch.is_grad_enabled():
         return LinearFunction.apply(onednn_linear_autograd, inputs, weight, bias)
     return onednn_linear(inputs, weight, bias)
 
@@ -352,7 +355,8 @@ class OneDNNGELULinear(torch.autograd.Function):
 
 def is_onednn_correct() -> bool:
     """Try oneDNN's operator on this CPU, and compare it with PyTorch."""
-    if count_dispatch_modes():  # fake tensors have no values to compare
+    # Fake tensors, as in torch.compile, have no values to compare.
+    if count_dispatch_modes():
         return True
     inputs, weight = (
         torch.linspace(-1, 1, rows * 16, dtype=torch.float32, device="cpu").view(rows, 16)

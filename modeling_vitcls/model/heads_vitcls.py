@@ -276,7 +276,9 @@ class ClassDistance(nn.Module):
             with torch.autocast(device, enabled=False):
                 means = getattr(self, f"means_{index}").float()
                 precision = getattr(self, f"precisions_{index}").float()
-                center = means.mean(dim=0)  # keeps the terms of the difference small
+                # Far from zero, the terms below would be large and their difference inexact. A
+                # common shift does not change it.
+                center = means.mean(dim=0)
                 values, means = values.float() - center, means - center
                 products = values @ precision  # [B, D]
                 own = (products * values).sum(dim=1, keepdim=True)
@@ -421,7 +423,8 @@ def compute_masked_pixel_loss(
     target = split_into_patches(pixel_values, config).float()
 
     if config.norm_pixel_target:
-        correction = int(target.shape[-1] > 1)  # the unbiased variance of one value would be NaN
+        # The unbiased variance of a patch with a single value would be NaN.
+        correction = int(target.shape[-1] > 1)
         variance, mean = torch.var_mean(target, dim=-1, keepdim=True, correction=correction)
         target = (target - mean) / (variance + 1e-6).sqrt()
 

@@ -173,7 +173,8 @@ class ViTCLSBaseImageProcessor(BaseImageProcessor):
             (old - new) / 2
             for old, new in zip(image.shape[-2:], (size.height, size.width), strict=True)
         ]
-        if min(margins) < 0:  # transformers pads an image that is smaller than the crop
+        # An image that is smaller than the crop is padded, as in transformers.
+        if min(margins) < 0:
             return super().center_crop(image, size, **kwargs)
         top, left = map(CROP_ROUNDINGS[self.crop_rounding], margins)
         return image[..., top : top + size.height, left : left + size.width]
@@ -625,7 +626,8 @@ def check_sizes(settings: dict[str, Any]) -> None:
             )
         for edge in ("height", "width") if settings.get("do_resize") else ():
             resized_edge = size.get(edge) or size.get("shortest_edge")
-            if resized_edge and crop_size[edge] > resized_edge:  # transformers would pad with black
+            # transformers would pad the image with black, which no checkpoint was trained with.
+            if resized_edge and crop_size[edge] > resized_edge:
                 raise ValueError(
                     f"crop_size {crop_size} is larger than an image resized to {size}: reduce "
                     "crop_size"

@@ -189,7 +189,9 @@ class ViTCLSPreTrainedModel(AdaptableModel):
 
     def __init__(self, config: ViTCLSConfig, *args: Any, **kwargs: Any) -> None:
         if not config._skip_validation:
-            config.validate()  # fields may have changed since the configuration was built
+            # The configuration was checked when it was built, but its fields may have changed
+            # since.
+            config.validate()
         super().__init__(config, *args, **kwargs)
 
     def post_init(self) -> None:
@@ -595,7 +597,8 @@ class ViTCLSForImageClassification(ViTCLSPreTrainedModel):
             elif self.config.distillation_inference == "distillation":
                 logits = distillation_logits
         elif torch.onnx.is_in_onnx_export():
-            cls_logits = None  # would duplicate `logits` in the graph
+            # The graph would have the same output twice.
+            cls_logits = None
 
         task_logits = self.extra_heads(outputs.layer_tokens, outputs.compute_all_tokens)
         added_logits = [task_logits.pop(name) for name in self.extra_heads.added_classes]
@@ -801,7 +804,9 @@ class ViTCLSForMaskedImageModeling(ViTCLSPreTrainedModel):
     """
 
     def __init__(self, config: ViTCLSConfig) -> None:
-        config = copy.deepcopy(config)  # do not change the caller's configuration
+        # The caller may build another model from its configuration, which must not have a mask
+        # token then.
+        config = copy.deepcopy(config)
         config.use_mask_token = True
         super().__init__(config)
         self.vitcls = ViTCLSModel(config, add_pooling_layer=False)
@@ -885,7 +890,8 @@ class ViTCLSBackbone(BackboneMixin, ViTCLSModel):
         `config.reshape_hidden_states` is False. Without `config.apply_layernorm`, only the last
         stage is normalized.
         """
-        kwargs["output_hidden_states"] = True  # the decorator sets it since transformers 5.12
+        # Since transformers 5.12, the decorator sets this itself; older versions need it here.
+        kwargs["output_hidden_states"] = True
         outputs = ViTCLSModel.forward(self, pixel_values, attention_mask=attention_mask, **kwargs)
         feature_maps = [
             self.get_feature_map(hidden_states, stage, outputs.grid_size)

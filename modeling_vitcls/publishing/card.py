@@ -153,7 +153,9 @@ def build_metadata(folder: ModelFolder, name: str, license_source: Provenance) -
     """Collect the header of the card as keyword arguments of ModelCardData."""
     results = folder.results
     base_model = folder.provenance.base_model if folder.provenance else None
-    relation = None if folder.parity_report else "finetune"  # the Hub has none for exact copies
+    # On the Hub, a model is a finetune, adapter, merge or quantized version of another. An exact
+    # copy is none of them.
+    relation = None if folder.parity_report else "finetune"
     is_classifier = "ForImageClassification" in folder.architecture
     dataset: Any = folder.flags.get("dataset") if results else None
     metadata = {

@@ -85,7 +85,9 @@ def collect_outputs(
 
     architecture = (config.architectures or ["ViTCLSModel"])[0]
     for auto_class in dict.fromkeys(["AutoModel", get_auto_class(architecture)]):
-        torch.manual_seed(0)  # for a reproducible initialization of missing weights
+        # Weights that the checkpoint lacks are random. With one seed, both processes have the same
+        # ones.
+        torch.manual_seed(0)
         is_local_backbone = backbone_class is not None and auto_class == "AutoBackbone"
         model_class = backbone_class if is_local_backbone else getattr(transformers, auto_class)
         model, info = model_class.from_pretrained(
@@ -130,5 +132,6 @@ if __name__ == "__main__":
     # cannot be imported, as if it were not installed
     sys.modules["modeling_vitcls"] = None  # type: ignore[assignment]
     script_repo_id, script_commit, trust_text, thread_text, script_folder = sys.argv[1:]
-    torch.set_num_threads(int(thread_text))  # the number of threads affects rounding
+    # The reference was computed with this number of threads, which affects rounding.
+    torch.set_num_threads(int(thread_text))
     main(script_repo_id, script_commit, trust_text == "True", Path(script_folder))

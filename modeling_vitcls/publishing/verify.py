@@ -106,7 +106,8 @@ def verify(repo_id: str, revision: str = "main", folder: ModelFolder | None = No
         else:
             reference = folder
             files = collect_files(folder, repo_id)
-            del files[CARD_FILE]  # the flags of the push are part of it, such as the license
+            # The card depends on flags of the push, such as the license, which are not known here.
+            del files[CARD_FILE]
             check_hashes(commit, files, folder)
 
         # AutoBackbone queries the Hub even for a local folder.
@@ -312,7 +313,8 @@ def compare_outputs(repo_id: str, outputs: Outputs, expected_outputs: Outputs) -
 
         difference = compute_max_abs(output.double() - expected.double())
         limit = TOLERANCE * max(1.0, compute_max_abs(expected.double()))
-        if not difference <= limit:  # NaN also raises the error
+        # Written with `not`, so that NaN raises the error, too.
+        if not difference <= limit:
             raise VerificationError(
                 f"the outputs of {repo_id} differ from the reference: {name} by {difference:.2g}; "
                 f"the limit is {limit:.2g}"

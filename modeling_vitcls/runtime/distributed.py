@@ -57,7 +57,8 @@ def build_accelerator(
             configured, or if a tracker is not installed.
     """
     for name in trackers:
-        if importlib.util.find_spec(name) is None:  # Accelerate would ignore the tracker
+        # Accelerate would leave out the tracker, and the run would not be recorded.
+        if importlib.util.find_spec(name) is None:
             raise ValueError(
                 f"`log_with={name!r}` requires the package {name}. Run pip install {name}"
             )
@@ -146,7 +147,8 @@ def enable_fsdp_on_cpu(accelerator: Accelerator) -> None:
 
     Accelerate would otherwise silently use DDP.
     """
-    plugin = FullyShardedDataParallelPlugin()  # reads the environment variables of the launcher
+    # The plugin reads the settings of the launcher from the environment, as it would on a GPU.
+    plugin = FullyShardedDataParallelPlugin()
     if accelerator.mixed_precision != "no":
         plugin.set_mixed_precision(accelerator.mixed_precision)
     accelerator.state.fsdp_plugin = plugin

@@ -72,7 +72,8 @@ def explain_damage(file: Path, remedy: str) -> Iterator[None]:
     try:
         yield
     except (ValueError, LookupError, TypeError, NotImplementedError, OSError) as error:
-        if getattr(error, "errno", None) is not None:  # pyarrow sets none for damaged data
+        # The system gives its errors a number. Without one, pyarrow complains about the contents.
+        if getattr(error, "errno", None) is not None:
             raise
         reason = format_error(error).rstrip(".")
         raise ValueError(f"cannot read {file}: {reason}. {remedy}") from error

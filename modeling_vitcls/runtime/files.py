@@ -79,7 +79,8 @@ def write_atomically(file: Path) -> Iterator[Path]:
     The name of the temporary file is random, because processes on other hosts may have the same
     process id.
     """
-    if file.exists() and not file.is_file():  # a rename would replace /dev/null
+    # The rename below would put a file in the place of a device such as /dev/null.
+    if file.exists() and not file.is_file():
         raise OSError(f"cannot write {file}: it is not a regular file")
     # In the same folder, because a rename replaces a file in one step only within a file system.
     temporary_file = file.with_name(f".{file.name}.{secrets.token_hex(8)}.unfinished")
@@ -89,7 +90,8 @@ def write_atomically(file: Path) -> Iterator[Path]:
         sync_to_disk(temporary_file)
         temporary_file.replace(file)
     except OSError as error:
-        if error.errno is None:  # not raised by a file operation
+        # Other code in the block may raise OSErrors, too, whose message says more than this one.
+        if error.errno is None:
             raise
         raise OSError(f"cannot write {file}: {error.strerror}") from error
     finally:

@@ -57,7 +57,8 @@ def expand_home(value: Any) -> Any:
     Other values are returned unchanged.
     """
     if isinstance(value, str):
-        expand = os.path.expanduser  # Path's raises for a user without a home
+        # Path.expanduser raises an error for a user without a home folder, as in some containers.
+        expand = os.path.expanduser
         return re.sub(r"(^|[:@])(~[^/\\]*)", lambda part: part[1] + expand(part[2]), value)
     if isinstance(value, Path):
         return Path(expand_home(str(value)))

@@ -186,7 +186,9 @@ def follow_umask(folder: Path) -> None:
 
     safetensors makes them unreadable for other users.
     """
-    umask = os.umask(0o077)  # the only call that returns it
+    # There is no way to read the mask without setting it. Files that another thread creates in
+    # between are too private, not too open.
+    umask = os.umask(0o077)
     os.umask(umask)
     for file in folder.glob("*.safetensors"):
         file.chmod(0o666 & ~umask)

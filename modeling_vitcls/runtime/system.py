@@ -77,7 +77,8 @@ def get_versions(*libraries: str) -> dict[str, str]:
     for name in (*CORE_LIBRARIES, *libraries):
         with suppress(PackageNotFoundError):
             versions[name] = version(name)
-    return versions | {"torch": str(torch.__version__)}  # includes the build, such as +cu132
+    # The version in the metadata of the package may lack the build, such as +cu132.
+    return versions | {"torch": str(torch.__version__)}
 
 
 def get_processor_name() -> str:
