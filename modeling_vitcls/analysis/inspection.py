@@ -339,6 +339,7 @@ def select_images(
         num_selected_by_class = Counter(classes[index] for index in selected)
         candidates = [index for index in rankings[kind] if index not in selected]
         if candidates:
+            # Among classes that are shown equally often, `min` takes the first of the ranking.
             best = min(candidates, key=lambda index: num_selected_by_class[classes[index]])
             selected[best] = kind
     return selected

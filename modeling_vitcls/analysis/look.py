@@ -141,6 +141,8 @@ def choose_file(output: Path, stem: str, is_single: bool, written: list[Path]) -
     suffix = ".png" if is_folder else output.suffix
     file = base.with_name(f"{base.name}{suffix}")
     number = 1
+    # Only sheets of this command are protected from each other; those of an earlier one are
+    # replaced.
     while file in written:
         number += 1
         file = base.with_name(f"{base.name}-{number}{suffix}")

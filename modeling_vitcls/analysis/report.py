@@ -126,6 +126,8 @@ def write_page(
 
 def render_page(template: str, **values: Any) -> str:
     """Render a template of this folder as HTML, with the style of the report."""
+    # Names of classes and files come from other people's data, so they are escaped. A misspelled
+    # name in a template is an error and not an empty place.
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATE_FOLDER),
         autoescape=True,

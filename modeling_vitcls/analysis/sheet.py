@@ -118,7 +118,9 @@ def draw_sheet(measurements: PhotoMeasurements, title: str = "") -> Image.Image:
         axes.imshow(strip.picture, aspect="auto", interpolation="nearest")
         axes.set_axis_off()
         for text in strip.texts:
+            # A name with two dollar signs is no formula.
             axes.text(parse_math=False, **text)
+    # Without pyplot, which would keep every figure in memory until it is closed.
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")

@@ -86,7 +86,7 @@ def get_output_size(processor: Processor, default: Size | None = None) -> Size:
 
 
 def has_fixed_size(processor: Processor) -> bool:
-    """Return whether all preprocessed images have the size that `get_output_size` returns."""
+    """Tell whether preprocessed images can share a batch: all have the size of `get_output_size`."""
     height, width = get_output_size(processor, (0, 0))
     return (processor.do_resize or processor.do_center_crop) and bool(height and width)
 
@@ -198,7 +198,7 @@ PAD_ROUNDINGS: dict[str, Callable[[float], int]] = {"torchvision": math.trunc, "
 
 
 def read_sizes(images: Sequence[Any]) -> list[Size]:
-    """Return height and width of `MAX_MEASURED_IMAGES` images, spread over all images."""
+    """Sample heights and widths: of `MAX_MEASURED_IMAGES` images, spread over all images."""
     sizes = []
     for index in range(0, len(images), -(-len(images) // MAX_MEASURED_IMAGES) or 1):
         try:

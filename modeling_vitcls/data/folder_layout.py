@@ -73,6 +73,7 @@ def find_layout(
 
     splits = {name: split for name in paths if (split := SPLIT_BY_FOLDER_NAME.get(name.lower()))}
     is_divided = len(splits) == len(paths) > 0
+    # A table at the top names images in any folder, so the folders are no splits.
     if metadata and not (is_divided and all("/" in file for file in metadata)):
         return Layout({})
     if is_divided:
@@ -129,6 +130,7 @@ def find_shared_folders(paths: Collection[Collection[Sequence[str]]]) -> list[st
         return []
     names = [list_names(each, depth) for each in nested]
     counts = Counter(chain.from_iterable(names))
+    # Albums of two years may both contain a folder 2024-05, which is no class.
     shared = {name for name in counts if counts[name] > 1 and not DATE.fullmatch(name)}
     is_half = all(2 * len(each & shared) >= len(each) for each in names)
     return sorted(shared) if is_half and len(shared) > 1 else []

@@ -75,6 +75,7 @@ class ImageFolder:
     def add(self, file: str) -> None:
         """Add a file to the list of its kind."""
         suffix = PurePosixPath(file).suffix.lower()
+        # A name that is not valid text cannot be written to any table of results.
         if make_printable(file) != file:
             self.other_files.append(file)
         elif PurePosixPath(file).name in METADATA_FILES:
@@ -86,7 +87,7 @@ class ImageFolder:
 
     @property
     def is_image_folder(self) -> bool:
-        """Return whether the folder is read as an image folder, and not as a folder of tables.
+        """Whether the folder is read as an image folder, and not as a folder of tables.
 
         JSON files, and tables with the name of an image, are annotations of single images.
         """
@@ -100,7 +101,7 @@ class ImageFolder:
 
 
 def scan_folder(path: Path) -> ImageFolder:
-    """Return the files of a folder and its subfolders, sorted within each folder.
+    """List the files of a folder and its subfolders by kind, sorted within each folder.
 
     Hidden files are ignored. Symbolic links to folders are followed, except cycles. The folders of
     models and training runs, which contain figures, and folders of the system are skipped. Raise
@@ -144,7 +145,7 @@ def scan_folder(path: Path) -> ImageFolder:
 
 
 def is_hidden(name: str) -> bool:
-    """Return whether file managers hide a file or folder."""
+    """Tell whether file managers hide a file or folder, so that nobody means it to be data."""
     return name.startswith(".") or name.lower() in HIDDEN_NAMES
 
 
@@ -154,7 +155,7 @@ def make_printable(name: str) -> str:
 
 
 def read_image_folder(folder: ImageFolder, use_labels: bool) -> Any:
-    """Return the splits as a `datasets.DatasetDict`, and log which files are not used.
+    """Read an image folder as a `datasets.DatasetDict`, and log which files are not used.
 
     If there are metadata files, the columns are `image` and the columns of the metadata files
     except `file_name`. Otherwise, the columns are `image` and, if labels are used, `label`. Without
@@ -197,7 +198,7 @@ def read_image_folder(folder: ImageFolder, use_labels: bool) -> Any:
 
 
 def read_metadata(folder: ImageFolder, layout: Layout) -> Any:
-    """Return the rows of the metadata files by split, with the columns of the first file of each.
+    """Read the metadata files by split, with the columns of the first file of each.
 
     Raise ValueError if a metadata file has no column `file_name`.
     """

@@ -79,11 +79,11 @@ class LabeledImages:
         return LabeledImages(self.images.select(indices), labels, groups, keys)
 
     def divide(self, is_second: np.ndarray) -> tuple["LabeledImages", "LabeledImages"]:
-        """Return the images in two parts, given whether each image [N] is in the second part."""
+        """Divide the images in two, by a mask [N] of the second part."""
         return self.select(np.flatnonzero(~is_second)), self.select(np.flatnonzero(is_second))
 
     def draw(self, num_images: int | None, seed: int = 0) -> "LabeledImages":
-        """Return `num_images` random images in dataset order.
+        """Draw `num_images` random images, in dataset order.
 
         Return all images if `num_images` is None or larger than the dataset. The images are drawn
         at random because datasets are often sorted by class.
@@ -178,7 +178,7 @@ class DatasetImages(Sequence):
         ]
 
     def compute_content_keys(self) -> np.ndarray:
-        """Return a key of the content of each image. Files are read by several threads."""
+        """Compute a key of the content of each image. Several threads read the files."""
         keys: list[int] = []
         with ThreadPoolExecutor() as pool:
             for values in self.read_values(self.rows):
@@ -306,7 +306,7 @@ def resolve_path(folder: Path, path: str | None) -> str:
 
 
 def get_relative_path(path: str, folder: Path) -> str:
-    """Return the path of an image relative to the dataset folder.
+    """Shorten the path of an image to the part within the dataset folder.
 
     Addresses, empty paths, and relative paths outside of the folder, such as names in a table, are left
     unchanged.

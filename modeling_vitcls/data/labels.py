@@ -288,6 +288,7 @@ def read_labels(
             if has_lists:
                 kind = "multi_label_classification"
 
+    # One label space for all splits, so an index is the same class in each of them.
     space = LabelSpace(kind, classes)
     labels = {}
     for split in tables:
@@ -314,7 +315,7 @@ def read_label_names(
     separator: str | None,
     label_names: Sequence[str] | None,
 ) -> tuple[list[str], dict[str, list[list[str]]], bool]:
-    """Return the classes of a column, the label names of each image, and whether cells are lists.
+    """Read the classes of a column, the label names of each image, and whether cells are lists.
 
     What the cells contain is decided for all splits together, because a short one could mislead.
     """
@@ -422,6 +423,7 @@ def sort_spellings(spellings: set[str], where: str, has_lists: bool) -> list[str
             f"{where} has labels that look like lists, such as {min(spellings)!r:.60}, but cannot "
             'be read. Write them as JSON, such as ["cat", "dog"], or as text with `label_separator`'
         )
+    # Numbers by value, or class 10 would come before class 2.
     return sorted(
         spellings,
         key=lambda text: (int(text) if text.removeprefix("-").isdecimal() else math.inf, text),
@@ -444,7 +446,7 @@ def warn_about_similar_classes(where: str, names: Sequence[str]) -> None:
 
 
 def split_labels(value: Any, separator: str | None) -> list[Any]:
-    """Return the labels in one value.
+    """Split one value into its labels.
 
     They are the items of a list, the text between separators, or the value itself.
     """
@@ -481,7 +483,7 @@ def spell_label(value: Any) -> str | None:
 
 
 def normalize_name(name: str) -> str:
-    """Return a name in the Unicode form NFC, in which names are compared: é of macOS and Windows."""
+    """Make names comparable (Unicode form NFC): macOS and Windows write é in two ways."""
     return unicodedata.normalize("NFC", name)
 
 
@@ -494,7 +496,7 @@ def find_image_column(
     column: str | None,
     label_columns: Sequence[str] | None = None,
 ) -> str:
-    """Return the name of the column of images or image paths, which has no labels."""
+    """Find the column of images or image paths, which has no labels."""
     excluded = label_columns or [name for name in features if name.lower() in LABEL_COLUMN_NAMES]
     candidates = {name: each for name, each in features.items() if name not in excluded}
     if column is None and len(candidates) == 1 < len(features):
@@ -505,7 +507,7 @@ def find_image_column(
 def find_label_columns(
     dataset: str, tables: Mapping[str, Any], columns: Sequence[str] | None
 ) -> list[str]:
-    """Return the label columns, which all splits have."""
+    """Find the label columns, which all splits must have."""
     features = next(iter(tables.values())).features
     names = [
         find_column("label", name, features, get_declared_names, LABEL_COLUMN_NAMES, dataset)
@@ -528,7 +530,7 @@ def find_column(
     common_names: tuple[str, ...],
     dataset: str,
 ) -> str:
-    """Return the name of the column of a kind.
+    """Find the column of a kind.
 
     It is the requested column, the only column of the matching type, or the first column with a
     common name.

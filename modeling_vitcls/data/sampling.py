@@ -30,7 +30,7 @@ GOLDEN_GAMMA = np.uint64(0x9E3779B97F4A7C15)
 
 
 def derive_seed(*numbers: int) -> int:
-    """Return a 63-bit seed from several non-negative integers.
+    """Combine non-negative integers, such as a seed and an epoch, into one 63-bit seed.
 
     Different integers result in unrelated seeds.
     """
@@ -70,7 +70,7 @@ def draw_numbers(keys: np.ndarray, seed: int) -> np.ndarray:
 # Every image of a batch asks for the order of its epoch, and a batch may span two epochs.
 @lru_cache(maxsize=4)
 def shuffle_indices(num_images: int, seed: int, epoch: int) -> np.ndarray:
-    """Return the indices of all images, shuffled with the seed of the epoch."""
+    """Shuffle the indices of all images for an epoch."""
     generator = torch.Generator().manual_seed(derive_seed(seed, epoch))
     return torch.randperm(num_images, generator=generator).numpy()
 

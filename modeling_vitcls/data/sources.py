@@ -271,7 +271,7 @@ def open_dataset(dataset: str, use_labels: bool) -> tuple[str, Path, Any]:
 
 
 def read_folder(path: Path, use_labels: bool) -> Any:
-    """Return the splits of an image folder, a folder of `save_to_disk`, or a folder of tables."""
+    """Read the splits of an image folder, a folder of `save_to_disk`, or a folder of tables."""
     import datasets
 
     folder = scan_folder(path)
@@ -295,7 +295,7 @@ def read_folder(path: Path, use_labels: bool) -> Any:
 
 
 def find_tables(root: Path, files: Sequence[str], reader: str) -> dict[str, list[Path]]:
-    """Return the tables of a folder by the split that their names or folders begin with."""
+    """Sort the tables of a folder into splits, by the words in their names and folders."""
     tables: dict[str, list[Path]] = {}
     for file in files:
         if READERS.get(Path(file).suffix.lower()) == reader:

@@ -56,6 +56,7 @@ def load_on_main(accelerator: Accelerator, dataset: str, load: Callable[[], Data
     """
     if accelerator.num_processes == 1 or dataset.startswith(MEMORY_PREFIX):
         return load()
+    # Pickled before it is sent, because unpickling may fail on a process without the cached files.
     content = run_on_main(accelerator, lambda: pickle.dumps(load()))
     try:
         return pickle.loads(content)
@@ -327,7 +328,7 @@ def select_held_out(images: LabeledImages, fraction: float, seed: int, dataset: 
 
 
 def is_stratified(images: LabeledImages) -> bool:
-    """Return whether held-out images are selected by class: each image has one known label."""
+    """Tell whether held-out images can be selected by class: each image has one known label."""
     if isinstance(images.labels, MultiHotLabels):
         return False
     return all(isinstance(label, int) and label != IGNORED_LABEL for label in images.labels)
@@ -385,7 +386,7 @@ def describe_change(
 
 
 def describe_leaks(training_data: TrainingData, group_column: str | None) -> list[str]:
-    """Return warnings about copies and groups with images in two splits of the dataset.
+    """Warn about results that are too good: copies and groups in two splits of the dataset.
 
     Drawn held-out images have groups of their own.
     """
@@ -412,7 +413,7 @@ def describe_leaks(training_data: TrainingData, group_column: str | None) -> lis
 
 
 def describe_missing_classes(training_data: TrainingData) -> list[str]:
-    """Return warnings about classes without held-out images or without training images.
+    """Warn about classes that nothing measures or trains: one side of the split lacks them.
 
     There are none if the images have several labels.
     """

@@ -35,7 +35,7 @@ def get_keys(images: LabeledImages) -> np.ndarray:
 
 
 def build_splits_table(parts: Mapping[str, Any], task: str = "") -> pd.DataFrame:
-    """Return the rows of splits.parquet about images by split."""
+    """Build the rows of splits.parquet about images by split."""
     tables = [
         pd.DataFrame({"key": get_keys(part), "split": split, "task": task})
         for split, part in parts.items()
@@ -46,13 +46,14 @@ def build_splits_table(parts: Mapping[str, Any], task: str = "") -> pd.DataFrame
 
 def write_splits(table: pd.DataFrame, folder: Path) -> None:
     """Write splits.parquet to a model folder. Each image is listed once for each split and task."""
+    # Sorted, so the same images give the same file.
     rows = table.drop_duplicates().sort_values(["task", "split", "key"])
     with write_atomically(folder / SPLITS_FILE) as temporary_file:
         rows.to_parquet(temporary_file, index=False)
 
 
 def read_splits(folder: ModelFolder) -> pd.DataFrame:
-    """Return splits.parquet of a model folder; an empty table if there is none.
+    """Read which images a model was trained on; an empty table if its folder does not say.
 
     Raise ValueError if the file is damaged.
     """
@@ -66,12 +67,14 @@ def read_splits(folder: ModelFolder) -> pd.DataFrame:
 
 
 def select_task(splits: pd.DataFrame, task: str | None) -> pd.DataFrame:
-    """Return the rows about an added task, or about the model itself (None)."""
+    """Select the rows about an added task, or about the model itself (None)."""
     return splits[splits["task"] == (task or "")]
 
 
 def find_trained_images(images: LabeledImages, splits: pd.DataFrame) -> np.ndarray:
-    """Return whether each image [N] trained a model."""
+    """Recognize the images [N] that trained a model, under any name."""
     if not len(splits):
         return np.zeros(len(images), bool)
+    # Images that selected the checkpoint count, too: the model was chosen because it is right on
+    # them.
     return np.isin(get_keys(images), splits["key"][splits["split"] != "test"])

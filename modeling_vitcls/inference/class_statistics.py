@@ -147,7 +147,7 @@ class ClassStatistics:
         return weights[num_old:] - weights[known].mean(axis=0), new_biases
 
     def compute_distances(self, features: TokenFeatures) -> np.ndarray:
-        """Return the Mahalanobis distance [N] to the nearest class mean (arXiv 1807.03888).
+        """Tell known images from unknown: Mahalanobis distance [N] to the nearest mean (arXiv 1807.03888).
 
         With several tokens, it is the root of the mean of their squared distances. The noise of the
         mean of few images is subtracted, as in the classifier.
@@ -211,7 +211,7 @@ class ClassStatistics:
 
     @classmethod
     def from_model(cls, model: Any) -> "ClassStatistics | None":
-        """Return the statistics that are stored with the weights of a classifier, if it has any."""
+        """Load the statistics that are stored with the weights of a classifier, if it has any."""
         if getattr(model, "class_distance", None) is None:
             return None
         arrays = {

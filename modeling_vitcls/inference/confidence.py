@@ -33,6 +33,7 @@ def fit_temperature(
         return -float(np.average((targets * log_probabilities).sum(axis=1), weights=weights))
 
     bounds = (-MAX_LOG_TEMPERATURE, MAX_LOG_TEMPERATURE)
+    # The logarithm is searched: it has no sign to get wrong, and half is as far away as twice.
     return math.exp(
         minimize_scalar(compute_loss, bounds=bounds, method="bounded", options={"xatol": 1e-6}).x
     )

@@ -81,6 +81,7 @@ class EmbedImages:
         the columns are empty.
         """
         if self.predictor is None:
+            # In the worker: the function was pickled there without the model.
             self.predictor = self.build_predictor()
         column = self.image_column or next((name for name in IMAGE_COLUMNS if name in batch), None)
         if batch and column not in batch:

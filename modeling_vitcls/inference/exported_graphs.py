@@ -91,6 +91,7 @@ def open_onnx(file: Path) -> tuple[list[str], Runner]:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
+    # As many as PyTorch, which a launcher limits if several processes share the machine.
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3  # only log errors
     session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])

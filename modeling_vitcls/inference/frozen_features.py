@@ -58,7 +58,7 @@ class FeatureLayout:
         return cls.from_config(plain_config, num_layers)
 
     def split(self, values: np.ndarray) -> dict[Token, np.ndarray]:
-        """Return the features [N, D] of each token, of features [N, all].
+        """Divide features [N, all] into the features [N, D] of each token.
 
         The order is layer after layer, each with CLS before the mean of the patches.
         """

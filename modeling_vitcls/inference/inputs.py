@@ -164,6 +164,8 @@ def read_path_list(file: Path) -> list[str]:
 
     The file may be a pipe, such as /dev/stdin or `<(find photos)`, which is read until it ends.
     """
+    # Names of files on Linux are bytes, and need not be UTF-8. `splitlines` would also divide at
+    # characters that a name may contain.
     lines = file.read_text(encoding="utf-8-sig", errors="surrogateescape").split("\n")
     paths = [expand_home(path) for line in lines if (path := line.removesuffix("\r")).strip()]
     if not paths:

@@ -348,6 +348,7 @@ def predict_rows(
             rows = build_checked_rows(columns, outputs, len(batch.indices))
             predictions |= dict(zip(batch.indices, rows, strict=True))
 
+        # In the order of the input, not of the shapes.
         for record, _ in images:
             yield {
                 "index": record.index,

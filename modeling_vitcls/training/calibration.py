@@ -82,7 +82,7 @@ def describe_images(images: str, num_images: int) -> str:
 def measure_errors(
     calibration: Calibration, predictions: Predictions
 ) -> tuple[dict[str, float], str]:
-    """Return the calibration errors before and after the temperature, and a text about both.
+    """Measure the calibration error before and after the temperature; also return a text about both.
 
     The predictions are of held-out images, with the temperature. The text is empty for few images,
     and there are no errors without a temperature.

@@ -76,7 +76,7 @@ def read_pixels(images: LabeledImages, processor: Any) -> list[Tensor]:
 
 
 def certify(old: ModelFolder, new: Path, pixels: Sequence[Tensor]) -> dict[str, Any]:
-    """Return the certificate that a new model folder has the outputs of an old one.
+    """Certify that a new model folder has the outputs of an old one.
 
     The models are compared on the accelerator, if there is one, with images [C, H, W].
 
@@ -92,6 +92,7 @@ def certify(old: ModelFolder, new: Path, pixels: Sequence[Tensor]) -> dict[str, 
     new_model = load_old_model(ModelFolder(new, old_name)).to(device)
     check_labels(old_model, new_model)
     passes = []
+    # In this order: weights that were rounded to bfloat16 cannot be used in float32 any more.
     dtypes = [torch.float32, *([torch.bfloat16] if has_bfloat16(device) else [])]
     for dtype in dtypes:
         old_model.to(dtype)
@@ -119,7 +120,7 @@ def certify(old: ModelFolder, new: Path, pixels: Sequence[Tensor]) -> dict[str, 
 
 
 def compare_tensors(old_folder: Path, new_folder: Path) -> dict[str, str]:
-    """Return the SHA-256 of each tensor of the old model.
+    """Compare all tensors of the old model with the new one, and return the SHA-256 of each.
 
     Raises:
         ValueError: If the new model lacks one of them or has another value.
@@ -178,7 +179,7 @@ def read_processor_settings(folder: Path) -> dict[str, Any]:
 
 @torch.no_grad()
 def compare_logits(old: Any, new: Any, pixels: Sequence[Tensor], batch_size: int) -> dict[str, str]:
-    """Return the SHA-256 of the old outputs by name.
+    """Compare the outputs of both models, and return the SHA-256 of the old ones by name.
 
     Raise ValueError if one of the new outputs differs.
     """

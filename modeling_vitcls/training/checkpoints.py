@@ -92,6 +92,7 @@ class CheckpointStore:
 
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            # First, because the remains of an interrupted save may be what fills the disk.
             self.clean_up_interrupted_saves()
             partial_folder.mkdir()
             write_checkpoint(partial_folder, step, tensor_groups, metadata, is_best)
@@ -113,7 +114,7 @@ class CheckpointStore:
         self.prune(step)
 
     def load_newest(self, warn: Callable[[str], None]) -> Checkpoint | None:
-        """Return the newest undamaged checkpoint, or None if there are no checkpoints.
+        """Load the newest undamaged checkpoint; None if there are no checkpoints.
 
         Call `warn` with a message for each damaged checkpoint. Raise ValueError if all checkpoints
         are damaged.
@@ -135,7 +136,7 @@ class CheckpointStore:
         return None
 
     def load_best(self) -> Checkpoint:
-        """Return the checkpoint with the best evaluation.
+        """Load the checkpoint with the best evaluation.
 
         Raise ValueError if the checkpoint is missing or damaged.
         """
@@ -156,7 +157,7 @@ class CheckpointStore:
             self.folder.rmdir()
 
     def list_steps(self) -> list[int]:
-        """Return the steps of the checkpoints in ascending order."""
+        """List the steps of the checkpoints in ascending order."""
         if not self.folder.is_dir():
             return []
         matches = [
@@ -183,6 +184,7 @@ class CheckpointStore:
             for stored_step in earlier_steps
             if is_best_checkpoint(self.get_folder(stored_step))
         ]
+        # A checkpoint is marked if it beats all earlier ones, so the last mark is on the best.
         steps_to_keep = {*earlier_steps[-self.num_kept :], *best_steps[-1:]}
         for stored_step in steps:
             if stored_step not in steps_to_keep:

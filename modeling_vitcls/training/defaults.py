@@ -190,7 +190,7 @@ def get_training_method(
 
 
 def choose_learning_rate(method: TrainingMethod, width: int) -> float:
-    """Return the default learning rate, rounded to two significant digits."""
+    """Choose the default learning rate, rounded to two significant digits."""
     rate, rate_width, power, minimum, maximum = LEARNING_RATES[method]
     rate *= (rate_width / width) ** power
     return float(f"{min(max(rate, minimum), maximum):.1e}")

@@ -44,7 +44,7 @@ def gather_state(
     optimizer: torch.optim.Optimizer,
     start: Sequence[torch.Tensor] = (),
 ) -> tuple[dict[str, Tensors], dict[str, Any]]:
-    """Return the full tensors of the training state, and the loss scaler's state for JSON.
+    """Gather the training state as full tensors, and the loss scaler's state for JSON.
 
     The tensors are returned only on the main process. This function must be called on all
     processes. With a single process on the CPU, the returned tensors share memory with the training

@@ -20,7 +20,7 @@ FORWARD_PASSES_OF_STEP = 3  # a backward pass takes as long as two forward passe
 
 @torch.no_grad()
 def measure_forward_seconds(model: Any, accelerator: Accelerator) -> float:
-    """Return the seconds of a forward pass of one image, averaged over processes.
+    """Measure the seconds of a forward pass of one image, averaged over processes.
 
     The first of two passes warms up.
     """
@@ -43,7 +43,7 @@ def measure_forward_seconds(model: Any, accelerator: Accelerator) -> float:
 def estimate_step_seconds(
     forward_seconds: float, epochs: float, num_images: int, num_processes: int
 ) -> float:
-    """Return the expected duration of the steps of a run.
+    """Estimate the duration of the steps of a run, in seconds.
 
     Args:
         forward_seconds: measured time of a forward pass of one image.

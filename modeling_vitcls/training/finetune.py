@@ -203,6 +203,8 @@ def build_objective(
         return losses.LabelObjective(normalize, label_loss, mixer)
 
     def compute_loss(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
+        # Accelerate runs only the prepared model under autocast by itself, and the teacher is not
+        # one.
         with accelerator.autocast():
             teacher_logits = teacher(batch["pixels"])
         return losses.compute_distillation_loss(options.distillation, logits, teacher_logits)

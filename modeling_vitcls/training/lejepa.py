@@ -107,6 +107,7 @@ def compute_lejepa_losses(
         crops = (crop(pixels, crop_size, scale) for _ in range(number))
         views.append(torch.stack([normalize(255 * jitter(each)) for each in crops]))
 
+    # One call for all views, because DDP expects one forward pass for each backward pass.
     projections = model(*views).float()
     invariance = compute_invariance_loss(projections, num_global)
     sigreg = compute_sigreg(projections, draw_directions(projections, NUM_DIRECTIONS))

@@ -224,7 +224,7 @@ def reads_patches_by_default(
 
 
 def has_labels(config: ViTCLSConfig, label_space: LabelSpace) -> bool:
-    """Return whether a checkpoint's classifier has exactly the labels in `label_space`."""
+    """Tell whether a checkpoint's classifier can be kept: it has exactly these labels."""
     if label_space.kind == "multi_task":
         return config.task_labels() == label_space.columns
     has_same_kind = (config.problem_type or "single_label_classification") == label_space.kind
@@ -236,7 +236,7 @@ def has_labels(config: ViTCLSConfig, label_space: LabelSpace) -> bool:
 
 
 def get_added_token_names(stored_config: ViTCLSConfig, model: Classifier) -> set[str]:
-    """Return the names of the token parameters that contain more tokens than in the checkpoint."""
+    """Find the token parameters that contain more tokens than in the checkpoint, by name."""
     groups = ("cls", "distillation", "registers")
     group_sizes = zip(groups, stored_config.token_counts, model.config.token_counts, strict=True)
     tokens = model.vitcls.embeddings.get_special_tokens()
@@ -314,6 +314,7 @@ def set_trainable_parameters(
         }
         trainable_names.add("vitcls.gates.gates")
 
+    # The mask token was frozen before, and stays so.
     trainable_names &= {name for name, parameter in parameters.items() if parameter.requires_grad}
     # PEFT renames the weights that it wraps, so it comes after their names were collected.
     if trainable == "lora":

@@ -59,6 +59,7 @@ class Reporter:
 
     def print_line(self, name: str, text: str) -> None:
         """Print one line of the summary."""
+        # Names of classes and folders may contain brackets, which rich would take for styles.
         self.console.print(f"{name:<9} {text}", markup=False)
 
     def print_lines(self, lines: Mapping[str, str | None]) -> None:
@@ -121,6 +122,7 @@ class Reporter:
         if not self.accelerator.is_main_process:
             return
 
+        # NaN is no JSON, so values that may be NaN are None by now.
         with self.metrics_file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record, allow_nan=False) + "\n")
 
@@ -149,7 +151,7 @@ def format_metric(name: str, value: float | None) -> str:
 
 
 def flatten_record(record: dict[str, Any], prefix: str = "") -> dict[str, float]:
-    """Return the numeric values of a nested record as a flat dict.
+    """Flatten a nested record for trackers, which take numbers by name.
 
     For example, `{"token_norm": {"cls[0]": 1.0}}` becomes `{"token_norm/cls[0]": 1.0}`.
     """

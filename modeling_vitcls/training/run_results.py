@@ -209,6 +209,7 @@ def build_fine_tuning_command(asked: TrainOptions) -> str:
         for name, value in to_flags(asked).items()
         if name in names - FLAGS_WITHOUT_FINE_TUNING
     }
+    # A folder of its own: the frozen model stays, and the two can be compared.
     flags |= {
         "output_dir": f"{flags['output_dir']}-fine-tuned",
         "epochs": f"{FINE_TUNING_EPOCHS:g}",

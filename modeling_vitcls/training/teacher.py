@@ -132,7 +132,7 @@ def load_teacher(
 def match_labels(
     source: str, names: list[str] | None, num_labels: int, labels: list[str]
 ) -> tuple[list[int] | None, str]:
-    """Return the index of each label in the teacher's logits, and a note on the label mapping.
+    """Find each label in the teacher's logits; also return a note on the mapping.
 
     If the teacher has the same labels in the same order, return None and an empty note. `names` is
     None if its labels have no names.

@@ -30,19 +30,21 @@ class TokenMonitor:
         self.initial_tokens = self.copy_tokens()
 
     def copy_tokens(self, gradients: bool = False) -> Tokens:
-        """Return a copy of each token, or of its gradient if it has one, on the CPU."""
+        """Copy each token, or its gradient if it has one, to the CPU."""
         copies: Tokens = {}
         for group, parameter in self.parameters.items():
             tensor = parameter.grad if gradients else parameter.detach()
             if isinstance(tensor, DTensor):
                 tensor = tensor.full_tensor()  # all processes call this
             if tensor is not None:
+                # `clone`, because on a CPU the other methods return the parameter, which training
+                # changes.
                 tokens = tensor.float().cpu().squeeze(0).clone()  # [n, D]
                 copies |= {f"{group}[{index}]": token for index, token in enumerate(tokens)}
         return copies
 
     def compute_norms(self, gradients: Tokens) -> dict[str, dict[str, float | None]]:
-        """Return the norms of each token and of its gradient, 0 without gradient."""
+        """Compute the norms of each token and of its gradient, 0 without gradient."""
         norms = {name: token.norm().item() for name, token in self.copy_tokens().items()}
         gradient_norms = {
             name: gradients[name].norm().item() if name in gradients else 0.0 for name in norms
