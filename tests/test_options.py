@@ -45,7 +45,7 @@ def check(kind: Any, flags: dict[str, Any]) -> None:
 # Class, flags, accepted values, rejected values
 LIMITS: list[tuple[type, str, list[Any], list[Any]]] = [
     (DataOptions, "held_out_fraction", [0.0, 0.99], [-0.1, 1.0]),
-    (DataOptions, "split_seed max_unreadable_images num_workers", [0], [-1]),
+    (DataOptions, "num_workers", [0], [-1]),
     (AugmentationOptions, "crop_scale", [None, 0.01, 1], [0, 1.1]),
     (AugmentationOptions, "rotation", [0, 180], [-1, 181]),
     (AugmentationOptions, "random_erasing", [0, 1], [-0.1, 1.1]),

@@ -45,7 +45,7 @@ def load_evaluation_data(
             the only split.
         splits: the rows of splits.parquet about the model.
         use_labels: whether labels are read. If False, every label is -100.
-        max_images: number of images to draw at random (`options.split_seed`).
+        max_images: number of images to draw at random.
 
     Raises:
         ValueError: if the split does not exist, or if training used all of its images.
@@ -65,7 +65,6 @@ def load_evaluation_data(
         is_named=split is not None,
         dataset=options.dataset,
         max_images=max_images,
-        seed=options.split_seed,
     )
 
 
@@ -87,9 +86,8 @@ def load_calibration_and_evaluation_data(
     if split is None and calibration_name == name:
         if not is_trained.any():
             with_keys = add_keys({name: images})[name]
-            is_trained = ~select_held_out(
-                with_keys, options.held_out_part, options.split_seed, options.dataset
-            )
+            fraction = options.held_out_part
+            is_trained = ~select_held_out(with_keys, fraction, 0, options.dataset)
         _, calibration = images.divide(is_trained)
     is_named = split is not None
     return calibration, leave_out(loaded, name, is_trained, is_named, options.dataset)
@@ -102,7 +100,6 @@ def leave_out(
     is_named: bool,
     dataset: str,
     max_images: int | None = None,
-    seed: int = 0,
 ) -> EvaluationData:
     """Keep at most `max_images` images of a split that did not train the model.
 
@@ -128,7 +125,7 @@ def leave_out(
         num_left_out = num_trained
         description = f"{part}, of which {num_trained:,} are left out, because training used them"
 
-    drawn = images.draw(max_images, seed)
+    drawn = images.draw(max_images, seed=0)
     if len(drawn) < len(images):
         description = f"drawn at random from {description}"
     return EvaluationData(loaded.label_space, drawn, name, num_left_out, description)

@@ -39,6 +39,8 @@ warnings.filterwarnings("ignore", module=r"PIL\.")
 
 # an image file larger than three parts is identified by its size, start, middle and end
 CONTENT_PART_BYTES = 16_384
+# More are not an accident: a wrong folder, another file type, or a full disk while they were copied.
+MAX_UNREADABLE_IMAGES = 100
 ROWS_PER_READ = 64  # number of dataset rows that are read from disk at once
 ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 
@@ -356,8 +358,6 @@ class UnreadableImageCounter:
     """
 
     warn: Callable[[str], None]  # function that prints a one-line warning
-    # maximum number of unreadable images (`--max-unreadable-images`); a larger number stops the run
-    limit: int
     indices: set[int] = field(default_factory=set)
 
     def add(self, errors: Mapping[int, str]) -> None:
@@ -371,8 +371,8 @@ class UnreadableImageCounter:
                 continue
             self.indices.add(index)
             self.warn(f"skipped an image: {message}")
-            if len(self.indices) > self.limit:
-                text = f"more than {self.limit} images cannot be read; the last: {message}"
+            if len(self.indices) > MAX_UNREADABLE_IMAGES:
                 raise ValueError(
-                    f"{text}. Remove these images, or set a larger `max_unreadable_images`"
+                    f"more than {MAX_UNREADABLE_IMAGES} images cannot be read; the last: {message}. "
+                    "Remove these images"
                 )

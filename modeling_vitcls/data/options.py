@@ -36,14 +36,8 @@ class DataOptions(Options):
     """Fraction of the images to hold out for evaluation if the dataset has no evaluation split.
     Default: 0 without training steps, because cross-validation measures the model; otherwise 0.1
     from 2,000 images on, 0.2 for fewer, and 0 for fewer than 5 per class. Whether an image is held
-    out depends only on the fraction, --split-seed and the checksum of the image. 0: train on all
-    images, without evaluation."""
-    split_seed: int = 0
-    """Random seed for the held-out split. Use the same seed for all runs that you compare.
-    Evaluation uses the seed of the training run."""
-    max_unreadable_images: int = 100
-    """Maximum number of unreadable images, which are reported and skipped. The run stops if more
-    images are unreadable."""
+    out depends only on the fraction and the checksum of the image. 0: train on all images, without
+    evaluation."""
     num_workers: int = 2
     """Number of processes that load training images, per training process, and of threads that
     load other images. 0: images are loaded when they are needed."""
@@ -59,7 +53,7 @@ class DataOptions(Options):
         super().check()
         fraction = self.held_out_part
         check_value(self, "held_out_fraction", 0 <= fraction < 1, "at least 0 and below 1")
-        check_minimum(self, 0, "split_seed", "max_unreadable_images", "num_workers")
+        check_minimum(self, 0, "num_workers")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -115,9 +115,7 @@ class UndividedImages:
     def train(self) -> LabeledImages:
         return self.splits[self.train_split]
 
-    def divide(
-        self, held_out_fraction: float, seed: int = 0, needs_selection: bool = False
-    ) -> TrainingData:
+    def divide(self, held_out_fraction: float, needs_selection: bool = False) -> TrainingData:
         """Choose the images that train, select and measure a model.
 
         Of two splits for evaluation, the first selects the model, and the second measures it. If
@@ -126,7 +124,6 @@ class UndividedImages:
         Args:
             held_out_fraction: part of the training images to hold out if no split is for
                 evaluation.
-            seed: decides which images are held out.
             needs_selection: whether there must be selection images.
 
         Raises:
@@ -143,10 +140,8 @@ class UndividedImages:
             (held_out,) = others
             held_out_name = f"split {names[-1]!r}"
         else:
-            held_out_name = describe_held_out(train, held_out_fraction, seed)
-            train, held_out = train.divide(
-                select_held_out(train, held_out_fraction, seed, self.name)
-            )
+            held_out_name = describe_held_out(train, held_out_fraction)
+            train, held_out = train.divide(select_held_out(train, held_out_fraction, 0, self.name))
         if needs_selection and selection is None:
             if not held_out_fraction:
                 raise ValueError(
@@ -154,7 +149,7 @@ class UndividedImages:
                     f"the training images, but {self.name} has only {', '.join(self.splits)}. Set "
                     "`held_out_fraction` above 0, or remove `select='best'`"
                 )
-            is_selected = select_held_out(train, held_out_fraction, derive_seed(seed, 1), self.name)
+            is_selected = select_held_out(train, held_out_fraction, derive_seed(0, 1), self.name)
             train, selection = train.divide(is_selected)
             selection_name = f"about {held_out_fraction:.0%} of the training images"
 
@@ -205,7 +200,7 @@ def load_training_data(
 ) -> TrainingData:
     """Load and divide the images as a run with steps does."""
     images = load_undivided_images(options, use_selection_split, use_labels)
-    return images.divide(options.held_out_part, options.split_seed, use_selection_split)
+    return images.divide(options.held_out_part, use_selection_split)
 
 
 def add_keys(splits: Mapping[str, LabeledImages]) -> dict[str, LabeledImages]:
@@ -342,13 +337,13 @@ def compute_class_ratio(images: LabeledImages) -> float:
     return max(sizes) / min(sizes)
 
 
-def describe_held_out(images: LabeledImages, fraction: float, seed: int) -> str:
+def describe_held_out(images: LabeledImages, fraction: float) -> str:
     """Return which images of the only split are held out."""
     if is_stratified(images):
-        return f"about {fraction:.0%}, stratified by class, split seed {seed}"
+        return f"about {fraction:.0%}, stratified by class"
     is_labeled = IGNORED_LABEL not in images.labels[:1]
     reason = ", not stratified: several labels per image" if is_labeled else ""
-    return f"about {fraction:.0%}, split seed {seed}{reason}"
+    return f"about {fraction:.0%}{reason}"
 
 
 # Changes of the data ------------------------------------------------------------------------------

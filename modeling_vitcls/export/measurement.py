@@ -165,7 +165,6 @@ def load_export_images(
             batch_size=BATCH_SIZE,
             accelerator=build_accelerator(mixed_precision="no"),
             num_workers=options.num_workers,
-            max_unreadable_images=options.max_unreadable_images,
             num_channels=model.config.num_channels,
         )
     except ValueError as error:

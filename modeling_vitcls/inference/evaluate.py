@@ -101,7 +101,6 @@ def evaluate_checkpoint(options: EvaluateOptions) -> dict[str, Any]:
         batch_size=batch_size,
         accelerator=accelerator,
         num_workers=options.num_workers,
-        max_unreadable_images=options.max_unreadable_images,
         num_channels=config.num_channels,
         warn=warn,
     )

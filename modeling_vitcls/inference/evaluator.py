@@ -101,7 +101,7 @@ class Evaluator(ImagePass):
         progress (runtime/progress.py).
 
         Raises:
-            ValueError: if all images are unreadable, if more than `max_unreadable_images` images
+            ValueError: if all images are unreadable, if more than `MAX_UNREADABLE_IMAGES` images
                 are unreadable, or if the outputs of the model for any image are not finite.
         """
         metrics = METRICS[self.label_space.kind](self.label_space, self.accelerator.device)

@@ -174,7 +174,6 @@ class ImagePass:
         batch_size: number of images per process and forward pass.
         accelerator: the accelerator, which defines the device, the precision and the processes.
         num_workers: number of threads that load images.
-        max_unreadable_images: unreadable images are skipped; the pass fails if there are more.
         num_channels: number of input channels of the model. Images with a different number of
             channels are counted as unreadable.
         warn: function that prints a warning; called on the main process, once for each unreadable
@@ -195,7 +194,6 @@ class ImagePass:
         batch_size: int,
         accelerator: Accelerator,
         num_workers: int,
-        max_unreadable_images: int,
         num_channels: int | None = None,
         warn: Callable[[str], None] = print,
     ) -> None:
@@ -204,7 +202,7 @@ class ImagePass:
         self.batch_size = batch_size
         self.accelerator = accelerator
         warn = accelerator.on_main_process(warn)
-        self.unreadable_counter = UnreadableImageCounter(warn, max_unreadable_images)
+        self.unreadable_counter = UnreadableImageCounter(warn)
 
         # each process takes one batch per round; the last round may have empty batches
         round_size = batch_size * accelerator.num_processes
@@ -238,7 +236,7 @@ class ImagePass:
 
         Raises:
             ValueError: after the last batch, if all images are unreadable, if more than
-                `max_unreadable_images` images are unreadable, or if the outputs for any image are
+                `MAX_UNREADABLE_IMAGES` images are unreadable, or if the outputs for any image are
                 not finite.
         """
         accelerator = self.accelerator

@@ -34,7 +34,7 @@ class EvaluateOptions(EngineOptions, DataOptions):
     """Dataset split, of which all images are evaluated. Default: `test` or, if there is none,
     `validation` or the only split, without the images that the model was trained on."""
     max_images: int | None = None
-    """Maximum number of images to evaluate, drawn at random (--split-seed)."""
+    """Maximum number of images to evaluate, drawn at random."""
     batch_size: int | None = None
     """Number of images per process and forward pass. Default: 64 on GPUs. On CPUs, larger batches
     are not faster and need more memory: as many images as have 1,600 tokens, for example 8 images

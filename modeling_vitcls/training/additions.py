@@ -118,7 +118,6 @@ def open_old_model(
         batch_size=options.batch_size,
         accelerator=accelerator,
         num_workers=options.num_workers,
-        max_unreadable_images=options.max_unreadable_images,
         num_channels=model.config.num_channels,
         warn=warn,
     )

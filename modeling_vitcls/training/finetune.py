@@ -256,5 +256,5 @@ def describe_overlap(initial: InitialModel, data: TrainingData) -> list[str]:
     return [
         f"{initial.name} was trained on {num_trained:,} of the {len(data.held_out):,} held-out "
         "images of this run, so the result is better than for new images. Set "
-        "`held_out_fraction` and `split_seed` as in its run, or choose other images"
+        "`held_out_fraction` as in its run, or choose other images"
     ]

@@ -128,7 +128,7 @@ class PreTraining:
         ) -> Callable[[Any], dict[str, Any]]:
             neighbors = None
             if has_labels:
-                drawn = data.train.draw(MAX_NEIGHBORS, options.split_seed)
+                drawn = data.train.draw(MAX_NEIGHBORS, seed=0)
                 neighbors = ImagePass(drawn, **arguments)
             return partial(
                 measure_features,

@@ -27,7 +27,7 @@ from .options import ModelOptions, TrainOptions
 
 # Flags that may change on --resume, because these flags do not affect the result.
 CHANGEABLE_FLAGS = (
-    "output_dir num_workers max_unreadable_images batch_size gradient_accumulation_steps resume "
+    "output_dir num_workers batch_size gradient_accumulation_steps resume "
     "overwrite save_every keep_checkpoints log_with report push_to_hub hub_model_id "
     # the precision itself is compared (`check_run_unchanged`)
     "mixed_precision"

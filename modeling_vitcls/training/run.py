@@ -115,9 +115,7 @@ def train(asked: TrainOptions) -> Path:
         plan = plan_run(inputs.options, inputs.initial, inputs.images, inputs.setup, launch)
         options = plan.options
         assert options.held_out_fraction is not None, "the plan sets it"
-        data = inputs.images.divide(
-            options.held_out_fraction, options.split_seed, options.select == "best"
-        )
+        data = inputs.images.divide(options.held_out_fraction, options.select == "best")
         # Compared with the checkpoint first: nothing is written if the run is another one.
         record = run_on_main(accelerator, partial(build_run_record, plan, data, inputs, launch))
         run_on_main(
@@ -378,7 +376,7 @@ def build_loop(
         reporter=reporter,
         store=launch.store,
         selection_metric=setup.selection_metric,
-        unreadable_images=UnreadableImageCounter(reporter.warn, options.max_unreadable_images),
+        unreadable_images=UnreadableImageCounter(reporter.warn),
         save_every=options.save_every,
         evaluated_images="held_out" if data.selection is None else "selection",
         signals=signals,

@@ -83,7 +83,6 @@ def build_evaluator_arguments(
         "batch_size": options.batch_size,
         "accelerator": reporter.accelerator,
         "num_workers": options.num_workers,
-        "max_unreadable_images": options.max_unreadable_images,
         "num_channels": num_channels,
         "warn": reporter.warn,
     }

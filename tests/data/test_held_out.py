@@ -74,24 +74,23 @@ def test_the_split_is_stratified(fraction: float, tmp_path: Path) -> None:
 def test_the_split_depends_only_on_the_content_of_the_images(tmp_path: Path) -> None:
     """It does not depend on their order, on their names or on the type of the dataset."""
     folder = write_photos(tmp_path / "here", range(40))
-    names = get_names(read(folder, split_seed=3).held_out)
-    assert names != get_names(read(folder, split_seed=4).held_out)
+    names = get_names(read(folder).held_out)
     contents = {(folder / name).read_bytes() for name in names}
 
     paths = sorted(folder.glob("*/*.png"))
     rows = [f"here/{path.relative_to(folder)},{path.parent.name}" for path in paths]
     (tmp_path / "list.csv").write_text("\n".join(["image,label", *rows[::-1]]), encoding="utf-8")
-    listed = read(tmp_path / "list.csv", split_seed=3).held_out
+    listed = read(tmp_path / "list.csv").held_out
     assert {(tmp_path / name).read_bytes() for name in listed.images.get_names()} == contents
 
     pairs = [(path.read_bytes(), path.parent.name) for path in paths]
-    in_memory = load_training_data(DataOptions(dataset=add_dataset(pairs), split_seed=3)).held_out
+    in_memory = load_training_data(DataOptions(dataset=add_dataset(pairs))).held_out
     rows_held_out = map(int, in_memory.images.get_names())
     assert {pairs[row][0] for row in rows_held_out} == contents
 
     for path in paths:
         path.rename(path.with_stem(f"photo {path.stem}"))
-    renamed = get_names(read(folder, split_seed=3).held_out)
+    renamed = get_names(read(folder).held_out)
     assert {(folder / name).read_bytes() for name in renamed} == contents
 
 
@@ -212,7 +211,6 @@ def test_rare_classes_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture
         ({}, False),
         ({"held_out_fraction": 0.1}, False),
         ({"held_out_fraction": 0.4}, True),
-        ({"split_seed": 1}, True),
     ],
 )
 def test_a_model_trained_on_held_out_images_is_named(

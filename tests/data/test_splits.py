@@ -119,7 +119,7 @@ def test_splits_are_used_for_their_purposes(tmp_path: Path) -> None:
 
 def test_selection_images_of_a_single_split_are_not_used_for_anything_else(tmp_path: Path) -> None:
     photos = write_photos(tmp_path / "photos", range(40))
-    options = DataOptions(dataset=str(photos), held_out_fraction=0.25, split_seed=3)
+    options = DataOptions(dataset=str(photos), held_out_fraction=0.25)
     plain = load_training_data(options)
     data = load_training_data(options, use_selection_split=True)
 

@@ -175,7 +175,7 @@ def build_training_loop(folder: Path, objective: Objective) -> TrainingLoop:
     plan = build_batch_plan(8, options, NUM_PROCESSES)
     reporter = Reporter(folder / "metrics.jsonl", accelerator)
     store = CheckpointStore(folder / "checkpoints", num_kept=1)
-    unreadable_images = UnreadableImageCounter(print, 0)
+    unreadable_images = UnreadableImageCounter(print)
     return TrainingLoop(
         state=state,
         objective=objective,

@@ -105,7 +105,6 @@ def build_evaluator(
     images: Any = None,
     warn: Any = print,
     num_workers: int = 0,
-    max_unreadable_images: int = 100,
 ) -> Evaluator:
     """Return an evaluator for one kind of labels."""
     return Evaluator(
@@ -115,7 +114,6 @@ def build_evaluator(
         BATCH_SIZE,
         accelerator,
         num_workers=num_workers,
-        max_unreadable_images=max_unreadable_images,
         warn=warn,
     )
 

@@ -77,9 +77,7 @@ def prepare_setup(options: Any) -> SimpleNamespace:
     launch = Launch(accelerator, reporter, None, options, checkpoint=None, is_finished=False)
     inputs = load(recipe, launch)
     plan = plan_run(inputs.options, inputs.initial, inputs.images, inputs.setup, launch)
-    data = inputs.images.divide(
-        plan.options.held_out_fraction, plan.options.split_seed, plan.options.select == "best"
-    )
+    data = inputs.images.divide(plan.options.held_out_fraction, plan.options.select == "best")
     batches = None
     if plan.kind == "steps":
         batches = build_batch_plan(len(data.train), plan.options, accelerator.num_processes)

@@ -27,9 +27,7 @@ by_one_process = evaluation_results.by_one_process  # a fixture
 def test_unreadable_images_are_named_once_and_not_counted(by_one_process: dict[str, Any]) -> None:
     said: list[str] = []
     pictures = build_labeled_images("single", unreadable=UNREADABLE)
-    evaluator = build_evaluator(
-        "single", build_accelerator(), pictures, max_unreadable_images=4, warn=said.append
-    )
+    evaluator = build_evaluator("single", build_accelerator(), pictures, warn=said.append)
     metrics = evaluator(build_classifier("single"))
     assert (metrics["num_images"], metrics["num_unreadable_images"]) == (NUM_IMAGES - 4, 4)
     assert evaluator(build_classifier("single")) == metrics == by_one_process["unreadable"]
@@ -42,10 +40,11 @@ def test_unreadable_images_are_named_once_and_not_counted(by_one_process: dict[s
     assert metrics["accuracy"] == close(right.float().mean().item())
 
 
-def test_too_many_unreadable_images_are_an_error() -> None:
+def test_too_many_unreadable_images_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("modeling_vitcls.data.images.MAX_UNREADABLE_IMAGES", 3)
     accelerator = build_accelerator()
     pictures = build_labeled_images("single", unreadable=UNREADABLE)
-    evaluator = build_evaluator("single", accelerator, pictures, max_unreadable_images=3)
+    evaluator = build_evaluator("single", accelerator, pictures)
     with raises_one_line("more than 3 images cannot be read", "'12.png'"):
         evaluator(build_classifier("single"))
     evaluator = build_evaluator(

@@ -59,7 +59,7 @@ def test_rows_keep_the_index_of_their_image(tmp_path: Path) -> None:
     labels = [-100 if index < 3 else label for index, label in enumerate(pictures.labels)]
     images = LabeledImages(pictures.images, labels)
     rows = [3, 4, 6, 7, 8, 9, 10]
-    evaluator = build_evaluator("single", build_accelerator(), images, max_unreadable_images=4)
+    evaluator = build_evaluator("single", build_accelerator(), images)
     predictions = evaluator.predict(build_classifier("single"))
     write_predictions(tmp_path / "rows.parquet", predictions, None)
     table = pd.read_parquet(tmp_path / "rows.parquet")

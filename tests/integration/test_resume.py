@@ -337,9 +337,7 @@ def test_a_killed_run_of_any_kind_ends_with_the_same_weights(
     flags = f"{VARIANTS[variant]} --dataset {image_folder}"
     if "{trained}" in flags:
         flags = flags.format(trained=uninterrupted(f"{RUN} --dataset {image_folder}"))
-    before = (
-        f"{flags} --num-workers 1 --save-every 2 --keep-checkpoints 1 --max-unreadable-images 5"
-    )
+    before = f"{flags} --num-workers 1 --save-every 2 --keep-checkpoints 1"
     run = start(folder, before)
     run.wait_for_step(*draw_steps(1, seed=list(VARIANTS).index(variant)))
     run.kill()

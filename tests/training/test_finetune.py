@@ -202,9 +202,8 @@ def test_several_tasks_are_learned_and_continued_with_the_saved_heads(
         "kind": ["kind 0", "kind 1", "kind 2"],
         "time": ["dusk", "noon"],
     }
-    again = train(
-        tmp_path / "again", tasks, label_column=("time", "kind"), model=tmp_path, split_seed=1
-    )
+    flags = {"label_column": ("time", "kind"), "held_out_fraction": 0.4}
+    again = train(tmp_path / "again", tasks, model=tmp_path, **flags)
 
     assert again["time_accuracy"] == 1.0  # with the saved heads
     # of the earlier run, which held out other images
@@ -223,14 +222,16 @@ def test_several_labels_per_image_are_learned(tasks: Path, tmp_path: Path) -> No
 
 
 def test_unreadable_images_are_named_and_skipped(
-    color_images: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+    color_images: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     folder = shutil.copytree(color_images, tmp_path / "pictures")
     (folder / "noon" / "1.png").write_bytes(b"no picture")
     (folder / "dusk" / "2.png").write_bytes((color_images / "dusk" / "2.png").read_bytes()[:60])
     flags = {
         "save_every": 4,
-        "split_seed": 2,
         "keep_checkpoints": 9,
     }  # the first evaluation is after step 5
     results = train(tmp_path / "out", folder, epochs=2, max_steps=None, num_workers=1, **flags)
@@ -245,17 +246,9 @@ def test_unreadable_images_are_named_and_skipped(
     assert "noon/1.png" in output
     assert "dusk/2.png" in output
     assert f"WARNING: {results['num_unreadable_training_images']} training image" in output
-    with pytest.raises(
-        RunStopped, match=r"more than 1 images cannot be read.*`max_unreadable_images`"
-    ):
-        train(
-            tmp_path / "strict",
-            folder,
-            epochs=2,
-            max_steps=None,
-            max_unreadable_images=1,
-            held_out_fraction=0.05,
-        )
+    monkeypatch.setattr("modeling_vitcls.data.images.MAX_UNREADABLE_IMAGES", 1)
+    with pytest.raises(RunStopped, match=r"more than 1 images cannot be read"):
+        train(tmp_path / "strict", folder, epochs=2, max_steps=None, held_out_fraction=0.05)
 
 
 @pytest.fixture(scope="module")

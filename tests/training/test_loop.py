@@ -158,7 +158,7 @@ class RecordedLoop:
             reporter=self.reporter,  # type: ignore[arg-type]
             store=self.store,  # type: ignore[arg-type]
             selection_metric="accuracy",
-            unreadable_images=UnreadableImageCounter(self.reporter.warn, 0),
+            unreadable_images=UnreadableImageCounter(self.reporter.warn),
             save_every=save_every,
             signals=self.signals,  # type: ignore[arg-type]
         )
