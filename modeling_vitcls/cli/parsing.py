@@ -16,6 +16,8 @@ import sys
 import textwrap
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from functools import cache
+from itertools import chain
 from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Any, TypeVar, Union
@@ -58,7 +60,9 @@ EQUIVALENT_FLAGS = {
 }
 
 POSITIONAL_ARGUMENTS = ("paths", "old", "new")
+SETTINGS_FLAGS = ("model_config", "augment")  # flags of several NAME=VALUE
 TYRO_CONFIG = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
+EXPONENT = re.compile(r"^(-?\d+)e")  # of a number that is a text in YAML
 # A parameter in an error: `batch_size` or `batch_size=64`
 PARAMETER = re.compile(r"`([a-z]\w*)(?:=([^`]*))?`")
 
@@ -95,7 +99,7 @@ def parse_command_line(modules: dict[str, ModuleType], arguments: list[str]) -> 
             )
         subcommands.append(
             Annotated[
-                add_positional_arguments(module.OPTIONS_CLASS),
+                add_arguments(module.OPTIONS_CLASS),
                 tyro.conf.subcommand(name=command, description=description),
             ]
         )
@@ -114,15 +118,41 @@ def parse_command_line(modules: dict[str, ModuleType], arguments: list[str]) -> 
     return name, options
 
 
-def add_positional_arguments(options_class: type[Options]) -> type[Options]:
-    """Turn fields such as the images into arguments without a flag, in a subclass of the options.
+def parse_settings(texts: list[str]) -> dict[str, Any]:
+    """Parse `drop_path_rate=0.1 head_type=mlp`. The values are YAML, but 1e-5 is a number, too."""
+    if not all("=" in text for text in texts):
+        raise ValueError(f"{' '.join(texts)} is not of the form NAME=VALUE")
+    settings = dict(text.split("=", 1) for text in texts)
+    return {name: yaml.safe_load(EXPONENT.sub(r"\1.0e", settings[name])) for name in settings}
 
-    The options of the library do not import tyro.
+
+# How tyro parses a flag that is a dict
+SETTINGS = tyro.constructors.PrimitiveConstructorSpec(
+    nargs="*",
+    metavar="[NAME=VALUE ...]",
+    instance_from_str=parse_settings,
+    is_instance=lambda value: value is None or isinstance(value, dict),
+    str_from_instance=lambda value: ["None"],
+)
+
+
+@cache  # the options of two command lines can be compared
+def add_arguments(options_class: type[Options]) -> type[Options]:
+    """Tell tyro in a subclass of the options what it has to know about some of the fields.
+
+    These are arguments without a flag, such as the images, and flags that are a dict. The options of
+    the library do not import tyro.
     """
-    arguments = [
-        (field.name, tyro.conf.Positional[field.type], dataclasses.field(default=field.default))  # type: ignore[misc, name-defined]
+    arguments: list[Any] = [
+        (
+            field.name,
+            Annotated[field.type, SETTINGS]
+            if field.name in SETTINGS_FLAGS
+            else tyro.conf.Positional[field.type],  # type: ignore[misc, name-defined]
+            dataclasses.field(default=field.default),
+        )
         for field in dataclasses.fields(options_class)
-        if field.name in POSITIONAL_ARGUMENTS
+        if field.name in (*POSITIONAL_ARGUMENTS, *SETTINGS_FLAGS)
     ]
     if not arguments:
         return options_class
@@ -283,10 +313,9 @@ def read_recipe(path: Path) -> list[str]:
         raise ValueError(f"cannot read the recipe {file}: {format_error(error)}") from None
     if not isinstance(recipe, dict):
         raise ValueError(f"the recipe {file} must contain lines of the form flag: value")
-    arguments: list[str] = []
-    for name, value in recipe.items():
-        arguments += to_arguments(str(name), value)
-    return arguments
+    # a flag without a value keeps its default
+    flags = (to_arguments(str(name), recipe[name]) for name in recipe if recipe[name] is not None)
+    return list(chain.from_iterable(flags))
 
 
 # Errors and output of libraries -------------------------------------------------------------------

@@ -72,7 +72,7 @@ def build_augmentation(options: AugmentationOptions, processor: Any) -> Augmenta
     fixed_transform = ResizeTransform(processor, keep_resolution=options.crop_scale != 1)
 
     transforms: list[nn.Module] = []
-    assert options.crop_scale is not None
+    assert options.crop_scale is not None, "the defaults set it"
     if options.crop_scale < 1:
         transforms.append(
             v2.RandomResizedCrop(
@@ -84,11 +84,14 @@ def build_augmentation(options: AugmentationOptions, processor: Any) -> Augmenta
         transforms.append(v2.RandAugment(magnitude=9, interpolation=InterpolationMode.BILINEAR))
     elif options.auto_augment == "trivial":
         transforms.append(v2.TrivialAugmentWide(interpolation=InterpolationMode.BILINEAR))
-    if options.random_erasing:
-        transforms.append(Erasing(options.random_erasing))
+    maxima = dict(options.augment or {})
+    if probability := maxima.pop("random_erasing", 0):
+        transforms.append(Erasing(probability))
 
     return Augmentation(
-        fixed_transform, v2.Compose(transforms) if transforms else None, BatchTransform(options)
+        fixed_transform,
+        v2.Compose(transforms) if transforms else None,
+        BatchTransform(options.flip, **maxima),
     )
 
 
@@ -116,12 +119,13 @@ class BatchTransform:
 
     num_random_numbers = 5  # number of random numbers per image
 
-    def __init__(self, options: AugmentationOptions) -> None:
-        assert options.shift is not None
-        self.flip = options.flip
-        self.shift = options.shift
-        self.zoom = options.zoom
-        self.rotation = math.radians(options.rotation)
+    def __init__(
+        self, flip: bool, rotation: float = 0.0, shift: float = 0.0, zoom: float = 0.0
+    ) -> None:
+        self.flip = flip
+        self.shift = shift
+        self.zoom = zoom
+        self.rotation = math.radians(rotation)
 
     def __call__(self, pixels: torch.Tensor, random_numbers: np.ndarray) -> torch.Tensor:
         """Return the transformed pixels [B, C, H, W] `uint8`.
@@ -167,12 +171,12 @@ class BatchMixer:
     Each batch uses one of the enabled methods at random.
     """
 
-    def __init__(self, options: AugmentationOptions, num_classes: int) -> None:
+    def __init__(self, mixup: float, cutmix: float, num_classes: int) -> None:
         mixers: list[nn.Module] = []
-        if options.mixup:
-            mixers.append(v2.MixUp(alpha=options.mixup, num_classes=num_classes))
-        if options.cutmix:
-            mixers.append(v2.CutMix(alpha=options.cutmix, num_classes=num_classes))
+        if mixup:
+            mixers.append(v2.MixUp(alpha=mixup, num_classes=num_classes))
+        if cutmix:
+            mixers.append(v2.CutMix(alpha=cutmix, num_classes=num_classes))
         self.mix = mixers[0] if len(mixers) == 1 else v2.RandomChoice(mixers)
 
     def __call__(

@@ -1,12 +1,14 @@
 """Flags of the dataset, of the held-out split and of the augmentation (runtime/flags.py)."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from ..runtime.flags import Options, check_minimum, check_value
 
 
 DEFAULT_HELD_OUT_FRACTION = 0.2
+# A shift or zoom of 1 would leave nothing of an image.
+LARGEST_AUGMENT = {"rotation": 180, "shift": 0.9, "zoom": 0.9, "random_erasing": 1}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,19 +67,14 @@ class AugmentationOptions(Options):
     Default: 0.35, or 1 for images of at most 64 pixels per side."""
     flip: bool = True
     """Flip each image horizontally with a probability of 0.5."""
-    rotation: float = 0.0
-    """Maximum rotation in degrees."""
-    shift: float | None = None
-    """Maximum translation along each axis, as a fraction of the image size. Default: 0.04 for
-    images of at most 64 pixels per side, and 0 for larger images."""
-    zoom: float = 0.0
-    """Maximum relative change of scale. For example, 0.1 scales images by a random factor from 0.9
-    to 1.1."""
     auto_augment: Literal["none", "rand", "trivial"] = "none"
     """Automatic augmentation: RandAugment (Cubuk et al. 2020; magnitude 9, as in DeiT) or
     TrivialAugment (Müller and Hutter 2021)."""
-    random_erasing: float = 0.0
-    """Probability of replacing a random rectangle of an image with noise (Zhong et al. 2020)."""
+    augment: dict[str, Any] | None = None
+    """`rotation=10 shift=0.1 zoom=0.1 random_erasing=0.5`, or some of them: the maximum rotation in
+    degrees, translation (as a fraction of the image size) and relative change of scale, and the
+    probability of replacing a random rectangle with noise (Zhong et al. 2020). Default: 0, but
+    `shift=0.04` for images of at most 64 pixels per side."""
     mixup: float = 0.0
     """Alpha of mixup (Zhang et al. 2018). 0: off. If --cutmix is also set, each batch uses either
     mixup or CutMix."""
@@ -92,10 +89,11 @@ class AugmentationOptions(Options):
             self.crop_scale is None or 0 < self.crop_scale <= 1,
             "above 0 and at most 1",
         )
-        check_value(self, "rotation", 0 <= self.rotation <= 180, "from 0 to 180")
-        check_value(self, "random_erasing", 0 <= self.random_erasing <= 1, "from 0 to 1")
-        check_value(
-            self, "shift", self.shift is None or 0 <= self.shift < 1, "at least 0 and below 1"
-        )
-        check_value(self, "zoom", 0 <= self.zoom < 1, "at least 0 and below 1")
+        for name, value in (self.augment or {}).items():
+            is_number = isinstance(value, int | float)
+            if not is_number or not 0 <= value <= LARGEST_AUGMENT.get(name, -1):
+                limits = ", ".join(
+                    f"{each} (to {LARGEST_AUGMENT[each]})" for each in LARGEST_AUGMENT
+                )
+                raise ValueError(f"`augment` has {name}={value}, but it takes {limits}")
         check_minimum(self, 0, "mixup", "cutmix")

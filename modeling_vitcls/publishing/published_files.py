@@ -8,8 +8,6 @@ paths, and CODE_LICENSE the license of the code. There are no pickle files, no r
 weights, and no images of a dataset that may not be published.
 """
 
-import logging
-import re
 from importlib.metadata import distribution
 from pathlib import Path
 
@@ -20,7 +18,6 @@ from ..hub.model_files import (
     CERTIFICATE_FILE,
     CONFIG_FILES,
     EXPORT_PATTERNS,
-    IMAGES_FOLDER,
     INDEX_FILE,
     MODEL_PATTERNS,
     PARITY_REPORT_FILE,
@@ -50,8 +47,6 @@ DELETE_PATTERNS = [
     "checkpoints/step-*",
 ]
 
-logger = logging.getLogger(__name__)
-
 
 def collect_files(
     folder: ModelFolder, repo_id: str, license_id: str | None = None, card_samples: bool = False
@@ -74,9 +69,7 @@ def collect_files(
     files: dict[str, Path | bytes] = {name: folder.path / name for name in sorted(names)}
 
     # What a person wrote is published as it is, even if it names another repository.
-    if has_edited_card(folder):
-        warn_about_images(folder, names)
-    else:
+    if not has_edited_card(folder):
         files[CARD_FILE] = render_card(folder, repo_id, hidden_files, license_id).encode()
     if RECIPE_FILE in names:
         files[RECIPE_FILE] = yaml.safe_dump(folder.shareable_flags, sort_keys=False).encode()
@@ -117,20 +110,6 @@ def list_published_files(folder: ModelFolder) -> set[str]:
                 f"itself. Copy the folder (cp -rL {folder.path} COPY), and push the copy"
             )
     return files
-
-
-def warn_about_images(folder: ModelFolder, files: set[str]) -> None:
-    """Log a warning if an edited card shows images of the folder that are not published."""
-    card = (folder.path / CARD_FILE).read_text(encoding="utf-8")
-    shown_images = set(re.findall(rf"\b{IMAGES_FOLDER}/[\w.-]+", card))
-    missing_images = sorted(name for name in shown_images - files if (folder.path / name).is_file())
-    if missing_images:
-        logger.warning(
-            "%s shows images that vitcls did not write, and that are not pushed: %s. Upload them "
-            "with `hf upload`",
-            CARD_FILE,
-            ", ".join(missing_images),
-        )
 
 
 def read_code_license() -> str:

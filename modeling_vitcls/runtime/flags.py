@@ -8,6 +8,7 @@ share are in base classes. This file and the options import only the standard li
 """
 
 import dataclasses
+import json
 import os
 import re
 import types
@@ -102,4 +103,9 @@ def to_arguments(name: str, value: Any) -> list[str]:
     name = name.replace("_", "-")
     if isinstance(value, bool):
         return [f"--{name}" if value else f"--no-{name}"]
+    if isinstance(value, dict):
+        value = [
+            f"{key}={each if isinstance(each, str) else json.dumps(each)}"
+            for key, each in value.items()
+        ]
     return [f"--{name}", *map(str, value if isinstance(value, list | tuple) else [value])]

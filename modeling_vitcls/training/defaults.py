@@ -74,17 +74,15 @@ MAX_CPU_FLOPS = 1e15  # of all training steps; about an hour at 300 GFLOP/s
 SIZE_FLAGS = (
     "image_size patch_size hidden_size num_hidden_layers num_attention_heads intermediate_size"
 ).split()
-DEFAULT_FLAGS = "initializer_range layer_decay batch_size crop_scale shift".split()
 
 
 def resolve_defaults(
     options: Options, initial: InitialModel, num_training_images: int
 ) -> tuple[Options, str]:
-    """Fill in each flag of `DEFAULT_FLAGS` that is not set; also return a line about them.
+    """Fill in the flags of this file that are not set; also return a line about them.
 
-    The line has the default values that affect the run, grouped by reason. For checkpoints,
-    `initializer_range` remains None. The length of the run and its learning rate are not among
-    these flags (`resolve_schedule`).
+    The line has the default values that affect the run, grouped by reason. The length of the run
+    and its learning rate are not among these flags (`resolve_schedule`).
     """
     config_values = options.get_config_values()
     width = config_values.get("hidden_size", initial.config.hidden_size)
@@ -93,28 +91,29 @@ def resolve_defaults(
     method = get_training_method(is_pretraining, options.trainable, initial.has_random_weights)
     has_small_images = image_size <= MAX_SMALL_IMAGE_SIZE
     is_large = num_training_images >= MIN_LARGE_DATASET_SIZE
-    initializer_range = None
-    if initial.folder is None:
-        initializer_range = max(round(0.8 / math.sqrt(width), 3), 0.02)
-
     size_reason = f"image size {image_size}"
     size = "at least" if is_large else "fewer than"
     dataset_reason = f"{method}, {size} {MIN_LARGE_DATASET_SIZE:,} images"
-    defaults = (
-        ("initializer_range", initializer_range, f"{method}, width {width}"),
-        ("layer_decay", 0.75 if method == "pre-trained weights" else 1.0, method),
-        ("batch_size", 64 if is_large else 32, dataset_reason),
-        ("crop_scale", 1.0 if has_small_images else 0.35, size_reason),
-        ("shift", 0.04 if has_small_images else 0.0, size_reason),
-    )
+    defaults: list[tuple[str, str | None, float, str]] = [
+        ("layer_decay", None, 0.75 if method == "pre-trained weights" else 1.0, method),
+        ("batch_size", None, 64 if is_large else 32, dataset_reason),
+        ("crop_scale", None, 1.0 if has_small_images else 0.35, size_reason),
+        ("augment", "shift", 0.04 if has_small_images else 0.0, size_reason),
+    ]
+    if initial.folder is None:
+        value = max(round(0.8 / math.sqrt(width), 3), 0.02)
+        defaults.insert(0, ("model_config", "initializer_range", value, f"{method}, width {width}"))
 
     values_by_reason: dict[str, list[str]] = {}
-    for name, value, reason in defaults:
-        if value is None or getattr(options, name) is not None:
+    for flag, name, value, reason in defaults:
+        stored = getattr(options, flag)
+        if stored is not None and (name is None or name in stored):
             continue
-        changes: dict[str, Any] = {name: value}
+        changes: dict[str, Any] = {flag: {name: value} | (stored or {}) if name else value}
         options = replace(options, **changes)
-        values_by_reason.setdefault(reason, []).append(f"{name.replace('_', ' ')} {value:g}")
+        values_by_reason.setdefault(reason, []).append(
+            f"{(name or flag).replace('_', ' ')} {value:g}"
+        )
     text = "; ".join(f"{reason}: {', '.join(each)}" for reason, each in values_by_reason.items())
     return options, text
 

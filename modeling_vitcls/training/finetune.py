@@ -156,7 +156,6 @@ class FineTuning:
             printed_metrics=printed_metrics,
             result_metrics=(metric, "cls_accuracy", "distillation_accuracy"),
             labels_text=f"classes: {class_count_text}, {labels.kind.replace('_', ' ')}",
-            can_calibrate=is_single_label,
             has_known_head=probe is not None or not new_heads,
             summary_lines=summary_lines,
             results={
@@ -186,7 +185,7 @@ def build_objective(
     labels = data.label_space
     mixer = None
     if options.mixup or options.cutmix:
-        mixer = BatchMixer(options, len(labels.names))
+        mixer = BatchMixer(options.mixup, options.cutmix, len(labels.names))
     class_weights = None
     if options.class_balance == "weights":
         class_weights = compute_class_weights(data.train.labels, len(labels.names))

@@ -13,8 +13,9 @@ The mask token is already frozen and remains frozen.
 """
 
 import copy
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+import difflib
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from ..model.blocks_vitcls import ViTCLSEmbeddings, ViTCLSLayer
 from ..model.configuration_vitcls import PRESETS, ViTCLSConfig
 from ..model.image_processing_vitcls import ViTCLSImageProcessor
 from ..model.modeling_vitcls import ViTCLSModel
+from .options import ModelOptions
 
 
 # Image sides in pixels: largest side that is kept, and its replacement.
@@ -39,6 +41,8 @@ FINETUNING_SIDE = 224
 LORA_RANK = 8
 # the query and value projections of the paper; the pattern excludes attention poolers
 LORA_TARGET_MODULES = r".*\.layers\.\d+\.attention\.[qv]_proj"
+# fields of the configuration that follow from the labels of the dataset
+LABEL_FIELDS = ("id2label", "label2id", "problem_type", "tasks", "extra_heads")
 LORA_A_SUFFIX = ".lora_A.default.weight"
 LORA_B_SUFFIX = ".lora_B.default.weight"
 
@@ -259,6 +263,16 @@ def check_preset_name(name: str) -> None:
         raise ValueError(
             f"`model={name!r}` is not a preset. Use vitcls-{', vitcls-'.join(PRESETS)}"
         )
+
+
+def check_model_config(names: Iterable[str]) -> None:
+    """Raise ValueError for a name that is no field of the configuration, or that has a flag."""
+    known = {field.name for field in fields(ViTCLSConfig)}.difference(LABEL_FIELDS)
+    flags = {field.name for field in fields(ModelOptions)}
+    for name in sorted(set(names) - (known - flags)):
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"Set `{near[0]}`" if near else "docs/configuration.md lists the fields"
+        raise ValueError(f"`model_config` cannot set {name!r}. {hint}")
 
 
 # Trainable parameters -----------------------------------------------------------------------------

@@ -10,6 +10,10 @@ from ..data.options import AugmentationOptions, DataOptions
 from ..runtime.flags import Options, check_minimum, check_value
 
 
+# flags of the model that are no fields of its configuration
+NO_CONFIG_FIELDS = ("model", "resize", "bit_depth", "model_config")
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions(Options):
     """Model. Flags that are not set keep the values of the preset or checkpoint."""
@@ -31,13 +35,9 @@ class ModelOptions(Options):
     pooled_layers: tuple[int, ...] | None = None
     """Layers that the classifier reads, such as -4 -3 -2 -1 for the last four; their features are
     concatenated. Default: the last layer, or chosen by the probe."""
-    cls_pooling: Literal["first", "mean", "concat"] | None = None
-    """Reduction of several CLS tokens to one vector."""
     cls_scopes: tuple[str, ...] | None = None
     """Image regions that the CLS tokens attend to: `image` adds a CLS token for the whole image,
     and `2x2` adds a CLS token for each cell of a grid of 2 rows and 2 columns."""
-    head_type: Literal["linear", "mlp"] | None = None
-    """Type of the classification head."""
     image_size: int | tuple[int, int] | Literal["native"] | None = None
     """Image height and width in pixels; one number sets both. `native` keeps the size of the
     checkpoint. Default: the size of the preset or checkpoint, but fine-tuning uses 224 pixels for
@@ -52,8 +52,6 @@ class ModelOptions(Options):
     as the checkpoint does (16)."""
     patch_size: int | tuple[int, int] | None = None
     """Patch height and width in pixels; one number sets both."""
-    position_embedding_type: Literal["learned", "sincos_2d", "rope_2d", "none"] | None = None
-    """Type of position embeddings."""
     hidden_size: int | None = None
     """Embedding dimension."""
     num_hidden_layers: int | None = None
@@ -62,13 +60,9 @@ class ModelOptions(Options):
     """Number of attention heads per layer."""
     intermediate_size: int | None = None
     """Hidden dimension of the MLP."""
-    token_init: Literal["trunc_normal", "near_zero", "zeros"] | None = None
-    """Initial values of new CLS, distillation and register tokens."""
-    drop_path_rate: float | None = None
-    """Stochastic depth rate of the last layer; the rate increases linearly from 0 in the first
-    layer."""
-    initializer_range: float | None = None
-    """Standard deviation of new weights. Default: depends on the width of the preset
+    model_config: dict[str, Any] | None = None
+    """Other fields of `ViTCLSConfig` (docs/configuration.md), such as `drop_path_rate=0.1
+    head_type=mlp`. Default of `initializer_range`: depends on the width of the preset
     (training/defaults.py), because narrow models learn slowly with the common value of 0.02."""
 
     def check(self) -> None:
@@ -81,8 +75,9 @@ class ModelOptions(Options):
         config_values = {
             name: value
             for name, value in values.items()
-            if name not in ("model", "resize", "bit_depth") and value not in (None, "native")
+            if name not in NO_CONFIG_FIELDS and value not in (None, "native")
         }
+        config_values |= self.model_config or {}
 
         if self.pooled_layers:
             config_values["pooled_layers"] = list(self.pooled_layers)
@@ -195,9 +190,11 @@ class TrainingOptions(Options):
             "above 0 and at most 1",
         )
 
-        is_valid_trainable = bool(re.fullmatch(r"full|head|lora|last-[1-9]\d*", self.trainable))
         check_value(
-            self, "trainable", is_valid_trainable, "full, head, lora or last-N such as last-2"
+            self,
+            "trainable",
+            bool(re.fullmatch(r"full|head|lora|last-[1-9]\d*", self.trainable)),
+            "full, head, lora or last-N such as last-2",
         )
 
 
@@ -348,8 +345,6 @@ class AddTaskOptions(AdditionOptions):
     The task is a classifier that reads the features of the model.
     """
 
-    model: str
-    """A vitcls model (classifier, multi-task model or encoder): a folder or a Hub id."""
     name: str
     """Name of the task, of letters, digits and underscores: the key of `outputs.task_logits`."""
     max_images: int | None = None

@@ -62,8 +62,8 @@ class PreTraining:
         # LeJEPA crops by itself, on the device. Crops of crops would leave little of the image.
         if options.method == "lejepa":
             crop_scale = options.crop_scale or 1.0
-            shift = options.shift or 0.0
-            options = replace(options, crop_scale=crop_scale, shift=shift)
+            augment = {"shift": 0.0} | (options.augment or {})
+            options = replace(options, crop_scale=crop_scale, augment=augment)
         return options
 
     def load_images(self, options: PretrainOptions, initial: InitialModel) -> UndividedImages:

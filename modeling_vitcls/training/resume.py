@@ -22,7 +22,7 @@ from ..data.splits import describe_change
 from ..hub.local_paths import is_same_source, make_relative
 from ..hub.model_files import CONFIG_FILE, RECIPE_FILE, RESULTS_FILE
 from ..runtime.files import read_json, read_text
-from .options import ModelOptions, TrainOptions
+from .options import NO_CONFIG_FIELDS, ModelOptions, TrainOptions
 
 
 # Flags that may change on --resume, because these flags do not affect the result.
@@ -37,7 +37,7 @@ SOURCE_FLAGS = ("model", "teacher")
 PATH_FLAGS = ("dataset", *SOURCE_FLAGS)
 # flags of the model whose values are not in its configuration as they are set, or are chosen by the
 # probe after the start
-FLAGS_NOT_IN_CONFIG = ("model", "resize", "bit_depth", "cls_scopes", "pooling", "pooled_layers")
+FLAGS_NOT_IN_CONFIG = (*NO_CONFIG_FIELDS, "cls_scopes", "pooling", "pooled_layers")
 CONFIG_FLAGS = [
     field.name for field in fields(ModelOptions) if field.name not in FLAGS_NOT_IN_CONFIG
 ]
@@ -102,10 +102,13 @@ def read_finished_flags(folder: Path) -> FlagsRecord:
 def select_chosen_values(chosen: dict[str, Any], flags: dict[str, Any]) -> dict[str, Any]:
     """Select the values that a resumed run takes from its start: of unset flags, and commits.
 
-    The set ones are compared instead (`check_flags_unchanged`).
+    The set ones are compared instead (`check_flags_unchanged`). A dict, such as the fields of the
+    configuration, may be set in part.
     """
     return {
-        name: value for name, value in chosen.items() if flags[name] is None or name in PATH_FLAGS
+        name: value
+        for name, value in chosen.items()
+        if flags[name] is None or isinstance(value, dict) or name in PATH_FLAGS
     }
 
 
@@ -120,6 +123,9 @@ def check_flags_unchanged(recorded: FlagsRecord, flags: dict[str, Any], folder: 
     derived = (recorded["chosen"], recorded["config"])
     for name, value in recorded["flags"].items():
         current_value = flags.get(name)
+        chosen_value = recorded["chosen"].get(name)
+        if isinstance(chosen_value, dict) and isinstance(current_value, dict):
+            current_value = chosen_value | current_value
         # A person may copy the derived value from the log into the command; that is no change.
         accepted_values = [value, *(values[name] for values in derived if name in values)]
         if name in CHANGEABLE_FLAGS or any(

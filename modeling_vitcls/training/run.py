@@ -50,7 +50,7 @@ from .calibration import (
 from .distributed_state import reshard
 from .finetune import FineTuning
 from .loop import Evaluate, TrainingLoop, TrainingState, build_batch_plan
-from .model import check_preset_name
+from .model import check_model_config, check_preset_name
 from .optimizer import average_with_start, build_parameter_groups
 from .options import PretrainOptions, TrainOptions
 from .output_folder import prepare, save_output
@@ -90,6 +90,7 @@ def train(asked: TrainOptions) -> Path:
         RunStopped: after a signal, a non-finite loss, too many unreadable images, or a full disk.
     """
     check_preset_name(asked.model)
+    check_model_config(asked.model_config or ())
     recipe: Recipe = PreTraining() if isinstance(asked, PretrainOptions) else FineTuning()
     asked = convert_sources(asked, resolve_name)
     folder = asked.output_dir
@@ -261,7 +262,7 @@ def run_steps(
 
     predictions = calibration = None
     errors: dict[str, float] = {}
-    if setup.can_calibrate and len(data.held_out):
+    if setup.build_pass is not None and len(data.held_out):
         assert isinstance(held_out, Evaluator), "only a classifier is calibrated"
         assert isinstance(selection, Evaluator), "only a classifier is calibrated"
         images = HELD_OUT if data.selection is None else SELECTION

@@ -52,14 +52,13 @@ class TrainingSetup:
     printed_metrics: tuple[str, ...]  # metrics of evaluations that are printed during training
     result_metrics: tuple[str, ...]  # metrics of the printed result
     labels_text: str
-    # whether the model has a temperature: a classifier with one label per image
-    can_calibrate: bool = False
     # whether no head is random when steps start
     has_known_head: bool = False
     # lines to print before training, keyed by name
     summary_lines: dict[str, str] = field(default_factory=dict)
     results: dict[str, Any] = field(default_factory=dict)  # fields of results.json
-    # images, layout -> pass with the features of class statistics; None for other models
+    # images, layout -> pass with the features of class statistics; None unless the model is a
+    # classifier with one label per image, which is calibrated, too
     build_pass: Callable[..., FrozenPass] | None = None
     probe: Probe | None = None  # sets the classifier from the features of the frozen encoder
     # lists what is wrong with the images

@@ -77,7 +77,7 @@ def test_a_white_square_at_each_edge_reaches_the_input(
         ModelOptions(model=str(cropping_checkpoint), image_size=image_size, **flags), LABELS
     )
     processor.save_pretrained(tmp_path)
-    augmentation = build_augmentation(AugmentationOptions(crop_scale=1.0, shift=0.0), processor)
+    augmentation = build_augmentation(AugmentationOptions(crop_scale=1.0), processor)
 
     for image in build_edge_images():
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
@@ -100,7 +100,7 @@ def test_random_crops_of_padded_images_have_the_aspect_ratio_of_the_input() -> N
     set_resize(processor, "pad", (32, 48))
     assert processor.do_resize  # in prediction
 
-    augmentation = build_augmentation(AugmentationOptions(crop_scale=0.5, shift=0.0), processor)
+    augmentation = build_augmentation(AugmentationOptions(crop_scale=0.5), processor)
     assert augmentation.fixed_transform(torch.zeros(3, 40, 30, dtype=torch.uint8)).shape == (
         3,
         40,

@@ -19,13 +19,12 @@ from modeling_vitcls.data.options import AugmentationOptions
 from modeling_vitcls.data.sampling import draw_random_bits
 
 
-ALL = {"crop_scale": 0.5, "flip": True, "rotation": 20.0, "shift": 0.1, "zoom": 0.2}
-ALL |= {"auto_augment": "rand", "random_erasing": 0.5}
+ALL = {"crop_scale": 0.5, "flip": True, "auto_augment": "rand"}
+ALL |= {"augment": {"rotation": 20.0, "shift": 0.1, "zoom": 0.2, "random_erasing": 0.5}}
 STILL = {"crop_scale": 1.0, "flip": False}
 
 
 def build(**options: Any) -> Augmentation:
-    options = {"shift": 0.0} | options
     return build_augmentation(AugmentationOptions(**options), ViTCLSImageProcessor(size=[24, 32]))
 
 
@@ -107,9 +106,7 @@ def test_placement_equals_torchvision_affine(
     smooth = v2.functional.gaussian_blur(
         torch.stack(build_pil_images(2, (24, 32))), [7, 7], [3.0, 3.0]
     )
-    placed = BatchTransform(
-        AugmentationOptions(**{"crop_scale": 1.0, "flip": False, "shift": 0.0} | change)
-    )(smooth, np.array([numbers] * 2))
+    placed = BatchTransform(flip=False, **change)(smooth, np.array([numbers] * 2))
     full = {"angle": 0, "translate": [0, 0], "scale": 1.0, "shear": [0.0, 0.0]} | affine
     expected = v2.functional.affine(
         smooth.float(), interpolation=InterpolationMode.BILINEAR, **full
@@ -150,7 +147,7 @@ PER_IMAGE: dict[str, tuple[dict[str, Any], list[Any]]] = {
         [v2.TrivialAugmentWide(interpolation=BILINEAR)],
     ),
     "all": (
-        {"crop_scale": 0.5, "auto_augment": "rand", "random_erasing": 1.0},
+        {"crop_scale": 0.5, "auto_augment": "rand", "augment": {"random_erasing": 1.0}},
         [
             v2.RandomResizedCrop(
                 (24, 32), scale=(0.5, 1.0), interpolation=InterpolationMode.BICUBIC
@@ -186,7 +183,9 @@ def test_transforms_of_single_images_are_those_of_torchvision(
 def test_the_fractions_follow_alpha(name: str, mixer: Any, alpha: float) -> None:
     pixels = torch.rand(4, 3, 16, 16) * 255
     torch.manual_seed(0)
-    found = BatchMixer(AugmentationOptions(**{name: alpha}), num_classes=5)(pixels, torch.arange(4))
+    found = BatchMixer(**{"mixup": 0.0, "cutmix": 0.0, name: alpha}, num_classes=5)(
+        pixels, torch.arange(4)
+    )
     torch.manual_seed(0)
     expected = mixer(alpha=alpha, num_classes=5)(pixels, torch.arange(4))
     assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))

@@ -38,7 +38,7 @@ def build_images(
     label_space: LabelSpace = LABELS,
     **options: Any,
 ) -> TrainingImages:
-    options = {"crop_scale": 1.0, "flip": False, "shift": 0.0} | options
+    options = {"crop_scale": 1.0, "flip": False} | options
     augmentation = build_augmentation(
         AugmentationOptions(**options), ViTCLSImageProcessor(size=[16, 16])
     )
@@ -140,8 +140,7 @@ def test_the_next_image_replaces_an_unreadable_one(half_unreadable: LabeledImage
         "crop_scale": 0.5,
         "flip": True,
         "auto_augment": "trivial",
-        "random_erasing": 0.5,
-        "rotation": 20,
+        "augment": {"random_erasing": 0.5, "rotation": 20},
     }
     plan = build_plan(6, epochs=3, batch_size=3)
 
@@ -219,7 +218,7 @@ def test_a_gray_model_skips_color_images() -> None:
         for image, mode in zip(build_noise_images(4), ("L", "RGB", "RGBA", "LA"), strict=True)
     ]
     augmentation = build_augmentation(
-        AugmentationOptions(crop_scale=1.0, flip=False, shift=0.0),
+        AugmentationOptions(crop_scale=1.0, flip=False),
         ViTCLSImageProcessor(size=[16, 16]),
     )
     source = LabeledImages(images, [0, 1, 2, 3])

@@ -35,7 +35,7 @@ TINY = ModelOptions(
     patch_size=16,
     num_register_tokens=2,
 )
-PLAIN = AugmentationOptions(crop_scale=1.0, flip=False, shift=0.0)
+PLAIN = AugmentationOptions(crop_scale=1.0, flip=False, augment={"shift": 0.0})
 
 
 def build_tiny_options(

@@ -49,7 +49,7 @@ ENVIRONMENT = (
 FLAGS = (
     "--model vitcls-tiny --image-size 32 --patch-size 8 --hidden-size 32 --num-hidden-layers 2 "
     "--num-attention-heads 2 --batch-size 4 --max-steps 12 --save-every 2 "
-    "--num-workers 0 --drop-path-rate 0.1"
+    "--num-workers 0 --model-config drop_path_rate=0.1"
 )
 
 

@@ -34,7 +34,11 @@ def test_calibration_uses_images_that_are_not_reported(
     )
     monkeypatch.setattr("modeling_vitcls.training.calibration.MIN_IMAGES", len(fitted))
     flags = {"image_size": 8, "patch_size": 4, "select": select, "max_steps": 20, "batch_size": 32}
-    folder = train(build_tiny_options(tmp_path / "run", "digits", drop_path_rate=0.5, **flags))
+    folder = train(
+        build_tiny_options(
+            tmp_path / "run", "digits", model_config={"drop_path_rate": 0.5}, **flags
+        )
+    )
     results = json.loads((folder / "results.json").read_text())
     model = ViTCLSForImageClassification.from_pretrained(folder)
     calibration = results["calibration"]

@@ -12,7 +12,6 @@ from helpers.tiny_options import build_tiny_options
 from modeling_vitcls import ViTCLSConfig, ViTCLSForImageClassification
 from modeling_vitcls.training import defaults
 from modeling_vitcls.training.defaults import (
-    DEFAULT_FLAGS,
     describe_random_weights,
     resolve_defaults,
     resolve_schedule,
@@ -47,7 +46,7 @@ def build_initial(
 def get_values(options: Any) -> dict[str, Any]:
     """Return the values that have defaults."""
     flags = vars(options)
-    return {name: flags[name] for name in DEFAULT_FLAGS}
+    return flags | (flags["augment"] or {}) | (flags["model_config"] or {})
 
 
 def set_device(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
@@ -90,7 +89,7 @@ HEAD, LORA, LAST = (build_options(trainable=each) for each in ("head", "lora", "
             None,
             PRETRAINED | {"hidden_size": 384},
             9_999,
-            {"layer_decay": 0.75, "initializer_range": None},
+            {"layer_decay": 0.75, "model_config": None},
         ),
         (LAST, PRETRAINED | {"hidden_size": 1536}, 10_000, {"batch_size": 64}),
         (HEAD, PRETRAINED, 10_000, {"layer_decay": 1.0}),
@@ -164,11 +163,11 @@ def test_the_learning_rate_follows_the_initial_weights_and_the_width(
 
 def test_every_default_can_be_overridden_and_the_reasons_are_printed() -> None:
     initial = build_initial()
-    flags = {"model": "vitcls-tiny", "crop_scale": None, "shift": 0.0}
+    flags = {"model": "vitcls-tiny", "crop_scale": None, "augment": {"shift": 0.0, "zoom": 0.1}}
     options, line = resolve_defaults(
         build_tiny_options(Path("out"), "digits", **flags), initial, 2000
     )
-    assert options.shift == 0.0
+    assert options.augment == {"shift": 0.0, "zoom": 0.1}
     assert "random weights, width 96: initializer range 0.082" in line
     assert "image size 28: crop scale 1" in line
     assert "random weights, fewer than 10,000 images: batch size 32" in line

@@ -52,7 +52,7 @@ NUM_HELD_OUT_DIGITS, NUM_HELD_OUT_COLORS = 359, 10
 CPU = torch.device("cpu")
 SHORT_RUN_FLAGS = (
     "--hidden-size 32 --num-hidden-layers 2 --num-attention-heads 2 --intermediate-size 64 "
-    "--num-cls-tokens 2 --num-distillation-tokens 1 --cls-pooling mean --max-steps 7 "
+    "--num-cls-tokens 2 --num-distillation-tokens 1 --model-config cls_pooling=mean --max-steps 7 "
     "--no-report --save-every 5 --keep-checkpoints 2 --select best"
 )
 
@@ -228,7 +228,7 @@ def test_unreadable_images_are_named_and_skipped(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     folder = shutil.copytree(color_images, tmp_path / "pictures")
-    (folder / "noon" / "1.png").write_bytes(b"no picture")
+    (folder / "noon" / "3.png").write_bytes(b"no photo")
     (folder / "dusk" / "2.png").write_bytes((color_images / "dusk" / "2.png").read_bytes()[:60])
     flags = {
         "save_every": 4,
@@ -243,7 +243,7 @@ def test_unreadable_images_are_named_and_skipped(
 
     output = capsys.readouterr().out
     assert results["num_unreadable_training_images"] + results["num_unreadable_images"] == 2
-    assert "noon/1.png" in output
+    assert "noon/3.png" in output
     assert "dusk/2.png" in output
     assert f"WARNING: {results['num_unreadable_training_images']} training image" in output
     monkeypatch.setattr("modeling_vitcls.data.images.MAX_UNREADABLE_IMAGES", 1)
@@ -352,12 +352,12 @@ def test_all_options_can_be_combined(tmp_path: Path, monkeypatch: pytest.MonkeyP
         "mixup": 0.4,
         "cutmix": 1.0,
         "auto_augment": "rand",
-        "random_erasing": 0.3,
+        "augment": {"random_erasing": 0.3},
         "class_balance": "weights",
     }
     flags |= {
         "layer_decay": 0.7,
-        "drop_path_rate": 0.1,
+        "model_config": {"drop_path_rate": 0.1},
         "gradient_accumulation_steps": 2,
     }
     flags |= {

@@ -29,6 +29,7 @@ from modeling_vitcls.cli.api import build_options
 from modeling_vitcls.data.labels import LabelSpace
 from modeling_vitcls.training.finetune import FineTuning, check_label_kind
 from modeling_vitcls.training.model import (
+    check_model_config,
     check_preset_name,
     choose_image_size,
     merge_lora,
@@ -211,6 +212,15 @@ def test_only_names_that_look_like_presets_must_be_presets(
         check_preset_name("vitcls-yours")
     with raises_one_line("`model='tiny'` is not a preset", "vitcls-tiny"):
         check_preset_name("tiny")
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("drop_path", "Set `drop_path_rate`"), ("pooling", "Set `pooling`"), ("tasks", "'tasks'")],
+)
+def test_unknown_fields_of_the_configuration_are_errors(name: str, words: str) -> None:
+    with raises_one_line("`model_config` cannot set", words):
+        check_model_config({"head_type": "mlp", name: 0.1})
 
 
 @pytest.mark.parametrize("name", ["base", "vitcls-tiny", "timm:mine"])

@@ -59,7 +59,9 @@ def pretrained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
     """Return the output folder of a short run of a method."""
     folder = tmp_path_factory.mktemp("run") / "encoder"
     # not in evaluations
-    return run_to_folder(tiny_options(folder, method=request.param, drop_path_rate=0.2))
+    return run_to_folder(
+        tiny_options(folder, method=request.param, model_config={"drop_path_rate": 0.2})
+    )
 
 
 def test_the_folder_contains_the_encoder_and_the_measured_features(pretrained: Path) -> None:

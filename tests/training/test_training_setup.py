@@ -55,7 +55,7 @@ def write_images(folder: Path, splits: dict[str, dict[str, int]]) -> DataOptions
 
 
 def test_defaults_are_recorded(tmp_path: Path) -> None:
-    flags = {"crop_scale": None, "shift": None, "max_steps": 2, "weight_decay": 0.1}
+    flags = {"crop_scale": None, "augment": None, "max_steps": 2, "weight_decay": 0.1}
     options = build_tiny_options(tmp_path / "run", "digits", **flags)
     run_training(options)
     resolved = yaml.safe_load(
@@ -82,7 +82,7 @@ def test_the_best_checkpoint_is_saved_and_reported(
     """The learning rate is far too high, so that later evaluations are worse."""
     folder = tmp_path / "run"
     flags = {"epochs": 4.0, "batch_size": 60, "learning_rate": 0.2, "warmup": 0.0}
-    flags |= {"drop_path_rate": 0.5}  # not in evaluations
+    flags |= {"model_config": {"drop_path_rate": 0.5}}  # not in evaluations
     flags |= {"keep_checkpoints": 2}
     results = run_training(build_options(folder, select="best", **flags))
     records = [record for record in read_metrics(folder) if "selection_accuracy" in record]
