@@ -163,8 +163,6 @@ class TrainingOptions(Options):
     and otherwise `no`."""
     compile: bool = False
     """Compile the model with torch.compile."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass. Training needs less memory, but more time."""
     seed: int = 0
     """Random seed for the initial weights, image order, augmentation and stochastic depth."""
     select: Literal["last", "best"] | None = None

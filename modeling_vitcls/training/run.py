@@ -349,8 +349,6 @@ def build_loop(
         # Compiled in place. The wrapper that `torch.compile(model)` returns would put `_orig_mod.`
         # before the name of every weight.
         setup.model.compile()
-    if options.gradient_checkpointing:
-        setup.model.gradient_checkpointing_enable()
     # Accelerate reads in `prepare` which layers to shard.
     configure_layer_sharding(accelerator, setup.model)
     assert options.learning_rate and options.layer_decay, "the plan sets them"

@@ -361,7 +361,6 @@ def test_all_options_can_be_combined(tmp_path: Path, monkeypatch: pytest.MonkeyP
         "gradient_accumulation_steps": 2,
     }
     flags |= {
-        "gradient_checkpointing": True,
         "mixed_precision": "bf16",
         "pooling": "attention",
         "compile": True,
