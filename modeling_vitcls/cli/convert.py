@@ -62,6 +62,7 @@ def run(options: ConvertOptions) -> None:
         report = write_native_model(str(options.model), options.output)
     else:
         report = convert_checkpoint(str(options.source), options.output, options.family)
+    # The card is rendered from the files of the folder, so it comes last.
     write_card(ModelFolder(options.output))
     print_report(report, options.output)
 

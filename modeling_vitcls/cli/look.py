@@ -17,6 +17,7 @@ from ..analysis.options import LookOptions
 
 @dataclass(frozen=True, kw_only=True)
 class LookCommandOptions(LookOptions):
+    # A subclass does not inherit the docstring, which is the text of the help.
     __doc__ = LookOptions.__doc__
 
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("look.png")

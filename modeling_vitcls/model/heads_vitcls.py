@@ -432,6 +432,7 @@ def compute_masked_pixel_loss(
         (predictions - target).abs() if config.mim_loss == "l1" else (predictions - target) ** 2
     )
     mask = bool_masked_pos.bool().to(pixel_losses.dtype)  # [B, rows * columns]
+    # Without a masked patch, the loss is 0 instead of NaN.
     return (pixel_losses.mean(dim=-1) * mask).sum() / mask.sum().clamp(min=1)
 
 

@@ -94,6 +94,8 @@ def prepare_repository(
                 space_sdk=space_sdk,
                 exist_ok=True,
             ).repo_id
+            # An existing repository is no error for `create_repo`, even if the token may not write
+            # to it.
             api.auth_check(name, repo_type=repo_type, write=True)
             is_private = api.repo_info(name, repo_type=repo_type, timeout=TIMEOUT).private
     except HUB_ERRORS as error:  # a ValueError for an invalid name, or if there is no token

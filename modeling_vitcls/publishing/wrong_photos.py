@@ -66,6 +66,7 @@ def read_predictions(folder: ModelFolder) -> Any:
             "--per-image`"
         )
         return None
+    # Several labels of an image are a list, of which some may be right and others wrong.
     if not len(rows) or not isinstance(rows["label"][0], str):
         return None
     return rows.assign(confidence=rows["probabilities"].map(max))
@@ -78,6 +79,8 @@ def summarize_predictions(folder: ModelFolder, rows: Any) -> dict[str, Any]:
     sentence += f" of {len(rows):,} held-out images are right"
     is_cross_validated = folder.results.get("split") == "cross-validation"
     if is_cross_validated:
+        # The same rows helped to choose the classifier. The accuracy in the results is corrected
+        # for that.
         sentence = f"About {folder.results['accuracy']:.1%} of new images are right"
 
     confusions = wrong.value_counts(["label", "prediction"])

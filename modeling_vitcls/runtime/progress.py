@@ -112,6 +112,7 @@ def print_regularly(describe: Callable[[], str], console: Console) -> Iterator[N
             console.print(describe(), markup=False)
             silence.start = time.monotonic()
 
+    # A daemon does not keep the process alive if the program ends without leaving this block.
     thread = threading.Thread(target=print_lines, daemon=True)
     thread.start()
     try:
