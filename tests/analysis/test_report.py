@@ -1,6 +1,5 @@
 """The report in a real browser, and its values for programs."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,6 @@ from modeling_vitcls import (
 from modeling_vitcls.analysis.inspection import Inspection, inspect_model
 from modeling_vitcls.analysis.report import (
     measure_shown_photo,
-    write_json_values,
     write_page,
 )
 from modeling_vitcls.version import __version__
@@ -150,19 +148,3 @@ def test_every_kind_of_model_has_a_report(name: str, browser: Browser, tmp_path:
     expect(page.locator("#photos details")).to_have_count(2)
     assert found.model_class in page.locator("h1").inner_text()
     page.close()
-
-
-def test_values_for_programs_are_those_of_the_page(inspection: Inspection, tmp_path: Path) -> None:
-    write_json_values(tmp_path / "values.json", inspection, "mine")
-
-    found = json.loads((tmp_path / "values.json").read_text())
-    assert (found["model"], found["version"]) == ("mine", __version__)
-    assert found["faults"] == inspection.faults
-    assert found["patches"]["outliers"] == inspection.outlier_share
-    rows = zip(found["effects"], inspection.effects, strict=True)
-    for values, (token, _, effect) in rows:
-        assert (values["token"], values["size"], values["limit"]) == (
-            token,
-            effect.size,
-            effect.limit,
-        )

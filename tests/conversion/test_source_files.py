@@ -285,8 +285,6 @@ def test_tips_files_are_exact_if_their_family_is_known(tmp_path: Path) -> None:
     images = torch.rand(1, 3, GRID * PATCH, GRID * PATCH)
     outputs = model(images)
     expected = run_authors_vit(weights, images)
-    torch.testing.assert_close(outputs.tokens["cls"], expected[:, :2], atol=LIMIT, rtol=LIMIT)
-    assert outputs.tokens["registers"].shape[1] == 0
     torch.testing.assert_close(outputs.pooler_output, expected[:, 0], atol=LIMIT, rtol=LIMIT)
 
     processor = source.convert_preprocessing()[0]

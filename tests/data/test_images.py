@@ -4,11 +4,9 @@ import io
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from PIL import Image
 
 from modeling_vitcls.data.images import (
-    ArrayImages,
     DatasetImages,
     get_relative_path,
 )
@@ -42,14 +40,6 @@ def test_a_subset_has_the_names_bytes_and_checksums_of_its_images(tmp_path: Path
     assert len(set(keys)) == 3
     assert [image.filename for image in images] == [rows[0]["path"], "row 1", rows[2]["path"]]
     assert [image.filename for image in subset] == [rows[2]["path"], rows[0]["path"], "row 1"]
-
-
-def test_arrays_are_named_by_their_checksums() -> None:
-    images = ArrayImages(np.arange(36, dtype=np.uint8).reshape(3, 4, 3)).select([0, 2])
-    encoded = [{"path": None, "bytes": bytes(part)} for part in (range(12), range(24, 36))]
-    keys = DatasetImages.from_list(encoded).compute_content_keys().tolist()
-    assert images.compute_content_keys().tolist() == keys
-    assert images.get_names() == [f"{key:x}" for key in keys]
 
 
 def test_names_are_paths_within_the_folder_however_the_path_is_written() -> None:

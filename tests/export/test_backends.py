@@ -226,6 +226,7 @@ signal.raise_signal(signal.SIGTERM)
 """
 
 
+@pytest.mark.slow
 def test_a_graph_can_be_released_in_any_thread(model: Path) -> None:
     """Garbage is collected in any thread. OpenVINO installs a signal stack on CPUs with AMX."""
     assert run_fresh("-c", RELEASE_IN_A_THREAD, model / "model.xml").returncode == 0

@@ -1,11 +1,10 @@
 """Provenance of models: licenses are inherited without changes, and never invented."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from helpers.local_hub import LocalHub, point_client_at, running_hub
+from helpers.local_hub import LocalHub
 from helpers.model_folders import write_results
 from helpers.tiny_models import build_tiny_config, randomize
 from huggingface_hub import constants
@@ -147,26 +146,16 @@ def test_other_licenses_of_timm_weights_link_to_their_card() -> None:
 
 
 @pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[LocalHub]:
-    """Start a Hub with one model, and set an empty cache."""
-    with running_hub() as running:
-        files = {
-            "README.md": f"---\n{DINOV3}---\n".encode(),
-            "LICENSE.md": b"the text",
-            "config.json": b"{}",
-        }
-        running.create("ann/dinov3", private=False, files=files)
-        running.create(
-            "ann/linked",
-            private=False,
-            files={"README.md": files["README.md"], "config.json": b"{}"},
-        )
-        point_client_at(running.url, None, monkeypatch, tmp_path / "home")
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(loading, "TIMEOUT", 0.5)
-        monkeypatch.setattr(loading, "RETRY_WAIT", 0.01)
-        yield running
+def hub(hub: LocalHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> LocalHub:
+    """Start a Hub with two models, and set an empty cache."""
+    files = {"README.md": f"---\n{DINOV3}---\n".encode(), "config.json": b"{}"}
+    hub.create("ann/dinov3", private=False, files=files | {"LICENSE.md": b"the text"})
+    hub.create("ann/linked", private=False, files=files)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(loading, "TIMEOUT", 0.5)
+    monkeypatch.setattr(loading, "RETRY_WAIT", 0.01)
+    return hub
 
 
 @pytest.mark.parametrize(

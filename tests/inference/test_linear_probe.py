@@ -2,7 +2,6 @@
 
 import numpy as np
 
-from modeling_vitcls.inference.intervals import estimate_after_choice
 from modeling_vitcls.inference.linear_probe import LinearProbe
 
 
@@ -39,15 +38,6 @@ def test_the_estimate_is_that_of_new_images() -> None:
         assert low <= accuracy <= high
         differences.append(probe.estimate_.accuracy - accuracy)
     assert abs(np.mean(differences)) < 0.05
-
-
-def test_the_estimate_is_below_the_accuracy_of_the_luckiest_candidate() -> None:
-    generator = np.random.default_rng(0)
-    is_right = generator.random((50, 100)) < 0.5
-    losses = np.where(is_right, 0.1, 2.0)
-    best = losses.mean(axis=1).argmin()
-    estimate = estimate_after_choice(losses, is_right)
-    assert 0.5 < estimate.accuracy < is_right[best].mean()
 
 
 def test_images_of_a_group_are_predicted_without_their_copies() -> None:

@@ -199,8 +199,6 @@ def test_a_subset_has_random_training_images_and_all_other_images(
     subset = {"dataset": "$DATA", "num_images": 6}
     groups = {"kind": {"vehicle": ["ship"], "animal": ["cat"]}}
     folder = tmp_path / "subsets"
-    (folder / ".a.partial").mkdir(parents=True)
-    (folder / ".a.partial" / "validation.parquet").touch()  # the rest of a killed study
     subsets = {"a": subset, "b": subset | {"seed": 0}, "c": subset | {"seed": 1, "groups": groups}}
     study = replace(STUDY_OBJECT, seeds=[], subsets=subsets)
     StudyRunner(study, tmp_path).execute()
@@ -216,7 +214,6 @@ def test_a_subset_has_random_training_images_and_all_other_images(
         assert sorted(one) != list(range(6))
     assert read("c", "train")["kind"] == [1 - number % 2 for number in numbers[2]]
     assert read("c", "test")["kind"] == [1, 0, 1, 0, 1]
-    assert not (folder / "a" / "validation.parquet").exists()
     with pytest.raises(FileNotFoundError):
         StudyRunner(
             replace(study, subsets={"d": subset}), tmp_path, dataset=str(tmp_path / "absent")
