@@ -37,8 +37,8 @@ class TokenMonitor:
             if isinstance(tensor, DTensor):
                 tensor = tensor.full_tensor()  # all processes call this
             if tensor is not None:
-                # `clone`, because on a CPU the other methods return the parameter, which training
-                # changes.
+                # `clone`, because on a CPU the other methods return views of the parameter, which
+                # training changes.
                 tokens = tensor.float().cpu().squeeze(0).clone()  # [n, D]
                 copies |= {f"{group}[{index}]": token for index, token in enumerate(tokens)}
         return copies
