@@ -238,7 +238,10 @@ def format_result(metrics: dict[str, Any], names: tuple[str, ...]) -> str:
             "is 0"
         )
     texts = [
-        format_accuracy(metrics) if name == "accuracy" else format_metric(name, metrics[name])
+        # the mean of several tasks has no interval
+        format_accuracy(metrics)
+        if name == "accuracy" and "accuracy_interval" in metrics
+        else format_metric(name, metrics[name])
         for name in names
     ]
     return f"{', '.join(texts)} on {metrics['num_images']:,} held-out images"
