@@ -87,8 +87,6 @@ def explain_missing_probe(
         "the model has a distillation head": distillation_classifier is not None,
         "the head is an MLP": not isinstance(getattr(model, "classifier", None), nn.Linear),
         "the pooler has random weights": has_new_pooler,
-        "the checkpoint has a classifier for these labels": "classifier.weight"
-        not in new_parameter_names,
     }
     return next((reason for reason, is_true in reasons.items() if is_true), None)
 

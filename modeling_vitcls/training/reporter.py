@@ -237,13 +237,9 @@ def format_result(metrics: dict[str, Any], names: tuple[str, ...]) -> str:
             "the model was trained on all images and not evaluated, because `held_out_fraction` "
             "is 0"
         )
-    texts = [
-        # the mean of several tasks has no interval
-        format_accuracy(metrics)
-        if name == "accuracy" and "accuracy_interval" in metrics
-        else format_metric(name, metrics[name])
-        for name in names
-    ]
+    texts = [format_metric(name, metrics[name]) for name in names]
+    if "accuracy_interval" in metrics:  # the mean over several tasks has none
+        texts = [format_accuracy(metrics), *texts[1:]]
     return f"{', '.join(texts)} on {metrics['num_images']:,} held-out images"
 
 
