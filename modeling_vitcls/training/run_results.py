@@ -117,7 +117,9 @@ def build_results(
         "epochs": round(outcome.epochs, 4),
         "seconds": round(outcome.seconds, 2),
         "images_per_second": round(
-            outcome.num_steps * outcome.images_per_step / outcome.seconds, 1
+            # a frozen run of a few photos may round to no time, and has no steps
+            outcome.num_steps * outcome.images_per_step / (outcome.seconds or 1),
+            1,
         ),
         **build_model_record(setup.model, accelerator),
         **outcome.metrics,
