@@ -86,13 +86,13 @@ def create_output_folder(output: Path, parameter: str = "output") -> Iterator[Pa
         ValueError: if `output` is not empty, or another command writes to it.
     """
     output = output.resolve()
-    # before the lock, whose file would be in somebody's folder
+    # checked before the lock, which writes a file into the folder
     check_output_is_empty(output, parameter)
     with FolderLock(output, parameter) as lock:
         lock.acquire()
         # again: the command that held the lock may have filled the folder
         check_output_is_empty(output, parameter)
-        # Nothing loads a folder without config.json, so nobody mistakes a part of the files for a
+        # A folder without config.json is never loaded, so a part of the files is not taken for a
         # model.
         with stage_files(output, last=LAST_FILE) as folder:
             yield folder
@@ -146,8 +146,8 @@ def stage_files(
         name: name of the hidden folder.
     """
     staging_folder = folder / name
-    # Only its own files are removed: those that a killed command has moved are replaced by this one,
-    # and a folder that somebody handed over may claim any file.
+    # Only the staging folder is removed. This command replaces the files that a killed one has
+    # moved. A list of them in the folder would be input: it could name any file of the user.
     shutil.rmtree(staging_folder, ignore_errors=True)
     staging_folder.mkdir()
     try:
