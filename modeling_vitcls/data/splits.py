@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
-from accelerate import Accelerator
+from accelerate import PartialState
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
@@ -45,7 +45,7 @@ MAX_CLASS_RATIO = 3
 Data = TypeVar("Data")
 
 
-def load_on_main(accelerator: Accelerator, dataset: str, load: Callable[[], Data]) -> Data:
+def load_on_main(dataset: str, load: Callable[[], Data]) -> Data:
     """Load a dataset on the main process, and return what `load` returns on all processes.
 
     A folder is then scanned once, and the held-out images are selected once. Tables on disk are not
@@ -54,10 +54,10 @@ def load_on_main(accelerator: Accelerator, dataset: str, load: Callable[[], Data
     A process loads the dataset itself if it is in memory, or if the files in the cache of
     `datasets` are not on a file system that it shares with the main process.
     """
-    if accelerator.num_processes == 1 or dataset.startswith(MEMORY_PREFIX):
+    if PartialState().num_processes == 1 or dataset.startswith(MEMORY_PREFIX):
         return load()
     # Pickled before it is sent, because unpickling may fail on a process without the cached files.
-    content = run_on_main(accelerator, lambda: pickle.dumps(load()))
+    content = run_on_main(lambda: pickle.dumps(load()))
     try:
         return pickle.loads(content)
     except OSError:

@@ -92,7 +92,7 @@ def evaluate_checkpoint(options: EvaluateOptions) -> dict[str, Any]:
         select_task(read_splits(folder), options.task),
         max_images=options.max_images,
     )
-    data = load_on_main(accelerator, data_options.dataset, load_data)
+    data = load_on_main(data_options.dataset, load_data)
     label_space = get_label_space(config)
     evaluator = Evaluator(
         match_labels(data.images, data.label_space, label_space),
@@ -123,7 +123,7 @@ def evaluate_checkpoint(options: EvaluateOptions) -> dict[str, Any]:
         "num_left_out_images": data.num_left_out,
         "images_per_second": round(metrics["num_images"] / seconds, 1),
         "seconds": round(seconds, 2),
-        "device": describe_device(accelerator),
+        "device": describe_device(),
         "mixed_precision": accelerator.mixed_precision,
         "num_processes": accelerator.num_processes,
         "versions": get_versions(),

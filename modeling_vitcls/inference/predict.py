@@ -101,7 +101,7 @@ def predict_images(options: PredictOptions) -> tuple[int, int]:
             written. The message is a single line.
     """
     accelerator = build_accelerator(mixed_precision=options.mixed_precision)
-    source = load_on_main(accelerator, options.dataset or "", partial(open_input, options))
+    source = load_on_main(options.dataset or "", partial(open_input, options))
     with accelerator.main_process_first():  # the main process downloads the files
         folder = open_model(options.model, options.backend)
 

@@ -173,7 +173,7 @@ def configure_layer_sharding(accelerator: Accelerator, model: nn.Module) -> None
     warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module \(FSDPViTCLSPatchEmbeddings\)")
 
 
-def run_on_main(accelerator: Accelerator, function: Callable[[], Any]) -> Any:
+def run_on_main(function: Callable[[], Any]) -> Any:
     """Run a function on the main process.
 
     On all processes, return its result or raise its ValueError or OSError.
@@ -182,7 +182,7 @@ def run_on_main(accelerator: Accelerator, function: Callable[[], Any]) -> Any:
     # collective operation, up to the time limit. Errors of other types are bugs: they end the
     # process with a traceback, and the launcher ends the other processes.
     outcome: list[Any] = [None, None]
-    if accelerator.is_main_process:
+    if PartialState().is_main_process:
         try:
             outcome = [function(), None]
         except (ValueError, OSError) as error:

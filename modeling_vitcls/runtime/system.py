@@ -8,7 +8,8 @@ from pathlib import Path
 
 import psutil
 import torch
-from accelerate import Accelerator, DistributedType
+from accelerate import DistributedType
+from accelerate.state import AcceleratorState
 
 from ..version import __version__
 
@@ -49,12 +50,13 @@ def get_peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * bytes_per_unit
 
 
-def describe_device(accelerator: Accelerator) -> str:
+def describe_device() -> str:
     """Name the device and, if the model is sharded, the sharding method."""
-    name = format_device_name(accelerator.device)
-    if accelerator.device.type == "cpu":
+    state = AcceleratorState()
+    name = format_device_name(state.device)
+    if state.device.type == "cpu":
         name += " per process"
-    if accelerator.distributed_type is DistributedType.FSDP:
+    if state.distributed_type is DistributedType.FSDP:
         name += ", weights sharded by FSDP"
     return name
 

@@ -18,7 +18,7 @@ from itertools import chain
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import extract_model_from_parallel
 from torch import distributed, nn
@@ -69,7 +69,7 @@ def gather_state(
         tensors["start"] = {}
         for name, tensor in zip(get_trainable_parameter_names(model), start, strict=True):
             full_tensor = gather_tensor(tensor)
-            if accelerator.is_main_process:
+            if PartialState().is_main_process:
                 tensors["start"][name] = full_tensor.detach().cpu()
 
     scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else {}
@@ -91,21 +91,22 @@ def scatter_state(
             tensors from disk.
         start: weights before the first step, which are overwritten in place.
     """
-    scatter_model(checkpoint, accelerator, model)
+    scatter_model(checkpoint, model)
+    is_main_process = PartialState().is_main_process
     if start:
-        stored = checkpoint.load_tensors("start") if accelerator.is_main_process else {}
+        stored = checkpoint.load_tensors("start") if is_main_process else {}
         for name, target in zip(get_trainable_parameter_names(model), start, strict=True):
-            target.copy_(distribute_like(stored.get(name), target.dtype, target, accelerator))
-    moments = checkpoint.load_tensors("optimizer") if accelerator.is_main_process else None
-    scatter_optimizer_state(moments, accelerator, model, optimizer)
+            target.copy_(distribute_like(stored.get(name), target.dtype, target))
+    moments = checkpoint.load_tensors("optimizer") if is_main_process else None
+    scatter_optimizer_state(moments, model, optimizer)
     if accelerator.scaler is not None and checkpoint.metadata["scaler"]:
         accelerator.scaler.load_state_dict(checkpoint.metadata["scaler"])
 
 
-def scatter_model(checkpoint: Checkpoint, accelerator: Accelerator, model: nn.Module) -> None:
+def scatter_model(checkpoint: Checkpoint, model: nn.Module) -> None:
     """Load the weights of a checkpoint into the model on all processes."""
-    weights = checkpoint.load_tensors("model") if accelerator.is_main_process else None
-    scatter_weights(weights, model, accelerator)
+    weights = checkpoint.load_tensors("model") if PartialState().is_main_process else None
+    scatter_weights(weights, model)
 
 
 def reshard(model: nn.Module) -> None:
@@ -159,25 +160,20 @@ def gather_tensor(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def scatter_weights(
-    full_tensors: Tensors | None, model: nn.Module, accelerator: Accelerator
-) -> None:
+def scatter_weights(full_tensors: Tensors | None, model: nn.Module) -> None:
     """Load full tensors from the main process into the model on all processes."""
     weights: dict[str, Any] = {} if full_tensors is None else {**full_tensors}
     targets: dict[str, Any] = get_model_state_dict(model)
     # Full tensors cannot be copied into DTensors without these options. FSDP2 uses DTensors even
     # with one process.
     is_sharded = any(isinstance(target, DTensor) for target in targets.values())
-    is_distributed = is_sharded or accelerator.num_processes > 1
+    is_distributed = is_sharded or PartialState().num_processes > 1
     options = StateDictOptions(full_state_dict=is_distributed, broadcast_from_rank0=is_distributed)
     set_model_state_dict(model, weights, options=options)
 
 
 def distribute_like(
-    full_tensor: torch.Tensor | None,
-    dtype: torch.dtype,
-    like: torch.Tensor,
-    accelerator: Accelerator,
+    full_tensor: torch.Tensor | None, dtype: torch.dtype, like: torch.Tensor
 ) -> torch.Tensor:
     """Send `full_tensor` from the main process to all processes.
 
@@ -186,19 +182,16 @@ def distribute_like(
     """
     if full_tensor is None:
         full_tensor = torch.empty(like.shape, dtype=dtype)
-    full_tensor = full_tensor.to(accelerator.device)
+    full_tensor = full_tensor.to(PartialState().device)
     if isinstance(like, DTensor):
         return distribute_tensor(full_tensor, like.device_mesh, like.placements)
-    if accelerator.num_processes > 1:
+    if PartialState().num_processes > 1:
         distributed.broadcast(full_tensor, src=0)
     return full_tensor
 
 
 def scatter_optimizer_state(
-    full_tensors: Tensors | None,
-    accelerator: Accelerator,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    full_tensors: Tensors | None, model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> None:
     """Load the optimizer state.
 
@@ -224,12 +217,12 @@ def scatter_optimizer_state(
         return dtypes_and_steps
 
     state: dict[int, dict[str, Any]] = {}
-    for name, value in run_on_main(accelerator, describe_state).items():
+    for name, value in run_on_main(describe_state).items():
         key, parameter_name = name.split("/", 1)
         parameter = parameters[parameter_name]
         if isinstance(value, torch.dtype):
             value = distribute_like(
-                None if full_tensors is None else full_tensors[name], value, parameter, accelerator
+                None if full_tensors is None else full_tensors[name], value, parameter
             )
         state.setdefault(indices[id(parameter)], {})[key] = value
     torch_optimizer.load_state_dict(

@@ -410,7 +410,7 @@ class TrainingLoop:
         metadata |= non_tensor_state
         # Gathering needs all processes, writing only one.
         save = partial(self.store.save, state.step, tensors, metadata, is_best)
-        run_on_main(self.accelerator, save)
+        run_on_main(save)
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Load a checkpoint into the state.
@@ -437,9 +437,9 @@ class TrainingLoop:
 
         Raise ValueError if the checkpoint is damaged or missing.
         """
-        checkpoint: Checkpoint = run_on_main(self.accelerator, self.store.load_best)
+        checkpoint: Checkpoint = run_on_main(self.store.load_best)
         # Only the weights: after the last step, nothing needs the moments of the optimizer.
-        scatter_model(checkpoint, self.accelerator, self.state.model)
+        scatter_model(checkpoint, self.state.model)
         return checkpoint.step
 
 

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from accelerate import Accelerator
 from torch.distributed.fsdp import FSDPModule
 
 from ..data.splits import TrainingData
@@ -180,7 +179,6 @@ def save_output(
     setup: TrainingSetup,
     data: TrainingData,
     results: dict[str, Any],
-    accelerator: Accelerator,
     *,
     initial: InitialModel,
     teacher: str | None,
@@ -228,7 +226,7 @@ def save_output(
             raise OSError(describe_error(error)) from error
 
     try:
-        run_on_main(accelerator, write)
+        run_on_main(write)
     except OSError as error:
         raise RunStopped(
             f"cannot write the model to {output_dir}: {format_error(error)}. Then repeat "

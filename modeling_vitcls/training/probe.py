@@ -211,7 +211,7 @@ class Probe:
         for part in others:
             features = concatenate_features(features, self.compute_features(part, layout, warn))
         # On one process for all: rounding on another CPU could turn a close choice.
-        chosen = run_on_main(self.accelerator, partial(self.choose, features))
+        chosen = run_on_main(partial(self.choose, features))
         # These images were kept out of the choice, whose time grows with their number, but not of
         # the fit.
         if len(rest):
@@ -219,7 +219,7 @@ class Probe:
             features = concatenate_features(features, more)
             with report_work("fitting the classifier"):
                 refit = partial(chosen.refit, features.get_tokens(), features.labels)
-                chosen = run_on_main(self.accelerator, refit)
+                chosen = run_on_main(refit)
         held_out_features = None
         if len(held_out):
             held_out_features = self.compute_features(held_out, layout, warn)
@@ -309,7 +309,7 @@ class Probe:
         losses = {}
         part = own.take(np.isin(own.indices, squashed.indices))
         for resize, features in ((own_resize, part), (SQUASH, squashed)):
-            probe = run_on_main(self.accelerator, partial(self.choose, features))
+            probe = run_on_main(partial(self.choose, features))
             if probe.num_folds_:
                 losses[resize] = probe.losses_
         record: dict[str, Any] = {}

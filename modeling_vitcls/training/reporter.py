@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
@@ -283,14 +284,14 @@ def describe_batches(plan: BatchPlan) -> str:
     )
 
 
-def build_model_record(model: Any, accelerator: Accelerator) -> dict[str, Any]:
+def build_model_record(model: Any) -> dict[str, Any]:
     """Build the fields of results.json about the model, the device and the versions."""
     return {
         "num_parameters": count_parameters(model),
         "token_layout": count_tokens(model.config),
-        "device": describe_device(accelerator),
-        "mixed_precision": accelerator.mixed_precision,
-        "num_processes": accelerator.num_processes,
+        "device": describe_device(),
+        "mixed_precision": AcceleratorState().mixed_precision,
+        "num_processes": AcceleratorState().num_processes,
         "versions": get_versions(),
     }
 

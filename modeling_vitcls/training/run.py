@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
+from accelerate import PartialState
 from torch.distributed.fsdp import FSDPModule
 
 from ..data.aspect_ratio import get_output_size
@@ -118,9 +118,8 @@ def train(asked: TrainOptions) -> Path:
         assert options.held_out_fraction is not None, "the plan sets it"
         data = inputs.images.divide(options.held_out_fraction, options.select == "best")
         # Compared with the checkpoint first: nothing is written if the run is another one.
-        record = run_on_main(accelerator, partial(build_run_record, plan, data, inputs, launch))
+        record = run_on_main(partial(build_run_record, plan, data, inputs, launch))
         run_on_main(
-            accelerator,
             partial(
                 prepare,
                 folder,
@@ -139,13 +138,12 @@ def train(asked: TrainOptions) -> Path:
 
         # Everything that is known about the saved model; then the folder, whole or not at all.
         chosen_flags = record["flags"]["chosen"]
-        results = build_results(inputs, data, outcome, chosen_flags, accelerator)
+        results = build_results(inputs, data, outcome, chosen_flags)
         save_output(
             folder,
             inputs.setup,
             data,
             results,
-            accelerator,
             initial=inputs.initial,
             teacher=getattr(options, "teacher", None),
             predictions=outcome.predictions,
@@ -153,7 +151,7 @@ def train(asked: TrainOptions) -> Path:
         )
         # Not before the folder is whole: until then, --resume needs the checkpoints.
         if options.keep_checkpoints is None:
-            run_on_main(accelerator, launch.store.clear)
+            run_on_main(launch.store.clear)
         print_result(results, inputs, plan, data, launch)
 
         # DDP must not outlive its process group: with torch 2.11, gloo may wait forever
@@ -227,7 +225,7 @@ def run_steps(
         measure_features = setup.build_feature_measure(data)
     # Pre-training has no accuracy of its own. Its result is the difference on the same images, so
     # the first half must be measured before anything trains.
-    features_before = measure(setup.model, measure_features, launch.accelerator)
+    features_before = measure(setup.model, measure_features)
 
     # The probe gives the model a new pooler and a new classifier, and may change how images are
     # resized. Evaluators, which keep resized images, and the optimizer, which keeps parameters,
@@ -247,7 +245,7 @@ def run_steps(
     # Signals are caught from here on, not earlier: before the first step, there is nothing that a
     # checkpoint could save, and Ctrl-C may end the program at once.
     with (
-        SignalHandler(launch.accelerator) as signals,
+        SignalHandler() as signals,
         reporter.progress,
         stop_on_errors(options.num_workers),
     ):
@@ -290,7 +288,7 @@ def run_steps(
         }
     if plan.averaging:
         results["average_with_start"] = plan.averaging
-    features_after = measure(model, measure_features, launch.accelerator)
+    features_after = measure(model, measure_features)
     if features_before is not None and features_after is not None:
         results["features"] = {
             "before": features_before,
@@ -391,7 +389,7 @@ def build_loop(
     accelerator.wait_for_everyone()
     if options.log_with:
         folder = options.output_dir / "trackers"
-        run_on_main(accelerator, partial(folder.mkdir, exist_ok=True))
+        run_on_main(partial(folder.mkdir, exist_ok=True))
         # Flags are formatted as text, because TensorBoard does not accept lists.
         accelerator.init_trackers(
             options.output_dir.resolve().name,
@@ -447,11 +445,11 @@ def evaluate_nothing(model: Any = None) -> dict[str, Any]:
     return {"num_images": 0, "num_unreadable_images": 0}
 
 
-def measure(model: Any, measure_features: Any, accelerator: Accelerator) -> dict[str, Any] | None:
+def measure(model: Any, measure_features: Any) -> dict[str, Any] | None:
     """Measure the features of an encoder; None if there is nothing to measure."""
     if measure_features is None:
         return None
-    features: dict[str, Any] = measure_features(model.to(accelerator.device).eval())
+    features: dict[str, Any] = measure_features(model.to(PartialState().device).eval())
     reshard(model)
     return features
 

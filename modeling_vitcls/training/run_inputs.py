@@ -98,7 +98,7 @@ def set_up(asked: TrainOptions, lock: FolderLock) -> Launch:
         return checkpoint, False
 
     # One process looks at the folder for all of them. The others would wait for its lock.
-    checkpoint, is_finished = run_on_main(accelerator, open_folder)
+    checkpoint, is_finished = run_on_main(open_folder)
     return Launch(accelerator, reporter, store, asked, checkpoint, is_finished)
 
 
@@ -122,7 +122,7 @@ def load(recipe: Recipe, launch: Launch) -> RunInputs:
         initial = resolve_initial_model(options.model)
     load_images = partial(recipe.load_images, options, initial)
     # Before the model is built, which needs to know the labels.
-    images = load_on_main(accelerator, options.dataset, load_images)
+    images = load_on_main(options.dataset, load_images)
 
     with accelerator.main_process_first():
         size_line = None
@@ -153,6 +153,6 @@ def load(recipe: Recipe, launch: Launch) -> RunInputs:
             "image size": size_line,
             "defaults": defaults_line,
             **setup.summary_lines,
-            "device": f"{describe_device(accelerator)}, mixed precision: {precision_text}",
+            "device": f"{describe_device()}, mixed precision: {precision_text}",
         },
     )

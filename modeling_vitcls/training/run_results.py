@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 
 from ..data.splits import MAX_CLASS_RATIO, TrainingData, describe_data
 from ..hub.local_paths import is_local, make_relative, split_prefix
@@ -77,15 +77,17 @@ def build_run_record(
 
     Raise ValueError if the checkpoint belongs to a different run.
     """
-    options, accelerator, checkpoint = plan.options, launch.accelerator, launch.checkpoint
+    options = plan.options
+    checkpoint = launch.checkpoint
+    state = AcceleratorState()
     assert options.batch_size is not None, "the defaults set it"
     recorded = None if checkpoint is None else checkpoint.metadata["flags"]
     config = inputs.setup.model.config.to_dict()
     record = {
         "images_per_step": options.batch_size
         * options.gradient_accumulation_steps
-        * accelerator.num_processes,
-        "mixed_precision": accelerator.mixed_precision,
+        * state.num_processes,
+        "mixed_precision": state.mixed_precision,
         "data": describe_data(data),
         "flags": build_flags_record(to_flags(launch.asked), to_flags(options), config, recorded),
     }
@@ -99,7 +101,6 @@ def build_results(
     data: TrainingData,
     outcome: Outcome,
     chosen_flags: dict[str, Any],
-    accelerator: Accelerator,
 ) -> dict[str, Any]:
     """Build the content of results.json."""
     setup = inputs.setup
@@ -121,7 +122,7 @@ def build_results(
             outcome.num_steps * outcome.images_per_step / (outcome.seconds or 1),
             1,
         ),
-        **build_model_record(setup.model, accelerator),
+        **build_model_record(setup.model),
         **outcome.metrics,
         "num_unreadable_training_images": outcome.num_unreadable,
         **outcome.results,

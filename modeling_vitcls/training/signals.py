@@ -8,7 +8,7 @@ from types import FrameType
 from typing import Any, Self
 
 import torch
-from accelerate import Accelerator
+from accelerate import PartialState
 from torch import distributed
 
 
@@ -46,7 +46,7 @@ class SignalHandler:
     already ignored, for example Ctrl-C in background jobs of a shell, remain ignored.
     """
 
-    def __init__(self, accelerator: Accelerator) -> None:
+    def __init__(self) -> None:
         self.received_signal: signal.Signals | None = None
         self.signal_times: dict[int, float] = {}  # when each signal was received first
         self.old_handlers: dict[signal.Signals, Any] = {}
@@ -55,7 +55,7 @@ class SignalHandler:
             self.parent_pid = os.getppid()
         # A process group for CPU tensors avoids synchronization with the device.
         self.process_group: Any = (
-            distributed.new_group(backend="gloo") if accelerator.num_processes > 1 else None
+            distributed.new_group(backend="gloo") if PartialState().num_processes > 1 else None
         )
 
     def __enter__(self) -> Self:

@@ -187,7 +187,7 @@ def build_training_loop(folder: Path, objective: Objective) -> TrainingLoop:
         store=store,
         selection_metric="accuracy",
         unreadable_images=unreadable_images,
-        signals=SignalHandler(accelerator),
+        signals=SignalHandler(),
     )
 
 
@@ -243,7 +243,7 @@ def non_finite_loss_stops_all_processes(folder: Path) -> None:
 
 def signal_to_one_process_is_known_to_all(folder: Path) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
-        with SignalHandler(Accelerator(cpu=True)) as interruption:
+        with SignalHandler() as interruption:
             assert interruption.get_signal() is None
             if distributed.get_rank() == 1:
                 os.kill(os.getpid(), number)
@@ -255,10 +255,7 @@ def error_of_the_main_process_is_raised_by_all(folder: Path) -> None:
     (folder / "a file").touch()
     store = CheckpointStore(folder / "a file", num_kept=1)
     try:
-        run_on_main(
-            Accelerator(cpu=True),
-            lambda: store.save(1, {"model": {"x": torch.ones(1)}}, {"step": 1}, False),
-        )
+        run_on_main(lambda: store.save(1, {"model": {"x": torch.ones(1)}}, {"step": 1}, False))
     except OSError as error:
         assert "cannot write the checkpoint of step 1" in str(error)
     else:

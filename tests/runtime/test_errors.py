@@ -1,7 +1,6 @@
 """Errors of other libraries in one line, and errors that all processes raise."""
 
 import pytest
-from accelerate import Accelerator
 
 from modeling_vitcls.runtime.distributed import run_on_main
 from modeling_vitcls.runtime.errors import format_error, is_raised_on_all_processes
@@ -23,8 +22,7 @@ def test_messages_are_one_short_line(message: str, expected: str) -> None:
 
 @pytest.mark.usefixtures("fresh_accelerate")
 def test_errors_of_the_main_process_are_marked() -> None:
-    accelerator = Accelerator(cpu=True)
-    assert run_on_main(accelerator, lambda: {"loss": 1.0}) == {"loss": 1.0}
+    assert run_on_main(lambda: {"loss": 1.0}) == {"loss": 1.0}
     for error, is_marked in (
         (ValueError("wrong"), True),
         (OSError("full"), True),
@@ -36,5 +34,5 @@ def test_errors_of_the_main_process_are_marked() -> None:
 
         assert not is_raised_on_all_processes(error)
         with pytest.raises(type(error), match=str(error)) as raised:
-            run_on_main(accelerator, fail)
+            run_on_main(fail)
         assert is_raised_on_all_processes(raised.value) is is_marked

@@ -441,7 +441,7 @@ def test_signals_stop_training_at_the_next_check(
     """A busy machine may pause between the signals."""
     monkeypatch.setattr("modeling_vitcls.training.signals.MAX_FORWARDING_SECONDS", SECONDS)
     before = signal.getsignal(number)
-    with SignalHandler(Accelerator(cpu=True)) as interruption:
+    with SignalHandler() as interruption:
         assert interruption.get_signal() is None
         os.kill(os.getpid(), number)
         assert interruption.get_signal() == number.name
@@ -451,7 +451,7 @@ def test_signals_stop_training_at_the_next_check(
 
 
 def test_a_second_interrupt_ends_at_once() -> None:
-    with SignalHandler(Accelerator(cpu=True)) as interruption:
+    with SignalHandler() as interruption:
         os.kill(os.getpid(), signal.SIGTERM)
         # a launcher forwards the signal: the checkpoint is still saved
         os.kill(os.getpid(), signal.SIGTERM)
@@ -464,7 +464,7 @@ def test_a_second_interrupt_ends_at_once() -> None:
 def test_ignored_signals_stay_ignored() -> None:
     old = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        with SignalHandler(Accelerator(cpu=True)) as interruption:
+        with SignalHandler() as interruption:
             os.kill(os.getpid(), signal.SIGINT)
             assert interruption.get_signal() is None
     finally:
@@ -479,13 +479,12 @@ def test_a_change_of_the_parent_process_is_a_signal(
     launcher: str, name: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Only if a launcher has started this process."""
-    accelerator = Accelerator(cpu=True)
     parent = [100]
     for variable in LAUNCHER_ENVIRONMENT_VARIABLES:
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setenv(launcher, "no")
     monkeypatch.setattr(os, "getppid", lambda: parent[0])
-    handler = SignalHandler(accelerator)
+    handler = SignalHandler()
     assert handler.get_signal() is None
     parent[0] = 1
     assert handler.get_signal() == name
