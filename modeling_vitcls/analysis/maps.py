@@ -84,7 +84,12 @@ def overlay(image: Image.Image, values: torch.Tensor) -> Image.Image:
     opacity = (0.25 + 0.6 * pixels)[:, :, None]  # [h, w, 1]
     gray = np.asarray(image.convert("L"), dtype=np.float32)[:, :, None] / 255  # [h, w, 1]
     blended = gray * IMAGE_BRIGHTNESS * (1 - opacity) + colors * opacity
-    return Image.fromarray((blended * 255).round().astype(np.uint8))
+    return to_picture(blended)
+
+
+def to_picture(colors: np.ndarray) -> Image.Image:
+    """Convert colors [h, w, 3] from 0 to 1."""
+    return Image.fromarray((colors * 255).round().astype(np.uint8))
 
 
 def get_brightest_value(values: torch.Tensor) -> float:

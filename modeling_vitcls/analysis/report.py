@@ -28,9 +28,9 @@ from ..runtime.files import write_atomically, write_json
 from ..version import __version__
 from .ablation import Effect
 from .inspection import Inspection
-from .maps import draw_region, overlay
+from .maps import draw_region, overlay, to_picture
 from .photo import PhotoMeasurements, measure_photo
-from .sheet import draw_sheet, shorten_middle, to_picture
+from .sheet import draw_sheet, shorten_middle
 
 
 TEMPLATE_FOLDER = Path(__file__).parent

@@ -6,45 +6,45 @@
     attention of each head       one row per token, in the last layer in which the token is used
     layer by layer               one row per token, then principal components and norms
 
-Each line of the sheet is a `Strip`: one composed picture, and texts at its pixels. The strips are
-the rows of one matplotlib figure.
+Each section is a figure of matplotlib, as wide as the sheet; the sheet is their stack, because
+only a section knows its height. Heights and widths are in inches.
 """
 
+import math
 import textwrap
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
-from matplotlib import colormaps
+from matplotlib import colormaps, rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import LinearLocator
 from PIL import Image
 
 from ..inference.token_names import SINGLE_TOKEN_NAMES
-from ..model.configuration_vitcls import ViTCLSConfig
 from .maps import COLORMAP, MIN_SCALE, draw_region, get_brightest_value, limit_region, overlay
 from .photo import PhotoMeasurements
 
 
-# in pixels, of which an inch has DPI
-WIDTH = 1800
+WIDTH = 12.0
 DPI = 150
-LEFT, RIGHT = 45, 1755
-TILES_LEFT = 216  # left edge of the tiles, right of the names of the rows
-TILE_GAP = 10
-LARGE_SIDE = 640  # longer side of the photo before it is scaled
-LARGE_GAP = 38  # between the pictures in the first row
-MAX_LARGE_HEIGHT = 510  # of these pictures
+LEFT, RIGHT = 0.025, 0.975  # edges of the content, as fractions of the width
+TILES_LEFT = 0.12  # likewise: left edge of the tiles, right of the names of the rows
+TILE_WIDTH = 0.92  # of a column; the rest is the gap between tiles
+HEADING_HEIGHT = 0.55
+CAPTION_HEIGHT = 0.2
+MIN_TILE_HEIGHT = 0.3  # which the name and the note of a row need
+MAX_LARGE_HEIGHT = 3.4  # of the pictures in the first row
+LARGE_SIDE = 640  # longer side of the photo before it is scaled, in pixels
 
-MAX_COLUMNS = 17  # maximum number of tiles per line: the mean and 16 heads
-# tiles are not larger than in a line of this number of tiles
-MIN_COLUMNS = 7
-MIN_COLUMNS_OF_MANY = 12
-MANY_TOKENS = 3  # minimum number of tokens for MIN_COLUMNS_OF_MANY
 MAX_TOKENS = 9  # maximum number of tokens with a row
-MAX_ATTRIBUTIONS = 12  # maximum number of labels with an attribution
-CHARACTER_WIDTH = 9  # of a header, so that neighbors do not overlap
+MAX_ATTRIBUTIONS = 14  # maximum number of labels with an attribution
+HEADER_CHARACTERS = 150  # in a line of headers, so that neighbors do not overlap
 MAX_TITLE = 64  # maximum number of characters of the title, beside the small photo
 
 # Color of each group of `config.token_layout`. Color-blind readers can distinguish the colors
@@ -57,37 +57,23 @@ GROUP_COLORS = {
 }
 DARK_GRAY = "#222222"
 MEDIUM_GRAY = "#666666"
-NORM_COLORMAP = "viridis"
-BRIGHT_QUANTILE = 0.99  # quantile of an attention map that is drawn in the brightest color
-HIDDEN_OPACITY = 0.3  # of the part of the photo that the model does not see
-UNUSED_OPACITY = 0.35  # of maps that no output of the model depends on
+PALE = 0.35  # opacity of maps that no output depends on, and of the part of the photo not seen
 
+STYLE = {
+    "font.size": 8.5,
+    "text.color": MEDIUM_GRAY,
+    "text.parse_math": False,  # a name with two dollar signs is no formula
+    "axes.titlecolor": DARK_GRAY,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 10,
+    "axes.titleweight": "bold",
+    "xtick.color": MEDIUM_GRAY,
+    "xtick.labelsize": 8,
+}
 
 # a picture, the text above it, and whether an output of the model depends on it
-Tile = tuple[Image.Image, str, bool]
-
-
-class Row(NamedTuple):
-    """A row of tiles, with a name in a color and a note below the name."""
-
-    name: str
-    note: str
-    color: str
-    tiles: list[Tile]
-
-
-class Strip:
-    """A line of the sheet: a picture as wide as the sheet, and texts at its pixels."""
-
-    def __init__(self, height: int) -> None:
-        self.picture = Image.new("RGB", (WIDTH, height), "white")
-        self.texts: list[dict[str, Any]] = []
-
-    def write(
-        self, x: int, y: int, text: str, size: float = 9, color: str = MEDIUM_GRAY, **style: Any
-    ) -> None:
-        """Write a text that begins at x, on the baseline y."""
-        self.texts.append({"x": x, "y": y, "s": text, "fontsize": size, "color": color, **style})
+Tile = tuple[Any, str, bool]
+Row = tuple[str, str, str, list[Tile]]  # a name, its color, a note below it, and tiles
 
 
 def draw_sheet(measurements: PhotoMeasurements, title: str = "") -> Image.Image:
@@ -101,47 +87,48 @@ def draw_sheet(measurements: PhotoMeasurements, title: str = "") -> Image.Image:
         An RGB image that is 1,800 pixels wide.
     """
     photo = draw_region(measurements.image, measurements.visible_region, LARGE_SIDE)
-    strips = [
-        draw_header(measurements, title),
-        draw_overview(measurements, photo),
-        *draw_attributions(measurements, photo),
-        *draw_heads(measurements, photo),
-        *draw_layers(measurements, photo),
-        Strip(20),
-    ]
-    heights = [strip.picture.height for strip in strips]
-    figure = Figure(figsize=(WIDTH / DPI, sum(heights) / DPI), dpi=DPI)
-    # the rows fill the figure, so a pixel of a strip is a pixel of the sheet
-    places = {"left": 0, "right": 1, "bottom": 0, "top": 1, "hspace": 0}
-    rows = figure.subplots(len(strips), height_ratios=heights, gridspec_kw=places)
-    for axes, strip in zip(rows, strips, strict=True):
-        axes.imshow(strip.picture, aspect="auto", interpolation="nearest")
-        axes.set_axis_off()
-        for text in strip.texts:
-            # A name with two dollar signs is no formula.
-            axes.text(parse_math=False, **text)
-    # Without pyplot, which would keep every figure in memory until it is closed.
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+    pictures = []
+    with rc_context(STYLE):
+        for figure in (
+            draw_header(measurements, title),
+            draw_overview(measurements, photo),
+            *draw_attributions(measurements, photo),
+            draw_heads(measurements, photo),
+            draw_layers(measurements, photo),
+        ):
+            # Without pyplot, which would keep every figure in memory until it is closed.
+            canvas = FigureCanvasAgg(figure)
+            canvas.draw()
+            pictures.append(np.asarray(canvas.buffer_rgba())[:, :, :3])
+    return Image.fromarray(np.concatenate(pictures))
 
 
 # Sections -----------------------------------------------------------------------------------------
 
 
-def draw_header(measurements: PhotoMeasurements, title: str) -> Strip:
-    """Write the title, the size of the model, what it sees of the photo, and the predictions."""
+def draw_header(measurements: PhotoMeasurements, title: str) -> Figure:
+    """Write the title, the size of the model, what it sees of the photo, and the predictions.
+
+    If the model sees a part of the photo, the whole photo is drawn, and the other part is pale.
+    """
     config = measurements.config
     image = measurements.image
+    left, top, right, bottom = limit_region(measurements.visible_region, image)
+    share = (right - left) * (bottom - top) / (image.width * image.height)
+    sees_all = share > 0.995
     height, width = measurements.input_size
     rows, columns = measurements.norms.shape[1:]
-    patch_height, patch_width = config.patch_height_width
-    visible_part = describe_visible_part(measurements)
+    tokens = [
+        f"{number} {name} token{'s' * (number > 1)}"
+        for name, number in zip(SINGLE_TOKEN_NAMES.values(), config.token_counts, strict=True)
+        if number
+    ]
     lines = [
         f"{config.num_hidden_layers} layers, {config.num_attention_heads} heads, patches of "
-        f"{patch_height} × {patch_width} pixels, {count_special_tokens(config)}",
-        f"photo of {image.width} × {image.height} pixels; the model sees {visible_part} at "
-        f"{width} × {height} pixels, as {columns} × {rows} patches",
+        f"{' × '.join(map(str, config.patch_height_width))} pixels, {', '.join(tokens) or 'no special tokens'}",
+        f"photo of {image.width} × {image.height} pixels; the model sees "
+        f"{'all' if sees_all else f'the central {share:.0%}'} of it at {width} × {height} pixels, "
+        f"as {columns} × {rows} patches",
     ]
     for prediction in measurements.predictions:
         labels = ", ".join(
@@ -150,62 +137,65 @@ def draw_header(measurements: PhotoMeasurements, title: str) -> Strip:
         )
         lines.append(f"{prediction.task or 'prediction'}: {labels or 'no label'}")
 
-    strip = Strip(80 + 30 * len(lines))
-    strip.write(LEFT, 65, shorten_middle(title, MAX_TITLE), 15, DARK_GRAY, weight="bold")
-    for number, line in enumerate(lines, start=1):
-        strip.write(LEFT, 65 + 30 * number, line)
-    if visible_part != "all of it":
-        photo = draw_whole_photo(measurements)
-        photo.thumbnail((400, strip.picture.height - 36))
-        strip.picture.paste(photo, (RIGHT - photo.width, 36))
-    return strip
+    height = 0.6 + 0.2 * len(lines)
+    figure = Figure((WIDTH, height), DPI)
+    figure.text(
+        LEFT,
+        1 - 0.43 / height,
+        shorten_middle(title, MAX_TITLE),
+        fontsize=15,
+        color=DARK_GRAY,
+        weight="bold",
+    )
+    figure.text(LEFT, 0.1 / height, "\n".join(lines), fontsize=9, linespacing=1.5)
+    if not sees_all:
+        axes = figure.add_axes((0.75, 0, RIGHT - 0.75, 1 - 0.24 / height), anchor="NE")
+        axes.set_axis_off()
+        axes.imshow(image.convert("L"), cmap="gray", alpha=PALE)
+        seen = Rectangle((left, top), right - left, bottom - top, transform=axes.transData)
+        axes.imshow(image).set_clip_path(seen)
+    return figure
 
 
-def draw_overview(measurements: PhotoMeasurements, photo: Image.Image) -> Strip:
+def draw_overview(measurements: PhotoMeasurements, photo: Image.Image) -> Figure:
     """Draw what the model sees, the attention of the first token, and the patches."""
-    token = shorten_middle(measurements.token_names[0], 11)
     token_layer = measurements.token_layers[0]
     attention = measurements.maps[token_layer - 1, :, 0].mean(dim=0)  # [gh, gw]
     layer = measurements.patch_layer
-    norms = measurements.norms[layer - 1]  # [gh, gw]
     pictures = {
         "What the model sees": photo,
-        f"Attention of {token}, layer {token_layer}": overlay(photo, attention),
-        f"Patch features, layer {layer}": to_picture(measurements.colors[layer - 1].numpy()),
-        f"Patch norms, layer {layer}": color_norms(norms),
+        f"Attention of {shorten_middle(measurements.token_names[0], 11)}, layer {token_layer}": overlay(
+            photo, attention
+        ),
+        f"Patch features, layer {layer}": measurements.colors[layer - 1].numpy(),
+        f"Patch norms, layer {layer}": measurements.norms[layer - 1].numpy(),
     }
 
-    slot = (RIGHT - LEFT - 3 * LARGE_GAP) // 4
-    scale = min(slot / photo.width, MAX_LARGE_HEIGHT / photo.height)
-    width, height = max(round(scale * photo.width), 1), max(round(scale * photo.height), 1)
-    top = 50
-    below = top + height + 12
-    strip = Strip(below + 48)
-    lefts = [LEFT + number * (slot + LARGE_GAP) for number in range(4)]
-    for left, (title, picture) in zip(lefts, pictures.items(), strict=True):
-        strip.picture.paste(scale_picture(picture, width, height), (left, top))
-        strip.write(left, top - 9, title, 10, DARK_GRAY, weight="bold")
+    height = min((RIGHT - LEFT) * WIDTH / 4.5 * photo.height / photo.width, MAX_LARGE_HEIGHT)
+    figure = Figure((WIDTH, height + 0.9), DPI, layout="constrained")
+    figure.get_layout_engine().set(rect=(LEFT, 0, RIGHT - LEFT, 0.95), w_pad=0, wspace=0.08)
+    upper, lower = figure.subplots(2, 4, height_ratios=(height, 0.08))
+    for axes, (title, picture) in zip(upper, pictures.items(), strict=True):
+        norms = axes.imshow(picture, extent=(0, photo.width, photo.height, 0))
+        axes.set_title(title)
+    for axes in (*upper, lower[0], lower[2]):
+        axes.set_axis_off()
 
-    brightest = get_brightest_value(attention)
-    bars = {
-        lefts[1]: (COLORMAP, "0", f"{brightest:.2%} in one patch"),
-        lefts[3]: (NORM_COLORMAP, f"{norms.min():.3g}", f"{norms.max():.3g}"),
-    }
-    for left, (colormap, low, high) in bars.items():
-        colors = colormaps[colormap](np.linspace(0, 1, slot))[None, :, :3]  # [1, slot, 3]
-        strip.picture.paste(to_picture(colors).resize((slot, 10)), (left, below))
-        strip.write(left, below + 30, low, 8)
-        strip.write(left + slot, below + 30, high, 8, ha="right")
-
-    share = sum(measurements.explained_variance[layer - 1])
-    explanation = (
-        f"red, green, blue: 3 principal components,\nwhich explain {share:.0%} of the variance"
+    shares = measurements.explained_variance[layer - 1]
+    lower[2].text(
+        0,
+        1,
+        f"red, green, blue: 3 principal components,\nwhich explain {sum(shares):.0%} of the variance",
+        va="top",
+        fontsize=8,
     )
-    strip.write(lefts[2], below - 2, explanation, 8, va="top")
-    return strip
+    scale = ScalarMappable(Normalize(0, get_brightest_value(attention)), COLORMAP)
+    for colors, axes, text in ((scale, lower[1], "{x:.2%}"), (norms, lower[3], "{x:.3g}")):
+        figure.colorbar(colors, axes, orientation="horizontal", ticks=LinearLocator(3), format=text)
+    return figure
 
 
-def draw_attributions(measurements: PhotoMeasurements, photo: Image.Image) -> list[Strip]:
+def draw_attributions(measurements: PhotoMeasurements, photo: Image.Image) -> list[Figure]:
     """Draw the attribution of each label of the predictions over the photo, if there are any."""
     attributions = measurements.attributions[:MAX_ATTRIBUTIONS]
     if not attributions:
@@ -214,23 +204,23 @@ def draw_attributions(measurements: PhotoMeasurements, photo: Image.Image) -> li
         (overlay(photo, values), f"{probability:.0%}", True)
         for _, (_, probability), values in attributions
     ]
-    return draw_rows(
-        measurements,
-        photo,
-        "What counts for a label",
-        "Attribution: attention weighted by its gradient (Chefer et al. 2021). Bright patches raise "
-        "the score of the label",
-        [": ".join(filter(None, (task, name))) for task, (name, _), _ in attributions],
-        [Row("prediction", "attribution", DARK_GRAY, tiles)],
-    )
+    return [
+        draw_rows(
+            "What counts for a label",
+            "Attribution: attention weighted by its gradient (Chefer et al. 2021). Bright patches "
+            "raise the score of the label",
+            [": ".join(filter(None, (task, name))) for task, (name, _), _ in attributions],
+            [("prediction", DARK_GRAY, "attribution", tiles)],
+            photo,
+            num_columns=7,
+        )
+    ]
 
 
-def draw_heads(measurements: PhotoMeasurements, photo: Image.Image) -> list[Strip]:
+def draw_heads(measurements: PhotoMeasurements, photo: Image.Image) -> Figure:
     """Draw the mean and the heads of each token in the last layer in which the token is used."""
     num_tokens = len(measurements.token_names)
-    heading = "Attention by head"
-    if num_tokens > MAX_TOKENS:
-        heading += f", first {MAX_TOKENS} of {num_tokens} tokens"
+    some = f", first {MAX_TOKENS} of {num_tokens} tokens" if num_tokens > MAX_TOKENS else ""
     explanation = (
         "In the last layer that uses the token. Percentages: attention on patches; the rest is on "
         "special tokens. Each map has its own scale: black is 0, bright is the highest 1% of its "
@@ -243,191 +233,107 @@ def draw_heads(measurements: PhotoMeasurements, photo: Image.Image) -> list[Stri
     for index, layer in enumerate(measurements.token_layers[:MAX_TOKENS]):
         maps = measurements.maps[layer - 1, :, index]  # [H, gh, gw]
         maps = torch.cat([maps.mean(dim=0, keepdim=True), maps])  # [1 + H, gh, gw]
-        rows.append(build_attention_row(measurements, index, f"layer {layer}", maps))
-    return draw_rows(measurements, photo, heading, explanation, headers, rows)
+        rows.append(build_attention_row(measurements, index, f"layer {layer}", maps, len(maps)))
+    return draw_rows(f"Attention by head{some}", explanation, headers, rows, photo, num_columns=13)
 
 
-def draw_layers(measurements: PhotoMeasurements, photo: Image.Image) -> list[Strip]:
+def draw_layers(measurements: PhotoMeasurements, photo: Image.Image) -> Figure:
     """Draw the attention of each token, the features and the norms after each layer."""
     explanation = (
         "Attention: mean over heads, and percentage on patches. Features: 3 components, and the "
-        "variance that they explain; their colors are matched between layers"
+        "variance that they explain; their colors are matched between layers. Pale: not in the output"
     )
-    num_layers = len(measurements.maps)
-    if min(measurements.patch_layer, *measurements.token_layers) < num_layers:
-        reader = "not read by the classifier" if measurements.predictions else "not in the output"
-        explanation += f". Pale: {reader}"
-
     rows = []
     for index, num_used in enumerate(measurements.token_layers[:MAX_TOKENS]):
         maps = measurements.maps[:, :, index].mean(dim=1)  # [L, gh, gw]
         rows.append(build_attention_row(measurements, index, "attention", maps, num_used))
 
-    used = range(measurements.patch_layer)
-    features = [
-        (to_picture(colors.numpy()), f"{sum(shares):.0%}", layer in used)
-        for layer, (colors, shares) in enumerate(
-            zip(measurements.colors, measurements.explained_variance, strict=True)
-        )
-    ]
-    norms = [
-        (color_norms(values), f"{values.min():.3g} to {values.max():.3g}", layer in used)
-        for layer, values in enumerate(measurements.norms)
-    ]
-    rows.append(Row("patches", "features", DARK_GRAY, features))
-    rows.append(Row("patches", "norms", DARK_GRAY, norms))
-    headers = [f"layer {layer + 1}" for layer in range(num_layers)]
-    return draw_rows(measurements, photo, "Layer by layer", explanation, headers, rows)
+    layers = range(1, len(measurements.maps) + 1)
+    is_used = [layer <= measurements.patch_layer for layer in layers]
+    shares = [f"{sum(shares):.0%}" for shares in measurements.explained_variance]
+    ranges = [f"{norms.min():.3g} to {norms.max():.3g}" for norms in measurements.norms]
+    features = list(zip(measurements.colors.numpy(), shares, is_used, strict=True))
+    norms = list(zip(measurements.norms.numpy(), ranges, is_used, strict=True))
+    rows.append(("patches", DARK_GRAY, "features", features))
+    rows.append(("patches", DARK_GRAY, "norms", norms))
+    return draw_rows(
+        "Layer by layer",
+        explanation,
+        [f"layer {layer}" for layer in layers],
+        rows,
+        photo,
+        num_columns=12,
+    )
 
 
 def build_attention_row(
-    measurements: PhotoMeasurements,
-    index: int,
-    note: str,
-    maps: torch.Tensor,
-    num_used: int | None = None,
+    measurements: PhotoMeasurements, index: int, note: str, maps: torch.Tensor, num_used: int
 ) -> Row:
-    """Build the row of a token, with one tile for each map [n, gh, gw].
-
-    The first `num_used` maps are used; all of them by default.
-    """
+    """Build the row of a token: one tile for each map [n, gh, gw], of which the first are used."""
+    tiles = []
+    for number, values in enumerate(maps):
+        # The highest 1% of the values are drawn in the brightest color.
+        brightest = max(values.quantile(0.99).item(), MIN_SCALE * values.mean().item())
+        colors = colormaps[COLORMAP](Normalize(0, brightest)(values.numpy()))
+        tiles.append((colors, f"{values.sum():.0%}", number < num_used))
     color = GROUP_COLORS[measurements.token_groups[index]]
-    tiles = [
-        (color_attention(values), f"{values.sum():.0%}", num_used is None or layer < num_used)
-        for layer, values in enumerate(maps)
-    ]
-    return Row(measurements.token_names[index], note, color, tiles)
-
-
-# Rows of tiles ------------------------------------------------------------------------------------
+    return measurements.token_names[index], color, note, tiles
 
 
 def draw_rows(
-    measurements: PhotoMeasurements,
-    photo: Image.Image,
     heading: str,
     explanation: str,
     headers: Sequence[str],
     rows: Sequence[Row],
-) -> list[Strip]:
+    photo: Image.Image,
+    num_columns: int,
+) -> Figure:
     """Draw a heading, one line in gray, and rows of tiles with headers above the columns.
 
-    If there are too many columns, all rows continue below.
+    Tiles have the shape of `photo`. If there are more tiles than columns, all rows continue below.
     """
-    title = Strip(82)
-    title.write(LEFT, 44, heading, 11.5, DARK_GRAY, weight="bold")
-    title.write(LEFT, 73, explanation, 8.5)
+    column_width = (RIGHT - TILES_LEFT) * WIDTH / num_columns
+    tile_height = TILE_WIDTH * column_width * photo.height / photo.width
+    space = max(tile_height, MIN_TILE_HEIGHT)
+    line_height = CAPTION_HEIGHT + len(rows) * (CAPTION_HEIGHT + space)
+    height = HEADING_HEIGHT + math.ceil(len(headers) / num_columns) * line_height + 0.08
+    figure = Figure((WIDTH, height), DPI)
+    # x counts the columns; y is the distance from the top
+    axes = figure.add_axes((TILES_LEFT, 0, RIGHT - TILES_LEFT, 1))
+    axes.set(xlim=(0, num_columns), ylim=(height, 0))
+    axes.set_axis_off()
+    left = (LEFT - TILES_LEFT) * WIDTH / column_width
+    axes.text(left, 0.28, heading, fontsize=11.5, color=DARK_GRAY, weight="bold")
+    axes.text(left, 0.47, explanation)
 
-    # rounded up
-    num_lines = -(-len(headers) // MAX_COLUMNS)
-    num_columns = -(-len(headers) // num_lines)
-    has_many = len(measurements.token_names) >= MANY_TOKENS
-    min_columns = MIN_COLUMNS_OF_MANY if has_many else MIN_COLUMNS
-    width = (RIGHT - TILES_LEFT) // max(num_columns, min_columns) - TILE_GAP
-    height = max(round(width * photo.height / photo.width), 1)
-
-    strips = [title]
+    y = HEADING_HEIGHT
     for start in range(0, len(headers), num_columns):
         columns = slice(start, start + num_columns)
-        names = Strip(34)
-        for x, header in enumerate_columns(headers[columns], width):
-            text = shorten_middle(header, width // CHARACTER_WIDTH)
-            names.write(x, 28, text, 7.5, DARK_GRAY)
-        strips.append(names)
-        strips += [draw_row(row, row.tiles[columns], width, height) for row in rows]
-    return strips
-
-
-def draw_row(row: Row, tiles: Sequence[Tile], width: int, height: int) -> Strip:
-    """Draw some tiles of a row, of this size, below their captions."""
-    top = 24
-    strip = Strip(top + max(height, 40) + 6)  # the name and the note need 40 pixels
-    for x, (unscaled, caption, is_used) in enumerate_columns(tiles, width):
-        picture = scale_picture(unscaled, width, height)
-        if not is_used:
-            picture = Image.blend(Image.new("RGB", picture.size, "white"), picture, UNUSED_OPACITY)
-        strip.picture.paste(picture, (x, top))
-        strip.write(x, top - 4, caption, 7)
-
-    middle = top + height // 2
-    name = "\n".join(textwrap.wrap(shorten_middle(row.name, 36), 13))
-    strip.write(LEFT, middle, name, 8.5, row.color, weight="bold", va="bottom")
-    strip.write(LEFT, middle + 4, row.note, 7.5, va="top")
-    return strip
-
-
-def enumerate_columns(items: Sequence[Any], width: int) -> Iterator[tuple[int, Any]]:
-    """Yield the left edge of the column of each item."""
-    return zip(range(TILES_LEFT, WIDTH, width + TILE_GAP), items, strict=False)
-
-
-# Text ---------------------------------------------------------------------------------------------
-
-
-def count_special_tokens(config: ViTCLSConfig) -> str:
-    """Count the special tokens in words, such as "1 CLS token, 4 register tokens"."""
-    indices = range(config.token_layout.num_prefix_tokens)
-    counts = {
-        name: len(indices[group])
-        for name, group in config.token_layout.items()
-        if name != "patches"
-    }
-    texts = [
-        f"{n} {SINGLE_TOKEN_NAMES[name]} token{'s' * (n > 1)}" for name, n in counts.items() if n
-    ]
-    return ", ".join(texts) or "no special tokens"
-
-
-def describe_visible_part(measurements: PhotoMeasurements) -> str:
-    """Say which part of the photo the model sees."""
-    image = measurements.image
-    left, top, right, bottom = limit_region(measurements.visible_region, image)
-    share = (right - left) * (bottom - top) / (image.width * image.height)
-    return "all of it" if share > 0.995 else f"the central {share:.0%} of it"
+        y += CAPTION_HEIGHT
+        for column, header in enumerate(headers[columns]):
+            short_header = shorten_middle(header, HEADER_CHARACTERS // num_columns)
+            axes.text(column, y, short_header, fontsize=7.5, color=DARK_GRAY)
+        for name, color, note, tiles in rows:
+            y += CAPTION_HEIGHT
+            for column, (picture, caption, is_used) in enumerate(tiles[columns]):
+                axes.imshow(
+                    picture,
+                    extent=(column, column + TILE_WIDTH, y + tile_height, y),
+                    aspect="auto",
+                    alpha=1 if is_used else PALE,
+                )
+                axes.text(column, y - 0.03, caption, fontsize=7)
+            middle = y + tile_height / 2
+            lines = textwrap.wrap(shorten_middle(name, 36), 13)
+            axes.text(left, middle, "\n".join(lines), color=color, weight="bold")
+            axes.text(left, middle + 0.05, note, fontsize=7.5, va="top")
+            y += space
+    return figure
 
 
 def shorten_middle(text: str, max_length: int) -> str:
     """Replace the middle of a long text with "…", because names often differ at their ends."""
     if len(text) <= max_length:
         return text
-    suffix_length = (max_length - 1) // 2
-    prefix_length = max_length - 1 - suffix_length
-    return f"{text[:prefix_length]}…{text[len(text) - suffix_length :]}"
-
-
-# Pictures -----------------------------------------------------------------------------------------
-
-
-def draw_whole_photo(measurements: PhotoMeasurements) -> Image.Image:
-    """Draw the whole photo. The part that the model does not see is pale."""
-    photo = measurements.image
-    white = Image.new("RGB", photo.size, "white")
-    whole = Image.blend(white, photo.convert("L").convert("RGB"), HIDDEN_OPACITY)
-    left, top, right, bottom = map(round, limit_region(measurements.visible_region, photo))
-    whole.paste(photo.crop((left, top, right, bottom)), (left, top))
-    return whole
-
-
-def scale_picture(picture: Image.Image, width: int, height: int) -> Image.Image:
-    """Scale a picture; a patch that is enlarged remains one rectangle of one color."""
-    is_enlarged = picture.width < width
-    resample = Image.Resampling.NEAREST if is_enlarged else Image.Resampling.LANCZOS
-    return picture.resize((width, height), resample)
-
-
-def to_picture(colors: np.ndarray) -> Image.Image:
-    """Convert colors [h, w, 3] from 0 to 1."""
-    return Image.fromarray((colors * 255).round().astype(np.uint8))
-
-
-def color_attention(values: torch.Tensor) -> Image.Image:
-    """Color an attention map [gh, gw]."""
-    brightest = max(values.quantile(BRIGHT_QUANTILE).item(), MIN_SCALE * values.mean().item())
-    strength = values / brightest if brightest > 0 else values
-    return to_picture(colormaps[COLORMAP](strength.numpy())[:, :, :3])
-
-
-def color_norms(norms: torch.Tensor) -> Image.Image:
-    """Color norms [gh, gw], from the smallest to the largest norm."""
-    strength = (norms - norms.min()) / (norms.max() - norms.min()).clamp(min=1e-12)
-    return to_picture(colormaps[NORM_COLORMAP](strength.numpy())[:, :, :3])
+    num_last = (max_length - 1) // 2
+    return f"{text[: max_length - 1 - num_last]}…{text[len(text) - num_last :]}"
