@@ -31,7 +31,6 @@ from ..model.fast_image_processing_vitcls import open_regular_file
 from ..model.image_processing_vitcls import get_image_formats, read_image, shorten_text
 from ..runtime.errors import format_error
 from ..runtime.flags import expand_home
-from .labels import MultiHotLabels
 
 
 # Pillow warns about harmless properties of files, once per image and worker.
@@ -56,11 +55,11 @@ class UnreadableImage(ValueError):
 class LabeledImages:
     """Images and one label per image.
 
-    A label is a class index, a list with 0.0 or 1.0 per class, or {task: class index}.
+    A label is a class index, a list of class indices, or {task: class index}.
     """
 
     images: Any  # one of the classes below, or any other sequence of PIL images
-    labels: Any  # a list or `MultiHotLabels`
+    labels: list[Any]
     groups: np.ndarray | None = None  # [N] int64; images of one group stay together
     keys: np.ndarray | None = None  # [N] uint64; checksums of the content, if they were computed
 
@@ -73,11 +72,7 @@ class LabeledImages:
         groups, keys = (
             None if values is None else values[indices] for values in (self.groups, self.keys)
         )
-        labels: Any = (
-            self.labels.select(indices)
-            if isinstance(self.labels, MultiHotLabels)
-            else [self.labels[index] for index in indices]
-        )
+        labels = [self.labels[index] for index in indices]
         return LabeledImages(self.images.select(indices), labels, groups, keys)
 
     def divide(self, is_second: np.ndarray) -> tuple["LabeledImages", "LabeledImages"]:

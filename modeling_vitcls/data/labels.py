@@ -7,9 +7,9 @@
     a list with 0 or 1 for each class                         the classes that have a 1
     0 and 1 in one column for each class                      the names of these columns
 
-    kind                          label of one image (`LabelSpace.index`)    batch of labels
+    kind                          label of one image (`LabelSpace.index`)    batch of labels (`collate`)
     multi_task                    {task: class index or -100}                {task: [B] int64}
-    multi_label_classification    0.0 or 1.0 per class                       [B, classes] float32
+    multi_label_classification    sorted list of class indices               [B, classes] float32, 0 or 1
     single_label_classification   class index                                [B] int64
 
 The classes are declared by the dataset, set by --label-names, or the sorted distinct names, in this
@@ -22,7 +22,7 @@ import math
 import re
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
 from typing import Any, Literal
@@ -93,7 +93,7 @@ class LabelSpace:
             where: name of the images in error messages.
 
         Returns:
-            A list of indices or of {task: index}, or `MultiHotLabels`.
+            A list of indices, of lists of indices, or of {task: index}.
 
         Raises:
             ValueError: if a name is not one of the classes. The message contains the row.
@@ -114,7 +114,7 @@ class LabelSpace:
 
         if self.kind == "multi_label_classification":
             (lists,) = indices.values()
-            return MultiHotLabels.from_indices(lists, len(self.names))
+            return [sorted(set(each)) for each in lists]
         values = [[next(iter(each), IGNORED_LABEL) for each in rows] for rows in indices.values()]
         if self.kind == "single_label_classification":
             return values[0]
@@ -124,8 +124,8 @@ class LabelSpace:
         """Return the label names of images by column, the input of `index`."""
         if self.kind == "multi_task":
             indices = {task: [[label[task]] for label in labels] for task in self.columns}
-        elif isinstance(labels, MultiHotLabels):
-            indices = dict.fromkeys(self.columns, labels.indices)
+        elif self.kind == "multi_label_classification":
+            indices = dict.fromkeys(self.columns, labels)
         else:
             indices = {column: [[label] for label in labels] for column in self.columns}
         return {
@@ -143,7 +143,10 @@ class LabelSpace:
                 for task in self.columns
             }
         if self.kind == "multi_label_classification":
-            return torch.tensor(labels, dtype=torch.float32).reshape(-1, len(self.names))
+            multi_hot = torch.zeros(len(labels), len(self.names))
+            for row, indices in enumerate(labels):
+                multi_hot[row, indices] = 1
+            return multi_hot
         return torch.tensor(labels, dtype=torch.int64)
 
     def format_label(self, label: Any) -> str | None:
@@ -159,11 +162,8 @@ class LabelSpace:
                 ", ".join(f"{task} {names[label[task]]}" for task, names in known_tasks.items())
                 or None
             )
-        if isinstance(label, list | tuple):
-            return (
-                ", ".join(name for name, value in zip(self.names, label, strict=True) if value)
-                or NO_LABELS
-            )
+        if isinstance(label, list):
+            return ", ".join(self.names[index] for index in label) or NO_LABELS
         return self.names[label] if is_known(label) else None
 
 
@@ -199,37 +199,6 @@ def is_multi_label(config: ViTCLSConfig) -> bool:
     return not config.tasks and (
         config.problem_type == "multi_label_classification" or config.num_labels == 1
     )
-
-
-@dataclass(frozen=True, eq=False)
-class MultiHotLabels(Sequence):
-    """Labels of a multi-label dataset, stored as class indices.
-
-    Items are lists with 0.0 or 1.0 per class.
-    """
-
-    indices: list[list[int]]  # class indices of each image
-    num_classes: int
-
-    @classmethod
-    def from_indices(cls, labels: Iterable[Iterable[int]], num_classes: int) -> "MultiHotLabels":
-        """Build labels from the class indices of each image; negative indices are ignored."""
-        rows = [sorted({int(index) for index in label if index >= 0}) for label in labels]
-        return cls(rows, num_classes)
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return [self[position] for position in range(len(self))[index]]
-        multi_hot = [0.0] * self.num_classes
-        for label in self.indices[index]:
-            multi_hot[label] = 1.0
-        return multi_hot
-
-    def select(self, indices: Iterable[int]) -> "MultiHotLabels":
-        return replace(self, indices=[self.indices[index] for index in indices])
 
 
 # Reading ------------------------------------------------------------------------------------------

@@ -210,8 +210,6 @@ def drop_unlabeled_images(images: LabeledImages, name: str) -> LabeledImages:
 
     `name` names the split in messages. Raise ValueError if no image has a label.
     """
-    if not isinstance(images.labels, list):
-        return images
     labeled = [index for index, label in enumerate(images.labels) if label != IGNORED_LABEL]
     if len(labeled) == len(images):
         return images

@@ -28,7 +28,7 @@ from ..runtime.distributed import run_on_main
 from ..runtime.errors import format_name_list
 from .images import NO_CONTENT_KEY, LabeledImages, compute_digest
 from .in_memory import MEMORY_PREFIX
-from .labels import LabelSpace, MultiHotLabels
+from .labels import LabelSpace
 from .options import DataOptions
 from .sampling import derive_seed, draw_numbers
 from .sources import load_splits
@@ -324,8 +324,6 @@ def select_held_out(images: LabeledImages, fraction: float, seed: int, dataset: 
 
 def is_stratified(images: LabeledImages) -> bool:
     """Tell whether held-out images can be selected by class: each image has one known label."""
-    if isinstance(images.labels, MultiHotLabels):
-        return False
     return all(isinstance(label, int) and label != IGNORED_LABEL for label in images.labels)
 
 
@@ -356,13 +354,10 @@ def describe_data(training_data: TrainingData) -> dict[str, Any]:
     description |= {f"number of {name} images": len(part) for name, part in parts.items()}
     for name, part in parts.items():
         assert part.keys is not None, "`add_keys` comes before the division"
-        labels = part.labels
-        if isinstance(labels, MultiHotLabels):
-            labels = labels.indices
         description[f"{name} images or their order"] = hashlib.sha256(
             part.keys.tobytes()
         ).hexdigest()
-        text = json.dumps(labels)
+        text = json.dumps(part.labels)
         description[f"labels of {name} images"] = hashlib.sha256(text.encode()).hexdigest()
     return description
 

@@ -21,7 +21,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import nn
 
 from ..data.aspect_ratio import get_resize
-from ..data.labels import MultiHotLabels
 from ..data.sampling import BatchPlan
 from ..data.splits import HELD_OUT_SPLITS, TrainingData
 from ..inference.intervals import MIN_CORRECTED_IMAGES
@@ -218,10 +217,10 @@ def describe_class_sizes(data: TrainingData) -> str:
         parts.append(data.selection)
     if not data.label_space.columns or data.label_space.kind == "multi_task":
         return ""
+    has_lists = data.label_space.kind == "multi_label_classification"
     counts: Counter[int] = Counter()
     for part in parts:
-        is_multi_hot = isinstance(part.labels, MultiHotLabels)
-        counts.update(chain.from_iterable(part.labels.indices) if is_multi_hot else part.labels)
+        counts.update(chain.from_iterable(part.labels) if has_lists else part.labels)
     names = map(replace_control_characters, data.label_space.names)
     sizes = [(counts[label], name) for label, name in enumerate(names)]
     if len(sizes) > MAX_NAMED_CLASSES:

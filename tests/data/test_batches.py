@@ -67,7 +67,7 @@ def are_equal(first: Batch, second: Batch) -> bool:
     [
         (
             LabelSpace("multi_label_classification", {"tags": ["a", "b"]}),
-            [[0.0, 1.0], [1.0, 1.0]],
+            [[1], [0, 1]],
             torch.tensor([[0.0, 1.0], [1.0, 1.0]]),
         ),
         (

@@ -76,7 +76,7 @@ def test_empty_text_between_separators_is_not_a_label() -> None:
     values = ["b | a", None, "|b|| ", ""]
     names, labels = read(values, separator="|")
     assert names == ["a", "b"]
-    assert labels == [[1.0, 1.0], [0.0, 0.0], [0.0, 1.0], [0.0, 0.0]]
+    assert labels == [[0, 1], [], [1], []]
     with raises_one_line("row 1 has the label 'c'"):
         read(["a", "b|c"], names=("a", "b"), separator="|")
 
@@ -98,8 +98,8 @@ TASKS = LabelSpace("multi_task", {"kind": ["cat", "dog"], "age": ["young", "old"
         (SINGLE, 1, "dog"),
         (SINGLE, -100, None),
         (SINGLE, None, None),
-        (SEVERAL, [1.0, 1.0], "cat, dog"),
-        (SEVERAL, (0.0, 0.0), "no label"),
+        (SEVERAL, [0, 1], "cat, dog"),
+        (SEVERAL, [], "no label"),
         (TASKS, {"kind": 0, "age": 1}, "kind cat, age old"),
         (TASKS, {"kind": -100, "age": 0}, "age young"),
         (TASKS, {"kind": -100, "age": -100}, None),
@@ -123,7 +123,7 @@ def test_a_label_space_survives_the_configuration(label_space: LabelSpace) -> No
 )
 def test_each_type_of_list_contains_several_labels(build: Callable[[Any], Any]) -> None:
     declared = build(datasets.ClassLabel(names=["1", "0"]))
-    assert read([[1], [1, 0], []], declared) == (["1", "0"], [[0.0, 1.0], [1.0, 1.0], [0.0, 0.0]])
+    assert read([[1], [1, 0], []], declared) == (["1", "0"], [[1], [0, 1], []])
     assert read([["b"], ["a"]], build(datasets.Value("string")))[0] == ["a", "b"]
 
 

@@ -307,7 +307,7 @@ def test_one_column_of_bits_per_class_is_multi_label(bits: list[str], photos: Pa
     assert splits.label_space == LabelSpace(
         "multi_label_classification", {"labels": ["label", "dog"]}
     )
-    assert list(splits.images_by_split["train"].labels) == [[0, 0], [1, 1], [0, 1]]
+    assert list(splits.images_by_split["train"].labels) == [[], [0, 1], [1]]
 
 
 # Splits -------------------------------------------------------------------------------------------

@@ -74,7 +74,7 @@ def draw_label(name: str, random: np.random.Generator) -> Any:
     if name == "single":
         return int(random.integers(6))
     if name == "multi_label":
-        return [*random.integers(2, size=6).astype(float).tolist(), 0.0]
+        return np.flatnonzero(random.integers(2, size=6)).tolist()
     return {"age": int(random.integers(2)), "species": int(random.choice([-100, 0, 3, 5]))}
 
 

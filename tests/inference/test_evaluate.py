@@ -116,10 +116,8 @@ def test_several_labels_per_image_are_matched_by_name_and_scored_per_image(
 ) -> None:
     """The names are in another order, and one class is not in the data."""
 
-    def text(label: list[float]) -> list[str]:
-        return [
-            "|".join(name for name, value in reversed([*zip(CLASSES, label, strict=True)]) if value)
-        ]
+    def text(label: list[int]) -> list[str]:
+        return ["|".join(CLASSES[index] for index in reversed(label))]
 
     table = write_table(tmp_path, "multi_label", ["tags"], text)
     data = {"label_column": ("tags",), "label_separator": "|"}

@@ -111,7 +111,7 @@ def test_metrics_of_several_labels_per_image_equal_scikit_learn(
 ) -> None:
     metrics = by_one_process["multi_label"]
     outputs, labels = compute_outputs("multi_label")
-    truth = np.array(labels)
+    truth = SPACES["multi_label"].collate(labels).numpy()
     probabilities = outputs.logits.sigmoid().numpy()
     answers = (probabilities > 0.5).astype(int)
     precisions = [
