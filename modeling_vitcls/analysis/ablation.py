@@ -23,7 +23,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..data.labels import is_multi_label
 from ..inference.image_pass import ImageBatch, pass_over_images
 from ..inference.intervals import (
     Interval,
@@ -132,7 +131,11 @@ Ablations = dict[str, dict[str, Effect]]
 
 
 def compute_ablations(
-    model: Any, use: TokenUse, batches: Batches, watch: Watch = lambda items, description: items
+    model: Any,
+    use: TokenUse,
+    batches: Sequence[ImageBatch],
+    has_several_labels: bool = False,
+    watch: Watch = lambda items, description: items,
 ) -> Ablations:
     """Measure the effects of each special token and of each group of several tokens.
 
@@ -141,7 +144,9 @@ def compute_ablations(
     Args:
         model: a classifier or an encoder, in evaluation mode.
         use: the tokens that the outputs of the model read.
-        batches: batches of images and labels, over which several passes per token are made.
+        batches: batches of images and labels, over which several passes per token are made. Without
+            one, nothing is measured.
+        has_several_labels: whether a sigmoid is applied to each logit (`is_multi_label`).
         watch: function that returns the same items and shows the progress.
     """
     config = model.config
@@ -149,7 +154,7 @@ def compute_ablations(
     # A generator of its own, so the same tokens are redrawn at every call.
     generator = torch.Generator().manual_seed(0)
     ablations: Ablations = {}
-    if not targets:
+    if not targets or not batches:
         return ablations
 
     # The means and the outputs come from the same passes, so that only the ablation differs between
@@ -162,7 +167,8 @@ def compute_ablations(
         with replace_by_means(model, use, indices, means[:, indices]):
             after = gather_outputs(model, batches)
         ablations[key] = {
-            name: compute_effect(rows, after[name], config) for name, rows in before.items()
+            name: compute_effect(rows, after[name], has_several_labels)
+            for name, rows in before.items()
         }
 
     for keys, draws in watch(
@@ -183,8 +189,8 @@ def compute_ablations(
                 sizes.setdefault(name, []).append(compute_size(rows, replaced[name]))
                 # only if all labels are known: the drop is a mean over all images
                 if name in labels and bool((labels[name] != IGNORED_LABEL).all()):
-                    was_correct = predict_labels(before[name], config) == labels[name]
-                    is_correct = predict_labels(rows, config) == labels[name]
+                    was_correct = predict_labels(before[name], has_several_labels) == labels[name]
+                    is_correct = predict_labels(rows, has_several_labels) == labels[name]
                     drop_by_image = (was_correct.float() - is_correct.float()).mean(dim=1)
                     drops.setdefault((key, name), []).append(drop_by_image)
 
@@ -220,7 +226,7 @@ def plan_redraws(layout: TokenLayout, use: TokenUse) -> Iterator[tuple[list[str]
 
 
 def compute_effect(
-    before: list[torch.Tensor], after: list[torch.Tensor], config: ViTCLSConfig
+    before: list[torch.Tensor], after: list[torch.Tensor], has_several_labels: bool
 ) -> Effect:
     """Compare one output of all images before and after an ablation."""
     changes = measure_changes(before, after)
@@ -229,7 +235,8 @@ def compute_effect(
     if has_vectors(before):
         return Effect(size, (low, high), len(before))
 
-    is_changed = (predict_labels(before, config) != predict_labels(after, config)).any(dim=1)
+    labels, new_labels = (predict_labels(rows, has_several_labels) for rows in (before, after))
+    is_changed = (labels != new_labels).any(dim=1)
     changed_interval = compute_proportion_interval(int(is_changed.sum()), len(before))
     changed_low, changed_high = changed_interval or (0.0, 1.0)
     return Effect(
@@ -436,14 +443,14 @@ def has_vectors(rows: list[torch.Tensor]) -> bool:
 # Labels -------------------------------------------------------------------------------------------
 
 
-def predict_labels(rows: list[torch.Tensor], config: ViTCLSConfig) -> torch.Tensor:
+def predict_labels(rows: list[torch.Tensor], has_several_labels: bool) -> torch.Tensor:
     """Predict the class [images, 1] from the logits [labels] of each image.
 
-    A multi-label model predicts 0 or 1 for each label [images, labels]: whether its probability is
-    at least DEFAULT_THRESHOLD.
+    With several labels per image, 0 or 1 is predicted for each label [images, labels]: whether its
+    probability is at least DEFAULT_THRESHOLD.
     """
     logits = torch.stack(rows)
-    if is_multi_label(config):
+    if has_several_labels:
         return (logits.sigmoid() >= DEFAULT_THRESHOLD).long()
     return logits.argmax(dim=-1, keepdim=True)
 

@@ -1,7 +1,7 @@
 """Attention of every layer of a forward pass, and gradient-weighted attribution.
 
     trace = trace_attention(model, pixel_values, needs_gradients=True)
-    trace.compute_attribution()    # [B, key], contributions to the predicted class
+    trace.compute_attribution(trace.outputs.logits, 2)    # [B, key], contributions to class 2
 
     with process_attention_layers(model, layers.append):
         model(pixel_values)
@@ -28,7 +28,6 @@ from ..model.token_attention_vitcls import (
     record_attention,
     select_mask_rows,
 )
-from .model_utils import evaluation_mode
 
 
 @dataclass(frozen=True)
@@ -54,9 +53,8 @@ class RecordedLayer:
         """
         query = self.query[:, :, :num_rows].float()
         key = self.key.float()
-        return compute_attention_rows(
-            query, key, select_mask_rows(self.mask, query, key), self.scaling
-        )
+        mask = select_mask_rows(self.mask, query, key)
+        return compute_attention_rows(query, key, mask, self.scaling)
 
 
 @contextmanager
@@ -94,9 +92,18 @@ class AttentionTrace:
             [layer.compute_weights(num_special_tokens) for layer in self.layers], dim=1
         )
 
-    def compute_attribution(
-        self, target: torch.Tensor | int | None = None, task: str | None = None
-    ) -> torch.Tensor:
+    @torch.no_grad()
+    def compute_patch_attention(self) -> torch.Tensor:
+        """Average the attention of the patches over the patches, [B, L, maps, 1, N]."""
+        patches = self.config.token_layout.patches
+        # the maps of one layer after another, because those of all layers may not fit into memory
+        rows = [
+            layer.compute_weights()[:, :, patches].mean(dim=2, keepdim=True)
+            for layer in self.layers
+        ]
+        return torch.stack(rows, dim=1)
+
+    def compute_attribution(self, logits: torch.Tensor, label: int) -> torch.Tensor:
         """Attribute a class to each token [B, N].
 
         It is the attention weighted by its gradient, starting from the tokens that the head uses.
@@ -106,20 +113,18 @@ class AttentionTrace:
         `needs_gradients=True`.
 
         Args:
-            target: one class index for all images, or class indices [B]. Default: the predicted
-                class of each image.
-            task: name of the task; required for a multi-task model and for an added task.
+            logits: logits [B, labels] of the classifier or of a task, from `outputs`.
+            label: class index.
 
         Returns:
             Nonnegative values, which have no unit and are comparable only within an image.
         """
         attention_outputs = [layer.attention_output for layer in self.layers]
         with torch.inference_mode(False), torch.enable_grad():
-            logits = select_logits(self.outputs, target, task)  # [B]
             # None for layers above the last layer that the head reads
             # The graph is kept, because the labels of one photo are attributed one after another.
             gradients = torch.autograd.grad(
-                logits.sum(),
+                logits[:, label].sum(),
                 [*attention_outputs, *self.read_tokens.values()],
                 retain_graph=True,
                 allow_unused=True,
@@ -153,10 +158,10 @@ class AttentionTrace:
 def trace_attention(
     model: Any, pixel_values: torch.Tensor, needs_gradients: bool = False
 ) -> AttentionTrace:
-    """Run a model on images in evaluation mode, and record the attention of all layers.
+    """Run a model on images, and record the attention of all layers.
 
     Args:
-        model: any ViTCLS model without wrappers, in evaluation or training mode.
+        model: any ViTCLS model without wrappers, in evaluation mode.
         pixel_values: [B, C, H, W].
         needs_gradients: whether the attribution will be computed.
     """
@@ -170,7 +175,6 @@ def trace_attention(
         hook,
         torch.inference_mode(False),
         torch.set_grad_enabled(needs_gradients),
-        evaluation_mode(model),
     ):
         # Pixels that require gradients make attention part of the autograd graph even if all
         # weights are frozen.
@@ -185,25 +189,6 @@ def trace_attention(
         len(layers): getattr(encoder_output, "last_hidden_state", None),  # None for a backbone
     }
     return AttentionTrace(model.config, outputs, layers, read_tokens)
-
-
-def select_logits(
-    outputs: Any, target: torch.Tensor | int | None, task: str | None
-) -> torch.Tensor:
-    """Select the logit [B] of each image's target class; by default, of its predicted class.
-
-    `task` is the name of a task of a multi-task model or of an added task, and None for the
-    classifier of any other model.
-    """
-    logits = outputs.logits
-    if task is not None:
-        logits_by_task = getattr(outputs, "task_logits", None) or {}
-        logits = logits_by_task[task] if task in logits_by_task else logits[task]
-
-    if target is None:
-        return logits.amax(dim=-1)
-    classes = torch.as_tensor(target, device=logits.device).long().reshape(-1).expand(len(logits))
-    return logits.gather(1, classes[:, None]).squeeze(1)
 
 
 def compute_start_weights(

@@ -9,14 +9,17 @@ from rich.table import Table
 
 from ..conversion.open_model import open_model
 from ..data.splits_table import read_splits, select_task
+from ..hub.loading import get_cached_commit
 from ..hub.local_paths import get_title
 from ..inference.load_model import load_model
 from ..runtime.distributed import choose_precision
+from ..runtime.files import write_json
 from ..runtime.progress import track
 from .inspection import Inspection, inspect_model
 from .inspection_images import open_images
 from .options import InspectOptions
-from .report import format_effect, measure_shown_photo, write_json_values, write_page
+from .photo import measure_photo
+from .report import ShownPhoto, build_inspection_record, format_effect, write_page
 
 
 def write_inspection(options: InspectOptions) -> Inspection:
@@ -60,20 +63,20 @@ def write_inspection(options: InspectOptions) -> Inspection:
         )
     # in float32, as in `vitcls look`
     photos = [
-        measure_shown_photo(
-            model,
-            processor,
-            images.images[index],
+        ShownPhoto(
             images.names[index],
+            measure_photo(model, processor, images.images[index]),
             truth=images.format_label(index, model.config),
             kind=kind,
         )
         for index, kind in watch(inspection.shown_images.items(), "drawing photos")
     ]
     title = get_title(options.model)
-    write_page(options.output, inspection, photos, title, images.source)
+    commit = get_cached_commit(str(folder.path))
+    record = build_inspection_record(inspection, title, commit)
+    write_page(options.output, title, inspection, photos, images.source, commit)
     if options.json is not None:
-        write_json_values(options.json, inspection, title)
+        write_json(options.json, record)
     print_inspection(inspection, console)
     for file in files:
         console.print(f"saved {file}", markup=False)

@@ -142,40 +142,53 @@ def inspect_model(
     # heads of other kinds, such as a decoder of pixels, say nothing about the tokens
     measured_model = model if use.has_head else model.base_model
 
-    batch_size = choose_batch_size(batch_size, config, processor, model.device, MAX_BATCH_SIZE)
-    batches = read_batches(
-        config, processor, images, labels if use.has_head else None, batch_size, on_warning, watch
-    )
-    indices = [index for batch in batches for index in batch.indices]
-
-    ablations: Ablations = {}
     ablation_batches: list[ImageBatch] = []
     with evaluation_mode(model):
-        outputs, states, outlier_share = measure_states(measured_model, use, batches, watch)
+        batch_size = choose_batch_size(batch_size, config, processor, model.device, MAX_BATCH_SIZE)
+        batches = read_batches(
+            config,
+            processor,
+            images,
+            labels=labels if use.has_head else None,
+            batch_size=batch_size,
+            on_warning=on_warning,
+            watch=watch,
+        )
+        has_several_labels = is_multi_label(config)
         # Effects take up to 16 passes per token, so a large model measures them on fewer images. The
         # order of the batches is random, so the first images are a sample.
         if has_ablations:
             patch_embeddings = model.base_model.embeddings.patch_embeddings
             grid_size = patch_embeddings.get_grid_size(batches[0].pixel_values)
-            num_tokens = config.token_layout.get_num_tokens(*grid_size)
-            flops = 2 * num_parameters * num_tokens
+            flops = 2 * num_parameters * config.token_layout.get_num_tokens(*grid_size)
             num_affordable = max(int(MAX_ABLATION_FLOPS / flops), MIN_IMAGES)
             ablation_batches = take_images(batches, min(num_affordable, MAX_ABLATION_IMAGES))
-            ablations = compute_ablations(measured_model, use, ablation_batches, watch)
 
+        outputs, states, outlier_share = measure_states(measured_model, use, batches, watch)
+        ablations = compute_ablations(
+            measured_model, use, ablation_batches, has_several_labels, watch
+        )
+
+    indices = [index for batch in batches for index in batch.indices]
+    keys = get_token_keys(config.token_layout)
     *used_layers, patch_layer = use.num_layers
     shown_images: dict[int, str | None] = dict.fromkeys(indices[:num_shown])
     if use.has_head:
-        rated = rate_outputs(outputs, collect_labels(batches, config), config)
+        predicted = {
+            task: predict_labels(rows, has_several_labels) for task, rows in outputs.items()
+        }
+        known = collect_labels(batches, config)
+        rated = rate_outputs(outputs, predicted, known, has_several_labels)
         shown_images = {
             indices[position]: kind for position, kind in select_images(*rated, num_shown).items()
         }
+
     names = get_token_names(config)
     faults = [
         f"{names[index]}: identical to {names[other]} after layer {layer}"
         for index, (other, layer) in find_identical_tokens(states, used_layers).items()
     ]
-    unmoved = find_unmoved_tokens(get_token_keys(config.token_layout), token_movement or {})
+    unmoved = find_unmoved_tokens(keys, token_movement or {})
     faults += [f"{names[index]}: not moved by training, which moved others" for index in unmoved]
     return Inspection(
         config=config,
@@ -294,19 +307,21 @@ def measure_states(
 
 
 def rate_outputs(
-    outputs: Outputs, labels: Mapping[str, torch.Tensor], config: Any
+    outputs: Outputs,
+    predicted: Mapping[str, torch.Tensor],
+    labels: Mapping[str, torch.Tensor],
+    has_several_labels: bool,
 ) -> tuple[list[float], list[bool], Sequence[Hashable]]:
     """Compute the arguments of `select_images` for the outputs of a classifier."""
     confidences = torch.stack(
-        [compute_confidences(torch.stack(rows), config) for rows in outputs.values()]
+        [compute_confidences(torch.stack(rows), has_several_labels) for rows in outputs.values()]
     )
-    predicted = {task: predict_labels(rows, config) for task, rows in outputs.items()}
     is_wrong = torch.zeros(confidences.shape[1], dtype=torch.bool)
     for task, known in labels.items():
         is_wrong |= ((predicted[task] != known) & (known != IGNORED_LABEL)).any(dim=1)
 
     classes: list[int] = [0] * len(is_wrong)
-    if len(outputs) == 1 and not is_multi_label(config):
+    if len(outputs) == 1 and not has_several_labels:
         (shown,) = predicted.values()
         for known in labels.values():
             shown = torch.where(known != IGNORED_LABEL, known, shown)
@@ -345,12 +360,12 @@ def select_images(
     return selected
 
 
-def compute_confidences(logits: torch.Tensor, config: Any) -> torch.Tensor:
+def compute_confidences(logits: torch.Tensor, has_several_labels: bool) -> torch.Tensor:
     """Compute the probability [images] of each prediction.
 
-    For a multi-label model, it is the minimum over labels.
+    With several labels per image, it is the minimum over labels.
     """
-    if is_multi_label(config):
+    if has_several_labels:
         probabilities = logits.sigmoid()
         return probabilities.maximum(1 - probabilities).amin(dim=1)
     return logits.softmax(dim=1).amax(dim=1)

@@ -9,9 +9,7 @@ Patches of one object have similar features and thus similar colors (Oquab et al
 """
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -21,19 +19,14 @@ from scipy.optimize import linear_sum_assignment
 from sklearn.decomposition import PCA
 
 from ..data.aspect_ratio import Size, VisibleRegion, get_visible_region
-from ..data.labels import get_label_space, is_multi_label
-from ..inference.prediction_rows import (
-    DEFAULT_THRESHOLD,
-    Label,
-    select_probable_labels,
-    select_top_labels,
-)
+from ..data.labels import get_heads
+from ..inference.prediction_rows import Label, get_logits_by_task, select_labels
 from ..inference.token_names import get_token_names_by_group
-from ..model.configuration_vitcls import ViTCLSConfig
+from ..model.configuration_vitcls import ExtraHead, ViTCLSConfig
 from .attribution import AttentionTrace, trace_attention
 from .faults import OUTLIER_RATIO
 from .maps import extract_patch_maps, get_head_names, to_upright_rgb
-from .model_utils import is_classifier, unwrap_model
+from .model_utils import evaluation_mode, is_classifier, unwrap_model
 from .token_use import TokenUse
 
 
@@ -43,15 +36,8 @@ NUM_COLOR_CHANNELS = 3  # number of color channels: red, green and blue
 # these quantiles are clipped.
 COLOR_QUANTILES = 0.02, 0.98
 
-
-@dataclass(frozen=True)
-class ImagePrediction:
-    """Prediction for an image: of a model, of one of its tasks, or of an added task."""
-
-    task: str | None
-    # in order of decreasing probability; empty if a multi-label model predicts no label
-    labels: list[Label]
-    indices: list[int]  # class indices of the labels
+# task, label, and value of each token or patch
+Attribution = tuple[str | None, Label, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -68,10 +54,11 @@ class PhotoMeasurements:
         image: the photo, upright and in RGB.
         visible_region: the region of the photo that the patches cover.
         input_size: height and width of the preprocessed photo, in pixels.
-        predictions: one prediction, or one per task, and one per added task; empty for an encoder
-            without tasks.
+        predictions: labels by task, in order of decreasing probability: of the model (None), or of
+            each of its tasks, and of each added task. A task with several labels per image may have
+            none. Empty for an encoder without tasks.
         attributions: task, label, and contribution of each patch to the score of the label [gh, gw]
-            (`AttentionTrace.compute_attribution`), for at most MAX_LABELS of each prediction.
+            (`AttentionTrace.compute_attribution`), for at most MAX_LABELS of each task.
         token_names: [S], name of each token.
         token_groups: [S], group of each token in `config.token_layout`.
         token_layers: [S], last layer in which each token is used, numbered from 1.
@@ -89,8 +76,8 @@ class PhotoMeasurements:
     image: Image.Image
     visible_region: VisibleRegion
     input_size: Size
-    predictions: list[ImagePrediction]
-    attributions: list[tuple[str | None, Label, torch.Tensor]]
+    predictions: dict[str | None, list[Label]]
+    attributions: list[Attribution]
     token_names: list[str]
     token_groups: list[str]
     token_layers: list[int]
@@ -115,12 +102,12 @@ def measure_photo(model: Any, processor: Any, image: Image.Image) -> PhotoMeasur
     """
     model = unwrap_model(model)
     config: ViTCLSConfig = model.config
+    use = TokenUse(config, is_classifier(model))
     # [1, C, H, W]
     pixel_values = processor(image, return_tensors="pt")["pixel_values"].to(model.device)
-    input_size = tuple(pixel_values.shape[-2:])
-    use = TokenUse(config, is_classifier(model))
-    has_predictions = use.has_head or bool(config.extra_heads)
-    trace = trace_attention(model, pixel_values, needs_gradients=has_predictions)
+    with evaluation_mode(model):
+        heads = get_heads(config) if use.has_head else config.get_added_tasks()
+        trace = trace_attention(model, pixel_values, needs_gradients=bool(heads))
 
     # [L, N, D]
     states = torch.stack(
@@ -130,10 +117,6 @@ def measure_photo(model: Any, processor: Any, image: Image.Image) -> PhotoMeasur
         raise ValueError(
             "the features of the model are not finite. Load the model in float32, or train it again"
         )
-    features = extract_patch_maps(states.mT, config, input_size).movedim(1, -1)  # [L, gh, gw, D]
-    decompositions = [decompose_patches(layer) for layer in features]
-    colors = torch.stack([layer_colors for layer_colors, _ in decompositions])  # [L, gh, gw, 3]
-
     # In a model of one layer, a token that no head reads is used in none. Its row shows this layer.
     *token_layers, patch_layer = [max(number, 1) for number in use.num_layers]
     names_by_group = get_token_names_by_group(config)
@@ -144,23 +127,26 @@ def measure_photo(model: Any, processor: Any, image: Image.Image) -> PhotoMeasur
         token_names.insert(0, "patch mean")
         token_groups.insert(0, "patches")
         token_layers.insert(0, patch_layer)
-        attention = torch.cat([compute_patch_attention(trace), attention], dim=2)
-
-    predictions = predict_photo(use, trace.outputs)
-    attributions = [
-        (task, label, extract_patch_maps(rows.float().cpu(), config, input_size))
-        for task, label, rows in attribute_predictions(trace, predictions)
-    ]
+        attention = torch.cat([trace.compute_patch_attention()[0].cpu(), attention], dim=2)
+    predictions, attributions = predict_photo(trace, heads)
 
     upright_image = to_upright_rgb(image, processor.bit_depth)
     image_size = (upright_image.height, upright_image.width)
+    visible_region = get_visible_region(processor, image_size, config.patch_height_width)
+    input_size = tuple(pixel_values.shape[-2:])
+    features = extract_patch_maps(states.mT, config, input_size).movedim(1, -1)  # [L, gh, gw, D]
+    decompositions = [decompose_patches(layer) for layer in features]
+    colors = torch.stack([layer_colors for layer_colors, _ in decompositions])  # [L, gh, gw, 3]
     return PhotoMeasurements(
         config=config,
         image=upright_image,
-        visible_region=get_visible_region(processor, image_size, config.patch_height_width),
+        visible_region=visible_region,
         input_size=input_size,
         predictions=predictions,
-        attributions=attributions,
+        attributions=[
+            (task, label, extract_patch_maps(rows.float().cpu(), config, input_size))
+            for task, label, rows in attributions
+        ],
         token_names=token_names,
         token_groups=token_groups,
         token_layers=token_layers,
@@ -173,55 +159,22 @@ def measure_photo(model: Any, processor: Any, image: Image.Image) -> PhotoMeasur
     )
 
 
-def predict_photo(use: TokenUse, outputs: Any) -> list[ImagePrediction]:
-    """Collect all predictions from the outputs of one image.
-
-    That is the prediction of the classifier, or of each task, and of each added task. Encoders and
-    regression models have none of their own.
-    """
-    config = use.config
-    predictions = []
-
-    if use.has_head and config.tasks:
-        for task, names in config.task_labels().items():
-            predictions.append(build_prediction(task, outputs.logits[task], names))
-    elif use.has_head:
-        names = get_label_space(config).names
-        threshold = DEFAULT_THRESHOLD if is_multi_label(config) else None
-        predictions.append(build_prediction(None, outputs.logits, names, threshold))
-
-    for task, logits in (getattr(outputs, "task_logits", None) or {}).items():
-        head = config.get_added_tasks()[task]
-        threshold = None
-        if head.problem_type == "multi_label_classification":
-            threshold = head.threshold or DEFAULT_THRESHOLD
-        predictions.append(build_prediction(task, logits, head.labels, threshold))
-    return predictions
-
-
-def build_prediction(
-    task: str | None, logits: torch.Tensor, names: list[str], threshold: float | None = None
-) -> ImagePrediction:
-    """Select the shown labels from logits [1, labels].
-
-    With several labels per image, `threshold` is the probability from which a label is predicted.
-    """
-    if threshold is None:
-        (labels,) = select_top_labels(logits, names, MAX_LABELS)
-    else:
-        (labels,) = select_probable_labels(logits, names, threshold)
-    order = logits[0].float().sort(descending=True, stable=True).indices
-    return ImagePrediction(task, labels, order[: len(labels)].tolist())
-
-
-def attribute_predictions(
-    trace: AttentionTrace, predictions: list[ImagePrediction]
-) -> Iterator[tuple[str | None, Label, torch.Tensor]]:
-    """Yield the task, the label and the attribution [N] of each label that is shown."""
-    for prediction in predictions:
-        pairs = zip(prediction.labels, prediction.indices, strict=True)
-        for label, index in islice(pairs, MAX_LABELS):
-            yield prediction.task, label, trace.compute_attribution(index, prediction.task)[0]
+def predict_photo(
+    trace: AttentionTrace, heads: dict[str, ExtraHead]
+) -> tuple[dict[str | None, list[Label]], list[Attribution]]:
+    """Predict the labels of one photo by task, and attribute the most probable ones to tokens [N]."""
+    predictions: dict[str | None, list[Label]] = {}
+    attributions: list[Attribution] = []
+    for task, logits in get_logits_by_task(trace.outputs).items():
+        if task not in heads:  # the features of an encoder
+            continue
+        (labels,) = select_labels(logits, heads[task], MAX_LABELS)
+        predictions[task or None] = labels
+        order = logits[0].float().sort(descending=True, stable=True).indices.tolist()
+        for label, index in zip(labels[:MAX_LABELS], order, strict=False):
+            values = trace.compute_attribution(logits, index)[0]
+            attributions.append((task or None, label, values))
+    return predictions, attributions
 
 
 def decompose_patches(features: torch.Tensor) -> tuple[torch.Tensor, list[float]]:
@@ -248,16 +201,6 @@ def decompose_patches(features: torch.Tensor) -> tuple[torch.Tensor, list[float]
     colors[:, :num_components] = ((components - low) / np.maximum(high - low, 1e-12)).clip(0, 1)
     shares = np.nan_to_num(pca.explained_variance_ratio_).tolist()
     return torch.from_numpy(colors).unflatten(0, features.shape[:2]), shares
-
-
-@torch.no_grad()
-def compute_patch_attention(trace: AttentionTrace) -> torch.Tensor:
-    """Average the attention of the patches over the patches: [L, H, 1, N]."""
-    patches = trace.config.token_layout.patches
-    rows = [
-        layer.compute_weights()[0, :, patches].mean(dim=1, keepdim=True) for layer in trace.layers
-    ]
-    return torch.stack(rows).cpu()
 
 
 def match_colors(colors: torch.Tensor, last_layer: int) -> torch.Tensor:
@@ -311,7 +254,7 @@ def build_json_record(measurements: PhotoMeasurements) -> dict[str, Any]:
         "patch_grid": list(measurements.norms.shape[1:]),
         "visible_region": list(measurements.visible_region),
         "predictions": [
-            {"task": each.task, "labels": each.labels} for each in measurements.predictions
+            {"task": task, "labels": labels} for task, labels in measurements.predictions.items()
         ],
         "uniform_entropy": math.log(measurements.attention.shape[-1]),
         "tokens": tokens,

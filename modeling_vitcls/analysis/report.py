@@ -1,8 +1,8 @@
 """The HTML report: one self-contained page about predictions and special tokens, without a script.
 
 inspection = inspect_model(model, processor, images)
-photos = [measure_shown_photo(model, processor, images[0], "cat.jpg")]
-write_page("report.html", inspection, photos)
+photos = [ShownPhoto("cat.jpg", measure_photo(model, processor, images[0]))]
+write_page("report.html", "my model", inspection, photos)
 
 inspection.py      measurements of many images
 sheet.py           the sheet of each photo
@@ -22,14 +22,12 @@ import jinja2
 from markupsafe import Markup
 from PIL import Image
 
-from ..hub.loading import get_cached_commit
-from ..hub.local_paths import get_title
-from ..runtime.files import write_atomically, write_json
+from ..runtime.files import write_atomically
 from ..version import __version__
 from .ablation import Effect
 from .inspection import Inspection
 from .maps import draw_region, overlay, to_picture
-from .photo import PhotoMeasurements, measure_photo
+from .photo import PhotoMeasurements
 from .sheet import draw_sheet, shorten_middle
 
 
@@ -64,52 +62,42 @@ class ShownPhoto:
     def caption(self) -> str:
         """The true and the predicted labels, or the name of the photo."""
         predicted = self.predicted or ", ".join(
-            prediction.labels[0][0]
-            for prediction in self.measurements.predictions
-            if prediction.labels
+            labels[0][0] for labels in self.measurements.predictions.values() if labels
         )
         if self.truth and predicted:
             return f"{self.truth} → {predicted}"
         return predicted or shorten_name(self.name)
 
 
-def measure_shown_photo(
-    model: Any, processor: Any, image: Image.Image, name: str, **texts: str | None
-) -> ShownPhoto:
-    """Measure a photo for the report; `texts` are the texts of `ShownPhoto`."""
-    return ShownPhoto(name, measure_photo(model, processor, image), **texts)
-
-
 def write_page(
     file: str | Path,
+    title: str,
     inspection: Inspection,
     photos: Sequence[ShownPhoto] = (),
-    title: str | None = None,
     source: str | None = None,
+    commit: str | None = None,
     predictions: Mapping[str, Any] | None = None,
 ) -> None:
     """Write the report of an inspection (`inspect_model`) atomically.
 
     Args:
         file: path of the HTML file.
+        title: name of the model.
         inspection: measurements of many images.
         photos: photos to show.
-        title: name of the model. Default: name of the folder or Hub id that the model was loaded
-            from.
         source: description of the images.
+        commit: Hub commit of the model, if it is from the Hub.
         predictions: headline, wrong images and calibration
             (publishing/wrong_photos.py).
 
     Raises:
         OSError: if the file cannot be written.
     """
-    config = inspection.config
-    title = title or get_title(config.name_or_path) or inspection.model_class
     text = render_page(
         "report.html.j2",
         title=title,
         source=source,
-        commit=get_commit(config),
+        commit=commit,
         version=__version__,
         date=datetime.now().astimezone().strftime("%d %B %Y, %H:%M %Z"),
         inspection=inspection,
@@ -139,22 +127,21 @@ def render_page(template: str, **values: Any) -> str:
     return environment.get_template(template).render(style=style, **values)
 
 
-def write_json_values(file: Path, inspection: Inspection, model: str) -> None:
-    """Write the table of effects, the faults and the outlier norms as JSON, for programs.
+def build_inspection_record(
+    inspection: Inspection, model: str, commit: str | None
+) -> dict[str, Any]:
+    """Build the table of effects, the faults and the outlier norms for programs.
 
     `effects` has all values of each `Effect`; `num_images` is the number of measured images.
-
-    Raises:
-        OSError: if the file cannot be written.
     """
     effects = [
         {"token": token, "output": output, **asdict(effect)}
         | {"limit": effect.limit, "comparison": effect.comparison}
         for token, output, effect in inspection.effects
     ]
-    values = {
+    return {
         "model": model,
-        "commit": get_commit(inspection.config),
+        "commit": commit,
         "version": __version__,
         "effects": effects,
         "faults": inspection.faults,
@@ -162,7 +149,6 @@ def write_json_values(file: Path, inspection: Inspection, model: str) -> None:
         "num_images": inspection.num_images,
         "num_unreadable": inspection.num_unreadable,
     }
-    write_json(file, values)
 
 
 # The page -----------------------------------------------------------------------------------------
@@ -214,11 +200,6 @@ def format_effect(token: str, output: str, effect: Effect) -> dict[str, str]:
         "limit": "–" if effect.limit is None else f"{effect.limit:.2g}",
         "than a random token": effect.comparison,
     }
-
-
-def get_commit(config: Any) -> str | None:
-    """Find the Hub commit that a model was loaded from; None if the commit is unknown."""
-    return getattr(config, "_commit_hash", None) or get_cached_commit(config.name_or_path)
 
 
 def encode_data_url(image: Image.Image) -> str:

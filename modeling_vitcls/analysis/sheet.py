@@ -130,12 +130,11 @@ def draw_header(measurements: PhotoMeasurements, title: str) -> Figure:
         f"{'all' if sees_all else f'the central {share:.0%}'} of it at {width} × {height} pixels, "
         f"as {columns} × {rows} patches",
     ]
-    for prediction in measurements.predictions:
-        labels = ", ".join(
-            f"{shorten_middle(name, 40)} {probability:.0%}"
-            for name, probability in prediction.labels
+    for task, labels in measurements.predictions.items():
+        text = ", ".join(
+            f"{shorten_middle(name, 40)} {probability:.0%}" for name, probability in labels
         )
-        lines.append(f"{prediction.task or 'prediction'}: {labels or 'no label'}")
+        lines.append(f"{task or 'prediction'}: {text or 'no label'}")
 
     height = 0.6 + 0.2 * len(lines)
     figure = Figure((WIDTH, height), DPI)

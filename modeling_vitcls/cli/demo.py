@@ -94,7 +94,7 @@ def build_page(options: DemoOptions) -> Any:
     settings = PredictOptions(model=options.model, paths=("photo",), top_k=NUM_LABELS)
     predictor = build_predictor(settings, open_model(options.model), build_accelerator())
     columns: Any = predictor.columns
-    tasks = [*columns.single_labels, *columns.label_lists]
+    tasks = list(columns.column_pairs)
 
     def answer(file: str | None) -> list[Any]:
         if file is None:
@@ -142,15 +142,14 @@ def read_answer(row: dict[str, Any], columns: Any, task: str) -> tuple[str, dict
         columns: The columns of the row (LabelColumns).
         task: The task; empty for the classifier itself.
     """
-    from ..inference.prediction_rows import name_column
+    from ..inference.prediction_rows import has_several_labels, name_column
 
-    if task in columns.label_lists:
-        names = row[name_column(task, "labels")]
-        probabilities = row[name_column(task, "probabilities")]
+    names, probabilities = (
+        [row[pair[index]] for pair in columns.column_pairs[task]] for index in range(2)
+    )
+    if has_several_labels(columns.heads[task]):  # in one pair of columns, which contain lists
+        (names,), (probabilities,) = names, probabilities
         answer = ", ".join(names) or NONE_OF_THESE
     else:
-        pairs = columns.column_pairs[task]
-        names = [row[label] for label, _ in pairs]
-        probabilities = [row[probability] for _, probability in pairs]
         answer = NONE_OF_THESE if row.get(name_column(task, "unknown")) else names[0]
     return answer, dict(zip(names, probabilities, strict=True))

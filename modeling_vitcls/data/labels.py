@@ -29,7 +29,7 @@ from typing import Any, Literal
 
 import torch
 
-from ..model.configuration_vitcls import ViTCLSConfig
+from ..model.configuration_vitcls import ExtraHead, ViTCLSConfig
 from ..model.heads_vitcls import IGNORED_LABEL
 from ..runtime.errors import warn_on_first_process
 
@@ -181,6 +181,37 @@ def get_label_space(config: ViTCLSConfig) -> LabelSpace:
         "multi_label_classification" if has_several_labels else "single_label_classification"
     )
     return LabelSpace(kind, {"label": [id2label[index] for index in range(len(id2label))]})
+
+
+def get_heads(config: ViTCLSConfig, threshold: float | None = None) -> dict[str, ExtraHead]:
+    """Find the labels of a model: its own by task, or with an empty name, then those of added tasks.
+
+    `threshold` is the probability from which one of several own labels is predicted. Raise ValueError
+    for a model without labels.
+    """
+    heads: dict[str, ExtraHead] = {}
+    if config.tasks:
+        heads = {task: ExtraHead(names) for task, names in config.task_labels().items()}
+    elif config.num_labels or not config.extra_heads:
+        check_is_classifier(config)
+        kind: Any = (
+            "multi_label_classification"
+            if is_multi_label(config)
+            else "single_label_classification"
+        )
+        names = get_label_space(config).names
+        heads = {"": ExtraHead(names, problem_type=kind, threshold=threshold)}
+    return heads | config.get_added_tasks()
+
+
+def check_is_classifier(config: ViTCLSConfig) -> None:
+    """Raise ValueError for a model without classes, or for regression."""
+    if not config.tasks and (not config.num_labels or config.problem_type == "regression"):
+        problem = "was trained for regression" if config.num_labels else "has no classifier"
+        raise ValueError(
+            f"labels require a classifier, but the model {problem}. Fine-tune a classifier, or "
+            "write features with `vitcls predict --features cls`"
+        )
 
 
 def is_known(label: int | None) -> bool:

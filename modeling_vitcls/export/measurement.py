@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from ..data.evaluation_data import load_calibration_and_evaluation_data
 from ..data.images import LabeledImages
 from ..data.label_matching import match_labels
-from ..data.labels import UNLABELED, get_label_space
+from ..data.labels import UNLABELED, check_is_classifier, get_label_space
 from ..data.options import DataOptions
 from ..data.splits import load_training_data
 from ..data.splits_table import read_splits, select_task
@@ -31,7 +31,7 @@ from ..inference.evaluator import Evaluator
 from ..inference.exported_graphs import ExportedModel
 from ..inference.image_pass import ImageOutput, prepare_batches
 from ..inference.intervals import compute_proportion_interval
-from ..inference.load_model import Classifier, check_is_classifier
+from ..inference.load_model import Classifier
 from ..model.heads_vitcls import IGNORED_LABEL
 from ..model.image_processing_vitcls import ViTCLSImageProcessor
 from ..model.modeling_vitcls import ViTCLSPreTrainedModel

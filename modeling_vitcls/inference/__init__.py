@@ -1,7 +1,7 @@
 """Evaluation, prediction and feature extraction with saved models, on any number of processes.
 
     options.py          flags of `vitcls evaluate` and `vitcls predict`
-    load_model.py       loading of a model by name, and a check that the model is a classifier
+    load_model.py       loading of a model, its image processor and the number of images per batch
     exported_graphs.py  files of `vitcls export` in place of a model, for `vitcls predict --backend`
     metrics.py          metrics for each kind of labels
     image_pass.py       one pass of images through a model, for everything in this list that needs outputs

@@ -147,13 +147,3 @@ def choose_batch_size(
     image_size = get_output_size(processor, config.image_height_width)
     num_tokens = config.token_layout.get_num_tokens(*config.get_grid_size(image_size))
     return max(1, min(default, CPU_BATCH_TOKENS // num_tokens))
-
-
-def check_is_classifier(config: ViTCLSConfig) -> None:
-    """Raise ValueError for a model without classes, or for regression."""
-    if not config.tasks and (not config.num_labels or config.problem_type == "regression"):
-        problem = "was trained for regression" if config.num_labels else "has no classifier"
-        raise ValueError(
-            f"labels require a classifier, but the model {problem}. Fine-tune a classifier, or "
-            "write features with `vitcls predict --features cls`"
-        )

@@ -22,6 +22,7 @@ from rich.console import Console
 from transformers import PreTrainedModel
 
 from ..conversion.open_model import open_model
+from ..data.labels import get_heads
 from ..data.splits import load_on_main
 from ..hub.model_folder import ModelFolder
 from ..model.image_processing_vitcls import ViTCLSImageProcessor
@@ -45,10 +46,11 @@ from .outputs import (
 )
 from .prediction_rows import (
     AutocastFactory,
+    FeatureColumns,
+    LabelColumns,
     PredictionColumns,
     PreparedRecord,
     Row,
-    build_prediction_columns,
     predict_rows,
 )
 
@@ -148,13 +150,12 @@ def build_predictor(
             "have too few digits. `backend='torch'` does"
         )
         print_line(f"engine: {text}")
-    columns = build_prediction_columns(
-        model=model,
-        top_k=options.top_k,
-        threshold=options.threshold,
-        features=options.features,
-        feature_dtype=options.feature_dtype,
-    )
+    columns: PredictionColumns
+    if options.features is None:
+        heads = get_heads(config, options.threshold)
+        columns = LabelColumns(model, heads, options.top_k)
+    else:
+        columns = FeatureColumns(model, options.features, options.feature_dtype)
     return Predictor(
         model=model,
         processor=processor,

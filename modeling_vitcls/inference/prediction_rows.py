@@ -17,7 +17,7 @@ W], and `build_rows` converts the outputs to rows.
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -25,12 +25,10 @@ import pyarrow as pa
 import torch
 from transformers import PreTrainedModel
 
-from ..data.labels import is_multi_label
 from ..model.configuration_vitcls import ExtraHead
 from .exported_graphs import DISTANCE, GraphError
 from .image_pass import ImageBatch, find_finite, pass_over_images
 from .inputs import ImageRecord
-from .load_model import check_is_classifier
 
 
 Row = dict[str, Any]
@@ -44,40 +42,40 @@ Label = tuple[str, float]  # name and probability
 DEFAULT_THRESHOLD = 0.5
 
 
-def select_top_labels(logits: torch.Tensor, names: list[str], top_k: int) -> list[list[Label]]:
-    """Select the `top_k` most probable labels of each image, given logits [B, num_labels].
+def has_several_labels(head: ExtraHead) -> bool:
+    """Check whether an image has any number of the labels of a head."""
+    return head.problem_type == "multi_label_classification"
 
-    Each image has one label.
+
+def select_labels(logits: torch.Tensor, head: ExtraHead, max_labels: int) -> list[list[Label]]:
+    """Select the most probable labels of each image in order, given logits [B, num_labels].
+
+    These are `max_labels` labels. If images have several labels, they are all labels whose
+    probability is at least the threshold of the head.
     """
-    # values and indices, [B, top_k]
-    top_labels = logits.float().softmax(dim=1).topk(min(top_k, len(names)), dim=1)
-    return build_labels(top_labels.indices, top_labels.values, names)
+    lowest = -torch.inf
+    ranked: Any
+    if has_several_labels(head):
+        lowest = DEFAULT_THRESHOLD if head.threshold is None else head.threshold
+        ranked = logits.float().sigmoid().sort(dim=1, descending=True, stable=True)
+    else:
+        ranked = logits.float().softmax(dim=1).topk(min(max_labels, len(head.labels)), dim=1)
 
-
-def select_probable_labels(
-    logits: torch.Tensor, names: list[str], threshold: float
-) -> list[list[Label]]:
-    """Select the labels of each image whose probability is at least `threshold`, sorted.
-
-    The multi-label logits are [B, num_labels].
-    """
-    # Values and indices, [B, num_labels].
-    sorted_labels = logits.float().sigmoid().sort(dim=1, descending=True, stable=True)
-    return [
-        [(name, probability) for name, probability in image_labels if probability >= threshold]
-        for image_labels in build_labels(sorted_labels.indices, sorted_labels.values, names)
-    ]
-
-
-def build_labels(
-    indices: torch.Tensor, probabilities: torch.Tensor, names: list[str]
-) -> list[list[Label]]:
-    """Pair the names and probabilities of labels, given indices and probabilities [B, n]."""
     labels = []
-    for pair in zip(indices.tolist(), probabilities.tolist(), strict=True):
+    for pair in zip(ranked.values.tolist(), ranked.indices.tolist(), strict=True):
         image_labels = zip(*pair, strict=True)
-        labels.append([(names[index], probability) for index, probability in image_labels])
+        # not `value >= lowest`: probabilities that are not numbers are found later, with the image
+        labels.append(
+            [(head.labels[index], value) for value, index in image_labels if not value < lowest]
+        )
     return labels
+
+
+def get_logits_by_task(outputs: Any) -> dict[str, torch.Tensor]:
+    """Map each task to its logits [B, num_labels]. The task of a classifier has an empty name."""
+    logits = getattr(outputs, "logits", {})
+    by_task = logits if isinstance(logits, dict) else {"": logits}
+    return {**by_task, **(getattr(outputs, "task_logits", None) or {})}
 
 
 def name_column(task: str, name: str) -> str:
@@ -105,31 +103,28 @@ class LabelColumns:
     ) -> None:
         self.model = model
         self.max_labels = top_k
-        self.label_lists = {
-            task: head
-            for task, head in heads.items()
-            if head.problem_type == "multi_label_classification"
-        }
-        self.single_labels = {
-            task: head for task, head in heads.items() if task not in self.label_lists
-        }
+        self.heads = heads
         self.has_distance = getattr(model, "class_distance", None) is not None
         # task -> names of label and probability columns
         self.column_pairs: dict[str, list[tuple[str, str]]] = {}
         self.columns: dict[str, pa.DataType] = {}
 
-        for task, head in self.single_labels.items():
+        # tasks with lists of labels come last
+        for task, head in sorted(heads.items(), key=lambda item: has_several_labels(item[1])):
+            types = [pa.string(), pa.float32()]
             ranks = range(2, min(top_k or 1, len(head.labels)) + 1)
+            names = [("label", "probability")]
+            names += [(f"label_{rank}", f"probability_{rank}") for rank in ranks]
+            if has_several_labels(head):
+                types = [pa.list_(each) for each in types]
+                names = [("labels", "probabilities")]
             self.column_pairs[task] = [
-                (name_column(task, f"label{suffix}"), name_column(task, f"probability{suffix}"))
-                for suffix in ("", *(f"_{rank}" for rank in ranks))
+                (name_column(task, label), name_column(task, probability))
+                for label, probability in names
             ]
-            for label_column, probability_column in self.column_pairs[task]:
-                self.columns |= {label_column: pa.string(), probability_column: pa.float32()}
+            for pair in self.column_pairs[task]:
+                self.columns |= dict(zip(pair, types, strict=True))
 
-        for task in self.label_lists:
-            self.columns[name_column(task, "labels")] = pa.list_(pa.string())
-            self.columns[name_column(task, "probabilities")] = pa.list_(pa.float32())
         if self.has_distance:
             self.columns[DISTANCE] = pa.float32()
         if self.has_distance and model.config.distance_threshold is not None:
@@ -138,9 +133,8 @@ class LabelColumns:
     def predict(self, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
         """Compute the logits [B, num_labels] of each task."""
         outputs: Any = self.model(pixel_values)
-        logits = outputs.logits if isinstance(outputs.logits, dict) else {"": outputs.logits}
-        logits = {**logits, **(getattr(outputs, "task_logits", None) or {})}
-        tensors = {task: logits[task].float() for task in (*self.single_labels, *self.label_lists)}
+        logits = get_logits_by_task(outputs)
+        tensors = {task: logits[task].float() for task in self.column_pairs}
         if self.has_distance:
             tensors[DISTANCE] = outputs.distance.float()[:, None]
         return tensors
@@ -149,19 +143,17 @@ class LabelColumns:
         """Build one row per image with the most probable labels."""
         columns: dict[str, Sequence[Any]] = {}
         for task, pairs in self.column_pairs.items():
-            names = self.single_labels[task].labels
-            images = select_top_labels(outputs[task], names, len(pairs))
+            head = self.heads[task]
+            images = select_labels(outputs[task], head, len(pairs))
             for rank, pair in enumerate(pairs):
-                names_and_probabilities = zip(*(labels[rank] for labels in images), strict=True)
-                columns |= dict(zip(pair, names_and_probabilities, strict=True))
-
-        for task, head in self.label_lists.items():
-            threshold = DEFAULT_THRESHOLD if head.threshold is None else head.threshold
-            images = select_probable_labels(outputs[task], head.labels, threshold)
-            for index, name in enumerate(("labels", "probabilities")):
-                columns[name_column(task, name)] = [
-                    [label[index] for label in labels[: self.max_labels]] for labels in images
-                ]
+                for index, name in enumerate(pair):
+                    if has_several_labels(head):
+                        columns[name] = [
+                            [label[index] for label in labels[: self.max_labels]]
+                            for labels in images
+                        ]
+                    else:
+                        columns[name] = [labels[rank][index] for labels in images]
 
         if self.has_distance:
             columns[DISTANCE] = outputs[DISTANCE][:, 0].tolist()
@@ -285,35 +277,6 @@ PredictionColumns = LabelColumns | FeatureColumns
 PreparedRecord = tuple[ImageRecord, torch.Tensor | str]
 # function that returns a context manager for a forward pass
 AutocastFactory = Callable[[], AbstractContextManager]
-
-
-def build_prediction_columns(
-    model: PreTrainedModel,
-    top_k: int | None,
-    threshold: float,
-    features: Sequence[str] | None,
-    feature_dtype: str = "float32",
-) -> PredictionColumns:
-    """Build the output columns of a model.
-
-    Raise ValueError if the model does not support the arguments.
-    """
-    config: Any = model.config
-    if features is not None:
-        return FeatureColumns(model, features, feature_dtype)
-
-    heads = config.get_added_tasks()
-    if config.tasks or config.num_labels or not heads:
-        check_is_classifier(config)
-    if config.tasks:
-        tasks = {task: ExtraHead(labels) for task, labels in config.task_labels().items()}
-        heads = tasks | heads
-    elif config.num_labels:
-        head = ExtraHead([config.id2label[index] for index in range(config.num_labels)])
-        if is_multi_label(config):
-            head = replace(head, problem_type="multi_label_classification", threshold=threshold)
-        heads = {"": head} | heads
-    return LabelColumns(model, heads, top_k)
 
 
 def predict_rows(

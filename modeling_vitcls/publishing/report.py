@@ -17,7 +17,8 @@ import torch
 from PIL import Image
 
 from ..analysis.inspection import Inspection, inspect_model, select_images
-from ..analysis.report import ShownPhoto, measure_shown_photo, write_page
+from ..analysis.photo import measure_photo
+from ..analysis.report import ShownPhoto, write_page
 from ..analysis.sheet import draw_sheet
 from ..data.options import DataOptions
 from ..data.splits import TrainingData, load_training_data
@@ -67,7 +68,14 @@ def write_report(folder: ModelFolder, warn: Callable[[str], None]) -> str | None
                 bit_depth = folder.load_processor().bit_depth
                 wrong = wrong_photos(rows, found, data.label_space.names, bit_depth)
                 predictions = summarize_predictions(folder, rows) | {"wrong": wrong}
-            write_page(folder.path / REPORT_FILE, inspection, photos, name, source, predictions)
+            write_page(
+                folder.path / REPORT_FILE,
+                name,
+                inspection,
+                photos,
+                source=source,
+                predictions=predictions,
+            )
     if folder.config is not None:
         with convert_errors(warn, "the card has no images, because the images could not be drawn"):
             sheet = draw_sheet(photos[0].measurements, name) if photos else None
@@ -116,7 +124,7 @@ def inspect_run(
             texts = {"name": names[index], "truth": truth, "kind": kind}
             chosen.append((sample.images[index], texts))
     photos = [
-        measure_shown_photo(model, processor, image, **texts)
+        ShownPhoto(measurements=measure_photo(model, processor, image), **texts)
         for image, texts in track(chosen, "drawing photos", unit="", has_bar=False)
     ]
     return inspection, photos

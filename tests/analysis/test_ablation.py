@@ -122,7 +122,7 @@ def test_replacing_a_token_by_its_mean_equals_a_computation_layer_by_layer(
 def test_tokens_that_a_head_does_not_read_are_compared_with_redrawn_ones() -> None:
     model = build_classifier(num_register_tokens=3)
     outputs = torch.stack(gather_outputs(model, UNLABELED)[""])
-    labels = predict_labels(list(outputs), model.config)
+    labels = predict_labels(list(outputs), has_several_labels=False)
     found = compute_ablations(model, TokenUse(model.config), build_batches(labels))
     # the model is unchanged
     assert torch.equal(torch.stack(gather_outputs(model, UNLABELED)[""]), outputs)
@@ -135,18 +135,17 @@ def test_tokens_that_a_head_does_not_read_are_compared_with_redrawn_ones() -> No
 
 
 def test_an_effect_has_its_size_and_its_intervals() -> None:
-    config = build_tiny_config(num_labels=2)
     before = list(torch.tensor([[2.0, 0.0], [0.0, 2.0]]))
     after = list(torch.tensor([[2.0, 0.0], [4.0, 2.0]]))
 
-    found = compute_effect(before, after, config)
+    found = compute_effect(before, after, has_several_labels=False)
     assert (found.changed, found.size, found.num_images) == (0.5, 2.0, 2)
     assert found.changed_interval == pytest.approx((0.0945, 0.9055), abs=1e-4)  # Wilson
     assert found.interval == pytest.approx((0.0, 8**0.5))
     assert found.is_measurable
     assert not found.is_beyond_limit
 
-    same = compute_effect(before, before, config)
+    same = compute_effect(before, before, has_several_labels=False)
     assert (same.changed, same.size, same.is_measurable) == (0.0, 0.0, False)
 
 

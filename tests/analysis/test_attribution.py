@@ -19,9 +19,7 @@ from modeling_vitcls import (
     ViTCLSForImageClassification,
     ViTCLSForMultiTaskClassification,
 )
-from modeling_vitcls.analysis.attribution import (
-    trace_attention,
-)
+from modeling_vitcls.analysis.attribution import trace_attention
 
 
 TOLERANCE = 1e-5
@@ -79,6 +77,14 @@ def run_eager(model: Any, pixels: torch.Tensor) -> Any:
     return outputs
 
 
+def compute_attribution(
+    model: Any, pixels: torch.Tensor, label: int, task: str | None = None
+) -> torch.Tensor:
+    trace = trace_attention(model, pixels, needs_gradients=True)
+    logits = trace.outputs.logits if task is None else trace.outputs.logits[task]
+    return trace.compute_attribution(logits, label)
+
+
 def compute_relevance(
     model: Any, pixels: torch.Tensor, target: int, task: str | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -121,9 +127,7 @@ def test_attribution_starts_at_the_tokens_that_the_head_reads(
     fields: dict[str, Any], special: list[float], patches: str
 ) -> None:
     model = build_classifier(**fields)
-    found = trace_attention(
-        model, build_images(2, 24, 56), needs_gradients=True
-    ).compute_attribution(target=1)
+    found = compute_attribution(model, build_images(2, 24, 56), 1)
     relevance, sequence = compute_relevance(model, build_images(2, 24, 56), target=1)
     expected = (expand_shares(special, patches, sequence)[:, None] @ relevance).squeeze(1)
     assert_same_relevance(found, expected)
@@ -136,18 +140,14 @@ def test_attribution_equals_a_reference_for_every_kind_of_layers(
     fields: dict[str, Any],
 ) -> None:
     model = build_classifier(**fields)
-    found = trace_attention(model, build_images(), needs_gradients=True).compute_attribution(
-        target=2
-    )
+    found = compute_attribution(model, build_images(), 2)
     assert_same_relevance(found, compute_relevance(model, build_images(), target=2)[0][:, 0])
 
 
 def test_attribution_starts_at_every_pooled_layer() -> None:
     """The relevance of a CLS token that is read twice is the sum of both paths."""
     model = build_classifier(num_hidden_layers=2, pooled_layers=[1, 2])
-    found = trace_attention(model, build_images(), needs_gradients=True).compute_attribution(
-        target=1
-    )
+    found = compute_attribution(model, build_images(), 1)
     first = torch.eye(17)[:1].expand(2, 1, -1)
     maps = []
     trace = trace_attention(model, build_images(), needs_gradients=True)
@@ -168,30 +168,19 @@ def test_attribution_of_a_task_starts_at_its_cls_token() -> None:
         ViTCLSForMultiTaskClassification(build_tiny_config(**LAYERS, num_cls_tokens=2, tasks=TASKS))
     )
     for place, task in enumerate(["age", "species"]):
-        found = trace_attention(model, build_images(), needs_gradients=True).compute_attribution(
-            target=1, task=task
-        )
+        found = compute_attribution(model, build_images(), 1, task)
         assert_same_relevance(found, compute_relevance(model, build_images(), 1, task)[0][:, place])
-    assert (
-        get_largest_difference(
-            found,
-            trace_attention(model, build_images(), needs_gradients=True).compute_attribution(
-                target=1, task="age"
-            ),
-        )
-        > 1e-3
-    )
+    other = compute_attribution(model, build_images(), 1, "age")
+    assert get_largest_difference(found, other) > 1e-3
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_weights_may_be_frozen_and_gradients_disabled(mode: Any) -> None:
-    expected = trace_attention(
-        build_classifier(), build_images(), needs_gradients=True
-    ).compute_attribution(target=0)
+    expected = compute_attribution(build_classifier(), build_images(), 0)
     model = build_classifier().requires_grad_(False)
     pixels = build_images()
     with mode():
-        found = trace_attention(model, pixels, needs_gradients=True).compute_attribution(target=0)
+        found = compute_attribution(model, pixels, 0)
     assert get_largest_difference(found, expected) <= TOLERANCE
     assert not pixels.requires_grad
     assert_no_recording(model)

@@ -26,10 +26,12 @@ PIXELS = PROCESSOR(PHOTO, return_tensors="pt")["pixel_values"]
 TOKENS: dict[str, Any] = {"num_register_tokens": 2, "num_hidden_layers": 3}
 
 
-def compute_attribution(model: Any, target: int, task: str | None = None) -> torch.Tensor:
+def compute_attribution(model: Any, target: int) -> torch.Tensor:
     trace = trace_attention(model, PIXELS, needs_gradients=True)
     return extract_patch_maps(
-        trace.compute_attribution(target, task)[0], model.config, PIXELS.shape[-2:]
+        trace.compute_attribution(trace.outputs.logits, target)[0],
+        model.config,
+        PIXELS.shape[-2:],
     )
 
 
@@ -43,9 +45,9 @@ def test_predictions_maps_and_norms_are_those_of_the_model() -> None:
         outputs = model(PIXELS, output_hidden_states=True)
         rows = extract_patch_maps(model.token_attention(PIXELS)[0], model.config, (32, 40))
     probabilities, indices = outputs.logits[0].softmax(dim=0).topk(3)
-    (prediction,) = found.predictions
-    assert [name for name, _ in prediction.labels] == [f"LABEL_{index}" for index in indices]
-    assert [value for _, value in prediction.labels] == pytest.approx(probabilities.tolist())
+    labels = found.predictions[None]
+    assert [name for name, _ in labels] == [f"LABEL_{index}" for index in indices]
+    assert [value for _, value in labels] == pytest.approx(probabilities.tolist())
     assert get_largest_difference(found.maps, rows) < 1e-5
     for norms, states in zip(found.norms, outputs.hidden_states[1:], strict=True):
         assert get_largest_difference(norms.flatten(), states[0, 3:].norm(dim=-1)) < 1e-5
@@ -62,11 +64,14 @@ def test_added_tasks_have_the_attributions_of_a_model_for_the_task() -> None:
     config = build_tiny_config(num_labels=5, extra_heads=heads, pooled_layers=[-2, -1], **TOKENS)
     model = randomize(ViTCLSForImageClassification(config))
     found = measure_photo(model, PROCESSOR, PHOTO)
-    assert [each.task for each in found.predictions] == [None, "tags", "weather"]
-    (prediction,) = (each for each in found.predictions if each.task == "weather")
-    (first, *_) = (values for task, _, values in found.attributions if task == "weather")
-    alone = compute_attribution(model.select_task("weather"), prediction.indices[0])
-    assert get_largest_difference(first, alone) < 1e-5
+    assert list(found.predictions) == [None, "tags", "weather"]
+    (first, *_) = (
+        (name, values) for task, (name, _), values in found.attributions if task == "weather"
+    )
+    alone = compute_attribution(
+        model.select_task("weather"), heads["weather"]["labels"].index(first[0])
+    )
+    assert get_largest_difference(first[1], alone) < 1e-5
 
 
 def test_a_rotated_photo_is_upright_and_pixels_without_a_patch_are_not_covered() -> None:

@@ -19,10 +19,8 @@ from modeling_vitcls import (
     ViTCLSModel,
 )
 from modeling_vitcls.analysis.inspection import Inspection, inspect_model
-from modeling_vitcls.analysis.report import (
-    measure_shown_photo,
-    write_page,
-)
+from modeling_vitcls.analysis.photo import measure_photo
+from modeling_vitcls.analysis.report import ShownPhoto, write_page
 from modeling_vitcls.version import __version__
 
 
@@ -74,10 +72,10 @@ def report(
 ) -> Path:
     file = tmp_path_factory.mktemp("report") / "report.html"
     photos = [
-        measure_shown_photo(model, PROCESSOR, image, name, truth="A & <B>", kind="wrong")
+        ShownPhoto(name, measure_photo(model, PROCESSOR, image), truth="A & <B>", kind="wrong")
         for image, name in zip(build_pil_images(3), NAMES, strict=False)
     ]
-    write_page(file, inspection, photos, "A & <B>", "my photos")
+    write_page(file, "A & <B>", inspection, photos, "my photos")
     return file
 
 
@@ -139,12 +137,12 @@ def test_every_kind_of_model_has_a_report(name: str, browser: Browser, tmp_path:
     model = randomize(KINDS[name])
     images = build_pil_images(2)
     found = inspect_model(model, PROCESSOR, images)
-    photos = [measure_shown_photo(model, PROCESSOR, image, "photo.jpg") for image in images]
-    write_page(file, found, photos)
+    photos = [ShownPhoto("photo.jpg", measure_photo(model, PROCESSOR, image)) for image in images]
+    write_page(file, name, found, photos)
 
     assert {effect.comparison for _, _, effect in found.effects} <= {"under 16 images"}
     page = browser.new_page()
     page.goto(file.as_uri())
     expect(page.locator("#photos details")).to_have_count(2)
-    assert found.model_class in page.locator("h1").inner_text()
+    assert found.model_class in page.locator("#about").inner_text()
     page.close()

@@ -8,8 +8,9 @@ import pytest
 import sklearn.datasets
 from PIL import Image
 
+from modeling_vitcls.data.labels import get_heads
 from modeling_vitcls.inference.predict import Predictor, wrap_images
-from modeling_vitcls.inference.prediction_rows import build_prediction_columns
+from modeling_vitcls.inference.prediction_rows import FeatureColumns, LabelColumns
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +60,11 @@ def predict(
 ) -> list[dict[str, Any]]:
     """Return the rows of a model in memory."""
     names = [features] if isinstance(features, str) else features
-    columns = build_prediction_columns(model.eval(), top_k, threshold, names)
+    columns: Any = (
+        LabelColumns(model.eval(), get_heads(model.config, threshold), top_k)
+        if names is None
+        else FeatureColumns(model.eval(), names, "float32")
+    )
     predictor = Predictor(model, processor, columns, nullcontext, batch_size, num_workers=1)
     source = wrap_images(images if isinstance(images, list) else [images])
     return list(predictor.iterate_rows(source.read_records(range(source.num_images))))

@@ -11,9 +11,11 @@ from modeling_vitcls import (
     ViTCLSForMultiTaskClassification,
     ViTCLSModel,
 )
+from modeling_vitcls.data.labels import get_heads
 from modeling_vitcls.inference.prediction_rows import (
+    FeatureColumns,
+    LabelColumns,
     build_checked_rows,
-    build_prediction_columns,
     try_predict,
 )
 
@@ -41,7 +43,11 @@ def test_an_image_without_a_finite_output_does_not_affect_other_images(
     model_class: Any, fields: dict[str, Any], features: str | None
 ) -> None:
     model = randomize(model_class(build_tiny_config(**fields)))
-    columns = build_prediction_columns(model, 2, 0.0, features and [features])
+    columns: Any = (
+        FeatureColumns(model, [features], "float32")
+        if features
+        else LabelColumns(model, get_heads(model.config, 0.0), 2)
+    )
     pixels = build_images(3)
     pixels[1, 0, 0, 0] = torch.nan
     first, second, third = predict(columns, pixels)
@@ -66,14 +72,12 @@ def test_one_task_without_a_finite_output_is_an_error() -> None:
     )
     with torch.no_grad():
         model.classifiers["task_age"].bias[1] = torch.inf
-    rows = predict(build_prediction_columns(model, 1, 0.5, None), build_images(2))
+    rows = predict(LabelColumns(model, get_heads(model.config), 1), build_images(2))
     assert [row.keys() for row in rows] == [{"error"}] * 2
 
 
 def test_images_of_an_unsupported_shape_are_errors() -> None:
-    columns = build_prediction_columns(
-        randomize(ViTCLSModel(build_tiny_config())), None, 0.5, ["cls"]
-    )
+    columns = FeatureColumns(randomize(ViTCLSModel(build_tiny_config())), ["cls"], "float32")
     rows = predict(columns, build_images(2, channels=4))
     assert len(rows) == 2
     assert all("requires 3 channel" in row["error"] for row in rows)
