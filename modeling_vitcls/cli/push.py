@@ -68,7 +68,7 @@ OPTIONS_CLASS = PushOptions
 
 def run(options: PushOptions) -> None:
     """Push a model and verify the pushed commit, or verify a repository if --verify-only is set."""
-    from ..hub.local_paths import split_revision
+    from ..hub.loading import split_revision
     from ..hub.model_folder import ModelFolder
     from ..publishing.push import prepare_repository, push_folder
     from ..publishing.verify import verify, verify_push

@@ -25,15 +25,15 @@ from filelock import FileLock
 from huggingface_hub import constants
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
-from ..hub.loading import (
+from ..hub.loading import append_commit, get_cached_commit, get_model_folder, pin_revision
+from ..hub.local_paths import split_prefix
+from ..hub.model_files import (
     CONFIG_FILE,
-    CONFIG_FILES,
-    get_cached_commit,
-    get_model_folder,
+    PARITY_REPORT_FILE,
+    RESULTS_FILE,
+    SPLITS_FILE,
+    list_backend_files,
 )
-from ..hub.local_paths import split_prefix, split_revision
-from ..hub.model_checks import check_is_vitcls
-from ..hub.model_files import PARITY_REPORT_FILE, RESULTS_FILE, SPLITS_FILE, list_backend_files
 from ..hub.model_folder import ModelFolder
 from ..model.configuration_vitcls import PRESETS
 from ..runtime.files import read_json
@@ -78,47 +78,30 @@ def open_model(source: str, backend: str = "torch", files: Sequence[str] = ()) -
             f"{source} contains an unfinished run without a model. Continue the run: `vitcls "
             "finetune ... --resume`"
         )
-    patterns = [*list_backend_files(backend), RESULTS_FILE, SPLITS_FILE, PARITY_REPORT_FILE]
-    patterns += files
-    folder = find_or_convert(source, patterns)
-    check_is_vitcls(source, folder)
+    is_named = source.startswith(SOURCE_PREFIXES) and not Path(source).exists()
+    if is_named or Path(source).is_file():
+        folder = convert_once(pin_revision(source))
+    else:
+        records = (RESULTS_FILE, SPLITS_FILE, PARITY_REPORT_FILE)
+        folder = get_model_folder(source, (*list_backend_files(backend), *records, *files))
+        prefix = find_prefix(folder)
+        if prefix:
+            folder = convert_once(prefix + append_commit(source, folder))
     return ModelFolder(Path(folder), source)
 
 
-def find_or_convert(source: str, files: Sequence[str]) -> str:
-    """Find the folder of a vitcls model, or of the converted model of another source."""
-    is_named = source.startswith(SOURCE_PREFIXES) and not Path(source).exists()
-    if is_named or Path(source).is_file():
-        return convert_once(pin_revision(source))
-
-    name, revision = split_revision(source)
-    folder = get_model_folder(name, files, revision)
-    commit = get_cached_commit(folder)
-    pinned_name = f"{name}@{commit}" if commit else name
-
+def find_prefix(folder: str) -> str:
+    """Find out which project a model is from: the prefix of its name, which is empty for ours."""
     try:
         config = read_json(Path(folder, CONFIG_FILE))
-    except (OSError, ValueError):  # the error is reported when the model is loaded
-        return folder
-
+    except (OSError, ValueError):  # the error is reported when the folder is opened
+        return ""
     model_type = config.get("model_type")
     if model_type in CONFIG_MAPPING_NAMES:
-        return convert_once(f"transformers:{pinned_name}")
+        return "transformers:"
     if model_type is None and isinstance(config.get("architecture"), str):  # a model saved by timm
-        return convert_once(f"timm:hf-hub:{pinned_name}" if commit else f"timm:local-dir:{name}")
-    return folder  # a vitcls model; unsupported models raise an error on loading
-
-
-def pin_revision(source: str) -> str:
-    """Append the commit hash to the id of a Hub model. Other sources are returned unchanged."""
-    if source.startswith("timm:"):
-        return source
-    prefix = "transformers:" if source.startswith("transformers:") else ""
-    name, revision = split_revision(source.removeprefix(prefix))
-    # The small files are enough to learn the commit. If its conversion is in the cache, the weights
-    # are not needed.
-    commit = get_cached_commit(get_model_folder(name, CONFIG_FILES, revision))
-    return f"{prefix}{name}@{commit}" if commit else source
+        return "timm:local-dir:" if get_cached_commit(folder) is None else "timm:hf-hub:"
+    return ""  # unsupported models raise an error when the folder is opened
 
 
 def convert_once(source: str) -> str:

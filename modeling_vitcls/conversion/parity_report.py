@@ -9,14 +9,16 @@ comparison is repeated at the size that the image processor makes and at a non-s
 which position embeddings are resampled.
 """
 
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from ..hub.model_files import PARITY_REPORT_FILE, hash_weights
 from ..model.configuration_vitcls import ViTCLSConfig
-from ..model.cpu_kernels_vitcls import uninstall_cpu_kernels
 from ..model.modeling_vitcls import ViTCLSForImageClassification, ViTCLSPreTrainedModel
 from ..runtime.errors import format_error
+from ..runtime.files import write_json
 from .source_models import Outputs, SourceModel
 from .weight_rules import ConversionError
 
@@ -29,6 +31,8 @@ Report = dict[str, Any]  # content of parity_report.json, or of one of its compa
 
 
 @torch.no_grad()
+# Without CPU kernels, whose rounding errors grow with the magnitude of the values (docs/speed.md).
+@torch.backends.mkldnn.flags(enabled=False, allow_tf32=None)
 def compare_models(
     source: SourceModel,
     model: ViTCLSPreTrainedModel,
@@ -43,8 +47,7 @@ def compare_models(
     Args:
         source: Source whose model is in float32. If it has a `native_size_reason`, only the native
             size is compared.
-        model: The converted model. It is cast to float32, and its CPU kernels are removed, because
-            their rounding errors grow with the magnitude of the values (docs/speed.md).
+        model: The converted model. It is cast to float32.
         processor_size: Height and width of the processor's outputs.
 
     Returns:
@@ -53,7 +56,6 @@ def compare_models(
         the largest absolute differences and the largest absolute values of the source, by token
         group ("cls", ...), "logits" or "pooled".
     """
-    uninstall_cpu_kernels(model)
     model.to(dtype=torch.float32)  # type: ignore[call-arg]  # `to` is untyped in transformers
     comparisons: list[Report] = []
     # A square grid would hide swapped rows and columns.
@@ -107,30 +109,27 @@ def compare_models(
     return comparisons, ""
 
 
-def describe_pooling(source: SourceModel, config: ViTCLSConfig) -> list[str]:
-    """Note that timm pools another token than the authors, if it does.
+def list_notes(source: SourceModel, config: ViTCLSConfig) -> list[str]:
+    """Note how the model pools and resamples, if this is not obvious.
 
-    See huggingface/pytorch-image-models#2681.
+    timm pools another token of DINOv3 than the authors (huggingface/pytorch-image-models#2681).
     """
+    notes = []
     is_dinov3 = source.project == "timm" and "dinov3" in source.name.lower()
-    if not is_dinov3 or config.pooling != "mean":
-        return []
-    return [
-        "pooling: the mean of the patches, as in timm; Meta's code and transformers read the CLS "
-        "token. To do the same, set `pooling='cls'` in training (`vitcls finetune --pooling cls`)"
-    ]
-
-
-def describe_position_embeddings(source: SourceModel, config: ViTCLSConfig) -> list[str]:
-    """Note how the model resamples learned positions for other image sizes."""
-    if not config.position_embedding_type.startswith("learned") or source.native_size_reason:
-        return []
-    offset_text = f", offset {config.position_offset}" if config.position_offset else ""
-    antialias = "with" if config.position_antialias else "without"
-    return [
-        f"position embeddings for other image sizes: {config.position_interpolation} "
-        f"{antialias} antialiasing{offset_text}, as in {source.project}"
-    ]
+    if is_dinov3 and config.pooling == "mean":
+        notes.append(
+            "pooling: the mean of the patches, as in timm; Meta's code and transformers read the "
+            "CLS token. To do the same, set `pooling='cls'` in training (`vitcls finetune "
+            "--pooling cls`)"
+        )
+    if config.position_embedding_type.startswith("learned") and not source.native_size_reason:
+        offset_text = f", offset {config.position_offset}" if config.position_offset else ""
+        antialias = "with" if config.position_antialias else "without"
+        notes.append(
+            f"position embeddings for other image sizes: {config.position_interpolation} "
+            f"{antialias} antialiasing{offset_text}, as in {source.project}"
+        )
+    return notes
 
 
 def get_non_square_size(
@@ -173,3 +172,41 @@ def split_token_groups(outputs: Outputs, model: ViTCLSPreTrainedModel) -> Output
 def get_max_magnitude(tensor: torch.Tensor) -> float:
     """Return the largest absolute value, or NaN if any value is NaN."""
     return tensor.abs().max().item()
+
+
+def write_parity_report(
+    folder: Path,
+    reference: SourceModel,
+    model: ViTCLSPreTrainedModel,
+    processor_size: tuple[int, int] | None,
+    is_native: bool = False,
+    **fields: Any,
+) -> Report:
+    """Compare two models as `compare_models` does, and write the parity report in a folder.
+
+    `folder` has the weights of the converted model: `model`, or the transformers model `reference`
+    if `is_native`. `fields` are further fields of the report.
+
+    docs/converting.md describes the main fields. `is_native`, `required_versions` (the lowest
+    versions that a transformers model requires) and `provenance` (license and base model) are for
+    the card.
+    """
+    comparisons, not_compared = compare_models(reference, model, processor_size)
+    converted = reference.model if is_native else model
+    report = {
+        "is_native": is_native,
+        "model_class": type(converted).__name__,
+        "num_parameters": converted.num_parameters(),
+        "required_versions": {},
+        "notes": [],
+        **dict.fromkeys(("source_revision", "family", "source_sha256")),
+        "image_size": model.config.image_height_width,
+        "num_labels": model.config.num_labels,
+        "comparisons": comparisons,
+        "not_compared": not_compared,
+        "limit": MAX_DIFFERENCE,
+        "sha256": hash_weights(folder),
+        **fields,
+    }
+    write_json(folder / PARITY_REPORT_FILE, report)
+    return report

@@ -34,8 +34,7 @@ from .from_state_dict import (
     prepare_weights,
     resample_as_authors,
 )
-from .processors import ConvertedPreprocessing, convert_timm_preprocessing
-from .source_models import TimmSource, raise_if_unsafe_pickle
+from .source_models import TimmSource
 from .weight_rules import ConversionError, Weights
 
 
@@ -119,11 +118,6 @@ class FileSource(TimmSource):
             )
         return model
 
-    def convert_preprocessing(self) -> ConvertedPreprocessing:
-        """Convert the preprocessing of the family, at the image size of the weights."""
-        self.model.pretrained_cfg["input_size"] = (3, *self.image_size)
-        return convert_timm_preprocessing(self.model)
-
 
 # Reading ------------------------------------------------------------------------------------------
 
@@ -149,7 +143,6 @@ def read_state_dict(file: Path) -> Mapping[str, Any]:
         with torch.serialization.safe_globals([argparse.Namespace]):
             weights = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load may raise any exception for a damaged file
-        raise_if_unsafe_pickle(str(file), error)
         raise ConversionError(
             f"cannot read the weights in {file}: {format_error(error)}"
         ) from error

@@ -11,7 +11,6 @@ report.
 import copy
 import difflib
 import inspect
-import pickle
 from math import isqrt
 from typing import Any
 
@@ -19,13 +18,12 @@ import torch
 import transformers
 from torch import nn
 
-from ..hub.connection import iter_causes
 from ..hub.loading import (
     get_cached_commit,
     get_external_model_folder,
     load_timm_model,
+    split_revision,
 )
-from ..hub.local_paths import split_revision
 from ..model.modeling_vitcls import ViTCLSPreTrainedModel
 from ..runtime.errors import format_error
 from .from_timm import TIMM_MODULES, convert_from_timm
@@ -72,8 +70,6 @@ class TimmSource(Source):
         try:
             model, commit = load_timm_model(name)
         except Exception as error:  # downloads raise errors of many types
-            # First, because for a file that could run code, the remedies below are wrong.
-            raise_if_unsafe_pickle(name, error)
             raise OSError(
                 f"timm cannot load {name}: {format_error(error)}. Use a machine with access to the "
                 "Hub, a folder with the model (timm:local-dir:FOLDER) or a file with its weights "
@@ -126,8 +122,8 @@ class TransformersSource(Source):
     @classmethod
     def load(cls, name: str) -> "TransformersSource":
         """Load a model from a folder or by a Hub id, optionally with `@REVISION`."""
-        name_or_path, revision = split_revision(name)
-        folder = get_external_model_folder(name_or_path, revision)
+        folder = get_external_model_folder(name)
+        name_or_path, _ = split_revision(name)
 
         try:
             # False, because the default asks in a terminal whether to run the code of the
@@ -226,6 +222,30 @@ class TransformersSource(Source):
 SourceModel = TimmSource | TransformersSource
 
 
+def convert_source(source: SourceModel) -> ViTCLSPreTrainedModel:
+    """Convert a source model in float32.
+
+    Cast the result to the dtype of the source if this dtype represents all encoder weights exactly.
+    """
+    # Rewrites add and multiply weights, which half precision would round. If nothing had to be
+    # rewritten, the weights go back to their dtype without a loss, and the file stays as small as
+    # it was.
+    saved_dtype = source.saved_dtype
+    source.model.float()
+    model = source.convert()
+    if all(
+        torch.equal(weight.to(saved_dtype).float(), weight)
+        for weight in model.base_model.state_dict().values()
+    ):
+        model.to(dtype=saved_dtype)  # type: ignore[call-arg]  # `to` is untyped in transformers
+        return model
+    source.notes.append(
+        f"the weights are written in float32, because {saved_dtype} cannot represent all weights "
+        "exactly"
+    )
+    return model
+
+
 def check_timm_architecture(name: str) -> None:
     """Raise ConversionError, before any download, unless timm has a ViT of this name."""
     import timm
@@ -284,7 +304,6 @@ def load_transformers_model(
             )
             notes.append("the checkpoint has no pooler, so the converted model has no pooler")
     except Exception as error:  # downloads raise errors of many types
-        raise_if_unsafe_pickle(name_or_path, error)
         raise OSError(f"transformers cannot load {name_or_path}: {format_error(error)}") from error
 
     if missing_names := sorted(loading_info["missing_keys"]):
@@ -301,22 +320,6 @@ def load_transformers_model(
             f"checkpoint, for example {unexpected_names[0]}"
         )
     return model, notes
-
-
-def raise_if_unsafe_pickle(name_or_path: str, error: BaseException) -> None:
-    """Raise ConversionError if a file contains code or objects other than tensors.
-
-    `error` is the reason why loading failed.
-    """
-    if "TorchScript" in str(error):
-        raise ConversionError(
-            f"{name_or_path} is a TorchScript archive. Save its state dict"
-        ) from error
-    if any(isinstance(cause, pickle.UnpicklingError) for cause in iter_causes(error)):
-        raise ConversionError(
-            f"{name_or_path} is a pickle with objects other than tensors. Loading such objects "
-            "could run code. Save the tensors as safetensors"
-        ) from error
 
 
 def flatten_patches(pixel_values: torch.Tensor, patch_size: int) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
     folder = get_model_folder("runs/mine")              # a folder is returned unchanged
     folder = get_model_folder("someone/their-model")    # downloaded; from the cache if the Hub does not respond
+    folder = get_model_folder("someone/their-model@v1")
     with fall_back_to_cache("someone/their-data", "dataset"):
         ...                                             # the same rule for downloads by other libraries
     model, commit = load_timm_model("vit_small_patch16_224")          # timm chooses the repository and the commit
@@ -80,43 +81,52 @@ class HubUnreachableError(OSError):
     """Raised if the Hub does not respond. The message is a single line and names the remedy."""
 
 
-def get_model_folder(
-    source: str, patterns: Sequence[str] = MODEL_FILE_PATTERNS, revision: str | None = None
-) -> str:
+def split_revision(name: str) -> tuple[str, str | None]:
+    """Split NAME@REVISION at the last `@`.
+
+    The revision is None if there is no `@`, or if the path `name` exists.
+    """
+    # The last one, because `local@home/model@v1` is a path with a revision, too.
+    path, _, revision = name.rpartition("@")
+    return (path, revision) if path and revision and not Path(name).exists() else (name, None)
+
+
+def get_model_folder(source: str, patterns: Sequence[str] = MODEL_FILE_PATTERNS) -> str:
     """Find or download a model's files: the folder is `source` itself, or one in the cache.
 
-    `source` is a folder, or `namespace/name` on the Hub. The files whose names match `patterns` are
-    downloaded. `revision` is a commit hash, branch or tag on the Hub (default: the newest commit of
-    `main`).
+    `source` is a folder, or `namespace/name[@REVISION]` on the Hub, with a commit hash, branch or
+    tag (default: the newest commit of `main`). The files whose names match `patterns` are
+    downloaded.
 
     Raise ValueError if a revision is given for a folder, and OSError if there is no such folder or
     model, if access is denied, or if the model is neither in the cache nor available from the Hub
     (no response, or offline mode). The message is a single line and names the remedy.
     """
-    if Path(source).exists():
+    name, revision = split_revision(source)
+    if Path(name).exists():
         if revision is not None:
             raise ValueError(
-                f"a revision requires a model on the Hub, but {source} is a folder. Remove "
+                f"a revision requires a model on the Hub, but {name} is a folder. Remove "
                 f"@{revision}"
             )
-        return source
+        return name
     # For a mistyped path, the Hub's client would explain the syntax of repository ids.
-    if not is_hub_id(source):
-        raise OSError(describe_missing_repo(source))
-    with fall_back_to_cache(source, revision=revision):
-        return download_model(source, patterns, revision)
+    if not is_hub_id(name):
+        raise OSError(describe_missing_repo(name))
+    with fall_back_to_cache(name, revision=revision):
+        return download_model(name, patterns, revision)
 
 
-def get_external_model_folder(source: str, revision: str | None = None) -> str:
-    """Find or download a model from another project.
+def get_external_model_folder(source: str) -> str:
+    """Find or download a model from another project, as `get_model_folder` does.
 
     It includes pickled weights if no safetensors files exist.
     """
-    folder = get_model_folder(source, revision=revision)
+    folder = get_model_folder(source)
     # pickles may be large, so they are downloaded only if nothing else is there
     if any(Path(folder).glob("*.safetensors")):
         return folder
-    return get_model_folder(source, (*MODEL_FILE_PATTERNS, *PICKLED_WEIGHTS_PATTERNS), revision)
+    return get_model_folder(source, (*MODEL_FILE_PATTERNS, *PICKLED_WEIGHTS_PATTERNS))
 
 
 def fetch_repo_info(
@@ -200,6 +210,27 @@ def get_cached_commit(folder: str) -> str | None:
     # The cache names the folder of a commit .../snapshots/HASH.
     is_snapshot = path.parent.name == "snapshots" and re.fullmatch(r"[0-9a-f]{40}", path.name)
     return path.name if is_snapshot else None
+
+
+def append_commit(source: str, folder: str) -> str:
+    """Name the commit of a model that was downloaded to a folder: NAME@COMMIT.
+
+    The name of any other model is returned unchanged.
+    """
+    commit = get_cached_commit(folder)
+    if commit is None:
+        return source
+    return f"{source.partition('@')[0]}@{commit}"
+
+
+def pin_revision(source: str) -> str:
+    """Append the commit hash to the id of a Hub model. Other sources are returned unchanged."""
+    if source.startswith("timm:"):
+        return source
+    # The small files are enough to learn the commit. If the conversion of the model is in the
+    # cache, the weights are not needed.
+    folder = get_model_folder(source.removeprefix("transformers:"), CONFIG_FILES)
+    return append_commit(source, folder)
 
 
 def is_hub_id(source: str) -> bool:

@@ -6,7 +6,6 @@
     make_relative("/home/me/data/teach")        -> "./data/teach"               for the files of a run
     strip_folders("/home/me/data/teach")        -> "path/to/teach"              for publication
     get_title("/home/me/data/teach")            -> "teach"                      for titles
-    split_revision("someone/their-model@v1")    -> ("someone/their-model", "v1")
 
 Each name is resolved once, when a run starts, relative to the working directory. Afterwards,
 absolute paths and paths that start with `./` or `../` are treated as local paths, even if the files
@@ -119,18 +118,8 @@ def split_prefix(name: str) -> tuple[str, str]:
     return "", name
 
 
-def split_revision(name: str) -> tuple[str, str | None]:
-    """Split NAME@REVISION at the last `@`.
-
-    The revision is None if there is no `@`, or if the path `name` exists.
-    """
-    # The last one, because `local@home/model@v1` is a path with a revision, too.
-    path, _, revision = name.rpartition("@")
-    return (path, revision) if path and revision and not Path(name).exists() else (name, None)
-
-
 def get_title(name: str) -> str:
     """Shorten a name to a title: without the folders of a local path, and without a revision."""
-    name = split_revision(name)[0]
+    name = name if Path(name).exists() else name.partition("@")[0]
     path = split_prefix(name)[1]
     return Path(path).resolve().name if path and Path(path).exists() else name

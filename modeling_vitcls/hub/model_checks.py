@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from ..model.adaptation_vitcls import check_checkpoint_folder
 from ..model.configuration_vitcls import ViTCLSConfig
 from ..model.fast_image_processing_vitcls import open_regular_file
 from ..runtime.files import read_json
@@ -29,14 +28,13 @@ NOT_VITCLS = (
 )
 
 
-def check_is_vitcls(source: str, folder: str | Path) -> None:
+def check_is_vitcls(source: str, folder: Path) -> None:
     """Check that a folder contains one vitcls model, whose files can be read without running code.
 
     `source` is the name of the model in error messages. Raise ValueError for other model types, a
-    damaged config.json or preprocessor_config.json, an adapter, pickled weights or two sets of
-    weights, and OSError if config.json is missing or the weights may not be read.
+    missing or damaged config.json, a damaged preprocessor_config.json, an adapter, pickled weights
+    or two sets of weights, and OSError if the weights may not be read.
     """
-    folder = Path(folder)
     # transformers would load the adapter as well, without being asked, and the outputs would not be
     # the ones of the weights that are checked here.
     if (folder / ADAPTER_FILE).is_file():
@@ -45,7 +43,11 @@ def check_is_vitcls(source: str, folder: str | Path) -> None:
             "it into its model (PEFT's `merge_and_unload`) and save the model, or remove "
             f"{ADAPTER_FILE}"
         )
-    check_checkpoint_folder(str(folder), needs_config_file=True)
+    if not (folder / CONFIG_FILE).is_file():
+        raise ValueError(
+            f"{source} does not contain a model: {CONFIG_FILE} is missing. Specify the folder of a "
+            "saved model"
+        )
     check_config(source, folder / CONFIG_FILE, read_json(folder / CONFIG_FILE))
     if (folder / PROCESSOR_FILE).is_file():
         read_json(folder / PROCESSOR_FILE)

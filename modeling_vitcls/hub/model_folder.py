@@ -25,7 +25,6 @@ from .local_paths import (
     BUILT_IN_DATASET,
     is_hub_dataset,
     split_prefix,
-    split_revision,
     strip_folders,
 )
 from .model_checks import NOT_VITCLS, check_is_vitcls
@@ -94,11 +93,6 @@ class ModelFolder:
         self.source = str(path) if source is None else source
         if not path.is_dir():
             raise ValueError(f"{self.source} is not a folder. Specify the folder of a saved model")
-        if not (path / CONFIG_FILE).is_file():
-            raise ValueError(
-                f"{self.source} does not contain a model: {CONFIG_FILE} is missing. Specify the folder of "
-                "a saved model"
-            )
         if not self.is_native:
             check_is_vitcls(self.source, path)
 
@@ -109,7 +103,7 @@ class ModelFolder:
         """Whether the model was converted to a class of transformers, and requires no code."""
         # The model type alone says nothing: any ViT of transformers has it. Only a conversion by
         # this package writes a parity report.
-        is_native = read_json(self.path / CONFIG_FILE).get("model_type") in NATIVE_MODEL_TYPES
+        is_native = self.read_saved(CONFIG_FILE).get("model_type") in NATIVE_MODEL_TYPES
         return is_native and (self.path / PARITY_REPORT_FILE).is_file() and not self.code_references
 
     @cached_property
@@ -420,10 +414,9 @@ def open_vitcls(source: str) -> ModelFolder:
     """
     if not Path(source).is_dir() and (split_prefix(source)[0] or Path(source).is_file()):
         raise ValueError(NOT_VITCLS.format(source))
-    name, revision = split_revision(source)
     records = (RESULTS_FILE, SPLITS_FILE, RECIPE_FILE, PARITY_REPORT_FILE, *LICENSE_PATTERNS)
     patterns = (*MODEL_FILE_PATTERNS, *records)
-    return ModelFolder(Path(get_model_folder(name, patterns, revision)), source)
+    return ModelFolder(Path(get_model_folder(source, patterns)), source)
 
 
 @cache

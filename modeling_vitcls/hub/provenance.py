@@ -19,7 +19,6 @@ from huggingface_hub import constants, metadata_load
 
 from .connection import hide_hub_progress_bars
 from .loading import get_model_folder, is_hub_id
-from .local_paths import split_revision
 from .model_files import CARD_FILE, CONFIG_FILE, LICENSE_PATTERNS, is_match
 
 
@@ -78,50 +77,47 @@ class Provenance:
         files = (folder / name for name in names)
         return cls(**values | {"license_files": tuple(file for file in files if file.is_file())})
 
-    def copy_license(self, folder: Path) -> None:
-        """Copy the license text to a model folder. Raise OSError if the files cannot be written."""
+    def copy_to(self, folder: Path) -> dict[str, Any]:
+        """Copy the license text to the folder of a derived model, and build the record for it.
+
+        Raise OSError if the files cannot be written.
+        """
         for file in self.license_files:
             # shutil raises an error if a file is copied onto itself.
             if file.resolve().parent != folder.resolve():
                 shutil.copyfile(file, folder / file.name)
+        return self.to_dict()
 
 
 def find_provenance(source: str) -> Provenance:
-    """Find the provenance of a model by its name.
+    """Find the provenance of a model by its name, from its card and license files.
 
-    The name is a folder, a Hub id, `timm:NAME[@FILE]` or `transformers:PATH_OR_ID`.
+    The name is a folder, a Hub id, `timm:NAME[@FILE]` or `transformers:PATH_OR_ID`. A model on the
+    Hub is itself the base model; the base model of a folder is read from its card.
     """
+    kind = ""
+    path = source.removeprefix("transformers:")
     if source.startswith("timm:"):
-        return find_timm_provenance(source.removeprefix("timm:"))
-    source = source.removeprefix("transformers:")
-    if Path(source).exists():
-        return read_folder_provenance(Path(source))
-    return fetch_hub_provenance(split_revision(source)[0])
+        kind, is_located, path = source.removeprefix("timm:").partition(":")
+        if not is_located:
+            return find_timm_provenance(kind)
 
+    folder = Path(path)
+    repo_id = None
+    if kind.replace("_", "-") == "hf-hub" or not (kind or folder.exists()):
+        repo_id = path.partition("@")[0]
+        if not is_hub_id(repo_id):
+            return Provenance(repo_id)
+        try:
+            # If the Hub does not respond, this is the cached card.
+            with hide_hub_progress_bars():
+                patterns = (CONFIG_FILE, CARD_FILE, *LICENSE_PATTERNS)
+                folder = Path(get_model_folder(repo_id, patterns))
+        except OSError:
+            # No network is no reason to stop: the base model is known from its name, and only the
+            # license is not.
+            return Provenance(repo_id, base_model=repo_id)
 
-def fetch_hub_provenance(repo_id: str) -> Provenance:
-    """Fetch the provenance of a model on the Hub, from its card.
-
-    If the Hub does not respond, the cached card is used.
-    """
-    if not is_hub_id(repo_id):
-        return Provenance(repo_id)
-    try:
-        with hide_hub_progress_bars():
-            folder = get_model_folder(repo_id, (CONFIG_FILE, CARD_FILE, *LICENSE_PATTERNS))
-    except OSError:
-        # No network is no reason to stop: the base model is known from its name, and only the
-        # license is not.
-        return Provenance(repo_id, base_model=repo_id)
-    return read_folder_provenance(Path(folder), repo_id)
-
-
-def read_folder_provenance(folder: Path, repo_id: str | None = None) -> Provenance:
-    """Read the provenance of a model folder, from its card and license files.
-
-    If `repo_id` is set, the folder contains the files of the Hub model `repo_id`, and this model is
-    the base model. Otherwise, the base model is read from the card.
-    """
     try:
         card_metadata = metadata_load(folder / CARD_FILE) or {}
     except (OSError, ValueError, yaml.YAMLError):  # no readable card
@@ -162,13 +158,7 @@ def read_folder_provenance(folder: Path, repo_id: str | None = None) -> Provenan
 
 
 def find_timm_provenance(name: str) -> Provenance:
-    """Find the provenance of timm weights; only the name is known for weights in a local file."""
-    kind, separator, location = name.partition(":")
-    if separator and kind.replace("_", "-") == "hf-hub":
-        return fetch_hub_provenance(location.partition("@")[0])
-    if separator:
-        return read_folder_provenance(Path(location))
-
+    """Find the provenance of NAME[@FILE] of timm; weights in a local file have only the name."""
     name, _, file = name.partition("@")
     provenance = Provenance(f"timm:{name}")
     # These weights may come from anywhere, so the license of timm's own weights does not apply to

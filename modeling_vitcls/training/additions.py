@@ -523,14 +523,12 @@ def write_model(
     if folder.results and (folder.path / RECIPE_FILE).is_file():
         shutil.copyfile(folder.path / RECIPE_FILE, staging / RECIPE_FILE)
     provenance = folder.provenance
-    if provenance is not None:
-        provenance.copy_license(staging)
     results = {
         "versions": get_versions(),
         **folder.results,
         **hashes,
         "settings_sha256": hash_settings(staging),
-        "provenance": None if provenance is None else provenance.to_dict(),
+        "provenance": None if provenance is None else provenance.copy_to(staging),
         ADDITIONS_KEY: folder.results.get(ADDITIONS_KEY, {}) | records,
     }
     write_json(staging / RESULTS_FILE, results)

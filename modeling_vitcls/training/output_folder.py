@@ -264,9 +264,7 @@ def write_model_files(
         "provenance": None,
     }
     if not initial.has_random_weights:
-        provenance = find_provenance(initial.name)
-        provenance.copy_license(folder)
-        results["provenance"] = provenance.to_dict()
+        results["provenance"] = find_provenance(initial.name).copy_to(folder)
     if teacher is not None:
         results["teacher_provenance"] = find_provenance(teacher).to_dict()
 

@@ -10,8 +10,9 @@ from functools import partial
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
-from ..conversion.open_model import is_preset, pin_revision
+from ..conversion.open_model import is_preset
 from ..data.splits import UndividedImages, load_on_main
+from ..hub.loading import pin_revision
 from ..runtime.distributed import build_accelerator, run_on_main, set_mixed_precision
 from ..runtime.flags import to_flags
 from ..runtime.staging import FolderLock

@@ -28,11 +28,7 @@ from transformers.image_utils import pil_torch_interpolation_mapping
 
 from ..conversion.open_model import open_model
 from ..data.labels import LabelSpace
-from ..hub.loading import (
-    get_external_model_folder,
-    load_timm_model,
-)
-from ..hub.local_paths import split_revision
+from ..hub.loading import get_external_model_folder, load_timm_model
 from ..inference.image_pass import find_finite
 from ..model.configuration_vitcls import ViTCLSConfig
 from ..runtime.errors import format_error, format_name_list
@@ -168,7 +164,7 @@ def match_labels(
 def load_transformers_teacher(source: str, student: ViTCLSConfig) -> LoadedTeacher:
     """Load a transformers classifier in `float32`, and its image processor."""
     with explain_loading_errors(source):
-        folder = get_external_model_folder(*split_revision(source.removeprefix("transformers:")))
+        folder = get_external_model_folder(source.removeprefix("transformers:"))
         # False and not the default, which asks on the terminal whether to run a repository's code: a job
         # on a cluster has nobody to answer.
         model, loading_info = AutoModelForImageClassification.from_pretrained(

@@ -23,8 +23,12 @@ from huggingface_hub import SpaceCard, SpaceCardData, constants
 from packaging.requirements import Requirement
 
 from modeling_vitcls.hub.connection import check_is_online
-from modeling_vitcls.hub.loading import HubCommit, download_files, resolve_commit
-from modeling_vitcls.hub.local_paths import split_revision
+from modeling_vitcls.hub.loading import (
+    HubCommit,
+    download_files,
+    resolve_commit,
+    split_revision,
+)
 from modeling_vitcls.hub.model_files import CONFIG_FILES
 from modeling_vitcls.hub.model_folder import list_code_references
 from modeling_vitcls.model.configuration_vitcls import ViTCLSConfig

@@ -30,9 +30,9 @@ from modeling_vitcls.conversion.convert import load_source
 from modeling_vitcls.conversion.open_model import (
     compute_cache_name,
     open_model,
-    pin_revision,
 )
 from modeling_vitcls.conversion.weight_rules import ConversionError
+from modeling_vitcls.hub.loading import pin_revision
 from modeling_vitcls.inference.load_model import load_model
 
 

@@ -593,7 +593,7 @@ def test_no_code_in_a_file_runs(tmp_path: Path) -> None:
         ("evil.npz", ""),
     ):
         with raises_one_line(name, remedy, error=ConversionError):
-            FileSource.load(tmp_path / name)
+            load_source(str(tmp_path / name))
     with raises_one_line("evil.pth", "safetensors", error=ConversionError):
         load_source(f"timm:test_vit@{tmp_path / 'evil.pth'}")
 

@@ -150,7 +150,7 @@ def test_folders_are_local_and_impossible_ids_are_not_resolved(
         ):
             get_model_folder(source)
     with raises_one_line("requires a model on the Hub", str(tmp_path)):
-        get_model_folder(str(tmp_path), revision="main")
+        get_model_folder(f"{tmp_path}@main")
     assert not hub.requests
 
 
@@ -167,24 +167,24 @@ def test_given_revisions_are_used(
 
     newest = get_cached_commit(get_model_folder("ann/model"))
     assert old != newest == repository.branches["main"]
-    assert get_cached_commit(get_model_folder("ann/model", revision=old)) == old
+    assert get_cached_commit(get_model_folder(f"ann/model@{old}")) == old
     with raises_one_line("ann/model has no revision gone", error=OSError):
-        get_model_folder("ann/model", revision="gone")
+        get_model_folder("ann/model@gone")
 
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
-    assert get_cached_commit(get_model_folder("ann/model", revision=old)) == old
+    assert get_cached_commit(get_model_folder(f"ann/model@{old}")) == old
     assert "127.0.0.1:9 does not respond" in caplog.text
     assert ". Loading ann/model from the cache" in caplog.text
     with raises_one_line(
         "127.0.0.1:9 does not respond", "refused", "Check the network", error=OSError
     ):
-        get_model_folder("ann/model", revision="gone")
+        get_model_folder("ann/model@gone")
     assert get_cached_commit(get_model_folder("ann/model")) == newest
 
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    assert get_cached_commit(get_model_folder("ann/model", revision=old)) == old
+    assert get_cached_commit(get_model_folder(f"ann/model@{old}")) == old
     with raises_one_line("HF_HUB_OFFLINE", error=OSError):
-        get_model_folder("ann/model", revision="gone")
+        get_model_folder("ann/model@gone")
 
 
 def test_files_are_downloaded_once_and_the_newest_is_used(hub: LocalHub) -> None:

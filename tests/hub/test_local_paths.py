@@ -8,10 +8,10 @@ import pytest
 import yaml
 from helpers.tiny_models import raises_one_line
 
+from modeling_vitcls.hub.loading import split_revision
 from modeling_vitcls.hub.local_paths import (
     is_local,
     resolve_name,
-    split_revision,
     strip_folders,
 )
 from modeling_vitcls.runtime.flags import to_flags

@@ -49,14 +49,14 @@ def test_the_metadata_of_a_card_is_inherited(
 
     output = tmp_path / "out"
     output.mkdir()
-    found.copy_license(output)
+    found.copy_to(output)
     assert (output / "LICENSE.md").read_text() == "the text"
     assert Provenance.from_dict(found.to_dict(), output) == replace(
         found, license_files=(output / "LICENSE.md",)
     )
 
     monkeypatch.chdir(source)
-    found.copy_license(Path())  # a run that writes into the folder that it started from
+    found.copy_to(Path())  # a run that writes into the folder that it started from
     assert (source / "LICENSE.md").read_text() == "the text"
     assert find_provenance(".").name == "mine"
 
@@ -93,7 +93,7 @@ def test_files_that_a_license_requires_are_copied(tmp_path: Path) -> None:
 
     output = tmp_path / "out"
     randomize(ViTCLSForImageClassification(build_tiny_config())).save_pretrained(output)
-    found.copy_license(output)
+    found.copy_to(output)
     write_results(output, {"provenance": found.to_dict()})
     (output / "license_plates.pkl").write_text("")
     (output / "LICENSE-of-another-model").write_text("")
@@ -180,7 +180,7 @@ def test_a_model_on_the_hub_passes_its_license_on(
         "dinov3-license",
     )
     assert found.license_link == "LICENSE.md"
-    found.copy_license(tmp_path)
+    found.copy_to(tmp_path)
     assert (tmp_path / "LICENSE.md").read_text() == "the text"
 
 
