@@ -22,6 +22,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import LinearLocator
 from PIL import Image
@@ -59,7 +60,7 @@ DARK_GRAY = "#222222"
 MEDIUM_GRAY = "#666666"
 PALE = 0.35  # opacity of maps that no output depends on, and of the part of the photo not seen
 
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.size": 8.5,
     "text.color": MEDIUM_GRAY,
     "text.parse_math": False,  # a name with two dollar signs is no formula
@@ -136,19 +137,19 @@ def draw_header(measurements: PhotoMeasurements, title: str) -> Figure:
         )
         lines.append(f"{task or 'prediction'}: {text or 'no label'}")
 
-    height = 0.6 + 0.2 * len(lines)
-    figure = Figure((WIDTH, height), DPI)
+    inches = 0.6 + 0.2 * len(lines)
+    figure = Figure((WIDTH, inches), DPI)
     figure.text(
         LEFT,
-        1 - 0.43 / height,
+        1 - 0.43 / inches,
         shorten_middle(title, MAX_TITLE),
         fontsize=15,
         color=DARK_GRAY,
         weight="bold",
     )
-    figure.text(LEFT, 0.1 / height, "\n".join(lines), fontsize=9, linespacing=1.5)
+    figure.text(LEFT, 0.1 / inches, "\n".join(lines), fontsize=9, linespacing=1.5)
     if not sees_all:
-        axes = figure.add_axes((0.75, 0, RIGHT - 0.75, 1 - 0.24 / height), anchor="NE")
+        axes = figure.add_axes((0.75, 0, RIGHT - 0.75, 1 - 0.24 / inches), anchor="NE")
         axes.set_axis_off()
         axes.imshow(image.convert("L"), cmap="gray", alpha=PALE)
         seen = Rectangle((left, top), right - left, bottom - top, transform=axes.transData)
@@ -171,8 +172,8 @@ def draw_overview(measurements: PhotoMeasurements, photo: Image.Image) -> Figure
     }
 
     height = min((RIGHT - LEFT) * WIDTH / 4.5 * photo.height / photo.width, MAX_LARGE_HEIGHT)
-    figure = Figure((WIDTH, height + 0.9), DPI, layout="constrained")
-    figure.get_layout_engine().set(rect=(LEFT, 0, RIGHT - LEFT, 0.95), w_pad=0, wspace=0.08)
+    layout = ConstrainedLayoutEngine(rect=(LEFT, 0, RIGHT - LEFT, 0.95), w_pad=0, wspace=0.08)
+    figure = Figure((WIDTH, height + 0.9), DPI, layout=layout)
     upper, lower = figure.subplots(2, 4, height_ratios=(height, 0.08))
     for axes, (title, picture) in zip(upper, pictures.items(), strict=True):
         norms = axes.imshow(picture, extent=(0, photo.width, photo.height, 0))

@@ -11,7 +11,7 @@ A batch is a dict:
 """
 
 from collections.abc import Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -30,14 +30,16 @@ MAX_CACHE_BYTES = 256 * 2**20  # maximum size of the cache of prepared images pe
 Batch = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class BatchBuilder:
-    """Builds batches from decoded images.
+@dataclass
+class TrainingImages:
+    """Dataset of augmented training images.
 
-    The augmentation of an image depends only on (seed, epoch, index), and not on the process or
-    worker.
+    Each item is a batch; its index is a list of (epoch, image index) pairs. The augmentation of an
+    image depends only on (seed, epoch, index), and not on the process or worker. An unreadable
+    image is replaced with the next readable image.
     """
 
+    source: LabeledImages
     augmentation: Augmentation
     label_space: LabelSpace
     to_rgb: bool  # whether images are converted to three channels
@@ -45,6 +47,8 @@ class BatchBuilder:
     bit_depth: int = 16  # number of bits that 16-bit images use
     num_channels: int | None = None  # number of channels that the model requires; None: not checked
     image_bytes: int = 0  # size of an augmented image in bytes; 0 if unknown
+    cache: dict[int, torch.Tensor] = field(default_factory=dict)  # prepared images
+    errors: dict[int, str] = field(default_factory=dict)  # message of each unreadable image
 
     def prepare_image(self, image: Any) -> torch.Tensor:
         """Convert a PIL image to `uint8` pixels [C, H, W] and apply the fixed transform.
@@ -80,28 +84,13 @@ class BatchBuilder:
             "errors": errors,
         }
 
-
-class TrainingImages:
-    """Dataset of augmented training images.
-
-    Each item is a batch; its index is a list of (epoch, image index) pairs.
-
-    An unreadable image is replaced with the next readable image.
-    """
-
-    def __init__(self, source: LabeledImages, builder: BatchBuilder) -> None:
-        self.source = source
-        self.builder = builder
-        self.cache: dict[int, torch.Tensor] = {}
-        self.errors: dict[int, str] = {}  # index of each unreadable image -> error message
-
     def __getitem__(self, keys: list[ImageKey]) -> Batch:
         """Build the batch for a list of keys. Raise ValueError if no image can be read."""
         loaded_indices, pixels = zip(
             *(self.load_readable_image(index) for _, index in keys), strict=True
         )
         pairs = zip(keys, loaded_indices, strict=True)
-        return self.builder.build(
+        return self.build(
             list(pixels),
             [self.source.labels[index] for index in loaded_indices],
             [(epoch, loaded) for (epoch, _), loaded in zip(keys, loaded_indices, strict=True)],
@@ -127,7 +116,7 @@ class TrainingImages:
         """Prepare the pixels of an image, or take them from the cache."""
         if index in self.cache:
             return self.cache[index]
-        pixels = self.builder.prepare_image(self.source.images[index])
+        pixels = self.prepare_image(self.source.images[index])
         # All images or none: with a part of them, every batch would still wait for the rest.
         if pixels.nbytes * len(self.source) <= MAX_CACHE_BYTES:
             self.cache[index] = pixels
@@ -152,7 +141,7 @@ def iterate_training_batches(
     loader = build_loader(
         dataset,
         num_workers,
-        batch_bytes=plan.batch_size * dataset.builder.image_bytes,
+        batch_bytes=plan.batch_size * dataset.image_bytes,
         sampler=plan.iterate_keys(process_index, first_step),
         pin_memory=torch.cuda.is_available(),
     )

@@ -52,8 +52,7 @@ def load_evaluation_data(
     """
     choose = partial(choose_evaluation_split, split, options.dataset)
     loaded = load_splits(options, use_labels, lambda names: [choose(names)])
-    name = choose(loaded.names)
-    images = loaded.images_by_split[name]
+    ((name, images),) = loaded.images_by_split.items()
     if use_labels:
         images = replace(images, keys=get_keys(images))
         check_contradictions([images], loaded.label_space, options.dataset)
@@ -79,11 +78,12 @@ def load_calibration_and_evaluation_data(
     """
     choose = partial(choose_calibration_and_evaluation_split, split, options.dataset)
     loaded = load_splits(options, select=choose)
-    calibration_name, name = choose(loaded.names)
-    images, calibration = (loaded.images_by_split[each] for each in (name, calibration_name))
+    *others, name = loaded.images_by_split
+    images = loaded.images_by_split[name]
+    calibration = loaded.images_by_split[others[0]] if others else images
     is_trained = find_trained_images(images, splits)
 
-    if split is None and calibration_name == name:
+    if split is None and not others:
         if not is_trained.any():
             with_keys = add_keys({name: images})[name]
             fraction = options.held_out_part
@@ -107,7 +107,7 @@ def leave_out(
     """
     images = loaded.images_by_split[name]
     part = f"{len(images):,} images"
-    if len(loaded.names) > 1:  # users have not given the name of an only split
+    if is_named or name != "train":  # users have not given the name of an only split
         part += f" of split {name!r}"
     num_trained = int(is_trained.sum())
     description = f"all {part}"

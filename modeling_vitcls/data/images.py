@@ -59,7 +59,7 @@ class LabeledImages:
     """
 
     images: Any  # one of the classes below, or any other sequence of PIL images
-    labels: list[Any]
+    labels: Sequence[Any]
     groups: np.ndarray | None = None  # [N] int64; images of one group stay together
     keys: np.ndarray | None = None  # [N] uint64; checksums of the content, if they were computed
 

@@ -89,14 +89,17 @@ SplitSelector = Callable[[list[str]], Collection[str]]
 
 @dataclass(frozen=True)
 class Splits:
-    """The name, label space and selected splits of a dataset."""
+    """The name, label space and selected splits of a dataset; the training split is the first."""
 
     name: str
     label_space: LabelSpace
     images_by_split: Mapping[str, LabeledImages]
-    names: list[str]  # names of all splits
     # lines about what was read: the labels, and the columns of splits and groups
     facts: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def train(self) -> LabeledImages:
+        return next(iter(self.images_by_split.values()))
 
 
 def load_splits(
@@ -130,7 +133,7 @@ def load_splits(
                 f"`{name}` has no effect on {options.dataset}, whose images and labels are not in "
                 f"a table. Remove `{name}`"
             )
-    images_by_split = {name: splits.images_by_split[name] for name in select(splits.names)}
+    images_by_split = {name: splits.images_by_split[name] for name in select(["train"])}
     if use_labels:
         return replace(splits, images_by_split=images_by_split)
     unlabeled = {name: mark_as_unlabeled(split.images) for name, split in images_by_split.items()}
@@ -155,7 +158,7 @@ def load_digits() -> Splits:
         "single_label_classification", {"label": [str(name) for name in digits.target_names]}
     )
     images = LabeledImages(ArrayImages(gray_levels), digits.target.tolist())
-    return Splits("digits", label_space, {"train": images}, ["train"])
+    return Splits("digits", label_space, {"train": images})
 
 
 # Tables and folders -------------------------------------------------------------------------------
@@ -178,7 +181,7 @@ def load_table(options: DataOptions, use_labels: bool, select: SplitSelector) ->
     }
     if not use_labels:
         unlabeled = {split: mark_as_unlabeled(each) for split, each in images.items()}
-        return Splits(name, UNLABELED, unlabeled, list(all_tables), facts)
+        return Splits(name, UNLABELED, unlabeled, facts)
 
     columns = find_label_columns(dataset, tables, options.label_column)
     label_space, labels = read_labels(
@@ -202,7 +205,7 @@ def load_table(options: DataOptions, use_labels: bool, select: SplitSelector) ->
         )
         for split in tables
     }
-    return Splits(name, label_space, labeled, list(all_tables), facts)
+    return Splits(name, label_space, labeled, facts)
 
 
 def drop_unlabeled_images(images: LabeledImages, name: str) -> LabeledImages:

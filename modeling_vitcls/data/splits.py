@@ -1,7 +1,7 @@
 """Which images a run trains on, and which it holds out.
 
-    --dataset -> sources.py: splits by name -> UndividedImages -> the run decides what it is (training/plan.py)
-                                                               -> .divide() -> TrainingData
+    --dataset -> load_undivided_images -> Splits -> the run decides what it is (training/plan.py)
+                                                 -> divide_images -> TrainingData
 
 Held-out images of a dataset without an evaluation split are those with the smallest random numbers,
 which depend on the seed and on the content of the image: of each class the given fraction, and at
@@ -31,7 +31,7 @@ from .in_memory import MEMORY_PREFIX
 from .labels import LabelSpace
 from .options import DataOptions
 from .sampling import derive_seed, draw_numbers
-from .sources import load_splits
+from .sources import Splits, load_splits
 from .splits_table import build_splits_table, get_keys
 
 
@@ -93,83 +93,63 @@ class TrainingData:
         return build_splits_table(parts, task)
 
 
-@dataclass(frozen=True)
-class UndividedImages:
-    """The images that a run may read, with their labels and keys, before any are held out.
+def divide_images(
+    images: Splits, held_out_fraction: float, needs_selection: bool = False
+) -> TrainingData:
+    """Choose the images that train, select and measure a model.
 
-    Attributes:
-        splits: the training split, then the validation and the test split if there are any.
-        facts: lines about what was read: the labels, and the columns of splits and groups.
+    Of two splits for evaluation, the first selects the model, and the second measures it. If
+    there are fewer, images are held out from the training images.
+
+    Args:
+        held_out_fraction: part of the training images to hold out if no split is for
+            evaluation.
+        needs_selection: whether there must be selection images.
+
+    Raises:
+        ValueError: if there are too few images, or if an image has two labels.
     """
+    train, *others = images.images_by_split.values()
+    train_split, *names = images.images_by_split
+    selection = None
+    selection_name = ""
+    if len(others) == 2:
+        selection = others.pop(0)
+        selection_name = f"split {names[0]!r}"
+    if others:
+        (held_out,) = others
+        held_out_name = f"split {names[-1]!r}"
+    else:
+        held_out_name = describe_held_out(train, held_out_fraction)
+        train, held_out = train.divide(select_held_out(train, held_out_fraction, 0, images.name))
+    if needs_selection and selection is None:
+        if not held_out_fraction:
+            raise ValueError(
+                "`select='best'` requires a validation split and a test split, or a part of "
+                f"the training images, but {images.name} has only {', '.join(images.images_by_split)}. Set "
+                "`held_out_fraction` above 0, or remove `select='best'`"
+            )
+        is_selected = select_held_out(train, held_out_fraction, derive_seed(0, 1), images.name)
+        train, selection = train.divide(is_selected)
+        selection_name = f"about {held_out_fraction:.0%} of the training images"
 
-    name: str
-    label_space: LabelSpace
-    splits: dict[str, LabeledImages]
-    facts: Mapping[str, str]
-
-    @property
-    def train_split(self) -> str:
-        return next(iter(self.splits))
-
-    @property
-    def train(self) -> LabeledImages:
-        return self.splits[self.train_split]
-
-    def divide(self, held_out_fraction: float, needs_selection: bool = False) -> TrainingData:
-        """Choose the images that train, select and measure a model.
-
-        Of two splits for evaluation, the first selects the model, and the second measures it. If
-        there are fewer, images are held out from the training images.
-
-        Args:
-            held_out_fraction: part of the training images to hold out if no split is for
-                evaluation.
-            needs_selection: whether there must be selection images.
-
-        Raises:
-            ValueError: if there are too few images, or if an image has two labels.
-        """
-        train, *others = self.splits.values()
-        names = list(self.splits)[1:]
-        selection = None
-        selection_name = ""
-        if len(others) == 2:
-            selection = others.pop(0)
-            selection_name = f"split {names[0]!r}"
-        if others:
-            (held_out,) = others
-            held_out_name = f"split {names[-1]!r}"
-        else:
-            held_out_name = describe_held_out(train, held_out_fraction)
-            train, held_out = train.divide(select_held_out(train, held_out_fraction, 0, self.name))
-        if needs_selection and selection is None:
-            if not held_out_fraction:
-                raise ValueError(
-                    "`select='best'` requires a validation split and a test split, or a part of "
-                    f"the training images, but {self.name} has only {', '.join(self.splits)}. Set "
-                    "`held_out_fraction` above 0, or remove `select='best'`"
-                )
-            is_selected = select_held_out(train, held_out_fraction, derive_seed(0, 1), self.name)
-            train, selection = train.divide(is_selected)
-            selection_name = f"about {held_out_fraction:.0%} of the training images"
-
-        check_contradictions([train, held_out, selection], self.label_space, self.name)
-        return TrainingData(
-            name=self.name,
-            label_space=self.label_space,
-            train_split=self.train_split,
-            train=train,
-            held_out=held_out,
-            held_out_split=names[-1] if names else None,
-            held_out_name=held_out_name,
-            selection=selection,
-            selection_name=selection_name,
-        )
+    check_contradictions([train, held_out, selection], images.label_space, images.name)
+    return TrainingData(
+        name=images.name,
+        label_space=images.label_space,
+        train_split=train_split,
+        train=train,
+        held_out=held_out,
+        held_out_split=names[-1] if names else None,
+        held_out_name=held_out_name,
+        selection=selection,
+        selection_name=selection_name,
+    )
 
 
 def load_undivided_images(
     options: DataOptions, reads_all: bool = False, use_labels: bool = True
-) -> UndividedImages:
+) -> Splits:
     """Read the labels and the keys of the images of a dataset, by split. No image is decoded.
 
     Args:
@@ -183,7 +163,6 @@ def load_undivided_images(
     """
     choose = partial(choose_training_splits, reads_all)
     loaded = load_splits(options, use_labels, choose)
-    names = choose(loaded.names)
     labels = loaded.label_space
     is_single_label = use_labels and labels.kind == "single_label_classification"
     if is_single_label and len(labels.names) == 1:
@@ -191,8 +170,7 @@ def load_undivided_images(
             f"a classifier requires two or more classes, but {options.dataset} has the single class "
             f"{labels.names[0]!r}. If this is a folder of classes, set `dataset` to it"
         )
-    splits = add_keys({name: loaded.images_by_split[name] for name in names})
-    return UndividedImages(loaded.name, loaded.label_space, splits, loaded.facts)
+    return replace(loaded, images_by_split=add_keys(loaded.images_by_split))
 
 
 def load_training_data(
@@ -200,7 +178,7 @@ def load_training_data(
 ) -> TrainingData:
     """Load and divide the images as a run with steps does."""
     images = load_undivided_images(options, use_selection_split, use_labels)
-    return images.divide(options.held_out_part, use_selection_split)
+    return divide_images(images, options.held_out_part, use_selection_split)
 
 
 def add_keys(splits: Mapping[str, LabeledImages]) -> dict[str, LabeledImages]:

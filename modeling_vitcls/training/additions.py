@@ -274,7 +274,7 @@ def select_new_images(
 
     images = add_keys(splits.images_by_split)
     check_contradictions(list(images.values()), new_space, dataset)
-    train = images[choose_training_splits(False, splits.names)[0]]
+    train = images[choose_training_splits(False, images)[0]]
     label_space = LabelSpace(SINGLE_LABEL, {"label": names})
     return label_space, match_labels(train, new_space, label_space)
 

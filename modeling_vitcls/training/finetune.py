@@ -22,10 +22,10 @@ from ..conversion.open_model import is_preset
 from ..data.augmentation import BatchMixer
 from ..data.batches import Batch, Normalizer
 from ..data.sampling import compute_class_weights
+from ..data.sources import Splits
 from ..data.splits import (
     MAX_CLASS_RATIO,
     TrainingData,
-    UndividedImages,
     compute_class_ratio,
     describe_leaks,
     describe_missing_classes,
@@ -69,7 +69,7 @@ class FineTuning:
             )
         return options
 
-    def load_images(self, options: FinetuneOptions, initial: InitialModel) -> UndividedImages:
+    def load_images(self, options: FinetuneOptions, initial: InitialModel) -> Splits:
         """Read the labels and keys of the images. Steps that select read validation and test."""
         # A frozen run is fitted to the validation labels and measured on the test split. Whether
         # the run is frozen is decided later, so both splits are read if it may be.
@@ -88,7 +88,7 @@ class FineTuning:
         self,
         options: FinetuneOptions,
         initial: InitialModel,
-        images: UndividedImages,
+        images: Splits,
         reporter: Reporter,
     ) -> TrainingSetup:
         """Load the model and the teacher, freeze parameters, and prepare loss and evaluation."""

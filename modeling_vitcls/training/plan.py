@@ -13,7 +13,7 @@ otherwise                                             steps, if they take less t
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from ..data.splits import UndividedImages
+from ..data.sources import Splits
 from .defaults import FINE_TUNING_EPOCHS, resolve_schedule
 from .duration import estimate_step_seconds, format_minutes, measure_forward_seconds
 from .model import InitialModel
@@ -54,7 +54,7 @@ class RunPlan:
 def plan_run(
     options: TrainOptions,
     initial: InitialModel,
-    images: UndividedImages,
+    images: Splits,
     setup: TrainingSetup,
     launch: Launch,
 ) -> RunPlan:

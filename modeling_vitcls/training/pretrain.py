@@ -24,7 +24,8 @@ import torch
 from ..data.aspect_ratio import get_resize, set_resize
 from ..data.batches import Normalizer
 from ..data.images import LabeledImages
-from ..data.splits import TrainingData, UndividedImages, load_undivided_images
+from ..data.sources import Splits
+from ..data.splits import TrainingData, load_undivided_images
 from ..inference.image_pass import ImagePass, stack_rows
 from ..inference.linear_probe import LinearProbe
 from ..model.configuration_vitcls import ViTCLSConfig
@@ -66,7 +67,7 @@ class PreTraining:
             options = replace(options, crop_scale=crop_scale, augment=augment)
         return options
 
-    def load_images(self, options: PretrainOptions, initial: InitialModel) -> UndividedImages:
+    def load_images(self, options: PretrainOptions, initial: InitialModel) -> Splits:
         """Read the keys of the images, and the labels if the dataset has any."""
         reads_all = options.select == "best"
         try:
@@ -78,7 +79,7 @@ class PreTraining:
         self,
         options: PretrainOptions,
         initial: InitialModel,
-        images: UndividedImages,
+        images: Splits,
         reporter: Reporter,
     ) -> TrainingSetup:
         """Load the model, and build loss and evaluation."""

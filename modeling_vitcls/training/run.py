@@ -23,10 +23,10 @@ from torch.distributed.fsdp import FSDPModule
 
 from ..data.aspect_ratio import get_output_size
 from ..data.augmentation import build_augmentation
-from ..data.batches import Batch, BatchBuilder, TrainingImages, iterate_training_batches
+from ..data.batches import Batch, TrainingImages, iterate_training_batches
 from ..data.image_folder import check_output_is_not_read
 from ..data.images import LabeledImages, UnreadableImageCounter
-from ..data.splits import TrainingData
+from ..data.splits import TrainingData, divide_images
 from ..data.workers import explain_worker_errors
 from ..hub.local_paths import resolve_name
 from ..inference.class_statistics import ClassStatistics, Token
@@ -116,7 +116,7 @@ def train(asked: TrainOptions) -> Path:
         plan = plan_run(inputs.options, inputs.initial, inputs.images, inputs.setup, launch)
         options = plan.options
         assert options.held_out_fraction is not None, "the plan sets it"
-        data = inputs.images.divide(options.held_out_fraction, options.select == "best")
+        data = divide_images(inputs.images, options.held_out_fraction, options.select == "best")
         # Compared with the checkpoint first: nothing is written if the run is another one.
         record = run_on_main(partial(build_run_record, plan, data, inputs, launch))
         run_on_main(
@@ -405,7 +405,8 @@ def iterate_augmented_batches(
     """Yield the augmented images of this process, from the step on that the loop continues."""
     options, processor = plan.options, setup.processor
     num_channels = setup.model.config.num_channels
-    builder = BatchBuilder(
+    images = TrainingImages(
+        data.train,
         build_augmentation(options, processor),
         data.label_space,
         bool(processor.do_convert_rgb),
@@ -415,7 +416,7 @@ def iterate_augmented_batches(
         image_bytes=num_channels * math.prod(get_output_size(processor)),
     )
     return iterate_training_batches(
-        TrainingImages(data.train, builder),
+        images,
         loop.plan,
         loop.accelerator.process_index,
         options.num_workers,

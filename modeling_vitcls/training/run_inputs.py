@@ -11,7 +11,8 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 
 from ..conversion.open_model import is_preset
-from ..data.splits import UndividedImages, load_on_main
+from ..data.sources import Splits
+from ..data.splits import load_on_main
 from ..hub.loading import pin_revision
 from ..runtime.distributed import build_accelerator, run_on_main, set_mixed_precision
 from ..runtime.flags import to_flags
@@ -55,7 +56,7 @@ class RunInputs:
 
     options: TrainOptions  # with the defaults that do not depend on the kind of run
     initial: InitialModel
-    images: UndividedImages
+    images: Splits
     setup: TrainingSetup
     forward_flops: int
     lines: dict[str, str | None]  # about the defaults and the device

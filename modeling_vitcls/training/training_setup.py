@@ -9,7 +9,8 @@ from typing import Any, Protocol
 
 from ..data.images import LabeledImages
 from ..data.labels import LabelSpace
-from ..data.splits import TrainingData, UndividedImages
+from ..data.sources import Splits
+from ..data.splits import TrainingData
 from ..inference.frozen_features import FrozenPass
 from ..model.image_processing_vitcls import ViTCLSImageProcessor
 from .losses import Objective
@@ -28,11 +29,11 @@ class Recipe(Protocol):
         Raise ValueError if flags contradict each other.
         """
 
-    def load_images(self, options: Any, initial: InitialModel) -> UndividedImages:
+    def load_images(self, options: Any, initial: InitialModel) -> Splits:
         """Read the labels and keys of the images."""
 
     def build_setup(
-        self, options: Any, initial: InitialModel, images: UndividedImages, reporter: Reporter
+        self, options: Any, initial: InitialModel, images: Splits, reporter: Reporter
     ) -> "TrainingSetup":
         """Load the model, and prepare loss and evaluation."""
 

@@ -19,7 +19,6 @@ from modeling_vitcls.data import batches as batches_module
 from modeling_vitcls.data.augmentation import build_augmentation
 from modeling_vitcls.data.batches import (
     Batch,
-    BatchBuilder,
     Normalizer,
     TrainingImages,
     iterate_training_batches,
@@ -42,7 +41,7 @@ def build_images(
     augmentation = build_augmentation(
         AugmentationOptions(**options), ViTCLSImageProcessor(size=[16, 16])
     )
-    return TrainingImages(source, BatchBuilder(augmentation, label_space, to_rgb=True, seed=seed))
+    return TrainingImages(source, augmentation, label_space, to_rgb=True, seed=seed)
 
 
 def build_noise_images(count: int) -> list[Image.Image]:
@@ -222,9 +221,7 @@ def test_a_gray_model_skips_color_images() -> None:
         ViTCLSImageProcessor(size=[16, 16]),
     )
     source = LabeledImages(images, [0, 1, 2, 3])
-    prepared = TrainingImages(
-        source, BatchBuilder(augmentation, LABELS, to_rgb=False, seed=0, num_channels=1)
-    )
+    prepared = TrainingImages(source, augmentation, LABELS, to_rgb=False, seed=0, num_channels=1)
 
     batch = prepared[[(0, 0), (0, 1), (0, 2), (0, 3)]]
     assert batch["pixels"].shape == (4, 1, 16, 16)

@@ -16,7 +16,11 @@ from modeling_vitcls.data.in_memory import add_dataset
 from modeling_vitcls.data.labels import LabelSpace
 from modeling_vitcls.data.options import DataOptions
 from modeling_vitcls.data.sources import load_splits
-from modeling_vitcls.data.splits import load_training_data, load_undivided_images
+from modeling_vitcls.data.splits import (
+    divide_images,
+    load_training_data,
+    load_undivided_images,
+)
 
 
 NUM_IMAGES = 12
@@ -348,7 +352,7 @@ def test_a_column_of_splits_is_used(name: str, spellings: list[str], photos: Pat
     table = write_csv(photos, ["a", "b", "a", "b"] * 3, "split.csv", **{name: parts})
     images = load_undivided_images(DataOptions(dataset=table), reads_all=True)
     for split, first in (("train", 0), ("test", 1), ("validation", 2)):
-        assert images.splits[split].images.get_names() == FILES[first::3]
+        assert images.images_by_split[split].images.get_names() == FILES[first::3]
     assert images.facts["splits"] == f"column {name!r}: train 4, validation 4, test 4 rows"
 
 
@@ -377,7 +381,7 @@ def test_the_images_of_a_group_are_on_one_side(photos: Path) -> None:
     table = write_csv(photos, ["a", "b"] * 6, "patients.csv", patient=patients)
     options = DataOptions(dataset=table, group_column="patient")
     images = load_undivided_images(options)
-    data = images.divide(0.2)
+    data = divide_images(images, 0.2)
     held_out, train = (
         {patients[FILES.index(name)] for name in part.images.get_names()}
         for part in (data.held_out, data.train)

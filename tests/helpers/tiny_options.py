@@ -12,6 +12,7 @@ from helpers.accelerate_state import reset_accelerate
 from modeling_vitcls.cli.api import build_options
 from modeling_vitcls.data.labels import LabelSpace
 from modeling_vitcls.data.options import AugmentationOptions
+from modeling_vitcls.data.splits import divide_images
 from modeling_vitcls.runtime.files import read_json
 from modeling_vitcls.training.finetune import FineTuning
 from modeling_vitcls.training.loop import build_batch_plan
@@ -77,7 +78,9 @@ def prepare_setup(options: Any) -> SimpleNamespace:
     launch = Launch(accelerator, reporter, None, options, checkpoint=None, is_finished=False)
     inputs = load(recipe, launch)
     plan = plan_run(inputs.options, inputs.initial, inputs.images, inputs.setup, launch)
-    data = inputs.images.divide(plan.options.held_out_fraction, plan.options.select == "best")
+    data = divide_images(
+        inputs.images, plan.options.held_out_fraction, plan.options.select == "best"
+    )
     batches = None
     if plan.kind == "steps":
         batches = build_batch_plan(len(data.train), plan.options, accelerator.num_processes)

@@ -26,7 +26,6 @@ from modeling_vitcls import (
 )
 from modeling_vitcls.data.augmentation import build_augmentation
 from modeling_vitcls.data.batches import (
-    BatchBuilder,
     Normalizer,
     TrainingImages,
     iterate_training_batches,
@@ -170,8 +169,9 @@ class RecordedLoop:
 
     def batches(self) -> Iterator[Any]:
         augmentation = build_augmentation(PLAIN, ViTCLSImageProcessor(size=[32, 32]))
-        builder = BatchBuilder(augmentation, DIGITS.label_space, to_rgb=True, seed=0)
-        pictures = TrainingImages(DIGITS.train, builder)
+        pictures = TrainingImages(
+            DIGITS.train, augmentation, DIGITS.label_space, to_rgb=True, seed=0
+        )
         return iterate_training_batches(
             pictures, self.plan, process_index=0, num_workers=0, first_step=self.state.step
         )
