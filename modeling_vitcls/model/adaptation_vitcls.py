@@ -138,11 +138,11 @@ class AdaptableModel(PreTrainedModel):
         gated_tokens = get_gated_tokens(self.config, changes, gate_new_tokens)
 
         model = self.new_like(replace_fields(self.config, changes | {"gated_tokens": gated_tokens}))
-        model.train(self.training)
         # transformers' `to` is untyped
         model.to(device=self.device, dtype=self.dtype)  # type: ignore[call-arg]
         load_adapted_weights(self, model)
-        return model
+        # last: `eval` compares the weights with those that the statistics were fitted to
+        return model.train(self.training)
 
     def new_like(self, config: ViTCLSConfig) -> Self:
         """Return a newly initialized model of this class for another configuration."""

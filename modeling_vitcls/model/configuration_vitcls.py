@@ -111,6 +111,9 @@ COUNT_FIELDS: dict[str, str] = {
     "registers": "num_register_tokens",
 }
 
+# What is fitted to the logits and the features of a finished model, and to its labels.
+FITTED_FIELDS = ("temperature", "class_statistics", "distance_threshold", "fitted_weights")
+
 # Value of `position_embedding_tokens` -> groups of special tokens that have position embeddings.
 GROUPS_WITH_POSITIONS: dict[str, tuple[str, ...]] = {
     "patches": (),
@@ -442,6 +445,9 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
             `outputs.distance`.
         distance_threshold (`float`, *optional*): Distance to the nearest class above which an image
             is unlikely to show any of the labels (arXiv 1807.03888).
+        fitted_weights (`dict`, *optional*): Sums of the weights, `{"encoder": ..., "classifier":
+            ...}`, to which the three fields above were fitted. A model with other weights removes
+            them in `model.eval()`, with a warning.
 
     Masked image modeling:
         mim_loss (`"l1"` or `"l2"`, defaults to `"l1"`): Masked-pixel loss: L1 (SimMIM, arXiv
@@ -609,6 +615,7 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
     temperature: float | int = positive(default=1.0)
     class_statistics: dict[str, Any] | None = None
     distance_threshold: float | None = finite(default=None)
+    fitted_weights: dict[str, float] | None = None
     mim_loss: Literal["l1", "l2"] = "l1"
     norm_pixel_target: bool = False
     _out_features: list[str] | None = None
@@ -714,8 +721,10 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
         labels = config_dict.get("id2label")
         num_stored_labels = isinstance(labels, dict) and len(labels)
         if "id2label" in overrides or kwargs.get("num_labels") not in (None, num_stored_labels):
-            # stored labels and class statistics do not apply to the new classifier
-            config_dict |= dict.fromkeys(("id2label", "label2id", "class_statistics"))
+            # nothing that was fitted to the stored labels applies to the new classifier
+            config_dict |= dict.fromkeys(("id2label", "label2id"))
+            if removed := [name for name in FITTED_FIELDS if config_dict.pop(name, None)]:
+                logger.warning(f"{', '.join(removed)}: removed, because the labels are new")
 
         if overrides.get("num_hidden_layers") not in (None, config_dict.get("num_hidden_layers")):
             # stored stages do not apply to the new layers
@@ -980,6 +989,7 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
             "temperature": head.temperature,
             "class_statistics": None,
             "distance_threshold": None,
+            "fitted_weights": None,
         }
         config = copy.deepcopy(self)
         for field, value in changes.items():

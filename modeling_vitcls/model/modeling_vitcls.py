@@ -32,7 +32,7 @@ from transformers.modeling_outputs import (
     MaskedImageModelingOutput,
 )
 from transformers.processing_utils import Unpack
-from transformers.utils import ModelOutput, TransformersKwargs
+from transformers.utils import ModelOutput, TransformersKwargs, logging
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
@@ -59,6 +59,7 @@ from .heads_vitcls import (
     compute_classification_loss,
     compute_cross_entropy,
     compute_masked_pixel_loss,
+    find_changed_weights,
 )
 from .positions_vitcls import MixedRotaryEmbeddings, build_rotary_embeddings
 from .token_attention_vitcls import SPECIAL_TOKEN_GROUPS, LayerIndices, compute_token_attention
@@ -69,6 +70,9 @@ from .variants_vitcls import (
     add_register_neurons,
     keep_patches,
 )
+
+
+logger = logging.get_logger(__name__)
 
 
 # Outputs ------------------------------------------------------------------------------------------
@@ -529,6 +533,39 @@ class ViTCLSForImageClassification(ViTCLSPreTrainedModel):
         self.class_distance = None
         self.config.class_statistics = None
         self.config.distance_threshold = None
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the training mode, as in PyTorch; before evaluation, check what was fitted.
+
+        The temperature, class statistics and threshold belong to the weights that they were fitted
+        to. After training with any loop, they are removed, with a warning.
+        """
+        was_training = self.training
+        super().train(mode)
+        if was_training and not mode and self.config.fitted_weights is not None:
+            self.remove_outdated_fits(self.config.fitted_weights)
+        return self
+
+    def remove_outdated_fits(self, fitted_weights: Mapping[str, float]) -> None:
+        """Remove what was fitted to other weights than the present ones."""
+        changed = find_changed_weights(dict(self.named_parameters()), fitted_weights)
+        if not changed:
+            return
+        removed = ["temperature"]
+        self.config.temperature = 1.0
+        self.config.fitted_weights = None
+        if "encoder" in changed and self.class_distance is not None:
+            removed.append("class statistics (`distance`, `unknown`)")
+            self.remove_class_statistics()
+        logger.warning(
+            f"{' and '.join(removed)}: removed, because they were fitted before the weights were "
+            "trained further. `vitcls finetune --model FOLDER` fits them to the new weights"
+        )
+        if "encoder" in changed and self.config.extra_heads:
+            logger.warning(
+                f"{', '.join(self.config.extra_heads)}: added before the encoder was trained "
+                "further; add them again"
+            )
 
     def select_task(self, name: str) -> "ViTCLSForImageClassification":
         """Build a classifier of an added task alone, with the same bits.

@@ -408,9 +408,10 @@ def append_head(
         config.id2label = dict(enumerate(names))
         config.label2id = {label: index for index, label in enumerate(names)}
         config.class_statistics = None  # of the old classes; set for all of them afterwards
-    extended = model.new_like(config).to(device=model.device, dtype=model.dtype).eval()
+    extended = model.new_like(config).to(device=model.device, dtype=model.dtype)
     # The old model has no weights for the new head, which are set below.
     extended.load_state_dict(model.state_dict(), strict=False)
+    extended.eval()
     linear = extended.extra_heads[f"task_{name}"]
     with torch.no_grad():
         linear.weight.copy_(torch.from_numpy(weight))

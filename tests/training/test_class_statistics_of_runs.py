@@ -72,3 +72,68 @@ def test_an_added_class_is_known(folder: Path, tmp_path: Path) -> None:
         predict(each, [NEW[0][0]])[0]["distance"] for each in (folder, tmp_path / "new")
     )
     assert after < before
+
+
+def train_further(model: ViTCLSForImageClassification, module: torch.nn.Module) -> None:
+    """Take one step, as any loop does."""
+    optimizer = torch.optim.SGD(module.parameters(), lr=1e-3)
+    model.train()
+    labels = torch.arange(4) % model.config.num_labels
+    model(torch.randn(4, 3, 32, 32), labels=labels).loss.backward()
+    optimizer.step()
+    model.eval()
+
+
+def get_fits(model: ViTCLSForImageClassification) -> tuple[bool, bool]:
+    """Tell whether a model is calibrated, and whether it has class statistics."""
+    return model.config.temperature != 1, model.class_distance is not None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nothing_fitted_is_removed_without_training(folder: Path, dtype: torch.dtype) -> None:
+    stored = ViTCLSForImageClassification.from_pretrained(folder).config.temperature
+    model = ViTCLSForImageClassification.from_pretrained(folder, dtype=dtype)
+    for each in (model, model.to(torch.float16).train().eval(), model.adapt(num_cls_tokens=2)):
+        assert each.config.temperature == stored
+        assert each.class_distance is not None
+
+
+def test_nothing_fitted_outlives_the_weights(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = ViTCLSForImageClassification.from_pretrained(folder)
+    train_further(model, model.vitcls.layers)
+    assert get_fits(model) == (False, False)
+    assert any("vitcls finetune --model" in line for line in caplog.messages)
+
+
+def test_weights_that_were_saved_in_training_have_nothing_fitted_to_others(
+    frozen: Path, tmp_path: Path
+) -> None:
+    """Trainer saves the model in training mode: what does not belong to it goes at loading."""
+    model = ViTCLSForImageClassification.from_pretrained(frozen)
+    train_further(model, model.vitcls.layers)
+    with torch.no_grad():
+        weights = {name: each + 1e-3 for name, each in model.vitcls.layers.state_dict().items()}
+    stale = ViTCLSForImageClassification.from_pretrained(frozen)
+    stale.vitcls.layers.load_state_dict(weights)
+    stale.save_pretrained(tmp_path)
+    assert get_fits(ViTCLSForImageClassification.from_pretrained(tmp_path)) == (False, False)
+
+
+def test_a_trained_classifier_keeps_the_distance(frozen: Path) -> None:
+    model = ViTCLSForImageClassification.from_pretrained(frozen)
+    train_further(model, model.classifier)
+    assert get_fits(model) == (False, True)
+
+
+def test_new_labels_at_loading_remove_what_was_fitted_to_the_old(
+    frozen: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    labels = {"num_labels": 2, "id2label": {0: "ant", 1: "bee"}}
+    model = ViTCLSForImageClassification.from_pretrained(
+        frozen, **labels, ignore_mismatched_sizes=True
+    )
+    assert get_fits(model) == (False, False)
+    assert model.config.distance_threshold is None
+    assert sum("the labels are new" in line for line in caplog.messages) == 1
