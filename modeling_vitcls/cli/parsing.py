@@ -9,15 +9,15 @@ and the command line overrides the recipe. Invalid flags are reported before tor
 
 import argparse
 import dataclasses
+import difflib
 import os
 import re
 import shutil
 import sys
 import textwrap
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from functools import cache
-from itertools import chain
 from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Any, TypeVar, Union
@@ -59,6 +59,8 @@ EQUIVALENT_FLAGS = {
     "--bf16": "mixed_precision",
 }
 
+# Values of a flag without a value, such as `--flip`, in a recipe: those of YAML 1.1
+BOOLEANS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 POSITIONAL_ARGUMENTS = ("paths", "old", "new")
 SETTINGS_FLAGS = ("model_config", "augment")  # flags of several NAME=VALUE
 TYRO_CONFIG = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
@@ -86,7 +88,7 @@ def parse_command_line(modules: dict[str, ModuleType], arguments: list[str]) -> 
         # tyro knows only --help, which lists all flags
         flags = ["--help" if flag == "--help-all" else flag for flag in flags]
         with exit_on_error(options_class, status=2):
-            flags = insert_recipe(flags, get_flag_fields(options_class))
+            flags = insert_recipe(flags, add_arguments(options_class))
             check_flags(flags, get_flag_fields(options_class))
 
     subcommands: list[Any] = []
@@ -161,16 +163,17 @@ def add_arguments(options_class: type[Options]) -> type[Options]:
     )
 
 
-def insert_recipe(flags: list[str], flag_names: Collection[str]) -> list[str]:
+def insert_recipe(flags: list[str], options_class: type[Options]) -> list[str]:
     """Put the flags of the recipe in `--config` before the other flags."""
-    if "config" not in flag_names:
+    fields = get_flag_fields(options_class)
+    if "config" not in fields:
         return flags
     # argparse finds --config in both spellings, before tyro reports unknown flags
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config", type=Path)
     path = parser.parse_known_args(flags)[0].config
     # the last value of a flag counts, so the command line overrides the recipe
-    return flags if path is None else [*read_recipe(path), *flags]
+    return flags if path is None else [*read_recipe(path, fields), *flags]
 
 
 def check_flags(flags: list[str], flag_names: Collection[str]) -> None:
@@ -304,18 +307,66 @@ def find_recipe(path: Path, pattern: str = "[!s]*.yaml") -> Path:
     return recipes[str(path)]
 
 
-def read_recipe(path: Path) -> list[str]:
-    """Read a recipe and return its flags. Raise ValueError if the file cannot be read."""
+class RecipeLoader(yaml.BaseLoader):
+    """Reads every value as text, as on the command line: `no`, `010` and `1e-3` stay what they are."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[str, Any]:
+        """Build a dict, and raise an error at a key that is there twice."""
+        names = [name.value for name, _ in node.value]
+        if repeated := next((name for name in names if names.count(name) > 1), None):
+            raise yaml.YAMLError(f"{repeated} is set twice")
+        return super().construct_mapping(node, deep)
+
+
+def read_recipe(path: Path, fields: Mapping[str, dataclasses.Field[Any]]) -> list[str]:
+    """Read a recipe and return its flags.
+
+    Raises:
+        ValueError: if the file cannot be read, or a key or its value is not one of a flag. The
+            message names the file and the key.
+    """
     file = find_recipe(path)
     try:
-        recipe = yaml.safe_load(read_text(file)) or {}
+        text = read_text(file)
+        recipe, typed_recipe = yaml.load(text, RecipeLoader) or {}, yaml.safe_load(text)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ValueError(f"cannot read the recipe {file}: {format_error(error)}") from None
     if not isinstance(recipe, dict):
         raise ValueError(f"the recipe {file} must contain lines of the form flag: value")
-    # a flag without a value keeps its default
-    flags = (to_arguments(str(name), recipe[name]) for name in recipe if recipe[name] is not None)
-    return list(chain.from_iterable(flags))
+
+    flags: list[str] = []
+    for name, value in recipe.items():
+        field = fields.get(name.replace("-", "_"))
+        if field is None:
+            equivalent = EQUIVALENT_FLAGS.get(f"--{name.replace('_', '-')}")
+            close = [equivalent or "", *difflib.get_close_matches(name, fields, n=1)]
+            hint = next((f". Set `{each}`" for each in close if each in fields), "")
+            raise ValueError(f"{file}: there is no flag {name}{hint}")
+        # a flag without a value keeps its default
+        if value in ("", "~", "null"):
+            continue
+        if field.name in SETTINGS_FLAGS:
+            value = typed_recipe[name]
+        elif "bool" in str(field.type):
+            value = BOOLEANS.get(str(value).lower(), value)
+        arguments = to_arguments(name, value)
+        if not is_accepted(field, arguments):
+            raise ValueError(f"{file}: {name} cannot be {value}")
+        flags += arguments
+    return flags
+
+
+def is_accepted(field: dataclasses.Field[Any], arguments: list[str]) -> bool:
+    """Check whether tyro can parse the arguments of one flag."""
+    default = dataclasses.field(default=field.default)
+    flag = dataclasses.make_dataclass("Flag", [(field.name, field.type, default)])  # type: ignore[list-item]
+    # tyro prints the error itself, but without the file
+    with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        try:
+            tyro.cli(flag, args=arguments, config=TYRO_CONFIG)
+        except SystemExit:
+            return False
+    return True
 
 
 # Errors and output of libraries -------------------------------------------------------------------

@@ -50,12 +50,37 @@ def test_recipes_are_flags_that_the_command_line_overrides(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
+    ("line", "name", "value"),
+    [
+        ("mixed_precision: no", "mixed_precision", "no"),
+        ("label_names: [yes, no]", "label_names", ("yes", "no")),
+        ("seed: 010", "seed", 10),
+        ("learning_rate: 1e-3", "learning_rate", 1e-3),
+        ("flip: no", "flip", False),
+        ("epochs: null", "epochs", None),
+        ("model_config: {pooled_layers: [-2, -1]}", "model_config", {"pooled_layers": [-2, -1]}),
+    ],
+)
+def test_values_of_a_recipe_are_those_of_the_command_line(
+    line: str, name: str, value: object, tmp_path: Path
+) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(line, encoding="utf-8")
+    options = parse_flags("finetune", [*RUN.split(), "--config", str(recipe)])
+    assert getattr(options, name) == value
+
+
+@pytest.mark.parametrize(
     ("content", "words"),
     [
         (b"\xff\xfe\xff", ["cannot read", "recipe.yaml"]),
         (b"epochs: [3", ["cannot read", "recipe.yaml"]),
         (b"- epochs", ["flag: value", "recipe.yaml"]),
-        (b"epochs: 3\nlr: 0.1", ["--lr", "(--learning-rate)"]),
+        (b"epochs: 3\nlr: 0.1", ["recipe.yaml", "no flag lr", "(--learning-rate)"]),
+        (b"epochs: 3\nbatch_sise: 8", ["recipe.yaml", "batch_sise", "(--batch-size)"]),
+        (b"epochs: 3\nbatch_size: 8\nepochs: 4", ["recipe.yaml", "epochs is set twice"]),
+        (b"epochs: many", ["recipe.yaml", "epochs cannot be many"]),
+        (b"flip: perhaps", ["recipe.yaml", "flip cannot be perhaps"]),
     ],
 )
 def test_errors_of_recipes_are_one_line(
