@@ -14,7 +14,7 @@ import pandas as pd
 
 from ..data.evaluation_data import load_evaluation_data
 from ..data.images import ArrayImages, DatasetImages
-from ..data.label_matching import match_labels
+from ..data.label_matching import translate_labels
 from ..data.labels import LabelSpace, get_label_space
 from ..data.options import DataOptions
 from ..data.splits_table import EMPTY_TABLE
@@ -77,7 +77,7 @@ def open_images(
     data = load_evaluation_data(data_options, options.split, splits, use_labels=use_labels)
     labels: Sequence[Any] | None = None
     if label_space is not None:
-        labels = match_labels(data.images, data.label_space, label_space).labels
+        labels = translate_labels(data.images, data.label_space, label_space).labels
 
     images = data.images.images
     dataset_name = Path(options.dataset).resolve().name

@@ -67,11 +67,6 @@ class ImageFolder:
     run_folders: list[str] = field(default_factory=list)  # whose files are not listed
     system_folders: list[str] = field(default_factory=list)  # likewise, without the hidden ones
 
-    @property
-    def files(self) -> list[str]:
-        """Return all files."""
-        return [*self.images, *self.metadata, *self.tables, *self.other_files]
-
     def add(self, file: str) -> None:
         """Add a file to the list of its kind."""
         suffix = PurePosixPath(file).suffix.lower()

@@ -180,19 +180,15 @@ class DatasetImages(Sequence):
         with ThreadPoolExecutor() as pool:
             for values in self.read_values(self.rows):
                 images = (to_encoded_image(value, self.folder) for value in values)
-                keys += pool.map(compute_encoded_content_key, images)
+                keys += pool.map(
+                    lambda image: compute_content_key(open_encoded_image(image)), images
+                )
         return np.array(keys, np.uint64)
 
     def read_values(self, rows: np.ndarray) -> Iterator[list[Any]]:
         """Yield the values of rows, some rows at a time."""
         for start in range(0, len(rows), ROWS_PER_READ):
             yield self.dataset[rows[start : start + ROWS_PER_READ]][self.column]
-
-
-def compute_encoded_content_key(encoded_image: dict[str, Any]) -> int:
-    """Return the key of the content of an encoded image."""
-    with open_encoded_image(encoded_image) as stream:
-        return compute_content_key(stream)
 
 
 def compute_digest(images: Any, index: int) -> str:
@@ -235,21 +231,22 @@ def open_encoded_image(encoded_image: dict[str, Any]) -> BinaryIO:
 
 
 def compute_content_key(stream: BinaryIO) -> int:
-    """Compute the 63-bit key of an image from its encoded content.
+    """Compute the 63-bit key of an image from its encoded content, and close the stream.
 
     At most 48 KiB are read.
     """
-    size = stream.seek(0, io.SEEK_END)
-    digest = hashlib.blake2b(size.to_bytes(8, "little"), digest_size=8)
-    if size <= 3 * CONTENT_PART_BYTES:
-        stream.seek(0)
-        digest.update(stream.read())
-    else:
+    with stream:
+        size = stream.seek(0, io.SEEK_END)
         # Files of one program often share their start, so the middle and the end are read, too. Whole
         # files are compared only where it matters (`compute_digest`).
-        for start in (0, size // 2, size - CONTENT_PART_BYTES):
+        starts = [0, size // 2, size - CONTENT_PART_BYTES]
+        length = CONTENT_PART_BYTES
+        if size <= 3 * CONTENT_PART_BYTES:
+            starts, length = [0], size
+        digest = hashlib.blake2b(size.to_bytes(8, "little"), digest_size=8)
+        for start in starts:
             stream.seek(start)
-            digest.update(stream.read(CONTENT_PART_BYTES))
+            digest.update(stream.read(length))
     return int.from_bytes(digest.digest(), "little") >> 1
 
 

@@ -12,7 +12,7 @@ from ..runtime.errors import format_name_list
 from .labels import LabelSpace, normalize_name
 
 
-def match_labels(images: Any, data_space: LabelSpace, model_space: LabelSpace) -> Any:
+def translate_labels(images: Any, data_space: LabelSpace, model_space: LabelSpace) -> Any:
     """Convert the label indices of the dataset to the label indices of the model.
 
     Missing labels (-100) are left unchanged. Raise ValueError if the kinds of labels or the tasks

@@ -21,7 +21,7 @@ import ast
 import math
 import re
 import unicodedata
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
@@ -364,7 +364,7 @@ def read_label_names(
 
 
 def read_names(
-    values: Iterable[Any],
+    values: Sequence[Any],
     classes: Sequence[str],
     is_declared: bool,
     separator: str | None,
@@ -394,15 +394,11 @@ def read_names(
             return [name_by_index.get(text, f"index {text}") for text in texts if text != "-1"]
         return [name_by_index.get(text, text) for text in texts]
 
-    known: dict[str, list[str]] = {}
-    rows = []
-    for value in values:  # large tables repeat few cells
-        # By spelling, because 1 and True are the same key of a dict, and lists are none.
-        key = repr(value)
-        if key not in known:
-            known[key] = find_names(value)
-        rows.append(known[key])
-    return rows
+    # Large tables repeat few cells. By spelling, because 1 and True are the same key of a dict, and
+    # lists are none.
+    distinct = {repr(value): value for value in values}
+    names = {spelling: find_names(value) for spelling, value in distinct.items()}
+    return [names[repr(value)] for value in values]
 
 
 def get_bit(value: Any) -> bool | None:

@@ -133,11 +133,11 @@ def load_splits(
                 f"`{name}` has no effect on {options.dataset}, whose images and labels are not in "
                 f"a table. Remove `{name}`"
             )
-    images_by_split = {name: splits.images_by_split[name] for name in select(["train"])}
+    select(["train"])  # an error for another split
     if use_labels:
-        return replace(splits, images_by_split=images_by_split)
-    unlabeled = {name: mark_as_unlabeled(split.images) for name, split in images_by_split.items()}
-    return replace(splits, label_space=UNLABELED, images_by_split=unlabeled)
+        return splits
+    unlabeled = mark_as_unlabeled(splits.train.images)
+    return replace(splits, label_space=UNLABELED, images_by_split={"train": unlabeled})
 
 
 def mark_as_unlabeled(images: Any) -> LabeledImages:
@@ -283,9 +283,9 @@ def read_folder(path: Path, use_labels: bool) -> Any:
             saved = datasets.load_from_disk(path)
         return saved if isinstance(saved, dict) else {"train": saved}
     for reader in dict.fromkeys(READERS.values()):
-        if tables := find_tables(path, folder.files, reader):
+        if tables := find_tables(path, [*folder.metadata, *folder.tables], reader):
             return read_tables(reader, tables)
-    if any("-ubyte" in file for file in folder.files):
+    if any("-ubyte" in file for file in folder.other_files):
         raise ValueError(
             f"{path} contains MNIST's idx files, which are not read. Set `dataset` to the same "
             "images on the Hub, such as 'ylecun/mnist' or 'zalando-datasets/fashion_mnist'"

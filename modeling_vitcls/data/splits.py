@@ -267,7 +267,6 @@ def select_held_out(images: LabeledImages, fraction: float, seed: int, dataset: 
     The units are the groups of the images. Raise ValueError if none of the images would be held
     out.
     """
-    assert images.keys is not None, "`add_keys` comes before the division"
     assert images.groups is not None, "`add_keys` comes before the division"
     if not fraction:
         return np.zeros(len(images), bool)
@@ -276,7 +275,7 @@ def select_held_out(images: LabeledImages, fraction: float, seed: int, dataset: 
     sizes = np.bincount(group)
     numbers = np.full(len(sizes), np.iinfo(np.uint64).max, np.uint64)
     # A group takes the smallest number of its images: neither their order nor their names matter.
-    np.minimum.at(numbers, group, draw_numbers(images.keys, seed))
+    np.minimum.at(numbers, group, draw_numbers(get_keys(images), seed))
     labels = np.array(images.labels)[first] if is_stratified(images) else np.zeros(len(first), int)
 
     is_held_out = np.zeros(len(sizes), bool)  # of each group
@@ -329,14 +328,12 @@ def describe_data(training_data: TrainingData) -> dict[str, Any]:
     """Describe the training data for checkpoints, so that a resumed run notices a change."""
     parts = {"training": training_data.train, "held-out": training_data.held_out}
     description: dict[str, Any] = {"classes": training_data.label_space.columns}
-    description |= {f"number of {name} images": len(part) for name, part in parts.items()}
     for name, part in parts.items():
-        assert part.keys is not None, "`add_keys` comes before the division"
-        description[f"{name} images or their order"] = hashlib.sha256(
-            part.keys.tobytes()
-        ).hexdigest()
-        text = json.dumps(part.labels)
-        description[f"labels of {name} images"] = hashlib.sha256(text.encode()).hexdigest()
+        keys = get_keys(part).tobytes()
+        labels = json.dumps(part.labels).encode()
+        description[f"number of {name} images"] = len(part)
+        description[f"{name} images or their order"] = hashlib.sha256(keys).hexdigest()
+        description[f"labels of {name} images"] = hashlib.sha256(labels).hexdigest()
     return description
 
 

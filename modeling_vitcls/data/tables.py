@@ -21,7 +21,6 @@ from ..runtime.errors import explain_damage, format_error
 from .labels import spell_label
 
 
-TABLE_READERS = (".csv", ".tsv", ".jsonl", ".parquet")
 SEPARATORS = {",": "comma", ";": "semicolon", "\t": "tab", "|": "bar"}
 PANDAS_PREFIX = "Error tokenizing data. C error: "
 # blank lines and comments before the header, and the line in which spreadsheets name the separator
@@ -39,7 +38,7 @@ def read_table(file: Path) -> Any:
 
         with explain_damage(file, "Write the table again"):
             return wrap_table(pyarrow.parquet.read_table(file))
-    text = read_text(file)
+    text = read_table_text(file)
     if not text.strip():
         columns: dict[str, list[Any]] = {}
     elif suffix == ".jsonl":
@@ -51,7 +50,7 @@ def read_table(file: Path) -> Any:
     return wrap_table({name: build_column(values) for name, values in columns.items()})
 
 
-def read_text(file: Path) -> str:
+def read_table_text(file: Path) -> str:
     """Read a text file as spreadsheets write it: UTF-8 or UTF-16, with any line ends."""
     with open_regular_file(file) as stream:
         content = stream.read()

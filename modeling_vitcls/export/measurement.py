@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from ..data.evaluation_data import load_calibration_and_evaluation_data
 from ..data.images import LabeledImages
-from ..data.label_matching import match_labels
+from ..data.label_matching import translate_labels
 from ..data.labels import UNLABELED, check_is_classifier, get_label_space
 from ..data.options import DataOptions
 from ..data.splits import load_training_data
@@ -159,7 +159,7 @@ def load_export_images(
         )
         label_space = get_label_space(model.config)
         evaluator = Evaluator(
-            match_labels(held_out.images, held_out.label_space, label_space),
+            translate_labels(held_out.images, held_out.label_space, label_space),
             processor=processor,
             label_space=label_space,
             batch_size=BATCH_SIZE,

@@ -19,7 +19,7 @@ from rich.table import Table
 
 from ..conversion.open_model import open_model
 from ..data.evaluation_data import load_evaluation_data
-from ..data.label_matching import match_labels
+from ..data.label_matching import translate_labels
 from ..data.labels import check_is_classifier, get_label_space
 from ..data.options import DataOptions
 from ..data.splits import load_on_main
@@ -95,7 +95,7 @@ def evaluate_checkpoint(options: EvaluateOptions) -> dict[str, Any]:
     data = load_on_main(data_options.dataset, load_data)
     label_space = get_label_space(config)
     evaluator = Evaluator(
-        match_labels(data.images, data.label_space, label_space),
+        translate_labels(data.images, data.label_space, label_space),
         processor=processor,
         label_space=label_space,
         batch_size=batch_size,

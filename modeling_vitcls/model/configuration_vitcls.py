@@ -194,11 +194,11 @@ activation = bounded(ACT2FN.__contains__, 'an activation of transformers, such a
 def raise_one_line_errors(owner: str = "") -> Iterator[None]:
     """Raise one-line `ValueError`s instead of the multi-line errors that `strict` raises.
 
-    The message of a bound begins with its `owner`; a wrong type is reported with the field anyway.
+    A message begins with its `owner`, except that of a wrong type, which names the field anyway.
     """
     try:
         yield
-    except (StrictDataclassError, TypeError) as error:
+    except (StrictDataclassError, TypeError, ValueError) as error:
         reason: BaseException = error
         while reason.__cause__ is not None:  # the innermost error names the item of a list
             reason = reason.__cause__
@@ -322,14 +322,6 @@ class StoredStatistics:
 
     tokens: list[list[int | str]]  # pairs of a layer and a kind
     num_classes: int = between(1, MAX_LABELS)()
-
-
-def build_part(part_class: Any, owner: str, fields: dict[str, Any]) -> Any:
-    """Build a part of a configuration from its fields. The message of an error names the owner."""
-    try:
-        return part_class(**fields)
-    except ValueError as error:
-        raise ValueError(f"{owner}: {error}") from None
 
 
 @shorten_errors
@@ -730,18 +722,13 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
             # stored stages do not apply to the new layers
             config_dict |= {"out_features": None, "out_indices": None}
 
-        changed_counts = {
-            field: overrides[field] for field in COUNT_FIELDS.values() if field in overrides
+        stored_counts = {
+            field: config_dict.get(field, getattr(cls, field)) for field in COUNT_FIELDS.values()
         }
-        if changed_counts:
-            stored_counts = {
-                field: config_dict.get(field, getattr(cls, field))
-                for field in COUNT_FIELDS.values()
-            }
-            new_counts = stored_counts | changed_counts
-            gated_tokens = config_dict.get("gated_tokens")
+        new_counts = {field: overrides.get(field, stored_counts[field]) for field in stored_counts}
+        if new_counts != stored_counts:
             config_dict["gated_tokens"] = update_gated_tokens(
-                gated_tokens, stored_counts, new_counts
+                config_dict.get("gated_tokens"), stored_counts, new_counts
             )
 
         for name in (
@@ -1151,7 +1138,8 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
                     "underscores."
                 )
 
-            head: ExtraHead = build_part(ExtraHead, owner, fields)
+            with raise_one_line_errors(f"{owner}: "):
+                head = ExtraHead(**fields)
             is_binary = head.problem_type == "multi_label_classification" or head.adds_classes
             self._check_label_names(owner, head.labels, min_labels=1 if is_binary else 2)
             self._check_layers(f"{owner}: `pooled_layers`", head.pooled_layers)
@@ -1266,7 +1254,8 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
         """Check the tokens and the number of classes of the class statistics."""
         if self.class_statistics is None:
             return
-        statistics = build_part(StoredStatistics, "`class_statistics`", self.class_statistics)
+        with raise_one_line_errors("`class_statistics`: "):
+            statistics = StoredStatistics(**self.class_statistics)
         known_tokens = [
             [layer, kind] for layer in range(-self.num_hidden_layers, 0) for kind in ("cls", "mean")
         ]

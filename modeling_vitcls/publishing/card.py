@@ -72,10 +72,10 @@ def has_edited_card(folder: ModelFolder) -> bool:
         return False
     text = (folder.path / CARD_FILE).read_text(encoding="utf-8")
     signature = SIGNATURE_PATTERN.search(text)
-    return signature is None or signature[1] != compute_digest(text[: signature.start()])
+    return signature is None or signature[1] != compute_signature(text[: signature.start()])
 
 
-def compute_digest(text: str) -> str:
+def compute_signature(text: str) -> str:
     """Return the first 16 hexadecimal digits of the SHA-256 of a text."""
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -143,7 +143,7 @@ def render_card(
     variables |= build_model_variables(folder)
     variables |= build_run_variables(folder) if is_run else {}
     text = f"{TEMPLATES.get_template(f'{template}.md.j2').render(variables).rstrip()}\n\n"
-    return f"{text}{SIGNATURE.format(compute_digest(text))}\n"
+    return f"{text}{SIGNATURE.format(compute_signature(text))}\n"
 
 
 # Metadata -----------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ AUTO_CLASSES = {
 Outputs = dict[str, torch.Tensor]
 
 
-def main(repo_id: str, commit: str, trust_remote_code: bool, folder: Path) -> None:
+def write_outputs(repo_id: str, commit: str, trust_remote_code: bool, folder: Path) -> None:
     """Load the model, and write report.json and outputs.safetensors to `folder`."""
     report: dict[str, Any]
     try:
@@ -134,4 +134,4 @@ if __name__ == "__main__":
     script_repo_id, script_commit, trust_text, thread_text, script_folder = sys.argv[1:]
     # The reference was computed with this number of threads, which affects rounding.
     torch.set_num_threads(int(thread_text))
-    main(script_repo_id, script_commit, trust_text == "True", Path(script_folder))
+    write_outputs(script_repo_id, script_commit, trust_text == "True", Path(script_folder))

@@ -119,7 +119,7 @@ def verify(repo_id: str, revision: str = "main", folder: ModelFolder | None = No
         # published code is the same.
         code = compare_code(files) if trust_remote_code else "no code"
         # After the hashes: if files are damaged, their code is not run.
-        outputs, report = run_script(commit, Path(temporary_path), trust_remote_code)
+        outputs, report = run_verification_script(commit, Path(temporary_path), trust_remote_code)
 
     if report["missing"]:
         raise VerificationError(
@@ -234,7 +234,7 @@ def compare_code(files: Mapping[str, Path | bytes]) -> str:
     return f"code differs from {package}: {', '.join(names)}" if names else f"code of {package}"
 
 
-def run_script(
+def run_verification_script(
     commit: HubCommit, temporary_folder: Path, trust_remote_code: bool
 ) -> tuple[Outputs, dict[str, Any]]:
     """Run verification_script.py once in a new process, and return the outputs and the report.

@@ -29,7 +29,7 @@ from threadpoolctl import threadpool_limits
 
 from ..data.image_folder import check_output_is_not_read
 from ..data.images import LabeledImages
-from ..data.label_matching import match_labels
+from ..data.label_matching import translate_labels
 from ..data.labels import LabelSpace, get_label_space, warn_about_similar_classes
 from ..data.sources import Splits, load_splits
 from ..data.splits import (
@@ -276,7 +276,7 @@ def select_new_images(
     check_contradictions(list(images.values()), new_space, dataset)
     train = images[choose_training_splits(False, images)[0]]
     label_space = LabelSpace(SINGLE_LABEL, {"label": names})
-    return label_space, match_labels(train, new_space, label_space)
+    return label_space, translate_labels(train, new_space, label_space)
 
 
 def add_classes(

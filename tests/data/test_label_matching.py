@@ -3,7 +3,7 @@
 from helpers.tiny_models import raises_one_line
 
 from modeling_vitcls.data.images import LabeledImages
-from modeling_vitcls.data.label_matching import match_labels
+from modeling_vitcls.data.label_matching import translate_labels
 from modeling_vitcls.data.labels import LabelSpace
 
 
@@ -13,21 +13,21 @@ def build_single_label_space(*names: str) -> LabelSpace:
 
 def test_labels_are_matched_to_the_model_by_name() -> None:
     pictures = LabeledImages([], [0, 1, 0])
-    assert match_labels(
+    assert translate_labels(
         pictures,
         build_single_label_space("noon", "dusk"),
         build_single_label_space("dawn", "dusk", "noon"),
     ).labels == [2, 1, 2]
 
     with raises_one_line("'noon'", "only the labels label 0. Remove"):
-        match_labels(
+        translate_labels(
             pictures,
             build_single_label_space("noon", "label 0"),
             build_single_label_space("label 0"),
         )
 
     # an unused name has no effect
-    match_labels(
+    translate_labels(
         LabeledImages([], [1]),
         build_single_label_space("noon", "dusk"),
         build_single_label_space("dusk"),
