@@ -13,8 +13,8 @@ from modeling_vitcls.export.options import ExportOptions
 from modeling_vitcls.inference.options import EvaluateOptions, PredictOptions
 from modeling_vitcls.training.options import (
     LeJEPAOptions,
-    MAEOptions,
     ModelOptions,
+    PretrainOptions,
     RunOptions,
     TrainingOptions,
     parse_cls_scopes,
@@ -28,6 +28,7 @@ REQUIRED: dict[type, dict[str, Any]] = {
     DataOptions: {"dataset": "digits"},
     ModelOptions: {"model": "vitcls-tiny"},
     RunOptions: {"output_dir": Path("o")},
+    PretrainOptions: {"model": "m", "dataset": "digits", "output_dir": Path("o")},
     PushOptions: {"model": Path("m")},
     EvaluateOptions: {"model": "m", "dataset": "digits"},
     PredictOptions: {"model": "m", "paths": ("a.jpg",), "output": Path("out.json")},
@@ -59,8 +60,8 @@ LIMITS: list[tuple[type, str, list[Any], list[Any]]] = [
         ["full", "head", "lora", "last-12"],
         ["none", "last", "last-0", "last-1x"],
     ),
-    (MAEOptions, "mask_ratio", [0.1, 0.9], [0, 1]),
-    (MAEOptions, "decoder_layers", [1], [0]),
+    (PretrainOptions, "mask_ratio", [0.1, 0.9], [0, 1]),
+    (PretrainOptions, "decoder_layers", [1], [0]),
     (LeJEPAOptions, "global_crops projector_width", [1], [0]),
     (LeJEPAOptions, "local_crops", [0], [-1]),
     (LeJEPAOptions, "global_crop_scale", [0.06, 1], [0.05, 1.1]),

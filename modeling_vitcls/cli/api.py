@@ -157,10 +157,9 @@ def finetune(
         >>> results = finetune("runs/photos", "photos", "runs/mine")
         >>> print(results["accuracy"], results["num_images"])
     """
-    options = build_options(
-        FinetuneOptions, model=model, dataset=dataset, output_dir=output_dir, **flags
+    return run_training(
+        build_options(FinetuneOptions, model=model, dataset=dataset, output_dir=output_dir, **flags)
     )
-    return run_training(options)
 
 
 @own_state()
@@ -177,10 +176,9 @@ def pretrain(
         >>> from modeling_vitcls import pretrain
         >>> results = pretrain("runs/photos", "photos", "runs/encoder", epochs=1)
     """
-    options = build_options(
-        PretrainOptions, model=model, dataset=dataset, output_dir=output_dir, **flags
+    return run_training(
+        build_options(PretrainOptions, model=model, dataset=dataset, output_dir=output_dir, **flags)
     )
-    return run_training(options)
 
 
 def run_training(options: Any) -> dict[str, Any]:
@@ -191,14 +189,20 @@ def run_training(options: Any) -> dict[str, Any]:
     from accelerate import PartialState
 
     from ..hub.model_folder import ModelFolder
-    from ..publishing.after_run import finish_run, prepare_push
+    from ..publishing.after_run import finish_run
+    from ..publishing.push import prepare_repository
     from ..training.run import train
 
-    repo_id = prepare_push(options)
-    folder = train(options)
+    repo_id = None
+    # Before the run, which builds the Accelerator: a token that may not write should not be found
+    # after hours of training. Only the launcher's variable tells the process as early as this.
+    if options.push_to_hub and os.environ.get("RANK", "0") == "0":
+        repo_id = prepare_repository(options.hub_model_id, options.output_dir.resolve().name)
+    path = train(options)
+    folder = ModelFolder(path)
     if PartialState().is_main_process:
-        finish_run(folder, options, repo_id)
-    return ModelFolder(folder).results_of_any_weights
+        finish_run(folder, options.report, repo_id)
+    return folder.results_of_any_weights
 
 
 @own_state()

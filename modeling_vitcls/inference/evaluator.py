@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
+from accelerate import PartialState
 from accelerate.utils import send_to_device
 from rich.console import Console
 from torch import nn
@@ -51,16 +51,13 @@ def is_labeled(row: ImageOutput) -> bool:
     return bool(row.label.ndim or row.label >= 0)
 
 
-def build_predictions(
-    label_space: LabelSpace, rows: Sequence[ImageOutput], accelerator: Accelerator
-) -> Predictions:
+def build_predictions(label_space: LabelSpace, rows: Sequence[ImageOutput]) -> Predictions:
     """Measure rows with one label that are known on every process."""
-    metrics = SingleLabelMetrics(label_space, accelerator.device)
+    state = PartialState()
+    metrics = SingleLabelMetrics(label_space, state.device)
     # metrics are summed over the processes
-    own = slice(accelerator.process_index, None, accelerator.num_processes)
-    logits, labels = (
-        torch.from_numpy(array[own]).to(accelerator.device) for array in stack_rows(rows)
-    )
+    own = slice(state.process_index, None, state.num_processes)
+    logits, labels = (torch.from_numpy(array[own]).to(state.device) for array in stack_rows(rows))
     metrics.update_logits(logits, labels)
     return Predictions(label_space, rows, round_floats(metrics.compute()))
 

@@ -156,13 +156,13 @@ def enable_fsdp_on_cpu(accelerator: Accelerator) -> None:
     accelerator.state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
 
 
-def configure_layer_sharding(accelerator: Accelerator, model: nn.Module) -> None:
+def configure_layer_sharding(model: nn.Module) -> None:
     """Configure FSDP to wrap each encoder layer, unless the launcher sets the classes to wrap.
 
     By default, Accelerate raises an error if the model does not contain all layer classes in
     `_no_split_modules`.
     """
-    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    plugin = getattr(AcceleratorState(), "fsdp_plugin", None)
     if plugin is not None and plugin.transformer_cls_names_to_wrap is None:
         layer_class_names = {
             type(module).__name__ for module in model.modules() if isinstance(module, ViTCLSLayer)

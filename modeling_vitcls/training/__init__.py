@@ -1,8 +1,8 @@
 """Training, from the options to a model folder with evaluation results.
 
     run.py              complete run of fine-tuning or pre-training; read this file first
-    run_inputs.py       start of a run: folder, data, models and defaults
-    run_results.py      end of a run: results.json and the last lines
+    run_inputs.py       what a run reads: data and models, with the defaults that depend on them
+    run_results.py      the run on paper: its record in checkpoints, results.json, its first and last lines
     training_setup.py   what a run trains: the interface between run.py and the next two files
     options.py          flags of the commands that train
     finetune.py         recipe of fine-tuning: data, model, loss and evaluator

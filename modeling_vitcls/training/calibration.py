@@ -5,7 +5,7 @@ fine-tuned model      logits of the selection images
 no selection images   logits of half of the held-out images; the error is reported for the other half
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -14,9 +14,11 @@ from scipy.special import softmax
 from torchmetrics.functional.classification import multiclass_calibration_error
 
 from ..inference.confidence import fit_temperature
-from ..inference.evaluator import Predictions
+from ..inference.evaluator import Evaluator, Predictions
 from ..inference.intervals import NUM_BINS, compute_chance_calibration_error
 from ..inference.linear_probe import LinearProbe
+from ..model.configuration_vitcls import ViTCLSConfig
+from .distributed_state import reshard
 
 
 MIN_IMAGES = 100  # minimum number of images for a temperature
@@ -34,33 +36,48 @@ class Calibration:
     images: str  # `CROSS_VALIDATION`, `SELECTION` or `HELD_OUT`
     text: str  # for the printed line
     temperature: float | None = None
+    errors: dict[str, float] = field(default_factory=dict)  # of other images, if they were measured
 
-    def build_record(self, errors: dict[str, float]) -> dict[str, Any] | None:
-        """Build the field of results.json, with the calibration errors; None if there is none."""
+    def build_record(self) -> dict[str, Any] | None:
+        """Build the field of results.json; None without a temperature."""
         if self.temperature is None:
             return None
         return {
             "temperature": self.temperature,
             "num_images": self.num_images,
             "images": self.images,
-            **errors,
+            **self.errors,
         }
 
 
-def find_calibration(predictions: Predictions, images: str) -> Calibration:
-    """Fit the temperature to predictions of `SELECTION` images, or of half of `HELD_OUT` images."""
-    logits, labels = predictions.get_outputs()
-    if images == HELD_OUT:
+def calibrate(
+    config: ViTCLSConfig, model: Any, held_out: Evaluator, selection: Evaluator
+) -> tuple[Calibration, Predictions]:
+    """Fit and set the temperature of a trained classifier, and measure the held-out images with it.
+
+    Args:
+        config: configuration of the classifier, which gets the temperature.
+        model: the classifier, which may be wrapped, on the device and in evaluation mode.
+        held_out: images that did not train it.
+        selection: images to fit the temperature to. If they are the held-out images, half of them.
+    """
+    images = SELECTION
+    logits, labels = selection.predict(model).get_outputs()
+    reshard(model)
+    if selection is held_out:
+        images = HELD_OUT
         # Every second image, not the first half: held-out images are often sorted by class.
         logits, labels = logits[::2], labels[::2]
     num_images = len(labels)
-    if num_images < MIN_IMAGES:
-        text = f"not calibrated: {num_images:,} images, {MIN_IMAGES} needed"
-        return Calibration(num_images, images, text)
-
-    temperature = round(fit_temperature(logits, labels), 4)
-    text = f"temperature {temperature:.2f}, from {describe_images(images, num_images)}"
-    return Calibration(num_images, images, text, temperature)
+    temperature = None
+    text = f"not calibrated: {num_images:,} images, {MIN_IMAGES} needed"
+    # The temperature comes first: predictions and metrics describe the model as it is saved.
+    if num_images >= MIN_IMAGES:
+        temperature = config.temperature = round(fit_temperature(logits, labels), 4)
+        text = f"temperature {temperature:.2f}, from {describe_images(images, num_images)}"
+    predictions = held_out.predict(model)
+    calibration = Calibration(num_images, images, text, temperature)
+    return measure_errors(calibration, predictions), predictions
 
 
 def describe_probe_calibration(probe: LinearProbe) -> Calibration:
@@ -79,16 +96,14 @@ def describe_images(images: str, num_images: int) -> str:
     return f"{num_images:,} {images} images"
 
 
-def measure_errors(
-    calibration: Calibration, predictions: Predictions
-) -> tuple[dict[str, float], str]:
-    """Measure the calibration error before and after the temperature; also return a text about both.
+def measure_errors(calibration: Calibration, predictions: Predictions) -> Calibration:
+    """Add the calibration error before and after the temperature, if there is one.
 
-    The predictions are of held-out images, with the temperature. The text is empty for few images,
-    and there are no errors without a temperature.
+    The predictions are of held-out images, with the temperature. The text names the errors unless
+    there are few images.
     """
     if calibration.temperature is None:
-        return {}, ""
+        return calibration
     logits, labels = predictions.get_outputs()
     if calibration.images == HELD_OUT:
         # The half to which the temperature was not fitted.
@@ -98,9 +113,9 @@ def measure_errors(
     after = compute_error(logits, labels)
     confidences = softmax(logits.astype(np.float64), axis=1).max(axis=1)
     by_chance = round(compute_chance_calibration_error(confidences), 6)
-    text = ""
+    text = calibration.text
     if len(labels) >= MIN_ERROR_IMAGES:
-        text = (
+        text += (
             f"; calibration error of {len(labels):,} other images {100 * before:.1f} -> "
             f"{100 * after:.1f} points (a calibrated model: {100 * by_chance:.1f}, by chance)"
         )
@@ -109,7 +124,7 @@ def measure_errors(
         "calibration_error": after,
         "calibration_error_by_chance": by_chance,
     }
-    return errors, text
+    return replace(calibration, errors=errors, text=text)
 
 
 def select_error_metrics(values: dict[str, Any]) -> dict[str, float]:

@@ -34,7 +34,7 @@ from accelerate import PartialState
 from ..model.configuration_vitcls import ViTCLSConfig, to_pair
 from ..model.modeling_vitcls import ViTCLSModel
 from .model import InitialModel
-from .options import PretrainOptions, TrainOptions
+from .options import FinetuneOptions, PretrainOptions, TrainOptions
 
 
 Options = TypeVar("Options", bound=TrainOptions)
@@ -66,6 +66,9 @@ LEARNING_RATES: dict[TrainingMethod, tuple[float, int, int, float, float]] = {
 
 # Checkpoint suggested if the initial weights are random.
 EXAMPLE_CHECKPOINT = "timm:vit_small_patch14_reg4_dinov2.lvd142m"
+# Image sides in pixels: largest side that is kept, and its replacement.
+MAX_NATIVE_SIDE = 256
+FINETUNING_SIDE = 224
 MAX_SMALL_IMAGE_SIZE = 64  # maximum length of the longer side of a small image, in pixels
 MIN_LARGE_DATASET_SIZE = 10_000  # minimum number of training images in a large dataset
 FINE_TUNING_EPOCHS = 5.0  # of weights that start from a classifier which fits them, and of LoRA
@@ -78,17 +81,23 @@ SIZE_FLAGS = (
 
 def resolve_defaults(
     options: Options, initial: InitialModel, num_training_images: int
-) -> tuple[Options, str]:
-    """Fill in the flags of this file that are not set; also return a line about them.
+) -> tuple[Options, dict[str, str | None]]:
+    """Fill in the flags of this file that are not set; also return lines about them.
 
-    The line has the default values that affect the run, grouped by reason. The length of the run
-    and its learning rate are not among these flags (`resolve_schedule`).
+    A line has the default values that affect the run, grouped by reason. The length of the run and
+    its learning rate are not among these flags (`resolve_schedule`).
     """
+    options = replace(options, **get_method_values(options))
     config_values = options.get_config_values()
+    size_line = weights_line = None
+    # Chosen before the weights are read, because they are resampled to this size as they load.
+    if options.image_size is None and isinstance(options, FinetuneOptions):
+        height_width, size_line = choose_image_size(initial, config_values)
+        options = replace(options, image_size=height_width)
+        config_values |= {} if height_width is None else {"image_size": height_width}
     width = config_values.get("hidden_size", initial.config.hidden_size)
     image_size = max(to_pair(config_values.get("image_size", initial.config.image_size)))
-    is_pretraining = isinstance(options, PretrainOptions)
-    method = get_training_method(is_pretraining, options.trainable, initial.has_random_weights)
+    method = get_training_method(options, initial.has_random_weights)
     has_small_images = image_size <= MAX_SMALL_IMAGE_SIZE
     is_large = num_training_images >= MIN_LARGE_DATASET_SIZE
     size_reason = f"image size {image_size}"
@@ -100,9 +109,13 @@ def resolve_defaults(
         ("crop_scale", None, 1.0 if has_small_images else 0.35, size_reason),
         ("augment", "shift", 0.04 if has_small_images else 0.0, size_reason),
     ]
-    if initial.folder is None:
+    if initial.has_random_weights:
         value = max(round(0.8 / math.sqrt(width), 3), 0.02)
         defaults.insert(0, ("model_config", "initializer_range", value, f"{method}, width {width}"))
+        weights_line = (
+            f"random, because {initial.name} is a preset. For better results on a small dataset, "
+            f"set `model` to a checkpoint, for example {EXAMPLE_CHECKPOINT}"
+        )
 
     values_by_reason: dict[str, list[str]] = {}
     for flag, name, value, reason in defaults:
@@ -115,7 +128,53 @@ def resolve_defaults(
             f"{(name or flag).replace('_', ' ')} {value:g}"
         )
     text = "; ".join(f"{reason}: {', '.join(each)}" for reason, each in values_by_reason.items())
-    return options, text
+    return options, {"weights": weights_line, "image size": size_line, "defaults": text}
+
+
+def get_method_values(options: TrainOptions) -> dict[str, Any]:
+    """Get the values of unset flags without which distillation or LeJEPA would not work."""
+    if isinstance(options, FinetuneOptions):
+        needs_token = options.teacher is not None and options.num_distillation_tokens is None
+        return {"num_distillation_tokens": 1} if needs_token else {}
+    if options.method != "lejepa":
+        return {}
+    # LeJEPA crops by itself, on the device. Crops of crops would leave little of the image.
+    augment = {"shift": 0.0} | (options.augment or {})
+    return {"crop_scale": options.crop_scale or 1.0, "augment": augment}
+
+
+def choose_image_size(
+    initial: InitialModel, config_values: dict[str, Any]
+) -> tuple[tuple[int, int] | None, str | None]:
+    """Choose 224 pixels in place of a large native side of a checkpoint, which costs too much.
+
+    Also return a line with the reason and the cost. Both are None for a small side.
+    """
+    native_size = initial.config.image_height_width
+    if initial.folder is None or max(native_size) <= MAX_NATIVE_SIDE:
+        return None, None
+
+    config = ViTCLSConfig.from_pretrained(initial.folder.path, **config_values)
+    scale = FINETUNING_SIDE / max(native_size)
+    size = [
+        max(round(scale * side / patch), 1) * patch
+        for side, patch in zip(native_size, config.patch_height_width, strict=True)
+    ]
+
+    # Counting operations needs shapes, not weights: on this device, a large model costs no memory.
+    with torch.device("meta"):
+        model = ViTCLSModel(config)
+    costs = [f"{model.flops(each_size) / 1e9:.1f}" for each_size in (size, native_size)]
+    size_text, native_text = (
+        str(height) if height == width else f"{height} x {width}"
+        for height, width in (size, native_size)
+    )
+
+    return (size[0], size[1]), (
+        f"{size_text} px: {costs[0]} GFLOP per image; native {native_text} px: {costs[1]}. A "
+        f"native side of more than {MAX_NATIVE_SIDE} px is reduced for fine-tuning; "
+        "`image_size='native'` keeps it"
+    )
 
 
 def resolve_schedule(
@@ -131,8 +190,7 @@ def resolve_schedule(
     """
     config_values = options.get_config_values()
     width = config_values.get("hidden_size", initial.config.hidden_size)
-    is_pretraining = isinstance(options, PretrainOptions)
-    method = get_training_method(is_pretraining, options.trainable, initial.has_random_weights)
+    method = get_training_method(options, initial.has_random_weights)
     if has_probe and method == "pre-trained weights":
         method = "from the frozen model's classifier"
     is_large = num_training_images >= MIN_LARGE_DATASET_SIZE
@@ -177,14 +235,12 @@ def compute_max_epochs(
     return max(1.0, MAX_CPU_FLOPS // (step_flops * num_training_images))
 
 
-def get_training_method(
-    is_pretraining: bool, trainable: str, has_random_weights: bool
-) -> TrainingMethod:
-    """Return the method that determines the defaults."""
-    if is_pretraining:
+def get_training_method(options: TrainOptions, has_random_weights: bool) -> TrainingMethod:
+    """Name the method that determines the defaults."""
+    if isinstance(options, PretrainOptions):
         return "self-supervised"
-    if trainable in ("head", "lora"):
-        return "LoRA" if trainable == "lora" else "new head on frozen weights"
+    if options.trainable in ("head", "lora"):
+        return "LoRA" if options.trainable == "lora" else "new head on frozen weights"
     return "random weights" if has_random_weights else "pre-trained weights"
 
 
@@ -193,13 +249,3 @@ def choose_learning_rate(method: TrainingMethod, width: int) -> float:
     rate, rate_width, power, minimum, maximum = LEARNING_RATES[method]
     rate *= (rate_width / width) ** power
     return float(f"{min(max(rate, minimum), maximum):.1e}")
-
-
-def describe_random_weights(initial: InitialModel) -> str | None:
-    """Return the summary line about random initial weights; None for pre-trained weights."""
-    if not initial.has_random_weights:
-        return None
-    return (
-        f"random, because {initial.name} is a preset. For better results on a small dataset, set "
-        f"`model` to a checkpoint, for example {EXAMPLE_CHECKPOINT}"
-    )

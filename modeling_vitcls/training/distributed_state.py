@@ -68,7 +68,7 @@ def gather_state(
     if start:
         tensors["start"] = {}
         for name, tensor in zip(get_trainable_parameter_names(model), start, strict=True):
-            full_tensor = gather_tensor(tensor)
+            full_tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
             if PartialState().is_main_process:
                 tensors["start"][name] = full_tensor.detach().cpu()
 
@@ -150,14 +150,6 @@ def gather_weights(model: nn.Module) -> Tensors:
     """
     weights: Any = get_model_state_dict(model, options=FULL_STATE_DICT_OPTIONS)
     return weights
-
-
-def gather_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """Return the full tensor of a possibly sharded tensor.
-
-    This function must be called on all processes.
-    """
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def scatter_weights(full_tensors: Tensors | None, model: nn.Module) -> None:

@@ -19,10 +19,18 @@ FORWARD_PASSES_OF_STEP = 3  # a backward pass takes as long as two forward passe
 
 
 @torch.no_grad()
-def measure_forward_seconds(model: Any, accelerator: Accelerator) -> float:
-    """Measure the seconds of a forward pass of one image, averaged over processes.
+def measure_step_seconds(
+    model: Any, accelerator: Accelerator, epochs: float, num_images: int
+) -> float:
+    """Estimate the duration of the steps of a run in seconds, from a forward pass.
 
-    The first of two passes warms up.
+    The pass is measured on all processes. The first of two passes warms up.
+
+    Args:
+        model: model to train.
+        accelerator: the accelerator, which defines the device, the precision and the processes.
+        epochs: number of epochs.
+        num_images: number of training images.
     """
     config = model.config
     images = torch.zeros(NUM_MEASURED_IMAGES, config.num_channels, *config.image_height_width).to(
@@ -37,21 +45,9 @@ def measure_forward_seconds(model: Any, accelerator: Accelerator) -> float:
             model(images)
         seconds = (time.perf_counter() - start_time) / NUM_MEASURED_IMAGES
     model.train(is_training)
-    return float(accelerator.reduce(torch.tensor(seconds, device=accelerator.device), "mean"))
-
-
-def estimate_step_seconds(
-    forward_seconds: float, epochs: float, num_images: int, num_processes: int
-) -> float:
-    """Estimate the duration of the steps of a run, in seconds.
-
-    Args:
-        forward_seconds: measured time of a forward pass of one image.
-        epochs: number of epochs.
-        num_images: number of training images.
-        num_processes: number of processes.
-    """
-    return FORWARD_PASSES_OF_STEP * forward_seconds * epochs * num_images / num_processes
+    local_seconds = torch.tensor(seconds, device=accelerator.device)
+    image_seconds = FORWARD_PASSES_OF_STEP * float(accelerator.reduce(local_seconds, "mean"))
+    return image_seconds * epochs * num_images / accelerator.num_processes
 
 
 def describe_duration(

@@ -11,14 +11,13 @@ After the run, the output folder contains:
 """
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 
-from ..conversion.open_model import is_preset
+from ..data.aspect_ratio import get_resize
 from ..data.augmentation import BatchMixer
 from ..data.batches import Batch, Normalizer
 from ..data.sampling import compute_class_weights
@@ -47,27 +46,6 @@ from .training_setup import TrainingSetup, build_evaluator_arguments
 
 class FineTuning:
     """The recipe of `vitcls finetune`: see `Recipe` in training_setup.py."""
-
-    def check_options(self, options: FinetuneOptions) -> FinetuneOptions:
-        """Check and return the options, before data and models are loaded.
-
-        With a teacher, the default of num_distillation_tokens is 1. Raise ValueError if flags
-        contradict each other.
-        """
-        if options.teacher is not None and options.num_distillation_tokens is None:
-            options = replace(options, num_distillation_tokens=1)
-        if options.teacher is not None and not options.num_distillation_tokens:
-            raise ValueError(
-                "`teacher` requires `num_distillation_tokens=1` or more. Change it, or remove "
-                "`teacher`"
-            )
-
-        if options.trainable != "full" and is_preset(options.model):
-            raise ValueError(
-                f"`trainable={options.trainable!r}` requires trained weights, but "
-                f"{options.model} has random weights. Set `model` to a checkpoint"
-            )
-        return options
 
     def load_images(self, options: FinetuneOptions, initial: InitialModel) -> Splits:
         """Read the labels and keys of the images. Steps that select read validation and test."""
@@ -119,7 +97,6 @@ class FineTuning:
             probe = Probe(
                 model=model,
                 processor=processor,
-                accelerator=accelerator,
                 build_pass=build_pass,
                 resize=options.resize,
                 pooling=options.pooling,
@@ -156,6 +133,7 @@ class FineTuning:
             printed_metrics=printed_metrics,
             result_metrics=(metric, "cls_accuracy", "distillation_accuracy"),
             labels_text=f"classes: {class_count_text}, {labels.kind.replace('_', ' ')}",
+            resize=get_resize(processor) if probe is None else None,
             has_known_head=probe is not None or not new_heads,
             summary_lines=summary_lines,
             results={

@@ -30,7 +30,7 @@ from ..runtime.distributed import run_on_main
 from ..runtime.errors import RunStopped, mark_errors_of_all_processes
 from ..runtime.system import get_peak_memory
 from .checkpoints import Checkpoint, CheckpointStore
-from .distributed_state import gather_state, reshard, scatter_model, scatter_state
+from .distributed_state import gather_state, reshard, scatter_state
 from .duration import MIN_STEPS, NUM_TIMED_STEPS, describe_duration
 from .losses import Losses, Objective
 from .model import set_train_mode
@@ -93,15 +93,13 @@ class TrainingLoop:
     evaluated_images: str = "held_out"
     # constant values that checkpoints contain
     run_metadata: dict[str, Any] = field(default_factory=dict)
-    # durations of all steps in this process, in seconds
+    # durations of all steps in this process, in seconds, without evaluations and checkpoints
     step_seconds: list[float] = field(default_factory=list)
-    evaluation_seconds: list[float] = field(default_factory=list)
     num_logged_steps: int = 0  # number of the steps in `step_seconds` that the last record includes
     # unreadable images that are not reported yet
     unreported_errors: dict[int, str] = field(default_factory=dict)
     is_best: bool = False  # whether the last step was evaluated and had the best score so far
     num_overflows: int = 0  # number of consecutive steps that the loss scaler skipped
-    peak_memory: int = 0  # peak memory in bytes up to the last record
     start_time: float = field(default_factory=time.perf_counter)
 
     def __post_init__(self) -> None:
@@ -167,7 +165,15 @@ class TrainingLoop:
         # Once, when the first steps are known. The first one includes compilation and allocation,
         # and the estimate takes the fastest.
         if len(self.step_seconds) == NUM_TIMED_STEPS and self.plan.num_steps >= MIN_STEPS:
-            self.print_duration()
+            duration = describe_duration(
+                plan=self.plan,
+                step=state.step,
+                step_seconds=self.step_seconds,
+                num_evaluated_images=len(getattr(self.evaluate_model, "images", ())),
+                evaluate_every=count_epochs_between_evaluations(self.plan),
+                memory=get_peak_memory(self.accelerator.device),
+            )
+            self.reporter.print_line("duration", duration)
         self.reporter.show_step(state.step)
         if not should_log:
             self.reporter.print_if_due(state.step)
@@ -294,29 +300,15 @@ class TrainingLoop:
                 "lower `learning_rate`, a longer `warmup`, or `mixed_precision='no'`"
             )
 
-    def print_duration(self) -> None:
-        """Print how long the run takes and how much memory it needs, after its first steps."""
-        text = describe_duration(
-            plan=self.plan,
-            step=self.state.step,
-            step_seconds=self.step_seconds,
-            num_evaluated_images=len(getattr(self.evaluate_model, "images", ())),
-            evaluate_every=count_epochs_between_evaluations(self.plan),
-            memory=get_peak_memory(self.accelerator.device),
-        )
-        self.reporter.print_line("duration", text)
-
     # Evaluation and records -----------------------------------------------------------------------
 
     def evaluate(self) -> Metrics:
         """Measure the current weights, and go on training as before."""
-        start_time = time.perf_counter()
         self.state.model.eval()
         metrics = self.evaluate_model(self.state.model)
         # FSDP2 keeps the full weights after a forward pass without a backward pass.
         reshard(self.state.model)
         set_train_mode(self.state.model)
-        self.evaluation_seconds.append(time.perf_counter() - start_time)
         return metrics
 
     def evaluate_step(self) -> Metrics:
@@ -365,7 +357,6 @@ class TrainingLoop:
         local_means = [fmean(losses[name] for losses in recent_losses) for name in recent_losses[0]]
         seconds = self.step_seconds[self.num_logged_steps :]
         self.num_logged_steps = len(self.step_seconds)
-        self.peak_memory = max(self.peak_memory, get_peak_memory(self.accelerator.device))
 
         local_tensor = torch.tensor(local_means, device=self.accelerator.device)
         means = self.accelerator.reduce(local_tensor, "mean").tolist()
@@ -378,7 +369,7 @@ class TrainingLoop:
             "images_per_second": round(
                 len(seconds) * self.plan.images_per_step / math.fsum(seconds), 1
             ),
-            "peak_memory_mb": round(self.peak_memory / 2**20, 1),
+            "peak_memory_mb": round(get_peak_memory(self.accelerator.device) / 2**20, 1),
         }
 
     # Checkpoints ----------------------------------------------------------------------------------
@@ -432,16 +423,6 @@ class TrainingLoop:
         self.unreadable_images.indices.update(metadata["unreadable_images"])
         state.earlier_seconds = metadata["training_seconds"]
 
-    def load_best_weights(self) -> int:
-        """Load the weights of the checkpoint with the best evaluation, and return its step.
-
-        Raise ValueError if the checkpoint is damaged or missing.
-        """
-        checkpoint: Checkpoint = run_on_main(self.store.load_best)
-        # Only the weights: after the last step, nothing needs the moments of the optimizer.
-        scatter_model(checkpoint, self.state.model)
-        return checkpoint.step
-
 
 def build_batch_plan(num_images: int, options: TrainingOptions, num_processes: int) -> BatchPlan:
     """Plan the batches of `max_steps` steps, or of `epochs` epochs rounded up to whole steps."""
@@ -460,6 +441,15 @@ def build_batch_plan(num_images: int, options: TrainingOptions, num_processes: i
         num_processes=num_processes,
         num_steps=num_steps,
         seed=options.seed,
+    )
+
+
+def describe_batches(plan: BatchPlan) -> str:
+    """Say how many images a step has and why, and how many steps there are."""
+    return (
+        f"{plan.images_per_step} images per step = {plan.batch_size} x {plan.accumulation_steps} "
+        f"accumulated x {plan.num_processes} process(es); {plan.num_steps:,} steps = "
+        f"{plan.count_epochs(plan.num_steps):.1f} epochs"
     )
 
 

@@ -34,9 +34,6 @@ from ..model.modeling_vitcls import ViTCLSModel
 from .options import ModelOptions
 
 
-# Image sides in pixels: largest side that is kept, and its replacement.
-MAX_NATIVE_SIDE = 256
-FINETUNING_SIDE = 224
 # The rank at which LoRA's results hardly change any more (Hu et al. 2021, arXiv 2106.09685, table 6)
 LORA_RANK = 8
 # the query and value projections of the paper; the pattern excludes attention poolers
@@ -72,10 +69,10 @@ def resolve_initial_model(name: str) -> InitialModel:
     Checkpoints are downloaded or converted if necessary. Raise ValueError if the checkpoint is not
     a vitcls model, and OSError if it cannot be found or read.
     """
-    if is_preset(name):
-        return InitialModel(name, None, ViTCLSConfig.from_preset(name))
-    folder = open_model(name)
-    return InitialModel(name, folder, folder.config)
+    if not is_preset(name):
+        folder = open_model(name)
+        return InitialModel(name, folder, folder.config)
+    return InitialModel(name, None, ViTCLSConfig.from_preset(name))
 
 
 def build_model(
@@ -119,41 +116,6 @@ def build_model(
     set_resize(processor, resize or get_resize(processor), model.config.image_height_width)
     processor.bit_depth = bit_depth or processor.bit_depth
     return model, processor, new_parameter_names
-
-
-def choose_image_size(
-    folder: Path, config_values: dict[str, Any]
-) -> tuple[tuple[int, int] | None, str | None]:
-    """Choose 224 pixels in place of a large native side of a checkpoint, which costs too much.
-
-    Also return a line with the reason and the cost. Both are None for a small side.
-    """
-    config = ViTCLSConfig.from_pretrained(folder, **config_values)
-    native_size = config.image_height_width
-    patch_size = config.patch_height_width
-    if max(native_size) <= MAX_NATIVE_SIDE:
-        return None, None
-
-    scale = FINETUNING_SIDE / max(native_size)
-    size = [
-        max(round(scale * side / patch), 1) * patch
-        for side, patch in zip(native_size, patch_size, strict=True)
-    ]
-
-    # Counting operations needs shapes, not weights: on this device, a large model costs no memory.
-    with torch.device("meta"):
-        model = ViTCLSModel(config)
-    costs = [f"{model.flops(each_size) / 1e9:.1f}" for each_size in (size, native_size)]
-    size_text, native_text = (
-        str(height) if height == width else f"{height} x {width}"
-        for height, width in (size, native_size)
-    )
-
-    return (size[0], size[1]), (
-        f"{size_text} px: {costs[0]} GFLOP per image; native {native_text} px: {costs[1]}. A "
-        f"native side of more than {MAX_NATIVE_SIDE} px is reduced for fine-tuning; "
-        "`image_size='native'` keeps it"
-    )
 
 
 def load_with_label_space(
@@ -252,24 +214,29 @@ def get_added_token_names(stored_config: ViTCLSConfig, model: Classifier) -> set
     }
 
 
-def check_preset_name(name: str) -> None:
-    """Raise ValueError for a name that looks like a preset, but is no preset, file or folder."""
-    if (
-        (name.startswith("vitcls-") or name in PRESETS)
-        and "/" not in name
-        and not is_preset(name)
-        and not Path(name).exists()
-    ):
+def check_model_flags(model: str, model_config: Iterable[str], trainable: str) -> None:
+    """Raise ValueError for flags of the model that are wrong whatever the checkpoint contains.
+
+    Args:
+        model: a name that only looks like a preset, but is no preset, file or folder, is wrong.
+        model_config: names of fields of the configuration, which have no flag of their own.
+        trainable: parts of a preset are wrong, because its weights are random.
+    """
+    has_random_weights = is_preset(model)
+    looks_like_preset = (model.startswith("vitcls-") or model in PRESETS) and "/" not in model
+    if looks_like_preset and not has_random_weights and not Path(model).exists():
         raise ValueError(
-            f"`model={name!r}` is not a preset. Use vitcls-{', vitcls-'.join(PRESETS)}"
+            f"`model={model!r}` is not a preset. Use vitcls-{', vitcls-'.join(PRESETS)}"
+        )
+    if has_random_weights and trainable != "full":
+        raise ValueError(
+            f"`trainable={trainable!r}` requires trained weights, but {model} has random weights. "
+            "Set `model` to a checkpoint"
         )
 
-
-def check_model_config(names: Iterable[str]) -> None:
-    """Raise ValueError for a name that is no field of the configuration, or that has a flag."""
     known = {field.name for field in fields(ViTCLSConfig)}.difference(LABEL_FIELDS)
     flags = {field.name for field in fields(ModelOptions)}
-    for name in sorted(set(names) - (known - flags)):
+    for name in sorted(set(model_config) - (known - flags)):
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"Set `{near[0]}`" if near else "docs/configuration.md lists the fields"
         raise ValueError(f"`model_config` cannot set {name!r}. {hint}")
@@ -347,11 +314,7 @@ def set_train_mode(model: nn.Module) -> None:
     model.train()
     for module in model.modules():
         if isinstance(module, ViTCLSEmbeddings | ViTCLSLayer):
-            module.train(has_trainable_parameters(module))
-
-
-def has_trainable_parameters(module: nn.Module) -> bool:
-    return any(parameter.requires_grad for parameter in module.parameters())
+            module.train(any(parameter.requires_grad for parameter in module.parameters()))
 
 
 # LoRA ---------------------------------------------------------------------------------------------

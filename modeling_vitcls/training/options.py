@@ -258,6 +258,14 @@ class FinetuneOptions(
 ):
     """Fine-tune a ViT on labeled images, evaluate it on held-out images, and save the results."""
 
+    def check(self) -> None:
+        super().check()
+        if self.teacher is not None and self.num_distillation_tokens == 0:
+            raise ValueError(
+                "`teacher` requires `num_distillation_tokens=1` or more. Change it, or remove "
+                "`teacher`"
+            )
+
 
 @dataclass(frozen=True, kw_only=True)
 class LeJEPAOptions(Options):
@@ -289,24 +297,8 @@ class LeJEPAOptions(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MAEOptions(Options):
-    """Masks and decoder of MAE (He et al. 2021)."""
-
-    mask_ratio: float = 0.75
-    """Fraction of the patches to mask."""
-    decoder_layers: int = 4
-    """Layers of the decoder. The paper uses 8 for ViT-B."""
-
-    def check(self) -> None:
-        super().check()
-        check_value(self, "mask_ratio", 0 < self.mask_ratio < 1, "between 0 and 1")
-        check_minimum(self, 1, "decoder_layers")
-
-
-@dataclass(frozen=True, kw_only=True)
 class PretrainOptions(
     RunOptions,
-    MAEOptions,
     LeJEPAOptions,
     TrainingOptions,
     AugmentationOptions,
@@ -317,6 +309,19 @@ class PretrainOptions(
 
     method: Literal["lejepa", "mae"] = "lejepa"
     """LeJEPA trains the pooled token (CLS), and MAE reconstructs masked patches."""
+    mask_ratio: float = 0.75
+    """Fraction of the patches that MAE masks (He et al. 2021)."""
+    decoder_layers: int = 4
+    """Layers of MAE's decoder. The paper uses 8 for ViT-B."""
+
+    def check(self) -> None:
+        super().check()
+        defaults = {"mixup": 0, "cutmix": 0, "class_balance": "none", "trainable": "full"}
+        for name, default in defaults.items():
+            if getattr(self, name) != default:
+                raise ValueError(f"`{name}` is supported only in fine-tuning. Remove the flag")
+        check_value(self, "mask_ratio", 0 < self.mask_ratio < 1, "between 0 and 1")
+        check_minimum(self, 1, "decoder_layers")
 
 
 TrainOptions = FinetuneOptions | PretrainOptions

@@ -13,7 +13,7 @@ The folder is locked (runtime/staging.py).
 """
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -51,11 +51,18 @@ from ..inference.speed import measure_inference_speed
 from ..model.heads_vitcls import FITTED_GROUPS, sum_weights
 from ..runtime.distributed import run_on_main
 from ..runtime.errors import RunStopped, describe_error, format_error, format_name_list
-from ..runtime.files import read_json, write_atomically, write_json
+from ..runtime.files import read_json, read_text, write_atomically, write_json
 from ..runtime.staging import STAGING_FOLDER, stage_files
 from .checkpoints import WRITE_ERRORS, Checkpoint, CheckpointStore, Tensors
 from .distributed_state import gather_weights
 from .model import InitialModel, merge_lora
+from .resume import (
+    PATH_FLAGS,
+    SOURCE_FLAGS,
+    FlagsRecord,
+    check_flags_unchanged,
+    make_flags_relative,
+)
 from .training_setup import TrainingSetup
 
 
@@ -77,6 +84,40 @@ FINAL_FILE_PATTERNS = (
     *DEFAULT_EXPORT_PATTERNS,
 )
 CHECKPOINTS_FOLDER = "checkpoints"
+
+
+def find_run(
+    folder: Path, store: CheckpointStore, flags: dict[str, Any], warn: Callable[[str], None]
+) -> tuple[Checkpoint | None, bool]:
+    """Find the checkpoint to resume from, and tell whether the run to resume is finished.
+
+    Args:
+        folder: output folder.
+        store: the checkpoints in it.
+        flags: the flags as the person set them.
+        warn: prints a warning about a damaged checkpoint.
+
+    Raises:
+        ValueError: if the run in the folder has other flags, or if files would be replaced without
+            `overwrite=True`.
+    """
+    # The results are looked for first: a finished run may have no checkpoints left to continue
+    # from, and has nothing left to do.
+    is_repeated = flags["resume"] and is_finished(folder)
+    checkpoint = None
+    if flags["resume"] and not is_repeated:
+        checkpoint = store.load_newest(warn)
+    if checkpoint is None and not is_repeated:
+        # Nothing is removed yet. `prepare_folder` removes the old files after the data and the
+        # model were read without an error, so a typo costs no finished run.
+        if flags["overwrite"]:
+            check_sources_not_removed(folder, {name: flags.get(name) for name in SOURCE_FLAGS})
+        else:
+            check_replaceable(folder, store)
+        return None, False
+    recorded = read_finished_flags(folder) if checkpoint is None else checkpoint.metadata["flags"]
+    check_flags_unchanged(recorded, flags, folder)
+    return checkpoint, is_repeated
 
 
 def check_replaceable(folder: Path, store: CheckpointStore) -> None:
@@ -108,6 +149,14 @@ def check_replaceable(folder: Path, store: CheckpointStore) -> None:
 def is_finished(folder: Path) -> bool:
     """Return whether a folder contains the model and the results of a run."""
     return (folder / RESULTS_FILE).exists() and (folder / CONFIG_FILE).exists()
+
+
+def read_finished_flags(folder: Path) -> FlagsRecord:
+    """Read the record of a finished run, which has no checkpoints, from its other files."""
+    flags = yaml.safe_load(read_text(folder / RECIPE_FILE))
+    chosen = read_json(folder / RESULTS_FILE).get("chosen_flags", {})
+    unset = {name: None for name in chosen if name not in PATH_FLAGS}
+    return {"flags": flags | unset, "chosen": chosen, "config": read_json(folder / CONFIG_FILE)}
 
 
 def check_sources_not_removed(folder: Path, sources: Mapping[str, str | None]) -> None:
@@ -146,12 +195,16 @@ def remove_run_files(folder: Path, store: CheckpointStore) -> None:
     (folder / RECIPE_FILE).unlink(missing_ok=True)
 
 
-def prepare(
+def prepare_folder(
     folder: Path, store: CheckpointStore, flags: dict[str, Any], checkpoint: Checkpoint | None
 ) -> None:
-    """Remove the files of an earlier run, unless it is resumed, and write config.resolved.yaml."""
+    """Remove the files of an earlier run, unless it is resumed, and write config.resolved.yaml.
+
+    The file contains `flags`, with paths relative to the current directory.
+    """
     if checkpoint is None:
         remove_run_files(folder, store)
+    flags = make_flags_relative(flags)
     # These two say how a run was started, not what it is; a repeated run must not overwrite by
     # itself.
     flags = {name: flags[name] for name in flags if name not in ("resume", "overwrite")}

@@ -13,12 +13,13 @@ otherwise                                             steps, if they take less t
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from accelerate import Accelerator
+
 from ..data.sources import Splits
 from .defaults import FINE_TUNING_EPOCHS, resolve_schedule
-from .duration import estimate_step_seconds, format_minutes, measure_forward_seconds
+from .duration import format_minutes, measure_step_seconds
 from .model import InitialModel
 from .options import TrainOptions
-from .run_inputs import Launch
 from .training_setup import TrainingSetup
 
 
@@ -56,22 +57,19 @@ def plan_run(
     initial: InitialModel,
     images: Splits,
     setup: TrainingSetup,
-    launch: Launch,
+    accelerator: Accelerator,
+    is_resumed: bool,
 ) -> RunPlan:
     """Decide what a run is. The only measurement is a forward pass, on a CPU."""
     num_images = len(images.train)
     num_labels = max(sum(map(len, images.label_space.columns.values())), 1)
-    accelerator = launch.accelerator
     # A checkpoint was written by steps, so a resumed run has steps, whatever this machine would
     # choose.
-    can_choose = setup.probe is not None and launch.checkpoint is None
+    can_choose = setup.probe is not None and not is_resumed
     seconds = None
     # Only on a CPU may steps that nobody asked for take hours. Two forward passes tell.
     if can_choose and accelerator.device.type == "cpu":
-        forward_seconds = measure_forward_seconds(setup.model, accelerator)
-        seconds = estimate_step_seconds(
-            forward_seconds, FINE_TUNING_EPOCHS, num_images, accelerator.num_processes
-        )
+        seconds = measure_step_seconds(setup.model, accelerator, FINE_TUNING_EPOCHS, num_images)
 
     wishes = [name for name in STEP_FLAGS if getattr(options, name) is not None]
     # The first reason that applies decides: first what cannot be otherwise, then what the person
@@ -80,7 +78,7 @@ def plan_run(
     reason = f"{num_images:,} images"
     if setup.probe is None:
         reason = setup.summary_lines.get("probe", "")
-    elif launch.checkpoint is not None:
+    elif is_resumed:
         reason = "a checkpoint is continued"
     elif wishes:
         reason = f"`{wishes[0]}` is set"

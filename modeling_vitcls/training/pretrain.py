@@ -14,7 +14,6 @@ k-NN and of logistic regression on frozen features is measured before and after 
 
 import itertools
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -31,7 +30,7 @@ from ..inference.linear_probe import LinearProbe
 from ..model.configuration_vitcls import ViTCLSConfig
 from ..model.image_processing_vitcls import ViTCLSImageProcessor
 from ..model.modeling_vitcls import ViTCLSModel
-from ..runtime.flags import to_flags
+from .distributed_state import reshard
 from .lejepa import LeJEPA, compute_lejepa_losses
 from .losses import Objective
 from .mae import MAE, build_decoder_config, compute_mae_losses, draw_masks
@@ -48,24 +47,6 @@ MIN_RANK = 0.02
 
 class PreTraining:
     """The recipe of `vitcls pretrain`: see `Recipe` in training_setup.py."""
-
-    def check_options(self, options: PretrainOptions) -> PretrainOptions:
-        """Return the options with the method's defaults.
-
-        Raise ValueError if flags contradict each other or require labels.
-        """
-        flags = to_flags(options)
-        defaults = {"mixup": 0, "cutmix": 0, "class_balance": "none", "trainable": "full"}
-        for name, default in defaults.items():
-            if flags[name] != default:
-                raise ValueError(f"`{name}` is supported only in fine-tuning. Remove the flag")
-
-        # LeJEPA crops by itself, on the device. Crops of crops would leave little of the image.
-        if options.method == "lejepa":
-            crop_scale = options.crop_scale or 1.0
-            augment = {"shift": 0.0} | (options.augment or {})
-            options = replace(options, crop_scale=crop_scale, augment=augment)
-        return options
 
     def load_images(self, options: PretrainOptions, initial: InitialModel) -> Splits:
         """Read the keys of the images, and the labels if the dataset has any."""
@@ -139,6 +120,22 @@ class PreTraining:
                 with_regression=with_regression,
             )
 
+        def start_comparison(data: TrainingData) -> Callable[[Any], dict[str, Any]]:
+            if not len(data.held_out):
+                return lambda model: {}
+            # Pre-training has no accuracy of its own. Its result is the difference on the same
+            # images, so the first half is measured before anything trains.
+            measure = build_evaluator(data, data.held_out, with_regression=True)
+            before = measure(method.to(device).eval())
+
+            def compare(model: Any) -> dict[str, Any]:
+                after = measure(model)
+                reshard(model)
+                summary = compare_features(before, after)
+                return {"features": {"before": before, "after": after, "summary": summary}}
+
+            return compare
+
         selection_metric = "knn_accuracy" if has_labels else "effective_rank"
         return TrainingSetup(
             method,
@@ -151,12 +148,11 @@ class PreTraining:
             labels_text="labels are used only to measure the features"
             if has_labels
             else "no labels",
+            resize=get_resize(processor),
             summary_lines={"method": summary},
             results={"method": options.method},
             encoder=method.vitcls,
-            build_feature_measure=lambda data: build_evaluator(
-                data, data.held_out, with_regression=True
-            ),
+            start_comparison=start_comparison,
         )
 
 

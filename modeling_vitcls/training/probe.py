@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from accelerate import Accelerator
+from accelerate import PartialState
 from sklearn.neighbors import NearestNeighbors
 from threadpoolctl import threadpool_limits
 from torch import nn
@@ -148,7 +148,6 @@ class Probe:
     Attributes:
         model: the classifier. The probe replaces its pooler and its classifier.
         processor: image processor. The probe may change its geometry.
-        accelerator: defines the device and the processes.
         build_pass: returns a `FrozenPass` for images and a layout.
         resize, pooling, pooled_layers: settings of the user, which are not searched; None to choose.
         class_weight: as in `LinearProbe.fit`.
@@ -156,16 +155,11 @@ class Probe:
 
     model: Any
     processor: Any
-    accelerator: Accelerator
     build_pass: Callable[..., FrozenPass]
     resize: str | None = None
     pooling: str | None = None
     pooled_layers: Sequence[int] | None = None
     class_weight: str | None = None
-
-    @property
-    def device(self) -> torch.device:
-        return self.accelerator.device
 
     @property
     def layers(self) -> tuple[int, ...] | None:
@@ -241,7 +235,9 @@ class Probe:
     ) -> Features:
         """Pass images, or some of them, through the encoder."""
         part = images if indices is None else images.select(indices)
-        features = self.build_pass(part, layout, warn=warn)(self.model.to(self.device).eval())
+        features = self.build_pass(part, layout, warn=warn)(
+            self.model.to(PartialState().device).eval()
+        )
         return features if indices is None else replace(features, indices=indices[features.indices])
 
     @torch.no_grad()
@@ -250,9 +246,9 @@ class Probe:
     ) -> Predictions:
         """Predict images whose features are known: only the classifier runs, not the encoder."""
         inputs = stack_tokens(features.get_tokens(), frozen.probe.candidate_.tokens)
-        logits = self.model.classifier(torch.from_numpy(inputs).float().to(self.device))
+        logits = self.model.classifier(torch.from_numpy(inputs).float().to(PartialState().device))
         rows = features.build_rows((logits / self.model.config.temperature).cpu().numpy())
-        predictions = build_predictions(label_space, rows, self.accelerator)
+        predictions = build_predictions(label_space, rows)
         predictions.metrics["num_unreadable_images"] = features.num_unreadable
         return predictions
 
@@ -264,7 +260,7 @@ class Probe:
         estimate = frozen.probe.estimate_
         assert estimate is not None, "there are folds"
         rows = frozen.list_out_of_fold_rows(self.model.config.num_labels)
-        predictions = build_predictions(label_space, rows, self.accelerator)
+        predictions = build_predictions(label_space, rows)
         predictions.metrics.update(
             round_floats({"accuracy": estimate.accuracy, "accuracy_interval": estimate.interval})
         )
@@ -350,7 +346,7 @@ class Probe:
             self.model.vitcls.pooler = build_pooler(config)
         # The width of the classifier depends on the layers and tokens that the new pooler returns.
         self.model.build_classifiers()
-        self.model.to(self.device)
+        self.model.to(PartialState().device)
 
     def set_classifier(self, probe: LinearProbe) -> None:
         """Make the model the frozen one: with temperature, class statistics and threshold."""
@@ -363,15 +359,8 @@ class Probe:
             config.distance_threshold = probe.distance_threshold_
         self.copy_weights(probe, scale=1.0)
 
-    def set_start(self, probe: LinearProbe) -> None:
-        """Let steps start from the classifier: its temperature is part of the weights.
-
-        The loss then starts low.
-        """
-        self.copy_weights(probe, scale=probe.temperature_)
-
     def copy_weights(self, probe: LinearProbe, scale: float) -> None:
-        """Copy weight and bias to the model. Classes without images are never predicted."""
+        """Copy weight and bias, divided by `scale`. Classes without images are never predicted."""
         num_labels = self.model.config.num_labels
         weight = expand_classes(probe.weight_.T / scale, probe.classes_, num_labels).T
         bias = np.full(num_labels, probe.bias_.min() / scale - ABSENT_CLASS_MARGIN)
@@ -447,12 +436,9 @@ def describe_probe(record: dict[str, Any]) -> str:
     )
 
 
-def describe_frozen(probe: Probe, frozen: FrozenModel) -> dict[str, str | None]:
-    """Return the lines about a frozen model: its geometry and its classifier."""
-    return {
-        "resize": describe_geometry(frozen.record) or get_resize(probe.processor),
-        "frozen": describe_probe(frozen.record),
-    }
+def describe_frozen(record: dict[str, Any]) -> dict[str, str | None]:
+    """Say what was chosen for a frozen model: its geometry and its classifier."""
+    return {"resize": describe_geometry(record), "frozen": describe_probe(record)}
 
 
 def explain_missing_threshold(probe: LinearProbe) -> dict[str, str]:
@@ -465,10 +451,10 @@ def explain_missing_threshold(probe: LinearProbe) -> dict[str, str]:
     }
 
 
-def describe_geometry(record: dict[str, Any]) -> str | None:
-    """Return the comparison of the two geometries as text, or None if they were not compared."""
+def describe_geometry(record: dict[str, Any]) -> str:
+    """Name the geometry, with its comparison with squashing if the two were compared."""
     if "geometry" not in record:
-        return None
+        return str(record["resize"])
     losses = ", ".join(
         f"{resize} {loss:.2f}" for resize, loss in record["geometry"]["losses"].items()
     )

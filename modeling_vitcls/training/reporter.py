@@ -1,37 +1,24 @@
-"""Output of a run: progress, metrics.jsonl, trackers, summary, and run statistics.
+"""Output of a run: lines, warnings, progress, metrics.jsonl and trackers.
 
-In a terminal, a run shows a progress bar; otherwise, a run prints one line per record. Only the
+run_results.py says what a run does and has done; the `Reporter` is all that prints during a run. In
+a terminal, a run shows a progress bar; otherwise, a run prints one line per record. Only the
 main process prints and writes.
 """
 
 import json
 import math
-from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
 from datetime import timedelta
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import nn
 
-from ..data.aspect_ratio import get_resize
-from ..data.sampling import BatchPlan
-from ..data.splits import HELD_OUT_SPLITS, TrainingData
-from ..inference.intervals import MIN_CORRECTED_IMAGES
-from ..model.configuration_vitcls import ViTCLSConfig
-from ..model.image_processing_vitcls import ViTCLSImageProcessor
-from ..runtime.files import replace_control_characters, write_atomically
+from ..runtime.files import write_atomically
 from ..runtime.progress import LINE_SECONDS
-from ..runtime.system import describe_device, get_versions
-
-
-MAX_NAMED_CLASSES = 12  # in the summary
 
 
 class Reporter:
@@ -73,7 +60,7 @@ class Reporter:
         self.console.print(f"WARNING: {message}", style="bold yellow", markup=False)
 
     def start_after(self, step: int, num_steps: int) -> None:
-        """Start the output of a run that continues after `step`.
+        """Start the output about the steps of a run that continues after `step`.
 
         In metrics.jsonl, keep the records up to this step, and remove the records of later steps,
         which the resumed run repeats.
@@ -92,6 +79,16 @@ class Reporter:
 
         self.progress.reset(self.progress_task, total=num_steps, completed=step)
         self.last_line_time = self.progress.get_time()
+
+    def start_trackers(self, flags: dict[str, str]) -> None:
+        """Start the trackers of the accelerator, if it has any, with the flags of the run."""
+        folder = self.metrics_file.parent
+        tracker_folder = folder / "trackers"
+        if self.accelerator.is_main_process and self.accelerator.log_with:
+            tracker_folder.mkdir(exist_ok=True)
+        self.accelerator.init_trackers(
+            folder.resolve().name, flags, init_kwargs={"wandb": {"dir": str(tracker_folder)}}
+        )
 
     def show_step(self, step: int) -> None:
         """Move the progress bar."""
@@ -164,146 +161,3 @@ def flatten_record(record: dict[str, Any], prefix: str = "") -> dict[str, float]
         elif isinstance(value, int | float):
             numeric_values[prefix + name] = value
     return numeric_values
-
-
-# Summary and results ------------------------------------------------------------------------------
-
-
-def describe_splits(
-    data: TrainingData,
-    processor: ViTCLSImageProcessor,
-    labels_text: str,
-    is_resize_known: bool,
-    needs_selection: bool,
-) -> dict[str, str]:
-    """Return the summary lines about the data.
-
-    `is_resize_known` is False if the run chooses the geometry later.
-    """
-    lines = {}
-    if data.train_split in HELD_OUT_SPLITS:
-        lines["split"] = (
-            f"training uses the split {data.train_split!r}, because no split is named 'train'"
-        )
-    middle_text = ""
-    if data.selection is not None:
-        middle_text = f"{len(data.selection):,} of {data.selection_name}, "
-    held_out = "none held out"
-    if len(data.held_out):
-        held_out = f"{len(data.held_out):,} held-out images ({data.held_out_name})"
-    lines["data"] = (
-        f"{data.name}: {len(data.train):,} training images, {middle_text}{held_out}; {labels_text}"
-    )
-    class_text = describe_class_sizes(data)
-    if class_text:
-        lines["classes"] = class_text
-    if data.selection is not None and needs_selection:
-        lines["selection"] = (
-            f"the best checkpoint is selected on {len(data.selection):,} separate images "
-            f"({data.selection_name})"
-        )
-    if is_resize_known:
-        lines["resize"] = get_resize(processor)
-    return lines
-
-
-def describe_class_sizes(data: TrainingData) -> str:
-    """Return the number of images of each class or, of many classes, the smallest and largest.
-
-    It is "" for images without labels, and for several tasks.
-    """
-    parts: list[Any] = [data.train, data.held_out]
-    if data.selection is not None:
-        parts.append(data.selection)
-    if not data.label_space.columns or data.label_space.kind == "multi_task":
-        return ""
-    has_lists = data.label_space.kind == "multi_label_classification"
-    counts: Counter[int] = Counter()
-    for part in parts:
-        counts.update(chain.from_iterable(part.labels) if has_lists else part.labels)
-    names = map(replace_control_characters, data.label_space.names)
-    sizes = [(counts[label], name) for label, name in enumerate(names)]
-    if len(sizes) > MAX_NAMED_CLASSES:
-        (smallest, first), (largest, last) = min(sizes), max(sizes)
-        return f"from {smallest:,} images ({first}) to {largest:,} ({last})"
-    return ", ".join(f"{name}: {size:,}" for size, name in sizes)
-
-
-def format_result(metrics: dict[str, Any], names: tuple[str, ...]) -> str:
-    """Format the metrics `names` of the final evaluation as one line of text."""
-    names = tuple(name for name in names if name in metrics)
-    if not names:
-        return (
-            "the model was trained on all images and not evaluated, because `held_out_fraction` "
-            "is 0"
-        )
-    texts = [format_metric(name, metrics[name]) for name in names]
-    if "accuracy_interval" in metrics:  # the mean over several tasks has none
-        texts = [format_accuracy(metrics), *texts[1:]]
-    return f"{', '.join(texts)} on {metrics['num_images']:,} held-out images"
-
-
-def format_accuracy(metrics: dict[str, Any]) -> str:
-    """Format an accuracy with its interval; with few images, as a fraction without a percentage."""
-    low, high = (100 * value for value in metrics["accuracy_interval"])
-    num_images = metrics["num_images"]
-    if num_images < MIN_CORRECTED_IMAGES:
-        right = round(metrics["accuracy"] * num_images)
-        return f"{right} of {num_images} right (95%: {low:.0f} to {high:.0f}%)"
-    return f"accuracy {metrics['accuracy']:.2%} (95% interval: {low:.1f} to {high:.1f})"
-
-
-def describe_model(
-    source: str, model: Any, forward_flops: int, is_pooling_known: bool
-) -> dict[str, str]:
-    """Return the summary lines about the model.
-
-    `is_pooling_known` is False if the run chooses the tokens of the classifier later.
-    """
-    config = model.config
-    token_counts = {name: count for name, count in count_tokens(config).items() if count}
-    layout_text = " | ".join(f"{count} {name}" for name, count in token_counts.items())
-    height, width = config.image_height_width
-    pooling_text = f", pooling {config.pooling}" if is_pooling_known else ""
-    return {
-        "model": f"{source}: {count_parameters(model):,} parameters, "
-        f"{count_parameters(model, only_trainable=True):,} trainable, {config.num_hidden_layers} "
-        f"layers of width {config.hidden_size}{pooling_text}",
-        "tokens": f"[ {layout_text} ] = {sum(token_counts.values())} for {height} x {width} "
-        f"pixels, {forward_flops / 1e9:.3g} GFLOP per image",
-    }
-
-
-def describe_batches(plan: BatchPlan) -> str:
-    """Return the summary line about the batches."""
-    return (
-        f"{plan.images_per_step} images per step = {plan.batch_size} x {plan.accumulation_steps} "
-        f"accumulated x {plan.num_processes} process(es); {plan.num_steps:,} steps = "
-        f"{plan.count_epochs(plan.num_steps):.1f} epochs"
-    )
-
-
-def build_model_record(model: Any) -> dict[str, Any]:
-    """Build the fields of results.json about the model, the device and the versions."""
-    return {
-        "num_parameters": count_parameters(model),
-        "token_layout": count_tokens(model.config),
-        "device": describe_device(),
-        "mixed_precision": AcceleratorState().mixed_precision,
-        "num_processes": AcceleratorState().num_processes,
-        "versions": get_versions(),
-    }
-
-
-def count_tokens(config: ViTCLSConfig) -> dict[str, int]:
-    """Return the number of tokens in each token group, at the model's image size."""
-    token_indices = range(config.token_layout.get_num_tokens(*config.grid_size))
-    return {name: len(token_indices[group]) for name, group in config.token_layout.items()}
-
-
-def count_parameters(model: nn.Module, only_trainable: bool = False) -> int:
-    return sum(
-        parameter.numel()
-        for parameter in model.parameters()
-        if parameter.requires_grad or not only_trainable
-    )

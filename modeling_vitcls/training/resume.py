@@ -11,17 +11,13 @@ A resumed run may set a flag as before, or to the value that was derived for it.
 taken from the record, so that they do not depend on the machine that resumes the run.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
-
 from ..data.splits import describe_change
 from ..hub.local_paths import is_same_source, make_relative
-from ..hub.model_files import CONFIG_FILE, RECIPE_FILE, RESULTS_FILE
-from ..runtime.files import read_json, read_text
 from .options import NO_CONFIG_FIELDS, ModelOptions, TrainOptions
 
 
@@ -91,15 +87,7 @@ def build_flags_record(
     return {"flags": flags, "chosen": chosen, "config": config}
 
 
-def read_finished_flags(folder: Path) -> FlagsRecord:
-    """Read the record of a finished run, which has no checkpoints, from its other files."""
-    flags = yaml.safe_load(read_text(folder / RECIPE_FILE))
-    chosen = read_json(folder / RESULTS_FILE).get("chosen_flags", {})
-    unset = {name: None for name in chosen if name not in PATH_FLAGS}
-    return {"flags": flags | unset, "chosen": chosen, "config": read_json(folder / CONFIG_FILE)}
-
-
-def select_chosen_values(chosen: dict[str, Any], flags: dict[str, Any]) -> dict[str, Any]:
+def select_chosen_values(chosen: dict[str, Any], flags: Mapping[str, Any]) -> dict[str, Any]:
     """Select the values that a resumed run takes from its start: of unset flags, and commits.
 
     The set ones are compared instead (`check_flags_unchanged`). A dict, such as the fields of the

@@ -10,15 +10,16 @@ report and the card from the folder.
 
 import math
 import shutil
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate import PartialState
+from accelerate.utils import set_seed
 from torch.distributed.fsdp import FSDPModule
 
 from ..data.aspect_ratio import get_output_size
@@ -29,55 +30,48 @@ from ..data.images import LabeledImages, UnreadableImageCounter
 from ..data.splits import TrainingData, divide_images
 from ..data.workers import explain_worker_errors
 from ..hub.local_paths import resolve_name
+from ..hub.model_files import METRICS_FILE
 from ..inference.class_statistics import ClassStatistics, Token
-from ..inference.evaluator import Evaluator, Predictions
+from ..inference.evaluator import Evaluator
 from ..inference.frozen_features import FeatureLayout
 from ..inference.linear_probe import KNOWN_RECALL, MIN_DISTANCE_IMAGES, NUM_LAST_LAYERS
 from ..model.modeling_vitcls import count_output_tokens
-from ..runtime.distributed import configure_layer_sharding, run_on_main
+from ..runtime.distributed import build_accelerator, configure_layer_sharding, run_on_main
 from ..runtime.errors import RunStopped, describe_error, is_raised_on_all_processes
 from ..runtime.flags import to_flags
 from ..runtime.staging import STAGING_FOLDER, FolderLock
 from .calibration import (
-    HELD_OUT,
-    SELECTION,
-    Calibration,
+    calibrate,
     describe_probe_calibration,
-    find_calibration,
     measure_errors,
     select_error_metrics,
 )
-from .distributed_state import reshard
+from .checkpoints import Checkpoint, CheckpointStore
+from .distributed_state import reshard, scatter_model
 from .finetune import FineTuning
-from .loop import Evaluate, TrainingLoop, TrainingState, build_batch_plan
-from .model import check_model_config, check_preset_name
+from .loop import Evaluate, TrainingLoop, TrainingState, build_batch_plan, describe_batches
+from .model import check_model_flags
 from .optimizer import average_with_start, build_parameter_groups
 from .options import PretrainOptions, TrainOptions
-from .output_folder import prepare, save_output
+from .output_folder import CHECKPOINTS_FOLDER, find_run, prepare_folder, save_output
 from .plan import RunPlan, plan_run
-from .pretrain import PreTraining, compare_features
+from .pretrain import PreTraining
 from .probe import (
     MAX_PROBE_IMAGES,
-    FrozenModel,
     describe_frozen,
     explain_missing_threshold,
     ignore_message,
 )
-from .reporter import describe_batches
-from .resume import convert_sources, format_flag_value, make_flags_relative
-from .run_inputs import Launch, RunInputs, load, set_up
-from .run_results import (
-    Outcome,
-    build_results,
-    build_run_record,
-    print_result,
-    print_summary,
-)
+from .reporter import Reporter
+from .resume import convert_sources, format_flag_value
+from .run_inputs import load
+from .run_results import Outcome, build_results, build_run_record, print_result, print_summary
 from .signals import SignalHandler
 from .training_setup import Recipe, TrainingSetup
 
 
 MAX_STATISTICS_IMAGES = 5000  # of which the statistics of a trained model are
+NUM_KEPT_DURING_RUN = 2  # checkpoints, besides the best one; none is kept after the run
 
 
 def train(asked: TrainOptions) -> Path:
@@ -89,59 +83,77 @@ def train(asked: TrainOptions) -> Path:
             resumed.
         RunStopped: after a signal, a non-finite loss, too many unreadable images, or a full disk.
     """
-    check_preset_name(asked.model)
-    check_model_config(asked.model_config or ())
-    recipe: Recipe = PreTraining() if isinstance(asked, PretrainOptions) else FineTuning()
+    # What was asked is checked before anything else is done.
     asked = convert_sources(asked, resolve_name)
+    check_model_flags(asked.model, asked.model_config or (), asked.trainable)
     folder = asked.output_dir
     check_output_is_not_read(folder, asked.dataset)
-    # The main process takes the lock in `set_up`. It is held until the last file is in its place:
-    # two runs in one folder would mix their checkpoints.
+    flags = to_flags(asked)
+
+    accelerator = build_accelerator(
+        asked.gradient_accumulation_steps,
+        asked.mixed_precision,
+        asked.log_with,
+        folder / "trackers",
+    )
+    # Before any model is built: every process must draw the same random weights.
+    set_seed(asked.seed)
+    reporter = Reporter(folder / METRICS_FILE, accelerator)
+    store = CheckpointStore(
+        folder / CHECKPOINTS_FOLDER, asked.keep_checkpoints or NUM_KEPT_DURING_RUN
+    )
+    # Held until the last file is in its place: two runs in one folder would mix their checkpoints.
     with FolderLock(folder) as lock:
-        launch = set_up(asked, lock)
-        accelerator = launch.accelerator
+
+        def open_folder() -> tuple[Checkpoint | None, bool]:
+            lock.acquire()
+            return find_run(folder, store, flags, reporter.warn)
+
+        # One process looks at the folder for all of them. The others would wait for its lock.
+        checkpoint, is_finished = run_on_main(open_folder)
         # A job script repeats its command with --resume, also after a run that was killed between
         # its last file and its cleanup. Clean up what that run could not, and do nothing else.
-        if launch.is_finished:
+        if is_finished:
             shutil.rmtree(folder / STAGING_FOLDER, ignore_errors=True)
             if asked.keep_checkpoints is None:
-                launch.store.clear()
-            launch.reporter.print_line(
-                "finished", f"{folder} already contains the results of this run"
-            )
+                store.clear()
+            reporter.print_line("finished", f"{folder} already contains the results of this run")
             return folder
 
         # What the run is. The division of the images depends on it, so it comes first.
-        inputs = load(recipe, launch)
-        plan = plan_run(inputs.options, inputs.initial, inputs.images, inputs.setup, launch)
+        recipe: Recipe = PreTraining() if isinstance(asked, PretrainOptions) else FineTuning()
+        inputs = load(recipe, asked, checkpoint, reporter)
+        setup = inputs.setup
+        plan = plan_run(
+            inputs.options,
+            inputs.initial,
+            inputs.images,
+            setup,
+            accelerator,
+            is_resumed=checkpoint is not None,
+        )
         options = plan.options
         assert options.held_out_fraction is not None, "the plan sets it"
         data = divide_images(inputs.images, options.held_out_fraction, options.select == "best")
         # Compared with the checkpoint first: nothing is written if the run is another one.
-        record = run_on_main(partial(build_run_record, plan, data, inputs, launch))
-        run_on_main(
-            partial(
-                prepare,
-                folder,
-                launch.store,
-                make_flags_relative(to_flags(options)),
-                launch.checkpoint,
-            ),
+        record = run_on_main(
+            partial(build_run_record, plan, data, setup.model.config, flags, checkpoint)
         )
-        print_summary(inputs, plan, data, launch)
+        run_on_main(partial(prepare_folder, folder, store, to_flags(options), checkpoint))
+        print_summary(inputs, plan, data, reporter)
 
         # Both kinds end in the same record, so nothing below asks what the run was.
         if plan.kind == "frozen":
-            outcome = run_frozen(inputs, data, launch)
+            outcome = run_frozen(setup, data, reporter.warn)
         else:
-            outcome = run_steps(inputs, plan, data, record, launch)
+            outcome = run_steps(setup, plan, data, record, checkpoint, store, reporter)
+        reporter.print_lines(outcome.lines)
 
         # Everything that is known about the saved model; then the folder, whole or not at all.
-        chosen_flags = record["flags"]["chosen"]
-        results = build_results(inputs, data, outcome, chosen_flags)
+        results = build_results(inputs, data, outcome, record["flags"]["chosen"])
         save_output(
             folder,
-            inputs.setup,
+            setup,
             data,
             results,
             initial=inputs.initial,
@@ -151,8 +163,8 @@ def train(asked: TrainOptions) -> Path:
         )
         # Not before the folder is whole: until then, --resume needs the checkpoints.
         if options.keep_checkpoints is None:
-            run_on_main(launch.store.clear)
-        print_result(results, inputs, plan, data, launch)
+            run_on_main(store.clear)
+        print_result(results, setup.result_metrics, plan, data, asked, reporter)
 
         # DDP must not outlive its process group: with torch 2.11, gloo may wait forever
         accelerator.free_memory()
@@ -163,52 +175,53 @@ def train(asked: TrainOptions) -> Path:
 # Frozen -------------------------------------------------------------------------------------------
 
 
-def run_frozen(inputs: RunInputs, data: TrainingData, launch: Launch) -> Outcome:
+def run_frozen(setup: TrainingSetup, data: TrainingData, warn: Callable[[str], None]) -> Outcome:
     """Fit the classifier to every label that is not held out, and measure it.
 
     Without held-out images, each training image is predicted by a classifier that was not fitted to
     it, and the accuracy is corrected for the choice among the candidates.
     """
-    probe = inputs.setup.probe
+    probe = setup.probe
     assert probe is not None, "only a run with a probe can be frozen"
-    reporter = launch.reporter
     # Without steps there is no checkpoint to select, so the labels of a validation split are free
     # to train the classifier. The test split still measures it.
     parts = [data.train] if data.selection is None else [data.train, data.selection]
-    frozen = probe.fit(parts, data.held_out, reporter.warn)
+    frozen = probe.fit(parts, data.held_out, warn)
     # Everything below is measured with the classifier and the temperature in the model, which are
     # what the folder will contain.
     probe.set_classifier(frozen.probe)
-    reporter.print_lines(describe_frozen(probe, frozen))
-    reporter.print_lines(explain_missing_threshold(frozen.probe))
 
     calibration = describe_probe_calibration(frozen.probe)
     split = data.held_out_name
-    predictions = None
+    predictions = nearest_images = None
     metrics = evaluate_nothing()
-    errors: dict[str, float] = {}
-    text = ""
     if frozen.held_out is not None:
         predictions = probe.predict(frozen, frozen.held_out, data.label_space)
-        errors, text = measure_errors(calibration, predictions)
-        metrics = predictions.metrics | select_error_metrics(errors)
+        calibration = measure_errors(calibration, predictions)
+        metrics = predictions.metrics | select_error_metrics(calibration.errors)
     elif frozen.probe.estimate_ is not None:
         split = "cross-validation"
         predictions = probe.predict_out_of_fold(frozen, data.label_space)
         metrics = predictions.metrics
         # The out-of-fold probabilities contain the temperature already, so there is no error before
         # it.
-        errors = select_error_metrics(metrics)
-    reporter.print_line("calibration", calibration.text + text)
+        calibration = replace(calibration, errors=select_error_metrics(metrics))
+    if predictions is not None:
+        nearest_images = frozen.find_nearest_images(predictions.list_wrong())
     return Outcome(
         metrics=metrics,
         split=split,
         num_training_images=sum(map(len, parts)),
-        calibration=calibration.build_record(errors),
+        calibration=calibration.build_record(),
         predictions=predictions,
-        nearest_images=find_nearest_images(frozen, predictions),
+        nearest_images=nearest_images,
         seconds=frozen.record["seconds"],
         results={"frozen": frozen.record},
+        lines={
+            **describe_frozen(frozen.record),
+            **explain_missing_threshold(frozen.probe),
+            "calibration": calibration.text,
+        },
     )
 
 
@@ -216,21 +229,35 @@ def run_frozen(inputs: RunInputs, data: TrainingData, launch: Launch) -> Outcome
 
 
 def run_steps(
-    inputs: RunInputs, plan: RunPlan, data: TrainingData, record: dict[str, Any], launch: Launch
+    setup: TrainingSetup,
+    plan: RunPlan,
+    data: TrainingData,
+    record: dict[str, Any],
+    checkpoint: Checkpoint | None,
+    store: CheckpointStore,
+    reporter: Reporter,
 ) -> Outcome:
     """Train, and measure what is saved on images that did not train it."""
-    setup, options, reporter = inputs.setup, plan.options, launch.reporter
-    measure_features = None
-    if setup.build_feature_measure is not None and len(data.held_out):
-        measure_features = setup.build_feature_measure(data)
-    # Pre-training has no accuracy of its own. Its result is the difference on the same images, so
-    # the first half must be measured before anything trains.
-    features_before = measure(setup.model, measure_features)
-
+    options = plan.options
+    compare = setup.start_comparison(data)
     # The probe gives the model a new pooler and a new classifier, and may change how images are
     # resized. Evaluators, which keep resized images, and the optimizer, which keeps parameters,
     # would otherwise hold on to the old ones.
-    frozen, start_record = start_from_frozen(setup, data, launch)
+    probe = setup.probe
+    frozen = start_record = None
+    if probe is not None and checkpoint is not None:
+        # Choosing again would cost a pass over the images, and the model has moved on since. The
+        # weights come from the checkpoint.
+        start_record = checkpoint.metadata["probe"]
+        probe.restore(start_record)
+    elif probe is not None:
+        # The steps report the unreadable images.
+        frozen = probe.fit([data.train], data.held_out, ignore_message, MAX_PROBE_IMAGES)
+        # The temperature becomes a part of the weights, so the loss starts low.
+        probe.copy_weights(frozen.probe, scale=frozen.probe.temperature_)
+        start_record = frozen.record
+        reporter.print_lines(describe_frozen(start_record))
+
     held_out: Evaluate = evaluate_nothing
     if len(data.held_out):
         held_out = setup.build_evaluator(data, data.held_out)
@@ -239,9 +266,6 @@ def run_steps(
     if data.selection is not None:
         selection = setup.build_evaluator(data, data.selection)
 
-    # A resumed run takes the choice from its checkpoint. Choosing again would cost a pass over the
-    # images, and the model has moved on since.
-    metadata = record | {"probe": start_record}
     # Signals are caught from here on, not earlier: before the first step, there is nothing that a
     # checkpoint could save, and Ctrl-C may end the program at once.
     with (
@@ -249,27 +273,31 @@ def run_steps(
         reporter.progress,
         stop_on_errors(options.num_workers),
     ):
-        loop = build_loop(setup, plan, data, launch, signals, selection, metadata)
+        loop, batches = build_loop(
+            setup,
+            plan,
+            data,
+            reporter,
+            checkpoint=checkpoint,
+            store=store,
+            signals=signals,
+            evaluate_model=selection,
+            run_metadata=record | {"probe": start_record},
+        )
         # An iterator that is only forgotten would leave its data loading processes running.
-        with closing(iterate_augmented_batches(setup, plan, data, loop)) as batches:
+        with closing(batches):
             metrics = loop.run(batches)
         # Inside the block, because the best checkpoint is read from disk, which can fail like any
         # step.
         step = set_saved_weights(loop, plan)
     model = loop.state.model.eval()
 
-    predictions = calibration = None
-    errors: dict[str, float] = {}
+    predictions = calibration = nearest_images = None
     if setup.build_pass is not None and len(data.held_out):
         assert isinstance(held_out, Evaluator), "only a classifier is calibrated"
         assert isinstance(selection, Evaluator), "only a classifier is calibrated"
-        images = HELD_OUT if data.selection is None else SELECTION
-        # The temperature comes first: predictions and metrics describe the model as it is saved.
-        calibration = calibrate(setup, model, selection, images)
-        predictions = held_out.predict(model)
-        errors, text = measure_errors(calibration, predictions)
-        metrics = predictions.metrics | select_error_metrics(errors)
-        reporter.print_line("calibration", calibration.text + text)
+        calibration, predictions = calibrate(setup.model.config, model, held_out, selection)
+        metrics = predictions.metrics | select_error_metrics(calibration.errors)
     # The last evaluation of the loop was of other weights, or of the images that select.
     elif step != loop.state.step or plan.averaging or data.selection is not None:
         metrics = held_out(model)
@@ -277,6 +305,8 @@ def run_steps(
     # After the measurement, which a distance to the classes would only slow down.
     if options.select == "last" and not isinstance(model, FSDPModule):
         store_statistics(setup, data)
+    if frozen is not None and predictions is not None:
+        nearest_images = frozen.find_nearest_images(predictions.list_wrong())
 
     results: dict[str, Any] = {} if start_record is None else {"frozen": start_record}
     if options.select == "best" and data.selection is not None:
@@ -288,67 +318,49 @@ def run_steps(
         }
     if plan.averaging:
         results["average_with_start"] = plan.averaging
-    features_after = measure(model, measure_features)
-    if features_before is not None and features_after is not None:
-        results["features"] = {
-            "before": features_before,
-            "after": features_after,
-            "summary": compare_features(features_before, features_after),
-        }
     return Outcome(
         metrics=metrics,
         split=data.held_out_name,
         num_training_images=len(data.train),
-        calibration=None if calibration is None else calibration.build_record(errors),
+        calibration=None if calibration is None else calibration.build_record(),
         predictions=predictions,
-        nearest_images=find_nearest_images(frozen, predictions),
+        nearest_images=nearest_images,
         seconds=loop.get_training_seconds(),
         num_steps=loop.state.step,
         epochs=loop.plan.count_epochs(loop.state.step),
         images_per_step=loop.plan.images_per_step,
         num_unreadable=len(loop.unreadable_images.indices),
-        results=results | {"token_movement": loop.monitor.compute_token_movement()},
+        results=results
+        | compare(model)
+        | {"token_movement": loop.monitor.compute_token_movement()},
+        lines={"calibration": None if calibration is None else calibration.text},
     )
-
-
-def start_from_frozen(
-    setup: TrainingSetup, data: TrainingData, launch: Launch
-) -> tuple[FrozenModel | None, dict[str, Any] | None]:
-    """Let the classifier start from the frozen model's classifier; also return what was chosen.
-
-    A resumed run restores the choice only: its weights come from the checkpoint.
-    """
-    probe = setup.probe
-    if probe is None:
-        return None, None
-    if launch.checkpoint is not None:
-        record = launch.checkpoint.metadata["probe"]
-        probe.restore(record)
-        return None, record
-    # The steps report the unreadable images.
-    frozen = probe.fit([data.train], data.held_out, ignore_message, MAX_PROBE_IMAGES)
-    probe.set_start(frozen.probe)
-    launch.reporter.print_lines(describe_frozen(probe, frozen))
-    return frozen, frozen.record
 
 
 def build_loop(
     setup: TrainingSetup,
     plan: RunPlan,
     data: TrainingData,
-    launch: Launch,
+    reporter: Reporter,
+    *,
+    checkpoint: Checkpoint | None,
+    store: CheckpointStore,
     signals: SignalHandler,
-    evaluate: Evaluate,
-    metadata: dict[str, Any],
-) -> TrainingLoop:
-    """Prepare model, optimizer and trackers, and load the checkpoint to resume from."""
-    options, accelerator, reporter = plan.options, launch.accelerator, launch.reporter
+    evaluate_model: Evaluate,
+    run_metadata: dict[str, Any],
+) -> tuple[TrainingLoop, Generator[Batch, None, None]]:
+    """Prepare model, optimizer and trackers, load the checkpoint to resume from, and start batches.
+
+    The batches are the augmented images of this process, from the step on that the loop continues.
+    """
+    options = plan.options
+    accelerator = reporter.accelerator
     if options.compile:
         # Compiled in place. The wrapper that `torch.compile(model)` returns would put `_orig_mod.`
         # before the name of every weight.
         setup.model.compile()
     # Accelerate reads in `prepare` which layers to shard.
-    configure_layer_sharding(accelerator, setup.model)
+    configure_layer_sharding(setup.model)
     assert options.learning_rate and options.layer_decay, "the plan sets them"
     groups = build_parameter_groups(setup.model, options.weight_decay, options.layer_decay)
     optimizer = torch.optim.AdamW(groups, lr=options.learning_rate, fused=True)
@@ -361,49 +373,36 @@ def build_loop(
         trainable = (each for each in state.model.parameters() if each.requires_grad)
         state.start = [each.detach().clone() for each in trainable]
 
-    batch_plan = build_batch_plan(len(data.train), options, accelerator.num_processes)
-    reporter.print_line("batches", describe_batches(batch_plan))
     loop = TrainingLoop(
         state=state,
         objective=setup.build_objective(data),
-        evaluate_model=evaluate,
-        plan=batch_plan,
+        evaluate_model=evaluate_model,
+        plan=build_batch_plan(len(data.train), options, accelerator.num_processes),
         options=options,
         accelerator=accelerator,
         reporter=reporter,
-        store=launch.store,
+        store=store,
         selection_metric=setup.selection_metric,
         unreadable_images=UnreadableImageCounter(reporter.warn),
         save_every=options.save_every,
         evaluated_images="held_out" if data.selection is None else "selection",
         signals=signals,
-        run_metadata=metadata,
+        run_metadata=run_metadata,
     )
+    num_steps = loop.plan.num_steps
+    reporter.print_line("batches", describe_batches(loop.plan))
     # Restored last, over everything above: also over the start weights, which a resumed run cannot
     # compute again, because its model is no longer at the start.
-    if launch.checkpoint is not None:
-        loop.restore(launch.checkpoint)
-        reporter.print_line("resumed", f"after step {state.step:,} of {batch_plan.num_steps:,}")
+    if checkpoint is not None:
+        loop.restore(checkpoint)
+        reporter.print_line("resumed", f"after step {state.step:,} of {num_steps:,}")
     # A checkpoint saved before the evaluation of its step has a record that was never logged.
-    reporter.start_after(state.step - bool(state.pending_record), batch_plan.num_steps)
-    accelerator.wait_for_everyone()
-    if options.log_with:
-        folder = options.output_dir / "trackers"
-        run_on_main(partial(folder.mkdir, exist_ok=True))
-        # Flags are formatted as text, because TensorBoard does not accept lists.
-        accelerator.init_trackers(
-            options.output_dir.resolve().name,
-            config={name: format_flag_value(value) for name, value in to_flags(options).items()},
-            init_kwargs={"wandb": {"dir": str(folder)}},
-        )
-    return loop
+    reporter.start_after(state.step - bool(state.pending_record), num_steps)
+    used_flags = run_metadata["flags"]["flags"] | run_metadata["flags"]["chosen"]
+    # Flags are formatted as text, because TensorBoard does not accept lists.
+    reporter.start_trackers({name: format_flag_value(used_flags[name]) for name in used_flags})
 
-
-def iterate_augmented_batches(
-    setup: TrainingSetup, plan: RunPlan, data: TrainingData, loop: TrainingLoop
-) -> Generator[Batch, None, None]:
-    """Yield the augmented images of this process, from the step on that the loop continues."""
-    options, processor = plan.options, setup.processor
+    processor = setup.processor
     num_channels = setup.model.config.num_channels
     images = TrainingImages(
         data.train,
@@ -415,23 +414,29 @@ def iterate_augmented_batches(
         num_channels=num_channels,
         image_bytes=num_channels * math.prod(get_output_size(processor)),
     )
-    return iterate_training_batches(
+    batches = iterate_training_batches(
         images,
         loop.plan,
-        loop.accelerator.process_index,
+        accelerator.process_index,
         options.num_workers,
-        loop.state.step,
+        state.step,
     )
+    return loop, batches
 
 
 def set_saved_weights(loop: TrainingLoop, plan: RunPlan) -> int:
-    """Replace the last weights with those that the run saves, and tell of which step they are."""
+    """Replace the last weights with those that the run saves, and tell of which step they are.
+
+    Raise ValueError if the best checkpoint is damaged or missing.
+    """
     # Averaging serves the last weights only. The best checkpoint was measured as it is, and its
     # mean with the start never was.
     if plan.options.select == "best":
-        step = loop.load_best_weights()
-        loop.reporter.print_line("selected", f"the checkpoint of step {step:,}")
-        return step
+        checkpoint: Checkpoint = run_on_main(loop.store.load_best)
+        # Only the weights: after the last step, nothing needs the moments of the optimizer.
+        scatter_model(checkpoint, loop.state.model)
+        loop.reporter.print_line("selected", f"the checkpoint of step {checkpoint.step:,}")
+        return checkpoint.step
     if plan.averaging:
         average_with_start(loop.model, loop.state.start, plan.averaging)
         loop.reporter.print_line(
@@ -446,34 +451,7 @@ def evaluate_nothing(model: Any = None) -> dict[str, Any]:
     return {"num_images": 0, "num_unreadable_images": 0}
 
 
-def measure(model: Any, measure_features: Any) -> dict[str, Any] | None:
-    """Measure the features of an encoder; None if there is nothing to measure."""
-    if measure_features is None:
-        return None
-    features: dict[str, Any] = measure_features(model.to(PartialState().device).eval())
-    reshard(model)
-    return features
-
-
-# Measurements -------------------------------------------------------------------------------------
-
-
-def calibrate(setup: TrainingSetup, model: Any, evaluate: Evaluator, images: str) -> Calibration:
-    """Fit and set the temperature of a trained classifier, on images that did not train it."""
-    calibration = find_calibration(evaluate.predict(model), images)
-    reshard(model)
-    if calibration.temperature is not None:
-        setup.model.config.temperature = calibration.temperature
-    return calibration
-
-
-def find_nearest_images(
-    frozen: FrozenModel | None, predictions: Predictions | None
-) -> dict[int, list[str]] | None:
-    """Find the training images that the frozen model sees as similar to each wrong prediction."""
-    if frozen is None or predictions is None:
-        return None
-    return frozen.find_nearest_images(predictions.list_wrong())
+# Class statistics ---------------------------------------------------------------------------------
 
 
 def store_statistics(setup: TrainingSetup, data: TrainingData) -> None:

@@ -1,32 +1,33 @@
 """The beginning and the end of a run on paper: checkpoint metadata, results.json, printed lines."""
 
 import shlex
+from collections import Counter
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from accelerate.state import AcceleratorState
+from torch import nn
 
-from ..data.splits import MAX_CLASS_RATIO, TrainingData, describe_data
+from ..data.splits import HELD_OUT_SPLITS, MAX_CLASS_RATIO, TrainingData, describe_data
 from ..hub.local_paths import is_local, make_relative, split_prefix
 from ..hub.model_files import PREDICTIONS_FILE, RESULTS_FILE, SPLITS_FILE
 from ..inference.evaluator import Predictions
 from ..inference.intervals import MIN_CORRECTED_IMAGES
+from ..model.configuration_vitcls import ViTCLSConfig
+from ..runtime.files import replace_control_characters
 from ..runtime.flags import get_flag_fields, to_arguments, to_flags
+from ..runtime.system import get_versions
+from .checkpoints import Checkpoint
 from .defaults import FINE_TUNING_EPOCHS
 from .duration import format_minutes
 from .options import TrainOptions
 from .output_folder import CHECKPOINTS_FOLDER
 from .plan import STEP_FLAGS, RunPlan
-from .reporter import (
-    build_model_record,
-    describe_model,
-    describe_splits,
-    format_accuracy,
-    format_result,
-)
+from .reporter import Reporter, format_metric
 from .resume import build_flags_record, check_run_unchanged
-from .run_inputs import Launch, RunInputs
+from .run_inputs import RunInputs
 
 
 # flags of a frozen run that its command for steps leaves out; --hub-model-id, because its model would
@@ -38,6 +39,7 @@ TEXTS_OF_KINDS = {
     "frozen": "frozen encoder, no steps",
     "steps": "steps, measured on held-out images",
 }
+MAX_NAMED_CLASSES = 12  # in the summary
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,7 @@ class Outcome:
         num_steps, epochs, images_per_step: 0 without steps.
         num_unreadable: number of training images that were replaced with others.
         results: further fields of results.json.
+        lines: to print about the frozen model and the calibration.
     """
 
     metrics: dict[str, Any]
@@ -68,28 +71,32 @@ class Outcome:
     images_per_step: int = 0
     num_unreadable: int = 0
     results: dict[str, Any] = field(default_factory=dict)
+    lines: dict[str, str | None] = field(default_factory=dict)
 
 
 def build_run_record(
-    plan: RunPlan, data: TrainingData, inputs: RunInputs, launch: Launch
+    plan: RunPlan,
+    data: TrainingData,
+    config: ViTCLSConfig,
+    flags: dict[str, Any],
+    checkpoint: Checkpoint | None,
 ) -> dict[str, Any]:
     """Build what checkpoints contain about the run, and compare it with the checkpoint to resume.
 
-    Raise ValueError if the checkpoint belongs to a different run.
+    `flags` are the flags as the person set them. Raise ValueError if the checkpoint belongs to a
+    different run.
     """
     options = plan.options
-    checkpoint = launch.checkpoint
     state = AcceleratorState()
     assert options.batch_size is not None, "the defaults set it"
     recorded = None if checkpoint is None else checkpoint.metadata["flags"]
-    config = inputs.setup.model.config.to_dict()
     record = {
         "images_per_step": options.batch_size
         * options.gradient_accumulation_steps
         * state.num_processes,
         "mixed_precision": state.mixed_precision,
         "data": describe_data(data),
-        "flags": build_flags_record(to_flags(launch.asked), to_flags(options), config, recorded),
+        "flags": build_flags_record(flags, to_flags(options), config.to_dict(), recorded),
     }
     if checkpoint is not None:
         check_run_unchanged(checkpoint.metadata, record, options.output_dir)
@@ -97,13 +104,11 @@ def build_run_record(
 
 
 def build_results(
-    inputs: RunInputs,
-    data: TrainingData,
-    outcome: Outcome,
-    chosen_flags: dict[str, Any],
+    inputs: RunInputs, data: TrainingData, outcome: Outcome, chosen_flags: dict[str, Any]
 ) -> dict[str, Any]:
     """Build the content of results.json."""
     setup = inputs.setup
+    state = AcceleratorState()
     return {
         "dataset": data.name,
         "split": outcome.split,
@@ -122,29 +127,34 @@ def build_results(
             outcome.num_steps * outcome.images_per_step / (outcome.seconds or 1),
             1,
         ),
-        **build_model_record(setup.model),
+        "num_parameters": count_parameters(setup.model),
+        "token_layout": count_tokens(setup.model.config),
+        "device": inputs.device,
+        "mixed_precision": state.mixed_precision,
+        "num_processes": state.num_processes,
+        "versions": get_versions(),
         **outcome.metrics,
         "num_unreadable_training_images": outcome.num_unreadable,
         **outcome.results,
     }
 
 
-def print_summary(inputs: RunInputs, plan: RunPlan, data: TrainingData, launch: Launch) -> None:
+# Printed lines ------------------------------------------------------------------------------------
+
+
+def print_summary(inputs: RunInputs, plan: RunPlan, data: TrainingData, reporter: Reporter) -> None:
     """Print what the run does, before it starts."""
-    setup, reporter = inputs.setup, launch.reporter
-    is_choice_known = setup.probe is None  # a frozen model chooses geometry and tokens
+    setup = inputs.setup
     reporter.print_lines(
         {
-            **describe_splits(
-                data,
-                setup.processor,
-                setup.labels_text,
-                is_resize_known=is_choice_known,
-                needs_selection=plan.options.select == "best",
-            ),
+            **describe_splits(data, setup.labels_text, plan.options.select == "best"),
+            "resize": setup.resize,
             **inputs.images.facts,
             **describe_model(
-                inputs.initial.name, setup.model, inputs.forward_flops, is_choice_known
+                inputs.initial.name,
+                setup.model,
+                inputs.forward_flops,
+                is_pooling_known=setup.probe is None,
             ),
             **inputs.lines,
             **plan.lines,
@@ -156,30 +166,124 @@ def print_summary(inputs: RunInputs, plan: RunPlan, data: TrainingData, launch: 
     reporter.printed_metrics = setup.printed_metrics
 
 
+def describe_splits(data: TrainingData, labels_text: str, needs_selection: bool) -> dict[str, str]:
+    """Say which images train, select and measure the model."""
+    lines = {}
+    if data.train_split in HELD_OUT_SPLITS:
+        lines["split"] = (
+            f"training uses the split {data.train_split!r}, because no split is named 'train'"
+        )
+    middle_text = ""
+    if data.selection is not None:
+        middle_text = f"{len(data.selection):,} of {data.selection_name}, "
+    held_out = "none held out"
+    if len(data.held_out):
+        held_out = f"{len(data.held_out):,} held-out images ({data.held_out_name})"
+    lines["data"] = (
+        f"{data.name}: {len(data.train):,} training images, {middle_text}{held_out}; {labels_text}"
+    )
+    class_text = describe_class_sizes(data)
+    if class_text:
+        lines["classes"] = class_text
+    if data.selection is not None and needs_selection:
+        lines["selection"] = (
+            f"the best checkpoint is selected on {len(data.selection):,} separate images "
+            f"({data.selection_name})"
+        )
+    return lines
+
+
+def describe_class_sizes(data: TrainingData) -> str:
+    """Return the number of images of each class or, of many classes, the smallest and largest.
+
+    It is "" for images without labels, and for several tasks.
+    """
+    parts: list[Any] = [data.train, data.held_out]
+    if data.selection is not None:
+        parts.append(data.selection)
+    if not data.label_space.columns or data.label_space.kind == "multi_task":
+        return ""
+    has_lists = data.label_space.kind == "multi_label_classification"
+    counts: Counter[int] = Counter()
+    for part in parts:
+        counts.update(chain.from_iterable(part.labels) if has_lists else part.labels)
+    names = map(replace_control_characters, data.label_space.names)
+    sizes = [(counts[label], name) for label, name in enumerate(names)]
+    if len(sizes) > MAX_NAMED_CLASSES:
+        (smallest, first), (largest, last) = min(sizes), max(sizes)
+        return f"from {smallest:,} images ({first}) to {largest:,} ({last})"
+    return ", ".join(f"{name}: {size:,}" for size, name in sizes)
+
+
+def describe_model(
+    source: str, model: Any, forward_flops: int, is_pooling_known: bool
+) -> dict[str, str]:
+    """Return the summary lines about the model.
+
+    `is_pooling_known` is False if the run chooses the tokens of the classifier later.
+    """
+    config = model.config
+    token_counts = {name: count for name, count in count_tokens(config).items() if count}
+    layout_text = " | ".join(f"{count} {name}" for name, count in token_counts.items())
+    height, width = config.image_height_width
+    pooling_text = f", pooling {config.pooling}" if is_pooling_known else ""
+    return {
+        "model": f"{source}: {count_parameters(model):,} parameters, "
+        f"{count_parameters(model, only_trainable=True):,} trainable, {config.num_hidden_layers} "
+        f"layers of width {config.hidden_size}{pooling_text}",
+        "tokens": f"[ {layout_text} ] = {sum(token_counts.values())} for {height} x {width} "
+        f"pixels, {forward_flops / 1e9:.3g} GFLOP per image",
+    }
+
+
 def print_result(
-    results: dict[str, Any], inputs: RunInputs, plan: RunPlan, data: TrainingData, launch: Launch
+    results: dict[str, Any],
+    result_metrics: tuple[str, ...],
+    plan: RunPlan,
+    data: TrainingData,
+    asked: TrainOptions,
+    reporter: Reporter,
 ) -> None:
-    """Print the last lines of the run."""
-    reporter = launch.reporter
+    """Print the last lines of the run.
+
+    Args:
+        results: content of results.json.
+        result_metrics: names of the metrics of the result.
+        plan, data: of the run.
+        asked: the options as the person set them.
+        reporter: prints the lines.
+    """
     if num_unreadable := results["num_unreadable_training_images"]:
         reporter.warn(
             f"{num_unreadable} training image(s) could not be read and were replaced with other "
             "images"
         )
-    reporter.print_line("result", describe_result(results, inputs.setup.result_metrics))
+    class_text = steps_text = None
     if data.class_ratio > MAX_CLASS_RATIO and results.get("per_class"):
-        reporter.print_line("classes", describe_class_results(results))
-    if "features" in results:
-        reporter.print_line("features", results["features"]["summary"])
+        worst = min(
+            (row for row in results["per_class"] if row["images"]), key=lambda row: row["recall"]
+        )
+        # The metrics that large classes do not dominate
+        class_text = (
+            f"of different sizes: balanced accuracy {results['balanced_accuracy']:.1%}, macro F1 "
+            f"{results['macro_f1']:.1%}, lowest recall {worst['recall']:.1%} ({worst['name']})"
+        )
     if plan.kind == "frozen":
         seconds = plan.fine_tuning_seconds
         duration = "" if seconds is None else f", about {format_minutes(seconds)}"
-        reporter.print_line(
-            "steps",
+        steps_text = (
             f"not fine-tuned: the encoder is frozen. Five epochs of all layers{duration}, gained "
-            f"1.3 points on average of 15 runs: {build_fine_tuning_command(launch.asked)}",
+            f"1.3 points on average of 15 runs: {build_fine_tuning_command(asked)}"
         )
-    reporter.print_line("saved", describe_saved_files(plan.options.output_dir))
+    reporter.print_lines(
+        {
+            "result": describe_result(results, result_metrics),
+            "classes": class_text,
+            "features": results.get("features", {}).get("summary"),
+            "steps": steps_text,
+            "saved": describe_saved_files(asked.output_dir),
+        }
+    )
 
 
 def describe_result(results: dict[str, Any], result_metrics: tuple[str, ...]) -> str:
@@ -195,6 +299,30 @@ def describe_result(results: dict[str, Any], result_metrics: tuple[str, ...]) ->
             f"{len(record['candidates'])} candidates"
         )
     return f"{text}. The saved model was fitted to all of them"
+
+
+def format_result(metrics: dict[str, Any], names: tuple[str, ...]) -> str:
+    """Format the metrics `names` of the final evaluation as one line of text."""
+    names = tuple(name for name in names if name in metrics)
+    if not names:
+        return (
+            "the model was trained on all images and not evaluated, because `held_out_fraction` "
+            "is 0"
+        )
+    texts = [format_metric(name, metrics[name]) for name in names]
+    if "accuracy_interval" in metrics:  # the mean over several tasks has none
+        texts = [format_accuracy(metrics), *texts[1:]]
+    return f"{', '.join(texts)} on {metrics['num_images']:,} held-out images"
+
+
+def format_accuracy(metrics: dict[str, Any]) -> str:
+    """Format an accuracy with its interval; with few images, as a fraction without a percentage."""
+    low, high = (100 * value for value in metrics["accuracy_interval"])
+    num_images = metrics["num_images"]
+    if num_images < MIN_CORRECTED_IMAGES:
+        right = round(metrics["accuracy"] * num_images)
+        return f"{right} of {num_images} right (95%: {low:.0f} to {high:.0f}%)"
+    return f"accuracy {metrics['accuracy']:.2%} (95% interval: {low:.1f} to {high:.1f})"
 
 
 def build_fine_tuning_command(asked: TrainOptions) -> str:
@@ -228,17 +356,6 @@ def shorten_path(name: Any) -> Any:
     return name if is_far else relative
 
 
-def describe_class_results(results: dict[str, Any]) -> str:
-    """Return the metrics that large classes do not dominate."""
-    worst = min(
-        (row for row in results["per_class"] if row["images"]), key=lambda row: row["recall"]
-    )
-    return (
-        f"of different sizes: balanced accuracy {results['balanced_accuracy']:.1%}, macro F1 "
-        f"{results['macro_f1']:.1%}, lowest recall {worst['recall']:.1%} ({worst['name']})"
-    )
-
-
 def describe_saved_files(folder: Path) -> str:
     """Return what a run has saved, with sizes, because checkpoints may be larger than the model."""
     files = [
@@ -256,3 +373,20 @@ def measure_size(folder: Path) -> str:
     """Return the size of the files in a folder."""
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     return f"{size / 1e6:,.1f} MB"
+
+
+# Counts -------------------------------------------------------------------------------------------
+
+
+def count_tokens(config: ViTCLSConfig) -> dict[str, int]:
+    """Return the number of tokens in each token group, at the model's image size."""
+    token_indices = range(config.token_layout.get_num_tokens(*config.grid_size))
+    return {name: len(token_indices[group]) for name, group in config.token_layout.items()}
+
+
+def count_parameters(model: nn.Module, only_trainable: bool = False) -> int:
+    return sum(
+        parameter.numel()
+        for parameter in model.parameters()
+        if parameter.requires_grad or not only_trainable
+    )

@@ -96,7 +96,11 @@ class Teacher(nn.Module):
         The pixels are `uint8` or floats in [0, 255]. Raise ValueError if any output is not finite.
         """
         outputs = self.read_outputs(self.model(self.preprocessing(pixels)))
-        check_teacher_outputs(outputs, self.source)
+        if num_wrong := int((~find_finite(outputs, len(outputs))).sum()):
+            raise ValueError(
+                f"the outputs of the teacher {self.source} are not finite for {num_wrong} of "
+                f"{len(outputs)} images. Use another teacher, or set `mixed_precision='no'`"
+            )
         return outputs
 
 
@@ -257,15 +261,6 @@ def build_timm_preprocessing(data_config: dict[str, Any]) -> TeacherPreprocessin
 
     interpolation = get_interpolation(data_config["interpolation"])
     return TeacherPreprocessing(num_channels, (height, width), interpolation, normalize)
-
-
-def check_teacher_outputs(outputs: torch.Tensor, source: str) -> None:
-    """Raise ValueError if a teacher's outputs [B, ...] contain NaN or infinity."""
-    if num_wrong := int((~find_finite(outputs, len(outputs))).sum()):
-        raise ValueError(
-            f"the outputs of the teacher {source} are not finite for {num_wrong} of {len(outputs)} "
-            "images. Use another teacher, or set `mixed_precision='no'`"
-        )
 
 
 # Image conversion -----------------------------------------------------------------------

@@ -23,12 +23,6 @@ from .reporter import Reporter
 class Recipe(Protocol):
     """A kind of training: what its flags mean, and what it reads and trains."""
 
-    def check_options(self, options: Any) -> Any:
-        """Fill in defaults before data and models are loaded.
-
-        Raise ValueError if flags contradict each other.
-        """
-
     def load_images(self, options: Any, initial: InitialModel) -> Splits:
         """Read the labels and keys of the images."""
 
@@ -53,6 +47,7 @@ class TrainingSetup:
     printed_metrics: tuple[str, ...]  # metrics of evaluations that are printed during training
     result_metrics: tuple[str, ...]  # metrics of the printed result
     labels_text: str
+    resize: str | None  # how images become the input; None if the frozen model chooses it
     # whether no head is random when steps start
     has_known_head: bool = False
     # lines to print before training, keyed by name
@@ -65,8 +60,11 @@ class TrainingSetup:
     # lists what is wrong with the images
     list_warnings: Callable[[TrainingData], list[str]] = lambda data: []
     encoder: Any = None  # part of the model that is saved; None to save the model
-    # measures features before and after pre-training
-    build_feature_measure: Callable[[TrainingData], Callable[[Any], dict[str, Any]]] | None = None
+    # Measures the model before the steps. The returned function measures it after them, and returns
+    # further fields of results.json.
+    start_comparison: Callable[[TrainingData], Callable[[Any], dict[str, Any]]] = lambda data: (
+        lambda model: {}
+    )
 
 
 def build_evaluator_arguments(

@@ -19,7 +19,7 @@ from modeling_vitcls.data.splits import (
     choose_training_splits,
     load_training_data,
 )
-from modeling_vitcls.training.reporter import describe_splits
+from modeling_vitcls.training.run_results import describe_splits
 
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
@@ -158,11 +158,5 @@ def test_training_on_a_split_named_test_is_reported(
 ) -> None:
     write_photos(tmp_path / folder, range(20))
     run = prepare_setup(build_tiny_options(tmp_path / "out", tmp_path / "photos", epochs=1))
-    lines = describe_splits(
-        run.data,
-        run.setup.processor,
-        run.setup.labels_text,
-        is_resize_known=True,
-        needs_selection=False,
-    )
+    lines = describe_splits(run.data, run.setup.labels_text, needs_selection=False)
     assert ("'test'" in lines.get("split", "")) is is_reported

@@ -22,7 +22,7 @@ from modeling_vitcls.training.plan import plan_run
 from modeling_vitcls.training.pretrain import PreTraining
 from modeling_vitcls.training.reporter import Reporter
 from modeling_vitcls.training.run import train
-from modeling_vitcls.training.run_inputs import Launch, load
+from modeling_vitcls.training.run_inputs import load
 from modeling_vitcls.training.training_setup import Recipe
 
 
@@ -75,9 +75,15 @@ def prepare_setup(options: Any) -> SimpleNamespace:
     recipe: Recipe = PreTraining() if isinstance(options, PretrainOptions) else FineTuning()
     accelerator = Accelerator(cpu=True)
     reporter = Reporter(options.output_dir / "metrics.jsonl", accelerator)
-    launch = Launch(accelerator, reporter, None, options, checkpoint=None, is_finished=False)
-    inputs = load(recipe, launch)
-    plan = plan_run(inputs.options, inputs.initial, inputs.images, inputs.setup, launch)
+    inputs = load(recipe, options, None, reporter)
+    plan = plan_run(
+        inputs.options,
+        inputs.initial,
+        inputs.images,
+        inputs.setup,
+        accelerator,
+        is_resumed=False,
+    )
     data = divide_images(
         inputs.images, plan.options.held_out_fraction, plan.options.select == "best"
     )

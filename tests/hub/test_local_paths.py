@@ -97,7 +97,7 @@ def write_recipe(options: FinetuneOptions) -> None:
     """Write config.resolved.yaml, as a run does."""
     options.output_dir.mkdir(parents=True, exist_ok=True)
     store = CheckpointStore(options.output_dir / "checkpoints", num_kept=1)
-    output_folder.prepare(options.output_dir, store, make_flags_relative(to_flags(options)), None)
+    output_folder.prepare_folder(options.output_dir, store, to_flags(options), None)
 
 
 def test_files_of_a_run_contain_no_local_paths(

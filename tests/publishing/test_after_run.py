@@ -21,7 +21,6 @@ from modeling_vitcls.hub.model_folder import ModelFolder
 from modeling_vitcls.publishing.after_run import finish_run
 from modeling_vitcls.publishing.card import write_card
 from modeling_vitcls.publishing.report import load_run_data, write_report
-from modeling_vitcls.training.options import RunOptions
 
 
 SMALL: dict[str, Any] = {
@@ -56,7 +55,7 @@ def test_a_run_gets_a_report_and_a_card_from_its_folder(
         file.unlink()
     moved = folder.rename(tmp_path / "moved")
 
-    finish_run(moved, RunOptions(output_dir=moved), None)
+    finish_run(ModelFolder(moved), True, None)
     assert (moved / "report.html").is_file()
     text = ModelCard.load(moved / "README.md").text
     expected = card.replace("# run", "# moved").replace('"run"', '"moved"')
@@ -139,7 +138,7 @@ def test_a_run_without_a_report_is_finished(
     folder = write_run_folder(
         tmp_path / "[old]", {"confusion_matrix": [[3, 0, 0]] * 3}, {"dataset": "./gone [old]"}
     )
-    finish_run(folder, RunOptions(output_dir=folder), None)
+    finish_run(ModelFolder(folder), True, None)
     warning, written = capsys.readouterr().out.splitlines()
     assert "report.html" in warning
     assert "gone [old]" in warning

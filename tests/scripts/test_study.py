@@ -21,7 +21,6 @@ from helpers.tiny_models import raises_one_line
 from pyarrow import parquet
 from scipy import stats
 
-from modeling_vitcls.training.pretrain import PreTraining
 from scripts.study import (
     Study,
     StudyOptions,
@@ -181,9 +180,7 @@ def test_the_commands_of_a_study_in_the_repository_are_valid(file: Path) -> None
             and len(set(run.levels.items()) - set(first_run.levels.items())) <= 1
         ):
             for stage, flags in runner.build_commands(run):
-                options = parse_flags(stage, flags)
-                if stage == "pretrain":
-                    PreTraining().check_options(options)
+                parse_flags(stage, flags)
 
 
 def test_a_subset_has_random_training_images_and_all_other_images(

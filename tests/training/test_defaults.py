@@ -12,7 +12,6 @@ from helpers.tiny_options import build_tiny_options
 from modeling_vitcls import ViTCLSConfig, ViTCLSForImageClassification
 from modeling_vitcls.training import defaults
 from modeling_vitcls.training.defaults import (
-    describe_random_weights,
     resolve_defaults,
     resolve_schedule,
 )
@@ -164,16 +163,17 @@ def test_the_learning_rate_follows_the_initial_weights_and_the_width(
 def test_every_default_can_be_overridden_and_the_reasons_are_printed() -> None:
     initial = build_initial()
     flags = {"model": "vitcls-tiny", "crop_scale": None, "augment": {"shift": 0.0, "zoom": 0.1}}
-    options, line = resolve_defaults(
+    options, lines = resolve_defaults(
         build_tiny_options(Path("out"), "digits", **flags), initial, 2000
     )
+    line = str(lines["defaults"])
     assert options.augment == {"shift": 0.0, "zoom": 0.1}
     assert "random weights, width 96: initializer range 0.082" in line
     assert "image size 28: crop scale 1" in line
     assert "random weights, fewer than 10,000 images: batch size 32" in line
-    assert resolve_defaults(options, initial, 2000) == (options, "")
+    assert resolve_defaults(options, initial, 2000) == (options, lines | {"defaults": ""})
     options = build_options(hidden_size=192, image_size=(32, 96), patch_size=32)
-    line = resolve_defaults(options, initial, 2000)[1]
+    line = str(resolve_defaults(options, initial, 2000)[1]["defaults"])
 
     assert "width 192: " in line
     assert "image size 96: " in line
@@ -213,9 +213,9 @@ def test_only_a_preset_has_random_weights(tmp_path: Path) -> None:
         192,
         True,
     )
-    assert "preset" in str(describe_random_weights(preset))
+    assert "preset" in str(resolve_defaults(build_options(), preset, 9)[1]["weights"])
     trained = tmp_path / "trained"
     save_with_processor(ViTCLSForImageClassification(build_tiny_config()), trained)
     checkpoint = resolve_initial_model(str(trained))
     assert (checkpoint.config.hidden_size, checkpoint.has_random_weights) == (16, False)
-    assert describe_random_weights(checkpoint) is None
+    assert resolve_defaults(build_options(), checkpoint, 9)[1]["weights"] is None

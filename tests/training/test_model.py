@@ -27,11 +27,10 @@ from modeling_vitcls import (
 )
 from modeling_vitcls.cli.api import build_options
 from modeling_vitcls.data.labels import LabelSpace
-from modeling_vitcls.training.finetune import FineTuning, check_label_kind
+from modeling_vitcls.training.defaults import choose_image_size
+from modeling_vitcls.training.finetune import check_label_kind
 from modeling_vitcls.training.model import (
-    check_model_config,
-    check_preset_name,
-    choose_image_size,
+    check_model_flags,
     merge_lora,
     resolve_initial_model,
     set_train_mode,
@@ -207,11 +206,11 @@ def test_only_names_that_look_like_presets_must_be_presets(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "vitcls-mine").mkdir()
     for name in ("vitcls-tiny", "vitcls-mine", "vitcls-lab/model", "other-model"):
-        check_preset_name(name)
+        check_model_flags(name, (), "full")
     with raises_one_line("`model='vitcls-yours'` is not a preset", "vitcls-tiny, vitcls-small"):
-        check_preset_name("vitcls-yours")
+        check_model_flags("vitcls-yours", (), "full")
     with raises_one_line("`model='tiny'` is not a preset", "vitcls-tiny"):
-        check_preset_name("tiny")
+        check_model_flags("tiny", (), "full")
 
 
 @pytest.mark.parametrize(
@@ -220,7 +219,7 @@ def test_only_names_that_look_like_presets_must_be_presets(
 )
 def test_unknown_fields_of_the_configuration_are_errors(name: str, words: str) -> None:
     with raises_one_line("`model_config` cannot set", words):
-        check_model_config({"head_type": "mlp", name: 0.1})
+        check_model_flags("vitcls-tiny", {"head_type": "mlp", name: 0.1}, "full")
 
 
 @pytest.mark.parametrize("name", ["base", "vitcls-tiny", "timm:mine"])
@@ -254,12 +253,12 @@ def test_a_folder_with_the_name_of_a_preset_or_of_another_project_is_used(
     ],
 )
 def test_contradictory_flags_are_errors(flags: dict[str, Any], named: tuple[str, ...]) -> None:
-    options = build_options(
-        FinetuneOptions,
-        **{"output_dir": "out", "dataset": "digits", "model": "some/checkpoint"} | flags,
-    )
     with raises_one_line(*named) if named else nullcontext():
-        FineTuning().check_options(options)
+        options = build_options(
+            FinetuneOptions,
+            **{"output_dir": "out", "dataset": "digits", "model": "some/checkpoint"} | flags,
+        )
+        check_model_flags(options.model, (), options.trainable)
 
 
 @pytest.mark.parametrize(
@@ -458,7 +457,9 @@ def test_large_checkpoints_are_fine_tuned_at_224_pixels(
     save_with_processor(encoder, tmp_path, ViTCLSImageProcessor(size=config.image_height_width))
     options = ModelOptions(model=str(tmp_path), image_size=flag)
     if flag is None:
-        size, _ = choose_image_size(tmp_path, options.get_config_values())
+        size, _ = choose_image_size(
+            resolve_initial_model(str(tmp_path)), options.get_config_values()
+        )
         options = ModelOptions(model=str(tmp_path), image_size=size)
     label_space = LabelSpace("single_label_classification", {"label": ["yes", "no"]})
 

@@ -147,7 +147,7 @@ def test_the_old_model_is_never_next_to_the_new_configuration(
             assert (earlier / "config.resolved.yaml").read_bytes() == config
         unlink(path, missing_ok)
 
-    def stop(*arguments: Any) -> None:
+    def stop(*arguments: Any, **settings: Any) -> None:
         assert (earlier / LOCK_FILE).exists()
         raise ValueError("stop")
 

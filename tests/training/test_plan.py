@@ -18,13 +18,12 @@ def make_plan(
     num_labels: int = 10,
     has_probe: bool = True,
     step_seconds: float | None = None,
-    checkpoint: Any = None,
+    is_resumed: bool = False,
     **flags: Any,
 ) -> RunPlan:
     """Plan a run of a trained encoder; `step_seconds` is the duration of its steps on a CPU."""
     device = "cuda" if step_seconds is None else "cpu"
-    monkeypatch.setattr(plan, "measure_forward_seconds", lambda *arguments: 0.0)
-    monkeypatch.setattr(plan, "estimate_step_seconds", lambda *arguments: step_seconds)
+    monkeypatch.setattr(plan, "measure_step_seconds", lambda *arguments: step_seconds)
     monkeypatch.setattr(plan, "resolve_schedule", lambda options, *arguments: (options, {}))
     accelerator = SimpleNamespace(device=torch.device(device), num_processes=1)
     return plan_run(
@@ -40,7 +39,8 @@ def make_plan(
             has_known_head=has_probe,
             summary_lines={},
         ),
-        SimpleNamespace(accelerator=accelerator, checkpoint=checkpoint),  # type: ignore[arg-type]
+        accelerator,  # type: ignore[arg-type]
+        is_resumed,
     )
 
 
@@ -62,7 +62,7 @@ def make_plan(
         ({"trainable": "head", "num_images": 9_000}, "frozen"),
         ({"trainable": "head", "epochs": 1.0}, "steps"),
         ({"has_probe": False}, "steps"),
-        ({"checkpoint": object()}, "steps"),
+        ({"is_resumed": True}, "steps"),
     ],
 )
 def test_a_run_has_steps_if_somebody_asks_for_them_or_if_they_pay(

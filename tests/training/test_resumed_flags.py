@@ -138,7 +138,7 @@ def test_a_resumed_run_keeps_the_values_that_were_derived_on_another_machine(
 ) -> None:
     chosen = read_recorded_flags(interrupted)["chosen"]
     monkeypatch.setattr("modeling_vitcls.training.defaults.choose_learning_rate", lambda *_: 0.5)
-    monkeypatch.setattr("modeling_vitcls.training.model.FINETUNING_SIDE", 112)
+    monkeypatch.setattr("modeling_vitcls.training.defaults.FINETUNING_SIDE", 112)
     main([*command, "--output-dir", str(interrupted), "--resume"])
     results = read_json(interrupted / "results.json")
     assert results["chosen_flags"] == chosen

@@ -178,7 +178,7 @@ def test_another_run_is_an_error(killed: Path, changes: dict[str, Any], message:
 def test_a_resumed_run_uses_the_commits_with_which_it_was_started() -> None:
     options = build_options(Path("run"), model="acme/vit", teacher="acme/other")
     chosen = {"model": f"acme/vit@{'0' * 40}", "teacher": f"acme/other@{'1' * 40}"}
-    assert select_chosen_values(chosen, to_flags(options)) == chosen
+    assert select_chosen_values(chosen, vars(options)) == chosen
 
     recorded = {"flags": to_flags(options), "chosen": chosen, "config": {}}
     for sources in ({"model": "acme/vit", "teacher": "acme/other"}, chosen):
