@@ -23,7 +23,6 @@ Layer decay follows BEiT (arXiv 2106.08254). Pre-training has no layer decay.
 The default values are printed with their reasons and written to config.resolved.yaml.
 """
 
-import copy
 import math
 from dataclasses import replace
 from typing import Any, Literal, TypeVar
@@ -73,10 +72,6 @@ MAX_SMALL_IMAGE_SIZE = 64  # maximum length of the longer side of a small image,
 MIN_LARGE_DATASET_SIZE = 10_000  # minimum number of training images in a large dataset
 FINE_TUNING_EPOCHS = 5.0  # of weights that start from a classifier which fits them, and of LoRA
 MAX_CPU_FLOPS = 1e15  # of all training steps; about an hour at 300 GFLOP/s
-# Flags with defaults of this file
-SIZE_FLAGS = (
-    "image_size patch_size hidden_size num_hidden_layers num_attention_heads intermediate_size"
-).split()
 
 
 def resolve_defaults(
@@ -178,7 +173,11 @@ def choose_image_size(
 
 
 def resolve_schedule(
-    options: Options, initial: InitialModel, num_training_images: int, has_probe: bool
+    options: Options,
+    initial: InitialModel,
+    num_training_images: int,
+    has_probe: bool,
+    forward_flops: int,
 ) -> tuple[Options, dict[str, str | None]]:
     """Fill in the length and the learning rate if they are not set; also return lines about them.
 
@@ -187,9 +186,9 @@ def resolve_schedule(
         initial: initial model.
         num_training_images: number of training images.
         has_probe: whether the classifier starts from the frozen model's.
+        forward_flops: floating-point operations of a forward pass of one image.
     """
-    config_values = options.get_config_values()
-    width = config_values.get("hidden_size", initial.config.hidden_size)
+    width = options.get_config_values().get("hidden_size", initial.config.hidden_size)
     method = get_training_method(options, initial.has_random_weights)
     if has_probe and method == "pre-trained weights":
         method = "from the frozen model's classifier"
@@ -200,7 +199,8 @@ def resolve_schedule(
     reason = f"{method}, {num_training_images:,} images"
     if options.epochs is None and options.max_steps is None and PartialState().device.type == "cpu":
         # Only a default is limited. Who sets a number of epochs gets it, however long it takes.
-        max_epochs = compute_max_epochs(initial.config, config_values, num_training_images)
+        step_flops = 3 * forward_flops  # of each image; a backward pass is two forward passes
+        max_epochs = max(1.0, MAX_CPU_FLOPS // (step_flops * num_training_images))
         if max_epochs < epochs:
             reason += f"; limited on CPUs, `epochs={epochs:g}` is the default on GPUs"
             epochs = max_epochs
@@ -215,24 +215,6 @@ def resolve_schedule(
         changes["learning_rate"] = rate = choose_learning_rate(method, width)
         lines["rate"] = f"{rate:g}: {method}, width {width}"
     return replace(options, **changes), lines
-
-
-def compute_max_epochs(
-    config: ViTCLSConfig, config_values: dict[str, Any], num_training_images: int
-) -> float:
-    """Compute the maximum default number of epochs on a CPU.
-
-    `config_values` are set in a copy of the initial `config`, as far as they are sizes.
-    """
-    config = copy.deepcopy(config)
-    for name, value in config_values.items():
-        if name in SIZE_FLAGS:
-            setattr(config, name, value)
-
-    with torch.device("meta"):
-        model = ViTCLSModel(config)
-    step_flops = 3 * model.flops()  # for each image; a backward pass is two forward passes
-    return max(1.0, MAX_CPU_FLOPS // (step_flops * num_training_images))
 
 
 def get_training_method(options: TrainOptions, has_random_weights: bool) -> TrainingMethod:

@@ -15,12 +15,10 @@ from typing import Literal
 
 from accelerate import Accelerator
 
-from ..data.sources import Splits
 from .defaults import FINE_TUNING_EPOCHS, resolve_schedule
 from .duration import format_minutes, measure_step_seconds
-from .model import InitialModel
 from .options import TrainOptions
-from .training_setup import TrainingSetup
+from .run_inputs import RunInputs
 
 
 # flags that only mean something for steps: setting one asks for them
@@ -52,17 +50,12 @@ class RunPlan:
     lines: dict[str, str | None]
 
 
-def plan_run(
-    options: TrainOptions,
-    initial: InitialModel,
-    images: Splits,
-    setup: TrainingSetup,
-    accelerator: Accelerator,
-    is_resumed: bool,
-) -> RunPlan:
+def plan_run(inputs: RunInputs, accelerator: Accelerator, is_resumed: bool) -> RunPlan:
     """Decide what a run is. The only measurement is a forward pass, on a CPU."""
-    num_images = len(images.train)
-    num_labels = max(sum(map(len, images.label_space.columns.values())), 1)
+    options = inputs.options
+    setup = inputs.setup
+    num_images = len(inputs.images.train)
+    num_labels = max(sum(map(len, inputs.images.label_space.columns.values())), 1)
     # A checkpoint was written by steps, so a resumed run has steps, whatever this machine would
     # choose.
     can_choose = setup.probe is not None and not is_resumed
@@ -117,10 +110,12 @@ def plan_run(
     lines: dict[str, str | None] = {}
     # After the kind is known: the rate and the number of epochs depend on where the steps start.
     if kind == "steps":
-        options, lines = resolve_schedule(options, initial, num_images, setup.probe is not None)
+        options, lines = resolve_schedule(
+            options, inputs.initial, num_images, setup.probe is not None, inputs.forward_flops
+        )
 
     # The mean with random weights would only dilute what the steps have learned.
-    has_start = not initial.has_random_weights and setup.has_known_head
+    has_start = not inputs.initial.has_random_weights and setup.has_known_head
     averages = kind == "steps" and has_start and options.select == "last"
     return RunPlan(
         kind=kind,

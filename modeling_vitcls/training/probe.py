@@ -211,9 +211,7 @@ class Probe:
         if len(rest):
             more = self.compute_features(train, layout, warn, rest)
             features = concatenate_features(features, more)
-            with report_work("fitting the classifier"):
-                refit = partial(chosen.refit, features.get_tokens(), features.labels)
-                chosen = run_on_main(refit)
+            chosen = run_on_main(partial(self.refit, chosen, features))
         held_out_features = None
         if len(held_out):
             held_out_features = self.compute_features(held_out, layout, warn)
@@ -274,6 +272,11 @@ class Probe:
             return LinearProbe(self.layers, self.pooling).fit(
                 features.get_tokens(), features.labels, features.groups, self.class_weight
             )
+
+    def refit(self, chosen: LinearProbe, features: Features) -> LinearProbe:
+        """Fit the chosen classifier to all features."""
+        with report_work("fitting the classifier"):
+            return chosen.refit(features.get_tokens(), features.labels)
 
     # Geometry -------------------------------------------------------------------------------------
 

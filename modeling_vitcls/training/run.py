@@ -124,14 +124,7 @@ def train(asked: TrainOptions) -> Path:
         recipe: Recipe = PreTraining() if isinstance(asked, PretrainOptions) else FineTuning()
         inputs = load(recipe, asked, checkpoint, reporter)
         setup = inputs.setup
-        plan = plan_run(
-            inputs.options,
-            inputs.initial,
-            inputs.images,
-            setup,
-            accelerator,
-            is_resumed=checkpoint is not None,
-        )
+        plan = plan_run(inputs, accelerator, is_resumed=checkpoint is not None)
         options = plan.options
         assert options.held_out_fraction is not None, "the plan sets it"
         data = divide_images(inputs.images, options.held_out_fraction, options.select == "best")

@@ -130,7 +130,7 @@ def test_the_epochs_follow_the_weights_and_the_number_of_images(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     set_device(monkeypatch, "cuda")
-    options, _ = resolve_schedule(options, build_initial(**initial), num_images, has_probe)
+    options, _ = resolve_schedule(options, build_initial(**initial), num_images, has_probe, 1)
     assert options.epochs == expected
 
 
@@ -156,7 +156,7 @@ def test_the_epochs_follow_the_weights_and_the_number_of_images(
 def test_the_learning_rate_follows_the_initial_weights_and_the_width(
     options: Any, initial: dict[str, Any], has_probe: bool, expected: float
 ) -> None:
-    options, _ = resolve_schedule(options, build_initial(**initial), 900, has_probe)
+    options, _ = resolve_schedule(options, build_initial(**initial), 900, has_probe, 1)
     assert options.learning_rate == expected
 
 
@@ -182,26 +182,24 @@ def test_every_default_can_be_overridden_and_the_reasons_are_printed() -> None:
 def test_the_default_epochs_are_limited_on_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
     """A ViT-S/16 of 224 pixels computes 9.2 GFLOP per image, three times as many in a step."""
     set_device(monkeypatch, "cpu")
-    sizes = {"patch_size": 16, "num_attention_heads": 6, "intermediate_size": 1536}
-    initial = build_initial(384, 224, sizes, **PRETRAINED)
 
-    def resolve_epochs(options: Any, num_images: int) -> float:
-        return resolve_schedule(options, initial, num_images, has_probe=False)[0].epochs
+    def resolve(options: Any, num_images: int) -> Any:
+        return resolve_schedule(options, build_initial(**PRETRAINED), num_images, False, 9.2e9)
 
-    options, lines = resolve_schedule(build_options(), initial, 9_000, has_probe=False)
+    options, lines = resolve(build_options(), 9_000)
     assert options.epochs == 1e15 // (3 * 9.2e9 * 9_000) == 4
     assert "CPUs" in lines["epochs"]
     assert "`epochs=30`" in lines["epochs"]
-    assert resolve_epochs(build_options(), 900) == 30
-    assert resolve_epochs(build_options(), 10**6) == 1
-    assert resolve_epochs(build_options(epochs=20.0), 9_000) == 20
+    assert resolve(build_options(), 900)[0].epochs == 30
+    assert resolve(build_options(), 10**6)[0].epochs == 1
+    assert resolve(build_options(epochs=20.0), 9_000)[0].epochs == 20
     set_device(monkeypatch, "cuda")
 
-    assert resolve_epochs(build_options(), 9_000) == 30
+    assert resolve(build_options(), 9_000)[0].epochs == 30
 
 
 def test_max_steps_replace_the_epochs() -> None:
-    options, lines = resolve_schedule(build_options(max_steps=3), build_initial(), 9, False)
+    options, lines = resolve_schedule(build_options(max_steps=3), build_initial(), 9, False, 1)
     assert options.epochs == 30.0
     assert "epochs" not in lines
 

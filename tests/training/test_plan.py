@@ -26,22 +26,22 @@ def make_plan(
     monkeypatch.setattr(plan, "measure_step_seconds", lambda *arguments: step_seconds)
     monkeypatch.setattr(plan, "resolve_schedule", lambda options, *arguments: (options, {}))
     accelerator = SimpleNamespace(device=torch.device(device), num_processes=1)
-    return plan_run(
-        FinetuneOptions(model="encoder", dataset="photos", output_dir=Path("run"), **flags),
-        SimpleNamespace(has_random_weights=not has_probe),  # type: ignore[arg-type]
-        SimpleNamespace(  # type: ignore[arg-type]
+    inputs = SimpleNamespace(
+        options=FinetuneOptions(model="encoder", dataset="photos", output_dir=Path("run"), **flags),
+        initial=SimpleNamespace(has_random_weights=not has_probe),
+        images=SimpleNamespace(
             train=range(num_images),
             label_space=SimpleNamespace(columns={"label": list(range(num_labels))}),
         ),
-        SimpleNamespace(  # type: ignore[arg-type]
+        setup=SimpleNamespace(
             probe=object() if has_probe else None,
             model=None,
             has_known_head=has_probe,
             summary_lines={},
         ),
-        accelerator,  # type: ignore[arg-type]
-        is_resumed,
+        forward_flops=0,
     )
+    return plan_run(inputs, accelerator, is_resumed)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
