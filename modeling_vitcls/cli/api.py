@@ -244,7 +244,8 @@ def predict(model: str | Path, images: Any = None, **flags: Any) -> list[dict[st
         model: a folder, a Hub id or any other checkpoint that `--model` accepts.
         images: a path, a data URI, an encoded image (bytes or a file object), a PIL image, an array or
             a tensor, or a list of these. An array of four dimensions is a batch. A folder
-            path selects all images in the folder. To use a dataset instead, set `dataset`.
+            path selects all images in the folder. A `datasets.Dataset` or a DataFrame with an
+            image column is the same as `dataset`.
         flags: other flags of `vitcls predict`, which `help` lists.
 
     Returns:
@@ -262,6 +263,8 @@ def predict(model: str | Path, images: Any = None, **flags: Any) -> list[dict[st
     from ..inference.inputs import list_sources
     from ..inference.predict import predict_from_options
 
+    if hasattr(images, "columns") or hasattr(images, "column_names"):
+        images, flags = None, {"dataset": images, **flags}
     sources = [] if images is None else list_sources(images)
     if images is not None and not sources:
         # An empty list has an empty answer. Without images at all, the options below report what is
@@ -314,7 +317,8 @@ def look(model: str | Path, image: Any, output: str | Path | None = None, **flag
 
     Args:
         model: a folder, a Hub id or any other checkpoint that `--model` accepts.
-        image: a path, encoded bytes, a PIL image, or an array or tensor of one image.
+        image: a path, encoded bytes, a PIL image, or an array or tensor of one image. Image and model
+            may also be passed in the other order.
         output: image file for the sheet. Default: the sheet is only returned.
         flags: `image_size` and `resize`, as in `vitcls look`.
 
@@ -331,7 +335,10 @@ def look(model: str | Path, image: Any, output: str | Path | None = None, **flag
         1800
     """
     from ..analysis.look import draw_photo
+    from ..data.image_folder import IMAGE_SUFFIXES
 
+    if not isinstance(model, str | Path) or Path(model).suffix.lower() in IMAGE_SUFFIXES:
+        model, image = image, model
     options = build_options(LookOptions, model=model, paths="image", output=output, **flags)
     sheet = draw_photo(options, image)
     if output is not None:
@@ -465,6 +472,9 @@ def build_options(options_class: type[CommandOptions], /, **flags: Any) -> Comma
             type_validator(field.name, value, field.type)
         except (TypeError, ValueError):
             expected = inspect.formatannotation(field.type)
-            raise ValueError(f"`{field.name}` is {value!r}, but it must be {expected}") from None
+            # the text of a network has a hundred lines
+            text = repr(value)
+            given = f"of type {type(value).__name__}" if "\n" in text else text
+            raise ValueError(f"`{field.name}` is {given}, but it must be {expected}") from None
     options.check()
     return options

@@ -3,6 +3,7 @@
 Each dataset is converted to a named `datasets.DatasetDict`:
 
     datasets.Dataset, DatasetDict         used unchanged; columns are selected as for files (labels.py)
+    pandas.DataFrame                      its columns, as in a table; images are paths or encoded bytes
     list of (image, label)                images: PIL images, arrays, tensors, encoded bytes or paths
     torch.utils.data.Dataset              items as in a list; images are read once and kept in memory as PNG
     {"train": ..., "test": ...}           datasets of the types above, by split
@@ -20,6 +21,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+import pandas as pd
 import torch
 from PIL import Image
 from torchvision.transforms.v2.functional import to_pil_image
@@ -27,6 +29,7 @@ from torchvision.transforms.v2.functional import to_pil_image
 from ..model.image_processing_vitcls import (
     image_to_tensor,
 )
+from ..runtime.errors import format_error
 from .tables import build_column, wrap_table
 
 
@@ -78,15 +81,19 @@ def convert_split(data: Any) -> Any:
                 "dataset.with_format(None)"
             )
         return data
-    if (
-        type(data).__name__ == "DataFrame"
-        or not hasattr(data, "__len__")
-        or not hasattr(data, "__getitem__")
-    ):
+    if isinstance(data, pd.DataFrame):
+        try:
+            return datasets.Dataset.from_pandas(data, preserve_index=False)
+        except pyarrow.ArrowInvalid as error:
+            raise ValueError(
+                f"cannot use the DataFrame ({format_error(error)}). Pass images as paths or "
+                "encoded bytes"
+            ) from None
+    if not hasattr(data, "__len__") or not hasattr(data, "__getitem__"):
         raise TypeError(
-            "a dataset must be a path, a datasets.Dataset, a torch Dataset with a length, or a "
-            f"list of (image, label) pairs, but the type of the data is {type(data).__name__}. "
-            "Convert a DataFrame with datasets.Dataset.from_pandas"
+            "a dataset must be a path, a datasets.Dataset, a DataFrame, a torch Dataset with a "
+            "length, or a list of (image, label) pairs, but the type of the data is "
+            f"{type(data).__name__}"
         )
     rows = [convert_pair(data[index], index) for index in range(len(data))]
     if not rows:

@@ -17,7 +17,7 @@ from ..model.adaptation_vitcls import load_checkpoint
 from ..model.configuration_vitcls import ViTCLSConfig
 from ..model.image_processing_vitcls import ViTCLSImageProcessor
 from ..model.modeling_vitcls import ViTCLSModel
-from ..runtime.errors import format_error
+from ..runtime.errors import format_error, warn_on_first_process
 from ..runtime.files import read_json, read_text
 from .connection import silence_transformers
 from .loading import MODEL_FILE_PATTERNS, get_model_folder
@@ -143,12 +143,22 @@ class ModelFolder:
         return (self.path / PROCESSOR_FILE).is_file()
 
     def load_processor(self) -> ViTCLSImageProcessor:
-        """Load the image processor. Raise OSError if there is none."""
+        """Load the image processor; without its file, build the default one with a warning."""
         if not self.has_processor:
-            raise OSError(
-                f"{self.source} requires an image processor, but {PROCESSOR_FILE} is missing. "
-                "Convert the original checkpoint with `vitcls convert`, which also writes the "
-                "image processor"
+            # as in folders that Trainer or PEFT wrote, which save only the model
+            config = self.config
+            height, width = config.image_height_width
+            mean, std = [[0.5] * config.num_channels] * 2
+            settings = {} if config.num_channels == 3 else {"image_mean": mean, "image_std": std}
+            warn_on_first_process(
+                f"{self.source} has no {PROCESSOR_FILE}: images are resized to {height} x {width} "
+                "pixels and normalized with the defaults. If the model was trained with another "
+                "image processor, save it there: `processor.save_pretrained(FOLDER)`"
+            )
+            return ViTCLSImageProcessor(
+                size={"height": height, "width": width},
+                do_convert_rgb=config.num_channels == 3,
+                **settings,
             )
         return load_checkpoint(ViTCLSImageProcessor.from_pretrained, self.path)
 

@@ -135,10 +135,10 @@ def list_sources(images: Any) -> list[Any]:
     Raises:
         ValueError: If `images` has another type.
     """
-    is_single = isinstance(images, (*SOURCE_TYPES, memoryview, Image.Image))
+    is_single = isinstance(images, (*SOURCE_TYPES, memoryview, Image.Image, Mapping))
     is_array = getattr(images, "ndim", 1) > 1
     if not is_single and not is_array and not hasattr(images, "read"):
-        if isinstance(images, Mapping) or not isinstance(images, Iterable):
+        if not isinstance(images, Iterable):
             raise ValueError(
                 f"`images` cannot be of type {type(images).__name__}. Pass a path, bytes, a file "
                 "object, a PIL image, an array, a tensor, or a list of these"
@@ -148,7 +148,14 @@ def list_sources(images: Any) -> list[Any]:
 
 
 def read_file_object(image: Any) -> Any:
-    """Read a file object or a memoryview. Other images are returned unchanged."""
+    """Read a file object, a memoryview or a row {"bytes": ..., "path": ...} of a dataset.
+
+    Other images are returned unchanged.
+    """
+    if isinstance(image, Mapping):
+        if not {"bytes", "path"} & set(image):
+            raise ValueError("a row in `images` must have `bytes` or `path`")
+        return image["path"] if image.get("bytes") is None else image["bytes"]
     if isinstance(image, memoryview):
         return bytes(image)
     if not hasattr(image, "read"):

@@ -153,7 +153,12 @@ class ViTCLSBaseImageProcessor(BaseImageProcessor):
         """Convert one image in memory to the shape [C, H, W] and type that the backend requires."""
         do_rescale = bool(kwargs.get("do_rescale"))
         pixels = image_to_tensor(
-            image, bool(do_convert_rgb), do_rescale, input_data_format, self.bit_depth
+            image,
+            bool(do_convert_rgb),
+            do_rescale,
+            input_data_format,
+            self.bit_depth,
+            num_channels=np.size(kwargs.get("image_mean") or 0),
         )
         if kwargs.get("do_normalize"):
             statistics = {name: kwargs.get(name) for name in ("image_mean", "image_std")}
@@ -338,7 +343,12 @@ class ViTCLSImageProcessor(ViTCLSBaseImageProcessor, TorchvisionBackend):  # typ
         to_rgb = bool(self.do_convert_rgb)
         pixels = read_jpeg(image) if to_rgb else None
         if pixels is None:
-            pixels = image_to_tensor(self.fetch_images(image), to_rgb, bit_depth=self.bit_depth)
+            pixels = image_to_tensor(
+                self.fetch_images(image),
+                to_rgb,
+                bit_depth=self.bit_depth,
+                num_channels=np.size(self.image_mean or 0),
+            )
         check_statistics(len(pixels), image_mean=self.image_mean, image_std=self.image_std)
         return resize_and_crop(self, pixels)
 
@@ -458,18 +468,20 @@ def image_to_tensor(
     do_rescale: bool = True,
     input_data_format: str | ChannelDimension | None = None,
     bit_depth: int = 16,
+    num_channels: int = 3,
 ) -> Tensor:
     """Convert one image in memory to an upright tensor [C, H, W].
 
     The type is `uint8`, or `float32` for floats without rescaling. Arrays and tensors have the
-    shape [H, W], [C, H, W] or [H, W, C].
+    shape [H, W], [C, H, W] or [H, W, C]; C is 1, 3, 4 or `num_channels`, which the model reads.
     """
     if isinstance(image, PIL.Image.Image):
         return pil_to_tensor(image, to_rgb, bit_depth)
     if isinstance(image, np.ndarray):
         # `np.require` copies arrays only if they are read-only or not C-contiguous.
         image = torch.from_numpy(np.require(image, requirements=["C", "W"]))
-    pixels = to_uint8(to_channels_first(image, input_data_format), do_rescale, bit_depth)
+    image = to_channels_first(image, input_data_format, num_channels)
+    pixels = to_uint8(image, do_rescale, bit_depth)
     return convert_to_rgb(pixels) if to_rgb else pixels
 
 
@@ -511,8 +523,10 @@ def pil_to_array(image: PIL.Image.Image) -> np.ndarray:
     return np.array(image if image.mode in ("1", "L", "RGB") else image.convert("RGB"))
 
 
-def to_channels_first(image: Tensor, data_format: str | ChannelDimension | None) -> Tensor:
-    """Return an image as [C, H, W]; channels are the first or last axis of length 1, 3 or 4."""
+def to_channels_first(
+    image: Tensor, data_format: str | ChannelDimension | None, num_channels: int = 3
+) -> Tensor:
+    """Return an image as [C, H, W]; C is the axis with `num_channels`, otherwise with 1, 3 or 4."""
     shape = list(image.shape)
     if image.ndim not in (2, 3) or image.numel() == 0:
         raise ValueError(
@@ -522,9 +536,16 @@ def to_channels_first(image: Tensor, data_format: str | ChannelDimension | None)
     if image.ndim == 2:
         return image[None]
     if data_format is None:
+        ends = {shape[0], shape[2]}
+        counts = {num_channels} if num_channels in ends else {1, 3, 4}
+        if not ends & counts:
+            raise ValueError(
+                f"an image of shape {shape} has {num_channels or 3} channels (or 1, 3, 4) neither "
+                "in its first nor in its last axis"
+            )
         data_format = infer_channel_dimension_format(
             image,  # type: ignore[arg-type]
-            num_channels=(1, 3, 4),
+            num_channels=tuple(counts),
         )
     return (
         image.permute(2, 0, 1) if ChannelDimension(data_format) is ChannelDimension.LAST else image

@@ -183,7 +183,7 @@ def test_floats_that_are_not_from_0_to_1_are_errors() -> None:
         ({1, 2}, "but the type of the data is set"),
         (torch.utils.data.Dataset(), "but the type of the data is Dataset"),
         (iter([(make_image(0), 1)]), "but the type of the data is list_iterator"),
-        (pandas.DataFrame({"image": ["a.png"]}), "but the type of the data is DataFrame"),
+        (pandas.DataFrame({"image": [make_image(0)]}), "as paths or encoded bytes"),
         (
             datasets.Dataset.from_dict({"image": [1]}).to_iterable_dataset(),
             "but the type of the data is IterableDataset",

@@ -14,6 +14,7 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pandas
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -102,6 +103,39 @@ def test_a_row_of_an_unreadable_image_has_the_reason(models: Path, unreadable: P
     assert first["error"] is None
     assert "truncated" in second["error"].lower()
     assert "not an image in a supported format" in third["error"]
+
+
+def test_what_trains_can_be_predicted(models: Path, photos: Path) -> None:
+    """A dataset, its rows, a DataFrame and the files have the same labels."""
+    files = sorted_photos(photos)
+    expected = [row["probability"] for row in api.predict(models / "one_label", files)]
+    dataset = datasets.Dataset.from_dict({"image": files}).cast_column("image", datasets.Image())
+    encoded = dataset.cast_column("image", datasets.Image(decode=False))
+    frame = pandas.DataFrame({"image": files, "label": 0})
+    for images in (dataset, encoded["image"][:], frame):
+        rows = api.predict(models / "one_label", images)
+        assert [row["probability"] for row in rows] == expected
+
+
+def test_a_model_without_an_image_processor_has_the_default(
+    models: Path, photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """For example after `Trainer.save_model`, or when PEFT's weights are merged."""
+    randomize(KINDS["one_label"]()).save_pretrained(tmp_path)
+    (row,) = api.predict(tmp_path, photos / "a.jpg")
+    (expected,) = api.predict(models / "one_label", photos / "a.jpg")
+    assert row["probability"] == expected["probability"]
+    assert "processor.save_pretrained" in caplog.text
+
+
+def test_the_channels_of_the_model_are_those_of_an_array(tmp_path: Path) -> None:
+    model = ViTCLSForImageClassification(build_tiny_config(num_channels=12, **LABELS))
+    randomize(model).save_pretrained(tmp_path)
+    array = np.random.default_rng(0).integers(0, 255, (40, 36, 12), np.uint8)
+    last, first, other = api.predict(tmp_path, [array, array.transpose(2, 0, 1), array[..., :7]])
+    assert last["probability"] == first["probability"]
+    assert "[40, 36, 7]" in other["error"]
+    assert "12 channels" in other["error"]
 
 
 def test_without_any_prediction_the_status_is_1(
