@@ -48,7 +48,12 @@ def set_resize(processor: Processor, resize: str, height_width: Size) -> None:
     if resize == "crop" and has_same_crop:
         return
 
-    crop_ratio = get_crop_ratio(processor)
+    crop_ratio = 1.0  # of the crop to the resized image (`crop_pct` in timm)
+    if processor.do_resize and processor.do_center_crop:
+        resized = processor.size
+        resized_side = resized.shortest_edge or resized.height or resized.max_height
+        crop_ratio = min(processor.crop_size.height / resized_side, 1.0)
+
     processor.do_resize = True
     processor.do_center_crop = resize == "crop"
     processor.do_pad = resize == "pad"
@@ -60,16 +65,6 @@ def set_resize(processor: Processor, resize: str, height_width: Size) -> None:
     elif resize == "pad":
         processor.size = SizeDict(max_height=height, max_width=width)
         processor.pad_size = size
-
-
-def get_crop_ratio(processor: Processor) -> float:
-    """Return the ratio of the crop to the resized image (`crop_pct` in timm); 1 without a crop."""
-    if not (processor.do_resize and processor.do_center_crop):
-        return 1.0
-    resized_side = (
-        processor.size.shortest_edge or processor.size.height or processor.size.max_height
-    )
-    return min(processor.crop_size.height / resized_side, 1.0)
 
 
 def get_output_size(processor: Processor, default: Size | None = None) -> Size:

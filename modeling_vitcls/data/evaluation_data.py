@@ -125,7 +125,7 @@ def leave_out(
         num_left_out = num_trained
         description = f"{part}, of which {num_trained:,} are left out, because training used them"
 
-    drawn = images.draw(max_images, seed=0)
+    drawn = images.draw(max_images)
     if len(drawn) < len(images):
         description = f"drawn at random from {description}"
     return EvaluationData(loaded.label_space, drawn, name, num_left_out, description)

@@ -79,8 +79,8 @@ class LabeledImages:
         """Divide the images in two, by a mask [N] of the second part."""
         return self.select(np.flatnonzero(~is_second)), self.select(np.flatnonzero(is_second))
 
-    def draw(self, num_images: int | None, seed: int = 0) -> "LabeledImages":
-        """Draw `num_images` random images, in dataset order.
+    def draw(self, num_images: int | None) -> "LabeledImages":
+        """Draw `num_images` random images, always the same ones, in dataset order.
 
         Return all images if `num_images` is None or larger than the dataset. The images are drawn
         at random because datasets are often sorted by class.
@@ -88,7 +88,7 @@ class LabeledImages:
         if num_images is None or num_images >= len(self):
             return self
         # A permutation and not a choice: a larger number draws the same images, and more.
-        indices = np.random.default_rng(seed).permutation(len(self))[:num_images]
+        indices = np.random.default_rng(0).permutation(len(self))[:num_images]
         return self.select(np.sort(indices).tolist())
 
 
@@ -131,11 +131,7 @@ class DatasetImages(Sequence):
         """Build a sequence from paths, or from encoded images {"path": ..., "bytes": ...}."""
         import datasets
 
-        feature: Any = datasets.Image(decode=False)
-        if values and isinstance(values[0], str):
-            feature = datasets.Value("string")
-        features = datasets.Features({"image": feature})
-        dataset = datasets.Dataset.from_dict({"image": values}, features)
+        dataset = datasets.Dataset.from_dict({"image": values})
         return cls(dataset, folder, np.arange(len(dataset)))
 
     @property

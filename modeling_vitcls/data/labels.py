@@ -176,11 +176,10 @@ def get_label_space(config: ViTCLSConfig) -> LabelSpace:
     if config.tasks:
         return LabelSpace("multi_task", config.task_labels())
     id2label: dict[Any, str] = dict(config.id2label or {})
-    has_several_labels = config.problem_type == "multi_label_classification"
-    kind: LabelKind = (
-        "multi_label_classification" if has_several_labels else "single_label_classification"
-    )
-    return LabelSpace(kind, {"label": [id2label[index] for index in range(len(id2label))]})
+    names = [id2label[index] for index in range(len(id2label))]
+    if config.problem_type == "multi_label_classification":
+        return LabelSpace("multi_label_classification", {"label": names})
+    return LabelSpace("single_label_classification", {"label": names})
 
 
 def get_heads(config: ViTCLSConfig, threshold: float | None = None) -> dict[str, ExtraHead]:
@@ -565,14 +564,6 @@ def is_image_feature(feature: Any) -> bool:
 
 def get_declared_names(feature: Any) -> tuple[str, ...] | None:
     """Return the names of the `ClassLabel` of a column of labels or lists of labels, or None."""
-    for column_type in (feature, get_item_type(feature)):
-        if type(column_type).__name__ == "ClassLabel":
-            return tuple(column_type.names)
-    return None
-
-
-def get_item_type(feature: Any) -> Any:
-    """Return the item type of a list column, or None for any other column."""
-    if isinstance(feature, list):
-        return feature[0]
-    return feature.feature if type(feature).__name__ in ("List", "LargeList", "Sequence") else None
+    # The types of lists are a list, and classes with the type of their items.
+    item = feature[0] if isinstance(feature, list) else getattr(feature, "feature", feature)
+    return tuple(item.names) if type(item).__name__ == "ClassLabel" else None

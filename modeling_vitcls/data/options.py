@@ -47,9 +47,8 @@ class DataOptions(Options):
     @property
     def held_out_part(self) -> float:
         """Return the fraction of the images to hold out."""
-        if self.held_out_fraction is None:
-            return DEFAULT_HELD_OUT_FRACTION
-        return self.held_out_fraction
+        fraction = self.held_out_fraction
+        return DEFAULT_HELD_OUT_FRACTION if fraction is None else fraction
 
     def check(self) -> None:
         super().check()

@@ -343,10 +343,10 @@ def describe_change(
     """Say what has changed since the run started: the first difference, or None."""
     for name, current in current_description.items():
         stored = stored_description.get(name)
+        if isinstance(stored, int) and stored != current:
+            return f"{name} was {stored:,} and is {current:,}"
         if stored != current:
-            is_number = isinstance(stored, int) and current
-            numbers = f"was {stored:,} and is {current:,}" if is_number else "changed"
-            return f"{name} {numbers}"
+            return f"{name} changed"
     return None
 
 

@@ -37,6 +37,7 @@ from ..inference.metric_tables import (
     get_metric_names,
 )
 from ..model.configuration_vitcls import MIN_TRANSFORMERS_VERSION
+from ..runtime.errors import format_name_list
 from ..runtime.files import replace_control_characters
 from ..training.additions import format_result
 from ..version import __version__
@@ -293,12 +294,7 @@ def has_token_effects(folder: ModelFolder) -> bool:
 
 def format_class_list(class_names: list[str]) -> str:
     """List at most `MAX_LISTED_CLASSES` class names, and the number of other classes, as text."""
-    text = ", ".join(map(format_name, class_names[:MAX_LISTED_CLASSES]))
-    if len(class_names) <= MAX_LISTED_CLASSES:
-        return text
-    return (
-        f"{text} and {len(class_names) - MAX_LISTED_CLASSES:,} more (see `id2label` in config.json)"
-    )
+    return format_name_list(list(map(format_name, class_names)), MAX_LISTED_CLASSES)
 
 
 TEMPLATES = Environment(  # of the installed package or of a source checkout

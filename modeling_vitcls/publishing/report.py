@@ -9,7 +9,6 @@ effects than `vitcls inspect`.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import fields
 from functools import partial
 from typing import Any
 
@@ -25,6 +24,7 @@ from ..data.splits import TrainingData, load_training_data
 from ..hub.model_files import REPORT_FILE
 from ..hub.model_folder import ModelFolder
 from ..model import modeling_vitcls
+from ..runtime.flags import get_flag_fields
 from ..runtime.progress import track
 from .card import has_token_effects
 from .card_images import write_card_images
@@ -160,11 +160,10 @@ def load_run_data(folder: ModelFolder) -> TrainingData | None:
     """Load the data of the run that wrote a folder; None without a record of the run."""
     if "dataset" not in folder.flags:
         return None
-    names = {field.name for field in fields(DataOptions)}
     values: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value
         for name, value in folder.flags.items()
-        if name in names
+        if name in get_flag_fields(DataOptions)
     }
     use_labels = folder.architecture != "ViTCLSForMaskedImageModeling"
     return load_training_data(

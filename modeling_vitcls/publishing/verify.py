@@ -13,7 +13,6 @@
    loaded with this package. No published code runs in the calling process.
 """
 
-import hashlib
 import json
 import os
 import site
@@ -26,6 +25,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import CommitOperationAdd, HfApi, RepoFile, get_token
+from huggingface_hub.utils.sha import git_hash
 from safetensors.torch import load_file
 
 from ..hub.connection import (
@@ -100,7 +100,11 @@ def verify(repo_id: str, revision: str = "main", folder: ModelFolder | None = No
             path = download_files(
                 repo_id, commit.sha, VERIFIED_PATTERNS, folder=Path(temporary_path, "files")
             )
-            files = list_downloaded_files(path)
+            names = {file.relative_to(path): file for file in path.rglob("*") if file.is_file()}
+            # without the files that huggingface_hub writes about the download
+            files: dict[str, Path | bytes] = {
+                name.as_posix(): names[name] for name in names if name.parts[0] != ".cache"
+            }
             check_hashes(commit, files)
             reference = ModelFolder(path, f"{repo_id} at {commit.sha}")
         else:
@@ -171,12 +175,6 @@ def verify_push(push_result: PushResult, folder: ModelFolder) -> str:
         ) from error
 
 
-def list_downloaded_files(folder: Path) -> dict[str, Path | bytes]:
-    """List the files of a download, without huggingface_hub's own: name -> path."""
-    paths = {path.relative_to(folder): path for path in folder.rglob("*") if path.is_file()}
-    return {name.as_posix(): path for name, path in paths.items() if name.parts[0] != ".cache"}
-
-
 def check_hashes(
     commit: HubCommit, files: Mapping[str, Path | bytes], pushed: ModelFolder | None = None
 ) -> None:
@@ -211,8 +209,7 @@ def has_content(entry: RepoFile, content: Path | bytes) -> bool:
     if entry.lfs is not None:
         upload = CommitOperationAdd(entry.path, content).upload_info
         return upload.sha256.hex() == entry.lfs.sha256
-    content = read_content(content)
-    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest() == entry.blob_id
+    return git_hash(read_content(content)) == entry.blob_id
 
 
 def read_content(content: Path | bytes) -> bytes:

@@ -110,7 +110,7 @@ class PreTraining:
         ) -> Callable[[Any], dict[str, Any]]:
             neighbors = None
             if has_labels:
-                drawn = data.train.draw(MAX_NEIGHBORS, seed=0)
+                drawn = data.train.draw(MAX_NEIGHBORS)
                 neighbors = ImagePass(drawn, **arguments)
             return partial(
                 measure_features,

@@ -188,7 +188,7 @@ def test_the_accuracy_is_that_of_scikit_learn(
     monkeypatch.setattr("modeling_vitcls.training.pretrain.MAX_NEIGHBORS", 150)
     prepared = prepare_setup(tiny_options(tmp_path / "out", num_cls_tokens=2, select="best"))
     task, selection = prepared.setup, prepared.data.selection
-    train = prepared.data.train.draw(150, 0)
+    train = prepared.data.train.draw(150)
     found = task.build_evaluator(prepared.data, selection)(task.model.eval())
 
     def encode(images: Any) -> torch.Tensor:
