@@ -61,13 +61,9 @@ def format_notes(report: dict[str, Any]) -> list[str]:
     size, smallest_size = (
         " x ".join(map(str, report["input"][key])) for key in ("image_size", "smallest_image_size")
     )
-    is_dynamic = "height" in report["input"]["shape"]
-    sizes = (
-        f" and images of at least {smallest_size} pixels"
-        if is_dynamic
-        else f", but only images of {size} pixels"
-    )
-    lines = [f"Accepts any batch size{sizes}"]
+    lines = [f"Accepts any batch size, but only images of {size} pixels"]
+    if "height" in report["input"]["shape"]:
+        lines = [f"Accepts any batch size and images of at least {smallest_size} pixels"]
     if report["fixed_because"]:
         lines.append(f"The image size is fixed: {report['fixed_because']}")
     if report["lacks_distance"]:
@@ -89,8 +85,7 @@ def format_notes(report: dict[str, Any]) -> list[str]:
                 f"same label as the model: {scores['num_equal_labels']} of {scores['num_images']} "
                 f"images; loss of accuracy: {low:.1f} to {high:.1f} points (95% interval)"
             )
-    if "speed" in report:
-        speed = report["speed"]
+    if (speed := report.get("speed")) is not None:
         lines.append(
             f"{speed['images_per_second']:g} images/s in batches of {speed['batch_size']}, "
             f"{speed['device']}"

@@ -367,8 +367,9 @@ def read_vit_options(weights: Weights, family: str) -> dict[str, Any]:
         options["global_pool"] = "avg"
 
     if family != "dinov3":
-        is_deit3 = family == "deit" and "blocks.0.gamma_1" in weights
-        has_cls_position = family != "ijepa" and not is_deit3
+        has_cls_position = family != "ijepa" and (
+            family != "deit" or "blocks.0.gamma_1" not in weights  # of DeiT III
+        )
         num_positions = find_weight(weights, "pos_embed").shape[1]
         num_patches = num_positions - has_cls_position - ("dist_token" in weights)
         options["img_size"] = compute_image_size(num_patches, patch_size)
@@ -383,17 +384,15 @@ def read_big_vision_options(weights: Weights) -> dict[str, Any]:
     *patch_size, channels, width = find_weight(weights, "embedding/kernel").shape
     query_kernel = find_weight(weights, r"Transformer/encoderblock(_0)?/MultiHead\w+/query/kernel")
     mlp_kernel = find_weight(weights, r"Transformer/encoderblock(_0)?/MlpBlock_\d/Dense_0/kernel")
-    is_stacked = "Transformer/encoderblock/LayerNorm_0/scale" in weights
     positions = find_weight(weights, r"(Transformer/posembed_input/)?pos_embedding")
     has_cls = "cls" in weights
-    has_cls_position = "cls" in weights and "pos_embedding" not in weights
-    num_positions = positions.shape[-2] - has_cls_position
+    has_cls_position = has_cls and "pos_embedding" not in weights
 
-    depth = len(query_kernel)
-    if not is_stacked:
+    depth = len(query_kernel)  # the blocks are stacked
+    if "Transformer/encoderblock/LayerNorm_0/scale" not in weights:
         depth = count_blocks(weights, r"Transformer/encoderblock_(\d+)/")
     options: dict[str, Any] = {
-        "img_size": compute_image_size(num_positions, patch_size),
+        "img_size": compute_image_size(positions.shape[-2] - has_cls_position, patch_size),
         "patch_size": patch_size,
         "in_chans": channels,
         "embed_dim": width,

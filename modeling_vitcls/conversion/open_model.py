@@ -145,5 +145,5 @@ def compute_cache_name(source: str) -> str:
             # a copy or an archive may keep the time of modification; the change time is new
             times = (status.st_mtime_ns, status.st_ctime_ns)
             cache_key.append((file.name, status.st_size, times))
-    readable_name = re.sub(r"[^\w.-]", "-", path.name)
-    return f"{readable_name}-{hashlib.sha256(json.dumps(cache_key).encode()).hexdigest()[:16]}"
+    digest = hashlib.sha256(json.dumps(cache_key).encode()).hexdigest()
+    return re.sub(r"[^\w.-]", "-", f"{path.name}-{digest[:16]}")

@@ -83,15 +83,12 @@ def compare_models(
         if ("logits" in source_groups) != ("logits" in outputs):
             raise ConversionError(f"only one of {source.name} and the converted model has logits")
 
-        names = [name for name in source_groups if name in outputs]
-        differences = {
-            name: get_max_magnitude(outputs[name] - source_groups[name]) for name in names
-        }
-        magnitudes = {name: get_max_magnitude(source_groups[name]) for name in names}
+        comparison = compare_outputs(outputs, source_groups)
+        magnitudes = comparison["magnitudes"]
         # `not value <= limit` is also true for NaN.
         excessive = [
             f"{name} by {value:.2g} (largest value {magnitudes[name]:.2g})"
-            for name, value in differences.items()
+            for name, value in comparison["differences"].items()
             if not value <= MAX_DIFFERENCE * magnitudes[name]
         ]
         if excessive:
@@ -101,9 +98,7 @@ def compare_models(
                 f"{MAX_DIFFERENCE:g} of the largest value"
             )
 
-        comparisons.append(
-            {"image_size": (height, width), "differences": differences, "magnitudes": magnitudes}
-        )
+        comparisons.append({"image_size": (height, width), **comparison})
         if source.native_size_reason:
             return comparisons, source.native_size_reason
     return comparisons, ""
@@ -169,9 +164,18 @@ def split_token_groups(outputs: Outputs, model: ViTCLSPreTrainedModel) -> Output
     return {name: tokens for name, tokens in token_groups.items() if tokens.shape[1]} | head_outputs
 
 
-def get_max_magnitude(tensor: torch.Tensor) -> float:
-    """Return the largest absolute value, or NaN if any value is NaN."""
-    return tensor.abs().max().item()
+def compare_outputs(outputs: Outputs, reference: Outputs) -> Report:
+    """Find the largest differences from the reference, and its largest values, by common name.
+
+    A number is NaN if any of its values is NaN.
+    """
+    names = [name for name in reference if name in outputs]
+    return {
+        "differences": {
+            name: (outputs[name] - reference[name]).abs().max().item() for name in names
+        },
+        "magnitudes": {name: reference[name].abs().max().item() for name in names},
+    }
 
 
 def write_parity_report(

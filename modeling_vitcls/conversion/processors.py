@@ -54,15 +54,13 @@ def convert_timm_preprocessing(model: nn.Module) -> ConvertedPreprocessing:
     from timm.data import create_transform, resolve_data_config
 
     settings: Any = resolve_data_config(pretrained_cfg=model.pretrained_cfg)
-    _, height, width = settings["input_size"]
-    source_transform: Any = create_transform(**settings, is_training=False)
     # timm resizes with PIL
     return build_checked_processor(
         partial(convert_timm_settings, settings),
         ViTCLSImageProcessorPil,
-        source_transform,
+        create_transform(**settings, is_training=False),
         "timm's pretrained_cfg",
-        (height, width),
+        settings["input_size"][1:],
     )
 
 
@@ -116,14 +114,10 @@ def convert_transformers_preprocessing(
     except (OSError, ValueError):
         return build_default_preprocessing(image_size, "the source has no image processor")
 
-    backend_class = (
-        ViTCLSImageProcessorPil
-        if isinstance(source_processor, PilBackend)
-        else ViTCLSImageProcessor
-    )
+    is_pil = isinstance(source_processor, PilBackend)
     return build_checked_processor(
         partial(select_settings, source_processor),
-        backend_class,
+        ViTCLSImageProcessorPil if is_pil else ViTCLSImageProcessor,
         partial(apply_processor, source_processor),
         type(source_processor).__name__,
         image_size,

@@ -83,11 +83,6 @@ class TimmSource(Source):
         height, width = self.model.patch_embed.img_size
         return height, width
 
-    @property
-    def has_classifier(self) -> bool:
-        """Whether the model returns logits."""
-        return bool(self.model.num_classes)
-
     def convert(self) -> ViTCLSPreTrainedModel:
         """Convert the model. Raise ConversionError if the conversion cannot be exact."""
         return convert_from_timm(self.model)
@@ -100,7 +95,7 @@ class TimmSource(Source):
         size = (pixel_values.shape[-2], pixel_values.shape[-1])
         model: Any = self.model if size == self.image_size else self.build_resized_model(size)
         sequence = model.forward_features(pixel_values)
-        output_name = "logits" if self.has_classifier else "pooled"
+        output_name = "logits" if model.num_classes else "pooled"
         return {"sequence": sequence, output_name: model.forward_head(sequence)}
 
     def build_resized_model(self, size: tuple[int, int]) -> Any:

@@ -84,17 +84,14 @@ def read_patch_embedding(model: TimmModule) -> Fields:
 def read_tokens(model: TimmModule) -> Fields:
     """Read the number of special tokens of each type."""
     names = {"cls": "cls_token", "distillation": "dist_token", "register": "reg_token"}
-    parameters = {
-        f"num_{group}_tokens": getattr(model, name, None) for group, name in names.items()
-    }
-    counts = {
-        field: 0 if parameter is None else parameter.shape[1]
-        for field, parameter in parameters.items()
-    }
-    is_distilled_with_registers = (
-        counts["num_distillation_tokens"] and counts["num_register_tokens"]
+    counts = {}
+    for group, name in names.items():
+        parameter = getattr(model, name, None)
+        counts[f"num_{group}_tokens"] = 0 if parameter is None else parameter.shape[1]
+    check_supported(
+        not (counts["num_distillation_tokens"] and counts["num_register_tokens"]),
+        "registers together with a distillation token",
     )
-    check_supported(not is_distilled_with_registers, "registers together with a distillation token")
     return counts
 
 

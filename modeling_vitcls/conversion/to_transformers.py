@@ -72,10 +72,9 @@ def convert_to_transformers(
     best_match = find_best_match(name, model.config, native_size_only)
     if best_match.mismatches:
         native_size_match = find_best_match(name, model.config, native_size_only=True)
-        is_native_size_enough = not native_size_match.mismatches
-        hint = (
-            ". Set `native_size_only=True` if one size is enough" if is_native_size_enough else ""
-        )
+        hint = ""
+        if not native_size_match.mismatches:
+            hint = ". Set `native_size_only=True` if one size is enough"
         raise ConversionError(
             f"{best_match.target.name}, the nearest class of transformers, does not support the "
             f"model: {', '.join(best_match.mismatches.values())}{hint}"
@@ -105,14 +104,12 @@ class TargetClass:
             for ratio in range(16, 0, -1)
         }
 
-        settings: dict[str, Any] = {
-            name: getattr(config, target) for name, target in FIELD_NAMES.items()
-        }
         # The gated MLP of DINOv2 ignores `hidden_act`.
         hidden_act = config.hidden_act
         if "use_gated_mlp" in supported_fields:
             hidden_act = get_activation_name(config)
-        settings |= {
+        settings: dict[str, Any] = {
+            **{name: getattr(config, target) for name, target in FIELD_NAMES.items()},
             "image_size": simplify_size(*config.image_height_width),
             "patch_size": simplify_size(*config.patch_height_width),
             "qkv_bias": any(biases.values()),
@@ -131,8 +128,10 @@ class TargetClass:
         settings = {name: value for name, value in settings.items() if name in supported_fields}
         options = {}
         if self.has_optional_pooler:
-            has_pooler = config.pooled_activation is not None
-            options = {"add_pooling_layer": has_pooler, "use_mask_token": config.use_mask_token}
+            options = {
+                "add_pooling_layer": config.pooled_activation is not None,
+                "use_mask_token": config.use_mask_token,
+            }
         model: PreTrainedModel = model_class(model_class.config_class(**settings), **options)
         return model
 

@@ -49,10 +49,9 @@ class NamedOutputsModel(nn.Module):
 
 def get_classifier_outputs(outputs: Any, model: Any) -> dict[str, torch.Tensor | None]:
     """Name the logits [B, labels] of the classifier and of other heads, and the distance [B]."""
-    has_two_heads = outputs.distillation_logits is not None
     return {
         "logits": outputs.logits,
-        "cls_logits": outputs.cls_logits if has_two_heads else None,
+        "cls_logits": None if outputs.distillation_logits is None else outputs.cls_logits,
         "distillation_logits": outputs.distillation_logits,
         **(outputs.task_logits or {}),
         DISTANCE: outputs.distance,
@@ -73,15 +72,6 @@ OUTPUT_SELECTORS: dict[type, Callable[[Any, Any], dict[str, torch.Tensor | None]
         zip(model.out_features, outputs.feature_maps, strict=True)
     ),
 }
-
-
-@torch.no_grad()
-def compute_named_outputs(
-    model: ViTCLSPreTrainedModel, batches: list[torch.Tensor]
-) -> list[Outputs]:
-    """Compute the outputs of the model for each batch of images [B, C, H, W]."""
-    wrapped_model = NamedOutputsModel(model)
-    return [wrapped_model(batch) for batch in batches]
 
 
 def load_exportable_model(
@@ -114,5 +104,4 @@ def load_exportable_model(
             "`model` to a model of a supported class"
         )
     model = folder.load(classes[class_name], dtype=torch.float32)
-    loaded_processor = folder.load_processor() if folder.has_processor else None
-    return model.eval(), loaded_processor, folder
+    return model.eval(), folder.load_processor() if folder.has_processor else None, folder

@@ -15,14 +15,13 @@ from typing import Any
 import torch
 from transformers.image_utils import PILImageResampling
 
-from ..conversion.parity_report import build_random_images, get_max_magnitude, get_non_square_size
+from ..conversion.parity_report import build_random_images, compare_outputs, get_non_square_size
 from ..conversion.processors import SHARED_SETTINGS, select_settings
 from ..data.labels import get_label_space
 from ..hub.local_paths import resolve_name, strip_folders
 from ..hub.model_files import CONFIG_FILE, CONFIG_FILES, RESULTS_FILE, SPLITS_FILE, hash_files
 from ..hub.model_folder import ModelFolder
-from ..inference.exported_graphs import DISTANCE, INPUT_NAME, ExportedModel
-from ..inference.speed import measure_inference_speed
+from ..inference.exported_graphs import DISTANCE, INPUT_NAME, ExportedGraph, ExportedModel
 from ..model.configuration_vitcls import ViTCLSConfig
 from ..model.image_processing_vitcls import ViTCLSImageProcessor
 from ..model.modeling_vitcls import ViTCLSBackbone
@@ -30,14 +29,9 @@ from ..runtime.errors import describe_installation
 from ..runtime.files import write_json
 from ..runtime.staging import create_output_files
 from ..runtime.system import get_versions
-from .exportable import Outputs, compute_named_outputs, load_exportable_model
-from .formats import PACKAGES, SUFFIXES, run_graph, write_graph
-from .measurement import (
-    NUM_COMPARED_IMAGES,
-    compare_outputs_on_images,
-    load_export_images,
-    prepare_images,
-)
+from .exportable import NamedOutputsModel, Outputs, load_exportable_model
+from .formats import PACKAGES, SUFFIXES, write_graph
+from .measurement import load_export_images, measure_graph, prepare_images
 from .options import ExportOptions
 from .quantization import NUM_CALIBRATION_IMAGES, check_drop, quantize_graph
 from .tracing import GraphShape, select_graph_shape, trace_model
@@ -51,6 +45,7 @@ NO_LIMIT = (float("inf"), 0.0)  # of int8, whose metric is checked instead
 DISTANCE_LIMIT = 1e-4
 
 
+@torch.no_grad()
 def export_model(options: ExportOptions) -> dict[str, Any]:
     """Export a model to a file, such as mine.onnx, and write a report to mine.onnx.json.
 
@@ -81,36 +76,37 @@ def export_model(options: ExportOptions) -> dict[str, Any]:
     if lacks_distance:
         model.remove_class_statistics()
     images = None
+    calibration_images: list[torch.Tensor] = []
     if options.dataset is not None:
         images = load_export_images(model, processor, folder, options.dataset, options.split)
+        if options.int8:
+            calibration_images = prepare_images(images.training, processor, NUM_CALIBRATION_IMAGES)
 
     # An int8 graph has a fixed size, because its value ranges are measured on images of one size.
     is_dynamic = options.dynamic and not options.int8
     # OpenVINO's antialiasing filter is not PyTorch's, which changes outputs by 1e-4 to 1e-3
     has_pytorch_filter = options.format != "openvino"
     graph_shape = select_graph_shape(model, options.image_size, is_dynamic, has_pytorch_filter)
-    batches = list(map(build_random_images, select_image_shapes(model.config, graph_shape)))
-    reference_outputs = compute_named_outputs(model, batches)
-    names = list(reference_outputs[0])
+    has_native_size = (
+        graph_shape.is_dynamic or graph_shape.image_size == model.config.image_height_width
+    )
     graph = trace_model(model, graph_shape, getattr(torch, options.dtype))
+    named_model = NamedOutputsModel(model)
+    batches = list(map(build_random_images, select_image_shapes(model.config, graph_shape)))
+    reference_outputs = list(map(named_model, batches))
+    names = list(reference_outputs[0])
 
-    with create_output_files(target, last=get_report_path(target).name) as output_folder:
+    with create_output_files(target, last=f"{target.name}.json") as output_folder:
         file = output_folder / target.name
         write_graph(graph, graph_shape, names, file)
         # In float32 first, also for int8: int8 has no limit, so a wrong graph would pass for a
-        # rounding error.
-        comparisons = measure_differences(
-            batches, reference_outputs, run_graph(file, batches, names), options.dtype
-        )
-
-        calibration_images: list[torch.Tensor] = []
+        # rounding error. The graph is closed again, because quantization replaces its file.
+        outputs = list(map(ExportedGraph(file), batches))
+        comparisons = measure_differences(batches, reference_outputs, outputs, options.dtype)
         if options.int8:
-            assert images is not None, "int8 requires a dataset"
-            calibration_images = prepare_images(images.training, processor, NUM_CALIBRATION_IMAGES)
             quantize_graph(file, calibration_images, options.exclude_layers)
-            comparisons = measure_differences(
-                batches, reference_outputs, run_graph(file, batches, names), "int8"
-            )
+            outputs = list(map(ExportedGraph(file), batches))
+            comparisons = measure_differences(batches, reference_outputs, outputs, "int8")
 
         report: dict[str, Any] = {
             "format": options.format,
@@ -125,25 +121,24 @@ def export_model(options: ExportOptions) -> dict[str, Any]:
             **describe_graph(
                 file, model, processor, folder, graph_shape, outputs=reference_outputs[0]
             ),
+            **measure_graph(
+                ExportedModel(file, model.config, "last_hidden_state" not in names),
+                named_model,
+                processor,
+                images,
+                has_speed=has_native_size and not isinstance(model, ViTCLSBackbone),
+            ),
             "versions": get_versions("timm", *packages),
             "excluded_layers": list(options.exclude_layers),
             "num_calibration_images": len(calibration_images),
             "lacks_distance": lacks_distance,
-            "evaluation": None,
-            "comparison": None,
         }
-        if images is not None:
-            pixels = prepare_images(images.held_out, processor, NUM_COMPARED_IMAGES)
-            report["comparison"] = compare_outputs_on_images(
-                run_graph(file, pixels, names), compute_named_outputs(model, pixels)
-            )
-            report["evaluation"] = images.measure_file(file, model)
         if options.int8:
             check_drop(report, options.max_drop, model, torch.cat(calibration_images[:16]))
 
         if folder is not None and not options.output.suffix:
             copy_model_files(folder, output_folder, report)
-        write_json(get_report_path(file), report)
+        write_json(Path(f"{file}.json"), report)
         # Again, because the names of all files are known only now, such as FILE.data for large
         # weights, and because another program may have written one of them meanwhile.
         check_files_do_not_exist(*(target.parent / each.name for each in output_folder.iterdir()))
@@ -161,7 +156,7 @@ def choose_target(output: Path, file_format: str, packages: list[str]) -> Path:
         raise ValueError(
             f"`output={str(output)!r}`: the file name must end in {suffix}, or have no suffix"
         )
-    check_files_do_not_exist(target, get_report_path(target))
+    check_files_do_not_exist(target, Path(f"{target}.json"))
     if missing := [name for name in packages if find_spec(name) is None]:
         raise ValueError(
             f"`format={file_format!r}` requires packages that are not installed: "
@@ -178,7 +173,7 @@ def describe_graph(
     graph_shape: GraphShape,
     outputs: Outputs,
 ) -> dict[str, Any]:
-    """Describe the inputs, the outputs and the size of a graph, and measure its speed.
+    """Describe the inputs, the outputs and the size of a graph.
 
     Args:
         file: The graph, in a folder that has no other files.
@@ -213,13 +208,6 @@ def describe_graph(
     if folder is not None:
         report["weights_sha256"] = folder.weights_sha256
         report["config_sha256"] = hash_files([folder.path / CONFIG_FILE])
-
-    has_native_size = (
-        graph_shape.is_dynamic or graph_shape.image_size == model.config.image_height_width
-    )
-    if has_native_size and not isinstance(model, ViTCLSBackbone):
-        exported_model = ExportedModel(file, model.config, "last_hidden_state" not in outputs)
-        report["speed"] = measure_inference_speed(exported_model, torch.device("cpu"))
     return report
 
 
@@ -239,11 +227,6 @@ def copy_model_files(model_folder: ModelFolder, folder: Path, report: dict[str, 
     kept = {key: results[key] for key in kept_keys if key in results}
     measured = {"weights_sha256": report["weights_sha256"], "files": {report["file"]: report}}
     write_json(folder / RESULTS_FILE, kept | measured)
-
-
-def get_report_path(file: Path) -> Path:
-    """Name the report of an exported file."""
-    return file.with_name(f"{file.name}.json")
 
 
 def check_files_do_not_exist(*files: Path) -> None:
@@ -303,7 +286,7 @@ def measure_differences(
     for images, reference, result in zip(batches, reference_outputs, outputs, strict=True):
         shape = list(images.shape)
         expected_shapes, shapes = (
-            [(name, list(output.shape)) for name, output in named_outputs.items()]
+            {name: list(output.shape) for name, output in named_outputs.items()}
             for named_outputs in (reference, result)
         )
         if shapes != expected_shapes:
@@ -311,20 +294,18 @@ def measure_differences(
                 f"the written graph must have the outputs {expected_shapes} for images {shape}, "
                 f"but has {shapes}"
             )
-        differences = {
-            name: get_max_magnitude(result[name] - reference[name]) for name in reference
-        }
-        magnitudes = {name: get_max_magnitude(reference[name]) for name in reference}
-        for name, difference in differences.items():
+        comparison = compare_outputs(result, reference)
+        for name, difference in comparison["differences"].items():
             own_limit = DISTANCE_LIMIT if name == DISTANCE else 0.0
-            limit = absolute_limit + max(relative_limit, own_limit) * magnitudes[name]
+            magnitude = comparison["magnitudes"][name]
+            limit = absolute_limit + max(relative_limit, own_limit) * magnitude
             # Written with `not`, so that NaN raises the error, too.
             if not difference <= limit:
                 raise ValueError(
                     f"the output {name} of the written graph differs from the model's output by "
                     f"{difference:.2g} for images {shape}, but the limit in {dtype} is {limit:.2g}"
                 )
-        comparisons.append({"shape": shape, "differences": differences, "magnitudes": magnitudes})
+        comparisons.append({"shape": shape, **comparison})
     return comparisons
 
 

@@ -1,4 +1,4 @@
-"""Write a graph to a file and run the file in the runtime of its format.
+"""Write a graph to a file for a runtime.
 
 onnx      .onnx    onnxruntime; weights of more than 1.9 GB are written to a second file, FILE.data
 openvino  .xml     OpenVINO, with weights in FILE.bin; converted from the ONNX graph
@@ -6,16 +6,14 @@ openvino  .xml     OpenVINO, with weights in FILE.bin; converted from the ONNX g
 
 import re
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch.export import ExportedProgram
 
-from ..inference.exported_graphs import INPUT_NAME, ExportedGraph
+from ..inference.exported_graphs import INPUT_NAME
 from ..runtime.errors import format_error
-from .exportable import Outputs
-from .tracing import GraphShape, build_dynamic_shapes
+from .tracing import GraphShape
 
 
 # Maximum size of the weights inside an ONNX file, in bytes. The file is a protobuf message, which
@@ -72,7 +70,7 @@ def write_onnx(
             dynamo=True,
             input_names=[INPUT_NAME],
             output_names=names,
-            dynamic_shapes=build_dynamic_shapes(graph_shape),
+            dynamic_shapes=graph_shape.dynamic_shapes,
             verbose=False,
         )
     except Exception as error:  # torch.onnx raises many types of errors
@@ -86,10 +84,3 @@ def write_onnx(
 
     num_weight_bytes = sum(weight.nbytes for weight in graph.state_dict.values())
     program.save(file, external_data=num_weight_bytes > MAX_ONNX_WEIGHTS)
-
-
-def run_graph(file: Path, batches: Sequence[torch.Tensor], names: list[str]) -> list[Outputs]:
-    """Run a file with onnxruntime or OpenVINO in float32 on the CPU, and return the outputs."""
-    graph = ExportedGraph(file)
-    outputs = [graph(images) for images in batches]
-    return [{name: arrays[name] for name in names} for arrays in outputs]

@@ -1,7 +1,7 @@
 """Accuracy, differences and speed of an exported file on the images of a dataset.
 
     images = load_export_images(model, processor, folder, "digits")    # split as in the model's run
-    images.measure_file(Path("model.xml"), model)
+    images.measure_file(ExportedModel(Path("model.xml"), model.config, use_head=True), model)
 
 Training images calibrate int8 graphs. Held-out images measure the accuracy and, also without
 labels, the differences between the outputs of the file and the model.
@@ -10,7 +10,6 @@ labels, the differences between the outputs of the file and the model.
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -32,11 +31,12 @@ from ..inference.exported_graphs import ExportedModel
 from ..inference.image_pass import ImageOutput, prepare_batches
 from ..inference.intervals import compute_proportion_interval
 from ..inference.load_model import Classifier
+from ..inference.speed import measure_inference_speed
 from ..model.heads_vitcls import IGNORED_LABEL
 from ..model.image_processing_vitcls import ViTCLSImageProcessor
 from ..model.modeling_vitcls import ViTCLSPreTrainedModel
 from ..runtime.distributed import build_accelerator
-from .exportable import Outputs
+from .exportable import NamedOutputsModel, Outputs
 
 
 NUM_COMPARED_IMAGES = 64
@@ -55,8 +55,8 @@ class ExportImages:
     split: str = ""  # name of the split with the held-out images
     evaluator: Evaluator | None = None
 
-    def measure_file(self, file: Path, model: Any) -> dict[str, Any] | None:
-        """Measure the model and an exported file; None without labels.
+    def measure_file(self, exported: ExportedModel, model: Any) -> dict[str, Any] | None:
+        """Measure an exported file and its model; None without labels.
 
         With one label per image, the values of `compare_labels` are added.
         """
@@ -64,8 +64,8 @@ class ExportImages:
         if evaluator is None:
             return None
         of_model = evaluator.predict(model.to(evaluator.accelerator.device))
-        # The runtimes of the graphs compute on the CPU and get NumPy arrays.
-        of_file = evaluator.predict(ExportedModel(file, model.to("cpu").config, True))
+        model.to("cpu")
+        of_file = evaluator.predict(exported)
 
         metric = next(iter(of_model.metrics))
         scores = {
@@ -150,8 +150,9 @@ def load_export_images(
     options = DataOptions(dataset=dataset)
     try:
         if folder is None or not isinstance(model, Classifier):
-            problem = "the weights are random" if folder is None else "the model has no classifier"
-            raise ValueError(problem)
+            raise ValueError(
+                "the weights are random" if folder is None else "the model has no classifier"
+            )
         check_is_classifier(model.config)
         options = replace(options, **get_training_columns(model.config, folder))
         training, held_out = load_calibration_and_evaluation_data(
@@ -184,6 +185,29 @@ def load_export_images(
     )
 
 
+def measure_graph(
+    exported: ExportedModel,
+    model: NamedOutputsModel,
+    processor: Any,
+    images: ExportImages | None,
+    has_speed: bool,
+) -> dict[str, Any]:
+    """Measure the speed of an exported file, and its differences from the model on images.
+
+    `has_speed` is False for a graph that does not accept images of the native size.
+    """
+    report: dict[str, Any] = {"evaluation": None, "comparison": None}
+    if images is not None:
+        pixels = prepare_images(images.held_out, processor, NUM_COMPARED_IMAGES)
+        report["comparison"] = compare_outputs_on_images(
+            list(map(exported.graph, pixels)), list(map(model, pixels))
+        )
+        report["evaluation"] = images.measure_file(exported, model.model)
+    if has_speed:
+        report["speed"] = measure_inference_speed(exported, exported.device)
+    return report
+
+
 def compare_outputs_on_images(found: list[Outputs], expected: list[Outputs]) -> dict[str, Any]:
     """Compare the first output of a file and of the model, one dict per image.
 
@@ -194,10 +218,7 @@ def compare_outputs_on_images(found: list[Outputs], expected: list[Outputs]) -> 
     values, reference = (
         torch.cat([outputs[name] for outputs in each]) for each in (found, expected)
     )
-    is_logits = reference.ndim == 2
-    top1_agreement = (
-        (values.argmax(-1) == reference.argmax(-1)).float().mean().item() if is_logits else None
-    )
+    agreement = (values.argmax(-1) == reference.argmax(-1)).float().mean().item()
     return {
         "num_images": len(reference),
         "output": name,
@@ -205,5 +226,5 @@ def compare_outputs_on_images(found: list[Outputs], expected: list[Outputs]) -> 
         "cosine_similarity": F.cosine_similarity(values.flatten(1), reference.flatten(1))
         .mean()
         .item(),
-        "top1_agreement": top1_agreement,
+        "top1_agreement": agreement if reference.ndim == 2 else None,
     }

@@ -16,7 +16,6 @@ import torch
 from torch import nn
 
 from ..inference.exported_graphs import INPUT_NAME
-from ..model.cpu_kernels_vitcls import uninstall_cpu_kernels
 from ..runtime.errors import format_error
 from .exportable import NamedOutputsModel
 
@@ -43,15 +42,16 @@ def quantize_graph(
 
     logging.getLogger("nncf").setLevel(logging.ERROR)
     dataset = nncf.Dataset(images, lambda image: {INPUT_NAME: image.numpy()})
-    # names of nodes (formats.py)
-    patterns = [rf"layers\.{number - 1}/.*" for number in excluded_layers]
     settings: dict[str, Any] = {
         "model_type": nncf.ModelType.TRANSFORMER,
         "subset_size": len(images),
         # The patch projection, the only convolution, is 1% of the operations. In int8, it doubles
         # the squared error.
         "ignored_scope": nncf.IgnoredScope(
-            patterns=patterns, types=["Convolution", "Conv"], validate=False
+            # names of nodes (formats.py)
+            patterns=[rf"layers\.{number - 1}/.*" for number in excluded_layers],
+            types=["Convolution", "Conv"],
+            validate=False,
         ),
     }
     try:
@@ -101,6 +101,8 @@ def check_drop(report: dict[str, Any], max_drop: float, model: Any, images: torc
 
 
 @torch.no_grad()
+# Fused kernels would skip the hooks that round the inputs.
+@torch.backends.mkldnn.flags(enabled=False, allow_tf32=None)
 def rank_layers(model: Any, images: torch.Tensor) -> list[int]:
     """Rank the numbers of the layers, from 1, by their errors in int8, the largest first.
 
@@ -121,8 +123,6 @@ def rank_layers(model: Any, images: torch.Tensor) -> list[int]:
         # A new copy for each layer, so that its error is not mixed with the errors of the layers
         # before.
         quantized = copy.deepcopy(model)
-        # Fused kernels skip the hooks that round the inputs.
-        uninstall_cpu_kernels(quantized)
         for module in quantized.base_model.layers[number - 1].modules():
             if isinstance(module, nn.Linear):
                 module.weight.copy_(

@@ -38,6 +38,15 @@ class GraphShape:
     # reason why the size is fixed although a dynamic size was requested; empty otherwise
     fixed_size_reason: str = ""
 
+    @property
+    def dynamic_shapes(self) -> dict[str, Any]:
+        """The dynamic axes of the input for torch.export, with names and minimum sizes."""
+        axes = {0: Dim("batch", min=1)}
+        if self.is_dynamic:
+            height, width = self.smallest_size
+            axes |= {2: Dim("height", min=height), 3: Dim("width", min=width)}
+        return {INPUT_NAME: axes}
+
 
 def select_graph_shape(
     model: ViTCLSPreTrainedModel,
@@ -127,7 +136,7 @@ def trace_model(
             graph = torch.export.export(
                 NamedOutputsModel(model).eval(),
                 (images,),
-                dynamic_shapes=build_dynamic_shapes(graph_shape),
+                dynamic_shapes=graph_shape.dynamic_shapes,
             )
             # decomposition is required to save vectorized attention masks
             graph = graph.run_decompositions({})
@@ -141,12 +150,3 @@ def trace_model(
         # The file may be published, and stack traces contain the paths of this machine.
         node.meta.pop("stack_trace", None)
     return graph
-
-
-def build_dynamic_shapes(graph_shape: GraphShape) -> dict[str, Any]:
-    """Name the dynamic axes of the input for torch.export, with minimum sizes."""
-    axes = {0: Dim("batch", min=1)}
-    if graph_shape.is_dynamic:
-        height, width = graph_shape.smallest_size
-        axes |= {2: Dim("height", min=height), 3: Dim("width", min=width)}
-    return {INPUT_NAME: axes}

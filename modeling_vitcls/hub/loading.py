@@ -218,9 +218,7 @@ def append_commit(source: str, folder: str) -> str:
     The name of any other model is returned unchanged.
     """
     commit = get_cached_commit(folder)
-    if commit is None:
-        return source
-    return f"{source.partition('@')[0]}@{commit}"
+    return source if commit is None else f"{source.partition('@')[0]}@{commit}"
 
 
 def pin_revision(source: str) -> str:

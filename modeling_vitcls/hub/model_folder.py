@@ -29,7 +29,6 @@ from .local_paths import (
 )
 from .model_checks import NOT_VITCLS, check_is_vitcls
 from .model_files import (
-    ADDITIONS_KEY,
     CERTIFICATE_FILE,
     CONFIG_FILE,
     CONFIG_FILES,
@@ -285,13 +284,6 @@ class ModelFolder:
     def results_of_any_weights(self) -> dict[str, Any]:
         """The contents of results.json, also of other weights; empty if there is no file."""
         return self.read_saved(RESULTS_FILE)
-
-    def get_results_of_any_weights(self, task: str | None) -> dict[str, Any]:
-        """Return results.json, or the record of an added task in it."""
-        if task is None:
-            return self.results_of_any_weights
-        record: dict[str, Any] = self.results_of_any_weights.get(ADDITIONS_KEY, {}).get(task, {})
-        return record
 
     @cached_property
     def results(self) -> dict[str, Any]:

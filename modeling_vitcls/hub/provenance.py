@@ -178,9 +178,10 @@ def find_timm_provenance(name: str) -> Provenance:
         return provenance
     if config.license in HUB_LICENSES:
         return replace(provenance, license=config.license)
-    license_link = LICENSE_LINKS.get(config.license) or (
-        f"https://huggingface.co/{config.hf_hub_id}" if config.hf_hub_id else None
-    )
+    card_link = f"https://huggingface.co/{config.hf_hub_id}" if config.hf_hub_id else None
     return replace(
-        provenance, license="other", license_name=config.license, license_link=license_link
+        provenance,
+        license="other",
+        license_name=config.license,
+        license_link=LICENSE_LINKS.get(config.license) or card_link,
     )

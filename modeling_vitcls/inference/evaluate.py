@@ -24,6 +24,7 @@ from ..data.labels import check_is_classifier, get_label_space
 from ..data.options import DataOptions
 from ..data.splits import load_on_main
 from ..data.splits_table import read_splits, select_task
+from ..hub.model_files import ADDITIONS_KEY
 from ..hub.model_folder import ModelFolder
 from ..model.configuration_vitcls import ViTCLSConfig
 from ..runtime.distributed import build_accelerator
@@ -172,7 +173,9 @@ def get_training_columns(
         return {"label_column": tuple(config.task_labels())}
     if task is None and config.problem_type != "multi_label_classification":
         return {}
-    results = folder.get_results_of_any_weights(task)
+    results = folder.results_of_any_weights
+    if task is not None:
+        results = results.get(ADDITIONS_KEY, {}).get(task, {})
     return {name: results.get(name) for name in ("label_column", "label_separator")}
 
 

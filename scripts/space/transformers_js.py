@@ -34,10 +34,11 @@ from modeling_vitcls.conversion.processors import select_settings
 from modeling_vitcls.data.labels import is_multi_label
 from modeling_vitcls.export.exportable import NamedOutputsModel, Outputs, load_exportable_model
 from modeling_vitcls.export.exporter import measure_differences
-from modeling_vitcls.export.formats import run_graph, write_onnx
+from modeling_vitcls.export.formats import write_onnx
 from modeling_vitcls.export.measurement import compare_outputs_on_images
-from modeling_vitcls.export.tracing import GraphShape, build_dynamic_shapes
+from modeling_vitcls.export.tracing import GraphShape
 from modeling_vitcls.hub.model_files import hash_files
+from modeling_vitcls.inference.exported_graphs import ExportedGraph
 from modeling_vitcls.runtime.files import write_json
 from modeling_vitcls.runtime.flags import Options
 from modeling_vitcls.runtime.staging import check_output_is_empty, create_output_folder
@@ -121,7 +122,7 @@ def export_for_transformers_js(source: str, output: Path) -> dict[str, Any]:
 
         comparisons = []
         for name, dtype in FILES.items():
-            outputs = run_graph(folder / name, batches, names)
+            outputs = list(map(ExportedGraph(folder / name), batches))
             differences = measure_differences(batches, reference, outputs, dtype)
             first = names[0]
             comparison = {
@@ -152,7 +153,7 @@ def write_graph(model: BrowserModel, dtype: torch.dtype, names: list[str], file:
     shape = GraphShape(size, size, is_dynamic=False)
     images = torch.zeros(2, encoder.config.num_channels, *size)
     with torch.no_grad():
-        graph = torch.export.export(model, (images,), dynamic_shapes=build_dynamic_shapes(shape))
+        graph = torch.export.export(model, (images,), dynamic_shapes=shape.dynamic_shapes)
     graph = graph.run_decompositions({})
     for node in graph.graph.nodes:
         node.meta.pop("stack_trace", None)  # stack traces contain local paths

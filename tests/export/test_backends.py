@@ -30,7 +30,7 @@ from modeling_vitcls import (
     ViTCLSModel,
     predict,
 )
-from modeling_vitcls.export import exporter
+from modeling_vitcls.export import exporter, measurement
 from modeling_vitcls.export.exporter import export_model
 from modeling_vitcls.export.options import ExportOptions
 from modeling_vitcls.export.quantization import check_drop, rank_layers
@@ -321,7 +321,7 @@ def test_int8_leaves_the_patch_projection_and_excluded_layers_in_float32(
 ) -> None:
     file = tmp_path / "int8.onnx"
     monkeypatch.setattr(exporter, "NUM_CALIBRATION_IMAGES", 8)
-    monkeypatch.setattr(exporter, "NUM_COMPARED_IMAGES", 5)
+    monkeypatch.setattr(measurement, "NUM_COMPARED_IMAGES", 5)
     report = export_model(
         ExportOptions(
             model=str(model.parent / "mine"),

@@ -20,7 +20,6 @@ from modeling_vitcls.data.splits import load_training_data
 from modeling_vitcls.data.splits_table import write_splits
 from modeling_vitcls.export.exportable import (
     NamedOutputsModel,
-    compute_named_outputs,
     load_exportable_model,
 )
 from modeling_vitcls.export.measurement import compare_labels, load_export_images
@@ -37,7 +36,7 @@ def test_an_encoder_in_half_precision_is_exported_in_float32(tmp_path: Path) -> 
     model.save_pretrained(tmp_path)
     model, processor, _ = load_exportable_model(str(tmp_path))
     assert processor is None
-    (outputs,) = compute_named_outputs(model, [build_images()])
+    outputs = NamedOutputsModel(model)(build_images())
     assert list(outputs) == ["last_hidden_state", "pooler_output"]
     assert torch.equal(
         outputs["last_hidden_state"], model.float()(build_images()).last_hidden_state
@@ -93,7 +92,7 @@ def test_images_of_an_encoder_need_no_labels(tmp_path: Path) -> None:
     save_with_processor(ViTCLSModel(build_tiny_config()), tmp_path)
     unlabeled = load_export_images(*load_exportable_model(str(tmp_path)), "digits")
     assert len(unlabeled.training) > len(unlabeled.held_out) > 300
-    assert unlabeled.measure_file(tmp_path, None) is None
+    assert unlabeled.evaluator is None
 
 
 def test_labels_of_a_requested_split_are_required(tmp_path: Path) -> None:

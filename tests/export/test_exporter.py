@@ -30,7 +30,7 @@ from modeling_vitcls import (
     ViTCLSModel,
 )
 from modeling_vitcls.export import exporter, formats
-from modeling_vitcls.export.exportable import compute_named_outputs
+from modeling_vitcls.export.exportable import NamedOutputsModel
 from modeling_vitcls.export.exporter import export_model
 from modeling_vitcls.export.measurement import compare_outputs_on_images
 from modeling_vitcls.export.options import ExportOptions
@@ -162,7 +162,7 @@ def export(folder: Path, output: Path, **flags: Any) -> dict[str, Any]:
 
 def check_outputs(file: Path, model: Any, pixel_values: torch.Tensor) -> None:
     """Check that a file has the outputs of the model, by name."""
-    (expected,) = compute_named_outputs(model, [pixel_values])
+    expected = NamedOutputsModel(model)(pixel_values)
     torch.testing.assert_close(ExportedGraph(file)(pixel_values), expected, atol=LIMIT, rtol=0)
 
 
