@@ -242,6 +242,7 @@ def is_path(source: str) -> bool:
     parts = Path(source).parts
     return (
         Path(source).is_absolute()
+        or Path(source).suffix.lower() in {".csv", ".tsv", ".json", ".jsonl", ".parquet"}
         or source.startswith((".", "~"))
         or len(parts) > 2
         or parts[:1] == ("runs",)

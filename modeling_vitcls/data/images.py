@@ -288,11 +288,16 @@ def to_encoded_image(value: Any, folder: Path) -> dict[str, Any]:
 def resolve_path(folder: Path, path: str | None) -> str:
     """Join a path to a folder.
 
-    Addresses and absolute paths are left unchanged. Return "" for a missing path.
+    Addresses and absolute paths are left unchanged. Return "" for a missing path. A path that Windows
+    wrote, with backslashes, names the file that exists.
     """
     if not path or "://" in path:
         return path or ""
-    return str(folder / expand_home(path))
+    joined = folder / expand_home(path)
+    if "\\" in path and not joined.exists():
+        other = folder / path.replace("\\", "/")
+        joined = other if other.exists() else joined
+    return str(joined)
 
 
 def get_relative_path(path: str, folder: Path) -> str:

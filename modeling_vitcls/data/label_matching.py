@@ -3,6 +3,7 @@
 Names are compared in the Unicode form NFC.
 """
 
+import re
 from collections import Counter
 from dataclasses import replace
 from itertools import chain
@@ -10,6 +11,9 @@ from typing import Any
 
 from ..runtime.errors import format_name_list
 from .labels import LabelSpace, normalize_name
+
+
+PLACEHOLDER = re.compile(r"LABEL_\d+$")  # transformers' names of labels without names
 
 
 def translate_labels(images: Any, data_space: LabelSpace, model_space: LabelSpace) -> Any:
@@ -41,6 +45,14 @@ def translate_labels(images: Any, data_space: LabelSpace, model_space: LabelSpac
                 raise ValueError(
                     f"the model has several labels with the name {name!r}. Give these labels "
                     "different names in the model's config.json"
+                )
+            if all(PLACEHOLDER.match(each) for each in model_space.columns[column]):
+                pairs = enumerate(sorted(set(chain(*rows))))
+                example = ", ".join(f'"{index}": "{each}"' for index, each in pairs)
+                raise ValueError(
+                    f"the labels of the model have no names ({counts.total()} labels, LABEL_0 ...), "
+                    f"but the dataset has {name!r}. Set `id2label` in the model's config.json, in "
+                    f'the order of its training: "id2label": {{{example}}}'
                 )
             raise ValueError(
                 f"the dataset has the label {name!r}, but the model has only the labels "

@@ -40,6 +40,8 @@ IMAGE_COLUMN_NAMES = tuple(
 LABEL_COLUMN_NAMES = ("label", "labels", "class", "target", "category", "fine_label", "cls")
 NO_LABELS = "no label"  # text for an image without labels in a multi-label dataset
 
+MIN_JOINED_LABELS = 3  # number of classes with the same separator that look like several labels
+
 LabelKind = Literal["single_label_classification", "multi_label_classification", "multi_task"]
 Features = dict[str, Any]  # type of each column, as in `datasets`
 Row = dict[str, Any]  # values by column
@@ -359,6 +361,8 @@ def read_label_names(
     spellings = classes or sort_spellings({*chain(*chain(*names.values()))}, where, has_lists)
     classes = list(dict.fromkeys(map(normalize_name, spellings)))
     warn_about_similar_classes(where, classes)
+    if separator is None and not has_lists:
+        warn_about_separator(where, classes)
     return classes, names, has_lists
 
 
@@ -438,6 +442,18 @@ def warn_about_similar_classes(where: str, names: Sequence[str]) -> None:
             f"WARNING: {where} has separate classes that differ only in case, white space or "
             f"invisible characters: {', '.join(alike[:10])}. Give each class one name"
         )
+
+
+def warn_about_separator(where: str, names: Sequence[str]) -> None:
+    """Log a warning if several classes look like lists of labels: `red|round`, `green|round`."""
+    for separator in "|;":
+        joined = [name for name in names if separator in name]
+        if len(joined) >= MIN_JOINED_LABELS:
+            warn_on_first_process(
+                f"WARNING: {where} has {len(joined)} classes such as {joined[0]!r}. If these are "
+                f"several labels of an image, set `label_separator={separator!r}` "
+                f"(--label-separator '{separator}')"
+            )
 
 
 def split_labels(value: Any, separator: str | None) -> list[Any]:

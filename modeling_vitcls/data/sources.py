@@ -33,7 +33,7 @@ from ..runtime.errors import format_error, is_disk_full, name_full_disk, warn_on
 from .columns import divide_by_column, find_unused_groups, read_groups
 from .folder_layout import SPLIT_BY_FOLDER_NAME, SPLIT_ORDER
 from .image_folder import read_image_folder, scan_folder
-from .images import ADDRESS, ArrayImages, DatasetImages, LabeledImages
+from .images import ADDRESS, ArrayImages, DatasetImages, LabeledImages, resolve_path
 from .in_memory import MEMORY_PREFIX, get_dataset
 from .labels import (
     UNLABELED,
@@ -383,7 +383,7 @@ def build_images(dataset: Any, column: str, folder: Path, name: str) -> DatasetI
             "Download them with `img2dataset`, which writes a table of images and labels"
         )
     is_found = (
-        path.startswith("data:") or os.path.exists(folder / path)  # noqa: PTH110  # False for long names
+        path.startswith("data:") or os.path.exists(resolve_path(folder, path))  # noqa: PTH110  # False for long names
         for path in paths
     )
     if paths and not any(is_found):

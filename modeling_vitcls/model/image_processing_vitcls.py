@@ -404,6 +404,11 @@ def read_image(source: ImageSource) -> PIL.Image.Image:
         # PIL's message contains the repr of a BytesIO object
         reason = f"it is not an image in a supported format ({', '.join(get_image_formats())})"
         raise ValueError(f"cannot read an image from {source_name}: {reason}") from error
+    except PIL.Image.DecompressionBombError as error:
+        raise ValueError(
+            f"cannot read an image from {source_name}: {get_first_line(error)} Make it smaller or, "
+            "if you trust it, set PIL.Image.MAX_IMAGE_PIXELS in Python"
+        ) from error
     except Exception as error:  # Pillow's decoders raise almost any exception for damaged data
         raise ValueError(
             f"cannot read an image from {source_name}: {get_first_line(error)}"

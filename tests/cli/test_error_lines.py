@@ -233,7 +233,7 @@ def test_an_interrupted_prediction_ends_with_one_line(
 @pytest.mark.parametrize(
     ("num_photos", "command", "words"),
     [
-        (8, "evaluate", ["the label 'cat'", "LABEL_0", "`id2label`"]),
+        (8, "evaluate", ["'cat'", "LABEL_0", "`id2label`"]),
         (0, "finetune --output-dir run", ["contains no images"]),
     ],
 )

@@ -32,3 +32,12 @@ def test_labels_are_matched_to_the_model_by_name() -> None:
         build_single_label_space("noon", "dusk"),
         build_single_label_space("dusk"),
     )
+
+
+def test_labels_without_names_are_shown_how_to_get_them() -> None:
+    """transformers names the labels of a model that was built with `num_labels` LABEL_0, ..."""
+    unnamed = build_single_label_space("LABEL_0", "LABEL_1")
+    with raises_one_line("config.json", '"id2label": {"0": "dusk", "1": "noon"}'):
+        translate_labels(
+            LabeledImages([], [1, 0]), build_single_label_space("dusk", "noon"), unnamed
+        )

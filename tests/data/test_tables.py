@@ -408,3 +408,22 @@ def test_tables_of_a_folder_are_its_splits(photos: Path, tmp_path: Path) -> None
         pd.DataFrame(rows).to_csv(tmp_path / f"{name}.csv", index=False)
     assert read_labels(tmp_path, "train") == ["01", "1"]
     assert read_labels(tmp_path, "test") == ["1", "01"]
+
+
+def test_a_table_of_windows_names_files_with_backslashes(photos: Path) -> None:
+    names = [file.replace("/", "\\") for file in ("sub/a.png", "sub/b.png", "sub/c.png")]
+    (photos / "sub").mkdir()
+    for name, file in zip(names, FILES, strict=False):
+        os.link(photos / file, photos / name.replace("\\", "/"))
+    table = pd.DataFrame({"file_name": names, "label": ["a", "b", "c"]})
+    table.to_csv(photos / "table.csv", index=False)
+    assert read_labels(photos / "table.csv") == ["a", "b", "c"]
+
+
+def test_a_forgotten_separator_is_pointed_out(
+    photos: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    labels = ["red|round", "green|round", "red|long"]
+    pd.DataFrame({"file_name": FILES[:3], "label": labels}).to_csv(photos / "t.csv", index=False)
+    assert read_labels(photos / "t.csv") == labels
+    assert caplog.text.count("label_separator='|'") == 1

@@ -576,3 +576,14 @@ def test_saved_settings_name_both_backends(backend: type, tmp_path: Path) -> Non
     for other in BACKENDS.values():
         assert other.from_pretrained(tmp_path).to_dict() == backend(**SETTINGS).to_dict()
     assert backend.from_pretrained(tmp_path, size=64).size == {"height": 64, "width": 64}
+
+
+def test_an_image_above_the_limit_of_pillow_names_file_and_setting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    PIL.Image.new("RGB", (30, 20)).save(tmp_path / "large.png")
+    monkeypatch.setattr(PIL.Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(
+        ValueError, match=r"large\.png': .*600 pixels.*PIL\.Image\.MAX_IMAGE_PIXELS"
+    ):
+        ViTCLSImageProcessor()(tmp_path / "large.png")
