@@ -8,6 +8,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..conversion.open_model import open_model
+from ..data.labels import UNLABELED, get_label_space
 from ..data.splits_table import read_splits, select_task
 from ..hub.loading import get_cached_commit
 from ..hub.local_paths import get_title
@@ -17,6 +18,7 @@ from ..runtime.files import write_json
 from ..runtime.progress import track
 from .inspection import Inspection, inspect_model
 from .inspection_images import open_images
+from .model_utils import is_classifier
 from .options import InspectOptions
 from .photo import measure_photo
 from .report import ShownPhoto, build_inspection_record, format_effect, write_page
@@ -32,7 +34,7 @@ def write_inspection(options: InspectOptions) -> Inspection:
     console = Console(emoji=False, soft_wrap=True, highlight=False)
     error_console = Console(emoji=False, stderr=True, soft_wrap=True, highlight=False)
     folder = open_model(options.model)
-    model, processor = load_model(folder, use_head=None)
+    model, processor = load_model(folder), folder.load_processor()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device).eval()
     precision: str = options.mixed_precision
@@ -41,8 +43,9 @@ def write_inspection(options: InspectOptions) -> Inspection:
         if precision == "bf16":
             text = "mixed precision: bf16. `mixed_precision='no'` turns it off"
             console.print(text, markup=False)
+    label_space = get_label_space(model.config) if is_classifier(model) else UNLABELED
     splits = select_task(read_splits(folder), None)
-    images = open_images(options, model, splits).draw(options.max_images)
+    images = open_images(options, label_space, splits).draw(options.max_images)
     files = [file for file in (options.output, options.json) if file is not None]
     for file in files:
         file.parent.mkdir(parents=True, exist_ok=True)  # raise errors before the measurements
@@ -66,7 +69,7 @@ def write_inspection(options: InspectOptions) -> Inspection:
         ShownPhoto(
             images.names[index],
             measure_photo(model, processor, images.images[index]),
-            truth=images.format_label(index, model.config),
+            truth=None if images.labels is None else label_space.format_label(images.labels[index]),
             kind=kind,
         )
         for index, kind in watch(inspection.shown_images.items(), "drawing photos")

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..data.aspect_ratio import has_fixed_size
+from ..data.aspect_ratio import get_output_size, has_fixed_size
 from ..data.images import LabeledImages
 from ..data.labels import UNLABELED, get_label_space, is_multi_label
 from ..inference.image_pass import ImageBatch, prepare_batches
@@ -104,7 +104,7 @@ def inspect_model(
     processor: Any,
     images: Sequence[Any],
     *,
-    labels: Sequence[Any] | None = None,
+    labels: list[Any] | None = None,
     num_shown: int = 6,
     has_ablations: bool = True,
     token_movement: Mapping[str, float] | None = None,
@@ -144,7 +144,8 @@ def inspect_model(
 
     ablation_batches: list[ImageBatch] = []
     with evaluation_mode(model):
-        batch_size = choose_batch_size(batch_size, config, processor, model.device, MAX_BATCH_SIZE)
+        image_size = get_output_size(processor, config.image_height_width)
+        batch_size = choose_batch_size(batch_size, config, image_size, model.device, MAX_BATCH_SIZE)
         batches = read_batches(
             config,
             processor,
@@ -212,7 +213,7 @@ def read_batches(
     config: Any,
     processor: Any,
     images: Sequence[Any],
-    labels: Sequence[Any] | None,
+    labels: list[Any] | None,
     batch_size: int,
     on_warning: Callable[[str], None],
     watch: Watch,

@@ -15,13 +15,11 @@ import pandas as pd
 from ..data.evaluation_data import load_evaluation_data
 from ..data.images import ArrayImages, DatasetImages
 from ..data.label_matching import translate_labels
-from ..data.labels import LabelSpace, get_label_space
+from ..data.labels import UNLABELED, LabelSpace
 from ..data.options import DataOptions
 from ..data.splits_table import EMPTY_TABLE
 from ..inference.inputs import build_list_input
-from ..model.configuration_vitcls import ViTCLSConfig
 from ..model.heads_vitcls import IGNORED_LABEL
-from .model_utils import is_classifier
 from .options import InspectOptions
 
 
@@ -31,7 +29,7 @@ class InspectionImages:
 
     images: ArrayImages | DatasetImages
     names: Sequence[str]
-    labels: Sequence[Any] | None  # None if unknown
+    labels: list[Any] | None  # None if unknown
     source: str
 
     def draw(self, num_images: int) -> "InspectionImages":
@@ -45,25 +43,19 @@ class InspectionImages:
             labels=None if self.labels is None else [self.labels[index] for index in indices],
         )
 
-    def format_label(self, index: int, config: ViTCLSConfig) -> str | None:
-        """Name the label of an image; None if it is unknown."""
-        if self.labels is None:
-            return None
-        return get_label_space(config).format_label(self.labels[index])
-
 
 def open_images(
-    options: InspectOptions, model: Any, splits: pd.DataFrame = EMPTY_TABLE
+    options: InspectOptions, label_space: LabelSpace, splits: pd.DataFrame = EMPTY_TABLE
 ) -> InspectionImages:
     """Open the images of `paths` or `dataset`, with the label indices of a classifier.
 
-    `splits` are the rows of splits.parquet about the model.
+    `label_space` is that of the classifier, or UNLABELED. `splits` are the rows of splits.parquet
+    about the model.
 
     Raises:
         ValueError: if there are no images, the dataset cannot be read, or its labels do not match
             the model.
     """
-    label_space = get_label_space(model.config) if is_classifier(model) else None
     if options.dataset is None:
         return open_paths(options.paths, label_space)
 
@@ -73,10 +65,10 @@ def open_images(
         label_column=options.label_column,
         label_separator=options.label_separator,
     )
-    use_labels = label_space is not None
+    use_labels = label_space != UNLABELED
     data = load_evaluation_data(data_options, options.split, splits, use_labels=use_labels)
-    labels: Sequence[Any] | None = None
-    if label_space is not None:
+    labels: list[Any] | None = None
+    if use_labels:
         labels = translate_labels(data.images, data.label_space, label_space).labels
 
     images = data.images.images
@@ -89,8 +81,13 @@ def open_images(
     return InspectionImages(images, names, labels, f"{dataset_name}, {data.description}")
 
 
-def open_paths(paths: Sequence[str], label_space: LabelSpace | None) -> InspectionImages:
-    """Open image files and folders."""
+def open_paths(paths: Sequence[str], label_space: LabelSpace) -> InspectionImages:
+    """Open image files and folders.
+
+    The class of each image is the name of its folder; without a class of this name, it has
+    IGNORED_LABEL. There are no labels if no folder has the name of a class, or images do not have
+    exactly one class.
+    """
     list_input = build_list_input(paths)
     files = [str(content) for content in list_input.contents]
     for file in files:
@@ -98,19 +95,12 @@ def open_paths(paths: Sequence[str], label_space: LabelSpace | None) -> Inspecti
             raise ValueError(f"Image {file} does not exist. Check the path.")
 
     names = [Path(name).name for name in list_input.names]
-    labels = None if label_space is None else find_folder_labels(files, label_space)
+    class_names: list[str] = []
+    if label_space != UNLABELED and label_space.kind == "single_label_classification":
+        class_names = label_space.names
+    indices = {name: index for index, name in enumerate(class_names)}
+    labels = [indices.get(Path(file).resolve().parent.name, IGNORED_LABEL) for file in files]
+    has_labels = any(label != IGNORED_LABEL for label in labels)
     source = ", ".join(Path(path).resolve().name for path in paths)
-    return InspectionImages(DatasetImages.from_list(files), names, labels, source)
-
-
-def find_folder_labels(files: Sequence[str], label_space: LabelSpace) -> list[int] | None:
-    """Take the class index of each file from the name of its folder.
-
-    A folder without a class of this name has IGNORED_LABEL. None if no folder has the name of a
-    class, or images do not have exactly one class.
-    """
-    if label_space.kind != "single_label_classification":
-        return None
-    class_indices = {name: index for index, name in enumerate(label_space.names)}
-    labels = [class_indices.get(Path(file).resolve().parent.name, IGNORED_LABEL) for file in files]
-    return labels if any(label != IGNORED_LABEL for label in labels) else None
+    images = DatasetImages.from_list(files)
+    return InspectionImages(images, names, labels if has_labels else None, source)

@@ -108,7 +108,8 @@ def load_adjusted_model(
     source: str, image_size: int | tuple[int, int] | None, resize: str | None
 ) -> tuple[Any, Any]:
     """Load the model and its image processor, with another image size or resizing if it is set."""
-    model, processor = load_model(open_model(source), use_head=None)
+    folder = open_model(source)
+    model, processor = load_model(folder), folder.load_processor()
     if image_size is not None or resize is not None:
         size = get_output_size(processor) if image_size is None else to_pair(image_size)
         set_resize(processor, resize or get_resize(processor), size)

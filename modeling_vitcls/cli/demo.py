@@ -82,7 +82,6 @@ def build_page(options: DemoOptions) -> Any:
 
     from ..analysis.photo import measure_photo
     from ..analysis.sheet import draw_sheet
-    from ..conversion.open_model import open_model
     from ..hub.local_paths import get_title
     from ..inference.inputs import ImageRecord
     from ..inference.options import PredictOptions
@@ -92,7 +91,7 @@ def build_page(options: DemoOptions) -> Any:
 
     title = get_title(options.model)
     settings = PredictOptions(model=options.model, paths=("photo",), top_k=NUM_LABELS)
-    predictor = build_predictor(settings, open_model(options.model), build_accelerator())
+    predictor = build_predictor(settings, build_accelerator())
     columns: Any = predictor.columns
     tasks = list(columns.column_pairs)
 

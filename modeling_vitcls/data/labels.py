@@ -191,9 +191,7 @@ def get_heads(config: ViTCLSConfig, threshold: float | None = None) -> dict[str,
     for a model without labels.
     """
     heads: dict[str, ExtraHead] = {}
-    if config.tasks:
-        heads = {task: ExtraHead(names) for task, names in config.task_labels().items()}
-    elif config.num_labels or not config.extra_heads:
+    if not config.tasks and (config.num_labels or not config.extra_heads):
         check_is_classifier(config)
         kind: Any = (
             "multi_label_classification"
@@ -201,7 +199,9 @@ def get_heads(config: ViTCLSConfig, threshold: float | None = None) -> dict[str,
             else "single_label_classification"
         )
         names = get_label_space(config).names
-        heads = {"": ExtraHead(names, problem_type=kind, threshold=threshold)}
+        heads[""] = ExtraHead(names, problem_type=kind, threshold=threshold)
+    for task, names in config.task_labels().items():
+        heads[task] = ExtraHead(names)
     return heads | config.get_added_tasks()
 
 

@@ -18,7 +18,7 @@ from PIL import Image
 from ..conversion.open_model import open_model
 from ..model.image_processing_vitcls import SOURCE_TYPES
 from .inputs import build_record
-from .load_model import choose_batch_size, load_model
+from .load_model import load_for_inference
 from .predict import PREDICTION_BATCH_SIZE, Predictor, get_num_workers
 from .prediction_rows import FeatureColumns
 
@@ -115,15 +115,16 @@ class EmbedImages:
 
     def build_predictor(self) -> Predictor:
         """Load the model."""
-        folder = open_model(self.model, self.backend)
-        model, processor = load_model(
-            folder, use_head=False, resize=self.resize, backend=self.backend
-        )
         device = torch.device(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        batch_size = choose_batch_size(
-            self.batch_size, model.config, processor, device, PREDICTION_BATCH_SIZE
+        model, processor, batch_size = load_for_inference(
+            open_model(self.model, self.backend),
+            device,
+            use_head=False,
+            batch_size=self.batch_size,
+            max_batch_size=PREDICTION_BATCH_SIZE,
+            resize=self.resize,
+            backend=self.backend,
         )
-        model = model.eval().to(device)
         return Predictor(
             model=model,
             processor=processor,

@@ -27,7 +27,7 @@ from ..data.splits_table import read_splits, select_task
 from ..hub.model_files import ADDITIONS_KEY
 from ..hub.model_folder import ModelFolder
 from ..model.configuration_vitcls import ViTCLSConfig
-from ..runtime.distributed import build_accelerator
+from ..runtime.distributed import build_accelerator, set_mixed_precision
 from ..runtime.files import write_json
 from ..runtime.system import describe_device, get_versions
 from .evaluator import Evaluator
@@ -62,15 +62,16 @@ def evaluate_checkpoint(options: EvaluateOptions) -> dict[str, Any]:
     print_line = partial(console.print, markup=False)
     with accelerator.main_process_first():  # the main process downloads the files
         folder = open_model(options.model)
+    text = set_mixed_precision(accelerator, options.mixed_precision, folder.config)
+    if options.mixed_precision == "auto" and accelerator.mixed_precision != "no":
+        print_line(f"mixed precision: {text}")
     model, processor, batch_size = load_for_inference(
         folder,
-        accelerator,
+        accelerator.device,
         use_head=True,
         resize=options.resize,
-        mixed_precision=options.mixed_precision,
         batch_size=options.batch_size,
         max_batch_size=EVALUATION_BATCH_SIZE,
-        print_line=print_line,
     )
     config: ViTCLSConfig = model.config
     if options.task is not None:

@@ -113,7 +113,7 @@ def print_table(rows: Iterable[Row], columns: Columns) -> None:
     table = Table()
     for name in names:
         table.add_column(
-            Text(replace_control_characters(name)),
+            Text(format_table_cell(name)),
             justify="right" if pa.types.is_floating(columns[name]) else "left",
             overflow="fold",
         )

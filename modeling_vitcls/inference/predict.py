@@ -9,13 +9,15 @@ The output is therefore bit-identical for any number of processes.
 
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from rich.console import Console
@@ -24,11 +26,10 @@ from transformers import PreTrainedModel
 from ..conversion.open_model import open_model
 from ..data.labels import get_heads
 from ..data.splits import load_on_main
-from ..hub.model_folder import ModelFolder
 from ..model.image_processing_vitcls import ViTCLSImageProcessor
-from ..runtime.distributed import build_accelerator
+from ..runtime.distributed import build_accelerator, set_mixed_precision
 from ..runtime.progress import track
-from .image_pass import prepare_ahead
+from .image_pass import ImageBatch, pass_over_images, prepare_ahead
 from .inputs import (
     ImageRecord,
     ListInput,
@@ -45,13 +46,12 @@ from .outputs import (
     write_rows,
 )
 from .prediction_rows import (
-    AutocastFactory,
     FeatureColumns,
     LabelColumns,
     PredictionColumns,
-    PreparedRecord,
     Row,
-    predict_rows,
+    build_checked_rows,
+    try_predict,
 )
 
 
@@ -65,19 +65,50 @@ class Predictor:
     model: PreTrainedModel
     processor: ViTCLSImageProcessor
     columns: PredictionColumns
-    autocast: AutocastFactory
+    # function that returns a context manager for a forward pass
+    autocast: Callable[[], AbstractContextManager]
     batch_size: int
     num_workers: int
 
     def iterate_rows(self, records: Iterator[ImageRecord]) -> Iterator[Row]:
-        """Yield a row for each image, in order."""
+        """Yield a row for each image, in order.
 
-        def prepare(record: ImageRecord) -> PreparedRecord:
+        A row contains an error if the image cannot be read, if the model does not support it, or if
+        the outputs are not finite. Raise GraphError if an exported graph cannot be run.
+        """
+
+        def prepare(record: ImageRecord) -> tuple[ImageRecord, torch.Tensor | str]:
             return record, prepare_image(self.processor, record)
 
         images = prepare_ahead(prepare, records, self.num_workers, num_ahead=2 * self.batch_size)
-        batches = iter(lambda: list(islice(images, self.batch_size)), [])
-        return predict_rows(batches, self.columns, self.model.device, self.autocast)
+        empty_row = {**dict.fromkeys(self.columns.columns), "error": None}
+        while chunk := list(islice(images, self.batch_size)):
+            found: dict[int, Row] = {}
+            groups: dict[torch.Size, dict[int, torch.Tensor]] = {}
+            for record, value in chunk:
+                if isinstance(value, str):
+                    found[record.index] = {"error": value}
+                else:  # image processors may preserve the aspect ratio
+                    groups.setdefault(value.shape, {})[record.index] = value
+            batches = (
+                ImageBatch(torch.stack(list(group.values())), indices=list(group))
+                for group in groups.values()
+            )
+
+            for batch, outputs in pass_over_images(
+                partial(try_predict, self.columns), batches, self.model.device, self.autocast
+            ):
+                rows = build_checked_rows(self.columns, outputs, len(batch.indices))
+                found |= dict(zip(batch.indices, rows, strict=True))
+
+            # In the order of the input, not of the shapes.
+            for record, _ in chunk:
+                yield {
+                    "index": record.index,
+                    "image": record.name,
+                    **empty_row,
+                    **found[record.index],
+                }
 
 
 def predict_from_options(options: PredictOptions, images: list[Any]) -> list[Row]:
@@ -88,7 +119,7 @@ def predict_from_options(options: PredictOptions, images: list[Any]) -> list[Row
     """
     accelerator = build_accelerator(mixed_precision=options.mixed_precision)
     source = wrap_images(images) if images else open_input(options)
-    predictor = build_predictor(options, open_model(options.model, options.backend), accelerator)
+    predictor = build_predictor(options, accelerator)
     return list(predictor.iterate_rows(source.read_records(range(source.num_images))))
 
 
@@ -104,10 +135,7 @@ def predict_images(options: PredictOptions) -> tuple[int, int]:
     """
     accelerator = build_accelerator(mixed_precision=options.mixed_precision)
     source = load_on_main(options.dataset or "", partial(open_input, options))
-    with accelerator.main_process_first():  # the main process downloads the files
-        folder = open_model(options.model, options.backend)
-
-    predictor = build_predictor(options, folder, accelerator)
+    predictor = build_predictor(options, accelerator)
     # on all processes, although only the main process reads the rows
     rows = compute_rows(accelerator, source, predictor)
     are_failed: list[bool] = []
@@ -126,21 +154,25 @@ def predict_images(options: PredictOptions) -> tuple[int, int]:
     return len(are_failed), sum(are_failed)
 
 
-def build_predictor(
-    options: PredictOptions, folder: ModelFolder, accelerator: Accelerator
-) -> Predictor:
+def build_predictor(options: PredictOptions, accelerator: Accelerator) -> Predictor:
     """Load the model and its image processor on the device, and build a predictor."""
     print_line = accelerator.on_main_process(partial(print, file=sys.stderr))
+    with accelerator.main_process_first():  # the main process downloads the files
+        folder = open_model(options.model, options.backend)
+    # ONNX files run in float32
+    if options.mixed_precision == "auto" and not options.backend.endswith("onnx"):
+        text = set_mixed_precision(accelerator, "auto", folder.config)
+        if accelerator.mixed_precision != "no":
+            print_line(f"mixed precision: {text}")
     model, processor, batch_size = load_for_inference(
         folder,
-        accelerator,
+        accelerator.device,
         use_head=options.features is None,
         resize=options.resize,
-        mixed_precision=options.mixed_precision,
-        batch_size=options.batch_size,
         backend=options.backend,
+        mixed_precision=accelerator.mixed_precision,
+        batch_size=options.batch_size,
         max_batch_size=PREDICTION_BATCH_SIZE,
-        print_line=print_line,
     )
     config: Any = model.config
     has_statistics = options.features is None and config.class_statistics is not None
@@ -189,9 +221,8 @@ def compute_rows(
         highlight=False,
     )
     num_images = sum(map(len, local_batches))
-    rows = track(
-        predictor.iterate_rows(records), "predicting", num_images, unit="images", console=console
-    )
+    rows = predictor.iterate_rows(records)
+    rows = track(rows, "predicting", num_images, console=console)
     # Not a list: a file is written while the rows are computed, and memory stays small.
     if accelerator.num_processes == 1:
         return iter(rows)

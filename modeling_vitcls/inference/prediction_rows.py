@@ -15,10 +15,8 @@ column types. The method `predict` returns a dict of `float32` outputs [B, ...] 
 W], and `build_rows` converts the outputs to rows.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -27,8 +25,7 @@ from transformers import PreTrainedModel
 
 from ..model.configuration_vitcls import ExtraHead
 from .exported_graphs import DISTANCE, GraphError
-from .image_pass import ImageBatch, find_finite, pass_over_images
-from .inputs import ImageRecord
+from .image_pass import find_finite
 
 
 Row = dict[str, Any]
@@ -273,53 +270,6 @@ class FeatureColumns:
 
 
 PredictionColumns = LabelColumns | FeatureColumns
-# an image of an input, and its pixels [C, H, W] or the reason why it cannot be read
-PreparedRecord = tuple[ImageRecord, torch.Tensor | str]
-# function that returns a context manager for a forward pass
-AutocastFactory = Callable[[], AbstractContextManager]
-
-
-def predict_rows(
-    chunks: Iterable[list[PreparedRecord]],
-    columns: PredictionColumns,
-    device: torch.device,
-    autocast: AutocastFactory,
-) -> Iterator[Row]:
-    """Yield a row for each image, in order.
-
-    A row contains an error if the image cannot be read, if the model does not support it, or if the
-    outputs are not finite. Raise GraphError if an exported graph cannot be run.
-    """
-    empty_row = dict.fromkeys(columns.columns)
-    for images in chunks:
-        errors: dict[int, str] = {}
-        groups: dict[torch.Size, dict[int, torch.Tensor]] = {}
-        for record, value in images:
-            if isinstance(value, str):
-                errors[record.index] = value
-            else:  # image processors may preserve the aspect ratio
-                groups.setdefault(value.shape, {})[record.index] = value
-        batches = (
-            ImageBatch(torch.stack(list(group.values())), indices=list(group))
-            for group in groups.values()
-        )
-
-        predictions: dict[int, Row] = {}
-        for batch, outputs in pass_over_images(
-            partial(try_predict, columns), batches, device, autocast
-        ):
-            rows = build_checked_rows(columns, outputs, len(batch.indices))
-            predictions |= dict(zip(batch.indices, rows, strict=True))
-
-        # In the order of the input, not of the shapes.
-        for record, _ in images:
-            yield {
-                "index": record.index,
-                "image": record.name,
-                **empty_row,
-                "error": errors.get(record.index),
-                **predictions.get(record.index, {}),
-            }
 
 
 @torch.inference_mode()

@@ -14,7 +14,9 @@ from modeling_vitcls import (
     ViTCLSModel,
 )
 from modeling_vitcls.analysis.inspection_images import InspectionImages, open_images
+from modeling_vitcls.analysis.model_utils import is_classifier
 from modeling_vitcls.analysis.options import InspectOptions
+from modeling_vitcls.data.labels import UNLABELED, get_label_space
 from modeling_vitcls.model.heads_vitcls import IGNORED_LABEL
 
 
@@ -28,11 +30,14 @@ def build_named_classifier(names: list[str], **fields: Any) -> ViTCLSForImageCla
 
 
 def open_paths(model: Any, *paths: Path) -> InspectionImages:
-    return open_images(InspectOptions(model="model", paths=tuple(map(str, paths))), model)
+    options = InspectOptions(model="model", paths=tuple(map(str, paths)))
+    label_space = get_label_space(model.config) if is_classifier(model) else UNLABELED
+    return open_images(options, label_space)
 
 
-def open_digits(model: Any, **fields: Any) -> InspectionImages:
-    return open_images(InspectOptions(model="model", dataset="digits", **fields), model)
+def open_digits(model: Any) -> InspectionImages:
+    options = InspectOptions(model="model", dataset="digits")
+    return open_images(options, get_label_space(model.config))
 
 
 def test_folder_names_are_labels(tmp_path: Path) -> None:

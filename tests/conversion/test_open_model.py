@@ -91,7 +91,7 @@ def test_a_model_of_transformers_is_converted_once(
 
     pixel_values = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     theirs = transformers.ViTForImageClassification.from_pretrained(source).eval()
-    ours, _ = load_model(open_model(str(source)), use_head=True)
+    ours = load_model(open_model(str(source)))
     with torch.no_grad():
         assert (ours(pixel_values).logits - theirs(pixel_values).logits).abs().max() < 1e-5
 
@@ -193,7 +193,7 @@ def test_commits_are_pinned(cached_hub_model: str) -> None:
     assert pin_revision("timm:test_vit") == "timm:test_vit"
     assert open_model(pinned).path.name == COMMIT
 
-    load_model(open_model(pinned), use_head=True)
+    load_model(open_model(pinned))
     with pytest.raises(OSError, match="ann/mine"):
         open_model(f"{cached_hub_model}@{'f' * 40}")
 

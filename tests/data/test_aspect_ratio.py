@@ -20,7 +20,7 @@ from modeling_vitcls.data.batches import Normalizer
 from modeling_vitcls.data.labels import LabelSpace
 from modeling_vitcls.data.options import AugmentationOptions
 from modeling_vitcls.hub.model_folder import ModelFolder
-from modeling_vitcls.inference.load_model import load_model
+from modeling_vitcls.inference.load_model import load_for_inference
 from modeling_vitcls.training.options import ModelOptions
 
 
@@ -149,6 +149,13 @@ def test_another_fit_keeps_the_size_of_the_processor(tmp_path: Path) -> None:
         size={"shortest_edge": 40}, do_center_crop=True, crop_size=crop
     ).save_pretrained(tmp_path)
     for resize in ("squash", "pad", "crop"):
-        _, processor = load_model(ModelFolder(tmp_path), use_head=True, resize=resize)
+        _, processor, _ = load_for_inference(
+            ModelFolder(tmp_path),
+            torch.device("cpu"),
+            use_head=True,
+            batch_size=1,
+            max_batch_size=1,
+            resize=resize,
+        )
         pixels = processor(Image.new("RGB", (50, 40)), return_tensors="pt")["pixel_values"]
         assert pixels.shape[-2:] == (32, 32)

@@ -321,7 +321,7 @@ def test_an_interrupted_job_leaves_no_file(
         yield {"index": 0, "image": "a", "label": "ant", "probability": 1.0, "error": None}
         raise OSError("the server cannot be reached")
 
-    monkeypatch.setattr(predict_module, "predict_rows", fail)
+    monkeypatch.setattr(predict_module.Predictor, "iterate_rows", fail)
     options = PredictOptions(
         model=str(models / "one_label"),
         paths=(str(photos),),
