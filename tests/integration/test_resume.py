@@ -229,7 +229,11 @@ def read_records(folder: Path) -> list[dict[str, Any]]:
 
 
 def remove_speeds(values: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in values.items() if name not in NOT_COMPARED}
+    return {
+        name: remove_speeds(value) if isinstance(value, dict) else value
+        for name, value in values.items()
+        if name not in NOT_COMPARED
+    }
 
 
 def assert_equal_runs(folder: Path, expected: Path) -> None:
