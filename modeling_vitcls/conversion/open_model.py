@@ -84,9 +84,9 @@ def open_model(source: str, backend: str = "torch", files: Sequence[str] = ()) -
     else:
         records = (RESULTS_FILE, SPLITS_FILE, PARITY_REPORT_FILE)
         folder = get_model_folder(source, (*list_backend_files(backend), *records, *files))
-        prefix = find_prefix(folder)
-        if prefix:
-            folder = convert_once(prefix + append_commit(source, folder))
+        name = append_commit(source, folder)
+        if prefix := find_prefix(folder):
+            folder = convert_once(prefix + name)
     return ModelFolder(Path(folder), source)
 
 
