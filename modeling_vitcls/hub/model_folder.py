@@ -148,7 +148,8 @@ class ModelFolder:
             config = self.config
             height, width = config.image_height_width
             mean, std = [[0.5] * config.num_channels] * 2
-            settings = {} if config.num_channels == 3 else {"image_mean": mean, "image_std": std}
+            is_rgb = config.num_channels == 3
+            settings: Any = {} if is_rgb else {"image_mean": mean, "image_std": std}
             warn_on_first_process(
                 f"{self.source} has no {PROCESSOR_FILE}: images are resized to {height} x {width} "
                 "pixels and normalized with the defaults. If the model was trained with another "
@@ -156,7 +157,7 @@ class ModelFolder:
             )
             return ViTCLSImageProcessor(
                 size={"height": height, "width": width},
-                do_convert_rgb=config.num_channels == 3,
+                do_convert_rgb=is_rgb,
                 **settings,
             )
         return load_checkpoint(ViTCLSImageProcessor.from_pretrained, self.path)
