@@ -31,6 +31,10 @@ from scipy import linalg
 from ..model.heads_vitcls import ClassDistance
 
 
+# Smallest variance of a feature within the classes, as a part of the mean over all features. Features of
+# trained encoders are far above it.
+MIN_RELATIVE_VARIANCE = 1e-6
+
 Token = tuple[int, str]  # negative index of a layer, and "cls" or "mean" (of the patches)
 TokenFeatures = Mapping[Token, np.ndarray]  # [N, D] of each token, after the final norm
 
@@ -264,6 +268,11 @@ def compute_covariances(
     own_covariance = residuals.T @ residuals / num_images
     weighted = residuals * np.sqrt(weights)[:, None]
     covariance = (weighted.T @ weighted + np.diag(target)) / num_images
+    # A feature that hardly varies would decide everything by its rounding errors, and with images of
+    # one color none of them varies.
+    variances = np.diagonal(covariance)
+    floor = MIN_RELATIVE_VARIANCE * (variances.mean() or 1.0)
+    covariance[np.diag_indices(width)] = np.maximum(variances, floor)
     return covariance, own_covariance
 
 

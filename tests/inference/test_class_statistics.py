@@ -107,3 +107,25 @@ def test_the_noise_of_a_mean_does_not_change_the_expected_discriminant() -> None
     )
     _, biases = statistics.compute_discriminants()
     assert biases.mean() == pytest.approx(-width / 2, abs=0.2)
+
+
+def test_classes_of_identical_images_are_told_apart() -> None:
+    """As in a toy dataset of solid colors: nothing varies within a class."""
+    features = {(-1, "cls"): np.repeat(np.eye(3, 5), 4, axis=0)}
+    statistics = ClassStatistics.fit(features, np.repeat(range(3), 4), 3)
+    weight, bias = statistics.build_classifier()
+    assert (np.eye(3, 5) @ weight.T + bias).argmax(axis=1).tolist() == [0, 1, 2]
+    assert np.allclose(statistics.compute_distances(features), 0, atol=1e-3)
+
+
+def test_rounding_errors_of_a_constant_feature_decide_nothing() -> None:
+    generator = np.random.default_rng(0)
+    labels = np.arange(60) % 3
+    values = generator.normal(size=(60, 8)) + 3 * np.eye(3, 8)[labels]
+    values[:, 7] = 1 + 1e-7 * generator.normal(size=60)
+    statistics = ClassStatistics.fit({(-1, "cls"): values}, labels, 3)
+    shifted = values + 1e-5 * np.eye(8)[7]
+    before, after = (
+        statistics.compute_distances({(-1, "cls"): each}) for each in (values, shifted)
+    )
+    assert np.allclose(before, after, rtol=1e-2)
