@@ -26,7 +26,7 @@ from scipy.sparse.csgraph import connected_components
 from ..model.heads_vitcls import IGNORED_LABEL
 from ..runtime.distributed import run_on_main
 from ..runtime.errors import format_name_list
-from .images import NO_CONTENT_KEY, LabeledImages, compute_digest
+from .images import NO_CONTENT_KEY, LabeledImages
 from .in_memory import MEMORY_PREFIX
 from .labels import LabelSpace
 from .options import DataOptions
@@ -205,45 +205,31 @@ def join_groups(first: np.ndarray, second: np.ndarray) -> np.ndarray:
 
 
 def check_contradictions(parts: Sequence[Any], label_space: LabelSpace, dataset: str) -> None:
-    """Raise ValueError if an image has two labels, in any rows, folders and splits.
-
-    The keys of some images are equal although only their start, middle and end are, so that the
-    whole content is compared, too.
-    """
+    """Raise ValueError if an image has two labels, in any rows, folders and splits."""
     parts = [part for part in parts if part is not None]
     if not label_space.columns or not all(map(is_stratified, parts)):
         return
     keys = np.concatenate([part.keys for part in parts])
     labels = np.concatenate([np.asarray(part.labels, np.int64) for part in parts])
     # Missing images and empty files share a key, but they are no copies of each other.
-    rows = find_contradictions(np.where(keys == NO_CONTENT_KEY, np.arange(len(keys)), keys), labels)
-    if not len(rows):
-        return
-
-    places = [(part.images, index) for part in parts for index in range(len(part))]
-    digests = np.array([compute_digest(*places[row]) for row in rows])
-    found = find_contradictions(digests, labels[rows])
+    keys = np.where(keys == NO_CONTENT_KEY, np.arange(len(keys)), keys)
+    groups = pd.Series(labels).groupby(keys)
+    found = np.flatnonzero(groups.transform("min") < groups.transform("max"))
     if not len(found):
         return
 
-    texts: dict[str, list[str]] = {}
-    for place in found.tolist():
-        images, index = places[rows[place]]
+    places = [(part.images, index) for part in parts for index in range(len(part))]
+    texts: dict[int, list[str]] = {}
+    for row in found.tolist():
+        images, index = places[row]
         (name,) = images.select([index]).get_names()
-        label = label_space.names[labels[rows[place]]]
-        texts.setdefault(digests[place], []).append(f"{name} is {label!r}")
+        texts.setdefault(keys[row], []).append(f"{name} is {label_space.names[labels[row]]!r}")
     copies = [" and ".join(each) for each in texts.values()]
     count_text = "1 image has" if len(copies) == 1 else f"{len(copies):,} images have"
     raise ValueError(
         f"{dataset}: {count_text} several labels: {format_name_list(copies, MAX_NAMED_IMAGES)}. "
         "Remove the copies with the wrong label"
     )
-
-
-def find_contradictions(keys: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Find the images that share their key [N] with an image of another label [N]."""
-    groups = pd.Series(labels).groupby(keys)
-    return np.flatnonzero(groups.transform("min") < groups.transform("max"))
 
 
 def choose_training_splits(reads_all: bool, names: Collection[str]) -> list[str]:

@@ -142,7 +142,8 @@ class AdaptableModel(PreTrainedModel):
         model.to(device=self.device, dtype=self.dtype)  # type: ignore[call-arg]
         load_adapted_weights(self, model)
         # last: `eval` compares the weights with those that the statistics were fitted to
-        return model.train(self.training)
+        model.train(self.training)
+        return model
 
     def new_like(self, config: ViTCLSConfig) -> Self:
         """Return a newly initialized model of this class for another configuration."""

@@ -14,6 +14,7 @@ import base64
 import difflib
 import math
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from io import BytesIO
@@ -75,7 +76,8 @@ CROP_ROUNDINGS: dict[str, Callable[[float], int]] = {"down": math.floor, "even":
 REPORTED_BIT_DEPTHS: set[int] = set()  # numbers of bits that a warning has named
 
 GRAY_MODES = frozenset({"1", "L", "LA", "I", "I;16", "I;16L", "I;16B", "I;16N"})
-DOWNLOAD_TIMEOUT = 60.0  # seconds
+DOWNLOAD_TIMEOUT = 60.0  # seconds, for a whole image
+MAX_DOWNLOAD_BYTES = 500_000_000
 
 ImageSource = str | os.PathLike[str] | bytes | bytearray
 SOURCE_TYPES = (str, os.PathLike, bytes, bytearray)
@@ -436,13 +438,24 @@ def read_url(url: str, source_name: str) -> bytes:
     try:
         if url.startswith("data:"):
             return base64.b64decode(url.partition(",")[2], validate=True)
-        response = get_session().get(url, follow_redirects=True, timeout=DOWNLOAD_TIMEOUT)
-        response.raise_for_status()
+        end_time = time.monotonic() + DOWNLOAD_TIMEOUT
+        with get_session().stream(
+            "GET", url, follow_redirects=True, timeout=DOWNLOAD_TIMEOUT
+        ) as response:
+            response.raise_for_status()
+            content = bytearray()
+            # A server may send a byte now and then, so the timeout of a part never ends.
+            for part in response.iter_bytes():
+                content += part
+                if len(content) > MAX_DOWNLOAD_BYTES or time.monotonic() > end_time:
+                    raise ValueError(
+                        f"more than {DOWNLOAD_TIMEOUT} s or {MAX_DOWNLOAD_BYTES / 1e6:.0f} MB"
+                    )
+            return bytes(content)
     except Exception as error:  # the type depends on the version of huggingface_hub
         raise ValueError(
             f"cannot fetch the image at {source_name}: {get_first_line(error)}"
         ) from error
-    return response.content
 
 
 def shorten_text(text: str) -> str:

@@ -210,3 +210,20 @@ def test_data_of_another_process_is_an_error() -> None:
 
 
 # Files of the same contents -----------------------------------------------------------------------
+
+
+def test_a_photo_has_one_key_as_a_file_as_bytes_and_as_an_image(tmp_path: Path) -> None:
+    make_image(0).resize((40, 30)).save(tmp_path / "a.jpg")
+    with Image.open(tmp_path / "a.jpg") as image:
+        pairs = [(image, 0), (tmp_path / "a.jpg", 0), ((tmp_path / "a.jpg").read_bytes(), 0)]
+        splits = load_splits(DataOptions(dataset=add_dataset(pairs)))
+    keys = splits.images_by_split["train"].images.compute_content_keys()
+    assert len(set(keys.tolist())) == 1
+
+
+def test_a_changed_image_is_not_its_file(tmp_path: Path) -> None:
+    make_image(0).resize((40, 30)).save(tmp_path / "a.png")
+    with Image.open(tmp_path / "a.png") as image:
+        image.putpixel((0, 0), 9 if image.mode == "L" else (9, 9, 9))
+        splits = load_splits(DataOptions(dataset=add_dataset([(image, 0)])))
+    assert splits.images_by_split["train"].images[0].tobytes() == image.tobytes()

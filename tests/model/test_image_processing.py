@@ -5,6 +5,9 @@ import functools
 import json
 import os
 import threading
+import time
+from contextlib import suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -587,3 +590,28 @@ def test_an_image_above_the_limit_of_pillow_names_file_and_setting(
         ValueError, match=r"large\.png': .*600 pixels.*PIL\.Image\.MAX_IMAGE_PIXELS"
     ):
         ViTCLSImageProcessor()(tmp_path / "large.png")
+
+
+def test_a_slow_server_is_left_after_a_total_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The timeout of a connection starts again with every byte."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.send_header("Content-Length", "1000")
+            self.end_headers()
+            with suppress(OSError):  # the client has gone
+                for _ in range(1000):
+                    self.wfile.write(b"x")
+                    self.wfile.flush()
+                    time.sleep(0.05)
+
+        def log_message(self, *arguments: object) -> None:
+            pass
+
+    monkeypatch.setattr(image_processing_vitcls, "DOWNLOAD_TIMEOUT", 0.5)
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        with pytest.raises(ValueError, match=r"cannot fetch the image .*more than 0\.5 s"):
+            ViTCLSImageProcessor()(f"http://127.0.0.1:{server.server_port}/a.png")
+        server.shutdown()
