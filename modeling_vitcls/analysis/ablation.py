@@ -150,7 +150,9 @@ def compute_ablations(
         watch: function that returns the same items and shows the progress.
     """
     config = model.config
-    targets = get_ablation_targets(config.token_layout)
+    layout = config.token_layout
+    targets = {key: [index] for index, key in enumerate(get_token_keys(layout))}
+    targets |= {key: each for key, each in get_group_indices(layout).items() if len(each) > 1}
     # A generator of its own, so the same tokens are redrawn at every call.
     generator = torch.Generator().manual_seed(0)
     ablations: Ablations = {}
@@ -159,9 +161,7 @@ def compute_ablations(
 
     # The means and the outputs come from the same passes, so that only the ablation differs between
     # before and after, and not the rounding of other batches. Means: [L + 1, S, D]
-    means, before = collect_mean_states(
-        model, batches, range(config.token_layout.num_prefix_tokens)
-    )
+    means, before = collect_mean_states(model, batches, range(layout.num_prefix_tokens))
     labels = collect_labels(batches, config)
     for key, indices in watch(targets.items(), "ablating tokens"):
         with replace_by_means(model, use, indices, means[:, indices]):
@@ -171,9 +171,7 @@ def compute_ablations(
             for name, rows in before.items()
         }
 
-    for keys, draws in watch(
-        list(plan_redraws(config.token_layout, use)), "ablating random tokens"
-    ):
+    for keys, draws in watch(list(plan_redraws(layout, use)), "ablating random tokens"):
         sizes: dict[str, list[float]] = {}  # output name -> null distribution
         # (redrawn key, output name) -> drops [images] per draw
         drops: dict[tuple[str, str], list[torch.Tensor]] = {}
@@ -237,8 +235,8 @@ def compute_effect(
 
     labels, new_labels = (predict_labels(rows, has_several_labels) for rows in (before, after))
     is_changed = (labels != new_labels).any(dim=1)
-    changed_interval = compute_proportion_interval(int(is_changed.sum()), len(before))
-    changed_low, changed_high = changed_interval or (0.0, 1.0)
+    num_changed = int(is_changed.sum())
+    changed_low, changed_high = compute_proportion_interval(num_changed, len(before)) or (0.0, 1.0)
     return Effect(
         size=size,
         interval=(low**0.5, high**0.5),
@@ -299,14 +297,6 @@ def get_token_keys(layout: TokenLayout) -> list[str]:
     return [
         f"{group}[{index}]" for group, members in groups.items() for index in range(len(members))
     ]
-
-
-def get_ablation_targets(layout: TokenLayout) -> dict[str, list[int]]:
-    """Map the key of each token, and of each group of several tokens, to sequence indices."""
-    targets = {key: [index] for index, key in enumerate(get_token_keys(layout))}
-    return targets | {
-        name: members for name, members in get_group_indices(layout).items() if len(members) > 1
-    }
 
 
 def collect_mean_states(

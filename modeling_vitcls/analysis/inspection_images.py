@@ -29,7 +29,7 @@ class InspectionImages:
 
     images: ArrayImages | DatasetImages
     names: Sequence[str]
-    labels: list[Any] | None  # None if unknown
+    labels: Sequence[Any] | None  # None if unknown
     source: str
 
     def draw(self, num_images: int) -> "InspectionImages":
@@ -67,7 +67,7 @@ def open_images(
     )
     use_labels = label_space != UNLABELED
     data = load_evaluation_data(data_options, options.split, splits, use_labels=use_labels)
-    labels: list[Any] | None = None
+    labels: Sequence[Any] | None = None
     if use_labels:
         labels = translate_labels(data.images, data.label_space, label_space).labels
 

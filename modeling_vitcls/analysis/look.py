@@ -4,6 +4,7 @@ PATHS -> measure_photo (photo.py) -> draw_sheet (sheet.py) -> image files, and J
 """
 
 import mimetypes
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,6 @@ from ..runtime.files import write_atomically, write_json
 from .options import LookOptions
 from .photo import build_json_record, measure_photo
 from .sheet import draw_sheet
-
-
-DEFAULT_OUTPUT = Path("look.png")
 
 
 def draw_photo(options: LookOptions, image: Any) -> Image.Image:
@@ -59,8 +57,8 @@ def draw_photo(options: LookOptions, image: Any) -> Image.Image:
     return sheet
 
 
-def write_sheets(options: LookOptions) -> list[Path]:
-    """Write the sheets of all photos, print the names of the files, and return them.
+def write_sheets(options: LookOptions, output: Path) -> None:
+    """Write the sheets of all photos to a file or a folder, and print the names of the files.
 
     Photos that cannot be read are named in a warning.
 
@@ -69,7 +67,6 @@ def write_sheets(options: LookOptions) -> list[Path]:
     """
     console = Console(emoji=False, soft_wrap=True, highlight=False)
     error_console = Console(emoji=False, stderr=True, soft_wrap=True, highlight=False)
-    output = options.output or DEFAULT_OUTPUT
     sources = build_list_input(options.paths)
     model, processor = load_adjusted_model(options.model, options.image_size, options.resize)
     model_name = get_title(options.model)
@@ -101,7 +98,6 @@ def write_sheets(options: LookOptions) -> list[Path]:
     if options.json is not None:
         write_numbers(options.json, model_name, records)
         console.print(f"saved {options.json}", markup=False)
-    return written
 
 
 def load_adjusted_model(
@@ -138,16 +134,11 @@ def choose_file(output: Path, stem: str, is_single: bool, written: list[Path]) -
     is_folder = not output.suffix
     if is_single and not is_folder:
         return output
-    base = output / stem if is_folder else output.with_name(f"{output.stem}-{stem}")
-    suffix = ".png" if is_folder else output.suffix
-    file = base.with_name(f"{base.name}{suffix}")
-    number = 1
+    file = output / f"{stem}.png" if is_folder else output.with_stem(f"{output.stem}-{stem}")
+    numbered = (file.with_stem(f"{file.stem}-{number}") for number in count(2))
     # Only sheets of this command are protected from each other; those of an earlier one are
     # replaced.
-    while file in written:
-        number += 1
-        file = base.with_name(f"{base.name}-{number}{suffix}")
-    return file
+    return next(each for each in chain([file], numbered) if each not in written)
 
 
 def write_numbers(file: Path, model_name: str, records: list[dict[str, Any]]) -> None:

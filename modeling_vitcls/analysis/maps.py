@@ -1,4 +1,4 @@
-"""Attention to patches as maps, names of attention maps, and maps and photos as pictures.
+"""Attention to patches as maps, and maps and photos as pictures.
 
     rows [..., key] -> extract_patch_maps [..., gh, gw] -> overlay, a picture
                                                               |
@@ -22,14 +22,6 @@ COLORMAP = "inferno"  # perceptually uniform, colorblind-friendly colormap
 IMAGE_BRIGHTNESS = 0.75  # brightness of the photo under the map, as a factor
 # lower limit of the value drawn in the brightest color, as a multiple of the mean of the map
 MIN_SCALE = 3.0
-
-
-def get_head_names(config: ViTCLSConfig) -> list[str]:
-    """Name the attention maps of a layer; differential attention has two per head."""
-    names = [f"head {number}" for number in range(1, config.num_attention_heads + 1)]
-    if config.attention_type == "differential":
-        return [f"{name}, {ordinal} map" for name in names for ordinal in ("first", "second")]
-    return names
 
 
 def extract_patch_maps(rows: torch.Tensor, config: ViTCLSConfig, image_size: Size) -> torch.Tensor:

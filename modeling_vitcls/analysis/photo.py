@@ -25,7 +25,7 @@ from ..inference.token_names import get_token_names_by_group
 from ..model.configuration_vitcls import ExtraHead, ViTCLSConfig
 from .attribution import AttentionTrace, trace_attention
 from .faults import OUTLIER_RATIO
-from .maps import extract_patch_maps, get_head_names, to_upright_rgb
+from .maps import extract_patch_maps, to_upright_rgb
 from .model_utils import evaluation_mode, is_classifier, unwrap_model
 from .token_use import TokenUse
 
@@ -232,12 +232,16 @@ def match_colors(colors: torch.Tensor, last_layer: int) -> torch.Tensor:
 def build_json_record(measurements: PhotoMeasurements) -> dict[str, Any]:
     """Build the numbers of a sheet. Entropies are in nats, and fractions of attention sum to 1."""
     config = measurements.config
+    head_names = [f"head {number}" for number in range(1, config.num_attention_heads + 1)]
+    if config.attention_type == "differential":
+        head_names = [f"{name}, {each} map" for name in head_names for each in ("first", "second")]
+
     tokens = []
     for index, name in enumerate(measurements.token_names):
         layer = measurements.token_layers[index]
         rows = measurements.attention[:, :, index]  # [L, H, N]
         by_head = [summarize_row(config, row) for row in rows[layer - 1]]
-        heads = dict(zip(get_head_names(config), by_head, strict=True))
+        heads = dict(zip(head_names, by_head, strict=True))
         by_layer = [summarize_row(config, row) for row in rows.mean(dim=1)]
         tokens.append({"token": name, "layer": layer, "heads": heads, "mean_by_layer": by_layer})
 

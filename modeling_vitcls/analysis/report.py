@@ -93,8 +93,17 @@ def write_page(
     Raises:
         OSError: if the file cannot be written.
     """
-    text = render_page(
-        "report.html.j2",
+    # Names of classes and files come from other people's data, so they are escaped. A misspelled
+    # name in a template is an error and not an empty place.
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATE_FOLDER),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    text = environment.get_template("report.html.j2").render(
+        style=Markup((TEMPLATE_FOLDER / "page.css").read_text(encoding="utf-8")),
         title=title,
         source=source,
         commit=commit,
@@ -110,21 +119,6 @@ def write_page(
     Path(file).parent.mkdir(parents=True, exist_ok=True)
     with write_atomically(Path(file)) as partial_file:
         partial_file.write_text(text, encoding="utf-8")
-
-
-def render_page(template: str, **values: Any) -> str:
-    """Render a template of this folder as HTML, with the style of the report."""
-    # Names of classes and files come from other people's data, so they are escaped. A misspelled
-    # name in a template is an error and not an empty place.
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATE_FOLDER),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    style = Markup((TEMPLATE_FOLDER / "page.css").read_text(encoding="utf-8"))
-    return environment.get_template(template).render(style=style, **values)
 
 
 def build_inspection_record(

@@ -32,4 +32,4 @@ def run(options: LookCommandOptions) -> None:
     """Draw the sheets, and print the names of the written files."""
     from ..analysis.look import write_sheets
 
-    write_sheets(options)
+    write_sheets(options, options.output)

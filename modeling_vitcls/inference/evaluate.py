@@ -190,23 +190,17 @@ def print_results(
     images_text = f"{results['num_images']:,} images of {results['dataset']}"
     summary = f"{images_text} ({part_text}), each counted once"
     console.print(f"{summary}; {results['images_per_second']:,} images/s", markup=False)
-    console.print(build_table("", ["Metric", "Value"], build_metric_rows(results, config)))
+    tables = {"": [["Metric", "Value"], *build_metric_rows(results, config)]}
     for title, rows in build_class_tables(results, config).items():
-        console.print(build_table(title, list(rows[0]), [list(row.values()) for row in rows]))
-    for title, (header, *matrix) in build_confusion_tables(results, config).items():
-        console.print(build_table(title, header, matrix))
+        tables[title] = [list(rows[0]), *(list(row.values()) for row in rows)]
+    tables |= build_confusion_tables(results, config)
+    for title, (header, *cells) in tables.items():
+        table = Table(title=title or None, title_justify="left")
+        for index, name in enumerate(header):
+            # the columns after the first one contain numbers
+            table.add_column(name, justify="right" if index else "left")
+        for row in cells:
+            table.add_row(*map(escape, row))
+        console.print(table)
     for line in describe_confusions(results, config):
         console.print(line, markup=False)
-
-
-def build_table(title: str, header: list[str], rows: list[list[str]]) -> Table:
-    """Build a table with a left-aligned first column.
-
-    The other columns contain numbers and are right-aligned.
-    """
-    table = Table(title=title or None, title_justify="left")
-    for index, name in enumerate(header):
-        table.add_column(name, justify="right" if index else "left")
-    for row in rows:
-        table.add_row(*map(escape, row))
-    return table

@@ -201,8 +201,7 @@ class ImagePass:
         self.label_space = label_space
         self.batch_size = batch_size
         self.accelerator = accelerator
-        warn = accelerator.on_main_process(warn)
-        self.unreadable_counter = UnreadableImageCounter(warn)
+        self.unreadable_counter = UnreadableImageCounter(accelerator.on_main_process(warn))
 
         # each process takes one batch per round; the last round may have empty batches
         round_size = batch_size * accelerator.num_processes

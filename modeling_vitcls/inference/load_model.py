@@ -62,7 +62,7 @@ def load_for_inference(
     Raises:
         ValueError: As in `load_model`, or if there is no classifier although one is requested, or
             if an exported file is not one of the model (exported_graphs.py).
-        OSError: If the model cannot be read, or has no image processor.
+        OSError: If the model cannot be read.
     """
     config = folder.config
     if use_head and config.architectures and not has_classifier(config):

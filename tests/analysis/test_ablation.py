@@ -173,9 +173,3 @@ def test_an_effect_is_compared_with_that_of_a_random_token(
     changes: dict[str, Any], comparison: str
 ) -> None:
     assert replace(EFFECT, **changes).comparison == comparison
-
-
-# Outputs ------------------------------------------------------------------------------------------
-
-
-# Features -----------------------------------------------------------------------------------------

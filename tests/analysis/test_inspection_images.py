@@ -29,15 +29,13 @@ def build_named_classifier(names: list[str], **fields: Any) -> ViTCLSForImageCla
     return ViTCLSForImageClassification(config)
 
 
-def open_paths(model: Any, *paths: Path) -> InspectionImages:
-    options = InspectOptions(model="model", paths=tuple(map(str, paths)))
+def open_for(model: Any, **fields: Any) -> InspectionImages:
     label_space = get_label_space(model.config) if is_classifier(model) else UNLABELED
-    return open_images(options, label_space)
+    return open_images(InspectOptions(model="model", **fields), label_space)
 
 
-def open_digits(model: Any) -> InspectionImages:
-    options = InspectOptions(model="model", dataset="digits")
-    return open_images(options, get_label_space(model.config))
+def open_paths(model: Any, *paths: Path) -> InspectionImages:
+    return open_for(model, paths=tuple(map(str, paths)))
 
 
 def test_folder_names_are_labels(tmp_path: Path) -> None:
@@ -65,7 +63,8 @@ def test_folder_names_are_labels_of_single_label_classifiers_only(tmp_path: Path
 def test_labels_of_a_dataset_are_the_indices_of_the_model() -> None:
     """The model has the classes in another order."""
     found, other = (
-        open_digits(build_named_classifier(names)) for names in (DIGITS, DIGITS[1:] + DIGITS[:1])
+        open_for(build_named_classifier(names), dataset="digits")
+        for names in (DIGITS, DIGITS[1:] + DIGITS[:1])
     )
     assert found.labels is not None
     assert other.labels is not None

@@ -45,9 +45,10 @@ def test_predictions_maps_and_norms_are_those_of_the_model() -> None:
         outputs = model(PIXELS, output_hidden_states=True)
         rows = extract_patch_maps(model.token_attention(PIXELS)[0], model.config, (32, 40))
     probabilities, indices = outputs.logits[0].softmax(dim=0).topk(3)
-    labels = found.predictions[None]
-    assert [name for name, _ in labels] == [f"LABEL_{index}" for index in indices]
-    assert [value for _, value in labels] == pytest.approx(probabilities.tolist())
+    expected = zip(indices.tolist(), probabilities.tolist(), strict=True)
+    assert found.predictions[None] == [
+        (f"LABEL_{i}", pytest.approx(value)) for i, value in expected
+    ]
     assert get_largest_difference(found.maps, rows) < 1e-5
     for norms, states in zip(found.norms, outputs.hidden_states[1:], strict=True):
         assert get_largest_difference(norms.flatten(), states[0, 3:].norm(dim=-1)) < 1e-5
