@@ -32,7 +32,7 @@ from .labels import LabelSpace
 from .options import DataOptions
 from .sampling import derive_seed, draw_numbers
 from .sources import Splits, load_splits
-from .splits_table import build_splits_table, get_keys
+from .splits_table import build_splits_table, find_trained_images, get_keys
 
 
 # Names of held-out splits, in order of precedence.
@@ -86,6 +86,11 @@ class TrainingData:
     def class_ratio(self) -> float:
         """How many times larger the largest class is than the smallest; 1 for several labels."""
         return compute_class_ratio(self.train)
+
+    def count_seen(self, encoder_rows: pd.DataFrame) -> int:
+        """Count the images that measure the model, but trained its encoder before this run."""
+        measured = self.held_out if len(self.held_out) else self.train
+        return int(find_trained_images(measured, encoder_rows).sum())
 
     def build_splits_table(self, task: str = "") -> pd.DataFrame:
         """Build the rows of splits.parquet about this run, or about an added task."""

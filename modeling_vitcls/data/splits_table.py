@@ -3,7 +3,8 @@
 It is a file of every run, and is published with the model. Each row is an image:
 
     key      a checksum of its content (images.py); there are no names
-    split    train, validation (selects the checkpoint) or test (held out)
+    split    train, validation (selects the checkpoint), test (held out), or encoder (trained the
+             encoder in the steps of an earlier run)
     task     the added task that saw it; "" is the model itself
 
 Whether an image was trained on is read from this table, so that a dataset may be renamed, moved,
@@ -64,6 +65,20 @@ def read_splits(folder: ModelFolder) -> pd.DataFrame:
     remedy = "Remove it to use the model without the list of its training images"
     with explain_damage(file, remedy):
         return pd.read_parquet(file, columns=list(EMPTY_TABLE))
+
+
+def list_encoder_rows(folder: ModelFolder | None) -> pd.DataFrame:
+    """List the images with whose labels an encoder was trained, in its run or an earlier one.
+
+    Its features know these labels, so that any accuracy of the images is too high. A frozen run
+    trains no encoder, and pre-training reads no labels.
+    """
+    if folder is None:
+        return EMPTY_TABLE
+    splits = select_task(read_splits(folder), None)
+    has_steps = folder.results.get("steps") and folder.results.get("label_column")
+    is_seen = splits["split"] != "test" if has_steps else splits["split"] == "encoder"
+    return splits[is_seen].assign(split="encoder")
 
 
 def select_task(splits: pd.DataFrame, task: str | None) -> pd.DataFrame:

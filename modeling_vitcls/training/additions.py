@@ -39,7 +39,13 @@ from ..data.splits import (
     choose_training_splits,
     load_training_data,
 )
-from ..data.splits_table import build_splits_table, read_splits, write_splits
+from ..data.splits_table import (
+    build_splits_table,
+    find_trained_images,
+    list_encoder_rows,
+    read_splits,
+    write_splits,
+)
 from ..hub.connection import silence_transformers
 from ..hub.local_paths import strip_folders
 from ..hub.model_files import (
@@ -71,7 +77,7 @@ from ..model.modeling_vitcls import (
     count_output_tokens,
 )
 from ..runtime.distributed import set_mixed_precision
-from ..runtime.errors import mark_errors_of_all_processes
+from ..runtime.errors import mark_errors_of_all_processes, warn_on_first_process
 from ..runtime.files import write_json
 from ..runtime.staging import check_output_is_empty, create_output_folder
 from ..runtime.system import get_versions
@@ -159,6 +165,12 @@ def add_task_from_options(options: AddTaskOptions) -> dict[str, Any]:
         has_patches = count_output_tokens(model.vitcls, None, {}) is None
         probe = LinearProbe(pooling=None if has_patches else "cls")
         record = fit_task(probe, data, compute, options.max_images)
+        if num_seen := data.count_seen(list_encoder_rows(folder)):
+            record.get("result", {}).pop("accuracy_interval", None)
+            warn_on_first_process(
+                f"{num_seen:,} of the images that measure the task trained the encoder of "
+                f"{options.model}, so the accuracy is higher than for new images"
+            )
         extended = append_probe(model, options.name, probe, data.label_space.names)
         record |= measure_cost(model, extended)
 
@@ -244,6 +256,12 @@ def add_classes_from_options(options: AddClassOptions) -> dict[str, Any]:
         )
     old_names = get_label_space(model.config).names
     label_space, images = select_new_images(load_splits(options), options.dataset, old_names)
+    if num_trained := int(find_trained_images(images, read_splits(folder)).sum()):
+        warn_on_first_process(
+            f"{num_trained:,} of the {len(images):,} images of the new classes trained "
+            f"{options.model} as other classes, and are still in their means. Repeat its run "
+            "without them"
+        )
 
     with create_output_folder(options.output_dir, "output_dir") as staging:
         features = compute(images, label_space)
@@ -451,11 +469,14 @@ def format_result(record: dict[str, Any]) -> str:
     if result is None:
         return "not measured, because a class has one image"
     metric = next(iter(result))
-    low, high = result[f"{metric}_interval"]
+    interval = "no interval"
+    if f"{metric}_interval" in result:
+        low, high = result[f"{metric}_interval"]
+        interval = f"95% interval: {low:.1%} to {high:.1%}"
     num_images = result["num_images"]
     groups = f" in {result['num_groups']:,} groups" if result["num_groups"] < num_images else ""
     return (
-        f"{metric} {result[metric]:.1%} (95% interval: {low:.1%} to {high:.1%}), {num_images:,} "
+        f"{metric} {result[metric]:.1%} ({interval}), {num_images:,} "
         f"{result['images']} images{groups}"
     )
 

@@ -90,7 +90,7 @@ def certify(old: ModelFolder, new: Path, pixels: Sequence[Tensor]) -> dict[str, 
     old_name = strip_folders(old.source)
     old_model = load_old_model(old).to(device)
     new_model = load_old_model(ModelFolder(new, old_name)).to(device)
-    check_labels(old_model, new_model)
+    check_labels_and_threshold(old_model, new_model)
     passes = []
     # In this order: weights that were rounded to bfloat16 cannot be used in float32 any more.
     dtypes = [torch.float32, *([torch.bfloat16] if has_bfloat16(device) else [])]
@@ -202,8 +202,11 @@ def compare_logits(old: Any, new: Any, pixels: Sequence[Tensor], batch_size: int
     return {name: hash_tensors(tensors) for name, tensors in outputs.items()}
 
 
-def check_labels(old: Any, new: Any) -> None:
-    """Raise ValueError if the names of the old labels are not the first of the new ones."""
+def check_labels_and_threshold(old: Any, new: Any) -> None:
+    """Raise ValueError if the old labels are not the first of the new ones, or `unknown` changed."""
+    thresholds = [model.config.distance_threshold for model in (old, new)]
+    if thresholds[0] != thresholds[1]:
+        raise ValueError(f"`distance_threshold` was {thresholds[0]} and is {thresholds[1]}")
     if isinstance(old, ViTCLSModel):  # has no labels
         return
     new_columns = get_label_space(new.config).columns

@@ -30,7 +30,7 @@ from ..data.splits import (
     describe_missing_classes,
     load_undivided_images,
 )
-from ..data.splits_table import find_trained_images, read_splits, select_task
+from ..data.splits_table import list_encoder_rows
 from ..hub.local_paths import strip_folders
 from ..inference.evaluator import Evaluator
 from ..inference.frozen_features import FrozenPass
@@ -144,11 +144,11 @@ class FineTuning:
             list_warnings=lambda data: [
                 *describe_missing_classes(data),
                 *describe_leaks(data, options.group_column),
-                *describe_overlap(initial, data),
                 *describe_imbalance(options.class_balance, data),
             ],
             build_pass=build_pass if is_single_label else None,
             probe=probe,
+            encoder_rows=list_encoder_rows(initial.folder),
         )
 
 
@@ -216,22 +216,4 @@ def describe_imbalance(class_balance: str, data: TrainingData) -> list[str]:
     return [
         f"the largest class has {data.class_ratio:.0f} times as many training images as the "
         f"smallest. {advice}"
-    ]
-
-
-def describe_overlap(initial: InitialModel, data: TrainingData) -> list[str]:
-    """Return a warning if the initial model was trained on held-out images of this run.
-
-    Raise ValueError if its splits.parquet is damaged.
-    """
-    if initial.folder is None:
-        return []
-    splits = select_task(read_splits(initial.folder), None)
-    num_trained = int(find_trained_images(data.held_out, splits).sum())
-    if not num_trained:
-        return []
-    return [
-        f"{initial.name} was trained on {num_trained:,} of the {len(data.held_out):,} held-out "
-        "images of this run, so the result is better than for new images. Set "
-        "`held_out_fraction` as in its run, or choose other images"
     ]

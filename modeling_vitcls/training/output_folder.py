@@ -18,11 +18,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import yaml
 from torch.distributed.fsdp import FSDPModule
 
+from ..data.sources import Splits
 from ..data.splits import TrainingData
-from ..data.splits_table import write_splits
+from ..data.splits_table import get_keys, read_splits, select_task, write_splits
 from ..hub.connection import silence_transformers
 from ..hub.local_paths import is_local, split_prefix
 from ..hub.model_files import (
@@ -44,6 +47,7 @@ from ..hub.model_files import (
     is_match,
     list_export_files,
 )
+from ..hub.model_folder import ModelFolder
 from ..hub.provenance import find_provenance
 from ..inference.evaluator import Predictions
 from ..inference.per_image import write_predictions
@@ -159,6 +163,31 @@ def read_finished_flags(folder: Path) -> FlagsRecord:
     return {"flags": flags | unset, "chosen": chosen, "config": read_json(folder / CONFIG_FILE)}
 
 
+def check_finished(folder: Path, dataset: str, images: Splits) -> None:
+    """Raise ValueError if a finished run has lost its weights, or had other training images.
+
+    Args:
+        folder: output folder.
+        dataset: its name, for the message.
+        images: what a new run would read.
+    """
+    problem = None
+    if hash_weights(folder) != read_json(folder / RESULTS_FILE).get("weights_sha256"):
+        problem = "its weights are missing or have changed"
+    rows = select_task(read_splits(ModelFolder(folder)), None)
+    recorded = rows[rows["split"] != "encoder"]
+    keys = np.concatenate([get_keys(part) for part in images.images_by_split.values()])
+    is_new = ~np.isin(get_keys(images.train), recorded["key"])
+    is_gone = ~np.isin(recorded["key"][recorded["split"] == "train"], keys)
+    if is_new.any() or is_gone.any():
+        problem = f"{is_new.sum():,} images of {dataset} are new, and {is_gone.sum():,} are gone"
+    if problem is not None:
+        raise ValueError(
+            f"`resume=True`: the run in {folder} is finished, but {problem}. Choose a different "
+            "`output_dir`, or set `overwrite=True` without `resume`"
+        )
+
+
 def check_sources_not_removed(folder: Path, sources: Mapping[str, str | None]) -> None:
     """Raise ValueError if `overwrite=True` would remove the initial model or the teacher.
 
@@ -271,7 +300,7 @@ def save_output(
                     initial=initial,
                     teacher=teacher,
                 )
-                write_splits(data.build_splits_table(), folder)
+                write_splits(pd.concat([data.build_splits_table(), setup.encoder_rows]), folder)
                 if predictions is not None:
                     weights_hash = read_json(folder / RESULTS_FILE)["weights_sha256"]
                     file = folder / PREDICTIONS_FILE

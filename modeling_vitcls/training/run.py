@@ -27,7 +27,7 @@ from ..data.augmentation import build_augmentation
 from ..data.batches import Batch, TrainingImages, iterate_training_batches
 from ..data.image_folder import check_output_is_not_read
 from ..data.images import LabeledImages, UnreadableImageCounter
-from ..data.splits import TrainingData, divide_images
+from ..data.splits import TrainingData, divide_images, load_on_main, load_undivided_images
 from ..data.workers import explain_worker_errors
 from ..hub.local_paths import resolve_name
 from ..hub.model_files import METRICS_FILE
@@ -53,7 +53,13 @@ from .loop import Evaluate, TrainingLoop, TrainingState, build_batch_plan, descr
 from .model import check_model_flags
 from .optimizer import average_with_start, build_parameter_groups
 from .options import PretrainOptions, TrainOptions
-from .output_folder import CHECKPOINTS_FOLDER, find_run, prepare_folder, save_output
+from .output_folder import (
+    CHECKPOINTS_FOLDER,
+    check_finished,
+    find_run,
+    prepare_folder,
+    save_output,
+)
 from .plan import RunPlan, plan_run
 from .pretrain import PreTraining
 from .probe import (
@@ -114,6 +120,14 @@ def train(asked: TrainOptions) -> Path:
         # A job script repeats its command with --resume, also after a run that was killed between
         # its last file and its cleanup. Clean up what that run could not, and do nothing else.
         if is_finished:
+            # The same command is a different run if the photos have changed.
+            load_images = partial(
+                load_undivided_images,
+                asked,
+                reads_all=True,
+                use_labels=not isinstance(asked, PretrainOptions),
+            )
+            check_finished(folder, asked.dataset, load_on_main(asked.dataset, load_images))
             shutil.rmtree(folder / STAGING_FOLDER, ignore_errors=True)
             if asked.keep_checkpoints is None:
                 store.clear()
@@ -141,6 +155,9 @@ def train(asked: TrainOptions) -> Path:
         else:
             outcome = run_steps(setup, plan, data, record, checkpoint, store, reporter)
         reporter.print_lines(outcome.lines)
+
+        if data.count_seen(setup.encoder_rows):
+            outcome.metrics.pop("accuracy_interval", None)
 
         # Everything that is known about the saved model; then the folder, whole or not at all.
         results = build_results(inputs, data, outcome, record["flags"]["chosen"])

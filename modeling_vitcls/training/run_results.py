@@ -163,6 +163,13 @@ def print_summary(inputs: RunInputs, plan: RunPlan, data: TrainingData, reporter
     )
     for warning in setup.list_warnings(data):
         reporter.warn(warning)
+    num_seen = data.count_seen(setup.encoder_rows)
+    if num_seen and (len(data.held_out) or plan.kind == "frozen"):
+        reporter.warn(
+            f"{num_seen:,} of the images that measure this run trained the encoder of "
+            f"{inputs.initial.name}, so the result is better than for new images, and has no "
+            "interval. Set `held_out_fraction` as in its run, or hold out other images"
+        )
     reporter.printed_metrics = setup.printed_metrics
 
 
@@ -317,6 +324,9 @@ def format_result(metrics: dict[str, Any], names: tuple[str, ...]) -> str:
 
 def format_accuracy(metrics: dict[str, Any]) -> str:
     """Format an accuracy with its interval; with few images, as a fraction without a percentage."""
+    # The encoder has seen the images: an interval would claim to know the error.
+    if "accuracy_interval" not in metrics:
+        return f"accuracy {metrics['accuracy']:.2%} (no interval)"
     low, high = (100 * value for value in metrics["accuracy_interval"])
     num_images = metrics["num_images"]
     if num_images < MIN_CORRECTED_IMAGES:

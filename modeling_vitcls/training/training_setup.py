@@ -7,10 +7,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import pandas as pd
+
 from ..data.images import LabeledImages
 from ..data.labels import LabelSpace
 from ..data.sources import Splits
 from ..data.splits import TrainingData
+from ..data.splits_table import EMPTY_TABLE
 from ..inference.frozen_features import FrozenPass
 from ..model.image_processing_vitcls import ViTCLSImageProcessor
 from .losses import Objective
@@ -59,6 +62,8 @@ class TrainingSetup:
     probe: Probe | None = None  # sets the classifier from the features of the frozen encoder
     # lists what is wrong with the images
     list_warnings: Callable[[TrainingData], list[str]] = lambda data: []
+    # rows of splits.parquet: images that trained the encoder before this run
+    encoder_rows: pd.DataFrame = field(default_factory=EMPTY_TABLE.copy)
     encoder: Any = None  # part of the model that is saved; None to save the model
     # Measures the model before the steps. The returned function measures it after them, and returns
     # further fields of results.json.

@@ -2,7 +2,6 @@
 
 import shutil
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +14,11 @@ from helpers.tiny_options import build_tiny_options, run_training
 from modeling_vitcls.data.in_memory import add_dataset
 from modeling_vitcls.data.options import DataOptions
 from modeling_vitcls.data.splits import describe_leaks, load_training_data
-from modeling_vitcls.data.splits_table import read_splits, write_splits
+from modeling_vitcls.data.splits_table import read_splits
 from modeling_vitcls.hub.model_folder import ModelFolder
 from modeling_vitcls.inference.evaluate import evaluate_checkpoint
 from modeling_vitcls.inference.options import EvaluateOptions
 from modeling_vitcls.model.modeling_vitcls import ViTCLSModel
-from modeling_vitcls.training.finetune import describe_overlap
-from modeling_vitcls.training.model import resolve_initial_model
 
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
@@ -203,30 +200,6 @@ def test_rare_classes_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture
         ]
         assert steps
         assert all(("macro f1" in line) is is_rare for line in steps)
-
-
-@pytest.mark.parametrize(
-    ("other", "is_named"),
-    [
-        ({}, False),
-        ({"held_out_fraction": 0.1}, False),
-        ({"held_out_fraction": 0.4}, True),
-    ],
-)
-def test_a_model_trained_on_held_out_images_is_named(
-    other: dict[str, Any], is_named: bool, tmp_path: Path
-) -> None:
-    folder = write_photos(tmp_path / "photos", range(30))
-    model = tmp_path / "model"
-    ViTCLSModel(build_tiny_config()).save_pretrained(model)
-    initial = resolve_initial_model(str(model))
-    second = read(folder, **other)
-    assert not describe_overlap(initial, second)  # no splits.parquet
-
-    write_splits(read(folder).build_splits_table(), model)
-    warnings = describe_overlap(resolve_initial_model(str(model)), second)
-    assert len(warnings) == is_named
-    assert not describe_overlap(replace(initial, folder=None), second)
 
 
 def test_damaged_splits_are_named(tmp_path: Path) -> None:

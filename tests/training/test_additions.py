@@ -29,6 +29,11 @@ from modeling_vitcls import (
     evaluate,
     verify_unchanged,
 )
+from modeling_vitcls.data.in_memory import add_dataset
+from modeling_vitcls.data.options import DataOptions
+from modeling_vitcls.data.splits import load_training_data
+from modeling_vitcls.data.splits_table import write_splits
+from modeling_vitcls.hub.model_files import hash_weights
 from modeling_vitcls.inference.class_statistics import ClassStatistics
 from modeling_vitcls.inference.frozen_features import FeatureLayout, Features
 from modeling_vitcls.runtime.files import read_json, write_json
@@ -227,6 +232,15 @@ def test_the_statistics_of_old_classes_are_certified(
     assert "class_distance.means_0" in str(verify_unchanged(digits, changed)["difference"])
 
 
+def test_the_threshold_of_unknown_images_is_certified(
+    digits: Path, with_stripes: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(with_stripes, tmp_path / "changed")
+    config = read_json(with_stripes / "config.json") | {"distance_threshold": 9.0}
+    write_json(tmp_path / "changed" / "config.json", config)
+    assert "distance_threshold" in verify_unchanged(digits, tmp_path / "changed")["difference"]
+
+
 def test_a_class_is_added_to_statistics_in_bfloat16(digits: Path, tmp_path: Path) -> None:
     model = ViTCLSForImageClassification.from_pretrained(digits, dtype=torch.bfloat16)
     model.save_pretrained(tmp_path / "half")
@@ -252,6 +266,26 @@ def test_copies_of_an_image_count_once(digits: Path, tmp_path: Path) -> None:
     expected = add_class(digits, build_new(STRIPES[:6], "stripes"), tmp_path / "single")
     assert record["result"]["num_groups"] == 6
     assert record["result"]["recall_interval"] == expected["result"]["recall_interval"]
+
+
+def test_photos_that_trained_the_model_are_counted(
+    digits: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As photos that were moved to a new class, or have further labels."""
+    folder = tmp_path / "model"
+    shutil.copytree(digits, folder)
+    dataset = build_dataset(TASKS["parity"])
+    data = load_training_data(DataOptions(dataset=add_dataset(dataset), held_out_fraction=0.0))
+    write_splits(data.build_splits_table(), folder)
+    results = {"steps": 3, "label_column": ["label"], "weights_sha256": hash_weights(folder)}
+    write_json(folder / "results.json", results)
+
+    moved = [(image, "new") for image, _ in dataset[:5]]
+    add_class(folder, moved, tmp_path / "class")
+    assert "5 of the 5 images of the new classes trained" in caplog.text
+    record = add_task(folder, dataset, "parity", tmp_path / "task")
+    assert "accuracy_interval" not in record["result"]
+    assert "120 of the images that measure the task trained the encoder" in caplog.text
 
 
 def test_a_new_class_that_is_spelled_like_an_old_one_is_named(

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.photo_folders import write_photos
 from helpers.tiny_models import raises_one_line
 from helpers.tiny_options import build_tiny_options, run_training
 from helpers.warm_processes import READY, SECONDS
@@ -181,6 +182,20 @@ def test_a_resumed_run_that_is_finished_changes_nothing(
         assert capsys.readouterr().out.startswith("finished ")
     with raises_one_line("`max_steps` 1, but the value in this run is 2"):
         run(earlier, resume=True, max_steps=2)
+
+
+def test_a_finished_run_is_not_resumed_with_other_photos(tmp_path: Path) -> None:
+    folder, photos = tmp_path / "run", write_photos(tmp_path / "photos", range(6))
+    run(folder, dataset=photos)
+    write_photos(photos, range(6, 10))
+    with raises_one_line("8 images of", "are new, and 0 are gone", "`overwrite=True`"):
+        run(folder, dataset=photos, resume=True)
+
+
+def test_a_finished_run_without_its_weights_is_named(earlier: Path) -> None:
+    (earlier / "model.safetensors").write_bytes(b"damaged")
+    with raises_one_line("its weights are missing or have changed", "`overwrite=True`"):
+        run(earlier, resume=True)
 
 
 def test_sources_in_the_output_folder_are_not_removed(

@@ -78,3 +78,26 @@ def test_a_few_photos_of_each_class_are_enough_and_have_no_percentage(
     results = read_json(sources / "frozen/results.json")
     assert results["num_training_images"] == 4 * min(num_photos, 3) + (num_photos == 4) * 3
     assert ("right (95%" in capsys.readouterr().out) == (num_photos > 1)
+
+
+def test_images_that_trained_the_encoder_measure_nothing(
+    sources: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It knows their labels, also under new names and after another run. A frozen one does not."""
+
+    def finetune(model: str, output: str, *flags: str) -> bool:
+        """Return whether the result has an interval, and check that a warning says why not."""
+        paths = ["--model", sources / model, "--dataset", sources / "my photos"]
+        paths += ["--output-dir", sources / output, "--num-workers", "0", "--no-report"]
+        reset_accelerate()
+        main(["finetune", *map(str, paths), *flags])
+        has_interval = "accuracy_interval" in read_json(sources / output / "results.json")
+        assert ("trained the encoder" in capsys.readouterr().out) is not has_interval
+        return has_interval
+
+    assert finetune("vit", "frozen")
+    assert finetune("vit", "steps", "--epochs", "1", "--batch-size", "8")
+    (sources / "my photos" / "ants").rename(sources / "my photos" / "insects")
+    assert finetune("frozen", "frozen-again")
+    assert not finetune("steps", "second")
+    assert not finetune("second", "third")
