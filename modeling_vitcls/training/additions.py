@@ -256,6 +256,7 @@ def add_classes_from_options(options: AddClassOptions) -> dict[str, Any]:
         )
     old_names = get_label_space(model.config).names
     label_space, images = select_new_images(load_splits(options), options.dataset, old_names)
+    splits = build_splits_table({"train": images})
     if num_trained := int(find_trained_images(images, read_splits(folder)).sum()):
         warn_on_first_process(
             f"{num_trained:,} of the {len(images):,} images of the new classes trained "
@@ -269,7 +270,6 @@ def add_classes_from_options(options: AddClassOptions) -> dict[str, Any]:
         record["dataset"] = strip_folders(options.dataset)
         record |= measure_cost(model, extended)
         records = {next(reversed(extended.config.extra_heads)): record}
-        splits = build_splits_table({"train": images})
         certificate = write_model(folder, extended, staging, records, images, splits)
     print_addition(
         f"means of the classes, {record['reads']}", record, certificate, options.output_dir
