@@ -34,6 +34,7 @@ PROGRAMS = Path(__file__).parent / "compared"
 PACKAGES = {
     "vitcls.sh": ("modeling_vitcls",),
     "scikit_learn.py": ("scikit-learn", "transformers"),
+    "scikit_learn_lda.py": ("scikit-learn", "transformers"),
     "transformers_trainer.py": ("transformers",),
     "timm_loop.py": ("timm",),
     "fastai_learner.py": ("fastai",),
