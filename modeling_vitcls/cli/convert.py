@@ -1,9 +1,11 @@
 """`vitcls convert`: convert a timm or transformers ViT, or convert a model back.
 
-    vitcls convert --source timm:vit_base_patch14_reg4_dinov2.lvd142m --output converted
-    vitcls convert --source transformers:facebook/dinov2-base@COMMIT --output converted
-    vitcls convert --source dinov2_vits14_reg4_pretrain.pth --output converted
-    vitcls convert --to transformers --model runs/mine --output native
+    vitcls convert timm:vit_base_patch14_reg4_dinov2.lvd142m converted
+    vitcls convert transformers:facebook/dinov2-base@COMMIT converted
+    vitcls convert dinov2_vits14_reg4_pretrain.pth converted
+    vitcls convert runs/mine native --to transformers
+
+The first argument is `--model`, the second `--output`.
 
 The conversions are implemented in modeling_vitcls/conversion/convert.py.
 """
@@ -29,27 +31,26 @@ class ConvertOptions(Options):
     output: Path
     """Output folder, which must be empty or must not exist."""
     source: str | None = None
-    """timm:NAME, timm:NAME@FILE (weights from a file), transformers:PATH_OR_ID or a state-dict
-    file. An id may end with @REVISION (commit, branch or tag)."""
+    """Another name of --model."""
     to: Literal["vitcls", "transformers"] = "vitcls"
-    """Convert --source to a vitcls model, or --model to a transformers model, which requires no
-    remote code."""
+    """Convert to a vitcls model, or a vitcls model to one of transformers, which requires no remote
+    code."""
     model: str | None = None
-    """With --to transformers: folder or Hub id of a vitcls model."""
+    """timm:NAME, timm:NAME@FILE (weights from a file), transformers:PATH_OR_ID or a state-dict
+    file. An id may end with @REVISION (commit, branch or tag). With --to transformers: folder or
+    Hub id of a vitcls model."""
     family: str | None = None
     """Model family of a state-dict file, such as dino, ibot, mae or dinov2. Default: detected from
     the parameter names."""
 
     def check(self) -> None:
         super().check()
-        source = self.source
-        is_back = self.to == "transformers"
-        if (self.model is None) == is_back or (source is None) != is_back:
-            required, other = ("--model", "--source") if is_back else ("--source", "--model")
-            raise ValueError(f"--to {self.to} requires {required} and does not support {other}")
+        if (self.model is None) == (self.source is None):
+            raise ValueError("one of `model` and `source` is required: what to convert")
 
 
 OPTIONS_CLASS = ConvertOptions
+ARGUMENTS = ("model", "output")
 
 
 def run(options: ConvertOptions) -> None:
@@ -58,10 +59,11 @@ def run(options: ConvertOptions) -> None:
     from ..hub.model_folder import ModelFolder
     from ..publishing.card import write_card
 
+    model = str(options.model or options.source)
     if options.to == "transformers":
-        report = write_native_model(str(options.model), options.output)
+        report = write_native_model(model, options.output)
     else:
-        report = convert_checkpoint(str(options.source), options.output, options.family)
+        report = convert_checkpoint(model, options.output, options.family)
     # The card is rendered from the files of the folder, so it comes last.
     write_card(ModelFolder(options.output))
     print_report(report, options.output)

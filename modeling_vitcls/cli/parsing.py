@@ -15,7 +15,7 @@ import re
 import shutil
 import sys
 import textwrap
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from functools import cache
 from pathlib import Path
@@ -85,6 +85,7 @@ def parse_command_line(modules: dict[str, ModuleType], arguments: list[str]) -> 
         if common_flags and {"--help", "-h"} & set(flags):
             print(format_short_help(name, options_class, common_flags))
             raise SystemExit(0)
+        flags = name_arguments(flags, getattr(modules[name], "ARGUMENTS", ()))
         # tyro knows only --help, which lists all flags
         flags = ["--help" if flag == "--help-all" else flag for flag in flags]
         with exit_on_error(options_class, status=2):
@@ -161,6 +162,14 @@ def add_arguments(options_class: type[Options]) -> type[Options]:
     return dataclasses.make_dataclass(
         options_class.__name__, arguments, bases=(options_class,), frozen=True, kw_only=True
     )
+
+
+def name_arguments(flags: list[str], names: Sequence[str]) -> list[str]:
+    """Put names before the arguments at the start that have none: `convert MODEL OUTPUT`."""
+    for index, name in enumerate(names):
+        if flags[2 * index :] and not flags[2 * index].startswith("-"):
+            flags = [*flags[: 2 * index], f"--{name}", *flags[2 * index :]]
+    return flags
 
 
 def insert_recipe(flags: list[str], options_class: type[Options]) -> list[str]:

@@ -23,9 +23,7 @@ from .model_files import (
 )
 
 
-NOT_VITCLS = (
-    "{0} is not a vitcls model. Convert it first: vitcls convert --source {0} --output FOLDER"
-)
+NOT_VITCLS = "{0} is not a vitcls model. Convert it first: vitcls convert {0} FOLDER"
 
 
 def check_is_vitcls(source: str, folder: Path) -> None:

@@ -149,7 +149,7 @@ def test_paths_may_follow_a_choice(tmp_path: Path, run_with_error: Callable[...,
         "evaluate --model m --dataset /no/such/nosuch",
         "finetune --model vitcls-tiny --dataset d --output-dir o --teacher "
         "timm:resnet18@/no/nosuch.pt",
-        "convert --source transformers:./nosuch --output o",
+        "convert transformers:./nosuch o",
     ],
 )
 def test_a_path_that_does_not_exist_is_named_before_libraries_are_imported(
