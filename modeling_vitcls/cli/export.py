@@ -40,8 +40,8 @@ def print_export(report: dict[str, Any], output: Path) -> None:
     # The ranges of int8 were measured on photos, so random images say little about it.
     if report["dtype"] != "int8":
         print(
-            f"Largest differences between {report['format']} in {report['dtype']} and "
-            f"{report['model']} in float32:"
+            f"Largest differences between {report['format']} in {report['dtype']} and the model in "
+            "float32:"
         )
         for comparison in report["tried"]:
             batch_size, _, height, width = comparison["shape"]
