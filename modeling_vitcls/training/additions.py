@@ -70,6 +70,7 @@ from ..inference.linear_probe import (
 )
 from ..inference.metric_tables import format_small_percent
 from ..model.configuration_vitcls import RESERVED_OUTPUT_NAMES, ViTCLSConfig
+from ..model.image_processing_vitcls import ViTCLSImageProcessor
 from ..model.modeling_vitcls import (
     ViTCLSForImageClassification,
     ViTCLSImageClassifierOutput,
@@ -94,8 +95,8 @@ ComputeFeatures = Callable[[LabeledImages, LabelSpace], Features]
 
 def open_old_model(
     options: AdditionOptions, has_logits: bool = False
-) -> tuple[ModelFolder, Any, ComputeFeatures]:
-    """Load the old model, and build the function that passes labeled images through it once.
+) -> tuple[ModelFolder, Any, ViTCLSImageProcessor, ComputeFeatures]:
+    """Load the old model and its image processor, and build the pass over labeled images.
 
     Images without a label have no features. With `has_logits`, the logits are the last columns.
     """
@@ -116,11 +117,12 @@ def open_old_model(
     accelerator, console, warn = set_up_evaluation(options.mixed_precision)
     set_mixed_precision(accelerator, options.mixed_precision, model.config)
     model.to(accelerator.device)
+    processor = folder.load_processor()
     build_pass = partial(
         FrozenPass,
         layout=FeatureLayout.for_extra_heads(model.config, NUM_LAST_LAYERS),
         has_logits=has_logits,
-        processor=folder.load_processor(),
+        processor=processor,
         batch_size=options.batch_size,
         accelerator=accelerator,
         num_workers=options.num_workers,
@@ -132,7 +134,7 @@ def open_old_model(
         features = build_pass(images, label_space=label_space)(model, console)
         return features.take(features.labels >= 0)
 
-    return folder, model, compute
+    return folder, model, processor, compute
 
 
 def check_has_one_label(label_space: LabelSpace, dataset: str) -> None:
@@ -154,7 +156,7 @@ def add_task_from_options(options: AddTaskOptions) -> dict[str, Any]:
         ValueError, OSError: if the model or the data cannot be read, the name is taken, or another
             output would change. Nothing is written then.
     """
-    folder, model, compute = open_old_model(options)
+    folder, model, processor, compute = open_old_model(options)
     check_name(options.name, model.config)
     data = load_training_data(replace(options, held_out_fraction=options.held_out_fraction or 0.0))
     check_has_one_label(data.label_space, options.dataset)
@@ -176,7 +178,7 @@ def add_task_from_options(options: AddTaskOptions) -> dict[str, Any]:
 
         records = {options.name: record}
         splits = data.build_splits_table(options.name)
-        certificate = write_model(folder, extended, staging, records, data.train, splits)
+        certificate = write_model(folder, extended, processor, staging, records, data.train, splits)
     print_addition(describe_probe(record), record, certificate, options.output_dir)
     return record
 
@@ -246,7 +248,7 @@ def add_classes_from_options(options: AddClassOptions) -> dict[str, Any]:
         ValueError, OSError: if the model or the data cannot be read, if the model has one of the
             classes, or no class statistics. Nothing is written then.
     """
-    folder, model, compute = open_old_model(options, has_logits=True)
+    folder, model, processor, compute = open_old_model(options, has_logits=True)
     statistics = ClassStatistics.from_model(model)
     if statistics is None:
         raise ValueError(
@@ -270,7 +272,7 @@ def add_classes_from_options(options: AddClassOptions) -> dict[str, Any]:
         record["dataset"] = strip_folders(options.dataset)
         record |= measure_cost(model, extended)
         records = {next(reversed(extended.config.extra_heads)): record}
-        certificate = write_model(folder, extended, staging, records, images, splits)
+        certificate = write_model(folder, extended, processor, staging, records, images, splits)
     print_addition(
         f"means of the classes, {record['reads']}", record, certificate, options.output_dir
     )
@@ -511,6 +513,7 @@ def print_addition(
 def write_model(
     folder: ModelFolder,
     model: Any,
+    processor: ViTCLSImageProcessor,
     staging: Path,
     records: dict[str, Any],
     images: Any,
@@ -521,6 +524,7 @@ def write_model(
     Args:
         folder: the old model.
         model: the extended one.
+        processor: the image processor of both.
         staging: folder for its files.
         records: of the addition, for results.json.
         images: images to compare the outputs with.
@@ -532,7 +536,6 @@ def write_model(
     Raises:
         ValueError: at the first difference.
     """
-    processor = folder.load_processor()
     with silence_transformers():
         model.save_pretrained(staging)
         processor.save_pretrained(staging)
