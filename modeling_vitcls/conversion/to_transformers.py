@@ -279,7 +279,7 @@ IGNORED_FIELDS = frozenset(
         "use_mask_token token_init initializer_range hidden_dropout_prob "
         "attention_probs_dropout_prob drop_path_rate mim_loss norm_pixel_target "
         "_out_features _out_indices apply_layernorm reshape_hidden_states qkv_bias "
-        "class_statistics distance_threshold fitted_weights"
+        "class_statistics distance_threshold fitted_encoder"
     ).split()
 )
 

@@ -112,7 +112,7 @@ COUNT_FIELDS: dict[str, str] = {
 }
 
 # What is fitted to the logits and the features of a finished model, and to its labels.
-FITTED_FIELDS = ("temperature", "class_statistics", "distance_threshold", "fitted_weights")
+FITTED_FIELDS = ("temperature", "class_statistics", "distance_threshold", "fitted_encoder")
 
 # Value of `position_embedding_tokens` -> groups of special tokens that have position embeddings.
 GROUPS_WITH_POSITIONS: dict[str, tuple[str, ...]] = {
@@ -277,7 +277,7 @@ class ExtraHead:
             layers.
         pooled_layers: layers whose tokens are pooled, as in `ViTCLSConfig`.
         problem_type: "single_label_classification" or "multi_label_classification".
-        temperature: number by which the logits are divided in evaluation mode.
+        temperature: number by which the logits of the finished head are divided.
         threshold: for several labels per image, the probability from which a label is predicted.
         adds_classes: whether the logits are appended to `logits`: the head then adds classes to the
             classifier, and its labels are the last ones of `id2label`.
@@ -428,18 +428,18 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
             et al. 2016, arXiv 1603.09382).
 
     Confidence (measured on held-out images after fine-tuning):
-        temperature (`float`, defaults to 1): The classifier's logits are divided by this number in
-            evaluation mode, so that their softmax is calibrated (Guo et al. 2017, arXiv
-            1706.04599). Predicted labels do not change.
+        temperature (`float`, defaults to 1): The classifier's logits are divided by this number, so
+            that their softmax is calibrated (Guo et al. 2017, arXiv 1706.04599). Predicted labels do
+            not change.
         class_statistics (`dict`, *optional*): `{"tokens": [[layer, kind], ...], "num_classes": K}`
             of the class means and covariances that are stored with the weights. A layer is a
             negative index, and a kind is "cls" or "mean" (of the patches). They give
             `outputs.distance`.
         distance_threshold (`float`, *optional*): Distance to the nearest class above which an image
             is unlikely to show any of the labels (arXiv 1807.03888).
-        fitted_weights (`dict`, *optional*): Sums of the weights, `{"encoder": ..., "classifier":
-            ...}`, to which the three fields above were fitted. A model with other weights removes
-            them in `model.eval()`, with a warning.
+        fitted_encoder (`float`, *optional*): Sum of the weights of the layers that the class
+            statistics were fitted to. With other weights, `model.eval()` removes the statistics, with
+            a warning.
 
     Masked image modeling:
         mim_loss (`"l1"` or `"l2"`, defaults to `"l1"`): Masked-pixel loss: L1 (SimMIM, arXiv
@@ -607,7 +607,7 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
     temperature: float | int = positive(default=1.0)
     class_statistics: dict[str, Any] | None = None
     distance_threshold: float | None = finite(default=None)
-    fitted_weights: dict[str, float] | None = None
+    fitted_encoder: float | None = finite(default=None)
     mim_loss: Literal["l1", "l2"] = "l1"
     norm_pixel_target: bool = False
     _out_features: list[str] | None = None
@@ -976,7 +976,7 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
             "temperature": head.temperature,
             "class_statistics": None,
             "distance_threshold": None,
-            "fitted_weights": None,
+            "fitted_encoder": None,
         }
         config = copy.deepcopy(self)
         for field, value in changes.items():

@@ -59,7 +59,7 @@ from .heads_vitcls import (
     compute_classification_loss,
     compute_cross_entropy,
     compute_masked_pixel_loss,
-    find_changed_weights,
+    sum_encoder_weights,
 )
 from .positions_vitcls import MixedRotaryEmbeddings, build_rotary_embeddings
 from .token_attention_vitcls import SPECIAL_TOKEN_GROUPS, LayerIndices, compute_token_attention
@@ -535,37 +535,28 @@ class ViTCLSForImageClassification(ViTCLSPreTrainedModel):
         self.config.distance_threshold = None
 
     def train(self, mode: bool = True) -> Self:
-        """Set the training mode, as in PyTorch; before evaluation, check what was fitted.
+        """Set the training mode, as in PyTorch; before evaluation, check the class statistics.
 
-        The temperature, class statistics and threshold belong to the weights that they were fitted
-        to. After training with any loop, they are removed, with a warning.
+        They belong to the encoder that they were fitted to. After it was trained with any loop, they
+        are removed, with a warning.
         """
         was_training = self.training
         super().train(mode)
-        if was_training and not mode and self.config.fitted_weights is not None:
-            self.remove_outdated_fits(self.config.fitted_weights)
-        return self
-
-    def remove_outdated_fits(self, fitted_weights: Mapping[str, float]) -> None:
-        """Remove what was fitted to other weights than the present ones."""
-        changed = find_changed_weights(dict(self.named_parameters()), fitted_weights)
-        if not changed:
-            return
-        removed = ["temperature"]
-        self.config.temperature = 1.0
-        self.config.fitted_weights = None
-        if "encoder" in changed and self.class_distance is not None:
-            removed.append("class statistics (`distance`, `unknown`)")
+        fitted_sum = self.config.fitted_encoder
+        if not was_training or mode or fitted_sum is None:
+            return self
+        total, tolerance = sum_encoder_weights(dict(self.named_parameters()))
+        if abs(total - fitted_sum) > tolerance:  # false for NaN
+            self.config.fitted_encoder = None
             self.remove_class_statistics()
-        logger.warning(
-            f"{' and '.join(removed)}: removed, because they were fitted before the weights were "
-            "trained further. `vitcls finetune --model FOLDER` fits them to the new weights"
-        )
-        if "encoder" in changed and self.config.extra_heads:
-            logger.warning(
-                f"{', '.join(self.config.extra_heads)}: added before the encoder was trained "
-                "further; add them again"
+            added = "".join(
+                f", and `{name}` was added before" for name in self.config.extra_heads or ()
             )
+            logger.warning(
+                "class statistics (`distance`, `unknown`): removed, because the encoder was trained "
+                f"further{added}. `vitcls finetune --model FOLDER` fits a classifier to it"
+            )
+        return self
 
     def select_task(self, name: str) -> "ViTCLSForImageClassification":
         """Build a classifier of an added task alone, with the same bits.
@@ -643,16 +634,17 @@ class ViTCLSForImageClassification(ViTCLSPreTrainedModel):
             # a larger product would change the bits of the others
             own_logits = [] if isinstance(self.classifier, nn.Identity) else [logits]
             logits = torch.cat([*own_logits, *added_logits], dim=-1)
-        # The temperature was fitted to the logits of the finished model. In a training loss, it
-        # would only rescale the gradients.
-        if self.config.temperature != 1 and not self.training:
-            logits = logits / self.config.temperature
+        # Also in training: any loop then continues from calibrated probabilities. Without it, the
+        # logits of a frozen model would be many times too large, and the first steps destroy it.
+        temperature = self.config.temperature
+        if temperature != 1:
+            logits = logits / temperature
 
         loss = None
         if labels is not None:
             all_logits = [logits]
             if self.training and distillation_logits is not None:
-                all_logits = [cls_logits, distillation_logits]
+                all_logits = [cls_logits / temperature, distillation_logits / temperature]
             num_items = kwargs.get("num_items_in_batch")
             losses = [
                 compute_classification_loss(head_logits, labels, self.config, num_items)

@@ -111,7 +111,7 @@ def build_model(
     # after it (calibration.py, run.py).
     model.config.temperature = 1.0
     model.config.class_statistics = model.config.distance_threshold = None
-    model.config.fitted_weights = model.class_distance = None
+    model.config.fitted_encoder = model.class_distance = None
 
     set_resize(processor, resize or get_resize(processor), model.config.image_height_width)
     processor.bit_depth = bit_depth or processor.bit_depth
