@@ -82,8 +82,8 @@ def load_held_out_digits(folder: str) -> tuple[list[Image.Image], list[str]]:
 
 
 def compute_key(content: bytes) -> int:
-    """Return the key of a small image in splits.parquet, a checksum of its size and content."""
-    digest = hashlib.blake2b(len(content).to_bytes(8, "little") + content, digest_size=8)
+    """Compute the key of an image in splits.parquet, a checksum of its content."""
+    digest = hashlib.blake2b(content, digest_size=8)
     return int.from_bytes(digest.digest(), "little") >> 1
 
 
