@@ -81,6 +81,7 @@ PROGRAMS = (
     "scripts/benchmark.py",
     "scripts/compare_features.py",
     "scripts/compare_tools.py",
+    "scripts/host_time.py",
     "scripts/push_space.py",
     "scripts/space/transformers_js.py",
     "scripts/study.py",
