@@ -37,7 +37,6 @@ from .attention_masks_vitcls import (
     resample_bias_tables,
 )
 from .configuration_vitcls import ADAPTABLE_FIELDS, COUNT_FIELDS, ViTCLSConfig, update_gated_tokens
-from .cpu_kernels_vitcls import install_cpu_kernels
 from .positions_vitcls import resample_positions, resize_patch_kernel
 
 
@@ -470,7 +469,6 @@ def load_checkpoint(load: Callable[..., Any], source: Any, *args: Any, **kwargs:
     model._weight_conversions = []
     if isinstance(model, PreTrainedModel):
         align_weights(model)
-        install_cpu_kernels(model)
     return model_or_tuple
 
 

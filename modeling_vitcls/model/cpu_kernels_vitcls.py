@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Faster versions of modules. The outputs agree with plain PyTorch up to rounding errors.
+"""Faster CPU versions of modules. The outputs agree with plain PyTorch up to rounding errors.
 
     install_cpu_kernels(model)      called by every model's constructor; replaces classes of modules
     uninstall_cpu_kernels(model)    restores the plain classes
@@ -8,43 +8,31 @@
 
     nn.Linear           -> CPULinear            oneDNN: float32 with AVX-512 but not AMX, bfloat16
                                                 in inference
-    ViTCLSMLP           -> CPUMLP               GELU fused with a linear layer; recomputed in
-                                                backward
+    ViTCLSMLP           -> CPUMLP               GELU fused with a linear layer or in place;
+                                                recomputed in backward
     nn.Conv2d (patches) -> CPUPatchProjection   float32 on CPUs without half-precision instructions
     attention classes   -> CPUAttention, ...    bfloat16: a few heads at a time, and one cast of
                                                 the input
-    ViTCLSLayer         -> LeanLayer            any device: one product for queries, keys and
-                                                values, and few calls of modules, where no kernel
-                                                above is used
 
 On CPUs without bfloat16 or float16 instructions, half-precision products, also in attention,
-are computed in float32 and then rounded. Parameters, state dicts, `isinstance` checks, copying and
-pickling work as in plain modules. Plain PyTorch is used in compiled, exported and traced programs,
-under torch.func, for modules with hooks, for quantized, sharded or parametrized weights, and if a
-private PyTorch API is missing. Under autocast, oneDNN is used only for weights in bfloat16.
-docs/speed.md lists the speedups.
+are computed in float32 and then rounded. The subclasses add no state. Parameters, state
+dicts, `isinstance` checks, copying and pickling work as in plain modules. Plain PyTorch is used on
+other devices, in exported and traced programs, under torch.func, for modules with hooks, for
+quantized, sharded or parametrized weights, and if a private PyTorch API is missing. Under autocast,
+oneDNN is used only for weights in bfloat16. docs/speed.md lists the speedups.
 """
 
 import os
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import chain, repeat
-from operator import contains, is_, itemgetter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import Identity
-from torch.nn.functional import linear
-from torch.utils.hooks import RemovableHandle
 from transformers.activations import GELUActivation
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs
-from transformers.utils.output_capturing import capture_outputs
 
-from .blocks_vitcls import ViTCLSAttention, ViTCLSLayer, ViTCLSMLP
-from .positions_vitcls import PositionEmbeddings, rotate_patches
+from .blocks_vitcls import ViTCLSAttention, ViTCLSMLP
 from .variants_vitcls import ViTCLSDifferentialAttention
 
 
@@ -65,9 +53,6 @@ try:
     HAS_AMX = torch.cpu._is_amx_tile_supported()
     HAS_AVX512_BFLOAT16 = torch.cpu._is_avx512_bf16_supported()
 
-    has_global_hooks = torch.nn.modules.module._has_any_global_hook
-    is_tracing = torch._C._is_tracing
-
     def is_functorch_active() -> bool:
         """Check whether torch.func or forward-mode AD is active; oneDNN supports neither."""
         return peek_functorch_stack() is not None or forward_ad._current_level >= 0
@@ -77,7 +62,7 @@ try:
         # before torch 2.14, torch.compiler.is_exporting() is also true during compilation
         return torch.compiler._is_exporting_flag or torch.jit.is_tracing()
 
-    is_functorch_active(), is_exporting(), has_global_hooks(), is_tracing()
+    is_functorch_active(), is_exporting()
     HAS_PRIVATE_NAMES = True
 except (ImportError, AttributeError):
     HAS_PRIVATE_NAMES = False
@@ -94,8 +79,6 @@ def install_cpu_kernels(model: nn.Module) -> None:
             if settings != (module.kernel_size, (0, 0), (1, 1), 1):
                 continue  # not a patch projection
         module.__class__ = KERNEL_CLASSES.get(type(module), type(module))
-        if isinstance(module, CPUAttention):
-            module.join_projections()
 
 
 def can_use_cpu_kernels() -> bool:
@@ -112,10 +95,6 @@ def uninstall_cpu_kernels(model: nn.Module) -> None:
 
 class CPUKernel(nn.Module):
     """Base class of all CPU kernels."""
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Leave out what a copy finds again."""
-        return {k: v for k, v in vars(self).items() if k not in ("joined", "usual_state")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a copied or pickled module, as a plain module where kernels cannot be used."""
@@ -162,7 +141,7 @@ class CPUPatchProjection(CPUKernel, nn.Conv2d):
 
 
 class CPUMLP(CPUKernel, ViTCLSMLP):
-    """ViTCLSMLP with GELU fused with a linear layer."""
+    """ViTCLSMLP with GELU fused with a linear layer, or in place if autograd does not need it."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Apply the MLP, [B, N, D] -> [B, N, D]."""
@@ -175,8 +154,13 @@ class CPUMLP(CPUKernel, ViTCLSMLP):
             return super().forward(hidden_states)
 
         hidden_states = cast_for_autocast(hidden_states)
-        if not torch.is_grad_enabled() and can_use_onednn(self.fc1, hidden_states):
-            return self.fc2(onednn_linear(hidden_states, self.fc1.weight, self.fc1.bias, "gelu"))
+        if not torch.is_grad_enabled():
+            if can_use_onednn(self.fc1, hidden_states):
+                return self.fc2(
+                    onednn_linear(hidden_states, self.fc1.weight, self.fc1.bias, "gelu")
+                )
+            # in place: allocating takes longer
+            return self.fc2(torch.ops.aten.gelu_(self.fc1(hidden_states)))
 
         preactivations = self.fc1(hidden_states)  # [B, N, intermediate]
         if can_use_onednn(self.fc2, preactivations):
@@ -185,14 +169,7 @@ class CPUMLP(CPUKernel, ViTCLSMLP):
 
 
 class CPUAttention(CPUKernel, ViTCLSAttention):
-    """CPU kernel of `ViTCLSAttention`, and base class of the other attention kernels.
-
-    Attributes:
-        joined: the weights of queries, keys and values below one another, their biases, and the
-            locations of the parameters, whose memory this is; None if they are elsewhere.
-    """
-
-    joined: tuple[Tensor, Tensor | None, list[Any], list[int]] | None = None
+    """CPU kernel of `ViTCLSAttention`, and base class of the other attention kernels."""
 
     def project_qkv(
         self, hidden_states: Tensor, num_queries: int | None = None
@@ -206,128 +183,14 @@ class CPUAttention(CPUKernel, ViTCLSAttention):
             return sdpa_attention
         return super().get_attention_function()
 
-    def join_projections(self) -> None:
-        """Move the parameters of queries, keys and values next to one another, if they allow it.
-
-        As for nn.LSTM on a GPU, this happens when a module is built, copied or moved, never in a
-        forward pass. Each parameter still has a storage of its own, and shares it with no other.
-        """
-        self.joined = None
-        parameters = self.list_projection_parameters()
-        weights, biases = parameters[::2], parameters[1::2]
-        groups = [weights] if biases == [None] * 3 else [weights, biases]
-        if len(parameters) == 6 and all(map(can_be_moved, chain.from_iterable(groups))):
-            with torch.inference_mode(False):
-                joined = [*map(join_parameters, groups)]
-            bias = joined[1] if len(joined) == 2 else None
-            self.joined = (joined[0], bias, parameters, locate(parameters))
-
-    def list_projection_parameters(self) -> list[Any]:
-        """List weight and bias of queries, keys and values; None for what they do not have."""
-        query, key, value = GET_PROJECTIONS(self._modules)
-        return [
-            *query._parameters.values(),
-            *key._parameters.values(),
-            *value._parameters.values(),
-        ]
-
-    def is_joined(self) -> bool:
-        """Check that the parameters are where `join_projections` has put them."""
-        if self.joined is None:
-            return False
-        _, _, parameters, locations = self.joined
-        is_same = all(map(is_, self.list_projection_parameters(), parameters))
-        return is_same and locate(parameters) == locations
-
-    def _apply(self, *args: Any, **kwargs: Any) -> Any:
-        was_joined = self.is_joined()
-        super()._apply(*args, **kwargs)
-        if was_joined and not self.is_joined():
-            self.join_projections()
-        return self
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        if isinstance(self, CPUAttention):  # not plain, as the environment asks
-            self.join_projections()
-
 
 class CPUDifferentialAttention(CPUAttention, ViTCLSDifferentialAttention):
     """CPU kernel of `ViTCLSDifferentialAttention`."""
 
 
-class LeanLayer(CPUKernel, ViTCLSLayer):
-    """ViTCLSLayer with one product for queries, keys and values, and without calls of modules.
-
-    A GPU computes a layer faster than Python calls its modules. What is unusual, and what a CPU
-    kernel computes faster, is left to the plain class.
-    """
-
-    # modules, their classes and the number of the next hook when the layer was as usual
-    usual_state: list[Any] | None = None
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        attention_mask: Any = None,
-        position_embeddings: PositionEmbeddings | None = None,
-        num_tokens: int | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> Tensor:
-        """Apply attention, then the MLP, and return all tokens or only the first `num_tokens`."""
-        # Trainer's number of labels is for the loss
-        if kwargs.keys() - {"num_items_in_batch"} or not is_usual_layer(self, hidden_states):
-            return super().forward(
-                hidden_states, attention_mask, position_embeddings, num_tokens, **kwargs
-            )
-        # A lookup in a dict is ten times as fast as an attribute, which nn.Module searches in Python.
-        modules: Any = self._modules
-        attention, scale1, scale2, drop_path = GET_BRANCH_MODULES(modules)
-        parts = attention._modules
-        weight, bias, parameters, _ = attention.joined
-        if torch.is_grad_enabled():  # autograd has to see the parameters
-            weight = torch.cat(parameters[::2])
-            bias = None if bias is None else torch.cat(parameters[1::2])
-        inputs = normalize(modules["layernorm_before"], hidden_states)
-        qkv = linear(inputs, weight, bias).view(*inputs.shape[:-1], 3, -1, attention.head_dim)
-        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # [B, heads, N, head_dim] each
-        if num_tokens is not None:
-            # as in the plain layer: in a product of more rows, they could be rounded differently
-            first = inputs[:, :num_tokens].contiguous()
-            query = linear(first, **parts["q_proj"]._parameters)
-            query = query.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
-            hidden_states = hidden_states[:, :num_tokens]
-            attention_mask = None if attention_mask is None else attention_mask[:, :, :num_tokens]
-        if type(parts["q_norm"]) is not Identity:
-            query, key = parts["q_norm"](query), parts["k_norm"](key)
-        if position_embeddings is not None:
-            query, key = rotate_patches(query, key, position_embeddings)
-
-        branch = nn.functional.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=attention_mask,
-            dropout_p=attention.attention_dropout if self.training else 0.0,
-            scale=attention.scaling,
-        )
-        branch = branch.transpose(1, 2).flatten(2)  # [B, n, heads * head_dim]
-        branch = branch if type(parts["norm"]) is Identity else parts["norm"](branch)
-        branch = linear(branch, **parts["o_proj"]._parameters)
-        branch = branch if type(scale1) is Identity else scale1(branch)
-        branch = branch if type(drop_path) is Identity else drop_path(branch)
-        hidden_states = hidden_states + branch
-
-        branch = compute_mlp(modules["mlp"], normalize(modules["layernorm_after"], hidden_states))
-        branch = branch if type(scale2) is Identity else scale2(branch)
-        branch = branch if type(drop_path) is Identity else drop_path(branch)
-        return hidden_states + branch
-
-
 KERNEL_CLASSES: dict[type[nn.Module], type[nn.Module]] = {
     nn.Linear: CPULinear,
     nn.Conv2d: CPUPatchProjection,
-    ViTCLSLayer: LeanLayer,
     ViTCLSMLP: CPUMLP,
     ViTCLSAttention: CPUAttention,
     ViTCLSDifferentialAttention: CPUDifferentialAttention,
@@ -335,128 +198,7 @@ KERNEL_CLASSES: dict[type[nn.Module], type[nn.Module]] = {
 
 
 # Classes of the modules of an MLP whose GELU can be fused, in the order of the forward pass.
-GET_MLP_MODULES = itemgetter("fc1", "activation_fn", "register_neurons", "norm", "fc2")
-GET_PROJECTIONS = itemgetter("q_proj", "k_proj", "v_proj")
-GET_BRANCH_MODULES = itemgetter("attention", "layer_scale1", "layer_scale2", "drop_path")
 FUSED_CLASSES = [CPULinear, GELUActivation, nn.Identity, nn.Identity, CPULinear]
-
-
-# Lean layers --------------------------------------------------------------------------------------
-def is_usual_layer(layer: LeanLayer, hidden_states: Tensor) -> bool:
-    """Check that a layer has no hooks or replaced parts, and that no CPU kernel computes it.
-
-    This runs in every layer of every pass, hence the loops of `map`.
-    """
-    modules: Any = layer._modules
-    attention = modules["attention"]
-    if (
-        torch.compiler.is_compiling()
-        or is_tracing()
-        or is_functorch_active()
-        or has_global_hooks()
-        or type(attention) is not CPUAttention
-        or attention.recorder is not None
-        or attention.config._attn_implementation != "sdpa"
-        or (layer.training and modules["dropout"].p > 0)
-        or (hidden_states.is_cpu and needs_cpu_kernels(hidden_states))
-    ):
-        return False
-    parts, mlp_parts = attention._modules, modules["mlp"]._modules
-    inner = [*modules.values(), *parts.values(), *mlp_parts.values()]
-    attributes = list(map(vars, inner))
-    # Every new hook has a new number. If none is new, what was found before is still true.
-    state = [*inner, *map(type, inner), RemovableHandle.next_id]
-    if state != layer.usual_state:
-        is_usual = (
-            type(parts["o_proj"]) is CPULinear
-            # a gated MLP has other names, and is called
-            and {type(mlp_parts.get("fc1")), type(mlp_parts.get("fc2"))} <= {CPULinear, type(None)}
-            # transformers leaves hooks that record attention weights, which SDPA does not have
-            and all(
-                getattr(hook, "__module__", None) == capture_outputs.__module__
-                for hooks in chain.from_iterable(map(GET_HOOKS, attributes))
-                for hook in hooks.values()
-            )
-        )
-        layer.usual_state = state if is_usual else None
-    return (
-        layer.usual_state is not None
-        and attention.is_joined()
-        and not any(map(contains, attributes, repeat("forward")))
-    )
-
-
-def needs_cpu_kernels(inputs: Tensor) -> bool:
-    """Check whether CPU kernels compute a layer of these inputs, or oneDNN is switched off."""
-    settings = (inputs.dtype, torch.is_grad_enabled())
-    return (
-        inputs.dtype is not torch.float32
-        # of the usual MLP
-        or inputs.numel() * 4 * inputs.shape[-1] >= MIN_MULTIPLICATIONS.get(settings, float("inf"))
-        or torch.is_autocast_enabled("cpu")
-        or not torch.backends.mkldnn.enabled
-    )
-
-
-GET_HOOKS = itemgetter(
-    "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
-)
-
-
-def normalize(norm: nn.Module, inputs: Tensor) -> Tensor:
-    """Apply a norm; a layer norm without a call of its module."""
-    if type(norm) is nn.LayerNorm:
-        weights: Any = norm._parameters
-        return torch.layer_norm(inputs, norm.normalized_shape, **weights, eps=norm.eps)
-    return norm(inputs)
-
-
-def compute_mlp(mlp: nn.Module, inputs: Tensor) -> Tensor:
-    """Apply an MLP, [B, N, D] -> [B, N, D]; the usual one without calls of its modules."""
-    if type(mlp) is not CPUMLP:
-        return mlp(inputs)
-    fc1, activation_fn, neurons, norm, fc2 = GET_MLP_MODULES(mlp._modules)
-    activations = linear(inputs, **fc1._parameters)  # [B, N, intermediate]
-    # in place: allocating takes longer
-    is_in_place = type(activation_fn) is GELUActivation and not torch.is_grad_enabled()
-    activations = gelu_in_place(activations) if is_in_place else activation_fn(activations)
-    activations = activations if type(neurons) is Identity else neurons(activations)
-    activations = activations if type(norm) is Identity else norm(activations)
-    return linear(activations, **fc2._parameters)
-
-
-gelu_in_place = torch.ops.aten.gelu_.default
-
-
-# Joined parameters --------------------------------------------------------------------------------
-def can_be_moved(parameter: Any) -> bool:
-    """Check that a parameter is plain, and that no other tensor or process uses its memory."""
-    return (
-        type(parameter) is nn.Parameter
-        and parameter.device.type in ("cpu", "cuda")
-        and not parameter.is_inference()
-        and parameter.is_contiguous()
-        and parameter.untyped_storage().nbytes() == parameter.nbytes
-        and not (parameter.is_cpu and parameter.is_shared())
-    )
-
-
-@torch.no_grad()
-def join_parameters(parameters: Sequence[nn.Parameter]) -> Tensor:
-    """Move parameters [n, ...] into one tensor, one below the other, and return it."""
-    joined = torch.cat([parameter.detach() for parameter in parameters])
-    for parameter, part in zip(parameters, joined.split([*map(len, parameters)]), strict=True):
-        # DLPack gives each part a storage of its own: of several weights in one storage, accelerate
-        # saves only the first.
-        parameter.data = torch.from_dlpack(part)
-    # autocast keeps its copies of weights only if they require gradients
-    return joined.requires_grad_()
-
-
-def locate(parameters: Sequence[Any]) -> list[int]:
-    """Find the memory of parameters: their addresses, and whether the values are in order."""
-    present = parameters if parameters[1] is not None else parameters[::2]
-    return [*map(Tensor.data_ptr, present), *map(Tensor.is_contiguous, present)]
 
 
 # Conditions ---------------------------------------------------------------------------------------
@@ -482,9 +224,9 @@ def can_use_onednn(linear: nn.Linear | nn.Conv2d, inputs: Tensor) -> bool:
 
 def can_fuse_gelu(mlp: ViTCLSMLP) -> bool:
     """Check that an MLP has only the exact GELU between `CPULinear` layers, and no hooks."""
-    modules = GET_MLP_MODULES(mlp._modules)
+    modules = (mlp.fc1, mlp.activation_fn, mlp.register_neurons, mlp.norm, mlp.fc2)
     has_classes = [type(module) for module in modules] == FUSED_CLASSES
-    return has_classes and not (has_global_hooks() or any(map(has_hooks, modules)))
+    return has_classes and not any(map(has_hooks, modules))
 
 
 def has_plain_parameters(linear: nn.Linear | nn.Conv2d) -> bool:
@@ -496,7 +238,13 @@ def has_plain_parameters(linear: nn.Linear | nn.Conv2d) -> bool:
 
 def has_hooks(module: nn.Module) -> bool:
     """Check for hooks or a replaced `forward`, which a fused kernel would skip."""
-    return any(GET_HOOKS(vars(module))) or "forward" in vars(module)
+    hooks = (
+        module._forward_hooks,
+        module._forward_pre_hooks,
+        module._backward_hooks,
+        module._backward_pre_hooks,
+    )
+    return any(hooks) or "forward" in module.__dict__
 
 
 def is_capturing_graph() -> bool:

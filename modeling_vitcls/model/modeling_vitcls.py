@@ -195,11 +195,11 @@ class ViTCLSPreTrainedModel(AdaptableModel):
         if not config._skip_validation:
             # The configuration was checked when it was built, but its fields may have changed
             # since.
-            config.validate()  # type: ignore[attr-defined]  # of huggingface_hub's `strict`
+            config.validate()
         super().__init__(config, *args, **kwargs)
 
     def post_init(self) -> None:
-        """Initialize the weights, and install the kernels unless VITCLS_CPU_KERNELS is 0."""
+        """Initialize the weights, and install the CPU kernels unless VITCLS_CPU_KERNELS is 0."""
         super().post_init()
         install_cpu_kernels(self)
 
@@ -444,13 +444,10 @@ class ViTCLSModel(ViTCLSPreTrainedModel):
                 pooler_inputs if len(pooler_inputs) > 1 else pooler_inputs[0]
             )
         output = ViTCLSModelOutput(last_hidden_state=tokens, pooler_output=pooler_output)
-        # set on this instance; not with `setattr`, for which transformers lists all fields
-        output.__dict__.update(
-            token_layout=self.config.token_layout,
-            grid_size=grid_size,
-            layer_tokens=layer_tokens,
-            pooled_tokens=pooled_tokens,
-        )
+        output.token_layout = self.config.token_layout  # type: ignore[misc]  # set on this instance
+        output.grid_size = grid_size  # type: ignore[misc]
+        output.layer_tokens = layer_tokens  # type: ignore[misc]
+        output.pooled_tokens = pooled_tokens  # type: ignore[misc]
         if num_output_tokens is not None and len(self.layers) in output_layers:
             output.compute_all_tokens = partial(  # type: ignore[misc]
                 self.compute_last_layer, inputs, **kwargs
@@ -816,8 +813,7 @@ def count_output_tokens(
 def has_user_hooks(module: nn.Module | None) -> bool:
     """Check whether a module has hooks that a person set, not transformers or DDP."""
     names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    groups = filter(None, (getattr(module, name, None) for name in names))
-    hooks = [hook for group in groups for hook in group.values()]
+    hooks = [hook for name in names for hook in (getattr(module, name, None) or {}).values()]
     module_names = (str(getattr(hook, "__module__", "")) for hook in hooks)
     return any(
         not name.startswith(("transformers.", "torch.distributed.")) for name in module_names
