@@ -70,7 +70,7 @@ def plan_run(inputs: RunInputs, accelerator: Accelerator, is_resumed: bool) -> R
     kind: Literal["frozen", "steps"] = "steps"
     reason = f"{num_images:,} images"
     if setup.probe is None:
-        reason = setup.summary_lines.get("probe", "")
+        reason = setup.summary_lines.get("probe", "").removeprefix("off, because ")
     elif is_resumed:
         reason = "a checkpoint is continued"
     elif wishes:
