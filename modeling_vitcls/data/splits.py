@@ -89,8 +89,10 @@ class TrainingData:
 
     def count_seen(self, encoder_rows: pd.DataFrame) -> int:
         """Count the images that measure the model, but trained its encoder before this run."""
-        measured = self.held_out if len(self.held_out) else self.train
-        return int(find_trained_images(measured, encoder_rows).sum())
+        parts = [self.train] if self.selection is None else [self.train, self.selection]
+        # cross-validation measures a frozen run on all images that it is fitted to
+        measured = [self.held_out] if len(self.held_out) else parts
+        return sum(int(find_trained_images(part, encoder_rows).sum()) for part in measured)
 
     def build_splits_table(self, task: str = "") -> pd.DataFrame:
         """Build the rows of splits.parquet about this run, or about an added task."""

@@ -310,7 +310,7 @@ def sum_encoder_weights(weights: Mapping[str, Tensor]) -> tuple[float, float]:
         # Apple's GPUs have no double precision
         values = (weight.cpu() if weight.device.type == "mps" else weight).detach()
         total += values.sum(dtype=torch.float64).item()
-        squares += values.square().sum(dtype=torch.float64).item()
+        squares += torch.linalg.vector_norm(values, dtype=torch.float64).item() ** 2
         # half precision may have been rounded to bfloat16 on its way
         dtype = torch.bfloat16 if weight.dtype == torch.float16 else weight.dtype
         epsilon = max(epsilon, torch.finfo(dtype).eps)

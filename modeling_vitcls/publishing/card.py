@@ -173,8 +173,9 @@ def build_metadata(folder: ModelFolder, name: str, license_source: Provenance) -
     if metric_names:
         metadata["metrics"] = ["accuracy" if "accuracy" in results else "mean_average_precision"]
     # A dataset type is required in the model index, and the only valid types are datasets on the
-    # Hub. Results before classes were added are left out.
-    if metric_names and metadata["datasets"] and not list_added_classes(folder):
+    # Hub. Results before classes were added, or of images that the encoder knows, are left out.
+    is_comparable = "num_images_of_encoder" not in results and not list_added_classes(folder)
+    if metric_names and metadata["datasets"] and is_comparable:
         metadata["model_name"] = name
         metadata["eval_results"] = [
             EvalResult(

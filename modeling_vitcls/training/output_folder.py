@@ -179,7 +179,8 @@ def check_finished(folder: Path, dataset: str, images: Splits) -> None:
     keys = np.concatenate([get_keys(part) for part in images.images_by_split.values()])
     is_new = ~np.isin(get_keys(images.train), recorded["key"])
     is_gone = ~np.isin(recorded["key"][recorded["split"] == "train"], keys)
-    if is_new.any() or is_gone.any():
+    # without splits.parquet, nothing is known about the images
+    if len(recorded) and (is_new.any() or is_gone.any()):
         problem = f"{is_new.sum():,} images of {dataset} are new, and {is_gone.sum():,} are gone"
     if problem is not None:
         raise ValueError(

@@ -60,7 +60,7 @@ def plan_run(inputs: RunInputs, accelerator: Accelerator, is_resumed: bool) -> R
     # choose.
     can_choose = setup.probe is not None and not is_resumed
     seconds = None
-    # Only on a CPU may steps that nobody asked for take hours. Two forward passes tell.
+    # On a CPU, default steps could take hours, which two forward passes measure.
     if can_choose and accelerator.device.type == "cpu":
         seconds = measure_step_seconds(setup.model, accelerator, FINE_TUNING_EPOCHS, num_images)
 
@@ -81,10 +81,7 @@ def plan_run(inputs: RunInputs, accelerator: Accelerator, is_resumed: bool) -> R
         reason = "`trainable` is set"
     elif num_images < max(MIN_STEP_IMAGES, MIN_STEP_CLASS_SIZE * num_labels):
         kind = "frozen"
-        reason = (
-            f"{reason}. With fewer than {MIN_STEP_IMAGES:,} ({MIN_STEP_CLASS_SIZE} per class), "
-            "every label trains the classifier, and none is held out"
-        )
+        reason = f"{reason}, fewer than {MIN_STEP_IMAGES:,} ({MIN_STEP_CLASS_SIZE} per class)"
     elif seconds is not None and seconds > MAX_STEP_SECONDS:
         kind = "frozen"
         reason = (
@@ -101,7 +98,7 @@ def plan_run(inputs: RunInputs, accelerator: Accelerator, is_resumed: bool) -> R
         # Cross-validation measures a frozen run without giving up a label.
         if kind == "frozen" or num_images < FEW_IMAGES_PER_CLASS * num_labels:
             fraction = 0.0
-    # `select` gets its value only here, because a value that the person sets asks for steps.
+    # The default of `select` is set after the kind is known, because an explicit value requires steps.
     options = replace(
         options,
         held_out_fraction=fraction,

@@ -120,7 +120,7 @@ def train(asked: TrainOptions) -> Path:
         # A job script repeats its command with --resume, also after a run that was killed between
         # its last file and its cleanup. Clean up what that run could not, and do nothing else.
         if is_finished:
-            # The same command is a different run if the photos have changed.
+            # The photos may have changed since, although the flags are the same.
             load_images = partial(
                 load_undivided_images,
                 asked,
@@ -147,20 +147,21 @@ def train(asked: TrainOptions) -> Path:
             partial(build_run_record, plan, data, setup.model.config, flags, checkpoint)
         )
         run_on_main(partial(prepare_folder, folder, store, to_flags(options), checkpoint))
-        print_summary(inputs, plan, data, reporter)
+        is_measured = len(data.held_out) or plan.kind == "frozen"
+        num_seen = data.count_seen(setup.encoder_rows) if is_measured else 0
+        print_summary(inputs, plan, data, num_seen, reporter)
 
-        # Both kinds end in the same record, so nothing below asks what the run was.
+        # Both kinds end in the same record.
         if plan.kind == "frozen":
             outcome = run_frozen(setup, data, reporter.warn)
         else:
             outcome = run_steps(setup, plan, data, record, checkpoint, store, reporter)
         reporter.print_lines(outcome.lines)
 
-        if data.count_seen(setup.encoder_rows):
-            outcome.metrics.pop("accuracy_interval", None)
-
-        # Everything that is known about the saved model; then the folder, whole or not at all.
         results = build_results(inputs, data, outcome, record["flags"]["chosen"])
+        if num_seen:
+            results.pop("accuracy_interval", None)
+            results["num_images_of_encoder"] = num_seen
         save_output(
             folder,
             setup,
@@ -171,7 +172,7 @@ def train(asked: TrainOptions) -> Path:
             predictions=outcome.predictions,
             nearest_images=outcome.nearest_images,
         )
-        # Not before the folder is whole: until then, --resume needs the checkpoints.
+        # After the folder is whole, because --resume needs the checkpoints until then.
         if options.keep_checkpoints is None:
             run_on_main(store.clear)
         print_result(results, setup.result_metrics, plan, data, asked, reporter)
@@ -443,7 +444,7 @@ def set_saved_weights(loop: TrainingLoop, plan: RunPlan) -> int:
     # mean with the start never was.
     if plan.options.select == "best":
         checkpoint: Checkpoint = run_on_main(loop.store.load_best)
-        # Only the weights: after the last step, nothing needs the moments of the optimizer.
+        # The moments of the optimizer are not needed after the last step.
         scatter_model(checkpoint, loop.state.model)
         loop.reporter.print_line("selected", f"the checkpoint of step {checkpoint.step:,}")
         return checkpoint.step

@@ -66,7 +66,7 @@ def load(
         # Some defaults depend on the number of images and on the image size, hence after both.
         options, lines = resolve_defaults(options, initial, len(images.train))
         setup = recipe.build_setup(options, initial, images, reporter)
-        # Counted on the part that is saved, not on the decoder or projector of pre-training.
+        # The decoder or projector of pre-training is not saved, and does not count.
         forward_flops = (setup.encoder or setup.model).flops()
     # The default depends on the width of the model, so the accelerator gets it only now.
     precision_text = set_mixed_precision(

@@ -142,8 +142,13 @@ def build_results(
 # Printed lines ------------------------------------------------------------------------------------
 
 
-def print_summary(inputs: RunInputs, plan: RunPlan, data: TrainingData, reporter: Reporter) -> None:
-    """Print what the run does, before it starts."""
+def print_summary(
+    inputs: RunInputs, plan: RunPlan, data: TrainingData, num_seen: int, reporter: Reporter
+) -> None:
+    """Print what the run does, before it starts.
+
+    `num_seen` is the number of images that measure the run, but trained its encoder before.
+    """
     setup = inputs.setup
     reporter.print_lines(
         {
@@ -163,8 +168,7 @@ def print_summary(inputs: RunInputs, plan: RunPlan, data: TrainingData, reporter
     )
     for warning in setup.list_warnings(data):
         reporter.warn(warning)
-    num_seen = data.count_seen(setup.encoder_rows)
-    if num_seen and (len(data.held_out) or plan.kind == "frozen"):
+    if num_seen:
         reporter.warn(
             f"{num_seen:,} of the images that measure this run trained the encoder of "
             f"{inputs.initial.name}, so the result is better than for new images, and has no "
@@ -317,22 +321,25 @@ def format_result(metrics: dict[str, Any], names: tuple[str, ...]) -> str:
             "is 0"
         )
     texts = [format_metric(name, metrics[name]) for name in names]
-    if "accuracy_interval" in metrics:  # the mean over several tasks has none
+    # the mean over several tasks has no interval
+    if "accuracy_interval" in metrics or "num_images_of_encoder" in metrics:
         texts = [format_accuracy(metrics), *texts[1:]]
     return f"{', '.join(texts)} on {metrics['num_images']:,} held-out images"
 
 
 def format_accuracy(metrics: dict[str, Any]) -> str:
     """Format an accuracy with its interval; with few images, as a fraction without a percentage."""
-    # The encoder has seen the images: an interval would claim to know the error.
-    if "accuracy_interval" not in metrics:
-        return f"accuracy {metrics['accuracy']:.2%} (no interval)"
-    low, high = (100 * value for value in metrics["accuracy_interval"])
     num_images = metrics["num_images"]
+    text = f"accuracy {metrics['accuracy']:.2%}"
     if num_images < MIN_CORRECTED_IMAGES:
-        right = round(metrics["accuracy"] * num_images)
-        return f"{right} of {num_images} right (95%: {low:.0f} to {high:.0f}%)"
-    return f"accuracy {metrics['accuracy']:.2%} (95% interval: {low:.1f} to {high:.1f})"
+        text = f"{round(metrics['accuracy'] * num_images)} of {num_images} right"
+    # The encoder was trained on the images, so the error is larger than any interval says.
+    if "accuracy_interval" not in metrics:
+        return f"{text} (no interval)"
+    low, high = (100 * value for value in metrics["accuracy_interval"])
+    if num_images < MIN_CORRECTED_IMAGES:
+        return f"{text} (95%: {low:.0f} to {high:.0f}%)"
+    return f"{text} (95% interval: {low:.1f} to {high:.1f})"
 
 
 def build_fine_tuning_command(asked: TrainOptions) -> str:

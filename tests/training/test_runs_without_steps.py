@@ -92,7 +92,9 @@ def test_images_that_trained_the_encoder_measure_nothing(
         reset_accelerate()
         main(["finetune", *map(str, paths), *flags])
         has_interval = "accuracy_interval" in read_json(sources / output / "results.json")
+        card = (sources / output / "README.md").read_text(encoding="utf-8")
         assert ("trained the encoder" in capsys.readouterr().out) is not has_interval
+        assert ("The encoder was trained on" in card) is not has_interval
         return has_interval
 
     assert finetune("vit", "frozen")
@@ -100,4 +102,5 @@ def test_images_that_trained_the_encoder_measure_nothing(
     (sources / "my photos" / "ants").rename(sources / "my photos" / "insects")
     assert finetune("frozen", "frozen-again")
     assert not finetune("steps", "second")
+    assert not finetune("steps", "held-out", "--held-out-fraction", "0.4")
     assert not finetune("second", "third")
