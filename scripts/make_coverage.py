@@ -130,7 +130,7 @@ Two vision encoders that were published in 2026 are not in the tables, because t
 do not have the fields of an image encoder. Neither is supported:
 
 - Molmo 2 (`Molmo2VisionModel`): the input is a sequence of flattened patches of a grid with one
-  fixed size, so that no image size can be chosen.
+  fixed size, so you cannot choose the image size.
 - Kimi K2.5 (`Kimi_K25VisionModel`): batches contain images and videos of several sizes, and the
   model merges patches.
 
