@@ -48,7 +48,7 @@ def print_export(report: dict[str, Any], output: Path) -> None:
             differences = ", ".join(
                 f"{name} {value:.1e}" for name, value in comparison["differences"].items()
             )
-            print(f"- {batch_size} images of {height} x {width}: {differences}")
+            print(f"- batch of {batch_size}, {height} x {width} pixels: {differences}")
     print("\n".join(format_notes(report)))
     print(f"\nwrote {file} and {file.name}.json")
 

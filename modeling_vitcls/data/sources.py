@@ -188,10 +188,12 @@ def load_table(options: DataOptions, use_labels: bool, select: SplitSelector) ->
         tables, columns, dataset, options.label_separator, options.label_names
     )
     examples = [", ".join(map(repr, names[:3])) for names in label_space.columns.values()]
-    facts["labels"] = (
-        f"{KIND_TEXTS[label_space.kind]}, from {', '.join(map(repr, columns))}, such as "
-        f"{'; '.join(examples)}"
-    )
+    # A class folder has no other column, and a line names its classes.
+    if columns != ["label"]:
+        facts["labels"] = (
+            f"{KIND_TEXTS[label_space.kind]}, from {', '.join(map(repr, columns))}, such as "
+            f"{'; '.join(examples)}"
+        )
     groups: dict[str, np.ndarray] = {}
     if options.group_column is not None:
         groups, facts["groups"] = read_groups(tables, dataset, options.group_column)

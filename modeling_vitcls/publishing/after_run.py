@@ -19,9 +19,9 @@ def finish_run(folder: ModelFolder, has_report: bool, repo_id: str | None) -> No
     # A finished run that is repeated with --resume has its report already.
     if has_report and not report.exists():
         with silence_transformers():
-            diagnosis = write_report(folder, warn)
-        if diagnosis is not None:
-            print(f"diagnosis {diagnosis}")
+            faults = write_report(folder, warn)
+        if faults:
+            print(f"faults    {faults}")
 
     write_card(folder)
     print(f"written   {folder.path / CARD_FILE}" + (f", {report}" if report.exists() else ""))

@@ -45,9 +45,9 @@ MAX_STATISTICS_FLOPS = 2e11
 
 
 def write_report(folder: ModelFolder, warn: Callable[[str], None]) -> str | None:
-    """Write report.html and the card's images, and return what it says about the tokens in one line.
+    """Write report.html and the card's images, and return the faults that it names in one line.
 
-    Returns None without a report. The images of the report are the held-out images of the run that
+    Returns None without a report, and "" without faults. The images of the report are the held-out images of the run that
     wrote the folder or, if it predicted its training images out of fold, these. Errors are passed
     to `warn`, and the missing files are not written.
     """
@@ -80,7 +80,7 @@ def write_report(folder: ModelFolder, warn: Callable[[str], None]) -> str | None
         with convert_errors(warn, "the card has no images, because the images could not be drawn"):
             sheet = draw_sheet(photos[0].measurements, name) if photos else None
             write_card_images(folder.path, folder.config, folder.results, sheet)
-    return "; ".join(inspection.lines) if inspection else None
+    return "; ".join(inspection.faults) if inspection else None
 
 
 def inspect_run(

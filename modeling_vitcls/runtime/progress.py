@@ -62,8 +62,6 @@ def track(
     num_processed = 0
 
     def describe() -> str:
-        if num_processed == 0:
-            return f"{description}: started"
         total_text = "" if total is None else f" of {total:,}"
         return f"{description} {num_processed:,}{total_text} {unit}".rstrip()
 

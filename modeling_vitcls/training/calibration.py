@@ -92,7 +92,7 @@ def describe_probe_calibration(probe: LinearProbe) -> Calibration:
 
 def describe_images(images: str, num_images: int) -> str:
     if images == CROSS_VALIDATION:
-        return f"{num_images:,} training images, each by a classifier that was not fitted to it"
+        return f"the cross-validated predictions of {num_images:,} training images"
     return f"{num_images:,} {images} images"
 
 

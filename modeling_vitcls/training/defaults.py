@@ -77,10 +77,9 @@ MAX_CPU_FLOPS = 1e15  # of all training steps; about an hour at 300 GFLOP/s
 def resolve_defaults(
     options: Options, initial: InitialModel, num_training_images: int
 ) -> tuple[Options, dict[str, str | None]]:
-    """Fill in the flags of this file that are not set; also return lines about them.
+    """Fill in the flags of this file that are not set; also return lines about weights and size.
 
-    A line has the default values that affect the run, grouped by reason. The length of the run and
-    its learning rate are not among these flags (`resolve_schedule`).
+    The length of the run and its learning rate are not among these flags (`resolve_schedule`).
     """
     options = replace(options, **get_method_values(options))
     config_values = options.get_config_values()
@@ -95,35 +94,27 @@ def resolve_defaults(
     method = get_training_method(options, initial.has_random_weights)
     has_small_images = image_size <= MAX_SMALL_IMAGE_SIZE
     is_large = num_training_images >= MIN_LARGE_DATASET_SIZE
-    size_reason = f"image size {image_size}"
-    size = "at least" if is_large else "fewer than"
-    dataset_reason = f"{method}, {size} {MIN_LARGE_DATASET_SIZE:,} images"
-    defaults: list[tuple[str, str | None, float, str]] = [
-        ("layer_decay", None, 0.75 if method == "pre-trained weights" else 1.0, method),
-        ("batch_size", None, 64 if is_large else 32, dataset_reason),
-        ("crop_scale", None, 1.0 if has_small_images else 0.35, size_reason),
-        ("augment", "shift", 0.04 if has_small_images else 0.0, size_reason),
+    defaults: list[tuple[str, str | None, float]] = [
+        ("layer_decay", None, 0.75 if method == "pre-trained weights" else 1.0),
+        ("batch_size", None, 64 if is_large else 32),
+        ("crop_scale", None, 1.0 if has_small_images else 0.35),
+        ("augment", "shift", 0.04 if has_small_images else 0.0),
     ]
     if initial.has_random_weights:
         value = max(round(0.8 / math.sqrt(width), 3), 0.02)
-        defaults.insert(0, ("model_config", "initializer_range", value, f"{method}, width {width}"))
+        defaults.append(("model_config", "initializer_range", value))
         weights_line = (
             f"random, because {initial.name} is a preset. For better results on a small dataset, "
             f"set `model` to a checkpoint, for example {EXAMPLE_CHECKPOINT}"
         )
 
-    values_by_reason: dict[str, list[str]] = {}
-    for flag, name, value, reason in defaults:
+    for flag, name, value in defaults:
         stored = getattr(options, flag)
         if stored is not None and (name is None or name in stored):
             continue
         changes: dict[str, Any] = {flag: {name: value} | (stored or {}) if name else value}
         options = replace(options, **changes)
-        values_by_reason.setdefault(reason, []).append(
-            f"{(name or flag).replace('_', ' ')} {value:g}"
-        )
-    text = "; ".join(f"{reason}: {', '.join(each)}" for reason, each in values_by_reason.items())
-    return options, {"weights": weights_line, "image size": size_line, "defaults": text}
+    return options, {"weights": weights_line, "image size": size_line}
 
 
 def get_method_values(options: TrainOptions) -> dict[str, Any]:
@@ -141,9 +132,9 @@ def get_method_values(options: TrainOptions) -> dict[str, Any]:
 def choose_image_size(
     initial: InitialModel, config_values: dict[str, Any]
 ) -> tuple[tuple[int, int] | None, str | None]:
-    """Choose 224 pixels in place of a large native side of a checkpoint, which costs too much.
+    """Choose 224 pixels instead of a large native side of a checkpoint, which costs too much.
 
-    Also return a line with the reason and the cost. Both are None for a small side.
+    Also return a line with the cost that this saves. Both are None for a small side.
     """
     native_size = initial.config.image_height_width
     if initial.folder is None or max(native_size) <= MAX_NATIVE_SIDE:
@@ -159,16 +150,15 @@ def choose_image_size(
     # Counting operations needs shapes, not weights: on this device, a large model costs no memory.
     with torch.device("meta"):
         model = ViTCLSModel(config)
-    costs = [f"{model.flops(each_size) / 1e9:.1f}" for each_size in (size, native_size)]
+    cost = model.flops(native_size) / model.flops(size)
     size_text, native_text = (
         str(height) if height == width else f"{height} x {width}"
         for height, width in (size, native_size)
     )
 
     return (size[0], size[1]), (
-        f"{size_text} px: {costs[0]} GFLOP per image; native {native_text} px: {costs[1]}. A "
-        f"native side of more than {MAX_NATIVE_SIDE} px is reduced for fine-tuning; "
-        "`image_size='native'` keeps it"
+        f"{size_text} px instead of the checkpoint's {native_text} px, which needs {cost:.1f} times "
+        "the computation. `image_size='native'` keeps them"
     )
 
 

@@ -92,7 +92,6 @@ class FineTuning:
         )
         probe = None
         build_pass = partial(FrozenPass, **evaluator_arguments)
-        summary_lines = {}
         if missing_probe_reason is None:
             probe = Probe(
                 model=model,
@@ -103,17 +102,10 @@ class FineTuning:
                 pooled_layers=options.pooled_layers,
                 class_weight="balanced" if options.class_balance == "weights" else None,
             )
-        else:
-            summary_lines["probe"] = f"off, because {missing_probe_reason}"
-        if teacher is not None:
-            summary_lines["teacher"] = teacher.description
         metric = SELECTION_METRICS[labels.kind]
         printed_metrics: tuple[str, ...] = (metric,)
         if compute_class_ratio(images.train) > MAX_CLASS_RATIO:
             printed_metrics = (metric, "macro_f1")
-        class_count_text = " + ".join(
-            f"{len(names)} of {column!r}" for column, names in labels.columns.items()
-        )
 
         is_single_label = labels.kind == "single_label_classification"
         # A head is known if the checkpoint has it, or if the probe is going to fit it.
@@ -132,10 +124,10 @@ class FineTuning:
             selection_metric=metric,
             printed_metrics=printed_metrics,
             result_metrics=(metric, "cls_accuracy", "distillation_accuracy"),
-            labels_text=f"classes: {class_count_text}, {labels.kind.replace('_', ' ')}",
             resize=get_resize(processor) if probe is None else None,
             has_known_head=probe is not None or not new_heads,
-            summary_lines=summary_lines,
+            summary_lines={} if teacher is None else {"teacher": teacher.description},
+            missing_probe_reason=missing_probe_reason or "",
             results={
                 "teacher": strip_folders(options.teacher) if options.teacher else None,
                 "label_column": list(options.label_column or labels.columns),

@@ -445,10 +445,15 @@ def build_batch_plan(num_images: int, options: TrainingOptions, num_processes: i
 
 
 def describe_batches(plan: BatchPlan) -> str:
-    """Say how many images a step has and why, and how many steps there are."""
+    """Say how many images a step has, from how many batches, and how many steps there are."""
+    parts_text = ""
+    if plan.images_per_step != plan.batch_size:
+        parts_text = (
+            f" (batches of {plan.batch_size}, {plan.accumulation_steps} accumulated, "
+            f"{plan.num_processes} in parallel)"
+        )
     return (
-        f"{plan.images_per_step} images per step = {plan.batch_size} x {plan.accumulation_steps} "
-        f"accumulated x {plan.num_processes} process(es); {plan.num_steps:,} steps = "
+        f"{plan.images_per_step} images per step{parts_text}; {plan.num_steps:,} steps = "
         f"{plan.count_epochs(plan.num_steps):.1f} epochs"
     )
 

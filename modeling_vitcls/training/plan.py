@@ -56,6 +56,7 @@ def plan_run(inputs: RunInputs, accelerator: Accelerator, is_resumed: bool) -> R
     setup = inputs.setup
     num_images = len(inputs.images.train)
     num_labels = max(sum(map(len, inputs.images.label_space.columns.values())), 1)
+    min_images = max(MIN_STEP_IMAGES, MIN_STEP_CLASS_SIZE * num_labels)
     # A checkpoint was written by steps, so a resumed run has steps, whatever this machine would
     # choose.
     can_choose = setup.probe is not None and not is_resumed
@@ -70,7 +71,7 @@ def plan_run(inputs: RunInputs, accelerator: Accelerator, is_resumed: bool) -> R
     kind: Literal["frozen", "steps"] = "steps"
     reason = f"{num_images:,} images"
     if setup.probe is None:
-        reason = setup.summary_lines.get("probe", "").removeprefix("off, because ")
+        reason = setup.missing_probe_reason
     elif is_resumed:
         reason = "a checkpoint is continued"
     elif wishes:
@@ -79,9 +80,8 @@ def plan_run(inputs: RunInputs, accelerator: Accelerator, is_resumed: bool) -> R
         kind, reason = "frozen", "`trainable='head'` keeps the encoder"
     elif options.trainable != "full":
         reason = "`trainable` is set"
-    elif num_images < max(MIN_STEP_IMAGES, MIN_STEP_CLASS_SIZE * num_labels):
-        kind = "frozen"
-        reason = f"{reason}, fewer than {MIN_STEP_IMAGES:,} ({MIN_STEP_CLASS_SIZE} per class)"
+    elif num_images < min_images:
+        kind, reason = "frozen", f"{reason}, fewer than {min_images:,}"
     elif seconds is not None and seconds > MAX_STEP_SECONDS:
         kind = "frozen"
         reason = (

@@ -145,11 +145,9 @@ class PreTraining:
             selection_metric=selection_metric,
             printed_metrics=(selection_metric,),
             result_metrics=("knn_accuracy", "knn_accuracy_of_patches", "effective_rank"),
-            labels_text="labels are used only to measure the features"
-            if has_labels
-            else "no labels",
             resize=get_resize(processor),
             summary_lines={"method": summary},
+            missing_probe_reason="pre-training",
             results={"method": options.method},
             encoder=method.vitcls,
             start_comparison=start_comparison,

@@ -449,8 +449,8 @@ def explain_missing_threshold(probe: LinearProbe) -> dict[str, str]:
     if probe.distance_threshold_ is not None:
         return {}
     return {
-        "unknown": f"predictions do not mark unknown images, which requires {MIN_DISTANCE_IMAGES} "
-        "cross-validated images, and CLS or the mean of the patches as pooling"
+        "unknown": "photos that show none of the classes will not be marked: this requires "
+        f"{MIN_DISTANCE_IMAGES} training images, and CLS or the mean of the patches as pooling"
     }
 
 

@@ -452,7 +452,8 @@ def set_saved_weights(loop: TrainingLoop, plan: RunPlan) -> int:
         average_with_start(loop.model, loop.state.start, plan.averaging)
         loop.reporter.print_line(
             "averaged",
-            f"{plan.averaging:g} of the weights before the first step, the rest after it",
+            f"saved: {plan.averaging:g} x the weights before the first step + "
+            f"{1 - plan.averaging:g} x those after the last",
         )
     return loop.state.step
 

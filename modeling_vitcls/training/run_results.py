@@ -152,14 +152,14 @@ def print_summary(
     setup = inputs.setup
     reporter.print_lines(
         {
-            **describe_splits(data, setup.labels_text, plan.options.select == "best"),
+            **describe_splits(data, plan.options.select == "best"),
             "resize": setup.resize,
             **inputs.images.facts,
             **describe_model(
                 inputs.initial.name,
                 setup.model,
-                inputs.forward_flops,
                 is_pooling_known=setup.probe is None,
+                is_partly_frozen=getattr(plan.options, "trainable", "full") != "full",
             ),
             **inputs.lines,
             **plan.lines,
@@ -177,7 +177,7 @@ def print_summary(
     reporter.printed_metrics = setup.printed_metrics
 
 
-def describe_splits(data: TrainingData, labels_text: str, needs_selection: bool) -> dict[str, str]:
+def describe_splits(data: TrainingData, needs_selection: bool) -> dict[str, str]:
     """Say which images train, select and measure the model."""
     lines = {}
     if data.train_split in HELD_OUT_SPLITS:
@@ -190,24 +190,22 @@ def describe_splits(data: TrainingData, labels_text: str, needs_selection: bool)
     held_out = "none held out"
     if len(data.held_out):
         held_out = f"{len(data.held_out):,} held-out images ({data.held_out_name})"
-    lines["data"] = (
-        f"{data.name}: {len(data.train):,} training images, {middle_text}{held_out}; {labels_text}"
-    )
+    lines["data"] = f"{data.name}: {len(data.train):,} training images, {middle_text}{held_out}"
     class_text = describe_class_sizes(data)
     if class_text:
         lines["classes"] = class_text
     if data.selection is not None and needs_selection:
         lines["selection"] = (
-            f"the best checkpoint is selected on {len(data.selection):,} separate images "
+            f"the best checkpoint is selected on {len(data.selection):,} images that do not train "
             f"({data.selection_name})"
         )
     return lines
 
 
 def describe_class_sizes(data: TrainingData) -> str:
-    """Return the number of images of each class or, of many classes, the smallest and largest.
+    """Count the images of each class or, of many classes, of the smallest and largest.
 
-    It is "" for images without labels, and for several tasks.
+    The text is "" for images without labels, and for several tasks.
     """
     parts: list[Any] = [data.train, data.held_out]
     if data.selection is not None:
@@ -222,28 +220,30 @@ def describe_class_sizes(data: TrainingData) -> str:
     sizes = [(counts[label], name) for label, name in enumerate(names)]
     if len(sizes) > MAX_NAMED_CLASSES:
         (smallest, first), (largest, last) = min(sizes), max(sizes)
-        return f"from {smallest:,} images ({first}) to {largest:,} ({last})"
+        return f"{len(sizes):,}, from {smallest:,} images ({first}) to {largest:,} ({last})"
     return ", ".join(f"{name}: {size:,}" for size, name in sizes)
 
 
 def describe_model(
-    source: str, model: Any, forward_flops: int, is_pooling_known: bool
+    source: str, model: Any, is_pooling_known: bool, is_partly_frozen: bool
 ) -> dict[str, str]:
-    """Return the summary lines about the model.
+    """Describe the size of the model and its tokens.
 
-    `is_pooling_known` is False if the run chooses the tokens of the classifier later.
+    `is_pooling_known` is False if the run chooses the tokens of the classifier later, and
+    `is_partly_frozen` is True if the person chose which parameters train.
     """
     config = model.config
     token_counts = {name: count for name, count in count_tokens(config).items() if count}
     layout_text = " | ".join(f"{count} {name}" for name, count in token_counts.items())
     height, width = config.image_height_width
     pooling_text = f", pooling {config.pooling}" if is_pooling_known else ""
+    trainable_text = ""
+    if is_partly_frozen:
+        trainable_text = f" ({count_parameters(model, only_trainable=True):,} of them trainable)"
     return {
-        "model": f"{source}: {count_parameters(model):,} parameters, "
-        f"{count_parameters(model, only_trainable=True):,} trainable, {config.num_hidden_layers} "
-        f"layers of width {config.hidden_size}{pooling_text}",
-        "tokens": f"[ {layout_text} ] = {sum(token_counts.values())} for {height} x {width} "
-        f"pixels, {forward_flops / 1e9:.3g} GFLOP per image",
+        "model": f"{source}: {count_parameters(model):,} parameters{trainable_text}, "
+        f"{config.num_hidden_layers} layers of width {config.hidden_size}{pooling_text}",
+        "tokens": f"[ {layout_text} ] = {sum(token_counts.values())} for {height} x {width} pixels",
     }
 
 
@@ -302,7 +302,7 @@ def describe_result(results: dict[str, Any], result_metrics: tuple[str, ...]) ->
     if results["split"] != "cross-validation":
         return format_result(results, result_metrics)
     record = results["frozen"]
-    text = f"{format_accuracy(results)}, out of fold"
+    text = f"{format_accuracy(results)} in cross-validation"
     if results["num_images"] >= MIN_CORRECTED_IMAGES:
         text = (
             f"{format_accuracy(results)}, estimated by {record['num_folds']}-fold cross-validation "

@@ -49,7 +49,6 @@ class TrainingSetup:
     selection_metric: str
     printed_metrics: tuple[str, ...]  # metrics of evaluations that are printed during training
     result_metrics: tuple[str, ...]  # metrics of the printed result
-    labels_text: str
     resize: str | None  # how images become the input; None if the frozen model chooses it
     # whether no head is random when steps start
     has_known_head: bool = False
@@ -60,6 +59,7 @@ class TrainingSetup:
     # classifier with one label per image, which is calibrated, too
     build_pass: Callable[..., FrozenPass] | None = None
     probe: Probe | None = None  # sets the classifier from the features of the frozen encoder
+    missing_probe_reason: str = ""  # why there is no probe, so the run has steps
     # lists what is wrong with the images
     list_warnings: Callable[[TrainingData], list[str]] = lambda data: []
     # rows of splits.parquet: images that trained the encoder before this run

@@ -74,4 +74,4 @@ def test_training_and_evaluation_print_lines(
     monkeypatch.setattr(progress, "LINE_SECONDS", 0.0005)
     photos = write_photos(tmp_path / "photos", range(40))
     run_training(build_tiny_options(tmp_path / "run", photos, max_steps=2, batch_size=8))
-    assert "evaluating: started" in capsys.readouterr().out
+    assert "evaluating 0 of 16 images" in capsys.readouterr().out

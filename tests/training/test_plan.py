@@ -37,7 +37,7 @@ def make_plan(
             probe=object() if has_probe else None,
             model=None,
             has_known_head=has_probe,
-            summary_lines={},
+            missing_probe_reason="",
         ),
         forward_flops=0,
     )

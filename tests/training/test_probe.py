@@ -454,14 +454,14 @@ def test_heads_and_poolers_of_another_kind_have_no_probe(
 ) -> None:
     task = prepare_setup(build_options(tmp_path / "run", encoder, **flags)).setup
     assert task.probe is None
-    assert task.summary_lines["probe"] == f"off, because {reason}"
+    assert task.missing_probe_reason == reason
 
 
 def test_random_weights_have_no_probe(tmp_path: Path) -> None:
     run = prepare_setup(build_tiny_options(tmp_path / "run", "digits", probe=True, select=None))
     assert run.setup.probe is None
     assert run.options.select == "last"
-    assert run.setup.summary_lines["probe"] == "off, because the initial weights are random"
+    assert run.setup.missing_probe_reason == "the initial weights are random"
     explanation = explain_missing_probe(True, run.setup.model, False, set(), "multi_task")
     assert "label" in str(explanation)
 
