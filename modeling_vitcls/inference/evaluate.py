@@ -188,8 +188,8 @@ def print_results(
 ) -> None:
     """Print the metrics and, if there are few classes, a row per class and the confusions."""
     images_text = f"{results['num_images']:,} images of {results['dataset']}"
-    summary = f"{images_text} ({part_text}), each counted once"
-    console.print(f"{summary}; {results['images_per_second']:,} images/s", markup=False)
+    speed_text = f"{results['images_per_second']:,} images/s"
+    console.print(f"{images_text} ({part_text}), {speed_text}", markup=False)
     tables = {"": [["Metric", "Value"], *build_metric_rows(results, config)]}
     for title, rows in build_class_tables(results, config).items():
         tables[title] = [list(rows[0]), *(list(row.values()) for row in rows)]
