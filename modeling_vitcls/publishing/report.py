@@ -47,9 +47,9 @@ MAX_STATISTICS_FLOPS = 2e11
 def write_report(folder: ModelFolder, warn: Callable[[str], None]) -> str | None:
     """Write report.html and the card's images, and return the faults that it names in one line.
 
-    Returns None without a report, and "" without faults. The images of the report are the held-out images of the run that
-    wrote the folder or, if it predicted its training images out of fold, these. Errors are passed
-    to `warn`, and the missing files are not written.
+    Returns None without a report, and "" without faults. The images of the report are the held-out
+    images of the run that wrote the folder or, if the run was cross-validated, its training images.
+    Errors are passed to `warn`, and the missing files are not written.
     """
     inspection: Inspection | None = None
     photos: list[ShownPhoto] = []
