@@ -110,12 +110,12 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    """Return the names defined in the package, including public names that are not imported yet."""
+    """List the names of the package, including public names that are not imported yet."""
     return sorted({*globals(), *MODULE_BY_NAME})
 
 
 def is_cli_process() -> bool:
-    """Return whether this process runs the `vitcls` command, as a script or with `python -m modeling_vitcls.cli`.
+    """Tell whether this process runs the `vitcls` command, as a script or with `python -m modeling_vitcls.cli`.
 
     The command parses flags before importing torch, and registers the Auto classes itself
     (cli/__init__.py).

@@ -383,7 +383,7 @@ def read_activation(module: TimmModule) -> str:
 
 
 def get_class_name(module: TimmModule) -> str:
-    """Return the class name of a module."""
+    """Name the class of a module, which decides how it is converted."""
     return type(module).__name__
 
 

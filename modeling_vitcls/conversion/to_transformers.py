@@ -345,7 +345,7 @@ def get_qkv_biases(config: ViTCLSConfig) -> dict[str, bool]:
 
 
 def get_activation_name(config: ViTCLSConfig) -> str:
-    """Return the name of the activation function of a plain MLP, or of the gate of a gated MLP."""
+    """Name the activation function of a plain MLP, or of the gate of a gated MLP."""
     return "silu" if config.mlp_type == "swiglu" else config.hidden_act
 
 

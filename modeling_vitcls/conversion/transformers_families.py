@@ -171,7 +171,7 @@ def round_to_patches(image_size: Any, patch_size: Any) -> int | list[int]:
 
 
 def get_glu_type(config: Any) -> str:
-    """Return the `mlp_type` of a gated MLP."""
+    """Find the `mlp_type` of a gated MLP."""
     return "swiglu" if config.hidden_act in ("silu", "swish") else "glu"
 
 
@@ -309,7 +309,7 @@ def add_identity_projection(tensor: torch.Tensor, config: ViTCLSConfig) -> Seque
 
 
 def append_missing_bias(tensor: torch.Tensor, config: ViTCLSConfig) -> Sequence[torch.Tensor]:
-    """Return a weight and a zero bias, or an empty bias if the model has biases."""
+    """Add a zero bias to a weight, or an empty one if the model has biases."""
     return [tensor, tensor[:0]] if config.qkv_bias else append_zero_bias(tensor, config)
 
 

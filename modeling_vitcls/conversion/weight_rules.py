@@ -80,17 +80,17 @@ def repeat_kv(tensor: torch.Tensor, config: ViTCLSConfig) -> Sequence[torch.Tens
 
 
 def append_ones(tensor: torch.Tensor, config: ViTCLSConfig) -> Sequence[torch.Tensor]:
-    """Return the LayerScale values of attention, and values of 1 for an MLP without LayerScale."""
+    """Add LayerScale values of 1 for an MLP without LayerScale to those of attention."""
     return [tensor, torch.ones_like(tensor)]
 
 
 def append_zero_bias(tensor: torch.Tensor, config: ViTCLSConfig) -> Sequence[torch.Tensor]:
-    """Return a weight or bias [D, ...] and a zero bias [D]."""
+    """Add a zero bias [D] to a weight or bias [D, ...]."""
     return [tensor, tensor.new_zeros(len(tensor))]
 
 
 def simplify_size(height: int, width: int) -> int | list[int]:
-    """Return one integer if height and width are equal, and [height, width] otherwise."""
+    """Write a size as one integer if height and width are equal, else as [height, width]."""
     return height if height == width else [height, width]
 
 
@@ -108,7 +108,7 @@ class Rule:
     axis: int = 0  # axis along which `revert_weights` concatenates the targets
 
     def match(self, name: str) -> list[str] | None:
-        """Return the target names of a parameter, or None if the pattern does not match."""
+        """Name the targets of a parameter; None if the pattern does not match."""
         pattern = self.pattern.replace(".", r"\.").replace("{i}", r"(?P<i>\d+)")
         match = re.fullmatch(re.sub(r"\{(\w+)\}", r"(?P<\1>.+)", pattern), name)
         targets = [self.targets] if isinstance(self.targets, str) else self.targets

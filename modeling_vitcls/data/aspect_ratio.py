@@ -68,7 +68,7 @@ def set_resize(processor: Processor, resize: str, height_width: Size) -> None:
 
 
 def get_output_size(processor: Processor, default: Size | None = None) -> Size:
-    """Return the height and width of the preprocessed images.
+    """Compute the height and width of the preprocessed images.
 
     They are known after `set_resize`. For another processor, whose images keep their aspect ratio,
     `default` is returned if it is set.
@@ -87,7 +87,7 @@ def has_fixed_size(processor: Processor) -> bool:
 
 
 def get_resize(processor: Processor) -> str:
-    """Return how an image processor makes images the input: crop, squash or pad."""
+    """Tell how an image processor makes images the input: crop, squash or pad."""
     if processor.do_center_crop:
         return "crop"
     return "pad" if processor.do_pad else "squash"
@@ -134,7 +134,7 @@ class ResizeTransform(nn.Module):
 def get_visible_region(
     processor: Processor, image_size: Size, patch_size: Size | None = None
 ) -> VisibleRegion:
-    """Return the image region that the model receives from the image processor.
+    """Find the region of an image that the model sees.
 
     Without cropping, the region is the whole image. A center crop keeps the middle of the image. A
     crop larger than the resized image adds padding on both sides, and `do_pad` adds padding on the

@@ -128,7 +128,7 @@ class BatchTransform:
         self.rotation = math.radians(rotation)
 
     def __call__(self, pixels: torch.Tensor, random_numbers: np.ndarray) -> torch.Tensor:
-        """Return the transformed pixels [B, C, H, W] `uint8`.
+        """Transform the pixels [B, C, H, W] `uint8`.
 
         The random numbers are [B, 5] in [0, 1).
         """

@@ -75,7 +75,7 @@ def divide_by_column(
 def read_groups(
     tables: Mapping[str, Any], dataset: str, column: str
 ) -> tuple[dict[str, np.ndarray], str]:
-    """Return the number of the group of each row by split, and the fact about groups.
+    """Number the group of each row by split; also return a line about the groups.
 
     A row without a value is a group of its own.
     """
@@ -91,7 +91,7 @@ def read_groups(
 def find_unused_groups(
     tables: Mapping[str, Any], dataset: str, used_columns: Collection[str]
 ) -> str | None:
-    """Return the fact about a column that could contain groups, if there is one."""
+    """Look for a column that could contain groups, and describe it if there is one."""
     for name in next(iter(tables.values())).features:
         if GROUP_COLUMN_NAME.fullmatch(name) and name not in used_columns:
             values = list(chain(*(read_texts(table, name, dataset) for table in tables.values())))

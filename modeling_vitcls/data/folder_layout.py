@@ -40,13 +40,13 @@ class Layout(NamedTuple):
     class_depth: int = 0  # number of folders above the class folders
 
     def get_split(self, folders: Sequence[str]) -> str | None:
-        """Return the split of a file in nested folders; None if it is in no split folder."""
+        """Find the split of a file in nested folders; None if it is in no split folder."""
         if not self.splits:
             return "train"
         return self.splits.get(next(iter(folders[self.split_depth :]), ""))
 
     def get_class(self, folders: Sequence[str]) -> str | None:
-        """Return the class of an image in nested folders; None if it is in no class folder."""
+        """Find the class of an image in nested folders; None if it is in no class folder."""
         return next(iter(folders[self.class_depth :]), None)
 
 
@@ -113,7 +113,7 @@ def find_layout(
 
 
 def list_names(paths: Iterable[Sequence[str]], depth: int) -> set[str]:
-    """Return the names of folders at a depth of nested folders."""
+    """List the names of folders at a depth of nested folders."""
     return {path[depth] for path in paths if len(path) > depth}
 
 

@@ -145,7 +145,7 @@ def is_hidden(name: str) -> bool:
 
 
 def make_printable(name: str) -> str:
-    """Return a file name as valid text, with invalid bytes replaced."""
+    """Make a file name printable: invalid bytes are replaced."""
     return os.fsencode(name).decode("utf-8", errors="replace")
 
 
@@ -222,7 +222,7 @@ def read_metadata(folder: ImageFolder, layout: Layout) -> Any:
 def build_labeled_splits(
     folder: ImageFolder, images_by_split: Mapping[Any, list[str]], layout: Layout
 ) -> Any:
-    """Return the `DatasetDict` of the splits that have class folders.
+    """Build the `DatasetDict` of the splits that have class folders.
 
     Raise ValueError if no split has class folders.
     """
@@ -263,7 +263,7 @@ def build_dataset(
     columns: Mapping[str, Any],
     features: Mapping[str, Any] | None = None,
 ) -> Any:
-    """Return a `datasets.Dataset` with the column `image` of image files, and other columns.
+    """Build a `datasets.Dataset` with the column `image` of image files, and other columns.
 
     `features` are the types of columns whose values do not say it, such as class indices.
     """
@@ -340,7 +340,7 @@ def describe_skipped_runs(folders: Sequence[str]) -> str:
 
 
 def describe_types(files: Sequence[str]) -> str:
-    """Return the suffixes of files with the number of files, the most frequent first: `2 .heic`."""
+    """Count files by suffix as text, the most frequent first: `2 .heic`."""
     suffixes = Counter(make_printable(PurePosixPath(file).suffix.lower()) for file in files)
     return format_name_list(
         [f"{count:,} {suffix or 'without a suffix'}" for suffix, count in suffixes.most_common()]
@@ -348,7 +348,7 @@ def describe_types(files: Sequence[str]) -> str:
 
 
 def get_heic_remedy(files: Sequence[str]) -> str:
-    """Return what to do with the HEIC files among unread files; "" if there are none."""
+    """Say what to do with the HEIC files among unread files; "" if there are none."""
     is_heic = any(PurePosixPath(file).suffix.lower() in HEIF_SUFFIXES for file in files)
     return HEIC_REMEDY if is_heic else ""
 

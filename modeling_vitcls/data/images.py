@@ -66,7 +66,7 @@ class LabeledImages:
         return len(self.labels)
 
     def select(self, indices: Iterable[int]) -> "LabeledImages":
-        """Return the images and labels at `indices`, in the given order."""
+        """Select the images and labels at `indices`, in the given order."""
         indices = list(indices)
         groups, keys = (
             None if values is None else values[indices] for values in (self.groups, self.keys)
@@ -154,7 +154,7 @@ class DatasetImages(Sequence):
         return replace(self, rows=self.rows[np.asarray(indices, np.int64)])
 
     def get_names(self) -> list[str]:
-        """Return the path of each image within the folder, or its row. Images are not read."""
+        """Name each image by its path in the folder, or by its row. Images are not read."""
         import pyarrow
         import pyarrow.compute
 
@@ -187,7 +187,7 @@ class DatasetImages(Sequence):
 
 
 def read_size(images: Any, index: int) -> tuple[int, int]:
-    """Return the width and the height of an upright image; of a local file, from its header.
+    """Read the width and height of an upright image; for a local file, only its header is read.
 
     Raise UnreadableImage if the image cannot be read.
     """

@@ -59,7 +59,7 @@ def add_dataset(data: Any) -> str:
 
 
 def get_dataset(name: str) -> Any:
-    """Return the `datasets.DatasetDict` with this name.
+    """Look up the `datasets.DatasetDict` with this name.
 
     Raise ValueError if this process has no such dataset.
     """
@@ -71,7 +71,7 @@ def get_dataset(name: str) -> Any:
 
 
 def convert_split(data: Any) -> Any:
-    """Return one split as a `datasets.Dataset`."""
+    """Convert one split to a `datasets.Dataset`."""
     import datasets
     import pyarrow
 
@@ -116,7 +116,7 @@ def convert_split(data: Any) -> Any:
 
 
 def find_class_names(data: Any) -> list[str]:
-    """Return the class names of a dataset of torchvision, or of the dataset that it is a part of."""
+    """Find the class names of a torchvision dataset, or of the dataset that it is a part of."""
     while not hasattr(data, "classes") and hasattr(data, "dataset"):
         data = data.dataset
     return [str(name) for name in getattr(data, "classes", None) or ()]
@@ -150,7 +150,7 @@ def read_own_file(image: Any) -> bytes | None:
 
 
 def encode_image(image: Any, index: int) -> Any:
-    """Return an image as {"path": ..., "bytes": ...}.
+    """Encode an image as {"path": ..., "bytes": ...}, which keeps it small in memory.
 
     An image that was opened from a file keeps its bytes. Others are encoded as PNG, which is lossless.
     Arrays and tensors are [H, W], [H, W, C]

@@ -71,14 +71,14 @@ class LabelSpace:
 
     @cached_property
     def index_by_name(self) -> dict[str, dict[str, int]]:
-        """Return class indices by column and class name in the Unicode form NFC."""
+        """Index the classes by column and by class name in the Unicode form NFC."""
         return {
             column: {normalize_name(name): index for index, name in enumerate(names)}
             for column, names in self.columns.items()
         }
 
     def to_config_values(self) -> dict[str, Any]:
-        """Return the fields of ViTCLSConfig that describe the labels."""
+        """Write the labels as fields of ViTCLSConfig."""
         if self.kind == "multi_task":
             return {"tasks": self.columns}
         return {
@@ -88,7 +88,7 @@ class LabelSpace:
         }
 
     def index(self, names: Mapping[str, Sequence[Sequence[str]]], where: str) -> Any:
-        """Return the labels of images as indices. No other function turns names into integers.
+        """Turn the labels of images into indices. No other function turns names into integers.
 
         Args:
             names: label names of each image by column. An image without one has the label -100.
@@ -123,7 +123,7 @@ class LabelSpace:
         return [dict(zip(indices, row, strict=True)) for row in zip(*values, strict=True)]
 
     def list_names(self, labels: Any) -> dict[str, list[list[str]]]:
-        """Return the label names of images by column, the input of `index`."""
+        """List the label names of images by column, the input of `index`."""
         if self.kind == "multi_task":
             indices = {task: [[label[task]] for label in labels] for task in self.columns}
         elif self.kind == "multi_label_classification":
@@ -138,7 +138,7 @@ class LabelSpace:
         }
 
     def collate(self, labels: list[Any]) -> Any:
-        """Return the labels of any number of images as tensors, in the format of the kind of labels."""
+        """Batch the labels of images as tensors, in the format of the kind of labels."""
         if self.kind == "multi_task":
             return {
                 task: torch.tensor([label[task] for label in labels], dtype=torch.int64)
@@ -152,7 +152,7 @@ class LabelSpace:
         return torch.tensor(labels, dtype=torch.int64)
 
     def format_label(self, label: Any) -> str | None:
-        """Return a label as text, or None for an unknown label.
+        """Write a label as text; None for an unknown label.
 
         Examples: "cat", "cat, dog", "age old, kind cat".
         """
@@ -174,7 +174,7 @@ UNLABELED = LabelSpace("single_label_classification", {})
 
 
 def get_label_space(config: ViTCLSConfig) -> LabelSpace:
-    """Return the label space of a classifier."""
+    """Read the label space of a classifier from its configuration."""
     if config.tasks:
         return LabelSpace("multi_task", config.task_labels())
     id2label: dict[Any, str] = dict(config.id2label or {})
@@ -299,12 +299,12 @@ def read_labels(
 
 
 def read_column(table: Any, column: str) -> list[Any]:
-    """Return all values of one column."""
+    """Read all values of one column."""
     return table.select_columns([column])[:][column]  # type: ignore[no-any-return]
 
 
 def name_columns(cells: Mapping[str, Mapping[str, list[Any]]], split: str) -> list[list[str]]:
-    """Return the names of the columns with 1, true or True in each row of a split."""
+    """Name, for each row of a split, the columns that contain 1, true or True."""
     rows = zip(*(parts[split] for parts in cells.values()), strict=True)
     return [[name for name, cell in zip(cells, row, strict=True) if get_bit(cell)] for row in rows]
 
@@ -405,7 +405,7 @@ def read_names(
 
 
 def get_bit(value: Any) -> bool | None:
-    """Return the truth value of 0 or 1, false or true, also as text; None for other values."""
+    """Read 0 or 1, false or true, also as text, as a truth value; None for other values."""
     return BITS.get(str(value).lower())
 
 
@@ -470,7 +470,7 @@ def split_labels(value: Any, separator: str | None) -> list[Any]:
 
 
 def parse_list(value: Any) -> list[Any] | None:
-    """Return the list that a text such as `["a", "b"]` writes, or None for another value."""
+    """Parse a text such as `["a", "b"]` as a list; None for another value."""
     if not isinstance(value, str) or not (value.startswith("[") and value.endswith("]")):
         return None
     try:
@@ -579,7 +579,7 @@ def is_image_feature(feature: Any) -> bool:
 
 
 def get_declared_names(feature: Any) -> tuple[str, ...] | None:
-    """Return the names of the `ClassLabel` of a column of labels or lists of labels, or None."""
+    """Read the names of the `ClassLabel` of a column of labels or lists of labels, if any."""
     # The types of lists are a list, and classes with the type of their items.
     item = feature[0] if isinstance(feature, list) else getattr(feature, "feature", feature)
     return tuple(item.names) if type(item).__name__ == "ClassLabel" else None

@@ -38,7 +38,7 @@ def derive_seed(*numbers: int) -> int:
 
 
 def draw_random_bits(seeds: np.ndarray, indices: np.ndarray, num_per_image: int) -> np.ndarray:
-    """Return random numbers [images, num_per_image] `uint64`.
+    """Draw random numbers [images, num_per_image] `uint64`.
 
     The seeds and indices are [images] `uint64`.
 
@@ -52,14 +52,14 @@ def draw_random_bits(seeds: np.ndarray, indices: np.ndarray, num_per_image: int)
 
 
 def mix_bits(counters: np.ndarray) -> np.ndarray:
-    """Return the SplitMix64 output for each counter value."""
+    """Compute the SplitMix64 output for each counter value."""
     counters = (counters ^ (counters >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     counters = (counters ^ (counters >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return counters ^ (counters >> np.uint64(31))
 
 
 def draw_numbers(keys: np.ndarray, seed: int) -> np.ndarray:
-    """Return a random number [N] `uint64` for each key [N], which depends on the key and the seed."""
+    """Draw a number [N] `uint64` for each key [N] that depends only on the key and the seed."""
     seeds = np.full(len(keys), derive_seed(seed), np.uint64)
     return draw_random_bits(seeds, keys.astype(np.uint64), 1)[:, 0]
 
@@ -76,7 +76,7 @@ def shuffle_indices(num_images: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def compute_class_weights(labels: Sequence[int], num_classes: int) -> torch.Tensor:
-    """Return class weights [classes], inversely proportional to the class sizes.
+    """Compute class weights [classes], inversely proportional to the class sizes.
 
     Their mean over the images is 1.
 
@@ -107,11 +107,11 @@ class BatchPlan:
 
     @property
     def images_per_step(self) -> int:
-        """Return the number of images per step over all processes and accumulated batches."""
+        """Images per step, over all processes and accumulated batches."""
         return self.batch_size * self.accumulation_steps * self.num_processes
 
     def count_epochs(self, step: int) -> float:
-        """Return the (fractional) number of epochs after `step` steps."""
+        """Convert steps to a (fractional) number of epochs."""
         return step * self.images_per_step / self.num_images
 
     def iterate_keys(self, process_index: int, first_step: int = 0) -> Iterator[list[ImageKey]]:
@@ -125,6 +125,6 @@ class BatchPlan:
                 ]
 
     def compute_key(self, step: int, position: int) -> ImageKey:
-        """Return the key of the image at a position in a step."""
+        """Compute the key of the image at a position in a step."""
         epoch, position_in_epoch = divmod(step * self.images_per_step + position, self.num_images)
         return epoch, int(shuffle_indices(self.num_images, self.seed, epoch)[position_in_epoch])

@@ -141,7 +141,7 @@ def load_splits(
 
 
 def mark_as_unlabeled(images: Any) -> LabeledImages:
-    """Return `LabeledImages` with the label -100 for every image."""
+    """Give every image the label -100, which means unknown."""
     return LabeledImages(images, [IGNORED_LABEL] * len(images))
 
 
@@ -211,7 +211,7 @@ def load_table(options: DataOptions, use_labels: bool, select: SplitSelector) ->
 
 
 def drop_unlabeled_images(images: LabeledImages, name: str) -> LabeledImages:
-    """Return the labeled images and log a warning about images without a label.
+    """Drop the images without a label, and log a warning that counts them.
 
     `name` names the split in messages. Raise ValueError if no image has a label.
     """
@@ -309,7 +309,7 @@ def find_tables(root: Path, files: Sequence[str], reader: str) -> dict[str, list
 
 
 def read_tables(reader: str, files: Mapping[str, Sequence[Path]]) -> Any:
-    """Return the tables of each split as `datasets.Dataset`."""
+    """Read the tables of each split as `datasets.Dataset`."""
     import datasets
 
     if reader == "text":
@@ -363,7 +363,7 @@ def explain_reading_errors(name: str) -> Iterator[None]:
 
 
 def build_images(dataset: Any, column: str, folder: Path, name: str) -> DatasetImages:
-    """Return the images of one split.
+    """Build the images of one split.
 
     The column contains encoded images, or paths relative to `folder`. Raise ValueError if none of
     the paths is a file, or if some are addresses.

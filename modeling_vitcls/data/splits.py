@@ -306,7 +306,7 @@ def compute_class_ratio(images: LabeledImages) -> float:
 
 
 def describe_held_out(images: LabeledImages, fraction: float) -> str:
-    """Return which images of the only split are held out."""
+    """Say which images of the only split are held out."""
     if is_stratified(images):
         return f"about {fraction:.0%}, stratified by class"
     is_labeled = IGNORED_LABEL not in images.labels[:1]

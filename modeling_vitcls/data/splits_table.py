@@ -31,7 +31,7 @@ EMPTY_TABLE = pd.DataFrame(
 
 
 def get_keys(images: LabeledImages) -> np.ndarray:
-    """Return the keys of the content of images, which are read only if they are not known."""
+    """Look up the keys of images, or compute them from the content if they are not known."""
     return images.images.compute_content_keys() if images.keys is None else images.keys
 
 

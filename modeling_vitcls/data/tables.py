@@ -28,7 +28,7 @@ PREAMBLE = re.compile(r'(?:[ \t]*(?:#.*)?\n)*(?:"?sep=(?P<separator>.)"?\n)?')
 
 
 def read_table(file: Path) -> Any:
-    """Return a table as a `datasets.Dataset` in memory.
+    """Read a table as a `datasets.Dataset` in memory.
 
     Raise ValueError if the file is not a table of its type.
     """
@@ -65,7 +65,7 @@ def read_table_text(file: Path) -> str:
 
 
 def read_csv(file: Path, text: str) -> dict[str, list[str]]:
-    """Return the columns of a CSV file. Columns without a name, such as an index, are left out.
+    """Read the columns of a CSV file. Columns without a name, such as an index, are left out.
 
     Raise ValueError if a row has more fields than the header, or the quotes do not match.
     """
@@ -105,7 +105,7 @@ def read_csv(file: Path, text: str) -> dict[str, list[str]]:
 
 
 def read_json_lines(file: Path, text: str) -> dict[str, list[Any]]:
-    """Return the columns of a file with one JSON object per line."""
+    """Read the columns of a file with one JSON object per line."""
     rows = []
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
@@ -144,7 +144,7 @@ def build_column(values: Sequence[Any]) -> Any:
 
 
 def wrap_table(columns: Mapping[str, Any] | Any, features: Mapping[str, Any] | None = None) -> Any:
-    """Return a `datasets.Dataset` of an Arrow table, or of values or Arrow arrays by column.
+    """Wrap an Arrow table, or values or Arrow arrays by column, as a `datasets.Dataset`.
 
     `features` are the types of columns whose values do not say it, such as images.
     """

@@ -205,7 +205,7 @@ def force_offline() -> Iterator[None]:
 
 
 def get_cached_commit(folder: str) -> str | None:
-    """Return the commit hash of a folder in the cache; None for any other folder."""
+    """Find the commit hash of a folder in the cache; None for any other folder."""
     path = Path(folder)
     # The cache names the folder of a commit .../snapshots/HASH.
     is_snapshot = path.parent.name == "snapshots" and re.fullmatch(r"[0-9a-f]{40}", path.name)

@@ -97,7 +97,7 @@ class ClassStatistics:
         return cls(tuple(features), tuple(means), tuple(precisions), np.array(sizes), counts)
 
     def select(self, tokens: Sequence[Token]) -> "ClassStatistics":
-        """Return the statistics of some of the tokens."""
+        """Select the statistics of some of the tokens."""
         chosen = [self.tokens.index(token) for token in tokens]
         return ClassStatistics(
             tuple(tokens),
@@ -108,7 +108,7 @@ class ClassStatistics:
         )
 
     def build_classifier(self, has_equal_priors: bool = False) -> tuple[np.ndarray, np.ndarray]:
-        """Return weight [K, T * D] and bias [K] of the averaged linear discriminants.
+        """Build the classifier: weight [K, T * D] and bias [K] of the averaged linear discriminants.
 
         A class is as frequent as in the images, or as each other class with `has_equal_priors`. The
         mean over the classes is 0, which changes no probability: it is much larger than the
@@ -123,7 +123,7 @@ class ClassStatistics:
         return np.where(known[:, None], weight - weight[known].mean(axis=0), 0), bias
 
     def compute_discriminants(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return weight [K, T * D] and bias [K] without priors, averaged over the tokens."""
+        """Compute weight [K, T * D] and bias [K] without priors, averaged over the tokens."""
         weights = [
             mean @ precision for mean, precision in zip(self.means, self.precisions, strict=True)
         ]
@@ -185,7 +185,7 @@ class ClassStatistics:
         return replace(self, means=means, counts=np.append(self.counts, counts))
 
     def expand(self, classes: np.ndarray, num_labels: int) -> "ClassStatistics":
-        """Return the statistics of all labels of a model, of which they have some classes."""
+        """Expand the statistics of some classes to all labels of a model."""
         counts = np.zeros(num_labels, np.int64)
         counts[classes] = self.counts
         means = []
@@ -247,7 +247,7 @@ def compute_means(values: np.ndarray, labels: np.ndarray, counts: np.ndarray) ->
 def compute_covariances(
     residuals: np.ndarray, labels: np.ndarray, counts: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the covariance [D, D] within the classes, with and without shrinkage.
+    """Estimate the covariance [D, D] within the classes, with and without shrinkage.
 
     Each class is shrunk towards the variances of its own features, and weighted by its images.
 
@@ -277,7 +277,7 @@ def compute_covariances(
 
 
 def estimate_shrinkage(values: np.ndarray) -> tuple[float, float]:
-    """Return Ledoit and Wolf's shrinkage of centered values [n, D], and their mean variance.
+    """Estimate Ledoit and Wolf's shrinkage of centered values [n, D]; also return their mean variance.
 
     The result equals scikit-learn's `ledoit_wolf_shrinkage`, from the smaller of the two matrices
     [n, n] and [D, D] (Ledoit and Wolf 2004, "A well-conditioned estimator for large-dimensional

@@ -34,7 +34,7 @@ class FeatureLayout:
 
     @classmethod
     def from_config(cls, config: ViTCLSConfig, num_layers: int | None = None) -> "FeatureLayout":
-        """Return the layout for an encoder: all layers, or the last `num_layers`.
+        """Build the layout for an encoder: all layers, or the last `num_layers`.
 
         A pooler with weights, and the maximum, read the last layer as a whole. They are the only
         kind of token then.
@@ -47,7 +47,7 @@ class FeatureLayout:
 
     @classmethod
     def for_extra_heads(cls, config: ViTCLSConfig, num_layers: int) -> "FeatureLayout":
-        """Return the layout of the last `num_layers` for extra heads.
+        """Build the layout of the last `num_layers` for extra heads.
 
         They do not use the model's pooler.
         """
@@ -74,7 +74,7 @@ def has_searchable_pooling(config: ViTCLSConfig) -> bool:
 
 
 def build_kind_config(config: ViTCLSConfig, kind: str) -> ViTCLSConfig:
-    """Return the configuration of a model that pools one kind of token of the last layer."""
+    """Build the configuration of a model that pools one kind of token of the last layer."""
     kind_config = copy.deepcopy(config)
     kind_config.pooling = kind  # type: ignore[assignment]
     kind_config.pooled_layers = None
@@ -115,16 +115,16 @@ class Features:
     num_unreadable: int = 0
 
     def get_tokens(self) -> dict[Token, np.ndarray]:
-        """Return the features [N, D] of each token, in the order in which classifiers read them."""
+        """Select the features [N, D] of each token, in the order in which classifiers read them."""
         return self.layout.split(self.values)
 
     def take(self, rows: np.ndarray) -> "Features":
-        """Return some rows, given their positions or a mask."""
+        """Take some rows, given their positions or a mask."""
         arrays = {name: getattr(self, name)[rows] for name in ROW_FIELDS}
         return replace(self, **arrays)
 
     def build_rows(self, logits: np.ndarray) -> list[ImageOutput]:
-        """Return the images with logits [N, L] in place of the features."""
+        """Replace the features of the images with logits [N, L]."""
         labels = torch.from_numpy(self.labels)
         return list(map(ImageOutput, self.indices.tolist(), labels, logits, self.names.tolist()))
 
@@ -172,7 +172,7 @@ class FrozenPass(ImagePass):
         )
 
     def compute(self, model: Any, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Return the features [B, all], or [B, all + L] with logits, of images [B, C, H, W]."""
+        """Compute the features [B, all], or [B, all + L] with logits, of images [B, C, H, W]."""
         encoder = getattr(model, "vitcls", model)
         program = model if self.has_logits else encoder
         outputs = program(pixel_values, output_hidden_states=OWN_POOLING not in self.layout.widths)

@@ -286,18 +286,18 @@ class LinearProbe:
         return logits, distances
 
     def predict_proba(self, features: TokenFeatures | np.ndarray) -> np.ndarray:
-        """Return the probabilities [N, K] of features [N, D] of each token."""
+        """Predict probabilities [N, K] from the features [N, D] of each token."""
         logits = (
             stack_tokens(to_tokens(features), self.candidate_.tokens) @ self.weight_.T + self.bias_
         )
         return softmax(logits / self.temperature_, axis=1)
 
     def predict(self, features: TokenFeatures | np.ndarray) -> np.ndarray:
-        """Return the most probable label [N] of each image."""
+        """Predict the most probable label [N] of each image."""
         return self.classes_[self.predict_proba(features).argmax(axis=1)]
 
     def score(self, features: TokenFeatures | np.ndarray, labels: np.ndarray) -> float:
-        """Return the accuracy."""
+        """Measure the accuracy on features and labels."""
         return float((self.predict(features) == labels).mean())
 
 
@@ -331,7 +331,7 @@ def stack_tokens(features: TokenFeatures, tokens: Sequence[Token]) -> np.ndarray
 def split_folds(
     labels: np.ndarray, groups: np.ndarray | None = None, num_folds: int | None = None
 ) -> Folds:
-    """Return training and left-out images of each fold, stratified by class.
+    """Divide the images into training and left-out images of each fold, stratified by class.
 
     There are ten folds for at most `FEW_IMAGES` images, otherwise five. Images of classes with
     one image, or one group of images, are in the training images of every fold.

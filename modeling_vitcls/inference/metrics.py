@@ -294,7 +294,7 @@ class ClassCounts(Metric):
         self.counts += torch.stack([num_correct, num_predicted, num_images])
 
     def compute(self) -> torch.Tensor:
-        """Return the three counts of each class as one tensor [3, L]."""
+        """Stack the three counts of each class as one tensor [3, L]."""
         return self.counts
 
 

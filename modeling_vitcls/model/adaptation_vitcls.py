@@ -146,7 +146,7 @@ class AdaptableModel(PreTrainedModel):
         return model
 
     def new_like(self, config: ViTCLSConfig) -> Self:
-        """Return a newly initialized model of this class for another configuration."""
+        """Build a newly initialized model of this class for another configuration."""
         return type(self)(config)
 
 

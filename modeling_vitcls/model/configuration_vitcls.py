@@ -252,11 +252,11 @@ class TokenLayout:
         )
 
     def get_num_tokens(self, rows: int, columns: int) -> int:
-        """Return the length of the sequence for images of `rows` x `columns` patches."""
+        """Count the tokens of an image of `rows` x `columns` patches."""
         return self.num_prefix_tokens + rows * columns
 
     def items(self) -> Iterator[tuple[str, slice]]:
-        """Return the `(name, slice)` pairs of the four groups, in sequence order."""
+        """List the `(name, slice)` pairs of the four groups, in sequence order."""
         return (
             (name, getattr(self, name)) for name in ("cls", "distillation", "registers", "patches")
         )
@@ -849,7 +849,7 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
         return self.get_grid_size(self.image_height_width)
 
     def get_grid_size(self, height_width: tuple[int, int]) -> tuple[int, int]:
-        """Return the number of patch rows and columns for images of (height, width) pixels."""
+        """Count the patch rows and columns of images of (height, width) pixels."""
         height, width = height_width
         patch_height, patch_width = self.patch_height_width
         return height // patch_height, width // patch_width
@@ -872,7 +872,7 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
         return self.resolve_layers(self.pooled_layers)
 
     def resolve_layers(self, layers: Sequence[int] | None) -> list[int]:
-        """Return layer indices from 1 to `num_hidden_layers`; -1 and None are the last layer."""
+        """Count layers from 1 to `num_hidden_layers`; -1 and None are the last layer."""
         return [layer + (self.num_hidden_layers + 1) * (layer < 0) for layer in layers or [-1]]
 
     @property
@@ -921,7 +921,7 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
         return self.num_cls_tokens + self.num_distillation_tokens * self.has_distillation_head
 
     def task_labels(self) -> dict[str, list[str]]:
-        """Return the label names of each task, sorted by task name. Task i uses CLS token i."""
+        """List the label names of each task, sorted by task name. Task i uses CLS token i."""
         labels_by_task: dict[str, list[str]] = {}
         for name, labels in sorted((self.tasks or {}).items()):
             if isinstance(labels, int):
@@ -930,19 +930,19 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
         return labels_by_task
 
     def get_extra_heads(self) -> dict[str, ExtraHead]:
-        """Return the extra heads with default values, sorted by name."""
+        """Complete the extra heads with default values, sorted by name."""
         return {
             name: ExtraHead(**fields) for name, fields in sorted((self.extra_heads or {}).items())
         }
 
     def get_added_tasks(self) -> dict[str, ExtraHead]:
-        """Return the extra heads that do not add classes, sorted by name."""
+        """Select the extra heads that do not add classes, sorted by name."""
         return {
             name: head for name, head in self.get_extra_heads().items() if not head.adds_classes
         }
 
     def get_added_classes(self) -> dict[str, list[str]]:
-        """Return the labels of the extra heads that add classes: head -> labels."""
+        """Select the labels of the extra heads that add classes: head -> labels."""
         return {
             name: head.labels for name, head in self.get_extra_heads().items() if head.adds_classes
         }
@@ -1316,7 +1316,7 @@ def update_gated_tokens(
 
 
 def to_pair(value: int | Sequence[int]) -> tuple[int, int]:
-    """Return (height, width) of a size: one number for both axes, or [height, width]."""
+    """Read a size, one number for both axes or [height, width], as (height, width)."""
     return (value, value) if isinstance(value, int) else (value[0], value[1])
 
 

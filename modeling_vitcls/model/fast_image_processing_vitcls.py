@@ -84,7 +84,7 @@ def open_regular_file(path: str | os.PathLike[str]) -> BufferedReader:
 
 
 def get_settings(processor: Any, names: list[str]) -> tuple[Any, ...]:
-    """Return the settings of an image processor, with copies of mutable sizes, for comparison."""
+    """Copy the settings of an image processor, to compare them later."""
     values = (getattr(processor, name, None) for name in names)
     return tuple(
         tuple(vars(value).values()) if isinstance(value, SizeDict) else value for value in values
@@ -132,7 +132,7 @@ def normalize_batch(processor: Any, images: list[Tensor]) -> Tensor:
 def scale_statistics(
     mean: tuple[float, ...], std: tuple[float, ...], rescale_factor: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return mean and standard deviation [C, 1, 1] of pixels in [0, 255], as transformers does."""
+    """Scale mean and standard deviation [C, 1, 1] to pixels in [0, 255], as transformers does."""
     scaled_statistics = [
         torch.tensor(values).float() * (1.0 / rescale_factor) for values in (mean, std)
     ]

@@ -53,7 +53,7 @@ class TokenPooler(nn.Module):
         return torch.cat([self.pool_cls(hidden_states), mean], dim=-1)
 
     def pool_cls(self, hidden_states: Tensor) -> Tensor:
-        """Return the first, the mean or the concatenation of the pooled CLS tokens."""
+        """Combine the pooled CLS tokens: the first, their mean or their concatenation."""
         tokens = hidden_states[:, self.cls_tokens]  # [B, k, D]
         if self.cls_pooling == "first":
             return tokens[:, 0]

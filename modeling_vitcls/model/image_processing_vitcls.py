@@ -110,7 +110,7 @@ class ViTCLSBaseImageProcessor(BaseImageProcessor):
         self.bit_depth = bit_depth
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the settings for `preprocessor_config.json`, with both backends in `auto_map`."""
+        """Write the settings for `preprocessor_config.json`, with both backends in `auto_map`."""
         settings = super().to_dict()
         settings.pop("_checked_settings", None)
         settings["auto_map"] = {name: dict(classes) for name, classes in AUTO_MAP.items()}
@@ -419,7 +419,7 @@ def read_image(source: ImageSource) -> PIL.Image.Image:
 
 @cache
 def get_image_formats() -> tuple[str, ...]:
-    """Return the formats in `IMAGE_FORMATS` that the installed Pillow can open.
+    """List the formats in `IMAGE_FORMATS` that the installed Pillow can open.
 
     HEIF (HEIC) requires the library pillow-heif.
     """
@@ -459,12 +459,12 @@ def read_url(url: str, source_name: str) -> bytes:
 
 
 def shorten_text(text: str) -> str:
-    """Return the text in quotes; if it has more than 200 characters, `...` replaces the middle."""
+    """Quote a text; if it has more than 200 characters, `...` replaces the middle."""
     return repr(text if len(text) <= 200 else f"{text[:40]}...{text[-120:]}")
 
 
 def get_first_line(error: Exception) -> str:
-    """Return the first line of an error message, at most 300 characters, or the error type."""
+    """Take the first line of an error message, at most 300 characters, or the error type."""
     return (str(error).splitlines() or [type(error).__name__])[0][:300]
 
 
@@ -521,7 +521,7 @@ def pil_to_tensor(image: PIL.Image.Image, to_rgb: bool, bit_depth: int = 16) -> 
 
 
 def pil_to_array(image: PIL.Image.Image) -> np.ndarray:
-    """Return the values of a PIL image: [H, W], [H, W, 3], or [H, W, 4] with transparency."""
+    """Read the values of a PIL image: [H, W], [H, W, 3], or [H, W, 4] with transparency."""
     if image.mode == "F":
         raise ValueError(
             "mode F has no fixed range: convert to mode L, or pass an array of floats from 0 to 1"
@@ -544,7 +544,7 @@ def pil_to_array(image: PIL.Image.Image) -> np.ndarray:
 def to_channels_first(
     image: Tensor, data_format: str | ChannelDimension | None, num_channels: int = 3
 ) -> Tensor:
-    """Return an image as [C, H, W]; C is the axis with `num_channels`, otherwise with 1, 3 or 4."""
+    """Order an image as [C, H, W]; C is the axis with `num_channels`, otherwise with 1, 3 or 4."""
     shape = list(image.shape)
     if image.ndim not in (2, 3) or image.numel() == 0:
         raise ValueError(

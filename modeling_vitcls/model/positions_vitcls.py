@@ -91,7 +91,7 @@ class MixedRotaryEmbeddings(nn.Module):
         return list(zip(cos, sin, strict=True))
 
     def get_initial_frequencies(self) -> Tensor:
-        """Return axial frequencies, rotated by a random angle per layer and head (RoPE-ViT)."""
+        """Draw axial frequencies, rotated by a random angle per layer and head (RoPE-ViT)."""
         num_layers, num_heads = self.frequencies.shape[1:3]
         head_dim = self.config.head_dim
         # [head_dim / 4]

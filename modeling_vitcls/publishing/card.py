@@ -77,7 +77,7 @@ def has_edited_card(folder: ModelFolder) -> bool:
 
 
 def compute_signature(text: str) -> str:
-    """Return the first 16 hexadecimal digits of the SHA-256 of a text."""
+    """Hash a text: the first 16 hexadecimal digits of its SHA-256."""
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

@@ -322,5 +322,5 @@ def compare_outputs(repo_id: str, outputs: Outputs, expected_outputs: Outputs) -
 
 
 def compute_max_abs(tensor: torch.Tensor) -> float:
-    """Return the maximum absolute value of a tensor: 0 if it is empty, NaN if it contains NaN."""
+    """Compute the largest absolute value of a tensor: 0 if it is empty, NaN if it contains NaN."""
     return tensor.abs().max().item() if tensor.numel() else 0.0

@@ -80,7 +80,7 @@ def check_minimum(options: Any, minimum: int, *names: str) -> None:
 
 
 def get_flag_fields(options_class: Any) -> dict[str, dataclasses.Field[Any]]:
-    """Return the fields of an options class by name."""
+    """List the fields of an options class by name."""
     return {field.name: field for field in dataclasses.fields(options_class)}
 
 

@@ -62,7 +62,7 @@ def describe_device() -> str:
 
 
 def format_device_name(device: torch.device) -> str:
-    """Return the name of a GPU, the number of CPU threads, or the type of another device."""
+    """Name a GPU, the number of CPU threads, or the type of another device."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     if device.type == "cpu":
@@ -71,7 +71,7 @@ def format_device_name(device: torch.device) -> str:
 
 
 def get_versions(*libraries: str) -> dict[str, str]:
-    """Return the versions of this package, Python and the installed libraries.
+    """List the versions of this package, Python and the installed libraries.
 
     The libraries are those in `CORE_LIBRARIES` and in `libraries`.
     """
@@ -84,7 +84,7 @@ def get_versions(*libraries: str) -> dict[str, str]:
 
 
 def get_processor_name() -> str:
-    """Return the model name of the CPU.
+    """Look up the model name of the CPU.
 
     It is read from /proc/cpuinfo or, if the file does not exist, from Python.
     """

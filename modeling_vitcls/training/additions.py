@@ -466,7 +466,7 @@ def build_result(
 
 
 def format_result(record: dict[str, Any]) -> str:
-    """Return the result of an addition as text."""
+    """Describe the result of an addition."""
     result = record.get("result")
     if result is None:
         return "not measured, because a class has one image"

@@ -128,12 +128,12 @@ def measure_errors(calibration: Calibration, predictions: Predictions) -> Calibr
 
 
 def select_error_metrics(values: dict[str, Any]) -> dict[str, float]:
-    """Return the errors that are also metrics of the saved model, with its temperature."""
+    """Select the errors that are also metrics of the saved model, with its temperature."""
     return {name: values[name] for name in ERROR_METRICS if name in values}
 
 
 def compute_error(logits: np.ndarray, labels: np.ndarray) -> float:
-    """Return the expected calibration error in 15 bins (Guo et al. 2017, arXiv 1706.04599)."""
+    """Compute the expected calibration error in 15 bins (Guo et al. 2017, arXiv 1706.04599)."""
     probabilities = torch.from_numpy(logits).float().softmax(dim=1)
     error = multiclass_calibration_error(
         probabilities, torch.from_numpy(labels), logits.shape[1], n_bins=NUM_BINS

@@ -63,7 +63,7 @@ def load_old_model(folder: ModelFolder) -> Any:
 
 
 def read_pixels(images: LabeledImages, processor: Any) -> list[Tensor]:
-    """Return the pixels [C, H, W] of readable images, drawn at random."""
+    """Read the pixels [C, H, W] of readable images, drawn at random."""
     pixels = []
     drawn = images.draw(NUM_IMAGES)
     for index in range(len(drawn)):
@@ -148,7 +148,7 @@ def load_tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def hash_tensors(tensors: Sequence[Tensor]) -> str:
-    """Return the SHA-256 of the types, shapes and bytes of tensors."""
+    """Hash the types, shapes and bytes of tensors (SHA-256)."""
     digest = hashlib.sha256()
     for tensor in tensors:
         digest.update(f"{tensor.dtype} {list(tensor.shape)}".encode())
@@ -168,7 +168,7 @@ def compare_processors(old_folder: Path, new_folder: Path) -> None:
 
 
 def read_processor_settings(folder: Path) -> dict[str, Any]:
-    """Return the settings of the image processor of a folder, without those that name its code."""
+    """Read the settings of a folder's image processor, without those that name its code."""
     settings = read_json(folder / "preprocessor_config.json")
     return {
         name: value
@@ -216,7 +216,7 @@ def check_labels_and_threshold(old: Any, new: Any) -> None:
 
 
 def compute_outputs(model: Any, pixel_values: Tensor) -> dict[str, Tensor]:
-    """Return the outputs of a model by name.
+    """Compute the outputs of a model, by name.
 
     The pooled vector of an encoder has the name of the logits, which it is in a classifier without
     labels.
@@ -239,7 +239,7 @@ def iterate_batches(pixels: Sequence[Tensor], batch_size: int) -> Iterator[Tenso
 
 
 def describe_certificate(certificate: dict[str, Any]) -> str:
-    """Return the certificate as a line."""
+    """Describe a certificate in one line."""
     dtypes = " and ".join(dict.fromkeys(row["dtype"] for row in certificate["passes"]))
     batch_sizes = ", ".join(map(str, sorted({row["batch_size"] for row in certificate["passes"]})))
     return (

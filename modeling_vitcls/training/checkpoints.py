@@ -54,7 +54,7 @@ class Checkpoint:
     metadata: dict[str, Any]  # `metadata` in state.json
 
     def load_tensors(self, name: str) -> Tensors:
-        """Return the tensors of `name`.safetensors on the CPU.
+        """Load the tensors of `name`.safetensors to the CPU.
 
         Raise DamagedCheckpointError if the file is damaged.
         """
@@ -233,7 +233,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """Return the contents of state.json.
+    """Read the contents of state.json.
 
     Raise DamagedCheckpointError if the file is missing or invalid.
     """
@@ -276,5 +276,5 @@ def get_partial_path(folder: Path) -> Path:
 
 
 def compute_json_digest(state: dict[str, Any]) -> str:
-    """Return the SHA-256 of a JSON object, independent of its formatting."""
+    """Hash a JSON object (SHA-256), independent of its formatting."""
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()

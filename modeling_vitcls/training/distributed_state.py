@@ -124,19 +124,19 @@ def reshard(model: nn.Module) -> None:
 
 
 def get_named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the parameters of the unwrapped model by name. Tied weights are included once."""
+    """List the parameters of the unwrapped model by name. Tied weights are included once."""
     return dict(extract_model_from_parallel(model, keep_torch_compile=False).named_parameters())
 
 
 def get_trainable_parameter_names(model: nn.Module) -> list[str]:
-    """Return the names of the trainable parameters, in the order of the model's parameters."""
+    """List the names of the trainable parameters, in the order of the model's parameters."""
     return [
         name for name, parameter in get_named_parameters(model).items() if parameter.requires_grad
     ]
 
 
 def unwrap_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """Return the PyTorch optimizer inside Accelerate's wrapper."""
+    """Take the PyTorch optimizer out of Accelerate's wrapper."""
     return optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
 
 
@@ -144,7 +144,7 @@ def unwrap_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
 
 
 def gather_weights(model: nn.Module) -> Tensors:
-    """Return parameters and persistent buffers as full CPU tensors on the main process.
+    """Gather parameters and persistent buffers as full CPU tensors on the main process.
 
     The other processes get an empty dictionary. This function must be called on all processes.
     """

@@ -75,6 +75,6 @@ def describe_duration(
 
 
 def format_minutes(seconds: float) -> str:
-    """Return a duration in whole minutes as text."""
+    """Write a duration in whole minutes."""
     minutes = math.ceil(seconds / 60)
     return "a minute" if minutes == 1 else f"{minutes:,} minutes"

@@ -194,7 +194,7 @@ def check_label_kind(kind: str, **flags: Any) -> None:
 
 
 def describe_imbalance(class_balance: str, data: TrainingData) -> list[str]:
-    """Return a warning about classes of very different sizes.
+    """Describe classes of very different sizes, for a warning.
 
     The largest then has more than `MAX_CLASS_RATIO` times as many training images as the smallest.
     """

@@ -119,7 +119,7 @@ def compute_lejepa_losses(
 
 
 def crop(pixels: Tensor, size: list[int], scale: tuple[float, float]) -> Tensor:
-    """Return a random crop of each image [B, C, H, W], resized to `size`, half of them flipped.
+    """Crop each image [B, C, H, W] at random, resize the crop to `size`, and flip half of them.
 
     `scale` is the range of the area as a fraction of the image, as in torchvision's
     RandomResizedCrop.
@@ -141,7 +141,7 @@ def crop(pixels: Tensor, size: list[int], scale: tuple[float, float]) -> Tensor:
 
 
 def jitter(pixels: Tensor) -> Tensor:
-    """Return images [B, C, H, W] in [0, 1] with random colors.
+    """Change the colors of images [B, C, H, W] in [0, 1] at random.
 
     Brightness, contrast and saturation are random, and some images are gray.
     """
@@ -159,7 +159,7 @@ def jitter(pixels: Tensor) -> Tensor:
 
 
 def compute_invariance_loss(projections: Tensor, num_global: int) -> Tensor:
-    """Return the mean squared distance of projections [views, B, P] from their centers.
+    """Pull the views of an image together: mean squared distance of [views, B, P] from their centers.
 
     The center of an image is the mean of its first `num_global` views.
     """
@@ -190,7 +190,7 @@ def compute_sigreg(projections: Tensor, directions: Tensor) -> Tensor:
 
 
 def draw_directions(projections: Tensor, num_directions: int) -> Tensor:
-    """Return random unit vectors [P, num_directions], the same on all processes."""
+    """Draw random unit vectors [P, num_directions], the same on all processes."""
     directions = torch.randn(projections.shape[-1], num_directions, device=projections.device)
     if dist.is_available() and dist.is_initialized():
         dist.broadcast(directions, src=0)
@@ -198,7 +198,7 @@ def draw_directions(projections: Tensor, num_directions: int) -> Tensor:
 
 
 def average_over_processes(values: Tensor) -> Tensor:
-    """Return the mean over processes.
+    """Average a value over the processes.
 
     Gradients flow to this process's values only, because data parallelism then averages the
     gradients of all processes.

@@ -41,7 +41,7 @@ def compute_single_label_loss(
     label_smoothing: float,
     class_weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Return the mean cross-entropy of logits [B, L] and classes [B] or probabilities [B, L].
+    """Compute the mean cross-entropy of logits [B, L] and classes [B] or probabilities [B, L].
 
     Losses that are weighted with `class_weights` [L], whose mean is 1, are not divided by the sum
     of the weights, because the loss of one image would otherwise depend on the labels of other
@@ -60,7 +60,7 @@ def compute_single_label_loss(
 def compute_multi_label_loss(
     logits: torch.Tensor, labels: torch.Tensor, label_smoothing: float
 ) -> torch.Tensor:
-    """Return the mean binary cross-entropy of logits [B, L] against binary labels [B, L]."""
+    """Compute the mean binary cross-entropy of logits [B, L] against binary labels [B, L]."""
     targets = labels * (1 - label_smoothing) + label_smoothing / 2
     return nn.functional.binary_cross_entropy_with_logits(logits.float(), targets)
 
@@ -68,7 +68,7 @@ def compute_multi_label_loss(
 def compute_multi_task_loss(
     logits: dict[str, torch.Tensor], labels: dict[str, torch.Tensor], label_smoothing: float
 ) -> torch.Tensor:
-    """Return the summed cross-entropy of {task: logits [B, L]} and {task: classes [B]}.
+    """Sum the cross-entropies of {task: logits [B, L]} and {task: classes [B]}.
 
     The loss of an image with the label -100 is 0.
 

@@ -32,7 +32,7 @@ HEAD_DIM = 32  # of the decoder, as in the paper (512 channels, 16 heads)
 
 
 def build_decoder_config(config: ViTCLSConfig, num_layers: int) -> ViTCLSConfig:
-    """Return the configuration of a decoder with two thirds of the encoder's width.
+    """Build the configuration of a decoder with two thirds of the encoder's width.
 
     This is the ratio of the paper for ViT-B.
     """
@@ -154,7 +154,7 @@ def compute_mae_losses(
 def draw_masks(
     num_images: int, num_patches: int, mask_ratio: float, device: torch.device
 ) -> Tensor:
-    """Return random masks [num_images, num_patches], True for masked patches.
+    """Draw random masks [num_images, num_patches], True for masked patches.
 
     At least one patch of each image stays visible.
     """

@@ -64,7 +64,7 @@ class InitialModel:
 
 
 def resolve_initial_model(name: str) -> InitialModel:
-    """Return the initial model with the name `name`.
+    """Find the initial model that `name` names.
 
     Checkpoints are downloaded or converted if necessary. Raise ValueError if the checkpoint is not
     a vitcls model, and OSError if it cannot be found or read.
@@ -335,7 +335,7 @@ def add_lora(model: Any) -> None:
 
 
 def merge_lora(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return a state dict of full tensors with merged LoRA weights: W becomes W + B A."""
+    """Merge LoRA weights into a state dict of full tensors: W becomes W + B A."""
     merged_weights = {
         name.replace(".base_layer.", "."): weight
         for name, weight in weights.items()

@@ -38,7 +38,7 @@ def build_parameter_groups(
 
 
 def get_parameter_depths(model: nn.Module) -> dict[str, int]:
-    """Return the depth of each parameter.
+    """Find the depth of each parameter, for the layer decay.
 
     It is 0 for tokens, position embeddings and patch embeddings; 1, 2, ... for the layers; and the
     next number for the final norm and the heads.

@@ -70,7 +70,7 @@ class ModelOptions(Options):
         parse_cls_scopes(self.cls_scopes or ())  # raises ValueError if a value is invalid
 
     def get_config_values(self) -> dict[str, Any]:
-        """Return the ViTCLSConfig fields that these options set, with their values."""
+        """Select the ViTCLSConfig fields that these options set, with their values."""
         values = {field.name: getattr(self, field.name) for field in fields(ModelOptions)}
         config_values = {
             name: value

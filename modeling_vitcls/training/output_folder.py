@@ -243,7 +243,7 @@ def prepare_folder(
 
 
 def list_final_files(folder: Path) -> list[str]:
-    """Return the names of the existing final files, in the order of `FINAL_FILE_PATTERNS`."""
+    """List the existing final files, in the order of `FINAL_FILE_PATTERNS`."""
     patterns = ("*", f"{IMAGES_FOLDER}/*")
     files = (
         path for pattern in patterns for path in sorted(folder.glob(pattern)) if path.is_file()

@@ -158,7 +158,7 @@ class PreTraining:
 
 
 def compute_features(model: Any, method: Any, pixel_values: torch.Tensor) -> torch.Tensor:
-    """Return the trained token and the mean of the patches of images: [B, token + D].
+    """Compute the trained token and the mean of the patches of images: [B, token + D].
 
     The images are [B, C, H, W].
 
@@ -231,7 +231,7 @@ def measure_features(
 
 
 def compare_features(before: dict[str, Any], after: dict[str, Any]) -> str:
-    """Return a line that compares the metrics before and after pre-training."""
+    """Compare the metrics before and after pre-training, in one line."""
     names = {"knn_accuracy": "k-NN", "regression_accuracy": "logistic regression"}
     texts = [
         f"{text} {before[name]:.1%} -> {after[name]:.1%}"
@@ -252,7 +252,7 @@ def compare_features(before: dict[str, Any], after: dict[str, Any]) -> str:
 
 
 def compute_effective_rank(features: np.ndarray) -> float:
-    """Return the effective rank of features [images, D], from 1 to D.
+    """Measure in how many directions features [images, D] differ: their effective rank, 1 to D.
 
     It is the exponential of the entropy of the singular values of the centered features.
 

@@ -77,7 +77,7 @@ def explain_missing_probe(
     new_parameter_names: set[str],
     label_kind: str,
 ) -> str | None:
-    """Return the reason why a run has no frozen model, or None if it has one."""
+    """Say why a run has no frozen model; None if it has one."""
     has_new_pooler = any(name.startswith("vitcls.pooler.") for name in new_parameter_names)
     distillation_classifier = getattr(model, "distillation_classifier", None)
     reasons = {
@@ -374,7 +374,7 @@ class Probe:
 
 
 def expand_classes(values: np.ndarray, classes: np.ndarray, num_labels: int) -> np.ndarray:
-    """Return values [N, K] of some classes as [N, L] of all labels, 0 for the others."""
+    """Spread values [N, K] of some classes over all labels [N, L], with 0 for the others."""
     expanded = np.zeros((len(values), num_labels))
     expanded[:, classes] = values
     return expanded
@@ -425,7 +425,7 @@ def build_probe_record(probe: LinearProbe, num_images: int) -> dict[str, Any]:
 
 
 def describe_probe(record: dict[str, Any]) -> str:
-    """Return the choice as text, with the result of the simplest candidate for comparison."""
+    """Describe the choice, with the result of the simplest candidate for comparison."""
     chosen = describe_candidate(record)
     if not record["num_folds"]:
         return (

@@ -298,7 +298,7 @@ def print_result(
 
 
 def describe_result(results: dict[str, Any], result_metrics: tuple[str, ...]) -> str:
-    """Return the result as text: measured on held-out images, or estimated by cross-validation."""
+    """Describe the result: measured on held-out images, or estimated by cross-validation."""
     if results["split"] != "cross-validation":
         return format_result(results, result_metrics)
     record = results["frozen"]
@@ -374,7 +374,7 @@ def shorten_path(name: Any) -> Any:
 
 
 def describe_saved_files(folder: Path) -> str:
-    """Return what a run has saved, with sizes, because checkpoints may be larger than the model."""
+    """List what a run has saved, with sizes, because checkpoints may be larger than the model."""
     files = [
         name for name in (RESULTS_FILE, SPLITS_FILE, PREDICTIONS_FILE) if (folder / name).exists()
     ]
@@ -387,7 +387,7 @@ def describe_saved_files(folder: Path) -> str:
 
 
 def measure_size(folder: Path) -> str:
-    """Return the size of the files in a folder."""
+    """Add up the sizes of the files in a folder."""
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     return f"{size / 1e6:,.1f} MB"
 
@@ -396,7 +396,7 @@ def measure_size(folder: Path) -> str:
 
 
 def count_tokens(config: ViTCLSConfig) -> dict[str, int]:
-    """Return the number of tokens in each token group, at the model's image size."""
+    """Count the tokens of each group, at the model's image size."""
     token_indices = range(config.token_layout.get_num_tokens(*config.grid_size))
     return {name: len(token_indices[group]) for name, group in config.token_layout.items()}
 

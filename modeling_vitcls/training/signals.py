@@ -96,7 +96,7 @@ class SignalHandler:
             signal.raise_signal(signum)
 
     def get_signal(self) -> str | None:
-        """Return the name of the received stop signal, or None if no signal was received.
+        """Name the stop signal that was received; None if there was none.
 
         The result is the same on all processes. This method must be called on all processes.
         """

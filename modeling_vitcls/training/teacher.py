@@ -91,7 +91,7 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Return the logits [B, L] for the student's pixels [B, C, H, W].
+        """Predict logits [B, L] for the student's pixels [B, C, H, W].
 
         The pixels are `uint8` or floats in [0, 255]. Raise ValueError if any output is not finite.
         """
@@ -285,7 +285,7 @@ def convert_channels(pixels: torch.Tensor, num_channels: int) -> torch.Tensor:
 
 
 def get_interpolation(resample: Any) -> InterpolationMode:
-    """Return torchvision's interpolation mode for a PIL number or a name of timm.
+    """Find torchvision's interpolation mode for a PIL number or a name of timm.
 
     Lanczos is replaced with bicubic, because torchvision does not support Lanczos for tensors.
     """

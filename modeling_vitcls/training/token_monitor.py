@@ -56,7 +56,7 @@ class TokenMonitor:
         }
 
     def compute_token_movement(self) -> dict[str, float]:
-        """Return the Euclidean norm of each token's change since the start of training."""
+        """Measure how far each token has moved since the start of training (Euclidean norm)."""
         return {
             name: (token - self.initial_tokens[name]).norm().item()
             for name, token in self.copy_tokens().items()

@@ -79,7 +79,7 @@ def build_evaluator_arguments(
     num_channels: int,
     reporter: Reporter,
 ) -> dict[str, Any]:
-    """Return the keyword arguments of the evaluators of a run, except for the images."""
+    """Build the keyword arguments of the evaluators of a run, except for the images."""
     return {
         "processor": processor,
         "label_space": label_space,
