@@ -1,8 +1,8 @@
 """Vision Transformers with configurable CLS, distillation and register tokens.
 
-Importing this package registers its classes with transformers' Auto classes, so that a checkpoint
-loads without `trust_remote_code`. All other modules are imported on first use. Only the
-`*_vitcls.py` files are uploaded to the Hub with a model, not this file.
+Importing this package registers its classes with transformers' Auto classes, so a checkpoint loads
+without `trust_remote_code`. All other modules are imported on first use. Only the `*_vitcls.py`
+files are uploaded to the Hub with a model, not this file.
 """
 
 import importlib

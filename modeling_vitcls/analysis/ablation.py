@@ -3,9 +3,9 @@
     ablations = compute_ablations(model, TokenUse(model.config), batches)
     ablations["registers[0]"][""]    the `Effect` on the output "" (token_use.py)
 
-The states are replaced with their means over images, after the embeddings and each layer, so that
-they are the same for every image. Removing tokens or setting them to zero would instead produce
-inputs that the model was never trained on.
+After the embeddings and each layer, the states are replaced with their means over images, so they
+are the same for every image. Removing tokens or setting them to zero would instead produce inputs
+that the model was never trained on.
 
 An effect alone is not meaningful, because a random token is attended to as well. The effect of each
 token that no head reads is therefore compared with one null distribution: the effects of ablating a
@@ -436,8 +436,8 @@ def has_vectors(rows: list[torch.Tensor]) -> bool:
 def predict_labels(rows: list[torch.Tensor], has_several_labels: bool) -> torch.Tensor:
     """Predict the class [images, 1] from the logits [labels] of each image.
 
-    With several labels per image, 0 or 1 is predicted for each label [images, labels]: whether its
-    probability is at least DEFAULT_THRESHOLD.
+    With several labels per image, the prediction is 0 or 1 for each label [images, labels]: 1 if
+    its probability is at least DEFAULT_THRESHOLD.
     """
     logits = torch.stack(rows)
     if has_several_labels:

@@ -12,7 +12,7 @@ maps, so memory grows with N, not N².
 
 Keys are in the order of `config.token_layout`; `extract_patch_maps` (maps.py) selects the patches.
 The attribution multiplies row vectors by the maps of each layer, from the last layer to the first,
-so that the maps of only one layer are in memory. Every attention implementation is supported.
+so only the maps of one layer are in memory. Every attention implementation is supported.
 """
 
 from collections.abc import Callable, Iterator
@@ -48,8 +48,8 @@ class RecordedLayer:
     def compute_weights(self, num_rows: int | None = None) -> torch.Tensor:
         """Compute the maps [B, maps, N, N], or only the rows of the first `num_rows` tokens.
 
-        They are the maps of eager attention, computed in float32, so that rows sum to 1 for
-        half-precision models too.
+        They are the maps of eager attention, computed in float32: rows sum to 1 even for
+        half-precision models.
         """
         query = self.query[:, :, :num_rows].float()
         key = self.key.float()
@@ -96,7 +96,7 @@ class AttentionTrace:
     def compute_patch_attention(self) -> torch.Tensor:
         """Average the attention of the patches over the patches, [B, L, maps, 1, N]."""
         patches = self.config.token_layout.patches
-        # the maps of one layer after another, because those of all layers may not fit into memory
+        # one layer after another, because the maps of all layers may not fit into memory
         rows = [
             layer.compute_weights()[:, :, patches].mean(dim=2, keepdim=True)
             for layer in self.layers

@@ -49,8 +49,8 @@ def open_images(
 ) -> InspectionImages:
     """Open the images of `paths` or `dataset`, with the label indices of a classifier.
 
-    `label_space` is that of the classifier, or UNLABELED. `splits` are the rows of splits.parquet
-    about the model.
+    `label_space` belongs to the classifier, or is UNLABELED. `splits` are the rows of
+    splits.parquet about the model.
 
     Raises:
         ValueError: if there are no images, the dataset cannot be read, or its labels do not match

@@ -136,8 +136,8 @@ def choose_file(output: Path, stem: str, is_single: bool, written: list[Path]) -
         return output
     file = output / f"{stem}.png" if is_folder else output.with_stem(f"{output.stem}-{stem}")
     numbered = (file.with_stem(f"{file.stem}-{number}") for number in count(2))
-    # Only sheets of this command are protected from each other; those of an earlier one are
-    # replaced.
+    # The sheets of one command never replace each other, but they replace the sheets of an earlier
+    # command.
     return next(each for each in chain([file], numbered) if each not in written)
 
 

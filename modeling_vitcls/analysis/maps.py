@@ -1,4 +1,4 @@
-"""Attention to patches as maps, and maps and photos as pictures.
+"""Attention to patches as maps, and maps and photos as images.
 
     rows [..., key] -> extract_patch_maps [..., gh, gw] -> overlay, a picture
                                                               |
@@ -54,9 +54,9 @@ def extract_patch_maps(rows: torch.Tensor, config: ViTCLSConfig, image_size: Siz
 def overlay(image: Image.Image, values: torch.Tensor) -> Image.Image:
     """Draw a map over the image that it covers; higher values are brighter and more opaque.
 
-    The image is gray and dimmed, so that all colors belong to the map, which is interpolated
-    between the centers of the patches. The brightest color is the maximum of the map, but at least
-    MIN_SCALE times the mean, so that a uniform map is not bright everywhere.
+    The image is gray and dimmed, so all colors belong to the map, which is interpolated between the
+    centers of the patches. The brightest color is the maximum of the map, but at least MIN_SCALE
+    times the mean, so that a uniform map is not bright everywhere.
 
     Args:
         image: an RGB image, cropped to the region of the patches (`draw_region`).

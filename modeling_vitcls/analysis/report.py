@@ -34,7 +34,7 @@ from .sheet import draw_sheet, shorten_middle
 TEMPLATE_FOLDER = Path(__file__).parent
 NUM_LARGE_WRONG_IMAGES = 6  # number of wrong images on the first screen
 MAX_FILE_NAME = 24  # maximum length of a file name under an image, in characters
-THUMBNAIL_SIDE = 200  # longer side of the pictures of a photo beside its name, in pixels
+THUMBNAIL_SIDE = 200  # longer side of the images next to the name of a photo, in pixels
 MAX_EXACT_SIDE = 96  # maximum length of the longer side of an image that is stored without loss
 # Kinds of photos (`select_images`) and their names in the report.
 KINDS = {"wrong": "wrong prediction", "uncertain": "least confident", "typical": "typical"}
@@ -149,10 +149,10 @@ def build_inspection_record(
 
 
 def build_photo_row(photo: ShownPhoto, title: str) -> dict[str, Any]:
-    """Build the pictures of a photo as data URLs, and the texts beside them.
+    """Build the images of a photo as data URLs, and the texts next to them.
 
-    The pictures are what the model sees, the attention of the first token, and the features of the
-    patches; and the sheet.
+    The images show what the model sees, the attention of the first token, and the features of the
+    patches; the last one is the sheet.
     """
     measurements = photo.measurements
     layer = measurements.token_layers[0]

@@ -6,8 +6,8 @@
     attention of each head       one row per token, in the last layer in which the token is used
     layer by layer               one row per token, then principal components and norms
 
-Each section is a figure of matplotlib, as wide as the sheet; the sheet is their stack, because
-only a section knows its height. Heights and widths are in inches.
+Each section is a figure of matplotlib, as wide as the sheet; the sheet stacks them, because the
+height of a section is known only after it is drawn. Heights and widths are in inches.
 """
 
 import math
@@ -40,13 +40,13 @@ TILE_WIDTH = 0.92  # of a column; the rest is the gap between tiles
 HEADING_HEIGHT = 0.55
 CAPTION_HEIGHT = 0.2
 MIN_TILE_HEIGHT = 0.3  # which the name and the note of a row need
-MAX_LARGE_HEIGHT = 3.4  # of the pictures in the first row
+MAX_LARGE_HEIGHT = 3.4  # of the images in the first row
 LARGE_SIDE = 640  # longer side of the photo before it is scaled, in pixels
 
 MAX_TOKENS = 9  # maximum number of tokens with a row
 MAX_ATTRIBUTIONS = 14  # maximum number of labels with an attribution
 HEADER_CHARACTERS = 150  # in a line of headers, so that neighbors do not overlap
-MAX_TITLE = 64  # maximum number of characters of the title, beside the small photo
+MAX_TITLE = 64  # maximum number of characters of the title, next to the small photo
 
 # Color of each group of `config.token_layout`. Color-blind readers can distinguish the colors
 # (palette of Okabe and Ito).
@@ -72,7 +72,7 @@ STYLE: dict[Any, Any] = {
     "xtick.labelsize": 8,
 }
 
-# a picture, the text above it, and whether an output of the model depends on it
+# an image, the text above it, and whether an output of the model depends on it
 Tile = tuple[Any, str, bool]
 Row = tuple[str, str, str, list[Tile]]  # a name, its color, a note below it, and tiles
 

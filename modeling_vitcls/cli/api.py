@@ -58,7 +58,7 @@ def own_state() -> Iterator[None]:
     import numpy as np
     import torch
 
-    # A notebook goes on after an error, so all of this is undone then, too.
+    # A notebook continues after an error, so errors undo all of this as well.
     with ExitStack() as stack:
         stack.callback(random.setstate, random.getstate())
         stack.callback(np.random.set_state, np.random.get_state())
@@ -79,7 +79,7 @@ def takes_flags(options_class: type[Options], *omitted: str) -> Callable[[Functi
     """Show the fields of an options class as the keywords of a function.
 
     The signature lists their types and defaults, for editors and notebooks, and the docstring
-    explains them. Fields in `omitted` are no keywords.
+    explains them. Fields in `omitted` are left out.
     """
 
     def document(function: Function) -> Function:
@@ -194,8 +194,9 @@ def run_training(options: Any) -> dict[str, Any]:
     from ..training.run import train
 
     repo_id = None
-    # Before the run, which builds the Accelerator: a token that may not write should not be found
-    # after hours of training. Only the launcher's variable tells the process as early as this.
+    # A token that may not write should be found now, not after hours of training. The run has not
+    # built the Accelerator yet, so the launcher's variable has to tell the main process from the
+    # others.
     if options.push_to_hub and os.environ.get("RANK", "0") == "0":
         repo_id = prepare_repository(options.hub_model_id, options.output_dir.resolve().name)
     path = train(options)
@@ -267,8 +268,8 @@ def predict(model: str | Path, images: Any = None, **flags: Any) -> list[dict[st
         images, flags = None, {"dataset": images, **flags}
     sources = [] if images is None else list_sources(images)
     if images is not None and not sources:
-        # An empty list has an empty answer. Without images at all, the options below report what is
-        # missing.
+        # For an empty list, there are no rows. If no images are given at all, the options below
+        # report it.
         return []
     options = build_options(
         PredictOptions,

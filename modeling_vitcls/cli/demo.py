@@ -17,7 +17,7 @@ from ..runtime.flags import Options
 
 
 NUM_LABELS = 5  # maximum number of labels with a probability
-NONE_OF_THESE = "none of these"  # answer for a photo that shows none of the labels
+NONE_OF_THESE = "none of these"  # shown for a photo of none of the classes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +116,8 @@ def build_page(options: DemoOptions) -> Any:
             gradio.Label(label="Probabilities", num_top_classes=NUM_LABELS, show_heading=False),
         ]
     photo_input: Any = gradio.Image(label="Photo", type="filepath")
-    # gradio would decode the file. `vitcls predict` knows more formats, and names the fault.
+    # gradio would decode the file itself, but `vitcls predict` reads more formats and names what is
+    # wrong.
     photo_input.preprocess = lambda payload: payload and payload.path
     sheet = gradio.Image(
         label="Sheet", show_label=False, format="png", buttons=["download", "fullscreen"]

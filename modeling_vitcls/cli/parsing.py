@@ -3,8 +3,8 @@
     name, options = parse_command_line(modules, ["finetune", "--config", "digits", "--epochs", "3"])
 
 tyro parses the flags, and reports unknown flags and values of another type. A recipe is a YAML file
-of flags, which are inserted before the flags on the command line, so that tyro validates all flags
-and the command line overrides the recipe. Invalid flags are reported before torch is imported.
+of flags, which are inserted before the flags on the command line: tyro validates all flags, and the
+command line overrides the recipe. Invalid flags are reported before torch is imported.
 """
 
 import argparse
@@ -59,7 +59,7 @@ EQUIVALENT_FLAGS = {
     "--bf16": "mixed_precision",
 }
 
-# Values of a flag without a value, such as `--flip`, in a recipe: those of YAML 1.1
+# What a recipe may write for a flag without a value, such as `--flip`: truth values of YAML 1.1
 BOOLEANS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 POSITIONAL_ARGUMENTS = ("paths", "old", "new")
 SETTINGS_FLAGS = ("model_config", "augment")  # flags of several NAME=VALUE
@@ -122,7 +122,7 @@ def parse_command_line(modules: dict[str, ModuleType], arguments: list[str]) -> 
 
 
 def parse_settings(texts: list[str]) -> dict[str, Any]:
-    """Parse `drop_path_rate=0.1 head_type=mlp`. The values are YAML, but 1e-5 is a number, too."""
+    """Parse `drop_path_rate=0.1 head_type=mlp`. The values are YAML, but 1e-5 is also a number."""
     if not all("=" in text for text in texts):
         raise ValueError(f"{' '.join(texts)} is not of the form NAME=VALUE")
     settings = dict(text.split("=", 1) for text in texts)
@@ -300,7 +300,7 @@ def describe_values(field: dataclasses.Field[Any]) -> str:
 # Recipes ------------------------------------------------------------------------------------------
 
 
-# The recipes of studies (study_*.yaml) have other flags: scripts/study.py asks for them by name.
+# The recipes of studies (study_*.yaml) have other flags: scripts/study.py finds them by name.
 def find_recipe(path: Path, pattern: str = "[!s]*.yaml") -> Path:
     """Find a recipe: a file, or a name in the package, such as `digits`.
 

@@ -82,7 +82,7 @@ def run(options: PushOptions) -> None:
         "`check` requires a model, unless only a repository is verified"
     )
     folder = ModelFolder(options.model)
-    # First, so that a folder that cannot be pushed does not leave an empty repository on the Hub.
+    # This comes first, so a folder that cannot be pushed leaves no empty repository on the Hub.
     folder.check_is_complete()
     folder.warn_about_edited_settings()
     repo_id = prepare_repository(

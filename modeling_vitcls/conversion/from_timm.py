@@ -186,7 +186,7 @@ def fold_layer_scale(branch_weights: Weights, layer_name: str) -> Weights:
 
 
 def set_merged_layer(weights: Weights, name: str, layers: Sequence[Weights], dim: int) -> None:
-    """Add a linear layer in place of several layers.
+    """Replace several linear layers with one.
 
     It concatenates their outputs (`dim=0`), or maps their concatenated inputs to the sum of their
     outputs (`dim=1`).

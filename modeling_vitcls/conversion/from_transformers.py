@@ -120,7 +120,7 @@ def is_convertible(module: torch.nn.Module) -> bool:
 
 
 def strip_encoder_name(weights: Weights, encoder_name: str | None) -> Weights:
-    """Strip the name of the encoder from parameter names, so that one table fits all classes.
+    """Strip the name of the encoder from parameter names: one table then fits all classes.
 
     `encoder_name` is None if the model is an encoder; the names are then unchanged.
     """

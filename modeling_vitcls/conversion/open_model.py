@@ -6,7 +6,7 @@
     open_model("timm:vit_small_patch16_224")    a timm model: the converted model
     open_model("dinov2_vits14_pretrain.pth")    a published state dict: the converted model
 
-A command resolves its model once, and everything below receives the folder.
+A command opens its model once, and passes the folder on.
 
 Conversions are checked in the same way as in `vitcls convert`: a converted model is cached only if
 its outputs match the source to within 1e-5. The parity report records the source, the
@@ -46,7 +46,7 @@ logger = logging.getLogger(__name__)
 
 
 def is_preset(name: str) -> bool:
-    """Check whether `name` is a preset, such as `vitcls-tiny`; an existing path is none."""
+    """Check whether `name` is a preset, such as `vitcls-tiny`, and not an existing path."""
     kind, _, preset = name.partition("-")
     return kind == "vitcls" and preset in PRESETS and not Path(name).exists()
 

@@ -78,8 +78,8 @@ def compare_models(
 
         source_groups = split_token_groups(source_outputs, model)
         outputs = compute_model_outputs(model, pixel_values)
-        # Only outputs that both models have are compared below, so a lost classifier would go
-        # unnoticed.
+        # The comparison below covers the outputs that both models have, so it would miss a lost
+        # classifier.
         if ("logits" in source_groups) != ("logits" in outputs):
             raise ConversionError(f"only one of {source.name} and the converted model has logits")
 

@@ -121,7 +121,7 @@ class TransformersSource(Source):
         name_or_path, _ = split_revision(name)
 
         try:
-            # False, because the default asks in a terminal whether to run the code of the
+            # False, because by default, transformers offers in a terminal to run the code of the
             # repository.
             config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
         except Exception as error:  # configurations of other projects may raise any error

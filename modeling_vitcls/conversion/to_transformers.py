@@ -206,7 +206,7 @@ def compare_with_target(target: TargetClass, config: ViTCLSConfig) -> TargetMatc
     convertible_class = CONVERTIBLE_CLASSES[target.name]
 
     try:
-        # Only names, shapes and settings are read, so the weights need no memory.
+        # This model is only for names, shapes and settings, so its weights take no memory.
         with torch.device("meta"):
             target_model = target.build(config)
         weights = strip_encoder_name(target_model.state_dict(), convertible_class.encoder_name)

@@ -72,9 +72,9 @@ def load_calibration_and_evaluation_data(
 ) -> tuple[LabeledImages, EvaluationData]:
     """Load images to calibrate a graph, and the images to evaluate.
 
-    The latter are the images of `load_evaluation_data`. If the dataset has only one split, the former
-    are the images that trained the model; if none of them did, a part is held out. With `split`, an
-    only split is both.
+    The images to evaluate are chosen as in `load_evaluation_data`. If the dataset has only one
+    split, the images that trained the model calibrate the graph; if there are none, a part is held
+    out for it. If `split` names the only split, it serves both purposes.
     """
     choose = partial(choose_calibration_and_evaluation_split, split, options.dataset)
     loaded = load_splits(options, select=choose)

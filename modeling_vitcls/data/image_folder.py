@@ -140,7 +140,7 @@ def scan_folder(path: Path) -> ImageFolder:
 
 
 def is_hidden(name: str) -> bool:
-    """Tell whether file managers hide a file or folder, so that nobody means it to be data."""
+    """Tell whether file managers hide a file or folder: it is then not meant as data."""
     return name.startswith(".") or name.lower() in HIDDEN_NAMES
 
 
@@ -295,7 +295,7 @@ def check_output_is_not_read(output_dir: Path, dataset: str) -> None:
         is_read = is_read or layout.get_split(path.parts) is not None
     if is_read:
         raise ValueError(
-            f"`output_dir={str(output_dir)!r}` is in the folder of the dataset, so that the "
+            f"`output_dir={str(output_dir)!r}` is in the folder of the dataset, so the "
             "figures of the run would become images of it. Set `output_dir` to a folder outside of "
             f"{dataset}"
         )

@@ -226,7 +226,7 @@ def is_known(label: int | None) -> bool:
 def is_multi_label(config: ViTCLSConfig) -> bool:
     """Return whether a sigmoid is applied to each logit.
 
-    It is for models with one label, too, as in transformers.
+    As in transformers, a model with a single label may be multi-label as well.
     """
     return not config.tasks and (
         config.problem_type == "multi_label_classification" or config.num_labels == 1
@@ -378,8 +378,8 @@ def read_names(
     Args:
         values: cells of one label column.
         classes: names that this split declares or the user has given; empty if there are none.
-        is_declared: whether numbers are always indices of `classes`. Names that the user gives have
-            indices, too, unless one of them is a number itself.
+        is_declared: whether numbers are always indices of `classes`. If the user gives the names,
+            numbers are indices unless one of the names is a number itself.
         separator: separator of several labels in one text.
         has_vectors: whether lists have one place for each of `classes`, with 0 or 1.
     """

@@ -67,7 +67,7 @@ def draw_numbers(keys: np.ndarray, seed: int) -> np.ndarray:
 # Epochs -------------------------------------------------------------------------------------------
 
 
-# Every image of a batch asks for the order of its epoch, and a batch may span two epochs.
+# Each image of a batch needs the order of its epoch, and a batch may span two epochs.
 @lru_cache(maxsize=4)
 def shuffle_indices(num_images: int, seed: int, epoch: int) -> np.ndarray:
     """Shuffle the indices of all images for an epoch."""

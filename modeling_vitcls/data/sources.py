@@ -234,7 +234,7 @@ def open_dataset(dataset: str, use_labels: bool) -> tuple[str, Path, Any]:
 
     Returns:
         The name of the file or folder, or the id on the Hub; the folder to which image paths are
-        relative; and `datasets.Dataset` by the name of the split, with all columns.
+        relative; and a `datasets.Dataset` for each split, with all columns.
 
     Raises:
         ValueError: if the dataset cannot be read.

@@ -3,9 +3,9 @@
     --dataset -> load_undivided_images -> Splits -> the run decides what it is (training/plan.py)
                                                  -> divide_images -> TrainingData
 
-Held-out images of a dataset without an evaluation split are those with the smallest random numbers,
-which depend on the seed and on the content of the image: of each class the given fraction, and at
-least one of two. Copies of an image, and images of one group, are on the same side.
+If a dataset has no evaluation split, each image gets a random number, which depends on the seed and
+on its content. The images with the smallest numbers are held out: the given fraction of each class,
+and at least one of two. Copies of an image, and images of one group, are on the same side.
 """
 
 import hashlib
@@ -51,8 +51,8 @@ def load_on_main(dataset: str, load: Callable[[], Data]) -> Data:
     A folder is then scanned once, and the held-out images are selected once. Tables on disk are not
     copied.
 
-    A process loads the dataset itself if it is in memory, or if the files in the cache of
-    `datasets` are not on a file system that it shares with the main process.
+    A process loads a dataset itself if the dataset is in memory, or if the process does not share
+    the file system of the main process's cache of `datasets`.
     """
     if PartialState().num_processes == 1 or dataset.startswith(MEMORY_PREFIX):
         return load()
@@ -88,7 +88,7 @@ class TrainingData:
         return compute_class_ratio(self.train)
 
     def count_seen(self, encoder_rows: pd.DataFrame) -> int:
-        """Count the images that measure the model, but trained its encoder before this run."""
+        """Count the images that measure the model, although they trained its encoder earlier."""
         parts = [self.train] if self.selection is None else [self.train, self.selection]
         # cross-validation measures a frozen run on all images that it is fitted to
         measured = [self.held_out] if len(self.held_out) else parts
@@ -105,8 +105,8 @@ def divide_images(
 ) -> TrainingData:
     """Choose the images that train, select and measure a model.
 
-    Of two splits for evaluation, the first selects the model, and the second measures it. If
-    there are fewer, images are held out from the training images.
+    If there are two splits for evaluation, the first selects the model, and the second measures it.
+    If there are fewer, images are held out from the training images.
 
     Args:
         held_out_fraction: part of the training images to hold out if no split is for
@@ -160,8 +160,8 @@ def load_undivided_images(
     """Read the labels and the keys of the images of a dataset, by split. No image is decoded.
 
     Args:
-        reads_all: whether the test split is read beside a validation split, which its labels may
-            not allow.
+        reads_all: whether the test split, whose labels may be hidden, is read as well if there is
+            a validation split.
         use_labels: if False, every label is -100, and the label space has no columns.
 
     Raises:
@@ -371,9 +371,9 @@ def describe_leaks(training_data: TrainingData, group_column: str | None) -> lis
 
 
 def describe_missing_classes(training_data: TrainingData) -> list[str]:
-    """Warn about classes that nothing measures or trains: one side of the split lacks them.
+    """Warn about classes that no image trains or measures: one side of the split lacks them.
 
-    There are none if the images have several labels.
+    If the images have several labels, there is no warning.
     """
     parts = (training_data.train, training_data.held_out)
     if not len(training_data.held_out) or not all(map(is_stratified, parts)):

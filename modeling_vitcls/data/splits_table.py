@@ -7,8 +7,8 @@ It is a file of every run, and is published with the model. Each row is an image
              encoder in the steps of an earlier run)
     task     the added task that saw it; "" is the model itself
 
-Whether an image was trained on is read from this table, so that a dataset may be renamed, moved,
-extended or divided after training.
+This table says whether an image was trained on, so a dataset may be renamed, moved, extended or
+divided after training.
 """
 
 from collections.abc import Mapping
@@ -68,9 +68,9 @@ def read_splits(folder: ModelFolder) -> pd.DataFrame:
 
 
 def list_encoder_rows(folder: ModelFolder | None) -> pd.DataFrame:
-    """List the images with whose labels an encoder was trained, in its run or an earlier one.
+    """List the images that trained an encoder with their labels, in its run or an earlier one.
 
-    Its features know these labels, so that any accuracy of the images is too high. A frozen run
+    The features depend on these labels, so any accuracy on these images is too high. A frozen run
     trains no encoder, and pre-training reads no labels.
     """
     if folder is None:

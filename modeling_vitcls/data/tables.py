@@ -4,7 +4,7 @@
     .jsonl        values keep their JSON type; a column with values of several types is text
     .parquet      values keep their type
 
-There is no cache, so that a table is never older than its file. The separator of a CSV file (comma,
+There is no cache, so a table is never older than its file. The separator of a CSV file (comma,
 semicolon, tab or bar) is the most frequent one in its header; lines before the header may be
 comments (`#`) or `sep=;`.
 """

@@ -43,7 +43,8 @@ class NamedOutputsModel(nn.Module):
     def forward(self, pixel_values: torch.Tensor) -> Outputs:
         """Compute the outputs [B, ...] for images [B, C, H, W], by name."""
         outputs = self.select_outputs(self.model(pixel_values), self.model)
-        # In every graph, so that a program that runs it need not know in which dtype it computes.
+        # All graphs have float32 outputs, so the program that runs one needs no knowledge of its
+        # dtype.
         return {name: output.float() for name, output in outputs.items() if output is not None}
 
 

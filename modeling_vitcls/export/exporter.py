@@ -299,7 +299,7 @@ def measure_differences(
             own_limit = DISTANCE_LIMIT if name == DISTANCE else 0.0
             magnitude = comparison["magnitudes"][name]
             limit = absolute_limit + max(relative_limit, own_limit) * magnitude
-            # Written with `not`, so that NaN raises the error, too.
+            # Written with `not`, so NaN also raises the error.
             if not difference <= limit:
                 raise ValueError(
                     f"the output {name} of the written graph differs from the model's output by "

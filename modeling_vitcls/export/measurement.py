@@ -99,11 +99,10 @@ def compare_labels(
 ) -> dict[str, Any]:
     """Count equal labels, and compute 95% intervals of the accuracy and of its loss.
 
-    The accuracy is the file's, and the loss is what it loses against the model.
-
-    Both programs are evaluated on the same images. The loss therefore depends only on the images
-    for which exactly one of them is right (McNemar's test), and its interval on the share of these
-    images that the file loses.
+    The accuracy is the file's; the loss is how many points lower it is than the model's. Both are
+    evaluated on the same images, so the loss depends only on the images for which exactly one of
+    them is right (McNemar's test). Its interval comes from the share of these images that the file
+    gets wrong.
     """
     labels = np.array([int(row.label) for row in file_rows])
     predicted, predicted_in_file = (
@@ -115,8 +114,8 @@ def compare_labels(
     num_images = len(is_correct)
     num_lost = int((is_correct & ~is_correct_in_file).sum())
     num_different = int((is_correct != is_correct_in_file).sum())
-    # Without an image that tells the two apart, the interval is undefined and the loss is 0: the
-    # bounds are multiplied by the number of these images.
+    # If both are right on the same images, the interval is undefined and the loss is 0: the bounds
+    # are multiplied by the number of different ones, 0.
     lost_interval = compute_proportion_interval(num_lost, num_different) or [0.5, 0.5]
     return {
         "interval": compute_proportion_interval(int(is_correct_in_file.sum()), num_images),
@@ -169,8 +168,8 @@ def load_export_images(
             num_channels=model.config.num_channels,
         )
     except ValueError as error:
-        # Who names a split asks for an accuracy, and a warning would be no answer. Otherwise,
-        # images without labels are enough.
+        # A person who names a split wants its accuracy, so a warning is not enough. Otherwise,
+        # images without labels suffice.
         if split is not None:
             raise
         data = load_training_data(options, use_labels=False)

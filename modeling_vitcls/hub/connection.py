@@ -128,7 +128,7 @@ def retry(
                 "%s: %s; trying again in %g s", description, format_hub_error(error), wait
             )
             time.sleep(wait)
-    # The last attempt is outside of the loop: its error is the one to raise, and nobody waits after
+    # The last attempt is outside of the loop: its error is the one to raise, and no wait follows
     # it.
     return action()
 
@@ -136,7 +136,8 @@ def retry(
 def is_temporary(error: BaseException) -> bool:
     """Check whether an error is temporary, in which case a retry may succeed.
 
-    A Hub that has not answered within the timeout would not answer the next request, either.
+    If the Hub has not responded within the timeout, it will not respond to the next request,
+    either.
     """
     # The status decides if there is one, because the type does not: a missing repository is an
     # HTTPError, too.

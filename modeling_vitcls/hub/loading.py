@@ -86,7 +86,7 @@ def split_revision(name: str) -> tuple[str, str | None]:
 
     The revision is None if there is no `@`, or if the path `name` exists.
     """
-    # The last one, because `local@home/model@v1` is a path with a revision, too.
+    # Split at the last `@`, because `local@home/model@v1` is a path with a revision as well.
     path, _, revision = name.rpartition("@")
     return (path, revision) if path and revision and not Path(name).exists() else (name, None)
 
@@ -179,7 +179,7 @@ def fall_back_to_cache(
         yield commit
         return
 
-    # Only now, because offline mode also hides a repository that was deleted or made private.
+    # Offline mode comes last, because it also hides that a repository was deleted or made private.
     try:
         with force_offline():
             yield None

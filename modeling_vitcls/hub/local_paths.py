@@ -10,7 +10,7 @@
 Each name is resolved once, when a run starts, relative to the working directory. Afterwards,
 absolute paths and paths that start with `./` or `../` are treated as local paths, even if the files
 have been removed or another process has a different working directory. The files of a run contain
-relative paths, so that the run can be repeated from the same folder.
+relative paths, so the run can be repeated from the same folder.
 """
 
 import os

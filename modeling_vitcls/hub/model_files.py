@@ -50,7 +50,7 @@ ADAPTER_FILE = "adapter_config.json"  # transformers adds the adapter that it de
 
 
 def iter_license_patterns() -> Iterator[str]:
-    """Yield name patterns of license files and files of notices.
+    """Yield name patterns of license files and notice files.
 
     Upper-case names have any ending, and other names have a text suffix or no suffix.
     """
@@ -104,7 +104,7 @@ def check_output_files(**files: Path | None) -> None:
     """Raise ValueError if a file to write is a folder, a device, or a file of a model.
 
     Args:
-        files: file to write by the name of the argument in the message.
+        files: argument that the message names -> file to write.
     """
     for name, file in files.items():
         if file is None:

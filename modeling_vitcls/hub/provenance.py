@@ -136,8 +136,8 @@ def find_provenance(source: str) -> Provenance:
         for file in sorted(folder.glob(pattern))
         if file.is_file()
     )
-    # In the order of the patterns, licenses come before notices: the first one is linked as the
-    # license.
+    # The patterns of licenses come before the patterns of notices, and the first file is linked as
+    # the license.
     license_files = tuple(dict.fromkeys(matching_files))
 
     license_link = card_metadata.get("license_link")

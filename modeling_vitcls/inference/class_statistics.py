@@ -6,18 +6,18 @@
 
 This is linear discriminant analysis (Gaussian classes with one covariance), which is better than
 logistic regression with few labels (Wang et al. 2024, arXiv 2402.04087). Each kind of token of each
-layer has its own means and covariance; the logits of all of them are averaged, so that the
-classifier is one linear layer on the concatenated tokens. The covariance is the same as in
-scikit-learn's `LinearDiscriminantAnalysis(solver="lsqr", shrinkage="auto")`: the average over the
-classes of Ledoit-Wolf estimates.
+layer has its own means and covariance; the logits of all of them are averaged, so the classifier is
+one linear layer on the concatenated tokens. The covariance is the same as in scikit-learn's
+`LinearDiscriminantAnalysis(solver="lsqr", shrinkage="auto")`: the average over the classes of
+Ledoit-Wolf estimates.
 
-The logits of this classifier are overconfident, so that a model divides them by
-`config.temperature`. An added row is on the scale of the logits *before* this division: append it
-to the rows of `build_classifier`, and the temperature serves it as well. If the classifier was
-trained in another way, its logits h and the logits of the statistics, g, have different scales. The new
-row is then put between the old ones by their means over the old classes: with the standard
-deviations over images and old classes of g and h, each centered for every image,
-`h_new = mean(h) + std(h) / std(g) * (g_new - mean(g))`. This is linear in the features, too.
+The logits of this classifier are overconfident, so a model divides them by `config.temperature`. An
+added row is on the scale of the logits *before* this division: append it to the rows of
+`build_classifier`, and the temperature fits it as well. If the classifier was trained in another
+way, its logits h and the logits of the statistics, g, have different scales. The new row is then
+shifted and scaled: `h_new = mean(h) + std(h) / std(g) * (g_new - mean(g))`. The means are over the
+old classes; the standard deviations are over images and old classes, after g and h were centered
+for every image. This is also linear in the features.
 """
 
 from collections.abc import Mapping, Sequence
@@ -74,8 +74,8 @@ class ClassStatistics:
     ) -> "ClassStatistics":
         """Compute the statistics of features and labels [N] from 0 to `num_labels` - 1.
 
-        Without a class of two images, or without `has_covariance`, nothing is known about the
-        variance within classes: all features then have the same, and the nearest mean wins.
+        Without a class of two images, or without `has_covariance`, the variance within classes is
+        unknown. All features then have the same variance, and the nearest mean wins.
         """
         counts = np.bincount(labels, minlength=num_labels)
         has_covariance = has_covariance and counts.max(initial=0) > 1
@@ -110,10 +110,10 @@ class ClassStatistics:
     def build_classifier(self, has_equal_priors: bool = False) -> tuple[np.ndarray, np.ndarray]:
         """Build the classifier: weight [K, T * D] and bias [K] of the averaged linear discriminants.
 
-        A class is as frequent as in the images, or as each other class with `has_equal_priors`. The
-        mean over the classes is 0, which changes no probability: it is much larger than the
-        differences, and would be rounded in half precision. The rows of classes without images are
-        0, with a bias of minus infinity.
+        A class is as frequent as in the images or, with `has_equal_priors`, as every other class.
+        The mean over the classes is subtracted, which changes no probability: it is much larger
+        than the differences, which half precision would round away. The rows of classes without
+        images are 0, with a bias of minus infinity.
         """
         weight, bias = self.compute_discriminants()
         known = self.counts > 0

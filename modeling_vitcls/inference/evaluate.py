@@ -84,8 +84,8 @@ def evaluate_checkpoint(options: EvaluateOptions) -> dict[str, Any]:
 
     data_options: DataOptions = options
     if options.label_column is None and options.label_separator is None:
-        # A table may have several columns that look like labels. The model knows the one that it
-        # learned.
+        # A table may have several columns that look like labels. The model's record names the right
+        # one.
         data_options = replace(options, **get_training_columns(config, folder, options.task))
     load_data = partial(
         load_evaluation_data,

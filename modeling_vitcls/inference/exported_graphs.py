@@ -34,7 +34,7 @@ OPENVINO_HINTS = {"fp32": "f32", "bf16": "bf16"}
 class GraphError(ValueError):
     """Raised if a graph cannot be run, or is not a graph of the model.
 
-    It does not depend on the image, so that prediction stops instead of writing an error for each
+    It does not depend on the image, so a prediction stops instead of writing an error for each
     image.
     """
 

@@ -84,7 +84,8 @@ def build_kind_config(config: ViTCLSConfig, kind: str) -> ViTCLSConfig:
 def pool_layers(encoder: Any, outputs: Any, layout: FeatureLayout) -> torch.Tensor:
     """Compute what classifiers of any of the layers read: the features [B, all] of the outputs.
 
-    The outputs contain the hidden states unless the layout stands for the encoder's own pooling.
+    The outputs must contain the hidden states, unless the layout has only the encoder's own
+    pooling.
     """
     if OWN_POOLING in layout.widths:
         if encoder.pooler is None:
@@ -115,7 +116,7 @@ class Features:
     num_unreadable: int = 0
 
     def get_tokens(self) -> dict[Token, np.ndarray]:
-        """Select the features [N, D] of each token, in the order in which classifiers read them."""
+        """Select the features [N, D] of each token, in the order of a classifier's weights."""
         return self.layout.split(self.values)
 
     def take(self, rows: np.ndarray) -> "Features":

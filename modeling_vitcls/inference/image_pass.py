@@ -255,7 +255,7 @@ class ImagePass:
 
         error_messages: dict[int, str] = {}
         num_readable = 0
-        # Counted on the device: reading a number in every batch would make a GPU wait for it.
+        # The device counts, because reading a number in every batch would make a GPU wait.
         num_not_finite = torch.zeros((), dtype=torch.int64, device=accelerator.device)
         padded_batches = (self.pad_batch(model, batch) for batch in batches)
 

@@ -71,7 +71,7 @@ def estimate_after_choice(
     for it. Each bootstrap sample of the images chooses a candidate, which the other images measure
     (BBC-CV: Tsamardinos et al. 2018, arXiv 1708.07180, algorithm 5). The interval is never narrower
     than Wilson's: the bootstrap of images that are all right has no width. With fewer than
-    `MIN_CORRECTED_IMAGES`, the correction is noise, and the accuracy is the one out of fold.
+    `MIN_CORRECTED_IMAGES`, the correction is noise, and the accuracy stays uncorrected.
 
     Args:
         losses, is_right: [C, N] out-of-fold results of C candidates for N images.

@@ -9,8 +9,9 @@ mean of the patches, or both (DINOv2's linear evaluation, Oquab et al. 2023, arX
 appendix B.3). With 5 to 100 labels per class it is as accurate as logistic regression with the best
 regularization, and 1 point better with 200 and 450 (CIFAR-10 at 112 pixels).
 
-The temperature comes from out-of-fold logits. With ten folds it is extrapolated to all images from
-five folds: classifiers of fewer labels are less certain, and the final one has them all.
+The temperature comes from out-of-fold logits. Classifiers of fewer labels are less certain, and the
+final one has them all: with ten folds, the temperature is therefore extrapolated to all images,
+from five and ten folds.
 """
 
 import warnings
@@ -204,7 +205,7 @@ class LinearProbe:
             logits, distances = self.predict_left_out(features, indices, candidates, folds)
             scores = [Score.of(each, logits[each], indices, weights) for each in candidates]
             self.table_ = [score.build_record(weights) for score in scores]
-            # Of equal losses, the first one wins, which belongs to the simplest candidate.
+            # If losses are equal, the first one wins, because the simplest candidate comes first.
             chosen = scores[int(np.argmin([row["loss"] for row in self.table_]))]
             self.candidate_ = chosen.candidate
             self.losses_ = chosen.losses

@@ -223,7 +223,8 @@ def compute_rows(
     num_images = sum(map(len, local_batches))
     rows = predictor.iterate_rows(records)
     rows = track(rows, "predicting", num_images, console=console)
-    # Not a list: a file is written while the rows are computed, and memory stays small.
+    # An iterator instead of a list: the file is written while rows are computed, so memory stays
+    # small.
     if accelerator.num_processes == 1:
         return iter(rows)
     return iter(sorted(gather_object(list(rows)), key=lambda row: row["index"]))

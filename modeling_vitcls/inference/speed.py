@@ -33,7 +33,7 @@ def measure_inference_speed(model: Any, device: torch.device) -> dict[str, Any]:
     image = torch.rand(
         1, config.num_channels, *config.image_height_width, device=device, dtype=model.dtype
     )
-    # The first pass allocates memory and chooses kernels. The second one tells how many images fit
+    # The first pass allocates memory and chooses kernels. The second one shows how many images fit
     # into the time.
     measure_seconds(image)
     batch_size = int(MEASUREMENT_SECONDS / NUM_REPEATS / measure_seconds(image))

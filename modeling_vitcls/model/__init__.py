@@ -17,7 +17,7 @@ They import only one another and public libraries.
     image_processing_vitcls.py        image processors with two backends
     fast_image_processing_vitcls.py   faster image processing with the same outputs
 
-What is in this folder is what a checkpoint carries. transformers copies the files next to the
-weights, so they import each other in the form `from .blocks_vitcls import ViTCLSAttention`, and
-nothing else of this package.
+A checkpoint contains all files of this folder. transformers copies the files next to the weights,
+so they import each other in the form `from .blocks_vitcls import ViTCLSAttention`, and nothing else
+of this package.
 """

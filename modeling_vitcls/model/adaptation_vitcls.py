@@ -112,11 +112,11 @@ class AdaptableModel(PreTrainedModel):
         If no field changes, this model is returned.
 
         Args:
-            gate_new_tokens: whether to gate the added tokens, initially with closed gates: only
-                outputs that are computed directly from added tokens change, for example with
-                pooling over all CLS tokens. Default: True if the attention implementation supports
-                gates. A model with random weights does not require gates: build it from its
-                configuration, or set False.
+            gate_new_tokens: whether to gate the added tokens. Closed gates hide them from the other
+                tokens, so outputs stay the same until training, except outputs that read an added
+                token directly (pooling over all CLS tokens). Default: True if the attention
+                implementation supports gates. A model with random weights does not require gates:
+                build it from its configuration, or set False.
             changes: new values of `ADAPTABLE_FIELDS`.
 
         Raises:

@@ -243,8 +243,8 @@ class TokenGates(nn.Module):
 
     Attention weights become w_j = g_j exp(s_j) / sum_i g_i exp(s_i): log(g_j) is added to the
     scores of key j. With g = 1e-6, the outputs of other tokens change by less than 1e-5. The
-    parameter `gates` is designed for optimizers such as Adam, whose step size does not depend on
-    the scale of the gradient:
+    parameter `gates` is made for optimizers such as Adam, whose steps do not depend on the scale of
+    the gradient:
 
     - g is linear in the parameter. With parameter log(g), a closed gate's gradient would be a
       million times smaller.

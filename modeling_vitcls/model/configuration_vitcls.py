@@ -194,7 +194,8 @@ activation = bounded(ACT2FN.__contains__, 'an activation of transformers, such a
 def raise_one_line_errors(owner: str = "") -> Iterator[None]:
     """Raise one-line `ValueError`s instead of the multi-line errors that `strict` raises.
 
-    A message begins with its `owner`, except that of a wrong type, which names the field anyway.
+    A message begins with its `owner`, unless it is about a wrong type: it then names the field
+    anyway.
     """
     try:
         yield
@@ -299,7 +300,7 @@ class ExtraHead:
             raise ValueError("`pooling` must be one, or one for each of `pooled_layers`")
 
     def validate_added_classes(self) -> None:
-        """Check that added classes have no settings of their own: they share one softmax."""
+        """Check that added classes have no settings of their own, as they share a softmax."""
         has_own_settings = (
             self.problem_type == "multi_label_classification" or self.temperature != 1
         )
@@ -433,9 +434,9 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
             not change.
         class_statistics (`dict`, *optional*): `{"tokens": [[layer, kind], ...], "num_classes": K}`
             of the class means and covariances that are stored with the weights. A layer is a
-            negative index, and a kind is "cls" or "mean" (of the patches). They give
-            `outputs.distance`.
-        distance_threshold (`float`, *optional*): Distance to the nearest class above which an image
+            negative index, and a kind is "cls" or "mean" (of the patches). `outputs.distance` is
+            computed from them.
+        distance_threshold (`float`, *optional*): An image farther than this from the nearest class
             is unlikely to show any of the labels (arXiv 1807.03888).
         fitted_encoder (`float`, *optional*): Sum of the weights of the layers that the class
             statistics were fitted to. With other weights, `model.eval()` removes the statistics, with
@@ -958,7 +959,7 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
             raise ValueError(f"task {name}: the model has no such added task. {choice}")
         head = tasks[name]
 
-        # an extra head without another classifier beside it has the same bits
+        # an extra head on its own, without the other classifier, has the same bits
         own_head = {
             "labels": head.labels,
             "pooling": head.pooling,

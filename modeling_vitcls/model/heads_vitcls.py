@@ -201,7 +201,7 @@ class ExtraHeads(nn.ModuleDict):
     ) -> dict[str, Tensor]:
         """Compute the logits [B, labels] of each head.
 
-        Every head is computed alone, so that its logits do not depend on which other heads exist.
+        Every head is computed alone, so its logits do not depend on which other heads exist.
 
         Args:
             layer_tokens: layer index -> tokens [B, N, D] after the final norm.
@@ -296,9 +296,9 @@ class ClassDistance(nn.Module):
 def sum_encoder_weights(weights: Mapping[str, Tensor]) -> tuple[float, float]:
     """Compute the sum of the weights of the layers, and how much rounding may change it.
 
-    A checkpoint that was trained in float32 may be loaded in bfloat16: that is no change, and one
-    step of training changes the sum by much more. Both are NaN if the weights are not in memory as
-    plain numbers: quantized, sharded, offloaded.
+    A checkpoint that was trained in float32 may be loaded in bfloat16. That does not count as a
+    change; one step of training changes the sum by much more. Both are NaN if the weights are not
+    in memory as plain numbers: quantized, sharded, offloaded.
     """
     total = squares = epsilon = 0.0
     for name, weight in weights.items():

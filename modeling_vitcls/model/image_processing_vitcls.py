@@ -330,7 +330,7 @@ class ViTCLSImageProcessor(ViTCLSBaseImageProcessor, TorchvisionBackend):  # typ
             return self._fast_preprocess(inputs)
 
         batch = super().preprocess(images, **kwargs)
-        # Only after a complete call without an error, which has checked every setting.
+        # A complete call without an error has checked every setting.
         self._checked_settings = settings if can_use_fast_path(self) else None
         return batch
 

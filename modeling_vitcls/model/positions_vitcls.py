@@ -55,7 +55,8 @@ class AxialRotaryEmbeddings(nn.Module):
             self.theta**-exponents if periods is None else 1 / exponents.new_tensor(periods)
         )
         angles = coordinates[:, :, None] * frequencies  # [rows * columns, 2, head_dim / 4]
-        # Channel i is rotated together with channel i + head_dim / 2, so each angle stands twice.
+        # Channel i is rotated together with channel i + head_dim / 2, so each angle is listed
+        # twice.
         angles = angles.flatten(1).tile(2)  # [rows * columns, head_dim]
         return angles.cos().to(hidden_states.dtype), angles.sin().to(hidden_states.dtype)
 

@@ -154,8 +154,8 @@ def build_metadata(folder: ModelFolder, name: str, license_source: Provenance) -
     """Collect the header of the card as keyword arguments of ModelCardData."""
     results = folder.results
     base_model = folder.provenance.base_model if folder.provenance else None
-    # On the Hub, a model is a finetune, adapter, merge or quantized version of another. An exact
-    # copy is none of them.
+    # On the Hub, a model is a finetune, adapter, merge or quantized version of another. There is no
+    # word for an exact copy.
     relation = None if folder.parity_report else "finetune"
     is_classifier = "ForImageClassification" in folder.architecture
     dataset: Any = folder.flags.get("dataset") if results else None
@@ -173,7 +173,8 @@ def build_metadata(folder: ModelFolder, name: str, license_source: Provenance) -
     if metric_names:
         metadata["metrics"] = ["accuracy" if "accuracy" in results else "mean_average_precision"]
     # A dataset type is required in the model index, and the only valid types are datasets on the
-    # Hub. Results before classes were added, or of images that the encoder knows, are left out.
+    # Hub. Results from before classes were added, or on images that trained the encoder, are left
+    # out.
     is_comparable = "num_images_of_encoder" not in results and not list_added_classes(folder)
     if metric_names and metadata["datasets"] and is_comparable:
         metadata["model_name"] = name
@@ -283,7 +284,7 @@ def list_added_classes(folder: ModelFolder) -> list[str]:
 def has_token_effects(folder: ModelFolder) -> bool:
     """Check whether the report of a run measures the effects of the special tokens.
 
-    They are news only if there are several tokens, and training changed them.
+    They are worth a sentence only if there are several tokens, and training changed them.
     """
     config = folder.config
     has_several_tokens = config is not None and config.token_layout.num_prefix_tokens > 1

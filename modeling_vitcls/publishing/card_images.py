@@ -65,7 +65,7 @@ def write_card_images(
 def plot_confusion_matrix(matrix: Sequence[Sequence[int]], class_names: Sequence[str]) -> Figure:
     """Plot a confusion matrix [L, L]; rows are true classes, columns are predicted classes.
 
-    The colors show fractions of the true class on a nonlinear scale, so that rare confusions are
+    The colors show fractions of the true class, on a nonlinear scale that makes rare confusions
     visible.
     """
     counts = np.asarray(matrix)

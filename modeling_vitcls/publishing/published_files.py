@@ -93,8 +93,8 @@ def list_published_files(folder: ModelFolder) -> set[str]:
         names |= {*CONFIG_FILES, *list_weight_files(folder.path), INDEX_FILE, *folder.code_files}
         names |= {PARITY_REPORT_FILE} if folder.parity_report else set()
         names |= {CERTIFICATE_FILE} if folder.certificate else set()
-        # Results of other weights keep all files of their run back. A recipe beside new weights
-        # would be false as well.
+        # If the results belong to other weights, no file of their run is published: its recipe
+        # would be wrong for the new weights as well.
         if folder.results or not (folder.path / RESULTS_FILE).is_file():
             names |= set(RUN_FILES)
         names |= set(folder.images.values())

@@ -2,7 +2,7 @@
 
     write_report(ModelFolder(Path("runs/mine")), warn)    report.html and images/, with the held-out images of the run
 
-The images are read from the dataset of the run again, so that the folder does not contain them.
+The images are read again from the dataset of the run, so the folder does not have to contain them.
 Their predictions are read from predictions.parquet. The report of a run measures fewer images and
 effects than `vitcls inspect`.
 """

@@ -75,8 +75,8 @@ def collect_outputs(
     )
     if processor_file is not None:
         processor = transformers.AutoImageProcessor.from_pretrained(source, **options)
-        # Not square and not the target size, so that resizing and cropping are part of the
-        # comparison.
+        # The image is neither square nor of the target size, so resizing and cropping are part of
+        # the comparison.
         num_channels = 3 if processor.do_convert_rgb else config.num_channels
         shape = (num_channels, height * 5 // 4 + 1, width * 3 // 2 + 1)
         image = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)

@@ -310,7 +310,7 @@ def compare_outputs(repo_id: str, outputs: Outputs, expected_outputs: Outputs) -
 
         difference = compute_max_abs(output.double() - expected.double())
         limit = TOLERANCE * max(1.0, compute_max_abs(expected.double()))
-        # Written with `not`, so that NaN raises the error, too.
+        # Written with `not`, so NaN also raises the error.
         if not difference <= limit:
             raise VerificationError(
                 f"the outputs of {repo_id} differ from the reference: {name} by {difference:.2g}; "

@@ -79,8 +79,8 @@ def summarize_predictions(folder: ModelFolder, rows: Any) -> dict[str, Any]:
     sentence += f" of {len(rows):,} held-out images are right"
     is_cross_validated = folder.results.get("split") == "cross-validation"
     if is_cross_validated:
-        # The same rows helped to choose the classifier. The accuracy in the results is corrected
-        # for that.
+        # These rows also chose the classifier, so their accuracy is too high. The results have a
+        # corrected one.
         sentence = f"About {folder.results['accuracy']:.1%} of new images are right"
 
     confusions = wrong.value_counts(["label", "prediction"])

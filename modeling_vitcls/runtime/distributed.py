@@ -44,7 +44,7 @@ def warn_about_ignored_processes() -> None:
     """Log a warning if `accelerate launch` was asked for several processes, but started one."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--num_processes", "--num-processes", type=int, default=1)
-    with suppress(psutil.Error):  # of a parent that has ended, or belongs to somebody else
+    with suppress(psutil.Error):  # the parent may have ended, or belong to another user
         words = psutil.Process(os.getppid()).cmdline()
         is_launched = "launch" in words and "WORLD_SIZE" not in os.environ
         if is_launched and parser.parse_known_args(words)[0].num_processes > 1:
@@ -81,7 +81,8 @@ def build_accelerator(
             )
 
     warn_about_ignored_processes()
-    # Checked before the accelerator is built, which would ask the user to install DeepSpeed.
+    # This check comes first: to build the accelerator, Accelerate would require DeepSpeed to be
+    # installed.
     if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
         raise ValueError(
             "DeepSpeed is not supported. Use FSDP2 (scripts/accelerate/fsdp2.yaml) instead"

@@ -90,7 +90,8 @@ def write_atomically(file: Path) -> Iterator[Path]:
         sync_to_disk(temporary_file)
         temporary_file.replace(file)
     except OSError as error:
-        # Other code in the block may raise OSErrors, too, whose message says more than this one.
+        # Other code in the block may also raise OSErrors, and their messages say more than this
+        # one.
         if error.errno is None:
             raise
         raise OSError(f"cannot write {file}: {error.strerror}") from error

@@ -3,8 +3,8 @@
 The options of each command are one flat dataclass in options.py of the folder that reads them. Each
 field is a flag (`batch_size` is `--batch-size`), a keyword of the Python function, and a key of a
 recipe file. The docstring below a field is the help text of the flag. Fields that several commands
-share are in base classes. This file and the options import only the standard library, so that
-`--help` and errors about flags appear immediately.
+share are in base classes. This file and the options import only the standard library, so `--help`
+and errors about flags appear immediately.
 """
 
 import dataclasses
@@ -53,7 +53,7 @@ class Options:
 
 
 def expand_home(value: Any) -> Any:
-    """Put the home folder in place of `~` in a path, also in `transformers:~/model`.
+    """Replace `~` in a path with the home folder, also in `transformers:~/model`.
 
     Other values are returned unchanged.
     """

@@ -5,11 +5,11 @@
               -> model folder with the tensors of the old model -> certificate, or nothing is written
 
 A head only reads the tokens of the finished forward pass (`config.extra_heads`), so the other
-outputs keep their bits. Added classes are a head of their own, too, whose logits are appended: one
-product with more rows would change the bits of the old ones.
+outputs keep their bits. Added classes are also a head of their own, and their logits are appended:
+one product with more rows would change the bits of the old logits.
 
-A class needs no images of the old ones (inference/class_statistics.py): its row is the mean of its
-images, multiplied by the precision matrix that the old classes share.
+To add a class, no images of the old classes are needed (inference/class_statistics.py): its row is
+the mean of its images, multiplied by the precision matrix that the old classes share.
 """
 
 import copy
@@ -349,9 +349,9 @@ def build_rows(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Build a row for the mean of each new class, between the logits of the classifier.
 
-    Unless the statistics are the classifier, its logits have another mean and scale than
-    theirs. The row of a class is therefore moved and scaled as the logits of the old classes are,
-    for the new images.
+    If the classifier was trained further, its logits have another mean and scale than logits from
+    the statistics. The row of a new class is therefore shifted and scaled, by how the logits of the
+    old classes differ on the new images.
 
     Args:
         statistics: of the C old classes.
@@ -377,7 +377,7 @@ def build_rows(
 def cross_validate(
     statistics: ClassStatistics, features: Features, num_labels: int
 ) -> np.ndarray | None:
-    """Tell whether each new image [N] is recognized by rows that were computed without its group.
+    """Find out which new images [N] are recognized by rows that were computed without their group.
 
     The arguments are as in `build_rows`. Copies of an image are one group. The result is None if
     all images of a class are one group.

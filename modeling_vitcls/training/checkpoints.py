@@ -6,7 +6,7 @@
       step-00000240/
       .step-00000360.partial/  incomplete folder of an interrupted save or removal; deleted by the next save or load
 
-A checkpoint is written to a hidden folder, synchronized to the disk and then renamed, so that the
+A checkpoint is written to a hidden folder, synchronized to the disk and then renamed, so the
 previous checkpoint remains intact even if the process is killed. Only safetensors and JSON are
 read: nothing is unpickled or executed. training/distributed_state.py collects the tensors from the
 processes.

@@ -20,7 +20,7 @@ the larger of 0.02 and 0.8 / sqrt(width), which lies between the Xavier standard
 attention (1 / sqrt(width)) and the MLP (0.63 / sqrt(width)).
 Layer decay follows BEiT (arXiv 2106.08254). Pre-training has no layer decay.
 
-The default values are printed with their reasons and written to config.resolved.yaml.
+All of these values are written to config.resolved.yaml.
 """
 
 import math

@@ -7,9 +7,9 @@ Balestriero and LeCun 2025, arXiv 2511.08544.
     loss = (1 - weight) * invariance(z) + weight * SIGReg(z)
 
 The invariance loss pulls all views of an image to the mean of its global views. SIGReg makes the
-distribution of z an isotropic Gaussian, so that the features cannot collapse. The loss is the same
-over several processes as over one process with all images. The crops are drawn on the model's
-device, from PyTorch's random numbers.
+distribution of z an isotropic Gaussian, so the features cannot collapse. The loss is the same over
+several processes as over one process with all images. The crops are drawn on the model's device,
+from PyTorch's random numbers.
 """
 
 import math

@@ -115,7 +115,7 @@ class TrainingLoop:
 
         `batches` yields the batches of this process on the CPU; each step uses
         `gradient_accumulation_steps` batches. After a stop signal, save a checkpoint and raise
-        RunStopped. Raise RunStopped, too, if a loss or gradient is not finite.
+        RunStopped. Also raise RunStopped if a loss or gradient is not finite.
         """
         set_train_mode(self.state.model)
         # The checkpoint was saved before the evaluation of its step, and the run was then stopped.

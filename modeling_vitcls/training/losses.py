@@ -72,10 +72,10 @@ def compute_multi_task_loss(
 
     The loss of an image with the label -100 is 0.
 
-    The loss of each task is averaged over all images of the batch, so that the mean loss of
-    accumulated batches equals the loss of one large batch. In contrast,
-    `ViTCLSForMultiTaskClassification`, which Trainer uses, averages over the labeled images. The
-    two losses are equal if no labels are missing.
+    The loss of each task is averaged over all images of the batch, so the mean loss of accumulated
+    batches equals the loss of one large batch. In contrast, `ViTCLSForMultiTaskClassification`,
+    which Trainer uses, averages over the labeled images. The two losses are equal if no labels are
+    missing.
     """
     loss = nn.CrossEntropyLoss(
         ignore_index=IGNORED_LABEL, label_smoothing=label_smoothing, reduction="none"

@@ -7,8 +7,8 @@ MAE, He et al. 2021, arXiv 2111.06377.
 The encoder computes only the visible patches and the special tokens. The decoder has plain ViT
 layers and is dropped after pre-training. The loss is the squared difference from the pixels of
 masked patches, normalized per patch (section 3). `ViTCLSForMaskedImageModeling` is the other form
-of masked image modeling, in which the encoder sees all patches, with mask tokens in place of the
-masked ones (BEiT, SimMIM).
+of masked image modeling, in which the encoder sees all patches, and mask tokens replace the masked
+ones (BEiT, SimMIM).
 """
 
 import copy

@@ -74,7 +74,7 @@ def get_learning_rate(step: int, num_steps: int, peak: float, warmup: float) -> 
 
 @torch.no_grad()
 def average_with_start(model: nn.Module, start: Sequence[torch.Tensor], fraction: float) -> None:
-    """Put the mean of the start and the end of the steps in place of the trained weights.
+    """Replace the trained weights with the mean of the weights before and after the steps.
 
     What the steps learned is then added to what the encoder knew before (WiSE-FT, Wortsman et al.
     2021, arXiv 2109.01903). With 0.5, no draw of our study lost (docs/fine-tuning.md).

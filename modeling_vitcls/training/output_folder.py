@@ -127,7 +127,7 @@ def find_run(
 def check_replaceable(folder: Path, store: CheckpointStore) -> None:
     """Raise ValueError if a run without `overwrite=True` would replace files.
 
-    Files that no run has written count, too. `store` contains the checkpoints in the folder.
+    Files that no run has written count as well. `store` contains the checkpoints in the folder.
     """
     if is_finished(folder):
         raise ValueError(

@@ -51,7 +51,7 @@ class RunPlan:
 
 
 def plan_run(inputs: RunInputs, accelerator: Accelerator, is_resumed: bool) -> RunPlan:
-    """Decide what a run is. The only measurement is a forward pass, on a CPU."""
+    """Decide what a run is. On a CPU, this measures a forward pass; nothing else is measured."""
     options = inputs.options
     setup = inputs.setup
     num_images = len(inputs.images.train)

@@ -188,7 +188,7 @@ def measure_features(
         held_out: images to measure.
         neighbors: labeled training images; None without labels.
         warn: is called if the features have collapsed.
-        with_regression: whether to measure logistic regression, too.
+        with_regression: whether to measure logistic regression as well.
     """
     method = held_out.accelerator.unwrap_model(model)
     compute = partial(compute_features, model, method)

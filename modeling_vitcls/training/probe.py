@@ -61,7 +61,7 @@ MAX_SQUASHED_IMAGES = 500
 # Distance of a class without training images below the smallest bias, in logits. Finite, because the
 # loss of a held-out image of such a class would be infinite otherwise.
 ABSENT_CLASS_MARGIN = 100.0
-MIN_PROBABILITY = 1e-30  # of stored out-of-fold predictions
+MIN_PROBABILITY = 1e-30  # of stored out-of-fold predictions, whose logarithms must be finite
 NUM_NEAREST_IMAGES = 3  # nearest training images of a wrong prediction
 # Median of the longer side divided by the shorter. Below it, crop and squash see nearly the same pixels.
 MIN_ASPECT_RATIO = 1.05
@@ -181,7 +181,7 @@ class Probe:
 
         Args:
             parts: images to fit it to. The geometry is chosen on the first part.
-            held_out: images that pass the encoder once, too.
+            held_out: images whose features are computed as well.
             warn: prints a warning about an unreadable image.
             max_images: number of images of the first part, drawn at random; None for all.
         """

@@ -8,7 +8,7 @@ A run records three things, because only the first one is a person's choice:
     config    values of the model's configuration that no flag set
 
 A resumed run may set a flag as before, or to the value that was derived for it. Derived values are
-taken from the record, so that they do not depend on the machine that resumes the run.
+taken from the record, so they do not depend on the machine that resumes the run.
 """
 
 from collections.abc import Callable, Iterable, Mapping

@@ -436,7 +436,7 @@ def build_loop(
 
 
 def set_saved_weights(loop: TrainingLoop, plan: RunPlan) -> int:
-    """Replace the last weights with those that the run saves, and tell of which step they are.
+    """Replace the last weights with the weights to save, and return the step that they are from.
 
     Raise ValueError if the best checkpoint is damaged or missing.
     """
@@ -490,7 +490,7 @@ def store_statistics(setup: TrainingSetup, data: TrainingData) -> None:
 def compute_tokens(
     build_pass: Any, model: Any, images: LabeledImages
 ) -> tuple[dict[Token, np.ndarray], np.ndarray]:
-    """Compute what the class statistics are made of: the features of each token, and the labels."""
+    """Compute the inputs of the class statistics: the features of each token, and the labels."""
     layout = FeatureLayout.for_extra_heads(model.config, NUM_LAST_LAYERS)
     # the steps and evaluations have named the unreadable images
     statistics_pass = build_pass(images.draw(MAX_STATISTICS_IMAGES), layout, warn=ignore_message)

@@ -22,7 +22,7 @@ from .training_setup import Recipe, TrainingSetup
 
 @dataclass(frozen=True)
 class RunInputs:
-    """What a run reads, before it is decided what it does with it."""
+    """What a run reads before plan.py decides what it does."""
 
     options: TrainOptions  # with the defaults that do not depend on the kind of run
     initial: InitialModel

@@ -1,4 +1,4 @@
-"""The beginning and the end of a run on paper: checkpoint metadata, results.json, printed lines."""
+"""What a run records and prints at its start and end: checkpoint metadata, results.json, lines."""
 
 import shlex
 from collections import Counter
@@ -147,7 +147,8 @@ def print_summary(
 ) -> None:
     """Print what the run does, before it starts.
 
-    `num_seen` is the number of images that measure the run, but trained its encoder before.
+    `num_seen` is the number of images that measure the run, although they trained its encoder
+    before.
     """
     setup = inputs.setup
     reporter.print_lines(
