@@ -36,7 +36,7 @@ WIDTH = 12.0
 DPI = 150
 LEFT, RIGHT = 0.025, 0.975  # edges of the content, as fractions of the width
 TILES_LEFT = 0.12  # likewise: left edge of the tiles, right of the names of the rows
-TILE_WIDTH = 0.92  # of a column; the rest is the gap between tiles
+TILE_WIDTH = 0.92  # as a part of the column; the rest is the gap between tiles
 HEADING_HEIGHT = 0.55
 CAPTION_HEIGHT = 0.2
 MIN_TILE_HEIGHT = 0.3  # which the name and the note of a row need
@@ -45,7 +45,7 @@ LARGE_SIDE = 640  # longer side of the photo before it is scaled, in pixels
 
 MAX_TOKENS = 9  # maximum number of tokens with a row
 MAX_ATTRIBUTIONS = 14  # maximum number of labels with an attribution
-HEADER_CHARACTERS = 150  # in a line of headers, so that neighbors do not overlap
+HEADER_CHARACTERS = 150  # per line of headers: with more, neighbors overlap
 MAX_TITLE = 64  # maximum number of characters of the title, next to the small photo
 
 # Color of each group of `config.token_layout`. Color-blind readers can distinguish the colors

@@ -29,7 +29,7 @@ COMMON_FLAGS = {
     },
     "training, such as --epochs 5 --auto-augment rand": {
         "select": "default: last",
-        "epochs": "setting it asks for steps; default: 5 from a frozen start, or 30",
+        "epochs": "a run with steps; default: 5 from a frozen start, or 30",
         "batch_size": "per process; default: 64, or 32 below 10,000 images",
         "learning_rate": "default: from the width and the initial weights",
         "trainable": "full, head, last-N or lora",

@@ -191,7 +191,7 @@ def check_flags(flags: list[str], flag_names: Collection[str]) -> None:
     tyro suggests flags of similar spelling.
     """
     for index, flag in enumerate(flags):
-        # of a shell variable without a value; as a path, it would be the current folder
+        # a shell variable has no value; as a path, "" would be the current folder
         if not flag.strip() or (flag.startswith("--") and flag.endswith("=")):
             name = flag.strip() or flags[max(0, index - 1)]
             raise ValueError(f"the value of {name} is empty. Set it, or remove the flag")

@@ -368,7 +368,7 @@ def read_vit_options(weights: Weights, family: str) -> dict[str, Any]:
 
     if family != "dinov3":
         has_cls_position = family != "ijepa" and (
-            family != "deit" or "blocks.0.gamma_1" not in weights  # of DeiT III
+            family != "deit" or "blocks.0.gamma_1" not in weights  # DeiT III has these
         )
         num_positions = find_weight(weights, "pos_embed").shape[1]
         num_patches = num_positions - has_cls_position - ("dist_token" in weights)

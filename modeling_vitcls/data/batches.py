@@ -148,7 +148,7 @@ def iterate_training_batches(
     try:
         yield from loader
         return
-    except ValueError as error:  # in a worker, the traceback precedes the message
+    except ValueError as error:  # a worker puts its traceback before the message
         message = str(error).strip().splitlines()[-1].removeprefix("ValueError: ")
         # the traceback references the loader and would keep the workers alive
         error.__traceback__ = None

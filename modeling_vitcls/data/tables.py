@@ -76,7 +76,7 @@ def read_csv(file: Path, text: str) -> dict[str, list[str]]:
     header, _, rows = text[preamble.end() :].partition("\n")
     # A header of one column has no separator; `max` then returns the first, the comma.
     separator = preamble["separator"] or max(SEPARATORS, key=header.count)
-    # separators at the end of a line, which some programs add
+    # some programs add separators at the end of a line
     rows = re.sub(rf"([ \t]*{re.escape(separator)})+[ \t]*$", "", rows, flags=re.MULTILINE)
     try:
         table = pandas.read_csv(

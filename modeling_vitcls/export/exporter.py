@@ -40,8 +40,8 @@ from .tracing import GraphShape, select_graph_shape, trace_model
 # dtype of the graph -> absolute tolerance, and tolerance relative to the largest absolute value of
 # the output.
 LIMITS: dict[str, tuple[float, float]] = {"float32": (1e-4, 0.0), "float16": (1e-4, 1e-2)}
-NO_LIMIT = (float("inf"), 0.0)  # of int8, whose metric is checked instead
-# relative tolerance of the distance to the nearest class, a difference of large numbers
+NO_LIMIT = (float("inf"), 0.0)  # for int8: its metric is checked instead
+# relative tolerance of the distance to the nearest class, as a difference of large numbers
 DISTANCE_LIMIT = 1e-4
 
 

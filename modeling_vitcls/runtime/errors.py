@@ -48,7 +48,8 @@ def describe_error(error: BaseException) -> str:
 def is_disk_full(error: BaseException) -> bool:
     """Check for a full disk or quota; the errors of libraries in Rust have a text, but no number."""
     has_number = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
-    texts = ("No space left on device", "Not enough disk space")  # of safetensors, of `datasets`
+    # as safetensors and `datasets` say it
+    texts = ("No space left on device", "Not enough disk space")
     return has_number or any(text in str(error) for text in texts)
 
 

@@ -79,7 +79,7 @@ def write_atomically(file: Path) -> Iterator[Path]:
     The name of the temporary file is random, because processes on other hosts may have the same
     process id.
     """
-    # The rename below would put a file in the place of a device such as /dev/null.
+    # The rename below would replace a device such as /dev/null with a file.
     if file.exists() and not file.is_file():
         raise OSError(f"cannot write {file}: it is not a regular file")
     # In the same folder, because a rename replaces a file in one step only within a file system.

@@ -41,8 +41,8 @@ class Options:
                 value = str(value)
             elif type(value) is int and float in kinds:  # no bool
                 value = float(value)
-            # The dataclass is frozen. This is the one place where a value may change: nobody has
-            # read it yet.
+            # The dataclass is frozen. A value may change only here, because nothing has read it
+            # yet.
             object.__setattr__(self, name, value)
 
     def check(self) -> None:

@@ -71,8 +71,8 @@ def track(
         task = bar.add_task(description, total=total)
         for item in items:
             yield item
-            # The caller asks for the next item after it has processed this one, so it is counted
-            # only now.
+            # The item is counted only now: the caller requests the next one when it has processed
+            # this one.
             num_processed += count(item)
             bar.update(task, completed=num_processed)
 
@@ -96,8 +96,8 @@ def report_work(description: str, console: Console | None = None) -> Iterator[No
 @contextmanager
 def print_regularly(describe: Callable[[], str], console: Console) -> Iterator[None]:
     """Print the text that `describe` returns every 30 seconds of the `with` block."""
-    # A stage that follows another within seconds goes on with the time that has passed. After a
-    # longer pause, the last line is too long ago to count.
+    # A stage that follows another within seconds shares its time until the next line. After a
+    # longer pause, the time starts again.
     now = time.monotonic()
     if now - silence.end_of_stage > MAX_GAP_SECONDS:
         silence.start = now

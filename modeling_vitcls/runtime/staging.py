@@ -64,7 +64,7 @@ class FolderLock:
 
     def __exit__(self, *error: object) -> None:
         if self.file_lock.is_locked:
-            # in this order: after the release, the file could be the lock of another command
+            # removed before the release: afterwards, the file could be the lock of another command
             self.lock_file.unlink(missing_ok=True)
             self.file_lock.release()
             for folder in self.new_folders:
@@ -86,11 +86,11 @@ def create_output_folder(output: Path, parameter: str = "output") -> Iterator[Pa
         ValueError: if `output` is not empty, or another command writes to it.
     """
     output = output.resolve()
-    # checked before the lock, which writes a file into the folder
+    # checked before locking, which writes a file into the folder
     check_output_is_empty(output, parameter)
     with FolderLock(output, parameter) as lock:
         lock.acquire()
-        # again: the command that held the lock may have filled the folder
+        # checked again, because the command that held the lock may have filled the folder
         check_output_is_empty(output, parameter)
         # A folder without config.json is never loaded, so a part of the files is not taken for a
         # model.
@@ -146,8 +146,8 @@ def stage_files(
         name: name of the hidden folder.
     """
     staging_folder = folder / name
-    # Only the staging folder is removed. This command replaces the files that a killed one has
-    # moved. A list of them in the folder would be input: it could name any file of the user.
+    # Files that a killed command has moved are not removed here; this command replaces them. A list
+    # of them would have to be read from the folder, and could name any file of the user.
     shutil.rmtree(staging_folder, ignore_errors=True)
     staging_folder.mkdir()
     try:

@@ -111,7 +111,7 @@ def open_old_model(
     check_output_is_not_read(options.output_dir, options.dataset)
     folder = open_vitcls(options.model)
     model = load_old_model(folder)
-    if isinstance(model, ViTCLSModel):  # as a classifier whose logits are the pooled vector
+    if isinstance(model, ViTCLSModel):  # becomes a classifier whose logits are the pooled vector
         model, _ = folder.load_partly(ViTCLSForImageClassification, num_labels=0)
 
     accelerator, console, warn = set_up_evaluation(options.mixed_precision)

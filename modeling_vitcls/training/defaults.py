@@ -48,8 +48,9 @@ TrainingMethod = Literal[
 
 
 # A rate, the width at which it holds, the power of 1 / width that it is proportional to, and its
-# limits. The more of the weights is known at the start, the lower is the rate. A rate for all weights
-# follows the width (muP, arXiv 2203.03466); new weights beside frozen ones have the same at any.
+# limits. The more of the weights is known at the start, the lower is the rate. A rate for all
+# weights follows the width (muP, arXiv 2203.03466); for new weights on frozen ones, it does not
+# depend on the width.
 LEARNING_RATES: dict[TrainingMethod, tuple[float, int, int, float, float]] = {
     "random weights": (1e-3, 96, 1, 0.0, 1e-3),
     "pre-trained weights": (5e-5, 768, 1, 5e-5, 4e-4),
@@ -188,7 +189,8 @@ def resolve_schedule(
         epochs = FINE_TUNING_EPOCHS
     reason = f"{method}, {num_training_images:,} images"
     if options.epochs is None and options.max_steps is None and PartialState().device.type == "cpu":
-        # Only a default is limited. Who sets a number of epochs gets it, however long it takes.
+        # The limit is for the default: a number of epochs that a person sets is kept, however long
+        # it takes.
         step_flops = 3 * forward_flops  # of each image; a backward pass is two forward passes
         max_epochs = max(1.0, MAX_CPU_FLOPS // (step_flops * num_training_images))
         if max_epochs < epochs:

@@ -45,7 +45,7 @@ Metrics = dict[str, Any]
 Evaluate = Callable[[Any], Metrics]
 
 MAX_LOG_INTERVAL = 10  # steps between records; runs of less than 100 steps have ten records
-MAX_EVALUATIONS = 30  # of a run, because an evaluation takes as long as many steps
+MAX_EVALUATIONS = 30  # an evaluation takes as long as many steps
 MAX_GRADIENT_NORM = 1.0  # as in the ViT paper (arXiv 2010.11929, section 4.1)
 # Maximum number of consecutive steps that the fp16 loss scaler may skip. After one more skipped
 # step, the scale would be 2^20 times smaller.
@@ -182,8 +182,8 @@ class TrainingLoop:
         if should_log:
             record |= self.compute_recent_metrics()
         if should_evaluate:
-            # Set before the checkpoint is saved, which thereby knows that this step is still to be
-            # evaluated.
+            # This is set before the checkpoint is saved: a resumed run then evaluates this step
+            # first.
             state.pending_record = record
         elif should_log:
             self.log(record)
@@ -213,8 +213,8 @@ class TrainingLoop:
         losses: list[Losses] = []
         for batch_index in range(self.plan.accumulation_steps):
             batch = next(batches)
-            # Only collected here, and reported with the next record: a report is a round of messages
-            # between all processes.
+            # The errors are collected here and reported with the next record, because each report
+            # is a round of messages between all processes.
             self.unreported_errors |= batch["errors"]
             batch = send_to_device(batch, accelerator.device, non_blocking=True)
             # Seeded by the step, so a resumed run draws the same numbers without a stored generator.

@@ -105,7 +105,7 @@ def build_model(
 
     mask_token = model.vitcls.embeddings.mask_token
     if mask_token is not None:
-        # not used in fine-tuning; DDP requires gradients of all trainable parameters
+        # fine-tuning does not use it, and DDP requires gradients of all trainable parameters
         mask_token.requires_grad_(False)
     # All of these were fitted to logits and features that training changes. They are fitted again
     # after it (calibration.py, run.py).
@@ -129,7 +129,7 @@ def load_with_label_space(
     assert initial.folder is not None, "a preset has no checkpoint to load"
     stored_config = initial.config
     model_class = CLASSIFIER_CLASSES[label_space.kind]
-    # fitted to features that fine-tuning changes
+    # they were fitted to features that fine-tuning changes
     config_values = config_values | {"extra_heads": None}
 
     has_same_class = model_class.__name__ in (stored_config.architectures or ())

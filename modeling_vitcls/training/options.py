@@ -116,10 +116,10 @@ class TrainingOptions(Options):
     """Training and evaluation."""
 
     epochs: float | None = None
-    """Number of passes over the training images; setting it asks for training steps. Default: 30, or
-    5 for LoRA and for weights that start from the classifier of the frozen model. Without steps, the
-    encoder stays frozen: that is the default below 2,000 images (50 per class), or if five epochs
-    would take more than ten minutes on a CPU."""
+    """Number of passes over the training images; setting it makes the run take training steps.
+    Default: 30, or 5 for LoRA and for weights that start from the classifier of the frozen model.
+    Without steps, the encoder stays frozen: that is the default below 2,000 images (50 per class), or
+    if five epochs would take more than ten minutes on a CPU."""
     max_steps: int | None = None
     """Number of optimizer steps, instead of --epochs."""
     batch_size: int | None = None

@@ -21,11 +21,11 @@ from .options import TrainOptions
 from .run_inputs import RunInputs
 
 
-# flags that only mean something for steps: setting one asks for them
+# flags about steps: a run in which a person sets one of them has steps
 STEP_FLAGS = ("epochs", "max_steps", "learning_rate", "select")
 MIN_STEP_IMAGES = 2000
 MIN_STEP_CLASS_SIZE = 50
-MAX_STEP_SECONDS = 600  # of steps that nobody asked for
+MAX_STEP_SECONDS = 600  # steps that a person asks for have no limit
 FEW_IMAGES_PER_CLASS = 5  # with fewer, nothing is held out
 
 

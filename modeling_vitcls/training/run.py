@@ -76,7 +76,7 @@ from .signals import SignalHandler
 from .training_setup import Recipe, TrainingSetup
 
 
-MAX_STATISTICS_IMAGES = 5000  # of which the statistics of a trained model are
+MAX_STATISTICS_IMAGES = 5000  # maximum number of images for the statistics of a trained model
 NUM_KEPT_DURING_RUN = 2  # checkpoints, besides the best one; none is kept after the run
 
 

@@ -169,7 +169,8 @@ def load_transformers_teacher(source: str, student: ViTCLSConfig) -> LoadedTeach
     """Load a transformers classifier in `float32`, and its image processor."""
     with explain_loading_errors(source):
         folder = get_external_model_folder(source.removeprefix("transformers:"))
-        # With the default, transformers waits for an answer on the terminal, also in a job on a cluster.
+        # By default, transformers would wait for an input on the terminal, even in a job on a
+        # cluster.
         model, loading_info = AutoModelForImageClassification.from_pretrained(
             folder, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
         )
