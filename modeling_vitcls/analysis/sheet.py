@@ -269,7 +269,7 @@ def draw_layers(measurements: PhotoMeasurements, photo: Image.Image) -> Figure:
 def build_attention_row(
     measurements: PhotoMeasurements, index: int, note: str, maps: torch.Tensor, num_used: int
 ) -> Row:
-    """Build the row of a token: one tile for each map [n, gh, gw], of which the first are used."""
+    """Build the row of a token: a tile for each map [n, gh, gw]; outputs use the first `num_used`."""
     tiles = []
     for number, values in enumerate(maps):
         # The highest 1% of the values are drawn in the brightest color.

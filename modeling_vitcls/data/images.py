@@ -220,7 +220,7 @@ def open_encoded_image(encoded_image: dict[str, Any]) -> BinaryIO:
 def compute_content_key(stream: BinaryIO) -> int:
     """Compute the 63-bit key of an image from its encoded content, and close the stream.
 
-    Uncompressed images with the same border differ only somewhere, so the whole file counts. That
+    The whole file counts, because two uncompressed images may differ only in the middle. Reading it
     takes a twentieth of the time of decoding it.
     """
     with stream:

@@ -185,7 +185,7 @@ def get_label_space(config: ViTCLSConfig) -> LabelSpace:
 
 
 def get_heads(config: ViTCLSConfig, threshold: float | None = None) -> dict[str, ExtraHead]:
-    """Find the labels of a model: its own by task, or with an empty name, then those of added tasks.
+    """Find the labels of a model by task: its own (an empty name without tasks), then the added tasks.
 
     `threshold` is the probability from which one of several own labels is predicted. Raise ValueError
     for a model without labels.

@@ -36,8 +36,8 @@ class FeatureLayout:
     def from_config(cls, config: ViTCLSConfig, num_layers: int | None = None) -> "FeatureLayout":
         """Build the layout for an encoder: all layers, or the last `num_layers`.
 
-        A pooler with weights, and the maximum, read the last layer as a whole. They are the only
-        kind of token then.
+        A pooler with weights, or the maximum, reads all of the last layer. Its output is then the
+        only kind of token.
         """
         if not has_searchable_pooling(config):
             return cls(1, {OWN_POOLING: config.pooled_size})

@@ -218,8 +218,8 @@ def check_labels_and_threshold(old: Any, new: Any) -> None:
 def compute_outputs(model: Any, pixel_values: Tensor) -> dict[str, Tensor]:
     """Compute the outputs of a model, by name.
 
-    The pooled vector of an encoder has the name of the logits, which it is in a classifier without
-    labels.
+    The pooled vector of an encoder is called "logits", because a classifier without labels returns
+    it as its logits.
     """
     outputs = model(pixel_values)
     if isinstance(model, ViTCLSModel):

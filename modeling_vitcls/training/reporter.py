@@ -1,8 +1,8 @@
 """Output of a run: lines, warnings, progress, metrics.jsonl and trackers.
 
-run_results.py says what a run does and has done; the `Reporter` is all that prints during a run. In
-a terminal, a run shows a progress bar; otherwise, a run prints one line per record. Only the
-main process prints and writes.
+run_results.py writes the texts about a run; during a run, only the `Reporter` prints. In a
+terminal, a run shows a progress bar; otherwise, a run prints one line per record. Only the main
+process prints and writes.
 """
 
 import json

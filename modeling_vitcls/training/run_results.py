@@ -204,7 +204,7 @@ def describe_splits(data: TrainingData, needs_selection: bool) -> dict[str, str]
 
 
 def describe_class_sizes(data: TrainingData) -> str:
-    """Count the images of each class or, of many classes, of the smallest and largest.
+    """Count the images of each class; if there are many classes, of the smallest and the largest one.
 
     The text is "" for images without labels, and for several tasks.
     """
