@@ -1,4 +1,4 @@
-"""Data loading processes: limits that are checked first, signals, and errors of one line.
+"""Run data loading processes: check their limits, handle signals, and turn errors into one line.
 
     loader = build_loader(dataset, num_workers, batch_bytes, sampler=sampler)
     with explain_worker_errors(num_workers):

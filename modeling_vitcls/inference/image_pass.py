@@ -102,7 +102,7 @@ def find_finite(outputs: Any, num_images: int) -> torch.Tensor:
 def prepare_ahead(
     prepare: Callable[[Source], Prepared], items: Iterable[Source], num_threads: int, num_ahead: int
 ) -> Iterator[Prepared]:
-    """Prepare items by threads, up to `num_ahead` in advance, and yield the results in order.
+    """Prepare items in threads, up to `num_ahead` in advance, and yield the results in order.
 
     Threads are faster than processes, because decoding and resizing release the GIL and no data is
     copied. On two cores, two threads loaded JPEG files of 500 x 375 pixels 1.3 times as fast as two

@@ -155,7 +155,7 @@ def rotate_patches(
 
 # Resampling ---------------------------------------------------------------------------------------
 def needs_resampling(grid_size: tuple[int, int], new_grid_size: tuple[int, int]) -> bool:
-    """Check whether two grids differ, or are dynamic: a comparison would make them static."""
+    """Check whether two grids differ. Dynamic sizes count as different, as comparing makes them static."""
     if torch.compiler.is_exporting() and any(
         isinstance(size, torch.SymInt) for size in new_grid_size
     ):
