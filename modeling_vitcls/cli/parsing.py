@@ -203,17 +203,17 @@ def check_flags(flags: list[str], flag_names: Collection[str]) -> None:
 def check_paths(options: Options) -> None:
     """Raise ValueError if a local path does not exist, before libraries are imported.
 
-    Models, sources and datasets are checked, and whether a name can be written to the files of a
+    Models, sources, datasets and lists are checked, and whether a name can be written to the files of a
     run.
     """
     values = to_flags(options)
-    for name in ("model", "source", "teacher", "dataset"):
+    for name in ("model", "source", "teacher", "dataset", "list"):
         value = values.get(name) or []
         for source in value if isinstance(value, list) else [value]:
             path = split_prefix(source)[1].partition("@")[0]
             if is_path(path) and not Path(path).exists() and not Path(source).exists():
                 raise ValueError(f"there is no file or folder {path}. Check `{name}`")
-    for name in ("output_dir", "output", "json", "per_image", "audit"):
+    for name in ("output_dir", "output", "json", "per_image"):
         if isinstance(values.get(name), str):
             check_writable(name, Path(values[name]))
     for name in ("output_dir", "output", "dataset", "model"):
@@ -251,7 +251,7 @@ def is_path(source: str) -> bool:
     parts = Path(source).parts
     return (
         Path(source).is_absolute()
-        or Path(source).suffix.lower() in {".csv", ".tsv", ".json", ".jsonl", ".parquet"}
+        or Path(source).suffix.lower() in {".csv", ".tsv", ".json", ".jsonl", ".parquet", ".txt"}
         or source.startswith((".", "~"))
         or len(parts) > 2
         or parts[:1] == ("runs",)

@@ -22,7 +22,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import torch
 from PIL import Image
 from torchvision.transforms.v2.functional import to_pil_image
@@ -73,6 +72,7 @@ def get_dataset(name: str) -> Any:
 def convert_split(data: Any) -> Any:
     """Convert one split to a `datasets.Dataset`."""
     import datasets
+    import pandas as pd
     import pyarrow
 
     if isinstance(data, datasets.Dataset):

@@ -14,6 +14,7 @@ splits.py.
 
 import hashlib
 import os
+import pickle
 import re
 import shlex
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -21,14 +22,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
+from accelerate import PartialState
 
 from ..hub.loading import describe_missing_repo, fall_back_to_cache, is_hub_id
 from ..hub.local_paths import is_built_in_dataset
 from ..model.fast_image_processing_vitcls import open_regular_file
 from ..model.heads_vitcls import IGNORED_LABEL
+from ..runtime.distributed import run_on_main
 from ..runtime.errors import format_error, is_disk_full, name_full_disk, warn_on_first_process
 from .columns import divide_by_column, find_unused_groups, read_groups
 from .folder_layout import SPLIT_BY_FOLDER_NAME, SPLIT_ORDER
@@ -83,6 +86,7 @@ KIND_TEXTS = {
     "multi_task": "one task per column",
 }
 
+Data = TypeVar("Data")
 # names of all splits -> names of the splits to read
 SplitSelector = Callable[[list[str]], Collection[str]]
 
@@ -143,6 +147,25 @@ def load_splits(
 def mark_as_unlabeled(images: Any) -> LabeledImages:
     """Give every image the label -100, which means unknown."""
     return LabeledImages(images, [IGNORED_LABEL] * len(images))
+
+
+def load_on_main(dataset: str, load: Callable[[], Data]) -> Data:
+    """Load a dataset on the main process, and return what `load` returns on all processes.
+
+    A folder is then scanned once, and the held-out images are selected once. Tables on disk are not
+    copied.
+
+    A process loads a dataset itself if the dataset is in memory, or if the process does not share
+    the file system of the main process's cache of `datasets`.
+    """
+    if PartialState().num_processes == 1 or dataset.startswith(MEMORY_PREFIX):
+        return load()
+    # Pickled before it is sent, because unpickling may fail on a process without the cached files.
+    content = run_on_main(lambda: pickle.dumps(load()))
+    try:
+        return pickle.loads(content)
+    except OSError:
+        return load()
 
 
 # In memory ----------------------------------------------------------------------------------------

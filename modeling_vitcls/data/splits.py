@@ -10,24 +10,20 @@ and at least one of two. Copies of an image, and images of one group, are on the
 
 import hashlib
 import json
-import pickle
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import pandas as pd
-from accelerate import PartialState
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from ..model.heads_vitcls import IGNORED_LABEL
-from ..runtime.distributed import run_on_main
 from ..runtime.errors import format_name_list
 from .images import NO_CONTENT_KEY, LabeledImages
-from .in_memory import MEMORY_PREFIX
 from .labels import LabelSpace
 from .options import DataOptions
 from .sampling import derive_seed, draw_numbers
@@ -41,27 +37,6 @@ MAX_NAMED_IMAGES = 10  # with two labels
 
 # ratio of the largest to the smallest class, above which balanced metrics are printed, too
 MAX_CLASS_RATIO = 3
-
-Data = TypeVar("Data")
-
-
-def load_on_main(dataset: str, load: Callable[[], Data]) -> Data:
-    """Load a dataset on the main process, and return what `load` returns on all processes.
-
-    A folder is then scanned once, and the held-out images are selected once. Tables on disk are not
-    copied.
-
-    A process loads a dataset itself if the dataset is in memory, or if the process does not share
-    the file system of the main process's cache of `datasets`.
-    """
-    if PartialState().num_processes == 1 or dataset.startswith(MEMORY_PREFIX):
-        return load()
-    # Pickled before it is sent, because unpickling may fail on a process without the cached files.
-    content = run_on_main(lambda: pickle.dumps(load()))
-    try:
-        return pickle.loads(content)
-    except OSError:
-        return load()
 
 
 # Training -----------------------------------------------------------------------------------------

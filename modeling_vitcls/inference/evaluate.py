@@ -22,7 +22,7 @@ from ..data.evaluation_data import load_evaluation_data
 from ..data.label_matching import translate_labels
 from ..data.labels import check_is_classifier, get_label_space
 from ..data.options import DataOptions
-from ..data.splits import load_on_main
+from ..data.sources import load_on_main
 from ..data.splits_table import read_splits, select_task
 from ..hub.model_files import ADDITIONS_KEY
 from ..hub.model_folder import ModelFolder

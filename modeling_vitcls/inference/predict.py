@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 
 from ..conversion.open_model import open_model
 from ..data.labels import get_heads
-from ..data.splits import load_on_main
+from ..data.sources import load_on_main
 from ..model.image_processing_vitcls import ViTCLSImageProcessor
 from ..runtime.distributed import build_accelerator, set_mixed_precision
 from ..runtime.progress import track

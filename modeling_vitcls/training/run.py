@@ -27,7 +27,8 @@ from ..data.augmentation import build_augmentation
 from ..data.batches import Batch, TrainingImages, iterate_training_batches
 from ..data.image_folder import check_output_is_not_read
 from ..data.images import LabeledImages, UnreadableImageCounter
-from ..data.splits import TrainingData, divide_images, load_on_main, load_undivided_images
+from ..data.sources import load_on_main
+from ..data.splits import TrainingData, divide_images, load_undivided_images
 from ..data.workers import explain_worker_errors
 from ..hub.local_paths import resolve_name
 from ..hub.model_files import METRICS_FILE

@@ -6,8 +6,7 @@ from functools import partial
 from accelerate import PartialState
 
 from ..conversion.open_model import is_preset
-from ..data.sources import Splits
-from ..data.splits import load_on_main
+from ..data.sources import Splits, load_on_main
 from ..hub.loading import pin_revision
 from ..runtime.distributed import set_mixed_precision
 from ..runtime.system import describe_device

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from helpers.command_in_process import run_here
 from helpers.photo_folders import write_photos
+from PIL import Image
 
 import modeling_vitcls
 from modeling_vitcls import cli
@@ -97,6 +98,16 @@ def test_help_and_wrong_flags_do_not_load_torch(arguments: tuple[str, ...]) -> N
         ran.stderr.split()
     )
     assert ran.returncode == (2 if "--epoch" in arguments else 0)
+
+
+def test_a_photo_is_predicted_without_libraries_of_tables_and_training(tmp_path: Path) -> None:
+    photo = tmp_path / "photo.png"
+    Image.new("RGB", (40, 30)).save(photo)
+    model = Path(__file__).parents[1] / "fixtures/released/0.2.0/classifier"
+    ran = run_command("predict", "--model", str(model), str(photo))
+    assert ran.returncode == 0, ran.stderr
+    assert not {"datasets", "pandas", "sklearn", "matplotlib", "timm"} & set(ran.stderr.split())
+    assert ran.stderr.count("\n") == 1  # of COMMAND: nothing is reported at exit
 
 
 def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) -> None:
