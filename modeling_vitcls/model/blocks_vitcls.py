@@ -12,8 +12,7 @@ B images, N tokens, D channels. Every layer updates special tokens in the same w
 attention and register neurons are in variants_vitcls.py. Module names follow the ViT of
 transformers.
 
-This file contains no performance optimizations. On CPUs, cpu_kernels_vitcls.py installs faster
-modules.
+This file contains no performance optimizations: cpu_kernels_vitcls.py installs faster modules.
 """
 
 import math
@@ -514,3 +513,13 @@ def build_layer_scale(config: ViTCLSConfig) -> nn.Module:
     if config.layer_scale_init_value is None:
         return nn.Identity()
     return LayerScale(config.hidden_size, config.layer_scale_init_value)
+
+
+def list_hooks(module: nn.Module) -> list[Callable[..., Any]]:
+    """List the hooks of forward and backward passes."""
+    return [
+        *module._forward_hooks.values(),
+        *module._forward_pre_hooks.values(),
+        *module._backward_hooks.values(),
+        *module._backward_pre_hooks.values(),
+    ]

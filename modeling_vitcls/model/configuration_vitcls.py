@@ -534,6 +534,9 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
     """
 
     model_type = "vitcls"
+    # transformers looks for renamed and layer-wise fields, in Python, whenever a field is read. This
+    # class has neither, and a forward pass reads about 40 fields.
+    __getattribute__ = object.__getattribute__
     # Whether to skip validation. True only while loading a checkpoint whose weights are then
     # adapted.
     _skip_validation: ClassVar[bool] = False

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Faster CPU versions of modules. The outputs agree with plain PyTorch up to rounding errors.
+"""Faster versions of modules. The outputs agree with plain PyTorch up to rounding errors.
 
     install_cpu_kernels(model)      called by every model's constructor; replaces classes of modules
     uninstall_cpu_kernels(model)    restores the plain classes
@@ -13,26 +13,35 @@
     nn.Conv2d (patches) -> CPUPatchProjection   float32 on CPUs without half-precision instructions
     attention classes   -> CPUAttention, ...    bfloat16: a few heads at a time, and one cast of
                                                 the input
+    ViTCLSLayer         -> LeanLayer            any device: the same without calls of modules; on
+                                                GPUs, one product for queries, keys and values
 
 On CPUs without bfloat16 or float16 instructions, half-precision products, also in attention,
-are computed in float32 and then rounded. The subclasses add no state. Parameters, state
-dicts, `isinstance` checks, copying and pickling work as in plain modules. Plain PyTorch is used on
-other devices, in exported and traced programs, under torch.func, for modules with hooks, for
-quantized, sharded or parametrized weights, and if a private PyTorch API is missing. Under autocast,
-oneDNN is used only for weights in bfloat16. docs/speed.md lists the speedups.
+are computed in float32 and then rounded. Parameters, state dicts, `isinstance` checks, copying and
+pickling work as in plain modules. Plain PyTorch is used in exported and traced programs, for
+modules with hooks, for quantized, sharded or parametrized weights, and if a private PyTorch API is
+missing; CPU kernels are not used under torch.func. Under autocast, oneDNN is used only for weights
+in bfloat16. docs/speed.md lists the speedups.
 """
 
 import os
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import chain, repeat
+from operator import contains
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers.activations import GELUActivation
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
+from transformers.utils.output_capturing import capture_outputs
 
-from .blocks_vitcls import ViTCLSAttention, ViTCLSMLP
+from .blocks_vitcls import ViTCLSAttention, ViTCLSGLU, ViTCLSLayer, ViTCLSMLP, list_hooks
+from .positions_vitcls import PositionEmbeddings, rotate_patches
 from .variants_vitcls import ViTCLSDifferentialAttention
 
 
@@ -41,6 +50,7 @@ try:
     from torch._C import _functorch
     from torch._C import _len_torch_dispatch_stack as count_dispatch_modes
     from torch.autograd import forward_ad
+    from torch.nn.modules.module import _has_any_global_hook as has_global_hooks
 
     peek_functorch_stack = _functorch.peek_interpreter_stack
     # None in builds without oneDNN
@@ -160,7 +170,7 @@ class CPUMLP(CPUKernel, ViTCLSMLP):
                     onednn_linear(hidden_states, self.fc1.weight, self.fc1.bias, "gelu")
                 )
             # in place: allocating takes longer
-            return self.fc2(torch.ops.aten.gelu_(self.fc1(hidden_states)))
+            return self.fc2(torch.ops.aten.gelu_.default(self.fc1(hidden_states)))
 
         preactivations = self.fc1(hidden_states)  # [B, N, intermediate]
         if can_use_onednn(self.fc2, preactivations):
@@ -188,9 +198,52 @@ class CPUDifferentialAttention(CPUAttention, ViTCLSDifferentialAttention):
     """CPU kernel of `ViTCLSDifferentialAttention`."""
 
 
+class LeanLayer(CPUKernel, ViTCLSLayer):
+    """ViTCLSLayer that calls operations instead of modules, on any device.
+
+    A GPU computes a small model faster than Python calls its modules. What is unusual is left to
+    the plain class.
+    """
+
+    # what `is_usual_layer` has found to be usual
+    usual_parts: tuple[Any, ...] = ()
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Any = None,
+        position_embeddings: PositionEmbeddings | None = None,
+        num_tokens: int | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> Tensor:
+        """Apply attention, then the MLP, and return all tokens or only the first `num_tokens`."""
+        if is_capturing_graph() or not is_usual_layer(self, kwargs):
+            return super().forward(
+                hidden_states, attention_mask, position_embeddings, num_tokens, **kwargs
+            )
+        # A lookup in a dict is ten times as fast as an attribute, which nn.Module searches in Python.
+        modules: Any = self._modules
+        branch = attend(
+            modules["attention"],
+            normalize(modules["layernorm_before"], hidden_states),
+            attention_mask,
+            position_embeddings,
+            num_tokens,
+        )
+        branch = skip_identity(modules["layer_scale1"], branch)
+        if num_tokens is not None:
+            hidden_states = hidden_states[:, :num_tokens]
+        hidden_states = hidden_states + skip_identity(modules["drop_path"], branch)
+
+        branch = compute_mlp(modules["mlp"], normalize(modules["layernorm_after"], hidden_states))
+        branch = skip_identity(modules["layer_scale2"], branch)
+        return hidden_states + skip_identity(modules["drop_path"], branch)
+
+
 KERNEL_CLASSES: dict[type[nn.Module], type[nn.Module]] = {
     nn.Linear: CPULinear,
     nn.Conv2d: CPUPatchProjection,
+    ViTCLSLayer: LeanLayer,
     ViTCLSMLP: CPUMLP,
     ViTCLSAttention: CPUAttention,
     ViTCLSDifferentialAttention: CPUDifferentialAttention,
@@ -201,21 +254,141 @@ KERNEL_CLASSES: dict[type[nn.Module], type[nn.Module]] = {
 FUSED_CLASSES = [CPULinear, GELUActivation, nn.Identity, nn.Identity, CPULinear]
 
 
+# Lean layers --------------------------------------------------------------------------------------
+def is_usual_layer(layer: LeanLayer, kwargs: Any) -> bool:
+    """Check that a layer has no hooks or replaced parts, and no attention but SDPA.
+
+    This runs in every layer of every pass, hence the loops of `map`.
+    """
+    modules: Any = layer._modules
+    attention, mlp = modules["attention"], modules["mlp"]
+    parts = [*modules.values(), *attention._modules.values(), *mlp._modules.values()]
+    # Every new hook has a new number. If none is new, what was found before is still true.
+    state = (RemovableHandle.next_id, *map(id, parts), *map(type, parts))
+    if state != layer.usual_parts:
+        linears = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
+        linears += [mlp.fc1, mlp.fc2] if type(mlp) is CPUMLP else []
+        is_usual = (
+            type(attention) is CPUAttention
+            and type(mlp) in (CPUMLP, ViTCLSGLU)
+            and {*map(type, linears)} == {CPULinear}
+            and len({linear.bias is None for linear in linears[:3]}) == 1
+            and not has_global_hooks()
+            # transformers leaves hooks that record attention weights, which SDPA does not have
+            and all(
+                getattr(hook, "__module__", None) == capture_outputs.__module__
+                for hook in chain.from_iterable(map(list_hooks, parts))
+            )
+        )
+        layer.usual_parts = state if is_usual else ()
+    return (
+        bool(layer.usual_parts)
+        and not any(map(contains, map(vars, parts), repeat("forward")))
+        and kwargs.keys() <= {"num_items_in_batch"}  # Trainer's number of labels, for the loss
+        and attention.recorder is None
+        and attention.config._attn_implementation == "sdpa"
+        and bool(torch.backends.mkldnn.enabled)  # the switch that turns all kernels off
+        and not (layer.training and modules["dropout"].p)
+    )
+
+
+def attend(
+    attention: CPUAttention,
+    inputs: Tensor,
+    attention_mask: Any,
+    position_embeddings: PositionEmbeddings | None,
+    num_queries: int | None,
+) -> Tensor:
+    """Attend, [B, N, D] -> [B, n, D], as `ViTCLSAttention.forward`."""
+    has_kernels = has_cpu_kernels(inputs)
+    project = attention.project_qkv if has_kernels else partial(project_at_once, attention)
+    query, key, value = project(inputs, num_queries)  # [B, heads, n or N, head_dim] each
+    if position_embeddings is not None:
+        query, key = rotate_patches(query, key, position_embeddings)
+    if attention_mask is not None and num_queries is not None:
+        attention_mask = attention_mask[:, :, :num_queries]
+
+    scaling = attention.scaling
+    dropout = attention.attention_dropout if attention.training else 0.0
+    if has_kernels:
+        arguments = (query, key, value, attention_mask, scaling, dropout)
+        output, _ = sdpa_attention(attention, *arguments)
+    else:
+        output = nn.functional.scaled_dot_product_attention(
+            query, key, value, attention_mask, dropout, scale=scaling
+        ).transpose(1, 2)
+    modules: Any = attention._modules
+    output = skip_identity(modules["norm"], output.flatten(2))  # [B, n, heads * head_dim]
+    return apply_linear(modules["o_proj"], output)
+
+
+def project_at_once(
+    attention: CPUAttention, inputs: Tensor, num_queries: int | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute queries, keys and values as `project_qkv`, in one product.
+
+    Weights are joined in every pass: a copy that is kept could become stale without notice.
+    """
+    modules: Any = attention._modules
+    parameters = [modules[name]._parameters for name in ("q_proj", "k_proj", "v_proj")]
+    weights, biases = ([each[name] for each in parameters] for name in ("weight", "bias"))
+    bias = None if biases[0] is None else torch.cat(biases)
+    qkv = nn.functional.linear(inputs, torch.cat(weights), bias)  # [B, N, 3 * heads * head_dim]
+    qkv = qkv.view(*inputs.shape[:-1], 3, -1, attention.head_dim)
+    query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+    if num_queries is not None:
+        # as in the plain layer: in a product of more rows, they could be rounded differently
+        query = apply_linear(modules["q_proj"], inputs[:, :num_queries].contiguous())
+        query = query.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+    return skip_identity(modules["q_norm"], query), skip_identity(modules["k_norm"], key), value
+
+
+def compute_mlp(mlp: nn.Module, inputs: Tensor) -> Tensor:
+    """Apply an MLP, [B, N, D] -> [B, N, D]; the usual one without calls of its modules."""
+    if has_cpu_kernels(inputs) or type(mlp) is not CPUMLP:
+        return mlp.forward(inputs)
+    modules: Any = mlp._modules
+    activations = modules["activation_fn"].forward(apply_linear(modules["fc1"], inputs))
+    activations = skip_identity(modules["register_neurons"], activations)
+    return apply_linear(modules["fc2"], skip_identity(modules["norm"], activations))
+
+
+def has_cpu_kernels(inputs: Tensor) -> bool:
+    """Check whether CPU kernels, with their own conditions, compute these inputs."""
+    return inputs.is_cpu
+
+
+def skip_identity(module: nn.Module, inputs: Tensor) -> Tensor:
+    """Apply a module unless it is the identity."""
+    return inputs if type(module) is nn.Identity else module.forward(inputs)
+
+
+def apply_linear(module: nn.Module, inputs: Tensor) -> Tensor:
+    """Apply a linear layer."""
+    if has_cpu_kernels(inputs):
+        return CPULinear.forward(module, inputs)  # type: ignore[arg-type]
+    return nn.functional.linear(inputs, **module._parameters)  # type: ignore[arg-type]
+
+
+def normalize(norm: nn.Module, inputs: Tensor) -> Tensor:
+    """Apply a norm."""
+    if type(norm) is not nn.LayerNorm:
+        return norm.forward(inputs)
+    weights: Any = norm._parameters
+    return torch.layer_norm(inputs, norm.normalized_shape, **weights, eps=norm.eps)
+
+
 # Conditions ---------------------------------------------------------------------------------------
 def can_use_onednn(linear: nn.Linear | nn.Conv2d, inputs: Tensor) -> bool:
     """Check that oneDNN is faster and can be used: not under torch.func or a dispatch mode."""
-    min_multiplications = MIN_MULTIPLICATIONS.get((inputs.dtype, torch.is_grad_enabled()))
-    if (
-        min_multiplications is None
-        or not inputs.is_cpu
-        or is_capturing_graph()
-        or not has_plain_parameters(linear)
-    ):
+    if not inputs.is_cpu or is_capturing_graph() or not has_plain_parameters(linear):
         return False
     weight: Tensor = linear._parameters["weight"]  # type: ignore[assignment]
+    min_multiplications = MIN_MULTIPLICATIONS.get((inputs.dtype, torch.is_grad_enabled()))
     return (
-        weight.dtype == inputs.dtype
-        and inputs.numel() * len(weight) >= min_multiplications
+        min_multiplications is not None
+        and inputs.numel() * weight.shape[0] >= min_multiplications
+        and weight.dtype == inputs.dtype
         and bool(torch.backends.mkldnn.enabled)
         and inputs.dtype == get_matmul_dtype(inputs)  # False if autocast would change the dtype
         and not (count_dispatch_modes() or is_functorch_active())
@@ -226,7 +399,7 @@ def can_fuse_gelu(mlp: ViTCLSMLP) -> bool:
     """Check that an MLP has only the exact GELU between `CPULinear` layers, and no hooks."""
     modules = (mlp.fc1, mlp.activation_fn, mlp.register_neurons, mlp.norm, mlp.fc2)
     has_classes = [type(module) for module in modules] == FUSED_CLASSES
-    return has_classes and not any(map(has_hooks, modules))
+    return has_classes and not (has_global_hooks() or any(map(has_hooks, modules)))
 
 
 def has_plain_parameters(linear: nn.Linear | nn.Conv2d) -> bool:
@@ -238,13 +411,7 @@ def has_plain_parameters(linear: nn.Linear | nn.Conv2d) -> bool:
 
 def has_hooks(module: nn.Module) -> bool:
     """Check for hooks or a replaced `forward`, which a fused kernel would skip."""
-    hooks = (
-        module._forward_hooks,
-        module._forward_pre_hooks,
-        module._backward_hooks,
-        module._backward_pre_hooks,
-    )
-    return any(hooks) or "forward" in module.__dict__
+    return bool(list_hooks(module)) or "forward" in module.__dict__
 
 
 def is_capturing_graph() -> bool:

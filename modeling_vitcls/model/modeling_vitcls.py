@@ -24,6 +24,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.hooks import RemovableHandle
 from transformers import initialization as init
 from transformers.backbone_utils import BackboneMixin, filter_output_hidden_states
 from transformers.modeling_outputs import (
@@ -45,6 +46,7 @@ from .blocks_vitcls import (
     ViTCLSEmbeddings,
     ViTCLSLayer,
     build_norm,
+    list_hooks,
 )
 from .configuration_vitcls import TokenLayout, ViTCLSConfig, to_pair
 from .cpu_kernels_vitcls import install_cpu_kernels
@@ -195,7 +197,7 @@ class ViTCLSPreTrainedModel(AdaptableModel):
         if not config._skip_validation:
             # The configuration was checked when it was built, but its fields may have changed
             # since.
-            config.validate()
+            config.validate()  # type: ignore[attr-defined]  # of huggingface_hub's `strict`
         super().__init__(config, *args, **kwargs)
 
     def post_init(self) -> None:
@@ -307,6 +309,9 @@ class ViTCLSModel(ViTCLSPreTrainedModel):
         >>> {name: tokens.shape[1] for name, tokens in outputs.tokens.items()}
         {'cls': 1, 'distillation': 0, 'registers': 4, 'patches': 196}
     """
+
+    # what `count_output_tokens` has found to have no hooks
+    state_without_hooks: tuple[int, ...] = ()
 
     def __init__(self, config: ViTCLSConfig, add_pooling_layer: bool = True) -> None:
         super().__init__(config)
@@ -444,10 +449,13 @@ class ViTCLSModel(ViTCLSPreTrainedModel):
                 pooler_inputs if len(pooler_inputs) > 1 else pooler_inputs[0]
             )
         output = ViTCLSModelOutput(last_hidden_state=tokens, pooler_output=pooler_output)
-        output.token_layout = self.config.token_layout  # type: ignore[misc]  # set on this instance
-        output.grid_size = grid_size  # type: ignore[misc]
-        output.layer_tokens = layer_tokens  # type: ignore[misc]
-        output.pooled_tokens = pooled_tokens  # type: ignore[misc]
+        # set on this instance; not with `setattr`, for which transformers lists all fields
+        output.__dict__.update(
+            token_layout=self.config.token_layout,
+            grid_size=grid_size,
+            layer_tokens=layer_tokens,
+            pooled_tokens=pooled_tokens,
+        )
         if num_output_tokens is not None and len(self.layers) in output_layers:
             output.compute_all_tokens = partial(  # type: ignore[misc]
                 self.compute_last_layer, inputs, **kwargs
@@ -803,20 +811,27 @@ def count_output_tokens(
     if last_layer.attention.recorder is not None:
         return None
 
-    readers = [encoder, encoder.layers, encoder.layernorm, *last_layer.modules()]
-    if encoder.pooler is not None:
-        # torch.compile before 2.11 traces no += here
-        readers = [*readers, *encoder.pooler.modules()]
-    return None if any(map(has_user_hooks, readers)) else config.num_head_tokens
+    # Every new hook has a new number. Until there is one, modules without hooks stay without.
+    is_compiling = torch.compiler.is_compiling()
+    parts = (last_layer, encoder.layernorm, encoder.pooler)
+    state = () if is_compiling else (RemovableHandle.next_id, *map(id, parts))
+    if is_compiling or state != encoder.state_without_hooks:
+        readers = [encoder, encoder.layers, encoder.layernorm, *last_layer.modules()]
+        if encoder.pooler is not None:
+            # torch.compile before 2.11 traces no += here
+            readers = [*readers, *encoder.pooler.modules()]
+        if any(map(has_user_hooks, readers)):
+            return None
+        encoder.state_without_hooks = state
+    return config.num_head_tokens
 
 
 def has_user_hooks(module: nn.Module | None) -> bool:
     """Check whether a module has hooks that a person set, not transformers or DDP."""
-    names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    hooks = [hook for name in names for hook in (getattr(module, name, None) or {}).values()]
-    module_names = (str(getattr(hook, "__module__", "")) for hook in hooks)
+    hooks = [] if module is None else list_hooks(module)
     return any(
-        not name.startswith(("transformers.", "torch.distributed.")) for name in module_names
+        not str(getattr(hook, "__module__", "")).startswith(("transformers.", "torch.distributed."))
+        for hook in hooks
     )
 
 
