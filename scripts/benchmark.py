@@ -53,6 +53,7 @@ from modeling_vitcls.export.options import ExportOptions
 from modeling_vitcls.export.quantization import quantize_graph
 from modeling_vitcls.hub.local_paths import strip_folders
 from modeling_vitcls.hub.model_files import BACKEND_FILES
+from modeling_vitcls.inference.cuda_graphs import GraphedFunction
 from modeling_vitcls.inference.exported_graphs import ExportedGraph
 from modeling_vitcls.model.configuration_vitcls import ViTCLSConfig
 from modeling_vitcls.model.cpu_kernels_vitcls import EMULATED_DTYPES
@@ -75,6 +76,7 @@ PACKAGES = {"onnx": (*EXPORT_PACKAGES, "onnxruntime"), "openvino": (*EXPORT_PACK
 LIMITS = {"fp32": 1e-4, "bf16": 0.08, "int8": float("inf")}
 SECONDS_PER_MEASUREMENT = 0.5
 NUM_CHECKED_IMAGES = 2
+GRAPH = ", CUDA graph"  # how the rows of `--cuda-graphs` are named
 # Random images; the accuracy of int8 is measured by `vitcls export --int8`.
 NUM_CALIBRATION_IMAGES = 16
 
@@ -103,6 +105,8 @@ class BenchmarkOptions(Options):
     """Number of rounds. Each round measures each row once."""
     device: Literal["cpu", "cuda"] = "cpu"
     """Device. Exported files are measured on the CPU only."""
+    cuda_graphs: bool = False
+    """Also measure PyTorch and the other packages with a CUDA graph of a forward pass."""
     markdown: Path | None = None
     """Markdown file for the table. The table is also printed."""
 
@@ -167,7 +171,8 @@ def run_benchmarks(settings: BenchmarkOptions) -> list[Row]:
                             "compared only if the outputs agree"
                         )
                     functions.append(function)
-                    num_flops = count_flops(model, is_peer=name in (settings.peers or ()))
+                    is_peer = name.removesuffix(GRAPH) in (settings.peers or ())
+                    num_flops = count_flops(model, is_peer)
                     if work == "step":
                         num_flops *= 3  # backward: twice the FLOPs of forward
                     new_rows.append(Row(work, name, precision, batch_size, num_flops, difference))
@@ -243,6 +248,10 @@ def build_inference_engines(
                 engine(batch[:NUM_CHECKED_IMAGES]), ours(images[:NUM_CHECKED_IMAGES].cpu())
             )
         yield name, precision, torch.inference_mode()(partial(engine, batch)), difference
+        if settings.cuda_graphs and name not in (*PACKAGES, "compiled"):
+            graphed = GraphedFunction(engine, batch.device)
+            function = torch.inference_mode()(partial(graphed, batch))
+            yield f"{name}{GRAPH}", precision, function, difference
 
 
 def build_step_engines(
@@ -472,7 +481,7 @@ def format_markdown(rows: list[Row], settings: BenchmarkOptions) -> str:
             f"{row.work}, batch {row.batch_size}",
             f"{row.engine} {row.precision}",
             f"{speed:.1f}",
-            *(format_ratio(row, other) for other in baseline),
+            ", ".join(format_ratio(row, other) for other in baseline),
             ""
             if row in peers
             else ", ".join(f"{other.engine} {format_ratio(row, other)}" for other in peers),

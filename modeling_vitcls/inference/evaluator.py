@@ -8,7 +8,6 @@ evaluates a saved model and writes the results.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,6 +18,7 @@ from rich.console import Console
 from torch import nn
 
 from ..data.labels import LabelSpace
+from ..model.modeling_vitcls import ViTCLSImageClassifierOutput
 from .image_pass import ImageOutput, ImagePass, list_rows, stack_rows
 from .metrics import METRICS, SingleLabelMetrics, select_scalars
 
@@ -107,8 +107,7 @@ class Evaluator(ImagePass):
             outputs = model(pixel_values)
             if self.task is None:
                 return outputs
-            logits = outputs.task_logits[self.task]
-            return SimpleNamespace(logits=logits, distillation_logits=None)
+            return ViTCLSImageClassifierOutput(logits=outputs.task_logits[self.task])
 
         for batch, outputs in self.iterate(model, compute, console):
             metrics.update(outputs, send_to_device(batch.labels, self.accelerator.device))

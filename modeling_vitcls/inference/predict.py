@@ -29,6 +29,7 @@ from ..data.sources import load_on_main
 from ..model.image_processing_vitcls import ViTCLSImageProcessor
 from ..runtime.distributed import build_accelerator, set_mixed_precision
 from ..runtime.progress import track
+from .cuda_graphs import GraphedFunction
 from .image_pass import ImageBatch, pass_over_images, prepare_ahead
 from .inputs import (
     ImageRecord,
@@ -82,6 +83,7 @@ class Predictor:
 
         images = prepare_ahead(prepare, records, self.num_workers, num_ahead=2 * self.batch_size)
         empty_row = {**dict.fromkeys(self.columns.columns), "error": None}
+        compute = GraphedFunction(partial(try_predict, self.columns), self.model.device)
         while chunk := list(islice(images, self.batch_size)):
             found: dict[int, Row] = {}
             groups: dict[torch.Size, dict[int, torch.Tensor]] = {}
@@ -96,7 +98,7 @@ class Predictor:
             )
 
             for batch, outputs in pass_over_images(
-                partial(try_predict, self.columns), batches, self.model.device, self.autocast
+                compute, batches, self.model.device, self.autocast
             ):
                 rows = build_checked_rows(self.columns, outputs, len(batch.indices))
                 found |= dict(zip(batch.indices, rows, strict=True))

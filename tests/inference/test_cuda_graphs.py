@@ -1,0 +1,82 @@
+"""CUDA graphs of repeated passes, with a stand-in for the graph: it repeats the recorded call."""
+
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+
+from modeling_vitcls.inference import cuda_graphs
+from modeling_vitcls.inference.cuda_graphs import MAX_GRAPHS, GraphedFunction
+
+
+class Function:
+    """A function that writes to the same memory in each replay, as a graph does."""
+
+    def __init__(self) -> None:
+        self.calls: list[torch.Tensor] = []
+        self.output = torch.empty(0)
+
+    def __call__(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        self.calls.append(images)
+        self.output = images.flatten(1).sum(dim=1)
+        return {"sums": self.output}
+
+    def replay(self) -> None:
+        self.output.copy_(self.calls[-1].flatten(1).sum(dim=1))
+
+
+@pytest.fixture
+def function(monkeypatch: pytest.MonkeyPatch) -> Function:
+    function = Function()
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: function)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, **settings: nullcontext())
+    return function
+
+
+def compute_sums(function: Any, batches: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Compute all batches, and read the outputs only afterwards."""
+    graphed = GraphedFunction(function, torch.device("cuda"))
+    return [output["sums"] for output in [graphed(images) for images in batches]]
+
+
+def build_batches(*sizes: int) -> list[torch.Tensor]:
+    return [torch.rand(size, 3, 4, 4) for size in sizes]
+
+
+def test_the_second_batch_of_a_shape_is_recorded_and_a_smaller_last_one_is_computed(
+    function: Function,
+) -> None:
+    batches = build_batches(4, 4, 4, 4, 3)
+    sums = compute_sums(function, batches)
+    torch.testing.assert_close(sums, [images.flatten(1).sum(dim=1) for images in batches])
+    assert [len(images) for images in function.calls] == [4, 4, 3]
+
+
+def test_images_of_many_shapes_do_not_fill_the_memory(function: Function) -> None:
+    sizes = range(1, MAX_GRAPHS + 3)
+    compute_sums(function, build_batches(*sizes, *sizes, *sizes))
+    assert len(function.calls) == 2 * len(sizes) + 2  # the last two shapes are never recorded
+
+
+def test_a_function_that_cannot_be_recorded_is_called_and_one_line_says_so(
+    function: Function, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*arguments: Any) -> None:
+        raise RuntimeError("operation not permitted\nwhen stream is capturing")
+
+    monkeypatch.setattr(cuda_graphs, "record_graph", fail)
+    batches = build_batches(4, 4, 4)
+    sums = compute_sums(function, batches)
+    torch.testing.assert_close(sums, [images.flatten(1).sum(dim=1) for images in batches])
+    assert [record.getMessage() for record in caplog.records] == [
+        "without CUDA graphs, because this model cannot be recorded: operation not permitted"
+    ]
+
+
+def test_nothing_is_recorded_if_the_environment_says_so(
+    function: Function, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VITCLS_CUDA_GRAPHS", "0")
+    compute_sums(function, build_batches(4, 4, 4))
+    assert len(function.calls) == 3
