@@ -15,6 +15,7 @@ from helpers.evaluation_worker import (
 )
 from helpers.tiny_models import raises_one_line
 
+from modeling_vitcls.inference.image_pass import prepare_ahead
 from modeling_vitcls.runtime.distributed import build_accelerator
 
 
@@ -61,3 +62,13 @@ def test_evaluation_draws_no_random_numbers() -> None:
     before = torch.get_rng_state()
     evaluator(model)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_threads_that_prepare_images_start_no_further_threads() -> None:
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        counts = list(prepare_ahead(lambda _: torch.get_num_threads(), range(8), 2, num_ahead=4))
+        assert (counts, torch.get_num_threads()) == ([1] * 8, 3)
+    finally:
+        torch.set_num_threads(num_threads)
