@@ -121,18 +121,7 @@ def train(asked: TrainOptions) -> Path:
         # A job script repeats its command with --resume, also after a run that was killed between
         # its last file and its cleanup. Clean up what that run could not, and do nothing else.
         if is_finished:
-            # The photos may have changed since, although the flags are the same.
-            load_images = partial(
-                load_undivided_images,
-                asked,
-                reads_all=True,
-                use_labels=not isinstance(asked, PretrainOptions),
-            )
-            check_finished(folder, asked.dataset, load_on_main(asked.dataset, load_images))
-            shutil.rmtree(folder / STAGING_FOLDER, ignore_errors=True)
-            if asked.keep_checkpoints is None:
-                store.clear()
-            reporter.print_line("finished", f"{folder} already contains the results of this run")
+            clean_up_finished(asked, store, reporter)
             return folder
 
         # What the run is. The division of the images depends on it, so it comes first.
@@ -182,6 +171,23 @@ def train(asked: TrainOptions) -> Path:
         accelerator.free_memory()
         accelerator.end_training()
         return folder
+
+
+def clean_up_finished(asked: TrainOptions, store: CheckpointStore, reporter: Reporter) -> None:
+    """Check that a finished run has the photos and weights of today, and remove what it left.
+
+    Raises:
+        ValueError, OSError: if they have changed, or cannot be read.
+    """
+    # The photos may have changed since, although the flags are the same.
+    uses_labels = not isinstance(asked, PretrainOptions)
+    load_images = partial(load_undivided_images, asked, reads_all=True, use_labels=uses_labels)
+    folder = asked.output_dir
+    check_finished(folder, asked.dataset, load_on_main(asked.dataset, load_images))
+    shutil.rmtree(folder / STAGING_FOLDER, ignore_errors=True)
+    if asked.keep_checkpoints is None:
+        store.clear()
+    reporter.print_line("finished", f"{folder} already contains the results of this run")
 
 
 # Frozen -------------------------------------------------------------------------------------------
