@@ -218,6 +218,7 @@ class LinearProbe:
                 groups=None if groups is None else groups[known],
             )
             self.temperature_ = chosen.temperature
+            factor = 1.0
             if len(folds) == NUM_FOLDS_OF_FEW:
                 fewer = split_folds(indices, groups, NUM_FOLDS)
                 logits, _ = self.predict_left_out(features, indices, [chosen.candidate], fewer)
@@ -225,7 +226,15 @@ class LinearProbe:
                 # By this factor, the temperature fell from classifiers of 80 % of the images to
                 # classifiers of 90 %. The same step again leads to all of them. It is limited,
                 # because the quotient of two temperatures from few images is mostly noise.
-                self.temperature_ *= np.clip(chosen.temperature / other.temperature, 0.5, 1.0)
+                factor = float(np.clip(chosen.temperature / other.temperature, 0.5, 1.0))
+            if len(indices) <= FEW_IMAGES:
+                # With a handful of images per class, the logits of the classifier of all images
+                # are much smaller than those of the folds, to which the temperature was fitted.
+                spreads = [self.measure_spread(features, indices, train) for train, _ in folds]
+                all_images = np.arange(len(indices))
+                shrinkage = self.measure_spread(features, indices, all_images) / np.mean(spreads)
+                factor = min(factor, float(shrinkage))
+            self.temperature_ *= factor
 
         self.refit(features, labels)
         # Distances out of fold: an image is closer to a mean that contains it than a new image
@@ -255,6 +264,17 @@ class LinearProbe:
     ) -> ClassStatistics:
         chosen = {token: features[token] for token in tokens}
         return ClassStatistics.fit(chosen, labels, len(self.classes_), self.has_covariance_)
+
+    def measure_spread(
+        self, features: TokenFeatures, labels: np.ndarray, images: np.ndarray
+    ) -> float:
+        """Measure the spread of the logits at the class means, of a classifier of some images."""
+        tokens = self.candidate_.tokens
+        part = {token: features[token][images] for token in tokens}
+        statistics = self.fit_statistics(part, labels[images], tokens)
+        weight, bias = statistics.build_classifier(self.is_balanced_)
+        logits = np.concatenate(statistics.means, axis=1) @ weight.T + bias
+        return float((logits - logits.mean(axis=1, keepdims=True)).std())
 
     def predict_left_out(
         self,

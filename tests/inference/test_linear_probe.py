@@ -81,3 +81,21 @@ def test_two_images_are_too_few_for_folds() -> None:
     assert probe.num_folds_ == 0
     assert probe.estimate_ is None
     assert probe.predict_proba(features).shape == (2, 2)
+
+
+def test_the_temperature_of_five_images_per_class_suits_the_classifier_of_all_of_them() -> None:
+    def draw_tokens(num_images: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        labels = np.arange(num_images) % 4
+        centers = np.random.default_rng(1).normal(size=(4, 64)) / 2
+        return centers[labels] + np.random.default_rng(seed).normal(size=(num_images, 64)), labels
+
+    gains = []
+    for seed in range(4):
+        probe = LinearProbe().fit(*draw_tokens(20, seed))
+        tokens, labels = draw_tokens(1000, 100 + seed)
+        losses = []
+        for temperature in (probe.table_[0]["temperature"], probe.temperature_):
+            probe.temperature_ = temperature
+            losses.append(-np.log(probe.predict_proba(tokens)[np.arange(1000), labels]).mean())
+        gains.append(losses[0] - losses[1])
+    assert min(gains) > 0.02
