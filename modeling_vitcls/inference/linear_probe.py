@@ -232,8 +232,9 @@ class LinearProbe:
                 # are much smaller than those of the folds, to which the temperature was fitted.
                 spreads = [self.measure_spread(features, indices, train) for train, _ in folds]
                 all_images = np.arange(len(indices))
-                shrinkage = self.measure_spread(features, indices, all_images) / np.mean(spreads)
-                factor = min(factor, float(shrinkage))
+                spread = self.measure_spread(features, indices, all_images)
+                if spread > 1e-6:  # not of constant features
+                    factor = min(factor, spread / float(np.mean(spreads)))
             self.temperature_ *= factor
 
         self.refit(features, labels)
