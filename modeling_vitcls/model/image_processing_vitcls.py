@@ -322,17 +322,17 @@ class ViTCLSImageProcessor(ViTCLSBaseImageProcessor, TorchvisionBackend):  # typ
         # each time.
         settings = get_settings(self, self._valid_kwargs_names)
         inputs = list(flatten_images(images))
-        if (
-            settings == self._checked_settings
-            and inputs
-            and all(getattr(image, "is_cpu", True) for image in inputs)
-        ):
-            return self._fast_preprocess(inputs)
-
-        batch = super().preprocess(images, **kwargs)
-        # A complete call without an error has checked every setting.
-        self._checked_settings = settings if can_use_fast_path(self) else None
-        return batch
+        is_on_cpu = bool(inputs) and all(getattr(image, "is_cpu", True) for image in inputs)
+        if settings != self._checked_settings or not is_on_cpu:
+            batch = super().preprocess(images, **kwargs)
+            is_fast = can_use_fast_path(self)
+            # A complete call without an error has checked every setting.
+            self._checked_settings = settings if is_fast else None
+            if not is_fast or not is_on_cpu:
+                return batch
+        # Also in the first call: PIL may decode a JPEG a little differently, and threads would
+        # decide which photos are among the first.
+        return self._fast_preprocess(inputs)
 
     def _fast_preprocess(self, images: list[Any]) -> BatchFeature:
         """Return the output of `preprocess` for validated settings that the fast path supports."""

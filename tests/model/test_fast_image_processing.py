@@ -13,6 +13,7 @@ from sklearn.datasets import load_sample_images
 from transformers.image_utils import SizeDict
 
 from modeling_vitcls import ViTCLSImageProcessor
+from modeling_vitcls.model import image_processing_vitcls
 
 
 SIZES: list[dict[str, Any]] = [
@@ -101,6 +102,16 @@ def test_all_images_have_the_same_values(sizes: dict[str, Any], resample: int) -
     processor = ViTCLSImageProcessor(**sizes, resample=resample)
     for name, image in build_example_images().items():
         check_same(processor, image, name)
+
+
+def test_the_first_photo_is_decoded_as_later_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PIL and torchvision may contain different versions of libjpeg."""
+    pixels = torch.full((3, 60, 60), 99, dtype=torch.uint8)
+    monkeypatch.setattr(image_processing_vitcls, "read_jpeg", lambda source: pixels)
+    processor = ViTCLSImageProcessor(size=32)
+    photo = build_example_images()["jpeg"]
+    first, second = (processor(photo, return_tensors="pt")["pixel_values"] for _ in range(2))
+    assert torch.equal(first, second)
 
 
 def test_errors_are_those_of_the_slow_path(tmp_path: Path) -> None:
