@@ -158,8 +158,8 @@ def choose_image_size(
     )
 
     return (size[0], size[1]), (
-        f"{size_text} px instead of the checkpoint's {native_text} px, which needs {cost:.1f} times "
-        "the computation. `image_size='native'` keeps them"
+        f"{size_text} px. The checkpoint's {native_text} px (`image_size='native'`) would need "
+        f"{cost:.1f} times the computation"
     )
 
 
