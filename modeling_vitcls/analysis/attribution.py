@@ -179,8 +179,16 @@ def trace_attention(
         # Pixels that require gradients make attention part of the autograd graph even if all
         # weights are frozen.
         inputs = pixel_values.detach().clone().requires_grad_(needs_gradients)
-        with process_attention_layers(model, layers.append):
-            outputs = model(inputs, output_hidden_states=True)
+        # Gradients of the weights, which nobody reads, would take as long as those of attention.
+        weights = [weight for weight in model.parameters() if weight.requires_grad]
+        for weight in weights:
+            weight.requires_grad = False
+        try:
+            with process_attention_layers(model, layers.append):
+                outputs = model(inputs, output_hidden_states=True)
+        finally:
+            for weight in weights:
+                weight.requires_grad = True
 
     encoder_output = encoder_outputs[-1]
     read_tokens = {

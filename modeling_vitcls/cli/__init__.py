@@ -106,6 +106,12 @@ def run_command(arguments: list[str]) -> None:
     with exit_on_error(type(options)):
         check_paths(options)
 
+    # Threads that wait for each other spin, which multiplies the CPU time, and also the time on the
+    # clock, if other programs run. OpenMP's then sleep sooner, as libgomp decides itself if a process
+    # has more threads than cores; OpenBLAS's do not pay off for matrices of features.
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     # 400,000 objects of the libraries stay until the end. The garbage collector would visit all of
     # them again and again, and at exit: a quarter of the CPU time of a short command.
     gc.disable()

@@ -110,6 +110,14 @@ def test_a_photo_is_predicted_without_libraries_of_tables_and_training(tmp_path:
     assert ran.stderr.count("\n") == 1  # of COMMAND: nothing is reported at exit
 
 
+def test_numbers_of_threads_that_the_person_sets_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = {"OPENBLAS_NUM_THREADS": "2", "GOMP_SPINCOUNT": "7"}
+    for name, value in chosen.items():
+        monkeypatch.setenv(name, value)
+    assert run_here("env") == 0
+    assert {name: os.environ[name] for name in chosen} == chosen
+
+
 def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("--version", "-V"):
         assert run_here(name) == 0
