@@ -57,7 +57,7 @@ def translate_labels(images: Any, data_space: LabelSpace, model_space: LabelSpac
             raise ValueError(
                 f"the dataset has the label {name!r}, but the model has only the labels "
                 f"{format_name_list(model_space.columns[column], 20)}. Remove the images with this "
-                "label, fine-tune the model on these classes, or, if they are the same, correct "
+                "label, add the class with `vitcls add-class`, or, if they are the same, correct "
                 "`id2label` in the model's config.json"
             )
     return replace(images, labels=model_space.index(names, "the dataset"))

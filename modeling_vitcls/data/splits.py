@@ -351,9 +351,16 @@ def describe_missing_classes(training_data: TrainingData) -> list[str]:
     If the images have several labels, there is no warning.
     """
     parts = (training_data.train, training_data.held_out)
-    if not len(training_data.held_out) or not all(map(is_stratified, parts)):
+    if not all(map(is_stratified, parts)):
         return []
     names = training_data.label_space.names
+    if not len(training_data.held_out):
+        counts = Counter(names[label] for label in training_data.train.labels)
+        single = sorted(name for name, count in counts.items() if count == 1)
+        warning = (
+            f"no result measures classes with one image: {format_name_list(single)}. Add images"
+        )
+        return [warning] if single else []
     train, held_out = ({names[label] for label in images.labels} for images in parts)
     return [
         f"{len(missing)} of the {len(train | held_out)} classes have no {images}: "

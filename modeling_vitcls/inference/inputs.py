@@ -233,7 +233,12 @@ def open_input(options: PredictOptions) -> PredictionInput:
     if options.list is not None:
         return build_list_input(read_path_list(options.list))
     if options.dataset is None:
-        return build_list_input(options.paths)
+        found = build_list_input(options.paths)
+        if not any(map(os.path.lexists, found.contents)):
+            raise ValueError(
+                f"{found.contents[0]} does not exist. Pass image files, or folders of images"
+            )
+        return found
 
     dataset = options.dataset
     data_options = DataOptions(dataset=dataset, image_column=options.image_column)

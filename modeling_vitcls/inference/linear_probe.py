@@ -218,24 +218,8 @@ class LinearProbe:
                 groups=None if groups is None else groups[known],
             )
             self.temperature_ = chosen.temperature
-            factor = 1.0
-            if len(folds) == NUM_FOLDS_OF_FEW:
-                fewer = split_folds(indices, groups, NUM_FOLDS)
-                logits, _ = self.predict_left_out(features, indices, [chosen.candidate], fewer)
-                other = Score.of(chosen.candidate, logits[chosen.candidate], indices, weights)
-                # By this factor, the temperature fell from classifiers of 80 % of the images to
-                # classifiers of 90 %. The same step again leads to all of them. It is limited,
-                # because the quotient of two temperatures from few images is mostly noise.
-                factor = float(np.clip(chosen.temperature / other.temperature, 0.5, 1.0))
             if len(indices) <= FEW_IMAGES:
-                # With a handful of images per class, the logits of the classifier of all images
-                # are much smaller than those of the folds, to which the temperature was fitted.
-                spreads = [self.measure_spread(features, indices, train) for train, _ in folds]
-                all_images = np.arange(len(indices))
-                spread = self.measure_spread(features, indices, all_images)
-                if spread > 1e-6:  # not of constant features
-                    factor = min(factor, spread / float(np.mean(spreads)))
-            self.temperature_ *= factor
+                self.temperature_ *= self.extrapolate(features, indices, groups, weights, chosen)
 
         self.refit(features, labels)
         # Distances out of fold: an image is closer to a mean that contains it than a new image
@@ -265,6 +249,32 @@ class LinearProbe:
     ) -> ClassStatistics:
         chosen = {token: features[token] for token in tokens}
         return ClassStatistics.fit(chosen, labels, len(self.classes_), self.has_covariance_)
+
+    def extrapolate(
+        self,
+        features: TokenFeatures,
+        labels: np.ndarray,
+        groups: np.ndarray | None,
+        weights: np.ndarray,
+        chosen: Score,
+    ) -> float:
+        """Estimate how the temperature changes from the classifiers of folds to that of all images."""
+        folds = split_folds(labels, groups)
+        factor = 1.0
+        if len(folds) == NUM_FOLDS_OF_FEW:
+            fewer = split_folds(labels, groups, NUM_FOLDS)
+            logits, _ = self.predict_left_out(features, labels, [chosen.candidate], fewer)
+            other = Score.of(chosen.candidate, logits[chosen.candidate], labels, weights)
+            # By this factor, the temperature fell from classifiers of 80 % of the images to
+            # classifiers of 90 %. The same step again leads to all of them. It is limited, because
+            # the quotient of two temperatures from few images is mostly noise.
+            factor = float(np.clip(chosen.temperature / other.temperature, 0.5, 1.0))
+        # With a handful of images per class, the logits of the classifier of all images are much
+        # smaller than those of the folds, to which the temperature was fitted.
+        spreads = [self.measure_spread(features, labels, train) for train, _ in folds]
+        spread = self.measure_spread(features, labels, np.arange(len(labels)))
+        # constant features have no spread
+        return min(factor, spread / float(np.mean(spreads))) if spread > 1e-6 else factor
 
     def measure_spread(
         self, features: TokenFeatures, labels: np.ndarray, images: np.ndarray

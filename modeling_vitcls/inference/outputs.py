@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..runtime.files import escape_csv_cell, replace_control_characters, write_atomically
+from .exported_graphs import DISTANCE
 from .prediction_rows import Row
 
 
@@ -109,6 +110,8 @@ def print_table(rows: Iterable[Row], columns: Columns) -> None:
     names = [name for name in columns if name != "index"]
     if all(row["error"] is None for row in rows):
         names.remove("error")
+    if DISTANCE in names and "unknown" not in names:  # nothing to compare it with
+        names.remove(DISTANCE)
 
     table = Table()
     for name in names:

@@ -74,7 +74,7 @@ def calibrate(
     # The temperature comes first: predictions and metrics describe the model as it is saved.
     if num_images >= MIN_IMAGES:
         temperature = config.temperature = round(fit_temperature(logits, labels), 4)
-        text = f"temperature {temperature:.2f}, from {describe_images(images, num_images)}"
+        text = f"on {describe_images(images, num_images)} (temperature {temperature:.2f})"
     predictions = held_out.predict(model)
     calibration = Calibration(num_images, images, text, temperature)
     return measure_errors(calibration, predictions), predictions
@@ -86,7 +86,8 @@ def describe_probe_calibration(probe: LinearProbe) -> Calibration:
     if not num_images:
         return Calibration(0, CROSS_VALIDATION, "not calibrated: too few images for folds")
     temperature = round(probe.temperature_, 4)
-    text = f"temperature {temperature:.2f}, from {describe_images(CROSS_VALIDATION, num_images)}"
+    chosen = describe_images(CROSS_VALIDATION, num_images)
+    text = f"on {chosen} (temperature {temperature:.2f})"
     return Calibration(num_images, CROSS_VALIDATION, text, temperature)
 
 

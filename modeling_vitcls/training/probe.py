@@ -444,14 +444,16 @@ def describe_frozen(record: dict[str, Any]) -> dict[str, str | None]:
     return {"resize": describe_geometry(record), "frozen": describe_probe(record)}
 
 
-def explain_missing_threshold(probe: LinearProbe) -> dict[str, str]:
-    """Say why predictions do not mark unknown images, if they do not."""
+def describe_threshold(probe: LinearProbe) -> str:
+    """Say whether predictions mark images that show none of the classes, or what they lack."""
     if probe.distance_threshold_ is not None:
-        return {}
-    return {
-        "unknown": "photos that show none of the classes will not be marked: this requires "
-        f"{MIN_DISTANCE_IMAGES} training images, and CLS or the mean of the patches as pooling"
-    }
+        return (
+            f"photos farther than {probe.distance_threshold_:.1f} from every class will be marked"
+        )
+    requirement = "CLS or the mean of the patches as pooling"
+    if len(probe.losses_) < MIN_DISTANCE_IMAGES:
+        requirement = f"{MIN_DISTANCE_IMAGES} training images"
+    return f"photos that show none of the classes will not be marked: this requires {requirement}"
 
 
 def describe_geometry(record: dict[str, Any]) -> str:
@@ -461,7 +463,8 @@ def describe_geometry(record: dict[str, Any]) -> str:
     losses = ", ".join(
         f"{resize} {loss:.2f}" for resize, loss in record["geometry"]["losses"].items()
     )
+    reason = "" if record["resize"] == SQUASH else ", because squash is not clearly better"
     return (
-        f"{record['resize']}; log loss on {record['geometry']['num_images']:,} images: {losses}. Set "
-        "`resize` to choose"
+        f"{record['resize']}{reason} (log loss on {record['geometry']['num_images']:,} images: "
+        f"{losses}). Set `resize` to choose"
     )

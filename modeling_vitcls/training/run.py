@@ -66,7 +66,7 @@ from .pretrain import PreTraining
 from .probe import (
     MAX_PROBE_IMAGES,
     describe_frozen,
-    explain_missing_threshold,
+    describe_threshold,
     ignore_message,
 )
 from .reporter import Reporter
@@ -237,7 +237,7 @@ def run_frozen(setup: TrainingSetup, data: TrainingData, warn: Callable[[str], N
         results={"frozen": frozen.record},
         lines={
             **describe_frozen(frozen.record),
-            **explain_missing_threshold(frozen.probe),
+            "unknown": describe_threshold(frozen.probe),
             "calibration": calibration.text,
         },
     )

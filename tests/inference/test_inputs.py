@@ -145,3 +145,5 @@ def test_datasets_that_cannot_be_used_are_named(tmp_path: Path) -> None:
         open_input(PredictOptions(model="model", dataset=str(tmp_path / "empty")))
     with raises_one_line("there are no images in"):
         open_input(PredictOptions(model="model", paths=(str(tmp_path),)))
+    with raises_one_line("no.jpg does not exist"):
+        open_input(PredictOptions(model="model", paths=(str(tmp_path / "no.jpg"),)))
