@@ -351,7 +351,7 @@ def describe_missing_classes(training_data: TrainingData) -> list[str]:
     If the images have several labels, there is no warning.
     """
     parts = (training_data.train, training_data.held_out)
-    if not all(map(is_stratified, parts)):
+    if not all(is_stratified(images) for images in parts if len(images)):
         return []
     names = training_data.label_space.names
     if not len(training_data.held_out):

@@ -202,7 +202,7 @@ def describe_imbalance(class_balance: str, data: TrainingData) -> list[str]:
         return []
 
     advice = "The accuracy hardly depends on small classes: compare macro F1"
-    if describe_missing_classes(data):
+    if len(data.held_out) and describe_missing_classes(data):
         advice = "No result measures the classes without held-out images: add images of them"
     advice += ", and set `class_balance='weights'`"
     return [

@@ -368,9 +368,9 @@ def build_fine_tuning_command(asked: TrainOptions) -> str:
 
 
 def shorten_path(name: Any) -> Any:
-    """Make a local path relative to the working directory, unless two folders lie between them."""
+    """Make a local path in the working directory relative to it."""
     relative = make_relative(name)
-    is_far = is_local(name) and split_prefix(relative)[1].startswith("../../")
+    is_far = is_local(name) and split_prefix(relative)[1].startswith("../")
     return name if is_far else relative
 
 

@@ -170,3 +170,9 @@ def test_a_class_without_training_images_is_a_warning(tmp_path: Path) -> None:
     (warning,) = run.warnings()
     assert "1 of the 3 classes have no training images: night" in warning
     assert run.options.select == "last"
+
+
+def test_a_class_with_one_image_is_a_warning_if_nothing_is_held_out(tmp_path: Path) -> None:
+    data = write_images(tmp_path / "data", {"train": {"dusk": 2, "night": 1}})
+    run = prepare_setup(build_options(tmp_path / "run", data, held_out_fraction=0.0))
+    assert "no result measures classes with one image: night. Add images" in run.warnings()
