@@ -11,7 +11,7 @@ does the same for any two models, and prints the difference.
 import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from itertools import groupby
+from itertools import groupby, product
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from ..model.modeling_vitcls import (
     ViTCLSModel,
 )
 from ..runtime.files import read_json
+from ..runtime.progress import track
 from ..runtime.system import format_device_name, get_versions, has_bfloat16
 
 
@@ -94,19 +95,19 @@ def certify(old: ModelFolder, new: Path, pixels: Sequence[Tensor]) -> dict[str, 
     passes = []
     # In this order: weights that were rounded to bfloat16 cannot be used in float32 any more.
     dtypes = [torch.float32, *([torch.bfloat16] if has_bfloat16(device) else [])]
-    for dtype in dtypes:
+    planned = list(product(dtypes, MAX_IMAGES))
+    for dtype, batch_size in track(planned, "comparing outputs, pass", len(planned), unit=""):
         old_model.to(dtype)
         new_model.to(dtype)
-        for batch_size, max_images in MAX_IMAGES.items():
-            compared = pixels[:max_images]
-            passes.append(
-                {
-                    "dtype": str(dtype).removeprefix("torch."),
-                    "batch_size": batch_size,
-                    "num_images": len(compared),
-                    "logits_sha256": compare_logits(old_model, new_model, compared, batch_size),
-                }
-            )
+        compared = pixels[: MAX_IMAGES[batch_size]]
+        passes.append(
+            {
+                "dtype": str(dtype).removeprefix("torch."),
+                "batch_size": batch_size,
+                "num_images": len(compared),
+                "logits_sha256": compare_logits(old_model, new_model, compared, batch_size),
+            }
+        )
     return {
         "old_model": old_name,
         "num_images": len(pixels),
