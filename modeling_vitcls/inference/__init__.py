@@ -5,6 +5,7 @@
     exported_graphs.py  files of `vitcls export` in place of a model, for `vitcls predict --backend`
     metrics.py          metrics for each kind of labels
     image_pass.py       one pass of images through a model, for everything in this list that needs outputs
+    cuda_graphs.py      passes of one shape, repeated by a GPU without Python
     evaluator.py        metrics of a model on labeled images
     evaluate.py         the command `vitcls evaluate`
     per_image.py        the file of `vitcls evaluate --per-image`
