@@ -240,6 +240,10 @@ class LeanLayer(CPUKernel, ViTCLSLayer):
         return hidden_states + skip_identity(modules["drop_path"], branch)
 
 
+# FSDP and device maps find layers by the name of their class (`_no_split_modules`).
+LeanLayer.__name__ = ViTCLSLayer.__name__
+
+
 KERNEL_CLASSES: dict[type[nn.Module], type[nn.Module]] = {
     nn.Linear: CPULinear,
     nn.Conv2d: CPUPatchProjection,

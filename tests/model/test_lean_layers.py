@@ -171,3 +171,9 @@ def test_a_training_step_starts_fewer_kernels_than_with_plain_layers(has_cpu_ker
         for model in build_models(num_hidden_layers=12)
     )
     assert plain - lean == (0 if has_cpu_kernels else 64)
+
+
+def test_layers_are_found_by_name() -> None:
+    """FSDP and device maps look for the names in `_no_split_modules`."""
+    lean, _ = build_models()
+    assert type(lean.vitcls.layers[0]).__name__ in lean._no_split_modules
