@@ -179,7 +179,7 @@ def trace_attention(
         # Pixels that require gradients make attention part of the autograd graph even if all
         # weights are frozen.
         inputs = pixel_values.detach().clone().requires_grad_(needs_gradients)
-        # Gradients of the weights, which nobody reads, would take as long as those of attention.
+        # Gradients of the weights, which are not used, would take as long as those of attention.
         weights = [weight for weight in model.parameters() if weight.requires_grad]
         for weight in weights:
             weight.requires_grad = False

@@ -168,7 +168,7 @@ def load_export_images(
             num_channels=model.config.num_channels,
         )
     except ValueError as error:
-        # A person who names a split wants its accuracy, so a warning is not enough. Otherwise,
+        # If a split was named, its accuracy was requested, so a warning is not enough. Otherwise,
         # images without labels suffice.
         if split is not None:
             raise

@@ -122,6 +122,12 @@ class ClassStatistics:
             bias = bias - bias[known].mean() + np.log(priors / priors.sum())
         return np.where(known[:, None], weight - weight[known].mean(axis=0), 0), bias
 
+    def compute_mean_logits(self, weight: np.ndarray, bias: np.ndarray) -> np.ndarray:
+        """Compute the logits of a classifier at the class means, of the classes with images."""
+        known = self.counts > 0
+        means = np.concatenate(self.means, axis=1)[known]
+        return means @ weight[known].T + bias[known]
+
     def compute_discriminants(self) -> tuple[np.ndarray, np.ndarray]:
         """Compute weight [K, T * D] and bias [K] without priors, averaged over the tokens."""
         weights = [

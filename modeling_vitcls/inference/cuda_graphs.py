@@ -4,16 +4,16 @@ A GPU computes a small model faster than Python starts its kernels, and the thre
 photos slow Python down further. A CUDA graph starts all kernels of a pass at once.
 """
 
-import logging
 import os
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from accelerate.utils import recursively_apply
+from transformers.utils import logging
 
 
-logger = logging.getLogger(__name__)
+logger = logging.get_logger(__name__)
 
 # Each graph keeps the activations of its pass. Image processors that keep the aspect ratio have any
 # number of shapes.
@@ -54,7 +54,10 @@ class GraphedFunction:
         except RuntimeError as error:
             self.is_enabled = False
             reason = str(error).splitlines()[0]
-            logger.warning("without CUDA graphs, because this model cannot be recorded: %s", reason)
+            # once, although each evaluation of a run records again
+            logger.warning_once(
+                f"without CUDA graphs, because this model cannot be recorded: {reason}"
+            )
             return self.function(images)
         return self.replays[shape](images)
 

@@ -202,7 +202,7 @@ class LinearProbe:
         self.out_of_fold_ = np.full((len(indices), len(self.classes_)), np.nan)
         distances: dict[tuple[Token, ...], np.ndarray] = {}
         if folds:
-            logits, distances = self.predict_left_out(features, indices, candidates, folds)
+            logits, distances, spreads = self.predict_left_out(features, indices, candidates, folds)
             scores = [Score.of(each, logits[each], indices, weights) for each in candidates]
             self.table_ = [score.build_record(weights) for score in scores]
             # If losses are equal, the first one wins, because the simplest candidate comes first.
@@ -218,10 +218,13 @@ class LinearProbe:
                 groups=None if groups is None else groups[known],
             )
             self.temperature_ = chosen.temperature
-            if len(indices) <= FEW_IMAGES:
-                self.temperature_ *= self.extrapolate(features, indices, groups, weights, chosen)
 
         self.refit(features, labels)
+        if folds and len(indices) <= FEW_IMAGES:
+            fold_spread = float(np.mean(spreads[self.candidate_]))
+            self.temperature_ *= self.extrapolate(
+                features, indices, groups, weights, chosen, fold_spread
+            )
         # Distances out of fold: an image is closer to a mean that contains it than a new image
         # would be.
         known_distances = distances.get(choose_statistics_tokens(features, self.candidate_))
@@ -240,7 +243,9 @@ class LinearProbe:
         tokens = choose_statistics_tokens(features, self.candidate_)
         read = self.candidate_.tokens
         fitted = self.fit_statistics(features, indices, tuple(dict.fromkeys([*tokens, *read])))
-        self.weight_, self.bias_ = fitted.select(read).build_classifier(self.is_balanced_)
+        own = fitted.select(read)
+        self.weight_, self.bias_ = own.build_classifier(self.is_balanced_)
+        self.spread_ = measure_spread(own.compute_mean_logits(self.weight_, self.bias_))
         self.statistics_ = fitted.select(tokens) if tokens else None
         return self
 
@@ -257,35 +262,25 @@ class LinearProbe:
         groups: np.ndarray | None,
         weights: np.ndarray,
         chosen: Score,
+        fold_spread: float,
     ) -> float:
-        """Estimate how the temperature changes from the classifiers of folds to that of all images."""
-        folds = split_folds(labels, groups)
-        factor = 1.0
-        if len(folds) == NUM_FOLDS_OF_FEW:
-            fewer = split_folds(labels, groups, NUM_FOLDS)
-            logits, _ = self.predict_left_out(features, labels, [chosen.candidate], fewer)
-            other = Score.of(chosen.candidate, logits[chosen.candidate], labels, weights)
-            # By this factor, the temperature fell from classifiers of 80 % of the images to
-            # classifiers of 90 %. The same step again leads to all of them. It is limited, because
-            # the quotient of two temperatures from few images is mostly noise.
-            factor = float(np.clip(chosen.temperature / other.temperature, 0.5, 1.0))
-        # With a handful of images per class, the logits of the classifier of all images are much
-        # smaller than those of the folds, to which the temperature was fitted.
-        spreads = [self.measure_spread(features, labels, train) for train, _ in folds]
-        spread = self.measure_spread(features, labels, np.arange(len(labels)))
-        # constant features have no spread
-        return min(factor, spread / float(np.mean(spreads))) if spread > 1e-6 else factor
+        """Estimate how the temperature changes from the classifiers of folds to that of all images.
 
-    def measure_spread(
-        self, features: TokenFeatures, labels: np.ndarray, images: np.ndarray
-    ) -> float:
-        """Measure the spread of the logits at the class means, of a classifier of some images."""
-        tokens = self.candidate_.tokens
-        part = {token: features[token][images] for token in tokens}
-        statistics = self.fit_statistics(part, labels[images], tokens)
-        weight, bias = statistics.build_classifier(self.is_balanced_)
-        logits = np.concatenate(statistics.means, axis=1) @ weight.T + bias
-        return float((logits - logits.mean(axis=1, keepdims=True)).std())
+        `fold_spread` is the mean spread of the logits of the folds (`measure_spread`).
+        """
+        # With a handful of images per class, the logits of the classifier of all images are much
+        # smaller than those of the folds, to which the temperature was fitted. Constant features
+        # have no spread.
+        factor = min(1.0, self.spread_ / fold_spread) if self.spread_ > 1e-6 else 1.0
+        if len(split_folds(labels, groups)) < NUM_FOLDS_OF_FEW:
+            return factor
+        fewer = split_folds(labels, groups, NUM_FOLDS)
+        logits, _, _ = self.predict_left_out(features, labels, [chosen.candidate], fewer)
+        other = Score.of(chosen.candidate, logits[chosen.candidate], labels, weights)
+        # By this quotient, the temperature fell from classifiers of 80 % of the images to
+        # classifiers of 90 %. The same step again leads to all of them. It is limited, because the
+        # quotient of two temperatures from few images is mostly noise.
+        return min(factor, float(np.clip(chosen.temperature / other.temperature, 0.5, 1.0)))
 
     def predict_left_out(
         self,
@@ -293,29 +288,42 @@ class LinearProbe:
         labels: np.ndarray,
         candidates: Sequence[Candidate],
         folds: Folds,
-    ) -> tuple[dict[Candidate, np.ndarray], dict[tuple[Token, ...], np.ndarray]]:
+    ) -> tuple[
+        dict[Candidate, np.ndarray],
+        dict[tuple[Token, ...], np.ndarray],
+        dict[Candidate, list[float]],
+    ]:
         """Compute the out-of-fold logits of the candidates, which share the statistics of a token.
 
-        Also compute the distances for the tokens whose statistics the model of each would store.
+        Also compute the distances for the tokens whose statistics the model of each would store, and
+        the spread of each candidate's logits in each fold.
         """
         logits = {each: np.full((len(labels), len(self.classes_)), np.nan) for each in candidates}
         tokens_of_distances = {choose_statistics_tokens(features, each) for each in candidates}
         distances = {each: np.full(len(labels), np.nan) for each in tokens_of_distances if each}
+        spreads: dict[Candidate, list[float]] = {each: [] for each in candidates}
         for train, test in folds:
             # groups may keep all images of a class in one fold
             known = test[np.isin(labels[test], labels[train])]
             left_out = {token: values[known] for token, values in features.items()}
             in_fold = {token: values[train] for token, values in features.items()}
             statistics = self.fit_statistics(in_fold, labels[train], tuple(features))
-            token_logits = {}
+            token_logits, mean_logits = {}, {}
             for token in features:
-                weight, bias = statistics.select([token]).build_classifier(self.is_balanced_)
+                token_statistics = statistics.select([token])
+                weight, bias = token_statistics.build_classifier(self.is_balanced_)
                 token_logits[token] = left_out[token] @ weight.T + bias
+                mean_logits[token] = token_statistics.compute_mean_logits(weight, bias)
             for candidate, values in logits.items():
                 values[known] = np.mean([token_logits[each] for each in candidate.tokens], axis=0)
+                spreads[candidate].append(
+                    measure_spread(
+                        np.mean([mean_logits[each] for each in candidate.tokens], axis=0)
+                    )
+                )
             for tokens, own in distances.items():
                 own[known] = statistics.select(tokens).compute_distances(left_out)
-        return logits, distances
+        return logits, distances, spreads
 
     def predict_proba(self, features: TokenFeatures | np.ndarray) -> np.ndarray:
         """Predict probabilities [N, K] from the features [N, D] of each token."""
@@ -331,6 +339,11 @@ class LinearProbe:
     def score(self, features: TokenFeatures | np.ndarray, labels: np.ndarray) -> float:
         """Measure the accuracy on features and labels."""
         return float((self.predict(features) == labels).mean())
+
+
+def measure_spread(logits: np.ndarray) -> float:
+    """Measure the spread of logits [N, K]: the standard deviation from the mean of each image."""
+    return float((logits - logits.mean(axis=1, keepdims=True)).std())
 
 
 def to_tokens(features: TokenFeatures | np.ndarray) -> TokenFeatures:

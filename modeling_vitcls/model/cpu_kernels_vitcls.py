@@ -240,7 +240,7 @@ class LeanLayer(CPUKernel, ViTCLSLayer):
         return hidden_states + skip_identity(modules["drop_path"], branch)
 
 
-# FSDP and device maps find layers by the name of their class (`_no_split_modules`).
+# FSDP and device maps look for layers by class name (`_no_split_modules`).
 LeanLayer.__name__ = ViTCLSLayer.__name__
 
 
@@ -331,7 +331,7 @@ def project_at_once(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute queries, keys and values as `project_qkv`, in one product.
 
-    Weights are joined in every pass: a copy that is kept could become stale without notice.
+    Weights are joined in every pass, because a stored copy would be wrong after an edit of a weight.
     """
     modules: Any = attention._modules
     parameters = [modules[name]._parameters for name in ("q_proj", "k_proj", "v_proj")]

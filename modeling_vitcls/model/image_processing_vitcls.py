@@ -323,16 +323,21 @@ class ViTCLSImageProcessor(ViTCLSBaseImageProcessor, TorchvisionBackend):  # typ
         settings = get_settings(self, self._valid_kwargs_names)
         inputs = list(flatten_images(images))
         is_on_cpu = bool(inputs) and all(getattr(image, "is_cpu", True) for image in inputs)
-        if settings != self._checked_settings or not is_on_cpu:
-            batch = super().preprocess(images, **kwargs)
-            is_fast = can_use_fast_path(self)
-            # A complete call without an error has checked every setting.
-            self._checked_settings = settings if is_fast else None
-            if not is_fast or not is_on_cpu:
-                return batch
-        # Also in the first call: PIL may decode a JPEG a little differently, and threads would
+        if settings == self._checked_settings and is_on_cpu:
+            return self._fast_preprocess(inputs)
+
+        # Decoded as in later calls: PIL may decode a JPEG a little differently, and threads would
         # decide which photos are among the first.
-        return self._fast_preprocess(inputs)
+        if is_on_cpu and self.do_convert_rgb and can_use_fast_path(self):
+            decoded = map(read_jpeg, inputs)
+            images = [
+                image if pixels is None else pixels
+                for image, pixels in zip(inputs, decoded, strict=True)
+            ]
+        batch = super().preprocess(images, **kwargs)
+        # A complete call without an error has checked every setting.
+        self._checked_settings = settings if can_use_fast_path(self) else None
+        return batch
 
     def _fast_preprocess(self, images: list[Any]) -> BatchFeature:
         """Return the output of `preprocess` for validated settings that the fast path supports."""

@@ -451,8 +451,9 @@ def describe_threshold(probe: LinearProbe) -> str:
             f"photos farther than {probe.distance_threshold_:.1f} from every class will be marked"
         )
     requirement = "CLS or the mean of the patches as pooling"
-    if len(probe.losses_) < MIN_DISTANCE_IMAGES:
-        requirement = f"{MIN_DISTANCE_IMAGES} training images"
+    # an image that every fold needs has no distance out of fold
+    if np.isfinite(probe.losses_).sum() < MIN_DISTANCE_IMAGES:
+        requirement = f"{MIN_DISTANCE_IMAGES} training images, in classes of two or more"
     return f"photos that show none of the classes will not be marked: this requires {requirement}"
 
 
