@@ -13,8 +13,9 @@
     nn.Conv2d (patches) -> CPUPatchProjection   float32 on CPUs without half-precision instructions
     attention classes   -> CPUAttention, ...    bfloat16: a few heads at a time, and one cast of
                                                 the input
-    ViTCLSLayer         -> LeanLayer            any device: the same without calls of modules; on
-                                                GPUs, one product for queries, keys and values
+    ViTCLSLayer         -> LeanLayer            without calls of modules; on GPUs, and for small
+                                                inputs on CPUs, one product for queries, keys and
+                                                values
 
 On CPUs without bfloat16 or float16 instructions, half-precision products, also in attention,
 are computed in float32 and then rounded. Parameters, state dicts, `isinstance` checks, copying and
@@ -29,7 +30,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import chain, repeat
 from operator import contains
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -89,6 +90,8 @@ def install_cpu_kernels(model: nn.Module) -> None:
             if settings != (module.kernel_size, (0, 0), (1, 1), 1):
                 continue  # not a patch projection
         module.__class__ = KERNEL_CLASSES.get(type(module), type(module))
+        if isinstance(module, CPUAttention) and module.derived is None:
+            join_weights(module)
 
 
 def can_use_cpu_kernels() -> bool:
@@ -101,10 +104,21 @@ def uninstall_cpu_kernels(model: nn.Module) -> None:
     plain_classes = {kernel: plain for plain, kernel in KERNEL_CLASSES.items()}
     for module in model.modules():
         module.__class__ = plain_classes.get(type(module), type(module))
+        vars(module).pop("derived", None)
 
 
 class CPUKernel(nn.Module):
-    """Base class of all CPU kernels."""
+    """Base class of all CPU kernels.
+
+    Attributes:
+        derived: what a kernel found out about its module before. It is neither copied nor pickled.
+    """
+
+    derived: Any = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what is copied and pickled."""
+        return {name: value for name, value in vars(self).items() if name != "derived"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a copied or pickled module, as a plain module where kernels cannot be used."""
@@ -179,7 +193,15 @@ class CPUMLP(CPUKernel, ViTCLSMLP):
 
 
 class CPUAttention(CPUKernel, ViTCLSAttention):
-    """CPU kernel of `ViTCLSAttention`, and base class of the other attention kernels."""
+    """Kernel of `ViTCLSAttention`, and base class of the other attention kernels."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move or convert the weights, as in PyTorch, and join those that got other memory."""
+        kinds = {(each.device, each.dtype) for each in self.parameters()}
+        super()._apply(fn, recurse)
+        if kinds != {(each.device, each.dtype) for each in self.parameters()}:
+            join_weights(self)
+        return self
 
     def project_qkv(
         self, hidden_states: Tensor, num_queries: int | None = None
@@ -199,14 +221,11 @@ class CPUDifferentialAttention(CPUAttention, ViTCLSDifferentialAttention):
 
 
 class LeanLayer(CPUKernel, ViTCLSLayer):
-    """ViTCLSLayer that calls operations instead of modules, on any device.
+    """ViTCLSLayer that calls operations instead of modules.
 
     A GPU computes a small model faster than Python calls its modules. What is unusual is left to
     the plain class.
     """
-
-    # what `is_usual_layer` has found to be usual
-    usual_parts: tuple[Any, ...] = ()
 
     def forward(
         self,
@@ -223,19 +242,22 @@ class LeanLayer(CPUKernel, ViTCLSLayer):
             )
         # A lookup in a dict is ten times as fast as an attribute, which nn.Module searches in Python.
         modules: Any = self._modules
-        branch = attend(
-            modules["attention"],
-            normalize(modules["layernorm_before"], hidden_states),
-            attention_mask,
-            position_embeddings,
-            num_tokens,
-        )
+        attention, mlp = modules["attention"], modules["mlp"]
+        has_kernels = has_cpu_kernels(hidden_states)
+        arguments = (attention_mask, position_embeddings, num_tokens)
+
+        inputs = normalize(modules["layernorm_before"], hidden_states)
+        if has_kernels:
+            branch, _ = attention.forward(inputs, *arguments)
+        else:
+            branch = attend(attention, inputs, *arguments)
         branch = skip_identity(modules["layer_scale1"], branch)
         if num_tokens is not None:
             hidden_states = hidden_states[:, :num_tokens]
         hidden_states = hidden_states + skip_identity(modules["drop_path"], branch)
 
-        branch = compute_mlp(modules["mlp"], normalize(modules["layernorm_after"], hidden_states))
+        inputs = normalize(modules["layernorm_after"], hidden_states)
+        branch = mlp.forward(inputs) if has_kernels else compute_mlp(mlp, inputs)
         branch = skip_identity(modules["layer_scale2"], branch)
         return hidden_states + skip_identity(modules["drop_path"], branch)
 
@@ -259,6 +281,21 @@ FUSED_CLASSES = [CPULinear, GELUActivation, nn.Identity, nn.Identity, CPULinear]
 
 
 # Lean layers --------------------------------------------------------------------------------------
+# Number of multiplications [..., in] x [in, in] from which CPUs use the CPU kernels.
+MIN_MULTIPLICATIONS_OF_KERNELS = 400_000
+# Weights of this size are small enough for lean layers on CPUs.
+MAX_JOINED_ON_CPU = 2**16
+
+
+def has_cpu_kernels(inputs: Tensor) -> bool:
+    """Check whether CPU kernels compute inputs [..., in]: on CPUs, unless they are too small."""
+    return inputs.is_cpu and (
+        inputs.numel() * inputs.shape[-1] >= MIN_MULTIPLICATIONS_OF_KERNELS
+        or inputs.dtype != torch.float32
+        or torch.is_autocast_enabled("cpu")
+    )
+
+
 def is_usual_layer(layer: LeanLayer, kwargs: Any) -> bool:
     """Check that a layer has no hooks or replaced parts, and no attention but SDPA.
 
@@ -268,31 +305,38 @@ def is_usual_layer(layer: LeanLayer, kwargs: Any) -> bool:
     attention, mlp = modules["attention"], modules["mlp"]
     parts = [*modules.values(), *attention._modules.values(), *mlp._modules.values()]
     # Every new hook has a new number. If none is new, what was found before is still true.
-    state = (RemovableHandle.next_id, *map(id, parts), *map(type, parts))
-    if state != layer.usual_parts:
-        linears = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
-        linears += [mlp.fc1, mlp.fc2] if type(mlp) is CPUMLP else []
-        is_usual = (
-            type(attention) is CPUAttention
-            and type(mlp) in (CPUMLP, ViTCLSGLU)
-            and {*map(type, linears)} == {CPULinear}
-            and len({linear.bias is None for linear in linears[:3]}) == 1
-            and not has_global_hooks()
-            # transformers leaves hooks that record attention weights, which SDPA does not have
-            and all(
-                getattr(hook, "__module__", None) == capture_outputs.__module__
-                for hook in chain.from_iterable(map(list_hooks, parts))
-            )
-        )
-        layer.usual_parts = state if is_usual else ()
+    state = (RemovableHandle.next_id, parts, [*map(type, parts)])
+    if layer.derived is None or layer.derived[0] != state:
+        is_usual = has_usual_parts(attention, mlp, parts)
+        layer.derived = (state, [*map(vars, parts)]) if is_usual else None
     return (
-        bool(layer.usual_parts)
-        and not any(map(contains, map(vars, parts), repeat("forward")))
+        layer.derived is not None
+        and not any(map(contains, layer.derived[1], repeat("forward")))
         and kwargs.keys() <= {"num_items_in_batch"}  # Trainer's number of labels, for the loss
         and attention.recorder is None
         and attention.config._attn_implementation == "sdpa"
         and bool(torch.backends.mkldnn.enabled)  # the switch that turns all kernels off
         and not (layer.training and modules["dropout"].p)
+        and not is_functorch_active()
+    )
+
+
+def has_usual_parts(attention: nn.Module, mlp: nn.Module, parts: Sequence[nn.Module]) -> bool:
+    """Check that the parts of a layer have plain parameters and no hooks."""
+    linears: list[Any] = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
+    linears += [mlp.fc1, mlp.fc2] if type(mlp) is CPUMLP else []
+    return (
+        type(attention) is CPUAttention
+        and type(mlp) in (CPUMLP, ViTCLSGLU)
+        and {*map(type, linears)} == {CPULinear}
+        and all(map(has_plain_parameters, linears))
+        and len({linear.bias is None for linear in linears[:3]}) == 1
+        and not has_global_hooks()
+        # transformers leaves hooks that record attention weights, which SDPA does not have
+        and all(
+            getattr(hook, "__module__", None) == capture_outputs.__module__
+            for hook in chain.from_iterable(map(list_hooks, parts))
+        )
     )
 
 
@@ -304,62 +348,34 @@ def attend(
     num_queries: int | None,
 ) -> Tensor:
     """Attend, [B, N, D] -> [B, n, D], as `ViTCLSAttention.forward`."""
-    has_kernels = has_cpu_kernels(inputs)
-    project = attention.project_qkv if has_kernels else partial(project_at_once, attention)
-    query, key, value = project(inputs, num_queries)  # [B, heads, n or N, head_dim] each
+    modules: Any = attention._modules
+    weight, bias = get_qkv_weights(attention)
+    qkv = nn.functional.linear(inputs, weight, bias)  # [B, N, 3 * heads * head_dim]
+    qkv = qkv.view(*inputs.shape[:-1], 3, -1, attention.head_dim)
+    query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # [B, heads, N, head_dim] each
+    if num_queries is not None:
+        query = query[:, :, :num_queries]
+        attention_mask = None if attention_mask is None else attention_mask[:, :, :num_queries]
+    query, key = skip_identity(modules["q_norm"], query), skip_identity(modules["k_norm"], key)
     if position_embeddings is not None:
         query, key = rotate_patches(query, key, position_embeddings)
-    if attention_mask is not None and num_queries is not None:
-        attention_mask = attention_mask[:, :, :num_queries]
 
-    scaling = attention.scaling
     dropout = attention.attention_dropout if attention.training else 0.0
-    if has_kernels:
-        arguments = (query, key, value, attention_mask, scaling, dropout)
-        output, _ = sdpa_attention(attention, *arguments)
-    else:
-        output = nn.functional.scaled_dot_product_attention(
-            query, key, value, attention_mask, dropout, scale=scaling
-        ).transpose(1, 2)
-    modules: Any = attention._modules
-    output = skip_identity(modules["norm"], output.flatten(2))  # [B, n, heads * head_dim]
-    return apply_linear(modules["o_proj"], output)
-
-
-def project_at_once(
-    attention: CPUAttention, inputs: Tensor, num_queries: int | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute queries, keys and values as `project_qkv`, in one product.
-
-    Weights are joined in every pass, because a stored copy would be wrong after an edit of a weight.
-    """
-    modules: Any = attention._modules
-    parameters = [modules[name]._parameters for name in ("q_proj", "k_proj", "v_proj")]
-    weights, biases = ([each[name] for each in parameters] for name in ("weight", "bias"))
-    bias = None if biases[0] is None else torch.cat(biases)
-    qkv = nn.functional.linear(inputs, torch.cat(weights), bias)  # [B, N, 3 * heads * head_dim]
-    qkv = qkv.view(*inputs.shape[:-1], 3, -1, attention.head_dim)
-    query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-    if num_queries is not None:
-        # as in the plain layer: in a product of more rows, they could be rounded differently
-        query = apply_linear(modules["q_proj"], inputs[:, :num_queries].contiguous())
-        query = query.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
-    return skip_identity(modules["q_norm"], query), skip_identity(modules["k_norm"], key), value
+    output = nn.functional.scaled_dot_product_attention(
+        query, key, value, attention_mask, dropout, scale=attention.scaling
+    )
+    output = output.transpose(1, 2).flatten(2)  # [B, n, heads * head_dim]
+    return apply_linear(modules["o_proj"], skip_identity(modules["norm"], output))
 
 
 def compute_mlp(mlp: nn.Module, inputs: Tensor) -> Tensor:
     """Apply an MLP, [B, N, D] -> [B, N, D]; the usual one without calls of its modules."""
-    if has_cpu_kernels(inputs) or type(mlp) is not CPUMLP:
+    if type(mlp) is not CPUMLP:
         return mlp.forward(inputs)
     modules: Any = mlp._modules
     activations = modules["activation_fn"].forward(apply_linear(modules["fc1"], inputs))
     activations = skip_identity(modules["register_neurons"], activations)
     return apply_linear(modules["fc2"], skip_identity(modules["norm"], activations))
-
-
-def has_cpu_kernels(inputs: Tensor) -> bool:
-    """Check whether CPU kernels, with their own conditions, compute these inputs."""
-    return inputs.is_cpu
 
 
 def skip_identity(module: nn.Module, inputs: Tensor) -> Tensor:
@@ -369,17 +385,85 @@ def skip_identity(module: nn.Module, inputs: Tensor) -> Tensor:
 
 def apply_linear(module: nn.Module, inputs: Tensor) -> Tensor:
     """Apply a linear layer."""
-    if has_cpu_kernels(inputs):
-        return CPULinear.forward(module, inputs)  # type: ignore[arg-type]
-    return nn.functional.linear(inputs, **module._parameters)  # type: ignore[arg-type]
+    parameters: Any = module._parameters
+    return nn.functional.linear(inputs, parameters["weight"], parameters["bias"])
 
 
 def normalize(norm: nn.Module, inputs: Tensor) -> Tensor:
     """Apply a norm."""
     if type(norm) is not nn.LayerNorm:
         return norm.forward(inputs)
-    weights: Any = norm._parameters
-    return torch.layer_norm(inputs, norm.normalized_shape, **weights, eps=norm.eps)
+    parameters: Any = norm._parameters
+    weight, bias = parameters["weight"], parameters["bias"]
+    return torch.layer_norm(inputs, norm.normalized_shape, weight, bias, norm.eps)
+
+
+# Joined weights -----------------------------------------------------------------------------------
+def get_qkv_weights(attention: CPUAttention) -> tuple[Tensor, Tensor | None]:
+    """Return the weights of queries, keys and values as one tensor, and their biases."""
+    weights, biases = get_qkv_parameters(attention)
+    if attention.derived is not None:
+        joined, places = attention.derived
+        if places != get_places(weights + biases):
+            attention.derived = None  # a parameter got other memory
+        elif not torch.is_grad_enabled():
+            return joined
+    return torch.cat(weights), torch.cat(biases) if biases else None
+
+
+def get_qkv_parameters(attention: CPUAttention) -> tuple[list[Any], list[Any]]:
+    """Return the weights of queries, keys and values, and their biases, if they have any."""
+    modules: Any = attention._modules
+    parameters = [modules[name]._parameters for name in ("q_proj", "k_proj", "v_proj")]
+    weights, biases = [each["weight"] for each in parameters], [each["bias"] for each in parameters]
+    return weights, [] if biases[0] is None else biases
+
+
+def get_places(tensors: list[Tensor]) -> list[int]:
+    """Return the addresses of tensors and, because it could be a part, the size of the first."""
+    return [tensors[0].numel(), *map(Tensor.data_ptr, tensors)]
+
+
+def join_weights(attention: CPUAttention) -> None:
+    """Lay the weights of queries, keys and values side by side in memory, if they allow it.
+
+    They stay three parameters, and are one tensor, too: an edit of a parameter is an edit of the
+    joined tensor.
+    """
+    attention.derived = None
+    if all(map(has_plain_parameters, (attention.q_proj, attention.k_proj, attention.v_proj))):
+        weights, biases = get_qkv_parameters(attention)
+        if can_be_joined(weights) and (not biases or can_be_joined(biases)):
+            joined = join_parameters(weights), join_parameters(biases) if biases else None
+            attention.derived = joined, get_places(weights + biases)
+
+
+def can_be_joined(parameters: list[Any]) -> bool:
+    """Check that parameters are alike, and not parts of a larger storage (FSDP, ZeRO)."""
+    if {*map(type, parameters)} != {nn.Parameter}:
+        return False
+    are_alike = len({(each.shape, each.dtype, each.device) for each in parameters}) == 1
+    return are_alike and all(
+        (each.is_cuda or (each.is_cpu and each.numel() <= MAX_JOINED_ON_CPU))
+        and each.is_contiguous()
+        and each.untyped_storage().nbytes() == each.nbytes > 0
+        for each in parameters
+    )
+
+
+@torch.no_grad()
+def join_parameters(parameters: list[Any]) -> Tensor:
+    """Move parameters to the memory of one tensor [n, ...], and return it.
+
+    Each gets a storage of its own, a part of the joined one, because libraries that save or shard
+    a model take parameters with one storage for tied ones.
+    """
+    joined = torch.cat(parameters)
+    for parameter, part in zip(parameters, joined.chunk(len(parameters)), strict=True):
+        start = part.storage_offset() * part.element_size()
+        storage = part.untyped_storage()[start : start + part.nbytes]
+        parameter.data = part.new_empty(0).set_(storage, 0, part.shape, part.stride())
+    return joined
 
 
 # Conditions ---------------------------------------------------------------------------------------

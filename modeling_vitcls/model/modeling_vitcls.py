@@ -422,8 +422,9 @@ class ViTCLSModel(ViTCLSPreTrainedModel):
         pooled_layers = self.config.pooled_layer_indices if self.pooler is not None else []
         pooled_tokens: dict[int, Tensor] = {}
         layer_tokens: dict[int, Tensor] = {}
+        num_layers = len(self.layers)
         for index, layer in enumerate(self.layers, start=1):
-            is_last = index == len(self.layers)
+            is_last = index == num_layers
             inputs = (
                 hidden_states,
                 select_layer_value(mask, index),
@@ -456,7 +457,7 @@ class ViTCLSModel(ViTCLSPreTrainedModel):
             layer_tokens=layer_tokens,
             pooled_tokens=pooled_tokens,
         )
-        if num_output_tokens is not None and len(self.layers) in output_layers:
+        if num_output_tokens is not None and num_layers in output_layers:
             output.compute_all_tokens = partial(  # type: ignore[misc]
                 self.compute_last_layer, inputs, **kwargs
             )

@@ -66,7 +66,8 @@ each_variant = pytest.mark.parametrize("fields", VARIANTS.values(), ids=VARIANTS
 
 @pytest.fixture(autouse=True)
 def use_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Use oneDNN for all sizes, wherever it is correct, even if it is not the fastest."""
+    """Use the kernels for all sizes, wherever they are correct, even if they are not the fastest."""
+    monkeypatch.setattr(cpu_kernels_vitcls, "MIN_MULTIPLICATIONS_OF_KERNELS", 0)
     if cpu_kernels_vitcls.HAS_ONEDNN:
         for has_gradients in (False, True):
             monkeypatch.setitem(
@@ -339,13 +340,17 @@ def test_exported_programs_contain_no_kernels(dtype: torch.dtype) -> None:
 # Other libraries ----------------------------------------------------------------------------------
 
 
-def test_gradients_and_merged_weights_of_lora_equal_plain_pytorch() -> None:
+@pytest.mark.parametrize("min_size", [0, 10**9], ids=["cpu_kernels", "lean_layers"])
+def test_gradients_and_merged_weights_of_lora_equal_plain_pytorch(
+    min_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In one model, the terms of a rank-2 gradient may cancel; hence several models."""
+    monkeypatch.setattr(cpu_kernels_vitcls, "MIN_MULTIPLICATIONS_OF_KERNELS", min_size)
     steps: list[list[Tensors]] = [[], []]
     for seed in range(NUM_MODELS):
         for results, model in zip(steps, build_models(seed), strict=True):
             adapter = get_peft_model(
-                model, LoraConfig(r=2, target_modules=["q_proj", "v_proj", "fc1"])
+                model, LoraConfig(r=2, target_modules=["q_proj", "v_proj", "o_proj", "fc1"])
             )
             generator = torch.Generator().manual_seed(1)
             for name, weight in adapter.named_parameters():
