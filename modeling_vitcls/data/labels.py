@@ -87,11 +87,12 @@ class LabelSpace:
             "problem_type": self.kind,
         }
 
-    def index(self, names: Mapping[str, Sequence[Sequence[str]]], where: str) -> Any:
+    def index(self, names: Mapping[str, Sequence[Sequence[str] | None]], where: str) -> Any:
         """Turn the labels of images into indices. No other function turns names into integers.
 
         Args:
-            names: label names of each image by column. An image without one has the label -100.
+            names: label names of each image by column; None for an image whose labels are missing,
+                which has the label -100.
             where: name of the images in error messages.
 
         Returns:
@@ -104,19 +105,22 @@ class LabelSpace:
         for column, rows in names.items():
             index_by_name = self.index_by_name[column]
             for row, each in enumerate(rows):
-                for name in each:
+                for name in each or ():
                     if normalize_name(name) not in index_by_name:
                         raise ValueError(
                             f"{where}: row {row} has the label {name!r}, not one of the "
                             f"{len(index_by_name)} classes"
                         )
             indices[column] = [
-                [index_by_name[normalize_name(name)] for name in each] for each in rows
+                [IGNORED_LABEL]
+                if each is None
+                else [index_by_name[normalize_name(name)] for name in each]
+                for each in rows
             ]
 
         if self.kind == "multi_label_classification":
             (lists,) = indices.values()
-            return [sorted(set(each)) for each in lists]
+            return [IGNORED_LABEL if IGNORED_LABEL in each else sorted(set(each)) for each in lists]
         values = [[next(iter(each), IGNORED_LABEL) for each in rows] for rows in indices.values()]
         if self.kind == "single_label_classification":
             return values[0]
@@ -303,7 +307,9 @@ def read_column(table: Any, column: str) -> list[Any]:
     return table.select_columns([column])[:][column]  # type: ignore[no-any-return]
 
 
-def name_columns(cells: Mapping[str, Mapping[str, list[Any]]], split: str) -> list[list[str]]:
+def name_columns(
+    cells: Mapping[str, Mapping[str, list[Any]]], split: str
+) -> list[list[str] | None]:
     """Name, for each row of a split, the columns that contain 1, true or True."""
     rows = zip(*(parts[split] for parts in cells.values()), strict=True)
     return [[name for name, cell in zip(cells, row, strict=True) if get_bit(cell)] for row in rows]
@@ -315,7 +321,7 @@ def read_label_names(
     where: str,
     separator: str | None,
     label_names: Sequence[str] | None,
-) -> tuple[list[str], dict[str, list[list[str]]], bool]:
+) -> tuple[list[str], dict[str, list[list[str] | None]], bool]:
     """Read the classes of a column, the label names of each image, and whether cells are lists.
 
     What the cells contain is decided for all splits together, because a short one could mislead.
@@ -358,10 +364,11 @@ def read_label_names(
         split: read_names(values, declared[split] or classes, is_declared, separator, has_vectors)
         for split, values in cells.items()
     }
-    spellings = classes or sort_spellings({*chain(*chain(*names.values()))}, where, has_lists)
+    labeled = filter(None, chain(*names.values()))
+    spellings = classes or sort_spellings({*chain(*labeled)}, where, has_lists)
     classes = list(dict.fromkeys(map(normalize_name, spellings)))
     warn_about_similar_classes(where, classes)
-    if separator is None and not has_lists:
+    if separator is not None or not has_lists:
         warn_about_separator(where, classes)
     return classes, names, has_lists
 
@@ -372,8 +379,8 @@ def read_names(
     is_declared: bool,
     separator: str | None,
     has_vectors: bool,
-) -> list[list[str]]:
-    """Turn the cells of a column into label names, whatever they contain (see the table above).
+) -> list[list[str] | None]:
+    """Turn the cells of a column into label names; None for a cell without a label.
 
     Args:
         values: cells of one label column.
@@ -388,14 +395,18 @@ def read_names(
     if is_declared or not any(name.removeprefix("-").isdecimal() for name in classes):
         name_by_index = {str(index): name for index, name in enumerate(classes)}
 
-    def find_names(value: Any) -> list[str]:
+    def find_names(value: Any) -> list[str] | None:
         items = split_labels(value, separator)
         if has_vectors and len(items) == len(classes):
             return [name for name, item in zip(classes, items, strict=True) if get_bit(item)]
-        texts = [text for item in items if (text := spell_label(item)) is not None]
-        if is_declared:  # -1 is a missing label
-            return [name_by_index.get(text, f"index {text}") for text in texts if text != "-1"]
-        return [name_by_index.get(text, text) for text in texts]
+        names = [
+            name_by_index.get(text, f"index {text}" if is_declared else text)
+            for item in items
+            if (text := spell_label(item)) is not None
+            and not (is_declared and text == "-1")  # a missing label
+        ]
+        # an empty list says that the image has none of the labels
+        return names if names or not items else None
 
     # Large tables repeat few cells. By spelling, because 1 and True are the same key of a dict, and
     # lists are none.

@@ -76,8 +76,10 @@ def list_encoder_rows(folder: ModelFolder | None) -> pd.DataFrame:
     if folder is None:
         return EMPTY_TABLE
     splits = select_task(read_splits(folder), None)
-    has_steps = folder.results.get("steps") and folder.results.get("label_column")
-    is_seen = splits["split"] != "test" if has_steps else splits["split"] == "encoder"
+    results = folder.results
+    has_steps = results.get("steps") and results.get("label_column")
+    is_trained = has_steps and results.get("trainable") != "head"
+    is_seen = splits["split"] != "test" if is_trained else splits["split"] == "encoder"
     return splits[is_seen].assign(split="encoder")
 
 

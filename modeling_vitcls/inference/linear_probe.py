@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 from scipy.special import log_softmax, softmax
+from sklearn.base import BaseEstimator, ClassifierMixin
 
 from .class_statistics import ClassStatistics, Token, TokenFeatures
 from .confidence import fit_temperature
@@ -134,8 +135,8 @@ class Score:
         }
 
 
-class LinearProbe:
-    """A linear classifier of frozen features in the protocol of scikit-learn.
+class LinearProbe(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
+    """A linear classifier of frozen features, which is an estimator of scikit-learn.
 
     Args:
         layers: negative indices of the layers to read. Default: the last, or the last four.

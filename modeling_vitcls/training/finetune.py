@@ -132,6 +132,7 @@ class FineTuning:
                 "teacher": strip_folders(options.teacher) if options.teacher else None,
                 "label_column": list(options.label_column or labels.columns),
                 "label_separator": options.label_separator,
+                "trainable": options.trainable,
             },
             list_warnings=lambda data: [
                 *describe_missing_classes(data),

@@ -229,7 +229,7 @@ def run_frozen(setup: TrainingSetup, data: TrainingData, warn: Callable[[str], N
     return Outcome(
         metrics=metrics,
         split=split,
-        num_training_images=sum(map(len, parts)),
+        num_training_images=sum(map(len, parts)) - frozen.features.num_unreadable,
         calibration=calibration.build_record(),
         predictions=predictions,
         nearest_images=nearest_images,

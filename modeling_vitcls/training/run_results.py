@@ -10,6 +10,7 @@ from typing import Any
 from accelerate.state import AcceleratorState
 from torch import nn
 
+from ..data.in_memory import MEMORY_PREFIX
 from ..data.splits import HELD_OUT_SPLITS, MAX_CLASS_RATIO, TrainingData, describe_data
 from ..hub.local_paths import is_local, make_relative, split_prefix
 from ..hub.model_files import PREDICTIONS_FILE, RESULTS_FILE, SPLITS_FILE
@@ -37,7 +38,7 @@ FLAGS_WITHOUT_FINE_TUNING = {*STEP_FLAGS, "trainable", "resume", "overwrite", "h
 
 TEXTS_OF_KINDS = {
     "frozen": "frozen encoder, no steps",
-    "steps": "steps, measured on held-out images",
+    "steps": "steps",
 }
 MAX_NAMED_CLASSES = 12  # in the summary
 
@@ -318,11 +319,16 @@ def format_result(metrics: dict[str, Any], names: tuple[str, ...]) -> str:
     names = tuple(name for name in names if name in metrics)
     if not names:
         return (
-            "the model was trained on all images and not evaluated, because `held_out_fraction` "
-            "is 0"
+            "not evaluated, because no image was held out. Set `held_out_fraction`, such as 0.2 (with "
+            "few images per class, the default is 0)"
         )
     texts = [format_metric(name, metrics[name]) for name in names]
-    # the mean over several tasks has no interval
+    # Of several tasks, each one is shown: their mean says little, and has no interval.
+    ending = "_accuracy_interval"
+    if tasks := [name.removesuffix(ending) for name in metrics if name.endswith(ending)]:
+        keys = ("accuracy", "num_images", "accuracy_interval")
+        records = [{key: metrics[f"{task}_{key}"] for key in keys} for task in tasks]
+        texts = list(map("{} {}".format, tasks, map(format_accuracy, records)))
     if "accuracy_interval" in metrics or "num_images_of_encoder" in metrics:
         texts = [format_accuracy(metrics), *texts[1:]]
     return f"{', '.join(texts)} on {metrics['num_images']:,} held-out images"
@@ -346,7 +352,7 @@ def format_accuracy(metrics: dict[str, Any]) -> str:
 def build_fine_tuning_command(asked: TrainOptions) -> str:
     """Build the command of a frozen run, changed so that it trains all layers.
 
-    `asked` are the options as the person set them.
+    `asked` are the options as the person set them. No command can read data in memory.
     """
     names = {
         name
@@ -364,6 +370,8 @@ def build_fine_tuning_command(asked: TrainOptions) -> str:
         "epochs": f"{FINE_TUNING_EPOCHS:g}",
     }
     arguments = [argument for flag in flags.items() for argument in to_arguments(*flag)]
+    if str(asked.dataset).startswith(MEMORY_PREFIX):
+        return f"finetune(..., epochs={FINE_TUNING_EPOCHS:g})"
     return f"vitcls finetune {shlex.join(arguments)}"
 
 

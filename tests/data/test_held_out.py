@@ -1,5 +1,6 @@
 """Held-out images: stable if datasets grow or move, with copies on one side."""
 
+import re
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -160,7 +161,9 @@ def test_empty_parts_are_errors(tmp_path: Path) -> None:
 # In runs ------------------------------------------------------------------------------------------
 
 
-def test_the_label_columns_of_a_run_are_used_in_its_evaluation(tmp_path: Path) -> None:
+def test_the_label_columns_of_a_run_are_used_in_its_evaluation(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """A model has the names of its tasks; results.json has the column and the separator of tags."""
     paths = sorted(write_photos(tmp_path / "photos", range(10)).glob("*/*.png"))
     rows = [
@@ -179,6 +182,7 @@ def test_the_label_columns_of_a_run_are_used_in_its_evaluation(tmp_path: Path) -
         assert evaluate(tmp_path / name, tmp_path / "table.csv")[metric] == pytest.approx(
             results[metric], abs=1e-5
         )
+    assert re.search(r"age \d of \d right .*, tags \d of \d right", capsys.readouterr().out)
     with raises_one_line("`label_column`"):  # the flags are used as a whole
         evaluate(tmp_path / "tags", tmp_path / "table.csv", label_separator="|")
 

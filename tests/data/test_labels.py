@@ -73,12 +73,19 @@ def test_empty_text_and_nan_are_missing_labels() -> None:
 
 
 def test_empty_text_between_separators_is_not_a_label() -> None:
-    values = ["b | a", None, "|b|| ", ""]
+    values = ["b | a", None, "|b|| ", "", " | "]
     names, labels = read(values, separator="|")
     assert names == ["a", "b"]
-    assert labels == [[0, 1], [], [1], []]
+    assert labels == [[0, 1], -100, [1], -100, -100]
     with raises_one_line("row 1 has the label 'c'"):
         read(["a", "b|c"], names=("a", "b"), separator="|")
+
+
+def test_an_empty_list_is_none_of_the_labels_and_an_empty_cell_is_missing() -> None:
+    assert read([["b", "a"], [], None])[1] == [[0, 1], [], -100]
+    assert read(["b|a", "[]", ""], separator="|")[1] == [[0, 1], [], -100]
+    declared = datasets.List(datasets.ClassLabel(names=["a", "b"]))
+    assert read([[1], [], [-1], None], declared)[1] == [[1], [], -100, -100]
 
 
 @pytest.mark.parametrize("value", [0.5, {"x": 1}, [["a"], ["b"]]])

@@ -420,10 +420,12 @@ def test_a_table_of_windows_names_files_with_backslashes(photos: Path) -> None:
     assert read_labels(photos / "table.csv") == ["a", "b", "c"]
 
 
-def test_a_forgotten_separator_is_pointed_out(
-    photos: Path, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("flags", [{}, {"label_separator": ";"}])
+def test_a_forgotten_or_wrong_separator_is_pointed_out(
+    flags: dict[str, str], photos: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     labels = ["red|round", "green|round", "red|long"]
-    pd.DataFrame({"file_name": FILES[:3], "label": labels}).to_csv(photos / "t.csv", index=False)
-    assert read_labels(photos / "t.csv") == labels
+    table = photos / f"{len(flags)}.csv"  # each message is logged once
+    pd.DataFrame({"file_name": FILES[:3], "label": labels}).to_csv(table, index=False)
+    assert read_labels(table, **flags) == labels
     assert caplog.text.count("label_separator='|'") == 1

@@ -71,8 +71,6 @@ def run_fresh(
             "outputs": list(map(str, outputs)),
         }
         requests, replies = start_server().stdin, start_server().stdout
-        assert requests is not None
-        assert replies is not None
         print(json.dumps(request), file=requests, flush=True)
         reply = replies.readline()
         assert reply, "the server of new processes has ended"

@@ -1,6 +1,9 @@
 """Choice and result of a linear classifier of frozen features."""
 
 import numpy as np
+from sklearn.model_selection import cross_val_score
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 
 from modeling_vitcls.inference.linear_probe import LinearProbe
 
@@ -27,12 +30,17 @@ def test_tokens_without_the_class_are_not_chosen() -> None:
     assert probe.candidate_.pooling != "mean"
 
 
+def test_it_is_an_estimator_of_scikit_learn() -> None:
+    features, labels = draw_images(120)
+    pipeline = make_pipeline(StandardScaler(), LinearProbe())
+    assert cross_val_score(pipeline, features[CLS], labels).min() > 0.8
+
+
 def test_the_estimate_is_that_of_new_images() -> None:
     differences = []
     for seed in range(4):
         probe = LinearProbe().fit(*draw_images(120, seed))
         features, labels = draw_images(2000, 100 + seed)
-        assert probe.estimate_ is not None
         accuracy = probe.score(features, labels)
         low, high = probe.estimate_.interval
         assert low <= accuracy <= high
@@ -48,7 +56,6 @@ def test_images_of_a_group_are_predicted_without_their_copies() -> None:
     copies = {token: np.concatenate([each, each]) for token, each in noise.items()}
     both = np.concatenate([labels, labels])
     probe = LinearProbe().fit(copies, both, groups=np.arange(80) % 40)
-    assert probe.estimate_ is not None
     assert probe.estimate_.accuracy < 0.8
 
 

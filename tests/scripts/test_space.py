@@ -50,8 +50,6 @@ def run_page(command: list[str], folder: Path, **environment: str) -> Iterator[s
         text=True,
     )
     try:
-        assert child.stdout is not None
-        assert child.stderr is not None
         line = child.stdout.readline()
         assert "http://" in line, child.stderr.read()
         yield line.split()[-1]

@@ -286,6 +286,9 @@ def test_photos_that_trained_the_model_are_counted(
     record = add_task(folder, dataset, "parity", tmp_path / "task")
     assert "accuracy_interval" not in record["result"]
     assert "120 of the images that measure the task trained the encoder" in caplog.text
+    write_json(folder / "results.json", results | {"trainable": "head"})
+    record = add_task(folder, dataset, "parity", tmp_path / "head")
+    assert "accuracy_interval" in record["result"]
 
 
 def test_a_new_class_that_is_spelled_like_an_old_one_is_named(
