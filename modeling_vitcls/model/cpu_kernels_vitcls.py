@@ -323,8 +323,10 @@ def is_usual_layer(layer: LeanLayer, kwargs: Any) -> bool:
 
 def has_usual_parts(attention: nn.Module, mlp: nn.Module, parts: Sequence[nn.Module]) -> bool:
     """Check that the parts of a layer have plain parameters and no hooks."""
-    linears: list[Any] = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
-    linears += [mlp.fc1, mlp.fc2] if type(mlp) is CPUMLP else []
+    linears: list[Any] = [
+        *(attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj),
+        *((mlp.fc1, mlp.fc2) if type(mlp) is CPUMLP else ()),
+    ]
     return (
         type(attention) is CPUAttention
         and type(mlp) in (CPUMLP, ViTCLSGLU)

@@ -41,6 +41,7 @@ TEXTS_OF_KINDS = {
     "steps": "steps",
 }
 MAX_NAMED_CLASSES = 12  # in the summary
+ACCURACY_KEYS = ("accuracy", "num_images", "accuracy_interval")  # what `format_accuracy` reads
 
 
 @dataclass(frozen=True)
@@ -323,14 +324,15 @@ def format_result(metrics: dict[str, Any], names: tuple[str, ...]) -> str:
             "few images per class, the default is 0)"
         )
     texts = [format_metric(name, metrics[name]) for name in names]
-    # Of several tasks, each one is shown: their mean says little, and has no interval.
     ending = "_accuracy_interval"
-    if tasks := [name.removesuffix(ending) for name in metrics if name.endswith(ending)]:
-        keys = ("accuracy", "num_images", "accuracy_interval")
-        records = [{key: metrics[f"{task}_{key}"] for key in keys} for task in tasks]
-        texts = list(map("{} {}".format, tasks, map(format_accuracy, records)))
+    tasks = [key.removesuffix(ending) for key in metrics if key.endswith(ending) and metrics[key]]
     if "accuracy_interval" in metrics or "num_images_of_encoder" in metrics:
         texts = [format_accuracy(metrics), *texts[1:]]
+    elif tasks:  # each one: their mean says little, and has no interval
+        texts = [
+            f"{task} {format_accuracy({key: metrics[f'{task}_{key}'] for key in ACCURACY_KEYS})}"
+            for task in tasks
+        ]
     return f"{', '.join(texts)} on {metrics['num_images']:,} held-out images"
 
 
