@@ -309,6 +309,8 @@ def is_usual_layer(layer: LeanLayer, kwargs: Any) -> bool:
     if layer.derived is None or layer.derived[0] != state:
         is_usual = has_usual_parts(attention, mlp, parts)
         layer.derived = (state, [*map(vars, parts)]) if is_usual else None
+        # it would hold the memory of weights that FSDP has sharded since
+        attention.derived = attention.derived if is_usual else None
     return (
         layer.derived is not None
         and not any(map(contains, layer.derived[1], repeat("forward")))
@@ -442,14 +444,15 @@ def join_weights(attention: CPUAttention) -> None:
 
 def can_be_joined(parameters: list[Any]) -> bool:
     """Check that parameters are alike, and not parts of a larger storage (FSDP, ZeRO)."""
-    if {*map(type, parameters)} != {nn.Parameter}:
-        return False
-    are_alike = len({(each.shape, each.dtype, each.device) for each in parameters}) == 1
-    return are_alike and all(
-        (each.is_cuda or (each.is_cpu and each.numel() <= MAX_JOINED_ON_CPU))
-        and each.is_contiguous()
-        and each.untyped_storage().nbytes() == each.nbytes > 0
-        for each in parameters
+    return (
+        {*map(type, parameters)} == {nn.Parameter}
+        and len({(each.shape, each.dtype, each.device) for each in parameters}) == 1
+        and all(
+            (each.is_cuda or (each.is_cpu and each.numel() <= MAX_JOINED_ON_CPU))
+            and each.is_contiguous()
+            and each.untyped_storage().nbytes() == each.nbytes > 0
+            for each in parameters
+        )
     )
 
 

@@ -141,6 +141,7 @@ def test_replicas_of_data_parallel_are_plain() -> None:
         setattr(replica.attention.q_proj, name, weight.detach())
     states = torch.randn(2, 5, 16)
     torch.testing.assert_close(replica(states), plain.vitcls.layers[0](states))
+    assert replica.attention.derived is None  # the memory of the joined weights is free
 
 
 @pytest.mark.parametrize(
