@@ -357,4 +357,6 @@ def warn_about_files(folder: Path, files: list[str], reason: str) -> None:
     """Log which files are not used, and why."""
     if files:
         count_text = "1 file" if len(files) == 1 else f"{len(files):,} files"
-        warn_on_first_process(f"{folder}: skipped {count_text} {reason}: {format_name_list(files)}")
+        # absolute: a run and its report may name one folder differently, and a message is logged once
+        where, names = folder.absolute(), format_name_list(files)
+        warn_on_first_process(f"{where}: skipped {count_text} {reason}: {names}")
