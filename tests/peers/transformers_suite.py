@@ -64,8 +64,6 @@ def list_marker_names() -> set[str]:
     except SuiteUnavailableError:
         return set()
     spec = importlib.util.find_spec("transformers")
-    assert spec is not None
-    assert spec.origin is not None
     sources.append(Path(spec.origin).with_name("testing_utils.py"))
     return {
         name
@@ -114,8 +112,6 @@ def _import_package() -> None:
     spec = importlib.util.spec_from_file_location(
         PACKAGE, init, submodule_search_locations=[str(folder)]
     )
-    assert spec is not None
-    assert spec.loader is not None
     package = importlib.util.module_from_spec(spec)
     sys.modules[PACKAGE] = package
     spec.loader.exec_module(package)

@@ -71,6 +71,7 @@ def test_a_few_photos_of_each_class_are_enough_and_have_no_percentage(
             break
         (photos / f"kind {index % 4}").mkdir(parents=True, exist_ok=True)
         photo.rename(photos / f"kind {index % 4}" / photo.name)
+    (photos / "kind 0" / "broken.png").write_bytes(b"")  # does not count
 
     arguments = ["--model", str(sources / "vit"), "--dataset", str(photos)]
     arguments += ["--output-dir", str(sources / "frozen"), "--num-workers", "0", "--no-report"]
