@@ -78,7 +78,7 @@ def list_encoder_rows(folder: ModelFolder | None) -> pd.DataFrame:
     splits = select_task(read_splits(folder), None)
     results = folder.results
     has_steps = results.get("steps") and results.get("label_column")
-    is_trained = has_steps and results.get("trainable") != "head"
+    is_trained = has_steps and results.get("steps_train_encoder", True)
     is_seen = splits["split"] != "test" if is_trained else splits["split"] == "encoder"
     return splits[is_seen].assign(split="encoder")
 

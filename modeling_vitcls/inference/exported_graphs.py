@@ -238,7 +238,10 @@ def check_weights(file: Path, folder: ModelFolder, requires_report: bool) -> Non
 
     report_file = file.with_name(f"{file.name}.json")
     command = format_export_command(file, folder.path)
-    remedy = f"Set `model` to the folder that it was exported from, or repeat `{command}`"
+    remedy = (
+        "Set `model` to the folder that it was exported from; or, if it is this one, remove "
+        f"{file} and {report_file.name}, and repeat `{command}`"
+    )
     if not report_file.is_file():
         if requires_report:
             raise GraphError(

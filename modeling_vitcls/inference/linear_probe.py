@@ -337,10 +337,6 @@ class LinearProbe(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         """Predict the most probable label [N] of each image."""
         return self.classes_[self.predict_proba(features).argmax(axis=1)]
 
-    def score(self, features: TokenFeatures | np.ndarray, labels: np.ndarray) -> float:
-        """Measure the accuracy on features and labels."""
-        return float((self.predict(features) == labels).mean())
-
 
 def measure_spread(logits: np.ndarray) -> float:
     """Measure the spread of logits [N, K]: the standard deviation from the mean of each image."""

@@ -41,7 +41,6 @@ TEXTS_OF_KINDS = {
     "steps": "steps",
 }
 MAX_NAMED_CLASSES = 12  # in the summary
-ACCURACY_KEYS = ("accuracy", "num_images", "accuracy_interval")  # what `format_accuracy` reads
 
 
 @dataclass(frozen=True)
@@ -328,11 +327,12 @@ def format_result(metrics: dict[str, Any], names: tuple[str, ...]) -> str:
     tasks = [key.removesuffix(ending) for key in metrics if key.endswith(ending) and metrics[key]]
     if "accuracy_interval" in metrics or "num_images_of_encoder" in metrics:
         texts = [format_accuracy(metrics), *texts[1:]]
-    elif tasks:  # each one: their mean says little, and has no interval
-        texts = [
-            f"{task} {format_accuracy({key: metrics[f'{task}_{key}'] for key in ACCURACY_KEYS})}"
-            for task in tasks
-        ]
+    elif tasks:
+        # Each one, with the images that have its label: their mean says little, and has no interval.
+        keys = ("accuracy", "num_images", "accuracy_interval")
+        records = ({key: metrics[f"{task}_{key}"] for key in keys} for task in tasks)
+        results = (format_result(record, keys[:1]) for record in records)
+        return ", ".join(map("{} {}".format, tasks, results))
     return f"{', '.join(texts)} on {metrics['num_images']:,} held-out images"
 
 
@@ -356,6 +356,8 @@ def build_fine_tuning_command(asked: TrainOptions) -> str:
 
     `asked` are the options as the person set them. No command can read data in memory.
     """
+    if str(asked.dataset).startswith(MEMORY_PREFIX):
+        return f"finetune(..., epochs={FINE_TUNING_EPOCHS:g})"
     names = {
         name
         for name, field in get_flag_fields(type(asked)).items()
@@ -372,8 +374,6 @@ def build_fine_tuning_command(asked: TrainOptions) -> str:
         "epochs": f"{FINE_TUNING_EPOCHS:g}",
     }
     arguments = [argument for flag in flags.items() for argument in to_arguments(*flag)]
-    if str(asked.dataset).startswith(MEMORY_PREFIX):
-        return f"finetune(..., epochs={FINE_TUNING_EPOCHS:g})"
     return f"vitcls finetune {shlex.join(arguments)}"
 
 
