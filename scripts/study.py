@@ -324,7 +324,7 @@ def build_row(runner: StudyRunner, run: StudyRun) -> dict[str, Any]:
     The column names of numeric values start with the stage (for example,
     `inspect.patches.outliers`), except for the stage `finetune`. The prefixes `first.` and
     `last.` denote the first and the last value in the training log (for example, `first.loss` and
-    `last.token_norm.cls[0]`). If a run has a single label column, the accuracy and loss are
+    `last.held_out_accuracy`). If a run has a single label column, the accuracy and loss are
     also stored as `COLUMN_accuracy` and `COLUMN_loss`, which are the names in runs with several
     label columns.
     """

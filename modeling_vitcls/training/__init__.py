@@ -10,7 +10,7 @@
     probe.py            linear classifier of the frozen encoder, before fine-tuning
     loop.py             training loop
     checkpoints.py      checkpoints on disk, written completely or not at all
-    duration.py         expected duration of a run
+    duration.py         expected duration of the steps of a run
     calibration.py      temperature of the trained classifier
     output_folder.py    checks of the output folder, removal of replaced files, lock of the folder
 

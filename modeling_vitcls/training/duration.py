@@ -1,20 +1,14 @@
-"""Expected duration of a run: before its steps from forward passes, and then from its first steps."""
+"""Expected duration of the steps of a run, from two forward passes."""
 
 import math
 import time
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 
-from ..data.sampling import BatchPlan
-
 
 NUM_MEASURED_IMAGES = 2  # in each of two forward passes
-# After so many steps, a run prints its duration. The first step is slower than the others.
-NUM_TIMED_STEPS = 3
-MIN_STEPS = 20  # a shorter run has ended before its duration helps anyone
 FORWARD_PASSES_OF_STEP = 3  # a backward pass takes as long as two forward passes
 
 
@@ -48,30 +42,6 @@ def measure_step_seconds(
     local_seconds = torch.tensor(seconds, device=accelerator.device)
     image_seconds = FORWARD_PASSES_OF_STEP * float(accelerator.reduce(local_seconds, "mean"))
     return image_seconds * epochs * num_images / accelerator.num_processes
-
-
-def describe_duration(
-    plan: BatchPlan,
-    step: int,
-    step_seconds: Sequence[float],
-    num_evaluated_images: int,
-    evaluate_every: int,
-    memory: int,
-) -> str:
-    """Say how long the steps after `step` and their evaluations take, and the peak memory in bytes.
-
-    `step_seconds` are durations of the first steps of this process.
-    """
-    num_steps = plan.num_steps - step
-    # The fastest of the first steps, because compilation and allocation slow the others down.
-    seconds = min(step_seconds)
-    image_seconds = seconds / FORWARD_PASSES_OF_STEP / plan.images_per_step
-    num_evaluations = max(math.ceil(plan.count_epochs(num_steps) / evaluate_every), 1)
-    total = num_steps * seconds + num_evaluations * num_evaluated_images * image_seconds
-    return (
-        f"about {format_minutes(total)}: {num_steps:,} more steps of {seconds:.2g} s, and "
-        f"evaluations; {memory / 2**20:,.0f} MiB of memory per process"
-    )
 
 
 def format_minutes(seconds: float) -> str:

@@ -21,24 +21,24 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object, send_to_device
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from ..data.batches import Batch
 from ..data.images import UnreadableImageCounter
 from ..data.sampling import BatchPlan, derive_seed
 from ..inference.metrics import select_scalars
+from ..model.blocks_vitcls import ViTCLSEmbeddings
 from ..runtime.distributed import run_on_main
 from ..runtime.errors import RunStopped, mark_errors_of_all_processes
 from ..runtime.system import get_peak_memory
 from .checkpoints import Checkpoint, CheckpointStore
 from .distributed_state import gather_state, reshard, scatter_state
-from .duration import MIN_STEPS, NUM_TIMED_STEPS, describe_duration
 from .losses import Losses, Objective
 from .model import set_train_mode
 from .optimizer import get_learning_rate
 from .options import TrainingOptions
 from .reporter import Reporter
 from .signals import SignalHandler
-from .token_monitor import TokenMonitor
 
 
 Metrics = dict[str, Any]
@@ -104,11 +104,9 @@ class TrainingLoop:
 
     def __post_init__(self) -> None:
         self.model = self.accelerator.unwrap_model(self.state.model)
-        # The monitor copies the tokens, from which it measures their movement. A checkpoint is therefore
-        # loaded later: movement counts from the start of training, not from the resumption.
-        self.monitor = TokenMonitor(self.model)
-        # With other values of --trainable, some tokens are frozen.
-        self.should_warn_about_tokens = self.options.trainable in ("full", "lora")
+        # A checkpoint is loaded later: movement counts from the start of training, not from the
+        # resumption.
+        self.initial_tokens = copy_special_tokens(self.model)
 
     def run(self, batches: Iterator[Batch]) -> Metrics:
         """Run the remaining steps, and return the metrics of the final evaluation.
@@ -160,20 +158,8 @@ class TrainingLoop:
             should_save = is_last_step or next_step % self.save_every == 0
 
         start_time = time.perf_counter()
-        record = self.run_optimizer_step(batches, should_measure_tokens=should_log)
+        record = self.run_optimizer_step(batches)
         self.step_seconds.append(time.perf_counter() - start_time)
-        # Once, when the first steps are known. The first one includes compilation and allocation,
-        # and the estimate takes the fastest.
-        if len(self.step_seconds) == NUM_TIMED_STEPS and self.plan.num_steps >= MIN_STEPS:
-            duration = describe_duration(
-                plan=self.plan,
-                step=state.step,
-                step_seconds=self.step_seconds,
-                num_evaluated_images=len(getattr(self.evaluate_model, "images", ())),
-                evaluate_every=count_epochs_between_evaluations(self.plan),
-                memory=get_peak_memory(self.accelerator.device),
-            )
-            self.reporter.print_line("duration", duration)
         self.reporter.show_step(state.step)
         if not should_log:
             self.reporter.print_if_due(state.step)
@@ -193,11 +179,10 @@ class TrainingLoop:
             self.save(False)
         return self.evaluate_step() if should_evaluate else {}
 
-    def run_optimizer_step(self, batches: Iterator[Batch], should_measure_tokens: bool) -> Metrics:
+    def run_optimizer_step(self, batches: Iterator[Batch]) -> Metrics:
         """Run one optimizer step with gradients accumulated over several batches.
 
-        Return the record of the step. If `should_measure_tokens` is set, the record contains metrics
-        of the special tokens.
+        Return the record of the step.
         """
         state = self.state
         options = self.options
@@ -241,10 +226,6 @@ class TrainingLoop:
                     # both moments of AdamW for good, and the last checkpoint would be the only way
                     # back.
                     self.check_finite(losses, gradient_norm)
-                    # Between clipping and `zero_grad`, where the gradients are those that the
-                    # optimizer uses.
-                    if should_measure_tokens:
-                        token_gradients = self.monitor.copy_tokens(gradients=True)
                     state.optimizer.step()
                     state.optimizer.zero_grad()
 
@@ -253,24 +234,12 @@ class TrainingLoop:
             {name: fmean(loss[name].item() for loss in losses) for name in losses[0]}
         )
 
-        record: Metrics = {
+        return {
             "step": state.step,
             "epoch": round(self.plan.count_epochs(state.step), 4),
             "learning_rate": learning_rate,
             "gradient_norm": round(gradient_norm, 6) if math.isfinite(gradient_norm) else None,
         }
-
-        if should_measure_tokens:
-            record |= self.monitor.compute_norms(token_gradients)
-            for token, norm in record["token_gradient_norm"].items():
-                # A token without a gradient is never trained, and nothing else would show it: the
-                # loss falls all the same.
-                if norm == 0 and self.should_warn_about_tokens:
-                    self.reporter.warn(
-                        f"the token {token} received no gradient in step {state.step}"
-                    )
-            self.should_warn_about_tokens &= not math.isfinite(gradient_norm)  # warns once
-        return record
 
     def check_finite(self, losses: list[Losses], gradient_norm: float) -> None:
         """Discard the gradients and raise RunStopped if a loss or gradient is not finite.
@@ -372,6 +341,13 @@ class TrainingLoop:
             "peak_memory_mb": round(get_peak_memory(self.accelerator.device) / 2**20, 1),
         }
 
+    def measure_token_movement(self) -> dict[str, float]:
+        """Measure how far each token has moved since the start of training (Euclidean norm)."""
+        return {
+            name: (token - self.initial_tokens[name]).norm().item()
+            for name, token in copy_special_tokens(self.model).items()
+        }
+
     # Checkpoints ----------------------------------------------------------------------------------
 
     def get_training_seconds(self) -> float:
@@ -422,6 +398,24 @@ class TrainingLoop:
         state.pending_record = metadata["pending_record"]
         self.unreadable_images.indices.update(metadata["unreadable_images"])
         state.earlier_seconds = metadata["training_seconds"]
+
+
+def copy_special_tokens(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Copy the special tokens [D] of a model to the CPU, by name (`cls[0]`).
+
+    The heads in linear probing have no embeddings, and therefore no tokens.
+    """
+    copies: dict[str, torch.Tensor] = {}
+    embeddings = [module for module in model.modules() if isinstance(module, ViTCLSEmbeddings)]
+    groups = embeddings[0].get_special_tokens() if embeddings else {}
+    for group, parameter in groups.items():
+        tensor = parameter.detach()
+        if isinstance(tensor, DTensor):
+            tensor = tensor.full_tensor()  # all processes call this
+        # `clone`, because on a CPU the other methods return views, which training changes
+        tokens = tensor.float().cpu().squeeze(0).clone()  # [n, D]
+        copies |= {f"{group}[{index}]": token for index, token in enumerate(tokens)}
+    return copies
 
 
 def build_batch_plan(num_images: int, options: TrainingOptions, num_processes: int) -> BatchPlan:

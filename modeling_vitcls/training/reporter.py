@@ -17,6 +17,7 @@ from accelerate import Accelerator
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from ..inference.metrics import select_scalars
 from ..runtime.files import write_atomically
 from ..runtime.progress import LINE_SECONDS
 
@@ -115,7 +116,7 @@ class Reporter:
 
         Raise OSError on the main process if metrics.jsonl cannot be written.
         """
-        self.accelerator.log(flatten_record(record), step=record["step"])
+        self.accelerator.log(select_scalars(record), step=record["step"])
         if not self.accelerator.is_main_process:
             return
 
@@ -145,19 +146,3 @@ def format_metric(name: str, value: float | None) -> str:
     formats = {"loss": ".4g", "rank": ".1f", "cosine": ".3f"}
     text = "unknown" if value is None else f"{value:{formats.get(name.rpartition('_')[2], '.2%')}}"
     return f"{name.replace('_', ' ')} {text}"
-
-
-def flatten_record(record: dict[str, Any], prefix: str = "") -> dict[str, float]:
-    """Flatten a nested record for trackers, which take numbers by name.
-
-    For example, `{"token_norm": {"cls[0]": 1.0}}` becomes `{"token_norm/cls[0]": 1.0}`.
-    """
-    numeric_values: dict[str, float] = {}
-    for name, value in record.items():
-        if isinstance(value, list):
-            value = {f"{index:02d}": element for index, element in enumerate(value)}
-        if isinstance(value, dict):
-            numeric_values |= flatten_record(value, f"{prefix}{name}/")
-        elif isinstance(value, int | float):
-            numeric_values[prefix + name] = value
-    return numeric_values

@@ -348,9 +348,7 @@ def run_steps(
         epochs=loop.plan.count_epochs(loop.state.step),
         images_per_step=loop.plan.images_per_step,
         num_unreadable=len(loop.unreadable_images.indices),
-        results=results
-        | compare(model)
-        | {"token_movement": loop.monitor.compute_token_movement()},
+        results=results | compare(model) | {"token_movement": loop.measure_token_movement()},
         lines={"calibration": None if calibration is None else calibration.text},
     )
 

@@ -206,7 +206,7 @@ def random_numbers_per_process(folder: Path) -> None:
         drawn: list[torch.Tensor] = []
         loop = build_training_loop(folder, draw)
         for _ in range(2):
-            loop.run_optimizer_step(itertools.repeat(NO_IMAGES), should_measure_tokens=False)
+            loop.run_optimizer_step(itertools.repeat(NO_IMAGES))
         numbers: list[Any] = [None] * NUM_PROCESSES
         distributed.all_gather_object(numbers, drawn)
         runs.append([tuple(each.tolist()) for process in numbers for each in process])
@@ -229,7 +229,7 @@ def non_finite_loss_stops_all_processes(folder: Path) -> None:
         loop = build_training_loop(folder, get_loss)
         before = [parameter.detach().clone() for parameter in loop.state.model.parameters()]
         try:
-            loop.run_optimizer_step(itertools.repeat(NO_IMAGES), should_measure_tokens=False)
+            loop.run_optimizer_step(itertools.repeat(NO_IMAGES))
         except RunStopped:
             pass
         else:

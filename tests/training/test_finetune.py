@@ -396,7 +396,6 @@ def test_trackers_get_metrics_with_their_steps_and_the_flags(tmp_path: Path) -> 
     assert {
         "loss",
         "learning_rate",
-        "token_norm/cls[0]",
         "held_out_accuracy",
     } <= set(tags)
 

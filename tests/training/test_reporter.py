@@ -9,7 +9,7 @@ import pytest
 from accelerate import Accelerator
 from rich.console import Console
 
-from modeling_vitcls.training.reporter import Reporter, flatten_record
+from modeling_vitcls.training.reporter import Reporter
 
 
 RECORD = {"epoch": 0.5, "loss": 2.0, "learning_rate": 2.5e-4, "images_per_second": 100.0}
@@ -65,19 +65,3 @@ def test_brackets_are_not_markup(tmp_path: Path) -> None:
     reporter.warn("[bold]noon[/bold].png cannot be read")
     assert "[red] and registers[1]" in output.getvalue()
     assert "[bold]noon[/bold].png" in output.getvalue()
-
-
-def test_trackers_get_only_numbers() -> None:
-    record = {
-        "step": 3,
-        "norms": {"cls[0]": 1.5, "cls[1]": None},
-        "entropy": [0.25, {"a": 2}],
-        "name": "x",
-    }
-
-    assert flatten_record(record) == {
-        "step": 3,
-        "norms/cls[0]": 1.5,
-        "entropy/00": 0.25,
-        "entropy/01/a": 2,
-    }

@@ -1,6 +1,5 @@
 """Whole runs in this process: defaults, the best checkpoint, and no held-out images."""
 
-import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -109,15 +108,6 @@ def test_the_best_checkpoint_is_saved_and_reported(
     )
     assert evaluated["accuracy"] == results["accuracy"]
     assert evaluated["num_images"] == results["num_images"]
-
-
-def test_a_run_says_after_its_first_steps_how_long_it_takes_and_what_memory_it_needs(
-    tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
-    run_training(build_options(tmp_path / "run", max_steps=20))
-    printed = capsys.readouterr().out
-    assert re.search(r"\nduration +about a minute: 17 more steps .* [\d,]+ MiB of memory", printed)
-    assert printed.index("\nduration") < printed.index("\nstep 10/20")
 
 
 def test_a_validation_split_selects_and_the_test_split_is_reported(tmp_path: Path) -> None:
