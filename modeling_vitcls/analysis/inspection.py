@@ -10,6 +10,7 @@ are measured one by one (photo.py).
 from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import cycle
 from typing import Any
 
@@ -17,9 +18,8 @@ import numpy as np
 import torch
 
 from ..data.aspect_ratio import get_output_size, has_fixed_size
-from ..data.images import LabeledImages
-from ..data.labels import UNLABELED, get_label_space, is_multi_label
-from ..inference.image_pass import ImageBatch, prepare_batches
+from ..data.labels import get_label_space, is_multi_label
+from ..inference.image_pass import ImageBatch, prepare_batches, read_pixels
 from ..inference.load_model import choose_batch_size
 from ..inference.token_names import SINGLE_TOKEN_NAMES, get_token_names
 from ..model.heads_vitcls import IGNORED_LABEL
@@ -227,13 +227,8 @@ def read_batches(
         batch_size = 1
     order = np.random.default_rng(0).permutation(len(images)).tolist()
     parts = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    prepared = prepare_batches(
-        LabeledImages(images, [IGNORED_LABEL] * len(images) if labels is None else labels),
-        parts,
-        processor,
-        label_space=UNLABELED if labels is None else get_label_space(config),
-        num_channels=config.num_channels,
-    )
+    prepare = partial(read_pixels, images, processor, config.num_channels)
+    prepared = prepare_batches(prepare, parts)
 
     batches = []
     error_messages: list[str] = []
@@ -241,9 +236,10 @@ def read_batches(
         error_messages += batch.error_messages.values()
         for message in batch.error_messages.values():
             on_warning(f"skipped an image: {message}")
-        if labels is None:
-            batch.labels = None
-        elif config.tasks:
+        if labels is not None:
+            space = get_label_space(config)
+            batch.labels = space.collate([labels[index] for index in batch.indices])
+        if labels is not None and config.tasks:
             batch.labels = torch.stack([batch.labels[task] for task in config.task_labels()], dim=1)
         if batch.indices:
             batches.append(batch)

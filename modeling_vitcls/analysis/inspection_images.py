@@ -18,7 +18,7 @@ from ..data.label_matching import translate_labels
 from ..data.labels import UNLABELED, LabelSpace
 from ..data.options import DataOptions
 from ..data.splits_table import EMPTY_TABLE
-from ..inference.inputs import build_list_input
+from ..inference.inputs import list_records
 from ..model.heads_vitcls import IGNORED_LABEL
 from .options import InspectOptions
 
@@ -88,13 +88,13 @@ def open_paths(paths: Sequence[str], label_space: LabelSpace) -> InspectionImage
     IGNORED_LABEL. There are no labels if no folder has the name of a class, or images do not have
     exactly one class.
     """
-    list_input = build_list_input(paths)
-    files = [str(content) for content in list_input.contents]
+    records = list_records(paths)
+    files = [str(record.content) for record in records]
     for file in files:
         if not Path(file).exists():
             raise ValueError(f"Image {file} does not exist. Check the path.")
 
-    names = [Path(name).name for name in list_input.names]
+    names = [Path(record.name).name for record in records]
     class_names: list[str] = []
     if label_space != UNLABELED and label_space.kind == "single_label_classification":
         class_names = label_space.names

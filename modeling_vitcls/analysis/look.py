@@ -17,7 +17,7 @@ from torchvision.transforms.v2.functional import to_pil_image
 from ..conversion.open_model import open_model
 from ..data.aspect_ratio import get_output_size, get_resize, set_resize
 from ..hub.local_paths import get_title
-from ..inference.inputs import build_list_input
+from ..inference.inputs import list_records
 from ..inference.load_model import load_model
 from ..model.configuration_vitcls import to_pair
 from ..model.image_processing_vitcls import image_to_tensor, read_image
@@ -67,16 +67,16 @@ def write_sheets(options: LookOptions, output: Path) -> None:
     """
     console = Console(emoji=False, soft_wrap=True, highlight=False)
     error_console = Console(emoji=False, stderr=True, soft_wrap=True, highlight=False)
-    sources = build_list_input(options.paths)
+    photos = list_records(options.paths)
     model, processor = load_adjusted_model(options.model, options.image_size, options.resize)
     model_name = get_title(options.model)
-    is_single = len(sources.names) == 1
+    is_single = len(photos) == 1
     records: list[dict[str, Any]] = []
     written: list[Path] = []
     watch = track(
-        sources.names, console=error_console, transient=True, disable=not error_console.is_terminal
+        photos, console=error_console, transient=True, disable=not error_console.is_terminal
     )
-    for name, source in zip(watch, sources.contents, strict=True):
+    for name, source in watch:
         try:
             measurements = measure_photo(model, processor, read_photo(name, source))
         except ValueError as error:
@@ -92,9 +92,7 @@ def write_sheets(options: LookOptions, output: Path) -> None:
         records.append({"photo": name, "sheet": str(file), **build_json_record(measurements)})
         console.print(f"saved {file}", markup=False)
     if not records:
-        raise ValueError(
-            f"none of the {len(sources.names)} photos can be read. Pass other image files"
-        )
+        raise ValueError(f"none of the {len(photos)} photos can be read. Pass other image files")
     if options.json is not None:
         write_numbers(options.json, model_name, records)
         console.print(f"saved {options.json}", markup=False)

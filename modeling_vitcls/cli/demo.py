@@ -98,7 +98,7 @@ def build_page(options: DemoOptions) -> Any:
     def answer(file: str | None) -> list[Any]:
         if file is None:
             raise gradio.Error("select a photo", print_exception=False)
-        (row,) = predictor.iterate_rows(iter([ImageRecord(0, "photo", file)]))
+        (row,) = predictor.iterate_rows([ImageRecord("photo", file)])
         if row["error"]:
             # The path is a temporary copy of the upload, which says nothing to the person who sees
             # the error.

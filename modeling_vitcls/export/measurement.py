@@ -10,6 +10,7 @@ labels, the differences between the outputs of the file and the model.
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,9 +18,8 @@ import torch
 from torch.nn import functional as F
 
 from ..data.evaluation_data import load_calibration_and_evaluation_data
-from ..data.images import LabeledImages
 from ..data.label_matching import translate_labels
-from ..data.labels import UNLABELED, check_is_classifier, get_label_space
+from ..data.labels import check_is_classifier, get_label_space
 from ..data.options import DataOptions
 from ..data.splits import load_training_data
 from ..data.splits_table import read_splits, select_task
@@ -28,11 +28,10 @@ from ..hub.model_folder import ModelFolder
 from ..inference.evaluate import get_training_columns
 from ..inference.evaluator import Evaluator
 from ..inference.exported_graphs import ExportedModel
-from ..inference.image_pass import ImageOutput, prepare_batches
+from ..inference.image_pass import ImageOutput, prepare_batches, read_pixels
 from ..inference.intervals import compute_proportion_interval
 from ..inference.load_model import Classifier
 from ..inference.speed import measure_inference_speed
-from ..model.heads_vitcls import IGNORED_LABEL
 from ..model.image_processing_vitcls import ViTCLSImageProcessor
 from ..model.modeling_vitcls import ViTCLSPreTrainedModel
 from ..runtime.distributed import build_accelerator
@@ -88,8 +87,8 @@ def prepare_images(images: Any, processor: Any, count: int) -> list[torch.Tensor
     """
     # Datasets are often sorted by class, and the first images would then be of one class.
     indices = range(0, len(images), max(1, len(images) // count))
-    unlabeled = LabeledImages(images, [IGNORED_LABEL] * len(images))
-    batches = prepare_batches(unlabeled, [[index] for index in indices], processor, UNLABELED)
+    prepare = partial(read_pixels, images, processor, None)
+    batches = prepare_batches(prepare, [[index] for index in indices])
     pixels = [batch.pixel_values for batch in batches if batch.pixel_values is not None]
     return pixels[:count]
 

@@ -98,7 +98,7 @@ class EmbedImages:
                 f"the column {column} is one image, not a batch. Set `batched=True`, or pass a list"
             )
         records = [build_record(index, image, Path()) for index, image in enumerate(images)]
-        rows = list(self.predictor.iterate_rows(iter(records)))
+        rows = list(self.predictor.iterate_rows(records))
         columns: Any = self.predictor.columns
         outputs: dict[str, Any] = {name: values for name, values in batch.items() if name != column}
         for name, (output_name, feature) in zip(

@@ -65,6 +65,8 @@ class ImageOutput:
 
 # function of images [B, C, H, W] on the device of the model
 Compute = Callable[[torch.Tensor], Any]
+# function of the index of an image: its pixels [C, H, W], or why it is unreadable
+Prepare = Callable[[int], torch.Tensor | str]
 
 
 def pass_over_images(
@@ -77,14 +79,15 @@ def pass_over_images(
 
     Args:
         compute: function of the images of a batch [B, C, H, W].
-        batches: batches with at least one image.
+        batches: batches of images of one shape. Without a readable image, the outputs are None.
         device: device of the model.
         autocast: function that returns a context manager for a forward pass.
     """
     for batch in batches:
-        assert batch.pixel_values is not None, "batches without an image are skipped before"
-        with torch.no_grad(), autocast():
-            outputs = compute(batch.pixel_values.to(device))
+        outputs = None
+        if batch.pixel_values is not None:
+            with torch.no_grad(), autocast():
+                outputs = compute(batch.pixel_values.to(device))
         yield batch, outputs
 
 
@@ -98,7 +101,7 @@ def find_finite(outputs: Any, num_images: int) -> torch.Tensor:
     return torch.stack(are_finite).all(dim=0)
 
 
-# Labeled images -----------------------------------------------------------------------------------
+# Preprocessing ------------------------------------------------------------------------------------
 
 
 def prepare_ahead(
@@ -137,42 +140,51 @@ def use_one_core() -> None:
 
 
 def prepare_batches(
-    images: LabeledImages,
-    batches: Sequence[Sequence[int]],
-    processor: ViTCLSImageProcessor,
-    label_space: LabelSpace,
-    num_channels: int | None = None,
-    num_threads: int = 0,
+    prepare: Prepare, batches: Sequence[Sequence[int]], num_threads: int = 0
 ) -> Iterator[ImageBatch]:
-    """Yield the preprocessed images of each batch, whose images have one shape.
+    """Yield the preprocessed images of each batch.
+
+    A batch with images of several shapes becomes one batch per shape, and a batch without a
+    readable image remains one.
 
     Args:
-        images: the images and their labels.
+        prepare: function of the index of an image.
         batches: indices of the images of each batch, which may be empty.
-        processor: image processor that returns `pixel_values`.
-        label_space: kind of the labels.
-        num_channels: an image with another number of channels is unreadable; None for any number.
         num_threads: number of threads that prepare up to two batches in advance.
     """
-
-    def prepare(index: int) -> torch.Tensor | str:
-        try:
-            image = images.images[index]
-            pixels = processor(image, return_tensors="pt")["pixel_values"][0]  # [C, H, W]
-            check_channels(image, pixels, num_channels)
-        except ValueError as error:  # unreadable, or not supported by the image processor
-            return str(error)
-        return pixels
-
     num_ahead = 2 * max(map(len, batches), default=0)
     prepared = prepare_ahead(prepare, chain.from_iterable(batches), num_threads, num_ahead)
     for indices in batches:
-        found = dict(zip(indices, prepared, strict=False))  # leaves the next batches
-        errors = {index: value for index, value in found.items() if isinstance(value, str)}
-        pixels = [value for value in found.values() if not isinstance(value, str)]
-        readable = [index for index in indices if index not in errors]
-        labels = label_space.collate([images.labels[index] for index in readable])
-        yield ImageBatch(torch.stack(pixels) if pixels else None, labels, readable, errors)
+        errors: dict[int, str] = {}
+        groups: dict[torch.Size, dict[int, torch.Tensor]] = {}
+        for index, value in zip(indices, prepared, strict=False):  # leaves the next batches
+            if isinstance(value, str):
+                errors[index] = value
+            else:  # image processors may preserve the aspect ratio
+                groups.setdefault(value.shape, {})[index] = value
+        for group in groups.values() or [{}]:
+            pixels = torch.stack(list(group.values())) if group else None
+            yield ImageBatch(pixels, indices=list(group), error_messages=errors)
+            errors = {}  # named once
+
+
+def read_pixels(
+    images: Sequence[Any], processor: ViTCLSImageProcessor, num_channels: int | None, index: int
+) -> torch.Tensor | str:
+    """Decode and preprocess the image at an index, or tell why it is unreadable.
+
+    It also is with another number of channels than `num_channels`, unless that is None.
+    """
+    try:
+        image = images[index]
+        pixels = processor(image, return_tensors="pt")["pixel_values"][0]  # [C, H, W]
+        check_channels(image, pixels, num_channels)
+    except ValueError as error:  # unreadable, or not supported by the image processor
+        return str(error)
+    return pixels
+
+
+# Labeled images -----------------------------------------------------------------------------------
 
 
 class ImagePass:
@@ -219,15 +231,8 @@ class ImagePass:
         stop = math.ceil(len(images) / round_size) * round_size
         starts = range(accelerator.process_index * batch_size, stop, round_size)
         indices = [range(start, min(start + batch_size, len(images))) for start in starts]
-        self.prepare_batches = partial(
-            prepare_batches,
-            images,
-            indices,
-            processor,
-            label_space,
-            num_channels=num_channels,
-            num_threads=num_workers,
-        )
+        prepare = partial(read_pixels, images.images, processor, num_channels)
+        self.prepare_batches = partial(prepare_batches, prepare, indices, num_workers)
         self.cache: list[ImageBatch] | None = None
         self.num_unreadable = 0
 
@@ -347,6 +352,8 @@ class ImagePass:
         cache: list[ImageBatch] | None = [] if self.is_repeated else None
         num_bytes = 0
         for batch in self.prepare_batches():
+            labels = [self.images.labels[index] for index in batch.indices]
+            batch.labels = self.label_space.collate(labels)
             num_bytes += 0 if batch.pixel_values is None else batch.pixel_values.nbytes
             if num_bytes > MAX_CACHE_BYTES:
                 cache = None

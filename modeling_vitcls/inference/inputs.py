@@ -1,24 +1,20 @@
 """Inputs of a prediction, and image preprocessing.
 
-Inputs yield records: index, name and undecoded image.
+An input is a sequence of records: name and undecoded image.
 
-    PATHS, --list, digits    ListInput      complete list, known at the start
-    other datasets           DatasetInput   random access with the `datasets` library
+    PATHS, --list, digits    a list           known at the start
+    other datasets           DatasetRecords   random access with the `datasets` library
 
-They are read in ranges of indices. Several threads decode and preprocess images ahead of the
-forward pass (`prepare_ahead` in image_pass.py).
+Several threads read, decode and preprocess images ahead of the forward pass (`prepare_ahead` in
+image_pass.py).
 """
 
-import base64
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
-from typing import Any
-from urllib.parse import unquote, unquote_to_bytes
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from PIL import Image
 
@@ -53,11 +49,9 @@ from .options import PredictOptions
 DATA_URI_PREFIX = "data:"
 
 
-@dataclass(frozen=True)
-class ImageRecord:
+class ImageRecord(NamedTuple):
     """One image of an input."""
 
-    index: int  # index in the input
     name: str
     # path, data URI, encoded bytes, or any other input of the image processor; None: no image
     content: Any
@@ -66,25 +60,8 @@ class ImageRecord:
 # Lists --------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class ListInput:
-    """A list of images, all of which are known before the prediction starts."""
-
-    names: Sequence[str]
-    contents: Sequence[Any]
-
-    @property
-    def num_images(self) -> int:
-        return len(self.names)
-
-    def read_records(self, indices: range) -> Iterator[ImageRecord]:
-        """Yield the records in a range of indices."""
-        for index in indices:
-            yield ImageRecord(index, self.names[index], self.contents[index])
-
-
-def build_list_input(paths: Iterable[str]) -> ListInput:
-    """Build an input of the given files, and of the images in the given folders.
+def list_records(paths: Iterable[str]) -> list[ImageRecord]:
+    """List the given files, and the images in the given folders.
 
     Images in a folder are sorted by name. Other files, and folders of training runs, cause a
     warning. Raise ValueError if there are no images.
@@ -123,7 +100,7 @@ def build_list_input(paths: Iterable[str]) -> ListInput:
             f"{format_name_list(folders)}: skipped {count_text} of other types "
             f"({types_text}){remedy and f'. {remedy}'}"
         )
-    return ListInput([get_source_name(file) for file in files], files)
+    return [ImageRecord(get_source_name(file), file) for file in files]
 
 
 def list_sources(images: Any) -> list[Any]:
@@ -195,48 +172,42 @@ def build_record(index: int, value: Any, folder: Path) -> ImageRecord:
     """
     if isinstance(value, str):
         path = value if value.startswith(DATA_URI_PREFIX) else resolve_path(folder, value)
-        return ImageRecord(index, get_source_name(value), path)
+        return ImageRecord(get_source_name(value), path)
     if isinstance(value, dict):
         name = value.get("path")
         encoded = value.get("bytes")
         content = name if encoded is None else encoded
-        return ImageRecord(index, make_printable(name or str(index)), content)
-    return ImageRecord(index, str(index), value)
+        return ImageRecord(make_printable(name or str(index)), content)
+    return ImageRecord(str(index), value)
 
 
-@dataclass(frozen=True)
-class DatasetInput:
-    """The rows of a dataset on disk."""
+@dataclass(frozen=True, eq=False)
+class DatasetRecords(Sequence):
+    """The rows of a dataset on disk, each of which is read on access."""
 
     images: DatasetImages
 
-    @property
-    def num_images(self) -> int:
+    def __len__(self) -> int:
         return len(self.images)
 
-    def read_records(self, indices: range) -> Iterator[ImageRecord]:
-        """Yield the records in a range of indices."""
-        parts = self.images.read_values(np.arange(indices.start, indices.stop))
-        for index, value in zip(indices, chain.from_iterable(parts), strict=True):
-            yield build_record(index, value, self.images.folder)
+    def __getitem__(self, index: Any) -> Any:
+        value = self.images.dataset[index][self.images.column]
+        return build_record(index, value, self.images.folder)
 
 
-PredictionInput = ListInput | DatasetInput
-
-
-def open_input(options: PredictOptions) -> PredictionInput:
+def open_input(options: PredictOptions) -> Sequence[ImageRecord]:
     """Open the input that `paths`, `list` or `dataset` specifies.
 
     Labels are not required. Raise ValueError if the input has no images or the dataset cannot be
     read, and OSError if the list cannot be read or the dataset cannot be found.
     """
     if options.list is not None:
-        return build_list_input(read_path_list(options.list))
+        return list_records(read_path_list(options.list))
     if options.dataset is None:
-        found = build_list_input(options.paths)
-        if not any(map(os.path.lexists, found.contents)):
+        found = list_records(options.paths)
+        if not any(os.path.lexists(record.content) for record in found):
             raise ValueError(
-                f"{found.contents[0]} does not exist. Pass image files, or folders of images"
+                f"{found[0].content} does not exist. Pass image files, or folders of images"
             )
         return found
 
@@ -245,14 +216,14 @@ def open_input(options: PredictOptions) -> PredictionInput:
     if is_built_in_dataset(dataset):
         digits = load_splits(data_options, use_labels=False).images_by_split
         images = select_split(digits, options.split, dataset).images
-        return ListInput([f"{dataset}/{index}" for index in range(len(images))], images)
+        return [ImageRecord(f"{dataset}/{index}", image) for index, image in enumerate(images)]
 
     _, folder, splits = open_dataset(dataset, use_labels=False)
     split = select_split(splits, options.split, dataset)
     column = find_image_column(dataset, split.features, options.image_column)
     if not len(split):
         raise ValueError(f"the dataset {dataset} is empty. Add images")
-    return DatasetInput(build_images(split, column, folder, dataset))
+    return DatasetRecords(build_images(split, column, folder, dataset))
 
 
 def select_split(splits: Mapping[str, Any], split: str | None, dataset: str) -> Any:
@@ -271,31 +242,20 @@ def select_split(splits: Mapping[str, Any], split: str | None, dataset: str) -> 
 # Preprocessing ------------------------------------------------------------------------------------
 
 
-def prepare_image(processor: ViTCLSImageProcessor, record: ImageRecord) -> torch.Tensor | str:
-    """Read, decode and preprocess one image."""
-    content = record.content
+def prepare_image(processor: ViTCLSImageProcessor, content: Any, index: int) -> torch.Tensor | str:
+    """Read, decode and preprocess one image, or tell why it cannot be used.
+
+    Args:
+        processor: The image processor of the model.
+        content: The content of the record.
+        index: Index of the record in the input.
+    """
     if content is None:
-        return f"row {record.index} has no image"
+        return f"row {index} has no image"
     try:
-        if isinstance(content, str) and content.startswith(DATA_URI_PREFIX):
-            content = decode_data_uri(content)
-        elif isinstance(content, str):
+        if isinstance(content, str):
             check_is_no_address(content)
         pixels = processor(content, return_tensors="pt")["pixel_values"][0]  # [C, H, W]
     except (ValueError, OSError) as error:
         return format_error(error)
     return pixels
-
-
-def decode_data_uri(uri: str) -> bytes:
-    """Decode a URI `data:image/png;base64,...` (RFC 2397).
-
-    Raise ValueError if it is not encoded as it says.
-    """
-    header, _, text = uri.partition(",")
-    if not header.endswith(";base64"):
-        return unquote_to_bytes(text)
-    try:
-        return base64.b64decode(unquote(text), validate=True)
-    except ValueError as error:
-        raise ValueError(f"cannot decode a data URI ({format_error(error)})") from error

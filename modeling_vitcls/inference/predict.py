@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +29,8 @@ from ..model.image_processing_vitcls import ViTCLSImageProcessor
 from ..runtime.distributed import build_accelerator, set_mixed_precision
 from ..runtime.progress import track
 from .cuda_graphs import GraphedFunction
-from .image_pass import ImageBatch, pass_over_images, prepare_ahead
-from .inputs import (
-    ImageRecord,
-    ListInput,
-    PredictionInput,
-    build_list_input,
-    open_input,
-    prepare_image,
-)
+from .image_pass import pass_over_images, prepare_batches
+from .inputs import ImageRecord, list_records, open_input, prepare_image
 from .load_model import load_for_inference
 from .options import PredictOptions
 from .outputs import (
@@ -71,46 +63,48 @@ class Predictor:
     batch_size: int
     num_workers: int
 
-    def iterate_rows(self, records: Iterator[ImageRecord]) -> Iterator[Row]:
+    def iterate_rows(
+        self, records: Sequence[ImageRecord], part: slice = slice(None)
+    ) -> Iterator[Row]:
         """Yield a row for each image, in order.
 
         A row contains an error if the image cannot be read, if the model does not support it, or if
-        the outputs are not finite. Raise GraphError if an exported graph cannot be run.
+        the outputs are not finite.
+
+        Args:
+            records: All images.
+            part: The batches of this process. Default: all.
+
+        Raises:
+            GraphError: If an exported graph cannot be run.
         """
+        names: dict[int, str] = {}
 
-        def prepare(record: ImageRecord) -> tuple[ImageRecord, torch.Tensor | str]:
-            return record, prepare_image(self.processor, record)
+        def prepare(index: int) -> torch.Tensor | str:
+            names[index], content = records[index]
+            return prepare_image(self.processor, content, index)
 
-        images = prepare_ahead(prepare, records, self.num_workers, num_ahead=2 * self.batch_size)
+        # Divided into batches first, and then among the processes: rounding depends on which images
+        # share a batch, and the output must not depend on the number of processes.
+        starts = range(0, len(records), self.batch_size)
+        batches = [range(len(records))[start : start + self.batch_size] for start in starts][part]
+        computed = pass_over_images(
+            GraphedFunction(partial(try_predict, self.columns), self.model.device),
+            prepare_batches(prepare, batches, self.num_workers),
+            self.model.device,
+            self.autocast,
+        )
         empty_row = {**dict.fromkeys(self.columns.columns), "error": None}
-        compute = GraphedFunction(partial(try_predict, self.columns), self.model.device)
-        while chunk := list(islice(images, self.batch_size)):
-            found: dict[int, Row] = {}
-            groups: dict[torch.Size, dict[int, torch.Tensor]] = {}
-            for record, value in chunk:
-                if isinstance(value, str):
-                    found[record.index] = {"error": value}
-                else:  # image processors may preserve the aspect ratio
-                    groups.setdefault(value.shape, {})[record.index] = value
-            batches = (
-                ImageBatch(torch.stack(list(group.values())), indices=list(group))
-                for group in groups.values()
-            )
-
-            for batch, outputs in pass_over_images(
-                compute, batches, self.model.device, self.autocast
-            ):
+        found: dict[int, Row] = {}
+        for indices in batches:
+            while not found.keys() >= set(indices):  # one batch per shape
+                batch, outputs = next(computed)
+                found |= {index: {"error": text} for index, text in batch.error_messages.items()}
                 rows = build_checked_rows(self.columns, outputs, len(batch.indices))
                 found |= dict(zip(batch.indices, rows, strict=True))
-
             # In the order of the input, not of the shapes.
-            for record, _ in chunk:
-                yield {
-                    "index": record.index,
-                    "image": record.name,
-                    **empty_row,
-                    **found[record.index],
-                }
+            for index in indices:
+                yield {"index": index, "image": names.pop(index), **empty_row, **found.pop(index)}
 
 
 def predict_from_options(options: PredictOptions, images: list[Any]) -> list[Row]:
@@ -120,9 +114,8 @@ def predict_from_options(options: PredictOptions, images: list[Any]) -> list[Row
     the options specify the input.
     """
     accelerator = build_accelerator(mixed_precision=options.mixed_precision)
-    source = wrap_images(images) if images else open_input(options)
-    predictor = build_predictor(options, accelerator)
-    return list(predictor.iterate_rows(source.read_records(range(source.num_images))))
+    records = wrap_images(images) if images else open_input(options)
+    return list(build_predictor(options, accelerator).iterate_rows(records))
 
 
 def predict_images(options: PredictOptions) -> tuple[int, int]:
@@ -136,10 +129,10 @@ def predict_images(options: PredictOptions) -> tuple[int, int]:
             written. The message is a single line.
     """
     accelerator = build_accelerator(mixed_precision=options.mixed_precision)
-    source = load_on_main(options.dataset or "", partial(open_input, options))
+    records = load_on_main(options.dataset or "", partial(open_input, options))
     predictor = build_predictor(options, accelerator)
     # on all processes, although only the main process reads the rows
-    rows = compute_rows(accelerator, source, predictor)
+    rows = compute_rows(accelerator, records, predictor)
     are_failed: list[bool] = []
 
     def iterate_rows() -> Iterator[Row]:
@@ -201,20 +194,13 @@ def build_predictor(options: PredictOptions, accelerator: Accelerator) -> Predic
 
 
 def compute_rows(
-    accelerator: Accelerator, source: PredictionInput, predictor: Predictor
+    accelerator: Accelerator, records: Sequence[ImageRecord], predictor: Predictor
 ) -> Iterator[Row]:
     """Compute the rows of all images, in order.
 
     With several processes, the main process gathers the rows; otherwise, they are computed while
     the iterator is read.
     """
-    size = predictor.batch_size
-    indices = range(source.num_images)
-    # Divided into batches first, and then among the processes: rounding depends on which images
-    # share a batch, and the output must not depend on the number of processes.
-    batches = [indices[start : start + size] for start in range(0, len(indices), size)]
-    local_batches = batches[accelerator.process_index :: accelerator.num_processes]
-    records = chain.from_iterable(map(source.read_records, local_batches))
     console = Console(
         emoji=False,
         stderr=True,
@@ -222,31 +208,31 @@ def compute_rows(
         soft_wrap=True,
         highlight=False,
     )
-    num_images = sum(map(len, local_batches))
-    rows = predictor.iterate_rows(records)
-    rows = track(rows, "predicting", num_images, console=console)
+    num_processes = accelerator.num_processes
+    rows = track(
+        predictor.iterate_rows(records, slice(accelerator.process_index, None, num_processes)),
+        "predicting",
+        len(records),
+        count=lambda row: num_processes,
+        console=console,
+    )
     # An iterator instead of a list: the file is written while rows are computed, so memory stays
     # small.
-    if accelerator.num_processes == 1:
-        return iter(rows)
+    if num_processes == 1:
+        return rows
     return iter(sorted(gather_object(list(rows)), key=lambda row: row["index"]))
 
 
-def wrap_images(images: Sequence[Any]) -> ListInput:
+def wrap_images(images: Sequence[Any]) -> list[ImageRecord]:
     """Build an input of images from paths, folders and memory.
 
     Images in memory are named by index.
     """
-    inputs = [
-        build_list_input([str(image)])
-        if isinstance(image, str | Path)
-        else ListInput([str(index)], [image])
-        for index, image in enumerate(images)
-    ]
-    return ListInput(
-        list(chain.from_iterable(each.names for each in inputs)),
-        list(chain.from_iterable(each.contents for each in inputs)),
-    )
+    records: list[ImageRecord] = []
+    for index, image in enumerate(images):
+        is_path = isinstance(image, str | Path)
+        records += list_records([str(image)]) if is_path else [ImageRecord(str(index), image)]
+    return records
 
 
 def get_num_workers() -> int:

@@ -289,10 +289,10 @@ def try_predict(
 
 
 def build_checked_rows(
-    columns: PredictionColumns, outputs: dict[str, torch.Tensor] | str, num_images: int
+    columns: PredictionColumns, outputs: dict[str, torch.Tensor] | str | None, num_images: int
 ) -> list[Row]:
-    """Build a row for each image, given what `try_predict` returns."""
-    if isinstance(outputs, str):
+    """Build a row for each image, given what `try_predict` returns; without images, None."""
+    if not isinstance(outputs, dict):
         return [{"error": outputs}] * num_images
     message = "the model output is not finite. Set a different `mixed_precision`"
     overflow_row = {"error": message}

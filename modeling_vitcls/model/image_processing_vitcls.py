@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from io import BytesIO
 from typing import Any
+from urllib.parse import unquote_to_bytes
 
 import numpy as np
 import PIL.Image
@@ -439,10 +440,12 @@ def get_image_formats() -> tuple[str, ...]:
 
 
 def read_url(url: str, source_name: str) -> bytes:
-    """Read the contents of an `http`, `https` or base64 `data` URL."""
+    """Read the contents of an `http`, `https` or `data` URL (RFC 2397)."""
     try:
         if url.startswith("data:"):
-            return base64.b64decode(url.partition(",")[2], validate=True)
+            header, _, text = url.partition(",")
+            data = unquote_to_bytes(text)
+            return base64.b64decode(data, validate=True) if header.endswith(";base64") else data
         end_time = time.monotonic() + DOWNLOAD_TIMEOUT
         with get_session().stream(
             "GET", url, follow_redirects=True, timeout=DOWNLOAD_TIMEOUT

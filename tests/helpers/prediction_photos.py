@@ -66,5 +66,5 @@ def predict(
         else FeatureColumns(model.eval(), names, "float32")
     )
     predictor = Predictor(model, processor, columns, nullcontext, batch_size, num_workers=1)
-    source = wrap_images(images if isinstance(images, list) else [images])
-    return list(predictor.iterate_rows(source.read_records(range(source.num_images))))
+    records = wrap_images(images if isinstance(images, list) else [images])
+    return list(predictor.iterate_rows(records))

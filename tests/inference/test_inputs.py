@@ -13,7 +13,7 @@ from modeling_vitcls.data import image_folder
 from modeling_vitcls.data.images import DatasetImages
 from modeling_vitcls.inference import inputs
 from modeling_vitcls.inference.inputs import (
-    DatasetInput,
+    DatasetRecords,
     build_record,
     open_input,
     prepare_image,
@@ -31,8 +31,7 @@ def test_a_list_contains_files_and_folders(photos: Path, tmp_path: Path) -> None
     file.write_bytes(
         f"\ufeff{photos / 'c.png'}\r\n\n{photos / 'inner'}\n".encode() + b"odd-\xff.png\n"
     )
-    source = open_input(PredictOptions(model="model", list=file))
-    names = [record.name for record in source.read_records(range(source.num_images))]
+    names = [record.name for record in open_input(PredictOptions(model="model", list=file))]
     assert names == [*sorted_photos(photos)[2:], "odd-\ufffd.png"]
     file.write_text("\n \n", encoding="utf-8")
     with raises_one_line(f"the list {file} is empty"):
@@ -54,7 +53,7 @@ def test_other_files_in_folders_are_counted_with_the_remedy_for_heic(
         open_input(options)
 
     (tmp_path / "c.png").touch()
-    assert open_input(options).num_images == 1
+    assert len(open_input(options)) == 1
     (message,) = caplog.messages
     assert "skipped 3 files of other types (2 .heic, 1 .txt). To read HEIC" in message
 
@@ -68,7 +67,7 @@ def test_figures_of_a_training_run_are_not_predicted(
 
     source = open_input(PredictOptions(model="model", paths=(str(tmp_path),)))
 
-    assert source.names == [str(tmp_path / "photo.png")]
+    assert [record.name for record in source] == [str(tmp_path / "photo.png")]
     (message,) = caplog.messages
     assert str(tmp_path / "run") in message
 
@@ -78,25 +77,18 @@ def test_images_of_folders_are_sorted(tmp_path: Path) -> None:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     source = open_input(PredictOptions(model="model", paths=(str(tmp_path),)))
-    names = [record.name for record in source.read_records(range(4))]
+    names = [record.name for record in source]
     assert names == [str(tmp_path / name) for name in ("0.png", "a/3.jpg", "b/1.png", "b/2.PNG")]
 
 
-def test_rows_of_a_dataset_keep_their_index_in_any_ranges(tmp_path: Path) -> None:
-    """More than 64 rows are read in several parts. Missing images have no content."""
-    values = [None if index == 2 else f"{index}.png" for index in range(150)]
-    source = DatasetInput(DatasetImages.from_list(values, tmp_path))
-    records = [*source.read_records(range(1, 3)), *source.read_records(range(60, 150))]
+def test_a_missing_image_of_a_dataset_is_named_by_its_row(tmp_path: Path) -> None:
+    values = [None if index == 2 else f"{index}.png" for index in range(4)]
+    records = DatasetRecords(DatasetImages.from_list(values, tmp_path))
 
-    assert [record.index for record in records] == [1, 2, *range(60, 150)]
-    assert source.num_images == 150
-    assert "2" in prepare_image(None, records[1])  # type: ignore
-
-    for record in records:
-        path = str(tmp_path / f"{record.index}.png")
-        assert (record.name, record.content) == (
-            ("2", None) if record.index == 2 else (f"{record.index}.png", path)
-        )
+    assert list(records[1]) == ["1.png", str(tmp_path / "1.png")]
+    assert list(records[2]) == ["2", None]
+    assert "2" in prepare_image(None, None, 2)  # type: ignore
+    assert len(records) == 4
 
 
 def test_values_of_a_column_are_paths_bytes_or_images(tmp_path: Path) -> None:
@@ -112,8 +104,7 @@ def test_values_of_a_column_are_paths_bytes_or_images(tmp_path: Path) -> None:
         (image, "7", image),
         (None, "7", None),
     ):
-        record = build_record(7, value, tmp_path)
-        assert (record.name, record.content) == (name, content)
+        assert build_record(7, value, tmp_path) == (name, content)
 
 
 def test_an_address_is_refused_before_any_request(tmp_path: Path) -> None:
@@ -123,8 +114,8 @@ def test_an_address_is_refused_before_any_request(tmp_path: Path) -> None:
     for options in ({"paths": (address,)}, {"list": file}):
         with raises_one_line(f"`curl -O {address}`"):
             open_input(PredictOptions(model="model", **options))  # type: ignore[arg-type]
-    (record,) = [build_record(0, address, tmp_path)]
-    assert f"`curl -O {address}`" in prepare_image(None, record)  # type: ignore
+    _, content = build_record(0, address, tmp_path)
+    assert f"`curl -O {address}`" in prepare_image(None, content, 0)  # type: ignore
 
 
 def test_datasets_that_cannot_be_used_are_named(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import huggingface_hub
 import numpy as np
@@ -182,6 +183,7 @@ def test_paths_bytes_images_arrays_and_tensors_are_the_same_image(
         encode(image),
         bytearray(encode(image)),
         "data:image/png;base64," + base64.b64encode(encode(image)).decode(),
+        "data:image/png," + quote(encode(image)),
         image,
         PIL.Image.open(path),  # opened, but not decoded yet
         values,
