@@ -30,7 +30,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import chain, repeat
 from operator import contains
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -90,8 +90,6 @@ def install_cpu_kernels(model: nn.Module) -> None:
             if settings != (module.kernel_size, (0, 0), (1, 1), 1):
                 continue  # not a patch projection
         module.__class__ = KERNEL_CLASSES.get(type(module), type(module))
-        if isinstance(module, CPUAttention) and module.derived is None:
-            join_weights(module)
 
 
 def can_use_cpu_kernels() -> bool:
@@ -195,14 +193,6 @@ class CPUMLP(CPUKernel, ViTCLSMLP):
 class CPUAttention(CPUKernel, ViTCLSAttention):
     """Kernel of `ViTCLSAttention`, and base class of the other attention kernels."""
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Move or convert the weights, as in PyTorch, and join those that got other memory."""
-        kinds = {(each.device, each.dtype) for each in self.parameters()}
-        super()._apply(fn, recurse)
-        if kinds != {(each.device, each.dtype) for each in self.parameters()}:
-            join_weights(self)
-        return self
-
     def project_qkv(
         self, hidden_states: Tensor, num_queries: int | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -283,8 +273,6 @@ FUSED_CLASSES = [CPULinear, GELUActivation, nn.Identity, nn.Identity, CPULinear]
 # Lean layers --------------------------------------------------------------------------------------
 # Number of multiplications [..., in] x [in, in] from which CPUs use the CPU kernels.
 MIN_MULTIPLICATIONS_OF_KERNELS = 400_000
-# Weights of this size are small enough for lean layers on CPUs.
-MAX_JOINED_ON_CPU = 2**16
 
 
 def has_cpu_kernels(inputs: Tensor) -> bool:
@@ -309,8 +297,6 @@ def is_usual_layer(layer: LeanLayer, kwargs: Any) -> bool:
     if layer.derived is None or layer.derived[0] != state:
         is_usual = has_usual_parts(attention, mlp, parts)
         layer.derived = (state, [*map(vars, parts)]) if is_usual else None
-        # it would hold the memory of weights that FSDP has sharded since
-        attention.derived = attention.derived if is_usual else None
     return (
         layer.derived is not None
         and not any(map(contains, layer.derived[1], repeat("forward")))
@@ -325,16 +311,14 @@ def is_usual_layer(layer: LeanLayer, kwargs: Any) -> bool:
 
 def has_usual_parts(attention: nn.Module, mlp: nn.Module, parts: Sequence[nn.Module]) -> bool:
     """Check that the parts of a layer have plain parameters and no hooks."""
-    linears: list[Any] = [
-        *(attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj),
-        *((mlp.fc1, mlp.fc2) if type(mlp) is CPUMLP else ()),
-    ]
+    linears: list[Any] = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
+    if type(mlp) is CPUMLP:
+        linears += mlp.fc1, mlp.fc2
     return (
         type(attention) is CPUAttention
         and type(mlp) in (CPUMLP, ViTCLSGLU)
         and {*map(type, linears)} == {CPULinear}
         and all(map(has_plain_parameters, linears))
-        and len({linear.bias is None for linear in linears[:3]}) == 1
         and not has_global_hooks()
         # transformers leaves hooks that record attention weights, which SDPA does not have
         and all(
@@ -353,8 +337,16 @@ def attend(
 ) -> Tensor:
     """Attend, [B, N, D] -> [B, n, D], as `ViTCLSAttention.forward`."""
     modules: Any = attention._modules
-    weight, bias = get_qkv_weights(attention)
-    qkv = nn.functional.linear(inputs, weight, bias)  # [B, N, 3 * heads * head_dim]
+    parameters = [modules[name]._parameters for name in ("q_proj", "k_proj", "v_proj")]
+    weights = [each["weight"] for each in parameters]
+    biases = [each["bias"] for each in parameters]
+    if not can_be_joined(weights, biases):
+        output, _ = attention.forward(inputs, attention_mask, position_embeddings, num_queries)
+        return output
+
+    # Joined in every pass: a copy that is kept could become stale.
+    bias = None if biases[0] is None else torch.cat(biases)
+    qkv = nn.functional.linear(inputs, torch.cat(weights), bias)  # [B, N, 3 * heads * head_dim]
     qkv = qkv.view(*inputs.shape[:-1], 3, -1, attention.head_dim)
     query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # [B, heads, N, head_dim] each
     if num_queries is not None:
@@ -370,6 +362,18 @@ def attend(
     )
     output = output.transpose(1, 2).flatten(2)  # [B, n, heads * head_dim]
     return apply_linear(modules["o_proj"], skip_identity(modules["norm"], output))
+
+
+def can_be_joined(weights: list[Any], biases: list[Any]) -> bool:
+    """Check that queries, keys and values have plain weights of one shape, and all or no biases.
+
+    This is checked in every pass, because people replace parameters between passes.
+    """
+    return (
+        {*map(type, weights)} == {nn.Parameter}
+        and weights[0].shape == weights[1].shape == weights[2].shape
+        and len({*map(type, biases)}) == 1
+    )
 
 
 def compute_mlp(mlp: nn.Module, inputs: Tensor) -> Tensor:
@@ -400,75 +404,6 @@ def normalize(norm: nn.Module, inputs: Tensor) -> Tensor:
     parameters: Any = norm._parameters
     weight, bias = parameters["weight"], parameters["bias"]
     return torch.layer_norm(inputs, norm.normalized_shape, weight, bias, norm.eps)
-
-
-# Joined weights -----------------------------------------------------------------------------------
-def get_qkv_weights(attention: CPUAttention) -> tuple[Tensor, Tensor | None]:
-    """Return the weights of queries, keys and values as one tensor, and their biases."""
-    weights, biases = get_qkv_parameters(attention)
-    if attention.derived is not None:
-        joined, places = attention.derived
-        if places != get_places(weights + biases):
-            attention.derived = None  # a parameter got other memory
-        elif not torch.is_grad_enabled():
-            return joined
-    return torch.cat(weights), torch.cat(biases) if biases else None
-
-
-def get_qkv_parameters(attention: CPUAttention) -> tuple[list[Any], list[Any]]:
-    """Return the weights of queries, keys and values, and their biases, if they have any."""
-    modules: Any = attention._modules
-    parameters = [modules[name]._parameters for name in ("q_proj", "k_proj", "v_proj")]
-    weights, biases = [each["weight"] for each in parameters], [each["bias"] for each in parameters]
-    return weights, [] if biases[0] is None else biases
-
-
-def get_places(tensors: list[Tensor]) -> list[int]:
-    """Return the addresses of tensors and, because it could be a part, the size of the first."""
-    return [tensors[0].numel(), *map(Tensor.data_ptr, tensors)]
-
-
-def join_weights(attention: CPUAttention) -> None:
-    """Lay the weights of queries, keys and values side by side in memory, if they allow it.
-
-    They stay three parameters, and are one tensor, too: an edit of a parameter is an edit of the
-    joined tensor.
-    """
-    attention.derived = None
-    if all(map(has_plain_parameters, (attention.q_proj, attention.k_proj, attention.v_proj))):
-        weights, biases = get_qkv_parameters(attention)
-        if can_be_joined(weights) and (not biases or can_be_joined(biases)):
-            joined = join_parameters(weights), join_parameters(biases) if biases else None
-            attention.derived = joined, get_places(weights + biases)
-
-
-def can_be_joined(parameters: list[Any]) -> bool:
-    """Check that parameters are alike, and not parts of a larger storage (FSDP, ZeRO)."""
-    return (
-        {*map(type, parameters)} == {nn.Parameter}
-        and len({(each.shape, each.dtype, each.device) for each in parameters}) == 1
-        and all(
-            (each.is_cuda or (each.is_cpu and each.numel() <= MAX_JOINED_ON_CPU))
-            and each.is_contiguous()
-            and each.untyped_storage().nbytes() == each.nbytes > 0
-            for each in parameters
-        )
-    )
-
-
-@torch.no_grad()
-def join_parameters(parameters: list[Any]) -> Tensor:
-    """Move parameters to the memory of one tensor [n, ...], and return it.
-
-    Each gets a storage of its own, a part of the joined one, because libraries that save or shard
-    a model take parameters with one storage for tied ones.
-    """
-    joined = torch.cat(parameters)
-    for parameter, part in zip(parameters, joined.chunk(len(parameters)), strict=True):
-        start = part.storage_offset() * part.element_size()
-        storage = part.untyped_storage()[start : start + part.nbytes]
-        parameter.data = part.new_empty(0).set_(storage, 0, part.shape, part.stride())
-    return joined
 
 
 # Conditions ---------------------------------------------------------------------------------------
