@@ -5,7 +5,8 @@ The files in this folder are not pushed to the Hub.
 options.py                                   flags of a dataset and its held-out images
 sources.py, image_folder.py, in_memory.py    datasets -> splits by name
 folder_layout.py                             folders of splits and of classes, by their names
-tables.py, columns.py, labels.py             tables as text; their splits and groups; cells -> label names -> indices
+tables.py, columns.py                        tables as text; their columns: images, labels, splits, groups
+cells.py, labels.py                          cells -> names of labels -> indices
 splits.py                                    images that a run trains on and holds out
 splits_table.py, evaluation_data.py          splits.parquet, their list; images to evaluate
 images.py                                    images decoded on demand

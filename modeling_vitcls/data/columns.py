@@ -1,21 +1,28 @@
-"""Columns of a table that are neither images nor labels: its own splits, and groups of images.
+"""Columns of a table: its images and labels, its own splits, and groups of images.
 
+image      images or image paths (--image-column)
+label      labels; 0 and 1 in one column for each class are several labels, other columns are tasks (--label-column)
 split      train, validation or test of each row, in any usual spelling (--split-column)
 patient    rows of one group are on one side of every split (--group-column)
 """
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
 import numpy as np
 
 from ..runtime.errors import format_name_list
+from .cells import get_bit, get_declared_names, read_label_names, spell_label
 from .folder_layout import SPLIT_BY_FOLDER_NAME, SPLIT_ORDER
-from .labels import read_column, spell_label
+from .labels import LabelKind, LabelSpace
 
 
+IMAGE_COLUMN_NAMES = tuple(
+    "image img picture photo pixel_values file_name filename file path jpg png".split()
+)
+LABEL_COLUMN_NAMES = ("label", "labels", "class", "target", "category", "fine_label", "cls")
 SPLIT_COLUMN_NAMES = ("split", "subset", "partition", "set", "data_split")
 # columns whose rows with one value usually show the same thing
 GROUP_COLUMN_NAME = re.compile(
@@ -23,6 +30,162 @@ GROUP_COLUMN_NAME = re.compile(
     r"s?([ _-]?(id|no|nr|number|name))?",
     re.IGNORECASE,
 )
+
+Features = dict[str, Any]  # type of each column, as in `datasets`
+
+
+# Images and labels --------------------------------------------------------------------------------
+
+
+def find_image_column(
+    dataset: str,
+    features: Features,
+    column: str | None,
+    label_columns: Sequence[str] | None = None,
+) -> str:
+    """Find the column of images or image paths, which has no labels."""
+    excluded = label_columns or [name for name in features if name.lower() in LABEL_COLUMN_NAMES]
+    candidates = {name: each for name, each in features.items() if name not in excluded}
+    if column is None and len(candidates) == 1 < len(features):
+        return next(iter(candidates))
+    return find_column("image", column, candidates, is_image_feature, IMAGE_COLUMN_NAMES, dataset)
+
+
+def find_label_columns(
+    dataset: str, tables: Mapping[str, Any], columns: Sequence[str] | None
+) -> list[str]:
+    """Find the label columns, which all splits must have."""
+    features = next(iter(tables.values())).features
+    names = [
+        find_column("label", name, features, get_declared_names, LABEL_COLUMN_NAMES, dataset)
+        for name in columns or (None,)
+    ]
+    for split, table in tables.items():
+        if missing := [name for name in names if name not in table.features]:
+            raise ValueError(
+                f"{dataset}: the split {split!r} has no labels in the column {missing[0]!r}. Set "
+                "`dataset` to the files of the other splits"
+            )
+    return names
+
+
+def find_column(
+    kind: str,
+    name: str | None,
+    features: Features,
+    has_matching_type: Callable[[Any], Any],
+    common_names: tuple[str, ...],
+    dataset: str,
+) -> str:
+    """Find the column of a kind.
+
+    It is the requested column, the only column of the matching type, or the first column with a
+    common name.
+    """
+    if name is not None and name not in features:
+        raise ValueError(f"{dataset} has no column {name!r}. Choose one of {', '.join(features)}")
+    if name is not None:
+        return name
+
+    matching_columns = [
+        column for column, feature in features.items() if has_matching_type(feature)
+    ]
+    if len(matching_columns) == 1:
+        return matching_columns[0]
+    column_by_name = {column.lower(): column for column in matching_columns or features}
+    for common_name in common_names:
+        if common_name in column_by_name:
+            return column_by_name[common_name]
+
+    raise ValueError(
+        f"{dataset}: cannot identify the {kind} column among {', '.join(features)}. Set "
+        f"`{kind}_column`, or write a table whose columns are separated by commas, semicolons, tabs "
+        "or bars"
+    )
+
+
+def is_image_feature(feature: Any) -> bool:
+    """Return whether a column with the type `feature` contains images and not paths."""
+    is_encoded = isinstance(feature, dict) and {"bytes", "path"} <= feature.keys()
+    return (
+        type(feature).__name__ == "Image"
+        or is_encoded
+        or getattr(feature, "dtype", None) == "binary"
+    )
+
+
+def read_labels(
+    tables: Mapping[str, Any],
+    columns: Sequence[str],
+    dataset: str,
+    separator: str | None = None,
+    label_names: Sequence[str] | None = None,
+) -> tuple[LabelSpace, dict[str, Any]]:
+    """Read the label columns of all splits: cells become label names, and names become indices.
+
+    Args:
+        tables: `datasets.Dataset` of each split.
+        columns: label columns. Several columns of 0 and 1 are classes, other ones are tasks.
+        dataset: name of the dataset in error messages.
+        separator: separator of several labels in one text.
+        label_names: names of all classes, if the dataset does not declare them.
+
+    Returns:
+        The label space, and the labels of each split in the format of its kind.
+
+    Raises:
+        ValueError: if a column contains no class labels, or a row has a label that is not a class.
+    """
+    kind: LabelKind = "multi_task" if len(columns) > 1 else "single_label_classification"
+    cells = {
+        column: {split: read_column(table, column) for split, table in tables.items()}
+        for column in columns
+    }
+    if len(columns) > 1 and all(
+        get_bit(cell) is not None for parts in cells.values() for cell in chain(*parts.values())
+    ):
+        kind = "multi_label_classification"
+        classes = {"labels": list(columns)}
+        names = {"labels": {split: name_columns(cells, split) for split in tables}}
+    else:
+        classes, names = {}, {}
+        for column, parts in cells.items():
+            features = {split: table.features[column] for split, table in tables.items()}
+            where = f"{dataset}: the column {column!r}"
+            classes[column], names[column], has_lists = read_label_names(
+                parts, features, where, separator, label_names
+            )
+            if has_lists and len(columns) > 1:
+                raise ValueError(
+                    f"{where} has lists, but several label columns require one label per image. "
+                    "Set one `label_column`, or omit `label_separator`"
+                )
+            if has_lists:
+                kind = "multi_label_classification"
+
+    # One label space for all splits, so an index is the same class in each of them.
+    space = LabelSpace(kind, classes)
+    labels = {}
+    for split in tables:
+        rows = {column: parts[split] for column, parts in names.items()}
+        labels[split] = space.index(rows, f"{dataset}, split {split!r}")
+    return space, labels
+
+
+def name_columns(
+    cells: Mapping[str, Mapping[str, list[Any]]], split: str
+) -> list[list[str] | None]:
+    """Name, for each row of a split, the columns that contain 1, true or True."""
+    rows = zip(*(parts[split] for parts in cells.values()), strict=True)
+    return [[name for name, cell in zip(cells, row, strict=True) if get_bit(cell)] for row in rows]
+
+
+def read_column(table: Any, column: str) -> list[Any]:
+    """Read all values of one column."""
+    return table.select_columns([column])[:][column]  # type: ignore[no-any-return]
+
+
+# Splits and groups --------------------------------------------------------------------------------
 
 
 def divide_by_column(

@@ -2,7 +2,7 @@
 
 Each dataset is converted to a named `datasets.DatasetDict`:
 
-    datasets.Dataset, DatasetDict         used unchanged; columns are selected as for files (labels.py)
+    datasets.Dataset, DatasetDict         used unchanged; columns are selected as for files (columns.py)
     pandas.DataFrame                      its columns, as in a table; images are paths or encoded bytes
     list of (image, label)                images: PIL images, arrays, tensors, encoded bytes or paths
     torch.utils.data.Dataset              items as in a list; images are read once and kept in memory as PNG

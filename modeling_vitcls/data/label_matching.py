@@ -10,7 +10,8 @@ from itertools import chain
 from typing import Any
 
 from ..runtime.errors import format_name_list
-from .labels import LabelSpace, normalize_name
+from .cells import normalize_name
+from .labels import LabelSpace
 
 
 PLACEHOLDER = re.compile(r"LABEL_\d+$")  # transformers' names of labels without names

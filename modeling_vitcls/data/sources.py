@@ -33,19 +33,20 @@ from ..model.fast_image_processing_vitcls import open_regular_file
 from ..model.heads_vitcls import IGNORED_LABEL
 from ..runtime.distributed import run_on_main
 from ..runtime.errors import format_error, is_disk_full, name_full_disk, warn_on_first_process
-from .columns import divide_by_column, find_unused_groups, read_groups
+from .columns import (
+    divide_by_column,
+    find_image_column,
+    find_label_columns,
+    find_unused_groups,
+    is_image_feature,
+    read_groups,
+    read_labels,
+)
 from .folder_layout import SPLIT_BY_FOLDER_NAME, SPLIT_ORDER
 from .image_folder import read_image_folder, scan_folder
 from .images import ADDRESS, ArrayImages, DatasetImages, LabeledImages, resolve_path
 from .in_memory import MEMORY_PREFIX, get_dataset
-from .labels import (
-    UNLABELED,
-    LabelSpace,
-    find_image_column,
-    find_label_columns,
-    is_image_feature,
-    read_labels,
-)
+from .labels import UNLABELED, LabelSpace
 from .options import DataOptions
 from .tables import read_table
 

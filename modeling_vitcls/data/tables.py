@@ -18,7 +18,7 @@ from typing import Any
 
 from ..model.fast_image_processing_vitcls import open_regular_file
 from ..runtime.errors import explain_damage, format_error
-from .labels import spell_label
+from .cells import spell_label
 
 
 SEPARATORS = {",": "comma", ";": "semicolon", "\t": "tab", "|": "bar"}

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from PIL import Image
 
+from ..data.columns import find_image_column
 from ..data.image_folder import (
     IMAGE_SUFFIXES,
     ROOT,
@@ -28,7 +29,6 @@ from ..data.image_folder import (
     scan_folder,
 )
 from ..data.images import DatasetImages, check_is_no_address, resolve_path
-from ..data.labels import find_image_column
 from ..data.options import DataOptions
 from ..data.sources import (
     build_images,

@@ -27,10 +27,11 @@ import torch
 from sklearn.model_selection import StratifiedKFold
 from threadpoolctl import threadpool_limits
 
+from ..data.cells import warn_about_similar_classes
 from ..data.image_folder import check_output_is_not_read
 from ..data.images import LabeledImages
 from ..data.label_matching import translate_labels
-from ..data.labels import LabelSpace, get_label_space, warn_about_similar_classes
+from ..data.labels import LabelSpace, get_label_space
 from ..data.sources import Splits, load_splits
 from ..data.splits import (
     TrainingData,

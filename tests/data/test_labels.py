@@ -9,14 +9,9 @@ import datasets
 import pytest
 from helpers.tiny_models import raises_one_line
 
-from modeling_vitcls.data.labels import (
-    LabelSpace,
-    find_image_column,
-    get_label_space,
-    is_multi_label,
-    read_labels,
-    read_names,
-)
+from modeling_vitcls.data.cells import read_names
+from modeling_vitcls.data.columns import find_image_column, read_labels
+from modeling_vitcls.data.labels import LabelSpace, get_label_space, is_multi_label
 from modeling_vitcls.model.configuration_vitcls import ViTCLSConfig
 
 
