@@ -194,6 +194,11 @@ def test_a_link_within_the_repository_becomes_an_address(
     assert "%" not in capsys.readouterr().err  # progress bars
 
 
+def test_a_missing_model_has_an_unknown_license(hub: LocalHub) -> None:
+    assert find_provenance("ann/nothing") == Provenance("ann/nothing", base_model="ann/nothing")
+    assert find_provenance("no id at all") == Provenance("no id at all")
+
+
 def test_without_a_network_the_cache_is_used(
     hub: LocalHub, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -53,3 +53,11 @@ def test_images_that_are_all_wrong_make_all_labels_equally_probable() -> None:
     logits = 30 * np.eye(2)
     probabilities = softmax(logits / fit_temperature(logits, np.array([1, 0])), axis=1)
     np.testing.assert_allclose(probabilities, 0.5, atol=1e-4)
+
+
+@pytest.mark.parametrize(("scale", "limit"), [(-30, 20), (1e-12, -20)])
+def test_the_temperature_has_limits(scale: float, limit: float) -> None:
+    """No temperature is the best one of images that are all wrong, or have tiny logits."""
+    labels = np.arange(14) % 2
+    fitted = fit_temperature(scale * np.eye(2)[labels], labels)
+    assert np.log(fitted) == pytest.approx(limit, abs=1e-3)

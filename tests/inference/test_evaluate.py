@@ -5,6 +5,7 @@ equal those of one process.
 """
 
 import csv
+import re
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from helpers.evaluation_worker import (
     NUM_IMAGES,
     SIZES,
     SPACES,
+    UNREADABLE,
     build_classifier,
     build_labeled_images,
     evaluate_digits,
@@ -74,6 +76,12 @@ def test_two_processes_equal_one(by_one_process: dict[str, Any], two_process_fol
                 name,
                 key,
             )
+
+
+def test_only_the_main_process_prints(two_process_folder: Path) -> None:
+    printed = (two_process_folder / "stdout").read_text(encoding="utf-8")
+    assert re.findall(r"'(\d+)\.png'", printed) == [*map(str, UNREADABLE)] * 2  # two evaluators
+    assert printed.count("Confusions, most frequent: ") == 1
 
 
 # Saved models -------------------------------------------------------------------------------------

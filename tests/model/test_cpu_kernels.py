@@ -6,6 +6,7 @@ Every switch disables them, and unsupported cases are computed by plain PyTorch.
 import copy
 import pickle
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -291,6 +292,24 @@ def compute_derivatives(layer: nn.Module, inputs: torch.Tensor) -> list[torch.Te
 def test_attention_in_bfloat16_is_computed_in_chunks() -> None:
     fast, _ = build_models()
     assert SDPA not in list_operators(fast.bfloat16(), build_images().bfloat16())
+
+
+@pytest.mark.parametrize(
+    ("dtype", "fields", "inputs"),
+    [
+        (torch.float32, {}, {}),
+        (torch.bfloat16, {}, {"attention_mask": torch.arange(34).view(2, 17) < 33}),
+        (torch.bfloat16, {"attention_probs_dropout_prob": 0.1}, {}),
+        (torch.bfloat16, {"num_register_tokens": 1184}, {}),
+    ],
+    ids=["float32", "mask", "dropout", "1201 keys"],
+)
+@torch.no_grad()
+def test_sdpa_computes_what_chunks_do_not(
+    dtype: torch.dtype, fields: dict[str, Any], inputs: dict[str, Any]
+) -> None:
+    model = build_models(**fields)[0].to(dtype).train()
+    assert SDPA in list_operators(partial(model, **inputs), build_images().to(dtype))
 
 
 # Transformations ----------------------------------------------------------------------------------

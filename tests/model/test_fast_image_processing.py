@@ -182,3 +182,15 @@ def test_other_settings_use_the_slow_path(settings: dict[str, Any]) -> None:
         found = processor(build_example_images()["jpeg"], return_tensors="pt")["pixel_values"]
         assert torch.equal(found, run_slow_path(processor, build_example_images()["jpeg"]))
     assert processor._checked_settings is None
+
+
+def test_methods_of_a_subclass_are_called() -> None:
+    class Brighter(ViTCLSImageProcessor):
+        def rescale_and_normalize(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+            return super().rescale_and_normalize(*args, **kwargs) + 1
+
+    image = build_example_images()["jpeg"]
+    plain, brighter = ViTCLSImageProcessor(size=32), Brighter(size=32)
+    for _ in range(2):  # the second call could use the fast path
+        expected = plain(image, return_tensors="pt")["pixel_values"] + 1
+        assert torch.equal(brighter(image, return_tensors="pt")["pixel_values"], expected)

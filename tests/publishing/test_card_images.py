@@ -27,3 +27,9 @@ def test_each_task_has_a_matrix_unless_no_image_was_counted(tmp_path: Path) -> N
 
     write_card_images(tmp_path / "new", build_tiny_config(), {})
     assert not (tmp_path / "new").exists()
+
+
+def test_the_sheet_of_a_photo_is_an_image_of_the_card(tmp_path: Path) -> None:
+    sheet = Image.new("RGB", (30, 20), "red")
+    write_card_images(tmp_path, build_tiny_config(), {}, sheet)
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "images" / "attention.png")), sheet)

@@ -169,6 +169,19 @@ def copy_and_change(source: Path, folder: Path, name: str) -> Path:
     return folder
 
 
+def test_the_certificate_lists_what_was_compared(digits: Path, with_parity: Path) -> None:
+    certificate = read_json(with_parity / "certificate.json")
+    tensors = load_file(digits / "model.safetensors")
+    assert certificate["weights_sha256"] == hash_weights(with_parity)
+    assert certificate["tensors_sha256"].keys() == tensors.keys()
+    assert certificate["num_tensors"] == len(tensors)
+    assert certificate["num_images"] == NUM_IMAGES
+    compared = [(row["batch_size"], row["num_images"]) for row in certificate["passes"]]
+    assert compared[:3] == [(16, NUM_IMAGES), (3, 48), (1, 16)]
+    for row in certificate["passes"]:
+        assert set(row["logits_sha256"]) == {"logits", "cls_logits"}
+
+
 def test_verify_unchanged_exits_with_1_on_a_changed_weight(
     digits: Path, with_parity: Path, tmp_path: Path
 ) -> None:
