@@ -11,8 +11,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import timm
 import torch
 import transformers
+from helpers.command_in_process import run_here
 from helpers.fresh_processes import run_fresh
 from helpers.local_hub import LocalHub, Token
 from helpers.scripts_in_process import run_in_process
@@ -20,6 +22,8 @@ from helpers.source_checkpoints import SIZES, save_checkpoint
 from helpers.tiny_models import raises_one_line, save_classifier
 from huggingface_hub import HfApi
 from huggingface_hub.utils import _http as hub_http
+from PIL import Image
+from safetensors.torch import save_file
 
 import modeling_vitcls as vitcls
 from modeling_vitcls.hub import loading
@@ -209,6 +213,21 @@ def test_temporary_failures_are_retried(hub: LocalHub) -> None:
     assert Path(get_model_folder("ann/model"), "model.safetensors").read_bytes() == b"weights"
 
 
+@pytest.mark.parametrize(
+    ("status", "is_temporary"), [(429, True), (500, True), (503, True), (401, False), (404, False)]
+)
+def test_only_errors_that_may_pass_are_retried(
+    hub: LocalHub, tmp_path: Path, status: int, is_temporary: bool
+) -> None:
+    """Each error occurs once: the second request would succeed."""
+    files = save_classifier(tmp_path / "model").iterdir()
+    hub.create("ann/vit", private=False, files={file.name: file.read_bytes() for file in files})
+    hub.fail("GET", "/api/models/ann/vit", status)
+    Image.new("RGB", (32, 32)).save(tmp_path / "photo.png")
+    exit_status = run_here("predict", "--model", "ann/vit", str(tmp_path / "photo.png"))
+    assert exit_status == (0 if is_temporary else 1)
+
+
 def test_a_silent_hub_times_out(hub: LocalHub, monkeypatch: pytest.MonkeyPatch) -> None:
     """A server accepts connections but never responds."""
     monkeypatch.setattr(loading, "TIMEOUT", 0.5)
@@ -280,6 +299,30 @@ def test_pickled_weights_are_downloaded_only_if_there_are_no_others(
         "preprocessor_config.json",
         *shards,
     }
+
+
+def test_an_old_revision_of_pickled_weights_is_downloaded(hub: LocalHub) -> None:
+    files = {"config.json": b"{}", "pytorch_model.bin": b"pickled"}
+    repository = hub.create("ann/old", private=False, files=files)
+    old = repository.branches["main"]
+    repository.commit("main", "newer", {"config.json": hub.store("config.json", b"{}")})
+    folder = Path(loading.get_external_model_folder(f"ann/old@{old}"))
+    assert (folder / "pytorch_model.bin").read_bytes() == b"pickled"
+    assert get_cached_commit(str(folder)) == old
+    newest = Path(loading.get_external_model_folder("ann/old"))
+    assert not (newest / "pytorch_model.bin").exists()
+
+
+def test_a_file_replaces_the_weights_of_timm(tmp_path: Path) -> None:
+    """The published weights of this model are in Flax's format, which the file is not."""
+    weights = randomize_weights(timm.create_model("vit_tiny_patch16_224")).state_dict()
+    save_file(weights, tmp_path / "mine@2.safetensors")
+    name = f"vit_tiny_patch16_224@{tmp_path / 'mine@2.safetensors'}"
+    model, commit = loading.load_timm_model(name)
+    assert commit is None
+    assert model.state_dict().keys() == weights.keys()
+    for parameter, values in model.state_dict().items():
+        assert torch.equal(values, weights[parameter])
 
 
 def test_incomplete_cached_models_are_not_used(

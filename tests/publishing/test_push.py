@@ -17,8 +17,9 @@ from helpers.tiny_models import (
     raises_one_line,
     save_with_processor,
 )
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, get_session
 from huggingface_hub.utils import _http as hub_http
+from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
 
 import modeling_vitcls as vitcls
 from modeling_vitcls.hub import connection
@@ -92,6 +93,7 @@ def replace_weights(folder: Path) -> None:
 
 
 def test_a_push_is_one_commit_of_the_model_files(hub: LocalHub, folder: Path) -> None:
+    before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
     pushed = push_folder(ModelFolder(folder), "ann/model")
     repository = hub.repositories["ann/model"]
     assert len(repository.commits) == 2
@@ -100,6 +102,9 @@ def test_a_push_is_one_commit_of_the_model_files(hub: LocalHub, folder: Path) ->
     licenses = {".gitattributes", "CODE_LICENSE", "LICENSE"}
     assert set(hub.files("ann/model")) == licenses | MODEL_FILES | set(accompanying.split())
     assert hub.files("ann/model")[WEIGHTS].is_lfs
+    for name in MODEL_FILES | {"LICENSE", "results.json"}:
+        assert hub.read("ann/model", name) == before[folder / name]
+    assert {file: file.read_bytes() for file in before} == before
     assert push_folder(ModelFolder(folder), "ann/model").commit == pushed.commit  # nothing changed
 
 
@@ -483,6 +488,17 @@ def test_another_push_in_the_meantime_is_noticed(
     assert hub.count_requests("POST", "/commit/") == 3
     assert hub.repositories["ann/model"].branches["main"] == pushed.commit
     assert set(hub.files("ann/model")) >= MODEL_FILES | {"notes.md"}
+
+
+def test_a_failed_push_leaves_the_client_as_it_was(hub: LocalHub, folder: Path) -> None:
+    """A caller's later downloads have the caller's timeout and progress bars."""
+    enable_progress_bars()  # commands in this process turn them off
+    before = get_session().timeout
+    hub.fail("POST", "/commit/", 403)
+    with raises_one_line("HTTP 403", error=PushError):
+        push_folder(ModelFolder(folder), "ann/model")
+    assert get_session().timeout == before
+    assert not are_progress_bars_disabled()
 
 
 def test_a_failed_push_prints_the_command_that_completes_it(hub: LocalHub, folder: Path) -> None:
