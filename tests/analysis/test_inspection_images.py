@@ -66,6 +66,8 @@ def test_labels_of_a_dataset_are_the_indices_of_the_model() -> None:
         open_for(build_named_classifier(names), dataset="digits")
         for names in (DIGITS, DIGITS[1:] + DIGITS[:1])
     )
+    assert found.labels is not None
+    assert other.labels is not None
     assert list(other.labels) == [(label - 1) % 10 for label in found.labels]
     assert found.names[:2] == ["digits 0", "digits 1"]
     assert len(found.names) == len(found.images) == len(found.labels)

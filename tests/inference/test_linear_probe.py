@@ -41,6 +41,7 @@ def test_the_estimate_is_that_of_new_images() -> None:
     for seed in range(4):
         probe = LinearProbe().fit(*draw_images(120, seed))
         features, labels = draw_images(2000, 100 + seed)
+        assert probe.estimate_ is not None
         accuracy = probe.score(features, labels)
         low, high = probe.estimate_.interval
         assert low <= accuracy <= high
@@ -56,6 +57,7 @@ def test_images_of_a_group_are_predicted_without_their_copies() -> None:
     copies = {token: np.concatenate([each, each]) for token, each in noise.items()}
     both = np.concatenate([labels, labels])
     probe = LinearProbe().fit(copies, both, groups=np.arange(80) % 40)
+    assert probe.estimate_ is not None
     assert probe.estimate_.accuracy < 0.8
 
 

@@ -54,6 +54,7 @@ def test_statistics_are_saved_and_loaded_with_the_weights(tmp_path: Path) -> Non
     loaded = ViTCLSForImageClassification.from_pretrained(tmp_path).eval()
     assert torch.equal(loaded(images[:4]).distance, model(images[:4]).distance)
     stored = ClassStatistics.from_model(loaded)
+    assert stored is not None
     np.testing.assert_allclose(stored.means[0], statistics.means[0], rtol=1e-5)
 
 

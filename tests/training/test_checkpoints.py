@@ -91,6 +91,7 @@ def test_a_checkpoint_comes_back_to_the_bit(store: CheckpointStore) -> None:
     ]
 
     checkpoint = store.load_newest(pytest.fail)
+    assert checkpoint is not None
     assert checkpoint.step == 7
     assert json.dumps(checkpoint.metadata) == json.dumps(facts)
 
@@ -226,6 +227,7 @@ def test_nothing_is_unpickled(store: CheckpointStore, tmp_path: Path) -> None:
     (store.get_folder(10) / "state.json").write_text(format_state(state), encoding="utf-8")
     checkpoint = store.load_newest(pytest.fail)
 
+    assert checkpoint is not None
     with pytest.raises(DamagedCheckpointError, match=r"(?i)header"):
         checkpoint.load_tensors("model")
     assert not ran.exists()
