@@ -148,7 +148,8 @@ def read_answer(row: dict[str, Any], columns: Any, task: str) -> tuple[str, dict
         [row[pair[index]] for pair in columns.column_pairs[task]] for index in range(2)
     )
     if has_several_labels(columns.heads[task]):  # in one pair of columns, which contain lists
-        (names,), (probabilities,) = names, probabilities
+        names = names[0]
+        probabilities = probabilities[0]
         answer = ", ".join(names) or NONE_OF_THESE
     else:
         answer = NONE_OF_THESE if row.get(name_column(task, "unknown")) else names[0]

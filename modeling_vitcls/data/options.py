@@ -89,10 +89,8 @@ class AugmentationOptions(Options):
             "above 0 and at most 1",
         )
         for name, value in (self.augment or {}).items():
-            is_number = isinstance(value, int | float)
-            if not is_number or not 0 <= value <= LARGEST_AUGMENT.get(name, -1):
-                limits = ", ".join(
-                    f"{each} (to {LARGEST_AUGMENT[each]})" for each in LARGEST_AUGMENT
-                )
+            is_known = name in LARGEST_AUGMENT and isinstance(value, int | float)
+            if not is_known or not 0 <= value <= LARGEST_AUGMENT[name]:
+                limits = ", ".join(f"{each} (to {most})" for each, most in LARGEST_AUGMENT.items())
                 raise ValueError(f"`augment` has {name}={value}, but it takes {limits}")
         check_minimum(self, 0, "mixup", "cutmix")

@@ -147,9 +147,11 @@ class ModelFolder:
             # as in folders that Trainer or PEFT wrote, which save only the model
             config = self.config
             height, width = config.image_height_width
-            mean, std = [[0.5] * config.num_channels] * 2
             is_rgb = config.num_channels == 3
-            settings: Any = {} if is_rgb else {"image_mean": mean, "image_std": std}
+            settings: dict[str, Any] = {}
+            if not is_rgb:
+                settings["image_mean"] = [0.5] * config.num_channels
+                settings["image_std"] = [0.5] * config.num_channels
             warn_on_first_process(
                 f"{self.source} has no {PROCESSOR_FILE}: images are resized to {height} x {width} "
                 "pixels and normalized with the defaults. If the model was trained with another "

@@ -29,8 +29,9 @@ from .intervals import Estimate, estimate_after_choice
 
 
 NUM_LAST_LAYERS = 4  # of the largest candidate
+NUM_FOLDS = 5
+NUM_FOLDS_OF_FEW = 10
 FEW_IMAGES = 1000  # up to which ten folds are run
-NUM_FOLDS, NUM_FOLDS_OF_FEW = 5, 10
 KNOWN_RECALL = 0.95  # fraction of training images within the distance threshold
 MIN_DISTANCE_IMAGES = 100  # with fewer, a handful of images would decide the threshold
 POOLING_TEXTS = {

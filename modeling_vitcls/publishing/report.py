@@ -38,10 +38,11 @@ from .wrong_photos import (
 
 
 NUM_SHOWN_IMAGES = 6  # number of photos
-# Maximum and minimum number of images for the statistics, which take at most MAX_STATISTICS_FLOPS
-# floating-point operations unless there are only MIN_STATISTICS_IMAGES images
-NUM_STATISTICS_IMAGES, MIN_STATISTICS_IMAGES = 64, 16
+# The statistics take at most MAX_STATISTICS_FLOPS floating-point operations, unless there are only
+# MIN_STATISTICS_IMAGES images.
 MAX_STATISTICS_FLOPS = 2e11
+NUM_STATISTICS_IMAGES = 64  # maximum
+MIN_STATISTICS_IMAGES = 16
 
 
 def write_report(folder: ModelFolder, warn: Callable[[str], None]) -> str | None:

@@ -23,8 +23,10 @@ from .distributed_state import reshard
 
 MIN_IMAGES = 100  # minimum number of images for a temperature
 MIN_ERROR_IMAGES = 100  # with fewer images, a calibration error is mostly noise
-# images that a temperature is fitted to
-CROSS_VALIDATION, SELECTION, HELD_OUT = "cross-validation", "selection", "held-out"
+# Images that a temperature is fitted to.
+CROSS_VALIDATION = "cross-validation"
+SELECTION = "selection"
+HELD_OUT = "held-out"
 ERROR_METRICS = ("calibration_error", "calibration_error_by_chance")  # with the temperature
 
 
