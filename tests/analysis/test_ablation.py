@@ -139,14 +139,18 @@ def test_an_effect_has_its_size_and_its_intervals() -> None:
     after = list(torch.tensor([[2.0, 0.0], [4.0, 2.0]]))
 
     found = compute_effect(before, after, has_several_labels=False)
-    assert (found.changed, found.size, found.num_images) == (0.5, 2.0, 2)
+    assert found.changed == 0.5
+    assert found.size == 2.0
+    assert found.num_images == 2
     assert found.changed_interval == pytest.approx((0.0945, 0.9055), abs=1e-4)  # Wilson
     assert found.interval == pytest.approx((0.0, 8**0.5))
     assert found.is_measurable
     assert not found.is_beyond_limit
 
     same = compute_effect(before, before, has_several_labels=False)
-    assert (same.changed, same.size, same.is_measurable) == (0.0, 0.0, False)
+    assert same.changed == 0.0
+    assert same.size == 0.0
+    assert not same.is_measurable
 
 
 def test_rounding_errors_of_constant_logits_are_no_effect() -> None:

@@ -104,7 +104,8 @@ def test_the_page_names_the_commit_of_a_model_on_the_hub(
     found = json.loads(figures.read_text())
     assert f"<code>{commit.name}</code>" in text
     assert str(tmp_path) not in text
-    assert (found["model"], found["commit"]) == ("ann/pets", commit.name)
+    assert found["model"] == "ann/pets"
+    assert found["commit"] == commit.name
     assert [fault for fault in found["faults"] if "not moved" in fault] == [
         "register 1: not moved by training, which moved others"
     ]

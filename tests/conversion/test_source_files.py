@@ -288,7 +288,8 @@ def test_tips_files_are_exact_if_their_family_is_known(tmp_path: Path) -> None:
     torch.testing.assert_close(outputs.pooler_output, expected[:, 0], atol=LIMIT, rtol=LIMIT)
 
     processor = source.convert_preprocessing()[0]
-    assert (list(processor.image_mean), list(processor.image_std)) == ([0] * 3, [1] * 3)
+    assert list(processor.image_mean) == [0] * 3
+    assert list(processor.image_std) == [1] * 3
     assert dict(processor.size) == {"height": GRID * PATCH, "width": GRID * PATCH}
 
     with raises_one_line("`family`", "tips", "dinov2", error=ConversionError):

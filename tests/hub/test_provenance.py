@@ -110,7 +110,8 @@ def test_missing_metadata_stays_unknown(tmp_path: Path, card: str) -> None:
 
 def test_timm_weights_have_their_license() -> None:
     found = find_provenance("timm:vit_small_patch16_dinov3.lvd1689m")
-    assert (found.license, found.license_name) == ("other", "dinov3-license")
+    assert found.license == "other"
+    assert found.license_name == "dinov3-license"
     assert (
         found.license_link == "https://ai.meta.com/resources/models-and-libraries/dinov3-license/"
     )
@@ -174,11 +175,9 @@ def test_a_model_on_the_hub_passes_its_license_on(
     hub: LocalHub, tmp_path: Path, source: str
 ) -> None:
     found = find_provenance(source)
-    assert (found.name, found.base_model, found.license_name) == (
-        "ann/dinov3",
-        "ann/dinov3",
-        "dinov3-license",
-    )
+    assert found.name == "ann/dinov3"
+    assert found.base_model == "ann/dinov3"
+    assert found.license_name == "dinov3-license"
     assert found.license_link == "LICENSE.md"
     found.copy_to(tmp_path)
     assert (tmp_path / "LICENSE.md").read_text() == "the text"

@@ -130,16 +130,15 @@ UNDOCUMENTED = {"_skip_validation", "keys_to_ignore_at_inference", "base_model_f
 def test_presets_have_the_published_sizes(name: str, parameters: int) -> None:
     with torch.device("meta"):
         model = ViTCLSForImageClassification(ViTCLSConfig.from_preset(name, num_labels=1000))
-    assert (model.num_parameters(), model.config.head_dim) == (parameters, 64)
+    assert model.num_parameters() == parameters
+    assert model.config.head_dim == 64
 
 
 def test_presets_accept_overrides_and_names_of_the_command_line() -> None:
     config = ViTCLSConfig.from_preset("vitcls-tiny", hidden_size=96, num_register_tokens=4)
-    assert (config.hidden_size, config.num_attention_heads, config.num_register_tokens) == (
-        96,
-        3,
-        4,
-    )
+    assert config.hidden_size == 96
+    assert config.num_attention_heads == 3
+    assert config.num_register_tokens == 4
     assert ViTCLSConfig(num_channels=100_000).num_channels == 100_000  # the largest value
     with raises_one_line("huge", "tiny, small, base, large"):
         ViTCLSConfig.from_preset("huge")
@@ -220,7 +219,8 @@ def test_an_unknown_field_of_a_file_is_kept_and_reported(tmp_path: Path) -> None
     with CaptureLogger(logging.get_logger("modeling_vitcls.model.configuration_vitcls")) as logs:
         config = ViTCLSConfig.from_pretrained(tmp_path)
     assert "num_regster_tokens" in logs.out
-    assert (config.num_regster_tokens, config.num_register_tokens) == (4, 0)
+    assert config.num_regster_tokens == 4
+    assert config.num_register_tokens == 0
     config, _ = ViTCLSConfig.from_pretrained(tmp_path, return_unused_kwargs=True)  # as models do
     assert config.num_regster_tokens == 4
 
@@ -248,7 +248,8 @@ def test_loading_keywords_of_transformers_are_not_fields(tmp_path: Path) -> None
 def test_overrides_at_load_are_validated_together(tmp_path: Path) -> None:
     build_tiny_config().save_pretrained(tmp_path)
     config = ViTCLSConfig.from_pretrained(tmp_path, num_cls_tokens=0, pooling="mean")
-    assert (config.num_cls_tokens, config.pooling) == (0, "mean")
+    assert config.num_cls_tokens == 0
+    assert config.pooling == "mean"
     with raises_one_line("num_cls_tokens=1"):
         ViTCLSConfig.from_pretrained(tmp_path, num_cls_tokens=0)
     with raises_one_line("pooling"):
@@ -259,18 +260,18 @@ def test_stored_labels_are_kept_until_their_number_or_names_change(tmp_path: Pat
     ViTCLSConfig(id2label={0: "cat", 1: "dog"}).save_pretrained(tmp_path)
     kept = ViTCLSConfig.from_pretrained(tmp_path)
 
-    assert (kept.id2label, kept.label2id, kept.num_labels) == (
-        {0: "cat", 1: "dog"},
-        {"cat": 0, "dog": 1},
-        2,
-    )
+    assert kept.id2label == {0: "cat", 1: "dog"}
+    assert kept.label2id == {"cat": 0, "dog": 1}
+    assert kept.num_labels == 2
     assert ViTCLSConfig.from_pretrained(tmp_path, num_labels=2).id2label == {0: "cat", 1: "dog"}
 
     more = ViTCLSConfig.from_pretrained(tmp_path, num_labels=4)
-    assert (more.num_labels, len(more.label2id)) == (4, 4)
+    assert more.num_labels == 4
+    assert len(more.label2id) == 4
 
     renamed = ViTCLSConfig.from_pretrained(tmp_path, id2label={0: "a", 1: "b", 2: "c"})
-    assert (renamed.num_labels, renamed.label2id) == (3, {"a": 0, "b": 1, "c": 2})
+    assert renamed.num_labels == 3
+    assert renamed.label2id == {"a": 0, "b": 1, "c": 2}
 
 
 def test_stored_stages_apply_to_the_stored_number_of_layers_only(tmp_path: Path) -> None:
@@ -286,7 +287,8 @@ def test_stored_stages_apply_to_the_stored_number_of_layers_only(tmp_path: Path)
     ]
     for num_layers in (1, 3):
         config = ViTCLSConfig.from_pretrained(tmp_path, num_hidden_layers=num_layers)
-        assert (config.out_features, config.out_indices) == ([f"stage{num_layers}"], [num_layers])
+        assert config.out_features == [f"stage{num_layers}"]
+        assert config.out_indices == [num_layers]
         assert config.stage_names == ["stem", "stage1", "stage2", "stage3"][: num_layers + 1]
 
 
@@ -334,11 +336,10 @@ def test_saved_and_loaded_configs_are_equal(fields: dict[str, Any], tmp_path: Pa
     for loaded in (ViTCLSConfig.from_pretrained(tmp_path), AutoConfig.from_pretrained(tmp_path)):
         assert isinstance(loaded, ViTCLSConfig)
         assert _comparable(loaded) == _comparable(config)
-        assert (loaded.num_labels, loaded.label2id) == (config.num_labels, config.label2id)
-        assert (loaded.out_features, loaded.out_indices) == (
-            config.out_features,
-            config.out_indices,
-        )
+        assert loaded.num_labels == config.num_labels
+        assert loaded.label2id == config.label2id
+        assert loaded.out_features == config.out_features
+        assert loaded.out_indices == config.out_indices
 
 
 def test_tasks_are_ordered_by_name() -> None:
@@ -397,7 +398,8 @@ def test_defaults_and_none_are_not_saved_except_sizes(tmp_path: Path) -> None:
         "image_size": 224,
         "pooling": "cls",
     }.items() <= stored.items()
-    assert (stored["num_register_tokens"], stored["qkv_bias"]) == (2, False)
+    assert stored["num_register_tokens"] == 2
+    assert stored["qkv_bias"] is False
     assert None not in stored.values()
     assert stored["auto_map"] == AUTO_MAP
     assert not {"position_antialias", "rope_theta", "pooled_layers", "layer_type"} & stored.keys()

@@ -50,8 +50,10 @@ def test_a_space_shows_a_commit_of_a_model(hub: LocalHub, tmp_path: Path) -> Non
     assert f"COMMIT = '{first}'\n" in space["app.py"]
 
     card = SpaceCard(space["README.md"]).data
-    assert (card.sdk, card.sdk_version) == ("gradio", importlib.metadata.version("gradio"))
-    assert (card.models, card.app_file) == (["ann/mine"], "app.py")
+    assert card.sdk == "gradio"
+    assert card.sdk_version == importlib.metadata.version("gradio")
+    assert card.models == ["ann/mine"]
+    assert card.app_file == "app.py"
 
     run(SpaceOptions("ann/mine", output=tmp_path / "space"))
     assert f"COMMIT = '{newest}'\n" in (tmp_path / "space" / "app.py").read_text()

@@ -198,14 +198,13 @@ def test_max_steps_replace_the_epochs() -> None:
 
 def test_only_a_preset_has_random_weights(tmp_path: Path) -> None:
     preset = resolve_initial_model("vitcls-tiny")
-    assert (preset.folder, preset.config.hidden_size, preset.has_random_weights) == (
-        None,
-        192,
-        True,
-    )
+    assert preset.folder is None
+    assert preset.config.hidden_size == 192
+    assert preset.has_random_weights
     assert "preset" in str(resolve_defaults(build_options(), preset, 9)[1]["weights"])
     trained = tmp_path / "trained"
     save_with_processor(ViTCLSForImageClassification(build_tiny_config()), trained)
     checkpoint = resolve_initial_model(str(trained))
-    assert (checkpoint.config.hidden_size, checkpoint.has_random_weights) == (16, False)
+    assert checkpoint.config.hidden_size == 16
+    assert not checkpoint.has_random_weights
     assert resolve_defaults(build_options(), checkpoint, 9)[1]["weights"] is None

@@ -152,7 +152,9 @@ def test_the_loss_scaler_is_resumed(store: CheckpointStore) -> None:
     scatter_state(checkpoint, accelerator, model, optimizer)
     state = accelerator.scaler.state_dict()
 
-    assert (state["scale"], state["growth_interval"], state["_growth_tracker"]) == (512.5, 5, 3)
+    assert state["scale"] == 512.5
+    assert state["growth_interval"] == 5
+    assert state["_growth_tracker"] == 3
 
 
 # FSDP2 --------------------------------------------------------------------------------------------

@@ -113,7 +113,8 @@ def test_run_leaves_results_of_every_held_out_image(recipe_run: Path) -> None:
     assert results["num_images"] == NUM_HELD_OUT_COLORS
     assert results["selection_metric"] == "accuracy"
     assert results["weights_sha256"] == hash_weights(recipe_run)
-    assert (results["num_training_images"], results["steps"]) == (46 - NUM_HELD_OUT_COLORS - 8, 7)
+    assert results["num_training_images"] == 46 - NUM_HELD_OUT_COLORS - 8
+    assert results["steps"] == 7
     assert results["token_layout"] == {"cls": 2, "distillation": 1, "registers": 2, "patches": 16}
     assert results["versions"]["torch"] == torch.__version__
     records = read_metrics(recipe_run)
@@ -214,7 +215,8 @@ def test_several_labels_per_image_are_learned(tasks: Path, tmp_path: Path) -> No
     options = {"label_column": ("tags",), "label_separator": "|", "max_steps": 30}
     results = train(tmp_path, tasks, **options)
     assert results[results["selection_metric"]] == results["mean_average_precision"] == 1.0
-    assert (results["label_column"], results["label_separator"]) == (["tags"], "|")
+    assert results["label_column"] == ["tags"]
+    assert results["label_separator"] == "|"
     model = ViTCLSForImageClassification.from_pretrained(tmp_path)
     assert model.config.problem_type == "multi_label_classification"
     assert set(model.config.label2id) == {"all", "dusk", "noon"}
@@ -402,11 +404,9 @@ def test_trackers_get_metrics_with_their_steps_and_the_flags(tmp_path: Path) -> 
     assert [event.step for event in events.Scalars("loss")] == [1, 2, 3]
 
     flags = yaml.safe_load(next((tmp_path / "trackers").rglob("hparams.yml")).read_text())
-    assert (flags["learning_rate"], flags["log_with"], flags["group_column"]) == (
-        "0.003",
-        "tensorboard",
-        "unset",
-    )
+    assert flags["learning_rate"] == "0.003"
+    assert flags["log_with"] == "tensorboard"
+    assert flags["group_column"] == "unset"
 
 
 # Errors -------------------------------------------------------------------------------------------

@@ -261,7 +261,8 @@ def test_a_frozen_run_is_fitted_to_the_validation_split_and_measured_on_the_test
     options = replace(build_options(tmp_path / "run", encoder), dataset=str(tmp_path / "photos"))
     results = run_training(options)
     data = prepare_setup(options).data
-    assert (results["num_training_images"], results["split"]) == (60, "split 'test'")
+    assert results["num_training_images"] == 60
+    assert results["split"] == "split 'test'"
     parts = [data.train, data.selection]
     check_classifier(tmp_path / "run", results, parts, data.held_out.images)
     # no second copy of the weights

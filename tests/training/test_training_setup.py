@@ -117,15 +117,11 @@ def test_a_validation_split_selects_and_the_test_split_is_reported(tmp_path: Pat
         {split: dict.fromkeys(("dusk", "noon"), n) for split, n in counts.items()},
     )
     results = run_training(build_options(tmp_path / "run", data, max_steps=2, select="best"))
-    assert (results["split"], results["num_images"], results["dataset"]) == (
-        "split 'test'",
-        10,
-        "data",
-    )
-    assert (results["selection"]["images"], results["selection"]["num_images"]) == (
-        "split 'validation'",
-        6,
-    )
+    assert results["split"] == "split 'test'"
+    assert results["num_images"] == 10
+    assert results["dataset"] == "data"
+    assert results["selection"]["images"] == "split 'validation'"
+    assert results["selection"]["num_images"] == 6
 
 
 # Training on all images
@@ -136,7 +132,8 @@ def test_a_run_on_all_images_has_no_accuracy(tmp_path: Path, capsys: pytest.Capt
     data = replace(DIGITS, held_out_fraction=0.0)
     options = build_options(tmp_path / "run", data, max_steps=2, report=True)
     results = run_training(options)
-    assert (results["num_training_images"], results["num_images"]) == (300, 0)
+    assert results["num_training_images"] == 300
+    assert results["num_images"] == 0
     output = capsys.readouterr().out
 
     assert "accuracy" not in results
