@@ -26,7 +26,7 @@ in bfloat16. docs/speed.md lists the speedups.
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from itertools import chain, repeat
 from operator import contains
@@ -99,24 +99,13 @@ def can_use_cpu_kernels() -> bool:
 
 def uninstall_cpu_kernels(model: nn.Module) -> None:
     """Restore the plain classes of all modules in place."""
-    plain_classes = {kernel: plain for plain, kernel in KERNEL_CLASSES.items()}
     for module in model.modules():
-        module.__class__ = plain_classes.get(type(module), type(module))
-        vars(module).pop("derived", None)
+        if isinstance(module, CPUKernel):
+            module.__class__ = type(module).__bases__[-1]
 
 
 class CPUKernel(nn.Module):
-    """Base class of all CPU kernels.
-
-    Attributes:
-        derived: what a kernel found out about its module before. It is neither copied nor pickled.
-    """
-
-    derived: Any = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Return what is copied and pickled."""
-        return {name: value for name, value in vars(self).items() if name != "derived"}
+    """First base class of each kernel; the last one is the plain class."""
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a copied or pickled module, as a plain module where kernels cannot be used."""
@@ -167,12 +156,7 @@ class CPUMLP(CPUKernel, ViTCLSMLP):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Apply the MLP, [B, N, D] -> [B, N, D]."""
-        if (
-            not hidden_states.is_cpu
-            or is_capturing_graph()
-            or not can_fuse_gelu(self)
-            or not torch.backends.mkldnn.enabled
-        ):
+        if not hidden_states.is_cpu or must_be_plain() or not can_fuse_gelu(self):
             return super().forward(hidden_states)
 
         hidden_states = cast_for_autocast(hidden_states)
@@ -215,7 +199,16 @@ class LeanLayer(CPUKernel, ViTCLSLayer):
 
     A GPU computes a small model faster than Python calls its modules. What is unusual is left to
     the plain class.
+
+    Attributes:
+        usual: what `is_usual_layer` found out in an earlier pass. It is neither copied nor pickled.
     """
+
+    usual: tuple[Any, list[Any]] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what is copied and pickled."""
+        return {name: value for name, value in vars(self).items() if name != "usual"}
 
     def forward(
         self,
@@ -226,7 +219,7 @@ class LeanLayer(CPUKernel, ViTCLSLayer):
         **kwargs: Unpack[TransformersKwargs],
     ) -> Tensor:
         """Apply attention, then the MLP, and return all tokens or only the first `num_tokens`."""
-        if is_capturing_graph() or not is_usual_layer(self, kwargs):
+        if must_be_plain() or not is_usual_layer(self, kwargs):
             return super().forward(
                 hidden_states, attention_mask, position_embeddings, num_tokens, **kwargs
             )
@@ -294,18 +287,16 @@ def is_usual_layer(layer: LeanLayer, kwargs: Any) -> bool:
     parts = [*modules.values(), *attention._modules.values(), *mlp._modules.values()]
     # Every new hook has a new number. If none is new, what was found before is still true.
     state = (RemovableHandle.next_id, parts, [*map(type, parts)])
-    if layer.derived is None or layer.derived[0] != state:
+    if layer.usual is None or layer.usual[0] != state:
         is_usual = has_usual_parts(attention, mlp, parts)
-        layer.derived = (state, [*map(vars, parts)]) if is_usual else None
+        layer.usual = (state, [*map(vars, parts)]) if is_usual else None
     return (
-        layer.derived is not None
-        and not any(map(contains, layer.derived[1], repeat("forward")))
+        layer.usual is not None
+        and not any(map(contains, layer.usual[1], repeat("forward")))
         and kwargs.keys() <= {"num_items_in_batch"}  # Trainer's number of labels, for the loss
         and attention.recorder is None
         and attention.config._attn_implementation == "sdpa"
-        and bool(torch.backends.mkldnn.enabled)  # the switch that turns all kernels off
         and not (layer.training and modules["dropout"].p)
-        and not is_functorch_active()
     )
 
 
@@ -319,12 +310,7 @@ def has_usual_parts(attention: nn.Module, mlp: nn.Module, parts: Sequence[nn.Mod
         and type(mlp) in (CPUMLP, ViTCLSGLU)
         and {*map(type, linears)} == {CPULinear}
         and all(map(has_plain_parameters, linears))
-        and not has_global_hooks()
-        # transformers leaves hooks that record attention weights, which SDPA does not have
-        and all(
-            getattr(hook, "__module__", None) == capture_outputs.__module__
-            for hook in chain.from_iterable(map(list_hooks, parts))
-        )
+        and not has_hooks(parts)
     )
 
 
@@ -409,7 +395,7 @@ def normalize(norm: nn.Module, inputs: Tensor) -> Tensor:
 # Conditions ---------------------------------------------------------------------------------------
 def can_use_onednn(linear: nn.Linear | nn.Conv2d, inputs: Tensor) -> bool:
     """Check that oneDNN is faster and can be used: not under torch.func or a dispatch mode."""
-    if not inputs.is_cpu or is_capturing_graph() or not has_plain_parameters(linear):
+    if not inputs.is_cpu or must_be_plain() or not has_plain_parameters(linear):
         return False
     weight: Tensor = linear._parameters["weight"]  # type: ignore[assignment]
     min_multiplications = MIN_MULTIPLICATIONS.get((inputs.dtype, torch.is_grad_enabled()))
@@ -417,9 +403,8 @@ def can_use_onednn(linear: nn.Linear | nn.Conv2d, inputs: Tensor) -> bool:
         min_multiplications is not None
         and inputs.numel() * weight.shape[0] >= min_multiplications
         and weight.dtype == inputs.dtype
-        and bool(torch.backends.mkldnn.enabled)
         and inputs.dtype == get_matmul_dtype(inputs)  # False if autocast would change the dtype
-        and not (count_dispatch_modes() or is_functorch_active())
+        and not count_dispatch_modes()
     )
 
 
@@ -427,7 +412,8 @@ def can_fuse_gelu(mlp: ViTCLSMLP) -> bool:
     """Check that an MLP has only the exact GELU between `CPULinear` layers, and no hooks."""
     modules = (mlp.fc1, mlp.activation_fn, mlp.register_neurons, mlp.norm, mlp.fc2)
     has_classes = [type(module) for module in modules] == FUSED_CLASSES
-    return has_classes and not (has_global_hooks() or any(map(has_hooks, modules)))
+    has_forwards = any("forward" in vars(module) for module in modules)
+    return has_classes and not (has_forwards or has_hooks(modules))
 
 
 def has_plain_parameters(linear: nn.Linear | nn.Conv2d) -> bool:
@@ -437,9 +423,18 @@ def has_plain_parameters(linear: nn.Linear | nn.Conv2d) -> bool:
     return type(parameters.get("weight")) is nn.Parameter and "bias" in parameters
 
 
-def has_hooks(module: nn.Module) -> bool:
-    """Check for hooks or a replaced `forward`, which a fused kernel would skip."""
-    return bool(list_hooks(module)) or "forward" in module.__dict__
+def has_hooks(modules: Iterable[nn.Module]) -> bool:
+    """Check for hooks, which are not run if the modules are not called."""
+    # transformers leaves hooks that record attention weights, which SDPA does not have
+    return has_global_hooks() or any(
+        getattr(hook, "__module__", None) != capture_outputs.__module__
+        for hook in chain.from_iterable(map(list_hooks, modules))
+    )
+
+
+def must_be_plain() -> bool:
+    """Check for compilation, tracing, torch.func, and the switch that turns all kernels off."""
+    return is_capturing_graph() or not torch.backends.mkldnn.enabled or is_functorch_active()
 
 
 def is_capturing_graph() -> bool:
@@ -681,8 +676,7 @@ def can_chunk_attention(query: Tensor, key: Tensor) -> bool:
         and query.dtype == torch.bfloat16
         and query.is_cpu
         and key.shape[2] <= MAX_CHUNKED_KEYS
-        and not is_capturing_graph()
-        and bool(torch.backends.mkldnn.enabled)
+        and not must_be_plain()
     )
 
 
