@@ -13,7 +13,8 @@ They import only one another and public libraries.
     variants_vitcls.py                other layers and attentions, register neurons
     adaptation_vitcls.py              checkpoints with other special tokens or sizes; loading errors
     token_attention_vitcls.py         attention maps of the special tokens
-    cpu_kernels_vitcls.py             CPU kernels and lean layers, installed from outside
+    cpu_kernels_vitcls.py             modules that are faster on CPUs, installed from outside
+    lean_layers_vitcls.py             layers that leave out Python, installed from outside
     image_processing_vitcls.py        image processors with two backends
     fast_image_processing_vitcls.py   faster image processing with the same outputs
 

@@ -12,7 +12,8 @@ B images, N tokens, D channels. Every layer updates special tokens in the same w
 attention and register neurons are in variants_vitcls.py. Module names follow the ViT of
 transformers.
 
-This file contains no performance optimizations: cpu_kernels_vitcls.py installs faster modules.
+This file contains no performance optimizations: cpu_kernels_vitcls.py and lean_layers_vitcls.py
+install faster modules.
 """
 
 import math

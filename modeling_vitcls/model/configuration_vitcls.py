@@ -60,6 +60,7 @@ from .cpu_kernels_vitcls import *
 from .fast_image_processing_vitcls import *
 from .heads_vitcls import *
 from .image_processing_vitcls import *
+from .lean_layers_vitcls import *
 from .modeling_vitcls import *
 from .positions_vitcls import *
 from .token_attention_vitcls import *

@@ -12,7 +12,7 @@
 blocks_vitcls.py contains the embeddings and layers; heads_vitcls.py contains the poolers,
 classifiers and losses. Other files contain optional features: positions_vitcls.py (rotary),
 attention_masks_vitcls.py, variants_vitcls.py, adaptation_vitcls.py (different special tokens and
-sizes), token_attention_vitcls.py and cpu_kernels_vitcls.py.
+sizes), token_attention_vitcls.py, cpu_kernels_vitcls.py and lean_layers_vitcls.py.
 """
 
 import copy
@@ -63,6 +63,7 @@ from .heads_vitcls import (
     compute_masked_pixel_loss,
     sum_encoder_weights,
 )
+from .lean_layers_vitcls import install_lean_layers
 from .positions_vitcls import MixedRotaryEmbeddings, build_rotary_embeddings
 from .token_attention_vitcls import SPECIAL_TOKEN_GROUPS, LayerIndices, compute_token_attention
 from .variants_vitcls import (
@@ -201,9 +202,10 @@ class ViTCLSPreTrainedModel(AdaptableModel):
         super().__init__(config, *args, **kwargs)
 
     def post_init(self) -> None:
-        """Initialize the weights, and install the CPU kernels unless VITCLS_CPU_KERNELS is 0."""
+        """Initialize the weights, and install faster modules unless VITCLS_CPU_KERNELS is 0."""
         super().post_init()
         install_cpu_kernels(self)
+        install_lean_layers(self)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -25,9 +25,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers.models.vit.modeling_vit import eager_attention_forward
 
 from modeling_vitcls import ViTCLSForImageClassification
-from modeling_vitcls.model import cpu_kernels_vitcls
+from modeling_vitcls.model import cpu_kernels_vitcls, lean_layers_vitcls
 from modeling_vitcls.model.cpu_kernels_vitcls import (
-    KERNEL_CLASSES,
+    CPUKernel,
     CPULinear,
     attend_in_chunks,
     uninstall_cpu_kernels,
@@ -44,7 +44,6 @@ from .compare import (
 
 ONEDNN = "mkldnn::_linear_pointwise"
 SDPA = "aten::scaled_dot_product_attention"
-KERNELS = set(KERNEL_CLASSES.values())
 NUM_MODELS = 8  # number of models over which rounding errors are compared
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -68,7 +67,7 @@ each_variant = pytest.mark.parametrize("fields", VARIANTS.values(), ids=VARIANTS
 @pytest.fixture(autouse=True)
 def use_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Use the kernels for all sizes, wherever they are correct, even if they are not the fastest."""
-    monkeypatch.setattr(cpu_kernels_vitcls, "MIN_MULTIPLICATIONS_OF_KERNELS", 0)
+    monkeypatch.setattr(lean_layers_vitcls, "MIN_MULTIPLICATIONS_OF_KERNELS", 0)
     if cpu_kernels_vitcls.HAS_ONEDNN:
         for has_gradients in (False, True):
             monkeypatch.setitem(
@@ -106,7 +105,7 @@ def build_models(seed: int = 0, **fields: Any) -> tuple[Any, Any]:
 
 def count_kernels(model: nn.Module) -> int:
     """Return the number of modules that CPU kernels compute."""
-    return sum(type(module) in KERNELS for module in model.modules())
+    return sum(isinstance(module, CPUKernel) for module in model.modules())
 
 
 def list_operators(function: Callable[..., Any], *args: Any) -> set[str]:
@@ -364,7 +363,7 @@ def test_gradients_and_merged_weights_of_lora_equal_plain_pytorch(
     min_size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In one model, the terms of a rank-2 gradient may cancel; hence several models."""
-    monkeypatch.setattr(cpu_kernels_vitcls, "MIN_MULTIPLICATIONS_OF_KERNELS", min_size)
+    monkeypatch.setattr(lean_layers_vitcls, "MIN_MULTIPLICATIONS_OF_KERNELS", min_size)
     steps: list[list[Tensors]] = [[], []]
     for seed in range(NUM_MODELS):
         for results, model in zip(steps, build_models(seed), strict=True):

@@ -11,8 +11,9 @@ from helpers.tiny_models import build_images, build_tiny_config, randomize
 from torch import nn
 
 from modeling_vitcls import ViTCLSForImageClassification
-from modeling_vitcls.model import cpu_kernels_vitcls
-from modeling_vitcls.model.cpu_kernels_vitcls import is_usual_layer, uninstall_cpu_kernels
+from modeling_vitcls.model import lean_layers_vitcls
+from modeling_vitcls.model.cpu_kernels_vitcls import uninstall_cpu_kernels
+from modeling_vitcls.model.lean_layers_vitcls import is_usual_layer
 from scripts.benchmark import build_timm_vit
 from scripts.host_time import count_kernels
 
@@ -35,7 +36,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 @pytest.fixture(params=[True, False], ids=["cpu_kernels", "as_on_a_gpu"], autouse=True)
 def has_cpu_kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Run each test as with large images on a CPU, and with the operations that a GPU would run."""
-    monkeypatch.setattr(cpu_kernels_vitcls, "has_cpu_kernels", lambda inputs: request.param)
+    monkeypatch.setattr(lean_layers_vitcls, "has_cpu_kernels", lambda inputs: request.param)
     return request.param
 
 

@@ -1,0 +1,222 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Layers that leave out Python, on any device.
+
+install_lean_layers(model)      called by every model's constructor; replaces classes of layers
+
+"""
+
+from collections.abc import Sequence
+from itertools import repeat
+from operator import contains
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
+
+from .blocks_vitcls import ViTCLSGLU, ViTCLSLayer
+from .cpu_kernels_vitcls import (
+    CPUMLP,
+    CPUAttention,
+    CPUKernel,
+    CPULinear,
+    can_use_cpu_kernels,
+    has_hooks,
+    has_plain_parameters,
+    must_be_plain,
+)
+from .positions_vitcls import PositionEmbeddings, rotate_patches
+
+
+def install_lean_layers(model: nn.Module) -> None:
+    """Replace the class of layers in place, if kernels can be used."""
+    if not can_use_cpu_kernels():
+        return
+    for module in model.modules():
+        if type(module) is ViTCLSLayer:
+            module.__class__ = LeanLayer
+
+
+class LeanLayer(CPUKernel, ViTCLSLayer):
+    """ViTCLSLayer that calls operations instead of modules.
+
+    A GPU computes a small model faster than Python calls its modules. What is unusual is left to
+    the plain class.
+
+    Attributes:
+        usual: what `is_usual_layer` found out in an earlier pass. It is neither copied nor pickled.
+    """
+
+    usual: tuple[Any, list[Any]] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what is copied and pickled."""
+        return {name: value for name, value in vars(self).items() if name != "usual"}
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Any = None,
+        position_embeddings: PositionEmbeddings | None = None,
+        num_tokens: int | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> Tensor:
+        """Apply attention, then the MLP, and return all tokens or only the first `num_tokens`."""
+        if must_be_plain() or not is_usual_layer(self, kwargs):
+            return super().forward(
+                hidden_states, attention_mask, position_embeddings, num_tokens, **kwargs
+            )
+        # A lookup in a dict is ten times as fast as an attribute, which nn.Module searches in Python.
+        modules: Any = self._modules
+        attention, mlp = modules["attention"], modules["mlp"]
+        has_kernels = has_cpu_kernels(hidden_states)
+        arguments = (attention_mask, position_embeddings, num_tokens)
+
+        inputs = normalize(modules["layernorm_before"], hidden_states)
+        if has_kernels:
+            branch, _ = attention.forward(inputs, *arguments)
+        else:
+            branch = attend(attention, inputs, *arguments)
+        branch = skip_identity(modules["layer_scale1"], branch)
+        if num_tokens is not None:
+            hidden_states = hidden_states[:, :num_tokens]
+        hidden_states = hidden_states + skip_identity(modules["drop_path"], branch)
+
+        inputs = normalize(modules["layernorm_after"], hidden_states)
+        branch = mlp.forward(inputs) if has_kernels else compute_mlp(mlp, inputs)
+        branch = skip_identity(modules["layer_scale2"], branch)
+        return hidden_states + skip_identity(modules["drop_path"], branch)
+
+
+# FSDP and device maps look for layers by class name (`_no_split_modules`).
+LeanLayer.__name__ = ViTCLSLayer.__name__
+
+
+# Number of multiplications [..., in] x [in, in] from which CPUs use the CPU kernels.
+MIN_MULTIPLICATIONS_OF_KERNELS = 400_000
+
+
+def has_cpu_kernels(inputs: Tensor) -> bool:
+    """Check whether CPU kernels compute inputs [..., in]: on CPUs, unless they are too small."""
+    return inputs.is_cpu and (
+        inputs.numel() * inputs.shape[-1] >= MIN_MULTIPLICATIONS_OF_KERNELS
+        or inputs.dtype != torch.float32
+        or torch.is_autocast_enabled("cpu")
+    )
+
+
+def is_usual_layer(layer: LeanLayer, kwargs: Any) -> bool:
+    """Check that a layer has no hooks or replaced parts, and no attention but SDPA.
+
+    This runs in every layer of every pass, hence the loops of `map`.
+    """
+    modules: Any = layer._modules
+    attention, mlp = modules["attention"], modules["mlp"]
+    parts = [*modules.values(), *attention._modules.values(), *mlp._modules.values()]
+    # Every new hook has a new number. If none is new, what was found before is still true.
+    state = (RemovableHandle.next_id, parts, [*map(type, parts)])
+    if layer.usual is None or layer.usual[0] != state:
+        is_usual = has_usual_parts(attention, mlp, parts)
+        layer.usual = (state, [*map(vars, parts)]) if is_usual else None
+    return (
+        layer.usual is not None
+        and not any(map(contains, layer.usual[1], repeat("forward")))
+        and kwargs.keys() <= {"num_items_in_batch"}  # Trainer's number of labels, for the loss
+        and attention.recorder is None
+        and attention.config._attn_implementation == "sdpa"
+        and not (layer.training and modules["dropout"].p)
+    )
+
+
+def has_usual_parts(attention: nn.Module, mlp: nn.Module, parts: Sequence[nn.Module]) -> bool:
+    """Check that the parts of a layer have plain parameters and no hooks."""
+    linears: list[Any] = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
+    if type(mlp) is CPUMLP:
+        linears += mlp.fc1, mlp.fc2
+    return (
+        type(attention) is CPUAttention
+        and type(mlp) in (CPUMLP, ViTCLSGLU)
+        and {*map(type, linears)} == {CPULinear}
+        and all(map(has_plain_parameters, linears))
+        and not has_hooks(parts)
+    )
+
+
+def attend(
+    attention: CPUAttention,
+    inputs: Tensor,
+    attention_mask: Any,
+    position_embeddings: PositionEmbeddings | None,
+    num_queries: int | None,
+) -> Tensor:
+    """Attend, [B, N, D] -> [B, n, D], as `ViTCLSAttention.forward`."""
+    modules: Any = attention._modules
+    parameters = [modules[name]._parameters for name in ("q_proj", "k_proj", "v_proj")]
+    weights = [each["weight"] for each in parameters]
+    biases = [each["bias"] for each in parameters]
+    if not can_be_joined(weights, biases):
+        output, _ = attention.forward(inputs, attention_mask, position_embeddings, num_queries)
+        return output
+
+    # Joined in every pass: a copy that is kept could become stale.
+    bias = None if biases[0] is None else torch.cat(biases)
+    qkv = nn.functional.linear(inputs, torch.cat(weights), bias)  # [B, N, 3 * heads * head_dim]
+    qkv = qkv.view(*inputs.shape[:-1], 3, -1, attention.head_dim)
+    query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # [B, heads, N, head_dim] each
+    if num_queries is not None:
+        query = query[:, :, :num_queries]
+        attention_mask = None if attention_mask is None else attention_mask[:, :, :num_queries]
+    query, key = skip_identity(modules["q_norm"], query), skip_identity(modules["k_norm"], key)
+    if position_embeddings is not None:
+        query, key = rotate_patches(query, key, position_embeddings)
+
+    dropout = attention.attention_dropout if attention.training else 0.0
+    output = nn.functional.scaled_dot_product_attention(
+        query, key, value, attention_mask, dropout, scale=attention.scaling
+    )
+    output = output.transpose(1, 2).flatten(2)  # [B, n, heads * head_dim]
+    return apply_linear(modules["o_proj"], skip_identity(modules["norm"], output))
+
+
+def can_be_joined(weights: list[Any], biases: list[Any]) -> bool:
+    """Check that queries, keys and values have plain weights of one shape, and all or no biases.
+
+    This is checked in every pass, because people replace parameters between passes.
+    """
+    return (
+        {*map(type, weights)} == {nn.Parameter}
+        and weights[0].shape == weights[1].shape == weights[2].shape
+        and len({*map(type, biases)}) == 1
+    )
+
+
+def compute_mlp(mlp: nn.Module, inputs: Tensor) -> Tensor:
+    """Apply an MLP, [B, N, D] -> [B, N, D]; the usual one without calls of its modules."""
+    if type(mlp) is not CPUMLP:
+        return mlp.forward(inputs)
+    modules: Any = mlp._modules
+    activations = modules["activation_fn"].forward(apply_linear(modules["fc1"], inputs))
+    activations = skip_identity(modules["register_neurons"], activations)
+    return apply_linear(modules["fc2"], skip_identity(modules["norm"], activations))
+
+
+def skip_identity(module: nn.Module, inputs: Tensor) -> Tensor:
+    """Apply a module unless it is the identity."""
+    return inputs if type(module) is nn.Identity else module.forward(inputs)
+
+
+def apply_linear(module: nn.Module, inputs: Tensor) -> Tensor:
+    """Apply a linear layer."""
+    parameters: Any = module._parameters
+    return nn.functional.linear(inputs, parameters["weight"], parameters["bias"])
+
+
+def normalize(norm: nn.Module, inputs: Tensor) -> Tensor:
+    """Apply a norm."""
+    if type(norm) is not nn.LayerNorm:
+        return norm.forward(inputs)
+    parameters: Any = norm._parameters
+    weight, bias = parameters["weight"], parameters["bias"]
+    return torch.layer_norm(inputs, norm.normalized_shape, weight, bias, norm.eps)
