@@ -35,7 +35,7 @@ from modeling_vitcls.export.quantization import quantize_graph, round_to_int8
 from modeling_vitcls.export.tracing import select_graph_shape, trace_model
 from modeling_vitcls.inference.exported_graphs import ExportedGraph
 from modeling_vitcls.model.blocks_vitcls import ViTCLSAttention
-from modeling_vitcls.model.cpu_kernels_vitcls import uninstall_cpu_kernels
+from modeling_vitcls.model.cpu_kernels_vitcls import restore_plain_modules
 
 
 LAYER = 1  # of the planted neurons
@@ -119,7 +119,7 @@ def build_arms(model: Any, neurons: list[list[int]], images: Tensor) -> dict[str
     """Return the models to compare."""
     with_register = add_test_time_register(model, neurons).eval()
     without_neurons = copy.deepcopy(model)
-    uninstall_cpu_kernels(with_register)
+    restore_plain_modules(with_register)
     for layer, neuron in neurons:
         without_neurons.layers[layer].mlp.fc1.weight[neuron] = 0
         without_neurons.layers[layer].mlp.fc1.bias[neuron] = 0
@@ -215,7 +215,7 @@ def main(model: Path, train: Path, test: Path, seeds: int = 3) -> None:
         ("trained", encoder, train_images, test_images),
         ("converted, random", converted, large[:-64], large[-64:]),
     ):
-        uninstall_cpu_kernels(source)
+        restore_plain_modules(source)
         calibration = images[:NUM_CALIBRATION_IMAGES]
         num_patches = math.prod(source.config.grid_size)
         arms = {"as it is": source}

@@ -2,7 +2,7 @@
 """Faster versions of modules. The outputs agree with plain PyTorch up to rounding errors.
 
     install_cpu_kernels(model)      called by every model's constructor; replaces classes of modules
-    uninstall_cpu_kernels(model)    restores the plain classes
+    restore_plain_modules(model)    restores the plain classes
     VITCLS_CPU_KERNELS=0            environment variable that prevents installation
     torch.backends.mkldnn.flags(enabled=False)    plain PyTorch while the context is active
 
@@ -89,21 +89,21 @@ def can_use_cpu_kernels() -> bool:
     return os.environ.get("VITCLS_CPU_KERNELS") != "0" and HAS_PRIVATE_NAMES
 
 
-def uninstall_cpu_kernels(model: nn.Module) -> None:
+def restore_plain_modules(model: nn.Module) -> None:
     """Restore the plain classes of all modules in place."""
     for module in model.modules():
-        if isinstance(module, CPUKernel):
+        if isinstance(module, FastModule):
             module.__class__ = type(module).__bases__[-1]
 
 
-class CPUKernel(nn.Module):
+class FastModule(nn.Module):
     """First base class of each kernel; the last one is the plain class."""
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a copied or pickled module, as a plain module where kernels cannot be used."""
         super().__setstate__(state)
         if not can_use_cpu_kernels():
-            uninstall_cpu_kernels(self)
+            restore_plain_modules(self)
 
     def extra_repr(self) -> str:
         """Return the plain module's text for `print(model)`, with `cpu_kernels=True` appended."""
@@ -111,7 +111,7 @@ class CPUKernel(nn.Module):
 
 
 # Modules ------------------------------------------------------------------------------------------
-class CPULinear(CPUKernel, nn.Linear):
+class CPULinear(FastModule, nn.Linear):
     """A linear layer that maps [..., in] to [..., out]."""
 
     def forward(self, inputs: Tensor) -> Tensor:
@@ -129,7 +129,7 @@ class CPULinear(CPUKernel, nn.Linear):
         return super().forward(inputs)
 
 
-class CPUPatchProjection(CPUKernel, nn.Conv2d):
+class CPUPatchProjection(FastModule, nn.Conv2d):
     """A projection of patches, [B, C, H, W] -> [B, out, rows, columns].
 
     The convolution has no padding, and its stride is the kernel size.
@@ -143,7 +143,7 @@ class CPUPatchProjection(CPUKernel, nn.Conv2d):
         return super().forward(images)
 
 
-class CPUMLP(CPUKernel, ViTCLSMLP):
+class CPUMLP(FastModule, ViTCLSMLP):
     """ViTCLSMLP with GELU fused with a linear layer, or in place if autograd does not need it."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
@@ -166,7 +166,7 @@ class CPUMLP(CPUKernel, ViTCLSMLP):
         return self.fc2(self.activation_fn(preactivations))
 
 
-class CPUAttention(CPUKernel, ViTCLSAttention):
+class CPUAttention(FastModule, ViTCLSAttention):
     """Kernel of `ViTCLSAttention`, and base class of the other attention kernels."""
 
     def project_qkv(

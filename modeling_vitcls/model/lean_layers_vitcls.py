@@ -20,8 +20,8 @@ from .blocks_vitcls import ViTCLSGLU, ViTCLSLayer
 from .cpu_kernels_vitcls import (
     CPUMLP,
     CPUAttention,
-    CPUKernel,
     CPULinear,
+    FastModule,
     can_use_cpu_kernels,
     has_hooks,
     has_plain_parameters,
@@ -39,7 +39,7 @@ def install_lean_layers(model: nn.Module) -> None:
             module.__class__ = LeanLayer
 
 
-class LeanLayer(CPUKernel, ViTCLSLayer):
+class LeanLayer(FastModule, ViTCLSLayer):
     """ViTCLSLayer that calls operations instead of modules.
 
     A GPU computes a small model faster than Python calls its modules. What is unusual is left to

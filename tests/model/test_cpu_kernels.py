@@ -27,10 +27,10 @@ from transformers.models.vit.modeling_vit import eager_attention_forward
 from modeling_vitcls import ViTCLSForImageClassification
 from modeling_vitcls.model import cpu_kernels_vitcls, lean_layers_vitcls
 from modeling_vitcls.model.cpu_kernels_vitcls import (
-    CPUKernel,
     CPULinear,
+    FastModule,
     attend_in_chunks,
-    uninstall_cpu_kernels,
+    restore_plain_modules,
 )
 
 from .compare import (
@@ -97,7 +97,7 @@ def build_models(seed: int = 0, **fields: Any) -> tuple[Any, Any]:
     fast, plain = (
         randomize(ViTCLSForImageClassification(build_tiny_config(**fields)), seed) for _ in range(2)
     )
-    uninstall_cpu_kernels(plain)
+    restore_plain_modules(plain)
     assert count_kernels(fast)
     assert not count_kernels(plain)
     return fast, plain
@@ -105,7 +105,7 @@ def build_models(seed: int = 0, **fields: Any) -> tuple[Any, Any]:
 
 def count_kernels(model: nn.Module) -> int:
     """Return the number of modules that CPU kernels compute."""
-    return sum(isinstance(module, CPUKernel) for module in model.modules())
+    return sum(isinstance(module, FastModule) for module in model.modules())
 
 
 def list_operators(function: Callable[..., Any], *args: Any) -> set[str]:

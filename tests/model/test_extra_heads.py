@@ -21,7 +21,7 @@ from modeling_vitcls import (
     ViTCLSForMultiTaskClassification,
     ViTCLSModel,
 )
-from modeling_vitcls.model.cpu_kernels_vitcls import uninstall_cpu_kernels
+from modeling_vitcls.model.cpu_kernels_vitcls import restore_plain_modules
 
 from .compare import run_step
 
@@ -81,7 +81,7 @@ def test_logits_keep_their_bits(
     model, extended = (each.to(dtype) for each in build_pair(HEADS, **WIDE | fields))
     for each in (model, extended):
         if not has_kernels:
-            uninstall_cpu_kernels(each)
+            restore_plain_modules(each)
     for batch_size in (1, 3, 16):
         images = build_images(batch_size, 80, 80).to(dtype)
         for num_tokens in {None, model.config.num_head_tokens}:

@@ -12,7 +12,7 @@ from torch import nn
 
 from modeling_vitcls import ViTCLSForImageClassification
 from modeling_vitcls.model import lean_layers_vitcls
-from modeling_vitcls.model.cpu_kernels_vitcls import uninstall_cpu_kernels
+from modeling_vitcls.model.cpu_kernels_vitcls import restore_plain_modules
 from modeling_vitcls.model.lean_layers_vitcls import is_usual_layer
 from scripts.benchmark import build_timm_vit
 from scripts.host_time import count_kernels
@@ -45,7 +45,7 @@ def build_models(**fields: Any) -> tuple[Any, Any]:
     lean, plain = (
         randomize(ViTCLSForImageClassification(build_tiny_config(**fields))) for _ in range(2)
     )
-    uninstall_cpu_kernels(plain)
+    restore_plain_modules(plain)
     return lean, plain
 
 

@@ -23,7 +23,7 @@ from torch import nn
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel
 from modeling_vitcls.conversion.from_timm import convert_from_timm
 from modeling_vitcls.conversion.weight_rules import ConversionError
-from modeling_vitcls.model.cpu_kernels_vitcls import uninstall_cpu_kernels
+from modeling_vitcls.model.cpu_kernels_vitcls import restore_plain_modules
 from scripts.random_weights import randomize_weights
 
 
@@ -404,7 +404,7 @@ def test_every_architecture_is_exact_or_refused() -> None:
             refused.append(name)
             continue
         # their rounding grows with the values; tests/model/test_cpu_kernels.py
-        uninstall_cpu_kernels(ours)
+        restore_plain_modules(ours)
         difference = largest_difference(model, ours)
         if difference <= TOLERANCE:
             exact.append(name)
