@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Faster versions of modules. The outputs agree with plain PyTorch up to rounding errors.
+"""Faster modules for CPUs. The outputs agree with plain PyTorch up to rounding errors.
 
     install_cpu_kernels(model)      called by every model's constructor; replaces classes of modules
-    restore_plain_modules(model)    restores the plain classes
+    restore_plain_modules(model)    restores the plain classes, also of lean layers
     VITCLS_CPU_KERNELS=0            environment variable that prevents installation
     torch.backends.mkldnn.flags(enabled=False)    plain PyTorch while the context is active
 
@@ -94,20 +94,21 @@ def restore_plain_modules(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FastModule):
             module.__class__ = type(module).__bases__[-1]
+            vars(module).pop("usual", None)  # Of a lean layer
 
 
 class FastModule(nn.Module):
-    """First base class of each kernel; the last one is the plain class."""
+    """The first base class of a faster module. The last base class is the plain one."""
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restore a copied or pickled module, as a plain module where kernels cannot be used."""
+        """Restore a copied or pickled module, as a plain one where kernels cannot be used."""
         super().__setstate__(state)
         if not can_use_cpu_kernels():
             restore_plain_modules(self)
 
     def extra_repr(self) -> str:
-        """Return the plain module's text for `print(model)`, with `cpu_kernels=True` appended."""
-        return ", ".join(filter(None, (super().extra_repr(), "cpu_kernels=True")))
+        """Return the plain module's text for `print(model)`, with `fast=True` appended."""
+        return ", ".join(filter(None, (super().extra_repr(), "fast=True")))
 
 
 # Modules ------------------------------------------------------------------------------------------

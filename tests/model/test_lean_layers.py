@@ -69,49 +69,50 @@ def test_outputs_and_gradients_equal_those_of_plain_layers(fields: dict[str, Any
     assert_equal_in_float32(*results)
 
 
-def replace_module(attention: Any) -> None:
-    attention.v_proj = nn.Linear(16, 16)
-    nn.init.constant_(attention.v_proj.weight, 0.1)
-    nn.init.constant_(attention.v_proj.bias, 0.2)
+def replace_module(layer: Any) -> None:
+    layer.attention.v_proj = nn.Linear(16, 16)
+    nn.init.constant_(layer.attention.v_proj.weight, 0.1)
+    nn.init.constant_(layer.attention.v_proj.bias, 0.2)
 
 
-def transpose(attention: Any) -> None:
+def transpose(layer: Any) -> None:
     """Transpose weights as those of Flax; the views have the addresses of the weights."""
-    attention.q_proj.weight.data = attention.q_proj.weight.data.t()
-    attention.k_proj.weight = nn.Parameter(attention.k_proj.weight.detach().T)
+    layer.attention.q_proj.weight.data = layer.attention.q_proj.weight.data.t()
+    layer.attention.k_proj.weight = nn.Parameter(layer.attention.k_proj.weight.detach().T)
 
 
-def share_queries_and_keys(attention: Any) -> None:
-    attention.k_proj = attention.q_proj
-    attention.double().float()
+def share_queries_and_keys(layer: Any) -> None:
+    layer.attention.k_proj = layer.attention.q_proj
+    layer.attention.double().float()
 
 
-def keep_one_head(attention: Any) -> None:
+def keep_one_head(layer: Any) -> None:
     """Keep one head of keys and values, which all heads of queries read."""
-    for linear in (attention.k_proj, attention.v_proj):
-        linear.weight = nn.Parameter(linear.weight[: attention.head_dim].detach())
-        linear.bias = nn.Parameter(linear.bias[: attention.head_dim].detach())
+    for linear in (layer.attention.k_proj, layer.attention.v_proj):
+        linear.weight = nn.Parameter(linear.weight[: layer.attention.head_dim].detach())
+        linear.bias = nn.Parameter(linear.bias[: layer.attention.head_dim].detach())
 
 
 @pytest.mark.parametrize(
     "change",
     [
-        lambda attention: attention.k_proj.weight.data.mul_(-3),
-        lambda attention: attention.double().float().v_proj.weight.data.add_(1),
-        lambda attention: setattr(attention.q_proj.bias, "data", attention.q_proj.bias + 1),
-        lambda attention: setattr(attention.v_proj, "bias", None),
+        lambda layer: layer.attention.k_proj.weight.data.mul_(-3),
+        lambda layer: layer.attention.double().float().v_proj.weight.data.add_(1),
+        lambda layer: setattr(layer.attention.q_proj.bias, "data", layer.attention.q_proj.bias + 1),
+        lambda layer: setattr(layer.attention.v_proj, "bias", None),
+        lambda layer: setattr(layer, "dropout", nn.GELU()),
         replace_module,
         transpose,
         share_queries_and_keys,
         keep_one_head,
     ],
 )
-def test_changed_weights_are_used_at_once_and_trained(change: Callable[[Any], Any]) -> None:
+def test_changed_parts_are_used_at_once_and_trained(change: Callable[[Any], Any]) -> None:
     models = build_models()
     logits: list[list[Any]] = [[], [], []]
     for model in models:
         logits[0].append(model(build_images()).logits)
-        change(model.vitcls.layers[0].attention)
+        change(model.vitcls.layers[0])
         with torch.no_grad():
             logits[1].append(model(build_images()).logits)
 
