@@ -37,7 +37,6 @@ from .attention_masks_vitcls import (
     resample_bias_tables,
 )
 from .configuration_vitcls import ADAPTABLE_FIELDS, COUNT_FIELDS, ViTCLSConfig, update_gated_tokens
-from .cpu_kernels_vitcls import install_cpu_kernels
 from .positions_vitcls import resample_positions, resize_patch_kernel
 
 
@@ -101,7 +100,6 @@ class AdaptableModel(PreTrainedModel):
         model = model_or_tuple[0] if has_loading_info else model_or_tuple
         # before `adapt`, so that it counts only gates that still do something
         remove_open_gates(model)
-        install_cpu_kernels(model)  # again, because loading has replaced the parameters
 
         if not changes:
             return model_or_tuple
