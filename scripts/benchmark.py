@@ -12,8 +12,8 @@
 
     torch        PyTorch with the CPU kernels of this package        fp32, bf16
     compiled     torch.compile                                       fp32, bf16
-    onnx         onnxruntime (CPU)                                   fp32, int8
-    openvino     OpenVINO (CPU)                                      fp32, bf16, int8
+    onnx         onnxruntime (CPU)                                   fp32
+    openvino     OpenVINO (CPU), which reads the ONNX file           fp32, bf16
     timm, transformers    the plain ViT of the same size             fp32, bf16
 
 In each round, all rows are measured one after the other, and every other round runs in reverse
@@ -50,11 +50,9 @@ from modeling_vitcls.export.exportable import (
 )
 from modeling_vitcls.export.exporter import export_model
 from modeling_vitcls.export.options import ExportOptions
-from modeling_vitcls.export.quantization import quantize_graph
 from modeling_vitcls.hub.local_paths import strip_folders
-from modeling_vitcls.hub.model_files import BACKEND_FILES
 from modeling_vitcls.inference.cuda_graphs import GraphedFunction
-from modeling_vitcls.inference.exported_graphs import ExportedGraph
+from modeling_vitcls.inference.onnx_graph import OnnxGraph
 from modeling_vitcls.model.configuration_vitcls import ViTCLSConfig
 from modeling_vitcls.model.cpu_kernels_vitcls import EMULATED_DTYPES
 from modeling_vitcls.runtime.flags import Options, check_minimum, check_value
@@ -66,19 +64,19 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 BACKENDS = {
     "torch": ("fp32", "bf16"),
     "compiled": ("fp32", "bf16"),
-    "onnx": ("fp32", "int8"),
-    "openvino": ("fp32", "bf16", "int8"),
+    "onnx": ("fp32",),
+    "openvino": ("fp32", "bf16"),
 }
-EXPORT_PACKAGES = ("onnx", "onnxscript", "nncf")
-PACKAGES = {"onnx": (*EXPORT_PACKAGES, "onnxruntime"), "openvino": (*EXPORT_PACKAGES, "openvino")}
+EXPORT_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+PACKAGES = {"onnx": EXPORT_PACKAGES, "openvino": (*EXPORT_PACKAGES, "openvino")}
+# Precision -> OpenVINO's hint. Without a hint, it computes in bfloat16 if the CPU can.
+OPENVINO_HINTS = {"fp32": "f32", "bf16": "bf16"}
 # Largest difference from the float32 output of the model, divided by the largest absolute value of
-# this output. A quantized graph is not checked: its error depends on the weights.
-LIMITS = {"fp32": 1e-4, "bf16": 0.08, "int8": float("inf")}
+# this output.
+LIMITS = {"fp32": 1e-4, "bf16": 0.08}
 SECONDS_PER_MEASUREMENT = 0.5
 NUM_CHECKED_IMAGES = 2
 GRAPH = ", CUDA graph"  # how the rows of `--cuda-graphs` are named
-# Random images; the accuracy of int8 is measured by `vitcls export --int8`.
-NUM_CALIBRATION_IMAGES = 16
 
 Function = Callable[[], object]
 
@@ -97,8 +95,8 @@ class BenchmarkOptions(Options):
     installed."""
     peers: tuple[Literal["timm", "transformers"], ...] | None = None
     """Other packages, with the plain ViT of the same size. Default: the installed ones."""
-    precisions: tuple[Literal["fp32", "bf16", "int8"], ...] = ("fp32", "bf16", "int8")
-    """Precisions. int8 is OpenVINO's."""
+    precisions: tuple[Literal["fp32", "bf16"], ...] = ("fp32", "bf16")
+    """Precisions."""
     batch_sizes: tuple[int, ...] = (1, 16)
     """Numbers of images per call."""
     rounds: int = 7
@@ -326,18 +324,22 @@ def build_engine(
 
 
 def open_exported_graph(
-    backend: Any, precision: str, config: ViTCLSConfig, folder: Path
-) -> ExportedGraph:
+    backend: str, precision: str, config: ViTCLSConfig, folder: Path
+) -> Callable[[torch.Tensor], dict[str, torch.Tensor]]:
     """Export the saved model in `folder` once, and open the graph."""
-    file = folder / ("int8" if precision == "int8" else "fp32") / BACKEND_FILES[backend][0]
+    file = folder / "model.onnx"
     if not file.exists():
-        export_model(
-            ExportOptions(model=str(folder / "model"), format=backend, output=file, dynamic=False)
-        )
-        if precision == "int8":
-            images = build_random_images((NUM_CALIBRATION_IMAGES, *get_image_shape(config)))
-            quantize_graph(file, list(images.split(1)))
-    return ExportedGraph(file, precision="fp32" if precision == "fp32" else "bf16")
+        export_model(ExportOptions(model=str(folder / "model"), output=file, dynamic=False))
+    if backend == "onnx":
+        return OnnxGraph(file, config)
+    import openvino
+
+    hints = {
+        "INFERENCE_PRECISION_HINT": OPENVINO_HINTS[precision],
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+    }
+    graph = openvino.Core().compile_model(file, "CPU", hints)
+    return lambda pixel_values: {"": torch.from_numpy(graph(pixel_values.numpy())[0].copy())}
 
 
 class FirstOutput(nn.Module):

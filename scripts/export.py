@@ -5,11 +5,11 @@
 # [tool.uv.sources]
 # modeling_vitcls = { path = "..", editable = true }
 # ///
-"""Export a model to ONNX or OpenVINO.
+"""Export a model to ONNX.
 
 This script is equivalent to `vitcls export`.
 
-python scripts/export.py --model runs/mine --format onnx --output mine.onnx
+python scripts/export.py --model runs/mine --output mine.onnx
 """
 
 import sys

@@ -15,9 +15,12 @@ import copy
 import io
 import math
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import nncf
+import openvino
 import pyarrow.parquet as pq
 import timm
 import torch
@@ -30,10 +33,9 @@ from torch import Tensor, nn
 from modeling_vitcls import ViTCLSImageProcessor, ViTCLSModel, convert_from_timm
 from modeling_vitcls.analysis.faults import is_outlier
 from modeling_vitcls.export.exportable import NamedOutputsModel
-from modeling_vitcls.export.formats import write_graph
-from modeling_vitcls.export.quantization import quantize_graph, round_to_int8
+from modeling_vitcls.export.onnx_file import write_onnx
 from modeling_vitcls.export.tracing import select_graph_shape, trace_model
-from modeling_vitcls.inference.exported_graphs import ExportedGraph
+from modeling_vitcls.inference.onnx_graph import INPUT_NAME
 from modeling_vitcls.model.blocks_vitcls import ViTCLSAttention
 from modeling_vitcls.model.cpu_kernels_vitcls import restore_plain_modules
 
@@ -157,14 +159,31 @@ def simulate_int8(model: Any) -> Any:
     return model
 
 
-def export_int8(model: Any, images: Tensor, folder: str) -> ExportedGraph:
-    """Export the model to OpenVINO, and quantize it with NNCF."""
+def round_to_int8(values: Tensor, largest: Tensor) -> Tensor:
+    """Round values to multiples of largest / 127."""
+    scale = largest.clamp(min=1e-12) / 127
+    return (values / scale).round() * scale
+
+
+def export_int8(model: Any, images: Tensor, folder: str) -> Callable[[Tensor], dict[str, Tensor]]:
+    """Export the model, and quantize it with NNCF for OpenVINO."""
     shape = select_graph_shape(model, None, dynamic=False)
-    file = Path(folder, "model.xml")
+    file = Path(folder, "model.onnx")
     graph = trace_model(model, shape, torch.float32)
-    write_graph(graph, shape, list(NamedOutputsModel(model)(images[:2])), file)
-    quantize_graph(file, list(images[:NUM_CALIBRATION_IMAGES].split(1)))
-    return ExportedGraph(file)
+    write_onnx(graph, shape, list(NamedOutputsModel(model)(images[:2])), file)
+    core = openvino.Core()
+    calibration = list(images[:NUM_CALIBRATION_IMAGES].split(1))
+    quantized = nncf.quantize(
+        core.read_model(file),
+        nncf.Dataset(calibration, lambda image: {INPUT_NAME: image.numpy()}),
+        model_type=nncf.ModelType.TRANSFORMER,
+        subset_size=len(calibration),
+        ignored_scope=nncf.IgnoredScope(types=["Convolution"]),
+    )
+    compiled = core.compile_model(quantized, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    return lambda batch: {
+        "last_hidden_state": torch.from_numpy(compiled(batch.numpy())["last_hidden_state"].copy())
+    }
 
 
 @torch.no_grad()

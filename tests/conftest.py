@@ -32,7 +32,7 @@ NO_BROWSER = "Chromium is required for tests of HTML pages: install it with `mak
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 GROUPS = {
     "processes": ("fresh_processes", "fast_verification", "warm_processes"),
-    "graphs": ("onnx", "openvino", "demo"),
+    "graphs": ("onnx", "demo"),
 }
 # timeout of expectations about a page in milliseconds; pages take seconds on a busy machine
 PAGE_TIMEOUT = 60_000

@@ -34,7 +34,7 @@ REQUIRED: dict[type, dict[str, Any]] = {
     PredictOptions: {"model": "m", "paths": ("a.jpg",), "output": Path("out.json")},
     InspectOptions: {"model": "m", "paths": ("a.jpg",)},
     StudyOptions: {"config": Path("c"), "output_dir": Path("o")},
-    ExportOptions: {"model": "m", "format": "onnx", "output": Path("o"), "dataset": "d"},
+    ExportOptions: {"model": "m", "output": Path("o")},
 }
 
 
@@ -119,11 +119,6 @@ COMBINATIONS: list[tuple[type, dict[str, Any], dict[str, Any], str]] = [
     (InspectOptions, {"output": Path("a.HTM")}, {"output": Path("a.json")}, "`output='a.json'`"),
     (InspectOptions, {"json": Path("a.JSON")}, {"json": Path("a.html")}, "`json='a.html'`"),
     (ExportOptions, {"image_size": (1, 8)}, {"image_size": (8, 0)}, "`image_size`"),
-    (ExportOptions, {"int8": True}, {"dynamic": False}, "`dynamic=False`"),
-    (ExportOptions, {"int8": True}, {"dtype": "float16"}, "`dtype`"),
-    (ExportOptions, {"int8": True}, {"dataset": None}, "`int8=True`"),
-    (ExportOptions, {"int8": True, "exclude_layers": (1,)}, {"int8": False}, "`exclude_layers`"),
-    (ExportOptions, {"split": "test"}, {"dataset": None}, "`split`"),
     *((PredictOptions, {}, {name: "a"}, "`dataset`") for name in ("split", "image_column")),
     *(
         (InspectOptions, {}, {name: "a"}, "`dataset`")

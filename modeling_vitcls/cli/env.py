@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from ..runtime.flags import Options
 
 
-LIBRARIES = "huggingface_hub datasets timm peft onnxruntime openvino nncf gradio tyro".split()
+LIBRARIES = "huggingface_hub datasets timm peft onnxruntime gradio tyro".split()
 # Instructions that make bf16 and int8 fast, as in /proc/cpuinfo
 INSTRUCTIONS = {"amx_bf16", "amx_int8", "avx512_bf16", "avx512_vnni", "avx_vnni"}
 

@@ -25,14 +25,19 @@ from filelock import FileLock
 from huggingface_hub import constants
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
-from ..hub.loading import append_commit, get_cached_commit, get_model_folder, pin_revision
+from ..hub.loading import (
+    MODEL_FILE_PATTERNS,
+    append_commit,
+    get_cached_commit,
+    get_model_folder,
+    pin_revision,
+)
 from ..hub.local_paths import split_prefix
 from ..hub.model_files import (
     CONFIG_FILE,
     PARITY_REPORT_FILE,
     RESULTS_FILE,
     SPLITS_FILE,
-    list_backend_files,
 )
 from ..hub.model_folder import ModelFolder
 from ..model.configuration_vitcls import PRESETS
@@ -51,16 +56,14 @@ def is_preset(name: str) -> bool:
     return kind == "vitcls" and preset in PRESETS and not Path(name).exists()
 
 
-def open_model(source: str, backend: str = "torch", files: Sequence[str] = ()) -> ModelFolder:
+def open_model(source: str, files: Sequence[str] = ()) -> ModelFolder:
     """Open the folder of a vitcls model, after downloading or converting the source if necessary.
 
     Args:
         source: A folder, `namespace/name` on the Hub with an optional `@REVISION`, `timm:NAME`,
             `transformers:PATH_OR_ID` with an optional `@REVISION`, or a file with a published state
-            dict.
-        backend: "torch", "onnx", "openvino" or an exported file. Of a vitcls model on the Hub, only
-            the files that this engine reads are downloaded, and the records of its training and its
-            conversion.
+            dict. Of a vitcls model on the Hub, only the model is downloaded, and the records of its
+            training and its conversion.
         files: Patterns of other files that are downloaded if the model has them.
 
     Raises:
@@ -83,7 +86,7 @@ def open_model(source: str, backend: str = "torch", files: Sequence[str] = ()) -
         folder = convert_once(pin_revision(source))
     else:
         records = (RESULTS_FILE, SPLITS_FILE, PARITY_REPORT_FILE)
-        folder = get_model_folder(source, (*list_backend_files(backend), *records, *files))
+        folder = get_model_folder(source, (*MODEL_FILE_PATTERNS, *records, *files))
         name = append_commit(source, folder)
         if prefix := find_prefix(folder):
             folder = convert_once(prefix + name)

@@ -12,7 +12,7 @@ from .images import LabeledImages
 from .labels import LabelSpace
 from .options import DataOptions
 from .sources import Splits, load_splits
-from .splits import HELD_OUT_SPLITS, add_keys, check_contradictions, select_held_out
+from .splits import HELD_OUT_SPLITS, check_contradictions
 from .splits_table import EMPTY_TABLE, find_trained_images, get_keys
 
 
@@ -65,32 +65,6 @@ def load_evaluation_data(
         dataset=options.dataset,
         max_images=max_images,
     )
-
-
-def load_calibration_and_evaluation_data(
-    options: DataOptions, split: str | None, splits: pd.DataFrame = EMPTY_TABLE
-) -> tuple[LabeledImages, EvaluationData]:
-    """Load images to calibrate a graph, and the images to evaluate.
-
-    The images to evaluate are chosen as in `load_evaluation_data`. If the dataset has only one
-    split, the images that trained the model calibrate the graph; if there are none, a part is held
-    out for it. If `split` names the only split, it serves both purposes.
-    """
-    choose = partial(choose_calibration_and_evaluation_split, split, options.dataset)
-    loaded = load_splits(options, select=choose)
-    *others, name = loaded.images_by_split
-    images = loaded.images_by_split[name]
-    calibration = loaded.images_by_split[others[0]] if others else images
-    is_trained = find_trained_images(images, splits)
-
-    if split is None and not others:
-        if not is_trained.any():
-            with_keys = add_keys({name: images})[name]
-            fraction = options.held_out_part
-            is_trained = ~select_held_out(with_keys, fraction, 0, options.dataset)
-        _, calibration = images.divide(is_trained)
-    is_named = split is not None
-    return calibration, leave_out(loaded, name, is_trained, is_named, options.dataset)
 
 
 def leave_out(
@@ -146,15 +120,3 @@ def choose_evaluation_split(split: str | None, dataset: str, names: Sequence[str
         else "has several splits, none of them for evaluation"
     )
     raise ValueError(f"{dataset} {problem}. Set `split` to one of {', '.join(names)}")
-
-
-def choose_calibration_and_evaluation_split(
-    split: str | None, dataset: str, names: Sequence[str]
-) -> tuple[str, str]:
-    """Choose the split that calibrates a graph, and the split to evaluate.
-
-    They are the same if the dataset has only one.
-    """
-    evaluated = choose_evaluation_split(split, dataset, names)
-    others = ["train"] if "train" in names else [each for each in names if each != evaluated]
-    return (others or [evaluated])[0], evaluated

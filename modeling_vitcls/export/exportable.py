@@ -17,7 +17,7 @@ from torch import nn
 from ..conversion.open_model import is_preset, open_model
 from ..data.aspect_ratio import set_resize
 from ..hub.model_folder import ModelFolder
-from ..inference.exported_graphs import DISTANCE
+from ..inference.prediction_rows import DISTANCE
 from ..model.configuration_vitcls import ViTCLSConfig
 from ..model.image_processing_vitcls import ViTCLSImageProcessor
 from ..model.modeling_vitcls import (

@@ -1,10 +1,9 @@
 """Export a checkpoint and compare the outputs of the exported file with the outputs of the model.
 
-    report = export_model(ExportOptions("runs/mine", "onnx", Path("mine.onnx")))      # also writes mine.onnx.json
+    report = export_model(ExportOptions(model="runs/mine", output=Path("mine.onnx")))   # also writes mine.onnx.json
 
-The reference outputs are computed by the model in float32, in eager mode. The outputs of the file
-are computed by the runtime of the format, such as onnxruntime. If the outputs differ by more than
-the limit, nothing is written.
+The reference outputs are computed by the model in float32, in eager mode, and the outputs of the
+file by onnxruntime. If the outputs differ by more than the limit, nothing is written.
 """
 
 import shutil
@@ -19,9 +18,11 @@ from ..conversion.parity_report import build_random_images, compare_outputs, get
 from ..conversion.processors import SHARED_SETTINGS, select_settings
 from ..data.labels import get_label_space
 from ..hub.local_paths import resolve_name, strip_folders
-from ..hub.model_files import CONFIG_FILE, CONFIG_FILES, RESULTS_FILE, SPLITS_FILE, hash_files
+from ..hub.model_files import CONFIG_FILES, GRAPH_FILE, RESULTS_FILE, SPLITS_FILE, hash_files
 from ..hub.model_folder import ModelFolder
-from ..inference.exported_graphs import DISTANCE, INPUT_NAME, ExportedGraph, ExportedModel
+from ..inference.onnx_graph import INPUT_NAME, OnnxGraph
+from ..inference.prediction_rows import DISTANCE
+from ..inference.speed import measure_inference_speed
 from ..model.configuration_vitcls import ViTCLSConfig
 from ..model.image_processing_vitcls import ViTCLSImageProcessor
 from ..model.modeling_vitcls import ViTCLSBackbone
@@ -30,19 +31,17 @@ from ..runtime.files import write_json
 from ..runtime.staging import create_output_files
 from ..runtime.system import get_versions
 from .exportable import NamedOutputsModel, Outputs, load_exportable_model
-from .formats import PACKAGES, SUFFIXES, write_graph
-from .measurement import load_export_images, measure_graph, prepare_images
+from .onnx_file import write_onnx
 from .options import ExportOptions
-from .quantization import NUM_CALIBRATION_IMAGES, check_drop, quantize_graph
 from .tracing import GraphShape, select_graph_shape, trace_model
 
 
 # dtype of the graph -> absolute tolerance, and tolerance relative to the largest absolute value of
 # the output.
 LIMITS: dict[str, tuple[float, float]] = {"float32": (1e-4, 0.0), "float16": (1e-4, 1e-2)}
-NO_LIMIT = (float("inf"), 0.0)  # for int8: its metric is checked instead
 # relative tolerance of the distance to the nearest class, as a difference of large numbers
 DISTANCE_LIMIT = 1e-4
+PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
 
 @torch.no_grad()
@@ -58,35 +57,14 @@ def export_model(options: ExportOptions) -> dict[str, Any]:
 
     Raises:
         ValueError, OSError: If the model cannot be found or exported, if the outputs of the file
-            differ from the outputs of the model by more than the limit, if int8 lowers the metric
-            by more than `max_drop`, if packages are missing, or if `output` is invalid or exists.
-            The message is a single line. Nothing is written if an error is raised.
+            differ from the outputs of the model by more than the limit, if packages are missing, or
+            if `output` is invalid or exists. The message is a single line. Nothing is written if an error is raised.
     """
     # A wrong file name or a missing package is reported before anything is downloaded.
-    packages = [*PACKAGES[options.format], *(["nncf"] if options.int8 else [])]
-    target = choose_target(options.output, options.format, packages)
+    target = choose_target(options.output)
     model: Any
     model, processor, folder = load_exportable_model(options.model)
-    num_layers = model.config.num_hidden_layers
-    if not set(options.exclude_layers) <= set(range(1, num_layers + 1)):
-        raise ValueError(f"`exclude_layers` requires numbers from 1 to {num_layers}")
-
-    # rounding errors of int8 are larger than the differences of distances
-    lacks_distance = options.int8 and getattr(model, "class_distance", None) is not None
-    if lacks_distance:
-        model.remove_class_statistics()
-    images = None
-    calibration_images: list[torch.Tensor] = []
-    if options.dataset is not None:
-        images = load_export_images(model, processor, folder, options.dataset, options.split)
-        if options.int8:
-            calibration_images = prepare_images(images.training, processor, NUM_CALIBRATION_IMAGES)
-
-    # An int8 graph has a fixed size, because its value ranges are measured on images of one size.
-    is_dynamic = options.dynamic and not options.int8
-    # OpenVINO's antialiasing filter is not PyTorch's, which changes outputs by 1e-4 to 1e-3
-    has_pytorch_filter = options.format != "openvino"
-    graph_shape = select_graph_shape(model, options.image_size, is_dynamic, has_pytorch_filter)
+    graph_shape = select_graph_shape(model, options.image_size, options.dynamic)
     has_native_size = (
         graph_shape.is_dynamic or graph_shape.image_size == model.config.image_height_width
     )
@@ -98,22 +76,19 @@ def export_model(options: ExportOptions) -> dict[str, Any]:
 
     with create_output_files(target, last=f"{target.name}.json") as output_folder:
         file = output_folder / target.name
-        write_graph(graph, graph_shape, names, file)
-        # In float32 first, also for int8: int8 has no limit, so a wrong graph would pass for a
-        # rounding error. The graph is closed again, because quantization replaces its file.
-        outputs = list(map(ExportedGraph(file), batches))
-        comparisons = measure_differences(batches, reference_outputs, outputs, options.dtype)
-        if options.int8:
-            quantize_graph(file, calibration_images, options.exclude_layers)
-            outputs = list(map(ExportedGraph(file), batches))
-            comparisons = measure_differences(batches, reference_outputs, outputs, "int8")
+        write_onnx(graph, graph_shape, names, file)
+        onnx_graph = OnnxGraph(file, model.config)
+        outputs = list(map(onnx_graph, batches))
+        comparisons = measure_differences(
+            batches, reference_outputs, outputs, LIMITS[options.dtype]
+        )
 
         report: dict[str, Any] = {
             "format": options.format,
             "file": file.name,
             "model": strip_folders(resolve_name(options.model)),
-            "dtype": "int8" if options.int8 else options.dtype,
-            "limit": None if options.int8 else LIMITS[options.dtype],
+            "dtype": options.dtype,
+            "limit": LIMITS[options.dtype],
             "largest_differences": {
                 name: max(each["differences"][name] for each in comparisons) for name in names
             },
@@ -121,20 +96,10 @@ def export_model(options: ExportOptions) -> dict[str, Any]:
             **describe_graph(
                 file, model, processor, folder, graph_shape, outputs=reference_outputs[0]
             ),
-            **measure_graph(
-                ExportedModel(file, model.config, "last_hidden_state" not in names),
-                named_model,
-                processor,
-                images,
-                has_speed=has_native_size and not isinstance(model, ViTCLSBackbone),
-            ),
-            "versions": get_versions("timm", *packages),
-            "excluded_layers": list(options.exclude_layers),
-            "num_calibration_images": len(calibration_images),
-            "lacks_distance": lacks_distance,
+            "versions": get_versions("timm", *PACKAGES),
         }
-        if options.int8:
-            check_drop(report, options.max_drop, model, torch.cat(calibration_images[:16]))
+        if has_native_size and not isinstance(model, ViTCLSBackbone):
+            report["speed"] = measure_inference_speed(onnx_graph, torch.device("cpu"))
 
         if folder is not None and not options.output.suffix:
             copy_model_files(folder, output_folder, report)
@@ -145,22 +110,21 @@ def export_model(options: ExportOptions) -> dict[str, Any]:
     return report
 
 
-def choose_target(output: Path, file_format: str, packages: list[str]) -> Path:
-    """Choose the file to write: `output`, or a file `model` in the folder `output`.
+def choose_target(output: Path) -> Path:
+    """Choose the file to write: `output`, or model.onnx in the folder `output`.
 
     Raise ValueError if its name has another suffix, if it exists, or if packages are missing.
     """
-    suffix = SUFFIXES[file_format]
-    target = output if output.suffix else output / f"model{suffix}"
-    if target.suffix != suffix:
+    target = output if output.suffix else output / GRAPH_FILE
+    if target.suffix != ".onnx":
         raise ValueError(
-            f"`output={str(output)!r}`: the file name must end in {suffix}, or have no suffix"
+            f"`output={str(output)!r}`: the file name must end in .onnx, or have no suffix"
         )
     check_files_do_not_exist(target, Path(f"{target}.json"))
-    if missing := [name for name in packages if find_spec(name) is None]:
+    if missing := [name for name in PACKAGES if find_spec(name) is None]:
         raise ValueError(
-            f"`format={file_format!r}` requires packages that are not installed: "
-            f"{', '.join(missing)}. {describe_installation('export')}"
+            f"the export requires packages that are not installed: {', '.join(missing)}. "
+            f"{describe_installation('export')}"
         )
     return target
 
@@ -201,18 +165,13 @@ def describe_graph(
         "sha256": hash_files(files),
         "num_bytes": sum(each.stat().st_size for each in files),
     }
-    # Without this setting, OpenVINO computes in bfloat16 where the CPU has it, with a largest
-    # difference of 4e-2 instead of 1e-4.
-    if file.suffix == ".xml":
-        report["compile_config"] = {"INFERENCE_PRECISION_HINT": "f32"}
     if folder is not None:
         report["weights_sha256"] = folder.weights_sha256
-        report["config_sha256"] = hash_files([folder.path / CONFIG_FILE])
     return report
 
 
 def copy_model_files(model_folder: ModelFolder, folder: Path, report: dict[str, Any]) -> None:
-    """Write what `predict` with `backend` requires in the folder of the graph.
+    """Write what `vitcls evaluate` requires in the folder of the graph.
 
     These are the configuration, the image processor, the splits of the model's run and, in
     results.json, the measurements of the file.
@@ -275,13 +234,14 @@ def measure_differences(
     batches: list[torch.Tensor],
     reference_outputs: list[Outputs],
     outputs: list[Outputs],
-    dtype: str,
+    limits: tuple[float, float],
 ) -> list[dict[str, Any]]:
     """Find the largest differences between the outputs of a file and of the model, by batch.
 
-    Raise ValueError if the names or shapes differ, or if a difference exceeds `LIMITS`.
+    Raise ValueError if the names or shapes differ, or if a difference exceeds the limits
+    (`LIMITS`).
     """
-    absolute_limit, relative_limit = LIMITS.get(dtype, NO_LIMIT)
+    absolute_limit, relative_limit = limits
     comparisons = []
     for images, reference, result in zip(batches, reference_outputs, outputs, strict=True):
         shape = list(images.shape)
@@ -303,7 +263,7 @@ def measure_differences(
             if not difference <= limit:
                 raise ValueError(
                     f"the output {name} of the written graph differs from the model's output by "
-                    f"{difference:.2g} for images {shape}, but the limit in {dtype} is {limit:.2g}"
+                    f"{difference:.2g} for images {shape}, but the limit is {limit:.2g}"
                 )
         comparisons.append({"shape": shape, **comparison})
     return comparisons

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch.export import Dim, ExportedProgram
 
-from ..inference.exported_graphs import INPUT_NAME
+from ..inference.onnx_graph import INPUT_NAME
 from ..model.configuration_vitcls import ViTCLSConfig
 from ..model.modeling_vitcls import ViTCLSPreTrainedModel
 from ..runtime.errors import format_error
@@ -52,25 +52,22 @@ def select_graph_shape(
     model: ViTCLSPreTrainedModel,
     image_size: tuple[int, int] | None,
     dynamic: bool,
-    has_pytorch_antialias_filter: bool = True,
 ) -> GraphShape:
     """Choose the image sizes that the graph of a model will accept.
 
     If `dynamic` is True but a dynamic size is not possible, the size is fixed.
 
     `image_size` is (height, width) in pixels, by default the native size.
-    `has_pytorch_antialias_filter` is False if the antialiasing filter of the runtime differs from
-    PyTorch's filter.
     """
     config = model.config
     size = config.image_height_width if image_size is None else image_size
-    reason = find_fixed_size_reason(config, has_pytorch_antialias_filter) if dynamic else ""
+    reason = find_fixed_size_reason(config) if dynamic else ""
     if not dynamic or reason:
         return GraphShape(size, size, is_dynamic=False, fixed_size_reason=reason)
     return GraphShape(size, get_smallest_size(config), is_dynamic=True)
 
 
-def find_fixed_size_reason(config: ViTCLSConfig, has_pytorch_antialias_filter: bool) -> str:
+def find_fixed_size_reason(config: ViTCLSConfig) -> str:
     """Say why the image size of the graph must be fixed; empty if it can be dynamic."""
     if not config.position_embedding_type.startswith("learned"):
         return ""
@@ -78,11 +75,6 @@ def find_fixed_size_reason(config: ViTCLSConfig, has_pytorch_antialias_filter: b
         return (
             "position_offset requires a resampling scale that a graph cannot compute from the "
             "image size"
-        )
-    if config.position_antialias and not has_pytorch_antialias_filter:
-        return (
-            "position_antialias=True requires PyTorch's antialiasing, which the runtime of this "
-            "format lacks"
         )
     rows, columns = config.grid_size
     if config.position_interpolation == "crop" and rows != columns:

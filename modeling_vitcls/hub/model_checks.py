@@ -64,7 +64,7 @@ def check_config(source: str, file: Path, config_dict: dict[str, Any]) -> None:
     if config_dict.get("quantization_config") is not None:
         raise ValueError(
             f"{file}: `quantization_config` is set, but quantized weights are not supported. Use "
-            "the model that was quantized; `vitcls export --int8` quantizes its graph"
+            "the model that was quantized"
         )
 
     is_classifier = any(

@@ -78,14 +78,9 @@ REQUIRED_PATTERNS = (
     CERTIFICATE_FILE,
 )
 RESULT_IMAGE_PATTERNS = (SAMPLE_IMAGES_FILE, f"{IMAGES_FOLDER}/confusion_matrix*.png")
-# Backend -> files that it reads in a model folder. Large ONNX files have their weights in a second
-# file.
-BACKEND_FILES = {"onnx": ("model.onnx", "model.onnx.data"), "openvino": ("model.xml", "model.bin")}
-# Files of `vitcls export`; FILE.json is the report of FILE.
-EXPORT_SUFFIXES = (".onnx", ".xml")
-EXPORT_PATTERNS = ("*.onnx", "*.onnx.json", "*.xml", "*.xml.json", "model.bin")
-# Files that `--backend onnx` and `--backend openvino` read, and their reports.
-DEFAULT_EXPORT_PATTERNS = ("model.onnx", "model.onnx.*", "model.xml", "model.xml.json", "model.bin")
+GRAPH_FILE = "model.onnx"  # that `vitcls export` writes to a folder
+# Files of `vitcls export`: FILE.json is the report of FILE, and FILE.data has large weights.
+EXPORT_PATTERNS = ("*.onnx", "*.onnx.json", "*.onnx.data")
 
 
 def is_match(name: str, patterns: Iterable[str]) -> bool:
@@ -119,14 +114,6 @@ def check_output_files(**files: Path | None) -> None:
                 f"`{name}={str(file)!r}` would replace a file of the model in {file.parent}. "
                 "Choose another file"
             )
-
-
-def list_backend_files(backend: str) -> tuple[str, ...]:
-    """List the patterns of the files that define a model, and that a backend reads."""
-    if backend not in BACKEND_FILES:
-        return (*CONFIG_FILES, *WEIGHTS_PATTERNS, ADAPTER_FILE)
-    graph_files = BACKEND_FILES[backend]
-    return (*CONFIG_FILES, *graph_files, f"{graph_files[0]}.json")
 
 
 def list_weight_files(folder: Path) -> list[str]:
@@ -175,22 +162,18 @@ def hash_settings(folder: Path) -> dict[str, str]:
 def list_export_files(folder: Path) -> list[str]:
     """List the names of the files that `vitcls export` wrote to a folder.
 
-    They are its reports (model.xml.json), and the listed files with the name of the graph
-    (model.xml, model.bin). Other XML files are not among them.
+    They are its reports (model.onnx.json), and the listed files with the name of the graph
+    (model.onnx, model.onnx.data). Other ONNX files are not among them.
     """
     names = []
-    for suffix in EXPORT_SUFFIXES:
-        for report_file in sorted(folder.glob(f"*{suffix}.json")):
-            try:
-                files = read_json(report_file).get("sha256")
-            except ValueError:  # not a report
-                continue
-            stem = report_file.name.removesuffix(f"{suffix}.json")
-            if isinstance(files, dict):
-                names += [
-                    report_file.name,
-                    *(name for name in files if name.startswith(f"{stem}.")),
-                ]
+    for report_file in sorted(folder.glob("*.onnx.json")):
+        try:
+            files = read_json(report_file).get("sha256")
+        except ValueError:  # not a report
+            continue
+        graph = report_file.stem
+        if isinstance(files, dict):
+            names += [report_file.name, *(name for name in files if name.startswith(graph))]
     return [name for name in names if "/" not in name and (folder / name).is_file()]
 
 

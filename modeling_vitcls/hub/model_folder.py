@@ -32,7 +32,7 @@ from .model_files import (
     CERTIFICATE_FILE,
     CONFIG_FILE,
     CONFIG_FILES,
-    EXPORT_SUFFIXES,
+    GRAPH_FILE,
     IMAGES_FOLDER,
     INDEX_FILE,
     LICENSE_FILES,
@@ -253,6 +253,12 @@ class ModelFolder:
         """Whether the folder contains a model in safetensors, and not only exported files."""
         return any((self.path / name).is_file() for name in (WEIGHTS_FILE, INDEX_FILE))
 
+    @cached_property
+    def graph(self) -> Path | None:
+        """The ONNX file of a folder without weights."""
+        file = self.path / GRAPH_FILE
+        return file if file.is_file() and not self.has_weights else None
+
     def check_is_complete(self) -> None:
         """Raise ValueError if files are missing, or refer to files elsewhere."""
         if self.exports and not self.has_weights:
@@ -309,9 +315,9 @@ class ModelFolder:
 
         Files that were exported from other weights are left out.
         """
-        files = sorted(file for suffix in EXPORT_SUFFIXES for file in self.path.glob(f"*{suffix}"))
         reports = {
-            file.name: self.read_current(f"{file.name}.json", "weights_sha256") for file in files
+            file.name: self.read_current(f"{file.name}.json", "weights_sha256")
+            for file in sorted(self.path.glob("*.onnx"))
         }
         return {name: report for name, report in reports.items() if report}
 

@@ -40,7 +40,6 @@ class EmbedImages:
         batch_size: maximum number of images per forward pass. Default: as in `vitcls predict`.
         resize: see `vitcls predict --resize`.
         device: device of the model. Default: CUDA if it is available.
-        backend: engine as in `vitcls predict --backend`.
 
     Examples:
         >>> from datasets import load_dataset
@@ -60,13 +59,11 @@ class EmbedImages:
         batch_size: int | None = None,
         resize: str | None = None,
         device: str | None = None,
-        backend: str = "torch",
     ) -> None:
         self.model = str(model)
         self.features = tuple(features)
         self.image_column = image_column
         self.dtype, self.batch_size, self.resize, self.device = dtype, batch_size, resize, device
-        self.backend = backend
         self.predictor: Predictor | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -117,13 +114,12 @@ class EmbedImages:
         """Load the model."""
         device = torch.device(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         model, processor, batch_size = load_for_inference(
-            open_model(self.model, self.backend),
+            open_model(self.model),
             device,
             use_head=False,
             batch_size=self.batch_size,
             max_batch_size=PREDICTION_BATCH_SIZE,
             resize=self.resize,
-            backend=self.backend,
         )
         return Predictor(
             model=model,

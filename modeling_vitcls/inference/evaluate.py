@@ -62,9 +62,14 @@ def evaluate_checkpoint(options: EvaluateOptions) -> dict[str, Any]:
     print_line = partial(console.print, markup=False)
     with accelerator.main_process_first():  # the main process downloads the files
         folder = open_model(options.model)
-    text = set_mixed_precision(accelerator, options.mixed_precision, folder.config)
-    if options.mixed_precision == "auto" and accelerator.mixed_precision != "no":
-        print_line(f"mixed precision: {text}")
+    if folder.graph is None:
+        text = set_mixed_precision(accelerator, options.mixed_precision, folder.config)
+        if options.mixed_precision == "auto" and accelerator.mixed_precision != "no":
+            print_line(f"mixed precision: {text}")
+    elif accelerator.mixed_precision != "no":
+        raise ValueError(
+            f"{folder.graph} computes in the dtypes that it contains. Set `mixed_precision='no'`"
+        )
     model, processor, batch_size = load_for_inference(
         folder,
         accelerator.device,
@@ -72,6 +77,7 @@ def evaluate_checkpoint(options: EvaluateOptions) -> dict[str, Any]:
         resize=options.resize,
         batch_size=options.batch_size,
         max_batch_size=EVALUATION_BATCH_SIZE,
+        can_be_graph=True,
     )
     config: ViTCLSConfig = model.config
     if options.task is not None:

@@ -1,7 +1,7 @@
 """Load a saved model for evaluation or prediction.
 
-model, processor, batch_size = load_for_inference(folder, device, use_head=True, ...)    or an exported file
-model = load_model(folder)                                                               always with its weights
+model, processor, batch_size = load_for_inference(folder, device, use_head=True, ...)
+model = load_model(folder)
 """
 
 from typing import Any
@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from ..data.aspect_ratio import Size, get_output_size, set_resize
-from ..hub.model_files import BACKEND_FILES
 from ..hub.model_folder import ModelFolder
 from ..model.configuration_vitcls import ViTCLSConfig
 from ..model.image_processing_vitcls import ViTCLSImageProcessor
@@ -18,7 +17,7 @@ from ..model.modeling_vitcls import (
     ViTCLSForMultiTaskClassification,
     ViTCLSModel,
 )
-from .exported_graphs import load_exported_model
+from .onnx_graph import OnnxClassifier
 
 
 # 8 images with 196 patches. Larger batches need more memory on a CPU and are not faster.
@@ -40,8 +39,7 @@ def load_for_inference(
     batch_size: int | None,
     max_batch_size: int,
     resize: str | None = None,
-    backend: str = "torch",
-    mixed_precision: str = "no",
+    can_be_graph: bool = False,
 ) -> tuple[Any, ViTCLSImageProcessor, int]:
     """Load a model on a device, with its image processor.
 
@@ -52,8 +50,7 @@ def load_for_inference(
         batch_size: Number of images of a process; None to choose it.
         max_batch_size: Default batch size on GPUs.
         resize: How images become the input (crop, squash, pad). Default: unchanged.
-        backend: "torch", "onnx", "openvino" or an exported file, which replaces the weights.
-        mixed_precision: Precision of an exported file (exported_graphs.py).
+        can_be_graph: Whether the ONNX file of a folder without weights may replace the model.
 
     Returns:
         The model in evaluation mode, its image processor, and the number of images of a batch of
@@ -61,7 +58,7 @@ def load_for_inference(
 
     Raises:
         ValueError: As in `load_model`, or if there is no classifier although one is requested, or
-            if an exported file is not one of the model (exported_graphs.py).
+            if the ONNX file cannot be run.
         OSError: If the model cannot be read.
     """
     config = folder.config
@@ -70,13 +67,15 @@ def load_for_inference(
             f"labels require a classifier, but {folder.source} contains {config.architectures[0]}. "
             "Fine-tune the model first, or write features with `vitcls predict --features cls`"
         )
-    model = load_model(folder, use_head) if backend == "torch" else None
+    model: Any
+    if can_be_graph and folder.graph is not None:
+        model = OnnxClassifier(folder.graph, config)
+    else:
+        model = load_model(folder, use_head)
     processor = folder.load_processor()
     image_size = get_output_size(processor, config.image_height_width)
     if resize is not None:
         set_resize(processor, resize, image_size)
-    if model is None:
-        model = load_exported_model(backend, folder, processor, use_head, mixed_precision)
     batch_size = choose_batch_size(batch_size, config, image_size, device, max_batch_size)
     return model.to(device).eval(), processor, batch_size
 
@@ -97,11 +96,10 @@ def load_model(folder: ModelFolder, use_head: bool | None = None) -> Any:
         ValueError: If the model lacks weights.
         OSError: If the model cannot be read.
     """
-    graphs = [name for name, (file, _) in BACKEND_FILES.items() if (folder.path / file).is_file()]
-    if graphs and not any(folder.path.glob("*.safetensors")):
+    if folder.graph is not None:
         raise ValueError(
-            f"{folder.source} has a graph, but no weights. Run `vitcls predict --backend "
-            f"{graphs[0]}`, or set `model` to the model that was exported"
+            f"{folder.source} has a graph, but no weights. Set `model` to the model that was "
+            "exported; only `vitcls evaluate` runs the graph"
         )
     config = folder.config
     if not (has_classifier(config) if use_head is None else use_head):

@@ -29,7 +29,8 @@ class EvaluateOptions(EngineOptions, DataOptions):
 
     model: str
     """Folder or Hub id of a vitcls model (`ID@COMMIT` pins the model), or another ViT, which is
-    converted once (`timm:NAME`, `transformers:ID`, a folder, a Hub id, a file)."""
+    converted once (`timm:NAME`, `transformers:ID`, a folder, a Hub id, a file). A folder that
+    `vitcls export` wrote has an ONNX file instead of weights: this file is evaluated."""
     split: str | None = None
     """Dataset split, of which all images are evaluated. Default: `test` or, if there is none,
     `validation` or the only split, without the images that the model was trained on."""
@@ -91,9 +92,6 @@ class PredictOptions(ImageOptions, EngineOptions):
     output: Path | None = None
     """Output file (.csv, .json, .jsonl or .parquet). It appears when it is complete. Default: print
     a table."""
-    backend: str = "torch"
-    """Engine: `torch`, or `onnx` or `openvino` for model.onnx or model.xml in the model's folder,
-    which then requires no other weights, or a file that `vitcls export` wrote."""
     top_k: int | None = None
     """Maximum number of predicted labels per image. Default: 1 or, for multi-label models, all
     labels with a probability of at least --threshold."""

@@ -13,8 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..runtime.files import escape_csv_cell, replace_control_characters, write_atomically
-from .exported_graphs import DISTANCE
-from .prediction_rows import Row
+from .prediction_rows import DISTANCE, Row
 
 
 LABEL_SEPARATOR = "|"  # separator of the labels of one image in CSV files

@@ -74,9 +74,6 @@ class Predictor:
         Args:
             records: All images.
             part: The batches of this process. Default: all.
-
-        Raises:
-            GraphError: If an exported graph cannot be run.
         """
         names: dict[int, str] = {}
 
@@ -153,30 +150,19 @@ def build_predictor(options: PredictOptions, accelerator: Accelerator) -> Predic
     """Load the model and its image processor on the device, and build a predictor."""
     print_line = accelerator.on_main_process(partial(print, file=sys.stderr))
     with accelerator.main_process_first():  # the main process downloads the files
-        folder = open_model(options.model, options.backend)
-    # ONNX files run in float32
-    if options.mixed_precision == "auto" and not options.backend.endswith("onnx"):
-        text = set_mixed_precision(accelerator, "auto", folder.config)
-        if accelerator.mixed_precision != "no":
-            print_line(f"mixed precision: {text}")
+        folder = open_model(options.model)
+    text = set_mixed_precision(accelerator, options.mixed_precision, folder.config)
+    if options.mixed_precision == "auto" and accelerator.mixed_precision != "no":
+        print_line(f"mixed precision: {text}")
     model, processor, batch_size = load_for_inference(
         folder,
         accelerator.device,
         use_head=options.features is None,
         resize=options.resize,
-        backend=options.backend,
-        mixed_precision=accelerator.mixed_precision,
         batch_size=options.batch_size,
         max_batch_size=PREDICTION_BATCH_SIZE,
     )
     config: Any = model.config
-    has_statistics = options.features is None and config.class_statistics is not None
-    if has_statistics and model.class_distance is None:
-        text = (
-            "this graph does not compute `distance` and `unknown`, for which int8 and bfloat16 "
-            "have too few digits. `backend='torch'` does"
-        )
-        print_line(f"engine: {text}")
     columns: PredictionColumns
     if options.features is None:
         heads = get_heads(config, options.threshold)

@@ -24,11 +24,11 @@ import torch
 from transformers import PreTrainedModel
 
 from ..model.configuration_vitcls import ExtraHead
-from .exported_graphs import DISTANCE, GraphError
 from .image_pass import find_finite
 
 
 Row = dict[str, Any]
+DISTANCE = "distance"  # column and output with the distance to the nearest class
 
 
 # Labels -------------------------------------------------------------------------------------------
@@ -282,8 +282,6 @@ def try_predict(
     """
     try:
         return columns.predict(pixel_values)
-    except GraphError:
-        raise
     except ValueError as error:  # sizes or channels that the model does not support
         return str(error)
 

@@ -86,8 +86,7 @@ def list_published_files(folder: ModelFolder) -> set[str]:
     names = {CARD_FILE, *folder.license_files}
 
     for file, report in folder.exports.items():
-        data_files = {Path(file).with_suffix(".bin").name, f"{file}.data"}
-        names |= {file, f"{file}.json"} | data_files & set(report["sha256"])
+        names |= {file, f"{file}.json"} | {f"{file}.data"} & set(report["sha256"])
 
     if folder.has_weights:
         names |= {*CONFIG_FILES, *list_weight_files(folder.path), INDEX_FILE, *folder.code_files}

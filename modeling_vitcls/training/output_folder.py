@@ -31,7 +31,7 @@ from ..hub.local_paths import is_local, split_prefix
 from ..hub.model_files import (
     CARD_FILE,
     CONFIG_FILE,
-    DEFAULT_EXPORT_PATTERNS,
+    GRAPH_FILE,
     IMAGES_FOLDER,
     LICENSE_PATTERNS,
     METRICS_FILE,
@@ -85,7 +85,8 @@ FINAL_FILE_PATTERNS = (
         PARITY_REPORT_FILE,
     ),
     f"{IMAGES_FOLDER}/*.png",
-    *DEFAULT_EXPORT_PATTERNS,
+    GRAPH_FILE,
+    f"{GRAPH_FILE}.*",
 )
 CHECKPOINTS_FOLDER = "checkpoints"
 

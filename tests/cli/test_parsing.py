@@ -178,7 +178,7 @@ def test_a_folder_that_is_not_utf_8_is_an_error_before_training(
     ("command", "library", "extra"),
     [
         ("demo --model m", "gradio", "demo"),
-        ("export --model m --format onnx --output m.onnx", "onnxruntime", "export"),
+        ("export --model m --output m.onnx", "onnxruntime", "export"),
     ],
 )
 def test_a_missing_library_is_named_with_the_extra_of_the_checkout(
@@ -275,7 +275,7 @@ def test_commands_do_not_print_transformers_reports_about_weights(
         ("evaluate --model m --dataset d", "--output", "x.json"),
         ("predict --model m photo.jpg", "--output", "x.csv"),
         ("inspect --model m photo.jpg", "--json", "x.json"),
-        ("export --model m --format onnx", "--output", "x.onnx"),
+        ("export --model m", "--output", "x.onnx"),
         ("finetune --model m --dataset d", "--output-dir", "x"),
     ],
 )

@@ -23,11 +23,11 @@ pytest.importorskip("onnxscript", reason="onnxscript is not installed")
 def test_the_batch_is_dynamic_and_no_output_is_repeated(
     tmp_path: Path, layout: dict[str, Any]
 ) -> None:
-    """The example has one image."""
+    """The example has one image; docs/exporting.md."""
     model = randomize(ViTCLSForImageClassification(build_tiny_config(**layout)))
     file = tmp_path / "model.onnx"
-    shapes = ({0: "batch"},)
-    torch.onnx.export(model, (build_images(1),), file, dynamo=True, dynamic_shapes=shapes)
+    shapes = {"pixel_values": {0: torch.export.Dim("batch")}}
+    torch.onnx.export(model, (build_images(1),), file, dynamic_shapes=shapes)
     session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
     (graph_input,) = session.get_inputs()
     assert graph_input.shape == ["batch", 3, 32, 32]

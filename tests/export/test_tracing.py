@@ -61,15 +61,14 @@ def test_the_smallest_size_contains_the_grids_of_cls_tokens() -> None:
             {"position_interpolation": "crop", "image_size": [32, 48]},
             "crops position embeddings of a non-square grid",
         ),
-        ({"position_antialias": True}, "position_antialias=True"),
-        ({"position_antialias": True, "position_embedding_type": "rope_2d"}, ""),
+        ({"position_antialias": True}, ""),
     ],
 )
 def test_positions_that_cannot_be_resampled_in_a_graph_fix_its_size(
     fields: dict[str, Any], word: str
 ) -> None:
     model = ViTCLSModel(build_tiny_config(**fields))
-    shape = select_graph_shape(model, None, dynamic=True, has_pytorch_antialias_filter=False)
+    shape = select_graph_shape(model, None, dynamic=True)
     assert word in shape.fixed_size_reason
     assert bool(shape.fixed_size_reason) == bool(word)
     assert shape.is_dynamic == (not word)

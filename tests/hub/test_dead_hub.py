@@ -150,7 +150,7 @@ def test_cached_timm_models_of_the_hub_are_pinned_and_load_without_the_hub(
         ("finetune.py", "--model vitcls-tiny --dataset {} --output-dir out"),
         ("finetune.py", "--model vitcls-tiny --dataset digits --teacher {} --output-dir out"),
         ("convert.py", "--source transformers:{} --output out"),
-        ("export.py", "--model {} --format onnx --output out.onnx"),
+        ("export.py", "--model {} --output out.onnx"),
     ],
 )
 def test_a_mistyped_folder_is_named_in_one_line(

@@ -525,6 +525,32 @@ def test_the_page_finds_planted_wrong_labels(run: Run, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_openvino_and_a_quantized_graph_keep_the_accuracy(run: Run, tmp_path: Path) -> None:
+    flags = ["--model", "vitcls-tiny", "--dataset", "photos", "--output-dir", "runs/trained"]
+    schedule = ["--epochs", "20", "--batch-size", "8", "--num-workers", "0", "--no-report"]
+    run([*MODULE, "finetune", *flags, *schedule, *SMALL_MODEL.split()])
+    run([*MODULE, "export", "--model", "runs/trained", "--output", "served"])
+    blocks = [
+        block.text
+        for block in read_blocks(ROOT / "docs" / "exporting.md")
+        if block.comment.startswith("not run: in tests/") and block.language == "python"
+    ]
+    source = "\n".join(blocks).replace("100)", "40)").replace('folder, "photos"', 'folder, "more"')
+    source += """
+files = sorted(Path("more").glob("*/*"))
+labels = [("cat", "dog")[compiled(read(file))["logits"].argmax()] for file in files]
+print("openvino", sum(map(str.__eq__, labels, [file.parent.name for file in files])) / len(files))
+"""
+    (tmp_path / "page.py").write_text(source, encoding="utf-8")
+    printed = dict(re.findall(r"^(\w+) ([\d.]+)$", run(["page.py"]).stdout, re.MULTILINE))
+    accuracies = {name: float(value) for name, value in printed.items()}
+
+    assert accuracies["served"] > 0.8
+    assert accuracies["openvino"] == accuracies["served"]
+    assert accuracies["int8"] == pytest.approx(accuracies["served"], abs=0.05)
+
+
+@pytest.mark.slow
 def test_examples_in_docstrings_run(run: Run, tmp_path: Path) -> None:
     objects = [getattr(modeling_vitcls, name) for name in modeling_vitcls.__all__]
     documented = [each for each in objects if callable(each)]

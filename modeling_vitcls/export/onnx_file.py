@@ -1,0 +1,56 @@
+"""Write a graph to an ONNX file.
+
+Weights of more than 1.9 GB are written to a second file, FILE.data.
+"""
+
+import re
+from pathlib import Path
+
+import torch
+from torch.export import ExportedProgram
+
+from ..inference.onnx_graph import INPUT_NAME
+from ..runtime.errors import format_error
+from .tracing import GraphShape
+
+
+# Maximum size of the weights inside an ONNX file, in bytes. The file is a protobuf message, which
+# is limited to 2 GB.
+MAX_ONNX_WEIGHTS = 1_900_000_000
+
+
+def write_onnx(
+    graph: ExportedProgram, graph_shape: GraphShape, names: list[str], file: Path
+) -> None:
+    """Write a graph to an ONNX file with torch.onnx.
+
+    Args:
+        graph: The traced graph.
+        graph_shape: The image sizes that it accepts.
+        names: Names of the outputs.
+        file: An .onnx file.
+
+    Raises:
+        ValueError: If torch.onnx does not support the graph.
+    """
+    try:
+        program = torch.onnx.export(
+            graph,
+            dynamo=True,
+            input_names=[INPUT_NAME],
+            output_names=names,
+            dynamic_shapes=graph_shape.dynamic_shapes,
+            verbose=False,
+        )
+    except Exception as error:  # torch.onnx raises many types of errors
+        raise ValueError(f"torch.onnx cannot export this model: {format_error(error)}") from error
+    assert program is not None, "torch.onnx returns a program if `dynamo` is set"
+
+    # The names of the nodes tell which layer they compute: a person who quantizes the file can
+    # leave a layer in float32 (docs/exporting.md).
+    for node in program.model.graph:
+        if match := re.search(r"\blayers\.\d+\b", node.metadata_props.get("namespace", "")):
+            node.name = f"{match[0]}/{node.name}"
+
+    num_weight_bytes = sum(weight.nbytes for weight in graph.state_dict.values())
+    program.save(file, external_data=num_weight_bytes > MAX_ONNX_WEIGHTS)
