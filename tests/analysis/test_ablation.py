@@ -127,7 +127,9 @@ def test_tokens_that_a_head_does_not_read_are_compared_with_redrawn_ones() -> No
     # the model is unchanged
     assert torch.equal(torch.stack(gather_outputs(model, UNLABELED)[""]), outputs)
     assert found["cls[0]"][""].null_sizes == ()
-    assert len(found["registers"][""].null_sizes) == NUM_NULL_DRAWS
+    for key in ("registers[0]", "registers[2]", "registers"):
+        assert len(found[key][""].null_sizes) == NUM_NULL_DRAWS, key
+        assert found[key][""].num_images == len(PIXELS), key
     assert found["registers[0]"][""].redraw_drop is not None
 
 
@@ -150,6 +152,7 @@ def test_an_effect_has_its_size_and_its_intervals() -> None:
     same = compute_effect(before, before, has_several_labels=False)
     assert same.changed == 0.0
     assert same.size == 0.0
+    assert same.interval == (0.0, 0.0)
     assert not same.is_measurable
 
 

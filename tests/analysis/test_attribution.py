@@ -181,4 +181,5 @@ def test_weights_may_be_frozen_and_gradients_disabled(mode: Any) -> None:
         found = compute_attribution(model, pixels, 0)
     assert get_largest_difference(found, expected) <= TOLERANCE
     assert not pixels.requires_grad
+    assert all(parameter.grad is None for parameter in model.parameters())
     assert_no_recording(model)

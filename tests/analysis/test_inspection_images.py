@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from helpers.photo_folders import write_photos
 from helpers.tiny_models import TASKS, build_tiny_config
 from PIL import Image
@@ -38,7 +39,7 @@ def open_paths(model: Any, *paths: Path) -> InspectionImages:
     return open_for(model, paths=tuple(map(str, paths)))
 
 
-def test_folder_names_are_labels(tmp_path: Path) -> None:
+def test_folder_names_are_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A folder without a class has unknown labels. Images are in the order of the paths."""
     folder = write_photos(tmp_path / "photos", range(2), "dog", "cat", "else")
     found = open_paths(build_named_classifier(CLASSES), folder, folder / "cat" / "1.png")
@@ -50,6 +51,10 @@ def test_folder_names_are_labels(tmp_path: Path) -> None:
             np.asarray(found.images[index]), np.asarray(Image.open(folder / name))
         )
     assert open_paths(build_named_classifier(CLASSES), folder / "else").labels is None
+    monkeypatch.chdir(folder / "cat")
+    here = open_paths(build_named_classifier(CLASSES), Path())
+    assert here.labels == [2, 2]
+    assert here.source == "cat"
 
 
 def test_folder_names_are_labels_of_single_label_classifiers_only(tmp_path: Path) -> None:

@@ -83,6 +83,8 @@ def test_a_folder_gives_one_sheet_per_photo_and_names_broken_files(
     )
     assert {file.name for file in (tmp_path / "sheets").iterdir()} == {"same.png", "same-2.png"}
     assert "broken.png" in capsys.readouterr().err
+    for sheet in (tmp_path / "sheets").iterdir():
+        assert Image.open(sheet).width == 1800
 
 
 def test_several_photos_do_not_overwrite_one_file(model: str, photo: str, tmp_path: Path) -> None:
@@ -180,7 +182,9 @@ def test_the_image_size_sets_the_number_of_patches(model: str, photo: str, tmp_p
     flags = ["--model", model, "-o", str(tmp_path / "out.png"), "--json", str(numbers)]
     assert run_here("look", photo, *flags, "--image-size", "48", "64", "--resize", "crop") == 0
     (record,) = json.loads(numbers.read_text())["photos"]
+    assert record["input_size"] == [48, 64]
     assert record["patch_grid"] == [6, 8]
+    assert record["uniform_entropy"] == pytest.approx(np.log(6 * 8 + 3))  # CLS and two registers
     left, top, right, bottom = record["visible_region"]
     assert (right - left) / (bottom - top) == pytest.approx(64 / 48, rel=0.01)
 

@@ -81,6 +81,7 @@ def test_registers_that_carry_all_information_have_an_effect(num_registers: int)
         found = measure(model)
     effect = found["registers[0]" if num_registers == 1 else "registers"][""]
     assert effect.comparison == "more"
+    assert effect.is_beyond_limit
 
 
 # Several tasks ------------------------------------------------------------------------------------
@@ -109,6 +110,9 @@ def test_each_task_has_its_own_effects(trained_tasks: Any) -> None:
     labels = get_task_labels(HELD_OUT[1])
     found = measure(trained_tasks, labels=labels)
     assert found["cls[0]"]["parity"].comparison == "read by a head"
+    assert found["cls[1]"]["size"].comparison == "read by a head"
+    assert found["registers[0]"].keys() == TASKS.keys()
+    assert "cls" in found  # both CLS tokens together
 
     head = trained_tasks.classifiers["task_size"]
     with torch.no_grad():
@@ -119,6 +123,7 @@ def test_each_task_has_its_own_effects(trained_tasks: Any) -> None:
     for key in ("cls[0]", "registers[0]"):
         before, after = found[key]["parity"], changed[key]["parity"]
         assert after.size == pytest.approx(before.size, rel=1e-4)
+        assert after.comparison == before.comparison
 
 
 # Random models ------------------------------------------------------------------------------------

@@ -96,6 +96,9 @@ def test_a_photo_opens_its_sheet(page: Page) -> None:
     photos.first.locator("summary").click()
     expect(sheet).to_be_visible()
     assert sheet.evaluate("image => image.naturalWidth") == 1800
+    thumbnails = page.locator("#photos .pictures img")
+    widths = thumbnails.evaluate_all("images => images.map(image => image.naturalWidth)")
+    assert set(widths) == {200}
 
 
 @pytest.mark.parametrize("width", [390, 1280])

@@ -104,6 +104,7 @@ def test_datasets_map_adds_features(encoder: Path, photos: Path) -> None:
     mapped = table.map(EmbedImages(encoder), batched=True, batch_size=4)
     whole = EmbedImages(encoder)({"path": sorted_photos(photos)})
     np.testing.assert_allclose(np.array(mapped["cls"]), whole["cls"], atol=1e-6)
+    assert set(mapped["error"]) == {""}
 
 
 @pytest.fixture
@@ -141,6 +142,7 @@ def test_ray_workers_equal_predict_even_if_one_is_killed(
         .take_all()
     )
     assert marker.exists()
+    assert sorted(row["path"] for row in rows) == sorted(paths)
     found = np.stack([row["cls"] for row in sorted(rows, key=lambda row: paths.index(row["path"]))])
     np.testing.assert_allclose(found, EmbedImages(encoder)({"path": paths})["cls"], atol=1e-6)
 

@@ -82,6 +82,8 @@ def test_only_the_main_process_prints(two_process_folder: Path) -> None:
     printed = (two_process_folder / "stdout").read_text(encoding="utf-8")
     assert re.findall(r"'(\d+)\.png'", printed) == [*map(str, UNREADABLE)] * 2  # two evaluators
     assert printed.count("Confusions, most frequent: ") == 1
+    results = read_json(two_process_folder / "new" / "digits.json")
+    assert f"{results['accuracy']:.2%}" in printed
 
 
 # Saved models -------------------------------------------------------------------------------------
@@ -140,6 +142,7 @@ def test_several_labels_per_image_are_matched_by_name_and_scored_per_image(
         list(one) == list(other)
         for one, other in zip(rows["label"], rows["prediction"], strict=True)
     ]
+    assert len(rows) == 2 * NUM_IMAGES
     assert np.mean(is_exact) == close(found["exact_match"])
     assert rows["loss"].mean() == close(found["loss"])
 
@@ -159,6 +162,8 @@ def test_tasks_are_matched_by_name_and_missing_labels_are_not_counted(
     found = evaluate(models / "multi_task", table)  # the columns of the model
     expected = by_one_process["multi_task"]
     assert found["num_images"] == 2 * NUM_IMAGES
+    assert found["loss"] == close(expected["loss"])
+    assert found["accuracy"] == close(expected["accuracy"])
     for task in ("species", "age"):
         assert found[f"{task}_num_images"] == 2 * expected[f"{task}_num_images"]
         assert found[f"{task}_loss"] == close(expected[f"{task}_loss"])
@@ -181,7 +186,8 @@ def test_the_files_are_written_before_the_table_is_printed(
     files = {"output": tmp_path / "results.json", "per_image": tmp_path / "images.parquet"}
     with pytest.raises(BrokenPipeError):
         evaluate(models / "single", table, label_column=("animal",), **files)
-    assert all(file.exists() for file in files.values())
+    assert read_json(files["output"])["num_images"] == 2 * NUM_IMAGES
+    assert len(pd.read_parquet(files["per_image"])) == 2 * NUM_IMAGES
 
 
 def test_an_image_of_other_channels_is_named_and_counted_as_unreadable(
@@ -212,6 +218,7 @@ def test_two_processes_evaluate_a_saved_model(two_process_folder: Path) -> None:
     assert two["num_processes"] == 2
     assert one["num_processes"] == 1
     assert two["num_images"] == NUM_DIGITS
+    assert [file.name for file in (two_process_folder / "new").iterdir()] == ["digits.json"]
     # depends on the batches' rounding
     for key in ("calibration_error", "calibration_error_by_chance"):
         assert two.pop(key) == close(one.pop(key))

@@ -82,6 +82,8 @@ def test_labels_may_be_names_and_a_class_may_have_one_image() -> None:
     probe = LinearProbe().fit(features, names.astype(str))
     assert probe.classes_.tolist() == ["ant", "bee", "cat"]
     assert np.isnan(probe.out_of_fold_[0]).all()
+    assert np.isfinite(probe.out_of_fold_[1:]).all()
+    assert set(probe.predict(features)) <= {"ant", "bee", "cat"}
 
 
 def test_two_images_are_too_few_for_folds() -> None:

@@ -218,3 +218,4 @@ def test_losses_that_are_not_finite_are_none(logits: list[list[float]]) -> None:
     metrics = SingleLabelMetrics(SPACES["single"], CPU)
     metrics.update_logits(torch.tensor(logits), torch.tensor([1]))
     assert metrics.compute()["loss"] is None
+    assert metrics.compute()["num_images"] == 1

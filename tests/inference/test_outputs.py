@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from helpers.tiny_models import raises_one_line
 
@@ -32,7 +33,7 @@ def test_lists_and_half_precision_are_written_to_every_format(tmp_path: Path) ->
     second = {"index": 1, "image": "d", **dict.fromkeys(types)}
     expected = [first | {"error": None}, second | {"error": "unreadable"}]
     rows = [first | {"p": np.float16([0.5, 0.25])}, expected[1]]
-    for suffix in (".csv", ".json", ".jsonl"):
+    for suffix in (".csv", ".json", ".jsonl", ".parquet"):
         write_rows(rows, get_output_columns(types), tmp_path / f"out{suffix}")
 
     with (tmp_path / "out.csv").open(newline="", encoding="utf-8") as file:
@@ -45,6 +46,8 @@ def test_lists_and_half_precision_are_written_to_every_format(tmp_path: Path) ->
     assert json.loads((tmp_path / "out.json").read_text(encoding="utf-8")) == expected
     lines = (tmp_path / "out.jsonl").read_text(encoding="utf-8").splitlines()
     assert list(map(json.loads, lines)) == expected
+    assert "ü" in lines[0]
+    assert pq.read_table(tmp_path / "out.parquet").to_pylist() == expected
 
 
 def test_tables_show_no_control_characters(capsys: pytest.CaptureFixture) -> None:

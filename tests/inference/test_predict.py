@@ -145,7 +145,10 @@ def test_without_any_prediction_the_status_is_1(
     flags = ["--model", models / "one_label", *images, "--output", tmp_path / "out.json"]
     assert run_in_process("predict.py", *flags) == 1
     assert "none of the 2 images" in capsys.readouterr().err.splitlines()[-1]
-    assert [row["label"] for row in read_json(tmp_path / "out.json")] == [None] * 2
+    rows = read_json(tmp_path / "out.json")
+    assert [row["label"] for row in rows] == [None] * 2
+    assert "2-cut.jpg" in rows[0]["error"]
+    assert "No such file" in rows[1]["error"]
 
 
 def test_labels_equal_those_of_the_model_and_the_pipeline(
@@ -188,6 +191,9 @@ def test_several_tasks_have_separate_columns(models: Path, photos: Path, tmp_pat
     predict_images(options)
 
     table = pq.read_table(tmp_path / "out.parquet")
+    assert table.column_names[2:6:2] == ["age_label", "age_label_2"]
+    assert table.column_names[3:6:2] == ["age_probability", "age_probability_2"]
+    assert table.column_names[6:-1:2] == ["species_label", "species_label_2", "species_label_3"]
 
     model = ViTCLSForMultiTaskClassification.from_pretrained(models / "several_tasks")
     with torch.no_grad():
@@ -209,6 +215,7 @@ def test_several_labels_are_predicted_from_the_threshold(models: Path, photos: P
     assert [set(row["labels"]) for row in rows] == [
         {NAMES[label] for label in range(3) if image[label] >= threshold} for image in probabilities
     ]
+    assert len({len(row["labels"]) for row in rows}) > 1
     assert all(row["probabilities"] == sorted(row["probabilities"], reverse=True) for row in rows)
     best = predict(model, processor, photos, threshold=0, top_k=1)
     assert [row["labels"] for row in best] == [
@@ -237,6 +244,8 @@ def test_features_of_any_layer_are_those_after_the_final_norm(
     )
     predict_images(options)
     table = pq.read_table(options.output)
+    assert table.num_rows == len(sorted_photos(photos))
+    assert table["error"].null_count == table.num_rows
     model = ViTCLSModel.from_pretrained(models / source)
     with torch.no_grad():
         outputs = model(pixel_values(photos), output_hidden_states=True)

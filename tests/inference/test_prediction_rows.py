@@ -74,6 +74,7 @@ def test_one_task_without_a_finite_output_is_an_error() -> None:
         model.classifiers["task_age"].bias[1] = torch.inf
     rows = predict(LabelColumns(model, get_heads(model.config), 1), build_images(2))
     assert [row.keys() for row in rows] == [{"error"}] * 2
+    assert all("not finite" in row["error"] for row in rows)
 
 
 def test_images_of_an_unsupported_shape_are_errors() -> None:
