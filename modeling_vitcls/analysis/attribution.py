@@ -23,11 +23,7 @@ from typing import Any
 import torch
 
 from ..model.configuration_vitcls import ViTCLSConfig
-from ..model.token_attention_vitcls import (
-    compute_attention_rows,
-    record_attention,
-    select_mask_rows,
-)
+from ..model.token_attention_vitcls import compute_attention_rows, record_attention
 
 
 @dataclass(frozen=True)
@@ -52,9 +48,7 @@ class RecordedLayer:
         half-precision models.
         """
         query = self.query[:, :, :num_rows].float()
-        key = self.key.float()
-        mask = select_mask_rows(self.mask, query, key)
-        return compute_attention_rows(query, key, mask, self.scaling)
+        return compute_attention_rows(query, self.key.float(), self.mask, self.scaling)
 
 
 @contextmanager

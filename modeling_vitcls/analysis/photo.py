@@ -103,6 +103,12 @@ def measure_photo(model: Any, processor: Any, image: Image.Image) -> PhotoMeasur
     model = unwrap_model(model)
     config: ViTCLSConfig = model.config
     use = TokenUse(config, is_classifier(model))
+    # In a model of one layer, a token that no head reads is used in none. Its row shows this layer.
+    *token_layers, patch_layer = [max(number, 1) for number in use.num_layers]
+    names_by_group = get_token_names_by_group(config)
+    token_names = [name for names in names_by_group.values() for name in names]
+    token_groups = [group for group, names in names_by_group.items() for _ in names]
+
     # [1, C, H, W]
     pixel_values = processor(image, return_tensors="pt")["pixel_values"].to(model.device)
     with evaluation_mode(model):
@@ -117,11 +123,6 @@ def measure_photo(model: Any, processor: Any, image: Image.Image) -> PhotoMeasur
         raise ValueError(
             "the features of the model are not finite. Load the model in float32, or train it again"
         )
-    # In a model of one layer, a token that no head reads is used in none. Its row shows this layer.
-    *token_layers, patch_layer = [max(number, 1) for number in use.num_layers]
-    names_by_group = get_token_names_by_group(config)
-    token_names = [name for names in names_by_group.values() for name in names]
-    token_groups = [group for group, names in names_by_group.items() for _ in names]
     attention = trace.compute_token_attention()[0].float().cpu()  # [L, H, S, N]
     if not names_by_group["cls"]:
         token_names.insert(0, "patch mean")

@@ -25,7 +25,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import LinearLocator
-from PIL import Image
+from PIL import Image, ImageOps
 
 from ..inference.token_names import SINGLE_TOKEN_NAMES
 from .maps import COLORMAP, MIN_SCALE, draw_region, get_brightest_value, limit_region, overlay
@@ -130,6 +130,10 @@ def draw_header(measurements: PhotoMeasurements, title: str) -> Figure:
         f"photo of {image.width} × {image.height} pixels; the model sees "
         f"{'all' if sees_all else f'the central {share:.0%}'} of it at {width} × {height} pixels, "
         f"as {columns} × {rows} patches",
+        "drawn in the last layer that the output depends on: "
+        f"{shorten_middle(measurements.token_names[0], 36)} in layer "
+        f"{measurements.token_layers[0]}, "
+        f"patches in layer {measurements.patch_layer}",
     ]
     for task, labels in measurements.predictions.items():
         text = ", ".join(
@@ -151,7 +155,7 @@ def draw_header(measurements: PhotoMeasurements, title: str) -> Figure:
     if not sees_all:
         axes = figure.add_axes((0.75, 0, RIGHT - 0.75, 1 - 0.24 / inches), anchor="NE")
         axes.set_axis_off()
-        axes.imshow(image.convert("L"), cmap="gray", alpha=PALE)
+        axes.imshow(ImageOps.grayscale(image), cmap="gray", alpha=PALE)
         seen = Rectangle((left, top), right - left, bottom - top, transform=axes.transData)
         axes.imshow(image).set_clip_path(seen)
     return figure
@@ -207,8 +211,8 @@ def draw_attributions(measurements: PhotoMeasurements, photo: Image.Image) -> li
     return [
         draw_rows(
             "What counts for a label",
-            "Attribution: attention weighted by its gradient (Chefer et al. 2021). Bright patches "
-            "raise the score of the label",
+            "Attribution: attention of all layers, weighted by its gradient (Chefer et al. 2021). "
+            "Bright patches raise the score of the label",
             [": ".join(filter(None, (task, name))) for task, (name, _), _ in attributions],
             [("prediction", DARK_GRAY, "attribution", tiles)],
             photo,

@@ -50,9 +50,7 @@ def compute_token_attention(
     ) -> None:
         # Special tokens come first. Complete maps of all layers may not fit into memory.
         query = query[:, :, : layout.num_prefix_tokens]
-        rows[layer] = compute_attention_rows(
-            query, key, select_mask_rows(mask, query, key), scaling
-        )
+        rows[layer] = compute_attention_rows(query, key, mask, scaling)
 
     with record_attention(encoder, layer_indices, record):
         # FSDP2 may require calling the whole model
@@ -86,10 +84,9 @@ def record_attention(
             attention.recorder = previous_recorders[index]
 
 
-def compute_attention_rows(
-    query: Tensor, key: Tensor, mask: Tensor | None, scaling: float
-) -> Tensor:
-    """Compute the attention weights [B, heads, n, N] of n queries and N keys."""
+def compute_attention_rows(query: Tensor, key: Tensor, mask: Any, scaling: float) -> Tensor:
+    """Compute the attention weights [B, heads, n, N] of the first n queries and N keys."""
+    mask = select_mask_rows(mask, query, key)
     scores = torch.matmul(query, key.transpose(2, 3)) * scaling
     return apply_mask(scores, mask).softmax(dim=-1, dtype=torch.float32).to(query.dtype)
 

@@ -1,6 +1,7 @@
 """The command `vitcls look` and the function `look`: files, numbers, and legible sheets."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -242,6 +243,14 @@ def test_no_text_covers_a_tile_or_another_text_or_is_cut_off(
             bottom = len(picture) - round(box.y0)
             assert (picture[top:bottom, round(box.x0) : round(box.x1)] == 255).all(), box
             assert box.count_overlaps(boxes) == 1, box  # only itself
+
+
+def test_the_sheet_says_which_layers_are_shown() -> None:
+    """The classifier reads CLS of the last layer, and patches only through attention to them."""
+    config = build_tiny_config(num_hidden_layers=4)
+    header = sheet_module.draw_header(measure(ViTCLSForImageClassification(config)), "")
+    (line,) = re.findall("drawn in .*", "".join(text.get_text() for text in header.texts))
+    assert re.findall(r"(\w+) in layer (\d)", line) == [("CLS", "4"), ("patches", "3")]
 
 
 def test_the_function_returns_the_image_of_the_command(
