@@ -16,7 +16,7 @@ from ..inference.load_model import load_model
 from ..runtime.distributed import choose_precision
 from ..runtime.files import write_json
 from ..runtime.progress import track
-from .inspection import Inspection, inspect_model
+from .inspection import Inspection, inspect_model, read_images
 from .inspection_images import open_images
 from .model_utils import is_classifier
 from .options import InspectOptions
@@ -52,17 +52,18 @@ def write_inspection(options: InspectOptions) -> Inspection:
         file.parent.mkdir(parents=True, exist_ok=True)  # raise errors before the measurements
     watch = partial(track, console=error_console, unit="")
     with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+        read = read_images(
+            model, processor, images.images, images.labels, options.batch_size, watch
+        )
+        for message in read.error_messages:
+            error_console.print(
+                f"WARNING: skipped an image: {message}", style="bold yellow", markup=False
+            )
         inspection = inspect_model(
             model,
-            processor,
-            images.images,
-            labels=images.labels,
+            read,
             num_shown=options.num_images,
             token_movement=folder.results_of_any_weights.get("token_movement"),
-            batch_size=options.batch_size,
-            on_warning=lambda message: error_console.print(
-                f"WARNING: {message}", style="bold yellow", markup=False
-            ),
             watch=watch,
         )
     # in float32, as in `vitcls look`

@@ -8,7 +8,7 @@ are measured one by one (photo.py).
 """
 
 from collections import Counter
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import cycle
@@ -99,130 +99,52 @@ class Inspection:
         ]
 
 
-def inspect_model(
+@dataclass(frozen=True)
+class ReadImages:
+    """The preprocessed images of an inspection, in random order.
+
+    Attributes:
+        batches: batches of readable images, with their labels if there are any.
+        error_messages: one message per unreadable image.
+    """
+
+    batches: list[ImageBatch]
+    error_messages: list[str]
+
+    @property
+    def indices(self) -> list[int]:
+        """Index of each readable image, in the order of the batches."""
+        return [index for batch in self.batches for index in batch.indices]
+
+
+def read_images(
     model: Any,
     processor: Any,
     images: Sequence[Any],
-    *,
     labels: Sequence[Any] | None = None,
-    num_shown: int = 6,
-    has_ablations: bool = True,
-    token_movement: Mapping[str, float] | None = None,
     batch_size: int | None = None,
-    on_warning: Callable[[str], None] = lambda message: None,
     watch: Watch = lambda items, description: items,
-) -> Inspection:
-    """Measure the effects of a model's special tokens, their faults, and the patch norms.
-
-    The model is not changed and stays on its device.
+) -> ReadImages:
+    """Preprocess images in random order, because datasets are often sorted by class.
 
     Args:
-        model: any ViTCLS classifier or encoder, with or without special tokens. The model may be
-            compiled or have PEFT adapters.
+        model: the model that will be inspected.
         processor: the image processor of the model.
-        images: images to measure. Unreadable images cause a warning and are skipped.
-        labels: labels of the images, as in a dataset (data/labels.py); -100 if unknown.
-        num_shown: number of images to select for the report.
-        has_ablations: whether to measure the effect of each token, which takes up to 16 passes per
-            token and image (`compute_ablations`).
-        token_movement: distance by which training moved each token (`token_movement` in
-            results.json).
+        images: images of any type that the image processor takes.
+        labels: labels of the images for a classifier, as in a dataset (data/labels.py); -100 if
+            unknown.
         batch_size: number of images per forward pass. Default: chosen for the device.
-        on_warning: called with a message for each skipped image.
         watch: function that returns the same items and shows the progress, such as
             `rich.progress.track`.
 
     Raises:
-        ValueError: if no image can be read, or the hidden states of the model are not finite.
+        ValueError: if no image can be read.
     """
     model = unwrap_model(model)
     config = model.config
-    use = TokenUse(config, is_classifier(model))
-    num_parameters = sum(parameter.numel() for parameter in model.parameters())
-    # heads of other kinds, such as a decoder of pixels, say nothing about the tokens
-    measured_model = model if use.has_head else model.base_model
-
-    ablation_batches: list[ImageBatch] = []
-    with evaluation_mode(model):
-        image_size = get_output_size(processor, config.image_height_width)
-        batch_size = choose_batch_size(batch_size, config, image_size, model.device, MAX_BATCH_SIZE)
-        batches = read_batches(
-            config,
-            processor,
-            images,
-            labels=labels if use.has_head else None,
-            batch_size=batch_size,
-            on_warning=on_warning,
-            watch=watch,
-        )
-        has_several_labels = is_multi_label(config)
-        # Effects take up to 16 passes per token, so a large model measures them on fewer images. The
-        # order of the batches is random, so the first images are a sample.
-        if has_ablations:
-            patch_embeddings = model.base_model.embeddings.patch_embeddings
-            grid_size = patch_embeddings.get_grid_size(batches[0].pixel_values)
-            flops = 2 * num_parameters * config.token_layout.get_num_tokens(*grid_size)
-            num_affordable = max(int(MAX_ABLATION_FLOPS / flops), MIN_IMAGES)
-            ablation_batches = take_images(batches, min(num_affordable, MAX_ABLATION_IMAGES))
-
-        outputs, states, outlier_share = measure_states(measured_model, use, batches, watch)
-        ablations = compute_ablations(
-            measured_model, use, ablation_batches, has_several_labels, watch
-        )
-
-    indices = [index for batch in batches for index in batch.indices]
-    keys = get_token_keys(config.token_layout)
-    *used_layers, patch_layer = use.num_layers
-    shown_images: dict[int, str | None] = dict.fromkeys(indices[:num_shown])
-    if use.has_head:
-        predicted = {
-            task: predict_labels(rows, has_several_labels) for task, rows in outputs.items()
-        }
-        known = collect_labels(batches, config)
-        rated = rate_outputs(outputs, predicted, known, has_several_labels)
-        shown_images = {
-            indices[position]: kind for position, kind in select_images(*rated, num_shown).items()
-        }
-
-    names = get_token_names(config)
-    faults = [
-        f"{names[index]}: identical to {names[other]} after layer {layer}"
-        for index, (other, layer) in find_identical_tokens(states, used_layers).items()
-    ]
-    unmoved = find_unmoved_tokens(keys, token_movement or {})
-    faults += [f"{names[index]}: not moved by training, which moved others" for index in unmoved]
-    return Inspection(
-        config=config,
-        model_class=type(model).__name__,
-        num_parameters=num_parameters,
-        num_images=len(indices),
-        ablations=ablations,
-        num_ablation_images=sum(len(batch.indices) for batch in ablation_batches),
-        faults=faults,
-        outlier_share=outlier_share,
-        outlier_layer=patch_layer,
-        shown_images=shown_images,
-        num_unreadable=len(images) - len(indices),
-    )
-
-
-# Images -------------------------------------------------------------------------------------------
-
-
-def read_batches(
-    config: Any,
-    processor: Any,
-    images: Sequence[Any],
-    labels: Sequence[Any] | None,
-    batch_size: int,
-    on_warning: Callable[[str], None],
-    watch: Watch,
-) -> list[ImageBatch]:
-    """Preprocess the images in random order, because datasets are often sorted by class.
-
-    Raise ValueError if no image is readable.
-    """
-    # images of several sizes cannot be stacked
+    image_size = get_output_size(processor, config.image_height_width)
+    batch_size = choose_batch_size(batch_size, config, image_size, model.device, MAX_BATCH_SIZE)
+    # Images of several sizes cannot be stacked.
     if not has_fixed_size(processor):
         batch_size = 1
     order = np.random.default_rng(0).permutation(len(images)).tolist()
@@ -234,8 +156,6 @@ def read_batches(
     error_messages: list[str] = []
     for _, batch in zip(watch(parts, "reading images"), prepared, strict=True):
         error_messages += batch.error_messages.values()
-        for message in batch.error_messages.values():
-            on_warning(f"skipped an image: {message}")
         if labels is not None:
             space = get_label_space(config)
             batch.labels = space.collate([labels[index] for index in batch.indices])
@@ -250,19 +170,113 @@ def read_batches(
             f"An inspection requires at least one image, but none of {len(images)} images can be "
             f"read{first_error}. Check the images."
         )
-    return batches
+    return ReadImages(batches, error_messages)
 
 
-def take_images(batches: Sequence[ImageBatch], num_images: int) -> list[ImageBatch]:
-    """Take the first `num_images` images of the batches."""
+def inspect_model(
+    model: Any,
+    images: ReadImages,
+    *,
+    num_shown: int = 6,
+    has_ablations: bool = True,
+    token_movement: Mapping[str, float] | None = None,
+    watch: Watch = lambda items, description: items,
+) -> Inspection:
+    """Measure the effects of a model's special tokens, their faults, and the patch norms.
+
+    The model is not changed and stays on its device.
+
+    Args:
+        model: any ViTCLS classifier or encoder, with or without special tokens. The model may be
+            compiled or have PEFT adapters.
+        images: images to measure (`read_images`).
+        num_shown: number of images to select for the report.
+        has_ablations: whether to measure the effect of each token, which takes up to 16 passes per
+            token and image (`compute_ablations`).
+        token_movement: distance by which training moved each token (`token_movement` in
+            results.json).
+        watch: function that returns the same items and shows the progress.
+
+    Raises:
+        ValueError: if the hidden states of the model are not finite.
+    """
+    model = unwrap_model(model)
+    config = model.config
+    use = TokenUse(config, is_classifier(model))
+    # Heads of other kinds, such as a decoder of pixels, say nothing about the tokens.
+    measured_model = model if use.has_head else model.base_model
+    with evaluation_mode(model):
+        has_several_labels = is_multi_label(config)
+        ablation_batches = take_images(model, images.batches) if has_ablations else []
+        outputs, states, outlier_share = measure_states(measured_model, use, images.batches, watch)
+        ablations = compute_ablations(
+            measured_model, use, ablation_batches, has_several_labels, watch
+        )
+
+    token_keys = get_token_keys(config.token_layout)
+    labels = collect_labels(images.batches, config)
+    shown_images: dict[int, str | None] = dict.fromkeys(images.indices[:num_shown])
+    if use.has_head:
+        rated = rate_outputs(outputs, labels, has_several_labels)
+        shown_images = {
+            images.indices[position]: kind
+            for position, kind in select_images(*rated, num_shown).items()
+        }
+    unmoved = find_unmoved_tokens(token_keys, token_movement or {})
+    return Inspection(
+        config=config,
+        model_class=type(model).__name__,
+        num_parameters=sum(parameter.numel() for parameter in model.parameters()),
+        num_images=len(images.indices),
+        ablations=ablations,
+        num_ablation_images=sum(len(batch.indices) for batch in ablation_batches),
+        faults=describe_faults(use, states, unmoved),
+        outlier_share=outlier_share,
+        outlier_layer=use.num_layers[-1],
+        shown_images=shown_images,
+        num_unreadable=len(images.error_messages),
+    )
+
+
+def describe_faults(
+    use: TokenUse, states: Mapping[int, torch.Tensor], unmoved: Sequence[int]
+) -> list[str]:
+    """Write one sentence per identical token, and per token that training did not move."""
+    names = get_token_names(use.config)
+    *used_layers, _ = use.num_layers
+    return [
+        *(
+            f"{names[index]}: identical to {names[other]} after layer {layer}"
+            for index, (other, layer) in find_identical_tokens(states, used_layers).items()
+        ),
+        *(f"{names[index]}: not moved by training, which moved others" for index in unmoved),
+    ]
+
+
+# Images -------------------------------------------------------------------------------------------
+
+
+def take_images(model: Any, batches: Sequence[ImageBatch]) -> list[ImageBatch]:
+    """Take the first images of the batches, as many as effects can be measured on.
+
+    Effects take up to 16 passes per token, so a large model measures them on fewer images. The
+    order of the batches is random, so the first images are a sample.
+    """
+    assert batches[0].pixel_values is not None, "`read_images` keeps only batches with images"
+    grid_size = model.base_model.embeddings.patch_embeddings.get_grid_size(batches[0].pixel_values)
+    num_tokens = model.config.token_layout.get_num_tokens(*grid_size)
+    flops = 2 * sum(parameter.numel() for parameter in model.parameters()) * num_tokens
+    num_affordable = max(int(MAX_ABLATION_FLOPS / flops), MIN_IMAGES)
+    num_left = min(num_affordable, MAX_ABLATION_IMAGES)
+
     taken: list[ImageBatch] = []
     for batch in batches:
-        assert batch.pixel_values is not None, "`read_batches` keeps only batches with images"
-        count = min(num_images, len(batch.indices))
+        assert batch.pixel_values is not None, "`read_images` keeps only batches with images"
+        count = min(num_left, len(batch.indices))
         labels = None if batch.labels is None else batch.labels[:count]
         if count:
             taken.append(ImageBatch(batch.pixel_values[:count], labels, batch.indices[:count]))
-        num_images -= count
+        num_left -= count
     return taken
 
 
@@ -304,12 +318,10 @@ def measure_states(
 
 
 def rate_outputs(
-    outputs: Outputs,
-    predicted: Mapping[str, torch.Tensor],
-    labels: Mapping[str, torch.Tensor],
-    has_several_labels: bool,
+    outputs: Outputs, labels: Mapping[str, torch.Tensor], has_several_labels: bool
 ) -> tuple[list[float], list[bool], Sequence[Hashable]]:
     """Compute the arguments of `select_images` for the outputs of a classifier."""
+    predicted = {task: predict_labels(rows, has_several_labels) for task, rows in outputs.items()}
     confidences = torch.stack(
         [compute_confidences(torch.stack(rows), has_several_labels) for rows in outputs.values()]
     )

@@ -103,12 +103,6 @@ def measure_photo(model: Any, processor: Any, image: Image.Image) -> PhotoMeasur
     model = unwrap_model(model)
     config: ViTCLSConfig = model.config
     use = TokenUse(config, is_classifier(model))
-    # In a model of one layer, a token that no head reads is used in none. Its row shows this layer.
-    *token_layers, patch_layer = [max(number, 1) for number in use.num_layers]
-    names_by_group = get_token_names_by_group(config)
-    token_names = [name for names in names_by_group.values() for name in names]
-    token_groups = [group for group, names in names_by_group.items() for _ in names]
-
     # [1, C, H, W]
     pixel_values = processor(image, return_tensors="pt")["pixel_values"].to(model.device)
     with evaluation_mode(model):
@@ -124,35 +118,42 @@ def measure_photo(model: Any, processor: Any, image: Image.Image) -> PhotoMeasur
             "the features of the model are not finite. Load the model in float32, or train it again"
         )
     attention = trace.compute_token_attention()[0].float().cpu()  # [L, H, S, N]
-    if not names_by_group["cls"]:
-        token_names.insert(0, "patch mean")
-        token_groups.insert(0, "patches")
-        token_layers.insert(0, patch_layer)
+    if not config.num_cls_tokens:
         attention = torch.cat([trace.compute_patch_attention()[0].cpu(), attention], dim=2)
     predictions, attributions = predict_photo(trace, heads)
+
+    # In a model of one layer, a token that no head reads is used in none. Its row shows this layer.
+    *token_layers, patch_layer = [max(number, 1) for number in use.num_layers]
+    names_by_group = get_token_names_by_group(config)
+    if not config.num_cls_tokens:
+        names_by_group = {"patches": ["patch mean"], **names_by_group}
+        token_layers.insert(0, patch_layer)
+
+    input_size = tuple(pixel_values.shape[-2:])
+    features = extract_patch_maps(states.mT, config, input_size).movedim(1, -1)  # [L, gh, gw, D]
+    maps = extract_patch_maps(attention, config, input_size)
+    attribution_maps = [
+        (task, label, extract_patch_maps(rows.float().cpu(), config, input_size))
+        for task, label, rows in attributions
+    ]
+    decompositions = [decompose_patches(layer) for layer in features]
+    colors = torch.stack([layer_colors for layer_colors, _ in decompositions])  # [L, gh, gw, 3]
 
     upright_image = to_upright_rgb(image, processor.bit_depth)
     image_size = (upright_image.height, upright_image.width)
     visible_region = get_visible_region(processor, image_size, config.patch_height_width)
-    input_size = tuple(pixel_values.shape[-2:])
-    features = extract_patch_maps(states.mT, config, input_size).movedim(1, -1)  # [L, gh, gw, D]
-    decompositions = [decompose_patches(layer) for layer in features]
-    colors = torch.stack([layer_colors for layer_colors, _ in decompositions])  # [L, gh, gw, 3]
     return PhotoMeasurements(
         config=config,
         image=upright_image,
         visible_region=visible_region,
         input_size=input_size,
         predictions=predictions,
-        attributions=[
-            (task, label, extract_patch_maps(rows.float().cpu(), config, input_size))
-            for task, label, rows in attributions
-        ],
-        token_names=token_names,
-        token_groups=token_groups,
+        attributions=attribution_maps,
+        token_names=[name for names in names_by_group.values() for name in names],
+        token_groups=[group for group, names in names_by_group.items() for _ in names],
         token_layers=token_layers,
         attention=attention,
-        maps=extract_patch_maps(attention, config, input_size),
+        maps=maps,
         patch_layer=patch_layer,
         norms=features.norm(dim=-1),
         colors=match_colors(colors, patch_layer - 1),

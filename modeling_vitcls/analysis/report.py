@@ -1,6 +1,6 @@
 """The HTML report: one self-contained page about predictions and special tokens, without a script.
 
-inspection = inspect_model(model, processor, images)
+inspection = inspect_model(model, read_images(model, processor, images))
 photos = [ShownPhoto("cat.jpg", measure_photo(model, processor, images[0]))]
 write_page("report.html", "my model", inspection, photos)
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from ..analysis.inspection import Inspection, inspect_model, select_images
+from ..analysis.inspection import Inspection, inspect_model, read_images, select_images
 from ..analysis.photo import measure_photo
 from ..analysis.report import ShownPhoto, write_page
 from ..analysis.sheet import draw_sheet
@@ -106,11 +106,10 @@ def inspect_run(
     has_labels = bool(data.label_space.columns)
 
     with torch.autocast(device.type, torch.bfloat16, enabled=is_bfloat16):
+        labels = sample.labels if has_labels else None
         inspection = inspect_model(
             model,
-            processor,
-            sample.images,
-            labels=sample.labels if has_labels else None,
+            read_images(model, processor, sample.images, labels),
             num_shown=NUM_SHOWN_IMAGES,
             has_ablations=has_token_effects(folder),
             token_movement=folder.results.get("token_movement"),

@@ -15,7 +15,7 @@ from modeling_vitcls import (
 )
 from modeling_vitcls.analysis.inspection import (
     inspect_model,
-    read_batches,
+    read_images,
     select_images,
 )
 
@@ -41,7 +41,7 @@ def build_classifier(**fields: Any) -> ViTCLSForImageClassification:
 
 
 def read(model: Any, images: list[Any], labels: Any, processor: Any = PROCESSOR) -> Any:
-    return read_batches(model.config, processor, images, labels, 4, print, lambda items, _: items)
+    return read_images(model, processor, images, labels, batch_size=4).batches
 
 
 # Measured images ----------------------------------------------------------------------------------
@@ -72,13 +72,11 @@ def test_images_of_several_shapes_keep_their_labels() -> None:
 def test_unreadable_images_are_named_and_skipped() -> None:
     encoder = ViTCLSModel(build_tiny_config(num_register_tokens=1)).eval()
     images = [Image.new("F", (32, 32)), *build_images()[:2]]
-    warnings: list[str] = []
-    found = inspect_model(encoder, PROCESSOR, images, on_warning=warnings.append)
+    found = inspect_model(encoder, read_images(encoder, PROCESSOR, images))
     assert found.num_unreadable == 1
-    assert len(warnings) == 1
     assert sorted(found.shown_images) == [1, 2]
     with raises_one_line("at least one image"):
-        inspect_model(encoder, PROCESSOR, images[:1])
+        read_images(encoder, PROCESSOR, images[:1])
 
 
 def test_planted_faults_are_named() -> None:
@@ -89,9 +87,8 @@ def test_planted_faults_are_named() -> None:
         registers[:, 2] = registers[:, 0]
         model.vitcls.embeddings.position_embeddings.patches[:, 5] = 1e4
     movement = {"cls[0]": 1.0, "registers[0]": 1.0, "registers[1]": 0.0, "registers[2]": 1.0}
-    found = inspect_model(
-        model, PROCESSOR, build_images(), has_ablations=False, token_movement=movement
-    )
+    images = read_images(model, PROCESSOR, build_images())
+    found = inspect_model(model, images, has_ablations=False, token_movement=movement)
     assert [fault.partition(" ")[0] for fault in found.faults] == ["register"] * 3
     assert "register 1: identical to register 3 after layer 1" in found.faults
     assert found.faults[-1].startswith("register 2: not moved")
@@ -105,7 +102,7 @@ def test_hidden_states_that_are_not_finite_are_errors() -> None:
     with torch.no_grad():
         model.vitcls.layers[0].mlp.fc2.bias[0] = torch.inf
     with raises_one_line("not finite"):
-        inspect_model(model, PROCESSOR, build_images()[:1])
+        inspect_model(model, read_images(model, PROCESSOR, build_images()[:1]))
 
 
 # Shown photos -------------------------------------------------------------------------------------

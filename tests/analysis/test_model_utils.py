@@ -13,7 +13,7 @@ from PIL import Image
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor
-from modeling_vitcls.analysis.inspection import inspect_model
+from modeling_vitcls.analysis.inspection import inspect_model, read_images
 from modeling_vitcls.analysis.model_utils import is_classifier, unwrap_model
 
 
@@ -44,11 +44,11 @@ def test_a_wrapped_model_in_training_is_measured_like_the_inner_model(wrap: Any)
     model = wrap(build_classifier())
     plain = unwrap_model(model)
     assert type(plain) is ViTCLSForImageClassification
-    expected = inspect_model(plain, PROCESSOR, PHOTOS)
+    expected = inspect_model(plain, read_images(plain, PROCESSOR, PHOTOS))
     model.train()
     plain.vitcls.layers[0].eval()
 
-    found = inspect_model(model, PROCESSOR, PHOTOS)
+    found = inspect_model(model, read_images(model, PROCESSOR, PHOTOS))
 
     assert plain.training
     assert not plain.vitcls.layers[0].training

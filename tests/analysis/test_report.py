@@ -18,7 +18,7 @@ from modeling_vitcls import (
     ViTCLSImageProcessor,
     ViTCLSModel,
 )
-from modeling_vitcls.analysis.inspection import Inspection, inspect_model
+from modeling_vitcls.analysis.inspection import Inspection, inspect_model, read_images
 from modeling_vitcls.analysis.photo import measure_photo
 from modeling_vitcls.analysis.report import ShownPhoto, write_page
 from modeling_vitcls.version import __version__
@@ -61,7 +61,7 @@ def model() -> ViTCLSForImageClassification:
 
 @pytest.fixture(scope="module")
 def inspection(model: ViTCLSForImageClassification) -> Inspection:
-    return inspect_model(model, PROCESSOR, build_pil_images(), labels=[0] * len(NAMES))
+    return inspect_model(model, read_images(model, PROCESSOR, build_pil_images(), [0] * len(NAMES)))
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +139,7 @@ def test_every_kind_of_model_has_a_report(name: str, browser: Browser, tmp_path:
     file = tmp_path / "folder" / "report.html"
     model = randomize(KINDS[name])
     images = build_pil_images(2)
-    found = inspect_model(model, PROCESSOR, images)
+    found = inspect_model(model, read_images(model, PROCESSOR, images))
     photos = [ShownPhoto("photo.jpg", measure_photo(model, PROCESSOR, image)) for image in images]
     write_page(file, name, found, photos)
 
