@@ -50,7 +50,8 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from modeling_vitcls.cli.parsing import find_recipe, run_script
+from modeling_vitcls.cli.parsing import run_script
+from modeling_vitcls.cli.recipes import find_recipe
 from modeling_vitcls.runtime.errors import format_error
 from modeling_vitcls.runtime.files import read_json, write_json
 from modeling_vitcls.runtime.flags import Options, check_minimum, to_arguments

@@ -40,10 +40,6 @@ def write_inspection(options: InspectOptions) -> Inspection:
     precision: str = options.mixed_precision
     if precision == "auto":
         precision = choose_precision(device, model.config)
-        if precision == "bf16":
-            console.print(
-                "mixed precision: bf16. `mixed_precision='no'` turns it off", markup=False
-            )
     label_space = get_label_space(model.config) if is_classifier(model) else UNLABELED
     splits = select_task(read_splits(folder), None)
     images = open_images(options, label_space, splits).draw(options.max_images)

@@ -4,7 +4,8 @@
     accelerate launch -m modeling_vitcls.cli finetune --model vitcls-tiny ...       several processes
     vitcls --tyro-print-completion bash                                             shell completion
 
-    parsing.py  recipes and flags -> options; one-line errors and exit statuses
+    parsing.py  flags -> options; one-line errors and exit statuses
+    recipes.py  recipes, which are the default values of flags
     api.py      the commands as Python functions
     NAME.py     vitcls NAME, with underscores for hyphens
 
@@ -25,7 +26,6 @@ import signal
 import sys
 from types import ModuleType
 
-from .. import is_cli_process
 from ..runtime.errors import describe_exhaustion, describe_installation
 
 
@@ -44,6 +44,7 @@ def main(arguments: list[str] | None = None) -> None:
     Args:
         arguments: The subcommand and its flags. Default: `sys.argv[1:]`.
     """
+    owns_process = arguments is None
     arguments = sys.argv[1:] if arguments is None else arguments
     prepare_streams()
     if "LOCAL_RANK" not in os.environ:
@@ -52,7 +53,7 @@ def main(arguments: list[str] | None = None) -> None:
         os.environ.pop("RANK", None)
     try:
         try:
-            run_command(arguments)
+            run_command(arguments, owns_process)
         finally:
             # here and not at exit, where Python could only print a traceback of a closed pipe
             sys.stdout.flush()
@@ -91,8 +92,11 @@ def discard_output() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def run_command(arguments: list[str]) -> None:
-    """Parse the flags, import the libraries, and run the subcommand."""
+def run_command(arguments: list[str], owns_process: bool) -> None:
+    """Parse the flags, import the libraries, and run the subcommand.
+
+    If the command owns the process, nothing of the process is used afterwards.
+    """
     if arguments[:1] in (["--version"], ["-V"]):
         from ..version import __version__
 
@@ -106,12 +110,12 @@ def run_command(arguments: list[str]) -> None:
         hint = f"Did you mean {similar[0]}?" if similar else f"Choose one of {', '.join(modules)}"
         print(f"error: there is no command {name!r}. {hint}", file=sys.stderr)
         raise SystemExit(2)
-    from .parsing import check_paths, exit_on_error, parse_command_line, silence_libraries
+    from .parsing import check_outputs, exit_on_error, parse_command_line, silence_libraries
 
     # flags and paths first: an error about them should not wait seconds for torch
     name, options = parse_command_line(modules, arguments or ["--help"])
     with exit_on_error(type(options)):
-        check_paths(options)
+        check_outputs(options)
 
     # Threads that wait for each other spin, which multiplies the CPU time, and also the time on the
     # clock, if other programs run. OpenMP's then sleep sooner, as libgomp decides itself if a process
@@ -126,7 +130,7 @@ def run_command(arguments: list[str]) -> None:
     from ..model.configuration_vitcls import ViTCLSConfig
 
     ViTCLSConfig.register_auto_classes()
-    if is_cli_process():
+    if owns_process:
         gc.freeze()
         # Triton would report frozen objects to stderr, after everything else has been done
         atexit.register(os.dup2, os.open(os.devnull, os.O_WRONLY), 2)

@@ -10,23 +10,19 @@
 The functions compute with torch's default dtype, device and gradient mode, whatever the caller has
 set, and leave the caller's random state as it was.
 
-Keyword arguments are the flags of the commands: `learning_rate=1e-4` is `--learning-rate 1e-4`.
-`help(finetune)` lists them with their types and defaults. Errors name these arguments. A dataset is
-a path, a Hub id, or data in memory (data/in_memory.py).
+Keyword arguments are the flags of the commands: `learning_rate=1e-4` is `--learning-rate 1e-4`. They are
+the fields of a class of options, which the docstring of the function names: the text below a field
+explains it. Errors name these arguments. A dataset is a path, a Hub id, or data in memory
+(data/in_memory.py).
 """
 
-import ast
 import inspect
 import os
 import random
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import fields
-from functools import cache
-from itertools import pairwise
 from pathlib import Path
-from textwrap import indent
 from typing import Any, TypeVar
 
 from ..analysis.options import InspectOptions, LookOptions
@@ -42,7 +38,6 @@ from ..training.options import (
 
 
 CommandOptions = TypeVar("CommandOptions", bound=Options)
-Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 # What a function takes from its caller -----------------------------------------------------------
@@ -75,61 +70,7 @@ def own_state() -> Iterator[None]:
         yield
 
 
-def takes_flags(options_class: type[Options], *omitted: str) -> Callable[[Function], Function]:
-    """Show the fields of an options class as the keywords of a function.
-
-    The signature lists their types and defaults, for editors and notebooks, and the docstring
-    explains them. Fields in `omitted` are left out.
-    """
-
-    def document(function: Function) -> Function:
-        named = [
-            each
-            for each in inspect.signature(function).parameters.values()
-            if each.kind is not each.VAR_KEYWORD
-        ]
-        # `config` is a recipe, which only a command reads, and `paths` are the images
-        hidden = {each.name for each in named}.union(omitted, ("config", "paths"))
-        flags = [
-            each
-            for each in inspect.signature(options_class).parameters.values()
-            if each.name not in hidden
-        ]
-        function.__signature__ = inspect.Signature([*named, *flags])  # type: ignore[attr-defined]
-
-        texts = [inspect.cleandoc(str(function.__doc__))]
-        for group in options_class.__mro__[:-1]:
-            explanations = read_explanations(group.__module__)[group.__name__]
-            shown = [
-                f"    {each}\n{indent(explanations[each.name], 8 * ' ')}"
-                for each in flags
-                if each.name in explanations
-            ]
-            if shown:
-                texts.append("\n".join([str(group.__doc__).partition("\n")[0], *shown]))
-        function.__doc__ = "\n\n".join(texts)
-        return function
-
-    return document
-
-
-@cache
-def read_explanations(module: str) -> dict[str, dict[str, str]]:
-    """Read the docstrings below the fields of all classes in a module."""
-    tree = ast.parse(inspect.getsource(sys.modules[module]))
-    return {
-        node.name: {
-            ast.unparse(field).partition(":")[0]: inspect.cleandoc(ast.literal_eval(text.value))
-            for field, text in pairwise(node.body)
-            if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr)
-        }
-        for node in tree.body
-        if isinstance(node, ast.ClassDef)
-    }
-
-
 @own_state()
-@takes_flags(FinetuneOptions)
 def finetune(
     model: str | Path, dataset: Any, output_dir: str | Path, **flags: Any
 ) -> dict[str, Any]:
@@ -140,7 +81,8 @@ def finetune(
         dataset: a path, a Hub id, a `datasets.Dataset` or `DatasetDict`, a torch Dataset, a list of
             (image, label), or a dict of splits.
         output_dir: output folder of the run.
-        flags: other flags of `vitcls finetune`, which `help` lists.
+        flags: the other fields of `modeling_vitcls.training.options.FinetuneOptions`, which
+            `vitcls finetune --help-all` explains.
 
     Returns:
         The contents of results.json.
@@ -163,14 +105,13 @@ def finetune(
 
 
 @own_state()
-@takes_flags(PretrainOptions)
 def pretrain(
     model: str | Path, dataset: Any, output_dir: str | Path, **flags: Any
 ) -> dict[str, Any]:
     """Pre-train a model on images without labels, as `vitcls pretrain` does.
 
-    The arguments, return value and errors are the same as for `finetune`, but with the flags of
-    `vitcls pretrain`. The labels of the dataset are ignored.
+    The arguments, return value and errors are the same as for `finetune`, but the flags are the fields
+    of `modeling_vitcls.training.options.PretrainOptions`. The labels of the dataset are ignored.
 
     Examples:
         >>> from modeling_vitcls import pretrain
@@ -207,7 +148,6 @@ def run_training(options: Any) -> dict[str, Any]:
 
 
 @own_state()
-@takes_flags(EvaluateOptions)
 def evaluate(model: str | Path, dataset: Any, **flags: Any) -> dict[str, Any]:
     """Evaluate a saved model, as `vitcls evaluate` does.
 
@@ -215,7 +155,8 @@ def evaluate(model: str | Path, dataset: Any, **flags: Any) -> dict[str, Any]:
         model: a folder, a Hub id or any other checkpoint that `--model` accepts.
         dataset: as in `finetune`. All images of the split `test` are evaluated or, if there is
             none, of `validation` or the only split, except those that the model was trained on.
-        flags: other flags of `vitcls evaluate`, which `help` lists.
+        flags: the other fields of `modeling_vitcls.inference.options.EvaluateOptions`, which
+            `vitcls evaluate --help` explains.
 
     Returns:
         The metrics that `vitcls evaluate --output FILE` writes.
@@ -237,7 +178,6 @@ def evaluate(model: str | Path, dataset: Any, **flags: Any) -> dict[str, Any]:
 
 
 @own_state()
-@takes_flags(PredictOptions, "output")
 def predict(model: str | Path, images: Any = None, **flags: Any) -> list[dict[str, Any]]:
     """Predict the labels of images, or compute their features, as `vitcls predict` does.
 
@@ -247,7 +187,8 @@ def predict(model: str | Path, images: Any = None, **flags: Any) -> list[dict[st
             a tensor, or a list of these. An array of four dimensions is a batch. A folder
             path selects all images in the folder. A `datasets.Dataset` or a DataFrame with an
             image column is the same as `dataset`.
-        flags: other flags of `vitcls predict`, which `help` lists.
+        flags: the other fields of `modeling_vitcls.inference.options.PredictOptions`, which
+            `vitcls predict --help` explains.
 
     Returns:
         A list with one dict per image: `index`, `image`, the predicted columns, and `error` (None,
@@ -282,7 +223,6 @@ def predict(model: str | Path, images: Any = None, **flags: Any) -> list[dict[st
 
 
 @own_state()
-@takes_flags(InspectOptions)
 def inspect_tokens(model: str | Path, images: Any = (), **flags: Any) -> Any:
     """Write the report on the special tokens of a model, as `vitcls inspect` does.
 
@@ -290,7 +230,8 @@ def inspect_tokens(model: str | Path, images: Any = (), **flags: Any) -> Any:
         model: a folder, a Hub id or any other checkpoint that `--model` accepts.
         images: a path or a list of paths. To inspect the images of a dataset instead, set
             `dataset`.
-        flags: other flags of `vitcls inspect`, which `help` lists.
+        flags: the other fields of `modeling_vitcls.analysis.options.InspectOptions`, which
+            `vitcls inspect --help` explains.
 
     Returns:
         An `Inspection` object with the values of the report.
@@ -312,7 +253,6 @@ def inspect_tokens(model: str | Path, images: Any = (), **flags: Any) -> Any:
 
 
 @own_state()
-@takes_flags(LookOptions, "json")
 def look(model: str | Path, image: Any, output: str | Path | None = None, **flags: Any) -> Any:
     """Draw what a model sees in a photo, as `vitcls look` does.
 
@@ -348,7 +288,6 @@ def look(model: str | Path, image: Any, output: str | Path | None = None, **flag
 
 
 @own_state()
-@takes_flags(AddTaskOptions)
 def add_task(
     model: str | Path, dataset: Any, name: str, output_dir: str | Path, **flags: Any
 ) -> dict[str, Any]:
@@ -383,7 +322,6 @@ def add_task(
 
 
 @own_state()
-@takes_flags(AddClassOptions)
 def add_class(
     model: str | Path, dataset: Any, output_dir: str | Path, **flags: Any
 ) -> dict[str, Any]:
@@ -416,7 +354,6 @@ def add_class(
 
 
 @own_state()
-@takes_flags(VerifyUnchangedOptions)
 def verify_unchanged(
     old: str | Path, new: str | Path, dataset: Any = None, **flags: Any
 ) -> dict[str, Any]:

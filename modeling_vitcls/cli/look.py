@@ -17,9 +17,11 @@ from ..analysis.options import LookOptions
 
 @dataclass(frozen=True, kw_only=True)
 class LookCommandOptions(LookOptions):
-    # A subclass does not inherit the docstring, which is the text of the help.
+    # A subclass does not inherit the docstring, which is the text of the help. The help of `paths` is
+    # that of the base class.
     __doc__ = LookOptions.__doc__
 
+    paths: tyro.conf.Positional[tuple[str, ...]] = ()
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("look.png")
     """Image file for the sheet, or a folder. For several photos, the name of each photo is appended
     to the file name."""

@@ -2,71 +2,37 @@
 
     name, options = parse_command_line(modules, ["finetune", "--config", "digits", "--epochs", "3"])
 
-tyro parses the flags, and reports unknown flags and values of another type. A recipe is a YAML file
-of flags, which are inserted before the flags on the command line: tyro validates all flags, and the
-command line overrides the recipe. Invalid flags are reported before torch is imported.
+tyro parses the flags. The values of a recipe (recipes.py) are its defaults, so the command line overrides
+them. Invalid flags are reported before torch is imported.
 """
 
 import argparse
 import dataclasses
-import difflib
+import inspect
+import io
+import logging
 import os
 import re
 import shutil
 import sys
 import textwrap
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from functools import cache
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated, Any, TypeVar, Union
+from typing import Annotated, Any, TypeVar, Union, get_origin
 
 import tyro
-import yaml
 
-from ..hub.local_paths import split_prefix
-from ..runtime.errors import RunStopped, describe_error, format_error, is_raised_on_all_processes
-from ..runtime.files import read_text
-from ..runtime.flags import (
-    Options,
-    get_flag_fields,
-    to_arguments,
-    to_flags,
-)
+from ..runtime.errors import RunStopped, describe_error, is_raised_on_all_processes
+from ..runtime.flags import Options, get_flag_fields, name_flags, spell_flags, to_flags
+from .recipes import REGISTRY, describe_unknown_flag, list_choices, parse_value, read_recipe
 
 
 ScriptOptions = TypeVar("ScriptOptions", bound=Options)
 
-# Folders with the recipes that --config accepts by name: one in an installed package, one in a
-# source checkout.
-RECIPE_FOLDERS = (
-    Path(__file__).parents[1] / "recipes",
-    Path(__file__).parents[2] / "scripts" / "recipes",
-)
-
-# Flags of other training scripts -> parameters of this package
-EQUIVALENT_FLAGS = {
-    "--lr": "learning_rate",
-    "--bs": "batch_size",
-    "--wd": "weight_decay",
-    "--per-device-train-batch-size": "batch_size",
-    "--num-train-epochs": "epochs",
-    "--data": "dataset",
-    "--data-dir": "dataset",
-    "--model-name-or-path": "model",
-    "--fp16": "mixed_precision",
-    "--bf16": "mixed_precision",
-}
-
-# What a recipe may write for a flag without a value, such as `--flip`: truth values of YAML 1.1
-BOOLEANS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
-POSITIONAL_ARGUMENTS = ("paths", "old", "new")
-SETTINGS_FLAGS = ("model_config", "augment")  # flags of several NAME=VALUE
+HELP_FLAGS = {"-h", "--help", "--help-all"}
 TYRO_CONFIG = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
-EXPONENT = re.compile(r"^(-?\d+)e")  # of a number that is a text in YAML
-# A parameter in an error: `batch_size` or `batch_size=64`
-PARAMETER = re.compile(r"`([a-z]\w*)(?:=([^`]*))?`")
 
 
 def parse_command_line(modules: dict[str, ModuleType], arguments: list[str]) -> tuple[str, Any]:
@@ -79,89 +45,61 @@ def parse_command_line(modules: dict[str, ModuleType], arguments: list[str]) -> 
     command line is invalid.
     """
     name, flags = arguments[0], arguments[1:]
-    if name in modules:
-        options_class = modules[name].OPTIONS_CLASS
-        common_flags = getattr(modules[name], "COMMON_FLAGS", None)
-        if common_flags and {"--help", "-h"} & set(flags):
-            print(format_short_help(name, options_class, common_flags))
-            raise SystemExit(0)
-        flags = name_arguments(flags, getattr(modules[name], "ARGUMENTS", ()))
-        # tyro knows only --help, which lists all flags
-        flags = ["--help" if flag == "--help-all" else flag for flag in flags]
-        with exit_on_error(options_class, status=2):
-            flags = insert_recipe(flags, add_arguments(options_class))
-            check_flags(flags, get_flag_fields(options_class))
+    options_class = getattr(modules.get(name), "OPTIONS_CLASS", Options)
+    defaults: dict[str, Any] = {}
+    with exit_on_error(options_class, status=2):
+        if name in modules:
+            common_flags = getattr(modules[name], "COMMON_FLAGS", None)
+            if common_flags and {"--help", "-h"} & set(flags):
+                print(format_short_help(name, options_class, common_flags))
+                raise SystemExit(0)
+            flags = name_arguments(flags, getattr(modules[name], "ARGUMENTS", ()))
+            recipe = read_recipe_of_flags(flags, options_class)
+            check_flags(name, flags, options_class, recipe)
+            if recipe:
+                # tyro asks for what is missing
+                missing = dict.fromkeys(list_missing(options_class, recipe), tyro.MISSING)
+                defaults = {"default": options_class(**missing, **recipe)}
+            # tyro knows only --help, which lists all flags
+            flags = ["--help" if flag == "--help-all" else flag for flag in flags]
 
-    subcommands: list[Any] = []
-    for command, module in modules.items():
-        title, _, examples = str(module.__doc__).partition("\n\n")
-        description = title.partition(": ")[2]
-        if command == name:
-            description = (
-                f"{textwrap.dedent(str(module.OPTIONS_CLASS.__doc__))}\n\n{examples}".strip()
+        subcommands: list[Any] = []
+        for command, module in modules.items():
+            title, _, examples = str(module.__doc__).partition("\n\n")
+            description = title.partition(": ")[2]
+            if command == name:
+                text = inspect.cleandoc(str(options_class.__doc__))
+                description = f"{text}\n\n{examples}".strip()
+            subcommand = tyro.conf.subcommand(
+                name=command, description=description, **defaults if command == name else {}
             )
-        subcommands.append(
-            Annotated[
-                add_arguments(module.OPTIONS_CLASS),
-                tyro.conf.subcommand(name=command, description=description),
-            ]
-        )
-    # the number of types is not known here
-    union: Any = Union[tuple(subcommands)]  # noqa: UP007
-    # All processes read the same command line, so one of them prints its errors.
-    options = tyro.cli(
-        union,
-        prog="vitcls",
-        args=[name, *flags],
-        config=TYRO_CONFIG,
-        console_outputs=os.environ.get("RANK", "0") == "0",
-    )
-    with exit_on_error(type(options), status=2):
+            subcommands.append(Annotated[module.OPTIONS_CLASS, subcommand])
+        # the number of types is not known here
+        union: Any = Union[tuple(subcommands)]  # noqa: UP007
+        options = run_tyro(union, prog="vitcls", args=[name, *flags])
         options.check()
     return name, options
 
 
-def parse_settings(texts: list[str]) -> dict[str, Any]:
-    """Parse `drop_path_rate=0.1 head_type=mlp`. The values are YAML, but 1e-5 is also a number."""
-    if not all("=" in text for text in texts):
-        raise ValueError(f"{' '.join(texts)} is not of the form NAME=VALUE")
-    settings = dict(text.split("=", 1) for text in texts)
-    return {name: yaml.safe_load(EXPONENT.sub(r"\1.0e", settings[name])) for name in settings}
-
-
-# How tyro parses a flag that is a dict
-SETTINGS = tyro.constructors.PrimitiveConstructorSpec(
-    nargs="*",
-    metavar="[NAME=VALUE ...]",
-    instance_from_str=parse_settings,
-    is_instance=lambda value: value is None or isinstance(value, dict),
-    str_from_instance=lambda value: ["None"],
-)
-
-
-@cache  # the options of two command lines can be compared
-def add_arguments(options_class: type[Options]) -> type[Options]:
-    """Tell tyro in a subclass of the options what it has to know about some of the fields.
-
-    These are arguments without a flag, such as the images, and flags that are a dict. The options of
-    the library do not import tyro.
-    """
-    arguments: list[Any] = [
-        (
-            field.name,
-            Annotated[field.type, SETTINGS]
-            if field.name in SETTINGS_FLAGS
-            else tyro.conf.Positional[field.type],  # type: ignore[misc, name-defined]
-            dataclasses.field(default=field.default),
-        )
-        for field in dataclasses.fields(options_class)
-        if field.name in (*POSITIONAL_ARGUMENTS, *SETTINGS_FLAGS)
-    ]
-    if not arguments:
-        return options_class
-    return dataclasses.make_dataclass(
-        options_class.__name__, arguments, bases=(options_class,), frozen=True, kw_only=True
-    )
+def run_tyro(kind: Any, **settings: Any) -> Any:
+    """Parse flags with tyro. Raise ValueError with the text of its error, which tyro puts in a box."""
+    printed = io.StringIO()
+    try:
+        with redirect_stderr(printed):
+            return tyro.cli(
+                kind,
+                config=TYRO_CONFIG,
+                registry=REGISTRY,
+                # All processes of a run read the same command line, so one of them prints.
+                console_outputs=os.environ.get("RANK", "0") == "0",
+                **settings,
+            )
+    except SystemExit:
+        if not printed.getvalue():  # after the help, or not the first process
+            raise
+        # Below the title of the box and above its first rule
+        text = printed.getvalue().partition("\n")[2].partition("───")[0]
+        raise ValueError(" ".join(text.replace("│", " ").split())) from None
 
 
 def name_arguments(flags: list[str], names: Sequence[str]) -> list[str]:
@@ -172,47 +110,65 @@ def name_arguments(flags: list[str], names: Sequence[str]) -> list[str]:
     return flags
 
 
-def insert_recipe(flags: list[str], options_class: type[Options]) -> list[str]:
-    """Put the flags of the recipe in `--config` before the other flags."""
-    fields = get_flag_fields(options_class)
-    if "config" not in fields:
-        return flags
-    # argparse finds --config in both spellings, before tyro reports unknown flags
+def read_recipe_of_flags(flags: list[str], options_class: type[Options]) -> dict[str, Any]:
+    """Read the recipe that `--config` names, if it does."""
+    # argparse finds the flag in both spellings, before tyro parses all of them
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config", type=Path)
     path = parser.parse_known_args(flags)[0].config
-    # the last value of a flag counts, so the command line overrides the recipe
-    return flags if path is None else [*read_recipe(path, fields), *flags]
+    fields = get_flag_fields(options_class)
+    return {} if path is None or "config" not in fields else read_recipe(path, fields)
 
 
-def check_flags(flags: list[str], flag_names: Collection[str]) -> None:
-    """Raise ValueError if an argument is empty, or is the flag of another program, such as `--lr`.
+def list_missing(options_class: type[Options], given: Collection[str]) -> list[str]:
+    """List the flags that are required and not given; tyro names missing arguments."""
+    return [
+        name
+        for name, field in get_flag_fields(options_class).items()
+        if field.default is dataclasses.MISSING
+        and get_origin(field.type) is not Annotated
+        and name not in given
+    ]
 
-    tyro suggests flags of similar spelling.
-    """
+
+def check_flags(
+    command: str, flags: list[str], options_class: type[Options], recipe: Collection[str]
+) -> None:
+    """Raise ValueError if a flag does not exist, has an empty value, or is missing."""
+    fields = get_flag_fields(options_class)
+    given = set(recipe)
     for index, flag in enumerate(flags):
         # a shell variable has no value; as a path, "" would be the current folder
         if not flag.strip() or (flag.startswith("--") and flag.endswith("=")):
             name = flag.strip() or flags[max(0, index - 1)]
             raise ValueError(f"the value of {name} is empty. Set it, or remove the flag")
-        equivalent = EQUIVALENT_FLAGS.get(flag.partition("=")[0].replace("_", "-"))
-        if equivalent in flag_names:
-            raise ValueError(f"there is no flag {flag}. Set `{equivalent}`")
+        if not flag.startswith("--") or flag in {"--", *HELP_FLAGS}:
+            continue
+        flag, _, value = flag.partition("=")
+        name = flag[2:].replace("-", "_")
+        field = fields.get(name) or fields.get(name.removeprefix("no_"))
+        if field is None or (field.name != name and field.type is not bool):
+            raise ValueError(describe_unknown_flag(flag, fields))
+        given.add(name)
+        value = value or next(iter(flags[index + 1 :]), "--")
+        # which of several values belong to a flag, or that one is missing, only tyro knows
+        if not value.startswith("--") and not re.search("bool|tuple|dict", str(field.type)):
+            parse_value(field, value)
+
+    missing = list_missing(options_class, given)
+    if missing and not HELP_FLAGS & set(flags):
+        hint = ""
+        first = flags[0] if flags else "-"
+        # such as `vitcls predict runs/mine photo.jpg`
+        if "model" in missing and not first.startswith("-") and not Path(first).is_file():
+            hint = f". Did you mean `model={first!r}`?"
+        names = ", ".join(f"`{name}`" for name in missing)
+        raise ValueError(f"vitcls {command} requires {names}{hint}")
 
 
-def check_paths(options: Options) -> None:
-    """Raise ValueError if a local path does not exist, before libraries are imported.
-
-    Models, sources, datasets and lists are checked, and whether a name can be written to the files of a
-    run.
-    """
+def check_outputs(options: Options) -> None:
+    """Raise ValueError if an output cannot be written, before libraries are imported."""
     values = to_flags(options)
-    for name in ("model", "source", "teacher", "dataset", "list"):
-        value = values.get(name) or []
-        for source in value if isinstance(value, list) else [value]:
-            path = split_prefix(source)[1].partition("@")[0]
-            if is_path(path) and not Path(path).exists() and not Path(source).exists():
-                raise ValueError(f"there is no file or folder {path}. Check `{name}`")
     for name in ("output_dir", "output", "json", "per_image"):
         if isinstance(values.get(name), str):
             check_writable(name, Path(values[name]))
@@ -239,23 +195,6 @@ def check_writable(name: str, output: Path) -> None:
         raise ValueError(
             f"cannot write {output}: no permission to write to {existing}. Set a different `{name}`"
         )
-
-
-def is_path(source: str) -> bool:
-    """Check whether a name can only be a local path.
-
-    `runs` is the folder of the output in all examples.
-    """
-    if "://" in source or {"*", "?", "["} & set(source):
-        return False
-    parts = Path(source).parts
-    return (
-        Path(source).is_absolute()
-        or Path(source).suffix.lower() in {".csv", ".tsv", ".json", ".jsonl", ".parquet", ".txt"}
-        or source.startswith((".", "~"))
-        or len(parts) > 2
-        or parts[:1] == ("runs",)
-    )
 
 
 # Help ---------------------------------------------------------------------------------------------
@@ -285,10 +224,7 @@ def format_short_help(
 
 def describe_values(field: dataclasses.Field[Any]) -> str:
     """Show the choices and the default value of a flag in parentheses, if there are any."""
-    hint = str(field.type)
-    # a flag that also accepts other values, such as a size or `native`, has no list of choices
-    is_choice = hint.startswith(("typing.", "tuple[typing."))
-    choices = ", ".join(re.findall(r"'(\w+)'", hint)) if is_choice else ""
+    choices = ", ".join(list_choices(field))
     has_default = isinstance(field.default, str | float | int) and not isinstance(
         field.default, bool
     )
@@ -297,95 +233,14 @@ def describe_values(field: dataclasses.Field[Any]) -> str:
     return f"({values})" if values else ""
 
 
-# Recipes ------------------------------------------------------------------------------------------
-
-
-# The recipes of studies (study_*.yaml) have other flags: scripts/study.py finds them by name.
-def find_recipe(path: Path, pattern: str = "[!s]*.yaml") -> Path:
-    """Find a recipe: a file, or a name in the package, such as `digits`.
-
-    Raise ValueError with the names that match a pattern if there is none.
-    """
-    if path.is_file() or path.suffix:
-        return path
-    recipes = {file.stem: file for folder in RECIPE_FOLDERS for file in folder.glob(pattern)}
-    if str(path) not in recipes:
-        raise ValueError(
-            f"there is no recipe {path}. Set `config` to a file, or to one of "
-            f"{', '.join(sorted(recipes))}"
-        )
-    return recipes[str(path)]
-
-
-class RecipeLoader(yaml.BaseLoader):
-    """Reads every value as text, as on the command line: `no`, `010` and `1e-3` stay what they are."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[str, Any]:
-        """Build a dict, and raise an error at a key that is there twice."""
-        names = [name.value for name, _ in node.value]
-        if repeated := next((name for name in names if names.count(name) > 1), None):
-            raise yaml.YAMLError(f"{repeated} is set twice")
-        return super().construct_mapping(node, deep)
-
-
-def read_recipe(path: Path, fields: Mapping[str, dataclasses.Field[Any]]) -> list[str]:
-    """Read a recipe and return its flags.
-
-    Raises:
-        ValueError: if the file cannot be read, or a key or its value is not one of a flag. The
-            message names the file and the key.
-    """
-    file = find_recipe(path)
-    try:
-        text = read_text(file)
-        recipe, typed_recipe = yaml.load(text, RecipeLoader) or {}, yaml.safe_load(text)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"cannot read the recipe {file}: {format_error(error)}") from None
-    if not isinstance(recipe, dict):
-        raise ValueError(f"the recipe {file} must contain lines of the form flag: value")
-
-    flags: list[str] = []
-    for name, value in recipe.items():
-        field = fields.get(name.replace("-", "_"))
-        if field is None:
-            equivalent = EQUIVALENT_FLAGS.get(f"--{name.replace('_', '-')}")
-            close = [equivalent or "", *difflib.get_close_matches(name, fields, n=1)]
-            hint = next((f". Set `{each}`" for each in close if each in fields), "")
-            raise ValueError(f"{file}: there is no flag {name}{hint}")
-        # a flag without a value keeps its default
-        if value in ("", "~", "null"):
-            continue
-        if field.name in SETTINGS_FLAGS:
-            value = typed_recipe[name]
-        elif "bool" in str(field.type):
-            value = BOOLEANS.get(str(value).lower(), value)
-        arguments = to_arguments(name, value)
-        if not is_accepted(field, arguments):
-            raise ValueError(f"{file}: {name} cannot be {value}")
-        flags += arguments
-    return flags
-
-
-def is_accepted(field: dataclasses.Field[Any], arguments: list[str]) -> bool:
-    """Check whether tyro can parse the arguments of one flag."""
-    default = dataclasses.field(default=field.default)
-    flag = dataclasses.make_dataclass("Flag", [(field.name, field.type, default)])  # type: ignore[list-item]
-    # tyro prints the error itself, but without the file
-    with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
-        try:
-            tyro.cli(flag, args=arguments, config=TYRO_CONFIG)
-        except SystemExit:
-            return False
-    return True
-
-
 # Errors and output of libraries -------------------------------------------------------------------
 
 
 def silence_libraries() -> None:
     """Hide the progress bars of weight loading, and transformers' tables about the loaded weights.
 
-    Our commands check the weights, and log what was adapted in one line.
+    Our commands check the weights, and log what was adapted in one line. In the lines of the log,
+    parameters become flags.
     """
     from transformers.utils import logging as transformers_logging
 
@@ -394,6 +249,14 @@ def silence_libraries() -> None:
         # logging accepts functions
         lambda record: "LOAD REPORT" not in record.getMessage()  # type: ignore[arg-type]
     )
+    assert logging.lastResort is not None, "Python has it unless a program removes it"
+    logging.lastResort.addFilter(spell_flags_of_record)
+
+
+def spell_flags_of_record(record: logging.LogRecord) -> bool:
+    """Write the parameters in a line of the log as flags."""
+    record.msg, record.args = spell_flags(record.getMessage()), ()
+    return True
 
 
 @contextmanager
@@ -402,39 +265,30 @@ def exit_on_error(options_class: type[Options], status: int = 1) -> Iterator[Non
 
     Status 2 means that a flag is invalid. If all processes raise the error, the first one prints it.
     """
-    try:
-        yield
-        return
-    except RunStopped as stopped:
-        status = stopped.exit_status
-        message = str(stopped)
-        is_on_all_processes = stopped.is_on_all_processes
-    except (ValueError, OSError) as error:
-        message = describe_error(error)
-        is_on_all_processes = status == 2 or is_raised_on_all_processes(error)
+    with name_flags(get_flag_fields(options_class)):
+        try:
+            yield
+            return
+        except RunStopped as stopped:
+            status = stopped.exit_status
+            message = str(stopped)
+            is_on_all_processes = stopped.is_on_all_processes
+        except BrokenPipeError:  # the reader of the output has read enough
+            raise
+        except (ValueError, OSError) as error:
+            message = describe_error(error)
+            is_on_all_processes = status == 2 or is_raised_on_all_processes(error)
 
-    # Any other status means that a signal has ended the run, which is no error.
-    if status in (1, 2):
-        message = f"error: {message}"
-    rank = os.environ.get("RANK", "0")
-    if rank == "0":
-        print(add_flags(message, options_class), file=sys.stderr)
-    elif not is_on_all_processes:
-        print(f"process {rank}: {add_flags(message, options_class)}", file=sys.stderr)
-    raise SystemExit(status)
-
-
-def add_flags(message: str, options_class: type[Options]) -> str:
-    """Append the flags of the parameters that an error names.
-
-    Errors name parameters, as Python does: "Set `num_workers=0` (--num-workers)".
-    """
-    flags = {
-        f"--{'no-' if value == 'False' else ''}{name.replace('_', '-')}"
-        for name, value in PARAMETER.findall(message)
-        if name in get_flag_fields(options_class)
-    }
-    return f"{message} ({', '.join(sorted(flags))})" if flags else message
+        message = spell_flags(message)
+        # Any other status means that a signal has ended the run, which is no error.
+        if status in (1, 2):
+            message = f"error: {message}"
+        rank = os.environ.get("RANK", "0")
+        if rank == "0":
+            print(message, file=sys.stderr)
+        elif not is_on_all_processes:
+            print(f"process {rank}: {message}", file=sys.stderr)
+        raise SystemExit(status)
 
 
 def run_script(
@@ -449,8 +303,8 @@ def run_script(
         run: The program.
         arguments: The flags. Default: `sys.argv[1:]`.
     """
-    options = tyro.cli(options_class, args=arguments, config=TYRO_CONFIG)
     with exit_on_error(options_class, status=2):
+        options = run_tyro(options_class, args=arguments)
         options.check()
     silence_libraries()
     with exit_on_error(options_class):

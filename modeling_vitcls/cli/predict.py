@@ -7,10 +7,23 @@
 The prediction is implemented in modeling_vitcls/inference/predict.py.
 """
 
+from dataclasses import dataclass
+
+import tyro
+
 from ..inference.options import PredictOptions
 
 
-OPTIONS_CLASS = PredictOptions
+@dataclass(frozen=True, kw_only=True)
+class PredictCommandOptions(PredictOptions):
+    # A subclass does not inherit the docstring, which is the text of the help. The help of the field
+    # is that of the base class.
+    __doc__ = PredictOptions.__doc__
+
+    paths: tyro.conf.Positional[tuple[str, ...]] = ()
+
+
+OPTIONS_CLASS = PredictCommandOptions
 
 
 def run(options: PredictOptions) -> None:

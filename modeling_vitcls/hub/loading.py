@@ -337,6 +337,8 @@ def load_timm_model(name: str) -> tuple[nn.Module, str | None]:
     kind, separator, location = name.partition(":")
     if not separator and "@" in name:
         name, _, file = name.partition("@")
+        if not Path(file).exists():
+            raise OSError(f"there is no file {file}. Check the path")
         # Older versions of timm would read the file in the format of the published weights, such as
         # Flax's .npz.
         overlay = {"file": file, "custom_load": False}

@@ -63,9 +63,7 @@ def evaluate_checkpoint(options: EvaluateOptions) -> dict[str, Any]:
     with accelerator.main_process_first():  # the main process downloads the files
         folder = open_model(options.model)
     if folder.graph is None:
-        text = set_mixed_precision(accelerator, options.mixed_precision, folder.config)
-        if options.mixed_precision == "auto" and accelerator.mixed_precision != "no":
-            print_line(f"mixed precision: {text}")
+        set_mixed_precision(accelerator, options.mixed_precision, folder.config)
     elif accelerator.mixed_precision != "no":
         raise ValueError(
             f"{folder.graph} computes in the dtypes that it contains. Set `mixed_precision='no'`"

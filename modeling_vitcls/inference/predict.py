@@ -8,7 +8,6 @@ The output is therefore bit-identical for any number of processes.
 """
 
 import os
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -148,12 +147,9 @@ def predict_images(options: PredictOptions) -> tuple[int, int]:
 
 def build_predictor(options: PredictOptions, accelerator: Accelerator) -> Predictor:
     """Load the model and its image processor on the device, and build a predictor."""
-    print_line = accelerator.on_main_process(partial(print, file=sys.stderr))
     with accelerator.main_process_first():  # the main process downloads the files
         folder = open_model(options.model)
-    text = set_mixed_precision(accelerator, options.mixed_precision, folder.config)
-    if options.mixed_precision == "auto" and accelerator.mixed_precision != "no":
-        print_line(f"mixed precision: {text}")
+    set_mixed_precision(accelerator, options.mixed_precision, folder.config)
     model, processor, batch_size = load_for_inference(
         folder,
         accelerator.device,

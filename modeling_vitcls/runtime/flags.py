@@ -7,14 +7,24 @@ share are in base classes. This file and the options import only the standard li
 and errors about flags appear immediately.
 """
 
+import ast
 import dataclasses
 import json
 import os
 import re
+import shlex
 import types
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
+
+
+# A parameter in a message: `batch_size` or `batch_size=64`
+PARAMETER = re.compile(r"`([a-z]\w*)(?:=([^`]*))?`")
+# names of the flags of the command that runs, see `name_flags`; empty in other programs
+names_of_flags: set[str] = set()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,3 +119,33 @@ def to_arguments(name: str, value: Any) -> list[str]:
             for key, each in value.items()
         ]
     return [f"--{name}", *map(str, value if isinstance(value, list | tuple) else [value])]
+
+
+@contextmanager
+def name_flags(names: Iterable[str]) -> Iterator[None]:
+    """Let `spell_flags` write these parameters as flags within the block, which runs a command."""
+    names_of_flags.update(names)
+    try:
+        yield
+    finally:
+        names_of_flags.clear()
+
+
+def spell_flags(message: str) -> str:
+    """Write the parameters in a message as the flags of the command that runs.
+
+    The package names parameters, as Python does: `num_workers=0` becomes --num-workers 0, and
+    `probe=False` --no-probe. In other programs, and for names that are no flags, nothing changes.
+    """
+
+    def spell(match: re.Match[str]) -> str:
+        name, value = match.groups()
+        if name not in names_of_flags:
+            return match[0]
+        if value is None:
+            return f"--{name.replace('_', '-')}"
+        with suppress(ValueError, SyntaxError):  # words such as NAME stay
+            value = ast.literal_eval(value)
+        return shlex.join(to_arguments(name, value))
+
+    return PARAMETER.sub(spell, message)

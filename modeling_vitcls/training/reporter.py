@@ -19,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ..inference.metrics import select_scalars
 from ..runtime.files import write_atomically
+from ..runtime.flags import spell_flags
 from ..runtime.progress import LINE_SECONDS
 
 
@@ -48,7 +49,7 @@ class Reporter:
     def print_line(self, name: str, text: str) -> None:
         """Print one line of the summary."""
         # Names of classes and folders may contain brackets, which rich would take for styles.
-        self.console.print(f"{name:<9} {text}", markup=False)
+        self.console.print(f"{name:<9} {spell_flags(text)}", markup=False)
 
     def print_lines(self, lines: Mapping[str, str | None]) -> None:
         """Print the lines that have a text."""
@@ -58,7 +59,8 @@ class Reporter:
 
     def warn(self, message: str) -> None:
         """Print a highlighted warning."""
-        self.console.print(f"WARNING: {message}", style="bold yellow", markup=False)
+        text = f"WARNING: {spell_flags(message)}"
+        self.console.print(text, style="bold yellow", markup=False)
 
     def start_after(self, step: int, num_steps: int) -> None:
         """Start the output about the steps of a run that continues after `step`.

@@ -161,7 +161,7 @@ def test_too_few_files_and_too_little_memory_are_one_line(
 def test_a_missing_extra_is_named(
     missing: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for name in ("predict", "parsing"):
+    for name in ("predict", "parsing", "recipes"):
         monkeypatch.delitem(sys.modules, f"modeling_vitcls.cli.{name}", raising=False)
 
     with monkeypatch.context() as other, pytest.raises(ModuleNotFoundError, match="textwrap"):
@@ -188,11 +188,14 @@ def test_a_missing_extra_is_named(
         ),
         (RunStopped("no images"), 0, 1, "error: no images\n"),
         (ValueError("wrong"), 1, 1, "process 1: error: wrong\n"),
-        (ValueError("Set `num_workers=0`"), 0, 1, "error: Set `num_workers=0` (--num-workers)\n"),
-        (ValueError("`probe=False` is set"), 0, 1, "error: `probe=False` is set (--no-probe)\n"),
+        (ValueError("Set `num_workers=0`"), 0, 1, "error: Set --num-workers 0\n"),
+        (ValueError("`probe=False` is set"), 0, 1, "error: --no-probe is set\n"),
+        (ValueError("`model='my runs'`"), 0, 1, "error: --model 'my runs'\n"),
+        (ValueError("`label_names=('a', 'b')`"), 0, 1, "error: --label-names a b\n"),
+        (ValueError("`id2label`"), 0, 1, "error: `id2label`\n"),
     ],
 )
-def test_an_error_is_one_line_with_the_flags_that_it_names(
+def test_an_error_is_one_line_in_which_parameters_are_flags(
     error: Exception,
     rank: int,
     status: int,

@@ -86,7 +86,7 @@ def test_flags_of_tables_are_refused_for_other_data(
     flag: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert finetune(tmp_path / "run", "--dataset", "digits", flag, "nope") == 1
-    assert f"({flag})" in capsys.readouterr().err
+    assert f"Remove {flag}\n" in capsys.readouterr().err
 
 
 def test_label_names_are_refused_if_the_folders_have_other_names(
@@ -97,7 +97,7 @@ def test_label_names_are_refused_if_the_folders_have_other_names(
     assert finetune(tmp_path / "run", *flags, "a", "b") == 1
     error = capsys.readouterr().err
     assert "'cat', 'dog'" in error
-    assert "Remove `label_names`" in error
+    assert "Remove --label-names" in error
     assert finetune(tmp_path / "run", *flags, "cat", "dog") == 0
 
 
