@@ -1,6 +1,13 @@
 """Checks of the files of a vitcls folder before they are read.
 
-The errors are lines that name the file, the problem and a remedy.
+The errors are lines that name the file, the problem and a remedy. After the checks, config.json is
+one of this package, and reading the weights runs no code.
+
+What is not checked:
+- The weights themselves: whether they are complete, finite and of this configuration shows when
+  they are loaded; whether they are the weights of results.json, in model_files.py (`hash_weights`).
+- The Python files beside them, which this package neither reads nor runs.
+- Where the folder is from, and whether it was changed since: hub/provenance.py, publishing/verify.py.
 """
 
 from pathlib import Path

@@ -11,6 +11,16 @@
    read the user's files.
 3. The outputs of the new process for fixed inputs must match the outputs of the model in `folder`,
    loaded with this package. No published code runs in the calling process.
+
+What is not proven:
+- That the model is good: its results, the numbers on its card and the card itself are not compared.
+- That its code is harmless: equal hashes show that nothing was damaged, not who wrote it.
+- Anything but this machine: other versions of Python, torch and transformers, GPUs, half precision.
+- Anything but one forward pass of one or two images of random pixels at the native size: not
+  training, other sizes, methods such as `adapt`, or exported files, of which only the hashes are
+  compared.
+- Without `folder`, that the weights are those that you meant: the reference is read from the same
+  files.
 """
 
 import json
