@@ -41,17 +41,17 @@ from .token_use import TokenUse
 Batches = Iterable[ImageBatch]
 # (items, description) -> items, with a progress bar
 Watch = Callable[[Collection[Any], str], Iterable[Any]]
-# name of a task -> logits [labels] of each image; or, of an encoder, name of a kind of features ->
+# Name of a task -> logits [labels] of each image; or, of an encoder, name of a kind of features ->
 # vectors [n, D] of each image, because images of other sizes have other numbers of patches
 Outputs = dict[str, list[torch.Tensor]]
 
-MIN_IMAGES = 16  # minimum number of images required to judge an effect
-MIN_CHANGE = 1e-3  # smaller effects are rounding errors
+MIN_IMAGES = 16  # With fewer images, no effect is judged
+MIN_CHANGE = 1e-3  # Smaller effects are rounding errors
 # Minimum standard deviation of the logits over images, as a fraction of their root mean square
 MIN_RELATIVE_DEVIATION = 1e-3
-NUM_NULL_DRAWS = 8  # number of random draws of tokens per null distribution
-MAX_REDRAW_DROP = 0.05  # maximum decrease in accuracy if a random token does as well
-NULL_LEVEL = 0.995  # level of the limit: 1 of 200 random tokens has a larger effect
+NUM_NULL_DRAWS = 8  # Random tokens per null distribution
+MAX_REDRAW_DROP = 0.05  # A random token that costs less accuracy does as well
+NULL_LEVEL = 0.995  # 1 of 200 random tokens has an effect beyond the limit
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class Effect:
 
     @property
     def is_beyond_limit(self) -> bool:
-        """Whether the effect is measurable, and more than a random token would have.
+        """Whether the effect is measurable and larger than a random token's.
 
         It exceeds the limit of its null distribution, or a random token in its place costs
         accuracy.
@@ -126,7 +126,7 @@ class Effect:
         return "more" if self.is_beyond_limit else "no more"
 
 
-# token key or group name -> output name -> effect
+# Token key or group name -> output name -> effect
 Ablations = dict[str, dict[str, Effect]]
 
 
@@ -172,7 +172,7 @@ def compute_ablations(
         }
 
     for keys, draws in watch(list(plan_redraws(layout, use)), "ablating random tokens"):
-        sizes: dict[str, list[float]] = {}  # output name -> null distribution
+        sizes: dict[str, list[float]] = {}  # Output name -> null distribution
         # (redrawn key, output name) -> drops [images] per draw
         drops: dict[tuple[str, str], list[torch.Tensor]] = {}
         for key in draws:
@@ -185,7 +185,7 @@ def compute_ablations(
 
             for name, rows in redrawn.items():
                 sizes.setdefault(name, []).append(compute_size(rows, replaced[name]))
-                # only if all labels are known: the drop is a mean over all images
+                # The drop is a mean over all images, so all labels must be known.
                 if name in labels and bool((labels[name] != IGNORED_LABEL).all()):
                     was_correct = predict_labels(before[name], has_several_labels) == labels[name]
                     is_correct = predict_labels(rows, has_several_labels) == labels[name]

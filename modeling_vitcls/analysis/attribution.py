@@ -33,7 +33,7 @@ class RecordedLayer:
     Each head has one map, or two maps with differential attention.
     """
 
-    attention: Any  # the attention module
+    attention: Any  # The module `ViTCLSAttention`
     query: torch.Tensor  # [B, maps, N, d]
     key: torch.Tensor  # [B, maps, N, d]
     value: torch.Tensor  # [B, maps, N, head_dim]
@@ -73,9 +73,9 @@ class AttentionTrace:
     """Outputs and recorded attention of a forward pass."""
 
     config: ViTCLSConfig
-    outputs: Any  # outputs of the model, with hidden states
+    outputs: Any  # Outputs of the model, with hidden states
     layers: list[RecordedLayer]
-    # layer -> tokens [B, n, D] that the heads read; the last layer may be None (backbone)
+    # Layer -> tokens [B, n, D] that the heads read; the last layer may be None (backbone)
     read_tokens: dict[int, Any]
 
     @torch.no_grad()
@@ -90,7 +90,7 @@ class AttentionTrace:
     def compute_patch_attention(self) -> torch.Tensor:
         """Average the attention of the patches over the patches, [B, L, maps, 1, N]."""
         patches = self.config.token_layout.patches
-        # one layer after another, because the maps of all layers may not fit into memory
+        # The layers take turns, because the maps of all layers may not fit into memory.
         rows = [
             layer.compute_weights()[:, :, patches].mean(dim=2, keepdim=True)
             for layer in self.layers
@@ -145,7 +145,7 @@ class AttentionTrace:
                     # [B, N, N]
                     weighted_map = (map_gradient * layer.compute_weights()).clamp(min=0).mean(dim=1)
                     relevance = relevance + relevance @ weighted_map
-            # the start weights do not depend on attention
+            # The start weights go, because they do not depend on attention.
             return (relevance - start_weights).squeeze(1)
 
 
@@ -187,7 +187,7 @@ def trace_attention(
     encoder_output = encoder_outputs[-1]
     read_tokens = {
         **getattr(encoder_output, "pooled_tokens", {}),
-        **getattr(encoder_output, "layer_tokens", {}),  # of which pooled tokens are a part
+        **getattr(encoder_output, "layer_tokens", {}),  # They contain the pooled tokens
         len(layers): getattr(encoder_output, "last_hidden_state", None),  # None for a backbone
     }
     return AttentionTrace(model.config, outputs, layers, read_tokens)

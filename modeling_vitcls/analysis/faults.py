@@ -14,7 +14,7 @@ import torch
 
 # Maximum distance between identical tokens, relative to their variation over images
 MAX_IDENTICAL_DISTANCE = 0.01
-ROUNDING_ERROR = 1e-6  # rounding error of a state as a fraction of its norm
+ROUNDING_ERROR = 1e-6  # Of a state, as a fraction of its norm
 # Minimum norm of an outlier patch, as a multiple of the median patch norm of the image. Darcet et
 # al. choose an absolute norm for each model.
 OUTLIER_RATIO = 3.0
@@ -23,7 +23,7 @@ OUTLIER_RATIO = 3.0
 def find_identical_tokens(
     states: Mapping[int, torch.Tensor], used_layers: Sequence[int]
 ) -> dict[int, tuple[int, int]]:
-    """Map each token with the same state as another to the nearest such token, and the layer.
+    """Find tokens with the same state as another token: token -> nearest such token, and layer.
 
     Two tokens are compared after the last layer in which both are used, because a head may ignore
     a difference that arises later.
@@ -36,7 +36,7 @@ def find_identical_tokens(
     for index, own_layer in enumerate(used_layers):
         candidates = []
         for other, other_layer in enumerate(used_layers):
-            # a token has no use after its last layer, whatever its state there
+            # After its last layer, a token's state has no effect.
             layer = min(own_layer, other_layer)
             # In float32, the variation of a token with a large norm would be lost to rounding.
             pair = states[layer][:, [index, other]].double()  # [images, 2, D]
@@ -59,7 +59,7 @@ def find_unmoved_tokens(keys: Sequence[str], movement: Mapping[str, float]) -> l
         movement: distance by which training moved each token (`token_movement` in results.json).
     """
     if not any(movement.values()):
-        return []  # the run trained no token at all, for example only the head
+        return []  # The run trained no token at all, but perhaps a head
     return [index for index, key in enumerate(keys) if movement.get(key) == 0]
 
 

@@ -45,7 +45,7 @@ def write_inspection(options: InspectOptions) -> Inspection:
     images = open_images(options, label_space, splits).draw(options.max_images)
     files = [file for file in (options.output, options.json) if file is not None]
     for file in files:
-        file.parent.mkdir(parents=True, exist_ok=True)  # raise errors before the measurements
+        file.parent.mkdir(parents=True, exist_ok=True)  # An error comes before the measurements
     watch = partial(track, console=error_console, unit="")
     with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
         read = read_images(
@@ -62,7 +62,7 @@ def write_inspection(options: InspectOptions) -> Inspection:
             token_movement=folder.results_of_any_weights.get("token_movement"),
             watch=watch,
         )
-    # in float32, as in `vitcls look`
+    # Outside autocast: in float32, as in `vitcls look`.
     photos = [
         ShownPhoto(
             images.names[index],

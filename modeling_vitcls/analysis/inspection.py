@@ -40,7 +40,7 @@ from .model_utils import evaluation_mode, is_classifier, unwrap_model
 from .token_use import TokenUse
 
 
-MAX_BATCH_SIZE = 32  # default number of images per forward pass on GPUs
+MAX_BATCH_SIZE = 32  # On GPUs, unless the person sets one
 # Maximum number of images for effects and their null distributions, and maximum number of
 # floating-point operations in a pass over these images; MIN_IMAGES images are always used
 MAX_ABLATION_IMAGES = 256

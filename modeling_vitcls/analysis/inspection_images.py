@@ -73,10 +73,10 @@ def open_images(
 
     images = data.images.images
     dataset_name = Path(options.dataset).resolve().name
-    # the names of images in memory are checksums, which say nothing to a reader
+    # The names of images in memory are checksums, which say nothing to a reader.
     is_in_memory = isinstance(images, ArrayImages)
     names = list(map(str, range(len(images)))) if is_in_memory else images.get_names()
-    # numbers of rows do not say which dataset they are from
+    # Numbers of rows do not say which dataset they are from.
     names = [f"{dataset_name} {name}" if name.isdigit() else name for name in names]
     return InspectionImages(images, names, labels, f"{dataset_name}, {data.description}")
 

@@ -18,9 +18,9 @@ from ..model.configuration_vitcls import ViTCLSConfig
 from ..model.image_processing_vitcls import pil_to_tensor
 
 
-COLORMAP = "inferno"  # perceptually uniform, colorblind-friendly colormap
-IMAGE_BRIGHTNESS = 0.75  # brightness of the photo under the map, as a factor
-# lower limit of the value drawn in the brightest color, as a multiple of the mean of the map
+COLORMAP = "inferno"  # Perceptually uniform, and safe for color-blind readers
+IMAGE_BRIGHTNESS = 0.75  # The photo under a map is dimmed by this factor
+# The brightest color is at least this multiple of the mean, so that a uniform map is dark.
 MIN_SCALE = 3.0
 
 

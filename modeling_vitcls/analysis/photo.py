@@ -30,13 +30,13 @@ from .model_utils import evaluation_mode, is_classifier, unwrap_model
 from .token_use import TokenUse
 
 
-MAX_LABELS = 3  # maximum number of labels shown per prediction
-NUM_COLOR_CHANNELS = 3  # number of color channels: red, green and blue
+MAX_LABELS = 3  # Labels shown per prediction
+NUM_COLOR_CHANNELS = 3  # Red, green and blue
 # Quantiles of a component that are drawn in the darkest and the brightest color; values beyond
 # these quantiles are clipped.
 COLOR_QUANTILES = 0.02, 0.98
 
-# task, label, and value of each token or patch
+# Task, label, and value of each token or patch
 Attribution = tuple[str | None, Label, torch.Tensor]
 
 
@@ -164,11 +164,11 @@ def measure_photo(model: Any, processor: Any, image: Image.Image) -> PhotoMeasur
 def predict_photo(
     trace: AttentionTrace, heads: dict[str, ExtraHead]
 ) -> tuple[dict[str | None, list[Label]], list[Attribution]]:
-    """Predict the labels of one photo by task, and attribute the most probable ones to tokens [N]."""
+    """Predict the labels of one photo by task, and attribute the most probable to tokens [N]."""
     predictions: dict[str | None, list[Label]] = {}
     attributions: list[Attribution] = []
     for task, logits in get_logits_by_task(trace.outputs).items():
-        if task not in heads:  # the features of an encoder
+        if task not in heads:  # These are the features of an encoder
             continue
         (labels,) = select_labels(logits, heads[task], MAX_LABELS)
         predictions[task or None] = labels
@@ -194,7 +194,7 @@ def decompose_patches(features: torch.Tensor) -> tuple[torch.Tensor, list[float]
     rows = features.flatten(0, 1).numpy()  # [patches, D]
     num_components = min(NUM_COLOR_CHANNELS, *rows.shape)
     pca = PCA(num_components, random_state=0)
-    with np.errstate(invalid="ignore"):  # the variance of equal patches is 0
+    with np.errstate(invalid="ignore"):  # The variance of equal patches is 0
         components = pca.fit_transform(rows)  # [patches, components]
 
     low, high = np.quantile(components, COLOR_QUANTILES, axis=0)

@@ -32,10 +32,10 @@ from .sheet import draw_sheet, shorten_middle
 
 
 TEMPLATE_FOLDER = Path(__file__).parent
-NUM_LARGE_WRONG_IMAGES = 6  # number of wrong images on the first screen
-MAX_FILE_NAME = 24  # maximum length of a file name under an image, in characters
-THUMBNAIL_SIDE = 200  # longer side of the images next to the name of a photo, in pixels
-MAX_EXACT_SIDE = 96  # maximum length of the longer side of an image that is stored without loss
+NUM_LARGE_WRONG_IMAGES = 6  # As many fit on the first screen
+MAX_FILE_NAME = 24  # Characters of a file name under an image
+THUMBNAIL_SIDE = 200  # Longer side of the images next to the name of a photo, in pixels
+MAX_EXACT_SIDE = 96  # Images with longer sides are compressed with a loss
 # Kinds of photos (`select_images`) and their names in the report.
 KINDS = {"wrong": "wrong prediction", "uncertain": "least confident", "typical": "typical"}
 
@@ -46,7 +46,7 @@ class ShownPhoto:
 
     Attributes:
         name: name of the photo.
-        measurements: what its sheet is drawn from.
+        measurements: the values that its sheet shows.
         truth: true label as text; None if unknown.
         predicted: predicted label as text. Default: the prediction of the measurements.
         kind: reason why the photo is shown, one of KINDS; None without a reason.

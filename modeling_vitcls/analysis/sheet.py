@@ -34,19 +34,19 @@ from .photo import PhotoMeasurements
 
 WIDTH = 12.0
 DPI = 150
-LEFT, RIGHT = 0.025, 0.975  # edges of the content, as fractions of the width
-TILES_LEFT = 0.12  # likewise: left edge of the tiles, right of the names of the rows
-TILE_WIDTH = 0.92  # as a part of the column; the rest is the gap between tiles
+LEFT, RIGHT = 0.025, 0.975  # Edges of the content, as fractions of the width
+TILES_LEFT = 0.12  # Left edge of the tiles, right of the names of the rows
+TILE_WIDTH = 0.92  # Part of the column; the rest is the gap between tiles
 HEADING_HEIGHT = 0.55
 CAPTION_HEIGHT = 0.2
-MIN_TILE_HEIGHT = 0.3  # which the name and the note of a row need
-MAX_LARGE_HEIGHT = 3.4  # of the images in the first row
-LARGE_SIDE = 640  # longer side of the photo before it is scaled, in pixels
+MIN_TILE_HEIGHT = 0.3  # The name and the note of a row need it
+MAX_LARGE_HEIGHT = 3.4  # Height of the images in the first row
+LARGE_SIDE = 640  # Longer side of the photo before it is scaled, in pixels
 
-MAX_TOKENS = 9  # maximum number of tokens with a row
-MAX_ATTRIBUTIONS = 14  # maximum number of labels with an attribution
-HEADER_CHARACTERS = 150  # per line of headers: with more, neighbors overlap
-MAX_TITLE = 64  # maximum number of characters of the title, next to the small photo
+MAX_TOKENS = 9  # Further tokens have no row
+MAX_ATTRIBUTIONS = 14  # Two lines of labels
+HEADER_CHARACTERS = 150  # With more in a line of headers, neighbors overlap
+MAX_TITLE = 64  # Characters that fit next to the small photo
 
 # Color of each group of `config.token_layout`. Color-blind readers can distinguish the colors
 # (palette of Okabe and Ito).
@@ -58,12 +58,12 @@ GROUP_COLORS = {
 }
 DARK_GRAY = "#222222"
 MEDIUM_GRAY = "#666666"
-PALE = 0.35  # opacity of maps that no output depends on, and of the part of the photo not seen
+PALE = 0.35  # Opacity of maps that no output depends on, and of the part of the photo not seen
 
 STYLE: dict[Any, Any] = {
     "font.size": 8.5,
     "text.color": MEDIUM_GRAY,
-    "text.parse_math": False,  # a name with two dollar signs is no formula
+    "text.parse_math": False,  # Otherwise, a name with two dollar signs is a formula
     "axes.titlecolor": DARK_GRAY,
     "axes.titlelocation": "left",
     "axes.titlesize": 10,
@@ -72,9 +72,9 @@ STYLE: dict[Any, Any] = {
     "xtick.labelsize": 8,
 }
 
-# an image, the text above it, and whether an output of the model depends on it
+# An image, the text above it, and whether an output of the model depends on it
 Tile = tuple[Any, str, bool]
-Row = tuple[str, str, str, list[Tile]]  # a name, its color, a note below it, and tiles
+Row = tuple[str, str, str, list[Tile]]  # A name, its color, a note below it, and tiles
 
 
 def draw_sheet(measurements: PhotoMeasurements, title: str = "") -> Image.Image:
@@ -302,7 +302,7 @@ def draw_rows(
     line_height = CAPTION_HEIGHT + len(rows) * (CAPTION_HEIGHT + space)
     height = HEADING_HEIGHT + math.ceil(len(headers) / num_columns) * line_height + 0.08
     figure = Figure((WIDTH, height), DPI)
-    # x counts the columns; y is the distance from the top
+    # On the axes, x counts the columns, and y is the distance from the top.
     axes = figure.add_axes((TILES_LEFT, 0, RIGHT - TILES_LEFT, 1))
     axes.set(xlim=(0, num_columns), ylim=(height, 0))
     axes.set_axis_off()

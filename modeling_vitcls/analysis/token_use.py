@@ -6,7 +6,7 @@ from functools import cached_property
 from ..model.configuration_vitcls import ViTCLSConfig
 
 
-PATCHES = -1  # all patches, in a set of sequence indices of special tokens
+PATCHES = -1  # All patches, in a set of sequence indices of special tokens
 
 
 @dataclass(frozen=True)

@@ -114,7 +114,7 @@ def load_source(source_name: str, family: str | None = None) -> SourceModel:
         if is_file:
             return FileSource.load(Path(source_name), family)
         return SOURCE_CLASSES[project].load(name)
-    except Exception as error:  # the projects and their downloads raise errors of many types
+    except Exception as error:  # The projects and their downloads raise errors of many types
         causes = list(iter_causes(error))
         if any("TorchScript archives" in str(cause) for cause in causes):
             raise ConversionError(

@@ -38,13 +38,13 @@ RESAMPLING_FIELDS = ("position_interpolation", "position_offset", "position_anti
 class Rewrite:
     """A change of configuration fields and weights that preserves the outputs of a model."""
 
-    fields: tuple[str, ...]  # fields that get the values of the target
-    # function of the configurations of model and target
+    fields: tuple[str, ...]  # Fields that get the values of the target
+    # Function of the configurations of model and target
     is_possible: Callable[[ViTCLSConfig, ViTCLSConfig], bool]
-    # function (weights, old configuration, new configuration) that changes the weights of the model
+    # Function (weights, old configuration, new configuration) that changes the weights of the model
     # in place
     rewrite_weights: Callable[[Weights, ViTCLSConfig, ViTCLSConfig], None] = lambda *arguments: None
-    # whether the outputs are the same only for images of `config.image_size`
+    # Whether the outputs are the same only for images of `config.image_size`
     is_native_size_only: bool = False
 
 

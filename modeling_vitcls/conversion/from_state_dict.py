@@ -64,16 +64,16 @@ def resample_as_authors(
 
 @dataclass(frozen=True)
 class FileFamily:
-    """timm model of a family, and the resampling of the authors' code."""
+    """How to load one family: its timm model, and how its authors resample."""
 
     timm_name: str  # timm model with the preprocessing of the family; its sizes are replaced
     resampling: Fields | None  # None if position embeddings are not resampled (rotary)
-    # other timm names, by the weight that selects them; the first match is used
+    # Other timm models, by the weight that selects them; the first match is used.
     timm_names: Mapping[str, str] | None = None
 
 
-GATE = "blocks.0.mlp.w3.weight"  # weight of a gated MLP
-FAMILIES = {  # values of --family
+GATE = "blocks.0.mlp.w3.weight"  # Weight of a gated MLP
+FAMILIES = {  # The names are values of --family
     "dinov2": FileFamily(
         "vit_small_patch14_dinov2.lvd142m",
         BICUBIC_WITH_OFFSET,
@@ -283,12 +283,11 @@ def build_timm_model(weights: Weights, family: str) -> Any:
     except ConversionError:
         raise
     except (LookupError, RuntimeError, ValueError, AssertionError) as error:
-        # weights that do not match the model
         raise ConversionError(
             f"the weights do not match the family {family}: {format_error(error)}. Set `family` to "
             "another family, or use timm:NAME@FILE"
         ) from error
-    # of the weights, not of timm's model with this preprocessing
+    # The size of the weights, not of timm's model with this preprocessing.
     size = {"input_size": (3, *model.patch_embed.img_size)}
     model.pretrained_cfg |= PREPROCESSING.get(family, {}) | size
     return model.eval()
@@ -388,7 +387,7 @@ def read_big_vision_options(weights: Weights) -> dict[str, Any]:
     has_cls = "cls" in weights
     has_cls_position = has_cls and "pos_embedding" not in weights
 
-    depth = len(query_kernel)  # the blocks are stacked
+    depth = len(query_kernel)  # The blocks are stacked
     if "Transformer/encoderblock/LayerNorm_0/scale" not in weights:
         depth = count_blocks(weights, r"Transformer/encoderblock_(\d+)/")
     options: dict[str, Any] = {

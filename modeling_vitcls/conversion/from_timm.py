@@ -41,17 +41,17 @@ from .weight_rules import (
 
 
 TIMM_CLASSES = ("VisionTransformer", "VisionTransformerDistilled", "Eva")
-TIMM_MODULES = ("vision_transformer", "deit", "eva")  # modules of timm.models with these classes
+TIMM_MODULES = ("vision_transformer", "deit", "eva")  # Modules of timm.models with these classes
 
 
 def convert_from_timm(model: nn.Module) -> ViTCLSPreTrainedModel:
     """Convert a timm ViT to a vitcls model in eval mode with the same outputs, dtype and device.
 
     The source is left unchanged. A model with a classifier becomes a
-    `ViTCLSForImageClassification`. A model without a
-    classifier (`num_classes=0`) becomes a `ViTCLSModel`, whose `pooler_output`, if any, equals the
-    output of timm's model. For image sizes other than the native size, the outputs equal those that
-    the source returns after a call to its `set_input_size`.
+    `ViTCLSForImageClassification`. A model without a classifier (`num_classes=0`) becomes a
+    `ViTCLSModel`, whose `pooler_output`, if any, equals the output of timm's model. For image sizes
+    other than the native size, the outputs equal those that the source returns after a call to its
+    `set_input_size`.
 
     Raises:
         ConversionError: If the class or a feature is not supported.
@@ -340,7 +340,7 @@ def build_rules(model: TimmModule) -> list[Rule]:
     block = model.blocks[0]
     layer_scale_rules = []
     if getattr(block, "gamma_1", None) is not None and block.gamma_2 is None:
-        # only attention has a layer scale
+        # Only attention has a layer scale.
         layer_scale_rules = [Rule("blocks.{i}.gamma_1", LAYER_SCALES, append_ones)]
     return [
         *STEM_RULES,

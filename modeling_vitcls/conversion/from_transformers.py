@@ -30,12 +30,10 @@ from .weight_rules import (
 def convert_from_transformers(model: PreTrainedModel) -> ViTCLSPreTrainedModel:
     """Convert a transformers ViT to a vitcls model with the same outputs, dtype and device.
 
-    The model is in eval mode.
-
-    The source is left unchanged. A classifier becomes a `ViTCLSForImageClassification` with the
-    same labels. An image embedding model (CLIP with projection) also becomes a
-    `ViTCLSForImageClassification`, with the embeddings as logits. Any other model becomes a
-    `ViTCLSModel`.
+    The result is in eval mode, and the source is left unchanged. A classifier becomes a
+    `ViTCLSForImageClassification` with the same labels. An image embedding model (CLIP with
+    projection) also becomes a `ViTCLSForImageClassification`, with the embeddings as logits. Any
+    other model becomes a `ViTCLSModel`.
 
     For image sizes other than the native size, the outputs equal the outputs of the source with
     `interpolate_pos_encoding=True`. The converted MAE encoder uses all patches in order, without
@@ -101,13 +99,13 @@ class ConvertibleClass:
     """A transformers model class that can be converted."""
 
     family: families.TransformersFamily
-    # attribute name of the encoder; None if the class itself is the encoder
+    # Attribute name of the encoder; None if the class itself is the encoder
     encoder_name: str | None = None
-    # fields of `ViTCLSConfig` that depend on the class
+    # Fields of `ViTCLSConfig` that depend on the class
     fields: Mapping[str, Any] = field(default_factory=dict)
-    # name patterns of encoder weights that the class does not use
+    # Name patterns of encoder weights that the class does not use
     unused_patterns: tuple[str, ...] = ()
-    # function that reads the labels from the configuration
+    # Function that reads the labels from the configuration
     read_label_fields: Callable[[Any], Fields] = read_label_fields
 
 

@@ -97,14 +97,14 @@ def find_prefix(folder: str) -> str:
     """Find out which project a model is from: the prefix of its name, which is empty for ours."""
     try:
         config = read_json(Path(folder, CONFIG_FILE))
-    except (OSError, ValueError):  # the error is reported when the folder is opened
+    except (OSError, ValueError):  # The error is reported when the folder is opened
         return ""
     model_type = config.get("model_type")
     if model_type in CONFIG_MAPPING_NAMES:
         return "transformers:"
-    if model_type is None and isinstance(config.get("architecture"), str):  # a model saved by timm
+    if model_type is None and isinstance(config.get("architecture"), str):  # timm saved the model
         return "timm:local-dir:" if get_cached_commit(folder) is None else "timm:hf-hub:"
-    return ""  # unsupported models raise an error when the folder is opened
+    return ""  # Unsupported models raise an error when the folder is opened
 
 
 def convert_once(source: str) -> str:
@@ -145,7 +145,7 @@ def compute_cache_name(source: str) -> str:
             # No hash of the contents: each command computes this name, and reading large weights
             # takes seconds.
             status = file.stat()
-            # a copy or an archive may keep the time of modification; the change time is new
+            # A copy or an archive may keep the time of modification, but its change time is new.
             times = (status.st_mtime_ns, status.st_ctime_ns)
             cache_key.append((file.name, status.st_size, times))
     digest = hashlib.sha256(json.dumps(cache_key).encode()).hexdigest()

@@ -27,7 +27,7 @@ from .weight_rules import ConversionError
 # or head.
 MAX_DIFFERENCE = 1e-5
 
-Report = dict[str, Any]  # content of parity_report.json, or of one of its comparisons
+Report = dict[str, Any]  # Content of parity_report.json, or of one of its comparisons
 
 
 @torch.no_grad()
@@ -66,7 +66,7 @@ def compare_models(
         pixel_values = build_random_images((2, model.config.num_channels, height, width))
         try:
             source_outputs = source.compute_outputs(pixel_values)
-        except Exception as error:  # the exception type depends on the source
+        except Exception as error:  # The exception type depends on the source
             # The native size comes first. An error there is a fault, and only later a limit of the
             # source.
             if not comparisons:

@@ -131,7 +131,7 @@ def build_checked_processor(
     settings_name: str,
     image_size: tuple[int, int],
 ) -> ConvertedPreprocessing:
-    """Build an image processor and compare it with the source; the default one if it differs.
+    """Build an image processor, or the default one if its pixels differ from the source's.
 
     `backend_class` is our class with the backend of the source.
     """
@@ -169,7 +169,7 @@ def check_processor(
     `preprocess` is the source's function in the same backend. Raise ValueError if the pixels differ by
     more than MAX_PIXEL_DIFFERENCE. `settings_name` is the name of the source's settings.
     """
-    largest_difference = 0.0  # in gray levels
+    largest_difference = 0.0  # In gray levels
     for image in (build_test_image(301, 428), build_test_image(428, 301)):
         image = image if processor.do_convert_rgb else image.convert("L")
         pixels = apply_processor(processor, image)
@@ -221,7 +221,7 @@ def build_preprocessing_record(settings_name: str, reason: str) -> dict[str, Any
     `reason` is the reason why the default processor is used.
     """
     return {
-        "origin": settings_name,  # name of the settings from which the image processor was built
+        "origin": settings_name,  # Name of the settings from which the image processor was built
         "largest_difference_in_gray_levels": None,
         "limit": MAX_PIXEL_DIFFERENCE,
         "assumed_because": reason,

@@ -67,7 +67,7 @@ class FileSource(TimmSource):
     ) -> None:
         super().__init__(str(file), model, None, notes)
         self.family: str = family
-        self.weights = weights  # weights by parameter name, without containers and prefixes
+        self.weights = weights  # Weights by parameter name, without containers and prefixes
         self.sha256 = compute_file_digest(file)
         # Read from the weights, because timm's model is in float32 in any case.
         self.saved_dtype = next(iter(weights.values())).dtype
@@ -163,10 +163,10 @@ def unwrap_weights(weights: Mapping[str, Any], notes: list[str]) -> tuple[Weight
     teacher.
     """
     container_key = None
-    for _ in range(MAX_CONTAINER_DEPTH):  # a state dict may contain itself
+    for _ in range(MAX_CONTAINER_DEPTH):  # A state dict may contain itself
         keys = [key for key, value in weights.items() if isinstance(value, Mapping)]
         known = [key for key in keys if rank_name(str(key)) < len(CONTAINER_WORDS)]
-        # other programs have other names, but their optimizers have no patch projection
+        # Names differ between programs, but no optimizer has a patch projection.
         known = known or [
             key for key in keys if PATCH_PROJECTION in "\n".join(map(str, weights[key]))
         ]

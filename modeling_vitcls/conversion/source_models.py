@@ -42,22 +42,22 @@ Outputs = dict[str, torch.Tensor]
 class Source:
     """What the sources of all projects have in common."""
 
-    family: str | None = None  # family of a state-dict file
+    family: str | None = None  # Family of a state-dict file
     sha256: str | None = None  # SHA-256 of a state-dict file
-    native_size_reason = ""  # reason why only the native size can be compared
+    native_size_reason = ""  # Reason why only the native size can be compared
 
     def __init__(self, name: str, model: nn.Module, revision: str | None, notes: list[str]) -> None:
-        self.name = name  # source name on the command line
+        self.name = name  # As on the command line
         self.model: Any = model.eval()
-        self.revision = revision  # commit hash on the Hub; None if the hash is unknown
-        self.notes = notes  # notes for the user about loading the model
+        self.revision = revision  # Commit hash on the Hub; None if the hash is unknown
+        self.notes = notes  # Notes for the user about loading the model
         self.saved_dtype = next(model.parameters()).dtype
 
 
 class TimmSource(Source):
     """A timm model that can be converted."""
 
-    project = "timm"  # project whose resampling of position embeddings the converted model follows
+    project = "timm"  # Project whose resampling of position embeddings the converted model follows
 
     @classmethod
     def load(cls, name: str) -> "TimmSource":
@@ -69,7 +69,7 @@ class TimmSource(Source):
             check_timm_architecture(name.partition("@")[0].partition(".")[0])
         try:
             model, commit = load_timm_model(name)
-        except Exception as error:  # downloads raise errors of many types
+        except Exception as error:  # Downloads raise errors of many types
             raise OSError(
                 f"timm cannot load {name}: {format_error(error)}. Use a machine with access to the "
                 "Hub, a folder with the model (timm:local-dir:FOLDER) or a file with its weights "
@@ -124,7 +124,7 @@ class TransformersSource(Source):
             # False, because by default, transformers offers in a terminal to run the code of the
             # repository.
             config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        except Exception as error:  # configurations of other projects may raise any error
+        except Exception as error:  # Configurations of other projects may raise any error
             is_remote = "trust_remote_code" in str(error)
             reason = (
                 "it requires remote code, which is never run" if is_remote else format_error(error)
@@ -298,7 +298,7 @@ def load_transformers_model(
                 folder, **options, add_pooling_layer=False
             )
             notes.append("the checkpoint has no pooler, so the converted model has no pooler")
-    except Exception as error:  # downloads raise errors of many types
+    except Exception as error:  # Downloads raise errors of many types
         raise OSError(f"transformers cannot load {name_or_path}: {format_error(error)}") from error
 
     if missing_names := sorted(loading_info["missing_keys"]):
@@ -308,7 +308,7 @@ def load_transformers_model(
         )
 
     unexpected_names = sorted(loading_info["unexpected_keys"])
-    # not for the vision model of a text-image model
+    # The vision model of a text-image model leaves weights unused, which is no news.
     if unexpected_names and model.config.architectures:
         notes.append(
             f"{model_class.__name__} does not use {len(unexpected_names)} weights of the "

@@ -31,7 +31,7 @@ POOLINGS = {"token": "cls", "avg": "mean", "max": "max", "map": "attention"}
 
 def read_config_fields(model: TimmModule) -> Fields:
     """Read the configuration of a `VisionTransformer`, `VisionTransformerDistilled` or `Eva`."""
-    # the other blocks differ only in drop path and the number of key and value heads
+    # The other blocks differ only in drop path and the number of key and value heads.
     first_block = model.blocks[0]
     block_class = get_class_name(first_block)
     check_supported(block_class in BLOCK_READERS, f"blocks of class {block_class}")
@@ -139,7 +139,7 @@ def read_rotary_positions(model: TimmModule) -> Fields:
         "rope_axes": "xy" if rope.grid_indexing == "xy" else "yx",
     }
 
-    if name == "RotaryEmbeddingDinoV3":  # coordinates from -1 to 1
+    if name == "RotaryEmbeddingDinoV3":  # Coordinates from -1 to 1
         check_supported(
             rope.min_period is None or rope.max_period is None,
             "rotary positions with min_period and max_period",
@@ -149,7 +149,7 @@ def read_rotary_positions(model: TimmModule) -> Fields:
             f"rotary positions with normalize_coords={rope.normalize_coords!r} or with an offset",
         )
         return fields | {"rope_coordinates": "centered"}
-    if name == "RotaryEmbeddingMixed":  # learned frequencies (RoPE-ViT)
+    if name == "RotaryEmbeddingMixed":  # Learned frequencies (RoPE-ViT)
         return fields | {"rope_coordinates": "grid"}
 
     check_supported(
@@ -233,7 +233,7 @@ def read_branched_block(block: TimmModule) -> Fields:
         "num_attention_heads": num_branches * attention.num_heads,
         "attention_head_size": attention.head_dim,
         "intermediate_size": num_branches * mlp.fc1.out_features,
-        # biases from folded norms
+        # Folded norms leave biases.
         **dict.fromkeys(("qkv_bias", "projection_bias", "mlp_bias"), True),
     }
 
@@ -326,7 +326,7 @@ def read_pooling(model: TimmModule, hidden_act: str | None) -> Fields:
     """Read the fields of the pooling method before the head."""
     if not model.global_pool:
         check_supported(not model.num_classes, "a classifier on every token (global_pool='')")
-        # used by a new classifier
+        # A new classifier would use it.
         return {"pooling": "cls" if model.cls_token is not None else "mean"}
 
     check_supported(model.global_pool in POOLINGS, f"global_pool={model.global_pool!r}")

@@ -87,8 +87,8 @@ class TargetClass:
     """A transformers class to which models are converted."""
 
     name: str
-    min_version: str  # lowest version of transformers that contains the class
-    # whether the class has the arguments `add_pooling_layer` and `use_mask_token`
+    min_version: str  # Lowest version of transformers that contains the class
+    # Whether the class has the arguments `add_pooling_layer` and `use_mask_token`
     has_optional_pooler: bool = False
 
     def build(self, config: ViTCLSConfig) -> PreTrainedModel:
@@ -162,12 +162,12 @@ class TargetMatch:
     """Result of comparing a configuration with a target."""
 
     target: TargetClass
-    config: ViTCLSConfig  # configuration of the model after `applied_rewrites`
-    # configuration of the target, converted back; after an error, the model's configuration
+    config: ViTCLSConfig  # Configuration of the model after `applied_rewrites`
+    # Configuration of the target, converted back; after an error, the model's configuration
     target_config: ViTCLSConfig
-    # description of each field that the target does not support, or of an error, by name
+    # Description of each field that the target does not support, or of an error, by name
     mismatches: dict[str, str]
-    # rewrites, each with the configuration before and after the rewrite
+    # Rewrites, each with the configuration before and after the rewrite
     applied_rewrites: tuple[tuple[Rewrite, ViTCLSConfig, ViTCLSConfig], ...] = ()
 
 
@@ -215,7 +215,7 @@ def compare_with_target(target: TargetClass, config: ViTCLSConfig) -> TargetMatc
         fields = convertible_class.family.read_all_fields(target_model.config, weights)
         round_trip_config = ViTCLSConfig(**fields | dict(convertible_class.fields))
     except (TypeError, ValueError) as error:
-        # a value that the class or this version of transformers does not support
+        # The class or this version of transformers does not support a value.
         return TargetMatch(target, config, config, {"error": format_error(error)})
 
     has_head = convertible_class.encoder_name is not None

@@ -33,15 +33,15 @@ from .weight_rules import (
 class TransformersFamily:
     """Rules for the weights and configuration of one architecture."""
 
-    # function (configuration, weights) that returns fields of `ViTCLSConfig`
+    # Function (configuration, weights) that returns fields of `ViTCLSConfig`
     read_fields: Callable[[Any, Weights], Fields]
-    # rules for encoder weights that take precedence over `COMMON_RULES`
+    # Rules for encoder weights that take precedence over `COMMON_RULES`
     family_rules: Sequence[Rule] = ()
-    # fields of `ViTCLSConfig` that are the same for all models
+    # Fields of `ViTCLSConfig` that are the same for all models
     fields: Fields = field(default_factory=dict)
-    # function that prepares the weights for the rules, for example by merging several weights
+    # Function that prepares the weights for the rules, for example by merging several weights
     prepare_weights: Callable[[Weights], Weights] = dict
-    # whether transformers resamples the position embeddings as a square grid
+    # Whether transformers resamples the position embeddings as a square grid
     has_square_grid: bool = False
 
     def read_all_fields(self, config: Any, weights: Weights) -> Fields:
@@ -346,7 +346,7 @@ def read_aimv2_fields(config: Any, weights: Weights) -> Fields:
 # BEiT (arXiv 2106.08254), data2vec (2202.03555).
 BEIT_RULES = [
     Rule("{stack}.{i}.{name}_position_bias_table", "relative_position_bias.tables[{i}]"),
-    Rule("{name}_position_bias_table", "relative_position_bias.tables[0]"),  # shared by all layers
+    Rule("{name}_position_bias_table", "relative_position_bias.tables[0]"),  # Shared by all layers
 ]
 
 
@@ -418,7 +418,7 @@ def read_radio_fields(config: Any, weights: Weights) -> Fields:
 
 def fold_pixel_normalization(weights: Weights) -> Weights:
     """Fold the pixel normalization, (x - mean) / std, into the patch projection in float64."""
-    if "input_conditioner.norm_mean" not in weights:  # the user has removed the input conditioner
+    if "input_conditioner.norm_mean" not in weights:  # The user has removed the input conditioner
         return weights
 
     folded_weights = dict(weights)

@@ -35,7 +35,7 @@ from ..runtime.errors import format_error
 
 
 Weights = dict[str, torch.Tensor]
-Fields = dict[str, Any]  # fields of ViTCLSConfig
+Fields = dict[str, Any]  # Fields of ViTCLSConfig
 Transform = Callable[[torch.Tensor, ViTCLSConfig], Sequence[torch.Tensor]]
 
 # Names of the weights that `split_positions` returns.
@@ -71,9 +71,9 @@ def reshape_token(tensor: torch.Tensor, config: ViTCLSConfig) -> Sequence[torch.
 
 
 def repeat_kv(tensor: torch.Tensor, config: ViTCLSConfig) -> Sequence[torch.Tensor]:
-    """Repeat the key or value heads [heads * head_dim, ...] of grouped-query attention.
+    """Repeat the key or value heads [heads * head_dim, ...], as many times as queries share them.
 
-    There are then as many as query heads.
+    Grouped-query attention becomes ordinary attention.
     """
     heads = tensor.unflatten(0, (-1, config.head_dim))
     return [heads.repeat_interleave(config.num_attention_heads // len(heads), dim=0).flatten(0, 1)]
@@ -98,14 +98,14 @@ def simplify_size(height: int, width: int) -> int | list[int]:
 class Rule:
     """Conversion of the parameters whose names match a pattern."""
 
-    pattern: str  # pattern of parameter names in the other project
-    # parameter names in this package; empty if the parameter is ignored
+    pattern: str  # Pattern of parameter names in the other project
+    # Parameter names in this package; empty if the parameter is ignored
     targets: str | Sequence[str]
-    # function that returns one tensor per target; empty tensors are skipped, for example the
+    # Function that returns one tensor per target; empty tensors are skipped, for example the
     # position embeddings of a token group that the model does not have. Default: the tensor [n * D,
     # ...] is divided among the n targets
     transform: Transform | None = None
-    axis: int = 0  # axis along which `revert_weights` concatenates the targets
+    axis: int = 0  # Axis along which `revert_weights` concatenates the targets
 
     def match(self, name: str) -> list[str] | None:
         """Name the targets of a parameter; None if the pattern does not match."""
@@ -230,7 +230,7 @@ def build_converted_model(
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
-        # missing and unexpected weights, and weights of a different shape
+        # Weights are missing, unexpected or of a different shape.
         raise ConversionError(format_error(error)) from None
     model.eval()
     return model

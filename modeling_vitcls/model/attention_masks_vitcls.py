@@ -57,7 +57,7 @@ def build_attention_mask(
     if config.cls_scopes is not None:
         mask = build_cls_attention_mask(config, hidden_states, attention_mask, grid_size)
     elif attention_mask is not None:
-        # with None, transformers would build an all-true mask during tracing
+        # With None, transformers would build an all-true mask during tracing.
         mask = create_bidirectional_mask(
             config=config, inputs_embeds=hidden_states, attention_mask=attention_mask
         )
@@ -134,7 +134,7 @@ def build_cls_visibility(
     num_tokens = layout.get_num_tokens(*grid_size)
     visibility = torch.ones(num_tokens, num_tokens, dtype=torch.bool, device=device)
     for index, scope in enumerate(config.cls_scopes or ()):
-        if not isinstance(scope, str):  # the scope "image" hides no patches
+        if not isinstance(scope, str):  # The scope "image" hides no patches
             visibility[index, layout.patches] = build_cell_mask(scope, grid_size, device)
     return visibility
 
@@ -258,9 +258,9 @@ class TokenGates(nn.Module):
     """
 
     SCALE = 50.0
-    OPEN = 1.0 / SCALE  # value of the parameter for g = 1
-    CLOSED = 1e-6 / SCALE  # value of the parameter for g = 1e-6, and initial value
-    EPS = 2.0**-24  # added to g to keep log(g) finite; has no effect on g = 1 in float32
+    OPEN = 1.0 / SCALE  # Value of the parameter for g = 1
+    CLOSED = 1e-6 / SCALE  # Value of the parameter for g = 1e-6, and initial value
+    EPS = 2.0**-24  # Added to g to keep log(g) finite; has no effect on g = 1 in float32
 
     def __init__(self, config: ViTCLSConfig) -> None:
         super().__init__()
@@ -282,7 +282,7 @@ class TokenGates(nn.Module):
 
     def get_gate_values(self) -> Tensor:
         """Compute the value g of each gate, [n]. A gate with g = 1 has no effect."""
-        # has a nonzero gradient at 0, unlike abs
+        # Unlike abs, it has a nonzero gradient at 0.
         magnitude = torch.where(self.gates < 0, -self.gates, self.gates)
         return (magnitude * self.SCALE + self.EPS).clamp(max=1.0)
 

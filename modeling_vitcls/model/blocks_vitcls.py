@@ -128,7 +128,7 @@ class ViTCLSEmbeddings(nn.Module):
         batch_size = pixel_values.shape[0]
         # [B, rows * columns, D]
         patches = self.mask_patches(self.patch_embeddings(pixel_values), bool_masked_pos)
-        special_tokens = self.get_special_tokens()  # group -> [1, n, D]
+        special_tokens = self.get_special_tokens()  # Group -> [1, n, D]
         if self.position_embeddings is not None:
             special_tokens, patches = self.position_embeddings(special_tokens, patches, grid_size)
         special_states = [tokens.expand(batch_size, -1, -1) for tokens in special_tokens.values()]
@@ -288,7 +288,7 @@ class ViTCLSAttention(nn.Module):
             function. Set a recorder to read queries, keys and values. Default: None.
     """
 
-    # number of attention maps that each head computes; 2 in differential attention
+    # Number of attention maps that each head computes; 2 in differential attention
     MAPS_PER_HEAD = 1
 
     def __init__(self, config: ViTCLSConfig) -> None:
@@ -447,7 +447,7 @@ class DropPath(nn.Module):
 
     def __init__(self, rate: float) -> None:
         super().__init__()
-        # a Python float: a tensor would lose its value when a model is built on the meta device
+        # A Python float: a tensor would lose its value when a model is built on the meta device
         self.rate = rate
 
     def forward(self, hidden_states: Tensor) -> Tensor:

@@ -52,7 +52,7 @@ try:
         torch.bfloat16: getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None),
         torch.float16: getattr(torch.ops.mkldnn, "_is_mkldnn_fp16_supported", None),
     }
-    # in float32, MKL is as fast as oneDNN or faster on these CPUs
+    # In float32, MKL is as fast as oneDNN or faster on CPUs with AMX.
     HAS_AMX = torch.cpu._is_amx_tile_supported()
     HAS_AVX512_BFLOAT16 = torch.cpu._is_avx512_bf16_supported()
 
@@ -62,7 +62,7 @@ try:
 
     def is_exporting() -> bool:
         """Check whether the model is being exported, perhaps for another machine."""
-        # before torch 2.14, torch.compiler.is_exporting() is also true during compilation
+        # Before torch 2.14, torch.compiler.is_exporting() is also true during compilation.
         return torch.compiler._is_exporting_flag or torch.jit.is_tracing()
 
     is_functorch_active(), is_exporting()
@@ -80,7 +80,7 @@ def install_cpu_kernels(model: nn.Module) -> None:
         if isinstance(module, nn.Conv2d):
             settings = (module.stride, module.padding, module.dilation, module.groups)
             if settings != (module.kernel_size, (0, 0), (1, 1), 1):
-                continue  # not a patch projection
+                continue  # Not a patch projection
         module.__class__ = KERNEL_CLASSES.get(type(module), type(module))
 
 
@@ -158,7 +158,7 @@ class CPUMLP(FastModule, ViTCLSMLP):
                 return self.fc2(
                     onednn_linear(hidden_states, self.fc1.weight, self.fc1.bias, "gelu")
                 )
-            # in place: allocating takes longer
+            # GELU works in place, because allocating its output takes longer.
             return self.fc2(torch.ops.aten.gelu_.default(self.fc1(hidden_states)))
 
         preactivations = self.fc1(hidden_states)  # [B, N, intermediate]
@@ -227,7 +227,7 @@ def can_fuse_gelu(mlp: ViTCLSMLP) -> bool:
 def has_plain_parameters(linear: nn.Linear | nn.Conv2d) -> bool:
     """Check that weight and bias are plain: not quantized, sharded or parametrized."""
     parameters = linear._parameters
-    # the bias may be None
+    # The bias may be None, but not missing.
     return type(parameters.get("weight")) is nn.Parameter and "bias" in parameters
 
 
@@ -241,7 +241,7 @@ def has_hooks(modules: Iterable[nn.Module]) -> bool:
 
 
 def must_be_plain() -> bool:
-    """Check for compilation, tracing, torch.func, and the switch that turns all kernels off."""
+    """Check for what only plain PyTorch does: compilation, tracing, torch.func; or the switch."""
     return is_capturing_graph() or not torch.backends.mkldnn.enabled or is_functorch_active()
 
 
@@ -292,7 +292,7 @@ def compute_linear_gradients(
 
     weight_grad = None
     if needs_grad[1] and len(weight) <= weight.shape[1]:
-        # oneDNN is faster if the second argument has more rows
+        # oneDNN is faster if the second argument has more rows.
         weight_grad = linear(grad_rows.t(), input_rows.t(), None)
     elif needs_grad[1]:
         weight_grad = linear(input_rows.t(), grad_rows.t(), None).t()
@@ -302,7 +302,7 @@ def compute_linear_gradients(
 
 
 class LinearFunction(torch.autograd.Function):
-    """A linear layer whose products `linear` computes, in the forward and all backward passes."""
+    """Autograd around `linear`, which computes the products of all passes."""
 
     generate_vmap_rule = True
 
@@ -363,7 +363,7 @@ def is_onednn_correct() -> bool:
     try:
         with torch.no_grad():
             return torch.allclose(onednn_linear(inputs, weight, None), inputs @ weight.T, atol=1e-5)
-    except Exception:  # operators may raise any exception on untested processors
+    except Exception:  # Operators may raise any exception on untested processors
         return False
 
 
@@ -389,7 +389,7 @@ if (
 # long as in float32. Like PyTorch, these functions accumulate in float32. Tensors saved for the
 # backward pass stay in half precision.
 EMULATED_DTYPES: set[torch.dtype] = set()
-# measured on x86 only
+# This was measured on x86 only.
 if HAS_PRIVATE_NAMES and torch.backends.cpu.get_cpu_capability().startswith("AVX"):
     EMULATED_DTYPES = {
         dtype for dtype, check in HALF_PRECISION_CHECKS.items() if check is not None and not check()
@@ -444,9 +444,9 @@ def linear_in_float32(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Te
 
 
 # Attention ----------------------------------------------------------------------------------------
-# chunked attention stores its weights for the backward pass, which takes memory
+# Chunked attention stores its weights for the backward pass, which takes memory
 MAX_CHUNKED_KEYS = 1200
-# number of attention scores per chunk and thread: 1 MiB in bfloat16, about one L2 cache
+# Number of attention scores per chunk and thread: 1 MiB in bfloat16, about one L2 cache
 SCORES_PER_THREAD = 2**19
 
 
@@ -465,7 +465,7 @@ def sdpa_attention(
     if is_plain and can_chunk_attention(query, key):
         return attend_in_chunks(query, key, value, scaling), None
 
-    # the type is quoted, because torch.compile before 2.11 cannot trace `Tensor | None`
+    # The type is quoted, because torch.compile before 2.11 cannot trace `Tensor | None`
     def call_sdpa(query: Tensor, key: Tensor, value: Tensor, mask: "Tensor | None") -> Tensor:
         output, _ = sdpa_attention_forward(
             module, query, key, value, mask, dropout, scaling, **kwargs
@@ -505,7 +505,7 @@ def attend_in_chunks(query: Tensor, key: Tensor, value: Tensor, scaling: float) 
     key = key - key.mean(dim=2, keepdim=True)
     query = query * scaling
     scores_per_head = query.shape[2] * key.shape[2]
-    # in heads of all images
+    # The size is a number of heads, of all images.
     chunk_size = max(1, SCORES_PER_THREAD * torch.get_num_threads() // scores_per_head)
     chunks = zip(
         *(states.flatten(0, 1).split(chunk_size) for states in (query, key, value)), strict=True

@@ -67,7 +67,7 @@ def read_jpeg_bytes(source: Any) -> bytearray | None:
         with open_regular_file(source) as file:
             signature = file.read(len(JPEG_SIGNATURE))
             return bytearray(signature + file.read()) if signature == JPEG_SIGNATURE else None
-    except (OSError, ValueError):  # a zero byte in the name
+    except (OSError, ValueError):  # ValueError: a zero byte in the name
         return None
 
 

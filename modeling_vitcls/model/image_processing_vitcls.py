@@ -68,16 +68,16 @@ AUTO_MAP = {
 IMAGE_FORMATS = tuple("JPEG PNG WEBP GIF BMP TIFF PPM AVIF JPEG2000 ICO HEIF".split())
 
 # Resampling filters that both backends support.
-RESAMPLING_FILTERS = tuple(map(PILImageResampling, range(4)))  # nearest, Lanczos, bilinear, bicubic
+RESAMPLING_FILTERS = tuple(map(PILImageResampling, range(4)))  # Nearest, Lanczos, bilinear, bicubic
 
 # Rounding of half pixels in the margins of a center crop: down in transformers, to even in
 # torchvision and timm.
 CROP_ROUNDINGS: dict[str, Callable[[float], int]] = {"down": math.floor, "even": round}
 
-REPORTED_BIT_DEPTHS: set[int] = set()  # numbers of bits that a warning has named
+REPORTED_BIT_DEPTHS: set[int] = set()  # Numbers of bits that a warning has named
 
 GRAY_MODES = frozenset({"1", "L", "LA", "I", "I;16", "I;16L", "I;16B", "I;16N"})
-DOWNLOAD_TIMEOUT = 60.0  # seconds, for a whole image
+DOWNLOAD_TIMEOUT = 60.0  # Seconds that a whole image may take
 MAX_DOWNLOAD_BYTES = 500_000_000
 
 ImageSource = str | os.PathLike[str] | bytes | bytearray
@@ -122,7 +122,7 @@ class ViTCLSBaseImageProcessor(BaseImageProcessor):
         check_setting_names(kwargs)
         try:
             batch: BatchFeature = super().preprocess(images, *args, **kwargs)
-        except StrictDataclassError as error:  # the message has several lines
+        except StrictDataclassError as error:  # The message has several lines
             raise ValueError(" ".join(str(error.__cause__ or error).split())) from error
         return batch
 
@@ -293,7 +293,7 @@ class ViTCLSImageProcessor(ViTCLSBaseImageProcessor, TorchvisionBackend):  # typ
         torch.Size([1, 3, 224, 224])
     """
 
-    # last checked settings, if the fast path supports them
+    # The last checked settings, if the fast path supports them.
     _checked_settings: tuple[Any, ...] | None = None
 
     def __init__(
@@ -405,7 +405,7 @@ def read_image(source: ImageSource) -> PIL.Image.Image:
             PIL.Image.open(file, formats=get_image_formats()) as image,
         ):
             upright = PIL.ImageOps.exif_transpose(image)
-            if content is None:  # for messages; Pillow keeps the name only of files that it opens
+            if content is None:  # Messages name it; Pillow knows only files that it opens
                 upright.filename = os.fspath(path)  # type: ignore[attr-defined]
             return upright
     except PIL.UnidentifiedImageError as error:
@@ -430,7 +430,7 @@ def get_image_formats() -> tuple[str, ...]:
     HEIF (HEIC) requires the library pillow-heif.
     """
     PIL.Image.init()
-    try:  # the scanner of remote code exempts imports in `try`
+    try:  # The scanner of remote code exempts imports in `try`
         from pillow_heif import register_heif_opener
 
         register_heif_opener()
@@ -460,7 +460,7 @@ def read_url(url: str, source_name: str) -> bytes:
                         f"more than {DOWNLOAD_TIMEOUT} s or {MAX_DOWNLOAD_BYTES / 1e6:.0f} MB"
                     )
             return bytes(content)
-    except Exception as error:  # the type depends on the version of huggingface_hub
+    except Exception as error:  # The type depends on the version of huggingface_hub
         raise ValueError(
             f"cannot fetch the image at {source_name}: {get_first_line(error)}"
         ) from error
@@ -515,11 +515,11 @@ def pil_to_tensor(image: PIL.Image.Image, to_rgb: bool, bit_depth: int = 16) -> 
     """Convert one PIL image of any mode to an upright [C, H, W] `uint8` tensor."""
     name = shorten_text(getattr(image, "filename", "") or f"PIL image of mode {image.mode}")
     try:
-        image = PIL.ImageOps.exif_transpose(image)  # also loads a lazily opened image
+        image = PIL.ImageOps.exif_transpose(image)  # Also loads a lazily opened image
         values = pil_to_array(image)
         pixels = to_channels_first(torch.from_numpy(values), ChannelDimension.LAST)
         pixels = to_uint8(pixels, do_rescale=True, bit_depth=bit_depth, name=name)
-    except Exception as error:  # a lazily opened image is decoded here
+    except Exception as error:  # A lazily opened image is decoded here
         raise ValueError(f"cannot use the image {name}: {get_first_line(error)}") from error
 
     if to_rgb:

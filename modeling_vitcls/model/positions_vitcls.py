@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .configuration_vitcls import ViTCLSConfig
 
 
-# cos and sin, each with shape [patches, head_dim] or [heads, patches, head_dim].
+# Cos and sin, each with shape [patches, head_dim] or [heads, patches, head_dim].
 PositionEmbeddings = tuple[Tensor, Tensor]
 
 
@@ -146,7 +146,7 @@ def rotate_patches(
     def rotate(states: Tensor) -> Tensor:
         special_tokens, patches = states.tensor_split([num_prefix_tokens], dim=-2)
         first_half, second_half = patches.chunk(2, dim=-1)
-        # may be float32 under autocast
+        # The angles may be float32 under autocast.
         patches = patches * cos + torch.cat([-second_half, first_half], dim=-1) * sin
         return torch.cat([special_tokens, patches.to(states.dtype)], dim=-2)
 
@@ -179,7 +179,7 @@ def resample_positions(
             maps, size=(longer_side, longer_side), mode="bilinear", align_corners=False
         )
         rows, columns = (torch.arange(length, device=maps.device) for length in new_grid_size)
-        # slices would make exported shapes static
+        # Slices would make exported shapes static.
         maps = square.index_select(2, rows).index_select(3, columns)
     else:
         factors: list[float] | None = None

@@ -20,7 +20,7 @@ from .attention_masks_vitcls import apply_mask
 from .configuration_vitcls import COUNT_FIELDS
 
 
-SPECIAL_TOKEN_GROUPS = tuple(COUNT_FIELDS)  # names of the groups, in sequence order
+SPECIAL_TOKEN_GROUPS = tuple(COUNT_FIELDS)  # In sequence order
 
 LayerIndices = Sequence[int] | Literal["all"]
 
@@ -43,7 +43,7 @@ def compute_token_attention(
     }
     token_indices = sorted(index for group in set(tokens) for index in indices_by_group[group])
     layer_indices = list(all_layers) if layers == "all" else [all_layers[index] for index in layers]
-    rows: dict[int, Tensor] = {}  # layer -> [B, heads, special tokens, N]
+    rows: dict[int, Tensor] = {}  # Layer -> [B, heads, special tokens, N]
 
     def record(
         layer: int, query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: float, _: Any

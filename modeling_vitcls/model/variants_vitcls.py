@@ -50,7 +50,7 @@ class ViTCLSParallelLayer(ViTCLSLayer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        # both branches share one norm and one layer scale
+        # Both branches share one norm and one layer scale.
         del self.layernorm_after, self.layer_scale2
 
     def forward(
@@ -87,7 +87,7 @@ class ViTCLSDifferentialAttention(ViTCLSAttention):
     """
 
     MAPS_PER_HEAD = 2
-    # initial weight of the second map (the paper's limit in deep layers); norm weights start at 0.2
+    # Initial weight of the second map (the paper's limit in deep layers); norm weights start at 0.2
     LAMBDA_INIT = 0.8
 
     def __init__(self, config: ViTCLSConfig) -> None:
@@ -104,7 +104,7 @@ class ViTCLSDifferentialAttention(ViTCLSAttention):
         [B, 2 * heads, N, head_dim].
         """
         query, key, value = super().project_qkv(hidden_states, num_queries)
-        # both maps of a head use the same values
+        # Both maps of a head use the same values.
         return query, key, value.repeat_interleave(2, dim=1)
 
     def attend(

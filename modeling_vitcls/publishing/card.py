@@ -198,9 +198,9 @@ def build_metadata(folder: ModelFolder, name: str, license_source: Provenance) -
 
 
 def get_license_source(folder: ModelFolder, license_id: str | None) -> Provenance:
-    """Decide whose license applies: the one of the initial weights if it is known.
+    """Find whose license applies: that of the initial weights, if it is known.
 
-    The license of weights also applies to weights that are derived from them.
+    A license also applies to the weights that are derived from the licensed ones.
     """
     initial = folder.provenance
     if initial is None or initial.license is None:
@@ -299,7 +299,7 @@ def format_class_list(class_names: list[str]) -> str:
     return format_name_list(list(map(format_name, class_names)), MAX_LISTED_CLASSES)
 
 
-TEMPLATES = Environment(  # of the installed package or of a source checkout
+TEMPLATES = Environment(  # They are in the installed package, or in a source checkout
     loader=FileSystemLoader(
         [Path(__file__).parents[1] / "model_cards", Path(__file__).parents[2] / "model_cards"]
     )

@@ -20,8 +20,8 @@ from ..hub.model_files import IMAGES_FOLDER, RESULT_IMAGE_PATTERNS, SAMPLE_IMAGE
 from ..model.configuration_vitcls import ViTCLSConfig
 
 
-MAX_CLASSES_WITH_COUNTS = 20  # maximum number of classes for which counts are shown
-MAX_CLASSES_WITH_NAMES = 50  # maximum number of classes for which names are shown
+MAX_CLASSES_WITH_COUNTS = 20  # With more classes, the counts are too small to read
+MAX_CLASSES_WITH_NAMES = 50  # Likewise, the names
 
 
 def write_card_images(

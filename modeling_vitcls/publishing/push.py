@@ -36,7 +36,7 @@ from .published_files import DELETE_PATTERNS, collect_files
 
 # Maximum time without a response, in seconds; the duration of an upload is not limited.
 TIMEOUT = 50.0
-GIT_ATTRIBUTES_FILE = ".gitattributes"  # names the large files; the Hub maintains it
+GIT_ATTRIBUTES_FILE = ".gitattributes"  # The Hub keeps the list of large files in it
 TOKEN_SETTINGS_URL = "https://huggingface.co/settings/tokens"
 
 
@@ -49,9 +49,9 @@ class PushResult:
     """The result of a push."""
 
     repo_id: str  # `namespace/name`
-    commit: str  # commit hash, 40 hexadecimal digits
+    commit: str  # The hash, 40 hexadecimal digits
     url: str  # URL of the commit
-    is_private: bool = False  # whether the repository is private
+    is_private: bool = False
 
     @property
     def summary(self) -> str:
@@ -98,7 +98,7 @@ def prepare_repository(
             # to it.
             api.auth_check(name, repo_type=repo_type, write=True)
             is_private = api.repo_info(name, repo_type=repo_type, timeout=TIMEOUT).private
-    except HUB_ERRORS as error:  # a ValueError for an invalid name, or if there is no token
+    except HUB_ERRORS as error:  # ValueError: an invalid name, or no token
         # With a status below 500, the Hub has answered and the user can act. Anything else is a
         # network or a server that may work later.
         is_refused = isinstance(error, HfHubHTTPError) and error.response.status_code < 500

@@ -37,20 +37,21 @@ from .wrong_photos import (
 )
 
 
-NUM_SHOWN_IMAGES = 6  # number of photos
+NUM_SHOWN_IMAGES = 6
 # The statistics take at most MAX_STATISTICS_FLOPS floating-point operations, unless there are only
 # MIN_STATISTICS_IMAGES images.
 MAX_STATISTICS_FLOPS = 2e11
-NUM_STATISTICS_IMAGES = 64  # maximum
+NUM_STATISTICS_IMAGES = 64  # A small model is measured on so many
 MIN_STATISTICS_IMAGES = 16
 
 
 def write_report(folder: ModelFolder, warn: Callable[[str], None]) -> str | None:
-    """Write report.html and the card's images, and return the faults that it names in one line.
+    """Write report.html and the card's images, and return the faults that the report names.
 
-    Returns None without a report, and "" without faults. The images of the report are the held-out
-    images of the run that wrote the folder or, if the run was cross-validated, its training images.
-    Errors are passed to `warn`, and the missing files are not written.
+    The faults are one line, "" if there are none; without a report, the result is None. The images
+    of the report are the held-out images of the run that wrote the folder or, if the run was
+    cross-validated, its training images. Errors are passed to `warn`, and the missing files are not
+    written.
     """
     inspection: Inspection | None = None
     photos: list[ShownPhoto] = []
@@ -116,7 +117,7 @@ def inspect_run(
             watch=partial(track, unit="", has_bar=False),
         )
 
-    # in float32, as in `vitcls look`
+    # Outside autocast: in float32, as in `vitcls look`.
     if not chosen:
         names = sample.images.get_names()
         for index, kind in inspection.shown_images.items():
@@ -152,7 +153,7 @@ def convert_errors(warn: Callable[[str], None], message: str) -> Iterator[None]:
     """Convert any error inside the `with` block to a warning."""
     try:
         yield
-    except Exception as error:  # whatever fails in a report, the model is already written
+    except Exception as error:  # A run does not fail by its report: its model is written
         warn(f"{message}: {' '.join(str(error).split()) or type(error).__name__}")
 
 

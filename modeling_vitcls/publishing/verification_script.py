@@ -38,7 +38,7 @@ def write_outputs(repo_id: str, commit: str, trust_remote_code: bool, folder: Pa
             repo_id, {"revision": commit, "trust_remote_code": trust_remote_code}
         )
         save_file(outputs, folder / "outputs.safetensors")
-    except Exception as error:  # published code may raise any error
+    except Exception as error:  # Published code may raise any error
         report = {"error": f"{type(error).__name__}: {' '.join(str(error).split())}"}
     (folder / "report.json").write_text(json.dumps(report), encoding="utf-8")
 
@@ -94,7 +94,7 @@ def collect_outputs(
             source, dtype=torch.float32, output_loading_info=True, **options
         )
         report["classes"][auto_class] = type(model).__name__
-        # other classes may have a head that the checkpoint lacks
+        # Other classes may have a head that the checkpoint lacks.
         if type(model).__name__ == architecture:
             report["missing"] = sorted(info["missing_keys"])
 
@@ -129,7 +129,7 @@ def flatten_outputs(outputs: Any, prefix: str = "") -> Iterator[tuple[str, torch
 
 
 if __name__ == "__main__":
-    # cannot be imported, as if it were not installed
+    # Importing the package fails, as if it were not installed.
     sys.modules["modeling_vitcls"] = None  # type: ignore[assignment]
     script_repo_id, script_commit, trust_text, thread_text, script_folder = sys.argv[1:]
     # The reference was computed with this number of threads, which affects rounding.

@@ -111,7 +111,7 @@ def verify(repo_id: str, revision: str = "main", folder: ModelFolder | None = No
                 repo_id, commit.sha, VERIFIED_PATTERNS, folder=Path(temporary_path, "files")
             )
             names = {file.relative_to(path): file for file in path.rglob("*") if file.is_file()}
-            # without the files that huggingface_hub writes about the download
+            # huggingface_hub writes files about the download, too.
             files: dict[str, Path | bytes] = {
                 name.as_posix(): names[name] for name in names if name.parts[0] != ".cache"
             }
@@ -171,9 +171,9 @@ def verify(repo_id: str, revision: str = "main", folder: ModelFolder | None = No
 def verify_push(push_result: PushResult, folder: ModelFolder) -> str:
     """Verify the model that was pushed from `folder`, and return the report.
 
-    Raise OSError if the verification fails.
-
-    The message is a single line and ends with the command that repeats the verification.
+    Raises:
+        OSError: If the verification fails. The message is a single line and ends with the command
+            that repeats the verification.
     """
     try:
         return verify(push_result.repo_id, push_result.commit, folder)
@@ -190,7 +190,7 @@ def check_hashes(
 ) -> None:
     """Raise VerificationError unless files have the hashes of the files on the Hub.
 
-    `pushed` is the model that the files are of, if it was pushed from this machine.
+    `pushed` is the local folder of the model, if it was pushed from this machine.
     """
     try:
         with set_hub_timeout(TIMEOUT):

@@ -23,12 +23,12 @@ from ..hub.model_folder import ModelFolder, warn_once
 from ..inference.per_image import read_weights_hash
 
 
-MIN_CONFIDENT = 0.9  # probability above which a wrong prediction is a confident one
-MAX_WRONG_IMAGES = 12  # maximum number of wrong images in the report
-THUMBNAIL_SIDE = 240  # longer side of a wrong image in the report, in pixels
-NEAREST_SIDE = 120  # longer side of a nearest training image
+MIN_CONFIDENT = 0.9  # A wrong prediction above this probability is a confident one
+MAX_WRONG_IMAGES = 12  # In the report
+THUMBNAIL_SIDE = 240  # Longer side of a wrong image, in pixels
+NEAREST_SIDE = 120  # Longer side of a nearest training image
 
-Photos = Mapping[str, tuple[LabeledImages, int]]  # name -> images of a split, and position there
+Photos = Mapping[str, tuple[LabeledImages, int]]  # Name -> images of a split, and position there
 
 
 def find_photos(data: TrainingData) -> Photos:
@@ -60,7 +60,7 @@ def read_predictions(folder: ModelFolder) -> Any:
         if "nearest_images" in pq.read_schema(file).names:
             columns.append("nearest_images")
         rows = pd.read_parquet(file, columns=columns)
-    except (OSError, ValueError):  # pyarrow's errors are subclasses
+    except (OSError, ValueError):  # The errors of pyarrow are subclasses
         warn_once(
             f"ignoring {file}, because it is not readable. Write it again with `vitcls evaluate "
             "--per-image`"
@@ -114,12 +114,12 @@ def wrong_photos(
     """
 
     def draw(name: str, side: int) -> str | None:
-        if name not in photos:  # the dataset has changed
+        if name not in photos:  # The dataset has changed since
             return None
         images, index = photos[name]
         try:
             image = to_upright_rgb(images.images[index], bit_depth)
-        except ValueError:  # unreadable
+        except ValueError:  # The image cannot be read
             return None
         image.thumbnail((side, side))
         return encode_data_url(image)
