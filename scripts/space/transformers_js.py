@@ -32,8 +32,8 @@ from modeling_vitcls.cli.parsing import run_script
 from modeling_vitcls.conversion.parity_report import build_random_images
 from modeling_vitcls.conversion.processors import select_settings
 from modeling_vitcls.data.labels import is_multi_label
+from modeling_vitcls.export.compare import LIMITS, measure_differences
 from modeling_vitcls.export.exportable import NamedOutputsModel, Outputs, load_exportable_model
-from modeling_vitcls.export.exporter import LIMITS, measure_differences
 from modeling_vitcls.export.onnx_file import write_onnx
 from modeling_vitcls.export.tracing import GraphShape
 from modeling_vitcls.hub.model_files import hash_files

@@ -28,7 +28,7 @@ from modeling_vitcls import (
     ViTCLSImageProcessor,
     ViTCLSModel,
 )
-from modeling_vitcls.export import exporter, onnx_file
+from modeling_vitcls.export import compare, onnx_file
 from modeling_vitcls.export.exportable import NamedOutputsModel
 from modeling_vitcls.export.exporter import export_model
 from modeling_vitcls.export.options import ExportOptions
@@ -210,7 +210,7 @@ def test_a_graph_with_other_outputs_is_an_error_and_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoint(tmp_path / "model", num_hidden_layers=1)
-    monkeypatch.setitem(exporter.LIMITS, "float32", (-1.0, 0.0))
+    monkeypatch.setitem(compare.LIMITS, "float32", (-1.0, 0.0))
     with raises_one_line("differs", "logits", "limit"):
         export(tmp_path / "model", tmp_path / "not" / "a.onnx", dynamic=False)
     assert [file.name for file in tmp_path.iterdir()] == ["model"]
