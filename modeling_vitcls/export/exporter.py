@@ -25,10 +25,10 @@ from ..runtime.files import write_json
 from ..runtime.staging import create_output_files
 from ..runtime.system import get_versions
 from .compare import LIMITS, measure_differences, select_image_shapes
-from .describe import describe_graph
 from .exportable import NamedOutputsModel, load_exportable_model
 from .onnx_file import write_onnx
 from .options import ExportOptions
+from .report import describe_graph
 from .tracing import select_graph_shape, trace_model
 
 
