@@ -9,6 +9,7 @@ implemented in modeling_vitcls/export/.
 """
 
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ def silence_exporters() -> None:
     warnings.filterwarnings("ignore", module=r"torch\.|onnxscript|copyreg")
 
 
-def print_export(report: dict[str, Any], output: Path) -> None:
+def print_export(report: Mapping[str, Any], output: Path) -> None:
     """Print the report and the name of the file."""
     file = output / report["file"] if not output.suffix else output
     print(
@@ -51,7 +52,7 @@ def print_export(report: dict[str, Any], output: Path) -> None:
     print(f"\nwrote {file} and {file.name}.json")
 
 
-def format_notes(report: dict[str, Any]) -> list[str]:
+def format_notes(report: Mapping[str, Any]) -> list[str]:
     """Format what a user has to know about the file, one fact per line.
 
     The other fields are in the description.

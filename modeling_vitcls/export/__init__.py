@@ -4,7 +4,9 @@
     exportable.py         load the model and its image processor, and name the model's outputs
     tracing.py            trace the model to a graph, with a dynamic image size if possible
     onnx_file.py          write the graph to a file
-    exporter.py           write the file and its report if its outputs match the outputs of the model
+    compare.py            compare the outputs of the file with the outputs of the model
+    report.py             describe the file
+    exporter.py           all of this, in order
 
 The files in this folder are not copied to the Hub. The extra `export` installs the required
 packages.

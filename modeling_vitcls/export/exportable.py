@@ -9,7 +9,7 @@ ViTCLSBackbone                      feature maps, named after their stages
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -75,14 +75,16 @@ OUTPUT_SELECTORS: dict[type, Callable[[Any, Any], dict[str, torch.Tensor | None]
 }
 
 
-def load_exportable_model(
-    source: str,
-) -> tuple[ViTCLSPreTrainedModel, ViTCLSImageProcessor | None, ModelFolder | None]:
-    """Load any checkpoint that `model` may name, or a preset with random weights.
+class Exportable(NamedTuple):
+    """A model to export, in float32 and evaluation mode."""
 
-    Returns:
-        The model in float32 and eval mode; its image processor, None if the checkpoint has none;
-        and its folder, None for a preset.
+    model: ViTCLSPreTrainedModel
+    processor: ViTCLSImageProcessor | None  # None if the checkpoint has none
+    folder: ModelFolder | None  # None for a preset, which has random weights
+
+
+def load_exportable_model(source: str) -> Exportable:
+    """Load any checkpoint that `model` may name, or a preset.
 
     Raises:
         ValueError: If the checkpoint is not a ViTCLS model, if its class is not supported, or if
@@ -93,9 +95,9 @@ def load_exportable_model(
         model: ViTCLSPreTrainedModel = ViTCLSForImageClassification(
             ViTCLSConfig.from_preset(source)
         )
-        processor = ViTCLSImageProcessor()
-        set_resize(processor, "squash", model.config.image_height_width)
-        return model.eval(), processor, None
+        default = ViTCLSImageProcessor()
+        set_resize(default, "squash", model.config.image_height_width)
+        return Exportable(model.eval(), default, folder=None)
     folder = open_model(source)
     class_name = (folder.config.architectures or ["an unknown class"])[0]
     classes: dict[str, Any] = {each.__name__: each for each in OUTPUT_SELECTORS}
@@ -105,4 +107,5 @@ def load_exportable_model(
             "`model` to a model of a supported class"
         )
     model = folder.load(classes[class_name], dtype=torch.float32)
-    return model.eval(), folder.load_processor() if folder.has_processor else None, folder
+    processor = folder.load_processor() if folder.has_processor else None
+    return Exportable(model.eval(), processor, folder)

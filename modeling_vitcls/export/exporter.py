@@ -2,6 +2,8 @@
 
     report = export_model(ExportOptions(model="runs/mine", output=Path("mine.onnx")))   # also writes mine.onnx.json
 
+    output -> check -> Exportable -> graph -> file -> Report
+
 The reference outputs are computed by the model in float32, in eager mode, and the outputs of the
 file by onnxruntime. If the outputs differ by more than the limit, nothing is written.
 """
@@ -9,95 +11,62 @@ file by onnxruntime. If the outputs differ by more than the limit, nothing is wr
 import shutil
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from ..conversion.parity_report import build_random_images
-from ..hub.local_paths import resolve_name, strip_folders
 from ..hub.model_files import CONFIG_FILES, GRAPH_FILE, RESULTS_FILE, SPLITS_FILE
 from ..hub.model_folder import ModelFolder
 from ..inference.onnx_graph import OnnxGraph
-from ..inference.speed import measure_inference_speed
-from ..model.modeling_vitcls import ViTCLSBackbone
 from ..runtime.errors import describe_installation
 from ..runtime.files import write_json
 from ..runtime.staging import create_output_files
-from ..runtime.system import get_versions
 from .compare import LIMITS, measure_differences, select_image_shapes
 from .exportable import NamedOutputsModel, load_exportable_model
 from .onnx_file import write_onnx
 from .options import ExportOptions
-from .report import describe_graph
+from .report import PACKAGES, Report, build_report
 from .tracing import select_graph_shape, trace_model
 
 
-PACKAGES = ("onnx", "onnxscript", "onnxruntime")
-
-
 @torch.no_grad()
-def export_model(options: ExportOptions) -> dict[str, Any]:
+def export_model(options: ExportOptions) -> Report:
     """Export a model to a file, such as mine.onnx, and write a report to mine.onnx.json.
 
     Args:
         options: The flags of `vitcls export`.
 
     Returns:
-        The contents of the report (docs/exporting.md). If a dynamic image size is not possible, the
-        report states the reason.
+        The contents of the report. If a dynamic image size is not possible, it states the reason.
 
     Raises:
         ValueError, OSError: If the model cannot be found or exported, if the outputs of the file
             differ from the outputs of the model by more than the limit, if packages are missing, or
-            if `output` is invalid or exists. The message is a single line. Nothing is written if an error is raised.
+            if `output` is invalid or exists. The message is a single line. Nothing is written if an
+            error is raised.
     """
     # A wrong file name or a missing package is reported before anything is downloaded.
     target = choose_target(options.output)
-    model: Any
-    model, processor, folder = load_exportable_model(options.model)
-    graph_shape = select_graph_shape(model, options.image_size, options.dynamic)
-    has_native_size = (
-        graph_shape.is_dynamic or graph_shape.image_size == model.config.image_height_width
-    )
-    graph = trace_model(model, graph_shape, getattr(torch, options.dtype))
-    named_model = NamedOutputsModel(model)
-    batches = list(map(build_random_images, select_image_shapes(model.config, graph_shape)))
-    reference_outputs = list(map(named_model, batches))
-    names = list(reference_outputs[0])
+    exportable = load_exportable_model(options.model)
+    model = exportable.model
+    shape = select_graph_shape(model, options.image_size, options.dynamic)
+    program = trace_model(model, shape, getattr(torch, options.dtype))
+    batches = list(map(build_random_images, select_image_shapes(model.config, shape)))
+    expected = list(map(NamedOutputsModel(model), batches))
 
-    with create_output_files(target, last=f"{target.name}.json") as output_folder:
-        file = output_folder / target.name
-        write_onnx(graph, graph_shape, names, file)
-        onnx_graph = OnnxGraph(file, model.config)
-        outputs = list(map(onnx_graph, batches))
-        comparisons = measure_differences(
-            batches, reference_outputs, outputs, LIMITS[options.dtype]
-        )
-
-        report: dict[str, Any] = {
-            "format": options.format,
-            "file": file.name,
-            "model": strip_folders(resolve_name(options.model)),
-            "dtype": options.dtype,
-            "limit": LIMITS[options.dtype],
-            "largest_differences": {
-                name: max(each["differences"][name] for each in comparisons) for name in names
-            },
-            "tried": comparisons,
-            **describe_graph(
-                file, model, processor, folder, graph_shape, outputs=reference_outputs[0]
-            ),
-            "versions": get_versions("timm", *PACKAGES),
-        }
-        if has_native_size and not isinstance(model, ViTCLSBackbone):
-            report["speed"] = measure_inference_speed(onnx_graph, torch.device("cpu"))
-
-        if folder is not None and not options.output.suffix:
-            copy_model_files(folder, output_folder, report)
+    with create_output_files(target, last=f"{target.name}.json") as folder:
+        file = folder / target.name
+        write_onnx(program, shape, list(expected[0]), file)
+        graph = OnnxGraph(file, model.config)
+        outputs = list(map(graph, batches))
+        comparisons = measure_differences(batches, expected, outputs, LIMITS[options.dtype])
+        report = build_report(options, exportable, shape, graph, expected[0], comparisons)
+        if exportable.folder is not None and not options.output.suffix:
+            copy_model_files(exportable.folder, folder, report)
         write_json(Path(f"{file}.json"), report)
         # Again, because the names of all files are known only now, such as FILE.data for large
         # weights, and because another program may have written one of them meanwhile.
-        check_files_do_not_exist(*(target.parent / each.name for each in output_folder.iterdir()))
+        check_files_do_not_exist(*(target.parent / each.name for each in folder.iterdir()))
     return report
 
 
@@ -120,7 +89,7 @@ def choose_target(output: Path) -> Path:
     return target
 
 
-def copy_model_files(model_folder: ModelFolder, folder: Path, report: dict[str, Any]) -> None:
+def copy_model_files(model_folder: ModelFolder, folder: Path, report: Report) -> None:
     """Write what `vitcls evaluate` requires in the folder of the graph.
 
     These are the configuration, the image processor, the splits of the model's run and, in

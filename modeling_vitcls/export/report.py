@@ -1,72 +1,116 @@
-"""Describe a graph in its report: inputs, outputs, labels and preprocessing."""
+"""The report of an exported file, FILE.json (docs/exporting.md)."""
 
-from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
+import torch
 from transformers.image_utils import PILImageResampling
 
 from ..conversion.processors import SHARED_SETTINGS, select_settings
 from ..data.labels import get_label_space
+from ..hub.local_paths import resolve_name, strip_folders
 from ..hub.model_files import hash_files
-from ..hub.model_folder import ModelFolder
-from ..inference.onnx_graph import INPUT_NAME
+from ..inference.onnx_graph import INPUT_NAME, OnnxGraph
+from ..inference.speed import measure_inference_speed
 from ..model.configuration_vitcls import ViTCLSConfig
 from ..model.image_processing_vitcls import ViTCLSImageProcessor
-from .exportable import Outputs
+from ..model.modeling_vitcls import ViTCLSBackbone
+from ..runtime.system import get_versions
+from .compare import LIMITS
+from .exportable import Exportable, Outputs
+from .options import ExportOptions
 from .tracing import GraphShape
 
 
-def describe_graph(
-    file: Path,
-    model: Any,
-    processor: ViTCLSImageProcessor | None,
-    folder: ModelFolder | None,
-    graph_shape: GraphShape,
+PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+
+
+class Report(TypedDict):
+    """What was exported, what the graph reads and returns, and how it compares with its model."""
+
+    format: str
+    file: str  # name
+    num_bytes: int  # of the file and of FILE.data
+    sha256: dict[str, str]  # of both, by name
+    versions: dict[str, str]
+
+    model: str
+    model_class: str
+    weights: str  # "trained", or "random" for a preset
+    weights_sha256: NotRequired[dict[str, str] | None]  # of the model
+
+    input: dict[str, Any]
+    preprocessing: dict[str, Any] | None
+    fixed_because: str  # why the image size is fixed although any size was requested
+    outputs: dict[str, list[int | str]]  # shape by name
+    labels: dict[str, list[str]]  # of each output with logits
+
+    dtype: str
+    limit: tuple[float, float]
+    largest_differences: dict[str, float]  # by output
+    tried: list[dict[str, Any]]  # the same for each shape of images
+    speed: NotRequired[dict[str, Any]]  # for images of the native size
+
+
+def build_report(
+    options: ExportOptions,
+    exportable: Exportable,
+    shape: GraphShape,
+    graph: OnnxGraph,
     outputs: Outputs,
-) -> dict[str, Any]:
-    """Describe the inputs, the outputs and the size of a graph.
+    comparisons: list[dict[str, Any]],
+) -> Report:
+    """Describe a graph and its file, in a folder that has no other files.
 
     Args:
-        file: The graph, in a folder that has no other files.
-        model, processor, folder: As `load_exportable_model` returns them.
-        graph_shape: The image sizes of the graph.
+        options: The flags of `vitcls export`.
+        exportable: What was exported.
+        shape: The image sizes of the graph.
+        graph: The graph.
         outputs: The outputs of the model for some images.
+        comparisons: The differences from the model, by shape of the images.
     """
-    height_width = ["height", "width"] if graph_shape.is_dynamic else graph_shape.image_size
-    files = list(file.parent.iterdir())
-    report: dict[str, Any] = {
+    model, processor, folder = exportable
+    files = list(graph.file.parent.iterdir())
+    report: Report = {
+        "format": options.format,
+        "file": graph.file.name,
+        "num_bytes": sum(each.stat().st_size for each in files),
+        "sha256": hash_files(files),
+        "versions": get_versions("timm", *PACKAGES),
+        "model": strip_folders(resolve_name(options.model)),
         "model_class": type(model).__name__,
         "weights": "random" if folder is None else "trained",
-        "input": {
-            "name": INPUT_NAME,
-            "dtype": "float32",
-            "shape": ["batch", model.config.num_channels, *height_width],
-            "image_size": list(graph_shape.image_size),
-            "smallest_image_size": list(graph_shape.smallest_size),
-            "patch_size": list(model.config.patch_height_width),
-        },
-        "outputs": get_output_shapes(outputs, graph_shape),
-        "fixed_because": graph_shape.fixed_size_reason,
+        "input": describe_input(model.config, shape),
         "preprocessing": describe_preprocessing(processor),
+        "fixed_because": shape.fixed_size_reason,
+        "outputs": get_output_shapes(outputs, shape),
         "labels": get_label_names(model.config, list(outputs)),
-        "sha256": hash_files(files),
-        "num_bytes": sum(each.stat().st_size for each in files),
+        "dtype": options.dtype,
+        "limit": LIMITS[options.dtype],
+        "largest_differences": {
+            name: max(each["differences"][name] for each in comparisons) for name in outputs
+        },
+        "tried": comparisons,
     }
     if folder is not None:
         report["weights_sha256"] = folder.weights_sha256
+    has_native_size = shape.is_dynamic or shape.image_size == model.config.image_height_width
+    if has_native_size and not isinstance(model, ViTCLSBackbone):
+        report["speed"] = measure_inference_speed(graph, torch.device("cpu"))
     return report
 
 
-def get_output_shapes(outputs: Outputs, graph_shape: GraphShape) -> dict[str, list[int | str]]:
-    """List the shape of each output, with names of the dynamic axes."""
-    # axes 1 of tokens [B, N, D], and 2 and 3 of feature maps [B, C, H, W]
-    dynamic_axes = {3: {1: "tokens"}, 4: {2: "rows", 3: "columns"}}
-    shapes: dict[str, list[int | str]] = {}
-    for name, output in outputs.items():
-        names = dynamic_axes.get(output.ndim, {}) if graph_shape.is_dynamic else {}
-        sizes = enumerate(output.shape[1:], start=1)
-        shapes[name] = ["batch", *(names.get(axis, size) for axis, size in sizes)]
-    return shapes
+def describe_input(config: ViTCLSConfig, shape: GraphShape) -> dict[str, Any]:
+    """Describe the images that a graph accepts."""
+    height_width = ["height", "width"] if shape.is_dynamic else shape.image_size
+    return {
+        "name": INPUT_NAME,
+        "dtype": "float32",
+        "shape": ["batch", config.num_channels, *height_width],
+        "image_size": list(shape.image_size),
+        "smallest_image_size": list(shape.smallest_size),
+        "patch_size": list(config.patch_height_width),
+    }
 
 
 def describe_preprocessing(processor: ViTCLSImageProcessor | None) -> dict[str, Any] | None:
@@ -77,6 +121,18 @@ def describe_preprocessing(processor: ViTCLSImageProcessor | None) -> dict[str, 
     if "resample" in settings:
         settings["resample"] = PILImageResampling(settings["resample"]).name.lower()
     return settings
+
+
+def get_output_shapes(outputs: Outputs, shape: GraphShape) -> dict[str, list[int | str]]:
+    """List the shape of each output, with names of the dynamic axes."""
+    # axes 1 of tokens [B, N, D], and 2 and 3 of feature maps [B, C, H, W]
+    dynamic_axes = {3: {1: "tokens"}, 4: {2: "rows", 3: "columns"}}
+    shapes: dict[str, list[int | str]] = {}
+    for name, output in outputs.items():
+        names = dynamic_axes.get(output.ndim, {}) if shape.is_dynamic else {}
+        sizes = enumerate(output.shape[1:], start=1)
+        shapes[name] = ["batch", *(names.get(axis, size) for axis, size in sizes)]
+    return shapes
 
 
 def get_label_names(config: ViTCLSConfig, names: list[str]) -> dict[str, list[str]]:

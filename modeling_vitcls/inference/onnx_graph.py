@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..data.labels import get_heads
 from ..model.configuration_vitcls import ViTCLSConfig
 from ..model.modeling_vitcls import ViTCLSImageClassifierOutput
 from ..runtime.errors import describe_installation, format_error
@@ -82,14 +83,12 @@ class OnnxClassifier(OnnxGraph):
     def __init__(self, file: Path, config: ViTCLSConfig) -> None:
         super().__init__(file, config)
         shapes = {output.name: output.shape for output in self.session.get_outputs()}
-        labels = config.task_labels() or {"logits": list((config.id2label or {}).values())}
-        counts = {name: len(names) for name, names in labels.items()}
-        counts |= {name: len(head.labels) for name, head in config.get_added_tasks().items()}
-        for name, count in counts.items():
-            if name not in shapes or shapes[name][-1] != count:
+        for task, head in get_heads(config).items():
+            name = task or "logits"
+            if name not in shapes or shapes[name][-1] != len(head.labels):
                 raise ValueError(
-                    f"{file} requires an output {name} with {count} labels, as in config.json, but "
-                    f"has the outputs {shapes}. Export the model again"
+                    f"{file} requires an output {name} with {len(head.labels)} labels, as in "
+                    f"config.json, but has the outputs {shapes}. Export the model again"
                 )
 
     def forward(self, pixel_values: torch.Tensor) -> Any:

@@ -6,7 +6,7 @@ import os
 import re
 import secrets
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -63,7 +63,7 @@ def escape_csv_cell(text: str) -> str:
     return f"'{escaped}" if text.startswith(FORMULA_PREFIXES) else escaped
 
 
-def write_json(file: Path, content: dict[str, Any]) -> None:
+def write_json(file: Path, content: Mapping[str, Any]) -> None:
     """Write a JSON object to a file atomically."""
     with write_atomically(file) as temporary_file:
         temporary_file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
