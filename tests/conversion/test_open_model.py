@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -110,6 +111,8 @@ def test_conversions_of_other_sources_and_versions_are_not_used(
         monkeypatch.chdir(tmp_path / name)
         names.append(compute_cache_name("source"))
     names += [compute_cache_name(f"timm:test_vit{number}") for number in ("", 2)]
+    assert compute_cache_name("timm:test_vit") == names[-2]
+    assert re.fullmatch(r"my-vit-b16-[0-9a-f]{16}", compute_cache_name("timm:my vit+b16"))
     monkeypatch.setattr("modeling_vitcls.conversion.open_model.__version__", "9.9.9")
     names += [
         compute_cache_name("timm:test_vit"),

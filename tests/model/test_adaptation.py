@@ -314,6 +314,7 @@ def test_positions_are_resampled_with_an_offset_or_cropped(size: tuple[int, int]
     for policy in ({"position_offset": 0.1}, {"position_interpolation": "crop"}):
         model = randomize(ViTCLSModel(build_tiny_config(image_size=[32, 48], **policy)))
         found = model.adapt(image_size=size).embeddings.position_embeddings.patches
+        assert found.shape == (1, rows * columns, 16)
         maps = model.embeddings.position_embeddings.patches.unflatten(1, (4, 6)).permute(0, 3, 1, 2)
         if "position_offset" in policy:
             factors = [(rows + 0.1) / 4, (columns + 0.1) / 6]

@@ -111,6 +111,7 @@ def test_logits_of_saved_models_keep_their_bits(fields: dict[str, Any], tmp_path
 def test_the_logits_of_tasks_keep_their_bits() -> None:
     model, extended = build_pair(HEADS, **WIDE | {"tasks": TASKS, "num_cls_tokens": 2})
     images = build_images(3, 80, 80)
+    assert extended(images).task_logits.keys() == HEADS.keys()
     found, expected = (each(images).logits for each in (extended, model))
     assert found.keys() == expected.keys() == TASKS.keys()
     assert all(torch.equal(found[task], expected[task]) for task in TASKS)
@@ -137,11 +138,13 @@ def test_hidden_states_and_attentions_are_those_of_one_pass() -> None:
     expected = model(build_images(), output_hidden_states=True, output_attentions=True)
     for name in ("hidden_states", "attentions"):
         assert [each.shape for each in found[name]] == [each.shape for each in expected[name]]
+        assert get_largest_difference(found[name][0], expected[name][0]) <= 1e-6, name
 
 
 def test_gradients_of_the_model_do_not_change() -> None:
     """The gradients are those of the same parameters, so that no extra head has one."""
     expected, found = (run_step(model, build_images()) for model in build_pair(HEADS))
+    assert not any("extra_heads" in name for name in found)
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 

@@ -127,6 +127,7 @@ def test_tokens_are_not_gated_if_the_attention_does_not_support_gates(
     adapted = model.adapt(num_register_tokens=1)
     assert adapted.config.gated_tokens is None
     assert any("flex_attention does not support gates" in line for line in get_logged_lines(caplog))
+    assert adapted.gates is None
 
 
 @torch.no_grad()
@@ -161,7 +162,12 @@ def test_gates_that_are_not_all_open_are_kept(tmp_path: Path) -> None:
     model = randomize(ViTCLSModel(build_tiny_config())).adapt(num_register_tokens=2)
     model.gates.gates.copy_(torch.tensor([1.0, 0.9]) * TokenGates.OPEN)
     model.save_pretrained(tmp_path)
-    assert ViTCLSModel.from_pretrained(tmp_path).config.gated_tokens == {"registers": 2}
+    loaded = ViTCLSModel.from_pretrained(tmp_path)
+    assert loaded.config.gated_tokens == {"registers": 2}
+    assert loaded.gates.get_gate_values().tolist() == pytest.approx([1.0, 0.9])
+    assert torch.equal(
+        loaded(build_images()).last_hidden_state, model(build_images()).last_hidden_state
+    )
 
 
 @pytest.mark.parametrize("loader", [None, ViTCLSModel, AutoModel])

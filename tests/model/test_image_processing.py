@@ -4,10 +4,10 @@ import base64
 import functools
 import json
 import os
+import socket
 import threading
 import time
 from contextlib import suppress
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -133,7 +133,7 @@ def test_margins_of_a_center_crop_are_rounded(
     size = dict(zip(("height", "width"), crop, strict=True))
     processor = backend(**RAW, do_center_crop=True, crop_size=size, crop_rounding=rounding)
     cropped = as_hwc(processor(values, return_tensors="np")["pixel_values"][0])
-    np.testing.assert_array_equal(cropped, values[top : top + crop[0], left : left + crop[1]])
+    assert np.array_equal(cropped, values[top : top + crop[0], left : left + crop[1]])
     padded = processor(values[:5], return_tensors="np")["pixel_values"][0]  # the image is too small
     assert padded.shape == (3, *crop)
 
@@ -163,7 +163,7 @@ def test_images_of_several_shapes_are_returned_as_a_list(backend: type) -> None:
     images = [build_gradient(), build_gradient(9, 4)]
     pixel_values = backend(**RAW)(images)["pixel_values"]
     for values, image in zip(pixel_values, images, strict=True):
-        np.testing.assert_array_equal(as_hwc(np.asarray(values)), np.asarray(image))
+        assert np.array_equal(as_hwc(np.asarray(values)), np.asarray(image))
 
 
 # Sources ------------------------------------------------------------------------------------------
@@ -195,7 +195,7 @@ def test_paths_bytes_images_arrays_and_tensors_are_the_same_image(
         torch.from_numpy(values).permute(2, 0, 1),
     ]
     for source in sources:
-        np.testing.assert_array_equal(as_hwc(get_raw_values(backend, source)), values)
+        assert np.array_equal(as_hwc(get_raw_values(backend, source)), values)
     batch = backend(**RAW)(sources, return_tensors="np")["pixel_values"]
     assert batch.shape == (len(sources), 3, 5, 6)
 
@@ -209,7 +209,7 @@ def test_images_are_downloaded_and_failed_downloads_name_their_address(
     address = f"{hub.url}/ann/photos/resolve/main"
     for name in ("image.png", "image.bin"):  # the second one is redirected
         found = as_hwc(get_raw_values(backend, f"{address}/{name}"))
-        np.testing.assert_array_equal(found, np.array(build_gradient()))
+        assert np.array_equal(found, np.array(build_gradient()))
     message = get_error(backend, f"{address}/missing.png")
     assert f"{address}/missing.png" in message
     assert "404" in message
@@ -263,8 +263,8 @@ def test_exif_orientation_is_applied_once(backend: type, orientation: int, tmp_p
     PIL.Image.fromarray(np.ascontiguousarray(stored)).save(path, exif=exif)
 
     for source in (path, path.read_bytes(), PIL.Image.open(path)):
-        np.testing.assert_array_equal(as_hwc(get_raw_values(backend, source)), upright)
-    np.testing.assert_array_equal(np.array(backend().fetch_images(path)), upright)
+        assert np.array_equal(as_hwc(get_raw_values(backend, source)), upright)
+    assert np.array_equal(np.array(backend().fetch_images(path)), upright)
 
 
 # Channels and bit depth ---------------------------------------------------------------------------
@@ -286,7 +286,7 @@ def build_palette_with_transparency() -> PIL.Image.Image:
 
 def test_transparency_is_composited_on_white(backend: type) -> None:
     color = np.array(build_gradient()).astype(float)
-    np.testing.assert_array_equal(as_hwc(get_raw_values(backend, build_rgba(255))), color)
+    assert np.array_equal(as_hwc(get_raw_values(backend, build_rgba(255))), color)
     assert (get_raw_values(backend, build_rgba(0)) == 255).all()
 
     expected = np.round(color * 100 / 255 + 155)
@@ -340,7 +340,7 @@ def test_sixteen_bits_are_scaled_not_clipped(backend: type, mode: str) -> None:
     assert getattr(source, "mode", "array") == mode
 
     result = get_raw_values(backend, source)
-    np.testing.assert_array_equal(result, np.stack([np.round(values / 257)] * 3))
+    assert np.array_equal(result, np.stack([np.round(values / 257)] * 3))
 
 
 @pytest.mark.parametrize("is_array", [False, True])
@@ -348,7 +348,7 @@ def test_ten_to_fourteen_bits_are_scaled_by_the_bit_depth(backend: type, is_arra
     values = np.linspace(0, 4095, 24).astype(np.uint16).reshape(4, 6)
     source = values if is_array else PIL.Image.fromarray(values)
     result = get_raw_values(backend, source, bit_depth=12)
-    np.testing.assert_array_equal(result, np.stack([np.round(values / 4095 * 255)] * 3))
+    assert np.array_equal(result, np.stack([np.round(values / 4095 * 255)] * 3))
     assert "4095 exceed bit_depth=10" in get_error(backend, source, bit_depth=10)
 
 
@@ -597,23 +597,16 @@ def test_an_image_above_the_limit_of_pillow_names_file_and_setting(
 def test_a_slow_server_is_left_after_a_total_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """The timeout of a connection starts again with every byte."""
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self.send_response(200)
-            self.send_header("Content-Length", "1000")
-            self.end_headers()
-            with suppress(OSError):  # the client has gone
-                for _ in range(1000):
-                    self.wfile.write(b"x")
-                    self.wfile.flush()
-                    time.sleep(0.05)
-
-        def log_message(self, *arguments: object) -> None:
-            pass
+    def drip(listener: socket.socket) -> None:
+        client, _ = listener.accept()
+        client.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n")
+        with suppress(OSError):  # the client has gone
+            for _ in range(1000):
+                client.sendall(b"x")
+                time.sleep(0.05)
 
     monkeypatch.setattr(image_processing_vitcls, "DOWNLOAD_TIMEOUT", 0.5)
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        with pytest.raises(ValueError, match=r"cannot fetch the image .*more than 0\.5 s"):
-            ViTCLSImageProcessor()(f"http://127.0.0.1:{server.server_port}/a.png")
-        server.shutdown()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        threading.Thread(target=drip, args=[listener], daemon=True).start()
+        address = f"http://127.0.0.1:{listener.getsockname()[1]}/a.png"
+        assert "more than 0.5 s" in get_error(ViTCLSImageProcessor, address)

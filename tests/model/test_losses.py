@@ -180,6 +180,7 @@ def test_missing_tasks_are_ignored() -> None:
     output = model(build_images(), labels={"colour": torch.tensor([2, 0])})
     assert list(output.losses) == ["colour"]
     assert torch.equal(output.loss, output.losses["colour"])
+    assert output.logits.keys() == TASKS.keys()
     output.loss.backward()
     trained = [bool(classifier.weight.grad.any()) for classifier in model.classifiers.children()]
     assert trained == [False, True, False]  # age, color, species

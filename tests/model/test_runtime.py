@@ -123,6 +123,7 @@ def test_attention_implementations_agree(fields: dict[str, Any], mask: torch.Ten
         model.set_attn_implementation(implementation)
         with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             outputs.append(model(build_images(), attention_mask=mask).last_hidden_state)
+    assert outputs[0].isfinite().all()
     assert get_largest_difference(outputs[0], outputs[1]) < 1e-5
     assert get_largest_difference(outputs[0], outputs[2]) < 1e-5
 

@@ -53,6 +53,7 @@ def test_the_saved_weights_are_the_mean_of_start_and_end(
     mean = load_encoder_weights(run_to_folder(build_options(tmp_path / "mean", encoder, **flags)))
     start = load_encoder_weights(encoder)
 
+    assert last.keys() == mean.keys() == start.keys()
     assert any(not torch.equal(last[name], start[name]) for name in start)
     for name in start:
         torch.testing.assert_close(mean[name], (start[name] + last[name]) / 2)

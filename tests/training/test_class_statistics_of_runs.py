@@ -61,6 +61,7 @@ def compute_logits(folder: Path) -> torch.Tensor:
 def test_a_class_is_added_without_old_images(folder: Path, tmp_path: Path) -> None:
     record = add_class(folder, NEW, tmp_path / "new")
     assert record["result"]["recall"] > 0.9
+    assert record["result"]["num_images"] == len(NEW)
     assert predict(tmp_path / "new", [NEW[0][0]])[0]["label"] == "stripes"
     assert torch.equal(compute_logits(tmp_path / "new")[:, :10], compute_logits(folder))
 

@@ -254,6 +254,7 @@ def test_the_best_checkpoint_is_marked() -> None:
     bench.run()  # 0.5, 0.75, 0.6
     assert bench.store.saved == [(3, True), (6, True), (9, False)]
     assert bench.state.best_score == 0.75
+    assert len(bench.evaluations) == 3
     equal = RecordedLoop(epochs=3, max_steps=None, batch_size=120, save_every=100)
     equal.accuracies = iter([0.5, 0.5, 0.5])
     equal.run()
@@ -315,6 +316,7 @@ def test_permanently_non_finite_gradients_stop_the_run() -> None:
     bench = build_overflowing_loop(max_steps=40)
     with pytest.raises(RunStopped, match="not finite in step 20"):
         bench.run()
+    assert bench.store.saved == []
 
 
 def test_non_finite_gradients_without_a_loss_scaler_stop_the_run() -> None:
@@ -322,6 +324,7 @@ def test_non_finite_gradients_without_a_loss_scaler_stop_the_run() -> None:
     bench.model.classifier.weight.register_hook(lambda gradient: gradient * math.inf)
     with pytest.raises(RunStopped, match="not finite in step 1"):
         bench.run()
+    assert bench.store.saved == []
 
 
 # Tokens -------------------------------------------------------------------------------------------

@@ -75,8 +75,11 @@ def test_the_lock_of_a_process_that_has_ended_is_taken_over(
 ) -> None:
     os.kill(lock_holder.pid, number)
     lock_holder.join(SECONDS)
+    assert lock_holder.exitcode == -number
     with FolderLock(folder) as lock:
         lock.acquire()
+        assert (folder / LOCK_FILE).is_file()
+    assert not (folder / LOCK_FILE).exists()
 
 
 # Runs ---------------------------------------------------------------------------------------------
@@ -128,6 +131,9 @@ def test_a_finished_run_is_replaced_only_with_overwrite(earlier: Path) -> None:
         run(earlier)
     assert contents(earlier) == before
     assert run(earlier, max_steps=2, overwrite=True)["steps"] == 2
+    after = contents(earlier)
+    assert after["model.safetensors"] != before["model.safetensors"]
+    assert len(after["metrics.jsonl"].splitlines()) == 2
 
 
 def test_the_old_model_is_never_next_to_the_new_configuration(
@@ -196,6 +202,7 @@ def test_a_finished_run_without_its_weights_is_named(earlier: Path) -> None:
     (earlier / "model.safetensors").write_bytes(b"damaged")
     with raises_one_line("its weights are missing or have changed", "`overwrite=True`"):
         run(earlier, resume=True)
+    assert (earlier / "model.safetensors").read_bytes() == b"damaged"
 
 
 def test_sources_in_the_output_folder_are_not_removed(

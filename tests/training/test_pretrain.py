@@ -137,6 +137,7 @@ def test_any_layout_is_trained(method: str, name: str, tmp_path: Path) -> None:
             tmp_path / "out", **{"method": method, "max_steps": 2, "batch_size": 24} | LAYOUTS[name]
         )
     )
+    assert results["steps"] == 2
     assert results["knn_accuracy"] > 0.2
 
 
@@ -175,6 +176,7 @@ def test_a_converted_checkpoint_is_continued(tmp_path: Path) -> None:
     folder = run_to_folder(tiny_options(tmp_path / "out", **model, **flags))
 
     for name, weight in load_file(folder / "model.safetensors").items():
+        assert weight.dtype == torch.float32, name
         assert 0 < (weight - before[name]).abs().max() < 1e-4, name
 
 
@@ -257,3 +259,4 @@ def test_a_collapse_is_a_warning(tmp_path: Path) -> None:
 def test_flags_that_require_labels_are_errors(flag: str, value: Any, tmp_path: Path) -> None:
     with raises_one_line(flag):
         run_training(tiny_options(tmp_path / "out", **{flag: value}))
+    assert not (tmp_path / "out").exists()

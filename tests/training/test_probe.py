@@ -129,6 +129,7 @@ def test_the_frozen_model_is_the_classifier_of_scikit_learn(frozen_run: Any) -> 
     options, results = frozen_run
     data = prepare_setup(options).data
     assert results["steps"] == 0
+    assert results["num_training_images"] == len(data.train) == 240
     check_classifier(options.output_dir, results, [data.train], data.held_out.images)
 
 
@@ -246,7 +247,8 @@ def test_no_image_passes_the_frozen_encoder_twice(
     monkeypatch.setattr(ViTCLSModel, "forward", count)
     options = build_options(tmp_path / "head", encoder)
     results = run_training(options)
-    assert sum(counts) == results["num_training_images"]
+    assert sum(counts) == results["num_training_images"] == 300
+    assert results["steps"] == 0
 
 
 def test_a_frozen_run_is_fitted_to_the_validation_split_and_measured_on_the_test_split(
@@ -306,6 +308,7 @@ def test_the_learning_rate_after_the_probe_is_that_of_the_trained_weights(
     options = build_options(tmp_path / "run", encoder, **flags)
     run_training(options)
     (record,) = read_metrics(options.output_dir)
+    assert record["step"] == 1
     assert record["learning_rate"] == pytest.approx(rate)
 
 
@@ -395,6 +398,7 @@ def test_a_resumed_run_keeps_what_the_classifier_reads(encoder: Path, tmp_path: 
     config = ViTCLSForImageClassification.from_pretrained(tmp_path / "run").config
     assert config.pooled_layers == [-2, -1]
     assert config.pooling == "cls_mean"
+    assert config.pooled_size == 4 * WIDTH
 
 
 @pytest.mark.parametrize(
