@@ -4,8 +4,9 @@ The errors are lines that name the file, the problem and a remedy. After the che
 one of this package, and reading the weights runs no code.
 
 What is not checked:
-- The weights themselves: whether they are complete, finite and of this configuration shows when
-  they are loaded; whether they are the weights of results.json, in model_files.py (`hash_weights`).
+- The weights themselves: whether they are complete and of this configuration shows when they are
+  loaded, whether they are finite in the outputs, and whether they are the weights of results.json
+  by their hash (`hash_weights` in model_files.py).
 - The Python files beside them, which this package neither reads nor runs.
 - Where the folder is from, and whether it was changed since: hub/provenance.py, publishing/verify.py.
 """
