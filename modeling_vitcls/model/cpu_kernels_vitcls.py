@@ -10,7 +10,7 @@
                                                 in inference
     ViTCLSMLP           -> CPUMLP               GELU fused with a linear layer or in place;
                                                 recomputed in backward
-    nn.Conv2d (patches) -> CPUPatchProjection   float32 on CPUs without half-precision instructions
+    nn.Conv2d           -> CPUConv2d            float32 on CPUs without half-precision instructions
     attention classes   -> CPUAttention, ...    bfloat16: a few heads at a time, and one cast of
                                                 the input
 
@@ -77,10 +77,6 @@ def install_cpu_kernels(model: nn.Module) -> None:
     if not can_use_cpu_kernels():
         return
     for module in model.modules():
-        if isinstance(module, nn.Conv2d):
-            settings = (module.stride, module.padding, module.dilation, module.groups)
-            if settings != (module.kernel_size, (0, 0), (1, 1), 1):
-                continue  # Not a patch projection
         module.__class__ = KERNEL_CLASSES.get(type(module), type(module))
 
 
@@ -106,10 +102,6 @@ class FastModule(nn.Module):
         if not can_use_cpu_kernels():
             restore_plain_modules(self)
 
-    def extra_repr(self) -> str:
-        """Return the plain module's text for `print(model)`, with `fast=True` appended."""
-        return ", ".join(filter(None, (super().extra_repr(), "fast=True")))
-
 
 # Modules ------------------------------------------------------------------------------------------
 class CPULinear(FastModule, nn.Linear):
@@ -130,17 +122,13 @@ class CPULinear(FastModule, nn.Linear):
         return super().forward(inputs)
 
 
-class CPUPatchProjection(FastModule, nn.Conv2d):
-    """A projection of patches, [B, C, H, W] -> [B, out, rows, columns].
-
-    The convolution has no padding, and its stride is the kernel size.
-    """
+class CPUConv2d(FastModule, nn.Conv2d):
+    """A convolution, [B, C, H, W] -> [B, out, rows, columns], such as the projection of patches."""
 
     def forward(self, images: Tensor) -> Tensor:
-        """Project each patch; pixels beyond the last whole patch are ignored."""
+        """Convolve the images."""
         if is_emulated(images) and has_plain_parameters(self):
-            convolve = partial(nn.functional.conv2d, stride=self.stride)
-            return compute_in_float32(convolve, images, self.weight, self.bias)
+            return compute_in_float32(self._conv_forward, images, self.weight, self.bias)
         return super().forward(images)
 
 
@@ -189,7 +177,7 @@ class CPUDifferentialAttention(CPUAttention, ViTCLSDifferentialAttention):
 
 KERNEL_CLASSES: dict[type[nn.Module], type[nn.Module]] = {
     nn.Linear: CPULinear,
-    nn.Conv2d: CPUPatchProjection,
+    nn.Conv2d: CPUConv2d,
     ViTCLSMLP: CPUMLP,
     ViTCLSAttention: CPUAttention,
     ViTCLSDifferentialAttention: CPUDifferentialAttention,
@@ -242,12 +230,12 @@ def has_hooks(modules: Iterable[nn.Module]) -> bool:
 
 def must_be_plain() -> bool:
     """Check for what only plain PyTorch does: compilation, tracing, torch.func; or the switch."""
-    return is_capturing_graph() or not torch.backends.mkldnn.enabled or is_functorch_active()
-
-
-def is_capturing_graph() -> bool:
-    """Check whether the model is being compiled or traced."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or not torch.backends.mkldnn.enabled
+        or is_functorch_active()
+    )
 
 
 # oneDNN -------------------------------------------------------------------------------------------
@@ -416,7 +404,7 @@ def get_matmul_dtype(inputs: Tensor) -> torch.dtype:
 
 def cast_for_autocast(inputs: Tensor) -> Tensor:
     """Cast float32 inputs to the autocast dtype once, for several products."""
-    if inputs.dtype != torch.float32 or not inputs.is_cpu or is_capturing_graph():
+    if inputs.dtype != torch.float32 or not inputs.is_cpu or must_be_plain():
         return inputs
     return inputs.to(get_matmul_dtype(inputs))
 
@@ -427,13 +415,12 @@ def compute_in_float32(
     """Compute `function(inputs, *other_inputs)` in float32, and round it to half precision."""
     dtype = get_matmul_dtype(inputs)
     with torch.autocast("cpu", enabled=False):
-        tensors = [to_float32(tensor, dtype) for tensor in (inputs, *other_inputs)]
+        # Floats are rounded to `dtype` first; boolean masks and None stay.
+        tensors = [
+            each.to(dtype).float() if each is not None and each.is_floating_point() else each
+            for each in (inputs, *other_inputs)
+        ]
         return function(*tensors).to(dtype)
-
-
-def to_float32(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """Round floats to `dtype`, and return them as float32; keep boolean masks and None."""
-    return tensor.to(dtype).float() if tensor is not None and tensor.is_floating_point() else tensor
 
 
 def linear_in_float32(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

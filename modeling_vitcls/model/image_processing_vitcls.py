@@ -325,7 +325,9 @@ class ViTCLSImageProcessor(ViTCLSBaseImageProcessor, TorchvisionBackend):  # typ
         inputs = list(flatten_images(images))
         is_on_cpu = bool(inputs) and all(getattr(image, "is_cpu", True) for image in inputs)
         if settings == self._checked_settings and is_on_cpu:
-            return self._fast_preprocess(inputs)
+            tensors = [self._load_image(image) for image in inputs]
+            check_same_shape(tensors)
+            return BatchFeature(data={"pixel_values": normalize_batch(self, tensors)})
 
         # Decoded as in later calls: PIL may decode a JPEG a little differently, and threads would
         # decide which photos are among the first.
@@ -339,12 +341,6 @@ class ViTCLSImageProcessor(ViTCLSBaseImageProcessor, TorchvisionBackend):  # typ
         # A complete call without an error has checked every setting.
         self._checked_settings = settings if can_use_fast_path(self) else None
         return batch
-
-    def _fast_preprocess(self, images: list[Any]) -> BatchFeature:
-        """Return the output of `preprocess` for validated settings that the fast path supports."""
-        tensors = [self._load_image(image) for image in images]
-        check_same_shape(tensors)
-        return BatchFeature(data={"pixel_values": normalize_batch(self, tensors)})
 
     def _load_image(self, image: Any) -> Tensor:
         """Load an image, and return it resized and cropped, [C, h, w] `uint8`."""
