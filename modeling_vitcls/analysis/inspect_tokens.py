@@ -67,7 +67,7 @@ def write_inspection(options: InspectOptions) -> Inspection:
         ShownPhoto(
             images.names[index],
             measure_photo(model, processor, images.images[index]),
-            truth=None if images.labels is None else label_space.format_label(images.labels[index]),
+            truth=None if images.labels is None else label_space.format(images.labels[index]),
             kind=kind,
         )
         for index, kind in watch(inspection.shown_images.items(), "drawing photos")

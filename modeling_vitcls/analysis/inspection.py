@@ -131,7 +131,7 @@ def read_images(
         model: the model that will be inspected.
         processor: the image processor of the model.
         images: images of any type that the image processor takes.
-        labels: labels of the images for a classifier, as in a dataset (data/labels.py); -100 if
+        labels: labels of the images for a classifier, as in a dataset (data/labels.py); None if
             unknown.
         batch_size: number of images per forward pass. Default: chosen for the device.
         watch: function that returns the same items and shows the progress, such as

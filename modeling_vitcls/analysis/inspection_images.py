@@ -15,11 +15,10 @@ import pandas as pd
 from ..data.evaluation_data import load_evaluation_data
 from ..data.images import ArrayImages, DatasetImages
 from ..data.label_matching import translate_labels
-from ..data.labels import UNLABELED, LabelSpace
+from ..data.labels import UNLABELED, LabelSpace, OneLabel
 from ..data.options import DataOptions
 from ..data.splits_table import EMPTY_TABLE
 from ..inference.inputs import list_records
-from ..model.heads_vitcls import IGNORED_LABEL
 from .options import InspectOptions
 
 
@@ -85,7 +84,7 @@ def open_paths(paths: Sequence[str], label_space: LabelSpace) -> InspectionImage
     """Open image files and folders.
 
     The class of each image is the name of its folder; without a class of this name, it has
-    IGNORED_LABEL. There are no labels if no folder has the name of a class, or images do not have
+    no label. There are no labels if no folder has the name of a class, or images do not have
     exactly one class.
     """
     records = list_records(paths)
@@ -96,11 +95,11 @@ def open_paths(paths: Sequence[str], label_space: LabelSpace) -> InspectionImage
 
     names = [Path(record.name).name for record in records]
     class_names: list[str] = []
-    if label_space != UNLABELED and label_space.kind == "single_label_classification":
+    if label_space != UNLABELED and isinstance(label_space, OneLabel):
         class_names = label_space.names
     indices = {name: index for index, name in enumerate(class_names)}
-    labels = [indices.get(Path(file).resolve().parent.name, IGNORED_LABEL) for file in files]
-    has_labels = any(label != IGNORED_LABEL for label in labels)
+    labels = [indices.get(Path(file).resolve().parent.name) for file in files]
+    has_labels = any(label is not None for label in labels)
     source = ", ".join(Path(path).resolve().name for path in paths)
     images = DatasetImages.from_list(files)
     return InspectionImages(images, names, labels if has_labels else None, source)

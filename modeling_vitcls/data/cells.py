@@ -1,6 +1,6 @@
 """What the cells of a label column say: the names of the classes, and those of each image.
 
-    cell                                                      label names (`read_names`)
+    cell                                                      label names (`name_items`)
     text, a number, a truth value                             its spelling: 001, 1 (also for 1.0), True
     the index of a `ClassLabel`                               the name that its split declares
     a list, text like ["a", "b"], text with a separator       one for each item
@@ -14,7 +14,7 @@ import ast
 import math
 import re
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -29,7 +29,7 @@ BITS = {"0": False, "0.0": False, "false": False, "1": True, "1.0": True, "true"
 
 def read_label_names(
     cells: Mapping[str, list[Any]],
-    features: Mapping[str, Any],
+    declared: Mapping[str, Sequence[str]],
     where: str,
     separator: str | None,
     label_names: Sequence[str] | None,
@@ -37,9 +37,15 @@ def read_label_names(
     """Read the classes of a column, the label names of each image, and whether cells are lists.
 
     What the cells contain is decided for all splits together, because a short one could mislead.
+
+    Args:
+        cells: cells of the column by split.
+        declared: names of the classes that each split declares; empty if there are none.
+        where: name of the column in messages.
+        separator: separator of several labels in one text.
+        label_names: names of all classes, if the dataset does not declare them.
     """
-    declared = {split: get_declared_names(feature) for split, feature in features.items()}
-    classes = list(dict.fromkeys(chain(*(names or () for names in declared.values()))))
+    classes = list(dict.fromkeys(chain(*declared.values())))
     is_declared = bool(classes)
     if is_declared and label_names is not None and list(label_names) != classes:
         raise ValueError(
@@ -48,58 +54,67 @@ def read_label_names(
         )
     classes = classes or list(label_names or ())
 
-    distinct = list({repr(cell): cell for cell in chain(*cells.values())}.values())
-    lists = [split_labels(cell, separator) for cell in distinct]
-    for cell, items in zip(distinct, lists, strict=True):
-        if any(isinstance(item, list | dict) for item in items):
+    # Large tables repeat few cells, so each is read once. By spelling, because 1 and True are the
+    # same key of a dict, and lists are none.
+    rows = {split: list(map(repr, values)) for split, values in cells.items()}
+    distinct = dict(zip(chain(*rows.values()), chain(*cells.values()), strict=True))
+    items = {spelling: split_labels(cell, separator) for spelling, cell in distinct.items()}
+    for spelling, labels in items.items():
+        if any(isinstance(label, list | dict) for label in labels):
             raise ValueError(
-                f"{where} has no class labels, but values such as {cell!r:.60}. Set `label_column`"
+                f"{where} has no class labels, but values such as {spelling:.60}. Set `label_column`"
             )
-    has_lists = separator is not None or lists != [[cell] for cell in distinct]
-    filled = [items for items in lists if items not in ([None], [""])]
-    lengths = set(map(len, filled))
-    has_vectors = (
-        has_lists
-        and separator is None
-        and len(lengths - {1}) == len(lengths) == 1
-        and all(get_bit(item) is not None for item in chain(*filled))
-    )
-    if has_vectors and lengths != {len(classes)}:
-        (length,) = lengths
-        raise ValueError(
-            f"{where} has {length} places with 0 or 1 in each value. Set `label_names` to the "
-            f"{length} names of these classes, in this order"
-            f"{f', not {len(classes)}' if classes else ''}"
-        )
+    has_lists = separator is not None or any(items[each] != [distinct[each]] for each in distinct)
+    has_vectors = has_lists and separator is None and are_vectors(items.values(), classes, where)
 
-    names = {
-        split: read_names(values, declared[split] or classes, is_declared, separator, has_vectors)
-        for split, values in cells.items()
-    }
+    names = {}
+    for split, spellings in rows.items():
+        own_classes = declared[split] or classes
+        found = name_items(items, own_classes, is_declared, has_vectors)
+        names[split] = [found[spelling] for spelling in spellings]
     labeled = filter(None, chain(*names.values()))
-    spellings = classes or sort_spellings({*chain(*labeled)}, where, has_lists)
-    classes = list(dict.fromkeys(map(normalize_name, spellings)))
+    ordered = classes or sort_spellings({*chain(*labeled)}, where, has_lists)
+    classes = list(dict.fromkeys(map(normalize_name, ordered)))
     warn_about_similar_classes(where, classes)
     if separator is not None or not has_lists:
         warn_about_separator(where, classes)
     return classes, names, has_lists
 
 
-def read_names(
-    values: Sequence[Any],
+def are_vectors(lists: Collection[list[Any]], classes: Sequence[str], where: str) -> bool:
+    """Tell whether lists have one place for each class, with 0 or 1.
+
+    Raise ValueError if they have, but the classes of these places are not known.
+    """
+    filled = [items for items in lists if items not in ([None], [""])]
+    lengths = set(map(len, filled))
+    if len(lengths - {1}) != 1 or len(lengths) > 1:
+        return False
+    if any(get_bit(item) is None for item in chain(*filled)):
+        return False
+    (length,) = lengths
+    if length != len(classes):
+        raise ValueError(
+            f"{where} has {length} places with 0 or 1 in each value. Set `label_names` to the "
+            f"{length} names of these classes, in this order"
+            f"{f', not {len(classes)}' if classes else ''}"
+        )
+    return True
+
+
+def name_items(
+    items_by_cell: Mapping[str, list[Any]],
     classes: Sequence[str],
     is_declared: bool,
-    separator: str | None,
     has_vectors: bool,
-) -> list[list[str] | None]:
-    """Turn the cells of a column into label names; None for a cell without a label.
+) -> dict[str, list[str] | None]:
+    """Name the labels of each cell; None for a cell without a label.
 
     Args:
-        values: cells of one label column.
+        items_by_cell: the items of each cell (`split_labels`).
         classes: names that this split declares or the user has given; empty if there are none.
         is_declared: whether numbers are always indices of `classes`. If the user gives the names,
             numbers are indices unless one of the names is a number itself.
-        separator: separator of several labels in one text.
         has_vectors: whether lists have one place for each of `classes`, with 0 or 1.
     """
     name_by_index: dict[str, str] = {}
@@ -107,10 +122,11 @@ def read_names(
     if is_declared or not any(name.removeprefix("-").isdecimal() for name in classes):
         name_by_index = {str(index): name for index, name in enumerate(classes)}
 
-    def find_names(value: Any) -> list[str] | None:
-        items = split_labels(value, separator)
+    found: dict[str, list[str] | None] = {}
+    for cell, items in items_by_cell.items():
         if has_vectors and len(items) == len(classes):
-            return [name for name, item in zip(classes, items, strict=True) if get_bit(item)]
+            found[cell] = [name for name, item in zip(classes, items, strict=True) if get_bit(item)]
+            continue
         names = [
             name_by_index.get(text, f"index {text}" if is_declared else text)
             for item in items
@@ -118,13 +134,8 @@ def read_names(
             and not (is_declared and text == "-1")  # a missing label
         ]
         # an empty list says that the image has none of the labels
-        return names if names or not items else None
-
-    # Large tables repeat few cells. By spelling, because 1 and True are the same key of a dict, and
-    # lists are none.
-    distinct = {repr(value): value for value in values}
-    names = {spelling: find_names(value) for spelling, value in distinct.items()}
-    return [names[repr(value)] for value in values]
+        found[cell] = names if names or not items else None
+    return found
 
 
 def get_bit(value: Any) -> bool | None:
@@ -219,10 +230,3 @@ def spell_label(value: Any) -> str | None:
 def normalize_name(name: str) -> str:
     """Make names comparable (Unicode form NFC): macOS and Windows write é in two ways."""
     return unicodedata.normalize("NFC", name)
-
-
-def get_declared_names(feature: Any) -> tuple[str, ...] | None:
-    """Read the names of the `ClassLabel` of a column of labels or lists of labels, if any."""
-    # The types of lists are a list, and classes with the type of their items.
-    item = feature[0] if isinstance(feature, list) else getattr(feature, "feature", feature)
-    return tuple(item.names) if type(item).__name__ == "ClassLabel" else None

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 
 from ..runtime.errors import format_name_list
-from .cells import get_bit, get_declared_names, read_label_names, spell_label
+from .cells import get_bit, read_label_names, spell_label
 from .folder_layout import SPLIT_BY_FOLDER_NAME, SPLIT_ORDER
-from .labels import LabelKind, LabelSpace
+from .labels import LabelSpace, OneLabel, PerTask, SeveralLabels
 
 
 IMAGE_COLUMN_NAMES = tuple(
@@ -114,6 +114,13 @@ def is_image_feature(feature: Any) -> bool:
     )
 
 
+def get_declared_names(feature: Any) -> tuple[str, ...]:
+    """Read the names of the `ClassLabel` of a column of labels or lists of labels; () without one."""
+    # The types of lists are a list, and classes with the type of their items.
+    item = feature[0] if isinstance(feature, list) else getattr(feature, "feature", feature)
+    return tuple(item.names) if type(item).__name__ == "ClassLabel" else ()
+
+
 def read_labels(
     tables: Mapping[str, Any],
     columns: Sequence[str],
@@ -136,24 +143,26 @@ def read_labels(
     Raises:
         ValueError: if a column contains no class labels, or a row has a label that is not a class.
     """
-    kind: LabelKind = "multi_task" if len(columns) > 1 else "single_label_classification"
     cells = {
         column: {split: read_column(table, column) for split, table in tables.items()}
         for column in columns
     }
+    build: type[LabelSpace] = PerTask if len(columns) > 1 else OneLabel
     if len(columns) > 1 and all(
         get_bit(cell) is not None for parts in cells.values() for cell in chain(*parts.values())
     ):
-        kind = "multi_label_classification"
+        build = SeveralLabels
         classes = {"labels": list(columns)}
         names = {"labels": {split: name_columns(cells, split) for split in tables}}
     else:
         classes, names = {}, {}
         for column, parts in cells.items():
-            features = {split: table.features[column] for split, table in tables.items()}
+            declared = {
+                split: get_declared_names(table.features[column]) for split, table in tables.items()
+            }
             where = f"{dataset}: the column {column!r}"
             classes[column], names[column], has_lists = read_label_names(
-                parts, features, where, separator, label_names
+                parts, declared, where, separator, label_names
             )
             if has_lists and len(columns) > 1:
                 raise ValueError(
@@ -161,10 +170,10 @@ def read_labels(
                     "Set one `label_column`, or omit `label_separator`"
                 )
             if has_lists:
-                kind = "multi_label_classification"
+                build = SeveralLabels
 
     # One label space for all splits, so an index is the same class in each of them.
-    space = LabelSpace(kind, classes)
+    space = build(classes)
     labels = {}
     for split in tables:
         rows = {column: parts[split] for column, parts in names.items()}

@@ -44,7 +44,7 @@ def load_evaluation_data(
         split: the split, of which all images are evaluated. None: `test`, else `validation`, else
             the only split.
         splits: the rows of splits.parquet about the model.
-        use_labels: whether labels are read. If False, every label is -100.
+        use_labels: whether labels are read. If False, every label is missing.
         max_images: number of images to draw at random.
 
     Raises:

@@ -20,7 +20,7 @@ PLACEHOLDER = re.compile(r"LABEL_\d+$")  # transformers' names of labels without
 def translate_labels(images: Any, data_space: LabelSpace, model_space: LabelSpace) -> Any:
     """Convert the label indices of the dataset to the label indices of the model.
 
-    Missing labels (-100) are left unchanged. Raise ValueError if the kinds of labels or the tasks
+    Missing labels stay missing. Raise ValueError if the kinds of labels or the tasks
     differ, if the model has several labels with the same name, or if an image has a label that the
     model lacks.
     """
@@ -39,7 +39,7 @@ def translate_labels(images: Any, data_space: LabelSpace, model_space: LabelSpac
         )
     for column, rows in names.items():
         counts = Counter(map(normalize_name, model_space.columns[column]))
-        for name in sorted(set(chain(*rows))):
+        for name in sorted(set(chain(*filter(None, rows)))):
             if counts[normalize_name(name)] == 1:
                 continue
             if counts[normalize_name(name)]:
@@ -48,7 +48,7 @@ def translate_labels(images: Any, data_space: LabelSpace, model_space: LabelSpac
                     "different names in the model's config.json"
                 )
             if all(PLACEHOLDER.match(each) for each in model_space.columns[column]):
-                pairs = enumerate(sorted(set(chain(*rows))))
+                pairs = enumerate(sorted(set(chain(*filter(None, rows)))))
                 example = ", ".join(f'"{index}": "{each}"' for index, each in pairs)
                 raise ValueError(
                     f"the labels of the model have no names ({counts.total()} labels, LABEL_0 ...), "

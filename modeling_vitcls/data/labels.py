@@ -1,17 +1,19 @@
-"""Labels of a dataset as class indices, by kind; and which labels a model has.
+"""Labels of images as class indices, by kind; and the labels of a model.
 
-    kind                          label of one image (`LabelSpace.index`)    batch of labels (`collate`)
-    multi_task                    {task: class index or -100}                {task: [B] int64}
-    multi_label_classification    sorted list of class indices               [B, classes] float32, 0 or 1
-    single_label_classification   class index                                [B] int64
+kind             label of an image; None if missing    batch of labels (`collate`)
+OneLabel         class index                           [B] int64
+SeveralLabels    sorted list of class indices          [B, classes] float32, 0 or 1
+PerTask          {task: class index; None if missing}  {task: [B] int64}
 
-The names are read from the cells of a table in cells.py.
+index(names, where)    names of the labels by column (cells.py) -> labels of images
+collate(labels)        labels of images -> a batch, in which a missing label is -100, as in the loss
+list_names(labels)     labels of images -> names by column, the input of `index`
+format(label)          label of an image -> text; None if it is missing
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 
@@ -20,150 +22,159 @@ from ..model.heads_vitcls import IGNORED_LABEL
 from .cells import normalize_name
 
 
-NO_LABELS = "no label"  # text for an image without labels in a multi-label dataset
+NO_LABELS = "no label"  # text for an image that has none of several labels
 
 LabelKind = Literal["single_label_classification", "multi_label_classification", "multi_task"]
+# names of the labels of each image by column; None for an image whose labels are missing
+Names = Mapping[str, Sequence[Sequence[str] | None]]
 
 
 @dataclass(frozen=True)
-class LabelSpace:
-    """Kind of labels, and label names by column. Only a multi-task dataset has several columns."""
+class ClassNames:
+    """Names of the classes by label column, in the order of their indices."""
 
-    kind: LabelKind
     columns: dict[str, list[str]]
+
+    kind: ClassVar[LabelKind]
+    description: ClassVar[str]
 
     @property
     def names(self) -> list[str]:
-        """Return the label names of the only column."""
+        """The class names of the only column."""
         (names,) = self.columns.values()
         return names
 
-    @property
-    def tasks(self) -> list[str | None]:
-        """Return the tasks; None is the only one of a dataset that is not multi-task."""
-        return list(self.columns) if self.kind == "multi_task" else [None]
-
-    def get_names(self, task: str | None) -> list[str]:
-        """Return the label names of one of `tasks`."""
-        return self.names if task is None else self.columns[task]
-
-    @cached_property
-    def index_by_name(self) -> dict[str, dict[str, int]]:
-        """Index the classes by column and by class name in the Unicode form NFC."""
-        return {
-            column: {normalize_name(name): index for index, name in enumerate(names)}
-            for column, names in self.columns.items()
-        }
-
     def to_config_values(self) -> dict[str, Any]:
         """Write the labels as fields of ViTCLSConfig."""
-        if self.kind == "multi_task":
-            return {"tasks": self.columns}
         return {
             "id2label": dict(enumerate(self.names)),
             "label2id": {name: index for index, name in enumerate(self.names)},
             "problem_type": self.kind,
         }
 
-    def index(self, names: Mapping[str, Sequence[Sequence[str] | None]], where: str) -> Any:
-        """Turn the labels of images into indices. No other function turns names into integers.
+    def find_indices(self, names: Names, where: str) -> list[list[int] | None]:
+        """Find the classes of each image. No other function turns names into indices.
 
-        Args:
-            names: label names of each image by column; None for an image whose labels are missing,
-                which has the label -100.
-            where: name of the images in error messages.
-
-        Returns:
-            A list of indices, of lists of indices, or of {task: index}.
-
-        Raises:
-            ValueError: if a name is not one of the classes. The message contains the row.
+        Raise ValueError with the row and `where`, the name of the images, for an unknown name.
         """
-        indices = {}
-        for column, rows in names.items():
-            index_by_name = self.index_by_name[column]
-            for row, each in enumerate(rows):
-                for name in each or ():
-                    if normalize_name(name) not in index_by_name:
-                        raise ValueError(
-                            f"{where}: row {row} has the label {name!r}, not one of the "
-                            f"{len(index_by_name)} classes"
-                        )
-            indices[column] = [
-                [IGNORED_LABEL]
-                if each is None
-                else [index_by_name[normalize_name(name)] for name in each]
-                for each in rows
-            ]
+        (rows,) = names.values()
+        index_by_name = {normalize_name(name): index for index, name in enumerate(self.names)}
+        for row, each in enumerate(rows):
+            for name in each or ():
+                if normalize_name(name) not in index_by_name:
+                    raise ValueError(
+                        f"{where}: row {row} has the label {name!r}, not one of the "
+                        f"{len(index_by_name)} classes"
+                    )
+        return [
+            None if each is None else [index_by_name[normalize_name(name)] for name in each]
+            for each in rows
+        ]
 
-        if self.kind == "multi_label_classification":
-            (lists,) = indices.values()
-            return [IGNORED_LABEL if IGNORED_LABEL in each else sorted(set(each)) for each in lists]
-        values = [[next(iter(each), IGNORED_LABEL) for each in rows] for rows in indices.values()]
-        if self.kind == "single_label_classification":
-            return values[0]
-        return [dict(zip(indices, row, strict=True)) for row in zip(*values, strict=True)]
 
-    def list_names(self, labels: Any) -> dict[str, list[list[str]]]:
-        """List the label names of images by column, the input of `index`."""
-        if self.kind == "multi_task":
-            indices = {task: [[label[task]] for label in labels] for task in self.columns}
-        elif self.kind == "multi_label_classification":
-            indices = dict.fromkeys(self.columns, labels)
-        else:
-            indices = {column: [[label] for label in labels] for column in self.columns}
+class OneLabel(ClassNames):
+    """Each image has one label."""
+
+    kind = "single_label_classification"
+    description = "one label per image"
+
+    def index(self, names: Names, where: str) -> list[int | None]:
+        return [None if each is None else each[0] for each in self.find_indices(names, where)]
+
+    def collate(self, labels: Sequence[int | None]) -> torch.Tensor:
+        indices = [IGNORED_LABEL if label is None else label for label in labels]
+        return torch.tensor(indices, dtype=torch.int64)
+
+    def list_names(self, labels: Sequence[int | None]) -> Names:
+        names = [None if label is None else [self.names[label]] for label in labels]
+        return dict.fromkeys(self.columns, names)
+
+    def format(self, label: int | None) -> str | None:
+        return None if label is None else self.names[label]
+
+
+class SeveralLabels(ClassNames):
+    """Each image has any number of labels of one column."""
+
+    kind = "multi_label_classification"
+    description = "several labels per image"
+
+    def index(self, names: Names, where: str) -> list[list[int] | None]:
+        return [
+            None if each is None else sorted(set(each)) for each in self.find_indices(names, where)
+        ]
+
+    def collate(self, labels: Sequence[list[int]]) -> torch.Tensor:
+        multi_hot = torch.zeros(len(labels), len(self.names))
+        for row, indices in enumerate(labels):
+            assert indices is not None, "images without labels are dropped when they are read"
+            multi_hot[row, indices] = 1
+        return multi_hot
+
+    def list_names(self, labels: Sequence[list[int] | None]) -> Names:
+        names = [
+            None if label is None else [self.names[index] for index in label] for label in labels
+        ]
+        return dict.fromkeys(self.columns, names)
+
+    def format(self, label: list[int] | None) -> str | None:
+        if label is None:
+            return None
+        return ", ".join(self.names[index] for index in label) or NO_LABELS
+
+
+class PerTask(ClassNames):
+    """Each image has one label of each task, a column of its own."""
+
+    kind = "multi_task"
+    description = "one task per column"
+
+    @property
+    def tasks(self) -> dict[str, OneLabel]:
+        """The labels of each task."""
+        return {task: OneLabel({task: names}) for task, names in self.columns.items()}
+
+    def to_config_values(self) -> dict[str, Any]:
+        return {"tasks": self.columns}
+
+    def index(self, names: Names, where: str) -> list[dict[str, int | None]]:
+        labels = [each.index({task: names[task]}, where) for task, each in self.tasks.items()]
+        return [dict(zip(self.columns, row, strict=True)) for row in zip(*labels, strict=True)]
+
+    def collate(self, labels: Sequence[dict[str, int | None]]) -> dict[str, torch.Tensor]:
         return {
-            column: [
-                [names[index] for index in each if is_known(index)] for each in indices[column]
-            ]
-            for column, names in self.columns.items()
+            task: each.collate([label[task] for label in labels])
+            for task, each in self.tasks.items()
         }
 
-    def collate(self, labels: list[Any]) -> Any:
-        """Batch the labels of images as tensors, in the format of the kind of labels."""
-        if self.kind == "multi_task":
-            return {
-                task: torch.tensor([label[task] for label in labels], dtype=torch.int64)
-                for task in self.columns
-            }
-        if self.kind == "multi_label_classification":
-            multi_hot = torch.zeros(len(labels), len(self.names))
-            for row, indices in enumerate(labels):
-                multi_hot[row, indices] = 1
-            return multi_hot
-        return torch.tensor(labels, dtype=torch.int64)
+    def list_names(self, labels: Sequence[dict[str, int | None]]) -> Names:
+        return {
+            task: each.list_names([label[task] for label in labels])[task]
+            for task, each in self.tasks.items()
+        }
 
-    def format_label(self, label: Any) -> str | None:
-        """Write a label as text; None for an unknown label.
-
-        Examples: "cat", "cat, dog", "age old, kind cat".
-        """
-        if isinstance(label, dict):
-            known_tasks = {
-                task: names for task, names in self.columns.items() if is_known(label.get(task))
-            }
-            return (
-                ", ".join(f"{task} {names[label[task]]}" for task, names in known_tasks.items())
-                or None
-            )
-        if isinstance(label, list):
-            return ", ".join(self.names[index] for index in label) or NO_LABELS
-        return self.names[label] if is_known(label) else None
+    def format(self, label: dict[str, int | None]) -> str | None:
+        texts = {task: each.format(label[task]) for task, each in self.tasks.items()}
+        return ", ".join(f"{task} {text}" for task, text in texts.items() if text) or None
 
 
-# label space of datasets that are read without labels
-UNLABELED = LabelSpace("single_label_classification", {})
+LabelSpace = OneLabel | SeveralLabels | PerTask
+
+UNLABELED = OneLabel({})  # of datasets that are read without labels
+
+
+# Of a model ---------------------------------------------------------------------------------------
 
 
 def get_label_space(config: ViTCLSConfig) -> LabelSpace:
     """Read the label space of a classifier from its configuration."""
     if config.tasks:
-        return LabelSpace("multi_task", config.task_labels())
+        return PerTask(config.task_labels())
     id2label: dict[Any, str] = dict(config.id2label or {})
-    names = [id2label[index] for index in range(len(id2label))]
+    columns = {"label": [id2label[index] for index in range(len(id2label))]}
     if config.problem_type == "multi_label_classification":
-        return LabelSpace("multi_label_classification", {"label": names})
-    return LabelSpace("single_label_classification", {"label": names})
+        return SeveralLabels(columns)
+    return OneLabel(columns)
 
 
 def get_heads(config: ViTCLSConfig, threshold: float | None = None) -> dict[str, ExtraHead]:
@@ -195,14 +206,6 @@ def check_is_classifier(config: ViTCLSConfig) -> None:
             f"labels require a classifier, but the model {problem}. Fine-tune a classifier, or "
             "write features with `vitcls predict --features cls`"
         )
-
-
-def is_known(label: int | None) -> bool:
-    """Return whether a label is a class index.
-
-    Missing labels are None, -100 (IGNORED_LABEL) or another negative value.
-    """
-    return label is not None and label >= 0
 
 
 def is_multi_label(config: ViTCLSConfig) -> bool:

@@ -80,11 +80,9 @@ def compute_class_weights(labels: Sequence[int], num_classes: int) -> torch.Tens
 
     Their mean over the images is 1.
 
-    Missing labels (-100) are ignored. A class without images has weight 0.
+    A class without images has weight 0.
     """
-    class_counts = torch.bincount(
-        torch.tensor([label for label in labels if label >= 0]), minlength=num_classes
-    )
+    class_counts = torch.bincount(torch.tensor(labels), minlength=num_classes)
     is_present = class_counts > 0
     return torch.where(
         is_present, class_counts.sum() / (is_present.sum() * class_counts.clamp(min=1)), 0.0

@@ -30,7 +30,6 @@ from accelerate import PartialState
 from ..hub.loading import describe_missing_repo, fall_back_to_cache, is_hub_id
 from ..hub.local_paths import is_built_in_dataset
 from ..model.fast_image_processing_vitcls import open_regular_file
-from ..model.heads_vitcls import IGNORED_LABEL
 from ..runtime.distributed import run_on_main
 from ..runtime.errors import format_error, is_disk_full, name_full_disk, warn_on_first_process
 from .columns import (
@@ -46,7 +45,7 @@ from .folder_layout import SPLIT_BY_FOLDER_NAME, SPLIT_ORDER
 from .image_folder import read_image_folder, scan_folder
 from .images import ADDRESS, ArrayImages, DatasetImages, LabeledImages, resolve_path
 from .in_memory import MEMORY_PREFIX, get_dataset
-from .labels import UNLABELED, LabelSpace
+from .labels import UNLABELED, LabelSpace, OneLabel
 from .options import DataOptions
 from .tables import read_table
 
@@ -80,13 +79,6 @@ OTHER_REMEDY = "Set `dataset` to a folder of images, or to a CSV file"
 SAVED_FILES = ("dataset_dict.json", "state.json")
 MAX_CHECKED_PATHS = 100  # of a table, of which one must be a file
 
-# kind of labels, as text
-KIND_TEXTS = {
-    "single_label_classification": "one label per image",
-    "multi_label_classification": "several labels per image",
-    "multi_task": "one task per column",
-}
-
 Data = TypeVar("Data")
 # names of all splits -> names of the splits to read
 SplitSelector = Callable[[list[str]], Collection[str]]
@@ -113,7 +105,7 @@ def load_splits(
     """Load the splits of `dataset`.
 
     Args:
-        use_labels: whether labels are read. If False, every label is -100, and no label column is
+        use_labels: whether labels are read. If False, every label is missing, and no label column is
             required.
         select: function that selects splits by name. Other splits, whose labels may be hidden, are
             not read.
@@ -146,8 +138,8 @@ def load_splits(
 
 
 def mark_as_unlabeled(images: Any) -> LabeledImages:
-    """Give every image the label -100, which means unknown."""
-    return LabeledImages(images, [IGNORED_LABEL] * len(images))
+    """Give no image a label."""
+    return LabeledImages(images, [None] * len(images))
 
 
 def load_on_main(dataset: str, load: Callable[[], Data]) -> Data:
@@ -178,9 +170,7 @@ def load_digits() -> Splits:
 
     digits = sklearn.datasets.load_digits()
     gray_levels = (digits.images * (255 / 16)).round().astype(np.uint8)  # [1797, 8, 8]
-    label_space = LabelSpace(
-        "single_label_classification", {"label": [str(name) for name in digits.target_names]}
-    )
+    label_space = OneLabel({"label": [str(name) for name in digits.target_names]})
     images = LabeledImages(ArrayImages(gray_levels), digits.target.tolist())
     return Splits("digits", label_space, {"train": images})
 
@@ -215,7 +205,7 @@ def load_table(options: DataOptions, use_labels: bool, select: SplitSelector) ->
     # A class folder has no other column, and a line names its classes.
     if columns != ["label"]:
         facts["labels"] = (
-            f"{KIND_TEXTS[label_space.kind]}, from {', '.join(map(repr, columns))}, such as "
+            f"{label_space.description}, from {', '.join(map(repr, columns))}, such as "
             f"{'; '.join(examples)}"
         )
     groups: dict[str, np.ndarray] = {}
@@ -239,7 +229,7 @@ def drop_unlabeled_images(images: LabeledImages, name: str) -> LabeledImages:
 
     `name` names the split in messages. Raise ValueError if no image has a label.
     """
-    labeled = [index for index, label in enumerate(images.labels) if label != IGNORED_LABEL]
+    labeled = [index for index, label in enumerate(images.labels) if label is not None]
     if len(labeled) == len(images):
         return images
 

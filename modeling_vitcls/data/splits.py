@@ -21,10 +21,9 @@ import pandas as pd
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from ..model.heads_vitcls import IGNORED_LABEL
 from ..runtime.errors import format_name_list
 from .images import NO_CONTENT_KEY, LabeledImages
-from .labels import LabelSpace
+from .labels import LabelSpace, OneLabel
 from .options import DataOptions
 from .sampling import derive_seed, draw_numbers
 from .sources import Splits, load_splits
@@ -137,7 +136,7 @@ def load_undivided_images(
     Args:
         reads_all: whether the test split, whose labels may be hidden, is read as well if there is
             a validation split.
-        use_labels: if False, every label is -100, and the label space has no columns.
+        use_labels: if False, every label is missing, and the label space has no columns.
 
     Raises:
         ValueError: if the dataset has no images, no labels (unless `use_labels` is False) or only
@@ -146,8 +145,7 @@ def load_undivided_images(
     choose = partial(choose_training_splits, reads_all)
     loaded = load_splits(options, use_labels, choose)
     labels = loaded.label_space
-    is_single_label = use_labels and labels.kind == "single_label_classification"
-    if is_single_label and len(labels.names) == 1:
+    if use_labels and isinstance(labels, OneLabel) and len(labels.names) == 1:
         raise ValueError(
             f"a classifier requires two or more classes, but {options.dataset} has the single class "
             f"{labels.names[0]!r}. If this is a folder of classes, set `dataset` to it"
@@ -269,7 +267,7 @@ def select_held_out(images: LabeledImages, fraction: float, seed: int, dataset: 
 
 def is_stratified(images: LabeledImages) -> bool:
     """Tell whether held-out images can be selected by class: each image has one known label."""
-    return all(isinstance(label, int) and label != IGNORED_LABEL for label in images.labels)
+    return all(isinstance(label, int) for label in images.labels)
 
 
 def compute_class_ratio(images: LabeledImages) -> float:
@@ -284,7 +282,7 @@ def describe_held_out(images: LabeledImages, fraction: float) -> str:
     """Say which images of the only split are held out."""
     if is_stratified(images):
         return f"about {fraction:.0%}, stratified by class"
-    is_labeled = IGNORED_LABEL not in images.labels[:1]
+    is_labeled = None not in images.labels[:1]
     reason = ", not stratified: several labels per image" if is_labeled else ""
     return f"about {fraction:.0%}{reason}"
 

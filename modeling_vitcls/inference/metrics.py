@@ -24,7 +24,7 @@ from torchmetrics.classification import (
 )
 from torchmetrics.utilities.data import dim_zero_cat
 
-from ..data.labels import LabelKind, LabelSpace
+from ..data.labels import LabelKind, LabelSpace, PerTask
 from ..model.heads_vitcls import IGNORED_LABEL
 from .intervals import (
     NUM_BINS,
@@ -221,12 +221,9 @@ class MultiTaskMetrics:
     num_images              number of images; `TASK_num_images` excludes images without a label for the task
     """
 
-    def __init__(self, label_space: LabelSpace, device: torch.device) -> None:
+    def __init__(self, label_space: PerTask, device: torch.device) -> None:
         self.tasks = {
-            task: SingleLabelMetrics(
-                LabelSpace("single_label_classification", {task: names}), device
-            )
-            for task, names in label_space.columns.items()
+            task: SingleLabelMetrics(labels, device) for task, labels in label_space.tasks.items()
         }
         self.num_images = build_aggregator(SumMetric, device)
 

@@ -121,7 +121,7 @@ def inspect_run(
     if not chosen:
         names = sample.images.get_names()
         for index, kind in inspection.shown_images.items():
-            truth = data.label_space.format_label(sample.labels[index]) if has_labels else None
+            truth = data.label_space.format(sample.labels[index]) if has_labels else None
             texts = {"name": names[index], "truth": truth, "kind": kind}
             chosen.append((sample.images[index], texts))
     photos = [

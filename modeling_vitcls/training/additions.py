@@ -31,7 +31,7 @@ from ..data.cells import warn_about_similar_classes
 from ..data.image_folder import check_output_is_not_read
 from ..data.images import LabeledImages
 from ..data.label_matching import translate_labels
-from ..data.labels import LabelSpace, get_label_space
+from ..data.labels import LabelSpace, OneLabel, get_label_space
 from ..data.sources import Splits, load_splits
 from ..data.splits import (
     TrainingData,
@@ -296,7 +296,7 @@ def select_new_images(
     images = add_keys(splits.images_by_split)
     check_contradictions(list(images.values()), new_space, dataset)
     train = images[choose_training_splits(False, images)[0]]
-    label_space = LabelSpace(SINGLE_LABEL, {"label": names})
+    label_space = OneLabel({"label": names})
     return label_space, translate_labels(train, new_space, label_space)
 
 

@@ -18,7 +18,6 @@ from modeling_vitcls.analysis.inspection_images import InspectionImages, open_im
 from modeling_vitcls.analysis.model_utils import is_classifier
 from modeling_vitcls.analysis.options import InspectOptions
 from modeling_vitcls.data.labels import UNLABELED, get_label_space
-from modeling_vitcls.model.heads_vitcls import IGNORED_LABEL
 
 
 CLASSES = ["dog", "owl", "cat"]
@@ -44,7 +43,7 @@ def test_folder_names_are_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     folder = write_photos(tmp_path / "photos", range(2), "dog", "cat", "else")
     found = open_paths(build_named_classifier(CLASSES), folder, folder / "cat" / "1.png")
     assert found.names == ["0.png", "1.png"] * 3 + ["1.png"]
-    assert found.labels == [2, 2, 0, 0, IGNORED_LABEL, IGNORED_LABEL, 2]
+    assert found.labels == [2, 2, 0, 0, None, None, 2]
     assert found.source == "photos, 1.png"
     for index, name in enumerate(["cat/0.png", "cat/1.png", "dog/0.png"]):
         assert np.array_equal(

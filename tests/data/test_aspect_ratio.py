@@ -17,7 +17,7 @@ from modeling_vitcls import (
 from modeling_vitcls.data.aspect_ratio import set_resize
 from modeling_vitcls.data.augmentation import build_augmentation
 from modeling_vitcls.data.batches import Normalizer
-from modeling_vitcls.data.labels import LabelSpace
+from modeling_vitcls.data.labels import OneLabel
 from modeling_vitcls.data.options import AugmentationOptions
 from modeling_vitcls.hub.model_folder import ModelFolder
 from modeling_vitcls.inference.load_model import load_for_inference
@@ -29,7 +29,7 @@ CROP = {
     "do_center_crop": True,
     "crop_size": {"height": 32, "width": 32},
 }
-LABELS = LabelSpace("single_label_classification", {"label": ["yes", "no"]})
+LABELS = OneLabel({"label": ["yes", "no"]})
 
 
 def build_edge_images() -> list[Image.Image]:

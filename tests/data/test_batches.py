@@ -24,11 +24,11 @@ from modeling_vitcls.data.batches import (
     iterate_training_batches,
 )
 from modeling_vitcls.data.images import DatasetImages, LabeledImages
-from modeling_vitcls.data.labels import LabelSpace
+from modeling_vitcls.data.labels import LabelSpace, OneLabel, PerTask, SeveralLabels
 from modeling_vitcls.data.options import AugmentationOptions
 
 
-LABELS = LabelSpace("single_label_classification", {"label": list("abcde")})
+LABELS = OneLabel({"label": list("abcde")})
 
 
 def build_images(
@@ -65,13 +65,13 @@ def are_equal(first: Batch, second: Batch) -> bool:
     ("label_space", "labels", "expected"),
     [
         (
-            LabelSpace("multi_label_classification", {"tags": ["a", "b"]}),
+            SeveralLabels({"tags": ["a", "b"]}),
             [[1], [0, 1]],
             torch.tensor([[0.0, 1.0], [1.0, 1.0]]),
         ),
         (
-            LabelSpace("multi_task", {"a": ["x", "y"], "b": ["x", "y", "z"]}),
-            [{"a": 1, "b": -100}, {"a": 0, "b": 2}],
+            PerTask({"a": ["x", "y"], "b": ["x", "y", "z"]}),
+            [{"a": 1, "b": None}, {"a": 0, "b": 2}],
             {"a": torch.tensor([1, 0]), "b": torch.tensor([-100, 2])},
         ),
     ],

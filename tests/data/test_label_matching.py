@@ -4,11 +4,11 @@ from helpers.tiny_models import raises_one_line
 
 from modeling_vitcls.data.images import LabeledImages
 from modeling_vitcls.data.label_matching import translate_labels
-from modeling_vitcls.data.labels import LabelSpace
+from modeling_vitcls.data.labels import LabelSpace, OneLabel
 
 
 def build_single_label_space(*names: str) -> LabelSpace:
-    return LabelSpace("single_label_classification", {"label": list(names)})
+    return OneLabel({"label": list(names)})
 
 
 def test_labels_are_matched_to_the_model_by_name() -> None:

@@ -9,9 +9,16 @@ import datasets
 import pytest
 from helpers.tiny_models import raises_one_line
 
-from modeling_vitcls.data.cells import read_names
+from modeling_vitcls.data.cells import name_items
 from modeling_vitcls.data.columns import find_image_column, read_labels
-from modeling_vitcls.data.labels import LabelSpace, get_label_space, is_multi_label
+from modeling_vitcls.data.labels import (
+    LabelSpace,
+    OneLabel,
+    PerTask,
+    SeveralLabels,
+    get_label_space,
+    is_multi_label,
+)
 from modeling_vitcls.model.configuration_vitcls import ViTCLSConfig
 
 
@@ -30,18 +37,18 @@ def read(
 def test_minus_one_is_a_class_unless_the_column_is_declared() -> None:
     assert read([-1, 0, 1]) == (["-1", "0", "1"], [0, 1, 2])
     declared = datasets.ClassLabel(names=["no", "yes"])
-    assert read([0, 1, -1], declared) == (["no", "yes"], [0, 1, -100])
+    assert read([0, 1, -1], declared) == (["no", "yes"], [0, 1, None])
 
 
 def test_an_index_of_a_declared_column_is_never_a_name() -> None:
-    rows = read_names([0, 7], ["no", "7"], is_declared=True, separator=None, has_vectors=False)
-    space = LabelSpace("single_label_classification", {"label": ["no", "7"]})
+    found = name_items({"0": [0], "7": [7]}, ["no", "7"], is_declared=True, has_vectors=False)
+    space = OneLabel({"label": ["no", "7"]})
     with raises_one_line("row 1 has the label 'index 7', not one of the 2 classes"):
-        space.index({"label": rows}, "table.csv")
+        space.index({"label": list(found.values())}, "table.csv")
 
 
 def test_undeclared_integers_are_names_sorted_by_value() -> None:
-    assert read([10, 9, 100, None]) == (["9", "10", "100"], [1, 0, 2, -100])
+    assert read([10, 9, 100, None]) == (["9", "10", "100"], [1, 0, 2, None])
     assert read([10.0, 9.0]) == (["9", "10"], [1, 0])
 
 
@@ -63,24 +70,24 @@ def test_integers_are_indices_if_no_name_is_an_integer() -> None:
 
 
 def test_empty_text_and_nan_are_missing_labels() -> None:
-    assert read(["b", "", "a", None]) == (["a", "b"], [1, -100, 0, -100])
-    assert read([1.0, math.nan]) == (["1"], [0, -100])
+    assert read(["b", "", "a", None]) == (["a", "b"], [1, None, 0, None])
+    assert read([1.0, math.nan]) == (["1"], [0, None])
 
 
 def test_empty_text_between_separators_is_not_a_label() -> None:
     values = ["b | a", None, "|b|| ", "", " | "]
     names, labels = read(values, separator="|")
     assert names == ["a", "b"]
-    assert labels == [[0, 1], -100, [1], -100, -100]
+    assert labels == [[0, 1], None, [1], None, None]
     with raises_one_line("row 1 has the label 'c'"):
         read(["a", "b|c"], names=("a", "b"), separator="|")
 
 
 def test_an_empty_list_is_none_of_the_labels_and_an_empty_cell_is_missing() -> None:
-    assert read([["b", "a"], [], None])[1] == [[0, 1], [], -100]
-    assert read(["b|a", "[]", ""], separator="|")[1] == [[0, 1], [], -100]
+    assert read([["b", "a"], [], None])[1] == [[0, 1], [], None]
+    assert read(["b|a", "[]", ""], separator="|")[1] == [[0, 1], [], None]
     declared = datasets.List(datasets.ClassLabel(names=["a", "b"]))
-    assert read([[1], [], [-1], None], declared)[1] == [[1], [], -100, -100]
+    assert read([[1], [], [-1], None], declared)[1] == [[1], [], None, None]
 
 
 @pytest.mark.parametrize("value", [0.5, {"x": 1}, [["a"], ["b"]]])
@@ -89,28 +96,27 @@ def test_columns_of_other_values_are_not_labels(value: Any) -> None:
         read([value])
 
 
-SINGLE = LabelSpace("single_label_classification", {"label": ["cat", "dog"]})
-SEVERAL = LabelSpace("multi_label_classification", {"label": ["cat", "dog"]})
-TASKS = LabelSpace("multi_task", {"kind": ["cat", "dog"], "age": ["young", "old"]})
+SINGLE = OneLabel({"label": ["cat", "dog"]})
+SEVERAL = SeveralLabels({"label": ["cat", "dog"]})
+TASKS = PerTask({"kind": ["cat", "dog"], "age": ["young", "old"]})
 
 
 @pytest.mark.parametrize(
     ("label_space", "label", "text"),
     [
         (SINGLE, 1, "dog"),
-        (SINGLE, -100, None),
         (SINGLE, None, None),
         (SEVERAL, [0, 1], "cat, dog"),
         (SEVERAL, [], "no label"),
         (TASKS, {"kind": 0, "age": 1}, "kind cat, age old"),
-        (TASKS, {"kind": -100, "age": 0}, "age young"),
-        (TASKS, {"kind": -100, "age": -100}, None),
+        (TASKS, {"kind": None, "age": 0}, "age young"),
+        (TASKS, {"kind": None, "age": None}, None),
     ],
 )
 def test_labels_are_shown_by_their_names(
     label_space: LabelSpace, label: Any, text: str | None
 ) -> None:
-    assert label_space.format_label(label) == text
+    assert label_space.format(label) == text
 
 
 @pytest.mark.parametrize("label_space", [SINGLE, SEVERAL, TASKS])

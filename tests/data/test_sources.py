@@ -126,7 +126,7 @@ def test_several_columns_are_several_tasks(color_images: Path, tmp_path: Path) -
     assert data.label_space.columns == {"count": ["1", "2"], "shade": ["dusk", "noon"]}
 
     counts = Counter(label["count"] for _, label in list_all(data))
-    assert counts == {-100: 5, 0: 5, 1: 10}
+    assert counts == {None: 5, 0: 5, 1: 10}
     for image, label in list_all(data):
         assert is_noon(image) == (label["shade"] == 1)
 
@@ -222,7 +222,7 @@ def test_images_can_be_read_without_labels(color_images: Path, tmp_path: Path) -
         assert len(data.train) + len(data.held_out) == 20
         assert data.label_space.columns == {}
         assert "stratified" not in data.held_out_name
-        assert {label for _, label in list_all(data)} == {-100}
+        assert {label for _, label in list_all(data)} == {None}
         assert (
             len({np.asarray(image.convert("RGB")).tobytes() for image, _ in list_all(data)}) == 20
         )

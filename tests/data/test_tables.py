@@ -13,7 +13,7 @@ from helpers.tiny_models import raises_one_line
 from PIL import Image
 
 from modeling_vitcls.data.in_memory import add_dataset
-from modeling_vitcls.data.labels import LabelSpace
+from modeling_vitcls.data.labels import SeveralLabels
 from modeling_vitcls.data.options import DataOptions
 from modeling_vitcls.data.sources import load_splits
 from modeling_vitcls.data.splits import (
@@ -51,7 +51,7 @@ def read_labels(dataset: Any, split: str = "train", **options: Any) -> list[str 
     """Return the labels of a split as text."""
     splits = load_splits(DataOptions(dataset=str(dataset), **options))
     labels = splits.images_by_split[split].labels
-    return [splits.label_space.format_label(label) for label in labels]
+    return [splits.label_space.format(label) for label in labels]
 
 
 # Text ---------------------------------------------------------------------------------------------
@@ -308,9 +308,7 @@ def test_one_column_of_bits_per_class_is_multi_label(bits: list[str], photos: Pa
     no, yes = bits
     table = write_csv(photos, [no, yes, no], "bits.csv", dog=[no, yes, yes])
     splits = load_splits(DataOptions(dataset=table, label_column=("label", "dog")))
-    assert splits.label_space == LabelSpace(
-        "multi_label_classification", {"labels": ["label", "dog"]}
-    )
+    assert splits.label_space == SeveralLabels({"labels": ["label", "dog"]})
     assert list(splits.images_by_split["train"].labels) == [[], [0, 1], [1]]
 
 

@@ -28,7 +28,7 @@ from modeling_vitcls import (
     ViTCLSImageProcessor,
 )
 from modeling_vitcls.data.images import DatasetImages, LabeledImages
-from modeling_vitcls.data.labels import LabelSpace
+from modeling_vitcls.data.labels import OneLabel, PerTask, SeveralLabels
 from modeling_vitcls.data.options import DataOptions
 from modeling_vitcls.inference.evaluate import evaluate_checkpoint
 from modeling_vitcls.inference.evaluator import Evaluator
@@ -50,9 +50,9 @@ SIZES: dict[str, Any] = {
     "initializer_range": 0.5,
 }
 SPACES = {
-    "single": LabelSpace("single_label_classification", {"label": CLASSES}),
-    "multi_label": LabelSpace("multi_label_classification", {"label": CLASSES}),
-    "multi_task": LabelSpace("multi_task", {"age": ["old", "young"], "species": CLASSES}),
+    "single": OneLabel({"label": CLASSES}),
+    "multi_label": SeveralLabels({"label": CLASSES}),
+    "multi_task": PerTask({"age": ["old", "young"], "species": CLASSES}),
 }
 CONFIGS: dict[str, dict[str, Any]] = {
     "single": {"num_distillation_tokens": 1},
@@ -75,7 +75,7 @@ def draw_label(name: str, random: np.random.Generator) -> Any:
         return int(random.integers(6))
     if name == "multi_label":
         return np.flatnonzero(random.integers(2, size=6)).tolist()
-    return {"age": int(random.integers(2)), "species": int(random.choice([-100, 0, 3, 5]))}
+    return {"age": int(random.integers(2)), "species": [None, 0, 3, 5][random.integers(4)]}
 
 
 def build_labeled_images(

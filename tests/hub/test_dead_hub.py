@@ -24,7 +24,7 @@ from timm.models import save_for_hf
 from modeling_vitcls import ViTCLSConfig
 from modeling_vitcls.cli.convert import ConvertOptions, run
 from modeling_vitcls.conversion.convert import convert_checkpoint
-from modeling_vitcls.data.labels import LabelSpace
+from modeling_vitcls.data.labels import OneLabel
 from modeling_vitcls.data.options import DataOptions
 from modeling_vitcls.data.sources import load_splits
 from modeling_vitcls.data.splits import load_training_data
@@ -37,7 +37,7 @@ pytestmark = pytest.mark.integration
 
 
 DEAD = "http://127.0.0.1:9"  # a closed port
-DIGITS = LabelSpace("single_label_classification", {"label": [str(index) for index in range(10)]})
+DIGITS = OneLabel({"label": [str(index) for index in range(10)]})
 
 
 @pytest.fixture

@@ -30,7 +30,7 @@ from helpers.warm_processes import OFFLINE, run_together
 from PIL import Image
 
 from modeling_vitcls import ViTCLSConfig, ViTCLSForImageClassification, ViTCLSImageProcessor
-from modeling_vitcls.data.labels import LabelSpace
+from modeling_vitcls.data.labels import OneLabel
 from modeling_vitcls.inference import evaluate as evaluate_module
 from modeling_vitcls.inference.evaluate import (
     evaluate_checkpoint,
@@ -54,7 +54,7 @@ def two_process_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     The folder contains the printed text in `stdout`.
     """
     folder = tmp_path_factory.mktemp("two")
-    labels = LabelSpace("single_label_classification", {"label": list("9876543210")})
+    labels = OneLabel({"label": list("9876543210")})
     model = build_classifier("single")
     config = ViTCLSConfig(**model.config.to_diff_dict() | labels.to_config_values())
     type(model)(config).save_pretrained(folder)
@@ -155,7 +155,7 @@ def test_tasks_are_matched_by_name_and_missing_labels_are_not_counted(
     def text(label: dict[str, int]) -> list[str]:
         columns = SPACES["multi_task"].columns
         return [
-            columns[task][label[task]] if label[task] >= 0 else "" for task in ("species", "age")
+            "" if label[task] is None else columns[task][label[task]] for task in ("species", "age")
         ]
 
     table = write_table(tmp_path, "multi_task", ["species", "age"], text)
@@ -193,7 +193,7 @@ def test_the_files_are_written_before_the_table_is_printed(
 def test_an_image_of_other_channels_is_named_and_counted_as_unreadable(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    labels = LabelSpace("single_label_classification", {"label": ["[b]dark", "light"]})
+    labels = OneLabel({"label": ["[b]dark", "light"]})
     config = ViTCLSConfig(**SIZES | {"num_channels": 1} | labels.to_config_values())
     gray = ViTCLSImageProcessor(size=16, do_convert_rgb=False, image_mean=0.5, image_std=0.5)
     save_with_processor(ViTCLSForImageClassification(config), tmp_path / "model", gray)

@@ -14,7 +14,7 @@ from helpers.evaluation_worker import CLASSES, NUM_IMAGES, SPACES
 from torch import nn
 from torch.utils._pytree import tree_map
 
-from modeling_vitcls.data.labels import LabelSpace
+from modeling_vitcls.data.labels import PerTask, SeveralLabels
 from modeling_vitcls.inference.intervals import compute_chance_calibration_error
 from modeling_vitcls.inference.metrics import (
     METRICS,
@@ -142,8 +142,8 @@ def test_metrics_of_tasks_use_labeled_images_only(by_one_process: dict[str, Any]
     losses = []
 
     for task, names in SPACES["multi_task"].columns.items():
-        truth = torch.tensor([label[task] for label in labels])
-        known = truth != -100
+        truth = torch.tensor([-1 if label[task] is None else label[task] for label in labels])
+        known = truth >= 0
         right = outputs.logits[task].argmax(1)[known] == truth[known]
         accuracies.append(right.float().mean().item())
         losses.append(nn.functional.cross_entropy(outputs.logits[task][known], truth[known]).item())
@@ -174,7 +174,7 @@ def test_logits_between_0_and_1_are_not_interpreted_as_probabilities() -> None:
 
 
 def test_a_task_without_labeled_images_has_no_effect() -> None:
-    space = LabelSpace("multi_task", {"age": ["old", "young"], "species": CLASSES})
+    space = PerTask({"age": ["old", "young"], "species": CLASSES})
     metrics = MultiTaskMetrics(space, CPU)
     logits = {"age": torch.tensor([[2.0, 1.0], [0.0, 3.0], [1.0, 0.0]])}
     labels = {"age": torch.tensor([0, 0, -100]), "species": torch.full((3,), -100)}
@@ -191,7 +191,7 @@ def test_a_task_without_labeled_images_has_no_effect() -> None:
 
 def test_a_single_tag_has_an_average_precision() -> None:
     """torchmetrics returns scalars for one class."""
-    tags = MultiLabelMetrics(LabelSpace("multi_label_classification", {"label": ["a"]}), CPU)
+    tags = MultiLabelMetrics(SeveralLabels({"label": ["a"]}), CPU)
     logits = torch.tensor([[1.0], [-1.0], [2.0]])
     labels = torch.tensor([[1.0], [0.0], [0.0]])
     tags.update(SimpleNamespace(logits=logits), labels)

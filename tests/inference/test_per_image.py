@@ -56,7 +56,7 @@ def test_rows_equal_the_metrics_of_the_same_evaluation(folder: Path, tmp_path: P
 def test_rows_keep_the_index_of_their_image(tmp_path: Path) -> None:
     """Unreadable images and images without a label have no row, but keep their index."""
     pictures = build_labeled_images("single", unreadable=UNREADABLE)
-    labels = [-100 if index < 3 else label for index, label in enumerate(pictures.labels)]
+    labels = [None if index < 3 else label for index, label in enumerate(pictures.labels)]
     images = LabeledImages(pictures.images, labels)
     rows = [3, 4, 6, 7, 8, 9, 10]
     evaluator = build_evaluator("single", build_accelerator(), images)

@@ -12,7 +12,7 @@ from PIL import Image
 
 from modeling_vitcls import ViTCLSForImageClassification
 from modeling_vitcls.data.images import ArrayImages, LabeledImages
-from modeling_vitcls.data.labels import LabelSpace
+from modeling_vitcls.data.labels import OneLabel
 from modeling_vitcls.data.splits import TrainingData
 from modeling_vitcls.hub.model_folder import ModelFolder
 from modeling_vitcls.publishing.wrong_photos import (
@@ -49,7 +49,7 @@ def folder(tmp_path: Path) -> Path:
 
 def build_data(held_out: LabeledImages, train: LabeledImages = NO_IMAGES) -> TrainingData:
     """Build the data of a run with images in memory."""
-    label_space = LabelSpace("single_label_classification", {"label": NAMES})
+    label_space = OneLabel({"label": NAMES})
     return TrainingData(
         name="skies",
         label_space=label_space,

@@ -26,7 +26,7 @@ from modeling_vitcls import (
     ViTCLSModel,
 )
 from modeling_vitcls.cli.api import build_options
-from modeling_vitcls.data.labels import LabelSpace
+from modeling_vitcls.data.labels import LabelSpace, OneLabel, PerTask, SeveralLabels
 from modeling_vitcls.training.defaults import choose_image_size
 from modeling_vitcls.training.finetune import check_label_kind
 from modeling_vitcls.training.model import (
@@ -61,7 +61,7 @@ def test_extra_heads_are_dropped_because_fine_tuning_changes_their_features(
 ) -> None:
     config = build_tiny_config(extra_heads={"weather": {"labels": ["rain", "sun"]}})
     save_with_processor(ViTCLSForImageClassification(config), tmp_path)
-    label_space = LabelSpace("single_label_classification", {"label": labels})
+    label_space = OneLabel({"label": labels})
     model, _, new_names = build_initial_model(ModelOptions(model=str(tmp_path)), label_space)
     assert model.config.extra_heads is None
     assert not model.extra_heads
@@ -71,11 +71,9 @@ def test_extra_heads_are_dropped_because_fine_tuning_changes_their_features(
 @pytest.mark.parametrize(
     "label_space",
     [
-        LabelSpace(
-            "multi_task", {"age": ["old", "young"], "kind": ["a", "b"], "size": ["s", "m", "l"]}
-        ),
-        LabelSpace("multi_task", {"colour": ["red", "green"]}),
-        LabelSpace("single_label_classification", {"label": ["yes", "no"]}),
+        PerTask({"age": ["old", "young"], "kind": ["a", "b"], "size": ["s", "m", "l"]}),
+        PerTask({"colour": ["red", "green"]}),
+        OneLabel({"label": ["yes", "no"]}),
     ],
 )
 def test_a_checkpoint_of_several_tasks_is_trained_on_other_labels(
@@ -99,34 +97,34 @@ def test_a_checkpoint_of_several_tasks_is_trained_on_other_labels(
         assert model.config.tasks is None
 
 
-SINGLE, MULTI = "single_label_classification", "multi_label_classification"
+MULTI = "multi_label_classification"
 
 
 @pytest.mark.parametrize(
-    ("stored_kind", "kind", "names", "is_same"),
+    ("stored_kind", "build", "names", "is_same"),
     [
-        (MULTI, SINGLE, ["ant", "bee", "cat"], False),
-        (MULTI, MULTI, ["ant", "bee", "cat"], True),
-        (None, SINGLE, ["ant", "bee", "cat"], True),
-        (None, MULTI, ["ant", "bee", "cat"], False),
-        (None, SINGLE, ["ant", "cat", "bee"], False),
+        (MULTI, OneLabel, ["ant", "bee", "cat"], False),
+        (MULTI, SeveralLabels, ["ant", "bee", "cat"], True),
+        (None, OneLabel, ["ant", "bee", "cat"], True),
+        (None, SeveralLabels, ["ant", "bee", "cat"], False),
+        (None, OneLabel, ["ant", "cat", "bee"], False),
     ],
 )
 def test_a_classifier_is_kept_only_for_the_same_labels(
-    stored_kind: str | None, kind: Any, names: list[str], is_same: bool, tmp_path: Path
+    stored_kind: str | None, build: Any, names: list[str], is_same: bool, tmp_path: Path
 ) -> None:
     fields = {"id2label": {0: "ant", 1: "bee", 2: "cat"}, "problem_type": stored_kind}
     fields |= {"temperature": 3.0, "distance_threshold": 2.0}
     saved = ViTCLSForImageClassification(build_tiny_config(**fields))
     save_with_processor(saved, tmp_path)
     model, _, new_names = build_initial_model(
-        ModelOptions(model=str(tmp_path)), LabelSpace(kind, {"label": names})
+        ModelOptions(model=str(tmp_path)), build({"label": names})
     )
 
     assert new_names == (set() if is_same else {"classifier.weight", "classifier.bias"})
     assert torch.equal(model.classifier.weight, saved.classifier.weight) is is_same
-    assert model.config.problem_type == (stored_kind if is_same else kind)
-    assert model.config.pooling == ("cls_mean" if kind == SINGLE and not is_same else "cls")
+    assert model.config.problem_type == (stored_kind if is_same else build.kind)
+    assert model.config.pooling == ("cls_mean" if build is OneLabel and not is_same else "cls")
     # They were fitted to the old classifier.
     assert model.config.temperature == 1.0
     assert model.config.distance_threshold is None
@@ -152,7 +150,7 @@ def test_a_new_classifier_of_a_pretrained_encoder_reads_cls_and_the_patches(
     """Other poolers and distillation heads keep the pooling of the checkpoint."""
     encoder = ViTCLSModel(build_tiny_config(num_distillation_tokens=0, **stored))
     save_with_processor(encoder, tmp_path)
-    labels = LabelSpace("single_label_classification", {"label": ["ant", "bee"]})
+    labels = OneLabel({"label": ["ant", "bee"]})
     model, _, _ = build_initial_model(ModelOptions(model=str(tmp_path), **flags), labels)
     assert model.config.pooling == expected
     weights = model.vitcls.state_dict()
@@ -174,9 +172,7 @@ def test_checkpoints_in_bfloat16_are_trained_in_float32(names: list[str], tmp_pa
     options = ModelOptions(
         model=str(tmp_path), num_distillation_tokens=1, num_register_tokens=1, pooling="attention"
     )
-    model, _, new_names = build_initial_model(
-        options, LabelSpace("single_label_classification", {"label": names})
-    )
+    model, _, new_names = build_initial_model(options, OneLabel({"label": names}))
     initial = resolve_initial_model(options.model)
     encoder, _ = build_encoder(initial, options.get_config_values())
     for vit in (model.vitcls, encoder):
@@ -355,7 +351,7 @@ def test_added_tokens_are_trained_with_their_positions_and_gates(
         build_tiny_config(**fields, id2label=dict(enumerate(names)))
     )
     save_with_processor(saved, tmp_path)
-    labels = LabelSpace("single_label_classification", {"label": names})
+    labels = OneLabel({"label": names})
     options = ModelOptions(model=str(tmp_path), num_distillation_tokens=1, num_register_tokens=3)
     model, _, new_names = build_initial_model(options, labels)
     found = group_trainable(set_trainable_parameters(model, choice, new_names))
@@ -460,7 +456,7 @@ def test_large_checkpoints_are_fine_tuned_at_224_pixels(
             resolve_initial_model(str(tmp_path)), options.get_config_values()
         )
         options = ModelOptions(model=str(tmp_path), image_size=size)
-    label_space = LabelSpace("single_label_classification", {"label": ["yes", "no"]})
+    label_space = OneLabel({"label": ["yes", "no"]})
 
     model, processor, _ = build_initial_model(options, label_space)
     assert (

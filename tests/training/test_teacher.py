@@ -30,7 +30,7 @@ from transformers import (
 )
 
 from modeling_vitcls import ViTCLSConfig, ViTCLSForImageClassification, ViTCLSImageProcessor
-from modeling_vitcls.data.labels import LabelSpace
+from modeling_vitcls.data.labels import LabelSpace, OneLabel
 from modeling_vitcls.training.losses import compute_distillation_loss
 from modeling_vitcls.training.teacher import (
     Teacher,
@@ -44,7 +44,7 @@ NAMES = ["ant", "bee", "cat"]
 
 
 def build_label_space(*names: str) -> LabelSpace:
-    return LabelSpace("single_label_classification", {"label": list(names)})
+    return OneLabel({"label": list(names)})
 
 
 def load_labeled_teacher(
