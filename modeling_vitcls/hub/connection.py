@@ -1,16 +1,11 @@
-"""Requests to the Hub: timeouts, retries after temporary failures, and one-line error messages.
+"""Requests to the Hub: timeouts, silenced libraries, and one-line error messages.
 
-huggingface_hub itself repeats downloads and uploads of files (`http_backoff`), with a warning for
-each. It repeats no other requests, and no sequence of them, such as a push.
+huggingface_hub itself repeats failed downloads and uploads of files, with a warning for each.
 """
 
-import json
-import logging
 import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
 
 from huggingface_hub import constants, get_session, is_offline_mode
 from huggingface_hub.errors import HfHubHTTPError
@@ -30,18 +25,7 @@ HTTPError: type[Exception] = next(base for base in HfHubHTTPError.__bases__ if b
 # failed upload, and ValueError for invalid metadata.
 HUB_ERRORS: tuple[type[Exception], ...] = (HTTPError, OSError, RuntimeError, ValueError)
 
-# HTTP statuses for a timeout, a conflict with another push, too many requests, and a server error.
-TEMPORARY_STATUSES = frozenset({408, 409, 412, 429, 500, 502, 503, 504})
-# Wait before each retry, in seconds. The Hub may request a longer wait, up to its rate limit window
-# of five minutes.
-RETRY_WAITS = (1.0, 2.0, 4.0, 8.0)
-MAX_RETRY_WAIT = 300.0  # maximum wait before a retry, in seconds
-
 SILENCE_LOCK = threading.RLock()
-
-Result = TypeVar("Result")
-
-logger = logging.getLogger(__name__)
 
 
 def check_is_online() -> None:
@@ -104,63 +88,11 @@ def hide_hub_progress_bars() -> Iterator[None]:
             enable_progress_bars()
 
 
-def retry(
-    action: Callable[[], Result], description: str, waits: Sequence[float] | None = None
-) -> Result:
-    """Call `action`, retry after temporary failures, and return the result or raise the last error.
-
-    Before each retry, a line with the `description`, such as "pushing to someone/model", is logged.
-    `waits` contains the wait before each retry in seconds (default: `RETRY_WAITS`).
-    """
-    for wait in RETRY_WAITS if waits is None else waits:
-        try:
-            return action()
-        except HUB_ERRORS as error:
-            # A refused token or a missing repository is the same in eight seconds.
-            if not is_temporary(error):
-                raise
-            response = find_response(error)
-            requested_wait = response.headers.get("Retry-After", "") if response is not None else ""
-            # HTTP also allows a date here. The Hub sends seconds, so a date is not worth a parser.
-            if requested_wait.isdecimal():
-                wait = max(wait, min(float(requested_wait), MAX_RETRY_WAIT))
-            logger.warning(
-                "%s: %s; trying again in %g s", description, format_hub_error(error), wait
-            )
-            time.sleep(wait)
-    # The last attempt is outside of the loop: its error is the one to raise, and no wait follows
-    # it.
-    return action()
-
-
-def is_temporary(error: BaseException) -> bool:
-    """Check whether an error is temporary, in which case a retry may succeed.
-
-    If the Hub has not responded within the timeout, it will not respond to the next request,
-    either.
-    """
-    # The status decides if there is one, because the type does not: a missing repository is an
-    # HTTPError, too.
-    if (response := find_response(error)) is not None:
-        return response.status_code in TEMPORARY_STATUSES
-    # If the Hub is down, a proxy may return an HTML page instead of JSON.
-    temporary_errors = (HTTPError, ConnectionError, RuntimeError, json.JSONDecodeError)
-    causes = [cause for cause in iter_causes(error) if isinstance(cause, temporary_errors)]
-    return bool(causes) and not any("Timeout" in type(cause).__name__ for cause in causes)
-
-
 def iter_causes(error: BaseException | None) -> Iterator[BaseException]:
     """Yield an error and its chain of causes (`__cause__`)."""
     while error is not None:
         yield error
         error = error.__cause__
-
-
-def find_response(error: BaseException) -> Any:
-    """Find the response of the Hub in the chain of an error and its causes, or None."""
-    return next(
-        (cause.response for cause in iter_causes(error) if isinstance(cause, HfHubHTTPError)), None
-    )
 
 
 def format_hub_error(error: BaseException) -> str:

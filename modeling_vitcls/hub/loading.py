@@ -11,7 +11,7 @@
     folder = download_files("someone/their-model", "v1", ["config.json"])
 
     online          the newest commit; files that are not in the cache are downloaded
-    no response     the cached files, with a warning; an error after two attempts if no files are cached
+    no response     the cached files, with a warning; an error if no files are cached
     offline         the cached files (HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE); an error if no files are cached
 
 Loading from the returned folder sends no requests. Without this module, transformers would retry
@@ -26,14 +26,20 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import quote
 
-from huggingface_hub import HfApi, constants, is_offline_mode, snapshot_download
+from huggingface_hub import constants, is_offline_mode, snapshot_download
 from huggingface_hub.errors import (
     HFValidationError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import (
+    build_hf_headers,
+    hf_raise_for_status,
+    http_backoff,
+    validate_repo_id,
+)
 from torch import nn
 
 from .connection import (
@@ -41,7 +47,6 @@ from .connection import (
     describe_no_response,
     format_hub_error,
     hide_hub_progress_bars,
-    retry,
     set_hub_timeout,
 )
 from .model_files import (
@@ -59,7 +64,7 @@ MODEL_FILE_PATTERNS = (*CONFIG_FILES, *WEIGHTS_PATTERNS, ADAPTER_FILE)
 
 TIMEOUT = 6.0  # maximum time without a response, in seconds
 COMMIT_TIMEOUT = 60.0  # maximum time without a response for the files of a commit, in seconds
-RETRY_WAIT = 1.0  # wait before the only retry, in seconds
+RETRY_WAIT = 1.0  # wait before the only retry, after an error of the server, in seconds
 
 RepoType = Literal["model", "dataset"]
 PATH_NOUNS: dict[RepoType, str] = {"model": "folder", "dataset": "file or folder"}
@@ -131,20 +136,26 @@ def get_external_model_folder(source: str) -> str:
 
 def fetch_repo_info(
     repo_id: str, repo_type: RepoType = "model", revision: str | None = None
-) -> Any:
+) -> dict[str, Any]:
     """Fetch the Hub's information about a repository, using at most two requests.
 
     Raise HubUnreachableError if the Hub does not respond, and OSError if there is no such
     repository or revision.
     """
+    suffix = f"/revision/{quote(revision, safe='')}" if revision else ""
     try:
-        return retry(
-            lambda: HfApi().repo_info(
-                repo_id, repo_type=repo_type, revision=revision, timeout=TIMEOUT
-            ),
-            f"looking up {repo_id}",
-            waits=(RETRY_WAIT,),
+        response = http_backoff(
+            "GET",
+            f"{constants.ENDPOINT}/api/{repo_type}s/{repo_id}{suffix}",
+            max_retries=1,
+            base_wait_time=RETRY_WAIT,
+            # A Hub that is out of reach or silent will not answer a second later, either.
+            retry_on_exceptions=(),
+            headers=build_hf_headers(),
+            timeout=TIMEOUT,
         )
+        hf_raise_for_status(response)
+        return response.json()
     # These two are HTTP errors as well, so they come before HUB_ERRORS: here, the Hub has answered.
     except RepositoryNotFoundError as error:
         raise OSError(
@@ -171,7 +182,7 @@ def fall_back_to_cache(
         return
 
     try:
-        commit = fetch_repo_info(repo_id, repo_type, revision).sha
+        commit = fetch_repo_info(repo_id, repo_type, revision)["sha"]
     except HubUnreachableError as error:
         # Python deletes `error` at the end of this block, but the message below needs it.
         hub_error = error
@@ -302,7 +313,7 @@ def resolve_commit(repo_id: str, revision: str = "main") -> HubCommit:
     if not is_hub_id(repo_id):
         raise OSError(describe_missing_repo(repo_id))
     info = fetch_repo_info(repo_id, revision=revision)
-    return HubCommit(repo_id, info.sha, bool(info.private or info.gated))
+    return HubCommit(repo_id, info["sha"], bool(info.get("private") or info.get("gated")))
 
 
 def describe_missing_repo(name: str, repo_type: RepoType = "model") -> str:

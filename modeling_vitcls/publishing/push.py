@@ -4,8 +4,8 @@
     push_result = push_folder(ModelFolder(Path("runs/mine")), repo_id)
     push_result.commit                                                  # the commit hash to pin
 
-Temporary failures are retried for about a minute. Files that the Hub already has are not uploaded
-again. The folder is not changed.
+huggingface_hub repeats failed uploads of files. After any other failure, the error names the command that
+completes the push. Files that the Hub already has are not uploaded again. The folder is not changed.
 """
 
 import shlex
@@ -26,7 +26,6 @@ from ..hub.connection import (
     describe_no_response,
     format_hub_error,
     hide_hub_progress_bars,
-    retry,
     set_hub_timeout,
 )
 from ..hub.model_folder import ModelFolder
@@ -185,45 +184,40 @@ def upload_files(
     check_is_online()
     api = HfApi()
 
-    def push_once() -> PushResult:
-        if repo_type == "model":
-            # None: the account's default visibility
-            api.create_repo(repo_id, private=private or None, exist_ok=True)
-        if branch is not None:
-            api.create_branch(repo_id, branch=branch, exist_ok=True)
-        # The commit that is read here is the parent below. All of this is repeated after a failure,
-        # because another push changes both the parent and the files to delete.
-        info = api.repo_info(repo_id, repo_type=repo_type, revision=branch, timeout=TIMEOUT)
-        names = api.list_repo_files(repo_id, repo_type=repo_type, revision=info.sha)
-        outdated = set(filter_repo_objects(names, allow_patterns=delete_patterns)) - files.keys()
-        operations: list[CommitOperationAdd | CommitOperationDelete] = [
-            CommitOperationDelete(name) for name in sorted(outdated - {GIT_ATTRIBUTES_FILE})
-        ]
-        operations += [CommitOperationAdd(name, content) for name, content in files.items()]
-        commit = api.create_commit(
-            repo_id,
-            operations,
-            repo_type=repo_type,
-            commit_message=message,
-            revision=branch,
-            # After another push in the meantime, the Hub rejects the commit (HTTP 412), and the
-            # retry starts again.
-            parent_commit=info.sha,
-        )
-        path = f"spaces/{repo_id}" if repo_type == "space" else f"{repo_id}/commit/{commit.oid}"
-        url = f"{constants.ENDPOINT}/{path}"
-        return PushResult(repo_id, commit.oid, url, bool(info.private))
-
     try:
         with (
             set_hub_timeout(TIMEOUT),
             nullcontext() if sys.stderr.isatty() else hide_hub_progress_bars(),
         ):
-            return retry(push_once, f"pushing to {repo_id}")
+            if repo_type == "model":
+                # None: the account's default visibility
+                api.create_repo(repo_id, private=private or None, exist_ok=True)
+            if branch is not None:
+                api.create_branch(repo_id, branch=branch, exist_ok=True)
+            info = api.repo_info(repo_id, repo_type=repo_type, revision=branch, timeout=TIMEOUT)
+            names = api.list_repo_files(repo_id, repo_type=repo_type, revision=info.sha)
+            outdated = set(filter_repo_objects(names, allow_patterns=delete_patterns))
+            operations: list[CommitOperationAdd | CommitOperationDelete] = [
+                CommitOperationDelete(name)
+                for name in sorted(outdated - files.keys() - {GIT_ATTRIBUTES_FILE})
+            ]
+            operations += [CommitOperationAdd(name, content) for name, content in files.items()]
+            commit = api.create_commit(
+                repo_id,
+                operations,
+                repo_type=repo_type,
+                commit_message=message,
+                revision=branch,
+                # After another push in the meantime, which may have other files to delete, the Hub
+                # rejects the commit (HTTP 412).
+                parent_commit=info.sha,
+            )
     except HUB_ERRORS as error:
         raise PushError(
             f"the push to {repo_id} failed: {format_hub_error(error)}. {advice}"
         ) from error
+    path = f"spaces/{repo_id}" if repo_type == "space" else f"{repo_id}/commit/{commit.oid}"
+    return PushResult(repo_id, commit.oid, f"{constants.ENDPOINT}/{path}", bool(info.private))
 
 
 def build_push_command(folder: Path, repo_id: str, **others: str | bool | None) -> str:

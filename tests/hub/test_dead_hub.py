@@ -165,7 +165,7 @@ def test_a_mistyped_folder_is_named_in_one_line(
     monkeypatch.chdir(tmp_path)
     for name, words in {
         "lab/none": [", and the Hub has no such"],
-        "runs/my/none": ["there is no file or folder"],
+        "runs/my/none": ["not a valid id", "Check the path"],
         "lab/gone": [
             "missing or incomplete in the cache",
             f"{DEAD} does not respond",

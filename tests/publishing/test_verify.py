@@ -21,7 +21,6 @@ from safetensors.torch import load_file, save_file
 
 from modeling_vitcls.cli.push import PushOptions
 from modeling_vitcls.cli.push import run as run_push
-from modeling_vitcls.hub import connection
 from modeling_vitcls.hub.model_folder import ModelFolder
 from modeling_vitcls.publishing.push import push_folder
 from modeling_vitcls.publishing.verify import (
@@ -43,7 +42,6 @@ def hub(hub: LocalHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Local
     """Start an empty Hub for this process and its child processes, as ann."""
     hub.tokens |= {"hf_bob": Token("bob")}
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))  # a new process must not use it
-    monkeypatch.setattr(connection, "RETRY_WAITS", (0.01, 0.02))
     return hub
 
 
