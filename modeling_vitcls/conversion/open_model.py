@@ -132,9 +132,9 @@ def convert_once(source: str) -> str:
 
 
 def compute_cache_name(source: str) -> str:
-    """Compute the folder name of a conversion.
+    """Compute a name of a model's files, which is that of the folder of its conversion.
 
-    The name depends on the commit or the local files of the source, and on the package version.
+    It depends on the commit or the local files of the source, and on the package version.
     """
     path = Path(split_prefix(source)[1] or source.removeprefix("timm:"))
     cache_key: list[object] = [source, __version__]

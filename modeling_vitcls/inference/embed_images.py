@@ -2,7 +2,7 @@
 
 embed = EmbedImages("runs/mine", features=["cls", "mean"])
 ray_dataset.map_batches(embed_class, fn_constructor_args=["runs/mine"])       # see scripts/ray_features.py
-spark_frame.mapInPandas(lambda frames: (pandas.DataFrame(embed(frame.to_dict("list"))) for frame in frames), schema)
+spark_frame.mapInPandas(embed_frames, schema)                                 # see docs/predicting.md
 dataset.with_format("numpy").map(embed, batched=True, batch_size=256)
 """
 
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..conversion.open_model import open_model
+from ..conversion.open_model import compute_cache_name, open_model
 from ..model.image_processing_vitcls import SOURCE_TYPES
 from .inputs import build_record
 from .load_model import load_for_inference
@@ -29,7 +29,7 @@ IMAGE_COLUMNS = ("image", "bytes", "path")  # column names of images in Ray, Spa
 class EmbedImages:
     """Picklable function that adds features to a batch of images.
 
-    The model is loaded on the first call.
+    The model is loaded on the first call, and again after a local model has changed.
 
     Args:
         model: a folder, a Hub id or any other checkpoint that `--model` accepts.
@@ -63,12 +63,20 @@ class EmbedImages:
         self.model = str(model)
         self.features = tuple(features)
         self.image_column = image_column
-        self.dtype, self.batch_size, self.resize, self.device = dtype, batch_size, resize, device
+        self.dtype = dtype
+        self.batch_size = batch_size
+        self.resize = resize
+        self.device = device
         self.predictor: Predictor | None = None
+        self.files = ""  # what a local model was when it was loaded
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave the model out of a pickle: each process loads it itself."""
-        return self.__dict__ | {"predictor": None}
+        """Leave the model out of a pickle: each process loads it itself.
+
+        Its files are named instead: `datasets` takes what a function with an equal pickle has
+        computed from its cache.
+        """
+        return self.__dict__ | {"predictor": None, "files": compute_cache_name(self.model)}
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Replace the images of a batch with one array per feature and the column `error`.
@@ -77,9 +85,11 @@ class EmbedImages:
         whose features are NaN, or an empty text. Ray and Spark also pass empty batches, for which
         the columns are empty.
         """
-        if self.predictor is None:
+        files = compute_cache_name(self.model)
+        if self.predictor is None or files != self.files:
             # In the worker: the function was pickled there without the model.
             self.predictor = self.build_predictor()
+            self.files = files
         column = self.image_column or next((name for name in IMAGE_COLUMNS if name in batch), None)
         if batch and column not in batch:
             raise ValueError(

@@ -2,7 +2,9 @@
 
 import os
 import pickle
+import re
 import runpy
+import shutil
 import signal
 import sys
 from collections.abc import Iterator
@@ -107,6 +109,21 @@ def test_datasets_map_adds_features(encoder: Path, photos: Path) -> None:
     assert set(mapped["error"]) == {""}
 
 
+def test_features_are_those_of_the_files_as_they_are(
+    encoder: Path, photos: Path, tmp_path: Path
+) -> None:
+    """`datasets` takes the result of an equal function from its cache."""
+    model = shutil.copytree(encoder, tmp_path / "model")
+    datasets.Dataset.from_dict({"path": sorted_photos(photos)}).save_to_disk(tmp_path / "table")
+    embed = EmbedImages(model)
+    for mean in (0.5, 0.2):
+        ViTCLSImageProcessor(size=[32, 48], image_mean=[mean] * 3).save_pretrained(model)
+        expected = EmbedImages(model)({"path": sorted_photos(photos)})["cls"]
+        for function in (embed, EmbedImages(model)):
+            table = datasets.load_from_disk(tmp_path / "table").map(function, batched=True)
+            np.testing.assert_allclose(np.array(table["cls"]), expected, atol=1e-6)
+
+
 @pytest.fixture
 def ray() -> Iterator[Any]:
     module = pytest.importorskip("ray")
@@ -160,3 +177,26 @@ def test_the_script_for_ray_writes_a_row_per_image(
     runpy.run_path(str(SCRIPTS / "ray_features.py"), run_name="__main__")
     written = ray.data.read_parquet(str(tmp_path / "features")).take_all()
     assert sorted(row["path"] for row in written) == sorted(paths)
+
+
+@pytest.mark.slow
+def test_the_lines_for_spark_in_the_docs_work(
+    encoder: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("pyspark")
+    if shutil.which("java") is None:
+        pytest.skip("Spark requires Java")
+    page = (SCRIPTS.parent / "docs" / "predicting.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"requires Spark -->\n```python\n(.*?)```", page, re.DOTALL)
+    monkeypatch.setenv("PYSPARK_PYTHON", sys.executable)
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(photos / "a.jpg", "photo.jpg")
+    embed = EmbedImages(encoder, ["cls", "mean"])
+    found: dict[str, Any] = {"__name__": "__main__", "embed": embed}
+    exec(block, found)
+    found["spark"].stop()
+    (row,) = found["rows"]
+    expected = embed({"path": ["photo.jpg"]})
+    np.testing.assert_allclose(row["cls"], expected["cls"][0], atol=1e-6)
+    np.testing.assert_allclose(row["mean"], expected["mean"][0], atol=1e-6)
+    assert (row["path"], row["error"]) == ("photo.jpg", "")
