@@ -36,11 +36,13 @@ from ..hub.local_paths import split_prefix
 from ..hub.model_files import (
     CONFIG_FILE,
     PARITY_REPORT_FILE,
+    PROCESSOR_FILE,
     RESULTS_FILE,
     SPLITS_FILE,
 )
 from ..hub.model_folder import ModelFolder
 from ..model.configuration_vitcls import PRESETS
+from ..runtime.errors import warn_on_first_process
 from ..runtime.files import read_json
 from ..version import __version__
 
@@ -128,6 +130,14 @@ def convert_once(source: str) -> str:
                 if note.startswith("pooling: "):
                     logger.warning("%s", note)
             logger.warning("the converted model is cached in %s", folder)
+    # Said in every run, and not only in the one that converts: no number shows it.
+    preprocessing = read_json(folder / PARITY_REPORT_FILE)["preprocessing"]
+    if reason := preprocessing["assumed_because"]:
+        warn_on_first_process(
+            f"{source}: {reason}, so images are normalized with the mean and standard deviation of "
+            f"ImageNet. If it was trained with others, run `vitcls convert {source} FOLDER`, set "
+            f"them in FOLDER/{PROCESSOR_FILE}, and use FOLDER"
+        )
     return str(folder)
 
 

@@ -35,6 +35,7 @@ from modeling_vitcls.conversion.open_model import (
 from modeling_vitcls.conversion.weight_rules import ConversionError
 from modeling_vitcls.hub.loading import pin_revision
 from modeling_vitcls.inference.load_model import load_model
+from modeling_vitcls.runtime.errors import warn_on_first_process
 
 
 pytestmark = pytest.mark.usefixtures("few_digits")
@@ -95,6 +96,21 @@ def test_a_model_of_transformers_is_converted_once(
     ours = load_model(open_model(str(source)))
     with torch.no_grad():
         assert (ours(pixel_values).logits - theirs(pixel_values).logits).abs().max() < 1e-5
+
+
+def test_a_normalization_that_is_assumed_is_named_in_each_run(
+    source: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    open_model(str(source))
+    assert "normalized" not in caplog.text
+
+    (source / "preprocessor_config.json").unlink()
+    for _ in range(2):
+        warn_on_first_process.cache_clear()
+        caplog.clear()
+        open_model(str(source))
+        assert "no image processor, so images are normalized" in caplog.messages[-1]
+        assert f"`vitcls convert transformers:{source} FOLDER`" in caplog.messages[-1]
 
 
 def test_conversions_of_other_sources_and_versions_are_not_used(
