@@ -9,6 +9,7 @@ Several threads read, decode and preprocess images ahead of the forward pass (`p
 image_pass.py).
 """
 
+import base64
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -47,6 +48,7 @@ from .options import PredictOptions
 
 
 DATA_URI_PREFIX = "data:"
+MIN_BASE64_LENGTH = 100  # Shorter texts are paths: photos are not that small
 
 
 class ImageRecord(NamedTuple):
@@ -125,7 +127,7 @@ def list_sources(images: Any) -> list[Any]:
 
 
 def read_file_object(image: Any) -> Any:
-    """Read a file object, a memoryview or a row {"bytes": ..., "path": ...} of a dataset.
+    """Read a file object, a memoryview, base64 or a row {"bytes": ..., "path": ...} of a dataset.
 
     Other images are returned unchanged.
     """
@@ -135,12 +137,27 @@ def read_file_object(image: Any) -> Any:
         return image["path"] if image.get("bytes") is None else image["bytes"]
     if isinstance(image, memoryview):
         return bytes(image)
+    if isinstance(image, str | bytes):
+        return decode_base64(image) or image
     if not hasattr(image, "read"):
         return image
     content = image.read()
     if not isinstance(content, bytes):
         raise ValueError("a file object in `images` returns text. Open the file with mode 'rb'")
     return content
+
+
+def decode_base64(text: str | bytes) -> bytes | None:
+    """Decode base64 without the prefix of a data URI, as servers receive it.
+
+    Return None for anything else, such as a path or an encoded image.
+    """
+    if len(text) < MIN_BASE64_LENGTH or os.path.lexists(text):
+        return None
+    try:
+        return base64.b64decode(text, validate=True)
+    except ValueError:
+        return None
 
 
 def read_path_list(file: Path) -> list[str]:
