@@ -56,7 +56,7 @@ class TrainingImages:
         Raise UnreadableImage if the mode or the number of channels is not supported.
         """
         try:
-            pixels = pil_to_tensor(image, self.to_rgb, self.bit_depth)
+            pixels = pil_to_tensor(image, self.to_rgb, self.bit_depth, self.num_channels)
         except ValueError as error:
             raise UnreadableImage(str(error)) from error
         check_channels(image, pixels, self.num_channels)

@@ -296,8 +296,10 @@ class ImagePass:
         )
 
         if not num_readable:
+            first_error = next(iter(error_messages.values()), "no image")
             raise ValueError(
-                f"none of the {len(error_messages)} images can be read. Check the dataset"
+                f"none of the {len(error_messages)} images can be read ({first_error}). Check the "
+                "dataset"
             )
         if num_wrong:
             raise ValueError(

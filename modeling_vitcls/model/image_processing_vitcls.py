@@ -76,6 +76,7 @@ CROP_ROUNDINGS: dict[str, Callable[[float], int]] = {"down": math.floor, "even":
 
 REPORTED_BIT_DEPTHS: set[int] = set()  # Numbers of bits that a warning has named
 
+GRAY_WEIGHTS = (0.299, 0.587, 0.114)  # of red, green and blue (ITU-R BT.601)
 GRAY_MODES = frozenset({"1", "L", "LA", "I", "I;16", "I;16L", "I;16B", "I;16N"})
 DOWNLOAD_TIMEOUT = 60.0  # Seconds that a whole image may take
 MAX_DOWNLOAD_BYTES = 500_000_000
@@ -161,7 +162,7 @@ class ViTCLSBaseImageProcessor(BaseImageProcessor):
             do_rescale,
             input_data_format,
             self.bit_depth,
-            num_channels=np.size(kwargs.get("image_mean") or 0),
+            num_channels=count_channels(kwargs.get("image_mean")),
         )
         if kwargs.get("do_normalize"):
             statistics = {name: kwargs.get(name) for name in ("image_mean", "image_std")}
@@ -248,7 +249,8 @@ class ViTCLSImageProcessor(ViTCLSBaseImageProcessor, TorchvisionBackend):  # typ
         - Channels, `do_convert_rgb=False`: Gray images are composited on white and have 1 channel.
           Color images have 3 channels, or 4 channels with transparency. Arrays keep their channels.
           `image_mean` and `image_std` require one value per channel. For `num_channels=1`, set
-          `do_convert_rgb=False, image_mean=[0.5], image_std=[0.5]`.
+          `do_convert_rgb=False, image_mean=[0.5], image_std=[0.5]`: with one value, color images
+          become gray.
 
     `ViTCLSImageProcessorPil` returns the same values up to floating-point rounding if images are
     not resized. With bilinear or bicubic resizing, values differ by at most 2 of 255 gray levels
@@ -351,7 +353,7 @@ class ViTCLSImageProcessor(ViTCLSBaseImageProcessor, TorchvisionBackend):  # typ
                 self.fetch_images(image),
                 to_rgb,
                 bit_depth=self.bit_depth,
-                num_channels=np.size(self.image_mean or 0),
+                num_channels=count_channels(self.image_mean),
             )
         check_statistics(len(pixels), image_mean=self.image_mean, image_std=self.image_std)
         return resize_and_crop(self, pixels)
@@ -498,17 +500,24 @@ def image_to_tensor(
     shape [H, W], [C, H, W] or [H, W, C]; C is 1, 3, 4 or `num_channels`, which the model reads.
     """
     if isinstance(image, PIL.Image.Image):
-        return pil_to_tensor(image, to_rgb, bit_depth)
+        return pil_to_tensor(image, to_rgb, bit_depth, num_channels)
     if isinstance(image, np.ndarray):
         # `np.require` copies arrays only if they are read-only or not C-contiguous.
         image = torch.from_numpy(np.require(image, requirements=["C", "W"]))
     image = to_channels_first(image, input_data_format, num_channels)
     pixels = to_uint8(image, do_rescale, bit_depth)
-    return convert_to_rgb(pixels) if to_rgb else pixels
+    if to_rgb:
+        return convert_to_rgb(pixels)
+    return convert_to_gray(pixels) if num_channels == 1 else pixels
 
 
-def pil_to_tensor(image: PIL.Image.Image, to_rgb: bool, bit_depth: int = 16) -> Tensor:
-    """Convert one PIL image of any mode to an upright [C, H, W] `uint8` tensor."""
+def pil_to_tensor(
+    image: PIL.Image.Image, to_rgb: bool, bit_depth: int = 16, num_channels: int | None = None
+) -> Tensor:
+    """Convert one PIL image of any mode to an upright [C, H, W] `uint8` tensor.
+
+    For a model with `num_channels=1`, the image becomes gray.
+    """
     name = shorten_text(getattr(image, "filename", "") or f"PIL image of mode {image.mode}")
     try:
         image = PIL.ImageOps.exif_transpose(image)  # Also loads a lazily opened image
@@ -520,8 +529,8 @@ def pil_to_tensor(image: PIL.Image.Image, to_rgb: bool, bit_depth: int = 16) -> 
 
     if to_rgb:
         return convert_to_rgb(pixels)
-    is_gray_with_alpha = image.mode in GRAY_MODES and len(pixels) == 4
-    return composite_on_white(pixels)[:1] if is_gray_with_alpha else pixels
+    is_gray = num_channels == 1 or image.mode in GRAY_MODES
+    return convert_to_gray(pixels) if is_gray else pixels
 
 
 def pil_to_array(image: PIL.Image.Image) -> np.ndarray:
@@ -635,6 +644,16 @@ def convert_to_rgb(pixels: Tensor) -> Tensor:
     return pixels.expand(3, -1, -1)
 
 
+def convert_to_gray(pixels: Tensor) -> Tensor:
+    """Convert a gray, RGB or RGBA image [1, 3 or 4, H, W] to gray [1, H, W], weighted as in PIL."""
+    if len(pixels) == 1:
+        return pixels
+    color = convert_to_rgb(pixels)
+    weights = color.new_tensor(GRAY_WEIGHTS, dtype=torch.float32)[:, None, None]
+    gray = (color * weights).sum(dim=0, keepdim=True)
+    return gray if pixels.is_floating_point() else gray.round().to(pixels.dtype)
+
+
 def composite_on_white(pixels: Tensor) -> Tensor:
     """Composite RGBA [4, H, W] on a white background; return RGB [3, H, W] in the same type."""
     white = 1.0 if pixels.is_floating_point() else 255.0
@@ -688,12 +707,17 @@ def check_same_shape(images: list[Any]) -> None:
         )
 
 
+def count_channels(image_mean: float | Sequence[float] | None) -> int:
+    """Count the channels that a mean is for. One number for all channels counts as 3."""
+    return len(image_mean) if isinstance(image_mean, list | tuple) else 3
+
+
 def check_statistics(num_channels: int, **statistics: float | Sequence[float] | None) -> None:
     """Raise ValueError unless mean and std are scalars or have one value per channel."""
     for name, values in statistics.items():
         if isinstance(values, list | tuple) and len(values) != num_channels:
             raise ValueError(
-                f"{name} has {len(values)} values, but this image has {num_channels} channels: set "
-                "one value per channel (do_convert_rgb=True converts images to 3 channels, "
-                "do_convert_rgb=False keeps the channels)"
+                f"{name} has {len(values)} values, but this image has {num_channels} channels: "
+                f"pass images with {len(values)} channels, or set one value per channel (and "
+                "do_convert_rgb=False, unless there are 3)"
             )

@@ -419,8 +419,18 @@ def test_a_gray_model_gets_one_channel(backend: type) -> None:
     pixel_values = processor(digits, return_tensors="pt").pixel_values
     assert pixel_values.shape == (4, 1, 28, 28)
     assert pixel_values[2:].flatten(1).unique(dim=1).tolist() == [[-1], [1]]
-    with raises_one_line("image_mean"):
-        processor(build_gradient(), return_tensors="pt")
+
+
+@pytest.mark.parametrize("kind", [encode, np.array, lambda image: image, torch.from_numpy])
+def test_color_images_become_gray_for_a_gray_model(backend: type, kind: Any) -> None:
+    """The gray levels are those of PIL, also in the second call, which may take the fast path."""
+    processor = backend(do_convert_rgb=False, image_mean=[0.5], image_std=[0.5], size=28)
+    color = PIL.Image.fromarray(photographs()[0])
+    expected = processor(color.convert("L"), return_tensors="pt").pixel_values
+    source = kind(np.array(color)) if kind is torch.from_numpy else kind(color)
+    for _ in range(2):
+        result = processor(source, return_tensors="pt").pixel_values
+        torch.testing.assert_close(result, expected, atol=2.1 / 255, rtol=0)
 
 
 # Errors -------------------------------------------------------------------------------------------
