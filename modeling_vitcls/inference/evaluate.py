@@ -31,7 +31,7 @@ from ..runtime.distributed import build_accelerator, set_mixed_precision
 from ..runtime.files import write_json
 from ..runtime.system import describe_device, get_versions
 from .evaluator import Evaluator
-from .load_model import load_for_inference
+from .load_model import check_threshold, load_for_inference
 from .metric_tables import (
     build_class_tables,
     build_confusion_tables,
@@ -81,6 +81,7 @@ def evaluate_checkpoint(options: EvaluateOptions) -> dict[str, Any]:
     if options.task is not None:
         config = config.build_task_config(options.task)
     check_is_classifier(config)
+    check_threshold(options.threshold, config)
     if options.per_image is not None and config.tasks:
         raise ValueError(
             "`per_image` requires a single task. Use `vitcls predict --dataset` for several tasks"
@@ -111,6 +112,8 @@ def evaluate_checkpoint(options: EvaluateOptions) -> dict[str, Any]:
         warn=warn,
     )
     evaluator.task = options.task
+    if options.threshold is not None:
+        evaluator.threshold = options.threshold
 
     start_time = time.perf_counter()
     predictions = None
@@ -124,6 +127,7 @@ def evaluate_checkpoint(options: EvaluateOptions) -> dict[str, Any]:
     results: dict[str, Any] = {
         "model": options.model,
         **({} if options.task is None else {"task": options.task}),
+        **({} if options.threshold is None else {"threshold": options.threshold}),
         "dataset": options.dataset,
         "split": data.split,
         "num_left_out_images": data.num_left_out,

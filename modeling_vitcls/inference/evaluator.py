@@ -20,7 +20,8 @@ from torch import nn
 from ..data.labels import LabelSpace
 from ..model.modeling_vitcls import ViTCLSImageClassifierOutput
 from .image_pass import ImageOutput, ImagePass, list_rows, stack_rows
-from .metrics import METRICS, SingleLabelMetrics, select_scalars
+from .metrics import METRICS, MultiLabelMetrics, SingleLabelMetrics, select_scalars
+from .prediction_rows import DEFAULT_THRESHOLD
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Predictions:
     label_space: LabelSpace
     rows: Sequence[ImageOutput]
     metrics: dict[str, Any]
+    threshold: float = DEFAULT_THRESHOLD  # from which one of several labels is predicted
 
     def get_outputs(self) -> tuple[np.ndarray, np.ndarray]:
         """Stack the logits [N, L] and labels [N] of the images that have a label."""
@@ -65,10 +67,12 @@ def build_predictions(label_space: LabelSpace, rows: Sequence[ImageOutput]) -> P
 class Evaluator(ImagePass):
     """Evaluates models on a fixed set of labeled images. It takes the arguments of `ImagePass`.
 
-    With `task`, it evaluates this added task.
+    With `task`, it evaluates this added task. With `threshold`, one of several labels is predicted
+    from this probability on.
     """
 
     task: str | None = None
+    threshold = DEFAULT_THRESHOLD
     pass_name = "evaluating"
 
     def predict(self, model: nn.Module, console: Console | None = None) -> Predictions:
@@ -78,7 +82,8 @@ class Evaluator(ImagePass):
         """
         rows: list[ImageOutput] | None = None if self.label_space.kind == "multi_task" else []
         metrics = self(model, console, rows)
-        return Predictions(self.label_space, self.gather_rows(rows or []), metrics)
+        rows = self.gather_rows(rows or [])
+        return Predictions(self.label_space, rows, metrics, self.threshold)
 
     @torch.no_grad()
     def __call__(
@@ -102,6 +107,8 @@ class Evaluator(ImagePass):
                 are unreadable, or if the outputs of the model for any image are not finite.
         """
         metrics = METRICS[self.label_space.kind](self.label_space, self.accelerator.device)
+        if isinstance(metrics, MultiLabelMetrics):
+            metrics.threshold = self.threshold
 
         def compute(pixel_values: torch.Tensor) -> Any:
             outputs = model(pixel_values)

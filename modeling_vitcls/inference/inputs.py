@@ -74,6 +74,12 @@ def list_records(paths: Iterable[str]) -> list[ImageRecord]:
     run_folders: list[str] = []
     for path in paths:
         check_is_no_address(path)
+        is_pattern = any(mark in path for mark in "*?") and not path.startswith(DATA_URI_PREFIX)
+        if is_pattern and not os.path.lexists(path):
+            raise ValueError(
+                f"{path} does not exist, and patterns are not expanded. Pass the files: in Python, "
+                f"`glob.glob({path!r})`"
+            )
         if not os.path.isdir(path):  # noqa: PTH112  # False for names of any length
             files.append(path)
             continue

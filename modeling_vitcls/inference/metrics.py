@@ -148,7 +148,7 @@ class SingleLabelMetrics:
 
 
 class MultiLabelMetrics:
-    """Metrics of multi-label classification. A class is predicted if its probability is above 0.5.
+    """Metrics of multi-label classification. A class is predicted from the `threshold` on.
 
     mean_average_precision  mean over the classes that have images
     micro_f1, macro_f1      F1 over all predictions; mean F1 of the classes
@@ -160,6 +160,8 @@ class MultiLabelMetrics:
     To compute the average precision, probabilities and labels are stored: 12 MB for 1,000 images
     and 1,000 classes.
     """
+
+    threshold = 0.5
 
     def __init__(self, label_space: LabelSpace, device: torch.device) -> None:
         self.names = label_space.names
@@ -177,7 +179,7 @@ class MultiLabelMetrics:
         logits = outputs.logits[: len(labels)].float()
         # torchmetrics does not apply sigmoid to logits that are all in [0, 1]
         probabilities = logits.sigmoid()
-        predictions = probabilities > 0.5
+        predictions = probabilities >= self.threshold
         targets = labels > 0.5  # [G, L]
 
         self.counts.update((predictions & targets).sum(0), predictions.sum(0), targets.sum(0))

@@ -21,6 +21,14 @@ class EngineOptions(Options):
     """Precision of the forward pass. `auto`: the setting of `accelerate launch` or, without it,
     `bf16` on GPUs and CPUs with bf16 instructions (on CPUs, for models at least as wide as ViT-Ti),
     and otherwise `no`."""
+    threshold: float | None = None
+    """Minimum probability of a predicted label, for models with several labels per image. Default:
+    0.5."""
+
+    def check(self) -> None:
+        super().check()
+        is_probability = self.threshold is None or 0 <= self.threshold <= 1
+        check_value(self, "threshold", is_probability, "from 0 to 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,8 +103,6 @@ class PredictOptions(ImageOptions, EngineOptions):
     top_k: int | None = None
     """Maximum number of predicted labels per image. Default: 1 or, for multi-label models, all
     labels with a probability of at least --threshold."""
-    threshold: float = 0.5
-    """Minimum probability of a predicted label (multi-label models only)."""
     features: tuple[str, ...] | None = None
     """Features to write instead of labels: `cls`, `registers`, `distillation` or `patches`, or
     `mean` for the mean of the patch tokens. `cls@6` is the output of layer 6 after the final norm;
@@ -110,7 +116,6 @@ class PredictOptions(ImageOptions, EngineOptions):
     def check(self) -> None:
         super().check()
         check_minimum(self, 1, "batch_size", "top_k", "num_workers")
-        check_value(self, "threshold", 0 <= self.threshold <= 1, "from 0 to 1")
         if sum(map(bool, (self.paths, self.list, self.dataset))) != 1:
             raise ValueError(
                 "Set exactly one of `images`, `list` and `dataset` to select the images."

@@ -78,7 +78,10 @@ def write_csv(table: pa.Table, file: Path) -> None:
             values = [None if value is None else escape_csv_cell(value) for value in values]
         frame[column.name] = values
 
-    frame.to_csv(file, index=False, header=[escape_csv_cell(name) for name in table.column_names])
+    text = frame.to_csv(index=False, header=[escape_csv_cell(name) for name in table.column_names])
+    # Excel takes a file for UTF-8 only if it begins with this mark.
+    encoding = "utf-8" if text.isascii() else "utf-8-sig"
+    file.write_text(text, encoding=encoding, newline="")
 
 
 def write_json_rows(table: pa.Table, file: Path, pattern: str, separator: str) -> None:

@@ -4,7 +4,7 @@ column          one label per image                     several labels per image
 index           index in the split                      same
 image           path within the dataset, a checksum, or the row number
 label           name                                    list of names
-prediction      name                                    list of names with a probability above 0.5
+prediction      name                                    list of names whose probability is at least the threshold
 probabilities   list, in the order of the model's labels (calibrated if the model has a temperature)
 loss            cross-entropy                           binary cross-entropy, mean over the labels
 nearest_images  of a wrong prediction: the training images  -
@@ -79,8 +79,10 @@ def write_predictions(
     else:
         losses = binary_cross_entropy_with_logits(logits, targets, reduction="none")  # [N, L]
         columns |= {
-            "label": [select_names(names, row) for row in targets],
-            "prediction": [select_names(names, row) for row in logits.sigmoid()],
+            "label": [select_names(names, row, 1) for row in targets],
+            "prediction": [
+                select_names(names, row, predictions.threshold) for row in logits.sigmoid()
+            ],
             "probabilities": list(logits.sigmoid().numpy()),
             "loss": losses.mean(dim=1).numpy(),
         }
@@ -104,6 +106,6 @@ def read_weights_hash(file: Path) -> dict[str, str] | None:
         return json.loads(metadata[METADATA_KEY])["weights_sha256"]
 
 
-def select_names(names: list[str], values: torch.Tensor) -> list[str]:
-    """Select the names whose values are above 0.5."""
-    return [name for name, value in zip(names, values.tolist(), strict=True) if value > 0.5]
+def select_names(names: list[str], values: torch.Tensor, threshold: float) -> list[str]:
+    """Select the names whose values are at least `threshold`."""
+    return [name for name, value in zip(names, values.tolist(), strict=True) if value >= threshold]

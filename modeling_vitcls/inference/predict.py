@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from ..runtime.progress import track
 from .cuda_graphs import GraphedFunction
 from .image_pass import pass_over_images, prepare_batches
 from .inputs import ImageRecord, list_records, open_input, prepare_image
-from .load_model import load_for_inference
+from .load_model import check_threshold, load_for_inference
 from .options import PredictOptions
 from .outputs import (
     get_output_columns,
@@ -114,11 +115,11 @@ def predict_from_options(options: PredictOptions, images: list[Any]) -> list[Row
     return list(build_predictor(options, accelerator).iterate_rows(records))
 
 
-def predict_images(options: PredictOptions) -> tuple[int, int]:
+def predict_images(options: PredictOptions) -> tuple[int, int, list[str]]:
     """Run the prediction that the options specify, and print or write the rows.
 
-    Return the number of images, and of those without a prediction. Both are 0 except on the main
-    process.
+    Return the number of images, the number of those without a prediction, and the names of files
+    that do not exist, unless they are from a dataset. Nothing is counted except on the main process.
 
     Raises:
         ValueError, OSError: If the images or the model cannot be read, or the output cannot be
@@ -142,7 +143,11 @@ def predict_images(options: PredictOptions) -> tuple[int, int]:
     elif accelerator.is_main_process and options.output is not None:
         write_rows(iterate_rows(), columns, options.output)
     accelerator.end_training()
-    return len(are_failed), sum(are_failed)
+    missing_files: list[str] = []
+    if options.dataset is None:
+        failed = compress(records, are_failed)
+        missing_files = [name for name, path in failed if not os.path.lexists(path)]
+    return len(are_failed), sum(are_failed), missing_files
 
 
 def build_predictor(options: PredictOptions, accelerator: Accelerator) -> Predictor:
@@ -161,6 +166,7 @@ def build_predictor(options: PredictOptions, accelerator: Accelerator) -> Predic
     config: Any = model.config
     columns: PredictionColumns
     if options.features is None:
+        check_threshold(options.threshold, config)
         heads = get_heads(config, options.threshold)
         columns = LabelColumns(model, heads, options.top_k)
     else:

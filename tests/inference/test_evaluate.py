@@ -29,7 +29,12 @@ from helpers.tiny_models import raises_one_line, save_with_processor
 from helpers.warm_processes import OFFLINE, run_together
 from PIL import Image
 
-from modeling_vitcls import ViTCLSConfig, ViTCLSForImageClassification, ViTCLSImageProcessor
+from modeling_vitcls import (
+    ViTCLSConfig,
+    ViTCLSForImageClassification,
+    ViTCLSImageProcessor,
+    predict,
+)
 from modeling_vitcls.data.labels import OneLabel
 from modeling_vitcls.inference import evaluate as evaluate_module
 from modeling_vitcls.inference.evaluate import (
@@ -121,8 +126,9 @@ def evaluate(model: Path, dataset: object, **data: Any) -> dict[str, Any]:
     return evaluate_checkpoint(EvaluateOptions(model=str(model), **options))
 
 
+@pytest.mark.parametrize("threshold", [None, 0.3])
 def test_several_labels_per_image_are_matched_by_name_and_scored_per_image(
-    models: Path, tmp_path: Path, by_one_process: dict[str, Any]
+    threshold: float | None, models: Path, tmp_path: Path, by_one_process: dict[str, Any]
 ) -> None:
     """The names are in another order, and one class is not in the data."""
 
@@ -132,7 +138,9 @@ def test_several_labels_per_image_are_matched_by_name_and_scored_per_image(
     table = write_table(tmp_path, "multi_label", ["tags"], text)
     data = {"label_column": ("tags",), "label_separator": "|"}
     per_image = tmp_path / "new" / "rows.parquet"
-    found = evaluate(models / "multi_label", table, per_image=per_image, **data)
+    found = evaluate(
+        models / "multi_label", table, per_image=per_image, threshold=threshold, **data
+    )
     assert found["num_images"] == 2 * NUM_IMAGES
     assert found["loss"] == close(by_one_process["multi_label"]["loss"])
     assert [row["name"] for row in found["per_class"]] == CLASSES
@@ -144,7 +152,17 @@ def test_several_labels_per_image_are_matched_by_name_and_scored_per_image(
     ]
     assert len(rows) == 2 * NUM_IMAGES
     assert np.mean(is_exact) == close(found["exact_match"])
+    is_predicted = np.stack(rows["probabilities"]) >= (threshold or 0.5)
+    assert rows["prediction"].map(len).tolist() == is_predicted.sum(axis=1).tolist()
     assert rows["loss"].mean() == close(found["loss"])
+
+
+def test_a_threshold_requires_several_labels_per_image(models: Path, tmp_path: Path) -> None:
+    for name in ("single", "multi_task"):
+        with raises_one_line("`threshold=0.3`"):
+            evaluate(models / name, tmp_path, threshold=0.3)
+        with raises_one_line("`threshold=0.3`"):
+            predict(models / name, tmp_path / "photo.png", threshold=0.3)
 
 
 def test_tasks_are_matched_by_name_and_missing_labels_are_not_counted(

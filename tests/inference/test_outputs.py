@@ -1,5 +1,6 @@
 """Outputs of prediction: files, tables and progress."""
 
+import codecs
 import csv
 import json
 from pathlib import Path
@@ -36,13 +37,17 @@ def test_lists_and_half_precision_are_written_to_every_format(tmp_path: Path) ->
     for suffix in (".csv", ".json", ".jsonl", ".parquet"):
         write_rows(rows, get_output_columns(types), tmp_path / f"out{suffix}")
 
-    with (tmp_path / "out.csv").open(newline="", encoding="utf-8") as file:
+    # Excel takes a file for UTF-8 only if it begins with a mark.
+    with (tmp_path / "out.csv").open(newline="", encoding="utf-8-sig") as file:
         header, *found = csv.reader(file)
     assert header == ["index", "image", "labels", "p", "unknown", "error"]
     assert found == [
         ["0", "a\\nb,c", "x|ü", "0.5|0.25", "True", ""],
         ["1", "d", "", "", "", "unreadable"],
     ]
+    assert (tmp_path / "out.csv").read_bytes().startswith(codecs.BOM_UTF8)
+    write_rows(rows[1:], get_output_columns(types), tmp_path / "ascii.csv")
+    assert (tmp_path / "ascii.csv").read_bytes().isascii()
     assert json.loads((tmp_path / "out.json").read_text(encoding="utf-8")) == expected
     lines = (tmp_path / "out.jsonl").read_text(encoding="utf-8").splitlines()
     assert list(map(json.loads, lines)) == expected

@@ -151,6 +151,23 @@ def test_without_any_prediction_the_status_is_1(
     assert "No such file" in rows[1]["error"]
 
 
+def test_a_missing_file_is_named_at_the_end_and_in_the_status(
+    models: Path, unreadable: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """An unreadable file has a row with the reason, and the status is 0."""
+    flags = ["--model", models / "one_label", "--output", tmp_path / "out.json", unreadable]
+    assert run_in_process("predict.py", *flags) == 0
+    assert run_in_process("predict.py", *flags, unreadable / "absent.jpg") == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert f"1 of the 4 images do not exist: {unreadable / 'absent.jpg'}" in last
+    assert len(read_json(tmp_path / "out.json")) == 4
+
+
+def test_a_pattern_names_glob(models: Path, photos: Path) -> None:
+    with raises_one_line("`glob.glob("):
+        api.predict(models / "one_label", str(photos / "*.jpg"))
+
+
 def test_labels_equal_those_of_the_model_and_the_pipeline(
     models: Path, photos: Path, tmp_path: Path
 ) -> None:
