@@ -11,11 +11,19 @@ file by onnxruntime. If the outputs differ by more than the limit, nothing is wr
 import shutil
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from ..conversion.parity_report import build_random_images
-from ..hub.model_files import CONFIG_FILES, GRAPH_FILE, RESULTS_FILE, SPLITS_FILE
+from ..data.aspect_ratio import get_output_size, get_resize, set_resize
+from ..hub.model_files import (
+    CONFIG_FILES,
+    GRAPH_FILE,
+    PROCESSOR_FILE,
+    RESULTS_FILE,
+    SPLITS_FILE,
+)
 from ..hub.model_folder import ModelFolder
 from ..inference.onnx_graph import OnnxGraph
 from ..runtime.errors import describe_installation
@@ -26,7 +34,7 @@ from .exportable import NamedOutputsModel, load_exportable_model
 from .onnx_file import write_onnx
 from .options import ExportOptions
 from .report import PACKAGES, Report, build_report
-from .tracing import select_graph_shape, trace_model
+from .tracing import GraphShape, select_graph_shape, trace_model
 
 
 @torch.no_grad()
@@ -50,19 +58,22 @@ def export_model(options: ExportOptions) -> Report:
     exportable = load_exportable_model(options.model)
     model = exportable.model
     shape = select_graph_shape(model, options.image_size, options.dynamic)
+    fit_processor(exportable.processor, shape)
     program = trace_model(model, shape, getattr(torch, options.dtype))
     batches = list(map(build_random_images, select_image_shapes(model.config, shape)))
     expected = list(map(NamedOutputsModel(model), batches))
 
     with create_output_files(target, last=f"{target.name}.json") as folder:
         file = folder / target.name
-        write_onnx(program, shape, list(expected[0]), file)
+        write_onnx(program, shape, list(expected[0]), file, options.opset)
         graph = OnnxGraph(file, model.config)
         outputs = list(map(graph, batches))
         comparisons = measure_differences(batches, expected, outputs, LIMITS[options.dtype])
         report = build_report(options, exportable, shape, graph, expected[0], comparisons)
         if exportable.folder is not None and not options.output.suffix:
             copy_model_files(exportable.folder, folder, report)
+            if exportable.processor is not None and not shape.is_dynamic:
+                exportable.processor.to_json_file(folder / PROCESSOR_FILE)
         write_json(Path(f"{file}.json"), report)
         # Again, because the names of all files are known only now, such as FILE.data for large
         # weights, and because another program may have written one of them meanwhile.
@@ -87,6 +98,14 @@ def choose_target(output: Path) -> Path:
             f"{describe_installation('export')}"
         )
     return target
+
+
+def fit_processor(processor: Any, shape: GraphShape) -> None:
+    """Make an image processor return the size of a graph, if the graph accepts only one."""
+    if processor is None or shape.is_dynamic:
+        return
+    if get_output_size(processor, (0, 0)) != shape.image_size:
+        set_resize(processor, get_resize(processor), shape.image_size)
 
 
 def copy_model_files(model_folder: ModelFolder, folder: Path, report: Report) -> None:

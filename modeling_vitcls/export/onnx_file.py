@@ -20,7 +20,11 @@ MAX_ONNX_WEIGHTS = 1_900_000_000
 
 
 def write_onnx(
-    graph: ExportedProgram, graph_shape: GraphShape, names: list[str], file: Path
+    graph: ExportedProgram,
+    graph_shape: GraphShape,
+    names: list[str],
+    file: Path,
+    opset: int | None = None,
 ) -> None:
     """Write a graph to an ONNX file with torch.onnx.
 
@@ -29,9 +33,10 @@ def write_onnx(
         graph_shape: The image sizes that it accepts.
         names: Names of the outputs.
         file: An .onnx file.
+        opset: Version of the operators. Default: the version that torch.onnx recommends.
 
     Raises:
-        ValueError: If torch.onnx does not support the graph.
+        ValueError: If torch.onnx does not support the graph or the version.
     """
     try:
         program = torch.onnx.export(
@@ -40,11 +45,19 @@ def write_onnx(
             input_names=[INPUT_NAME],
             output_names=names,
             dynamic_shapes=graph_shape.dynamic_shapes,
+            opset_version=opset,
             verbose=False,
         )
     except Exception as error:  # torch.onnx raises many types of errors
         raise ValueError(f"torch.onnx cannot export this model: {format_error(error)}") from error
     assert program is not None, "torch.onnx returns a program if `dynamo` is set"
+
+    # torch.onnx writes another version than a person asked for if it cannot convert the graph.
+    written = program.model.opset_imports[""]
+    if opset not in (None, written):
+        raise ValueError(
+            f"torch.onnx cannot write `opset={opset}`. Set `opset={written}`, or leave it out"
+        )
 
     # The names of the nodes tell which layer they compute: a person who quantizes the file can
     # leave a layer in float32 (docs/exporting.md).

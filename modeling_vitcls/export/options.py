@@ -28,6 +28,9 @@ class ExportOptions(Options):
     """Accept images of different sizes, not only of --image-size. The batch size is always dynamic."""
     dtype: Literal["float32", "float16"] = "float32"
     """dtype of the weights and computations. Inputs and outputs are always float32."""
+    opset: int | None = None
+    """Version of the ONNX operators, such as 18 for older programs. Default: the version that
+    torch.onnx recommends."""
 
     def check(self) -> None:
         super().check()

@@ -293,6 +293,11 @@ def build_checked_rows(
     if not isinstance(outputs, dict):
         return [{"error": outputs}] * num_images
     message = "the model output is not finite. Set a different `mixed_precision`"
+    if isinstance(columns, FeatureColumns) and columns.dtype == torch.float16:
+        message = (
+            "a feature is not finite, or above 65,504, the largest number in float16. Set "
+            "`feature_dtype='float32'` (`dtype` of `EmbedImages`)"
+        )
     overflow_row = {"error": message}
     rows = columns.build_rows(outputs)
     are_finite = find_finite(outputs, num_images).tolist()

@@ -21,11 +21,13 @@ from modeling_vitcls import (
     ViTCLSImageProcessor,
     evaluate,
 )
+from modeling_vitcls.data.aspect_ratio import get_resize, set_resize
 from modeling_vitcls.data.options import DataOptions
 from modeling_vitcls.data.splits import load_training_data
 from modeling_vitcls.data.splits_table import write_splits
-from modeling_vitcls.export.exporter import export_model
+from modeling_vitcls.export.exporter import export_model, fit_processor
 from modeling_vitcls.export.options import ExportOptions
+from modeling_vitcls.export.tracing import GraphShape
 from modeling_vitcls.inference.class_statistics import ClassStatistics
 from modeling_vitcls.inference.onnx_graph import OnnxGraph
 
@@ -89,6 +91,28 @@ def test_a_graph_of_several_tasks_is_evaluated_like_its_model(tmp_path: Path) ->
     expected, found = (evaluate(str(tmp_path / name), str(table)) for name in ("mine", "exported"))
     for name in ("num_images", "animal_accuracy", "color_accuracy"):
         assert found[name] == expected[name]
+
+
+def test_the_processor_of_a_graph_of_one_size_makes_this_size(
+    folders: tuple[Path, Path], photos: Path, tmp_path: Path
+) -> None:
+    options = {"model": str(folders[0]), "output": tmp_path / "exported", "dynamic": False}
+    report = export_model(ExportOptions(**options, image_size=(24, 56)))
+    processor = ViTCLSImageProcessor.from_pretrained(tmp_path / "exported")
+    images = processor(Image.new("RGB", (40, 30)), return_tensors="pt")
+    assert images["pixel_values"].shape == (1, 3, 24, 56)
+    assert report["preprocessing"]["size"] == {"height": 24, "width": 56}
+    assert evaluate(str(tmp_path / "exported"), str(photos))["num_images"] > 0
+
+
+@pytest.mark.parametrize("resize", ["squash", "crop", "pad"])
+def test_a_processor_resizes_as_before_to_the_size_of_the_graph(resize: str) -> None:
+    processor = ViTCLSImageProcessor()
+    set_resize(processor, resize, (64, 64))
+    fit_processor(processor, GraphShape((24, 56), (24, 56), is_dynamic=False))
+    assert get_resize(processor) == resize
+    images = processor(Image.new("RGB", (40, 30)), return_tensors="pt")
+    assert images["pixel_values"].shape == (1, 3, 24, 56)
 
 
 def test_graphs_and_the_pipeline_have_calibrated_probabilities(
@@ -183,19 +207,20 @@ def test_a_graph_without_a_report_is_evaluated(written: Path, photos: Path) -> N
     assert evaluate(str(written), str(photos))["num_images"] == 24
 
 
-@pytest.mark.parametrize(
-    ("change", "words"),
-    {
-        "one label": (lambda file: write_graph(file, 1), ["logits with 3 labels", "['batch', 1]"]),
-        "seven labels": (lambda file: write_graph(file, 7), ["logits with 3 labels"]),
-        "another output": (lambda file: write_graph(file, name="other"), ["other"]),
-        "a damaged file": (lambda file: file.write_text("damaged"), ["cannot be read"]),
-        "another image size": (
-            lambda file: ViTCLSImageProcessor(size=64).save_pretrained(file.parent),
-            ["[8, 3, 64, 64]"],
-        ),
-    }.values(),
-)
+# Name -> what changes the folder of a graph, and words of the error.
+CHANGES: dict[str, tuple[Any, list[str]]] = {
+    "one label": (lambda file: write_graph(file, 1), ["logits with 3 labels", "['batch', 1]"]),
+    "seven labels": (lambda file: write_graph(file, 7), ["logits with 3 labels"]),
+    "another output": (lambda file: write_graph(file, name="other"), ["other"]),
+    "a damaged file": (lambda file: file.write_text("damaged"), ["cannot be read"]),
+    "another image size": (
+        lambda file: ViTCLSImageProcessor(size=64).save_pretrained(file.parent),
+        ["[8, 3, 64, 64]"],
+    ),
+}
+
+
+@pytest.mark.parametrize(("change", "words"), CHANGES.values(), ids=CHANGES)
 def test_a_graph_of_another_model_is_one_error(
     change: Any, words: list[str], written: Path, photos: Path
 ) -> None:

@@ -66,6 +66,14 @@ def test_an_image_without_a_finite_output_does_not_affect_other_images(
                 )
 
 
+def test_a_feature_too_large_for_float16_names_its_dtype() -> None:
+    model = randomize(ViTCLSModel(build_tiny_config()))
+    with torch.no_grad():
+        model.layernorm.weight.mul_(1e6)
+    (row,) = predict(FeatureColumns(model, ["cls"], "float16"), build_images(1))
+    assert "`feature_dtype='float32'`" in row["error"]
+
+
 def test_one_task_without_a_finite_output_is_an_error() -> None:
     model = randomize(
         ViTCLSForMultiTaskClassification(build_tiny_config(num_cls_tokens=2, tasks=TASKS))
