@@ -132,6 +132,8 @@ def test_the_parity_report_has_the_differences_at_two_sizes(
         weights = (folder / "model.safetensors").read_bytes()
         assert report["sha256"] == {"model.safetensors": hashlib.sha256(weights).hexdigest()}
         assert report["classifier"] == "kept"
+        assert report["limit"] == LIMIT
+        assert report["versions"].items() >= {"torch": torch.__version__}.items()
         native, rectangle = report["comparisons"]
         for comparison in (native, rectangle):
             assert comparison["differences"].keys() >= {"cls", "patches", "logits"}
@@ -215,6 +217,9 @@ def test_an_output_that_is_not_empty_is_unchanged(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not empty"):
         convert_checkpoint(source, tmp_path / "used")
     assert [path.name for path in (tmp_path / "used").iterdir()] == ["mine.txt"]
+    (tmp_path / "empty").mkdir()
+    convert_checkpoint(source, tmp_path / "empty")
+    assert (tmp_path / "empty" / "parity_report.json").is_file()
 
 
 # Sources

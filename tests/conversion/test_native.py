@@ -81,6 +81,11 @@ def test_the_card_requires_no_remote_code(tmp_path: Path, monkeypatch: pytest.Mo
     card = ModelCard.load(tmp_path / "native" / "README.md")
     assert card.data.license == "mit"
     assert card.data.tags == ["vision", "vit"]
+    assert card.data.pipeline_tag == "image-classification"
+    report = json.loads((tmp_path / "native" / "parity_report.json").read_text())
+    assert report["source"] == "path/to/mine"
+    assert report["source_class"] == "ViTCLSForImageClassification"
+    assert report["source_revision"] is None
     assert "has the same outputs for images of 32 x 32 pixels" in card.text
     assert "trust_remote_code" not in card.text
     assert str(tmp_path) not in str(card)
@@ -152,6 +157,7 @@ def test_a_native_model_is_pushed_and_verified_without_remote_code(
     pushed = push_folder(ModelFolder(tmp_path / "native"), "ann/native")
 
     assert not [name for name in hub.files("ann/native") if name.endswith(".py")]
+    assert "CODE_LICENSE" not in hub.files("ann/native")
     report = verify("ann/native", pushed.commit, ModelFolder(tmp_path / "native"))
     assert "largest difference 0.0e+00" in report
     assert "trust_remote_code" not in report

@@ -150,6 +150,8 @@ def test_preprocessing_of_gray_images_of_timm_is_equal() -> None:
     model.pretrained_cfg |= {"input_size": (1, 28, 28), "mean": (0.4,), "std": (0.3,)}
     processor, record = processors.convert_timm_preprocessing(model)
     assert record["largest_difference_in_gray_levels"] == 0
+    assert record["origin"] == "timm's pretrained_cfg"
+    assert record["limit"] == 1.0
     assert processor.do_convert_rgb is False
     pixels = processor(photograph("china.jpg").convert("L"), return_tensors="pt")["pixel_values"]
     assert pixels.shape == (1, 1, 28, 28)

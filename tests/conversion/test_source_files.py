@@ -241,6 +241,7 @@ def test_files_are_converted_exactly(
 
     report = convert_checkpoint(name, tmp_path / "made", family=option)
     assert report["family"] == family
+    assert report["source"] == f"path/to/{name}"
     assert len(report["comparisons"]) == 2
     assert report["source_sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
     assert str(tmp_path) not in (tmp_path / "made" / "parity_report.json").read_text()
@@ -286,6 +287,8 @@ def test_tips_files_are_exact_if_their_family_is_known(tmp_path: Path) -> None:
     outputs = model(images)
     expected = run_authors_vit(weights, images)
     torch.testing.assert_close(outputs.pooler_output, expected[:, 0], atol=LIMIT, rtol=LIMIT)
+    assert outputs.tokens["cls"].shape[1] == 2
+    assert outputs.tokens["registers"].shape[1] == 0
 
     processor = source.convert_preprocessing()[0]
     assert list(processor.image_mean) == [0] * 3
@@ -429,6 +432,8 @@ def test_npz_files_of_big_vision_are_converted_exactly(name: str, tmp_path: Path
             arrays[key.replace("encoderblock_0", "encoderblock")] = torch.stack(blocks)
     source = FileSource.load(save(arrays, tmp_path / "vit.npz"))
     model: Any = source.convert()
+    _, record = source.convert_preprocessing()
+    assert bool(record["assumed_because"]) == (name == "rectangular patches")
 
     images = torch.randn(2, 3, *source.image_size)
     expected = run_big_vision(weights, images)

@@ -123,6 +123,7 @@ def test_cached_timm_models_of_the_hub_are_pinned_and_load_without_the_hub(
 
     report = json.loads((tmp_path / "mine" / "parity_report.json").read_text())
     assert report["source_revision"] == commit
+    assert commit in (tmp_path / "mine" / "README.md").read_text()
 
     broken = files | {"model.safetensors": b"broken", "config.json": b"{}"}
     hub.repositories["ann/vit"].commit(

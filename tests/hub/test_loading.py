@@ -196,6 +196,11 @@ def test_files_are_downloaded_once_and_the_newest_is_used(hub: LocalHub) -> None
     folder = get_model_folder("ann/model")
     assert get_cached_commit(folder) == hub.repositories["ann/model"].branches["main"]
 
+    assert sorted(file.name for file in Path(folder).iterdir()) == [
+        "config.json",
+        "model.safetensors",
+    ]
+
     hub.requests.clear()
     assert get_model_folder("ann/model") == folder
     assert not hub.count_requests("GET", "/resolve/")

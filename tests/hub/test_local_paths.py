@@ -43,7 +43,8 @@ def test_paths_become_absolute_and_names_with_at_are_kept(here: Path) -> None:
         assert resolve_name(name) == resolve_name(resolve_name(name)) == str(here / name)
 
     assert resolve_name("timm:resnet18@weights.pt") == f"timm:resnet18@{here}/weights.pt"
-    assert resolve_name("timm:local-dir:data/teach") == f"timm:local-dir:{here}/data/teach"
+    for kind in ("timm:local-dir", "timm:local_dir"):
+        assert resolve_name(f"{kind}:data/teach") == f"{kind}:{here}/data/teach"
     assert resolve_name("transformers:data/teach") == f"transformers:{here}/data/teach"
 
     for other in (

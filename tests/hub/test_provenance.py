@@ -47,6 +47,10 @@ def test_the_metadata_of_a_card_is_inherited(
         == find_provenance(f"timm:local-dir:{source}")
     )
 
+    assert found.license_label == "dinov3-license"
+    assert replace(found, license="mit").license_label == "mit"
+    assert replace(found, license_name=None).license_label == "other"
+
     output = tmp_path / "out"
     output.mkdir()
     found.copy_to(output)

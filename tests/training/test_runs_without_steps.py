@@ -84,6 +84,7 @@ def test_a_few_photos_of_each_class_are_enough_and_have_no_percentage(
     arguments += ["--output-dir", str(sources / "frozen"), "--num-workers", "0", "--no-report"]
     main(["finetune", *arguments])
     results = read_json(sources / "frozen/results.json")
+    assert results["steps"] == 0
     assert results["num_training_images"] == 4 * min(num_photos, 3) + (num_photos == 4) * 3
     assert ("right (95%" in capsys.readouterr().out) == (num_photos > 1)
 

@@ -122,6 +122,7 @@ def test_a_validation_split_selects_and_the_test_split_is_reported(tmp_path: Pat
     assert results["dataset"] == "data"
     assert results["selection"]["images"] == "split 'validation'"
     assert results["selection"]["num_images"] == 6
+    assert results["num_training_images"] == 16
 
 
 # Training on all images
@@ -157,6 +158,7 @@ def test_a_class_without_training_images_is_a_warning(tmp_path: Path) -> None:
     (warning,) = run.warnings()
     assert "1 of the 3 classes have no training images: night" in warning
     assert run.options.select == "last"
+    assert run.data.label_space.names == ["dusk", "night", "noon"]
 
 
 def test_a_class_with_one_image_is_a_warning_if_nothing_is_held_out(tmp_path: Path) -> None:
