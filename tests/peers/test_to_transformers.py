@@ -220,6 +220,18 @@ def test_everything_about_the_model_is_kept() -> None:
     assert not converted.training
     assert model.training
 
+    fields = {"layer_scale_init_value": 0.1, "attention_probs_dropout_prob": 0.2}
+    rotary = {"position_embedding_type": "rope_2d", "rope_theta": 50.0}
+    dinov2, dinov3 = (
+        convert_to_transformers(ViTCLSModel(ViTCLSConfig(**BASE | fields | more)))
+        for more in ({}, rotary)
+    )
+    assert dinov2.config.layerscale_value == 0.1
+    assert dinov3.config.layerscale_value == 0.1
+    assert dinov2.config.attention_probs_dropout_prob == 0.2
+    assert dinov3.config.attention_dropout == 0.2
+    assert dinov3.config.rope_theta == 50
+
     exact = convert_to_transformers(
         ViTCLSModel(ViTCLSConfig(**BASE, position_antialias=True)), native_size_only=True
     )

@@ -21,6 +21,7 @@ from modeling_vitcls.hub.model_folder import ModelFolder
 from modeling_vitcls.publishing.after_run import finish_run
 from modeling_vitcls.publishing.card import write_card
 from modeling_vitcls.publishing.report import load_run_data, write_report
+from modeling_vitcls.runtime.files import read_json
 
 
 SMALL: dict[str, Any] = {
@@ -48,6 +49,11 @@ def test_a_run_gets_a_report_and_a_card_from_its_folder(
     num_wrong = int((rows["label"] != rows["prediction"]).sum())
     assert f"{num_wrong} of {len(rows)} predictions are wrong" in report
     assert f"- {num_wrong} of {len(rows)} " in card
+    accuracy = read_json(folder / "results.json")["accuracy"]
+    assert accuracy == pytest.approx(1 - num_wrong / len(rows), abs=1e-6)
+    assert f"{accuracy:.2%}" in card
+    assert "images/attention.png" in card
+    assert "[report.html]" in card
     assert report.count('class="sheet"') == 2
 
     # The folder is all that publishing reads.

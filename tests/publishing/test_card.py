@@ -65,12 +65,16 @@ def test_the_card_of_a_classifier_shows_what_was_measured(tmp_path: Path) -> Non
 
     card = load_card(write_run_folder(tmp_path / "mine", results), "ann/mine")
     text = card.text
+    assert "# ann/mine\n" in text
     assert 'model="ann/mine", revision="main"' in text
     assert "| Accuracy | 98.33% (95% interval: 96.00% to 99.00%) |" in text
     assert r"| `noon\|late` | 160 | 50.00% | 100.00% | 50.00% |" in text
     numbers = ("by 1.23 percentage points", "differ by 3.45", "8.71", "0.65", "180 images")
     assert all(number in text for number in numbers)
+    assert f"modeling_vitcls {vitcls.__version__}" in text
+    assert "report.html" not in text  # which the folder lacks
     assert card.data.pipeline_tag == "image-classification"
+    assert card.data.library_name == "transformers"
     assert card.data.license is None
 
 
@@ -124,9 +128,11 @@ def test_the_model_index_names_datasets_of_the_hub_only(
     if is_on_hub:
         (result,) = card.data.eval_results
         assert result.dataset_type == "acme/photos"
+        assert result.dataset_name == "photos"
         assert result.dataset_split == "test"
         assert result.metric_type == "accuracy"
         assert result.metric_value == 0.983333
+        assert card.data.metrics == ["accuracy"]
 
 
 def test_an_encoder_shows_its_features_before_and_after_pre_training(tmp_path: Path) -> None:
@@ -145,6 +151,7 @@ def test_an_encoder_shows_its_features_before_and_after_pre_training(tmp_path: P
 
     card = load_card(write_run_folder(tmp_path / "mine", results, None, ViTCLSModel))
     assert "| 43.2% | 56.8% |" in card.text
+    assert "worse" not in card.text
     assert "vitcls finetune --model mine" in card.text
     assert card.data.pipeline_tag == "image-feature-extraction"
     assert card.data.eval_results is None

@@ -96,10 +96,15 @@ def test_a_push_is_one_commit_of_the_model_files(hub: LocalHub, folder: Path) ->
     repository = hub.repositories["ann/model"]
     assert len(repository.commits) == 2
     assert repository.branches == {"main": pushed.commit}
+    assert not repository.private
     accompanying = "README.md results.json config.resolved.yaml images/attention.png report.html"
     licenses = {".gitattributes", "CODE_LICENSE", "LICENSE"}
     assert set(hub.files("ann/model")) == licenses | MODEL_FILES | set(accompanying.split())
     assert hub.files("ann/model")[WEIGHTS].is_lfs
+    assert b"Apache License" in hub.read("ann/model", "CODE_LICENSE")
+    recipe = yaml.safe_load(hub.read("ann/model", "config.resolved.yaml"))
+    assert list(recipe) == ["output_dir", "model", "dataset", "epochs"]  # in this order
+    assert recipe["output_dir"] == "my-model"
     for name in MODEL_FILES | {"LICENSE", "results.json"}:
         assert hub.read("ann/model", name) == before[folder / name]
     assert {file: file.read_bytes() for file in before} == before
@@ -248,7 +253,9 @@ def test_a_push_removes_outdated_files_of_its_branch_and_keeps_others(
     model = vitcls.ViTCLSForImageClassification(build_tiny_config())
     model.save_pretrained(folder, max_shard_size="20KB")
     write_results(folder)
-    push_folder(ModelFolder(folder), "ann/model", branch="new")
+    main = hub.repositories["ann/model"].branches["main"]
+    pushed = push_folder(ModelFolder(folder), "ann/model", branch="new")
+    assert hub.repositories["ann/model"].branches == {"main": main, "new": pushed.commit}
     names = set(hub.files("ann/model", "new"))
 
     shards = {path.name for path in folder.glob("model-*.safetensors")}
@@ -317,6 +324,7 @@ def test_a_generated_card_names_the_repository_and_an_edited_card_is_kept(
     local_card = (folder / "README.md").read_text()
     push_folder(ModelFolder(folder), "ann/model")
     assert "# ann/model\n" in read_card(hub)
+    assert "my-run" not in read_card(hub)
     assert (folder / "README.md").read_text() == local_card
 
     text = local_card.replace("# my-run", "# My model")

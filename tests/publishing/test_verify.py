@@ -19,6 +19,7 @@ from helpers.tiny_models import (
 from huggingface_hub import HfApi
 from safetensors.torch import load_file, save_file
 
+import modeling_vitcls as vitcls
 from modeling_vitcls.cli.push import PushOptions
 from modeling_vitcls.cli.push import run as run_push
 from modeling_vitcls.hub.model_folder import ModelFolder
@@ -81,6 +82,7 @@ def test_each_kind_of_model_is_verified_at_an_old_tag(
     report = verify("ann/model", "v1")
     assert first in report
     assert model_class.__name__ in report
+    assert f"code of modeling_vitcls {vitcls.__version__}" in report
 
 
 # Untrusted code -----------------------------------------------------------------------------------
@@ -111,6 +113,8 @@ def test_published_code_runs_in_another_process_and_other_logits_are_noticed(
 
     process, environment = json.loads(seen.read_text())
     assert process != os.getpid()
+    assert environment["HF_ENDPOINT"] == hub.url
+    assert environment["PATH"] == os.environ["PATH"]
     assert "hf_ann" not in environment.values()
     assert "MY_SECRET" not in environment
 

@@ -46,6 +46,7 @@ def test_backends_and_peers_have_the_outputs_of_the_model(
         ("step", *each) for each in ours + peers
     ]
     assert [(row.work, row.engine, row.precision) for row in rows] == names
+    assert all(row.throughputs == [10.0, 10.0] for row in rows)  # five calls with two images
     assert all(row.difference < (1e-4 if row.precision == "fp32" else 0.08) for row in rows)
     # the caption has no local path
     assert str(Path(model).parent) not in format_markdown(rows, settings)

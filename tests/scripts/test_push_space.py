@@ -7,6 +7,7 @@ import pytest
 from helpers.local_hub import LocalHub
 from helpers.tiny_models import raises_one_line, save_classifier
 from huggingface_hub import SpaceCard
+from packaging.requirements import Requirement
 
 from modeling_vitcls.hub.model_folder import ModelFolder
 from modeling_vitcls.publishing.push import push_folder
@@ -54,6 +55,9 @@ def test_a_space_shows_a_commit_of_a_model(hub: LocalHub, tmp_path: Path) -> Non
     assert card.sdk_version == importlib.metadata.version("gradio")
     assert card.models == ["ann/mine"]
     assert card.app_file == "app.py"
+    assert f"{hub.url}/ann/mine/tree/{first}" in space["README.md"]
+    requirements = {Requirement(line).name for line in space["requirements.txt"].split()}
+    assert requirements >= {"torch", "transformers"}
 
     run(SpaceOptions("ann/mine", output=tmp_path / "space"))
     assert f"COMMIT = '{newest}'\n" in (tmp_path / "space" / "app.py").read_text()
@@ -86,6 +90,9 @@ def test_weights_of_private_models_are_published_in_private_spaces_only(
     assert hub.repositories["spaces/ann/page"].private
     names = {".gitattributes", "README.md", "index.html", "app.js", "model/config.json"}
     assert set(hub.files("spaces/ann/page")) == names
+    card = SpaceCard(hub.read("spaces/ann/page", "README.md").decode())
+    assert card.data.sdk == "static"
+    assert card.data.models == ["ann/mine"]
     assert f'"ann/mine@{commit}"' in hub.read("spaces/ann/page", "model/config.json").decode()
     run(SpaceOptions("ann/mine"))
     assert not hub.repositories["spaces/ann/mine-demo"].private

@@ -203,6 +203,7 @@ def test_a_subset_has_random_training_images_and_all_other_images(
     def read(name: str, split: str) -> dict[str, list[int]]:
         return parquet.read_table(folder / name / f"{split}.parquet").to_pydict()
 
+    assert not (folder / "a" / "validation.parquet").exists()
     numbers = [read(name, "train")["number"] for name in "abc"]
     assert numbers[0] == numbers[1] != numbers[2]
     for one in numbers:
@@ -278,6 +279,10 @@ def test_all_runs_are_executed_and_summarized(tmp_path: Path) -> None:
     page = (output / "README.md").read_text()
     assert "| mean | 2 | 78 ± 40 | +25 ± 0 |\n" in page  # only finished runs, and equal decimals
     assert "| median |" not in page
+    assert page.startswith("# Pooling\n\nWhich pooling?\n\n")
+    assert "The mean." in page
+    assert "4 of 6 runs" in page
+    assert "F1" not in page  # which no run measured
     assert f"{file} --output-dir '{output}' --jobs 2 --threads 3 --dataset other\n" in page
 
     log = output / "runs" / "pooling-mean_seed-1" / "log.txt"
