@@ -62,7 +62,8 @@ def main(arguments: list[str] | None = None) -> None:
         raise SystemExit(1) from None
     except KeyboardInterrupt:
         if os.environ.get("RANK", "0") == "0":
-            print("interrupted by Ctrl-C", file=sys.stderr)
+            # Outputs appear when they are complete. A run with a checkpoint then names --resume.
+            print("interrupted by Ctrl-C. To start again, repeat the command", file=sys.stderr)
         raise SystemExit(128 + signal.SIGINT) from None
     except Exception as error:  # raised again unless memory, files or space have run out
         message = describe_exhaustion(error)

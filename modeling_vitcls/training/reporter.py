@@ -1,8 +1,8 @@
 """Output of a run: lines, warnings, progress, metrics.jsonl and trackers.
 
 run_results.py writes the texts about a run; during a run, only the `Reporter` prints. In a
-terminal, a run shows a progress bar; otherwise, a run prints one line per record. Only the main
-process prints and writes.
+terminal, a run shows a progress bar; otherwise, a run prints about ten records, and a line at least
+every 30 seconds. Only the main process prints and writes.
 """
 
 import json
@@ -43,6 +43,7 @@ class Reporter:
         )
         self.progress_task = self.progress.add_task("training", total=None)
         self.last_line_time = self.progress.get_time()  # of the last line about steps
+        self.last_line_step = 0
         # metrics of evaluations that lines contain, set by the run
         self.printed_metrics: tuple[str, ...] = ()
 
@@ -82,6 +83,7 @@ class Reporter:
 
         self.progress.reset(self.progress_task, total=num_steps, completed=step)
         self.last_line_time = self.progress.get_time()
+        self.last_line_step = step
 
     def start_trackers(self, flags: dict[str, str]) -> None:
         """Start the trackers of the accelerator, if it has any, with the flags of the run."""
@@ -112,6 +114,7 @@ class Reporter:
         columns = [f"step {step}/{task.total}", text, remaining_time, score_text]
         self.console.print("  ".join(filter(None, columns)), markup=False)
         self.last_line_time = self.progress.get_time()
+        self.last_line_step = step
 
     def log(self, record: dict[str, Any]) -> None:
         """Append a record to metrics.jsonl, print it, and send its numbers to the trackers.
@@ -137,7 +140,13 @@ class Reporter:
 
         self.progress.update(self.progress_task, completed=record["step"], description=text)
         if self.progress.disable:
-            self.print_step(record["step"], text, score_text)
+            num_steps = self.progress.tasks[0].total or record["step"]
+            tenths = record["step"] * 10 // num_steps - self.last_line_step * 10 // num_steps
+            # metrics.jsonl has all records: a log file gets about ten of them, those with scores first
+            if tenths >= (1 if score_text else 2) or record["step"] == num_steps:
+                self.print_step(record["step"], text, score_text)
+            else:
+                self.print_if_due(record["step"])
         elif score_text:
             self.progress.console.print(
                 f"epoch {record['epoch']:>5.1f}  {score_text}", markup=False

@@ -227,7 +227,24 @@ def test_an_interrupted_prediction_ends_with_one_line(
     monkeypatch.setattr("modeling_vitcls.inference.predict.prepare_image", interrupt)
     capsys.readouterr()
     assert run_here("predict", "--model", str(folder), str(photos)) == 128 + signal.SIGINT
-    assert capsys.readouterr().err == "interrupted by Ctrl-C\n"
+    error = capsys.readouterr().err
+    assert error == "interrupted by Ctrl-C. To start again, repeat the command\n"
+
+
+def test_a_frozen_run_that_is_interrupted_starts_again_with_the_same_command(
+    folder: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_photos(photos, range(8))
+    flags = ["--model", str(folder), "--dataset", str(photos), "--trainable", "head"]
+    command = ["finetune", *flags, "--output-dir", str(tmp_path / "run"), "--no-report"]
+
+    def interrupt(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("modeling_vitcls.inference.linear_probe.LinearProbe.fit", interrupt)
+        assert run_here(*command) == 128 + signal.SIGINT
+    assert run_here(*command) == 0
 
 
 @pytest.mark.parametrize(
