@@ -195,9 +195,10 @@ def fall_back_to_cache(
         with force_offline():
             yield None
     except (OSError, ValueError) as error:  # of libraries, about files that are not in the cache
+        name = repo_id if revision is None else f"{repo_id}@{revision}"
         raise OSError(
-            f"{repo_id} is not a {PATH_NOUNS[repo_type]} and is missing or incomplete in the "
-            f"cache, and {hub_error}"
+            f"{name} is not a {PATH_NOUNS[repo_type]} and is missing or incomplete in the cache, "
+            f"and {hub_error}"
         ) from error
     logger.warning("%s. Loading %s from the cache, which may be outdated", hub_error, repo_id)
 
@@ -262,7 +263,7 @@ def download_model(repo_id: str, patterns: Sequence[str], revision: str | None) 
         folder = download_files(repo_id, revision, patterns, TIMEOUT)
     if not (folder / CONFIG_FILE).is_file():
         if is_offline_mode():  # only other files are in the cache
-            raise OSError(describe_incomplete_cache(repo_id))
+            raise OSError(describe_incomplete_cache(repo_id, revision))
         raise OSError(
             f"{repo_id} does not contain a model, because {CONFIG_FILE} is missing. Check the name"
         )
@@ -291,15 +292,18 @@ def download_files(
     except HUB_ERRORS as error:
         if not is_offline_mode():
             raise OSError(f"cannot download {repo_id}: {format_hub_error(error)}") from error
-        raise OSError(describe_incomplete_cache(repo_id)) from error
+        raise OSError(describe_incomplete_cache(repo_id, revision)) from error
     return Path(path)
 
 
-def describe_incomplete_cache(repo_id: str) -> str:
+def describe_incomplete_cache(repo_id: str, revision: str | None) -> str:
     """Say that offline mode does not find a model in the cache, and how to fill the cache."""
+    name, command = repo_id, f"hf download {repo_id}"
+    if revision is not None:
+        name, command = f"{repo_id}@{revision}", f"{command} --revision {revision}"
     return (
-        f"{repo_id} is not a folder and is missing or incomplete in the cache, and HF_HUB_OFFLINE "
-        f"(or TRANSFORMERS_OFFLINE) is set. Check the path, or run `hf download {repo_id}` on a "
+        f"{name} is not a folder and is missing or incomplete in the cache, and HF_HUB_OFFLINE "
+        f"(or TRANSFORMERS_OFFLINE) is set. Check the path, or run `{command}` on a "
         "machine with network access, copy that machine's cache to this machine, and set "
         "HF_HUB_CACHE to the copy"
     )

@@ -14,7 +14,7 @@ from helpers.tiny_models import build_tiny_config, save_with_processor
 
 from modeling_vitcls import ViTCLSForImageClassification, cli
 from modeling_vitcls.cli.parsing import silence_libraries
-from modeling_vitcls.runtime.flags import get_flag_fields
+from modeling_vitcls.runtime.flags import get_flag_fields, name_flags
 
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
@@ -266,6 +266,14 @@ def test_commands_do_not_print_transformers_reports_about_weights(
     printed = caplog.text + "".join(capfd.readouterr())
     assert "LOAD REPORT" not in printed
     assert "Loading weights" not in printed
+
+
+def test_lines_of_the_log_name_flags(capsys: pytest.CaptureFixture[str]) -> None:
+    silence_libraries()
+    record = logging.makeLogRecord({"msg": "set `%s=%d`", "args": ("num_workers", 0)})
+    with name_flags(["num_workers"]):
+        logging.lastResort.handle(record)  # how a command prints warnings
+    assert capsys.readouterr().err == "set --num-workers 0\n"
 
 
 @pytest.mark.parametrize(

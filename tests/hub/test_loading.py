@@ -188,7 +188,9 @@ def test_given_revisions_are_used(
 
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert get_cached_commit(get_model_folder(f"ann/model@{old}")) == old
-    with raises_one_line("HF_HUB_OFFLINE", error=OSError):
+    with raises_one_line(
+        "ann/model@gone is", "hf download ann/model --revision gone", error=OSError
+    ):
         get_model_folder("ann/model@gone")
 
 
@@ -343,5 +345,5 @@ def test_incomplete_cached_models_are_not_used(
         HfApi().snapshot_download("ann/notes")
     with raises_one_line("complete in the cache", "HF_HUB_OFFLINE", error=OSError):
         get_model_folder("ann/notes", CONFIG_FILES)
-    with raises_one_line("HF_HUB_OFFLINE", error=OSError):
+    with raises_one_line("HF_HUB_OFFLINE", "`hf download ann/model`", error=OSError):
         get_model_folder("ann/model")
