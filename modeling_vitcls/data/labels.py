@@ -181,8 +181,9 @@ def get_heads(config: ViTCLSConfig, threshold: float | None = None) -> dict[str,
     """Find the labels of a model by task: its own (an empty name without tasks), then the added tasks.
 
     `threshold` is the probability from which one of several own labels is predicted. Raise ValueError
-    for a model without labels.
+    for a model without labels, and for a threshold if an image has one label.
     """
+    check_threshold(threshold, config)
     heads: dict[str, ExtraHead] = {}
     if not config.tasks and (config.num_labels or not config.extra_heads):
         check_is_classifier(config)
@@ -205,6 +206,15 @@ def check_is_classifier(config: ViTCLSConfig) -> None:
         raise ValueError(
             f"labels require a classifier, but the model {problem}. Fine-tune a classifier, or "
             "write features with `vitcls predict --features cls`"
+        )
+
+
+def check_threshold(threshold: float | None, config: ViTCLSConfig) -> None:
+    """Raise ValueError for a threshold of labels of which an image has exactly one."""
+    if threshold is not None and not is_multi_label(config):
+        raise ValueError(
+            f"`threshold={threshold:g}` requires a model with several labels per image, but an image "
+            "has one label of this model, the most probable one. Remove `threshold`"
         )
 
 

@@ -20,7 +20,7 @@ from rich.table import Table
 from ..conversion.open_model import open_model
 from ..data.evaluation_data import load_evaluation_data
 from ..data.label_matching import translate_labels
-from ..data.labels import check_is_classifier, get_label_space
+from ..data.labels import check_is_classifier, check_threshold, get_label_space
 from ..data.options import DataOptions
 from ..data.sources import load_on_main
 from ..data.splits_table import read_splits, select_task
@@ -31,7 +31,7 @@ from ..runtime.distributed import build_accelerator, set_mixed_precision
 from ..runtime.files import write_json
 from ..runtime.system import describe_device, get_versions
 from .evaluator import Evaluator
-from .load_model import check_threshold, load_for_inference
+from .load_model import load_for_inference
 from .metric_tables import (
     build_class_tables,
     build_confusion_tables,

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from ..data.aspect_ratio import Size, get_output_size, set_resize
-from ..data.labels import is_multi_label
 from ..hub.model_folder import ModelFolder
 from ..model.configuration_vitcls import ViTCLSConfig
 from ..model.image_processing_vitcls import ViTCLSImageProcessor
@@ -79,15 +78,6 @@ def load_for_inference(
         set_resize(processor, resize, image_size)
     batch_size = choose_batch_size(batch_size, config, image_size, device, max_batch_size)
     return model.to(device).eval(), processor, batch_size
-
-
-def check_threshold(threshold: float | None, config: ViTCLSConfig) -> None:
-    """Raise ValueError for a threshold of labels of which an image has exactly one."""
-    if threshold is not None and not is_multi_label(config):
-        raise ValueError(
-            f"`threshold={threshold:g}` requires a model with several labels per image, but an image "
-            "has one label of this model, the most probable one. Remove `threshold`"
-        )
 
 
 def has_classifier(config: ViTCLSConfig) -> bool:

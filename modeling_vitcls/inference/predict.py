@@ -31,7 +31,7 @@ from ..runtime.progress import track
 from .cuda_graphs import GraphedFunction
 from .image_pass import pass_over_images, prepare_batches
 from .inputs import ImageRecord, list_records, open_input, prepare_image
-from .load_model import check_threshold, load_for_inference
+from .load_model import load_for_inference
 from .options import PredictOptions
 from .outputs import (
     get_output_columns,
@@ -166,7 +166,6 @@ def build_predictor(options: PredictOptions, accelerator: Accelerator) -> Predic
     config: Any = model.config
     columns: PredictionColumns
     if options.features is None:
-        check_threshold(options.threshold, config)
         heads = get_heads(config, options.threshold)
         columns = LabelColumns(model, heads, options.top_k)
     else:

@@ -54,7 +54,7 @@ def predict(
     processor: Any,
     images: Any,
     top_k: int | None = None,
-    threshold: float = 0.5,
+    threshold: float | None = None,
     features: Any = None,
     batch_size: int = 32,
 ) -> list[dict[str, Any]]:
