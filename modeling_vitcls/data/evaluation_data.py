@@ -1,9 +1,9 @@
 """The images that evaluation reads: all of a split, except those that trained the model."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -36,6 +36,7 @@ def load_evaluation_data(
     splits: pd.DataFrame = EMPTY_TABLE,
     use_labels: bool = True,
     max_images: int | None = None,
+    trained: Mapping[str, Any] | None = None,
 ) -> EvaluationData:
     """Load the images to evaluate, without those that trained the model.
 
@@ -46,12 +47,13 @@ def load_evaluation_data(
         splits: the rows of splits.parquet about the model.
         use_labels: whether labels are read. If False, every label is missing.
         max_images: number of images to draw at random.
+        trained: label columns of the model's training, which are read if the dataset has them.
 
     Raises:
         ValueError: if the split does not exist, or if training used all of its images.
     """
     choose = partial(choose_evaluation_split, split, options.dataset)
-    loaded = load_splits(options, use_labels, lambda names: [choose(names)])
+    loaded = load_splits(options, use_labels, lambda names: [choose(names)], trained)
     ((name, images),) = loaded.images_by_split.items()
     if use_labels:
         images = replace(images, keys=get_keys(images))

@@ -100,7 +100,10 @@ class Splits:
 
 
 def load_splits(
-    options: DataOptions, use_labels: bool = True, select: SplitSelector = list
+    options: DataOptions,
+    use_labels: bool = True,
+    select: SplitSelector = list,
+    trained: Mapping[str, Any] | None = None,
 ) -> Splits:
     """Load the splits of `dataset`.
 
@@ -109,13 +112,15 @@ def load_splits(
             required.
         select: function that selects splits by name. Other splits, whose labels may be hidden, are
             not read.
+        trained: `label_column` and `label_separator` of a model's training, which are used if the
+            dataset has these columns.
 
     Raises:
         ValueError: if the dataset cannot be read, or has no image or label column.
         OSError: if the dataset cannot be found.
     """
     if not is_built_in_dataset(options.dataset):
-        return load_table(options, use_labels, select)
+        return load_table(options, use_labels, select, trained)
 
     splits = load_digits()
     only_values = {
@@ -178,10 +183,18 @@ def load_digits() -> Splits:
 # Tables and folders -------------------------------------------------------------------------------
 
 
-def load_table(options: DataOptions, use_labels: bool, select: SplitSelector) -> Splits:
+def load_table(
+    options: DataOptions,
+    use_labels: bool,
+    select: SplitSelector,
+    trained: Mapping[str, Any] | None,
+) -> Splits:
     """Load the splits of an image folder, a table, data in memory or a dataset on the Hub."""
     dataset = options.dataset
     name, folder, splits = open_dataset(dataset, use_labels)
+    columns = next(iter(splits.values())).features
+    if trained and columns.keys() >= set(trained["label_column"]):
+        options = replace(options, **trained)
     all_tables, facts = divide_by_column(
         splits, dataset, options.split_column, options.label_column or ()
     )

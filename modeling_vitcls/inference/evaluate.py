@@ -8,7 +8,6 @@ Images that the model was trained on are not evaluated unless --split is set
 
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -21,7 +20,6 @@ from ..conversion.open_model import open_model
 from ..data.evaluation_data import load_evaluation_data
 from ..data.label_matching import translate_labels
 from ..data.labels import check_is_classifier, check_threshold, get_label_space
-from ..data.options import DataOptions
 from ..data.sources import load_on_main
 from ..data.splits_table import read_splits, select_task
 from ..hub.model_files import ADDITIONS_KEY
@@ -87,19 +85,20 @@ def evaluate_checkpoint(options: EvaluateOptions) -> dict[str, Any]:
             "`per_image` requires a single task. Use `vitcls predict --dataset` for several tasks"
         )
 
-    data_options: DataOptions = options
+    trained = {}
     if options.label_column is None and options.label_separator is None:
         # A table may have several columns that look like labels. The model's record names the right
         # one.
-        data_options = replace(options, **get_training_columns(config, folder, options.task))
+        trained = get_training_columns(config, folder, options.task)
     load_data = partial(
         load_evaluation_data,
-        data_options,
+        options,
         options.split,
         select_task(read_splits(folder), options.task),
         max_images=options.max_images,
+        trained=trained,
     )
-    data = load_on_main(data_options.dataset, load_data)
+    data = load_on_main(options.dataset, load_data)
     label_space = get_label_space(config)
     evaluator = Evaluator(
         translate_labels(data.images, data.label_space, label_space),
@@ -175,16 +174,16 @@ def get_training_columns(
 ) -> dict[str, Any]:
     """Find the label columns of the model's training, as values of `DataOptions`.
 
-    These are the columns of a multi-task model, or the label column and the separator of a
-    multi-label model or of an added task.
+    These are the columns of a multi-task model, or else those in the record of the run or of the
+    added task. They are empty without a record.
     """
     if config.tasks:
         return {"label_column": tuple(config.task_labels())}
-    if task is None and config.problem_type != "multi_label_classification":
-        return {}
     results = folder.results_of_any_weights
     if task is not None:
         results = results.get(ADDITIONS_KEY, {}).get(task, {})
+    if not results.get("label_column"):
+        return {}
     return {name: results.get(name) for name in ("label_column", "label_separator")}
 
 

@@ -6,6 +6,7 @@ equal those of one process.
 
 import csv
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ from modeling_vitcls.inference.evaluate import (
     evaluate_checkpoint,
 )
 from modeling_vitcls.inference.options import EvaluateOptions
-from modeling_vitcls.runtime.files import read_json
+from modeling_vitcls.runtime.files import read_json, write_json
 
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
@@ -124,6 +125,23 @@ def evaluate(model: Path, dataset: object, **data: Any) -> dict[str, Any]:
     reset_accelerate()
     options = {"dataset": str(dataset), "num_workers": 0, "batch_size": 4, **data}
     return evaluate_checkpoint(EvaluateOptions(model=str(model), **options))
+
+
+def test_the_label_column_of_the_training_is_read_if_the_table_has_it(
+    models: Path, tmp_path: Path
+) -> None:
+    model = shutil.copytree(models / "single", tmp_path / "model")
+    write_json(model / "results.json", {"label_column": ["animal"]})
+    table = write_table(
+        tmp_path, "single", ["label", "animal"], lambda label: [CLASSES[label], CLASSES[0]]
+    )
+    first_class = evaluate(model, table)["per_class"][0]
+    assert first_class["images"] == 2 * NUM_IMAGES
+
+    without_it = pd.read_csv(table).drop(columns="animal")
+    without_it.to_csv(tmp_path / "other.csv", index=False)
+    first_class = evaluate(model, tmp_path / "other.csv")["per_class"][0]
+    assert 0 < first_class["images"] < NUM_IMAGES
 
 
 @pytest.mark.parametrize("threshold", [None, 0.3])
