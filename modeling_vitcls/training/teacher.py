@@ -109,8 +109,8 @@ def load_teacher(
 ) -> Teacher:
     """Load a teacher for a student with the given labels and configuration.
 
-    Raise ValueError if the teacher is not an image classifier or lacks a label, and OSError if the
-    teacher cannot be found or read.
+    Raise ValueError if the teacher is not an image classifier, lacks a label or has several labels
+    per image, and OSError if the teacher cannot be found or read.
 
     Labels are matched by name. If a teacher has no label names but the same number of labels, the
     labels are assumed to be in the same order. `Teacher.description` states this assumption.
@@ -182,6 +182,11 @@ def load_transformers_teacher(source: str, student: ViTCLSConfig) -> LoadedTeach
         )
 
     config = model.config
+    if config.problem_type == "multi_label_classification":
+        raise ValueError(
+            f"the teacher {source} has several labels per image, but the dataset has one. Use a "
+            "teacher that was trained with one label per image"
+        )
     names = [config.id2label[index] for index in range(config.num_labels)]
     has_names = names != [f"LABEL_{index}" for index in range(config.num_labels)]
     if config.model_type == "timm_wrapper":

@@ -236,6 +236,13 @@ def test_labels_that_the_teacher_lacks_are_named(resnet: Path) -> None:
 # Invalid teachers ---------------------------------------------------------------------------------
 
 
+def test_a_teacher_of_several_labels_per_image_is_an_error(tmp_path: Path) -> None:
+    """Its scores do not exclude one another, so they are no probabilities of one label."""
+    model = build_tiny_resnet(problem_type="multi_label_classification")
+    with raises_one_line("several labels per image", "one label per image"):
+        load_labeled_teacher(save_teacher(tmp_path / "tags", model, build_half_processor()))
+
+
 def test_a_teacher_without_a_trained_classifier_is_an_error(tmp_path: Path) -> None:
     encoder = ResNetModel(build_tiny_resnet().config)
     with raises_one_line("lacks the weight classifier"):
