@@ -18,14 +18,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import yaml
 from torch.distributed.fsdp import FSDPModule
 
 from ..data.sources import Splits
-from ..data.splits import TrainingData
-from ..data.splits_table import get_keys, read_splits, select_task, write_splits
+from ..data.splits import TrainingData, describe_change, describe_data, divide_images
+from ..data.splits_table import write_splits
 from ..hub.connection import silence_transformers
 from ..hub.local_paths import is_local, split_prefix
 from ..hub.model_files import (
@@ -164,28 +163,25 @@ def read_finished_flags(folder: Path) -> FlagsRecord:
     return {"flags": flags | unset, "chosen": chosen, "config": read_json(folder / CONFIG_FILE)}
 
 
-def check_finished(folder: Path, dataset: str, images: Splits) -> None:
-    """Raise ValueError if a finished run has lost its weights, or had other training images.
+def check_finished(folder: ModelFolder, images: Splits) -> None:
+    """Raise ValueError if a finished run has lost its weights, or had other images or labels.
 
     Args:
         folder: output folder.
-        dataset: its name, for the message.
         images: what a new run would read.
     """
+    results = folder.results_of_any_weights
     problem = None
-    if hash_weights(folder) != read_json(folder / RESULTS_FILE).get("weights_sha256"):
+    if hash_weights(folder.path) != results.get("weights_sha256"):
         problem = "its weights are missing or have changed"
-    rows = select_task(read_splits(ModelFolder(folder)), None)
-    recorded = rows[rows["split"] != "encoder"]
-    keys = np.concatenate([get_keys(part) for part in images.images_by_split.values()])
-    is_new = ~np.isin(get_keys(images.train), recorded["key"])
-    is_gone = ~np.isin(recorded["key"][recorded["split"] == "train"], keys)
-    # without splits.parquet, nothing is known about the images
-    if len(recorded) and (is_new.any() or is_gone.any()):
-        problem = f"{is_new.sum():,} images of {dataset} are new, and {is_gone.sum():,} are gone"
+    data = divide_images(
+        images, folder.flags["held_out_fraction"], folder.flags["select"] == "best"
+    )
+    if change := describe_change(results["data"], describe_data(data)):
+        problem = f"the dataset has changed since: {change}"
     if problem is not None:
         raise ValueError(
-            f"`resume=True`: the run in {folder} is finished, but {problem}. Choose a different "
+            f"`resume=True`: the run in {folder.path} is finished, but {problem}. Choose a different "
             "`output_dir`, or set `overwrite=True` without `resume`"
         )
 

@@ -32,6 +32,7 @@ from ..data.splits import TrainingData, divide_images, load_undivided_images
 from ..data.workers import explain_worker_errors
 from ..hub.local_paths import resolve_name
 from ..hub.model_files import METRICS_FILE
+from ..hub.model_folder import ModelFolder
 from ..inference.class_statistics import ClassStatistics, Token
 from ..inference.evaluator import Evaluator
 from ..inference.frozen_features import FeatureLayout
@@ -174,20 +175,26 @@ def train(asked: TrainOptions) -> Path:
 
 
 def clean_up_finished(asked: TrainOptions, store: CheckpointStore, reporter: Reporter) -> None:
-    """Check that a finished run has the photos and weights of today, and remove what it left.
+    """Check that a finished run has today's photos, labels and weights, and remove what it left.
 
     Raises:
         ValueError, OSError: if they have changed, or cannot be read.
     """
-    # The photos may have changed since, although the flags are the same.
-    uses_labels = not isinstance(asked, PretrainOptions)
-    load_images = partial(load_undivided_images, asked, reads_all=True, use_labels=uses_labels)
-    folder = asked.output_dir
-    check_finished(folder, asked.dataset, load_on_main(asked.dataset, load_images))
-    shutil.rmtree(folder / STAGING_FOLDER, ignore_errors=True)
+    folder = ModelFolder(asked.output_dir)
+    results = folder.results_of_any_weights
+    # Read as the run has read them: a test split may have come since.
+    load_images = partial(
+        load_undivided_images,
+        asked,
+        reads_all=results["held_out_split"] == "test",
+        use_labels=bool(results["data"]["classes"]),
+    )
+    # The photos and labels may have changed since, although the flags are the same.
+    check_finished(folder, load_on_main(asked.dataset, load_images))
+    shutil.rmtree(folder.path / STAGING_FOLDER, ignore_errors=True)
     if asked.keep_checkpoints is None:
         store.clear()
-    reporter.print_line("finished", f"{folder} already contains the results of this run")
+    reporter.print_line("finished", f"{folder.path} already contains the results of this run")
 
 
 # Frozen -------------------------------------------------------------------------------------------

@@ -115,6 +115,7 @@ def build_results(
         "split": outcome.split,
         "held_out_split": data.held_out_split,
         "num_training_images": outcome.num_training_images,
+        "data": describe_data(data),
         "chosen_flags": chosen_flags,
         **setup.results,
         "calibration": outcome.calibration,

@@ -190,11 +190,23 @@ def test_a_resumed_run_that_is_finished_changes_nothing(
         run(earlier, resume=True, max_steps=2)
 
 
-def test_a_finished_run_is_not_resumed_with_other_photos(tmp_path: Path) -> None:
+def test_a_finished_run_is_not_resumed_with_other_photos_or_labels(tmp_path: Path) -> None:
     folder, photos = tmp_path / "run", write_photos(tmp_path / "photos", range(6))
     run(folder, dataset=photos)
+    photo, other_class = sorted(photos.rglob("*.png"))[0], sorted(photos.iterdir())[1]
+    moves = [
+        (photo, other_class / "moved.png", "images"),
+        (other_class, photos / "renamed", "classes"),
+    ]
+    for old, new, problem in moves:
+        old.rename(new)
+        with raises_one_line(problem, "changed", "`overwrite=True`"):
+            run(folder, dataset=photos, resume=True)
+        new.rename(old)
+    run(folder, dataset=photos, resume=True)
+
     write_photos(photos, range(6, 10))
-    with raises_one_line("8 images of", "are new, and 0 are gone", "`overwrite=True`"):
+    with raises_one_line("number of training images was", "`overwrite=True`"):
         run(folder, dataset=photos, resume=True)
 
 
