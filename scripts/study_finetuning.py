@@ -134,12 +134,9 @@ def fine_tune(options: Options, folder: Path, trainable: str) -> float:
 
 
 def load_model(folder: Path) -> Any:
-    """Load a model in evaluation mode, with the temperature as part of the classifier."""
+    """Load a model in evaluation mode."""
     model = ViTCLSForImageClassification.from_pretrained(folder, device_map=DEVICE)
     model.eval().requires_grad_(False)
-    model.classifier.weight /= model.config.temperature
-    model.classifier.bias /= model.config.temperature
-    model.config.temperature = 1.0
     return model
 
 

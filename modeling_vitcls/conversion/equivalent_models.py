@@ -5,7 +5,6 @@ These forms have the same outputs for images of any size:
     pooling="cls" or "mean"            a classifier on [CLS, mean], with zero weights for the unused half
     position_embedding_tokens          position embeddings of special tokens: zeros, or none if their values are
                                        added to the tokens
-    temperature                        a classifier whose weights are divided by the temperature
 
 The following form has the same outputs only at the native image size, where position embeddings are
 not resampled:
@@ -67,21 +66,6 @@ def widen_classifier(weights: Weights, old_config: ViTCLSConfig, new_config: ViT
     )
 
 
-def can_fold_temperature(config: ViTCLSConfig, target: ViTCLSConfig) -> bool:
-    """Check whether the model has one linear classifier, which can absorb the temperature."""
-    return (
-        bool(config.num_labels)
-        and config.head_type == "linear"
-        and not config.has_distillation_head
-    )
-
-
-def fold_temperature(weights: Weights, old_config: ViTCLSConfig, new_config: ViTCLSConfig) -> None:
-    """Divide the weights of the classifier by the temperature."""
-    for name in ("classifier.weight", "classifier.bias"):
-        weights[name] = weights[name] / old_config.temperature
-
-
 # Positions ----------------------------------------------------------------------------------------
 
 
@@ -104,7 +88,6 @@ def move_position_embeddings(
 
 # All rewrites, in the order in which to_transformers.py tries them.
 REWRITES = (
-    Rewrite(("temperature",), can_fold_temperature, fold_temperature),
     Rewrite(("pooling",), can_widen_classifier, widen_classifier),
     Rewrite(
         ("position_embedding_tokens",),

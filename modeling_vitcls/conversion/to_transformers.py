@@ -263,7 +263,6 @@ HEAD_FIELDS = {
     "head_hidden_size",
     "distillation_head",
     "distillation_inference",
-    "temperature",
     "extra_heads",
 }
 LEARNED_POSITION_FIELDS = {
@@ -279,7 +278,7 @@ IGNORED_FIELDS = frozenset(
         "use_mask_token token_init initializer_range hidden_dropout_prob "
         "attention_probs_dropout_prob drop_path_rate mim_loss norm_pixel_target "
         "_out_features _out_indices apply_layernorm reshape_hidden_states qkv_bias "
-        "class_statistics distance_threshold fitted_encoder"
+        "class_statistics distance_threshold"
     ).split()
 )
 

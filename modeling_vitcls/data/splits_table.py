@@ -4,7 +4,7 @@ It is a file of every run, and is published with the model. Each row is an image
 
     key      a checksum of its content (images.py); there are no names
     split    train, validation (selects the checkpoint), test (held out), or encoder (trained the
-             encoder in the steps of an earlier run)
+             encoder in the steps of an earlier run, or a classifier that this run kept)
     task     the added task that saw it; "" is the model itself
 
 This table says whether an image was trained on, so a dataset may be renamed, moved, extended or
@@ -67,18 +67,19 @@ def read_splits(folder: ModelFolder) -> pd.DataFrame:
         return pd.read_parquet(file, columns=list(EMPTY_TABLE))
 
 
-def list_encoder_rows(folder: ModelFolder | None) -> pd.DataFrame:
+def list_encoder_rows(folder: ModelFolder | None, keeps_classifier: bool = False) -> pd.DataFrame:
     """List the images that trained an encoder with their labels, in its run or an earlier one.
 
     The features depend on these labels, so any accuracy on these images is too high. A frozen run
-    trains no encoder, and pre-training reads no labels.
+    trains no encoder, and pre-training reads no labels. With `keeps_classifier`, the images that
+    trained the classifier are listed, too.
     """
     if folder is None:
         return EMPTY_TABLE
     splits = select_task(read_splits(folder), None)
     results = folder.results
     has_steps = results.get("steps") and results.get("label_column")
-    is_trained = has_steps and results.get("steps_train_encoder", True)
+    is_trained = keeps_classifier or (has_steps and results.get("steps_train_encoder", True))
     is_seen = splits["split"] != "test" if is_trained else splits["split"] == "encoder"
     return splits[is_seen].assign(split="encoder")
 

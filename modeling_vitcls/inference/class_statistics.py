@@ -11,13 +11,14 @@ one linear layer on the concatenated tokens. The covariance is the same as in sc
 `LinearDiscriminantAnalysis(solver="lsqr", shrinkage="auto")`: the average over the classes of
 Ledoit-Wolf estimates.
 
-The logits of this classifier are overconfident, so a model divides them by `config.temperature`. An
-added row is on the scale of the logits *before* this division: append it to the rows of
-`build_classifier`, and the temperature fits it as well. If the classifier was trained in another
-way, its logits h and the logits of the statistics, g, have different scales. The new row is then
-shifted and scaled: `h_new = mean(h) + std(h) / std(g) * (g_new - mean(g))`. The means are over the
-old classes; the standard deviations are over images and old classes, after g and h were centered
-for every image. This is also linear in the features.
+The logits of this classifier are overconfident, so a model divides its weights by a temperature. Its
+logits h and the logits of the statistics, g, then have different scales, more so after training. The
+row of an added class is therefore shifted and scaled:
+
+    h_new = mean(h) + std(h) / std(g) * (g_new - mean(g))
+
+The means are over the old classes; the standard deviations are over images and old classes, after g
+and h were centered for every image. This is also linear in the features.
 """
 
 from collections.abc import Mapping, Sequence
@@ -28,10 +29,10 @@ import numpy as np
 import torch
 from scipy import linalg
 
-from ..model.heads_vitcls import ClassDistance
+from ..model.class_distance_vitcls import ClassDistance
 
 
-# Smallest variance of a feature within the classes, as a part of the mean over all features. Features of
+# Smallest variance of a feature within the classes, as a part of the median of all features. Features of
 # trained encoders are far above it.
 MIN_RELATIVE_VARIANCE = 1e-6
 
@@ -83,12 +84,11 @@ class ClassStatistics:
         for values in features.values():
             values = values.astype(np.float64)
             mean = compute_means(values, labels, counts)
+            covariance = own_covariance = np.eye(values.shape[1]) * (values.var() or 1.0)
             if has_covariance:
                 residuals = values - mean[labels]
                 covariance, own_covariance = compute_covariances(residuals, labels, counts)
-            else:
-                covariance = own_covariance = np.eye(values.shape[1]) * (values.var() or 1.0)
-            precision = linalg.inv(covariance, overwrite_a=True)
+            precision = linalg.inv(covariance)
             means.append(mean)
             # The inverse is symmetric up to rounding only, and a distance must not depend on the
             # direction.
@@ -215,14 +215,19 @@ class ClassStatistics:
                 f"precisions_{index}": self.precisions[index],
             }
         model.class_distance.load_state_dict(
-            {name: torch.tensor(array, dtype=torch.float32) for name, array in arrays.items()}
+            {name: torch.tensor(array, dtype=torch.float32) for name, array in arrays.items()},
+            strict=False,  # the fingerprint follows
         )
-        model.class_distance.to(model.device)
+        model.class_distance.to(model.device).store_fingerprint(model.vitcls)
 
     @classmethod
     def from_model(cls, model: Any) -> "ClassStatistics | None":
-        """Load the statistics that are stored with the weights of a classifier, if it has any."""
-        if getattr(model, "class_distance", None) is None:
+        """Load the statistics that are stored with the weights of a classifier.
+
+        The result is None if it has none, or if they belong to other weights of the encoder.
+        """
+        stored = getattr(model, "class_distance", None)
+        if stored is None or not stored.check(model.vitcls):
             return None
         arrays = {
             # NumPy has no bfloat16
@@ -260,10 +265,12 @@ def compute_covariances(
     Args:
         residuals: [N, D] differences of the features from the mean of their class.
     """
-    num_images, width = residuals.shape
-    weights = np.zeros(num_images)  # of each image
+    width = residuals.shape[1]
+    # The only image of a class equals its mean, and says nothing about the covariance.
+    num_images = counts[counts > 1].sum()
+    weights = np.zeros(len(residuals))  # of each image
     target = np.zeros(width)  # diagonal
-    for label in np.flatnonzero(counts):
+    for label in np.flatnonzero(counts > 1):
         rows = labels == label
         variances = residuals[rows].var(axis=0)
         # A constant feature has residuals of 0, which any scale leaves at 0.
@@ -277,7 +284,8 @@ def compute_covariances(
     # A feature that hardly varies would decide everything by its rounding errors, and with images of
     # one color none of them varies.
     variances = np.diagonal(covariance)
-    floor = MIN_RELATIVE_VARIANCE * (variances.mean() or 1.0)
+    # the median, because one feature on another scale would dominate a mean
+    floor = MIN_RELATIVE_VARIANCE * (np.median(variances) or 1.0)
     covariance[np.diag_indices(width)] = np.maximum(variances, floor)
     return covariance, own_covariance
 

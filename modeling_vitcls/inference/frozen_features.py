@@ -33,16 +33,20 @@ class FeatureLayout:
     widths: dict[str, int]  # kind of token -> number of features; the same in each layer
 
     @classmethod
-    def from_config(cls, config: ViTCLSConfig, num_layers: int | None = None) -> "FeatureLayout":
+    def from_config(
+        cls, config: ViTCLSConfig, num_layers: int | None = None, has_distillation: bool = False
+    ) -> "FeatureLayout":
         """Build the layout for an encoder: all layers, or the last `num_layers`.
 
         A pooler with weights, or the maximum, reads all of the last layer. Its output is then the
-        only kind of token.
+        only kind of token. With `has_distillation`, the mean of the distillation tokens is another.
         """
         if not has_searchable_pooling(config):
             return cls(1, {OWN_POOLING: config.pooled_size})
         kinds = ("cls", "mean") if config.num_cls_tokens else ("mean",)
-        widths = {kind: build_kind_config(config, kind).pooled_size for kind in kinds}
+        widths = {kind: config.compute_pooled_size(kind, 1) for kind in kinds}
+        if has_distillation:
+            widths["distillation"] = config.hidden_size
         return cls(min(num_layers or config.num_hidden_layers, config.num_hidden_layers), widths)
 
     @classmethod
@@ -60,7 +64,7 @@ class FeatureLayout:
     def split(self, values: np.ndarray) -> dict[Token, np.ndarray]:
         """Divide features [N, all] into the features [N, D] of each token.
 
-        The order is layer after layer, each with CLS before the mean of the patches.
+        The order is layer after layer; in each, CLS, the mean of the patches, distillation.
         """
         tokens = [(layer, kind) for layer in range(-self.num_layers, 0) for kind in self.widths]
         ends = np.cumsum([self.widths[kind] for _, kind in tokens])
@@ -92,7 +96,7 @@ def pool_layers(encoder: Any, outputs: Any, layout: FeatureLayout) -> torch.Tens
             return build_pooler(encoder.config)(outputs.last_hidden_state).float()
         return outputs.pooler_output.float()
 
-    poolers = [TokenPooler(build_kind_config(encoder.config, kind)) for kind in layout.widths]
+    poolers = [TokenPooler(encoder.config, kind) for kind in layout.widths]
     parts = []
     for states in outputs.hidden_states[-layout.num_layers :]:
         normalized = encoder.normalize(states)  # [B, N, D]

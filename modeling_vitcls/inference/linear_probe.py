@@ -39,6 +39,7 @@ POOLING_TEXTS = {
     "mean": "mean of the patches",
     "cls_mean": "CLS + mean",
     "own": "the model's own pooling",
+    "distillation": "distillation token",
 }
 
 Folds = list[tuple[np.ndarray, np.ndarray]]  # indices of training and left-out images
@@ -191,8 +192,9 @@ class LinearProbe(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             weights = 1 / np.bincount(indices)[indices]
             weights /= weights.mean()
         folds = split_folds(indices, groups)
-        # a covariance needs two images of a class, in every fold
-        self.has_covariance_ = all(np.bincount(indices[train]).max() > 1 for train, _ in folds)
+        # A covariance needs two images of a class in every fold, and folds that calibrate it.
+        has_pairs = [np.bincount(indices[train]).max() > 1 for train, _ in folds]
+        self.has_covariance_ = bool(folds) and all(has_pairs)
 
         candidates = list_candidates(features, self.layers, self.pooling)
         self.num_folds_ = len(folds)

@@ -38,6 +38,9 @@ MAX_MATRIX_CLASSES = 200  # maximum number of classes for which a confusion matr
 # Accuracy metric of a head -> name of the model output with the logits of the head.
 HEAD_OUTPUTS = {"cls_accuracy": "cls_logits", "distillation_accuracy": "distillation_logits"}
 
+# Cross-entropy of the CLS head, of the distillation head, and of the mean of their logits
+HEAD_LOSSES = ("cls_loss", "distillation_loss", "mean_loss")
+
 MetricValues = dict[str, Any]
 
 
@@ -56,6 +59,7 @@ class SingleLabelMetrics:
     calibration_error       expected calibration error with 15 bins (Guo et al. 2017, arXiv 1706.04599)
     calibration_error_by_chance     what a calibrated model has on as many images
     cls_accuracy, distillation_accuracy     accuracy of each head, if the model has two heads
+    cls_loss, distillation_loss, mean_loss  cross-entropy of each of the two, and of their mean
     loss                    cross-entropy, without label smoothing
     num_images
     accuracy_interval       95% confidence interval [low, high]
@@ -74,7 +78,8 @@ class SingleLabelMetrics:
         self.top_5_accuracy: dict[str, Any] = {}
         if num_classes > 5:
             self.top_5_accuracy["top_5_accuracy"] = build_aggregator(MeanMetric, device)
-        self.head_accuracies = {name: build_aggregator(MeanMetric, device) for name in HEAD_OUTPUTS}
+        names = [*HEAD_OUTPUTS, *HEAD_LOSSES]
+        self.head_metrics = {name: build_aggregator(MeanMetric, device) for name in names}
         self.confusion_matrix = None
         if num_classes <= MAX_MATRIX_CLASSES:
             confusion_matrix = MulticlassConfusionMatrix(num_classes, validate_args=False)
@@ -84,9 +89,17 @@ class SingleLabelMetrics:
         """Update the metrics with logits [B, L], also of each of two heads, and labels [G]."""
         self.update_logits(outputs.logits, labels)
         if outputs.distillation_logits is not None:
-            for name, attribute in HEAD_OUTPUTS.items():
-                predictions = getattr(outputs, attribute)[: len(labels)].argmax(dim=1)  # [G]
-                self.head_accuracies[name].update((predictions == labels).float())
+            is_known = labels != IGNORED_LABEL
+            labels = labels[is_known]  # [G]
+            heads = [
+                getattr(outputs, name)[: len(is_known)][is_known].float()
+                for name in HEAD_OUTPUTS.values()
+            ]
+            for name, logits in zip(HEAD_OUTPUTS, heads, strict=True):
+                self.head_metrics[name].update((logits.argmax(dim=1) == labels).float())
+            for name, logits in zip(HEAD_LOSSES, [*heads, sum(heads) / 2], strict=True):
+                losses = nn.functional.cross_entropy(logits, labels, reduction="none")
+                self.head_metrics[name].update(losses)
 
     def update_logits(self, logits: torch.Tensor, labels: torch.Tensor) -> None:
         """Update the metrics with logits [B, L] and labels [G].
@@ -135,7 +148,7 @@ class SingleLabelMetrics:
             "macro_f1": compute_mean([row["f1"] for row in class_metrics]),
             "calibration_error": error,
             "calibration_error_by_chance": error_by_chance,
-            **compute_if_updated(self.head_accuracies),
+            **compute_if_updated(self.head_metrics),
             "loss": to_number(self.loss.compute()),
             "num_images": num_images,
             "accuracy_interval": compute_proportion_interval(num_correct, num_images),

@@ -101,7 +101,9 @@ class LabelColumns:
         self.model = model
         self.max_labels = top_k
         self.heads = heads
-        self.has_distance = getattr(model, "class_distance", None) is not None
+        # A graph has the name of this output, a model the layers that it reads.
+        distance = getattr(model, "distance_layers", getattr(model, "class_distance", None))
+        self.has_distance = bool(distance)
         # task -> names of label and probability columns
         self.column_pairs: dict[str, list[tuple[str, str]]] = {}
         self.columns: dict[str, pa.DataType] = {}

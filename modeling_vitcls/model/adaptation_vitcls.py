@@ -7,11 +7,15 @@
 No training is required, but fine-tuning may improve the adapted model. The table `ADAPTERS`
 determines how each weight is adapted, and every change is logged in one line:
 
-    tokens                 the first are kept; new tokens are initialized by `config.token_init`
+    tokens                 the first are kept; a new token that a head reads starts as a twin: the sum of
+                           a token that it read before and its position. Others: `config.token_init`
     token positions        the first position embeddings are kept; new position embeddings are zero
     patch positions        resampled (`config.position_interpolation`)
     patch projection       resized with FlexiViT's pseudo-inverse
-    distillation head      a new head is initialized as a copy of the classifier
+    classifier             with cls_pooling="concat", new tokens get columns of zeros
+    distillation head      a new head is a copy of the classifier, if that reads one CLS token;
+                           otherwise, it is random, and `distillation_inference` becomes "cls"
+    class statistics       kept if the features have the same width
     gates                  a gate is kept if the gated token is kept
     other weights          newly initialized if they are missing or their shape changes
 
@@ -37,6 +41,7 @@ from .attention_masks_vitcls import (
     resample_bias_tables,
 )
 from .configuration_vitcls import ADAPTABLE_FIELDS, COUNT_FIELDS, ViTCLSConfig, update_gated_tokens
+from .heads_vitcls import divide_logits
 from .positions_vitcls import resample_positions, resize_patch_kernel
 
 
@@ -113,8 +118,7 @@ class AdaptableModel(PreTrainedModel):
 
         Args:
             gate_new_tokens: whether to gate the added tokens. Closed gates hide them from the other
-                tokens, so outputs stay the same until training, except outputs that read an added
-                token directly (pooling over all CLS tokens). Default: True if the attention
+                tokens, so the logits stay the same until training. Default: True if the attention
                 implementation supports gates. A model with random weights does not require gates:
                 build it from its configuration, or set False.
             changes: new values of `ADAPTABLE_FIELDS`.
@@ -136,12 +140,17 @@ class AdaptableModel(PreTrainedModel):
         if gate_new_tokens is None:
             gate_new_tokens = can_gate_new_tokens(self.config, changes)
         gated_tokens = get_gated_tokens(self.config, changes, gate_new_tokens)
+        config = replace_fields(self.config, changes | {"gated_tokens": gated_tokens})
+        ignore_unready_parts(self.config, config)
 
-        model = self.new_like(replace_fields(self.config, changes | {"gated_tokens": gated_tokens}))
+        model = self.new_like(config)
         # transformers' `to` is untyped
         model.to(device=self.device, dtype=self.dtype)  # type: ignore[call-arg]
         load_adapted_weights(self, model)
-        # last: `eval` compares the weights with those that the statistics were fitted to
+        statistics: Any = getattr(self, "class_distance", None) if config.class_statistics else None
+        if statistics is not None and statistics.has_fingerprint_of(self.base_model):
+            # Sizes and tokens have changed the weights, but hardly the features.
+            cast(Any, model).class_distance.store_fingerprint(model.base_model)
         model.train(self.training)
         return model
 
@@ -256,6 +265,42 @@ def get_gated_tokens(
     return new_gated_tokens or None
 
 
+def ignore_unready_parts(old_config: ViTCLSConfig, config: ViTCLSConfig) -> None:
+    """Set the fields of a new configuration so that it reads nothing random, and log each change."""
+    has_new_head = config.has_distillation_head and not old_config.has_distillation_head
+    is_random = has_new_head and not can_copy_classifier(old_config)
+    if is_random and config.distillation_inference == "mean":
+        config.distillation_inference = "cls"
+        logger.warning(
+            'distillation_inference: "cls", because the new distillation head is random. After '
+            'training, set it to "mean" or "distillation"'
+        )
+
+    num_old = old_config.num_cls_tokens
+    reads_new_tokens = config.num_cls_tokens > num_old and config.pooled_cls_tokens is None
+    # Twins leave a mean as it is, if each token has equally many.
+    has_unequal_twins = num_old and (config.num_cls_tokens % num_old or config.cls_scopes)
+    if reads_new_tokens and config.cls_pooling == "mean" and has_unequal_twins:
+        config.pooled_cls_tokens = list(range(num_old))
+        logger.warning(f"pooled_cls_tokens: {config.pooled_cls_tokens}, so the mean stays the same")
+
+    sizes = [each.compute_pooled_size("cls", 1) for each in (old_config, config)]
+    if config.class_statistics and (sizes[0] != sizes[1] or not config.num_cls_tokens):
+        config.class_statistics = config.distance_threshold = None
+        logger.warning(
+            "class statistics (`distance`, `unknown`): dropped, because the features have another "
+            "width"
+        )
+
+
+def can_copy_classifier(config: ViTCLSConfig) -> bool:
+    """Tell whether the classifier reads one CLS token, so it can also read that token's twin."""
+    num_pooled = len(config.pooled_cls_tokens or range(config.num_cls_tokens))
+    reads_one_token = config.cls_pooling == "first" or num_pooled == 1
+    has_plain_pooler = not config.pooled_norm and config.pooled_activation is None
+    return config.pooling == "cls" and reads_one_token and has_plain_pooler
+
+
 # Adapting weights ---------------------------------------------------------------------------------
 @torch.no_grad()
 def load_adapted_weights(source: AdaptableModel, target: AdaptableModel) -> None:
@@ -289,7 +334,8 @@ def load_adapted_weights(source: AdaptableModel, target: AdaptableModel) -> None
             logger.warning(f"{name}: {note}")
 
     for name in sorted(dropped_names):
-        logger.warning(f"{name}: dropped")
+        if not name.startswith("class_distance."):  # `ignore_unready_parts` has said so
+            logger.warning(f"{name}: dropped")
 
 
 class AdaptationContext(NamedTuple):
@@ -321,11 +367,15 @@ def adapt_weight(context: AdaptationContext) -> AdaptedWeight:
 def adapt_tokens(context: AdaptationContext, are_positions: bool = False) -> AdaptedWeight:
     """Keep the first min(m, n) of m tokens, or their position embeddings, [1, m, D] -> [1, n, D].
 
-    New tokens keep their initial values; the position embeddings of new tokens are zero.
+    The position embeddings of new tokens are zero.
     """
     new_weight = (
         torch.zeros_like(context.initial_value) if are_positions else context.initial_value.clone()
     )
+    twins = None if are_positions else list_twins(context)
+    if twins is not None:
+        repeats = -(-new_weight.shape[1] // twins.shape[1])
+        new_weight = twins.repeat(1, repeats, 1)[:, : new_weight.shape[1]].clone()
     num_old_tokens = 0 if context.old_value is None else context.old_value.shape[1]
     num_kept = min(num_old_tokens, new_weight.shape[1])
     if context.old_value is not None:
@@ -338,10 +388,34 @@ def adapt_tokens(context: AdaptationContext, are_positions: bool = False) -> Ada
     initialization = (
         "to zero" if are_positions else f"by token_init={context.new_config.token_init!r}"
     )
+    if twins is not None:
+        initialization = "as twins of the tokens that the heads read"
     return new_weight, (
         f"{num_kept} kept, {num_old_tokens - num_kept} dropped, {num_added} initialized "
         f"{initialization}"
     )
+
+
+def list_twins(context: AdaptationContext) -> Tensor | None:
+    """List the values [1, n, D] with which new tokens have the outputs of the tokens read before.
+
+    The result is None for tokens that no head reads: as copies, they would learn the same.
+    """
+    config = context.old_config
+    group, tokens = "cls", slice(None)
+    if "distillation" in context.name:
+        group = "distillation" if config.num_distillation_tokens else "cls"
+        first = (config.pooled_cls_tokens or [0])[0]
+        tokens = slice(None) if config.num_distillation_tokens else slice(first, first + 1)
+    is_read = "distillation" in context.name or (
+        context.name.endswith("cls_token") and context.new_config.cls_pooling == "mean"
+    )
+    prefix = context.name.rpartition(".")[0]
+    values = context.old_weights.get(f"{prefix}.{group}_token")
+    if values is None or not is_read:
+        return None
+    positions = context.old_weights.get(f"{prefix}.position_embeddings.{group}")
+    return values[:, tokens] if positions is None else (values + positions)[:, tokens]
 
 
 def adapt_to_grid(resample: Callable[..., Tensor], context: AdaptationContext) -> AdaptedWeight:
@@ -368,16 +442,37 @@ def adapt_to_patch_size(context: AdaptationContext) -> AdaptedWeight:
 
 
 def adapt_distillation_head(context: AdaptationContext) -> AdaptedWeight:
-    """Keep the distillation head.
-
-    Initialize a new head as a copy of the classifier if the shapes are equal.
-    """
+    """Keep the distillation head; a new one is a copy of the classifier, if that reads CLS alone."""
     if context.old_value is not None:
         return context.old_value, ""
-    classifier = context.old_weights[context.name.replace("distillation_classifier", "classifier")]
-    if classifier.shape != context.initial_value.shape:
+    if not can_copy_classifier(context.old_config):
         return context.initial_value, "newly initialized"
+    classifier = context.old_weights[context.name.replace("distillation_classifier", "classifier")]
     return classifier, "initialized as a copy of the classifier"
+
+
+def adapt_classifier(context: AdaptationContext) -> AdaptedWeight:
+    """Keep the columns of the tokens that the head read before; columns of new ones are zero."""
+    old, new = context.old_config, context.new_config
+    weight = context.old_value
+    if weight is None or weight.shape == context.initial_value.shape:
+        return (context.initial_value, "newly initialized") if weight is None else (weight, "")
+    poolings = [old.pooling] * len(old.pooled_layer_indices)
+    task = context.name.partition("task_")[2].removesuffix(".weight")
+    if task:
+        poolings = list(old.get_extra_heads()[task].layer_poolings)
+    sizes = [old.compute_pooled_size(pooling, 1) for pooling in poolings]
+    if old.cls_pooling != "concat" or sum(sizes) != weight.shape[-1]:
+        return context.initial_value, "newly initialized"
+
+    blocks: list[Tensor] = []
+    for pooling, block in zip(poolings, weight.split(sizes, dim=1), strict=True):
+        num_columns = old.hidden_size * old.num_cls_tokens * pooling.startswith("cls")
+        num_new = new.hidden_size * new.num_cls_tokens * pooling.startswith("cls")
+        columns = block[:, : min(num_columns, num_new)]
+        zeros = columns.new_zeros(len(weight), num_new - columns.shape[1])
+        blocks += [columns, zeros, block[:, num_columns:]]
+    return torch.cat(blocks, dim=1), "columns of new tokens are zero"
 
 
 def adapt_gates(context: AdaptationContext) -> AdaptedWeight:
@@ -420,6 +515,8 @@ ADAPTERS: dict[str, Callable[[AdaptationContext], AdaptedWeight]] = {
     ),
     "gates.gates": adapt_gates,
     "distillation_classifier": adapt_distillation_head,
+    "classifier.": adapt_classifier,
+    "extra_heads.": adapt_classifier,
 }
 
 
@@ -468,8 +565,25 @@ def load_checkpoint(load: Callable[..., Any], source: Any, *args: Any, **kwargs:
     # by default, transformers would save the model with the former names
     model._weight_conversions = []
     if isinstance(model, PreTrainedModel):
+        fold_temperatures(model)
+        if getattr(model, "class_distance", None) is not None:
+            cast(Any, model).class_distance.finish_loading(model.base_model)
         align_weights(model)
     return model_or_tuple
+
+
+def fold_temperatures(model: PreTrainedModel) -> None:
+    """Divide the weights of the heads by the temperatures in a file of an earlier version."""
+    config: Any = model.config
+    modules: dict[str, Any] = dict(model.named_modules())
+    for name, temperature in config._old_temperatures.items():
+        heads = [f"extra_heads.task_{name}"]
+        if not name:
+            added = [f"extra_heads.task_{each}" for each in config.get_added_classes()]
+            heads = ["classifier", "distillation_classifier", *added]
+        for head in filter(modules.get, heads):
+            divide_logits(modules[head], temperature)
+    config.__dict__.pop("_old_temperatures", None)
 
 
 def align_weights(model: PreTrainedModel) -> None:

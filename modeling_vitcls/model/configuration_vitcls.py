@@ -56,6 +56,7 @@ _COPIED_FILES = """
 from .adaptation_vitcls import *
 from .attention_masks_vitcls import *
 from .blocks_vitcls import *
+from .class_distance_vitcls import *
 from .cpu_kernels_vitcls import *
 from .fast_image_processing_vitcls import *
 from .heads_vitcls import *
@@ -112,8 +113,9 @@ COUNT_FIELDS: dict[str, str] = {
     "registers": "num_register_tokens",
 }
 
-# What is fitted to the logits and the features of a finished model, and to its labels.
-FITTED_FIELDS = ("temperature", "class_statistics", "distance_threshold", "fitted_encoder")
+# The class statistics were fitted to the labels, and to what these fields say about the features.
+STATISTICS_FIELDS = ("class_statistics", "distance_threshold")
+FEATURE_FIELDS = ("cls_pooling", "pooled_cls_tokens", "num_hidden_layers")
 
 # Value of `position_embedding_tokens` -> groups of special tokens that have position embeddings.
 GROUPS_WITH_POSITIONS: dict[str, tuple[str, ...]] = {
@@ -279,7 +281,6 @@ class ExtraHead:
             layers.
         pooled_layers: layers whose tokens are pooled, as in `ViTCLSConfig`.
         problem_type: "single_label_classification" or "multi_label_classification".
-        temperature: number by which the logits of the finished head are divided.
         threshold: for several labels per image, the probability from which a label is predicted.
         adds_classes: whether the logits are appended to `logits`: the head then adds classes to the
             classifier, and its labels are the last ones of `id2label`.
@@ -291,7 +292,6 @@ class ExtraHead:
     problem_type: Literal["single_label_classification", "multi_label_classification"] = (
         "single_label_classification"
     )
-    temperature: float | int = positive(default=1.0)
     threshold: float | int | None = probability(default=None)
     adds_classes: bool = False
 
@@ -302,11 +302,8 @@ class ExtraHead:
 
     def validate_added_classes(self) -> None:
         """Check that added classes have no settings of their own, as they share a softmax."""
-        has_own_settings = (
-            self.problem_type == "multi_label_classification" or self.temperature != 1
-        )
-        if self.adds_classes and has_own_settings:
-            raise ValueError("`adds_classes` requires the default `problem_type` and `temperature`")
+        if self.adds_classes and self.problem_type == "multi_label_classification":
+            raise ValueError("`adds_classes` requires the default `problem_type`")
 
     @property
     def layer_poolings(self) -> list[ExtraPooling]:
@@ -429,19 +426,13 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
             branch of the last layer. The rate increases linearly from 0 in the first layer (Huang
             et al. 2016, arXiv 1603.09382).
 
-    Confidence (measured on held-out images after fine-tuning):
-        temperature (`float`, defaults to 1): The classifier's logits are divided by this number, so
-            that their softmax is calibrated (Guo et al. 2017, arXiv 1706.04599). Predicted labels do
-            not change.
+    Class statistics (fitted to the training images):
         class_statistics (`dict`, *optional*): `{"tokens": [[layer, kind], ...], "num_classes": K}`
             of the class means and covariances that are stored with the weights. A layer is a
             negative index, and a kind is "cls" or "mean" (of the patches). `outputs.distance` is
             computed from them.
         distance_threshold (`float`, *optional*): An image farther than this from the nearest class
             is unlikely to show any of the labels (arXiv 1807.03888).
-        fitted_encoder (`float`, *optional*): Sum of the weights of the layers that the class
-            statistics were fitted to. With other weights, `model.eval()` removes the statistics, with
-            a warning.
 
     Masked image modeling:
         mim_loss (`"l1"` or `"l2"`, defaults to `"l1"`): Masked-pixel loss: L1 (SimMIM, arXiv
@@ -541,6 +532,8 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
     # Whether to skip validation. True only while loading a checkpoint whose weights are then
     # adapted.
     _skip_validation: ClassVar[bool] = False
+    # What `from_pretrained` divides the weights of the heads by (`_pop_temperatures`)
+    _old_temperatures: ClassVar[Mapping[str, float]] = {}
     # Outputs that Trainer does not collect as predictions.
     keys_to_ignore_at_inference: ClassVar[list[str]] = [
         "cls_logits",
@@ -609,10 +602,8 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
     hidden_dropout_prob: float | int = rate(default=0.0)
     attention_probs_dropout_prob: float | int = rate(default=0.0)
     drop_path_rate: float | int = rate(default=0.0)
-    temperature: float | int = positive(default=1.0)
     class_statistics: dict[str, Any] | None = None
     distance_threshold: float | None = finite(default=None)
-    fitted_encoder: float | None = finite(default=None)
     mim_loss: Literal["l1", "l2"] = "l1"
     norm_pixel_target: bool = False
     _out_features: list[str] | None = None
@@ -718,10 +709,13 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
         labels = config_dict.get("id2label")
         num_stored_labels = isinstance(labels, dict) and len(labels)
         if "id2label" in overrides or kwargs.get("num_labels") not in (None, num_stored_labels):
-            # nothing that was fitted to the stored labels applies to the new classifier
             config_dict |= dict.fromkeys(("id2label", "label2id"))
-            if removed := [name for name in FITTED_FIELDS if config_dict.pop(name, None)]:
-                logger.warning(f"{', '.join(removed)}: removed, because the labels are new")
+            cls._drop_statistics(config_dict, "the labels are new")
+        for name in FEATURE_FIELDS:
+            stored = config_dict.get(name, getattr(cls, name))
+            if overrides.get(name, stored) != stored:
+                cls._drop_statistics(config_dict, f"`{name}` is new")
+        temperatures = cls._pop_temperatures(config_dict)
 
         if overrides.get("num_hidden_layers") not in (None, config_dict.get("num_hidden_layers")):
             # stored stages do not apply to the new layers
@@ -758,6 +752,8 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
         config_or_tuple = super().from_dict({**config_dict, **overrides}, **kwargs)
         config = config_or_tuple[0] if isinstance(config_or_tuple, tuple) else config_or_tuple
 
+        if temperatures:
+            config._old_temperatures = temperatures  # type: ignore[misc]
         # Unknown fields were set by the user before saving, or written by another version, whose
         # fields are off by default.
         for name, value in unknown_fields.items():
@@ -768,6 +764,25 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
                     "does not use."
                 )
         return config_or_tuple
+
+    @classmethod
+    def _drop_statistics(cls, config_dict: dict[str, Any], reason: str) -> None:
+        """Remove the class statistics from a stored dict."""
+        if removed := [name for name in STATISTICS_FIELDS if config_dict.pop(name, None)]:
+            logger.warning(f"{', '.join(removed)}: removed, because {reason}")
+
+    @classmethod
+    def _pop_temperatures(cls, config_dict: dict[str, Any]) -> dict[str, float]:
+        """Remove the temperatures of a stored dict: head -> temperature, "" for the classifier.
+
+        Earlier versions stored them here. Today, they are a part of the heads' weights.
+        """
+        config_dict.pop("fitted_encoder", None)
+        temperatures = {"": config_dict.pop("temperature", 1.0)}
+        config_dict["extra_heads"] = copy.deepcopy(config_dict.get("extra_heads"))
+        for name, head in (config_dict["extra_heads"] or {}).items():
+            temperatures[name] = head.pop("temperature", 1.0)
+        return {name: value for name, value in temperatures.items() if value != 1}
 
     def save_pretrained(
         self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any
@@ -784,7 +799,7 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
         return {
             name: value
             for name, value in values.items()
-            if name not in defaults or value != defaults[name]
+            if (name not in defaults or value != defaults[name]) and name != "_old_temperatures"
         }
 
     def build_auto_map(self) -> dict[str, str]:
@@ -978,10 +993,8 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
             "id2label": dict(enumerate(head.labels)),
             "label2id": {label: index for index, label in enumerate(head.labels)},
             "problem_type": head.problem_type,
-            "temperature": head.temperature,
             "class_statistics": None,
             "distance_threshold": None,
-            "fitted_encoder": None,
         }
         config = copy.deepcopy(self)
         for field, value in changes.items():

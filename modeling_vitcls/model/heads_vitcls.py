@@ -8,7 +8,6 @@ can be counted. Unlike the `loss_function` of transformers, the losses do not se
 `config.problem_type`.
 """
 
-import math
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 
@@ -29,7 +28,8 @@ class TokenPooler(nn.Module):
 
     `pooling` (default: `config.pooling`) is "cls": the CLS token, or several CLS tokens combined as
     `config.cls_pooling` specifies; "mean" or "max": the mean or maximum over the patches; or
-    "cls_mean": the CLS token and the mean of the patches, concatenated.
+    "cls_mean": the CLS token and the mean of the patches, concatenated. "distillation" is the mean
+    of the distillation tokens.
     """
 
     def __init__(self, config: ViTCLSConfig, pooling: str | None = None) -> None:
@@ -39,11 +39,14 @@ class TokenPooler(nn.Module):
         self.cls_tokens: slice | list[int] = config.token_layout.cls
         if config.pooled_cls_tokens is not None:
             self.cls_tokens = config.pooled_cls_tokens
+        self.distillation_tokens = config.token_layout.distillation
         self.patches = config.token_layout.patches
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         if self.pooling == "cls":
             return self.pool_cls(hidden_states)
+        if self.pooling == "distillation":
+            return hidden_states[:, self.distillation_tokens].mean(dim=1)
         patches = hidden_states[:, self.patches]  # [B, rows * columns, D]
         if self.pooling == "max":
             return patches.amax(dim=1)
@@ -163,6 +166,14 @@ def build_classifier(config: ViTCLSConfig, in_features: int, num_labels: int | N
     )
 
 
+@torch.no_grad()
+def divide_logits(head: nn.Module, temperature: float) -> None:
+    """Divide the logits of a classifier by a temperature, which becomes a part of its weights."""
+    layers = [each for each in head.modules() if isinstance(each, nn.Linear)]
+    for weight in layers[-1].parameters():
+        weight.div_(temperature)
+
+
 class ExtraHeads(nn.ModuleDict):
     """Linear classifiers that read the tokens of a finished forward pass (`config.extra_heads`).
 
@@ -226,95 +237,7 @@ class ExtraHeads(nn.ModuleDict):
                 pooled.append(pooler(tokens))
 
             logits[name] = self[f"task_{name}"](torch.cat(pooled, dim=-1))
-            temperature = (self.config.extra_heads or {})[name].get("temperature", 1)
-            if temperature != 1 and not self.training:
-                logits[name] = logits[name] / temperature
         return logits
-
-
-# Class statistics ---------------------------------------------------------------------------------
-class ClassDistance(nn.Module):
-    """Class means and covariances of several tokens, and the distance to the nearest class.
-
-    The state dict has, for each token i of `config.class_statistics`, `means_i` [K, D] and
-    `precisions_i` [D, D], and for all tokens `counts` [K] (number of training images) and `sizes`
-    (effective number of features).
-
-    Attributes:
-        layers: indices, from 1, of the layers that are read.
-    """
-
-    def __init__(self, config: ViTCLSConfig) -> None:
-        super().__init__()
-        statistics = config.class_statistics or {}
-        self.counts: Tensor
-        self.sizes: Tensor
-        self.tokens = [(layer, kind) for layer, kind in statistics["tokens"]]
-        self.layers = config.resolve_layers([layer for layer, _ in self.tokens])
-        self.poolers = [TokenPooler(config, kind) for _, kind in self.tokens]
-        num_classes = statistics["num_classes"]
-        for index, (_, kind) in enumerate(self.tokens):
-            size = config.compute_pooled_size(kind, 1)
-            self.register_buffer(f"means_{index}", torch.zeros(num_classes, size))
-            self.register_buffer(f"precisions_{index}", torch.zeros(size, size))
-        self.register_buffer("counts", torch.ones(num_classes))
-        self.register_buffer("sizes", torch.zeros(len(self.tokens)))
-
-    def forward(self, layer_tokens: Mapping[int, Tensor]) -> Tensor:
-        """Compute the Mahalanobis distance [B] to the nearest class mean (arXiv 1807.03888).
-
-        It is the root of the mean over the tokens of the squared distances, without the noise of
-        the means of few images (`sizes` / `counts`).
-
-        Args:
-            layer_tokens: layer index -> tokens [B, N, D] after the final norm.
-        """
-        squares = []
-        for index, (layer, pooler) in enumerate(zip(self.layers, self.poolers, strict=True)):
-            values = pooler(layer_tokens[layer])
-            device = "cpu" if values.is_meta else values.device.type  # FLOPs are counted on "meta"
-            # The distance is a difference of large numbers, for which bfloat16 has too few digits.
-            with torch.autocast(device, enabled=False):
-                means = getattr(self, f"means_{index}").float()
-                precision = getattr(self, f"precisions_{index}").float()
-                # Far from zero, the terms below would be large and their difference inexact. A
-                # common shift does not change it.
-                center = means.mean(dim=0)
-                values, means = values.float() - center, means - center
-                products = values @ precision  # [B, D]
-                own = (products * values).sum(dim=1, keepdim=True)
-                noise = self.sizes[index].float() / self.counts.float().clamp(min=1)
-                of_means = ((means @ precision) * means).sum(dim=1) - noise
-                squares.append(own - 2 * products @ means.T + of_means)  # [B, K]
-        distances = torch.stack(squares).mean(dim=0)
-        # The mean of a class without images is a placeholder, and must not be the nearest one.
-        distances = distances.masked_fill(self.counts == 0, torch.inf)
-        # Without the noise of the means, an estimated square can be slightly negative.
-        return distances.amin(dim=1).clamp(min=0).sqrt()
-
-
-def sum_encoder_weights(weights: Mapping[str, Tensor]) -> tuple[float, float]:
-    """Compute the sum of the weights of the layers, and how much rounding may change it.
-
-    A checkpoint that was trained in float32 may be loaded in bfloat16. That does not count as a
-    change; one step of training changes the sum by much more. Both are NaN if the weights are not
-    in memory as plain numbers: quantized, sharded, offloaded.
-    """
-    total = squares = epsilon = 0.0
-    for name, weight in weights.items():
-        if not name.startswith("vitcls.layers."):
-            continue
-        is_plain = type(weight) in (Tensor, nn.Parameter) and weight.is_floating_point()
-        if not is_plain or weight.is_meta or not weight.numel():
-            return math.nan, math.nan
-        # Apple's GPUs have no double precision
-        values = (weight.cpu() if weight.device.type == "mps" else weight).detach()
-        total += values.sum(dtype=torch.float64).item()
-        squares += torch.linalg.vector_norm(values, dtype=torch.float64).item() ** 2
-        # half precision may have been rounded to bfloat16 on its way
-        dtype = torch.bfloat16 if weight.dtype == torch.float16 else weight.dtype
-        epsilon = max(epsilon, torch.finfo(dtype).eps)
-    return total, epsilon * math.sqrt(squares)
 
 
 # Pixel decoder ------------------------------------------------------------------------------------

@@ -48,12 +48,12 @@ from .blocks_vitcls import (
     build_norm,
     list_hooks,
 )
+from .class_distance_vitcls import ClassDistance
 from .configuration_vitcls import TokenLayout, ViTCLSConfig, to_pair
 from .cpu_kernels_vitcls import install_cpu_kernels
 from .heads_vitcls import (
     IGNORED_LABEL,
     AttentionPooler,
-    ClassDistance,
     ExtraHeads,
     PixelDecoder,
     build_classifier,
@@ -61,7 +61,6 @@ from .heads_vitcls import (
     compute_classification_loss,
     compute_cross_entropy,
     compute_masked_pixel_loss,
-    sum_encoder_weights,
 )
 from .lean_layers_vitcls import install_lean_layers
 from .positions_vitcls import MixedRotaryEmbeddings, build_rotary_embeddings
@@ -136,7 +135,7 @@ class ViTCLSImageClassifierOutput(ModelOutput):
         task_logits: dict that maps the names of `config.extra_heads` to logits [B, labels], if the
             model has any.
         distance: [B], Mahalanobis distance to the nearest class mean, in evaluation mode, if the
-            model has class statistics.
+            model has class statistics of its present weights.
         hidden_states, attentions: as in `ViTCLSModelOutput`.
     """
 
@@ -193,6 +192,10 @@ class ViTCLSPreTrainedModel(AdaptableModel):
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": ViTCLSLayer, "attentions": ViTCLSAttention}
     _input_embed_layer = "patch_embeddings"
+    _keep_in_fp32_modules_strict = {r"class_distance\.[cmps]"}  # all but the fingerprint
+    # A model without class statistics may be loaded from a file that has them, and the reverse.
+    _keys_to_ignore_on_load_unexpected = [r"^class_distance\."]
+    _keys_to_ignore_on_load_missing = [r"^class_distance\."]
 
     def __init__(self, config: ViTCLSConfig, *args: Any, **kwargs: Any) -> None:
         if not config._skip_validation:
@@ -236,6 +239,9 @@ class ViTCLSPreTrainedModel(AdaptableModel):
             init.constant_(module.head_norm.weight, 1 - module.LAMBDA_INIT)
         elif isinstance(module, TokenGates):
             init.constant_(module.gates, module.CLOSED)
+        elif isinstance(module, ClassDistance):
+            for buffer in module.buffers(recurse=False):
+                init.zeros_(buffer)  # a file without statistics has none
         else:
             super()._init_weights(module)  # norms
 
@@ -535,9 +541,8 @@ class ViTCLSForImageClassification(ViTCLSPreTrainedModel):
         self.classifier = build_classifier(self.config, self.config.pooled_size, num_labels)
         self.distillation_classifier = None
         if self.config.has_distillation_head and num_labels:
-            self.distillation_classifier = build_classifier(
-                self.config, self.config.hidden_size, num_labels
-            )
+            size = self.config.hidden_size * len(self.config.pooled_layer_indices)
+            self.distillation_classifier = build_classifier(self.config, size, num_labels)
 
     def remove_class_statistics(self) -> None:
         """Remove the class statistics, also from the configuration."""
@@ -546,27 +551,11 @@ class ViTCLSForImageClassification(ViTCLSPreTrainedModel):
         self.config.distance_threshold = None
 
     def train(self, mode: bool = True) -> Self:
-        """Set the training mode, as in PyTorch; before evaluation, check the class statistics.
-
-        They belong to the encoder that they were fitted to. After it was trained with any loop, they
-        are removed, with a warning.
-        """
-        was_training = self.training
+        """Set the training mode, as in PyTorch; before evaluation, check the class statistics."""
         super().train(mode)
-        fitted_sum = self.config.fitted_encoder
-        if not was_training or mode or fitted_sum is None:
-            return self
-        total, tolerance = sum_encoder_weights(dict(self.named_parameters()))
-        if abs(total - fitted_sum) > tolerance:  # false for NaN
-            self.config.fitted_encoder = None
-            self.remove_class_statistics()
-            added = "".join(
-                f", and `{name}` was added before" for name in self.config.extra_heads or ()
-            )
-            logger.warning(
-                "class statistics (`distance`, `unknown`): removed, because the encoder was trained "
-                f"further{added}. `vitcls finetune --model FOLDER` fits a classifier to it"
-            )
+        if self.class_distance is not None and not mode:
+            self.class_distance.checked_state = []
+            self.class_distance.check(self.vitcls)
         return self
 
     def select_task(self, name: str) -> "ViTCLSForImageClassification":
@@ -589,10 +578,19 @@ class ViTCLSForImageClassification(ViTCLSPreTrainedModel):
         model.train(self.training)
         return model
 
+    def combine_heads(self, cls_logits: Tensor, distillation_logits: Tensor) -> Tensor:
+        """Select the logits [B, L] to return from those of two heads, or average them."""
+        if self.config.distillation_inference == "mean":
+            return (cls_logits + distillation_logits) / 2
+        is_cls = self.config.distillation_inference == "cls"
+        return cls_logits if is_cls else distillation_logits
+
     @property
     def distance_layers(self) -> list[int]:
-        """The layers that the class statistics read in evaluation mode."""
-        return [] if self.class_distance is None or self.training else self.class_distance.layers
+        """The layers that valid class statistics read in evaluation mode."""
+        if self.class_distance is None or self.training:
+            return []
+        return self.class_distance.layers if self.class_distance.check(self.vitcls) else []
 
     @can_return_tuple
     def forward(
@@ -614,27 +612,31 @@ class ViTCLSForImageClassification(ViTCLSPreTrainedModel):
             compute_all_tokens: as in `count_output_tokens`. Default: `config.compute_all_tokens`.
             pixel_values, attention_mask and other arguments: as in `ViTCLSModel.forward`.
         """
+        distance_layers = self.distance_layers
+        # The distillation head reads its tokens in the layers that the classifier reads.
+        has_second_head = self.distillation_classifier is not None
+        distillation_layers = self.config.pooled_layer_indices if has_second_head else []
         outputs = self.vitcls(
             pixel_values,
             attention_mask=attention_mask,
             num_output_tokens=count_output_tokens(self.vitcls, compute_all_tokens, kwargs),
-            output_layers={*self.extra_heads.layers, *self.distance_layers},
+            output_layers={*self.extra_heads.layers, *distance_layers, *distillation_layers},
             **kwargs,
         )
         distance = None
-        if self.class_distance is not None and self.distance_layers:
+        if self.class_distance is not None and distance_layers:
             distance = self.class_distance(outputs.layer_tokens)
 
         logits = cls_logits = self.classifier(outputs.pooler_output)  # [B, num_labels]
         distillation_logits = None
         if self.distillation_classifier is not None:
-            # [B, n, D]
-            tokens = outputs.last_hidden_state[:, self.config.token_layout.distillation]
-            distillation_logits = self.distillation_classifier(tokens.mean(dim=1))
-            if self.config.distillation_inference == "mean":
-                logits = (cls_logits + distillation_logits) / 2
-            elif self.config.distillation_inference == "distillation":
-                logits = distillation_logits
+            group = self.config.token_layout.distillation
+            # [B, n, D] each
+            tokens = [outputs.layer_tokens[layer][:, group] for layer in distillation_layers]
+            # [B, layers * D]
+            pooled = torch.cat([each.mean(dim=1) for each in tokens], dim=-1)
+            distillation_logits = self.distillation_classifier(pooled)
+            logits = self.combine_heads(cls_logits, distillation_logits)
         elif torch.onnx.is_in_onnx_export():
             # The graph would have the same output twice.
             cls_logits = None
@@ -645,17 +647,12 @@ class ViTCLSForImageClassification(ViTCLSPreTrainedModel):
             # a larger product would change the bits of the others
             own_logits = [] if isinstance(self.classifier, nn.Identity) else [logits]
             logits = torch.cat([*own_logits, *added_logits], dim=-1)
-        # Also in training: any loop then continues from calibrated probabilities. Without it, the
-        # logits of a frozen model would be many times too large, and the first steps destroy it.
-        temperature = self.config.temperature
-        if temperature != 1:
-            logits = logits / temperature
 
         loss = None
         if labels is not None:
             all_logits = [logits]
             if self.training and distillation_logits is not None:
-                all_logits = [cls_logits / temperature, distillation_logits / temperature]
+                all_logits = [cls_logits, distillation_logits]
             num_items = kwargs.get("num_items_in_batch")
             losses = [
                 compute_classification_loss(head_logits, labels, self.config, num_items)

@@ -85,7 +85,7 @@ from ..runtime.staging import check_output_is_empty, create_output_folder
 from ..runtime.system import get_versions
 from .certificate import certify, describe_certificate, load_old_model, read_pixels
 from .options import AddClassOptions, AdditionOptions, AddTaskOptions
-from .probe import ABSENT_CLASS_MARGIN, build_probe_record, describe_probe, expand_classes
+from .probe import build_linear, build_probe_record, describe_probe
 
 
 SINGLE_LABEL: Final = "single_label_classification"
@@ -231,12 +231,8 @@ def fit_task(
 
 def append_probe(model: Any, name: str, probe: LinearProbe, labels: list[str]) -> Any:
     """Append a fitted probe as a task. Labels without training images are never predicted."""
-    weight = expand_classes(probe.weight_.T, probe.classes_, len(labels)).T
-    bias = np.full(len(labels), probe.bias_.min() - ABSENT_CLASS_MARGIN)
-    bias[probe.classes_] = probe.bias_
-    temperature = round(probe.temperature_, 4)
-    head = build_head(probe.candidate_.tokens, labels) | {"temperature": temperature}
-    return append_head(model, name, head, weight, bias)
+    weight, bias = build_linear(probe, len(labels))
+    return append_head(model, name, build_head(probe.candidate_.tokens, labels), weight, bias)
 
 
 # Classes ------------------------------------------------------------------------------------------
@@ -323,15 +319,13 @@ def add_classes(
             "class"
         )
 
-    # The logits of rows are divided by the temperature later, as those in the features were.
     weight, bias = build_rows(statistics, features, len(names))
     head = build_head(statistics.tokens, names[num_old:]) | {"adds_classes": True}
     name = f"added_classes_{len(model.config.get_added_classes()) + 1:03d}"
-    extended = append_head(
-        model, name, head, model.config.temperature * weight, model.config.temperature * bias
-    )
+    extended = append_head(model, name, head, weight, bias)
     extended_statistics.set_in_model(extended)
-    extended.class_distance.to(model.class_distance.counts.dtype)
+    # Of the weights before they were rounded or merged: the old statistics keep their bits.
+    extended.class_distance.fingerprint.copy_(model.class_distance.fingerprint)
 
     record = {
         "kind": "classes",

@@ -17,12 +17,15 @@ from ..inference.confidence import fit_temperature
 from ..inference.evaluator import Evaluator, Predictions
 from ..inference.intervals import NUM_BINS, compute_chance_calibration_error
 from ..inference.linear_probe import LinearProbe
-from ..model.configuration_vitcls import ViTCLSConfig
+from ..model.heads_vitcls import divide_logits
+from .distillation_head import choose_inference, describe_inference
 from .distributed_state import reshard
 
 
 MIN_IMAGES = 100  # minimum number of images for a temperature
 MIN_ERROR_IMAGES = 100  # with fewer images, a calibration error is mostly noise
+# Probabilities below this many times 1 / classes are all the same to a person.
+EQUAL_FACTOR = 1.1
 # Images that a temperature is fitted to.
 CROSS_VALIDATION = "cross-validation"
 SELECTION = "selection"
@@ -52,22 +55,48 @@ class Calibration:
         }
 
 
-def calibrate(
-    config: ViTCLSConfig, model: Any, held_out: Evaluator, selection: Evaluator
-) -> tuple[Calibration, Predictions]:
-    """Fit and set the temperature of a trained classifier, and measure the held-out images with it.
+def choose_heads(
+    classifier: Any, model: Any, selection: Evaluator, images: str
+) -> tuple[Predictions, str | None]:
+    """Predict the selection images; of two heads, let the model return what is best on them.
 
     Args:
-        config: configuration of the classifier, which gets the temperature.
+        classifier: the classifier without wrappers.
+        model: the classifier, which may be wrapped, on the device and in evaluation mode.
+        images: what the selection images are, for the returned line.
+    """
+    config = classifier.config
+    predictions = selection.predict(model)
+    if classifier.distillation_classifier is None:
+        return predictions, None
+    names = ("cls", "distillation", "mean")
+    losses = {name: predictions.metrics[f"{name}_loss"] for name in names}
+    inference = choose_inference(losses)
+    if inference != config.distillation_inference:
+        config.distillation_inference = inference
+        predictions = selection.predict(model)
+    return predictions, describe_inference(inference, losses, f"of the {images} images")
+
+
+def calibrate(
+    classifier: Any, model: Any, held_out: Evaluator, selection: Evaluator
+) -> tuple[Calibration, Predictions, str | None]:
+    """Calibrate a trained classifier, and measure the held-out images with it.
+
+    Also choose which of two heads it returns, and return a line about that. The temperature becomes
+    a part of the weights of the heads.
+
+    Args:
+        classifier: the classifier without wrappers.
         model: the classifier, which may be wrapped, on the device and in evaluation mode.
         held_out: images that did not train it.
         selection: images to fit the temperature to. If they are the held-out images, half of them.
     """
-    images = SELECTION
-    logits, labels = selection.predict(model).get_outputs()
+    images = HELD_OUT if selection is held_out else SELECTION
+    predictions, heads_text = choose_heads(classifier, model, selection, images)
+    logits, labels = predictions.get_outputs()
     reshard(model)
     if selection is held_out:
-        images = HELD_OUT
         # Every second image, not the first half: held-out images are often sorted by class.
         logits, labels = logits[::2], labels[::2]
     num_images = len(labels)
@@ -75,21 +104,31 @@ def calibrate(
     text = f"not calibrated: {num_images:,} images, {MIN_IMAGES} needed"
     # The temperature comes first: predictions and metrics describe the model as it is saved.
     if num_images >= MIN_IMAGES:
-        temperature = config.temperature = round(fit_temperature(logits, labels), 4)
+        temperature = round(fit_temperature(logits, labels), 4)
+        divide_logits(classifier.classifier, temperature)
+        if classifier.distillation_classifier is not None:
+            divide_logits(classifier.distillation_classifier, temperature)
         text = f"on {describe_images(images, num_images)} (temperature {temperature:.2f})"
     predictions = held_out.predict(model)
     calibration = Calibration(num_images, images, text, temperature)
-    return measure_errors(calibration, predictions), predictions
+    return measure_errors(calibration, predictions), predictions, heads_text
 
 
 def describe_probe_calibration(probe: LinearProbe) -> Calibration:
     """Describe the calibration of a probe, whose temperature comes from out-of-fold logits."""
     num_images = int(np.isfinite(probe.losses_).sum())
     if not num_images:
-        return Calibration(0, CROSS_VALIDATION, "not calibrated: too few images for folds")
+        text = "not calibrated: too few images for folds, so probabilities mean nothing"
+        return Calibration(0, CROSS_VALIDATION, text)
     temperature = round(probe.temperature_, 4)
     chosen = describe_images(CROSS_VALIDATION, num_images)
     text = f"on {chosen} (temperature {temperature:.2f})"
+    num_classes = len(probe.classes_)
+    if np.nanmax(probe.out_of_fold_) < EQUAL_FACTOR / num_classes:
+        text = (
+            f"on {chosen}, which do not tell the classes apart: probabilities are near "
+            f"1/{num_classes}"
+        )
     return Calibration(num_images, CROSS_VALIDATION, text, temperature)
 
 

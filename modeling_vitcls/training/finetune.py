@@ -110,6 +110,7 @@ class FineTuning:
         is_single_label = labels.kind == "single_label_classification"
         # A head is known if the checkpoint has it, or if the probe is going to fit it.
         new_heads = [name for name in new_parameter_names if not name.startswith("vitcls.")]
+        keeps_classifier = probe is None and not new_heads
         return TrainingSetup(
             model,
             processor,
@@ -144,7 +145,7 @@ class FineTuning:
             ],
             build_pass=build_pass if is_single_label else None,
             probe=probe,
-            encoder_rows=list_encoder_rows(initial.folder),
+            encoder_rows=list_encoder_rows(initial.folder, keeps_classifier),
         )
 
 

@@ -27,10 +27,11 @@ from ..data.aspect_ratio import get_resize, set_resize
 from ..data.labels import LabelSpace
 from ..hub.model_folder import ModelFolder
 from ..inference.load_model import CLASSIFIER_CLASSES, Classifier
+from ..model.adaptation_vitcls import can_copy_classifier
 from ..model.blocks_vitcls import ViTCLSEmbeddings, ViTCLSLayer
 from ..model.configuration_vitcls import PRESETS, ViTCLSConfig
 from ..model.image_processing_vitcls import ViTCLSImageProcessor
-from ..model.modeling_vitcls import ViTCLSModel
+from ..model.modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel
 from .options import ModelOptions
 
 
@@ -107,11 +108,9 @@ def build_model(
     if mask_token is not None:
         # fine-tuning does not use it, and DDP requires gradients of all trainable parameters
         mask_token.requires_grad_(False)
-    # All of these were fitted to logits and features that training changes. They are fitted again
-    # after it (calibration.py, run.py).
-    model.config.temperature = 1.0
-    model.config.class_statistics = model.config.distance_threshold = None
-    model.config.fitted_encoder = model.class_distance = None
+    if isinstance(model, ViTCLSForImageClassification):
+        # fitted to features that training changes, and fitted again after it
+        model.remove_class_statistics()
 
     set_resize(processor, resize or get_resize(processor), model.config.image_height_width)
     processor.bit_depth = bit_depth or processor.bit_depth
@@ -166,7 +165,12 @@ def load_with_label_space(
         }
         new_parameter_names = missing_names | head_names
 
-    return model, new_parameter_names | get_added_token_names(stored_config, model)
+    new_parameter_names |= get_added_token_names(stored_config, model)
+    has_new_head = model.config.has_distillation_head and not stored_config.has_distillation_head
+    if has_new_head and not can_copy_classifier(stored_config):
+        names = (name for name, _ in model.named_parameters())
+        new_parameter_names |= {name for name in names if name.startswith("distillation_cl")}
+    return model, new_parameter_names
 
 
 def reads_patches_by_default(

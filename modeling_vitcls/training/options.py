@@ -207,7 +207,7 @@ class DistillationOptions(Options):
     teacher: str | None = None
     """Teacher: a folder or Hub id of a transformers classifier (`ID@COMMIT` pins the model),
     `timm:NAME`, or a state-dict file. Default: no distillation."""
-    distillation: Literal["soft", "hard"] = "hard"
+    distillation: Literal["soft", "hard"] = "soft"
     """Target of the distillation token: the class probabilities (soft) or the top-1 class (hard) of
     the teacher."""
 

@@ -51,7 +51,6 @@ from ..hub.provenance import find_provenance
 from ..inference.evaluator import Predictions
 from ..inference.per_image import write_predictions
 from ..inference.speed import measure_inference_speed
-from ..model.heads_vitcls import sum_encoder_weights
 from ..runtime.distributed import run_on_main
 from ..runtime.errors import RunStopped, describe_error, format_error, format_name_list
 from ..runtime.files import read_json, read_text, write_atomically, write_json
@@ -336,8 +335,6 @@ def write_model_files(
     )
     model.__class__ = unsharded_class
     weights = merge_lora(weights)
-    if model.config.class_statistics is not None:
-        model.config.fitted_encoder, _ = sum_encoder_weights(weights)
     model.save_pretrained(folder, state_dict=weights)
     setup.processor.save_pretrained(folder)
 

@@ -22,7 +22,7 @@ from .run_inputs import RunInputs
 
 
 # flags about steps: a run in which a person sets one of them has steps
-STEP_FLAGS = ("epochs", "max_steps", "learning_rate", "select")
+STEP_FLAGS = ("epochs", "max_steps", "learning_rate", "select", "teacher")
 MIN_STEP_IMAGES = 2000
 MIN_STEP_CLASS_SIZE = 50
 MAX_STEP_SECONDS = 600  # of default steps; with a flag about steps, there is no limit
@@ -65,7 +65,7 @@ def plan_run(inputs: RunInputs, accelerator: Accelerator, is_resumed: bool) -> R
     if can_choose and accelerator.device.type == "cpu":
         seconds = measure_step_seconds(setup.model, accelerator, FINE_TUNING_EPOCHS, num_images)
 
-    wishes = [name for name in STEP_FLAGS if getattr(options, name) is not None]
+    wishes = [name for name in STEP_FLAGS if getattr(options, name, None) is not None]
     # The first reason that applies decides: first what cannot be otherwise, then what the person
     # asked for, then what is better for this many images, and last what takes too long.
     kind: Literal["frozen", "steps"] = "steps"

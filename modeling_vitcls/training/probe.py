@@ -34,8 +34,10 @@ from ..inference.frozen_features import (
     Features,
     FrozenPass,
     concatenate_features,
+    has_searchable_pooling,
 )
 from ..inference.image_pass import ImageOutput
+from ..inference.intervals import Estimate
 from ..inference.linear_probe import (
     MIN_DISTANCE_IMAGES,
     NUM_LAST_LAYERS,
@@ -48,6 +50,12 @@ from ..inference.linear_probe import (
 from ..model.heads_vitcls import build_pooler
 from ..runtime.distributed import run_on_main
 from ..runtime.progress import report_work
+from .distillation_head import (
+    MIN_PROBABILITY,
+    DistillationHead,
+    describe_inference,
+    split_kinds,
+)
 
 
 # Maximum number of training images, drawn at random, for the probe of a run with steps. It is only
@@ -58,10 +66,12 @@ MAX_CHOICE_IMAGES = 5_000  # maximum number of images for the choice by cross-va
 # pass costs no more than this, and its features are used if the second geometry wins.
 SQUASHED_FRACTION = 0.4
 MAX_SQUASHED_IMAGES = 500
+# With fewer of each class, the comparison is noise: 32 photos of ten classes chose squash, and the
+# accuracy of others fell from 65 to 45 %.
+MIN_SQUASHED_PER_CLASS = 5
 # Distance of a class without training images below the smallest bias, in logits. Finite, because the
 # loss of a held-out image of such a class would be infinite otherwise.
 ABSENT_CLASS_MARGIN = 100.0
-MIN_PROBABILITY = 1e-30  # of stored out-of-fold predictions, whose logarithms must be finite
 NUM_NEAREST_IMAGES = 3  # nearest training images of a wrong prediction
 # Median of the longer side divided by the shorter. Below it, crop and squash see nearly the same pixels.
 MIN_ASPECT_RATIO = 1.05
@@ -84,7 +94,8 @@ def explain_missing_probe(
         "the initial weights are random": has_random_weights,
         "`probe=False` is set": not is_wanted,
         "the images do not have one label each": label_kind != "single_label_classification",
-        "the model has a distillation head": distillation_classifier is not None,
+        "the distillation head has no features": distillation_classifier is not None
+        and not has_searchable_pooling(model.config),
         "the head is an MLP": not isinstance(getattr(model, "classifier", None), nn.Linear),
         "the pooler has random weights": has_new_pooler,
     }
@@ -100,17 +111,25 @@ class FrozenModel:
         record: what was chosen, for results.json.
         features: of the training images, the images of the choice first.
         held_out: of the held-out images, if there are any.
+        second: the distillation head, if the model has one.
     """
 
     probe: LinearProbe
     record: dict[str, Any]
     features: Features
     held_out: Features | None
+    second: DistillationHead | None
+
+    @property
+    def estimate(self) -> Estimate | None:
+        """The cross-validated accuracy of the logits that the model returns; None without folds."""
+        return self.probe.estimate_ if self.second is None else self.second.estimate
 
     def list_out_of_fold_rows(self, num_labels: int) -> list[ImageOutput]:
         """List the training images with the logits of a classifier that was not fitted to them."""
         # Logarithms of the probabilities are logits: softmax gives the same probabilities back.
-        probabilities = expand_classes(self.probe.out_of_fold_, self.probe.classes_, num_labels)
+        own = self.probe.out_of_fold_ if self.second is None else self.second.out_of_fold
+        probabilities = expand_classes(own, self.probe.classes_, num_labels)
         known = np.flatnonzero(np.isfinite(probabilities).all(axis=1))
         logits = np.log(np.maximum(probabilities[known], MIN_PROBABILITY)).astype(np.float32)
         return self.features.take(known).build_rows(logits)
@@ -189,7 +208,8 @@ class Probe:
         train, *others = parts
         # Four layers in any case: the class statistics are of these, whatever the classifier reads.
         num_layers = max(NUM_LAST_LAYERS, *(-layer for layer in self.layers or (-1,)))
-        layout = FeatureLayout.from_config(self.model.config, num_layers)
+        has_second_head = self.model.distillation_classifier is not None
+        layout = FeatureLayout.from_config(self.model.config, num_layers, has_second_head)
         first, rest = sample_parts(np.array(train.labels), max_images)
         features = self.compute_features(train, layout, warn, first)
         comparison = None
@@ -198,6 +218,8 @@ class Probe:
         if (
             self.resize is None
             and get_resize(self.processor) != SQUASH
+            and SQUASHED_FRACTION * len(features.labels)
+            >= MIN_SQUASHED_PER_CLASS * self.model.config.num_labels
             and has_various_shapes(train.select(first))
         ):
             features, comparison = self.compare_with_squash(train, features)
@@ -206,12 +228,13 @@ class Probe:
             features = concatenate_features(features, self.compute_features(part, layout, warn))
         # On one process for all: rounding on another CPU could turn a close choice.
         chosen = run_on_main(partial(self.choose, features))
+        second = run_on_main(partial(self.fit_second_head, chosen, features))
         # These images were kept out of the choice, whose time grows with their number, but not of
         # the fit.
         if len(rest):
             more = self.compute_features(train, layout, warn, rest)
             features = concatenate_features(features, more)
-            chosen = run_on_main(partial(self.refit, chosen, features))
+            chosen, second = run_on_main(partial(self.refit, chosen, second, features))
         held_out_features = None
         if len(held_out):
             held_out_features = self.compute_features(held_out, layout, warn)
@@ -220,9 +243,12 @@ class Probe:
         record["resize"] = get_resize(self.processor)
         if comparison:
             record["geometry"] = comparison
+        if second is not None:
+            record["distillation_inference"] = second.inference
+            record["distillation_losses"] = round_floats(second.losses)
         self.set_pooling(chosen.candidate_)
         record["seconds"] = round(time.perf_counter() - start_time, 1)
-        return FrozenModel(chosen, record, features, held_out_features)
+        return FrozenModel(chosen, record, features, held_out_features, second)
 
     def compute_features(
         self,
@@ -243,9 +269,17 @@ class Probe:
         self, frozen: FrozenModel, features: Features, label_space: LabelSpace
     ) -> Predictions:
         """Predict images whose features are known: only the classifier runs, not the encoder."""
-        inputs = stack_tokens(features.get_tokens(), frozen.probe.candidate_.tokens)
-        logits = self.model.classifier(torch.from_numpy(inputs).float().to(PartialState().device))
-        rows = features.build_rows((logits / self.model.config.temperature).cpu().numpy())
+
+        def apply(head: nn.Module, probe: LinearProbe) -> torch.Tensor:
+            inputs = stack_tokens(features.get_tokens(), probe.candidate_.tokens)
+            output: torch.Tensor = head(torch.from_numpy(inputs).float().to(PartialState().device))
+            return output
+
+        logits = apply(self.model.classifier, frozen.probe)
+        if frozen.second is not None:
+            second_logits = apply(self.model.distillation_classifier, frozen.second.probe)
+            logits = self.model.combine_heads(logits, second_logits)
+        rows = features.build_rows(logits.cpu().numpy())
         predictions = build_predictions(label_space, rows)
         predictions.metrics["num_unreadable_images"] = features.num_unreadable
         return predictions
@@ -255,7 +289,7 @@ class Probe:
 
         The accuracy is corrected for the choice among the candidates.
         """
-        estimate = frozen.probe.estimate_
+        estimate = frozen.estimate
         assert estimate is not None, "there are folds"
         rows = frozen.list_out_of_fold_rows(self.model.config.num_labels)
         predictions = build_predictions(label_space, rows)
@@ -269,14 +303,30 @@ class Probe:
         """Choose and fit the classifier, by cross-validation."""
         # The matrices are small: with more threads, the fits take more time in total.
         with report_work("cross-validation"), threadpool_limits(limits=1):
+            tokens, _ = split_kinds(features.get_tokens())
             return LinearProbe(self.layers, self.pooling).fit(
-                features.get_tokens(), features.labels, features.groups, self.class_weight
+                tokens, features.labels, features.groups, self.class_weight
             )
 
-    def refit(self, chosen: LinearProbe, features: Features) -> LinearProbe:
-        """Fit the chosen classifier to all features."""
+    def fit_second_head(self, chosen: LinearProbe, features: Features) -> DistillationHead | None:
+        """Fit the distillation head, if the model has one."""
+        _, tokens = split_kinds(features.get_tokens())
+        if not tokens:
+            return None
+        with threadpool_limits(limits=1):
+            return DistillationHead.fit(
+                tokens, chosen, features.labels, features.groups, self.class_weight
+            )
+
+    def refit(
+        self, chosen: LinearProbe, second: DistillationHead | None, features: Features
+    ) -> tuple[LinearProbe, DistillationHead | None]:
+        """Fit the chosen classifiers to all features."""
         with report_work("fitting the classifier"):
-            return chosen.refit(features.get_tokens(), features.labels)
+            tokens, distillation_tokens = split_kinds(features.get_tokens())
+            if second is not None:
+                second = second.refit(distillation_tokens, features.labels)
+            return chosen.refit(tokens, features.labels), second
 
     # Geometry -------------------------------------------------------------------------------------
 
@@ -339,6 +389,8 @@ class Probe:
         if record["resize"] != get_resize(self.processor):
             self.set_geometry(record["resize"])
         self.set_pooling(Candidate(tuple(record["layers"]), record["pooling"]))
+        if "distillation_inference" in record:
+            self.model.config.distillation_inference = record["distillation_inference"]
 
     def set_pooling(self, candidate: Candidate) -> None:
         """Give the model a pooler and a classifier that read the tokens of a candidate."""
@@ -351,26 +403,43 @@ class Probe:
         self.model.build_classifiers()
         self.model.to(PartialState().device)
 
-    def set_classifier(self, probe: LinearProbe) -> None:
-        """Make the model the frozen one: with temperature, class statistics and threshold."""
+    def set_frozen(self, frozen: FrozenModel) -> None:
+        """Make the model the frozen one: with its heads, class statistics and threshold."""
+        probe = frozen.probe
         config = self.model.config
-        config.temperature = round(probe.temperature_, 4)
         if probe.statistics_ is not None:
             # A label without training images keeps its place, so the rows stay aligned with the
             # classifier.
             probe.statistics_.expand(probe.classes_, config.num_labels).set_in_model(self.model)
             config.distance_threshold = probe.distance_threshold_
-        self.copy_weights(probe, scale=1.0)
+        self.set_heads(frozen)
 
-    def copy_weights(self, probe: LinearProbe, scale: float) -> None:
-        """Copy weight and bias, divided by `scale`. Classes without images are never predicted."""
-        num_labels = self.model.config.num_labels
-        weight = expand_classes(probe.weight_.T / scale, probe.classes_, num_labels).T
-        bias = np.full(num_labels, probe.bias_.min() / scale - ABSENT_CLASS_MARGIN)
-        bias[probe.classes_] = probe.bias_ / scale
-        with torch.no_grad():
-            self.model.classifier.weight.copy_(torch.from_numpy(weight))
-            self.model.classifier.bias.copy_(torch.from_numpy(bias))
+    def set_heads(self, frozen: FrozenModel) -> None:
+        """Set the weights of the heads, and which of them the model returns."""
+        copy_weights(frozen.probe, self.model.classifier)
+        if frozen.second is not None:
+            copy_weights(frozen.second.probe, self.model.distillation_classifier)
+            self.model.config.distillation_inference = frozen.second.inference
+
+
+@torch.no_grad()
+def copy_weights(probe: LinearProbe, head: nn.Linear) -> None:
+    """Copy the calibrated weights of a probe into a head of the model."""
+    weight, bias = build_linear(probe, head.out_features)
+    head.weight.copy_(torch.from_numpy(weight))
+    head.bias.copy_(torch.from_numpy(bias))
+
+
+def build_linear(probe: LinearProbe, num_labels: int) -> tuple[np.ndarray, np.ndarray]:
+    """Build the calibrated linear layer of a probe for all labels: weight [L, F] and bias [L].
+
+    Labels without images are never predicted.
+    """
+    scale = probe.temperature_
+    weight = expand_classes(probe.weight_.T / scale, probe.classes_, num_labels).T
+    bias = np.full(num_labels, probe.bias_.min() / scale - ABSENT_CLASS_MARGIN)
+    bias[probe.classes_] = probe.bias_ / scale
+    return weight, bias
 
 
 def expand_classes(values: np.ndarray, classes: np.ndarray, num_labels: int) -> np.ndarray:
@@ -440,8 +509,13 @@ def describe_probe(record: dict[str, Any]) -> str:
 
 
 def describe_frozen(record: dict[str, Any]) -> dict[str, str | None]:
-    """Say what was chosen for a frozen model: its geometry and its classifier."""
-    return {"resize": describe_geometry(record), "frozen": describe_probe(record)}
+    """Say what was chosen for a frozen model: its geometry and its classifiers."""
+    heads = None
+    if "distillation_inference" in record:
+        heads = describe_inference(
+            record["distillation_inference"], record["distillation_losses"], "out of fold"
+        )
+    return {"resize": describe_geometry(record), "frozen": describe_probe(record), "heads": heads}
 
 
 def describe_threshold(probe: LinearProbe) -> str:

@@ -212,9 +212,9 @@ def run_frozen(setup: TrainingSetup, data: TrainingData, warn: Callable[[str], N
     # to train the classifier. The test split still measures it.
     parts = [data.train] if data.selection is None else [data.train, data.selection]
     frozen = probe.fit(parts, data.held_out, warn)
-    # Everything below is measured with the classifier and the temperature in the model, which are
-    # what the folder will contain.
-    probe.set_classifier(frozen.probe)
+    # Everything below is measured with the heads in the model, which are what the folder will
+    # contain.
+    probe.set_frozen(frozen)
 
     calibration = describe_probe_calibration(frozen.probe)
     split = data.held_out_name
@@ -224,7 +224,7 @@ def run_frozen(setup: TrainingSetup, data: TrainingData, warn: Callable[[str], N
         predictions = probe.predict(frozen, frozen.held_out, data.label_space)
         calibration = measure_errors(calibration, predictions)
         metrics = predictions.metrics | select_error_metrics(calibration.errors)
-    elif frozen.probe.estimate_ is not None:
+    elif frozen.estimate is not None:
         split = "cross-validation"
         predictions = probe.predict_out_of_fold(frozen, data.label_space)
         metrics = predictions.metrics
@@ -278,9 +278,11 @@ def run_steps(
     elif probe is not None:
         # The steps report the unreadable images.
         frozen = probe.fit([data.train], data.held_out, ignore_message, MAX_PROBE_IMAGES)
-        # The temperature becomes a part of the weights, so the loss starts low.
-        probe.copy_weights(frozen.probe, scale=frozen.probe.temperature_)
+        probe.set_heads(frozen)
         start_record = frozen.record
+        if frozen.held_out is not None:
+            start = probe.predict(frozen, frozen.held_out, data.label_space).metrics
+            start_record = start_record | {"held_out_accuracy": start["accuracy"]}
         reporter.print_lines(describe_frozen(start_record))
 
     held_out: Evaluate = evaluate_nothing
@@ -317,11 +319,11 @@ def run_steps(
         step = set_saved_weights(loop, plan)
     model = loop.state.model.eval()
 
-    predictions = calibration = nearest_images = None
+    predictions = calibration = nearest_images = heads_text = None
     if setup.build_pass is not None and len(data.held_out):
         assert isinstance(held_out, Evaluator), "only a classifier is calibrated"
         assert isinstance(selection, Evaluator), "only a classifier is calibrated"
-        calibration, predictions = calibrate(setup.model.config, model, held_out, selection)
+        calibration, predictions, heads_text = calibrate(setup.model, model, held_out, selection)
         metrics = predictions.metrics | select_error_metrics(calibration.errors)
     # The last evaluation of the loop was of other weights, or of the images that select.
     elif step != loop.state.step or plan.averaging or data.selection is not None:
@@ -356,7 +358,10 @@ def run_steps(
         images_per_step=loop.plan.images_per_step,
         num_unreadable=len(loop.unreadable_images.indices),
         results=results | compare(model) | {"token_movement": loop.measure_token_movement()},
-        lines={"calibration": None if calibration is None else calibration.text},
+        lines={
+            "heads": heads_text,
+            "calibration": None if calibration is None else calibration.text,
+        },
     )
 
 

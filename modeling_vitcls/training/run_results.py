@@ -31,9 +31,13 @@ from .resume import build_flags_record, check_run_unchanged
 from .run_inputs import RunInputs
 
 
-# flags of a frozen run that its command for steps leaves out; --hub-model-id, because its model would
-# replace the frozen one
-FLAGS_WITHOUT_FINE_TUNING = {*STEP_FLAGS, "trainable", "resume", "overwrite", "hub_model_id"}
+# Flags that the command for the other kind of run leaves out; --hub-model-id, because its model would
+# replace that of this run
+FLAGS_OF_KINDS = {
+    *STEP_FLAGS,
+    *("trainable", "distillation", "num_distillation_tokens"),
+    *("resume", "overwrite", "hub_model_id"),
+}
 
 
 TEXTS_OF_KINDS = {
@@ -149,8 +153,8 @@ def print_summary(
 ) -> None:
     """Print what the run does, before it starts.
 
-    `num_seen` is the number of images that measure the run, although they trained its encoder
-    before.
+    `num_seen` is the number of images that measure the run, although they trained its encoder or a
+    classifier that it keeps.
     """
     setup = inputs.setup
     reporter.print_lines(
@@ -174,8 +178,9 @@ def print_summary(
     if num_seen:
         reporter.warn(
             f"{num_seen:,} of the images that measure this run trained the encoder of "
-            f"{inputs.initial.name}, so the result is better than for new images, and has no "
-            "interval. Set `held_out_fraction` as in its run, or hold out other images"
+            f"{inputs.initial.name}, or a classifier that this run keeps, so the result is better "
+            "than for new images, and has no interval. Set `held_out_fraction` as in its run, or "
+            "hold out other images"
         )
     reporter.printed_metrics = setup.printed_metrics
 
@@ -287,11 +292,11 @@ def print_result(
         duration = "" if seconds is None else f", about {format_minutes(seconds)}"
         steps_text = (
             f"not fine-tuned: the encoder is frozen. Five epochs of all layers{duration}, gained "
-            f"1.3 points on average of 15 runs: {build_fine_tuning_command(asked)}"
+            f"1.3 points on average of 15 runs: {build_command(asked, 'fine-tuned', epochs=int(FINE_TUNING_EPOCHS))}"
         )
     reporter.print_lines(
         {
-            "result": describe_result(results, result_metrics),
+            "result": describe_result(results, result_metrics) + describe_worse_end(results, asked),
             "classes": class_text,
             "features": results.get("features", {}).get("summary"),
             "steps": steps_text,
@@ -313,6 +318,17 @@ def describe_result(results: dict[str, Any], result_metrics: tuple[str, ...]) ->
             f"{len(record['candidates'])} candidates"
         )
     return f"{text}. The saved model was fitted to all of them"
+
+
+def describe_worse_end(results: dict[str, Any], asked: TrainOptions) -> str:
+    """Say how to keep the frozen model, if the steps made it worse; "" otherwise."""
+    start = results.get("frozen", {}).get("held_out_accuracy")
+    if start is None or results["accuracy"] >= start:
+        return ""
+    return (
+        f". The frozen start was better, {start:.2%}: "
+        f"{build_command(asked, 'frozen', trainable='head')}"
+    )
 
 
 def format_result(metrics: dict[str, Any], names: tuple[str, ...]) -> str:
@@ -352,13 +368,15 @@ def format_accuracy(metrics: dict[str, Any]) -> str:
     return f"{text} (95% interval: {low:.1f} to {high:.1f})"
 
 
-def build_fine_tuning_command(asked: TrainOptions) -> str:
-    """Build the command of a frozen run, changed so that it trains all layers.
+def build_command(asked: TrainOptions, suffix: str, **changes: Any) -> str:
+    """Build the command of a run of the other kind: with steps instead of frozen, or the reverse.
 
-    `asked` are the options as the person set them. No command can read data in memory.
+    Its folder has a suffix: the model of this run stays, and the two can be compared. `asked` are
+    the options as the person set them. No command can read data in memory.
     """
     if str(asked.dataset).startswith(MEMORY_PREFIX):
-        return f"finetune(..., epochs={FINE_TUNING_EPOCHS:g})"
+        texts = [f"{name}={value!r}" for name, value in changes.items()]
+        return f"finetune(..., {', '.join(texts)})"
     names = {
         name
         for name, field in get_flag_fields(type(asked)).items()
@@ -367,13 +385,9 @@ def build_fine_tuning_command(asked: TrainOptions) -> str:
     flags = {
         name: shorten_path(value)
         for name, value in to_flags(asked).items()
-        if name in names - FLAGS_WITHOUT_FINE_TUNING
+        if name in names - FLAGS_OF_KINDS
     }
-    # A folder of its own: the frozen model stays, and the two can be compared.
-    flags |= {
-        "output_dir": f"{flags['output_dir']}-fine-tuned",
-        "epochs": f"{FINE_TUNING_EPOCHS:g}",
-    }
+    flags |= {"output_dir": f"{flags['output_dir']}-{suffix}"} | changes
     arguments = [argument for flag in flags.items() for argument in to_arguments(*flag)]
     return f"vitcls finetune {shlex.join(arguments)}"
 

@@ -223,7 +223,7 @@ def test_settings_that_were_edited_after_training_are_named(
         assert run_here(command, "--model", str(trained), *flags) == status
     assert "after training" not in caplog.text
 
-    edit(trained, temperature=9.0)
+    edit(trained, distance_threshold=9.0)
     edit(trained, "preprocessor_config.json", do_normalize=False)
     for status, command, *flags in commands:
         warn_once.cache_clear()

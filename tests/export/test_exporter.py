@@ -121,7 +121,7 @@ MODELS: dict[str, tuple[type, dict[str, Any], list[str]]] = {
                     "pooling": "cls_mean",
                     "pooled_layers": [-2, -1],
                 },
-                "indoors": {"labels": ["no", "yes"], "temperature": 2.0},
+                "indoors": {"labels": ["no", "yes"]},
             }
         },
         ["logits", "indoors", "weather"],

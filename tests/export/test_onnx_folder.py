@@ -58,7 +58,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def folders(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Return the folder of a model that was trained on some of the photos, and of its graph."""
     parent = tmp_path_factory.mktemp("models")
-    config = build_tiny_config(num_distillation_tokens=1, temperature=2.5, **LABELS)
+    config = build_tiny_config(num_distillation_tokens=1, **LABELS)
     classifier = randomize(ViTCLSForImageClassification(config))
     add_statistics(classifier)
     save_with_processor(classifier, parent / "mine")
@@ -118,15 +118,14 @@ def test_a_processor_resizes_as_before_to_the_size_of_the_graph(resize: str) -> 
 def test_graphs_and_the_pipeline_have_calibrated_probabilities(
     folders: tuple[Path, Path],
 ) -> None:
-    """softmax(logits / temperature); the weights are those of the model without a temperature."""
+    """Those of softmax, because the temperature is a part of the weights."""
     model, exported = folders
     plain: Any = ViTCLSForImageClassification.from_pretrained(model)
-    plain.config.temperature = 1.0
     processor = ViTCLSImageProcessor.from_pretrained(model)
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8))
     pixel_values = processor(image, return_tensors="pt")["pixel_values"]
     with torch.no_grad():
-        expected = (plain(pixel_values).logits / 2.5).softmax(-1)
+        expected = (plain(pixel_values).logits).softmax(-1)
     graph = OnnxGraph(exported / "model.onnx", plain.config)
     found = graph(pixel_values)["logits"].softmax(-1)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)

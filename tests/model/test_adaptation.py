@@ -8,6 +8,7 @@ FlexiViT's resize is exact. Gates are tested in test_gates.py.
 """
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -407,3 +408,99 @@ def test_validation_is_enabled_again_after_loading(tmp_path: Path) -> None:
     with raises_one_line("num_cls_tokens"):
         ViTCLSModel(loaded.config)
     assert "_skip_validation" not in ViTCLSConfig().to_dict()
+
+
+# Every kind of token ------------------------------------------------------------------------------
+
+
+ALL_LAYERS = [-3, -2, -1]
+CLASSIFIERS = {
+    "CLS": {},
+    "CLS of several layers": {"pooled_layers": ALL_LAYERS},
+    "CLS and patches of several layers": {"pooling": "cls_mean", "pooled_layers": ALL_LAYERS},
+    "patches": {"pooling": "mean"},
+    "no CLS": {"pooling": "mean", "num_cls_tokens": 0},
+    "mean of one CLS": {"cls_pooling": "mean"},
+    "mean of two CLS": {"cls_pooling": "mean", "num_cls_tokens": 2},
+    "second CLS": {"cls_pooling": "mean", "num_cls_tokens": 2, "pooled_cls_tokens": [1]},
+    "concatenated": {"cls_pooling": "concat", "num_cls_tokens": 2, "pooled_layers": [-2, -1]},
+    "concatenated and patches": {"cls_pooling": "concat", "pooling": "cls_mean"},
+    "positions of all tokens": {"position_embedding_tokens": "all"},
+    "MLP head": {"head_type": "mlp"},
+    "two heads": {"num_distillation_tokens": 1},
+    "relative positions": {"position_embedding_type": "none", "relative_position_bias": "shared"},
+}
+ADDED = [
+    {"num_distillation_tokens": 1},
+    {"num_distillation_tokens": 2},
+    {"num_register_tokens": 4},
+    {"num_cls_tokens": 3},
+    {"num_cls_tokens": 4, "num_distillation_tokens": 1, "num_register_tokens": 1},
+]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("fields", CLASSIFIERS.values(), ids=CLASSIFIERS.keys())
+def test_added_tokens_of_every_kind_leave_the_logits_as_they_are(fields: dict[str, Any]) -> None:
+    config = build_tiny_config(num_hidden_layers=3, num_labels=5, **fields)
+    model = randomize(ViTCLSForImageClassification(config)).eval()
+    pixel_values = build_images()
+    logits = model(pixel_values).logits
+    for added in ADDED:
+        adapted = model.adapt(**added).eval()
+        assert get_largest_difference(adapted(pixel_values).logits, logits) <= 1e-5, added
+
+
+@torch.no_grad()
+def test_a_distillation_token_is_a_twin_of_cls_until_a_teacher_trains_it() -> None:
+    config = build_tiny_config(num_labels=5, pooled_layers=[-2, -1])
+    model = randomize(ViTCLSForImageClassification(config)).eval()
+    adapted = model.adapt(num_distillation_tokens=1).eval()
+    outputs = adapted(build_images())
+    assert get_largest_difference(outputs.distillation_logits, outputs.cls_logits) <= 1e-5
+    assert adapted.config.distillation_inference == "mean"
+
+
+def test_a_random_distillation_head_is_not_read(caplog: pytest.LogCaptureFixture) -> None:
+    config = build_tiny_config(num_labels=5, pooling="mean")
+    adapted = ViTCLSForImageClassification(config).adapt(num_distillation_tokens=1)
+    assert adapted.config.distillation_inference == "cls"
+    assert sum("distillation_inference" in line for line in caplog.messages) == 1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("head_type", ["linear", "mlp"])
+def test_temperatures_of_earlier_versions_become_a_part_of_the_heads(
+    head_type: str, tmp_path: Path
+) -> None:
+    """Their configurations divided the logits of the classifier, and those of each added task."""
+    task = {"labels": ["rain", "sun"]}
+    added = {"labels": ["e"], "adds_classes": True}
+    config = build_tiny_config(
+        num_labels=5,
+        id2label=dict(enumerate("abcde")),
+        head_type=head_type,
+        num_distillation_tokens=1,
+        extra_heads={"weather": task, "more": added},
+    )
+    model = randomize(ViTCLSForImageClassification(config)).eval()
+    model.save_pretrained(tmp_path)
+    expected = model(build_images())
+
+    file = tmp_path / "config.json"
+    stored = json.loads(file.read_text())
+    stored |= {"temperature": 4.0, "fitted_encoder": 1.0}
+    stored["extra_heads"]["weather"]["temperature"] = 0.5
+    file.write_text(json.dumps(stored))
+    for _ in range(2):
+        loaded = ViTCLSForImageClassification.from_pretrained(tmp_path).eval()
+        outputs = loaded(build_images())
+        assert get_largest_difference(outputs.logits, expected.logits / 4) <= 1e-6
+        assert (
+            get_largest_difference(
+                outputs.task_logits["weather"], expected.task_logits["weather"] * 2
+            )
+            <= 1e-6
+        )
+        loaded.save_pretrained(tmp_path)
+        assert "temperature" not in file.read_text()

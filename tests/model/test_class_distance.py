@@ -1,14 +1,16 @@
 """Distance to the nearest class: stored with the weights, equal to that of the statistics."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import peft
 import pytest
 import torch
 from helpers.tiny_models import build_tiny_config, randomize
 
-from modeling_vitcls import ViTCLSForImageClassification
+from modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel
 from modeling_vitcls.hub.model_folder import ModelFolder
 from modeling_vitcls.inference.class_statistics import ClassStatistics
 
@@ -80,3 +82,159 @@ def test_statistics_are_not_counted_as_parameters(tmp_path: Path) -> None:
     model, _, _ = build_model()
     model.save_pretrained(tmp_path)
     assert ModelFolder(tmp_path).num_parameters == model.num_parameters()
+
+
+# Validity -----------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def train_steps(model: Any, part: str) -> None:
+    """Change the weights of a part as ten steps of AdamW with a rate of 1e-3 do."""
+    for name, weight in model.named_parameters():
+        if name.startswith(part):
+            weight.add_(1e-2 * torch.sign(torch.randn_like(weight)))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "part",
+    [
+        "vitcls.embeddings.patch_embeddings",
+        "vitcls.embeddings.cls_token",
+        "vitcls.layers.1.mlp.fc2",
+        "vitcls.layernorm",
+    ],
+)
+def test_a_change_of_any_part_that_the_distance_depends_on_ends_it(part: str) -> None:
+    model, images, _ = build_model()
+    expected = model(images[:4]).distance
+    state = copy.deepcopy(model.state_dict())
+    train_steps(model, part)
+    # the model stays in evaluation mode: some loops train there
+    assert model(images[:4]).distance is None
+    model.load_state_dict(state)
+    assert torch.equal(model(images[:4]).distance, expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: model.bfloat16().float(),
+        lambda model: model.half().float(),
+        copy.deepcopy,
+        lambda model: model.adapt(num_register_tokens=2, num_distillation_tokens=1),
+        lambda model: model.train().eval(),
+    ],
+    ids=["bfloat16", "float16", "deepcopy", "adapt", "modes"],
+)
+def test_nothing_that_keeps_the_function_ends_the_distance(change: Any) -> None:
+    model, images, _ = build_model()
+    expected = model(images[:4]).distance
+    distance = change(model).eval()(images[:4]).distance
+    torch.testing.assert_close(distance, expected, rtol=0.1, atol=0.3)
+
+
+@torch.no_grad()
+def test_the_order_of_rows_counts() -> None:
+    model, images, _ = build_model()
+    weight = model.vitcls.layers[0].mlp.fc1.weight
+    weight.copy_(weight.flip(0))
+    assert model(images[:4]).distance is None
+
+
+@torch.no_grad()
+def test_averaged_weights_have_no_distance() -> None:
+    model, images, _ = build_model()
+    average = torch.optim.swa_utils.AveragedModel(model)
+    train_steps(model, "vitcls.")
+    average.update_parameters(model)
+    assert average.module.eval()(images[:4]).distance is None
+
+
+@torch.no_grad()
+def test_an_untrained_adapter_keeps_the_distance_and_a_trained_one_ends_it(tmp_path: Path) -> None:
+    model, images, _ = build_model()
+    expected = model(images[:4]).distance
+    config = peft.LoraConfig(target_modules=["q_proj", "v_proj"], r=2)
+    adapted: Any = peft.get_peft_model(model, config)
+    assert torch.equal(adapted(images[:4]).distance, expected)
+
+    for name, weight in adapted.named_parameters():
+        if "lora_B" in name:
+            weight.normal_(std=0.1)
+    assert adapted(images[:4]).distance is None
+    adapted.save_pretrained(tmp_path)
+    fresh, _, _ = build_model()
+    fresh.load_state_dict(adapted.unload().state_dict())
+    assert torch.equal(fresh(images[:4]).distance, expected)
+    assert peft.PeftModel.from_pretrained(fresh, tmp_path)(images[:4]).distance is None
+
+
+@torch.no_grad()
+def test_statistics_of_a_model_with_an_adapter_are_those_of_the_merged_model() -> None:
+    model, images, statistics = build_model()
+    config = peft.LoraConfig(target_modules=["q_proj", "v_proj"], r=2, init_lora_weights=False)
+    adapted: Any = peft.get_peft_model(model, config).eval()
+    statistics.set_in_model(adapted.base_model.model)
+    expected = adapted(images[:4]).distance
+    merged = adapted.merge_and_unload()
+    torch.testing.assert_close(merged(images[:4]).distance, expected, rtol=1e-3, atol=1e-3)
+
+
+@torch.no_grad()
+def test_a_compiled_model_knows_its_weights_after_eval() -> None:
+    model, images, _ = build_model()
+    expected = model(images[:4]).distance
+    compiled: Any = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(images[:4]).distance, expected)
+    train_steps(model, "vitcls.")
+    model.train().eval()
+    assert compiled(images[:4]).distance is None
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_cls_tokens": 3, "cls_pooling": "concat"},
+        {"cls_pooling": "mean", "num_cls_tokens": 2, "pooled_cls_tokens": [1]},
+        {"num_hidden_layers": 2},
+        {"num_labels": 5, "ignore_mismatched_sizes": True},
+    ],
+    ids=str,
+)
+def test_statistics_of_other_features_or_labels_are_dropped(
+    changes: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, images, _ = build_model(num_hidden_layers=3)
+    model.save_pretrained(tmp_path)
+    loaded = ViTCLSForImageClassification.from_pretrained(tmp_path, **changes)
+    assert loaded.class_distance is None
+    assert loaded.config.distance_threshold is None
+    assert loaded(images[:4]).distance is None
+    assert sum("class_statistics" in line for line in caplog.messages) == 1
+    assert not any("newly initialized" in line for line in caplog.messages if "class_d" in line)
+
+
+@torch.no_grad()
+def test_a_file_without_statistics_is_one_line(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, images, _ = build_model()
+    weights = model.state_dict()
+    others = {name: each for name, each in weights.items() if "class_distance" not in name}
+    model.save_pretrained(tmp_path, state_dict=others)
+    loaded = ViTCLSForImageClassification.from_pretrained(tmp_path)
+    assert loaded(images[:4]).distance is None
+    (line,) = [line for line in caplog.messages if "class statistics" in line]
+    assert "the loaded file lacks them" in line
+    assert not any("MISSING" in line for line in caplog.messages)
+
+
+@torch.no_grad()
+def test_an_encoder_is_loaded_without_a_report_about_statistics(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    build_model()[0].save_pretrained(tmp_path)
+    ViTCLSModel.from_pretrained(tmp_path)
+    assert not any("class_distance" in line for line in caplog.messages)

@@ -95,7 +95,7 @@ WRONG_VALUES: list[tuple[str, Any]] = [
     ("label2id", ["cat"]),
     *(("cls_scopes", value) for value in ("image", [[2, 2, 0, 0.5]])),
     ("layer_norm_eps", math.inf),
-    *((name, 0.0) for name in ("temperature", "initializer_range", "rope_theta")),
+    *((name, 0.0) for name in ("initializer_range", "rope_theta")),
     *((name, 1.0) for name in ("hidden_dropout_prob", "attention_probs_dropout_prob")),
     ("pooling", "other"),
     ("qkv_bias", 1),
@@ -116,8 +116,9 @@ WRONG_VALUES: list[tuple[str, Any]] = [
 ]
 
 # class variables, and fields of transformers
-UNDOCUMENTED = {"_skip_validation", "keys_to_ignore_at_inference", "base_model_fsdp_plan"} | {
-    *("id2label", "label2id", "problem_type")
+UNDOCUMENTED = {"_skip_validation", "_old_temperatures", "keys_to_ignore_at_inference"} | {
+    "base_model_fsdp_plan",
+    *("id2label", "label2id", "problem_type"),
 }
 
 

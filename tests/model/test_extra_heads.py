@@ -177,17 +177,6 @@ def test_heads_read_the_normalized_tokens_of_their_layers(num_tokens: int | None
 
 
 @torch.no_grad()
-def test_temperatures_apply_in_evaluation_mode() -> None:
-    _, plain = build_pair(HEADS)
-    cooled = plain.adapt(extra_heads=HEADS | {"indoors": HEADS["indoors"] | {"temperature": 4.0}})
-    for mode, factor in ((False, 4.0), (True, 1.0)):
-        found, expected = (
-            each.train(mode)(build_images()).task_logits["indoors"] for each in (cooled, plain)
-        )
-        assert get_largest_difference(found * factor, expected) <= 1e-6
-
-
-@torch.no_grad()
 def test_an_encoder_becomes_a_model_with_heads_only(tmp_path: Path) -> None:
     encoder = randomize(ViTCLSModel(build_tiny_config(num_labels=0)))
     encoder.save_pretrained(tmp_path)
@@ -205,14 +194,13 @@ SELECTED = [{}, MODELS["several layers"], {"num_labels": 0}, {"tasks": TASKS, "n
 def test_a_selected_task_is_a_classifier_with_the_same_bits(
     fields: dict[str, Any], tmp_path: Path
 ) -> None:
-    heads = HEADS | {"indoors": HEADS["indoors"] | {"temperature": 4.0}}
-    _, model = build_pair(heads, **WIDE | fields)
+    _, model = build_pair(HEADS, **WIDE | fields)
     images = build_images(3, 80, 80)
     for name, expected in model(images).task_logits.items():
         model.select_task(name).save_pretrained(tmp_path / name)
         loaded = AutoModelForImageClassification.from_pretrained(tmp_path / name)
         assert torch.equal(loaded(images).logits, expected)
-        assert list(loaded.config.id2label.values()) == heads[name]["labels"]
+        assert list(loaded.config.id2label.values()) == HEADS[name]["labels"]
 
 
 def test_selecting_a_task_that_does_not_exist_names_the_tasks() -> None:
@@ -249,10 +237,8 @@ INVALID: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "layer": ({"a": HEAD | {"pooled_layers": [3]}}, {}, "pooled_layers"),
     "layers": ({"a": HEAD | {"pooled_layers": -1}}, {}, "pooled_layers"),
     "problem type": ({"a": HEAD | {"problem_type": "regression"}}, {}, "single_label"),
-    "temperature": ({"a": HEAD | {"temperature": 0}}, {}, "temperature"),
     "threshold": ({"a": HEADS["objects"] | {"threshold": 1.5}}, {}, "threshold"),
     "added labels": ({"a": ADDED}, {}, "id2label"),
-    "temperature of added labels": ({"a": ADDED | {"temperature": 2}}, {}, "temperature"),
 }
 
 

@@ -2,18 +2,16 @@
 
 from typing import Any
 
-import pytest
 import torch
 from helpers.tiny_models import (
     build_images,
     build_tiny_config,
     each_kind,
-    get_largest_difference,
     raises_one_line,
     randomize,
 )
 
-from modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel
+from modeling_vitcls import ViTCLSModel
 from modeling_vitcls.model.modeling_vitcls import (
     ViTCLSModelOutput,
 )
@@ -63,11 +61,3 @@ def test_tokens_of_a_rebuilt_output_are_an_error() -> None:
     rebuilt = ViTCLSModelOutput(**build_model()(build_images()))
     with raises_one_line("rebuilt", "config.token_layout"):
         _ = rebuilt.tokens
-
-
-@pytest.mark.parametrize("is_training", [False, True])
-def test_the_temperature_divides_the_logits(is_training: bool) -> None:
-    warm = randomize(ViTCLSForImageClassification(build_tiny_config(temperature=2.0)))
-    plain = randomize(ViTCLSForImageClassification(build_tiny_config()))
-    logits, expected = (each.train(is_training)(build_images()).logits for each in (warm, plain))
-    assert get_largest_difference(logits * 2, expected) <= 1e-6

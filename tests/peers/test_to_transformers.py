@@ -304,19 +304,3 @@ def test_pooling_without_weights_is_left_to_the_user() -> None:
     torch.testing.assert_close(
         native(images((32, 32))).last_hidden_state, expected, atol=1e-5, rtol=1e-5
     )
-
-
-@torch.no_grad()
-def test_the_temperature_is_folded_into_the_classifier() -> None:
-    # as fine-tuning saves it
-    calibrated = ViTCLSConfig(**BASE, temperature=2.5, distance_threshold=3.0)
-    model = randomize_weights(ViTCLSForImageClassification(calibrated))
-    native: Any = convert_to_transformers(model)
-    torch.testing.assert_close(
-        native(images((32, 32))).logits, model(images((32, 32))).logits, atol=1e-5, rtol=1e-5
-    )
-    # which has no classifier
-    assert type(convert_to_transformers(ViTCLSModel(calibrated))).__name__ == "ViTModel"
-    distilled = ViTCLSForImageClassification(ViTCLSConfig(**BASE | DISTILLED, temperature=2.5))
-    with pytest.raises(ConversionError, match="temperature"):
-        convert_to_transformers(distilled)

@@ -214,7 +214,7 @@ def test_outputs_are_compared_even_if_all_tensors_are_equal(
 ) -> None:
     shutil.copytree(with_parity, tmp_path / "changed")
     file = tmp_path / "changed" / "config.json"
-    write_json(file, read_json(file) | {"temperature": 2.0})
+    write_json(file, read_json(file) | {"temperature": 2.0})  # as an earlier version stored it
     assert "logits" in verify_unchanged(digits, tmp_path / "changed")["difference"]
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers.tiny_models import raises_one_line
 from helpers.tiny_options import build_tiny_options, run_to_folder
 from PIL import Image
 
@@ -21,6 +22,7 @@ pytestmark = [
 add_class = partial(modeling_vitcls.add_class, num_workers=0)
 STRIPES = np.zeros((30, 8, 8), np.uint8)
 STRIPES[:, :, ::2] = np.arange(200, 230, dtype=np.uint8)[:, None, None]
+IMAGES = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 NEW = [(Image.fromarray(pixels), "stripes") for pixels in STRIPES]
 
 
@@ -85,43 +87,52 @@ def train_further(model: ViTCLSForImageClassification, module: torch.nn.Module) 
     model.eval()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_nothing_fitted_is_removed_without_training(folder: Path, dtype: torch.dtype) -> None:
-    stored = ViTCLSForImageClassification.from_pretrained(folder).config.temperature
-    model = ViTCLSForImageClassification.from_pretrained(folder, dtype=dtype)
-    for each in (model, model.to(torch.float16).train().eval(), model.adapt(num_cls_tokens=2)):
-        assert each.config.temperature == stored
-        assert each.class_distance is not None
+def test_rounding_and_added_tokens_keep_the_distance(folder: Path) -> None:
+    model = ViTCLSForImageClassification.from_pretrained(folder)
+    expected = model.eval()(IMAGES).distance
+    in_bfloat16 = ViTCLSForImageClassification.from_pretrained(folder, dtype=torch.bfloat16)
+    for other in (in_bfloat16.float(), model.half().float(), model.adapt(num_cls_tokens=2)):
+        torch.testing.assert_close(other.eval()(IMAGES).distance, expected, rtol=0.05, atol=0.05)
 
 
-def test_class_statistics_do_not_outlive_the_encoder(
+def test_a_training_step_ends_the_distance_and_keeps_the_layout(
     folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = ViTCLSForImageClassification.from_pretrained(folder)
+    layout = list(model.state_dict())
     train_further(model, model.vitcls.layers)
-    assert model.class_distance is None
-    assert any("vitcls finetune --model" in line for line in caplog.messages)
+    assert model(IMAGES).distance is None
+    assert list(model.state_dict()) == layout
+    assert sum("vitcls finetune --model" in line for line in caplog.messages) == 1
+
+    fresh = ViTCLSForImageClassification.from_pretrained(folder)
+    fresh.load_state_dict(model.state_dict())
+    assert fresh(IMAGES).distance is None
+    fresh.load_state_dict(ViTCLSForImageClassification.from_pretrained(folder).state_dict())
+    assert fresh(IMAGES).distance is not None
 
 
-def test_weights_that_were_saved_in_training_have_no_statistics_of_others(
-    frozen: Path, tmp_path: Path
-) -> None:
-    """Trainer saves the model in training mode: what does not belong to it goes at loading."""
+def test_weights_that_were_saved_in_training_have_no_distance(frozen: Path, tmp_path: Path) -> None:
+    """Trainer saves the model in training mode."""
     model = ViTCLSForImageClassification.from_pretrained(frozen).train()
     with torch.no_grad():
         model.vitcls.layers[0].mlp.fc1.weight.add_(1e-3)
     model.save_pretrained(tmp_path)
-    assert ViTCLSForImageClassification.from_pretrained(tmp_path).class_distance is None
+    assert ViTCLSForImageClassification.from_pretrained(tmp_path)(IMAGES).distance is None
+    row = predict(tmp_path, [NEW[0][0]])[0]
+    assert "distance" not in row
+    with raises_one_line("class statistics"):
+        add_class(tmp_path, NEW, tmp_path / "new")
 
 
 def test_a_trained_classifier_keeps_the_distance(frozen: Path) -> None:
     model = ViTCLSForImageClassification.from_pretrained(frozen)
     train_further(model, model.classifier)
-    assert model.class_distance is not None
+    assert model(IMAGES).distance is not None
 
 
 def test_any_loop_goes_on_from_calibrated_probabilities(frozen: Path) -> None:
-    """The logits of a frozen model before the temperature are many times too large."""
+    """The logits of shrinkage LDA are many times too large, so its weights are divided."""
     model = ViTCLSForImageClassification.from_pretrained(frozen)
     images = torch.randn(8, 3, 32, 32)
     labels = torch.arange(8)
@@ -139,6 +150,5 @@ def test_new_labels_at_loading_remove_what_was_fitted_to_the_old(
         frozen, **labels, ignore_mismatched_sizes=True
     )
     assert model.class_distance is None
-    assert model.config.temperature == 1
     assert model.config.distance_threshold is None
     assert sum("the labels are new" in line for line in caplog.messages) == 1

@@ -114,7 +114,7 @@ def test_a_classifier_is_kept_only_for_the_same_labels(
     stored_kind: str | None, build: Any, names: list[str], is_same: bool, tmp_path: Path
 ) -> None:
     fields = {"id2label": {0: "ant", 1: "bee", 2: "cat"}, "problem_type": stored_kind}
-    fields |= {"temperature": 3.0, "distance_threshold": 2.0}
+    fields |= {"distance_threshold": 2.0}
     saved = ViTCLSForImageClassification(build_tiny_config(**fields))
     save_with_processor(saved, tmp_path)
     model, _, new_names = build_initial_model(
@@ -126,7 +126,6 @@ def test_a_classifier_is_kept_only_for_the_same_labels(
     assert model.config.problem_type == (stored_kind if is_same else build.kind)
     assert model.config.pooling == ("cls_mean" if build is OneLabel and not is_same else "cls")
     # They were fitted to the old classifier.
-    assert model.config.temperature == 1.0
     assert model.config.distance_threshold is None
 
 

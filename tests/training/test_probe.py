@@ -450,7 +450,6 @@ def test_the_better_geometry_is_chosen(encoder: Path, tmp_path: Path) -> None:
     [
         ({"probe": False}, "`probe=False` is set"),
         ({"model_config": {"head_type": "mlp"}}, "the head is an MLP"),
-        ({"num_distillation_tokens": 1}, "the model has a distillation head"),
         ({"pooling": "attention"}, "the pooler has random weights"),
     ],
 )

@@ -17,7 +17,7 @@ from modeling_vitcls import ViTCLSModel
 from modeling_vitcls.cli import main
 from modeling_vitcls.runtime.files import read_json
 from modeling_vitcls.training.options import FinetuneOptions
-from modeling_vitcls.training.run_results import build_fine_tuning_command
+from modeling_vitcls.training.run_results import build_command
 
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
@@ -63,7 +63,7 @@ def test_a_run_without_steps_prints_the_command_that_trains_all_layers(
 
 def test_no_command_trains_on_data_in_memory() -> None:
     asked = FinetuneOptions(model="vit", dataset="memory:0123", output_dir=Path("run"))
-    assert build_fine_tuning_command(asked) == "finetune(..., epochs=5)"
+    assert build_command(asked, "fine-tuned", epochs=5) == "finetune(..., epochs=5)"
 
 
 @pytest.mark.filterwarnings("error::scipy.linalg.LinAlgWarning")

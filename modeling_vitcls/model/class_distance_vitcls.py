@@ -1,0 +1,255 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Class statistics in a model: where they are stored, and whether they fit its present weights.
+
+    ClassDistance.forward    tokens -> distance [B] to the nearest class
+    ClassDistance.check      weights -> whether the statistics belong to them
+
+inference/class_statistics.py fits the statistics. They belong to one encoder: after any change of
+its weights, distances mean nothing. The fingerprint of these weights is therefore stored next to the
+statistics, and compared with the present weights before a distance is returned.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from transformers.utils import logging
+
+from .configuration_vitcls import ViTCLSConfig
+from .heads_vitcls import TokenPooler
+
+
+logger = logging.get_logger(__name__)
+
+NUM_SUMS = 16  # in a fingerprint
+SPECIAL_TOKENS = ("cls_token", "distillation_token", "register_tokens")
+# Sums are stored as integers in this unit: a cast of the model to half precision leaves integers as
+# they are.
+SUM_UNIT = 2.0**-24
+# Relative rounding of each weight, if all of them are numbers of bfloat16 or float16; and otherwise,
+# as after a merge of LoRA in float32
+HALF_ROUNDING, ROUNDING = 2.0**-9, 2.0**-22
+HALF_DTYPES = (torch.bfloat16, torch.float16)
+NUM_SAMPLES = 64  # weights of each parameter, which tell which of the two applies
+# Largest sum of the squared deviations of a fingerprint, in units of what rounding may cause. Rounding
+# to bfloat16 gives about 0.4 for each of the sums.
+MAX_DEVIATION = 24.0
+
+
+class ClassDistance(nn.Module):
+    """Class means and covariances of several tokens, and the distance to the nearest class.
+
+    The state dict has, for each token i of `config.class_statistics`, `means_i` [K, D] and
+    `precisions_i` [D, D]; for all tokens, `counts` [K] (number of training images) and `sizes`
+    (effective number of features); and `fingerprint` of the encoder that they were fitted to.
+
+    Attributes:
+        layers: indices, from 1, of the layers that are read.
+        is_valid: whether the statistics belonged to the weights of the last `check`.
+    """
+
+    def __init__(self, config: ViTCLSConfig) -> None:
+        super().__init__()
+        statistics = config.class_statistics or {}
+        self.counts: Tensor
+        self.sizes: Tensor
+        self.fingerprint: Tensor
+        self.tokens = [(layer, kind) for layer, kind in statistics["tokens"]]
+        self.layers = config.resolve_layers([layer for layer, _ in self.tokens])
+        self.poolers = [TokenPooler(config, kind) for _, kind in self.tokens]
+        num_classes = statistics["num_classes"]
+        for index, (_, kind) in enumerate(self.tokens):
+            size = config.compute_pooled_size(kind, 1)
+            self.register_buffer(f"means_{index}", torch.zeros(num_classes, size))
+            self.register_buffer(f"precisions_{index}", torch.zeros(size, size))
+        self.register_buffer("counts", torch.zeros(num_classes))
+        self.register_buffer("sizes", torch.zeros(len(self.tokens)))
+        self.register_buffer("fingerprint", torch.zeros(NUM_SUMS, dtype=torch.int64))
+        self.is_valid = True
+        self.checked_state: list[Any] = []
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move the buffers, but keep them in float32: half precision has too few digits for them."""
+
+        def move(buffer: Tensor) -> Tensor:
+            moved = fn(buffer)
+            return moved if moved.dtype == buffer.dtype else buffer.to(moved.device)
+
+        return super()._apply(move, recurse)
+
+    def forward(self, layer_tokens: Mapping[int, Tensor]) -> Tensor:
+        """Compute the Mahalanobis distance [B] to the nearest class mean (arXiv 1807.03888).
+
+        It is the root of the mean over the tokens of the squared distances, without the noise of
+        the means of few images (`sizes` / `counts`).
+
+        Args:
+            layer_tokens: layer index -> tokens [B, N, D] after the final norm.
+        """
+        squares = []
+        for index, (layer, pooler) in enumerate(zip(self.layers, self.poolers, strict=True)):
+            values = pooler(layer_tokens[layer])
+            device = "cpu" if values.is_meta else values.device.type  # FLOPs are counted on "meta"
+            # The distance is a difference of large numbers, for which bfloat16 has too few digits.
+            with torch.autocast(device, enabled=False):
+                means = getattr(self, f"means_{index}")
+                precision = getattr(self, f"precisions_{index}")
+                # Far from zero, the terms below would be large and their difference inexact. A
+                # common shift does not change it.
+                center = means.mean(dim=0)
+                values, means = values.float() - center, means - center
+                products = values @ precision  # [B, D]
+                own = (products * values).sum(dim=1, keepdim=True)
+                noise = self.sizes[index] / self.counts.clamp(min=1)
+                of_means = ((means @ precision) * means).sum(dim=1) - noise
+                squares.append(own - 2 * products @ means.T + of_means)  # [B, K]
+        distances = torch.stack(squares).mean(dim=0)
+        # The mean of a class without images is a placeholder, and must not be the nearest one.
+        distances = distances.masked_fill(self.counts == 0, torch.inf)
+        # Without the noise of the means, an estimated square can be slightly negative.
+        return distances.amin(dim=1).clamp(min=0).sqrt()
+
+    def check(self, encoder: nn.Module) -> bool:
+        """Find out whether the statistics were fitted to the present weights of the encoder.
+
+        The weights are read once after each change. An edit of `parameter.data` in place is the one
+        change that PyTorch does not count: `model.eval()` notices it, too.
+        """
+        # torch.compile and torch.export cannot trace this. Their graph depends on `is_valid`.
+        if torch.compiler.is_compiling():
+            return self.is_valid
+        state = [*read_state(self.fingerprint), *list_states(encoder)]
+        if state == self.checked_state:
+            return self.is_valid
+
+        self.checked_state = state
+        was_valid = self.is_valid
+        self.is_valid = self.has_fingerprint_of(encoder)
+        if was_valid and not self.is_valid:
+            reason = "they do not belong to these weights of the encoder"
+            if not self.counts.any():
+                reason = "the loaded file lacks them"
+            logger.warning(
+                f"class statistics (`distance`, `unknown`): not used, because {reason}. `vitcls "
+                "finetune --model FOLDER` fits a classifier and them"
+            )
+        return self.is_valid
+
+    def has_fingerprint_of(self, encoder: nn.Module) -> bool:
+        """Compare the stored fingerprint with the weights of an encoder.
+
+        Rounding to half precision is no change. Weights that are not in memory as plain numbers
+        (quantized, sharded, offloaded) cannot be compared, and count as unchanged.
+        """
+        sums = sum_weights(encoder)
+        if sums is None or self.fingerprint.is_meta:
+            return True
+        # A loaded file without statistics, or of a version that stored no fingerprint
+        if not self.fingerprint.any():
+            return bool(self.counts.any())
+        totals, roundings = sums
+        deviations = (self.fingerprint.cpu() * SUM_UNIT - totals) / roundings
+        return float(deviations.square().sum()) < MAX_DEVIATION
+
+    def finish_loading(self, encoder: nn.Module) -> None:
+        """Complete the statistics of a version that stored no fingerprint."""
+        if not self.fingerprint.is_meta and not self.fingerprint.any() and self.counts.any():
+            self.store_fingerprint(encoder)
+
+    def store_fingerprint(self, encoder: nn.Module) -> None:
+        """Declare that the statistics belong to the present weights of the encoder."""
+        sums = sum_weights(encoder)
+        if sums is not None:
+            self.fingerprint.copy_((sums[0] / SUM_UNIT).round())
+
+
+# Fingerprint --------------------------------------------------------------------------------------
+@torch.no_grad()
+def sum_weights(encoder: nn.Module) -> tuple[Tensor, Tensor] | None:
+    """Sum the weights of an encoder [NUM_SUMS], and estimate by how much rounding changes the sums.
+
+    The sums are of the embeddings, the special tokens, the final norm, other parts, and the layers.
+    Rows have different factors, so a sum depends on their order. The result is in float64 on the CPU;
+    None if weights are not in memory as plain numbers.
+    """
+    totals: list[list[Tensor]] = [[] for _ in range(NUM_SUMS)]
+    squares: list[list[Tensor]] = [[] for _ in range(NUM_SUMS)]
+    are_rounded: list[Tensor] = []
+    num_layers = len(encoder.layers)  # type: ignore[arg-type]
+    for name, weight in list_effective_weights(encoder):
+        is_plain = type(weight) in (Tensor, nn.Parameter) and weight.is_floating_point()
+        if not is_plain or weight.is_meta:
+            return None
+        values = weight.flatten(1) if weight.ndim > 1 else weight[:, None]
+        values = values.cpu() if values.device.type == "mps" else values  # has no float64
+        factors = torch.linspace(1, 2, len(values), dtype=torch.float64, device=values.device)
+        norms = torch.linalg.vector_norm(values, dim=1, dtype=torch.float64)
+        part, own_name = name.split(".")[:2]
+        index = {"embeddings": 0, "layernorm": 1}.get(part, 2)
+        if own_name in SPECIAL_TOKENS:
+            index = 3
+        elif part == "layers":
+            index = 4 + int(own_name) * (NUM_SUMS - 4) // num_layers
+        totals[index].append(values.sum(dim=1, dtype=torch.float64) @ factors)
+        squares[index].append((norms * factors).square().sum())
+        are_rounded.append(is_rounded(values.flatten()[:NUM_SAMPLES]))
+
+    gates = getattr(encoder, "gates", None)
+    if gates is not None:
+        # An open gate is the same as none, also in its sum.
+        totals[2].append((1 - gates.get_gate_values()).double().sum())
+        squares[2].append(torch.ones_like(totals[2][-1]))
+
+    # All of them at once, because a GPU has to be waited for.
+    zero = totals[0][0] * 0
+    rounded = torch.stack(are_rounded).all()
+    sums = torch.stack([sum(each, zero) for each in (*totals, *squares, [rounded])]).cpu()
+    rounding = HALF_ROUNDING if sums[-1] else ROUNDING
+    return sums[:NUM_SUMS], rounding * sums[NUM_SUMS:-1].sqrt() + SUM_UNIT
+
+
+def is_rounded(values: Tensor) -> Tensor:
+    """Tell whether all values are numbers of bfloat16, or all of float16: a boolean scalar."""
+    in_bfloat16, in_float16 = (values.to(dtype).to(values) for dtype in HALF_DTYPES)
+    return (values == in_bfloat16).all() | (values == in_float16).all()
+
+
+def list_effective_weights(encoder: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """List the weights that the features depend on, by name; adapters of PEFT as what they add."""
+    for name, module in encoder.named_modules():
+        if name.startswith(("pooler", "gates")) or ".lora_" in name:
+            continue
+        for own_name, weight in module._parameters.items():
+            if weight is not None and own_name != "mask_token":
+                yield f"{name}.{own_name}", weight
+        if is_active_adapter(module):
+            for adapter in module.active_adapters:
+                yield f"{name}.{adapter}", module.get_delta_weight(adapter)
+
+
+def is_active_adapter(module: Any) -> bool:
+    """Tell whether a layer of PEFT adds to the weights of the layer that it wraps."""
+    return hasattr(module, "get_delta_weight") and not (module.merged or module.disable_adapters)
+
+
+def list_states(encoder: nn.Module) -> Iterator[Any]:
+    """List what changes with any edit of the weights, in a fraction of the time to read them."""
+    module: Any
+    for module in encoder.modules():
+        for weight in module._parameters.values():
+            if weight is not None:
+                yield from read_state(weight)
+        if hasattr(module, "get_delta_weight"):
+            yield is_active_adapter(module)
+            yield tuple(module.active_adapters)
+
+
+def read_state(weight: Tensor) -> tuple[Any, ...]:
+    """Read the memory of a weight and the number of its edits."""
+    if type(weight) not in (Tensor, nn.Parameter) or weight.is_inference():
+        return (id(weight),)
+    return weight.data_ptr(), weight._version, weight.stride()
+
+
+__all__ = ["ClassDistance"]

@@ -1,0 +1,108 @@
+"""The second head of a frozen model: a classifier of the distillation tokens.
+
+    distillation tokens, labels -> shrinkage LDA -> head, and which logits the model returns
+
+A new distillation token is a twin of CLS, so its head starts as good as a classifier on CLS. A teacher
+then trains it, while the labels train the other head (DeiT, Touvron et al. 2021, arXiv 2012.12877).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from scipy.special import log_softmax
+
+from ..inference.class_statistics import TokenFeatures
+from ..inference.intervals import Estimate, estimate_after_choice
+from ..inference.linear_probe import LinearProbe
+
+
+KIND = "distillation"  # of tokens, in a `FeatureLayout`
+MIN_PROBABILITY = 1e-30  # of out-of-fold predictions, whose logarithms must be finite
+
+
+@dataclass(frozen=True)
+class DistillationHead:
+    """The classifier of the distillation tokens, beside that of the other tokens.
+
+    Attributes:
+        probe: the classifier.
+        inference: which logits the model returns (`config.distillation_inference`): those with the
+            lowest log loss of `losses`.
+        losses: log loss out of fold of "cls", "distillation" and "mean"; empty without folds.
+        out_of_fold: [N, K] probabilities of the returned logits.
+        estimate: accuracy of the returned logits, corrected for the choice; None without folds.
+    """
+
+    probe: LinearProbe
+    inference: str
+    losses: dict[str, float]
+    out_of_fold: np.ndarray
+    estimate: Estimate | None
+
+    @classmethod
+    def fit(
+        cls,
+        tokens: TokenFeatures,
+        first: LinearProbe,
+        labels: np.ndarray,
+        groups: np.ndarray,
+        class_weight: str | None,
+    ) -> "DistillationHead":
+        """Fit the head to the distillation tokens of the layers that the first head reads.
+
+        Args:
+            tokens: features [N, D] of the distillation tokens of each layer.
+            first: the fitted classifier of the same images.
+            labels, groups, class_weight: as in `LinearProbe.fit`.
+        """
+        probe = LinearProbe(first.candidate_.layers).fit(tokens, labels, groups, class_weight)
+        known = np.isfinite(first.losses_) & np.isfinite(probe.losses_)
+        if not known.any():
+            return cls(probe, "cls", {}, first.out_of_fold_, None)
+
+        heads = [
+            np.log(np.maximum(each.out_of_fold_[known], MIN_PROBABILITY)) for each in (first, probe)
+        ]
+        logits = {"cls": heads[0], KIND: heads[1], "mean": (heads[0] + heads[1]) / 2}
+        indices = np.searchsorted(first.classes_, labels[known])
+        rows = np.arange(len(indices))
+        losses = {name: -log_softmax(each, axis=1)[rows, indices] for name, each in logits.items()}
+        means = {name: float(each.mean()) for name, each in losses.items()}
+        inference = choose_inference(means)
+        if inference == "cls":
+            return cls(probe, inference, means, first.out_of_fold_, first.estimate_)
+
+        out_of_fold = np.full_like(first.out_of_fold_, np.nan)
+        out_of_fold[known] = np.exp(log_softmax(logits[inference], axis=1))
+        estimate = estimate_after_choice(
+            losses=np.stack([*losses.values()]),
+            is_right=np.stack([each.argmax(axis=1) == indices for each in logits.values()]),
+            groups=groups[known],
+        )
+        return cls(probe, inference, means, out_of_fold, estimate)
+
+    def refit(self, tokens: TokenFeatures, labels: np.ndarray) -> "DistillationHead":
+        """Fit the head to all images, also to those that took no part in the choice."""
+        return replace(self, probe=self.probe.refit(tokens, labels))
+
+
+def choose_inference(losses: Mapping[str, float]) -> str:
+    """Choose the logits with the lowest log loss; CLS if they are equal."""
+    return min(("cls", KIND, "mean"), key=lambda name: losses[name])
+
+
+def describe_inference(inference: str, losses: Mapping[str, Any], images: str) -> str:
+    """Say which logits the model returns, and why."""
+    texts = {"cls": "the CLS head", KIND: "the distillation head", "mean": "the mean of both heads"}
+    if not losses:
+        return f"the model returns {texts[inference]}"
+    values = ", ".join(f"{name} {loss:.3f}" for name, loss in losses.items())
+    return f"the model returns {texts[inference]} (log loss {images}: {values})"
+
+
+def split_kinds(tokens: TokenFeatures) -> tuple[TokenFeatures, TokenFeatures]:
+    """Separate the distillation tokens from the others."""
+    others = {token: values for token, values in tokens.items() if token[1] != KIND}
+    return others, {token: values for token, values in tokens.items() if token[1] == KIND}

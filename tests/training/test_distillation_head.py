@@ -1,0 +1,153 @@
+"""A distillation token on a trained encoder: both heads start from the frozen features."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers.tiny_options import build_tiny_options, prepare_setup, run_training
+from scipy.special import log_softmax
+
+from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor, ViTCLSModel
+from modeling_vitcls.inference.linear_probe import LinearProbe
+from modeling_vitcls.training.distillation_head import DistillationHead
+
+
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("fresh_accelerate", "few_digits")]
+
+TEACHING = {"select": None, "max_steps": 12, "batch_size": 32, "held_out_fraction": 0.3}
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory, few_digits: None) -> Path:
+    """Return a trained encoder of six layers, without a classifier."""
+    folder = tmp_path_factory.mktemp("encoder")
+    flags = {"num_hidden_layers": 6, "max_steps": 80, "batch_size": 32, "learning_rate": 3e-3}
+    run_training(build_tiny_options(folder / "run", "digits", **flags))
+    for kind in (ViTCLSModel, ViTCLSImageProcessor):
+        kind.from_pretrained(folder / "run").save_pretrained(folder / "encoder")
+    return folder / "encoder"
+
+
+def build_options(folder: Path, model: Path, **flags: Any) -> Any:
+    settings = {"model": str(model), "probe": True, "select": None}
+    return build_tiny_options(folder, "digits", **settings | flags)
+
+
+@pytest.fixture(scope="module")
+def frozen(encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of a frozen run, whose classifier reads four layers and patches."""
+    folder = tmp_path_factory.mktemp("frozen") / "run"
+    flags = {"pooled_layers": [-4, -3, -2, -1], "pooling": "cls_mean"}
+    run_training(build_options(folder, encoder, **flags))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def taught(frozen: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """Return the folder and the results of the frozen model, continued with itself as teacher."""
+    folder = tmp_path_factory.mktemp("taught") / "run"
+    return folder, run_training(build_options(folder, frozen, teacher=str(frozen), **TEACHING))
+
+
+def test_a_teacher_continues_from_the_frozen_model(taught: tuple[Path, dict[str, Any]]) -> None:
+    _, results = taught
+    start = results["frozen"]
+    assert results["steps"] == 12
+    assert results["accuracy"] >= start["held_out_accuracy"] - 0.02
+    # Each head is about as good as the frozen classifier: neither started from random weights.
+    assert results["cls_accuracy"] >= start["held_out_accuracy"] - 0.05
+    assert results["distillation_accuracy"] >= start["held_out_accuracy"] - 0.15
+    assert results["average_with_start"] == 0.5
+    assert results["chosen_flags"]["learning_rate"] <= 4e-4
+
+
+def test_the_returned_head_has_the_lowest_loss(taught: tuple[Path, dict[str, Any]]) -> None:
+    folder, results = taught
+    losses = {name: results[f"{name}_loss"] for name in ("cls", "distillation", "mean")}
+    model = ViTCLSForImageClassification.from_pretrained(folder)
+    assert model.config.distillation_inference == min(losses, key=lambda name: losses[name])
+    assert results["loss"] == pytest.approx(min(losses.values()), abs=1e-5)
+
+
+def test_soft_targets_are_the_default(frozen: Path, tmp_path: Path) -> None:
+    assert build_options(tmp_path, frozen, teacher=str(frozen)).distillation == "soft"
+
+
+@torch.no_grad()
+def test_both_heads_of_a_frozen_run_are_shrinkage_lda(encoder: Path, tmp_path: Path) -> None:
+    """The second one reads the distillation token, in the layers of the first."""
+    options = build_options(tmp_path / "run", encoder, num_distillation_tokens=1)
+    results = run_training(options)
+    model = ViTCLSForImageClassification.from_pretrained(options.output_dir)
+    frozen = results["frozen"]
+    assert results["steps"] == 0
+    assert set(frozen["distillation_losses"]) == {"cls", "distillation", "mean"}
+    assert model.config.distillation_inference == frozen["distillation_inference"]
+
+    data = prepare_setup(options).data.train
+    processor = ViTCLSImageProcessor.from_pretrained(options.output_dir)
+    pictures = [data.images[index] for index in range(len(data))]
+    pixel_values = processor(pictures, return_tensors="pt")["pixel_values"]
+    outputs = model.eval()(pixel_values)
+    states = model.vitcls(pixel_values, output_hidden_states=True).hidden_states
+    index = model.config.token_layout.distillation.start
+    tokens = {
+        (layer, "distillation"): model.vitcls.normalize(states[layer])[:, index].numpy()
+        for layer in frozen["layers"]
+    }
+    probe = LinearProbe(frozen["layers"]).fit(tokens, np.array(data.labels))
+    expected = np.log(probe.predict_proba(tokens))
+    found = log_softmax(outputs.distillation_logits.numpy(), axis=1)
+    np.testing.assert_allclose(np.exp(found), np.exp(expected), atol=5e-3)
+
+
+def test_the_choice_between_heads_is_that_of_the_log_loss_out_of_fold() -> None:
+    generator = np.random.default_rng(0)
+    labels = np.arange(120) % 3
+    signal = np.eye(3)[labels] * 3
+    noisy, clear = (signal + scale * generator.normal(size=(120, 3)) for scale in (6, 1.5))
+    for cls_features, own, best in ((noisy, clear, "distillation"), (clear, noisy, "cls")):
+        first = LinearProbe().fit({(-1, "cls"): cls_features}, labels)
+        head = DistillationHead.fit(
+            {(-1, "distillation"): own}, first, labels, np.arange(120), None
+        )
+        assert head.inference in (best, "mean")
+        assert head.losses[head.inference] == min(head.losses.values())
+        assert np.nanmean(-np.log(head.out_of_fold[np.arange(120), labels])) == pytest.approx(
+            head.losses[head.inference]
+        )
+
+
+def test_images_that_trained_a_kept_classifier_measure_nothing(
+    encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """A frozen run fits its classifier to every label; without a probe, steps continue with it."""
+    source = tmp_path / "mlp"
+    run_training(build_options(source, encoder, trainable="head"))
+    flags = {"probe": False, "max_steps": 1, "held_out_fraction": 0.2}
+    results = run_training(build_options(tmp_path / "next", source, **flags))
+    assert "accuracy_interval" not in results
+    assert results["num_images_of_encoder"] == results["num_images"]
+    assert "(no interval)" in capsys.readouterr().out
+
+
+def test_a_run_that_ends_below_its_start_says_so(
+    frozen: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    flags = {"max_steps": 30, "learning_rate": 0.1, "held_out_fraction": 0.3, "batch_size": 8}
+    options = build_options(tmp_path / "run", frozen, average_with_start=0.0, **flags)
+    results = run_training(options)
+    assert results["accuracy"] < results["frozen"]["held_out_accuracy"]
+    (line,) = [each for each in capsys.readouterr().out.splitlines() if each.startswith("result ")]
+    assert f"{results['frozen']['held_out_accuracy']:.2%}" in line
+    assert "--trainable head" in line
+    assert "--max-steps" not in line
+
+
+def test_a_random_head_is_not_averaged_with_its_start(frozen: Path, tmp_path: Path) -> None:
+    flags = {"probe": False, "num_distillation_tokens": 1, "max_steps": 1}
+    options = build_options(tmp_path / "run", frozen, **flags)
+    assert not prepare_setup(options).setup.has_known_head
+    assert run_training(options).get("average_with_start") is None
