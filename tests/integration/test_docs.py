@@ -69,10 +69,12 @@ PAGES = [
 
 MODULE = ["-m", "modeling_vitcls.cli"]
 OTHER_COMMANDS = (
-    "cd python3 git hf sbatch torchrun make pip .venv/bin/pip .venv/bin/python pre-commit".split()
-)
-# flags of pip, hf and pytest that the text mentions
+    "cd curl python3 git hf sbatch torchrun make pip uvicorn .venv/bin/pip .venv/bin/python "
+    "pre-commit"
+).split()
+# flags of pip, hf, pytest and servers that the text mentions
 OTHER_FLAGS = {
+    *"--workers --preload".split(),
     *"--help --help-all --tyro-print-completion --node-rank --version --include".split(),
     *"--local-dir --shm-size --torch-backend".split(),
 }
@@ -119,8 +121,8 @@ FILE = re.compile(
     r"[\w./-]+\.(?:py|toml|j2)|(?:modeling_vitcls|scripts|tests|docs|model_cards)/[\w./-]*"
 )
 FOLDERS = (ROOT, PACKAGE, PACKAGE / "model", ROOT / "tests")  # start of relative paths in the pages
-# written by `make gpu` and `vitcls push`; timm's program
-OTHER_FILES = {"docs/speed-gpu.md", "handler.py", "train.py"}
+# written by `make gpu` and `vitcls push`, or shown on a page; timm's program
+OTHER_FILES = {"docs/speed-gpu.md", "handler.py", "serve.py", "train.py"}
 
 
 @dataclass(frozen=True)
