@@ -35,38 +35,20 @@ GIT_ATTRIBUTES = b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n"
 
 @dataclass(frozen=True)
 class Token:
-    """The user and the permissions of a token."""
+    """The user of a token, and where it may write."""
 
     user: str
-    # name -> role: admin, write, contributor or read
-    organizations: dict[str, str] = field(default_factory=dict)
-    role: str = "write"  # write, read or fineGrained
-    # (user | org | model, name) -> permissions
-    scopes: dict[tuple[str, str], list[str]] = field(default_factory=dict)
+    organizations: tuple[str, ...] = ()  # whose member the user is
+    writable: tuple[str, ...] | None = None  # namespaces and repositories; None: the user's own
 
     def can_read(self, repo_id: str) -> bool:
         """Return whether the token can read private repositories of this name."""
-        namespace = get_namespace(repo_id)
-        return namespace == self.user or namespace in self.organizations
+        return get_namespace(repo_id) in (self.user, *self.organizations)
 
     def can_write(self, repo_id: str) -> bool:
         """Return whether the token can commit to a repository of this name."""
-        namespace = get_namespace(repo_id)
-        if self.role == "fineGrained":
-            names = [
-                name
-                for (_, name), permissions in self.scopes.items()
-                if "repo.write" in permissions
-            ]
-            return self.can_read(repo_id) and (
-                namespace in names or repo_id.removeprefix("spaces/") in names
-            )
-        is_member = namespace == self.user or self.organizations.get(namespace) in (
-            "admin",
-            "write",
-            "contributor",
-        )
-        return self.role == "write" and is_member
+        writable = (self.user,) if self.writable is None else self.writable
+        return get_namespace(repo_id) in writable or repo_id.removeprefix("spaces/") in writable
 
 
 def get_namespace(repo_id: str) -> str:

@@ -37,6 +37,7 @@ TINY = ModelOptions(
     num_register_tokens=2,
 )
 PLAIN = AugmentationOptions(crop_scale=1.0, flip=False, augment={"shift": 0.0})
+SPEEDS = ("images_per_second", "peak_memory_mb", "seconds", "inference", "versions")
 
 
 def build_tiny_options(
@@ -107,3 +108,17 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
         json.loads(line)
         for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     ]
+
+
+def remove_speeds(values: dict[str, Any]) -> dict[str, Any]:
+    """Leave out the values of results and records that differ between equal runs."""
+    return {
+        name: remove_speeds(value) if isinstance(value, dict) else value
+        for name, value in values.items()
+        if name not in SPEEDS
+    }
+
+
+def read_compared_values(folder: Path) -> list[dict[str, Any]]:
+    """Return results.json and the records of metrics.jsonl, without speeds."""
+    return [*map(remove_speeds, (read_json(folder / "results.json"), *read_metrics(folder)))]

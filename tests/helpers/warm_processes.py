@@ -14,7 +14,8 @@ import os
 import runpy
 import socket
 import sys
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +124,26 @@ def get_rank_variables(rank: int, world: int, port: int) -> dict[str, str]:
     several |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     cpu = {"CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": get_loopback()}
     return {name: str(value) for name, value in several.items()} | cpu
+
+
+def read_last_step(folder: Path) -> int:
+    """Return the last step that a run has logged; 0 before the first one."""
+    try:
+        lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        return json.loads(lines[-1])["step"]
+    except (OSError, IndexError, ValueError):  # no file, no line, or only a part of it
+        return 0
+
+
+def wait_for_step(
+    folder: Path, step: int, is_alive: Callable[[], bool], log: Path | None = None
+) -> None:
+    """Wait until a run has logged a step."""
+    deadline = time.monotonic() + SECONDS
+    while read_last_step(folder) < step:
+        assert time.monotonic() < deadline, log and log.read_text()
+        assert is_alive(), log and log.read_text()
+        time.sleep(0.002)
 
 
 def find_free_port() -> int:

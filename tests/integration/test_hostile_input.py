@@ -7,7 +7,6 @@ of them.
 import contextlib
 import faulthandler
 import io
-import json
 import signal
 import sys
 import tempfile
@@ -36,11 +35,6 @@ from modeling_vitcls.data.options import DataOptions
 from modeling_vitcls.data.sources import load_splits
 from modeling_vitcls.inference.metric_tables import format_name
 from modeling_vitcls.model.image_processing_vitcls import IMAGE_FORMATS
-from modeling_vitcls.training.checkpoints import (
-    CheckpointStore,
-    DamagedCheckpointError,
-    read_checkpoint,
-)
 
 
 pytestmark = pytest.mark.slow
@@ -252,30 +246,6 @@ def test_damaged_image_files_are_read_or_one_line_errors(
             assert batch is None or batch["pixel_values"].shape == (1, 3, 16, 16)
             if not edits and file_format not in (*IMAGE_FORMATS, "DIB", "MPO"):
                 assert batch is None, f"{file_format} is not a supported format"
-
-
-@examples(150)
-@given(
-    st.one_of(
-        JSON, st.dictionaries(st.sampled_from(["step", "files", "metadata", "is_best"]), JSON)
-    ),
-    st.booleans(),
-    EDITS,
-)
-def test_damaged_state_files_are_read_or_damaged_checkpoints(
-    changes: Any, is_json: bool, edits: list[tuple[str, float, bytes]]
-) -> None:
-    with tempfile.TemporaryDirectory() as name:
-        store = CheckpointStore(Path(name), num_kept=1)
-        store.save(1, {"model": {"x": torch.ones(2)}}, {"step": 1, "flags": {}}, False)
-        (folder,) = Path(name).glob("step-*")
-        if is_json:
-            (folder / "state.json").write_text(json.dumps(changes))
-        else:
-            (folder / "state.json").write_bytes(damage((folder / "state.json").read_bytes(), edits))
-        checkpoint = run_limited(lambda: read_checkpoint(folder), DamagedCheckpointError)
-        if checkpoint is not None:
-            run_limited(lambda: checkpoint.load_tensors("model"), DamagedCheckpointError)
 
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)

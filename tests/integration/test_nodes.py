@@ -9,16 +9,14 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
 import torch
 from helpers.fresh_processes import SCRIPT_ENVIRONMENT
 from helpers.photo_folders import write_photos
-from helpers.warm_processes import find_free_port, get_loopback
+from helpers.warm_processes import find_free_port, get_loopback, wait_for_step
 from safetensors.torch import load_file
 
 
@@ -92,16 +90,6 @@ def start_agents(flags: list[str], folder: Path) -> list[subprocess.Popen[str]]:
     ]
 
 
-def wait_for_step(folder: Path, step: int, process: subprocess.Popen[Any]) -> None:
-    """Wait until a run has logged a step."""
-    deadline = time.monotonic() + 240
-    log = folder / "metrics.jsonl"
-    while not log.exists() or f'"step": {step},' not in log.read_text():
-        assert time.monotonic() < deadline, f"step {step} was not reached"
-        assert process.poll() is None, f"step {step} was not reached"
-        time.sleep(0.05)
-
-
 def assert_equal_weights(first: Path, second: Path) -> None:
     """Check that two runs have the same weights to the bit, and the same accuracy."""
     weights, others = (load_file(folder / "model.safetensors") for folder in (first, second))
@@ -117,7 +105,7 @@ def test_a_killed_agent_is_started_again(
 ) -> None:
     folder = tmp_path / "run"
     agents = start_agents(flags, folder)
-    wait_for_step(folder, 5, agents[0])
+    wait_for_step(folder, 5, lambda: agents[0].poll() is None)
     for member in [
         *psutil.Process(agents[1].pid).children(recursive=True),
         psutil.Process(agents[1].pid),
@@ -161,7 +149,7 @@ def test_the_slurm_script_continues_after_the_time_limit(
         )
 
     job = submit()
-    wait_for_step(folder, 3, job)
+    wait_for_step(folder, 3, lambda: job.poll() is None, tmp_path / "output")
     job.send_signal(signal.SIGUSR1)
     job.wait(timeout=240)
     assert log.read_text().split() == ["requeue", slurm["SLURM_JOB_ID"]]

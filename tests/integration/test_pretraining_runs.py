@@ -3,23 +3,19 @@
 test_runner.py and test_pretrain.py resume runs in one process.
 """
 
-import json
 import math
 import os
 import signal
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from helpers.photo_folders import write_photos
-from helpers.warm_processes import OFFLINE, run_together, start_together
+from helpers.tiny_options import read_compared_values, read_metrics
+from helpers.warm_processes import OFFLINE, run_together, start_together, wait_for_step
 from safetensors.torch import load_file
-
-from modeling_vitcls import ViTCLSConfig, ViTCLSImageProcessor, ViTCLSModel
 
 
 pytestmark = [
@@ -44,7 +40,6 @@ SHARDED = {
     "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
     "FSDP_RESHARD_AFTER_FORWARD": "true",
 }
-NOT_COMPARED = ("images_per_second", "peak_memory_mb")
 Flags = Callable[[str], list[str]]
 
 
@@ -53,15 +48,7 @@ def flags(tmp_path_factory: pytest.TempPathFactory) -> Flags:
     """Return a function: method -> flags of a run, except the output folder."""
     folder = tmp_path_factory.mktemp("inputs")
     write_photos(folder, range(24), "photos")
-    torch.manual_seed(0)
-    config = ViTCLSConfig(
-        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=32, patch_size=16
-    )
-    ViTCLSModel(config).save_pretrained(folder / "teacher")
-    ViTCLSImageProcessor(size=32).save_pretrained(folder / "teacher")
-    return lambda method: f"{FLAGS} {METHODS[method]}".format(
-        photos=folder, teacher=folder / "teacher"
-    ).split()
+    return lambda method: f"{FLAGS} {METHODS[method]}".format(photos=folder).split()
 
 
 @pytest.fixture(scope="module", params=METHODS)
@@ -99,28 +86,12 @@ def interrupt(
     log = folder.with_suffix(".log")
     arguments = [*flags, "--output-dir", str(folder)]
     started = start_together("pretrain.py", arguments, log, log, OFFLINE)
-    deadline = time.monotonic() + 240
-    while len(read_records(folder)) < step:
-        assert time.monotonic() < deadline, log.read_text()
-        assert started[0].is_alive(), log.read_text()
-        time.sleep(0.002)
+    wait_for_step(folder, step, started[0].is_alive, log)
     for process in started:
         os.kill(process.pid, number)
     for process in started:
         process.join(240)
     return [process.exitcode for process in started]
-
-
-def read_records(folder: Path) -> list[dict[str, Any]]:
-    """Return the complete records of metrics.jsonl without speeds."""
-    try:
-        lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
-    except OSError:
-        return []
-    return [
-        {name: value for name, value in json.loads(line).items() if name not in NOT_COMPARED}
-        for line in lines
-    ]
 
 
 def test_two_processes_are_stopped_killed_and_resumed(
@@ -133,7 +104,7 @@ def test_two_processes_are_stopped_killed_and_resumed(
         interrupt(folder, [*flags(method), "--resume"], 6, signal.SIGKILL) == [-signal.SIGKILL] * 2
     )
     run_two(folder, [*flags(method), "--resume"])
-    assert read_records(folder) == read_records(whole)
+    assert read_compared_values(folder) == read_compared_values(whole)
     weights, expected = (load_file(each / "model.safetensors") for each in (folder, whole))
     torch.testing.assert_close(weights, expected, rtol=0, atol=0)
 
@@ -150,7 +121,7 @@ def test_sharded_weights_and_bfloat16_have_the_same_losses(
 ) -> None:
     environment, more_flags, tolerance = VARIANTS[variant]
     folder = run_two(tmp_path / "run", [*flags(method), *more_flags.split()], environment)
-    for found, expected in zip(read_records(folder), read_records(whole), strict=True):
+    for found, expected in zip(read_metrics(folder), read_metrics(whole), strict=True):
         assert math.isclose(found["loss"], expected["loss"], rel_tol=tolerance), found["step"]
     weights, expected_weights = (load_file(each / "model.safetensors") for each in (folder, whole))
     assert weights.keys() == expected_weights.keys()

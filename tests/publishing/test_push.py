@@ -40,11 +40,9 @@ PUBLISHING = "modeling_vitcls.publishing"
 MODEL_FILES = CODE | {WEIGHTS, "config.json", "preprocessor_config.json"}
 
 TOKENS = {
-    "hf_ann": Token("ann", {"lab": "write", "school": "read"}),
-    "hf_read": Token("ann", role="read"),
-    "hf_one_model": Token(
-        "ann", role="fineGrained", scopes={("model", "ann/there"): ["repo.write"]}
-    ),
+    "hf_ann": Token("ann", organizations=("lab", "school"), writable=("ann", "lab")),
+    "hf_read": Token("ann", writable=()),
+    "hf_one_model": Token("ann", writable=("ann/there",)),
 }
 
 

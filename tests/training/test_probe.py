@@ -255,11 +255,10 @@ def test_a_frozen_run_is_fitted_to_the_validation_split_and_measured_on_the_test
     encoder: Path, tmp_path: Path
 ) -> None:
     digits = load_digits()
-    for index, (image, label) in enumerate(zip(digits.images[:90], digits.target, strict=False)):
-        split = ("train", "validation", "test")[index % 3]
-        file = tmp_path / "photos" / split / str(label) / f"{index}.png"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray((image * 15).astype(np.uint8)).save(file)
+    for index, split in enumerate(("train", "validation", "test")):
+        images, labels = digits.images[index:90:3], digits.target[index:90:3]
+        for label in range(10):
+            save_images(tmp_path / "photos" / split / str(label), 15 * images[labels == label])
     options = replace(build_options(tmp_path / "run", encoder), dataset=str(tmp_path / "photos"))
     results = run_training(options)
     data = prepare_setup(options).data
@@ -271,15 +270,20 @@ def test_a_frozen_run_is_fitted_to_the_validation_split_and_measured_on_the_test
     assert not list((tmp_path / "run").rglob("checkpoints/*/*.safetensors"))
 
 
+def save_images(folder: Path, pixels: np.ndarray) -> None:
+    """Save images [N, H, W] of 8 bits as 0.png, 1.png, ..."""
+    folder.mkdir(parents=True)
+    for index, image in enumerate(pixels.astype(np.uint8)):
+        Image.fromarray(image).save(folder / f"{index}.png")
+
+
 @pytest.fixture(scope="module")
 def unequal_photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with 60 images of a digit and 8 of a similar one."""
     folder = tmp_path_factory.mktemp("photos")
     digits = load_digits()
     for digit, count in ((8, 60), (3, 8)):
-        (folder / str(digit)).mkdir()
-        for index, image in enumerate(digits.images[digits.target == digit][:count]):
-            Image.fromarray((image * 15).astype(np.uint8)).save(folder / f"{digit}/{index}.png")
+        save_images(folder / str(digit), 15 * digits.images[digits.target == digit][:count])
     return folder
 
 
@@ -425,12 +429,10 @@ def test_the_better_geometry_is_chosen(encoder: Path, tmp_path: Path) -> None:
     """The classes differ only at the left and right edges, which a center crop removes."""
     folder = tmp_path / "photos"
     generator = np.random.default_rng(0)
-    for name, column in (("left", 0), ("right", -8)):
-        (folder / name).mkdir(parents=True)
-        for index in range(40):
-            pixels = generator.integers(0, 60, (32, 96), dtype=np.uint8)
-            pixels[:, slice(column, column + 8 or None)] = 255
-            Image.fromarray(pixels).save(folder / name / f"{index}.png")
+    for name, edge in (("left", slice(8)), ("right", slice(-8, None))):
+        pixels = generator.integers(0, 60, (40, 32, 96), dtype=np.uint8)
+        pixels[:, :, edge] = 255
+        save_images(folder / name, pixels)
     own = tmp_path / "own"
     shutil.copytree(encoder, own)
     processor = ViTCLSImageProcessor.from_pretrained(own)
@@ -478,10 +480,7 @@ def test_the_own_geometry_that_wins_is_saved_as_it_was(encoder: Path, tmp_path: 
     folder = tmp_path / "photos"
     generator = np.random.default_rng(0)
     for name in ("a", "b"):
-        (folder / name).mkdir(parents=True)
-        for index in range(40):
-            pixels = generator.integers(0, 256, (48, 96), dtype=np.uint8)
-            Image.fromarray(pixels).save(folder / name / f"{index}.png")
+        save_images(folder / name, generator.integers(0, 256, (40, 48, 96), dtype=np.uint8))
     own = tmp_path / "own"
     shutil.copytree(encoder, own)
     processor = ViTCLSImageProcessor.from_pretrained(own)

@@ -11,7 +11,13 @@ from typing import Any
 
 import pytest
 from helpers.tiny_models import raises_one_line
-from helpers.tiny_options import build_tiny_options, read_metrics, run_to_folder, run_training
+from helpers.tiny_options import (
+    build_tiny_options,
+    read_compared_values,
+    read_metrics,
+    run_to_folder,
+    run_training,
+)
 
 from modeling_vitcls.runtime import distributed
 from modeling_vitcls.runtime.errors import RunStopped
@@ -28,8 +34,6 @@ from modeling_vitcls.training.resume import (
 
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("fresh_accelerate", "few_digits")]
-
-NOT_COMPARED = ("images_per_second", "peak_memory_mb", "seconds", "inference", "versions")
 
 
 def build_options(folder: Path, **flags: Any) -> FinetuneOptions:
@@ -73,14 +77,6 @@ def change_metadata(folder: Path, **changes: Any) -> None:
     file.write_text(format_state(state), encoding="utf-8")
 
 
-def get_compared_values(folder: Path) -> list[dict[str, Any]]:
-    """Return results.json and the records of metrics.jsonl without speeds."""
-    return [
-        {name: value for name, value in values.items() if name not in NOT_COMPARED}
-        for values in (read_json(folder / "results.json"), *read_metrics(folder))
-    ]
-
-
 # Results ------------------------------------------------------------------------------------------
 
 
@@ -104,8 +100,8 @@ def test_a_resumed_run_has_the_same_results(
     assert "resumed   after step 2 of 3" in printed
     assert "step 3/3  " in printed
 
-    found = get_compared_values(killed)
-    expected = get_compared_values(whole)
+    found = read_compared_values(killed)
+    expected = read_compared_values(whole)
     for one, other in zip(found, expected, strict=True):
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
     assert found[0]["token_movement"] == pytest.approx(expected[0]["token_movement"], abs=1e-5)
@@ -150,7 +146,7 @@ def test_a_signal_saves_a_checkpoint(
     monkeypatch.setattr(Reporter, "show_step", show_step)
     run_training(build_options(folder, resume=True, **flags))
 
-    assert get_compared_values(folder)[0] == get_compared_values(whole)[0]
+    assert read_compared_values(folder)[0] == read_compared_values(whole)[0]
     assert [record["step"] for record in read_metrics(folder)] == [1, 2, 3]
 
 
@@ -196,14 +192,14 @@ def test_a_run_resumed_on_a_machine_without_bfloat16_keeps_its_precision(
     monkeypatch.setattr(distributed, "MIN_BFLOAT16_WIDTH", 16)
     monkeypatch.setattr(distributed, "has_bfloat16", lambda device: True)
     folder = run_to_folder(build_options(tmp_path / "run"))
-    results = get_compared_values(folder)
+    results = read_compared_values(folder)
     assert results[0]["mixed_precision"] == "bf16"
 
     shutil.rmtree(folder / "checkpoints" / "step-00000003")
     (folder / "results.json").unlink()
     monkeypatch.setattr(distributed, "has_bfloat16", lambda device: False)
     run_training(build_options(folder, resume=True))
-    assert get_compared_values(folder) == results
+    assert read_compared_values(folder) == results
 
 
 def test_another_precision_is_an_error() -> None:
