@@ -81,6 +81,24 @@ RESULT_IMAGE_PATTERNS = (SAMPLE_IMAGES_FILE, f"{IMAGES_FOLDER}/confusion_matrix*
 GRAPH_FILE = "model.onnx"  # that `vitcls export` writes to a folder
 # Files of `vitcls export`: FILE.json is the report of FILE, and FILE.data has large weights.
 EXPORT_PATTERNS = ("*.onnx", "*.onnx.json", "*.onnx.data")
+# Files that a run writes at the end, and exports of them, in the order in which they are removed;
+# the results and the model come first.
+FINAL_FILE_PATTERNS = (
+    RESULTS_FILE,
+    SPLITS_FILE,
+    *MODEL_PATTERNS,
+    *(
+        SPLITS_FILE,
+        PREDICTIONS_FILE,
+        CARD_FILE,
+        *LICENSE_PATTERNS,
+        REPORT_FILE,
+        PARITY_REPORT_FILE,
+    ),
+    f"{IMAGES_FOLDER}/*.png",
+    GRAPH_FILE,
+    f"{GRAPH_FILE}.*",
+)
 
 
 def is_match(name: str, patterns: Iterable[str]) -> bool:

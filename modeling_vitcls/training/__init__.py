@@ -12,7 +12,8 @@
     checkpoints.py      checkpoints on disk, written completely or not at all
     duration.py         expected duration of the steps of a run
     calibration.py      temperature of the trained classifier
-    output_folder.py    checks of the output folder, removal of replaced files, lock of the folder
+    run_folder.py       the output folder before a run: what is in it, and what is removed
+    save.py             the output folder after a run: what is written
 
 Outside this folder, runtime/distributed.py configures processes and devices.
 """

@@ -55,13 +55,6 @@ from .loop import Evaluate, TrainingLoop, TrainingState, build_batch_plan, descr
 from .model import check_model_flags
 from .optimizer import average_with_start, build_parameter_groups
 from .options import PretrainOptions, TrainOptions
-from .output_folder import (
-    CHECKPOINTS_FOLDER,
-    check_finished,
-    find_run,
-    prepare_folder,
-    save_output,
-)
 from .plan import RunPlan, plan_run
 from .pretrain import PreTraining
 from .probe import (
@@ -72,8 +65,10 @@ from .probe import (
 )
 from .reporter import Reporter
 from .resume import convert_sources, format_flag_value
+from .run_folder import CHECKPOINTS_FOLDER, check_finished, find_run, prepare_folder
 from .run_inputs import load
 from .run_results import Outcome, build_results, build_run_record, print_result, print_summary
+from .save import save_output
 from .signals import SignalHandler
 from .training_setup import Recipe, TrainingSetup
 

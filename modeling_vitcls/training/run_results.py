@@ -24,10 +24,10 @@ from .checkpoints import Checkpoint
 from .defaults import FINE_TUNING_EPOCHS
 from .duration import format_minutes
 from .options import TrainOptions
-from .output_folder import CHECKPOINTS_FOLDER
 from .plan import STEP_FLAGS, RunPlan
 from .reporter import Reporter, format_metric
 from .resume import build_flags_record, check_run_unchanged
+from .run_folder import CHECKPOINTS_FOLDER
 from .run_inputs import RunInputs
 
 

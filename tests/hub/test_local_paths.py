@@ -15,7 +15,7 @@ from modeling_vitcls.hub.local_paths import (
     strip_folders,
 )
 from modeling_vitcls.runtime.flags import to_flags
-from modeling_vitcls.training import output_folder
+from modeling_vitcls.training import run_folder
 from modeling_vitcls.training.checkpoints import CheckpointStore
 from modeling_vitcls.training.options import (
     FinetuneOptions,
@@ -98,7 +98,7 @@ def write_recipe(options: FinetuneOptions) -> None:
     """Write config.resolved.yaml, as a run does."""
     options.output_dir.mkdir(parents=True, exist_ok=True)
     store = CheckpointStore(options.output_dir / "checkpoints", num_kept=1)
-    output_folder.prepare_folder(options.output_dir, store, to_flags(options), None)
+    run_folder.prepare_folder(options.output_dir, store, to_flags(options), None)
 
 
 def test_files_of_a_run_contain_no_local_paths(

@@ -32,7 +32,7 @@ from modeling_vitcls import (
 from modeling_vitcls.data.aspect_ratio import get_resize, set_resize
 from modeling_vitcls.inference.evaluate import evaluate_checkpoint
 from modeling_vitcls.inference.options import EvaluateOptions
-from modeling_vitcls.training import output_folder, plan
+from modeling_vitcls.training import plan, save
 from modeling_vitcls.training.probe import explain_missing_probe
 
 
@@ -234,7 +234,7 @@ def test_no_image_passes_the_frozen_encoder_twice(
     encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Except in the measurements of the speed, whose images are no photos."""
-    monkeypatch.setattr(output_folder, "measure_inference_speed", lambda model, device: {})
+    monkeypatch.setattr(save, "measure_inference_speed", lambda model, device: {})
     monkeypatch.setattr(plan, "measure_step_seconds", lambda *arguments: 0.0)
     counts = []
     forward = ViTCLSModel.forward

@@ -18,14 +18,14 @@ from helpers.tiny_options import build_tiny_options, run_training
 from helpers.warm_processes import READY, SECONDS
 
 from modeling_vitcls.hub.local_paths import resolve_name
+from modeling_vitcls.hub.model_files import METRICS_FILE, RECIPE_FILE
 from modeling_vitcls.runtime import staging
 from modeling_vitcls.runtime.errors import RunStopped
 from modeling_vitcls.runtime.staging import LOCK_FILE, FolderLock
-from modeling_vitcls.training import output_folder
 from modeling_vitcls.training import run as run_module
 from modeling_vitcls.training.checkpoints import CheckpointStore
 from modeling_vitcls.training.options import FinetuneOptions
-from modeling_vitcls.training.output_folder import (
+from modeling_vitcls.training.run_folder import (
     check_replaceable,
     check_sources_not_removed,
     list_final_files,
@@ -304,8 +304,8 @@ def test_a_run_writes_only_listed_files(finished: Path) -> None:
     names = {name for name in contents(finished) if not name.startswith("checkpoints/")}
     assert names == {
         *list_final_files(finished),
-        output_folder.METRICS_FILE,
-        output_folder.RECIPE_FILE,
+        METRICS_FILE,
+        RECIPE_FILE,
     }
 
 
