@@ -256,6 +256,7 @@ def test_forbidden_files_are_not_read_from_the_cache(
     monkeypatch.setenv("HF_TOKEN", "hf_bob")
     with raises_one_line("ann/model is not a folder", "the token cannot read it", error=OSError):
         get_model_folder("ann/model")
+    assert not hub.count_requests("GET", "/resolve/")
     hub.create("ann/empty", private=False)
     with raises_one_line(
         "ann/empty does not contain a model", "config.json is missing", error=OSError

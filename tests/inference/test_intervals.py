@@ -19,6 +19,7 @@ def test_bootstrap_intervals_approach_the_normal_approximation() -> None:
     standard_error = values.std() / 20
     assert low == pytest.approx(values.mean() - 1.96 * standard_error, abs=0.3 * standard_error)
     assert high == pytest.approx(values.mean() + 1.96 * standard_error, abs=0.3 * standard_error)
+    assert low < values.mean() < high
     assert compute_bootstrap_interval(values) == (low, high)
     assert compute_bootstrap_interval([2.0]) == (2.0, 2.0)
     # quantiles of a binomial variable

@@ -83,6 +83,7 @@ def test_the_classification_pipeline_has_the_probabilities_of_the_model(processo
 
     assert len(found) == 2
     assert all(len(answer) == 2 for answer in found)
+    assert found[0] == found[1]  # the same image twice
     assert found[0][0] == {
         "label": LABELS[best],
         "score": pytest.approx(scores[best].item(), abs=1e-6),
@@ -103,6 +104,7 @@ def test_the_feature_extraction_pipeline_has_the_tokens_or_the_pooled_vector(
         "image-feature-extraction", model=model, image_processor=processor, pool=True
     )(build_pil_image())
 
+    assert torch.tensor(tokens).shape == (1, 4 + 16, 16)
     torch.testing.assert_close(torch.tensor(tokens), outputs.last_hidden_state)
     torch.testing.assert_close(torch.tensor(pooled), outputs.pooler_output)
 
@@ -151,6 +153,8 @@ def test_the_example_of_the_image_classification_page_trains_and_saves(tmp_path:
     )
     before = trainer.evaluate()["eval_loss"]
     trainer.train()
+    assert trainer.state.global_step == 30
+    assert trainer.state.best_metric is not None
     after = trainer.evaluate()
     assert after["eval_loss"] < before
     predicted = trainer.predict(data)
@@ -172,6 +176,7 @@ def test_lora_trains_saves_loads_and_merges(tmp_path: Path) -> None:
     trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     # layers, projections, factors
     assert len([name for name in trainable if "lora_" in name]) == 2 * 2 * 2
+    assert {name.split(".")[-1] for name in trainable if "lora_" not in name} == {"weight", "bias"}
     frozen = {
         name: p.detach().clone() for name, p in model.named_parameters() if name not in trainable
     }
@@ -235,6 +240,7 @@ def test_a_dual_encoder_of_images_and_text_trains_saves_and_loads(
     model.save_pretrained(tmp_path / "both")
     again = VisionTextDualEncoderModel.from_pretrained(tmp_path / "both").eval()
     assert type(again.vision_model) is ViTCLSModel
+    assert again.config.vision_config.token_layout == model.config.vision_config.token_layout
     with torch.no_grad():
         torch.testing.assert_close(
             again(**inputs).logits_per_image, model(**inputs).logits_per_image
@@ -258,6 +264,7 @@ def test_an_encoder_decoder_trains_saves_and_generates_the_same_text(
     model.save_pretrained(tmp_path / "both")
     again = VisionEncoderDecoderModel.from_pretrained(tmp_path / "both").eval()
     assert type(again.encoder) is ViTCLSModel
+    assert again.config.encoder.token_layout == model.config.encoder.token_layout
     options = {"max_new_tokens": 4, "do_sample": False, "decoder_start_token_id": 1}
     written = model.generate(pixel_values=build_images(), **options)
     assert written.shape[0] == 2
@@ -286,6 +293,7 @@ def test_a_checkpoint_in_a_subfolder_is_loaded_and_adapted(tmp_path: Path) -> No
         tmp_path, subfolder="vision", num_register_tokens=3
     )
     assert adapted.config.num_register_tokens == 3
+    assert adapted(build_images()).logits.shape == (2, 3)
 
 
 def build_offload_map(model: ViTCLSForImageClassification) -> dict[str, str]:
@@ -310,6 +318,7 @@ def test_offloaded_weights_have_equal_outputs(fields: dict[str, Any], tmp_path: 
     on_disk = AutoModelForImageClassification.from_pretrained(
         tmp_path, device_map=build_offload_map(model), offload_folder=tmp_path / "offload"
     )
+    assert on_disk.vitcls.embeddings.cls_token.device.type == "meta"  # it is on the disk
     assert_same_logits(on_disk, model)
     in_memory = cpu_offload(
         build_tiny_classifier(**fields).eval(), execution_device=torch.device("cpu")

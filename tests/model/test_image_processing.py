@@ -162,6 +162,7 @@ def test_backends_agree_within_the_tolerance_of_the_docstring(
 def test_images_of_several_shapes_are_returned_as_a_list(backend: type) -> None:
     images = [build_gradient(), build_gradient(9, 4)]
     pixel_values = backend(**RAW)(images)["pixel_values"]
+    assert isinstance(pixel_values, list)
     for values, image in zip(pixel_values, images, strict=True):
         assert np.array_equal(as_hwc(np.asarray(values)), np.asarray(image))
 
@@ -219,6 +220,7 @@ def test_nested_lists_and_batches_keep_their_order(backend: type) -> None:
     shades = [np.full((5, 5, 3), shade, dtype=np.uint8) for shade in range(5)]
     images = ([shades[0], shades[1]], np.stack(shades[2:4]), [shades[4]])
     batch = backend(**RAW)(images, return_tensors="np")["pixel_values"]
+    assert batch.shape == (5, 3, 5, 5)
     assert batch[:, 0, 0, 0].tolist() == [0, 1, 2, 3, 4]
 
 
@@ -227,7 +229,9 @@ def test_the_first_of_several_frames_is_used(backend: type, file_format: str) ->
     frames = [PIL.Image.new("L", (6, 5), shade) for shade in (10, 200)]
     file = encode(frames[0], file_format, save_all=True, append_images=frames[1:])
     for source in (file, PIL.Image.open(BytesIO(file))):
-        assert (get_raw_values(backend, source) == 10).all()
+        values = get_raw_values(backend, source)
+        assert values.shape == (3, 5, 6)
+        assert (values == 10).all()
 
 
 def test_inputs_are_not_changed(backend: type) -> None:
@@ -239,6 +243,7 @@ def test_inputs_are_not_changed(backend: type) -> None:
     assert torch.equal(tensor, before)
     # PyTorch would share the memory of a read-only array.
     pixels = image_to_tensor(array, to_rgb=True, do_rescale=True, input_data_format=None)
+    assert np.array_equal(as_hwc(pixels.numpy()), array)
     assert not np.shares_memory(pixels.numpy(), array)
 
 
@@ -582,6 +587,7 @@ def test_saved_settings_name_both_backends(backend: type, tmp_path: Path) -> Non
 
     assert {path.name for path in tmp_path.iterdir()} == {"preprocessor_config.json", *code}
     assert read_settings(tmp_path)["image_processor_type"] == "ViTCLSImageProcessor"
+    assert read_settings(tmp_path)["bit_depth"] == 12
     assert read_settings(tmp_path)["auto_map"] == {
         "AutoImageProcessor": {
             "torchvision": "image_processing_vitcls.ViTCLSImageProcessor",

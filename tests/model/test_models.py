@@ -109,6 +109,7 @@ def test_the_pooled_vector_is_normalized_before_the_pooled_layer() -> None:
     fields = {"pooling": "cls_mean", "pooled_norm": True, "pooled_activation": "tanh"}
     model = randomize(ViTCLSModel(build_tiny_config(**fields, layer_norm_eps=0.1)))
     output = model(build_images())
+    assert output.pooler_output.shape == (2, 32)
     pooler = model.pooler
     pooled = torch.cat([output.tokens["cls"][:, 0], output.tokens["patches"].mean(dim=1)], dim=-1)
     pooled = nn.functional.layer_norm(
@@ -268,6 +269,7 @@ def test_dropout_is_on_the_embeddings_and_on_both_branches_of_each_layer(
         layer.dropout.register_forward_hook(lambda module, inputs, output: branches.append(output))
     embedded = model(build_images(), output_hidden_states=True).hidden_states[0]
     assert len(branches) == 4
+    assert all(branch.shape == embedded.shape for branch in branches)
     for dropped in (embedded, *branches):
         assert (dropped == 0).float().mean().item() == pytest.approx(0.5, abs=0.1)
 

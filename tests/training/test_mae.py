@@ -55,6 +55,7 @@ def test_loss_and_reconstruction_equal_transformers() -> None:
         expected = theirs(pixels, noise=noise)
         found = ours(pixels, expected.mask.bool())
 
+    assert found.reconstruction.shape == pixels.shape
     reconstruction = theirs.unpatchify(expected.logits)
     torch.testing.assert_close(found.loss, expected.loss, atol=1e-5, rtol=0)
     torch.testing.assert_close(found.reconstruction, reconstruction, atol=1e-5, rtol=0)
