@@ -8,97 +8,199 @@
 
 The classes are declared by the dataset, set by --label-names, or the sorted distinct names, in this
 order of precedence. Each split may declare them in an order of its own.
+
+A cell that says nothing certain is an error with its row, or a line that says how it was read.
 """
 
 import ast
+import json
 import math
 import re
 import unicodedata
-from collections.abc import Collection, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
 from ..runtime.errors import warn_on_first_process
 
 
-MIN_JOINED_LABELS = 3  # number of classes with the same separator that look like several labels
+# Characters between several labels of one text, and how much more often than whole cells the parts
+# between them must occur. A comma is also within names: "tench, Tinca tinca".
+SEPARATORS = {"|": 1.0, ";": 1.0, ",": 1.5}
+MAX_NUMBERS = 50  # different numbers with gaps between them; more look like a measurement
+MIN_VECTORS = 0.9  # share of the lists that have one length, from which they are vectors
 
-NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
+NUMBER = re.compile(r"[+-]?(\d+[.,]?\d*|[.,]\d+)(e[+-]?\d+)?", re.IGNORECASE)
 BITS = {"0": False, "0.0": False, "false": False, "1": True, "1.0": True, "true": True}
+MISSING_NUMBERS = ("-1", "-100")  # missing labels in datasets with class indices
+
+
+@dataclass(frozen=True)
+class LabelNames:
+    """The classes of a column, and the names of the labels of each image by split."""
+
+    classes: list[str]
+    by_split: dict[str, list[list[str] | None]]
+    has_lists: bool  # whether an image may have several labels
+    separator: str | None  # of several labels in one text
+
+
+class LabelColumn:
+    """The cells of a label column.
+
+    Large tables repeat few cells, so each different one is read once. They are told apart by their
+    `repr`, because 1 and True are the same key of a dict, and lists are none.
+    """
+
+    def __init__(self, where: str, cells: Mapping[str, Sequence[Any]]) -> None:
+        self.where = where  # name of the column in messages
+        self.rows = {split: list(map(repr, values)) for split, values in cells.items()}
+        values = dict(zip(chain(*self.rows.values()), chain(*cells.values()), strict=True))
+        # without missing labels
+        self.values = {cell: each for cell, each in values.items() if spell_label(each) is not None}
+        self.counts = Counter(cell for cell in chain(*self.rows.values()) if cell in self.values)
+
+    def name_row(self, cell: str) -> str:
+        """Name the column and the first row that has a cell."""
+        split, rows = next(each for each in self.rows.items() if cell in each[1])
+        return f"{self.where}, split {split!r}: row {rows.index(cell)} has {cell:.60}"
 
 
 def read_label_names(
-    cells: Mapping[str, list[Any]],
+    column: LabelColumn,
     declared: Mapping[str, Sequence[str]],
-    where: str,
     separator: str | None,
     label_names: Sequence[str] | None,
-) -> tuple[list[str], dict[str, list[list[str] | None]], bool]:
-    """Read the classes of a column, the label names of each image, and whether cells are lists.
+) -> LabelNames:
+    """Read the classes of a column and the label names of each image.
 
     What the cells contain is decided for all splits together, because a short one could mislead.
 
     Args:
-        cells: cells of the column by split.
+        column: the cells.
         declared: names of the classes that each split declares; empty if there are none.
-        where: name of the column in messages.
-        separator: separator of several labels in one text.
+        separator: separator of several labels in one text; None to find it, "" for one label.
         label_names: names of all classes, if the dataset does not declare them.
     """
+    where = column.where
     classes = list(dict.fromkeys(chain(*declared.values())))
-    is_declared = bool(classes)
-    if is_declared and label_names is not None and list(label_names) != classes:
+    if classes and label_names is not None and list(label_names) != classes:
         raise ValueError(
             f"{where} declares the labels {', '.join(map(repr, classes[:20]))}, so `label_names` "
             "has no effect. Remove `label_names`"
         )
     classes = classes or list(label_names or ())
 
-    # Large tables repeat few cells, so each is read once. By spelling, because 1 and True are the
-    # same key of a dict, and lists are none.
-    rows = {split: list(map(repr, values)) for split, values in cells.items()}
-    distinct = dict(zip(chain(*rows.values()), chain(*cells.values()), strict=True))
-    items = {spelling: split_labels(cell, separator) for spelling, cell in distinct.items()}
-    for spelling, labels in items.items():
+    if separator is None:
+        separator = find_separator(column, classes)
+    items = {cell: split_labels(value, separator) for cell, value in column.values.items()}
+    has_lists = check_items(column, items) or bool(separator)
+    has_vectors = not separator and are_vectors(column, items, classes)
+    names = {}
+    for split, cells in column.rows.items():
+        own_classes = declared[split]
+        found = name_items(items, own_classes or classes, bool(own_classes), has_vectors)
+        names[split] = [found.get(cell) for cell in cells]
+
+    counts = Counter(chain(*filter(None, chain(*names.values()))))
+    if not classes:
+        # One split may have true and false, and another 1 and 0.
+        first: dict[bool | None, str] = {}
+        one_name = {name: first.setdefault(get_bit(name), name) for name in counts}
+        if None not in first and len({name[0].isdigit() for name in counts}) > 1:
+            counts = Counter(one_name.values())
+            for split, rows in names.items():
+                names[split] = [each and [one_name[name] for name in each] for each in rows]
+        classes = sort_classes(where, counts, has_lists)
+        if separator != "":
+            warn_about_separators(where, classes)
+    classes = list(dict.fromkeys(map(normalize_name, classes)))
+    warn_about_similar_classes(where, classes)
+    return LabelNames(classes, names, has_lists, separator)
+
+
+def find_separator(column: LabelColumn, classes: Sequence[str]) -> str | None:
+    """Find the separator of several labels in one text: its parts repeat more often than the texts.
+
+    `classes` are names of known classes.
+    """
+    texts = {
+        value: column.counts[cell]
+        for cell, value in column.values.items()
+        if isinstance(value, str) and parse_list(value) is None
+    }
+    if all(map(NUMBER.fullmatch, texts)):  # 1,5 is a number in many countries
+        return None
+    for separator, factor in SEPARATORS.items():
+        joined = [text for text in texts if separator in text and text not in classes]
+        parts: Counter[str] = Counter()
+        for text, count in texts.items():
+            parts.update(dict.fromkeys(filter(None, split_labels(text, separator)), count))
+        if joined and parts.total() / len(parts) > factor * sum(texts.values()) / len(texts):
+            warn_on_first_process(
+                f"{column.where} has several labels in texts such as {joined[0]!r:.60}: read as "
+                f"{len(parts):,} labels separated by {separator!r}. If each text is one label, set "
+                "`label_separator=''`"
+            )
+            return separator
+    return None
+
+
+def check_items(column: LabelColumn, items: Mapping[str, list[Any]]) -> bool:
+    """Tell whether cells are lists.
+
+    Raise ValueError for a cell that is no label, or text that looks like a list but is none.
+    """
+    for cell, labels in items.items():
         if any(isinstance(label, list | dict) for label in labels):
             raise ValueError(
-                f"{where} has no class labels, but values such as {spelling:.60}. Set `label_column`"
+                f"{column.where} has no class labels, but values such as {cell:.60}. Set "
+                "`label_column`"
             )
-    has_lists = separator is not None or any(items[each] != [distinct[each]] for each in distinct)
-    has_vectors = has_lists and separator is None and are_vectors(items.values(), classes, where)
-
-    names = {}
-    for split, spellings in rows.items():
-        own_classes = declared[split] or classes
-        found = name_items(items, own_classes, is_declared, has_vectors)
-        names[split] = [found[spelling] for spelling in spellings]
-    labeled = filter(None, chain(*names.values()))
-    ordered = classes or sort_spellings({*chain(*labeled)}, where, has_lists)
-    classes = list(dict.fromkeys(map(normalize_name, ordered)))
-    warn_about_similar_classes(where, classes)
-    if separator is not None or not has_lists:
-        warn_about_separator(where, classes)
-    return classes, names, has_lists
+    texts = [cell for cell, labels in items.items() if labels == [column.values[cell]]]
+    unread = [cell for cell in texts if looks_like_list(column.values[cell])]
+    if unread and (len(texts) < len(items) or len(unread) == len(texts)):
+        raise ValueError(
+            f"{column.name_row(unread[0])}, which looks like a list but cannot be read. Write it "
+            'as JSON, such as ["cat", "dog"], or as text with `label_separator`'
+        )
+    return len(texts) < len(items)
 
 
-def are_vectors(lists: Collection[list[Any]], classes: Sequence[str], where: str) -> bool:
-    """Tell whether lists have one place for each class, with 0 or 1.
+def are_vectors(
+    column: LabelColumn, items: Mapping[str, list[Any]], classes: Sequence[str]
+) -> bool:
+    """Tell whether lists have one place for each class, with 0 or 1, and are no class indices.
 
-    Raise ValueError if they have, but the classes of these places are not known.
+    Then most of them have one length, and almost all do or one of them repeats a number, which
+    indices do not. Raise ValueError if the classes are not known, or if a row has another length.
     """
-    filled = [items for items in lists if items not in ([None], [""])]
-    lengths = set(map(len, filled))
-    if len(lengths - {1}) != 1 or len(lengths) > 1:
+    vectors = {cell: list(map(get_bit, labels)) for cell, labels in items.items()}
+    lengths: Counter[int] = Counter()
+    for cell, bits in vectors.items():
+        if len(bits) > 1 and None not in bits:
+            lengths[len(bits)] += column.counts[cell]
+    length, number = lengths.most_common(1)[0] if lengths else (0, 0)
+    is_repeated = any(len(set(bits)) < len(bits) == length for bits in vectors.values())
+    min_share = 0.5 if is_repeated else MIN_VECTORS
+    if number <= min_share * column.counts.total():
         return False
-    if any(get_bit(item) is None for item in chain(*filled)):
-        return False
-    (length,) = lengths
+
     if length != len(classes):
         raise ValueError(
-            f"{where} has {length} places with 0 or 1 in each value. Set `label_names` to the "
-            f"{length} names of these classes, in this order"
+            f"{column.where} has {length} places with 0 or 1 in each value. Set `label_names` to "
+            f"the {length} names of these classes, in this order"
             f"{f', not {len(classes)}' if classes else ''}"
         )
+    for cell, bits in vectors.items():
+        if len(bits) != length or None in bits:
+            raise ValueError(
+                f"{column.name_row(cell)}, but other rows have a 0 or 1 for each of the {length} "
+                "classes. Correct this row"
+            )
     return True
 
 
@@ -131,7 +233,7 @@ def name_items(
             name_by_index.get(text, f"index {text}" if is_declared else text)
             for item in items
             if (text := spell_label(item)) is not None
-            and not (is_declared and text == "-1")  # a missing label
+            and not (is_declared and text in MISSING_NUMBERS)
         ]
         # an empty list says that the image has none of the labels
         found[cell] = names if names or not items else None
@@ -143,24 +245,53 @@ def get_bit(value: Any) -> bool | None:
     return BITS.get(str(value).lower())
 
 
-def sort_spellings(spellings: set[str], where: str, has_lists: bool) -> list[str]:
-    """Sort the different labels of a column; numbers by value. Raise ValueError if they are none."""
-    are_numbers = all(map(NUMBER.fullmatch, spellings))
-    if are_numbers and not all(float(text).is_integer() for text in spellings):
-        raise ValueError(
-            f"{where} has decimal numbers, which are no class labels. Set `label_column` to "
-            "another column, or `label_names` to these numbers"
-        )
-    if not has_lists and spellings and all(text[0] + text[-1] == "[]" for text in spellings):
-        raise ValueError(
-            f"{where} has labels that look like lists, such as {min(spellings)!r:.60}, but cannot "
-            'be read. Write them as JSON, such as ["cat", "dog"], or as text with `label_separator`'
-        )
+def sort_classes(where: str, counts: Mapping[str, int], has_lists: bool) -> list[str]:
+    """Sort the different labels of a column; numbers by value. Raise ValueError if they are none.
+
+    `counts` are the numbers of images by label.
+    """
+    if counts and all(map(NUMBER.fullmatch, counts)):
+        check_numbers(where, counts, has_lists)
     # Numbers by value, or class 10 would come before class 2.
     return sorted(
-        spellings,
+        counts,
         key=lambda text: (int(text) if text.removeprefix("-").isdecimal() else math.inf, text),
     )
+
+
+def check_numbers(where: str, counts: Mapping[str, int], has_lists: bool) -> None:
+    """Raise ValueError for numbers that measure something; warn about numbers that are unusual."""
+    numbers = [float(text.replace(",", ".")) for text in counts]
+    example = (
+        f"numbers such as {max(counts, key=len)}: this looks like a measurement; vitcls trains"
+    )
+    if not all(map(float.is_integer, numbers)):
+        raise ValueError(
+            f"{where} has decimal {example} classes. Set `label_column` to another column, or "
+            "`label_names` to these numbers"
+        )
+    if not has_lists and max(numbers) - min(numbers) >= len(counts) > MAX_NUMBERS:
+        warn_on_first_process(
+            f"WARNING: {where} has {len(counts):,} different {example} {len(counts):,} classes. If "
+            "it is one, set `label_column` to another column"
+        )
+    negative = [text for text in MISSING_NUMBERS if text in counts]
+    if negative and "0" in counts:
+        warn_on_first_process(
+            f"WARNING: {where} has the class {negative[0]} next to 0 and above. If it means that a "
+            "label is missing, leave these cells empty"
+        )
+
+
+def warn_about_separators(where: str, names: Sequence[str]) -> None:
+    """Log a warning about classes that look like lists of labels: `red|round`, `green|round`."""
+    for separator in "|;":
+        joined = [name for name in names if separator in name]
+        if joined:
+            warn_on_first_process(
+                f"WARNING: {where} has {len(joined)} classes such as {joined[0]!r}. If these are "
+                f"several labels of an image, set `label_separator={separator!r}`"
+            )
 
 
 def warn_about_similar_classes(where: str, names: Sequence[str]) -> None:
@@ -178,18 +309,6 @@ def warn_about_similar_classes(where: str, names: Sequence[str]) -> None:
         )
 
 
-def warn_about_separator(where: str, names: Sequence[str]) -> None:
-    """Log a warning if several classes look like lists of labels: `red|round`, `green|round`."""
-    for separator in "|;":
-        joined = [name for name in names if separator in name]
-        if len(joined) >= MIN_JOINED_LABELS:
-            warn_on_first_process(
-                f"WARNING: {where} has {len(joined)} classes such as {joined[0]!r}. If these are "
-                f"several labels of an image, set `label_separator={separator!r}` "
-                f"(--label-separator '{separator}')"
-            )
-
-
 def split_labels(value: Any, separator: str | None) -> list[Any]:
     """Split one value into its labels.
 
@@ -198,19 +317,26 @@ def split_labels(value: Any, separator: str | None) -> list[Any]:
     items = value if isinstance(value, list) else parse_list(value)
     if items is not None:
         return items
-    if separator is None or not isinstance(value, str):
+    if not separator or not isinstance(value, str):
         return [value]
     return [label.strip() for label in value.split(separator)]  # empty text is a missing label
 
 
+def looks_like_list(value: Any) -> bool:
+    """Tell whether a value is text in square brackets."""
+    return isinstance(value, str) and value.startswith("[") and value.endswith("]")
+
+
 def parse_list(value: Any) -> list[Any] | None:
-    """Parse a text such as `["a", "b"]` as a list; None for another value."""
-    if not isinstance(value, str) or not (value.startswith("[") and value.endswith("]")):
+    """Parse a text such as `["a", "b"]` or `['a', 'b']` as a list; None for another value."""
+    if not looks_like_list(value):
         return None
-    try:
-        return list(ast.literal_eval(value))
-    except (ValueError, SyntaxError, TypeError):
-        return None
+    with suppress(ValueError):
+        return list(json.loads(value))
+    # Python joins texts without a comma between them, as in NumPy's ['a' 'b'].
+    with suppress(ValueError, SyntaxError, TypeError):
+        return None if re.search(r"""['"]\s+['"]""", value) else list(ast.literal_eval(value))
+    return None
 
 
 def spell_label(value: Any) -> str | None:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from ..runtime.errors import format_name_list
-from .cells import get_bit, read_label_names, spell_label
+from .cells import LabelColumn, get_bit, read_label_names, spell_label
 from .folder_layout import SPLIT_BY_FOLDER_NAME, SPLIT_ORDER
 from .labels import LabelSpace, OneLabel, PerTask, SeveralLabels
 
@@ -148,12 +148,14 @@ def read_labels(
         for column in columns
     }
     build: type[LabelSpace] = PerTask if len(columns) > 1 else OneLabel
-    if len(columns) > 1 and all(
-        get_bit(cell) is not None for parts in cells.values() for cell in chain(*parts.values())
-    ):
+    filled = filter(spell_label, chain(*(chain(*parts.values()) for parts in cells.values())))
+    bits = set(map(get_bit, filled))
+    if len(columns) > 1 and None not in bits:
         build = SeveralLabels
         classes = {"labels": list(columns)}
-        names = {"labels": {split: name_columns(cells, split) for split in tables}}
+        # If people only mark what an image has, an empty cell is no missing label.
+        default = None if False in bits else False
+        names = {"labels": {split: name_columns(cells, split, default) for split in tables}}
     else:
         classes, names = {}, {}
         for column, parts in cells.items():
@@ -161,19 +163,20 @@ def read_labels(
                 split: get_declared_names(table.features[column]) for split, table in tables.items()
             }
             where = f"{dataset}: the column {column!r}"
-            classes[column], names[column], has_lists = read_label_names(
-                parts, declared, where, separator, label_names
-            )
-            if has_lists and len(columns) > 1:
+            found = read_label_names(LabelColumn(where, parts), declared, separator, label_names)
+            if found.has_lists and len(columns) > 1:
                 raise ValueError(
                     f"{where} has lists, but several label columns require one label per image. "
-                    "Set one `label_column`, or omit `label_separator`"
+                    "Set one `label_column`, or `label_separator=''`"
                 )
-            if has_lists:
+            classes[column] = found.classes
+            names[column] = found.by_split
+            if found.has_lists:
                 build = SeveralLabels
+            separator = found.separator
 
     # One label space for all splits, so an index is the same class in each of them.
-    space = build(classes)
+    space = build(classes, separator)
     labels = {}
     for split in tables:
         rows = {column: parts[split] for column, parts in names.items()}
@@ -182,11 +185,20 @@ def read_labels(
 
 
 def name_columns(
-    cells: Mapping[str, Mapping[str, list[Any]]], split: str
+    cells: Mapping[str, Mapping[str, list[Any]]], split: str, default: bool | None
 ) -> list[list[str] | None]:
-    """Name, for each row of a split, the columns that contain 1, true or True."""
-    rows = zip(*(parts[split] for parts in cells.values()), strict=True)
-    return [[name for name, cell in zip(cells, row, strict=True) if get_bit(cell)] for row in rows]
+    """Name, for each row of a split, the columns that contain 1, true or True.
+
+    `default` is the value of an empty cell. None: the labels of the row are missing.
+    """
+    names: list[list[str] | None] = []
+    for row in zip(*(parts[split] for parts in cells.values()), strict=True):
+        bits = [default if spell_label(cell) is None else get_bit(cell) for cell in row]
+        has_all = None not in bits
+        names.append(
+            [name for name, bit in zip(cells, bits, strict=True) if bit] if has_all else None
+        )
+    return names
 
 
 def read_column(table: Any, column: str) -> list[Any]:

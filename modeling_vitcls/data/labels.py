@@ -12,7 +12,7 @@ format(label)          label of an image -> text; None if it is missing
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -34,6 +34,8 @@ class ClassNames:
     """Names of the classes by label column, in the order of their indices."""
 
     columns: dict[str, list[str]]
+    # of several labels in one text of a table; "": each text is one label
+    separator: str | None = field(default=None, compare=False)
 
     kind: ClassVar[LabelKind]
     description: ClassVar[str]

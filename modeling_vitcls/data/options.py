@@ -24,7 +24,8 @@ class DataOptions(Options):
     """Column with the labels; several columns define several tasks. By default, the column is
     detected by type or name."""
     label_separator: str | None = None
-    """Separator of the labels in a text column with several labels per image (`cat|dog`)."""
+    """Separator of several labels in one text (`cat|dog`). By default, it is `|`, `;` or `,` if the
+    parts between them repeat more often than whole texts. "": each text is one label."""
     label_names: tuple[str, ...] | None = None
     """Names of all labels. By default, they are declared by the dataset or collected from the label
     column."""

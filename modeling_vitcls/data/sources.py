@@ -31,7 +31,13 @@ from ..hub.loading import describe_missing_repo, fall_back_to_cache, is_hub_id
 from ..hub.local_paths import is_built_in_dataset
 from ..model.fast_image_processing_vitcls import open_regular_file
 from ..runtime.distributed import run_on_main
-from ..runtime.errors import format_error, is_disk_full, name_full_disk, warn_on_first_process
+from ..runtime.errors import (
+    format_error,
+    format_name_list,
+    is_disk_full,
+    name_full_disk,
+    warn_on_first_process,
+)
 from .columns import (
     divide_by_column,
     find_image_column,
@@ -231,16 +237,19 @@ def load_table(
         split: drop_unlabeled_images(
             LabeledImages(images[split], labels[split], groups.get(split)),
             f"{dataset}, split {split!r}",
+            columns,
         )
         for split in tables
     }
     return Splits(name, label_space, labeled, facts)
 
 
-def drop_unlabeled_images(images: LabeledImages, name: str) -> LabeledImages:
+def drop_unlabeled_images(
+    images: LabeledImages, name: str, columns: Sequence[str]
+) -> LabeledImages:
     """Drop the images without a label, and log a warning that counts them.
 
-    `name` names the split in messages. Raise ValueError if no image has a label.
+    `name` names the split in messages, and `columns` have the labels. Raise ValueError if no image has a label.
     """
     labeled = [index for index, label in enumerate(images.labels) if label is not None]
     if len(labeled) == len(images):
@@ -251,7 +260,8 @@ def drop_unlabeled_images(images: LabeledImages, name: str) -> LabeledImages:
             f"{name}: no image has a label. Set a different `label_column`, or add labels"
         )
     warn_on_first_process(
-        f"{name}: skipped {len(images) - len(labeled):,} of {len(images):,} images (no label)"
+        f"{name}: skipped {len(images) - len(labeled):,} of {len(images):,} images (no label in "
+        f"{format_name_list(columns)})"
     )
     return images.select(labeled)
 

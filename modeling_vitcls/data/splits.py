@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from scipy.sparse.csgraph import connected_components
 
 from ..runtime.errors import format_name_list
 from .images import NO_CONTENT_KEY, LabeledImages
-from .labels import LabelSpace, OneLabel
+from .labels import LabelSpace, OneLabel, SeveralLabels
 from .options import DataOptions
 from .sampling import derive_seed, draw_numbers
 from .sources import Splits, load_splits
@@ -344,11 +345,13 @@ def describe_leaks(training_data: TrainingData, group_column: str | None) -> lis
 
 
 def describe_missing_classes(training_data: TrainingData) -> list[str]:
-    """Warn about classes that no image trains or measures: one side of the split lacks them.
+    """List classes that no image trains or measures: one side of the split lacks them.
 
-    If the images have several labels, there is no warning.
+    With several labels per image, they are on all training images, on one or on none.
     """
     parts = (training_data.train, training_data.held_out)
+    if isinstance(training_data.label_space, SeveralLabels):
+        return describe_constant_labels(training_data.train, training_data.label_space.names)
     if not all(is_stratified(images) for images in parts if len(images)):
         return []
     names = training_data.label_space.names
@@ -368,4 +371,24 @@ def describe_missing_classes(training_data: TrainingData) -> list[str]:
             (held_out - train, "training images"),
         )
         if missing
+    ]
+
+
+def describe_constant_labels(images: LabeledImages, names: Sequence[str]) -> list[str]:
+    """List labels that all images have, or at most one: nothing can be learned about them."""
+    counts = Counter(chain.from_iterable(images.labels))
+    texts = {
+        len(images): "are on each training image",
+        1: "are on a single training image",
+        0: "are on no training image",
+    }
+    found = {
+        text: [name for label, name in enumerate(names) if counts[label] == count]
+        for count, text in texts.items()
+    }
+    return [
+        f"{len(labels):,} of the {len(names):,} labels {text}, so no result says anything about "
+        f"them: {format_name_list(labels)}. Add other images, or remove these labels"
+        for text, labels in found.items()
+        if labels
     ]

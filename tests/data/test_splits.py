@@ -17,6 +17,7 @@ from modeling_vitcls.data.evaluation_data import load_evaluation_data
 from modeling_vitcls.data.options import DataOptions
 from modeling_vitcls.data.splits import (
     choose_training_splits,
+    describe_missing_classes,
     load_training_data,
 )
 from modeling_vitcls.training.run_results import describe_splits
@@ -150,6 +151,24 @@ def test_without_a_held_out_part_all_images_are_trained_on(tmp_path: Path) -> No
     assert len(data.train) == 20
     with raises_one_line("all 20 images", "`split='train'`"):
         load_evaluation_data(options, None, data.build_splits_table())
+
+
+def test_labels_of_all_images_or_of_at_most_one_are_named(tmp_path: Path) -> None:
+    photos = write_photos(tmp_path / "photos", range(3), "x")
+    tags = ["all|cat|once", "all|cat", "all"]
+    rows = [f"x/{index}.png,{each}" for index, each in enumerate(tags)]
+    (photos / "table.csv").write_text("\n".join(["file_name,label", *rows]))
+    names = ("all", "cat", "none", "once")
+    options = DataOptions(dataset=str(photos / "table.csv"), label_names=names, held_out_fraction=0)
+    data = load_training_data(options)
+    assert [data.label_space.format(each) for each in data.train.labels][2] == "all"
+    every, single, none = describe_missing_classes(data)
+    assert "1 of the 4 labels are on each training image" in every
+    assert every.endswith("them: all. Add other images, or remove these labels")
+    assert "single training image" in single
+    assert "once" in single
+    assert "no training image" in none
+    assert "none. Add" in none
 
 
 @pytest.mark.parametrize(("folder", "is_reported"), [("photos/test", True), ("photos", False)])

@@ -299,7 +299,7 @@ def test_text_that_looks_like_a_list_is_read_as_one(photos: Path) -> None:
     rows = ['"[""cat"", ""dog""]"', "\"['dog']\"", "[]"]
     assert read_labels(write_csv(photos, rows, "lists.csv")) == ["cat, dog", "dog", "no label"]
     table = write_csv(photos, ["[cat dog]", "[dog]"], "lists.csv")
-    with raises_one_line("look like lists", "JSON"):
+    with raises_one_line("row 0 has '[cat dog]'", "JSON"):
         read_labels(table)
 
 
@@ -310,6 +310,10 @@ def test_one_column_of_bits_per_class_is_multi_label(bits: list[str], photos: Pa
     splits = load_splits(DataOptions(dataset=table, label_column=("label", "dog")))
     assert splits.label_space == SeveralLabels({"labels": ["label", "dog"]})
     assert list(splits.images_by_split["train"].labels) == [[], [0, 1], [1]]
+    gaps = write_csv(photos, [no, "", no], "gaps.csv", dog=[no, yes, yes])
+    assert read_labels(gaps, label_column=("label", "dog")) == ["no label", "dog"]
+    marks = write_csv(photos, ["", yes, ""], "marks.csv", dog=["", yes, yes])
+    assert read_labels(marks, label_column=("label", "dog")) == ["no label", "label, dog", "dog"]
 
 
 # Splits -------------------------------------------------------------------------------------------
@@ -339,6 +343,27 @@ def test_the_labels_of_each_split_are_matched_by_name(
         dataset = str(tmp_path / "saved")
     assert read_labels(dataset, "train") == list("abc")
     assert read_labels(dataset, "test") == list(labels)
+
+
+@pytest.mark.parametrize(
+    ("train", "test"), [([True, False], [0, 1]), (["1", "0"], ["False", "true"])]
+)
+def test_splits_may_spell_truth_values_differently(train: Any, test: Any, photos: Path) -> None:
+    tables = {
+        split: pd.DataFrame({"image": [str(photos / name) for name in FILES[:2]], "label": labels})
+        for split, labels in {"train": train, "test": test}.items()
+    }
+    dataset = add_dataset(tables)
+    names = list(map(str, train))
+    assert read_labels(dataset, "train") == names
+    assert read_labels(dataset, "test") == names[::-1]
+
+
+def test_a_split_may_have_the_names_that_another_declares(photos: Path) -> None:
+    paths = [str(photos / name) for name in FILES[:2]]
+    texts = datasets.Dataset.from_dict({"image": paths, "label": ["c", "a"]})
+    dataset = add_dataset({"train": build_split(photos, "abc", "abc"), "test": texts})
+    assert read_labels(dataset, "test") == ["c", "a"]
 
 
 @pytest.mark.parametrize(
@@ -418,12 +443,8 @@ def test_a_table_of_windows_names_files_with_backslashes(photos: Path) -> None:
     assert read_labels(photos / "table.csv") == ["a", "b", "c"]
 
 
-@pytest.mark.parametrize("flags", [{}, {"label_separator": ";"}])
-def test_a_forgotten_or_wrong_separator_is_pointed_out(
-    flags: dict[str, str], photos: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_wrong_separator_is_pointed_out(photos: Path, caplog: pytest.LogCaptureFixture) -> None:
     labels = ["red|round", "green|round", "red|long"]
-    table = photos / f"{len(flags)}.csv"  # each message is logged once
-    pd.DataFrame({"file_name": FILES[:3], "label": labels}).to_csv(table, index=False)
-    assert read_labels(table, **flags) == labels
+    table = write_csv(photos, labels, "wrong.csv")
+    assert read_labels(table, label_separator=";") == labels
     assert caplog.text.count("label_separator='|'") == 1

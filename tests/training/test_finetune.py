@@ -213,7 +213,7 @@ def test_several_tasks_are_learned_and_continued_with_the_saved_heads(
 
 
 def test_several_labels_per_image_are_learned(tasks: Path, tmp_path: Path) -> None:
-    options = {"label_column": ("tags",), "label_separator": "|", "max_steps": 30}
+    options = {"label_column": ("tags",), "max_steps": 30}
     results = train(tmp_path, tasks, **options)
     assert results[results["selection_metric"]] == results["mean_average_precision"] == 1.0
     assert results["label_column"] == ["tags"]
