@@ -6,9 +6,11 @@ split      train, validation or test of each row, in any usual spelling (--split
 patient    rows of one group are on one side of every split (--group-column)
 """
 
+import os
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,7 @@ import numpy as np
 from ..runtime.errors import format_name_list
 from .cells import LabelColumn, get_bit, read_label_names, spell_label
 from .folder_layout import SPLIT_BY_FOLDER_NAME, SPLIT_ORDER
+from .images import resolve_path
 from .labels import LabelSpace, OneLabel, PerTask, SeveralLabels
 
 
@@ -30,6 +33,7 @@ GROUP_COLUMN_NAME = re.compile(
     r"s?([ _-]?(id|no|nr|number|name))?",
     re.IGNORECASE,
 )
+MAX_CHECKED_PATHS = 100  # of a table, of which one must be a file
 
 Features = dict[str, Any]  # type of each column, as in `datasets`
 
@@ -39,25 +43,57 @@ Features = dict[str, Any]  # type of each column, as in `datasets`
 
 def find_image_column(
     dataset: str,
-    features: Features,
+    table: Any,
+    folder: Path,
     column: str | None,
     label_columns: Sequence[str] | None = None,
 ) -> str:
-    """Find the column of images or image paths, which has no labels."""
-    excluded = label_columns or [name for name in features if name.lower() in LABEL_COLUMN_NAMES]
-    candidates = {name: each for name, each in features.items() if name not in excluded}
-    if column is None and len(candidates) == 1 < len(features):
+    """Find the column of images or image paths, which has no labels.
+
+    Paths are relative to `folder`.
+    """
+    excluded = label_columns or [
+        name for name in table.features if name.lower() in LABEL_COLUMN_NAMES
+    ]
+    candidates = {name: each for name, each in table.features.items() if name not in excluded}
+    if column is None and len(candidates) == 1 < len(table.features):
         return next(iter(candidates))
-    return find_column("image", column, candidates, is_image_feature, IMAGE_COLUMN_NAMES, dataset)
+    return find_column(
+        "image",
+        column,
+        candidates,
+        is_image_feature,
+        IMAGE_COLUMN_NAMES,
+        dataset,
+        lambda name: has_files(map(spell_label, table[:MAX_CHECKED_PATHS][name]), folder),
+    )
+
+
+def has_files(paths: Iterable[str | None], folder: Path) -> bool:
+    """Tell whether one of the paths, which are relative to a folder, is a file or a data URI."""
+    return any(
+        path.startswith("data:") or os.path.isfile(resolve_path(folder, path))  # noqa: PTH113  # False for long names
+        for path in paths
+        if path
+    )
 
 
 def find_label_columns(
-    dataset: str, tables: Mapping[str, Any], columns: Sequence[str] | None
+    dataset: str, tables: Mapping[str, Any], columns: Sequence[str] | None, image_column: str
 ) -> list[str]:
     """Find the label columns, which all splits must have."""
     features = next(iter(tables.values())).features
+    used = (image_column, *SPLIT_COLUMN_NAMES)
     names = [
-        find_column("label", name, features, get_declared_names, LABEL_COLUMN_NAMES, dataset)
+        find_column(
+            "label",
+            name,
+            features,
+            get_declared_names,
+            LABEL_COLUMN_NAMES,
+            dataset,
+            lambda each: each not in used,
+        )
         for name in columns or (None,)
     ]
     for split, table in tables.items():
@@ -76,11 +112,12 @@ def find_column(
     has_matching_type: Callable[[Any], Any],
     common_names: tuple[str, ...],
     dataset: str,
+    is_possible: Callable[[str], bool],
 ) -> str:
     """Find the column of a kind.
 
-    It is the requested column, the only column of the matching type, or the first column with a
-    common name.
+    It is the requested column, the only column of the matching type, the first column with a common
+    name, or the only possible one.
     """
     if name is not None and name not in features:
         raise ValueError(f"{dataset} has no column {name!r}. Choose one of {', '.join(features)}")
@@ -96,6 +133,9 @@ def find_column(
     for common_name in common_names:
         if common_name in column_by_name:
             return column_by_name[common_name]
+    possible = list(filter(is_possible, features))
+    if len(possible) == 1:
+        return possible[0]
 
     raise ValueError(
         f"{dataset}: cannot identify the {kind} column among {', '.join(features)}. Set "

@@ -13,7 +13,6 @@ splits.py.
 """
 
 import hashlib
-import os
 import pickle
 import re
 import shlex
@@ -39,17 +38,19 @@ from ..runtime.errors import (
     warn_on_first_process,
 )
 from .columns import (
+    MAX_CHECKED_PATHS,
     divide_by_column,
     find_image_column,
     find_label_columns,
     find_unused_groups,
+    has_files,
     is_image_feature,
     read_groups,
     read_labels,
 )
 from .folder_layout import SPLIT_BY_FOLDER_NAME, SPLIT_ORDER
 from .image_folder import read_image_folder, scan_folder
-from .images import ADDRESS, ArrayImages, DatasetImages, LabeledImages, resolve_path
+from .images import ADDRESS, ArrayImages, DatasetImages, LabeledImages
 from .in_memory import MEMORY_PREFIX, get_dataset
 from .labels import UNLABELED, LabelSpace, OneLabel
 from .options import DataOptions
@@ -83,7 +84,6 @@ REMEDIES = {
 OTHER_REMEDY = "Set `dataset` to a folder of images, or to a CSV file"
 # of which one is in a folder written by `save_to_disk`
 SAVED_FILES = ("dataset_dict.json", "state.json")
-MAX_CHECKED_PATHS = 100  # of a table, of which one must be a file
 
 Data = TypeVar("Data")
 # names of all splits -> names of the splits to read
@@ -207,8 +207,8 @@ def load_table(
     # Selected before the labels are read: a test split may hide its labels, which would be an
     # error.
     tables = {split: all_tables[split] for split in select(list(all_tables))}
-    features = next(iter(tables.values())).features
-    column = find_image_column(dataset, features, options.image_column, options.label_column)
+    first = next(iter(tables.values()))
+    column = find_image_column(dataset, first, folder, options.image_column, options.label_column)
     images = {
         split: build_images(table, column, folder, dataset) for split, table in tables.items()
     }
@@ -216,7 +216,7 @@ def load_table(
         unlabeled = {split: mark_as_unlabeled(each) for split, each in images.items()}
         return Splits(name, UNLABELED, unlabeled, facts)
 
-    columns = find_label_columns(dataset, tables, options.label_column)
+    columns = find_label_columns(dataset, tables, options.label_column, column)
     label_space, labels = read_labels(
         tables, columns, dataset, options.label_separator, options.label_names
     )
@@ -421,11 +421,7 @@ def build_images(dataset: Any, column: str, folder: Path, name: str) -> DatasetI
             f"{name}: the column {column!r} has addresses, and images are read only from files. "
             "Download them with `img2dataset`, which writes a table of images and labels"
         )
-    is_found = (
-        path.startswith("data:") or os.path.exists(resolve_path(folder, path))  # noqa: PTH110  # False for long names
-        for path in paths
-    )
-    if paths and not any(is_found):
+    if paths and not has_files(paths, folder):
         raise ValueError(
             f"{name}: the column {column!r} has no names of files in {folder}, such as "
             f"{paths[0]!r}. Set `image_column` to a column of file names, or write them with their "

@@ -243,7 +243,7 @@ def open_input(options: PredictOptions) -> Sequence[ImageRecord]:
 
     _, folder, splits = open_dataset(dataset, use_labels=False)
     split = select_split(splits, options.split, dataset)
-    column = find_image_column(dataset, split.features, options.image_column)
+    column = find_image_column(dataset, split, folder, options.image_column)
     if not len(split):
         raise ValueError(f"the dataset {dataset} is empty. Add images")
     return DatasetRecords(build_images(split, column, folder, dataset))

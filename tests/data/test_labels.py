@@ -1,13 +1,9 @@
-"""Labels as text and in the configuration of a model, and the column of images."""
+"""Labels as text, and in the configuration of a model."""
 
-from functools import partial
 from typing import Any
 
-import datasets
 import pytest
-from helpers.tiny_models import raises_one_line
 
-from modeling_vitcls.data.columns import find_image_column
 from modeling_vitcls.data.labels import (
     LabelSpace,
     OneLabel,
@@ -47,19 +43,3 @@ def test_a_label_space_survives_the_configuration(label_space: LabelSpace) -> No
     config = ViTCLSConfig(**label_space.to_config_values(), num_cls_tokens=2)
     assert get_label_space(config) == label_space
     assert is_multi_label(config) == (label_space is SEVERAL)
-
-
-def test_the_image_column_contains_images() -> None:
-    """A usual name is only used among columns of images, or if no column contains images."""
-    find = partial(find_image_column, "table", column=None)
-    image = datasets.Image()
-    text = datasets.Value("string")
-
-    encoded = {"bytes": datasets.Value("binary"), "path": text, "source": text}
-    for feature in (image, encoded, datasets.Value("binary")):
-        features = {"image": text, "thumbnail": feature, "photo": feature}
-        assert find(features) == "photo"
-        assert find({"image": text, "thumbnail": feature}) == "thumbnail"
-    assert find({"box": {"path": text}, "id": text, "file": text}) == "file"
-    with raises_one_line("cannot identify the image column among a, b. Set `image_column`"):
-        find({"a": image, "b": image})
