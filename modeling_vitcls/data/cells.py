@@ -74,6 +74,7 @@ def read_label_names(
     declared: Mapping[str, Sequence[str]],
     separator: str | None,
     label_names: Sequence[str] | None,
+    is_task: bool,
 ) -> LabelNames:
     """Read the classes of a column and the label names of each image.
 
@@ -84,6 +85,7 @@ def read_label_names(
         declared: names of the classes that each split declares; empty if there are none.
         separator: separator of several labels in one text; None to find it, "" for one label.
         label_names: names of all classes, if the dataset does not declare them.
+        is_task: whether the column is one of several tasks, which have one label per image.
     """
     where = column.where
     classes = list(dict.fromkeys(chain(*declared.values())))
@@ -94,7 +96,7 @@ def read_label_names(
         )
     classes = classes or list(label_names or ())
 
-    if separator is None:
+    if separator is None and not is_task:
         separator = find_separator(column, classes)
     items = {cell: split_labels(value, separator) for cell, value in column.values.items()}
     has_lists = check_items(column, items) or bool(separator)

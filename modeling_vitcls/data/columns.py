@@ -187,10 +187,11 @@ def read_labels(
         column: {split: read_column(table, column) for split, table in tables.items()}
         for column in columns
     }
-    build: type[LabelSpace] = PerTask if len(columns) > 1 else OneLabel
+    is_task = len(columns) > 1
+    build: type[LabelSpace] = PerTask if is_task else OneLabel
     filled = filter(spell_label, chain(*(chain(*parts.values()) for parts in cells.values())))
     bits = set(map(get_bit, filled))
-    if len(columns) > 1 and None not in bits:
+    if is_task and None not in bits:
         build = SeveralLabels
         classes = {"labels": list(columns)}
         # If people only mark what an image has, an empty cell is no missing label.
@@ -203,11 +204,13 @@ def read_labels(
                 split: get_declared_names(table.features[column]) for split, table in tables.items()
             }
             where = f"{dataset}: the column {column!r}"
-            found = read_label_names(LabelColumn(where, parts), declared, separator, label_names)
-            if found.has_lists and len(columns) > 1:
+            found = read_label_names(
+                LabelColumn(where, parts), declared, separator, label_names, is_task
+            )
+            if found.has_lists and is_task:
                 raise ValueError(
                     f"{where} has lists, but several label columns require one label per image. "
-                    "Set one `label_column`, or `label_separator=''`"
+                    "Set one `label_column`, or omit `label_separator`"
                 )
             classes[column] = found.classes
             names[column] = found.by_split

@@ -159,7 +159,7 @@ def test_contradictory_labels_are_named(color_images: Path, tmp_path: Path) -> N
     for options, message in (
         ({"label_column": ("tags", "shade")}, "`label_column`"),
         ({"label_column": ("shade",)}, "single class 'a'"),
-        ({"label_column": ("shade", "size"), "label_separator": "|"}, "`label_separator=''`"),
+        ({"label_column": ("shade", "size"), "label_separator": "|"}, "`label_separator`"),
     ):
         with pytest.raises(ValueError, match=message):
             read(file, **options)

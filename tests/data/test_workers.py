@@ -58,7 +58,7 @@ def test_a_tiny_shared_memory_is_an_error(tmp_path: Path) -> None:
     assert ran.returncode == 1
     error = ran.stderr.strip().splitlines()[-1]
     assert "/dev/shm" in error
-    assert "`num_workers=0`" in error
+    assert "Set --num-workers 0" in error
 
 
 def test_a_full_shared_memory_ends_the_loading() -> None:
