@@ -24,6 +24,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from ..model.fast_image_processing_vitcls import open_regular_file
 from ..model.modeling_vitcls import ViTCLSPreTrainedModel
 from ..runtime.errors import format_error
 from ..runtime.files import compute_file_digest
@@ -132,6 +133,7 @@ def read_state_dict(file: Path) -> Mapping[str, Any]:
         raise FileNotFoundError(
             f"{file} is not a file. Use timm:NAME, transformers:PATH_OR_ID or an existing file"
         )
+    open_regular_file(file).close()  # torch's errors about files say less
     try:
         if file.suffix == ".npz":
             with np.load(file, allow_pickle=False) as arrays:

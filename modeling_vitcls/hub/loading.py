@@ -42,6 +42,7 @@ from huggingface_hub.utils import (
 )
 from torch import nn
 
+from ..model.fast_image_processing_vitcls import open_regular_file
 from .connection import (
     HUB_ERRORS,
     describe_no_response,
@@ -129,9 +130,12 @@ def get_external_model_folder(source: str) -> str:
     """
     folder = get_model_folder(source)
     # pickles may be large, so they are downloaded only if nothing else is there
-    if any(Path(folder).glob("*.safetensors")):
-        return folder
-    return get_model_folder(source, (*MODEL_FILE_PATTERNS, *PICKLED_WEIGHTS_PATTERNS))
+    if not any(Path(folder).glob("*.safetensors")):
+        folder = get_model_folder(source, (*MODEL_FILE_PATTERNS, *PICKLED_WEIGHTS_PATTERNS))
+    for pattern in ("*.safetensors", "*.bin"):
+        for file in Path(folder).glob(pattern):
+            open_regular_file(file).close()  # transformers' errors about files say less
+    return folder
 
 
 def fetch_repo_info(
@@ -352,8 +356,7 @@ def load_timm_model(name: str) -> tuple[nn.Module, str | None]:
     kind, separator, location = name.partition(":")
     if not separator and "@" in name:
         name, _, file = name.partition("@")
-        if not Path(file).exists():
-            raise OSError(f"there is no file {file}. Check the path")
+        open_regular_file(file).close()  # timm's errors about files say less
         # Older versions of timm would read the file in the format of the published weights, such as
         # Flax's .npz.
         overlay = {"file": file, "custom_load": False}

@@ -66,6 +66,7 @@ HEADS = {
     "decoder",
 }
 
+PATCH_PROJECTION = "embeddings.patch_embeddings.projection.weight"  # in every model
 SOURCE_FLAGS = ("dataset", "model", "teacher")  # flags that may contain local paths
 # Names or prefixes of the flags that are not published: the destination of a push, and how the run
 # was started
@@ -204,10 +205,19 @@ class ModelFolder:
             if name.removeprefix("vitcls.").partition(".")[0] not in unused_modules
         ]
         if unexpected:
+            remedy = (
+                f"Restore the {CONFIG_FILE} that belongs to the weights, or save the model again"
+            )
+            projections = [name for name in unexpected if name.endswith(PATCH_PROJECTION)]
+            if projections:
+                prefix = projections[0].removesuffix(PATCH_PROJECTION).removesuffix("vitcls.")
+                remedy = (
+                    f"A wrapper, such as DataParallel or Lightning's, put {prefix!r} before the "
+                    "names. Save the model inside it, or remove this from the names"
+                )
             raise ValueError(
                 f"{self.source} has {len(unexpected)} weights that {CONFIG_FILE} has no place for, "
-                f"such as {', '.join(unexpected[:3])}. Restore the {CONFIG_FILE} that belongs to "
-                "the weights, or save the model again"
+                f"such as {', '.join(unexpected[:3])}. {remedy}"
             )
         return model, set(loading_info["missing_keys"])
 

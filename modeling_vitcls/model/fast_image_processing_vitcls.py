@@ -31,6 +31,7 @@ except ImportError:  # PIL reads all files if torchvision or its decoders are no
 
 
 JPEG_SIGNATURE = b"\xff\xd8\xff"
+LFS_SIGNATURE = b"version https://git-lfs.github.com/spec/"
 URL_PREFIXES = ("http://", "https://", "data:")
 
 
@@ -74,13 +75,19 @@ def read_jpeg_bytes(source: Any) -> bytearray | None:
 def open_regular_file(path: str | os.PathLike[str]) -> BufferedReader:
     """Open a file for reading.
 
-    Raise OSError if it is missing, or not a regular file after links: a named pipe would block, and
-    a device would fill the memory.
+    Raise OSError if it is missing, not a regular file after links (a named pipe would block, and a
+    device would fill the memory), or what Git leaves in place of a large file.
     """
     file = Path(os.path.expanduser(path))  # noqa: PTH111  # unlike Path's, without errors
     if file.exists() and not file.is_file():
         raise OSError(f"{path} is not a regular file")
-    return file.open("rb")
+    stream = file.open("rb")
+    if stream.peek().startswith(LFS_SIGNATURE):
+        stream.close()
+        raise OSError(
+            f"{path} is a pointer of Git LFS instead of the file. Run `git lfs pull` in its folder"
+        )
+    return stream
 
 
 def get_settings(processor: Any, names: list[str]) -> tuple[Any, ...]:

@@ -15,6 +15,7 @@ import pytest
 from helpers.command_in_process import run_here
 from helpers.photo_folders import write_photos
 from helpers.tiny_models import save_classifier
+from transformers import ViTConfig
 
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
@@ -180,6 +181,42 @@ def test_weights_of_another_model_are_an_error(
         json.dumps(json.loads(file.read_text()) | {"id2label": labels, "label2id": None})
     )
     assert "classifier" in run_with_error("predict", "--model", folder, photos)
+
+
+@pytest.mark.parametrize(
+    ("file", "command"),
+    [
+        ("model/model.safetensors", "predict --model model photos"),
+        ("vit/pytorch_model.bin", "predict --model vit photos"),
+        ("deit.pth", "convert deit.pth out --family deit"),
+        ("table.parquet", "evaluate --model model --dataset table.parquet"),
+        ("table.csv", "evaluate --model model --dataset table.csv"),
+        ("photos/cat/0.png", "predict --model model photos/cat"),
+        (
+            "weights.pth",
+            "finetune --model vitcls-tiny --dataset digits --output-dir out "
+            "--teacher timm:resnet18@weights.pth",
+        ),
+    ],
+)
+def test_a_pointer_of_git_lfs_is_named_with_the_command_that_replaces_it(
+    file: str,
+    command: str,
+    folder: Path,
+    photos: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(folder.parent)
+    ViTConfig().save_pretrained("vit")
+    digest = "0" * 64
+    Path(file).write_text(
+        f"version https://git-lfs.github.com/spec/v1\noid sha256:{digest}\nsize 12345\n"
+    )
+    assert run_here(*command.split()) == 1
+    printed = "".join(capsys.readouterr())
+    assert f"{file} is a pointer of Git LFS" in printed
+    assert "git lfs pull" in printed
 
 
 @pytest.mark.skipif(not hasattr(os, "seteuid"), reason="Windows has other permissions")

@@ -62,6 +62,12 @@ def pickle_weights(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
 
 
+def add_prefix(folder: Path, prefix: str) -> None:
+    weights = load_file(folder / "model.safetensors")
+    named = {f"{prefix}{name}": weight for name, weight in weights.items()}
+    save_file(named, folder / "model.safetensors", metadata={"format": "pt"})
+
+
 def add_stray_layer(folder: Path) -> None:
     weights = load_file(folder / "model.safetensors")
     weights["vitcls.layers.2.mlp.fc1.weight"] = torch.zeros(2)
@@ -77,6 +83,14 @@ CHANGES: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
     "a task without a place": (
         lambda folder: edit(folder, extra_heads=None),
         ("extra_heads.task_weather.bias", "config.json"),
+    ),
+    "names of DataParallel": (
+        lambda folder: add_prefix(folder, "module."),
+        ("put 'module.' before",),
+    ),
+    "names of Lightning": (
+        lambda folder: add_prefix(folder, "net.vit."),
+        ("put 'net.vit.' before",),
     ),
     "a stray layer": (add_stray_layer, ("vitcls.layers.2.mlp.fc1.weight",)),
     "an adapter": (
