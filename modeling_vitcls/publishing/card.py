@@ -69,11 +69,14 @@ def write_card(folder: ModelFolder) -> None:
 
 def has_edited_card(folder: ModelFolder) -> bool:
     """Check whether a person wrote or edited the card of a folder."""
-    if not (folder.path / CARD_FILE).is_file():
-        return False
-    text = (folder.path / CARD_FILE).read_text(encoding="utf-8")
-    signature = SIGNATURE_PATTERN.search(text)
-    return signature is None or signature[1] != compute_signature(text[: signature.start()])
+    file = folder.path / CARD_FILE
+    return file.is_file() and is_edited(file.read_text(encoding="utf-8"))
+
+
+def is_edited(card: str) -> bool:
+    """Check whether a person wrote or edited the text of a card."""
+    signature = SIGNATURE_PATTERN.search(card)
+    return signature is None or signature[1] != compute_signature(card[: signature.start()])
 
 
 def compute_signature(text: str) -> str:

@@ -8,6 +8,8 @@ huggingface_hub repeats failed uploads of files. After any other failure, the er
 completes the push. Files that the Hub already has are not uploaded again. The folder is not changed.
 """
 
+import logging
+import re
 import shlex
 import sys
 from collections.abc import Mapping
@@ -16,7 +18,13 @@ from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants
+from huggingface_hub import (
+    CommitOperationAdd,
+    CommitOperationDelete,
+    HfApi,
+    constants,
+    hf_hub_download,
+)
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import filter_repo_objects
 
@@ -28,15 +36,21 @@ from ..hub.connection import (
     hide_hub_progress_bars,
     set_hub_timeout,
 )
+from ..hub.model_files import CARD_FILE
 from ..hub.model_folder import ModelFolder
 from ..runtime.flags import to_arguments
+from .card import is_edited
 from .published_files import DELETE_PATTERNS, collect_files
 
 
 # Maximum time without a response, in seconds; the duration of an upload is not limited.
 TIMEOUT = 50.0
 GIT_ATTRIBUTES_FILE = ".gitattributes"  # The Hub keeps the list of large files in it
+METADATA = re.compile(r"\A---\n.*?^---$", re.DOTALL | re.MULTILINE)  # at the start of a card
 TOKEN_SETTINGS_URL = "https://huggingface.co/settings/tokens"
+
+
+logger = logging.getLogger(__name__)
 
 
 class PushError(OSError):
@@ -196,6 +210,8 @@ def upload_files(
                 api.create_branch(repo_id, branch=branch, exist_ok=True)
             info = api.repo_info(repo_id, repo_type=repo_type, revision=branch, timeout=TIMEOUT)
             names = api.list_repo_files(repo_id, repo_type=repo_type, revision=info.sha)
+            if CARD_FILE in names and repo_type == "model":
+                files = keep_edited_card(files, repo_id, info.sha)
             outdated = set(filter_repo_objects(names, allow_patterns=delete_patterns))
             operations: list[CommitOperationAdd | CommitOperationDelete] = [
                 CommitOperationDelete(name)
@@ -218,6 +234,31 @@ def upload_files(
         ) from error
     path = f"spaces/{repo_id}" if repo_type == "space" else f"{repo_id}/commit/{commit.oid}"
     return PushResult(repo_id, commit.oid, f"{constants.ENDPOINT}/{path}", bool(info.private))
+
+
+def keep_edited_card(
+    files: Mapping[str, Path | bytes], repo_id: str, commit: str | None
+) -> Mapping[str, Path | bytes]:
+    """Leave the card out of the files if it is generated, and the one on the Hub was edited.
+
+    A line says what happens to the text on the Hub.
+    """
+    card = Path(hf_hub_download(repo_id, CARD_FILE, revision=commit)).read_text(encoding="utf-8")
+    own = files[CARD_FILE]
+    # The Hub writes the license of a new repository to a card without text.
+    if not is_edited(card) or not METADATA.sub("", card).strip():
+        return files
+    if isinstance(own, bytes):
+        logger.warning(
+            f"{CARD_FILE} of {repo_id} was edited on the Hub, so it is kept, although it may describe "
+            "other weights. To replace it, remove it on the Hub and push again"
+        )
+        return {name: content for name, content in files.items() if name != CARD_FILE}
+    if own.read_text(encoding="utf-8") != card:
+        logger.warning(
+            f"{own} replaces {CARD_FILE} of {repo_id}, which stays in the commit {commit}"
+        )
+    return files
 
 
 def build_push_command(folder: Path, repo_id: str, **others: str | bool | None) -> str:
