@@ -149,3 +149,18 @@ class RunStopped(Exception):
         self.exit_status = exit_status  # exit status of the program
         # whether all processes stop for the same reason
         self.is_on_all_processes = is_on_all_processes
+
+
+@contextmanager
+def stop_on_errors() -> Iterator[None]:
+    """Convert OSError and ValueError inside the `with` block to RunStopped.
+
+    They are raised for a full disk, unreadable images, stalled data loading processes, or a
+    checkpoint of another model.
+    """
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise RunStopped(
+            describe_error(error), is_on_all_processes=is_raised_on_all_processes(error)
+        ) from error

@@ -2,7 +2,10 @@
 
     run.py              complete run of fine-tuning or pre-training; read this file first
     run_inputs.py       what a run reads: data and models, with the defaults that depend on them
-    run_results.py      the run on paper: its record in checkpoints, results.json, its first and last lines
+    summary.py          the first lines of a run: its images, its model and what it is
+    frozen_run.py       a run without steps
+    steps_run.py        a run with steps; class_statistics_of_runs.py measures its classes afterwards
+    run_results.py      results.json, and the last lines of a run
     training_setup.py   what a run trains: the interface between run.py and the next two files
     options.py          flags of the commands that train
     finetune.py         recipe of fine-tuning: data, model, loss and evaluator

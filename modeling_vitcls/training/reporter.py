@@ -1,7 +1,7 @@
 """Output of a run: lines, warnings, progress, metrics.jsonl and trackers.
 
-run_results.py writes the texts about a run; during a run, only the `Reporter` prints. In a
-terminal, a run shows a progress bar; otherwise, a run prints about ten records, and a line at least
+summary.py and run_results.py write the texts about a run; only the `Reporter` prints. In a terminal,
+a run shows a progress bar; otherwise, a run prints about ten records, and a line at least
 every 30 seconds. Only the main process prints and writes.
 """
 

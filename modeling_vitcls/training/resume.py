@@ -16,8 +16,13 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..data.splits import describe_change
+from accelerate.state import AcceleratorState
+
+from ..data.splits import TrainingData, describe_change, describe_data
 from ..hub.local_paths import is_same_source, make_relative
+from ..model.configuration_vitcls import ViTCLSConfig
+from ..runtime.flags import to_flags
+from .checkpoints import Checkpoint
 from .options import NO_CONFIG_FIELDS, ModelOptions, TrainOptions
 
 
@@ -173,3 +178,31 @@ def format_flag_value(value: Any) -> str:
     if isinstance(value, list):
         return " ".join(map(str, value))
     return str(value)
+
+
+def build_run_record(
+    options: TrainOptions,
+    data: TrainingData,
+    config: ViTCLSConfig,
+    flags: dict[str, Any],
+    checkpoint: Checkpoint | None,
+) -> dict[str, Any]:
+    """Build what checkpoints contain about the run, and compare it with the checkpoint to resume.
+
+    `options` have the values of the plan, and `flags` are the flags as the person set them. Raise
+    ValueError if the checkpoint belongs to a different run.
+    """
+    state = AcceleratorState()
+    assert options.batch_size is not None, "the defaults set it"
+    recorded = None if checkpoint is None else checkpoint.metadata["flags"]
+    record = {
+        "images_per_step": options.batch_size
+        * options.gradient_accumulation_steps
+        * state.num_processes,
+        "mixed_precision": state.mixed_precision,
+        "data": describe_data(data),
+        "flags": build_flags_record(flags, to_flags(options), config.to_dict(), recorded),
+    }
+    if checkpoint is not None:
+        check_run_unchanged(checkpoint.metadata, record, options.output_dir)
+    return record

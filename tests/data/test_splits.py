@@ -20,7 +20,7 @@ from modeling_vitcls.data.splits import (
     describe_missing_classes,
     load_training_data,
 )
-from modeling_vitcls.training.run_results import describe_splits
+from modeling_vitcls.training.summary import describe_splits
 
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")

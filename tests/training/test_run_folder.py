@@ -22,7 +22,7 @@ from modeling_vitcls.hub.model_files import METRICS_FILE, RECIPE_FILE
 from modeling_vitcls.runtime import staging
 from modeling_vitcls.runtime.errors import RunStopped
 from modeling_vitcls.runtime.staging import LOCK_FILE, FolderLock
-from modeling_vitcls.training import run as run_module
+from modeling_vitcls.training import steps_run
 from modeling_vitcls.training.checkpoints import CheckpointStore
 from modeling_vitcls.training.options import FinetuneOptions
 from modeling_vitcls.training.run_folder import (
@@ -159,7 +159,7 @@ def test_the_old_model_is_never_next_to_the_new_configuration(
         raise ValueError("stop")
 
     monkeypatch.setattr(Path, "unlink", note)
-    monkeypatch.setattr(run_module, "build_loop", stop)
+    monkeypatch.setattr(steps_run, "build_loop", stop)
     with pytest.raises(RunStopped, match="stop"):
         run(earlier, max_steps=2, overwrite=True)
     monkeypatch.undo()

@@ -1,0 +1,68 @@
+"""A run without steps: the classifier of the frozen encoder, and how it is measured."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from ..data.splits import TrainingData
+from .calibration import (
+    describe_probe_calibration,
+    measure_errors,
+    select_error_metrics,
+)
+from .probe import (
+    describe_frozen,
+    describe_threshold,
+)
+from .run_results import Outcome
+from .steps_run import evaluate_nothing
+from .training_setup import TrainingSetup
+
+
+def run_frozen(setup: TrainingSetup, data: TrainingData, warn: Callable[[str], None]) -> Outcome:
+    """Fit the classifier to every label that is not held out, and measure it.
+
+    Without held-out images, each training image is predicted by a classifier that was not fitted to
+    it, and the accuracy is corrected for the choice among the candidates.
+    """
+    probe = setup.probe
+    assert probe is not None, "only a run with a probe can be frozen"
+    # Without steps there is no checkpoint to select, so the labels of a validation split are free
+    # to train the classifier. The test split still measures it.
+    parts = [data.train] if data.selection is None else [data.train, data.selection]
+    frozen = probe.fit(parts, data.held_out, warn)
+    # Everything below is measured with the heads in the model, which are what the folder will
+    # contain.
+    probe.set_frozen(frozen)
+
+    calibration = describe_probe_calibration(frozen.probe)
+    split = data.held_out_name
+    predictions = nearest_images = None
+    metrics = evaluate_nothing()
+    if frozen.held_out is not None:
+        predictions = probe.predict(frozen, frozen.held_out, data.label_space)
+        calibration = measure_errors(calibration, predictions)
+        metrics = predictions.metrics | select_error_metrics(calibration.errors)
+    elif frozen.estimate is not None:
+        split = "cross-validation"
+        predictions = probe.predict_out_of_fold(frozen, data.label_space)
+        metrics = predictions.metrics
+        # The out-of-fold probabilities contain the temperature already, so there is no error before
+        # it.
+        calibration = replace(calibration, errors=select_error_metrics(metrics))
+    if predictions is not None:
+        nearest_images = frozen.find_nearest_images(predictions.list_wrong())
+    return Outcome(
+        metrics=metrics,
+        split=split,
+        num_training_images=sum(map(len, parts)) - frozen.features.num_unreadable,
+        calibration=calibration.build_record(),
+        predictions=predictions,
+        nearest_images=nearest_images,
+        seconds=frozen.record["seconds"],
+        results={"frozen": frozen.record},
+        lines={
+            **describe_frozen(frozen.record),
+            "unknown": describe_threshold(frozen.probe),
+            "calibration": calibration.text,
+        },
+    )

@@ -1,0 +1,260 @@
+"""A run with steps: where they start, the loop, and what is measured after the last one."""
+
+import math
+from collections.abc import Generator
+from contextlib import closing
+from typing import Any
+
+import torch
+from torch.distributed.fsdp import FSDPModule
+
+from ..data.aspect_ratio import get_output_size
+from ..data.augmentation import build_augmentation
+from ..data.batches import Batch, TrainingImages, iterate_training_batches
+from ..data.images import UnreadableImageCounter
+from ..data.splits import TrainingData
+from ..data.workers import explain_worker_errors
+from ..inference.evaluator import Evaluator
+from ..runtime.distributed import configure_layer_sharding, run_on_main
+from ..runtime.errors import stop_on_errors
+from .calibration import calibrate, select_error_metrics
+from .checkpoints import Checkpoint, CheckpointStore
+from .class_statistics_of_runs import store_statistics
+from .distributed_state import reshard, scatter_model
+from .loop import Evaluate, TrainingLoop, TrainingState, build_batch_plan, describe_batches
+from .optimizer import average_with_start, build_parameter_groups
+from .plan import RunPlan
+from .probe import MAX_PROBE_IMAGES, describe_frozen, ignore_message
+from .reporter import Reporter
+from .resume import format_flag_value
+from .run_results import Outcome
+from .signals import SignalHandler
+from .training_setup import TrainingSetup
+
+
+def run_steps(
+    setup: TrainingSetup,
+    plan: RunPlan,
+    data: TrainingData,
+    record: dict[str, Any],
+    checkpoint: Checkpoint | None,
+    store: CheckpointStore,
+    reporter: Reporter,
+) -> Outcome:
+    """Train, and measure what is saved on images that did not train it."""
+    options = plan.options
+    compare = setup.start_comparison(data)
+    # The probe gives the model a new pooler and a new classifier, and may change how images are
+    # resized. Evaluators, which keep resized images, and the optimizer, which keeps parameters,
+    # would otherwise hold on to the old ones.
+    probe = setup.probe
+    frozen = start_record = None
+    if probe is not None and checkpoint is not None:
+        # Choosing again would cost a pass over the images, and the model has moved on since. The
+        # weights come from the checkpoint.
+        start_record = checkpoint.metadata["probe"]
+        probe.restore(start_record)
+    elif probe is not None:
+        # The steps report the unreadable images.
+        frozen = probe.fit([data.train], data.held_out, ignore_message, MAX_PROBE_IMAGES)
+        probe.set_heads(frozen)
+        start_record = frozen.record
+        if frozen.held_out is not None:
+            start = probe.predict(frozen, frozen.held_out, data.label_space).metrics
+            start_record = start_record | {"held_out_accuracy": start["accuracy"]}
+        reporter.print_lines(describe_frozen(start_record))
+
+    held_out: Evaluate = evaluate_nothing
+    if len(data.held_out):
+        held_out = setup.build_evaluator(data, data.held_out)
+    # If no checkpoint is selected, looking at the held-out images during training is harmless.
+    selection = held_out
+    if data.selection is not None:
+        selection = setup.build_evaluator(data, data.selection)
+
+    # Signals are caught from here on, not earlier: before the first step, there is nothing that a
+    # checkpoint could save, and Ctrl-C may end the program at once.
+    with (
+        SignalHandler() as signals,
+        reporter.progress,
+        stop_on_errors(),
+        explain_worker_errors(options.num_workers),
+    ):
+        loop, batches = build_loop(
+            setup,
+            plan,
+            data,
+            reporter,
+            checkpoint=checkpoint,
+            store=store,
+            signals=signals,
+            evaluate_model=selection,
+            run_metadata=record | {"probe": start_record},
+        )
+        # An iterator that is only forgotten would leave its data loading processes running.
+        with closing(batches):
+            metrics = loop.run(batches)
+        # Inside the block, because the best checkpoint is read from disk, which can fail like any
+        # step.
+        step = set_saved_weights(loop, plan)
+    model = loop.state.model.eval()
+
+    predictions = calibration = nearest_images = heads_text = None
+    if setup.build_pass is not None and len(data.held_out):
+        assert isinstance(held_out, Evaluator), "only a classifier is calibrated"
+        assert isinstance(selection, Evaluator), "only a classifier is calibrated"
+        calibration, predictions, heads_text = calibrate(setup.model, model, held_out, selection)
+        metrics = predictions.metrics | select_error_metrics(calibration.errors)
+    # The last evaluation of the loop was of other weights, or of the images that select.
+    elif step != loop.state.step or plan.averaging or data.selection is not None:
+        metrics = held_out(model)
+    reshard(model)
+    # After the measurement, which a distance to the classes would only slow down.
+    if options.select == "last" and not isinstance(model, FSDPModule):
+        store_statistics(setup, data)
+    if frozen is not None and predictions is not None:
+        nearest_images = frozen.find_nearest_images(predictions.list_wrong())
+
+    results: dict[str, Any] = {} if start_record is None else {"frozen": start_record}
+    if options.select == "best" and data.selection is not None:
+        results["selection"] = {
+            "images": data.selection_name,
+            "num_images": len(data.selection),
+            "step": step,
+            setup.selection_metric: loop.state.best_score,
+        }
+    if plan.averaging:
+        results["average_with_start"] = plan.averaging
+    return Outcome(
+        metrics=metrics,
+        split=data.held_out_name,
+        num_training_images=len(data.train),
+        calibration=None if calibration is None else calibration.build_record(),
+        predictions=predictions,
+        nearest_images=nearest_images,
+        seconds=loop.get_training_seconds(),
+        num_steps=loop.state.step,
+        epochs=loop.plan.count_epochs(loop.state.step),
+        images_per_step=loop.plan.images_per_step,
+        num_unreadable=len(loop.unreadable_images.indices),
+        results=results | compare(model) | {"token_movement": loop.measure_token_movement()},
+        lines={
+            "heads": heads_text,
+            "calibration": None if calibration is None else calibration.text,
+        },
+    )
+
+
+def build_loop(
+    setup: TrainingSetup,
+    plan: RunPlan,
+    data: TrainingData,
+    reporter: Reporter,
+    *,
+    checkpoint: Checkpoint | None,
+    store: CheckpointStore,
+    signals: SignalHandler,
+    evaluate_model: Evaluate,
+    run_metadata: dict[str, Any],
+) -> tuple[TrainingLoop, Generator[Batch, None, None]]:
+    """Prepare model, optimizer and trackers, load the checkpoint to resume from, and start batches.
+
+    The batches are the augmented images of this process, from the step on that the loop continues.
+    """
+    options = plan.options
+    accelerator = reporter.accelerator
+    if options.compile:
+        # Compiled in place. The wrapper that `torch.compile(model)` returns would put `_orig_mod.`
+        # before the name of every weight.
+        setup.model.compile()
+    # Accelerate reads in `prepare` which layers to shard.
+    configure_layer_sharding(setup.model)
+    assert options.learning_rate and options.layer_decay, "the plan sets them"
+    groups = build_parameter_groups(setup.model, options.weight_decay, options.layer_decay)
+    optimizer = torch.optim.AdamW(groups, lr=options.learning_rate, fused=True)
+    # Model and optimizer are prepared in one call: FSDP2 replaces the parameters, and only this
+    # call puts the new ones into the optimizer.
+    state = TrainingState(*accelerator.prepare(setup.model, optimizer))
+    if plan.averaging:
+        # Copied after `prepare`, so each process keeps the start of its own shard on its own
+        # device.
+        trainable = (each for each in state.model.parameters() if each.requires_grad)
+        state.start = [each.detach().clone() for each in trainable]
+
+    loop = TrainingLoop(
+        state=state,
+        objective=setup.build_objective(data),
+        evaluate_model=evaluate_model,
+        plan=build_batch_plan(len(data.train), options, accelerator.num_processes),
+        options=options,
+        accelerator=accelerator,
+        reporter=reporter,
+        store=store,
+        selection_metric=setup.selection_metric,
+        unreadable_images=UnreadableImageCounter(reporter.warn),
+        save_every=options.save_every,
+        evaluated_images="held_out" if data.selection is None else "selection",
+        signals=signals,
+        run_metadata=run_metadata,
+    )
+    num_steps = loop.plan.num_steps
+    reporter.print_line("batches", describe_batches(loop.plan))
+    # Restored last, over everything above: also over the start weights, which a resumed run cannot
+    # compute again, because its model is no longer at the start.
+    if checkpoint is not None:
+        loop.restore(checkpoint)
+        reporter.print_line("resumed", f"after step {state.step:,} of {num_steps:,}")
+    # A checkpoint saved before the evaluation of its step has a record that was never logged.
+    reporter.start_after(state.step - bool(state.pending_record), num_steps)
+    used_flags = run_metadata["flags"]["flags"] | run_metadata["flags"]["chosen"]
+    # Flags are formatted as text, because TensorBoard does not accept lists.
+    reporter.start_trackers({name: format_flag_value(used_flags[name]) for name in used_flags})
+
+    processor = setup.processor
+    num_channels = setup.model.config.num_channels
+    images = TrainingImages(
+        data.train,
+        build_augmentation(options, processor),
+        data.label_space,
+        bool(processor.do_convert_rgb),
+        seed=options.seed,
+        bit_depth=processor.bit_depth,
+        num_channels=num_channels,
+        image_bytes=num_channels * math.prod(get_output_size(processor)),
+    )
+    batches = iterate_training_batches(
+        images,
+        loop.plan,
+        accelerator.process_index,
+        options.num_workers,
+        state.step,
+    )
+    return loop, batches
+
+
+def set_saved_weights(loop: TrainingLoop, plan: RunPlan) -> int:
+    """Replace the last weights with the weights to save, and return the step that they are from.
+
+    Raise ValueError if the best checkpoint is damaged or missing.
+    """
+    # Averaging serves the last weights only. The best checkpoint was measured as it is, and its
+    # mean with the start never was.
+    if plan.options.select == "best":
+        checkpoint: Checkpoint = run_on_main(loop.store.load_best)
+        # The moments of the optimizer are not needed after the last step.
+        scatter_model(checkpoint, loop.state.model)
+        loop.reporter.print_line("selected", f"the checkpoint of step {checkpoint.step:,}")
+        return checkpoint.step
+    if plan.averaging:
+        average_with_start(loop.model, loop.state.start, plan.averaging)
+        loop.reporter.print_line(
+            "averaged",
+            f"saved: {plan.averaging:g} x the weights before the first step + "
+            f"{1 - plan.averaging:g} x those after the last",
+        )
+    return loop.state.step
+
+
+def evaluate_nothing(model: Any = None) -> dict[str, Any]:
+    """Stand in for an evaluator if no images are held out."""
+    return {"num_images": 0, "num_unreadable_images": 0}

@@ -1,0 +1,145 @@
+"""What a run prints before it starts: its images, its model and what it is."""
+
+from collections import Counter
+from itertools import chain
+from typing import Any
+
+from torch import nn
+
+from ..data.splits import HELD_OUT_SPLITS, TrainingData
+from ..model.configuration_vitcls import ViTCLSConfig
+from ..runtime.files import replace_control_characters
+from .plan import RunPlan
+from .reporter import Reporter
+from .run_inputs import RunInputs
+
+
+TEXTS_OF_KINDS = {
+    "frozen": "frozen encoder, no steps",
+    "steps": "steps",
+}
+MAX_NAMED_CLASSES = 12  # in the summary
+
+
+def print_summary(
+    inputs: RunInputs, plan: RunPlan, data: TrainingData, num_seen: int, reporter: Reporter
+) -> None:
+    """Print what the run does, before it starts.
+
+    `num_seen` is the number of images that measure the run, although they trained its encoder or a
+    classifier that it keeps.
+    """
+    setup = inputs.setup
+    reporter.print_lines(
+        {
+            **describe_splits(data, plan.options.select == "best"),
+            "resize": setup.resize,
+            **inputs.images.facts,
+            **describe_model(
+                inputs.initial.name,
+                setup.model,
+                is_pooling_known=setup.probe is None,
+                is_partly_frozen=getattr(plan.options, "trainable", "full") != "full",
+            ),
+            **inputs.lines,
+            **plan.lines,
+            "run": f"{TEXTS_OF_KINDS[plan.kind]}: {plan.reason}",
+        }
+    )
+    for warning in setup.list_warnings(data):
+        reporter.warn(warning)
+    if num_seen:
+        reporter.warn(
+            f"{num_seen:,} of the images that measure this run trained the encoder of "
+            f"{inputs.initial.name}, or a classifier that this run keeps, so the result is better "
+            "than for new images, and has no interval. Set `held_out_fraction` as in its run, or "
+            "hold out other images"
+        )
+    reporter.printed_metrics = setup.printed_metrics
+
+
+def describe_splits(data: TrainingData, needs_selection: bool) -> dict[str, str]:
+    """Say which images train, select and measure the model."""
+    lines = {}
+    if data.train_split in HELD_OUT_SPLITS:
+        lines["split"] = (
+            f"training uses the split {data.train_split!r}, because no split is named 'train'"
+        )
+    middle_text = ""
+    if data.selection is not None:
+        middle_text = f"{len(data.selection):,} of {data.selection_name}, "
+    held_out = "none held out"
+    if len(data.held_out):
+        held_out = f"{len(data.held_out):,} held-out images ({data.held_out_name})"
+    lines["data"] = f"{data.name}: {len(data.train):,} training images, {middle_text}{held_out}"
+    class_text = describe_class_sizes(data)
+    if class_text:
+        lines["classes"] = class_text
+    if data.selection is not None and needs_selection:
+        lines["selection"] = (
+            f"the best checkpoint is selected on {len(data.selection):,} images that do not train "
+            f"({data.selection_name})"
+        )
+    return lines
+
+
+def describe_class_sizes(data: TrainingData) -> str:
+    """Count the images of each class; if there are many classes, of the smallest and the largest one.
+
+    The text is "" for images without labels, and for several tasks.
+    """
+    parts: list[Any] = [data.train, data.held_out]
+    if data.selection is not None:
+        parts.append(data.selection)
+    if not data.label_space.columns or data.label_space.kind == "multi_task":
+        return ""
+    has_lists = data.label_space.kind == "multi_label_classification"
+    counts: Counter[int] = Counter()
+    for part in parts:
+        counts.update(chain.from_iterable(part.labels) if has_lists else part.labels)
+    names = map(replace_control_characters, data.label_space.names)
+    sizes = [(counts[label], name) for label, name in enumerate(names)]
+    if len(sizes) > MAX_NAMED_CLASSES:
+        (smallest, first), (largest, last) = min(sizes), max(sizes)
+        return f"{len(sizes):,}, from {smallest:,} images ({first}) to {largest:,} ({last})"
+    return ", ".join(f"{name}: {size:,}" for size, name in sizes)
+
+
+def describe_model(
+    source: str, model: Any, is_pooling_known: bool, is_partly_frozen: bool
+) -> dict[str, str]:
+    """Describe the size of the model and its tokens.
+
+    `is_pooling_known` is False if the run chooses the tokens of the classifier later, and
+    `is_partly_frozen` is True if the person chose which parameters train.
+    """
+    config = model.config
+    token_counts = {name: count for name, count in count_tokens(config).items() if count}
+    layout_text = " | ".join(f"{count} {name}" for name, count in token_counts.items())
+    height, width = config.image_height_width
+    pooling_text = f", pooling {config.pooling}" if is_pooling_known else ""
+    trainable_text = ""
+    if is_partly_frozen:
+        trainable_text = f" ({count_parameters(model, only_trainable=True):,} of them trainable)"
+    return {
+        "model": f"{source}: {count_parameters(model):,} parameters{trainable_text}, "
+        f"{config.num_hidden_layers} layers of width {config.hidden_size}{pooling_text}",
+        "tokens": f"[ {layout_text} ] = {sum(token_counts.values())} for {height} x {width} pixels",
+    }
+
+
+# Counts -------------------------------------------------------------------------------------------
+
+
+def count_tokens(config: ViTCLSConfig) -> dict[str, int]:
+    """Count the tokens of each group, at the model's image size."""
+    token_indices = range(config.token_layout.get_num_tokens(*config.grid_size))
+    return {name: len(token_indices[group]) for name, group in config.token_layout.items()}
+
+
+def count_parameters(model: nn.Module, only_trainable: bool = False) -> int:
+    return sum(
+        parameter.numel()
+        for parameter in model.parameters()
+        if parameter.requires_grad or not only_trainable
+    )
