@@ -275,7 +275,8 @@ class ImagePass:
         num_not_finite = torch.zeros((), dtype=torch.int64, device=accelerator.device)
         padded_batches = (self.pad_batch(model, batch) for batch in batches)
         if accelerator.num_processes == 1:  # the processes of a sharded model wait for one another
-            compute = GraphedFunction(compute, accelerator.device)
+            # An ONNX file runs on the CPU, also beside a GPU.
+            compute = GraphedFunction(compute, getattr(model, "device", accelerator.device))
 
         for batch, outputs in pass_over_images(
             compute, padded_batches, accelerator.device, accelerator.autocast

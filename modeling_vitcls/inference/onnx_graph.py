@@ -31,6 +31,7 @@ class OnnxGraph(nn.Module):
     """
 
     dtype = torch.float32  # of the images
+    device = torch.device("cpu")  # that computes; images may be on another device
 
     def __init__(self, file: Path, config: ViTCLSConfig) -> None:
         super().__init__()
@@ -95,7 +96,9 @@ class OnnxClassifier(OnnxGraph):
         """Compute the logits for images [B, C, H, W], as the classifier returns them."""
         outputs = super().forward(pixel_values)
         logits: Any = outputs if self.config.tasks else outputs["logits"]
-        named: dict[str, Any] = {
-            name: outputs.get(name) for name in ("cls_logits", "distillation_logits")
-        }
-        return ViTCLSImageClassifierOutput(logits=logits, task_logits=outputs, **named)
+        return ViTCLSImageClassifierOutput(
+            logits=logits,
+            cls_logits=outputs.get("cls_logits"),
+            distillation_logits=outputs.get("distillation_logits"),
+            task_logits=outputs,
+        )
