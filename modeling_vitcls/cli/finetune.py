@@ -32,7 +32,7 @@ COMMON_FLAGS = {
         "epochs": "a run with steps; default: 5 from a frozen start, or 30",
         "batch_size": "per process; default: 64, or 32 below 10,000 images",
         "learning_rate": "default: from the width and the initial weights",
-        "trainable": "full, head, last-N or lora",
+        "trainable": "full, head, last-N, lora or tokens",
         "mixed_precision": "precision",
         "auto_augment": "augmentation",
         "mixup": "alpha, or 0 for none",

@@ -128,6 +128,7 @@ def compare_tensors(old_folder: Path, new_folder: Path) -> dict[str, str]:
     """
     old, new = map(load_tensors, (old_folder, new_folder))
     hashes = {}
+    changed = []
     for name, tensor in old.items():
         hashes[name] = hash_tensors([tensor])
         found = new.get(name, new.get(f"{ENCODER_PREFIX}{name}"))  # OLD may be an encoder
@@ -136,7 +137,12 @@ def compare_tensors(old_folder: Path, new_folder: Path) -> dict[str, str]:
         if name.startswith(GROWING_PREFIXES):
             found = found[: len(tensor)]
         if hash_tensors([found]) != hashes[name]:
-            raise ValueError(f"the tensor {name} has other values in the new model")
+            changed.append(name)
+    if changed:
+        raise ValueError(
+            f"the tensor {', '.join(changed)} has other values in the new model; the other "
+            f"{len(old) - len(changed):,} tensors are equal to the bit"
+        )
     return hashes
 
 

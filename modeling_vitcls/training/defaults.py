@@ -1,6 +1,6 @@
 """Flags whose default values depend on the run. A value set by the user overrides the default.
 
-flag               random weights             pre-trained weights        --trainable lora   --trainable head
+flag               random weights             pre-trained weights        lora, tokens       --trainable head
 learning_rate      `LEARNING_RATES`, for each kind of initial weights
 layer_decay        1                          0.75                       1                  1
 initializer_range  0.8 / sqrt(width)          checkpoint's value         checkpoint's value checkpoint's value
@@ -42,6 +42,7 @@ TrainingMethod = Literal[
     "pre-trained weights",
     "from the frozen model's classifier",
     "LoRA",
+    "special tokens",
     "new head on frozen weights",
     "self-supervised",
 ]
@@ -60,6 +61,8 @@ LEARNING_RATES: dict[TrainingMethod, tuple[float, int, int, float, float]] = {
     "from the frozen model's classifier": (3e-5, 384, 2, 1e-5, 4e-4),
     # The matrices start from zero, also after a frozen start (measured in docs/fine-tuning.md).
     "LoRA": (5e-4, 1, 0, 0.0, 1.0),
+    # as for LoRA: the encoder keeps its weights, and closed gates have to open
+    "special tokens": (5e-4, 1, 0, 0.0, 1.0),
     "new head on frozen weights": (1e-3, 1, 0, 0.0, 1.0),
     "self-supervised": (5e-4, 1, 0, 0.0, 1.0),
 }
@@ -185,7 +188,7 @@ def resolve_schedule(
         method = "from the frozen model's classifier"
     is_large = num_training_images >= MIN_LARGE_DATASET_SIZE
     epochs = 10.0 if method == "pre-trained weights" and is_large else 30.0
-    if method in ("LoRA", "from the frozen model's classifier"):
+    if method in ("LoRA", "special tokens", "from the frozen model's classifier"):
         epochs = FINE_TUNING_EPOCHS
     reason = f"{method}, {num_training_images:,} images"
     if options.epochs is None and options.max_steps is None and PartialState().device.type == "cpu":
@@ -213,8 +216,13 @@ def get_training_method(options: TrainOptions, has_random_weights: bool) -> Trai
     """Name the method that determines the defaults."""
     if isinstance(options, PretrainOptions):
         return "self-supervised"
-    if options.trainable in ("head", "lora"):
-        return "LoRA" if options.trainable == "lora" else "new head on frozen weights"
+    methods: dict[str, TrainingMethod] = {
+        "head": "new head on frozen weights",
+        "lora": "LoRA",
+        "tokens": "special tokens",
+    }
+    if options.trainable in methods:
+        return methods[options.trainable]
     return "random weights" if has_random_weights else "pre-trained weights"
 
 

@@ -5,6 +5,8 @@ The flag `--trainable` selects the trainable parameters:
     full      all parameters
     head      classifiers, and the pooler if it has parameters, but not the final norm (linear probing)
     last-N    the last N layers, the final norm and the head
+    tokens    new special tokens with their gates, or all special tokens if none is new, and the head (prompt
+              tuning, arXiv 2203.12119)
     lora      special tokens, the head, and low-rank updates of the query and value projections (arXiv 2106.09685)
 
 Parameters that are missing from the checkpoint are always trained, because their initial values are
@@ -290,7 +292,8 @@ def set_trainable_parameters(
         if parameters[name] is token
     }
 
-    if trainable == "lora":
+    new_tokens = set(token_names.values()) & set(new_parameter_names)
+    if trainable == "lora" or (trainable == "tokens" and not new_tokens):
         trainable_names.update(token_names.values())
     trainable_names.update(new_parameter_names)
     if new_groups := [group for group, name in token_names.items() if name in new_parameter_names]:

@@ -153,7 +153,7 @@ class TrainingOptions(Options):
     alone, as with --select best and from random weights."""
     trainable: str = "full"
     """Weights to train: `full` (all), `head` (linear probing), `last-N` (last N layers and head),
-    or `lora`."""
+    `lora`, or `tokens` (the new special tokens, or all of them if none is new, and the head)."""
     probe: bool = True
     """Fit a linear classifier to the features of a pre-trained, frozen encoder: a run without steps
     saves it, and steps start from it. --no-probe: start from random values."""
@@ -191,8 +191,8 @@ class TrainingOptions(Options):
         check_value(
             self,
             "trainable",
-            bool(re.fullmatch(r"full|head|lora|last-[1-9]\d*", self.trainable)),
-            "full, head, lora or last-N such as last-2",
+            bool(re.fullmatch(r"full|head|lora|tokens|last-[1-9]\d*", self.trainable)),
+            "full, head, lora, tokens or last-N such as last-2",
         )
 
 

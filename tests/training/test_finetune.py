@@ -34,7 +34,11 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import ResNetConfig, ResNetForImageClassification, ViTImageProcessor
 
-from modeling_vitcls import ViTCLSForImageClassification, ViTCLSForMultiTaskClassification
+from modeling_vitcls import (
+    ViTCLSForImageClassification,
+    ViTCLSForMultiTaskClassification,
+    verify_unchanged,
+)
 from modeling_vitcls.hub.model_files import hash_weights
 from modeling_vitcls.inference.evaluator import Evaluator
 from modeling_vitcls.runtime.errors import RunStopped
@@ -282,6 +286,23 @@ def test_linear_probing_trains_only_the_head(
     assert f"accuracy {results['accuracy']:.2%} (95% interval: " in printed
     assert results["calibration"] is None
     assert results["selection_metric"] == "accuracy"  # 30 images are too few
+
+
+def test_only_new_tokens_and_the_heads_are_trained_on_request(
+    pretrained: Path, tmp_path: Path
+) -> None:
+    flags = {"trainable": "tokens", "num_register_tokens": 6, "max_steps": 3}
+    train(tmp_path, "digits", model=pretrained, probe=True, select=None, **flags)
+    changed = list_changed_weights(pretrained, tmp_path)
+    assert {"vitcls.embeddings.register_tokens", "vitcls.gates.gates"} <= changed
+    others = {name for name in changed if not name.startswith(("classifier.", "class_distance."))}
+    assert others == {"vitcls.embeddings.register_tokens", "vitcls.gates.gates"}
+
+    difference = verify_unchanged(pretrained, tmp_path)["difference"]
+    num_weights = len(load_file(pretrained / "model.safetensors"))
+    changed_and_old = changed & set(load_file(pretrained / "model.safetensors"))
+    assert all(name in difference for name in changed_and_old)
+    assert f"the other {num_weights - len(changed_and_old)} tensors are equal" in difference
 
 
 def test_the_losses_of_classes_are_weighted_on_request(color_images: Path, tmp_path: Path) -> None:

@@ -326,6 +326,7 @@ EXPECTED = {
     "last-1": HEADS | {"layernorm", "layers.1"},
     "last-2": HEADS | {"layernorm", "layers.0", "layers.1"},
     "lora": HEADS | TOKENS | {"lora"},
+    "tokens": HEADS | TOKENS,
 }
 
 
@@ -335,7 +336,7 @@ def test_each_choice_trains_its_parameters(choice: str, expected: set[str]) -> N
     assert group_trainable(set_trainable_parameters(model, choice)) == expected
 
 
-@pytest.mark.parametrize("choice", ["head", "last-1", "lora"])
+@pytest.mark.parametrize("choice", ["head", "last-1", "lora", "tokens"])
 def test_added_tokens_are_trained_with_their_positions_and_gates(
     choice: str, tmp_path: Path
 ) -> None:
