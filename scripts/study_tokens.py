@@ -1,0 +1,150 @@
+"""Study: what does a special token gain on a trained encoder?
+
+The results are in model_cards/studies/tokens.md.
+
+    python scripts/study_tokens.py --encoder ENCODER --photos PHOTOS --output runs/tokens
+
+For each seed, `finetune` trains on the same photographs: frozen, and five epochs of each row of
+`RECIPES`, with all labels. The teacher of the distillation token is a frozen model of other
+photographs of the same classes. Each model is measured on all test photographs, and compared with the
+frozen one of the same seed. Each result is appended to OUTPUT/rows.jsonl at once, so that an
+interrupted study continues.
+"""
+
+import json
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import tyro
+from study import compute_mean_interval
+from study_photos import PhotoOptions, draw_photos, link_photos, list_photos
+
+from modeling_vitcls import evaluate, finetune
+
+
+# Name -> flags of `finetune`
+RECIPES: dict[str, dict[str, Any]] = {
+    "frozen": {"trainable": "head"},
+    "all layers": {},
+    "LoRA": {"trainable": "lora"},
+    "4 registers, all layers": {"num_register_tokens": 4},
+    "8 prompts, nothing else": {"num_register_tokens": 8, "trainable": "tokens"},
+    "CLS for each quarter, all layers": {
+        "cls_scopes": ("image", "2x2"),
+        "model_config": {"cls_pooling": "concat"},
+    },
+    "distillation token, all layers": {"num_distillation_tokens": 1, "distillation": "soft"},
+}
+EPOCHS = 5
+
+
+@dataclass(frozen=True)
+class Options(PhotoOptions):
+    """Measure what the special tokens gain on a trained encoder."""
+
+    num_labels: int = 20
+    """Photographs of each class."""
+    num_teacher_labels: int = 80
+    """Photographs of each class that train the teacher, none of which train the student."""
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    image_size: int = 112
+
+
+def main() -> None:
+    options = tyro.cli(Options)
+    options.output.mkdir(parents=True, exist_ok=True)
+    for seed in options.seeds:
+        for name, flags in RECIPES.items():
+            run_recipe(options, seed, name, flags)
+    page = format_page(read_rows(options.output))
+    (options.output / "README.md").write_text(page, encoding="utf-8")
+    print(page)
+
+
+def read_rows(output: Path) -> list[dict[str, Any]]:
+    file = output / "rows.jsonl"
+    return [json.loads(line) for line in file.open(encoding="utf-8")] if file.exists() else []
+
+
+def run_recipe(options: Options, seed: int, name: str, flags: dict[str, Any]) -> None:
+    """Train and measure one model, unless that has been done."""
+    key = {"seed": seed, "name": name}
+    if any(key.items() <= row.items() for row in read_rows(options.output)):
+        return
+    folder = options.output / str(seed)
+    train = draw_photos(options.photos / "train", options.num_labels, seed)
+    link_photos(train, folder / "train")
+    link_photos(list_photos(options.photos / "test"), options.output / "test")
+    if name.startswith("distillation"):
+        flags = flags | {"teacher": str(fit_teacher(options, seed, set(train)))}
+    if name != "frozen":
+        flags = flags | {"epochs": EPOCHS}
+
+    start = time.process_time()
+    fit(options, folder / "train", folder / "model", **flags)
+    seconds = time.process_time() - start
+    results = evaluate(folder / "model", options.output / "test", num_workers=0)
+    names = ("accuracy", "loss", "calibration_error", "cls_accuracy", "distillation_accuracy")
+    row = key | {"cpu_seconds": seconds} | {each: results.get(each) for each in names}
+    with (options.output / "rows.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+    print(row, flush=True)
+
+
+def fit_teacher(options: Options, seed: int, students: set[Path]) -> Path:
+    """Fit a frozen classifier to other photographs, and record its accuracy."""
+    folder = options.output / str(seed)
+    others = [each for each in list_photos(options.photos / "train") if each not in students]
+    chosen: list[Path] = []
+    for name in sorted({each.parent.name for each in others}):
+        photos = [each for each in others if each.parent.name == name]
+        chosen += photos[: options.num_teacher_labels]
+    link_photos(chosen, folder / "teacher-photos")
+    fit(options, folder / "teacher-photos", folder / "teacher", trainable="head")
+    accuracy = evaluate(folder / "teacher", options.output / "test", num_workers=0)["accuracy"]
+    print({"seed": seed, "teacher": accuracy}, flush=True)
+    return folder / "teacher"
+
+
+def fit(options: Options, photos: Path, output: Path, **flags: Any) -> None:
+    """Train on all photographs, without a report."""
+    shutil.rmtree(output, ignore_errors=True)
+    settings = {"image_size": options.image_size, "held_out_fraction": 0.0, "report": False}
+    finetune(str(options.encoder), str(photos), output, **settings | flags)
+
+
+def format_page(rows: list[dict[str, Any]]) -> str:
+    """Format a table of the recipes: mean accuracy, paired differences and their interval."""
+    frozen = {row["seed"]: row for row in rows if row["name"] == "frozen"}
+    lines = [
+        "| trained for five epochs | accuracy | difference of each draw, points | mean (95%) "
+        "| log loss | CPU seconds |",
+        "|---|---:|---|---|---:|---:|",
+    ]
+    for name in RECIPES:
+        own = [row for row in rows if row["name"] == name]
+        if not own:
+            continue
+        differences = [100 * (row["accuracy"] - frozen[row["seed"]]["accuracy"]) for row in own]
+        texts = ["", ""]
+        if name != "frozen":
+            texts[0] = ", ".join(f"{each:+.1f}" for each in differences)
+            mean, half = compute_mean_interval(differences)
+            texts[1] = f"{mean:+.1f} ({mean - half:+.1f} to {mean + half:+.1f})"
+        cells = [
+            name,
+            f"{100 * fmean(row['accuracy'] for row in own):.1f}%",
+            *texts,
+            f"{fmean(row['loss'] for row in own):.3f}",
+            f"{fmean(row['cpu_seconds'] for row in own):.0f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()
