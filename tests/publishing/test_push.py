@@ -255,6 +255,9 @@ def test_a_push_removes_outdated_files_of_its_branch_and_keeps_others(
     pushed = push_folder(ModelFolder(folder), "ann/model", branch="new")
     assert hub.repositories["ann/model"].branches == {"main": main, "new": pushed.commit}
     names = set(hub.files("ann/model", "new"))
+    (folder / "report.html").write_text("new")
+    again = push_folder(ModelFolder(folder), "ann/model", branch="new")  # which exists
+    assert hub.repositories["ann/model"].branches == {"main": main, "new": again.commit}
 
     shards = {path.name for path in folder.glob("model-*.safetensors")}
     assert len(shards) > 1
