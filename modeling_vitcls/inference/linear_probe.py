@@ -11,7 +11,7 @@ regularization, and 1 point better with 200 and 450 (CIFAR-10 at 112 pixels).
 
 The temperature comes from out-of-fold logits. Classifiers of fewer labels are less certain, and the
 final one has them all: with ten folds, the temperature is therefore extrapolated to all images,
-from five and ten folds.
+from five and ten folds (confidence.py).
 """
 
 import warnings
@@ -23,8 +23,8 @@ import numpy as np
 from scipy.special import log_softmax, softmax
 from sklearn.base import BaseEstimator, ClassifierMixin
 
-from .class_statistics import ClassStatistics, Token, TokenFeatures
-from .confidence import fit_temperature
+from .class_statistics import ClassStatistics, Token, TokenFeatures, compute_means
+from .confidence import extrapolate_temperature, fit_temperature, measure_spread
 from .intervals import Estimate, estimate_after_choice
 
 
@@ -137,12 +137,28 @@ class Score:
         }
 
 
+@dataclass(frozen=True)
+class CrossValidated:
+    """What the classifiers of the folds say about images that they were not fitted to.
+
+    Attributes:
+        logits: [N, K] of each candidate; NaN for images that no fold left out.
+        distances: [N] for the tokens whose statistics the model of each candidate would store.
+        spreads: of the logits of each candidate, one for each fold (`measure_spread`).
+    """
+
+    logits: dict[Candidate, np.ndarray]
+    distances: dict[tuple[Token, ...], np.ndarray]
+    spreads: dict[Candidate, list[float]]
+
+
 class LinearProbe(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     """A linear classifier of frozen features, which is an estimator of scikit-learn.
 
     Args:
         layers: negative indices of the layers to read. Default: the last, or the last four.
         pooling: "cls", "mean" or "cls_mean". Default: the best of those in the features.
+        class_weight: "balanced" weights each class equally.
 
     Attributes:
         classes_: the labels, in the order of the columns of `predict_proba`.
@@ -165,16 +181,21 @@ class LinearProbe(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         probabilities = probe.predict_proba({(-1, "cls"): other_tokens, (-1, "mean"): other_means})
     """
 
-    def __init__(self, layers: Sequence[int] | None = None, pooling: str | None = None) -> None:
+    def __init__(
+        self,
+        layers: Sequence[int] | None = None,
+        pooling: str | None = None,
+        class_weight: str | None = None,
+    ) -> None:
         self.layers = layers
         self.pooling = pooling
+        self.class_weight = class_weight
 
     def fit(
         self,
         features: TokenFeatures | np.ndarray,
         labels: np.ndarray,
         groups: np.ndarray | None = None,
-        class_weight: str | None = None,
     ) -> "LinearProbe":
         """Choose a candidate and fit it to all images.
 
@@ -182,152 +203,161 @@ class LinearProbe(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             features: [N, D] of each token, or of one.
             labels: [N].
             groups: [N]; images of a group are in one fold.
-            class_weight: "balanced" weights each class equally.
         """
         features = to_tokens(features)
         self.classes_, indices = np.unique(labels, return_inverse=True)
-        self.is_balanced_ = class_weight == "balanced"
-        weights = np.ones(len(indices))  # of each image in the log loss
-        if self.is_balanced_:
-            weights = 1 / np.bincount(indices)[indices]
-            weights /= weights.mean()
-        folds = split_folds(indices, groups)
-        # A covariance needs two images of a class in every fold, and folds that calibrate it.
-        has_pairs = [np.bincount(indices[train]).max() > 1 for train, _ in folds]
-        self.has_covariance_ = bool(folds) and all(has_pairs)
-
         candidates = list_candidates(features, self.layers, self.pooling)
+        folds = split_folds(indices, groups)
         self.num_folds_ = len(folds)
+
+        cross_validated = self.cross_validate(features, indices, candidates, folds)
+        self.choose(cross_validated, indices, groups)
+        self.refit(features, labels)
+        self.calibrate(cross_validated, features, indices, groups)
+        self.set_threshold(cross_validated, features)
+        return self
+
+    def cross_validate(
+        self,
+        features: TokenFeatures,
+        labels: np.ndarray,
+        candidates: Sequence[Candidate],
+        folds: Folds,
+    ) -> CrossValidated:
+        """Predict each image with the classifiers of its fold, which share the statistics of a token."""
+        logits = {each: np.full((len(labels), len(self.classes_)), np.nan) for each in candidates}
+        tokens_of_distances = {choose_statistics_tokens(features, each) for each in candidates}
+        distances = {each: np.full(len(labels), np.nan) for each in tokens_of_distances if each}
+        spreads: dict[Candidate, list[float]] = {each: [] for each in candidates}
+        has_covariance = self.has_covariance(labels)
+        for train, test in folds:
+            # groups may keep all images of a class in one fold
+            known = test[np.isin(labels[test], labels[train])]
+            left_out = {token: values[known] for token, values in features.items()}
+            in_fold = {token: values[train] for token, values in features.items()}
+            statistics = ClassStatistics.fit(
+                in_fold, labels[train], len(self.classes_), has_covariance
+            )
+            token_logits, mean_logits = {}, {}
+            for token in features:
+                token_statistics = statistics.select([token])
+                weight, bias = token_statistics.build_classifier(self.is_balanced)
+                token_logits[token] = left_out[token] @ weight.T + bias
+                mean_logits[token] = token_statistics.compute_mean_logits(weight, bias)
+            for candidate, values in logits.items():
+                tokens = candidate.tokens
+                values[known] = np.mean([token_logits[each] for each in tokens], axis=0)
+                of_means = np.mean([mean_logits[each] for each in tokens], axis=0)
+                spreads[candidate].append(measure_spread(of_means))
+            for tokens, own in distances.items():
+                own[known] = statistics.select(tokens).compute_distances(left_out)
+        return CrossValidated(logits, distances, spreads)
+
+    def choose(
+        self, cross_validated: CrossValidated, labels: np.ndarray, groups: np.ndarray | None
+    ) -> None:
+        """Choose the candidate with the lowest log loss; without folds, the simplest one."""
+        candidates = list(cross_validated.logits)
         self.candidate_ = candidates[0]
         self.table_: list[dict[str, Any]] = []
         self.estimate_: Estimate | None = None
         self.temperature_ = 1.0
-        self.losses_ = np.full(len(indices), np.nan)
-        self.out_of_fold_ = np.full((len(indices), len(self.classes_)), np.nan)
-        distances: dict[tuple[Token, ...], np.ndarray] = {}
-        if folds:
-            logits, distances, spreads = self.predict_left_out(features, indices, candidates, folds)
-            scores = [Score.of(each, logits[each], indices, weights) for each in candidates]
-            self.table_ = [score.build_record(weights) for score in scores]
-            # If losses are equal, the first one wins, because the simplest candidate comes first.
-            chosen = scores[int(np.argmin([row["loss"] for row in self.table_]))]
-            self.candidate_ = chosen.candidate
-            self.losses_ = chosen.losses
-            known = np.isfinite(chosen.losses)
-            self.out_of_fold_[known] = softmax(chosen.logits[known] / chosen.temperature, axis=1)
-            self.estimate_ = estimate_after_choice(
-                losses=np.stack([score.losses[known] for score in scores]),
-                is_right=np.stack([score.is_right[known] for score in scores]),
-                weights=weights[known],
-                groups=None if groups is None else groups[known],
-            )
-            self.temperature_ = chosen.temperature
+        self.losses_ = np.full(len(labels), np.nan)
+        self.out_of_fold_ = np.full((len(labels), len(self.classes_)), np.nan)
+        if not self.num_folds_:
+            return
 
-        self.refit(features, labels)
-        if folds and len(indices) <= FEW_IMAGES:
-            fold_spread = float(np.mean(spreads[self.candidate_]))
-            self.temperature_ *= self.extrapolate(
-                features, indices, groups, weights, chosen, fold_spread
-            )
-        # Distances out of fold: an image is closer to a mean that contains it than a new image
-        # would be.
-        known_distances = distances.get(choose_statistics_tokens(features, self.candidate_))
-        self.distance_threshold_ = None
-        if known_distances is not None:
-            known_distances = known_distances[np.isfinite(known_distances)]
-            if len(known_distances) >= MIN_DISTANCE_IMAGES:
-                self.distance_threshold_ = float(
-                    np.quantile(known_distances, KNOWN_RECALL, method="higher")
-                )
-        return self
+        weights = self.weigh(labels)
+        scores = [
+            Score.of(each, logits, labels, weights)
+            for each, logits in cross_validated.logits.items()
+        ]
+        self.table_ = [score.build_record(weights) for score in scores]
+        # If losses are equal, the first one wins, because the simplest candidate comes first.
+        chosen = scores[int(np.argmin([row["loss"] for row in self.table_]))]
+        self.candidate_ = chosen.candidate
+        self.temperature_ = chosen.temperature
+        self.losses_ = chosen.losses
+        known = np.isfinite(chosen.losses)
+        self.out_of_fold_[known] = softmax(chosen.logits[known] / chosen.temperature, axis=1)
+        self.estimate_ = estimate_after_choice(
+            losses=np.stack([score.losses[known] for score in scores]),
+            is_right=np.stack([score.is_right[known] for score in scores]),
+            weights=weights[known],
+            groups=None if groups is None else groups[known],
+        )
 
     def refit(self, features: TokenFeatures, labels: np.ndarray) -> "LinearProbe":
         """Fit what was chosen to all images, also to images that took no part in the choice."""
         self.classes_, indices = np.unique(labels, return_inverse=True)
         tokens = choose_statistics_tokens(features, self.candidate_)
         read = self.candidate_.tokens
-        fitted = self.fit_statistics(features, indices, tuple(dict.fromkeys([*tokens, *read])))
-        own = fitted.select(read)
-        self.weight_, self.bias_ = own.build_classifier(self.is_balanced_)
-        self.spread_ = measure_spread(own.compute_mean_logits(self.weight_, self.bias_))
+        fitted = ClassStatistics.fit(
+            {token: features[token] for token in dict.fromkeys([*tokens, *read])},
+            indices,
+            len(self.classes_),
+            self.has_covariance(indices),
+        )
+        self.weight_, self.bias_ = fitted.select(read).build_classifier(self.is_balanced)
         self.statistics_ = fitted.select(tokens) if tokens else None
         return self
 
-    def fit_statistics(
-        self, features: TokenFeatures, labels: np.ndarray, tokens: Sequence[Token]
-    ) -> ClassStatistics:
-        chosen = {token: features[token] for token in tokens}
-        return ClassStatistics.fit(chosen, labels, len(self.classes_), self.has_covariance_)
-
-    def extrapolate(
+    def calibrate(
         self,
+        cross_validated: CrossValidated,
         features: TokenFeatures,
         labels: np.ndarray,
         groups: np.ndarray | None,
-        weights: np.ndarray,
-        chosen: Score,
-        fold_spread: float,
-    ) -> float:
-        """Estimate how the temperature changes from the classifiers of folds to that of all images.
+    ) -> None:
+        """Extrapolate the temperature from the classifiers of folds to that of all images."""
+        if not self.num_folds_ or len(labels) > FEW_IMAGES:
+            return
+        fewer_temperature = None
+        if self.num_folds_ == NUM_FOLDS_OF_FEW:
+            fewer = self.cross_validate(
+                features, labels, [self.candidate_], split_folds(labels, groups, NUM_FOLDS)
+            )
+            logits = fewer.logits[self.candidate_]
+            fewer_temperature = Score.of(
+                self.candidate_, logits, labels, self.weigh(labels)
+            ).temperature
+        values = stack_tokens(features, self.candidate_.tokens)
+        means = compute_means(values, labels, np.bincount(labels))
+        self.temperature_ = extrapolate_temperature(
+            self.temperature_,
+            fewer_temperature,
+            spread=measure_spread(means @ self.weight_.T + self.bias_),
+            fold_spread=float(np.mean(cross_validated.spreads[self.candidate_])),
+        )
 
-        `fold_spread` is the mean spread of the logits of the folds (`measure_spread`).
+    def set_threshold(self, cross_validated: CrossValidated, features: TokenFeatures) -> None:
+        """Set the distance from which an image is unknown, if there are enough images."""
+        # Distances out of fold: an image is closer to a mean that contains it than a new image
+        # would be.
+        tokens = choose_statistics_tokens(features, self.candidate_)
+        distances = cross_validated.distances.get(tokens, np.array([]))
+        distances = distances[np.isfinite(distances)]
+        self.distance_threshold_ = None
+        if len(distances) >= MIN_DISTANCE_IMAGES:
+            self.distance_threshold_ = float(np.quantile(distances, KNOWN_RECALL, method="higher"))
+
+    @property
+    def is_balanced(self) -> bool:
+        return self.class_weight == "balanced"
+
+    def weigh(self, labels: np.ndarray) -> np.ndarray:
+        """Weight each image [N] in the log loss."""
+        if not self.is_balanced:
+            return np.ones(len(labels))
+        weights = 1 / np.bincount(labels)[labels]
+        return weights / weights.mean()
+
+    def has_covariance(self, labels: np.ndarray) -> bool:
+        """Decide whether to estimate a covariance.
+
+        It needs two images of a class in every fold, and folds that calibrate it.
         """
-        # With a handful of images per class, the logits of the classifier of all images are much
-        # smaller than those of the folds, to which the temperature was fitted. Constant features
-        # have no spread.
-        factor = min(1.0, self.spread_ / fold_spread) if self.spread_ > 1e-6 else 1.0
-        if len(split_folds(labels, groups)) < NUM_FOLDS_OF_FEW:
-            return factor
-        fewer = split_folds(labels, groups, NUM_FOLDS)
-        logits, _, _ = self.predict_left_out(features, labels, [chosen.candidate], fewer)
-        other = Score.of(chosen.candidate, logits[chosen.candidate], labels, weights)
-        # By this quotient, the temperature fell from classifiers of 80 % of the images to
-        # classifiers of 90 %. The same step again leads to all of them. It is limited, because the
-        # quotient of two temperatures from few images is mostly noise.
-        return min(factor, float(np.clip(chosen.temperature / other.temperature, 0.5, 1.0)))
-
-    def predict_left_out(
-        self,
-        features: TokenFeatures,
-        labels: np.ndarray,
-        candidates: Sequence[Candidate],
-        folds: Folds,
-    ) -> tuple[
-        dict[Candidate, np.ndarray],
-        dict[tuple[Token, ...], np.ndarray],
-        dict[Candidate, list[float]],
-    ]:
-        """Compute the out-of-fold logits of the candidates, which share the statistics of a token.
-
-        Also compute the distances for the tokens whose statistics the model of each would store, and
-        the spread of each candidate's logits in each fold.
-        """
-        logits = {each: np.full((len(labels), len(self.classes_)), np.nan) for each in candidates}
-        tokens_of_distances = {choose_statistics_tokens(features, each) for each in candidates}
-        distances = {each: np.full(len(labels), np.nan) for each in tokens_of_distances if each}
-        spreads: dict[Candidate, list[float]] = {each: [] for each in candidates}
-        for train, test in folds:
-            # groups may keep all images of a class in one fold
-            known = test[np.isin(labels[test], labels[train])]
-            left_out = {token: values[known] for token, values in features.items()}
-            in_fold = {token: values[train] for token, values in features.items()}
-            statistics = self.fit_statistics(in_fold, labels[train], tuple(features))
-            token_logits, mean_logits = {}, {}
-            for token in features:
-                token_statistics = statistics.select([token])
-                weight, bias = token_statistics.build_classifier(self.is_balanced_)
-                token_logits[token] = left_out[token] @ weight.T + bias
-                mean_logits[token] = token_statistics.compute_mean_logits(weight, bias)
-            for candidate, values in logits.items():
-                values[known] = np.mean([token_logits[each] for each in candidate.tokens], axis=0)
-                spreads[candidate].append(
-                    measure_spread(
-                        np.mean([mean_logits[each] for each in candidate.tokens], axis=0)
-                    )
-                )
-            for tokens, own in distances.items():
-                own[known] = statistics.select(tokens).compute_distances(left_out)
-        return logits, distances, spreads
+        return bool(self.num_folds_ and np.bincount(labels).max() > 2)
 
     def predict_proba(self, features: TokenFeatures | np.ndarray) -> np.ndarray:
         """Predict probabilities [N, K] from the features [N, D] of each token."""
@@ -339,11 +369,6 @@ class LinearProbe(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     def predict(self, features: TokenFeatures | np.ndarray) -> np.ndarray:
         """Predict the most probable label [N] of each image."""
         return self.classes_[self.predict_proba(features).argmax(axis=1)]
-
-
-def measure_spread(logits: np.ndarray) -> float:
-    """Measure the spread of logits [N, K]: the standard deviation from the mean of each image."""
-    return float((logits - logits.mean(axis=1, keepdims=True)).std())
 
 
 def to_tokens(features: TokenFeatures | np.ndarray) -> TokenFeatures:

@@ -48,16 +48,16 @@ class DistillationHead:
         first: LinearProbe,
         labels: np.ndarray,
         groups: np.ndarray,
-        class_weight: str | None,
     ) -> "DistillationHead":
         """Fit the head to the distillation tokens of the layers that the first head reads.
 
         Args:
             tokens: features [N, D] of the distillation tokens of each layer.
             first: the fitted classifier of the same images.
-            labels, groups, class_weight: as in `LinearProbe.fit`.
+            labels, groups: as in `LinearProbe.fit`.
         """
-        probe = LinearProbe(first.candidate_.layers).fit(tokens, labels, groups, class_weight)
+        layers = first.candidate_.layers
+        probe = LinearProbe(layers, class_weight=first.class_weight).fit(tokens, labels, groups)
         known = np.isfinite(first.losses_) & np.isfinite(probe.losses_)
         if not known.any():
             return cls(probe, "cls", {}, first.out_of_fold_, None)

@@ -169,7 +169,7 @@ class Probe:
         processor: image processor. The probe may change its geometry.
         build_pass: returns a `FrozenPass` for images and a layout.
         resize, pooling, pooled_layers: settings of the user, which are not searched; None to choose.
-        class_weight: as in `LinearProbe.fit`.
+        class_weight: as in `LinearProbe`.
     """
 
     model: Any
@@ -304,8 +304,8 @@ class Probe:
         # The matrices are small: with more threads, the fits take more time in total.
         with report_work("cross-validation"), threadpool_limits(limits=1):
             tokens, _ = split_kinds(features.get_tokens())
-            return LinearProbe(self.layers, self.pooling).fit(
-                tokens, features.labels, features.groups, self.class_weight
+            return LinearProbe(self.layers, self.pooling, self.class_weight).fit(
+                tokens, features.labels, features.groups
             )
 
     def fit_second_head(self, chosen: LinearProbe, features: Features) -> DistillationHead | None:
@@ -314,9 +314,7 @@ class Probe:
         if not tokens:
             return None
         with threadpool_limits(limits=1):
-            return DistillationHead.fit(
-                tokens, chosen, features.labels, features.groups, self.class_weight
-            )
+            return DistillationHead.fit(tokens, chosen, features.labels, features.groups)
 
     def refit(
         self, chosen: LinearProbe, second: DistillationHead | None, features: Features

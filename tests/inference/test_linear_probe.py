@@ -70,7 +70,7 @@ def test_balanced_weights_find_more_images_of_a_small_class() -> None:
     }
     recalls = []
     for class_weight in (None, "balanced"):
-        probe = LinearProbe().fit(weak, labels[rows], class_weight=class_weight)
+        probe = LinearProbe(class_weight=class_weight).fit(weak, labels[rows])
         recalls.append((probe.predict(weak)[labels[rows] == 1] == 1).mean())
     assert recalls[1] >= recalls[0]
 

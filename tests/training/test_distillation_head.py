@@ -110,9 +110,7 @@ def test_the_choice_between_heads_is_that_of_the_log_loss_out_of_fold() -> None:
     noisy, clear = (signal + scale * generator.normal(size=(120, 3)) for scale in (6, 1.5))
     for cls_features, own, best in ((noisy, clear, "distillation"), (clear, noisy, "cls")):
         first = LinearProbe().fit({(-1, "cls"): cls_features}, labels)
-        head = DistillationHead.fit(
-            {(-1, "distillation"): own}, first, labels, np.arange(120), None
-        )
+        head = DistillationHead.fit({(-1, "distillation"): own}, first, labels, np.arange(120))
         assert head.inference in (best, "mean")
         assert head.losses[head.inference] == min(head.losses.values())
         assert np.nanmean(-np.log(head.out_of_fold[np.arange(120), labels])) == pytest.approx(
