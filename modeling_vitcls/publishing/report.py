@@ -19,13 +19,12 @@ from ..analysis.inspection import Inspection, inspect_model, read_images, select
 from ..analysis.photo import measure_photo
 from ..analysis.report import ShownPhoto, write_page
 from ..analysis.sheet import draw_sheet
-from ..data.options import DataOptions
-from ..data.splits import TrainingData, load_training_data
+from ..data.splits import TrainingData
 from ..hub.model_files import REPORT_FILE
 from ..hub.model_folder import ModelFolder
 from ..model import modeling_vitcls
-from ..runtime.flags import get_flag_fields
 from ..runtime.progress import track
+from ..training.run_folder import load_run_data
 from .card import has_token_effects
 from .card_images import write_card_images
 from .wrong_photos import (
@@ -57,7 +56,9 @@ def write_report(folder: ModelFolder, warn: Callable[[str], None]) -> str | None
     photos: list[ShownPhoto] = []
     name = folder.path.resolve().name
     with convert_errors(warn, f"{REPORT_FILE} could not be written"):
-        data = load_run_data(folder) if folder.results else None
+        # Without a record of the run, there is nothing to read the images from.
+        has_data = bool(folder.results) and "dataset" in folder.flags
+        data = load_run_data(folder, folder.flags["dataset"]) if has_data else None
         rows = read_predictions(folder)
         if data is not None and (len(data.held_out) or rows is not None):
             found = find_photos(data)
@@ -155,18 +156,3 @@ def convert_errors(warn: Callable[[str], None], message: str) -> Iterator[None]:
         yield
     except Exception as error:  # A run does not fail by its report: its model is written
         warn(f"{message}: {' '.join(str(error).split()) or type(error).__name__}")
-
-
-def load_run_data(folder: ModelFolder) -> TrainingData | None:
-    """Load the data of the run that wrote a folder; None without a record of the run."""
-    if "dataset" not in folder.flags:
-        return None
-    values: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value
-        for name, value in folder.flags.items()
-        if name in get_flag_fields(DataOptions)
-    }
-    use_labels = folder.architecture != "ViTCLSForMaskedImageModeling"
-    return load_training_data(
-        DataOptions(**values), folder.flags.get("select") == "best", use_labels
-    )

@@ -16,7 +16,7 @@ from accelerate.utils import set_seed
 
 from ..data.image_folder import check_output_is_not_read
 from ..data.sources import load_on_main
-from ..data.splits import divide_images, load_undivided_images
+from ..data.splits import divide_images
 from ..hub.local_paths import resolve_name
 from ..hub.model_files import METRICS_FILE
 from ..hub.model_folder import ModelFolder
@@ -32,7 +32,13 @@ from .plan import plan_run
 from .pretrain import PreTraining
 from .reporter import Reporter
 from .resume import build_run_record, convert_sources
-from .run_folder import CHECKPOINTS_FOLDER, check_finished, find_run, prepare_folder
+from .run_folder import (
+    CHECKPOINTS_FOLDER,
+    check_finished,
+    find_run,
+    load_run_data,
+    prepare_folder,
+)
 from .run_inputs import load
 from .run_results import build_results, print_result
 from .save import save_output
@@ -143,16 +149,9 @@ def clean_up_finished(asked: TrainOptions, store: CheckpointStore, reporter: Rep
         ValueError, OSError: if they have changed, or cannot be read.
     """
     folder = ModelFolder(asked.output_dir)
-    results = folder.results_of_any_weights
-    # Read as the run has read them: a test split may have come since.
-    load_images = partial(
-        load_undivided_images,
-        asked,
-        reads_all=results["held_out_split"] == "test",
-        use_labels=bool(results["data"]["classes"]),
-    )
     # The photos and labels may have changed since, although the flags are the same.
-    check_finished(folder, load_on_main(asked.dataset, load_images))
+    load_data = partial(load_run_data, folder, asked.dataset)
+    check_finished(folder, load_on_main(asked.dataset, load_data))
     shutil.rmtree(folder.path / STAGING_FOLDER, ignore_errors=True)
     if asked.keep_checkpoints is None:
         store.clear()

@@ -20,8 +20,14 @@ from typing import Any
 
 import yaml
 
-from ..data.sources import Splits
-from ..data.splits import describe_change, describe_data, divide_images
+from ..data.options import DataOptions
+from ..data.splits import (
+    TrainingData,
+    describe_change,
+    describe_data,
+    divide_images,
+    load_undivided_images,
+)
 from ..hub.local_paths import is_local, split_prefix
 from ..hub.model_files import (
     CONFIG_FILE,
@@ -37,6 +43,7 @@ from ..hub.model_files import (
 from ..hub.model_folder import ModelFolder
 from ..runtime.errors import format_name_list
 from ..runtime.files import read_json, read_text, write_atomically
+from ..runtime.flags import get_flag_fields
 from ..runtime.staging import STAGING_FOLDER
 from .checkpoints import Checkpoint, CheckpointStore
 from .resume import (
@@ -124,20 +131,17 @@ def read_finished_flags(folder: Path) -> FlagsRecord:
     return {"flags": flags | unset, "chosen": chosen, "config": read_json(folder / CONFIG_FILE)}
 
 
-def check_finished(folder: ModelFolder, images: Splits) -> None:
+def check_finished(folder: ModelFolder, data: TrainingData) -> None:
     """Raise ValueError if a finished run has lost its weights, or had other images or labels.
 
     Args:
         folder: output folder.
-        images: what a new run would read.
+        data: what `load_run_data` reads today.
     """
     results = folder.results_of_any_weights
     problem = None
     if hash_weights(folder.path) != results.get("weights_sha256"):
         problem = "its weights are missing or have changed"
-    data = divide_images(
-        images, folder.flags["held_out_fraction"], folder.flags["select"] == "best"
-    )
     if change := describe_change(results["data"], describe_data(data)):
         problem = f"the dataset has changed since: {change}"
     if problem is not None:
@@ -145,6 +149,29 @@ def check_finished(folder: ModelFolder, images: Splits) -> None:
             f"`resume=True`: the run in {folder.path} is finished, but {problem}. Choose a different "
             "`output_dir`, or set `overwrite=True` without `resume`"
         )
+
+
+def load_run_data(folder: ModelFolder, dataset: str) -> TrainingData:
+    """Read the images and labels of a finished run again, and divide them as the run did.
+
+    Args:
+        folder: its folder.
+        dataset: where the dataset is now.
+
+    Raises:
+        ValueError, OSError: if the dataset cannot be read.
+    """
+    flags = folder.flags
+    results = folder.results_of_any_weights
+    values = {name: flags[name] for name in get_flag_fields(DataOptions) if name in flags}
+    options = DataOptions(**values | {"dataset": dataset})
+    images = load_undivided_images(
+        options,
+        # A test split that the run did not read may have come since.
+        reads_all=results.get("held_out_split") == "test",
+        use_labels=bool(results.get("data", {}).get("classes", True)),
+    )
+    return divide_images(images, options.held_out_part, flags.get("select") == "best")
 
 
 def check_sources_not_removed(folder: Path, sources: Mapping[str, str | None]) -> None:

@@ -20,8 +20,9 @@ from modeling_vitcls import (
 from modeling_vitcls.hub.model_folder import ModelFolder
 from modeling_vitcls.publishing.after_run import finish_run
 from modeling_vitcls.publishing.card import write_card
-from modeling_vitcls.publishing.report import load_run_data, write_report
+from modeling_vitcls.publishing.report import write_report
 from modeling_vitcls.runtime.files import read_json
+from modeling_vitcls.training.run_folder import load_run_data
 
 
 SMALL: dict[str, Any] = {
@@ -79,7 +80,7 @@ def test_the_report_shows_photos_of_all_classes_of_all_predictions(tmp_path: Pat
         {"steps": 0, "forward_flops_per_image": 1e11},
         {"dataset": str(tmp_path / "photos")},
     )
-    names = load_run_data(ModelFolder(run)).held_out.images.get_names()
+    names = load_run_data(ModelFolder(run), str(tmp_path / "photos")).held_out.images.get_names()
     labels = [Path(name).parent.name for name in names]
     predictions = ["noon" if label == "dusk" else label for label in labels]
     rows = {"image": names, "label": labels, "prediction": predictions}
@@ -89,6 +90,16 @@ def test_the_report_shows_photos_of_all_classes_of_all_predictions(tmp_path: Pat
     assert write_report(ModelFolder(run), pytest.fail) is not None
     captions = re.findall(r"<strong>(\w+ → \w+)</strong>", (run / "report.html").read_text())
     assert set(captions) == {"dusk → noon", "noon → noon", "x → x"}
+
+
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_the_report_reads_the_images_that_measured_the_run(split: str, tmp_path: Path) -> None:
+    """A frozen run trains on the validation split, too, and is measured on the test split."""
+    for name in ("train", "validation", "test"):
+        write_photos(tmp_path / "photos" / name, range(4), "dusk", "noon", "x")
+    run = write_run_folder(tmp_path / "run", {"held_out_split": split})
+    data = load_run_data(ModelFolder(run), str(tmp_path / "photos"))
+    assert {Path(name).parts[0] for name in data.held_out.images.get_names()} == {split}
 
 
 def test_an_error_of_the_report_is_a_warning(
