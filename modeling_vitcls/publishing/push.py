@@ -64,7 +64,9 @@ class PushResult:
     repo_id: str  # `namespace/name`
     commit: str  # The hash, 40 hexadecimal digits
     url: str  # URL of the commit
+    files: Mapping[str, Path | bytes]  # What was pushed: name in the repository -> path or content
     is_private: bool = False
+    is_gated: bool = False
 
     @property
     def summary(self) -> str:
@@ -233,7 +235,14 @@ def upload_files(
             f"the push to {repo_id} failed: {format_hub_error(error)}. {advice}"
         ) from error
     path = f"spaces/{repo_id}" if repo_type == "space" else f"{repo_id}/commit/{commit.oid}"
-    return PushResult(repo_id, commit.oid, f"{constants.ENDPOINT}/{path}", bool(info.private))
+    return PushResult(
+        repo_id,
+        commit.oid,
+        url=f"{constants.ENDPOINT}/{path}",
+        files=files,
+        is_private=bool(info.private),
+        is_gated=bool(getattr(info, "gated", False)),  # A Space has no gate
+    )
 
 
 def keep_edited_card(

@@ -101,59 +101,76 @@ def verify(repo_id: str, revision: str = "main", folder: ModelFolder | None = No
     """
     check_is_online()
     commit = resolve_commit(repo_id, revision)
+    if folder is not None:
+        files = collect_files(folder, repo_id)
+        # The card depends on flags of the push, such as the license, which are not known here.
+        del files[CARD_FILE]
+        return compare_with_folder(commit, files, folder)
 
-    with (
-        tempfile.TemporaryDirectory(prefix="vitcls-verify-") as temporary_path,
-        silence_transformers(),
-    ):
-        if folder is None:
-            path = download_files(
-                repo_id, commit.sha, VERIFIED_PATTERNS, folder=Path(temporary_path, "files")
-            )
-            names = {file.relative_to(path): file for file in path.rglob("*") if file.is_file()}
-            # huggingface_hub writes files about the download, too.
-            files: dict[str, Path | bytes] = {
-                name.as_posix(): names[name] for name in names if name.parts[0] != ".cache"
-            }
-            check_hashes(commit, files)
-            reference = ModelFolder(path, f"{repo_id} at {commit.sha}")
-        else:
-            reference = folder
-            files = collect_files(folder, repo_id)
-            # The card depends on flags of the push, such as the license, which are not known here.
-            del files[CARD_FILE]
-            check_hashes(commit, files, folder)
+    with tempfile.TemporaryDirectory(prefix="vitcls-verify-") as temporary_path:
+        path = download_files(repo_id, commit.sha, VERIFIED_PATTERNS, folder=Path(temporary_path))
+        names = {file.relative_to(path): file for file in path.rglob("*") if file.is_file()}
+        # huggingface_hub writes files about the download, too.
+        downloaded: dict[str, Path | bytes] = {
+            name.as_posix(): names[name] for name in names if name.parts[0] != ".cache"
+        }
+        check_hashes(commit, downloaded, "damaged on the Hub", "Push the model again")
+        reference = ModelFolder(path, f"{repo_id} at {commit.sha}")
+        reference_name = f"the same files with modeling_vitcls {__version__}"
+        return compare_with_reference(commit, downloaded, reference, reference_name)
 
+
+def compare_with_folder(
+    commit: HubCommit, files: Mapping[str, Path | bytes], folder: ModelFolder
+) -> str:
+    """Compare a commit with the folder from which its files were pushed; return the report."""
+    problem = f"missing or different from {folder.path}"
+    check_hashes(commit, files, problem, f"Push {folder.path} again")
+    return compare_with_reference(commit, files, folder, str(folder.path))
+
+
+def compare_with_reference(
+    commit: HubCommit, files: Mapping[str, Path | bytes], reference: ModelFolder, name: str
+) -> str:
+    """Compare the outputs of a commit, whose files have the right hashes, with a reference.
+
+    Args:
+        commit: The commit, which a new process loads.
+        files: The files of the commit.
+        reference: The model whose outputs are right.
+        name: The name of the reference in the report.
+    """
+    trust_remote_code = not reference.is_native
+    with silence_transformers():
         # AutoBackbone queries the Hub even for a local folder.
         expected_outputs, _ = collect_outputs(
             str(reference.path), {"trust_remote_code": False}, ViTCLSBackbone
         )
-        trust_remote_code = not reference.is_native
-        # The reference is computed by this package's code, so a reader should know whether the
-        # published code is the same.
-        code = compare_code(files) if trust_remote_code else "no code"
-        # After the hashes: if files are damaged, their code is not run.
-        outputs, report = run_verification_script(commit, Path(temporary_path), trust_remote_code)
+    # The reference is computed by this package's code, so a reader should know whether the
+    # published code is the same.
+    code = compare_code(files) if trust_remote_code else "no code"
+    # After the hashes: if files are damaged, their code is not run.
+    outputs, report = run_verification_script(commit, trust_remote_code)
 
     if report["missing"]:
         raise VerificationError(
-            f"{repo_id} at {commit.sha} lacks the weights {', '.join(report['missing'])}"
+            f"{commit.repo_id} at {commit.sha} lacks the weights {', '.join(report['missing'])}"
         )
-    differences = compare_outputs(repo_id, outputs, expected_outputs)
+    differences = compare_outputs(commit.repo_id, outputs, expected_outputs)
 
     class_names = report["classes"]
     width = max(map(len, differences))
     auto_class = next(name for name in reversed(class_names) if name != "AutoImageProcessor")
     trust = ", trust_remote_code=True" if trust_remote_code else ""
     lines = [
-        f"verified: {repo_id} at {commit.sha}",
+        f"verified: {commit.repo_id} at {commit.sha}",
         f"  {len(files)} files match their hashes; {code}",
         "  outputs in float32 of a new process (empty cache, no modeling_vitcls), compared with "
-        f"{folder.path if folder else f'the same files with modeling_vitcls {__version__}'}:",
+        f"{name}:",
         *(
             "    "
-            f"{name:{width}}  {class_names.get(name, ''):30}  largest difference {difference:.1e}"
-            for name, difference in differences.items()
+            f"{each:{width}}  {class_names.get(each, ''):30}  largest difference {difference:.1e}"
+            for each, difference in differences.items()
         ),
         f"  limit {TOLERANCE:g}; "
         + ", ".join(f"{name} {value}" for name, value in get_versions("huggingface_hub").items()),
@@ -163,34 +180,35 @@ def verify(repo_id: str, revision: str = "main", folder: ModelFolder | None = No
             if trust
             else ":"
         ),
-        f'  {auto_class}.from_pretrained("{repo_id}", revision="{commit.sha}"{trust})',
+        f'  {auto_class}.from_pretrained("{commit.repo_id}", revision="{commit.sha}"{trust})',
     ]
     return "\n".join(lines)
 
 
-def verify_push(push_result: PushResult, folder: ModelFolder) -> str:
+def verify_push(pushed: PushResult, folder: ModelFolder) -> str:
     """Verify the model that was pushed from `folder`, and return the report.
 
     Raises:
         OSError: If the verification fails. The message is a single line and ends with the command
             that repeats the verification.
     """
+    commit = HubCommit(pushed.repo_id, pushed.commit, pushed.is_private or pushed.is_gated)
     try:
-        return verify(push_result.repo_id, push_result.commit, folder)
+        return compare_with_folder(commit, pushed.files, folder)
     except (ValueError, OSError) as error:
-        command = f"vitcls push --verify-only {push_result.repo_id}@{push_result.commit}"
+        command = f"vitcls push --verify-only {pushed.repo_id}@{pushed.commit}"
         raise OSError(
             f"the model was pushed, but not verified: {error}. The model is saved in {folder.path} "
-            f"and published at {push_result.url}. Repeat the verification with: {command}"
+            f"and published at {pushed.url}. Repeat the verification with: {command}"
         ) from error
 
 
 def check_hashes(
-    commit: HubCommit, files: Mapping[str, Path | bytes], pushed: ModelFolder | None = None
+    commit: HubCommit, files: Mapping[str, Path | bytes], problem: str, remedy: str
 ) -> None:
     """Raise VerificationError unless files have the hashes of the files on the Hub.
 
-    `pushed` is the local folder of the model, if it was pushed from this machine.
+    `problem` is what the other files are, and `remedy` what to do about it.
     """
     try:
         with set_hub_timeout(TIMEOUT):
@@ -205,12 +223,8 @@ def check_hashes(
         if name not in entries or not has_content(entries[name], content)
     ]
     if names:
-        problem = (
-            "damaged on the Hub" if pushed is None else f"missing or different from {pushed.path}"
-        )
         raise VerificationError(
-            f"files in {commit.repo_id} at {commit.sha} are {problem}: {', '.join(names)}. Push "
-            f"{pushed.path if pushed else 'the model'} again"
+            f"files in {commit.repo_id} at {commit.sha} are {problem}: {', '.join(names)}. {remedy}"
         )
 
 
@@ -242,14 +256,14 @@ def compare_code(files: Mapping[str, Path | bytes]) -> str:
 
 
 def run_verification_script(
-    commit: HubCommit, temporary_folder: Path, trust_remote_code: bool
+    commit: HubCommit, trust_remote_code: bool
 ) -> tuple[Outputs, dict[str, Any]]:
     """Run verification_script.py once in a new process, and return the outputs and the report.
 
     Raise VerificationError if the process fails.
     """
     error_prefix = f"a new process cannot load {commit.repo_id} at {commit.sha}"
-    with tempfile.TemporaryDirectory(dir=temporary_folder) as home_folder:
+    with tempfile.TemporaryDirectory(prefix="vitcls-verify-") as home_folder:
         target = Path(home_folder, "outputs")
         target.mkdir()
 
