@@ -63,9 +63,9 @@ from .model_files import (
 # needed.
 MODEL_FILE_PATTERNS = (*CONFIG_FILES, *WEIGHTS_PATTERNS, ADAPTER_FILE)
 
-TIMEOUT = 6.0  # maximum time without a response, in seconds
-COMMIT_TIMEOUT = 60.0  # maximum time without a response for the files of a commit, in seconds
-RETRY_WAIT = 1.0  # wait before the only retry, after an error of the server, in seconds
+TIMEOUT = 6.0  # Maximum time without a response, in seconds
+COMMIT_TIMEOUT = 60.0  # Maximum time without a response for the files of a commit, in seconds
+RETRY_WAIT = 1.0  # Wait before the only retry, after an error of the server, in seconds
 
 RepoType = Literal["model", "dataset"]
 PATH_NOUNS: dict[RepoType, str] = {"model": "folder", "dataset": "file or folder"}
@@ -78,8 +78,8 @@ class HubCommit:
     """A commit on the Hub."""
 
     repo_id: str  # `namespace/name`
-    sha: str  # commit hash, 40 hexadecimal digits
-    # whether a download requires a token, because the repository is private or gated
+    sha: str  # Commit hash, 40 hexadecimal digits
+    # Whether a download requires a token, because the repository is private or gated
     needs_token: bool
 
 
@@ -129,7 +129,7 @@ def get_external_model_folder(source: str) -> str:
     It includes pickled weights if no safetensors files exist.
     """
     folder = get_model_folder(source)
-    # pickles may be large, so they are downloaded only if nothing else is there
+    # Pickles may be large, so they are downloaded only if nothing else is there
     if not any(Path(folder).glob("*.safetensors")):
         folder = get_model_folder(source, (*MODEL_FILE_PATTERNS, *PICKLED_WEIGHTS_PATTERNS))
     for pattern in ("*.safetensors", "*.bin"):
@@ -198,7 +198,7 @@ def fall_back_to_cache(
     try:
         with force_offline():
             yield None
-    except (OSError, ValueError) as error:  # of libraries, about files that are not in the cache
+    except (OSError, ValueError) as error:  # Of libraries, about files that are not in the cache
         name = repo_id if revision is None else f"{repo_id}@{revision}"
         raise OSError(
             f"{name} is not a {PATH_NOUNS[repo_type]} and is missing or incomplete in the cache, "
@@ -266,7 +266,7 @@ def download_model(repo_id: str, patterns: Sequence[str], revision: str | None) 
     with nullcontext() if is_first_process else hide_hub_progress_bars():
         folder = download_files(repo_id, revision, patterns, TIMEOUT)
     if not (folder / CONFIG_FILE).is_file():
-        if is_offline_mode():  # only other files are in the cache
+        if is_offline_mode():  # Only other files are in the cache
             raise OSError(describe_incomplete_cache(repo_id, revision))
         raise OSError(
             f"{repo_id} does not contain a model, because {CONFIG_FILE} is missing. Check the name"

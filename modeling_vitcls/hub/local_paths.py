@@ -20,7 +20,7 @@ from typing import Any
 
 # scikit-learn's digits need no download, so examples and tests work without a network.
 BUILT_IN_DATASET = "digits"
-RELATIVE_PREFIXES = ("./", "../")  # prefixes of relative paths; no Hub id starts with a dot
+RELATIVE_PREFIXES = ("./", "../")  # Prefixes of relative paths; no Hub id starts with a dot
 
 
 def is_built_in_dataset(dataset: str) -> bool:
@@ -60,7 +60,7 @@ def make_relative(name: Any) -> Any:
     prefix, path = split_prefix(name)
     try:
         relative_path = Path(os.path.relpath(path)).as_posix()
-    except ValueError:  # the paths are on different Windows drives
+    except ValueError:  # The paths are on different Windows drives
         return name
     # Without `./`, the folder `data/teach` would look like a model of the user `data`.
     return prefix + (

@@ -106,5 +106,5 @@ def check_weight_files(source: str, folder: Path) -> None:
 
     for name in list_weight_files(folder):
         if (folder / name).exists():
-            # otherwise, safetensors reports a file without read permission as missing
+            # Otherwise, safetensors reports a file without read permission as missing
             open_regular_file(folder / name).close()

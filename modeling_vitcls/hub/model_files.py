@@ -24,13 +24,13 @@ CONFIG_FILES = (CONFIG_FILE, PROCESSOR_FILE)
 # Settings in these files that do not change outputs.
 UNMEASURED_SETTINGS = ("auto_map", "transformers_version", "_name_or_path")
 RESULTS_FILE = "results.json"
-RECIPE_FILE = "config.resolved.yaml"  # the flags of a run
-SPLITS_FILE = "splits.parquet"  # content key and split of each image that a run saw
-PREDICTIONS_FILE = "predictions.parquet"  # predictions of the held-out images
+RECIPE_FILE = "config.resolved.yaml"  # The flags of a run
+SPLITS_FILE = "splits.parquet"  # Content key and split of each image that a run saw
+PREDICTIONS_FILE = "predictions.parquet"  # Predictions of the held-out images
 METRICS_FILE = "metrics.jsonl"
-PARITY_REPORT_FILE = "parity_report.json"  # parity report of a conversion
-CERTIFICATE_FILE = "certificate.json"  # which outputs of an earlier model did not change
-ADDITIONS_KEY = "additions"  # added tasks and classes in results.json: name of the head -> record
+PARITY_REPORT_FILE = "parity_report.json"  # Parity report of a conversion
+CERTIFICATE_FILE = "certificate.json"  # Which outputs of an earlier model did not change
+ADDITIONS_KEY = "additions"  # Added tasks and classes in results.json: name of the head -> record
 CARD_FILE = "README.md"
 REPORT_FILE = "report.html"  # HTML report with held-out images
 IMAGES_FOLDER = "images"
@@ -38,7 +38,7 @@ IMAGES_FOLDER = "images"
 SAMPLE_IMAGES_FILE = f"{IMAGES_FOLDER}/attention.png"
 CODE_PATTERN = "*_vitcls.py"
 WEIGHTS_FILE = "model.safetensors"
-INDEX_FILE = f"{WEIGHTS_FILE}.index.json"  # which file contains which weight, if there are several
+INDEX_FILE = f"{WEIGHTS_FILE}.index.json"  # Which file contains which weight, if there are several
 WEIGHTS_PATTERNS = (WEIGHTS_FILE, "model-*-of-*.safetensors", INDEX_FILE)
 # Pickled weight files, which older models from other projects contain.
 PICKLED_WEIGHTS_PATTERNS = (
@@ -78,7 +78,7 @@ REQUIRED_PATTERNS = (
     CERTIFICATE_FILE,
 )
 RESULT_IMAGE_PATTERNS = (SAMPLE_IMAGES_FILE, f"{IMAGES_FOLDER}/confusion_matrix*.png")
-GRAPH_FILE = "model.onnx"  # that `vitcls export` writes to a folder
+GRAPH_FILE = "model.onnx"  # That `vitcls export` writes to a folder
 # Files of `vitcls export`: FILE.json is the report of FILE, and FILE.data has large weights.
 EXPORT_PATTERNS = ("*.onnx", "*.onnx.json", "*.onnx.data")
 # Files that a run writes at the end, and exports of them, in the order in which they are removed;
@@ -187,7 +187,7 @@ def list_export_files(folder: Path) -> list[str]:
     for report_file in sorted(folder.glob("*.onnx.json")):
         try:
             files = read_json(report_file).get("sha256")
-        except ValueError:  # not a report
+        except ValueError:  # Not a report
             continue
         graph = report_file.stem
         if isinstance(files, dict):

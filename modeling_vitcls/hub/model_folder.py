@@ -66,8 +66,8 @@ HEADS = {
     "decoder",
 }
 
-PATCH_PROJECTION = "embeddings.patch_embeddings.projection.weight"  # in every model
-SOURCE_FLAGS = ("dataset", "model", "teacher")  # flags that may contain local paths
+PATCH_PROJECTION = "embeddings.patch_embeddings.projection.weight"  # In every model
+SOURCE_FLAGS = ("dataset", "model", "teacher")  # Flags that may contain local paths
 # Names or prefixes of the flags that are not published: the destination of a push, and how the run
 # was started
 PRIVATE_FLAGS = ("push_to_hub", "hub_", "resume", "overwrite")
@@ -145,7 +145,7 @@ class ModelFolder:
     def load_processor(self) -> ViTCLSImageProcessor:
         """Load the image processor; without its file, build the default one with a warning."""
         if not self.has_processor:
-            # as in folders that Trainer or PEFT wrote, which save only the model
+            # As in folders that Trainer or PEFT wrote, which save only the model
             config = self.config
             height, width = config.image_height_width
             is_rgb = config.num_channels == 3
@@ -187,7 +187,7 @@ class ModelFolder:
         self.weights_sha256  # noqa: B018  # results name the weights that are read here
         self.warn_about_edited_settings()
 
-        # without transformers' warnings about missing and unused weights
+        # Without transformers' warnings about missing and unused weights
         with silence_transformers():
             model, loading_info = model_class.from_pretrained(
                 self.path, output_loading_info=True, **arguments
@@ -381,7 +381,7 @@ class ModelFolder:
 
         It is read from results.json or the parity report, or else from the card.
         """
-        # also valid for weights that were changed afterwards
+        # Also valid for weights that were changed afterwards
         for content in (self.results_of_any_weights, self.read_saved(PARITY_REPORT_FILE)):
             if "provenance" in content:
                 values = content["provenance"]

@@ -36,15 +36,15 @@ LICENSE_LINKS = {
 class Provenance:
     """Name, base model and license of a source model, for the card of a derived model."""
 
-    name: str  # public name: a Hub id, a timm name, or the last component of a local path
-    # the Hub id or ids for `base_model` in a card; None if unknown
+    name: str  # Public name: a Hub id, a timm name, or the last component of a local path
+    # The Hub id or ids for `base_model` in a card; None if unknown
     base_model: str | list[str] | None = None
     # One or more Hub license identifiers; `other` requires a name and a link.
     license: str | list[str] | None = None
-    license_name: str | None = None  # name of an `other` license
+    license_name: str | None = None  # Name of an `other` license
     # URL of the text of an `other` license, or the name of one of `license_files`
     license_link: str | None = None
-    # local files with the license text
+    # Local files with the license text
     license_files: tuple[Path, ...] = field(default=(), repr=False)
 
     @property
@@ -120,7 +120,7 @@ def find_provenance(source: str) -> Provenance:
 
     try:
         card_metadata = metadata_load(folder / CARD_FILE) or {}
-    except (OSError, ValueError, yaml.YAMLError):  # no readable card
+    except (OSError, ValueError, yaml.YAMLError):  # No readable card
         card_metadata = {}
 
     provenance = Provenance(
@@ -168,7 +168,7 @@ def find_timm_provenance(name: str) -> Provenance:
     import timm
 
     config = None
-    with suppress(RuntimeError):  # there is no timm model with this name
+    with suppress(RuntimeError):  # There is no timm model with this name
         config = timm.get_pretrained_cfg(name)
     if config is None:
         return provenance

@@ -54,7 +54,7 @@ class GraphedFunction:
         except RuntimeError as error:
             self.is_enabled = False
             reason = str(error).splitlines()[0]
-            # once, although each evaluation of a run records again
+            # Once, although each evaluation of a run records again
             logger.warning_once(
                 f"without CUDA graphs, because this model cannot be recorded: {reason}"
             )
@@ -68,13 +68,13 @@ def record_graph(
     """Record a function of images [B, C, H, W] as a CUDA graph, and return what replays it."""
     inputs = images.clone()
     graph = torch.cuda.CUDAGraph()
-    # other threads may use the GPU meanwhile
+    # Other threads may use the GPU meanwhile
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         outputs = function(inputs)
 
     def replay(images: torch.Tensor) -> Any:
         inputs.copy_(images)
         graph.replay()
-        return recursively_apply(torch.clone, outputs)  # the next replay overwrites the outputs
+        return recursively_apply(torch.clone, outputs)  # The next replay overwrites the outputs
 
     return replay

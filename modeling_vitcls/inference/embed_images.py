@@ -23,7 +23,7 @@ from .predict import PREDICTION_BATCH_SIZE, Predictor, get_num_workers
 from .prediction_rows import FeatureColumns
 
 
-IMAGE_COLUMNS = ("image", "bytes", "path")  # column names of images in Ray, Spark and `datasets`
+IMAGE_COLUMNS = ("image", "bytes", "path")  # Column names of images in Ray, Spark and `datasets`
 
 
 class EmbedImages:
@@ -68,7 +68,7 @@ class EmbedImages:
         self.resize = resize
         self.device = device
         self.predictor: Predictor | None = None
-        self.files = ""  # what a local model was when it was loaded
+        self.files = ""  # What a local model was when it was loaded
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the model out of a pickle: each process loads it itself.

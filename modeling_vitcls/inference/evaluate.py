@@ -40,7 +40,7 @@ from .options import EvaluateOptions
 from .per_image import write_predictions
 
 
-EVALUATION_BATCH_SIZE = 64  # default number of images per process and forward pass on GPUs
+EVALUATION_BATCH_SIZE = 64  # Default number of images per process and forward pass on GPUs
 
 
 def evaluate_checkpoint(options: EvaluateOptions) -> dict[str, Any]:
@@ -58,7 +58,7 @@ def evaluate_checkpoint(options: EvaluateOptions) -> dict[str, Any]:
     """
     accelerator, console, warn = set_up_evaluation(options.mixed_precision)
     print_line = partial(console.print, markup=False)
-    with accelerator.main_process_first():  # the main process downloads the files
+    with accelerator.main_process_first():  # The main process downloads the files
         folder = open_model(options.model)
     if folder.graph is None:
         set_mixed_precision(accelerator, options.mixed_precision, folder.config)
@@ -140,7 +140,7 @@ def evaluate_checkpoint(options: EvaluateOptions) -> dict[str, Any]:
         **metrics,
     }
     if accelerator.is_main_process:
-        # first the files: `| head` ends the process when it has enough lines
+        # First the files: `| head` ends the process when it has enough lines
         if options.output is not None:
             options.output.parent.mkdir(parents=True, exist_ok=True)
             write_json(options.output, results)
@@ -204,7 +204,7 @@ def print_results(
     for title, (header, *cells) in tables.items():
         table = Table(title=title or None, title_justify="left")
         for index, name in enumerate(header):
-            # the columns after the first one contain numbers
+            # The columns after the first one contain numbers
             table.add_column(name, justify="right" if index else "left")
         for row in cells:
             table.add_row(*map(escape, row))

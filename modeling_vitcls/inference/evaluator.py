@@ -34,7 +34,7 @@ class Predictions:
     label_space: LabelSpace
     rows: Sequence[ImageOutput]
     metrics: dict[str, Any]
-    threshold: float = DEFAULT_THRESHOLD  # from which one of several labels is predicted
+    threshold: float = DEFAULT_THRESHOLD  # From which one of several labels is predicted
 
     def get_outputs(self) -> tuple[np.ndarray, np.ndarray]:
         """Stack the logits [N, L] and labels [N] of the images that have a label."""
@@ -57,7 +57,7 @@ def build_predictions(label_space: LabelSpace, rows: Sequence[ImageOutput]) -> P
     """Measure rows with one label that are known on every process."""
     state = PartialState()
     metrics = SingleLabelMetrics(label_space, state.device)
-    # metrics are summed over the processes
+    # Metrics are summed over the processes
     own = slice(state.process_index, None, state.num_processes)
     logits, labels = (torch.from_numpy(array[own]).to(state.device) for array in stack_rows(rows))
     metrics.update_logits(logits, labels)

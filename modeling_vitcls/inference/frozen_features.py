@@ -22,15 +22,15 @@ from .class_statistics import Token
 from .image_pass import ImageOutput, ImagePass, stack_rows
 
 
-OWN_POOLING = "own"  # tokens of a candidate that reads the output of the model's pooler
+OWN_POOLING = "own"  # Tokens of a candidate that reads the output of the model's pooler
 
 
 @dataclass(frozen=True)
 class FeatureLayout:
     """Where the features of each layer and kind of token are in a vector of features."""
 
-    num_layers: int  # the last layers, the earliest first
-    widths: dict[str, int]  # kind of token -> number of features; the same in each layer
+    num_layers: int  # The last layers, the earliest first
+    widths: dict[str, int]  # Kind of token -> number of features; the same in each layer
 
     @classmethod
     def from_config(
@@ -104,7 +104,7 @@ def pool_layers(encoder: Any, outputs: Any, layout: FeatureLayout) -> torch.Tens
     return torch.cat(parts, dim=1)
 
 
-ROW_FIELDS = ("values", "labels", "indices", "names", "groups")  # of `Features`
+ROW_FIELDS = ("values", "labels", "indices", "names", "groups")  # Of `Features`
 
 
 @dataclass(frozen=True)

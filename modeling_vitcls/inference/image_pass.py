@@ -47,9 +47,9 @@ class ImageBatch:
     """Preprocessed images of one shape, and the error messages for unreadable images."""
 
     pixel_values: torch.Tensor | None  # [G, C, H, W]; None if there is no readable image
-    labels: Any = None  # labels of the G readable images; the type depends on the kind of labels
-    indices: list[int] = field(default_factory=list)  # indices of the G readable images
-    # index of each unreadable image -> error message
+    labels: Any = None  # Labels of the G readable images; the type depends on the kind of labels
+    indices: list[int] = field(default_factory=list)  # Indices of the G readable images
+    # Index of each unreadable image -> error message
     error_messages: dict[int, str] = field(default_factory=dict)
 
 
@@ -58,14 +58,14 @@ class ImageOutput:
     """The output of a model for one image."""
 
     index: int
-    label: torch.Tensor  # class index, or [L] with several labels; on the CPU
-    values: np.ndarray  # logits [L] or features of any shape
+    label: torch.Tensor  # Class index, or [L] with several labels; on the CPU
+    values: np.ndarray  # Logits [L] or features of any shape
     name: str
 
 
-# function of images [B, C, H, W] on the device of the model
+# Function of images [B, C, H, W] on the device of the model
 Compute = Callable[[torch.Tensor], Any]
-# function of the index of an image: its pixels [C, H, W], or why it is unreadable
+# Function of the index of an image: its pixels [C, H, W], or why it is unreadable
 Prepare = Callable[[int], torch.Tensor | str]
 
 
@@ -126,7 +126,7 @@ def prepare_ahead(
         while futures:
             yield futures.popleft().result()
     finally:
-        # a caller that stops early does not wait for images that it no longer needs
+        # A caller that stops early does not wait for images that it no longer needs
         pool.shutdown(cancel_futures=True)
 
 
@@ -135,7 +135,7 @@ def use_one_core() -> None:
 
     Decoding and resizing then took 11 cores for 550 photos a second, instead of 4.5 for 1,460.
     """
-    torch.get_num_threads()  # a new thread would otherwise choose its number later
+    torch.get_num_threads()  # A new thread would otherwise choose its number later
     threadpool_limits(limits=1, user_api="openmp")
 
 
@@ -157,15 +157,15 @@ def prepare_batches(
     for indices in batches:
         errors: dict[int, str] = {}
         groups: dict[torch.Size, dict[int, torch.Tensor]] = {}
-        for index, value in zip(indices, prepared, strict=False):  # leaves the next batches
+        for index, value in zip(indices, prepared, strict=False):  # Leaves the next batches
             if isinstance(value, str):
                 errors[index] = value
-            else:  # image processors may preserve the aspect ratio
+            else:  # Image processors may preserve the aspect ratio
                 groups.setdefault(value.shape, {})[index] = value
         for group in groups.values() or [{}]:
             pixels = torch.stack(list(group.values())) if group else None
             yield ImageBatch(pixels, indices=list(group), error_messages=errors)
-            errors = {}  # named once
+            errors = {}  # Named once
 
 
 def read_pixels(
@@ -179,7 +179,7 @@ def read_pixels(
         image = images[index]
         pixels = processor(image, return_tensors="pt")["pixel_values"][0]  # [C, H, W]
         check_channels(image, pixels, num_channels)
-    except ValueError as error:  # unreadable, or not supported by the image processor
+    except ValueError as error:  # Unreadable, or not supported by the image processor
         return str(error)
     return pixels
 
@@ -206,8 +206,8 @@ class ImagePass:
         num_unreadable: number of unreadable images in the last pass.
     """
 
-    pass_name = "features"  # what a pass over the images does, for the progress
-    is_repeated = True  # whether small datasets are kept in memory for the next pass
+    pass_name = "features"  # What a pass over the images does, for the progress
+    is_repeated = True  # Whether small datasets are kept in memory for the next pass
 
     def __init__(
         self,
@@ -226,7 +226,7 @@ class ImagePass:
         self.accelerator = accelerator
         self.unreadable_counter = UnreadableImageCounter(accelerator.on_main_process(warn))
 
-        # each process takes one batch per round; the last round may have empty batches
+        # Each process takes one batch per round; the last round may have empty batches
         round_size = batch_size * accelerator.num_processes
         stop = math.ceil(len(images) / round_size) * round_size
         starts = range(accelerator.process_index * batch_size, stop, round_size)
@@ -274,7 +274,7 @@ class ImagePass:
         # The device counts, because reading a number in every batch would make a GPU wait.
         num_not_finite = torch.zeros((), dtype=torch.int64, device=accelerator.device)
         padded_batches = (self.pad_batch(model, batch) for batch in batches)
-        if accelerator.num_processes == 1:  # the processes of a sharded model wait for one another
+        if accelerator.num_processes == 1:  # The processes of a sharded model wait for one another
             # An ONNX file runs on the CPU, also beside a GPU.
             compute = GraphedFunction(compute, getattr(model, "device", accelerator.device))
 
@@ -364,7 +364,7 @@ class ImagePass:
                 cache.append(batch)
             yield batch
 
-        # set after the last batch, because a caller may stop earlier
+        # Set after the last batch, because a caller may stop earlier
         self.cache = cache
 
 
@@ -378,7 +378,7 @@ def list_rows(batch: ImageBatch, values: torch.Tensor) -> list[ImageOutput]:
 
     Further values are padding.
     """
-    # a row of a tensor would be pickled with its batch
+    # A row of a tensor would be pickled with its batch
     arrays = values.float().cpu().numpy()
     names = [""] * len(batch.indices)
     return list(map(ImageOutput, batch.indices, batch.labels, arrays, names))

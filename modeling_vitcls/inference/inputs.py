@@ -55,7 +55,7 @@ class ImageRecord(NamedTuple):
     """One image of an input."""
 
     name: str
-    # path, data URI, encoded bytes, or any other input of the image processor; None: no image
+    # Path, data URI, encoded bytes, or any other input of the image processor; None: no image
     content: Any
 
 
@@ -87,7 +87,7 @@ def list_records(paths: Iterable[str]) -> list[ImageRecord]:
         folder = scan_folder(Path(path))
         unused = (*folder.other_files, *folder.tables, *folder.metadata)
         for name in (*folder.images, *unused):
-            # the name of an image in `unused` is not valid text
+            # The name of an image in `unused` is not valid text
             is_image = Path(name).suffix.lower() in IMAGE_SUFFIXES
             (files if is_image else other_files).append(str(Path(path, name)))
         run_folders += [str(Path(path, run)) for run in folder.run_folders if run != ROOT]

@@ -17,11 +17,11 @@ from scipy import stats
 
 
 CONFIDENCE_LEVEL = 0.95
-NUM_RESAMPLES = 1000  # number of bootstrap samples
-MIN_CORRECTED_IMAGES = 30  # for a percentage that is corrected for the choice of a candidate
-NUM_BINS = 15  # of calibration errors
+NUM_RESAMPLES = 1000  # Number of bootstrap samples
+MIN_CORRECTED_IMAGES = 30  # For a percentage that is corrected for the choice of a candidate
+NUM_BINS = 15  # Of calibration errors
 
-Interval = tuple[float, float]  # lower and upper bounds
+Interval = tuple[float, float]  # Lower and upper bounds
 
 
 def compute_proportion_interval(num_successes: int, num_trials: int) -> list[float] | None:
@@ -56,7 +56,7 @@ class Estimate:
     """An accuracy and its interval."""
 
     accuracy: float
-    interval: list[float]  # low and high
+    interval: list[float]  # Low and high
 
 
 def estimate_after_choice(

@@ -27,7 +27,7 @@ CLASS_COLUMNS = {
 MAX_CLASSES_IN_TABLE = 20
 MAX_CLASSES_IN_MATRIX = 12
 NUM_CONFUSIONS = 3
-MAX_NAME_LENGTH = 100  # maximum length of a name in a card, in characters
+MAX_NAME_LENGTH = 100  # Maximum length of a name in a card, in characters
 
 
 def get_metric_names(results: dict[str, Any], config: ViTCLSConfig | None) -> dict[str, str]:

@@ -33,7 +33,7 @@ from .intervals import (
 )
 
 
-MAX_MATRIX_CLASSES = 200  # maximum number of classes for which a confusion matrix is computed
+MAX_MATRIX_CLASSES = 200  # Maximum number of classes for which a confusion matrix is computed
 
 # Accuracy metric of a head -> name of the model output with the logits of the head.
 HEAD_OUTPUTS = {"cls_accuracy": "cls_logits", "distillation_accuracy": "distillation_logits"}
@@ -155,7 +155,7 @@ class SingleLabelMetrics:
             "per_class": class_metrics,
         }
         if self.confusion_matrix is not None:
-            matrix = self.confusion_matrix.compute()  # a scalar for one class
+            matrix = self.confusion_matrix.compute()  # A scalar for one class
             values["confusion_matrix"] = matrix.reshape(len(self.names), -1).tolist()
         return values
 
@@ -210,7 +210,7 @@ class MultiLabelMetrics:
         class_metrics = compute_class_metrics(self.names, counts)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torchmetrics warns about classes without images
-            # a scalar for one class
+            # A scalar for one class
             average_precisions = self.average_precision.compute().reshape(-1).tolist()
 
         for row, average_precision in zip(class_metrics, average_precisions, strict=True):

@@ -30,8 +30,8 @@ class OnnxGraph(nn.Module):
         ValueError: If onnxruntime is not installed, or cannot read the file.
     """
 
-    dtype = torch.float32  # of the images
-    device = torch.device("cpu")  # that computes; images may be on another device
+    dtype = torch.float32  # Of the images
+    device = torch.device("cpu")  # That computes; images may be on another device
 
     def __init__(self, file: Path, config: ViTCLSConfig) -> None:
         super().__init__()

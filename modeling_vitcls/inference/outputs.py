@@ -16,9 +16,9 @@ from ..runtime.files import escape_csv_cell, replace_control_characters, write_a
 from .prediction_rows import DISTANCE, Row
 
 
-LABEL_SEPARATOR = "|"  # separator of the labels of one image in CSV files
-TABLE_WIDTH = 100_000  # width in characters of a table that is not printed to a terminal
-ROWS_PER_GROUP = 1024  # number of rows per row group of a Parquet file
+LABEL_SEPARATOR = "|"  # Separator of the labels of one image in CSV files
+TABLE_WIDTH = 100_000  # Width in characters of a table that is not printed to a terminal
+ROWS_PER_GROUP = 1024  # Number of rows per row group of a Parquet file
 
 Columns = dict[str, pa.DataType]
 
@@ -112,7 +112,7 @@ def print_table(rows: Iterable[Row], columns: Columns) -> None:
     names = [name for name in columns if name != "index"]
     if all(row["error"] is None for row in rows):
         names.remove("error")
-    if DISTANCE in names and "unknown" not in names:  # nothing to compare it with
+    if DISTANCE in names and "unknown" not in names:  # Nothing to compare it with
         names.remove(DISTANCE)
 
     table = Table()
@@ -127,7 +127,7 @@ def print_table(rows: Iterable[Row], columns: Columns) -> None:
 
     console = Console(emoji=False, highlight=False)
     if not console.is_terminal:
-        console.width = TABLE_WIDTH  # no line breaks within rows, for programs that read the table
+        console.width = TABLE_WIDTH  # No line breaks within rows, for programs that read the table
     console.print(table)
 
 

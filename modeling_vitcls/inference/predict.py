@@ -48,7 +48,7 @@ from .prediction_rows import (
 )
 
 
-PREDICTION_BATCH_SIZE = 32  # default number of images per forward pass on GPUs
+PREDICTION_BATCH_SIZE = 32  # Default number of images per forward pass on GPUs
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Predictor:
     model: PreTrainedModel
     processor: ViTCLSImageProcessor
     columns: PredictionColumns
-    # function that returns a context manager for a forward pass
+    # Function that returns a context manager for a forward pass
     autocast: Callable[[], AbstractContextManager]
     batch_size: int
     num_workers: int
@@ -94,7 +94,7 @@ class Predictor:
         empty_row = {**dict.fromkeys(self.columns.columns), "error": None}
         found: dict[int, Row] = {}
         for indices in batches:
-            while not found.keys() >= set(indices):  # one batch per shape
+            while not found.keys() >= set(indices):  # One batch per shape
                 batch, outputs = next(computed)
                 found |= {index: {"error": text} for index, text in batch.error_messages.items()}
                 rows = build_checked_rows(self.columns, outputs, len(batch.indices))
@@ -128,7 +128,7 @@ def predict_images(options: PredictOptions) -> tuple[int, int, list[str]]:
     accelerator = build_accelerator(mixed_precision=options.mixed_precision)
     records = load_on_main(options.dataset or "", partial(open_input, options))
     predictor = build_predictor(options, accelerator)
-    # on all processes, although only the main process reads the rows
+    # On all processes, although only the main process reads the rows
     rows = compute_rows(accelerator, records, predictor)
     are_failed: list[bool] = []
 
@@ -152,7 +152,7 @@ def predict_images(options: PredictOptions) -> tuple[int, int, list[str]]:
 
 def build_predictor(options: PredictOptions, accelerator: Accelerator) -> Predictor:
     """Load the model and its image processor on the device, and build a predictor."""
-    with accelerator.main_process_first():  # the main process downloads the files
+    with accelerator.main_process_first():  # The main process downloads the files
         folder = open_model(options.model)
     set_mixed_precision(accelerator, options.mixed_precision, folder.config)
     model, processor, batch_size = load_for_inference(

@@ -28,14 +28,14 @@ from .image_pass import find_finite
 
 
 Row = dict[str, Any]
-DISTANCE = "distance"  # column and output with the distance to the nearest class
+DISTANCE = "distance"  # Column and output with the distance to the nearest class
 
 
 # Labels -------------------------------------------------------------------------------------------
 
 
-Label = tuple[str, float]  # name and probability
-# default minimum probability of a predicted label in multi-label classification
+Label = tuple[str, float]  # Name and probability
+# Default minimum probability of a predicted label in multi-label classification
 DEFAULT_THRESHOLD = 0.5
 
 
@@ -61,7 +61,7 @@ def select_labels(logits: torch.Tensor, head: ExtraHead, max_labels: int) -> lis
     labels = []
     for pair in zip(ranked.values.tolist(), ranked.indices.tolist(), strict=True):
         image_labels = zip(*pair, strict=True)
-        # not `value >= lowest`: probabilities that are not numbers are found later, with the image
+        # Not `value >= lowest`: probabilities that are not numbers are found later, with the image
         labels.append(
             [(head.labels[index], value) for value, index in image_labels if not value < lowest]
         )
@@ -104,11 +104,11 @@ class LabelColumns:
         # A graph has the name of this output, a model the layers that it reads.
         distance = getattr(model, "distance_layers", getattr(model, "class_distance", None))
         self.has_distance = bool(distance)
-        # task -> names of label and probability columns
+        # Task -> names of label and probability columns
         self.column_pairs: dict[str, list[tuple[str, str]]] = {}
         self.columns: dict[str, pa.DataType] = {}
 
-        # tasks with lists of labels come last
+        # Tasks with lists of labels come last
         for task, head in sorted(heads.items(), key=lambda item: has_several_labels(item[1])):
             types = [pa.string(), pa.float32()]
             ranks = range(2, min(top_k or 1, len(head.labels)) + 1)
@@ -176,7 +176,7 @@ class Feature:
     """The tokens of a group, or the mean of the patches, of a layer after the final norm."""
 
     group: str
-    layer: int | None  # number of the layer, starting from 1; None for the last layer
+    layer: int | None  # Number of the layer, starting from 1; None for the last layer
     num_tokens: int
 
     @classmethod
@@ -284,7 +284,7 @@ def try_predict(
     """
     try:
         return columns.predict(pixel_values)
-    except ValueError as error:  # sizes or channels that the model does not support
+    except ValueError as error:  # Sizes or channels that the model does not support
         return str(error)
 
 

@@ -9,9 +9,9 @@ import torch
 from ..runtime.system import format_device_name
 
 
-MAX_SPEED_BATCH_SIZE = 32  # maximum batch size in images
-NUM_REPEATS = 3  # maximum number of measured forward passes
-MEASUREMENT_SECONDS = 0.5  # approximate duration of the measurement in seconds
+MAX_SPEED_BATCH_SIZE = 32  # Maximum batch size in images
+NUM_REPEATS = 3  # Maximum number of measured forward passes
+MEASUREMENT_SECONDS = 0.5  # Approximate duration of the measurement in seconds
 
 
 @torch.inference_mode()
@@ -25,7 +25,7 @@ def measure_inference_speed(model: Any, device: torch.device) -> dict[str, Any]:
     def measure_seconds(pixel_values: torch.Tensor) -> float:
         start_time = time.perf_counter()
         model(pixel_values)
-        if device.type != "cpu":  # until all work of the device is complete
+        if device.type != "cpu":  # Until all work of the device is complete
             torch.accelerator.synchronize(device)
         return time.perf_counter() - start_time
 

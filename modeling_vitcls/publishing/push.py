@@ -46,7 +46,7 @@ from .published_files import DELETE_PATTERNS, collect_files
 # Maximum time without a response, in seconds; the duration of an upload is not limited.
 TIMEOUT = 50.0
 GIT_ATTRIBUTES_FILE = ".gitattributes"  # The Hub keeps the list of large files in it
-METADATA = re.compile(r"\A---\n.*?^---$", re.DOTALL | re.MULTILINE)  # at the start of a card
+METADATA = re.compile(r"\A---\n.*?^---$", re.DOTALL | re.MULTILINE)  # At the start of a card
 TOKEN_SETTINGS_URL = "https://huggingface.co/settings/tokens"
 
 
