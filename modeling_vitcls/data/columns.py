@@ -50,8 +50,10 @@ def find_image_column(
 ) -> str:
     """Find the column of images or image paths, which has no labels.
 
-    Paths are relative to `folder`.
+    Paths are relative to `folder`. Raise ValueError without such a column, or without rows.
     """
+    if not len(table):
+        raise ValueError(f"{dataset} is empty. Add rows with images")
     excluded = label_columns or [
         name for name in table.features if name.lower() in LABEL_COLUMN_NAMES
     ]

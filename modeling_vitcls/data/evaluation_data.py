@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from .images import LabeledImages
+from .in_memory import get_title
 from .labels import LabelSpace
 from .options import DataOptions
 from .sources import Splits, load_splits
@@ -52,19 +53,19 @@ def load_evaluation_data(
     Raises:
         ValueError: if the split does not exist, or if training used all of its images.
     """
-    choose = partial(choose_evaluation_split, split, options.dataset)
+    choose = partial(choose_evaluation_split, split, get_title(options.dataset))
     loaded = load_splits(options, use_labels, lambda names: [choose(names)], trained)
     ((name, images),) = loaded.images_by_split.items()
     if use_labels:
         images = replace(images, keys=get_keys(images))
-        check_contradictions([images], loaded.label_space, options.dataset)
+        check_contradictions([images], loaded.label_space, get_title(options.dataset))
     is_trained = find_trained_images(images, splits)
     return leave_out(
         loaded,
         name,
         is_trained,
         is_named=split is not None,
-        dataset=options.dataset,
+        dataset=get_title(options.dataset),
         max_images=max_images,
     )
 

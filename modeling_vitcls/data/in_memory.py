@@ -3,7 +3,7 @@
 Each dataset is converted to a named `datasets.DatasetDict`:
 
     datasets.Dataset, DatasetDict         used unchanged; columns are selected as for files (columns.py)
-    pandas.DataFrame                      its columns, as in a table; images are paths or encoded bytes
+    pandas.DataFrame                      its columns, as in a table; images are paths (also `Path`) or encoded bytes
     list of (image, label)                images: PIL images, arrays, tensors, encoded bytes or paths
     torch.utils.data.Dataset              items as in a list; images are read once and kept in memory as PNG
     {"train": ..., "test": ...}           datasets of the types above, by split
@@ -12,7 +12,7 @@ Each dataset is converted to a named `datasets.DatasetDict`:
 
 A label is a class name, a class index, a list of class names, a dict with the label of each task,
 or None for a missing label. The name is a digest of the data, so that a run can be resumed with the
-same data.
+same data; in messages, it is "the DataFrame". Paths are relative to the working folder.
 """
 
 import hashlib
@@ -35,6 +35,7 @@ from .tables import build_column, wrap_table
 
 MEMORY_PREFIX = "memory:"
 DATASETS: dict[str, Any] = {}  # `DatasetDict` by name
+TITLES: dict[str, str] = {}  # "the DataFrame" by name
 
 
 def add_dataset(data: Any) -> str:
@@ -54,7 +55,13 @@ def add_dataset(data: Any) -> str:
     fingerprints = [f"{split} {dataset._fingerprint}" for split, dataset in splits.items()]
     name = f"{MEMORY_PREFIX}{hashlib.sha256(repr(fingerprints).encode()).hexdigest()[:16]}"
     DATASETS[name] = splits
+    TITLES[name] = f"the {type(data).__name__}"
     return name
+
+
+def get_title(dataset: str) -> str:
+    """Name a dataset for people, who don't know the names of data in memory."""
+    return TITLES.get(dataset, dataset)
 
 
 def get_dataset(name: str) -> Any:
@@ -83,6 +90,9 @@ def convert_split(data: Any) -> Any:
             )
         return data
     if isinstance(data, pd.DataFrame):
+        data = data.apply(
+            lambda column: column.map(spell_path) if column.dtype == object else column
+        )
         try:
             return datasets.Dataset.from_pandas(data, preserve_index=False)
         except pyarrow.ArrowInvalid as error:
@@ -113,6 +123,11 @@ def convert_split(data: Any) -> Any:
             columns["label"] = columns["label"].cast(pyarrow.list_(pyarrow.int64()))
             features["label"] = datasets.List(datasets.ClassLabel(names=names))
     return wrap_table(columns, features).cast_column("image", datasets.Image())
+
+
+def spell_path(value: Any) -> Any:
+    """Write a `Path` as text, which Arrow requires; other values are returned unchanged."""
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
 def find_class_names(data: Any) -> list[str]:

@@ -51,7 +51,7 @@ from .columns import (
 from .folder_layout import SPLIT_BY_FOLDER_NAME, SPLIT_ORDER
 from .image_folder import read_image_folder, scan_folder
 from .images import ADDRESS, ArrayImages, DatasetImages, LabeledImages
-from .in_memory import MEMORY_PREFIX, get_dataset
+from .in_memory import MEMORY_PREFIX, get_dataset, get_title
 from .labels import UNLABELED, LabelSpace, OneLabel
 from .options import DataOptions
 from .tables import read_table
@@ -196,8 +196,8 @@ def load_table(
     trained: Mapping[str, Any] | None,
 ) -> Splits:
     """Load the splits of an image folder, a table, data in memory or a dataset on the Hub."""
-    dataset = options.dataset
-    name, folder, splits = open_dataset(dataset, use_labels)
+    name, folder, splits = open_dataset(options.dataset, use_labels)
+    dataset = get_title(options.dataset)
     columns = next(iter(splits.values())).features
     if trained and columns.keys() >= set(trained["label_column"]):
         options = replace(options, **trained)
@@ -279,7 +279,7 @@ def open_dataset(dataset: str, use_labels: bool) -> tuple[str, Path, Any]:
     """
     path = Path(dataset)
     if dataset.startswith(MEMORY_PREFIX):
-        return dataset, Path("/"), get_dataset(dataset)
+        return get_title(dataset), Path.cwd(), get_dataset(dataset)
     if path.is_dir():
         return path.resolve().name, path, read_folder(path, use_labels)
     suffix = path.suffix.lower()

@@ -24,6 +24,7 @@ from scipy.sparse.csgraph import connected_components
 
 from ..runtime.errors import format_name_list
 from .images import NO_CONTENT_KEY, LabeledImages
+from .in_memory import get_title
 from .labels import LabelSpace, OneLabel, SeveralLabels
 from .options import DataOptions
 from .sampling import derive_seed, draw_numbers
@@ -148,7 +149,7 @@ def load_undivided_images(
     labels = loaded.label_space
     if use_labels and isinstance(labels, OneLabel) and len(labels.names) == 1:
         raise ValueError(
-            f"a classifier requires two or more classes, but {options.dataset} has the single class "
+            f"a classifier requires two or more classes, but {get_title(options.dataset)} has the single class "
             f"{labels.names[0]!r}. If this is a folder of classes, set `dataset` to it"
         )
     return replace(loaded, images_by_split=add_keys(loaded.images_by_split))

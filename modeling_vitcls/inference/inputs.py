@@ -30,6 +30,7 @@ from ..data.image_folder import (
     scan_folder,
 )
 from ..data.images import DatasetImages, check_is_no_address, resolve_path
+from ..data.in_memory import get_title
 from ..data.options import DataOptions
 from ..data.sources import (
     build_images,
@@ -242,11 +243,10 @@ def open_input(options: PredictOptions) -> Sequence[ImageRecord]:
         return [ImageRecord(f"{dataset}/{index}", image) for index, image in enumerate(images)]
 
     _, folder, splits = open_dataset(dataset, use_labels=False)
-    split = select_split(splits, options.split, dataset)
-    column = find_image_column(dataset, split, folder, options.image_column)
-    if not len(split):
-        raise ValueError(f"the dataset {dataset} is empty. Add images")
-    return DatasetRecords(build_images(split, column, folder, dataset))
+    title = get_title(dataset)
+    split = select_split(splits, options.split, title)
+    column = find_image_column(title, split, folder, options.image_column)
+    return DatasetRecords(build_images(split, column, folder, title))
 
 
 def select_split(splits: Mapping[str, Any], split: str | None, dataset: str) -> Any:

@@ -14,8 +14,8 @@ from modeling_vitcls.data.sources import load_splits
 
 
 def find(features: dict[str, Any]) -> str:
-    """Find the column of images of a table without rows."""
-    table = datasets.Dataset.from_dict({name: [] for name in features}, datasets.Features(features))
+    """Find the column of images of a table with an empty row."""
+    table = datasets.Dataset.from_dict({name: [None] for name in features}, datasets.Features(features))
     return find_image_column("table", table, Path(), column=None)
 
 

@@ -1,12 +1,13 @@
 """Datasets in memory: all kinds have the same images and labels as files on disk."""
 
 import io
+import os
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
-import pandas
+import pandas as pd
 import pytest
 import torch
 from helpers.tiny_models import raises_one_line
@@ -97,11 +98,50 @@ def test_every_kind_has_the_same_images_and_labels(
             found[encode(image)] = data.label_space.names[label]
     assert found == expected
 
-    if kind == "paths":  # independent of the working folder
+    if kind == "paths":  # of the working folder when the data were read
+        folder = os.path.relpath(tmp_path)
         monkeypatch.chdir(tmp_path)
         names = {name for part in (data.train, data.held_out) for name in part.images.get_names()}
-        assert names == {f"{tmp_path}/{index}.png".removeprefix("/") for index in range(NUM_IMAGES)}
+        assert names == {f"{folder}/{index}.png" for index in range(NUM_IMAGES)}
     assert (kind == "splits") == (data.held_out_name == "split 'test'")
+
+
+@pytest.mark.parametrize("build_table", [pd.DataFrame, datasets.Dataset.from_dict, list])
+def test_paths_are_relative_to_the_working_folder(
+    build_table: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build("paths", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    names = [f"{index}.png" for index in range(4)]
+    columns = {"image": names, "label": list("abab")}
+    data = build_table(
+        list(zip(*columns.values(), strict=True)) if build_table is list else columns
+    )
+    splits = load_splits(DataOptions(dataset=add_dataset(data)))
+    assert [image.size for image in splits.train.images] == [make_image(0).size] * 4
+    assert splits.train.images.get_names() == names
+
+
+def test_a_table_has_paths_as_objects_and_is_named_as_in_python(tmp_path: Path) -> None:
+    files = [path for path, _ in build("paths", tmp_path)][:3]
+    table = pd.DataFrame({"image": [*files[:2], None], "label": list("aba")}, index=[5, 1, 3])
+    splits = load_splits(DataOptions(dataset=add_dataset(table)))
+    assert splits.name == "the DataFrame"
+    assert splits.train.images[1].tobytes() == make_image(1).tobytes()
+    for data, title in ((table, "the DataFrame"), ({"train": table}, "the dict")):
+        with raises_one_line(f"{title} has no column 'tags'"):
+            load_splits(DataOptions(dataset=add_dataset(data), label_column=("tags",)))
+
+
+@pytest.mark.parametrize("kind", ["the Dataset", "the DataFrame", "table.csv", "table.parquet"])
+def test_an_empty_table_is_an_error(kind: str, tmp_path: Path) -> None:
+    table = pd.DataFrame({"image": [], "label": []})
+    table.to_csv(tmp_path / "table.csv", index=False)
+    table.to_parquet(tmp_path / "table.parquet")
+    data = {"the Dataset": datasets.Dataset.from_pandas(table), "the DataFrame": table}
+    dataset = add_dataset(data[kind]) if kind in data else str(tmp_path / kind)
+    with raises_one_line(f"{kind} is empty. Add rows with images"):
+        load_splits(DataOptions(dataset=dataset))
 
 
 def test_the_name_identifies_the_data(tmp_path: Path) -> None:
@@ -183,7 +223,7 @@ def test_floats_that_are_not_from_0_to_1_are_errors() -> None:
         ({1, 2}, "but the type of the data is set"),
         (torch.utils.data.Dataset(), "but the type of the data is Dataset"),
         (iter([(make_image(0), 1)]), "but the type of the data is list_iterator"),
-        (pandas.DataFrame({"image": [make_image(0)]}), "as paths or encoded bytes"),
+        (pd.DataFrame({"image": [make_image(0)]}), "as paths or encoded bytes"),
         (
             datasets.Dataset.from_dict({"image": [1]}).to_iterable_dataset(),
             "but the type of the data is IterableDataset",
