@@ -15,7 +15,9 @@ from modeling_vitcls.data.sources import load_splits
 
 def find(features: dict[str, Any]) -> str:
     """Find the column of images of a table with an empty row."""
-    table = datasets.Dataset.from_dict({name: [None] for name in features}, datasets.Features(features))
+    table = datasets.Dataset.from_dict(
+        {name: [None] for name in features}, datasets.Features(features)
+    )
     return find_image_column("table", table, Path(), column=None)
 
 
