@@ -121,16 +121,7 @@ def train(asked: TrainOptions) -> Path:
         if num_seen:
             results.pop("accuracy_interval", None)
             results["num_images_of_encoder"] = num_seen
-        save_output(
-            folder,
-            setup,
-            data,
-            results,
-            initial=inputs.initial,
-            teacher=getattr(options, "teacher", None),
-            predictions=outcome.predictions,
-            nearest_images=outcome.nearest_images,
-        )
+        save_output(folder, inputs, data, outcome, results)
         # After the folder is whole, because --resume needs the checkpoints until then.
         if options.keep_checkpoints is None:
             run_on_main(store.clear)

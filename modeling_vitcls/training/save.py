@@ -21,45 +21,42 @@ from ..hub.model_files import (
     hash_weights,
 )
 from ..hub.provenance import find_provenance
-from ..inference.evaluator import Predictions
 from ..inference.per_image import write_predictions
 from ..inference.speed import measure_inference_speed
 from ..runtime.distributed import run_on_main
 from ..runtime.errors import RunStopped, describe_error, format_error
-from ..runtime.files import read_json, write_json
+from ..runtime.files import write_json
 from ..runtime.staging import stage_files
 from .checkpoints import WRITE_ERRORS, Tensors
 from .distributed_state import gather_weights
-from .model import InitialModel, merge_lora
+from .model import merge_lora
+from .run_inputs import RunInputs
+from .run_results import Outcome
 from .training_setup import TrainingSetup
 
 
 def save_output(
     output_dir: Path,
-    setup: TrainingSetup,
+    inputs: RunInputs,
     data: TrainingData,
+    outcome: Outcome,
     results: dict[str, Any],
-    *,
-    initial: InitialModel,
-    teacher: str | None,
-    predictions: Predictions | None,
-    nearest_images: dict[int, list[str]] | None,
 ) -> None:
-    """Write the model, the image processor, results.json and the predictions.
+    """Write the folder of a run. All processes must call this function.
 
-    All processes must call this function. Raise RunStopped on all processes if the folder cannot be
-    written.
+    Args:
+        output_dir: the folder.
+        inputs: what the run has read, with the model that it has trained.
+        data: the images of the run.
+        outcome: what the run has made.
+        results: content of results.json, without what is known only after the model is written.
+
+    Raises:
+        RunStopped: on all processes, if the folder cannot be written.
     """
+    setup = inputs.setup
     # Outside of `write`, because all processes take part in gathering.
     weights = gather_weights(setup.model)
-    # Pre-training saves its encoder under the names of a plain encoder; projector and decoder stay
-    # in the checkpoints.
-    if setup.encoder is not None:
-        weights = {
-            name.removeprefix("vitcls."): weights[name]
-            for name in weights
-            if name.startswith("vitcls.")
-        }
 
     def write() -> None:
         try:
@@ -69,19 +66,26 @@ def save_output(
                 stage_files(output_dir, CONFIG_FILE, RESULTS_FILE) as folder,
                 silence_transformers(),
             ):
-                write_model_files(
-                    setup,
-                    folder,
-                    weights=weights,
-                    results=results,
-                    initial=initial,
-                    teacher=teacher,
-                )
+                model_class = write_model(setup, folder, weights)
+                # The hashes tie the results to these weights and settings: nothing publishes them
+                # with others.
+                weights_hash = hash_weights(folder)
+                record = {"weights_sha256": weights_hash, "settings_sha256": hash_settings(folder)}
+                record |= write_provenance(inputs, folder)
+                # Read back from disk: the trained model may be sharded or have LoRA layers, and
+                # this is what others will load.
+                device = setup.model.device
+                saved_model = model_class.from_pretrained(folder).to(device).eval()
+                record["inference"] = measure_inference_speed(saved_model, device)
+                write_json(folder / RESULTS_FILE, results | record)
                 write_splits(pd.concat([data.build_splits_table(), setup.encoder_rows]), folder)
-                if predictions is not None:
-                    weights_hash = read_json(folder / RESULTS_FILE)["weights_sha256"]
-                    file = folder / PREDICTIONS_FILE
-                    write_predictions(file, predictions, weights_hash, nearest_images)
+                if outcome.predictions is not None:
+                    write_predictions(
+                        folder / PREDICTIONS_FILE,
+                        outcome.predictions,
+                        weights_hash,
+                        outcome.nearest_images,
+                    )
         except WRITE_ERRORS as error:
             raise OSError(describe_error(error)) from error
 
@@ -94,42 +98,37 @@ def save_output(
         ) from error
 
 
-def write_model_files(
-    setup: TrainingSetup,
-    folder: Path,
-    weights: Tensors,
-    results: dict[str, Any],
-    initial: InitialModel,
-    teacher: str | None,
-) -> None:
-    """Write weights, configuration, code, image processor and results.
+def write_model(setup: TrainingSetup, folder: Path, weights: Tensors) -> Any:
+    """Write weights, configuration, code and image processor, and return the class of the model.
 
-    LoRA weights are merged. Only the main process may call this function. `weights` are full
-    tensors, because the model may be sharded.
+    LoRA weights are merged. `weights` are full tensors, because the model may be sharded.
     """
+    model = setup.encoder or setup.model
+    # Pre-training saves its encoder under the names of a plain encoder; projector and decoder stay
+    # in the checkpoints.
+    if setup.encoder is not None:
+        weights = {
+            name.removeprefix("vitcls."): weights[name]
+            for name in weights
+            if name.startswith("vitcls.")
+        }
     # FSDP2 replaces the model's class with a subclass. With the subclass, transformers would save
     # PyTorch's source files as the model's code.
-    model = setup.encoder or setup.model
-    unsharded_class: Any = next(
+    model_class: Any = next(
         base for base in type(model).__mro__ if not issubclass(base, FSDPModule)
     )
-    model.__class__ = unsharded_class
-    weights = merge_lora(weights)
-    model.save_pretrained(folder, state_dict=weights)
+    model.__class__ = model_class
+    model.save_pretrained(folder, state_dict=merge_lora(weights))
     setup.processor.save_pretrained(folder)
+    return model_class
 
-    # The hashes tie the results to these weights and settings: nothing publishes them with others.
-    results = results | {
-        "weights_sha256": hash_weights(folder),
-        "settings_sha256": hash_settings(folder),
-        "provenance": None,
-    }
-    if not initial.has_random_weights:
-        results["provenance"] = find_provenance(initial.name).copy_to(folder)
+
+def write_provenance(inputs: RunInputs, folder: Path) -> dict[str, Any]:
+    """Write the license files of the initial weights, and build the records about the sources."""
+    record: dict[str, Any] = {"provenance": None}
+    if not inputs.initial.has_random_weights:
+        record["provenance"] = find_provenance(inputs.initial.name).copy_to(folder)
+    teacher = getattr(inputs.options, "teacher", None)
     if teacher is not None:
-        results["teacher_provenance"] = find_provenance(teacher).to_dict()
-
-    # Read back from disk: `model` may be sharded, and this is what others will load.
-    saved_model = unsharded_class.from_pretrained(folder).to(model.device).eval()
-    results["inference"] = measure_inference_speed(saved_model, model.device)
-    write_json(folder / RESULTS_FILE, results)
+        record["teacher_provenance"] = find_provenance(teacher).to_dict()
+    return record
