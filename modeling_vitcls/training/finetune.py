@@ -77,6 +77,11 @@ class FineTuning:
         )
         teacher = None
         if options.teacher is not None:
+            if model.distillation_classifier is None:
+                raise ValueError(
+                    "`teacher` requires a classifier of the distillation token. Set "
+                    "`model_config='distillation_head=true'`, or remove `teacher`"
+                )
             teacher = load_teacher(options.teacher, labels, model.config, accelerator.device)
 
         set_trainable_parameters(model, options.trainable, new_parameter_names)

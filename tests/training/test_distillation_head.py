@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.tiny_models import raises_one_line
 from helpers.tiny_options import build_tiny_options, prepare_setup, run_training
 from scipy.special import log_softmax
 
@@ -69,6 +70,13 @@ def test_the_returned_head_has_the_lowest_loss(taught: tuple[Path, dict[str, Any
     model = ViTCLSForImageClassification.from_pretrained(folder)
     assert model.config.distillation_inference == min(losses, key=lambda name: losses[name])
     assert results["loss"] == pytest.approx(min(losses.values()), abs=1e-5)
+
+
+def test_a_teacher_needs_a_distillation_head(frozen: Path, tmp_path: Path) -> None:
+    flags = {"teacher": str(frozen), "model_config": {"distillation_head": False}}
+    with raises_one_line("distillation_head=true"):
+        run_training(build_options(tmp_path / "run", frozen, **flags))
+    assert not (tmp_path / "run" / "config.json").exists()
 
 
 def test_soft_targets_are_the_default(frozen: Path, tmp_path: Path) -> None:
