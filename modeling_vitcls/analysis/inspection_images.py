@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from ..data.cells import normalize_name
 from ..data.evaluation_data import load_evaluation_data
 from ..data.images import ArrayImages, DatasetImages
 from ..data.label_matching import translate_labels
@@ -97,8 +98,8 @@ def open_paths(paths: Sequence[str], label_space: LabelSpace) -> InspectionImage
     class_names: list[str] = []
     if label_space != UNLABELED and isinstance(label_space, OneLabel):
         class_names = label_space.names
-    indices = {name: index for index, name in enumerate(class_names)}
-    labels = [indices.get(Path(file).resolve().parent.name) for file in files]
+    indices = {normalize_name(name): index for index, name in enumerate(class_names)}
+    labels = [indices.get(normalize_name(Path(file).resolve().parent.name)) for file in files]
     has_labels = any(label is not None for label in labels)
     source = ", ".join(Path(path).resolve().name for path in paths)
     images = DatasetImages.from_list(files)

@@ -88,13 +88,13 @@ def read_label_names(
         is_task: whether the column is one of several tasks, which have one label per image.
     """
     where = column.where
-    classes = list(dict.fromkeys(chain(*declared.values())))
-    if classes and label_names is not None and list(label_names) != classes:
+    own_names = list(dict.fromkeys(map(normalize_name, chain(*declared.values()))))
+    classes = list(map(normalize_name, label_names or own_names))
+    if own_names and classes != own_names:
         raise ValueError(
-            f"{where} declares the labels {', '.join(map(repr, classes[:20]))}, so `label_names` "
+            f"{where} declares the labels {', '.join(map(repr, own_names[:20]))}, so `label_names` "
             "has no effect. Remove `label_names`"
         )
-    classes = classes or list(label_names or ())
 
     if separator is None and not is_task:
         separator = find_separator(column, classes)

@@ -24,6 +24,7 @@ from typing import Any
 from ..hub.model_files import CONFIG_FILES, RECIPE_FILE
 from ..runtime.errors import format_name_list, warn_on_first_process
 from .folder_layout import SPLIT_BY_FOLDER_NAME, SPLIT_ORDER, Layout, find_layout
+from .images import resolve_path
 from .tables import read_table, wrap_table
 
 
@@ -210,7 +211,7 @@ def read_metadata(folder: ImageFolder, layout: Layout) -> Any:
             raise ValueError(
                 f"{file} has no column 'file_name'. Add one with the name of each image"
             )
-        paths = [path and str(file.parent / path) for path in table["file_name"]]
+        paths = [path and resolve_path(file.parent, path) for path in table["file_name"]]
         others = table.remove_columns("file_name").with_format("arrow")[:]
         columns = dict(zip(others.column_names, others.columns, strict=True))
         parts.setdefault(split, []).append(build_dataset(paths, columns))

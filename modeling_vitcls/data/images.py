@@ -15,6 +15,7 @@ import hashlib
 import io
 import os
 import re
+import unicodedata
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -270,16 +271,28 @@ def to_encoded_image(value: Any, folder: Path) -> dict[str, Any]:
 def resolve_path(folder: Path, path: str | None) -> str:
     """Join a path to a folder.
 
-    Addresses and absolute paths are left unchanged. Return "" for a missing path. A path that Windows
-    wrote, with backslashes, names the file that exists.
+    Addresses, data URIs and absolute paths are left unchanged. Return "" for a missing path.
     """
-    if not path or "://" in path:
+    if not path or "://" in path or path.startswith("data:"):
         return path or ""
-    joined = folder / expand_home(path)
-    if "\\" in path and not joined.exists():
-        other = folder / path.replace("\\", "/")
-        joined = other if other.exists() else joined
-    return str(joined)
+    return find_file(str(folder / expand_home(path)))
+
+
+def find_file(path: str) -> str:
+    """Find the file of a path that another system wrote: with backslashes, or é in the other Unicode form.
+
+    The path is unchanged if it exists, or if no file is found.
+    """
+    if (path.isascii() and "\\" not in path) or os.path.lexists(path):
+        return path
+    found = Path()
+    for part in Path(path.replace("\\", "/")).parts:
+        # Each folder on its own: a photo of a Mac may be in a folder that Windows named.
+        forms = (part, unicodedata.normalize("NFC", part), unicodedata.normalize("NFD", part))
+        found = next(
+            (found / form for form in forms if os.path.lexists(found / form)), found / part
+        )
+    return str(found) if os.path.lexists(found) else path
 
 
 def get_relative_path(path: str, folder: Path) -> str:

@@ -29,7 +29,7 @@ from ..data.image_folder import (
     make_printable,
     scan_folder,
 )
-from ..data.images import DatasetImages, check_is_no_address, resolve_path
+from ..data.images import DatasetImages, check_is_no_address, find_file, resolve_path
 from ..data.in_memory import get_title
 from ..data.options import DataOptions
 from ..data.sources import (
@@ -73,7 +73,7 @@ def list_records(paths: Iterable[str]) -> list[ImageRecord]:
     folders: list[str] = []
     other_files: list[str] = []
     run_folders: list[str] = []
-    for path in paths:
+    for path in map(find_file, paths):
         check_is_no_address(path)
         is_pattern = any(mark in path for mark in "*?") and not path.startswith(DATA_URI_PREFIX)
         if is_pattern and not os.path.lexists(path):
@@ -130,7 +130,8 @@ def list_sources(images: Any) -> list[Any]:
                 "object, a PIL image, an array, a tensor, or a list of these"
             )
         images = list(images)
-    return [expand_home(read_file_object(image)) for image in flatten_images(images)]
+    sources = [expand_home(read_file_object(image)) for image in flatten_images(images)]
+    return [find_file(str(each)) if isinstance(each, str | Path) else each for each in sources]
 
 
 def read_file_object(image: Any) -> Any:
@@ -195,8 +196,7 @@ def build_record(index: int, value: Any, folder: Path) -> ImageRecord:
     Relative paths are resolved against `folder`. The name of an image without a path is its index.
     """
     if isinstance(value, str):
-        path = value if value.startswith(DATA_URI_PREFIX) else resolve_path(folder, value)
-        return ImageRecord(get_source_name(value), path)
+        return ImageRecord(get_source_name(value), resolve_path(folder, value))
     if isinstance(value, dict):
         name = value.get("path")
         encoded = value.get("bytes")

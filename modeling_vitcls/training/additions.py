@@ -27,7 +27,7 @@ import torch
 from sklearn.model_selection import StratifiedKFold
 from threadpoolctl import threadpool_limits
 
-from ..data.cells import warn_about_similar_classes
+from ..data.cells import normalize_name, warn_about_similar_classes
 from ..data.image_folder import check_output_is_not_read
 from ..data.images import LabeledImages
 from ..data.label_matching import translate_labels
@@ -282,7 +282,7 @@ def select_new_images(
     """Select the training images of the new classes, labeled among all classes."""
     new_space = splits.label_space
     check_has_one_label(new_space, dataset)
-    if known := sorted(set(new_space.names) & set(old_names)):
+    if known := sorted(set(new_space.names) & set(map(normalize_name, old_names))):
         raise ValueError(
             f"the model has the class {known[0]!r} already. Remove its images from `dataset`"
         )

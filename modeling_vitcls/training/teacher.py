@@ -27,6 +27,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 from transformers.image_utils import pil_torch_interpolation_mapping
 
 from ..conversion.open_model import open_model
+from ..data.cells import normalize_name
 from ..data.labels import LabelSpace
 from ..hub.loading import get_external_model_folder, load_timm_model
 from ..inference.image_pass import find_finite
@@ -137,6 +138,7 @@ def match_labels(
     If the teacher has the same labels in the same order, return None and an empty note. `names` is
     None if its labels have no names.
     """
+    names = names and list(map(normalize_name, names))
     if names is None and num_labels == len(labels):
         return (
             None,

@@ -443,6 +443,21 @@ def test_a_table_of_windows_names_files_with_backslashes(photos: Path) -> None:
     assert read_labels(photos / "table.csv") == ["a", "b", "c"]
 
 
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+@pytest.mark.parametrize("name", ["table.csv", "metadata.csv"])
+def test_files_are_found_in_both_unicode_forms(form: str, name: str, tmp_path: Path) -> None:
+    """macOS writes é as two characters, other systems as one."""
+    folder = tmp_path / unicodedata.normalize("NFC" if form == "NFD" else "NFD", "été")
+    folder.mkdir()
+    Image.new("RGB", (8, 8)).save(folder / unicodedata.normalize(form, "é.png"))
+    names = [unicodedata.normalize(each, "été/é.png") for each in ("NFC", "NFD")]
+    table = pd.DataFrame({"file_name": names, "label": ["a", "b"]})
+    table.to_csv(tmp_path / name, index=False)
+    dataset = tmp_path if name == "metadata.csv" else tmp_path / name
+    splits = load_splits(DataOptions(dataset=str(dataset)))
+    assert [image.size for image in splits.train.images] == [(8, 8)] * 2
+
+
 def test_a_wrong_separator_is_pointed_out(photos: Path, caplog: pytest.LogCaptureFixture) -> None:
     labels = ["red|round", "green|round", "red|long"]
     table = write_csv(photos, labels, "wrong.csv")

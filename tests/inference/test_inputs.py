@@ -1,5 +1,6 @@
 """Inputs of prediction: lists, folders, folders and datasets."""
 
+import unicodedata
 from pathlib import Path
 
 import datasets
@@ -15,6 +16,8 @@ from modeling_vitcls.inference import inputs
 from modeling_vitcls.inference.inputs import (
     DatasetRecords,
     build_record,
+    list_records,
+    list_sources,
     open_input,
     prepare_image,
 )
@@ -36,6 +39,14 @@ def test_a_list_contains_files_and_folders(photos: Path, tmp_path: Path) -> None
     file.write_text("\n \n", encoding="utf-8")
     with raises_one_line(f"the list {file} is empty"):
         open_input(PredictOptions(model="model", list=file))
+
+
+def test_files_of_lists_are_found_in_both_unicode_forms(tmp_path: Path) -> None:
+    file = tmp_path / unicodedata.normalize("NFD", "é.png")
+    Image.new("RGB", (8, 8)).save(file)
+    typed = unicodedata.normalize("NFC", str(file))
+    assert list_records([typed])[0].content == str(file)
+    assert list_sources([typed, Path(typed)]) == [str(file)] * 2
 
 
 def test_other_files_in_folders_are_counted_with_the_remedy_for_heic(

@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 import sys
+import unicodedata
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,9 @@ from modeling_vitcls import (
     verify_unchanged,
 )
 from modeling_vitcls.data.in_memory import add_dataset
+from modeling_vitcls.data.labels import OneLabel
 from modeling_vitcls.data.options import DataOptions
+from modeling_vitcls.data.sources import Splits
 from modeling_vitcls.data.splits import load_training_data
 from modeling_vitcls.data.splits_table import write_splits
 from modeling_vitcls.hub.model_files import hash_weights
@@ -309,6 +312,10 @@ def test_a_new_class_that_is_spelled_like_an_old_one_is_named(
 ) -> None:
     add_class(with_stripes, build_new(STRIPES, "Stripes "), tmp_path / "new")
     assert "'stripes' and 'Stripes '" in caplog.text
+    composed, decomposed = (unicodedata.normalize(form, "café") for form in ("NFC", "NFD"))
+    with raises_one_line(f"has the class {composed!r} already"):
+        splits = Splits("photos", OneLabel({"label": [composed]}), {})
+        additions.select_new_images(splits, "photos", ["tea", decomposed])
 
 
 def test_several_processes_are_refused(

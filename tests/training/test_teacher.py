@@ -1,5 +1,6 @@
 """Teachers: labels and preprocessing, distillation losses, and the cache of their predictions."""
 
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -214,6 +215,8 @@ def test_labels_are_matched_by_name(resnet: Path) -> None:
     assert torch.equal(permuted(build_pixels()), plain[:, [2, 0, 1]])
     some = load_labeled_teacher(resnet, "cat", "ant")
     assert torch.equal(some(build_pixels()), plain[:, [2, 0]])
+    composed, decomposed = (unicodedata.normalize(form, "café") for form in ("NFC", "NFD"))
+    assert match_labels("teacher", ["a", decomposed], 2, [composed, "a"]) == ([1, 0], "")
 
 
 def test_labels_without_names_are_matched_by_index_with_a_message(tmp_path: Path) -> None:
