@@ -14,8 +14,8 @@ pytestmark = pytest.mark.integration
 
 
 def test_an_encoder_in_half_precision_is_exported_in_float32(tmp_path: Path) -> None:
-    model = randomize(ViTCLSModel(build_tiny_config())).bfloat16()
-    model.save_pretrained(tmp_path)
+    source = randomize(ViTCLSModel(build_tiny_config())).bfloat16()
+    source.save_pretrained(tmp_path)
     model, processor, _ = load_exportable_model(str(tmp_path))
     assert model.dtype == torch.float32
     assert not model.training
@@ -23,7 +23,7 @@ def test_an_encoder_in_half_precision_is_exported_in_float32(tmp_path: Path) -> 
     outputs = NamedOutputsModel(model)(build_images())
     assert list(outputs) == ["last_hidden_state", "pooler_output"]
     assert torch.equal(
-        outputs["last_hidden_state"], model.float()(build_images()).last_hidden_state
+        outputs["last_hidden_state"], source.float()(build_images()).last_hidden_state
     )
 
 
