@@ -63,11 +63,12 @@ class TrainingData:
         """How many times larger the largest class is than the smallest; 1 for several labels."""
         return compute_class_ratio(self.train)
 
-    def count_seen(self, encoder_rows: pd.DataFrame) -> int:
+    def count_seen(self, encoder_rows: pd.DataFrame, is_frozen: bool = True) -> int:
         """Count the images that measure the model, although they trained its encoder earlier."""
-        parts = [self.train] if self.selection is None else [self.train, self.selection]
-        # cross-validation measures a frozen run on all images that it is fitted to
-        measured = [self.held_out] if len(self.held_out) else parts
+        measured = [self.held_out]
+        if is_frozen and not len(self.held_out):
+            # Cross-validation measures a frozen run on all images that it is fitted to.
+            measured = [self.train] if self.selection is None else [self.train, self.selection]
         return sum(int(find_trained_images(part, encoder_rows).sum()) for part in measured)
 
     def build_splits_table(self, task: str = "") -> pd.DataFrame:

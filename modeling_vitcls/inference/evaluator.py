@@ -20,7 +20,13 @@ from torch import nn
 from ..data.labels import LabelSpace
 from ..model.modeling_vitcls import ViTCLSImageClassifierOutput
 from .image_pass import ImageOutput, ImagePass, list_rows, stack_rows
-from .metrics import METRICS, MultiLabelMetrics, SingleLabelMetrics, select_scalars
+from .metrics import (
+    METRICS,
+    NOTHING_MEASURED,
+    MultiLabelMetrics,
+    SingleLabelMetrics,
+    select_scalars,
+)
 from .prediction_rows import DEFAULT_THRESHOLD
 
 
@@ -99,13 +105,16 @@ class Evaluator(ImagePass):
 
         In the returned dict, numbers come before lists and dicts, and the first number is the
         metric for comparing models. `num_unreadable_images` is the number of unreadable images,
-        which `num_images` excludes. Floats are rounded to six decimals. `console` shows the
+        which `num_images` excludes; without images, there are only these two. Floats are rounded to
+        six decimals. `console` shows the
         progress (runtime/progress.py).
 
         Raises:
             ValueError: if all images are unreadable, if more than `MAX_UNREADABLE_IMAGES` images
                 are unreadable, or if the outputs of the model for any image are not finite.
         """
+        if not len(self.images):
+            return NOTHING_MEASURED
         metrics = METRICS[self.label_space.kind](self.label_space, self.accelerator.device)
         if isinstance(metrics, MultiLabelMetrics):
             metrics.threshold = self.threshold

@@ -43,6 +43,9 @@ HEAD_LOSSES = ("cls_loss", "distillation_loss", "mean_loss")
 
 MetricValues = dict[str, Any]
 
+# The result of an evaluator without images
+NOTHING_MEASURED: MetricValues = {"num_images": 0, "num_unreadable_images": 0}
+
 
 def select_scalars(metrics: Mapping[str, Any]) -> dict[str, int | float]:
     """Select the scalar metrics, in their original order, for logging and comparison."""

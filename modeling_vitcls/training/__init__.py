@@ -5,6 +5,7 @@
     summary.py          the first lines of a run: its images, its model and what it is
     frozen_run.py       a run without steps
     steps_run.py        a run with steps; class_statistics_of_runs.py measures its classes afterwards
+    outcome.py          what a run of either kind has made and measured
     run_results.py      results.json, and the last lines of a run
     training_setup.py   what a run trains: the interface between run.py and the next two files
     options.py          flags of the commands that train

@@ -4,25 +4,21 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from ..data.splits import TrainingData
-from .calibration import (
-    describe_probe_calibration,
-    measure_errors,
-    select_error_metrics,
-)
-from .probe import (
-    describe_frozen,
-    describe_threshold,
-)
-from .run_results import Outcome
-from .steps_run import evaluate_nothing
+from ..inference.metrics import NOTHING_MEASURED
+from .calibration import describe_probe_calibration, measure_errors, select_error_metrics
+from .outcome import Outcome, list_measurements
+from .probe import describe_frozen, describe_threshold
 from .training_setup import TrainingSetup
 
 
-def run_frozen(setup: TrainingSetup, data: TrainingData, warn: Callable[[str], None]) -> Outcome:
+def run_frozen(
+    setup: TrainingSetup, data: TrainingData, num_seen: int, warn: Callable[[str], None]
+) -> Outcome:
     """Fit the classifier to every label that is not held out, and measure it.
 
     Without held-out images, each training image is predicted by a classifier that was not fitted to
-    it, and the accuracy is corrected for the choice among the candidates.
+    it, and the accuracy is corrected for the choice among the candidates. `num_seen` is the number
+    of measured images that trained the encoder earlier.
     """
     probe = setup.probe
     assert probe is not None, "only a run with a probe can be frozen"
@@ -37,7 +33,8 @@ def run_frozen(setup: TrainingSetup, data: TrainingData, warn: Callable[[str], N
     calibration = describe_probe_calibration(frozen.probe)
     split = data.held_out_name
     predictions = nearest_images = None
-    metrics = evaluate_nothing()
+    metrics = NOTHING_MEASURED
+    details = {"seen_by_encoder": num_seen}
     if frozen.held_out is not None:
         predictions = probe.predict(frozen, frozen.held_out, data.label_space)
         calibration = measure_errors(calibration, predictions)
@@ -46,12 +43,17 @@ def run_frozen(setup: TrainingSetup, data: TrainingData, warn: Callable[[str], N
         split = "cross-validation"
         predictions = probe.predict_out_of_fold(frozen, data.label_space)
         metrics = predictions.metrics
+        details |= {
+            "num_folds": frozen.record["num_folds"],
+            "num_candidates": len(frozen.record["candidates"]),
+        }
         # The out-of-fold probabilities contain the temperature already, so there is no error before
         # it.
         calibration = replace(calibration, errors=select_error_metrics(metrics))
     if predictions is not None:
         nearest_images = frozen.find_nearest_images(predictions.list_wrong())
     return Outcome(
+        measured=list_measurements(metrics, setup.result_metrics, data.label_space, **details),
         metrics=metrics,
         split=split,
         num_training_images=sum(map(len, parts)) - frozen.features.num_unreadable,

@@ -27,6 +27,7 @@ from ..data.sources import Splits
 from ..data.splits import TrainingData, load_undivided_images
 from ..inference.image_pass import ImagePass, stack_rows
 from ..inference.linear_probe import LinearProbe
+from ..inference.metrics import NOTHING_MEASURED
 from ..model.configuration_vitcls import ViTCLSConfig
 from ..model.image_processing_vitcls import ViTCLSImageProcessor
 from ..model.modeling_vitcls import ViTCLSModel
@@ -190,6 +191,8 @@ def measure_features(
         warn: is called if the features have collapsed.
         with_regression: whether to measure logistic regression as well.
     """
+    if not len(held_out.images):
+        return NOTHING_MEASURED
     method = held_out.accelerator.unwrap_model(model)
     compute = partial(compute_features, model, method)
     # [images, token + D]

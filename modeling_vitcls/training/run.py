@@ -106,26 +106,22 @@ def train(asked: TrainOptions) -> Path:
             partial(build_run_record, options, data, setup.model.config, flags, checkpoint)
         )
         run_on_main(partial(prepare_folder, folder, store, to_flags(options), checkpoint))
-        is_measured = len(data.held_out) or plan.kind == "frozen"
-        num_seen = data.count_seen(setup.encoder_rows) if is_measured else 0
+        num_seen = data.count_seen(setup.encoder_rows, plan.kind == "frozen")
         print_summary(inputs, plan, data, num_seen, reporter)
 
         # Both kinds end in the same record.
         if plan.kind == "frozen":
-            outcome = run_frozen(setup, data, reporter.warn)
+            outcome = run_frozen(setup, data, num_seen, reporter.warn)
         else:
-            outcome = run_steps(setup, plan, data, record, checkpoint, store, reporter)
+            outcome = run_steps(setup, plan, data, record, checkpoint, store, reporter, num_seen)
         reporter.print_lines(outcome.lines)
 
         results = build_results(inputs, data, outcome, record["flags"]["chosen"])
-        if num_seen:
-            results.pop("accuracy_interval", None)
-            results["num_images_of_encoder"] = num_seen
         save_output(folder, inputs, data, outcome, results)
         # After the folder is whole, because --resume needs the checkpoints until then.
         if options.keep_checkpoints is None:
             run_on_main(store.clear)
-        print_result(results, setup.result_metrics, plan, data, asked, reporter)
+        print_result(outcome, plan, data, asked, reporter)
 
         # DDP must not outlive its process group: with torch 2.11, gloo may wait forever
         accelerator.free_memory()

@@ -1,7 +1,6 @@
 """What a run leaves: results.json, and its last lines."""
 
 import shlex
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +10,14 @@ from ..data.in_memory import MEMORY_PREFIX
 from ..data.splits import MAX_CLASS_RATIO, TrainingData, describe_data
 from ..hub.local_paths import is_local, make_relative, split_prefix
 from ..hub.model_files import PREDICTIONS_FILE, RESULTS_FILE, SPLITS_FILE
-from ..inference.evaluator import Predictions
-from ..inference.intervals import MIN_CORRECTED_IMAGES
 from ..runtime.flags import get_flag_fields, to_arguments, to_flags
 from ..runtime.system import get_versions
 from .defaults import FINE_TUNING_EPOCHS
 from .duration import format_minutes
 from .options import TrainOptions
+from .outcome import Outcome
 from .plan import STEP_FLAGS, RunPlan
-from .reporter import Reporter, format_metric
+from .reporter import Reporter
 from .run_folder import CHECKPOINTS_FOLDER
 from .run_inputs import RunInputs
 from .summary import count_parameters, count_tokens
@@ -34,44 +32,18 @@ FLAGS_OF_KINDS = {
 }
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What a run has made: the metrics of the saved model, and how it came about.
-
-    Attributes:
-        metrics, calibration: fields of results.json.
-        split: the images of the metrics, as text.
-        num_training_images: number of images that the model was fitted to.
-        predictions: content of predictions.parquet, if the images have one label each.
-        nearest_images: names of the nearest training images of each wrong prediction, by its index.
-        seconds: duration of the fit or of the steps.
-        num_steps, epochs, images_per_step: 0 without steps.
-        num_unreadable: number of training images that were replaced with others.
-        results: further fields of results.json.
-        lines: to print about the frozen model and the calibration.
-    """
-
-    metrics: dict[str, Any]
-    split: str
-    num_training_images: int
-    calibration: dict[str, Any] | None
-    predictions: Predictions | None
-    nearest_images: dict[int, list[str]] | None
-    seconds: float
-    num_steps: int = 0
-    epochs: float = 0.0
-    images_per_step: int = 0
-    num_unreadable: int = 0
-    results: dict[str, Any] = field(default_factory=dict)
-    lines: dict[str, str | None] = field(default_factory=dict)
-
-
 def build_results(
     inputs: RunInputs, data: TrainingData, outcome: Outcome, chosen_flags: dict[str, Any]
 ) -> dict[str, Any]:
     """Build the content of results.json."""
     setup = inputs.setup
     state = AcceleratorState()
+    metrics = outcome.metrics
+    seen: dict[str, int] = {}
+    if any(each.seen_by_encoder for each in outcome.measured):
+        seen = {"num_images_of_encoder": outcome.measured[0].seen_by_encoder}
+        # The error is larger than any interval says.
+        metrics = {name: metrics[name] for name in metrics if "accuracy_interval" not in name}
     return {
         "dataset": data.name,
         "split": outcome.split,
@@ -97,9 +69,10 @@ def build_results(
         "mixed_precision": state.mixed_precision,
         "num_processes": state.num_processes,
         "versions": get_versions(),
-        **outcome.metrics,
+        **metrics,
         "num_unreadable_training_images": outcome.num_unreadable,
         **outcome.results,
+        **seen,
     }
 
 
@@ -107,116 +80,68 @@ def build_results(
 
 
 def print_result(
-    results: dict[str, Any],
-    result_metrics: tuple[str, ...],
-    plan: RunPlan,
-    data: TrainingData,
-    asked: TrainOptions,
-    reporter: Reporter,
+    outcome: Outcome, plan: RunPlan, data: TrainingData, asked: TrainOptions, reporter: Reporter
 ) -> None:
-    """Print the last lines of the run.
-
-    Args:
-        results: content of results.json.
-        result_metrics: names of the metrics of the result.
-        plan, data: of the run.
-        asked: the options as the person set them.
-        reporter: prints the lines.
-    """
-    if num_unreadable := results["num_unreadable_training_images"]:
+    """Print the last lines of the run. `asked` are the options as the person set them."""
+    if outcome.num_unreadable:
         reporter.warn(
-            f"{num_unreadable} training image(s) could not be read and were replaced with other "
-            "images"
+            f"{outcome.num_unreadable} training image(s) could not be read and were replaced with "
+            "other images"
         )
-    class_text = steps_text = None
-    if data.class_ratio > MAX_CLASS_RATIO and results.get("per_class"):
-        worst = min(
-            (row for row in results["per_class"] if row["images"]), key=lambda row: row["recall"]
-        )
-        # The metrics that large classes do not dominate
-        class_text = (
-            f"of different sizes: balanced accuracy {results['balanced_accuracy']:.1%}, macro F1 "
-            f"{results['macro_f1']:.1%}, lowest recall {worst['recall']:.1%} ({worst['name']})"
-        )
+    steps_text = None
     if plan.kind == "frozen":
         seconds = plan.fine_tuning_seconds
         duration = "" if seconds is None else f", about {format_minutes(seconds)}"
+        command = build_command(asked, "fine-tuned", epochs=int(FINE_TUNING_EPOCHS))
         steps_text = (
             f"not fine-tuned: the encoder is frozen. Five epochs of all layers{duration}, gained "
-            f"1.3 points on average of 15 runs: {build_command(asked, 'fine-tuned', epochs=int(FINE_TUNING_EPOCHS))}"
+            f"1.3 points on average of 15 runs: {command}"
         )
     reporter.print_lines(
         {
-            "result": describe_result(results, result_metrics) + describe_worse_end(results, asked),
-            "classes": class_text,
-            "features": results.get("features", {}).get("summary"),
+            "result": describe_result(outcome) + describe_worse_end(outcome, asked),
+            "classes": describe_classes(outcome.metrics, data.class_ratio),
+            "features": outcome.results.get("features", {}).get("summary"),
             "steps": steps_text,
             "saved": describe_saved_files(asked.output_dir),
         }
     )
 
 
-def describe_result(results: dict[str, Any], result_metrics: tuple[str, ...]) -> str:
+def describe_result(outcome: Outcome) -> str:
     """Describe the result: measured on held-out images, or estimated by cross-validation."""
-    if results["split"] != "cross-validation":
-        return format_result(results, result_metrics)
-    record = results["frozen"]
-    text = f"{format_accuracy(results)} in cross-validation"
-    if results["num_images"] >= MIN_CORRECTED_IMAGES:
-        text = (
-            f"{format_accuracy(results)}, estimated by {record['num_folds']}-fold cross-validation "
-            f"on {results['num_images']:,} images, corrected for the choice among "
-            f"{len(record['candidates'])} candidates"
+    if not outcome.measured:
+        return (
+            "not evaluated, because no image was held out. Set `held_out_fraction`, such as 0.2 (with "
+            "few images per class, the default is 0)"
         )
-    return f"{text}. The saved model was fitted to all of them"
+    text = ", ".join(map(str, outcome.measured))
+    if outcome.measured[0].num_folds:
+        text += ". The saved model was fitted to all of them"
+    return text
 
 
-def describe_worse_end(results: dict[str, Any], asked: TrainOptions) -> str:
+def describe_classes(metrics: dict[str, Any], class_ratio: float) -> str | None:
+    """Describe the result by metrics that large classes do not dominate, if the sizes differ."""
+    if class_ratio <= MAX_CLASS_RATIO or not metrics.get("per_class"):
+        return None
+    rows = [row for row in metrics["per_class"] if row["images"]]
+    worst = min(rows, key=lambda row: row["recall"])
+    return (
+        f"of different sizes: balanced accuracy {metrics['balanced_accuracy']:.1%}, macro F1 "
+        f"{metrics['macro_f1']:.1%}, lowest recall {worst['recall']:.1%} ({worst['name']})"
+    )
+
+
+def describe_worse_end(outcome: Outcome, asked: TrainOptions) -> str:
     """Say how to keep the frozen model, if the steps made it worse; "" otherwise."""
-    start = results.get("frozen", {}).get("held_out_accuracy")
-    if start is None or results["accuracy"] >= start:
+    start = outcome.results.get("frozen", {}).get("held_out_accuracy")
+    if start is None or outcome.measured[0].value >= start:
         return ""
     return (
         f". The frozen start was better, {start:.2%}: "
         f"{build_command(asked, 'frozen', trainable='head')}"
     )
-
-
-def format_result(metrics: dict[str, Any], names: tuple[str, ...]) -> str:
-    """Format the metrics `names` of the final evaluation as one line of text."""
-    names = tuple(name for name in names if name in metrics)
-    if not names:
-        return (
-            "not evaluated, because no image was held out. Set `held_out_fraction`, such as 0.2 (with "
-            "few images per class, the default is 0)"
-        )
-    texts = [format_metric(name, metrics[name]) for name in names]
-    ending = "_accuracy_interval"
-    tasks = [key.removesuffix(ending) for key in metrics if key.endswith(ending) and metrics[key]]
-    if "accuracy_interval" in metrics or "num_images_of_encoder" in metrics:
-        texts = [format_accuracy(metrics), *texts[1:]]
-    elif tasks:
-        # Each one, with the images that have its label: their mean says little, and has no interval.
-        keys = ("accuracy", "num_images", "accuracy_interval")
-        records = ({key: metrics[f"{task}_{key}"] for key in keys} for task in tasks)
-        results = (format_result(record, keys[:1]) for record in records)
-        return ", ".join(map("{} {}".format, tasks, results))
-    return f"{', '.join(texts)} on {metrics['num_images']:,} held-out images"
-
-
-def format_accuracy(metrics: dict[str, Any]) -> str:
-    """Format an accuracy with its interval; with few images, as a fraction without a percentage."""
-    num_images = metrics["num_images"]
-    text = f"accuracy {metrics['accuracy']:.2%}"
-    if num_images < MIN_CORRECTED_IMAGES:
-        text = f"{round(metrics['accuracy'] * num_images)} of {num_images} right"
-    # The encoder was trained on the images, so the error is larger than any interval says.
-    if "accuracy_interval" not in metrics:
-        return f"{text} (no interval)"
-    low, high = (100 * value for value in metrics["accuracy_interval"])
-    if num_images < MIN_CORRECTED_IMAGES:
-        return f"{text} (95%: {low:.0f} to {high:.0f}%)"
-    return f"{text} (95% interval: {low:.1f} to {high:.1f})"
 
 
 def build_command(asked: TrainOptions, suffix: str, **changes: Any) -> str:

@@ -30,8 +30,8 @@ from ..runtime.staging import stage_files
 from .checkpoints import WRITE_ERRORS, Tensors
 from .distributed_state import gather_weights
 from .model import merge_lora
+from .outcome import Outcome
 from .run_inputs import RunInputs
-from .run_results import Outcome
 from .training_setup import TrainingSetup
 
 

@@ -14,7 +14,6 @@ from ..data.batches import Batch, TrainingImages, iterate_training_batches
 from ..data.images import UnreadableImageCounter
 from ..data.splits import TrainingData
 from ..data.workers import explain_worker_errors
-from ..inference.evaluator import Evaluator
 from ..runtime.distributed import configure_layer_sharding, run_on_main
 from ..runtime.errors import stop_on_errors
 from .calibration import calibrate, select_error_metrics
@@ -23,11 +22,11 @@ from .class_statistics_of_runs import store_statistics
 from .distributed_state import reshard, scatter_model
 from .loop import Evaluate, TrainingLoop, TrainingState, build_batch_plan, describe_batches
 from .optimizer import average_with_start, build_parameter_groups
+from .outcome import Outcome, list_measurements
 from .plan import RunPlan
-from .probe import MAX_PROBE_IMAGES, describe_frozen, ignore_message
+from .probe import MAX_PROBE_IMAGES, FrozenModel, Probe, describe_frozen, ignore_message
 from .reporter import Reporter
 from .resume import format_flag_value
-from .run_results import Outcome
 from .signals import SignalHandler
 from .training_setup import TrainingSetup
 
@@ -40,6 +39,7 @@ def run_steps(
     checkpoint: Checkpoint | None,
     store: CheckpointStore,
     reporter: Reporter,
+    num_seen: int,
 ) -> Outcome:
     """Train, and measure what is saved on images that did not train it."""
     options = plan.options
@@ -47,26 +47,8 @@ def run_steps(
     # The probe gives the model a new pooler and a new classifier, and may change how images are
     # resized. Evaluators, which keep resized images, and the optimizer, which keeps parameters,
     # would otherwise hold on to the old ones.
-    probe = setup.probe
-    frozen = start_record = None
-    if probe is not None and checkpoint is not None:
-        # Choosing again would cost a pass over the images, and the model has moved on since. The
-        # weights come from the checkpoint.
-        start_record = checkpoint.metadata["probe"]
-        probe.restore(start_record)
-    elif probe is not None:
-        # The steps report the unreadable images.
-        frozen = probe.fit([data.train], data.held_out, ignore_message, MAX_PROBE_IMAGES)
-        probe.set_heads(frozen)
-        start_record = frozen.record
-        if frozen.held_out is not None:
-            start = probe.predict(frozen, frozen.held_out, data.label_space).metrics
-            start_record = start_record | {"held_out_accuracy": start["accuracy"]}
-        reporter.print_lines(describe_frozen(start_record))
-
-    held_out: Evaluate = evaluate_nothing
-    if len(data.held_out):
-        held_out = setup.build_evaluator(data, data.held_out)
+    frozen, start_record = start_from_probe(setup.probe, data, checkpoint, reporter)
+    held_out = setup.build_evaluator(data, data.held_out)
     # If no checkpoint is selected, looking at the held-out images during training is harmless.
     selection = held_out
     if data.selection is not None:
@@ -101,8 +83,6 @@ def run_steps(
 
     predictions = calibration = nearest_images = heads_text = None
     if setup.build_pass is not None and len(data.held_out):
-        assert isinstance(held_out, Evaluator), "only a classifier is calibrated"
-        assert isinstance(selection, Evaluator), "only a classifier is calibrated"
         calibration, predictions, heads_text = calibrate(setup.model, model, held_out, selection)
         metrics = predictions.metrics | select_error_metrics(calibration.errors)
     # The last evaluation of the loop was of other weights, or of the images that select.
@@ -126,6 +106,9 @@ def run_steps(
     if plan.averaging:
         results["average_with_start"] = plan.averaging
     return Outcome(
+        measured=list_measurements(
+            metrics, setup.result_metrics, data.label_space, seen_by_encoder=num_seen
+        ),
         metrics=metrics,
         split=data.held_out_name,
         num_training_images=len(data.train),
@@ -143,6 +126,32 @@ def run_steps(
             "calibration": None if calibration is None else calibration.text,
         },
     )
+
+
+def start_from_probe(
+    probe: Probe | None, data: TrainingData, checkpoint: Checkpoint | None, reporter: Reporter
+) -> tuple[FrozenModel | None, dict[str, Any] | None]:
+    """Start from the frozen model, and return it with the record of what was chosen.
+
+    A resumed run has no frozen model, only the record. Without a probe, both are None.
+    """
+    if probe is None:
+        return None, None
+    if checkpoint is not None:
+        # Choosing again would cost a pass over the images, and the model has moved on since. The
+        # weights come from the checkpoint.
+        record = checkpoint.metadata["probe"]
+        probe.restore(record)
+        return None, record
+    # The steps report the unreadable images.
+    frozen = probe.fit([data.train], data.held_out, ignore_message, MAX_PROBE_IMAGES)
+    probe.set_heads(frozen)
+    record = frozen.record
+    if frozen.held_out is not None:
+        start = probe.predict(frozen, frozen.held_out, data.label_space).metrics
+        record = record | {"held_out_accuracy": start["accuracy"]}
+    reporter.print_lines(describe_frozen(record))
+    return frozen, record
 
 
 def build_loop(
@@ -253,8 +262,3 @@ def set_saved_weights(loop: TrainingLoop, plan: RunPlan) -> int:
             f"{1 - plan.averaging:g} x those after the last",
         )
     return loop.state.step
-
-
-def evaluate_nothing(model: Any = None) -> dict[str, Any]:
-    """Stand in for an evaluator if no images are held out."""
-    return {"num_images": 0, "num_unreadable_images": 0}

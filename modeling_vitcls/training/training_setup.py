@@ -42,9 +42,9 @@ class TrainingSetup:
     model: Any  # unwrapped ViTCLS model; parameters that are not trained are frozen
     processor: ViTCLSImageProcessor
     build_objective: Callable[[TrainingData], Objective]
-    # Returns a function from a model to the metrics of images; an `Evaluator` if the model can be
-    # calibrated.
-    build_evaluator: Callable[[TrainingData, LabeledImages], Callable[[Any], dict[str, Any]]]
+    # Returns a function from a model to the metrics of images, of which there may be none; an
+    # `Evaluator` if the model can be calibrated.
+    build_evaluator: Callable[[TrainingData, LabeledImages], Any]
     # Name of the metric that selects the best checkpoint. Higher values are better.
     selection_metric: str
     printed_metrics: tuple[str, ...]  # metrics of evaluations that are printed during training

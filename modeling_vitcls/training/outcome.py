@@ -1,0 +1,134 @@
+"""What a run has made and measured: the record in which a run of either kind ends."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..data.labels import LabelSpace
+from ..inference.evaluator import Predictions
+from ..inference.intervals import MIN_CORRECTED_IMAGES
+from .reporter import format_metric
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """The result of one task. As text, it is a part of the printed result.
+
+    Attributes:
+        task: name of the task; "" if there is only one.
+        metric, value: the metric of the result.
+        interval: 95% confidence interval [low, high]; None for a metric without one, and for images
+            that trained the encoder: their error is larger than any interval says.
+        num_images: number of images that measured the task.
+        seen_by_encoder: number of images of the run that trained its encoder.
+        num_folds: number of folds of the cross-validation; 0 for held-out images.
+        num_candidates: number of candidates among which the cross-validation chose.
+        others: further metrics of the same images.
+    """
+
+    task: str
+    metric: str
+    value: float
+    interval: list[float] | None
+    num_images: int
+    seen_by_encoder: int = 0
+    num_folds: int = 0
+    num_candidates: int = 0
+    others: dict[str, float] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        texts = [self.format_value(), *(format_metric(*item) for item in self.others.items())]
+        text = f"{self.task} {', '.join(texts)}".lstrip()
+        if not self.num_folds:
+            return f"{text} on {self.num_images:,} held-out images"
+        if self.num_images < MIN_CORRECTED_IMAGES:
+            return f"{text} in cross-validation"
+        return (
+            f"{text}, estimated by {self.num_folds}-fold cross-validation on {self.num_images:,} "
+            f"images, corrected for the choice among {self.num_candidates} candidates"
+        )
+
+    def format_value(self) -> str:
+        """Format the value with its interval; with few images, as a fraction without a percentage."""
+        is_small = self.metric == "accuracy" and self.num_images < MIN_CORRECTED_IMAGES
+        text = format_metric(self.metric, self.value)
+        if is_small:
+            text = f"{round(self.value * self.num_images)} of {self.num_images} right"
+        if self.seen_by_encoder:
+            return f"{text} (no interval)"
+        if self.interval is None:
+            return text
+        low, high = (100 * bound for bound in self.interval)
+        if is_small:
+            return f"{text} (95%: {low:.0f} to {high:.0f}%)"
+        return f"{text} (95% interval: {low:.1f} to {high:.1f})"
+
+
+def list_measurements(
+    metrics: dict[str, Any], names: tuple[str, ...], label_space: LabelSpace, **details: Any
+) -> list[Measurement]:
+    """List the results of all tasks that have labeled images.
+
+    Args:
+        metrics: of all tasks (inference/metrics.py).
+        names: metrics of a result, the most important one first; a result may lack some.
+        label_space: the labels of the run.
+        details: other attributes of the measurements.
+    """
+    # The metrics of several tasks begin with the name of their task.
+    prefixes = {"": ""}
+    if label_space.kind == "multi_task":
+        prefixes = {task: f"{task}_" for task in label_space.columns}
+    measured = []
+    for task, prefix in prefixes.items():
+        own = {name: metrics.get(f"{prefix}{name}") for name in names}
+        values = {name: value for name, value in own.items() if value is not None}
+        if not values:
+            continue
+        metric, *others = values
+        interval = metrics.get(f"{prefix}accuracy_interval")
+        measured.append(
+            Measurement(
+                task,
+                metric,
+                values[metric],
+                interval=None if details.get("seen_by_encoder") else interval,
+                num_images=metrics[f"{prefix}num_images"],
+                others={name: values[name] for name in others},
+                **details,
+            )
+        )
+    return measured
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run has made: the metrics of the saved model, and how it came about.
+
+    Attributes:
+        measured: the result of each task; empty if no images measured the model.
+        metrics, calibration: fields of results.json.
+        split: the images of the metrics, as text.
+        num_training_images: number of images that the model was fitted to.
+        predictions: content of predictions.parquet, if the images have one label each.
+        nearest_images: names of the nearest training images of each wrong prediction, by its index.
+        seconds: duration of the fit or of the steps.
+        num_steps, epochs, images_per_step: 0 without steps.
+        num_unreadable: number of training images that were replaced with others.
+        results: further fields of results.json.
+        lines: to print about the frozen model and the calibration.
+    """
+
+    measured: list[Measurement]
+    metrics: dict[str, Any]
+    split: str
+    num_training_images: int
+    calibration: dict[str, Any] | None
+    predictions: Predictions | None
+    nearest_images: dict[int, list[str]] | None
+    seconds: float
+    num_steps: int = 0
+    epochs: float = 0.0
+    images_per_step: int = 0
+    num_unreadable: int = 0
+    results: dict[str, Any] = field(default_factory=dict)
+    lines: dict[str, str | None] = field(default_factory=dict)
