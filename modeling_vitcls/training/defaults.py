@@ -3,7 +3,7 @@
 flag               random weights             pre-trained weights        lora, tokens       --trainable head
 learning_rate      `LEARNING_RATES`, for each kind of initial weights
 layer_decay        1                          0.75                       1                  1
-initializer_range  0.8 / sqrt(width)          checkpoint's value         checkpoint's value checkpoint's value
+initializer_range  0.8 / sqrt(width)*         checkpoint's value         checkpoint's value checkpoint's value
 epochs             30                         30, or 10 (large dataset)  5                  30
                    5 from the frozen model's classifier (the study in model_cards/studies/finetuning.md).
                    On CPUs, the epochs of a run have at most `MAX_CPU_FLOPS`, but there is at least one epoch.
@@ -15,12 +15,10 @@ shift              0.04                       0
 flag               fewer than 10,000 images   large dataset: at least 10,000 images
 batch_size         32                         64
 
-Narrow models learn slowly with the common initializer range of 0.02. The default range is therefore
-the larger of 0.02 and 0.8 / sqrt(width), which lies between the Xavier standard deviations for the
-attention (1 / sqrt(width)) and the MLP (0.63 / sqrt(width)).
-Layer decay follows BEiT (arXiv 2106.08254). Pre-training has no layer decay.
+* at least 0.02
 
-All of these values are written to config.resolved.yaml.
+Pre-training has no layer decay. All of these values are written to config.resolved.yaml. A value that no
+study has compared with others is called a guess where it is assigned.
 """
 
 import math
@@ -85,39 +83,45 @@ def resolve_defaults(
 
     The length of the run and its learning rate are not among these flags (`resolve_schedule`).
     """
+    # 1. Flags without which the method of the run would not work
     options = replace(options, **get_method_values(options))
-    config_values = options.get_config_values()
-    size_line = weights_line = None
-    # Chosen before the weights are read, because they are resampled to this size as they load.
-    if options.image_size is None and isinstance(options, FinetuneOptions):
-        height_width, size_line = choose_image_size(initial, config_values)
-        options = replace(options, image_size=height_width)
-        config_values |= {} if height_width is None else {"image_size": height_width}
-    width = config_values.get("hidden_size", initial.config.hidden_size)
-    image_size = max(to_pair(config_values.get("image_size", initial.config.image_size)))
     method = get_training_method(options, initial.has_random_weights)
+
+    # 2. The image size, before the weights are read: they are resampled to it as they load
+    size_line = weights_line = None
+    if options.image_size is None and isinstance(options, FinetuneOptions):
+        height_width, size_line = choose_image_size(initial, options.get_config_values())
+        options = replace(options, image_size=height_width)
+    config_values = options.get_config_values()
+    image_size = max(to_pair(config_values.get("image_size", initial.config.image_size)))
+
+    # 3. The augmentation. A crop of a small image keeps few pixels. Both numbers are guesses.
     has_small_images = image_size <= MAX_SMALL_IMAGE_SIZE
-    is_large = num_training_images >= MIN_LARGE_DATASET_SIZE
-    defaults: list[tuple[str, str | None, float]] = [
-        ("layer_decay", None, 0.75 if method == "pre-trained weights" else 1.0),
-        ("batch_size", None, 64 if is_large else 32),
-        ("crop_scale", None, 1.0 if has_small_images else 0.35),
-        ("augment", "shift", 0.04 if has_small_images else 0.0),
-    ]
+    if options.crop_scale is None:
+        options = replace(options, crop_scale=1.0 if has_small_images else 0.35)
+    augment = {"shift": 0.04 if has_small_images else 0.0} | (options.augment or {})
+    options = replace(options, augment=augment)
+
+    # 4. The batches. Large ones leave a small dataset few steps. Both sizes are guesses.
+    if options.batch_size is None:
+        is_large = num_training_images >= MIN_LARGE_DATASET_SIZE
+        options = replace(options, batch_size=64 if is_large else 32)
+
+    # 5. The start of the weights, and how far each layer may leave it (BEiT, arXiv 2106.08254)
+    if options.layer_decay is None:
+        layer_decay = 0.75 if method == "pre-trained weights" else 1.0
+        options = replace(options, layer_decay=layer_decay)
     if initial.has_random_weights:
-        value = max(round(0.8 / math.sqrt(width), 3), 0.02)
-        defaults.append(("model_config", "initializer_range", value))
+        # Between the Xavier standard deviations for the attention (1 / sqrt(width)) and the MLP
+        # (0.63 / sqrt(width)); the factor is a guess. Narrow models learn slowly with 0.02.
+        width = config_values.get("hidden_size", initial.config.hidden_size)
+        initializer_range = max(round(0.8 / math.sqrt(width), 3), 0.02)
+        model_config = {"initializer_range": initializer_range} | (options.model_config or {})
+        options = replace(options, model_config=model_config)
         weights_line = (
             f"random, because {initial.name} is a preset. For better results on a small dataset, "
             f"set `model` to a checkpoint, for example {EXAMPLE_CHECKPOINT}"
         )
-
-    for flag, name, value in defaults:
-        stored = getattr(options, flag)
-        if stored is not None and (name is None or name in stored):
-            continue
-        changes: dict[str, Any] = {flag: {name: value} | (stored or {}) if name else value}
-        options = replace(options, **changes)
     return options, {"weights": weights_line, "image size": size_line}
 
 
