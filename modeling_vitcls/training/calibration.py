@@ -22,15 +22,15 @@ from .distillation_head import choose_inference, describe_inference
 from .distributed_state import reshard
 
 
-MIN_IMAGES = 100  # minimum number of images for a temperature
-MIN_ERROR_IMAGES = 100  # with fewer images, a calibration error is mostly noise
+MIN_IMAGES = 100  # Minimum number of images for a temperature
+MIN_ERROR_IMAGES = 100  # With fewer images, a calibration error is mostly noise
 # Probabilities below this many times 1 / classes are all the same to a person.
 EQUAL_FACTOR = 1.1
 # Images that a temperature is fitted to.
 CROSS_VALIDATION = "cross-validation"
 SELECTION = "selection"
 HELD_OUT = "held-out"
-ERROR_METRICS = ("calibration_error", "calibration_error_by_chance")  # with the temperature
+ERROR_METRICS = ("calibration_error", "calibration_error_by_chance")  # With the temperature
 
 
 @dataclass(frozen=True)
@@ -39,9 +39,9 @@ class Calibration:
 
     num_images: int
     images: str  # `CROSS_VALIDATION`, `SELECTION` or `HELD_OUT`
-    text: str  # for the printed line
+    text: str  # For the printed line
     temperature: float | None = None
-    errors: dict[str, float] = field(default_factory=dict)  # of other images, if they were measured
+    errors: dict[str, float] = field(default_factory=dict)  # Of other images, if they were measured
 
     def build_record(self) -> dict[str, Any] | None:
         """Build the field of results.json; None without a temperature."""

@@ -45,7 +45,7 @@ NUM_IMAGES = 256
 # equal bits at one batch size prove nothing for another.
 MAX_IMAGES = {16: NUM_IMAGES, 3: 48, 1: 16}
 ENCODER_PREFIX = "vitcls."
-# class statistics, to which an added class appends a row; `distance` reads them
+# Class statistics, to which an added class appends a row; `distance` reads them
 GROWING_PREFIXES = ("class_distance.means_", "class_distance.counts")
 
 
@@ -68,7 +68,7 @@ def read_pixels(images: LabeledImages, processor: Any) -> list[Tensor]:
     pixels = []
     drawn = images.draw(NUM_IMAGES)
     for index in range(len(drawn)):
-        with suppress(ValueError):  # an unreadable image, which the pass over the images reports
+        with suppress(ValueError):  # An unreadable image, which the pass over the images reports
             pixels.append(processor(drawn.images[index], return_tensors="pt")["pixel_values"][0])
     return pixels
 
@@ -214,7 +214,7 @@ def check_labels_and_threshold(old: Any, new: Any) -> None:
     thresholds = [model.config.distance_threshold for model in (old, new)]
     if thresholds[0] != thresholds[1]:
         raise ValueError(f"`distance_threshold` was {thresholds[0]} and is {thresholds[1]}")
-    if isinstance(old, ViTCLSModel):  # has no labels
+    if isinstance(old, ViTCLSModel):  # Has no labels
         return
     new_columns = get_label_space(new.config).columns
     for column, names in get_label_space(old.config).columns.items():

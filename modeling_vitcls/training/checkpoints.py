@@ -35,7 +35,7 @@ Tensors = dict[str, torch.Tensor]
 
 STATE_FILE = "state.json"
 STEP_FOLDER_PATTERN = re.compile(r"step-(\d{8,})")
-WRITE_ERRORS = (OSError, SafetensorError)  # exceptions raised by failed writes
+WRITE_ERRORS = (OSError, SafetensorError)  # Exceptions raised by failed writes
 
 
 class DamagedCheckpointError(ValueError):
@@ -69,7 +69,7 @@ class CheckpointStore:
     """The checkpoints of one run. Only the main process writes and reads checkpoints."""
 
     folder: Path
-    num_kept: int  # number of most recent checkpoints to keep; the best checkpoint is always kept
+    num_kept: int  # Number of most recent checkpoints to keep; the best checkpoint is always kept
 
     def save(
         self, step: int, tensor_groups: dict[str, Tensors], metadata: dict[str, Any], is_best: bool
@@ -96,7 +96,7 @@ class CheckpointStore:
             self.clean_up_interrupted_saves()
             partial_folder.mkdir()
             write_checkpoint(partial_folder, step, tensor_groups, metadata, is_best)
-            if target.exists():  # saved before the evaluation of this step, or damaged
+            if target.exists():  # Saved before the evaluation of this step, or damaged
                 target.rename(old_folder)
             partial_folder.rename(target)
             # A new name is an entry of the parent folder, which a power failure could lose.
@@ -153,7 +153,7 @@ class CheckpointStore:
         self.clean_up_interrupted_saves()
         for step in self.list_steps():
             remove_checkpoint(self.get_folder(step))
-        with suppress(OSError):  # the folder is missing or not empty
+        with suppress(OSError):  # The folder is missing or not empty
             self.folder.rmdir()
 
     def list_steps(self) -> list[int]:

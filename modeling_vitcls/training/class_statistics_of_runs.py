@@ -17,7 +17,7 @@ from .probe import (
 from .training_setup import TrainingSetup
 
 
-MAX_STATISTICS_IMAGES = 5000  # maximum number of images for the statistics of a trained model
+MAX_STATISTICS_IMAGES = 5000  # Maximum number of images for the statistics of a trained model
 
 
 def store_statistics(setup: TrainingSetup, data: TrainingData) -> None:
@@ -46,7 +46,7 @@ def compute_tokens(
 ) -> tuple[dict[Token, np.ndarray], np.ndarray]:
     """Compute the inputs of the class statistics: the features of each token, and the labels."""
     layout = FeatureLayout.for_extra_heads(model.config, NUM_LAST_LAYERS)
-    # the steps and evaluations have named the unreadable images
+    # The steps and evaluations have named the unreadable images
     statistics_pass = build_pass(images.draw(MAX_STATISTICS_IMAGES), layout, warn=ignore_message)
     features = statistics_pass(model)
     # An image without a label (-100) belongs to no mean.

@@ -59,7 +59,7 @@ LEARNING_RATES: dict[TrainingMethod, tuple[float, int, int, float, float]] = {
     "from the frozen model's classifier": (3e-5, 384, 2, 1e-5, 4e-4),
     # The matrices start from zero, also after a frozen start (measured in docs/fine-tuning.md).
     "LoRA": (5e-4, 1, 0, 0.0, 1.0),
-    # as for LoRA: the encoder keeps its weights, and closed gates have to open
+    # As for LoRA: the encoder keeps its weights, and closed gates have to open
     "special tokens": (5e-4, 1, 0, 0.0, 1.0),
     "new head on frozen weights": (1e-3, 1, 0, 0.0, 1.0),
     "self-supervised": (5e-4, 1, 0, 0.0, 1.0),
@@ -70,10 +70,10 @@ EXAMPLE_CHECKPOINT = "timm:vit_small_patch14_reg4_dinov2.lvd142m"
 # Image sides in pixels: largest side that is kept, and its replacement.
 MAX_NATIVE_SIDE = 256
 FINETUNING_SIDE = 224
-MAX_SMALL_IMAGE_SIZE = 64  # maximum length of the longer side of a small image, in pixels
-MIN_LARGE_DATASET_SIZE = 10_000  # minimum number of training images in a large dataset
-FINE_TUNING_EPOCHS = 5.0  # of weights that start from a classifier which fits them, and of LoRA
-MAX_CPU_FLOPS = 1e15  # of all training steps; about an hour at 300 GFLOP/s
+MAX_SMALL_IMAGE_SIZE = 64  # Maximum length of the longer side of a small image, in pixels
+MIN_LARGE_DATASET_SIZE = 10_000  # Minimum number of training images in a large dataset
+FINE_TUNING_EPOCHS = 5.0  # Enough if the classifier already fits the encoder, and for LoRA
+MAX_CPU_FLOPS = 1e15  # Of all training steps; about an hour at 300 GFLOP/s
 
 
 def resolve_defaults(
@@ -198,7 +198,7 @@ def resolve_schedule(
     if options.epochs is None and options.max_steps is None and PartialState().device.type == "cpu":
         # The limit is for the default: a number of epochs that a person sets is kept, however long
         # it takes.
-        step_flops = 3 * forward_flops  # of each image; a backward pass is two forward passes
+        step_flops = 3 * forward_flops  # Of each image; a backward pass is two forward passes
         max_epochs = max(1.0, MAX_CPU_FLOPS // (step_flops * num_training_images))
         if max_epochs < epochs:
             reason += f"; limited on CPUs, `epochs={epochs:g}` is the default on GPUs"

@@ -18,8 +18,8 @@ from ..inference.intervals import Estimate, estimate_after_choice
 from ..inference.linear_probe import LinearProbe
 
 
-KIND = "distillation"  # of tokens, in a `FeatureLayout`
-MIN_PROBABILITY = 1e-30  # of out-of-fold predictions, whose logarithms must be finite
+KIND = "distillation"  # Of tokens, in a `FeatureLayout`
+MIN_PROBABILITY = 1e-30  # Of out-of-fold predictions, whose logarithms must be finite
 
 
 @dataclass(frozen=True)

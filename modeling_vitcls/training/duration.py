@@ -8,8 +8,8 @@ import torch
 from accelerate import Accelerator
 
 
-NUM_MEASURED_IMAGES = 2  # in each of two forward passes
-FORWARD_PASSES_OF_STEP = 3  # a backward pass takes as long as two forward passes
+NUM_MEASURED_IMAGES = 2  # In each of two forward passes
+FORWARD_PASSES_OF_STEP = 3  # A backward pass takes as long as two forward passes
 
 
 @torch.no_grad()

@@ -138,7 +138,7 @@ class FineTuning:
                 "teacher": strip_folders(options.teacher) if options.teacher else None,
                 "label_column": list(options.label_column or labels.columns),
                 "label_separator": labels.separator,
-                # new tokens are trained although `trainable` is "head"
+                # New tokens are trained although `trainable` is "head"
                 "steps_train_encoder": any(
                     each.requires_grad for each in model.vitcls.parameters()
                 ),

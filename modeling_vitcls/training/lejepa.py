@@ -24,16 +24,16 @@ from ..model.modeling_vitcls import ViTCLSModel, ViTCLSPreTrainedModel
 from .losses import Losses
 
 
-# frequencies of the characteristic functions that SIGReg compares
+# Frequencies of the characteristic functions that SIGReg compares
 MAX_FREQUENCY = 3.0
 NUM_FREQUENCIES = 17
-NUM_DIRECTIONS = 256  # number of random directions per step
-LOCAL_SIZE = 0.43  # side length of local crops, as a fraction of the image size (98 of 224 pixels)
+NUM_DIRECTIONS = 256  # Number of random directions per step
+LOCAL_SIZE = 0.43  # Side length of local crops, as a fraction of the image size (98 of 224 pixels)
 MAX_ASPECT_RATIO = 4 / 3
 JITTER_PROBABILITY = 0.8
-JITTER = 0.4  # brightness, contrast and saturation change by a factor of 1 - 0.4 to 1 + 0.4
+JITTER = 0.4  # Brightness, contrast and saturation change by a factor of 1 - 0.4 to 1 + 0.4
 GRAY_PROBABILITY = 0.2
-NUM_FEATURES = 64  # channels of the projector's output
+NUM_FEATURES = 64  # Channels of the projector's output
 
 
 class LeJEPA(ViTCLSPreTrainedModel):
@@ -61,7 +61,7 @@ class LeJEPA(ViTCLSPreTrainedModel):
             nn.Linear(width, NUM_FEATURES),
         )  # fmt: skip
         self.post_init()
-        # after the initialization of the projector, which keeps these weights
+        # After the initialization of the projector, which keeps these weights
         self.vitcls = encoder
 
     def forward(self, *views: Tensor, **kwargs: Any) -> Any:
@@ -175,7 +175,7 @@ def compute_sigreg(projections: Tensor, directions: Tensor) -> Tensor:
     """
     frequencies = torch.linspace(0, MAX_FREQUENCY, NUM_FREQUENCIES, device=projections.device)
     gaussian = torch.exp(-frequencies.square() / 2)
-    # twice, for both signs
+    # Twice, for both signs
     weights = torch.full_like(frequencies, 2 * MAX_FREQUENCY / (NUM_FREQUENCIES - 1))
     weights[[0, -1]] /= 2
 

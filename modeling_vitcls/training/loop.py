@@ -44,9 +44,9 @@ from .signals import SignalHandler
 Metrics = dict[str, Any]
 Evaluate = Callable[[Any], Metrics]
 
-MAX_LOG_INTERVAL = 10  # steps between records; runs of less than 100 steps have ten records
-MAX_EVALUATIONS = 30  # an evaluation takes as long as many steps
-MAX_GRADIENT_NORM = 1.0  # as in the ViT paper (arXiv 2010.11929, section 4.1)
+MAX_LOG_INTERVAL = 10  # Steps between records; runs of less than 100 steps have ten records
+MAX_EVALUATIONS = 30  # An evaluation takes as long as many steps
+MAX_GRADIENT_NORM = 1.0  # As in the ViT paper (arXiv 2010.11929, section 4.1)
 # Maximum number of consecutive steps that the fp16 loss scaler may skip. After one more skipped
 # step, the scale would be 2^20 times smaller.
 MAX_CONSECUTIVE_OVERFLOWS = 19
@@ -61,15 +61,15 @@ class TrainingState:
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
-    # trainable weights before the first step; empty if they are not averaged with the last
+    # Trainable weights before the first step; empty if they are not averaged with the last
     start: list[torch.Tensor] = field(default_factory=list)
-    step: int = 0  # number of completed optimizer steps
-    best_score: float | None = None  # of the evaluations so far
-    # losses of the steps since the last record
+    step: int = 0  # Number of completed optimizer steps
+    best_score: float | None = None  # Of the evaluations so far
+    # Losses of the steps since the last record
     recent_losses: list[dict[str, float]] = field(default_factory=list)
-    # metrics of a step that has not been evaluated yet; otherwise empty
+    # Metrics of a step that has not been evaluated yet; otherwise empty
     pending_record: Metrics = field(default_factory=dict)
-    earlier_seconds: float = 0.0  # training time before --resume
+    earlier_seconds: float = 0.0  # Training time before --resume
 
 
 @dataclass
@@ -78,7 +78,7 @@ class TrainingLoop:
 
     state: TrainingState
     objective: Objective
-    evaluate_model: Evaluate  # evaluates the model from `Accelerator.prepare`
+    evaluate_model: Evaluate  # Evaluates the model from `Accelerator.prepare`
     plan: BatchPlan
     options: TrainingOptions
     accelerator: Accelerator
@@ -87,19 +87,19 @@ class TrainingLoop:
     selection_metric: str
     unreadable_images: UnreadableImageCounter
     signals: SignalHandler
-    # number of steps between checkpoints; None to save at each evaluation
+    # Number of steps between checkpoints; None to save at each evaluation
     save_every: int | None = None
     # "selection" if the best checkpoint is selected on separate images
     evaluated_images: str = "held_out"
-    # constant values that checkpoints contain
+    # Constant values that checkpoints contain
     run_metadata: dict[str, Any] = field(default_factory=dict)
-    # durations of all steps in this process, in seconds, without evaluations and checkpoints
+    # Durations of all steps in this process, in seconds, without evaluations and checkpoints
     step_seconds: list[float] = field(default_factory=list)
-    num_logged_steps: int = 0  # number of the steps in `step_seconds` that the last record includes
-    # unreadable images that are not reported yet
+    num_logged_steps: int = 0  # Number of the steps in `step_seconds` that the last record includes
+    # Unreadable images that are not reported yet
     unreported_errors: dict[int, str] = field(default_factory=dict)
-    is_best: bool = False  # whether the last step was evaluated and had the best score so far
-    num_overflows: int = 0  # number of consecutive steps that the loss scaler skipped
+    is_best: bool = False  # Whether the last step was evaluated and had the best score so far
+    num_overflows: int = 0  # Number of consecutive steps that the loss scaler skipped
     start_time: float = field(default_factory=time.perf_counter)
 
     def __post_init__(self) -> None:
@@ -132,7 +132,7 @@ class TrainingLoop:
                 raise RunStopped(
                     f"stopped by {name}; a checkpoint was saved. Repeat the command with "
                     "`resume=True` to continue the run",
-                    # the exit status that shells use, such as 143 for SIGTERM
+                    # The exit status that shells use, such as 143 for SIGTERM
                     128 + signal.Signals[name],
                 )
 
@@ -213,7 +213,7 @@ class TrainingLoop:
                 # Kept as tensors: a number would make the GPU wait for each batch.
                 losses.append({name: loss.detach() for name, loss in batch_losses.items()})
                 accelerator.backward(batch_losses["loss"])
-                if accelerator.sync_gradients:  # after the last accumulated batch
+                if accelerator.sync_gradients:  # After the last accumulated batch
                     parameters = [
                         parameter
                         for parameter in state.model.parameters()
@@ -411,7 +411,7 @@ def copy_special_tokens(model: nn.Module) -> dict[str, torch.Tensor]:
     for group, parameter in groups.items():
         tensor = parameter.detach()
         if isinstance(tensor, DTensor):
-            tensor = tensor.full_tensor()  # all processes call this
+            tensor = tensor.full_tensor()  # All processes call this
         # `clone`, because on a CPU the other methods return views, which training changes
         tokens = tensor.float().cpu().squeeze(0).clone()  # [n, D]
         copies |= {f"{group}[{index}]": token for index, token in enumerate(tokens)}

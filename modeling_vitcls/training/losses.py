@@ -24,12 +24,12 @@ from ..model.heads_vitcls import IGNORED_LABEL
 
 
 Losses = dict[str, torch.Tensor]
-# returns the "loss" to minimize, and other losses to log
+# Returns the "loss" to minimize, and other losses to log
 Objective = Callable[[nn.Module, Batch], Losses]
-# computes the mean loss from logits and labels
+# Computes the mean loss from logits and labels
 LabelLossFunction = Callable[[Any, Any], torch.Tensor]
 
-TAU = 3.0  # temperature of soft distillation, as in DeiT
+TAU = 3.0  # Temperature of soft distillation, as in DeiT
 
 
 # Losses of a head, by kind of labels --------------------------------------------------------------
@@ -96,8 +96,8 @@ class LabelObjective:
 
     normalize: Normalizer
     label_loss: LabelLossFunction
-    mixer: Callable[[Any, Any], tuple[Any, Any]] | None = None  # mixes images and labels
-    # mean distillation loss from the logits of the distillation head and the batch; None without a
+    mixer: Callable[[Any, Any], tuple[Any, Any]] | None = None  # Mixes images and labels
+    # Mean distillation loss from the logits of the distillation head and the batch; None without a
     # teacher
     distillation_loss: Callable[[torch.Tensor, Batch], torch.Tensor] | None = None
 
@@ -116,7 +116,7 @@ class LabelObjective:
             loss = (label_loss + distillation_loss) / 2
             return {"loss": loss, "label_loss": label_loss, "distillation_loss": distillation_loss}
 
-        if isinstance(outputs.logits, dict):  # multi-task model
+        if isinstance(outputs.logits, dict):  # Multi-task model
             return {"loss": self.label_loss(outputs.logits, labels)}
         head_logits = [
             logits

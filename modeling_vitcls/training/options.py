@@ -10,7 +10,7 @@ from ..data.options import AugmentationOptions, DataOptions
 from ..runtime.flags import Options, check_minimum, check_value
 
 
-# flags of the model that are no fields of its configuration
+# Flags of the model that are no fields of its configuration
 NO_CONFIG_FIELDS = ("model", "resize", "bit_depth", "model_config")
 
 
@@ -67,7 +67,7 @@ class ModelOptions(Options):
 
     def check(self) -> None:
         super().check()
-        parse_cls_scopes(self.cls_scopes or ())  # raises ValueError if a value is invalid
+        parse_cls_scopes(self.cls_scopes or ())  # Raises ValueError if a value is invalid
 
     def get_config_values(self) -> dict[str, Any]:
         """Select the ViTCLSConfig fields that these options set, with their values."""

@@ -21,12 +21,12 @@ from .options import TrainOptions
 from .run_inputs import RunInputs
 
 
-# flags about steps: a run in which a person sets one of them has steps
+# Flags about steps: a run in which a person sets one of them has steps
 STEP_FLAGS = ("epochs", "max_steps", "learning_rate", "select", "teacher")
 MIN_STEP_IMAGES = 2000
 MIN_STEP_CLASS_SIZE = 50
-MAX_STEP_SECONDS = 600  # of default steps; with a flag about steps, there is no limit
-FEW_IMAGES_PER_CLASS = 5  # with fewer, nothing is held out
+MAX_STEP_SECONDS = 600  # Of default steps; with a flag about steps, there is no limit
+FEW_IMAGES_PER_CLASS = 5  # With fewer, nothing is held out
 
 
 @dataclass(frozen=True)

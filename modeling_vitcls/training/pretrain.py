@@ -41,8 +41,8 @@ from .reporter import Reporter
 from .training_setup import TrainingSetup, build_evaluator_arguments
 
 
-MAX_NEIGHBORS = 10_000  # maximum number of training images for k-NN and logistic regression
-# effective rank below which the features have collapsed, as a fraction of the highest possible rank
+MAX_NEIGHBORS = 10_000  # Maximum number of training images for k-NN and logistic regression
+# Effective rank below which the features have collapsed, as a fraction of the highest possible rank
 MIN_RANK = 0.02
 
 
@@ -54,7 +54,7 @@ class PreTraining:
         reads_all = options.select == "best"
         try:
             return load_undivided_images(options, reads_all)
-        except ValueError:  # no labels, or another problem, which the next call reports
+        except ValueError:  # No labels, or another problem, which the next call reports
             return load_undivided_images(options, reads_all, use_labels=False)
 
     def build_setup(
@@ -223,7 +223,7 @@ def measure_features(
 
     rank = compute_effective_rank(features[parts[""]])
     width = features.shape[-1] - patch_width
-    max_rank = min(width, len(features) - 1)  # n images have a rank of at most n - 1
+    max_rank = min(width, len(features) - 1)  # The rank of centered features
     if rank < max(MIN_RANK * max_rank, 1.5):
         warn(
             f"the features have collapsed: their effective rank is {rank:.1f} of {width} "
@@ -293,7 +293,7 @@ def build_encoder(
 
     config = encoder.config
     if encoder.embeddings.mask_token is not None:
-        # not used; DDP requires gradients of all parameters
+        # Not used; DDP requires gradients of all parameters
         encoder.embeddings.mask_token.requires_grad_(False)
     set_resize(processor, resize or get_resize(processor), config.image_height_width)
     processor.bit_depth = bit_depth or processor.bit_depth

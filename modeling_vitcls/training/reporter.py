@@ -42,9 +42,9 @@ class Reporter:
             speed_estimate_period=math.inf,
         )
         self.progress_task = self.progress.add_task("training", total=None)
-        self.last_line_time = self.progress.get_time()  # of the last line about steps
+        self.last_line_time = self.progress.get_time()  # Of the last line about steps
         self.last_line_step = 0
-        # metrics of evaluations that lines contain, set by the run
+        # Metrics of evaluations that lines contain, set by the run
         self.printed_metrics: tuple[str, ...] = ()
 
     def print_line(self, name: str, text: str) -> None:
@@ -75,7 +75,7 @@ class Reporter:
                 lines = self.metrics_file.read_text(encoding="utf-8").splitlines()
             earlier_lines = []
             for line in lines:
-                with suppress(ValueError):  # the last line of a killed run may be truncated
+                with suppress(ValueError):  # The last line of a killed run may be truncated
                     if json.loads(line)["step"] <= step:
                         earlier_lines.append(f"{line}\n")
             with write_atomically(self.metrics_file) as temporary_file:

@@ -30,14 +30,13 @@ from .options import NO_CONFIG_FIELDS, ModelOptions, TrainOptions
 CHANGEABLE_FLAGS = (
     "output_dir num_workers batch_size gradient_accumulation_steps resume "
     "overwrite save_every keep_checkpoints log_with report push_to_hub hub_model_id "
-    # the precision itself is compared (`check_run_unchanged`)
+    # The precision itself is compared (`check_run_unchanged`)
     "mixed_precision"
 ).split()
-# flags whose values may be paths
+# Flags whose values may be paths
 SOURCE_FLAGS = ("model", "teacher")
 PATH_FLAGS = ("dataset", *SOURCE_FLAGS)
-# flags of the model whose values are not in its configuration as they are set, or are chosen by the
-# probe after the start
+# The configuration of the model cannot confirm these: it stores another form, or the probe chose them.
 FLAGS_NOT_IN_CONFIG = (*NO_CONFIG_FIELDS, "cls_scopes", "pooling", "pooled_layers")
 CONFIG_FLAGS = [
     field.name for field in fields(ModelOptions) if field.name not in FLAGS_NOT_IN_CONFIG

@@ -47,7 +47,7 @@ from .summary import print_summary
 from .training_setup import Recipe
 
 
-NUM_KEPT_DURING_RUN = 2  # checkpoints, besides the best one; none is kept after the run
+NUM_KEPT_DURING_RUN = 2  # Checkpoints, besides the best one; none is kept after the run
 
 
 def train(asked: TrainOptions) -> Path:

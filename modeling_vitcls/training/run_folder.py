@@ -218,7 +218,7 @@ def prepare_folder(
     # These two say how a run was started, not what it is; a repeated run must not overwrite by
     # itself.
     flags = {name: flags[name] for name in flags if name not in ("resume", "overwrite")}
-    with write_atomically(folder / RECIPE_FILE) as file:  # never through a link
+    with write_atomically(folder / RECIPE_FILE) as file:  # Never through a link
         file.write_text(yaml.safe_dump(flags, sort_keys=False), encoding="utf-8")
 
 
@@ -234,7 +234,7 @@ def remove_run_files(folder: Path, store: CheckpointStore) -> None:
 
     for name in (*list_final_files(folder), METRICS_FILE):
         (folder / name).unlink(missing_ok=True)
-    with suppress(OSError):  # the folder does not exist or is not empty
+    with suppress(OSError):  # The folder does not exist or is not empty
         (folder / IMAGES_FOLDER).rmdir()
     shutil.rmtree(folder / STAGING_FOLDER, ignore_errors=True)
     store.clear()

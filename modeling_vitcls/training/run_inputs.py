@@ -23,13 +23,13 @@ from .training_setup import Recipe, TrainingSetup
 class RunInputs:
     """What a run reads before plan.py decides what it does."""
 
-    options: TrainOptions  # with the defaults that do not depend on the kind of run
+    options: TrainOptions  # With the defaults that do not depend on the kind of run
     initial: InitialModel
     images: Splits
     setup: TrainingSetup
     forward_flops: int
     device: str
-    lines: dict[str, str | None]  # about the defaults and the device
+    lines: dict[str, str | None]  # About the defaults and the device
 
 
 def load(
@@ -50,7 +50,7 @@ def load(
         options = replace(options, **select_chosen_values(chosen, vars(options)))
         recorded_precision = checkpoint.metadata["mixed_precision"]
     state = PartialState()
-    with state.main_process_first():  # only the main process downloads files
+    with state.main_process_first():  # Only the main process downloads files
         # The commit is fixed before the first file is read. Otherwise, a push to the Hub in the
         # meantime could combine the configuration of one version with the weights of another.
         options = convert_sources(

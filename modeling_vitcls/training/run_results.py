@@ -59,7 +59,7 @@ def build_results(
         "epochs": round(outcome.epochs, 4),
         "seconds": round(outcome.seconds, 2),
         "images_per_second": round(
-            # a frozen run of a few photos may round to no time, and has no steps
+            # A frozen run of a few photos may round to no time, and has no steps
             outcome.num_steps * outcome.images_per_step / (outcome.seconds or 1),
             1,
         ),

@@ -12,7 +12,7 @@ from accelerate import PartialState
 from torch import distributed
 
 
-# environment variables that accelerate and torchrun set
+# Environment variables that accelerate and torchrun set
 LAUNCHER_ENVIRONMENT_VARIABLES = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")
 # Maximum delay in seconds between a signal and the same signal forwarded by a launcher.
 MAX_FORWARDING_SECONDS = 1.0
@@ -48,7 +48,7 @@ class SignalHandler:
 
     def __init__(self) -> None:
         self.received_signal: signal.Signals | None = None
-        self.signal_times: dict[int, float] = {}  # when each signal was received first
+        self.signal_times: dict[int, float] = {}  # When each signal was received first
         self.old_handlers: dict[signal.Signals, Any] = {}
         self.parent_pid: int | None = None
         if any(name in os.environ for name in LAUNCHER_ENVIRONMENT_VARIABLES):

@@ -18,7 +18,7 @@ TEXTS_OF_KINDS = {
     "frozen": "frozen encoder, no steps",
     "steps": "steps",
 }
-MAX_NAMED_CLASSES = 12  # in the summary
+MAX_NAMED_CLASSES = 12  # In the summary
 
 
 def print_summary(

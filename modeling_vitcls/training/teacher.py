@@ -48,7 +48,7 @@ class TeacherPreprocessing:
     num_channels: int
     height_width: tuple[int, int]
     interpolation: InterpolationMode
-    # converts uint8 [B, C, H, W] to normalized float32
+    # Converts uint8 [B, C, H, W] to normalized float32
     normalize: Callable[[torch.Tensor], torch.Tensor]
 
     def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -81,7 +81,7 @@ class Teacher(nn.Module):
         self.source = source
         self.model: Any = model.requires_grad_(False)
         self.preprocessing = preprocessing
-        # model's outputs -> logits of the student's labels
+        # Model's outputs -> logits of the student's labels
         self.read_outputs = read_outputs
 
         height, width = preprocessing.height_width
@@ -205,7 +205,7 @@ def explain_loading_errors(source: str) -> Iterator[None]:
     """Convert all errors to OSErrors of one line that name the teacher."""
     try:
         yield
-    except Exception as error:  # loading files of other projects may raise any error
+    except Exception as error:  # Loading files of other projects may raise any error
         advice = ""
         if "trust_remote_code" in str(error):
             advice = (
@@ -246,7 +246,7 @@ def run_processor(processor: Any, pixels: torch.Tensor, **kwargs: Any) -> torch.
 
 def load_timm_teacher(source: str) -> LoadedTeacher:
     """Load a timm model, and the preprocessing that timm specifies for the model's weights."""
-    # for example, timm is not installed, or the name is unknown
+    # For example, timm is not installed, or the name is unknown
     with explain_loading_errors(source):
         import timm
 

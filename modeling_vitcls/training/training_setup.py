@@ -39,7 +39,7 @@ class Recipe(Protocol):
 class TrainingSetup:
     """Model, loss and evaluation of a run, and its texts."""
 
-    model: Any  # unwrapped ViTCLS model; parameters that are not trained are frozen
+    model: Any  # ViTCLS model without wrappers; parameters that do not train are frozen
     processor: ViTCLSImageProcessor
     build_objective: Callable[[TrainingData], Objective]
     # Returns a function from a model to the metrics of images, of which there may be none; an
@@ -47,24 +47,24 @@ class TrainingSetup:
     build_evaluator: Callable[[TrainingData, LabeledImages], Any]
     # Name of the metric that selects the best checkpoint. Higher values are better.
     selection_metric: str
-    printed_metrics: tuple[str, ...]  # metrics of evaluations that are printed during training
-    result_metrics: tuple[str, ...]  # metrics of the printed result
-    resize: str | None  # how images become the input; None if the frozen model chooses it
-    # whether no head is random when steps start
+    printed_metrics: tuple[str, ...]  # Metrics of evaluations that are printed during training
+    result_metrics: tuple[str, ...]  # Metrics of the printed result
+    resize: str | None  # How images become the input; None if the frozen model chooses it
+    # Whether no head is random when steps start
     has_known_head: bool = False
-    # lines to print before training, keyed by name
+    # Lines to print before training, keyed by name
     summary_lines: dict[str, str] = field(default_factory=dict)
-    results: dict[str, Any] = field(default_factory=dict)  # fields of results.json
-    # images, layout -> pass with the features of class statistics; None unless the model is a
-    # classifier with one label per image, which is calibrated, too
+    results: dict[str, Any] = field(default_factory=dict)  # Fields of results.json
+    # Builds the pass that collects class statistics, from images and a layout. Only a classifier with
+    # one label per image has them, and a temperature.
     build_pass: Callable[..., FrozenPass] | None = None
-    probe: Probe | None = None  # sets the classifier from the features of the frozen encoder
-    missing_probe_reason: str = ""  # why there is no probe, so the run has steps
-    # lists what is wrong with the images
+    probe: Probe | None = None  # Sets the classifier from the features of the frozen encoder
+    missing_probe_reason: str = ""  # Why there is no probe, so the run has steps
+    # Lists what is wrong with the images
     list_warnings: Callable[[TrainingData], list[str]] = lambda data: []
-    # rows of splits.parquet: images that trained the encoder before this run
+    # Rows of splits.parquet: images that trained the encoder before this run
     encoder_rows: pd.DataFrame = field(default_factory=EMPTY_TABLE.copy)
-    encoder: Any = None  # part of the model that is saved; None to save the model
+    encoder: Any = None  # Part of the model that is saved; None to save the model
     # Measures the model before the steps. The returned function measures it after them, and returns
     # further fields of results.json.
     start_comparison: Callable[[TrainingData], Callable[[Any], dict[str, Any]]] = lambda data: (
