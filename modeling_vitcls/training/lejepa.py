@@ -65,7 +65,7 @@ class LeJEPA(ViTCLSPreTrainedModel):
         self.vitcls = encoder
 
     def forward(self, *views: Tensor, **kwargs: Any) -> Any:
-        """Return the projections [views, B, P] of images [views, B, C, H, W] of one or more sizes.
+        """Compute the projections [views, B, P] of images [views, B, C, H, W] of one or more sizes.
 
         For images [B, C, H, W], return the encoder's output.
         """
@@ -167,7 +167,7 @@ def compute_invariance_loss(projections: Tensor, num_global: int) -> Tensor:
 
 
 def compute_sigreg(projections: Tensor, directions: Tensor) -> Tensor:
-    """Return the mean Epps-Pulley statistic of projections [views, B, P] in directions [P, M].
+    """Compute the mean Epps-Pulley statistic of projections [views, B, P] in directions [P, M].
 
     The statistic is the number of images times the integral of |characteristic function of the
     projections - characteristic function of a Gaussian|^2, weighted with the latter (section 4.2;

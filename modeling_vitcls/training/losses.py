@@ -102,7 +102,7 @@ class LabelObjective:
     distillation_loss: Callable[[torch.Tensor, Batch], torch.Tensor] | None = None
 
     def __call__(self, model: nn.Module, batch: Batch) -> Losses:
-        """Return the loss of a batch on the model's device and, with a teacher, its parts."""
+        """Compute the loss of a batch on the model's device and, with a teacher, its parts."""
         if self.mixer is not None:
             pixels, mixed_labels = self.mixer(batch["pixels"], batch["labels"])
             batch = batch | {"pixels": pixels, "labels": mixed_labels}
@@ -131,7 +131,7 @@ class LabelObjective:
 def compute_distillation_loss(
     kind: str, student_logits: torch.Tensor, teacher_logits: torch.Tensor
 ) -> torch.Tensor:
-    """Return the mean loss of the distillation head against the teacher, as a `float32` scalar.
+    """Compute the mean loss of the distillation head against the teacher, as a `float32` scalar.
 
     The logits of both are [B, L].
 
