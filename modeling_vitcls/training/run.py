@@ -113,7 +113,16 @@ def train(asked: TrainOptions) -> Path:
         if plan.kind == "frozen":
             outcome = run_frozen(setup, data, num_seen, reporter.warn)
         else:
-            outcome = run_steps(setup, plan, data, record, checkpoint, store, reporter, num_seen)
+            outcome = run_steps(
+                setup,
+                plan,
+                data,
+                num_seen,
+                record=record,
+                checkpoint=checkpoint,
+                store=store,
+                reporter=reporter,
+            )
         reporter.print_lines(outcome.lines)
 
         results = build_results(inputs, data, outcome, record["flags"]["chosen"])

@@ -38,13 +38,7 @@ def build_results(
     """Build the content of results.json."""
     setup = inputs.setup
     state = AcceleratorState()
-    metrics = outcome.metrics
-    seen: dict[str, int] = {}
-    if any(each.seen_by_encoder for each in outcome.measured):
-        seen = {"num_images_of_encoder": outcome.measured[0].seen_by_encoder}
-        # The error is larger than any interval says.
-        metrics = {name: metrics[name] for name in metrics if "accuracy_interval" not in name}
-    return {
+    results = {
         "dataset": data.name,
         "split": outcome.split,
         "held_out_split": data.held_out_split,
@@ -69,11 +63,16 @@ def build_results(
         "mixed_precision": state.mixed_precision,
         "num_processes": state.num_processes,
         "versions": get_versions(),
-        **metrics,
+        **outcome.metrics,
         "num_unreadable_training_images": outcome.num_unreadable,
         **outcome.results,
-        **seen,
     }
+    num_seen = max((each.seen_by_encoder for each in outcome.measured), default=0)
+    if num_seen:
+        # The error is larger than any interval says.
+        results = {name: results[name] for name in results if "accuracy_interval" not in name}
+        results["num_images_of_encoder"] = num_seen
+    return results
 
 
 # Printed lines ------------------------------------------------------------------------------------

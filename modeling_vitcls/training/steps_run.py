@@ -35,13 +35,23 @@ def run_steps(
     setup: TrainingSetup,
     plan: RunPlan,
     data: TrainingData,
+    num_seen: int,
+    *,
     record: dict[str, Any],
     checkpoint: Checkpoint | None,
     store: CheckpointStore,
     reporter: Reporter,
-    num_seen: int,
 ) -> Outcome:
-    """Train, and measure what is saved on images that did not train it."""
+    """Train, and measure what is saved on images that did not train it.
+
+    Args:
+        setup, plan, data: of the run.
+        num_seen: number of measured images that trained the encoder earlier.
+        record: what checkpoints contain about the run.
+        checkpoint: to resume from.
+        store: the checkpoints of the run.
+        reporter: output of the run.
+    """
     options = plan.options
     compare = setup.start_comparison(data)
     # The probe gives the model a new pooler and a new classifier, and may change how images are
@@ -213,6 +223,7 @@ def build_loop(
     if checkpoint is not None:
         loop.restore(checkpoint)
         reporter.print_line("resumed", f"after step {state.step:,} of {num_steps:,}")
+    reporter.printed_metrics = setup.printed_metrics
     # A checkpoint saved before the evaluation of its step has a record that was never logged.
     reporter.start_after(state.step - bool(state.pending_record), num_steps)
     used_flags = run_metadata["flags"]["flags"] | run_metadata["flags"]["chosen"]

@@ -55,7 +55,6 @@ def print_summary(
             "than for new images, and has no interval. Set `held_out_fraction` as in its run, or "
             "hold out other images"
         )
-    reporter.printed_metrics = setup.printed_metrics
 
 
 def describe_splits(data: TrainingData, needs_selection: bool) -> dict[str, str]:
