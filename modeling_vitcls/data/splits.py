@@ -63,12 +63,16 @@ class TrainingData:
         """How many times larger the largest class is than the smallest; 1 for several labels."""
         return compute_class_ratio(self.train)
 
+    @property
+    def frozen_parts(self) -> list[LabeledImages]:
+        """The images that a frozen run is fitted to: without steps, no checkpoint is selected."""
+        return [self.train] if self.selection is None else [self.train, self.selection]
+
     def count_seen(self, encoder_rows: pd.DataFrame, is_frozen: bool = True) -> int:
         """Count the images that measure the model, although they trained its encoder earlier."""
-        measured = [self.held_out]
-        if is_frozen and not len(self.held_out):
-            # Cross-validation measures a frozen run on all images that it is fitted to.
-            measured = [self.train] if self.selection is None else [self.train, self.selection]
+        # Cross-validation measures a frozen run on all images that it is fitted to.
+        is_cross_validated = is_frozen and not len(self.held_out)
+        measured = self.frozen_parts if is_cross_validated else [self.held_out]
         return sum(int(find_trained_images(part, encoder_rows).sum()) for part in measured)
 
     def build_splits_table(self, task: str = "") -> pd.DataFrame:

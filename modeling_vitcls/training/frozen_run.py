@@ -22,10 +22,9 @@ def run_frozen(
     """
     probe = setup.probe
     assert probe is not None, "only a run with a probe can be frozen"
-    # Without steps there is no checkpoint to select, so the labels of a validation split are free
-    # to train the classifier. The test split still measures it.
-    parts = [data.train] if data.selection is None else [data.train, data.selection]
-    frozen = probe.fit(parts, data.held_out, warn)
+    # The labels of a validation split are free to train the classifier. The test split still
+    # measures it.
+    frozen = probe.fit(data.frozen_parts, data.held_out, warn)
     # Everything below is measured with the heads in the model, which are what the folder will
     # contain.
     probe.set_frozen(frozen)
@@ -56,7 +55,7 @@ def run_frozen(
         measured=list_measurements(metrics, setup.result_metrics, data.label_space, **details),
         metrics=metrics,
         split=split,
-        num_training_images=sum(map(len, parts)) - frozen.features.num_unreadable,
+        num_training_images=sum(map(len, data.frozen_parts)) - frozen.features.num_unreadable,
         calibration=calibration.build_record(),
         predictions=predictions,
         nearest_images=nearest_images,

@@ -80,8 +80,9 @@ def list_measurements(
         prefixes = {task: f"{task}_" for task in label_space.columns}
     measured = []
     for task, prefix in prefixes.items():
-        own = {name: metrics.get(f"{prefix}{name}") for name in names}
-        values = {name: value for name, value in own.items() if value is not None}
+        values = {
+            name: value for name in names if (value := metrics.get(f"{prefix}{name}")) is not None
+        }
         if not values:
             continue
         metric, *others = values

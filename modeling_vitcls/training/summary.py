@@ -71,9 +71,7 @@ def describe_splits(data: TrainingData, needs_selection: bool) -> dict[str, str]
     if len(data.held_out):
         held_out = f"{len(data.held_out):,} held-out images ({data.held_out_name})"
     lines["data"] = f"{data.name}: {len(data.train):,} training images, {middle_text}{held_out}"
-    class_text = describe_class_sizes(data)
-    if class_text:
-        lines["classes"] = class_text
+    lines["classes"] = describe_class_sizes(data)
     if data.selection is not None and needs_selection:
         lines["selection"] = (
             f"the best checkpoint is selected on {len(data.selection):,} images that do not train "
@@ -87,14 +85,11 @@ def describe_class_sizes(data: TrainingData) -> str:
 
     The text is "" for images without labels, and for several tasks.
     """
-    parts: list[Any] = [data.train, data.held_out]
-    if data.selection is not None:
-        parts.append(data.selection)
     if not data.label_space.columns or data.label_space.kind == "multi_task":
         return ""
     has_lists = data.label_space.kind == "multi_label_classification"
     counts: Counter[int] = Counter()
-    for part in parts:
+    for part in [*data.frozen_parts, data.held_out]:
         counts.update(chain.from_iterable(part.labels) if has_lists else part.labels)
     names = map(replace_control_characters, data.label_space.names)
     sizes = [(counts[label], name) for label, name in enumerate(names)]
