@@ -82,11 +82,6 @@ def print_result(
     outcome: Outcome, plan: RunPlan, data: TrainingData, asked: TrainOptions, reporter: Reporter
 ) -> None:
     """Print the last lines of the run. `asked` are the options as the person set them."""
-    if outcome.num_unreadable:
-        reporter.warn(
-            f"{outcome.num_unreadable} training image(s) could not be read and were replaced with "
-            "other images"
-        )
     steps_text = None
     if plan.kind == "frozen":
         seconds = plan.fine_tuning_seconds
@@ -96,15 +91,19 @@ def print_result(
             f"not fine-tuned: the encoder is frozen. Five epochs of all layers{duration}, gained "
             f"1.3 points on average of 15 runs: {command}"
         )
-    reporter.print_lines(
-        {
-            "result": describe_result(outcome) + describe_worse_end(outcome, asked),
-            "classes": describe_classes(outcome.metrics, data.class_ratio),
-            "features": outcome.results.get("features", {}).get("summary"),
-            "steps": steps_text,
-            "saved": describe_saved_files(asked.output_dir),
-        }
-    )
+    lines = {
+        "result": describe_result(outcome) + describe_worse_end(outcome, asked),
+        "classes": describe_classes(outcome.metrics, data.class_ratio),
+        "features": outcome.results.get("features", {}).get("summary"),
+        "steps": steps_text,
+        "saved": describe_saved_files(asked.output_dir),
+    }
+    if outcome.num_unreadable:
+        reporter.warn(
+            f"{outcome.num_unreadable} training image(s) could not be read and were replaced with "
+            "other images"
+        )
+    reporter.print_lines(lines)
 
 
 def describe_result(outcome: Outcome) -> str:
