@@ -25,6 +25,7 @@ from filelock import FileLock
 from huggingface_hub import constants
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
+from ..hub.connection import name_cache
 from ..hub.loading import (
     MODEL_FILE_PATTERNS,
     append_commit,
@@ -109,6 +110,7 @@ def find_prefix(folder: str) -> str:
     return ""  # Unsupported models raise an error when the folder is opened
 
 
+@name_cache()
 def convert_once(source: str) -> str:
     """Convert a source, pinned to a commit, unless it is in the cache; return its folder there."""
     # Imported here, because it imports many models of transformers, and most commands convert

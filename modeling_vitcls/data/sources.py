@@ -26,6 +26,7 @@ from typing import Any, TypeVar
 import numpy as np
 from accelerate import PartialState
 
+from ..hub.connection import name_cache
 from ..hub.loading import describe_missing_repo, fall_back_to_cache, is_hub_id
 from ..hub.local_paths import is_built_in_dataset
 from ..model.fast_image_processing_vitcls import open_regular_file
@@ -380,10 +381,10 @@ def explain_reading_errors(name: str) -> Iterator[None]:
     verbosity = datasets.logging.get_verbosity()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     try:
-        with name_full_disk(datasets.config.HF_DATASETS_CACHE):
+        with name_full_disk(datasets.config.HF_DATASETS_CACHE), name_cache():
             yield
     except Exception as error:  # the readers raise many types of errors on damaged data
-        if is_disk_full(error):
+        if is_disk_full(error) or "HF_HOME" in str(error):
             raise
         cause: BaseException = error
         while isinstance(cause, datasets.exceptions.DatasetGenerationError) and cause.__cause__:

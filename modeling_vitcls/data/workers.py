@@ -9,6 +9,7 @@ there, or if a limit such as `ulimit -n` is reached, PyTorch waits forever. Here
 cannot pass on a batch ends, and the training process raises an error.
 """
 
+import multiprocessing
 import multiprocessing.queues
 import os
 import shutil
@@ -47,9 +48,10 @@ def build_loader(dataset: Any, num_workers: int, batch_bytes: int, **options: An
 
     Raises:
         ValueError: if /dev/shm or the limit of open files is too small for this number of
-            processes.
+            processes, or if they would run the script of this process again.
     """
     if num_workers:
+        check_script_is_guarded()
         check_open_files(num_workers)
         check_shared_memory(num_workers, batch_bytes)
         options |= {
@@ -94,6 +96,24 @@ def check_shared_memory(num_workers: int, batch_bytes: int) -> None:
             f"{num_workers} data loading processes require {needed / 1e6:,.1f} MB in "
             f"{SHARED_MEMORY}, but {free / 1e6:,.1f} MB are free. Set `num_workers=0` or a "
             f"smaller `batch_size`, or enlarge {SHARED_MEMORY} (in Docker: --shm-size)"
+        )
+
+
+def check_script_is_guarded() -> None:
+    """Raise ValueError if the script of this process does not expect to be imported by others.
+
+    Processes that Python starts by `spawn` (macOS, Windows) or `forkserver` import it. It would
+    train again in each of them, and PyTorch would wait for their batches.
+    """
+    main = sys.modules["__main__"]
+    script = getattr(main, "__file__", None)  # a notebook has none
+    # `python -m` imports a module
+    if multiprocessing.get_start_method() == "fork" or not script or main.__spec__ is not None:
+        return
+    if "__main__" not in Path(script).read_text(encoding="utf-8", errors="replace"):
+        raise ValueError(
+            f"{script} would run again in each data loading process. Write its calls below `if "
+            "__name__ == '__main__':`, or set `num_workers=0`"
         )
 
 

@@ -3,9 +3,11 @@
 huggingface_hub itself repeats failed downloads and uploads of files, with a warning for each.
 """
 
+import errno
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from huggingface_hub import constants, get_session, is_offline_mode
 from huggingface_hub.errors import HfHubHTTPError
@@ -35,6 +37,24 @@ def check_is_online() -> None:
             "HF_HUB_OFFLINE (or TRANSFORMERS_OFFLINE) is set, so the Hub cannot be reached. Unset "
             "the variable, or push later"
         )
+
+
+@contextmanager
+def name_cache() -> Iterator[None]:
+    """Name HF_HOME in the errors of the block about a cache that cannot be written to.
+
+    In a container, the home folder often belongs to another user.
+    """
+    try:
+        yield
+    except OSError as error:
+        caches = (Path(constants.HF_HOME), Path(constants.HF_HUB_CACHE))
+        file = Path(error.filename or "")
+        is_cache = any(file in (cache, *cache.parents) or cache in file.parents for cache in caches)
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS) or not is_cache:
+            raise
+        remedy = "Set HF_HOME to a folder that can be written to"
+        raise OSError(error.errno, f"{error.strerror}. {remedy}", error.filename) from error
 
 
 @contextmanager

@@ -48,6 +48,7 @@ from .connection import (
     describe_no_response,
     format_hub_error,
     hide_hub_progress_bars,
+    name_cache,
     set_hub_timeout,
 )
 from .model_files import (
@@ -274,6 +275,7 @@ def download_model(repo_id: str, patterns: Sequence[str], revision: str | None) 
     return str(folder)
 
 
+@name_cache()
 def download_files(
     repo_id: str,
     revision: str | None,
@@ -342,6 +344,7 @@ def describe_missing_repo(name: str, repo_type: RepoType = "model") -> str:
     )
 
 
+@name_cache()
 def load_timm_model(name: str) -> tuple[nn.Module, str | None]:
     """Load a timm model, and return it with the commit hash of its repository.
 

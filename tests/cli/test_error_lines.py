@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pandas
 import pytest
 from helpers.command_in_process import run_here
 from helpers.photo_folders import write_photos
@@ -217,6 +218,33 @@ def test_a_pointer_of_git_lfs_is_named_with_the_command_that_replaces_it(
     printed = "".join(capsys.readouterr())
     assert f"{file} is a pointer of Git LFS" in printed
     assert "git lfs pull" in printed
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a folder that root cannot write to")
+@pytest.mark.parametrize("kind", ["conversion", "table"])
+def test_a_cache_that_cannot_be_written_to_is_named_by_its_variable(
+    kind: str,
+    folder: Path,
+    photos: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    run_with_error: Callable[..., str],
+) -> None:
+    """As in a container with the home folder of another user."""
+    home = "/sys/kernel/.cache"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", home)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", f"{home}/hub")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", f"{home}/datasets")
+    monkeypatch.chdir(folder.parent)
+    ViTConfig().save_pretrained("vit")
+    table = pandas.DataFrame({"image": [str(photos / "cat/0.png")], "label": ["cat"]})
+    table.to_parquet("table.parquet")
+    command = {
+        "conversion": "predict --model vit photos",
+        "table": "evaluate --model model --dataset table.parquet",
+    }
+    assert "Set HF_HOME to a folder that can be written to" in run_with_error(
+        *command[kind].split()
+    )
 
 
 @pytest.mark.skipif(not hasattr(os, "seteuid"), reason="Windows has other permissions")

@@ -74,3 +74,18 @@ def test_a_limit_of_the_shell_is_an_error(limit: str) -> None:
     command = ["sh", "-c", f'ulimit {limit}; exec "$@"', "sh", sys.executable, "-c", LOAD_BATCHES]
     ran = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
     assert "`num_workers=0`" in ran.stdout + ran.stderr
+
+
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+@pytest.mark.parametrize("is_guarded", [True, False])
+def test_processes_that_would_run_the_script_again_are_not_started(
+    method: str, is_guarded: bool, tmp_path: Path
+) -> None:
+    script = tmp_path / "script.py"
+    start = f"import multiprocessing\nmultiprocessing.set_start_method({method!r}, force=True)\n"
+    condition = '__name__ == "__main__"' if is_guarded else "True"
+    script.write_text(start + LOAD_BATCHES.replace('__name__ == "__main__"', condition))
+    ran = subprocess.run(
+        [sys.executable, script], capture_output=True, text=True, timeout=SECONDS, check=True
+    )
+    assert ran.stdout.startswith("50" if is_guarded else f"error: {script} would run again in")
