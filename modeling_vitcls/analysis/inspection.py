@@ -143,10 +143,10 @@ def read_images(
     model = unwrap_model(model)
     config = model.config
     image_size = get_output_size(processor, config.image_height_width)
-    batch_size = choose_batch_size(batch_size, config, image_size, model.device, MAX_BATCH_SIZE)
     # Images of several sizes cannot be stacked.
     if not has_fixed_size(processor):
         batch_size = 1
+    batch_size = choose_batch_size(batch_size, config, image_size, model.device, MAX_BATCH_SIZE)
     order = np.random.default_rng(0).permutation(len(images)).tolist()
     parts = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     prepare = partial(read_pixels, images, processor, config.num_channels)
@@ -160,7 +160,7 @@ def read_images(
             space = get_label_space(config)
             batch.labels = space.collate([labels[index] for index in batch.indices])
         if labels is not None and config.tasks:
-            batch.labels = torch.stack([batch.labels[task] for task in config.task_labels()], dim=1)
+            batch.labels = torch.stack([batch.labels[task] for task in config.tasks], dim=1)
         if batch.indices:
             batches.append(batch)
 

@@ -117,9 +117,10 @@ def measure_photo(model: Any, processor: Any, image: Image.Image) -> PhotoMeasur
         raise ValueError(
             "the features of the model are not finite. Load the model in float32, or train it again"
         )
-    attention = trace.compute_token_attention()[0].float().cpu()  # [L, H, S, N]
-    if not config.num_cls_tokens:
-        attention = torch.cat([trace.compute_patch_attention()[0].cpu(), attention], dim=2)
+    # Without CLS tokens, the mean over the patches is the first token.
+    rows = [] if config.num_cls_tokens else [trace.compute_patch_attention()[0].cpu()]
+    rows.append(trace.compute_token_attention()[0].float().cpu())
+    attention = torch.cat(rows, dim=2)  # [L, H, S, N]
     predictions, attributions = predict_photo(trace, heads)
 
     # In a model of one layer, a token that no head reads is used in none. Its row shows this layer.

@@ -18,7 +18,7 @@ from ..model.configuration_vitcls import ViTCLSConfig
 from ..model.image_processing_vitcls import ViTCLSImageProcessor
 from ..model.modeling_vitcls import ViTCLSModel
 from ..runtime.errors import format_error, warn_on_first_process
-from ..runtime.files import read_json, read_text
+from ..runtime.files import read_json, read_text, replace_control_characters
 from .connection import silence_transformers
 from .loading import MODEL_FILE_PATTERNS, get_model_folder
 from .local_paths import (
@@ -29,6 +29,7 @@ from .local_paths import (
 )
 from .model_checks import NOT_VITCLS, check_is_vitcls
 from .model_files import (
+    ADDITIONS_KEY,
     CERTIFICATE_FILE,
     CONFIG_FILE,
     CONFIG_FILES,
@@ -95,6 +96,11 @@ class ModelFolder:
             raise ValueError(f"{self.source} is not a folder. Specify the folder of a saved model")
         if not self.is_native:
             check_is_vitcls(self.source, path)
+
+    @property
+    def name(self) -> str:
+        """The name of the folder, for titles."""
+        return replace_control_characters(self.path.resolve().name)
 
     # Model ----------------------------------------------------------------------------------------
 
@@ -243,12 +249,22 @@ class ModelFolder:
             )
 
     @cached_property
+    def weight_files(self) -> list[str]:
+        """The names of the weight files that the model loads, also of missing ones."""
+        return list_weight_files(self.path)
+
+    @property
+    def has_trained_tokens(self) -> bool:
+        """Whether there are several special tokens, and steps may have changed them."""
+        has_several = self.config is not None and self.config.token_layout.num_prefix_tokens > 1
+        return has_several and self.results.get("steps") != 0
+
+    @cached_property
     def num_parameters(self) -> int:
         """The number of values in the weight files, without class statistics."""
         with ExitStack() as stack:
             files = [
-                stack.enter_context(safe_open(self.path / name, "pt"))
-                for name in list_weight_files(self.path)
+                stack.enter_context(safe_open(self.path / name, "pt")) for name in self.weight_files
             ]
             return sum(
                 # A slice reads the shape from the header of the file, not the weight.
@@ -280,7 +296,7 @@ class ModelFolder:
                     "requires the code next to the weights. Load the model with modeling_vitcls "
                     "and save it again"
                 )
-        for name in sorted(self.code_files | set(list_weight_files(self.path))):
+        for name in sorted(self.code_files.union(self.weight_files)):
             if not (self.path / name).is_file():
                 raise ValueError(
                     f"{self.path} lacks {name}, which is required to load the model. Save the "
@@ -295,7 +311,7 @@ class ModelFolder:
 
         A folder without weights has them in results.json; None if there is neither.
         """
-        if all((self.path / name).is_file() for name in list_weight_files(self.path)):
+        if all((self.path / name).is_file() for name in self.weight_files):
             return hash_weights(self.path)
         return self.results_of_any_weights.get("weights_sha256")
 
@@ -395,11 +411,23 @@ class ModelFolder:
         return None if values is None else Provenance.from_dict(values, self.path)
 
     @property
+    def hub_dataset(self) -> str | None:
+        """The id of the dataset of the run, if it is on the Hub."""
+        dataset = self.flags.get("dataset")
+        return dataset if is_hub_dataset(dataset) else None
+
+    @property
     def private_files(self) -> set[str]:
         """The files that show images, unless the dataset is public."""
-        dataset = self.flags.get("dataset")
-        is_public = dataset == BUILT_IN_DATASET or is_hub_dataset(dataset)
+        is_public = self.flags.get("dataset") == BUILT_IN_DATASET or self.hub_dataset is not None
         return set() if is_public else {REPORT_FILE, SAMPLE_IMAGES_FILE}
+
+    @property
+    def additions(self) -> dict[str, Any]:
+        """The records of the added tasks and classes that the model has: head -> record."""
+        records = self.results.get(ADDITIONS_KEY, {})
+        heads = self.config.get_extra_heads() if self.config is not None else {}
+        return {name: records[name] for name in heads if name in records}
 
     @property
     def license_files(self) -> set[str]:

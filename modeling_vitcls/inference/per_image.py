@@ -26,7 +26,6 @@ import pyarrow.parquet as pq
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
-from ..runtime.errors import explain_damage
 from ..runtime.files import write_atomically
 from .evaluator import Predictions, is_labeled
 from .image_pass import stack_rows
@@ -97,13 +96,12 @@ def write_predictions(
 def read_weights_hash(file: Path) -> dict[str, str] | None:
     """Read the SHA-256 of each weight file of the model that computed a file of predictions.
 
-    It is None if the file does not contain it. Raise ValueError if the file is damaged.
+    It is None if the file does not contain it. Raise ValueError or OSError if the file is damaged.
     """
-    with explain_damage(file, "Write it again"):
-        metadata = pq.read_schema(file).metadata or {}
-        if METADATA_KEY not in metadata:
-            return None
-        return json.loads(metadata[METADATA_KEY])["weights_sha256"]
+    metadata = pq.read_schema(file).metadata or {}
+    if METADATA_KEY not in metadata:
+        return None
+    return json.loads(metadata[METADATA_KEY]).get("weights_sha256")
 
 
 def select_names(names: list[str], values: torch.Tensor, threshold: float) -> list[str]:

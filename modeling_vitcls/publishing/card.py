@@ -22,8 +22,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, FileSystemLoader
 
-from ..hub.local_paths import is_hub_dataset, strip_folders
-from ..hub.model_files import ADDITIONS_KEY, CARD_FILE, RECIPE_FILE, REPORT_FILE
+from ..hub.model_files import CARD_FILE, RECIPE_FILE, REPORT_FILE
 from ..hub.model_folder import ModelFolder
 from ..hub.provenance import Provenance
 from ..inference.linear_probe import describe_candidate
@@ -38,7 +37,6 @@ from ..inference.metric_tables import (
 )
 from ..model.configuration_vitcls import MIN_TRANSFORMERS_VERSION
 from ..runtime.errors import format_name_list
-from ..runtime.files import replace_control_characters
 from ..training.additions import format_result
 from ..version import __version__
 from .verification_script import get_auto_class
@@ -103,7 +101,7 @@ def render_card(
     Raises:
         ValueError: If the initial weights have another license.
     """
-    name = replace_control_characters(name or folder.path.resolve().name)
+    name = name or folder.name
     # First, because it may raise: a card must not be written under a license that the weights do
     # not have.
     license_source = get_license_source(folder, license_id)
@@ -113,13 +111,16 @@ def render_card(
         and REPORT_FILE not in hidden_files
     )
 
+    metrics = build_metric_variables(folder)
+    auto_class = get_auto_class(folder.architecture)
+    metadata = build_metadata(folder, name, license_source, metrics["metric_names"])
     variables = {
-        "card_data": ModelCardData(**build_metadata(folder, name, license_source)).to_yaml(),
+        "card_data": ModelCardData(**metadata).to_yaml(),
         "name": name,
         "version": __version__,
         "images": {key: path for key, path in folder.images.items() if path not in hidden_files},
         "report_file": REPORT_FILE if has_report else None,
-        "has_token_effects": has_token_effects(folder),
+        "has_token_effects": folder.has_trained_tokens,
         "license": license_source,
         "has_code": folder.has_weights and not folder.is_native,
         "is_native": folder.is_native,
@@ -127,7 +128,7 @@ def render_card(
         "parity": folder.parity_report,
         "certificate": folder.certificate,
         "added_classes": [format_name(label) for label in list_added_classes(folder)],
-        "additions": list_additions(folder),
+        "additions": folder.additions,
         "exports": folder.exports,
         **{
             name: getattr(folder, name)
@@ -144,7 +145,7 @@ def render_card(
         template = "encoder" if "method" in folder.results else "classifier"
     else:
         template = "model" if folder.has_weights else "export"
-    variables |= build_model_variables(folder)
+    variables |= metrics | build_model_variables(folder, auto_class)
     variables |= build_run_variables(folder) if is_run else {}
     text = f"{TEMPLATES.get_template(f'{template}.md.j2').render(variables).rstrip()}\n\n"
     return f"{text}{SIGNATURE.format(compute_signature(text))}\n"
@@ -153,7 +154,9 @@ def render_card(
 # Metadata -----------------------------------------------------------------------------------------
 
 
-def build_metadata(folder: ModelFolder, name: str, license_source: Provenance) -> dict[str, Any]:
+def build_metadata(
+    folder: ModelFolder, name: str, license_source: Provenance, metric_names: dict[str, str]
+) -> dict[str, Any]:
     """Collect the header of the card as keyword arguments of ModelCardData."""
     results = folder.results
     base_model = folder.provenance.base_model if folder.provenance else None
@@ -161,18 +164,17 @@ def build_metadata(folder: ModelFolder, name: str, license_source: Provenance) -
     # word for an exact copy.
     relation = None if folder.parity_report else "finetune"
     is_classifier = "ForImageClassification" in folder.architecture
-    dataset: Any = folder.flags.get("dataset") if results else None
+    dataset: Any = folder.hub_dataset if results else None
     metadata = {
         "library_name": "transformers",
         "pipeline_tag": "image-classification" if is_classifier else "image-feature-extraction",
         "tags": [tag for tag in TAGS if tag != "vitcls" or not folder.is_native],
-        "datasets": [dataset] if is_hub_dataset(dataset) else None,
+        "datasets": [dataset] if dataset else None,
         "base_model": base_model,
         "base_model_relation": relation if base_model else None,
         **license_source.license_metadata,
     }
 
-    metric_names = get_metric_names(results, folder.config)
     if metric_names:
         metadata["metrics"] = ["accuracy" if "accuracy" in results else "mean_average_precision"]
     # A dataset type is required in the model index, and the only valid types are datasets on the
@@ -219,13 +221,12 @@ def get_license_source(folder: ModelFolder, license_id: str | None) -> Provenanc
 # Variables of the templates -----------------------------------------------------------------------
 
 
-def build_model_variables(folder: ModelFolder) -> dict[str, Any]:
+def build_model_variables(folder: ModelFolder, auto_class: str) -> dict[str, Any]:
     """Collect what a card says about the model, its tokens and its use.
 
     A pipeline supports classifiers with one task.
     """
     config = folder.config
-    auto_class = get_auto_class(folder.architecture)
     is_classifier = auto_class == "AutoModelForImageClassification"
     variables = {
         "num_parameters": folder.num_parameters if folder.has_weights else None,
@@ -244,10 +245,22 @@ def build_model_variables(folder: ModelFolder) -> dict[str, Any]:
     return variables | {"sequence_length": length, "layout": f"[ {' | '.join(groups)} ]"}
 
 
+def build_metric_variables(folder: ModelFolder) -> dict[str, Any]:
+    """Collect the names of the metrics by key, their rows, and the tables of the classes."""
+    results = folder.results
+    config = folder.config
+    return {
+        "metric_names": get_metric_names(results, config),
+        "metrics": build_metric_rows(results, config),
+        "class_tables": build_class_tables(results, config),
+    }
+
+
 def build_run_variables(folder: ModelFolder) -> dict[str, Any]:
     """Collect what a card says about a training run: results, limitations and training."""
     results = folder.results
     flags = folder.flags
+    shareable_flags = folder.shareable_flags
     images_per_step = None
     if "batch_size" in flags:
         images_per_process = flags["batch_size"] * flags.get("gradient_accumulation_steps", 1)
@@ -258,40 +271,21 @@ def build_run_variables(folder: ModelFolder) -> dict[str, Any]:
         predictions = summarize_predictions(folder, rows) | {"wrong": wrong_photos(rows, {})}
     return {
         "is_frozen": bool(results.get("frozen")) and not results["steps"],
-        "initial_model": strip_folders(flags["model"]),
-        "metrics": build_metric_rows(results, folder.config),
-        "class_tables": build_class_tables(results, folder.config),
+        "initial_model": shareable_flags["model"],
         "is_cross_validated": results.get("split") == "cross-validation",
         "predictions": predictions,
         "images_per_step": images_per_step,
-        "teacher": strip_folders(flags["teacher"]) if flags.get("teacher") else None,
+        "teacher": shareable_flags.get("teacher"),
         "recipe_file": RECIPE_FILE,
     }
 
 
-def list_additions(folder: ModelFolder) -> dict[str, Any]:
-    """Collect the records of the added tasks and classes that the model has: head -> record."""
-    records = folder.results.get(ADDITIONS_KEY, {})
-    heads = folder.config.get_extra_heads() if folder.config is not None else {}
-    return {name: records[name] for name in heads if name in records}
-
-
 def list_added_classes(folder: ModelFolder) -> list[str]:
     """List the classes that were added after the results of the run were measured."""
-    records = list_additions(folder).values()
+    records = folder.additions.values()
     return [
         label for record in records if record["kind"] == "classes" for label in record["labels"]
     ]
-
-
-def has_token_effects(folder: ModelFolder) -> bool:
-    """Check whether the report of a run measures the effects of the special tokens.
-
-    They are worth a sentence only if there are several tokens, and training changed them.
-    """
-    config = folder.config
-    has_several_tokens = config is not None and config.token_layout.num_prefix_tokens > 1
-    return has_several_tokens and folder.results.get("steps") != 0
 
 
 # Templates ----------------------------------------------------------------------------------------

@@ -15,7 +15,6 @@ from PIL import Image
 from sklearn.metrics import ConfusionMatrixDisplay
 
 from ..analysis.sheet import shorten_middle
-from ..data.labels import get_label_space
 from ..hub.model_files import IMAGES_FOLDER, RESULT_IMAGE_PATTERNS, SAMPLE_IMAGES_FILE
 from ..model.configuration_vitcls import ViTCLSConfig
 
@@ -41,7 +40,7 @@ def write_card_images(
         OSError: if a file cannot be written.
     """
     figures = {}
-    tasks = config.task_labels() or {"": get_label_space(config).names}
+    tasks = config.task_labels() or {"": list((config.id2label or {}).values())}
     for task, names in tasks.items():
         matrix = results.get(f"{task}_confusion_matrix".lstrip("_"))
         if matrix and any(map(any, matrix)):

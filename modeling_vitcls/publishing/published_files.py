@@ -25,7 +25,6 @@ from ..hub.model_files import (
     RESULT_IMAGE_PATTERNS,
     RESULTS_FILE,
     RUN_FILES,
-    list_weight_files,
 )
 from ..hub.model_folder import ModelFolder
 from .card import has_edited_card, render_card
@@ -60,10 +59,9 @@ def collect_files(
         card_samples: Whether to publish images of a dataset that is not public.
 
     Raises:
-        ValueError: If the model is incomplete, one of the files is a link to a file elsewhere, or
-            the initial weights have another license.
+        ValueError: If one of the files is a link to a file elsewhere, or the initial weights have
+            another license.
     """
-    folder.check_is_complete()
     hidden_files = set() if card_samples else folder.private_files
     names = list_published_files(folder) - hidden_files
     files: dict[str, Path | bytes] = {name: folder.path / name for name in sorted(names)}
@@ -89,7 +87,7 @@ def list_published_files(folder: ModelFolder) -> set[str]:
         names |= {file, f"{file}.json"} | {f"{file}.data"} & set(report["sha256"])
 
     if folder.has_weights:
-        names |= {*CONFIG_FILES, *list_weight_files(folder.path), INDEX_FILE, *folder.code_files}
+        names |= {*CONFIG_FILES, *folder.weight_files, INDEX_FILE, *folder.code_files}
         names |= {PARITY_REPORT_FILE} if folder.parity_report else set()
         names |= {CERTIFICATE_FILE} if folder.certificate else set()
         # If the results belong to other weights, no file of their run is published: its recipe

@@ -155,6 +155,7 @@ def push_folder(
         PushError: If the push fails. The message is a single line and ends with the command that
             completes the push.
     """
+    folder.check_is_complete()
     command = build_push_command(
         folder.path,
         repo_id,

@@ -9,26 +9,25 @@ effects than `vitcls inspect`.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from PIL import Image
 
-from ..analysis.inspection import Inspection, inspect_model, read_images, select_images
+from ..analysis.inspection import Inspection, inspect_model, read_images
 from ..analysis.photo import measure_photo
 from ..analysis.report import ShownPhoto, write_page
 from ..analysis.sheet import draw_sheet
-from ..data.splits import TrainingData
 from ..hub.model_files import REPORT_FILE
 from ..hub.model_folder import ModelFolder
 from ..model import modeling_vitcls
 from ..runtime.progress import track
 from ..training.run_folder import load_run_data
-from .card import has_token_effects
 from .card_images import write_card_images
 from .wrong_photos import (
-    Photos,
+    choose_photos,
     find_photos,
     read_predictions,
     summarize_predictions,
@@ -52,48 +51,57 @@ def write_report(folder: ModelFolder, warn: Callable[[str], None]) -> str | None
     cross-validated, its training images. Errors are passed to `warn`, and the missing files are not
     written.
     """
-    inspection: Inspection | None = None
-    photos: list[ShownPhoto] = []
-    name = folder.path.resolve().name
+    content: ReportContent | None = None
     with convert_errors(warn, f"{REPORT_FILE} could not be written"):
         # Without a record of the run, there is nothing to read the images from.
-        has_data = bool(folder.results) and "dataset" in folder.flags
-        data = load_run_data(folder, folder.flags["dataset"]) if has_data else None
-        rows = read_predictions(folder)
-        if data is not None and (len(data.held_out) or rows is not None):
-            found = find_photos(data)
-            split = folder.results["split"] if len(data.held_out) else "training images"
-            source = f"{folder.results['dataset']}, {split}"
-            chosen = [] if rows is None else choose_photos(rows, found)
-            inspection, photos = inspect_run(folder, data, chosen)
-            predictions = None
-            if rows is not None:
-                bit_depth = folder.load_processor().bit_depth
-                wrong = wrong_photos(rows, found, data.label_space.names, bit_depth)
-                predictions = summarize_predictions(folder, rows) | {"wrong": wrong}
+        if folder.results and "dataset" in folder.flags:
+            content = measure_run(folder)
+        if content is not None:
             write_page(
                 folder.path / REPORT_FILE,
-                name,
-                inspection,
-                photos,
-                source=source,
-                predictions=predictions,
+                folder.name,
+                content.inspection,
+                content.photos,
+                source=content.source,
+                predictions=content.predictions,
             )
     if folder.config is not None:
         with convert_errors(warn, "the card has no images, because the images could not be drawn"):
-            sheet = draw_sheet(photos[0].measurements, name) if photos else None
+            sheet = None if content is None else content.sheet
             write_card_images(folder.path, folder.config, folder.results, sheet)
-    return "; ".join(inspection.faults) if inspection else None
+    return None if content is None else "; ".join(content.inspection.faults)
 
 
-def inspect_run(
-    folder: ModelFolder, data: TrainingData, chosen: list[tuple[Image.Image, dict[str, Any]]]
-) -> tuple[Inspection, list[ShownPhoto]]:
+@dataclass(frozen=True)
+class ReportContent:
+    """What the report of a run shows.
+
+    Attributes:
+        inspection: measurements of a sample of the images.
+        photos: the photos to show.
+        source: description of the images.
+        predictions: headline, wrong images and calibration; None without predictions.
+        sheet: the sheet of the first photo, for the card.
+    """
+
+    inspection: Inspection
+    photos: list[ShownPhoto]
+    source: str
+    predictions: dict[str, Any] | None
+    sheet: Image.Image | None
+
+
+def measure_run(folder: ModelFolder) -> ReportContent | None:
     """Measure the model of a run on its held-out or training images, in the precision of the run.
 
-    Return the measurements of a sample of the images, and the photos to show: the chosen ones, or
-    photos of the sample if there are no predictions.
+    The photos are chosen among all predictions, or among the measured images if there are no
+    predictions. Without predictions, training images are not measured.
     """
+    data = load_run_data(folder, folder.flags["dataset"])
+    photos_by_name = find_photos(data)
+    rows = read_predictions(folder)
+    if not len(data.held_out) and rows is None:
+        return None
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = folder.load(getattr(modeling_vitcls, folder.architecture)).to(device)
     processor = folder.load_processor()
@@ -106,6 +114,7 @@ def inspect_run(
     measured: Any = data.held_out if len(data.held_out) else data.train
     sample = measured.draw(num_measured)
     has_labels = bool(data.label_space.columns)
+    chosen = [] if rows is None else choose_photos(rows, photos_by_name, NUM_SHOWN_IMAGES)
 
     with torch.autocast(device.type, torch.bfloat16, enabled=is_bfloat16):
         labels = sample.labels if has_labels else None
@@ -113,7 +122,8 @@ def inspect_run(
             model,
             read_images(model, processor, sample.images, labels),
             num_shown=NUM_SHOWN_IMAGES,
-            has_ablations=has_token_effects(folder),
+            # Effects are worth a table only if there are several tokens, and training changed them.
+            has_ablations=folder.has_trained_tokens,
             token_movement=folder.results.get("token_movement"),
             watch=partial(track, unit="", has_bar=False),
         )
@@ -129,24 +139,21 @@ def inspect_run(
         ShownPhoto(measurements=measure_photo(model, processor, image), **texts)
         for image, texts in track(chosen, "drawing photos", unit="", has_bar=False)
     ]
-    return inspection, photos
-
-
-def choose_photos(rows: Any, photos: Photos) -> list[tuple[Image.Image, dict[str, Any]]]:
-    """Choose the most instructive images of all predictions of a run, with their texts."""
-    rows = rows[rows["image"].isin(photos.keys())]
-    selected = select_images(
-        rows["confidence"].tolist(),
-        (rows["label"] != rows["prediction"]).tolist(),
-        rows["label"].tolist(),
-        NUM_SHOWN_IMAGES,
+    sheet = draw_sheet(photos[0].measurements, folder.name) if photos else None
+    predictions = None
+    if rows is not None:
+        predictions = summarize_predictions(folder, rows)
+        predictions["wrong"] = wrong_photos(
+            rows, photos_by_name, data.label_space.names, processor.bit_depth
+        )
+    split = folder.results["split"] if len(data.held_out) else "training images"
+    return ReportContent(
+        inspection,
+        photos,
+        source=f"{folder.results['dataset']}, {split}",
+        predictions=predictions,
+        sheet=sheet,
     )
-    chosen = []
-    for row, kind in zip(rows.iloc[list(selected)].itertuples(), selected.values(), strict=True):
-        images, index = photos[row.image]
-        texts = {"name": row.image, "truth": row.label, "predicted": row.prediction, "kind": kind}
-        chosen.append((images.images[index], texts))
-    return chosen
 
 
 @contextmanager

@@ -102,6 +102,7 @@ def verify(repo_id: str, revision: str = "main", folder: ModelFolder | None = No
     check_is_online()
     commit = resolve_commit(repo_id, revision)
     if folder is not None:
+        folder.check_is_complete()
         files = collect_files(folder, repo_id)
         # The card depends on flags of the push, such as the license, which are not known here.
         del files[CARD_FILE]

@@ -13,7 +13,9 @@ from typing import Any
 
 import pandas as pd
 import pyarrow.parquet as pq
+from PIL import Image
 
+from ..analysis.inspection import select_images
 from ..analysis.maps import to_upright_rgb
 from ..analysis.report import encode_data_url
 from ..data.images import LabeledImages
@@ -29,6 +31,7 @@ THUMBNAIL_SIDE = 240  # Longer side of a wrong image, in pixels
 NEAREST_SIDE = 120  # Longer side of a nearest training image
 
 Photos = Mapping[str, tuple[LabeledImages, int]]  # Name -> images of a split, and position there
+ChosenPhotos = list[tuple[Image.Image, dict[str, Any]]]  # Images and the texts next to them
 
 
 def find_photos(data: TrainingData) -> Photos:
@@ -70,6 +73,23 @@ def read_predictions(folder: ModelFolder) -> Any:
     if not len(rows) or not isinstance(rows["label"][0], str):
         return None
     return rows.assign(confidence=rows["probabilities"].map(max))
+
+
+def choose_photos(rows: Any, photos: Photos, count: int) -> ChosenPhotos:
+    """Choose the most instructive images of all predictions of a run, with their texts."""
+    rows = rows[rows["image"].isin(photos.keys())]
+    selected = select_images(
+        rows["confidence"].tolist(),
+        (rows["label"] != rows["prediction"]).tolist(),
+        rows["label"].tolist(),
+        count,
+    )
+    chosen = []
+    for row, kind in zip(rows.iloc[list(selected)].itertuples(), selected.values(), strict=True):
+        images, index = photos[row.image]
+        texts = {"name": row.image, "truth": row.label, "predicted": row.prediction, "kind": kind}
+        chosen.append((images.images[index], texts))
+    return chosen
 
 
 def summarize_predictions(folder: ModelFolder, rows: Any) -> dict[str, Any]:
