@@ -282,8 +282,8 @@ def look(model: str | Path, image: Any, output: str | Path | None = None, **flag
         model, image = image, model
     options = build_options(LookOptions, model=model, paths="image", output=output, **flags)
     sheet = draw_photo(options, image)
-    if output is not None:
-        sheet.save(output)
+    if options.output is not None:
+        sheet.save(options.output)
     return sheet
 
 

@@ -25,7 +25,14 @@ from typing import Annotated, Any, TypeVar, Union, get_origin
 import tyro
 
 from ..runtime.errors import RunStopped, describe_error, is_raised_on_all_processes
-from ..runtime.flags import Options, get_flag_fields, name_flags, spell_flags, to_flags
+from ..runtime.flags import (
+    Options,
+    expand_home,
+    get_flag_fields,
+    name_flags,
+    spell_flags,
+    to_flags,
+)
 from .recipes import REGISTRY, describe_unknown_flag, list_choices, parse_value, read_recipe
 
 
@@ -115,7 +122,7 @@ def read_recipe_of_flags(flags: list[str], options_class: type[Options]) -> dict
     # argparse finds the flag in both spellings, before tyro parses all of them
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config", type=Path)
-    path = parser.parse_known_args(flags)[0].config
+    path = expand_home(parser.parse_known_args(flags)[0].config)
     fields = get_flag_fields(options_class)
     return {} if path is None or "config" not in fields else read_recipe(path, fields)
 

@@ -17,6 +17,7 @@ from PIL import Image
 
 from ..conversion.open_model import compute_cache_name, open_model
 from ..model.image_processing_vitcls import SOURCE_TYPES
+from ..runtime.flags import expand_home
 from .inputs import build_record
 from .load_model import load_for_inference
 from .predict import PREDICTION_BATCH_SIZE, Predictor, get_num_workers
@@ -60,7 +61,7 @@ class EmbedImages:
         resize: str | None = None,
         device: str | None = None,
     ) -> None:
-        self.model = str(model)
+        self.model = str(expand_home(model))
         self.features = tuple(features)
         self.image_column = image_column
         self.dtype = dtype

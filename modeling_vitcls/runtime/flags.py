@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 
+# Flags with a path or another name, such as one on the Hub
+PATH_FLAGS = ("model", "source", "teacher", "dataset", "old", "new", "paths")
 # A parameter in a message: `batch_size` or `batch_size=64`
 PARAMETER = re.compile(r"`([a-z]\w*)(?:=([^`]*))?`")
 # names of the flags of the command that runs, see `name_flags`; empty in other programs
@@ -38,7 +40,10 @@ class Options:
     def __post_init__(self) -> None:
         # without what tyro has to know about a flag of a command (Annotated)
         for name, hint in get_type_hints(type(self)).items():
-            value = expand_home(getattr(self, name))
+            value = getattr(self, name)
+            # a separator `~` is no path
+            if name in PATH_FLAGS or "Path" in str(hint):
+                value = expand_home(value)
             is_union = get_origin(hint) in (Union, types.UnionType)
             kinds = get_args(hint) if is_union else (hint,)
             if isinstance(value, list):

@@ -14,7 +14,7 @@ from helpers.photo_folders import write_photos
 from PIL import Image
 
 import modeling_vitcls
-from modeling_vitcls import cli
+from modeling_vitcls import EmbedImages, cli, look
 from modeling_vitcls.cli.parsing import exit_on_error
 from modeling_vitcls.data.options import DataOptions
 from modeling_vitcls.data.splits import load_training_data
@@ -59,11 +59,17 @@ def test_a_tilde_in_a_path_is_the_home_folder(
     write_photos(tmp_path / "photos", range(4))
     (tmp_path / "list.txt").write_text("~/photos/cat/0.png\n", encoding="utf-8")
     tiny = "--model=vitcls-tiny --hidden-size=16 --num-attention-heads=1 --image-size=32".split()
-    data = ["--dataset=~/photos", "--max-steps=1", "--num-workers=0", "--no-report"]
+    (tmp_path / "recipe.yaml").write_text("max_steps: 1\nnum_workers: 0\nreport: false\n")
+    data = ["--dataset=~/photos", "--config=~/recipe.yaml"]
 
     assert run_here("finetune", *tiny, *data, "--output-dir=~/run") == 0
     assert run_here("predict", "--model=~/run", "--list=~/list.txt", "--output=~/rows.csv") == 0
     assert "cat" in (tmp_path / "rows.csv").read_text(encoding="utf-8")
+    look("~/run", "~/photos/cat/0.png", output="~/sheet.png")
+    assert (tmp_path / "sheet.png").is_file()
+    (feature,) = EmbedImages("~/run")({"image": ["~/photos/cat/0.png"]})["cls"]
+    assert feature.shape == (16,)
+    assert DataOptions(dataset="~/x", label_separator="~").label_separator == "~"
 
 
 @pytest.mark.parametrize("arguments", [("demo", "--help"), ("finetune", "--help")])
