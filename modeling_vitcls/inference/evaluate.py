@@ -27,6 +27,7 @@ from ..hub.model_folder import ModelFolder
 from ..model.configuration_vitcls import ViTCLSConfig
 from ..runtime.distributed import build_accelerator, set_mixed_precision
 from ..runtime.files import write_json
+from ..runtime.flags import spell_flags
 from ..runtime.system import describe_device, get_versions
 from .evaluator import Evaluator
 from .load_model import load_for_inference
@@ -164,7 +165,7 @@ def set_up_evaluation(
     )
 
     def warn(message: str) -> None:
-        console.print(f"WARNING: {message}", style="bold yellow", markup=False)
+        console.print(f"WARNING: {spell_flags(message)}", style="bold yellow", markup=False)
 
     return accelerator, console, warn
 
