@@ -93,11 +93,7 @@ def plan_run(inputs: RunInputs, accelerator: Accelerator, is_resumed: bool) -> R
 
     fraction = options.held_out_fraction
     if fraction is None:
-        # A tenth of many images measures well enough; a tenth of few would be a handful.
-        fraction = 0.1 if num_images >= MIN_STEP_IMAGES else 0.2
-        # Cross-validation measures a frozen run without giving up a label.
-        if kind == "frozen" or num_images < FEW_IMAGES_PER_CLASS * num_labels:
-            fraction = 0.0
+        fraction = choose_held_out_fraction(kind, num_images, num_labels)
     # The default of `select` is set after the kind is known, because an explicit value requires steps.
     options = replace(
         options,
@@ -122,3 +118,12 @@ def plan_run(inputs: RunInputs, accelerator: Accelerator, is_resumed: bool) -> R
         fine_tuning_seconds=seconds,
         lines=lines,
     )
+
+
+def choose_held_out_fraction(kind: str, num_images: int, num_labels: int) -> float:
+    """Choose the fraction of the images that measure a run, if no split does."""
+    # Cross-validation measures a frozen run without giving up a label.
+    if kind == "frozen" or num_images < FEW_IMAGES_PER_CLASS * num_labels:
+        return 0.0
+    # A tenth of many images measures well enough; a tenth of few would be a handful.
+    return 0.1 if num_images >= MIN_STEP_IMAGES else 0.2
