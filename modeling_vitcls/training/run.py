@@ -8,21 +8,18 @@ checkpoints and finally results.json, which marks the folder as complete. publis
 report and the card from the folder.
 """
 
-import shutil
 from functools import partial
 from pathlib import Path
 
 from accelerate.utils import set_seed
 
 from ..data.image_folder import check_output_is_not_read
-from ..data.sources import load_on_main
 from ..data.splits import divide_images
 from ..hub.local_paths import resolve_name
 from ..hub.model_files import METRICS_FILE
-from ..hub.model_folder import ModelFolder
 from ..runtime.distributed import build_accelerator, run_on_main
 from ..runtime.flags import to_flags
-from ..runtime.staging import STAGING_FOLDER, FolderLock
+from ..runtime.staging import FolderLock
 from .checkpoints import Checkpoint, CheckpointStore
 from .finetune import FineTuning
 from .frozen_run import run_frozen
@@ -32,13 +29,7 @@ from .plan import plan_run
 from .pretrain import PreTraining
 from .reporter import Reporter
 from .resume import build_run_record, convert_sources
-from .run_folder import (
-    CHECKPOINTS_FOLDER,
-    check_finished,
-    find_run,
-    load_run_data,
-    prepare_folder,
-)
+from .run_folder import CHECKPOINTS_FOLDER, clean_up_finished, find_run, prepare_folder
 from .run_inputs import load
 from .run_results import build_results, print_result
 from .save import save_output
@@ -136,19 +127,3 @@ def train(asked: TrainOptions) -> Path:
         accelerator.free_memory()
         accelerator.end_training()
         return folder
-
-
-def clean_up_finished(asked: TrainOptions, store: CheckpointStore, reporter: Reporter) -> None:
-    """Check that a finished run has today's photos, labels and weights, and remove what it left.
-
-    Raises:
-        ValueError, OSError: if they have changed, or cannot be read.
-    """
-    folder = ModelFolder(asked.output_dir)
-    # The photos and labels may have changed since, although the flags are the same.
-    load_data = partial(load_run_data, folder, asked.dataset)
-    check_finished(folder, load_on_main(asked.dataset, load_data))
-    shutil.rmtree(folder.path / STAGING_FOLDER, ignore_errors=True)
-    if asked.keep_checkpoints is None:
-        store.clear()
-    reporter.print_line("finished", f"{folder.path} already contains the results of this run")

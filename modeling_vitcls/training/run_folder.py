@@ -15,12 +15,14 @@ The folder is locked (runtime/staging.py).
 import shutil
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from ..data.options import DataOptions
+from ..data.sources import load_on_main
 from ..data.splits import (
     TrainingData,
     describe_change,
@@ -46,6 +48,8 @@ from ..runtime.files import read_json, read_text, write_atomically
 from ..runtime.flags import get_flag_fields
 from ..runtime.staging import STAGING_FOLDER
 from .checkpoints import Checkpoint, CheckpointStore
+from .options import TrainOptions
+from .reporter import Reporter
 from .resume import (
     PATH_FLAGS,
     SOURCE_FLAGS,
@@ -129,6 +133,22 @@ def read_finished_flags(folder: Path) -> FlagsRecord:
     chosen = read_json(folder / RESULTS_FILE).get("chosen_flags", {})
     unset = {name: None for name in chosen if name not in PATH_FLAGS}
     return {"flags": flags | unset, "chosen": chosen, "config": read_json(folder / CONFIG_FILE)}
+
+
+def clean_up_finished(asked: TrainOptions, store: CheckpointStore, reporter: Reporter) -> None:
+    """Check that a finished run has today's photos, labels and weights, and remove what it left.
+
+    Raises:
+        ValueError, OSError: if they have changed, or cannot be read.
+    """
+    folder = ModelFolder(asked.output_dir)
+    # The photos and labels may have changed since, although the flags are the same.
+    load_data = partial(load_run_data, folder, asked.dataset)
+    check_finished(folder, load_on_main(asked.dataset, load_data))
+    shutil.rmtree(folder.path / STAGING_FOLDER, ignore_errors=True)
+    if asked.keep_checkpoints is None:
+        store.clear()
+    reporter.print_line("finished", f"{folder.path} already contains the results of this run")
 
 
 def check_finished(folder: ModelFolder, data: TrainingData) -> None:
