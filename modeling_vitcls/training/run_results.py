@@ -23,12 +23,15 @@ from .run_inputs import RunInputs
 from .summary import count_parameters, count_tokens
 
 
-# Flags that the command for the other kind of run leaves out; --hub-model-id, because its model would
-# replace that of this run
+# Flags that the command for the other kind of run leaves out
 FLAGS_OF_KINDS = {
     *STEP_FLAGS,
-    *("trainable", "distillation", "num_distillation_tokens"),
-    *("resume", "overwrite", "hub_model_id"),
+    "trainable",
+    "distillation",
+    "num_distillation_tokens",
+    "resume",
+    "overwrite",
+    "hub_model_id",  # The other model would replace that of this run
 }
 
 

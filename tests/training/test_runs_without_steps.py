@@ -113,3 +113,18 @@ def test_images_that_trained_the_encoder_measure_nothing(
     assert not finetune("steps", "second")
     assert not finetune("steps", "held-out", "--held-out-fraction", "0.4")
     assert not finetune("second", "third")
+
+
+def test_a_second_run_with_several_labels_has_a_result_without_interval(
+    sources: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photos = sorted((sources / "my photos").rglob("*.png"))
+    rows = [f"{photo},{('small', 'small|dark')[index % 2]}" for index, photo in enumerate(photos)]
+    (sources / "tags.csv").write_text("\n".join(["image,label", *rows]))
+    for model, output, fraction in (("vit", "first", "0.2"), ("first", "second", "0.6")):
+        reset_accelerate()
+        arguments = ["--model", str(sources / model), "--dataset", str(sources / "tags.csv")]
+        arguments += ["--output-dir", str(sources / output), "--held-out-fraction", fraction]
+        main(["finetune", *arguments, "--epochs", "1", "--num-workers", "0", "--no-report"])
+    assert read_json(sources / "second/results.json")["num_images_of_encoder"] > 0
+    assert "% (no interval) on " in capsys.readouterr().out
