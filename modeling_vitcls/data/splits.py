@@ -381,10 +381,11 @@ def describe_missing_classes(training_data: TrainingData) -> list[str]:
 
 
 def describe_constant_labels(images: LabeledImages, names: Sequence[str]) -> list[str]:
-    """List labels that all images have, or at most one: nothing can be learned about them."""
+    """List labels that all images have, or all but one, one or none: they cannot be learned."""
     counts = Counter(chain.from_iterable(images.labels))
     texts = {
         len(images): "are on each training image",
+        len(images) - 1: "are on all training images but one",
         1: "are on a single training image",
         0: "are on no training image",
     }
@@ -393,8 +394,9 @@ def describe_constant_labels(images: LabeledImages, names: Sequence[str]) -> lis
         for count, text in texts.items()
     }
     return [
-        f"{len(labels):,} of the {len(names):,} labels {text}, so no result says anything about "
-        f"them: {format_name_list(labels)}. Add other images, or remove these labels"
+        f"{len(labels):,} of the {len(names):,} labels {text}, so they cannot be learned, and their "
+        f"probability is their share of the images: {format_name_list(labels)}. Add other images, or "
+        "remove these labels"
         for text, labels in found.items()
         if labels
     ]

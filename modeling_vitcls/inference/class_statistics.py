@@ -3,6 +3,7 @@
     features and labels -> ClassStatistics.fit -> .build_classifier()    weight and bias, without steps
                                                -> .compute_distances()   how far an image is from all classes
                                                -> .extend(), .build_new_rows()    rows of further classes
+    features and several labels -> build_label_scores    weight and bias of each label
 
 This is linear discriminant analysis (Gaussian classes with one covariance), which is better than
 logistic regression with few labels (Wang et al. 2024, arXiv 2402.04087). Each kind of token of each
@@ -253,6 +254,40 @@ def compute_means(values: np.ndarray, labels: np.ndarray, counts: np.ndarray) ->
     sums = np.zeros((len(counts), values.shape[1]))
     np.add.at(sums, labels, values)
     return sums / np.maximum(counts, 1)[:, None]
+
+
+def build_label_scores(
+    features: TokenFeatures, labels: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Score several labels per image: weight [L, T * D] and bias [L], averaged over the T tokens.
+
+    The direction of a label is the mean with it minus the mean without it, times the inverse
+    covariance of all images, which all labels share: with one covariance per label, few images have
+    more log loss. The score of the mean image is 0, and so is every score of a label that all or no
+    images have.
+
+    Args:
+        features: [N, D] of each token.
+        labels: [N, L] whether an image has a label.
+    """
+    num_images = len(labels)
+    with_label = labels.sum(axis=0)[:, None]
+    is_known = (with_label > 0) & (with_label < num_images)
+    # of the images in the mean with a label and, negative, in the mean without it
+    shares = labels / np.maximum(with_label.T, 1)
+    shares -= ~labels / np.maximum(num_images - with_label.T, 1)
+    weights, biases = [], []
+    for values in features.values():
+        values = values.astype(np.float64)
+        center = values.mean(axis=0)
+        covariance, _ = compute_covariances(
+            values - center, np.zeros(num_images, np.int64), np.array([num_images])
+        )
+        differences = (shares.T @ values) * is_known
+        weight = linalg.solve(covariance, differences.T, assume_a="pos").T
+        weights.append(weight)
+        biases.append(-weight @ center)
+    return np.concatenate(weights, axis=1) / len(weights), np.mean(biases, axis=0)
 
 
 def compute_covariances(

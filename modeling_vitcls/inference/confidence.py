@@ -1,10 +1,14 @@
-"""Calibrated probabilities of a single-label classifier, from logits [N, L] and labels [N]."""
+"""Calibrated probabilities of a classifier, from the logits of images that it was not fitted to.
+
+one label per image         softmax(logits / temperature)         fit_temperature
+several labels per image    sigmoid(slope * score + offset)       fit_line, for each label
+"""
 
 import math
 
 import numpy as np
-from scipy.optimize import minimize_scalar
-from scipy.special import log_softmax
+from scipy.optimize import minimize, minimize_scalar
+from scipy.special import expit, log_softmax, logit
 
 
 MAX_LOG_TEMPERATURE = 20.0  # at which all probabilities are equal, in single precision
@@ -37,6 +41,35 @@ def fit_temperature(
     return math.exp(
         minimize_scalar(compute_loss, bounds=bounds, method="bounded", options={"xatol": 1e-6}).x
     )
+
+
+def fit_line(scores: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
+    """Find the slope and the offset for which sigmoid(slope * score + offset) is the probability.
+
+    The target of an image with the label is (N + 1) / (N + 2), of N images with it, and the target of
+    the others is 1 / (M + 2), of M without it (Platt 1999, "Probabilistic outputs for support vector
+    machines", section 2.2). The slope isn't negative: such scores are noise.
+
+    Args:
+        scores: [N].
+        labels: [N] whether an image has the label.
+    """
+    num_with = labels.sum()
+    targets = np.where(labels, (num_with + 1) / (num_with + 2), 1 / (len(labels) - num_with + 2))
+    scale = scores.std() or 1.0
+    inputs = scores / scale
+
+    def compute_loss(line: np.ndarray) -> tuple[float, np.ndarray]:
+        logits = line[0] * inputs + line[1]
+        errors = expit(logits) - targets
+        loss = float((np.logaddexp(0, logits) - targets * logits).mean())
+        return loss, np.array([(errors * inputs).mean(), errors.mean()])
+
+    start = np.array([0.0, logit(targets.mean())])
+    bounds = [(0, None), (None, None)]
+    options = {"ftol": 1e-12, "gtol": 1e-9}
+    slope, offset = minimize(compute_loss, start, jac=True, bounds=bounds, options=options).x
+    return slope / scale, offset
 
 
 def extrapolate_temperature(

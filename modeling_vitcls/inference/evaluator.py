@@ -15,18 +15,13 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import send_to_device
 from rich.console import Console
+from scipy.special import expit
 from torch import nn
 
 from ..data.labels import LabelSpace
 from ..model.modeling_vitcls import ViTCLSImageClassifierOutput
 from .image_pass import ImageOutput, ImagePass, list_rows, stack_rows
-from .metrics import (
-    METRICS,
-    NOTHING_MEASURED,
-    MultiLabelMetrics,
-    SingleLabelMetrics,
-    select_scalars,
-)
+from .metrics import METRICS, NOTHING_MEASURED, MultiLabelMetrics, select_scalars
 from .prediction_rows import DEFAULT_THRESHOLD
 
 
@@ -50,8 +45,8 @@ class Predictions:
         return stack_rows(rows)
 
     def list_wrong(self) -> list[ImageOutput]:
-        """List the images with another predicted label than their own."""
-        return [row for row in self.rows if is_labeled(row) and row.values.argmax() != row.label]
+        """List the images with another predicted label, or other labels, than their own."""
+        return [row for row in self.rows if is_labeled(row) and not is_right(row, self.threshold)]
 
 
 def is_labeled(row: ImageOutput) -> bool:
@@ -59,14 +54,21 @@ def is_labeled(row: ImageOutput) -> bool:
     return bool(row.label.ndim or row.label >= 0)
 
 
+def is_right(row: ImageOutput, threshold: float) -> bool:
+    """Return whether the predicted label of an image is its own, or all of several labels are."""
+    if row.label.ndim:
+        return bool(((expit(row.values) >= threshold) == (row.label.numpy() > 0.5)).all())
+    return bool(row.values.argmax() == row.label)
+
+
 def build_predictions(label_space: LabelSpace, rows: Sequence[ImageOutput]) -> Predictions:
-    """Measure rows with one label that are known on every process."""
+    """Measure rows that are known on every process, with one label or several."""
     state = PartialState()
-    metrics = SingleLabelMetrics(label_space, state.device)
+    metrics = METRICS[label_space.kind](label_space, state.device)
     # Metrics are summed over the processes
     own = slice(state.process_index, None, state.num_processes)
     logits, labels = (torch.from_numpy(array[own]).to(state.device) for array in stack_rows(rows))
-    metrics.update_logits(logits, labels)
+    metrics.update(ViTCLSImageClassifierOutput(logits=logits), labels)
     return Predictions(label_space, rows, round_floats(metrics.compute()))
 
 

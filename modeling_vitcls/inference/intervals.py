@@ -3,6 +3,7 @@
 compute_proportion_interval(num_successes, num_trials)    accuracy, fraction of changed predictions
 compute_bootstrap_interval(values)                        mean over images
 estimate_after_choice(losses, is_right, ...)              accuracy of the best of several candidates
+estimate_average_precision(scores, labels, groups)        mean average precision of several labels
 compute_prediction_limit(values)                          limit of a null distribution
 
 compute_chance_calibration_error(confidences) is the calibration error of a calibrated model.
@@ -11,6 +12,7 @@ compute_chance_calibration_error(confidences) is the calibration error of a cali
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from scipy import stats
@@ -53,10 +55,15 @@ def compute_bootstrap_interval(values: Sequence[float]) -> Interval:
 
 @dataclass(frozen=True)
 class Estimate:
-    """An accuracy and its interval."""
+    """A metric and its interval."""
 
-    accuracy: float
+    metric: str
+    value: float
     interval: list[float]  # Low and high
+
+    def to_metrics(self) -> dict[str, Any]:
+        """Write the estimate as fields of results.json."""
+        return {self.metric: self.value, f"{self.metric}_interval": self.interval}
 
 
 def estimate_after_choice(
@@ -98,7 +105,48 @@ def estimate_after_choice(
     # Groups count, not images: ten copies of a photo are one piece of evidence.
     wilson = compute_proportion_interval(round(accuracy * num_groups), num_groups) or [0.0, 1.0]
     bounds = np.quantile(accuracies, [(1 - CONFIDENCE_LEVEL) / 2, (1 + CONFIDENCE_LEVEL) / 2])
-    return Estimate(accuracy, [min(bounds[0], wilson[0]), max(bounds[1], wilson[1])])
+    interval = [min(bounds[0], wilson[0]), max(bounds[1], wilson[1])]
+    return Estimate("accuracy", accuracy, interval)
+
+
+def estimate_average_precision(
+    scores: np.ndarray, labels: np.ndarray, groups: np.ndarray | None = None
+) -> Estimate:
+    """Estimate the mean average precision of several labels, with a bootstrap interval over images.
+
+    Labels without images do not count. A label without images in a bootstrap sample has there what it
+    has on all images: if it were left out, samples without the rare labels would look better.
+
+    Args:
+        scores: [N, L], such as logits.
+        labels: [N, L] whether an image has a label.
+        groups: [N]; a sample contains all images of a group or none.
+    """
+    num_images = len(labels)
+    groups = np.arange(num_images) if groups is None else np.unique(groups, return_inverse=True)[1]
+    num_groups = groups.max() + 1
+    generator = np.random.default_rng(0)
+    draws = generator.multinomial(num_groups, np.ones(num_groups) / num_groups, NUM_RESAMPLES)
+    # how often each image is in each sample; the first one is the images themselves
+    counts = np.concatenate([np.ones((1, num_images)), draws[:, groups]])
+    precisions = []
+    for own, is_true in zip(scores.T, labels.T, strict=True):
+        if not is_true.any():
+            continue
+        order = np.argsort(-own, kind="stable")
+        ranks = -own[order]
+        # Images with equal scores are found together, at the end of their run.
+        ends = np.searchsorted(ranks, ranks, side="right") - 1
+        num_found = counts[:, order]
+        num_right = num_found * is_true[order]
+        totals = np.cumsum(num_found, axis=1)[:, ends]
+        precision = np.cumsum(num_right, axis=1)[:, ends] / np.maximum(totals, 1)
+        with np.errstate(invalid="ignore"):
+            own_precisions = (num_right * precision).sum(axis=1) / num_right.sum(axis=1)
+        precisions.append(np.where(np.isnan(own_precisions), own_precisions[0], own_precisions))
+    means = np.mean(precisions, axis=0)
+    bounds = np.quantile(means[1:], [(1 - CONFIDENCE_LEVEL) / 2, (1 + CONFIDENCE_LEVEL) / 2])
+    return Estimate("mean_average_precision", float(means[0]), bounds.tolist())
 
 
 def compute_prediction_limit(values: Sequence[float], level: float) -> float:

@@ -4,10 +4,13 @@
                                                       -> out-of-fold predictions -> estimated accuracy
 
 The classifier is shrinkage LDA of each token; the logits of all tokens are averaged
-(class_statistics.py). Candidates differ in what it reads: the last layer or the last four; CLS, the
-mean of the patches, or both (DINOv2's linear evaluation, Oquab et al. 2023, arXiv 2304.07193,
-appendix B.3). With 5 to 100 labels per class it is as accurate as logistic regression with the best
-regularization, and 1 point better with 200 and 450 (CIFAR-10 at 112 pixels).
+(class_statistics.py). With several labels per image, each label is one against the rest, with one
+covariance for all labels and a line that makes its score a probability (confidence.py).
+
+Candidates differ in what it reads: the last layer or the last four; CLS, the mean of the patches, or
+both (DINOv2's linear evaluation, Oquab et al. 2023, arXiv 2304.07193, appendix B.3). With 5 to 100
+labels per class it is as accurate as logistic regression with the best regularization, and 1 point
+better with 200 and 450 (CIFAR-10 at 112 pixels).
 
 The temperature comes from out-of-fold logits. Classifiers of fewer labels are less certain, and the
 final one has them all: with ten folds, the temperature is therefore extrapolated to all images,
@@ -20,12 +23,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy.special import log_softmax, softmax
+from scipy.special import expit, log_softmax, logit, softmax
 from sklearn.base import BaseEstimator, ClassifierMixin
 
-from .class_statistics import ClassStatistics, Token, TokenFeatures, compute_means
-from .confidence import extrapolate_temperature, fit_temperature, measure_spread
-from .intervals import Estimate, estimate_after_choice
+from .class_statistics import (
+    ClassStatistics,
+    Token,
+    TokenFeatures,
+    build_label_scores,
+    compute_means,
+)
+from .confidence import extrapolate_temperature, fit_line, fit_temperature, measure_spread
+from .intervals import Estimate, estimate_after_choice, estimate_average_precision
 
 
 NUM_LAST_LAYERS = 4  # of the largest candidate
@@ -33,6 +42,8 @@ NUM_FOLDS = 5
 NUM_FOLDS_OF_FEW = 10
 FEW_IMAGES = 1000  # up to which ten folds are run
 KNOWN_RECALL = 0.95  # fraction of training images within the distance threshold
+MIN_LABEL_IMAGES = 2  # with one of several labels, and without it; with fewer, it is not learned
+MIN_PROBABILITY = 1e-30  # of out-of-fold predictions, whose logarithms must be finite
 MIN_DISTANCE_IMAGES = 100  # with fewer, a handful of images would decide the threshold
 POOLING_TEXTS = {
     "cls": "CLS",
@@ -108,33 +119,41 @@ class Score:
     """
 
     candidate: Candidate
-    logits: np.ndarray  # [N, K], before the temperature
-    temperature: float
-    losses: np.ndarray  # [N] log loss after the temperature
-    is_right: np.ndarray  # [N]
+    logits: np.ndarray  # [N, K], calibrated
+    lines: np.ndarray  # [2, 1], or [2, K] with several labels: slopes and offsets that calibrate
+    losses: np.ndarray  # [N] log loss of the calibrated logits
+    is_right: np.ndarray  # [N]; with several labels, whether all of them are
 
     @classmethod
     def of(
         cls, candidate: Candidate, logits: np.ndarray, labels: np.ndarray, weights: np.ndarray
     ) -> "Score":
-        """Score out-of-fold logits with their best temperature."""
+        """Score out-of-fold logits with their best calibration."""
         known = ~np.isnan(logits).any(axis=1)
-        temperature = fit_temperature(logits[known], labels[known], weights[known])
-        log_probabilities = log_softmax(logits / temperature, axis=1)
-        losses = -log_probabilities[np.arange(len(labels)), labels]
-        is_right = np.where(known, logits.argmax(axis=1) == labels, np.nan)
-        return cls(candidate, logits, temperature, losses, is_right)
+        if labels.ndim == 2:
+            lines = fit_lines(logits[known], labels[known])
+        else:
+            temperature = fit_temperature(logits[known], labels[known], weights[known])
+            lines = np.array([[1 / temperature], [0.0]])
+        calibrated = logits * lines[0] + lines[1]
+        is_right = find_right(calibrated, labels)
+        losses = compute_losses(calibrated, labels)
+        return cls(candidate, calibrated, lines, losses, np.where(known, is_right, np.nan))
+
+    @property
+    def temperature(self) -> float:
+        return float(1 / self.lines[0, 0])
 
     def build_record(self, weights: np.ndarray) -> dict[str, Any]:
         """Build a row of the table of candidates."""
         known = np.isfinite(self.losses)
-        return {
+        record = {
             "layers": list(self.candidate.layers),
             "pooling": self.candidate.pooling,
-            "temperature": self.temperature,
             "loss": float(np.average(self.losses[known], weights=weights[known])),
             "accuracy": float(np.average(self.is_right[known])),
         }
+        return record if self.lines.shape[1] > 1 else record | {"temperature": self.temperature}
 
 
 @dataclass(frozen=True)
@@ -164,13 +183,16 @@ class LinearProbe(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         classes_: the labels, in the order of the columns of `predict_proba`.
         candidate_: what was chosen.
         weight_, bias_: [K, F] and [K] of the logits before the temperature.
-        temperature_: divisor of the logits.
+        temperature_: divisor of the logits; 1 with several labels.
+        lines_: [2, K] slopes and offsets that have calibrated each of several labels, or None.
         table_: results of all candidates, one row each.
         out_of_fold_: [N, K] probabilities of each image by a classifier that was not fitted to it;
             NaN if every fold needs the image.
         losses_: [N] their log losses.
-        estimate_: accuracy, corrected for the choice, with its interval; None without folds.
-        statistics_: class statistics of all images; None for features of unknown tokens.
+        estimate_: accuracy, corrected for the choice, or mean average precision of several labels,
+            with its interval; None without folds.
+        statistics_: class statistics of all images; None for features of unknown tokens, and with
+            several labels.
         distance_threshold_: distance within which `KNOWN_RECALL` of the images lie; None if there
             are too few.
         num_folds_: number of folds; 0 if there are too few images for any.
@@ -201,19 +223,20 @@ class LinearProbe(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
 
         Args:
             features: [N, D] of each token, or of one.
-            labels: [N].
+            labels: [N] or, for several labels per image, [N, L] of 0 and 1.
             groups: [N]; images of a group are in one fold.
         """
         features = to_tokens(features)
-        self.classes_, indices = np.unique(labels, return_inverse=True)
+        self.classes_, targets = encode_labels(labels)
         candidates = list_candidates(features, self.layers, self.pooling)
-        folds = split_folds(indices, groups)
+        folds = split_folds(find_strata(targets), groups)
         self.num_folds_ = len(folds)
 
-        cross_validated = self.cross_validate(features, indices, candidates, folds)
-        self.choose(cross_validated, indices, groups)
+        cross_validate = self.cross_validate if targets.ndim == 1 else self.cross_validate_labels
+        cross_validated = cross_validate(features, targets, candidates, folds)
+        self.choose(cross_validated, targets, groups)
         self.refit(features, labels)
-        self.calibrate(cross_validated, features, indices, groups)
+        self.calibrate(cross_validated, features, targets, groups)
         self.set_threshold(cross_validated, features)
         return self
 
@@ -253,6 +276,24 @@ class LinearProbe(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
                 own[known] = statistics.select(tokens).compute_distances(left_out)
         return CrossValidated(logits, distances, spreads)
 
+    def cross_validate_labels(
+        self,
+        features: TokenFeatures,
+        labels: np.ndarray,
+        candidates: Sequence[Candidate],
+        folds: Folds,
+    ) -> CrossValidated:
+        """Predict each image as `cross_validate`, with several labels [N, L]."""
+        logits = {each: np.full(labels.shape, np.nan) for each in candidates}
+        for train, test in folds:
+            token_logits = {}
+            for token, values in features.items():
+                weight, bias = build_label_scores({token: values[train]}, labels[train])
+                token_logits[token] = values[test] @ weight.T + bias
+            for candidate, own in logits.items():
+                own[test] = np.mean([token_logits[each] for each in candidate.tokens], axis=0)
+        return CrossValidated(logits, {}, {})
+
     def choose(
         self, cross_validated: CrossValidated, labels: np.ndarray, groups: np.ndarray | None
     ) -> None:
@@ -262,6 +303,10 @@ class LinearProbe(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         self.table_: list[dict[str, Any]] = []
         self.estimate_: Estimate | None = None
         self.temperature_ = 1.0
+        # Without folds, the probability of each of several labels is its share of the images.
+        self.lines_ = None
+        if labels.ndim == 2:
+            self.lines_ = fit_lines(np.zeros(labels.shape), labels)
         self.losses_ = np.full(len(labels), np.nan)
         self.out_of_fold_ = np.full((len(labels), len(self.classes_)), np.nan)
         if not self.num_folds_:
@@ -276,22 +321,32 @@ class LinearProbe(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         # If losses are equal, the first one wins, because the simplest candidate comes first.
         chosen = scores[int(np.argmin([row["loss"] for row in self.table_]))]
         self.candidate_ = chosen.candidate
-        self.temperature_ = chosen.temperature
+        if labels.ndim == 2:
+            self.lines_ = chosen.lines
+        else:
+            self.temperature_ = chosen.temperature
         self.losses_ = chosen.losses
         known = np.isfinite(chosen.losses)
-        self.out_of_fold_[known] = softmax(chosen.logits[known] / chosen.temperature, axis=1)
-        self.estimate_ = estimate_after_choice(
-            losses=np.stack([score.losses[known] for score in scores]),
-            is_right=np.stack([score.is_right[known] for score in scores]),
-            weights=weights[known],
-            groups=None if groups is None else groups[known],
+        self.out_of_fold_[known] = to_probabilities(chosen.logits[known], labels)
+        self.estimate_ = estimate(
+            [score.logits[known] for score in scores],
+            labels[known],
+            weights[known],
+            None if groups is None else groups[known],
         )
 
     def refit(self, features: TokenFeatures, labels: np.ndarray) -> "LinearProbe":
         """Fit what was chosen to all images, also to images that took no part in the choice."""
-        self.classes_, indices = np.unique(labels, return_inverse=True)
-        tokens = choose_statistics_tokens(features, self.candidate_)
+        self.classes_, indices = encode_labels(labels)
         read = self.candidate_.tokens
+        if self.lines_ is not None:
+            weight, bias = build_label_scores({each: features[each] for each in read}, indices)
+            slopes, offsets = self.lines_
+            self.weight_, self.bias_ = weight * slopes[:, None], bias * slopes + offsets
+            self.statistics_ = None
+            return self
+
+        tokens = choose_statistics_tokens(features, self.candidate_)
         fitted = ClassStatistics.fit(
             {token: features[token] for token in dict.fromkeys([*tokens, *read])},
             indices,
@@ -310,7 +365,7 @@ class LinearProbe(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         groups: np.ndarray | None,
     ) -> None:
         """Extrapolate the temperature from the classifiers of folds to that of all images."""
-        if not self.num_folds_ or len(labels) > FEW_IMAGES:
+        if not self.num_folds_ or len(labels) > FEW_IMAGES or self.lines_ is not None:
             return
         fewer_temperature = None
         if self.num_folds_ == NUM_FOLDS_OF_FEW:
@@ -364,11 +419,16 @@ class LinearProbe(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         logits = (
             stack_tokens(to_tokens(features), self.candidate_.tokens) @ self.weight_.T + self.bias_
         )
+        if self.lines_ is not None:
+            return expit(logits)
         return softmax(logits / self.temperature_, axis=1)
 
     def predict(self, features: TokenFeatures | np.ndarray) -> np.ndarray:
-        """Predict the most probable label [N] of each image."""
-        return self.classes_[self.predict_proba(features).argmax(axis=1)]
+        """Predict the most probable label [N] of each image; of several, those above 0.5: [N, L]."""
+        probabilities = self.predict_proba(features)
+        if self.lines_ is not None:
+            return probabilities > 0.5
+        return self.classes_[probabilities.argmax(axis=1)]
 
 
 def to_tokens(features: TokenFeatures | np.ndarray) -> TokenFeatures:
@@ -393,6 +453,91 @@ def choose_statistics_tokens(features: TokenFeatures, candidate: Candidate) -> t
 def stack_tokens(features: TokenFeatures, tokens: Sequence[Token]) -> np.ndarray:
     """Put the tokens of a classifier side by side, in the order of its weights: [N, T * D]."""
     return np.concatenate([features[token] for token in tokens], axis=1).astype(np.float64)
+
+
+# One label, or several ----------------------------------------------------------------------------
+
+
+def encode_labels(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the classes, and the indices [N] of labels [N] or, of several labels, a mask [N, L]."""
+    if labels.ndim == 2:
+        return np.arange(labels.shape[1]), labels > 0.5
+    classes, indices = np.unique(labels, return_inverse=True)
+    return classes, indices
+
+
+def find_learned(labels: np.ndarray) -> np.ndarray:
+    """Find which of several labels [N, L] can be learned: a mask [L]."""
+    counts = labels.sum(axis=0)
+    return np.minimum(counts, len(labels) - counts) >= MIN_LABEL_IMAGES  # type: ignore[no-any-return]
+
+
+def find_strata(labels: np.ndarray) -> np.ndarray:
+    """Find the class [N] of each image that folds are stratified by.
+
+    Of several labels, it is the rarest one that can be learned; images without such a label are
+    together.
+    """
+    if labels.ndim == 1:
+        return labels
+    num_images, num_labels = labels.shape
+    counts = np.where(labels & find_learned(labels), labels.sum(axis=0), num_images)
+    strata = np.where(counts.min(axis=1) < num_images, counts.argmin(axis=1), num_labels)
+    # The only image of a stratum would train every fold, so it joins those without a label.
+    return np.where(np.bincount(strata)[strata] < 2, num_labels, strata)
+
+
+def fit_lines(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Fit a line to the scores of each of several labels: [2, L] slopes and offsets.
+
+    A label that cannot be learned has its smoothed share of the images as its probability.
+    """
+    scores = np.where(find_learned(labels), scores, 0.0)
+    shares = (labels.sum(axis=0) + 1) / (len(labels) + 2)
+    lines = [fit_line(*columns) for columns in zip(scores.T, labels.T, strict=True)]
+    slopes, offsets = np.transpose(lines)
+    return np.stack([slopes, np.where(scores.any(axis=0), offsets, logit(shares))])
+
+
+def compute_losses(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Compute the log loss [N] of logits [N, K]; of several labels, the mean over the labels."""
+    if labels.ndim == 2:
+        return (np.logaddexp(0, logits) - labels * logits).mean(axis=1)
+    return -log_softmax(logits, axis=1)[np.arange(len(labels)), labels]
+
+
+def find_right(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Find the images [N] that are predicted right; with several labels, with all labels right."""
+    if labels.ndim == 2:
+        return ((logits > 0) == labels).all(axis=1)
+    return logits.argmax(axis=1) == labels
+
+
+def to_probabilities(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Convert logits [N, K] for labels of one kind or the other."""
+    return expit(logits) if labels.ndim == 2 else softmax(logits, axis=1)
+
+
+def to_logits(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Convert probabilities [N, K] to finite logits."""
+    if labels.ndim == 2:
+        return logit(np.clip(probabilities, 1e-12, 1 - 1e-12))
+    return np.log(np.maximum(probabilities, MIN_PROBABILITY))
+
+
+def estimate(
+    logits: Sequence[np.ndarray],
+    labels: np.ndarray,
+    weights: np.ndarray | None,
+    groups: np.ndarray | None,
+) -> Estimate:
+    """Estimate the result of the logits [N, K] with the lowest log loss, of several."""
+    losses = np.stack([compute_losses(each, labels) for each in logits])
+    if labels.ndim == 2:
+        chosen = logits[losses.mean(axis=1).argmin()]
+        return estimate_average_precision(chosen, labels, groups)
+    is_right = np.stack([find_right(each, labels) for each in logits])
+    return estimate_after_choice(losses, is_right, weights, groups)
 
 
 # Cross-validation ---------------------------------------------------------------------------------

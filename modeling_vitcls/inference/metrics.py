@@ -169,6 +169,7 @@ class MultiLabelMetrics:
     mean_average_precision  mean over the classes that have images
     micro_f1, macro_f1      F1 over all predictions; mean F1 of the classes
     exact_match             fraction of images for which all classes are predicted correctly
+    exact_match_interval    95% confidence interval [low, high]
     loss                    binary cross-entropy, mean over images and classes
     num_images
     per_class               name, number of images, average precision, recall, precision and F1 of each class
@@ -216,6 +217,8 @@ class MultiLabelMetrics:
             # A scalar for one class
             average_precisions = self.average_precision.compute().reshape(-1).tolist()
 
+        exact_match = to_number(self.exact_match.compute())
+        num_images = int(self.num_images.compute())
         for row, average_precision in zip(class_metrics, average_precisions, strict=True):
             row["average_precision"] = average_precision if row["images"] else None
         return {
@@ -224,9 +227,12 @@ class MultiLabelMetrics:
             ),
             "micro_f1": safe_divide(2 * num_correct, num_predicted + num_true),
             "macro_f1": compute_mean([row["f1"] for row in class_metrics]),
-            "exact_match": to_number(self.exact_match.compute()),
+            "exact_match": exact_match,
             "loss": to_number(self.loss.compute()),
-            "num_images": int(self.num_images.compute()),
+            "num_images": num_images,
+            "exact_match_interval": compute_proportion_interval(
+                round((exact_match or 0.0) * num_images), num_images
+            ),
             "per_class": class_metrics,
         }
 

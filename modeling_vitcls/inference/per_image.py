@@ -7,7 +7,7 @@ label           name                                    list of names
 prediction      name                                    list of names whose probability is at least the threshold
 probabilities   list, in the order of the model's labels (calibrated if the model has a temperature)
 loss            cross-entropy                           binary cross-entropy, mean over the labels
-nearest_images  of a wrong prediction: the training images  -
+nearest_images  of a wrong prediction: the training images  same
                 with the most similar features
 
 `finetune` writes the same file for its held-out images, predictions.parquet. Runs that start from a
@@ -73,8 +73,6 @@ def write_predictions(
             "probabilities": list(logits.softmax(dim=1).numpy()),
             "loss": cross_entropy(logits, targets, reduction="none").numpy(),
         }
-        if nearest_images is not None:
-            columns["nearest_images"] = [nearest_images.get(row.index, []) for row in rows]
     else:
         losses = binary_cross_entropy_with_logits(logits, targets, reduction="none")  # [N, L]
         columns |= {
@@ -85,6 +83,8 @@ def write_predictions(
             "probabilities": list(logits.sigmoid().numpy()),
             "loss": losses.mean(dim=1).numpy(),
         }
+    if nearest_images is not None:
+        columns["nearest_images"] = [nearest_images.get(row.index, []) for row in rows]
 
     table = pa.Table.from_pandas(pd.DataFrame(columns), preserve_index=False)
     metadata = {METADATA_KEY: json.dumps({"weights_sha256": weights_hash})}

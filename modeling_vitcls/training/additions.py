@@ -220,8 +220,7 @@ def fit_task(
         record["result"] = build_result("accuracy", is_right, held_out.groups, "held-out")
     elif probe.estimate_ is not None:
         record["result"] = {
-            "accuracy": probe.estimate_.accuracy,
-            "accuracy_interval": probe.estimate_.interval,
+            **probe.estimate_.to_metrics(),
             "num_images": len(features.groups),
             "num_groups": len(np.unique(features.groups)),
             "images": "cross-validated",

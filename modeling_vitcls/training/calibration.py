@@ -120,6 +120,9 @@ def describe_probe_calibration(probe: LinearProbe) -> Calibration:
     if not num_images:
         text = "not calibrated: too few images for folds, so probabilities mean nothing"
         return Calibration(0, CROSS_VALIDATION, text)
+    if probe.lines_ is not None:
+        text = f"each label on {describe_images(CROSS_VALIDATION, num_images)}"
+        return Calibration(num_images, CROSS_VALIDATION, text)
     temperature = round(probe.temperature_, 4)
     chosen = describe_images(CROSS_VALIDATION, num_images)
     text = f"on {chosen} (temperature {temperature:.2f})"

@@ -11,15 +11,20 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from scipy.special import log_softmax
 
 from ..inference.class_statistics import TokenFeatures
-from ..inference.intervals import Estimate, estimate_after_choice
-from ..inference.linear_probe import LinearProbe
+from ..inference.intervals import Estimate
+from ..inference.linear_probe import (
+    LinearProbe,
+    compute_losses,
+    encode_labels,
+    estimate,
+    to_logits,
+    to_probabilities,
+)
 
 
 KIND = "distillation"  # Of tokens, in a `FeatureLayout`
-MIN_PROBABILITY = 1e-30  # Of out-of-fold predictions, whose logarithms must be finite
 
 
 @dataclass(frozen=True)
@@ -62,26 +67,18 @@ class DistillationHead:
         if not known.any():
             return cls(probe, "cls", {}, first.out_of_fold_, None)
 
-        heads = [
-            np.log(np.maximum(each.out_of_fold_[known], MIN_PROBABILITY)) for each in (first, probe)
-        ]
+        targets = encode_labels(labels)[1][known]
+        heads = [to_logits(each.out_of_fold_[known], targets) for each in (first, probe)]
         logits = {"cls": heads[0], KIND: heads[1], "mean": (heads[0] + heads[1]) / 2}
-        indices = np.searchsorted(first.classes_, labels[known])
-        rows = np.arange(len(indices))
-        losses = {name: -log_softmax(each, axis=1)[rows, indices] for name, each in logits.items()}
-        means = {name: float(each.mean()) for name, each in losses.items()}
+        means = {name: float(compute_losses(each, targets).mean()) for name, each in logits.items()}
         inference = choose_inference(means)
         if inference == "cls":
             return cls(probe, inference, means, first.out_of_fold_, first.estimate_)
 
         out_of_fold = np.full_like(first.out_of_fold_, np.nan)
-        out_of_fold[known] = np.exp(log_softmax(logits[inference], axis=1))
-        estimate = estimate_after_choice(
-            losses=np.stack([*losses.values()]),
-            is_right=np.stack([each.argmax(axis=1) == indices for each in logits.values()]),
-            groups=groups[known],
-        )
-        return cls(probe, inference, means, out_of_fold, estimate)
+        out_of_fold[known] = to_probabilities(logits[inference], targets)
+        result = estimate([*logits.values()], targets, None, groups[known])
+        return cls(probe, inference, means, out_of_fold, result)
 
     def refit(self, tokens: TokenFeatures, labels: np.ndarray) -> "DistillationHead":
         """Fit the head to all images, also to those that took no part in the choice."""

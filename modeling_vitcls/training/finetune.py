@@ -101,6 +101,7 @@ class FineTuning:
             probe = Probe(
                 model=model,
                 processor=processor,
+                label_space=labels,
                 build_pass=build_pass,
                 resize=options.resize,
                 pooling=options.pooling,

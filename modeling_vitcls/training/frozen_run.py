@@ -35,12 +35,12 @@ def run_frozen(
     metrics = NOTHING_MEASURED
     details = {"seen_by_encoder": num_seen}
     if frozen.held_out is not None:
-        predictions = probe.predict(frozen, frozen.held_out, data.label_space)
+        predictions = probe.predict(frozen, frozen.held_out)
         calibration = measure_errors(calibration, predictions)
         metrics = predictions.metrics | select_error_metrics(calibration.errors)
     elif frozen.estimate is not None:
         split = "cross-validation"
-        predictions = probe.predict_out_of_fold(frozen, data.label_space)
+        predictions = probe.predict_out_of_fold(frozen)
         metrics = predictions.metrics
         details |= {
             "num_folds": frozen.record["num_folds"],

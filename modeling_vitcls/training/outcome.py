@@ -9,6 +9,10 @@ from ..inference.intervals import MIN_CORRECTED_IMAGES
 from .reporter import format_metric
 
 
+# Metrics that are a part of the images, and the words for it if there are few
+FRACTIONS = {"accuracy": "{} right", "exact_match": "{} images right with all labels"}
+
+
 @dataclass(frozen=True)
 class Measurement:
     """The result of one task. As text, it is a part of the printed result.
@@ -42,17 +46,20 @@ class Measurement:
             return f"{text} on {self.num_images:,} held-out images"
         if self.num_images < MIN_CORRECTED_IMAGES:
             return f"{text} in cross-validation"
+        correction = ""
+        if self.metric == "accuracy":
+            correction = f", corrected for the choice among {self.num_candidates} candidates"
         return (
-            f"{text}, estimated by {self.num_folds}-fold cross-validation on {self.num_images:,} "
-            f"images, corrected for the choice among {self.num_candidates} candidates"
+            f"{text}, estimated by {self.num_folds}-fold cross-validation on {self.num_images:,} images"
+            f"{correction}"
         )
 
     def format_value(self) -> str:
         """Format the value with its interval; with few images, as a fraction without a percentage."""
-        is_small = self.metric == "accuracy" and self.num_images < MIN_CORRECTED_IMAGES
+        is_small = self.metric in FRACTIONS and self.num_images < MIN_CORRECTED_IMAGES
         text = format_metric(self.metric, self.value)
         if is_small:
-            text = f"{round(self.value * self.num_images)} of {self.num_images} right"
+            text = f"{round(self.value * self.num_images)} of {FRACTIONS[self.metric].format(self.num_images)}"
         if self.seen_by_encoder:
             return f"{text} (no interval)"
         if self.interval is None:
@@ -74,6 +81,9 @@ def list_measurements(
         label_space: the labels of the run.
         details: other attributes of the measurements.
     """
+    # The average precision of a handful of images means little.
+    if "exact_match" in metrics and metrics["num_images"] < MIN_CORRECTED_IMAGES:
+        names = ("exact_match",)
     # The metrics of several tasks begin with the name of their task.
     prefixes = {"": ""}
     if label_space.kind == "multi_task":
@@ -86,7 +96,7 @@ def list_measurements(
         if not values:
             continue
         metric, *others = values
-        interval = metrics.get(f"{prefix}accuracy_interval")
+        interval = metrics.get(f"{prefix}{metric}_interval")
         measured.append(
             Measurement(
                 task,

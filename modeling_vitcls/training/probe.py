@@ -44,18 +44,16 @@ from ..inference.linear_probe import (
     Candidate,
     LinearProbe,
     describe_candidate,
+    encode_labels,
+    find_strata,
     is_clearly_worse,
     stack_tokens,
+    to_logits,
 )
 from ..model.heads_vitcls import build_pooler
 from ..runtime.distributed import run_on_main
 from ..runtime.progress import report_work
-from .distillation_head import (
-    MIN_PROBABILITY,
-    DistillationHead,
-    describe_inference,
-    split_kinds,
-)
+from .distillation_head import DistillationHead, describe_inference, split_kinds
 
 
 # Maximum number of training images, drawn at random, for the probe of a run with steps. It is only
@@ -93,7 +91,7 @@ def explain_missing_probe(
     reasons = {
         "the initial weights are random": has_random_weights,
         "`probe=False` is set": not is_wanted,
-        "the images do not have one label each": label_kind != "single_label_classification",
+        "the images have several tasks": label_kind == "multi_task",
         "the distillation head has no features": distillation_classifier is not None
         and not has_searchable_pooling(model.config),
         "the head is an MLP": not isinstance(getattr(model, "classifier", None), nn.Linear),
@@ -131,8 +129,9 @@ class FrozenModel:
         own = self.probe.out_of_fold_ if self.second is None else self.second.out_of_fold
         probabilities = expand_classes(own, self.probe.classes_, num_labels)
         known = np.flatnonzero(np.isfinite(probabilities).all(axis=1))
-        logits = np.log(np.maximum(probabilities[known], MIN_PROBABILITY)).astype(np.float32)
-        return self.features.take(known).build_rows(logits)
+        features = self.features.take(known)
+        logits = to_logits(probabilities[known], features.labels)
+        return features.build_rows(logits.astype(np.float32))
 
     def find_nearest_images(self, rows: Sequence[ImageOutput]) -> dict[int, list[str]]:
         """Find the training images that explain wrong predictions: the nearest ones, by image index.
@@ -167,6 +166,7 @@ class Probe:
     Attributes:
         model: the classifier. The probe replaces its pooler and its classifier.
         processor: image processor. The probe may change its geometry.
+        label_space: names of the labels.
         build_pass: returns a `FrozenPass` for images and a layout.
         resize, pooling, pooled_layers: settings of the user, which are not searched; None to choose.
         class_weight: as in `LinearProbe`.
@@ -174,6 +174,7 @@ class Probe:
 
     model: Any
     processor: Any
+    label_space: LabelSpace
     build_pass: Callable[..., FrozenPass]
     resize: str | None = None
     pooling: str | None = None
@@ -210,7 +211,9 @@ class Probe:
         num_layers = max(NUM_LAST_LAYERS, *(-layer for layer in self.layers or (-1,)))
         has_second_head = self.model.distillation_classifier is not None
         layout = FeatureLayout.from_config(self.model.config, num_layers, has_second_head)
-        first, rest = sample_parts(np.array(train.labels), max_images)
+        labels: Any = self.label_space.collate(train.labels)
+        classes = find_strata(encode_labels(labels.numpy())[1])
+        first, rest = sample_parts(classes, max_images)
         features = self.compute_features(train, layout, warn, first)
         comparison = None
         # The geometry is settled first, on a part of the images: all features depend on it, and to
@@ -265,9 +268,7 @@ class Probe:
         return features if indices is None else replace(features, indices=indices[features.indices])
 
     @torch.no_grad()
-    def predict(
-        self, frozen: FrozenModel, features: Features, label_space: LabelSpace
-    ) -> Predictions:
+    def predict(self, frozen: FrozenModel, features: Features) -> Predictions:
         """Predict images whose features are known: only the classifier runs, not the encoder."""
 
         def apply(head: nn.Module, probe: LinearProbe) -> torch.Tensor:
@@ -280,11 +281,11 @@ class Probe:
             second_logits = apply(self.model.distillation_classifier, frozen.second.probe)
             logits = self.model.combine_heads(logits, second_logits)
         rows = features.build_rows(logits.cpu().numpy())
-        predictions = build_predictions(label_space, rows)
+        predictions = build_predictions(self.label_space, rows)
         predictions.metrics["num_unreadable_images"] = features.num_unreadable
         return predictions
 
-    def predict_out_of_fold(self, frozen: FrozenModel, label_space: LabelSpace) -> Predictions:
+    def predict_out_of_fold(self, frozen: FrozenModel) -> Predictions:
         """Predict the training images with classifiers that were not fitted to them.
 
         The accuracy is corrected for the choice among the candidates.
@@ -292,10 +293,8 @@ class Probe:
         estimate = frozen.estimate
         assert estimate is not None, "there are folds"
         rows = frozen.list_out_of_fold_rows(self.model.config.num_labels)
-        predictions = build_predictions(label_space, rows)
-        predictions.metrics.update(
-            round_floats({"accuracy": estimate.accuracy, "accuracy_interval": estimate.interval})
-        )
+        predictions = build_predictions(self.label_space, rows)
+        predictions.metrics.update(round_floats(estimate.to_metrics()))
         predictions.metrics["num_unreadable_images"] = frozen.features.num_unreadable
         return predictions
 
@@ -454,13 +453,13 @@ def has_various_shapes(images: LabeledImages) -> bool:
     return bool(ratios) and median(ratios) >= MIN_ASPECT_RATIO
 
 
-def sample_parts(labels: np.ndarray, max_images: int | None) -> tuple[np.ndarray, np.ndarray]:
+def sample_parts(classes: np.ndarray, max_images: int | None) -> tuple[np.ndarray, np.ndarray]:
     """Sample the images of the choice and the others; return the indices of both, in order.
 
     The choice has at least two images of each class that has two: cross-validation needs them.
     """
-    order = np.random.default_rng(0).permutation(len(labels))
-    ranks = pd.Series(order).groupby(labels[order]).cumcount()
+    order = np.random.default_rng(0).permutation(len(classes))
+    ranks = pd.Series(order).groupby(classes[order]).cumcount()
     # The first two images of every class move to the front, where they survive both limits.
     order = order[np.argsort(ranks > 1, kind="stable")][:max_images]
     return np.sort(order[:MAX_CHOICE_IMAGES]), np.sort(order[MAX_CHOICE_IMAGES:])
@@ -483,11 +482,7 @@ def build_probe_record(probe: LinearProbe, num_images: int) -> dict[str, Any]:
         "pooling": probe.candidate_.pooling,
     }
     if probe.estimate_ is not None:
-        record |= {
-            "accuracy": probe.estimate_.accuracy,
-            "accuracy_interval": probe.estimate_.interval,
-            "loss": float(np.nanmean(probe.losses_)),
-        }
+        record |= {**probe.estimate_.to_metrics(), "loss": float(np.nanmean(probe.losses_))}
     return round_floats(record | {"candidates": probe.table_})
 
 
@@ -516,8 +511,13 @@ def describe_frozen(record: dict[str, Any]) -> dict[str, str | None]:
     return {"resize": describe_geometry(record), "frozen": describe_probe(record), "heads": heads}
 
 
-def describe_threshold(probe: LinearProbe) -> str:
-    """Say whether predictions mark images that show none of the classes, or what they lack."""
+def describe_threshold(probe: LinearProbe) -> str | None:
+    """Say whether predictions mark images that show none of the classes, or what they lack.
+
+    An image that shows none of several labels simply has none.
+    """
+    if probe.lines_ is not None:
+        return None
     if probe.distance_threshold_ is not None:
         return (
             f"photos farther than {probe.distance_threshold_:.1f} from every class will be marked"

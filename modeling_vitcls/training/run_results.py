@@ -73,7 +73,7 @@ def build_results(
     num_seen = max((each.seen_by_encoder for each in outcome.measured), default=0)
     if num_seen:
         # The error is larger than any interval says.
-        results = {name: results[name] for name in results if "accuracy_interval" not in name}
+        results = {name: results[name] for name in results if "_interval" not in name}
         results["num_images_of_encoder"] = num_seen
     return results
 
@@ -136,8 +136,9 @@ def describe_classes(metrics: dict[str, Any], class_ratio: float) -> str | None:
 
 def describe_worse_end(outcome: Outcome, asked: TrainOptions) -> str:
     """Say how to keep the frozen model, if the steps made it worse; "" otherwise."""
-    start = outcome.results.get("frozen", {}).get("held_out_accuracy")
-    if start is None or outcome.measured[0].value >= start:
+    metric = "accuracy" if "accuracy" in outcome.metrics else "mean_average_precision"
+    start = outcome.results.get("frozen", {}).get(f"held_out_{metric}")
+    if start is None or outcome.metrics[metric] >= start:
         return ""
     return (
         f". The frozen start was better, {start:.2%}: "

@@ -14,6 +14,7 @@ from ..data.batches import Batch, TrainingImages, iterate_training_batches
 from ..data.images import UnreadableImageCounter
 from ..data.splits import TrainingData
 from ..data.workers import explain_worker_errors
+from ..inference.metrics import SELECTION_METRICS
 from ..runtime.distributed import configure_layer_sharding, run_on_main
 from ..runtime.errors import stop_on_errors
 from .calibration import calibrate, select_error_metrics
@@ -158,8 +159,9 @@ def start_from_probe(
     probe.set_heads(frozen)
     record = frozen.record
     if frozen.held_out is not None:
-        start = probe.predict(frozen, frozen.held_out, data.label_space).metrics
-        record = record | {"held_out_accuracy": start["accuracy"]}
+        metric = SELECTION_METRICS[data.label_space.kind]
+        start = probe.predict(frozen, frozen.held_out).metrics
+        record = record | {f"held_out_{metric}": start[metric]}
     reporter.print_lines(describe_frozen(record))
     return frozen, record
 

@@ -1,13 +1,12 @@
-"""Temperature, as in torch."""
+"""Temperature, as in torch, and the line of each of several labels, as in scikit-learn."""
 
 import numpy as np
 import pytest
 import torch
-from scipy.special import softmax
+from scipy.special import expit, softmax
+from sklearn.linear_model import LogisticRegression
 
-from modeling_vitcls.inference.confidence import (
-    fit_temperature,
-)
+from modeling_vitcls.inference.confidence import fit_line, fit_temperature
 
 
 NUM_LABELS = 6
@@ -61,3 +60,28 @@ def test_the_temperature_has_limits(scale: float, limit: float) -> None:
     labels = np.arange(14) % 2
     fitted = fit_temperature(scale * np.eye(2)[labels], labels)
     assert np.log(fitted) == pytest.approx(limit, abs=1e-3)
+
+
+@pytest.mark.parametrize("scale", [0.01, 300.0])
+@pytest.mark.parametrize("num_images", [12, 400])
+def test_a_line_is_logistic_regression_on_smoothed_targets(num_images: int, scale: float) -> None:
+    generator = np.random.default_rng(0)
+    scores = generator.normal(size=num_images)
+    labels = generator.random(num_images) < expit(3 * scores - 1)
+    slope, offset = fit_line(scale * scores, labels)
+
+    targets = np.where(labels, (labels.sum() + 1) / (labels.sum() + 2), 1 / ((~labels).sum() + 2))
+    regression = LogisticRegression(C=np.inf, tol=1e-10).fit(
+        np.tile(scores, 2)[:, None],
+        np.repeat([True, False], num_images),
+        np.concatenate([targets, 1 - targets]),
+    )
+    assert slope * scale == pytest.approx(regression.coef_[0, 0], rel=1e-3)
+    assert offset == pytest.approx(regression.intercept_[0], abs=1e-3)
+
+
+def test_scores_that_are_lower_with_the_label_say_nothing() -> None:
+    scores = np.linspace(1, -1, 20)
+    slope, offset = fit_line(scores, np.arange(20) >= 10)
+    assert slope == 0
+    assert offset == pytest.approx(0, abs=1e-6)

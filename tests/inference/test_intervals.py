@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from sklearn.metrics import average_precision_score
 from torchmetrics.functional.classification import binary_calibration_error
 
 from modeling_vitcls.inference.intervals import (
@@ -10,6 +11,7 @@ from modeling_vitcls.inference.intervals import (
     compute_chance_calibration_error,
     compute_prediction_limit,
     estimate_after_choice,
+    estimate_average_precision,
 )
 
 
@@ -56,6 +58,27 @@ def test_the_interval_of_images_that_are_all_right_is_not_empty() -> None:
     """Wilson's interval of 14 of 14 begins at 78.5%."""
     is_right = np.ones((3, 14))
     estimate = estimate_after_choice(1 - is_right, is_right)
-    assert estimate.accuracy == 1
+    assert estimate.value == 1
     assert estimate.interval[0] == pytest.approx(0.785, abs=1e-3)
     assert estimate.interval[1] == pytest.approx(1)
+
+
+def test_mean_average_precision_is_scikit_learns_and_its_interval_that_of_new_images() -> None:
+    generator = np.random.default_rng(0)
+
+    def draw(num_images: int) -> tuple[np.ndarray, np.ndarray]:
+        labels = generator.random((num_images, 4)) < [0.5, 0.2, 0.1, 0.0]
+        # rounded: some images have equal scores
+        return np.round(labels + generator.normal(size=labels.shape), 1), labels
+
+    scores, labels = draw(300)
+    estimate = estimate_average_precision(scores, labels)
+    with_images = [
+        average_precision_score(labels[:, label], scores[:, label]) for label in range(3)
+    ]
+    assert estimate.value == pytest.approx(np.mean(with_images))
+    expected = average_precision_score(*(each[:, :3] for each in draw(20_000)[::-1]))
+    assert estimate.interval[0] < expected < estimate.interval[1]
+    copies = [np.concatenate([each] * 4) for each in (scores, labels)]
+    of_groups = estimate_average_precision(*copies, groups=np.tile(np.arange(300), 4))
+    assert of_groups.interval == pytest.approx(estimate.interval, abs=0.02)

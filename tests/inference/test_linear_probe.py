@@ -1,6 +1,8 @@
 """Choice and result of a linear classifier of frozen features."""
 
 import numpy as np
+import pytest
+from sklearn.metrics import log_loss
 from sklearn.model_selection import cross_val_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -45,7 +47,7 @@ def test_the_estimate_is_that_of_new_images() -> None:
         accuracy = probe.score(features, labels)
         low, high = probe.estimate_.interval
         assert low <= accuracy <= high
-        differences.append(probe.estimate_.accuracy - accuracy)
+        differences.append(probe.estimate_.value - accuracy)
     assert abs(np.mean(differences)) < 0.05
 
 
@@ -58,7 +60,7 @@ def test_images_of_a_group_are_predicted_without_their_copies() -> None:
     both = np.concatenate([labels, labels])
     probe = LinearProbe().fit(copies, both, groups=np.arange(80) % 40)
     assert probe.estimate_ is not None
-    assert probe.estimate_.accuracy < 0.8
+    assert probe.estimate_.value < 0.8
 
 
 def test_balanced_weights_find_more_images_of_a_small_class() -> None:
@@ -110,3 +112,46 @@ def test_the_temperature_of_five_images_per_class_suits_the_classifier_of_all_of
             losses.append(-np.log(probe.predict_proba(tokens)[np.arange(1000), labels]).mean())
         gains.append(losses[0] - losses[1])
     assert min(gains) > 0.02
+
+
+def draw_tags(num_images: int, seed: int) -> tuple[dict[tuple[int, str], np.ndarray], np.ndarray]:
+    """Return tokens and four labels of each image: two nested ones, a rare one, and one of an image."""
+    generator = np.random.default_rng(seed)
+    labels = generator.random((num_images, 4)) < [0.5, 0.5, 0.1, 0]
+    labels[:, 1] &= labels[:, 0]
+    labels[0, 3] = True
+    centers = np.random.default_rng(1).normal(size=(4, 16))
+    features = {
+        CLS: labels @ centers + generator.normal(size=(num_images, 16)),
+        MEAN: generator.normal(size=(num_images, 16)),
+    }
+    return features, labels.astype(np.float32)
+
+
+def test_several_labels_have_calibrated_probabilities() -> None:
+    probe = LinearProbe().fit(*draw_tags(120, 0))
+    features, labels = draw_tags(2000, 1)
+    probabilities = probe.predict_proba(features)
+    losses = [log_loss(labels[:, index], probabilities[:, index]) for index in range(3)]
+    shares = [
+        log_loss(labels[:, index], np.full(2000, labels[:, index].mean())) for index in range(3)
+    ]
+    assert np.all(np.array(losses) < 0.6 * np.array(shares))
+    assert probe.candidate_.pooling != "mean"
+    assert np.isfinite(probe.losses_).all()
+    assert np.mean(probe.losses_) == pytest.approx(sum(losses) / 4, abs=0.04)
+    assert probe.estimate_ is not None
+    assert probe.estimate_.metric == "mean_average_precision"
+    assert probe.predict(features)[:, 0].tolist() == (probabilities[:, 0] > 0.5).tolist()
+
+
+def test_a_label_of_one_image_has_its_smoothed_share() -> None:
+    probe = LinearProbe().fit(*draw_tags(120, 0))
+    assert probe.predict_proba(draw_tags(50, 1)[0])[:, 3] == pytest.approx(2 / 122)
+
+
+def test_tags_of_three_images_are_too_few_for_folds() -> None:
+    features, labels = draw_tags(3, 0)
+    probe = LinearProbe().fit(features, labels)
+    shares = (labels.sum(axis=0) + 1) / 5
+    assert probe.predict_proba(features) == pytest.approx(np.tile(shares, (3, 1)))
