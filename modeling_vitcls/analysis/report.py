@@ -77,6 +77,7 @@ def write_page(
     source: str | None = None,
     commit: str | None = None,
     predictions: Mapping[str, Any] | None = None,
+    class_tables: Mapping[str, Sequence[Mapping[str, str]]] | None = None,
 ) -> None:
     """Write the report of an inspection (`inspect_model`) atomically.
 
@@ -89,6 +90,7 @@ def write_page(
         commit: Hub commit of the model, if it is from the Hub.
         predictions: headline, wrong images and calibration
             (publishing/wrong_photos.py).
+        class_tables: rows of each table of classes, by title (inference/metric_tables.py).
 
     Raises:
         OSError: if the file cannot be written.
@@ -112,6 +114,7 @@ def write_page(
         inspection=inspection,
         photos=[build_photo_row(photo, title) for photo in photos],
         predictions=predictions,
+        class_tables=class_tables or {},
         effects=[format_effect(*row) for row in inspection.effects],
         num_large=NUM_LARGE_WRONG_IMAGES,
         shorten=shorten_name,

@@ -22,6 +22,7 @@ from ..analysis.report import ShownPhoto, write_page
 from ..analysis.sheet import draw_sheet
 from ..hub.model_files import REPORT_FILE
 from ..hub.model_folder import ModelFolder
+from ..inference.metric_tables import build_class_tables
 from ..model import modeling_vitcls
 from ..runtime.progress import track
 from ..training.run_folder import load_run_data
@@ -57,6 +58,10 @@ def write_report(folder: ModelFolder, warn: Callable[[str], None]) -> str | None
         if folder.results and "dataset" in folder.flags:
             content = measure_run(folder)
         if content is not None:
+            # Without one label per image, there are no wrong photos to show, but results per label.
+            class_tables = {}
+            if content.predictions is None:
+                class_tables = build_class_tables(folder.results, folder.config)
             write_page(
                 folder.path / REPORT_FILE,
                 folder.name,
@@ -64,6 +69,7 @@ def write_report(folder: ModelFolder, warn: Callable[[str], None]) -> str | None
                 content.photos,
                 source=content.source,
                 predictions=content.predictions,
+                class_tables=class_tables,
             )
     if folder.config is not None:
         with convert_errors(warn, "the card has no images, because the images could not be drawn"):
@@ -95,12 +101,13 @@ def measure_run(folder: ModelFolder) -> ReportContent | None:
     """Measure the model of a run on its held-out or training images, in the precision of the run.
 
     The photos are chosen among all predictions, or among the measured images if there are no
-    predictions. Without predictions, training images are not measured.
+    predictions. Training images are measured if the run was cross-validated.
     """
     data = load_run_data(folder, folder.flags["dataset"])
     photos_by_name = find_photos(data)
     rows = read_predictions(folder)
-    if not len(data.held_out) and rows is None:
+    is_cross_validated = folder.results.get("split") == "cross-validation"
+    if not len(data.held_out) and not is_cross_validated:
         return None
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = folder.load(getattr(modeling_vitcls, folder.architecture)).to(device)
