@@ -90,9 +90,11 @@ def print_result(
         seconds = plan.fine_tuning_seconds
         duration = "" if seconds is None else f", about {format_minutes(seconds)}"
         command = build_command(asked, "fine-tuned", epochs=int(FINE_TUNING_EPOCHS))
+        # The study had one label per image.
+        gain = ", gained 1.3 points on average of 15 runs" if "accuracy" in outcome.metrics else ""
         steps_text = (
-            f"not fine-tuned: the encoder is frozen. Five epochs of all layers{duration}, gained "
-            f"1.3 points on average of 15 runs: {command}"
+            "not fine-tuned: the encoder is frozen. Five epochs of all layers"
+            f"{duration}{gain}: {command}"
         )
     lines = {
         "result": describe_result(outcome) + describe_worse_end(outcome, asked),

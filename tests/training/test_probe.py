@@ -469,7 +469,7 @@ def test_random_weights_have_no_probe(tmp_path: Path) -> None:
     assert run.options.select == "last"
     assert run.setup.missing_probe_reason == "the initial weights are random"
     explanation = explain_missing_probe(True, run.setup.model, False, set(), "multi_task")
-    assert "label" in str(explanation)
+    assert "tasks" in str(explanation)
 
 
 def test_the_own_geometry_that_wins_is_saved_as_it_was(encoder: Path, tmp_path: Path) -> None:
@@ -499,3 +499,65 @@ def test_the_own_geometry_that_wins_is_saved_as_it_was(encoder: Path, tmp_path: 
         for each in (ViTCLSImageProcessor.from_pretrained(own), saved)
     )
     assert torch.equal(found, expected)
+
+
+@pytest.fixture(scope="module")
+def tagged_digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return tables of digits with tags: 100 images that train, and 100 others."""
+    folder = tmp_path_factory.mktemp("tags")
+    digits = load_digits()
+    save_images(folder / "images", 15 * digits.images[:200])
+    rows = [
+        (f"images/{index}.png", "|".join(name for name, has in TAGS.items() if has(digit)))
+        for index, digit in enumerate(digits.target[:200])
+    ]
+    for name, part in (("train", rows[:100]), ("others", rows[100:])):
+        pd.DataFrame(part, columns=["image", "tags"]).to_csv(folder / f"{name}.csv", index=False)
+    return folder
+
+
+TAGS = {
+    "digit": lambda digit: True,
+    "even": lambda digit: digit % 2 == 0,
+    "round": lambda digit: digit in (0, 6, 8),
+    "zero": lambda digit: digit == 0,
+}
+
+
+def build_tag_options(folder: Path, encoder: Path, tagged_digits: Path, **flags: Any) -> Any:
+    """Return the options of a run on the tagged digits."""
+    start = {"model": encoder, "probe": True, "select": None, "label_column": ("tags",)}
+    return build_tiny_options(folder, tagged_digits / "train.csv", **start | flags)
+
+
+def test_several_labels_train_a_frozen_model_and_are_cross_validated(
+    encoder: Path, tagged_digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    results = run_training(build_tag_options(tmp_path / "run", encoder, tagged_digits))
+    assert (results["steps"], results["split"]) == (0, "cross-validation")
+    assert results["num_images"] == results["num_training_images"] == 100
+    low, high = results["mean_average_precision_interval"]
+    assert low < results["mean_average_precision"] < high
+    assert [row["name"] for row in results["per_class"]] == sorted(TAGS)
+    assert {"images", "average_precision", "f1"} <= results["per_class"][0].keys()
+    output = capsys.readouterr().out
+    assert "1 of the 4 labels are on each training image" in output
+    assert "mean average precision" in output
+    assert "corrected" not in output
+
+    others = evaluate_checkpoint(
+        EvaluateOptions(model=str(tmp_path / "run"), dataset=str(tagged_digits / "others.csv"))
+    )
+    assert others["loss"] == pytest.approx(results["loss"], abs=0.1)
+    assert low - 0.1 < others["mean_average_precision"]
+    rows = predict(str(tmp_path / "run"), str(tagged_digits / "images" / "0.png"))
+    assert set(rows[0]["labels"]) == {"digit", "even", "round", "zero"}
+
+
+def test_steps_on_several_labels_end_at_the_mean_with_the_frozen_start(
+    encoder: Path, tagged_digits: Path, tmp_path: Path
+) -> None:
+    results = run_training(build_tag_options(tmp_path / "run", encoder, tagged_digits, epochs=1))
+    assert results["average_with_start"] == 0.5
+    start = results["frozen"]["held_out_mean_average_precision"]
+    assert results["mean_average_precision"] > start - 0.05
