@@ -38,6 +38,13 @@ from modeling_vitcls.training.probe import explain_missing_probe
 
 WIDTH = 32  # of the tiny models
 
+TAGS = {
+    "digit": lambda digit: True,
+    "even": lambda digit: digit % 2 == 0,
+    "round": lambda digit: digit in (0, 6, 8),
+    "zero": lambda digit: digit == 0,
+}
+
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("fresh_accelerate", "few_digits")]
 
 
@@ -514,14 +521,6 @@ def tagged_digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, part in (("train", rows[:100]), ("others", rows[100:])):
         pd.DataFrame(part, columns=["image", "tags"]).to_csv(folder / f"{name}.csv", index=False)
     return folder
-
-
-TAGS = {
-    "digit": lambda digit: True,
-    "even": lambda digit: digit % 2 == 0,
-    "round": lambda digit: digit in (0, 6, 8),
-    "zero": lambda digit: digit == 0,
-}
 
 
 def build_tag_options(folder: Path, encoder: Path, tagged_digits: Path, **flags: Any) -> Any:
