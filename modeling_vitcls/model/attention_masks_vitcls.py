@@ -242,7 +242,7 @@ class TokenGates(nn.Module):
     """Learned gates that scale the attention to added tokens; initially, they are almost closed.
 
     Attention weights become w_j = g_j exp(s_j) / sum_i g_i exp(s_i): log(g_j) is added to the
-    scores of key j. With g = 1e-6, the outputs of other tokens change by less than 1e-5. The
+    scores of key j. With g = 1e-7, the outputs of other tokens change by less than 1e-5. The
     parameter `gates` is made for optimizers such as Adam, whose steps do not depend on the scale of
     the gradient:
 
@@ -259,7 +259,7 @@ class TokenGates(nn.Module):
 
     SCALE = 50.0
     OPEN = 1.0 / SCALE  # Value of the parameter for g = 1
-    CLOSED = 1e-6 / SCALE  # Value of the parameter for g = 1e-6, and initial value
+    CLOSED = 1e-7 / SCALE  # Value of the parameter for g = 1e-7, and initial value
     EPS = 2.0**-24  # Added to g to keep log(g) finite; has no effect on g = 1 in float32
 
     def __init__(self, config: ViTCLSConfig) -> None:

@@ -184,7 +184,7 @@ def test_gates_stay_with_their_tokens(
         (
             {"num_register_tokens": 5},  # the added register gets one gate, not two
             {"cls": 1, "registers": 3},
-            [0.5, 0.2, 0.3, 1e-6],
+            [0.5, 0.2, 0.3, 1e-7],
             ["3", "0", "1"],
         ),
         ({"num_register_tokens": 3}, {"cls": 1, "registers": 1}, [0.5, 0.2], ["2", "1", "0"]),
