@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from .conversion.from_transformers import convert_from_transformers
     from .conversion.to_transformers import convert_to_transformers
     from .inference.embed_images import EmbedImages
-    from .model.configuration_vitcls import TokenLayout, ViTCLSConfig
+    from .model.configuration_vitcls import ViTCLSConfig
     from .model.image_processing_vitcls import ViTCLSImageProcessor, ViTCLSImageProcessorPil
     from .model.modeling_vitcls import (
         ViTCLSBackbone,
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
         ViTCLSModel,
         ViTCLSPreTrainedModel,
     )
+    from .model.token_layout_vitcls import TokenLayout
 
 __all__ = [
     "EmbedImages",
@@ -82,7 +83,7 @@ IMPORT_STRUCTURE = {
         ),
         "verify_unchanged",
     ),
-    "model.configuration_vitcls": ("TokenLayout", "ViTCLSConfig"),
+    "model.configuration_vitcls": ("ViTCLSConfig",),
     "conversion.from_timm": ("convert_from_timm",),
     "conversion.from_transformers": ("convert_from_transformers",),
     "conversion.to_transformers": ("convert_to_transformers",),
@@ -96,6 +97,7 @@ IMPORT_STRUCTURE = {
         "ViTCLSModel",
         "ViTCLSPreTrainedModel",
     ),
+    "model.token_layout_vitcls": ("TokenLayout",),
 }
 MODULE_BY_NAME = {name: module for module, names in IMPORT_STRUCTURE.items() for name in names}
 

@@ -31,8 +31,9 @@ from ..inference.intervals import (
     compute_proportion_interval,
 )
 from ..inference.prediction_rows import DEFAULT_THRESHOLD
-from ..model.configuration_vitcls import TokenLayout, ViTCLSConfig
+from ..model.configuration_vitcls import ViTCLSConfig
 from ..model.heads_vitcls import IGNORED_LABEL
+from ..model.token_layout_vitcls import TokenLayout
 from .token_use import TokenUse
 
 

@@ -19,7 +19,7 @@ from ..data.aspect_ratio import get_output_size, get_resize, set_resize
 from ..hub.local_paths import get_title
 from ..inference.inputs import list_records
 from ..inference.load_model import load_model
-from ..model.configuration_vitcls import to_pair
+from ..model.field_checks_vitcls import to_pair
 from ..model.image_processing_vitcls import image_to_tensor, read_image
 from ..runtime.files import write_atomically, write_json
 from .options import LookOptions

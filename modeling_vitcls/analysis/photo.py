@@ -22,7 +22,8 @@ from ..data.aspect_ratio import Size, VisibleRegion, get_visible_region
 from ..data.labels import get_heads
 from ..inference.prediction_rows import Label, get_logits_by_task, select_labels
 from ..inference.token_names import get_token_names_by_group
-from ..model.configuration_vitcls import ExtraHead, ViTCLSConfig
+from ..model.configuration_vitcls import ViTCLSConfig
+from ..model.extra_heads_vitcls import ExtraHead
 from .attribution import AttentionTrace, trace_attention
 from .faults import OUTLIER_RATIO
 from .maps import extract_patch_maps, to_upright_rgb

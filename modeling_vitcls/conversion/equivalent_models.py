@@ -20,7 +20,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ..model.configuration_vitcls import GROUPS_WITH_POSITIONS, ViTCLSConfig
+from ..model.configuration_vitcls import ViTCLSConfig
+from ..model.token_layout_vitcls import GROUPS_WITH_POSITIONS
 from .weight_rules import Weights
 
 

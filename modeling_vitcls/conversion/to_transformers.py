@@ -19,8 +19,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from ..model.adaptation_vitcls import replace_fields
-from ..model.configuration_vitcls import COUNT_FIELDS, GROUPS_WITH_POSITIONS, ViTCLSConfig
+from ..model.configuration_vitcls import ViTCLSConfig
 from ..model.modeling_vitcls import ViTCLSPreTrainedModel
+from ..model.token_layout_vitcls import COUNT_FIELDS, GROUPS_WITH_POSITIONS
 from ..runtime.errors import format_error
 from .equivalent_models import REWRITES, Rewrite
 from .from_transformers import (

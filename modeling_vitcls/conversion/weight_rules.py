@@ -24,13 +24,9 @@ from typing import Any
 import torch
 from transformers.initialization import no_init_weights
 
-from ..model.configuration_vitcls import (
-    COUNT_FIELDS,
-    GROUPS_WITH_POSITIONS,
-    TokenLayout,
-    ViTCLSConfig,
-)
+from ..model.configuration_vitcls import ViTCLSConfig
 from ..model.modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel, ViTCLSPreTrainedModel
+from ..model.token_layout_vitcls import COUNT_FIELDS, GROUPS_WITH_POSITIONS, TokenLayout
 from ..runtime.errors import format_error
 
 

@@ -17,7 +17,8 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
-from ..model.configuration_vitcls import ExtraHead, ViTCLSConfig
+from ..model.configuration_vitcls import ViTCLSConfig
+from ..model.extra_heads_vitcls import ExtraHead
 from ..model.heads_vitcls import IGNORED_LABEL
 from .cells import normalize_name
 

@@ -23,7 +23,7 @@ import pyarrow as pa
 import torch
 from transformers import PreTrainedModel
 
-from ..model.configuration_vitcls import ExtraHead
+from ..model.extra_heads_vitcls import ExtraHead
 from .image_pass import find_finite
 
 

@@ -2,12 +2,15 @@
 
 They import only one another and public libraries.
 
-    configuration_vitcls.py           the fields of a model and their checks, TokenLayout
+    configuration_vitcls.py           the fields of a model, and their checks
+    token_layout_vitcls.py            where each token is in the sequence, and which have gates
     blocks_vitcls.py                  the ViT in plain PyTorch: embeddings, attention, MLP, layer
     modeling_vitcls.py                output classes, encoder, task classes
     heads_vitcls.py                   poolers, classifiers, pixel decoder, losses
-    (a default model executes only these four files, and one function of positions_vitcls.py)
+    (a default model executes only these five files, and one function of positions_vitcls.py)
 
+    field_checks_vitcls.py            kinds of fields that have bounds, one-line errors
+    extra_heads_vitcls.py             the configuration of heads of further tasks and classes
     positions_vitcls.py               rotary position embeddings, resampling
     attention_masks_vitcls.py         masks of CLS tokens, relative position bias, token gates
     variants_vitcls.py                other layers and attentions, register neurons

@@ -40,9 +40,10 @@ from .attention_masks_vitcls import (
     list_gated_tokens,
     resample_bias_tables,
 )
-from .configuration_vitcls import ADAPTABLE_FIELDS, COUNT_FIELDS, ViTCLSConfig, update_gated_tokens
+from .configuration_vitcls import ADAPTABLE_FIELDS, ViTCLSConfig
 from .heads_vitcls import divide_logits
 from .positions_vitcls import resample_positions, resize_patch_kernel
+from .token_layout_vitcls import COUNT_FIELDS, update_gated_tokens
 
 
 logger = logging.get_logger(__name__)

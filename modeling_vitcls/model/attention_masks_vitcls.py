@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 from transformers.masking_utils import create_bidirectional_mask
 
-from .configuration_vitcls import COUNT_FIELDS, ViTCLSConfig
+from .configuration_vitcls import ViTCLSConfig
 from .positions_vitcls import needs_resampling
+from .token_layout_vitcls import COUNT_FIELDS
 
 
 def build_attention_mask(

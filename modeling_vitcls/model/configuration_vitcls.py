@@ -25,17 +25,38 @@ import dataclasses
 import difflib
 import importlib
 import math
-import textwrap
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
-from huggingface_hub.dataclasses import as_validated_field, strict
-from huggingface_hub.errors import StrictDataclassError
-from transformers.activations import ACT2FN
+from huggingface_hub.dataclasses import strict
 from transformers.backbone_utils import BackboneConfigMixin
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.utils import logging
+
+from .extra_heads_vitcls import ExtraHeadsConfig
+from .field_checks_vitcls import (
+    MAX_LABELS,
+    MAX_PATCH_SIDE,
+    MAX_PATCHES,
+    activation,
+    between,
+    extent,
+    finite,
+    positive,
+    raise_one_line_errors,
+    rate,
+    shorten_errors,
+    to_pair,
+    token_count,
+    width,
+)
+from .token_layout_vitcls import (
+    COUNT_FIELDS,
+    GROUPS_WITH_POSITIONS,
+    TokenGroup,
+    TokenLayout,
+    update_gated_tokens,
+)
 
 
 logger = logging.get_logger(__name__)
@@ -58,13 +79,16 @@ from .attention_masks_vitcls import *
 from .blocks_vitcls import *
 from .class_distance_vitcls import *
 from .cpu_kernels_vitcls import *
+from .extra_heads_vitcls import *
 from .fast_image_processing_vitcls import *
+from .field_checks_vitcls import *
 from .heads_vitcls import *
 from .image_processing_vitcls import *
 from .lean_layers_vitcls import *
 from .modeling_vitcls import *
 from .positions_vitcls import *
 from .token_attention_vitcls import *
+from .token_layout_vitcls import *
 from .variants_vitcls import *
 """
 
@@ -105,24 +129,9 @@ TRANSFORMERS_KEYWORDS = frozenset(
     "gradient_checkpointing per_layer_config tie_last_hidden_states".split()
 )
 
-TokenGroup = Literal["cls", "distillation", "registers"]  # special tokens
-# Group of special tokens -> field with the number of tokens.
-COUNT_FIELDS: dict[str, str] = {
-    "cls": "num_cls_tokens",
-    "distillation": "num_distillation_tokens",
-    "registers": "num_register_tokens",
-}
-
 # The class statistics were fitted to the labels, and to what these fields say about the features.
 STATISTICS_FIELDS = ("class_statistics", "distance_threshold")
 FEATURE_FIELDS = ("cls_pooling", "pooled_cls_tokens", "num_hidden_layers")
-
-# Value of `position_embedding_tokens` -> groups of special tokens that have position embeddings.
-GROUPS_WITH_POSITIONS: dict[str, tuple[str, ...]] = {
-    "patches": (),
-    "cls": ("cls",),
-    "all": tuple(COUNT_FIELDS),
-}
 
 # Fields for which `from_pretrained(..., field=value)` adapts the weights of a checkpoint
 # (adaptation_vitcls.py).
@@ -140,177 +149,6 @@ ALWAYS_SAVED_FIELDS = (
     *("image_size", "patch_size", "num_channels", "pooling", *COUNT_FIELDS.values()),
     *("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"),
 )
-MAX_LABELS = 1_000_000  # maximum number of labels of one classifier
-MAX_PATCHES = 2**22  # maximum number of patches of an image
-MAX_PATCH_SIDE = 4096  # maximum height and width of a patch, in pixels
-
-# Names that an extra head cannot have, because exported graphs have outputs with these names.
-RESERVED_OUTPUT_NAMES = (
-    "logits",
-    "cls_logits",
-    "distillation_logits",
-    "distance",
-    "cls_attention",
-)
-
-
-# Bounds of fields ---------------------------------------------------------------------------------
-def bounded(is_valid: Callable[[Any], bool], requirement: str) -> Any:
-    """Build a kind of field whose values are None or meet a requirement, such as "positive"."""
-
-    def check(value: Any) -> None:
-        if value is not None and not is_valid(value):
-            raise ValueError(f"must be {requirement}, but it is {value}")
-
-    return as_validated_field(check)
-
-
-def between(minimum: int, maximum: int) -> Any:
-    """Build a kind of field with values from `minimum` to `maximum`."""
-    return bounded(
-        lambda value: minimum <= value <= maximum, f"between {minimum:,} and {maximum:,}"
-    )
-
-
-def extent(maximum: int) -> Any:
-    """Build a kind of field with one number for both axes, or [height, width]."""
-    return bounded(
-        lambda value: (
-            (isinstance(value, int) or len(value) == 2)
-            and 1 <= min(to_pair(value)) <= max(to_pair(value)) <= maximum
-        ),
-        f"1 to {maximum:,}, or [height, width]",
-    )
-
-
-# The upper limits only reject typos that would exhaust the memory.
-token_count = between(0, 100_000)
-width = between(1, 1_000_000)
-probability = between(0, 1)
-rate = bounded(lambda value: 0 <= value < 1, "at least 0 and below 1")
-positive = bounded(lambda value: 0 < value < math.inf, "a finite positive number")
-finite = bounded(math.isfinite, "finite or None")
-activation = bounded(ACT2FN.__contains__, 'an activation of transformers, such as "gelu"')
-
-
-@contextmanager
-def raise_one_line_errors(owner: str = "") -> Iterator[None]:
-    """Raise one-line `ValueError`s instead of the multi-line errors that `strict` raises.
-
-    A message begins with its `owner`, unless it is about a wrong type: it then names the field
-    anyway.
-    """
-    try:
-        yield
-    except (StrictDataclassError, TypeError, ValueError) as error:
-        reason: BaseException = error
-        while reason.__cause__ is not None:  # the innermost error names the item of a list
-            reason = reason.__cause__
-        prefix = owner if isinstance(reason, ValueError) else ""
-        raise ValueError(prefix + textwrap.shorten(str(reason), 600, placeholder=" ...")) from None
-
-
-def shorten_errors(strict_class: Any) -> Any:
-    """Make a strict class raise one-line errors that name the field."""
-    set_field = strict_class.__setattr__
-
-    def set_field_or_name_it(self: Any, name: str, value: Any) -> None:
-        with raise_one_line_errors(f"`{name}` "):
-            set_field(self, name, value)
-
-    strict_class.__setattr__ = set_field_or_name_it
-    for name in ("__init__", "validate"):
-        setattr(strict_class, name, raise_one_line_errors()(getattr(strict_class, name)))
-    return strict_class
-
-
-# Parts --------------------------------------------------------------------------------------------
-@dataclasses.dataclass(frozen=True)
-class TokenLayout:
-    """Slices of the token groups, in sequence order.
-
-    Examples:
-        >>> from modeling_vitcls import TokenLayout
-        >>> layout = TokenLayout.from_counts(num_cls=1, num_distillation=0, num_registers=4)
-        >>> layout.registers, layout.num_prefix_tokens
-        (slice(1, 5, None), 5)
-    """
-
-    cls: slice
-    distillation: slice
-    registers: slice
-    patches: slice
-    num_prefix_tokens: int
-
-    @classmethod
-    def from_counts(cls, num_cls: int, num_distillation: int, num_registers: int) -> "TokenLayout":
-        """Build the layout from the numbers of CLS, distillation and register tokens."""
-        registers_start = num_cls + num_distillation
-        num_prefix_tokens = registers_start + num_registers
-        return cls(
-            cls=slice(0, num_cls),
-            distillation=slice(num_cls, registers_start),
-            registers=slice(registers_start, num_prefix_tokens),
-            patches=slice(num_prefix_tokens, None),
-            num_prefix_tokens=num_prefix_tokens,
-        )
-
-    def get_num_tokens(self, rows: int, columns: int) -> int:
-        """Count the tokens of an image of `rows` x `columns` patches."""
-        return self.num_prefix_tokens + rows * columns
-
-    def items(self) -> Iterator[tuple[str, slice]]:
-        """List the `(name, slice)` pairs of the four groups, in sequence order."""
-        return (
-            (name, getattr(self, name)) for name in ("cls", "distillation", "registers", "patches")
-        )
-
-
-ExtraPooling = Literal["cls", "mean", "cls_mean", "max"]
-
-
-@shorten_errors
-@strict
-@dataclasses.dataclass
-class ExtraHead:
-    """An entry of `ViTCLSConfig.extra_heads`, with default values.
-
-    Attributes:
-        labels: label names, in the order of the logits.
-        pooling: "cls", "mean", "cls_mean" or "max"; or a list with one of them for each of the
-            layers.
-        pooled_layers: layers whose tokens are pooled, as in `ViTCLSConfig`.
-        problem_type: "single_label_classification" or "multi_label_classification".
-        threshold: for several labels per image, the probability from which a label is predicted.
-        adds_classes: whether the logits are appended to `logits`: the head then adds classes to the
-            classifier, and its labels are the last ones of `id2label`.
-    """
-
-    labels: list[str]
-    pooling: ExtraPooling | list[ExtraPooling] = "cls"
-    pooled_layers: list[int] | None = None
-    problem_type: Literal["single_label_classification", "multi_label_classification"] = (
-        "single_label_classification"
-    )
-    threshold: float | int | None = probability(default=None)
-    adds_classes: bool = False
-
-    def validate_pooling(self) -> None:
-        """Check that each layer has a pooling."""
-        if len(self.layer_poolings) != len(self.pooled_layers or [-1]):
-            raise ValueError("`pooling` must be one, or one for each of `pooled_layers`")
-
-    def validate_added_classes(self) -> None:
-        """Check that added classes have no settings of their own, as they share a softmax."""
-        if self.adds_classes and self.problem_type == "multi_label_classification":
-            raise ValueError("`adds_classes` requires the default `problem_type`")
-
-    @property
-    def layer_poolings(self) -> list[ExtraPooling]:
-        """The pooling of each layer."""
-        if isinstance(self.pooling, list):
-            return self.pooling
-        return [self.pooling] * len(self.pooled_layers or [-1])
 
 
 @shorten_errors
@@ -325,7 +163,7 @@ class StoredStatistics:
 
 @shorten_errors
 @strict
-class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
+class ViTCLSConfig(ExtraHeadsConfig, BackboneConfigMixin, PreTrainedConfig):
     r"""Configuration of a Vision Transformer with CLS, distillation and register tokens.
 
     The defaults describe ViT-B/16 (arXiv 2010.11929, table 1) at 224 x 224 pixels: one CLS token
@@ -949,58 +787,6 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
             labels_by_task[name] = labels
         return labels_by_task
 
-    def get_extra_heads(self) -> dict[str, ExtraHead]:
-        """Complete the extra heads with default values, sorted by name."""
-        return {
-            name: ExtraHead(**fields) for name, fields in sorted((self.extra_heads or {}).items())
-        }
-
-    def get_added_tasks(self) -> dict[str, ExtraHead]:
-        """Select the extra heads that do not add classes, sorted by name."""
-        return {
-            name: head for name, head in self.get_extra_heads().items() if not head.adds_classes
-        }
-
-    def get_added_classes(self) -> dict[str, list[str]]:
-        """Select the labels of the extra heads that add classes: head -> labels."""
-        return {
-            name: head.labels for name, head in self.get_extra_heads().items() if head.adds_classes
-        }
-
-    def build_task_config(self, name: str) -> "ViTCLSConfig":
-        """Build the configuration of a classifier for an added task alone.
-
-        All of its classes are added ones.
-        """
-        tasks = self.get_added_tasks()
-        if name not in tasks:
-            choice = f"Choose from {', '.join(tasks)}" if tasks else "Add it with `vitcls add-task`"
-            raise ValueError(f"task {name}: the model has no such added task. {choice}")
-        head = tasks[name]
-
-        # an extra head on its own, without the other classifier, has the same bits
-        own_head = {
-            "labels": head.labels,
-            "pooling": head.pooling,
-            "pooled_layers": head.pooled_layers,
-            "adds_classes": True,
-        }
-        changes = {
-            "tasks": None,
-            "architectures": None,
-            "compute_all_tokens": self.compute_all_tokens or not self.num_labels,
-            "extra_heads": {name: own_head},
-            "id2label": dict(enumerate(head.labels)),
-            "label2id": {label: index for index, label in enumerate(head.labels)},
-            "problem_type": head.problem_type,
-            "class_statistics": None,
-            "distance_threshold": None,
-        }
-        config = copy.deepcopy(self)
-        for field, value in changes.items():
-            setattr(config, field, value)
-        return config
-
     # Checks of fields that depend on one another --------------------------------------------------
     def validate_token_init(self) -> None:
         """Check that special tokens cannot remain identical during training."""
@@ -1146,41 +932,6 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
                 "Set `num_distillation_tokens=1`, and leave distillation_head unset."
             )
 
-    def validate_extra_heads(self) -> None:
-        """Check the names of the extra heads, and that the model has the tokens that they read."""
-        for name, fields in (self.extra_heads or {}).items():
-            owner = f"`extra_heads`: {name!r}"
-            if not name.isidentifier() or name in (*RESERVED_OUTPUT_NAMES, *(self.tasks or ())):
-                raise ValueError(
-                    f"{owner} is not a free name. Use another one, of letters, digits and "
-                    "underscores."
-                )
-
-            with raise_one_line_errors(f"{owner}: "):
-                head = ExtraHead(**fields)
-            is_binary = head.problem_type == "multi_label_classification" or head.adds_classes
-            self._check_label_names(owner, head.labels, min_labels=1 if is_binary else 2)
-            self._check_layers(f"{owner}: `pooled_layers`", head.pooled_layers)
-            if any("cls" in pooling for pooling in head.layer_poolings) and not self.num_cls_tokens:
-                raise ValueError(
-                    f'{owner} requires a CLS token, but the model has none. Set `pooling="mean"`.'
-                )
-
-        added_labels = [label for labels in self.get_added_classes().values() for label in labels]
-        id2label: dict[Any, str] = dict(self.id2label or {})
-        last_labels = [id2label[index] for index in range(len(id2label))][-len(added_labels) :]
-
-        if added_labels and (self.tasks or last_labels != added_labels):
-            raise ValueError(
-                "`extra_heads`: the labels of heads with `adds_classes` must be the last ones of "
-                f"`id2label`, which are {last_labels[:3]}. Append them to id2label."
-            )
-
-    def _check_label_names(self, owner: str, labels: Sequence[Any], min_labels: int = 1) -> None:
-        """Check the number of label names, and that none repeats."""
-        if not min_labels <= len(labels) <= MAX_LABELS or len(set(labels)) != len(labels):
-            raise ValueError(f"{owner} requires {min_labels} to {MAX_LABELS:,} distinct labels.")
-
     def _check_labels(self, num_labels: Any) -> None:
         """Check `num_labels`, `id2label` and `label2id` before transformers builds label names."""
         if self.id2label is not None:
@@ -1317,27 +1068,6 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
         return TRANSFORMERS_KEYWORDS | {field.name for field in dataclasses.fields(cls)}
 
 
-def update_gated_tokens(
-    gated_tokens: Mapping[Any, int] | None, counts: Mapping[str, int], new_counts: Mapping[str, int]
-) -> dict[Any, int] | None:
-    """Keep the gates of the tokens that remain when the token counts change to `new_counts`.
-
-    Gates stay with their tokens. Gated tokens are the last tokens of a group, so new tokens at the
-    end are also gated.
-    """
-    remaining_gated_tokens = {}
-    for group, field in COUNT_FIELDS.items():
-        num_gated = (gated_tokens or {}).get(group, 0)
-        if num_gated and (num_remaining := num_gated + new_counts[field] - counts[field]) > 0:
-            remaining_gated_tokens[group] = num_remaining
-    return remaining_gated_tokens or None
-
-
-def to_pair(value: int | Sequence[int]) -> tuple[int, int]:
-    """Read a size, one number for both axes or [height, width], as (height, width)."""
-    return (value, value) if isinstance(value, int) else (value[0], value[1])
-
-
 def _format_suggestion(name: str, known_names: Iterable[str], cutoff: float = 0.6) -> str:
     matches = difflib.get_close_matches(name, known_names, n=1, cutoff=cutoff)
     return f": did you mean {matches[0]}?" if matches else ""
@@ -1345,4 +1075,4 @@ def _format_suggestion(name: str, known_names: Iterable[str], cutoff: float = 0.
 
 ViTCLSConfig.register_for_auto_class()
 
-__all__ = ["ViTCLSConfig", "TokenLayout"]
+__all__ = ["ViTCLSConfig"]

@@ -49,8 +49,9 @@ from .blocks_vitcls import (
     list_hooks,
 )
 from .class_distance_vitcls import ClassDistance
-from .configuration_vitcls import TokenLayout, ViTCLSConfig, to_pair
+from .configuration_vitcls import ViTCLSConfig
 from .cpu_kernels_vitcls import install_cpu_kernels
+from .field_checks_vitcls import to_pair
 from .heads_vitcls import (
     IGNORED_LABEL,
     AttentionPooler,
@@ -65,6 +66,7 @@ from .heads_vitcls import (
 from .lean_layers_vitcls import install_lean_layers
 from .positions_vitcls import MixedRotaryEmbeddings, build_rotary_embeddings
 from .token_attention_vitcls import SPECIAL_TOKEN_GROUPS, LayerIndices, compute_token_attention
+from .token_layout_vitcls import TokenLayout
 from .variants_vitcls import (
     ATTENTION_CLASSES,
     LAYER_CLASSES,

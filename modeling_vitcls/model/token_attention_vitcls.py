@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .attention_masks_vitcls import apply_mask
-from .configuration_vitcls import COUNT_FIELDS
+from .token_layout_vitcls import COUNT_FIELDS
 
 
 SPECIAL_TOKEN_GROUPS = tuple(COUNT_FIELDS)  # In sequence order

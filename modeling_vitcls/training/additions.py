@@ -70,7 +70,8 @@ from ..inference.linear_probe import (
     stack_tokens,
 )
 from ..inference.metric_tables import format_small_percent
-from ..model.configuration_vitcls import RESERVED_OUTPUT_NAMES, ViTCLSConfig
+from ..model.configuration_vitcls import ViTCLSConfig
+from ..model.extra_heads_vitcls import RESERVED_OUTPUT_NAMES
 from ..model.image_processing_vitcls import ViTCLSImageProcessor
 from ..model.modeling_vitcls import (
     ViTCLSForImageClassification,

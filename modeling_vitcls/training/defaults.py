@@ -28,7 +28,8 @@ from typing import Any, Literal, TypeVar
 import torch
 from accelerate import PartialState
 
-from ..model.configuration_vitcls import ViTCLSConfig, to_pair
+from ..model.configuration_vitcls import ViTCLSConfig
+from ..model.field_checks_vitcls import to_pair
 from ..model.modeling_vitcls import ViTCLSModel
 from .model import InitialModel
 from .options import FinetuneOptions, PretrainOptions, TrainOptions

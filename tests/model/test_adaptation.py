@@ -32,8 +32,8 @@ from modeling_vitcls import (
     ViTCLSForMaskedImageModeling,
     ViTCLSModel,
 )
-from modeling_vitcls.model.configuration_vitcls import COUNT_FIELDS
 from modeling_vitcls.model.positions_vitcls import resize_patch_kernel
+from modeling_vitcls.model.token_layout_vitcls import COUNT_FIELDS
 
 
 # Name -> class that saves, class that loads.

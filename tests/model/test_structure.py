@@ -20,15 +20,15 @@ PRIVATE_NAME = re.compile(
     r"\btorch(\.\w+)*\._[a-zA-Z]|from torch(\.\w+)* import _|from torch(\.\w+)*\._\w+ import"
 )
 
-MAX_FILES = 14
-MAX_EXECUTED_FILES = 5
+MAX_FILES = 17
+MAX_EXECUTED_FILES = 6
 
 
 def test_the_number_of_shipped_files_has_a_limit() -> None:
     assert len(SHIPPED_FILES) <= MAX_FILES, [file.name for file in SHIPPED_FILES]
 
 
-def test_a_forward_pass_executes_at_most_5_files_and_no_kernels(
+def test_a_forward_pass_executes_at_most_6_files_and_no_kernels(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Inference and a training step of the default classifier, without CPU kernels."""

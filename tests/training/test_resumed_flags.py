@@ -19,7 +19,7 @@ from helpers.tiny_models import raises_one_line
 from modeling_vitcls.cli import load_modules, main
 from modeling_vitcls.cli.parsing import parse_command_line
 from modeling_vitcls.hub.local_paths import resolve_name
-from modeling_vitcls.model.configuration_vitcls import to_pair
+from modeling_vitcls.model.field_checks_vitcls import to_pair
 from modeling_vitcls.runtime.files import read_json
 from modeling_vitcls.runtime.flags import get_flag_fields, to_arguments, to_flags
 from modeling_vitcls.training.options import FinetuneOptions

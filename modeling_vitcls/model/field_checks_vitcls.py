@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Kinds of fields of a configuration that have bounds, and one-line errors.
+
+hidden_size: int = width(default=768)       1 to 1,000,000
+"""
+
+import math
+import textwrap
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from huggingface_hub.dataclasses import as_validated_field
+from huggingface_hub.errors import StrictDataclassError
+from transformers.activations import ACT2FN
+
+
+MAX_LABELS = 1_000_000  # maximum number of labels of one classifier
+MAX_PATCHES = 2**22  # maximum number of patches of an image
+MAX_PATCH_SIDE = 4096  # maximum height and width of a patch, in pixels
+
+
+# Bounds of fields ---------------------------------------------------------------------------------
+def bounded(is_valid: Callable[[Any], bool], requirement: str) -> Any:
+    """Build a kind of field whose values are None or meet a requirement, such as "positive"."""
+
+    def check(value: Any) -> None:
+        if value is not None and not is_valid(value):
+            raise ValueError(f"must be {requirement}, but it is {value}")
+
+    return as_validated_field(check)
+
+
+def between(minimum: int, maximum: int) -> Any:
+    """Build a kind of field with values from `minimum` to `maximum`."""
+    return bounded(
+        lambda value: minimum <= value <= maximum, f"between {minimum:,} and {maximum:,}"
+    )
+
+
+def extent(maximum: int) -> Any:
+    """Build a kind of field with one number for both axes, or [height, width]."""
+    return bounded(
+        lambda value: (
+            (isinstance(value, int) or len(value) == 2)
+            and 1 <= min(to_pair(value)) <= max(to_pair(value)) <= maximum
+        ),
+        f"1 to {maximum:,}, or [height, width]",
+    )
+
+
+# The upper limits only reject typos that would exhaust the memory.
+token_count = between(0, 100_000)
+width = between(1, 1_000_000)
+probability = between(0, 1)
+rate = bounded(lambda value: 0 <= value < 1, "at least 0 and below 1")
+positive = bounded(lambda value: 0 < value < math.inf, "a finite positive number")
+finite = bounded(math.isfinite, "finite or None")
+activation = bounded(ACT2FN.__contains__, 'an activation of transformers, such as "gelu"')
+
+
+@contextmanager
+def raise_one_line_errors(owner: str = "") -> Iterator[None]:
+    """Raise one-line `ValueError`s instead of the multi-line errors that `strict` raises.
+
+    A message begins with its `owner`, unless it is about a wrong type: it then names the field
+    anyway.
+    """
+    try:
+        yield
+    except (StrictDataclassError, TypeError, ValueError) as error:
+        reason: BaseException = error
+        while reason.__cause__ is not None:  # the innermost error names the item of a list
+            reason = reason.__cause__
+        prefix = owner if isinstance(reason, ValueError) else ""
+        raise ValueError(prefix + textwrap.shorten(str(reason), 600, placeholder=" ...")) from None
+
+
+def shorten_errors(strict_class: Any) -> Any:
+    """Make a strict class raise one-line errors that name the field."""
+    set_field = strict_class.__setattr__
+
+    def set_field_or_name_it(self: Any, name: str, value: Any) -> None:
+        with raise_one_line_errors(f"`{name}` "):
+            set_field(self, name, value)
+
+    strict_class.__setattr__ = set_field_or_name_it
+    for name in ("__init__", "validate"):
+        setattr(strict_class, name, raise_one_line_errors()(getattr(strict_class, name)))
+    return strict_class
+
+
+def to_pair(value: int | Sequence[int]) -> tuple[int, int]:
+    """Read a size, one number for both axes or [height, width], as (height, width)."""
+    return (value, value) if isinstance(value, int) else (value[0], value[1])
