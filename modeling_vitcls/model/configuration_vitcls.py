@@ -121,13 +121,32 @@ PRESETS: dict[str, dict[str, int]] = {
 
 # Keywords that are not fields of `ViTCLSConfig`, but that transformers passes to every
 # configuration or stores in it.
-TRANSFORMERS_KEYWORDS = frozenset(
-    "num_labels output_attentions attn_implementation experts_implementation torch_dtype "
-    "name_or_path auto_map model_type task_specific_params quantization_config use_cache "
-    "tie_word_embeddings torchscript pruned_heads finetuning_task tokenizer_class prefix "
-    "use_return_dict out_features out_indices stage_names "
-    "gradient_checkpointing per_layer_config tie_last_hidden_states".split()
-)
+TRANSFORMERS_KEYWORDS = {
+    "num_labels",
+    "output_attentions",
+    "attn_implementation",
+    "experts_implementation",
+    "torch_dtype",
+    "name_or_path",
+    "auto_map",
+    "model_type",
+    "task_specific_params",
+    "quantization_config",
+    "use_cache",
+    "tie_word_embeddings",
+    "torchscript",
+    "pruned_heads",
+    "finetuning_task",
+    "tokenizer_class",
+    "prefix",
+    "use_return_dict",
+    "out_features",
+    "out_indices",
+    "stage_names",
+    "gradient_checkpointing",
+    "per_layer_config",
+    "tie_last_hidden_states",
+}
 
 # The class statistics were fitted to the labels, and to what these fields say about the features.
 STATISTICS_FIELDS = ("class_statistics", "distance_threshold")
@@ -136,8 +155,15 @@ FEATURE_FIELDS = ("cls_pooling", "pooled_cls_tokens", "num_hidden_layers")
 # Fields for which `from_pretrained(..., field=value)` adapts the weights of a checkpoint
 # (adaptation_vitcls.py).
 ADAPTABLE_FIELDS = (
-    *("image_size", "patch_size", *COUNT_FIELDS.values()),
-    *("cls_scopes", "gated_tokens", "register_neurons", "extra_heads"),
+    "image_size",
+    "patch_size",
+    "num_cls_tokens",
+    "num_distillation_tokens",
+    "num_register_tokens",
+    "cls_scopes",
+    "gated_tokens",
+    "register_neurons",
+    "extra_heads",
 )
 
 # Attention implementations that config.json may name. In transformers, other values may name a
@@ -146,8 +172,17 @@ STORED_ATTENTIONS = ("sdpa", "eager", "flex_attention")
 
 # Fields that are saved even with default values.
 ALWAYS_SAVED_FIELDS = (
-    *("image_size", "patch_size", "num_channels", "pooling", *COUNT_FIELDS.values()),
-    *("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"),
+    "image_size",
+    "patch_size",
+    "num_channels",
+    "pooling",
+    "num_cls_tokens",
+    "num_distillation_tokens",
+    "num_register_tokens",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
 )
 
 
@@ -167,190 +202,47 @@ class ViTCLSConfig(ExtraHeadsConfig, BackboneConfigMixin, PreTrainedConfig):
     r"""Configuration of a Vision Transformer with CLS, distillation and register tokens.
 
     The defaults describe ViT-B/16 (arXiv 2010.11929, table 1) at 224 x 224 pixels: one CLS token
-    and 196 patches.
+    and 196 patches. In the source, a text below each field explains it and cites the paper;
+    docs/configuration.md has these texts as tables.
 
     **Main options**
 
-    Tokens:
-        num_cls_tokens (`int`, defaults to 1): Number of CLS tokens, at the start of the sequence.
-            With 0, the model has no CLS token. Several CLS tokens can represent tasks (`tasks`) or
-            regions of the image (`cls_scopes`).
-        num_distillation_tokens (`int`, defaults to 0): Number of tokens that learn from a teacher
-            (DeiT, arXiv 2012.12877).
-        num_register_tokens (`int`, defaults to 0): Number of register tokens, which can store
-            global information that the model would otherwise store in patches (Darcet et al. 2023,
-            arXiv 2309.16588).
-        use_mask_token (`bool`, defaults to `False`): Whether the model has a learned token that
-            replaces masked patches (`bool_masked_pos`). `ViTCLSForMaskedImageModeling` always has a
-            mask token.
-        token_init (`"trunc_normal"`, `"near_zero"` or `"zeros"`, defaults to `"trunc_normal"`):
-            Initial values of the special tokens: truncated normal with standard deviation
-            `initializer_range` (DeiT, DINO), normal with standard deviation 1e-6 (timm, DINOv2), or
-            zero (ViT). `"zeros"` raises an error if tokens would remain identical during training.
-        cls_scopes (`list`, *optional*): Image region that each CLS token can attend to, one region
-            per token: `"image"`, or `[rows, columns, row, column]` for one cell of a rows x columns
-            grid over the image. Every token can attend to all special tokens. Default: the whole
-            image for each CLS token.
-        gated_tokens (`dict[str, int]`, *optional*): Token group -> number of gated tokens at the
-            end of the group. A gate scales the influence of a token on other tokens. `model.adapt`
-            and `from_pretrained` set this field when they add tokens.
-        register_neurons (`list[[layer, neuron]]`, *optional*): MLP neurons whose activations are
-            moved to the last register (Jiang et al. 2025, arXiv 2506.08010).
-        tasks (`dict[str, int | list[str]]`, *optional*): Task name -> number of labels or label
-            names, for `ViTCLSForMultiTaskClassification`. Tasks are sorted by name; the input of
-            classifier i is CLS token i.
+    Tokens: `num_cls_tokens`, `num_distillation_tokens`, `num_register_tokens`,
+        `use_mask_token`, `token_init`, `cls_scopes`, `gated_tokens`, `register_neurons`,
+        `tasks`.
 
-    Pooling and heads:
-        pooling (`str`, defaults to `"cls"`): Input of the head: `"cls"`, `"mean"` (of the patches),
-            `"cls_mean"` (both, concatenated), `"max"` (of the patches) or `"attention"` (a learned
-            query over the patches; Zhai et al. 2022, arXiv 2106.04560, section 3.3).
-        cls_pooling (`"first"`, `"mean"` or `"concat"`, defaults to `"first"`): How several CLS
-            tokens are combined.
-        pooled_cls_tokens (`list[int]`, *optional*): Indices of the CLS tokens that are pooled.
-            Default: all.
-        pooled_layers (`list[int]`, *optional*): Layers whose tokens are pooled, each after the
-            final norm. The input of the head is the concatenation, in this order. Layers are numbered
-            as in `hidden_states` and `out_indices`: 1 is the first layer, -1 the last. `[-4, -3, -2,
-            -1]` is the order of DINOv2's linear evaluation (`n_last_blocks` in
-            dinov2/eval/linear.py; Oquab et al. 2023, arXiv 2304.07193). Default: the last layer.
-        head_type (`"linear"` or `"mlp"`, defaults to `"linear"`): Type of the head. `"mlp"` is
-            Linear, GELU, Linear.
-        head_hidden_size (`int`, *optional*): Hidden size of the MLP head. Default: `hidden_size`.
-        distillation_head (`bool`, *optional*): Whether the distillation token has a classifier.
-            Default: `True`.
-        distillation_inference (`"mean"`, `"cls"` or `"distillation"`, defaults to `"mean"`): Logits
-            that a model with two heads returns: the mean of both heads' logits (DeiT, section 5.2),
-            or the logits of one head.
-        compute_all_tokens (`bool`, defaults to `False`): Whether the last layer of a classifier
-            computes all tokens. By default, it computes only the tokens that its heads read, which
-            is faster; the logits are the same.
-        extra_heads (`dict[str, dict]`, *optional*): Task name -> fields of `ExtraHead`, for example
-            `{"weather": {"labels": ["rain", "sun"], "pooling": "mean", "pooled_layers": [-2,
-            -1]}}`. Extra heads are linear classifiers that only read the tokens of the model: they
-            do not change its other outputs.
+    Pooling and heads: `pooling`, `cls_pooling`, `pooled_cls_tokens`, `pooled_layers`,
+        `head_type`, `head_hidden_size`, `distillation_head`, `distillation_inference`,
+        `compute_all_tokens`, `extra_heads`.
 
-    Image and patches:
-        image_size (`int` or `[height, width]`, defaults to 224): Image size in pixels, a multiple
-            of the patch size. The size determines the grid of learned position embeddings. The
-            model also accepts other image sizes.
-        patch_size (`int` or `[height, width]`, defaults to 16): Patch size in pixels.
-        num_channels (`int`, defaults to 3): Number of image channels.
+    Image and patches: `image_size`, `patch_size`, `num_channels`.
 
-    Model:
-        hidden_size, num_hidden_layers, num_attention_heads, intermediate_size (`int`, defaults to
-            768, 12, 12, 3072): Encoder sizes. `hidden_size` is a multiple of `num_attention_heads`,
-            unless `attention_head_size` is set.
-        position_embedding_type (`str`, defaults to `"learned"`): `"learned"`, `"sincos_2d"` (fixed;
-            MoCo v3, arXiv 2104.02057, and MAE), `"rope_2d"` (rotary on queries and keys of the
-            patches; DINOv3, arXiv 2508.10104), `"rope_mixed"` (rotary with learned frequencies per
-            layer and head; RoPE-ViT, arXiv 2403.13298), `"learned_rope_2d"`, `"learned_rope_mixed"`
-            (learned and rotary; EVA-02) or `"none"`.
-        attention_type (`"softmax"` or `"differential"`, defaults to `"softmax"`): `"differential"`
-            subtracts a second attention map in each head (Ye et al. 2024, arXiv 2410.05258).
-        qk_norm (`bool`, defaults to `False`): Norm on queries and keys of each head (ViT-22B, arXiv
-            2302.05442).
-        mlp_type (`"mlp"`, `"glu"` or `"swiglu"`, defaults to `"mlp"`): `"glu"` is a gated MLP with
-            `hidden_act`, and `"swiglu"` is a gated MLP with SiLU (Shazeer 2020, arXiv 2002.05202).
-        hidden_act (`str`, defaults to `"gelu"`): Activation of the MLP, any name in transformers'
-            `ACT2FN`.
-        layer_scale_init_value (`float`, *optional*): Initial value of a learned scale per channel
-            on each residual branch (CaiT, arXiv 2103.17239). Default: no scale.
-        initializer_range (`float`, defaults to 0.02): Standard deviation of the initial weights.
+    Model: `hidden_size`, `num_hidden_layers`, `num_attention_heads`, `intermediate_size`,
+        `position_embedding_type`, `attention_type`, `qk_norm`, `mlp_type`, `hidden_act`,
+        `layer_scale_init_value`, `initializer_range`.
 
-    Regularization:
-        hidden_dropout_prob, attention_probs_dropout_prob (`float`, defaults to 0): Dropout rates,
-            in [0, 1), of residual branches and embeddings, and of attention weights.
-        drop_path_rate (`float`, defaults to 0): Rate, in [0, 1), at which an image skips a residual
-            branch of the last layer. The rate increases linearly from 0 in the first layer (Huang
-            et al. 2016, arXiv 1603.09382).
+    Regularization: `hidden_dropout_prob`, `attention_probs_dropout_prob`, `drop_path_rate`.
 
-    Class statistics (fitted to the training images):
-        class_statistics (`dict`, *optional*): `{"tokens": [[layer, kind], ...], "num_classes": K}`
-            of the class means and covariances that are stored with the weights. A layer is a
-            negative index, and a kind is "cls" or "mean" (of the patches). `outputs.distance` is
-            computed from them.
-        distance_threshold (`float`, *optional*): An image farther than this from the nearest class
-            is unlikely to show any of the labels (arXiv 1807.03888).
+    Class statistics (fitted to the training images): `class_statistics`, `distance_threshold`.
 
-    Masked image modeling:
-        mim_loss (`"l1"` or `"l2"`, defaults to `"l1"`): Masked-pixel loss: L1 (SimMIM, arXiv
-            2111.09886) or L2 (MAE).
-        norm_pixel_target (`bool`, defaults to `False`): Whether the target pixels are normalized
-            per patch (MAE).
+    Masked image modeling: `mim_loss`, `norm_pixel_target`.
 
-    Backbone:
-        out_features, out_indices (`list`, *optional*): Stages whose feature maps `ViTCLSBackbone`
-            returns: `"stem"`, `"stage1"`, ... Default: the last stage.
-        apply_layernorm (`bool`, defaults to `True`): Whether the final norm is also applied to
-            earlier stages.
-        reshape_hidden_states (`bool`, defaults to `True`): Whether feature maps are [batch,
-            channels, rows, columns].
+    Backbone: `out_features`, `out_indices`, `apply_layernorm`, `reshape_hidden_states`.
 
     **Options for converted checkpoints**
 
-    Positions:
-        position_embedding_tokens (`"patches"`, `"cls"` or `"all"`, defaults to `"cls"`): Tokens
-            with learned position embeddings: patches only, CLS and patches (ViT, DINOv2), or all
-            tokens.
-        position_interpolation (`"bicubic"`, `"bilinear"` or `"crop"`, defaults to `"bicubic"`): How
-            learned position embeddings are resampled for other image sizes. `"crop"` resamples to a
-            square and crops it (RADIO).
-        position_antialias (`bool`, defaults to `False`): Whether downsampling of learned positions
-            uses antialiasing.
-        position_offset (`float`, defaults to 0.0): Number added to the new grid size (0.1 in DINO,
-            iBOT and DINOv2).
-        rope_theta (`float`, defaults to 100.0): Base of the periods of rotary position embeddings.
-        rope_periods (`list[float]`, *optional*): `head_dim / 4` rotary periods, for checkpoints
-            that store rounded periods (DINOv3). Default: computed in float32 from `rope_theta`.
-        rope_coordinates (`"centered"` or `"grid"`, defaults to `"centered"`): Rotary coordinates:
-            patch centers from -1 to 1 over the image (DINOv3), or patch indices (EVA-02).
-        rope_reference_grid (`[rows, columns]`, *optional*): Grid to which `"grid"` coordinates are
-            scaled.
-        rope_grid_offset (`float`, defaults to 0.0): Offset that is added to each `"grid"`
-            coordinate, in patches.
-        rope_axes (`"yx"` or `"xy"`, defaults to `"yx"`): Axes of the two halves of the rotary
-            frequencies.
-        relative_position_bias (`"none"`, `"layer"` or `"shared"`, defaults to `"none"`): A learned
-            attention bias per relative position of two patches, for each layer or shared by all
-            layers (BEiT, arXiv 2106.08254).
+    Positions: `position_embedding_tokens`, `position_interpolation`, `position_antialias`,
+        `position_offset`, `rope_theta`, `rope_periods`, `rope_coordinates`,
+        `rope_reference_grid`, `rope_grid_offset`, `rope_axes`, `relative_position_bias`.
 
-    Layers and norms:
-        attention_head_size (`int`, *optional*): Size of one head. Default: `hidden_size /
-            num_attention_heads`.
-        layer_type (`"standard"`, `"post"` or `"parallel"`, defaults to `"standard"`): `x +
-            f(norm(x))` for attention, then MLP; `x + norm(f(x))` (EVA02-CLIP-E); or attention and
-            MLP in parallel after one norm (ViT-22B).
-        norm_type (`"layernorm"` or `"rmsnorm"`, defaults to `"layernorm"`): Type of all norms
-            except `head_norm`.
-        layer_norm_eps (`float`, defaults to 1e-6): Epsilon of all norms except `head_norm`.
-        patch_norm (`bool`, defaults to `False`): Norm on the projected patches, before positions
-            are added (AIMv2).
-        pre_norm (`bool`, defaults to `False`): Norm on the embedded tokens before the first layer
-            (CLIP).
-        attention_norm, mlp_norm (`bool`, defaults to `False`): Norm before the output projection of
-            attention, and of the MLP (NormFormer, arXiv 2110.09456; EVA-02).
-        final_norm (`bool`, defaults to `True`): Norm on the output of the last layer.
+    Layers and norms: `attention_head_size`, `layer_type`, `norm_type`, `layer_norm_eps`,
+        `patch_norm`, `pre_norm`, `attention_norm`, `mlp_norm`, `final_norm`.
 
-    Biases:
-        patch_bias (`bool`, defaults to `True`): Bias of the patch projection (CLIP has none).
-        qkv_bias (`bool`, defaults to `True`): Biases of the query, key and value projections.
-        query_bias, key_bias, value_bias (`bool`, *optional*): Bias of one projection. Default:
-            `qkv_bias`.
-        projection_bias, mlp_bias (`bool`, defaults to `True`): Biases of the attention output
-            projection and the MLP.
+    Biases: `patch_bias`, `qkv_bias`, `query_bias`, `key_bias`, `value_bias`, `projection_bias`,
+        `mlp_bias`.
 
-    Pooling:
-        pooled_norm (`bool`, defaults to `False`): Norm of type `norm_type` on the pooled vector
-            (timm's `fc_norm`).
-        pooled_activation (`str`, *optional*): Activation after a linear layer on the pooled vector
-            (`"tanh"` in transformers' `ViTModel` and `DeiTModel`). Default: no linear layer and no
-            activation.
-        attention_pool_tokens (`"patches"` or `"all"`, defaults to `"patches"`): Input tokens of
-            attention pooling.
-        attention_pool_heads, attention_pool_intermediate_size (`int`, *optional*): Number of heads
-            and MLP size of `pooling="attention"`. Default: the values of the encoder.
-        attention_pool_mlp (`bool`, defaults to `True`): Whether attention pooling has a norm and
-            MLP (not in AIMv2).
+    Pooling: `pooled_norm`, `pooled_activation`, `attention_pool_tokens`,
+        `attention_pool_heads`, `attention_pool_intermediate_size`, `attention_pool_mlp`.
 
     Raises:
         ValueError: If a field has a wrong type or value, fields contradict each other, or a keyword
@@ -395,33 +287,88 @@ class ViTCLSConfig(ExtraHeadsConfig, BackboneConfigMixin, PreTrainedConfig):
         Literal["regression", "single_label_classification", "multi_label_classification"] | None
     ) = None
 
-    # Main options
+    # Tokens
     num_cls_tokens: int = token_count(default=1)
+    """Number of CLS tokens, at the start of the sequence. With 0, the model has no CLS token.
+    Several CLS tokens can represent tasks (`tasks`) or regions of the image (`cls_scopes`)."""
     num_distillation_tokens: int = token_count(default=0)
+    """Number of tokens that learn from a teacher (DeiT, arXiv 2012.12877)."""
     num_register_tokens: int = token_count(default=0)
+    """Number of register tokens, which can store global information that the model would otherwise
+    store in patches (Darcet et al. 2023, arXiv 2309.16588)."""
     use_mask_token: bool = False
+    """Whether the model has a learned token that replaces masked patches (`bool_masked_pos`).
+    `ViTCLSForMaskedImageModeling` always has a mask token."""
     token_init: Literal["trunc_normal", "near_zero", "zeros"] = "trunc_normal"
+    """Initial values of the special tokens: truncated normal with standard deviation
+    `initializer_range` (DeiT, DINO), normal with standard deviation 1e-6 (timm, DINOv2), or zero
+    (ViT). `"zeros"` raises an error if tokens would remain identical during training."""
     cls_scopes: list[Literal["image"] | list[int]] | None = None
+    """Image region that each CLS token can attend to, one region per token: `"image"`, or `[rows,
+    columns, row, column]` for one cell of a rows x columns grid over the image. Every token can
+    attend to all special tokens. Default: the whole image for each CLS token."""
     gated_tokens: dict[TokenGroup, int] | None = None
+    """Token group -> number of gated tokens at the end of the group. A gate scales the influence of
+    a token on other tokens. `model.adapt` and `from_pretrained` set this field when they add
+    tokens."""
     register_neurons: list[list[int]] | None = None
+    """MLP neurons whose activations are moved to the last register (Jiang et al. 2025, arXiv
+    2506.08010)."""
     tasks: dict[str, int | list[str]] | None = None
+    """Task name -> number of labels or label names, for `ViTCLSForMultiTaskClassification`. Tasks
+    are sorted by name; the input of classifier i is CLS token i."""
+
+    # Pooling and heads
     pooling: Literal["cls", "mean", "cls_mean", "max", "attention"] = "cls"
+    """Input of the head: `"cls"`, `"mean"` (of the patches), `"cls_mean"` (both, concatenated),
+    `"max"` (of the patches) or `"attention"` (a learned query over the patches; Zhai et al. 2022,
+    arXiv 2106.04560, section 3.3)."""
     cls_pooling: Literal["first", "mean", "concat"] = "first"
+    """How several CLS tokens are combined: the first alone, their mean, or their concatenation."""
     pooled_cls_tokens: list[int] | None = None
+    """Indices of the CLS tokens that are pooled. Default: all."""
     pooled_layers: list[int] | None = None
+    """Layers whose tokens are pooled, each after the final norm. The input of the head is the
+    concatenation, in this order. Layers are numbered as in `hidden_states` and `out_indices`: 1 is
+    the first layer, -1 the last. `[-4, -3, -2, -1]` is the order of DINOv2's linear evaluation
+    (`n_last_blocks` in dinov2/eval/linear.py; Oquab et al. 2023, arXiv 2304.07193). Default: the
+    last layer."""
     head_type: Literal["linear", "mlp"] = "linear"
+    """Type of the head. `"mlp"` is Linear, GELU, Linear."""
     head_hidden_size: int | None = width(default=None)
+    """Hidden size of the MLP head. Default: `hidden_size`."""
     distillation_head: bool | None = None
+    """Whether the distillation token has a classifier. Default: `True`."""
     distillation_inference: Literal["mean", "cls", "distillation"] = "mean"
+    """Logits that a model with two heads returns: the mean of both heads' logits (DeiT, section
+    5.2), or the logits of one head."""
     compute_all_tokens: bool = False
+    """Whether the last layer of a classifier computes all tokens. By default, it computes only the
+    tokens that its heads read, which is faster; the logits are the same."""
     extra_heads: dict[str, dict[str, Any]] | None = None
+    """Task name -> fields of `ExtraHead`, for example `{"weather": {"labels": ["rain", "sun"],
+    "pooling": "mean", "pooled_layers": [-2, -1]}}`. Extra heads are linear classifiers that only
+    read the tokens of the model: they do not change its other outputs."""
+
+    # Image and patches
     image_size: int | list[int] | tuple[int, int] = extent(1_000_000)(default=224)
+    """Image size in pixels, a multiple of the patch size. The size determines the grid of learned
+    position embeddings. The model also accepts other image sizes."""
     patch_size: int | list[int] | tuple[int, int] = extent(MAX_PATCH_SIDE)(default=16)
+    """Patch size in pixels."""
     num_channels: int = between(1, 100_000)(default=3)
+    """Number of image channels."""
+
+    # Model
     hidden_size: int = width(default=768)
+    """Width of the tokens: a multiple of `num_attention_heads`, unless `attention_head_size` is
+    set."""
     num_hidden_layers: int = between(1, 10_000)(default=12)
+    """Number of layers."""
     num_attention_heads: int = width(default=12)
+    """Number of attention heads per layer."""
     intermediate_size: int = width(default=3072)
+    """Width of the hidden layer of the MLPs."""
     position_embedding_type: Literal[
         "learned",
         "sincos_2d",
@@ -431,58 +378,141 @@ class ViTCLSConfig(ExtraHeadsConfig, BackboneConfigMixin, PreTrainedConfig):
         "learned_rope_mixed",
         "none",
     ] = "learned"
+    """`"learned"`, `"sincos_2d"` (fixed; MoCo v3, arXiv 2104.02057, and MAE), `"rope_2d"` (rotary
+    on queries and keys of the patches; DINOv3, arXiv 2508.10104), `"rope_mixed"` (rotary with
+    learned frequencies per layer and head; RoPE-ViT, arXiv 2403.13298), `"learned_rope_2d"`,
+    `"learned_rope_mixed"` (learned and rotary; EVA-02) or `"none"`."""
     attention_type: Literal["softmax", "differential"] = "softmax"
+    """`"differential"` subtracts a second attention map in each head (Ye et al. 2024, arXiv
+    2410.05258)."""
     qk_norm: bool = False
+    """Norm on queries and keys of each head (ViT-22B, arXiv 2302.05442)."""
     mlp_type: Literal["mlp", "glu", "swiglu"] = "mlp"
+    """`"glu"` is a gated MLP with `hidden_act`, and `"swiglu"` is a gated MLP with SiLU (Shazeer
+    2020, arXiv 2002.05202)."""
     hidden_act: str = activation(default="gelu")
+    """Activation of the MLP, any name in transformers' `ACT2FN`."""
     layer_scale_init_value: float | int | None = finite(default=None)
+    """Initial value of a learned scale per channel on each residual branch (CaiT, arXiv
+    2103.17239). Default: no scale."""
     initializer_range: float | int = positive(default=0.02)
-    hidden_dropout_prob: float | int = rate(default=0.0)
-    attention_probs_dropout_prob: float | int = rate(default=0.0)
-    drop_path_rate: float | int = rate(default=0.0)
-    class_statistics: dict[str, Any] | None = None
-    distance_threshold: float | None = finite(default=None)
-    mim_loss: Literal["l1", "l2"] = "l1"
-    norm_pixel_target: bool = False
-    _out_features: list[str] | None = None
-    _out_indices: list[int] | None = None
-    apply_layernorm: bool = True
-    reshape_hidden_states: bool = True
+    """Standard deviation of the initial weights."""
 
-    # Options for converted checkpoints
+    # Regularization
+    hidden_dropout_prob: float | int = rate(default=0.0)
+    """Dropout rate of residual branches and embeddings, in [0, 1)."""
+    attention_probs_dropout_prob: float | int = rate(default=0.0)
+    """Dropout rate of attention weights, in [0, 1)."""
+    drop_path_rate: float | int = rate(default=0.0)
+    """Rate, in [0, 1), at which an image skips a residual branch of the last layer. The rate
+    increases linearly from 0 in the first layer (Huang et al. 2016, arXiv 1603.09382)."""
+
+    # Class statistics, fitted to the training images
+    class_statistics: dict[str, Any] | None = None
+    """`{"tokens": [[layer, kind], ...], "num_classes": K}` of the class means and covariances that
+    are stored with the weights. A layer is a negative index, and a kind is "cls" or "mean" (of the
+    patches). `outputs.distance` is computed from them."""
+    distance_threshold: float | None = finite(default=None)
+    """An image farther than this from the nearest class is unlikely to show any of the labels
+    (arXiv 1807.03888)."""
+
+    # Masked image modeling
+    mim_loss: Literal["l1", "l2"] = "l1"
+    """Masked-pixel loss: L1 (SimMIM, arXiv 2111.09886) or L2 (MAE)."""
+    norm_pixel_target: bool = False
+    """Whether the target pixels are normalized per patch (MAE)."""
+
+    # Backbone
+    _out_features: list[str] | None = None
+    """Names of the stages whose feature maps `ViTCLSBackbone` returns: `"stem"`, `"stage1"`, ...
+    Default: the last stage."""
+    _out_indices: list[int] | None = None
+    """Indices of these stages; 0 is the stem."""
+    apply_layernorm: bool = True
+    """Whether the final norm is also applied to earlier stages."""
+    reshape_hidden_states: bool = True
+    """Whether feature maps are [batch, channels, rows, columns]."""
+
+    # Positions of converted checkpoints
     position_embedding_tokens: Literal["patches", "cls", "all"] = "cls"
+    """Tokens with learned position embeddings: patches only, CLS and patches (ViT, DINOv2), or all
+    tokens."""
     position_interpolation: Literal["bicubic", "bilinear", "crop"] = "bicubic"
+    """How learned position embeddings are resampled for other image sizes. `"crop"` resamples to a
+    square and crops it (RADIO)."""
     position_antialias: bool = False
+    """Whether downsampling of learned positions uses antialiasing."""
     position_offset: float | int = 0.0
+    """Number added to the new grid size (0.1 in DINO, iBOT and DINOv2)."""
     rope_theta: float | int = positive(default=100.0)
+    """Base of the periods of rotary position embeddings."""
     rope_periods: list[float] | None = None
+    """`head_dim / 4` rotary periods, for checkpoints that store rounded periods (DINOv3). Default:
+    computed in float32 from `rope_theta`."""
     rope_coordinates: Literal["centered", "grid"] = "centered"
+    """Rotary coordinates: patch centers from -1 to 1 over the image (DINOv3), or patch indices
+    (EVA-02)."""
     rope_reference_grid: list[int] | tuple[int, int] | None = extent(1_000_000)(default=None)
+    """Grid to which `"grid"` coordinates are scaled."""
     rope_grid_offset: float | int = 0.0
+    """Offset that is added to each `"grid"` coordinate, in patches."""
     rope_axes: Literal["yx", "xy"] = "yx"
+    """Axes of the two halves of the rotary frequencies."""
     relative_position_bias: Literal["none", "layer", "shared"] = "none"
+    """A learned attention bias per relative position of two patches, for each layer or shared by
+    all layers (BEiT, arXiv 2106.08254)."""
+
+    # Layers and norms of converted checkpoints
     attention_head_size: int | None = width(default=None)
+    """Size of one head. Default: `hidden_size / num_attention_heads`."""
     layer_type: Literal["standard", "post", "parallel"] = "standard"
+    """`x + f(norm(x))` for attention, then MLP; `x + norm(f(x))` (EVA02-CLIP-E); or attention and
+    MLP in parallel after one norm (ViT-22B)."""
     norm_type: Literal["layernorm", "rmsnorm"] = "layernorm"
+    """Type of all norms except `head_norm`."""
     layer_norm_eps: float = positive(default=1e-6)
+    """Epsilon of all norms except `head_norm`."""
     patch_norm: bool = False
+    """Norm on the projected patches, before positions are added (AIMv2)."""
     pre_norm: bool = False
+    """Norm on the embedded tokens before the first layer (CLIP)."""
     attention_norm: bool = False
+    """Norm before the output projection of attention (NormFormer, arXiv 2110.09456; EVA-02)."""
     mlp_norm: bool = False
+    """Norm before the output projection of the MLP (NormFormer, arXiv 2110.09456; EVA-02)."""
     final_norm: bool = True
+    """Norm on the output of the last layer."""
+
+    # Biases of converted checkpoints
     patch_bias: bool = True
+    """Bias of the patch projection (CLIP has none)."""
     qkv_bias: bool = True
+    """Biases of the query, key and value projections."""
     query_bias: bool | None = None
+    """Bias of the query projection. Default: `qkv_bias`."""
     key_bias: bool | None = None
+    """Bias of the key projection. Default: `qkv_bias`."""
     value_bias: bool | None = None
+    """Bias of the value projection. Default: `qkv_bias`."""
     projection_bias: bool = True
+    """Bias of the output projection of attention."""
     mlp_bias: bool = True
+    """Biases of the MLPs."""
+
+    # Pooling of converted checkpoints
     pooled_norm: bool = False
+    """Norm of type `norm_type` on the pooled vector (timm's `fc_norm`)."""
     pooled_activation: str | None = activation(default=None)
+    """Activation after a linear layer on the pooled vector (`"tanh"` in transformers' `ViTModel`
+    and `DeiTModel`). Default: no linear layer and no activation."""
     attention_pool_tokens: Literal["patches", "all"] = "patches"
+    """Input tokens of attention pooling."""
     attention_pool_heads: int | None = width(default=None)
+    """Number of heads of `pooling="attention"`. Default: `num_attention_heads`."""
     attention_pool_intermediate_size: int | None = width(default=None)
+    """MLP width of `pooling="attention"`. Default: `intermediate_size`."""
     attention_pool_mlp: bool = True
+    """Whether attention pooling has a norm and MLP (not in AIMv2)."""
 
     def __post_init__(self, **kwargs: Any) -> None:
         known_names = self._list_keywords()

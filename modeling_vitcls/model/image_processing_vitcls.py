@@ -65,7 +65,19 @@ AUTO_MAP = {
 }
 
 # Formats that PIL may open. EPS is excluded, because PIL opens it with an external program.
-IMAGE_FORMATS = tuple("JPEG PNG WEBP GIF BMP TIFF PPM AVIF JPEG2000 ICO HEIF".split())
+IMAGE_FORMATS = (
+    "JPEG",
+    "PNG",
+    "WEBP",
+    "GIF",
+    "BMP",
+    "TIFF",
+    "PPM",
+    "AVIF",
+    "JPEG2000",
+    "ICO",
+    "HEIF",
+)
 
 # Resampling filters that both backends support.
 RESAMPLING_FILTERS = tuple(map(PILImageResampling, range(4)))  # Nearest, Lanczos, bilinear, bicubic

@@ -30,6 +30,7 @@ from modeling_vitcls import (
     ViTCLSModel,
 )
 from modeling_vitcls.model.configuration_vitcls import AUTO_MAP
+from scripts.make_field_tables import PAGE, build_tables, replace_tables
 
 
 NAN = float("nan")
@@ -146,13 +147,15 @@ def test_presets_accept_overrides_and_names_of_the_command_line() -> None:
 
 
 def test_fields_are_documented_in_their_order() -> None:
-    """Check that the docstring and the class body have the same two groups of fields."""
-    documented = re.findall(r"^        ((?:\w+, )*\w+) \(", ViTCLSConfig.__doc__, re.MULTILINE)
-    names = [name for group in documented for name in group.split(", ")]
+    """The docstring lists all fields; the page has the text below each of them."""
     body = [
         name.removeprefix("_") for name in ViTCLSConfig.__annotations__ if name not in UNDOCUMENTED
     ]
-    assert names == body
+    docstring = ViTCLSConfig.__doc__.partition("**Main")[2].partition("Raises:")[0]
+    assert re.findall(r"`(\w+)`", docstring) == body
+    assert re.findall(r"^\| `(\w+)` \|", build_tables(), re.MULTILINE) == body
+    page = PAGE.read_text()
+    assert replace_tables(page) == page, "run scripts/make_field_tables.py"
 
 
 @pytest.mark.parametrize(
