@@ -72,7 +72,6 @@ from .variants_vitcls import (
     LAYER_CLASSES,
     ViTCLSDifferentialAttention,
     add_register_neurons,
-    keep_patches,
 )
 
 
@@ -85,8 +84,8 @@ class ViTCLSModelOutput(BaseModelOutputWithPooling):
     """Output of `ViTCLSModel`.
 
     Attributes:
-        last_hidden_state: [B, N, D], after the final norm. During training, N is smaller if
-            `visible_patches` are set.
+        last_hidden_state: [B, N, D], after the final norm. N is smaller if `edit_inputs` drops
+            patches.
         pooler_output: [B, P], the input of a classifier (`config.pooling`, `config.pooled_layers`);
             None if the model has no pooler.
         hidden_states: the embeddings and the output of each layer before the final norm, [B, N, D]
@@ -355,7 +354,7 @@ class ViTCLSModel(ViTCLSPreTrainedModel):
         num_output_tokens: int | None = None,
         interpolate_pos_encoding: bool = True,
         output_layers: Collection[int] = (),
-        visible_patches: Tensor | None = None,
+        edit_inputs: Callable[[Tensor, Any, Any], tuple[Tensor, Any, Any]] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> ViTCLSModelOutput:
         """Encode images.
@@ -375,8 +374,8 @@ class ViTCLSModel(ViTCLSPreTrainedModel):
                 final norm are returned as `layer_tokens` (index -> [B, N, D]). Other layers are not
                 kept in memory. If `num_output_tokens` limits the last layer, `compute_all_tokens()`
                 computes it again for all tokens.
-            visible_patches: [B, n]; ascending indices of the patches to encode, as in MAE. Default:
-                all patches.
+            edit_inputs: function that replaces the hidden states, the mask and the position
+                embeddings before the first layer; MAE drops the masked patches there.
             output_hidden_states, output_attentions, return_dict: as in all transformers models.
 
         Raises:
@@ -420,13 +419,9 @@ class ViTCLSModel(ViTCLSPreTrainedModel):
             )
         if self.rotary_positions is not None:
             position_embeddings = self.rotary_positions(grid_size, hidden_states)
-        if visible_patches is not None:
-            hidden_states, mask, position_embeddings = keep_patches(
-                hidden_states,
-                mask,
-                position_embeddings,
-                visible_patches,
-                self.config.token_layout.num_prefix_tokens,
+        if edit_inputs is not None:
+            hidden_states, mask, position_embeddings = edit_inputs(
+                hidden_states, mask, position_embeddings
             )
 
         pooled_layers = self.config.pooled_layer_indices if self.pooler is not None else []

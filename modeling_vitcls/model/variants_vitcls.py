@@ -8,7 +8,7 @@
 These classes extend the classes of blocks_vitcls.py, which does not import this file.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -161,62 +161,3 @@ def add_register_neurons(layers: Iterable[Any], config: ViTCLSConfig) -> None:
         ]
         if neurons:
             layer.mlp.register_neurons = RegisterNeurons(config, neurons)
-
-
-# Visible patches ---------------------------------------------------------------------------------
-def keep_patches(
-    hidden_states: Tensor,
-    mask: Any,
-    position_embeddings: Any,
-    kept_indices: Tensor,
-    num_prefix_tokens: int,
-) -> tuple[Tensor, Any, Any]:
-    """Keep the special tokens and the patches at `kept_indices` [B, num_kept], in ascending order.
-
-    The patches retain their positions: learned embeddings are already added to the hidden states
-    [B, N, D], and rotary embeddings are selected with the patches. Masks and position embeddings
-    are each a single value for all layers, a list with one value per layer, or None.
-    """
-    prefix_indices = torch.arange(num_prefix_tokens, device=hidden_states.device)
-    prefix_indices = prefix_indices.expand(len(hidden_states), -1)  # [B, num_prefix_tokens]
-
-    indices = torch.cat([prefix_indices, kept_indices + num_prefix_tokens], dim=1)  # [B, n]
-    return (
-        torch.take_along_dim(hidden_states, indices.unsqueeze(-1), dim=1),  # [B, n, D]
-        map_layers(mask, lambda layer_mask: select_mask(layer_mask, indices)),
-        map_layers(
-            position_embeddings, lambda cos_sin: select_position_embeddings(cos_sin, kept_indices)
-        ),
-    )
-
-
-def map_layers(values: Any, function: Callable[[Any], Any]) -> Any:
-    """Apply a function to the value of each layer, or to a single value for all layers."""
-    if values is None:
-        return None
-    return [function(value) for value in values] if isinstance(values, list) else function(values)
-
-
-def select_mask(mask: Any, indices: Tensor) -> Any:
-    """Select the tokens at `indices` [B, n] in a mask.
-
-    Masks are [B, N] (flash) or [B or 1, heads or 1, N or 1, N] (SDPA, eager). Masks of flex
-    attention are not supported.
-    """
-    if mask.ndim == 2:
-        return torch.take_along_dim(mask, indices, dim=1)
-    if mask.shape[2] > 1:
-        mask = torch.take_along_dim(mask, indices[:, None, :, None], dim=2)
-    return torch.take_along_dim(mask, indices[:, None, None, :], dim=3)
-
-
-def select_position_embeddings(
-    position_embeddings: PositionEmbeddings, indices: Tensor
-) -> PositionEmbeddings:
-    """Select cos and sin [B, heads or 1, n, head_dim] of the patches at `indices` [B, n]."""
-    index = indices[:, None, :, None]
-    # [1, heads or 1, patches, head_dim] each
-    cos, sin = (
-        embedding.reshape(1, -1, *embedding.shape[-2:]) for embedding in position_embeddings
-    )
-    return torch.take_along_dim(cos, index, dim=2), torch.take_along_dim(sin, index, dim=2)

@@ -1,5 +1,6 @@
-"""An encoder of some patches (`visible_patches`) has the states of one in which others are masked."""
+"""An encoder of some patches, as in MAE, has the states of one in which others are masked."""
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from helpers.tiny_models import (
 )
 
 from modeling_vitcls import ViTCLSModel
+from modeling_vitcls.training.mae import keep_patches
 
 
 PREFIX = 6  # register tokens among them
@@ -53,8 +55,9 @@ def test_visible_patches_have_the_states_of_a_pass_that_masks_the_others(
     model.config._attn_implementation = implementation
     visible = torch.rand(2, 16).argsort(dim=1)[:, :10].sort(dim=1).values
 
+    keep_visible = partial(keep_patches, kept_indices=visible, num_prefix_tokens=prefix)
     outputs = model(
-        build_images(), attention_mask=mask, visible_patches=visible, output_hidden_states=True
+        build_images(), attention_mask=mask, edit_inputs=keep_visible, output_hidden_states=True
     )
 
     visible_mask = torch.zeros(2, prefix + 16, dtype=torch.long)
