@@ -21,7 +21,7 @@ for a minute if connections were refused, and for many minutes if the Hub did no
 import logging
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -341,6 +341,47 @@ def describe_missing_repo(name: str, repo_type: RepoType = "model") -> str:
         f"{name} is not a {path_noun}, and the Hub has no such {repo_type} (or the {repo_type} is "
         "private and the token cannot read it). Check the name, log in with `hf auth login`, or "
         "set HF_TOKEN"
+    )
+
+
+class MismatchedWeightsError(ValueError, RuntimeError):
+    """Raised if weights do not match the configuration.
+
+    It is a RuntimeError, as in transformers, and a ValueError, like other errors of files.
+    """
+
+
+def load_checkpoint(load: Callable[..., Any], source: Any, **kwargs: Any) -> Any:
+    """Call `load` (a `from_pretrained` method); raise one-line errors that name the checkpoint.
+
+    Raises:
+        OSError: if the folder, config.json or the weights are missing or damaged.
+        MismatchedWeightsError: if the weights do not match the configuration.
+    """
+    try:
+        return load(source, **kwargs)
+    except Exception as error:  # raised again below; the error of safetensors is not imported
+        if isinstance(error, RuntimeError) and "ignore_mismatched_sizes" in str(error):
+            raise MismatchedWeightsError(describe_mismatch(load, source, **kwargs)) from error
+
+        is_damaged = type(error).__name__ == "SafetensorError"
+        if is_damaged or (isinstance(error, OSError) and "\n" in str(error)):
+            prefix = "the weights in " if is_damaged else ""
+            raise OSError(
+                f"cannot load {prefix}{source}: {' '.join(str(error).split())}"
+            ) from error
+        raise
+
+
+def describe_mismatch(load: Callable[..., Any], source: Any, **kwargs: Any) -> str:
+    """Load the checkpoint again, and return a message that names a weight of another shape."""
+    arguments = {**kwargs, "ignore_mismatched_sizes": True, "output_loading_info": True}
+    _, loading_info = load(source, **arguments)
+    name, saved_shape, expected_shape = min(loading_info["mismatched_keys"])
+    return (
+        f"the weights in {source} do not match the model: {name} has shape {list(saved_shape)}, "
+        f"but the model requires {list(expected_shape)}. Use the checkpoint's configuration, or "
+        "set ignore_mismatched_sizes=True"
     )
 
 

@@ -13,14 +13,13 @@ import yaml
 from safetensors import safe_open
 from transformers.dynamic_module_utils import get_relative_imports
 
-from ..model.adaptation_vitcls import load_checkpoint
 from ..model.configuration_vitcls import ViTCLSConfig
 from ..model.image_processing_vitcls import ViTCLSImageProcessor
 from ..model.modeling_vitcls import ViTCLSModel
 from ..runtime.errors import format_error, warn_on_first_process
 from ..runtime.files import read_json, read_text, replace_control_characters
 from .connection import silence_transformers
-from .loading import MODEL_FILE_PATTERNS, get_model_folder
+from .loading import MODEL_FILE_PATTERNS, get_model_folder, load_checkpoint
 from .local_paths import (
     BUILT_IN_DATASET,
     is_hub_dataset,
@@ -195,8 +194,8 @@ class ModelFolder:
 
         # Without transformers' warnings about missing and unused weights
         with silence_transformers():
-            model, loading_info = model_class.from_pretrained(
-                self.path, output_loading_info=True, **arguments
+            model, loading_info = load_checkpoint(
+                model_class.from_pretrained, self.path, output_loading_info=True, **arguments
             )
 
         # An encoder may be loaded from the folder of a classifier. Any other surplus weight means

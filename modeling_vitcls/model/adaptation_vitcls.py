@@ -26,7 +26,6 @@ Added tokens are gated (`TokenGates`): initially, they do not affect the other t
 import copy
 from collections.abc import Callable, Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple, Self, cast
 
 import torch
@@ -82,8 +81,6 @@ class AdaptableModel(PreTrainedModel):
         gates are removed.
 
         Raises:
-            OSError, RuntimeError: if the checkpoint is missing, damaged or incompatible. The
-                message is a single line.
             ValueError: if configuration fields contradict each other.
         """
         source = pretrained_model_name_or_path
@@ -101,9 +98,11 @@ class AdaptableModel(PreTrainedModel):
             # not be valid together with the new values of other fields.
             kwargs["config"] = replace_fields(config, old_fields, validate=False)
 
-        model_or_tuple = load_checkpoint(super().from_pretrained, source, *model_args, **kwargs)
+        kwargs.setdefault("key_mapping", RENAMED_PARAMETERS)
+        model_or_tuple: Any = super().from_pretrained(source, *model_args, **kwargs)
         has_loading_info = isinstance(model_or_tuple, tuple)  # output_loading_info=True
         model = model_or_tuple[0] if has_loading_info else model_or_tuple
+        finish_loading(model)
         # before `adapt`, so that it counts only gates that still do something
         remove_open_gates(model)
 
@@ -179,9 +178,6 @@ def resolve_config(
 
     if not overrides:
         return None, kwargs
-    check_checkpoint_folder(
-        source, needs_config_file=config is None and not kwargs.get("subfolder")
-    )
 
     model_kwargs = {name: kwargs.pop(name) for name in MODEL_KEYWORDS if name in kwargs}
     hub_kwargs = {name: kwargs[name] for name in HUB_KEYWORDS if name in kwargs}
@@ -375,8 +371,7 @@ def adapt_tokens(context: AdaptationContext, are_positions: bool = False) -> Ada
     )
     twins = None if are_positions else list_twins(context)
     if twins is not None:
-        repeats = -(-new_weight.shape[1] // twins.shape[1])
-        new_weight = twins.repeat(1, repeats, 1)[:, : new_weight.shape[1]].clone()
+        new_weight = twins[:, torch.arange(new_weight.shape[1]) % twins.shape[1]]
     num_old_tokens = 0 if context.old_value is None else context.old_value.shape[1]
     num_kept = min(num_old_tokens, new_weight.shape[1])
     if context.old_value is not None:
@@ -529,62 +524,27 @@ RENAMED_PARAMETERS = {
 }
 
 
-class MismatchedWeightsError(ValueError, RuntimeError):
-    """Raised if weights do not match the configuration.
-
-    It is a RuntimeError, as in transformers, and a ValueError, like other errors of files.
-    """
-
-
-def load_checkpoint(load: Callable[..., Any], source: Any, *args: Any, **kwargs: Any) -> Any:
-    """Call `load` (a `from_pretrained` method); raise one-line errors that name the checkpoint.
-
-    Raises:
-        OSError: if the folder, config.json or the weights are missing or damaged.
-        MismatchedWeightsError: if the weights do not match the configuration.
-    """
-    check_checkpoint_folder(
-        source, needs_config_file=kwargs.get("config") is None and not kwargs.get("subfolder")
-    )
-    try:
-        model_or_tuple = load(source, *args, **{"key_mapping": RENAMED_PARAMETERS, **kwargs})
-    except Exception as error:  # raised again below; the error of safetensors is not imported
-        if isinstance(error, RuntimeError) and "ignore_mismatched_sizes" in str(error):
-            raise MismatchedWeightsError(
-                describe_mismatch(load, source, *args, **kwargs)
-            ) from error
-
-        is_damaged = type(error).__name__ == "SafetensorError"
-        if is_damaged or (isinstance(error, OSError) and "\n" in str(error)):
-            prefix = "the weights in " if is_damaged else ""
-            raise OSError(
-                f"cannot load {prefix}{source}: {' '.join(str(error).split())}"
-            ) from error
-        raise
-
-    model = model_or_tuple[0] if isinstance(model_or_tuple, tuple) else model_or_tuple
-    # by default, transformers would save the model with the former names
-    model._weight_conversions = []
-    if isinstance(model, PreTrainedModel):
-        fold_temperatures(model)
-        if getattr(model, "class_distance", None) is not None:
-            cast(Any, model).class_distance.finish_loading(model.base_model)
-        align_weights(model)
-    return model_or_tuple
+def finish_loading(model: PreTrainedModel) -> None:
+    """Complete a model after transformers has loaded the weights."""
+    # By default, transformers would save the model with the former names.
+    model._weight_conversions = []  # type: ignore[assignment]
+    fold_temperatures(model)
+    align_weights(model)
 
 
 def fold_temperatures(model: PreTrainedModel) -> None:
     """Divide the weights of the heads by the temperatures in a file of an earlier version."""
     config: Any = model.config
     modules: dict[str, Any] = dict(model.named_modules())
-    for name, temperature in config._old_temperatures.items():
-        heads = [f"extra_heads.task_{name}"]
+    temperatures: dict[str, float] = vars(config).pop("_old_temperatures", {})
+    for name, temperature in temperatures.items():
+        heads = [
+            f"extra_heads.task_{each}" for each in ([name] if name else config.get_added_classes())
+        ]
         if not name:
-            added = [f"extra_heads.task_{each}" for each in config.get_added_classes()]
-            heads = ["classifier", "distillation_classifier", *added]
+            heads += ["classifier", "distillation_classifier"]
         for head in filter(modules.get, heads):
             divide_logits(modules[head], temperature)
-    config.__dict__.pop("_old_temperatures", None)
 
 
 def align_weights(model: PreTrainedModel) -> None:
@@ -599,38 +559,3 @@ def align_weights(model: PreTrainedModel) -> None:
         is_plain = type(parameter) is torch.nn.Parameter and parameter.device.type == "cpu"
         if is_plain and parameter.data_ptr() % 64:
             parameter.data = parameter.data.clone()
-
-
-def check_checkpoint_folder(source: Any, needs_config_file: bool) -> None:
-    """Raise OSError if a local path is not a checkpoint folder.
-
-    Hub ids and None (a state dict) are not checked.
-    """
-    folder = Path("." if source is None else source)
-    if not folder.exists() and (
-        folder.is_absolute() or len(folder.parts) > 2 or str(source).startswith((".", "~"))
-    ):
-        raise OSError(f"there is no folder {source}. Check the path")
-    if (
-        source is not None
-        and folder.is_dir()
-        and needs_config_file
-        and not (folder / "config.json").is_file()
-    ):
-        raise OSError(
-            f"there is no config.json in {source}. Save the model with save_pretrained to write "
-            "this file"
-        )
-
-
-def describe_mismatch(load: Callable[..., Any], source: Any, *args: Any, **kwargs: Any) -> str:
-    """Load the checkpoint again, and return a message that names a weight of another shape."""
-    _, loading_info = load(
-        source, *args, **{**kwargs, "ignore_mismatched_sizes": True, "output_loading_info": True}
-    )
-    name, saved_shape, expected_shape = min(loading_info["mismatched_keys"])
-    return (
-        f"the weights in {source} do not match the model: {name} has shape {list(saved_shape)}, "
-        f"but the model requires {list(expected_shape)}. Use the checkpoint's configuration, or "
-        "set ignore_mismatched_sizes=True"
-    )

@@ -52,9 +52,6 @@ class ClassDistance(nn.Module):
     def __init__(self, config: ViTCLSConfig) -> None:
         super().__init__()
         statistics = config.class_statistics or {}
-        self.counts: Tensor
-        self.sizes: Tensor
-        self.fingerprint: Tensor
         self.tokens = [(layer, kind) for layer, kind in statistics["tokens"]]
         self.layers = config.resolve_layers([layer for layer, _ in self.tokens])
         self.poolers = [TokenPooler(config, kind) for _, kind in self.tokens]
@@ -63,9 +60,9 @@ class ClassDistance(nn.Module):
             size = config.compute_pooled_size(kind, 1)
             self.register_buffer(f"means_{index}", torch.zeros(num_classes, size))
             self.register_buffer(f"precisions_{index}", torch.zeros(size, size))
-        self.register_buffer("counts", torch.zeros(num_classes))
-        self.register_buffer("sizes", torch.zeros(len(self.tokens)))
-        self.register_buffer("fingerprint", torch.zeros(NUM_SUMS, dtype=torch.int64))
+        self.counts = nn.Buffer(torch.zeros(num_classes))
+        self.sizes = nn.Buffer(torch.zeros(len(self.tokens)))
+        self.fingerprint = nn.Buffer(torch.zeros(NUM_SUMS, dtype=torch.int64))
         self.is_valid = True
         self.checked_state: list[Any] = []
 
@@ -145,17 +142,9 @@ class ClassDistance(nn.Module):
         sums = sum_weights(encoder)
         if sums is None or self.fingerprint.is_meta:
             return True
-        # A loaded file without statistics, or of a version that stored no fingerprint
-        if not self.fingerprint.any():
-            return bool(self.counts.any())
         totals, roundings = sums
         deviations = (self.fingerprint.cpu() * SUM_UNIT - totals) / roundings
         return float(deviations.square().sum()) < MAX_DEVIATION
-
-    def finish_loading(self, encoder: nn.Module) -> None:
-        """Complete the statistics of a version that stored no fingerprint."""
-        if not self.fingerprint.is_meta and not self.fingerprint.any() and self.counts.any():
-            self.store_fingerprint(encoder)
 
     def store_fingerprint(self, encoder: nn.Module) -> None:
         """Declare that the statistics belong to the present weights of the encoder."""

@@ -5,10 +5,13 @@ Processes without the package, which take time to start, use a local Hub.
 
 import json
 import os
+import shutil
 import socket
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import timm
@@ -19,7 +22,7 @@ from helpers.fresh_processes import run_fresh
 from helpers.local_hub import LocalHub, Token
 from helpers.scripts_in_process import run_in_process
 from helpers.source_checkpoints import SIZES, save_checkpoint
-from helpers.tiny_models import raises_one_line, save_classifier
+from helpers.tiny_models import build_tiny_config, raises_one_line, save_classifier
 from huggingface_hub import HfApi
 from huggingface_hub.utils import _http as hub_http
 from PIL import Image
@@ -348,3 +351,37 @@ def test_incomplete_cached_models_are_not_used(
         get_model_folder("ann/notes", CONFIG_FILES)
     with raises_one_line("HF_HUB_OFFLINE", "`hf download ann/model`", error=OSError):
         get_model_folder("ann/model")
+
+
+# Checkpoints that cannot be loaded ----------------------------------------------------------------
+
+
+def cut(file: Path, keep: int) -> None:
+    file.write_bytes(file.read_bytes()[:keep])
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
+    "no_weights": (lambda folder: (folder / "model.safetensors").unlink(), ["model.safetensors"]),
+    "no_config": (lambda folder: (folder / "config.json").unlink(), ["config.json"]),
+    "truncated_weights": (lambda folder: cut(folder / "model.safetensors", -100), ["weights"]),
+    "corrupt_config": (lambda folder: cut(folder / "config.json", 40), ["config"]),
+    "nothing": (lambda folder: shutil.rmtree(folder), []),
+}
+CHECKPOINT_ERRORS = (ValueError, OSError, RuntimeError)
+
+
+@pytest.mark.parametrize(("damage", "words"), DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_checkpoint_is_named(
+    damage: Callable[[Path], Any], words: list[str], tmp_path: Path
+) -> None:
+    vitcls.ViTCLSForImageClassification(build_tiny_config()).save_pretrained(tmp_path)
+    damage(tmp_path)
+    with raises_one_line(str(tmp_path), *words, error=CHECKPOINT_ERRORS):
+        ModelFolder(tmp_path).load(vitcls.ViTCLSForImageClassification)
+
+
+def test_weights_of_a_wrong_shape_are_named(tmp_path: Path) -> None:
+    vitcls.ViTCLSForImageClassification(build_tiny_config()).save_pretrained(tmp_path)
+    build_tiny_config(intermediate_size=20).save_pretrained(tmp_path)
+    with raises_one_line("layers.0.mlp.fc1.bias", "[24]", "[20]", error=CHECKPOINT_ERRORS):
+        ModelFolder(tmp_path).load(vitcls.ViTCLSForImageClassification)

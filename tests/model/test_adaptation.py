@@ -296,11 +296,8 @@ def test_impossible_changes_are_errors(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     with raises_one_line("num_regster_tokens", "num_register_tokens"):
         ViTCLSModel.from_pretrained(tmp_path, image_size=64, num_regster_tokens=4)
-    with raises_one_line("`num_register_tokens`", "-1"):
+    with raises_one_line("num_register_tokens", "-1"):
         ViTCLSModel.from_pretrained(tmp_path, num_register_tokens=-1)
-    for folder in (tmp_path / "nowhere", "./nowhere", "~/nowhere", "no/such/folder"):
-        with raises_one_line(f"no folder {folder}", error=OSError):
-            ViTCLSModel.from_pretrained(folder, num_register_tokens=2)
 
 
 # Grids and patches

@@ -5,8 +5,6 @@ test_losses.py, precision and compilation in test_runtime.py, equality with othe
 test_exactness.py.
 """
 
-import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +25,6 @@ from helpers.tiny_models import (
 )
 from safetensors.torch import save_file
 from torch import nn
-from transformers import AutoModelForImageClassification
 
 from modeling_vitcls import (
     ViTCLSBackbone,
@@ -402,38 +399,3 @@ def test_an_unknown_argument_is_an_error(
 ) -> None:
     with raises_one_line("pixel_value", error=TypeError):
         model_class(build_tiny_config(**fields))(build_images(), pixel_value=build_images())
-
-
-def _cut(file: Path, keep: int) -> None:
-    file.write_bytes(file.read_bytes()[:keep])
-
-
-DAMAGES: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
-    "no_weights": (lambda folder: (folder / "model.safetensors").unlink(), ["model.safetensors"]),
-    "no_config": (lambda folder: (folder / "config.json").unlink(), ["config.json"]),
-    "truncated_weights": (lambda folder: _cut(folder / "model.safetensors", -100), ["weights"]),
-    "corrupt_config": (lambda folder: _cut(folder / "config.json", 40), ["config"]),
-    "nothing": (lambda folder: shutil.rmtree(folder), []),
-}
-CHECKPOINT_ERRORS = (ValueError, OSError, RuntimeError)
-
-
-@pytest.mark.parametrize("load", [ViTCLSForImageClassification, AutoModelForImageClassification])
-@pytest.mark.parametrize(("damage", "words"), DAMAGES.values(), ids=DAMAGES)
-def test_a_damaged_checkpoint_is_named(
-    damage: Callable, words: list[str], load: Any, tmp_path: Path
-) -> None:
-    ViTCLSForImageClassification(build_tiny_config()).save_pretrained(tmp_path)
-    damage(tmp_path)
-    with raises_one_line(str(tmp_path), *words, error=CHECKPOINT_ERRORS):
-        load.from_pretrained(tmp_path)
-
-
-@pytest.mark.parametrize("load", [ViTCLSForImageClassification, AutoModelForImageClassification])
-def test_weights_of_a_wrong_shape_are_named(load: Any, tmp_path: Path) -> None:
-    ViTCLSForImageClassification(build_tiny_config()).save_pretrained(tmp_path)
-    build_tiny_config(intermediate_size=20).save_pretrained(tmp_path)
-    with raises_one_line("layers.0.mlp.fc1.bias", "[24]", "[20]", error=CHECKPOINT_ERRORS):
-        load.from_pretrained(tmp_path)
-    with raises_one_line("classifier", "[3]", "[5]", error=RuntimeError):
-        load.from_pretrained(tmp_path, config=build_tiny_config(num_labels=5))
