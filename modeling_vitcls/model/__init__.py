@@ -15,7 +15,7 @@ They import only one another and public libraries.
     attention_masks_vitcls.py         masks of CLS tokens, relative position bias, token gates
     variants_vitcls.py                other layers and attentions, register neurons
     class_distance_vitcls.py          class statistics, and whether they fit the weights
-    adaptation_vitcls.py              checkpoints with other special tokens or sizes; loading errors
+    adaptation_vitcls.py              checkpoints with other special tokens or sizes
     token_attention_vitcls.py         attention maps of the special tokens
     cpu_kernels_vitcls.py             modules that are faster on CPUs, installed from outside
     lean_layers_vitcls.py             layers that leave out Python, installed from outside

@@ -35,6 +35,7 @@ from .positions_vitcls import (
     resample_positions,
     rotate_patches,
 )
+from .token_layout_vitcls import COUNT_FIELDS, GROUPS_WITH_POSITIONS
 
 
 NORMS: dict[str, type[nn.Module]] = {"layernorm": nn.LayerNorm, "rmsnorm": nn.RMSNorm}
@@ -175,16 +176,11 @@ class LearnedPositionEmbeddings(nn.Module):
         super().__init__()
         self.config = config
         self.grid_size = config.grid_size
-        has_cls_position = config.position_embedding_tokens in ("cls", "all")
-        has_all_positions = config.position_embedding_tokens == "all"
-        # [1, n, D] or None
-        self.cls = build_tokens(config.num_cls_tokens * has_cls_position, config.hidden_size)
-        self.distillation = build_tokens(
-            config.num_distillation_tokens * has_all_positions, config.hidden_size
-        )
-        self.registers = build_tokens(
-            config.num_register_tokens * has_all_positions, config.hidden_size
-        )
+        groups = GROUPS_WITH_POSITIONS[config.position_embedding_tokens]
+        for group, field in COUNT_FIELDS.items():
+            num_tokens = getattr(config, field) if group in groups else 0
+            # [1, n, D] or None
+            self.register_parameter(group, build_tokens(num_tokens, config.hidden_size))
         self.patches = nn.Parameter(torch.empty(1, math.prod(self.grid_size), config.hidden_size))
 
     def forward(
@@ -458,9 +454,6 @@ class DropPath(nn.Module):
         mask = hidden_states.new_empty(hidden_states.shape[0], 1, 1).bernoulli_(keep_prob)
         # Divided, so that the mean over many steps is what evaluation computes.
         return hidden_states * mask / keep_prob
-
-    def extra_repr(self) -> str:
-        return f"rate={self.rate}"
 
 
 class ViTCLSLayer(GradientCheckpointingLayer):

@@ -5,9 +5,10 @@ The token order is the same in the whole package:
 
     [ CLS x k | distillation x d | register x r | patches ]
 
-`config.token_layout` has a slice for each group. The fields are divided into main options and
-options for converted checkpoints. All checks of a configuration are in this file: a model with a
-valid configuration can be built and run.
+`config.token_layout` has a slice for each group. A text below each field explains it;
+scripts/make_field_tables.py writes these texts to docs/configuration.md. A model with a valid
+configuration can be built and run: the checks of single fields are in field_checks_vitcls.py, and
+the checks of fields that depend on one another are at the end of this file.
 """
 
 import transformers
@@ -45,6 +46,7 @@ from .field_checks_vitcls import (
     positive,
     raise_one_line_errors,
     rate,
+    reject,
     shorten_errors,
     to_pair,
     token_count,
@@ -55,6 +57,7 @@ from .token_layout_vitcls import (
     GROUPS_WITH_POSITIONS,
     TokenGroup,
     TokenLayout,
+    check_scopes,
     update_gated_tokens,
 )
 
@@ -169,6 +172,11 @@ ADAPTABLE_FIELDS = (
 # Attention implementations that config.json may name. In transformers, other values may name a
 # repository of compiled kernels, and a downloaded file must not choose code to run.
 STORED_ATTENTIONS = ("sdpa", "eager", "flex_attention")
+ATTENTION_FIELDS = (
+    "attn_implementation",
+    "_attn_implementation",
+    "_attn_implementation_internal",
+)
 
 # Fields that are saved even with default values.
 ALWAYS_SAVED_FIELDS = (
@@ -262,8 +270,6 @@ class ViTCLSConfig(ExtraHeadsConfig, BackboneConfigMixin, PreTrainedConfig):
     # Whether to skip validation. True only while loading a checkpoint whose weights are then
     # adapted.
     _skip_validation: ClassVar[bool] = False
-    # What `from_pretrained` divides the weights of the heads by (`_pop_temperatures`)
-    _old_temperatures: ClassVar[Mapping[str, float]] = {}
     # Outputs that Trainer does not collect as predictions.
     keys_to_ignore_at_inference: ClassVar[list[str]] = [
         "cls_logits",
@@ -566,91 +572,95 @@ class ViTCLSConfig(ExtraHeadsConfig, BackboneConfigMixin, PreTrainedConfig):
         """Build a configuration from a stored dict; overrides are applied before validation."""
         field_names = {field.name for field in dataclasses.fields(cls)} - {"dtype"}
         overrides = {name: kwargs.pop(name) for name in list(kwargs) if name in field_names}
-        keywords = cls._list_keywords()
-        loading_keywords = keywords | {"gate_new_tokens"}
-        for name in sorted(kwargs.keys() - loading_keywords):
-            hint = _format_suggestion(name, loading_keywords, cutoff=0.8)
-            if hint:
-                raise ValueError(f"Unknown field {name!r}{hint}")
+        cls._check_keywords(kwargs)
+        cls._check_attention(config_dict)
 
-        config_dict = dict(config_dict)
-        labels = config_dict.get("id2label")
-        num_stored_labels = isinstance(labels, dict) and len(labels)
-        if "id2label" in overrides or kwargs.get("num_labels") not in (None, num_stored_labels):
-            config_dict |= dict.fromkeys(("id2label", "label2id"))
-            cls._drop_statistics(config_dict, "the labels are new")
-        for name in FEATURE_FIELDS:
-            stored = config_dict.get(name, getattr(cls, name))
-            if overrides.get(name, stored) != stored:
-                cls._drop_statistics(config_dict, f"`{name}` is new")
-        temperatures = cls._pop_temperatures(config_dict)
+        stored = copy.deepcopy(config_dict)
+        temperatures = cls._pop_temperatures(stored)
+        unknown_fields = cls._pop_unknown_fields(stored)
+        cls._forget_what_changes(stored, overrides, kwargs.get("num_labels"))
+        # The overrides are merged first: alone, the stored values may contradict them.
+        config_or_tuple = super().from_dict({**stored, **overrides}, **kwargs)
 
-        if overrides.get("num_hidden_layers") not in (None, config_dict.get("num_hidden_layers")):
-            # stored stages do not apply to the new layers
-            config_dict |= {"out_features": None, "out_indices": None}
-
-        stored_counts = {
-            field: config_dict.get(field, getattr(cls, field)) for field in COUNT_FIELDS.values()
-        }
-        new_counts = {field: overrides.get(field, stored_counts[field]) for field in stored_counts}
-        if new_counts != stored_counts:
-            config_dict["gated_tokens"] = update_gated_tokens(
-                config_dict.get("gated_tokens"), stored_counts, new_counts
-            )
-
-        for name in (
-            "attn_implementation",
-            "_attn_implementation",
-            "_attn_implementation_internal",
-        ):
-            if config_dict.get(name) not in (None, *STORED_ATTENTIONS):
-                raise ValueError(
-                    f"The stored configuration has {name}={config_dict[name]!r}, but only "
-                    f"{', '.join(STORED_ATTENTIONS)} are read from a file. Remove the field, and "
-                    "pass `attn_implementation` to `from_pretrained`."
-                )
-
-        unknown_fields = {
-            name: config_dict.pop(name)
-            for name in list(config_dict)
-            if name not in keywords and not name.startswith("_")
-        }
-
-        # overrides are merged first: alone, the stored values may contradict them
-        config_or_tuple = super().from_dict({**config_dict, **overrides}, **kwargs)
         config = config_or_tuple[0] if isinstance(config_or_tuple, tuple) else config_or_tuple
-
         if temperatures:
-            config._old_temperatures = temperatures  # type: ignore[misc]
-        # Unknown fields were set by the user before saving, or written by another version, whose
-        # fields are off by default.
+            unknown_fields["_old_temperatures"] = temperatures
         for name, value in unknown_fields.items():
             setattr(config, name, value)
+        return config_or_tuple
+
+    @classmethod
+    def _check_keywords(cls, kwargs: Mapping[str, Any]) -> None:
+        """Raise ValueError for a keyword that is almost a field; transformers knows the others."""
+        known_names = cls._list_keywords() | {"gate_new_tokens"}
+        for name in sorted(kwargs.keys() - known_names):
+            hint = _format_suggestion(name, known_names, cutoff=0.8)
+            reject((bool(hint), f"Unknown field {name!r}{hint}"))
+
+    @classmethod
+    def _check_attention(cls, stored: Mapping[str, Any]) -> None:
+        """Raise ValueError if a stored dict chooses an attention function that may be a download."""
+        for name in ATTENTION_FIELDS:
+            reject(
+                (
+                    stored.get(name) not in (None, *STORED_ATTENTIONS),
+                    f"The stored configuration has {name}={stored.get(name)!r}, but only "
+                    f"{', '.join(STORED_ATTENTIONS)} are read from a file. Remove the field, and "
+                    "pass `attn_implementation` to `from_pretrained`.",
+                )
+            )
+
+    @classmethod
+    def _pop_temperatures(cls, stored: dict[str, Any]) -> dict[str, float]:
+        """Remove the temperatures of a stored dict: head -> temperature, "" for the classifier.
+
+        Earlier versions stored them here. Today, they are a part of the heads' weights.
+        """
+        stored.pop("fitted_encoder", None)
+        heads = {"": stored, **(stored.get("extra_heads") or {})}
+        temperatures = {name: head.pop("temperature", 1.0) for name, head in heads.items()}
+        return {name: value for name, value in temperatures.items() if value != 1}
+
+    @classmethod
+    def _pop_unknown_fields(cls, stored: dict[str, Any]) -> dict[str, Any]:
+        """Remove the fields that this version does not know from a stored dict, and return them.
+
+        A person set them before saving, or another version, whose fields are off by default.
+        """
+        unknown_names = [
+            name for name in stored.keys() - cls._list_keywords() if not name.startswith("_")
+        ]
+        unknown_fields = {name: stored.pop(name) for name in unknown_names}
+        for name, value in unknown_fields.items():
             if value:
                 logger.warning(
                     f"The stored configuration has {name}={value!r}, a field that this version "
                     "does not use."
                 )
-        return config_or_tuple
+        return unknown_fields
 
     @classmethod
-    def _drop_statistics(cls, config_dict: dict[str, Any], reason: str) -> None:
-        """Remove the class statistics from a stored dict."""
-        if removed := [name for name in STATISTICS_FIELDS if config_dict.pop(name, None)]:
-            logger.warning(f"{', '.join(removed)}: removed, because {reason}")
+    def _forget_what_changes(
+        cls, stored: dict[str, Any], overrides: Mapping[str, Any], num_labels: int | None
+    ) -> None:
+        """Remove from a stored dict what does not apply to the overrides."""
+        changes = [
+            name
+            for name in FEATURE_FIELDS
+            if name in overrides and overrides[name] != stored.get(name, getattr(cls, name))
+        ]
+        if "num_hidden_layers" in changes:
+            stored |= dict.fromkeys(("out_features", "out_indices"))
+        if "id2label" in overrides or num_labels not in (None, len(stored.get("id2label") or {})):
+            changes.append("id2label")
+            stored |= dict.fromkeys(("id2label", "label2id"))
+        removed = [name for name in STATISTICS_FIELDS if changes and stored.pop(name, None)]
+        if removed:
+            logger.warning(f"{', '.join(removed)}: removed, because {changes[0]} is new")
 
-    @classmethod
-    def _pop_temperatures(cls, config_dict: dict[str, Any]) -> dict[str, float]:
-        """Remove the temperatures of a stored dict: head -> temperature, "" for the classifier.
-
-        Earlier versions stored them here. Today, they are a part of the heads' weights.
-        """
-        config_dict.pop("fitted_encoder", None)
-        temperatures = {"": config_dict.pop("temperature", 1.0)}
-        config_dict["extra_heads"] = copy.deepcopy(config_dict.get("extra_heads"))
-        for name, head in (config_dict["extra_heads"] or {}).items():
-            temperatures[name] = head.pop("temperature", 1.0)
-        return {name: value for name, value in temperatures.items() if value != 1}
+        counts = {name: stored.get(name, getattr(cls, name)) for name in COUNT_FIELDS.values()}
+        new_counts = {name: overrides.get(name, count) for name, count in counts.items()}
+        stored["gated_tokens"] = update_gated_tokens(stored.get("gated_tokens"), counts, new_counts)
 
     def save_pretrained(
         self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any
@@ -818,124 +828,110 @@ class ViTCLSConfig(ExtraHeadsConfig, BackboneConfigMixin, PreTrainedConfig):
         return labels_by_task
 
     # Checks of fields that depend on one another --------------------------------------------------
-    def validate_token_init(self) -> None:
-        """Check that special tokens cannot remain identical during training."""
+    def validate_tokens(self) -> None:
+        """Check the initial values, gates, scopes and neurons of special tokens."""
         has_learned_positions = self.position_embedding_type.startswith("learned")
         distinct_groups = (
             GROUPS_WITH_POSITIONS[self.position_embedding_tokens] if has_learned_positions else ()
         )
+        gated_tokens: dict[Any, int] = self.gated_tokens or {}
         for group, field in COUNT_FIELDS.items():
-            if (
-                self.token_init == "zeros"
-                and group not in distinct_groups
-                and getattr(self, field) > 1
-            ):
-                raise ValueError(
+            num_tokens = getattr(self, field)
+            are_identical = self.token_init == "zeros" and group not in distinct_groups
+            reject(
+                (
+                    are_identical and num_tokens > 1,
                     f'`token_init="zeros"` keeps the tokens of "{group}" identical. '
-                    'Set `token_init="trunc_normal"`.'
-                )
-
-    def validate_scopes(self) -> None:
-        """Check that each CLS token has one valid scope."""
-        scopes = self.cls_scopes
-        grid_rows, grid_columns = self.grid_size
-        if scopes is not None and len(scopes) != self.num_cls_tokens:
-            raise ValueError(
-                f"`cls_scopes` has {len(scopes)} scopes. Set one for each of {self.num_cls_tokens} "
-                "CLS tokens."
+                    'Set `token_init="trunc_normal"`.',
+                ),
+                (
+                    group in gated_tokens and not 0 < gated_tokens[group] <= num_tokens,
+                    f"`gated_tokens`: {gated_tokens.get(group)} of {num_tokens} {group!r} tokens. "
+                    f"Omit {group!r} for none.",
+                ),
             )
+        if self.cls_scopes is not None:
+            check_scopes(self.cls_scopes, self.num_cls_tokens, self.grid_size)
+        self._check_register_neurons()
 
-        for scope in scopes or ():
-            if scope == "image":
-                continue
-            if len(scope) != 4:
-                raise ValueError(
-                    f'`cls_scopes`: {scope!r} must be "image" or [rows, columns, row, column].'
-                )
-            rows, columns, row, column = scope
-            if not (0 <= row < rows <= grid_rows and 0 <= column < columns <= grid_columns):
-                raise ValueError(
-                    f"`cls_scopes`: {scope} is not a cell of a {rows} x {columns} grid over "
-                    f"{grid_rows} x {grid_columns} patches. Count rows and columns from 0."
-                )
-
-    def validate_gates(self) -> None:
-        """Check that gated tokens exist."""
-        for group, num_gated in (self.gated_tokens or {}).items():
-            num_tokens = getattr(self, COUNT_FIELDS[group])
-            if not 0 < num_gated <= num_tokens:
-                raise ValueError(
-                    f"`gated_tokens`: {num_gated} of {num_tokens} {group!r} tokens. Omit {group!r} "
-                    "for none."
-                )
-
-    def validate_register_neurons(self) -> None:
+    def _check_register_neurons(self) -> None:
         """Check that register neurons exist, and that a register receives their activations."""
-        if self.register_neurons is not None and self.num_register_tokens == 0:
-            raise ValueError(
-                "`register_neurons` requires a register token. Set `num_register_tokens=1`."
-            )
         for pair in self.register_neurons or ():
-            if len(pair) != 2 or not (
-                0 <= pair[0] < self.num_hidden_layers and 0 <= pair[1] < self.intermediate_size
-            ):
-                raise ValueError(
+            is_neuron = (
+                len(pair) == 2
+                and 0 <= pair[0] < self.num_hidden_layers
+                and 0 <= pair[1] < self.intermediate_size
+            )
+            reject(
+                (
+                    self.num_register_tokens == 0,
+                    "`register_neurons` requires a register token. Set `num_register_tokens=1`.",
+                ),
+                (
+                    not is_neuron,
                     f"`register_neurons`: {pair} must be [layer, neuron], with a layer below "
-                    f"{self.num_hidden_layers} and a neuron below {self.intermediate_size}."
-                )
+                    f"{self.num_hidden_layers} and a neuron below {self.intermediate_size}.",
+                ),
+            )
 
     def validate_tasks(self) -> None:
         """Check that every task has its own CLS token, a valid name, and labels."""
         if self.tasks is None:
             return
-        if len(self.tasks) != self.num_cls_tokens or not self.tasks:
-            raise ValueError(
+        reject(
+            (
+                len(self.tasks) != self.num_cls_tokens or not self.tasks,
                 "`tasks` requires one CLS token per task. Set "
-                f"`num_cls_tokens={max(len(self.tasks), 1)}`."
-            )
-        if self.cls_scopes and list(self.tasks) != sorted(self.tasks):
-            order = ", ".join(sorted(self.tasks))
-            raise ValueError(
+                f"`num_cls_tokens={max(len(self.tasks), 1)}`.",
+            ),
+            (
+                self.cls_scopes is not None and list(self.tasks) != sorted(self.tasks),
                 "`cls_scopes` requires `tasks` in alphabetical order. Reorder both fields: "
-                f"{order}."
-            )
-        if self.pooling != "cls":
-            raise ValueError(
+                f"{', '.join(sorted(self.tasks))}.",
+            ),
+            (
+                self.pooling != "cls",
                 f'`tasks` requires CLS pooling, but `pooling` is "{self.pooling}". '
-                'Set `pooling="cls"`.'
-            )
-
+                'Set `pooling="cls"`.',
+            ),
+        )
         for name, labels in self.tasks.items():
-            if not name.isidentifier():
-                raise ValueError(
-                    f"`tasks` does not support the name {name!r}. Use letters, digits and "
-                    "underscores."
-                )
+            self._check_head_name("tasks", name)
             self._check_label_names(
                 f"`tasks`: {name!r}", range(labels) if isinstance(labels, int) else labels
             )
 
     def validate_pooling(self) -> None:
-        """Check that the pooled CLS tokens exist."""
-        if self.pooling in ("cls", "cls_mean") and self.num_cls_tokens == 0:
-            raise ValueError(
-                f'`pooling="{self.pooling}"` requires a CLS token, but `num_cls_tokens` is 0. '
-                'Set `num_cls_tokens=1` or pooling="mean", "max" or "attention".'
-            )
+        """Check that the tokens and layers that the heads read exist."""
         pooled = self.pooled_cls_tokens
-        if pooled is not None and not (pooled and set(pooled) <= set(range(self.num_cls_tokens))):
-            raise ValueError(
-                f"`pooled_cls_tokens` is {pooled}. Set indices from 0 to {self.num_cls_tokens - 1}."
-            )
-
-    def validate_pooled_layers(self) -> None:
-        """Check that pooled layers exist and differ; attention pooling supports one layer."""
+        cls_indices = set(range(self.num_cls_tokens))
         self._check_layers("`pooled_layers`", self.pooled_layers)
-        if self.pooling == "attention" and len(self.pooled_layer_indices) > 1:
-            raise ValueError(
+        reject(
+            (
+                self.pooling in ("cls", "cls_mean") and self.num_cls_tokens == 0,
+                f'`pooling="{self.pooling}"` requires a CLS token, but `num_cls_tokens` is 0. '
+                'Set `num_cls_tokens=1` or pooling="mean", "max" or "attention".',
+            ),
+            (
+                pooled is not None and not (pooled and set(pooled) <= cls_indices),
+                f"`pooled_cls_tokens` is {pooled}. Set indices from 0 to {self.num_cls_tokens - 1}.",
+            ),
+            (
+                self.pooling == "attention" and len(self.pooled_layer_indices) > 1,
                 '`pooling="attention"` supports one layer, but `pooled_layers` has several. '
-                'Set `pooling="cls_mean"` or one layer.'
-            )
+                'Set `pooling="cls_mean"` or one layer.',
+            ),
+            (
+                bool(self.distillation_head) and self.num_distillation_tokens == 0,
+                "`distillation_head=True` requires a distillation token. Set "
+                "`num_distillation_tokens=1`.",
+            ),
+            (
+                self.distillation_inference == "distillation" and not self.has_distillation_head,
+                '`distillation_inference="distillation"` requires a distillation head. '
+                "Set `num_distillation_tokens=1`, and leave distillation_head unset.",
+            ),
+        )
 
     def _check_layers(self, owner: str, layers: list[int] | None) -> None:
         """Check that layers exist and differ; the message names the `owner` of the indices."""
@@ -943,111 +939,116 @@ class ViTCLSConfig(ExtraHeadsConfig, BackboneConfigMixin, PreTrainedConfig):
             return
         indices = self.resolve_layers(layers)
         are_layers = bool(layers) and set(indices) <= set(range(1, self.num_hidden_layers + 1))
-        if not are_layers or len(set(indices)) != len(indices):
-            raise ValueError(
+        reject(
+            (
+                not are_layers or len(set(indices)) != len(indices),
                 f"{owner} must be different layers from 1 to {self.num_hidden_layers}, or from "
-                f"-{self.num_hidden_layers} to -1, but it is {layers}."
+                f"-{self.num_hidden_layers} to -1, but it is {layers}.",
             )
-
-    def validate_distillation(self) -> None:
-        """Check that a distillation head has a distillation token."""
-        if self.distillation_head and self.num_distillation_tokens == 0:
-            raise ValueError(
-                "`distillation_head=True` requires a distillation token. Set "
-                "`num_distillation_tokens=1`."
-            )
-        if self.distillation_inference == "distillation" and not self.has_distillation_head:
-            raise ValueError(
-                '`distillation_inference="distillation"` requires a distillation head. '
-                "Set `num_distillation_tokens=1`, and leave distillation_head unset."
-            )
+        )
 
     def _check_labels(self, num_labels: Any) -> None:
         """Check `num_labels`, `id2label` and `label2id` before transformers builds label names."""
-        if self.id2label is not None:
-            expected_ids = set(map(str, range(len(self.id2label))))
-            if set(map(str, self.id2label)) != expected_ids:
-                raise ValueError(
-                    f"`id2label` has the ids {list(self.id2label)}. Number the labels from 0 "
-                    "without gaps."
-                )
-
-            # The names that transformers generates are not a contradiction: they remain if a
-            # person sets only `id2label`. Labels may repeat.
-            labels = {str(index): label for index, label in self.id2label.items()}
-            for label, index in (self.label2id or {}).items():
-                if label not in (labels.get(str(index)), f"LABEL_{index}"):
-                    raise ValueError(
-                        f"`label2id` maps {label!r} to {index}, but `id2label` maps {index} to "
-                        f"{labels.get(str(index))!r}. Correct one of them, or remove `label2id`."
-                    )
-
-        if num_labels is not None and not (
-            type(num_labels) is int and 0 <= num_labels <= MAX_LABELS
-        ):
-            raise ValueError(
+        labels = {str(index): label for index, label in (self.id2label or {}).items()}
+        # The names that transformers generates are no contradiction: they remain if a person sets
+        # only `id2label`. Labels may repeat.
+        contradictions = [
+            label
+            for label, index in (self.label2id or {}).items()
+            if labels and label not in (labels.get(str(index)), f"LABEL_{index}")
+        ]
+        is_count = type(num_labels) is int and 0 <= num_labels <= MAX_LABELS
+        reject(
+            (
+                labels.keys() != set(map(str, range(len(labels)))),
+                f"`id2label` has the ids {list(labels)}. Number the labels from 0 without gaps.",
+            ),
+            (
+                bool(contradictions),
+                f"`label2id` has {contradictions[:1]}, but `id2label` has another label at its "
+                "index. Correct one of them, or remove `label2id`.",
+            ),
+            (
+                num_labels is not None and not is_count,
                 f"`num_labels` must be between 0 (no classifier) and {MAX_LABELS:,}, not "
-                f"{num_labels!r}."
-            )
-        if (
-            num_labels is not None
-            and self.id2label is not None
-            and len(self.id2label) != num_labels
-        ):
-            raise ValueError(
-                f"`num_labels` is {num_labels}, but `id2label` has {len(self.id2label)} labels. "
-                "Omit `num_labels`."
-            )
+                f"{num_labels!r}.",
+            ),
+            (
+                self.id2label is not None and num_labels not in (None, len(labels)),
+                f"`num_labels` is {num_labels}, but `id2label` has {len(labels)} labels. Omit "
+                "`num_labels`.",
+            ),
+        )
 
     def validate_image(self) -> None:
         """Check that patches divide the image, and that they are not too many."""
-        if math.prod(self.grid_size) > MAX_PATCHES:
-            raise ValueError(
-                f"`image_size` {self.image_size} makes {math.prod(self.grid_size):,} patches of "
+        num_patches = math.prod(self.grid_size)
+        reject(
+            (
+                num_patches > MAX_PATCHES,
+                f"`image_size` {self.image_size} makes {num_patches:,} patches of "
                 f"{self.patch_size} pixels, but at most {MAX_PATCHES:,} are supported. Use a "
-                "smaller image size."
+                "smaller image size.",
             )
-
-        axes = zip(
-            ("height", "width"), self.image_height_width, self.patch_height_width, strict=True
         )
-        for axis, size, patch_size in axes:
-            if size % patch_size:
-                multiple = max(size // patch_size, 1) * patch_size
-                raise ValueError(
-                    f"`image_size`: {axis} {size} is not a multiple of the patch {axis} "
-                    f"{patch_size}. Use {multiple} or {multiple + patch_size}."
+        for size, patch_size in zip(self.image_height_width, self.patch_height_width, strict=True):
+            multiple = max(size // patch_size, 1) * patch_size
+            reject(
+                (
+                    size % patch_size != 0,
+                    f"`image_size`: {size} is not a multiple of the patch size {patch_size}. Use "
+                    f"{multiple} or {multiple + patch_size}.",
                 )
+            )
 
     def validate_attention(self) -> None:
-        """Check that the heads divide the hidden size and have a supported size."""
-        if self.attention_head_size is None and self.hidden_size % self.num_attention_heads:
-            raise ValueError(
+        """Check that the heads have a supported size, and the position embeddings their numbers."""
+        periods = self.rope_periods
+        num_periods = self.head_dim // 4
+        num_pool_heads = self.attention_pool_heads or self.num_attention_heads
+        has_attention_pool = self.attention_pool_heads or self.pooling == "attention"
+        has_other_scores = self.has_rotary_positions or self.relative_position_bias != "none"
+        reject(
+            (
+                self.attention_head_size is None
+                and self.hidden_size % self.num_attention_heads != 0,
                 f"num_attention_heads={self.num_attention_heads} does not divide "
                 f"hidden_size={self.hidden_size}. Set attention_head_size, or another number of "
-                "heads."
-            )
-        if self.has_rotary_positions and self.head_dim % 4:
-            raise ValueError(
+                "heads.",
+            ),
+            (
+                self.has_rotary_positions and self.head_dim % 4 != 0,
                 f"{self.position_embedding_type} requires a head size that is a multiple of 4, but "
                 f"it is {self.head_dim}. Change hidden_size, num_attention_heads or "
-                "attention_head_size."
-            )
-        if self.position_embedding_type == "sincos_2d" and self.hidden_size % 4:
-            raise ValueError(
+                "attention_head_size.",
+            ),
+            (
+                periods is not None
+                and not (
+                    len(periods) == num_periods and 0 < min(periods) <= max(periods) < math.inf
+                ),
+                f"`rope_periods` must have head_dim / 4 = {num_periods} positive numbers, not "
+                f"{periods}.",
+            ),
+            (
+                self.position_embedding_type == "sincos_2d" and self.hidden_size % 4 != 0,
                 "sincos_2d requires `hidden_size` to be a multiple of 4, but it is "
-                f"{self.hidden_size}."
-            )
-
-        if self.attention_type == "differential" and (
-            self.head_dim % 2 or self.has_rotary_positions or self.relative_position_bias != "none"
-        ):
-            raise ValueError(
+                f"{self.hidden_size}.",
+            ),
+            (
+                self.attention_type == "differential"
+                and (self.head_dim % 2 != 0 or has_other_scores),
                 '`attention_type="differential"` requires an even head size, no rotary positions '
                 f'and `relative_position_bias="none"`, but the head size is {self.head_dim}, '
                 f'position_embedding_type is "{self.position_embedding_type}" and '
-                f'relative_position_bias is "{self.relative_position_bias}".'
-            )
+                f'relative_position_bias is "{self.relative_position_bias}".',
+            ),
+            (
+                bool(has_attention_pool) and self.hidden_size % num_pool_heads != 0,
+                f"attention_pool_heads={num_pool_heads} must divide "
+                f"hidden_size={self.hidden_size}.",
+            ),
+        )
 
     def validate_class_statistics(self) -> None:
         """Check the tokens and the number of classes of the class statistics."""
@@ -1055,45 +1056,26 @@ class ViTCLSConfig(ExtraHeadsConfig, BackboneConfigMixin, PreTrainedConfig):
             return
         with raise_one_line_errors("`class_statistics`: "):
             statistics = StoredStatistics(**self.class_statistics)
+        tokens = statistics.tokens
         known_tokens = [
             [layer, kind] for layer in range(-self.num_hidden_layers, 0) for kind in ("cls", "mean")
         ]
-        if not statistics.tokens or any(token not in known_tokens for token in statistics.tokens):
-            raise ValueError(
+        reject(
+            (
+                not tokens or any(token not in known_tokens for token in tokens),
                 f"`class_statistics`: `tokens` must be pairs of a layer from "
                 f'-{self.num_hidden_layers} to -1 and "cls" or "mean", such as [[-1, "cls"]], but '
-                f"it is {statistics.tokens}."
-            )
-        if statistics.num_classes != self.num_labels:
-            raise ValueError(
+                f"it is {tokens}.",
+            ),
+            (
+                statistics.num_classes != self.num_labels,
                 f"`class_statistics` has num_classes={statistics.num_classes}, but the model has "
-                f"{self.num_labels} labels. Set `class_statistics=None`."
-            )
-
-    # Checks of the options for converted checkpoints ----------------------------------------------
-    def validate_rope_periods(self) -> None:
-        """Check the number and the values of rotary periods."""
-        periods = self.rope_periods
-        num_periods = self.head_dim // 4
-        if periods is not None and (
-            len(periods) != num_periods or not 0 < min(periods) <= max(periods) < math.inf
-        ):
-            raise ValueError(
-                f"`rope_periods` must have head_dim / 4 = {num_periods} positive numbers, not "
-                f"{periods}."
-            )
-
-    def validate_attention_pool(self) -> None:
-        """Check that the number of heads of the attention pooler divides the hidden size."""
-        num_heads = self.attention_pool_heads or self.num_attention_heads
-        has_attention_pool = self.attention_pool_heads or self.pooling == "attention"
-        if has_attention_pool and self.hidden_size % num_heads:
-            raise ValueError(
-                f"attention_pool_heads={num_heads} must divide hidden_size={self.hidden_size}."
-            )
+                f"{self.num_labels} labels. Set `class_statistics=None`.",
+            ),
+        )
 
     @classmethod
-    def _list_keywords(cls) -> frozenset[str]:
+    def _list_keywords(cls) -> set[str]:
         """Return the names of all fields, and of the keywords that transformers passes."""
         return TRANSFORMERS_KEYWORDS | {field.name for field in dataclasses.fields(cls)}
 

@@ -15,6 +15,7 @@ from .field_checks_vitcls import (
     MAX_LABELS,
     probability,
     raise_one_line_errors,
+    reject,
     shorten_errors,
 )
 
@@ -57,15 +58,18 @@ class ExtraHead:
     threshold: float | int | None = probability(default=None)
     adds_classes: bool = False
 
-    def validate_pooling(self) -> None:
-        """Check that each layer has a pooling."""
-        if len(self.layer_poolings) != len(self.pooled_layers or [-1]):
-            raise ValueError("`pooling` must be one, or one for each of `pooled_layers`")
-
-    def validate_added_classes(self) -> None:
-        """Check that added classes have no settings of their own, as they share a softmax."""
-        if self.adds_classes and self.problem_type == "multi_label_classification":
-            raise ValueError("`adds_classes` requires the default `problem_type`")
+    def validate_head(self) -> None:
+        """Check that each layer has a pooling, and that added classes share a softmax."""
+        reject(
+            (
+                len(self.layer_poolings) != len(self.pooled_layers or [-1]),
+                "`pooling` must be one, or one for each of `pooled_layers`",
+            ),
+            (
+                self.adds_classes and self.problem_type == "multi_label_classification",
+                "`adds_classes` requires the default `problem_type`",
+            ),
+        )
 
     @property
     def layer_poolings(self) -> list[ExtraPooling]:
@@ -134,33 +138,48 @@ class ExtraHeadsConfig:
         """Check the names of the extra heads, and that the model has the tokens that they read."""
         for name, fields in (self.extra_heads or {}).items():
             owner = f"`extra_heads`: {name!r}"
-            if not name.isidentifier() or name in (*RESERVED_OUTPUT_NAMES, *(self.tasks or ())):
-                raise ValueError(
-                    f"{owner} is not a free name. Use another one, of letters, digits and "
-                    "underscores."
-                )
-
+            self._check_head_name(
+                "extra_heads", name, (*RESERVED_OUTPUT_NAMES, *(self.tasks or ()))
+            )
             with raise_one_line_errors(f"{owner}: "):
                 head = ExtraHead(**fields)
             is_binary = head.problem_type == "multi_label_classification" or head.adds_classes
             self._check_label_names(owner, head.labels, min_labels=1 if is_binary else 2)
             self._check_layers(f"{owner}: `pooled_layers`", head.pooled_layers)
-            if any("cls" in pooling for pooling in head.layer_poolings) and not self.num_cls_tokens:
-                raise ValueError(
-                    f'{owner} requires a CLS token, but the model has none. Set `pooling="mean"`.'
+            reads_cls = any("cls" in pooling for pooling in head.layer_poolings)
+            reject(
+                (
+                    reads_cls and not self.num_cls_tokens,
+                    f'{owner} requires a CLS token, but the model has none. Set `pooling="mean"`.',
                 )
+            )
 
         added_labels = [label for labels in self.get_added_classes().values() for label in labels]
-        id2label: dict[Any, str] = dict(self.id2label or {})
-        last_labels = [id2label[index] for index in range(len(id2label))][-len(added_labels) :]
-
-        if added_labels and (self.tasks or last_labels != added_labels):
-            raise ValueError(
+        labels = [label for _, label in sorted((self.id2label or {}).items())]
+        last_labels = labels[-len(added_labels) :]
+        reject(
+            (
+                bool(added_labels) and (bool(self.tasks) or last_labels != added_labels),
                 "`extra_heads`: the labels of heads with `adds_classes` must be the last ones of "
-                f"`id2label`, which are {last_labels[:3]}. Append them to id2label."
+                f"`id2label`, which are {last_labels[:3]}. Append them to id2label.",
             )
+        )
+
+    def _check_head_name(self, field: str, name: str, reserved: Sequence[str] = ()) -> None:
+        """Check that the name of a head is free, and can be a part of the names of its weights."""
+        reject(
+            (
+                not name.isidentifier() or name in reserved,
+                f"`{field}`: {name!r} is not a free name. Use another one, of letters, digits and "
+                "underscores.",
+            )
+        )
 
     def _check_label_names(self, owner: str, labels: Sequence[Any], min_labels: int = 1) -> None:
         """Check the number of label names, and that none repeats."""
-        if not min_labels <= len(labels) <= MAX_LABELS or len(set(labels)) != len(labels):
-            raise ValueError(f"{owner} requires {min_labels} to {MAX_LABELS:,} distinct labels.")
+        reject(
+            (
+                not min_labels <= len(labels) <= MAX_LABELS or len(set(labels)) != len(labels),
+                f"{owner} requires {min_labels} to {MAX_LABELS:,} distinct labels.",
+            )
+        )

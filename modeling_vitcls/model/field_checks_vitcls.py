@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from huggingface_hub.dataclasses import as_validated_field
-from huggingface_hub.errors import StrictDataclassError
+from huggingface_hub.errors import StrictDataclassClassValidationError, StrictDataclassError
 from transformers.activations import ACT2FN
 
 
@@ -59,33 +59,31 @@ finite = bounded(math.isfinite, "finite or None")
 activation = bounded(ACT2FN.__contains__, 'an activation of transformers, such as "gelu"')
 
 
+def reject(*cases: tuple[bool, str]) -> None:
+    """Raise ValueError with the message of the first case (is wrong, message) that is wrong."""
+    for is_wrong, message in cases:
+        if is_wrong:
+            raise ValueError(message)
+
+
+# Errors -------------------------------------------------------------------------------------------
 @contextmanager
 def raise_one_line_errors(owner: str = "") -> Iterator[None]:
-    """Raise one-line `ValueError`s instead of the multi-line errors that `strict` raises.
+    """Raise one-line `ValueError`s instead of the errors of two lines that `strict` raises.
 
-    A message begins with its `owner`, unless it is about a wrong type: it then names the field
-    anyway.
+    A check of several fields (`validate_*`) has a message of its own, without that of `strict`.
     """
     try:
         yield
     except (StrictDataclassError, TypeError, ValueError) as error:
-        reason: BaseException = error
-        while reason.__cause__ is not None:  # the innermost error names the item of a list
-            reason = reason.__cause__
-        prefix = owner if isinstance(reason, ValueError) else ""
-        raise ValueError(prefix + textwrap.shorten(str(reason), 600, placeholder=" ...")) from None
+        is_check = isinstance(error, StrictDataclassClassValidationError)
+        message = str(error.__cause__ if is_check else error)
+        raise ValueError(owner + textwrap.shorten(message, 600, placeholder=" ...")) from None
 
 
 def shorten_errors(strict_class: Any) -> Any:
-    """Make a strict class raise one-line errors that name the field."""
-    set_field = strict_class.__setattr__
-
-    def set_field_or_name_it(self: Any, name: str, value: Any) -> None:
-        with raise_one_line_errors(f"`{name}` "):
-            set_field(self, name, value)
-
-    strict_class.__setattr__ = set_field_or_name_it
-    for name in ("__init__", "validate"):
+    """Make a strict class raise one-line errors."""
+    for name in ("__init__", "__setattr__", "validate"):
         setattr(strict_class, name, raise_one_line_errors()(getattr(strict_class, name)))
     return strict_class
 

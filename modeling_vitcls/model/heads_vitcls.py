@@ -302,25 +302,22 @@ def compute_classification_loss(
         loss_sum = nn.functional.mse_loss(
             logits.float().view(-1), labels.float().view(-1), reduction="sum"
         )
-        return loss_sum / num_items
-
-    if problem_type == "multi_label_classification":
+    elif problem_type == "multi_label_classification":
         loss_sum = nn.functional.binary_cross_entropy_with_logits(
             logits.float(), labels.float(), reduction="sum"
         )
-        return loss_sum / num_items
-
-    if not labels.is_floating_point():
+    elif not labels.is_floating_point():
         return compute_cross_entropy(logits, labels, num_items_in_batch)
-    if problem_type is None:
+    elif problem_type is None:
         raise ValueError(
             'float labels require config.problem_type: "single_label_classification" for class '
             'probabilities or "multi_label_classification" for several labels per image'
         )
-
-    loss_sum = nn.functional.cross_entropy(logits.float(), labels.float(), reduction="sum")
-    # num_items is B * C, so the result is the mean over images
-    return loss_sum * labels.shape[-1] / num_items
+    else:
+        loss_sum = nn.functional.cross_entropy(logits.float(), labels.float(), reduction="sum")
+        # `num_items` is B * C, so the result is the mean over images.
+        loss_sum = loss_sum * labels.shape[-1]
+    return loss_sum / num_items
 
 
 def compute_cross_entropy(

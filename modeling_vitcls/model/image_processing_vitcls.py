@@ -51,6 +51,7 @@ from .fast_image_processing_vitcls import (
     read_jpeg,
     resize_and_crop,
 )
+from .field_checks_vitcls import reject
 
 
 logger = logging.get_logger(__name__)
@@ -113,12 +114,16 @@ class ViTCLSBaseImageProcessor(BaseImageProcessor):
         self, crop_rounding: str = "down", bit_depth: int = 16, **kwargs: Unpack[ImagesKwargs]
     ) -> None:
         check_setting_names(kwargs)
-        if type(bit_depth) is not int or not 9 <= bit_depth <= 16:
-            raise ValueError(f"bit_depth must be an integer from 9 to 16, not {bit_depth!r}.")
-        if crop_rounding not in CROP_ROUNDINGS:
-            raise ValueError(
-                f"Unknown crop_rounding {crop_rounding!r}. Use {' or '.join(CROP_ROUNDINGS)}."
-            )
+        reject(
+            (
+                type(bit_depth) is not int or not 9 <= bit_depth <= 16,
+                f"bit_depth must be an integer from 9 to 16, not {bit_depth!r}.",
+            ),
+            (
+                crop_rounding not in CROP_ROUNDINGS,
+                f"Unknown crop_rounding {crop_rounding!r}. Use {' or '.join(CROP_ROUNDINGS)}.",
+            ),
+        )
         super().__init__(**kwargs)
         self.crop_rounding = crop_rounding
         self.bit_depth = bit_depth
@@ -214,14 +219,20 @@ class ViTCLSBaseImageProcessor(BaseImageProcessor):
         """Return the settings in canonical form, as `__init__` and `preprocess` require them."""
         settings = super()._standardize_kwargs(**kwargs)
         check_sizes(settings)
-        for name in ("rescale_factor", "image_std"):
-            if settings.get(name) is not None and not np.all(settings[name]):
-                raise ValueError(f"{name} must not be 0, but it is {settings[name]}")
+        divisors = {name: settings.get(name) for name in ("rescale_factor", "image_std")}
+        zeros = [
+            name for name, value in divisors.items() if value is not None and not np.all(value)
+        ]
         resample = settings.get("resample")
-        # PIL treats names as bilinear
-        if isinstance(resample, int | str) and resample not in RESAMPLING_FILTERS:
-            names = ", ".join(f"{int(each)} ({each.name.lower()})" for each in RESAMPLING_FILTERS)
-            raise ValueError(f"unknown resample {resample!r}: use one of {names}")
+        filters = ", ".join(f"{int(each)} ({each.name.lower()})" for each in RESAMPLING_FILTERS)
+        reject(
+            (bool(zeros), f"{' and '.join(zeros)} must not be 0"),
+            (
+                # PIL treats names as bilinear.
+                isinstance(resample, int | str) and resample not in RESAMPLING_FILTERS,
+                f"unknown resample {resample!r}: use one of {filters}",
+            ),
+        )
         return settings
 
     def _preprocess(
@@ -693,19 +704,21 @@ def check_sizes(settings: dict[str, Any]) -> None:
                 f"{name} must contain positive integers (pixels), but {name} is {values}"
             )
 
-    if settings.get("do_center_crop"):
-        if set(crop_size) != {"height", "width"}:
-            raise ValueError(
-                f"do_center_crop requires a crop_size with height and width, not {crop_size}"
-            )
-        for edge in ("height", "width") if settings.get("do_resize") else ():
-            resized_edge = size.get(edge) or size.get("shortest_edge")
+    is_cropped = bool(settings.get("do_center_crop"))
+    sides = {edge: size.get(edge) or size.get("shortest_edge") for edge in ("height", "width")}
+    reject(
+        (
+            is_cropped and crop_size.keys() != sides.keys(),
+            f"do_center_crop requires a crop_size with height and width, not {crop_size}",
+        ),
+        (
             # transformers would pad the image with black, which no checkpoint was trained with.
-            if resized_edge and crop_size[edge] > resized_edge:
-                raise ValueError(
-                    f"crop_size {crop_size} is larger than an image resized to {size}: reduce "
-                    "crop_size"
-                )
+            is_cropped
+            and bool(settings.get("do_resize"))
+            and any(side and crop_size.get(edge, 0) > side for edge, side in sides.items()),
+            f"crop_size {crop_size} is larger than an image resized to {size}: reduce crop_size",
+        ),
+    )
 
 
 def check_same_shape(images: list[Any]) -> None:

@@ -7,8 +7,10 @@ No other file counts the tokens of a sequence.
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
+
+from .field_checks_vitcls import reject
 
 
 TokenGroup = Literal["cls", "distillation", "registers"]  # special tokens
@@ -82,3 +84,27 @@ def update_gated_tokens(
         if num_gated and (num_remaining := num_gated + new_counts[field] - counts[field]) > 0:
             remaining_gated_tokens[group] = num_remaining
     return remaining_gated_tokens or None
+
+
+def check_scopes(scopes: Sequence[Any], num_cls_tokens: int, grid_size: tuple[int, int]) -> None:
+    """Raise ValueError unless each CLS token has a scope: the image, or a cell of a grid over it."""
+    reject(
+        (
+            len(scopes) != num_cls_tokens,
+            f"`cls_scopes` has {len(scopes)} scopes. Set one for each of {num_cls_tokens} CLS "
+            "tokens.",
+        )
+    )
+    for scope in scopes:
+        if scope == "image":
+            continue
+        rows, columns, row, column = scope if len(scope) == 4 else (0, 0, 0, 0)
+        is_cell = 0 <= row < rows <= grid_size[0] and 0 <= column < columns <= grid_size[1]
+        reject(
+            (
+                not is_cell,
+                f'`cls_scopes`: {scope} must be "image" or [rows, columns, row, column], a cell of '
+                f"a grid over {grid_size[0]} x {grid_size[1]} patches. Count rows and columns "
+                "from 0.",
+            )
+        )
