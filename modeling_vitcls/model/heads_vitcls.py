@@ -36,18 +36,15 @@ class TokenPooler(nn.Module):
         super().__init__()
         self.pooling = config.pooling if pooling is None else pooling
         self.cls_pooling = config.cls_pooling
-        self.cls_tokens: slice | list[int] = config.token_layout.cls
-        if config.pooled_cls_tokens is not None:
-            self.cls_tokens = config.pooled_cls_tokens
-        self.distillation_tokens = config.token_layout.distillation
-        self.patches = config.token_layout.patches
+        self.layout = config.token_layout
+        self.cls_tokens = config.pooled_cls_tokens or self.layout.cls
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         if self.pooling == "cls":
             return self.pool_cls(hidden_states)
         if self.pooling == "distillation":
-            return hidden_states[:, self.distillation_tokens].mean(dim=1)
-        patches = hidden_states[:, self.patches]  # [B, rows * columns, D]
+            return hidden_states[:, self.layout.distillation].mean(dim=1)
+        patches = hidden_states[:, self.layout.patches]  # [B, rows * columns, D]
         if self.pooling == "max":
             return patches.amax(dim=1)
         mean = patches.mean(dim=1)  # [B, D]
