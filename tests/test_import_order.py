@@ -1,6 +1,7 @@
 """Folders of the package import each other in one direction, and files never in a ring."""
 
 import ast
+import re
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -72,3 +73,16 @@ def test_folders_import_only_lower_folders_and_no_ring_joins_files() -> None:
     assert not wrong, sorted(wrong)
 
     TopologicalSorter(graph).prepare()  # raises CycleError, which names the files
+
+
+def test_the_picture_of_a_run_names_what_the_code_has() -> None:
+    text = (PACKAGE.parent / "docs" / "architecture.md").read_text(encoding="utf-8")
+    picture = text.split("```text\n")[1].split("```")[0]
+    words = set(re.findall(r"\b(?:[a-z]+_[a-z_]+|[A-Z][a-z]+[A-Z]\w+)\b", picture))
+    assert {"open_model", "plan_run", "divide_images", "run_frozen", "save_output"} <= words
+    code = "\n".join(file.read_text(encoding="utf-8") for file in PACKAGE.rglob("*.py"))
+    for word in words:
+        assert re.search(rf"^(?:class|def) {word}\b", code, re.MULTILINE), word
+    stages = re.findall(r"^    (\w+\.py)", text, re.MULTILINE)
+    for name in stages:
+        assert (PACKAGE / "training" / name).is_file(), name
