@@ -29,7 +29,7 @@ from ..runtime.flags import (
     Options,
     expand_home,
     get_flag_fields,
-    name_flags,
+    names_of_flags,
     spell_flags,
     to_flags,
 )
@@ -272,30 +272,31 @@ def exit_on_error(options_class: type[Options], status: int = 1) -> Iterator[Non
 
     Status 2 means that a flag is invalid. If all processes raise the error, the first one prints it.
     """
-    with name_flags(get_flag_fields(options_class)):
-        try:
-            yield
-            return
-        except RunStopped as stopped:
-            status = stopped.exit_status
-            message = str(stopped)
-            is_on_all_processes = stopped.is_on_all_processes
-        except BrokenPipeError:  # the reader of the output has read enough
-            raise
-        except (ValueError, OSError) as error:
-            message = describe_error(error)
-            is_on_all_processes = status == 2 or is_raised_on_all_processes(error)
+    names_of_flags.update(get_flag_fields(options_class))
+    try:
+        yield
+        return
+    except RunStopped as stopped:
+        status = stopped.exit_status
+        message = spell_flags(str(stopped))
+        is_on_all_processes = stopped.is_on_all_processes
+    except BrokenPipeError:  # the reader of the output has read enough
+        raise
+    except (ValueError, OSError) as error:
+        message = spell_flags(describe_error(error))
+        is_on_all_processes = status == 2 or is_raised_on_all_processes(error)
+    finally:
+        names_of_flags.clear()
 
-        message = spell_flags(message)
-        # Any other status means that a signal has ended the run, which is no error.
-        if status in (1, 2):
-            message = f"error: {message}"
-        rank = os.environ.get("RANK", "0")
-        if rank == "0":
-            print(message, file=sys.stderr)
-        elif not is_on_all_processes:
-            print(f"process {rank}: {message}", file=sys.stderr)
-        raise SystemExit(status)
+    # Any other status means that a signal has ended the run, which is no error.
+    if status in (1, 2):
+        message = f"error: {message}"
+    rank = os.environ.get("RANK", "0")
+    if rank == "0":
+        print(message, file=sys.stderr)
+    elif not is_on_all_processes:
+        print(f"process {rank}: {message}", file=sys.stderr)
+    raise SystemExit(status)
 
 
 def run_script(

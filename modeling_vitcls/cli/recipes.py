@@ -8,7 +8,7 @@ import difflib
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
@@ -139,26 +139,19 @@ def parse_value(field: dataclasses.Field[Any], value: Any) -> Any:
 
     Raise ValueError with the choices of the flag if the value does not fit.
     """
-    kind: Any = field.type
-    choices = list_choices(field)
-    hint = f". Choose {', '.join(choices)}" if choices else ""
-    message = f"`{field.name}` cannot be {value}{hint}"
-    if kind is bool:
-        if str(value).lower() not in BOOLEANS:
-            raise ValueError(message)
-        return BOOLEANS[value.lower()]
-    texts = value if isinstance(value, list) else [value]
     with REGISTRY:
-        spec = ConstructorRegistry.get_primitive_spec(PrimitiveTypeInfo.make(kind, set()))
-    assert isinstance(spec, PrimitiveConstructorSpec), "tyro knows the types of all flags"
-    lengths = spec.nargs if isinstance(spec.nargs, tuple) else (spec.nargs,)
-    is_complete = "*" in lengths or len(texts) in lengths
+        kind = PrimitiveTypeInfo.make(cast(Any, field.type), set())
+        spec = cast(PrimitiveConstructorSpec[Any], ConstructorRegistry.get_primitive_spec(kind))
     try:
-        if not is_complete or not all(isinstance(text, str) for text in texts):
-            raise ValueError(message)
-        return spec.instance_from_str(texts)
-    except ValueError:
-        raise ValueError(message) from None
+        if field.type is bool:
+            return BOOLEANS[value.lower()]
+        if spec.nargs == 1 and not isinstance(value, str):
+            raise ValueError("several values instead of one")
+        return spec.instance_from_str(value if isinstance(value, list) else [value])
+    except (ValueError, KeyError, AttributeError):
+        choices = ", ".join(list_choices(field))
+        hint = f". Choose {choices}" if choices else ""
+        raise ValueError(f"`{field.name}` cannot be {value}{hint}") from None
 
 
 def list_choices(field: dataclasses.Field[Any]) -> list[str]:

@@ -14,8 +14,7 @@ import os
 import re
 import shlex
 import types
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
@@ -25,7 +24,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 PATH_FLAGS = ("model", "source", "teacher", "dataset", "old", "new", "paths")
 # A parameter in a message: `batch_size` or `batch_size=64`
 PARAMETER = re.compile(r"`([a-z]\w*)(?:=([^`]*))?`")
-# names of the flags of the command that runs, see `name_flags`; empty in other programs
+# Names of the flags of the command that runs (cli/parsing.py); empty in other programs
 names_of_flags: set[str] = set()
 
 
@@ -124,16 +123,6 @@ def to_arguments(name: str, value: Any) -> list[str]:
             for key, each in value.items()
         ]
     return [f"--{name}", *map(str, value if isinstance(value, list | tuple) else [value])]
-
-
-@contextmanager
-def name_flags(names: Iterable[str]) -> Iterator[None]:
-    """Let `spell_flags` write these parameters as flags within the block, which runs a command."""
-    names_of_flags.update(names)
-    try:
-        yield
-    finally:
-        names_of_flags.clear()
 
 
 def spell_flags(message: str) -> str:

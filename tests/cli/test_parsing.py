@@ -13,8 +13,9 @@ from helpers.command_in_process import parse_flags, run_here
 from helpers.tiny_models import build_tiny_config, save_with_processor
 
 from modeling_vitcls import ViTCLSForImageClassification, cli
-from modeling_vitcls.cli.parsing import silence_libraries
-from modeling_vitcls.runtime.flags import get_flag_fields, name_flags
+from modeling_vitcls.cli.parsing import exit_on_error, silence_libraries
+from modeling_vitcls.data.options import DataOptions
+from modeling_vitcls.runtime.flags import get_flag_fields
 
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
@@ -271,7 +272,7 @@ def test_commands_do_not_print_transformers_reports_about_weights(
 def test_lines_of_the_log_name_flags(capsys: pytest.CaptureFixture[str]) -> None:
     silence_libraries()
     record = logging.makeLogRecord({"msg": "set `%s=%d`", "args": ("num_workers", 0)})
-    with name_flags(["num_workers"]):
+    with exit_on_error(DataOptions):
         logging.lastResort.handle(record)  # how a command prints warnings
     assert capsys.readouterr().err == "set --num-workers 0\n"
 
