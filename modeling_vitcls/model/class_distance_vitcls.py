@@ -49,6 +49,9 @@ class ClassDistance(nn.Module):
         is_valid: whether the statistics belonged to the weights of the last `check`.
     """
 
+    # transformers loads weights with such names in float32: all but the fingerprint.
+    _keep_in_fp32_modules_strict = {r"class_distance\.[cmps]"}
+
     def __init__(self, config: ViTCLSConfig) -> None:
         super().__init__()
         statistics = config.class_statistics or {}

@@ -193,7 +193,6 @@ class ViTCLSPreTrainedModel(AdaptableModel):
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": ViTCLSLayer, "attentions": ViTCLSAttention}
     _input_embed_layer = "patch_embeddings"
-    _keep_in_fp32_modules_strict = {r"class_distance\.[cmps]"}  # all but the fingerprint
     # A model without class statistics may be loaded from a file that has them, and the reverse.
     _keys_to_ignore_on_load_unexpected = [r"^class_distance\."]
     _keys_to_ignore_on_load_missing = [r"^class_distance\."]
