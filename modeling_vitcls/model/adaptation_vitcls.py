@@ -414,27 +414,16 @@ def list_twins(context: AdaptationContext) -> Tensor | None:
     return values[:, tokens] if positions is None else (values + positions)[:, tokens]
 
 
-def adapt_to_grid(resample: Callable[..., Tensor], context: AdaptationContext) -> AdaptedWeight:
-    """Resample a weight with one row per patch or relative position, if the patch grid changes."""
-    old_grid = context.old_config.grid_size
-    new_grid = context.new_config.grid_size
-    if old_grid == new_grid:
-        return context.old_weights[context.name], ""
-    note = f"resampled from {old_grid[0]} x {old_grid[1]} to {new_grid[0]} x {new_grid[1]} patches"
-    return resample(context.old_weights[context.name], old_grid, new_grid, context.new_config), note
-
-
-def adapt_to_patch_size(context: AdaptationContext) -> AdaptedWeight:
-    """Resize the kernel of the patch projection, if the patch size changes."""
-    old_size = context.old_config.patch_height_width
-    new_size = context.new_config.patch_height_width
-    if old_size == new_size:
-        return context.old_weights[context.name], ""
-    note = (
-        f"resized from {old_size[0]} x {old_size[1]} to {new_size[0]} x {new_size[1]} pixels "
-        "per patch"
-    )
-    return resize_patch_kernel(context.old_weights[context.name], new_size), note
+def adapt_to_size(
+    field: str, unit: str, resize: Callable[..., Tensor], context: AdaptationContext
+) -> AdaptedWeight:
+    """Resize a weight if a size of the configuration, (height, width) in `unit`, changes."""
+    weight = context.old_weights[context.name]
+    old, new = (getattr(each, field) for each in (context.old_config, context.new_config))
+    if old == new:
+        return weight, ""
+    note = f"resized from {old[0]} x {old[1]} to {new[0]} x {new[1]} {unit}"
+    return resize(weight, old, new, context.new_config), note
 
 
 def adapt_distillation_head(context: AdaptationContext) -> AdaptedWeight:
@@ -503,11 +492,21 @@ ADAPTERS: dict[str, Callable[[AdaptationContext], AdaptedWeight]] = {
     ),
     # The first key that is part of the name decides, so the patches come before the other
     # positions.
-    "position_embeddings.patches": partial(adapt_to_grid, resample_positions),
+    "position_embeddings.patches": partial(
+        adapt_to_size, "grid_size", "patches", resample_positions
+    ),
     "position_embeddings.": partial(adapt_tokens, are_positions=True),
-    "patch_embeddings.projection.weight": adapt_to_patch_size,
+    "patch_embeddings.projection.weight": partial(
+        adapt_to_size,
+        "patch_height_width",
+        "pixels per patch",
+        lambda kernel, _old, new, _config: resize_patch_kernel(kernel, new),
+    ),
     "relative_position_bias.tables": partial(
-        adapt_to_grid, lambda tables, old, new, _: resample_bias_tables(tables, old, new)
+        adapt_to_size,
+        "grid_size",
+        "patches",
+        lambda tables, old, new, _config: resample_bias_tables(tables, old, new),
     ),
     "gates.gates": adapt_gates,
     "distillation_classifier": adapt_distillation_head,
