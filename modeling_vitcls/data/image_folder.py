@@ -35,6 +35,7 @@ IMAGE_SUFFIXES = frozenset(
 )
 HEIF_SUFFIXES = frozenset(".heic .heics .heif .heifs .hif".split())
 HEIC_REMEDY = "To read HEIC, `pip install pillow-heif`, or convert the images to JPEG"
+NAME_REMEDY = "To rename files to UTF-8, `convmv -r -f latin1 -t utf8 --notest FOLDER`"
 if find_spec("pillow_heif"):
     IMAGE_SUFFIXES |= HEIF_SUFFIXES
 TABLE_SUFFIXES = frozenset(".arrow .csv .json .jsonl .parquet .tar .tsv .zip".split())
@@ -72,7 +73,7 @@ class ImageFolder:
         """Add a file to the list of its kind."""
         suffix = PurePosixPath(file).suffix.lower()
         # A name that is not valid text cannot be written to any table of results.
-        if make_printable(file) != file:
+        if not is_valid_name(file):
             self.other_files.append(file)
         elif PurePosixPath(file).name in METADATA_FILES:
             self.metadata.append(file)
@@ -145,6 +146,11 @@ def is_hidden(name: str) -> bool:
     return name.startswith(".") or name.lower() in HIDDEN_NAMES
 
 
+def is_valid_name(name: str) -> bool:
+    """Tell whether a file name is text: names on Linux are bytes, and need not be UTF-8."""
+    return make_printable(name) == name
+
+
 def make_printable(name: str) -> str:
     """Make a file name printable: invalid bytes are replaced."""
     return os.fsencode(name).decode("utf-8", errors="replace")
@@ -179,7 +185,10 @@ def read_image_folder(folder: ImageFolder, use_labels: bool) -> Any:
         names = format_name_list(folder.system_folders)
         warn_on_first_process(f"{folder.path}: skipped folders of the system: {names}")
     warn_about_files(folder.path, images_by_split.pop(None), "next to the split folders")
-    warn_about_files(folder.path, sorted([*folder.other_files, *folder.tables]), "of other types")
+    others = sorted([*folder.other_files, *folder.tables])
+    warn_about_files(folder.path, list(filter(is_valid_name, others)), "of other types")
+    unnamed = [file for file in others if not is_valid_name(file)]
+    warn_about_files(folder.path, unnamed, f"with names that are not UTF-8 ({NAME_REMEDY})")
     if folder.metadata:
         return read_metadata(folder, layout)
     if use_labels:
@@ -325,10 +334,9 @@ def warn_about_folders_without_images(folder: ImageFolder, layout: Layout) -> No
         descriptions.append(f"{name} ({describe_types(files) or 'empty'})")
 
     if descriptions:
-        remedy = get_heic_remedy(unread_files)
-        remedy = remedy or "Convert their images to JPEG, or remove the folders"
+        remedy = get_remedy(unread_files) or "Convert their images to JPEG, or remove the folders"
         warn_on_first_process(
-            f"WARNING: {folder.path}: these folders have no image of a readable type, so they are left "
+            f"WARNING: {folder.path}: these folders have no image that can be read, so they are left "
             f"out: {format_name_list(descriptions, MAX_NAMED_FOLDERS)}. {remedy}"
         )
 
@@ -348,10 +356,11 @@ def describe_types(files: Sequence[str]) -> str:
     )
 
 
-def get_heic_remedy(files: Sequence[str]) -> str:
-    """Say what to do with the HEIC files among unread files; "" if there are none."""
-    is_heic = any(PurePosixPath(file).suffix.lower() in HEIF_SUFFIXES for file in files)
-    return HEIC_REMEDY if is_heic else ""
+def get_remedy(files: Sequence[str]) -> str:
+    """Say how unread files can be read: HEIC, and names that are not UTF-8; "" for others."""
+    if any(PurePosixPath(file).suffix.lower() in HEIF_SUFFIXES for file in files):
+        return HEIC_REMEDY
+    return "" if all(map(is_valid_name, files)) else NAME_REMEDY
 
 
 def warn_about_files(folder: Path, files: list[str], reason: str) -> None:

@@ -50,7 +50,7 @@ from .columns import (
     read_labels,
 )
 from .folder_layout import SPLIT_BY_FOLDER_NAME, SPLIT_ORDER
-from .image_folder import read_image_folder, scan_folder
+from .image_folder import get_remedy, read_image_folder, scan_folder
 from .images import ADDRESS, ArrayImages, DatasetImages, LabeledImages
 from .in_memory import MEMORY_PREFIX, get_dataset, get_title
 from .labels import UNLABELED, LabelSpace, OneLabel
@@ -330,9 +330,8 @@ def read_folder(path: Path, use_labels: bool) -> Any:
             f"{path} contains MNIST's idx files, which are not read. Set `dataset` to the same "
             "images on the Hub, such as 'ylecun/mnist' or 'zalando-datasets/fashion_mnist'"
         )
-    raise ValueError(
-        f"{path} contains no images and no tables ({', '.join(READERS)}). Check the path"
-    )
+    remedy = get_remedy(folder.other_files) or "Check the path"
+    raise ValueError(f"{path} contains no images and no tables ({', '.join(READERS)}). {remedy}")
 
 
 def find_tables(root: Path, files: Sequence[str], reader: str) -> dict[str, list[Path]]:

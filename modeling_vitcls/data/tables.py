@@ -11,6 +11,7 @@ comments (`#`) or `sep=;`.
 
 import io
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Any
 from ..model.fast_image_processing_vitcls import open_regular_file
 from ..runtime.errors import explain_damage, format_error
 from .cells import spell_label
+from .images import resolve_path
 
 
 SEPARATORS = {",": "comma", ";": "semicolon", "\t": "tab", "|": "bar"}
@@ -67,7 +69,7 @@ def read_table_text(file: Path) -> str:
 def read_csv(file: Path, text: str) -> dict[str, list[str]]:
     """Read the columns of a CSV file. Columns without a name, such as an index, are left out.
 
-    Raise ValueError if a row has more fields than the header, or the quotes do not match.
+    Raise ValueError if there is no header, a row has more fields, or the quotes do not match.
     """
     import pandas
 
@@ -101,6 +103,12 @@ def read_csv(file: Path, text: str) -> dict[str, list[str]]:
         raise ValueError(
             f"{file} has two columns with the same name: {', '.join(columns.values())}"
         )
+    for name in columns.values():
+        if "." in name and os.path.isfile(resolve_path(file.parent, name)):  # noqa: PTH113  # False for long names
+            raise ValueError(
+                f"{file} has no header: its first line names the file {name!r}. Put a line with the "
+                f"names of the columns above it, such as file_name{separator}label"
+            )
     return {name: table[column][1:].tolist() for column, name in columns.items()}
 
 

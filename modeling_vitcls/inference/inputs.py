@@ -25,7 +25,7 @@ from ..data.image_folder import (
     ROOT,
     describe_skipped_runs,
     describe_types,
-    get_heic_remedy,
+    get_remedy,
     make_printable,
     scan_folder,
 )
@@ -100,11 +100,11 @@ def list_records(paths: Iterable[str]) -> list[ImageRecord]:
         found = f", but files of other types ({types_text})" if other_files else ""
         raise ValueError(
             f"there are no images in {', '.join(paths)}{found}. "
-            f"{get_heic_remedy(other_files) or 'Pass image files, or folders of images'}"
+            f"{get_remedy(other_files) or 'Pass image files, or folders of images'}"
         )
     if other_files:
         count_text = "1 file" if len(other_files) == 1 else f"{len(other_files):,} files"
-        remedy = get_heic_remedy(other_files)
+        remedy = get_remedy(other_files)
         warn_on_first_process(
             f"{format_name_list(folders)}: skipped {count_text} of other types "
             f"({types_text}){remedy and f'. {remedy}'}"

@@ -545,11 +545,11 @@ class ViTCLSConfig(ExtraHeadsConfig, BackboneConfigMixin, PreTrainedConfig):
         self._check_labels(kwargs.get("num_labels"))
         super().__post_init__(**kwargs)
         # transformers derives labels from `num_labels`, but leaves `label2id` empty if only
-        # `id2label` is given.
-        if self.label2id is None:
-            self.label2id = {
-                str(label): int(index) for index, label in (self.id2label or {}).items()
-            }
+        # `id2label` is given. config.json sorts the names as text, so 10 comes before 2.
+        indices = self.label2id or {
+            str(label): int(index) for index, label in (self.id2label or {}).items()
+        }
+        self.label2id = dict(sorted(indices.items(), key=lambda pair: pair[1]))
 
     # Building and saving --------------------------------------------------------------------------
     @classmethod

@@ -27,6 +27,7 @@ import PIL.ImageOps
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from huggingface_hub.utils import get_session
+from PIL.ExifTags import Base
 from torch import Tensor
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_processing_backends import PilBackend, TorchvisionBackend
@@ -425,6 +426,16 @@ def read_image(source: ImageSource) -> PIL.Image.Image:
             BytesIO(content) if content is not None else open_regular_file(path) as file,
             PIL.Image.open(file, formats=get_image_formats()) as image,
         ):
+            # The first image of a raw file (NEF, DNG, ARW) is a reduced one, and the photo a SubIFD
+            if (
+                image.format == "TIFF"
+                and image.tag_v2.get(Base.NewSubfileType) == 1  # type: ignore[attr-defined]
+                and Base.SubIFDs in image.tag_v2  # type: ignore[attr-defined]
+            ):
+                raise ValueError(
+                    f"it is a camera's raw file, of which only a thumbnail of {image.width} x "
+                    f"{image.height} pixels can be read. Export the photo as JPEG"
+                )
             upright = PIL.ImageOps.exif_transpose(image)
             if content is None:  # Messages name it; Pillow knows only files that it opens
                 upright.filename = os.fspath(path)  # type: ignore[attr-defined]

@@ -15,6 +15,7 @@ from PIL import Image
 from modeling_vitcls.data import image_folder
 from modeling_vitcls.data.evaluation_data import load_evaluation_data
 from modeling_vitcls.data.image_folder import (
+    NAME_REMEDY,
     read_image_folder,
     scan_folder,
 )
@@ -161,9 +162,21 @@ def test_skipped_files_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixtur
 
     assert len(data.train) + len(data.held_out) == 18
     assert [record.getMessage() for record in caplog.records] == [
-        f"{tmp_path}: skipped 3 files of other types: cat/notes.txt, cat/\ufffd.png, labels.csv",
+        f"{tmp_path}: skipped 2 files of other types: cat/notes.txt, labels.csv",
+        f"{tmp_path}: skipped 1 file with names that are not UTF-8 ({NAME_REMEDY}): cat/\ufffd.png",
         f"{tmp_path}: skipped 1 file outside of class folders: stray.png",
     ]
+
+
+def test_folders_with_names_that_are_not_text_have_a_remedy(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    latin = os.fsdecode("café".encode("latin-1"))
+    write_images(tmp_path, f"only/{latin}/1.png", f"some/{latin}/2.png", "some/cat/3.png")
+    with raises_one_line("only contains no images", "convmv -r -f latin1 -t utf8"):
+        load(tmp_path / "only")
+    assert read(tmp_path / "some") == {"train": {"cat": ["cat/3.png"]}}
+    assert f"left out: caf\ufffd (1 .png). {NAME_REMEDY}" in caplog.text
 
 
 def test_errors_are_about_folders(tmp_path: Path) -> None:

@@ -226,6 +226,7 @@ def test_dialects_of_spreadsheets_are_read(content: bytes, photos: Path) -> None
         ("file_name label\n0.png cat\n", ["separated by commas, semicolons, tabs or bars"]),
         ("file_name,label\n", ["is empty"]),
         ("", ["is empty"]),
+        ("0.png;a\n1.png;b\n", ["no header", "'0.png'", "file_name;label"]),
     ],
 )
 def test_damaged_tables_are_named(content: str, words: list[str], photos: Path) -> None:

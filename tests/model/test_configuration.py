@@ -277,6 +277,10 @@ def test_stored_labels_are_kept_until_their_number_or_names_change(tmp_path: Pat
     assert renamed.num_labels == 3
     assert renamed.label2id == {"a": 0, "b": 1, "c": 2}
 
+    ViTCLSConfig(id2label={index: str(index + 1) for index in range(12)}).save_pretrained(tmp_path)
+    stored = ViTCLSConfig.from_pretrained(tmp_path)  # JSON sorts the names as text
+    assert list(stored.label2id) == list(stored.id2label.values())
+
 
 def test_stored_stages_apply_to_the_stored_number_of_layers_only(tmp_path: Path) -> None:
     """The stored stages apply only to models with the same number of layers."""

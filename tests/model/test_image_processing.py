@@ -21,6 +21,8 @@ import pytest
 import torch
 from helpers.local_hub import LocalHub
 from helpers.tiny_models import raises_one_line
+from PIL.ExifTags import Base
+from PIL.TiffImagePlugin import ImageFileDirectory_v2
 from sklearn.datasets import load_sample_images
 from transformers.testing_utils import CaptureLogger
 
@@ -458,6 +460,18 @@ def test_unreadable_sources_are_named(backend: type, tmp_path: Path) -> None:
     for start in ("x", "data:image/png;base64,"):  # the end of a long name is kept
         assert len(message := get_error(backend, start + "A" * 100_000 + "/cat.png")) < 1000
         assert "/cat.png" in message
+
+
+def test_the_thumbnail_of_a_raw_file_is_no_photo(backend: type) -> None:
+    """NEF, DNG and ARW are TIFF files whose first image is a reduced one."""
+    tags = ImageFileDirectory_v2()
+    tags[Base.NewSubfileType] = 1
+    image = build_gradient(12, 16)
+    assert get_raw_values(backend, encode(image, "TIFF", tiffinfo=tags)) is not None
+    tags.tagtype[Base.SubIFDs] = 4
+    tags[Base.SubIFDs] = 8
+    error = get_error(backend, encode(image, "TIFF", tiffinfo=tags))
+    assert "raw file, of which only a thumbnail of 16 x 12 pixels" in error
 
 
 @pytest.mark.parametrize("file_format", IMAGE_FORMATS)
