@@ -34,7 +34,8 @@ from modeling_vitcls.inference.frozen_features import (
 from modeling_vitcls.inference.linear_probe import NUM_LAST_LAYERS, stack_tokens
 from modeling_vitcls.runtime.files import read_json, write_json
 from modeling_vitcls.runtime.system import format_device_name
-from modeling_vitcls.training.additions import build_rows, open_old_model
+from modeling_vitcls.training.add_class import build_rows
+from modeling_vitcls.training.extend import open_old_model
 from modeling_vitcls.training.options import AddClassOptions
 
 

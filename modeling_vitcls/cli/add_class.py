@@ -2,7 +2,7 @@
 
     vitcls add-class --model runs/mine --dataset path/to/new --output-dir runs/with-new
 
-The command is implemented in modeling_vitcls/training/additions.py.
+The command is implemented in modeling_vitcls/training/add_class.py.
 """
 
 from ..training.options import AddClassOptions
@@ -13,6 +13,6 @@ OPTIONS_CLASS = AddClassOptions
 
 def run(options: AddClassOptions) -> None:
     """Add the classes, and write the model folder."""
-    from ..training.additions import add_classes_from_options
+    from ..training.add_class import add_classes_from_options
 
     add_classes_from_options(options)

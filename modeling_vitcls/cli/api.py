@@ -312,7 +312,7 @@ def add_task(
         >>> from modeling_vitcls import add_task
         >>> record = add_task("runs/digits", "photos", "pet", "runs/with-pet")
     """
-    from ..training.additions import add_task_from_options
+    from ..training.add_task import add_task_from_options
 
     return add_task_from_options(
         build_options(
@@ -346,7 +346,7 @@ def add_class(
         >>> from modeling_vitcls import add_class
         >>> record = add_class("runs/digits", "photos", "runs/with-cats-and-dogs")
     """
-    from ..training.additions import add_classes_from_options
+    from ..training.add_class import add_classes_from_options
 
     return add_classes_from_options(
         build_options(AddClassOptions, model=model, dataset=dataset, output_dir=output_dir, **flags)

@@ -37,7 +37,7 @@ from ..inference.metric_tables import (
 )
 from ..model.configuration_vitcls import MIN_TRANSFORMERS_VERSION
 from ..runtime.errors import format_name_list
-from ..training.additions import format_result
+from ..training.extend import format_result
 from ..version import __version__
 from .verification_script import get_auto_class
 from .wrong_photos import read_predictions, summarize_predictions, wrong_photos

@@ -40,8 +40,7 @@ from modeling_vitcls.hub.model_files import hash_weights
 from modeling_vitcls.inference.class_statistics import ClassStatistics
 from modeling_vitcls.inference.frozen_features import FeatureLayout, Features
 from modeling_vitcls.runtime.files import read_json, write_json
-from modeling_vitcls.training import additions
-from modeling_vitcls.training.additions import append_head
+from modeling_vitcls.training.add_class import build_rows, select_new_images
 
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("fresh_accelerate")]
@@ -198,13 +197,14 @@ def test_nothing_is_written_if_an_old_output_would_change(
 ) -> None:
     """A copy of the old weights with an error of one unit in the last place."""
 
-    def append_wrongly(*arguments: Any) -> Any:
-        extended = append_head(*arguments)
-        bias = extended.classifier.bias.data
-        bias[0] = torch.nextafter(bias[0], torch.tensor(torch.inf))
-        return extended
+    save = ViTCLSForImageClassification.save_pretrained
 
-    monkeypatch.setattr(additions, "append_head", append_wrongly)
+    def save_wrongly(model: ViTCLSForImageClassification, folder: Path) -> None:
+        bias = model.classifier.bias.data
+        bias[0] = torch.nextafter(bias[0], torch.tensor(torch.inf))
+        save(model, folder)
+
+    monkeypatch.setattr(ViTCLSForImageClassification, "save_pretrained", save_wrongly)
     with raises_one_line("classifier.bias has other values"):
         add_task(digits, build_dataset(TASKS["size"]), "size", tmp_path / "new")
     with raises_one_line("classifier.bias has other values"):
@@ -315,7 +315,7 @@ def test_a_new_class_that_is_spelled_like_an_old_one_is_named(
     composed, decomposed = (unicodedata.normalize(form, "café") for form in ("NFC", "NFD"))
     with raises_one_line(f"has the class {composed!r} already"):
         splits = Splits("photos", OneLabel({"label": [composed]}), {})
-        additions.select_new_images(splits, "photos", ["tea", decomposed])
+        select_new_images(splits, "photos", ["tea", decomposed])
 
 
 def test_several_processes_are_refused(
@@ -349,7 +349,7 @@ def test_a_new_row_is_between_the_logits_of_the_classifier_as_between_those_of_t
         groups=labels,
     )
     new = features.take(labels == 3)
-    weight, bias = additions.build_rows(statistics, new, 4)
+    weight, bias = build_rows(statistics, new, 4)
     rows, row_bias = statistics.extend(new.get_tokens(), new.labels, 4).build_new_rows(3)
     expected = scale * (values @ rows[0] + row_bias) + shift
     found = values @ weight[0] + bias
