@@ -70,14 +70,14 @@ def compute_features(options: Options) -> tuple[list[str], dict[str, Features]]:
         output_dir=Path("not-written"),
         num_workers=0,
     )
-    _, model, compute = open_old_model(addition)
-    layout = FeatureLayout.for_extra_heads(model.config, NUM_LAST_LAYERS)
+    encoder = open_old_model(addition)
+    layout = FeatureLayout.for_extra_heads(encoder.model.config, NUM_LAST_LAYERS)
     features = {}
     for split in ("train", "test"):
         file = options.output / f"{split}.npz"
         if not file.exists():
             images = splits.images_by_split[split]
-            computed = compute(images, splits.label_space)
+            computed = encoder.compute_features(images, splits.label_space)
             np.savez(file, **{name: getattr(computed, name) for name in ROW_FIELDS})
         stored = np.load(file)
         features[split] = Features(layout, **{key: stored[key] for key in stored.files})

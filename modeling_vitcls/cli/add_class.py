@@ -5,14 +5,20 @@
 The command is implemented in modeling_vitcls/training/add_class.py.
 """
 
+from typing import Any
+
 from ..training.options import AddClassOptions
 
 
 OPTIONS_CLASS = AddClassOptions
 
 
-def run(options: AddClassOptions) -> None:
-    """Add the classes, and write the model folder."""
-    from ..training.add_class import add_classes_from_options
+def run(options: AddClassOptions) -> dict[str, Any]:
+    """Add the classes, write the model folder, and print and return the record of the classes."""
+    from ..training.add_class import add_class
+    from ..training.extend import describe_addition
 
-    add_classes_from_options(options)
+    record, certificate = add_class(options)
+    head = f"means of the classes, {record['reads']}"
+    print(describe_addition(head, record, certificate, options.output_dir))
+    return record

@@ -5,14 +5,21 @@
 The command is implemented in modeling_vitcls/training/add_task.py.
 """
 
+from typing import Any
+
 from ..training.options import AddTaskOptions
 
 
 OPTIONS_CLASS = AddTaskOptions
 
 
-def run(options: AddTaskOptions) -> None:
-    """Add the task, and write the model folder."""
-    from ..training.add_task import add_task_from_options
+def run(options: AddTaskOptions) -> dict[str, Any]:
+    """Add the task, write the model folder, and print and return the record of the task."""
+    from ..training.add_task import add_task
+    from ..training.extend import describe_addition
+    from ..training.probe import describe_probe
 
-    add_task_from_options(options)
+    record, certificate = add_task(options)
+    head = describe_probe(record)
+    print(describe_addition(head, record, certificate, options.output_dir))
+    return record

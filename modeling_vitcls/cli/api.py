@@ -312,9 +312,9 @@ def add_task(
         >>> from modeling_vitcls import add_task
         >>> record = add_task("runs/digits", "photos", "pet", "runs/with-pet")
     """
-    from ..training.add_task import add_task_from_options
+    from .add_task import run
 
-    return add_task_from_options(
+    return run(
         build_options(
             AddTaskOptions, model=model, dataset=dataset, name=name, output_dir=output_dir, **flags
         )
@@ -346,9 +346,9 @@ def add_class(
         >>> from modeling_vitcls import add_class
         >>> record = add_class("runs/digits", "photos", "runs/with-cats-and-dogs")
     """
-    from ..training.add_class import add_classes_from_options
+    from .add_class import run
 
-    return add_classes_from_options(
+    return run(
         build_options(AddClassOptions, model=model, dataset=dataset, output_dir=output_dir, **flags)
     )
 

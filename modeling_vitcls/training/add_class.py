@@ -29,10 +29,7 @@ from .extend import (
     build_result,
     check_has_one_label,
     describe_tokens,
-    measure_cost,
     open_old_model,
-    print_addition,
-    write_model,
 )
 from .options import AddClassOptions
 
@@ -40,25 +37,24 @@ from .options import AddClassOptions
 NUM_FOLDS = 10  # that measure the recall of a new class
 
 
-def add_classes_from_options(options: AddClassOptions) -> dict[str, Any]:
-    """Add classes, write the model folder, and return the record of the classes.
+def add_class(options: AddClassOptions) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Add classes, write the model folder, and return the record of the classes and the certificate.
 
     Raises:
         ValueError, OSError: if the model or the data cannot be read, if the model has one of the
             classes, or no class statistics. Nothing is written then.
     """
-    folder, model, processor, compute = open_old_model(options, has_logits=True)
-    statistics = ClassStatistics.from_model(model)
+    old = open_old_model(options)
+    statistics = ClassStatistics.from_model(old.model)
     if statistics is None:
         raise ValueError(
             f"{options.model} has no class statistics, which a classifier with one label per image "
             f"needs for another class. Run vitcls finetune --model {options.model}, which stores "
             "them, or add a task with vitcls add-task"
         )
-    old_names = get_label_space(model.config).names
+    old_names = get_label_space(old.model.config).names
     label_space, images = select_new_images(load_splits(options), options.dataset, old_names)
-    splits = build_splits_table({"train": images})
-    if num_trained := int(find_trained_images(images, read_splits(folder)).sum()):
+    if num_trained := int(find_trained_images(images, read_splits(old.folder)).sum()):
         warn_on_first_process(
             f"{num_trained:,} of the {len(images):,} images of the new classes trained "
             f"{options.model} as other classes, and are still in their means. Repeat its run "
@@ -66,16 +62,19 @@ def add_classes_from_options(options: AddClassOptions) -> dict[str, Any]:
         )
 
     with create_output_folder(options.output_dir, "output_dir") as staging:
-        features = compute(images, label_space)
-        extended, record = add_classes(model, statistics, features, label_space.names)
-        record["dataset"] = strip_folders(options.dataset)
-        record |= measure_cost(model, extended)
-        records = {next(reversed(extended.config.extra_heads)): record}
-        certificate = write_model(folder, extended, processor, staging, records, images, splits)
-    print_addition(
-        f"means of the classes, {record['reads']}", record, certificate, options.output_dir
-    )
-    return record
+        features = old.compute_features(images, label_space, has_logits=True)
+        extended = append_classes(old.model, statistics, features, label_space.names)
+        record = {
+            "kind": "classes",
+            "labels": label_space.names[len(old_names) :],
+            "num_new_images": len(features.labels),
+            "reads": describe_tokens(statistics.tokens),
+            "dataset": strip_folders(options.dataset),
+        }
+        is_right = cross_validate(statistics, features, len(label_space.names))
+        if is_right is not None:
+            record["result"] = build_result("recall", is_right, features.groups, "cross-validated")
+        return old.write(extended, record, images, build_splits_table({"train": images}), staging)
 
 
 def select_new_images(
@@ -98,19 +97,16 @@ def select_new_images(
     return label_space, translate_labels(train, new_space, label_space)
 
 
-def add_classes(
+def append_classes(
     model: Any, statistics: ClassStatistics, features: Features, names: list[str]
-) -> tuple[Any, dict[str, Any]]:
-    """Add classes to a classifier, and cross-validate how many of their images it recognizes.
+) -> Any:
+    """Build the classifier with a row, and with class statistics, for each new class.
 
     Args:
         model: classifier of the first C of the classes.
         statistics: of these C classes.
         features: of images of the others, with the logits of the model as the last columns.
         names: of all classes.
-
-    Returns:
-        The extended model, and the record of the classes for results.json.
     """
     num_old = len(statistics.counts)
     extended_statistics = statistics.extend(features.get_tokens(), features.labels, len(names))
@@ -128,17 +124,7 @@ def add_classes(
     extended_statistics.set_in_model(extended)
     # Of the weights before they were rounded or merged: the old statistics keep their bits.
     extended.class_distance.fingerprint.copy_(model.class_distance.fingerprint)
-
-    record = {
-        "kind": "classes",
-        "labels": names[num_old:],
-        "num_new_images": len(features.labels),
-        "reads": describe_tokens(statistics.tokens),
-    }
-    is_right = cross_validate(statistics, features, len(names))
-    if is_right is not None:
-        record["result"] = build_result("recall", is_right, features.groups, "cross-validated")
-    return extended, record
+    return extended
 
 
 def build_rows(

@@ -16,53 +16,49 @@ from ..model.modeling_vitcls import ViTCLSImageClassifierOutput, count_output_to
 from ..runtime.errors import warn_on_first_process
 from ..runtime.staging import create_output_folder
 from .extend import (
-    ComputeFeatures,
+    OldModel,
     append_head,
     build_head,
     build_result,
     check_has_one_label,
     describe_tokens,
-    measure_cost,
     open_old_model,
-    print_addition,
-    write_model,
 )
 from .options import AddTaskOptions
-from .probe import build_linear, build_probe_record, describe_probe
+from .probe import build_linear, build_probe_record
 
 
-def add_task_from_options(options: AddTaskOptions) -> dict[str, Any]:
-    """Add a task, write the model folder, and return the record of the task.
+def add_task(options: AddTaskOptions) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Add a task, write the model folder, and return the record of the task and the certificate.
 
     Raises:
         ValueError, OSError: if the model or the data cannot be read, the name is taken, or another
             output would change. Nothing is written then.
     """
-    folder, model, processor, compute = open_old_model(options)
-    check_name(options.name, model.config)
+    old = open_old_model(options)
+    check_name(options.name, old.model.config)
     data = load_training_data(replace(options, held_out_fraction=options.held_out_fraction or 0.0))
     check_has_one_label(data.label_space, options.dataset)
 
     with create_output_folder(options.output_dir, "output_dir") as staging:
         # A classifier on CLS does not compute the patches of the last layer. A head on them would
         # compute this layer again for all tokens: about 8% of a forward pass instead of 2%.
-        has_patches = count_output_tokens(model.vitcls, None, {}) is None
+        has_patches = count_output_tokens(old.model.vitcls, None, {}) is None
         probe = LinearProbe(pooling=None if has_patches else "cls")
-        record = fit_task(probe, data, compute, options.max_images)
-        if num_seen := data.count_seen(list_encoder_rows(folder)):
+        record = fit_task(probe, data, old, options.max_images)
+        if num_seen := data.count_seen(list_encoder_rows(old.folder)):
             record.get("result", {}).pop("accuracy_interval", None)
             warn_on_first_process(
                 f"{num_seen:,} of the images that measure the task trained the encoder of "
                 f"{options.model}, so the accuracy is higher than for new images"
             )
-        extended = append_probe(model, options.name, probe, data.label_space.names)
-        record |= measure_cost(model, extended)
 
-        records = {options.name: record}
+        labels = data.label_space.names
+        head = build_head(probe.candidate_.tokens, labels)
+        weight, bias = build_linear(probe, len(labels))
+        extended = append_head(old.model, options.name, head, weight, bias)
         splits = data.build_splits_table(options.name)
-        certificate = write_model(folder, extended, processor, staging, records, data.train, splits)
-    print_addition(describe_probe(record), record, certificate, options.output_dir)
-    return record
+        return old.write(extended, record, data.train, splits, staging)
 
 
 def check_name(name: str, config: ViTCLSConfig) -> None:
@@ -75,14 +71,13 @@ def check_name(name: str, config: ViTCLSConfig) -> None:
 
 
 def fit_task(
-    probe: LinearProbe, data: TrainingData, compute: ComputeFeatures, max_images: int | None
+    probe: LinearProbe, data: TrainingData, old: OldModel, max_images: int | None
 ) -> dict[str, Any]:
     """Fit the classifier of a task, and measure it by cross-validation or on held-out images.
 
     Return the record of the task for results.json.
     """
-    images: Any = data.train  # not streamed
-    features = compute(images.draw(max_images), data.label_space)
+    features = old.compute_features(data.train.draw(max_images), data.label_space)
     with threadpool_limits(limits=1):  # the matrices are small
         probe.fit(features.get_tokens(), features.labels, features.groups)
 
@@ -96,7 +91,7 @@ def fit_task(
         "held_out_images": data.held_out_name,
     }
     if len(data.held_out):
-        held_out = compute(data.held_out, data.label_space)
+        held_out = old.compute_features(data.held_out, data.label_space)
         is_right = probe.predict(held_out.get_tokens()) == held_out.labels
         record["result"] = build_result("accuracy", is_right, held_out.groups, "held-out")
     elif probe.estimate_ is not None:
@@ -107,9 +102,3 @@ def fit_task(
             "images": "cross-validated",
         }
     return record
-
-
-def append_probe(model: Any, name: str, probe: LinearProbe, labels: list[str]) -> Any:
-    """Append a fitted probe as a task. Labels without training images are never predicted."""
-    weight, bias = build_linear(probe, len(labels))
-    return append_head(model, name, build_head(probe.candidate_.tokens, labels), weight, bias)

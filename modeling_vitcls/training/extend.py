@@ -15,13 +15,15 @@ import copy
 import os
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
+from rich.console import Console
 
 from ..data.image_folder import check_output_is_not_read
 from ..data.images import LabeledImages
@@ -54,17 +56,89 @@ from .certificate import certify, describe_certificate, load_old_model, read_pix
 from .options import AdditionOptions
 
 
-SINGLE_LABEL: Final = "single_label_classification"
+@dataclass(frozen=True)
+class OldModel:
+    """A finished model that gets another head."""
 
-ComputeFeatures = Callable[[LabeledImages, LabelSpace], Features]
+    folder: ModelFolder
+    model: Any
+    processor: ViTCLSImageProcessor
+    build_pass: Callable[..., FrozenPass]  # Of labeled images through the model
+    console: Console
+
+    def compute_features(
+        self, images: LabeledImages, label_space: LabelSpace, has_logits: bool = False
+    ) -> Features:
+        """Compute the features of the images that have a label.
+
+        With `has_logits`, the last columns are the logits of the classifier.
+        """
+        one_pass = self.build_pass(images, label_space=label_space, has_logits=has_logits)
+        features = one_pass(self.model, self.console)
+        return features.take(features.labels >= 0)
+
+    def write(
+        self,
+        extended: Any,
+        record: dict[str, Any],
+        images: LabeledImages,
+        new_splits: pd.DataFrame,
+        staging: Path,
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Write the model with one more head, and certify that no other output has changed.
+
+        Args:
+            extended: this model with another head, the last of its extra heads.
+            record: of the addition, for results.json.
+            images: the outputs of both models are compared with these.
+            new_splits: rows for splits.parquet about the addition.
+            staging: folder for the files.
+
+        Returns:
+            The record with what the head costs, and the certificate.
+
+        Raises:
+            ValueError: at the first difference.
+        """
+        with silence_transformers():
+            extended.save_pretrained(staging)
+            self.processor.save_pretrained(staging)
+            # Both models are read from their files: what is certified is what is written. The files
+            # are still in the hidden folder, so a difference leaves no model behind.
+            certificate = certify(self.folder, staging, read_pixels(images, self.processor))
+        hashes = {"weights_sha256": hash_weights(staging)}
+        write_json(staging / CERTIFICATE_FILE, hashes | certificate)
+
+        old_flops = self.model.flops()
+        flops = extended.flops() - old_flops
+        record = record | {
+            "flops": flops,
+            "relative_flops": round(flops / old_flops, 6),
+            "num_parameters": extended.num_parameters() - self.model.num_parameters(),
+        }
+        folder = self.folder
+        if folder.results and (folder.path / RECIPE_FILE).is_file():
+            shutil.copyfile(folder.path / RECIPE_FILE, staging / RECIPE_FILE)
+        provenance = folder.provenance
+        *_, name = extended.config.extra_heads
+        results = {
+            "versions": get_versions(),
+            **folder.results,
+            **hashes,
+            "settings_sha256": hash_settings(staging),
+            "provenance": None if provenance is None else provenance.copy_to(staging),
+            ADDITIONS_KEY: folder.results.get(ADDITIONS_KEY, {}) | {name: record},
+        }
+        write_json(staging / RESULTS_FILE, results)
+        write_splits(pd.concat([read_splits(folder), new_splits]), staging)
+        return record, certificate
 
 
-def open_old_model(
-    options: AdditionOptions, has_logits: bool = False
-) -> tuple[ModelFolder, Any, ViTCLSImageProcessor, ComputeFeatures]:
-    """Load the old model and its image processor, and build the pass over labeled images.
+def open_old_model(options: AdditionOptions) -> OldModel:
+    """Load the old model and its image processor, and prepare the pass of labeled images.
 
-    Images without a label have no features. With `has_logits`, the logits are the last columns.
+    Raises:
+        ValueError, OSError: if the model cannot be read, or the output folder cannot be written.
     """
     with mark_errors_of_all_processes():
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -87,7 +161,6 @@ def open_old_model(
     build_pass = partial(
         FrozenPass,
         layout=FeatureLayout.for_extra_heads(model.config, NUM_LAST_LAYERS),
-        has_logits=has_logits,
         processor=processor,
         batch_size=options.batch_size,
         accelerator=accelerator,
@@ -95,21 +168,19 @@ def open_old_model(
         num_channels=model.config.num_channels,
         warn=warn,
     )
-
-    def compute(images: LabeledImages, label_space: LabelSpace) -> Features:
-        features = build_pass(images, label_space=label_space)(model, console)
-        return features.take(features.labels >= 0)
-
-    return folder, model, processor, compute
+    return OldModel(folder, model, processor, build_pass, console)
 
 
 def check_has_one_label(label_space: LabelSpace, dataset: str) -> None:
     """Raise ValueError unless a dataset has one label per image."""
-    if label_space.kind != SINGLE_LABEL:
+    if label_space.kind != "single_label_classification":
         raise ValueError(
             f"one label per image is required, but {dataset} has labels for {label_space.kind}. "
             "Set `label_column` to a column with one label per image"
         )
+
+
+# The head, and its records ------------------------------------------------------------------------
 
 
 def build_head(tokens: Sequence[Token], labels: list[str]) -> dict[str, Any]:
@@ -121,7 +192,7 @@ def build_head(tokens: Sequence[Token], labels: list[str]) -> dict[str, Any]:
         "labels": labels,
         "pooling": list(poolings.values()),
         "pooled_layers": list(poolings),
-        "problem_type": SINGLE_LABEL,
+        "problem_type": "single_label_classification",
     }
 
 
@@ -136,10 +207,9 @@ def append_head(
         config.id2label = dict(enumerate(names))
         config.label2id = {label: index for index, label in enumerate(names)}
         config.class_statistics = None  # of the old classes; set for all of them afterwards
-    extended = model.new_like(config).to(device=model.device, dtype=model.dtype)
+    extended = model.new_like(config).to(device=model.device, dtype=model.dtype).eval()
     # The old model has no weights for the new head, which are set below.
     extended.load_state_dict(model.state_dict(), strict=False)
-    extended.eval()
     linear = extended.extra_heads[f"task_{name}"]
     with torch.no_grad():
         linear.weight.copy_(torch.from_numpy(weight))
@@ -161,8 +231,7 @@ def build_result(
 
     A group, such as the copies of an image, counts once. `images` says which images these are.
     """
-    _, groups = np.unique(groups, return_inverse=True)
-    proportions = np.bincount(groups, is_right) / np.bincount(groups)  # of each group
+    proportions = pd.Series(is_right).groupby(groups).mean()  # Of each group
     num_groups = len(proportions)
     return {
         metric: float(proportions.mean()),
@@ -191,21 +260,10 @@ def format_result(record: dict[str, Any]) -> str:
     )
 
 
-def measure_cost(old: Any, new: Any) -> dict[str, Any]:
-    """Count what an addition costs in each forward pass, and its parameters."""
-    old_flops = old.flops()
-    new_flops = new.flops()
-    return {
-        "flops": new_flops - old_flops,
-        "relative_flops": round((new_flops - old_flops) / old_flops, 6),
-        "num_parameters": new.num_parameters() - old.num_parameters(),
-    }
-
-
-def print_addition(
+def describe_addition(
     head: str, record: dict[str, Any], certificate: dict[str, Any], output: Path
-) -> None:
-    """Print what was added; `head` says how its classifier was made."""
+) -> str:
+    """Describe what was added, one line each; `head` says how its classifier was made."""
     lines = {
         "head": head,
         "result": format_result(record),
@@ -214,56 +272,4 @@ def print_addition(
         "certificate": describe_certificate(certificate),
         "written": output,
     }
-    for name, text in lines.items():
-        print(f"{name:12} {text}")
-
-
-def write_model(
-    folder: ModelFolder,
-    model: Any,
-    processor: ViTCLSImageProcessor,
-    staging: Path,
-    records: dict[str, Any],
-    images: Any,
-    new_splits: pd.DataFrame,
-) -> dict[str, Any]:
-    """Write the extended model, and certify that the outputs of the old one are unchanged.
-
-    Args:
-        folder: the old model.
-        model: the extended one.
-        processor: the image processor of both.
-        staging: folder for its files.
-        records: of the addition, for results.json.
-        images: images to compare the outputs with.
-        new_splits: rows of splits.parquet about the addition.
-
-    Returns:
-        The certificate.
-
-    Raises:
-        ValueError: at the first difference.
-    """
-    with silence_transformers():
-        model.save_pretrained(staging)
-        processor.save_pretrained(staging)
-        # Both models are read from their files: what is certified is what is written. The files are
-        # still in the hidden folder, so a difference leaves no model behind.
-        certificate = certify(folder, staging, read_pixels(images, processor))
-    hashes = {"weights_sha256": hash_weights(staging)}
-    write_json(staging / CERTIFICATE_FILE, hashes | certificate)
-
-    if folder.results and (folder.path / RECIPE_FILE).is_file():
-        shutil.copyfile(folder.path / RECIPE_FILE, staging / RECIPE_FILE)
-    provenance = folder.provenance
-    results = {
-        "versions": get_versions(),
-        **folder.results,
-        **hashes,
-        "settings_sha256": hash_settings(staging),
-        "provenance": None if provenance is None else provenance.copy_to(staging),
-        ADDITIONS_KEY: folder.results.get(ADDITIONS_KEY, {}) | records,
-    }
-    write_json(staging / RESULTS_FILE, results)
-    write_splits(pd.concat([read_splits(folder), new_splits]), staging)
-    return certificate
+    return "\n".join(f"{name:12} {text}" for name, text in lines.items())
