@@ -92,12 +92,16 @@ def fresh_accelerate() -> Iterator[None]:
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
-    """Start an empty Hub on this machine, with a client that is logged in as `ann`."""
+    """Start an empty Hub here, with a client that is logged in as `ann` and has an empty cache."""
     from helpers import local_hub
 
     with local_hub.running_hub() as running:
         running.tokens["hf_ann"] = local_hub.Token("ann")
         local_hub.point_client_at(running.url, "hf_ann", monkeypatch, tmp_path / "home")
+        monkeypatch.setattr(
+            "huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "home" / "hub")
+        )
+        monkeypatch.setattr("modeling_vitcls.hub.loading.RETRY_WAIT", 0.01)
         yield running
 
 

@@ -28,7 +28,6 @@ from modeling_vitcls.data.labels import OneLabel
 from modeling_vitcls.data.options import DataOptions
 from modeling_vitcls.data.sources import load_splits
 from modeling_vitcls.data.splits import load_training_data
-from modeling_vitcls.hub import loading
 from modeling_vitcls.training.teacher import load_teacher
 from scripts.random_weights import randomize_weights
 
@@ -43,12 +42,10 @@ DIGITS = OneLabel({"label": [str(index) for index in range(10)]})
 @pytest.fixture
 def hub(hub: LocalHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> LocalHub:
     """Start a Hub with a user `ann` for all libraries in this process, with an empty cache."""
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(datasets.config, "HF_ENDPOINT", hub.url)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "data")
-    monkeypatch.setattr(loading, "RETRY_WAIT", 0.01)
     return hub
 
 

@@ -71,14 +71,12 @@ print(json.dumps([model(images).logits[0].tolist() for model in models]))
 
 
 @pytest.fixture
-def hub(hub: LocalHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> LocalHub:
-    """Start a Hub with one model for this process, as ann, with an empty cache."""
+def hub(hub: LocalHub) -> LocalHub:
+    """Start a Hub with one model, as ann."""
     hub.tokens |= {"hf_bob": Token("bob")}
     hub.create(
         "ann/model", private=True, files={"config.json": b"{}", "model.safetensors": b"weights"}
     )
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(loading, "RETRY_WAIT", 0.01)
     return hub
 
 
@@ -101,7 +99,7 @@ def test_each_commit_runs_its_own_code_in_a_process_without_the_package(
         asked = len(hub.requests)
         environment = os.environ | {
             "HF_HUB_OFFLINE": offline,
-            "HF_HUB_CACHE": str(tmp_path / "home"),
+            "HF_HUB_CACHE": str(tmp_path / "cache of new processes"),
         }
         child = run_fresh("-P", "-c", LOAD_COMMITS, *commits, environment=environment, cwd=tmp_path)
         assert child.returncode == 0, child.stderr[-4000:]

@@ -151,15 +151,13 @@ def test_other_licenses_of_timm_weights_link_to_their_card() -> None:
 
 
 @pytest.fixture
-def hub(hub: LocalHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> LocalHub:
-    """Start a Hub with two models, and set an empty cache."""
+def hub(hub: LocalHub, monkeypatch: pytest.MonkeyPatch) -> LocalHub:
+    """Start a Hub with two models."""
     files = {"README.md": f"---\n{DINOV3}---\n".encode(), "config.json": b"{}"}
     hub.create("ann/dinov3", private=False, files=files | {"LICENSE.md": b"the text"})
     hub.create("ann/linked", private=False, files=files)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(loading, "TIMEOUT", 0.5)
-    monkeypatch.setattr(loading, "RETRY_WAIT", 0.01)
     return hub
 
 

@@ -16,13 +16,6 @@ from scripts.push_space import SpaceOptions, run
 from scripts.space.space import find_published_model
 
 
-@pytest.fixture
-def hub(hub: LocalHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> LocalHub:
-    """Start a Hub with an empty cache, as ann."""
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
-    return hub
-
-
 @pytest.mark.integration
 def test_a_space_shows_a_commit_of_a_model(hub: LocalHub, tmp_path: Path) -> None:
     first = push_folder(ModelFolder(save_classifier(tmp_path / "mine")), "ann/mine").commit

@@ -14,7 +14,6 @@ from gradio_client import Client, handle_file
 from helpers.local_hub import LocalHub
 from helpers.scripts_in_process import run_in_process
 from helpers.tiny_models import build_tiny_config, save_with_processor
-from huggingface_hub import constants
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
@@ -58,11 +57,8 @@ def run_page(command: list[str], folder: Path, **environment: str) -> Iterator[s
         child.communicate(timeout=60)
 
 
-def test_the_space_runs_without_this_package(
-    hub: LocalHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_space_runs_without_this_package(hub: LocalHub, tmp_path: Path) -> None:
     """Later commits of the model have no effect."""
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "home" / "hub"))
     config = build_tiny_config(
         num_cls_tokens=2, num_distillation_tokens=1, num_register_tokens=2, num_labels=6
     )
