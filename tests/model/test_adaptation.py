@@ -9,6 +9,7 @@ FlexiViT's resize is exact. Gates are tested in test_gates.py.
 
 import copy
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -286,18 +287,20 @@ def test_a_configuration_object_adapts_the_model_and_is_not_changed(
 
 def test_impossible_changes_are_errors(tmp_path: Path) -> None:
     model = randomize(ViTCLSModel(build_tiny_config(tasks={"age": 2})))
-    with raises_one_line("hidden_size", "num_register_tokens"):
-        model.adapt(hidden_size=32)
-    with raises_one_line("image_size", "24 or 32"):
-        model.adapt(image_size=30)
-    with raises_one_line("tasks", "num_cls_tokens"):
-        model.adapt(num_cls_tokens=2)
-
     model.save_pretrained(tmp_path)
-    with raises_one_line("num_regster_tokens", "num_register_tokens"):
-        ViTCLSModel.from_pretrained(tmp_path, image_size=64, num_regster_tokens=4)
-    with raises_one_line("num_register_tokens", "-1"):
-        ViTCLSModel.from_pretrained(tmp_path, num_register_tokens=-1)
+    load = partial(ViTCLSModel.from_pretrained, tmp_path)
+    for adapt, change, *words in (
+        (model.adapt, {"hidden_size": 32}, "hidden_size", "num_register_tokens"),
+        (model.adapt, {"image_size": 30}, "image_size", "24 or 32"),
+        (model.adapt, {"num_cls_tokens": 2}, "tasks", "num_cls_tokens"),
+        (load, {"image_size": 64, "num_regster_tokens": 4}, "regster", "num_register_tokens"),
+        (load, {"num_register_tokens": -1}, "num_register_tokens", "-1"),
+    ):
+        with raises_one_line(*words):
+            adapt(**change)
+    for folder in (tmp_path / "nowhere", "./nowhere", "~/nowhere", "no/such/folder"):
+        with raises_one_line(f"no folder {folder}", error=OSError):
+            ViTCLSModel.from_pretrained(folder, num_register_tokens=2)
 
 
 # Grids and patches

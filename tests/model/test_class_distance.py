@@ -70,14 +70,6 @@ def test_logits_have_the_same_bits_with_and_without_statistics() -> None:
     assert outputs.distance is None
 
 
-@torch.no_grad()
-def test_statistics_survive_an_adaptation() -> None:
-    model, images, _ = build_model()
-    adapted = model.adapt(num_register_tokens=2).eval()
-    difference = adapted(images[:4]).distance - model(images[:4]).distance
-    assert difference.abs().max() < 0.01
-
-
 def test_statistics_are_not_counted_as_parameters(tmp_path: Path) -> None:
     model, _, _ = build_model()
     model.save_pretrained(tmp_path)
@@ -118,21 +110,21 @@ def test_a_change_of_any_part_that_the_distance_depends_on_ends_it(part: str) ->
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    "change",
+    ("change", "limit"),
     [
-        lambda model: model.bfloat16().float(),
-        lambda model: model.half().float(),
-        copy.deepcopy,
-        lambda model: model.adapt(num_register_tokens=2, num_distillation_tokens=1),
-        lambda model: model.train().eval(),
+        (lambda model: model.bfloat16().float(), 0.3),
+        (lambda model: model.half().float(), 0.3),
+        (copy.deepcopy, 0.0),
+        (lambda model: model.adapt(num_register_tokens=2, num_distillation_tokens=1), 0.01),
+        (lambda model: model.train().eval(), 0.0),
     ],
     ids=["bfloat16", "float16", "deepcopy", "adapt", "modes"],
 )
-def test_nothing_that_keeps_the_function_ends_the_distance(change: Any) -> None:
+def test_nothing_that_keeps_the_function_ends_the_distance(change: Any, limit: float) -> None:
     model, images, _ = build_model()
     expected = model(images[:4]).distance
     distance = change(model).eval()(images[:4]).distance
-    torch.testing.assert_close(distance, expected, rtol=0.1, atol=0.3)
+    torch.testing.assert_close(distance, expected, rtol=limit / 3, atol=limit)
 
 
 @torch.no_grad()

@@ -19,7 +19,6 @@ from transformers import AutoModelForImageClassification
 from modeling_vitcls import (
     ViTCLSForImageClassification,
     ViTCLSForMultiTaskClassification,
-    ViTCLSModel,
 )
 from modeling_vitcls.model.cpu_kernels_vitcls import restore_plain_modules
 
@@ -174,16 +173,6 @@ def test_heads_read_the_normalized_tokens_of_their_layers(num_tokens: int | None
     for name, vectors in inputs.items():
         expected = model.extra_heads[f"task_{name}"](torch.cat(vectors, dim=1))
         assert get_largest_difference(found[name], expected) <= 1e-5
-
-
-@torch.no_grad()
-def test_an_encoder_becomes_a_model_with_heads_only(tmp_path: Path) -> None:
-    encoder = randomize(ViTCLSModel(build_tiny_config(num_labels=0)))
-    encoder.save_pretrained(tmp_path)
-    model = ViTCLSForImageClassification.from_pretrained(tmp_path, extra_heads=HEADS)
-    outputs = model(build_images())
-    assert torch.equal(outputs.logits, encoder(build_images()).pooler_output)
-    assert outputs.task_logits.keys() == HEADS.keys()
 
 
 SELECTED = [{}, MODELS["several layers"], {"num_labels": 0}, {"tasks": TASKS, "num_cls_tokens": 2}]
