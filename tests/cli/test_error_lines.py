@@ -46,21 +46,27 @@ def open_folder() -> Iterator[Path]:
 
 
 @pytest.mark.parametrize(
-    ("field", "value"),
+    ("values", "word"),
     [
-        ("id2label", None),
-        ("image_size", 10**9),
-        ("patch_size", 10**9),
-        ("dtype", "evil"),
-        ("num_hidden_layers", []),
+        ({"id2label": None}, "id2label"),
+        ({"image_size": 10**9}, "image_size"),
+        ({"patch_size": 10**9}, "patch_size"),
+        ({"dtype": "evil"}, "dtype"),
+        ({"num_hidden_layers": []}, "num_hidden_layers"),
+        # of another model
+        ({"id2label": dict(enumerate("abcde")), "label2id": None}, "classifier"),
     ],
 )
 def test_a_wrong_value_in_the_configuration_is_named(
-    field: str, value: Any, folder: Path, photos: Path, run_with_error: Callable[..., str]
+    values: dict[str, Any],
+    word: str,
+    folder: Path,
+    photos: Path,
+    run_with_error: Callable[..., str],
 ) -> None:
     file = folder / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {field: value}))
-    assert field in run_with_error("predict", "--model", folder, photos)
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+    assert word in run_with_error("predict", "--model", folder, photos)
 
 
 @pytest.fixture
@@ -171,17 +177,6 @@ def test_a_malformed_index_of_the_weights_is_an_error(
         json.dumps({"metadata": {}, "weight_map": weight_map})
     )
     assert "weight_map" in run_with_error("predict", "--model", folder, photos)
-
-
-def test_weights_of_another_model_are_an_error(
-    folder: Path, photos: Path, run_with_error: Callable[..., str]
-) -> None:
-    file = folder / "config.json"
-    labels = {str(index): f"class {index}" for index in range(5)}
-    file.write_text(
-        json.dumps(json.loads(file.read_text()) | {"id2label": labels, "label2id": None})
-    )
-    assert "classifier" in run_with_error("predict", "--model", folder, photos)
 
 
 @pytest.mark.parametrize(

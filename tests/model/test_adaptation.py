@@ -293,7 +293,12 @@ def test_impossible_changes_are_errors(tmp_path: Path) -> None:
         (model.adapt, {"hidden_size": 32}, "hidden_size", "num_register_tokens"),
         (model.adapt, {"image_size": 30}, "image_size", "24 or 32"),
         (model.adapt, {"num_cls_tokens": 2}, "tasks", "num_cls_tokens"),
-        (load, {"image_size": 64, "num_regster_tokens": 4}, "regster", "num_register_tokens"),
+        (
+            load,
+            {"image_size": 64, "num_regster_tokens": 4},
+            "num_regster_tokens",
+            "num_register_tokens",
+        ),
         (load, {"num_register_tokens": -1}, "num_register_tokens", "-1"),
     ):
         with raises_one_line(*words):
