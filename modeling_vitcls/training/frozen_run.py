@@ -2,9 +2,11 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
-from ..data.splits import TrainingData
+from ..data.splits import MAX_CLASS_RATIO, TrainingData
 from ..inference.metrics import NOTHING_MEASURED
+from ..runtime.distributed import run_on_main
 from .calibration import describe_probe_calibration, measure_errors, select_error_metrics
 from .outcome import Outcome, list_measurements
 from .probe import describe_frozen, describe_threshold
@@ -51,6 +53,9 @@ def run_frozen(
         calibration = replace(calibration, errors=select_error_metrics(metrics))
     if predictions is not None:
         nearest_images = frozen.find_nearest_images(predictions.list_wrong())
+    weights_text = None
+    if data.class_ratio > MAX_CLASS_RATIO:
+        weights_text = run_on_main(partial(probe.compare_class_weights, frozen))
     return Outcome(
         measured=list_measurements(metrics, setup.result_metrics, data.label_space, **details),
         metrics=metrics,
@@ -65,5 +70,6 @@ def run_frozen(
             **describe_frozen(frozen.record),
             "unknown": describe_threshold(frozen.probe),
             "calibration": calibration.text,
+            "weights": weights_text,
         },
     )

@@ -307,6 +307,22 @@ class Probe:
                 tokens, features.labels, features.groups
             )
 
+    def compare_class_weights(self, frozen: FrozenModel) -> str | None:
+        """Say what weights of the classes change, from cross-validation; None without folds."""
+        own = frozen.probe
+        if not own.num_folds_ or own.lines_ is not None:
+            return None
+        # The images of the choice are the first ones.
+        images = frozen.features.take(np.arange(len(own.losses_)))
+        candidate = own.candidate_
+        other_weight = None if own.is_balanced else "balanced"
+        with report_work("cross-validation"), threadpool_limits(limits=1):
+            tokens, _ = split_kinds(images.get_tokens())
+            other = LinearProbe(candidate.layers, candidate.pooling, other_weight)
+            other.fit(tokens, images.labels, images.groups)
+        plain, weighted = (other, own) if own.is_balanced else (own, other)
+        return describe_class_weights(plain, weighted, images.labels, self.label_space.names)
+
     def fit_second_head(self, chosen: LinearProbe, features: Features) -> DistillationHead | None:
         """Fit the distillation head, if the model has one."""
         _, tokens = split_kinds(features.get_tokens())
@@ -509,6 +525,35 @@ def describe_frozen(record: dict[str, Any]) -> dict[str, str | None]:
             record["distillation_inference"], record["distillation_losses"], "out of fold"
         )
     return {"resize": describe_geometry(record), "frozen": describe_probe(record), "heads": heads}
+
+
+def describe_class_weights(
+    plain: LinearProbe, weighted: LinearProbe, labels: np.ndarray, names: Sequence[str]
+) -> str:
+    """Say what equal weights of the classes change, from the out-of-fold predictions of both."""
+    known = np.isfinite(plain.losses_) & np.isfinite(weighted.losses_)
+    labels = labels[known]
+    classes, counts = np.unique(labels, return_counts=True)
+    rarest = classes[counts.argmin()]
+    recalls, losses, accuracies = [], [], []
+    for probe in (plain, weighted):
+        is_right = probe.classes_[probe.out_of_fold_[known].argmax(axis=1)] == labels
+        recalls.append({label: is_right[labels == label].mean() for label in classes})
+        losses.append(np.mean([probe.losses_[known][labels == each].mean() for each in classes]))
+        accuracies.append(is_right.mean())
+    balanced = [np.mean([*each.values()]) for each in recalls]
+    advice = ""
+    if losses[1] < losses[0] and balanced[1] > balanced[0]:
+        advice = ". Choose it if rare classes matter as much as the others"
+
+    def compare(before: float, after: float) -> str:
+        return f"{before:.1%} -> {after:.1%}"
+
+    return (
+        f"`class_balance='weights'` changes recall of {names[rarest]} "
+        f"{compare(recalls[0][rarest], recalls[1][rarest])}, balanced accuracy {compare(*balanced)}, "
+        f"accuracy {compare(*accuracies)}, in cross-validation{advice}"
+    )
 
 
 def describe_threshold(probe: LinearProbe) -> str | None:
