@@ -1,4 +1,8 @@
-"""Flags of `vitcls finetune`, `pretrain`, `add-task`, `add-class` and `verify-unchanged`."""
+"""Flags of `vitcls finetune`, `pretrain`, `add-task`, `add-class` and `verify-unchanged`.
+
+They do not stand in the files that read them, because the command checks flags before it imports
+torch, and those files need torch.
+"""
 
 import re
 from collections.abc import Sequence
