@@ -1,6 +1,5 @@
 """Class statistics of a model that was trained with steps."""
 
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -28,14 +27,14 @@ def store_statistics(setup: TrainingSetup, data: TrainingData) -> None:
     if setup.build_pass is None:
         return
     model = setup.model.eval()
-    compute = partial(compute_tokens, setup.build_pass, model)
-    tokens, labels = compute(data.train)
+    tokens, labels = compute_tokens(setup.build_pass, model, data.train)
     statistics = ClassStatistics.fit(tokens, labels, model.config.num_labels)
     other_images = data.held_out if data.selection is None else data.selection
     # The threshold comes from images that the model was not trained on: training images lie closer
     # to the means of their classes than any new image does.
     if len(other_images) >= MIN_DISTANCE_IMAGES:
-        distances = statistics.compute_distances(compute(other_images)[0])
+        other_tokens, _ = compute_tokens(setup.build_pass, model, other_images)
+        distances = statistics.compute_distances(other_tokens)
         threshold = float(np.quantile(distances, KNOWN_RECALL, method="higher"))
         model.config.distance_threshold = threshold
     statistics.set_in_model(model)

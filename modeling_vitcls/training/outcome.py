@@ -123,9 +123,8 @@ class Outcome:
         predictions: content of predictions.parquet, if the images have one label each.
         nearest_images: names of the nearest training images of each wrong prediction, by its index.
         seconds: duration of the fit or of the steps.
-        num_steps, epochs, images_per_step: 0 without steps.
         num_unreadable: number of training images that were replaced with others.
-        results: further fields of results.json.
+        results: further fields of results.json, such as the number of steps.
         lines: to print about the frozen model and the calibration.
     """
 
@@ -137,9 +136,6 @@ class Outcome:
     predictions: Predictions | None
     nearest_images: dict[int, list[str]] | None
     seconds: float
-    num_steps: int = 0
-    epochs: float = 0.0
-    images_per_step: int = 0
     num_unreadable: int = 0
     results: dict[str, Any] = field(default_factory=dict)
     lines: dict[str, str | None] = field(default_factory=dict)

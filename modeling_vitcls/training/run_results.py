@@ -52,14 +52,11 @@ def build_results(
         "calibration": outcome.calibration,
         "selection_metric": setup.selection_metric,
         "forward_flops_per_image": inputs.forward_flops,
-        "steps": outcome.num_steps,
-        "epochs": round(outcome.epochs, 4),
+        # Of a frozen run; the results of the other kind replace them.
+        "steps": 0,
+        "epochs": 0.0,
         "seconds": round(outcome.seconds, 2),
-        "images_per_second": round(
-            # A frozen run of a few photos may round to no time, and has no steps
-            outcome.num_steps * outcome.images_per_step / (outcome.seconds or 1),
-            1,
-        ),
+        "images_per_second": 0.0,
         "num_parameters": count_parameters(setup.model),
         "token_layout": count_tokens(setup.model.config),
         "device": inputs.device,

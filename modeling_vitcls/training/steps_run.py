@@ -106,7 +106,15 @@ def run_steps(
     if frozen is not None and predictions is not None:
         nearest_images = frozen.find_nearest_images(predictions.list_wrong())
 
-    results: dict[str, Any] = {} if start_record is None else {"frozen": start_record}
+    seconds = loop.get_training_seconds()
+    results: dict[str, Any] = {
+        "steps": loop.state.step,
+        "epochs": round(loop.plan.count_epochs(loop.state.step), 4),
+        "images_per_second": round(loop.state.step * loop.plan.images_per_step / seconds, 1),
+        "token_movement": loop.measure_token_movement(),
+    }
+    if start_record is not None:
+        results["frozen"] = start_record
     if options.select == "best" and data.selection is not None:
         results["selection"] = {
             "images": data.selection_name,
@@ -126,12 +134,9 @@ def run_steps(
         calibration=None if calibration is None else calibration.build_record(),
         predictions=predictions,
         nearest_images=nearest_images,
-        seconds=loop.get_training_seconds(),
-        num_steps=loop.state.step,
-        epochs=loop.plan.count_epochs(loop.state.step),
-        images_per_step=loop.plan.images_per_step,
+        seconds=seconds,
         num_unreadable=len(loop.unreadable_images.indices),
-        results=results | compare(model) | {"token_movement": loop.measure_token_movement()},
+        results=results | compare(model),
         lines={
             "heads": heads_text,
             "calibration": None if calibration is None else calibration.text,
@@ -244,14 +249,9 @@ def build_loop(
         num_channels=num_channels,
         image_bytes=num_channels * math.prod(get_output_size(processor)),
     )
-    batches = iterate_training_batches(
-        images,
-        loop.plan,
-        accelerator.process_index,
-        options.num_workers,
-        state.step,
+    return loop, iterate_training_batches(
+        images, loop.plan, accelerator.process_index, options.num_workers, state.step
     )
-    return loop, batches
 
 
 def set_saved_weights(loop: TrainingLoop, plan: RunPlan) -> int:
