@@ -37,7 +37,16 @@ def test_the_image_column_contains_images() -> None:
 
 
 @pytest.mark.parametrize(
-    "header", ["x,y", "kind,y", "image,y", "x,label", "x,kind,split", "file name,my label"]
+    "header",
+    [
+        "x,y",
+        "kind,y",
+        "image,y",
+        "x,label",
+        "x,kind,split",
+        "file name,my label",
+        "image_id,Category",
+    ],
 )
 def test_of_two_columns_the_one_without_file_names_has_the_labels(
     header: str, tmp_path: Path

@@ -202,11 +202,6 @@ def test_floats_are_scaled_and_integers_are_not(
         assert np.array(image).tolist() == expected
 
 
-def test_floats_that_are_not_from_0_to_1_are_errors() -> None:
-    with raises_one_line("item 1", "floats must be from 0 to 1"):
-        add_dataset([(np.full((2, 2), 0.5), 0), (np.full((2, 2), 1.02), 0)])
-
-
 @pytest.mark.parametrize(
     ("data", "message"),
     [
@@ -233,6 +228,10 @@ def test_floats_that_are_not_from_0_to_1_are_errors() -> None:
             "with_format",
         ),
         ([(np.zeros((2, 2, 7)), 1)], "item 0 of the dataset has no valid image"),
+        (
+            [(np.full((2, 2), 0.5), 0), (np.full((2, 2), 1.02), 0)],
+            "item 1 .*floats must be from 0 to 1",
+        ),
         (
             [(Image.open(io.BytesIO(encode(make_image(0))[:-100])), 1)],
             "item 0 of the dataset has no valid image",
