@@ -153,21 +153,18 @@ class ModelFolder:
             # As in folders that Trainer or PEFT wrote, which save only the model
             config = self.config
             height, width = config.image_height_width
-            is_rgb = config.num_channels == 3
-            settings: dict[str, Any] = {}
-            if not is_rgb:
-                settings["image_mean"] = [0.5] * config.num_channels
-                settings["image_std"] = [0.5] * config.num_channels
+            processor = ViTCLSImageProcessor(size={"height": height, "width": width})
+            statistics = "the mean and standard deviation of ImageNet"
+            if config.num_channels != 3:
+                processor.do_convert_rgb = False
+                processor.image_mean = processor.image_std = (0.5,) * config.num_channels
+                statistics = "a mean and standard deviation of 0.5"
             warn_on_first_process(
                 f"{self.source} has no {PROCESSOR_FILE}: images are resized to {height} x {width} "
-                "pixels and normalized with the defaults. If the model was trained with another "
+                f"pixels and normalized with {statistics}. If the model was trained with another "
                 "image processor, save it there: `processor.save_pretrained(FOLDER)`"
             )
-            return ViTCLSImageProcessor(
-                size={"height": height, "width": width},
-                do_convert_rgb=is_rgb,
-                **settings,
-            )
+            return processor
         return load_checkpoint(ViTCLSImageProcessor.from_pretrained, self.path)
 
     def load(self, model_class: Any, **arguments: Any) -> Any:
