@@ -111,9 +111,13 @@ def render_card(
         and REPORT_FILE not in hidden_files
     )
 
-    metrics = build_metric_variables(folder)
+    metric_names = get_metric_names(folder.results, folder.config)
+    metrics = {
+        "metrics": build_metric_rows(folder.results, folder.config),
+        "class_tables": build_class_tables(folder.results, folder.config),
+    }
     auto_class = get_auto_class(folder.architecture)
-    metadata = build_metadata(folder, name, license_source, metrics["metric_names"])
+    metadata = build_metadata(folder, name, license_source, metric_names)
     variables = {
         "card_data": ModelCardData(**metadata).to_yaml(),
         "name": name,
@@ -243,17 +247,6 @@ def build_model_variables(folder: ModelFolder, auto_class: str) -> dict[str, Any
     counts = {group: len(range(length)[tokens]) for group, tokens in config.token_layout.items()}
     groups = [f"{TOKEN_NAMES[key]} x {count}" for key, count in counts.items() if count]
     return variables | {"sequence_length": length, "layout": f"[ {' | '.join(groups)} ]"}
-
-
-def build_metric_variables(folder: ModelFolder) -> dict[str, Any]:
-    """Collect the names of the metrics by key, their rows, and the tables of the classes."""
-    results = folder.results
-    config = folder.config
-    return {
-        "metric_names": get_metric_names(results, config),
-        "metrics": build_metric_rows(results, config),
-        "class_tables": build_class_tables(results, config),
-    }
 
 
 def build_run_variables(folder: ModelFolder) -> dict[str, Any]:

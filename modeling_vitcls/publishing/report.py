@@ -9,7 +9,6 @@ effects than `vitcls inspect`.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -52,63 +51,30 @@ def write_report(folder: ModelFolder, warn: Callable[[str], None]) -> str | None
     cross-validated, its training images. Errors are passed to `warn`, and the missing files are not
     written.
     """
-    content: ReportContent | None = None
+    inspection = sheet = None
     with convert_errors(warn, f"{REPORT_FILE} could not be written"):
         # Without a record of the run, there is nothing to read the images from.
         if folder.results and "dataset" in folder.flags:
-            content = measure_run(folder)
-        if content is not None:
-            # Without one label per image, there are no wrong photos to show, but results per label.
-            class_tables = {}
-            if content.predictions is None:
-                class_tables = build_class_tables(folder.results, folder.config)
-            write_page(
-                folder.path / REPORT_FILE,
-                folder.name,
-                content.inspection,
-                content.photos,
-                source=content.source,
-                predictions=content.predictions,
-                class_tables=class_tables,
-            )
+            inspection, sheet = write_run_page(folder)
     if folder.config is not None:
         with convert_errors(warn, "the card has no images, because the images could not be drawn"):
-            sheet = None if content is None else content.sheet
             write_card_images(folder.path, folder.config, folder.results, sheet)
-    return None if content is None else "; ".join(content.inspection.faults)
+    return "; ".join(inspection.faults) if inspection else None
 
 
-@dataclass(frozen=True)
-class ReportContent:
-    """What the report of a run shows.
+def write_run_page(folder: ModelFolder) -> tuple[Inspection | None, Image.Image | None]:
+    """Measure the model of a run in the precision of the run, and write report.html.
 
-    Attributes:
-        inspection: measurements of a sample of the images.
-        photos: the photos to show.
-        source: description of the images.
-        predictions: headline, wrong images and calibration; None without predictions.
-        sheet: the sheet of the first photo, for the card.
-    """
-
-    inspection: Inspection
-    photos: list[ShownPhoto]
-    source: str
-    predictions: dict[str, Any] | None
-    sheet: Image.Image | None
-
-
-def measure_run(folder: ModelFolder) -> ReportContent | None:
-    """Measure the model of a run on its held-out or training images, in the precision of the run.
-
-    The photos are chosen among all predictions, or among the measured images if there are no
-    predictions. Training images are measured if the run was cross-validated.
+    The held-out images are measured or, if the run was cross-validated, the training images. The
+    photos are chosen among all predictions, or among the measured images if there are none. Return
+    the measurements, and the sheet of the first photo for the card.
     """
     data = load_run_data(folder, folder.flags["dataset"])
     photos_by_name = find_photos(data)
     rows = read_predictions(folder)
     is_cross_validated = folder.results.get("split") == "cross-validation"
     if not len(data.held_out) and not is_cross_validated:
-        return None
+        return None, None
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = folder.load(getattr(modeling_vitcls, folder.architecture)).to(device)
     processor = folder.load_processor()
@@ -148,19 +114,26 @@ def measure_run(folder: ModelFolder) -> ReportContent | None:
     ]
     sheet = draw_sheet(photos[0].measurements, folder.name) if photos else None
     predictions = None
-    if rows is not None:
+    class_tables = {}
+    if rows is None:
+        # Without one label per image, there are no wrong photos to show, but results per label.
+        class_tables = build_class_tables(folder.results, folder.config)
+    else:
         predictions = summarize_predictions(folder, rows)
         predictions["wrong"] = wrong_photos(
             rows, photos_by_name, data.label_space.names, processor.bit_depth
         )
     split = folder.results["split"] if len(data.held_out) else "training images"
-    return ReportContent(
+    write_page(
+        folder.path / REPORT_FILE,
+        folder.name,
         inspection,
         photos,
         source=f"{folder.results['dataset']}, {split}",
         predictions=predictions,
-        sheet=sheet,
+        class_tables=class_tables,
     )
+    return inspection, sheet
 
 
 @contextmanager
