@@ -23,10 +23,10 @@ from ..model.image_processing_vitcls import CROP_ROUNDINGS
 from .images import read_size
 
 
-MAX_MEASURED_IMAGES = 64  # number of images whose size is read
+MAX_MEASURED_IMAGES = 64  # Number of images whose size is read
 
-Size = tuple[int, int]  # height, width in pixels
-# a ViTCLSImageProcessor or ViTCLSImageProcessorPil; transformers sets the attributes dynamically
+Size = tuple[int, int]  # Height, width in pixels
+# A ViTCLSImageProcessor or ViTCLSImageProcessorPil; transformers sets the attributes dynamically
 Processor = Any
 
 
@@ -48,7 +48,9 @@ def set_resize(processor: Processor, resize: str, height_width: Size) -> None:
     if resize == "crop" and has_same_crop:
         return
 
-    crop_ratio = 1.0  # of the crop to the resized image (`crop_pct` in timm)
+    crop_ratio = (
+        1.0  # The size of the crop divided by that of the resized image (`crop_pct` in timm)
+    )
     if processor.do_resize and processor.do_center_crop:
         resized = processor.size
         resized_side = resized.shortest_edge or resized.height or resized.max_height
@@ -106,7 +108,7 @@ class ResizeTransform(nn.Module):
         self.keep_resolution = keep_resolution
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Return the image [..., C, h, w] `uint8` for an image [..., C, H, W] `uint8`."""
+        """Resize and crop an image [..., C, H, W] `uint8` to [..., C, h, w]."""
         if not self.keep_resolution:
             pixels = resize_and_crop(self.processor, pixels)
         if not self.processor.do_pad:
@@ -157,7 +159,7 @@ def get_visible_region(
         height = processor.crop_size["height"]
         width = processor.crop_size["width"]
         offsets = ((resized_size[0] - height) / 2, (resized_size[1] - width) / 2)
-        if min(offsets) < 0:  # the image is smaller than the crop, which pads it
+        if min(offsets) < 0:  # The image is smaller than the crop, which pads it
             round_offset = PAD_ROUNDINGS[processor.backend]
         else:
             round_offset = CROP_ROUNDINGS[processor.crop_rounding]
@@ -193,12 +195,12 @@ PAD_ROUNDINGS: dict[str, Callable[[float], int]] = {"torchvision": math.trunc, "
 
 
 def read_sizes(images: Sequence[Any]) -> list[Size]:
-    """Sample heights and widths: of `MAX_MEASURED_IMAGES` images, spread over all images."""
+    """Read the sizes of up to `MAX_MEASURED_IMAGES` images, evenly spaced."""
     sizes = []
     for index in range(0, len(images), -(-len(images) // MAX_MEASURED_IMAGES) or 1):
         try:
             width, height = read_size(images, index)
-        except ValueError:  # an unreadable image is reported when it is used
+        except ValueError:  # An unreadable image is reported when it is used
             continue
         sizes.append((height, width))
     return sizes

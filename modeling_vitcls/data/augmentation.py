@@ -29,7 +29,7 @@ class Augmentation:
     """The three transforms of an augmentation, in the order of application."""
 
     fixed_transform: nn.Module  # [C, H, W] `uint8` -> [C, H, W] `uint8`
-    image_transform: nn.Module | None  # random; uses torch's default generator; None: no transform
+    image_transform: nn.Module | None  # Random; uses torch's default generator; None: no transform
     batch_transform: "BatchTransform"
 
     def __call__(
@@ -80,7 +80,7 @@ def build_augmentation(options: AugmentationOptions, processor: Any) -> Augmenta
             )
         )
     if options.auto_augment == "rand":
-        # as in DeiT
+        # As in DeiT
         transforms.append(v2.RandAugment(magnitude=9, interpolation=InterpolationMode.BILINEAR))
     elif options.auto_augment == "trivial":
         transforms.append(v2.TrivialAugmentWide(interpolation=InterpolationMode.BILINEAR))
@@ -98,7 +98,7 @@ def build_augmentation(options: AugmentationOptions, processor: Any) -> Augmenta
 class Erasing(nn.Module):
     """Random erasing (Zhong et al. 2020) with Gaussian noise around mid-gray."""
 
-    # mean and standard deviation of the noise, in gray levels (0 to 255)
+    # Mean and standard deviation of the noise, in gray levels (0 to 255)
     NOISE_MEAN = 128.0
     NOISE_STD = 64.0
 
@@ -117,7 +117,7 @@ class Erasing(nn.Module):
 class BatchTransform:
     """Random flips, rotations, shifts and zooms of a batch, different for each image."""
 
-    num_random_numbers = 5  # number of random numbers per image
+    num_random_numbers = 5  # Number of random numbers per image
 
     def __init__(
         self, flip: bool, rotation: float = 0.0, shift: float = 0.0, zoom: float = 0.0
@@ -140,7 +140,7 @@ class BatchTransform:
 
         num_channels, height, width = pixels.shape[1:]
         is_gray = torch.equal(pixels, pixels[:, :1].expand_as(pixels))
-        if is_gray:  # transform one channel
+        if is_gray:  # Transform one channel
             pixels = pixels[:, :1]
 
         factors = torch.from_numpy(random_numbers[:, 1:] * 2 - 1).float()  # [B, 4], from -1 to 1

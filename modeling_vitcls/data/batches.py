@@ -25,7 +25,7 @@ from .sampling import BatchPlan, ImageKey, derive_seed
 from .workers import build_loader
 
 
-MAX_CACHE_BYTES = 256 * 2**20  # maximum size of the cache of prepared images per worker, in bytes
+MAX_CACHE_BYTES = 256 * 2**20  # Maximum size of the cache of prepared images per worker, in bytes
 
 Batch = dict[str, Any]
 
@@ -42,13 +42,13 @@ class TrainingImages:
     source: LabeledImages
     augmentation: Augmentation
     label_space: LabelSpace
-    to_rgb: bool  # whether images are converted to three channels
-    seed: int  # seed of the augmentation
-    bit_depth: int = 16  # number of bits that 16-bit images use
-    num_channels: int | None = None  # number of channels that the model requires; None: not checked
-    image_bytes: int = 0  # size of an augmented image in bytes; 0 if unknown
-    cache: dict[int, torch.Tensor] = field(default_factory=dict)  # prepared images
-    errors: dict[int, str] = field(default_factory=dict)  # message of each unreadable image
+    to_rgb: bool  # Whether images are converted to three channels
+    seed: int  # Seed of the augmentation
+    bit_depth: int = 16  # Number of bits that 16-bit images use
+    num_channels: int | None = None  # Number of channels that the model requires; None: not checked
+    image_bytes: int = 0  # Size of an augmented image in bytes; 0 if unknown
+    cache: dict[int, torch.Tensor] = field(default_factory=dict)  # Prepared images
+    errors: dict[int, str] = field(default_factory=dict)  # Message of each unreadable image
 
     def prepare_image(self, image: Any) -> torch.Tensor:
         """Convert a PIL image to `uint8` pixels [C, H, W] and apply the fixed transform.
@@ -148,9 +148,9 @@ def iterate_training_batches(
     try:
         yield from loader
         return
-    except ValueError as error:  # a worker puts its traceback before the message
+    except ValueError as error:  # A worker puts its traceback before the message
         message = str(error).strip().splitlines()[-1].removeprefix("ValueError: ")
-        # the traceback references the loader and would keep the workers alive
+        # The traceback references the loader and would keep the workers alive
         error.__traceback__ = None
     raise ValueError(message)
 

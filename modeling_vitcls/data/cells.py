@@ -30,12 +30,12 @@ from ..runtime.errors import warn_on_first_process
 # Characters between several labels of one text, and how much more often than whole cells the parts
 # between them must occur. A comma is also within names: "tench, Tinca tinca".
 SEPARATORS = {"|": 1.0, ";": 1.0, ",": 1.5}
-MAX_NUMBERS = 50  # different numbers with gaps between them; more look like a measurement
-MIN_VECTORS = 0.9  # share of the lists that have one length, from which they are vectors
+MAX_NUMBERS = 50  # Different numbers with gaps between them; more look like a measurement
+MIN_VECTORS = 0.9  # Share of the lists that have one length, from which they are vectors
 
 NUMBER = re.compile(r"[+-]?(\d+[.,]?\d*|[.,]\d+)(e[+-]?\d+)?", re.IGNORECASE)
 BITS = {"0": False, "0.0": False, "false": False, "1": True, "1.0": True, "true": True}
-MISSING_NUMBERS = ("-1", "-100")  # missing labels in datasets with class indices
+MISSING_NUMBERS = ("-1", "-100")  # Missing labels in datasets with class indices
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,8 @@ class LabelNames:
 
     classes: list[str]
     by_split: dict[str, list[list[str] | None]]
-    has_lists: bool  # whether an image may have several labels
-    separator: str | None  # of several labels in one text
+    has_lists: bool  # Whether an image may have several labels
+    separator: str | None  # It separates several labels in one text
 
 
 class LabelColumn:
@@ -56,10 +56,10 @@ class LabelColumn:
     """
 
     def __init__(self, where: str, cells: Mapping[str, Sequence[Any]]) -> None:
-        self.where = where  # name of the column in messages
+        self.where = where  # Name of the column in messages
         self.rows = {split: list(map(repr, values)) for split, values in cells.items()}
         values = dict(zip(chain(*self.rows.values()), chain(*cells.values()), strict=True))
-        # without missing labels
+        # Missing labels are left out.
         self.values = {cell: each for cell, each in values.items() if spell_label(each) is not None}
         self.counts = Counter(cell for cell in chain(*self.rows.values()) if cell in self.values)
 
@@ -237,7 +237,7 @@ def name_items(
             if (text := spell_label(item)) is not None
             and not (is_declared and text in MISSING_NUMBERS)
         ]
-        # an empty list says that the image has none of the labels
+        # An empty list says that the image has none of the labels
         found[cell] = names if names or not items else None
     return found
 
@@ -321,7 +321,7 @@ def split_labels(value: Any, separator: str | None) -> list[Any]:
         return items
     if not separator or not isinstance(value, str):
         return [value]
-    return [label.strip() for label in value.split(separator)]  # empty text is a missing label
+    return [label.strip() for label in value.split(separator)]  # Empty text is a missing label
 
 
 def looks_like_list(value: Any) -> bool:

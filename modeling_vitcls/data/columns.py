@@ -27,15 +27,15 @@ IMAGE_COLUMN_NAMES = tuple(
 )
 LABEL_COLUMN_NAMES = ("label", "labels", "class", "target", "category", "fine_label", "cls")
 SPLIT_COLUMN_NAMES = ("split", "subset", "partition", "set", "data_split")
-# columns whose rows with one value usually show the same thing
+# Columns whose rows with one value usually show the same thing
 GROUP_COLUMN_NAME = re.compile(
     r"(patient|subject|person|individual|animal|camera|video|session|site|location|scene|sequence)"
     r"s?([ _-]?(id|no|nr|number|name))?",
     re.IGNORECASE,
 )
-MAX_CHECKED_PATHS = 100  # of a table, of which one must be a file
+MAX_CHECKED_PATHS = 100  # First paths of a table, of which one must be a file
 
-Features = dict[str, Any]  # type of each column, as in `datasets`
+Features = dict[str, Any]  # Type of each column, as in `datasets`
 
 
 # Images and labels --------------------------------------------------------------------------------
@@ -147,7 +147,7 @@ def find_column(
 
 
 def is_image_feature(feature: Any) -> bool:
-    """Return whether a column with the type `feature` contains images and not paths."""
+    """Tell whether a column of the type `feature` contains images and not paths."""
     is_encoded = isinstance(feature, dict) and {"bytes", "path"} <= feature.keys()
     return (
         type(feature).__name__ == "Image"
@@ -334,7 +334,7 @@ def find_unused_groups(
 
 
 def read_texts(table: Any, column: str, dataset: str) -> list[str | None]:
-    """Return the values of a column as text; None for an empty one. Raise ValueError without it."""
+    """Read a column as text; None for an empty cell. Raise ValueError without this column."""
     if column not in table.features:
         raise ValueError(
             f"{dataset} has no column {column!r}. Choose one of {', '.join(table.features)}"

@@ -27,8 +27,8 @@ class EvaluationData(NamedTuple):
     label_space: LabelSpace
     images: LabeledImages
     split: str
-    num_left_out: int  # number of images that trained the model
-    description: str  # of the images, as text
+    num_left_out: int  # Number of images that trained the model
+    description: str  # Says which images these are
 
 
 def load_evaluation_data(
@@ -84,7 +84,7 @@ def leave_out(
     """
     images = loaded.images_by_split[name]
     part = f"{len(images):,} images"
-    if is_named or name != "train":  # users have not given the name of an only split
+    if is_named or name != "train":  # Users have not given the name of an only split
         part += f" of split {name!r}"
     num_trained = int(is_trained.sum())
     description = f"all {part}"

@@ -28,16 +28,16 @@ SPLIT_BY_FOLDER_NAME = {
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }
 SPLIT_ORDER = ("train", "validation", "test")
-DATE = re.compile(r"(19|20)\d\d([-_. ]?\d\d){0,2}")  # in names of folders that are no classes
+DATE = re.compile(r"(19|20)\d\d([-_. ]?\d\d){0,2}")  # In names of folders that are no classes
 
 
 class Layout(NamedTuple):
     """Where the splits and the classes are in the paths of an image folder."""
 
-    # name of a split folder -> name of the split; empty if there is only the split "train"
+    # Name of a split folder -> name of the split; empty if there is only the split "train"
     splits: dict[str, str]
-    split_depth: int = 0  # number of folders above the split folders
-    class_depth: int = 0  # number of folders above the class folders
+    split_depth: int = 0  # Number of folders above the split folders
+    class_depth: int = 0  # Number of folders above the class folders
 
     def get_split(self, folders: Sequence[str]) -> str | None:
         """Find the split of a file in nested folders; None if it is in no split folder."""
@@ -65,7 +65,7 @@ def find_layout(
         ValueError: if two folders are the same split, or if it is ambiguous whether folders are
             splits or classes.
     """
-    paths: dict[str, list[list[str]]] = {}  # first-level folder -> folders of each image
+    paths: dict[str, list[list[str]]] = {}  # First-level folder -> folders of each image
     for image in images:
         path = image.split("/")[:-1]
         if path:

@@ -48,8 +48,8 @@ HIDDEN_NAMES = frozenset(
     "system volume information, temporary items, thumbs.db".split(", ")
 )
 
-ROOT = "."  # the image folder itself, as a relative path
-MAX_NAMED_FOLDERS = 10  # in one warning
+ROOT = "."  # The image folder itself, as a relative path
+MAX_NAMED_FOLDERS = 10  # In one warning
 
 
 @dataclass(frozen=True)
@@ -63,11 +63,11 @@ class ImageFolder:
     images: list[str] = field(default_factory=list)
     metadata: list[str] = field(default_factory=list)
     tables: list[str] = field(default_factory=list)
-    # also files with names that are not valid text
+    # Also files with names that are not valid text
     other_files: list[str] = field(default_factory=list)
-    folders: list[str] = field(default_factory=list)  # visible subfolders
-    run_folders: list[str] = field(default_factory=list)  # whose files are not listed
-    system_folders: list[str] = field(default_factory=list)  # likewise, without the hidden ones
+    folders: list[str] = field(default_factory=list)  # Visible subfolders
+    run_folders: list[str] = field(default_factory=list)  # Their files are not listed
+    system_folders: list[str] = field(default_factory=list)  # Nor theirs; hidden ones are left out
 
     def add(self, file: str) -> None:
         """Add a file to the list of its kind."""
@@ -367,6 +367,6 @@ def warn_about_files(folder: Path, files: list[str], reason: str) -> None:
     """Log which files are not used, and why."""
     if files:
         count_text = "1 file" if len(files) == 1 else f"{len(files):,} files"
-        # absolute: a run and its report may name one folder differently, and a message is logged once
+        # Absolute: a run and its report may name one folder differently, and a message is logged once
         where, names = folder.absolute(), format_name_list(files)
         warn_on_first_process(f"{where}: skipped {count_text} {reason}: {names}")

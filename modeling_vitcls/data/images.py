@@ -40,7 +40,7 @@ warnings.filterwarnings("ignore", module=r"PIL\.")
 
 # More are not an accident: a wrong folder, another file type, or a full disk while they were copied.
 MAX_UNREADABLE_IMAGES = 100
-ROWS_PER_READ = 64  # number of dataset rows that are read from disk at once
+ROWS_PER_READ = 64  # Number of dataset rows that are read from disk at once
 ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 
 
@@ -58,7 +58,7 @@ class LabeledImages:
     A label is a class index, a list of class indices, or {task: class index}.
     """
 
-    images: Any  # one of the classes below, or any other sequence of PIL images
+    images: Any  # One of the classes below, or any other sequence of PIL images
     labels: Sequence[Any]
     groups: np.ndarray | None = None  # [N] int64; images of one group stay together
     keys: np.ndarray | None = None  # [N] uint64; checksums of the content, if they were computed
@@ -76,7 +76,7 @@ class LabeledImages:
         return LabeledImages(self.images.select(indices), labels, groups, keys)
 
     def divide(self, is_second: np.ndarray) -> tuple["LabeledImages", "LabeledImages"]:
-        """Divide the images in two, by a mask [N] of the second part."""
+        """Split the images by a mask [N]: False goes to the first part, True to the second."""
         return self.select(np.flatnonzero(~is_second)), self.select(np.flatnonzero(is_second))
 
     def draw(self, num_images: int | None) -> "LabeledImages":
@@ -123,8 +123,8 @@ class DatasetImages(Sequence):
     """
 
     dataset: Any
-    folder: Path  # folder to which paths are relative
-    rows: np.ndarray  # row of each image
+    folder: Path  # Folder to which paths are relative
+    rows: np.ndarray  # Row of each image
 
     @classmethod
     def from_list(cls, values: Sequence[Any], folder: Path = Path()) -> "DatasetImages":
@@ -159,7 +159,7 @@ class DatasetImages(Sequence):
         import pyarrow
         import pyarrow.compute
 
-        values = self.dataset.with_format("arrow")[:][self.column]  # not copied
+        values = self.dataset.with_format("arrow")[:][self.column]  # Not copied
         is_encoded = pyarrow.types.is_struct(values.type)
         paths = pyarrow.compute.struct_field(values, "path") if is_encoded else values
         names = paths.take(pyarrow.array(self.rows)).to_pylist()
@@ -194,7 +194,7 @@ def read_size(images: Any, index: int) -> tuple[int, int]:
     """
     if isinstance(images, DatasetImages):
         with (
-            suppress(Exception),  # the image is decoded below
+            suppress(Exception),  # The image is decoded below
             open_encoded_image(images.get_encoded_image(index)) as stream,
             Image.open(stream, formats=get_image_formats()) as image,
         ):
@@ -214,7 +214,7 @@ def open_encoded_image(encoded_image: dict[str, Any]) -> BinaryIO:
         return io.BytesIO(content)
     try:
         return open_regular_file(path)
-    except OSError:  # an address, a file in an archive, a device, or a missing file
+    except OSError:  # An address, a file in an archive, a device, or a missing file
         return io.BytesIO(path.encode(errors="surrogateescape"))
 
 
@@ -229,7 +229,7 @@ def compute_content_key(stream: BinaryIO) -> int:
     return int.from_bytes(digest.digest(), "little") >> 1
 
 
-NO_CONTENT_KEY = compute_content_key(io.BytesIO())  # key of missing images and of empty files
+NO_CONTENT_KEY = compute_content_key(io.BytesIO())  # Key of missing images and of empty files
 
 
 def check_channels(image: Image.Image, pixels: torch.Tensor, num_channels: int | None) -> None:
@@ -345,7 +345,7 @@ class UnreadableImageCounter:
     stop at the same step.
     """
 
-    warn: Callable[[str], None]  # function that prints a one-line warning
+    warn: Callable[[str], None]  # Function that prints a one-line warning
     indices: set[int] = field(default_factory=set)
 
     def add(self, errors: Mapping[int, str]) -> None:

@@ -14,7 +14,7 @@ from .cells import normalize_name
 from .labels import LabelSpace
 
 
-PLACEHOLDER = re.compile(r"LABEL_\d+$")  # transformers' names of labels without names
+PLACEHOLDER = re.compile(r"LABEL_\d+$")  # Transformers' names of labels without names
 
 
 def translate_labels(images: Any, data_space: LabelSpace, model_space: LabelSpace) -> Any:
@@ -30,7 +30,7 @@ def translate_labels(images: Any, data_space: LabelSpace, model_space: LabelSpac
             f"{data_space.kind}. Select other columns with `label_column`, or set `label_separator`"
         )
     names = data_space.list_names(images.labels)
-    if data_space.kind != "multi_task":  # the columns of the dataset and of the model differ
+    if data_space.kind != "multi_task":  # The columns of the dataset and of the model differ
         names = dict(zip(model_space.columns, names.values(), strict=True))
     if names.keys() != model_space.columns.keys():
         raise ValueError(

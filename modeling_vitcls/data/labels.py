@@ -23,10 +23,10 @@ from ..model.heads_vitcls import IGNORED_LABEL
 from .cells import normalize_name
 
 
-NO_LABELS = "no label"  # text for an image that has none of several labels
+NO_LABELS = "no label"  # Text for an image that has none of several labels
 
 LabelKind = Literal["single_label_classification", "multi_label_classification", "multi_task"]
-# names of the labels of each image by column; None for an image whose labels are missing
+# Names of the labels of each image by column; None for an image whose labels are missing
 Names = Mapping[str, Sequence[Sequence[str] | None]]
 
 
@@ -35,7 +35,7 @@ class ClassNames:
     """Names of the classes by label column, in the order of their indices."""
 
     columns: dict[str, list[str]]
-    # of several labels in one text of a table; "": each text is one label
+    # It separates several labels in one text of a table; "": each text is one label
     separator: str | None = field(default=None, compare=False)
 
     kind: ClassVar[LabelKind]
@@ -163,7 +163,7 @@ class PerTask(ClassNames):
 
 LabelSpace = OneLabel | SeveralLabels | PerTask
 
-UNLABELED = OneLabel({})  # of datasets that are read without labels
+UNLABELED = OneLabel({})  # Datasets that are read without labels have it
 
 
 # Of a model ---------------------------------------------------------------------------------------
@@ -222,7 +222,7 @@ def check_threshold(threshold: float | None, config: ViTCLSConfig) -> None:
 
 
 def is_multi_label(config: ViTCLSConfig) -> bool:
-    """Return whether a sigmoid is applied to each logit.
+    """Tell whether a sigmoid is applied to each logit.
 
     As in transformers, a model with a single label may be multi-label as well.
     """

@@ -47,7 +47,7 @@ class DataOptions(Options):
 
     @property
     def held_out_part(self) -> float:
-        """Return the fraction of the images to hold out."""
+        """The fraction of the images to hold out."""
         fraction = self.held_out_fraction
         return DEFAULT_HELD_OUT_FRACTION if fraction is None else fraction
 

@@ -19,13 +19,13 @@ import numpy as np
 import torch
 
 
-ImageKey = tuple[int, int]  # index of the epoch and index of the image
+ImageKey = tuple[int, int]  # Index of the epoch and index of the image
 
 
 # Random numbers -----------------------------------------------------------------------------------
 
 
-# increment of SplitMix64: 2**64 divided by the golden ratio
+# Increment of SplitMix64: 2**64 divided by the golden ratio
 GOLDEN_GAMMA = np.uint64(0x9E3779B97F4A7C15)
 
 

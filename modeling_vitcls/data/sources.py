@@ -67,7 +67,7 @@ READERS = {
     ".parquet": "parquet",
     ".tar": "webdataset",
 }
-# what to do with a file of another type
+# What to do with a file of another type
 REMEDIES = {
     ".xlsx": "Save the sheet as CSV UTF-8",
     ".xls": "Save the sheet as CSV UTF-8",
@@ -83,11 +83,11 @@ REMEDIES = {
 }
 
 OTHER_REMEDY = "Set `dataset` to a folder of images, or to a CSV file"
-# of which one is in a folder written by `save_to_disk`
+# A folder written by `save_to_disk` has one of them
 SAVED_FILES = ("dataset_dict.json", "state.json")
 
 Data = TypeVar("Data")
-# names of all splits -> names of the splits to read
+# Names of all splits -> names of the splits to read
 SplitSelector = Callable[[list[str]], Collection[str]]
 
 
@@ -98,7 +98,7 @@ class Splits:
     name: str
     label_space: LabelSpace
     images_by_split: Mapping[str, LabeledImages]
-    # lines about what was read: the labels, and the columns of splits and groups
+    # Lines about what was read: the labels, and the columns of splits and groups
     facts: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -142,7 +142,7 @@ def load_splits(
                 f"`{name}` has no effect on {options.dataset}, whose images and labels are not in "
                 f"a table. Remove `{name}`"
             )
-    select(["train"])  # an error for another split
+    select(["train"])  # An error for another split
     if use_labels:
         return splits
     unlabeled = mark_as_unlabeled(splits.train.images)
@@ -298,7 +298,7 @@ def open_dataset(dataset: str, use_labels: bool) -> tuple[str, Path, Any]:
     import datasets
 
     try:
-        # without the fallback, `datasets` retries for almost a minute
+        # Without the fallback, `datasets` retries for almost a minute
         with fall_back_to_cache(dataset, "dataset"), explain_reading_errors(dataset):
             splits = datasets.load_dataset(dataset)
     except ValueError as error:
@@ -355,7 +355,7 @@ def read_tables(reader: str, files: Mapping[str, Sequence[Path]]) -> Any:
             for split, part in files.items()
         }
     paths = list(chain(*files.values()))
-    # the cache of `datasets` identifies a file by its time, which a copy may keep
+    # The cache of `datasets` identifies a file by its time, which a copy may keep
     digest = hashlib.blake2b(digest_size=16)
     for file in paths:
         with open_regular_file(file) as stream:
@@ -382,13 +382,15 @@ def explain_reading_errors(name: str) -> Iterator[None]:
     try:
         with name_full_disk(datasets.config.HF_DATASETS_CACHE), name_cache():
             yield
-    except Exception as error:  # the readers raise many types of errors on damaged data
+    except Exception as error:  # The readers raise many types of errors on damaged data
         if is_disk_full(error) or "HF_HOME" in str(error):
             raise
         cause: BaseException = error
         while isinstance(cause, datasets.exceptions.DatasetGenerationError) and cause.__cause__:
             cause = cause.__cause__
-        if "BatchSize must be greater than 0" in str(cause):  # of a Parquet file
+        if "BatchSize must be greater than 0" in str(
+            cause
+        ):  # The message about an empty Parquet file
             raise ValueError(f"{name} is empty. Add rows with images") from error
         raise ValueError(
             f"cannot read the dataset {name!r} ({type(cause).__name__}: {format_error(cause)}). "
@@ -413,7 +415,7 @@ def build_images(dataset: Any, column: str, folder: Path, name: str) -> DatasetI
     if is_encoded:
         images = images.cast_column(column, datasets.Image(decode=False))
     elif getattr(feature, "dtype", None) != "string":
-        images = images.cast_column(column, datasets.Value("string"))  # numbers as file names
+        images = images.cast_column(column, datasets.Value("string"))  # Numbers as file names
 
     paths = [] if is_encoded else [path for path in images[:MAX_CHECKED_PATHS][column] if path]
     if any(map(ADDRESS.match, paths)):

@@ -34,9 +34,9 @@ from .splits_table import build_splits_table, find_trained_images, get_keys
 
 # Names of held-out splits, in order of precedence.
 HELD_OUT_SPLITS = ("validation", "valid", "val", "dev", "test")
-MAX_NAMED_IMAGES = 10  # with two labels
+MAX_NAMED_IMAGES = 10  # In an error about images with two labels
 
-# ratio of the largest to the smallest class, above which balanced metrics are printed, too
+# Ratio of the largest to the smallest class, above which balanced metrics are printed, too
 MAX_CLASS_RATIO = 3
 
 
@@ -49,12 +49,12 @@ class TrainingData:
 
     name: str
     label_space: LabelSpace
-    train_split: str  # name of the split with the training images
+    train_split: str  # Name of the split with the training images
     train: LabeledImages
     held_out: LabeledImages
     held_out_split: str | None  # None if the held-out images were drawn from the only split
-    held_out_name: str  # description of the held-out images
-    # images for selecting the best checkpoint (`--select best`); a frozen model is fitted to them
+    held_out_name: str  # Description of the held-out images
+    # Images for selecting the best checkpoint (`--select best`); a frozen model is fitted to them
     selection: LabeledImages | None = None
     selection_name: str = ""
 
@@ -251,12 +251,12 @@ def select_held_out(images: LabeledImages, fraction: float, seed: int, dataset: 
     np.minimum.at(numbers, group, draw_numbers(get_keys(images), seed))
     labels = np.array(images.labels)[first] if is_stratified(images) else np.zeros(len(first), int)
 
-    is_held_out = np.zeros(len(sizes), bool)  # of each group
+    is_held_out = np.zeros(len(sizes), bool)  # One value per group
     for label in np.unique(labels).tolist():
         members = np.flatnonzero(labels == label)
         members = members[np.argsort(numbers[members], kind="stable")]
         if len(members) > 1:
-            # of each class, at least one group is held out, and at least one is not
+            # Of each class, at least one group is held out, and at least one is not.
             # A group counts from its middle, so a large one is rounded to the nearer side and not
             # always up.
             middles = np.cumsum(sizes[members]) - sizes[members] / 2
@@ -324,7 +324,7 @@ def describe_change(
 
 
 def describe_leaks(training_data: TrainingData, group_column: str | None) -> list[str]:
-    """Warn about results that are too good: copies and groups in two splits of the dataset.
+    """List what makes a result too good: copies and groups on both sides of the dataset's splits.
 
     Drawn held-out images have groups of their own.
     """

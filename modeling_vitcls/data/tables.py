@@ -25,7 +25,7 @@ from .images import resolve_path
 
 SEPARATORS = {",": "comma", ";": "semicolon", "\t": "tab", "|": "bar"}
 PANDAS_PREFIX = "Error tokenizing data. C error: "
-# blank lines and comments before the header, and the line in which spreadsheets name the separator
+# Blank lines and comments before the header, and the line in which spreadsheets name the separator
 PREAMBLE = re.compile(r'(?:[ \t]*(?:#.*)?\n)*(?:"?sep=(?P<separator>.)"?\n)?')
 
 
@@ -38,8 +38,11 @@ def read_table(file: Path) -> Any:
     if suffix == ".parquet":
         import pyarrow.parquet
 
-        with explain_damage(file, "Write the table again"):
-            return wrap_table(pyarrow.parquet.read_table(file))
+        with (
+            open_regular_file(file) as stream,
+            explain_damage(file, "Write the table again"),
+        ):
+            return wrap_table(pyarrow.parquet.read_table(stream))
     text = read_table_text(file)
     if not text.strip():
         columns: dict[str, list[Any]] = {}
@@ -78,7 +81,7 @@ def read_csv(file: Path, text: str) -> dict[str, list[str]]:
     header, _, rows = text[preamble.end() :].partition("\n")
     # A header of one column has no separator; `max` then returns the first, the comma.
     separator = preamble["separator"] or max(SEPARATORS, key=header.count)
-    # some programs add separators at the end of a line
+    # Some programs add separators at the end of a line
     rows = re.sub(rf"([ \t]*{re.escape(separator)})+[ \t]*$", "", rows, flags=re.MULTILINE)
     try:
         table = pandas.read_csv(
@@ -86,10 +89,10 @@ def read_csv(file: Path, text: str) -> dict[str, list[str]]:
             sep=separator,
             skiprows=preamble.group().count("\n"),
             header=None,
-            skipinitialspace=f"{separator} " in header,  # as people type a table
+            skipinitialspace=f"{separator} " in header,  # As people type a table
             dtype=str,
             keep_default_na=False,
-        ).fillna("")  # rows with fewer fields than the header
+        ).fillna("")  # Rows with fewer fields than the header
     except ValueError as error:
         raise ValueError(
             f"{file}: {format_error(error).removeprefix(PANDAS_PREFIX)} (fields are separated by a "
@@ -142,7 +145,7 @@ def build_column(values: Sequence[Any]) -> Any:
     if len(types) <= 1 or types == {int, float}:
         try:
             return pyarrow.array(values)
-        except (pyarrow.ArrowException, OverflowError):  # lists with several types, large numbers
+        except (pyarrow.ArrowException, OverflowError):  # Lists with several types, large numbers
             pass
     texts = [
         json.dumps(value) if isinstance(value, list | dict) else spell_label(value)

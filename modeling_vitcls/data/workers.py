@@ -26,11 +26,11 @@ from torch.utils.data import DataLoader
 from ..runtime.errors import format_error
 
 
-TIMEOUT = 600.0  # maximum time without a batch, in seconds
-PREFETCH_FACTOR = 2  # number of batches that each process loads in advance
-# number of files that the training process opens for each data loading process, and some more
+TIMEOUT = 600.0  # Maximum time without a batch, in seconds
+PREFETCH_FACTOR = 2  # Number of batches that each process loads in advance
+# Number of files that the training process opens for each data loading process, and some more
 FILES_PER_WORKER = 8
-SHARED_MEMORY = Path("/dev/shm")  # on Linux
+SHARED_MEMORY = Path("/dev/shm")  # On Linux
 
 # Beginnings of PyTorch's messages for a process that has ended, has timed out, or cannot open
 # files
@@ -106,7 +106,7 @@ def check_script_is_guarded() -> None:
     train again in each of them, and PyTorch would wait for their batches.
     """
     main = sys.modules["__main__"]
-    script = getattr(main, "__file__", None)  # a notebook has none
+    script = getattr(main, "__file__", None)  # A notebook has none
     # `python -m` imports a module
     if multiprocessing.get_start_method() == "fork" or not script or main.__spec__ is not None:
         return
@@ -165,11 +165,11 @@ def leave_signals_to_parent() -> None:
     pending. To stop the workers without a signal, close the iterator of the loader.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    for name in ("SIGUSR1", "SIGHUP"):  # not available on Windows
+    for name in ("SIGUSR1", "SIGHUP"):  # Not available on Windows
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):  # not available on macOS
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # inherited by the thread below
+    if hasattr(signal, "sigwaitinfo"):  # Not available on macOS
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # Inherited by the thread below
         threading.Thread(target=wait_for_parent_signal, daemon=True).start()
 
 
