@@ -128,4 +128,4 @@ def test_a_second_run_with_several_labels_has_a_result_without_interval(
         arguments += ["--label-separator", "|"]
         main(["finetune", *arguments, "--epochs", "1", "--num-workers", "0", "--no-report"])
     assert read_json(sources / "second/results.json")["num_images_of_encoder"] > 0
-    assert "% (no interval) on " in capsys.readouterr().out
+    assert " (no interval) on " in capsys.readouterr().out
