@@ -26,6 +26,7 @@ Added tokens are gated (`TokenGates`): initially, they do not affect the other t
 import copy
 from collections.abc import Callable, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple, Self, cast
 
 import torch
@@ -84,6 +85,7 @@ class AdaptableModel(PreTrainedModel):
             ValueError: if configuration fields contradict each other.
         """
         source = pretrained_model_name_or_path
+        check_folder(source)
         config_class = cast(type[ViTCLSConfig], cls.config_class)
         config, kwargs = resolve_config(config_class, source, kwargs)
         old_fields = {} if config is None else read_adaptable_fields(config_class, source, kwargs)
@@ -157,6 +159,14 @@ class AdaptableModel(PreTrainedModel):
     def new_like(self, config: ViTCLSConfig) -> Self:
         """Build a newly initialized model of this class for another configuration."""
         return type(self)(config)
+
+
+def check_folder(source: Any) -> None:
+    """Raise OSError if a local path is no folder: transformers would take it for a Hub id."""
+    folder = Path("." if source is None else source)
+    is_path = folder.is_absolute() or len(folder.parts) > 2 or str(source).startswith((".", "~"))
+    if is_path and not folder.exists():
+        raise OSError(f"there is no folder {source}. Check the path")
 
 
 def resolve_config(

@@ -652,7 +652,7 @@ class ViTCLSConfig(ExtraHeadsConfig, BackboneConfigMixin, PreTrainedConfig):
         if "num_hidden_layers" in changes:
             stored |= dict.fromkeys(("out_features", "out_indices"))
         if "id2label" in overrides or num_labels not in (None, len(stored.get("id2label") or {})):
-            changes.append("id2label")
+            changes.insert(0, "id2label")
             stored |= dict.fromkeys(("id2label", "label2id"))
         removed = [name for name in STATISTICS_FIELDS if changes and stored.pop(name, None)]
         if removed:

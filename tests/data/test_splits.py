@@ -162,9 +162,11 @@ def test_labels_of_all_images_or_of_at_most_one_are_named(tmp_path: Path) -> Non
     options = DataOptions(dataset=str(photos / "table.csv"), label_names=names, held_out_fraction=0)
     data = load_training_data(options)
     assert [data.label_space.format(each) for each in data.train.labels][2] == "all"
-    every, single, none = describe_missing_classes(data)
+    every, most, single, none = describe_missing_classes(data)
     assert "1 of the 4 labels are on each training image" in every
-    assert every.endswith("them: all. Add other images, or remove these labels")
+    assert every.endswith("images: all. Add other images, or remove these labels")
+    assert "on all training images but one" in most
+    assert "cat" in most
     assert "single training image" in single
     assert "once" in single
     assert "no training image" in none

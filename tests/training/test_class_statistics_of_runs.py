@@ -144,4 +144,4 @@ def test_new_labels_at_loading_remove_what_was_fitted_to_the_old(
     )
     assert model.class_distance is None
     assert model.config.distance_threshold is None
-    assert sum("the labels are new" in line for line in caplog.messages) == 1
+    assert sum("because id2label is new" in line for line in caplog.messages) == 1
