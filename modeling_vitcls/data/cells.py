@@ -20,7 +20,6 @@ import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
@@ -36,16 +35,6 @@ MIN_VECTORS = 0.9  # Share of the lists that have one length, from which they ar
 NUMBER = re.compile(r"[+-]?(\d+[.,]?\d*|[.,]\d+)(e[+-]?\d+)?", re.IGNORECASE)
 BITS = {"0": False, "0.0": False, "false": False, "1": True, "1.0": True, "true": True}
 MISSING_NUMBERS = ("-1", "-100")  # Missing labels in datasets with class indices
-
-
-@dataclass(frozen=True)
-class LabelNames:
-    """The classes of a column, and the names of the labels of each image by split."""
-
-    classes: list[str]
-    by_split: dict[str, list[list[str] | None]]
-    has_lists: bool  # Whether an image may have several labels
-    separator: str | None  # It separates several labels in one text
 
 
 class LabelColumn:
@@ -74,18 +63,16 @@ def read_label_names(
     declared: Mapping[str, Sequence[str]],
     separator: str | None,
     label_names: Sequence[str] | None,
-    is_task: bool,
-) -> LabelNames:
-    """Read the classes of a column and the label names of each image.
+) -> tuple[list[str], dict[str, list[list[str] | None]], bool]:
+    """Read the classes of a column, the label names of each image, and whether cells are lists.
 
     What the cells contain is decided for all splits together, because a short one could mislead.
 
     Args:
         column: the cells.
         declared: names of the classes that each split declares; empty if there are none.
-        separator: separator of several labels in one text; None to find it, "" for one label.
+        separator: separator of several labels in one text; "": each text is certainly one label.
         label_names: names of all classes, if the dataset does not declare them.
-        is_task: whether the column is one of several tasks, which have one label per image.
     """
     where = column.where
     own_names = list(dict.fromkeys(map(normalize_name, chain(*declared.values()))))
@@ -96,8 +83,6 @@ def read_label_names(
             "has no effect. Remove `label_names`"
         )
 
-    if separator is None and not is_task:
-        separator = find_separator(column, classes)
     items = {cell: split_labels(value, separator) for cell, value in column.values.items()}
     has_lists = check_items(column, items) or bool(separator)
     has_vectors = not separator and are_vectors(column, items, classes)
@@ -121,13 +106,13 @@ def read_label_names(
             warn_about_separators(where, classes)
     classes = list(dict.fromkeys(map(normalize_name, classes)))
     warn_about_similar_classes(where, classes)
-    return LabelNames(classes, names, has_lists, separator)
+    return classes, names, has_lists
 
 
-def find_separator(column: LabelColumn, classes: Sequence[str]) -> str | None:
+def find_separator(column: LabelColumn, label_names: Sequence[str] | None) -> str | None:
     """Find the separator of several labels in one text: its parts repeat more often than the texts.
 
-    `classes` are names of known classes.
+    `label_names` are the names of all classes, if they are known.
     """
     texts = {
         value: column.counts[cell]
@@ -137,7 +122,7 @@ def find_separator(column: LabelColumn, classes: Sequence[str]) -> str | None:
     if all(map(NUMBER.fullmatch, texts)):  # 1,5 is a number in many countries
         return None
     for separator, factor in SEPARATORS.items():
-        joined = [text for text in texts if separator in text and text not in classes]
+        joined = [text for text in texts if separator in text and text not in (label_names or ())]
         parts: Counter[str] = Counter()
         for text, count in texts.items():
             parts.update(dict.fromkeys(filter(None, split_labels(text, separator)), count))

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from ..runtime.errors import format_name_list
-from .cells import LabelColumn, get_bit, read_label_names, spell_label
+from .cells import LabelColumn, find_separator, get_bit, read_label_names, spell_label
 from .folder_layout import SPLIT_BY_FOLDER_NAME, SPLIT_ORDER
 from .images import resolve_path
 from .labels import LabelSpace, OneLabel, PerTask, SeveralLabels
@@ -192,8 +192,8 @@ def read_labels(
     is_task = len(columns) > 1
     build: type[LabelSpace] = PerTask if is_task else OneLabel
     filled = filter(spell_label, chain(*(chain(*parts.values()) for parts in cells.values())))
-    bits = set(map(get_bit, filled))
-    if is_task and None not in bits:
+    bits = set(map(get_bit, filled)) if is_task else {None}
+    if None not in bits:
         build = SeveralLabels
         classes = {"labels": list(columns)}
         # If people only mark what an image has, an empty cell is no missing label.
@@ -206,19 +206,19 @@ def read_labels(
                 split: get_declared_names(table.features[column]) for split, table in tables.items()
             }
             where = f"{dataset}: the column {column!r}"
-            found = read_label_names(
-                LabelColumn(where, parts), declared, separator, label_names, is_task
+            label_column = LabelColumn(where, parts)
+            if separator is None and not is_task:
+                separator = find_separator(label_column, label_names)
+            classes[column], names[column], has_lists = read_label_names(
+                label_column, declared, separator, label_names
             )
-            if found.has_lists and is_task:
+            if has_lists and is_task:
                 raise ValueError(
                     f"{where} has lists, but several label columns require one label per image. "
                     "Set one `label_column`, or omit `label_separator`"
                 )
-            classes[column] = found.classes
-            names[column] = found.by_split
-            if found.has_lists:
+            if has_lists:
                 build = SeveralLabels
-            separator = found.separator
 
     # One label space for all splits, so an index is the same class in each of them.
     space = build(classes, separator)
