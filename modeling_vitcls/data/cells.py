@@ -29,6 +29,7 @@ from ..runtime.errors import warn_on_first_process
 # Characters between several labels of one text, and how much more often than whole cells the parts
 # between them must occur. A comma is also within names: "tench, Tinca tinca".
 SEPARATORS = {"|": 1.0, ";": 1.0, ",": 1.5}
+NO_SEPARATOR = "none"  # The value of a person who knows that each text is one label
 MAX_NUMBERS = 50  # Different numbers with gaps between them; more look like a measurement
 MIN_VECTORS = 0.9  # Share of the lists that have one length, from which they are vectors
 
@@ -71,7 +72,7 @@ def read_label_names(
     Args:
         column: the cells.
         declared: names of the classes that each split declares; empty if there are none.
-        separator: separator of several labels in one text; "": each text is certainly one label.
+        separator: separator of several labels in one text; NO_SEPARATOR: each is surely one label.
         label_names: names of all classes, if the dataset does not declare them.
     """
     where = column.where
@@ -84,8 +85,9 @@ def read_label_names(
         )
 
     items = {cell: split_labels(value, separator) for cell, value in column.values.items()}
-    has_lists = check_items(column, items) or bool(separator)
-    has_vectors = not separator and are_vectors(column, items, classes)
+    is_split = separator not in (None, NO_SEPARATOR)
+    has_lists = check_items(column, items) or is_split
+    has_vectors = not is_split and are_vectors(column, items, classes)
     names = {}
     for split, cells in column.rows.items():
         own_classes = declared[split]
@@ -102,7 +104,7 @@ def read_label_names(
             for split, rows in names.items():
                 names[split] = [each and [one_name[name] for name in each] for each in rows]
         classes = sort_classes(where, counts, has_lists)
-        if separator != "":
+        if separator != NO_SEPARATOR:
             warn_about_separators(where, classes)
     classes = list(dict.fromkeys(map(normalize_name, classes)))
     warn_about_similar_classes(where, classes)
@@ -130,7 +132,7 @@ def find_separator(column: LabelColumn, label_names: Sequence[str] | None) -> st
             warn_on_first_process(
                 f"{column.where} has several labels in texts such as {joined[0]!r:.60}: read as "
                 f"{len(parts):,} labels separated by {separator!r}. If each text is one label, set "
-                "`label_separator=''`"
+                f"`label_separator={NO_SEPARATOR!r}`"
             )
             return separator
     return None
@@ -304,7 +306,7 @@ def split_labels(value: Any, separator: str | None) -> list[Any]:
     items = value if isinstance(value, list) else parse_list(value)
     if items is not None:
         return items
-    if not separator or not isinstance(value, str):
+    if separator in (None, NO_SEPARATOR) or not isinstance(value, str):
         return [value]
     return [label.strip() for label in value.split(separator)]  # Empty text is a missing label
 

@@ -35,7 +35,7 @@ class ClassNames:
     """Names of the classes by label column, in the order of their indices."""
 
     columns: dict[str, list[str]]
-    # It separates several labels in one text of a table; "": each text is one label
+    # It separates several labels in one text of a table; "none": each is one label
     separator: str | None = field(default=None, compare=False)
 
     kind: ClassVar[LabelKind]

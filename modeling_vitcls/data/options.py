@@ -25,7 +25,7 @@ class DataOptions(Options):
     detected by type or name."""
     label_separator: str | None = None
     """Separator of several labels in one text (`cat|dog`). By default, it is `|`, `;` or `,` if the
-    parts between them repeat more often than whole texts. "": each text is one label."""
+    parts between them repeat more often than whole texts. none: each text is one label."""
     label_names: tuple[str, ...] | None = None
     """Names of all labels. By default, they are declared by the dataset or collected from the label
     column."""

@@ -146,8 +146,8 @@ def test_texts_whose_parts_repeat_more_often_have_several_labels(
     names, labels = read(values, dataset=f"{separator}.csv")
     assert names == ["cold", "dress", "top", "warm"]
     assert labels == [[1, 3], [0, 1], [2, 3], [2], [2, 3]]
-    assert "label_separator=''" in caplog.text
-    assert read(values, separator="")[0] == sorted(values)
+    assert "`label_separator='none'`" in caplog.text
+    assert read(values, separator="none")[0] == sorted(values)
 
 
 def test_texts_whose_parts_are_not_repeated_are_classes(caplog: pytest.LogCaptureFixture) -> None:
