@@ -29,7 +29,7 @@ KIND = "distillation"  # Of tokens, in a `FeatureLayout`
 
 @dataclass(frozen=True)
 class DistillationHead:
-    """The classifier of the distillation tokens, beside that of the other tokens.
+    """The second classifier of a frozen model, which reads the distillation tokens.
 
     Attributes:
         probe: the classifier.
