@@ -41,7 +41,6 @@ from .attention_masks_vitcls import (
     resample_bias_tables,
 )
 from .configuration_vitcls import ADAPTABLE_FIELDS, ViTCLSConfig
-from .heads_vitcls import divide_logits
 from .positions_vitcls import resample_positions, resize_patch_kernel
 from .token_layout_vitcls import COUNT_FIELDS, update_gated_tokens
 
@@ -537,23 +536,7 @@ def finish_loading(model: PreTrainedModel) -> None:
     """Complete a model after transformers has loaded the weights."""
     # By default, transformers would save the model with the former names.
     model._weight_conversions = []  # type: ignore[assignment]
-    fold_temperatures(model)
     align_weights(model)
-
-
-def fold_temperatures(model: PreTrainedModel) -> None:
-    """Divide the weights of the heads by the temperatures in a file of an earlier version."""
-    config: Any = model.config
-    modules: dict[str, Any] = dict(model.named_modules())
-    temperatures: dict[str, float] = vars(config).pop("_old_temperatures", {})
-    for name, temperature in temperatures.items():
-        heads = [
-            f"extra_heads.task_{each}" for each in ([name] if name else config.get_added_classes())
-        ]
-        if not name:
-            heads += ["classifier", "distillation_classifier"]
-        for head in filter(modules.get, heads):
-            divide_logits(modules[head], temperature)
 
 
 def align_weights(model: PreTrainedModel) -> None:

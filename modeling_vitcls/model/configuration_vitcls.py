@@ -576,15 +576,12 @@ class ViTCLSConfig(ExtraHeadsConfig, BackboneConfigMixin, PreTrainedConfig):
         cls._check_attention(config_dict)
 
         stored = copy.deepcopy(config_dict)
-        temperatures = cls._pop_temperatures(stored)
         unknown_fields = cls._pop_unknown_fields(stored)
         cls._forget_what_changes(stored, overrides, kwargs.get("num_labels"))
         # The overrides are merged first: alone, the stored values may contradict them.
         config_or_tuple = super().from_dict({**stored, **overrides}, **kwargs)
 
         config = config_or_tuple[0] if isinstance(config_or_tuple, tuple) else config_or_tuple
-        if temperatures:
-            unknown_fields["_old_temperatures"] = temperatures
         for name, value in unknown_fields.items():
             setattr(config, name, value)
         return config_or_tuple
@@ -609,17 +606,6 @@ class ViTCLSConfig(ExtraHeadsConfig, BackboneConfigMixin, PreTrainedConfig):
                     "pass `attn_implementation` to `from_pretrained`.",
                 )
             )
-
-    @classmethod
-    def _pop_temperatures(cls, stored: dict[str, Any]) -> dict[str, float]:
-        """Remove the temperatures of a stored dict: head -> temperature, "" for the classifier.
-
-        Earlier versions stored them here. Today, they are a part of the heads' weights.
-        """
-        stored.pop("fitted_encoder", None)
-        heads = {"": stored, **(stored.get("extra_heads") or {})}
-        temperatures = {name: head.pop("temperature", 1.0) for name, head in heads.items()}
-        return {name: value for name, value in temperatures.items() if value != 1}
 
     @classmethod
     def _pop_unknown_fields(cls, stored: dict[str, Any]) -> dict[str, Any]:
@@ -677,7 +663,7 @@ class ViTCLSConfig(ExtraHeadsConfig, BackboneConfigMixin, PreTrainedConfig):
         return {
             name: value
             for name, value in values.items()
-            if (name not in defaults or value != defaults[name]) and name != "_old_temperatures"
+            if name not in defaults or value != defaults[name]
         }
 
     def build_auto_map(self) -> dict[str, str]:

@@ -163,14 +163,6 @@ def build_classifier(config: ViTCLSConfig, in_features: int, num_labels: int | N
     )
 
 
-@torch.no_grad()
-def divide_logits(head: nn.Module, temperature: float) -> None:
-    """Divide the logits of a classifier by a temperature, which becomes a part of its weights."""
-    layers = [each for each in head.modules() if isinstance(each, nn.Linear)]
-    for weight in layers[-1].parameters():
-        weight.div_(temperature)
-
-
 class ExtraHeads(nn.ModuleDict):
     """Linear classifiers that read the tokens of a finished forward pass (`config.extra_heads`).
 

@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 import torch
 from scipy.special import softmax
+from torch import nn
 from torchmetrics.functional.classification import multiclass_calibration_error
 
 from ..inference.confidence import fit_temperature
 from ..inference.evaluator import Evaluator, Predictions
 from ..inference.intervals import NUM_BINS, compute_chance_calibration_error
 from ..inference.linear_probe import LinearProbe
-from ..model.heads_vitcls import divide_logits
 from .distillation_head import choose_inference, describe_inference
 from .distributed_state import reshard
 
@@ -112,6 +112,14 @@ def calibrate(
     predictions = held_out.predict(model)
     calibration = Calibration(num_images, images, text, temperature)
     return measure_errors(calibration, predictions), predictions, heads_text
+
+
+@torch.no_grad()
+def divide_logits(head: nn.Module, temperature: float) -> None:
+    """Divide the logits of a classifier by a temperature, which becomes a part of its weights."""
+    layers = [each for each in head.modules() if isinstance(each, nn.Linear)]
+    for weight in layers[-1].parameters():
+        weight.div_(temperature)
 
 
 def describe_probe_calibration(probe: LinearProbe) -> Calibration:

@@ -8,7 +8,6 @@ FlexiViT's resize is exact. Gates are tested in test_gates.py.
 """
 
 import copy
-import json
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -471,41 +470,3 @@ def test_a_random_distillation_head_is_not_read(caplog: pytest.LogCaptureFixture
     adapted = ViTCLSForImageClassification(config).adapt(num_distillation_tokens=1)
     assert adapted.config.distillation_inference == "cls"
     assert sum("distillation_inference" in line for line in caplog.messages) == 1
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("head_type", ["linear", "mlp"])
-def test_temperatures_of_earlier_versions_become_a_part_of_the_heads(
-    head_type: str, tmp_path: Path
-) -> None:
-    """Their configurations divided the logits of the classifier, and those of each added task."""
-    task = {"labels": ["rain", "sun"]}
-    added = {"labels": ["e"], "adds_classes": True}
-    config = build_tiny_config(
-        num_labels=5,
-        id2label=dict(enumerate("abcde")),
-        head_type=head_type,
-        num_distillation_tokens=1,
-        extra_heads={"weather": task, "more": added},
-    )
-    model = randomize(ViTCLSForImageClassification(config)).eval()
-    model.save_pretrained(tmp_path)
-    expected = model(build_images())
-
-    file = tmp_path / "config.json"
-    stored = json.loads(file.read_text())
-    stored |= {"temperature": 4.0, "fitted_encoder": 1.0}
-    stored["extra_heads"]["weather"]["temperature"] = 0.5
-    file.write_text(json.dumps(stored))
-    for _ in range(2):
-        loaded = ViTCLSForImageClassification.from_pretrained(tmp_path).eval()
-        outputs = loaded(build_images())
-        assert get_largest_difference(outputs.logits, expected.logits / 4) <= 1e-6
-        assert (
-            get_largest_difference(
-                outputs.task_logits["weather"], expected.task_logits["weather"] * 2
-            )
-            <= 1e-6
-        )
-        loaded.save_pretrained(tmp_path)
-        assert "temperature" not in file.read_text()
