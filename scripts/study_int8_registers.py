@@ -30,7 +30,7 @@ from random_weights import randomize_weights
 from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor, nn
 
-from modeling_vitcls import ViTCLSImageProcessor, ViTCLSModel, convert_from_timm
+from modeling_vitcls import ViTCLSConfig, ViTCLSImageProcessor, ViTCLSModel, convert_from_timm
 from modeling_vitcls.analysis.faults import is_outlier
 from modeling_vitcls.export.exportable import NamedOutputsModel
 from modeling_vitcls.export.onnx_file import write_onnx
@@ -48,6 +48,28 @@ NORM = 6.0  # written at these patches, on average, in median norms of last patc
 NUM_TRAIN = 3000
 NUM_TEST = 2000
 NUM_CALIBRATION_IMAGES = 128
+
+
+class RegisterNeurons(nn.Module):
+    """Move activations of selected MLP neurons from the patches to the last register.
+
+    For each neuron, the register receives the largest patch activation in magnitude, and all patch
+    activations are set to 0 (Jiang et al. 2025, arXiv 2506.08010, section 4).
+    """
+
+    def __init__(self, config: ViTCLSConfig, neurons: list[int]) -> None:
+        super().__init__()
+        self.neurons = neurons
+        self.first_patch = config.token_layout.patches.start
+
+    def forward(self, activations: Tensor) -> Tensor:
+        """Move the activations of `neurons`, in a copy of [B, N, intermediate]."""
+        patches = activations[:, self.first_patch :, self.neurons]  # [B, patches, neurons]
+        largest = patches.gather(1, patches.abs().argmax(dim=1, keepdim=True))
+        edited = activations.clone()
+        edited[:, self.first_patch :, self.neurons] = 0
+        edited[:, self.first_patch - 1, self.neurons] = largest.squeeze(1)
+        return edited
 
 
 class PrefixAttention(ViTCLSAttention):
@@ -104,8 +126,12 @@ def plant_outliers(model: Any, images: Tensor, seed: int) -> tuple[Any, list[lis
 @torch.no_grad()
 def add_test_time_register(model: Any, neurons: list[list[int]]) -> Any:
     """Return a copy of the model with a register of zeros that receives the neurons' activations."""
-    adapted = model.adapt(num_register_tokens=1, register_neurons=neurons, gate_new_tokens=False)
+    adapted = model.adapt(num_register_tokens=1, gate_new_tokens=False)
     adapted.embeddings.register_tokens.zero_()
+    # The norm between both linear layers is the identity.
+    adapted.layers[LAYER].mlp.norm = RegisterNeurons(
+        adapted.config, [index for _, index in neurons]
+    )
     return adapted
 
 

@@ -8,8 +8,8 @@
          tokens [B, N, D]
 
 B images, N tokens, D channels. Every layer updates special tokens in the same way as patches.
-`ViTCLSModel` (modeling_vitcls.py) calls the layers. Post-norm and parallel layers, differential
-attention and register neurons are in variants_vitcls.py. Module names follow the ViT of
+`ViTCLSModel` (modeling_vitcls.py) calls the layers. Post-norm and parallel layers and
+differential attention are in variants_vitcls.py. Module names follow the ViT of
 transformers.
 
 This file contains no performance optimizations: cpu_kernels_vitcls.py and lean_layers_vitcls.py
@@ -385,25 +385,19 @@ class ViTCLSAttention(nn.Module):
 
 # MLP ----------------------------------------------------------------------------------------------
 class ViTCLSMLP(nn.Module):
-    """Linear layer, activation, linear layer: [B, N, D] -> [B, N, intermediate] -> [B, N, D].
-
-    Attributes:
-        register_neurons: module that edits activations (variants_vitcls.py); the identity by
-            default.
-    """
+    """Linear layer, activation, linear layer: [B, N, D] -> [B, N, intermediate] -> [B, N, D]."""
 
     def __init__(self, config: ViTCLSConfig) -> None:
         super().__init__()
         width, inner_dim = config.hidden_size, config.intermediate_size
         self.activation_fn = ACT2FN[config.hidden_act]
         self.fc1 = nn.Linear(width, inner_dim, bias=config.mlp_bias)
-        self.register_neurons: nn.Module = nn.Identity()
         self.norm = build_norm(config, inner_dim) if config.mlp_norm else nn.Identity()
         self.fc2 = nn.Linear(inner_dim, width, bias=config.mlp_bias)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         activations = self.activation_fn(self.fc1(hidden_states))  # [B, N, intermediate]
-        return self.fc2(self.norm(self.register_neurons(activations)))
+        return self.fc2(self.norm(activations))
 
 
 class ViTCLSGLU(nn.Module):
@@ -415,14 +409,13 @@ class ViTCLSGLU(nn.Module):
         self.activation_fn = ACT2FN["silu" if config.mlp_type == "swiglu" else config.hidden_act]
         self.gate_proj = nn.Linear(width, inner_dim, bias=config.mlp_bias)
         self.up_proj = nn.Linear(width, inner_dim, bias=config.mlp_bias)
-        self.register_neurons: nn.Module = nn.Identity()
         self.norm = build_norm(config, inner_dim) if config.mlp_norm else nn.Identity()
         self.down_proj = nn.Linear(inner_dim, width, bias=config.mlp_bias)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         gates = self.activation_fn(self.gate_proj(hidden_states))  # [B, N, intermediate]
         activations = gates * self.up_proj(hidden_states)
-        return self.down_proj(self.norm(self.register_neurons(activations)))
+        return self.down_proj(self.norm(activations))
 
 
 # Layer --------------------------------------------------------------------------------------------

@@ -165,7 +165,6 @@ ADAPTABLE_FIELDS = (
     "num_register_tokens",
     "cls_scopes",
     "gated_tokens",
-    "register_neurons",
     "extra_heads",
 )
 
@@ -216,8 +215,7 @@ class ViTCLSConfig(ExtraHeadsConfig, BackboneConfigMixin, PreTrainedConfig):
     **Main options**
 
     Tokens: `num_cls_tokens`, `num_distillation_tokens`, `num_register_tokens`,
-        `use_mask_token`, `token_init`, `cls_scopes`, `gated_tokens`, `register_neurons`,
-        `tasks`.
+        `use_mask_token`, `token_init`, `cls_scopes`, `gated_tokens`, `tasks`.
 
     Pooling and heads: `pooling`, `cls_pooling`, `pooled_cls_tokens`, `pooled_layers`,
         `head_type`, `head_hidden_size`, `distillation_head`, `distillation_inference`,
@@ -317,9 +315,6 @@ class ViTCLSConfig(ExtraHeadsConfig, BackboneConfigMixin, PreTrainedConfig):
     """Token group -> number of gated tokens at the end of the group. A gate scales the influence of
     a token on other tokens. `model.adapt` and `from_pretrained` set this field when they add
     tokens."""
-    register_neurons: list[list[int]] | None = None
-    """MLP neurons whose activations are moved to the last register (Jiang et al. 2025, arXiv
-    2506.08010)."""
     tasks: dict[str, int | list[str]] | None = None
     """Task name -> number of labels or label names, for `ViTCLSForMultiTaskClassification`. Tasks
     are sorted by name; the input of classifier i is CLS token i."""
@@ -785,13 +780,8 @@ class ViTCLSConfig(ExtraHeadsConfig, BackboneConfigMixin, PreTrainedConfig):
 
     @property
     def can_trim_last_layer(self) -> bool:
-        """Whether the last layer can compute only the first tokens.
-
-        Register neurons in the last layer, flash and flex attention require all tokens.
-        """
-        edited_layers = {layer for layer, _ in self.register_neurons or ()}
-        has_supported_attention = self._attn_implementation in (None, "sdpa", "eager")
-        return has_supported_attention and self.num_hidden_layers - 1 not in edited_layers
+        """Whether the last layer can compute only the first tokens: not with flash attention."""
+        return self._attn_implementation in (None, "sdpa", "eager")
 
     @property
     def num_head_tokens(self) -> int | None:
@@ -815,7 +805,7 @@ class ViTCLSConfig(ExtraHeadsConfig, BackboneConfigMixin, PreTrainedConfig):
 
     # Checks of fields that depend on one another --------------------------------------------------
     def validate_tokens(self) -> None:
-        """Check the initial values, gates, scopes and neurons of special tokens."""
+        """Check the initial values, gates and scopes of special tokens."""
         has_learned_positions = self.position_embedding_type.startswith("learned")
         distinct_groups = (
             GROUPS_WITH_POSITIONS[self.position_embedding_tokens] if has_learned_positions else ()
@@ -838,27 +828,6 @@ class ViTCLSConfig(ExtraHeadsConfig, BackboneConfigMixin, PreTrainedConfig):
             )
         if self.cls_scopes is not None:
             check_scopes(self.cls_scopes, self.num_cls_tokens, self.grid_size)
-        self._check_register_neurons()
-
-    def _check_register_neurons(self) -> None:
-        """Check that register neurons exist, and that a register receives their activations."""
-        for pair in self.register_neurons or ():
-            is_neuron = (
-                len(pair) == 2
-                and 0 <= pair[0] < self.num_hidden_layers
-                and 0 <= pair[1] < self.intermediate_size
-            )
-            reject(
-                (
-                    self.num_register_tokens == 0,
-                    "`register_neurons` requires a register token. Set `num_register_tokens=1`.",
-                ),
-                (
-                    not is_neuron,
-                    f"`register_neurons`: {pair} must be [layer, neuron], with a layer below "
-                    f"{self.num_hidden_layers} and a neuron below {self.intermediate_size}.",
-                ),
-            )
 
     def validate_tasks(self) -> None:
         """Check that every task has its own CLS token, a valid name, and labels."""

@@ -185,7 +185,7 @@ KERNEL_CLASSES: dict[type[nn.Module], type[nn.Module]] = {
 
 
 # Classes of the modules of an MLP whose GELU can be fused, in the order of the forward pass.
-FUSED_CLASSES = [CPULinear, GELUActivation, nn.Identity, nn.Identity, CPULinear]
+FUSED_CLASSES = [CPULinear, GELUActivation, nn.Identity, CPULinear]
 
 
 # Conditions ---------------------------------------------------------------------------------------
@@ -206,7 +206,7 @@ def can_use_onednn(linear: nn.Linear | nn.Conv2d, inputs: Tensor) -> bool:
 
 def can_fuse_gelu(mlp: ViTCLSMLP) -> bool:
     """Check that an MLP has only the exact GELU between `CPULinear` layers, and no hooks."""
-    modules = (mlp.fc1, mlp.activation_fn, mlp.register_neurons, mlp.norm, mlp.fc2)
+    modules = (mlp.fc1, mlp.activation_fn, mlp.norm, mlp.fc2)
     has_classes = [type(module) for module in modules] == FUSED_CLASSES
     has_forwards = any("forward" in vars(module) for module in modules)
     return has_classes and not (has_forwards or has_hooks(modules))

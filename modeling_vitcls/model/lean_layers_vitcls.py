@@ -205,7 +205,6 @@ def compute_mlp(mlp: nn.Module, inputs: Tensor) -> Tensor:
         return mlp.forward(inputs)
     modules: Any = mlp._modules
     activations = modules["activation_fn"].forward(apply_linear(modules["fc1"], inputs))
-    activations = skip_identity(modules["register_neurons"], activations)
     return apply_linear(modules["fc2"], skip_identity(modules["norm"], activations))
 
 

@@ -71,7 +71,6 @@ from .variants_vitcls import (
     ATTENTION_CLASSES,
     LAYER_CLASSES,
     ViTCLSDifferentialAttention,
-    add_register_neurons,
 )
 
 
@@ -338,7 +337,6 @@ class ViTCLSModel(ViTCLSPreTrainedModel):
             layer_class(config, config.drop_path_rate * index / last_layer_index, attention_class)
             for index in range(config.num_hidden_layers)
         )
-        add_register_neurons(self.layers, config)
 
         self.layernorm = build_norm(config) if config.final_norm else None
         self.pooler = build_pooler(config) if add_pooling_layer else None

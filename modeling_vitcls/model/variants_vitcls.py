@@ -3,12 +3,10 @@
 
     layer_type="post", "parallel"     ViTCLSPostNormLayer, ViTCLSParallelLayer
     attention_type="differential"     ViTCLSDifferentialAttention
-    register_neurons                  RegisterNeurons
 
 These classes extend the classes of blocks_vitcls.py, which does not import this file.
 """
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -122,42 +120,3 @@ ATTENTION_CLASSES: dict[str, type[ViTCLSAttention]] = {
     "softmax": ViTCLSAttention,
     "differential": ViTCLSDifferentialAttention,
 }
-
-
-# Register neurons ---------------------------------------------------------------------------------
-class RegisterNeurons(nn.Module):
-    """Move activations of selected MLP neurons from the patches to the last register.
-
-    For each neuron, the register receives the largest patch activation in magnitude, and all patch
-    activations are set to 0. Other special tokens are unchanged, as in the authors' code (Jiang et
-    al. 2025, arXiv 2506.08010, section 4). No training is required.
-    """
-
-    def __init__(self, config: ViTCLSConfig, neurons: list[int]) -> None:
-        super().__init__()
-        self.neurons = neurons
-        self.patches = config.token_layout.patches
-        self.last_register = config.token_layout.registers.stop - 1
-
-    def forward(self, activations: Tensor) -> Tensor:
-        """Move the activations of `neurons`, in a copy of [B, N, intermediate]."""
-        patch_activations = activations[:, self.patches, self.neurons]  # [B, patches, neurons]
-        largest_index = patch_activations.abs().argmax(dim=1, keepdim=True)  # [B, 1, neurons]
-
-        # A copy, because autograd may need the activations as they were.
-        edited_activations = activations.clone()
-        edited_activations[:, self.patches, self.neurons] = 0
-        edited_activations[:, self.last_register, self.neurons] = patch_activations.gather(
-            1, largest_index
-        ).squeeze(1)
-        return edited_activations
-
-
-def add_register_neurons(layers: Iterable[Any], config: ViTCLSConfig) -> None:
-    """Add `RegisterNeurons` to the MLPs of the layers in `config.register_neurons`."""
-    for index, layer in enumerate(layers):
-        neurons = [
-            neuron for layer_index, neuron in config.register_neurons or () if layer_index == index
-        ]
-        if neurons:
-            layer.mlp.register_neurons = RegisterNeurons(config, neurons)

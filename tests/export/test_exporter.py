@@ -99,7 +99,6 @@ MODELS: dict[str, tuple[type, dict[str, Any], list[str]]] = {
             "num_hidden_layers": 1,
             "num_register_tokens": 2,
             "gated_tokens": {"registers": 1},
-            "register_neurons": [[0, 1]],
             "relative_position_bias": "layer",
             "position_interpolation": "crop",
             "head_type": "mlp",

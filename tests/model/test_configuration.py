@@ -66,11 +66,6 @@ CONTRADICTIONS: list[dict[str, Any]] = [
     ),
     {"cls_scopes": ["image", [2, 2, 0, 0]], "num_cls_tokens": 2, "tasks": {"species": 2, "age": 2}},
     *({"gated_tokens": counts} for counts in ({"patches": 1}, {"cls": 2}, {"cls": 0})),
-    {"register_neurons": [[0, 0]]},
-    *(
-        {"register_neurons": [pair], "num_register_tokens": 1}
-        for pair in ([2, 0], [0, 24], [-1, 0], [0, -1], [0])
-    ),
     {"pooled_cls_tokens": []},
     {"pooled_cls_tokens": [0, 2], "num_cls_tokens": 2},
     {"attention_pool_heads": 3},
@@ -322,11 +317,7 @@ SAVED_CONFIGS = [
         "rope_periods": [1.0, 100.0],
         "rope_reference_grid": [1, 4],
     },
-    {
-        "num_register_tokens": 2,
-        "gated_tokens": {"cls": 1, "registers": 2},
-        "register_neurons": [[0, 0], [1, 23]],
-    },
+    {"num_register_tokens": 2, "gated_tokens": {"cls": 1, "registers": 2}},
     {"pooled_layers": [-2, -1], "pooling": "cls_mean", "pooled_norm": True},
     {
         "num_cls_tokens": 2,

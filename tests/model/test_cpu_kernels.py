@@ -55,11 +55,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "relative_position_bias": "layer",
     },
     "differential": {"attention_type": "differential", "layer_type": "parallel"},
-    "register_neurons": {
-        "num_register_tokens": 1,
-        "register_neurons": [[0, 3]],
-        "cls_scopes": [[2, 2, 0, 1]],
-    },
+    "scopes": {"num_register_tokens": 1, "cls_scopes": [[2, 2, 0, 1]]},
 }
 each_variant = pytest.mark.parametrize("fields", VARIANTS.values(), ids=VARIANTS)
 
@@ -154,7 +150,7 @@ def infer(model: Any, dtype: torch.dtype) -> Tensors:
     [
         ("default", torch.bfloat16, train),
         ("differential", torch.bfloat16, train_under_autocast),
-        ("register_neurons", torch.bfloat16, infer),
+        ("scopes", torch.bfloat16, infer),
         ("differential", torch.float16, train_under_autocast),
     ],
 )

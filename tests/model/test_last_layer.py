@@ -32,12 +32,7 @@ NUM_READ: list[tuple[dict[str, Any], int | None]] = [
     (TOKENS | {"position_embedding_type": "rope_mixed", "qk_norm": True}, 3),
     (TOKENS | {"pooled_layers": [-2, -1]}, 3),
     (TOKENS | {"attention_type": "differential", "layer_type": "parallel"}, 3),
-    (
-        TOKENS
-        | {"layer_type": "post", "layer_scale_init_value": 1.0, "register_neurons": [[0, 3]]},
-        3,
-    ),
-    (TOKENS | {"register_neurons": [[1, 3]]}, None),
+    (TOKENS | {"layer_type": "post", "layer_scale_init_value": 1.0}, 3),
     (TOKENS | {"pooling": "cls_mean"}, None),
     (TOKENS | {"pooling": "attention"}, None),
 ]

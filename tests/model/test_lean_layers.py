@@ -28,7 +28,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "norms": {"qk_norm": True, "attention_norm": True, "mlp_norm": True, "norm_type": "rmsnorm"},
     "rotary": {"position_embedding_type": "rope_2d", "hidden_act": "gelu_pytorch_tanh"},
     "swiglu": {"mlp_type": "swiglu", "drop_path_rate": 0.5},
-    "masks": {"cls_scopes": [[2, 2, 0, 1]], "num_register_tokens": 1, "register_neurons": [[0, 3]]},
+    "masks": {"cls_scopes": [[2, 2, 0, 1]], "num_register_tokens": 1},
     "dropout": {"attention_probs_dropout_prob": 0.2, "hidden_dropout_prob": 0.0},
 }
 
