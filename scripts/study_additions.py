@@ -25,12 +25,8 @@ from modeling_vitcls.conversion.open_model import open_model
 from modeling_vitcls.data.options import DataOptions
 from modeling_vitcls.data.sources import load_splits
 from modeling_vitcls.inference.class_statistics import ClassStatistics
-from modeling_vitcls.inference.frozen_features import (
-    ROW_FIELDS,
-    FeatureLayout,
-    Features,
-    concatenate_features,
-)
+from modeling_vitcls.inference.frozen_features import FeatureLayout, Features
+from modeling_vitcls.inference.image_pass import ROW_FIELDS
 from modeling_vitcls.inference.linear_probe import NUM_LAST_LAYERS, stack_tokens
 from modeling_vitcls.runtime.files import read_json, write_json
 from modeling_vitcls.runtime.system import format_device_name
@@ -80,7 +76,7 @@ def compute_features(options: Options) -> tuple[list[str], dict[str, Features]]:
             computed = encoder.compute_features(images, splits.label_space)
             np.savez(file, **{name: getattr(computed, name) for name in ROW_FIELDS})
         stored = np.load(file)
-        features[split] = Features(layout, **{key: stored[key] for key in stored.files})
+        features[split] = Features(layout=layout, **{key: stored[key] for key in stored.files})
     return splits.label_space.names, features
 
 
@@ -122,7 +118,7 @@ def leave_out(
         weight, bias = build_rows(statistics, replace(new, values=with_logits), num_classes)
         new_logits = stack_tokens(test.get_tokens(), statistics.tokens) @ weight.T + bias
         added = np.hstack([test_logits, new_logits]).argmax(axis=1) == test.labels
-        everything = concatenate_features(old, new)
+        everything = old.join(new)
         together = ClassStatistics.fit(everything.get_tokens(), everything.labels, num_classes)
         fitted = compute_logits(together, test).argmax(axis=1) == test.labels
         results.append(

@@ -6,7 +6,6 @@ The pass over the images is in image_pass.py, the metrics are in metrics.py, and
 evaluates a saved model and writes the results.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,57 +18,46 @@ from scipy.special import expit
 from torch import nn
 
 from ..data.labels import LabelSpace
+from ..model.heads_vitcls import IGNORED_LABEL
 from ..model.modeling_vitcls import ViTCLSImageClassifierOutput
-from .image_pass import ImageOutput, ImagePass, list_rows, stack_rows
+from .image_pass import BatchArrays, ImageOutputs, ImagePass, to_arrays
 from .metrics import METRICS, NOTHING_MEASURED, MultiLabelMetrics, select_scalars
 from .prediction_rows import DEFAULT_THRESHOLD
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """Logits of a model for all readable images, in their order, and their metrics.
+    """Logits of a model for the readable images that have a label, and their metrics.
 
     They are the same on every process.
     """
 
     label_space: LabelSpace
-    rows: Sequence[ImageOutput]
+    outputs: ImageOutputs  # The values are logits [N, L]
     metrics: dict[str, Any]
     threshold: float = DEFAULT_THRESHOLD  # From which one of several labels is predicted
 
-    def get_outputs(self) -> tuple[np.ndarray, np.ndarray]:
-        """Stack the logits [N, L] and labels [N] of the images that have a label."""
-        rows = [row for row in self.rows if is_labeled(row)]
-        if not rows:
-            return np.zeros((0, 1), np.float32), np.zeros(0, np.int64)
-        return stack_rows(rows)
-
-    def list_wrong(self) -> list[ImageOutput]:
-        """List the images with another predicted label, or other labels, than their own."""
-        return [row for row in self.rows if is_labeled(row) and not is_right(row, self.threshold)]
+    def list_wrong(self) -> np.ndarray:
+        """List the indices of the images with another predicted label, or others, than their own."""
+        logits = self.outputs.values
+        labels = self.outputs.labels
+        if labels.ndim == 1:
+            return self.outputs.indices[logits.argmax(axis=1) != labels]
+        are_right = (expit(logits) >= self.threshold) == (labels > 0.5)
+        return self.outputs.indices[~are_right.all(axis=1)]
 
 
-def is_labeled(row: ImageOutput) -> bool:
-    """Return whether the label of an image is known."""
-    return bool(row.label.ndim or row.label >= 0)
-
-
-def is_right(row: ImageOutput, threshold: float) -> bool:
-    """Return whether the predicted label of an image is its own, or all of several labels are."""
-    if row.label.ndim:
-        return bool(((expit(row.values) >= threshold) == (row.label.numpy() > 0.5)).all())
-    return bool(row.values.argmax() == row.label)
-
-
-def build_predictions(label_space: LabelSpace, rows: Sequence[ImageOutput]) -> Predictions:
-    """Measure rows that are known on every process, with one label or several."""
+def build_predictions(label_space: LabelSpace, outputs: ImageOutputs) -> Predictions:
+    """Measure logits that are known on every process, with one label or several."""
     state = PartialState()
     metrics = METRICS[label_space.kind](label_space, state.device)
     # Metrics are summed over the processes
     own = slice(state.process_index, None, state.num_processes)
-    logits, labels = (torch.from_numpy(array[own]).to(state.device) for array in stack_rows(rows))
+    logits, labels = (
+        torch.from_numpy(array[own]).to(state.device) for array in (outputs.values, outputs.labels)
+    )
     metrics.update(ViTCLSImageClassifierOutput(logits=logits), labels)
-    return Predictions(label_space, rows, round_floats(metrics.compute()))
+    return Predictions(label_space, outputs, round_floats(metrics.compute()))
 
 
 class Evaluator(ImagePass):
@@ -84,26 +72,28 @@ class Evaluator(ImagePass):
     pass_name = "evaluating"
 
     def predict(self, model: nn.Module, console: Console | None = None) -> Predictions:
-        """Measure a model and keep, except for several tasks, the logits of each image.
+        """Measure a model with one label or several, and keep the logits of each labeled image.
 
         All processes must call this method.
         """
-        rows: list[ImageOutput] | None = None if self.label_space.kind == "multi_task" else []
-        metrics = self(model, console, rows)
-        rows = self.gather_rows(rows or [])
-        return Predictions(self.label_space, rows, metrics, self.threshold)
+        parts: list[BatchArrays] = []
+        metrics = self(model, console, parts)
+        outputs = self.gather(parts)
+        if outputs.labels.ndim == 1:
+            outputs = outputs.take(outputs.labels != IGNORED_LABEL)
+        return Predictions(self.label_space, outputs, metrics, self.threshold)
 
     @torch.no_grad()
     def __call__(
         self,
         model: nn.Module,
         console: Console | None = None,
-        rows: list[ImageOutput] | None = None,
+        parts: list[BatchArrays] | None = None,
     ) -> dict[str, Any]:
         """Evaluate a model on the device in evaluation mode.
 
-        Return the metrics for the kind of labels (metrics.py). The images of this process with
-        their logits are added to `rows`.
+        Return the metrics for the kind of labels (metrics.py). The logits of the batches of this
+        process are added to `parts`.
 
         In the returned dict, numbers come before lists and dicts, and the first number is the
         metric for comparing models. `num_unreadable_images` is the number of unreadable images,
@@ -129,8 +119,8 @@ class Evaluator(ImagePass):
 
         for batch, outputs in self.iterate(model, compute, console):
             metrics.update(outputs, send_to_device(batch.labels, self.accelerator.device))
-            if rows is not None:
-                rows += list_rows(batch, outputs.logits)
+            if parts is not None:
+                parts.append(to_arrays(batch, outputs.logits))
         values = round_floats(metrics.compute())
         return select_scalars(values) | {"num_unreadable_images": self.num_unreadable} | values
 

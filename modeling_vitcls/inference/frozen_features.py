@@ -7,7 +7,7 @@ classifier of them is the model's classifier.
 """
 
 import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import nn
 from ..model.configuration_vitcls import ViTCLSConfig
 from ..model.heads_vitcls import TokenPooler, build_pooler
 from .class_statistics import Token
-from .image_pass import ImageOutput, ImagePass, stack_rows
+from .image_pass import ImageOutputs, ImagePass
 
 
 OWN_POOLING = "own"  # Tokens of a candidate that reads the output of the model's pooler
@@ -104,43 +104,15 @@ def pool_layers(encoder: Any, outputs: Any, layout: FeatureLayout) -> torch.Tens
     return torch.cat(parts, dim=1)
 
 
-ROW_FIELDS = ("values", "labels", "indices", "names", "groups")  # Of `Features`
-
-
-@dataclass(frozen=True)
-class Features:
-    """Features of the readable images of a pass, one row for each image."""
+@dataclass(frozen=True, kw_only=True)
+class Features(ImageOutputs):
+    """Features [N, all] of the readable images of a pass."""
 
     layout: FeatureLayout
-    values: np.ndarray  # [N, all] float32
-    labels: np.ndarray  # [N] class indices, or [N, L] with several labels per image
-    indices: np.ndarray  # [N] indices of the images in the pass
-    names: np.ndarray  # [N]
-    groups: np.ndarray  # [N]; copies of an image are in one group
-    num_unreadable: int = 0
 
     def get_tokens(self) -> dict[Token, np.ndarray]:
         """Select the features [N, D] of each token, in the order of a classifier's weights."""
         return self.layout.split(self.values)
-
-    def take(self, rows: np.ndarray) -> "Features":
-        """Take some rows, given their positions or a mask."""
-        arrays = {name: getattr(self, name)[rows] for name in ROW_FIELDS}
-        return replace(self, **arrays)
-
-    def build_rows(self, logits: np.ndarray) -> list[ImageOutput]:
-        """Replace the features of the images with logits [N, L]."""
-        labels = torch.from_numpy(self.labels)
-        return list(map(ImageOutput, self.indices.tolist(), labels, logits, self.names.tolist()))
-
-
-def concatenate_features(first: Features, second: Features) -> Features:
-    """Join the rows of two passes with the same layout."""
-    arrays = {
-        name: np.concatenate([getattr(first, name), getattr(second, name)]) for name in ROW_FIELDS
-    }
-    num_unreadable = first.num_unreadable + second.num_unreadable
-    return Features(first.layout, **arrays, num_unreadable=num_unreadable)
 
 
 class FrozenPass(ImagePass):
@@ -162,19 +134,8 @@ class FrozenPass(ImagePass):
     def __call__(self, model: nn.Module, console: Console | None = None) -> Features:
         """Compute and return the features, with a classifier or an encoder."""
         encoder = getattr(model, "vitcls", model)
-        rows = self.collect(encoder, partial(self.compute, model), console)
-        values, labels = stack_rows(rows)
-        indices = np.array([row.index for row in rows])
-        groups = np.arange(len(self.images)) if self.images.groups is None else self.images.groups
-        return Features(
-            self.layout,
-            values=values,
-            labels=labels,
-            indices=indices,
-            names=np.array([row.name for row in rows], str),
-            groups=groups[indices],
-            num_unreadable=self.num_unreadable,
-        )
+        outputs = self.collect(encoder, partial(self.compute, model), console)
+        return Features(layout=self.layout, **vars(outputs))
 
     def compute(self, model: Any, pixel_values: torch.Tensor) -> torch.Tensor:
         """Compute the features [B, all], or [B, all + L] with logits, of images [B, C, H, W]."""

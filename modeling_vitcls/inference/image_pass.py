@@ -20,7 +20,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import numpy as np
 import torch
@@ -53,16 +53,35 @@ class ImageBatch:
     error_messages: dict[int, str] = field(default_factory=dict)
 
 
+ROW_FIELDS = ("values", "labels", "indices", "names", "groups")  # Of `ImageOutputs`
+
+
 @dataclass(frozen=True)
-class ImageOutput:
-    """The output of a model for one image."""
+class ImageOutputs:
+    """The outputs of a model for the readable images of a pass, one row for each image."""
 
-    index: int
-    label: torch.Tensor  # Class index, or [L] with several labels; on the CPU
-    values: np.ndarray  # Logits [L] or features of any shape
-    name: str
+    values: np.ndarray  # [N, ...] float32: logits or features
+    labels: np.ndarray  # [N] class indices, or [N, L] with several labels per image
+    indices: np.ndarray  # [N] indices of the images in the pass, in ascending order
+    names: np.ndarray  # [N]
+    groups: np.ndarray  # [N]; copies of an image are in one group
+    num_unreadable: int = 0
+
+    def take(self, rows: np.ndarray | slice) -> Self:
+        """Take some rows, given their positions, a mask or a slice."""
+        arrays = {name: getattr(self, name)[rows] for name in ROW_FIELDS}
+        return replace(self, **arrays)
+
+    def join(self, other: Self) -> Self:
+        """Append the rows of another pass."""
+        arrays = {
+            name: np.concatenate([getattr(self, name), getattr(other, name)]) for name in ROW_FIELDS
+        }
+        return replace(self, num_unreadable=self.num_unreadable + other.num_unreadable, **arrays)
 
 
+# Of the G images of a batch: indices [G], labels [G, ...], values [G, ...]
+BatchArrays = tuple[np.ndarray, np.ndarray, np.ndarray]
 # Function of images [B, C, H, W] on the device of the model
 Compute = Callable[[torch.Tensor], Any]
 # Function of the index of an image: its pixels [C, H, W], or why it is unreadable
@@ -310,18 +329,25 @@ class ImagePass:
 
     def collect(
         self, model: nn.Module, compute: Compute, console: Console | None = None
-    ) -> list[ImageOutput]:
+    ) -> ImageOutputs:
         """Collect what `compute` returns for each readable image, in order, on every process."""
-        rows: list[ImageOutput] = []
-        for batch, outputs in self.iterate(model, compute, console):
-            rows += list_rows(batch, outputs)
-        return self.gather_rows(rows)
+        passed = self.iterate(model, compute, console)
+        return self.gather([to_arrays(batch, outputs) for batch, outputs in passed])
 
-    def gather_rows(self, rows: list[ImageOutput]) -> list[ImageOutput]:
-        """Gather the rows of all processes in the order of the images, and name them."""
-        rows = sorted(gather_object(rows), key=lambda row: row.index)
-        names = self.images.images.get_names()
-        return [replace(row, name=names[row.index]) for row in rows]
+    def gather(self, parts: Sequence[BatchArrays]) -> ImageOutputs:
+        """Join the batches of all processes, in the order of the images."""
+        indices, labels, values = map(np.concatenate, zip(*gather_object(parts), strict=True))
+        order = np.argsort(indices)
+        indices = indices[order]
+        groups = np.arange(len(self.images)) if self.images.groups is None else self.images.groups
+        return ImageOutputs(
+            values=values[order],
+            labels=labels[order],
+            indices=indices,
+            names=np.array(self.images.images.get_names(), str)[indices],
+            groups=groups[indices],
+            num_unreadable=self.num_unreadable,
+        )
 
     def pad_batch(self, model: nn.Module, batch: ImageBatch) -> ImageBatch:
         """Add blank images to a batch, up to the batch size, if required.
@@ -368,17 +394,7 @@ class ImagePass:
         self.cache = cache
 
 
-def stack_rows(rows: Sequence[ImageOutput]) -> tuple[np.ndarray, np.ndarray]:
-    """Stack the values [N, ...] and the labels [N, ...] of rows."""
-    return np.stack([row.values for row in rows]), np.stack([row.label.numpy() for row in rows])
-
-
-def list_rows(batch: ImageBatch, values: torch.Tensor) -> list[ImageOutput]:
-    """Make one row per image of a batch, given the values [B, ...].
-
-    Further values are padding.
-    """
-    # A row of a tensor would be pickled with its batch
-    arrays = values.float().cpu().numpy()
-    names = [""] * len(batch.indices)
-    return list(map(ImageOutput, batch.indices, batch.labels, arrays, names))
+def to_arrays(batch: ImageBatch, values: torch.Tensor) -> BatchArrays:
+    """Move the values [B, ...] for the G images of a batch to the CPU; further values are padding."""
+    own_values = values[: len(batch.indices)].float().cpu().numpy()
+    return np.array(batch.indices, np.int64), batch.labels.numpy(), own_values

@@ -27,8 +27,7 @@ import torch
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
 from ..runtime.files import write_atomically
-from .evaluator import Predictions, is_labeled
-from .image_pass import stack_rows
+from .evaluator import Predictions
 
 
 METADATA_KEY = b"vitcls"
@@ -56,16 +55,13 @@ def write_predictions(
     import pandas as pd
 
     names = predictions.label_space.names
-    rows = [row for row in predictions.rows if is_labeled(row)]
-    if not rows:
+    outputs = predictions.outputs
+    if not len(outputs.labels):
         raise ValueError("no evaluated image has a label")
-    # [N, L]; [N], or [N, L] with several labels per image
-    logits, targets = map(torch.from_numpy, stack_rows(rows))
+    logits = torch.from_numpy(outputs.values)
+    targets = torch.from_numpy(outputs.labels)
 
-    columns: dict[str, Any] = {
-        "index": [row.index for row in rows],
-        "image": [row.name for row in rows],
-    }
+    columns: dict[str, Any] = {"index": outputs.indices, "image": outputs.names}
     if predictions.label_space.kind == "single_label_classification":
         columns |= {
             "label": [names[label] for label in targets.tolist()],
@@ -84,7 +80,9 @@ def write_predictions(
             "loss": losses.mean(dim=1).numpy(),
         }
     if nearest_images is not None:
-        columns["nearest_images"] = [nearest_images.get(row.index, []) for row in rows]
+        columns["nearest_images"] = [
+            nearest_images.get(index, []) for index in outputs.indices.tolist()
+        ]
 
     table = pa.Table.from_pandas(pd.DataFrame(columns), preserve_index=False)
     metadata = {METADATA_KEY: json.dumps({"weights_sha256": weights_hash})}

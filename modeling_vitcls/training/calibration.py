@@ -94,17 +94,17 @@ def calibrate(
     """
     images = HELD_OUT if selection is held_out else SELECTION
     predictions, heads_text = choose_heads(classifier, model, selection, images)
-    logits, labels = predictions.get_outputs()
     reshard(model)
+    outputs = predictions.outputs
     if selection is held_out:
         # Every second image, not the first half: held-out images are often sorted by class.
-        logits, labels = logits[::2], labels[::2]
-    num_images = len(labels)
+        outputs = outputs.take(np.s_[::2])
+    num_images = len(outputs.labels)
     temperature = None
     text = f"not calibrated: {num_images:,} images, {MIN_IMAGES} needed"
     # The temperature comes first: predictions and metrics describe the model as it is saved.
     if num_images >= MIN_IMAGES:
-        temperature = round(fit_temperature(logits, labels), 4)
+        temperature = round(fit_temperature(outputs.values, outputs.labels), 4)
         divide_logits(classifier.classifier, temperature)
         if classifier.distillation_classifier is not None:
             divide_logits(classifier.distillation_classifier, temperature)
@@ -157,10 +157,11 @@ def measure_errors(calibration: Calibration, predictions: Predictions) -> Calibr
     """
     if calibration.temperature is None:
         return calibration
-    logits, labels = predictions.get_outputs()
+    outputs = predictions.outputs
     if calibration.images == HELD_OUT:
-        # The half to which the temperature was not fitted.
-        logits, labels = logits[1::2], labels[1::2]
+        outputs = outputs.take(np.s_[1::2])  # The half to which the temperature was not fitted
+    logits = outputs.values
+    labels = outputs.labels
     # The model divides its logits already; multiplied, they are as before.
     before = compute_error(logits * calibration.temperature, labels)
     after = compute_error(logits, labels)

@@ -25,7 +25,7 @@ from ..data.batches import Normalizer
 from ..data.images import LabeledImages
 from ..data.sources import Splits
 from ..data.splits import TrainingData, load_undivided_images
-from ..inference.image_pass import ImagePass, stack_rows
+from ..inference.image_pass import ImagePass
 from ..inference.linear_probe import LinearProbe
 from ..inference.metrics import NOTHING_MEASURED
 from ..model.configuration_vitcls import ViTCLSConfig
@@ -195,8 +195,8 @@ def measure_features(
         return NOTHING_MEASURED
     method = held_out.accelerator.unwrap_model(model)
     compute = partial(compute_features, model, method)
-    # [images, token + D]
-    features, labels = stack_rows(held_out.collect(model, compute))
+    measured = held_out.collect(model, compute)
+    features = measured.values  # [images, token + D]
     counts = {
         "num_images": len(features),
         "num_unreadable_images": held_out.num_unreadable,
@@ -206,10 +206,10 @@ def measure_features(
 
     metrics: dict[str, Any] = {}
     if neighbors is not None:
-        train_features, train_labels = stack_rows(neighbors.collect(model, compute))
         from sklearn.neighbors import KNeighborsClassifier
 
-        num_neighbors = min(10, len(train_labels))
+        train = neighbors.collect(model, compute)
+        num_neighbors = min(10, len(train.labels))
         classifiers: dict[str, Any] = {
             "knn_accuracy": KNeighborsClassifier(num_neighbors, weights="distance", metric="cosine")
         }
@@ -218,8 +218,9 @@ def measure_features(
         for (name, classifier), (suffix, part) in itertools.product(
             classifiers.items(), parts.items()
         ):
-            classifier.fit(train_features[part], train_labels)
-            metrics[name + suffix] = round(float(classifier.score(features[part], labels)), 6)
+            classifier.fit(train.values[part], train.labels)
+            accuracy = classifier.score(features[part], measured.labels)
+            metrics[name + suffix] = round(float(accuracy), 6)
 
     rank = compute_effective_rank(features[parts[""]])
     width = features.shape[-1] - patch_width

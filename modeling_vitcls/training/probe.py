@@ -33,10 +33,8 @@ from ..inference.frozen_features import (
     FeatureLayout,
     Features,
     FrozenPass,
-    concatenate_features,
     has_searchable_pooling,
 )
-from ..inference.image_pass import ImageOutput
 from ..inference.intervals import Estimate
 from ..inference.linear_probe import (
     MIN_DISTANCE_IMAGES,
@@ -123,28 +121,21 @@ class FrozenModel:
         """The cross-validated accuracy of the logits that the model returns; None without folds."""
         return self.probe.estimate_ if self.second is None else self.second.estimate
 
-    def list_out_of_fold_rows(self, num_labels: int) -> list[ImageOutput]:
-        """List the training images with the logits of a classifier that was not fitted to them."""
-        # Logarithms of the probabilities are logits: softmax gives the same probabilities back.
-        own = self.probe.out_of_fold_ if self.second is None else self.second.out_of_fold
-        probabilities = expand_classes(own, self.probe.classes_, num_labels)
-        known = np.flatnonzero(np.isfinite(probabilities).all(axis=1))
-        features = self.features.take(known)
-        logits = to_logits(probabilities[known], features.labels)
-        return features.build_rows(logits.astype(np.float32))
-
-    def find_nearest_images(self, rows: Sequence[ImageOutput]) -> dict[int, list[str]]:
+    def find_nearest_images(self, wrong: np.ndarray) -> dict[int, list[str]]:
         """Find the training images that explain wrong predictions: the nearest ones, by image index.
 
         The images are held out or, without those, training images. The similarity is the cosine of
         the features that the classifier reads. The nearest image is the first.
+
+        Args:
+            wrong: indices of the wrong predictions.
         """
-        if not rows:
+        if not len(wrong):
             return {}
         tokens = self.probe.candidate_.tokens
         own = stack_tokens(self.features.get_tokens(), tokens)
         others = self.features if self.held_out is None else self.held_out
-        others = others.take(np.isin(others.indices, [row.index for row in rows]))
+        others = others.take(np.isin(others.indices, wrong))
         # Among the training images, the nearest one is the image itself, so one more is needed.
         num_nearest = min(NUM_NEAREST_IMAGES + (self.held_out is None), len(own))
         neighbors = NearestNeighbors(n_neighbors=num_nearest, metric="cosine").fit(own)
@@ -228,7 +219,7 @@ class Probe:
             features, comparison = self.compare_with_squash(train, features)
 
         for part in others:
-            features = concatenate_features(features, self.compute_features(part, layout, warn))
+            features = features.join(self.compute_features(part, layout, warn))
         # On one process for all: rounding on another CPU could turn a close choice.
         chosen = run_on_main(partial(self.choose, features))
         second = run_on_main(partial(self.fit_second_head, chosen, features))
@@ -236,7 +227,7 @@ class Probe:
         # the fit.
         if len(rest):
             more = self.compute_features(train, layout, warn, rest)
-            features = concatenate_features(features, more)
+            features = features.join(more)
             chosen, second = run_on_main(partial(self.refit, chosen, second, features))
         held_out_features = None
         if len(held_out):
@@ -280,8 +271,8 @@ class Probe:
         if frozen.second is not None:
             second_logits = apply(self.model.distillation_classifier, frozen.second.probe)
             logits = self.model.combine_heads(logits, second_logits)
-        rows = features.build_rows(logits.cpu().numpy())
-        predictions = build_predictions(self.label_space, rows)
+        outputs = replace(features, values=logits.cpu().numpy())
+        predictions = build_predictions(self.label_space, outputs)
         predictions.metrics["num_unreadable_images"] = features.num_unreadable
         return predictions
 
@@ -292,8 +283,13 @@ class Probe:
         """
         estimate = frozen.estimate
         assert estimate is not None, "there are folds"
-        rows = frozen.list_out_of_fold_rows(self.model.config.num_labels)
-        predictions = build_predictions(self.label_space, rows)
+        own = frozen.probe.out_of_fold_ if frozen.second is None else frozen.second.out_of_fold
+        probabilities = expand_classes(own, frozen.probe.classes_, self.model.config.num_labels)
+        known = np.flatnonzero(np.isfinite(probabilities).all(axis=1))
+        features = frozen.features.take(known)
+        # Logarithms of the probabilities are logits: softmax gives the same probabilities back.
+        logits = to_logits(probabilities[known], features.labels).astype(np.float32)
+        predictions = build_predictions(self.label_space, replace(features, values=logits))
         predictions.metrics.update(round_floats(estimate.to_metrics()))
         predictions.metrics["num_unreadable_images"] = frozen.features.num_unreadable
         return predictions
@@ -387,7 +383,7 @@ class Probe:
             # The compared images have their new features already.
             remaining = np.setdiff1d(own.indices, compared)
             others = self.compute_features(images, own.layout, ignore_message, remaining)
-            return concatenate_features(squashed, others), record
+            return squashed.join(others), record
         for name, value in own_settings.items():
             setattr(self.processor, name, value)
         return own, record

@@ -339,7 +339,7 @@ def test_a_new_row_is_between_the_logits_of_the_classifier_as_between_those_of_t
     own = values @ weight.T + bias
     logits = scale * own + shift
     features = Features(
-        FeatureLayout(1, {"cls": 6}),
+        layout=FeatureLayout(1, {"cls": 6}),
         values=np.hstack([values, logits]),
         labels=labels,
         indices=labels,
