@@ -209,12 +209,12 @@ class ClassStatistics:
             "num_classes": len(self.counts),
         }
         model.class_distance = ClassDistance(model.config)
-        arrays = {"counts": self.counts, "sizes": self.sizes}
-        for index in range(len(self.tokens)):
-            arrays |= {
-                f"means_{index}": self.means[index],
-                f"precisions_{index}": self.precisions[index],
-            }
+        arrays = {
+            "counts": self.counts,
+            "sizes": self.sizes,
+            **{f"means_{index}": mean for index, mean in enumerate(self.means)},
+            **{f"precisions_{index}": each for index, each in enumerate(self.precisions)},
+        }
         model.class_distance.load_state_dict(
             {name: torch.tensor(array, dtype=torch.float32) for name, array in arrays.items()},
             strict=False,  # the fingerprint follows
@@ -230,21 +230,14 @@ class ClassStatistics:
         stored = getattr(model, "class_distance", None)
         if stored is None or not stored.check(model.vitcls):
             return None
-        arrays = {
-            # NumPy has no bfloat16
-            name: each.float().cpu().numpy()
-            for name, each in model.class_distance.state_dict().items()
-        }
-        tokens = tuple(model.class_distance.tokens)
-
-        def list_arrays(name: str) -> tuple[np.ndarray, ...]:
-            return tuple(arrays[f"{name}_{index}"].astype(float) for index in range(len(tokens)))
-
+        # NumPy has no bfloat16
+        arrays = {name: each.double().cpu().numpy() for name, each in stored.state_dict().items()}
+        indices = range(len(stored.tokens))
         return cls(
-            tokens=tokens,
-            means=list_arrays("means"),
-            precisions=list_arrays("precisions"),
-            sizes=arrays["sizes"].astype(float),
+            tokens=tuple(stored.tokens),
+            means=tuple(arrays[f"means_{index}"] for index in indices),
+            precisions=tuple(arrays[f"precisions_{index}"] for index in indices),
+            sizes=arrays["sizes"],
             counts=arrays["counts"].astype(np.int64),
         )
 

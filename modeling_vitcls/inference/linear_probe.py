@@ -162,8 +162,10 @@ class CrossValidated:
 
     Attributes:
         logits: [N, K] of each candidate; NaN for images that no fold left out.
-        distances: [N] for the tokens whose statistics the model of each candidate would store.
-        spreads: of the logits of each candidate, one for each fold (`measure_spread`).
+        distances: [N] for the tokens whose statistics the model of each candidate would store; NaN
+            with several labels, as well.
+        spreads: of the logits of each candidate, one for each fold (`measure_spread`); none with
+            several labels.
     """
 
     logits: dict[Candidate, np.ndarray]
@@ -232,8 +234,7 @@ class LinearProbe(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         folds = split_folds(find_strata(targets), groups)
         self.num_folds_ = len(folds)
 
-        cross_validate = self.cross_validate if targets.ndim == 1 else self.cross_validate_labels
-        cross_validated = cross_validate(features, targets, candidates, folds)
+        cross_validated = self.cross_validate(features, targets, candidates, folds)
         self.choose(cross_validated, targets, groups)
         self.refit(features, labels)
         self.calibrate(cross_validated, features, targets, groups)
@@ -247,52 +248,51 @@ class LinearProbe(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         candidates: Sequence[Candidate],
         folds: Folds,
     ) -> CrossValidated:
-        """Predict each image with the classifiers of its fold, which share the statistics of a token."""
+        """Predict each image with the classifiers of its fold, which share what is known of a token."""
         logits = {each: np.full((len(labels), len(self.classes_)), np.nan) for each in candidates}
         tokens_of_distances = {choose_statistics_tokens(features, each) for each in candidates}
         distances = {each: np.full(len(labels), np.nan) for each in tokens_of_distances if each}
         spreads: dict[Candidate, list[float]] = {each: [] for each in candidates}
-        has_covariance = self.has_covariance(labels)
+        has_several = labels.ndim == 2
+        has_covariance = not has_several and self.has_covariance(labels)
         for train, test in folds:
-            # groups may keep all images of a class in one fold
-            known = test[np.isin(labels[test], labels[train])]
-            left_out = {token: values[known] for token, values in features.items()}
             in_fold = {token: values[train] for token, values in features.items()}
-            statistics = ClassStatistics.fit(
-                in_fold, labels[train], len(self.classes_), has_covariance
-            )
-            token_logits, mean_logits = {}, {}
-            for token in features:
-                token_statistics = statistics.select([token])
-                weight, bias = token_statistics.build_classifier(self.is_balanced)
-                token_logits[token] = left_out[token] @ weight.T + bias
-                mean_logits[token] = token_statistics.compute_mean_logits(weight, bias)
-            for candidate, values in logits.items():
-                tokens = candidate.tokens
-                values[known] = np.mean([token_logits[each] for each in tokens], axis=0)
-                of_means = np.mean([mean_logits[each] for each in tokens], axis=0)
-                spreads[candidate].append(measure_spread(of_means))
-            for tokens, own in distances.items():
-                own[known] = statistics.select(tokens).compute_distances(left_out)
-        return CrossValidated(logits, distances, spreads)
-
-    def cross_validate_labels(
-        self,
-        features: TokenFeatures,
-        labels: np.ndarray,
-        candidates: Sequence[Candidate],
-        folds: Folds,
-    ) -> CrossValidated:
-        """Predict each image as `cross_validate`, with several labels [N, L]."""
-        logits = {each: np.full(labels.shape, np.nan) for each in candidates}
-        for train, test in folds:
-            token_logits = {}
-            for token, values in features.items():
-                weight, bias = build_label_scores({token: values[train]}, labels[train])
-                token_logits[token] = values[test] @ weight.T + bias
+            if has_several:
+                known = test
+                classifiers = {
+                    token: build_label_scores({token: values}, labels[train])
+                    for token, values in in_fold.items()
+                }
+            else:
+                # groups may keep all images of a class in one fold
+                known = test[np.isin(labels[test], labels[train])]
+                statistics = ClassStatistics.fit(
+                    in_fold, labels[train], len(self.classes_), has_covariance
+                )
+                classifiers = {
+                    token: statistics.select([token]).build_classifier(self.is_balanced)
+                    for token in features
+                }
+            left_out = {token: values[known] for token, values in features.items()}
+            token_logits = {
+                token: left_out[token] @ weight.T + bias
+                for token, (weight, bias) in classifiers.items()
+            }
             for candidate, own in logits.items():
-                own[test] = np.mean([token_logits[each] for each in candidate.tokens], axis=0)
-        return CrossValidated(logits, {}, {})
+                own[known] = np.mean([token_logits[each] for each in candidate.tokens], axis=0)
+            if has_several:
+                continue
+
+            mean_logits = {
+                token: statistics.select([token]).compute_mean_logits(*classifier)
+                for token, classifier in classifiers.items()
+            }
+            for candidate, own_spreads in spreads.items():
+                of_means = np.mean([mean_logits[each] for each in candidate.tokens], axis=0)
+                own_spreads.append(measure_spread(of_means))
+            for tokens, own_distances in distances.items():
+                own_distances[known] = statistics.select(tokens).compute_distances(left_out)
+        return CrossValidated(logits, distances, spreads)
 
     def choose(
         self, cross_validated: CrossValidated, labels: np.ndarray, groups: np.ndarray | None
@@ -579,13 +579,3 @@ def split_folds(
             )
         )
     return [(np.concatenate([several[train], single]), several[test]) for train, test in parts]
-
-
-def is_clearly_worse(losses: np.ndarray, other_losses: np.ndarray, num_errors: float) -> bool:
-    """Tell whether some losses are worse on average, by more than some standard errors.
-
-    Both are losses of the same images, so the error is computed from their differences.
-    """
-    differences = losses - other_losses
-    differences = differences[np.isfinite(differences)]
-    return differences.mean() > num_errors * differences.std() / np.sqrt(len(differences))

@@ -44,7 +44,6 @@ from ..inference.linear_probe import (
     describe_candidate,
     encode_labels,
     find_strata,
-    is_clearly_worse,
     stack_tokens,
     to_logits,
 )
@@ -364,20 +363,21 @@ class Probe:
         self.set_geometry(SQUASH)
         squashed = self.compute_features(images, own.layout, ignore_message, compared)
 
-        losses = {}
         part = own.take(np.isin(own.indices, squashed.indices))
-        for resize, features in ((own_resize, part), (SQUASH, squashed)):
-            probe = run_on_main(partial(self.choose, features))
-            if probe.num_folds_:
-                losses[resize] = probe.losses_
+        losses = {
+            resize: run_on_main(partial(self.choose, features)).losses_
+            for resize, features in ((own_resize, part), (SQUASH, squashed))
+        }
+        # Of the same images, so their differences have the error. Too few images for folds have none.
+        differences = losses[own_resize] - losses[SQUASH]
+        differences = differences[np.isfinite(differences)]
         record: dict[str, Any] = {}
         is_squashed = False
-        # A geometry has no losses if its images were too few for folds.
-        if len(losses) == 2:
-            # A tie goes to the checkpoint's own geometry, with which its encoder was trained.
-            is_squashed = is_clearly_worse(losses[own_resize], losses[SQUASH], 1.0)
+        if len(differences):
             means = {resize: float(np.nanmean(values)) for resize, values in losses.items()}
             record = {"num_images": len(squashed.labels), "losses": means}
+            # A tie goes to the checkpoint's own geometry, with which its encoder was trained.
+            is_squashed = differences.mean() > differences.std() / np.sqrt(len(differences))
 
         if is_squashed:
             # The compared images have their new features already.
@@ -531,25 +531,25 @@ def describe_class_weights(
     labels = labels[known]
     classes, counts = np.unique(labels, return_counts=True)
     rarest = classes[counts.argmin()]
-    recalls, losses, accuracies = [], [], []
+    rows = []
     for probe in (plain, weighted):
         is_right = probe.classes_[probe.out_of_fold_[known].argmax(axis=1)] == labels
-        recalls.append({label: is_right[labels == label].mean() for label in classes})
-        losses.append(np.mean([probe.losses_[known][labels == each].mean() for each in classes]))
-        accuracies.append(is_right.mean())
-    balanced = [np.mean([*each.values()]) for each in recalls]
+        images = pd.DataFrame({"is_right": is_right, "loss": probe.losses_[known]})
+        means = images.groupby(labels).mean()  # Of each class
+        rows.append(
+            {
+                f"recall of {names[rarest]}": means["is_right"][rarest],
+                "balanced accuracy": means["is_right"].mean(),
+                "accuracy": is_right.mean(),
+                "loss": means["loss"].mean(),
+            }
+        )
+    before, after = rows
     advice = ""
-    if losses[1] < losses[0] and balanced[1] > balanced[0]:
+    if after["loss"] < before["loss"] and after["balanced accuracy"] > before["balanced accuracy"]:
         advice = ". Choose it if rare classes matter as much as the others"
-
-    def compare(before: float, after: float) -> str:
-        return f"{before:.1%} -> {after:.1%}"
-
-    return (
-        f"`class_balance='weights'` changes recall of {names[rarest]} "
-        f"{compare(recalls[0][rarest], recalls[1][rarest])}, balanced accuracy {compare(*balanced)}, "
-        f"accuracy {compare(*accuracies)}, in cross-validation{advice}"
-    )
+    texts = [f"{name} {before[name]:.1%} -> {after[name]:.1%}" for name in list(before)[:3]]
+    return f"`class_balance='weights'` changes {', '.join(texts)}, in cross-validation{advice}"
 
 
 def describe_threshold(probe: LinearProbe) -> str | None:
