@@ -34,6 +34,7 @@ from transformers.activations import GELUActivation
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.utils.output_capturing import capture_outputs
 
+from .attention_masks_vitcls import get_matmul_dtype
 from .blocks_vitcls import ViTCLSAttention, ViTCLSMLP, list_hooks
 from .variants_vitcls import ViTCLSDifferentialAttention
 
@@ -393,13 +394,6 @@ def is_emulated(inputs: Tensor) -> bool:
         and not is_exporting()
         and bool(torch.backends.mkldnn.enabled)
     )
-
-
-def get_matmul_dtype(inputs: Tensor) -> torch.dtype:
-    """Find the dtype of matrix products of `inputs`; autocast changes all but float64."""
-    if inputs.dtype == torch.float64 or not torch.is_autocast_enabled(inputs.device.type):
-        return inputs.dtype
-    return torch.get_autocast_dtype(inputs.device.type)
 
 
 def cast_for_autocast(inputs: Tensor) -> Tensor:
