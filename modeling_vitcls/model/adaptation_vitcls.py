@@ -34,12 +34,7 @@ from torch import Tensor
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import logging
 
-from .attention_masks_vitcls import (
-    ADDITIVE_MASK_IMPLEMENTATIONS,
-    TokenGates,
-    list_gated_tokens,
-    resample_bias_tables,
-)
+from .attention_masks_vitcls import TokenGates, list_gated_tokens, resample_bias_tables
 from .configuration_vitcls import ADAPTABLE_FIELDS, ViTCLSConfig
 from .positions_vitcls import resample_positions, resize_patch_kernel
 from .token_layout_vitcls import COUNT_FIELDS, update_gated_tokens
@@ -71,7 +66,7 @@ class AdaptableModel(PreTrainedModel):
         cls,
         pretrained_model_name_or_path: Any,
         *model_args: Any,
-        gate_new_tokens: bool | None = None,
+        gate_new_tokens: bool = True,
         **kwargs: Any,
     ) -> Any:
         """Load a checkpoint, and adapt the model if arguments change its `ADAPTABLE_FIELDS`.
@@ -112,16 +107,16 @@ class AdaptableModel(PreTrainedModel):
         model = model.adapt(gate_new_tokens=gate_new_tokens, **changes)
         return (model, *model_or_tuple[1:]) if has_loading_info else model
 
-    def adapt(self, gate_new_tokens: bool | None = None, **changes: Any) -> Self:
+    def adapt(self, gate_new_tokens: bool = True, **changes: Any) -> Self:
         """Build a model with other values of `ADAPTABLE_FIELDS`, and adapt the weights to it.
 
         If no field changes, this model is returned.
 
         Args:
             gate_new_tokens: whether to gate the added tokens. Closed gates hide them from the other
-                tokens, so the logits stay the same until training. Default: True if the attention
-                implementation supports gates. A model with random weights does not require gates:
-                build it from its configuration, or set False.
+                tokens, so the logits stay the same until training. Set False for flash and flex
+                attention, which support no gates, and for a model with random weights, which
+                requires none.
             changes: new values of `ADAPTABLE_FIELDS`.
 
         Raises:
@@ -138,8 +133,6 @@ class AdaptableModel(PreTrainedModel):
         if not changes:
             return self
 
-        if gate_new_tokens is None:
-            gate_new_tokens = can_gate_new_tokens(self.config, changes)
         gated_tokens = get_gated_tokens(self.config, changes, gate_new_tokens)
         config = replace_fields(self.config, changes | {"gated_tokens": gated_tokens})
         ignore_unready_parts(self.config, config)
@@ -227,22 +220,6 @@ def replace_fields(config: Any, values: Mapping[str, Any], validate: bool = True
     else:
         config._skip_validation = True
     return config
-
-
-def can_gate_new_tokens(config: ViTCLSConfig, changes: Mapping[str, Any]) -> bool:
-    """Check whether the attention implementation supports gates.
-
-    Log a line if it does not, and tokens are added.
-    """
-    if config._attn_implementation in (None, *ADDITIVE_MASK_IMPLEMENTATIONS):
-        return True
-    if any(changes.get(field, 0) > getattr(config, field) for field in COUNT_FIELDS.values()):
-        logger.warning(
-            f"new tokens change the outputs, because {config._attn_implementation} does not "
-            "support gates: set "
-            'attn_implementation="sdpa" to keep the outputs'
-        )
-    return False
 
 
 def remove_open_gates(model: AdaptableModel) -> None:

@@ -60,11 +60,6 @@ class InitialModel:
         """Return whether the model is a preset."""
         return self.folder is None
 
-    @property
-    def gate_new_tokens(self) -> bool | None:
-        """Return the argument of `from_pretrained`: tokens added to trained weights are gated."""
-        return False if self.has_random_weights else None
-
 
 def resolve_initial_model(name: str) -> InitialModel:
     """Find the initial model that `name` names.
@@ -138,7 +133,6 @@ def load_with_label_space(
         model, new_parameter_names = initial.folder.load_partly(
             model_class,
             dtype=torch.float32,
-            gate_new_tokens=initial.gate_new_tokens,
             **config_values,
         )
     else:
@@ -147,7 +141,6 @@ def load_with_label_space(
         encoder, missing_weights = initial.folder.load_partly(
             ViTCLSModel,
             dtype=torch.float32,
-            gate_new_tokens=initial.gate_new_tokens,
             tasks=None,  # the checkpoint's tasks may not match the number of CLS tokens
             **config_values,
         )

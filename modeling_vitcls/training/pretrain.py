@@ -287,7 +287,6 @@ def build_encoder(
         encoder, _ = initial.folder.load_partly(
             ViTCLSModel,
             dtype=torch.float32,
-            gate_new_tokens=initial.gate_new_tokens,
             **config_values,
         )
         processor = initial.folder.load_processor()

@@ -150,17 +150,6 @@ def test_attention_without_bias_support_is_an_error(
         model(build_images())
 
 
-def test_tokens_are_not_gated_if_the_attention_does_not_support_gates(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    model = randomize(ViTCLSModel(build_tiny_config()))
-    model.set_attn_implementation("flex_attention")
-    adapted = model.adapt(num_register_tokens=1)
-    assert adapted.config.gated_tokens is None
-    assert any("flex_attention does not support gates" in line for line in get_logged_lines(caplog))
-    assert adapted.gates is None
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("loader", [ViTCLSModel, AutoModel])
