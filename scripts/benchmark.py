@@ -53,6 +53,7 @@ from modeling_vitcls.export.options import ExportOptions
 from modeling_vitcls.hub.local_paths import strip_folders
 from modeling_vitcls.inference.cuda_graphs import GraphedFunction
 from modeling_vitcls.inference.onnx_graph import OnnxGraph
+from modeling_vitcls.inference.speed import count_flops
 from modeling_vitcls.model.configuration_vitcls import ViTCLSConfig
 from modeling_vitcls.model.cpu_kernels_vitcls import EMULATED_DTYPES
 from modeling_vitcls.runtime.flags import Options, check_minimum, check_value
@@ -170,7 +171,7 @@ def run_benchmarks(settings: BenchmarkOptions) -> list[Row]:
                         )
                     functions.append(function)
                     is_peer = name.removesuffix(GRAPH) in (settings.peers or ())
-                    num_flops = count_flops(model, is_peer)
+                    num_flops = count_flops_of_peer(model, is_peer)
                     if work == "step":
                         num_flops *= 3  # backward: twice the FLOPs of forward
                     new_rows.append(Row(work, name, precision, batch_size, num_flops, difference))
@@ -212,7 +213,7 @@ def load_model(source: str, folder: Path) -> Any:
     return model
 
 
-def count_flops(model: Any, is_peer: bool) -> int:
+def count_flops_of_peer(model: Any, is_peer: bool) -> int:
     """Return the FLOPs of a forward pass for one image.
 
     Unlike our classifiers, peers compute all tokens.
@@ -220,7 +221,7 @@ def count_flops(model: Any, is_peer: bool) -> int:
     counted = copy.copy(model)
     counted.config = copy.deepcopy(model.config)
     counted.config.compute_all_tokens |= is_peer
-    return int(counted.flops())
+    return count_flops(counted)
 
 
 def get_image_shape(config: ViTCLSConfig) -> tuple[int, int, int]:

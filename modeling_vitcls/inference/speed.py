@@ -1,11 +1,15 @@
-"""Inference speed of a model: the median over a few forward passes."""
+"""Cost of a model: inference speed, as the median over a few forward passes, and FLOPs."""
 
+import copy
 import statistics
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
+from ..model.field_checks_vitcls import to_pair
 from ..runtime.system import format_device_name
 
 
@@ -49,3 +53,23 @@ def measure_inference_speed(model: Any, device: torch.device) -> dict[str, Any]:
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": format_device_name(device),
     }
+
+
+@torch.no_grad()
+def count_flops(model: Any, image_size: int | Sequence[int] | None = None) -> int:
+    """Count the FLOPs of a forward pass of one image, on the meta device.
+
+    `torch.utils.flop_counter` counts matrix products and convolutions; a multiply-add counts as
+    two. `image_size` is in pixels and defaults to `config.image_size`.
+    """
+    height, width = to_pair(image_size or model.config.image_size)
+    config = copy.deepcopy(model.config)
+    # the counter supports fused kernels only on some devices
+    config._attn_implementation = "eager"
+
+    with torch.device("meta"):
+        counted = model.new_like(config).eval()
+        pixel_values = torch.empty(1, config.num_channels, height, width)
+        with FlopCounterMode(display=False) as counter:
+            counted(pixel_values)
+    return int(counter.get_total_flops())

@@ -44,7 +44,6 @@ from .field_checks_vitcls import (
     extent,
     finite,
     positive,
-    raise_one_line_errors,
     rate,
     reject,
     shorten_errors,
@@ -191,16 +190,6 @@ ALWAYS_SAVED_FIELDS = (
     "num_attention_heads",
     "intermediate_size",
 )
-
-
-@shorten_errors
-@strict
-@dataclasses.dataclass
-class StoredStatistics:
-    """The value of `ViTCLSConfig.class_statistics`: which tokens have means and covariances."""
-
-    tokens: list[list[int | str]]  # pairs of a layer and a kind
-    num_classes: int = between(1, MAX_LABELS)()
 
 
 @shorten_errors
@@ -1009,22 +998,23 @@ class ViTCLSConfig(ExtraHeadsConfig, BackboneConfigMixin, PreTrainedConfig):
         """Check the tokens and the number of classes of the class statistics."""
         if self.class_statistics is None:
             return
-        with raise_one_line_errors("`class_statistics`: "):
-            statistics = StoredStatistics(**self.class_statistics)
-        tokens = statistics.tokens
+        tokens = self.class_statistics.get("tokens")
+        num_classes = self.class_statistics.get("num_classes")
         known_tokens = [
             [layer, kind] for layer in range(-self.num_hidden_layers, 0) for kind in ("cls", "mean")
         ]
         reject(
             (
-                not tokens or any(token not in known_tokens for token in tokens),
+                not isinstance(tokens, list)
+                or not tokens
+                or any(token not in known_tokens for token in tokens),
                 f"`class_statistics`: `tokens` must be pairs of a layer from "
                 f'-{self.num_hidden_layers} to -1 and "cls" or "mean", such as [[-1, "cls"]], but '
                 f"it is {tokens}.",
             ),
             (
-                statistics.num_classes != self.num_labels,
-                f"`class_statistics` has num_classes={statistics.num_classes}, but the model has "
+                num_classes != self.num_labels,
+                f"`class_statistics` has num_classes={num_classes}, but the model has "
                 f"{self.num_labels} labels. Set `class_statistics=None`.",
             ),
         )

@@ -8,6 +8,7 @@ can be counted. Unlike the `loss_function` of transformers, the losses do not se
 `config.problem_type`.
 """
 
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 
@@ -235,23 +236,15 @@ class PixelDecoder(nn.Module):
 
     def __init__(self, config: ViTCLSConfig) -> None:
         super().__init__()
-        self.num_channels = config.num_channels
         self.patch_size = config.patch_height_width
-        patch_height, patch_width = self.patch_size
-        self.projection = nn.Linear(
-            config.hidden_size, config.num_channels * patch_height * patch_width
-        )
+        num_pixels = config.num_channels * math.prod(self.patch_size)
+        self.projection = nn.Linear(config.hidden_size, num_pixels)
 
     def forward(self, patches: Tensor, grid_size: tuple[int, int]) -> Tensor:
         """Decode patches [B, rows * columns, D] to pixels [B, C, H, W]."""
-        rows, columns = grid_size
-        patch_height, patch_width = self.patch_size
-        # [B, rows * columns, C * patch height * patch width]
-        pixels: Tensor = self.projection(patches)
-        pixels = pixels.view(-1, rows, columns, self.num_channels, patch_height, patch_width)
-        return pixels.permute(0, 3, 1, 4, 2, 5).reshape(
-            -1, self.num_channels, rows * patch_height, columns * patch_width
-        )
+        pixels = self.projection(patches).mT  # [B, C * patch height * patch width, patches]
+        size = (grid_size[0] * self.patch_size[0], grid_size[1] * self.patch_size[1])
+        return nn.functional.fold(pixels, size, self.patch_size, stride=self.patch_size)
 
 
 # Losses -------------------------------------------------------------------------------------------
@@ -372,7 +365,5 @@ def compute_masked_pixel_loss(
 
 def split_into_patches(pixels: Tensor, config: ViTCLSConfig) -> Tensor:
     """Split images [B, C, H, W] into patches [B, rows * columns, C * height * width]."""
-    patch_height, patch_width = config.patch_height_width
-    # [B, C, rows, columns, patch height, patch width]
-    patches = pixels.unfold(2, patch_height, patch_height).unfold(3, patch_width, patch_width)
-    return patches.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
+    size = config.patch_height_width
+    return nn.functional.unfold(pixels, size, stride=size).mT

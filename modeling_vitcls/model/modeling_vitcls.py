@@ -23,7 +23,6 @@ from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.hooks import RemovableHandle
 from transformers import initialization as init
 from transformers.backbone_utils import BackboneMixin, filter_output_hidden_states
@@ -51,7 +50,6 @@ from .blocks_vitcls import (
 from .class_distance_vitcls import ClassDistance
 from .configuration_vitcls import ViTCLSConfig
 from .cpu_kernels_vitcls import install_cpu_kernels
-from .field_checks_vitcls import to_pair
 from .heads_vitcls import (
     IGNORED_LABEL,
     AttentionPooler,
@@ -65,8 +63,8 @@ from .heads_vitcls import (
 )
 from .lean_layers_vitcls import install_lean_layers
 from .positions_vitcls import MixedRotaryEmbeddings, build_rotary_embeddings
-from .token_attention_vitcls import SPECIAL_TOKEN_GROUPS, LayerIndices, compute_token_attention
-from .token_layout_vitcls import TokenLayout
+from .token_attention_vitcls import LayerIndices, compute_token_attention
+from .token_layout_vitcls import COUNT_FIELDS, TokenLayout
 from .variants_vitcls import (
     ATTENTION_CLASSES,
     LAYER_CLASSES,
@@ -222,13 +220,11 @@ class ViTCLSPreTrainedModel(AdaptableModel):
                 TOKEN_INITS[self.config.token_init](tokens, std)
             if module.mask_token is not None:
                 init.trunc_normal_(module.mask_token, mean=0.0, std=std)
-        elif isinstance(module, LearnedPositionEmbeddings):
-            for positions in module.parameters(recurse=False):
-                init.trunc_normal_(positions, mean=0.0, std=std)
+        elif isinstance(module, LearnedPositionEmbeddings | AttentionPooler):
+            for parameter in module.parameters(recurse=False):
+                init.trunc_normal_(parameter, mean=0.0, std=std)
         elif isinstance(module, LayerScale):
             init.constant_(module.lambda1, module.init_value)
-        elif isinstance(module, AttentionPooler):
-            init.trunc_normal_(module.probe, mean=0.0, std=std)
         elif isinstance(module, MixedRotaryEmbeddings):
             init.copy_(module.frequencies, module.get_initial_frequencies())
         elif isinstance(module, RelativePositionBias):
@@ -247,7 +243,7 @@ class ViTCLSPreTrainedModel(AdaptableModel):
     def token_attention(
         self,
         pixel_values: Tensor,
-        tokens: Sequence[str] = SPECIAL_TOKEN_GROUPS,
+        tokens: Sequence[str] = tuple(COUNT_FIELDS),
         layers: LayerIndices = "all",
         attention_mask: Tensor | None = None,
     ) -> Tensor:
@@ -274,27 +270,6 @@ class ViTCLSPreTrainedModel(AdaptableModel):
             ValueError: if the images have an unsupported shape.
         """
         return compute_token_attention(self, pixel_values, attention_mask, tokens, layers)
-
-    @torch.no_grad()
-    def flops(self, image_size: int | Sequence[int] | None = None, batch_size: int = 1) -> int:
-        """Count the FLOPs of a forward pass, on the meta device.
-
-        `torch.utils.flop_counter` counts matrix products and convolutions; a multiply-add counts as
-        two. `image_size` is in pixels and defaults to `config.image_size`.
-        """
-        height, width = (
-            self.config.image_height_width if image_size is None else to_pair(image_size)
-        )
-        config = copy.deepcopy(self.config)
-        # the counter supports fused kernels only on some devices
-        config._attn_implementation = "eager"
-
-        with torch.device("meta"):
-            model = self.new_like(config).eval()
-            pixel_values = torch.empty(batch_size, config.num_channels, height, width)
-            with FlopCounterMode(display=False) as counter:
-                model(pixel_values)
-        return int(counter.get_total_flops())
 
 
 TOKEN_INITS: dict[str, Callable[[Tensor, float], Any]] = {
@@ -398,12 +373,10 @@ class ViTCLSModel(ViTCLSPreTrainedModel):
         mask = position_embeddings = None
         # Without a mask, attention is faster. On a GPU, a small model takes as long as Python does,
         # so the default model also skips the call that would return None.
-        bias = self.relative_position_bias
-        gates = self.gates
         if (
             attention_mask is not None
-            or bias is not None
-            or gates is not None
+            or self.relative_position_bias is not None
+            or self.gates is not None
             or self.config.cls_scopes
         ):
             mask = build_attention_mask(
@@ -411,8 +384,8 @@ class ViTCLSModel(ViTCLSPreTrainedModel):
                 hidden_states=hidden_states,
                 attention_mask=attention_mask,
                 grid_size=grid_size,
-                relative_position_bias=bias,
-                gates=gates,
+                relative_position_bias=self.relative_position_bias,
+                gates=self.gates,
             )
         if self.rotary_positions is not None:
             position_embeddings = self.rotary_positions(grid_size, hidden_states)

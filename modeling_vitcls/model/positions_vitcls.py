@@ -41,7 +41,6 @@ class AxialRotaryEmbeddings(nn.Module):
     def __init__(self, config: ViTCLSConfig) -> None:
         super().__init__()
         self.config = config
-        self.theta = float(config.rope_theta)
 
     def forward(self, grid_size: tuple[int, int], hidden_states: Tensor) -> PositionEmbeddings:
         """Compute cos and sin [rows * columns, head_dim] in the dtype of `hidden_states`."""
@@ -52,7 +51,9 @@ class AxialRotaryEmbeddings(nn.Module):
         exponents = torch.arange(head_dim // 4, dtype=torch.float32, device=device) * 4 / head_dim
         # [head_dim / 4]
         frequencies = (
-            self.theta**-exponents if periods is None else 1 / exponents.new_tensor(periods)
+            self.config.rope_theta**-exponents
+            if periods is None
+            else 1 / exponents.new_tensor(periods)
         )
         angles = coordinates[:, :, None] * frequencies  # [rows * columns, 2, head_dim / 4]
         # Channel i is rotated together with channel i + head_dim / 2, so each angle is listed
@@ -70,7 +71,6 @@ class MixedRotaryEmbeddings(nn.Module):
     def __init__(self, config: ViTCLSConfig) -> None:
         super().__init__()
         self.config = config
-        self.theta = float(config.rope_theta)
         self.frequencies = nn.Parameter(
             torch.empty(
                 2, config.num_hidden_layers, config.num_attention_heads, config.head_dim // 2
@@ -96,7 +96,9 @@ class MixedRotaryEmbeddings(nn.Module):
         num_layers, num_heads = self.frequencies.shape[1:3]
         head_dim = self.config.head_dim
         # [head_dim / 4]
-        magnitude = self.theta ** -(torch.arange(0, head_dim, 4, dtype=torch.float32) / head_dim)
+        magnitude = self.config.rope_theta ** -(
+            torch.arange(0, head_dim, 4, dtype=torch.float32) / head_dim
+        )
         angle = torch.rand(num_layers, num_heads, 1) * 2 * math.pi
         # [layers, heads, head_dim / 2] each
         first_frequencies = torch.cat([magnitude * angle.cos(), -magnitude * angle.sin()], dim=-1)

@@ -20,8 +20,6 @@ from .attention_masks_vitcls import apply_mask
 from .token_layout_vitcls import COUNT_FIELDS
 
 
-SPECIAL_TOKEN_GROUPS = tuple(COUNT_FIELDS)  # In sequence order
-
 LayerIndices = Sequence[int] | Literal["all"]
 
 
@@ -39,7 +37,7 @@ def compute_token_attention(
     all_layers = range(len(encoder.layers))
 
     indices_by_group = {
-        name: indices[group] for name, group in layout.items() if name in SPECIAL_TOKEN_GROUPS
+        name: indices[group] for name, group in layout.items() if name in COUNT_FIELDS
     }
     token_indices = sorted(index for group in set(tokens) for index in indices_by_group[group])
     layer_indices = list(all_layers) if layers == "all" else [all_layers[index] for index in layers]

@@ -28,6 +28,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from accelerate import PartialState
 
+from ..inference.speed import count_flops
 from ..model.configuration_vitcls import ViTCLSConfig
 from ..model.field_checks_vitcls import to_pair
 from ..model.modeling_vitcls import ViTCLSModel
@@ -159,7 +160,7 @@ def choose_image_size(
     # Counting operations needs shapes, not weights: on this device, a large model costs no memory.
     with torch.device("meta"):
         model = ViTCLSModel(config)
-    cost = model.flops(native_size) / model.flops(size)
+    cost = count_flops(model, native_size) / count_flops(model, size)
     size_text, native_text = (
         str(height) if height == width else f"{height} x {width}"
         for height, width in (size, native_size)

@@ -45,6 +45,7 @@ from ..inference.frozen_features import FeatureLayout, Features, FrozenPass
 from ..inference.intervals import compute_proportion_interval
 from ..inference.linear_probe import NUM_LAST_LAYERS, POOLING_TEXTS, describe_layers
 from ..inference.metric_tables import format_small_percent
+from ..inference.speed import count_flops
 from ..model.image_processing_vitcls import ViTCLSImageProcessor
 from ..model.modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel
 from ..runtime.distributed import set_mixed_precision
@@ -109,8 +110,8 @@ class OldModel:
         hashes = {"weights_sha256": hash_weights(staging)}
         write_json(staging / CERTIFICATE_FILE, hashes | certificate)
 
-        old_flops = self.model.flops()
-        flops = extended.flops() - old_flops
+        old_flops = count_flops(self.model)
+        flops = count_flops(extended) - old_flops
         record = record | {
             "flops": flops,
             "relative_flops": round(flops / old_flops, 6),

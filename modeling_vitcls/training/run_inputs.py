@@ -8,6 +8,7 @@ from accelerate import PartialState
 from ..conversion.open_model import is_preset
 from ..data.sources import Splits, load_on_main
 from ..hub.loading import pin_revision
+from ..inference.speed import count_flops
 from ..runtime.distributed import set_mixed_precision
 from ..runtime.system import describe_device
 from .checkpoints import Checkpoint
@@ -66,7 +67,7 @@ def load(
         options, lines = resolve_defaults(options, initial, len(images.train))
         setup = recipe.build_setup(options, initial, images, reporter)
         # The decoder or projector of pre-training is not saved, and does not count.
-        forward_flops = (setup.encoder or setup.model).flops()
+        forward_flops = count_flops(setup.encoder or setup.model)
     # The default depends on the width of the model, so the accelerator gets it only now.
     precision_text = set_mixed_precision(
         reporter.accelerator, options.mixed_precision, setup.model.config, recorded_precision

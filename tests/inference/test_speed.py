@@ -1,4 +1,4 @@
-"""`model.flops()` compared with published numbers and with torch's counter."""
+"""`count_flops` compared with published numbers and with torch's counter."""
 
 from typing import Any
 
@@ -8,6 +8,7 @@ from helpers.tiny_models import build_images, build_tiny_config, each_kind, rand
 from torch.utils.flop_counter import FlopCounterMode
 
 from modeling_vitcls import ViTCLSConfig, ViTCLSModel
+from modeling_vitcls.inference.speed import count_flops
 
 
 @pytest.mark.parametrize(
@@ -22,11 +23,11 @@ def test_flops_equal_those_of_torch(
 ) -> None:
     model: Any = randomize(model_class(build_tiny_config(**variant, **fields, patch_size=[8, 4])))
     assert model.config._attn_implementation == "sdpa"
-    flops = model.flops((32, 40), batch_size=2)
+    flops = count_flops(model, (32, 40))
     assert model.config._attn_implementation == "sdpa"
     model.set_attn_implementation("eager")
     with FlopCounterMode(display=False) as counter:
-        model(build_images(2, 32, 40))
+        model(build_images(1, 32, 40))
     assert flops == counter.get_total_flops() > 0
 
 
@@ -34,4 +35,4 @@ def test_flops_of_vit_base_are_twice_its_published_multiply_adds() -> None:
     """ViT-B/16 at 224 pixels has 17.6 billion multiply-adds."""
     with torch.device("meta"):
         model = ViTCLSModel(ViTCLSConfig())
-    assert round(model.flops() / 2e9, 1) == 17.6
+    assert round(count_flops(model) / 2e9, 1) == 17.6
