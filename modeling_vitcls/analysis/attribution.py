@@ -186,8 +186,7 @@ def trace_attention(
 
     encoder_output = encoder_outputs[-1]
     read_tokens = {
-        **getattr(encoder_output, "pooled_tokens", {}),
-        **getattr(encoder_output, "layer_tokens", {}),  # They contain the pooled tokens
+        **getattr(encoder_output, "layer_tokens", {}),
         len(layers): getattr(encoder_output, "last_hidden_state", None),  # None for a backbone
     }
     return AttentionTrace(model.config, outputs, layers, read_tokens)

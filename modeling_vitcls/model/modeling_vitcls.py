@@ -94,10 +94,8 @@ class ViTCLSModelOutput(BaseModelOutputWithPooling):
     # Set by the model; not fields, because fields are tensors.
     token_layout: ClassVar[TokenLayout | None] = None
     grid_size: ClassVar[tuple[int, int] | None] = None  # number of patch rows and columns
-    # layer -> tokens after the final norm, see `output_layers`
+    # layer -> tokens after the final norm: `output_layers`, and what the pooler reads
     layer_tokens: ClassVar[Mapping[int, Tensor]] = {}
-    # layer -> tokens after the final norm that the pooler reads
-    pooled_tokens: ClassVar[Mapping[int, Tensor]] = {}
     # function that returns all tokens of the last layer after the final norm; None if
     # `last_hidden_state` has them
     compute_all_tokens: ClassVar[Callable[[], Tensor] | None] = None
@@ -395,7 +393,6 @@ class ViTCLSModel(ViTCLSPreTrainedModel):
             )
 
         pooled_layers = self.config.pooled_layer_indices if self.pooler is not None else []
-        pooled_tokens: dict[int, Tensor] = {}
         layer_tokens: dict[int, Tensor] = {}
         num_layers = len(self.layers)
         for index, layer in enumerate(self.layers, start=1):
@@ -409,17 +406,16 @@ class ViTCLSModel(ViTCLSPreTrainedModel):
 
             if is_last or index in pooled_layers or index in output_layers:
                 tokens = self.normalize(hidden_states)  # [B, N, D]
-            if index in output_layers:
-                layer_tokens[index] = tokens
-            if index in pooled_layers and self.config.pooling == "cls" and not is_last:
+            is_pooled_alone = index in pooled_layers and index not in output_layers
+            if is_pooled_alone and self.config.pooling == "cls" and not is_last:
                 # a copy does not keep all tokens in memory, unlike a view
-                pooled_tokens[index] = tokens[:, self.config.token_layout.cls].clone()
-            elif index in pooled_layers:
-                pooled_tokens[index] = tokens
+                layer_tokens[index] = tokens[:, self.config.token_layout.cls].clone()
+            elif index in pooled_layers or index in output_layers:
+                layer_tokens[index] = tokens
 
         pooler_output = None
         if self.pooler is not None:
-            pooler_inputs = [pooled_tokens[index] for index in pooled_layers]
+            pooler_inputs = [layer_tokens[index] for index in pooled_layers]
             # [B, P]
             pooler_output = self.pooler(
                 pooler_inputs if len(pooler_inputs) > 1 else pooler_inputs[0]
@@ -430,7 +426,6 @@ class ViTCLSModel(ViTCLSPreTrainedModel):
             token_layout=self.config.token_layout,
             grid_size=grid_size,
             layer_tokens=layer_tokens,
-            pooled_tokens=pooled_tokens,
         )
         if num_output_tokens is not None and num_layers in output_layers:
             output.compute_all_tokens = partial(  # type: ignore[misc]
@@ -510,12 +505,6 @@ class ViTCLSForImageClassification(ViTCLSPreTrainedModel):
         if self.config.has_distillation_head and num_labels:
             size = self.config.hidden_size * len(self.config.pooled_layer_indices)
             self.distillation_classifier = build_classifier(self.config, size, num_labels)
-
-    def remove_class_statistics(self) -> None:
-        """Remove the class statistics, also from the configuration."""
-        self.class_distance = None
-        self.config.class_statistics = None
-        self.config.distance_threshold = None
 
     def train(self, mode: bool = True) -> Self:
         """Set the training mode, as in PyTorch; before evaluation, check the class statistics."""

@@ -33,7 +33,7 @@ from ..model.adaptation_vitcls import can_copy_classifier
 from ..model.blocks_vitcls import ViTCLSEmbeddings, ViTCLSLayer
 from ..model.configuration_vitcls import PRESETS, ViTCLSConfig
 from ..model.image_processing_vitcls import ViTCLSImageProcessor
-from ..model.modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel
+from ..model.modeling_vitcls import ViTCLSModel
 from .options import ModelOptions
 
 
@@ -105,9 +105,6 @@ def build_model(
     if mask_token is not None:
         # fine-tuning does not use it, and DDP requires gradients of all trainable parameters
         mask_token.requires_grad_(False)
-    if isinstance(model, ViTCLSForImageClassification):
-        # fitted to features that training changes, and fitted again after it
-        model.remove_class_statistics()
 
     set_resize(processor, resize or get_resize(processor), model.config.image_height_width)
     processor.bit_depth = bit_depth or processor.bit_depth
@@ -126,7 +123,8 @@ def load_with_label_space(
     stored_config = initial.config
     model_class = CLASSIFIER_CLASSES[label_space.kind]
     # they were fitted to features that fine-tuning changes
-    config_values = config_values | {"extra_heads": None}
+    fitted = dict.fromkeys(("extra_heads", "class_statistics", "distance_threshold"))
+    config_values = config_values | fitted
 
     has_same_class = model_class.__name__ in (stored_config.architectures or ())
     if has_labels(stored_config, label_space) and has_same_class:
@@ -146,7 +144,7 @@ def load_with_label_space(
         )
 
         config = copy.deepcopy(encoder.config)
-        config.tasks = config.class_statistics = None  # of the old labels
+        config.tasks = None  # of the old labels
         for name, value in label_space.to_config_values().items():
             setattr(config, name, value)
         model = model_class(config)

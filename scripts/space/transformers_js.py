@@ -103,7 +103,8 @@ def export_for_transformers_js(source: str, output: Path) -> dict[str, Any]:
         )
 
     if isinstance(model, ViTCLSForImageClassification):
-        model.remove_class_statistics()  # pages show no distances, and int8 would make them wrong
+        # pages show no distances, and int8 would make them wrong
+        model.class_distance = model.config.class_statistics = None
 
     browser_model = BrowserModel(model).eval()
     batch_shape = (BATCH_SIZE, model.config.num_channels, *model.config.image_height_width)

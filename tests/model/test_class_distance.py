@@ -64,7 +64,7 @@ def test_statistics_are_saved_and_loaded_with_the_weights(tmp_path: Path) -> Non
 def test_logits_have_the_same_bits_with_and_without_statistics() -> None:
     model, images, _ = build_model()
     logits = model(images[:4]).logits
-    model.remove_class_statistics()
+    model.class_distance = None
     outputs = model(images[:4])
     assert torch.equal(outputs.logits, logits)
     assert outputs.distance is None

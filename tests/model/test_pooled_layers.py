@@ -72,7 +72,7 @@ def test_tokens_of_unpooled_layers_are_not_kept(pooling: str) -> None:
     model = build_classifier(pooled_layers=[-3, -1], pooling=pooling)
     outputs = model.vitcls(build_images())
     num_tokens = 1 if pooling == "cls" else 17
-    assert {layer: tokens.shape[1] for layer, tokens in outputs.pooled_tokens.items()} == {
+    assert {layer: tokens.shape[1] for layer, tokens in outputs.layer_tokens.items()} == {
         2: num_tokens,
         4: 17,
     }
