@@ -3,7 +3,6 @@
 PATHS -> measure_photo (photo.py) -> draw_sheet (sheet.py) -> image files, and JSON values
 """
 
-import mimetypes
 from itertools import chain, count
 from pathlib import Path
 from typing import Any
@@ -32,28 +31,22 @@ def draw_photo(options: LookOptions, image: Any) -> Image.Image:
 
     With `output` or `json`, the sheet or its numbers are also written.
     """
-    is_source = isinstance(image, str | bytes | Path)
-    if not (is_source or isinstance(image, Image.Image) or hasattr(image, "ndim")):
+    if isinstance(image, list | tuple):
         raise ValueError(f"cannot draw a {type(image).__name__}. Pass one photo")
     model, processor = load_adjusted_model(options.model, options.image_size, options.resize)
-    if is_source:
-        photo = read_image(image)
-    elif isinstance(image, Image.Image):
-        photo = image
-    else:
-        pixels = image_to_tensor(image, to_rgb=True, bit_depth=processor.bit_depth)
-        photo = to_pil_image(pixels)
-    name = Path(image).name if is_source and not isinstance(image, bytes) else ""
+    photo = processor.fetch_images(image)
+    if not isinstance(photo, Image.Image):
+        photo = to_pil_image(image_to_tensor(photo, to_rgb=True, bit_depth=processor.bit_depth))
+    name = Path(image).name if isinstance(image, str | Path) else ""
     model_name = get_title(options.model)
     measurements = measure_photo(model, processor, photo)
     sheet = draw_sheet(measurements, " · ".join(filter(None, (model_name, name))))
-    record = {"photo": name, **build_json_record(measurements)}
     if options.output is not None:
-        file = choose_file(options.output, Path(name).stem or "sheet", is_single=True, written=[])
-        save_image(sheet, file)
-        record["sheet"] = str(file)
+        save_image(sheet, choose_file(options.output, Path(name).stem or "sheet", True, []))
     if options.json is not None:
-        write_numbers(options.json, model_name, [record])
+        write_numbers(
+            options.json, model_name, [{"photo": name, **build_json_record(measurements)}]
+        )
     return sheet
 
 
@@ -65,7 +58,6 @@ def write_sheets(options: LookOptions, output: Path) -> None:
     Raises:
         ValueError, OSError: if the model or all photos cannot be read, or a file cannot be written.
     """
-    console = Console(emoji=False, soft_wrap=True, highlight=False)
     error_console = Console(emoji=False, stderr=True, soft_wrap=True, highlight=False)
     photos = list_records(options.paths)
     model, processor = load_adjusted_model(options.model, options.image_size, options.resize)
@@ -78,7 +70,7 @@ def write_sheets(options: LookOptions, output: Path) -> None:
     )
     for name, source in watch:
         try:
-            measurements = measure_photo(model, processor, read_photo(name, source))
+            measurements = measure_photo(model, processor, read_image(source))
         except ValueError as error:
             if is_single:
                 raise
@@ -90,12 +82,12 @@ def write_sheets(options: LookOptions, output: Path) -> None:
         save_image(draw_sheet(measurements, f"{model_name} · {Path(name).name}"), file)
         written.append(file)
         records.append({"photo": name, "sheet": str(file), **build_json_record(measurements)})
-        console.print(f"saved {file}", markup=False)
+        print(f"saved {file}")
     if not records:
         raise ValueError(f"none of the {len(photos)} photos can be read. Pass other image files")
     if options.json is not None:
         write_numbers(options.json, model_name, records)
-        console.print(f"saved {options.json}", markup=False)
+        print(f"saved {options.json}")
 
 
 def load_adjusted_model(
@@ -109,19 +101,6 @@ def load_adjusted_model(
         set_resize(processor, resize or get_resize(processor), size)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return model.to(device).eval(), processor  # type: ignore[arg-type]  # `to` is decorated
-
-
-def read_photo(name: str, source: str) -> Image.Image:
-    """Read a photo; of an animation, the first frame.
-
-    Raises:
-        ValueError: if the source is a video, or cannot be read.
-    """
-    if (mimetypes.guess_type(source)[0] or "").startswith("video/"):
-        raise ValueError(
-            f"{name} is a video. Extract its frames first: ffmpeg -i {name} frames/%04d.png"
-        )
-    return read_image(source)
 
 
 def choose_file(output: Path, stem: str, is_single: bool, written: list[Path]) -> Path:

@@ -258,8 +258,7 @@ def look(model: str | Path, image: Any, output: str | Path | None = None, **flag
 
     Args:
         model: a folder, a Hub id or any other checkpoint that `--model` accepts.
-        image: a path, encoded bytes, a PIL image, or an array or tensor of one image. Image and model
-            may also be passed in the other order.
+        image: a path, encoded bytes, a PIL image, or an array or tensor of one image.
         output: image file for the sheet. Default: the sheet is only returned.
         flags: `image_size` and `resize`, as in `vitcls look`.
 
@@ -276,15 +275,9 @@ def look(model: str | Path, image: Any, output: str | Path | None = None, **flag
         1800
     """
     from ..analysis.look import draw_photo
-    from ..data.image_folder import IMAGE_SUFFIXES
 
-    if not isinstance(model, str | Path) or Path(model).suffix.lower() in IMAGE_SUFFIXES:
-        model, image = image, model
     options = build_options(LookOptions, model=model, paths="image", output=output, **flags)
-    sheet = draw_photo(options, image)
-    if options.output is not None:
-        sheet.save(options.output)
-    return sheet
+    return draw_photo(options, image)
 
 
 @own_state()

@@ -6,23 +6,11 @@
 The inspection is implemented in modeling_vitcls/analysis/inspect_tokens.py.
 """
 
-from dataclasses import dataclass
-
-import tyro
-
 from ..analysis.options import InspectOptions
+from .parsing import make_positional
 
 
-@dataclass(frozen=True, kw_only=True)
-class InspectCommandOptions(InspectOptions):
-    # A subclass does not inherit the docstring, which is the text of the help. The help of the field
-    # is that of the base class.
-    __doc__ = InspectOptions.__doc__
-
-    paths: tyro.conf.Positional[tuple[str, ...]] = ()
-
-
-OPTIONS_CLASS = InspectCommandOptions
+OPTIONS_CLASS = make_positional(InspectOptions, "paths")
 
 
 def run(options: InspectOptions) -> None:

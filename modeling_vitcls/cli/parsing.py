@@ -39,6 +39,8 @@ from .recipes import REGISTRY, describe_unknown_flag, list_choices, parse_value,
 ScriptOptions = TypeVar("ScriptOptions", bound=Options)
 
 HELP_FLAGS = {"-h", "--help", "--help-all"}
+# tyro's --help lists all flags
+OTHER_SPELLINGS = {"--help-all": "--help", "-o": "--output"}
 TYRO_CONFIG = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
 
 
@@ -67,8 +69,7 @@ def parse_command_line(modules: dict[str, ModuleType], arguments: list[str]) -> 
                 # tyro asks for what is missing
                 missing = dict.fromkeys(list_missing(options_class, recipe), tyro.MISSING)
                 defaults = {"default": options_class(**missing, **recipe)}
-            # tyro knows only --help, which lists all flags
-            flags = ["--help" if flag == "--help-all" else flag for flag in flags]
+            flags = [OTHER_SPELLINGS.get(flag, flag) for flag in flags]
 
         subcommands: list[Any] = []
         for command, module in modules.items():
@@ -125,6 +126,25 @@ def read_recipe_of_flags(flags: list[str], options_class: type[Options]) -> dict
     path = expand_home(parser.parse_known_args(flags)[0].config)
     fields = get_flag_fields(options_class)
     return {} if path is None or "config" not in fields else read_recipe(path, fields)
+
+
+def make_positional(options_class: type[Options], *names: str) -> Any:
+    """Declare that fields are written without a flag; files of options do not import tyro."""
+    fields = get_flag_fields(options_class)
+    positionals: list[Any] = []
+    for name in names:
+        metavar = tyro.conf.arg(metavar=name.upper())
+        hint: Any = Annotated[fields[name].type, tyro.conf.Positional, metavar]
+        positionals.append((name, hint, dataclasses.field(default=fields[name].default)))
+    # A subclass does not inherit the docstring, which is the text of the help.
+    return dataclasses.make_dataclass(
+        options_class.__name__,
+        positionals,
+        bases=(options_class,),
+        namespace={"__doc__": options_class.__doc__},
+        frozen=True,
+        kw_only=True,
+    )
 
 
 def list_missing(options_class: type[Options], given: Collection[str]) -> list[str]:

@@ -7,24 +7,12 @@
 The prediction is implemented in modeling_vitcls/inference/predict.py.
 """
 
-from dataclasses import dataclass
-
-import tyro
-
 from ..inference.options import PredictOptions
 from ..runtime.errors import format_name_list
+from .parsing import make_positional
 
 
-@dataclass(frozen=True, kw_only=True)
-class PredictCommandOptions(PredictOptions):
-    # A subclass does not inherit the docstring, which is the text of the help. The help of the field
-    # is that of the base class.
-    __doc__ = PredictOptions.__doc__
-
-    paths: tyro.conf.Positional[tuple[str, ...]] = ()
-
-
-OPTIONS_CLASS = PredictCommandOptions
+OPTIONS_CLASS = make_positional(PredictOptions, "paths")
 
 
 def run(options: PredictOptions) -> None:

@@ -6,25 +6,11 @@ The exit status is 1 if the models differ. The command is implemented in
 modeling_vitcls/training/certificate.py.
 """
 
-from dataclasses import dataclass
-from typing import Annotated
-
-import tyro
-
 from ..training.options import VerifyUnchangedOptions
+from .parsing import make_positional
 
 
-@dataclass(frozen=True, kw_only=True)
-class VerifyUnchangedCommandOptions(VerifyUnchangedOptions):
-    # A subclass does not inherit the docstring, which is the text of the help. The help of a field
-    # is that of the base class.
-    __doc__ = VerifyUnchangedOptions.__doc__
-
-    old: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="OLD")]
-    new: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NEW")]
-
-
-OPTIONS_CLASS = VerifyUnchangedCommandOptions
+OPTIONS_CLASS = make_positional(VerifyUnchangedOptions, "old", "new")
 
 
 def run(options: VerifyUnchangedOptions) -> None:

@@ -95,14 +95,6 @@ def test_several_photos_do_not_overwrite_one_file(model: str, photo: str, tmp_pa
     assert {file.name for file in tmp_path.glob("*.webp")} == {"out-china.webp", "out-flower.webp"}
 
 
-def test_a_video_is_an_error_with_a_remedy(
-    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "clip.mp4").write_bytes(b"video")
-    assert run_here("look", str(tmp_path / "clip.mp4"), "--model", model) == 1
-    assert "ffmpeg" in read_error(capsys)
-
-
 def test_a_folder_without_readable_photos_is_an_error(
     model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
