@@ -46,7 +46,6 @@ class TrainingImages:
     seed: int  # Seed of the augmentation
     bit_depth: int = 16  # Number of bits that 16-bit images use
     num_channels: int | None = None  # Number of channels that the model requires; None: not checked
-    image_bytes: int = 0  # Size of an augmented image in bytes; 0 if unknown
     cache: dict[int, torch.Tensor] = field(default_factory=dict)  # Prepared images
     errors: dict[int, str] = field(default_factory=dict)  # Message of each unreadable image
 
@@ -141,7 +140,6 @@ def iterate_training_batches(
     loader = build_loader(
         dataset,
         num_workers,
-        batch_bytes=plan.batch_size * dataset.image_bytes,
         sampler=plan.iterate_keys(process_index, first_step),
         pin_memory=torch.cuda.is_available(),
     )

@@ -1,6 +1,5 @@
 """A run with steps: where they start, the loop, and what is measured after the last one."""
 
-import math
 from collections.abc import Generator
 from contextlib import closing
 from typing import Any
@@ -8,7 +7,6 @@ from typing import Any
 import torch
 from torch.distributed.fsdp import FSDPModule
 
-from ..data.aspect_ratio import get_output_size
 from ..data.augmentation import build_augmentation
 from ..data.batches import Batch, TrainingImages, iterate_training_batches
 from ..data.images import UnreadableImageCounter
@@ -238,7 +236,6 @@ def build_loop(
     reporter.start_trackers({name: format_flag_value(used_flags[name]) for name in used_flags})
 
     processor = setup.processor
-    num_channels = setup.model.config.num_channels
     images = TrainingImages(
         data.train,
         build_augmentation(options, processor),
@@ -246,8 +243,7 @@ def build_loop(
         bool(processor.do_convert_rgb),
         seed=options.seed,
         bit_depth=processor.bit_depth,
-        num_channels=num_channels,
-        image_bytes=num_channels * math.prod(get_output_size(processor)),
+        num_channels=setup.model.config.num_channels,
     )
     return loop, iterate_training_batches(
         images, loop.plan, accelerator.process_index, options.num_workers, state.step

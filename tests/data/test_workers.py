@@ -11,7 +11,7 @@ import pytest
 
 pytestmark = pytest.mark.slow  # each test starts a process
 
-# Loads batches of 1 MB in two processes, whose size is not known before.
+# Loads batches of 1 MB in two processes.
 LOAD_BATCHES = """
 import torch
 from modeling_vitcls.data.workers import build_loader, explain_worker_errors
@@ -25,7 +25,7 @@ class Batches(torch.utils.data.Dataset):
 if __name__ == "__main__":
     try:
         with explain_worker_errors(2):
-            print(len(list(build_loader(Batches(), 2, batch_bytes=0))))
+            print(len(list(build_loader(Batches(), 2))))
     except (OSError, ValueError) as error:
         print("error:", error)
 """
