@@ -1,66 +1,45 @@
 """Augmentation of training images.
 
-    image   -> fixed_transform: one image -> image_transform: one image -> batch_transform: a batch -> pixels
-               resize (cached)               crop, RandAugment,            flip, rotation,
-                                             erasing                       shift, zoom
+    image -> fixed_transform: resize (cached) -> random_transform: crop, flip, rotation, ... -> pixels
     batch on the device -> BatchMixer: mixup, CutMix
 
-The transforms run on the CPU and process `uint8` pixels. Their random numbers depend only on the
-seed and the index of each image. Held-out images are preprocessed by the image processor without
-augmentation. Pixels are rescaled and normalized on the model's device (batches.py).
+The transforms are torchvision's. They run on the CPU and process `uint8` pixels. Their random
+numbers depend only on the seed of each image. Held-out images are preprocessed by the image
+processor without augmentation. Pixels are rescaled and normalized on the model's device (batches.py).
 """
 
-import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from torchvision.transforms import InterpolationMode, v2
 
 from .aspect_ratio import ResizeTransform, get_output_size
-from .options import AugmentationOptions
-from .sampling import draw_random_bits
+from .options import LARGEST_AUGMENT, AugmentationOptions
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """The three transforms of an augmentation, in the order of application."""
+    """The two transforms of an augmentation, in the order of application."""
 
     fixed_transform: nn.Module  # [C, H, W] `uint8` -> [C, H, W] `uint8`
-    image_transform: nn.Module | None  # Random; uses torch's default generator; None: no transform
-    batch_transform: "BatchTransform"
+    random_transform: nn.Module  # The same; its random numbers are from torch's default generator
 
-    def __call__(
-        self, pixels: torch.Tensor | list[torch.Tensor], seeds: np.ndarray, indices: np.ndarray
-    ) -> torch.Tensor:
-        """Apply `image_transform` and `batch_transform`, and return images [B, C, H, W] `uint8`.
+    def __call__(self, pixels: Sequence[torch.Tensor], seeds: Sequence[int]) -> torch.Tensor:
+        """Apply `random_transform` to outputs of `fixed_transform`, each with a seed of its own.
 
-        Args:
-            pixels: output of `fixed_transform` for each image; a tensor [B, C, H, W] if all images
-                have the same size.
-            seeds, indices: [B] `uint64`; the augmentation of an image depends only on its seed and
-                index.
+        Returns:
+            Images [B, C, H, W] `uint8`.
         """
-        random_bits = draw_random_bits(seeds, indices, 1 + self.batch_transform.num_random_numbers)
-
-        if self.image_transform is not None:
-            transformed_images = []
-            # The transforms of torchvision draw from the default generator, which is given back as
-            # it was.
-            with torch.random.fork_rng(devices=[]):
-                for image, seed in zip(
-                    pixels, (random_bits[:, 0] >> np.uint64(1)).tolist(), strict=True
-                ):
-                    torch.default_generator.manual_seed(seed)
-                    transformed_images.append(self.image_transform(image))
-            pixels = transformed_images
-
-        if not isinstance(pixels, torch.Tensor):
-            pixels = torch.stack(list(pixels))
-        # In [0, 1): the upper 53 bits, as many as a double holds.
-        return self.batch_transform(pixels, (random_bits[:, 1:] >> np.uint64(11)) * 2.0**-53)
+        images = []
+        # The generator is given back as it was.
+        with torch.random.fork_rng(devices=[]):
+            for image, seed in zip(pixels, seeds, strict=True):
+                torch.default_generator.manual_seed(seed)
+                images.append(self.random_transform(image))
+        return torch.stack(images)
 
 
 def build_augmentation(options: AugmentationOptions, processor: Any) -> Augmentation:
@@ -79,20 +58,26 @@ def build_augmentation(options: AugmentationOptions, processor: Any) -> Augmenta
                 height_width, scale=(options.crop_scale, 1.0), interpolation=processor.resample
             )
         )
+    if options.flip:
+        transforms.append(v2.RandomHorizontalFlip())
+    maxima = dict.fromkeys(LARGEST_AUGMENT, 0.0) | (options.augment or {})
+    if maxima["rotation"] or maxima["shift"] or maxima["zoom"]:
+        transforms.append(
+            v2.RandomAffine(
+                maxima["rotation"],
+                translate=(maxima["shift"], maxima["shift"]),
+                scale=(1 - maxima["zoom"], 1 + maxima["zoom"]),
+                interpolation=InterpolationMode.BILINEAR,
+            )
+        )
     if options.auto_augment == "rand":
         # As in DeiT
         transforms.append(v2.RandAugment(magnitude=9, interpolation=InterpolationMode.BILINEAR))
     elif options.auto_augment == "trivial":
         transforms.append(v2.TrivialAugmentWide(interpolation=InterpolationMode.BILINEAR))
-    maxima = dict(options.augment or {})
-    if probability := maxima.pop("random_erasing", 0):
-        transforms.append(Erasing(probability))
-
-    return Augmentation(
-        fixed_transform,
-        v2.Compose(transforms) if transforms else None,
-        BatchTransform(options.flip, **maxima),
-    )
+    if maxima["random_erasing"]:
+        transforms.append(Erasing(maxima["random_erasing"]))
+    return Augmentation(fixed_transform, nn.Sequential(*transforms))
 
 
 class Erasing(nn.Module):
@@ -112,57 +97,6 @@ class Erasing(nn.Module):
         return (
             (erased_pixels * self.NOISE_STD + self.NOISE_MEAN).round().clamp(0, 255).to(torch.uint8)
         )
-
-
-class BatchTransform:
-    """Random flips, rotations, shifts and zooms of a batch, different for each image."""
-
-    num_random_numbers = 5  # Number of random numbers per image
-
-    def __init__(
-        self, flip: bool, rotation: float = 0.0, shift: float = 0.0, zoom: float = 0.0
-    ) -> None:
-        self.flip = flip
-        self.shift = shift
-        self.zoom = zoom
-        self.rotation = math.radians(rotation)
-
-    def __call__(self, pixels: torch.Tensor, random_numbers: np.ndarray) -> torch.Tensor:
-        """Transform the pixels [B, C, H, W] `uint8`.
-
-        The random numbers are [B, 5] in [0, 1).
-        """
-        is_flipped = torch.from_numpy(random_numbers[:, 0] < 0.5) & self.flip  # [B]
-        if not (self.rotation or self.shift or self.zoom):
-            if not self.flip:
-                return pixels
-            return torch.where(is_flipped[:, None, None, None], pixels.flip(-1), pixels)
-
-        num_channels, height, width = pixels.shape[1:]
-        is_gray = torch.equal(pixels, pixels[:, :1].expand_as(pixels))
-        if is_gray:  # Transform one channel
-            pixels = pixels[:, :1]
-
-        factors = torch.from_numpy(random_numbers[:, 1:] * 2 - 1).float()  # [B, 4], from -1 to 1
-        angle, shift_x, shift_y, zoom = factors[:, :, None, None].unbind(1)  # [B, 1, 1] each
-        scale = 1 + self.zoom * zoom
-        cos = (self.rotation * angle).cos() / scale
-        sin = (self.rotation * angle).sin() / scale
-
-        # Coordinates of each output pixel, in pixels from the shifted center. Pixels outside the
-        # input become black.
-        x = torch.arange(width) - (width - 1) / 2 - shift_x * self.shift * width  # [B, 1, W]
-        # [B, H, 1]
-        y = torch.arange(height)[:, None] - (height - 1) / 2 - shift_y * self.shift * height
-
-        sign = 1 - 2 * is_flipped[:, None, None].float()
-        sampling_grid = torch.empty(len(pixels), height, width, 2)  # (x, y) from -1 to 1
-        sampling_grid[..., 0] = (cos * sign * 2 / width) * x + (sin * sign * 2 / width) * y
-        sampling_grid[..., 1] = (cos * 2 / height) * y - (sin * 2 / height) * x
-
-        # [B, C, H, W]
-        outputs = nn.functional.grid_sample(pixels.float(), sampling_grid, align_corners=False)
-        return outputs.round_().to(torch.uint8).expand(-1, num_channels, -1, -1)
 
 
 class BatchMixer:

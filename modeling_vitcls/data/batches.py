@@ -14,7 +14,6 @@ from collections.abc import Generator
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 
 from ..model.image_processing_vitcls import pil_to_tensor
@@ -72,14 +71,13 @@ class TrainingImages:
 
         `errors` are the error messages of the images that were replaced with other images.
         """
-        epochs, indices = np.array(keys, dtype=np.int64).T
-        seeds = {epoch: derive_seed(self.seed, epoch) for epoch in set(epochs.tolist())}
-        image_seeds = np.array([seeds[epoch] for epoch in epochs.tolist()], dtype=np.uint64)
+        epochs, indices = torch.tensor(keys, dtype=torch.int64).unbind(1)
+        seeds = [derive_seed(self.seed, epoch, index) for epoch, index in keys]
         return {
-            "pixels": self.augmentation(pixels, image_seeds, indices.astype(np.uint64)),
+            "pixels": self.augmentation(pixels, seeds),
             "labels": self.label_space.collate(labels),
-            "index": torch.from_numpy(indices.copy()),
-            "epoch": torch.from_numpy(epochs.copy()),
+            "index": indices,
+            "epoch": epochs,
             "errors": errors,
         }
 

@@ -37,18 +37,13 @@ def derive_seed(*numbers: int) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]) >> 1
 
 
-def draw_random_bits(seeds: np.ndarray, indices: np.ndarray, num_per_image: int) -> np.ndarray:
-    """Draw random numbers [images, num_per_image] `uint64`.
+def draw_numbers(keys: np.ndarray, seed: int) -> np.ndarray:
+    """Draw a number [N] `uint64` for each key [N] that depends only on the key and the seed.
 
-    The seeds and indices are [images] `uint64`.
-
-    Each row is a SplitMix64 sequence (Steele, Lea and Flood 2014) that depends only on its seed and
-    index.
+    It is the first one of a SplitMix64 sequence (Steele, Lea and Flood 2014).
     """
-    starts = mix_bits(seeds ^ mix_bits(indices + GOLDEN_GAMMA))  # [images]
-    return mix_bits(
-        starts[:, None] + GOLDEN_GAMMA * np.arange(1, num_per_image + 1, dtype=np.uint64)
-    )
+    starts = mix_bits(np.uint64(derive_seed(seed)) ^ mix_bits(keys.astype(np.uint64) + GOLDEN_GAMMA))
+    return mix_bits(starts + GOLDEN_GAMMA)
 
 
 def mix_bits(counters: np.ndarray) -> np.ndarray:
@@ -56,12 +51,6 @@ def mix_bits(counters: np.ndarray) -> np.ndarray:
     counters = (counters ^ (counters >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     counters = (counters ^ (counters >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return counters ^ (counters >> np.uint64(31))
-
-
-def draw_numbers(keys: np.ndarray, seed: int) -> np.ndarray:
-    """Draw a number [N] `uint64` for each key [N] that depends only on the key and the seed."""
-    seeds = np.full(len(keys), derive_seed(seed), np.uint64)
-    return draw_random_bits(seeds, keys.astype(np.uint64), 1)[:, 0]
 
 
 # Epochs -------------------------------------------------------------------------------------------
