@@ -66,8 +66,8 @@ class ImageFolder:
     # Also files with names that are not valid text
     other_files: list[str] = field(default_factory=list)
     folders: list[str] = field(default_factory=list)  # Visible subfolders
-    run_folders: list[str] = field(default_factory=list)  # Their files are not listed
-    system_folders: list[str] = field(default_factory=list)  # Nor theirs; hidden ones are left out
+    # Of runs and of the system; their files are not listed
+    skipped_folders: list[str] = field(default_factory=list)
 
     def add(self, file: str) -> None:
         """Add a file to the list of its kind."""
@@ -117,7 +117,7 @@ def scan_folder(path: Path) -> ImageFolder:
         visited.add(Path(parent).resolve())
         relative_parent = PurePosixPath(Path(parent).relative_to(path).as_posix())
         if RECIPE_FILE in files or set(CONFIG_FILES) <= set(files):
-            folder.run_folders.append(str(relative_parent))
+            folder.skipped_folders.append(str(relative_parent))
             # The root is not skipped, but reported by `read_image_folder`: it would leave no image
             # to read.
             if relative_parent.parts:
@@ -126,7 +126,7 @@ def scan_folder(path: Path) -> ImageFolder:
 
         visible = sorted(name for name in subfolders if not is_hidden(name))
         system = [name for name in visible if name.lower().startswith(SYSTEM_PREFIXES)]
-        folder.system_folders.extend(str(relative_parent / name) for name in system)
+        folder.skipped_folders.extend(str(relative_parent / name) for name in system)
         # Changed in place, because `os.walk` visits the folders that remain in this list. A folder
         # that was visited before is left out, or a link to a parent would never end.
         subfolders[:] = [
@@ -168,7 +168,7 @@ def read_image_folder(folder: ImageFolder, use_labels: bool) -> Any:
     """
     import datasets
 
-    if ROOT in folder.run_folders:
+    if ROOT in folder.skipped_folders:
         raise ValueError(
             f"{folder.path} contains the files of a training run next to the images. Move the "
             "images, or the folders of the classes, to a folder of their own"
@@ -178,21 +178,15 @@ def read_image_folder(folder: ImageFolder, use_labels: bool) -> Any:
     for image in folder.images:
         images_by_split[layout.get_split(image.split("/")[:-1])].append(image)
 
-    skipped = [name for name in folder.run_folders if layout.get_split(name.split("/"))]
-    if skipped:
-        warn_on_first_process(f"WARNING: {folder.path}: {describe_skipped_runs(skipped)}")
-    if folder.system_folders:
-        names = format_name_list(folder.system_folders)
-        warn_on_first_process(f"{folder.path}: skipped folders of the system: {names}")
-    warn_about_files(folder.path, images_by_split.pop(None), "next to the split folders")
-    others = sorted([*folder.other_files, *folder.tables])
-    warn_about_files(folder.path, list(filter(is_valid_name, others)), "of other types")
-    unnamed = [file for file in others if not is_valid_name(file)]
-    warn_about_files(folder.path, unnamed, f"with names that are not UTF-8 ({NAME_REMEDY})")
+    warn_about_skipped_folders(folder.skipped_folders)
+    # Absolute: a run and its report may name one folder differently, and a message is logged once
+    where = str(folder.path.absolute())
+    warn_about_files(where, images_by_split.pop(None), "next to the split folders")
+    warn_about_files(where, sorted([*folder.other_files, *folder.tables]), "that are no images")
     if folder.metadata:
         return read_metadata(folder, layout)
     if use_labels:
-        warn_about_folders_without_images(folder, layout)
+        warn_about_folders_without_images(folder)
         return build_labeled_splits(folder, images_by_split, layout)
     parts = {
         split: build_dataset([str(folder.path / image) for image in images], {})
@@ -252,7 +246,7 @@ def build_labeled_splits(
             f"{parent} contains images, but no class folders. Move the images of each class into a "
             "separate folder, or set `dataset` to a table of images and labels"
         )
-    warn_about_files(folder.path, unlabeled_images, "outside of class folders")
+    warn_about_files(str(folder.path.absolute()), unlabeled_images, "outside of class folders")
     # One list of classes for all splits: a split without images of a class must not shift the
     # others.
     feature = datasets.ClassLabel(names=classes)
@@ -296,14 +290,10 @@ def check_output_is_not_read(output_dir: Path, dataset: str) -> None:
     folder = output_dir.resolve()
     if not root.is_dir() or not folder.is_relative_to(root):
         return
-
-    path = folder.relative_to(root)
-    is_read = folder == root
     scanned = scan_folder(root)
-    if scanned.is_image_folder and not any(map(is_hidden, path.parts)):
-        layout = find_layout(root, scanned.images, scanned.metadata, use_labels=False)
-        is_read = is_read or layout.get_split(path.parts) is not None
-    if is_read:
+    layout = find_layout(root, scanned.images, scanned.metadata, use_labels=False)
+    split = layout.get_split(folder.relative_to(root).parts)
+    if folder == root or (scanned.is_image_folder and split is not None):
         raise ValueError(
             f"`output_dir={str(output_dir)!r}` is in the folder of the dataset, so the "
             "figures of the run would become images of it. Set `output_dir` to a folder outside of "
@@ -311,41 +301,35 @@ def check_output_is_not_read(output_dir: Path, dataset: str) -> None:
         )
 
 
-def warn_about_folders_without_images(folder: ImageFolder, layout: Layout) -> None:
-    """Log a warning about folders in the places of classes and splits that have no images."""
-    with_images: set[str] = set()
-    for file in (*folder.images, *(f"{run}/{RECIPE_FILE}" for run in folder.run_folders)):
-        with_images.update(map(str, PurePosixPath(file).parents))
-
-    descriptions = []
-    unread_files = []
-    for name in folder.folders:
-        folders = name.split("/")
-        is_class = len(folders) == layout.class_depth + 1 and (
-            layout.split_depth > 0 or layout.get_split(folders) is not None
-        )
-        is_split = name.lower() in SPLIT_BY_FOLDER_NAME
-        if name in with_images or not (is_class or is_split):
-            continue
-        files = [
-            file for file in (*folder.other_files, *folder.tables) if file.startswith(f"{name}/")
-        ]
-        unread_files += files
-        descriptions.append(f"{name} ({describe_types(files) or 'empty'})")
-
-    if descriptions:
-        remedy = get_remedy(unread_files) or "Convert their images to JPEG, or remove the folders"
+def warn_about_folders_without_images(folder: ImageFolder) -> None:
+    """Log a warning about folders that have no image at any depth, such as a class of HEIC files."""
+    # Folders with images, and those that another line names
+    named = {ROOT, *folder.skipped_folders}
+    for path in map(PurePosixPath, (*folder.images, *folder.skipped_folders)):
+        named.update(map(str, path.parents))
+    unused_files = [*folder.other_files, *folder.tables]
+    files = {
+        name: [file for file in unused_files if file.startswith(f"{name}/")]
+        for name in folder.folders
+        if name not in named and str(PurePosixPath(name).parent) in named
+    }
+    if files:
+        folders = [f"{name} ({describe_types(each) or 'empty'})" for name, each in files.items()]
+        remedy = get_remedy(list(chain.from_iterable(files.values())))
         warn_on_first_process(
             f"WARNING: {folder.path}: these folders have no image that can be read, so they are left "
-            f"out: {format_name_list(descriptions, MAX_NAMED_FOLDERS)}. {remedy}"
+            f"out: {format_name_list(folders, MAX_NAMED_FOLDERS)}. "
+            f"{remedy or 'Convert their images to JPEG, or remove the folders'}"
         )
 
 
-def describe_skipped_runs(folders: Sequence[str]) -> str:
-    return (
-        f"skipped folders that a training run has written: {format_name_list(folders)}. Move them "
-        "elsewhere"
-    )
+def warn_about_skipped_folders(folders: Sequence[str]) -> None:
+    """Log which folders are skipped because a training run or the system has written them."""
+    if folders:
+        warn_on_first_process(
+            f"skipped folders of training runs and of the system: {format_name_list(folders)}. If "
+            "they have images of yours, move these elsewhere"
+        )
 
 
 def describe_types(files: Sequence[str]) -> str:
@@ -363,10 +347,12 @@ def get_remedy(files: Sequence[str]) -> str:
     return "" if all(map(is_valid_name, files)) else NAME_REMEDY
 
 
-def warn_about_files(folder: Path, files: list[str], reason: str) -> None:
-    """Log which files are not used, and why."""
+def warn_about_files(where: str, files: Sequence[str], reason: str) -> None:
+    """Log which files are not used, and why. `where` are their folders."""
     if files:
         count_text = "1 file" if len(files) == 1 else f"{len(files):,} files"
-        # Absolute: a run and its report may name one folder differently, and a message is logged once
-        where, names = folder.absolute(), format_name_list(files)
-        warn_on_first_process(f"{where}: skipped {count_text} {reason}: {names}")
+        remedy = get_remedy(files)
+        warn_on_first_process(
+            f"{where}: skipped {count_text} {reason}: {format_name_list(files)}"
+            f"{remedy and f'. {remedy}'}"
+        )

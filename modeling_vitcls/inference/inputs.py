@@ -23,11 +23,12 @@ from ..data.columns import find_image_column
 from ..data.image_folder import (
     IMAGE_SUFFIXES,
     ROOT,
-    describe_skipped_runs,
     describe_types,
     get_remedy,
     make_printable,
     scan_folder,
+    warn_about_files,
+    warn_about_skipped_folders,
 )
 from ..data.images import DatasetImages, check_is_no_address, find_file, resolve_path
 from ..data.in_memory import get_title
@@ -43,7 +44,7 @@ from ..model.image_processing_vitcls import (
     ViTCLSImageProcessor,
     flatten_images,
 )
-from ..runtime.errors import format_error, format_name_list, warn_on_first_process
+from ..runtime.errors import format_error, format_name_list
 from ..runtime.flags import expand_home
 from .options import PredictOptions
 
@@ -72,7 +73,7 @@ def list_records(paths: Iterable[str]) -> list[ImageRecord]:
     files: list[str] = []
     folders: list[str] = []
     other_files: list[str] = []
-    run_folders: list[str] = []
+    skipped_folders: list[str] = []
     for path in map(find_file, paths):
         check_is_no_address(path)
         is_pattern = any(mark in path for mark in "*?") and not path.startswith(DATA_URI_PREFIX)
@@ -91,24 +92,19 @@ def list_records(paths: Iterable[str]) -> list[ImageRecord]:
             # The name of an image in `unused` is not valid text
             is_image = Path(name).suffix.lower() in IMAGE_SUFFIXES
             (files if is_image else other_files).append(str(Path(path, name)))
-        run_folders += [str(Path(path, run)) for run in folder.run_folders if run != ROOT]
+        skipped_folders += [
+            str(Path(path, name)) for name in folder.skipped_folders if name != ROOT
+        ]
 
-    if run_folders:
-        warn_on_first_process(describe_skipped_runs(run_folders))
-    types_text = describe_types(other_files)
+    warn_about_skipped_folders(skipped_folders)
     if not files:
+        types_text = describe_types(other_files)
         found = f", but files of other types ({types_text})" if other_files else ""
         raise ValueError(
             f"there are no images in {', '.join(paths)}{found}. "
             f"{get_remedy(other_files) or 'Pass image files, or folders of images'}"
         )
-    if other_files:
-        count_text = "1 file" if len(other_files) == 1 else f"{len(other_files):,} files"
-        remedy = get_remedy(other_files)
-        warn_on_first_process(
-            f"{format_name_list(folders)}: skipped {count_text} of other types "
-            f"({types_text}){remedy and f'. {remedy}'}"
-        )
+    warn_about_files(format_name_list(folders), other_files, "that are no images")
     return [ImageRecord(get_source_name(file), file) for file in files]
 
 

@@ -66,7 +66,8 @@ def test_other_files_in_folders_are_counted_with_the_remedy_for_heic(
     (tmp_path / "c.png").touch()
     assert len(open_input(options)) == 1
     (message,) = caplog.messages
-    assert "skipped 3 files of other types (2 .heic, 1 .txt). To read HEIC" in message
+    assert "skipped 3 files that are no images: " in message
+    assert ". To read HEIC" in message
 
 
 def test_figures_of_a_training_run_are_not_predicted(
