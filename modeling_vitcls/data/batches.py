@@ -60,39 +60,21 @@ class TrainingImages:
         check_channels(image, pixels, self.num_channels)
         return self.augmentation.fixed_transform(pixels)
 
-    def build(
-        self,
-        pixels: list[torch.Tensor],
-        labels: list[Any],
-        keys: list[ImageKey],
-        errors: dict[int, str],
-    ) -> Batch:
-        """Apply the random transforms to outputs of `prepare_image` and return a batch.
-
-        `errors` are the error messages of the images that were replaced with other images.
-        """
-        epochs, indices = torch.tensor(keys, dtype=torch.int64).unbind(1)
-        seeds = [derive_seed(self.seed, epoch, index) for epoch, index in keys]
-        return {
-            "pixels": self.augmentation(pixels, seeds),
-            "labels": self.label_space.collate(labels),
-            "index": indices,
-            "epoch": epochs,
-            "errors": errors,
-        }
-
     def __getitem__(self, keys: list[ImageKey]) -> Batch:
         """Build the batch for a list of keys. Raise ValueError if no image can be read."""
-        loaded_indices, pixels = zip(
-            *(self.load_readable_image(index) for _, index in keys), strict=True
-        )
-        pairs = zip(keys, loaded_indices, strict=True)
-        return self.build(
-            list(pixels),
-            [self.source.labels[index] for index in loaded_indices],
-            [(epoch, loaded) for (epoch, _), loaded in zip(keys, loaded_indices, strict=True)],
-            {index: self.errors[index] for (_, index), loaded in pairs if index != loaded},
-        )
+        epochs, wanted = zip(*keys, strict=True)
+        indices, pixels = zip(*map(self.load_readable_image, wanted), strict=True)
+        seeds = [
+            derive_seed(self.seed, epoch, index)
+            for epoch, index in zip(epochs, indices, strict=True)
+        ]
+        return {
+            "pixels": self.augmentation(pixels, seeds),
+            "labels": self.label_space.collate([self.source.labels[index] for index in indices]),
+            "index": torch.tensor(indices),
+            "epoch": torch.tensor(epochs),
+            "errors": {index: self.errors[index] for index in wanted if index in self.errors},
+        }
 
     def load_readable_image(self, index: int) -> tuple[int, torch.Tensor]:
         """Find the first readable image from `index` on; return its index and its pixels."""

@@ -23,7 +23,7 @@ from typing import Any
 
 from ..hub.model_files import CONFIG_FILES, RECIPE_FILE
 from ..runtime.errors import format_name_list, warn_on_first_process
-from .folder_layout import SPLIT_BY_FOLDER_NAME, SPLIT_ORDER, Layout, find_layout
+from .folder_layout import SPLIT_ORDER, Layout, find_layout
 from .images import resolve_path
 from .tables import read_table, wrap_table
 
@@ -254,23 +254,15 @@ def build_labeled_splits(
         split: build_dataset(
             [str(folder.path / image) for image in labels],
             {"label": [feature.str2int(label) for label in labels.values()]},
-            {"label": feature},
-        )
+        ).cast_column("label", feature)
         for split, labels in labels_by_split.items()
         if labels
     }
     return datasets.DatasetDict(parts)
 
 
-def build_dataset(
-    paths: Sequence[str | None],
-    columns: Mapping[str, Any],
-    features: Mapping[str, Any] | None = None,
-) -> Any:
-    """Build a `datasets.Dataset` with the column `image` of image files, and other columns.
-
-    `features` are the types of columns whose values do not say it, such as class indices.
-    """
+def build_dataset(paths: Sequence[str | None], columns: Mapping[str, Any]) -> Any:
+    """Build a `datasets.Dataset` with the column `image` of image files, and other columns."""
     import datasets
     import pyarrow
 
@@ -278,7 +270,8 @@ def build_dataset(
     images = pyarrow.StructArray.from_arrays(
         [contents, pyarrow.array(paths, pyarrow.string())], ["bytes", "path"]
     )
-    return wrap_table({"image": images, **columns}, {"image": datasets.Image(), **(features or {})})
+    table = pyarrow.table({"image": images, **columns})
+    return wrap_table(table).cast_column("image", datasets.Image())
 
 
 # Unused files -------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ import os
 import re
 import unicodedata
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -174,17 +174,14 @@ class DatasetImages(Sequence):
         """Compute a key of the content of each image. Several threads read the files."""
         keys: list[int] = []
         with ThreadPoolExecutor() as pool:
-            for values in self.read_values(self.rows):
-                images = (to_encoded_image(value, self.folder) for value in values)
+            for start in range(0, len(self), ROWS_PER_READ):
+                rows = self.rows[start : start + ROWS_PER_READ]
+                values = self.dataset[rows][self.column]
+                images = [to_encoded_image(value, self.folder) for value in values]
                 keys += pool.map(
                     lambda image: compute_content_key(open_encoded_image(image)), images
                 )
         return np.array(keys, np.uint64)
-
-    def read_values(self, rows: np.ndarray) -> Iterator[list[Any]]:
-        """Yield the values of rows, some rows at a time."""
-        for start in range(0, len(rows), ROWS_PER_READ):
-            yield self.dataset[rows[start : start + ROWS_PER_READ]][self.column]
 
 
 def read_size(images: Any, index: int) -> tuple[int, int]:

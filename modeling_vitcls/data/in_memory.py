@@ -114,15 +114,16 @@ def convert_split(data: Any) -> Any:
     columns = {"image": pyarrow.array([row["image"] for row in rows])}
     for column in dict.fromkeys(column for row in rows for column in row if column != "image"):
         columns[column] = build_column([row.get(column) for row in rows])
-    features: dict[str, Any] = {}
-    if (names := find_class_names(data)) and "label" in columns:
+    dataset = wrap_table(pyarrow.table(columns)).cast_column("image", datasets.Image())
+    names = find_class_names(data)
+    if names and "label" in columns:
+        index = datasets.ClassLabel(names=names)
         found = columns["label"].type
         if pyarrow.types.is_integer(found):
-            features["label"] = datasets.ClassLabel(names=names)
-        elif found in (pyarrow.list_(pyarrow.int64()), pyarrow.list_(pyarrow.float64())):
-            columns["label"] = columns["label"].cast(pyarrow.list_(pyarrow.int64()))
-            features["label"] = datasets.List(datasets.ClassLabel(names=names))
-    return wrap_table(columns, features).cast_column("image", datasets.Image())
+            return dataset.cast_column("label", index)
+        if found in (pyarrow.list_(pyarrow.int64()), pyarrow.list_(pyarrow.float64())):
+            return dataset.cast_column("label", datasets.List(index))
+    return dataset
 
 
 def spell_path(value: Any) -> Any:

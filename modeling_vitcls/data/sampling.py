@@ -42,7 +42,9 @@ def draw_numbers(keys: np.ndarray, seed: int) -> np.ndarray:
 
     It is the first one of a SplitMix64 sequence (Steele, Lea and Flood 2014).
     """
-    starts = mix_bits(np.uint64(derive_seed(seed)) ^ mix_bits(keys.astype(np.uint64) + GOLDEN_GAMMA))
+    starts = mix_bits(
+        np.uint64(derive_seed(seed)) ^ mix_bits(keys.astype(np.uint64) + GOLDEN_GAMMA)
+    )
     return mix_bits(starts + GOLDEN_GAMMA)
 
 

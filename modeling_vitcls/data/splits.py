@@ -201,17 +201,17 @@ def check_contradictions(parts: Sequence[Any], label_space: LabelSpace, dataset:
     # Missing images and empty files share a key, but they are no copies of each other.
     keys = np.where(keys == NO_CONTENT_KEY, np.arange(len(keys)), keys)
     groups = pd.Series(labels).groupby(keys)
-    found = np.flatnonzero(groups.transform("min") < groups.transform("max"))
-    if not len(found):
+    is_found = groups.transform("min") < groups.transform("max")
+    if not is_found.any():
         return
 
-    places = [(part.images, index) for part in parts for index in range(len(part))]
-    texts: dict[int, list[str]] = {}
-    for row in found.tolist():
-        images, index = places[row]
-        (name,) = images.select([index]).get_names()
-        texts.setdefault(keys[row], []).append(f"{name} is {label_space.names[labels[row]]!r}")
-    copies = [" and ".join(each) for each in texts.values()]
+    names = chain.from_iterable(part.images.get_names() for part in parts)
+    texts = [
+        f"{name} is {label_space.names[label]!r}" for name, label in zip(names, labels, strict=True)
+    ]
+    copies = (
+        pd.Series(texts)[is_found].groupby(keys[is_found], sort=False).agg(" and ".join).tolist()
+    )
     count_text = "1 image has" if len(copies) == 1 else f"{len(copies):,} images have"
     raise ValueError(
         f"{dataset}: {count_text} several labels: {format_name_list(copies, MAX_NAMED_IMAGES)}. "
@@ -287,11 +287,8 @@ def compute_class_ratio(images: LabeledImages) -> float:
 
 def describe_held_out(images: LabeledImages, fraction: float) -> str:
     """Say which images of the only split are held out."""
-    if is_stratified(images):
-        return f"about {fraction:.0%}, stratified by class"
-    is_labeled = None not in images.labels[:1]
-    reason = ", not stratified: several labels per image" if is_labeled else ""
-    return f"about {fraction:.0%}{reason}"
+    text = f"about {fraction:.0%}"
+    return f"{text}, stratified by class" if is_stratified(images) else text
 
 
 # Changes of the data ------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import io
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +34,10 @@ def read_table(file: Path) -> Any:
 
     Raise ValueError if the file is not a table of its type.
     """
+    import pyarrow.parquet
+
     suffix = file.suffix.lower()
     if suffix == ".parquet":
-        import pyarrow.parquet
-
         with (
             open_regular_file(file) as stream,
             explain_damage(file, "Write the table again"),
@@ -52,7 +52,8 @@ def read_table(file: Path) -> Any:
         columns = read_csv(file, text)
     if not any(columns.values()):
         raise ValueError(f"{file} is empty. Add rows with images")
-    return wrap_table({name: build_column(values) for name, values in columns.items()})
+    arrays = {name: build_column(values) for name, values in columns.items()}
+    return wrap_table(pyarrow.table(arrays))
 
 
 def read_table_text(file: Path) -> str:
@@ -154,17 +155,8 @@ def build_column(values: Sequence[Any]) -> Any:
     return pyarrow.array(texts, pyarrow.string())
 
 
-def wrap_table(columns: Mapping[str, Any] | Any, features: Mapping[str, Any] | None = None) -> Any:
-    """Wrap an Arrow table, or values or Arrow arrays by column, as a `datasets.Dataset`.
-
-    `features` are the types of columns whose values do not say it, such as images.
-    """
+def wrap_table(table: Any) -> Any:
+    """Wrap an Arrow table as a `datasets.Dataset` in memory."""
     import datasets
-    import pyarrow
 
-    table = datasets.table.InMemoryTable(
-        pyarrow.table(columns) if isinstance(columns, dict) else columns
-    )
-    found = datasets.Features.from_arrow_schema(table.schema)
-    info = datasets.DatasetInfo(features=datasets.Features({**found, **(features or {})}))
-    return datasets.Dataset(table, info)
+    return datasets.Dataset(datasets.table.InMemoryTable(table))

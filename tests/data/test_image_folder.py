@@ -387,7 +387,7 @@ def test_folders_of_training_runs_are_not_classes(
     assert data.label_space.names == ["cat", "dog"]
     assert len(data.train) + len(data.held_out) == 10
     assert "skipped folders of training runs" in caplog.text
-    assert "run1, cat/run2" in caplog.text
+    assert "cat/run2, run1" in caplog.text
 
 
 def test_images_next_to_the_files_of_a_training_run_are_refused(tmp_path: Path) -> None:

@@ -122,7 +122,7 @@ def test_several_columns_are_several_tasks(color_images: Path, tmp_path: Path) -
     data = read(tmp_path / "list.csv", label_column=("count", "shade"))
 
     assert data.label_space.kind == "multi_task"
-    assert "not stratified" in data.held_out_name
+    assert "stratified" not in data.held_out_name
     assert data.label_space.columns == {"count": ["1", "2"], "shade": ["dusk", "noon"]}
 
     counts = Counter(label["count"] for _, label in list_all(data))
