@@ -16,18 +16,16 @@ explains it. Errors name these arguments. A dataset is a path, a Hub id, or data
 (data/in_memory.py).
 """
 
-import inspect
 import os
 import random
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
 
 from ..analysis.options import InspectOptions, LookOptions
 from ..inference.options import EvaluateOptions, PredictOptions
-from ..runtime.flags import Options
+from ..runtime.flags import Options, check_types
 from ..training.options import (
     AddClassOptions,
     AddTaskOptions,
@@ -385,8 +383,6 @@ def build_options(options_class: type[CommandOptions], /, **flags: Any) -> Comma
 
     Raise TypeError if a flag is unknown, and ValueError if a value is not allowed.
     """
-    from huggingface_hub.dataclasses import type_validator  # slow to import
-
     # A command reads the recipe before its other flags, and here nothing would.
     if "config" in flags:
         raise TypeError("`config` is a flag of the command. Set the values of the recipe instead")
@@ -397,15 +393,6 @@ def build_options(options_class: type[CommandOptions], /, **flags: Any) -> Comma
         flags["dataset"] = add_dataset(flags["dataset"])
     options = options_class(**flags)
     # tyro checks the types of flags on a command line. Keywords come without such a check.
-    for field in fields(options):
-        value = getattr(options, field.name)
-        try:
-            type_validator(field.name, value, field.type)
-        except (TypeError, ValueError):
-            expected = inspect.formatannotation(field.type)
-            # the text of a network has a hundred lines
-            text = repr(value)
-            given = f"of type {type(value).__name__}" if "\n" in text else text
-            raise ValueError(f"`{field.name}` is {given}, but it must be {expected}") from None
+    check_types(options, flags)
     options.check()
     return options

@@ -33,7 +33,7 @@ from ..runtime.flags import (
     spell_flags,
     to_flags,
 )
-from .recipes import REGISTRY, describe_unknown_flag, list_choices, parse_value, read_recipe
+from .recipes import REGISTRY, describe_unknown_flag, read_recipe
 
 
 ScriptOptions = TypeVar("ScriptOptions", bound=Options)
@@ -107,7 +107,9 @@ def run_tyro(kind: Any, **settings: Any) -> Any:
             raise
         # Below the title of the box and above its first rule
         text = printed.getvalue().partition("\n")[2].partition("───")[0]
-        raise ValueError(" ".join(text.replace("│", " ").split())) from None
+        message = " ".join(text.replace("│", " ").split())
+        # What follows is why each type of a union does not fit
+        raise ValueError(message.partition(" Got errors:")[0]) from None
 
 
 def name_arguments(flags: list[str], names: Sequence[str]) -> list[str]:
@@ -124,8 +126,8 @@ def read_recipe_of_flags(flags: list[str], options_class: type[Options]) -> dict
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config", type=Path)
     path = expand_home(parser.parse_known_args(flags)[0].config)
-    fields = get_flag_fields(options_class)
-    return {} if path is None or "config" not in fields else read_recipe(path, fields)
+    has_recipe = path is not None and "config" in get_flag_fields(options_class)
+    return read_recipe(path, options_class) if has_recipe else {}
 
 
 def make_positional(options_class: type[Options], *names: str) -> Any:
@@ -171,16 +173,12 @@ def check_flags(
             raise ValueError(f"the value of {name} is empty. Set it, or remove the flag")
         if not flag.startswith("--") or flag in {"--", *HELP_FLAGS}:
             continue
-        flag, _, value = flag.partition("=")
+        flag = flag.partition("=")[0]
         name = flag[2:].replace("-", "_")
         field = fields.get(name) or fields.get(name.removeprefix("no_"))
         if field is None or (field.name != name and field.type is not bool):
             raise ValueError(describe_unknown_flag(flag, fields))
         given.add(name)
-        value = value or next(iter(flags[index + 1 :]), "--")
-        # which of several values belong to a flag, or that one is missing, only tyro knows
-        if not value.startswith("--") and not re.search("bool|tuple|dict", str(field.type)):
-            parse_value(field, value)
 
     missing = list_missing(options_class, given)
     if missing and not HELP_FLAGS & set(flags):
@@ -258,6 +256,14 @@ def describe_values(field: dataclasses.Field[Any]) -> str:
     default = f"default {field.default}" if has_default else ""
     values = "; ".join(part for part in (choices, default) if part)
     return f"({values})" if values else ""
+
+
+def list_choices(field: dataclasses.Field[Any]) -> list[str]:
+    """List the choices of a flag that accepts only certain words."""
+    hint = str(field.type)
+    # a flag that also accepts other values, such as a size or `native`, has no list of choices
+    is_choice = hint.startswith(("typing.Lit", "typing.Opt", "tuple[typing."))
+    return re.findall(r"'(\w+)'", hint) if is_choice else []
 
 
 # Errors and output of libraries -------------------------------------------------------------------

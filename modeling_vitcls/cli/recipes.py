@@ -1,20 +1,20 @@
-"""Recipes: YAML files of flags, whose values are read as on the command line.
+"""Recipes: YAML files of flags, which are the default values of a command.
 
-read_recipe(Path("digits"), fields)     {"model": "vitcls-tiny", "epochs": 60.0, ...}
+read_recipe(Path("digits"), FinetuneOptions)     {"model": "vitcls-tiny", "epochs": 60.0, ...}
 """
 
-import dataclasses
 import difflib
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Hashable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar
 
 import yaml
-from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec
 
 from ..runtime.errors import format_error
 from ..runtime.files import read_text
+from ..runtime.flags import Options, check_types, get_flag_fields
 
 
 # Folders with the recipes that --config accepts by name: one in an installed package, one in a
@@ -38,8 +38,6 @@ EQUIVALENT_FLAGS = {
     "bf16": "mixed_precision",
 }
 
-# What a recipe may write for a flag without a value, such as `--flip`: truth values of YAML 1.1
-BOOLEANS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 SETTINGS_TYPE = dict[str, Any] | None  # of a flag of several NAME=VALUE
 
 
@@ -60,10 +58,12 @@ def find_recipe(path: Path, pattern: str = "[!s]*.yaml") -> Path:
     return recipes[str(path)]
 
 
-class RecipeLoader(yaml.BaseLoader):
-    """Reads every value as text, as on the command line: `no`, `010` and `1e-3` stay what they are."""
+class RecipeLoader(yaml.SafeLoader):
+    """Reads YAML 1.2, in which `no` is a text and `1e-3` a number. PyYAML knows only YAML 1.1."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[str, Any]:
+    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         """Build a dict, and raise an error at a key that is there twice."""
         names = [name.value for name, _ in node.value]
         if repeated := next((name for name in names if names.count(name) > 1), None):
@@ -71,13 +71,14 @@ class RecipeLoader(yaml.BaseLoader):
         return super().construct_mapping(node, deep)
 
 
-class SettingsLoader(yaml.SafeLoader):
-    """Reads numbers, lists and words; also 1e-5, which is a text in YAML 1.1."""
-
-
-SettingsLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"-?\d+e[-+]?\d+$"), list("-0123456789")
-)
+# `010` is a text: as a number, it would be 8 in YAML 1.1, and 10 in YAML 1.2
+for kind, pattern in (
+    ("null", r"(~|null|)$"),
+    ("bool", r"(true|false|True|False)$"),
+    ("int", r"[-+]?(0|[1-9]\d*)$"),
+    ("float", r"[-+]?(\d+\.\d*|\.\d+|\d+(?=[eE]))([eE][-+]?\d+)?$"),
+):
+    RecipeLoader.add_implicit_resolver(f"tag:yaml.org,2002:{kind}", re.compile(pattern), None)
 
 
 def parse_settings(texts: list[str]) -> dict[str, Any]:
@@ -85,7 +86,7 @@ def parse_settings(texts: list[str]) -> dict[str, Any]:
     if not all("=" in text for text in texts):
         raise ValueError(f"{' '.join(texts)} is not of the form NAME=VALUE")
     settings = dict(text.split("=", 1) for text in texts)
-    return {name: yaml.load(settings[name], SettingsLoader) for name in settings}
+    return {name: yaml.load(settings[name], RecipeLoader) for name in settings}
 
 
 # How tyro parses a flag that is a dict
@@ -100,7 +101,7 @@ REGISTRY = ConstructorRegistry()
 REGISTRY.primitive_rule(lambda info: SETTINGS if info.type == SETTINGS_TYPE else None)
 
 
-def read_recipe(path: Path, fields: Mapping[str, dataclasses.Field[Any]]) -> dict[str, Any]:
+def read_recipe(path: Path, options_class: type[Options]) -> dict[str, Any]:
     """Read the values of flags in a recipe, by name.
 
     Raises:
@@ -109,57 +110,26 @@ def read_recipe(path: Path, fields: Mapping[str, dataclasses.Field[Any]]) -> dic
     """
     file = find_recipe(path)
     try:
-        text = read_text(file)
-        recipe = yaml.load(text, RecipeLoader) or {}
-        typed_recipe = yaml.load(text, SettingsLoader)
+        recipe = yaml.load(read_text(file), RecipeLoader) or {}
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ValueError(f"cannot read the recipe {file}: {format_error(error)}") from None
     if not isinstance(recipe, dict):
         raise ValueError(f"the recipe {file} must contain lines of the form flag: value")
 
+    fields = get_flag_fields(options_class)
     values: dict[str, Any] = {}
     for key, value in recipe.items():
-        name = key.replace("-", "_")
+        name = str(key).replace("-", "_")
         if name not in fields:
-            raise ValueError(f"{file}: {describe_unknown_flag(key, fields)}")
+            raise ValueError(f"{file}: {describe_unknown_flag(str(key), fields)}")
         # a flag without a value keeps its default
-        if value in ("", "~", "null"):
-            continue
-        try:
-            # {drop_path_rate: 0.1} has types of its own
-            is_dict = fields[name].type == SETTINGS_TYPE and isinstance(value, dict)
-            values[name] = typed_recipe[key] if is_dict else parse_value(fields[name], value)
-        except ValueError as error:
-            raise ValueError(f"{file}: {error}") from None
-    return values
-
-
-def parse_value(field: dataclasses.Field[Any], value: Any) -> Any:
-    """Convert the text of a value, or the texts of a list, to the type of a flag, as tyro does.
-
-    Raise ValueError with the choices of the flag if the value does not fit.
-    """
-    with REGISTRY:
-        kind = PrimitiveTypeInfo.make(cast(Any, field.type), set())
-        spec = cast(PrimitiveConstructorSpec[Any], ConstructorRegistry.get_primitive_spec(kind))
+        if value is not None:
+            values[name] = value
     try:
-        if field.type is bool:
-            return BOOLEANS[value.lower()]
-        if spec.nargs == 1 and not isinstance(value, str):
-            raise ValueError("several values instead of one")
-        return spec.instance_from_str(value if isinstance(value, list) else [value])
-    except (ValueError, KeyError, AttributeError):
-        choices = ", ".join(list_choices(field))
-        hint = f". Choose {choices}" if choices else ""
-        raise ValueError(f"`{field.name}` cannot be {value}{hint}") from None
-
-
-def list_choices(field: dataclasses.Field[Any]) -> list[str]:
-    """List the choices of a flag that accepts only certain words."""
-    hint = str(field.type)
-    # a flag that also accepts other values, such as a size or `native`, has no list of choices
-    is_choice = hint.startswith(("typing.Lit", "typing.Opt", "tuple[typing."))
-    return re.findall(r"'(\w+)'", hint) if is_choice else []
+        check_types(options_class(**(dict.fromkeys(fields) | values)), values)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
+    return values
 
 
 def describe_unknown_flag(flag: str, names: Collection[str]) -> str:

@@ -2,7 +2,7 @@
 
     report = export_model(ExportOptions(model="runs/mine", output=Path("mine.onnx")))   # also writes mine.onnx.json
 
-    output -> check -> Exportable -> graph -> file -> Report
+    output -> check -> Exportable -> graph -> file -> report
 
 The reference outputs are computed by the model in float32, in eager mode, and the outputs of the
 file by onnxruntime. If the outputs differ by more than the limit, nothing is written.
@@ -33,12 +33,12 @@ from .compare import LIMITS, measure_differences, select_image_shapes
 from .exportable import NamedOutputsModel, load_exportable_model
 from .onnx_file import write_onnx
 from .options import ExportOptions
-from .report import PACKAGES, Report, build_report
+from .report import PACKAGES, build_report
 from .tracing import GraphShape, select_graph_shape, trace_model
 
 
 @torch.no_grad()
-def export_model(options: ExportOptions) -> Report:
+def export_model(options: ExportOptions) -> dict[str, Any]:
     """Export a model to a file, such as mine.onnx, and write a report to mine.onnx.json.
 
     Args:
@@ -108,7 +108,7 @@ def fit_processor(processor: Any, shape: GraphShape) -> None:
         set_resize(processor, get_resize(processor), shape.image_size)
 
 
-def copy_model_files(model_folder: ModelFolder, folder: Path, report: Report) -> None:
+def copy_model_files(model_folder: ModelFolder, folder: Path, report: dict[str, Any]) -> None:
     """Write what `vitcls evaluate` requires in the folder of the graph.
 
     These are the configuration, the image processor, the splits of the model's run and, in

@@ -1,6 +1,6 @@
 """The report of an exported file, FILE.json (docs/exporting.md)."""
 
-from typing import Any, NotRequired, TypedDict
+from typing import Any
 
 import torch
 from transformers.image_utils import PILImageResampling
@@ -24,33 +24,6 @@ from .tracing import GraphShape
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
 
-class Report(TypedDict):
-    """What was exported, what the graph reads and returns, and how it compares with its model."""
-
-    format: str
-    file: str  # name
-    num_bytes: int  # of the file and of FILE.data
-    sha256: dict[str, str]  # of both, by name
-    versions: dict[str, str]
-
-    model: str
-    model_class: str
-    weights: str  # "trained", or "random" for a preset
-    weights_sha256: NotRequired[dict[str, str] | None]  # of the model
-
-    input: dict[str, Any]
-    preprocessing: dict[str, Any] | None
-    fixed_because: str  # why the image size is fixed although any size was requested
-    outputs: dict[str, list[int | str]]  # shape by name
-    labels: dict[str, list[str]]  # of each output with logits
-
-    dtype: str
-    limit: tuple[float, float]
-    largest_differences: dict[str, float]  # by output
-    tried: list[dict[str, Any]]  # the same for each shape of images
-    speed: NotRequired[dict[str, Any]]  # for images of the native size
-
-
 def build_report(
     options: ExportOptions,
     exportable: Exportable,
@@ -58,7 +31,7 @@ def build_report(
     graph: OnnxGraph,
     outputs: Outputs,
     comparisons: list[dict[str, Any]],
-) -> Report:
+) -> dict[str, Any]:
     """Describe a graph and its file, in a folder that has no other files.
 
     Args:
@@ -71,20 +44,24 @@ def build_report(
     """
     model, processor, folder = exportable
     files = list(graph.file.parent.iterdir())
-    report: Report = {
+    report: dict[str, Any] = {
         "format": options.format,
         "file": graph.file.name,
+        # Of the file and of FILE.data, if there is one
         "num_bytes": sum(each.stat().st_size for each in files),
         "sha256": hash_files(files),
         "versions": get_versions("timm", *PACKAGES),
+        # The model
         "model": strip_folders(resolve_name(options.model)),
         "model_class": type(model).__name__,
         "weights": "random" if folder is None else "trained",
+        # What the graph reads and returns
         "input": describe_input(model.config, shape),
         "preprocessing": describe_preprocessing(processor),
         "fixed_because": shape.fixed_size_reason,
         "outputs": get_output_shapes(outputs, shape),
         "labels": get_label_names(model.config, list(outputs)),
+        # How it compares with the model
         "dtype": options.dtype,
         "limit": LIMITS[options.dtype],
         "largest_differences": {

@@ -9,11 +9,13 @@ and errors about flags appear immediately.
 
 import ast
 import dataclasses
+import inspect
 import json
 import os
 import re
 import shlex
 import types
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,6 +80,23 @@ def expand_home(value: Any) -> Any:
     if isinstance(value, Path):
         return Path(expand_home(str(value)))
     return tuple(map(expand_home, value)) if isinstance(value, tuple) else value
+
+
+def check_types(options: Any, names: Iterable[str]) -> None:
+    """Raise ValueError if a field in `names` has a value of another type; tyro checks its own."""
+    from huggingface_hub.dataclasses import type_validator  # slow to import
+
+    fields = get_flag_fields(options)
+    for name in names:
+        value = getattr(options, name)
+        try:
+            type_validator(name, value, fields[name].type)
+        except (TypeError, ValueError):
+            expected = inspect.formatannotation(fields[name].type)
+            # the text of a network has a hundred lines
+            text = repr(value)
+            given = f"of type {type(value).__name__}" if "\n" in text else text
+            raise ValueError(f"`{name}` is {given}, but it must be {expected}") from None
 
 
 def check_value(options: Any, name: str, is_valid: bool, requirement: str) -> None:

@@ -11,7 +11,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sized
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from datetime import timedelta
 from types import SimpleNamespace
 from typing import TypeVar
@@ -21,11 +21,10 @@ from rich.progress import Progress
 
 
 LINE_SECONDS = 30  # seconds between lines
-MAX_GAP_SECONDS = 10  # between two stages that share the time until the next line
 # A stage stays silent for its first 5 seconds (this part of LINE_SECONDS): it may be over by then.
 SILENT_FRACTION = 1 / 6
-# When the last line was printed, and when the last stage ended, over all stages of the process
-silence = SimpleNamespace(start=-math.inf, end_of_stage=-math.inf)
+# When the last line was printed. The stages of the process share the time until the next one.
+silence = SimpleNamespace(start=-math.inf)
 
 Item = TypeVar("Item")
 
@@ -55,19 +54,15 @@ def track(
     console = console or Console(emoji=False, soft_wrap=True, highlight=False)
     if total is None and isinstance(items, Sized):
         total = len(items)
-    if console.quiet or (console.is_terminal and not has_bar):
-        yield from items
-        return
-
+    has_bar = has_bar and console.is_terminal and not console.quiet
     num_processed = 0
 
     def describe() -> str:
         total_text = "" if total is None else f" of {total:,}"
         return f"{description} {num_processed:,}{total_text} {unit}".rstrip()
 
-    lines = nullcontext() if console.is_terminal else print_regularly(describe, console)
-    bar = Progress(console=console, transient=True, disable=not console.is_terminal)
-    with bar, lines:
+    bar = Progress(console=console, transient=True, disable=not has_bar)
+    with bar, print_regularly(describe, console):
         task = bar.add_task(description, total=total)
         for item in items:
             yield item
@@ -86,22 +81,18 @@ def report_work(description: str, console: Console | None = None) -> Iterator[No
     def describe() -> str:
         return f"{description}, for {timedelta(seconds=round(time.monotonic() - start_time))}"
 
-    if console.quiet or console.is_terminal:
-        yield
-        return
     with print_regularly(describe, console):
         yield
 
 
 @contextmanager
 def print_regularly(describe: Callable[[], str], console: Console) -> Iterator[None]:
-    """Print the text that `describe` returns every 30 seconds of the `with` block."""
-    # A stage that follows another within seconds shares its time until the next line. After a
-    # longer pause, the time starts again.
-    now = time.monotonic()
-    if now - silence.end_of_stage > MAX_GAP_SECONDS:
-        silence.start = now
-    silence.start = max(silence.start, now - (1 - SILENT_FRACTION) * LINE_SECONDS)
+    """Print the text of `describe` every 30 seconds of the `with` block, but not to a terminal."""
+    if console.quiet or console.is_terminal:
+        yield
+        return
+    earliest = time.monotonic() - (1 - SILENT_FRACTION) * LINE_SECONDS
+    silence.start = max(silence.start, earliest)
     is_finished = threading.Event()
 
     def print_lines() -> None:
@@ -119,4 +110,3 @@ def print_regularly(describe: Callable[[], str], console: Console) -> Iterator[N
         is_finished.set()
         # Otherwise, a late line could appear below what the caller prints next.
         thread.join()
-        silence.end_of_stage = time.monotonic()
