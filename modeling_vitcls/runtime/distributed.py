@@ -3,17 +3,14 @@
 The shards of FSDP2 are gathered in training/distributed_state.py.
 """
 
-import argparse
 import importlib.util
 import os
 import warnings
 from collections.abc import Callable
-from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from accelerate import Accelerator, DistributedType, PartialState
 from accelerate.state import AcceleratorState
@@ -28,7 +25,7 @@ from torch import nn
 
 from ..model.blocks_vitcls import ViTCLSLayer
 from ..model.configuration_vitcls import ViTCLSConfig
-from .errors import mark_errors_of_all_processes, warn_on_first_process
+from .errors import mark_errors_of_all_processes
 from .system import has_bfloat16
 
 
@@ -38,20 +35,6 @@ PROCESS_GROUP_TIMEOUT = timedelta(hours=12)
 # Minimum width of a model for which `mixed_precision='auto'` selects bf16 on a CPU: ViT-Ti's.
 # Narrower models are also faster in bf16, but they take little time, and float32 is more exact.
 MIN_BFLOAT16_WIDTH = 192
-
-
-def warn_about_ignored_processes() -> None:
-    """Log a warning if `accelerate launch` was asked for several processes, but started one."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--num_processes", "--num-processes", type=int, default=1)
-    with suppress(psutil.Error):  # the parent may have ended, or belong to another user
-        words = psutil.Process(os.getppid()).cmdline()
-        is_launched = "launch" in words and "WORLD_SIZE" not in os.environ
-        if is_launched and parser.parse_known_args(words)[0].num_processes > 1:
-            warn_on_first_process(
-                "accelerate launch --cpu starts one process, whatever --num_processes is. For two, "
-                "use `--config_file scripts/accelerate/ddp_cpu.yaml`"
-            )
 
 
 def build_accelerator(
@@ -80,7 +63,6 @@ def build_accelerator(
                 f"`log_with={name!r}` requires the package {name}. Run pip install {name}"
             )
 
-    warn_about_ignored_processes()
     # This check comes first: to build the accelerator, Accelerate would require DeepSpeed to be
     # installed.
     if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):

@@ -32,10 +32,8 @@ def read_json(file: Path) -> dict[str, Any]:
     """
     try:
         content = json.loads(read_text(file))
-    except ValueError as error:  # not UTF-8 or not JSON
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON or nested too deeply
         raise ValueError(f"cannot read {file}: {error}") from None
-    except RecursionError:
-        raise ValueError(f"cannot read {file}: the JSON is nested too deeply") from None
     if not isinstance(content, dict):
         raise ValueError(f"cannot read {file}: the file does not contain a JSON object")
     return content

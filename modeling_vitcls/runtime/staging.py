@@ -14,7 +14,6 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Self
 
 from filelock import FileLock, Timeout
 
@@ -30,46 +29,37 @@ LAST_FILE = "config.json"  # of a model folder: with it, the folder is complete
 LOCK_TIMEOUT = 10.0
 
 
-class FolderLock:
-    """Lock of one output folder.
+@contextmanager
+def lock_folder(
+    folder: Path, parameter: str = "output_dir", name: str = LOCK_FILE
+) -> Iterator[None]:
+    """Create an output folder if necessary, and lock it inside the block.
 
     The operating system releases the lock of a process that has ended for any reason, even if the
-    process ran on another host that shares the file system.
+    process ran on another host that shares the file system. Raise ValueError if another command
+    holds the lock.
     """
-
-    def __init__(self, folder: Path, parameter: str = "output_dir", name: str = LOCK_FILE) -> None:
-        self.folder = folder
-        self.parameter = parameter
-        self.lock_file = folder / name
-        self.file_lock = FileLock(self.lock_file, timeout=LOCK_TIMEOUT, thread_local=False)
-        # a command that fails leaves no empty folder behind
-        self.new_folders = [each for each in (folder, *folder.parents) if not each.exists()]
-
-    def acquire(self) -> None:
-        """Create the folder if necessary, and lock it.
-
-        Raise ValueError if another command holds the lock.
-        """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        try:
-            self.file_lock.acquire()
-        except Timeout:
-            raise ValueError(
-                f"{self.folder} is in use by another command. Wait until it ends, or set a "
-                f"different `{self.parameter}`"
-            ) from None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self.file_lock.is_locked:
-            # removed before the release: afterwards, the file could be the lock of another command
-            self.lock_file.unlink(missing_ok=True)
-            self.file_lock.release()
-            for folder in self.new_folders:
-                with suppress(OSError):  # not empty
-                    folder.rmdir()
+    # a command that fails leaves no empty folder behind
+    new_folders = [each for each in (folder, *folder.parents) if not each.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    lock_file = folder / name
+    lock = FileLock(lock_file, timeout=LOCK_TIMEOUT, thread_local=False)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise ValueError(
+            f"{folder} is in use by another command. Wait until it ends, or set a different "
+            f"`{parameter}`"
+        ) from None
+    try:
+        yield
+    finally:
+        # removed before the release: afterwards, the file could be the lock of another command
+        lock_file.unlink(missing_ok=True)
+        lock.release()
+        for each in new_folders:
+            with suppress(OSError):  # not empty
+                each.rmdir()
 
 
 @contextmanager
@@ -88,8 +78,7 @@ def create_output_folder(output: Path, parameter: str = "output") -> Iterator[Pa
     output = output.resolve()
     # checked before locking, which writes a file into the folder
     check_output_is_empty(output, parameter)
-    with FolderLock(output, parameter) as lock:
-        lock.acquire()
+    with lock_folder(output, parameter):
         # checked again, because the command that held the lock may have filled the folder
         check_output_is_empty(output, parameter)
         # A folder without config.json is never loaded, so a part of the files is not taken for a
@@ -111,10 +100,11 @@ def create_output_files(target: Path, last: str) -> Iterator[Path]:
     Raises:
         ValueError: if another command writes the file.
     """
-    with FolderLock(target.parent, "output", f".{target.name}.lock") as lock:
-        lock.acquire()
-        with stage_files(target.parent, last=last, name=f".{target.name}.partial") as folder:
-            yield folder
+    with (
+        lock_folder(target.parent, "output", f".{target.name}.lock"),
+        stage_files(target.parent, last=last, name=f".{target.name}.partial") as folder,
+    ):
+        yield folder
 
 
 def check_output_is_empty(output: Path, parameter: str = "output") -> None:

@@ -8,6 +8,7 @@ checkpoints and finally results.json, which marks the folder as complete. publis
 report and the card from the folder.
 """
 
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from ..hub.local_paths import resolve_name
 from ..hub.model_files import METRICS_FILE
 from ..runtime.distributed import build_accelerator, run_on_main
 from ..runtime.flags import to_flags
-from ..runtime.staging import FolderLock
+from ..runtime.staging import lock_folder
 from .checkpoints import Checkpoint, CheckpointStore
 from .finetune import FineTuning
 from .frozen_run import run_frozen
@@ -70,10 +71,10 @@ def train(asked: TrainOptions) -> Path:
         folder / CHECKPOINTS_FOLDER, asked.keep_checkpoints or NUM_KEPT_DURING_RUN
     )
     # Held until the last file is in its place: two runs in one folder would mix their checkpoints.
-    with FolderLock(folder) as lock:
+    with ExitStack() as stack:
 
         def open_folder() -> tuple[Checkpoint | None, bool]:
-            lock.acquire()
+            stack.enter_context(lock_folder(folder))
             return find_run(folder, store, flags, reporter.warn)
 
         # One process looks at the folder for all of them. The others would wait for its lock.

@@ -1,9 +1,6 @@
 """Settings of the Accelerator that depend on the device and on `accelerate launch`."""
 
-import subprocess
-import sys
 from contextlib import nullcontext
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -37,24 +34,6 @@ def test_only_version_2_of_fsdp_is_supported(
     monkeypatch.setattr(distributed, "Accelerator", lambda **arguments: accelerator)
     with nullcontext() if is_fsdp2 else raises_one_line("fsdp_version"):
         build_accelerator()
-
-
-@pytest.mark.slow  # starts a process that imports torch twice
-def test_one_process_in_place_of_two_is_pointed_out(tmp_path: Path) -> None:
-    script = tmp_path / "script.py"
-    script.write_text(
-        "from modeling_vitcls.runtime.distributed import build_accelerator\nbuild_accelerator()\n",
-        encoding="utf-8",
-    )
-    launch = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--cpu"]
-    said = {
-        number: subprocess.run(
-            [*launch, "--num_processes", number, script], capture_output=True, text=True, check=True
-        ).stderr
-        for number in ("1", "2")
-    }
-    assert "ddp_cpu.yaml" in said["2"]
-    assert "ddp_cpu.yaml" not in said["1"]
 
 
 # Precision ----------------------------------------------------------------------------------------

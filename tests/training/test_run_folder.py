@@ -21,7 +21,7 @@ from modeling_vitcls.hub.local_paths import resolve_name
 from modeling_vitcls.hub.model_files import METRICS_FILE, RECIPE_FILE
 from modeling_vitcls.runtime import staging
 from modeling_vitcls.runtime.errors import RunStopped
-from modeling_vitcls.runtime.staging import LOCK_FILE, FolderLock
+from modeling_vitcls.runtime.staging import LOCK_FILE, lock_folder
 from modeling_vitcls.training import steps_run
 from modeling_vitcls.training.checkpoints import CheckpointStore
 from modeling_vitcls.training.options import FinetuneOptions
@@ -46,8 +46,7 @@ def folder(tmp_path: Path) -> Path:
 
 def hold(folder: Path, ready: Any) -> None:
     """Take the lock and hold it until a signal arrives."""
-    with FolderLock(folder) as lock:
-        lock.acquire()
+    with lock_folder(folder):
         ready.put(os.getpid())
         time.sleep(SECONDS)
 
@@ -76,8 +75,7 @@ def test_the_lock_of_a_process_that_has_ended_is_taken_over(
     os.kill(lock_holder.pid, number)
     lock_holder.join(SECONDS)
     assert lock_holder.exitcode == -number
-    with FolderLock(folder) as lock:
-        lock.acquire()
+    with lock_folder(folder):
         assert (folder / LOCK_FILE).is_file()
     assert not (folder / LOCK_FILE).exists()
 
