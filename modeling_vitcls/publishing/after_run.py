@@ -19,7 +19,7 @@ def finish_run(folder: ModelFolder, has_report: bool, repo_id: str | None) -> No
     # A finished run that is repeated with --resume has its report already.
     if has_report and not report.exists():
         with silence_transformers():
-            faults = write_report(folder, warn)
+            faults = write_report(folder)
         if faults:
             print(f"faults    {faults}")
 
@@ -32,7 +32,3 @@ def finish_run(folder: ModelFolder, has_report: bool, repo_id: str | None) -> No
     print(f"pushed    {push_result.summary}")
     print("verifying loading the pushed model in a new process")
     print(verify_push(push_result, folder))
-
-
-def warn(message: str) -> None:
-    print(f"WARNING: {message}", flush=True)

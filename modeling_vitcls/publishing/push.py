@@ -64,9 +64,7 @@ class PushResult:
     repo_id: str  # `namespace/name`
     commit: str  # The hash, 40 hexadecimal digits
     url: str  # URL of the commit
-    files: Mapping[str, Path | bytes]  # What was pushed: name in the repository -> path or content
-    is_private: bool = False
-    is_gated: bool = False
+    is_private: bool
 
     @property
     def summary(self) -> str:
@@ -240,9 +238,7 @@ def upload_files(
         repo_id,
         commit.oid,
         url=f"{constants.ENDPOINT}/{path}",
-        files=files,
         is_private=bool(info.private),
-        is_gated=bool(getattr(info, "gated", False)),  # A Space has no gate
     )
 
 

@@ -1,13 +1,13 @@
 """The report and the card's images of a model folder.
 
-    write_report(ModelFolder(Path("runs/mine")), warn)    report.html and images/, with the held-out images of the run
+    write_report(ModelFolder(Path("runs/mine")))    report.html and images/, with the held-out images of the run
 
 The images are read again from the dataset of the run, so the folder does not have to contain them.
 Their predictions are read from predictions.parquet. The report of a run measures fewer images and
 effects than `vitcls inspect`.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -23,6 +23,7 @@ from ..hub.model_files import REPORT_FILE
 from ..hub.model_folder import ModelFolder
 from ..inference.metric_tables import build_class_tables
 from ..model import modeling_vitcls
+from ..runtime.errors import format_error
 from ..runtime.progress import track
 from ..training.run_folder import load_run_data
 from .card_images import write_card_images
@@ -43,21 +44,20 @@ NUM_STATISTICS_IMAGES = 64  # A small model is measured on so many
 MIN_STATISTICS_IMAGES = 16
 
 
-def write_report(folder: ModelFolder, warn: Callable[[str], None]) -> str | None:
+def write_report(folder: ModelFolder) -> str | None:
     """Write report.html and the card's images, and return the faults that the report names.
 
     The faults are one line, "" if there are none; without a report, the result is None. The images
     of the report are the held-out images of the run that wrote the folder or, if the run was
-    cross-validated, its training images. Errors are passed to `warn`, and the missing files are not
-    written.
+    cross-validated, its training images. Errors are printed, and the missing files are not written.
     """
     inspection = sheet = None
-    with convert_errors(warn, f"{REPORT_FILE} could not be written"):
+    with warn_on_errors(f"{REPORT_FILE} could not be written"):
         # Without a record of the run, there is nothing to read the images from.
         if folder.results and "dataset" in folder.flags:
             inspection, sheet = write_run_page(folder)
     if folder.config is not None:
-        with convert_errors(warn, "the card has no images, because the images could not be drawn"):
+        with warn_on_errors("the card has no images, because the images could not be drawn"):
             write_card_images(folder.path, folder.config, folder.results, sheet)
     return "; ".join(inspection.faults) if inspection else None
 
@@ -137,9 +137,9 @@ def write_run_page(folder: ModelFolder) -> tuple[Inspection | None, Image.Image 
 
 
 @contextmanager
-def convert_errors(warn: Callable[[str], None], message: str) -> Iterator[None]:
-    """Convert any error inside the `with` block to a warning."""
+def warn_on_errors(message: str) -> Iterator[None]:
+    """Print any error inside the `with` block as a warning."""
     try:
         yield
     except Exception as error:  # A run does not fail by its report: its model is written
-        warn(f"{message}: {' '.join(str(error).split()) or type(error).__name__}")
+        print(f"WARNING: {message}: {format_error(error)}", flush=True)

@@ -74,13 +74,6 @@ INHERITED_VARIABLES = frozenset(
 INHERITED_PREFIXES = ("OMP_", "GOMP_", "KMP_", "MKL_", "ONEDNN_", "DNNL_", "OPENBLAS_")
 
 
-class VerificationError(ValueError):
-    """Raised if a published model does not load or differs from the reference.
-
-    The message is a single line.
-    """
-
-
 def verify(repo_id: str, revision: str = "main", folder: ModelFolder | None = None) -> str:
     """Run a published model in a new process, and compare its outputs with a reference.
 
@@ -94,7 +87,7 @@ def verify(repo_id: str, revision: str = "main", folder: ModelFolder | None = No
         The report as lines of text.
 
     Raises:
-        VerificationError: If files are damaged or differ from those in `folder`, if the model does
+        ValueError: If files are damaged or differ from those in `folder`, if the model does
             not load without this package, or if the outputs of the model differ from the reference.
             The message is a single line.
         OSError: If the repository or the revision does not exist, or if the Hub does not respond.
@@ -106,7 +99,9 @@ def verify(repo_id: str, revision: str = "main", folder: ModelFolder | None = No
         files = collect_files(folder, repo_id)
         # The card depends on flags of the push, such as the license, which are not known here.
         del files[CARD_FILE]
-        return compare_with_folder(commit, files, folder)
+        problem = f"missing or different from {folder.path}"
+        check_hashes(commit, files, problem, f"Push {folder.path} again")
+        return compare_with_reference(commit, files, folder, str(folder.path))
 
     with tempfile.TemporaryDirectory(prefix="vitcls-verify-") as temporary_path:
         path = download_files(repo_id, commit.sha, VERIFIED_PATTERNS, folder=Path(temporary_path))
@@ -119,15 +114,6 @@ def verify(repo_id: str, revision: str = "main", folder: ModelFolder | None = No
         reference = ModelFolder(path, f"{repo_id} at {commit.sha}")
         reference_name = f"the same files with modeling_vitcls {__version__}"
         return compare_with_reference(commit, downloaded, reference, reference_name)
-
-
-def compare_with_folder(
-    commit: HubCommit, files: Mapping[str, Path | bytes], folder: ModelFolder
-) -> str:
-    """Compare a commit with the folder from which its files were pushed; return the report."""
-    problem = f"missing or different from {folder.path}"
-    check_hashes(commit, files, problem, f"Push {folder.path} again")
-    return compare_with_reference(commit, files, folder, str(folder.path))
 
 
 def compare_with_reference(
@@ -154,7 +140,7 @@ def compare_with_reference(
     outputs, report = run_verification_script(commit, trust_remote_code)
 
     if report["missing"]:
-        raise VerificationError(
+        raise ValueError(
             f"{commit.repo_id} at {commit.sha} lacks the weights {', '.join(report['missing'])}"
         )
     differences = compare_outputs(commit.repo_id, outputs, expected_outputs)
@@ -193,9 +179,8 @@ def verify_push(pushed: PushResult, folder: ModelFolder) -> str:
         OSError: If the verification fails. The message is a single line and ends with the command
             that repeats the verification.
     """
-    commit = HubCommit(pushed.repo_id, pushed.commit, pushed.is_private or pushed.is_gated)
     try:
-        return compare_with_folder(commit, pushed.files, folder)
+        return verify(pushed.repo_id, pushed.commit, folder)
     except (ValueError, OSError) as error:
         command = f"vitcls push --verify-only {pushed.repo_id}@{pushed.commit}"
         raise OSError(
@@ -207,7 +192,7 @@ def verify_push(pushed: PushResult, folder: ModelFolder) -> str:
 def check_hashes(
     commit: HubCommit, files: Mapping[str, Path | bytes], problem: str, remedy: str
 ) -> None:
-    """Raise VerificationError unless files have the hashes of the files on the Hub.
+    """Raise ValueError unless files have the hashes of the files on the Hub.
 
     `problem` is what the other files are, and `remedy` what to do about it.
     """
@@ -224,7 +209,7 @@ def check_hashes(
         if name not in entries or not has_content(entries[name], content)
     ]
     if names:
-        raise VerificationError(
+        raise ValueError(
             f"files in {commit.repo_id} at {commit.sha} are {problem}: {', '.join(names)}. {remedy}"
         )
 
@@ -261,7 +246,7 @@ def run_verification_script(
 ) -> tuple[Outputs, dict[str, Any]]:
     """Run verification_script.py once in a new process, and return the outputs and the report.
 
-    Raise VerificationError if the process fails.
+    Raise ValueError if the process fails.
     """
     error_prefix = f"a new process cannot load {commit.repo_id} at {commit.sha}"
     with tempfile.TemporaryDirectory(prefix="vitcls-verify-") as home_folder:
@@ -290,12 +275,12 @@ def run_verification_script(
 
         if not (target / "report.json").is_file():
             last_line = (process.stderr.strip().splitlines() or [""])[-1]
-            raise VerificationError(
+            raise ValueError(
                 f"{error_prefix}: exit status {process.returncode}. {last_line}".rstrip(". ")
             )
         report = json.loads((target / "report.json").read_text(encoding="utf-8"))
         if "error" in report:
-            raise VerificationError(f"{error_prefix}: {report['error']}")
+            raise ValueError(f"{error_prefix}: {report['error']}")
         return load_file(target / "outputs.safetensors"), report
 
 
@@ -322,14 +307,14 @@ def build_clean_environment(home_folder: str, needs_token: bool) -> dict[str, st
 def compare_outputs(repo_id: str, outputs: Outputs, expected_outputs: Outputs) -> dict[str, float]:
     """Find the maximum absolute difference between the outputs for each Auto class.
 
-    Raise VerificationError if a difference exceeds the tolerance.
+    Raise ValueError if a difference exceeds the tolerance.
     """
     differences: dict[str, float] = {}
     for name in [*expected_outputs, *(outputs.keys() - expected_outputs.keys())]:
         output = outputs.get(name)
         expected = expected_outputs.get(name)
         if output is None or expected is None or output.shape != expected.shape:
-            raise VerificationError(
+            raise ValueError(
                 f"the outputs of {repo_id} and the reference differ in the shape of {name}"
             )
 
@@ -337,7 +322,7 @@ def compare_outputs(repo_id: str, outputs: Outputs, expected_outputs: Outputs) -
         limit = TOLERANCE * max(1.0, compute_max_abs(expected.double()))
         # Written with `not`, so NaN also raises the error.
         if not difference <= limit:
-            raise VerificationError(
+            raise ValueError(
                 f"the outputs of {repo_id} differ from the reference: {name} by {difference:.2g}; "
                 f"the limit is {limit:.2g}"
             )
