@@ -12,7 +12,6 @@ from modeling_vitcls.data.options import AugmentationOptions, DataOptions
 from modeling_vitcls.export.options import ExportOptions
 from modeling_vitcls.inference.options import EvaluateOptions, PredictOptions
 from modeling_vitcls.training.options import (
-    LeJEPAOptions,
     ModelOptions,
     PretrainOptions,
     RunOptions,
@@ -62,10 +61,10 @@ LIMITS: list[tuple[type, str, list[Any], list[Any]]] = [
     ),
     (PretrainOptions, "mask_ratio", [0.1, 0.9], [0, 1]),
     (PretrainOptions, "decoder_layers", [1], [0]),
-    (LeJEPAOptions, "global_crops projector_width", [1], [0]),
-    (LeJEPAOptions, "local_crops", [0], [-1]),
-    (LeJEPAOptions, "global_crop_scale", [0.06, 1], [0.05, 1.1]),
-    (LeJEPAOptions, "sigreg_weight", [0.1, 0.9], [0, 1]),
+    (PretrainOptions, "global_crops projector_width", [1], [0]),
+    (PretrainOptions, "local_crops", [0], [-1]),
+    (PretrainOptions, "global_crop_scale", [0.06, 1], [0.05, 1.1]),
+    (PretrainOptions, "sigreg_weight", [0.1, 0.9], [0, 1]),
     (PushOptions, "license", [None, "cc-by-4.0"], ["CC BY", "", "-mit", "MIT"]),
     (RunOptions, "save_every keep_checkpoints", [1], [0]),
     (EvaluateOptions, "batch_size", [1], [0]),

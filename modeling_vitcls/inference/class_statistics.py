@@ -193,14 +193,8 @@ class ClassStatistics:
 
     def expand(self, classes: np.ndarray, num_labels: int) -> "ClassStatistics":
         """Expand the statistics of some classes to all labels of a model."""
-        counts = np.zeros(num_labels, np.int64)
-        counts[classes] = self.counts
-        means = []
-        for mean in self.means:
-            expanded = np.zeros((num_labels, mean.shape[1]))
-            expanded[classes] = mean
-            means.append(expanded)
-        return replace(self, means=tuple(means), counts=counts)
+        means = tuple(expand_rows(mean, classes, num_labels) for mean in self.means)
+        return replace(self, means=means, counts=expand_rows(self.counts, classes, num_labels))
 
     def set_in_model(self, model: Any) -> None:
         """Store the statistics with the weights of a classifier (`model.class_distance`)."""
@@ -240,6 +234,13 @@ class ClassStatistics:
             sizes=arrays["sizes"],
             counts=arrays["counts"].astype(np.int64),
         )
+
+
+def expand_rows(values: np.ndarray, classes: np.ndarray, num_labels: int) -> np.ndarray:
+    """Spread values [K, ...] of some classes over all labels [L, ...], with 0 for the others."""
+    expanded = np.zeros((num_labels, *values.shape[1:]), values.dtype)
+    expanded[classes] = values
+    return expanded
 
 
 def compute_means(values: np.ndarray, labels: np.ndarray, counts: np.ndarray) -> np.ndarray:

@@ -114,11 +114,10 @@ class EmbedImages:
         ):
             width = self.predictor.model.config.hidden_size
             shape = (width,) if feature.num_tokens == 1 else (feature.num_tokens, width)
-            missing = np.full(shape, np.nan, self.dtype)
-            outputs[name] = np.empty((len(rows), *shape), self.dtype)
+            outputs[name] = np.full((len(rows), *shape), np.nan, self.dtype)
             for index, row in enumerate(rows):
-                values = missing if row["error"] is not None else np.stack([*row[output_name]])
-                outputs[name][index] = values.reshape(shape)
+                if row["error"] is None:
+                    outputs[name][index] = np.stack([*row[output_name]]).reshape(shape)
         return outputs | {"error": np.array([row["error"] or "" for row in rows], dtype=object)}
 
     def build_predictor(self) -> Predictor:

@@ -33,7 +33,6 @@ from .evaluator import Evaluator
 from .load_model import load_for_inference
 from .metric_tables import (
     build_class_tables,
-    build_confusion_tables,
     build_metric_rows,
     describe_confusions,
 )
@@ -58,7 +57,6 @@ def evaluate_checkpoint(options: EvaluateOptions) -> dict[str, Any]:
             the output cannot be written.
     """
     accelerator, console, warn = set_up_evaluation(options.mixed_precision)
-    print_line = partial(console.print, markup=False)
     with accelerator.main_process_first():  # The main process downloads the files
         folder = open_model(options.model)
     if folder.graph is None:
@@ -86,20 +84,7 @@ def evaluate_checkpoint(options: EvaluateOptions) -> dict[str, Any]:
             "`per_image` requires a single task. Use `vitcls predict --dataset` for several tasks"
         )
 
-    trained = {}
-    if options.label_column is None and options.label_separator is None:
-        # A table may have several columns that look like labels. The model's record names the right
-        # one.
-        trained = get_training_columns(config, folder, options.task)
-    load_data = partial(
-        load_evaluation_data,
-        options,
-        options.split,
-        select_task(read_splits(folder), options.task),
-        max_images=options.max_images,
-        trained=trained,
-    )
-    data = load_on_main(options.dataset, load_data)
+    data = load_data(options, config, folder)
     label_space = get_label_space(config)
     evaluator = Evaluator(
         translate_labels(data.images, data.label_space, label_space),
@@ -145,11 +130,11 @@ def evaluate_checkpoint(options: EvaluateOptions) -> dict[str, Any]:
         if options.output is not None:
             options.output.parent.mkdir(parents=True, exist_ok=True)
             write_json(options.output, results)
-            print_line(f"saved {options.output}")
+            console.print(f"saved {options.output}", markup=False)
         if options.per_image is not None and predictions is not None:
             options.per_image.parent.mkdir(parents=True, exist_ok=True)
             write_predictions(options.per_image, predictions, folder.weights_sha256)
-            print_line(f"saved {options.per_image}")
+            console.print(f"saved {options.per_image}", markup=False)
     print_results(results, data.description, config, console)
     accelerator.end_training()
     return results
@@ -168,6 +153,24 @@ def set_up_evaluation(
         console.print(f"WARNING: {spell_flags(message)}", style="bold yellow", markup=False)
 
     return accelerator, console, warn
+
+
+def load_data(options: EvaluateOptions, config: ViTCLSConfig, folder: ModelFolder) -> Any:
+    """Load the images to evaluate, and their labels, without the images that trained the model."""
+    trained = {}
+    if options.label_column is None and options.label_separator is None:
+        # A table may have several columns that look like labels. The model's record names the right
+        # one.
+        trained = get_training_columns(config, folder, options.task)
+    load = partial(
+        load_evaluation_data,
+        options,
+        options.split,
+        select_task(read_splits(folder), options.task),
+        max_images=options.max_images,
+        trained=trained,
+    )
+    return load_on_main(options.dataset, load)
 
 
 def get_training_columns(
@@ -201,7 +204,6 @@ def print_results(
     tables = {"": [["Metric", "Value"], *build_metric_rows(results, config)]}
     for title, rows in build_class_tables(results, config).items():
         tables[title] = [list(rows[0]), *(list(row.values()) for row in rows)]
-    tables |= build_confusion_tables(results, config)
     for title, (header, *cells) in tables.items():
         table = Table(title=title or None, title_justify="left")
         for index, name in enumerate(header):

@@ -55,8 +55,9 @@ class FeatureLayout:
 
         They do not use the model's pooler.
         """
-        pooling = "cls" if config.num_cls_tokens else "mean"
-        plain_config = build_kind_config(config, pooling)
+        plain_config = copy.deepcopy(config)
+        plain_config.pooling = "cls" if config.num_cls_tokens else "mean"
+        plain_config.pooled_layers = None
         plain_config.pooled_norm = False
         plain_config.pooled_activation = None
         return cls.from_config(plain_config, num_layers)
@@ -75,14 +76,6 @@ def has_searchable_pooling(config: ViTCLSConfig) -> bool:
     """Return whether the pooler has no weights, and reads CLS or the mean of the patches."""
     is_plain = config.pooled_activation is None and not config.pooled_norm
     return is_plain and config.pooling in ("cls", "mean", "cls_mean")
-
-
-def build_kind_config(config: ViTCLSConfig, kind: str) -> ViTCLSConfig:
-    """Build the configuration of a model that pools one kind of token of the last layer."""
-    kind_config = copy.deepcopy(config)
-    kind_config.pooling = kind  # type: ignore[assignment]
-    kind_config.pooled_layers = None
-    return kind_config
 
 
 def pool_layers(encoder: Any, outputs: Any, layout: FeatureLayout) -> torch.Tensor:

@@ -25,7 +25,6 @@ CLASS_COLUMNS = {
     "average_precision": "Average precision",
 }
 MAX_CLASSES_IN_TABLE = 20
-MAX_CLASSES_IN_MATRIX = 12
 NUM_CONFUSIONS = 3
 MAX_NAME_LENGTH = 100  # Maximum length of a name in a card, in characters
 
@@ -75,34 +74,16 @@ def build_class_tables(
     }
 
 
-def build_confusion_tables(
-    results: dict[str, Any], config: ViTCLSConfig | None
-) -> dict[str, list[list[str]]]:
-    """Build the rows of each confusion matrix, by title. The first row is the header.
-
-    Rows are labels; columns are predictions, by the numbers before the names. Tasks with more than
-    `MAX_CLASSES_IN_MATRIX` classes have no table.
-    """
-    tables = {}
-    for title, names, matrix in list_confusion_matrices(results, config):
-        if len(names) > MAX_CLASSES_IN_MATRIX:
-            continue
-        header = ["", *(str(number) for number in range(1, len(names) + 1))]
-        rows = [
-            [f"{number} {name}", *(str(count) if count else "" for count in counts)]
-            for number, (name, counts) in enumerate(zip(names, matrix, strict=True), start=1)
-        ]
-        tables[f"{title} (rows: labels, columns: predictions)"] = [header, *rows]
-    return tables
-
-
 def describe_confusions(results: dict[str, Any], config: ViTCLSConfig | None) -> list[str]:
     """Name the most frequent confusions of each task in a line, if there are any."""
+    tasks = config.task_labels() if config is not None else {}
+    titles = {"": "Confusions"} | {f"{task}_": f"{task}, confusions" for task in tasks}
     lines = []
-    for title, names, matrix in list_confusion_matrices(results, config):
+    for prefix, title in titles.items():
+        names = [format_name(row["name"]) for row in results.get(f"{prefix}per_class", [])]
         pairs = [
             (count, f"{names[label]} as {names[prediction]} ({count:,})")
-            for label, counts in enumerate(matrix)
+            for label, counts in enumerate(results.get(f"{prefix}confusion_matrix", []))
             for prediction, count in enumerate(counts)
             if count and label != prediction
         ]
@@ -111,20 +92,6 @@ def describe_confusions(results: dict[str, Any], config: ViTCLSConfig | None) ->
             texts = ", ".join(text for _, text in pairs[:NUM_CONFUSIONS])
             lines.append(f"{title}, most frequent: {texts}")
     return lines
-
-
-def list_confusion_matrices(
-    results: dict[str, Any], config: ViTCLSConfig | None
-) -> list[tuple[str, list[str], list[list[int]]]]:
-    """List a title, the names of the classes and the matrix of each task that has one."""
-    tasks = config.task_labels() if config is not None else {}
-    titles = {"": "Confusions"} | {f"{task}_": f"{task}, confusions" for task in tasks}
-    matrices = []
-    for prefix, title in titles.items():
-        if (matrix := results.get(f"{prefix}confusion_matrix")) is not None:
-            names = [format_name(row["name"]) for row in results[f"{prefix}per_class"]]
-            matrices.append((title, names, matrix))
-    return matrices
 
 
 def build_class_row(metrics: dict[str, Any]) -> dict[str, str]:

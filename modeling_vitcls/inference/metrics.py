@@ -74,15 +74,11 @@ class SingleLabelMetrics:
         self.names = label_space.names
         num_classes = len(self.names)
         self.counts = ClassCounts(num_classes).to(device)
-        self.loss = build_aggregator(MeanMetric, device)
         self.calibration_error = CalibrationErrors(
             num_classes, n_bins=NUM_BINS, validate_args=False
         ).to(device)
-        self.top_5_accuracy: dict[str, Any] = {}
-        if num_classes > 5:
-            self.top_5_accuracy["top_5_accuracy"] = build_aggregator(MeanMetric, device)
-        names = [*HEAD_OUTPUTS, *HEAD_LOSSES]
-        self.head_metrics = {name: build_aggregator(MeanMetric, device) for name in names}
+        names = ["loss", "top_5_accuracy", *HEAD_OUTPUTS, *HEAD_LOSSES]
+        self.means = {name: build_aggregator(MeanMetric, device) for name in names}
         self.confusion_matrix = None
         if num_classes <= MAX_MATRIX_CLASSES:
             confusion_matrix = MulticlassConfusionMatrix(num_classes, validate_args=False)
@@ -99,10 +95,10 @@ class SingleLabelMetrics:
                 for name in HEAD_OUTPUTS.values()
             ]
             for name, logits in zip(HEAD_OUTPUTS, heads, strict=True):
-                self.head_metrics[name].update((logits.argmax(dim=1) == labels).float())
+                self.means[name].update((logits.argmax(dim=1) == labels).float())
             for name, logits in zip(HEAD_LOSSES, [*heads, sum(heads) / 2], strict=True):
                 losses = nn.functional.cross_entropy(logits, labels, reduction="none")
-                self.head_metrics[name].update(losses)
+                self.means[name].update(losses)
 
     def update_logits(self, logits: torch.Tensor, labels: torch.Tensor) -> None:
         """Update the metrics with logits [B, L] and labels [G].
@@ -120,13 +116,15 @@ class SingleLabelMetrics:
             num_predicted=torch.bincount(predictions, minlength=num_classes),
             num_images=torch.bincount(labels, minlength=num_classes),
         )
-        self.loss.update(nn.functional.cross_entropy(logits, labels, reduction="none"))
+        losses = nn.functional.cross_entropy(logits, labels, reduction="none")
+        self.means["loss"].update(losses)
         # Probabilities are passed, because torchmetrics does not apply softmax to logits that are
         # all in [0, 1].
         self.calibration_error.update(logits.softmax(dim=1), labels)
 
-        for metric in self.top_5_accuracy.values():
-            metric.update((logits.topk(5).indices == labels[:, None]).any(dim=1).float())
+        if num_classes > 5:
+            is_among_5 = (logits.topk(5).indices == labels[:, None]).any(dim=1)
+            self.means["top_5_accuracy"].update(is_among_5.float())
         if self.confusion_matrix is not None:
             self.confusion_matrix.update(predictions, labels)
 
@@ -136,23 +134,19 @@ class SingleLabelMetrics:
         class_metrics = compute_class_metrics(self.names, counts)
 
         error, error_by_chance = map(to_number, self.calibration_error.compute())
-
-        def compute_if_updated(metrics: dict[str, Any]) -> MetricValues:
-            return {
-                name: to_number(metric.compute())
-                for name, metric in metrics.items()
-                if metric.update_called
-            }
-
+        # Without two heads or more than five classes, some were never updated
+        means = {
+            name: to_number(metric.compute())
+            for name, metric in self.means.items()
+            if metric.update_called
+        }
         values: MetricValues = {
             "accuracy": safe_divide(num_correct, num_images),
-            **compute_if_updated(self.top_5_accuracy),
+            **means,
             "balanced_accuracy": compute_mean([row["recall"] for row in class_metrics]),
             "macro_f1": compute_mean([row["f1"] for row in class_metrics]),
             "calibration_error": error,
             "calibration_error_by_chance": error_by_chance,
-            **compute_if_updated(self.head_metrics),
-            "loss": to_number(self.loss.compute()),
             "num_images": num_images,
             "accuracy_interval": compute_proportion_interval(num_correct, num_images),
             "per_class": class_metrics,

@@ -64,24 +64,23 @@ def write_csv(table: pa.Table, file: Path) -> None:
     """
     frame = table.to_pandas()
     for column in table.schema:
-        is_list = pa.types.is_list(column.type)
-        is_text = pa.types.is_string(column.type.value_type if is_list else column.type)
-        if not is_list and not is_text:
-            continue
-
-        values = table[column.name].to_pylist()
-        if is_list:
-            values = [
-                None if value is None else LABEL_SEPARATOR.join(map(str, value)) for value in values
+        if pa.types.is_list(column.type) or pa.types.is_string(column.type):
+            frame[column.name] = [
+                format_csv_cell(value) for value in table[column.name].to_pylist()
             ]
-        if is_text:
-            values = [None if value is None else escape_csv_cell(value) for value in values]
-        frame[column.name] = values
 
     text = frame.to_csv(index=False, header=[escape_csv_cell(name) for name in table.column_names])
     # Excel takes a file for UTF-8 only if it begins with this mark.
     encoding = "utf-8" if text.isascii() else "utf-8-sig"
     file.write_text(text, encoding=encoding, newline="")
+
+
+def format_csv_cell(value: str | list[Any] | None) -> str | None:
+    """Format a text, or the labels or probabilities of an image."""
+    if value is None:
+        return None
+    text = value if isinstance(value, str) else LABEL_SEPARATOR.join(map(str, value))
+    return escape_csv_cell(text)
 
 
 def write_json_rows(table: pa.Table, file: Path, pattern: str, separator: str) -> None:

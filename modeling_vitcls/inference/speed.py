@@ -18,7 +18,7 @@ NUM_REPEATS = 3  # Maximum number of measured forward passes
 MEASUREMENT_SECONDS = 0.5  # Approximate duration of the measurement in seconds
 
 
-@torch.inference_mode()
+@torch.no_grad()  # A model that trains afterwards must not keep tensors of inference mode
 def measure_inference_speed(model: Any, device: torch.device) -> dict[str, Any]:
     """Measure the median speed in images per second, under conditions that are part of the result.
 
@@ -47,7 +47,8 @@ def measure_inference_speed(model: Any, device: torch.device) -> dict[str, Any]:
     while len(seconds) < NUM_REPEATS and sum(seconds) < MEASUREMENT_SECONDS:
         seconds.append(measure_seconds(batch))
     return {
-        "images_per_second": round(len(batch) / statistics.median(seconds), 1),
+        # Four digits, because a large model may need more than ten seconds for an image
+        "images_per_second": float(f"{len(batch) / statistics.median(seconds):.4g}"),
         "batch_size": len(batch),
         "repeats": len(seconds),
         "dtype": str(model.dtype).removeprefix("torch."),

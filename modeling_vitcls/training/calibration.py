@@ -108,7 +108,7 @@ def calibrate(
         divide_logits(classifier.classifier, temperature)
         if classifier.distillation_classifier is not None:
             divide_logits(classifier.distillation_classifier, temperature)
-        text = f"on {describe_images(images, num_images)} (temperature {temperature:.2f})"
+        text = f"on {num_images:,} {images} images (temperature {temperature:.2f})"
     predictions = held_out.predict(model)
     calibration = Calibration(num_images, images, text, temperature)
     return measure_errors(calibration, predictions), predictions, heads_text
@@ -125,28 +125,22 @@ def divide_logits(head: nn.Module, temperature: float) -> None:
 def describe_probe_calibration(probe: LinearProbe) -> Calibration:
     """Describe the calibration of a probe, whose temperature comes from out-of-fold logits."""
     num_images = int(np.isfinite(probe.losses_).sum())
+    num_classes = len(probe.classes_)
+    chosen = f"on the cross-validated predictions of {num_images:,} training images"
+    temperature = None
     if not num_images:
         text = "not calibrated: too few images for folds, so probabilities mean nothing"
-        return Calibration(0, CROSS_VALIDATION, text)
-    if probe.lines_ is not None:
-        text = f"each label on {describe_images(CROSS_VALIDATION, num_images)}"
-        return Calibration(num_images, CROSS_VALIDATION, text)
-    temperature = round(probe.temperature_, 4)
-    chosen = describe_images(CROSS_VALIDATION, num_images)
-    text = f"on {chosen} (temperature {temperature:.2f})"
-    num_classes = len(probe.classes_)
-    if np.nanmax(probe.out_of_fold_) < EQUAL_FACTOR / num_classes:
-        text = (
-            f"on {chosen}, which do not tell the classes apart: probabilities are near "
-            f"1/{num_classes}"
-        )
+    elif probe.lines_ is not None:
+        text = f"each label {chosen}"
+    else:
+        temperature = round(probe.temperature_, 4)
+        text = f"{chosen} (temperature {temperature:.2f})"
+        if np.nanmax(probe.out_of_fold_) < EQUAL_FACTOR / num_classes:
+            text = (
+                f"{chosen}, which do not tell the classes apart: probabilities are near "
+                f"1/{num_classes}"
+            )
     return Calibration(num_images, CROSS_VALIDATION, text, temperature)
-
-
-def describe_images(images: str, num_images: int) -> str:
-    if images == CROSS_VALIDATION:
-        return f"the cross-validated predictions of {num_images:,} training images"
-    return f"{num_images:,} {images} images"
 
 
 def measure_errors(calibration: Calibration, predictions: Predictions) -> Calibration:

@@ -10,7 +10,6 @@ does the same for any two models, and prints the difference.
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from itertools import groupby, product
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from ..data.options import DataOptions
 from ..hub.local_paths import strip_folders
 from ..hub.model_files import list_weight_files
 from ..hub.model_folder import ModelFolder, open_vitcls
+from ..inference.image_pass import read_pixels
 from ..model.modeling_vitcls import (
     ViTCLSForImageClassification,
     ViTCLSForMultiTaskClassification,
@@ -63,14 +63,12 @@ def load_old_model(folder: ModelFolder) -> Any:
     return folder.load(MODEL_CLASSES[folder.architecture])
 
 
-def read_pixels(images: LabeledImages, processor: Any) -> list[Tensor]:
+def draw_pixels(images: LabeledImages, processor: Any) -> list[Tensor]:
     """Read the pixels [C, H, W] of readable images, drawn at random."""
-    pixels = []
     drawn = images.draw(NUM_IMAGES)
-    for index in range(len(drawn)):
-        with suppress(ValueError):  # An unreadable image, which the pass over the images reports
-            pixels.append(processor(drawn.images[index], return_tensors="pt")["pixel_values"][0])
-    return pixels
+    pixels = [read_pixels(drawn.images, processor, None, index) for index in range(len(drawn))]
+    # A text is the reason why an image is unreadable, which the pass over the images reports.
+    return [each for each in pixels if not isinstance(each, str)]
 
 
 # Comparison ---------------------------------------------------------------------------------------
@@ -275,7 +273,7 @@ def verify_models(
     config = load_old_model(old_folder).config
     if dataset is not None:
         data = load_evaluation_data(DataOptions(dataset=dataset), split, use_labels=False)
-        pixels = read_pixels(data.images, old_folder.load_processor())
+        pixels = draw_pixels(data.images, old_folder.load_processor())
     else:
         generator = torch.Generator().manual_seed(0)
         height, width = config.image_height_width

@@ -97,7 +97,7 @@ def scatter_state(
         stored = checkpoint.load_tensors("start") if is_main_process else {}
         for name, target in zip(get_trainable_parameter_names(model), start, strict=True):
             target.copy_(distribute_like(stored.get(name), target.dtype, target))
-    moments = checkpoint.load_tensors("optimizer") if is_main_process else None
+    moments = checkpoint.load_tensors("optimizer") if is_main_process else {}
     scatter_optimizer_state(moments, model, optimizer)
     if accelerator.scaler is not None and checkpoint.metadata["scaler"]:
         accelerator.scaler.load_state_dict(checkpoint.metadata["scaler"])
@@ -105,8 +105,14 @@ def scatter_state(
 
 def scatter_model(checkpoint: Checkpoint, model: nn.Module) -> None:
     """Load the weights of a checkpoint into the model on all processes."""
-    weights = checkpoint.load_tensors("model") if PartialState().is_main_process else None
-    scatter_weights(weights, model)
+    weights: Any = checkpoint.load_tensors("model") if PartialState().is_main_process else {}
+    targets: dict[str, Any] = get_model_state_dict(model)
+    # Full tensors cannot be copied into DTensors without these options. FSDP2 uses DTensors even
+    # with one process.
+    is_sharded = any(isinstance(target, DTensor) for target in targets.values())
+    is_distributed = is_sharded or PartialState().num_processes > 1
+    options = StateDictOptions(full_state_dict=is_distributed, broadcast_from_rank0=is_distributed)
+    set_model_state_dict(model, weights, options=options)
 
 
 def reshard(model: nn.Module) -> None:
@@ -152,18 +158,6 @@ def gather_weights(model: nn.Module) -> Tensors:
     return weights
 
 
-def scatter_weights(full_tensors: Tensors | None, model: nn.Module) -> None:
-    """Load full tensors from the main process into the model on all processes."""
-    weights: dict[str, Any] = {} if full_tensors is None else {**full_tensors}
-    targets: dict[str, Any] = get_model_state_dict(model)
-    # Full tensors cannot be copied into DTensors without these options. FSDP2 uses DTensors even
-    # with one process.
-    is_sharded = any(isinstance(target, DTensor) for target in targets.values())
-    is_distributed = is_sharded or PartialState().num_processes > 1
-    options = StateDictOptions(full_state_dict=is_distributed, broadcast_from_rank0=is_distributed)
-    set_model_state_dict(model, weights, options=options)
-
-
 def distribute_like(
     full_tensor: torch.Tensor | None, dtype: torch.dtype, like: torch.Tensor
 ) -> torch.Tensor:
@@ -183,7 +177,7 @@ def distribute_like(
 
 
 def scatter_optimizer_state(
-    full_tensors: Tensors | None, model: nn.Module, optimizer: torch.optim.Optimizer
+    full_tensors: Tensors, model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> None:
     """Load the optimizer state.
 
@@ -200,22 +194,18 @@ def scatter_optimizer_state(
         # The result is sent to all processes. It contains only the dtypes of the moments, which are
         # large and have the same shapes as their parameters. Step counts, which are small, are sent
         # as tensors.
-        dtypes_and_steps: dict[str, Any] = {}
-        for name, tensor in (full_tensors or {}).items():
-            parameter = parameters[name.split("/", 1)[1]]
-            dtypes_and_steps[name] = (
-                tensor.dtype if tensor.ndim and tensor.shape == parameter.shape else tensor
-            )
-        return dtypes_and_steps
+        shapes = {name: parameters[name.split("/", 1)[1]].shape for name in full_tensors}
+        return {
+            name: tensor.dtype if tensor.ndim and tensor.shape == shapes[name] else tensor
+            for name, tensor in full_tensors.items()
+        }
 
     state: dict[int, dict[str, Any]] = {}
     for name, value in run_on_main(describe_state).items():
         key, parameter_name = name.split("/", 1)
         parameter = parameters[parameter_name]
         if isinstance(value, torch.dtype):
-            value = distribute_like(
-                None if full_tensors is None else full_tensors[name], value, parameter
-            )
+            value = distribute_like(full_tensors.get(name), value, parameter)
         state.setdefault(indices[id(parameter)], {})[key] = value
     torch_optimizer.load_state_dict(
         {"state": state, "param_groups": torch_optimizer.state_dict()["param_groups"]}

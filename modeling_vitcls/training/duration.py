@@ -1,24 +1,23 @@
-"""Expected duration of the steps of a run, from two forward passes."""
+"""Expected duration of the steps of a run, from its speed without steps."""
 
 import math
-import time
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 
+from ..inference.speed import measure_inference_speed
 
-NUM_MEASURED_IMAGES = 2  # In each of two forward passes
+
 FORWARD_PASSES_OF_STEP = 3  # A backward pass takes as long as two forward passes
 
 
-@torch.no_grad()
 def measure_step_seconds(
     model: Any, accelerator: Accelerator, epochs: float, num_images: int
 ) -> float:
-    """Estimate the duration of the steps of a run in seconds, from a forward pass.
+    """Estimate the duration of the steps of a run in seconds, from the speed of forward passes.
 
-    The pass is measured on all processes. The first of two passes warms up.
+    The speed is measured on all processes.
 
     Args:
         model: model to train.
@@ -26,22 +25,13 @@ def measure_step_seconds(
         epochs: number of epochs.
         num_images: number of training images.
     """
-    config = model.config
-    images = torch.zeros(NUM_MEASURED_IMAGES, config.num_channels, *config.image_height_width).to(
-        accelerator.device
-    )
     is_training = model.training
     model.to(accelerator.device).eval()
-    seconds = 0.0
-    for _ in range(2):
-        start_time = time.perf_counter()
-        with accelerator.autocast():
-            model(images)
-        seconds = (time.perf_counter() - start_time) / NUM_MEASURED_IMAGES
+    with accelerator.autocast():
+        speed = measure_inference_speed(model, accelerator.device)["images_per_second"]
     model.train(is_training)
-    local_seconds = torch.tensor(seconds, device=accelerator.device)
-    image_seconds = FORWARD_PASSES_OF_STEP * float(accelerator.reduce(local_seconds, "mean"))
-    return image_seconds * epochs * num_images / accelerator.num_processes
+    speeds = accelerator.reduce(torch.tensor(speed, device=accelerator.device), "sum")
+    return FORWARD_PASSES_OF_STEP * epochs * num_images / float(speeds)
 
 
 def format_minutes(seconds: float) -> str:

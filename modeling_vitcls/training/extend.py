@@ -53,7 +53,7 @@ from ..runtime.errors import mark_errors_of_all_processes
 from ..runtime.files import write_json
 from ..runtime.staging import check_output_is_empty
 from ..runtime.system import get_versions
-from .certificate import certify, describe_certificate, load_old_model, read_pixels
+from .certificate import certify, describe_certificate, draw_pixels, load_old_model
 from .options import AdditionOptions
 
 
@@ -106,7 +106,7 @@ class OldModel:
             self.processor.save_pretrained(staging)
             # Both models are read from their files: what is certified is what is written. The files
             # are still in the hidden folder, so a difference leaves no model behind.
-            certificate = certify(self.folder, staging, read_pixels(images, self.processor))
+            certificate = certify(self.folder, staging, draw_pixels(images, self.processor))
         hashes = {"weights_sha256": hash_weights(staging)}
         write_json(staging / CERTIFICATE_FILE, hashes | certificate)
 

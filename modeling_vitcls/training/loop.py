@@ -93,9 +93,8 @@ class TrainingLoop:
     evaluated_images: str = "held_out"
     # Constant values that checkpoints contain
     run_metadata: dict[str, Any] = field(default_factory=dict)
-    # Durations of all steps in this process, in seconds, without evaluations and checkpoints
+    # Durations of the steps of this process since the last record, without evaluations and checkpoints
     step_seconds: list[float] = field(default_factory=list)
-    num_logged_steps: int = 0  # Number of the steps in `step_seconds` that the last record includes
     # Unreadable images that are not reported yet
     unreported_errors: dict[int, str] = field(default_factory=dict)
     is_best: bool = False  # Whether the last step was evaluated and had the best score so far
@@ -148,7 +147,7 @@ class TrainingLoop:
         state = self.state
         next_step = self.state.step + 1
         is_last_step = next_step == self.plan.num_steps
-        should_evaluate = is_last_step or is_end_of_epochs(next_step, self.plan)
+        should_evaluate = is_last_step or is_evaluation_due(next_step, self.plan)
         log_interval = min(max(self.plan.num_steps // 10, 1), MAX_LOG_INTERVAL)
         should_log = should_evaluate or next_step % log_interval == 0
         should_save = should_evaluate
@@ -324,8 +323,9 @@ class TrainingLoop:
         """
         recent_losses = self.state.recent_losses
         local_means = [fmean(losses[name] for losses in recent_losses) for name in recent_losses[0]]
-        seconds = self.step_seconds[self.num_logged_steps :]
-        self.num_logged_steps = len(self.step_seconds)
+        num_images = len(self.step_seconds) * self.plan.images_per_step
+        images_per_second = round(num_images / math.fsum(self.step_seconds), 1)
+        self.step_seconds.clear()
 
         local_tensor = torch.tensor(local_means, device=self.accelerator.device)
         means = self.accelerator.reduce(local_tensor, "mean").tolist()
@@ -335,9 +335,7 @@ class TrainingLoop:
         recent_losses.clear()
         return {
             **mean_losses,
-            "images_per_second": round(
-                len(seconds) * self.plan.images_per_step / math.fsum(seconds), 1
-            ),
+            "images_per_second": images_per_second,
             "peak_memory_mb": round(get_peak_memory(self.accelerator.device) / 2**20, 1),
         }
 
@@ -452,16 +450,9 @@ def describe_batches(plan: BatchPlan) -> str:
     )
 
 
-def count_epochs_between_evaluations(plan: BatchPlan) -> int:
+def is_evaluation_due(step: int, plan: BatchPlan) -> bool:
     """Spread the evaluations: one per epoch, or fewer in runs of more than `MAX_EVALUATIONS` epochs."""
     # Rounded, because the last whole step ends a little after the last epoch.
     num_epochs = round(plan.count_epochs(plan.num_steps))
-    return max(math.ceil(num_epochs / MAX_EVALUATIONS), 1)
-
-
-def is_end_of_epochs(step: int, plan: BatchPlan) -> bool:
-    """Tell when an evaluation is due: a step completes the epochs between two evaluations."""
-    num_epochs = count_epochs_between_evaluations(plan)
-    return math.floor(plan.count_epochs(step) / num_epochs) > math.floor(
-        plan.count_epochs(step - 1) / num_epochs
-    )
+    interval = max(math.ceil(num_epochs / MAX_EVALUATIONS), 1)
+    return plan.count_epochs(step) // interval > plan.count_epochs(step - 1) // interval

@@ -101,14 +101,22 @@ def build_model(
         model, new_parameter_names = load_with_label_space(initial, config_values, label_space)
         processor = initial.folder.load_processor()
 
-    mask_token = model.vitcls.embeddings.mask_token
-    if mask_token is not None:
-        # fine-tuning does not use it, and DDP requires gradients of all trainable parameters
-        mask_token.requires_grad_(False)
-
-    set_resize(processor, resize or get_resize(processor), model.config.image_height_width)
-    processor.bit_depth = bit_depth or processor.bit_depth
+    finish_loading(model.vitcls, processor, resize, bit_depth)
     return model, processor, new_parameter_names
+
+
+def finish_loading(
+    encoder: ViTCLSModel,
+    processor: ViTCLSImageProcessor,
+    resize: str | None,
+    bit_depth: int | None,
+) -> None:
+    """Freeze what no run trains, and set how images become the input of the encoder."""
+    if encoder.embeddings.mask_token is not None:
+        # No run uses it, and DDP requires gradients of all trainable parameters
+        encoder.embeddings.mask_token.requires_grad_(False)
+    set_resize(processor, resize or get_resize(processor), encoder.config.image_height_width)
+    processor.bit_depth = bit_depth or processor.bit_depth
 
 
 def load_with_label_space(
@@ -202,13 +210,15 @@ def get_added_token_names(stored_config: ViTCLSConfig, model: Classifier) -> set
     """Find the token parameters that contain more tokens than in the checkpoint, by name."""
     groups = ("cls", "distillation", "registers")
     group_sizes = zip(groups, stored_config.token_counts, model.config.token_counts, strict=True)
+    names = get_token_names(model)
+    return {names[group] for group, old_size, new_size in group_sizes if new_size > old_size}
+
+
+def get_token_names(model: Any) -> dict[str, str]:
+    """Name the parameter of the special tokens of each group."""
     tokens = model.vitcls.embeddings.get_special_tokens()
-    larger = [tokens[group] for group, old_size, new_size in group_sizes if new_size > old_size]
-    return {
-        name
-        for name, parameter in model.named_parameters()
-        if any(parameter is each for each in larger)
-    }
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return {group: names[id(token)] for group, token in tokens.items()}
 
 
 def check_model_flags(model: str, model_config: Iterable[str], trainable: str) -> None:
@@ -275,14 +285,7 @@ def set_trainable_parameters(
         if not name.startswith("vitcls.") or name.startswith(tuple(prefixes))
     }
 
-    tokens = model.vitcls.embeddings.get_special_tokens()
-    token_names = {
-        group: name
-        for group, token in tokens.items()
-        for name in parameters
-        if parameters[name] is token
-    }
-
+    token_names = get_token_names(model)
     new_tokens = set(token_names.values()) & set(new_parameter_names)
     if trainable == "lora" or (trainable == "tokens" and not new_tokens):
         trainable_names.update(token_names.values())

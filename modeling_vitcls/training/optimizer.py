@@ -49,15 +49,8 @@ def get_parameter_depths(model: nn.Module) -> dict[str, int]:
     }
     head_depth = max(layer_indices.values(), default=-1) + 2
 
-    depths = {}
-    for name in names:
-        if name in layer_indices:
-            depths[name] = layer_indices[name] + 1
-        elif "embeddings." in name:
-            depths[name] = 0
-        else:
-            depths[name] = head_depth
-    return depths
+    depths = {name: 0 if "embeddings." in name else head_depth for name in names}
+    return depths | {name: index + 1 for name, index in layer_indices.items()}
 
 
 def get_learning_rate(step: int, num_steps: int, peak: float, warmup: float) -> float:

@@ -201,22 +201,6 @@ class TrainingOptions(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DistillationOptions(Options):
-    """Distillation from a teacher (DeiT, Touvron et al. 2021).
-
-    The distillation token is trained on the predictions of the teacher, and the CLS token is
-    trained on the labels. If the model has no distillation token, a distillation token is added.
-    """
-
-    teacher: str | None = None
-    """Teacher: a folder or Hub id of a transformers classifier (`ID@COMMIT` pins the model),
-    `timm:NAME`, or a state-dict file. Default: no distillation."""
-    distillation: Literal["soft", "hard"] = "soft"
-    """Target of the distillation token: the class probabilities (soft) or the top-1 class (hard) of
-    the teacher."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class RunOptions(Options):
     """Output, checkpoints, experiment trackers and the Hub."""
 
@@ -257,10 +241,17 @@ class RunOptions(Options):
 
 # The fields of the last base class come first.
 @dataclass(frozen=True, kw_only=True)
-class FinetuneOptions(
-    RunOptions, DistillationOptions, TrainingOptions, AugmentationOptions, DataOptions, ModelOptions
-):
+class FinetuneOptions(RunOptions, TrainingOptions, AugmentationOptions, DataOptions, ModelOptions):
     """Fine-tune a ViT on labeled images, evaluate it on held-out images, and save the results."""
+
+    teacher: str | None = None
+    """Teacher, whose predictions train the distillation token, while the labels train the CLS token
+    (DeiT, Touvron et al. 2021): a folder or Hub id of a transformers classifier (`ID@COMMIT` pins
+    the model), `timm:NAME`, or a state-dict file. A model without a distillation token gets one.
+    Default: no distillation."""
+    distillation: Literal["soft", "hard"] = "soft"
+    """Target of the distillation token: the class probabilities (soft) or the top-1 class (hard) of
+    the teacher."""
 
     def check(self) -> None:
         super().check()
@@ -272,11 +263,14 @@ class FinetuneOptions(
 
 
 @dataclass(frozen=True, kw_only=True)
-class LeJEPAOptions(Options):
-    """Views and loss of LeJEPA (Balestriero and LeCun 2025)."""
+class PretrainOptions(RunOptions, TrainingOptions, AugmentationOptions, DataOptions, ModelOptions):
+    """Pre-train a ViT on images without labels. The pre-trained model can be fine-tuned."""
 
+    method: Literal["lejepa", "mae"] = "lejepa"
+    """LeJEPA (Balestriero and LeCun 2025) trains the pooled token (CLS), and MAE reconstructs masked
+    patches."""
     global_crops: int = 2
-    """Number of large crops of each image."""
+    """Number of large crops of each image, of LeJEPA."""
     local_crops: int = 6
     """Number of small crops of each image, with 0.43 times the image size."""
     global_crop_scale: float = 0.3
@@ -286,33 +280,6 @@ class LeJEPAOptions(Options):
     """Weight of SIGReg, the loss that keeps the features from collapsing."""
     projector_width: int = 1024
     """Channels of the projector's two hidden layers."""
-
-    def check(self) -> None:
-        super().check()
-        check_minimum(self, 1, "global_crops", "projector_width")
-        check_minimum(self, 0, "local_crops")
-        check_value(
-            self,
-            "global_crop_scale",
-            0.05 < self.global_crop_scale <= 1,
-            "above 0.05 and at most 1",
-        )
-        check_value(self, "sigreg_weight", 0 < self.sigreg_weight < 1, "between 0 and 1")
-
-
-@dataclass(frozen=True, kw_only=True)
-class PretrainOptions(
-    RunOptions,
-    LeJEPAOptions,
-    TrainingOptions,
-    AugmentationOptions,
-    DataOptions,
-    ModelOptions,
-):
-    """Pre-train a ViT on images without labels. The pre-trained model can be fine-tuned."""
-
-    method: Literal["lejepa", "mae"] = "lejepa"
-    """LeJEPA trains the pooled token (CLS), and MAE reconstructs masked patches."""
     mask_ratio: float = 0.75
     """Fraction of the patches that MAE masks (He et al. 2021)."""
     decoder_layers: int = 4
@@ -324,8 +291,12 @@ class PretrainOptions(
         for name, default in defaults.items():
             if getattr(self, name) != default:
                 raise ValueError(f"`{name}` is supported only in fine-tuning. Remove the flag")
-        check_value(self, "mask_ratio", 0 < self.mask_ratio < 1, "between 0 and 1")
-        check_minimum(self, 1, "decoder_layers")
+        check_minimum(self, 1, "global_crops", "projector_width", "decoder_layers")
+        check_minimum(self, 0, "local_crops")
+        scale = self.global_crop_scale
+        check_value(self, "global_crop_scale", 0.05 < scale <= 1, "above 0.05 and at most 1")
+        for name in ("sigreg_weight", "mask_ratio"):
+            check_value(self, name, 0 < getattr(self, name) < 1, "between 0 and 1")
 
 
 TrainOptions = FinetuneOptions | PretrainOptions

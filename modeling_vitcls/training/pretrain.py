@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..data.aspect_ratio import get_resize, set_resize
+from ..data.aspect_ratio import get_resize
 from ..data.batches import Normalizer
 from ..data.images import LabeledImages
 from ..data.sources import Splits
@@ -35,7 +35,7 @@ from .distributed_state import reshard
 from .lejepa import LeJEPA, compute_lejepa_losses
 from .losses import Objective
 from .mae import MAE, build_decoder_config, compute_mae_losses, draw_masks
-from .model import InitialModel
+from .model import InitialModel, finish_loading
 from .options import PretrainOptions
 from .reporter import Reporter
 from .training_setup import TrainingSetup, build_evaluator_arguments
@@ -291,10 +291,5 @@ def build_encoder(
         )
         processor = initial.folder.load_processor()
 
-    config = encoder.config
-    if encoder.embeddings.mask_token is not None:
-        # Not used; DDP requires gradients of all parameters
-        encoder.embeddings.mask_token.requires_grad_(False)
-    set_resize(processor, resize or get_resize(processor), config.image_height_width)
-    processor.bit_depth = bit_depth or processor.bit_depth
+    finish_loading(encoder, processor, resize, bit_depth)
     return encoder, processor

@@ -27,6 +27,7 @@ from torch import nn
 from ..data.aspect_ratio import get_resize, read_sizes, set_resize
 from ..data.images import LabeledImages
 from ..data.labels import LabelSpace
+from ..inference.class_statistics import expand_rows
 from ..inference.evaluator import Predictions, build_predictions, round_floats
 from ..inference.frozen_features import (
     OWN_POOLING,
@@ -220,8 +221,7 @@ class Probe:
         for part in others:
             features = features.join(self.compute_features(part, layout, warn))
         # On one process for all: rounding on another CPU could turn a close choice.
-        chosen = run_on_main(partial(self.choose, features))
-        second = run_on_main(partial(self.fit_second_head, chosen, features))
+        chosen, second = run_on_main(partial(self.fit_heads, features))
         # These images were kept out of the choice, whose time grows with their number, but not of
         # the fit.
         if len(rest):
@@ -283,7 +283,8 @@ class Probe:
         estimate = frozen.estimate
         assert estimate is not None, "there are folds"
         own = frozen.probe.out_of_fold_ if frozen.second is None else frozen.second.out_of_fold
-        probabilities = expand_classes(own, frozen.probe.classes_, self.model.config.num_labels)
+        num_labels = self.model.config.num_labels
+        probabilities = expand_rows(own.T, frozen.probe.classes_, num_labels).T  # [N, L]
         known = np.flatnonzero(np.isfinite(probabilities).all(axis=1))
         features = frozen.features.take(known)
         # Logarithms of the probabilities are logits: softmax gives the same probabilities back.
@@ -318,13 +319,14 @@ class Probe:
         plain, weighted = (other, own) if own.is_balanced else (own, other)
         return describe_class_weights(plain, weighted, images.labels, self.label_space.names)
 
-    def fit_second_head(self, chosen: LinearProbe, features: Features) -> DistillationHead | None:
-        """Fit the distillation head, if the model has one."""
+    def fit_heads(self, features: Features) -> tuple[LinearProbe, DistillationHead | None]:
+        """Choose and fit the classifier, and then the distillation head, if the model has one."""
+        chosen = self.choose(features)
         _, tokens = split_kinds(features.get_tokens())
         if not tokens:
-            return None
+            return chosen, None
         with threadpool_limits(limits=1):
-            return DistillationHead.fit(tokens, chosen, features.labels, features.groups)
+            return chosen, DistillationHead.fit(tokens, chosen, features.labels, features.groups)
 
     def refit(
         self, chosen: LinearProbe, second: DistillationHead | None, features: Features
@@ -360,7 +362,7 @@ class Probe:
         num_compared = min(MAX_SQUASHED_IMAGES, round(SQUASHED_FRACTION * len(own.labels)))
         order = np.random.default_rng(0).permutation(len(own.labels))
         compared = np.sort(own.indices[order[:num_compared]])
-        self.set_geometry(SQUASH)
+        set_resize(self.processor, SQUASH, self.model.config.image_height_width)
         squashed = self.compute_features(images, own.layout, ignore_message, compared)
 
         part = own.take(np.isin(own.indices, squashed.indices))
@@ -388,15 +390,12 @@ class Probe:
             setattr(self.processor, name, value)
         return own, record
 
-    def set_geometry(self, resize: str) -> None:
-        set_resize(self.processor, resize, self.model.config.image_height_width)
-
     # Model ----------------------------------------------------------------------------------------
 
     def restore(self, record: dict[str, Any]) -> None:
         """Set the geometry and the pooling that an interrupted run chose."""
         if record["resize"] != get_resize(self.processor):
-            self.set_geometry(record["resize"])
+            set_resize(self.processor, record["resize"], self.model.config.image_height_width)
         self.set_pooling(Candidate(tuple(record["layers"]), record["pooling"]))
         if "distillation_inference" in record:
             self.model.config.distillation_inference = record["distillation_inference"]
@@ -445,17 +444,10 @@ def build_linear(probe: LinearProbe, num_labels: int) -> tuple[np.ndarray, np.nd
     Labels without images are never predicted.
     """
     scale = probe.temperature_
-    weight = expand_classes(probe.weight_.T / scale, probe.classes_, num_labels).T
+    weight = expand_rows(probe.weight_ / scale, probe.classes_, num_labels)
     bias = np.full(num_labels, probe.bias_.min() / scale - ABSENT_CLASS_MARGIN)
     bias[probe.classes_] = probe.bias_ / scale
     return weight, bias
-
-
-def expand_classes(values: np.ndarray, classes: np.ndarray, num_labels: int) -> np.ndarray:
-    """Spread values [N, K] of some classes over all labels [N, L], with 0 for the others."""
-    expanded = np.zeros((len(values), num_labels))
-    expanded[:, classes] = values
-    return expanded
 
 
 def has_various_shapes(images: LabeledImages) -> bool:

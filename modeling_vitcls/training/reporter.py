@@ -70,14 +70,12 @@ class Reporter:
         which the resumed run repeats.
         """
         if self.accelerator.is_main_process:
-            lines = []
-            if self.metrics_file.exists():
-                lines = self.metrics_file.read_text(encoding="utf-8").splitlines()
+            self.metrics_file.touch()
             earlier_lines = []
-            for line in lines:
+            for line in self.metrics_file.read_text(encoding="utf-8").splitlines(keepends=True):
                 with suppress(ValueError):  # The last line of a killed run may be truncated
                     if json.loads(line)["step"] <= step:
-                        earlier_lines.append(f"{line}\n")
+                        earlier_lines.append(line)
             with write_atomically(self.metrics_file) as temporary_file:
                 temporary_file.write_text("".join(earlier_lines), encoding="utf-8")
 

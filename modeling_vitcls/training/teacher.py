@@ -16,12 +16,14 @@ does not crop. losses.py contains the losses.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import Compose, Normalize, ToDtype
 from torchvision.transforms.v2 import functional as transforms
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 from transformers.image_utils import pil_torch_interpolation_mapping
@@ -74,20 +76,20 @@ class Teacher(nn.Module):
         source: str,
         model: nn.Module,
         preprocessing: TeacherPreprocessing,
-        read_outputs: Callable[[Any], torch.Tensor],
-        note: str = "",
+        label_indices: list[int] | None,
+        note: str,
     ) -> None:
         super().__init__()
         self.source = source
         self.model: Any = model.requires_grad_(False)
         self.preprocessing = preprocessing
-        # Model's outputs -> logits of the student's labels
-        self.read_outputs = read_outputs
+        self.label_indices = label_indices  # Of the student's labels; None if all are the same
 
         height, width = preprocessing.height_width
         num_parameters = sum(parameter.numel() for parameter in model.parameters())
-        self.description = f"{source}: {num_parameters:,} parameters, at {height} x {width} pixels"
-        self.description += f"; {note}" if note else ""
+        self.description = (
+            f"{source}: {num_parameters:,} parameters, at {height} x {width} pixels{note}"
+        )
         self.eval()
 
     @torch.no_grad()
@@ -96,13 +98,14 @@ class Teacher(nn.Module):
 
         The pixels are `uint8` or floats in [0, 255]. Raise ValueError if any output is not finite.
         """
-        outputs = self.read_outputs(self.model(self.preprocessing(pixels)))
-        if num_wrong := int((~find_finite(outputs, len(outputs))).sum()):
+        outputs = self.model(self.preprocessing(pixels))
+        logits: torch.Tensor = getattr(outputs, "logits", outputs)
+        if num_wrong := int((~find_finite(logits, len(logits))).sum()):
             raise ValueError(
                 f"the outputs of the teacher {self.source} are not finite for {num_wrong} of "
-                f"{len(outputs)} images. Use another teacher, or set `mixed_precision='no'`"
+                f"{len(logits)} images. Use another teacher, or set `mixed_precision='no'`"
             )
-        return outputs
+        return logits if self.label_indices is None else logits[:, self.label_indices]
 
 
 def load_teacher(
@@ -122,12 +125,7 @@ def load_teacher(
         folder = str(open_model(source).path) if Path(source).is_file() else source
         model, preprocessing, names, num_labels = load_transformers_teacher(folder, student)
     label_indices, note = match_labels(source, names, num_labels, labels.names)
-
-    def read_logits(outputs: Any) -> torch.Tensor:
-        logits = outputs if isinstance(outputs, torch.Tensor) else outputs.logits
-        return logits if label_indices is None else logits[:, label_indices]
-
-    return Teacher(source, model, preprocessing, read_logits, note).to(device)
+    return Teacher(source, model, preprocessing, label_indices, note).to(device)
 
 
 def match_labels(
@@ -142,7 +140,7 @@ def match_labels(
     if names is None and num_labels == len(labels):
         return (
             None,
-            f"the teacher's {num_labels} labels have no names and are assumed to be in the "
+            f"; the teacher's {num_labels} labels have no names and are assumed to be in the "
             "dataset's order",
         )
     if names == labels:
@@ -160,7 +158,7 @@ def match_labels(
     assert names is not None, "a teacher without names lacks every label"
     note = ""
     if len(names) > len(labels):
-        note = f"{len(labels)} of the teacher's {len(names)} labels are used"
+        note = f"; {len(labels)} of the teacher's {len(names)} labels are used"
     return [names.index(name) for name in labels], note
 
 
@@ -223,16 +221,16 @@ def build_processor_preprocessing(
 
     The teacher's input size is the processor's output size for an image of the student's size.
     """
-
-    def normalize(pixels: torch.Tensor) -> torch.Tensor:
-        return run_processor(processor, pixels, do_resize=False)
-
     blank_image = torch.zeros(
         1, student.num_channels, *student.image_height_width, dtype=torch.uint8
     )
     height, width = run_processor(processor, convert_channels(blank_image, num_channels)).shape[-2:]
-    interpolation = get_interpolation(getattr(processor, "resample", None))
-    return TeacherPreprocessing(num_channels, (height, width), interpolation, normalize)
+    return TeacherPreprocessing(
+        num_channels,
+        (height, width),
+        get_interpolation(getattr(processor, "resample", None)),
+        normalize=partial(run_processor, processor, do_resize=False),
+    )
 
 
 def run_processor(processor: Any, pixels: torch.Tensor, **kwargs: Any) -> torch.Tensor:
@@ -258,14 +256,9 @@ def load_timm_teacher(source: str) -> LoadedTeacher:
 def build_timm_preprocessing(data_config: dict[str, Any]) -> TeacherPreprocessing:
     """Build the preprocessing from timm's data configuration."""
     num_channels, height, width = data_config["input_size"]
-    mean = list(data_config["mean"])
-    std = list(data_config["std"])
-
-    def normalize(pixels: torch.Tensor) -> torch.Tensor:
-        return transforms.normalize(
-            transforms.to_dtype(pixels, torch.float32, scale=True), mean, std
-        )
-
+    normalize = Compose(
+        [ToDtype(torch.float32, scale=True), Normalize(data_config["mean"], data_config["std"])]
+    )
     interpolation = get_interpolation(data_config["interpolation"])
     return TeacherPreprocessing(num_channels, (height, width), interpolation, normalize)
 
@@ -279,13 +272,10 @@ def convert_channels(pixels: torch.Tensor, num_channels: int) -> torch.Tensor:
     Gray [B, 1, H, W] becomes color [B, 3, H, W], or color becomes gray. Raise ValueError for other
     numbers of channels.
     """
-    match pixels.shape[1], num_channels:
-        case same, other if same == other:
-            return pixels
-        case 1, 3:
-            return pixels.expand(-1, 3, -1, -1)
-        case 3, 1:
-            return transforms.rgb_to_grayscale(pixels)
+    if pixels.shape[1] == num_channels:
+        return pixels
+    if {pixels.shape[1], num_channels} == {1, 3}:  # One channel becomes three equal ones
+        return transforms.rgb_to_grayscale(pixels, num_output_channels=num_channels)
     raise ValueError(
         f"the teacher requires {num_channels} channel(s), but the student's images have "
         f"{pixels.shape[1]}. Use a teacher with {pixels.shape[1]} channel(s)"
