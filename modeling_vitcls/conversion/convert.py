@@ -35,7 +35,7 @@ from .processors import (
 )
 from .source_files import FileSource
 from .source_models import SourceModel, TimmSource, TransformersSource, convert_source
-from .to_transformers import MIN_TRANSFORMERS_VERSIONS, convert_to_transformers
+from .to_transformers import convert_to_transformers
 from .weight_rules import ConversionError
 
 
@@ -191,9 +191,6 @@ def write_native_model(source: str, output: Path) -> Report:
             classifier="kept" if is_classifier and model.config.num_labels else "none",
             preprocessing=preprocessing,
             versions=get_versions(),
-            required_versions={
-                "transformers": MIN_TRANSFORMERS_VERSIONS[type(converted_model).__name__]
-            },
         )
 
 

@@ -159,9 +159,9 @@ CONVERTIBLE_CLASSES: dict[str, ConvertibleClass] = {
     "Dinov2ForImageClassification": ConvertibleClass(
         families.DINOV2, "dinov2", {"pooling": "cls_mean"}
     ),
-    "Dinov2WithRegistersModel": ConvertibleClass(families.DINOV2),
+    "Dinov2WithRegistersModel": ConvertibleClass(families.DINOV2_WITH_REGISTERS),
     "Dinov2WithRegistersForImageClassification": ConvertibleClass(
-        families.DINOV2, "dinov2_with_registers", {"pooling": "cls_mean"}
+        families.DINOV2_WITH_REGISTERS, "dinov2_with_registers", {"pooling": "cls_mean"}
     ),
     "DINOv3ViTModel": ConvertibleClass(families.DINOV3),
     "Sapiens2Model": ConvertibleClass(families.SAPIENS2),

@@ -105,26 +105,17 @@ def compare_models(
 
 
 def list_notes(source: SourceModel, config: ViTCLSConfig) -> list[str]:
-    """Note how the model pools and resamples, if this is not obvious.
+    """Note that timm pools another token of DINOv3 than the authors.
 
-    timm pools another token of DINOv3 than the authors (huggingface/pytorch-image-models#2681).
+    It is a known difference (huggingface/pytorch-image-models#2681).
     """
-    notes = []
     is_dinov3 = source.project == "timm" and "dinov3" in source.name.lower()
-    if is_dinov3 and config.pooling == "mean":
-        notes.append(
-            "pooling: the mean of the patches, as in timm; Meta's code and transformers read the "
-            "CLS token. To do the same, set `pooling='cls'` in training (`vitcls finetune "
-            "--pooling cls`)"
-        )
-    if config.position_embedding_type.startswith("learned") and not source.native_size_reason:
-        offset_text = f", offset {config.position_offset}" if config.position_offset else ""
-        antialias = "with" if config.position_antialias else "without"
-        notes.append(
-            f"position embeddings for other image sizes: {config.position_interpolation} "
-            f"{antialias} antialiasing{offset_text}, as in {source.project}"
-        )
-    return notes
+    if not is_dinov3 or config.pooling != "mean":
+        return []
+    return [
+        "pooling: the mean of the patches, as in timm; Meta's code and transformers read the CLS "
+        "token. To do the same, set `pooling='cls'` in training (`vitcls finetune --pooling cls`)"
+    ]
 
 
 def get_non_square_size(
@@ -191,9 +182,8 @@ def write_parity_report(
     `folder` has the weights of the converted model: `model`, or the transformers model `reference`
     if `is_native`. `fields` are further fields of the report.
 
-    docs/converting.md describes the main fields. `is_native`, `required_versions` (the lowest
-    versions that a transformers model requires) and `provenance` (license and base model) are for
-    the card.
+    docs/converting.md describes the main fields. `is_native` and `provenance` (license and base model)
+    are for the card.
     """
     comparisons, not_compared = compare_models(reference, model, processor_size)
     converted = reference.model if is_native else model
@@ -201,7 +191,6 @@ def write_parity_report(
         "is_native": is_native,
         "model_class": type(converted).__name__,
         "num_parameters": converted.num_parameters(),
-        "required_versions": {},
         "notes": [],
         **dict.fromkeys(("source_revision", "family", "source_sha256")),
         "image_size": model.config.image_height_width,

@@ -277,20 +277,14 @@ def read_qkv_biases(attention: TimmModule) -> Fields:
     In EVA, the key projections have no bias.
     """
     if getattr(attention, "q_bias", None) is not None:
-        bias_fields = {"query_bias": True, "key_bias": False, "value_bias": True}
-    elif attention.qkv is None:
-        projections = {
-            "query": attention.q_proj,
-            "key": attention.k_proj,
-            "value": attention.v_proj,
-        }
-        bias_fields = {
-            f"{name}_bias": projection.bias is not None for name, projection in projections.items()
-        }
-    else:
+        return {"query_bias": True, "key_bias": False, "value_bias": True}
+    if attention.qkv is not None:
         return {"qkv_bias": attention.qkv.bias is not None}
-    has_equal_biases = len(set(bias_fields.values())) == 1
-    return {"qkv_bias": bias_fields["query_bias"]} if has_equal_biases else bias_fields
+    return {
+        "query_bias": attention.q_proj.bias is not None,
+        "key_bias": attention.k_proj.bias is not None,
+        "value_bias": attention.v_proj.bias is not None,
+    }
 
 
 def read_mlp(mlp: TimmModule) -> Fields:

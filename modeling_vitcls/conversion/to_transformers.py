@@ -77,92 +77,83 @@ def convert_to_transformers(
         if not native_size_match.mismatches:
             hint = ". Set `native_size_only=True` if one size is enough"
         raise ConversionError(
-            f"{best_match.target.name}, the nearest class of transformers, does not support the "
+            f"{best_match.target}, the nearest class of transformers, does not support the "
             f"model: {', '.join(best_match.mismatches.values())}{hint}"
         )
     return build_transformers_model(best_match, model)
 
 
-@dataclass(frozen=True)
-class TargetClass:
-    """A transformers class to which models are converted."""
-
-    name: str
-    min_version: str  # Lowest version of transformers that contains the class
-    # Whether the class has the arguments `add_pooling_layer` and `use_mask_token`
-    has_optional_pooler: bool = False
-
-    def build(self, config: ViTCLSConfig) -> PreTrainedModel:
-        """Build a newly initialized transformers model with the settings of a configuration."""
-        model_class = getattr(transformers, self.name)
-        supported_fields = {field.name for field in dataclasses.fields(model_class.config_class)}
-        biases = get_qkv_biases(config)
-        is_gated = config.mlp_type != "mlp"
-        # DINOv2's configuration has a whole ratio instead of the size, so the ratio is looked up by
-        # the size. If several ratios give one size, the smallest is entered last and stays.
-        mlp_ratios = {
-            compute_dinov2_mlp_size(config.hidden_size, ratio, is_gated): ratio
-            for ratio in range(16, 0, -1)
-        }
-
-        # The gated MLP of DINOv2 ignores `hidden_act`.
-        hidden_act = config.hidden_act
-        if "use_gated_mlp" in supported_fields:
-            hidden_act = get_activation_name(config)
-        settings: dict[str, Any] = {
-            **{name: getattr(config, target) for name, target in FIELD_NAMES.items()},
-            "image_size": simplify_size(*config.image_height_width),
-            "patch_size": simplify_size(*config.patch_height_width),
-            "qkv_bias": any(biases.values()),
-            "pooler_act": config.pooled_activation or "tanh",
-            "mlp_ratio": mlp_ratios.get(config.intermediate_size, 4),
-            "use_swiglu_ffn": is_gated,
-            "use_gated_mlp": is_gated,
-            "hidden_act": hidden_act,
-            "layerscale_value": float(config.layer_scale_init_value or 1.0),
-            # DINOv2; with registers, a mask token always exists
-            "use_mask_token": config.use_mask_token,
-            **biases,
-            **read_label_fields(config),
-        }
-
-        settings = {name: value for name, value in settings.items() if name in supported_fields}
-        options = {}
-        if self.has_optional_pooler:
-            options = {
-                "add_pooling_layer": config.pooled_activation is not None,
-                "use_mask_token": config.use_mask_token,
-            }
-        model: PreTrainedModel = model_class(model_class.config_class(**settings), **options)
-        return model
-
-
-TARGETS: dict[str, list[TargetClass]] = {
+# Names of the transformers classes to which models are converted.
+TARGETS: dict[str, list[str]] = {
     "ViTCLSModel": [
-        TargetClass("ViTModel", "4.30", has_optional_pooler=True),
-        TargetClass("DeiTModel", "4.30", has_optional_pooler=True),
-        TargetClass("Dinov2Model", "4.31"),
-        TargetClass("Dinov2WithRegistersModel", "4.48"),
-        TargetClass("DINOv3ViTModel", "4.56"),
+        "ViTModel",
+        "DeiTModel",
+        "Dinov2Model",
+        "Dinov2WithRegistersModel",
+        "DINOv3ViTModel",
     ],
     "ViTCLSForImageClassification": [
-        TargetClass("ViTForImageClassification", "4.30"),
-        TargetClass("DeiTForImageClassificationWithTeacher", "4.30"),
-        TargetClass("DeiTForImageClassification", "4.30"),
-        TargetClass("Dinov2ForImageClassification", "4.31"),
-        TargetClass("Dinov2WithRegistersForImageClassification", "4.48"),
+        "ViTForImageClassification",
+        "DeiTForImageClassificationWithTeacher",
+        "DeiTForImageClassification",
+        "Dinov2ForImageClassification",
+        "Dinov2WithRegistersForImageClassification",
     ],
 }
-MIN_TRANSFORMERS_VERSIONS = {
-    target.name: target.min_version for targets in TARGETS.values() for target in targets
-}
+# Classes with the arguments `add_pooling_layer` and `use_mask_token`
+OPTIONAL_POOLERS = ("ViTModel", "DeiTModel")
+
+
+def build_target(name: str, config: ViTCLSConfig) -> PreTrainedModel:
+    """Build a newly initialized transformers model with the settings of a configuration."""
+    model_class = getattr(transformers, name)
+    supported_fields = {field.name for field in dataclasses.fields(model_class.config_class)}
+    biases = get_qkv_biases(config)
+    is_gated = config.mlp_type != "mlp"
+    # DINOv2's configuration has a whole ratio instead of the size, so the ratio is looked up by
+    # the size. If several ratios give one size, the smallest is entered last and stays.
+    mlp_ratios = {
+        compute_dinov2_mlp_size(config.hidden_size, ratio, is_gated): ratio
+        for ratio in range(16, 0, -1)
+    }
+
+    # The gated MLP of DINOv2 ignores `hidden_act`.
+    hidden_act = config.hidden_act
+    if "use_gated_mlp" in supported_fields:
+        hidden_act = get_activation_name(config)
+    settings: dict[str, Any] = {
+        **{name: getattr(config, target) for name, target in FIELD_NAMES.items()},
+        "image_size": simplify_size(*config.image_height_width),
+        "patch_size": simplify_size(*config.patch_height_width),
+        "qkv_bias": any(biases.values()),
+        "pooler_act": config.pooled_activation or "tanh",
+        "mlp_ratio": mlp_ratios.get(config.intermediate_size, 4),
+        "use_swiglu_ffn": is_gated,
+        "use_gated_mlp": is_gated,
+        "hidden_act": hidden_act,
+        "layerscale_value": float(config.layer_scale_init_value or 1.0),
+        # DINOv2; with registers, a mask token always exists
+        "use_mask_token": config.use_mask_token,
+        **biases,
+        **read_label_fields(config),
+    }
+
+    settings = {name: value for name, value in settings.items() if name in supported_fields}
+    options = {}
+    if name in OPTIONAL_POOLERS:
+        options = {
+            "add_pooling_layer": config.pooled_activation is not None,
+            "use_mask_token": config.use_mask_token,
+        }
+    model: PreTrainedModel = model_class(model_class.config_class(**settings), **options)
+    return model
 
 
 @dataclass(frozen=True)
 class TargetMatch:
     """Result of comparing a configuration with a target."""
 
-    target: TargetClass
+    target: str
     config: ViTCLSConfig  # Configuration of the model after `applied_rewrites`
     # Configuration of the target, converted back; after an error, the model's configuration
     target_config: ViTCLSConfig
@@ -180,9 +171,7 @@ def find_best_match(model_class: str, config: ViTCLSConfig, native_size_only: bo
     return min(matches, key=lambda match: (len(match.mismatches), len(match.applied_rewrites)))
 
 
-def find_equivalent_match(
-    target: TargetClass, config: ViTCLSConfig, native_size_only: bool
-) -> TargetMatch:
+def find_equivalent_match(target: str, config: ViTCLSConfig, native_size_only: bool) -> TargetMatch:
     """Apply all rewrites that reduce the number of mismatches, and return the new match."""
     match = compare_with_target(target, config)
 
@@ -202,14 +191,14 @@ def find_equivalent_match(
     return match
 
 
-def compare_with_target(target: TargetClass, config: ViTCLSConfig) -> TargetMatch:
+def compare_with_target(target: str, config: ViTCLSConfig) -> TargetMatch:
     """Convert a configuration to the target and back, and compare the fields."""
-    convertible_class = CONVERTIBLE_CLASSES[target.name]
+    convertible_class = CONVERTIBLE_CLASSES[target]
 
     try:
         # This model is only for names, shapes and settings, so its weights take no memory.
         with torch.device("meta"):
-            target_model = target.build(config)
+            target_model = build_target(target, config)
         weights = strip_encoder_name(target_model.state_dict(), convertible_class.encoder_name)
         # The way back is the code that reads the checkpoints of this class. A field that gets lost
         # on the way becomes a mismatch, not a model with other outputs.
@@ -230,7 +219,7 @@ def compare_with_target(target: TargetClass, config: ViTCLSConfig) -> TargetMatc
         and config.pooled_activation is None
     )
     ignored_fields = (
-        POOLING_FIELDS if target.has_optional_pooler and has_weightless_pooler else set()
+        POOLING_FIELDS if target in OPTIONAL_POOLERS and has_weightless_pooler else set()
     )
 
     mismatches = {
@@ -356,9 +345,9 @@ NEUTRAL_WEIGHTS = {"bias": 0.0, "lambda1": 1.0, "mask_token": 0.0}
 def build_transformers_model(match: TargetMatch, model: ViTCLSPreTrainedModel) -> PreTrainedModel:
     """Build the transformers model that `match` describes, with the weights of `model`."""
     target = match.target
-    transformers_model = target.build(match.config)
+    transformers_model = build_target(target, match.config)
     target_weights = transformers_model.state_dict()
-    convertible_class = CONVERTIBLE_CLASSES[target.name]
+    convertible_class = CONVERTIBLE_CLASSES[target]
     encoder_name = convertible_class.encoder_name
 
     weights = strip_encoder_name(model.state_dict(), "vitcls")
@@ -367,7 +356,7 @@ def build_transformers_model(match: TargetMatch, model: ViTCLSPreTrainedModel) -
 
     reference = strip_encoder_name(target_weights, encoder_name)
     if "embeddings.mask_token" in weights and "embeddings.mask_token" not in reference:
-        logger.warning(f"{target.name} has no mask token, so the mask token is dropped")
+        logger.warning(f"{target} has no mask token, so the mask token is dropped")
         del weights["embeddings.mask_token"]
     weights = revert_weights(weights, [*HEAD_RULES, *convertible_class.family.rules], reference)
 

@@ -142,6 +142,8 @@ def read_common_fields(config: Any, weights: Weights) -> Fields:
     if hasattr(config, "use_gated_mlp"):  # DINOv3 and Sapiens2
         fields["mlp_type"] = get_glu_type(config) if config.use_gated_mlp else "mlp"
 
+    if "pooler.dense.weight" in weights:  # ViT and DeiT; a dense layer on the CLS token
+        fields["pooled_activation"] = config.pooler_act
     if hasattr(config, "use_absolute_position_embeddings"):  # BEiT and InternViT
         fields["position_embedding_type"] = (
             "learned" if config.use_absolute_position_embeddings else "none"
@@ -179,17 +181,6 @@ def get_glu_type(config: Any) -> str:
 # (2204.07141), ViTMAE (2111.06377), I-JEPA (2301.08243), Pixio.
 
 
-def read_vit_fields(config: Any, weights: Weights) -> Fields:
-    """Read the fields of ViT.
-
-    The optional pooler of `ViTModel` is a dense layer on the CLS token.
-    """
-    fields = read_common_fields(config, weights)
-    if "pooler.dense.weight" in weights:
-        fields["pooled_activation"] = config.pooler_act
-    return fields
-
-
 def read_ijepa_fields(config: Any, weights: Weights) -> Fields:
     """Read the fields of I-JEPA, which has no special tokens.
 
@@ -203,17 +194,8 @@ def read_ijepa_fields(config: Any, weights: Weights) -> Fields:
     return read_common_fields(config, weights) | {"pooling": "mean"}
 
 
-# DINOv2 (arXiv 2304.07193), DINOv2 with registers (2309.16588), TIPSv2 (2604.12012; bilinear).
-
-
-def read_dinov2_fields(config: Any, weights: Weights) -> Fields:
-    """Read the fields of DINOv2, with or without registers.
-
-    Unlike the authors' code, transformers resamples position embeddings without an offset.
-    `Dinov2WithRegistersModel` resamples with antialiasing.
-    """
-    fields = read_common_fields(config, weights)
-    return fields | ({"position_antialias": True} if "num_register_tokens" in fields else {})
+# DINOv2 (arXiv 2304.07193), DINOv2 with registers (2309.16588), TIPSv2 (2604.12012). Unlike the
+# authors' code, transformers resamples position embeddings without an offset.
 
 
 def select_by_mlp_type(tensor: torch.Tensor, config: ViTCLSConfig) -> Sequence[torch.Tensor]:
@@ -435,15 +417,20 @@ def fold_pixel_normalization(weights: Weights) -> Weights:
 
 NO_SPECIAL_TOKENS: Fields = {"num_cls_tokens": 0, "position_embedding_tokens": "patches"}
 
-VIT = TransformersFamily(read_vit_fields)
+VIT = TransformersFamily(read_common_fields)
 DEIT = TransformersFamily(
-    read_vit_fields, fields={"num_distillation_tokens": 1, "position_embedding_tokens": "all"}
+    read_common_fields, fields={"num_distillation_tokens": 1, "position_embedding_tokens": "all"}
 )
 IJEPA = TransformersFamily(read_ijepa_fields, fields=NO_SPECIAL_TOKENS)
 PIXIO = TransformersFamily(read_common_fields, fields={"cls_pooling": "mean"}, has_square_grid=True)
-DINOV2 = TransformersFamily(read_dinov2_fields, has_square_grid=True)
+DINOV2 = TransformersFamily(read_common_fields, has_square_grid=True)
+DINOV2_WITH_REGISTERS = TransformersFamily(
+    read_common_fields, fields={"position_antialias": True}, has_square_grid=True
+)
 TIPSV2 = TransformersFamily(
-    read_dinov2_fields, fields={"position_interpolation": "bilinear"}, has_square_grid=True
+    read_common_fields,
+    fields={"position_antialias": True, "position_interpolation": "bilinear"},
+    has_square_grid=True,
 )
 DINOV3 = TransformersFamily(
     read_common_fields, DINOV3_RULES, {"position_embedding_type": "rope_2d"}

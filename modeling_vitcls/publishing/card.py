@@ -241,8 +241,7 @@ def build_model_variables(folder: ModelFolder, auto_class: str) -> dict[str, Any
         "min_transformers": ".".join(map(str, MIN_TRANSFORMERS_VERSION)),
     }
     if config is None:
-        required = folder.parity_report["required_versions"]["transformers"]
-        return variables | {"min_transformers": required.lstrip(">=")}
+        return variables
     length = config.token_layout.get_num_tokens(*config.grid_size)
     counts = {group: len(range(length)[tokens]) for group, tokens in config.token_layout.items()}
     groups = [f"{TOKEN_NAMES[key]} x {count}" for key, count in counts.items() if count]
