@@ -87,14 +87,11 @@ FINAL_FILE_PATTERNS = (
     RESULTS_FILE,
     SPLITS_FILE,
     *MODEL_PATTERNS,
-    *(
-        SPLITS_FILE,
-        PREDICTIONS_FILE,
-        CARD_FILE,
-        *LICENSE_PATTERNS,
-        REPORT_FILE,
-        PARITY_REPORT_FILE,
-    ),
+    PREDICTIONS_FILE,
+    CARD_FILE,
+    *LICENSE_PATTERNS,
+    REPORT_FILE,
+    PARITY_REPORT_FILE,
     f"{IMAGES_FOLDER}/*.png",
     GRAPH_FILE,
     f"{GRAPH_FILE}.*",
@@ -175,24 +172,6 @@ def hash_settings(folder: Path) -> dict[str, str]:
             text = json.dumps(settings, sort_keys=True)
             hashes[name] = hashlib.sha256(text.encode()).hexdigest()
     return hashes
-
-
-def list_export_files(folder: Path) -> list[str]:
-    """List the names of the files that `vitcls export` wrote to a folder.
-
-    They are its reports (model.onnx.json), and the listed files with the name of the graph
-    (model.onnx, model.onnx.data). Other ONNX files are not among them.
-    """
-    names = []
-    for report_file in sorted(folder.glob("*.onnx.json")):
-        try:
-            files = read_json(report_file).get("sha256")
-        except ValueError:  # Not a report
-            continue
-        graph = report_file.stem
-        if isinstance(files, dict):
-            names += [report_file.name, *(name for name in files if name.startswith(graph))]
-    return [name for name in names if "/" not in name and (folder / name).is_file()]
 
 
 def hash_files(files: Iterable[Path]) -> dict[str, str]:

@@ -1,11 +1,10 @@
 """A model folder: what is in the folder, and which of its results belong to its weights."""
 
 import json
-import logging
 import math
 import re
 from contextlib import ExitStack
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -66,13 +65,10 @@ HEADS = {
     "decoder",
 }
 
-PATCH_PROJECTION = "embeddings.patch_embeddings.projection.weight"  # In every model
 SOURCE_FLAGS = ("dataset", "model", "teacher")  # Flags that may contain local paths
 # Names or prefixes of the flags that are not published: the destination of a push, and how the run
 # was started
 PRIVATE_FLAGS = ("push_to_hub", "hub_", "resume", "overwrite")
-
-logger = logging.getLogger(__name__)
 
 
 class ModelFolder:
@@ -207,19 +203,11 @@ class ModelFolder:
             if name.removeprefix("vitcls.").partition(".")[0] not in unused_modules
         ]
         if unexpected:
-            remedy = (
-                f"Restore the {CONFIG_FILE} that belongs to the weights, or save the model again"
-            )
-            projections = [name for name in unexpected if name.endswith(PATCH_PROJECTION)]
-            if projections:
-                prefix = projections[0].removesuffix(PATCH_PROJECTION).removesuffix("vitcls.")
-                remedy = (
-                    f"A wrapper, such as DataParallel or Lightning's, put {prefix!r} before the "
-                    "names. Save the model inside it, or remove this from the names"
-                )
             raise ValueError(
                 f"{self.source} has {len(unexpected)} weights that {CONFIG_FILE} has no place for, "
-                f"such as {', '.join(unexpected[:3])}. {remedy}"
+                f"such as {', '.join(unexpected[:3])}. Restore the {CONFIG_FILE} that belongs to the "
+                "weights. If a wrapper, such as DataParallel or Lightning's, put a prefix before the "
+                "names, save the model inside it"
             )
         return model, set(loading_info["missing_keys"])
 
@@ -231,7 +219,7 @@ class ModelFolder:
         settings = hash_settings(self.path)
         edited = [name for name, value in trained_settings.items() if settings.get(name) != value]
         if edited:
-            warn_once(
+            warn_on_first_process(
                 f"{' and '.join(edited)} of {self.source} changed after training, so the outputs "
                 f"may differ from those that {RESULTS_FILE} describes"
             )
@@ -239,7 +227,7 @@ class ModelFolder:
     def warn_about_lost_splits(self) -> None:
         """Log a line if a run has flags, but not the list of the images that it trained on."""
         if (self.path / RECIPE_FILE).is_file() and not (self.path / SPLITS_FILE).is_file():
-            warn_once(
+            warn_on_first_process(
                 f"{SPLITS_FILE} of {self.source} is missing, so images that the model was trained "
                 "on are not recognized"
             )
@@ -357,7 +345,9 @@ class ModelFolder:
         # written with it.
         if not content or not self.has_weights or content.get(key) == self.weights_sha256:
             return content
-        warn_once(f"ignoring {name}, because it belongs to other weights than those in {self.path}")
+        warn_on_first_process(
+            f"ignoring {name}, because it belongs to other weights than those in {self.path}"
+        )
         return {}
 
     @cached_property
@@ -368,7 +358,7 @@ class ModelFolder:
         except FileNotFoundError:
             return {}
         except (OSError, ValueError, yaml.YAMLError) as error:
-            warn_once(f"ignoring {self.path / RECIPE_FILE}: {format_error(error)}")
+            warn_on_first_process(f"ignoring {self.path / RECIPE_FILE}: {format_error(error)}")
             return {}
         return flags if isinstance(flags, dict) else {}
 
@@ -462,12 +452,6 @@ def open_vitcls(source: str) -> ModelFolder:
     records = (RESULTS_FILE, SPLITS_FILE, RECIPE_FILE, PARITY_REPORT_FILE, *LICENSE_PATTERNS)
     patterns = (*MODEL_FILE_PATTERNS, *records)
     return ModelFolder(Path(get_model_folder(source, patterns)), source)
-
-
-@cache
-def warn_once(message: str) -> None:
-    """Log a warning once, because a push and its verification both read the folder."""
-    logger.warning(message)
 
 
 def list_code_references(auto_map: Any) -> list[str]:

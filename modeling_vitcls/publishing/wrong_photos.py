@@ -21,8 +21,9 @@ from ..analysis.report import encode_data_url
 from ..data.images import LabeledImages
 from ..data.splits import TrainingData
 from ..hub.model_files import PREDICTIONS_FILE
-from ..hub.model_folder import ModelFolder, warn_once
+from ..hub.model_folder import ModelFolder
 from ..inference.per_image import read_weights_hash
+from ..runtime.errors import warn_on_first_process
 
 
 MIN_CONFIDENT = 0.9  # A wrong prediction above this probability is a confident one
@@ -57,14 +58,16 @@ def read_predictions(folder: ModelFolder) -> Any:
     try:
         # A model that was trained again makes other mistakes than those in the file.
         if read_weights_hash(file) != folder.weights_sha256:
-            warn_once(f"ignoring {file}, because it contains the predictions of other weights")
+            warn_on_first_process(
+                f"ignoring {file}, because it contains the predictions of other weights"
+            )
             return None
         columns = ["image", "label", "prediction", "probabilities", "loss"]
         if "nearest_images" in pq.read_schema(file).names:
             columns.append("nearest_images")
         rows = pd.read_parquet(file, columns=columns)
     except (OSError, ValueError):  # The errors of pyarrow are subclasses
-        warn_once(
+        warn_on_first_process(
             f"ignoring {file}, because it is not readable. Write it again with `vitcls evaluate "
             "--per-image`"
         )

@@ -40,7 +40,6 @@ from ..hub.model_files import (
     RESULTS_FILE,
     hash_weights,
     is_match,
-    list_export_files,
 )
 from ..hub.model_folder import ModelFolder
 from ..runtime.errors import format_name_list
@@ -219,7 +218,7 @@ def list_final_files(folder: Path) -> list[str]:
     matches = [
         name for pattern in FINAL_FILE_PATTERNS for name in names if is_match(name, (pattern,))
     ]
-    return list(dict.fromkeys([*matches, *list_export_files(folder)]))
+    return list(dict.fromkeys(matches))
 
 
 # What a run writes before it starts --------------------------------------------------------------

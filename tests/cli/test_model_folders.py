@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 
 from modeling_vitcls import ViTCLSForImageClassification
 from modeling_vitcls.hub.model_files import hash_weights
-from modeling_vitcls.hub.model_folder import warn_once
 from modeling_vitcls.inference.evaluator import Evaluator
+from modeling_vitcls.runtime.errors import warn_on_first_process
 
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("fresh_accelerate")]
@@ -86,11 +86,11 @@ CHANGES: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
     ),
     "names of DataParallel": (
         lambda folder: add_prefix(folder, "module."),
-        ("put 'module.' before",),
+        ("such as module.", "If a wrapper"),
     ),
     "names of Lightning": (
         lambda folder: add_prefix(folder, "net.vit."),
-        ("put 'net.vit.' before",),
+        ("such as net.vit.", "If a wrapper"),
     ),
     "a stray layer": (add_stray_layer, ("vitcls.layers.2.mlp.fc1.weight",)),
     "an adapter": (
@@ -219,7 +219,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def trained(run: Path, tmp_path: Path) -> Path:
     """Return a copy of the run."""
-    warn_once.cache_clear()
+    warn_on_first_process.cache_clear()
     return Path(shutil.copytree(run, tmp_path / "copy"))
 
 
@@ -240,7 +240,7 @@ def test_settings_that_were_edited_after_training_are_named(
     edit(trained, distance_threshold=9.0)
     edit(trained, "preprocessor_config.json", do_normalize=False)
     for status, command, *flags in commands:
-        warn_once.cache_clear()
+        warn_on_first_process.cache_clear()
         caplog.clear()
         assert run_here(command, "--model", str(trained), *flags) == status
         (line,) = [line for line in caplog.messages if "after training" in line]
