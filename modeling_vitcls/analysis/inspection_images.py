@@ -14,7 +14,7 @@ import pandas as pd
 
 from ..data.cells import normalize_name
 from ..data.evaluation_data import load_evaluation_data
-from ..data.images import ArrayImages, DatasetImages
+from ..data.images import DatasetImages
 from ..data.label_matching import translate_labels
 from ..data.labels import UNLABELED, LabelSpace, OneLabel
 from ..data.options import DataOptions
@@ -27,7 +27,7 @@ from .options import InspectOptions
 class InspectionImages:
     """Images with names, labels (as in `inspect_model`), and a description of the source."""
 
-    images: ArrayImages | DatasetImages
+    images: DatasetImages
     names: Sequence[str]
     labels: Sequence[Any] | None  # None if unknown
     source: str
@@ -73,11 +73,8 @@ def open_images(
 
     images = data.images.images
     dataset_name = Path(options.dataset).resolve().name
-    # The names of images in memory are checksums, which say nothing to a reader.
-    is_in_memory = isinstance(images, ArrayImages)
-    names = list(map(str, range(len(images)))) if is_in_memory else images.get_names()
     # Numbers of rows do not say which dataset they are from.
-    names = [f"{dataset_name} {name}" if name.isdigit() else name for name in names]
+    names = [f"{dataset_name} {name}" if name.isdigit() else name for name in images.get_names()]
     return InspectionImages(images, names, labels, f"{dataset_name}, {data.description}")
 
 

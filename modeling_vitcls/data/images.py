@@ -1,13 +1,12 @@
 """Sequences of images that are decoded on access, and a counter of unreadable images.
 
-    ArrayImages      images of the same size in memory (digits)
     DatasetImages    a column of a `datasets.Dataset`: encoded images or paths
 
-Both return PIL images and raise `UnreadableImage` for unreadable images. Three methods do not
+It returns PIL images and raises `UnreadableImage` for unreadable images. Three methods do not
 decode images:
 
     select(indices)          a subset
-    get_names()              the path of each image within the dataset, a checksum (arrays), or the row number
+    get_names()              the path of each image within the dataset, or the row number
     compute_content_keys()   a checksum of each image: training images are recognized under any name (splits_table.py)
 """
 
@@ -58,7 +57,7 @@ class LabeledImages:
     A label is a class index, a list of class indices, or {task: class index}.
     """
 
-    images: Any  # One of the classes below, or any other sequence of PIL images
+    images: Any  # DatasetImages, or any other sequence of PIL images
     labels: Sequence[Any]
     groups: np.ndarray | None = None  # [N] int64; images of one group stay together
     keys: np.ndarray | None = None  # [N] uint64; checksums of the content, if they were computed
@@ -90,29 +89,6 @@ class LabeledImages:
         # A permutation and not a choice: a larger number draws the same images, and more.
         indices = np.random.default_rng(0).permutation(len(self))[:num_images]
         return self.select(np.sort(indices).tolist())
-
-
-@dataclass(frozen=True, eq=False)
-class ArrayImages(Sequence):
-    """Grayscale images of the same size: [images, H, W] `uint8`."""
-
-    pixels: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.pixels)
-
-    def __getitem__(self, index: Any) -> Any:
-        return Image.fromarray(self.pixels[index])
-
-    def select(self, indices: Sequence[int]) -> "ArrayImages":
-        return ArrayImages(self.pixels[np.asarray(indices, np.int64)])
-
-    def get_names(self) -> list[str]:
-        return [f"{key:x}" for key in self.compute_content_keys().tolist()]
-
-    def compute_content_keys(self) -> np.ndarray:
-        streams = (io.BytesIO(array.tobytes()) for array in self.pixels)
-        return np.fromiter(map(compute_content_key, streams), np.uint64, len(self))
 
 
 @dataclass(frozen=True, eq=False)

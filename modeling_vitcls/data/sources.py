@@ -51,9 +51,9 @@ from .columns import (
 )
 from .folder_layout import SPLIT_BY_FOLDER_NAME, SPLIT_ORDER
 from .image_folder import get_remedy, read_image_folder, scan_folder
-from .images import ADDRESS, ArrayImages, DatasetImages, LabeledImages
-from .in_memory import MEMORY_PREFIX, get_dataset, get_title
-from .labels import UNLABELED, LabelSpace, OneLabel
+from .images import ADDRESS, DatasetImages, LabeledImages
+from .in_memory import MEMORY_PREFIX, convert_split, get_dataset, get_title
+from .labels import UNLABELED, LabelSpace
 from .options import DataOptions
 from .tables import read_table
 
@@ -126,77 +126,6 @@ def load_splits(
         ValueError: if the dataset cannot be read, or has no image or label column.
         OSError: if the dataset cannot be found.
     """
-    if not is_built_in_dataset(options.dataset):
-        return load_table(options, use_labels, select, trained)
-
-    splits = load_digits()
-    only_values = {
-        "image_column": "image",
-        "label_column": tuple(splits.label_space.columns),
-        "label_separator": None,
-        "label_names": tuple(splits.label_space.names),
-    }
-    for name, only_value in only_values.items():
-        if getattr(options, name) not in (None, only_value):
-            raise ValueError(
-                f"`{name}` has no effect on {options.dataset}, whose images and labels are not in "
-                f"a table. Remove `{name}`"
-            )
-    select(["train"])  # An error for another split
-    if use_labels:
-        return splits
-    unlabeled = mark_as_unlabeled(splits.train.images)
-    return replace(splits, label_space=UNLABELED, images_by_split={"train": unlabeled})
-
-
-def mark_as_unlabeled(images: Any) -> LabeledImages:
-    """Give no image a label."""
-    return LabeledImages(images, [None] * len(images))
-
-
-def load_on_main(dataset: str, load: Callable[[], Data]) -> Data:
-    """Load a dataset on the main process, and return what `load` returns on all processes.
-
-    A folder is then scanned once, and the held-out images are selected once. Tables on disk are not
-    copied.
-
-    A process loads a dataset itself if the dataset is in memory, or if the process does not share
-    the file system of the main process's cache of `datasets`.
-    """
-    if PartialState().num_processes == 1 or dataset.startswith(MEMORY_PREFIX):
-        return load()
-    # Pickled before it is sent, because unpickling may fail on a process without the cached files.
-    content = run_on_main(lambda: pickle.dumps(load()))
-    try:
-        return pickle.loads(content)
-    except OSError:
-        return load()
-
-
-# In memory ----------------------------------------------------------------------------------------
-
-
-def load_digits() -> Splits:
-    """Load the handwritten digits from scikit-learn: images of 8 x 8 pixels with 17 gray levels."""
-    import sklearn.datasets
-
-    digits = sklearn.datasets.load_digits()
-    gray_levels = (digits.images * (255 / 16)).round().astype(np.uint8)  # [1797, 8, 8]
-    label_space = OneLabel({"label": [str(name) for name in digits.target_names]})
-    images = LabeledImages(ArrayImages(gray_levels), digits.target.tolist())
-    return Splits("digits", label_space, {"train": images})
-
-
-# Tables and folders -------------------------------------------------------------------------------
-
-
-def load_table(
-    options: DataOptions,
-    use_labels: bool,
-    select: SplitSelector,
-    trained: Mapping[str, Any] | None,
-) -> Splits:
-    """Load the splits of an image folder, a table, data in memory or a dataset on the Hub."""
     name, folder, splits = open_dataset(options.dataset, use_labels)
     dataset = get_title(options.dataset)
     columns = next(iter(splits.values())).features
@@ -245,6 +174,30 @@ def load_table(
     return Splits(name, label_space, labeled, facts)
 
 
+def mark_as_unlabeled(images: Any) -> LabeledImages:
+    """Give no image a label."""
+    return LabeledImages(images, [None] * len(images))
+
+
+def load_on_main(dataset: str, load: Callable[[], Data]) -> Data:
+    """Load a dataset on the main process, and return what `load` returns on all processes.
+
+    A folder is then scanned once, and the held-out images are selected once. Tables on disk are not
+    copied.
+
+    A process loads a dataset itself if the dataset is in memory, or if the process does not share
+    the file system of the main process's cache of `datasets`.
+    """
+    if PartialState().num_processes == 1 or dataset.startswith(MEMORY_PREFIX):
+        return load()
+    # Pickled before it is sent, because unpickling may fail on a process without the cached files.
+    content = run_on_main(lambda: pickle.dumps(load()))
+    try:
+        return pickle.loads(content)
+    except OSError:
+        return load()
+
+
 def drop_unlabeled_images(
     images: LabeledImages, name: str, columns: Sequence[str]
 ) -> LabeledImages:
@@ -268,7 +221,7 @@ def drop_unlabeled_images(
 
 
 def open_dataset(dataset: str, use_labels: bool) -> tuple[str, Path, Any]:
-    """Open a dataset that `datasets` represents: all but `digits`.
+    """Open a dataset.
 
     Returns:
         The name of the file or folder, or the id on the Hub; the folder to which image paths are
@@ -279,6 +232,8 @@ def open_dataset(dataset: str, use_labels: bool) -> tuple[str, Path, Any]:
         OSError: if it is found neither locally nor on the Hub.
     """
     path = Path(dataset)
+    if is_built_in_dataset(dataset):
+        return dataset, Path.cwd(), {"train": load_digits()}
     if dataset.startswith(MEMORY_PREFIX):
         return get_title(dataset), Path.cwd(), get_dataset(dataset)
     if path.is_dir():
@@ -309,6 +264,17 @@ def open_dataset(dataset: str, use_labels: bool) -> tuple[str, Path, Any]:
             "its cache. Check the name"
         ) from error
     return dataset, path, splits
+
+
+def load_digits() -> Any:
+    """Load the handwritten digits from scikit-learn: images of 8 x 8 pixels with 17 gray levels."""
+    import sklearn.datasets
+
+    digits = sklearn.datasets.load_digits()
+    gray_levels = (digits.images * (255 / 16)).round().astype(np.uint8)  # [1797, 8, 8]
+    # Files without compression: their bytes, and so their keys, are the same on every machine.
+    files = [b"P5 8 8 255\n" + pixels.tobytes() for pixels in gray_levels]
+    return convert_split(list(zip(files, digits.target, strict=True)))
 
 
 def read_folder(path: Path, use_labels: bool) -> Any:

@@ -2,8 +2,8 @@
 
 An input is a sequence of records: name and undecoded image.
 
-    PATHS, --list, digits    a list           known at the start
-    other datasets           DatasetRecords   random access with the `datasets` library
+    PATHS, --list    a list           known at the start
+    datasets         DatasetRecords   random access with the `datasets` library
 
 Several threads read, decode and preprocess images ahead of the forward pass (`prepare_ahead` in
 image_pass.py).
@@ -32,13 +32,10 @@ from ..data.image_folder import (
 )
 from ..data.images import DatasetImages, check_is_no_address, find_file, resolve_path
 from ..data.in_memory import get_title
-from ..data.options import DataOptions
 from ..data.sources import (
     build_images,
-    load_splits,
     open_dataset,
 )
-from ..hub.local_paths import is_built_in_dataset
 from ..model.image_processing_vitcls import (
     SOURCE_TYPES,
     ViTCLSImageProcessor,
@@ -232,12 +229,6 @@ def open_input(options: PredictOptions) -> Sequence[ImageRecord]:
         return found
 
     dataset = options.dataset
-    data_options = DataOptions(dataset=dataset, image_column=options.image_column)
-    if is_built_in_dataset(dataset):
-        digits = load_splits(data_options, use_labels=False).images_by_split
-        images = select_split(digits, options.split, dataset).images
-        return [ImageRecord(f"{dataset}/{index}", image) for index, image in enumerate(images)]
-
     _, folder, splits = open_dataset(dataset, use_labels=False)
     title = get_title(dataset)
     split = select_split(splits, options.split, title)

@@ -11,7 +11,7 @@ from helpers.tiny_models import build_tiny_config, save_with_processor
 from PIL import Image
 
 from modeling_vitcls import ViTCLSForImageClassification
-from modeling_vitcls.data.images import ArrayImages, LabeledImages
+from modeling_vitcls.data.images import DatasetImages, LabeledImages
 from modeling_vitcls.data.labels import OneLabel
 from modeling_vitcls.data.splits import TrainingData
 from modeling_vitcls.hub.model_folder import ModelFolder
@@ -24,7 +24,7 @@ from modeling_vitcls.publishing.wrong_photos import (
 
 
 NAMES = ["dusk", "noon", "x"]
-NO_IMAGES = LabeledImages(ArrayImages(np.zeros((0, 8, 8), np.uint8)), [])
+NO_IMAGES = LabeledImages(DatasetImages.from_list([]), [])
 
 
 @pytest.fixture
@@ -77,7 +77,8 @@ def test_the_wrong_images_with_the_largest_losses_come_first(folder: Path) -> No
 
 def test_a_wrong_image_stands_above_its_nearest_training_images(folder: Path) -> None:
     pixels = np.arange(3 * 64, dtype=np.uint8).reshape(3, 8, 8)
-    train = LabeledImages(ArrayImages(pixels), [0, 1, 2])
+    files = [{"path": None, "bytes": b"P5 8 8 255\n" + each.tobytes()} for each in pixels]
+    train = LabeledImages(DatasetImages.from_list(files), [0, 1, 2])
     names = train.images.get_names()
     rows = read_predictions(ModelFolder(folder))
     rows = rows.assign(nearest_images=[[names[2], names[0]]] * len(rows))
@@ -89,7 +90,7 @@ def test_a_wrong_image_stands_above_its_nearest_training_images(folder: Path) ->
 
 
 def test_a_name_of_several_images_is_not_found() -> None:
-    train = LabeledImages(ArrayImages(np.zeros((2, 8, 8), np.uint8)), [0, 1])
+    train = LabeledImages(DatasetImages.from_list(["same.png", "same.png"]), [0, 1])
     assert find_photos(build_data(NO_IMAGES, train)) == {}
 
 
