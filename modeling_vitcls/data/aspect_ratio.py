@@ -10,6 +10,7 @@ prediction, export and transformers' pipelines agree.
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -198,9 +199,6 @@ def read_sizes(images: Sequence[Any]) -> list[Size]:
     """Read the sizes of up to `MAX_MEASURED_IMAGES` images, evenly spaced."""
     sizes = []
     for index in range(0, len(images), -(-len(images) // MAX_MEASURED_IMAGES) or 1):
-        try:
-            width, height = read_size(images, index)
-        except ValueError:  # An unreadable image is reported when it is used
-            continue
-        sizes.append((height, width))
+        with suppress(ValueError):  # An unreadable image is reported when it is used
+            sizes.append(read_size(images, index))
     return sizes

@@ -1,7 +1,7 @@
 """Augmentation of training images.
 
     image -> fixed_transform: resize (cached) -> random_transform: crop, flip, rotation, ... -> pixels
-    batch on the device -> BatchMixer: mixup, CutMix
+    batch on the device -> build_mixer: mixup, CutMix
 
 The transforms are torchvision's. They run on the CPU and process `uint8` pixels. Their random
 numbers depend only on the seed of each image. Held-out images are preprocessed by the image
@@ -99,25 +99,16 @@ class Erasing(nn.Module):
         )
 
 
-class BatchMixer:
-    """Mixup (Zhang et al. 2018) and CutMix (Yun et al. 2019).
+def build_mixer(mixup: float, cutmix: float, num_classes: int) -> nn.Module:
+    """Build mixup (Zhang et al. 2018) or CutMix (Yun et al. 2019), or one of them at random.
 
-    Each batch uses one of the enabled methods at random.
+    Returns:
+        A transform of pixels [B, C, H, W] and class indices [B] to pixels as floats from 0 to 255,
+        and labels as probabilities [B, classes].
     """
-
-    def __init__(self, mixup: float, cutmix: float, num_classes: int) -> None:
-        mixers: list[nn.Module] = []
-        if mixup:
-            mixers.append(v2.MixUp(alpha=mixup, num_classes=num_classes))
-        if cutmix:
-            mixers.append(v2.CutMix(alpha=cutmix, num_classes=num_classes))
-        self.mix = mixers[0] if len(mixers) == 1 else v2.RandomChoice(mixers)
-
-    def __call__(
-        self, pixels: torch.Tensor, labels: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mix pixels [B, C, H, W] and class indices [B].
-
-        Return the pixels as floats from 0 to 255, and the labels as probabilities [B, classes].
-        """
-        return self.mix(pixels.float(), labels)
+    alphas = {v2.MixUp: mixup, v2.CutMix: cutmix}
+    mixers = [
+        method(alpha=alpha, num_classes=num_classes) for method, alpha in alphas.items() if alpha
+    ]
+    mixer = mixers[0] if len(mixers) == 1 else v2.RandomChoice(mixers)
+    return v2.Compose([v2.ToDtype(torch.float32), mixer])

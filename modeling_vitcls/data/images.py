@@ -161,7 +161,7 @@ class DatasetImages(Sequence):
 
 
 def read_size(images: Any, index: int) -> tuple[int, int]:
-    """Read the width and height of an upright image; for a local file, only its header is read.
+    """Read the height and width of an upright image; for a local file, only its header is read.
 
     Raise UnreadableImage if the image cannot be read.
     """
@@ -172,8 +172,8 @@ def read_size(images: Any, index: int) -> tuple[int, int]:
             Image.open(stream, formats=get_image_formats()) as image,
         ):
             is_turned = image.getexif().get(ExifTags.Base.Orientation, 1) > 4
-            return image.size[::-1] if is_turned else image.size
-    return images[index].size  # type: ignore[no-any-return]
+            return image.size if is_turned else image.size[::-1]
+    return images[index].size[::-1]  # type: ignore[no-any-return]
 
 
 def open_encoded_image(encoded_image: dict[str, Any]) -> BinaryIO:

@@ -143,7 +143,9 @@ def load_splits(
         split: build_images(table, column, folder, dataset) for split, table in tables.items()
     }
     if not use_labels:
-        unlabeled = {split: mark_as_unlabeled(each) for split, each in images.items()}
+        unlabeled = {
+            split: LabeledImages(each, [None] * len(each)) for split, each in images.items()
+        }
         return Splits(name, UNLABELED, unlabeled, facts)
 
     columns = find_label_columns(dataset, tables, options.label_column, column)
@@ -172,11 +174,6 @@ def load_splits(
         for split in tables
     }
     return Splits(name, label_space, labeled, facts)
-
-
-def mark_as_unlabeled(images: Any) -> LabeledImages:
-    """Give no image a label."""
-    return LabeledImages(images, [None] * len(images))
 
 
 def load_on_main(dataset: str, load: Callable[[], Data]) -> Data:

@@ -150,15 +150,14 @@ class ModelFolder:
             config = self.config
             height, width = config.image_height_width
             processor = ViTCLSImageProcessor(size={"height": height, "width": width})
-            statistics = "the mean and standard deviation of ImageNet"
             if config.num_channels != 3:
                 processor.do_convert_rgb = False
                 processor.image_mean = processor.image_std = (0.5,) * config.num_channels
-                statistics = "a mean and standard deviation of 0.5"
             warn_on_first_process(
                 f"{self.source} has no {PROCESSOR_FILE}: images are resized to {height} x {width} "
-                f"pixels and normalized with {statistics}. If the model was trained with another "
-                "image processor, save it there: `processor.save_pretrained(FOLDER)`"
+                f"pixels and normalized with the mean {processor.image_mean} and the standard "
+                f"deviation {processor.image_std}. If the model was trained with another image "
+                "processor, save it there: `processor.save_pretrained(FOLDER)`"
             )
             return processor
         return load_checkpoint(ViTCLSImageProcessor.from_pretrained, self.path)

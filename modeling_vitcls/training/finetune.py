@@ -18,7 +18,7 @@ import torch
 from accelerate import Accelerator
 
 from ..data.aspect_ratio import get_resize
-from ..data.augmentation import BatchMixer
+from ..data.augmentation import build_mixer
 from ..data.batches import Batch, Normalizer
 from ..data.sampling import compute_class_weights
 from ..data.sources import Splits
@@ -166,7 +166,7 @@ def build_objective(
     labels = data.label_space
     mixer = None
     if options.mixup or options.cutmix:
-        mixer = BatchMixer(options.mixup, options.cutmix, len(labels.names))
+        mixer = build_mixer(options.mixup, options.cutmix, len(labels.names))
     class_weights = None
     if options.class_balance == "weights":
         class_weights = compute_class_weights(data.train.labels, len(labels.names))

@@ -9,9 +9,9 @@ from torchvision.transforms import InterpolationMode, v2
 from modeling_vitcls import ViTCLSImageProcessor
 from modeling_vitcls.data.augmentation import (
     Augmentation,
-    BatchMixer,
     Erasing,
     build_augmentation,
+    build_mixer,
 )
 from modeling_vitcls.data.options import AugmentationOptions
 from modeling_vitcls.data.sampling import derive_seed
@@ -150,7 +150,7 @@ def test_transforms_of_single_images_are_those_of_torchvision(
 def test_the_fractions_follow_alpha(name: str, mixer: Any, alpha: float) -> None:
     pixels = torch.rand(4, 3, 16, 16) * 255
     torch.manual_seed(0)
-    found = BatchMixer(**{"mixup": 0.0, "cutmix": 0.0, name: alpha}, num_classes=5)(
+    found = build_mixer(**{"mixup": 0.0, "cutmix": 0.0, name: alpha}, num_classes=5)(
         pixels, torch.arange(4)
     )
     torch.manual_seed(0)
