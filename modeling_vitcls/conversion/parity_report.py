@@ -122,11 +122,8 @@ def get_non_square_size(
     image_size: tuple[int, int], patch_size: tuple[int, int]
 ) -> tuple[int, int]:
     """Choose an image size (height, width) with fewer rows and more columns of patches."""
-    height, width = image_size
-    patch_height, patch_width = patch_size
-    rows = height // patch_height
-    columns = width // patch_width
-    return max(1, rows * 3 // 4) * patch_height, (columns * 5 // 4 + 1) * patch_width
+    rows, columns = (side // patch for side, patch in zip(image_size, patch_size, strict=True))
+    return max(1, rows * 3 // 4) * patch_size[0], (columns * 5 // 4 + 1) * patch_size[1]
 
 
 def build_random_images(shape: tuple[int, int, int, int]) -> torch.Tensor:

@@ -27,7 +27,7 @@ from transformers.initialization import no_init_weights
 from ..model.configuration_vitcls import ViTCLSConfig
 from ..model.modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel, ViTCLSPreTrainedModel
 from ..model.token_layout_vitcls import COUNT_FIELDS, GROUPS_WITH_POSITIONS, TokenLayout
-from ..runtime.errors import format_error
+from ..runtime.errors import format_error, format_name_list
 
 
 Weights = dict[str, torch.Tensor]
@@ -137,7 +137,7 @@ def convert_weights(weights: Weights, rules: Sequence[Rule], config: ViTCLSConfi
                 converted_weights[target] = converted_weight
 
     if unmatched_names:
-        raise ConversionError(f"unexpected weights: {join_names(unmatched_names)}")
+        raise ConversionError(f"unexpected weights: {format_name_list(unmatched_names, 8)}")
 
     for target, weights_by_index in weights_to_stack.items():
         converted_weights[target] = torch.stack(
@@ -168,7 +168,7 @@ def revert_weights(weights: Weights, rules: Sequence[Rule], reference: Weights) 
     # A weight without a counterpart would be lost without an error, and the outputs would differ.
     if unused_names := sorted(weights.keys() - used_names):
         raise ConversionError(
-            f"the target model has no counterparts of these weights: {join_names(unused_names)}"
+            f"the target model has no counterparts of these weights: {format_name_list(unused_names, 8)}"
         )
     return reverted_weights
 
@@ -230,9 +230,3 @@ def build_converted_model(
         raise ConversionError(format_error(error)) from None
     model.eval()
     return model
-
-
-def join_names(names: Sequence[str], max_names: int = 8) -> str:
-    """Join the first `max_names` names with commas, and append the number of remaining names."""
-    suffix = f" and {len(names) - max_names} more" if len(names) > max_names else ""
-    return ", ".join(names[:max_names]) + suffix

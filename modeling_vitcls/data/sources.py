@@ -249,18 +249,9 @@ def open_dataset(dataset: str, use_labels: bool) -> tuple[str, Path, Any]:
 
     import datasets
 
-    try:
-        # Without the fallback, `datasets` retries for almost a minute
-        with fall_back_to_cache(dataset, "dataset"), explain_reading_errors(dataset):
-            splits = datasets.load_dataset(dataset)
-    except ValueError as error:
-        if not isinstance(error.__cause__, ConnectionError | FileNotFoundError):
-            raise
-        raise OSError(
-            f"there is no file or folder {dataset}, and no such dataset was found on the Hub or in "
-            "its cache. Check the name"
-        ) from error
-    return dataset, path, splits
+    # Without the fallback, `datasets` retries for almost a minute
+    with fall_back_to_cache(dataset, "dataset"), explain_reading_errors(dataset):
+        return dataset, path, datasets.load_dataset(dataset)
 
 
 def load_digits() -> Any:
@@ -357,8 +348,8 @@ def explain_reading_errors(name: str) -> Iterator[None]:
             raise ValueError(f"{name} is empty. Add rows with images") from error
         raise ValueError(
             f"cannot read the dataset {name!r} ({type(cause).__name__}: {format_error(cause)}). "
-            "Check the path and the file format: CSV, JSON Lines or Parquet, or a folder of images "
-            "or of such files"
+            "Check the path or the name on the Hub, and the file format: CSV, JSON Lines or Parquet, "
+            "or a folder of images or of such files"
         ) from error
     finally:
         datasets.logging.set_verbosity(verbosity)

@@ -24,7 +24,6 @@ from .images import resolve_path
 
 
 SEPARATORS = {",": "comma", ";": "semicolon", "\t": "tab", "|": "bar"}
-PANDAS_PREFIX = "Error tokenizing data. C error: "
 # Blank lines and comments before the header, and the line in which spreadsheets name the separator
 PREAMBLE = re.compile(r'(?:[ \t]*(?:#.*)?\n)*(?:"?sep=(?P<separator>.)"?\n)?')
 
@@ -96,7 +95,7 @@ def read_csv(file: Path, text: str) -> dict[str, list[str]]:
         ).fillna("")  # Rows with fewer fields than the header
     except ValueError as error:
         raise ValueError(
-            f"{file}: {format_error(error).removeprefix(PANDAS_PREFIX)} (fields are separated by a "
+            f"{file}: {format_error(error)} (fields are separated by a "
             f"{SEPARATORS.get(separator, repr(separator))}). Check the quotes, which are required "
             "around fields that contain the separator"
         ) from error

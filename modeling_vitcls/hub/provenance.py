@@ -130,12 +130,15 @@ def find_provenance(source: str) -> Provenance:
     if not license_id or license_id == "unknown":
         return provenance
 
-    # Licenses come before notices, and the first file is linked as the license.
-    license_files = tuple(
+    matching_files = (
         file
-        for file in sorted(folder.iterdir())
-        if file.is_file() and is_match(file.name, LICENSE_PATTERNS)
+        for pattern in LICENSE_PATTERNS
+        for file in sorted(folder.glob(pattern))
+        if file.is_file()
     )
+    # The patterns of licenses come before the patterns of notices, and the first file is linked as
+    # the license.
+    license_files = tuple(dict.fromkeys(matching_files))
     license_link = card_metadata.get("license_link")
     if not license_link and license_id == "other" and license_files:
         license_link = license_files[0].name
