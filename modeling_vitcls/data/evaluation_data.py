@@ -5,14 +5,13 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
-import numpy as np
 import pandas as pd
 
 from .images import LabeledImages
 from .in_memory import get_title
 from .labels import LabelSpace
 from .options import DataOptions
-from .sources import Splits, load_splits
+from .sources import load_splits
 from .splits import HELD_OUT_SPLITS, check_contradictions
 from .splits_table import EMPTY_TABLE, find_trained_images, get_keys
 
@@ -53,43 +52,22 @@ def load_evaluation_data(
     Raises:
         ValueError: if the split does not exist, or if training used all of its images.
     """
-    choose = partial(choose_evaluation_split, split, get_title(options.dataset))
+    dataset = get_title(options.dataset)
+    choose = partial(choose_evaluation_split, split, dataset)
     loaded = load_splits(options, use_labels, lambda names: [choose(names)], trained)
     ((name, images),) = loaded.images_by_split.items()
     if use_labels:
         images = replace(images, keys=get_keys(images))
-        check_contradictions([images], loaded.label_space, get_title(options.dataset))
+        check_contradictions([images], loaded.label_space, dataset)
     is_trained = find_trained_images(images, splits)
-    return leave_out(
-        loaded,
-        name,
-        is_trained,
-        is_named=split is not None,
-        dataset=get_title(options.dataset),
-        max_images=max_images,
-    )
-
-
-def leave_out(
-    loaded: Splits,
-    name: str,
-    is_trained: np.ndarray,
-    is_named: bool,
-    dataset: str,
-    max_images: int | None = None,
-) -> EvaluationData:
-    """Keep at most `max_images` images of a split that did not train the model.
-
-    If the user has named the split, all its images count. Raise ValueError if none is left.
-    """
-    images = loaded.images_by_split[name]
-    part = f"{len(images):,} images"
-    if is_named or name != "train":  # Users have not given the name of an only split
-        part += f" of split {name!r}"
     num_trained = int(is_trained.sum())
+
+    part = f"{len(images):,} images"
+    if split is not None or name != "train":  # Users have not given the name of an only split
+        part += f" of split {name!r}"
     description = f"all {part}"
     num_left_out = 0
-    if num_trained and is_named:
+    if num_trained and split is not None:  # All its images count
         description += f", of which training used {num_trained:,}"
     elif num_trained == len(images):
         raise ValueError(
