@@ -12,7 +12,6 @@ cannot pass on a batch ends, and the training process raises an error.
 import multiprocessing
 import multiprocessing.queues
 import os
-import shutil
 import signal
 import sys
 import threading
@@ -28,7 +27,6 @@ from ..runtime.errors import format_error
 
 TIMEOUT = 600.0  # Maximum time without a batch, in seconds
 PREFETCH_FACTOR = 2  # Number of batches that each process loads in advance
-SHARED_MEMORY = Path("/dev/shm")  # On Linux
 
 # In the messages of PyTorch and the system for a process that has ended, has timed out, or cannot
 # open files
@@ -68,11 +66,10 @@ def explain_worker_errors(num_workers: int) -> Iterator[None]:
         if not num_workers or not any(text in str(error) for text in WORKER_ERRORS):
             raise
         reason = " ".join(str(error).split()).partition(". ")[0].rstrip(".")
-        causes = "too little memory, a limit (ulimit), or storage that does not respond"
-        if SHARED_MEMORY.is_dir():
-            free = shutil.disk_usage(SHARED_MEMORY).free
-            causes = f"a full {SHARED_MEMORY} ({free / 1e6:,.1f} MB are free now), {causes}"
-        raise OSError(f"{reason}. Possible causes: {causes}. Set `num_workers=0`") from error
+        raise OSError(
+            f"{reason}. Possible causes: a full /dev/shm (in Docker, enlarge it with --shm-size), too "
+            "little memory, a limit (ulimit), or storage that does not respond. Set `num_workers=0`"
+        ) from error
 
 
 def check_script_is_guarded() -> None:
