@@ -16,6 +16,7 @@ import os
 import re
 import unicodedata
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -64,6 +65,19 @@ class LabeledImages:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @property
+    def is_stratified(self) -> bool:
+        """Whether held-out images can be selected by class: each image has one known label."""
+        return all(isinstance(label, int) for label in self.labels)
+
+    @property
+    def class_ratio(self) -> float:
+        """How many times larger the largest class is than the smallest; 1 for several labels."""
+        if not self.is_stratified:
+            return 1.0
+        sizes = Counter(self.labels).values()
+        return max(sizes) / min(sizes)
 
     def select(self, indices: Iterable[int]) -> "LabeledImages":
         """Select the images and labels at `indices`, in the given order."""

@@ -59,11 +59,6 @@ class TrainingData:
     selection_name: str = ""
 
     @property
-    def class_ratio(self) -> float:
-        """How many times larger the largest class is than the smallest; 1 for several labels."""
-        return compute_class_ratio(self.train)
-
-    @property
     def frozen_parts(self) -> list[LabeledImages]:
         """The images that a frozen run is fitted to: without steps, no checkpoint is selected."""
         return [self.train] if self.selection is None else [self.train, self.selection]
@@ -108,7 +103,9 @@ def divide_images(
         (held_out,) = others
         held_out_name = f"split {names[-1]!r}"
     else:
-        held_out_name = describe_held_out(train, held_out_fraction)
+        held_out_name = f"about {held_out_fraction:.0%}"
+        if train.is_stratified:
+            held_out_name += ", stratified by class"
         train, held_out = train.divide(select_held_out(train, held_out_fraction, 0, images.name))
     if needs_selection and selection is None:
         if not held_out_fraction:
@@ -194,7 +191,7 @@ def join_groups(first: np.ndarray, second: np.ndarray) -> np.ndarray:
 def check_contradictions(parts: Sequence[Any], label_space: LabelSpace, dataset: str) -> None:
     """Raise ValueError if an image has two labels, in any rows, folders and splits."""
     parts = [part for part in parts if part is not None]
-    if not label_space.columns or not all(map(is_stratified, parts)):
+    if not label_space.columns or not all(part.is_stratified for part in parts):
         return
     keys = np.concatenate([part.keys for part in parts])
     labels = np.concatenate([np.asarray(part.labels, np.int64) for part in parts])
@@ -249,7 +246,7 @@ def select_held_out(images: LabeledImages, fraction: float, seed: int, dataset: 
     numbers = np.full(len(sizes), np.iinfo(np.uint64).max, np.uint64)
     # A group takes the smallest number of its images: neither their order nor their names matter.
     np.minimum.at(numbers, group, draw_numbers(get_keys(images), seed))
-    labels = np.array(images.labels)[first] if is_stratified(images) else np.zeros(len(first), int)
+    labels = np.array(images.labels)[first] if images.is_stratified else np.zeros(len(first), int)
 
     is_held_out = np.zeros(len(sizes), bool)  # One value per group
     for label in np.unique(labels).tolist():
@@ -270,25 +267,6 @@ def select_held_out(images: LabeledImages, fraction: float, seed: int, dataset: 
             "`held_out_fraction=0` to train on all images"
         )
     return is_held_out[group]  # type: ignore[no-any-return]
-
-
-def is_stratified(images: LabeledImages) -> bool:
-    """Tell whether held-out images can be selected by class: each image has one known label."""
-    return all(isinstance(label, int) for label in images.labels)
-
-
-def compute_class_ratio(images: LabeledImages) -> float:
-    """Divide the sizes of the largest and the smallest class; 1 for several labels."""
-    if not is_stratified(images):
-        return 1.0
-    sizes = Counter(images.labels).values()
-    return max(sizes) / min(sizes)
-
-
-def describe_held_out(images: LabeledImages, fraction: float) -> str:
-    """Say which images of the only split are held out."""
-    text = f"about {fraction:.0%}"
-    return f"{text}, stratified by class" if is_stratified(images) else text
 
 
 # Changes of the data ------------------------------------------------------------------------------
@@ -355,7 +333,7 @@ def describe_missing_classes(training_data: TrainingData) -> list[str]:
     parts = (training_data.train, training_data.held_out)
     if isinstance(training_data.label_space, SeveralLabels):
         return describe_constant_labels(training_data.train, training_data.label_space.names)
-    if not all(is_stratified(images) for images in parts if len(images)):
+    if not all(images.is_stratified for images in parts if len(images)):
         return []
     names = training_data.label_space.names
     if not len(training_data.held_out):

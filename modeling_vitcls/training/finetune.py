@@ -25,7 +25,6 @@ from ..data.sources import Splits
 from ..data.splits import (
     MAX_CLASS_RATIO,
     TrainingData,
-    compute_class_ratio,
     describe_leaks,
     describe_missing_classes,
     load_undivided_images,
@@ -110,7 +109,7 @@ class FineTuning:
             )
         metric = SELECTION_METRICS[labels.kind]
         printed_metrics: tuple[str, ...] = (metric,)
-        if compute_class_ratio(images.train) > MAX_CLASS_RATIO:
+        if images.train.class_ratio > MAX_CLASS_RATIO:
             printed_metrics = (metric, "macro_f1")
 
         is_single_label = labels.kind == "single_label_classification"
@@ -209,7 +208,7 @@ def describe_imbalance(class_balance: str, data: TrainingData) -> list[str]:
 
     The largest then has more than `MAX_CLASS_RATIO` times as many training images as the smallest.
     """
-    if class_balance != "none" or data.class_ratio <= MAX_CLASS_RATIO:
+    if class_balance != "none" or data.train.class_ratio <= MAX_CLASS_RATIO:
         return []
 
     advice = "The accuracy hardly depends on small classes: compare macro F1"
@@ -217,6 +216,6 @@ def describe_imbalance(class_balance: str, data: TrainingData) -> list[str]:
         advice = "No result measures the classes without held-out images: add images of them"
     advice += ", and set `class_balance='weights'`"
     return [
-        f"the largest class has {data.class_ratio:.0f} times as many training images as the "
+        f"the largest class has {data.train.class_ratio:.0f} times as many training images as the "
         f"smallest. {advice}"
     ]

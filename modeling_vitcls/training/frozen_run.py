@@ -54,7 +54,7 @@ def run_frozen(
     if predictions is not None:
         nearest_images = frozen.find_nearest_images(predictions.list_wrong())
     weights_text = None
-    if data.class_ratio > MAX_CLASS_RATIO:
+    if data.train.class_ratio > MAX_CLASS_RATIO:
         weights_text = run_on_main(partial(probe.compare_class_weights, frozen))
     return Outcome(
         measured=list_measurements(metrics, setup.result_metrics, data.label_space, **details),

@@ -95,7 +95,7 @@ def print_result(
         )
     lines = {
         "result": describe_result(outcome) + describe_worse_end(outcome, asked),
-        "classes": describe_classes(outcome.metrics, data.class_ratio),
+        "classes": describe_classes(outcome.metrics, data.train.class_ratio),
         "features": outcome.results.get("features", {}).get("summary"),
         "steps": steps_text,
         "saved": describe_saved_files(asked.output_dir),

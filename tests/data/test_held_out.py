@@ -66,7 +66,7 @@ def test_the_split_is_stratified(fraction: float, tmp_path: Path) -> None:
     assert counts[1] == Counter(expected)
     assert counts[0] + counts[1] == Counter(sizes)
     assert "stratified" in data.held_out_name
-    assert data.class_ratio == max(counts[0].values()) / min(counts[0].values())
+    assert data.train.class_ratio == max(counts[0].values()) / min(counts[0].values())
 
 
 def test_the_split_depends_only_on_the_content_of_the_images(tmp_path: Path) -> None:
