@@ -197,18 +197,17 @@ def check_contradictions(parts: Sequence[Any], label_space: LabelSpace, dataset:
     labels = np.concatenate([np.asarray(part.labels, np.int64) for part in parts])
     # Missing images and empty files share a key, but they are no copies of each other.
     keys = np.where(keys == NO_CONTENT_KEY, np.arange(len(keys)), keys)
-    groups = pd.Series(labels).groupby(keys)
-    is_found = groups.transform("min") < groups.transform("max")
-    if not is_found.any():
+    table = pd.DataFrame({"key": keys, "label": labels})
+    groups = table.groupby("key")["label"]
+    found = table[groups.transform("min") < groups.transform("max")]
+    if found.empty:
         return
 
-    names = chain.from_iterable(part.images.get_names() for part in parts)
+    names = list(chain.from_iterable(part.images.get_names() for part in parts))
     texts = [
-        f"{name} is {label_space.names[label]!r}" for name, label in zip(names, labels, strict=True)
+        f"{names[row]} is {label_space.names[label]!r}" for row, label in found["label"].items()
     ]
-    copies = (
-        pd.Series(texts)[is_found].groupby(keys[is_found], sort=False).agg(" and ".join).tolist()
-    )
+    copies = found.assign(text=texts).groupby("key", sort=False)["text"].agg(" and ".join).tolist()
     count_text = "1 image has" if len(copies) == 1 else f"{len(copies):,} images have"
     raise ValueError(
         f"{dataset}: {count_text} several labels: {format_name_list(copies, MAX_NAMED_IMAGES)}. "
