@@ -254,15 +254,19 @@ def build_labeled_splits(
         split: build_dataset(
             [str(folder.path / image) for image in labels],
             {"label": [feature.str2int(label) for label in labels.values()]},
-        ).cast_column("label", feature)
+            label=feature,
+        )
         for split, labels in labels_by_split.items()
         if labels
     }
     return datasets.DatasetDict(parts)
 
 
-def build_dataset(paths: Sequence[str | None], columns: Mapping[str, Any]) -> Any:
-    """Build a `datasets.Dataset` with the column `image` of image files, and other columns."""
+def build_dataset(paths: Sequence[str | None], columns: Mapping[str, Any], **features: Any) -> Any:
+    """Build a `datasets.Dataset` with the column `image` of image files, and other columns.
+
+    `features` are the types of columns whose values do not say it, such as class indices.
+    """
     import datasets
     import pyarrow
 
@@ -271,7 +275,7 @@ def build_dataset(paths: Sequence[str | None], columns: Mapping[str, Any]) -> An
         [contents, pyarrow.array(paths, pyarrow.string())], ["bytes", "path"]
     )
     table = pyarrow.table({"image": images, **columns})
-    return wrap_table(table).cast_column("image", datasets.Image())
+    return wrap_table(table, {"image": datasets.Image(), **features})
 
 
 # Unused files -------------------------------------------------------------------------------------

@@ -114,16 +114,18 @@ def convert_split(data: Any) -> Any:
     columns = {"image": pyarrow.array([row["image"] for row in rows])}
     for column in dict.fromkeys(column for row in rows for column in row if column != "image"):
         columns[column] = build_column([row.get(column) for row in rows])
-    dataset = wrap_table(pyarrow.table(columns)).cast_column("image", datasets.Image())
+    features: dict[str, Any] = {}
     names = find_class_names(data)
     if names and "label" in columns:
         index = datasets.ClassLabel(names=names)
+        indices = pyarrow.list_(pyarrow.int64())
         found = columns["label"].type
         if pyarrow.types.is_integer(found):
-            return dataset.cast_column("label", index)
-        if found in (pyarrow.list_(pyarrow.int64()), pyarrow.list_(pyarrow.float64())):
-            return dataset.cast_column("label", datasets.List(index))
-    return dataset
+            features["label"] = index
+        elif found in (indices, pyarrow.list_(pyarrow.float64())):
+            columns["label"] = columns["label"].cast(indices)
+            features["label"] = datasets.List(index)
+    return wrap_table(pyarrow.table(columns), features).cast_column("image", datasets.Image())
 
 
 def spell_path(value: Any) -> Any:

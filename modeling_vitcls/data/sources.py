@@ -256,15 +256,13 @@ def open_dataset(dataset: str, use_labels: bool) -> tuple[str, Path, Any]:
 
 def load_digits() -> Any:
     """Load the handwritten digits from scikit-learn: images of 8 x 8 pixels with 17 gray levels."""
-    import datasets
     import sklearn.datasets
 
     digits = sklearn.datasets.load_digits()
     gray_levels = (digits.images * (255 / 16)).round().astype(np.uint8)  # [1797, 8, 8]
     # Files without compression: their bytes, and so their keys, are the same on every machine.
     files = [b"P5 8 8 255\n" + pixels.tobytes() for pixels in gray_levels]
-    labels = datasets.ClassLabel(names=[str(name) for name in digits.target_names])
-    return convert_split(list(zip(files, digits.target, strict=True))).cast_column("label", labels)
+    return convert_split(list(zip(files, digits.target, strict=True)))
 
 
 def read_folder(path: Path, use_labels: bool) -> Any:

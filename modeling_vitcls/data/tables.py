@@ -13,7 +13,7 @@ import io
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ def read_table(file: Path) -> Any:
             open_regular_file(file) as stream,
             explain_damage(file, "Write the table again"),
         ):
-            return wrap_table(pyarrow.parquet.read_table(stream))
+            return wrap_table(pyarrow.parquet.read_table(stream), {})
     text = read_table_text(file)
     if not text.strip():
         columns: dict[str, list[Any]] = {}
@@ -52,7 +52,7 @@ def read_table(file: Path) -> Any:
     if not any(columns.values()):
         raise ValueError(f"{file} is empty. Add rows with images")
     arrays = {name: build_column(values) for name, values in columns.items()}
-    return wrap_table(pyarrow.table(arrays))
+    return wrap_table(pyarrow.table(arrays), {})
 
 
 def read_table_text(file: Path) -> str:
@@ -154,8 +154,13 @@ def build_column(values: Sequence[Any]) -> Any:
     return pyarrow.array(texts, pyarrow.string())
 
 
-def wrap_table(table: Any) -> Any:
-    """Wrap an Arrow table as a `datasets.Dataset` in memory."""
+def wrap_table(table: Any, features: Mapping[str, Any]) -> Any:
+    """Wrap an Arrow table as a `datasets.Dataset` in memory.
+
+    `features` are the types of columns whose values do not say it, such as images and class indices.
+    """
     import datasets
 
-    return datasets.Dataset(datasets.table.InMemoryTable(table))
+    found = datasets.Features.from_arrow_schema(table.schema)
+    info = datasets.DatasetInfo(features=datasets.Features({**found, **features}))
+    return datasets.Dataset(datasets.table.InMemoryTable(table), info)

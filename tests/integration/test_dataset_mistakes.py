@@ -85,8 +85,8 @@ def test_a_table_in_another_encoding_is_named_in_one_line(
     ("flag", "words"),
     [
         ("--label-column", "Choose one of image, label"),
-        ("--label-names", "Remove --label-names"),
-        ("--image-column", "Choose one of image, label"),
+        ("--label-names", "not one of the 1 classes"),
+        ("--image-column", "Choose one of image"),
     ],
 )
 def test_columns_and_labels_that_the_digits_do_not_have_are_refused(
