@@ -239,10 +239,8 @@ def name_columns(
     names: list[list[str] | None] = []
     for row in zip(*(parts[split] for parts in cells.values()), strict=True):
         bits = [default if spell_label(cell) is None else get_bit(cell) for cell in row]
-        has_all = None not in bits
-        names.append(
-            [name for name, bit in zip(cells, bits, strict=True) if bit] if has_all else None
-        )
+        marked = [name for name, bit in zip(cells, bits, strict=True) if bit]
+        names.append(None if None in bits else marked)
     return names
 
 

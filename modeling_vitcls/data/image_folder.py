@@ -88,13 +88,14 @@ class ImageFolder:
 
         JSON files, and tables with the name of an image, are annotations of single images.
         """
-        names = {PurePosixPath(image).with_suffix("").as_posix() for image in self.images}
-        names.update(self.images)
-        num_tables = 0
-        for table in map(PurePosixPath, self.tables):
-            is_annotation = table.with_suffix("").as_posix() in names
-            num_tables += not is_annotation and table.suffix.lower() != ".json"
-        return bool(self.images) and (bool(self.metadata) or len(self.images) > num_tables)
+        images = {PurePosixPath(image).with_suffix("").as_posix() for image in self.images}
+        images.update(self.images)
+        tables = [
+            table
+            for table in map(PurePosixPath, self.tables)
+            if table.suffix.lower() != ".json" and table.with_suffix("").as_posix() not in images
+        ]
+        return bool(self.images) and (bool(self.metadata) or len(self.images) > len(tables))
 
 
 def scan_folder(path: Path) -> ImageFolder:
