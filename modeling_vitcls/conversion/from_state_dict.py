@@ -44,9 +44,6 @@ from .weight_rules import ConversionError, Fields, Weights, build_converted_mode
 # grid. big_vision aligns the corners of both grids.
 BICUBIC: Fields = {"position_antialias": False}
 BICUBIC_WITH_OFFSET: Fields = {"position_antialias": False, "position_offset": 0.1}
-BICUBIC_ANTIALIASED: Fields = {}
-BILINEAR_ANTIALIASED: Fields = {"position_interpolation": "bilinear"}
-BILINEAR_ALIGNED: Fields = {"position_interpolation": "bilinear", "position_antialias": False}
 
 
 def resample_as_authors(
@@ -81,7 +78,7 @@ FAMILIES = {  # The names are values of --family
     ),
     "tips": FileFamily(
         "vit_base_patch14_reg1_tipsv2.webli",
-        BILINEAR_ANTIALIASED,
+        {"position_interpolation": "bilinear"},
         {GATE: "vit_giant_patch14_reg1_tipsv2.webli"},
     ),
     "dinov3": FileFamily(
@@ -107,13 +104,13 @@ FAMILIES = {  # The names are values of --family
     "ijepa": FileFamily("vit_huge_patch14_gap_224.in1k_ijepa", BICUBIC),
     "big_vision": FileFamily(
         "vit_base_patch16_224.augreg_in21k",
-        BILINEAR_ALIGNED,
+        {"position_interpolation": "bilinear", "position_antialias": False},
         {"MAPHead_0/probe": "vit_base_patch16_siglip_224.webli"},
     ),
 }
 DINOV2_WITH_REGISTERS = FileFamily(
     "vit_small_patch14_reg4_dinov2.lvd142m",
-    BICUBIC_ANTIALIASED,
+    {},
     {GATE: "vit_giant_patch14_reg4_dinov2.lvd142m"},
 )
 # Number of heads by width, for the published models. DINOv3 has 20 heads for the width 1280.
