@@ -43,7 +43,8 @@ class TokenUse:
         heads = {"": set() if config.pooling == "cls" else {PATCHES}}
         if config.pooling in ("cls", "cls_mean"):
             num_pooled = 1 if config.cls_pooling == "first" else None
-            heads[""] |= {cls[index] for index in config.pooled_cls_indices[:num_pooled]}
+            pooled = config.pooled_cls_tokens or range(config.num_cls_tokens)
+            heads[""] |= {cls[index] for index in pooled[:num_pooled]}
         elif config.pooling == "attention" and config.attention_pool_tokens == "all":
             heads[""] |= set(special_indices)
         if config.has_distillation_head:

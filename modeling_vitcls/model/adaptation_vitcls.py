@@ -94,11 +94,10 @@ class AdaptableModel(PreTrainedModel):
             # not be valid together with the new values of other fields.
             kwargs["config"] = replace_fields(config, old_fields, validate=False)
 
-        kwargs.setdefault("key_mapping", RENAMED_PARAMETERS)
         model_or_tuple: Any = super().from_pretrained(source, *model_args, **kwargs)
         has_loading_info = isinstance(model_or_tuple, tuple)  # output_loading_info=True
         model = model_or_tuple[0] if has_loading_info else model_or_tuple
-        finish_loading(model)
+        align_weights(model)
         # before `adapt`, so that it counts only gates that still do something
         remove_open_gates(model)
 
@@ -297,10 +296,8 @@ def load_adapted_weights(source: AdaptableModel, target: AdaptableModel) -> None
         name for name, parameter in source.named_parameters() if not parameter.requires_grad
     }
     parameters = dict(target.named_parameters())
-    dropped_names = set(old_weights)
 
     for name, initial_value in new_weights.items():
-        dropped_names.discard(name)
         context = AdaptationContext(
             name=name,
             initial_value=initial_value,
@@ -316,7 +313,7 @@ def load_adapted_weights(source: AdaptableModel, target: AdaptableModel) -> None
         if note:
             logger.warning(f"{name}: {note}")
 
-    for name in sorted(dropped_names):
+    for name in sorted(old_weights.keys() - new_weights.keys()):
         if not name.startswith("class_distance."):  # `ignore_unready_parts` has said so
             logger.warning(f"{name}: dropped")
 
@@ -358,10 +355,10 @@ def adapt_tokens(context: AdaptationContext, are_positions: bool = False) -> Ada
     twins = None if are_positions else list_twins(context)
     if twins is not None:
         new_weight = twins[:, torch.arange(new_weight.shape[1]) % twins.shape[1]]
-    num_old_tokens = 0 if context.old_value is None else context.old_value.shape[1]
+    old_weight = new_weight[:, :0] if context.old_value is None else context.old_value
+    num_old_tokens = old_weight.shape[1]
     num_kept = min(num_old_tokens, new_weight.shape[1])
-    if context.old_value is not None:
-        new_weight[:, :num_kept] = context.old_value[:, :num_kept]
+    new_weight[:, :num_kept] = old_weight[:, :num_kept]
 
     if num_old_tokens == num_kept == new_weight.shape[1]:
         return new_weight, ""
@@ -502,20 +499,6 @@ ADAPTERS: dict[str, Callable[[AdaptationContext], AdaptedWeight]] = {
 
 
 # Loading ------------------------------------------------------------------------------------------
-# Patterns of former parameter names -> current names.
-RENAMED_PARAMETERS = {
-    r"\bview\.tables": "relative_position_bias.tables",
-    r"\.second_share": ".lambda_full",
-}
-
-
-def finish_loading(model: PreTrainedModel) -> None:
-    """Complete a model after transformers has loaded the weights."""
-    # By default, transformers would save the model with the former names.
-    model._weight_conversions = []  # type: ignore[assignment]
-    align_weights(model)
-
-
 def align_weights(model: PreTrainedModel) -> None:
     """Copy weights on the CPU to addresses that are multiples of 64 bytes.
 

@@ -198,11 +198,10 @@ class RelativePositionBias(nn.Module):
         """Find the row of the table for each pair of tokens, [N, N]."""
         layout = self.config.token_layout
         rows, columns = grid_size
-        y, x = torch.meshgrid(
-            torch.arange(rows, device=device), torch.arange(columns, device=device), indexing="ij"
-        )
-        y = y.flatten()  # [patches], patches = rows * columns
-        x = x.flatten()
+        # [patches] each, patches = rows * columns
+        y, x = torch.cartesian_prod(
+            torch.arange(rows, device=device), torch.arange(columns, device=device)
+        ).unbind(dim=1)
         row_offset = y[:, None] - y[None, :] + rows - 1  # [patches, patches], 0 or more
         column_offset = x[:, None] - x[None, :] + columns - 1
 

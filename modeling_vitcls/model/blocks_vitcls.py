@@ -213,18 +213,18 @@ class SinCosPositionEmbeddings(nn.Module):
 
         Special tokens do not change.
         """
-        rows, columns = grid_size
         # Computed for each grid instead of stored, so that images of any size have exact positions.
-        y = torch.arange(rows, dtype=torch.float32, device=patches.device)
-        x = torch.arange(columns, dtype=torch.float32, device=patches.device)
-        y, x = torch.meshgrid(y, x, indexing="ij")  # [rows, columns] each
+        axes = (
+            torch.arange(length, dtype=torch.float32, device=patches.device) for length in grid_size
+        )
+        y, x = torch.cartesian_prod(*axes).unbind(dim=1)  # [rows * columns] each
         exponents = (
             torch.arange(0, self.hidden_size, 4, dtype=torch.float32, device=patches.device)
             / self.hidden_size
         )
         frequencies = 10000.0**-exponents  # [D / 4]
-        x_angles = x.flatten()[:, None] * frequencies  # [rows * columns, D / 4]
-        y_angles = y.flatten()[:, None] * frequencies
+        x_angles = x[:, None] * frequencies  # [rows * columns, D / 4]
+        y_angles = y[:, None] * frequencies
         positions = torch.cat(
             [x_angles.sin(), x_angles.cos(), y_angles.sin(), y_angles.cos()], dim=-1
         )

@@ -728,13 +728,6 @@ class ViTCLSConfig(ExtraHeadsConfig, BackboneConfigMixin, PreTrainedConfig):
         return self.attention_head_size or self.hidden_size // self.num_attention_heads
 
     @property
-    def pooled_cls_indices(self) -> list[int]:
-        """The indices of the CLS tokens that are pooled."""
-        if self.pooled_cls_tokens is None:
-            return list(range(self.num_cls_tokens))
-        return self.pooled_cls_tokens
-
-    @property
     def pooled_layer_indices(self) -> list[int]:
         """The pooled layers, from 1 to `num_hidden_layers`, in the order of the pooling."""
         return self.resolve_layers(self.pooled_layers)
@@ -752,7 +745,7 @@ class ViTCLSConfig(ExtraHeadsConfig, BackboneConfigMixin, PreTrainedConfig):
         """Compute the size of the vector that `pooling` makes of `num_layers` layers."""
         num_vectors = 1
         if pooling in ("cls", "cls_mean") and self.cls_pooling == "concat":
-            num_vectors = len(self.pooled_cls_indices)
+            num_vectors = len(self.pooled_cls_tokens or range(self.num_cls_tokens))
         if pooling == "cls_mean":
             num_vectors += 1
         return num_layers * num_vectors * self.hidden_size

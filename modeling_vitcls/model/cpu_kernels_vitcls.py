@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Faster modules for CPUs. The outputs agree with plain PyTorch up to rounding errors.
 
-    install_cpu_kernels(model)      called by every model's constructor; replaces classes of modules
+    KERNEL_CLASSES                  classes that replace plain ones (lean_layers_vitcls.py installs them)
     restore_plain_modules(model)    restores the plain classes, also of lean layers
     VITCLS_CPU_KERNELS=0            environment variable that prevents installation
     torch.backends.mkldnn.flags(enabled=False)    plain PyTorch while the context is active
@@ -73,14 +73,6 @@ except (ImportError, AttributeError):
 
 
 # Installing ---------------------------------------------------------------------------------------
-def install_cpu_kernels(model: nn.Module) -> None:
-    """Replace the classes of modules in place (`KERNEL_CLASSES`), if kernels can be used."""
-    if not can_use_cpu_kernels():
-        return
-    for module in model.modules():
-        module.__class__ = KERNEL_CLASSES.get(type(module), type(module))
-
-
 def can_use_cpu_kernels() -> bool:
     """Check that VITCLS_CPU_KERNELS is not 0 and that PyTorch has all required private APIs."""
     return os.environ.get("VITCLS_CPU_KERNELS") != "0" and HAS_PRIVATE_NAMES

@@ -95,7 +95,6 @@ GRAY_MODES = frozenset({"1", "L", "LA", "I", "I;16", "I;16L", "I;16B", "I;16N"})
 DOWNLOAD_TIMEOUT = 60.0  # Seconds that a whole image may take
 MAX_DOWNLOAD_BYTES = 500_000_000
 
-ImageSource = str | os.PathLike[str] | bytes | bytearray
 SOURCE_TYPES = (str, os.PathLike, bytes, bytearray)
 
 
@@ -183,8 +182,11 @@ class ViTCLSBaseImageProcessor(BaseImageProcessor):
             num_channels=count_channels(kwargs.get("image_mean")),
         )
         if kwargs.get("do_normalize"):
-            statistics = {name: kwargs.get(name) for name in ("image_mean", "image_std")}
-            check_statistics(len(pixels), **statistics)
+            check_statistics(
+                len(pixels),
+                image_mean=kwargs.get("image_mean"),
+                image_std=kwargs.get("image_std"),
+            )
             if not do_rescale and pixels.dtype is torch.uint8 and np.max(kwargs["image_mean"]) <= 1:
                 raise ValueError(
                     "do_rescale=False requires floats from 0 to 1, but this image has integers: "
@@ -220,14 +222,11 @@ class ViTCLSBaseImageProcessor(BaseImageProcessor):
         """Return the settings in canonical form, as `__init__` and `preprocess` require them."""
         settings = super()._standardize_kwargs(**kwargs)
         check_sizes(settings)
-        divisors = {name: settings.get(name) for name in ("rescale_factor", "image_std")}
-        zeros = [
-            name for name, value in divisors.items() if value is not None and not np.all(value)
-        ]
         resample = settings.get("resample")
         filters = ", ".join(f"{int(each)} ({each.name.lower()})" for each in RESAMPLING_FILTERS)
         reject(
-            (bool(zeros), f"{' and '.join(zeros)} must not be 0"),
+            (settings.get("rescale_factor") == 0, "rescale_factor must not be 0"),
+            (bool(np.any(np.equal(settings.get("image_std", 1), 0))), "image_std must not be 0"),
             (
                 # PIL treats names as bilinear.
                 isinstance(resample, int | str) and resample not in RESAMPLING_FILTERS,
@@ -404,7 +403,7 @@ ViTCLSImageProcessorPil.register_for_auto_class()
 
 
 # Reading sources ----------------------------------------------------------------------------------
-def read_image(source: ImageSource) -> PIL.Image.Image:
+def read_image(source: str | os.PathLike[str] | bytes | bytearray) -> PIL.Image.Image:
     """Load an upright image, in the color mode of the file, from a path, a URL or encoded bytes.
 
     Raises:

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Layers that leave out Python, on any device: they call operations instead of modules.
 
-    install_lean_layers(model)      called by every model's constructor: ViTCLSLayer -> LeanLayer
+    install_fast_modules(model)     called by every model's constructor: ViTCLSLayer -> LeanLayer,
+                                    and the CPU kernels
     restore_plain_modules(model)    restores the plain classes (cpu_kernels_vitcls.py)
 
 A GPU computes a small model faster than Python calls its modules. Queries, keys and values are one
@@ -28,6 +29,7 @@ from transformers.utils import TransformersKwargs
 from .blocks_vitcls import ViTCLSGLU, ViTCLSLayer
 from .cpu_kernels_vitcls import (
     CPUMLP,
+    KERNEL_CLASSES,
     CPUAttention,
     CPULinear,
     FastModule,
@@ -37,15 +39,6 @@ from .cpu_kernels_vitcls import (
     must_be_plain,
 )
 from .positions_vitcls import PositionEmbeddings, rotate_patches
-
-
-def install_lean_layers(model: nn.Module) -> None:
-    """Replace the class of plain pre-norm layers in place, if `can_use_cpu_kernels`."""
-    if not can_use_cpu_kernels():
-        return
-    for module in model.modules():
-        if type(module) is ViTCLSLayer:
-            module.__class__ = LeanLayer
 
 
 class LeanLayer(FastModule, ViTCLSLayer):
@@ -98,6 +91,15 @@ class LeanLayer(FastModule, ViTCLSLayer):
 
 # FSDP and device maps look for layers by class name (`_no_split_modules`).
 LeanLayer.__name__ = ViTCLSLayer.__name__
+
+FAST_CLASSES = {**KERNEL_CLASSES, ViTCLSLayer: LeanLayer}
+
+
+def install_fast_modules(model: nn.Module) -> None:
+    """Replace the classes of modules in place (`FAST_CLASSES`), if `can_use_cpu_kernels`."""
+    if can_use_cpu_kernels():
+        for module in model.modules():
+            module.__class__ = FAST_CLASSES.get(type(module), type(module))
 
 
 # Number of multiplications [..., in] x [in, in] from which CPUs use the CPU kernels.

@@ -49,7 +49,6 @@ from .blocks_vitcls import (
 )
 from .class_distance_vitcls import ClassDistance
 from .configuration_vitcls import ViTCLSConfig
-from .cpu_kernels_vitcls import install_cpu_kernels
 from .heads_vitcls import (
     IGNORED_LABEL,
     AttentionPooler,
@@ -61,7 +60,7 @@ from .heads_vitcls import (
     compute_cross_entropy,
     compute_masked_pixel_loss,
 )
-from .lean_layers_vitcls import install_lean_layers
+from .lean_layers_vitcls import install_fast_modules
 from .positions_vitcls import MixedRotaryEmbeddings, build_rotary_embeddings
 from .token_attention_vitcls import LayerIndices, compute_token_attention
 from .token_layout_vitcls import COUNT_FIELDS, TokenLayout
@@ -202,8 +201,7 @@ class ViTCLSPreTrainedModel(AdaptableModel):
     def post_init(self) -> None:
         """Initialize the weights, and install faster modules unless VITCLS_CPU_KERNELS is 0."""
         super().post_init()
-        install_cpu_kernels(self)
-        install_lean_layers(self)
+        install_fast_modules(self)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -536,10 +534,12 @@ class ViTCLSForImageClassification(ViTCLSPreTrainedModel):
 
     def combine_heads(self, cls_logits: Tensor, distillation_logits: Tensor) -> Tensor:
         """Select the logits [B, L] to return from those of two heads, or average them."""
-        if self.config.distillation_inference == "mean":
-            return (cls_logits + distillation_logits) / 2
-        is_cls = self.config.distillation_inference == "cls"
-        return cls_logits if is_cls else distillation_logits
+        choices = {
+            "mean": (cls_logits + distillation_logits) / 2,
+            "cls": cls_logits,
+            "distillation": distillation_logits,
+        }
+        return choices[self.config.distillation_inference]
 
     @property
     def distance_layers(self) -> list[int]:

@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.released_models import ANSWERS, KINDS, RELEASED, compute_outputs
-from helpers.tiny_models import build_tiny_config, randomize
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoImageProcessor, AutoModel
 from transformers.testing_utils import CaptureLogger
 from transformers.utils import logging
@@ -78,33 +77,3 @@ def test_released_models_can_be_saved_and_adapted(folder: Path, tmp_path: Path) 
     adapted, _ = load_model(folder, num_register_tokens=5)
     assert adapted.config.num_register_tokens == 5
     assert type(AutoModel.from_pretrained(folder)) is vitcls.ViTCLSModel
-
-
-@pytest.mark.parametrize(
-    ("fields", "new_name", "old_name"),
-    [
-        ({"relative_position_bias": "shared"}, "relative_position_bias.tables", "view.tables"),
-        ({"attention_type": "differential"}, ".lambda_full", ".second_share"),
-    ],
-)
-def test_former_parameter_names_are_loaded_and_saved_as_current_names(
-    fields: dict[str, Any], new_name: str, old_name: str, tmp_path: Path
-) -> None:
-    """They are renamed at load, and saved with the current names."""
-    model = randomize(vitcls.ViTCLSForImageClassification(build_tiny_config(**fields)))
-    former = {
-        name.replace(new_name, old_name): weight for name, weight in model.state_dict().items()
-    }
-    assert former.keys() != model.state_dict().keys()
-    model.save_pretrained(tmp_path / "former")
-    save_file(former, tmp_path / "former" / "model.safetensors", metadata={"format": "pt"})
-    for model_class in (type(model), vitcls.ViTCLSModel):
-        loaded, info = model_class.from_pretrained(tmp_path / "former", output_loading_info=True)
-        assert not info["missing_keys"]
-        weights = loaded.base_model.state_dict()
-        torch.testing.assert_close(weights, model.base_model.state_dict(), rtol=0, atol=0)
-
-        loaded.save_pretrained(tmp_path / "current")
-        names = load_file(tmp_path / "current" / "model.safetensors")
-        assert any(new_name in name for name in names)
-        assert not any(old_name in name for name in names)
