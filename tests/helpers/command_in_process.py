@@ -6,10 +6,10 @@ from modeling_vitcls import cli
 from modeling_vitcls.cli.parsing import parse_command_line
 
 
-def run_here(*arguments: str) -> int:
+def run_here(*arguments: object) -> int:
     """Run `vitcls` in this process and return its exit status."""
     try:
-        cli.main(list(arguments))
+        cli.main(list(map(str, arguments)))
     except SystemExit as ended:
         return int(ended.code or 0)
     return 0

@@ -33,6 +33,24 @@ def write_photos(root: Path, numbers: range, *names: str) -> Path:
     return root
 
 
+def write_two_colors(root: Path, number: int) -> Path:
+    """Write dark and bright images, one class each, in different sizes and modes."""
+    for name, red, green, blue in (("dusk", 20, 20, 90), ("noon", 250, 240, 120)):
+        (root / name).mkdir()
+        for index in range(number):
+            color = (red, green, blue + 5 * index)
+            image = Image.new("RGB", (20 + index, 40 - index), color)
+            image.convert("RGBA" if index % 2 else "RGB").save(root / name / f"{index}.png")
+    return root
+
+
+def write_files(root: Path, *names: str, content: bytes = b"") -> None:
+    """Write files with the same content, with their folders."""
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(content)
+
+
 def write_unequal_photos(root: Path) -> Path:
     """Write 15 dark and 9 brighter photos of 40 x 24 pixels, and return the folder."""
     noise = np.random.default_rng(0)

@@ -121,13 +121,16 @@ def randomize(model: Model, seed: int = 0) -> Model:
     return model.eval()
 
 
-def save_with_processor(
-    model: PreTrainedModel, folder: Path, processor: ViTCLSImageProcessor | None = None
-) -> Path:
-    """Save a model with random parameters and an image processor; return the folder."""
-    randomize(model).save_pretrained(folder)
-    (processor or ViTCLSImageProcessor(size=32)).save_pretrained(folder)
+def save_both(model: Any, folder: Path, processor: Any) -> Path:
+    """Save a model and its image processor; return the folder."""
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
     return folder
+
+
+def save_with_processor(model: PreTrainedModel, folder: Path, processor: Any = None) -> Path:
+    """Save a model with random parameters and an image processor; return the folder."""
+    return save_both(randomize(model), folder, processor or ViTCLSImageProcessor(size=32))
 
 
 def save_classifier(folder: Path) -> Path:
@@ -170,12 +173,6 @@ def assert_no_recording(*models: torch.nn.Module) -> None:
             hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
             assert all(hook.__module__.startswith("transformers.") for hook in hooks)
             assert getattr(module, "recorder", None) is None
-
-
-def save_and_load(model: PreTrainedModel, folder: Path, **kwargs: Any) -> Any:
-    """Save a model, load it, and return the loaded model."""
-    model.save_pretrained(folder)
-    return type(model).from_pretrained(folder, **kwargs)
 
 
 def get_largest_difference(first: torch.Tensor, second: torch.Tensor) -> float:

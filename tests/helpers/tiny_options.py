@@ -1,6 +1,7 @@
 """Build options of tiny training runs, and read the logs of the runs."""
 
 import json
+import shutil
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -68,6 +69,13 @@ def run_to_folder(options: Any) -> Path:
     """Train in this process, and return the output folder."""
     reset_accelerate()
     return train(options)
+
+
+def forget_end(folder: Path, last_step: int) -> None:
+    """Remove what a run wrote after the checkpoint before its last step, as if it was killed."""
+    shutil.rmtree(folder / "checkpoints" / f"step-{last_step:08}")
+    for name in ("results.json", "model.safetensors"):
+        (folder / name).unlink()
 
 
 def prepare_setup(options: Any) -> SimpleNamespace:

@@ -3,14 +3,13 @@
 import shutil
 import subprocess
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from helpers.tiny_models import build_tiny_config, randomize
+from helpers.tiny_models import build_tiny_config, save_both
+from helpers.varied_models import center_logits
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor
 from scripts.space.static_space import TRANSFORMERS_JS_VERSION
 
@@ -48,20 +47,13 @@ def load_digit_images() -> list[Image.Image]:
     ]
 
 
-def save_digits_classifier(folder: Path, **fields: Any) -> Path:
+def save_digits_classifier(folder: Path) -> Path:
     """Save a random classifier that predicts several classes for the digits."""
     names = {index: f"digit {index}" for index in range(10)}
     config = build_tiny_config(
-        **{"num_hidden_layers": 1, "num_register_tokens": 2, "num_labels": 10, "id2label": names}
-        | fields
+        num_hidden_layers=1, num_register_tokens=2, num_labels=10, id2label=names
     )
-    model = randomize(ViTCLSForImageClassification(config))
     processor = ViTCLSImageProcessor(size={"height": 32, "width": 32})
-    if config.num_channels == 3:
-        with torch.no_grad():  # without this, all images would have one label
-            model.classifier.bias -= model(
-                **processor(load_digit_images(), return_tensors="pt")
-            ).logits.mean(0)
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return folder
+    pixel_values = processor(load_digit_images(), return_tensors="pt")["pixel_values"]
+    model = center_logits(ViTCLSForImageClassification(config), pixel_values)
+    return save_both(model, folder, processor)

@@ -3,7 +3,6 @@
 from typing import Any
 
 import torch
-from torch import nn
 
 from scripts.random_weights import randomize_weights
 
@@ -22,10 +21,5 @@ def center_logits(model: Any, pixels: torch.Tensor) -> Any:
         else {}
     )
     for task, head in (heads or {None: model.classifier}).items():
-        subtract_from_bias(head, (by_task if task is None else by_task[task]).mean(dim=0))
+        head.bias -= (by_task if task is None else by_task[task]).mean(dim=0)
     return model
-
-
-def subtract_from_bias(head: nn.Linear, logits: torch.Tensor) -> None:
-    """Subtract these logits [labels] from the bias of a head."""
-    head.bias -= logits

@@ -20,7 +20,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_multi_gpu_env
 from helpers.fresh_processes import SCRIPT_ENVIRONMENT
-from helpers.tiny_options import read_metrics
+from helpers.tiny_options import forget_end, read_metrics
 from helpers.warm_processes import OFFLINE, run_together
 from safetensors.torch import load_file
 
@@ -182,11 +182,8 @@ def test_a_run_with_fsdp2_is_resumed_with_ddp(fsdp2: Path, tmp_path: Path) -> No
 
     DDP sums the gradients in another order; test_resume.py resumes with FSDP2.
     """
-    folder = tmp_path / "resumed"
-    shutil.copytree(fsdp2, folder)
-    shutil.rmtree(folder / "checkpoints" / "step-00000006")
-    for name in ("results.json", "model.safetensors"):
-        (folder / name).unlink()
+    folder = shutil.copytree(fsdp2, tmp_path / "resumed")
+    forget_end(folder, 6)
     assert "after step 4 of 6" in launch(
         "ddp_cpu.yaml", "finetune.py", *RUN, *STEPS, "--output-dir", folder, "--resume"
     )

@@ -1,14 +1,11 @@
 """Files of predictions: spreadsheets run nothing, and no earlier file is lost."""
 
 import csv
-import resource
-import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from helpers.command_in_process import run_here
+from helpers.full_disk import limited_file_size
 from helpers.photo_folders import write_photos
 from helpers.tiny_models import build_tiny_config, save_with_processor
 
@@ -55,25 +52,9 @@ def test_predictions_contain_no_formulas(
     monkeypatch.chdir(photos)
     output = tmp_path / "labels.csv"
     assert (
-        run_here(
-            "predict", "--model", str(model), *NAMES[:2], "--top-k", "3", "--output", str(output)
-        )
-        == 0
+        run_here("predict", "--model", model, *NAMES[:2], "--top-k", "3", "--output", output) == 0
     )
     check_cells(output)
-
-
-@contextmanager
-def limited_file_size(num_bytes: int) -> Iterator[None]:
-    """Let writing fail, as on a full disk, when a file becomes larger."""
-    previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, previous)
 
 
 def test_a_full_disk_keeps_the_earlier_file_and_is_named(
@@ -81,9 +62,9 @@ def test_a_full_disk_keeps_the_earlier_file_and_is_named(
 ) -> None:
     file = tmp_path / "rows.parquet"
     file.write_text("earlier")
-    data = ["--dataset", str(photos), "--held-out-fraction", "0.5", "--num-workers", "0"]
+    data = ["--dataset", photos, "--held-out-fraction", "0.5", "--num-workers", "0"]
     with limited_file_size(1000):
-        assert run_here("evaluate", "--model", str(model), *data, "--per-image", str(file)) == 1
+        assert run_here("evaluate", "--model", model, *data, "--per-image", file) == 1
     printed = capsys.readouterr()
     assert f"cannot write {tmp_path}" in printed.err
     assert printed.err.count("\n") == 1

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.tiny_models import build_tiny_config, randomize, save_with_processor
-from helpers.tiny_options import build_tiny_options, run_to_folder
+from helpers.tiny_options import build_tiny_options, forget_end, run_to_folder
 from safetensors.torch import load_file
 
 from modeling_vitcls import ViTCLSModel
@@ -64,11 +64,7 @@ def test_an_interrupted_run_ends_at_the_same_mean_to_the_bit(encoder: Path, tmp_
     options = build_options(tmp_path / "run", encoder, **flags)
     folder = run_to_folder(options)
     whole = (folder / "model.safetensors").read_bytes()
-    (folder / "results.json").unlink()
-    (last,) = folder.glob("checkpoints/*4")
-    for file in last.iterdir():
-        file.unlink()
-    last.rmdir()
+    forget_end(folder, 4)
 
     run_to_folder(replace(options, resume=True))
     assert (folder / "model.safetensors").read_bytes() == whole

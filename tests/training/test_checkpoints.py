@@ -7,7 +7,6 @@ import json
 import math
 import multiprocessing
 import os
-import resource
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +14,9 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.full_disk import limited_file_size
+from helpers.photo_folders import write_files
+from helpers.source_checkpoints import RunWhenUnpickled
 from helpers.tiny_models import raises_one_line
 from helpers.warm_processes import READY
 from torch import nn
@@ -60,10 +62,6 @@ def get_newest(store: CheckpointStore) -> tuple[int | None, list[str]]:
     return checkpoint.step, warnings
 
 
-def list_files(folder: Path) -> list[str]:
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
-
-
 def test_a_checkpoint_comes_back_to_the_bit(store: CheckpointStore) -> None:
     tensors = {
         "a part": torch.randn(6, 4)[2:4],
@@ -84,11 +82,11 @@ def test_a_checkpoint_comes_back_to_the_bit(store: CheckpointStore) -> None:
     }
 
     store.save(7, {"model": tensors}, facts, is_best=False)
-    assert list_files(store.folder) == [
+    assert {path.relative_to(store.folder).as_posix() for path in store.folder.rglob("*")} == {
         "step-00000007",
         "step-00000007/model.safetensors",
         "step-00000007/state.json",
-    ]
+    }
 
     checkpoint = store.load_newest(pytest.fail)
     assert checkpoint is not None
@@ -150,8 +148,7 @@ def test_the_rest_of_a_killed_save_is_removed(store: CheckpointStore) -> None:
     for act in (lambda: save(store, 20), lambda: get_newest(store), store.clear):
         save(store, 10)
         for left in (".step-00000010.partial", ".step-00000020.new.partial"):
-            (store.folder / left).mkdir()
-            (store.folder / left / "model.safetensors").touch()
+            write_files(store.folder, f"{left}/model.safetensors")
         act()
         assert not list(store.folder.glob(".*"))
     assert not store.folder.exists()
@@ -170,18 +167,15 @@ def flip(file: Path) -> None:
     file.write_bytes(content)
 
 
-def edit(file: Path) -> None:
-    file.write_text(
-        file.read_text(encoding="utf-8").replace('"flag": 20', '"flag": 21'), encoding="utf-8"
-    )
-
-
 DAMAGES: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "truncated tensors": ("model.safetensors", truncate),
     "a flipped bit in the tensors": ("optimizer.safetensors", flip),
     "missing tensors": ("optimizer.safetensors", Path.unlink),
     "truncated state": ("state.json", truncate),
-    "edited state": ("state.json", edit),
+    "edited state": (
+        "state.json",
+        lambda file: file.write_text(file.read_text().replace('"flag": 20', '"flag": 21')),
+    ),
     "missing state": ("state.json", Path.unlink),
     "deep state": ("state.json", lambda file: file.write_text("[" * 100_000)),
     "a list as state": ("state.json", lambda file: file.write_text("[]")),
@@ -221,7 +215,7 @@ def test_nothing_is_unpickled(store: CheckpointStore, tmp_path: Path) -> None:
     file = store.get_folder(10) / "model.safetensors"
     ran = tmp_path / "ran"
     file.unlink()
-    torch.save({"weight": Trap(ran)}, file)
+    torch.save({"weight": RunWhenUnpickled(ran)}, file)
     state = read_state(store.get_folder(10))
     state["files"]["model.safetensors"] = compute_file_digest(file)
     (store.get_folder(10) / "state.json").write_text(format_state(state), encoding="utf-8")
@@ -231,16 +225,6 @@ def test_nothing_is_unpickled(store: CheckpointStore, tmp_path: Path) -> None:
     with pytest.raises(DamagedCheckpointError, match=r"(?i)header"):
         checkpoint.load_tensors("model")
     assert not ran.exists()
-
-
-class Trap:
-    """Create a file when unpickled."""
-
-    def __init__(self, file: Path) -> None:
-        self.file = file
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (Path.touch, (self.file,))
 
 
 # Killed in the middle of a save -------------------------------------------------------------------
@@ -289,18 +273,12 @@ def test_a_full_disk_keeps_the_earlier_checkpoints(store: CheckpointStore) -> No
     """
     save(store, 10, 20)
     tensors = {"model": {"weight": torch.ones(500_000)}}
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
-
-    try:
-        words = (
-            f"cannot write the checkpoint of step 20 to {store.folder}",
-            "File too large",
-            "`resume=True`",
-        )
-        with raises_one_line(*words, error=OSError):
-            store.save(20, tensors, {}, is_best=False)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    words = (
+        f"cannot write the checkpoint of step 20 to {store.folder}",
+        "File too large",
+        "`resume=True`",
+    )
+    with limited_file_size(100_000), raises_one_line(*words, error=OSError):
+        store.save(20, tensors, {}, is_best=False)
     assert get_newest(store) == (20, [])
     assert store.list_steps() == [10, 20]

@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.tiny_models import raises_one_line
-from helpers.tiny_options import build_tiny_options, prepare_setup, run_training
+from helpers.tiny_models import raises_one_line, save_both
+from helpers.tiny_options import build_tiny_options, prepare_setup, run_to_folder, run_training
 from scipy.special import log_softmax
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor, ViTCLSModel
@@ -25,10 +25,9 @@ def encoder(tmp_path_factory: pytest.TempPathFactory, few_digits: None) -> Path:
     """Return a trained encoder of six layers, without a classifier."""
     folder = tmp_path_factory.mktemp("encoder")
     flags = {"num_hidden_layers": 6, "max_steps": 80, "batch_size": 32, "learning_rate": 3e-3}
-    run_training(build_tiny_options(folder / "run", "digits", **flags))
-    for kind in (ViTCLSModel, ViTCLSImageProcessor):
-        kind.from_pretrained(folder / "run").save_pretrained(folder / "encoder")
-    return folder / "encoder"
+    run = run_to_folder(build_tiny_options(folder / "run", "digits", **flags))
+    processor = ViTCLSImageProcessor.from_pretrained(run)
+    return save_both(ViTCLSModel.from_pretrained(run), folder / "encoder", processor)
 
 
 def build_options(folder: Path, model: Path, **flags: Any) -> Any:
@@ -41,8 +40,7 @@ def frozen(encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the folder of a frozen run, whose classifier reads four layers and patches."""
     folder = tmp_path_factory.mktemp("frozen") / "run"
     flags = {"pooled_layers": [-4, -3, -2, -1], "pooling": "cls_mean"}
-    run_training(build_options(folder, encoder, **flags))
-    return folder
+    return run_to_folder(build_options(folder, encoder, **flags))
 
 
 @pytest.fixture(scope="module")
@@ -96,8 +94,7 @@ def test_both_heads_of_a_frozen_run_are_shrinkage_lda(encoder: Path, tmp_path: P
 
     data = prepare_setup(options).data.train
     processor = ViTCLSImageProcessor.from_pretrained(options.output_dir)
-    pictures = [data.images[index] for index in range(len(data))]
-    pixel_values = processor(pictures, return_tensors="pt")["pixel_values"]
+    pixel_values = processor(list(data.images), return_tensors="pt")["pixel_values"]
     outputs = model.eval()(pixel_values)
     states = model.vitcls(pixel_values, output_hidden_states=True).hidden_states
     index = model.config.token_layout.distillation.start

@@ -31,8 +31,10 @@ SIZES: dict[str, Any] = {
     "patch_size": 8,
     "hidden_size": 32,
     "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "num_register_tokens": 2,
 }
-SIZES |= {"num_attention_heads": 4, "intermediate_size": 48, "num_register_tokens": 2}
 
 
 def build(kind: str, seed: int) -> nn.Module:
@@ -50,8 +52,6 @@ def build(kind: str, seed: int) -> nn.Module:
 def build_optimizer(kind: str, model: nn.Module) -> torch.optim.Optimizer:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [{"params": trained[::2], "weight_decay": 0.1}, {"params": trained[1::2]}]
-    if kind == "SGD":
-        return torch.optim.SGD(groups, lr=0.1, momentum=0.9)
     return torch.optim.AdamW(groups, lr=1e-3, fused=kind == "fused")
 
 
@@ -90,50 +90,17 @@ def check_resume(
     return tensors
 
 
-KINDS = ("plain", "fused", "SGD", "head only", "LoRA", "compiled")
-
-
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["plain", "fused", "head only", "LoRA", "compiled"])
 @torch.compiler.set_stance("force_eager")  # tracing takes seconds
 def test_training_resumes_to_the_bit(store: CheckpointStore, kind: str) -> None:
     accelerator = Accelerator(cpu=True)
-    states = []
-    for seed in (0, 1):
-        model = build(kind, seed)
-        model, optimizer = accelerator.prepare(model, build_optimizer(kind, model))
-        states.append((model, optimizer))
-
+    models = [build(kind, seed) for seed in (0, 1)]
+    states = [accelerator.prepare(model, build_optimizer(kind, model)) for model in models]
     tensors = check_resume(store, accelerator, *states)
 
     assert tensors["optimizer"]
     if kind != "LoRA":
         assert tensors["model"].keys() == build("plain", seed=0).state_dict().keys()
-
-
-def test_parameters_without_moments_have_none_after_a_resume(store: CheckpointStore) -> None:
-    """A parameter without gradient before the checkpoint starts at step 1 after it.
-
-    A run that is not resumed does the same.
-    """
-    accelerator = Accelerator(cpu=True)
-    losses = []
-    for seed in (0, 1):
-        model: Any = build("plain", seed)
-        optimizer = build_optimizer("plain", model)
-        model.vitcls.layers[0].requires_grad_(False)
-        if seed == 0:
-            step_once(model, optimizer, 0)
-            store.save(1, *gather_state(accelerator, model, optimizer), is_best=False)
-        else:
-            checkpoint: Any = store.load_newest(pytest.fail)
-            scatter_state(checkpoint, accelerator, model, optimizer)
-        assert not any(
-            optimizer.state.get(parameter) for parameter in model.vitcls.layers[0].parameters()
-        )
-        model.vitcls.layers[0].requires_grad_(True)
-        losses.append([step_once(model, optimizer, step) for step in (1, 2, 3)])
-
-    assert losses[0] == losses[1]
 
 
 def test_the_loss_scaler_is_resumed(store: CheckpointStore) -> None:
@@ -193,10 +160,10 @@ def test_fsdp2_on_one_process_resumes_bit_for_bit(
     assert tensors["model"].keys() == build("plain", 0).state_dict().keys()
 
 
+@torch.no_grad()
 def test_evaluated_weights_are_sharded_again(mesh: distributed.DeviceMesh) -> None:
     model, *_ = build_sharded(0, mesh)
-    with torch.no_grad():
-        model(pixel_values=torch.zeros(1, 3, 16, 16))
+    model(pixel_values=torch.zeros(1, 3, 16, 16))
     assert not all(isinstance(parameter, DTensor) for parameter in model.parameters())
     reshard(model)
     assert all(isinstance(parameter, DTensor) for parameter in model.parameters())

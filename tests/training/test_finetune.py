@@ -7,7 +7,6 @@ Single modules are tested in test_batches, ...
 
 import math
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -19,18 +18,20 @@ import pytest
 import torch
 import yaml
 from helpers.accelerate_state import reset_accelerate
-from helpers.fresh_processes import SCRIPT_ENVIRONMENT, run_fresh
+from helpers.fresh_processes import SCRIPT_ENVIRONMENT
+from helpers.full_disk import limited_file_size
+from helpers.photo_folders import write_two_colors
 from helpers.scripts_in_process import run_in_process
 from helpers.tiny_models import raises_one_line
 from helpers.tiny_options import (
     build_tiny_options,
+    forget_end,
     prepare_setup,
     read_compared_values,
     read_metrics,
     run_training,
 )
 from helpers.warm_processes import OFFLINE, run_together
-from PIL import Image
 from safetensors.torch import load_file
 from transformers import ResNetConfig, ResNetForImageClassification, ViTImageProcessor
 
@@ -54,7 +55,6 @@ SCRIPTS = REPOSITORY / "scripts"
 RECIPE = SCRIPTS / "recipes" / "digits.yaml"
 ENVIRONMENT = os.environ | SCRIPT_ENVIRONMENT
 NUM_HELD_OUT_DIGITS, NUM_HELD_OUT_COLORS = 359, 10
-CPU = torch.device("cpu")
 SHORT_RUN_FLAGS = (
     "--hidden-size 32 --num-hidden-layers 2 --num-attention-heads 2 --intermediate-size 64 "
     "--num-cls-tokens 2 --num-distillation-tokens 1 --model-config cls_pooling=mean --max-steps 7 "
@@ -82,17 +82,7 @@ def recipe_run(color_images: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 @pytest.fixture(scope="module")
 def color_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Write images of two colors, one class each, in different sizes and modes."""
-    folder = tmp_path_factory.mktemp("colours")
-    for index in range(23):
-        for name, colour in (
-            ("dusk", (20, 20, 90 + 5 * index)),
-            ("noon", (250, 240, 120 + 5 * index)),
-        ):
-            picture = Image.new("RGB", (20 + index, 40 - index), colour)
-            (folder / name).mkdir(exist_ok=True)
-            picture.convert("RGBA" if index % 2 else "RGB").save(folder / name / f"{index}.png")
-    return folder
+    return write_two_colors(tmp_path_factory.mktemp("colors"), 23)
 
 
 def tiny_options(output_dir: Path, dataset: object, **flags: Any) -> FinetuneOptions:
@@ -132,10 +122,7 @@ def test_two_processes_train_and_evaluate_as_one(recipe_run: Path, tmp_path: Pat
 
     The number of held-out images is not a multiple of 2 x 7.
     """
-    shutil.copytree(recipe_run, tmp_path / "run")
-    for name in ("results.json", "model.safetensors"):
-        (tmp_path / "run" / name).unlink()
-    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000007")
+    forget_end(shutil.copytree(recipe_run, tmp_path / "run"), 7)
 
     flags = (
         "--config",
@@ -165,15 +152,6 @@ def test_two_processes_train_and_evaluate_as_one(recipe_run: Path, tmp_path: Pat
         assert second["step"] == first["step"] == step
         assert second["loss"] == pytest.approx(first["loss"], abs=1e-4)
         assert second["gradient_norm"] == pytest.approx(first["gradient_norm"], rel=1e-3)
-
-
-WITHOUT_PACKAGE = """
-import runpy, sys
-
-sys.modules["modeling_vitcls"] = None  # importing the package fails, even if it is installed
-sys.argv.pop(0)
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
 
 
 # Runs of every kind -------------------------------------------------------------------------------
@@ -377,13 +355,9 @@ def test_all_options_can_be_combined(tmp_path: Path, monkeypatch: pytest.MonkeyP
         "auto_augment": "rand",
         "augment": {"random_erasing": 0.3},
         "class_balance": "weights",
-    }
-    flags |= {
         "layer_decay": 0.7,
         "model_config": {"drop_path_rate": 0.1},
         "gradient_accumulation_steps": 2,
-    }
-    flags |= {
         "mixed_precision": "bf16",
         "pooling": "attention",
         "compile": True,
@@ -457,30 +431,16 @@ def test_a_failed_evaluation_is_repeated(tmp_path: Path, monkeypatch: pytest.Mon
 def test_a_model_that_cannot_be_written_is_a_one_line_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The system refuses to write, as with a quota.
-
-    Python would leave truncated files of compiled modules.
-    """
-    monkeypatch.setattr(sys, "dont_write_bytecode", True)
     # the checkpoint is also too large
     monkeypatch.setattr(CheckpointStore, "save", lambda *arguments: None)
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
-    try:
-        with raises_one_line(
-            "cannot write the model to", "File too large", "`resume=True`", error=RunStopped
-        ):
-            train(tmp_path, "digits")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    words = ("cannot write the model to", "File too large", "`resume=True`")
+    with limited_file_size(100_000), raises_one_line(*words, error=RunStopped):
+        train(tmp_path, "digits")
 
 
 @pytest.mark.slow
 def test_the_demo_trains_and_loads_a_model(tmp_path: Path) -> None:
-    """With few epochs; test_readme.py checks the accuracy.
-
-    The model is loaded without the package, too.
-    """
+    """With few epochs."""
     command = [sys.executable, SCRIPTS / "demo.py", "--output-dir", tmp_path, "--epochs", 8]
     ran = subprocess.run(
         list(map(str, command)), capture_output=True, text=True, env=ENVIRONMENT, check=False
@@ -495,9 +455,4 @@ def test_the_demo_trains_and_loads_a_model(tmp_path: Path) -> None:
         < ran.stdout.index("2. Load the model")
         < ran.stdout.index("Done in")
     )
-    environment = {name: value for name, value in ENVIRONMENT.items() if name != "PYTHONPATH"}
-    words = ("-P", "-c", WITHOUT_PACKAGE, SCRIPTS / "demo_load.py", tmp_path)
-    ran = run_fresh(*words, environment=environment, cwd=tmp_path)
-
-    assert ran.returncode == 0
     assert "This is also the accuracy in results.json" in ran.stdout

@@ -16,21 +16,24 @@ def build_mae(**fields: Any) -> MAE:
     return MAE(encoder, build_decoder_config(encoder.config, num_layers=2))
 
 
+@torch.no_grad()
 def test_loss_and_reconstruction_equal_transformers() -> None:
-    sizes = {
-        "hidden_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "intermediate_size": 48,
-    }
     decoder = {
         "hidden_size": 24,
         "num_hidden_layers": 3,
         "num_attention_heads": 3,
         "intermediate_size": 40,
     }
-    sizes |= {f"decoder_{name}": value for name, value in decoder.items()}
-    config = ViTMAEConfig(image_size=32, patch_size=8, norm_pix_loss=True, **sizes)
+    config = ViTMAEConfig(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=48,
+        image_size=32,
+        patch_size=8,
+        norm_pix_loss=True,
+        **{f"decoder_{name}": value for name, value in decoder.items()},
+    )
     theirs = ViTMAEForPreTraining(config).eval()
     # sets the fixed positions, which a new model leaves at zero
     randomize(theirs).decoder.initialize_weights(16)
@@ -51,9 +54,8 @@ def test_loss_and_reconstruction_equal_transformers() -> None:
 
     pixels = build_images(3)
     noise = torch.rand(3, 16)
-    with torch.no_grad():
-        expected = theirs(pixels, noise=noise)
-        found = ours(pixels, expected.mask.bool())
+    expected = theirs(pixels, noise=noise)
+    found = ours(pixels, expected.mask.bool())
 
     assert found.reconstruction.shape == pixels.shape
     reconstruction = theirs.unpatchify(expected.logits)
@@ -69,6 +71,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", VARIANTS)
+@torch.no_grad()
 def test_only_visible_patches_are_encoded(name: str) -> None:
     model = randomize(build_mae(**VARIANTS[name])).eval()
     pixels = build_images(2)
@@ -78,11 +81,10 @@ def test_only_visible_patches_are_encoded(name: str) -> None:
     model.vitcls.layers[0].register_forward_hook(
         lambda layer, inputs, output: seen.append(output.shape[1])
     )
-    with torch.no_grad():
-        expected = model(pixels, masks).reconstruction
-        hidden = masks.view(2, 1, 4, 4).repeat_interleave(8, 2).repeat_interleave(8, 3)
-        changed = model(torch.where(hidden, torch.randn_like(pixels), pixels), masks).reconstruction
-        assert model.vitcls(pixels).last_hidden_state.shape[1] == model.num_prefix_tokens + 16
+    expected = model(pixels, masks).reconstruction
+    hidden = masks.view(2, 1, 4, 4).repeat_interleave(8, 2).repeat_interleave(8, 3)
+    changed = model(torch.where(hidden, torch.randn_like(pixels), pixels), masks).reconstruction
+    assert model.vitcls(pixels).last_hidden_state.shape[1] == model.num_prefix_tokens + 16
 
     assert seen[:2] == [model.num_prefix_tokens + 4] * 2
     torch.testing.assert_close(changed, expected)

@@ -14,7 +14,6 @@ from helpers.tiny_models import (
     get_largest_difference,
     raises_one_line,
     randomize,
-    save_classifier,
     save_with_processor,
 )
 from helpers.tiny_options import build_initial_model, run_training
@@ -97,14 +96,11 @@ def test_a_checkpoint_of_several_tasks_is_trained_on_other_labels(
         assert model.config.tasks is None
 
 
-MULTI = "multi_label_classification"
-
-
 @pytest.mark.parametrize(
     ("stored_kind", "build", "names", "is_same"),
     [
-        (MULTI, OneLabel, ["ant", "bee", "cat"], False),
-        (MULTI, SeveralLabels, ["ant", "bee", "cat"], True),
+        ("multi_label_classification", OneLabel, ["ant", "bee", "cat"], False),
+        ("multi_label_classification", SeveralLabels, ["ant", "bee", "cat"], True),
         (None, OneLabel, ["ant", "bee", "cat"], True),
         (None, SeveralLabels, ["ant", "bee", "cat"], False),
         (None, OneLabel, ["ant", "cat", "bee"], False),
@@ -113,8 +109,11 @@ MULTI = "multi_label_classification"
 def test_a_classifier_is_kept_only_for_the_same_labels(
     stored_kind: str | None, build: Any, names: list[str], is_same: bool, tmp_path: Path
 ) -> None:
-    fields = {"id2label": {0: "ant", 1: "bee", 2: "cat"}, "problem_type": stored_kind}
-    fields |= {"distance_threshold": 2.0}
+    fields = {
+        "id2label": {0: "ant", 1: "bee", 2: "cat"},
+        "problem_type": stored_kind,
+        "distance_threshold": 2.0,
+    }
     saved = ViTCLSForImageClassification(build_tiny_config(**fields))
     save_with_processor(saved, tmp_path)
     model, _, new_names = build_initial_model(
@@ -214,17 +213,6 @@ def test_only_names_that_look_like_presets_must_be_presets(
 def test_unknown_fields_of_the_configuration_are_errors(name: str, words: str) -> None:
     with raises_one_line("`model_config` cannot set", words):
         check_model_flags("vitcls-tiny", {"head_type": "mlp", name: 0.1}, "full")
-
-
-@pytest.mark.parametrize("name", ["base", "vitcls-tiny", "timm:mine"])
-def test_a_folder_with_the_name_of_a_preset_or_of_another_project_is_used(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    save_classifier(Path(name))
-    initial = resolve_initial_model(name)
-    assert not initial.has_random_weights
-    assert initial.folder is not None
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from helpers.tiny_models import build_tiny_config, raises_one_line
 from helpers.tiny_options import TINY as TINY_FINETUNING
 from helpers.tiny_options import (
     build_tiny_options,
+    forget_end,
     prepare_setup,
     read_metrics,
     run_to_folder,
@@ -48,11 +49,10 @@ def tiny_options(folder: Path, dataset: object = "digits", **flags: Any) -> Pret
         "learning_rate": 3e-3,
         "projector_width": 32,
         "decoder_layers": 1,
+        "local_crops": 2,
+        "select": None,
     }
-    settings |= {"local_crops": 2}
-    return build_tiny_options(
-        folder, dataset, PretrainOptions, **vars(TINY) | settings | {"select": None} | flags
-    )
+    return build_tiny_options(folder, dataset, PretrainOptions, **vars(TINY) | settings | flags)
 
 
 @pytest.fixture(scope="module", params=METHODS)
@@ -97,10 +97,8 @@ def test_a_resumed_run_equals_an_uninterrupted_run(method: str, tmp_path: Path) 
     """
     flags = {"method": method, "save_every": 2, "keep_checkpoints": 3, "batch_size": 24}
     whole = run_to_folder(tiny_options(tmp_path / "whole", **flags))
-    shutil.copytree(whole, resumed := tmp_path / "resumed")
-    shutil.rmtree(resumed / "checkpoints" / "step-00000006")
-    for name in ("results.json", "model.safetensors"):
-        (resumed / name).unlink()
+    resumed = shutil.copytree(whole, tmp_path / "resumed")
+    forget_end(resumed, 6)
     run_to_folder(tiny_options(resumed, **flags, resume=True))
     for file in ("model.safetensors", "checkpoints/step-00000006/model.safetensors"):
         expected = load_file(whole / file)
@@ -184,6 +182,7 @@ def test_a_converted_checkpoint_is_continued(tmp_path: Path) -> None:
 # Quality of the features --------------------------------------------------------------------------
 
 
+@torch.no_grad()
 def test_the_accuracy_is_that_of_scikit_learn(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -198,8 +197,7 @@ def test_the_accuracy_is_that_of_scikit_learn(
         pixels = task.processor([image.convert("RGB") for image in images], return_tensors="pt")[
             "pixel_values"
         ]
-        with torch.no_grad():
-            return task.model.vitcls(pixels).last_hidden_state
+        return task.model.vitcls(pixels).last_hidden_state
 
     features = [encode(each.images) for each in (train, selection)]
     layout = task.model.vitcls.config.token_layout
@@ -228,6 +226,7 @@ def test_the_effective_rank_is_the_exponential_of_the_entropy_of_singular_values
     assert compute_effective_rank(generator.normal(size=(9, 4)) * 1e-9 - 1) == 1
 
 
+@torch.no_grad()
 def test_a_collapse_is_a_warning(tmp_path: Path) -> None:
     warnings: list[str] = []
     prepared = prepare_setup(tiny_options(tmp_path / "out"))
@@ -236,8 +235,7 @@ def test_a_collapse_is_a_warning(tmp_path: Path) -> None:
     )
     evaluate(prepared.setup.model.eval())
     assert warnings == []
-    with torch.no_grad():
-        prepared.setup.model.vitcls.layernorm.weight.zero_()
+    prepared.setup.model.vitcls.layernorm.weight.zero_()
 
     assert evaluate(prepared.setup.model)["effective_rank"] == 1
     assert len(warnings) == 1

@@ -10,17 +10,18 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from helpers.tiny_models import save_both
 from helpers.tiny_options import (
     build_tiny_options,
     prepare_setup,
     read_metrics,
+    run_to_folder,
     run_training,
 )
 from PIL import Image
 from scipy.special import softmax
 from sklearn.datasets import load_digits
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
-from transformers import Trainer, TrainingArguments
 from transformers.image_utils import SizeDict
 
 from modeling_vitcls import (
@@ -55,10 +56,9 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     options = build_tiny_options(
         folder / "run", "digits", max_steps=60, batch_size=32, learning_rate=3e-3
     )
-    run_training(options)
-    ViTCLSModel.from_pretrained(folder / "run").save_pretrained(folder / "encoder")
-    ViTCLSImageProcessor.from_pretrained(folder / "run").save_pretrained(folder / "encoder")
-    return folder / "encoder"
+    run = run_to_folder(options)
+    processor = ViTCLSImageProcessor.from_pretrained(run)
+    return save_both(ViTCLSModel.from_pretrained(run), folder / "encoder", processor)
 
 
 def build_options(folder: Path, encoder: Path, **flags: Any) -> Any:
@@ -70,8 +70,7 @@ def build_options(folder: Path, encoder: Path, **flags: Any) -> Any:
 def process(run: Path, images: Any) -> torch.Tensor:
     """Return the pixel values of images for a saved model."""
     processor = ViTCLSImageProcessor.from_pretrained(run)
-    pictures = [images[index] for index in range(len(images))]
-    return processor(pictures, return_tensors="pt")["pixel_values"]
+    return processor(list(images), return_tensors="pt")["pixel_values"]
 
 
 @torch.no_grad()
@@ -181,14 +180,6 @@ def test_most_training_images_are_known_and_noise_is_unknown(
     unknown = [row["unknown"] for row in rows]
     assert np.mean(unknown[:40]) <= 0.15
     assert np.mean(unknown[40:]) >= 0.8
-
-
-def test_an_evaluation_on_the_training_images_names_the_result_of_the_run(
-    run_on_all_labels: Any,
-) -> None:
-    options, _ = run_on_all_labels
-    with pytest.raises(ValueError, match=r"trained on all 300 images.* results\.json"):
-        evaluate_checkpoint(EvaluateOptions(model=str(options.output_dir), dataset=options.dataset))
 
 
 def find_nearest_names(
@@ -338,6 +329,8 @@ def test_steps_start_from_the_frozen_model_also_after_a_damaged_checkpoint(
         "learning_rate": 1e-6,
         "save_every": 1,
         "keep_checkpoints": 3,
+        "pooled_layers": (-2, -1),
+        "pooling": "cls_mean",
     }
     options = build_options(tmp_path / "run", encoder, **flags)
     results = run_training(options)
@@ -355,6 +348,9 @@ def test_steps_start_from_the_frozen_model_also_after_a_damaged_checkpoint(
     printed = capsys.readouterr().out
     assert f"the checkpoint {weights.parent} is damaged" in printed
     assert "resumed   after step 1 of 2" in printed
+    config = ViTCLSForImageClassification.from_pretrained(tmp_path / "run").config
+    assert config.pooled_layers == [-2, -1]
+    assert config.pooling == "cls_mean"
 
 
 def test_the_loss_stays_low_when_training_starts_from_the_frozen_model(
@@ -363,59 +359,6 @@ def test_the_loss_stays_low_when_training_starts_from_the_frozen_model(
     run_training(build_options(tmp_path / "run", encoder, max_steps=30))
     losses = [record["loss"] for record in read_metrics(tmp_path / "run") if "loss" in record]
     assert max(losses) < 2 * losses[0]
-
-
-def test_the_loss_stays_low_in_transformers_trainer(frozen_run: Any, tmp_path: Path) -> None:
-    """The loss of held-out images, because that of the training images is nearly 0."""
-    options, _ = frozen_run
-    data = prepare_setup(options).data
-    model = ViTCLSForImageClassification.from_pretrained(options.output_dir)
-
-    def build_examples(part: Any) -> list[dict[str, Any]]:
-        return [
-            {"pixel_values": pixels, "labels": int(label)}
-            for pixels, label in zip(
-                process(options.output_dir, part.images), part.labels, strict=True
-            )
-        ]
-
-    arguments = TrainingArguments(
-        output_dir=str(tmp_path / "trainer"),
-        use_cpu=True,
-        max_steps=30,
-        eval_strategy="steps",
-        eval_steps=1,
-        report_to="none",
-        save_strategy="no",
-    )
-    trainer = Trainer(
-        model=model,
-        args=arguments,
-        train_dataset=build_examples(data.train),
-        eval_dataset=build_examples(data.held_out),
-    )
-    before = trainer.evaluate()["eval_loss"]
-    trainer.train()
-    losses = [record["eval_loss"] for record in trainer.state.log_history if "eval_loss" in record]
-    assert max(losses) < 2 * before
-
-
-def test_a_resumed_run_keeps_what_the_classifier_reads(encoder: Path, tmp_path: Path) -> None:
-    options = build_options(
-        tmp_path / "run",
-        encoder,
-        pooled_layers=(-2, -1),
-        pooling="cls_mean",
-        max_steps=2,
-        keep_checkpoints=2,
-    )
-    run_training(options)
-    (tmp_path / "run" / "results.json").unlink()
-    run_training(replace(options, resume=True))
-    config = ViTCLSForImageClassification.from_pretrained(tmp_path / "run").config
-    assert config.pooled_layers == [-2, -1]
-    assert config.pooling == "cls_mean"
-    assert config.pooled_size == 4 * WIDTH
 
 
 @pytest.mark.parametrize(
@@ -446,8 +389,7 @@ def test_the_better_geometry_is_chosen(encoder: Path, tmp_path: Path) -> None:
         pixels = generator.integers(0, 60, (40, 32, 96), dtype=np.uint8)
         pixels[:, :, edge] = 255
         save_images(folder / name, pixels)
-    own = tmp_path / "own"
-    shutil.copytree(encoder, own)
+    own = shutil.copytree(encoder, tmp_path / "own")
     processor = ViTCLSImageProcessor.from_pretrained(own)
     set_resize(processor, "crop", (32, 32))
     processor.save_pretrained(own)
@@ -494,8 +436,7 @@ def test_the_own_geometry_that_wins_is_saved_as_it_was(encoder: Path, tmp_path: 
     generator = np.random.default_rng(0)
     for name in ("a", "b"):
         save_images(folder / name, generator.integers(0, 256, (40, 48, 96), dtype=np.uint8))
-    own = tmp_path / "own"
-    shutil.copytree(encoder, own)
+    own = shutil.copytree(encoder, tmp_path / "own")
     processor = ViTCLSImageProcessor.from_pretrained(own)
     processor.size = SizeDict(shortest_edge=40)
     processor.do_center_crop = True

@@ -13,6 +13,7 @@ import pytest
 from helpers.tiny_models import raises_one_line
 from helpers.tiny_options import (
     build_tiny_options,
+    forget_end,
     read_compared_values,
     read_metrics,
     run_to_folder,
@@ -43,8 +44,8 @@ def build_options(folder: Path, **flags: Any) -> FinetuneOptions:
         "batch_size": 8,
         "learning_rate": 3e-3,
         "save_every": 1,
+        "keep_checkpoints": 5,
     }
-    settings |= {"keep_checkpoints": 5}
     return build_tiny_options(folder, "digits", **settings | flags)
 
 
@@ -58,9 +59,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def killed(whole: Path, tmp_path: Path) -> Path:
     """Return the folder of a run that was killed after step 2."""
     folder = shutil.copytree(whole, tmp_path / "killed")
-    shutil.rmtree(folder / "checkpoints" / "step-00000003")
-    for name in ("results.json", "model.safetensors"):
-        (folder / name).unlink()
+    forget_end(folder, 3)
     return folder
 
 
@@ -195,8 +194,7 @@ def test_a_run_resumed_on_a_machine_without_bfloat16_keeps_its_precision(
     results = read_compared_values(folder)
     assert results[0]["mixed_precision"] == "bf16"
 
-    shutil.rmtree(folder / "checkpoints" / "step-00000003")
-    (folder / "results.json").unlink()
+    forget_end(folder, 3)
     monkeypatch.setattr(distributed, "has_bfloat16", lambda device: False)
     run_training(build_options(folder, resume=True))
     assert read_compared_values(folder) == results

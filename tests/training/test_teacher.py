@@ -12,6 +12,7 @@ from helpers.tiny_models import (
     get_largest_difference,
     raises_one_line,
     randomize,
+    save_with_processor,
 )
 from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -31,7 +32,7 @@ from transformers import (
 )
 
 from modeling_vitcls import ViTCLSConfig, ViTCLSForImageClassification, ViTCLSImageProcessor
-from modeling_vitcls.data.labels import LabelSpace, OneLabel
+from modeling_vitcls.data.labels import OneLabel
 from modeling_vitcls.training.losses import compute_distillation_loss
 from modeling_vitcls.training.teacher import (
     Teacher,
@@ -44,16 +45,12 @@ CPU = torch.device("cpu")
 NAMES = ["ant", "bee", "cat"]
 
 
-def build_label_space(*names: str) -> LabelSpace:
-    return OneLabel({"label": list(names)})
-
-
 def load_labeled_teacher(
     source: object, *names: str, channels: int = 3, size: tuple[int, int] = (32, 32)
 ) -> Teacher:
     """Return the teacher of a student with these labels."""
     student = ViTCLSConfig(num_channels=channels, image_size=list(size))
-    return load_teacher(str(source), build_label_space(*(names or NAMES)), student, CPU)
+    return load_teacher(str(source), OneLabel({"label": list(names or NAMES)}), student, CPU)
 
 
 def build_pixels(
@@ -69,12 +66,6 @@ def build_pixels(
 def build_pil_images(batch: torch.Tensor) -> list[Image.Image]:
     """Return the same images as PIL images."""
     return [Image.fromarray(picture.permute(1, 2, 0).numpy()) for picture in batch]
-
-
-def save_teacher(folder: Path, model: Any, processor: Any) -> Path:
-    randomize(model).save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return folder
 
 
 def build_tiny_resnet(
@@ -97,7 +88,7 @@ def build_half_processor(**settings: Any) -> ViTImageProcessor:
 @pytest.fixture
 def resnet(tmp_path: Path) -> Path:
     """Return the folder of a teacher with three named labels, at 24 x 24 pixels."""
-    return save_teacher(tmp_path / "resnet", build_tiny_resnet(), build_half_processor())
+    return save_with_processor(build_tiny_resnet(), tmp_path / "resnet", build_half_processor())
 
 
 # Outputs ------------------------------------------------------------------------------------------
@@ -129,8 +120,10 @@ TEACHERS = {
 
 
 @pytest.mark.parametrize("build", TEACHERS.values(), ids=TEACHERS)
+@torch.no_grad()
 def test_teachers_predict_as_with_their_own_image_processor(build: Any, tmp_path: Path) -> None:
-    folder = save_teacher(tmp_path / "teacher", *build())
+    model, processor = build()
+    folder = save_with_processor(model, tmp_path / "teacher", processor)
     batch = build_pixels()
     teacher = load_labeled_teacher(folder)
     size = teacher.preprocessing.height_width
@@ -141,10 +134,9 @@ def test_teachers_predict_as_with_their_own_image_processor(build: Any, tmp_path
     whole = processor(
         build_pil_images(shown), do_resize=False, do_center_crop=False, return_tensors="pt"
     )
-    with torch.no_grad():
-        assert get_largest_difference(teacher(shown), alone(**whole).logits) <= 1e-5
-        expected = alone(**processor(list(batch), return_tensors="pt")).logits
-        assert get_largest_difference(teacher(batch), expected) <= 1e-5
+    assert get_largest_difference(teacher(shown), alone(**whole).logits) <= 1e-5
+    expected = alone(**processor(list(batch), return_tensors="pt")).logits
+    assert get_largest_difference(teacher(batch), expected) <= 1e-5
 
 
 @pytest.mark.parametrize(
@@ -158,7 +150,7 @@ def test_teachers_resize_with_the_filter_of_their_processor(
     The weights of a teacher in half precision are converted to float32.
     """
     model = build_tiny_resnet().bfloat16()
-    folder = save_teacher(tmp_path, model, build_half_processor(resample=resample))
+    folder = save_with_processor(model, tmp_path, build_half_processor(resample=resample))
     teacher = load_labeled_teacher(f"transformers:{folder}")
     pixels = build_pixels(height=40, width=56)
     expected = functional.resize(pixels, [24, 24], InterpolationMode(mode), antialias=True)
@@ -177,7 +169,9 @@ def test_the_whole_crop_is_used_without_a_center_crop(tmp_path: Path) -> None:
         "do_center_crop": True,
         "crop_size": {"height": 16, "width": 16},
     }
-    folder = save_teacher(tmp_path / "crops", build_tiny_resnet(), build_half_processor(**settings))
+    folder = save_with_processor(
+        build_tiny_resnet(), tmp_path / "crops", build_half_processor(**settings)
+    )
     teacher = load_labeled_teacher(folder)
     assert teacher.preprocessing.height_width == (16, 16)
     border = build_pixels()
@@ -191,10 +185,10 @@ def test_the_whole_crop_is_used_without_a_center_crop(tmp_path: Path) -> None:
 @pytest.mark.parametrize("channels", [1, 3])
 def test_gray_and_color_images_are_converted(channels: int, tmp_path: Path) -> None:
     one_mean = {"image_mean": [0.5], "image_std": [0.5]}
-    grey = save_teacher(
-        tmp_path / "grey", build_tiny_resnet(num_channels=1), build_half_processor(**one_mean)
+    grey = save_with_processor(
+        build_tiny_resnet(num_channels=1), tmp_path / "grey", build_half_processor(**one_mean)
     )
-    colour = save_teacher(tmp_path / "colour", build_tiny_resnet(), build_half_processor())
+    colour = save_with_processor(build_tiny_resnet(), tmp_path / "colour", build_half_processor())
     batch = build_pixels(channels=channels)
     for folder in (grey, colour):
         assert load_labeled_teacher(folder, channels=channels)(batch).shape == (2, 3)
@@ -220,8 +214,8 @@ def test_labels_are_matched_by_name(resnet: Path) -> None:
 
 
 def test_labels_without_names_are_matched_by_index_with_a_message(tmp_path: Path) -> None:
-    folder = save_teacher(
-        tmp_path / "unnamed", build_tiny_resnet(names=None), build_half_processor()
+    folder = save_with_processor(
+        build_tiny_resnet(names=None), tmp_path / "unnamed", build_half_processor()
     )
     teacher = load_labeled_teacher(folder)
     assert "order" in teacher.description
@@ -243,13 +237,15 @@ def test_a_teacher_of_several_labels_per_image_is_an_error(tmp_path: Path) -> No
     """Its scores do not exclude one another, so they are no probabilities of one label."""
     model = build_tiny_resnet(problem_type="multi_label_classification")
     with raises_one_line("several labels per image", "one label per image"):
-        load_labeled_teacher(save_teacher(tmp_path / "tags", model, build_half_processor()))
+        load_labeled_teacher(save_with_processor(model, tmp_path / "tags", build_half_processor()))
 
 
 def test_a_teacher_without_a_trained_classifier_is_an_error(tmp_path: Path) -> None:
     encoder = ResNetModel(build_tiny_resnet().config)
     with raises_one_line("lacks the weight classifier"):
-        load_labeled_teacher(save_teacher(tmp_path / "encoder", encoder, build_half_processor()))
+        load_labeled_teacher(
+            save_with_processor(encoder, tmp_path / "encoder", build_half_processor())
+        )
 
 
 def test_remote_code_is_not_run(tmp_path: Path) -> None:
@@ -280,6 +276,7 @@ def test_a_published_state_dict_is_converted(
     assert "no names" in teacher.description
 
 
+@torch.no_grad()
 def test_timm_preprocessing_equals_timm(tmp_path: Path) -> None:
     model = randomize(timm.create_model("test_vit", num_classes=3))
     model.pretrained_cfg["label_names"] = NAMES
@@ -289,9 +286,8 @@ def test_timm_preprocessing_equals_timm(tmp_path: Path) -> None:
     transform = timm.data.create_transform(**settings, is_training=False)
     height, width = settings["input_size"][1:]
     batch = build_pixels(height=height, width=width)
-    with torch.no_grad():
-        expected = model(torch.stack([transform(picture) for picture in build_pil_images(batch)]))
-        assert get_largest_difference(teacher(batch), expected[:, [2, 1, 0]]) <= 1e-5
+    expected = model(torch.stack([transform(picture) for picture in build_pil_images(batch)]))
+    assert get_largest_difference(teacher(batch), expected[:, [2, 1, 0]]) <= 1e-5
     resized = functional.resize(
         build_pixels(), [height, width], InterpolationMode.BICUBIC, antialias=True
     )

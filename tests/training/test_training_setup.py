@@ -80,9 +80,14 @@ def test_the_best_checkpoint_is_saved_and_reported(
 ) -> None:
     """The learning rate is far too high, so that later evaluations are worse."""
     folder = tmp_path / "run"
-    flags = {"epochs": 4.0, "batch_size": 60, "learning_rate": 0.2, "warmup": 0.0}
-    flags |= {"model_config": {"drop_path_rate": 0.5}}  # not in evaluations
-    flags |= {"keep_checkpoints": 2}
+    flags = {
+        "epochs": 4.0,
+        "batch_size": 60,
+        "learning_rate": 0.2,
+        "warmup": 0.0,
+        "model_config": {"drop_path_rate": 0.5},  # not in evaluations
+        "keep_checkpoints": 2,
+    }
     results = run_training(build_options(folder, select="best", **flags))
     records = [record for record in read_metrics(folder) if "selection_accuracy" in record]
     best = max(records, key=lambda record: record["selection_accuracy"])
