@@ -16,7 +16,6 @@ import torch
 from helpers.accelerate_state import reset_accelerate
 from helpers.tiny_models import raises_one_line
 from PIL import Image
-from torch.utils.data import Dataset
 
 from modeling_vitcls import evaluate, finetune, inspect_tokens, look, predict, pretrain
 from modeling_vitcls.cli.api import build_options
@@ -70,28 +69,6 @@ def test_data_in_memory_is_evaluated_on_its_held_out_images(
     assert evaluated["mixed_precision"] == "no"
     seconds = evaluated["num_images"] / evaluated["images_per_second"]
     assert evaluated["seconds"] == pytest.approx(seconds, abs=0.006)  # the duration is rounded
-
-
-class TorchDigits(Dataset):
-    """Digits as a torch dataset."""
-
-    def __len__(self) -> int:
-        return 60
-
-    def __getitem__(self, index: int) -> Any:
-        return get_digits()[index]
-
-
-@pytest.mark.slow
-@pytest.mark.integration
-def test_a_torch_dataset_trains_an_encoder_and_its_classifier(tmp_path: Path) -> None:
-    results = pretrain("vitcls-tiny", TorchDigits(), tmp_path / "encoder", **MODEL, **RUN)
-    assert 0 <= results["knn_accuracy"] <= 1
-    reset_accelerate()
-    finetuned = finetune(
-        tmp_path / "encoder", TorchDigits(), tmp_path / "run", num_workers=0, select="last", **RUN
-    )
-    assert finetuned["num_training_images"] == results["num_training_images"]
 
 
 @pytest.mark.parametrize("shape", [(12, 10), (12, 10, 3), (3, 12, 10)], ids=str)

@@ -38,9 +38,9 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def open_folder() -> Iterator[Path]:
-    """Yield a folder that every user can reach."""
+    """Yield a folder that every user can reach and write to."""
     path = Path(tempfile.mkdtemp())
-    path.chmod(0o755)
+    path.chmod(0o777)
     yield path
     shutil.rmtree(path)
 
@@ -151,7 +151,7 @@ def test_names_that_the_terminal_cannot_encode_are_escaped(
     (photos / "cat" / "0.png").rename(photos / "été.png")
     content = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(content, "ascii"))
-    assert run_here("predict", "--model", str(folder), str(photos / "été.png")) == 0
+    assert run_here("predict", "--model", folder, photos / "été.png") == 0
     sys.stdout.flush()
     assert b"\\xe9t\\xe9.png" in content.getvalue()
 
@@ -187,6 +187,7 @@ def test_a_malformed_index_of_the_weights_is_an_error(
         ("deit.pth", "convert deit.pth out --family deit"),
         ("table.parquet", "evaluate --model model --dataset table.parquet"),
         ("table.csv", "evaluate --model model --dataset table.csv"),
+        ("photos/metadata.parquet", "evaluate --model model --dataset photos"),
         ("photos/cat/0.png", "predict --model model photos/cat"),
         (
             "weights.pth",
@@ -243,24 +244,39 @@ def test_a_cache_that_cannot_be_written_to_is_named_by_its_variable(
 
 
 @pytest.mark.skipif(not hasattr(os, "seteuid"), reason="Windows has other permissions")
-def test_weights_without_read_permission_are_not_called_missing(
-    open_folder: Path, run_with_error: Callable[..., str]
+@pytest.mark.parametrize(
+    ("closed", "command", "output", "word"),
+    [
+        ("model/model.safetensors", "predict photos", "rows.csv", "Permission denied"),
+        ("photos/dog", "predict photos", "rows.csv", "cannot read the folder"),
+        ("photos/dog", "finetune --dataset photos", "run", "cannot read the folder"),
+    ],
+)
+def test_what_cannot_be_read_is_neither_left_out_nor_called_missing(
+    closed: str,
+    command: str,
+    output: str,
+    word: str,
+    open_folder: Path,
+    run_with_error: Callable[..., str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    folder = save_classifier(open_folder / "model")
-    photos = write_photos(open_folder / "photos", range(1))
-    (folder / "model.safetensors").chmod(0)
-
+    monkeypatch.chdir(open_folder)
+    save_classifier(Path("model"))
+    write_photos(Path("photos"), range(8), "cat", "dog", "fox")
+    flag = "--output-dir" if output == "run" else "--output"
+    Path(closed).chmod(0)
     is_root = os.geteuid() == 0
     if is_root:
         os.seteuid(NOBODY)
     try:
-        error = run_with_error("predict", "--model", folder, photos)
+        error = run_with_error(*command.split(), "--model", "model", flag, output)
     finally:
         if is_root:
             os.seteuid(0)
-
-    assert "Permission denied" in error
-    assert "model.safetensors" in error
+    assert word in error
+    assert closed in error
+    assert not any(Path(name).exists() for name in ("rows.csv", "run/model.safetensors"))
 
 
 def test_a_limit_of_threads_is_named(
@@ -274,7 +290,7 @@ def test_a_limit_of_threads_is_named(
         raise RuntimeError("can't start new thread")
 
     monkeypatch.setattr("threading.Thread.start", refuse)
-    assert run_here("predict", "--model", str(folder), str(photos)) == 1
+    assert run_here("predict", "--model", folder, photos) == 1
     assert "ulimit -u" in capfd.readouterr().err
 
 
@@ -286,7 +302,7 @@ def test_an_interrupted_prediction_ends_with_one_line(
 
     monkeypatch.setattr("modeling_vitcls.inference.predict.prepare_image", interrupt)
     capsys.readouterr()
-    assert run_here("predict", "--model", str(folder), str(photos)) == 128 + signal.SIGINT
+    assert run_here("predict", "--model", folder, photos) == 128 + signal.SIGINT
     error = capsys.readouterr().err
     assert error == "interrupted by Ctrl-C. To start again, repeat the command\n"
 
@@ -296,7 +312,7 @@ def test_a_frozen_run_that_is_interrupted_starts_again_with_the_same_command(
 ) -> None:
     write_photos(photos, range(8))
     flags = ["--model", str(folder), "--dataset", str(photos), "--trainable", "head"]
-    command = ["finetune", *flags, "--output-dir", str(tmp_path / "run"), "--no-report"]
+    command = ["finetune", *flags, "--output-dir", tmp_path / "run", "--no-report"]
 
     def interrupt(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
@@ -326,7 +342,7 @@ def test_a_dataset_that_does_not_fit_the_command_is_an_error_before_anything_is_
     monkeypatch.chdir(tmp_path)
     (tmp_path / "animals").mkdir()
     write_photos(tmp_path / "animals", range(num_photos))
-    flags = ["--model", str(folder), "--dataset", "animals", "--num-workers", "0"]
+    flags = ["--model", folder, "--dataset", "animals", "--num-workers", "0"]
 
     assert run_here(*command.split(), *flags) == 1
 

@@ -178,8 +178,8 @@ def test_an_encoder_may_leave_the_heads_of_a_classifier_unused(
     folder: Path, photos: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "features.parquet"
-    flags = ["--features", "cls", "--output", str(output), "--num-workers", "1"]
-    assert run_here("predict", "--model", str(folder), str(photos), *flags) == 0
+    flags = ["--features", "cls", "--output", output, "--num-workers", "1"]
+    assert run_here("predict", "--model", folder, photos, *flags) == 0
     assert output.is_file()
 
 
@@ -196,8 +196,8 @@ def test_the_hash_of_a_result_is_that_of_the_weights_that_were_read(
 
     monkeypatch.setattr(Evaluator, "__call__", replace_weights)
     output = tmp_path / "results.json"
-    flags = ["--output", str(output), "--num-workers", "0"]
-    assert run_here("evaluate", "--model", str(folder), "--dataset", str(photos), *flags) == 0
+    flags = ["--output", output, "--num-workers", "0"]
+    assert run_here("evaluate", "--model", folder, "--dataset", photos, *flags) == 0
 
     assert hash_weights(folder) != read_weights
     assert json.loads(output.read_text())["weights_sha256"] == read_weights
@@ -210,7 +210,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     photos = write_photos(base / "photos", range(8))
     sizes = "--hidden-size 16 --num-hidden-layers 1 --num-attention-heads 2 --intermediate-size 16"
     training = "--image-size 16 --patch-size 8 --max-steps 1 --batch-size 4 --num-workers 0"
-    flags = ["--dataset", str(photos), "--output-dir", str(base / "run"), "--no-report"]
+    flags = ["--dataset", photos, "--output-dir", base / "run", "--no-report"]
     words = f"finetune --model vitcls-tiny {sizes} {training}".split()
     assert run_here(*words, *flags) == 0
     return base / "run"
@@ -234,7 +234,7 @@ def test_settings_that_were_edited_after_training_are_named(
         (1, "push", "--hub-model-id", "ann/photos"),
     )
     for status, command, *flags in commands:
-        assert run_here(command, "--model", str(trained), *flags) == status
+        assert run_here(command, "--model", trained, *flags) == status
     assert "after training" not in caplog.text
 
     edit(trained, distance_threshold=9.0)
@@ -242,7 +242,7 @@ def test_settings_that_were_edited_after_training_are_named(
     for status, command, *flags in commands:
         warn_on_first_process.cache_clear()
         caplog.clear()
-        assert run_here(command, "--model", str(trained), *flags) == status
+        assert run_here(command, "--model", trained, *flags) == status
         (line,) = [line for line in caplog.messages if "after training" in line]
         assert line.startswith("config.json and preprocessor_config.json of ")
 
@@ -252,7 +252,7 @@ def test_an_evaluation_says_that_the_images_of_the_run_are_not_listed(
 ) -> None:
     (trained / "splits.parquet").unlink()
     dataset = str(run.parent / "photos")
-    flags = ["--model", str(trained), "--dataset", dataset, "--num-workers", "0"]
+    flags = ["--model", trained, "--dataset", dataset, "--num-workers", "0"]
     assert run_here("evaluate", *flags) == 0
     (line,) = [line for line in caplog.messages if "is missing" in line]
     assert line.startswith("splits.parquet of ")

@@ -18,7 +18,6 @@ from modeling_vitcls.data.options import DataOptions
 from modeling_vitcls.runtime.flags import get_flag_fields
 
 
-SCRIPTS = Path(__file__).parents[2] / "scripts"
 RUN = "--model m --dataset d --output-dir o"
 
 
@@ -291,7 +290,7 @@ def test_an_output_that_cannot_be_written_is_reported_before_the_work(
 ) -> None:
     (tmp_path / "file").touch()
     output = tmp_path / "file" / "inner" / name
-    assert run_here(*command.split(), flag, str(output)) == 1
+    assert run_here(*command.split(), flag, output) == 1
     error = capsys.readouterr().err
     assert error.startswith(f"error: cannot write {output}: ")
     assert error.endswith(f" {flag}\n")
@@ -301,7 +300,7 @@ def test_a_folder_without_write_permission_is_reported_before_the_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
-    arguments = ("--model", "m", "--dataset", "d", "--output", str(tmp_path / "x.json"))
+    arguments = ("--model", "m", "--dataset", "d", "--output", tmp_path / "x.json")
     assert run_here("evaluate", *arguments) == 1
     assert f"no permission to write to {tmp_path}. Set" in capsys.readouterr().err
 
@@ -309,7 +308,7 @@ def test_a_folder_without_write_permission_is_reported_before_the_work(
 def test_errors_of_file_operations_name_the_file_and_the_reason(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run_here("predict", "--model", "vitcls-tiny", "--list", str(tmp_path)) == 1
+    assert run_here("predict", "--model", "vitcls-tiny", "--list", tmp_path) == 1
     error = capsys.readouterr().err
     assert f"error: cannot use {tmp_path}: Is a directory" in error
     assert "Errno" not in error

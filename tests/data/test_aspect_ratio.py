@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers.tiny_models import build_tiny_config
+from helpers.tiny_models import build_tiny_config, save_with_processor
 from helpers.tiny_options import build_initial_model
 from PIL import Image
 
@@ -52,12 +52,9 @@ def build_edge_images() -> list[Image.Image]:
 @pytest.fixture(scope="module")
 def cropping_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a checkpoint whose processor crops, as after the conversion of most timm models."""
-    folder = tmp_path_factory.mktemp("crop")
-    ViTCLSForImageClassification(
-        build_tiny_config(num_labels=2, id2label={0: "yes", 1: "no"})
-    ).save_pretrained(folder)
-    ViTCLSImageProcessor(**CROP).save_pretrained(folder)
-    return folder
+    config = build_tiny_config(num_labels=2, id2label={0: "yes", 1: "no"})
+    model = ViTCLSForImageClassification(config)
+    return save_with_processor(model, tmp_path_factory.mktemp("crop"), ViTCLSImageProcessor(**CROP))
 
 
 @pytest.mark.parametrize("image_size", [None, (32, 48)])
@@ -143,11 +140,8 @@ def test_a_crop_keeps_its_ratio_at_another_size() -> None:
 
 def test_another_fit_keeps_the_size_of_the_processor(tmp_path: Path) -> None:
     """Checkpoints of large native images often come with a processor for 224 pixels."""
-    ViTCLSForImageClassification(build_tiny_config(image_size=64)).save_pretrained(tmp_path)
-    crop = {"height": 32, "width": 32}
-    ViTCLSImageProcessor(
-        size={"shortest_edge": 40}, do_center_crop=True, crop_size=crop
-    ).save_pretrained(tmp_path)
+    model = ViTCLSForImageClassification(build_tiny_config(image_size=64))
+    save_with_processor(model, tmp_path, ViTCLSImageProcessor(**CROP))
     for resize in ("squash", "pad", "crop"):
         _, processor, _ = load_for_inference(
             ModelFolder(tmp_path),

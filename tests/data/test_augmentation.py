@@ -17,8 +17,12 @@ from modeling_vitcls.data.options import AugmentationOptions
 from modeling_vitcls.data.sampling import derive_seed
 
 
-ALL = {"crop_scale": 0.5, "flip": True, "auto_augment": "rand"}
-ALL |= {"augment": {"rotation": 20.0, "shift": 0.1, "zoom": 0.2, "random_erasing": 0.5}}
+ALL = {
+    "crop_scale": 0.5,
+    "flip": True,
+    "auto_augment": "rand",
+    "augment": {"rotation": 20.0, "shift": 0.1, "zoom": 0.2, "random_erasing": 0.5},
+}
 STILL = {"crop_scale": 1.0, "flip": False}
 
 

@@ -3,6 +3,7 @@
 import multiprocessing
 import subprocess
 import time
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -197,9 +198,7 @@ def test_workers_ignore_the_signals_that_stop_a_run() -> None:
     for _ in range(2):
         next(batches)  # one batch from each worker: both have started
     workers = [child for child in multiprocessing.active_children() if child not in before]
-
     assert len(workers) == 2
-
     for name in ("INT", "TERM", "USR1"):
         subprocess.run(["kill", f"-{name}", *(str(worker.pid) for worker in workers)], check=True)
     time.sleep(0.2)
@@ -216,13 +215,8 @@ def test_color_images_become_gray_for_a_model_of_one_channel() -> None:
         image.convert(mode)
         for image, mode in zip(build_noise_images(4), ("L", "RGB", "RGBA", "LA"), strict=True)
     ]
-    augmentation = build_augmentation(
-        AugmentationOptions(crop_scale=1.0, flip=False),
-        ViTCLSImageProcessor(size=[16, 16]),
-    )
-    source = LabeledImages(images, [0, 1, 2, 3])
-    prepared = TrainingImages(source, augmentation, LABELS, to_rgb=False, seed=0, num_channels=1)
-
+    prepared = build_images(LabeledImages(images, [0, 1, 2, 3]))
+    prepared = replace(prepared, to_rgb=False, num_channels=1)
     batch = prepared[[(0, 0), (0, 1), (0, 2), (0, 3)]]
     assert batch["pixels"].shape == (4, 1, 16, 16)
     assert batch["index"].tolist() == [0, 1, 2, 3]

@@ -10,7 +10,7 @@ from helpers.accelerate_state import reset_accelerate
 from helpers.command_in_process import run_here
 from helpers.photo_folders import write_photos
 from helpers.tiny_models import raises_one_line
-from helpers.tiny_options import build_tiny_options, run_training
+from helpers.tiny_options import build_tiny_options, run_to_folder
 
 from modeling_vitcls import evaluate, inspect_tokens
 from modeling_vitcls.data.images import DatasetImages
@@ -26,8 +26,7 @@ pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 def train(folder: Path, dataset: Path, **flags: Any) -> Path:
     """Fine-tune a tiny model for two steps."""
-    run_training(build_tiny_options(folder, dataset, max_steps=2, batch_size=8, **flags))
-    return folder
+    return run_to_folder(build_tiny_options(folder, dataset, max_steps=2, batch_size=8, **flags))
 
 
 @pytest.fixture(scope="module")
@@ -45,11 +44,11 @@ def run_evaluate(tmp_path: Path, model: Path, dataset: Path, *flags: str) -> dic
     output = tmp_path / "evaluation.json"
     arguments = [
         "--model",
-        str(model),
+        model,
         "--dataset",
-        str(dataset),
+        dataset,
         "--output",
-        str(output),
+        output,
         "--num-workers",
         "0",
     ]
@@ -113,9 +112,9 @@ def test_the_training_folder_is_evaluated_on_the_images_that_training_held_out(
 def test_training_images_are_recognized_in_a_folder_that_was_copied_renamed_and_extended(
     photos: Path, tmp_path: Path
 ) -> None:
-    for path in (photos / "train").glob("*/*.png"):
-        (tmp_path / "other" / path.parent.name).mkdir(parents=True, exist_ok=True)
-        shutil.copy(path, tmp_path / "other" / path.parent.name / f"photo {path.name}")
+    shutil.copytree(photos / "train", tmp_path / "other")
+    for path in (tmp_path / "other").glob("*/*.png"):
+        path.rename(path.with_name(f"photo {path.name}"))
     write_photos(tmp_path / "other", range(30, 35))
     found = run_evaluate(tmp_path, photos / "run", tmp_path / "other")
     assert (found["num_images"], found["num_left_out_images"]) == (22, 48)

@@ -79,8 +79,16 @@ def build(kind: str, folder: Path) -> Any:
     return [(convert(image), label) for image, label in pairs]
 
 
-KINDS = ["images", "arrays", "bytes", "paths", "torch", "part of a torch dataset", "datasets"]
-KINDS += ["splits"]
+KINDS = (
+    "images",
+    "arrays",
+    "bytes",
+    "paths",
+    "torch",
+    "part of a torch dataset",
+    "datasets",
+    "splits",
+)
 
 
 @pytest.mark.parametrize("kind", KINDS)

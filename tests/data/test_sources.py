@@ -10,6 +10,7 @@ from typing import Any
 import datasets
 import numpy as np
 import pytest
+from helpers.photo_folders import write_two_colors
 from helpers.tiny_models import raises_one_line
 from PIL import Image
 from sklearn.datasets import load_digits
@@ -23,17 +24,7 @@ from modeling_vitcls.data.splits import load_training_data
 
 @pytest.fixture(scope="module")
 def color_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Write a folder of images in two classes, with different sizes and modes."""
-    folder = tmp_path_factory.mktemp("colors")
-    for index in range(10):
-        for name, color in (
-            ("dusk", (20, 20, 90 + 5 * index)),
-            ("noon", (250, 240, 120 + 5 * index)),
-        ):
-            (folder / name).mkdir(exist_ok=True)
-            image = Image.new("RGB", (20 + index, 40 - index), color)
-            image.convert("RGBA" if index % 2 else "RGB").save(folder / name / f"{index}.png")
-    return folder
+    return write_two_colors(tmp_path_factory.mktemp("colors"), 10)
 
 
 def read(dataset: object, **options: Any) -> Any:
@@ -241,58 +232,33 @@ def test_unusable_datasets_are_named(tmp_path: Path) -> None:
 # Unusual and unreadable images --------------------------------------------------------------------
 
 
-def write_unreadable_images(folder: Path) -> list[Path]:
-    """Write files that are not complete images."""
+def test_unreadable_images_are_named(tmp_path: Path) -> None:
     jpeg = io.BytesIO()
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(
-        jpeg, "JPEG"
-    )
-    (folder / "truncated.jpg").write_bytes(jpeg.getvalue()[:-200])
-    (folder / "empty.png").write_bytes(b"")
-    (folder / "text.png").write_text("not an image", encoding="utf-8")
+    noise = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(jpeg, "JPEG")
     chunk = b"IHDR" + struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
     bomb = struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk))
-    (folder / "bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + bomb)
-    return sorted(folder.iterdir())
-
-
-def build_three_sources(paths: list[Path], folder: Path) -> list[LabeledImages]:
-    """Return the same files as paths, as a column of images, and as bytes, in the same order."""
-    folder.mkdir()
-    names = ["x", "y"] * (len(paths) // 2)
-    (folder / "list.csv").write_text(
-        "\n".join(
-            ["image,label", *(f"{path},{name}" for path, name in zip(paths, names, strict=True))]
-        ),
-        encoding="utf-8",
-    )
-    encoded = [path.read_bytes() for path in paths]
-    files = [
-        folder / "list.csv",
-        write_table(
-            folder / "a.parquet",
-            {"image": list(map(str, paths)), "label": names},
-            image=datasets.Image(),
-        ),
-        write_table(folder / "b.parquet", {"image": encoded, "label": names}),
-    ]
-    return [read_single_split(file) for file in files]
-
-
-def test_unreadable_images_are_named(tmp_path: Path) -> None:
-    (tmp_path / "images").mkdir()
-    paths = write_unreadable_images(tmp_path / "images")
-    by_path, in_column, as_bytes = build_three_sources(paths, tmp_path / "tables")
-
-    for index, path in enumerate(paths):
-        for source, name in (
-            (by_path, path.name),
-            (in_column, path.name),
-            (as_bytes, f"row {index}"),
-        ):
-            with pytest.raises(UnreadableImage, match=name) as caught:
-                source.images[index]
-            assert "\n" not in str(caught.value)
+    contents = {
+        "truncated.jpg": jpeg.getvalue()[:-200],
+        "empty.png": b"",
+        "text.png": b"not an image",
+        "bomb.png": b"\x89PNG\r\n\x1a\n" + bomb,
+    }
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+    paths = [str(tmp_path / name) for name in contents]
+    rows = [f"row {index}" for index in range(len(contents))]
+    for kind, values, features, names in (
+        ("path", paths, {}, contents),
+        ("image", paths, {"image": datasets.Image()}, contents),
+        ("bytes", list(contents.values()), {}, rows),
+    ):
+        columns = {"image": values, "label": ["x", "y"] * 2}
+        table = write_table(tmp_path / f"{kind}.parquet", columns, **features)
+        images = read_single_split(table).images
+        for index, name in enumerate(names):
+            with raises_one_line(name, error=UnreadableImage):
+                images[index]
 
 
 def test_missing_images_are_unreadable(tmp_path: Path) -> None:

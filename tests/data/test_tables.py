@@ -229,17 +229,6 @@ def test_tables_that_cannot_be_used_are_named(content: str, words: list[str], ph
         read_labels(photos / "damaged.csv")
 
 
-@pytest.mark.parametrize("name", ["t.csv", "t.parquet", "metadata.parquet", "0.png"])
-def test_pointers_of_git_lfs_are_named(name: str, tmp_path: Path) -> None:
-    Image.new("RGB", (8, 8)).save(tmp_path / "0.png")
-    (tmp_path / "all.csv").write_text("file_name,label\n0.png,a\n")
-    (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:1\n")
-    dataset = {"0.png": tmp_path / "all.csv", "metadata.parquet": tmp_path}
-    options = DataOptions(dataset=str(dataset.get(name, tmp_path / name)))
-    with raises_one_line(name, "`git lfs pull`", error=(OSError, ValueError)):
-        list(load_splits(options).train.images)
-
-
 @pytest.mark.parametrize(
     ("name", "remedy"),
     [
@@ -292,11 +281,6 @@ def test_vectors_of_a_declared_or_torch_dataset_have_its_names(photos: Path) -> 
 
     for data in (declared, Tags(zip(paths, vectors, strict=True))):
         assert read_labels(add_dataset(data)) == ["cat", "dog, owl"]
-
-
-def test_text_that_looks_like_a_list_is_read_as_one(photos: Path) -> None:
-    rows = ['"[""cat"", ""dog""]"', "\"['dog']\"", "[]"]
-    assert read_labels(write_csv(photos, rows, "lists.csv")) == ["cat, dog", "dog", "no label"]
 
 
 @pytest.mark.parametrize("bits", [["0", "1"], ["False", "True"], ["0.0", "1.0"]])

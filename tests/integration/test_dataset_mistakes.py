@@ -25,7 +25,7 @@ TINY = (
 
 
 def finetune(output_dir: Path, *flags: str) -> int:
-    return run_here("finetune", *TINY, "--output-dir", str(output_dir), *flags)
+    return run_here("finetune", *TINY, "--output-dir", output_dir, *flags)
 
 
 # The output folder --------------------------------------------------------------------------------
@@ -40,7 +40,7 @@ def test_an_output_folder_in_the_dataset_is_refused_before_anything_is_written(
     """The figures of the run would become a class of the next run."""
     photos = write_photos(tmp_path / "photos", range(5))
     files = sorted(tmp_path.rglob("*"))
-    flags = ["--dataset", str(photos), "--output-dir", str(photos / folder)]
+    flags = ["--dataset", photos, "--output-dir", photos / folder]
 
     assert run_here(command, *COMMANDS[command], *flags) == 1
 
@@ -124,9 +124,9 @@ def test_heic_photos_are_trained_on_and_predicted(
     flags = ["2" if flag == "0" else flag for flag in TINY]
 
     run = tmp_path / "run"
-    assert run_here("finetune", *flags, "--output-dir", str(run), "--dataset", str(photos)) == 0
+    assert run_here("finetune", *flags, "--output-dir", run, "--dataset", photos) == 0
     assert "cat: 5, dog: 5" in capsys.readouterr().out
     assert read_json(run / "results.json")["num_unreadable_images"] == 0
 
-    assert run_here("predict", "--model", str(run), str(photos / "cat"), "--num-workers", "1") == 0
+    assert run_here("predict", "--model", run, photos / "cat", "--num-workers", "1") == 0
     assert capsys.readouterr().out.count(".HEIC") >= 5

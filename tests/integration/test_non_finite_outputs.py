@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers.command_in_process import run_here
 from helpers.photo_folders import write_photos
-from helpers.tiny_models import build_tiny_config, randomize
+from helpers.tiny_models import build_tiny_config, randomize, save_both
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor, ViTCLSModel
 
@@ -24,9 +24,7 @@ TRAINING = (
 def save_nan_model(model: Any, weight: str, folder: Path) -> Path:
     """Save a model in which one weight is NaN."""
     model.get_parameter(weight).data.fill_(torch.nan)
-    model.save_pretrained(folder)
-    ViTCLSImageProcessor(size=32).save_pretrained(folder)
-    return folder
+    return save_both(model, folder, ViTCLSImageProcessor(size=32))
 
 
 @pytest.fixture(scope="module")
@@ -61,9 +59,9 @@ def check_error(capsys: pytest.CaptureFixture[str], *words: str) -> None:
 def test_evaluate_reports_no_accuracy(
     classifier: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model = ["--model", str(classifier), "--dataset", str(photos), "--num-workers", "0"]
-    rows = ["--per-image", str(tmp_path / "rows.parquet")]
-    assert run_here("evaluate", *model, *rows, "--output", str(tmp_path / "results.json")) == 1
+    model = ["--model", classifier, "--dataset", photos, "--num-workers", "0"]
+    rows = ["--per-image", tmp_path / "rows.parquet"]
+    assert run_here("evaluate", *model, *rows, "--output", tmp_path / "results.json") == 1
     check_error(capsys, "16 of 16 images")
     assert not list(tmp_path.iterdir())
 
@@ -71,8 +69,8 @@ def test_evaluate_reports_no_accuracy(
 def test_finetune_does_not_learn_from_a_teacher(
     classifier: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    flags = ["--dataset", str(photos), "--output-dir", str(tmp_path / "run")]
-    assert run_here("finetune", *flags, *TRAINING, "--teacher", str(classifier)) == 1
+    flags = ["--dataset", photos, "--output-dir", tmp_path / "run"]
+    assert run_here("finetune", *flags, *TRAINING, "--teacher", classifier) == 1
     check_error(capsys, str(classifier), "4 of 4 images")
     assert not (tmp_path / "run" / "model.safetensors").exists()
 
@@ -80,7 +78,7 @@ def test_finetune_does_not_learn_from_a_teacher(
 def test_finetune_fits_no_probe(
     encoder: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    flags = ["--dataset", str(photos), "--output-dir", str(tmp_path / "run")]
+    flags = ["--dataset", photos, "--output-dir", tmp_path / "run"]
     flags += "--batch-size 4 --num-workers 0 --trainable head".split()
-    assert run_here("finetune", "--model", str(encoder), *flags) == 1
+    assert run_here("finetune", "--model", encoder, *flags) == 1
     check_error(capsys, "images")

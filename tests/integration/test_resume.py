@@ -24,10 +24,10 @@ from helpers.tiny_options import read_compared_values
 from helpers.warm_processes import (
     READY,
     SCRIPTS,
-    find_free_port,
     get_loopback,
-    get_rank_variables,
     run_script,
+    run_together,
+    start_together,
     wait_for_step,
 )
 from PIL import Image
@@ -64,9 +64,8 @@ NUM_STEPS = 23
 class RunningProcess:
     """A run in one or several processes."""
 
-    def __init__(self, folder: Path, flags: str, process: Any) -> None:
+    def __init__(self, folder: Path, process: Any) -> None:
         self.folder = folder
-        self.flags = flags
         self.process = process
 
     @property
@@ -121,13 +120,11 @@ def build_command(folder: Path, flags: str) -> list[str]:
     return [str(SCRIPTS / "finetune.py"), "--output-dir", str(folder), *flags.split()]
 
 
-def build_ready_process(
-    folder: Path, flags: str, target: Callable[..., None] | None = None, **several: str
-) -> Any:
+def build_ready_process(folder: Path, flags: str, target: Callable[..., None] | None = None) -> Any:
     """Return a process that runs the script and has already imported the libraries."""
     _, *all_flags = build_command(folder, flags)
     process = READY.Process(
-        target=target or finetune, args=(all_flags, read_log(folder), ENVIRONMENT | several)
+        target=target or finetune, args=(all_flags, read_log(folder), ENVIRONMENT)
     )
     process.start()
     return process
@@ -145,7 +142,7 @@ def finetune_with_late_workers(flags: list[str], log: Path, environment: dict[st
 
 
 def start(folder: Path, flags: str) -> RunningProcess:
-    return RunningProcess(folder, flags, build_ready_process(folder, flags))
+    return RunningProcess(folder, build_ready_process(folder, flags))
 
 
 def launch(folder: Path, flags: str, processes: int = 1, *launcher_flags: str) -> RunningProcess:
@@ -161,7 +158,7 @@ def launch(folder: Path, flags: str, processes: int = 1, *launcher_flags: str) -
             env=os.environ | ENVIRONMENT,
             start_new_session=True,
         )
-    return RunningProcess(folder, flags, process)
+    return RunningProcess(folder, process)
 
 
 def finish(folder: Path, flags: str) -> str:
@@ -180,25 +177,6 @@ def kill_and_resume(folder: Path, flags: str, kills: list[int]) -> str:
         run.kill()
         assert not (folder / "results.json").exists()
     return finish(folder, f"{flags} --resume")
-
-
-def start_two(folder: Path, flags: str) -> list[RunningProcess]:
-    """Start two processes of a run, the main process first."""
-    port = find_free_port()
-    return [
-        RunningProcess(
-            folder, flags, build_ready_process(folder, flags, **get_rank_variables(rank, 2, port))
-        )
-        for rank in range(2)
-    ]
-
-
-def finish_two(folder: Path, flags: str) -> str:
-    """Run to the end in two processes, and return the printed text."""
-    read_log(folder).unlink(missing_ok=True)
-    for run in start_two(folder, flags):
-        assert run.wait() == 0, run.output
-    return read_log(folder).read_text(encoding="utf-8")
 
 
 def draw_steps(count: int, seed: int) -> list[int]:
@@ -332,33 +310,15 @@ def test_resume_without_a_checkpoint_starts_from_the_beginning(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_a_checkpoint(
-    number: signal.Signals, image_folder: Path, folder: Path, uninterrupted: Callable[[str], Path]
-) -> None:
-    """Send the signal to the run and its workers, between two checkpoints."""
-    flags = f"{RUN} --epochs 15 --dataset {image_folder}"
-    run = start(folder, f"{flags} --num-workers 2 --save-every 1000")
-    run.wait_for_step(6)
-    os.killpg(run.process.pid, number)
-    assert run.wait() == 128 + number, run.output
-    assert not (folder / ".vitcls.lock").exists()
-    assert f"stopped by {number.name}; a checkpoint was saved" in run.output
-    assert "Traceback" not in run.output
-    assert get_resumed_step(finish(folder, f"{flags} --resume")) >= 6
-    assert_equal_runs(folder, uninterrupted(flags))
-
-
-@pytest.mark.slow
 def test_delayed_workers_do_not_block_the_end(image_folder: Path, folder: Path) -> None:
-    """The cluster's SIGTERM is still pending in a worker at the end of the run."""
+    """The cluster's SIGTERM, sent to all, is still pending in a worker at the end of the run."""
     flags = f"{RUN} --epochs 15 --dataset {image_folder} --num-workers 2 --save-every 1000"
-    run = RunningProcess(
-        folder, flags, build_ready_process(folder, flags, finetune_with_late_workers)
-    )
+    run = RunningProcess(folder, build_ready_process(folder, flags, finetune_with_late_workers))
     run.wait_for_step(6)
     os.killpg(run.process.pid, signal.SIGTERM)
     assert run.wait() == 128 + signal.SIGTERM, run.output
+    assert "stopped by SIGTERM; a checkpoint was saved" in run.output
+    assert "Traceback" not in run.output
 
 
 @pytest.mark.slow
@@ -400,14 +360,18 @@ def test_two_processes_are_interrupted_then_killed(
     assert run.wait() == 1
     assert run.output.count("stopped by SIGINT; a checkpoint was saved") == 1
 
-    again = start_two(folder, f"{flags} --resume")
-    again[0].wait_for_step(12)
-    for process in again:
+    words = build_command(folder, f"{flags} --resume")
+    log = tmp_path / "killed.log"
+    started = start_together(words[0], words[1:], log, log, ENVIRONMENT)
+    wait_for_step(folder, 12, started[0].is_alive, log)
+    for process in started:
         process.kill()
-    assert get_resumed_step(finish_two(folder, f"{flags} --resume")) >= 9
-    whole = tmp_path / "whole"
-    finish_two(whole, flags)
-    assert_equal_runs(folder, whole)
+        process.join()
+    output = run_together(*words, log=tmp_path / "resumed.log", environment=ENVIRONMENT)
+    assert get_resumed_step(output) >= 9
+    words = build_command(tmp_path / "whole", flags)
+    run_together(*words, log=tmp_path / "whole.log", environment=ENVIRONMENT)
+    assert_equal_runs(folder, tmp_path / "whole")
 
 
 @pytest.mark.slow

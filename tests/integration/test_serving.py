@@ -3,7 +3,6 @@
 import io
 import os
 import re
-import socket
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ import httpx
 import numpy as np
 import pytest
 from helpers.tiny_models import build_tiny_config, save_with_processor
+from helpers.warm_processes import find_free_port
 from PIL import Image
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor, predict
@@ -43,9 +43,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def address(folder: Path) -> Iterator[str]:
     """Start the server with two processes, and return the address of its page."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = find_free_port()
     command = ["-m", "uvicorn", "serve:app", "--workers", "2", "--port", str(port)]
     server = subprocess.Popen(
         [sys.executable, *command], cwd=folder, env=os.environ | {"HF_HUB_OFFLINE": "1"}
