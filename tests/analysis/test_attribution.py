@@ -25,7 +25,6 @@ from modeling_vitcls.inference.prediction_rows import get_logits_by_task
 
 TOLERANCE = 1e-5
 LAYERS = {"num_hidden_layers": 3}
-SIZES = [(32, 32), (24, 56)]
 TWO_CLS: dict[str, Any] = {"num_cls_tokens": 2, "num_register_tokens": 1}
 
 # Fields that change the layers or the attention masks.

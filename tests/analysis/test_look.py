@@ -1,7 +1,6 @@
 """The command `vitcls look` and the function `look`: files, numbers, and legible sheets."""
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.command_in_process import run_here
+from helpers.photo_folders import write_files
 from helpers.sample_photographs import photograph
 from helpers.tiny_models import (
     LAYOUTS,
@@ -51,9 +51,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture
 def photo(tmp_path: Path) -> str:
-    file = tmp_path / "china.jpg"
-    photograph("china.jpg").save(file)
-    return str(file)
+    photograph("china.jpg").save(tmp_path / "china.jpg")
+    return str(tmp_path / "china.jpg")
 
 
 def measure(model: Any, processor: Any = PROCESSOR) -> PhotoMeasurements:
@@ -74,14 +73,9 @@ def read_error(capsys: pytest.CaptureFixture[str]) -> str:
 def test_a_folder_gives_one_sheet_per_photo_and_names_broken_files(
     model: str, photo: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for folder in ("a", "b"):
-        (tmp_path / "photos" / folder).mkdir(parents=True)
-        photograph("china.jpg").save(tmp_path / "photos" / folder / "same.jpg")
-    (tmp_path / "photos" / "broken.png").write_bytes(b"no picture")
-    assert (
-        run_here("look", str(tmp_path / "photos"), "--model", model, "-o", str(tmp_path / "sheets"))
-        == 0
-    )
+    write_files(tmp_path / "photos", "a/same.jpg", "b/same.jpg", content=Path(photo).read_bytes())
+    write_files(tmp_path / "photos", "broken.png")
+    assert run_here("look", tmp_path / "photos", "--model", model, "-o", tmp_path / "sheets") == 0
     assert {file.name for file in (tmp_path / "sheets").iterdir()} == {"same.png", "same-2.png"}
     assert "broken.png" in capsys.readouterr().err
     for sheet in (tmp_path / "sheets").iterdir():
@@ -90,17 +84,16 @@ def test_a_folder_gives_one_sheet_per_photo_and_names_broken_files(
 
 def test_several_photos_do_not_overwrite_one_file(model: str, photo: str, tmp_path: Path) -> None:
     photograph("flower.jpg").save(tmp_path / "flower.jpg")
-    photos = [photo, str(tmp_path / "flower.jpg")]
-    assert run_here("look", *photos, "--model", model, "-o", str(tmp_path / "out.webp")) == 0
+    photos = [photo, tmp_path / "flower.jpg"]
+    assert run_here("look", *photos, "--model", model, "-o", tmp_path / "out.webp") == 0
     assert {file.name for file in tmp_path.glob("*.webp")} == {"out-china.webp", "out-flower.webp"}
 
 
 def test_a_folder_without_readable_photos_is_an_error(
     model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for name in ("a.png", "b.png"):
-        (tmp_path / name).write_bytes(b"no picture")
-    assert run_here("look", str(tmp_path), "--model", model, "-o", str(tmp_path / "out")) == 1
+    write_files(tmp_path, "a.png", "b.png")
+    assert run_here("look", tmp_path, "--model", model, "-o", tmp_path / "out") == 1
     assert capsys.readouterr().err.splitlines()[-1].startswith("error: none of the 2 photos")
 
 
@@ -124,6 +117,7 @@ def test_unusable_flags_are_reported_before_the_model_is_loaded(
 
 
 @pytest.mark.parametrize("layout", [LAYOUTS["no_cls"], LAYOUTS["several_of_each"]], ids=str)
+@torch.no_grad()
 def test_the_numbers_are_those_of_eager_attention(
     layout: dict[str, Any], photo: str, tmp_path: Path
 ) -> None:
@@ -136,9 +130,9 @@ def test_the_numbers_are_those_of_eager_attention(
             "--model",
             folder,
             "-o",
-            str(tmp_path / "out.png"),
+            tmp_path / "out.png",
             "--json",
-            str(numbers),
+            numbers,
         )
         == 0
     )
@@ -147,9 +141,8 @@ def test_the_numbers_are_those_of_eager_attention(
     model = ViTCLSModel.from_pretrained(
         folder, attn_implementation="eager", add_pooling_layer=False
     ).eval()
-    with torch.no_grad():
-        pixel_values = PROCESSOR(Image.open(photo), return_tensors="pt")["pixel_values"]
-        outputs = model(pixel_values, output_attentions=True, output_hidden_states=True)
+    pixel_values = PROCESSOR(Image.open(photo), return_tensors="pt")["pixel_values"]
+    outputs = model(pixel_values, output_attentions=True, output_hidden_states=True)
     attention = torch.cat(outputs.attentions)  # [L, H, N, N]
     num_special_tokens = model.config.token_layout.num_prefix_tokens
     rows = [attention[:, :, index] for index in range(num_special_tokens)]
@@ -172,7 +165,7 @@ def test_the_numbers_are_those_of_eager_attention(
 
 def test_the_image_size_sets_the_number_of_patches(model: str, photo: str, tmp_path: Path) -> None:
     numbers = tmp_path / "numbers.json"
-    flags = ["--model", model, "-o", str(tmp_path / "out.png"), "--json", str(numbers)]
+    flags = ["--model", model, "-o", tmp_path / "out.png", "--json", numbers]
     assert run_here("look", photo, *flags, "--image-size", "48", "64", "--resize", "crop") == 0
     (record,) = json.loads(numbers.read_text())["photos"]
     assert record["input_size"] == [48, 64]
@@ -237,21 +230,11 @@ def test_no_text_covers_a_tile_or_another_text_or_is_cut_off(
             assert box.count_overlaps(boxes) == 1, box  # only itself
 
 
-def test_the_sheet_says_which_layers_are_shown() -> None:
-    """The classifier reads CLS of the last layer, and patches only through attention to them."""
-    config = build_tiny_config(num_hidden_layers=4)
-    header = sheet_module.draw_header(measure(ViTCLSForImageClassification(config)), "")
-    (line,) = re.findall("drawn in .*", "".join(text.get_text() for text in header.texts))
-    assert re.findall(r"(\w+) in layer (\d)", line) == [("CLS", "4"), ("patches", "3")]
-
-
 def test_the_function_returns_the_image_of_the_command(
     model: str, photo: str, tmp_path: Path
 ) -> None:
     assert (
-        run_here(
-            "look", photo, "--model", model, "-o", str(tmp_path / "out.png"), "--image-size", "64"
-        )
+        run_here("look", photo, "--model", model, "-o", tmp_path / "out.png", "--image-size", "64")
         == 0
     )
     sheet = look(model, photo, image_size=64)

@@ -35,15 +35,15 @@ def compute_attribution(model: Any, target: int) -> torch.Tensor:
     )
 
 
+@torch.no_grad()
 def test_predictions_maps_and_norms_are_those_of_the_model() -> None:
     model = randomize(ViTCLSForImageClassification(build_tiny_config(num_labels=5, **TOKENS)))
     found = measure_photo(model, PROCESSOR, PHOTO)
     # the crop of 40 x 60 pixels, twice as large
     assert found.visible_region == (20, 8, 100, 72)
 
-    with torch.no_grad():
-        outputs = model(PIXELS, output_hidden_states=True)
-        rows = extract_patch_maps(model.token_attention(PIXELS)[0], model.config, (32, 40))
+    outputs = model(PIXELS, output_hidden_states=True)
+    rows = extract_patch_maps(model.token_attention(PIXELS)[0], model.config, (32, 40))
     probabilities, indices = outputs.logits[0].softmax(dim=0).topk(3)
     expected = zip(indices.tolist(), probabilities.tolist(), strict=True)
     assert found.predictions[None] == [

@@ -5,7 +5,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from helpers.tiny_models import TASKS, build_tiny_config, randomize
 from helpers.varied_models import center_logits
 from PIL import Image
@@ -53,9 +52,8 @@ def build_classifier(**fields: Any) -> ViTCLSForImageClassification:
 def model() -> ViTCLSForImageClassification:
     """Build a model with two equal registers."""
     model = build_classifier()
-    with torch.no_grad():
-        registers = model.vitcls.embeddings.register_tokens
-        registers[:, 2] = registers[:, 0]
+    registers = model.vitcls.embeddings.register_tokens.data
+    registers[:, 2] = registers[:, 0]
     return model
 
 

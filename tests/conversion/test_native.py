@@ -8,7 +8,14 @@ import pytest
 import torch
 from helpers.local_hub import LocalHub
 from helpers.source_checkpoints import build_vit_classifier, save_checkpoint
-from helpers.tiny_models import KINDS, build_images, build_tiny_config, raises_one_line, randomize
+from helpers.tiny_models import (
+    KINDS,
+    build_images,
+    build_tiny_config,
+    raises_one_line,
+    randomize,
+    save_with_processor,
+)
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoModelForImageClassification
@@ -20,23 +27,23 @@ from modeling_vitcls.hub.model_files import hash_settings, hash_weights
 from modeling_vitcls.hub.model_folder import ModelFolder
 from modeling_vitcls.publishing.push import push_folder
 from modeling_vitcls.publishing.verify import verify
+from modeling_vitcls.runtime.files import read_json, write_json
 
 
-ROOT = Path(__file__).parents[2]
 DEMO = {"num_register_tokens": 2, "intermediate_size": 64, "id2label": {0: "a", 1: "b", 2: "c"}}
 
 
 def save(folder: Path, kind: str = "classifier", **fields: Any) -> Path:
     model_class, needed, _ = KINDS[kind]
     needed = needed if kind != "classifier" else {}
-    randomize(model_class(build_tiny_config(**needed | fields))).save_pretrained(folder)
-    ViTCLSImageProcessor(
-        size={"height": 32, "width": 32}, resample=2, image_mean=[0.5] * 3
-    ).save_pretrained(folder)
+    model = model_class(build_tiny_config(**needed | fields))
+    processor = ViTCLSImageProcessor(size=[32, 32], resample=2, image_mean=[0.5] * 3)
+    save_with_processor(model, folder, processor)
     (folder / "README.md").write_text("---\nlicense: mit\n---\n# mine\n")
     return folder
 
 
+@torch.no_grad()
 def test_the_demo_model_has_the_same_outputs_at_its_native_size(tmp_path: Path) -> None:
     folder = save(tmp_path / "mine", **DEMO)
     report = write_native_model(str(folder), tmp_path / "native")
@@ -48,8 +55,7 @@ def test_the_demo_model_has_the_same_outputs_at_its_native_size(tmp_path: Path) 
 
     native = AutoModelForImageClassification.from_pretrained(tmp_path / "native")
     original = ViTCLSForImageClassification.from_pretrained(folder)
-    with torch.no_grad():
-        assert (native(build_images()).logits - original(build_images()).logits).abs().max() <= 1e-5
+    assert (native(build_images()).logits - original(build_images()).logits).abs().max() <= 1e-5
     assert native.config.id2label == original.config.id2label
 
     processors = (
@@ -167,8 +173,7 @@ def test_a_native_model_is_pushed_and_verified_without_remote_code(
 def test_code_in_a_native_repository_is_not_run(hub: LocalHub, tmp_path: Path) -> None:
     write_native_model(str(save(tmp_path / "mine", **DEMO)), tmp_path / "native")
     config = tmp_path / "native" / "config.json"
-    settings = json.loads(config.read_text()) | {"auto_map": {"AutoConfig": "other.Config"}}
-    config.write_text(json.dumps(settings))
+    write_json(config, read_json(config) | {"auto_map": {"AutoConfig": "other.Config"}})
     with raises_one_line("is not a vitcls model"):
         push_folder(ModelFolder(tmp_path / "native"), "ann/native")
 

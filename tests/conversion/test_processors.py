@@ -1,6 +1,7 @@
 """The conversion of image processors: equal pixels on real photographs, and defaults."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,18 +26,15 @@ TIMM_CONFIGS = {
 }
 
 
-class PretrainedConfigOnly(torch.nn.Module):
-    """A model with only the attribute that timm's preprocessing reads."""
-
-    def __init__(self, name: str) -> None:
-        super().__init__()
-        self.pretrained_cfg = timm.get_pretrained_cfg(name).to_dict()
+def build_config_only(name: str) -> Any:
+    """Return a model with only the attribute that timm's preprocessing reads."""
+    return SimpleNamespace(pretrained_cfg=timm.get_pretrained_cfg(name).to_dict())
 
 
 @pytest.mark.parametrize("name", TIMM_CONFIGS.values(), ids=TIMM_CONFIGS)
 def test_timm_preprocessing_is_equal(name: str, tmp_path: Path) -> None:
     """Pixels are equal with PIL, which timm uses, and within 2 gray levels with torchvision."""
-    model = PretrainedConfigOnly(name)
+    model = build_config_only(name)
     processor, record = processors.convert_timm_preprocessing(model)
     assert record["largest_difference_in_gray_levels"] == 0
     assert not record["assumed_because"]
@@ -137,7 +135,7 @@ CHANGED: list[tuple[dict[str, Any], dict[str, int], str]] = [
 def test_other_settings_of_timm_are_converted_exactly_or_give_the_default(
     change: dict[str, Any], size: dict[str, int], reason: str
 ) -> None:
-    model = PretrainedConfigOnly(TIMM_CONFIGS["crop"])
+    model = build_config_only(TIMM_CONFIGS["crop"])
     model.pretrained_cfg |= change
     processor, record = processors.convert_timm_preprocessing(model)
     assert reason in record["assumed_because"]
@@ -146,7 +144,7 @@ def test_other_settings_of_timm_are_converted_exactly_or_give_the_default(
 
 
 def test_preprocessing_of_gray_images_of_timm_is_equal() -> None:
-    model = PretrainedConfigOnly(TIMM_CONFIGS["crop"])
+    model = build_config_only(TIMM_CONFIGS["crop"])
     model.pretrained_cfg |= {"input_size": (1, 28, 28), "mean": (0.4,), "std": (0.3,)}
     processor, record = processors.convert_timm_preprocessing(model)
     assert record["largest_difference_in_gray_levels"] == 0
@@ -164,6 +162,6 @@ def test_a_processor_that_differs_is_not_written(monkeypatch: pytest.MonkeyPatch
         processors, "convert_timm_settings", lambda values: settings(values | {"crop_pct": 0.89})
     )
     _processor, record = processors.convert_timm_preprocessing(
-        PretrainedConfigOnly(TIMM_CONFIGS["crop"])
+        build_config_only(TIMM_CONFIGS["crop"])
     )
     assert "gray levels" in record["assumed_because"]

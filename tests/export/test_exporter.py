@@ -17,7 +17,7 @@ from helpers.tiny_models import (
     build_images,
     build_tiny_config,
     raises_one_line,
-    randomize,
+    save_with_processor,
 )
 
 from modeling_vitcls import (
@@ -39,7 +39,6 @@ from modeling_vitcls.inference.onnx_graph import OnnxGraph
 pytestmark = pytest.mark.integration
 
 
-ROOT = Path(__file__).parents[2]
 LIMIT = 1e-4
 TASKS = {"age": 2, "species": 4}
 NAMES = {0: "cow", 1: "ant", 2: "bee"}
@@ -140,11 +139,9 @@ def checkpoint(
     folder: Path, model_class: type = ViTCLSForImageClassification, **fields: Any
 ) -> Any:
     """Save a small model with random weights and an image processor, and return the model."""
-    model = randomize(model_class(build_tiny_config(**fields)))
-    model.save_pretrained(folder)
-    ViTCLSImageProcessor(
-        size={"height": 32, "width": 32}, image_mean=[0.5, 0.4, 0.3]
-    ).save_pretrained(folder)
+    model = model_class(build_tiny_config(**fields))
+    processor = ViTCLSImageProcessor(size=[32, 32], image_mean=[0.5, 0.4, 0.3])
+    save_with_processor(model, folder, processor)
     return model
 
 

@@ -114,6 +114,7 @@ def test_a_processor_resizes_as_before_to_the_size_of_the_graph(resize: str) -> 
     assert images["pixel_values"].shape == (1, 3, 24, 56)
 
 
+@torch.no_grad()
 def test_graphs_and_the_pipeline_have_calibrated_probabilities(
     folders: tuple[Path, Path],
 ) -> None:
@@ -123,8 +124,7 @@ def test_graphs_and_the_pipeline_have_calibrated_probabilities(
     processor = ViTCLSImageProcessor.from_pretrained(model)
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8))
     pixel_values = processor(image, return_tensors="pt")["pixel_values"]
-    with torch.no_grad():
-        expected = (plain(pixel_values).logits).softmax(-1)
+    expected = (plain(pixel_values).logits).softmax(-1)
     graph = OnnxGraph(exported / "model.onnx", plain.config)
     found = graph(pixel_values)["logits"].softmax(-1)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
@@ -135,11 +135,11 @@ def test_graphs_and_the_pipeline_have_calibrated_probabilities(
     assert scores == pytest.approx(sorted(expected[0].tolist(), reverse=True), abs=1e-5)
 
 
+@torch.no_grad()
 def test_a_graph_has_the_distances_of_the_model(folders: tuple[Path, Path]) -> None:
     model: Any = ViTCLSForImageClassification.from_pretrained(folders[0]).eval()
     images = torch.rand(3, 3, 32, 32)
-    with torch.no_grad():
-        expected = model(images).distance
+    expected = model(images).distance
     found = OnnxGraph(folders[1] / "model.onnx", model.config)(images)["distance"]
     torch.testing.assert_close(found, expected, atol=0, rtol=1e-4)
 
@@ -151,7 +151,7 @@ def test_a_file_contains_no_paths_of_the_machine(folders: tuple[Path, Path]) -> 
 def test_a_command_that_requires_weights_names_what_runs_the_graph(
     folders: tuple[Path, Path], photos: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run_here("predict", str(photos), "--model", str(folders[1])) == 1
+    assert run_here("predict", photos, "--model", folders[1]) == 1
     error = capsys.readouterr().err
     assert "`vitcls evaluate`" in error
     assert error.count("\n") == 1
@@ -236,7 +236,7 @@ def test_finetune_with_overwrite_removes_the_graph_of_the_folder(
         "--model vitcls-tiny --hidden-size 16 --num-hidden-layers 1 --num-attention-heads 2 "
         "--image-size 32 --patch-size 8 --max-steps 1 --batch-size 4 --num-workers 0 --no-report"
     ).split()
-    output = ["--dataset", str(photos), "--output-dir", str(written)]
+    output = ["--dataset", photos, "--output-dir", written]
     assert run_here("finetune", *output, *flags, "--overwrite") == 0
     assert (written / "results.json").is_file()
     assert [file.name for file in written.iterdir() if ".onnx" in file.name] == ["mine.onnx"]

@@ -20,6 +20,7 @@ pytest.importorskip("onnxscript", reason="onnxscript is not installed")
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @each_layout
+@torch.no_grad()
 def test_the_batch_is_dynamic_and_no_output_is_repeated(
     tmp_path: Path, layout: dict[str, Any]
 ) -> None:
@@ -33,8 +34,7 @@ def test_the_batch_is_dynamic_and_no_output_is_repeated(
     assert graph_input.shape == ["batch", 3, 32, 32]
     found = session.run(None, {graph_input.name: build_images(5).numpy()})
 
-    with torch.no_grad():
-        outputs = model(build_images(5))
+    outputs = model(build_images(5))
     expected = [outputs.logits]
     if outputs.distillation_logits is not None:
         expected += [outputs.cls_logits, outputs.distillation_logits]

@@ -19,7 +19,6 @@ from modeling_vitcls.training import run_folder
 from modeling_vitcls.training.checkpoints import CheckpointStore
 from modeling_vitcls.training.options import (
     FinetuneOptions,
-    PretrainOptions,
 )
 from modeling_vitcls.training.resume import (
     check_flags_unchanged,
@@ -125,18 +124,6 @@ def test_files_of_a_run_contain_no_local_paths(
     assert is_local(flags["teacher"])
     assert not is_local(flags["model"])
     assert strip_folders(flags["teacher"]) == "timm:resnet18@path/to/weights.pt"
-
-
-def test_a_folder_takes_precedence_over_built_in_data(here: Path, tmp_path: Path) -> None:
-    (here / "vitcls-tiny").mkdir(exist_ok=True)
-    options = convert_sources(options_of(tmp_path / "run", "digits"), resolve_name)
-    assert options.dataset == f"{here}/digits"
-    assert options.model == f"{here}/vitcls-tiny"
-    pretraining = convert_sources(
-        PretrainOptions(output_dir=tmp_path, dataset="data/teach", model="acme/data"), resolve_name
-    )
-    assert pretraining.dataset == f"{here}/data/teach"
-    assert pretraining.model == f"{here}/acme/data"
 
 
 def test_a_run_is_resumed_with_another_spelling_of_its_data(here: Path, tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from helpers.evaluation_worker import (
     build_labeled_images,
     evaluate_digits,
 )
-from helpers.tiny_models import raises_one_line, save_with_processor
+from helpers.tiny_models import raises_one_line, save_both, save_with_processor
 from helpers.warm_processes import OFFLINE, run_together
 from PIL import Image
 
@@ -63,8 +63,7 @@ def two_process_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     labels = OneLabel({"label": list("9876543210")})
     model = build_classifier("single")
     config = ViTCLSConfig(**model.config.to_diff_dict() | labels.to_config_values())
-    type(model)(config).save_pretrained(folder)
-    ViTCLSImageProcessor(size=16).save_pretrained(folder)
+    save_both(type(model)(config), folder, ViTCLSImageProcessor(size=16))
     run_together(WORKER, folder, log=folder / "stdout", environment=OFFLINE)
     return folder
 
@@ -100,8 +99,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with a saved model of each kind."""
     folder = tmp_path_factory.mktemp("models")
     for name in SPACES:
-        build_classifier(name).save_pretrained(folder / name)
-        ViTCLSImageProcessor(size=16).save_pretrained(folder / name)
+        save_both(build_classifier(name), folder / name, ViTCLSImageProcessor(size=16))
     return folder
 
 
@@ -269,7 +267,6 @@ def test_an_unfinished_run_names_resume(tmp_path: Path) -> None:
 
 def test_a_regression_is_an_error(tmp_path: Path) -> None:
     config = ViTCLSConfig(**SIZES, problem_type="regression", num_labels=1)
-    type(build_classifier("single"))(config).save_pretrained(tmp_path)
-    ViTCLSImageProcessor(size=16).save_pretrained(tmp_path)
+    save_with_processor(ViTCLSForImageClassification(config), tmp_path)
     with raises_one_line("regression"):
         evaluate_checkpoint(EvaluateOptions(model=str(tmp_path), dataset="digits"))

@@ -21,7 +21,6 @@ from modeling_vitcls.runtime.distributed import build_accelerator
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
-CPU = torch.device("cpu")
 by_one_process = evaluation_results.by_one_process  # a fixture
 
 

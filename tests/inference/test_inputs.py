@@ -6,6 +6,7 @@ from pathlib import Path
 import datasets
 import pytest
 from helpers import prediction_photos
+from helpers.photo_folders import write_files
 from helpers.prediction_photos import sorted_photos
 from helpers.tiny_models import raises_one_line
 from PIL import Image
@@ -56,9 +57,7 @@ def test_other_files_in_folders_are_counted_with_the_remedy_for_heic(
     suffixes = image_folder.IMAGE_SUFFIXES - image_folder.HEIF_SUFFIXES
     for module in (inputs, image_folder):
         monkeypatch.setattr(module, "IMAGE_SUFFIXES", suffixes)
-    for name in ("a.heic", "inner/b.HEIC", "notes.txt"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).touch()
+    write_files(tmp_path, "a.heic", "inner/b.HEIC", "notes.txt")
     options = PredictOptions(model="model", paths=(str(tmp_path),))
     with raises_one_line("there are no images", "2 .heic, 1 .txt", "to JPEG"):
         open_input(options)
@@ -73,9 +72,7 @@ def test_other_files_in_folders_are_counted_with_the_remedy_for_heic(
 def test_figures_of_a_training_run_are_not_predicted(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    for name in ("photo.png", "run/config.resolved.yaml", "run/images/figure.png"):
-        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
-        (tmp_path / name).touch()
+    write_files(tmp_path, "photo.png", "run/config.resolved.yaml", "run/images/figure.png")
 
     source = open_input(PredictOptions(model="model", paths=(str(tmp_path),)))
 
@@ -85,9 +82,8 @@ def test_figures_of_a_training_run_are_not_predicted(
 
 
 def test_images_of_folders_are_sorted(tmp_path: Path) -> None:
-    for name in ("b/2.PNG", "b/1.png", "a/3.jpg", ".c/4.png", "a/.5.png", "a/6.txt", "0.png"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).touch()
+    hidden = (".c/4.png", "a/.5.png", "a/6.txt")
+    write_files(tmp_path, "b/2.PNG", "b/1.png", "a/3.jpg", "0.png", *hidden)
     source = open_input(PredictOptions(model="model", paths=(str(tmp_path),)))
     names = [record.name for record in source]
     assert names == [str(tmp_path / name) for name in ("0.png", "a/3.jpg", "b/1.png", "b/2.PNG")]

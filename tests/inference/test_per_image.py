@@ -13,6 +13,7 @@ from helpers.evaluation_worker import (
     build_evaluator,
     build_labeled_images,
 )
+from helpers.tiny_models import save_both
 from sklearn.metrics import log_loss
 
 from modeling_vitcls import ViTCLSImageProcessor, evaluate
@@ -26,12 +27,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the folder of a model that was trained on digits."""
     target = tmp_path_factory.mktemp("models") / "digits"
     names = {index: str(index) for index in range(10)}
-    train_digits_model(epochs=4, id2label=names).save_pretrained(target)
     processor = ViTCLSImageProcessor(
         size=8, image_mean=[0.5], image_std=[0.5], do_convert_rgb=False
     )
-    processor.save_pretrained(target)
-    return target
+    return save_both(train_digits_model(epochs=4, id2label=names), target, processor)
 
 
 def test_rows_equal_the_metrics_of_the_same_evaluation(folder: Path, tmp_path: Path) -> None:

@@ -6,7 +6,6 @@ two processes.
 
 import base64
 import io
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -19,9 +18,10 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from helpers import prediction_photos
+from helpers.photo_folders import write_files
 from helpers.prediction_photos import predict, sorted_photos
 from helpers.scripts_in_process import run_in_process
-from helpers.tiny_models import build_tiny_config, raises_one_line, randomize
+from helpers.tiny_models import build_tiny_config, raises_one_line, randomize, save_with_processor
 from helpers.warm_processes import OFFLINE, run_together
 from PIL import Image
 from transformers import pipeline
@@ -38,6 +38,7 @@ from modeling_vitcls.inference import predict as predict_module
 from modeling_vitcls.inference.options import PredictOptions
 from modeling_vitcls.inference.predict import predict_images
 from modeling_vitcls.runtime import distributed
+from modeling_vitcls.runtime.files import read_json, write_json
 
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
@@ -60,7 +61,6 @@ KINDS = {
     "encoder": lambda: ViTCLSModel(build_tiny_config(**TOKENS)),
     "masked": lambda: ViTCLSForMaskedImageModeling(build_tiny_config()),
 }
-NUM_DIGITS = 1000
 photos = prediction_photos.photos  # a fixture
 
 
@@ -69,25 +69,18 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder of small models with random weights, one of each kind."""
     folder = tmp_path_factory.mktemp("models")
     for name, build in KINDS.items():
-        randomize(build()).save_pretrained(folder / name)
-        ViTCLSImageProcessor(size=32).save_pretrained(folder / name)
+        save_with_processor(build(), folder / name)
     return folder
 
 
 @pytest.fixture
 def unreadable(tmp_path: Path, photos: Path) -> Path:
     """Return a folder with one readable image, a truncated image and a text file."""
-    folder = tmp_path / "broken"
-    folder.mkdir()
     whole = (photos / "a.jpg").read_bytes()
-    (folder / "1-whole.jpg").write_bytes(whole)
-    (folder / "2-cut.jpg").write_bytes(whole[: len(whole) // 2])
-    (folder / "3-text.png").write_text("no image", encoding="utf-8")
-    return folder
-
-
-def read_json(file: Path) -> Any:
-    return json.loads(file.read_text(encoding="utf-8"))
+    write_files(tmp_path / "broken", "1-whole.jpg", content=whole)
+    write_files(tmp_path / "broken", "2-cut.jpg", content=whole[: len(whole) // 2])
+    write_files(tmp_path / "broken", "3-text.png", content=b"no image")
+    return tmp_path / "broken"
 
 
 def pixel_values(photos: Path) -> torch.Tensor:
@@ -197,6 +190,7 @@ def test_labels_equal_those_of_the_model_and_the_pipeline(
         assert row["error"] is None
 
 
+@torch.no_grad()
 def test_several_tasks_have_separate_columns(models: Path, photos: Path, tmp_path: Path) -> None:
     options = PredictOptions(
         model=str(models / "several_tasks"),
@@ -213,19 +207,18 @@ def test_several_tasks_have_separate_columns(models: Path, photos: Path, tmp_pat
     assert table.column_names[6:-1:2] == ["species_label", "species_label_2", "species_label_3"]
 
     model = ViTCLSForMultiTaskClassification.from_pretrained(models / "several_tasks")
-    with torch.no_grad():
-        logits = model(pixel_values(photos)).logits
+    logits = model(pixel_values(photos)).logits
     for task, names in TASKS.items():
         probability, index = logits[task].softmax(dim=1).max(dim=1)
         assert table[f"{task}_label"].to_pylist() == [names[one] for one in index]
         np.testing.assert_allclose(table[f"{task}_probability"], probability, atol=1e-6)
 
 
+@torch.no_grad()
 def test_several_labels_are_predicted_from_the_threshold(models: Path, photos: Path) -> None:
     model = ViTCLSForImageClassification.from_pretrained(models / "several_labels")
     processor = ViTCLSImageProcessor(size=32)
-    with torch.no_grad():
-        probabilities = model(pixel_values(photos)).logits.sigmoid()
+    probabilities = model(pixel_values(photos)).logits.sigmoid()
     threshold = probabilities.median().item()
     rows = predict(model, processor, photos, threshold=threshold)
 
@@ -247,6 +240,7 @@ def test_several_labels_are_predicted_from_the_threshold(models: Path, photos: P
     ("source", "names"),
     [("encoder", ("cls", "cls@1", "mean@2", "patches", "registers")), ("one_label", ("cls",))],
 )
+@torch.no_grad()
 def test_features_of_any_layer_are_those_after_the_final_norm(
     source: str, names: tuple[str, ...], models: Path, photos: Path, tmp_path: Path
 ) -> None:
@@ -264,9 +258,8 @@ def test_features_of_any_layer_are_those_after_the_final_norm(
     assert table.num_rows == len(sorted_photos(photos))
     assert table["error"].null_count == table.num_rows
     model = ViTCLSModel.from_pretrained(models / source)
-    with torch.no_grad():
-        outputs = model(pixel_values(photos), output_hidden_states=True)
-        first = model.layernorm(outputs.hidden_states[1])
+    outputs = model(pixel_values(photos), output_hidden_states=True)
+    first = model.layernorm(outputs.hidden_states[1])
     last = outputs.tokens["patches"]
     expected = {
         "cls": outputs.tokens["cls"][:, 0],
@@ -375,8 +368,8 @@ def test_models_without_labels_are_a_one_line_error(
 ) -> None:
     """The model "lost" is a classifier without the weights of its head."""
     shutil.copytree(models / "encoder", models / "lost", dirs_exist_ok=True)
-    config = read_json(models / "lost" / "config.json") | {"architectures": None}
-    (models / "lost" / "config.json").write_text(json.dumps(config))
+    config = read_json(models / "lost" / "config.json")
+    write_json(models / "lost" / "config.json", config | {"architectures": None})
     with raises_one_line(words, error=(ValueError, OSError)):
         api.predict(models / source, photos)
 

@@ -228,14 +228,6 @@ def test_copied_and_changed_models_stay_lean(change: Callable[[Any], Any]) -> No
     assert count_kernels(partial(torch.no_grad()(changed), build_images())) == num_kernels
 
 
-def test_gradient_checkpointing_has_the_same_gradients() -> None:
-    model, plain = build_models()
-    model.gradient_checkpointing_enable()
-    assert_equal_in_float32(
-        run_step(model.train(), build_images()), run_step(plain.train(), build_images())
-    )
-
-
 def test_a_training_step_starts_fewer_kernels_than_with_plain_layers(has_cpu_kernels: bool) -> None:
     lean, plain = (
         count_kernels(lambda model=model: run_step(model.train(), build_images()))

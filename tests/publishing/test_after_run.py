@@ -30,8 +30,10 @@ SMALL: dict[str, Any] = {
     "num_hidden_layers": 2,
     "num_attention_heads": 2,
     "intermediate_size": 64,
+    "image_size": 16,
+    "patch_size": 8,
+    "num_workers": 0,
 }
-SMALL |= {"image_size": 16, "patch_size": 8, "num_workers": 0}
 
 
 @pytest.mark.integration
@@ -83,8 +85,13 @@ def test_the_report_shows_photos_of_all_classes_of_all_predictions(tmp_path: Pat
     names = load_run_data(ModelFolder(run), str(tmp_path / "photos")).held_out.images.get_names()
     labels = [Path(name).parent.name for name in names]
     predictions = ["noon" if label == "dusk" else label for label in labels]
-    rows = {"image": names, "label": labels, "prediction": predictions}
-    rows |= {"probabilities": [[0.2, 0.8]] * len(names), "loss": [1.0] * len(names)}
+    rows = {
+        "image": names,
+        "label": labels,
+        "prediction": predictions,
+        "probabilities": [[0.2, 0.8]] * len(names),
+        "loss": [1.0] * len(names),
+    }
     write_predictions(run, pd.DataFrame(rows))
 
     assert write_report(ModelFolder(run)) is not None

@@ -12,6 +12,7 @@ import yaml
 from helpers.command_in_process import run_here
 from helpers.local_hub import LocalHub, Token
 from helpers.model_folders import write_results, write_run_folder
+from helpers.photo_folders import write_files
 from helpers.tiny_models import (
     build_tiny_config,
     raises_one_line,
@@ -36,7 +37,6 @@ pytestmark = pytest.mark.integration
 
 CODE = {file.name for file in (Path(vitcls.__file__).parent / "model").glob("*_vitcls.py")}
 WEIGHTS = "model.safetensors"
-PUBLISHING = "modeling_vitcls.publishing"
 MODEL_FILES = CODE | {WEIGHTS, "config.json", "preprocessor_config.json"}
 
 TOKENS = {
@@ -57,21 +57,17 @@ def hub(hub: LocalHub) -> LocalHub:
 def folder(tmp_path: Path) -> Path:
     """Return the output folder of a run, with files that must not be pushed."""
     target = write_run_folder(tmp_path / "my-run")
-    (target / "images").mkdir()
-    (target / "images" / "attention.png").write_bytes(b"\x89PNG")
-    (target / "report.html").write_text("<html>")
-    (target / "LICENSE").write_text("You may.")
+    write_files(target, "images/attention.png", "report.html", "LICENSE", content=b"public")
     checkpoint_file = "checkpoints/step-1/model.safetensors"
-    for name in (".vitcls.lock", "predictions.parquet", "model.pkl", "notes.txt", checkpoint_file):
-        (target / name).parent.mkdir(parents=True, exist_ok=True)
-        (target / name).write_bytes(b"private")
+    private = (".vitcls.lock", "predictions.parquet", "model.pkl", "notes.txt", checkpoint_file)
+    write_files(target, *private, content=b"private")
     return target
 
 
 def run_push_command(folder: Path) -> int:
     """Push with the command, and return its exit status."""
     target = ("--hub-model-id", "ann/model", "--no-verify")
-    return run_here("push", "--model", str(folder), *target)
+    return run_here("push", "--model", folder, *target)
 
 
 def read_card(hub: LocalHub) -> str:
@@ -119,9 +115,7 @@ def test_only_files_that_the_package_wrote_are_pushed(hub: LocalHub, folder: Pat
         "LICENSE-secret.txt NOTICE.env evil_vitcls.py other.onnx model.bin "
         "images/private.png images/confusion_matrix_other.png model-00001-of-00002.safetensors"
     )
-    for name in planted.split():
-        (folder / name).write_bytes(b"private")
-
+    write_files(folder, *planted.split(), content=b"private")
     (folder / "LICENSE.link").symlink_to("/etc/hostname")
     assert run_push_command(folder) == 0
     assert set(hub.files("ann/model")) == published
@@ -471,7 +465,7 @@ def test_a_failed_upload_is_repeated(hub: LocalHub, folder: Path, kind: str | in
 def test_a_push_gives_up_if_every_upload_fails(
     hub: LocalHub, folder: Path, kind: str | int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(f"{PUBLISHING}.push.TIMEOUT", 0.5)
+    monkeypatch.setattr("modeling_vitcls.publishing.push.TIMEOUT", 0.5)
     monkeypatch.setattr(hub_http, "time", SimpleNamespace(sleep=lambda seconds: None))
     hub.fail("PUT", "/objects/", kind, times=1000)
     started = time.monotonic()

@@ -34,7 +34,6 @@ from modeling_vitcls.publishing.verify import (
 pytestmark = pytest.mark.integration
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "push_to_hub.py"
-TASKS = {"species": ["cat", "dog"], "coat": ["short", "long", "none"]}
 
 
 @pytest.fixture

@@ -71,13 +71,6 @@ def test_the_precision_of_the_launcher_is_kept(monkeypatch: pytest.MonkeyPatch) 
     assert accelerator.mixed_precision == "no"
 
 
-def test_a_resumed_run_keeps_its_precision_on_another_machine(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    assert choose(monkeypatch, 192, False, recorded="bf16").mixed_precision == "bf16"
-    assert choose(monkeypatch, 192, True, recorded="no").mixed_precision == "no"
-
-
 def test_later_accelerators_of_a_process_may_have_another_precision(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

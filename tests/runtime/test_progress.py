@@ -42,17 +42,6 @@ def test_short_stages_in_a_row_are_not_silent_together(monkeypatch: pytest.Monke
     assert "stage 2" in log.file.getvalue()  # type: ignore[attr-defined]
 
 
-def test_a_short_stage_prints_no_line_after_a_long_silence(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(progress, "LINE_SECONDS", 30)
-    monkeypatch.setattr(progress.silence, "start", time.monotonic() - 60)
-    log = Console(file=io.StringIO())
-    with report_work("predicting", log):
-        time.sleep(0.05)
-    assert not log.file.getvalue()  # type: ignore[attr-defined]
-
-
 def test_no_line_is_printed_after_an_error() -> None:
     log = Console(file=io.StringIO())
     with pytest.raises(ValueError, match="stop"), report_work("fitting", log):

@@ -1,8 +1,5 @@
 """The page of a static Space in Chromium, with a model of fixed outputs."""
 
-import threading
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -48,24 +45,17 @@ def test_attention_is_a_heat_map_that_is_visible_on_a_dark_image(
     (space / MODEL_FOLDER).mkdir(parents=True)
     write_static_space(space, MODEL)
     Image.new("RGB", (8, 8)).save(tmp_path / "dark.png")
-    server = ThreadingHTTPServer(
-        ("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=str(space))
-    )
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    page = browser.new_page()
-    page.route(TRANSFORMERS_JS_URL, lambda route: route.fulfill(body=LIBRARY, headers=HEADERS))
-
-    try:
-        page.goto(f"http://127.0.0.1:{server.server_port}/index.html")
+    with browser.new_page() as page:
+        page.route(
+            "http://space/*", lambda route: route.fulfill(path=space / Path(route.request.url).name)
+        )
+        page.route(TRANSFORMERS_JS_URL, lambda route: route.fulfill(body=LIBRARY, headers=HEADERS))
+        page.goto("http://space/index.html")
         expect(page.get_by_role("heading", name="ann/mine")).to_be_visible()
         page.locator("#file").set_input_files(tmp_path / "dark.png")
         expect(page.locator("#labels tr").first).to_contain_text("noon80.0%")
         expect(page.locator("#number")).to_have_text("1 of 1")
         most, least = page.evaluate(READ_CORNERS)
-    finally:
-        page.close()
-        server.shutdown()
-        server.server_close()
     assert sum(most) > 250 > 150 > sum(least) > 0
     assert most[0] > most[2]
     assert least[2] > least[0]  # yellow and blue

@@ -56,12 +56,12 @@ def web(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "web"
 
 
+@torch.no_grad()
 def test_the_files_have_the_logits_and_the_attention_of_the_model(web: Path) -> None:
     model = ViTCLSForImageClassification.from_pretrained(web.parent / "mine")
     pixel_values = build_images(4)
-    with torch.no_grad():
-        logits = model(pixel_values).logits
-        rows = model.token_attention(pixel_values, tokens=["cls"]).mean(2)
+    logits = model(pixel_values).logits
+    rows = model.token_attention(pixel_values, tokens=["cls"]).mean(2)
     attention = rows[..., model.config.token_layout.patches].unflatten(-1, model.config.grid_size)
 
     limits = {"model.onnx": 1e-4, "model_fp16.onnx": 0.1, "model_quantized.onnx": 1.0}
@@ -71,6 +71,7 @@ def test_the_files_have_the_logits_and_the_attention_of_the_model(web: Path) -> 
         assert (outputs["cls_attention"] - attention).abs().max() <= limit, name
 
 
+@torch.no_grad()
 def test_node_predicts_the_labels_of_the_model(
     web: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
@@ -86,7 +87,6 @@ def test_node_predicts_the_labels_of_the_model(
     labels = json.loads(ran.stdout.splitlines()[-1])
     model = ViTCLSForImageClassification.from_pretrained(web.parent / "mine")
     processor = ViTCLSImageProcessor.from_pretrained(web.parent / "mine")
-    with torch.no_grad():
-        logits = model(**processor(digits, return_tensors="pt")).logits
+    logits = model(**processor(digits, return_tensors="pt")).logits
     assert len(set(labels)) > 1
     assert labels == [f"digit {index}" for index in logits.argmax(-1).tolist()]
