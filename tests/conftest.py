@@ -14,16 +14,13 @@ import importlib
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from helpers.fresh_processes import run_fresh
 from playwright.sync_api import Browser, Error, expect, sync_playwright
 from xdist.scheduler import LoadFileScheduling
 
@@ -31,7 +28,7 @@ from xdist.scheduler import LoadFileScheduling
 NO_BROWSER = "Chromium is required for tests of HTML pages: install it with `make browser`"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 GROUPS = {
-    "processes": ("fresh_processes", "fast_verification", "warm_processes"),
+    "processes": ("warm_processes",),
     "graphs": ("onnx", "demo"),
 }
 # timeout of expectations about a page in milliseconds; pages take seconds on a busy machine
@@ -135,20 +132,6 @@ def enable_signals() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
-
-
-@pytest.fixture
-def fast_verification(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Verify pushed models in forks that have already imported torch."""
-
-    def run(
-        command: list[str], cwd: str, env: dict[str, str], **options: Any
-    ) -> subprocess.CompletedProcess[str]:
-        assert command[0] == sys.executable
-        assert options == {"capture_output": True, "text": True, "check": False}
-        return run_fresh(*command[1:], environment=env, cwd=Path(cwd))
-
-    monkeypatch.setattr("modeling_vitcls.publishing.verify.subprocess", SimpleNamespace(run=run))
 
 
 @pytest.fixture(scope="session")

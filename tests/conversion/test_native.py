@@ -149,7 +149,6 @@ def test_wrong_sources_and_outputs_are_errors(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("fast_verification")
 def test_a_native_model_is_pushed_and_verified_without_remote_code(
     hub: LocalHub, tmp_path: Path
 ) -> None:
@@ -169,7 +168,6 @@ def test_a_native_model_is_pushed_and_verified_without_remote_code(
     assert "trust_remote_code" not in report
 
 
-@pytest.mark.usefixtures("fast_verification")
 def test_code_in_a_native_repository_is_not_run(hub: LocalHub, tmp_path: Path) -> None:
     write_native_model(str(save(tmp_path / "mine", **DEMO)), tmp_path / "native")
     config = tmp_path / "native" / "config.json"

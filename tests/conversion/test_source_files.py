@@ -8,6 +8,7 @@ import argparse
 import hashlib
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -62,19 +63,12 @@ def resample_dino(maps: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
     )
 
 
-def resample_bicubic(maps: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-    """facebookresearch/deit and mae, util/pos_embed.py."""
-    return interpolate(maps, size=grid, mode="bicubic", align_corners=False)
-
-
-def resample_dinov2_reg4(maps: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-    """facebookresearch/dinov2, hub/backbones.py: with antialiasing, without an offset."""
-    return interpolate(maps, size=grid, mode="bicubic", antialias=True)
-
-
-def resample_tips(maps: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-    """google-deepmind/tips, pytorch/image_encoder.py."""
-    return interpolate(maps, size=grid, mode="bilinear", antialias=True)
+# facebookresearch/deit and mae, util/pos_embed.py
+resample_bicubic = partial(interpolate, mode="bicubic", align_corners=False)
+# facebookresearch/dinov2, hub/backbones.py: with antialiasing, without an offset
+resample_dinov2_reg4 = partial(interpolate, mode="bicubic", antialias=True)
+# google-deepmind/tips, pytorch/image_encoder.py
+resample_tips = partial(interpolate, mode="bilinear", antialias=True)
 
 
 def convert_state_dict(weights: Weights, family: str) -> Any:

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler
 from typing import TYPE_CHECKING, Any
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import unquote, urlsplit
 
 import yaml
 
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 class Request:
     """A request of a client."""
 
-    query: dict[str, list[str]]
     headers: dict[str, str]
     body: bytes
     token: "Token | None"  # None if the request has no token
@@ -181,24 +180,16 @@ def repository_info(hub: "LocalHub", match: re.Match[str], request: Request) -> 
 
 
 def tree(hub: "LocalHub", match: re.Match[str], request: Request) -> Response:
-    """Return files, with their hashes, and folders."""
+    """Return all files below a folder, with their hashes."""
     _, commit = get_commit(get_readable(hub, match["repo"], request), match["revision"])
     start = f"{unquote(match['folder'])}/" if match["folder"] else ""
-    matches = {path: file for path, file in sorted(commit.files.items()) if path.startswith(start)}
-    if start and not matches:
-        raise ErrorResponse(404, "not found", "EntryNotFound")
-    folders = {
-        "/".join(path.split("/")[:depth])
-        for path in matches
-        for depth in range(1, path.count("/") + 1)
-    }
     entries = [
-        {"type": "directory", "oid": "0" * 40, "size": 0, "path": folder}
-        for folder in sorted(folders)
+        file_entry(path, file)
+        for path, file in sorted(commit.files.items())
+        if path.startswith(start)
     ]
-    entries += [file_entry(path, file) for path, file in matches.items()]
-    if request.query.get("recursive", ["false"])[0].lower() != "true":
-        entries = [entry for entry in entries if "/" not in str(entry["path"]).removeprefix(start)]
+    if start and not entries:
+        raise ErrorResponse(404, "not found", "EntryNotFound")
     return Response(entries)
 
 
@@ -383,7 +374,7 @@ def build_handler(hub: "LocalHub", routes: Routes) -> type[BaseHTTPRequestHandle
             method = "GET" if self.command == "HEAD" else self.command
             try:
                 headers = {name.lower(): value for name, value in self.headers.items()}
-                request = Request(parse_qs(where.query), headers, body, self.token())
+                request = Request(headers, body, self.token())
                 for route_method, pattern, handle in routes:
                     if route_method == method and (match := pattern.fullmatch(where.path)):
                         return handle(hub, match, request)

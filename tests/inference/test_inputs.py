@@ -2,6 +2,7 @@
 
 import unicodedata
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pytest
@@ -127,22 +128,18 @@ def test_an_address_is_refused_before_any_request(tmp_path: Path) -> None:
 
 
 def test_datasets_that_cannot_be_used_are_named(tmp_path: Path) -> None:
-    (tmp_path / "table.csv").write_text("a,b\n1,2\n", encoding="utf-8")
-    with raises_one_line("cannot identify the image column", "`image_column`"):
-        open_input(PredictOptions(model="model", dataset=str(tmp_path / "table.csv")))
-    with raises_one_line("has no column 'c'. Choose one of a, b"):
-        open_input(
-            PredictOptions(model="model", dataset=str(tmp_path / "table.csv"), image_column="c")
-        )
-    with raises_one_line("`split`", "train"):
-        open_input(PredictOptions(model="model", dataset=str(tmp_path / "table.csv"), split="test"))
-
-    datasets.Dataset.from_dict({"image": ["a.png"]}).filter(lambda row: False).save_to_disk(
-        tmp_path / "empty"
-    )
-    with raises_one_line("empty is empty"):
-        open_input(PredictOptions(model="model", dataset=str(tmp_path / "empty")))
-    with raises_one_line("there are no images in"):
-        open_input(PredictOptions(model="model", paths=(str(tmp_path),)))
-    with raises_one_line("no.jpg does not exist"):
-        open_input(PredictOptions(model="model", paths=(str(tmp_path / "no.jpg"),)))
+    table, empty = str(tmp_path / "table.csv"), str(tmp_path / "empty")
+    Path(table).write_text("a,b\n1,2\n", encoding="utf-8")
+    rows = datasets.Dataset.from_dict({"image": ["a.png"]})
+    rows.filter(lambda row: False).save_to_disk(empty)
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"dataset": table}, "cannot identify the image column"),
+        ({"dataset": table, "image_column": "c"}, "has no column 'c'. Choose one of a, b"),
+        ({"dataset": table, "split": "test"}, "`split`"),
+        ({"dataset": empty}, "empty is empty"),
+        ({"paths": (str(tmp_path),)}, "there are no images in"),
+        ({"paths": (str(tmp_path / "no.jpg"),)}, "no.jpg does not exist"),
+    ]
+    for options, words in wrong:
+        with raises_one_line(words):
+            open_input(PredictOptions(model="model", **options))

@@ -234,27 +234,23 @@ def test_chunked_attention_in_float32_equals_eager_attention(num_queries: int) -
     assert_equal_in_float32(found, expected)
 
 
-@pytest.mark.parametrize("score_scale", [1.0, 16.0])
-def test_chunked_attention_in_bfloat16_is_as_exact_as_eager_attention(score_scale: float) -> None:
-    states = build_states(23, score_scale)
+@pytest.mark.parametrize(
+    ("reference", "settings"),
+    [
+        (attend_in_eager_mode, {}),
+        (attend_in_eager_mode, {"score_scale": 16.0}),
+        # the keys of trained ViTs have a common offset; SDPA computes scores in float32
+        (attend_with_sdpa, {"key_offset": 30.0}),
+    ],
+)
+def test_chunked_attention_in_bfloat16_is_as_exact_as_in_pytorch(
+    reference: Any, settings: dict[str, float]
+) -> None:
+    states = build_states(23, **settings)
     exact = compute_attention(attend_in_eager_mode, states, torch.float64)
     found, expected = (
         compute_attention(attend, states, torch.bfloat16)
-        for attend in (attend_in_chunks, attend_in_eager_mode)
-    )
-    assert_as_exact_in_half_precision(found, expected, exact)
-
-
-def test_a_common_offset_of_all_keys_does_not_make_chunked_attention_less_exact() -> None:
-    """The keys of trained ViTs have one, which makes scores large.
-
-    SDPA computes scores in float32.
-    """
-    states = build_states(23, key_offset=30.0)
-    exact = compute_attention(attend_in_eager_mode, states, torch.float64)
-    found, expected = (
-        compute_attention(attend, states, torch.bfloat16)
-        for attend in (attend_in_chunks, attend_with_sdpa)
+        for attend in (attend_in_chunks, reference)
     )
     assert_as_exact_in_half_precision(found, expected, exact)
 

@@ -121,7 +121,7 @@ def test_an_error_of_the_report_is_a_warning(
 
 
 @pytest.mark.integration
-@pytest.mark.usefixtures("fresh_accelerate", "few_digits", "fast_verification")
+@pytest.mark.usefixtures("fresh_accelerate", "few_digits")
 def test_a_run_is_pushed_and_verified(
     hub: LocalHub,
     tmp_path: Path,

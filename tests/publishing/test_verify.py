@@ -66,7 +66,6 @@ def test_the_script_pushes_and_verifies_a_private_model(
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("fast_verification")
 @each_kind
 def test_each_kind_of_model_is_verified_at_an_old_tag(
     hub: LocalHub, tmp_path: Path, model_class: Any, fields: dict[str, Any], inputs: dict[str, Any]
@@ -93,7 +92,6 @@ TokenPooler.forward = lambda self, tokens: 1.001 * pool(self, tokens)
 """
 
 
-@pytest.mark.usefixtures("fast_verification")
 def test_published_code_runs_in_another_process_and_other_logits_are_noticed(
     hub: LocalHub, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -117,7 +115,6 @@ def test_published_code_runs_in_another_process_and_other_logits_are_noticed(
     assert "MY_SECRET" not in environment
 
 
-@pytest.mark.usefixtures("fast_verification")
 @pytest.mark.parametrize(
     ("code", "words"),
     [

@@ -131,12 +131,15 @@ def run_on_all_labels(encoder: Path, tmp_path_factory: pytest.TempPathFactory) -
     return options, run_training(options)
 
 
-def test_the_frozen_model_is_the_classifier_of_scikit_learn(frozen_run: Any) -> None:
-    options, results = frozen_run
-    data = prepare_setup(options).data
+@pytest.mark.parametrize(("name", "num_images"), [("frozen_run", 240), ("run_on_all_labels", 300)])
+def test_a_frozen_model_is_the_classifier_of_scikit_learn(
+    name: str, num_images: int, request: pytest.FixtureRequest
+) -> None:
+    options, results = request.getfixturevalue(name)
+    train = prepare_setup(options).data.train
     assert results["steps"] == 0
-    assert results["num_training_images"] == len(data.train) == 240
-    check_classifier(options.output_dir, results, [data.train], data.held_out.images)
+    assert results["num_training_images"] == len(train) == num_images
+    check_classifier(options.output_dir, results, [train], train.images.select(range(40)))
 
 
 def test_the_reported_accuracy_is_that_of_the_saved_model(frozen_run: Any) -> None:
@@ -145,14 +148,6 @@ def test_the_reported_accuracy_is_that_of_the_saved_model(frozen_run: Any) -> No
     predictions = compute_logits(options.output_dir, held_out.images).argmax(axis=1)
     assert results["num_images"] == len(held_out)
     assert results["accuracy"] == pytest.approx((predictions == held_out.labels).mean(), abs=1e-6)
-
-
-def test_a_run_without_steps_trains_on_every_label(run_on_all_labels: Any) -> None:
-    options, results = run_on_all_labels
-    data = prepare_setup(options).data
-    assert results["num_training_images"] == len(data.train) == 300
-    images = data.train.images.select(range(40))
-    check_classifier(options.output_dir, results, [data.train], images)
 
 
 def test_predictions_of_training_images_come_from_classifiers_of_other_images(

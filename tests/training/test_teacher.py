@@ -233,19 +233,23 @@ def test_labels_that_the_teacher_lacks_are_named(resnet: Path) -> None:
 # Invalid teachers ---------------------------------------------------------------------------------
 
 
-def test_a_teacher_of_several_labels_per_image_is_an_error(tmp_path: Path) -> None:
-    """Its scores do not exclude one another, so they are no probabilities of one label."""
-    model = build_tiny_resnet(problem_type="multi_label_classification")
-    with raises_one_line("several labels per image", "one label per image"):
-        load_labeled_teacher(save_with_processor(model, tmp_path / "tags", build_half_processor()))
-
-
-def test_a_teacher_without_a_trained_classifier_is_an_error(tmp_path: Path) -> None:
-    encoder = ResNetModel(build_tiny_resnet().config)
-    with raises_one_line("lacks the weight classifier"):
-        load_labeled_teacher(
-            save_with_processor(encoder, tmp_path / "encoder", build_half_processor())
-        )
+@pytest.mark.parametrize(
+    ("build", "words"),
+    [
+        # whose scores do not exclude one another, so they are no probabilities of one label
+        (
+            lambda: build_tiny_resnet(problem_type="multi_label_classification"),
+            ("several labels per image", "one label per image"),
+        ),
+        (lambda: ResNetModel(build_tiny_resnet().config), ("lacks the weight classifier",)),
+    ],
+)
+def test_a_teacher_without_a_classifier_of_one_label_is_an_error(
+    build: Any, words: tuple[str, ...], tmp_path: Path
+) -> None:
+    folder = save_with_processor(build(), tmp_path, build_half_processor())
+    with raises_one_line(*words):
+        load_labeled_teacher(folder)
 
 
 def test_remote_code_is_not_run(tmp_path: Path) -> None:
