@@ -17,7 +17,6 @@ from helpers.tiny_models import (
 )
 
 from modeling_vitcls import (
-    TokenLayout,
     ViTCLSForImageClassification,
     ViTCLSModel,
 )
@@ -31,18 +30,6 @@ PARAMETERS = {
 
 
 # Layout
-
-
-def test_the_layout_is_cls_distillation_registers_patches() -> None:
-    layout = TokenLayout.from_counts(num_cls=2, num_distillation=1, num_registers=4)
-    groups = {
-        "cls": slice(0, 2),
-        "distillation": slice(2, 3),
-        "registers": slice(3, 7),
-        "patches": slice(7, None),
-    }
-    assert list(layout.items()) == list(groups.items())
-    assert layout.num_prefix_tokens == 7
 
 
 @each_layout
