@@ -247,9 +247,19 @@ def test_a_cache_that_cannot_be_written_to_is_named_by_its_variable(
 @pytest.mark.parametrize(
     ("closed", "command", "output", "word"),
     [
-        ("model/model.safetensors", "predict photos", "rows.csv", "Permission denied"),
-        ("photos/dog", "predict photos", "rows.csv", "cannot read the folder"),
-        ("photos/dog", "finetune --dataset photos", "run", "cannot read the folder"),
+        (
+            "model/model.safetensors",
+            "predict --model model photos",
+            "rows.csv",
+            "Permission denied",
+        ),
+        ("photos/dog", "predict --model model photos", "rows.csv", "cannot read the folder"),
+        (
+            "photos/dog",
+            "finetune --model vitcls-tiny --dataset photos",
+            "run",
+            "cannot read the folder",
+        ),
     ],
 )
 def test_what_cannot_be_read_is_neither_left_out_nor_called_missing(
@@ -270,7 +280,7 @@ def test_what_cannot_be_read_is_neither_left_out_nor_called_missing(
     if is_root:
         os.seteuid(NOBODY)
     try:
-        error = run_with_error(*command.split(), "--model", "model", flag, output)
+        error = run_with_error(*command.split(), flag, output)
     finally:
         if is_root:
             os.seteuid(0)
