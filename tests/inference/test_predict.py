@@ -6,6 +6,7 @@ two processes.
 
 import base64
 import io
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -138,7 +139,7 @@ def test_without_any_prediction_the_status_is_1(
     flags = ["--model", models / "one_label", *images, "--output", tmp_path / "out.json"]
     assert run_in_process("predict.py", *flags) == 1
     assert "none of the 2 images" in capsys.readouterr().err.splitlines()[-1]
-    rows = read_json(tmp_path / "out.json")
+    rows = json.loads((tmp_path / "out.json").read_text())
     assert [row["label"] for row in rows] == [None] * 2
     assert "2-cut.jpg" in rows[0]["error"]
     assert "No such file" in rows[1]["error"]
@@ -153,7 +154,7 @@ def test_a_missing_file_is_named_at_the_end_and_in_the_status(
     assert run_in_process("predict.py", *flags, unreadable / "absent.jpg") == 1
     last = capsys.readouterr().err.splitlines()[-1]
     assert f"1 of the 4 images do not exist: {unreadable / 'absent.jpg'}" in last
-    assert len(read_json(tmp_path / "out.json")) == 4
+    assert len(json.loads((tmp_path / "out.json").read_text())) == 4
 
 
 def test_a_pattern_names_glob(models: Path, photos: Path) -> None:
@@ -174,7 +175,7 @@ def test_labels_equal_those_of_the_model_and_the_pipeline(
             batch_size=4,
         )
     )
-    rows = read_json(output)
+    rows = json.loads(output.read_text())
 
     assert [row["image"] for row in rows] == sorted_photos(photos)
     assert [row["index"] for row in rows] == list(range(9))

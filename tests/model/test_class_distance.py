@@ -123,6 +123,7 @@ def test_a_change_of_any_part_that_the_distance_depends_on_ends_it(part: str) ->
 def test_nothing_that_keeps_the_function_ends_the_distance(change: Any, limit: float) -> None:
     model, images, _ = build_model()
     expected = model(images[:4]).distance
+    assert expected is not None
     distance = change(model).eval()(images[:4]).distance
     torch.testing.assert_close(distance, expected, rtol=limit / 3, atol=limit)
 

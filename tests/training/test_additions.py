@@ -237,7 +237,7 @@ def test_the_statistics_of_old_classes_are_certified(
 @pytest.mark.parametrize(
     ("change", "word"),
     [
-        ({"temperature": 2.0}, "logits"),  # as an earlier version stored it
+        ({"layer_norm_eps": 0.1}, "logits"),
         ({"distance_threshold": 9.0}, "distance_threshold"),
     ],
 )
