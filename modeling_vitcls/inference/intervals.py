@@ -46,9 +46,13 @@ def compute_bootstrap_interval(values: Sequence[float]) -> Interval:
     """Compute the percentile bootstrap interval of the mean of the values."""
     if len(values) < 2:
         return float(values[0]), float(values[0])
-    options = {"confidence_level": CONFIDENCE_LEVEL, "n_resamples": NUM_RESAMPLES, "rng": 0}
     interval = stats.bootstrap(
-        (values,), np.mean, method="percentile", **options
+        (values,),
+        np.mean,
+        n_resamples=NUM_RESAMPLES,
+        confidence_level=CONFIDENCE_LEVEL,
+        method="percentile",
+        rng=0,
     ).confidence_interval
     return float(interval.low), float(interval.high)
 

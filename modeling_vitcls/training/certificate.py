@@ -164,22 +164,15 @@ def hash_tensors(tensors: Sequence[Tensor]) -> str:
 
 def compare_processors(old_folder: Path, new_folder: Path) -> None:
     """Raise ValueError if the settings of the image processors differ."""
-    old, new = (read_processor_settings(folder) for folder in (old_folder, new_folder))
+    old, new = (
+        read_json(folder / "preprocessor_config.json") for folder in (old_folder, new_folder)
+    )
     for name in sorted(old.keys() | new.keys()):
-        if old.get(name) != new.get(name):
+        names_code = name in ("auto_map", "image_processor_type") or name.startswith("_")
+        if not names_code and old.get(name) != new.get(name):
             raise ValueError(
                 f"the image processors differ: {name} was {old.get(name)} and is {new.get(name)}"
             )
-
-
-def read_processor_settings(folder: Path) -> dict[str, Any]:
-    """Read the settings of a folder's image processor, without those that name its code."""
-    settings = read_json(folder / "preprocessor_config.json")
-    return {
-        name: value
-        for name, value in settings.items()
-        if name not in ("auto_map", "image_processor_type") and not name.startswith("_")
-    }
 
 
 @torch.no_grad()

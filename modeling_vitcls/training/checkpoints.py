@@ -158,13 +158,8 @@ class CheckpointStore:
 
     def list_steps(self) -> list[int]:
         """List the steps of the checkpoints in ascending order."""
-        if not self.folder.is_dir():
-            return []
-        matches = [
-            STEP_FOLDER_PATTERN.fullmatch(path.name)
-            for path in self.folder.iterdir()
-            if path.is_dir()
-        ]
+        folders = [path for path in self.folder.glob("step-*") if path.is_dir()]
+        matches = [STEP_FOLDER_PATTERN.fullmatch(path.name) for path in folders]
         return sorted(int(match[1]) for match in matches if match)
 
     def get_folder(self, step: int) -> Path:

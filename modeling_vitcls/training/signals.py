@@ -50,9 +50,8 @@ class SignalHandler:
         self.received_signal: signal.Signals | None = None
         self.signal_times: dict[int, float] = {}  # When each signal was received first
         self.old_handlers: dict[signal.Signals, Any] = {}
-        self.parent_pid: int | None = None
-        if any(name in os.environ for name in LAUNCHER_ENVIRONMENT_VARIABLES):
-            self.parent_pid = os.getppid()
+        is_launched = any(name in os.environ for name in LAUNCHER_ENVIRONMENT_VARIABLES)
+        self.parent_pid = os.getppid() if is_launched else None
         # A process group for CPU tensors avoids synchronization with the device.
         self.process_group: Any = (
             distributed.new_group(backend="gloo") if PartialState().num_processes > 1 else None
