@@ -29,7 +29,7 @@ from ..runtime.distributed import build_accelerator, set_mixed_precision
 from ..runtime.files import write_json
 from ..runtime.flags import spell_flags
 from ..runtime.system import describe_device, get_versions
-from .evaluator import Evaluator
+from .evaluator import Evaluator, Predictions
 from .load_model import load_for_inference
 from .metric_tables import (
     build_class_tables,
@@ -127,14 +127,7 @@ def evaluate_checkpoint(options: EvaluateOptions) -> dict[str, Any]:
     }
     if accelerator.is_main_process:
         # First the files: `| head` ends the process when it has enough lines
-        if options.output is not None:
-            options.output.parent.mkdir(parents=True, exist_ok=True)
-            write_json(options.output, results)
-            console.print(f"saved {options.output}", markup=False)
-        if options.per_image is not None and predictions is not None:
-            options.per_image.parent.mkdir(parents=True, exist_ok=True)
-            write_predictions(options.per_image, predictions, folder.weights_sha256)
-            console.print(f"saved {options.per_image}", markup=False)
+        write_files(options, results, predictions, console)
     print_results(results, data.description, config, console)
     accelerator.end_training()
     return results
@@ -192,6 +185,23 @@ def get_training_columns(
 
 
 # Output -------------------------------------------------------------------------------------------
+
+
+def write_files(
+    options: EvaluateOptions,
+    results: dict[str, Any],
+    predictions: Predictions | None,
+    console: Console,
+) -> None:
+    """Write the results, and the predictions of each image, to the files that are asked for."""
+    if options.output is not None:
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        write_json(options.output, results)
+        console.print(f"saved {options.output}", markup=False)
+    if options.per_image is not None and predictions is not None:
+        options.per_image.parent.mkdir(parents=True, exist_ok=True)
+        write_predictions(options.per_image, predictions, results["weights_sha256"])
+        console.print(f"saved {options.per_image}", markup=False)
 
 
 def print_results(
