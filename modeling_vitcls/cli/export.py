@@ -48,26 +48,20 @@ def print_export(report: Mapping[str, Any], output: Path) -> None:
             f"{name} {value:.1e}" for name, value in comparison["differences"].items()
         )
         print(f"- batch of {batch_size}, {height} x {width} pixels: {differences}")
-    print("\n".join(format_notes(report)))
-    print(f"\nwrote {file} and {file.name}.json")
-
-
-def format_notes(report: Mapping[str, Any]) -> list[str]:
-    """Format what a user has to know about the file, one fact per line.
-
-    The other fields are in the description.
-    """
     size, smallest_size = (
         " x ".join(map(str, report["input"][key])) for key in ("image_size", "smallest_image_size")
     )
-    lines = [f"Accepts any batch size, but only images of {size} pixels"]
     if "height" in report["input"]["shape"]:
-        lines = [f"Accepts any batch size and images of at least {smallest_size} pixels"]
+        print(f"Accepts any batch size and images of at least {smallest_size} pixels")
+    else:
+        print(f"Accepts any batch size, but only images of {size} pixels")
     if report["fixed_because"]:
-        lines.append(f"The image size is fixed: {report['fixed_because']}")
-    if (speed := report.get("speed")) is not None:
-        lines.append(
+        print(f"The image size is fixed: {report['fixed_because']}")
+    if "speed" in report:
+        speed = report["speed"]
+        print(
             f"{speed['images_per_second']:g} images/s in batches of {speed['batch_size']}, "
             f"{speed['device']}"
         )
-    return [*lines, f"Size: {report['num_bytes'] / 2**20:.1f} MiB"]
+    print(f"Size: {report['num_bytes'] / 2**20:.1f} MiB")
+    print(f"\nwrote {file} and {file.name}.json")

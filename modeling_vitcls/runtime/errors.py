@@ -14,8 +14,21 @@ from .files import replace_control_characters
 logger = logging.getLogger(__name__)
 
 MAX_MESSAGE_LENGTH = 400  # maximum length of a formatted error message, in characters
-# parts of messages about too little memory, in lower case, of Python, PyTorch and the loader
-MEMORY_MESSAGES = ("allocate memory", "out of memory", "failed to map segment", "bad_alloc")
+# What the system, Python, PyTorch, the loader and libraries in Rust say, in lower case. Only the
+# system numbers its errors, so their text is all that they have in common.
+DISK_MESSAGES = ("no space left on device", "quota exceeded", "not enough disk space")
+REMEDIES = {
+    ("too many open files",): (
+        "too many files are open. Raise the limit (ulimit -n), or end other programs"
+    ),
+    ("can't start new thread",): (
+        "there are too many threads. Raise the limits (ulimit -u, -v), or end other programs"
+    ),
+    ("memoryerror", "allocate memory", "out of memory", "failed to map segment", "bad_alloc"): (
+        "there is not enough memory. End other programs, raise the limit (ulimit -v), or use a "
+        "smaller batch"
+    ),
+}
 ALL_PROCESSES_NOTE = "on all processes"  # note that marks errors that are raised on all processes
 
 
@@ -46,11 +59,8 @@ def describe_error(error: BaseException) -> str:
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Check for a full disk or quota; the errors of libraries in Rust have a text, but no number."""
-    has_number = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
-    # as safetensors and `datasets` say it
-    texts = ("No space left on device", "Not enough disk space")
-    return has_number or any(text in str(error) for text in texts)
+    """Check for a full disk or quota."""
+    return any(words in str(error).lower() for words in DISK_MESSAGES)
 
 
 @contextmanager
@@ -82,24 +92,13 @@ def explain_damage(file: Path, remedy: str) -> Iterator[None]:
 
 def describe_exhaustion(error: BaseException) -> str | None:
     """Say that the machine lacks memory, files, threads or space; None for other errors."""
-    # PyTorch and the loader of shared libraries raise errors without a number. Their text is all
-    # there is.
-    text = str(error).lower()
-    number = getattr(error, "errno", None)
     if is_disk_full(error):
         file = getattr(error, "filename", None) or "to the standard output or a temporary file"
         return f"cannot write {file}: no space is left on the device. Free space, then repeat"
-    if number in (errno.EMFILE, errno.ENFILE) or "too many open files" in text:
-        return "too many files are open. Raise the limit (ulimit -n), or end other programs"
-    if "can't start new thread" in text:
-        return "there are too many threads. Raise the limits (ulimit -u, -v), or end other programs"
-
-    is_memory_error = isinstance(error, MemoryError) or number == errno.ENOMEM
-    if is_memory_error or any(part in text for part in MEMORY_MESSAGES):
-        return (
-            "there is not enough memory. End other programs, raise the limit (ulimit -v), or use a "
-            "smaller batch"
-        )
+    text = f"{type(error).__name__}: {error}".lower()
+    for messages, remedy in REMEDIES.items():
+        if any(words in text for words in messages):
+            return remedy
     return None
 
 
