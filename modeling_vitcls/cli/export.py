@@ -38,16 +38,11 @@ def silence_exporters() -> None:
 def print_export(report: Mapping[str, Any], output: Path) -> None:
     """Print the report and the name of the file."""
     file = output / report["file"] if not output.suffix else output
+    differences = [f"{name} {value:.1e}" for name, value in report["largest_differences"].items()]
     print(
         f"Largest differences between {report['format']} in {report['dtype']} and the model in "
-        "float32:"
+        f"float32: {', '.join(differences)}"
     )
-    for comparison in report["tried"]:
-        batch_size, _, height, width = comparison["shape"]
-        differences = ", ".join(
-            f"{name} {value:.1e}" for name, value in comparison["differences"].items()
-        )
-        print(f"- batch of {batch_size}, {height} x {width} pixels: {differences}")
     size, smallest_size = (
         " x ".join(map(str, report["input"][key])) for key in ("image_size", "smallest_image_size")
     )

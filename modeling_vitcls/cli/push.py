@@ -14,6 +14,9 @@ from pathlib import Path
 from ..runtime.flags import Options, check_value
 
 
+LICENSE_ID = re.compile(r"[a-z0-9][a-z0-9.-]*")
+
+
 @dataclass(frozen=True, kw_only=True)
 class PushOptions(Options):
     """Push a model folder to the Hub and verify the pushed commit, or verify a repository."""
@@ -43,11 +46,8 @@ class PushOptions(Options):
 
     def check(self) -> None:
         super().check()
-        is_valid_license = bool(
-            re.fullmatch(r"[a-z0-9][a-z0-9.-]*", "none" if self.license is None else self.license)
-        )
-        requirement = "a Hub license identifier, such as apache-2.0 or cc-by-4.0"
-        check_value(self, "license", is_valid_license, requirement)
+        is_license = self.license is None or bool(LICENSE_ID.fullmatch(self.license))
+        check_value(self, "license", is_license, "a Hub identifier, such as apache-2.0")
         if self.verify_only is None:
             if self.model is None:
                 raise ValueError(

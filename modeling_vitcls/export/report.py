@@ -56,10 +56,18 @@ def build_report(
         "model_class": type(model).__name__,
         "weights": "random" if folder is None else "trained",
         # What the graph reads and returns
-        "input": describe_input(model.config, shape),
+        "input": {
+            "name": INPUT_NAME,
+            "dtype": "float32",
+            "shape": graph.session.get_inputs()[0].shape,
+            "image_size": list(shape.image_size),
+            "smallest_image_size": list(shape.smallest_size),
+            "patch_size": list(model.config.patch_height_width),
+        },
         "preprocessing": describe_preprocessing(processor),
         "fixed_because": shape.fixed_size_reason,
-        "outputs": get_output_shapes(outputs, shape),
+        # With the names of the dynamic axes, such as (height//16)
+        "outputs": {output.name: output.shape for output in graph.session.get_outputs()},
         "labels": get_label_names(model.config, list(outputs)),
         # How it compares with the model
         "dtype": options.dtype,
@@ -77,19 +85,6 @@ def build_report(
     return report
 
 
-def describe_input(config: ViTCLSConfig, shape: GraphShape) -> dict[str, Any]:
-    """Describe the images that a graph accepts."""
-    height_width = ["height", "width"] if shape.is_dynamic else shape.image_size
-    return {
-        "name": INPUT_NAME,
-        "dtype": "float32",
-        "shape": ["batch", config.num_channels, *height_width],
-        "image_size": list(shape.image_size),
-        "smallest_image_size": list(shape.smallest_size),
-        "patch_size": list(config.patch_height_width),
-    }
-
-
 def describe_preprocessing(processor: ViTCLSImageProcessor | None) -> dict[str, Any] | None:
     """List the settings of the image processor that are not None; None without a processor."""
     if processor is None:
@@ -98,18 +93,6 @@ def describe_preprocessing(processor: ViTCLSImageProcessor | None) -> dict[str, 
     if "resample" in settings:
         settings["resample"] = PILImageResampling(settings["resample"]).name.lower()
     return settings
-
-
-def get_output_shapes(outputs: Outputs, shape: GraphShape) -> dict[str, list[int | str]]:
-    """List the shape of each output, with names of the dynamic axes."""
-    # axes 1 of tokens [B, N, D], and 2 and 3 of feature maps [B, C, H, W]
-    dynamic_axes = {3: {1: "tokens"}, 4: {2: "rows", 3: "columns"}}
-    shapes: dict[str, list[int | str]] = {}
-    for name, output in outputs.items():
-        names = dynamic_axes.get(output.ndim, {}) if shape.is_dynamic else {}
-        sizes = enumerate(output.shape[1:], start=1)
-        shapes[name] = ["batch", *(names.get(axis, size) for axis, size in sizes)]
-    return shapes
 
 
 def get_label_names(config: ViTCLSConfig, names: list[str]) -> dict[str, list[str]]:

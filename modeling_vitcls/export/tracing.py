@@ -69,18 +69,14 @@ def select_graph_shape(
 
 def find_fixed_size_reason(config: ViTCLSConfig) -> str:
     """Say why the image size of the graph must be fixed; empty if it can be dynamic."""
-    if not config.position_embedding_type.startswith("learned"):
-        return ""
-    if config.position_offset:
-        return (
-            "position_offset requires a resampling scale that a graph cannot compute from the "
-            "image size"
-        )
     rows, columns = config.grid_size
-    if config.position_interpolation == "crop" and rows != columns:
+    # The scale of the resampling, or the part that is cropped, depends on the image size.
+    is_cropped = config.position_interpolation == "crop" and rows != columns
+    is_resampled = config.position_embedding_type.startswith("learned")
+    if is_resampled and (config.position_offset or is_cropped):
         return (
-            'position_interpolation="crop" crops position embeddings of a non-square grid at every '
-            "non-native size"
+            "a graph cannot compute its position embeddings for another size (position_offset, or "
+            'position_interpolation="crop" of a non-square grid)'
         )
     return ""
 

@@ -37,11 +37,8 @@ from .wrong_photos import (
 
 
 NUM_SHOWN_IMAGES = 6
-# The statistics take at most MAX_STATISTICS_FLOPS floating-point operations, unless there are only
-# MIN_STATISTICS_IMAGES images.
-MAX_STATISTICS_FLOPS = 2e11
-NUM_STATISTICS_IMAGES = 64  # A small model is measured on so many
-MIN_STATISTICS_IMAGES = 16
+# A report follows each run, so it may cost seconds, but not hours for a large model
+NUM_MEASURED_IMAGES = 32
 
 
 def write_report(folder: ModelFolder) -> str | None:
@@ -80,12 +77,8 @@ def write_run_page(folder: ModelFolder) -> tuple[Inspection | None, Image.Image 
     processor = folder.load_processor()
     is_bfloat16 = folder.results.get("mixed_precision") == "bf16"
 
-    # A report follows each run, so it may cost seconds for a small model, but not hours for a large
-    # one.
-    num_affordable = int(MAX_STATISTICS_FLOPS / folder.results.get("forward_flops_per_image", 1))
-    num_measured = min(max(num_affordable, MIN_STATISTICS_IMAGES), NUM_STATISTICS_IMAGES)
     measured: Any = data.held_out if len(data.held_out) else data.train
-    sample = measured.draw(num_measured)
+    sample = measured.draw(NUM_MEASURED_IMAGES)
     has_labels = bool(data.label_space.columns)
     chosen = [] if rows is None else choose_photos(rows, photos_by_name, NUM_SHOWN_IMAGES)
 

@@ -82,6 +82,7 @@ def collect_outputs(
         image = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
         pixel_values = processor(image, return_tensors="pt")["pixel_values"]
         outputs["AutoImageProcessor/pixel_values"] = pixel_values
+        report["classes"]["AutoImageProcessor"] = type(processor).__name__
 
     architecture = (config.architectures or ["ViTCLSModel"])[0]
     for auto_class in dict.fromkeys(["AutoModel", get_auto_class(architecture)]):
@@ -104,8 +105,6 @@ def collect_outputs(
             f"{auto_class}/{name}": tensor for name, tensor in flatten_outputs(model_output)
         }
 
-    if processor_file is not None:
-        report["classes"]["AutoImageProcessor"] = type(processor).__name__
     # safetensors refuses tensors that share memory, such as two views of one output.
     return {name: tensor.detach().clone().contiguous() for name, tensor in outputs.items()}, report
 

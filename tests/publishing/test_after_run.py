@@ -73,13 +73,13 @@ def test_a_run_gets_a_report_and_a_card_from_its_folder(
 
 @pytest.mark.slow
 def test_the_report_shows_photos_of_all_classes_of_all_predictions(tmp_path: Path) -> None:
-    """A large model is measured on 16 images; its wrong predictions are all of the large class."""
+    """Fewer images are measured, and the wrong predictions are all of the large class."""
     write_photos(tmp_path / "photos" / "train", range(2), "dusk", "noon", "x")
     write_photos(tmp_path / "photos" / "test", range(10, 50), "dusk")
     write_photos(tmp_path / "photos" / "test", range(60, 62), "noon", "x")
     run = write_run_folder(
         tmp_path / "run",
-        {"steps": 0, "forward_flops_per_image": 1e11},
+        {"steps": 0},
         {"dataset": str(tmp_path / "photos")},
     )
     names = load_run_data(ModelFolder(run), str(tmp_path / "photos")).held_out.images.get_names()

@@ -143,7 +143,11 @@ def test_a_folder_that_somebody_handed_over_deletes_nothing(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    "error", [OSError(errno.ENOSPC, "full"), RuntimeError("I/O error: No space left on device")]
+    "error",
+    [
+        OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
+        RuntimeError("I/O error: No space left on device"),
+    ],
 )
 def test_a_full_disk_is_named(tmp_path: Path, error: Exception) -> None:
     with pytest.raises(OSError) as raised, create_output_folder(tmp_path / "out"):
