@@ -251,12 +251,7 @@ def build_model_variables(folder: ModelFolder, auto_class: str) -> dict[str, Any
 def build_run_variables(folder: ModelFolder) -> dict[str, Any]:
     """Collect what a card says about a training run: results, limitations and training."""
     results = folder.results
-    flags = folder.flags
     shareable_flags = folder.shareable_flags
-    images_per_step = None
-    if "batch_size" in flags:
-        images_per_process = flags["batch_size"] * flags.get("gradient_accumulation_steps", 1)
-        images_per_step = images_per_process * results["num_processes"]
     rows = read_predictions(folder)
     predictions = None
     if rows is not None:
@@ -266,7 +261,6 @@ def build_run_variables(folder: ModelFolder) -> dict[str, Any]:
         "initial_model": shareable_flags["model"],
         "is_cross_validated": results.get("split") == "cross-validation",
         "predictions": predictions,
-        "images_per_step": images_per_step,
         "teacher": shareable_flags.get("teacher"),
         "recipe_file": RECIPE_FILE,
     }

@@ -49,6 +49,7 @@ from ..hub.loading import HubCommit, download_files, resolve_commit
 from ..hub.model_files import CARD_FILE, CODE_PATTERN, MODEL_PATTERNS, PARITY_REPORT_FILE
 from ..hub.model_folder import ModelFolder
 from ..model.modeling_vitcls import ViTCLSBackbone
+from ..runtime.errors import format_error
 from ..runtime.system import get_versions
 from ..version import __version__
 from . import verification_script
@@ -143,33 +144,24 @@ def compare_with_reference(
         raise ValueError(
             f"{commit.repo_id} at {commit.sha} lacks the weights {', '.join(report['missing'])}"
         )
-    differences = compare_outputs(commit.repo_id, outputs, expected_outputs)
+    compare_outputs(commit.repo_id, outputs, expected_outputs)
 
-    class_names = report["classes"]
-    width = max(map(len, differences))
-    auto_class = next(name for name in reversed(class_names) if name != "AutoImageProcessor")
+    *_, auto_class = report["classes"]
     trust = ", trust_remote_code=True" if trust_remote_code else ""
-    lines = [
-        f"verified: {commit.repo_id} at {commit.sha}",
-        f"  {len(files)} files match their hashes; {code}",
-        "  outputs in float32 of a new process (empty cache, no modeling_vitcls), compared with "
-        f"{name}:",
-        *(
-            "    "
-            f"{each:{width}}  {class_names.get(each, ''):30}  largest difference {difference:.1e}"
-            for each, difference in differences.items()
-        ),
-        f"  limit {TOLERANCE:g}; "
-        + ", ".join(f"{name} {value}" for name, value in get_versions("huggingface_hub").items()),
-        "load the model"
-        + (
-            " at a pinned commit, because loading runs the code in the repository:"
-            if trust
-            else ":"
-        ),
-        f'  {auto_class}.from_pretrained("{commit.repo_id}", revision="{commit.sha}"{trust})',
-    ]
-    return "\n".join(lines)
+    reason = " at this commit, because loading runs the code in the repository" if trust else ""
+    classes = [f"{each} ({loaded})" for each, loaded in report["classes"].items()]
+    versions = [f"{each} {version}" for each, version in get_versions("huggingface_hub").items()]
+    return "\n".join(
+        [
+            f"verified: {commit.repo_id} at {commit.sha}",
+            f"  {len(files)} files match their hashes; {code}",
+            f"  outputs in a new process (empty cache, no modeling_vitcls) equal those of {name}",
+            f"    {', '.join(classes)}",
+            f"    float32, limit {TOLERANCE:g}; {', '.join(versions)}",
+            f"load the model{reason}:",
+            f'  {auto_class}.from_pretrained("{commit.repo_id}", revision="{commit.sha}"{trust})',
+        ]
+    )
 
 
 def verify_push(pushed: PushResult, folder: ModelFolder) -> str:
@@ -304,33 +296,16 @@ def build_clean_environment(home_folder: str, needs_token: bool) -> dict[str, st
     return environment | ({"HF_TOKEN": token} if token else {})
 
 
-def compare_outputs(repo_id: str, outputs: Outputs, expected_outputs: Outputs) -> dict[str, float]:
-    """Find the maximum absolute difference between the outputs for each Auto class.
-
-    Raise ValueError if a difference exceeds the tolerance.
-    """
-    differences: dict[str, float] = {}
-    for name in [*expected_outputs, *(outputs.keys() - expected_outputs.keys())]:
-        output = outputs.get(name)
-        expected = expected_outputs.get(name)
-        if output is None or expected is None or output.shape != expected.shape:
+def compare_outputs(repo_id: str, outputs: Outputs, expected_outputs: Outputs) -> None:
+    """Raise ValueError unless the outputs are those of the reference, up to the tolerance."""
+    if outputs.keys() != expected_outputs.keys():
+        raise ValueError(f"the outputs of {repo_id} and the reference differ in their names")
+    for name, expected in expected_outputs.items():
+        limit = TOLERANCE * max(1.0, expected.abs().max().item())
+        try:
+            # Also of shapes; NaN equals nothing
+            torch.testing.assert_close(outputs[name], expected, rtol=0, atol=limit)
+        except AssertionError as error:
             raise ValueError(
-                f"the outputs of {repo_id} and the reference differ in the shape of {name}"
-            )
-
-        difference = compute_max_abs(output.double() - expected.double())
-        limit = TOLERANCE * max(1.0, compute_max_abs(expected.double()))
-        # Written with `not`, so NaN also raises the error.
-        if not difference <= limit:
-            raise ValueError(
-                f"the outputs of {repo_id} differ from the reference: {name} by {difference:.2g}; "
-                f"the limit is {limit:.2g}"
-            )
-        auto_class = name.partition("/")[0]
-        differences[auto_class] = max(differences.get(auto_class, 0.0), difference)
-    return differences
-
-
-def compute_max_abs(tensor: torch.Tensor) -> float:
-    """Compute the largest absolute value of a tensor: 0 if it is empty, NaN if it contains NaN."""
-    return tensor.abs().max().item() if tensor.numel() else 0.0
+                f"the outputs of {repo_id} differ from the reference: {name}: {format_error(error)}"
+            ) from None

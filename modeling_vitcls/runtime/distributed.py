@@ -124,15 +124,11 @@ def set_mixed_precision(
     accelerator.state._mixed_precision = precision
     accelerator.native_amp = precision == "bf16"
 
-    device_name = "CPU" if device.type == "cpu" else "GPU"
-    if recorded == "bf16" and not has_bfloat16(device):
-        return f"bf16, as in the checkpoint, but this {device_name} has no instructions for it"
     if recorded is not None:
         return f"{recorded}, as in the checkpoint"
     if precision == "bf16":
         return (
-            f"bf16, because this {device_name} has instructions for it. `mixed_precision='no'` "
-            "turns it off"
+            "bf16, because this device has instructions for it. `mixed_precision='no'` turns it off"
         )
     return precision
 

@@ -54,8 +54,6 @@ def describe_device() -> str:
     """Name the device and, if the model is sharded, the sharding method."""
     state = AcceleratorState()
     name = format_device_name(state.device)
-    if state.device.type == "cpu":
-        name += " per process"
     if state.distributed_type is DistributedType.FSDP:
         name += ", weights sharded by FSDP"
     return name
