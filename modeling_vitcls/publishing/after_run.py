@@ -28,7 +28,7 @@ def finish_run(folder: ModelFolder, has_report: bool, repo_id: str | None) -> No
     if repo_id is None:
         return
 
-    push_result = push_folder(folder, repo_id)
-    print(f"pushed    {push_result.summary}")
+    pushed = push_folder(folder, repo_id)
+    print(f"pushed    {pushed.summary}")
     print("verifying loading the pushed model in a new process")
-    print(verify_push(push_result, folder))
+    print(verify_push(pushed, folder))

@@ -1,8 +1,8 @@
 """Push a model folder to the Hub.
 
     repo_id = prepare_repository("mine", default_name="mine")           # before a training run
-    push_result = push_folder(ModelFolder(Path("runs/mine")), repo_id)
-    push_result.commit                                                  # the commit hash to pin
+    pushed = push_folder(ModelFolder(Path("runs/mine")), repo_id)
+    pushed.sha                                                          # the commit hash to pin
 
 huggingface_hub repeats failed uploads of files. After any other failure, the error names the command that
 completes the push. Files that the Hub already has are not uploaded again. The folder is not changed.
@@ -36,6 +36,7 @@ from ..hub.connection import (
     hide_hub_progress_bars,
     set_hub_timeout,
 )
+from ..hub.loading import HubCommit
 from ..hub.model_files import CARD_FILE
 from ..hub.model_folder import ModelFolder
 from ..runtime.flags import to_arguments
@@ -58,11 +59,9 @@ class PushError(OSError):
 
 
 @dataclass(frozen=True)
-class PushResult:
-    """The result of a push."""
+class PushedCommit(HubCommit):
+    """The commit of a push, or the newest one of the branch if nothing has changed."""
 
-    repo_id: str  # `namespace/name`
-    commit: str  # The hash, 40 hexadecimal digits
     url: str  # URL of the commit
     is_private: bool
 
@@ -134,7 +133,7 @@ def push_folder(
     branch: str | None = None,
     license_id: str | None = None,
     card_samples: bool = False,
-) -> PushResult:
+) -> PushedCommit:
     """Push a model folder; create the repository if it does not exist.
 
     If nothing has changed, no commit is made, and the newest commit of the branch is returned.
@@ -153,7 +152,6 @@ def push_folder(
         PushError: If the push fails. The message is a single line and ends with the command that
             completes the push.
     """
-    folder.check_is_complete()
     command = build_push_command(
         folder.path,
         repo_id,
@@ -183,7 +181,7 @@ def upload_files(
     advice: str,
     private: bool = False,
     branch: str | None = None,
-) -> PushResult:
+) -> PushedCommit:
     """Upload files in one commit; create a model repository if it does not exist.
 
     If nothing has changed, no commit is made.
@@ -234,9 +232,11 @@ def upload_files(
             f"the push to {repo_id} failed: {format_hub_error(error)}. {advice}"
         ) from error
     path = f"spaces/{repo_id}" if repo_type == "space" else f"{repo_id}/commit/{commit.oid}"
-    return PushResult(
+    is_gated = bool(getattr(info, "gated", False))  # A Space has no gate
+    return PushedCommit(
         repo_id,
         commit.oid,
+        needs_token=bool(info.private) or is_gated,
         url=f"{constants.ENDPOINT}/{path}",
         is_private=bool(info.private),
     )

@@ -54,7 +54,7 @@ from ..runtime.system import get_versions
 from ..version import __version__
 from . import verification_script
 from .published_files import PACKAGE_FOLDER, collect_files
-from .push import TIMEOUT, PushResult
+from .push import TIMEOUT, PushedCommit
 from .verification_script import Outputs, collect_outputs
 
 
@@ -96,14 +96,7 @@ def verify(repo_id: str, revision: str = "main", folder: ModelFolder | None = No
     check_is_online()
     commit = resolve_commit(repo_id, revision)
     if folder is not None:
-        folder.check_is_complete()
-        files = collect_files(folder, repo_id)
-        # The card depends on flags of the push, such as the license, which are not known here.
-        del files[CARD_FILE]
-        problem = f"missing or different from {folder.path}"
-        check_hashes(commit, files, problem, f"Push {folder.path} again")
-        return compare_with_reference(commit, files, folder, str(folder.path))
-
+        return verify_folder(commit, folder)
     with tempfile.TemporaryDirectory(prefix="vitcls-verify-") as temporary_path:
         path = download_files(repo_id, commit.sha, VERIFIED_PATTERNS, folder=Path(temporary_path))
         names = {file.relative_to(path): file for file in path.rglob("*") if file.is_file()}
@@ -115,6 +108,16 @@ def verify(repo_id: str, revision: str = "main", folder: ModelFolder | None = No
         reference = ModelFolder(path, f"{repo_id} at {commit.sha}")
         reference_name = f"the same files with modeling_vitcls {__version__}"
         return compare_with_reference(commit, downloaded, reference, reference_name)
+
+
+def verify_folder(commit: HubCommit, folder: ModelFolder) -> str:
+    """Compare a commit with the folder from which it was pushed; return the report."""
+    files = collect_files(folder, commit.repo_id)
+    # The card depends on flags of the push, such as the license, which are not known here.
+    del files[CARD_FILE]
+    problem = f"missing or different from {folder.path}"
+    check_hashes(commit, files, problem, f"Push {folder.path} again")
+    return compare_with_reference(commit, files, folder, str(folder.path))
 
 
 def compare_with_reference(
@@ -164,7 +167,7 @@ def compare_with_reference(
     )
 
 
-def verify_push(pushed: PushResult, folder: ModelFolder) -> str:
+def verify_push(pushed: PushedCommit, folder: ModelFolder) -> str:
     """Verify the model that was pushed from `folder`, and return the report.
 
     Raises:
@@ -172,9 +175,9 @@ def verify_push(pushed: PushResult, folder: ModelFolder) -> str:
             that repeats the verification.
     """
     try:
-        return verify(pushed.repo_id, pushed.commit, folder)
+        return verify_folder(pushed, folder)
     except (ValueError, OSError) as error:
-        command = f"vitcls push --verify-only {pushed.repo_id}@{pushed.commit}"
+        command = f"vitcls push --verify-only {pushed.repo_id}@{pushed.sha}"
         raise OSError(
             f"the model was pushed, but not verified: {error}. The model is saved in {folder.path} "
             f"and published at {pushed.url}. Repeat the verification with: {command}"

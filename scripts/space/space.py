@@ -2,7 +2,7 @@
 
     model = find_published_model("someone/model@COMMIT")
     write_space(folder, model)
-    push_result = push_space(folder, model, "someone/model-demo")
+    pushed = push_space(folder, model, "someone/model-demo")
 
     app.py              transformers' pipeline of the model at a commit, as a page of gradio
     examples/           example images
@@ -32,7 +32,7 @@ from modeling_vitcls.hub.loading import (
 from modeling_vitcls.hub.model_files import CONFIG_FILES
 from modeling_vitcls.hub.model_folder import list_code_references
 from modeling_vitcls.model.configuration_vitcls import ViTCLSConfig
-from modeling_vitcls.publishing.push import PushResult, build_push_command, upload_files
+from modeling_vitcls.publishing.push import PushedCommit, build_push_command, upload_files
 from modeling_vitcls.runtime.files import read_json
 
 
@@ -182,7 +182,7 @@ def build_space_card(
     return str(SpaceCard(f"---\n{header.to_yaml()}\n---\n# {title}\n{text}"))
 
 
-def push_space(folder: Path, model: HubCommit, space_id: str) -> PushResult:
+def push_space(folder: Path, model: HubCommit, space_id: str) -> PushedCommit:
     """Push the files of a Space.
 
     Outdated files in the same folders are removed, and all other files are kept.

@@ -89,7 +89,7 @@ def test_a_push_is_one_commit_of_the_model_files(hub: LocalHub, folder: Path) ->
     pushed = push_folder(ModelFolder(folder), "ann/model")
     repository = hub.repositories["ann/model"]
     assert len(repository.commits) == 2
-    assert repository.branches == {"main": pushed.commit}
+    assert repository.branches == {"main": pushed.sha}
     assert not repository.private
     accompanying = "README.md results.json config.resolved.yaml images/attention.png report.html"
     licenses = {".gitattributes", "CODE_LICENSE", "LICENSE"}
@@ -102,7 +102,7 @@ def test_a_push_is_one_commit_of_the_model_files(hub: LocalHub, folder: Path) ->
     for name in MODEL_FILES | {"LICENSE", "results.json"}:
         assert hub.read("ann/model", name) == before[folder / name]
     assert {file: file.read_bytes() for file in before} == before
-    assert push_folder(ModelFolder(folder), "ann/model").commit == pushed.commit  # nothing changed
+    assert push_folder(ModelFolder(folder), "ann/model").sha == pushed.sha  # nothing changed
 
 
 def test_only_files_that_the_package_wrote_are_pushed(hub: LocalHub, folder: Path) -> None:
@@ -247,11 +247,11 @@ def test_a_push_removes_outdated_files_of_its_branch_and_keeps_others(
     write_results(folder)
     main = hub.repositories["ann/model"].branches["main"]
     pushed = push_folder(ModelFolder(folder), "ann/model", branch="new")
-    assert hub.repositories["ann/model"].branches == {"main": main, "new": pushed.commit}
+    assert hub.repositories["ann/model"].branches == {"main": main, "new": pushed.sha}
     names = set(hub.files("ann/model", "new"))
     (folder / "report.html").write_text("new")
     again = push_folder(ModelFolder(folder), "ann/model", branch="new")  # which exists
-    assert hub.repositories["ann/model"].branches == {"main": main, "new": again.commit}
+    assert hub.repositories["ann/model"].branches == {"main": main, "new": again.sha}
 
     shards = {path.name for path in folder.glob("model-*.safetensors")}
     assert len(shards) > 1
@@ -448,7 +448,7 @@ def test_offline_mode_and_an_unavailable_hub_are_errors(
 def test_a_failed_upload_is_repeated(hub: LocalHub, folder: Path, kind: str | int) -> None:
     hub.fail("PUT", "/objects/", kind)
     pushed = push_folder(ModelFolder(folder), "ann/model")
-    assert hub.repositories["ann/model"].branches["main"] == pushed.commit
+    assert hub.repositories["ann/model"].branches["main"] == pushed.sha
     assert set(hub.files("ann/model")) >= MODEL_FILES
     assert len(hub.repositories["ann/model"].commits) == 2
 
@@ -491,7 +491,7 @@ def test_another_push_in_the_meantime_is_noticed(
         push_folder(ModelFolder(Path(folder.name)), "ann/model")
     assert "config.json" not in hub.files("ann/model")
     pushed = push_folder(ModelFolder(Path(folder.name)), "ann/model")
-    assert hub.repositories["ann/model"].branches["main"] == pushed.commit
+    assert hub.repositories["ann/model"].branches["main"] == pushed.sha
     assert set(hub.files("ann/model")) >= MODEL_FILES | {"notes.md"}
 
 

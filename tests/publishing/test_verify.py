@@ -72,9 +72,7 @@ def test_each_kind_of_model_is_verified_at_an_old_tag(
     hub: LocalHub, tmp_path: Path, model_class: Any, fields: dict[str, Any], inputs: dict[str, Any]
 ) -> None:
     model = model_class(build_tiny_config(**fields))
-    first = push_folder(
-        ModelFolder(save_with_processor(model, tmp_path / "mine")), "ann/model"
-    ).commit
+    first = push_folder(ModelFolder(save_with_processor(model, tmp_path / "mine")), "ann/model").sha
     hub.repositories["ann/model"].tags["v1"] = first
     push_folder(ModelFolder(save_classifier(tmp_path / "other")), "ann/model")
     report = verify("ann/model", "v1")
@@ -106,7 +104,7 @@ def test_published_code_runs_in_another_process_and_other_logits_are_noticed(
     assert not seen.exists()
     monkeypatch.setenv("MY_SECRET", "42")
     with raises_one_line("differ from the reference", "allowed"):
-        verify("ann/model", pushed.commit, ModelFolder(folder))
+        verify("ann/model", pushed.sha, ModelFolder(folder))
 
     process, environment = json.loads(seen.read_text())
     assert process != os.getpid()
@@ -138,7 +136,7 @@ def test_code_that_does_not_load_is_an_error(
         del weights["classifier.bias"]
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     pushed = push_folder(ModelFolder(folder), "ann/model")
-    command = f"vitcls push --verify-only ann/model@{pushed.commit}"
+    command = f"vitcls push --verify-only ann/model@{pushed.sha}"
     with raises_one_line("was pushed, but not verified", *words, command, error=OSError):
         verify_push(pushed, ModelFolder(folder))
 
@@ -153,7 +151,7 @@ def test_a_file_that_is_corrupted_in_storage_is_named(
     pushed = push_folder(ModelFolder(folder), "ann/model")
     hub.corrupt("ann/model", file)
     with raises_one_line("damaged", file, error=(ValueError, OSError)):
-        verify("ann/model", pushed.commit)
+        verify("ann/model", pushed.sha)
 
 
 def test_a_folder_that_changed_after_the_push_is_noticed(hub: LocalHub, folder: Path) -> None:
@@ -165,7 +163,7 @@ def test_a_folder_that_changed_after_the_push_is_noticed(hub: LocalHub, folder: 
     weights["classifier.bias"] += 1
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     with raises_one_line(f": model.safetensors. Push {folder} again"):
-        verify("ann/model", pushed.commit, ModelFolder(folder))
+        verify("ann/model", pushed.sha, ModelFolder(folder))
 
 
 def test_other_repositories_are_one_line_errors(hub: LocalHub) -> None:

@@ -18,7 +18,7 @@ from scripts.space.space import find_published_model
 
 @pytest.mark.integration
 def test_a_space_shows_a_commit_of_a_model(hub: LocalHub, tmp_path: Path) -> None:
-    first = push_folder(ModelFolder(save_classifier(tmp_path / "mine")), "ann/mine").commit
+    first = push_folder(ModelFolder(save_classifier(tmp_path / "mine")), "ann/mine").sha
     newest = hub.repositories["ann/mine"].commit("main", "again", hub.files("ann/mine"))
     photos = (tmp_path / "a" / "photo.png", tmp_path / "b" / "photo.png")  # equal names
     for photo in photos:
@@ -70,7 +70,7 @@ def test_weights_of_private_models_are_published_in_private_spaces_only(
     """
     commit = push_folder(
         ModelFolder(save_classifier(tmp_path / "mine")), "ann/mine", private=True
-    ).commit
+    ).sha
 
     def export(source: str, folder: Path) -> None:
         folder.mkdir(parents=True)
