@@ -9,7 +9,7 @@
 
 This script is equivalent to `vitcls convert`.
 
-python scripts/convert.py --source timm:vit_base_patch14_reg4_dinov2.lvd142m --output converted
+python scripts/convert.py --model timm:vit_base_patch14_reg4_dinov2.lvd142m --output converted
 """
 
 import sys

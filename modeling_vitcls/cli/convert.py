@@ -30,23 +30,16 @@ class ConvertOptions(Options):
 
     output: Path
     """Output folder, which must be empty or must not exist."""
-    source: str | None = None
-    """Another name of --model."""
     to: Literal["vitcls", "transformers"] = "vitcls"
     """Convert to a vitcls model, or a vitcls model to one of transformers, which requires no remote
     code."""
-    model: str | None = None
+    model: str
     """timm:NAME, timm:NAME@FILE (weights from a file), transformers:PATH_OR_ID or a state-dict
     file. An id may end with @REVISION (commit, branch or tag). With --to transformers: folder or
     Hub id of a vitcls model."""
     family: str | None = None
     """Model family of a state-dict file, such as dino, ibot, mae or dinov2. Default: detected from
     the parameter names."""
-
-    def check(self) -> None:
-        super().check()
-        if (self.model is None) == (self.source is None):
-            raise ValueError("one of `model` and `source` is required: what to convert")
 
 
 OPTIONS_CLASS = ConvertOptions
@@ -59,11 +52,10 @@ def run(options: ConvertOptions) -> None:
     from ..hub.model_folder import ModelFolder
     from ..publishing.card import write_card
 
-    model = str(options.model or options.source)
     if options.to == "transformers":
-        report = write_native_model(model, options.output)
+        report = write_native_model(options.model, options.output)
     else:
-        report = convert_checkpoint(model, options.output, options.family)
+        report = convert_checkpoint(options.model, options.output, options.family)
     # The card is rendered from the files of the folder, so it comes last.
     write_card(ModelFolder(options.output))
     print_report(report, options.output)

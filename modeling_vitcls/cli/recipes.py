@@ -34,6 +34,7 @@ EQUIVALENT_FLAGS = {
     "data": "dataset",
     "data_dir": "dataset",
     "model_name_or_path": "model",
+    "source": "model",
     "fp16": "mixed_precision",
     "bf16": "mixed_precision",
 }

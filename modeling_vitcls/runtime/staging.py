@@ -76,10 +76,8 @@ def create_output_folder(output: Path, parameter: str = "output") -> Iterator[Pa
         ValueError: if `output` is not empty, or another command writes to it.
     """
     output = output.resolve()
-    # checked before locking, which writes a file into the folder
-    check_output_is_empty(output, parameter)
     with lock_folder(output, parameter):
-        # checked again, because the command that held the lock may have filled the folder
+        # The command that held the lock may have filled the folder.
         check_output_is_empty(output, parameter)
         # A folder without config.json is never loaded, so a part of the files is not taken for a
         # model.
@@ -151,24 +149,16 @@ def stage_files(
 def move_files(staging_folder: Path, folder: Path, first: str, last: str) -> None:
     """Move the files of a staging folder to `folder`, and write all of it to the disk."""
     follow_umask(staging_folder)
-    files = [path for path in staging_folder.rglob("*") if path.is_file()]
-    names = sorted(path.relative_to(staging_folder).as_posix() for path in files)
-    names.sort(key=lambda name: (name != first, name == last))
-
-    for path in files:
-        sync_to_disk(path)
-
-    # renames within one folder do not copy, and cannot run out of space
-    moved: list[Path] = []
-    try:
-        for name in names:
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            moved.append((staging_folder / name).replace(folder / name))
-        sync_to_disk(folder)
-    except BaseException:  # all of the files or none, also after Ctrl-C
-        for path in moved:
-            path.unlink(missing_ok=True)
-        raise
+    files = sorted(path for path in staging_folder.rglob("*") if path.is_file())
+    # The last file says that the folder is complete.
+    files.sort(key=lambda file: (file != staging_folder / first, file == staging_folder / last))
+    for file in files:
+        sync_to_disk(file)
+        target = folder / file.relative_to(staging_folder)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # A rename within one folder does not copy, and cannot run out of space.
+        file.replace(target)
+    sync_to_disk(folder)
 
 
 def follow_umask(folder: Path) -> None:

@@ -66,7 +66,7 @@ def from_timm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the folder of a converted model of timm."""
     folder = tmp_path_factory.mktemp("timm") / "not" / "there"
     source = save_timm_model(tmp_path_factory.mktemp("timm_source"))
-    run("--source", source, "--output", folder)
+    run("--model", source, "--output", folder)
     return folder
 
 
@@ -76,7 +76,7 @@ def from_transformers(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, P
     base = tmp_path_factory.mktemp("transformers")
     processor = transformers.ViTImageProcessor(size={"height": 32, "width": 32})
     save_both(build_vit_classifier(), base / "source", processor)
-    run("--source", f"transformers:{base / 'source'}", "--output", base / "converted")
+    run("--model", f"transformers:{base / 'source'}", "--output", base / "converted")
     return base / "converted", base / "source"
 
 
@@ -184,7 +184,7 @@ def test_a_wrong_weight_aborts_and_writes_nothing(
     assert (
         run_in_process(
             "convert.py",
-            "--source",
+            "--model",
             save_timm_model(tmp_path / "source"),
             "--output",
             tmp_path / "deep" / "made",

@@ -116,7 +116,7 @@ def test_cached_timm_models_of_the_hub_are_pinned_and_load_without_the_hub(
     )
     files = {file.name: file.read_bytes() for file in (tmp_path / "theirs").iterdir()}
     commit = hub.create("ann/vit", private=False, files=files).branches["main"]
-    run(ConvertOptions(output=tmp_path / "mine", source="timm:hf-hub:ann/vit"))
+    run(ConvertOptions(output=tmp_path / "mine", model="timm:hf-hub:ann/vit"))
 
     report = json.loads((tmp_path / "mine" / "parity_report.json").read_text())
     assert report["source_revision"] == commit
@@ -147,7 +147,7 @@ def test_cached_timm_models_of_the_hub_are_pinned_and_load_without_the_hub(
         ("finetune.py", "--model {} --dataset digits --output-dir out"),
         ("finetune.py", "--model vitcls-tiny --dataset {} --output-dir out"),
         ("finetune.py", "--model vitcls-tiny --dataset digits --teacher {} --output-dir out"),
-        ("convert.py", "--source transformers:{} --output out"),
+        ("convert.py", "--model transformers:{} --output out"),
         ("export.py", "--model {} --output out.onnx"),
     ],
 )

@@ -77,7 +77,7 @@ def test_card_and_license_are_converted_with_the_model(hub: LocalHub, tmp_path: 
     )
     assert (
         run_in_process(
-            "convert.py", "--source", f"transformers:them/dino@{commit}", "--output", folder
+            "convert.py", "--model", f"transformers:them/dino@{commit}", "--output", folder
         )
         == 0
     )
