@@ -70,8 +70,8 @@ def run(options: PushOptions) -> None:
     """Push a model and verify the pushed commit, or verify a repository if --verify-only is set."""
     from ..hub.loading import split_revision
     from ..hub.model_folder import ModelFolder
-    from ..publishing.push import prepare_repository, push_folder
-    from ..publishing.verify import verify, verify_push
+    from ..publishing.push import prepare_repository
+    from ..publishing.verify import push_and_verify, verify
 
     if options.verify_only is not None:
         folder = None if options.model is None else ModelFolder(options.model)
@@ -88,16 +88,12 @@ def run(options: PushOptions) -> None:
     repo_id = prepare_repository(
         options.hub_model_id, options.model.resolve().name, options.private
     )
-    pushed_model = push_folder(
+    push_and_verify(
         folder,
         repo_id,
+        options.verify,
         private=options.private,
         branch=options.branch,
         license_id=options.license,
         card_samples=options.card_samples,
     )
-    print(f"pushed    {pushed_model.summary}", flush=True)
-    # adapters and exported files do not load without other files
-    if options.verify and folder.has_weights:
-        print("verifying the pushed commit in a new process", flush=True)
-        print(verify_push(pushed_model, folder))

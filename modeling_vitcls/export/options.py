@@ -31,12 +31,3 @@ class ExportOptions(Options):
     opset: int | None = None
     """Version of the ONNX operators, such as 18 for older programs. Default: the version that
     torch.onnx recommends."""
-
-    def check(self) -> None:
-        super().check()
-        size = self.image_size
-        if size is not None and min(size) < 1:
-            raise ValueError(
-                f"`image_size` requires positive numbers, but got {size}. Set `image_size` to a "
-                "height and a width"
-            )

@@ -4,9 +4,8 @@ from ..hub.connection import silence_transformers
 from ..hub.model_files import CARD_FILE, REPORT_FILE
 from ..hub.model_folder import ModelFolder
 from .card import write_card
-from .push import push_folder
 from .report import write_report
-from .verify import verify_push
+from .verify import push_and_verify
 
 
 def finish_run(folder: ModelFolder, has_report: bool, repo_id: str | None) -> None:
@@ -25,10 +24,5 @@ def finish_run(folder: ModelFolder, has_report: bool, repo_id: str | None) -> No
 
     write_card(folder)
     print(f"written   {folder.path / CARD_FILE}" + (f", {report}" if report.exists() else ""))
-    if repo_id is None:
-        return
-
-    pushed = push_folder(folder, repo_id)
-    print(f"pushed    {pushed.summary}")
-    print("verifying loading the pushed model in a new process")
-    print(verify_push(pushed, folder))
+    if repo_id is not None:
+        push_and_verify(folder, repo_id)

@@ -65,11 +65,6 @@ class PushedCommit(HubCommit):
     url: str  # URL of the commit
     is_private: bool
 
-    @property
-    def summary(self) -> str:
-        """Return the URL of the commit and the visibility of the repository."""
-        return f"{self.url} ({'private' if self.is_private else 'public'})"
-
 
 def prepare_repository(
     repo_id: str | None, default_name: str, private: bool = False, space_sdk: str | None = None

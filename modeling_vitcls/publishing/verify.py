@@ -54,7 +54,7 @@ from ..runtime.system import get_versions
 from ..version import __version__
 from . import verification_script
 from .published_files import PACKAGE_FOLDER, collect_files
-from .push import TIMEOUT, PushedCommit
+from .push import TIMEOUT, push_folder
 from .verification_script import Outputs, collect_outputs
 
 
@@ -167,15 +167,29 @@ def compare_with_reference(
     )
 
 
-def verify_push(pushed: PushedCommit, folder: ModelFolder) -> str:
-    """Verify the model that was pushed from `folder`, and return the report.
+def push_and_verify(
+    folder: ModelFolder, repo_id: str, verifies: bool = True, **settings: Any
+) -> None:
+    """Push a folder, verify the commit, and print both results.
+
+    Args:
+        folder: The folder.
+        repo_id: The repository.
+        verifies: Whether to verify the commit.
+        settings: Other arguments of `push_folder`.
 
     Raises:
-        OSError: If the verification fails. The message is a single line and ends with the command
-            that repeats the verification.
+        OSError: If the push or the verification fails. The message is a single line and ends with
+            the command that repeats it.
     """
+    pushed = push_folder(folder, repo_id, **settings)
+    print(f"pushed    {pushed.url} ({'private' if pushed.is_private else 'public'})", flush=True)
+    # Adapters and exported files do not load without other files.
+    if not verifies or not folder.has_weights:
+        return
+    print("verifying the pushed commit in a new process", flush=True)
     try:
-        return verify_folder(pushed, folder)
+        print(verify_folder(pushed, folder))
     except (ValueError, OSError) as error:
         command = f"vitcls push --verify-only {pushed.repo_id}@{pushed.sha}"
         raise OSError(

@@ -413,7 +413,7 @@ def test_a_new_repository_has_the_default_visibility_of_the_account(
 ) -> None:
     hub.private_by_default.add("ann")
     prepare_repository("ann/prepared", "my-run")
-    assert push_folder(ModelFolder(folder), "ann/pushed").summary.endswith("(private)")
+    assert push_folder(ModelFolder(folder), "ann/pushed").is_private
     assert hub.repositories["ann/prepared"].private
     assert hub.repositories["ann/pushed"].private
 

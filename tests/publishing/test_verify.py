@@ -27,8 +27,8 @@ from modeling_vitcls.hub.model_folder import ModelFolder
 from modeling_vitcls.publishing.push import push_folder
 from modeling_vitcls.publishing.verify import (
     compare_outputs,
+    push_and_verify,
     verify,
-    verify_push,
 )
 
 
@@ -135,10 +135,9 @@ def test_code_that_does_not_load_is_an_error(
         weights = load_file(folder / "model.safetensors")
         del weights["classifier.bias"]
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    pushed = push_folder(ModelFolder(folder), "ann/model")
-    command = f"vitcls push --verify-only ann/model@{pushed.sha}"
+    command = "vitcls push --verify-only ann/model@"
     with raises_one_line("was pushed, but not verified", *words, command, error=OSError):
-        verify_push(pushed, ModelFolder(folder))
+        push_and_verify(ModelFolder(folder), "ann/model")
 
 
 # Files --------------------------------------------------------------------------------------------
