@@ -107,11 +107,7 @@ def write_run_page(folder: ModelFolder) -> tuple[Inspection | None, Image.Image 
     ]
     sheet = draw_sheet(photos[0].measurements, folder.name) if photos else None
     predictions = None
-    class_tables = {}
-    if rows is None:
-        # Without one label per image, there are no wrong photos to show, but results per label.
-        class_tables = build_class_tables(folder.results, folder.config)
-    else:
+    if rows is not None:
         predictions = summarize_predictions(folder, rows)
         predictions["wrong"] = wrong_photos(
             rows, photos_by_name, data.label_space.names, processor.bit_depth
@@ -124,7 +120,8 @@ def write_run_page(folder: ModelFolder) -> tuple[Inspection | None, Image.Image 
         photos,
         source=f"{folder.results['dataset']}, {split}",
         predictions=predictions,
-        class_tables=class_tables,
+        # Without one label per image, there are no wrong photos to show, but results per label.
+        class_tables={} if predictions else build_class_tables(folder.results, folder.config),
     )
     return inspection, sheet
 
