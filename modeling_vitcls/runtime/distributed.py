@@ -17,7 +17,6 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import (
     FullyShardedDataParallelPlugin,
     InitProcessGroupKwargs,
-    ProjectConfiguration,
     broadcast_object_list,
     parse_flag_from_env,
 )
@@ -76,16 +75,13 @@ def build_accelerator(
     ):
         # an earlier accelerator of this process may have another precision
         AcceleratorState._reset_state()
-    project_config = None
-    if tracker_folder:
-        project_config = ProjectConfiguration(logging_dir=str(tracker_folder))
     accelerator = Accelerator(
         # otherwise, several processes on CPUs would run independently
         cpu=not torch.accelerator.is_available(),
         mixed_precision=None if mixed_precision == "auto" else mixed_precision,
         log_with=list(trackers) or None,
         kwargs_handlers=[InitProcessGroupKwargs(timeout=PROCESS_GROUP_TIMEOUT)],
-        project_config=project_config,
+        project_dir=tracker_folder,
     )
 
     # Set here, because an environment variable of the launcher overrides the constructor argument.

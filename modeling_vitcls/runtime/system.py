@@ -53,10 +53,8 @@ def get_peak_memory(device: torch.device) -> int:
 def describe_device() -> str:
     """Name the device and, if the model is sharded, the sharding method."""
     state = AcceleratorState()
-    name = format_device_name(state.device)
-    if state.distributed_type is DistributedType.FSDP:
-        name += ", weights sharded by FSDP"
-    return name
+    is_sharded = state.distributed_type is DistributedType.FSDP
+    return format_device_name(state.device) + (", weights sharded by FSDP" if is_sharded else "")
 
 
 def format_device_name(device: torch.device) -> str:
