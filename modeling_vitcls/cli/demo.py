@@ -51,22 +51,27 @@ def run(options: DemoOptions) -> None:
     import gradio
 
     page = build_page(options)
-    # gradio's own messages are off, so it must return, without a thread that blocks, before the
-    # address can be printed.
-    _, address, _ = page.launch(
-        server_name=options.host,
-        server_port=options.port,
-        share=False,
-        ssr_mode=False,
-        prevent_thread_lock=True,
-        quiet=True,
-        show_error=True,
-        # fonts of the system: the page loads none from other hosts
-        theme=gradio.themes.Default(
-            font=("system-ui", "sans-serif"), font_mono=("ui-monospace", "monospace")
-        ),
-        footer_links=["gradio"],
-    )
+    try:
+        # gradio's own messages are off, so it must return, without a thread that blocks, before the
+        # address can be printed.
+        _, address, _ = page.launch(
+            server_name=options.host,
+            server_port=options.port,
+            share=False,
+            ssr_mode=False,
+            prevent_thread_lock=True,
+            quiet=True,
+            show_error=True,
+            # fonts of the system: the page loads none from other hosts
+            theme=gradio.themes.Default(
+                font=("system-ui", "sans-serif"), font_mono=("ui-monospace", "monospace")
+            ),
+            footer_links=["gradio"],
+        )
+    except OSError as error:  # gradio's message does not mention --port
+        raise OSError(
+            f"Cannot open port {options.port or '7860 or above'}. Set --port to a free port."
+        ) from error
     print(f"{options.model}: {address}", flush=True)
     page.block_thread()
 

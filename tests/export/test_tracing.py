@@ -73,7 +73,7 @@ def test_the_smallest_size_contains_the_grids_of_cls_tokens() -> None:
         ({"position_interpolation": "crop"}, ""),
         (
             {"position_interpolation": "crop", "image_size": [32, 48]},
-            "crops position embeddings of a non-square grid",
+            "of a non-square grid",
         ),
         ({"position_antialias": True}, ""),
     ],
