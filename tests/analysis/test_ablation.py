@@ -36,19 +36,14 @@ from modeling_vitcls.model.attention_masks_vitcls import build_attention_mask
 
 
 PIXELS = build_images(6)
-LABELS = 12  # many labels, so that predictions differ
-
-
-def build_batches(labels: torch.Tensor) -> list[ImageBatch]:
-    """Return the images in two batches, with labels."""
-    return [ImageBatch(PIXELS[part], labels[part]) for part in (slice(0, 4), slice(4, None))]
 
 
 UNLABELED = [ImageBatch(PIXELS[:4]), ImageBatch(PIXELS[4:])]
 
 
 def build_classifier(**fields: Any) -> ViTCLSForImageClassification:
-    config = build_tiny_config(num_labels=LABELS, num_hidden_layers=3, **fields)
+    # many labels, so that predictions differ
+    config = build_tiny_config(num_labels=12, num_hidden_layers=3, **fields)
     return center_logits(ViTCLSForImageClassification(config), PIXELS).eval()
 
 
@@ -123,7 +118,8 @@ def test_tokens_that_a_head_does_not_read_are_compared_with_redrawn_ones() -> No
     model = build_classifier(num_register_tokens=3)
     outputs = torch.stack(gather_outputs(model, UNLABELED)[""])
     labels = predict_labels(list(outputs), has_several_labels=False)
-    found = compute_ablations(model, TokenUse(model.config), build_batches(labels))
+    batches = [ImageBatch(PIXELS[:4], labels[:4]), ImageBatch(PIXELS[4:], labels[4:])]
+    found = compute_ablations(model, TokenUse(model.config), batches)
     # the model is unchanged
     assert torch.equal(torch.stack(gather_outputs(model, UNLABELED)[""]), outputs)
     assert found["cls[0]"][""].null_sizes == ()

@@ -25,7 +25,6 @@ from modeling_vitcls.inference.prediction_rows import get_logits_by_task
 
 TOLERANCE = 1e-5
 LAYERS = {"num_hidden_layers": 3}
-TWO_CLS: dict[str, Any] = {"num_cls_tokens": 2, "num_register_tokens": 1}
 
 # Fields that change the layers or the attention masks.
 KINDS_OF_LAYERS: dict[str, dict[str, Any]] = {
@@ -33,7 +32,7 @@ KINDS_OF_LAYERS: dict[str, dict[str, Any]] = {
     "scopes": BLOCKS["scopes"],
     "parallel": {"layer_type": "parallel"},
     "post-norm": {"layer_type": "post"},
-    "gates": TWO_CLS | {"gated_tokens": {"registers": 1}},
+    "gates": {"num_cls_tokens": 2, "num_register_tokens": 1, "gated_tokens": {"registers": 1}},
     "relative positions": {"relative_position_bias": "layer"},
     "differential": {"attention_type": "differential"},
 }

@@ -50,11 +50,6 @@ def is_noon(image: Image.Image) -> bool:
     return image.convert("RGB").getpixel((0, 0))[0] > 128
 
 
-def assert_noon_is_class_1(data: Any) -> None:
-    for image, label in list_all(data):
-        assert is_noon(image) == (label == 1)
-
-
 def list_paths(color_images: Path) -> list[str]:
     return sorted(map(str, color_images.glob("*/*.png")))
 
@@ -82,7 +77,8 @@ def test_a_table_has_relative_paths_and_named_labels(color_images: Path, tmp_pat
 
     assert data.name == "list.csv"
     assert data.label_space.columns == {"category": ["dusk", "noon"]}
-    assert_noon_is_class_1(data)
+    for image, label in list_all(data):
+        assert is_noon(image) == (label == 1)
 
 
 def test_the_digits_are_those_of_scikit_learn() -> None:
