@@ -182,10 +182,13 @@ def load_transformers_teacher(source: str, student: ViTCLSConfig) -> LoadedTeach
         )
 
     config = model.config
-    if config.problem_type == "multi_label_classification":
+    if getattr(config, "tasks", None) or config.problem_type not in (
+        None,
+        "single_label_classification",
+    ):
         raise ValueError(
-            f"the teacher {source} has several labels per image, but the dataset has one. Use a "
-            "teacher that was trained with one label per image"
+            f"the teacher {source} was not trained with one label per image, as the dataset has. Use "
+            "a teacher of this kind"
         )
     names = [config.id2label[index] for index in range(config.num_labels)]
     has_names = names != [f"LABEL_{index}" for index in range(config.num_labels)]
@@ -211,6 +214,11 @@ def explain_loading_errors(source: str) -> Iterator[None]:
                 "transformers, or timm:NAME"
             )
         reason = f"{type(error).__name__}: {format_error(error)}"
+        if "load image processor" in reason:
+            reason = (
+                "it has no image processor: save that of its training, "
+                "`processor.save_pretrained(FOLDER)`"
+            )
         raise OSError(f"cannot load the teacher {source} ({reason}){advice}") from error
 
 

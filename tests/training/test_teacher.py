@@ -239,7 +239,11 @@ def test_labels_that_the_teacher_lacks_are_named(resnet: Path) -> None:
         # whose scores do not exclude one another, so they are no probabilities of one label
         (
             lambda: build_tiny_resnet(problem_type="multi_label_classification"),
-            ("several labels per image", "one label per image"),
+            ("not trained with one label per image",),
+        ),
+        (
+            lambda: build_tiny_resnet(problem_type="regression"),
+            ("not trained with one label per image",),
         ),
         (lambda: ResNetModel(build_tiny_resnet().config), ("lacks the weight classifier",)),
     ],
@@ -250,6 +254,12 @@ def test_a_teacher_without_a_classifier_of_one_label_is_an_error(
     folder = save_with_processor(build(), tmp_path, build_half_processor())
     with raises_one_line(*words):
         load_labeled_teacher(folder)
+
+
+def test_a_teacher_without_an_image_processor_is_an_error(tmp_path: Path) -> None:
+    build_tiny_resnet().save_pretrained(tmp_path)
+    with raises_one_line("it has no image processor", "save_pretrained", error=OSError):
+        load_labeled_teacher(tmp_path)
 
 
 def test_remote_code_is_not_run(tmp_path: Path) -> None:
