@@ -26,7 +26,8 @@ from torch import nn
 
 from ..conversion.open_model import is_preset, open_model
 from ..data.aspect_ratio import get_resize, set_resize
-from ..data.labels import LabelSpace
+from ..data.cells import normalize_name
+from ..data.labels import LabelSpace, get_label_space
 from ..hub.model_folder import ModelFolder
 from ..inference.load_model import CLASSIFIER_CLASSES, Classifier
 from ..model.adaptation_vitcls import can_copy_classifier
@@ -196,14 +197,14 @@ def reads_patches_by_default(
 
 def has_labels(config: ViTCLSConfig, label_space: LabelSpace) -> bool:
     """Tell whether a checkpoint's classifier can be kept: it has exactly these labels."""
-    if label_space.kind == "multi_task":
-        return config.task_labels() == label_space.columns
-    has_same_kind = (config.problem_type or "single_label_classification") == label_space.kind
-    return (
-        not config.tasks
-        and has_same_kind
-        and config.id2label == label_space.to_config_values()["id2label"]
+    stored, names = (
+        [list(map(normalize_name, each)) for each in space.columns.values()]
+        for space in (get_label_space(config), label_space)
     )
+    if label_space.kind == "multi_task":
+        return stored == names and list(config.task_labels()) == list(label_space.columns)
+    has_same_kind = (config.problem_type or "single_label_classification") == label_space.kind
+    return not config.tasks and has_same_kind and stored == names
 
 
 def get_added_token_names(stored_config: ViTCLSConfig, model: Classifier) -> set[str]:
