@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 from ..conversion.open_model import compute_cache_name, open_model
+from ..hub.loading import pin_revision
 from ..model.image_processing_vitcls import SOURCE_TYPES
 from ..runtime.flags import expand_home
 from .inputs import build_record
@@ -61,7 +62,8 @@ class EmbedImages:
         resize: str | None = None,
         device: str | None = None,
     ) -> None:
-        self.model = str(expand_home(model))
+        # All workers, and the cache of `datasets`, then have the same commit of a model on the Hub.
+        self.model = pin_revision(str(expand_home(model)))
         self.features = tuple(features)
         self.image_column = image_column
         self.dtype = dtype
