@@ -105,9 +105,9 @@ def run_tyro(kind: Any, **settings: Any) -> Any:
     except SystemExit:
         if not printed.getvalue():  # after the help, or not the first process
             raise
-        # Below the title of the box and above its first rule
-        text = printed.getvalue().partition("\n")[2].partition("───")[0]
-        message = " ".join(text.replace("│", " ").split())
+        # Below the title of the box and above its first rule; without a box, the title has a rule, too
+        text = printed.getvalue().partition("\n")[2].lstrip(" -\n")
+        message = " ".join(re.split("[─-]{3,}", text)[0].replace("│", " ").split())
         # What follows is why each type of a union does not fit
         raise ValueError(message.partition(" Got errors:")[0]) from None
 

@@ -18,7 +18,13 @@ import transformers
 from ..hub.connection import iter_causes
 from ..hub.local_paths import resolve_name, strip_folders
 from ..hub.model_checks import check_is_vitcls
-from ..hub.model_files import RECIPE_FILE, RESULTS_FILE, hash_settings, hash_weights
+from ..hub.model_files import (
+    CONFIG_FILE,
+    RECIPE_FILE,
+    RESULTS_FILE,
+    hash_settings,
+    hash_weights,
+)
 from ..hub.model_folder import ModelFolder, open_vitcls
 from ..hub.provenance import find_provenance
 from ..model.modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel, ViTCLSPreTrainedModel
@@ -115,6 +121,12 @@ def load_source(source_name: str, family: str | None = None) -> SourceModel:
             return FileSource.load(Path(source_name), family)
         return SOURCE_CLASSES[project].load(name)
     except Exception as error:  # The projects and their downloads raise errors of many types
+        is_part = is_file and Path(source_name).with_name(CONFIG_FILE).is_file()
+        if is_part or Path(source_name).suffix == ".onnx":
+            raise ConversionError(
+                f"{source_name} is one file of a model. Set `model` to the folder that contains its "
+                f"{CONFIG_FILE}"
+            ) from error
         causes = list(iter_causes(error))
         if any("TorchScript archives" in str(cause) for cause in causes):
             raise ConversionError(

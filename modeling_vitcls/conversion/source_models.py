@@ -304,7 +304,8 @@ def load_transformers_model(
     if missing_names := sorted(loading_info["missing_keys"]):
         raise ConversionError(
             f"{model_class.__name__} requires {len(missing_names)} weights that are missing from "
-            f"{name_or_path}, for example {missing_names[0]}"
+            f"{name_or_path}, for example {missing_names[0]}. If a wrapper, such as DataParallel's, put "
+            "a prefix before the names, save the model inside it"
         )
 
     unexpected_names = sorted(loading_info["unexpected_keys"])

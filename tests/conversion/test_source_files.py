@@ -577,6 +577,12 @@ def test_unreadable_files_and_unused_families_are_refused(tmp_path: Path) -> Non
     (tmp_path / "damaged.pth").write_bytes(b"damaged")
     with raises_one_line("damaged.pth", error=ConversionError):
         FileSource.load(tmp_path / "damaged.pth")
+    (tmp_path / "model.onnx").touch()
+    with raises_one_line("model.onnx is one file of a model", error=ConversionError):
+        load_source(str(tmp_path / "model.onnx"))
+    (tmp_path / "config.json").write_text("{}")
+    with raises_one_line("config.json is one file of a model", "folder", error=ConversionError):
+        load_source(str(tmp_path / "config.json"))
 
 
 def test_no_code_in_a_file_runs(tmp_path: Path) -> None:
