@@ -34,6 +34,7 @@ MAX_NUMBERS = 50  # Different numbers with gaps between them; more look like a m
 MIN_VECTORS = 0.9  # Share of the lists that have one length, from which they are vectors
 
 NUMBER = re.compile(r"[+-]?(\d+[.,]?\d*|[.,]\d+)(e[+-]?\d+)?", re.IGNORECASE)
+IN_BRACKETS = re.compile(r"\s*\[.*\]\s*", re.DOTALL)
 BITS = {"0": False, "0.0": False, "false": False, "1": True, "1.0": True, "true": True}
 MISSING_NUMBERS = ("-1", "-100")  # Missing labels in datasets with class indices
 
@@ -150,7 +151,7 @@ def check_items(column: LabelColumn, items: Mapping[str, list[Any]]) -> bool:
                 "`label_column`"
             )
     texts = [cell for cell, labels in items.items() if labels == [column.values[cell]]]
-    unread = [cell for cell in texts if looks_like_list(column.values[cell])]
+    unread = [cell for cell in texts if IN_BRACKETS.fullmatch(str(column.values[cell]))]
     if unread and (len(texts) < len(items) or len(unread) == len(texts)):
         raise ValueError(
             f"{column.name_row(unread[0])}, which looks like a list but cannot be read. Write it "
@@ -311,20 +312,16 @@ def split_labels(value: Any, separator: str | None) -> list[Any]:
     return [label.strip() for label in value.split(separator)]  # Empty text is a missing label
 
 
-def looks_like_list(value: Any) -> bool:
-    """Tell whether a value is text in square brackets."""
-    return isinstance(value, str) and value.startswith("[") and value.endswith("]")
-
-
 def parse_list(value: Any) -> list[Any] | None:
-    """Parse a text such as `["a", "b"]` or `['a', 'b']` as a list; None for another value."""
-    if not looks_like_list(value):
-        return None
-    with suppress(ValueError):
-        return list(json.loads(value))
+    """Parse text of a list, such as `["a", "b"]` or Python's `('a', 'b')`; None for another value."""
+    text = value.strip() if isinstance(value, str) else ""
     # Python joins texts without a comma between them, as in NumPy's ['a' 'b'].
-    with suppress(ValueError, SyntaxError, TypeError):
-        return None if re.search(r"""['"]\s+['"]""", value) else list(ast.literal_eval(value))
+    if text[:1] + text[-1:] not in ("[]", "()", "{}") or re.search(r"""['"]\s+['"]""", text):
+        return None
+    for parse in (json.loads, ast.literal_eval):
+        with suppress(ValueError, SyntaxError, TypeError):
+            found = parse(text)
+            return list(found) if isinstance(found, list | tuple | set) else None
     return None
 
 

@@ -9,7 +9,7 @@ patient    rows of one group are on one side of every split (--group-column)
 import os
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from itertools import chain
+from itertools import chain, compress
 from pathlib import Path
 from typing import Any
 
@@ -73,11 +73,8 @@ def find_image_column(
 
 def has_files(paths: Iterable[str | None], folder: Path) -> bool:
     """Tell whether one of the paths, which are relative to a folder, is a file or a data URI."""
-    return any(
-        path.startswith("data:") or os.path.isfile(resolve_path(folder, path))  # noqa: PTH113  # False for long names
-        for path in paths
-        if path
-    )
+    found = (resolve_path(folder, path) for path in paths if path)
+    return any(path.startswith("data:") or os.path.isfile(path) for path in found)  # noqa: PTH113  # False for long names
 
 
 def find_label_columns(
@@ -191,14 +188,18 @@ def read_labels(
     }
     is_task = len(columns) > 1
     build: type[LabelSpace] = PerTask if is_task else OneLabel
-    filled = filter(spell_label, chain(*(chain(*parts.values()) for parts in cells.values())))
-    bits = set(map(get_bit, filled)) if is_task else {None}
-    if None not in bits:
+    filled = map(spell_label, chain(*(chain(*parts.values()) for parts in cells.values())))
+    bits: dict[str | None, bool | None] = {
+        text: get_bit(text) for text in filled if text is not None
+    }
+    if len(bits) == 1:  # People mark what an image has with a 1, or with an x
+        bits = {text: bit is not False for text, bit in bits.items()}
+    if is_task and None not in bits.values():
         build = SeveralLabels
         classes = {"labels": list(columns)}
-        # If people only mark what an image has, an empty cell is no missing label.
-        default = None if False in bits else False
-        names = {"labels": {split: name_columns(cells, split, default) for split in tables}}
+        # Beside marks, an empty cell is no missing label.
+        bits[None] = None if False in bits.values() else False
+        names = {"labels": {split: name_columns(cells, split, bits) for split in tables}}
     else:
         classes, names = {}, {}
         for column, parts in cells.items():
@@ -230,17 +231,17 @@ def read_labels(
 
 
 def name_columns(
-    cells: Mapping[str, Mapping[str, list[Any]]], split: str, default: bool | None
+    cells: Mapping[str, Mapping[str, list[Any]]], split: str, bits: Mapping[str | None, bool | None]
 ) -> list[list[str] | None]:
-    """Name, for each row of a split, the columns that contain 1, true or True.
+    """Name, for each row of a split, the columns whose text means true.
 
-    `default` is the value of an empty cell. None: the labels of the row are missing.
+    `bits` are the meanings of the texts, and of an empty cell (None). If one is None, the labels of
+    the row are missing.
     """
     names: list[list[str] | None] = []
     for row in zip(*(parts[split] for parts in cells.values()), strict=True):
-        bits = [default if spell_label(cell) is None else get_bit(cell) for cell in row]
-        marked = [name for name, bit in zip(cells, bits, strict=True) if bit]
-        names.append(None if None in bits else marked)
+        values = [bits[spell_label(cell)] for cell in row]
+        names.append(None if None in values else list(compress(cells, values)))
     return names
 
 

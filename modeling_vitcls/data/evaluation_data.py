@@ -1,8 +1,7 @@
 """The images that evaluation reads: all of a split, except those that trained the model."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
 from typing import Any, NamedTuple
 
 import pandas as pd
@@ -11,7 +10,7 @@ from .images import LabeledImages
 from .in_memory import get_title
 from .labels import LabelSpace
 from .options import DataOptions
-from .sources import load_splits
+from .sources import choose_split, load_splits
 from .splits import HELD_OUT_SPLITS, check_contradictions
 from .splits_table import EMPTY_TABLE, find_trained_images, get_keys
 
@@ -53,8 +52,12 @@ def load_evaluation_data(
         ValueError: if the split does not exist, or if training used all of its images.
     """
     dataset = get_title(options.dataset)
-    choose = partial(choose_evaluation_split, split, dataset)
-    loaded = load_splits(options, use_labels, lambda names: [choose(names)], trained)
+    loaded = load_splits(
+        options,
+        use_labels,
+        lambda names: [choose_split(split, dataset, names, EVALUATION_SPLITS)],
+        trained,
+    )
     ((name, images),) = loaded.images_by_split.items()
     if use_labels:
         images = replace(images, keys=get_keys(images))
@@ -84,20 +87,3 @@ def load_evaluation_data(
     if len(drawn) < len(images):
         description = f"drawn at random from {description}"
     return EvaluationData(loaded.label_space, drawn, name, num_left_out, description)
-
-
-def choose_evaluation_split(split: str | None, dataset: str, names: Sequence[str]) -> str:
-    """Choose the split to evaluate. Raise ValueError if there is no such split."""
-    if split is None:
-        split = next(
-            (name for name in EVALUATION_SPLITS if name in names),
-            names[0] if len(names) == 1 else None,
-        )
-    if split is not None and split in names:
-        return split
-    problem = (
-        f"has no split {split!r}"
-        if split is not None
-        else "has several splits, none of them for evaluation"
-    )
-    raise ValueError(f"{dataset} {problem}. Set `split` to one of {', '.join(names)}")

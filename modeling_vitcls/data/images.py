@@ -10,11 +10,11 @@ decode images:
     compute_content_keys()   a checksum of each image: training images are recognized under any name (splits_table.py)
 """
 
+import base64
 import hashlib
 import io
 import os
 import re
-import unicodedata
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -32,6 +32,7 @@ from PIL import ExifTags, Image
 from ..model.fast_image_processing_vitcls import open_regular_file
 from ..model.image_processing_vitcls import get_image_formats, read_image, shorten_text
 from ..runtime.errors import format_error
+from ..runtime.files import find_file
 from ..runtime.flags import expand_home
 
 
@@ -41,6 +42,7 @@ warnings.filterwarnings("ignore", module=r"PIL\.")
 # More are not an accident: a wrong folder, another file type, or a full disk while they were copied.
 MAX_UNREADABLE_IMAGES = 100
 ROWS_PER_READ = 64  # Number of dataset rows that are read from disk at once
+MIN_BASE64_LENGTH = 100  # Shorter texts are paths: photos are not that small
 ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 
 
@@ -258,36 +260,38 @@ def to_encoded_image(value: Any, folder: Path) -> dict[str, Any]:
 def resolve_path(folder: Path, path: str | None) -> str:
     """Join a path to a folder.
 
-    Addresses, data URIs and absolute paths are left unchanged. Return "" for a missing path.
+    Addresses, data URIs and absolute paths are left unchanged, and base64 becomes a data URI. Return
+    "" for a missing path.
     """
     if not path or "://" in path or path.startswith("data:"):
         return path or ""
+    if (content := decode_base64(path)) is not None:
+        return f"data:;base64,{base64.b64encode(content).decode()}"
     return find_file(str(folder / expand_home(path)))
 
 
-def find_file(path: str) -> str:
-    """Find the file of a path that another system wrote: with backslashes, or é in the other Unicode form.
+def decode_base64(text: str | bytes) -> bytes | None:
+    """Decode base64 without the prefix of a data URI, as servers and tables have it.
 
-    The path is unchanged if it exists, or if no file is found.
+    Return None for anything else, such as a path or an encoded image.
     """
-    if (path.isascii() and "\\" not in path) or os.path.lexists(path):
-        return path
-    found = Path()
-    for part in Path(path.replace("\\", "/")).parts:
-        # Each folder on its own: a photo of a Mac may be in a folder that Windows named.
-        forms = (part, unicodedata.normalize("NFC", part), unicodedata.normalize("NFD", part))
-        found = next(
-            (found / form for form in forms if os.path.lexists(found / form)), found / part
-        )
-    return str(found) if os.path.lexists(found) else path
+    if len(text) < MIN_BASE64_LENGTH or os.path.lexists(text):
+        return None
+    try:
+        text = text if isinstance(text, str) else text.decode("ascii")
+        return base64.b64decode("".join(text.split()), validate=True)  # Programs wrap its lines
+    except ValueError:
+        return None
 
 
 def get_relative_path(path: str, folder: Path) -> str:
     """Shorten the path of an image to the part within the dataset folder.
 
     Addresses, empty paths, and relative paths outside of the folder, such as names in a table, are left
-    unchanged.
+    unchanged. A data URI has no path.
     """
+    if path.startswith("data:"):
+        return ""
     prefix = f"{folder}/"
     if path.startswith(prefix) and "/." not in path and "//" not in path:
         return path.removeprefix(prefix)

@@ -30,6 +30,8 @@ from ..model.image_processing_vitcls import (
     image_to_tensor,
 )
 from ..runtime.errors import format_error
+from .image_folder import NAME_REMEDY, is_valid_name
+from .images import resolve_path
 from .tables import build_column, wrap_table
 
 
@@ -88,17 +90,18 @@ def convert_split(data: Any) -> Any:
                 "the dataset has a transform, which would be ignored. Pass "
                 "dataset.with_format(None)"
             )
-        return data
+        # Tensors are no labels. Another format would change the name of the data.
+        return data if data.format["type"] is None else data.with_format(None)
     if isinstance(data, pd.DataFrame):
         data = data.apply(
             lambda column: column.map(spell_path) if column.dtype == object else column
         )
         try:
             return datasets.Dataset.from_pandas(data, preserve_index=False)
-        except pyarrow.ArrowInvalid as error:
+        except pyarrow.ArrowException as error:
             raise ValueError(
                 f"cannot use the DataFrame ({format_error(error)}). Pass images as paths or "
-                "encoded bytes"
+                "encoded bytes, and labels of one type"
             ) from None
     if not hasattr(data, "__len__") or not hasattr(data, "__getitem__"):
         raise TypeError(
@@ -111,7 +114,7 @@ def convert_split(data: Any) -> Any:
         raise ValueError(
             "the dataset in memory has no images. Pass at least one (image, label) pair"
         )
-    columns = {"image": pyarrow.array([row["image"] for row in rows])}
+    columns = {"image": pyarrow.array([row["image"] for row in rows], datasets.Image().pa_type)}
     for column in dict.fromkeys(column for row in rows for column in row if column != "image"):
         columns[column] = build_column([row.get(column) for row in rows])
     features: dict[str, Any] = {}
@@ -144,8 +147,8 @@ def convert_pair(pair: Any, index: int) -> dict[str, Any]:
     """Convert an (image, label) pair to a row of a `datasets.Dataset`."""
     if not isinstance(pair, tuple | list) or len(pair) != 2:
         raise ValueError(
-            f"item {index} of the dataset is not an (image, label) pair, but of type "
-            f"{type(pair).__name__}"
+            f"item {index} of the dataset is of type {type(pair).__name__} and not an (image, "
+            "label) pair. Pass pairs, or a DataFrame or datasets.Dataset with columns for both"
         )
     image, label = pair
     if hasattr(label, "tolist"):  # NumPy and torch values
@@ -175,7 +178,10 @@ def encode_image(image: Any, index: int) -> Any:
     or [C, H, W], of integers or of floats from 0 to 1.
     """
     if isinstance(image, str | os.PathLike):
-        return {"path": os.fspath(image), "bytes": None}
+        path = os.fspath(image)
+        if not is_valid_name(path):
+            raise ValueError(f"item {index} has a name that is not UTF-8. {NAME_REMEDY}")
+        return {"path": resolve_path(Path(), path), "bytes": None}
     if isinstance(image, bytes):
         return {"path": None, "bytes": image}
 

@@ -30,6 +30,7 @@ from ..hub.connection import name_cache
 from ..hub.loading import describe_missing_repo, fall_back_to_cache, is_hub_id
 from ..hub.local_paths import is_built_in_dataset
 from ..model.fast_image_processing_vitcls import open_regular_file
+from ..model.image_processing_vitcls import shorten_text
 from ..runtime.distributed import run_on_main
 from ..runtime.errors import (
     format_error,
@@ -265,6 +266,21 @@ def load_digits() -> Any:
     return convert_split(list(zip(files, digits.target, strict=True)))
 
 
+def choose_split(
+    split: str | None, dataset: str, names: Sequence[str], preferred: Sequence[str] = ()
+) -> str:
+    """Choose a split: `split`, else the first of the preferred ones, else the only one.
+
+    Raise ValueError if there is no such split.
+    """
+    only = names if len(names) == 1 else ()
+    wanted = (*preferred, *only) if split is None else (split,)
+    for name in wanted:
+        if name in names:
+            return name
+    raise ValueError(f"{dataset} has the splits {', '.join(names)}. Set `split` to one of them")
+
+
 def read_folder(path: Path, use_labels: bool) -> Any:
     """Read the splits of an image folder, a folder of `save_to_disk`, or a folder of tables."""
     import datasets
@@ -275,6 +291,8 @@ def read_folder(path: Path, use_labels: bool) -> Any:
     if any((path / file).is_file() for file in SAVED_FILES):
         with explain_reading_errors(str(path)):
             saved = datasets.load_from_disk(path)
+        if not saved:
+            raise ValueError(f"{path} is empty. Add rows with images")
         return saved if isinstance(saved, dict) else {"train": saved}
     for reader in dict.fromkeys(READERS.values()):
         if tables := find_tables(path, [*folder.metadata, *folder.tables], reader):
@@ -342,9 +360,9 @@ def explain_reading_errors(name: str) -> Iterator[None]:
         cause: BaseException = error
         while isinstance(cause, datasets.exceptions.DatasetGenerationError) and cause.__cause__:
             cause = cause.__cause__
-        if "BatchSize must be greater than 0" in str(
-            cause
-        ):  # The message about an empty Parquet file
+        # The messages about an empty Parquet file, and a folder of `save_to_disk` without rows
+        empty = ("BatchSize must be greater than 0", "list index out of range")
+        if str(cause).startswith(empty):
             raise ValueError(f"{name} is empty. Add rows with images") from error
         raise ValueError(
             f"cannot read the dataset {name!r} ({type(cause).__name__}: {format_error(cause)}). "
@@ -368,7 +386,7 @@ def build_images(dataset: Any, column: str, folder: Path, name: str) -> DatasetI
     is_encoded = is_image_feature(feature)
     if is_encoded:
         images = images.cast_column(column, datasets.Image(decode=False))
-    elif getattr(feature, "dtype", None) != "string":
+    elif getattr(feature, "dtype", None) not in ("string", "large_string"):
         images = images.cast_column(column, datasets.Value("string"))  # Numbers as file names
 
     paths = [] if is_encoded else [path for path in images[:MAX_CHECKED_PATHS][column] if path]
@@ -380,7 +398,7 @@ def build_images(dataset: Any, column: str, folder: Path, name: str) -> DatasetI
     if paths and not has_files(paths, folder):
         raise ValueError(
             f"{name}: the column {column!r} has no names of files in {folder}, such as "
-            f"{paths[0]!r}. Set `image_column` to a column of file names, or write them with their "
-            "folder and suffix"
+            f"{shorten_text(paths[0])}. Set `image_column` to a column of file names, or write them "
+            "with their folder and suffix"
         )
     return DatasetImages(images, folder, np.arange(len(images)))

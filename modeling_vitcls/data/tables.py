@@ -19,7 +19,7 @@ from typing import Any
 
 from ..model.fast_image_processing_vitcls import open_regular_file
 from ..runtime.errors import explain_damage, format_error
-from .cells import spell_label
+from .cells import normalize_name, spell_label
 from .images import resolve_path
 
 
@@ -51,7 +51,7 @@ def read_table(file: Path) -> Any:
         columns = read_csv(file, text)
     if not any(columns.values()):
         raise ValueError(f"{file} is empty. Add rows with images")
-    arrays = {name: build_column(values) for name, values in columns.items()}
+    arrays = {normalize_name(name): build_column(values) for name, values in columns.items()}
     return wrap_table(pyarrow.table(arrays), {})
 
 

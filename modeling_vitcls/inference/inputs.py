@@ -9,7 +9,6 @@ Several threads read, decode and preprocess images ahead of the forward pass (`p
 image_pass.py).
 """
 
-import base64
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,16 +29,23 @@ from ..data.image_folder import (
     warn_about_files,
     warn_about_skipped_folders,
 )
-from ..data.images import DatasetImages, check_is_no_address, find_file, resolve_path
+from ..data.images import (
+    DatasetImages,
+    check_is_no_address,
+    decode_base64,
+    resolve_path,
+)
 from ..data.in_memory import get_title
 from ..data.sources import (
     build_images,
+    choose_split,
     open_dataset,
 )
 from ..model.image_processing_vitcls import (
     SOURCE_TYPES,
     ViTCLSImageProcessor,
     flatten_images,
+    shorten_text,
 )
 from ..runtime.errors import format_error, format_name_list
 from ..runtime.flags import expand_home
@@ -47,7 +53,6 @@ from .options import PredictOptions
 
 
 DATA_URI_PREFIX = "data:"
-MIN_BASE64_LENGTH = 100  # Shorter texts are paths: photos are not that small
 
 
 class ImageRecord(NamedTuple):
@@ -71,7 +76,7 @@ def list_records(paths: Iterable[str]) -> list[ImageRecord]:
     folders: list[str] = []
     other_files: list[str] = []
     skipped_folders: list[str] = []
-    for path in map(find_file, paths):
+    for path in paths:
         check_is_no_address(path)
         is_pattern = any(mark in path for mark in "*?") and not path.startswith(DATA_URI_PREFIX)
         if is_pattern and not os.path.lexists(path):
@@ -123,8 +128,7 @@ def list_sources(images: Any) -> list[Any]:
                 "object, a PIL image, an array, a tensor, or a list of these"
             )
         images = list(images)
-    sources = [expand_home(read_file_object(image)) for image in flatten_images(images)]
-    return [find_file(str(each)) if isinstance(each, str | Path) else each for each in sources]
+    return [expand_home(read_file_object(image)) for image in flatten_images(images)]
 
 
 def read_file_object(image: Any) -> Any:
@@ -148,19 +152,6 @@ def read_file_object(image: Any) -> Any:
     return content
 
 
-def decode_base64(text: str | bytes) -> bytes | None:
-    """Decode base64 without the prefix of a data URI, as servers receive it.
-
-    Return None for anything else, such as a path or an encoded image.
-    """
-    if len(text) < MIN_BASE64_LENGTH or os.path.lexists(text):
-        return None
-    try:
-        return base64.b64decode(text, validate=True)
-    except ValueError:
-        return None
-
-
 def read_path_list(file: Path) -> list[str]:
     """Read the non-empty lines of a text file. Raise ValueError if there are none.
 
@@ -176,8 +167,9 @@ def read_path_list(file: Path) -> list[str]:
 
 
 def get_source_name(source: str) -> str:
-    """Name an image by its path, or by the start of a data URI."""
-    return f"{source[:40]}..." if source.startswith(DATA_URI_PREFIX) else make_printable(source)
+    """Name an image by its path, or by the start of a data URI or of base64."""
+    is_path = not resolve_path(Path(), source).startswith(DATA_URI_PREFIX)
+    return make_printable(source) if is_path else f"{source[:40]}..."
 
 
 # Datasets -----------------------------------------------------------------------------------------
@@ -224,29 +216,17 @@ def open_input(options: PredictOptions) -> Sequence[ImageRecord]:
         found = list_records(options.paths)
         if not any(os.path.lexists(record.content) for record in found):
             raise ValueError(
-                f"{found[0].content} does not exist. Pass image files, or folders of images"
+                f"{shorten_text(found[0].content)} does not exist. Pass image files, or folders of "
+                "images"
             )
         return found
 
     dataset = options.dataset
     _, folder, splits = open_dataset(dataset, use_labels=False)
     title = get_title(dataset)
-    split = select_split(splits, options.split, title)
+    split = splits[choose_split(options.split, title, list(splits))]
     column = find_image_column(title, split, folder, options.image_column)
     return DatasetRecords(build_images(split, column, folder, title))
-
-
-def select_split(splits: Mapping[str, Any], split: str | None, dataset: str) -> Any:
-    """Select the split that `split` names, or the only split if `split` is not set.
-
-    Raise ValueError if there is no such split.
-    """
-    split = next(iter(splits)) if split is None and len(splits) == 1 else split
-    if split is None or split not in splits:
-        raise ValueError(
-            f"{dataset} has several or other splits. Set `split` to one of {', '.join(splits)}"
-        )
-    return splits[split]
 
 
 # Preprocessing ------------------------------------------------------------------------------------

@@ -503,8 +503,12 @@ def shorten_text(text: str) -> str:
 
 
 def get_first_line(error: Exception) -> str:
-    """Take the first line of an error message, at most 300 characters, or the error type."""
-    return (str(error).splitlines() or [type(error).__name__])[0][:300]
+    """Take the first line of an error message, at most 300 characters, or the error type.
+
+    The errors of the system repeat the name of the file, and may end after its first characters.
+    """
+    message = getattr(error, "strerror", None) or str(error)
+    return (message.splitlines() or [type(error).__name__])[0][:300]
 
 
 def flatten_images(images: Any) -> Iterator[Any]:

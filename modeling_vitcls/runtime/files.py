@@ -15,6 +15,23 @@ from typing import Any
 FORMULA_PREFIXES = ("=", "+", "-", "@", "\t", "\r")  # first characters of formulas in spreadsheets
 
 
+def find_file(path: str) -> str:
+    """Find the file of a path that another system wrote: with backslashes, or é in the other Unicode form.
+
+    The path is unchanged if it exists, or if no file is found.
+    """
+    if (path.isascii() and "\\" not in path) or os.path.lexists(path):
+        return path
+    found = Path()
+    for part in Path(path.replace("\\", "/")).parts:
+        # Each folder on its own: a photo of a Mac may be in a folder that Windows named.
+        forms = (part, unicodedata.normalize("NFC", part), unicodedata.normalize("NFD", part))
+        found = next(
+            (found / form for form in forms if os.path.lexists(found / form)), found / part
+        )
+    return str(found) if os.path.lexists(found) else path
+
+
 def read_text(file: Path) -> str:
     """Read the text of a file in UTF-8.
 

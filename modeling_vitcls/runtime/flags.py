@@ -21,6 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
+from .files import find_file
+
 
 # Flags with a path or another name, such as one on the Hub
 PATH_FLAGS = ("model", "teacher", "dataset", "old", "new", "paths")
@@ -71,12 +73,13 @@ class Options:
 def expand_home(value: Any) -> Any:
     """Replace `~` in a path with the home folder, also in `transformers:~/model`.
 
-    Other values are returned unchanged.
+    A path that exists in the other Unicode form is returned in that one; other values are unchanged.
     """
     if isinstance(value, str):
         # Path.expanduser raises an error for a user without a home folder, as in some containers.
         expand = os.path.expanduser
-        return re.sub(r"(^|[:@])(~[^/\\]*)", lambda part: part[1] + expand(part[2]), value)
+        path = re.sub(r"(^|[:@])(~[^/\\]*)", lambda part: part[1] + expand(part[2]), value)
+        return find_file(path)
     if isinstance(value, Path):
         return Path(expand_home(str(value)))
     return tuple(map(expand_home, value)) if isinstance(value, tuple) else value

@@ -5,6 +5,7 @@ import os
 import runpy
 import subprocess
 import sys
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 
@@ -70,6 +71,17 @@ def test_a_tilde_in_a_path_is_the_home_folder(
     (feature,) = EmbedImages("~/run")({"image": ["~/photos/cat/0.png"]})["cls"]
     assert feature.shape == (16,)
     assert DataOptions(dataset="~/x", label_separator="~").label_separator == "~"
+
+
+def test_a_path_is_found_in_the_other_unicode_form(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    composed, decomposed = (unicodedata.normalize(form, "größe") for form in ("NFC", "NFD"))
+    write_photos(tmp_path / decomposed / "photos", range(1))
+    options = DataOptions(dataset=f"{composed}/photos")
+    assert options.dataset == f"{decomposed}/photos"
+    assert DataOptions(dataset=f"{composed}/none").dataset == f"{composed}/none"
 
 
 @pytest.mark.parametrize("arguments", [("demo", "--help"), ("finetune", "--help")])

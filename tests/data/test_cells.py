@@ -102,8 +102,9 @@ def test_each_type_of_list_contains_several_labels(build: Callable[[Any], Any]) 
 
 
 def test_lists_of_json_and_python_are_read() -> None:
-    values = ['["a", null]', "['b', 'a']", "[null]", "", '["b"]']
-    assert read(values) == (["a", "b"], [[0], [0, 1], None, None, [1]])
+    values = ['["a", null]', "['b', 'a']", "[null]", "", ' ["b"] ', "('a',)", "{'a', 'b'}"]
+    assert read(values) == (["a", "b"], [[0], [0, 1], None, None, [1], [0], [0, 1]])
+    assert read(["(other)", "(a, b)", "{}"])[0] == ["(a, b)", "(other)", "{}"]
     assert read(["[true, false]", "[false, true]"], names=("a", "b"))[1] == [[0], [1]]
 
 

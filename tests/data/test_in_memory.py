@@ -1,5 +1,6 @@
 """Datasets in memory: all kinds have the same images and labels as files on disk."""
 
+import base64
 import io
 import os
 from pathlib import Path
@@ -69,14 +70,22 @@ def build(kind: str, folder: Path) -> Any:
         rows = {"image": [{"bytes": encode(image), "path": None} for image, _ in pairs]}
         columns = rows | {"label": [label for _, label in pairs]}
         return datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image())
+    if kind == "datasets in another format":
+        declared = datasets.ClassLabel(names=["cat", "dog"])
+        return build("datasets", folder).cast_column("label", declared).with_format("torch")
     if kind == "splits":
         return {"train": pairs[:30], "test": pairs[30:]}
     if kind == "paths":
         for index, (image, _) in enumerate(pairs):
             image.save(folder / f"{index}.png")
         return [(folder / f"{index}.png", label) for index, (_, label) in enumerate(pairs)]
-    convert = {"images": lambda image: image, "arrays": np.array, "bytes": encode}[kind]
-    return [(convert(image), label) for image, label in pairs]
+    convert: dict[str, Any] = {
+        "images": lambda image: image,
+        "arrays": np.array,
+        "bytes": encode,
+        "base64": lambda image: base64.b64encode(encode(image)).decode(),
+    }
+    return [(convert[kind](image), label) for image, label in pairs]
 
 
 KINDS = (
@@ -87,6 +96,8 @@ KINDS = (
     "torch",
     "part of a torch dataset",
     "datasets",
+    "datasets in another format",
+    "base64",
     "splits",
 )
 
@@ -130,23 +141,36 @@ def test_paths_are_relative_to_the_working_folder(
     assert splits.train.images.get_names() == names
 
 
-def test_a_table_has_paths_as_objects_and_is_named_as_in_python(tmp_path: Path) -> None:
+def test_a_table_has_paths_as_objects_and_is_named_as_in_python(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     files = [path for path, _ in build("paths", tmp_path)][:3]
     table = pd.DataFrame({"image": [*files[:2], None], "label": list("aba")}, index=[5, 1, 3])
     splits = load_splits(DataOptions(dataset=add_dataset(table)))
     assert splits.name == "the DataFrame"
+    assert not capfd.readouterr().err  # no progress bar
     assert splits.train.images[1].tobytes() == make_image(1).tobytes()
     for data, title in ((table, "the DataFrame"), ({"train": table}, "the dict")):
         with raises_one_line(f"{title} has no column 'tags'"):
             load_splits(DataOptions(dataset=add_dataset(data), label_column=("tags",)))
 
 
-@pytest.mark.parametrize("kind", ["the Dataset", "the DataFrame", "table.csv", "table.parquet"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *("the Dataset", "the DataFrame", "table.csv", "table.parquet"),
+        *("saved rows", "saved splits", "saved without splits"),
+    ],
+)
 def test_an_empty_table_is_an_error(kind: str, tmp_path: Path) -> None:
     table = pd.DataFrame({"image": [], "label": []})
     table.to_csv(tmp_path / "table.csv", index=False)
     table.to_parquet(tmp_path / "table.parquet")
-    data = {"the Dataset": datasets.Dataset.from_pandas(table), "the DataFrame": table}
+    rows = datasets.Dataset.from_pandas(table)
+    rows.save_to_disk(tmp_path / "saved rows")
+    datasets.DatasetDict(train=rows).save_to_disk(tmp_path / "saved splits")
+    datasets.DatasetDict().save_to_disk(tmp_path / "saved without splits")
+    data = {"the Dataset": rows, "the DataFrame": table}
     dataset = add_dataset(data[kind]) if kind in data else str(tmp_path / kind)
     with raises_one_line(f"{kind} is empty. Add rows with images"):
         load_splits(DataOptions(dataset=dataset))
@@ -217,12 +241,15 @@ def test_floats_are_scaled_and_integers_are_not(
         ({}, "has no splits"),
         (
             [make_image(0)],
-            r"item 0 of the dataset is not an \(image, label\) pair, but of type Image",
+            r"item 0 of the dataset is of type Image and not an \(image, label\) pair",
         ),
         (
             [(make_image(0), 1), (make_image(0), 1, 2)],
-            r"item 1 of the dataset is not an \(image, label\) pair",
+            r"item 1 of the dataset is of type tuple and not an \(image, label\) pair",
         ),
+        ([{"image": "0.png", "label": "cat"}], "of type dict .*or a DataFrame or datasets.Dataset"),
+        ([("\udce9.png", "cat")], "item 0 has a name that is not UTF-8. To rename files"),
+        (pd.DataFrame({"image": ["0.png"] * 2, "label": ["a", 1]}, dtype=object), "one type"),
         ({1, 2}, "but the type of the data is set"),
         (torch.utils.data.Dataset(), "but the type of the data is Dataset"),
         (iter([(make_image(0), 1)]), "but the type of the data is list_iterator"),

@@ -1,5 +1,6 @@
 """Tables as people have them: spelled labels, separators, lists, columns of splits and groups."""
 
+import base64
 import json
 import os
 import unicodedata
@@ -292,8 +293,27 @@ def test_one_column_of_bits_per_class_is_multi_label(bits: list[str], photos: Pa
     assert list(splits.images_by_split["train"].labels) == [[], [0, 1], [1]]
     gaps = write_csv(photos, [no, "", no], "gaps.csv", dog=[no, yes, yes])
     assert read_labels(gaps, label_column=("label", "dog")) == ["no label", "dog"]
-    marks = write_csv(photos, ["", yes, ""], "marks.csv", dog=["", yes, yes])
-    assert read_labels(marks, label_column=("label", "dog")) == ["no label", "label, dog", "dog"]
+    for mark in (yes, "x"):
+        marks = write_csv(photos, ["", mark, ""], "marks.csv", dog=["", mark, mark])
+        labels = read_labels(marks, label_column=("label", "dog"))
+        assert labels == ["no label", "label, dog", "dog"]
+
+
+def test_images_of_a_table_may_be_base64(photos: Path) -> None:
+    encoded = base64.encodebytes((photos / FILES[3]).read_bytes()).decode()
+    file = write_table(photos / "base64.jsonl", image=[encoded, FILES[1]], label=["cat", "dog"])
+    images = load_splits(DataOptions(dataset=str(file))).train.images
+    assert [image.getpixel((0, 0))[0] for image in images] == [60, 20]
+    assert images.get_names() == ["0", FILES[1]]
+
+
+def test_the_name_of_a_column_has_two_unicode_forms(photos: Path) -> None:
+    name = unicodedata.normalize("NFD", "catégorie")
+    file = write_table(
+        photos / "forms.csv", file_name=FILES[:2], **{name: ["cat", "dog"]}, other=[1, 2]
+    )
+    column = unicodedata.normalize("NFC", name)
+    assert read_labels(file, label_column=(column,)) == ["cat", "dog"]
 
 
 # Splits -------------------------------------------------------------------------------------------

@@ -18,7 +18,6 @@ from modeling_vitcls.inference import inputs
 from modeling_vitcls.inference.inputs import (
     DatasetRecords,
     build_record,
-    list_records,
     list_sources,
     open_input,
     prepare_image,
@@ -47,8 +46,9 @@ def test_files_of_lists_are_found_in_both_unicode_forms(tmp_path: Path) -> None:
     file = tmp_path / unicodedata.normalize("NFD", "é.png")
     Image.new("RGB", (8, 8)).save(file)
     typed = unicodedata.normalize("NFC", str(file))
-    assert list_records([typed])[0].content == str(file)
-    assert list_sources([typed, Path(typed)]) == [str(file)] * 2
+    (record,) = open_input(PredictOptions(model="model", paths=(typed,)))
+    assert record.content == str(file)
+    assert list_sources([typed, Path(typed)]) == [str(file), file]
 
 
 def test_other_files_in_folders_are_counted_with_the_remedy_for_heic(
@@ -138,7 +138,7 @@ def test_datasets_that_cannot_be_used_are_named(tmp_path: Path) -> None:
         ({"dataset": table, "split": "test"}, "`split`"),
         ({"dataset": empty}, "empty is empty"),
         ({"paths": (str(tmp_path),)}, "there are no images in"),
-        ({"paths": (str(tmp_path / "no.jpg"),)}, "no.jpg does not exist"),
+        ({"paths": (str(tmp_path / "no.jpg"),)}, "no.jpg' does not exist"),
     ]
     for options, words in wrong:
         with raises_one_line(words):

@@ -438,6 +438,7 @@ SERVED: dict[str, Callable[[Path], Any]] = {
     "a list of file objects": lambda path: [io.BytesIO(path.read_bytes())],
     "a data URI": write_data_uri,
     "base64": lambda path: base64.b64encode(path.read_bytes()).decode(),
+    "base64 in lines": lambda path: base64.encodebytes(path.read_bytes()).decode(),
     "base64 as bytes": lambda path: base64.b64encode(path.read_bytes()),
     "one array": lambda path: np.asarray(Image.open(path)),
     "a generator": lambda path: (each for each in [path]),
