@@ -361,8 +361,7 @@ def explain_reading_errors(name: str) -> Iterator[None]:
         while isinstance(cause, datasets.exceptions.DatasetGenerationError) and cause.__cause__:
             cause = cause.__cause__
         # The messages about an empty Parquet file, and a folder of `save_to_disk` without rows
-        empty = ("BatchSize must be greater than 0", "list index out of range")
-        if str(cause).startswith(empty):
+        if str(cause).startswith(("BatchSize must be greater than 0", "list index out of range")):
             raise ValueError(f"{name} is empty. Add rows with images") from error
         raise ValueError(
             f"cannot read the dataset {name!r} ({type(cause).__name__}: {format_error(cause)}). "
