@@ -88,8 +88,9 @@ def check_config(source: str, file: Path, config_dict: dict[str, Any]) -> None:
 def check_weight_files(source: str, folder: Path) -> None:
     """Check that the folder has one set of weights in safetensors, or only exported files."""
     has_one_file = (folder / WEIGHTS_FILE).is_file()
+    has_index = (folder / INDEX_FILE).is_file()
     # transformers would read model.safetensors without a word, even if the shards are newer.
-    if has_one_file and (folder / INDEX_FILE).is_file():
+    if has_one_file and has_index:
         raise ValueError(
             f"{source} contains two sets of weights: {WEIGHTS_FILE} and the files of {INDEX_FILE}. "
             "Remove the set that does not belong to the model"
@@ -104,6 +105,11 @@ def check_weight_files(source: str, folder: Path) -> None:
             "model again with `save_pretrained`"
         )
 
+    if any(folder.glob("model.*.safetensors")) and not has_one_file and not has_index:
+        raise ValueError(
+            f"{source} has the weights of a variant, such as model.fp16.safetensors, and no "
+            f"{WEIGHTS_FILE}. Rename the file to {WEIGHTS_FILE}"
+        )
     for name in list_weight_files(folder):
         if (folder / name).exists():
             # Otherwise, safetensors reports a file without read permission as missing

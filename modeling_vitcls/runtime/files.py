@@ -45,10 +45,15 @@ def read_text(file: Path) -> str:
 def read_json(file: Path) -> dict[str, Any]:
     """Read a JSON object from a file.
 
-    Raise ValueError if the file does not contain a valid JSON object.
+    Raise ValueError if the file does not contain a valid JSON object, and OSError if it cannot be read.
     """
     try:
-        content = json.loads(read_text(file))
+        text = read_text(file)
+        if text.startswith("version https://git-lfs"):
+            raise OSError(
+                f"{file} is a pointer of Git LFS instead of the file. Run `git lfs pull` in its folder"
+            )
+        content = json.loads(text)
     except (ValueError, RecursionError) as error:  # not UTF-8, not JSON or nested too deeply
         raise ValueError(f"cannot read {file}: {error}") from None
     if not isinstance(content, dict):

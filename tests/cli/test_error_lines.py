@@ -185,6 +185,8 @@ def test_a_malformed_index_of_the_weights_is_an_error(
     [
         ("model/model.safetensors", "predict --model model photos"),
         ("vit/pytorch_model.bin", "predict --model vit photos"),
+        ("model/config.json", "predict --model model photos"),
+        ("vit/config.json", "predict --model vit photos"),
         ("deit.pth", "convert deit.pth out --family deit"),
         ("table.parquet", "evaluate --model model --dataset table.parquet"),
         ("table.csv", "evaluate --model model --dataset table.csv"),

@@ -101,6 +101,10 @@ CHANGES: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
         add_second_set_of_weights,
         ("two sets of weights", "model.safetensors.index.json"),
     ),
+    "weights of a variant": (
+        lambda folder: (folder / "model.safetensors").rename(folder / "model.fp16.safetensors"),
+        ("model.fp16.safetensors", "Rename"),
+    ),
     "pickled weights": (pickle_weights, ("pickled weights", "save_pretrained")),
     "labels that contradict": (
         lambda folder: edit(folder, label2id={"cat": 1, "dog": 0}),
