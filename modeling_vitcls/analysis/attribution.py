@@ -33,7 +33,6 @@ class RecordedLayer:
     Each head has one map, or two maps with differential attention.
     """
 
-    attention: Any  # The module `ViTCLSAttention`
     query: torch.Tensor  # [B, maps, N, d]
     key: torch.Tensor  # [B, maps, N, d]
     value: torch.Tensor  # [B, maps, N, head_dim]
@@ -61,8 +60,8 @@ def process_attention_layers(
     """
     encoder = model.base_model
 
-    def record(index: int, *fields: Any) -> None:
-        process_layer(RecordedLayer(encoder.layers[index].attention, *fields))
+    def record(_: int, *fields: Any) -> None:
+        process_layer(RecordedLayer(*fields))
 
     with record_attention(encoder, range(len(encoder.layers)), record):
         yield

@@ -35,20 +35,9 @@ def extract_patch_maps(rows: torch.Tensor, config: ViTCLSConfig, image_size: Siz
 
     Returns:
         Maps [..., gh, gw], where gh and gw are the numbers of rows and columns of patches.
-
-    Raises:
-        ValueError: if the number of keys does not match the image size.
     """
-    height, width = image_size
-    grid_height, grid_width = config.get_grid_size(image_size)
     patch_rows = rows[..., config.token_layout.patches]
-    if patch_rows.shape[-1] != grid_height * grid_width:
-        raise ValueError(
-            f"The attention rows contain {patch_rows.shape[-1]} patches, but images of {height} x "
-            f"{width} pixels have {grid_height} x {grid_width} patches. Pass the height and width "
-            "of `pixel_values`."
-        )
-    return patch_rows.unflatten(-1, (grid_height, grid_width))
+    return patch_rows.unflatten(-1, config.get_grid_size(image_size))
 
 
 def overlay(image: Image.Image, values: torch.Tensor) -> Image.Image:

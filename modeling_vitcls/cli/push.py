@@ -8,7 +8,7 @@ modeling_vitcls/publishing/.
 """
 
 import re
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 from ..runtime.flags import Options, check_value
@@ -48,19 +48,10 @@ class PushOptions(Options):
         super().check()
         is_license = self.license is None or bool(LICENSE_ID.fullmatch(self.license))
         check_value(self, "license", is_license, "a Hub identifier, such as apache-2.0")
-        if self.verify_only is None:
-            if self.model is None:
-                raise ValueError(
-                    "Set --model FOLDER to push a model, or --verify-only ID to verify a repository"
-                )
-            return
-        for field in fields(self):
-            is_push_flag = field.name not in ("verify_only", "model")
-            if is_push_flag and getattr(self, field.name) != field.default:
-                raise ValueError(
-                    f"`verify_only` pushes nothing, but `{field.name}` applies only to pushes. Omit "
-                    "one of these flags"
-                )
+        if self.model is None and self.verify_only is None:
+            raise ValueError(
+                "Set --model FOLDER to push a model, or --verify-only ID to verify a repository"
+            )
 
 
 OPTIONS_CLASS = PushOptions

@@ -57,9 +57,12 @@ class ViTCLSPatchEmbeddings(nn.Module):
         super().__init__()
         self.num_channels = config.num_channels
         self.patch_size = config.patch_height_width
-        channels, width, size = config.num_channels, config.hidden_size, self.patch_size
         self.projection = nn.Conv2d(
-            channels, width, kernel_size=size, stride=size, bias=config.patch_bias
+            config.num_channels,
+            config.hidden_size,
+            kernel_size=self.patch_size,
+            stride=self.patch_size,
+            bias=config.patch_bias,
         )
         self.norm = build_norm(config) if config.patch_norm else nn.Identity()
 
@@ -126,13 +129,14 @@ class ViTCLSEmbeddings(nn.Module):
         Raises:
             ValueError: if `bool_masked_pos` does not have one value per patch.
         """
-        batch_size = pixel_values.shape[0]
         # [B, rows * columns, D]
         patches = self.mask_patches(self.patch_embeddings(pixel_values), bool_masked_pos)
         special_tokens = self.get_special_tokens()  # Group -> [1, n, D]
         if self.position_embeddings is not None:
             special_tokens, patches = self.position_embeddings(special_tokens, patches, grid_size)
-        special_states = [tokens.expand(batch_size, -1, -1) for tokens in special_tokens.values()]
+        special_states = [
+            tokens.expand(pixel_values.shape[0], -1, -1) for tokens in special_tokens.values()
+        ]
         tokens: Tensor = self.dropout(torch.cat([*special_states, patches], dim=1))  # [B, N, D]
         return self.norm(tokens)
 

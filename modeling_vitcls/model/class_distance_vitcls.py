@@ -128,12 +128,10 @@ class ClassDistance(nn.Module):
         was_valid = self.is_valid
         self.is_valid = self.has_fingerprint_of(encoder)
         if was_valid and not self.is_valid:
-            reason = "they do not belong to these weights of the encoder"
-            if not self.counts.any():
-                reason = "the loaded file lacks them"
             logger.warning(
-                f"class statistics (`distance`, `unknown`): not used, because {reason}. `vitcls "
-                "finetune --model FOLDER` fits a classifier and them"
+                "class statistics (`distance`, `unknown`): not used, because the file lacks them or "
+                "they do not belong to these weights of the encoder. `vitcls finetune --model FOLDER` "
+                "fits a classifier and them"
             )
         return self.is_valid
 
@@ -257,6 +255,3 @@ def read_state(weight: Tensor) -> tuple[Any, ...]:
     if type(weight) not in (Tensor, nn.Parameter) or weight.is_inference():
         return (id(weight),)
     return weight.data_ptr(), weight._version, weight.stride()
-
-
-__all__ = ["ClassDistance"]

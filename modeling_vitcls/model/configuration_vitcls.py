@@ -151,7 +151,6 @@ TRANSFORMERS_KEYWORDS = {
 }
 
 # The class statistics were fitted to the labels, and to what these fields say about the features.
-STATISTICS_FIELDS = ("class_statistics", "distance_threshold")
 FEATURE_FIELDS = ("cls_pooling", "pooled_cls_tokens", "num_hidden_layers")
 
 # Fields for which `from_pretrained(..., field=value)` adapts the weights of a checkpoint
@@ -170,11 +169,6 @@ ADAPTABLE_FIELDS = (
 # Attention implementations that config.json may name. In transformers, other values may name a
 # repository of compiled kernels, and a downloaded file must not choose code to run.
 STORED_ATTENTIONS = ("sdpa", "eager", "flex_attention")
-ATTENTION_FIELDS = (
-    "attn_implementation",
-    "_attn_implementation",
-    "_attn_implementation_internal",
-)
 
 # Fields that are saved even with default values.
 ALWAYS_SAVED_FIELDS = (
@@ -581,7 +575,11 @@ class ViTCLSConfig(ExtraHeadsConfig, BackboneConfigMixin, PreTrainedConfig):
     @classmethod
     def _check_attention(cls, stored: Mapping[str, Any]) -> None:
         """Raise ValueError if a stored dict chooses an attention function that may be a download."""
-        for name in ATTENTION_FIELDS:
+        for name in (
+            "attn_implementation",
+            "_attn_implementation",
+            "_attn_implementation_internal",
+        ):
             reject(
                 (
                     stored.get(name) not in (None, *STORED_ATTENTIONS),
@@ -624,7 +622,11 @@ class ViTCLSConfig(ExtraHeadsConfig, BackboneConfigMixin, PreTrainedConfig):
         if "id2label" in overrides or num_labels not in (None, len(stored.get("id2label") or {})):
             changes.insert(0, "id2label")
             stored |= dict.fromkeys(("id2label", "label2id"))
-        removed = [name for name in STATISTICS_FIELDS if changes and stored.pop(name, None)]
+        removed = [
+            name
+            for name in ("class_statistics", "distance_threshold")
+            if changes and stored.pop(name, None)
+        ]
         if removed:
             logger.warning(f"{', '.join(removed)}: removed, because {changes[0]} is new")
 
@@ -795,10 +797,9 @@ class ViTCLSConfig(ExtraHeadsConfig, BackboneConfigMixin, PreTrainedConfig):
         gated_tokens: dict[Any, int] = self.gated_tokens or {}
         for group, field in COUNT_FIELDS.items():
             num_tokens = getattr(self, field)
-            are_identical = self.token_init == "zeros" and group not in distinct_groups
             reject(
                 (
-                    are_identical and num_tokens > 1,
+                    self.token_init == "zeros" and group not in distinct_groups and num_tokens > 1,
                     f'`token_init="zeros"` keeps the tokens of "{group}" identical. '
                     'Set `token_init="trunc_normal"`.',
                 ),
@@ -841,7 +842,6 @@ class ViTCLSConfig(ExtraHeadsConfig, BackboneConfigMixin, PreTrainedConfig):
     def validate_pooling(self) -> None:
         """Check that the tokens and layers that the heads read exist."""
         pooled = self.pooled_cls_tokens
-        cls_indices = set(range(self.num_cls_tokens))
         self._check_layers("`pooled_layers`", self.pooled_layers)
         reject(
             (
@@ -850,7 +850,8 @@ class ViTCLSConfig(ExtraHeadsConfig, BackboneConfigMixin, PreTrainedConfig):
                 'Set `num_cls_tokens=1` or pooling="mean", "max" or "attention".',
             ),
             (
-                pooled is not None and not (pooled and set(pooled) <= cls_indices),
+                pooled is not None
+                and not (pooled and set(pooled) <= set(range(self.num_cls_tokens))),
                 f"`pooled_cls_tokens` is {pooled}. Set indices from 0 to {self.num_cls_tokens - 1}.",
             ),
             (
@@ -875,10 +876,11 @@ class ViTCLSConfig(ExtraHeadsConfig, BackboneConfigMixin, PreTrainedConfig):
         if layers is None:
             return
         indices = self.resolve_layers(layers)
-        are_layers = bool(layers) and set(indices) <= set(range(1, self.num_hidden_layers + 1))
         reject(
             (
-                not are_layers or len(set(indices)) != len(indices),
+                not layers
+                or len(set(indices)) != len(indices)
+                or not set(indices) <= set(range(1, self.num_hidden_layers + 1)),
                 f"{owner} must be different layers from 1 to {self.num_hidden_layers}, or from "
                 f"-{self.num_hidden_layers} to -1, but it is {layers}.",
             )

@@ -111,18 +111,19 @@ class ExtraHeadsConfig:
             raise ValueError(f"task {name}: the model has no such added task. {choice}")
         head = tasks[name]
 
-        # an extra head on its own, without the other classifier, has the same bits
-        own_head = {
-            "labels": head.labels,
-            "pooling": head.pooling,
-            "pooled_layers": head.pooled_layers,
-            "adds_classes": True,
-        }
         changes = {
             "tasks": None,
             "architectures": None,
             "compute_all_tokens": self.compute_all_tokens or not self.num_labels,
-            "extra_heads": {name: own_head},
+            # an extra head on its own, without the other classifier, has the same bits
+            "extra_heads": {
+                name: {
+                    "labels": head.labels,
+                    "pooling": head.pooling,
+                    "pooled_layers": head.pooled_layers,
+                    "adds_classes": True,
+                }
+            },
             "id2label": dict(enumerate(head.labels)),
             "label2id": {label: index for index, label in enumerate(head.labels)},
             "problem_type": head.problem_type,

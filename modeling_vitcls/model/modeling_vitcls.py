@@ -32,7 +32,7 @@ from transformers.modeling_outputs import (
     MaskedImageModelingOutput,
 )
 from transformers.processing_utils import Unpack
-from transformers.utils import ModelOutput, TransformersKwargs, logging
+from transformers.utils import ModelOutput, TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
@@ -69,9 +69,6 @@ from .variants_vitcls import (
     LAYER_CLASSES,
     ViTCLSDifferentialAttention,
 )
-
-
-logger = logging.get_logger(__name__)
 
 
 # Outputs ------------------------------------------------------------------------------------------

@@ -236,7 +236,7 @@ def test_a_file_without_statistics_is_one_line(
     loaded = ViTCLSForImageClassification.from_pretrained(tmp_path)
     assert loaded(images[:4]).distance is None
     (line,) = [line for line in caplog.messages if "class statistics" in line]
-    assert "the loaded file lacks them" in line
+    assert "the file lacks them" in line
     assert not any("MISSING" in line for line in caplog.messages)
 
 
