@@ -87,9 +87,6 @@ def open_paths(paths: Sequence[str], label_space: LabelSpace) -> InspectionImage
     """
     records = list_records(paths)
     files = [str(record.content) for record in records]
-    for file in files:
-        if not Path(file).exists():
-            raise ValueError(f"Image {file} does not exist. Check the path.")
 
     names = [Path(record.name).name for record in records]
     class_names: list[str] = []

@@ -57,8 +57,6 @@ class InspectOptions(ImageOptions):
         check_output_files(output=self.output, json=self.json)
         if self.output.suffix.lower() not in (".html", ".htm"):
             raise ValueError(f"`output={str(self.output)!r}`: the file name must end in .html")
-        if self.json is not None and self.json.suffix.lower() != ".json":
-            raise ValueError(f"`json={str(self.json)!r}`: the file name must end in .json")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,5 +99,3 @@ class LookOptions(Options):
                 f"`output={str(self.output)!r}`: set a .png, .jpg or .webp file, or a folder "
                 "without a suffix"
             )
-        if self.json is not None and self.json.suffix.lower() != ".json":
-            raise ValueError(f"`json={str(self.json)!r}`: the file name must end in .json")

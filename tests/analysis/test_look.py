@@ -101,7 +101,6 @@ def test_a_folder_without_readable_photos_is_an_error(
     "flags",
     [
         ("p.png", "-o", "sheet.pdf"),
-        ("p.png", "--json", "numbers.txt"),
         ("p.png", "--image-size", "0"),
         (),
     ],
