@@ -93,13 +93,12 @@ class MixedRotaryEmbeddings(nn.Module):
 
     def get_initial_frequencies(self) -> Tensor:
         """Draw axial frequencies, rotated by a random angle per layer and head (RoPE-ViT)."""
-        num_layers, num_heads = self.frequencies.shape[1:3]
         head_dim = self.config.head_dim
         # [head_dim / 4]
         magnitude = self.config.rope_theta ** -(
             torch.arange(0, head_dim, 4, dtype=torch.float32) / head_dim
         )
-        angle = torch.rand(num_layers, num_heads, 1) * 2 * math.pi
+        angle = torch.rand(*self.frequencies.shape[1:3], 1) * 2 * math.pi
         # [layers, heads, head_dim / 2] each
         first_frequencies = torch.cat([magnitude * angle.cos(), -magnitude * angle.sin()], dim=-1)
         second_frequencies = torch.cat([magnitude * angle.sin(), magnitude * angle.cos()], dim=-1)
@@ -126,9 +125,11 @@ def get_patch_coordinates(
         # Indices of the patches, scaled to a reference grid (EVA-02, arXiv 2303.11331, section
         # 2.1).
         reference_grid = config.rope_reference_grid or grid_size
-        offset = float(config.rope_grid_offset)
         axes = zip((y, x), grid_size, reference_grid, strict=True)
-        y, x = ((axis + offset) / size * reference_size for axis, size, reference_size in axes)
+        y, x = (
+            (axis + config.rope_grid_offset) / size * reference_size
+            for axis, size, reference_size in axes
+        )
 
     coordinates = torch.stack(torch.meshgrid(y, x, indexing="ij"), dim=-1).flatten(0, 1)
     return coordinates.flip(-1) if config.rope_axes == "xy" else coordinates
