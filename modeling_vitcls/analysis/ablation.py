@@ -459,4 +459,4 @@ def collect_labels(batches: Batches, config: ViTCLSConfig) -> dict[str, torch.Te
     labels = torch.cat(parts)  # [images, columns]
     if not config.tasks:
         return {"": labels}
-    return dict(zip(config.tasks, labels.split(1, dim=1), strict=True))
+    return dict(zip(config.task_labels(), labels.split(1, dim=1), strict=True))

@@ -159,8 +159,6 @@ def read_images(
         if labels is not None:
             space = get_label_space(config)
             batch.labels = space.collate([labels[index] for index in batch.indices])
-        if labels is not None and config.tasks:
-            batch.labels = torch.stack([batch.labels[task] for task in config.tasks], dim=1)
         if batch.indices:
             batches.append(batch)
 

@@ -37,10 +37,12 @@ class TokenUse:
 
         if not self.has_head:
             return {"cls": set(cls), "distillation": distillation, "patches": {PATCHES}}
+        patches = set() if config.pooling == "cls" else {PATCHES}
         if config.tasks:
-            return {task: {index} for task, index in zip(config.task_labels(), cls, strict=True)}
+            tasks = zip(config.task_labels(), cls, strict=True)
+            return {task: {index} | patches for task, index in tasks}
 
-        heads = {"": set() if config.pooling == "cls" else {PATCHES}}
+        heads = {"": patches}
         if config.pooling in ("cls", "cls_mean"):
             num_pooled = 1 if config.cls_pooling == "first" else None
             pooled = config.pooled_cls_tokens or range(config.num_cls_tokens)

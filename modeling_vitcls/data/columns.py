@@ -171,7 +171,8 @@ def read_labels(
 
     Args:
         tables: `datasets.Dataset` of each split.
-        columns: label columns. Several columns of 0 and 1 are classes, other ones are tasks.
+        columns: label columns. Several columns of 0 and 1 are classes, other ones are tasks, which
+            are sorted by name.
         dataset: name of the dataset in error messages.
         separator: separator of several labels in one text.
         label_names: names of all classes, if the dataset does not declare them.
@@ -221,6 +222,8 @@ def read_labels(
             if has_lists:
                 build = SeveralLabels
 
+    if build is PerTask:
+        classes = dict(sorted(classes.items()))  # As the classifiers of a model are
     # One label space for all splits, so an index is the same class in each of them.
     space = build(classes, separator)
     labels = {}

@@ -3,7 +3,7 @@
 kind             label of an image; None if missing    batch of labels (`collate`)
 OneLabel         class index                           [B] int64
 SeveralLabels    sorted list of class indices          [B, classes] float32, 0 or 1
-PerTask          {task: class index; None if missing}  {task: [B] int64}
+PerTask          {task: class index; None if missing}  [B, tasks] int64
 
 index(names, where)    names of the labels by column (cells.py) -> labels of images
 collate(labels)        labels of images -> a batch, in which a missing label is -100, as in the loss
@@ -46,6 +46,11 @@ class ClassNames:
         """The class names of the only column."""
         (names,) = self.columns.values()
         return names
+
+    @property
+    def tasks(self) -> dict[str, Any]:
+        """The labels of each task; those of the only one have an empty name."""
+        return {"": self}
 
     def to_config_values(self) -> dict[str, Any]:
         """Write the labels as fields of ViTCLSConfig."""
@@ -127,7 +132,7 @@ class SeveralLabels(ClassNames):
 
 
 class PerTask(ClassNames):
-    """Each image has one label of each task, a column of its own."""
+    """Each image has one label of each task, a column of its own. Columns are sorted by name."""
 
     kind = "multi_task"
     description = "one task per column"
@@ -144,11 +149,11 @@ class PerTask(ClassNames):
         labels = [each.index({task: names[task]}, where) for task, each in self.tasks.items()]
         return [dict(zip(self.columns, row, strict=True)) for row in zip(*labels, strict=True)]
 
-    def collate(self, labels: Sequence[dict[str, int | None]]) -> dict[str, torch.Tensor]:
-        return {
-            task: each.collate([label[task] for label in labels])
-            for task, each in self.tasks.items()
-        }
+    def collate(self, labels: Sequence[dict[str, int | None]]) -> torch.Tensor:
+        columns = [
+            each.collate([label[task] for label in labels]) for task, each in self.tasks.items()
+        ]
+        return torch.stack(columns, dim=1)
 
     def list_names(self, labels: Sequence[dict[str, int | None]]) -> Names:
         return {

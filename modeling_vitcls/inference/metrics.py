@@ -245,28 +245,33 @@ class MultiTaskMetrics:
         }
         self.num_images = build_aggregator(SumMetric, device)
 
-    def update(self, outputs: Any, labels: dict[str, torch.Tensor]) -> None:
-        """Update the metrics with logits {task: [B, L]} and labels {task: [G]}.
+    def update(self, outputs: Any, labels: torch.Tensor) -> None:
+        """Update the metrics with logits {task: [B, L]} and labels [G, tasks].
 
         Missing labels are -100.
         """
-        for task, metrics in self.tasks.items():
-            metrics.update_logits(outputs.logits[task], labels[task])
-        self.num_images.update(len(next(iter(labels.values()))))
+        for (task, metrics), own_labels in zip(self.tasks.items(), labels.unbind(1), strict=True):
+            metrics.update_logits(outputs.logits[task], own_labels)
+        self.num_images.update(len(labels))
 
     def compute(self) -> MetricValues:
         task_metrics = {task: metrics.compute() for task, metrics in self.tasks.items()}
-        values = {
-            "accuracy": compute_mean([metrics["accuracy"] for metrics in task_metrics.values()]),
-            "loss": sum(metrics["loss"] or 0.0 for metrics in task_metrics.values()),
-            "num_images": int(self.num_images.compute()),
-        }
-        task_values = {
-            f"{task}_{name}": value
-            for task, metrics in task_metrics.items()
-            for name, value in metrics.items()
-        }
-        return values | select_scalars(task_values) | task_values
+        return merge_tasks(task_metrics, int(self.num_images.compute()))
+
+
+def merge_tasks(task_metrics: Mapping[str, MetricValues], num_images: int) -> MetricValues:
+    """Merge the metrics of tasks, as `MultiTaskMetrics` describes them."""
+    values = {
+        "accuracy": compute_mean([metrics["accuracy"] for metrics in task_metrics.values()]),
+        "loss": sum(metrics["loss"] or 0.0 for metrics in task_metrics.values()),
+        "num_images": num_images,
+    }
+    task_values = {
+        f"{task}_{name}": value
+        for task, metrics in task_metrics.items()
+        for name, value in metrics.items()
+    }
+    return values | select_scalars(task_values) | task_values
 
 
 METRICS: dict[LabelKind, type[Any]] = {

@@ -828,9 +828,9 @@ class ViTCLSConfig(ExtraHeadsConfig, BackboneConfigMixin, PreTrainedConfig):
                 f"{', '.join(sorted(self.tasks))}.",
             ),
             (
-                self.pooling != "cls",
+                self.pooling not in ("cls", "cls_mean"),
                 f'`tasks` requires CLS pooling, but `pooling` is "{self.pooling}". '
-                'Set `pooling="cls"`.',
+                'Set `pooling="cls"` or "cls_mean".',
             ),
         )
         for name, labels in self.tasks.items():

@@ -628,7 +628,8 @@ class ViTCLSForImageClassification(ViTCLSPreTrainedModel):
 class ViTCLSForMultiTaskClassification(ViTCLSPreTrainedModel):
     """A ViT with one CLS token, one classifier and one loss for each task in `config.tasks`.
 
-    Classifier i reads CLS token i of the `config.pooled_layers`.
+    Classifier i reads CLS token i of the `config.pooled_layers` and, with the pooling "cls_mean", the
+    mean of the patches.
 
     Examples:
         >>> import torch
@@ -648,18 +649,22 @@ class ViTCLSForMultiTaskClassification(ViTCLSPreTrainedModel):
                 'tasks={"species": 12}'
             )
         self.vitcls = ViTCLSModel(config, add_pooling_layer=False)
-        num_pooled_layers = len(config.pooled_layer_indices)
+        self.build_classifiers()
+        self.extra_heads = ExtraHeads(config)
+        self.post_init()
+
+    def build_classifiers(self) -> None:
+        """Build the classifiers of `config.tasks`; extra heads build their own."""
+        config = self.config
+        num_tokens = 2 if config.pooling == "cls_mean" else 1  # In each layer
+        size = config.hidden_size * num_tokens * len(config.pooled_layer_indices)
         self.classifiers = nn.ModuleDict(
             {
                 # nn.Module has a method `type`
-                f"task_{name}": build_classifier(
-                    config, config.hidden_size * num_pooled_layers, len(labels)
-                )
+                f"task_{name}": build_classifier(config, size, len(labels))
                 for name, labels in config.task_labels().items()
             }
         )
-        self.extra_heads = ExtraHeads(config)
-        self.post_init()
 
     select_task = ViTCLSForImageClassification.select_task
 
@@ -691,15 +696,18 @@ class ViTCLSForMultiTaskClassification(ViTCLSPreTrainedModel):
             **kwargs,
         )
 
-        # [B, tasks, D] each
-        layer_tokens = [
-            outputs.layer_tokens[index][:, self.config.token_layout.cls] for index in pooled_layers
-        ]
-        cls_tokens = torch.cat(layer_tokens, dim=-1).unbind(dim=1)  # [B, layers * D] each
+        pooled = []
+        for index in pooled_layers:
+            tokens = outputs.layer_tokens[index]
+            pooled.append(tokens[:, self.config.token_layout.cls])  # [B, tasks, D]
+            if self.config.pooling == "cls_mean":
+                patches = tokens[:, self.config.token_layout.patches]
+                pooled.append(patches.mean(dim=1, keepdim=True).expand_as(pooled[-1]))
+        features = torch.cat(pooled, dim=-1).unbind(dim=1)  # [B, P] of each task
         classifiers = zip(
-            self.config.task_labels(), self.classifiers.values(), cls_tokens, strict=True
+            self.config.task_labels(), self.classifiers.values(), features, strict=True
         )
-        logits = {name: classifier(token) for name, classifier, token in classifiers}
+        logits = {name: classifier(values) for name, classifier, values in classifiers}
 
         loss = losses = None
         if labels is not None:

@@ -92,7 +92,6 @@ class FineTuning:
             model=model,
             has_random_weights=initial.has_random_weights,
             new_parameter_names=new_parameter_names,
-            label_kind=labels.kind,
         )
         probe = None
         build_pass = partial(FrozenPass, **evaluator_arguments)

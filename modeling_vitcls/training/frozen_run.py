@@ -1,75 +1,103 @@
-"""A run without steps: the classifier of the frozen encoder, and how it is measured."""
+"""A run without steps: the classifiers of the frozen encoder, and how they are measured."""
 
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
 from ..data.splits import MAX_CLASS_RATIO, TrainingData
-from ..inference.metrics import NOTHING_MEASURED
+from ..inference.evaluator import Predictions
+from ..inference.metrics import NOTHING_MEASURED, merge_tasks
 from ..runtime.distributed import run_on_main
-from .calibration import describe_probe_calibration, measure_errors, select_error_metrics
+from .calibration import (
+    Calibration,
+    describe_probe_calibration,
+    measure_errors,
+    select_error_metrics,
+)
 from .outcome import Outcome, list_measurements
-from .probe import describe_frozen, describe_threshold
+from .probe import FrozenModel, Probe, describe_frozen, describe_threshold, join_texts
 from .training_setup import TrainingSetup
 
 
 def run_frozen(
     setup: TrainingSetup, data: TrainingData, num_seen: int, warn: Callable[[str], None]
 ) -> Outcome:
-    """Fit the classifier to every label that is not held out, and measure it.
+    """Fit the classifier of each task to every label that is not held out, and measure it.
 
-    Without held-out images, each training image is predicted by a classifier that was not fitted to
-    it, and the accuracy is corrected for the choice among the candidates. `num_seen` is the number
-    of measured images that trained the encoder earlier.
+    `num_seen` is the number of measured images that trained the encoder earlier.
     """
     probe = setup.probe
     assert probe is not None, "only a run with a probe can be frozen"
     # The labels of a validation split are free to train the classifier. The test split still
     # measures it.
-    frozen = probe.fit(data.frozen_parts, data.held_out, warn)
+    frozen, record = probe.fit(data.frozen_parts, data.held_out, warn)
     # Everything below is measured with the heads in the model, which are what the folder will
     # contain.
     probe.set_frozen(frozen)
 
-    calibration = describe_probe_calibration(frozen.probe)
     split = data.held_out_name
-    predictions = nearest_images = None
-    metrics = NOTHING_MEASURED
-    details = {"seen_by_encoder": num_seen}
-    if frozen.held_out is not None:
-        predictions = probe.predict(frozen, frozen.held_out)
-        calibration = measure_errors(calibration, predictions)
-        metrics = predictions.metrics | select_error_metrics(calibration.errors)
-    elif frozen.estimate is not None:
-        split = "cross-validation"
-        predictions = probe.predict_out_of_fold(frozen)
-        metrics = predictions.metrics
-        details |= {
-            "num_folds": frozen.record["num_folds"],
-            "num_candidates": len(frozen.record["candidates"]),
-        }
-        # The out-of-fold probabilities contain the temperature already, so there is no error before
-        # it.
-        calibration = replace(calibration, errors=select_error_metrics(metrics))
-    if predictions is not None:
-        nearest_images = frozen.find_nearest_images(predictions.list_wrong())
-    weights_text = None
-    if data.train.class_ratio > MAX_CLASS_RATIO:
-        weights_text = run_on_main(partial(probe.compare_class_weights, frozen))
-    return Outcome(
-        measured=list_measurements(metrics, setup.result_metrics, data.label_space, **details),
+    measured = []
+    task_metrics = {}
+    texts = {}
+    for task, model in frozen.items():
+        predictions, calibration = measure_task(probe, task, model)
+        metrics = NOTHING_MEASURED
+        folds = {}
+        if predictions is not None:
+            metrics = predictions.metrics | select_error_metrics(calibration.errors)
+        if predictions is not None and model.held_out is None:
+            split = "cross-validation"
+            folds = {
+                "num_folds": model.probe.num_folds_,
+                "num_candidates": len(model.probe.table_),
+            }
+        measured += list_measurements(
+            {task: metrics}, setup.result_metrics, seen_by_encoder=num_seen, **folds
+        )
+        task_metrics[task] = metrics
+        texts[task] = calibration.text
+
+    num_training_images = sum(map(len, data.frozen_parts)) - model.features.num_unreadable
+    outcome = Outcome(
+        measured=measured,
         metrics=metrics,
         split=split,
-        num_training_images=sum(map(len, data.frozen_parts)) - frozen.features.num_unreadable,
+        num_training_images=num_training_images,
         calibration=calibration.build_record(),
         predictions=predictions,
-        nearest_images=nearest_images,
-        seconds=frozen.record["seconds"],
-        results={"frozen": frozen.record},
-        lines={
-            **describe_frozen(frozen.record),
-            "unknown": describe_threshold(frozen.probe),
-            "calibration": calibration.text,
-            "weights": weights_text,
-        },
+        seconds=record["seconds"],
+        results={"frozen": record},
+        lines={**describe_frozen(record), "calibration": join_texts(texts)},
     )
+    if data.label_space.kind == "multi_task":
+        num_images = len(data.held_out) or num_training_images
+        metrics = merge_tasks(task_metrics, num_images)
+        return replace(outcome, metrics=metrics, calibration=None, predictions=None)
+
+    lines = outcome.lines | {"unknown": describe_threshold(model.probe)}
+    if data.train.class_ratio > MAX_CLASS_RATIO:
+        lines["weights"] = run_on_main(partial(probe.compare_class_weights, model))
+    nearest_images = None
+    if predictions is not None:
+        nearest_images = model.find_nearest_images(predictions.list_wrong())
+    return replace(outcome, nearest_images=nearest_images, lines=lines)
+
+
+def measure_task(
+    probe: Probe, task: str, model: FrozenModel
+) -> tuple[Predictions | None, Calibration]:
+    """Measure a classifier on the held-out images or, without those, by cross-validation.
+
+    In cross-validation, each training image is predicted by a classifier that was not fitted to it,
+    and the accuracy is corrected for the choice among the candidates.
+    """
+    calibration = describe_probe_calibration(model.probe)
+    if model.held_out is not None:
+        predictions = probe.predict_held_out(task, model)
+        return predictions, measure_errors(calibration, predictions)
+    if model.estimate is None:
+        return None, calibration
+    predictions = model.predict_out_of_fold()
+    # The out-of-fold probabilities contain the temperature already, so there is no error before it.
+    errors = select_error_metrics(predictions.metrics)
+    return predictions, replace(calibration, errors=errors)

@@ -66,9 +66,9 @@ def compute_multi_label_loss(
 
 
 def compute_multi_task_loss(
-    logits: dict[str, torch.Tensor], labels: dict[str, torch.Tensor], label_smoothing: float
+    logits: dict[str, torch.Tensor], labels: torch.Tensor, label_smoothing: float
 ) -> torch.Tensor:
-    """Sum the cross-entropies of {task: logits [B, L]} and {task: classes [B]}.
+    """Sum the cross-entropies of {task: logits [B, L]} and classes [B, tasks].
 
     The loss of an image with the label -100 is 0.
 
@@ -80,7 +80,8 @@ def compute_multi_task_loss(
     loss = nn.CrossEntropyLoss(
         ignore_index=IGNORED_LABEL, label_smoothing=label_smoothing, reduction="none"
     )
-    return torch.stack([loss(logits[task].float(), labels[task]).mean() for task in logits]).sum()
+    pairs = zip(logits.values(), labels.unbind(dim=1), strict=True)
+    return torch.stack([loss(own.float(), classes).mean() for own, classes in pairs]).sum()
 
 
 # Objective ----------------------------------------------------------------------------------------

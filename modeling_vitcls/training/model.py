@@ -85,11 +85,14 @@ def build_model(
 
     Return the model, the image processor, and the names of the parameters that are not loaded from
     a checkpoint. A classifier in the checkpoint is kept only if the classifier has the labels of
-    `label_space`. Multi-task models have one CLS token per task. The other arguments replace stored
-    values of the configuration and of the image processor.
+    `label_space`. Multi-task models have one CLS token per task; new ones start with the same output
+    as those of the checkpoint. The other arguments replace stored values of the configuration and of
+    the image processor.
     """
     if label_space.kind == "multi_task":
-        config_values = {"num_cls_tokens": len(label_space.columns)} | config_values
+        num_tasks = len(label_space.columns)
+        # The mean of CLS tokens makes new ones twins.
+        config_values = {"num_cls_tokens": num_tasks, "cls_pooling": "mean"} | config_values
 
     if initial.folder is None:
         config = ViTCLSConfig.from_preset(

@@ -1,5 +1,6 @@
 """What a run has made and measured: the record in which a run of either kind ends."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -71,44 +72,50 @@ class Measurement:
 
 
 def list_measurements(
-    metrics: dict[str, Any], names: tuple[str, ...], label_space: LabelSpace, **details: Any
+    task_metrics: Mapping[str, dict[str, Any]], names: tuple[str, ...], **details: Any
 ) -> list[Measurement]:
     """List the results of all tasks that have labeled images.
 
     Args:
-        metrics: of all tasks (inference/metrics.py).
+        task_metrics: metrics of each task (inference/metrics.py).
         names: metrics of a result, the most important one first; a result may lack some.
-        label_space: the labels of the run.
         details: other attributes of the measurements.
     """
-    # The average precision of a handful of images means little.
-    if "exact_match" in metrics and metrics["num_images"] < MIN_CORRECTED_IMAGES:
-        names = ("exact_match",)
-    # The metrics of several tasks begin with the name of their task.
-    prefixes = {"": ""}
-    if label_space.kind == "multi_task":
-        prefixes = {task: f"{task}_" for task in label_space.columns}
     measured = []
-    for task, prefix in prefixes.items():
-        values = {
-            name: value for name in names if (value := metrics.get(f"{prefix}{name}")) is not None
-        }
+    for task, metrics in task_metrics.items():
+        # The average precision of a handful of images means little.
+        is_small = "exact_match" in metrics and metrics["num_images"] < MIN_CORRECTED_IMAGES
+        own_names = ("exact_match",) if is_small else names
+        values = {name: value for name in own_names if (value := metrics.get(name)) is not None}
         if not values:
             continue
         metric, *others = values
-        interval = metrics.get(f"{prefix}{metric}_interval")
+        interval = metrics.get(f"{metric}_interval")
         measured.append(
             Measurement(
                 task,
                 metric,
                 values[metric],
                 interval=None if details.get("seen_by_encoder") else interval,
-                num_images=metrics[f"{prefix}num_images"],
+                num_images=metrics["num_images"],
                 others={name: values[name] for name in others},
                 **details,
             )
         )
     return measured
+
+
+def divide_metrics(metrics: dict[str, Any], label_space: LabelSpace) -> dict[str, dict[str, Any]]:
+    """Divide the metrics of several tasks, which begin with the name of their task."""
+    prefixes = {task: f"{task}_" if task else "" for task in label_space.tasks}
+    return {
+        task: {
+            name.removeprefix(prefix): value
+            for name, value in metrics.items()
+            if name.startswith(prefix)
+        }
+        for task, prefix in prefixes.items()
+    }
 
 
 @dataclass(frozen=True)
@@ -120,9 +127,9 @@ class Outcome:
         metrics, calibration: fields of results.json.
         split: the images of the metrics, as text.
         num_training_images: number of images that the model was fitted to.
-        predictions: content of predictions.parquet, if the images have one label each.
-        nearest_images: names of the nearest training images of each wrong prediction, by its index.
+        predictions: content of predictions.parquet, if the images have no several tasks.
         seconds: duration of the fit or of the steps.
+        nearest_images: names of the nearest training images of each wrong prediction, by its index.
         num_unreadable: number of training images that were replaced with others.
         results: further fields of results.json, such as the number of steps.
         lines: to print about the frozen model and the calibration.
@@ -134,8 +141,8 @@ class Outcome:
     num_training_images: int
     calibration: dict[str, Any] | None
     predictions: Predictions | None
-    nearest_images: dict[int, list[str]] | None
     seconds: float
+    nearest_images: dict[int, list[str]] | None = None
     num_unreadable: int = 0
     results: dict[str, Any] = field(default_factory=dict)
     lines: dict[str, str | None] = field(default_factory=dict)

@@ -55,7 +55,7 @@ def plan_run(inputs: RunInputs, accelerator: Accelerator, is_resumed: bool) -> R
     options = inputs.options
     setup = inputs.setup
     num_images = len(inputs.images.train)
-    num_labels = max(sum(map(len, inputs.images.label_space.columns.values())), 1)
+    num_labels = max(map(len, inputs.images.label_space.columns.values()), default=1)
     min_images = max(MIN_STEP_IMAGES, MIN_STEP_CLASS_SIZE * num_labels)
     # A checkpoint was written by steps, so a resumed run has steps, whatever this machine would
     # choose.

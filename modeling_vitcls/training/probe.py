@@ -6,11 +6,12 @@
 The choice is made in inference/linear_probe.py, from features of inference/frozen_features.py. A
 frozen run saves this classifier, fitted to every label, and its temperature comes from the images
 that each fold leaves out. Steps start from it instead of a random one (linear probing, then
-fine-tuning: Kumar et al. 2022, arXiv 2202.10054).
+fine-tuning: Kumar et al. 2022, arXiv 2202.10054). Each of several tasks has a classifier of its own,
+of the same features.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from statistics import median
@@ -27,7 +28,7 @@ from torch import nn
 from ..data.aspect_ratio import get_resize, read_sizes, set_resize
 from ..data.images import LabeledImages
 from ..data.labels import LabelSpace
-from ..inference.class_statistics import expand_rows
+from ..inference.class_statistics import Token, expand_rows
 from ..inference.evaluator import Predictions, build_predictions, round_floats
 from ..inference.frozen_features import (
     OWN_POOLING,
@@ -81,7 +82,6 @@ def explain_missing_probe(
     model: Any,
     has_random_weights: bool,
     new_parameter_names: set[str],
-    label_kind: str,
 ) -> str | None:
     """Say why a run has no frozen model; None if it has one."""
     has_new_pooler = any(name.startswith("vitcls.pooler.") for name in new_parameter_names)
@@ -89,10 +89,9 @@ def explain_missing_probe(
     reasons = {
         "the initial weights are random": has_random_weights,
         "`probe=False` is set": not is_wanted,
-        "the images have several tasks": label_kind == "multi_task",
         "the distillation head has no features": distillation_classifier is not None
         and not has_searchable_pooling(model.config),
-        "the head is an MLP": not isinstance(getattr(model, "classifier", None), nn.Linear),
+        "the head is an MLP": model.config.head_type != "linear",
         "the pooler has random weights": has_new_pooler,
     }
     return next((reason for reason, is_true in reasons.items() if is_true), None)
@@ -100,18 +99,21 @@ def explain_missing_probe(
 
 @dataclass(frozen=True)
 class FrozenModel:
-    """The classifier of a frozen encoder, and the features that it was fitted to.
+    """The classifier of a task on a frozen encoder, and the features that it was fitted to.
 
     Attributes:
         probe: the classifier.
-        record: what was chosen, for results.json.
+        tokens: what the head of the model reads. With several tasks, the classifier reads a part of
+            it, and the weights of the others are zero.
+        labels: of the task.
         features: of the training images, the images of the choice first.
         held_out: of the held-out images, if there are any.
         second: the distillation head, if the model has one.
     """
 
     probe: LinearProbe
-    record: dict[str, Any]
+    tokens: tuple[Token, ...]
+    labels: LabelSpace
     features: Features
     held_out: Features | None
     second: DistillationHead | None
@@ -120,6 +122,24 @@ class FrozenModel:
     def estimate(self) -> Estimate | None:
         """The cross-validated accuracy of the logits that the model returns; None without folds."""
         return self.probe.estimate_ if self.second is None else self.second.estimate
+
+    def predict_out_of_fold(self) -> Predictions:
+        """Predict the training images with classifiers that were not fitted to them.
+
+        The accuracy is corrected for the choice among the candidates.
+        """
+        assert self.estimate is not None, "there are folds"
+        own = self.probe.out_of_fold_ if self.second is None else self.second.out_of_fold
+        num_labels = len(self.labels.names)
+        probabilities = expand_rows(own.T, self.probe.classes_, num_labels).T  # [N, L]
+        known = np.flatnonzero(np.isfinite(probabilities).all(axis=1))
+        features = self.features.take(known)
+        # Logarithms of the probabilities are logits: softmax gives the same probabilities back.
+        logits = to_logits(probabilities[known], features.labels).astype(np.float32)
+        predictions = build_predictions(self.labels, replace(features, values=logits))
+        predictions.metrics.update(round_floats(self.estimate.to_metrics()))
+        predictions.metrics["num_unreadable_images"] = features.num_unreadable
+        return predictions
 
     def find_nearest_images(self, wrong: np.ndarray) -> dict[int, list[str]]:
         """Find the training images that explain wrong predictions: the nearest ones, by image index.
@@ -187,24 +207,24 @@ class Probe:
         held_out: LabeledImages,
         warn: Callable[[str], None],
         max_images: int | None = None,
-    ) -> FrozenModel:
-        """Choose and fit the classifier, and set the geometry and the pooling that it reads.
+    ) -> tuple[dict[str, FrozenModel], dict[str, Any]]:
+        """Choose and fit the classifiers, and set the geometry and the pooling that they read.
 
         Args:
             parts: images to fit it to. The geometry is chosen on the first part.
             held_out: images whose features are computed as well.
             warn: prints a warning about an unreadable image.
             max_images: number of images of the first part, drawn at random; None for all.
+
+        Returns:
+            The classifier of each task, and what was chosen, for results.json.
         """
         start_time = time.perf_counter()
         train, *others = parts
         # Four layers in any case: the class statistics are of these, whatever the classifier reads.
         num_layers = max(NUM_LAST_LAYERS, *(-layer for layer in self.layers or (-1,)))
-        has_second_head = self.model.distillation_classifier is not None
-        layout = FeatureLayout.from_config(self.model.config, num_layers, has_second_head)
-        labels: Any = self.label_space.collate(train.labels)
-        classes = find_strata(encode_labels(labels.numpy())[1])
-        first, rest = sample_parts(classes, max_images)
+        layout = self.build_layout(num_layers)
+        first, rest = sample_parts(self.find_classes(train), max_images)
         features = self.compute_features(train, layout, warn, first)
         comparison = None
         # The geometry is settled first, on a part of the images: all features depend on it, and to
@@ -213,7 +233,7 @@ class Probe:
             self.resize is None
             and get_resize(self.processor) != SQUASH
             and SQUASHED_FRACTION * len(features.labels)
-            >= MIN_SQUASHED_PER_CLASS * self.model.config.num_labels
+            >= MIN_SQUASHED_PER_CLASS * max(map(len, self.label_space.columns.values()))
             and has_various_shapes(train.select(first))
         ):
             features, comparison = self.compare_with_squash(train, features)
@@ -228,20 +248,55 @@ class Probe:
             more = self.compute_features(train, layout, warn, rest)
             features = features.join(more)
             chosen, second = run_on_main(partial(self.refit, chosen, second, features))
-        held_out_features = None
+        held_out_parts: dict[str, Features] = {}
         if len(held_out):
-            held_out_features = self.compute_features(held_out, layout, warn)
+            parts_of_tasks = self.split_tasks(self.compute_features(held_out, layout, warn))
+            held_out_parts = {task: own for task, own in parts_of_tasks.items() if len(own.labels)}
 
-        record = build_probe_record(chosen, len(features.labels))
+        read = join_candidates([each.candidate_ for each in chosen.values()])
+        self.set_pooling(read)
+        frozen = {}
+        records = {}
+        for task, own in self.split_tasks(features).items():
+            probe = chosen[task]
+            labels = self.label_space.tasks[task]
+            frozen[task] = FrozenModel(
+                probe, read.tokens, labels, own, held_out_parts.get(task), second
+            )
+            records[task] = build_probe_record(probe, len(own.labels))
+        # The only task is the record itself.
+        all_tasks: dict[str, Any] = {"layers": list(read.layers), "pooling": read.pooling}
+        record = records.get("", all_tasks | {"tasks": records})
         record["resize"] = get_resize(self.processor)
         if comparison:
             record["geometry"] = comparison
         if second is not None:
             record["distillation_inference"] = second.inference
             record["distillation_losses"] = round_floats(second.losses)
-        self.set_pooling(chosen.candidate_)
         record["seconds"] = round(time.perf_counter() - start_time, 1)
-        return FrozenModel(chosen, record, features, held_out_features, second)
+        return frozen, record
+
+    def build_layout(self, num_layers: int) -> FeatureLayout:
+        """Build the layout of the features for the heads of the model."""
+        config = self.model.config
+        if config.tasks:
+            return FeatureLayout.for_tasks(config, num_layers)
+        has_second_head = self.model.distillation_classifier is not None
+        return FeatureLayout.from_config(config, num_layers, has_second_head)
+
+    def find_classes(self, images: LabeledImages) -> np.ndarray:
+        """Find the class [N] of each image, of which the choice has two; of tasks, all labels."""
+        labels = self.label_space.collate(images.labels).numpy()
+        if self.model.config.tasks:
+            return np.unique(labels, axis=0, return_inverse=True)[1].ravel()
+        return find_strata(encode_labels(labels)[1])
+
+    def split_tasks(self, features: Features) -> dict[str, Features]:
+        """Divide features into those of each task."""
+        if not self.model.config.tasks:
+            return {"": features}
+        tasks = enumerate(self.label_space.tasks)
+        return {task: features.select_task(index) for index, task in tasks}
 
     def compute_features(
         self,
@@ -258,50 +313,36 @@ class Probe:
         return features if indices is None else replace(features, indices=indices[features.indices])
 
     @torch.no_grad()
-    def predict(self, frozen: FrozenModel, features: Features) -> Predictions:
-        """Predict images whose features are known: only the classifier runs, not the encoder."""
+    def predict_held_out(self, task: str, frozen: FrozenModel) -> Predictions:
+        """Predict the held-out images: only the classifier runs, not the encoder."""
+        features = frozen.held_out
+        assert features is not None, "there are held-out images"
 
-        def apply(head: nn.Module, probe: LinearProbe) -> torch.Tensor:
-            inputs = stack_tokens(features.get_tokens(), probe.candidate_.tokens)
+        def apply(head: nn.Module, tokens: Sequence[Token]) -> torch.Tensor:
+            inputs = stack_tokens(features.get_tokens(), tokens)
             output: torch.Tensor = head(torch.from_numpy(inputs).float().to(PartialState().device))
             return output
 
-        logits = apply(self.model.classifier, frozen.probe)
+        logits = apply(self.get_head(task), frozen.tokens)
         if frozen.second is not None:
-            second_logits = apply(self.model.distillation_classifier, frozen.second.probe)
+            second_tokens = frozen.second.probe.candidate_.tokens
+            second_logits = apply(self.model.distillation_classifier, second_tokens)
             logits = self.model.combine_heads(logits, second_logits)
         outputs = replace(features, values=logits.cpu().numpy())
-        predictions = build_predictions(self.label_space, outputs)
+        predictions = build_predictions(frozen.labels, outputs)
         predictions.metrics["num_unreadable_images"] = features.num_unreadable
         return predictions
 
-    def predict_out_of_fold(self, frozen: FrozenModel) -> Predictions:
-        """Predict the training images with classifiers that were not fitted to them.
-
-        The accuracy is corrected for the choice among the candidates.
-        """
-        estimate = frozen.estimate
-        assert estimate is not None, "there are folds"
-        own = frozen.probe.out_of_fold_ if frozen.second is None else frozen.second.out_of_fold
-        num_labels = self.model.config.num_labels
-        probabilities = expand_rows(own.T, frozen.probe.classes_, num_labels).T  # [N, L]
-        known = np.flatnonzero(np.isfinite(probabilities).all(axis=1))
-        features = frozen.features.take(known)
-        # Logarithms of the probabilities are logits: softmax gives the same probabilities back.
-        logits = to_logits(probabilities[known], features.labels).astype(np.float32)
-        predictions = build_predictions(self.label_space, replace(features, values=logits))
-        predictions.metrics.update(round_floats(estimate.to_metrics()))
-        predictions.metrics["num_unreadable_images"] = frozen.features.num_unreadable
-        return predictions
-
-    def choose(self, features: Features) -> LinearProbe:
-        """Choose and fit the classifier, by cross-validation."""
+    def choose(self, features: Features) -> dict[str, LinearProbe]:
+        """Choose and fit the classifier of each task, by cross-validation."""
+        chosen = {}
         # The matrices are small: with more threads, the fits take more time in total.
         with report_work("cross-validation"), threadpool_limits(limits=1):
-            tokens, _ = split_kinds(features.get_tokens())
-            return LinearProbe(self.layers, self.pooling, self.class_weight).fit(
-                tokens, features.labels, features.groups
-            )
+            for task, own in self.split_tasks(features).items():
+                tokens, _ = split_kinds(own.get_tokens())
+                probe = LinearProbe(self.layers, self.pooling, self.class_weight)
+                chosen[task] = probe.fit(tokens, own.labels, own.groups)
+        return chosen
 
     def compare_class_weights(self, frozen: FrozenModel) -> str | None:
         """Say what weights of the classes change, from cross-validation; None without folds."""
@@ -319,24 +360,29 @@ class Probe:
         plain, weighted = (other, own) if own.is_balanced else (own, other)
         return describe_class_weights(plain, weighted, images.labels, self.label_space.names)
 
-    def fit_heads(self, features: Features) -> tuple[LinearProbe, DistillationHead | None]:
-        """Choose and fit the classifier, and then the distillation head, if the model has one."""
+    def fit_heads(
+        self, features: Features
+    ) -> tuple[dict[str, LinearProbe], DistillationHead | None]:
+        """Choose and fit the classifiers, and then the distillation head, if the model has one."""
         chosen = self.choose(features)
         _, tokens = split_kinds(features.get_tokens())
         if not tokens:
             return chosen, None
         with threadpool_limits(limits=1):
-            return chosen, DistillationHead.fit(tokens, chosen, features.labels, features.groups)
+            head = DistillationHead.fit(tokens, chosen[""], features.labels, features.groups)
+        return chosen, head
 
     def refit(
-        self, chosen: LinearProbe, second: DistillationHead | None, features: Features
-    ) -> tuple[LinearProbe, DistillationHead | None]:
+        self, chosen: dict[str, LinearProbe], second: DistillationHead | None, features: Features
+    ) -> tuple[dict[str, LinearProbe], DistillationHead | None]:
         """Fit the chosen classifiers to all features."""
         with report_work("fitting the classifier"):
-            tokens, distillation_tokens = split_kinds(features.get_tokens())
-            if second is not None:
-                second = second.refit(distillation_tokens, features.labels)
-            return chosen.refit(tokens, features.labels), second
+            for task, own in self.split_tasks(features).items():
+                tokens, distillation_tokens = split_kinds(own.get_tokens())
+                chosen[task].refit(tokens, own.labels)
+                if second is not None:
+                    second = second.refit(distillation_tokens, own.labels)
+            return chosen, second
 
     # Geometry -------------------------------------------------------------------------------------
 
@@ -366,10 +412,10 @@ class Probe:
         squashed = self.compute_features(images, own.layout, ignore_message, compared)
 
         part = own.take(np.isin(own.indices, squashed.indices))
-        losses = {
-            resize: run_on_main(partial(self.choose, features)).losses_
-            for resize, features in ((own_resize, part), (SQUASH, squashed))
-        }
+        losses = {}
+        for resize, features in ((own_resize, part), (SQUASH, squashed)):
+            chosen = run_on_main(partial(self.choose, features))
+            losses[resize] = np.concatenate([each.losses_ for each in chosen.values()])
         # Of the same images, so their differences have the error. Too few images for folds have none.
         differences = losses[own_resize] - losses[SQUASH]
         differences = differences[np.isfinite(differences)]
@@ -401,39 +447,62 @@ class Probe:
             self.model.config.distillation_inference = record["distillation_inference"]
 
     def set_pooling(self, candidate: Candidate) -> None:
-        """Give the model a pooler and a classifier that read the tokens of a candidate."""
+        """Give the model a pooler and classifiers that read the tokens of a candidate."""
         config = self.model.config
         if candidate.pooling != OWN_POOLING:
             config.pooling = candidate.pooling
             config.pooled_layers = None if candidate.layers == (-1,) else list(candidate.layers)
+        # Classifiers of several tasks pool their own CLS tokens.
+        if candidate.pooling != OWN_POOLING and not config.tasks:
             self.model.vitcls.pooler = build_pooler(config)
-        # The width of the classifier depends on the layers and tokens that the new pooler returns.
+        # The width of a classifier depends on the layers and tokens that it reads.
         self.model.build_classifiers()
         self.model.to(PartialState().device)
 
-    def set_frozen(self, frozen: FrozenModel) -> None:
+    def set_frozen(self, frozen: dict[str, FrozenModel]) -> None:
         """Make the model the frozen one: with its heads, class statistics and threshold."""
-        probe = frozen.probe
+        self.set_heads(frozen)
         config = self.model.config
-        if probe.statistics_ is not None:
+        probe = frozen[""].probe if "" in frozen else None
+        if probe is not None and probe.statistics_ is not None:
             # A label without training images keeps its place, so the rows stay aligned with the
             # classifier.
             probe.statistics_.expand(probe.classes_, config.num_labels).set_in_model(self.model)
             config.distance_threshold = probe.distance_threshold_
-        self.set_heads(frozen)
 
-    def set_heads(self, frozen: FrozenModel) -> None:
+    def set_heads(self, frozen: dict[str, FrozenModel]) -> None:
         """Set the weights of the heads, and which of them the model returns."""
-        copy_weights(frozen.probe, self.model.classifier)
-        if frozen.second is not None:
-            copy_weights(frozen.second.probe, self.model.distillation_classifier)
-            self.model.config.distillation_inference = frozen.second.inference
+        for task, each in frozen.items():
+            copy_weights(each.probe, self.get_head(task), each.tokens)
+            if each.second is not None:
+                second = each.second.probe
+                copy_weights(second, self.model.distillation_classifier, second.candidate_.tokens)
+                self.model.config.distillation_inference = each.second.inference
+
+    def get_head(self, task: str) -> nn.Linear:
+        """Get the classifier of a task, or the only one."""
+        head: nn.Linear = self.model.classifiers[f"task_{task}"] if task else self.model.classifier
+        return head
+
+
+def join_candidates(candidates: Sequence[Candidate]) -> Candidate:
+    """Find what a model reads for the candidates of all its tasks."""
+    if len(candidates) == 1:
+        return candidates[0]
+    layers = max((each.layers for each in candidates), key=len)
+    reads_patches = any(each.pooling != "cls" for each in candidates)
+    return Candidate(layers, "cls_mean" if reads_patches else "cls")
 
 
 @torch.no_grad()
-def copy_weights(probe: LinearProbe, head: nn.Linear) -> None:
-    """Copy the calibrated weights of a probe into a head of the model."""
+def copy_weights(probe: LinearProbe, head: nn.Linear, tokens: Sequence[Token]) -> None:
+    """Copy the calibrated weights of a probe into a head of the model that reads some tokens."""
     weight, bias = build_linear(probe, head.out_features)
+    read = probe.candidate_.tokens
+    if read != tokens:
+        blocks = dict(zip(read, np.split(weight, len(read), axis=1), strict=True))
+        zeros = np.zeros_like(blocks[read[0]])
+        weight = np.concatenate([blocks.get(token, zeros) for token in tokens], axis=1)
     head.weight.copy_(torch.from_numpy(weight))
     head.bias.copy_(torch.from_numpy(bias))
 
@@ -507,12 +576,20 @@ def describe_probe(record: dict[str, Any]) -> str:
 
 def describe_frozen(record: dict[str, Any]) -> dict[str, str | None]:
     """Say what was chosen for a frozen model: its geometry and its classifiers."""
+    records = record.get("tasks", {"": record})
+    chosen = join_texts({task: describe_probe(each) for task, each in records.items()})
     heads = None
     if "distillation_inference" in record:
         heads = describe_inference(
             record["distillation_inference"], record["distillation_losses"], "out of fold"
         )
-    return {"resize": describe_geometry(record), "frozen": describe_probe(record), "heads": heads}
+    return {"resize": describe_geometry(record), "frozen": chosen, "heads": heads}
+
+
+def join_texts(texts: Mapping[str, str]) -> str:
+    """Join the texts of tasks as lines below one another; the text of the only one is as it is."""
+    lines = [f"{task}: {text}" if task else text for task, text in texts.items()]
+    return f"\n{'':10}".join(lines)
 
 
 def describe_class_weights(

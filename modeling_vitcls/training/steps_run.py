@@ -12,7 +12,7 @@ from ..data.batches import Batch, TrainingImages, iterate_training_batches
 from ..data.images import UnreadableImageCounter
 from ..data.splits import TrainingData
 from ..data.workers import explain_worker_errors
-from ..inference.metrics import SELECTION_METRICS
+from ..inference.metrics import SELECTION_METRICS, compute_mean
 from ..runtime.distributed import configure_layer_sharding, run_on_main
 from ..runtime.errors import stop_on_errors
 from .calibration import calibrate, select_error_metrics
@@ -21,7 +21,7 @@ from .class_statistics_of_runs import store_statistics
 from .distributed_state import reshard, scatter_model
 from .loop import Evaluate, TrainingLoop, TrainingState, build_batch_plan, describe_batches
 from .optimizer import average_with_start, build_parameter_groups
-from .outcome import Outcome, list_measurements
+from .outcome import Outcome, divide_metrics, list_measurements
 from .plan import RunPlan
 from .probe import MAX_PROBE_IMAGES, FrozenModel, Probe, describe_frozen, ignore_message
 from .reporter import Reporter
@@ -101,8 +101,8 @@ def run_steps(
     # After the measurement, which a distance to the classes would only slow down.
     if options.select == "last" and not isinstance(model, FSDPModule):
         store_statistics(setup, data)
-    if frozen is not None and predictions is not None:
-        nearest_images = frozen.find_nearest_images(predictions.list_wrong())
+    if frozen and predictions is not None:
+        nearest_images = frozen[""].find_nearest_images(predictions.list_wrong())
 
     seconds = loop.get_training_seconds()
     results: dict[str, Any] = {
@@ -124,7 +124,9 @@ def run_steps(
         results["average_with_start"] = plan.averaging
     return Outcome(
         measured=list_measurements(
-            metrics, setup.result_metrics, data.label_space, seen_by_encoder=num_seen
+            divide_metrics(metrics, data.label_space),
+            setup.result_metrics,
+            seen_by_encoder=num_seen,
         ),
         metrics=metrics,
         split=data.held_out_name,
@@ -144,27 +146,30 @@ def run_steps(
 
 def start_from_probe(
     probe: Probe | None, data: TrainingData, checkpoint: Checkpoint | None, reporter: Reporter
-) -> tuple[FrozenModel | None, dict[str, Any] | None]:
-    """Start from the frozen model, and return it with the record of what was chosen.
+) -> tuple[dict[str, FrozenModel], dict[str, Any] | None]:
+    """Start from the frozen model, and return it by task, with the record of what was chosen.
 
-    A resumed run has no frozen model, only the record. Without a probe, both are None.
+    A resumed run has no frozen model, only the record. Without a probe, there is neither.
     """
     if probe is None:
-        return None, None
+        return {}, None
     if checkpoint is not None:
         # Choosing again would cost a pass over the images, and the model has moved on since. The
         # weights come from the checkpoint.
         record = checkpoint.metadata["probe"]
         probe.restore(record)
-        return None, record
+        return {}, record
     # The steps report the unreadable images.
-    frozen = probe.fit([data.train], data.held_out, ignore_message, MAX_PROBE_IMAGES)
+    frozen, record = probe.fit([data.train], data.held_out, ignore_message, MAX_PROBE_IMAGES)
     probe.set_heads(frozen)
-    record = frozen.record
-    if frozen.held_out is not None:
-        metric = SELECTION_METRICS[data.label_space.kind]
-        start = probe.predict(frozen, frozen.held_out).metrics
-        record = record | {f"held_out_{metric}": start[metric]}
+    metric = SELECTION_METRICS[data.label_space.kind]
+    starts = [
+        probe.predict_held_out(task, each).metrics[metric]
+        for task, each in frozen.items()
+        if each.held_out is not None
+    ]
+    if starts:
+        record[f"held_out_{metric}"] = compute_mean(starts)
     reporter.print_lines(describe_frozen(record))
     return frozen, record
 

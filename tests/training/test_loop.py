@@ -334,12 +334,12 @@ def test_multi_task_loss_ignores_missing_labels() -> None:
     config = ViTCLSConfig(**TINY.get_config_values(), num_cls_tokens=2, tasks={"age": 3, "kind": 2})
     torch.manual_seed(0)
     model = ViTCLSForMultiTaskClassification(config)
-    labels = {"age": torch.tensor([0, -100]), "kind": torch.tensor([-100, -100])}
+    labels = torch.tensor([[0, -100], [-100, -100]])
     normalise = lambda pixels: pixels / 255  # noqa: E731
     batch = {"pixels": torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8), "labels": labels}
     objective = LabelObjective(normalise, partial(compute_multi_task_loss, label_smoothing=0.0))  # type: ignore[arg-type]
     loss = objective(model, batch)["loss"]
-    outputs = model(normalise(batch["pixels"]), labels=labels)
+    outputs = model(normalise(batch["pixels"]), labels={"age": labels[:, 0], "kind": labels[:, 1]})
     expected = torch.nn.functional.cross_entropy(outputs.logits["age"][:1], torch.tensor([0]))
     torch.testing.assert_close(loss, expected / 2)
     # the mean over the labeled images, as in Trainer
@@ -348,7 +348,8 @@ def test_multi_task_loss_ignores_missing_labels() -> None:
     # DDP waits for the gradients of all parameters
     assert all(parameter.grad is not None for parameter in model.parameters())
     complete = {"age": torch.tensor([0, 2]), "kind": torch.tensor([1, 0])}
-    loss = objective(model, batch | {"labels": complete})["loss"]
+    table = torch.stack(list(complete.values()), dim=1)
+    loss = objective(model, batch | {"labels": table})["loss"]
 
     torch.testing.assert_close(loss, model(normalise(batch["pixels"]), labels=complete).loss)
 
