@@ -242,10 +242,12 @@ def describe_faults(
     """Write one sentence per identical token, and per token that training did not move."""
     names = get_token_names(use.config)
     *used_layers, _ = use.num_layers
+    # CLS tokens of tasks start as twins, and each has a classifier of its own.
+    identical = {} if use.config.tasks else find_identical_tokens(states, used_layers)
     return [
         *(
             f"{names[index]}: identical to {names[other]} after layer {layer}"
-            for index, (other, layer) in find_identical_tokens(states, used_layers).items()
+            for index, (other, layer) in identical.items()
         ),
         *(f"{names[index]}: not moved by training, which moved others" for index in unmoved),
     ]

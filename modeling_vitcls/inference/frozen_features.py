@@ -7,7 +7,7 @@ classifier of them is the model's classifier.
 """
 
 import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -62,13 +62,6 @@ class FeatureLayout:
         plain_config.pooled_activation = None
         return cls.from_config(plain_config, num_layers)
 
-    @classmethod
-    def for_tasks(cls, config: ViTCLSConfig, num_layers: int) -> "FeatureLayout":
-        """Build the layout of the last `num_layers` for several tasks: "cls_0" is CLS of the first."""
-        kinds = [*(f"cls_{index}" for index in range(config.num_cls_tokens)), "mean"]
-        num_layers = min(num_layers, config.num_hidden_layers)
-        return cls(num_layers, dict.fromkeys(kinds, config.hidden_size))
-
     def split(self, values: np.ndarray) -> dict[Token, np.ndarray]:
         """Divide features [N, all] into the features [N, D] of each token.
 
@@ -96,21 +89,12 @@ def pool_layers(encoder: Any, outputs: Any, layout: FeatureLayout) -> torch.Tens
             return build_pooler(encoder.config)(outputs.last_hidden_state).float()
         return outputs.pooler_output.float()
 
-    poolers = [build_token_pooler(encoder.config, kind) for kind in layout.widths]
+    poolers = [TokenPooler(encoder.config, kind) for kind in layout.widths]
     parts = []
     for states in outputs.hidden_states[-layout.num_layers :]:
         normalized = encoder.normalize(states)  # [B, N, D]
         parts += [pooler(normalized).float() for pooler in poolers]
     return torch.cat(parts, dim=1)
-
-
-def build_token_pooler(config: ViTCLSConfig, kind: str) -> TokenPooler:
-    """Build the pooler of a kind of tokens in a layout."""
-    pooling, _, index = kind.partition("_")
-    pooler = TokenPooler(config, pooling)
-    if index:
-        pooler.cls_tokens = slice(int(index), int(index) + 1)
-    return pooler
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,16 +106,6 @@ class Features(ImageOutputs):
     def get_tokens(self) -> dict[Token, np.ndarray]:
         """Select the features [N, D] of each token, in the order of a classifier's weights."""
         return self.layout.split(self.values)
-
-    def select_task(self, index: int) -> "Features":
-        """Select what one of several tasks needs: its CLS token, and the images with its label."""
-        tokens = self.get_tokens()
-        width = self.layout.widths["mean"]
-        layout = FeatureLayout(self.layout.num_layers, {"cls": width, "mean": width})
-        own = [tokens[token] for token in tokens if token[1] in (f"cls_{index}", "mean")]
-        values = np.concatenate(own, axis=1)
-        labels = self.labels[:, index]
-        return replace(self, layout=layout, values=values, labels=labels).take(labels >= 0)
 
 
 class FrozenPass(ImagePass):

@@ -90,9 +90,9 @@ def build_model(
     the image processor.
     """
     if label_space.kind == "multi_task":
-        num_tasks = len(label_space.columns)
-        # The mean of CLS tokens makes new ones twins.
-        config_values = {"num_cls_tokens": num_tasks, "cls_pooling": "mean"} | config_values
+        config_values = {"num_cls_tokens": len(label_space.columns)} | config_values
+        # New tokens of a mean are twins of the others.
+        config_values |= {"cls_pooling": "mean"}
 
     if initial.folder is None:
         config = ViTCLSConfig.from_preset(

@@ -44,8 +44,6 @@ from ..inference.linear_probe import (
     Candidate,
     LinearProbe,
     describe_candidate,
-    encode_labels,
-    find_strata,
     stack_tokens,
     to_logits,
 )
@@ -201,6 +199,22 @@ class Probe:
         indices = config.resolve_layers(self.pooled_layers)
         return tuple(index - config.num_hidden_layers - 1 for index in indices)
 
+    @property
+    def read_pooling(self) -> str | None:
+        """The pooling of the user, but only the patches if tasks have trained their CLS tokens apart.
+
+        The features contain the mean of the CLS tokens, which is each of them while they are twins.
+        """
+        if not self.model.config.tasks:
+            return self.pooling
+        embeddings = self.model.vitcls.embeddings
+        tokens = embeddings.cls_token
+        positions = embeddings.position_embeddings
+        if getattr(positions, "cls", None) is not None:
+            tokens = tokens + positions.cls
+        are_twins = torch.allclose(tokens, tokens[:, :1], atol=1e-6)
+        return self.pooling if are_twins else "mean"
+
     def fit(
         self,
         parts: Sequence[LabeledImages],
@@ -224,7 +238,9 @@ class Probe:
         # Four layers in any case: the class statistics are of these, whatever the classifier reads.
         num_layers = max(NUM_LAST_LAYERS, *(-layer for layer in self.layers or (-1,)))
         layout = self.build_layout(num_layers)
-        first, rest = sample_parts(self.find_classes(train), max_images)
+        labels: Any = self.label_space.collate(train.labels)
+        classes = np.unique(labels.numpy(), axis=0, return_inverse=True)[1].ravel()
+        first, rest = sample_parts(classes, max_images)
         features = self.compute_features(train, layout, warn, first)
         comparison = None
         # The geometry is settled first, on a part of the images: all features depend on it, and to
@@ -258,12 +274,15 @@ class Probe:
         frozen = {}
         records = {}
         for task, own in self.split_tasks(features).items():
-            probe = chosen[task]
-            labels = self.label_space.tasks[task]
+            records[task] = build_probe_record(chosen[task], len(own.labels))
             frozen[task] = FrozenModel(
-                probe, read.tokens, labels, own, held_out_parts.get(task), second
+                probe=chosen[task],
+                tokens=read.tokens,
+                labels=self.label_space.tasks[task],
+                features=own,
+                held_out=held_out_parts.get(task),
+                second=second,
             )
-            records[task] = build_probe_record(probe, len(own.labels))
         # The only task is the record itself.
         all_tasks: dict[str, Any] = {"layers": list(read.layers), "pooling": read.pooling}
         record = records.get("", all_tasks | {"tasks": records})
@@ -279,24 +298,20 @@ class Probe:
     def build_layout(self, num_layers: int) -> FeatureLayout:
         """Build the layout of the features for the heads of the model."""
         config = self.model.config
-        if config.tasks:
-            return FeatureLayout.for_tasks(config, num_layers)
+        if config.tasks:  # They have no pooler
+            return FeatureLayout.for_extra_heads(config, num_layers)
         has_second_head = self.model.distillation_classifier is not None
         return FeatureLayout.from_config(config, num_layers, has_second_head)
 
-    def find_classes(self, images: LabeledImages) -> np.ndarray:
-        """Find the class [N] of each image, of which the choice has two; of tasks, all labels."""
-        labels = self.label_space.collate(images.labels).numpy()
-        if self.model.config.tasks:
-            return np.unique(labels, axis=0, return_inverse=True)[1].ravel()
-        return find_strata(encode_labels(labels)[1])
-
     def split_tasks(self, features: Features) -> dict[str, Features]:
-        """Divide features into those of each task."""
+        """Divide features into those of the images that have a label of a task, for each task."""
         if not self.model.config.tasks:
             return {"": features}
-        tasks = enumerate(self.label_space.tasks)
-        return {task: features.select_task(index) for index, task in tasks}
+        parts = {}
+        for index, task in enumerate(self.label_space.tasks):
+            labels = features.labels[:, index]
+            parts[task] = replace(features, labels=labels).take(labels >= 0)
+        return parts
 
     def compute_features(
         self,
@@ -340,7 +355,7 @@ class Probe:
         with report_work("cross-validation"), threadpool_limits(limits=1):
             for task, own in self.split_tasks(features).items():
                 tokens, _ = split_kinds(own.get_tokens())
-                probe = LinearProbe(self.layers, self.pooling, self.class_weight)
+                probe = LinearProbe(self.layers, self.read_pooling, self.class_weight)
                 chosen[task] = probe.fit(tokens, own.labels, own.groups)
         return chosen
 
@@ -589,7 +604,7 @@ def describe_frozen(record: dict[str, Any]) -> dict[str, str | None]:
 def join_texts(texts: Mapping[str, str]) -> str:
     """Join the texts of tasks as lines below one another; the text of the only one is as it is."""
     lines = [f"{task}: {text}" if task else text for task, text in texts.items()]
-    return f"\n{'':10}".join(lines)
+    return "\n".join(lines)
 
 
 def describe_class_weights(

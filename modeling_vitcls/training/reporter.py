@@ -49,8 +49,10 @@ class Reporter:
 
     def print_line(self, name: str, text: str) -> None:
         """Print one line of the summary."""
+        # The lines of several tasks are below one another.
+        aligned = spell_flags(text).replace("\n", f"\n{'':10}")
         # Names of classes and folders may contain brackets, which rich would take for styles.
-        self.console.print(f"{name:<9} {spell_flags(text)}", markup=False)
+        self.console.print(f"{name:<9} {aligned}", markup=False)
 
     def print_lines(self, lines: Mapping[str, str | None]) -> None:
         """Print the lines that have a text."""

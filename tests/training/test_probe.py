@@ -26,6 +26,7 @@ from transformers.image_utils import SizeDict
 
 from modeling_vitcls import (
     ViTCLSForImageClassification,
+    ViTCLSForMultiTaskClassification,
     ViTCLSImageProcessor,
     ViTCLSModel,
     predict,
@@ -449,16 +450,25 @@ def test_the_own_geometry_that_wins_is_saved_as_it_was(encoder: Path, tmp_path: 
 
 @pytest.fixture(scope="module")
 def tagged_digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return tables of digits with tags: 100 images that train, and 100 others."""
+    """Return tables of digits with tags and tasks: 100 images that train, and 100 others.
+
+    Each task has some empty cells.
+    """
     folder = tmp_path_factory.mktemp("tags")
     digits = load_digits()
     save_images(folder / "images", 15 * digits.images[:200])
     rows = [
-        (f"images/{index}.png", "|".join(name for name, has in TAGS.items() if has(digit)))
+        (
+            f"images/{index}.png",
+            "|".join(name for name, has in TAGS.items() if has(digit)),
+            f"digit {digit}" if index % 5 else "",
+            ("even", "odd")[digit % 2] if index % 7 else "",
+        )
         for index, digit in enumerate(digits.target[:200])
     ]
     for name, part in (("train", rows[:100]), ("others", rows[100:])):
-        pd.DataFrame(part, columns=["image", "tags"]).to_csv(folder / f"{name}.csv", index=False)
+        table = pd.DataFrame(part, columns=["image", "tags", "number", "half"])
+        table.to_csv(folder / f"{name}.csv", index=False)
     return folder
 
 
@@ -492,10 +502,37 @@ def test_several_labels_train_a_frozen_model_and_are_cross_validated(
     assert set(rows[0]["labels"]) == {"digit", "even", "round", "zero"}
 
 
-def test_steps_on_several_labels_end_at_the_mean_with_the_frozen_start(
-    encoder: Path, tagged_digits: Path, tmp_path: Path
+def test_each_task_has_the_classifier_and_the_result_of_a_run_on_its_column_alone(
+    encoder: Path, tagged_digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    results = run_training(build_tag_options(tmp_path / "run", encoder, tagged_digits, epochs=1))
+    tasks = ("half", "number")
+    options = build_tag_options(tmp_path / "run", encoder, tagged_digits, label_column=tasks)
+    results = run_training(options)
+    assert (results["steps"], results["split"]) == (0, "cross-validation")
+    assert results["num_images"] == 100
+    assert "half accuracy" in capsys.readouterr().out
+    model = ViTCLSForMultiTaskClassification.from_pretrained(tmp_path / "run").eval()
+    images = [Image.open(file) for file in sorted((tagged_digits / "images").iterdir())]
+    found = model(process(tmp_path / "run", images)).logits
+    for task in tasks:
+        run = tmp_path / task
+        flags = {"label_column": (task,)}
+        alone = run_training(build_tag_options(run, encoder, tagged_digits, **flags))
+        assert results[f"{task}_num_images"] == alone["num_images"] < 100
+        interval = results[f"{task}_accuracy_interval"]
+        assert interval == pytest.approx(alone["accuracy_interval"], abs=1e-3)
+        expected = softmax(compute_logits(run, images), axis=1)
+        np.testing.assert_allclose(found[task].softmax(1).detach(), expected, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("columns", "metric"),
+    [(("tags",), "mean_average_precision"), (("number", "half"), "accuracy")],
+)
+def test_steps_on_several_labels_end_at_the_mean_with_the_frozen_start(
+    encoder: Path, tagged_digits: Path, tmp_path: Path, columns: tuple[str, ...], metric: str
+) -> None:
+    flags = {"epochs": 1, "label_column": columns}
+    results = run_training(build_tag_options(tmp_path / "run", encoder, tagged_digits, **flags))
     assert results["average_with_start"] == 0.5
-    start = results["frozen"]["held_out_mean_average_precision"]
-    assert results["mean_average_precision"] > start - 0.05
+    assert results[metric] > results["frozen"][f"held_out_{metric}"] - 0.05
