@@ -115,8 +115,7 @@ def describe_result(outcome: Outcome) -> str:
             "not evaluated, because no image was held out. Set `held_out_fraction`, such as 0.2 (with "
             "few images per class, the default is 0)"
         )
-    text = "
-".join(map(str, outcome.measured))
+    text = "\n".join(map(str, outcome.measured))
     if outcome.measured[0].num_folds:
         text += ". The saved model was fitted to all of them"
     return text
