@@ -88,7 +88,7 @@ def write_page(
         photos: photos to show.
         source: description of the images.
         commit: Hub commit of the model, if it is from the Hub.
-        predictions: headline, wrong images and calibration
+        predictions: headline, metrics of unequal classes, wrong images and calibration
             (publishing/wrong_photos.py).
         class_tables: rows of each table of classes, by title (inference/metric_tables.py).
 

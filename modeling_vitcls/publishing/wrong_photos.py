@@ -24,6 +24,8 @@ from ..hub.model_files import PREDICTIONS_FILE
 from ..hub.model_folder import ModelFolder
 from ..inference.per_image import read_weights_hash
 from ..runtime.errors import warn_on_first_process
+from ..training.outcome import list_measurements
+from ..training.run_results import describe_classes
 
 
 MIN_CONFIDENT = 0.9  # A wrong prediction above this probability is a confident one
@@ -98,13 +100,17 @@ def choose_photos(rows: Any, photos: Photos, count: int) -> ChosenPhotos:
 def summarize_predictions(folder: ModelFolder, rows: Any) -> dict[str, Any]:
     """Summarize the rows of `read_predictions` for the card and the report."""
     wrong = rows[rows["label"] != rows["prediction"]]
-    sentence = f"{1 - len(wrong) / len(rows):.1%}".replace(".0%", "%")
-    sentence += f" of {len(rows):,} held-out images are right"
-    is_cross_validated = folder.results.get("split") == "cross-validation"
-    if is_cross_validated:
-        # These rows also chose the classifier, so their accuracy is too high. The results have a
-        # corrected one.
-        sentence = f"About {folder.results['accuracy']:.1%} of new images are right"
+    # These rows also chose a frozen classifier, so their accuracy is too high. The results have a
+    # corrected one.
+    results = folder.results
+    num_seen = results.get("num_images_of_encoder", 0)
+    (result,) = list_measurements({"": results}, ("accuracy",), seen_by_encoder=num_seen)
+    is_cross_validated = results.get("split") == "cross-validation"
+    images = "in cross-validation" if is_cross_validated else f"on {len(rows):,} held-out images"
+    sentence = f"{result.format_value().capitalize()} {images}"
+    shares = rows["label"].value_counts(normalize=True)
+    if result.value <= round(shares.iloc[0], 6):
+        sentence += f", no better than always saying {shares.index[0]}: {shares.iloc[0]:.0%}"
 
     confusions = wrong.value_counts(["label", "prediction"])
     if len(confusions) and confusions.iloc[0] > 1:
@@ -116,6 +122,7 @@ def summarize_predictions(folder: ModelFolder, rows: Any) -> dict[str, Any]:
         )
     return {
         "headline": sentence,
+        "classes": describe_classes(results, shares.iloc[0] / shares.iloc[-1]),
         "is_cross_validated": is_cross_validated,
         "images_name": "Training images, each predicted by a classifier of other images"
         if is_cross_validated
@@ -124,7 +131,7 @@ def summarize_predictions(folder: ModelFolder, rows: Any) -> dict[str, Any]:
         "num_wrong": len(wrong),
         "num_confident_errors": int((wrong["confidence"] > MIN_CONFIDENT).sum()),
         "min_confident": MIN_CONFIDENT,
-        "calibration": folder.results.get("calibration"),
+        "calibration": results.get("calibration"),
     }
 
 

@@ -23,6 +23,8 @@ from .run_inputs import RunInputs
 from .summary import count_parameters, count_tokens
 
 
+# Of the study of fine-tuning, which had one label per image
+MIN_STUDY_CLASS_SIZE = 20
 # Flags that the command for the other kind of run leaves out
 FLAGS_OF_KINDS = {
     *STEP_FLAGS,
@@ -87,8 +89,9 @@ def print_result(
         seconds = plan.fine_tuning_seconds
         duration = "" if seconds is None else f", about {format_minutes(seconds)}"
         command = build_command(asked, "fine-tuned", epochs=int(FINE_TUNING_EPOCHS))
-        # The study had one label per image.
-        gain = ", gained 1.3 points on average of 15 runs" if "accuracy" in outcome.metrics else ""
+        gain = ""
+        if data.train.min_class_size >= MIN_STUDY_CLASS_SIZE:
+            gain = ", gained 1.3 points on average of 15 runs"
         steps_text = (
             "not fine-tuned: the encoder is frozen. Five epochs of all layers"
             f"{duration}{gain}: {command}"

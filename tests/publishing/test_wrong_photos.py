@@ -61,11 +61,23 @@ def build_data(held_out: LabeledImages, train: LabeledImages = NO_IMAGES) -> Tra
     )
 
 
-def test_the_most_frequent_confusion_is_named(folder: Path) -> None:
-    rows = read_predictions(ModelFolder(folder)).head(4)
-    rows = rows.assign(label=["dusk", "dusk", "dusk", "x"], prediction=["x", "x", "dusk", "dusk"])
-    headline = summarize_predictions(ModelFolder(folder), rows)["headline"]
-    assert headline == "25% of 4 held-out images are right; dusk is most often taken for x (2 of 3)"
+def test_the_headline_says_what_the_result_of_a_rare_class_is_worth(folder: Path) -> None:
+    classes = [
+        {"name": "dusk", "images": 20, "recall": 1.0},
+        {"name": "x", "images": 3, "recall": 0.0},
+    ]
+    results = {"split": "cross-validation", "accuracy": 0.869565, "num_images": 23}
+    results |= {"accuracy_interval": [0.678, 0.955], "per_class": classes}
+    write_results(folder, results | {"balanced_accuracy": 0.5, "macro_f1": 0.465})
+    rows = read_predictions(ModelFolder(folder)).head(23)
+    rows = rows.assign(label=["dusk"] * 20 + ["x"] * 3, prediction="dusk")
+    summary = summarize_predictions(ModelFolder(folder), rows)
+    assert summary["headline"] == (
+        "20 of 23 right (95%: 68 to 96%) in cross-validation, no better than always saying dusk: "
+        "87%; x is most often taken for dusk (3 of 3)"
+    )
+    assert "balanced accuracy 50.0%" in summary["classes"]
+    assert "lowest recall 0.0% (x)" in summary["classes"]
 
 
 def test_the_wrong_images_with_the_largest_losses_come_first(folder: Path) -> None:
