@@ -18,6 +18,7 @@ from rich.table import Table
 
 from ..conversion.open_model import open_model
 from ..data.evaluation_data import load_evaluation_data
+from ..data.in_memory import get_title
 from ..data.label_matching import translate_labels
 from ..data.labels import check_is_classifier, check_threshold, get_label_space
 from ..data.sources import load_on_main
@@ -113,7 +114,7 @@ def evaluate_checkpoint(options: EvaluateOptions) -> dict[str, Any]:
         "model": options.model,
         **({} if options.task is None else {"task": options.task}),
         **({} if options.threshold is None else {"threshold": options.threshold}),
-        "dataset": options.dataset,
+        "dataset": get_title(options.dataset),
         "split": data.split,
         "num_left_out_images": data.num_left_out,
         "images_per_second": round(metrics["num_images"] / seconds, 1),

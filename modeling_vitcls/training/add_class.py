@@ -12,6 +12,7 @@ from sklearn.model_selection import StratifiedKFold
 
 from ..data.cells import normalize_name, warn_about_similar_classes
 from ..data.images import LabeledImages
+from ..data.in_memory import get_title
 from ..data.label_matching import translate_labels
 from ..data.labels import LabelSpace, OneLabel, get_label_space
 from ..data.sources import Splits, load_splits
@@ -69,7 +70,7 @@ def add_class(options: AddClassOptions) -> tuple[dict[str, Any], dict[str, Any]]
             "labels": label_space.names[len(old_names) :],
             "num_new_images": len(features.labels),
             "reads": describe_tokens(statistics.tokens),
-            "dataset": strip_folders(options.dataset),
+            "dataset": strip_folders(get_title(options.dataset)),
         }
         is_right = cross_validate(statistics, features, len(label_space.names))
         if is_right is not None:

@@ -38,7 +38,7 @@ def add_task(options: AddTaskOptions) -> tuple[dict[str, Any], dict[str, Any]]:
     old = open_old_model(options)
     check_name(options.name, old.model.config)
     data = load_training_data(replace(options, held_out_fraction=options.held_out_fraction or 0.0))
-    check_has_one_label(data.label_space, options.dataset)
+    check_has_one_label(data.label_space, data.name)
 
     with create_output_folder(options.output_dir, "output_dir") as staging:
         # A classifier on CLS does not compute the patches of the last layer. A head on them would

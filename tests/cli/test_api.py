@@ -66,6 +66,7 @@ def test_data_in_memory_is_evaluated_on_its_held_out_images(
 
     evaluated = evaluate(folder, get_digits(), num_workers=0)
     assert evaluated["accuracy"] == results["accuracy"]
+    assert evaluated["dataset"] == results["dataset"]
     assert evaluated["mixed_precision"] == "no"
     seconds = evaluated["num_images"] / evaluated["images_per_second"]
     assert evaluated["seconds"] == pytest.approx(seconds, abs=0.006)  # the duration is rounded
