@@ -32,7 +32,7 @@ def print_summary(
     setup = inputs.setup
     reporter.print_lines(
         {
-            **describe_splits(data, plan.options.select == "best"),
+            **describe_splits(data),
             "resize": setup.resize,
             **inputs.images.facts,
             **describe_model(
@@ -57,7 +57,7 @@ def print_summary(
         )
 
 
-def describe_splits(data: TrainingData, needs_selection: bool) -> dict[str, str]:
+def describe_splits(data: TrainingData) -> dict[str, str]:
     """Say which images train, select and measure the model."""
     lines = {}
     if data.train_split in HELD_OUT_SPLITS:
@@ -72,11 +72,6 @@ def describe_splits(data: TrainingData, needs_selection: bool) -> dict[str, str]
         held_out = f"{len(data.held_out):,} held-out images ({data.held_out_name})"
     lines["data"] = f"{data.name}: {len(data.train):,} training images, {middle_text}{held_out}"
     lines["classes"] = describe_class_sizes(data)
-    if data.selection is not None and needs_selection:
-        lines["selection"] = (
-            f"the best checkpoint is selected on {len(data.selection):,} images that do not train "
-            f"({data.selection_name})"
-        )
     return lines
 
 

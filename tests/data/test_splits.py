@@ -156,5 +156,5 @@ def test_training_on_a_split_named_test_is_reported(
 ) -> None:
     write_photos(tmp_path / folder, range(20))
     run = prepare_setup(build_tiny_options(tmp_path / "out", tmp_path / "photos", epochs=1))
-    lines = describe_splits(run.data, needs_selection=False)
+    lines = describe_splits(run.data)
     assert ("'test'" in lines.get("split", "")) is is_reported
