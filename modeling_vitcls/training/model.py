@@ -146,8 +146,6 @@ def load_with_label_space(
             **config_values,
         )
     else:
-        if reads_patches_by_default(initial, config_values, label_space):
-            config_values = {"pooling": "cls_mean"} | config_values
         encoder, missing_weights = initial.folder.load_partly(
             ViTCLSModel,
             dtype=torch.float32,
@@ -176,26 +174,6 @@ def load_with_label_space(
         names = (name for name, _ in model.named_parameters())
         new_parameter_names |= {name for name in names if name.startswith("distillation_cl")}
     return model, new_parameter_names
-
-
-def reads_patches_by_default(
-    initial: InitialModel, config_values: dict[str, Any], label_space: LabelSpace
-) -> bool:
-    """Return whether a new classifier reads CLS and the mean of the patches by default.
-
-    It does for a pre-trained encoder that pools CLS without further weights, as in the linear
-    evaluation of DINOv2 (arXiv 2304.07193), and usually better than with CLS alone
-    (model_cards/studies/probe.md).
-    """
-    config = {**initial.config.to_dict(), **config_values}
-    return (
-        config["pooling"] == "cls"
-        and config["pooled_activation"] is None
-        and not config["pooled_norm"]
-        and not config["num_distillation_tokens"]
-        and label_space.kind == "single_label_classification"
-        and not initial.has_random_weights
-    )
 
 
 def has_labels(config: ViTCLSConfig, label_space: LabelSpace) -> bool:

@@ -66,30 +66,25 @@ def plan_run(inputs: RunInputs, accelerator: Accelerator, is_resumed: bool) -> R
         seconds = measure_step_seconds(setup.model, accelerator, FINE_TUNING_EPOCHS, num_images)
 
     wishes = [name for name in STEP_FLAGS if getattr(options, name, None) is not None]
+    trainable = getattr(options, "trainable", "full")
+    images_text = f"{num_images:,} images"
+    duration = "" if seconds is None else f"about {format_minutes(seconds)} on this CPU"
+    slow_text = (
+        f"{FINE_TUNING_EPOCHS:g} epochs would take {duration}, more than {MAX_STEP_SECONDS // 60}"
+    )
     # The first reason that applies decides: first what cannot be otherwise, then what the person
     # asked for, then what is better for this many images, and last what takes too long.
-    kind: Literal["frozen", "steps"] = "steps"
-    reason = f"{num_images:,} images"
-    if setup.probe is None:
-        reason = setup.missing_probe_reason
-    elif is_resumed:
-        reason = "a checkpoint is continued"
-    elif wishes:
-        reason = f"`{wishes[0]}` is set"
-    elif options.trainable == "head":
-        kind, reason = "frozen", "`trainable='head'` keeps the encoder"
-    elif options.trainable != "full":
-        reason = "`trainable` is set"
-    elif num_images < min_images:
-        kind, reason = "frozen", f"{reason}, fewer than {min_images:,}"
-    elif seconds is not None and seconds > MAX_STEP_SECONDS:
-        kind = "frozen"
-        reason = (
-            f"{FINE_TUNING_EPOCHS:g} epochs would take about {format_minutes(seconds)} on this "
-            f"CPU, more than {MAX_STEP_SECONDS // 60}"
-        )
-    elif seconds is not None:
-        reason = f"{reason}, about {format_minutes(seconds)} on this CPU"
+    reasons: list[tuple[bool, Literal["frozen", "steps"], str]] = [
+        (setup.probe is None, "steps", setup.missing_probe_reason),
+        (is_resumed, "steps", "a checkpoint is continued"),
+        (bool(wishes), "steps", f"`{next(iter(wishes), '')}` is set"),
+        (trainable == "head", "frozen", "`trainable='head'` keeps the encoder"),
+        (trainable != "full", "steps", "`trainable` is set"),
+        (num_images < min_images, "frozen", f"{images_text}, fewer than {min_images:,}"),
+        ((seconds or 0) > MAX_STEP_SECONDS, "frozen", slow_text),
+        (True, "steps", ", ".join(filter(None, [images_text, duration]))),
+    ]
+    kind, reason = next((kind, reason) for applies, kind, reason in reasons if applies)
 
     fraction = options.held_out_fraction
     if fraction is None:

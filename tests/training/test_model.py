@@ -124,34 +124,20 @@ def test_a_classifier_is_kept_only_for_the_same_labels(
     assert new_names == (set() if is_same else {"classifier.weight", "classifier.bias"})
     assert torch.equal(model.classifier.weight, saved.classifier.weight) is is_same
     assert model.config.problem_type == (stored_kind if is_same else build.kind)
-    assert model.config.pooling == ("cls_mean" if build is OneLabel and not is_same else "cls")
+    assert model.config.pooling == "cls"
     # They were fitted to the old classifier.
     assert model.config.distance_threshold is None
 
 
-@pytest.mark.parametrize(
-    ("stored", "flags", "expected"),
-    [
-        ({}, {}, "cls_mean"),
-        ({}, {"pooling": "cls"}, "cls"),
-        ({}, {"num_distillation_tokens": 1}, "cls"),
-        ({"pooled_norm": True}, {}, "cls"),
-        ({"pooled_activation": "tanh"}, {}, "cls"),
-        ({"pooling": "mean"}, {}, "mean"),
-    ],
-)
-def test_a_new_classifier_of_a_pretrained_encoder_reads_cls_and_the_patches(
-    stored: dict[str, Any],
-    flags: dict[str, Any],
-    expected: str,
-    tmp_path: Path,
+@pytest.mark.parametrize("stored", [{}, {"pooled_norm": True}, {"pooling": "mean"}])
+def test_a_new_classifier_keeps_the_pooling_of_the_encoder(
+    stored: dict[str, Any], tmp_path: Path
 ) -> None:
-    """Other poolers and distillation heads keep the pooling of the checkpoint."""
     encoder = ViTCLSModel(build_tiny_config(num_distillation_tokens=0, **stored))
     save_with_processor(encoder, tmp_path)
     labels = OneLabel({"label": ["ant", "bee"]})
-    model, _, _ = build_initial_model(ModelOptions(model=str(tmp_path), **flags), labels)
-    assert model.config.pooling == expected
+    model, _, _ = build_initial_model(ModelOptions(model=str(tmp_path)), labels)
+    assert model.config.pooling == encoder.config.pooling
     weights = model.vitcls.state_dict()
     assert all(torch.equal(weights[name], weight) for name, weight in encoder.state_dict().items())
 
