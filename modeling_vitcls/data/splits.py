@@ -25,7 +25,7 @@ from scipy.sparse.csgraph import connected_components
 from ..runtime.errors import format_name_list
 from .images import NO_CONTENT_KEY, LabeledImages
 from .in_memory import get_title
-from .labels import LabelSpace, OneLabel, SeveralLabels
+from .labels import LabelSpace, SeveralLabels
 from .options import DataOptions
 from .sampling import derive_seed, draw_numbers
 from .sources import Splits, load_splits
@@ -149,11 +149,14 @@ def load_undivided_images(
     choose = partial(choose_training_splits, reads_all)
     loaded = load_splits(options, use_labels, choose)
     labels = loaded.label_space
-    if use_labels and isinstance(labels, OneLabel) and len(labels.names) == 1:
-        raise ValueError(
-            f"a classifier requires two or more classes, but {get_title(options.dataset)} has the single class "
-            f"{labels.names[0]!r}. If this is a folder of classes, set `dataset` to it"
-        )
+    columns = {} if isinstance(labels, SeveralLabels) else labels.columns
+    for column, names in columns.items():
+        if len(names) < 2:
+            found = f"the single class {names[0]!r}" if names else "no labels"
+            raise ValueError(
+                f"a classifier requires two or more classes, but {get_title(options.dataset)} has "
+                f"{found} in {column!r}. If this is a folder of classes, set `dataset` to it"
+            )
     return replace(loaded, images_by_split=add_keys(loaded.images_by_split))
 
 

@@ -262,8 +262,8 @@ class MultiTaskMetrics:
 def merge_tasks(task_metrics: Mapping[str, MetricValues], num_images: int) -> MetricValues:
     """Merge the metrics of tasks, as `MultiTaskMetrics` describes them."""
     values = {
-        "accuracy": compute_mean([metrics["accuracy"] for metrics in task_metrics.values()]),
-        "loss": sum(metrics["loss"] or 0.0 for metrics in task_metrics.values()),
+        "accuracy": compute_mean([metrics.get("accuracy") for metrics in task_metrics.values()]),
+        "loss": sum(metrics.get("loss") or 0.0 for metrics in task_metrics.values()),
         "num_images": num_images,
     }
     task_values = {

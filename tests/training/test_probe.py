@@ -463,11 +463,12 @@ def tagged_digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "|".join(name for name, has in TAGS.items() if has(digit)),
             f"digit {digit}" if index % 5 else "",
             ("even", "odd")[digit % 2] if index % 7 else "",
+            "other" if index else "first",
         )
         for index, digit in enumerate(digits.target[:200])
     ]
     for name, part in (("train", rows[:100]), ("others", rows[100:])):
-        table = pd.DataFrame(part, columns=["image", "tags", "number", "half"])
+        table = pd.DataFrame(part, columns=["image", "tags", "number", "half", "place"])
         table.to_csv(folder / f"{name}.csv", index=False)
     return folder
 
@@ -523,6 +524,15 @@ def test_each_task_has_the_classifier_and_the_result_of_a_run_on_its_column_alon
         assert interval == pytest.approx(alone["accuracy_interval"], abs=1e-3)
         expected = softmax(compute_logits(run, images), axis=1)
         np.testing.assert_allclose(found[task].softmax(1).detach(), expected, atol=1e-3)
+
+
+def test_a_task_that_no_fold_can_measure_leaves_the_others_their_result(
+    encoder: Path, tagged_digits: Path, tmp_path: Path
+) -> None:
+    flags = {"label_column": ("half", "place")}
+    results = run_training(build_tag_options(tmp_path / "run", encoder, tagged_digits, **flags))
+    assert "place_accuracy" not in results
+    assert results["accuracy"] == results["half_accuracy"]
 
 
 @pytest.mark.parametrize(
