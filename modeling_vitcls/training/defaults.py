@@ -25,13 +25,10 @@ import math
 from dataclasses import replace
 from typing import Any, Literal, TypeVar
 
-import torch
 from accelerate import PartialState
 
-from ..inference.speed import count_flops
 from ..model.configuration_vitcls import ViTCLSConfig
 from ..model.field_checks_vitcls import to_pair
-from ..model.modeling_vitcls import ViTCLSModel
 from .model import InitialModel
 from .options import FinetuneOptions, PretrainOptions, TrainOptions
 
@@ -144,7 +141,7 @@ def choose_image_size(
 ) -> tuple[tuple[int, int] | None, str | None]:
     """Choose 224 pixels instead of a large native side of a checkpoint, which costs too much.
 
-    Also return a line with the cost that this saves. Both are None for a small side.
+    Also return a line about it. Both are None for a small side.
     """
     native_size = initial.config.image_height_width
     if initial.folder is None or max(native_size) <= MAX_NATIVE_SIDE:
@@ -157,10 +154,7 @@ def choose_image_size(
         for side, patch in zip(native_size, config.patch_height_width, strict=True)
     ]
 
-    # Counting operations needs shapes, not weights: on this device, a large model costs no memory.
-    with torch.device("meta"):
-        model = ViTCLSModel(config)
-    cost = count_flops(model, native_size) / count_flops(model, size)
+    num_times = math.prod(native_size) / math.prod(size)
     size_text, native_text = (
         str(height) if height == width else f"{height} x {width}"
         for height, width in (size, native_size)
@@ -168,7 +162,7 @@ def choose_image_size(
 
     return (size[0], size[1]), (
         f"{size_text} px. The checkpoint's {native_text} px (`image_size='native'`) would need "
-        f"{cost:.1f} times the computation"
+        f"{num_times:.1f} times as many patches"
     )
 
 

@@ -35,33 +35,28 @@ def run_frozen(
     # contain.
     probe.set_frozen(frozen)
 
-    split = data.held_out_name
     measured = []
     task_metrics = {}
     texts = {}
     for task, model in frozen.items():
         predictions, calibration = measure_task(probe, task, model)
-        metrics = NOTHING_MEASURED
-        folds = {}
-        if predictions is not None:
-            metrics = predictions.metrics | select_error_metrics(calibration.errors)
-        if predictions is not None and model.held_out is None:
-            split = "cross-validation"
-            folds = {
-                "num_folds": model.probe.num_folds_,
-                "num_candidates": len(model.probe.table_),
-            }
+        metrics = NOTHING_MEASURED if predictions is None else predictions.metrics
         measured += list_measurements(
-            {task: metrics}, setup.result_metrics, seen_by_encoder=num_seen, **folds
+            {task: metrics},
+            setup.result_metrics,
+            seen_by_encoder=num_seen,
+            num_folds=model.probe.num_folds_ if model.held_out is None else 0,
+            num_candidates=len(model.probe.table_),
         )
         task_metrics[task] = metrics
         texts[task] = calibration.text
 
     num_training_images = sum(map(len, data.frozen_parts)) - model.features.num_unreadable
+    is_cross_validated = any(each.num_folds for each in measured)
     outcome = Outcome(
         measured=measured,
         metrics=metrics,
-        split=split,
+        split="cross-validation" if is_cross_validated else data.held_out_name,
         num_training_images=num_training_images,
         calibration=calibration.build_record(),
         predictions=predictions,
@@ -70,8 +65,7 @@ def run_frozen(
         lines={**describe_frozen(record), "calibration": join_texts(texts)},
     )
     if data.label_space.kind == "multi_task":
-        num_images = len(data.held_out) or num_training_images
-        metrics = merge_tasks(task_metrics, num_images)
+        metrics = merge_tasks(task_metrics, len(data.held_out) or num_training_images)
         return replace(outcome, metrics=metrics, calibration=None, predictions=None)
 
     lines = outcome.lines | {"unknown": describe_threshold(model.probe)}
@@ -94,7 +88,9 @@ def measure_task(
     calibration = describe_probe_calibration(model.probe)
     if model.held_out is not None:
         predictions = probe.predict_held_out(task, model)
-        return predictions, measure_errors(calibration, predictions)
+        calibration = measure_errors(calibration, predictions)
+        predictions.metrics.update(select_error_metrics(calibration.errors))
+        return predictions, calibration
     if model.estimate is None:
         return None, calibration
     predictions = model.predict_out_of_fold()

@@ -207,11 +207,8 @@ class Probe:
         """
         if not self.model.config.tasks:
             return self.pooling
-        embeddings = self.model.vitcls.embeddings
-        tokens = embeddings.cls_token
-        positions = embeddings.position_embeddings
-        if getattr(positions, "cls", None) is not None:
-            tokens = tokens + positions.cls
+        embeddings = dict(self.model.vitcls.embeddings.named_parameters())
+        tokens = embeddings["cls_token"] + embeddings.get("position_embeddings.cls", 0)
         are_twins = torch.allclose(tokens, tokens[:, :1], atol=1e-6)
         return self.pooling if are_twins else "mean"
 

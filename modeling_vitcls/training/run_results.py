@@ -180,19 +180,7 @@ def shorten_path(name: Any) -> Any:
 
 
 def describe_saved_files(folder: Path) -> str:
-    """List what a run has saved, with sizes, because checkpoints may be larger than the model."""
-    files = [
-        name for name in (RESULTS_FILE, SPLITS_FILE, PREDICTIONS_FILE) if (folder / name).exists()
-    ]
-    names = ", ".join(["model", "image processor", *files])
-    text = f"{folder} ({names}), {measure_size(folder)}"
-    checkpoints = folder / CHECKPOINTS_FOLDER
-    if checkpoints.exists():
-        text += f", of which {measure_size(checkpoints)} are checkpoints"
-    return text
-
-
-def measure_size(folder: Path) -> str:
-    """Add up the sizes of the files in a folder."""
-    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    return f"{size / 1e6:,.1f} MB"
+    """List what a run has saved."""
+    names = (RESULTS_FILE, SPLITS_FILE, PREDICTIONS_FILE, CHECKPOINTS_FOLDER)
+    found = [name for name in names if (folder / name).exists()]
+    return f"{folder} ({', '.join(['model', 'image processor', *found])})"
