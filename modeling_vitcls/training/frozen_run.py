@@ -65,8 +65,9 @@ def run_frozen(
         lines={**describe_frozen(record), "calibration": join_texts(texts)},
     )
     if data.label_space.kind == "multi_task":
-        metrics = merge_tasks(task_metrics, len(data.held_out) or num_training_images)
-        return replace(outcome, metrics=metrics, calibration=None, predictions=None)
+        merged = merge_tasks(task_metrics, len(data.held_out) or num_training_images)
+        merged["num_unreadable_images"] = metrics["num_unreadable_images"]
+        return replace(outcome, metrics=merged, calibration=None, predictions=None)
 
     lines = outcome.lines | {"unknown": describe_threshold(model.probe)}
     if data.train.class_ratio > MAX_CLASS_RATIO:
