@@ -16,6 +16,7 @@ from helpers.source_checkpoints import save_large_encoder
 from modeling_vitcls import ViTCLSModel
 from modeling_vitcls.cli import main
 from modeling_vitcls.runtime.files import read_json
+from modeling_vitcls.training import run_results
 from modeling_vitcls.training.options import FinetuneOptions
 from modeling_vitcls.training.run_results import build_command
 
@@ -31,19 +32,26 @@ def sources(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("flags", [("--trainable", "head"), ()])
+@pytest.mark.parametrize(("flags", "min_class_size"), [(("--trainable", "head"), 9), ((), 10)])
 def test_a_run_without_steps_prints_the_command_that_trains_all_layers(
     flags: tuple[str, ...],
+    min_class_size: int,
     sources: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Paths of other folders are absolute, so that the command runs anywhere."""
+    """Paths of other folders are absolute, so that the command runs anywhere.
+
+    Classes smaller than those of the study have no claim of a gain.
+    """
+    monkeypatch.setattr(run_results, "MIN_STUDY_CLASS_SIZE", min_class_size)
     arguments = ["--model", str(sources / "vit"), "--dataset", str(sources / "my photos")]
     arguments += ["--output-dir", str(sources / "frozen"), "--num-workers", "0", "--no-report"]
     main(["finetune", *arguments, *flags])
     assert read_json(sources / "frozen/results.json")["steps"] == 0
-    command = capsys.readouterr().out.rpartition(": vitcls ")[2].splitlines()[0]
+    output = capsys.readouterr().out
+    assert ("gained" in output) is (min_class_size == 9)
+    command = output.rpartition(": vitcls ")[2].splitlines()[0]
     assert "--epochs 5" in command
 
     reset_accelerate()
