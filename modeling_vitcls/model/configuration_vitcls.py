@@ -300,7 +300,7 @@ class ViTCLSConfig(ExtraHeadsConfig, BackboneConfigMixin, PreTrainedConfig):
     tokens."""
     tasks: dict[str, int | list[str]] | None = None
     """Task name -> number of labels or label names, for `ViTCLSForMultiTaskClassification`. Tasks
-    are sorted by name; the input of classifier i is CLS token i."""
+    are sorted by name; classifier i reads CLS token i and, with `pooling="cls_mean"`, the patches."""
 
     # Pooling and heads
     pooling: Literal["cls", "mean", "cls_mean", "max", "attention"] = "cls"
