@@ -152,5 +152,5 @@ def test_checkpoints_of_a_finished_run_are_kept_only_if_requested(
     flags = [] if number is None else ["--keep-checkpoints", str(number)]
     main([*command, "--output-dir", str(interrupted), "--resume", *flags])
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("saved")]
-    assert ("checkpoints" in line) is (number is not None)
+    assert (", checkpoints)" in line) is (number is not None)
     assert any(interrupted.glob("checkpoints/step-*")) is (number is not None)
