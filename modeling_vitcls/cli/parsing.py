@@ -228,42 +228,22 @@ def check_writable(name: str, output: Path) -> None:
 def format_short_help(
     command: str, options_class: type[Options], groups: dict[str, dict[str, str]]
 ) -> str:
-    """Format the flags that are set most often, with their choices and defaults, on one screen.
+    """Format the flags that are set most often on one screen.
 
     `groups` maps the title of a group, with an example, to its flags, with a few words about each.
     """
     width = max(60, shutil.get_terminal_size().columns)
-    fields = get_flag_fields(options_class)
     lines = [f"usage: vitcls {command} --model M --dataset D --output-dir FOLDER [FLAGS]"]
     for title, texts in groups.items():
         lines += ["", title]
         for name, text in texts.items():
             flag = f"  --{name.replace('_', '-')}"
-            words = f"{flag:<26}{text} {describe_values(fields[name])}"
+            words = f"{flag:<26}{text}"
             lines += textwrap.wrap(words, width, subsequent_indent=" " * 26, break_on_hyphens=False)
-    rest = len(fields) - sum(map(len, groups.values()))
+    rest = len(get_flag_fields(options_class)) - sum(map(len, groups.values()))
     return "\n".join(
         [*lines, "", f"`vitcls {command} --help-all` also shows the other {rest} flags."]
     )
-
-
-def describe_values(field: dataclasses.Field[Any]) -> str:
-    """Show the choices and the default value of a flag in parentheses, if there are any."""
-    choices = ", ".join(list_choices(field))
-    has_default = isinstance(field.default, str | float | int) and not isinstance(
-        field.default, bool
-    )
-    default = f"default {field.default}" if has_default else ""
-    values = "; ".join(part for part in (choices, default) if part)
-    return f"({values})" if values else ""
-
-
-def list_choices(field: dataclasses.Field[Any]) -> list[str]:
-    """List the choices of a flag that accepts only certain words."""
-    hint = str(field.type)
-    # a flag that also accepts other values, such as a size or `native`, has no list of choices
-    is_choice = hint.startswith(("typing.Lit", "typing.Opt", "tuple[typing."))
-    return re.findall(r"'(\w+)'", hint) if is_choice else []
 
 
 # Errors and output of libraries -------------------------------------------------------------------
