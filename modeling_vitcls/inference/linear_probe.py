@@ -32,6 +32,7 @@ from .class_statistics import (
     TokenFeatures,
     build_label_scores,
     compute_means,
+    expand_rows,
 )
 from .confidence import extrapolate_temperature, fit_line, fit_temperature, measure_spread
 from .intervals import Estimate, estimate_after_choice, estimate_average_precision
@@ -123,6 +124,7 @@ class Score:
     lines: np.ndarray  # [2, 1], or [2, K] with several labels: slopes and offsets that calibrate
     losses: np.ndarray  # [N] log loss of the calibrated logits
     is_right: np.ndarray  # [N]; with several labels, whether all of them are
+    has_several: bool  # labels per image
 
     @classmethod
     def of(
@@ -138,7 +140,8 @@ class Score:
         calibrated = logits * lines[0] + lines[1]
         is_right = find_right(calibrated, labels)
         losses = compute_losses(calibrated, labels)
-        return cls(candidate, calibrated, lines, losses, np.where(known, is_right, np.nan))
+        is_right = np.where(known, is_right, np.nan)
+        return cls(candidate, calibrated, lines, losses, is_right, has_several=labels.ndim == 2)
 
     @property
     def temperature(self) -> float:
@@ -153,7 +156,7 @@ class Score:
             "loss": float(np.average(self.losses[known], weights=weights[known])),
             "accuracy": float(np.average(self.is_right[known])),
         }
-        return record if self.lines.shape[1] > 1 else record | {"temperature": self.temperature}
+        return record if self.has_several else record | {"temperature": self.temperature}
 
 
 @dataclass(frozen=True)
@@ -227,7 +230,12 @@ class LinearProbe(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             features: [N, D] of each token, or of one.
             labels: [N] or, for several labels per image, [N, L] of 0 and 1.
             groups: [N]; images of a group are in one fold.
+
+        Raises:
+            ValueError: if there are fewer than two images.
         """
+        if len(labels) < 2:
+            raise ValueError("a classifier requires two readable images with labels. Add images")
         features = to_tokens(features)
         self.classes_, targets = encode_labels(labels)
         candidates = list_candidates(features, self.layers, self.pooling)
@@ -337,7 +345,9 @@ class LinearProbe(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
 
     def refit(self, features: TokenFeatures, labels: np.ndarray) -> "LinearProbe":
         """Fit what was chosen to all images, also to images that took no part in the choice."""
+        chosen_classes = self.classes_
         self.classes_, indices = encode_labels(labels)
+        self.out_of_fold_ = add_classes(self.out_of_fold_, chosen_classes, self.classes_)
         read = self.candidate_.tokens
         if self.lines_ is not None:
             weight, bias = build_label_scores({each: features[each] for each in read}, indices)
@@ -502,7 +512,8 @@ def fit_lines(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
 def compute_losses(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """Compute the log loss [N] of logits [N, K]; of several labels, the mean over the labels."""
     if labels.ndim == 2:
-        return (np.logaddexp(0, logits) - labels * logits).mean(axis=1)
+        with np.errstate(invalid="ignore"):  # NaN for images that no fold left out
+            return (np.logaddexp(0, logits) - labels * logits).mean(axis=1)
     return -log_softmax(logits, axis=1)[np.arange(len(labels)), labels]
 
 
@@ -516,6 +527,11 @@ def find_right(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
 def to_probabilities(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """Convert logits [N, K] for labels of one kind or the other."""
     return expit(logits) if labels.ndim == 2 else softmax(logits, axis=1)
+
+
+def add_classes(probabilities: np.ndarray, old: np.ndarray, new: np.ndarray) -> np.ndarray:
+    """Add classes that no image of the choice has: probabilities [N, old] -> [N, new]."""
+    return expand_rows(probabilities.T, np.searchsorted(new, old), len(new)).T
 
 
 def to_logits(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:

@@ -142,7 +142,7 @@ class AdaptableModel(PreTrainedModel):
         load_adapted_weights(self, model)
         statistics: Any = getattr(self, "class_distance", None) if config.class_statistics else None
         if statistics is not None and statistics.has_fingerprint_of(self.base_model):
-            # Sizes and tokens have changed the weights, but hardly the features.
+            # New tokens with closed gates have changed the weights, but not the features.
             cast(Any, model).class_distance.store_fingerprint(model.base_model)
         model.train(self.training)
         return model
@@ -258,6 +258,14 @@ def ignore_unready_parts(old_config: ViTCLSConfig, config: ViTCLSConfig) -> None
             'training, set it to "mean" or "distillation"'
         )
 
+    num_old = old_config.num_distillation_tokens
+    num_new = config.num_distillation_tokens
+    if num_old and num_new > num_old and num_new % num_old:
+        raise ValueError(
+            f"num_distillation_tokens={num_new} changes the mean of the {num_old} that the head reads. "
+            f"Choose {2 * num_old}"
+        )
+
     num_old = old_config.num_cls_tokens
     reads_new_tokens = config.num_cls_tokens > num_old and config.pooled_cls_tokens is None
     # Twins leave a mean as it is, if each token has equally many.
@@ -266,13 +274,28 @@ def ignore_unready_parts(old_config: ViTCLSConfig, config: ViTCLSConfig) -> None
         config.pooled_cls_tokens = list(range(num_old))
         logger.warning(f"pooled_cls_tokens: {config.pooled_cls_tokens}, so the mean stays the same")
 
-    sizes = [each.compute_pooled_size("cls", 1) for each in (old_config, config)]
-    if config.class_statistics and (sizes[0] != sizes[1] or not config.num_cls_tokens):
+    if config.class_statistics and not keeps_features(old_config, config):
         config.class_statistics = config.distance_threshold = None
         logger.warning(
-            "class statistics (`distance`, `unknown`): dropped, because the features have another "
-            "width"
+            "class statistics (`distance`, `unknown`): dropped, because only added tokens with gates "
+            "leave the features as they are"
         )
+
+
+def keeps_features(old_config: ViTCLSConfig, config: ViTCLSConfig) -> bool:
+    """Tell whether the features are the same: nothing changes but new tokens with closed gates."""
+    old_gates, gates = (set(list_gated_tokens(each)) for each in (old_config, config))
+    for group, field in COUNT_FIELDS.items():
+        added = range(getattr(old_config, field), getattr(config, field))
+        old_gates |= {(group, index) for index in added}
+        if getattr(config, field) < getattr(old_config, field):
+            return False
+    has_same_input = all(
+        getattr(old_config, name) == getattr(config, name)
+        for name in ("image_size", "patch_size", "cls_scopes")
+    )
+    sizes = [each.compute_pooled_size("cls", 1) for each in (old_config, config)]
+    return has_same_input and sizes[0] == sizes[1] and gates == old_gates
 
 
 def can_copy_classifier(config: ViTCLSConfig) -> bool:
@@ -280,7 +303,12 @@ def can_copy_classifier(config: ViTCLSConfig) -> bool:
     num_pooled = len(config.pooled_cls_tokens or range(config.num_cls_tokens))
     reads_one_token = config.cls_pooling == "first" or num_pooled == 1
     has_plain_pooler = not config.pooled_norm and config.pooled_activation is None
-    return config.pooling == "cls" and reads_one_token and has_plain_pooler
+    return (
+        config.pooling == "cls"
+        and reads_one_token
+        and has_plain_pooler
+        and not config.cls_scopes  # a twin sees the whole image
+    )
 
 
 # Adapting weights ---------------------------------------------------------------------------------

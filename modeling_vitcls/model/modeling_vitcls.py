@@ -460,6 +460,13 @@ def select_layer_value(values: Any, index: int) -> Any:
 
 
 # Classifiers --------------------------------------------------------------------------------------
+def check_statistics(model: Any, load_result: Any = None) -> None:
+    """Check the class statistics, also after `load_state_dict`: a compiled model cannot do it later."""
+    if model.class_distance is not None:
+        model.class_distance.checked_state = []
+        model.class_distance.check(model.vitcls)
+
+
 class ViTCLSForImageClassification(ViTCLSPreTrainedModel):
     """A ViT with a classifier on the pooled tokens.
 
@@ -488,6 +495,7 @@ class ViTCLSForImageClassification(ViTCLSPreTrainedModel):
         self.build_classifiers()
         self.extra_heads = ExtraHeads(config)
         self.class_distance = None if config.class_statistics is None else ClassDistance(config)
+        self.register_load_state_dict_post_hook(check_statistics)
         self.post_init()
 
     def build_classifiers(self) -> None:
@@ -504,9 +512,8 @@ class ViTCLSForImageClassification(ViTCLSPreTrainedModel):
     def train(self, mode: bool = True) -> Self:
         """Set the training mode, as in PyTorch; before evaluation, check the class statistics."""
         super().train(mode)
-        if self.class_distance is not None and not mode:
-            self.class_distance.checked_state = []
-            self.class_distance.check(self.vitcls)
+        if not mode:
+            check_statistics(self)
         return self
 
     def select_task(self, name: str) -> "ViTCLSForImageClassification":

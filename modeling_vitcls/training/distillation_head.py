@@ -16,6 +16,7 @@ from ..inference.class_statistics import TokenFeatures
 from ..inference.intervals import Estimate
 from ..inference.linear_probe import (
     LinearProbe,
+    add_classes,
     compute_losses,
     encode_labels,
     estimate,
@@ -82,7 +83,10 @@ class DistillationHead:
 
     def refit(self, tokens: TokenFeatures, labels: np.ndarray) -> "DistillationHead":
         """Fit the head to all images, also to those that took no part in the choice."""
-        return replace(self, probe=self.probe.refit(tokens, labels))
+        chosen_classes = self.probe.classes_
+        probe = self.probe.refit(tokens, labels)
+        out_of_fold = add_classes(self.out_of_fold, chosen_classes, probe.classes_)
+        return replace(self, probe=probe, out_of_fold=out_of_fold)
 
 
 def choose_inference(losses: Mapping[str, float]) -> str:

@@ -12,11 +12,14 @@ After the run, the output folder contains:
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 from accelerate import Accelerator
 
+from ..conversion.open_model import open_model
 from ..data.aspect_ratio import get_resize
 from ..data.augmentation import build_mixer
 from ..data.batches import Batch, Normalizer
@@ -31,6 +34,7 @@ from ..data.splits import (
 )
 from ..data.splits_table import list_encoder_rows
 from ..hub.local_paths import strip_folders
+from ..hub.model_files import SPLITS_FILE
 from ..inference.evaluator import Evaluator
 from ..inference.frozen_features import FrozenPass
 from ..inference.metrics import SELECTION_METRICS
@@ -83,7 +87,9 @@ class FineTuning:
                 )
             teacher = load_teacher(options.teacher, labels, model.config, accelerator.device)
 
-        set_trainable_parameters(model, options.trainable, new_parameter_names)
+        set_trainable_parameters(
+            model, options.trainable, new_parameter_names, initial.config.token_counts
+        )
         evaluator_arguments = build_evaluator_arguments(
             options, labels, processor, model.config.num_channels, reporter
         )
@@ -149,8 +155,20 @@ class FineTuning:
             ],
             build_pass=build_pass if is_single_label else None,
             probe=probe,
-            encoder_rows=list_encoder_rows(initial.folder, keeps_classifier),
+            encoder_rows=pd.concat(
+                [
+                    list_encoder_rows(initial.folder, keeps_classifier),
+                    list_teacher_rows(options.teacher),
+                ]
+            ),
         )
+
+
+def list_teacher_rows(teacher: str | None) -> pd.DataFrame:
+    """List the images that trained the teacher in a run: the student learns their labels from it."""
+    is_run = teacher is not None and (Path(teacher) / SPLITS_FILE).is_file()
+    folder = open_model(teacher) if teacher is not None and is_run else None
+    return list_encoder_rows(folder, keeps_classifier=True)
 
 
 def build_objective(

@@ -16,7 +16,7 @@ The mask token is already frozen and remains frozen.
 
 import copy
 import difflib
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from ..data.labels import LabelSpace, get_label_space
 from ..hub.model_folder import ModelFolder
 from ..inference.load_model import CLASSIFIER_CLASSES, Classifier
 from ..model.adaptation_vitcls import can_copy_classifier
+from ..model.attention_masks_vitcls import list_gated_tokens
 from ..model.blocks_vitcls import ViTCLSEmbeddings, ViTCLSLayer
 from ..model.configuration_vitcls import PRESETS, ViTCLSConfig
 from ..model.image_processing_vitcls import ViTCLSImageProcessor
@@ -238,13 +239,20 @@ def set_trainable_parameters(
     model: Any,
     trainable: str,
     new_parameter_names: Collection[str] = frozenset(),
+    old_token_counts: Sequence[int] = (0, 0, 0),
 ) -> nn.Module:
     """Freeze the parameters that `trainable` does not select, and return the same model.
 
     The value "lora" also adds LoRA layers to the query and value projections. The parameters in
-    `new_parameter_names` are also trained, because they are not loaded from a checkpoint. Raise
-    ValueError if N in "last-N" exceeds the number of layers, or if `trainable` is "lora" but PEFT
-    is not installed.
+    `new_parameter_names` are also trained, because they are not loaded from a checkpoint. With
+    "tokens", of a group of tokens that has grown, only the new ones are trained.
+
+    Args:
+        old_token_counts: numbers of CLS, distillation and register tokens in the checkpoint.
+
+    Raises:
+        ValueError: if N in "last-N" exceeds the number of layers, if the model has no tokens that
+            "tokens" could train, or if `trainable` is "lora" but PEFT is not installed.
     """
     if trainable == "full":
         return model
@@ -268,6 +276,11 @@ def set_trainable_parameters(
     }
 
     token_names = get_token_names(model)
+    if trainable == "tokens" and not token_names:
+        raise ValueError(
+            "`trainable='tokens'` requires a model with special tokens. Set `num_register_tokens=4`, "
+            "or `trainable='head'`"
+        )
     new_tokens = set(token_names.values()) & set(new_parameter_names)
     if trainable == "lora" or (trainable == "tokens" and not new_tokens):
         trainable_names.update(token_names.values())
@@ -285,7 +298,29 @@ def set_trainable_parameters(
         add_lora(model)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in trainable_names or ".lora_" in name)
+    if trainable == "tokens":
+        keep_old_tokens(model, old_token_counts)
     return model
+
+
+def keep_old_tokens(model: Any, old_token_counts: Sequence[int]) -> None:
+    """Let the first tokens of groups that have grown receive no gradient, nor their gates."""
+    parameters: dict[str, nn.Parameter] = dict(model.named_parameters())
+    token_names = get_token_names(model)
+    old_counts = dict(zip(("cls", "distillation", "registers"), old_token_counts, strict=True))
+
+    def keep(name: str, are_new: list[bool]) -> None:
+        if name in parameters and parameters[name].requires_grad and any(are_new):
+            mask = torch.tensor(are_new, device=parameters[name].device)
+            shape = (-1,) if parameters[name].ndim == 1 else (1, -1, 1)
+            parameters[name].register_hook(lambda gradient: gradient * mask.view(shape))
+
+    for group, name in token_names.items():
+        are_new = [index >= old_counts[group] for index in range(parameters[name].shape[1])]
+        keep(name, are_new)
+        keep(f"vitcls.embeddings.position_embeddings.{group}", are_new)
+    gated = list_gated_tokens(model.config)
+    keep("vitcls.gates.gates", [index >= old_counts[group] for group, index in gated])
 
 
 def set_train_mode(model: nn.Module) -> None:

@@ -443,7 +443,8 @@ class Probe:
             # The compared images have their new features already.
             remaining = np.setdiff1d(own.indices, compared)
             others = self.compute_features(images, own.layout, ignore_message, remaining)
-            return squashed.join(others), record
+            features = squashed.join(others)
+            return replace(features, num_unreadable=own.num_unreadable), record
         for name, value in own_settings.items():
             setattr(self.processor, name, value)
         return own, record

@@ -51,7 +51,7 @@ def print_summary(
     if num_seen:
         reporter.warn(
             f"{num_seen:,} of the images that measure this run trained the encoder of "
-            f"{inputs.initial.name}, or a classifier that this run keeps, so the result is better "
+            f"{inputs.initial.name}, a classifier that this run keeps, or its teacher, so the result is better "
             "than for new images, and has no interval. Set `held_out_fraction` as in its run, or "
             "hold out other images"
         )

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from helpers.tiny_models import raises_one_line
 from sklearn.metrics import log_loss
 from sklearn.model_selection import cross_val_score
 from sklearn.pipeline import make_pipeline
@@ -86,6 +87,31 @@ def test_labels_may_be_names_and_a_class_may_have_one_image() -> None:
     assert np.isnan(probe.out_of_fold_[0]).all()
     assert np.isfinite(probe.out_of_fold_[1:]).all()
     assert set(probe.predict(features)) <= {"ant", "bee", "cat"}
+
+
+def test_classes_that_the_choice_lacked_are_added_to_its_probabilities() -> None:
+    """Of very many classes, the images of the choice may lack some."""
+    features, labels = draw_images(60, num_classes=4)
+    names = np.array(["ant", "bee", "cat", "dog"])[labels]
+    some = np.isin(names, ["ant", "cat", "dog"])
+    probe = LinearProbe().fit({token: each[some] for token, each in features.items()}, names[some])
+    before = probe.out_of_fold_
+    probe.refit(features, names)
+    assert probe.classes_.tolist() == ["ant", "bee", "cat", "dog"]
+    assert np.array_equal(probe.out_of_fold_[:, [0, 2, 3]], before)
+    assert not probe.out_of_fold_[:, 1].any()
+
+
+def test_one_image_is_an_error() -> None:
+    features, labels = draw_tags(1, 0)
+    with raises_one_line("two readable images", "Add images"):
+        LinearProbe().fit(features, labels)
+
+
+def test_one_tag_has_no_temperature() -> None:
+    features, labels = draw_tags(40, 0)
+    probe = LinearProbe().fit(features, labels[:, :1])
+    assert all("temperature" not in row for row in probe.table_)
 
 
 def test_two_images_are_too_few_for_folds() -> None:

@@ -226,6 +226,27 @@ def test_adding_and_removing_tokens_restores_the_model(positions: str) -> None:
     assert get_largest_difference(between, wanted.logits) > 1e-3
 
 
+def test_distillation_tokens_are_multiplied_so_that_their_mean_stays() -> None:
+    model = randomize(ViTCLSForImageClassification(build_tiny_config(num_distillation_tokens=2)))
+    with raises_one_line("num_distillation_tokens=3", "mean of the 2", "Choose 4"):
+        model.adapt(num_distillation_tokens=3)
+    logits = [
+        each(build_images()).logits for each in (model, model.adapt(num_distillation_tokens=4))
+    ]
+    assert get_largest_difference(*logits) < 1e-5
+
+
+@torch.no_grad()
+def test_no_distillation_token_copies_a_token_that_sees_a_part_of_the_image() -> None:
+    config = build_tiny_config(cls_scopes=[[2, 2, 0, 1]])
+    model = randomize(ViTCLSForImageClassification(config))
+    adapted = model.adapt(num_distillation_tokens=1)
+    assert adapted.config.distillation_inference == "cls"
+    assert (
+        get_largest_difference(adapted(build_images()).logits, model(build_images()).logits) < 1e-5
+    )
+
+
 def test_a_new_distillation_head_starts_as_the_classifier() -> None:
     for fields in ({}, {"head_type": "mlp"}):
         model = randomize(ViTCLSForImageClassification(build_tiny_config(**fields))).adapt(

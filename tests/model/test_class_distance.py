@@ -247,3 +247,40 @@ def test_an_encoder_is_loaded_without_a_report_about_statistics(
     build_model()[0].save_pretrained(tmp_path)
     ViTCLSModel.from_pretrained(tmp_path)
     assert not any("class_distance" in line for line in caplog.messages)
+
+
+@pytest.mark.parametrize(
+    ("changes", "keeps"),
+    [
+        ({"num_register_tokens": 4}, True),
+        ({"num_distillation_tokens": 1, "num_cls_tokens": 2}, True),
+        ({"num_register_tokens": 4, "gate_new_tokens": False}, False),
+        ({"num_register_tokens": 0}, False),
+        ({"cls_scopes": [[2, 2, 0, 0]]}, False),
+        ({"patch_size": 4}, False),
+        ({"image_size": 64}, False),
+    ],
+    ids=str,
+)
+@torch.no_grad()
+def test_statistics_stay_only_if_the_features_stay(changes: dict[str, Any], keeps: bool) -> None:
+    model, images, _ = build_model(num_register_tokens=2)
+    model.config.distance_threshold = 3.0
+    expected = model(images[:4]).distance
+    adapted = model.adapt(**changes)
+    assert (adapted.class_distance is not None) is keeps
+    assert (adapted.config.distance_threshold is not None) is keeps
+    if keeps:
+        torch.testing.assert_close(adapted(images[:4]).distance, expected, rtol=1e-3, atol=1e-3)
+
+
+@torch.no_grad()
+def test_a_compiled_model_notices_other_weights_that_are_loaded() -> None:
+    model, images, _ = build_model()
+    compiled: Any = torch.compile(model, backend="eager")
+    assert compiled(images[:4]).distance is not None
+    other, _, _ = build_model()
+    train_steps(other, "vitcls.")
+    weights = {name: each for name, each in other.state_dict().items() if "class_d" not in name}
+    model.load_state_dict(weights, strict=False)
+    assert compiled(images[:4]).distance is None

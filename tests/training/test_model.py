@@ -1,5 +1,6 @@
 """The initial model of training, invalid flags, what is trained, and merged LoRA models."""
 
+import copy
 import re
 import sys
 import unicodedata
@@ -340,9 +341,29 @@ def test_added_tokens_are_trained_with_their_positions_and_gates(
     assert ("embeddings.cls_token" in found) == (choice == "lora")
 
 
+def test_only_the_new_tokens_of_a_group_that_grew_are_trained() -> None:
+    old = build_random_model(num_register_tokens=2)
+    model = old.adapt(num_register_tokens=5, num_cls_tokens=2, gate_new_tokens=False)
+    names = {f"vitcls.embeddings.{name}" for name in ("cls_token", "register_tokens")}
+    set_trainable_parameters(model, "tokens", names, old.config.token_counts)
+    optimizer = torch.optim.AdamW(
+        [each for each in model.parameters() if each.requires_grad], lr=0.1, weight_decay=0.0
+    )
+    before = copy.deepcopy(model.vitcls.embeddings)
+    model(build_images(), labels=torch.tensor([0, 1])).loss.backward()
+    optimizer.step()
+    after = model.vitcls.embeddings
+    for name, num_old in (("cls_token", 1), ("register_tokens", 2)):
+        tokens, new_tokens = getattr(before, name), getattr(after, name)
+        assert torch.equal(new_tokens[:, :num_old], tokens[:, :num_old])
+        assert (new_tokens[:, num_old:] != tokens[:, num_old:]).any(dim=-1).all()
+
+
 def test_invalid_choices_are_errors(monkeypatch: pytest.MonkeyPatch) -> None:
     with raises_one_line("last-3", "2 layers"):
         set_trainable_parameters(build_random_model(), "last-3")
+    with raises_one_line("`trainable='tokens'`", "special tokens", "`num_register_tokens=4`"):
+        set_trainable_parameters(build_random_model(num_cls_tokens=0, pooling="mean"), "tokens")
     monkeypatch.setitem(sys.modules, "peft", None)
     with raises_one_line("`trainable='lora'` requires PEFT: pip install peft"):
         set_trainable_parameters(build_random_model(), "lora")
