@@ -284,18 +284,20 @@ def ignore_unready_parts(old_config: ViTCLSConfig, config: ViTCLSConfig) -> None
 
 def keeps_features(old_config: ViTCLSConfig, config: ViTCLSConfig) -> bool:
     """Tell whether the features are the same: nothing changes but new tokens with closed gates."""
-    old_gates, gates = (set(list_gated_tokens(each)) for each in (old_config, config))
-    for group, field in COUNT_FIELDS.items():
-        added = range(getattr(old_config, field), getattr(config, field))
-        old_gates |= {(group, index) for index in added}
-        if getattr(config, field) < getattr(old_config, field):
-            return False
+    counts = {field: getattr(config, field) for field in COUNT_FIELDS.values()}
+    has_all_tokens = all(count >= getattr(old_config, field) for field, count in counts.items())
+    gated_tokens = get_gated_tokens(old_config, counts, gate_new_tokens=True)
     has_same_input = all(
         getattr(old_config, name) == getattr(config, name)
         for name in ("image_size", "patch_size", "cls_scopes")
     )
     sizes = [each.compute_pooled_size("cls", 1) for each in (old_config, config)]
-    return has_same_input and sizes[0] == sizes[1] and gates == old_gates
+    return (
+        has_all_tokens
+        and gated_tokens == config.gated_tokens
+        and has_same_input
+        and sizes[0] == sizes[1]
+    )
 
 
 def can_copy_classifier(config: ViTCLSConfig) -> bool:

@@ -18,7 +18,7 @@ from ..data.image_folder import check_output_is_not_read
 from ..data.splits import divide_images
 from ..hub.local_paths import resolve_name
 from ..hub.model_files import METRICS_FILE
-from ..runtime.distributed import build_accelerator, run_on_main
+from ..runtime.distributed import build_accelerator, end_processes, run_on_main
 from ..runtime.flags import to_flags
 from ..runtime.staging import lock_folder
 from .checkpoints import Checkpoint, CheckpointStore
@@ -124,7 +124,5 @@ def train(asked: TrainOptions) -> Path:
             run_on_main(store.clear)
         print_result(outcome, plan, data, asked, reporter)
 
-        # DDP must not outlive its process group: with torch 2.11, gloo may wait forever
-        accelerator.free_memory()
-        accelerator.end_training()
+        end_processes(accelerator)
         return folder
