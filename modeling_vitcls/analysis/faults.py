@@ -14,7 +14,7 @@ import torch
 
 # Maximum distance between identical tokens, relative to their variation over images
 MAX_IDENTICAL_DISTANCE = 0.01
-ROUNDING_ERROR = 1e-6  # Of a state, as a fraction of its norm
+ROUNDING_ERROR = 1e-6  # The error of a state, as a fraction of its norm
 # Minimum norm of an outlier patch, as a multiple of the median patch norm of the image. Darcet et
 # al. choose an absolute norm for each model.
 OUTLIER_RATIO = 3.0

@@ -25,7 +25,7 @@ class Augmentation:
     """The two transforms of an augmentation, in the order of application."""
 
     fixed_transform: nn.Module  # [C, H, W] `uint8` -> [C, H, W] `uint8`
-    random_transform: nn.Module  # The same; its random numbers are from torch's default generator
+    random_transform: nn.Module  # [C, H, W] -> [C, H, W]; draws from torch's default generator
 
     def __call__(self, pixels: Sequence[torch.Tensor], seeds: Sequence[int]) -> torch.Tensor:
         """Apply `random_transform` to outputs of `fixed_transform`, each with a seed of its own.

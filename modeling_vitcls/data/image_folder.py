@@ -66,7 +66,7 @@ class ImageFolder:
     # Also files with names that are not valid text
     other_files: list[str] = field(default_factory=list)
     folders: list[str] = field(default_factory=list)  # Visible subfolders
-    # Of runs and of the system; their files are not listed
+    # Folders of runs and of the system; their files are not listed
     skipped_folders: list[str] = field(default_factory=list)
 
     def add(self, file: str) -> None:

@@ -156,7 +156,7 @@ class DatasetImages(Sequence):
         import pyarrow
         import pyarrow.compute
 
-        values = self.dataset.with_format("arrow")[:][self.column]  # Not copied
+        values = self.dataset.with_format("arrow")[:][self.column]  # The values are not copied
         is_encoded = pyarrow.types.is_struct(values.type)
         paths = pyarrow.compute.struct_field(values, "path") if is_encoded else values
         names = paths.take(pyarrow.array(self.rows)).to_pylist()

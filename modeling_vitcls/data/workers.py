@@ -122,7 +122,7 @@ def leave_signals_to_parent() -> None:
     pending. To stop the workers without a signal, close the iterator of the loader.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    for name in ("SIGUSR1", "SIGHUP"):  # Not available on Windows
+    for name in ("SIGUSR1", "SIGHUP"):  # Windows does not have them
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # Not available on macOS

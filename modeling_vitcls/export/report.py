@@ -47,7 +47,7 @@ def build_report(
     report: dict[str, Any] = {
         "format": options.format,
         "file": graph.file.name,
-        # Of the file and of FILE.data, if there is one
+        # The size includes FILE.data, if there is one
         "num_bytes": sum(each.stat().st_size for each in files),
         "sha256": hash_files(files),
         "versions": get_versions("timm", *PACKAGES),

@@ -199,7 +199,10 @@ def fall_back_to_cache(
     try:
         with force_offline():
             yield None
-    except (OSError, ValueError) as error:  # Of libraries, about files that are not in the cache
+    except (
+        OSError,
+        ValueError,
+    ) as error:  # A library's error about files that are not in the cache
         name = repo_id if revision is None else f"{repo_id}@{revision}"
         raise OSError(
             f"{name} is not a {PATH_NOUNS[repo_type]} and is missing or incomplete in the cache, "
@@ -267,7 +270,7 @@ def download_model(repo_id: str, patterns: Sequence[str], revision: str | None) 
     with nullcontext() if is_first_process else hide_hub_progress_bars():
         folder = download_files(repo_id, revision, patterns, TIMEOUT)
     if not (folder / CONFIG_FILE).is_file():
-        if is_offline_mode():  # Only other files are in the cache
+        if is_offline_mode():  # The cache has only other files
             raise OSError(describe_incomplete_cache(repo_id, revision))
         raise OSError(
             f"{repo_id} does not contain a model, because {CONFIG_FILE} is missing. Check the name"

@@ -35,7 +35,9 @@ class Predictions:
     label_space: LabelSpace
     outputs: ImageOutputs  # The values are logits [N, L]
     metrics: dict[str, Any]
-    threshold: float = DEFAULT_THRESHOLD  # From which one of several labels is predicted
+    threshold: float = (
+        DEFAULT_THRESHOLD  # The probability from which one of several labels is predicted
+    )
 
     def list_wrong(self) -> np.ndarray:
         """List the indices of the images with another predicted label, or others, than their own."""

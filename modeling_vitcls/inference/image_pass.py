@@ -53,7 +53,7 @@ class ImageBatch:
     error_messages: dict[int, str] = field(default_factory=dict)
 
 
-ROW_FIELDS = ("values", "labels", "indices", "names", "groups")  # Of `ImageOutputs`
+ROW_FIELDS = ("values", "labels", "indices", "names", "groups")  # The arrays of `ImageOutputs`
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class ImageOutputs:
         return replace(self, num_unreadable=self.num_unreadable + other.num_unreadable, **arrays)
 
 
-# Of the G images of a batch: indices [G], labels [G, ...], values [G, ...]
+# Indices [G], labels [G, ...] and values [G, ...] of the G images of a batch
 BatchArrays = tuple[np.ndarray, np.ndarray, np.ndarray]
 # Function of images [B, C, H, W] on the device of the model
 Compute = Callable[[torch.Tensor], Any]

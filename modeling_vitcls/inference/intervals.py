@@ -21,7 +21,7 @@ from scipy import stats
 CONFIDENCE_LEVEL = 0.95
 NUM_RESAMPLES = 1000  # Number of bootstrap samples
 MIN_CORRECTED_IMAGES = 30  # For a percentage that is corrected for the choice of a candidate
-NUM_BINS = 15  # Of calibration errors
+NUM_BINS = 15  # The bins of calibration errors
 
 Interval = tuple[float, float]  # Lower and upper bounds
 

@@ -485,7 +485,7 @@ def find_learned(labels: np.ndarray) -> np.ndarray:
 def find_strata(labels: np.ndarray) -> np.ndarray:
     """Find the class [N] of each image that folds are stratified by.
 
-    Of several labels, it is the rarest one that can be learned; images without such a label are
+    With several labels, it is the rarest one that can be learned; images without such a label are
     together.
     """
     if labels.ndim == 1:

@@ -30,7 +30,7 @@ class OnnxGraph(nn.Module):
         ValueError: If onnxruntime is not installed, or cannot read the file.
     """
 
-    dtype = torch.float32  # Of the images
+    dtype = torch.float32  # The dtype of images
     device = torch.device("cpu")  # That computes; images may be on another device
 
     def __init__(self, file: Path, config: ViTCLSConfig) -> None:
@@ -43,7 +43,7 @@ class OnnxGraph(nn.Module):
             options = onnxruntime.SessionOptions()
             # A launcher limits PyTorch's threads if several processes share the machine.
             options.intra_op_num_threads = torch.get_num_threads()
-            options.log_severity_level = 3  # Only log errors.
+            options.log_severity_level = 3  # Log only errors
             self.session = onnxruntime.InferenceSession(
                 str(file), options, providers=["CPUExecutionProvider"]
             )

@@ -83,7 +83,7 @@ def restore_plain_modules(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FastModule):
             module.__class__ = type(module).__bases__[-1]
-            vars(module).pop("usual", None)  # Of a lean layer
+            vars(module).pop("usual", None)  # The attribute of a lean layer
 
 
 class FastModule(nn.Module):

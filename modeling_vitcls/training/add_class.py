@@ -123,7 +123,8 @@ def append_classes(
     name = f"added_classes_{len(model.config.get_added_classes()) + 1:03d}"
     extended = append_head(model, name, head, weight, bias)
     extended_statistics.set_in_model(extended)
-    # Of the weights before they were rounded or merged: the old statistics keep their bits.
+    # The fingerprint is that of the weights before they were rounded or merged: the old statistics
+    # keep their bits.
     extended.class_distance.fingerprint.copy_(model.class_distance.fingerprint)
     return extended
 

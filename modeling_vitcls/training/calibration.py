@@ -41,7 +41,7 @@ class Calibration:
     images: str  # `CROSS_VALIDATION`, `SELECTION` or `HELD_OUT`
     text: str  # For the printed line
     temperature: float | None = None
-    errors: dict[str, float] = field(default_factory=dict)  # Of other images, if they were measured
+    errors: dict[str, float] = field(default_factory=dict)  # Errors of other images, if measured
 
     def build_record(self) -> dict[str, Any] | None:
         """Build the field of results.json; None without a temperature."""

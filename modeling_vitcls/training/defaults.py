@@ -72,7 +72,7 @@ FINETUNING_SIDE = 224
 MAX_SMALL_IMAGE_SIZE = 64  # Maximum length of the longer side of a small image, in pixels
 MIN_LARGE_DATASET_SIZE = 10_000  # Minimum number of training images in a large dataset
 FINE_TUNING_EPOCHS = 5.0  # Enough if the classifier already fits the encoder, and for LoRA
-MAX_CPU_FLOPS = 1e15  # Of all training steps; about an hour at 300 GFLOP/s
+MAX_CPU_FLOPS = 1e15  # The limit of all training steps: about an hour at 300 GFLOP/s
 
 
 def resolve_defaults(
@@ -194,7 +194,7 @@ def resolve_schedule(
     if options.epochs is None and options.max_steps is None and PartialState().device.type == "cpu":
         # The limit is for the default: a number of epochs that a person sets is kept, however long
         # it takes.
-        step_flops = 3 * forward_flops  # Of each image; a backward pass is two forward passes
+        step_flops = 3 * forward_flops  # A backward pass is two forward passes
         max_epochs = max(1.0, MAX_CPU_FLOPS // (step_flops * num_training_images))
         if max_epochs < epochs:
             reason += f"; limited on CPUs, `epochs={epochs:g}` is the default on GPUs"

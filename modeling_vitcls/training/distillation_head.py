@@ -25,7 +25,7 @@ from ..inference.linear_probe import (
 )
 
 
-KIND = "distillation"  # Of tokens, in a `FeatureLayout`
+KIND = "distillation"  # The kind of these tokens in a `FeatureLayout`
 
 
 @dataclass(frozen=True)

@@ -64,7 +64,7 @@ class OldModel:
     folder: ModelFolder
     model: Any
     processor: ViTCLSImageProcessor
-    build_pass: Callable[..., FrozenPass]  # Of labeled images through the model
+    build_pass: Callable[..., FrozenPass]  # The pass of labeled images through the model
     console: Console
 
     def compute_features(
@@ -232,7 +232,7 @@ def build_result(
 
     A group, such as the copies of an image, counts once. `images` says which images these are.
     """
-    proportions = pd.Series(is_right).groupby(groups).mean()  # Of each group
+    proportions = pd.Series(is_right).groupby(groups).mean()  # The share of each group
     num_groups = len(proportions)
     return {
         metric: float(proportions.mean()),

@@ -64,7 +64,7 @@ class TrainingState:
     # Trainable weights before the first step; empty if they are not averaged with the last
     start: list[torch.Tensor] = field(default_factory=list)
     step: int = 0  # Number of completed optimizer steps
-    best_score: float | None = None  # Of the evaluations so far
+    best_score: float | None = None  # The best of the evaluations so far
     # Losses of the steps since the last record
     recent_losses: list[dict[str, float]] = field(default_factory=list)
     # Metrics of a step that has not been evaluated yet; otherwise empty

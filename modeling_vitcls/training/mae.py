@@ -31,7 +31,7 @@ from ..model.variants_vitcls import ATTENTION_CLASSES, LAYER_CLASSES
 from .losses import Losses
 
 
-HEAD_DIM = 32  # Of the decoder, as in the paper (512 channels, 16 heads)
+HEAD_DIM = 32  # The decoder's heads, as in the paper (512 channels, 16 heads)
 
 
 def build_decoder_config(config: ViTCLSConfig, num_layers: int) -> ViTCLSConfig:
@@ -91,7 +91,7 @@ class MAE(ViTCLSPreTrainedModel):
         self.post_init()
         self.vitcls = encoder  # After the initialization of the decoder, which keeps these weights
         if encoder.pooler is not None:
-            encoder.pooler.requires_grad_(False)  # Not part of the loss
+            encoder.pooler.requires_grad_(False)  # The loss does not depend on it
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

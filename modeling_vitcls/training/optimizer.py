@@ -56,7 +56,7 @@ def get_parameter_depths(model: nn.Module) -> dict[str, int]:
 def get_learning_rate(step: int, num_steps: int, peak: float, warmup: float) -> float:
     """Compute the learning rate at `step`, from 0: linear warmup, then cosine decay to 0.
 
-    `peak` is the highest rate, and `warmup` the part of the steps before it.
+    `peak` is the highest rate, and `warmup` the fraction of the steps before it.
     """
     num_warmup_steps = round(warmup * num_steps)
     if step < num_warmup_steps:

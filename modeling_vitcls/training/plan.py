@@ -25,7 +25,7 @@ from .run_inputs import RunInputs
 STEP_FLAGS = ("epochs", "max_steps", "learning_rate", "select", "teacher")
 MIN_STEP_IMAGES = 2000
 MIN_STEP_CLASS_SIZE = 50
-MAX_STEP_SECONDS = 600  # Of default steps; with a flag about steps, there is no limit
+MAX_STEP_SECONDS = 600  # Limit of default steps; with a flag about steps, there is none
 FEW_IMAGES_PER_CLASS = 5  # With fewer, nothing is held out
 
 

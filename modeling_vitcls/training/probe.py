@@ -428,7 +428,8 @@ class Probe:
         for resize, features in ((own_resize, part), (SQUASH, squashed)):
             chosen = run_on_main(partial(self.choose, features))
             losses[resize] = np.concatenate([each.losses_ for each in chosen.values()])
-        # Of the same images, so their differences have the error. Too few images for folds have none.
+        # Both are losses of the same images, so their differences have the error. Too few images for
+        # folds have none.
         differences = losses[own_resize] - losses[SQUASH]
         differences = differences[np.isfinite(differences)]
         record: dict[str, Any] = {}
@@ -617,7 +618,7 @@ def describe_class_weights(
     for probe in (plain, weighted):
         is_right = probe.classes_[probe.out_of_fold_[known].argmax(axis=1)] == labels
         images = pd.DataFrame({"is_right": is_right, "loss": probe.losses_[known]})
-        means = images.groupby(labels).mean()  # Of each class
+        means = images.groupby(labels).mean()  # The means of each class
         rows.append(
             {
                 f"recall of {names[rarest]}": means["is_right"][rarest],

@@ -42,7 +42,7 @@ class Reporter:
             speed_estimate_period=math.inf,
         )
         self.progress_task = self.progress.add_task("training", total=None)
-        self.last_line_time = self.progress.get_time()  # Of the last line about steps
+        self.last_line_time = self.progress.get_time()  # The time of the last line about steps
         self.last_line_step = 0
         # Metrics of evaluations that lines contain, set by the run
         self.printed_metrics: tuple[str, ...] = ()
