@@ -136,10 +136,12 @@ def find_column(
     if len(possible) == 1:
         return possible[0]
 
+    remedy = "write a table whose columns are separated by commas, semicolons, tabs or bars"
+    if len(features) > 2 and kind == "label":
+        remedy = "name several columns for several tasks"
     raise ValueError(
         f"{dataset}: cannot identify the {kind} column among {', '.join(features)}. Set "
-        f"`{kind}_column`, or write a table whose columns are separated by commas, semicolons, tabs "
-        "or bars"
+        f"`{kind}_column`, or {remedy}"
     )
 
 
