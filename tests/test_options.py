@@ -116,8 +116,6 @@ COMBINATIONS: list[tuple[type, dict[str, Any], dict[str, Any], str]] = [
     (InspectOptions, {"paths": (), "dataset": "c"}, {"paths": ("a",)}, "`images`"),
     (InspectOptions, {"paths": ("a",)}, {"paths": ()}, "`images`"),
     (InspectOptions, {"output": Path("a.HTM")}, {"output": Path("a.json")}, "`output='a.json'`"),
-    (InspectOptions, {"json": Path("a.JSON")}, {"json": Path("a.html")}, "`json='a.html'`"),
-    (ExportOptions, {"image_size": (1, 8)}, {"image_size": (8, 0)}, "`image_size`"),
     *((PredictOptions, {}, {name: "a"}, "`dataset`") for name in ("split", "image_column")),
     *(
         (InspectOptions, {}, {name: "a"}, "`dataset`")

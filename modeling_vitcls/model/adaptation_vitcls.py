@@ -142,7 +142,7 @@ class AdaptableModel(PreTrainedModel):
         load_adapted_weights(self, model)
         statistics: Any = getattr(self, "class_distance", None) if config.class_statistics else None
         if statistics is not None and statistics.has_fingerprint_of(self.base_model):
-            # New tokens with closed gates have changed the weights, but not the features.
+            # New tokens with closed gates and another size of the positions change no features.
             cast(Any, model).class_distance.store_fingerprint(model.base_model)
         model.train(self.training)
         return model
@@ -283,19 +283,18 @@ def ignore_unready_parts(old_config: ViTCLSConfig, config: ViTCLSConfig) -> None
 
 
 def keeps_features(old_config: ViTCLSConfig, config: ViTCLSConfig) -> bool:
-    """Tell whether the features are the same: nothing changes but new tokens with closed gates."""
+    """Tell whether only tokens with closed gates are new; other sizes are as in a forward pass."""
     counts = {field: getattr(config, field) for field in COUNT_FIELDS.values()}
     has_all_tokens = all(count >= getattr(old_config, field) for field, count in counts.items())
     gated_tokens = get_gated_tokens(old_config, counts, gate_new_tokens=True)
-    has_same_input = all(
-        getattr(old_config, name) == getattr(config, name)
-        for name in ("image_size", "patch_size", "cls_scopes")
-    )
+    has_same_tokens = old_config.cls_scopes == config.cls_scopes
+    has_same_patches = old_config.patch_height_width == config.patch_height_width
     sizes = [each.compute_pooled_size("cls", 1) for each in (old_config, config)]
     return (
         has_all_tokens
         and gated_tokens == config.gated_tokens
-        and has_same_input
+        and has_same_tokens
+        and has_same_patches
         and sizes[0] == sizes[1]
     )
 

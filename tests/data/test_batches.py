@@ -73,7 +73,7 @@ def are_equal(first: Batch, second: Batch) -> bool:
         (
             PerTask({"a": ["x", "y"], "b": ["x", "y", "z"]}),
             [{"a": 1, "b": None}, {"a": 0, "b": 2}],
-            {"a": torch.tensor([1, 0]), "b": torch.tensor([-100, 2])},
+            torch.tensor([[1, -100], [0, 2]]),
         ),
     ],
 )
