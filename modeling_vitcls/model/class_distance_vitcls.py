@@ -145,7 +145,8 @@ class ClassDistance(nn.Module):
         if sums is None or self.fingerprint.is_meta:
             return True
         totals, roundings = sums
-        deviations = (self.fingerprint.cpu() * SUM_UNIT - totals) / roundings
+        # A product of integers and a float would be in float32, which has too few digits.
+        deviations = (self.fingerprint.cpu().double() * SUM_UNIT - totals) / roundings
         return float(deviations.square().sum()) < MAX_DEVIATION
 
     def store_fingerprint(self, encoder: nn.Module) -> None:

@@ -632,7 +632,9 @@ class ViTCLSConfig(ExtraHeadsConfig, BackboneConfigMixin, PreTrainedConfig):
 
         counts = {name: stored.get(name, getattr(cls, name)) for name in COUNT_FIELDS.values()}
         new_counts = {name: overrides.get(name, count) for name, count in counts.items()}
-        stored["gated_tokens"] = update_gated_tokens(stored.get("gated_tokens"), counts, new_counts)
+        gated_tokens = stored.get("gated_tokens")
+        if isinstance(gated_tokens, dict):  # Another type is an error of the check of the field
+            stored["gated_tokens"] = update_gated_tokens(gated_tokens, counts, new_counts)
 
     def save_pretrained(
         self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any

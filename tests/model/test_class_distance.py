@@ -286,3 +286,13 @@ def test_a_compiled_model_notices_other_weights_that_are_loaded() -> None:
     weights = {name: each for name, each in other.state_dict().items() if "class_d" not in name}
     model.load_state_dict(weights, strict=False)
     assert compiled(images[:4]).distance is None
+
+
+@torch.no_grad()
+def test_large_sums_of_weights_have_their_digits() -> None:
+    model, images, statistics = build_model()
+    for weight in model.vitcls.layers.parameters():
+        weight.abs_().add_(1)
+    statistics.set_in_model(model)
+    assert model(images[:4]).distance is not None
+    assert model.class_distance.fingerprint.max() > 2**32
