@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
+import pandas as pd
 import pytest
 import torch
 import yaml
@@ -45,6 +46,7 @@ from modeling_vitcls.inference.evaluator import Evaluator
 from modeling_vitcls.runtime.errors import RunStopped
 from modeling_vitcls.runtime.files import read_json
 from modeling_vitcls.training.checkpoints import CheckpointStore
+from modeling_vitcls.training.finetune import list_teacher_rows
 from modeling_vitcls.training.options import FinetuneOptions
 
 
@@ -340,6 +342,17 @@ def test_a_teacher_trains_the_distillation_token(teacher: Path, tmp_path: Path, 
     parts = last["label_loss"] / 2 + last["distillation_loss"] / 2
     assert last["loss"] == pytest.approx(parts, abs=1e-5)
     assert read_json(tmp_path / "results.json")["teacher_provenance"]["license"] == "cc-by-nc-4.0"
+
+
+def test_images_that_trained_the_teacher_are_known(teacher: Path, tmp_path: Path) -> None:
+    """They measure nothing: the student has learned their labels from the teacher."""
+    train(tmp_path, "digits", max_steps=1)
+    rows = list_teacher_rows(str(tmp_path))
+    splits = pd.read_parquet(tmp_path / "splits.parquet")
+    assert set(rows["key"]) == set(splits["key"][splits["split"] != "test"])
+    assert set(rows["split"]) == {"encoder"}
+    assert not len(list_teacher_rows(str(teacher)))
+    assert not len(list_teacher_rows(None))
 
 
 def test_all_options_can_be_combined(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
