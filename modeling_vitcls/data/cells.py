@@ -29,7 +29,7 @@ from ..runtime.errors import warn_on_first_process
 # Characters between several labels of one text, and how much more often than whole cells the parts
 # between them must occur. A comma is also within names: "tench, Tinca tinca".
 SEPARATORS = {"|": 1.0, ";": 1.0, ",": 1.5}
-NO_SEPARATOR = "none"  # The value of a person who knows that each text is one label
+NO_SEPARATOR = "none"  # The value of `label_separator` that says: each text is one label
 MAX_NUMBERS = 50  # Different numbers with gaps between them; more look like a measurement
 MIN_VECTORS = 0.9  # Share of the lists that have one length, from which they are vectors
 

@@ -255,7 +255,7 @@ def select_held_out(images: LabeledImages, fraction: float, seed: int, dataset: 
         members = np.flatnonzero(labels == label)
         members = members[np.argsort(numbers[members], kind="stable")]
         if len(members) > 1:
-            # Of each class, at least one group is held out, and at least one is not.
+            # At least one group of each class is held out, and at least one is not.
             # A group counts from its middle, so a large one is rounded to the nearer side and not
             # always up.
             middles = np.cumsum(sizes[members]) - sizes[members] / 2

@@ -125,7 +125,7 @@ def leave_signals_to_parent() -> None:
     for name in ("SIGUSR1", "SIGHUP"):  # Windows does not have them
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):  # Not available on macOS
+    if hasattr(signal, "sigwaitinfo"):  # macOS does not have it
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # Inherited by the thread below
         threading.Thread(target=wait_for_parent_signal, daemon=True).start()
 

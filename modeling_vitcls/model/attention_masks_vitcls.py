@@ -264,7 +264,7 @@ class TokenGates(nn.Module):
     OPEN = 1.0 / SCALE  # Value of the parameter for g = 1
     CLOSED = 0.0  # Initial value of the parameter
     SMALLEST = 1e-20  # Added to g, so that log(g) is finite; has no effect on g = 1 in float32
-    # The same in float16, which has no smaller numbers: no gradient would reach a gate below it.
+    # Added in float16, which has no smaller numbers: no gradient would reach a gate below it
     SMALLEST_HALF = 2.0**-24
 
     def __init__(self, config: ViTCLSConfig) -> None:

@@ -225,7 +225,7 @@ def list_effective_weights(encoder: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def list_unused_copies(wrapper: Any) -> list[nn.Module]:
-    """List the modules that PEFT's `modules_to_save` keeps beside the one that computes."""
+    """List the modules that PEFT's `modules_to_save` stores and does not use in the forward pass."""
     copies = {None: wrapper.original_module, **wrapper.modules_to_save}
     used = None if wrapper.disable_adapters else wrapper.active_adapters[0]
     return [module for adapter, module in copies.items() if adapter != used]

@@ -566,7 +566,7 @@ class ViTCLSConfig(ExtraHeadsConfig, BackboneConfigMixin, PreTrainedConfig):
 
     @classmethod
     def _check_keywords(cls, kwargs: Mapping[str, Any]) -> None:
-        """Raise ValueError for a keyword that is almost a field; transformers knows the others."""
+        """Raise ValueError for a keyword that is almost a field; transformers checks the others."""
         known_names = cls._list_keywords() | {"gate_new_tokens"}
         for name in sorted(kwargs.keys() - known_names):
             hint = _format_suggestion(name, known_names, cutoff=0.8)

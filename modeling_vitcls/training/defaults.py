@@ -58,7 +58,7 @@ LEARNING_RATES: dict[TrainingMethod, tuple[float, int, int, float, float]] = {
     "from the frozen model's classifier": (3e-5, 384, 2, 1e-5, 4e-4),
     # The matrices start from zero, also after a frozen start (measured in docs/fine-tuning.md).
     "LoRA": (5e-4, 1, 0, 0.0, 1.0),
-    # As for LoRA: the encoder keeps its weights, and closed gates have to open
+    # The rate of LoRA, because here, too, the encoder keeps its weights, and closed gates must open
     "special tokens": (5e-4, 1, 0, 0.0, 1.0),
     "new head on frozen weights": (1e-3, 1, 0, 0.0, 1.0),
     "self-supervised": (5e-4, 1, 0, 0.0, 1.0),

@@ -49,6 +49,7 @@ from ..inference.linear_probe import (
 )
 from ..model.heads_vitcls import build_pooler
 from ..runtime.distributed import run_on_main
+from ..runtime.errors import format_name_list
 from ..runtime.progress import report_work
 from .distillation_head import DistillationHead, describe_inference, split_kinds
 
@@ -261,6 +262,8 @@ class Probe:
             more = self.compute_features(train, layout, warn, rest)
             features = features.join(more)
             chosen, second = run_on_main(partial(self.refit, chosen, second, features))
+        if train.is_stratified and max_images is None:
+            warn_about_unreadable_classes(train.labels, features.labels, self.label_space, warn)
         held_out_parts: dict[str, Features] = {}
         if len(held_out):
             parts_of_tasks = self.split_tasks(self.compute_features(held_out, layout, warn))
@@ -550,6 +553,16 @@ def sample_parts(classes: np.ndarray, max_images: int | None) -> tuple[np.ndarra
     # The first two images of every class move to the front, where they survive both limits.
     order = order[np.argsort(ranks > 1, kind="stable")][:max_images]
     return np.sort(order[:MAX_CHOICE_IMAGES]), np.sort(order[MAX_CHOICE_IMAGES:])
+
+
+def warn_about_unreadable_classes(
+    labels: Sequence[int], readable: np.ndarray, label_space: Any, warn: Callable[[str], None]
+) -> None:
+    """Name the classes whose images are all unreadable, because the model cannot predict them."""
+    missing = sorted(set(labels) - set(readable.tolist()))
+    if missing:
+        names = format_name_list([label_space.names[index] for index in missing])
+        warn(f"no image of {names} can be read, so the model never predicts it. Check the files")
 
 
 def ignore_message(message: str) -> None:

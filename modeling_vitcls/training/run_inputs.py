@@ -51,7 +51,9 @@ def load(
         options = replace(options, **select_chosen_values(chosen, vars(options)))
         recorded_precision = checkpoint.metadata["mixed_precision"]
     state = PartialState()
-    with state.main_process_first():  # Only the main process downloads files
+    with (
+        state.main_process_first()
+    ):  # The main process downloads files, and the others find them in the cache
         # The commit is fixed before the first file is read. Otherwise, a push to the Hub in the
         # meantime could combine the configuration of one version with the weights of another.
         options = convert_sources(

@@ -23,7 +23,7 @@ from .run_inputs import RunInputs
 from .summary import count_parameters, count_tokens
 
 
-# Of the study of fine-tuning, which had one label per image
+# Images of each class in the study of fine-tuning, which had one label per image
 MIN_STUDY_CLASS_SIZE = 20
 # Flags that the command for the other kind of run leaves out
 FLAGS_OF_KINDS = {
@@ -54,7 +54,7 @@ def build_results(
         "calibration": outcome.calibration,
         "selection_metric": setup.selection_metric,
         "forward_flops_per_image": inputs.forward_flops,
-        # Of a frozen run; the results of the other kind replace them.
+        # These are the values of a frozen run; a run with steps replaces them.
         "steps": 0,
         "epochs": 0.0,
         "seconds": round(outcome.seconds, 2),

@@ -83,7 +83,9 @@ class Teacher(nn.Module):
         self.source = source
         self.model: Any = model.requires_grad_(False)
         self.preprocessing = preprocessing
-        self.label_indices = label_indices  # Of the student's labels; None if all are the same
+        self.label_indices = (
+            label_indices  # Positions of the student's labels; None if all are the same
+        )
 
         height, width = preprocessing.height_width
         num_parameters = sum(parameter.numel() for parameter in model.parameters())

@@ -69,6 +69,23 @@ def test_a_run_without_steps_prints_the_command_that_trains_all_layers(
     assert not any(is_equal)
 
 
+def test_a_class_without_readable_images_is_named(
+    sources: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The saved model has the class, but can never predict it."""
+    for index in range(3):
+        file = sources / "my photos" / "zebra" / f"{index}.png"
+        file.parent.mkdir(exist_ok=True)
+        file.write_bytes(b"no photo")
+    arguments = ["--model", str(sources / "vit"), "--dataset", str(sources / "my photos")]
+    arguments += ["--output-dir", str(sources / "frozen"), "--num-workers", "0", "--no-report"]
+    main(["finetune", *arguments])
+    captured = capsys.readouterr()
+    (line,) = [each for each in captured.out.splitlines() if "never predicts" in each]
+    assert "no image of zebra can be read" in line
+    assert len(read_json(sources / "frozen/config.json")["id2label"]) == 3
+
+
 def test_no_command_trains_on_data_in_memory() -> None:
     asked = FinetuneOptions(model="vit", dataset="memory:0123", output_dir=Path("run"))
     assert build_command(asked, "fine-tuned", epochs=5) == "finetune(..., epochs=5)"
