@@ -518,6 +518,7 @@ def copy_weights(probe: LinearProbe, head: nn.Linear, tokens: Sequence[Token]) -
     read = probe.candidate_.tokens
     if read != tokens:
         blocks = dict(zip(read, np.split(weight, len(read), axis=1), strict=True))
+        assert blocks.keys() <= set(tokens), "the head reads every token of the classifier"
         zeros = np.zeros_like(blocks[read[0]])
         weight = np.concatenate([blocks.get(token, zeros) for token in tokens], axis=1)
     head.weight.copy_(torch.from_numpy(weight))
