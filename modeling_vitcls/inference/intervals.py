@@ -5,8 +5,6 @@ compute_bootstrap_interval(values)                        mean over images
 estimate_after_choice(losses, is_right, ...)              accuracy of the best of several candidates
 estimate_average_precision(scores, labels, groups)        mean average precision of several labels
 compute_prediction_limit(values)                          limit of a null distribution
-
-compute_chance_calibration_error(confidences) is the calibration error of a calibrated model.
 """
 
 import math
@@ -21,7 +19,6 @@ from scipy import stats
 CONFIDENCE_LEVEL = 0.95
 NUM_RESAMPLES = 1000  # Number of bootstrap samples
 MIN_CORRECTED_IMAGES = 30  # For a percentage that is corrected for the choice of a candidate
-NUM_BINS = 15  # The bins of calibration errors
 
 Interval = tuple[float, float]  # Lower and upper bounds
 
@@ -172,23 +169,3 @@ def compute_prediction_limit(values: Sequence[float], level: float) -> float:
         * math.sqrt(1 + 1 / len(values))
     )
     return max(*values, float(np.mean(values) + margin))
-
-
-def compute_chance_calibration_error(confidences: np.ndarray) -> float:
-    """Compute the expected calibration error (15 bins) of a model that is calibrated.
-
-    Even a perfectly calibrated model has some error on few images. In each bin, the number of
-    correct predictions is binomial; De Moivre's formula gives its mean absolute deviation (Diaconis
-    and Zabell 1991, "Closed form summation for classical distributions"). The result is NaN if
-    there are no images, or if a confidence is.
-    """
-    if not len(confidences) or not np.isfinite(confidences).all():
-        return math.nan
-    bins = np.minimum(confidences * NUM_BINS, NUM_BINS - 1).astype(int)
-    counts = np.bincount(bins)
-    sums = np.bincount(bins, confidences)
-    counts, sums = counts[counts > 0], sums[counts > 0]
-    fractions = np.minimum(sums / counts, 1.0)
-    above = np.floor(sums) + 1
-    deviations = 2 * above * (1 - fractions) * stats.binom.pmf(above, counts, fractions)
-    return float(deviations.sum() / len(confidences))

@@ -50,9 +50,6 @@ def build_metric_rows(results: dict[str, Any], config: ViTCLSConfig | None) -> l
         if interval:
             low, high = map(format_percent, interval)
             suffix = f" (95% interval: {low} to {high})"
-        by_chance = results.get(f"{key}_by_chance")
-        if by_chance is not None:
-            suffix = f" (a calibrated model: {format_percent(by_chance)}, by chance)"
         rows.append([name, format_percent(results[key]) + suffix])
     return rows
 

@@ -22,15 +22,10 @@ from torchmetrics.classification import (
     MulticlassConfusionMatrix,
     MultilabelAveragePrecision,
 )
-from torchmetrics.utilities.data import dim_zero_cat
 
 from ..data.labels import LabelKind, LabelSpace, PerTask
 from ..model.heads_vitcls import IGNORED_LABEL
-from .intervals import (
-    NUM_BINS,
-    compute_chance_calibration_error,
-    compute_proportion_interval,
-)
+from .intervals import compute_proportion_interval
 
 
 MAX_MATRIX_CLASSES = 200  # Maximum number of classes for which a confusion matrix is computed
@@ -60,7 +55,6 @@ class SingleLabelMetrics:
     balanced_accuracy       mean recall of the classes that have images
     macro_f1                mean F1 of the classes that have images or predictions
     calibration_error       expected calibration error with 15 bins (Guo et al. 2017, arXiv 1706.04599)
-    calibration_error_by_chance     what a calibrated model has on as many images
     cls_accuracy, distillation_accuracy     accuracy of each head, if the model has two heads
     cls_loss, distillation_loss, mean_loss  cross-entropy of each of the two, and of their mean
     loss                    cross-entropy, without label smoothing
@@ -74,9 +68,8 @@ class SingleLabelMetrics:
         self.names = label_space.names
         num_classes = len(self.names)
         self.counts = ClassCounts(num_classes).to(device)
-        self.calibration_error = CalibrationErrors(
-            num_classes, n_bins=NUM_BINS, validate_args=False
-        ).to(device)
+        calibration_error = MulticlassCalibrationError(num_classes, validate_args=False)
+        self.calibration_error = calibration_error.to(device)
         names = ["loss", "top_5_accuracy", *HEAD_OUTPUTS, *HEAD_LOSSES]
         self.means = {name: build_aggregator(MeanMetric, device) for name in names}
         self.confusion_matrix = None
@@ -133,7 +126,6 @@ class SingleLabelMetrics:
         num_correct, _, num_images = map(sum, counts)
         class_metrics = compute_class_metrics(self.names, counts)
 
-        error, error_by_chance = map(to_number, self.calibration_error.compute())
         # Without two heads or more than five classes, some were never updated
         means = {
             name: to_number(metric.compute())
@@ -145,8 +137,7 @@ class SingleLabelMetrics:
             **means,
             "balanced_accuracy": compute_mean([row["recall"] for row in class_metrics]),
             "macro_f1": compute_mean([row["f1"] for row in class_metrics]),
-            "calibration_error": error,
-            "calibration_error_by_chance": error_by_chance,
+            "calibration_error": to_number(self.calibration_error.compute()),
             "num_images": num_images,
             "accuracy_interval": compute_proportion_interval(num_correct, num_images),
             "per_class": class_metrics,
@@ -316,17 +307,6 @@ class ClassCounts(Metric):
     def compute(self) -> torch.Tensor:
         """Stack the three counts of each class as one tensor [3, L]."""
         return self.counts
-
-
-class CalibrationErrors(MulticlassCalibrationError):
-    """The calibration error, and what a calibrated model with the same confidences has."""
-
-    def compute(self) -> torch.Tensor:
-        """Return both errors [2]."""
-        confidences = dim_zero_cat(self.confidences)
-        by_chance = compute_chance_calibration_error(confidences.double().cpu().numpy())
-        error: torch.Tensor = super().compute()
-        return torch.stack([error, error.new_tensor(by_chance)])
 
 
 def build_aggregator(metric_class: type[MeanMetric | SumMetric], device: torch.device) -> Any:

@@ -132,6 +132,7 @@ def summarize_predictions(folder: ModelFolder, rows: Any) -> dict[str, Any]:
         "num_confident_errors": int((wrong["confidence"] > MIN_CONFIDENT).sum()),
         "min_confident": MIN_CONFIDENT,
         "calibration": results.get("calibration"),
+        "calibration_error": results.get("calibration_error"),
     }
 
 

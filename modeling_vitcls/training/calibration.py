@@ -5,18 +5,16 @@ fine-tuned model      logits of the selection images
 no selection images   logits of half of the held-out images; the error is reported for the other half
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
-from scipy.special import softmax
 from torch import nn
 from torchmetrics.functional.classification import multiclass_calibration_error
 
 from ..inference.confidence import fit_temperature
 from ..inference.evaluator import Evaluator, Predictions
-from ..inference.intervals import NUM_BINS, compute_chance_calibration_error
 from ..inference.linear_probe import LinearProbe
 from .distillation_head import choose_inference, describe_inference
 from .distributed_state import reshard
@@ -30,7 +28,6 @@ EQUAL_FACTOR = 1.1
 CROSS_VALIDATION = "cross-validation"
 SELECTION = "selection"
 HELD_OUT = "held-out"
-ERROR_METRICS = ("calibration_error", "calibration_error_by_chance")  # With the temperature
 
 
 @dataclass(frozen=True)
@@ -41,18 +38,20 @@ class Calibration:
     images: str  # `CROSS_VALIDATION`, `SELECTION` or `HELD_OUT`
     text: str  # For the printed line
     temperature: float | None = None
-    errors: dict[str, float] = field(default_factory=dict)  # Errors of other images, if measured
+    error_before: float | None = None  # Calibration error of other images without it, if measured
 
     def build_record(self) -> dict[str, Any] | None:
         """Build the field of results.json; None without a temperature."""
         if self.temperature is None:
             return None
-        return {
+        record = {
             "temperature": self.temperature,
             "num_images": self.num_images,
             "images": self.images,
-            **self.errors,
         }
+        if self.error_before is not None:
+            record["calibration_error_before"] = self.error_before
+        return record
 
 
 def choose_heads(
@@ -144,46 +143,32 @@ def describe_probe_calibration(probe: LinearProbe) -> Calibration:
 
 
 def measure_errors(calibration: Calibration, predictions: Predictions) -> Calibration:
-    """Add the calibration error before and after the temperature, if there is one.
+    """Measure the calibration error before and after the temperature, if there is one.
 
-    The predictions are of held-out images, with the temperature. The text names the errors unless
-    there are few images.
+    The predictions are of held-out images, with the temperature. The error after it becomes their
+    metric. The text names the errors unless there are few images.
     """
     if calibration.temperature is None:
         return calibration
     outputs = predictions.outputs
     if calibration.images == HELD_OUT:
         outputs = outputs.take(np.s_[1::2])  # The half to which the temperature was not fitted
-    logits = outputs.values
-    labels = outputs.labels
     # The model divides its logits already; multiplied, they are as before.
-    before = compute_error(logits * calibration.temperature, labels)
-    after = compute_error(logits, labels)
-    confidences = softmax(logits.astype(np.float64), axis=1).max(axis=1)
-    by_chance = round(compute_chance_calibration_error(confidences), 6)
+    before = compute_error(outputs.values * calibration.temperature, outputs.labels)
+    after = compute_error(outputs.values, outputs.labels)
+    predictions.metrics["calibration_error"] = after
+    num_images = len(outputs.labels)
     text = calibration.text
-    if len(labels) >= MIN_ERROR_IMAGES:
+    if num_images >= MIN_ERROR_IMAGES:
         text += (
-            f"; calibration error of {len(labels):,} other images {100 * before:.1f} -> "
-            f"{100 * after:.1f} points (a calibrated model: {100 * by_chance:.1f}, by chance)"
+            f"; calibration error of {num_images:,} other images {100 * before:.1f} -> "
+            f"{100 * after:.1f} points"
         )
-    errors = {
-        "calibration_error_before": before,
-        "calibration_error": after,
-        "calibration_error_by_chance": by_chance,
-    }
-    return replace(calibration, errors=errors, text=text)
-
-
-def select_error_metrics(values: dict[str, Any]) -> dict[str, float]:
-    """Select the errors that are also metrics of the saved model, with its temperature."""
-    return {name: values[name] for name in ERROR_METRICS if name in values}
+    return replace(calibration, error_before=before, text=text)
 
 
 def compute_error(logits: np.ndarray, labels: np.ndarray) -> float:
     """Compute the expected calibration error in 15 bins (Guo et al. 2017, arXiv 1706.04599)."""
     probabilities = torch.from_numpy(logits).float().softmax(dim=1)
-    error = multiclass_calibration_error(
-        probabilities, torch.from_numpy(labels), logits.shape[1], n_bins=NUM_BINS
-    )
+    error = multiclass_calibration_error(probabilities, torch.from_numpy(labels), logits.shape[1])
     return round(float(error), 6)

@@ -8,12 +8,7 @@ from ..data.splits import MAX_CLASS_RATIO, TrainingData
 from ..inference.evaluator import Predictions
 from ..inference.metrics import NOTHING_MEASURED, merge_tasks
 from ..runtime.distributed import run_on_main
-from .calibration import (
-    Calibration,
-    describe_probe_calibration,
-    measure_errors,
-    select_error_metrics,
-)
+from .calibration import Calibration, describe_probe_calibration, measure_errors
 from .outcome import Outcome, list_measurements
 from .probe import FrozenModel, Probe, describe_frozen, describe_threshold, join_texts
 from .training_setup import TrainingSetup
@@ -89,12 +84,8 @@ def measure_task(
     calibration = describe_probe_calibration(model.probe)
     if model.held_out is not None:
         predictions = probe.predict_held_out(task, model)
-        calibration = measure_errors(calibration, predictions)
-        predictions.metrics.update(select_error_metrics(calibration.errors))
-        return predictions, calibration
+        return predictions, measure_errors(calibration, predictions)
     if model.estimate is None:
         return None, calibration
-    predictions = model.predict_out_of_fold()
     # The out-of-fold probabilities contain the temperature already, so there is no error before it.
-    errors = select_error_metrics(predictions.metrics)
-    return predictions, replace(calibration, errors=errors)
+    return model.predict_out_of_fold(), calibration

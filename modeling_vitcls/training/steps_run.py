@@ -15,7 +15,7 @@ from ..data.workers import explain_worker_errors
 from ..inference.metrics import SELECTION_METRICS, compute_mean
 from ..runtime.distributed import configure_layer_sharding, run_on_main
 from ..runtime.errors import stop_on_errors
-from .calibration import calibrate, select_error_metrics
+from .calibration import calibrate
 from .checkpoints import Checkpoint, CheckpointStore
 from .class_statistics_of_runs import store_statistics
 from .distributed_state import reshard, scatter_model
@@ -93,7 +93,7 @@ def run_steps(
     predictions = calibration = nearest_images = heads_text = None
     if setup.build_pass is not None and len(data.held_out):
         calibration, predictions, heads_text = calibrate(setup.model, model, held_out, selection)
-        metrics = predictions.metrics | select_error_metrics(calibration.errors)
+        metrics = predictions.metrics
     # The last evaluation of the loop was of other weights, or of the images that select.
     elif step != loop.state.step or plan.averaging or data.selection is not None:
         metrics = held_out(model)

@@ -2,13 +2,10 @@
 
 import numpy as np
 import pytest
-import torch
 from sklearn.metrics import average_precision_score
-from torchmetrics.functional.classification import binary_calibration_error
 
 from modeling_vitcls.inference.intervals import (
     compute_bootstrap_interval,
-    compute_chance_calibration_error,
     compute_prediction_limit,
     estimate_after_choice,
     estimate_average_precision,
@@ -36,22 +33,6 @@ def test_the_limit_of_a_null_distribution_is_a_prediction_bound_or_the_maximum()
     assert compute_prediction_limit([1.0, 2.0, 3.0, 4.0], 0.975) == pytest.approx(7.093, abs=1e-3)
     assert compute_prediction_limit([0.2], 0.975) == 0.2
     assert compute_prediction_limit([0.0] * 20 + [9.0], 0.975) == 9
-
-
-@pytest.mark.parametrize("num_images", [20, 36, 108, 2000])
-def test_the_calibration_error_by_chance_is_the_mean_of_simulated_calibrated_models(
-    num_images: int,
-) -> None:
-    generator = np.random.default_rng(0)
-    confidences = generator.dirichlet(np.ones(5), num_images).max(1)
-    errors = []
-    for _ in range(300):
-        is_right = torch.tensor(generator.random(num_images) < confidences)
-        error = binary_calibration_error(torch.tensor(confidences), is_right.int(), n_bins=15)
-        errors.append(error.item())
-    expected = pytest.approx(np.mean(errors), rel=0.06)
-    assert compute_chance_calibration_error(confidences) == expected
-    assert compute_chance_calibration_error(np.ones(num_images)) == 0
 
 
 def test_the_interval_of_images_that_are_all_right_is_not_empty() -> None:
