@@ -1,6 +1,6 @@
 """Draw one sheet per photo: `vitcls look`, and the function `look`.
 
-PATHS -> measure_photo (photo.py) -> draw_sheet (sheet.py) -> image files, and JSON values
+PATHS -> measure_photo (photo.py) -> draw_sheet (sheet.py) -> image files
 """
 
 from itertools import chain, count
@@ -20,16 +20,16 @@ from ..inference.inputs import list_records
 from ..inference.load_model import load_model
 from ..model.field_checks_vitcls import to_pair
 from ..model.image_processing_vitcls import image_to_tensor, read_image
-from ..runtime.files import write_atomically, write_json
+from ..runtime.files import write_atomically
 from .options import LookOptions
-from .photo import build_json_record, measure_photo
+from .photo import measure_photo
 from .sheet import draw_sheet
 
 
 def draw_photo(options: LookOptions, image: Any) -> Image.Image:
     """Draw the sheet of one photo: a path, encoded bytes, a PIL image or an array.
 
-    With `output` or `json`, the sheet or its numbers are also written.
+    With `output`, the sheet is also written.
     """
     if isinstance(image, list | tuple):
         raise ValueError(f"cannot draw a {type(image).__name__}. Pass one photo")
@@ -43,10 +43,6 @@ def draw_photo(options: LookOptions, image: Any) -> Image.Image:
     sheet = draw_sheet(measurements, " · ".join(filter(None, (model_name, name))))
     if options.output is not None:
         save_image(sheet, choose_file(options.output, Path(name).stem or "sheet", True, []))
-    if options.json is not None:
-        write_numbers(
-            options.json, model_name, [{"photo": name, **build_json_record(measurements)}]
-        )
     return sheet
 
 
@@ -63,7 +59,6 @@ def write_sheets(options: LookOptions, output: Path) -> None:
     model, processor = load_adjusted_model(options.model, options.image_size, options.resize)
     model_name = get_title(options.model)
     is_single = len(photos) == 1
-    records: list[dict[str, Any]] = []
     written: list[Path] = []
     watch = track(
         photos, console=error_console, transient=True, disable=not error_console.is_terminal
@@ -72,8 +67,6 @@ def write_sheets(options: LookOptions, output: Path) -> None:
         try:
             measurements = measure_photo(model, processor, read_image(source))
         except ValueError as error:
-            if is_single:
-                raise
             error_console.print(
                 f"WARNING: skipped a photo: {error}", style="bold yellow", markup=False
             )
@@ -81,13 +74,9 @@ def write_sheets(options: LookOptions, output: Path) -> None:
         file = choose_file(output, Path(name).stem, is_single, written)
         save_image(draw_sheet(measurements, f"{model_name} · {Path(name).name}"), file)
         written.append(file)
-        records.append({"photo": name, "sheet": str(file), **build_json_record(measurements)})
         print(f"saved {file}")
-    if not records:
+    if not written:
         raise ValueError(f"none of the {len(photos)} photos can be read. Pass other image files")
-    if options.json is not None:
-        write_numbers(options.json, model_name, records)
-        print(f"saved {options.json}")
 
 
 def load_adjusted_model(
@@ -116,12 +105,6 @@ def choose_file(output: Path, stem: str, is_single: bool, written: list[Path]) -
     # The sheets of one command never replace each other, but they replace the sheets of an earlier
     # command.
     return next(each for each in chain([file], numbered) if each not in written)
-
-
-def write_numbers(file: Path, model_name: str, records: list[dict[str, Any]]) -> None:
-    """Write the numbers of the sheets as JSON."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_json(file, {"model": model_name, "photos": records})
 
 
 def save_image(image: Image.Image, file: Path) -> None:

@@ -74,9 +74,6 @@ class LookOptions(Options):
     output: Path | None = None
     """Image file for the sheet, or a folder. For several photos, the name of each photo is appended
     to the file name. The command writes `look.png` by default."""
-    json: Path | None = None
-    """JSON file for the numbers: attention by head, token and layer, patch norms, and explained
-    variance."""
     image_size: int | tuple[int, int] | None = None
     """Image height and width in pixels; one number sets both. Default: the size of the image
     processor. Larger images have more patches and finer maps."""
@@ -86,7 +83,6 @@ class LookOptions(Options):
 
     def check(self) -> None:
         super().check()
-        check_output_files(json=self.json)
         if not self.paths:
             raise ValueError("Name at least one photo or folder: `vitcls look photo.jpg --model M`")
         sizes = self.image_size if isinstance(self.image_size, tuple) else (self.image_size,)

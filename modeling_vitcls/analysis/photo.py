@@ -2,13 +2,12 @@
 
     measurements = measure_photo(model, processor, photo)
     draw_sheet(measurements, "mine")        # a PIL image (sheet.py)
-    build_json_record(measurements)         # the numbers
+    measurements.maps                       # [layer, head, token, row, column]
 
 Patches of one object have similar features and thus similar colors (Oquab et al. 2023, arXiv
 2304.07193, figure 1). Features are hidden states before the final norm.
 """
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +24,6 @@ from ..inference.token_names import get_token_names_by_group
 from ..model.configuration_vitcls import ViTCLSConfig
 from ..model.extra_heads_vitcls import ExtraHead
 from .attribution import AttentionTrace, trace_attention
-from .faults import OUTLIER_RATIO
 from .maps import extract_patch_maps, to_upright_rgb
 from .model_utils import evaluation_mode, is_classifier, unwrap_model
 from .token_use import TokenUse
@@ -63,8 +61,8 @@ class PhotoMeasurements:
         token_names: [S], name of each token.
         token_groups: [S], group of each token in `config.token_layout`.
         token_layers: [S], last layer in which each token is used, numbered from 1.
-        attention: [L, H, S, N], attention of each token to all tokens.
-        maps: [L, H, S, gh, gw], the part of `attention` on the patches.
+        maps: [L, H, S, gh, gw], attention of each token to the patches; the rest is on special
+            tokens.
         patch_layer: last layer in which the patches are used, numbered from 1.
         norms: [L, gh, gw], norms of the patches after each layer, before the final norm.
         colors: [L, gh, gw, 3], the first three principal components of the patches after each
@@ -82,7 +80,6 @@ class PhotoMeasurements:
     token_names: list[str]
     token_groups: list[str]
     token_layers: list[int]
-    attention: torch.Tensor
     maps: torch.Tensor
     patch_layer: int
     norms: torch.Tensor
@@ -154,7 +151,6 @@ def measure_photo(model: Any, processor: Any, image: Image.Image) -> PhotoMeasur
         token_names=[name for names in names_by_group.values() for name in names],
         token_groups=[group for group, names in names_by_group.items() for _ in names],
         token_layers=token_layers,
-        attention=attention,
         maps=maps,
         patch_layer=patch_layer,
         norms=features.norm(dim=-1),
@@ -228,49 +224,3 @@ def match_colors(colors: torch.Tensor, last_layer: int) -> torch.Tensor:
         reordered = matched[layer][..., order]
         matched[layer] = torch.where(is_opposite, 1 - reordered, reordered)
     return torch.stack(matched)
-
-
-# Numbers ------------------------------------------------------------------------------------------
-
-
-def build_json_record(measurements: PhotoMeasurements) -> dict[str, Any]:
-    """Build the numbers of a sheet. Entropies are in nats, and fractions of attention sum to 1."""
-    config = measurements.config
-    head_names = [f"head {number}" for number in range(1, config.num_attention_heads + 1)]
-    if config.attention_type == "differential":
-        head_names = [f"{name}, {each} map" for name in head_names for each in ("first", "second")]
-
-    tokens = []
-    for index, name in enumerate(measurements.token_names):
-        layer = measurements.token_layers[index]
-        rows = measurements.attention[:, :, index]  # [L, H, N]
-        by_head = [summarize_row(config, row) for row in rows[layer - 1]]
-        heads = dict(zip(head_names, by_head, strict=True))
-        by_layer = [summarize_row(config, row) for row in rows.mean(dim=1)]
-        tokens.append({"token": name, "layer": layer, "heads": heads, "mean_by_layer": by_layer})
-
-    patches_by_layer = []
-    for norms, variance in zip(measurements.norms, measurements.explained_variance, strict=True):
-        statistics = {name: getattr(norms, name)().item() for name in ("min", "median", "max")}
-        outliers = (norms > OUTLIER_RATIO * norms.median()).float().mean().item()
-        patches_by_layer.append(
-            {"norm": statistics, "outliers": outliers, "explained_variance": variance}
-        )
-
-    return {
-        "input_size": list(measurements.input_size),
-        "patch_grid": list(measurements.norms.shape[1:]),
-        "visible_region": list(measurements.visible_region),
-        "predictions": [
-            {"task": task, "labels": labels} for task, labels in measurements.predictions.items()
-        ],
-        "uniform_entropy": math.log(measurements.attention.shape[-1]),
-        "tokens": tokens,
-        "patches": {"layer": measurements.patch_layer, "by_layer": patches_by_layer},
-    }
-
-
-def summarize_row(config: ViTCLSConfig, row: torch.Tensor) -> dict[str, float]:
-    """Compute the entropy of one row of attention [N], and its fraction on each group of tokens."""
-    fractions = {name: row[group].sum().item() for name, group in config.token_layout.items()}
-    return {"entropy": torch.special.entr(row).sum().item(), **fractions}

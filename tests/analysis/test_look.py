@@ -1,6 +1,5 @@
-"""The command `vitcls look` and the function `look`: files, numbers, and legible sheets."""
+"""The command `vitcls look` and the function `look`: files, and legible sheets."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,7 @@ from modeling_vitcls import (
 )
 from modeling_vitcls.analysis import look as look_module
 from modeling_vitcls.analysis import sheet as sheet_module
-from modeling_vitcls.analysis.photo import PhotoMeasurements, build_json_record, measure_photo
+from modeling_vitcls.analysis.photo import PhotoMeasurements, measure_photo
 from modeling_vitcls.analysis.sheet import draw_sheet
 
 
@@ -112,68 +111,6 @@ def test_unusable_flags_are_reported_before_the_model_is_loaded(
     read_error(capsys)
 
 
-# Numbers ------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("layout", [LAYOUTS["no_cls"], LAYOUTS["several_of_each"]], ids=str)
-@torch.no_grad()
-def test_the_numbers_are_those_of_eager_attention(
-    layout: dict[str, Any], photo: str, tmp_path: Path
-) -> None:
-    folder = save_encoder(tmp_path / "model", **layout)
-    numbers = tmp_path / "numbers.json"
-    assert (
-        run_here(
-            "look",
-            photo,
-            "--model",
-            folder,
-            "-o",
-            tmp_path / "out.png",
-            "--json",
-            numbers,
-        )
-        == 0
-    )
-
-    (record,) = json.loads(numbers.read_text())["photos"]
-    model = ViTCLSModel.from_pretrained(
-        folder, attn_implementation="eager", add_pooling_layer=False
-    ).eval()
-    pixel_values = PROCESSOR(Image.open(photo), return_tensors="pt")["pixel_values"]
-    outputs = model(pixel_values, output_attentions=True, output_hidden_states=True)
-    attention = torch.cat(outputs.attentions)  # [L, H, N, N]
-    num_special_tokens = model.config.token_layout.num_prefix_tokens
-    rows = [attention[:, :, index] for index in range(num_special_tokens)]
-
-    if not model.config.num_cls_tokens:
-        rows.insert(0, attention[:, :, num_special_tokens:].mean(dim=2))
-    assert len(record["tokens"]) == len(rows)
-    for token, row in zip(record["tokens"], rows, strict=True):
-        for head, values in zip(token["heads"].values(), row[token["layer"] - 1], strict=True):
-            assert head["patches"] == pytest.approx(
-                values[num_special_tokens:].sum().item(), abs=1e-5
-            )
-            assert head["entropy"] == pytest.approx(-(values * values.log()).sum().item(), abs=1e-4)
-
-    norms = outputs.hidden_states[-1][0, num_special_tokens:].norm(dim=-1)
-    assert record["patches"]["by_layer"][-1]["norm"]["max"] == pytest.approx(
-        norms.max().item(), rel=1e-5
-    )
-
-
-def test_the_image_size_sets_the_number_of_patches(model: str, photo: str, tmp_path: Path) -> None:
-    numbers = tmp_path / "numbers.json"
-    flags = ["--model", model, "-o", tmp_path / "out.png", "--json", numbers]
-    assert run_here("look", photo, *flags, "--image-size", "48", "64", "--resize", "crop") == 0
-    (record,) = json.loads(numbers.read_text())["photos"]
-    assert record["input_size"] == [48, 64]
-    assert record["patch_grid"] == [6, 8]
-    assert record["uniform_entropy"] == pytest.approx(np.log(6 * 8 + 3))  # CLS and two registers
-    left, top, right, bottom = record["visible_region"]
-    assert (right - left) / (bottom - top) == pytest.approx(64 / 48, rel=0.01)
-
-
 # Sheets -------------------------------------------------------------------------------------------
 
 
@@ -240,14 +177,27 @@ def test_the_function_returns_the_image_of_the_command(
     assert np.array_equal(np.asarray(sheet), np.asarray(Image.open(tmp_path / "out.png")))
 
 
-def test_an_array_and_a_tensor_have_the_numbers_of_the_photo(
-    model: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pixels = np.asarray(photograph("china.jpg"))
+@pytest.fixture
+def measured_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let `look` return the measurements instead of a sheet."""
     monkeypatch.setattr(look_module, "draw_sheet", lambda measurements, title: measurements)
-    expected = build_json_record(look(model, photograph("china.jpg")))
-    assert build_json_record(look(model, pixels)) == expected
-    assert build_json_record(look(model, torch.tensor(pixels))) == expected
+
+
+@pytest.mark.usefixtures("measured_only")
+def test_the_image_size_sets_the_number_of_patches(model: str, photo: str) -> None:
+    found = look(model, photo, image_size=(48, 64), resize="crop")
+    assert found.input_size == (48, 64)
+    assert found.norms.shape[1:] == (6, 8)
+    left, top, right, bottom = found.visible_region
+    assert (right - left) / (bottom - top) == pytest.approx(64 / 48, rel=0.01)
+
+
+@pytest.mark.usefixtures("measured_only")
+def test_an_array_and_a_tensor_are_measured_like_the_photo(model: str) -> None:
+    pixels = np.asarray(photograph("china.jpg"))
+    expected = look(model, photograph("china.jpg")).maps
+    assert torch.equal(look(model, pixels).maps, expected)
+    assert torch.equal(look(model, torch.tensor(pixels)).maps, expected)
     with raises_one_line("list"):
         look(model, [pixels])
 

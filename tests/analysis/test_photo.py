@@ -12,6 +12,7 @@ from sklearn.decomposition import PCA
 from modeling_vitcls import (
     ViTCLSForImageClassification,
     ViTCLSImageProcessor,
+    ViTCLSModel,
 )
 from modeling_vitcls.analysis.attribution import trace_attention
 from modeling_vitcls.analysis.maps import extract_patch_maps
@@ -55,6 +56,18 @@ def test_predictions_maps_and_norms_are_those_of_the_model() -> None:
     for (_, label, values), index in zip(found.attributions, indices.tolist(), strict=True):
         assert label[0] == f"LABEL_{index}"
         assert get_largest_difference(values, compute_attribution(model, index)) < 1e-5
+
+
+@torch.no_grad()
+def test_without_cls_tokens_the_first_maps_are_the_mean_over_the_patches() -> None:
+    config = build_tiny_config(num_cls_tokens=0, pooling="mean", num_register_tokens=2)
+    config._attn_implementation = "eager"
+    model = randomize(ViTCLSModel(config))
+    found = measure_photo(model, PROCESSOR, PHOTO)
+    assert found.token_names[0] == "patch mean"
+    attentions = model(PIXELS, output_attentions=True).attentions
+    for maps, attention in zip(found.maps[:, :, 0], attentions, strict=True):
+        assert get_largest_difference(maps.flatten(1), attention[0, :, 2:, 2:].mean(dim=1)) < 1e-5
 
 
 def test_added_tasks_have_the_attributions_of_a_model_for_the_task() -> None:
