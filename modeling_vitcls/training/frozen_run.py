@@ -2,15 +2,20 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 
 from ..data.splits import MAX_CLASS_RATIO, TrainingData
 from ..inference.evaluator import Predictions
 from ..inference.metrics import NOTHING_MEASURED, merge_tasks
-from ..runtime.distributed import run_on_main
 from .calibration import Calibration, describe_probe_calibration, measure_errors
 from .outcome import Outcome, list_measurements
-from .probe import FrozenModel, Probe, describe_frozen, describe_threshold, join_texts
+from .probe import (
+    FrozenModel,
+    Probe,
+    describe_class_weights,
+    describe_frozen,
+    describe_threshold,
+    join_texts,
+)
 from .training_setup import TrainingSetup
 
 
@@ -66,7 +71,7 @@ def run_frozen(
 
     lines = outcome.lines | {"unknown": describe_threshold(model.probe)}
     if data.train.class_ratio > MAX_CLASS_RATIO:
-        lines["weights"] = run_on_main(partial(probe.compare_class_weights, model))
+        lines["weights"] = describe_class_weights(model)
     nearest_images = None
     if predictions is not None:
         nearest_images = model.find_nearest_images(predictions.list_wrong())

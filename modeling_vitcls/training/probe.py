@@ -359,22 +359,6 @@ class Probe:
                 chosen[task] = probe.fit(tokens, own.labels, own.groups)
         return chosen
 
-    def compare_class_weights(self, frozen: FrozenModel) -> str | None:
-        """Say what weights of the classes change, from cross-validation; None without folds."""
-        own = frozen.probe
-        if not own.num_folds_ or own.lines_ is not None:
-            return None
-        # The images of the choice are the first ones.
-        images = frozen.features.take(np.arange(len(own.losses_)))
-        candidate = own.candidate_
-        other_weight = None if own.is_balanced else "balanced"
-        with report_work("cross-validation"), threadpool_limits(limits=1):
-            tokens, _ = split_kinds(images.get_tokens())
-            other = LinearProbe(candidate.layers, candidate.pooling, other_weight)
-            other.fit(tokens, images.labels, images.groups)
-        plain, weighted = (other, own) if own.is_balanced else (own, other)
-        return describe_class_weights(plain, weighted, images.labels, self.label_space.names)
-
     def fit_heads(
         self, features: Features
     ) -> tuple[dict[str, LinearProbe], DistillationHead | None]:
@@ -620,33 +604,37 @@ def join_texts(texts: Mapping[str, str]) -> str:
     return "\n".join(lines)
 
 
-def describe_class_weights(
-    plain: LinearProbe, weighted: LinearProbe, labels: np.ndarray, names: Sequence[str]
-) -> str:
-    """Say what equal weights of the classes change, from the out-of-fold predictions of both."""
-    known = np.isfinite(plain.losses_) & np.isfinite(weighted.losses_)
-    labels = labels[known]
+def describe_class_weights(frozen: FrozenModel) -> str | None:
+    """Say what equal weights of the classes would change, from the out-of-fold predictions.
+
+    None if the classes have equal weights already, for several labels per image, and without folds.
+    """
+    probe = frozen.probe
+    known = np.isfinite(probe.losses_)
+    if probe.is_balanced or probe.lines_ is not None or not known.any():
+        return None
+    # The images of the choice are the first ones.
+    labels = frozen.features.labels[: len(known)][known]
     classes, counts = np.unique(labels, return_counts=True)
-    rarest = classes[counts.argmin()]
-    rows = []
-    for probe in (plain, weighted):
-        is_right = probe.classes_[probe.out_of_fold_[known].argmax(axis=1)] == labels
-        images = pd.DataFrame({"is_right": is_right, "loss": probe.losses_[known]})
-        means = images.groupby(labels).mean()  # The means of each class
-        rows.append(
-            {
-                f"recall of {names[rarest]}": means["is_right"][rarest],
-                "balanced accuracy": means["is_right"].mean(),
-                "accuracy": is_right.mean(),
-                "loss": means["loss"].mean(),
-            }
-        )
-    before, after = rows
-    advice = ""
-    if after["loss"] < before["loss"] and after["balanced accuracy"] > before["balanced accuracy"]:
-        advice = ". Choose it if rare classes matter as much as the others"
-    texts = [f"{name} {before[name]:.1%} -> {after[name]:.1%}" for name in list(before)[:3]]
-    return f"`class_balance='weights'` changes {', '.join(texts)}, in cross-validation{advice}"
+    probabilities = probe.out_of_fold_[known][:, np.searchsorted(probe.classes_, classes)]
+    chosen = min(probe.table_, key=lambda row: row["loss"])
+    logits = chosen["temperature"] * to_logits(probabilities, labels)
+    # With equal weights, every class has the same prior. Nothing else changes a prediction.
+    predictions = pd.DataFrame(
+        {
+            "before": classes[logits.argmax(axis=1)],
+            "after": classes[(logits - np.log(counts)).argmax(axis=1)],
+        }
+    )
+    is_right = predictions.eq(labels, axis=0)
+    recalls = is_right.groupby(labels).mean()
+    values = {
+        f"recall of {frozen.labels.names[classes[counts.argmin()]]}": recalls.iloc[counts.argmin()],
+        "balanced accuracy": recalls.mean(),
+        "accuracy": is_right.mean(),
+    }
+    texts = [f"{name} {each['before']:.1%} -> {each['after']:.1%}" for name, each in values.items()]
+    return f"`class_balance='weights'` changes {', '.join(texts)}, in cross-validation"
 
 
 def describe_threshold(probe: LinearProbe) -> str | None:
