@@ -21,6 +21,8 @@ from typing import Any
 
 import torch
 
+from helpers.fresh_processes import SCRIPT_ENVIRONMENT
+
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 PRELOADED = (
@@ -32,11 +34,6 @@ READY = multiprocessing.get_context(METHOD)
 if multiprocessing.parent_process() is None:  # not inherited by the forks
     READY.set_forkserver_preload(PRELOADED)
 SECONDS = 240.0  # timeout of a process
-OFFLINE = {
-    "OMP_NUM_THREADS": "1",
-    "HF_HUB_OFFLINE": "1",
-    "COLUMNS": "200",
-}  # environment variables of scripts
 
 
 def run_script(
@@ -79,14 +76,13 @@ def run_together(
         flags: flags of each process.
         log: file to which output is appended; errors are appended to the file with the suffix
             .errors.
-        environment: variables in addition to the environment of the server and the variables of a
-            launcher.
+        environment: variables in addition to those of scripts and of a launcher.
         processes: number of processes.
         may_fail: whether the exit status is ignored.
     """
     errors = log.with_name(f"{log.name}.errors")
     words = list(map(str, flags))
-    started = start_together(script, words, log, errors, environment or {}, processes)
+    started = start_together(script, words, log, errors, environment, processes)
     for process in started:
         process.join(SECONDS)
     hanging = [process for process in started if process.is_alive()]
@@ -104,14 +100,15 @@ def start_together(
     flags: Sequence[str],
     log: Path,
     errors: Path,
-    environment: Mapping[str, str],
+    environment: Mapping[str, str] | None = None,
     processes: int = 2,
 ) -> list[Any]:
     """Start a script on processes that communicate, and return the processes."""
     port = find_free_port()
     started = []
     for rank in range(processes):
-        variables = {**environment, **get_rank_variables(rank, processes, port)}
+        ranks = get_rank_variables(rank, processes, port)
+        variables = SCRIPT_ENVIRONMENT | (environment or {}) | ranks
         process = READY.Process(target=run_script, args=(script, flags, log, errors, variables))
         process.start()
         started.append(process)
@@ -122,8 +119,7 @@ def get_rank_variables(rank: int, world: int, port: int) -> dict[str, str]:
     """Return the variables that a launcher sets for one of several processes."""
     several = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
     several |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    cpu = {"CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": get_loopback()}
-    return {name: str(value) for name, value in several.items()} | cpu
+    return {name: str(value) for name, value in several.items()}
 
 
 def read_last_step(folder: Path) -> int:
@@ -153,11 +149,6 @@ def find_free_port() -> int:
         return free.getsockname()[1]
 
 
-def get_loopback() -> str:
-    """Return the name of the loopback network interface."""
-    return "lo0" if sys.platform == "darwin" else "lo"
-
-
 def run_checks(worker: str, folder: Path, num_processes: int) -> dict[str, str]:
     """Run a worker's checks on several processes; return each error, "" if it passed.
 
@@ -169,7 +160,6 @@ def run_checks(worker: str, folder: Path, num_processes: int) -> dict[str, str]:
         script,
         folder,
         log=folder / "log",
-        environment=OFFLINE,
         processes=num_processes,
         may_fail=True,
     )

@@ -27,7 +27,7 @@ from helpers.evaluation_worker import (
     evaluate_digits,
 )
 from helpers.tiny_models import raises_one_line, save_both, save_with_processor
-from helpers.warm_processes import OFFLINE, run_together
+from helpers.warm_processes import run_together
 from PIL import Image
 
 from modeling_vitcls import (
@@ -64,7 +64,7 @@ def two_process_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = build_classifier("single")
     config = ViTCLSConfig(**model.config.to_diff_dict() | labels.to_config_values())
     save_both(type(model)(config), folder, ViTCLSImageProcessor(size=16))
-    run_together(WORKER, folder, log=folder / "stdout", environment=OFFLINE)
+    run_together(WORKER, folder, log=folder / "stdout")
     return folder
 
 

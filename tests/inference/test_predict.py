@@ -23,7 +23,7 @@ from helpers.photo_folders import write_files
 from helpers.prediction_photos import predict, sorted_photos
 from helpers.scripts_in_process import run_in_process
 from helpers.tiny_models import build_tiny_config, raises_one_line, randomize, save_with_processor
-from helpers.warm_processes import OFFLINE, run_together
+from helpers.warm_processes import run_together
 from PIL import Image
 from transformers import pipeline
 
@@ -326,7 +326,7 @@ def test_two_processes_write_the_same_file_as_one(
 ) -> None:
     flags = ["--model", models / "one_label", photos, unreadable, "--batch-size", 2]
     for processes, name in ((1, "one.csv"), (2, "two.csv")):
-        how = {"log": tmp_path / f"{name}.log", "environment": OFFLINE, "processes": processes}
+        how = {"log": tmp_path / f"{name}.log", "processes": processes}
         printed = run_together("predict.py", *flags, "--output", tmp_path / name, **how)
         assert printed == f"{tmp_path / name}: 12 images, 2 without a prediction\n"
     assert (tmp_path / "one.csv").read_bytes() == (tmp_path / "two.csv").read_bytes()

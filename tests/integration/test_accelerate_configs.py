@@ -9,8 +9,6 @@ evaluations during training.
 
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,9 +17,9 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_multi_gpu_env
-from helpers.fresh_processes import SCRIPT_ENVIRONMENT
+from helpers.fresh_processes import SCRIPT_ENVIRONMENT, run_python
 from helpers.tiny_options import forget_end, read_metrics
-from helpers.warm_processes import OFFLINE, run_together
+from helpers.warm_processes import run_together
 from safetensors.torch import load_file
 
 from modeling_vitcls import ViTCLSForImageClassification
@@ -52,9 +50,7 @@ def launch(config: str, script: str, *flags: object) -> str:
     """Run a script with a configuration, and return its output."""
     launcher = ["-m", "accelerate.commands.launch", "--config_file", CONFIGS / config]
     program = [REPOSITORY / "scripts" / script, *flags]
-    command = [sys.executable, *map(str, [*launcher, *program])]
-    ran = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, check=False)
-    assert ran.returncode == 0, f"{ran.stdout}\n{ran.stderr}"
+    ran = run_python(*launcher, *program, environment=ENVIRONMENT)
     return ran.stdout + ran.stderr
 
 
@@ -97,7 +93,7 @@ def train_two(folder: Path, environment: dict[str, str]) -> Path:
     """Train on two CPU processes, without warnings, and return the folder of the model."""
     log = folder / "log"
     flags = (*RUN, *STEPS, "--output-dir", folder / "model")
-    run_together("finetune.py", *flags, log=log, environment=OFFLINE | environment)
+    run_together("finetune.py", *flags, log=log, environment=environment)
     output = log.read_text() + log.with_name("log.errors").read_text()
     assert "WARNING" not in output
     assert "Warning" not in output

@@ -38,7 +38,7 @@ import pytest
 import yaml
 from accelerate.commands.launch import launch_command_parser
 from helpers.command_in_process import run_here
-from helpers.fresh_processes import run_fresh
+from helpers.fresh_processes import run_python
 from helpers.scripts_in_process import run_in_process
 from PIL import Image
 from sklearn.datasets import load_digits
@@ -471,11 +471,7 @@ def run(prepared: Path, tmp_path: Path) -> Run:
         command: Sequence[str], variables: Sequence[str] = ()
     ) -> subprocess.CompletedProcess[str]:
         environment = os.environ | hub | dict(each.split("=", 1) for each in variables)
-        done = run_fresh(*command, environment=environment, cwd=tmp_path)
-        assert done.returncode == 0, (
-            f"{shlex.join(command)}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
-        )
-        return done
+        return run_python(*command, environment=environment, cwd=tmp_path)
 
     return start
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from helpers.fresh_processes import run_fresh
+from helpers.fresh_processes import run_python
 
 
 pytestmark = pytest.mark.integration
@@ -15,8 +15,7 @@ SCRIPT = Path(__file__).parents[2] / "scripts" / "gpu.py"
 @pytest.mark.slow
 def test_the_dry_run_passes_all_parts_on_the_cpu(tmp_path: Path) -> None:
     output = tmp_path / "speed.md"
-    done = run_fresh(SCRIPT, "--dry-run", "--output", str(output))
-    assert done.returncode == 0, done.stderr
+    done = run_python(SCRIPT, "--dry-run", "--output", str(output))
     assert "failed:" not in done.stdout
     assert not output.exists()
     assert "| inference, batch 2 | torch fp32 |" in done.stdout

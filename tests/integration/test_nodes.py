@@ -16,7 +16,7 @@ import pytest
 import torch
 from helpers.fresh_processes import SCRIPT_ENVIRONMENT
 from helpers.photo_folders import write_photos
-from helpers.warm_processes import find_free_port, get_loopback, wait_for_step
+from helpers.warm_processes import find_free_port, wait_for_step
 from safetensors.torch import load_file
 
 
@@ -39,11 +39,7 @@ exit $status
 SCONTROL = """#!/usr/bin/env bash
 [ "$1" = requeue ] && echo requeue "$2" >> "$SCONTROL_LOG" || { echo 127.0.0.1; echo 127.0.0.2; }
 """
-ENVIRONMENT = (
-    os.environ
-    | SCRIPT_ENVIRONMENT
-    | {"GLOO_SOCKET_IFNAME": get_loopback(), "PYTHONUNBUFFERED": "1"}
-)
+ENVIRONMENT = os.environ | SCRIPT_ENVIRONMENT | {"PYTHONUNBUFFERED": "1"}
 FLAGS = (
     "--model vitcls-tiny --image-size 32 --patch-size 8 --hidden-size 32 --num-hidden-layers 2 "
     "--num-attention-heads 2 --batch-size 4 --max-steps 12 --save-every 2 "

@@ -14,7 +14,7 @@ import pytest
 import torch
 from helpers.photo_folders import write_photos
 from helpers.tiny_options import read_compared_values, read_metrics
-from helpers.warm_processes import OFFLINE, run_together, start_together, wait_for_step
+from helpers.warm_processes import run_together, start_together, wait_for_step
 from safetensors.torch import load_file
 
 
@@ -62,11 +62,8 @@ def whole(method: str, flags: Flags, tmp_path_factory: pytest.TempPathFactory) -
     return run_two(tmp_path_factory.mktemp(method) / "whole", flags(method))
 
 
-def run_two(
-    folder: Path, flags: list[str], environment: dict[str, str] | None = None, processes: int = 2
-) -> Path:
+def run_two(folder: Path, flags: list[str], environment: dict[str, str] | None = None) -> Path:
     log = folder.with_suffix(".log")
-    environment = OFFLINE | (environment or {})
     run_together(
         "pretrain.py",
         *flags,
@@ -74,7 +71,6 @@ def run_two(
         folder,
         log=log,
         environment=environment,
-        processes=processes,
     )
     return folder
 
@@ -85,7 +81,7 @@ def interrupt(
     """Start two processes, send them a signal after a step, and return their exit statuses."""
     log = folder.with_suffix(".log")
     arguments = [*flags, "--output-dir", str(folder)]
-    started = start_together("pretrain.py", arguments, log, log, OFFLINE)
+    started = start_together("pretrain.py", arguments, log, log)
     wait_for_step(folder, step, started[0].is_alive, log)
     for process in started:
         os.kill(process.pid, number)

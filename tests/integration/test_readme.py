@@ -11,7 +11,6 @@ import os
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +19,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import timm
+from helpers.fresh_processes import run_program
 from helpers.local_hub import LocalHub, Token, running_hub
 from PIL import Image
 from sklearn.datasets import load_digits
@@ -90,7 +90,7 @@ def environment(tmp_path: Path, hub: LocalHub) -> dict[str, str]:
     if uv is None:
         pytest.skip("requires uv")
     folder = tmp_path / "environment"
-    subprocess.run([uv, "venv", "--quiet", "--python", sys.executable, folder], check=True)
+    run_program(uv, "venv", "--quiet", "--python", sys.executable, folder)
     (folder / "bin" / "pip").write_text(f'#!/bin/sh\nexec {uv} pip "$@" --quiet\n')
     (folder / "bin" / "pip").chmod(0o755)
     variables = {
@@ -117,16 +117,7 @@ def test_every_block_runs_after_the_printed_installation(
     for language, text in sorted(blocks, key=lambda block: block[1] != installation):
         text = NEW_ENVIRONMENT.sub("", text)
         command = ["bash", "-ec", text] if language == "bash" else ["python", "-c", text]
-        done = subprocess.run(
-            command,
-            cwd=checkout,
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=1800,
-        )
-        assert done.returncode == 0, f"{text}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+        done = run_program(*command, environment=environment, cwd=checkout)
         for printed in re.findall(r"^# ([{(\[].*)$", text, re.MULTILINE):
             assert printed in done.stdout
 
@@ -143,17 +134,9 @@ def test_the_first_block_clones_an_address_and_makes_its_targets(tmp_path: Path)
         pytest.skip("requires a git repository")
     assert CLONE.count("<address>") == 2, "the word is explained, and stands in one command"
     lines = CLONE.replace("<address>", shlex.quote(str(ROOT)))
-    done = subprocess.run(
-        ["bash", "-ec", lines],
-        cwd=tmp_path,
-        env=os.environ | {"MAKEFLAGS": "n"},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
+    environment = os.environ | {"MAKEFLAGS": "n"}
+    done = run_program("bash", "-ec", lines, environment=environment, cwd=tmp_path)
 
-    assert done.returncode == 0, done.stderr
     assert "scripts/demo.py" in done.stdout
     assert "-m pytest" in done.stdout
 

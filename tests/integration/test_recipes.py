@@ -5,36 +5,27 @@ All tests are slow: they take minutes.
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.fresh_processes import SCRIPT_ENVIRONMENT, run_python
 from transformers import VisionTextDualEncoderModel, VisionTextDualEncoderProcessor
 
 from scripts.train_cnn_teacher import train_cnn_teacher
 from scripts.train_dual_encoder import train_dual_encoder
 
 
-REPOSITORY = Path(__file__).parents[2]
-SCRIPTS = REPOSITORY / "scripts"
+SCRIPTS = Path(__file__).parents[2] / "scripts"
 RECIPE = SCRIPTS / "recipes" / "digits.yaml"
-ENVIRONMENT = os.environ | {
-    "PYTHONPATH": str(REPOSITORY),
-    "OMP_NUM_THREADS": "1",
-    "HF_HUB_OFFLINE": "1",
-}
 
 pytestmark = pytest.mark.slow
 
 
 def finetune_digits(output: Path, *flags: object) -> dict[str, Any]:
     """Fine-tune with the digits recipe and further flags; return results.json."""
-    program = [SCRIPTS / "finetune.py", "--config", RECIPE, "--output-dir", output, *flags]
-    command = [sys.executable, *map(str, program)]
-    ran = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, check=False)
-    assert ran.returncode == 0, f"{ran.stdout}\n{ran.stderr}"
+    program = [SCRIPTS / "finetune.py", "--config", RECIPE, "--output-dir", output]
+    run_python(*program, *flags, environment=os.environ | SCRIPT_ENVIRONMENT)
     return json.loads((output / "results.json").read_text(encoding="utf-8"))
 
 

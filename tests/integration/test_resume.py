@@ -24,7 +24,6 @@ from helpers.tiny_options import read_compared_values
 from helpers.warm_processes import (
     READY,
     SCRIPTS,
-    get_loopback,
     run_script,
     run_together,
     start_together,
@@ -41,7 +40,6 @@ pytestmark = [
     pytest.mark.skipif(sys.platform == "win32", reason="needs sessions of processes"),
 ]
 
-ENVIRONMENT = SCRIPT_ENVIRONMENT | {"GLOO_SOCKET_IFNAME": get_loopback()}
 TINY = (
     "--model vitcls-tiny --hidden-size 32 --num-hidden-layers 2 --num-attention-heads 2 "
     "--intermediate-size 64 --image-size 32 --patch-size 16 --num-register-tokens 2 "
@@ -123,22 +121,20 @@ def build_command(folder: Path, flags: str) -> list[str]:
 def build_ready_process(folder: Path, flags: str, target: Callable[..., None] | None = None) -> Any:
     """Return a process that runs the script and has already imported the libraries."""
     _, *all_flags = build_command(folder, flags)
-    process = READY.Process(
-        target=target or finetune, args=(all_flags, read_log(folder), ENVIRONMENT)
-    )
+    process = READY.Process(target=target or finetune, args=(all_flags, read_log(folder)))
     process.start()
     return process
 
 
-def finetune(flags: list[str], log: Path, environment: dict[str, str]) -> None:
-    run_script("finetune.py", flags, log, log, environment)
+def finetune(flags: list[str], log: Path) -> None:
+    run_script("finetune.py", flags, log, log, SCRIPT_ENVIRONMENT)
 
 
-def finetune_with_late_workers(flags: list[str], log: Path, environment: dict[str, str]) -> None:
+def finetune_with_late_workers(flags: list[str], log: Path) -> None:
     """Simulate a busy machine: the thread of a worker that waits for SIGTERM is delayed."""
     wait = workers.wait_for_parent_signal
     workers.wait_for_parent_signal = lambda: (time.sleep(3), wait())
-    finetune(flags, log, environment)
+    finetune(flags, log)
 
 
 def start(folder: Path, flags: str) -> RunningProcess:
@@ -155,7 +151,7 @@ def launch(folder: Path, flags: str, processes: int = 1, *launcher_flags: str) -
             [sys.executable, *command],
             stdout=output,
             stderr=output,
-            env=os.environ | ENVIRONMENT,
+            env=os.environ | SCRIPT_ENVIRONMENT,
             start_new_session=True,
         )
     return RunningProcess(folder, process)
@@ -362,15 +358,15 @@ def test_two_processes_are_interrupted_then_killed(
 
     words = build_command(folder, f"{flags} --resume")
     log = tmp_path / "killed.log"
-    started = start_together(words[0], words[1:], log, log, ENVIRONMENT)
+    started = start_together(words[0], words[1:], log, log)
     wait_for_step(folder, 12, started[0].is_alive, log)
     for process in started:
         process.kill()
         process.join()
-    output = run_together(*words, log=tmp_path / "resumed.log", environment=ENVIRONMENT)
+    output = run_together(*words, log=tmp_path / "resumed.log")
     assert get_resumed_step(output) >= 9
     words = build_command(tmp_path / "whole", flags)
-    run_together(*words, log=tmp_path / "whole.log", environment=ENVIRONMENT)
+    run_together(*words, log=tmp_path / "whole.log")
     assert_equal_runs(folder, tmp_path / "whole")
 
 

@@ -1,12 +1,12 @@
 """The wheel, installed into a new environment, works outside the checkout."""
 
 import os
-import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
 import pytest
+from helpers.fresh_processes import run_program
 
 
 pytestmark = pytest.mark.integration
@@ -27,16 +27,7 @@ DATA_FILES = (
 
 def run(*command: object, cwd: Path) -> str:
     """Run a command and return its output."""
-    ran = subprocess.run(
-        list(map(str, command)),
-        cwd=cwd,
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        timeout=1200,
-    )
-    assert ran.returncode == 0, f"{ran.stdout}\n{ran.stderr}"
-    return ran.stdout
+    return run_program(*command, environment=ENVIRONMENT, cwd=cwd).stdout
 
 
 @pytest.fixture(scope="module")

@@ -5,12 +5,11 @@ node, npm or network.
 """
 
 import json
-import os
-import subprocess
 from pathlib import Path
 
 import pytest
 import torch
+from helpers.fresh_processes import run_program
 from helpers.scripts_in_process import run_in_process
 from helpers.tiny_models import build_images
 from helpers.transformers_js import (
@@ -80,9 +79,8 @@ def test_node_predicts_the_labels_of_the_model(
     images = [{"data": list(image.tobytes()), "width": 32, "height": 32} for image in digits]
     (tmp_path / "images.json").write_text(json.dumps(images))
     (packages / "predict.mjs").write_text(PREDICT)
-    words = ["node", "predict.mjs", str(web.parent), str(tmp_path / "images.json")]
-    ran = subprocess.run(words, cwd=packages, capture_output=True, text=True, env=os.environ)
-    assert ran.returncode == 0, ran.stderr[-2000:]
+    words = ["node", "predict.mjs", web.parent, tmp_path / "images.json"]
+    ran = run_program(*words, cwd=packages)
 
     labels = json.loads(ran.stdout.splitlines()[-1])
     model = ViTCLSForImageClassification.from_pretrained(web.parent / "mine")

@@ -1,8 +1,6 @@
 """Added tasks and classes: earlier outputs keep their bits, and any change is found."""
 
 import shutil
-import subprocess
-import sys
 import unicodedata
 from functools import partial
 from pathlib import Path
@@ -13,6 +11,7 @@ import pytest
 import torch
 from helpers.command_in_process import run_here
 from helpers.digits_models import DIGITS, LABELS, PIXELS, train_digits_model
+from helpers.fresh_processes import run_python
 from helpers.tiny_models import (
     build_images,
     build_tiny_config,
@@ -151,8 +150,7 @@ def test_remote_code_loads_the_task_in_a_fresh_process(with_parity: Path) -> Non
         "assert 'modeling_vitcls' not in sys.modules; "
         "print(model(torch.zeros(1, 1, 8, 8)).task_logits['parity'].shape)"
     )
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/")
-    assert ended.stdout.strip() == "torch.Size([1, 2])", ended.stderr
+    assert run_python("-c", code, cwd=Path("/")).stdout.strip() == "torch.Size([1, 2])"
 
 
 # Certificate -------------------------------------------------------------------------------------

@@ -8,8 +8,6 @@ Single modules are tested in test_batches, ...
 import math
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -19,7 +17,7 @@ import pytest
 import torch
 import yaml
 from helpers.accelerate_state import reset_accelerate
-from helpers.fresh_processes import SCRIPT_ENVIRONMENT
+from helpers.fresh_processes import SCRIPT_ENVIRONMENT, run_python
 from helpers.full_disk import limited_file_size
 from helpers.photo_folders import write_two_colors
 from helpers.scripts_in_process import run_in_process
@@ -32,7 +30,7 @@ from helpers.tiny_options import (
     read_metrics,
     run_training,
 )
-from helpers.warm_processes import OFFLINE, run_together
+from helpers.warm_processes import run_together
 from safetensors.torch import load_file
 from transformers import ResNetConfig, ResNetForImageClassification, ViTImageProcessor
 
@@ -55,7 +53,6 @@ pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("fresh_accelerate
 REPOSITORY = Path(__file__).parents[2]
 SCRIPTS = REPOSITORY / "scripts"
 RECIPE = SCRIPTS / "recipes" / "digits.yaml"
-ENVIRONMENT = os.environ | SCRIPT_ENVIRONMENT
 NUM_HELD_OUT_DIGITS, NUM_HELD_OUT_COLORS = 359, 10
 SHORT_RUN_FLAGS = (
     "--hidden-size 32 --num-hidden-layers 2 --num-attention-heads 2 --intermediate-size 64 "
@@ -134,9 +131,7 @@ def test_two_processes_train_and_evaluate_as_one(recipe_run: Path, tmp_path: Pat
         "--batch-size",
         7,
     )
-    printed = run_together(
-        "finetune.py", *flags, "--resume", log=tmp_path / "log", environment=OFFLINE
-    )
+    printed = run_together("finetune.py", *flags, "--resume", log=tmp_path / "log")
     # only the main process prints
     assert printed.count(f" on {NUM_HELD_OUT_COLORS} held-out images") == 1
     assert "resumed   after step 5 of 7" in printed
@@ -454,11 +449,8 @@ def test_a_model_that_cannot_be_written_is_a_one_line_error(
 @pytest.mark.slow
 def test_the_demo_trains_and_loads_a_model(tmp_path: Path) -> None:
     """With few epochs."""
-    command = [sys.executable, SCRIPTS / "demo.py", "--output-dir", tmp_path, "--epochs", 8]
-    ran = subprocess.run(
-        list(map(str, command)), capture_output=True, text=True, env=ENVIRONMENT, check=False
-    )
-    assert ran.returncode == 0, f"{ran.stdout}\n{ran.stderr}"
+    command = [SCRIPTS / "demo.py", "--output-dir", tmp_path, "--epochs", 8]
+    ran = run_python(*command, environment=os.environ | SCRIPT_ENVIRONMENT)
     results = read_json(tmp_path / "results.json")
     assert results["num_images"] == NUM_HELD_OUT_DIGITS
     assert results["accuracy"] >= 0.5
