@@ -18,7 +18,6 @@ scripts in scripts/ run the same subcommands.
 """
 
 import atexit
-import difflib
 import gc
 import importlib
 import os
@@ -105,12 +104,6 @@ def run_command(arguments: list[str], owns_process: bool) -> None:
         return
 
     modules = load_modules()
-    name = arguments[0] if arguments else ""
-    if name.isidentifier() and name not in modules:
-        similar = difflib.get_close_matches(name, modules)
-        hint = f"Did you mean {similar[0]}?" if similar else f"Choose one of {', '.join(modules)}"
-        print(f"error: there is no command {name!r}. {hint}", file=sys.stderr)
-        raise SystemExit(2)
     from .parsing import check_outputs, exit_on_error, parse_command_line, silence_libraries
 
     # flags and paths first: an error about them should not wait seconds for torch

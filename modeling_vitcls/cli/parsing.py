@@ -16,11 +16,11 @@ import re
 import shutil
 import sys
 import textwrap
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated, Any, TypeVar, Union, get_origin
+from typing import Annotated, Any, TypeVar, Union
 
 import tyro
 
@@ -33,15 +33,13 @@ from ..runtime.flags import (
     spell_flags,
     to_flags,
 )
-from .recipes import REGISTRY, describe_unknown_flag, read_recipe
+from .recipes import REGISTRY, read_recipe
 
 
 ScriptOptions = TypeVar("ScriptOptions", bound=Options)
 
-HELP_FLAGS = {"-h", "--help", "--help-all"}
 # tyro's --help lists all flags
 OTHER_SPELLINGS = {"--help-all": "--help", "-o": "--output"}
-TYRO_CONFIG = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
 
 
 def parse_command_line(modules: dict[str, ModuleType], arguments: list[str]) -> tuple[str, Any]:
@@ -53,40 +51,41 @@ def parse_command_line(modules: dict[str, ModuleType], arguments: list[str]) -> 
     Print the help and exit with status 0 if the help is requested; exit with status 2 if the
     command line is invalid.
     """
-    name, flags = arguments[0], arguments[1:]
-    options_class = getattr(modules.get(name), "OPTIONS_CLASS", Options)
-    defaults: dict[str, Any] = {}
+    name, *flags = arguments
+    if name not in modules:
+        print_commands(modules, arguments)
+    module = modules[name]
+    options_class = module.OPTIONS_CLASS
     with exit_on_error(options_class, status=2):
-        if name in modules:
-            common_flags = getattr(modules[name], "COMMON_FLAGS", None)
-            if common_flags and {"--help", "-h"} & set(flags):
-                print(format_short_help(name, options_class, common_flags))
-                raise SystemExit(0)
-            flags = name_arguments(flags, getattr(modules[name], "ARGUMENTS", ()))
-            recipe = read_recipe_of_flags(flags, options_class)
-            check_flags(name, flags, options_class, recipe)
-            if recipe:
-                # tyro asks for what is missing
-                missing = dict.fromkeys(list_missing(options_class, recipe), tyro.MISSING)
-                defaults = {"default": options_class(**missing, **recipe)}
-            flags = [OTHER_SPELLINGS.get(flag, flag) for flag in flags]
-
-        subcommands: list[Any] = []
-        for command, module in modules.items():
-            title, _, examples = str(module.__doc__).partition("\n\n")
-            description = title.partition(": ")[2]
-            if command == name:
-                text = inspect.cleandoc(str(options_class.__doc__))
-                description = f"{text}\n\n{examples}".strip()
-            subcommand = tyro.conf.subcommand(
-                name=command, description=description, **defaults if command == name else {}
-            )
-            subcommands.append(Annotated[module.OPTIONS_CLASS, subcommand])
-        # the number of types is not known here
-        union: Any = Union[tuple(subcommands)]  # noqa: UP007
-        options = run_tyro(union, prog="vitcls", args=[name, *flags])
+        common_flags = getattr(module, "COMMON_FLAGS", None)
+        if common_flags and {"--help", "-h"} & set(flags):
+            print(format_short_help(name, options_class, common_flags))
+            raise SystemExit(0)
+        flags = name_arguments(flags, getattr(module, "ARGUMENTS", ()))
+        check_values_are_given(flags)
+        examples = str(module.__doc__).partition("\n\n")[2]
+        options = run_tyro(
+            options_class,
+            prog=f"vitcls {name}",
+            description=f"{inspect.cleandoc(options_class.__doc__)}\n\n{examples}".strip(),
+            args=[OTHER_SPELLINGS.get(flag, flag) for flag in flags],
+            default=read_recipe_of_flags(flags, options_class),
+        )
         options.check()
     return name, options
+
+
+def print_commands(modules: dict[str, ModuleType], arguments: list[str]) -> None:
+    """Print the help or the shell completion of all commands, or an error with their names; exit."""
+    commands: list[Any] = []
+    for name, module in modules.items():
+        summary = str(module.__doc__).partition("\n")[0].partition(": ")[2]
+        subcommand = tyro.conf.subcommand(name=name, description=summary)
+        commands.append(Annotated[module.OPTIONS_CLASS, subcommand])
+    # the number of types is not known here
+    union: Any = Union[tuple(commands)]  # noqa: UP007
+    with exit_on_error(Options, status=2):
+        run_tyro(union, prog="vitcls", args=arguments)
 
 
 def run_tyro(kind: Any, **settings: Any) -> Any:
@@ -96,7 +95,7 @@ def run_tyro(kind: Any, **settings: Any) -> Any:
         with redirect_stderr(printed):
             return tyro.cli(
                 kind,
-                config=TYRO_CONFIG,
+                config=(tyro.conf.OmitArgPrefixes,),
                 registry=REGISTRY,
                 # All processes of a run read the same command line, so one of them prints.
                 console_outputs=os.environ.get("RANK", "0") == "0",
@@ -105,11 +104,19 @@ def run_tyro(kind: Any, **settings: Any) -> Any:
     except SystemExit:
         if not printed.getvalue():  # after the help, or not the first process
             raise
-        # Below the title of the box and above its first rule; without a box, the title has a rule, too
-        text = printed.getvalue().partition("\n")[2].lstrip(" -\n")
-        message = " ".join(re.split("[─-]{3,}", text)[0].replace("│", " ").split())
-        # What follows is why each type of a union does not fit
-        raise ValueError(message.partition(" Got errors:")[0]) from None
+        raise ValueError(shorten_error(printed.getvalue())) from None
+
+
+def shorten_error(text: str) -> str:
+    """Shorten an error of tyro to one line, without the box, its title, and the help of flags."""
+    text = re.sub("[│╰╯]", "", text.partition("\n")[2])
+    # Below a flag and its metavar, its help is indented further.
+    text = re.sub(r"\n {7,}.*", "", text)
+    text = re.sub(r"(\n {4,}--\S+) .*", r"\1", text)
+    # why each type of a union does not fit
+    text = re.sub(r"\n *Got errors:[^─]*", "", text)
+    parts = [" ".join(part.split()).rstrip(".") for part in re.split("[─-]{3,}", text)]
+    return ". ".join(part for part in parts if part and "Argument helptext" not in part)
 
 
 def name_arguments(flags: list[str], names: Sequence[str]) -> list[str]:
@@ -120,14 +127,18 @@ def name_arguments(flags: list[str], names: Sequence[str]) -> list[str]:
     return flags
 
 
-def read_recipe_of_flags(flags: list[str], options_class: type[Options]) -> dict[str, Any]:
-    """Read the recipe that `--config` names, if it does."""
+def read_recipe_of_flags(flags: list[str], options_class: type[Options]) -> Any:
+    """Read the recipe that `--config` names, as the default values of all flags, if it does."""
     # argparse finds the flag in both spellings, before tyro parses all of them
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config", type=Path)
     path = expand_home(parser.parse_known_args(flags)[0].config)
-    has_recipe = path is not None and "config" in get_flag_fields(options_class)
-    return read_recipe(path, options_class) if has_recipe else {}
+    fields = get_flag_fields(options_class)
+    if path is None or "config" not in fields:
+        return None
+    required = [name for name, field in fields.items() if field.default is dataclasses.MISSING]
+    # tyro asks for what the recipe lacks
+    return options_class(**dict.fromkeys(required, tyro.MISSING) | read_recipe(path, options_class))
 
 
 def make_positional(options_class: type[Options], *names: str) -> Any:
@@ -149,46 +160,18 @@ def make_positional(options_class: type[Options], *names: str) -> Any:
     )
 
 
-def list_missing(options_class: type[Options], given: Collection[str]) -> list[str]:
-    """List the flags that are required and not given; tyro names missing arguments."""
-    return [
-        name
-        for name, field in get_flag_fields(options_class).items()
-        if field.default is dataclasses.MISSING
-        and get_origin(field.type) is not Annotated
-        and name not in given
-    ]
+def check_values_are_given(flags: list[str]) -> None:
+    """Raise ValueError at an empty value, such as of a shell variable that is not set.
 
-
-def check_flags(
-    command: str, flags: list[str], options_class: type[Options], recipe: Collection[str]
-) -> None:
-    """Raise ValueError if a flag does not exist, has an empty value, or is missing."""
-    fields = get_flag_fields(options_class)
-    given = set(recipe)
-    for index, flag in enumerate(flags):
-        # a shell variable has no value; as a path, "" would be the current folder
+    As a path, it would be the current folder.
+    """
+    name = ""
+    for flag in flags:
         if not flag.strip() or (flag.startswith("--") and flag.endswith("=")):
-            name = flag.strip() or flags[max(0, index - 1)]
-            raise ValueError(f"the value of {name} is empty. Set it, or remove the flag")
-        if not flag.startswith("--") or flag in {"--", *HELP_FLAGS}:
-            continue
-        flag = flag.partition("=")[0]
-        name = flag[2:].replace("-", "_")
-        field = fields.get(name) or fields.get(name.removeprefix("no_"))
-        if field is None or (field.name != name and field.type is not bool):
-            raise ValueError(describe_unknown_flag(flag, fields))
-        given.add(name)
-
-    missing = list_missing(options_class, given)
-    if missing and not HELP_FLAGS & set(flags):
-        hint = ""
-        first = flags[0] if flags else "-"
-        # such as `vitcls predict runs/mine photo.jpg`
-        if "model" in missing and not first.startswith("-") and not Path(first).is_file():
-            hint = f". Did you mean `model={first!r}`?"
-        names = ", ".join(f"`{name}`" for name in missing)
-        raise ValueError(f"vitcls {command} requires {names}{hint}")
+            raise ValueError(
+                f"the value of {flag.strip() or name} is empty. Set it, or remove the flag"
+            )
+        name = flag
 
 
 def check_outputs(options: Options) -> None:

@@ -6,7 +6,6 @@ import runpy
 import subprocess
 import sys
 import unicodedata
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -135,15 +134,6 @@ def test_numbers_of_threads_that_the_person_sets_stay(monkeypatch: pytest.Monkey
         monkeypatch.setenv(name, value)
     assert run_here("env") == 0
     assert {name: os.environ[name] for name in chosen} == chosen
-
-
-@pytest.mark.parametrize(
-    ("name", "hint"), [("finetun", "Did you mean finetune?"), ("zzz", "Choose one of finetune, ")]
-)
-def test_an_unknown_command_is_an_error_that_names_others(
-    name: str, hint: str, run_with_error: Callable[..., str]
-) -> None:
-    assert run_with_error(name, status=2).startswith(f"error: there is no command '{name}'. {hint}")
 
 
 def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) -> None:
