@@ -37,11 +37,10 @@ def silence_exporters() -> None:
 
 def print_export(report: Mapping[str, Any], output: Path) -> None:
     """Print the report and the name of the file."""
-    file = output / report["file"] if not output.suffix else output
     differences = [f"{name} {value:.1e}" for name, value in report["largest_differences"].items()]
     print(
-        f"Largest differences between {report['format']} in {report['dtype']} and the model in "
-        f"float32: {', '.join(differences)}"
+        f"Largest differences between the file in {report['dtype']} and the model in float32: "
+        f"{', '.join(differences)}"
     )
     size, smallest_size = (
         " x ".join(map(str, report["input"][key])) for key in ("image_size", "smallest_image_size")
@@ -52,11 +51,5 @@ def print_export(report: Mapping[str, Any], output: Path) -> None:
         print(f"Accepts any batch size, but only images of {size} pixels")
     if report["fixed_because"]:
         print(f"The image size is fixed: {report['fixed_because']}")
-    if "speed" in report:
-        speed = report["speed"]
-        print(
-            f"{speed['images_per_second']:g} images/s in batches of {speed['batch_size']}, "
-            f"{speed['device']}"
-        )
     print(f"Size: {report['num_bytes'] / 2**20:.1f} MiB")
-    print(f"\nwrote {file} and {file.name}.json")
+    print(f"\nwrote {output} and {output.name}.json")

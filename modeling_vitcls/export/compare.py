@@ -37,14 +37,11 @@ def select_image_shapes(
             (batch_size, config.num_channels, *graph_shape.image_size) for batch_size in (1, 2, 3)
         ]
     (height, width), (patch_height, patch_width) = graph_shape.image_size, config.patch_height_width
-    portrait_width, portrait_height = get_non_square_size(
-        (width, height), (patch_width, patch_height)
-    )
     batch_sizes = {
         config.image_height_width: 1,
         graph_shape.image_size: 3,
         get_non_square_size((height, width), (patch_height, patch_width)): 2,
-        (portrait_height, portrait_width + 1): 1,
+        (height + patch_height, width + 1): 1,
         graph_shape.smallest_size: 1,
     }
     min_height, min_width = graph_shape.smallest_size

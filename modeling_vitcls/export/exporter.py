@@ -8,7 +8,6 @@ The reference outputs are computed by the model in float32, in eager mode, and t
 file by onnxruntime. If the outputs differ by more than the limit, nothing is written.
 """
 
-import shutil
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -17,14 +16,6 @@ import torch
 
 from ..conversion.parity_report import build_random_images
 from ..data.aspect_ratio import get_output_size, get_resize, set_resize
-from ..hub.model_files import (
-    CONFIG_FILES,
-    GRAPH_FILE,
-    PROCESSOR_FILE,
-    RESULTS_FILE,
-    SPLITS_FILE,
-)
-from ..hub.model_folder import ModelFolder
 from ..inference.onnx_graph import OnnxGraph
 from ..runtime.errors import describe_installation
 from ..runtime.files import write_json
@@ -54,7 +45,8 @@ def export_model(options: ExportOptions) -> dict[str, Any]:
             error is raised.
     """
     # A wrong file name or a missing package is reported before anything is downloaded.
-    target = choose_target(options.output)
+    target = options.output
+    check_target(target)
     exportable = load_exportable_model(options.model)
     model = exportable.model
     shape = select_graph_shape(model, options.image_size, options.dynamic)
@@ -70,34 +62,22 @@ def export_model(options: ExportOptions) -> dict[str, Any]:
         outputs = list(map(graph, batches))
         comparisons = measure_differences(batches, expected, outputs, LIMITS[options.dtype])
         report = build_report(options, exportable, shape, graph, expected[0], comparisons)
-        if exportable.folder is not None and not options.output.suffix:
-            copy_model_files(exportable.folder, folder, report)
-            if exportable.processor is not None and not shape.is_dynamic:
-                exportable.processor.to_json_file(folder / PROCESSOR_FILE)
         write_json(Path(f"{file}.json"), report)
-        # Again, because the names of all files are known only now, such as FILE.data for large
-        # weights, and because another program may have written one of them meanwhile.
-        check_files_do_not_exist(*(target.parent / each.name for each in folder.iterdir()))
     return report
 
 
-def choose_target(output: Path) -> Path:
-    """Choose the file to write: `output`, or model.onnx in the folder `output`.
-
-    Raise ValueError if its name has another suffix, if it exists, or if packages are missing.
-    """
-    target = output if output.suffix else output / GRAPH_FILE
+def check_target(target: Path) -> None:
+    """Raise ValueError if a file cannot be written: its name, its presence or missing packages."""
     if target.suffix != ".onnx":
-        raise ValueError(
-            f"`output={str(output)!r}`: the file name must end in .onnx, or have no suffix"
-        )
-    check_files_do_not_exist(target, Path(f"{target}.json"))
+        raise ValueError(f"`output={str(target)!r}`: the file name must end in .onnx")
+    for file in (target, Path(f"{target}.json"), Path(f"{target}.data")):
+        if file.exists():
+            raise ValueError(f"{file} exists. Set a different `output`, or remove the file")
     if missing := [name for name in PACKAGES if find_spec(name) is None]:
         raise ValueError(
             f"the export requires packages that are not installed: {', '.join(missing)}. "
             f"{describe_installation('export')}"
         )
-    return target
 
 
 def fit_processor(processor: Any, shape: GraphShape) -> None:
@@ -106,28 +86,3 @@ def fit_processor(processor: Any, shape: GraphShape) -> None:
         return
     if get_output_size(processor, (0, 0)) != shape.image_size:
         set_resize(processor, get_resize(processor), shape.image_size)
-
-
-def copy_model_files(model_folder: ModelFolder, folder: Path, report: dict[str, Any]) -> None:
-    """Write what `vitcls evaluate` requires in the folder of the graph.
-
-    These are the configuration, the image processor, the splits of the model's run and, in
-    results.json, the measurements of the file.
-    """
-    for name in (*CONFIG_FILES, SPLITS_FILE):
-        if (model_folder.path / name).is_file():
-            shutil.copyfile(model_folder.path / name, folder / name)
-    # The accuracies in results.json were measured with PyTorch. Only what was measured with the
-    # graph describes the graph.
-    kept_keys = ("label_column", "label_separator", "dataset")
-    results = model_folder.results_of_any_weights
-    kept = {key: results[key] for key in kept_keys if key in results}
-    measured = {"weights_sha256": report["weights_sha256"], "files": {report["file"]: report}}
-    write_json(folder / RESULTS_FILE, kept | measured)
-
-
-def check_files_do_not_exist(*files: Path) -> None:
-    """Raise ValueError if any of the files exists."""
-    for file in files:
-        if file.exists():
-            raise ValueError(f"{file} exists. Set a different `output`, or remove the file")

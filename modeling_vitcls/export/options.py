@@ -9,18 +9,16 @@ from ..runtime.flags import Options
 
 @dataclass(frozen=True, kw_only=True)
 class ExportOptions(Options):
-    """Export a model.
+    """Export a model to ONNX.
 
     Nothing is written if the outputs of the graph and the model differ by more than the limit.
     """
 
     model: str
-    """A model folder, the id of a model on the Hub, or a preset (random weights)."""
+    """A model folder, the id of a model on the Hub, or any checkpoint that `vitcls convert` takes."""
     output: Path
-    """Output file (.onnx), which must not exist yet, or a folder: model.onnx, the configuration and
-    the image processor, which `vitcls evaluate` reads."""
-    format: Literal["onnx"] = "onnx"
-    """ONNX. OpenVINO reads the file, too."""
+    """Output file (.onnx), which must not exist yet. A push of a model folder also publishes the
+    files in it that were exported from its weights."""
     image_size: tuple[int, int] | None = None
     """Height and width in pixels. With --no-dynamic, the graph accepts only this size; otherwise,
     the size is used only in the comparison. Default: the image size of the model."""

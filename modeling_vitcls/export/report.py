@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import torch
 from transformers.image_utils import PILImageResampling
 
 from ..conversion.processors import SHARED_SETTINGS, select_settings
@@ -10,10 +9,8 @@ from ..data.labels import get_label_space
 from ..hub.local_paths import resolve_name, strip_folders
 from ..hub.model_files import hash_files
 from ..inference.onnx_graph import INPUT_NAME, OnnxGraph
-from ..inference.speed import measure_inference_speed
 from ..model.configuration_vitcls import ViTCLSConfig
 from ..model.image_processing_vitcls import ViTCLSImageProcessor
-from ..model.modeling_vitcls import ViTCLSBackbone
 from ..runtime.system import get_versions
 from .compare import LIMITS
 from .exportable import Exportable, Outputs
@@ -44,8 +41,7 @@ def build_report(
     """
     model, processor, folder = exportable
     files = list(graph.file.parent.iterdir())
-    report: dict[str, Any] = {
-        "format": options.format,
+    return {
         "file": graph.file.name,
         # The size includes FILE.data, if there is one
         "num_bytes": sum(each.stat().st_size for each in files),
@@ -54,7 +50,7 @@ def build_report(
         # The model
         "model": strip_folders(resolve_name(options.model)),
         "model_class": type(model).__name__,
-        "weights": "random" if folder is None else "trained",
+        "weights_sha256": folder.weights_sha256,
         # What the graph reads and returns
         "input": {
             "name": INPUT_NAME,
@@ -77,12 +73,6 @@ def build_report(
         },
         "tried": comparisons,
     }
-    if folder is not None:
-        report["weights_sha256"] = folder.weights_sha256
-    has_native_size = shape.is_dynamic or shape.image_size == model.config.image_height_width
-    if has_native_size and not isinstance(model, ViTCLSBackbone):
-        report["speed"] = measure_inference_speed(graph, torch.device("cpu"))
-    return report
 
 
 def describe_preprocessing(processor: ViTCLSImageProcessor | None) -> dict[str, Any] | None:

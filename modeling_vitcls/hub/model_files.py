@@ -78,7 +78,7 @@ REQUIRED_PATTERNS = (
     CERTIFICATE_FILE,
 )
 RESULT_IMAGE_PATTERNS = (SAMPLE_IMAGES_FILE, f"{IMAGES_FOLDER}/confusion_matrix*.png")
-GRAPH_FILE = "model.onnx"  # That `vitcls export` writes to a folder
+GRAPH_FILE = "model.onnx"
 # Files of `vitcls export`: FILE.json is the report of FILE, and FILE.data has large weights.
 EXPORT_PATTERNS = ("*.onnx", "*.onnx.json", "*.onnx.data")
 # Files that a run writes at the end, and exports of them, in the order in which they are removed;

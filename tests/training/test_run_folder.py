@@ -120,6 +120,8 @@ def test_a_run_that_fails_releases_its_lock(folder: Path) -> None:
 
 
 def test_a_finished_run_is_replaced_only_with_overwrite(earlier: Path) -> None:
+    (earlier / "model.onnx").write_text("of these weights")
+    (earlier / "mine.onnx").write_text("of any weights")
     before = contents(earlier)
     with raises_one_line(f"{earlier} contains a finished run. Set `overwrite=True`"):
         run(earlier)
@@ -127,6 +129,7 @@ def test_a_finished_run_is_replaced_only_with_overwrite(earlier: Path) -> None:
     assert run(earlier, max_steps=2, overwrite=True)["steps"] == 2
     after = contents(earlier)
     assert after["model.safetensors"] != before["model.safetensors"]
+    assert [name for name in after if name.endswith(".onnx")] == ["mine.onnx"]
     assert len(after["metrics.jsonl"].splitlines()) == 2
 
 
