@@ -19,7 +19,12 @@ from sklearn.decomposition import PCA
 
 from ..data.aspect_ratio import Size, VisibleRegion, get_visible_region
 from ..data.labels import get_heads
-from ..inference.prediction_rows import Label, get_logits_by_task, select_labels
+from ..inference.prediction_rows import (
+    Label,
+    get_logits_by_task,
+    has_several_labels,
+    select_labels,
+)
 from ..inference.token_names import get_token_names_by_group
 from ..model.configuration_vitcls import ViTCLSConfig
 from ..model.extra_heads_vitcls import ExtraHead
@@ -168,7 +173,8 @@ def predict_photo(
     for task, logits in get_logits_by_task(trace.outputs).items():
         if task not in heads:  # These are the features of an encoder
             continue
-        (labels,) = select_labels(logits, heads[task], MAX_LABELS)
+        max_labels = None if has_several_labels(heads[task]) else MAX_LABELS
+        (labels,) = select_labels(logits, heads[task], max_labels)
         predictions[task or None] = labels
         order = logits[0].float().sort(descending=True, stable=True).indices.tolist()
         for label, index in zip(labels[:MAX_LABELS], order, strict=False):

@@ -3,7 +3,7 @@
 vitcls demo --model runs/mine
 vitcls demo --model someone/their-model@COMMIT --port 8000
 
-photo  ->  for each task: the answer, and the probabilities of the labels  ->  the sheet of `vitcls look`
+photo  ->  for each task: the probabilities of the labels, or none of them  ->  the sheet of `vitcls look`
 """
 
 import os
@@ -93,7 +93,6 @@ def build_page(options: DemoOptions) -> Any:
     settings = PredictOptions(model=options.model, paths=("photo",), top_k=NUM_LABELS)
     predictor = build_predictor(settings, build_accelerator())
     columns: Any = predictor.columns
-    tasks = list(columns.column_pairs)
 
     def answer(file: str | None) -> list[Any]:
         if file is None:
@@ -103,18 +102,13 @@ def build_page(options: DemoOptions) -> Any:
             # The path is a temporary copy of the upload, which says nothing to the person who sees
             # the error.
             raise gradio.Error(row["error"].replace(file, "the file"), print_exception=False)
-        values = [value for task in tasks for value in read_answer(row, columns, task)]
-        return [
-            *values,
-            draw_sheet(measure_photo(predictor.model, predictor.processor, read_image(file))),
-        ]
+        answers = [read_answer(row, task) for task in columns.heads]
+        photo = measure_photo(predictor.model, predictor.processor, read_image(file))
+        return [*answers, draw_sheet(photo)]
 
-    outputs = []
-    for task in tasks:
-        outputs += [
-            gradio.Textbox(label=task or "Answer"),
-            gradio.Label(label="Probabilities", num_top_classes=NUM_LABELS, show_heading=False),
-        ]
+    answers = [
+        gradio.Label(label=task or "Answer", num_top_classes=NUM_LABELS) for task in columns.heads
+    ]
     photo_input: Any = gradio.Image(label="Photo", type="filepath")
     # gradio would decode the file itself, but `vitcls predict` reads more formats and names what is
     # wrong.
@@ -125,7 +119,7 @@ def build_page(options: DemoOptions) -> Any:
     return gradio.Interface(
         answer,
         photo_input,
-        [*outputs, sheet],
+        [*answers, sheet],
         examples=[[str(file)] for file in options.examples] or None,
         cache_examples=False,
         title=title,
@@ -134,23 +128,16 @@ def build_page(options: DemoOptions) -> Any:
     )
 
 
-def read_answer(row: dict[str, Any], columns: Any, task: str) -> tuple[str, dict[str, float]]:
-    """Read the answer of a task, and the probabilities of its most probable labels.
+def read_answer(row: dict[str, Any], task: str) -> dict[str, float] | str:
+    """Read the probabilities of the most probable labels of a task, or that the photo has none.
 
     Args:
-        row: The row of a photo, as in `vitcls predict`.
-        columns: The columns of the row (LabelColumns).
+        row: The row of a photo, as in `vitcls predict --top-k`.
         task: The task; empty for the classifier itself.
     """
-    from ..inference.prediction_rows import has_several_labels, name_column
+    from ..inference.prediction_rows import name_column
 
-    names, probabilities = (
-        [row[pair[index]] for pair in columns.column_pairs[task]] for index in range(2)
-    )
-    if has_several_labels(columns.heads[task]):  # in one pair of columns, which contain lists
-        names = names[0]
-        probabilities = probabilities[0]
-        answer = ", ".join(names) or NONE_OF_THESE
-    else:
-        answer = NONE_OF_THESE if row.get(name_column(task, "unknown")) else names[0]
-    return answer, dict(zip(names, probabilities, strict=True))
+    names = row[name_column(task, "labels")]
+    if not names or row.get(name_column(task, "unknown")):
+        return NONE_OF_THESE
+    return dict(zip(names, row[name_column(task, "probabilities")], strict=True))

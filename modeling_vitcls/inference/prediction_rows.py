@@ -1,13 +1,12 @@
 """Predictions of a model as rows with named columns.
 
 model                       columns
-one label per image         label, probability, label_2, probability_2, ... up to --top-k; distance (to the nearest
-                            class) and unknown, if the model has class statistics
+one label per image         label, probability; distance (to the nearest class) and unknown, if the model has
+                            class statistics; with --top-k also labels, probabilities: lists
 several labels per image    labels, probabilities: lists
-several or added tasks      <task>_label, <task>_probability, <task>_label_2, ...; <task>_labels and
-                            <task>_probabilities of an added task with several labels per image
-any, with --features        features: a list of D numbers, or one list per token if there are several tokens;
-                            with several features, one column per feature
+several or added tasks      the same for each task: <task>_label, <task>_probability, ...
+any, with --features        a column per feature, such as `cls` and `mean@6`: a list of D numbers, or one list per
+                            token if there are several tokens
 
 The first columns are `index` (index in the input) and `image`, and the last column is `error`.
 outputs.py writes the rows. Each kind of model has a class with the attribute `columns`, a dict of
@@ -15,6 +14,7 @@ column types. The method `predict` returns a dict of `float32` outputs [B, ...] 
 W], and `build_rows` converts the outputs to rows.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -44,27 +44,29 @@ def has_several_labels(head: ExtraHead) -> bool:
     return head.problem_type == "multi_label_classification"
 
 
-def select_labels(logits: torch.Tensor, head: ExtraHead, max_labels: int) -> list[list[Label]]:
+def select_labels(
+    logits: torch.Tensor, head: ExtraHead, max_labels: int | None
+) -> list[list[Label]]:
     """Select the most probable labels of each image in order, given logits [B, num_labels].
 
-    These are `max_labels` labels. If images have several labels, they are all labels whose
-    probability is at least the threshold of the head.
+    If images have several labels, they are those whose probability is at least the threshold of the
+    head.
     """
-    lowest = -torch.inf
-    ranked: Any
+    lowest = 0.0
     if has_several_labels(head):
         lowest = DEFAULT_THRESHOLD if head.threshold is None else head.threshold
-        ranked = logits.float().sigmoid().sort(dim=1, descending=True, stable=True)
+        probabilities = logits.float().sigmoid()
     else:
-        ranked = logits.float().softmax(dim=1).topk(min(max_labels, len(head.labels)), dim=1)
+        probabilities = logits.float().softmax(dim=1)
 
+    ranked = probabilities.sort(dim=1, descending=True, stable=True)
+    values = ranked.values[:, :max_labels].tolist()
+    indices = ranked.indices[:, :max_labels].tolist()
     labels = []
-    for pair in zip(ranked.values.tolist(), ranked.indices.tolist(), strict=True):
-        image_labels = zip(*pair, strict=True)
+    for image_values, image_indices in zip(values, indices, strict=True):
+        pairs = zip(image_values, image_indices, strict=True)
         # Not `value >= lowest`: probabilities that are not numbers are found later, with the image
-        labels.append(
-            [(head.labels[index], value) for value, index in image_labels if not value < lowest]
-        )
+        labels.append([(head.labels[index], value) for value, index in pairs if not value < lowest])
     return labels
 
 
@@ -81,15 +83,14 @@ def name_column(task: str, name: str) -> str:
 
 
 class LabelColumns:
-    """Output columns of a classifier and of added tasks: the `top_k` most probable labels.
+    """Output columns of a classifier and of added tasks: the most probable label, or several in a list.
 
-    With several labels per image, there are up to `top_k` labels with probabilities of at least the
-    threshold.
+    With several labels per image, these are labels with probabilities of at least the threshold.
 
     Args:
         model: The model.
         heads: Labels and threshold of each task. The task of a classifier has an empty name.
-        top_k: Maximum number of labels per image.
+        top_k: Maximum number of labels per image. Default: one, or all with several labels per image.
     """
 
     def __init__(
@@ -99,30 +100,21 @@ class LabelColumns:
         top_k: int | None,
     ) -> None:
         self.model = model
-        self.max_labels = top_k
+        self.top_k = top_k
         self.heads = heads
         # A graph has the name of this output, a model the layers that it reads.
         distance = getattr(model, "distance_layers", getattr(model, "class_distance", None))
         self.has_distance = bool(distance)
-        # Task -> names of label and probability columns
-        self.column_pairs: dict[str, list[tuple[str, str]]] = {}
         self.columns: dict[str, pa.DataType] = {}
 
-        # Tasks with lists of labels come last
-        for task, head in sorted(heads.items(), key=lambda item: has_several_labels(item[1])):
-            types = [pa.string(), pa.float32()]
-            ranks = range(2, min(top_k or 1, len(head.labels)) + 1)
-            names = [("label", "probability")]
-            names += [(f"label_{rank}", f"probability_{rank}") for rank in ranks]
-            if has_several_labels(head):
-                types = [pa.list_(each) for each in types]
-                names = [("labels", "probabilities")]
-            self.column_pairs[task] = [
-                (name_column(task, label), name_column(task, probability))
-                for label, probability in names
-            ]
-            for pair in self.column_pairs[task]:
-                self.columns |= dict(zip(pair, types, strict=True))
+        for task, head in self.heads.items():
+            has_several = has_several_labels(head)
+            if not has_several:
+                self.columns[name_column(task, "label")] = pa.string()
+                self.columns[name_column(task, "probability")] = pa.float32()
+            if has_several or top_k is not None:
+                self.columns[name_column(task, "labels")] = pa.list_(pa.string())
+                self.columns[name_column(task, "probabilities")] = pa.list_(pa.float32())
 
         if self.has_distance:
             self.columns[DISTANCE] = pa.float32()
@@ -133,33 +125,31 @@ class LabelColumns:
         """Compute the logits [B, num_labels] of each task."""
         outputs: Any = self.model(pixel_values)
         logits = get_logits_by_task(outputs)
-        tensors = {task: logits[task].float() for task in self.column_pairs}
+        tensors = {task: logits[task].float() for task in self.heads}
         if self.has_distance:
             tensors[DISTANCE] = outputs.distance.float()[:, None]
         return tensors
 
     def build_rows(self, outputs: dict[str, torch.Tensor]) -> list[Row]:
         """Build one row per image with the most probable labels."""
-        columns: dict[str, Sequence[Any]] = {}
-        for task, pairs in self.column_pairs.items():
-            head = self.heads[task]
-            images = select_labels(outputs[task], head, len(pairs))
-            for rank, pair in enumerate(pairs):
-                for index, name in enumerate(pair):
-                    if has_several_labels(head):
-                        columns[name] = [
-                            [label[index] for label in labels[: self.max_labels]]
-                            for labels in images
-                        ]
-                    else:
-                        columns[name] = [labels[rank][index] for labels in images]
+        values: dict[str, Sequence[Any]] = {}
+        for task, head in self.heads.items():
+            max_labels = None if has_several_labels(head) else 1
+            images = select_labels(outputs[task], head, self.top_k or max_labels)
+            names = [[name for name, _ in labels] for labels in images]
+            probabilities = [[value for _, value in labels] for labels in images]
+            values[name_column(task, "labels")] = names
+            values[name_column(task, "probabilities")] = probabilities
+            if not has_several_labels(head):
+                values[name_column(task, "label")] = [each[0] for each in names]
+                values[name_column(task, "probability")] = [each[0] for each in probabilities]
 
         if self.has_distance:
-            columns[DISTANCE] = outputs[DISTANCE][:, 0].tolist()
+            values[DISTANCE] = outputs[DISTANCE][:, 0].tolist()
         if "unknown" in self.columns:
             threshold = self.model.config.distance_threshold
-            columns["unknown"] = [distance > threshold for distance in columns[DISTANCE]]
-        return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+            values["unknown"] = [distance > threshold for distance in values[DISTANCE]]
+        return build_rows({name: values[name] for name in self.columns})
 
 
 # Features -----------------------------------------------------------------------------------------
@@ -185,18 +175,22 @@ class Feature:
 
         Raise ValueError if the model has no such tokens or layer.
         """
-        rows, columns = config.grid_size
-        token_counts = dict(
-            zip(("cls", "distillation", "registers"), config.token_counts, strict=True)
-        )
-        token_counts |= {"mean": 1, "patches": rows * columns}
+        num_cls, num_distillation, num_registers = config.token_counts
+        token_counts = {
+            "cls": num_cls,
+            "distillation": num_distillation,
+            "registers": num_registers,
+            "mean": 1,
+            "patches": math.prod(config.grid_size),
+        }
         group, _, layer = name.partition("@")
         choices = [choice for choice, count in token_counts.items() if count]
-        if group not in choices or not 1 <= int(layer or 1) <= config.num_hidden_layers:
+        layers = [str(number + 1) for number in range(config.num_hidden_layers)]
+        if group not in choices or (layer or layers[0]) not in layers:
             raise ValueError(
                 f"`features={name!r}` requires tokens and a layer of the model, which has only "
-                f"{', '.join(choices)} and {config.num_hidden_layers} layers. Set "
-                f"`features='{choices[0]}@{config.num_hidden_layers}'`"
+                f"{', '.join(choices)} and {len(layers)} layers. Set "
+                f"`features='{choices[0]}@{len(layers)}'`"
             )
         return cls(group, int(layer) if layer else None, token_counts[group])
 
@@ -214,23 +208,18 @@ class Feature:
 
 
 class FeatureColumns:
-    """Output columns with features.
+    """Output columns with features, which have their names, such as `cls` and `mean@6`.
 
-    A single feature is in `features`; several have one column each, such as `cls` and `mean@6`.
     Raise ValueError if the model has no such tokens.
     """
 
     def __init__(self, model: PreTrainedModel, names: Sequence[str], dtype: str) -> None:
         self.encoder = model.base_model
-        columns = ["features"] if len(names) == 1 else names
-        self.features = {
-            column: Feature.from_name(name, model.config)
-            for column, name in zip(columns, names, strict=True)
-        }
+        self.features = {name: Feature.from_name(name, model.config) for name in names}
         self.dtype, arrow_type = FEATURE_DTYPES[dtype]
         self.columns = {
-            column: pa.list_(arrow_type if feature.num_tokens == 1 else pa.list_(arrow_type))
-            for column, feature in self.features.items()
+            name: pa.list_(arrow_type if feature.num_tokens == 1 else pa.list_(arrow_type))
+            for name, feature in self.features.items()
         }
 
     def predict(self, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -261,17 +250,22 @@ class FeatureColumns:
 
         A feature is one array, or a list with one array per token.
         """
-        columns: dict[str, Sequence[Any]] = {}
+        values: dict[str, Sequence[Any]] = {}
         for name, output in outputs.items():
             array = output.cpu().numpy()
-            columns[name] = list(array) if array.ndim == 2 else [list(tokens) for tokens in array]
-        return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+            values[name] = list(array) if array.ndim == 2 else [list(tokens) for tokens in array]
+        return build_rows(values)
 
 
 # Rows ---------------------------------------------------------------------------------------------
 
 
 PredictionColumns = LabelColumns | FeatureColumns
+
+
+def build_rows(values: Mapping[str, Sequence[Any]]) -> list[Row]:
+    """Build a row for each image, given the values of each column."""
+    return [dict(zip(values, row, strict=True)) for row in zip(*values.values(), strict=True)]
 
 
 @torch.inference_mode()

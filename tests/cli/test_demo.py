@@ -56,11 +56,9 @@ def test_the_page_has_the_answer_the_probabilities_and_the_sheet(
 ) -> None:
     model = save_classifier(tmp_path / "model")
     (row,) = predict(model, photo, top_k=3)
-    answer, probabilities, sheet = ask(model, photo)
-    assert answer == row["label"]
-    assert probabilities == pytest.approx(
-        {row[f"label{end}"]: row[f"probability{end}"] for end in ("", "_2", "_3")}
-    )
+    probabilities, sheet = ask(model, photo)
+    assert max(probabilities, key=probabilities.get) == row["label"]
+    assert probabilities == dict(zip(row["labels"], row["probabilities"], strict=True))
     assert sheet.width == 1800
 
 
@@ -72,23 +70,23 @@ def test_an_unknown_photo_shows_none_of_the_labels(tmp_path: Path, photo: Path) 
     classifier.class_distance.counts.fill_(1)
     classifier.class_distance.store_fingerprint(classifier.vitcls)
     classifier.save_pretrained(model)
-    answer, probabilities, _ = ask(model, photo)
+    answer, _ = ask(model, photo)
     assert answer == "none of these"
-    assert set(probabilities) == set(NAMES)
 
 
 def test_each_task_has_an_answer(tmp_path: Path, photo: Path) -> None:
     model_class, fields, _ = KINDS["multi_task"]
     model = save_with_processor(randomize(model_class(build_tiny_config(**fields))), tmp_path / "m")
     (row,) = predict(model, photo)
-    tasks = [name.removesuffix("_label") for name in row if name.endswith("_label")]
-    assert ask(model, photo)[: 2 * len(tasks) : 2] == [row[f"{task}_label"] for task in tasks]
+    *answers, _ = ask(model, photo)
+    labels = [row[name] for name in row if name.endswith("_label")]
+    assert [max(answer, key=answer.get) for answer in answers] == labels
 
 
 def test_several_labels_are_those_above_the_threshold(tmp_path: Path, photo: Path) -> None:
     model = save_classifier(tmp_path / "model", problem_type="multi_label_classification")
     (row,) = predict(model, photo)
-    assert ask(model, photo)[0] == (", ".join(row["labels"]) or "none of these")
+    assert list(ask(model, photo)[0]) == row["labels"]
 
 
 def test_a_model_without_labels_is_refused(tmp_path: Path) -> None:
