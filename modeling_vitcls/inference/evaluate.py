@@ -102,12 +102,7 @@ def evaluate_checkpoint(options: EvaluateOptions) -> dict[str, Any]:
         evaluator.threshold = options.threshold
 
     start_time = time.perf_counter()
-    predictions = None
-    if options.per_image is None:
-        metrics = evaluator(model, console)
-    else:
-        predictions = evaluator.predict(model, console)
-        metrics = predictions.metrics
+    predictions = evaluator.predict(model, console)
     seconds = time.perf_counter() - start_time
 
     results: dict[str, Any] = {
@@ -117,14 +112,14 @@ def evaluate_checkpoint(options: EvaluateOptions) -> dict[str, Any]:
         "dataset": get_title(options.dataset),
         "split": data.split,
         "num_left_out_images": data.num_left_out,
-        "images_per_second": round(metrics["num_images"] / seconds, 1),
+        "images_per_second": round(predictions.metrics["num_images"] / seconds, 1),
         "seconds": round(seconds, 2),
         "device": describe_device(),
         "mixed_precision": accelerator.mixed_precision,
         "num_processes": accelerator.num_processes,
         "versions": get_versions(),
         "weights_sha256": folder.weights_sha256,
-        **metrics,
+        **predictions.metrics,
     }
     if accelerator.is_main_process:
         # First the files: `| head` ends the process when it has enough lines
@@ -191,7 +186,7 @@ def get_training_columns(
 def write_files(
     options: EvaluateOptions,
     results: dict[str, Any],
-    predictions: Predictions | None,
+    predictions: Predictions,
     console: Console,
 ) -> None:
     """Write the results, and the predictions of each image, to the files that are asked for."""
@@ -199,7 +194,7 @@ def write_files(
         options.output.parent.mkdir(parents=True, exist_ok=True)
         write_json(options.output, results)
         console.print(f"saved {options.output}", markup=False)
-    if options.per_image is not None and predictions is not None:
+    if options.per_image is not None:
         options.per_image.parent.mkdir(parents=True, exist_ok=True)
         write_predictions(options.per_image, predictions, results["weights_sha256"])
         console.print(f"saved {options.per_image}", markup=False)

@@ -6,22 +6,20 @@ The pass over the images is in image_pass.py, the metrics are in metrics.py, and
 evaluates a saved model and writes the results.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate import PartialState
-from accelerate.utils import send_to_device
 from rich.console import Console
 from scipy.special import expit
 from torch import nn
 
 from ..data.labels import LabelSpace
 from ..model.heads_vitcls import IGNORED_LABEL
-from ..model.modeling_vitcls import ViTCLSImageClassifierOutput
-from .image_pass import BatchArrays, ImageOutputs, ImagePass, to_arrays
-from .metrics import METRICS, NOTHING_MEASURED, MultiLabelMetrics, select_scalars
+from .image_pass import ImageOutputs, ImagePass
+from .metrics import NOTHING_MEASURED, measure, select_scalars
 from .prediction_rows import DEFAULT_THRESHOLD
 
 
@@ -49,17 +47,22 @@ class Predictions:
         return self.outputs.indices[~are_right.all(axis=1)]
 
 
-def build_predictions(label_space: LabelSpace, outputs: ImageOutputs) -> Predictions:
-    """Measure logits that are known on every process, with one label or several."""
-    state = PartialState()
-    metrics = METRICS[label_space.kind](label_space, state.device)
-    # Metrics are summed over the processes
-    own = slice(state.process_index, None, state.num_processes)
-    logits, labels = (
-        torch.from_numpy(array[own]).to(state.device) for array in (outputs.values, outputs.labels)
-    )
-    metrics.update(ViTCLSImageClassifierOutput(logits=logits), labels)
-    return Predictions(label_space, outputs, round_floats(metrics.compute()))
+def build_predictions(
+    label_space: LabelSpace, outputs: ImageOutputs, threshold: float = DEFAULT_THRESHOLD
+) -> Predictions:
+    """Measure logits (metrics.py). The arguments are as in `measure`.
+
+    In the metrics, numbers come before lists and dicts, and the first number is the metric for
+    comparing models. `num_unreadable_images` is the number of unreadable images, which `num_images`
+    excludes. Floats are rounded to six decimals.
+    """
+    values = measure(label_space, outputs.values, outputs.labels, threshold)
+    unreadable = {"num_unreadable_images": outputs.num_unreadable}
+    metrics = round_floats(select_scalars(values) | unreadable | values)
+    if outputs.labels.ndim == 1:
+        outputs = outputs.take(outputs.labels != IGNORED_LABEL)
+        outputs = replace(outputs, values=outputs.values[:, : len(label_space.names)])
+    return Predictions(label_space, outputs, metrics, threshold)
 
 
 class Evaluator(ImagePass):
@@ -73,58 +76,34 @@ class Evaluator(ImagePass):
     threshold = DEFAULT_THRESHOLD
     pass_name = "evaluating"
 
+    def __call__(self, model: nn.Module, console: Console | None = None) -> dict[str, Any]:
+        """Measure a model; without images, there are only their numbers."""
+        if not len(self.images):
+            return NOTHING_MEASURED
+        return self.predict(model, console).metrics
+
     def predict(self, model: nn.Module, console: Console | None = None) -> Predictions:
-        """Measure a model with one label or several, and keep the logits of each labeled image.
+        """Measure a model on the device in evaluation mode, and keep the logits.
 
-        All processes must call this method.
-        """
-        parts: list[BatchArrays] = []
-        metrics = self(model, console, parts)
-        outputs = self.gather(parts)
-        if outputs.labels.ndim == 1:
-            outputs = outputs.take(outputs.labels != IGNORED_LABEL)
-        return Predictions(self.label_space, outputs, metrics, self.threshold)
-
-    @torch.no_grad()
-    def __call__(
-        self,
-        model: nn.Module,
-        console: Console | None = None,
-        parts: list[BatchArrays] | None = None,
-    ) -> dict[str, Any]:
-        """Evaluate a model on the device in evaluation mode.
-
-        Return the metrics for the kind of labels (metrics.py). The logits of the batches of this
-        process are added to `parts`.
-
-        In the returned dict, numbers come before lists and dicts, and the first number is the
-        metric for comparing models. `num_unreadable_images` is the number of unreadable images,
-        which `num_images` excludes; without images, there are only these two. Floats are rounded to
-        six decimals. `console` shows the
-        progress (runtime/progress.py).
+        All processes must call this method. `console` shows the progress (runtime/progress.py).
 
         Raises:
             ValueError: if all images are unreadable, if more than `MAX_UNREADABLE_IMAGES` images
                 are unreadable, or if the outputs of the model for any image are not finite.
         """
-        if not len(self.images):
-            return NOTHING_MEASURED
-        metrics = METRICS[self.label_space.kind](self.label_space, self.accelerator.device)
-        if isinstance(metrics, MultiLabelMetrics):
-            metrics.threshold = self.threshold
+        outputs = self.collect(model, partial(self.compute, model), console)
+        return build_predictions(self.label_space, outputs, self.threshold)
 
-        def compute(pixel_values: torch.Tensor) -> Any:
-            outputs = model(pixel_values)
-            if self.task is None:
-                return outputs
-            return ViTCLSImageClassifierOutput(logits=outputs.task_logits[self.task])
-
-        for batch, outputs in self.iterate(model, compute, console):
-            metrics.update(outputs, send_to_device(batch.labels, self.accelerator.device))
-            if parts is not None:
-                parts.append(to_arrays(batch, outputs.logits))
-        values = round_floats(metrics.compute())
-        return select_scalars(values) | {"num_unreadable_images": self.num_unreadable} | values
+    def compute(self, model: nn.Module, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Compute the logits of images [B, C, H, W] as `measure` expects them."""
+        outputs = model(pixel_values)
+        if self.task is not None:
+            return outputs.task_logits[self.task]
+        if isinstance(outputs.logits, dict):
+            return torch.cat(list(outputs.logits.values()), dim=1)
+        if outputs.distillation_logits is None:
+            return outputs.logits
+        return torch.cat([outputs.logits, outputs.cls_logits, outputs.distillation_logits], dim=1)
 
 
 def round_floats(value: Any) -> Any:

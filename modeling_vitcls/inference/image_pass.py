@@ -260,8 +260,7 @@ class ImagePass:
     ) -> Iterator[tuple[ImageBatch, Any]]:
         """Yield the batches of this process with what `compute` returns for their images.
 
-        `compute` returns a tensor [B, ...], tensors by name, or an object with one of both as
-        `logits`. Further rows are padding.
+        `compute` returns a tensor [B, ...], or tensors by name. Further rows are padding.
 
         Args:
             model: the model that `compute` runs, on the device and in evaluation mode.
@@ -302,8 +301,7 @@ class ImagePass:
         ):
             num_readable += len(batch.indices)
             error_messages |= batch.error_messages
-            values = getattr(outputs, "logits", outputs)
-            num_not_finite += (~find_finite(values, len(batch.indices))).sum()
+            num_not_finite += (~find_finite(outputs, len(batch.indices))).sum()
             yield batch, outputs
 
         # Errors are raised after the last batch, by all processes together. A process that stopped

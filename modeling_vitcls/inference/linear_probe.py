@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy.special import expit, log_softmax, logit, softmax
+from scipy.special import expit, logit, softmax
 from sklearn.base import BaseEstimator, ClassifierMixin
 
 from .class_statistics import (
@@ -34,7 +34,14 @@ from .class_statistics import (
     compute_means,
     expand_rows,
 )
-from .confidence import extrapolate_temperature, fit_line, fit_temperature, measure_spread
+from .confidence import (
+    compute_losses,
+    extrapolate_temperature,
+    fit_line,
+    fit_temperature,
+    measure_spread,
+    to_probabilities,
+)
 from .intervals import Estimate, estimate_after_choice, estimate_average_precision
 
 
@@ -509,24 +516,11 @@ def fit_lines(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
     return np.stack([slopes, np.where(scores.any(axis=0), offsets, logit(shares))])
 
 
-def compute_losses(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Compute the log loss [N] of logits [N, K]; of several labels, the mean over the labels."""
-    if labels.ndim == 2:
-        with np.errstate(invalid="ignore"):  # NaN for images that no fold left out
-            return (np.logaddexp(0, logits) - labels * logits).mean(axis=1)
-    return -log_softmax(logits, axis=1)[np.arange(len(labels)), labels]
-
-
 def find_right(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """Find the images [N] that are predicted right; with several labels, with all labels right."""
     if labels.ndim == 2:
         return ((logits > 0) == labels).all(axis=1)
     return logits.argmax(axis=1) == labels
-
-
-def to_probabilities(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Convert logits [N, K] for labels of one kind or the other."""
-    return expit(logits) if labels.ndim == 2 else softmax(logits, axis=1)
 
 
 def add_classes(probabilities: np.ndarray, old: np.ndarray, new: np.ndarray) -> np.ndarray:

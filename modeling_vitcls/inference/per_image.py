@@ -21,12 +21,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
-from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
 from ..runtime.files import write_atomically
+from .confidence import compute_losses, to_probabilities
 from .evaluator import Predictions
 
 
@@ -58,27 +58,22 @@ def write_predictions(
     outputs = predictions.outputs
     if not len(outputs.labels):
         raise ValueError("no evaluated image has a label")
-    logits = torch.from_numpy(outputs.values)
-    targets = torch.from_numpy(outputs.labels)
-
-    columns: dict[str, Any] = {"index": outputs.indices, "image": outputs.names}
-    if predictions.label_space.kind == "single_label_classification":
-        columns |= {
-            "label": [names[label] for label in targets.tolist()],
-            "prediction": [names[index] for index in logits.argmax(dim=1).tolist()],
-            "probabilities": list(logits.softmax(dim=1).numpy()),
-            "loss": cross_entropy(logits, targets, reduction="none").numpy(),
-        }
+    probabilities = to_probabilities(outputs.values, outputs.labels)
+    if outputs.labels.ndim == 1:
+        labels: list[Any] = [names[label] for label in outputs.labels]
+        found: list[Any] = [names[index] for index in outputs.values.argmax(axis=1)]
     else:
-        losses = binary_cross_entropy_with_logits(logits, targets, reduction="none")  # [N, L]
-        columns |= {
-            "label": [select_names(names, row, 1) for row in targets],
-            "prediction": [
-                select_names(names, row, predictions.threshold) for row in logits.sigmoid()
-            ],
-            "probabilities": list(logits.sigmoid().numpy()),
-            "loss": losses.mean(dim=1).numpy(),
-        }
+        labels = [select_names(names, row) for row in outputs.labels > 0.5]
+        found = [select_names(names, row) for row in probabilities >= predictions.threshold]
+
+    columns: dict[str, Any] = {
+        "index": outputs.indices,
+        "image": outputs.names,
+        "label": labels,
+        "prediction": found,
+        "probabilities": list(probabilities),
+        "loss": compute_losses(outputs.values, outputs.labels),
+    }
     if nearest_images is not None:
         columns["nearest_images"] = [
             nearest_images.get(index, []) for index in outputs.indices.tolist()
@@ -102,6 +97,6 @@ def read_weights_hash(file: Path) -> dict[str, str] | None:
     return json.loads(metadata[METADATA_KEY]).get("weights_sha256")
 
 
-def select_names(names: list[str], values: torch.Tensor, threshold: float) -> list[str]:
-    """Select the names whose values are at least `threshold`."""
-    return [name for name, value in zip(names, values.tolist(), strict=True) if value >= threshold]
+def select_names(names: list[str], is_selected: np.ndarray) -> list[str]:
+    """Select the names that a mask [L] selects."""
+    return [names[index] for index in np.flatnonzero(is_selected)]

@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torchmetrics.functional.classification import multiclass_calibration_error
 
 from ..inference.confidence import fit_temperature
 from ..inference.evaluator import Evaluator, Predictions
 from ..inference.linear_probe import LinearProbe
+from ..inference.metrics import compute_calibration_error
 from .distillation_head import choose_inference, describe_inference
 from .distributed_state import reshard
 
@@ -154,8 +154,9 @@ def measure_errors(calibration: Calibration, predictions: Predictions) -> Calibr
     if calibration.images == HELD_OUT:
         outputs = outputs.take(np.s_[1::2])  # The half to which the temperature was not fitted
     # The model divides its logits already; multiplied, they are as before.
-    before = compute_error(outputs.values * calibration.temperature, outputs.labels)
-    after = compute_error(outputs.values, outputs.labels)
+    logits = outputs.values
+    before = round(compute_calibration_error(logits * calibration.temperature, outputs.labels), 6)
+    after = round(compute_calibration_error(logits, outputs.labels), 6)
     predictions.metrics["calibration_error"] = after
     num_images = len(outputs.labels)
     text = calibration.text
@@ -165,10 +166,3 @@ def measure_errors(calibration: Calibration, predictions: Predictions) -> Calibr
             f"{100 * after:.1f} points"
         )
     return replace(calibration, error_before=before, text=text)
-
-
-def compute_error(logits: np.ndarray, labels: np.ndarray) -> float:
-    """Compute the expected calibration error in 15 bins (Guo et al. 2017, arXiv 1706.04599)."""
-    probabilities = torch.from_numpy(logits).float().softmax(dim=1)
-    error = multiclass_calibration_error(probabilities, torch.from_numpy(labels), logits.shape[1])
-    return round(float(error), 6)

@@ -13,15 +13,14 @@ from typing import Any
 import numpy as np
 
 from ..inference.class_statistics import TokenFeatures
+from ..inference.confidence import compute_losses, to_probabilities
 from ..inference.intervals import Estimate
 from ..inference.linear_probe import (
     LinearProbe,
     add_classes,
-    compute_losses,
     encode_labels,
     estimate,
     to_logits,
-    to_probabilities,
 )
 
 

@@ -137,7 +137,6 @@ class FrozenModel:
         logits = to_logits(probabilities[known], features.labels).astype(np.float32)
         predictions = build_predictions(self.labels, replace(features, values=logits))
         predictions.metrics.update(round_floats(self.estimate.to_metrics()))
-        predictions.metrics["num_unreadable_images"] = features.num_unreadable
         return predictions
 
     def find_nearest_images(self, wrong: np.ndarray) -> dict[int, list[str]]:
@@ -343,10 +342,7 @@ class Probe:
             second_tokens = frozen.second.probe.candidate_.tokens
             second_logits = apply(self.model.distillation_classifier, second_tokens)
             logits = self.model.combine_heads(logits, second_logits)
-        outputs = replace(features, values=logits.cpu().numpy())
-        predictions = build_predictions(frozen.labels, outputs)
-        predictions.metrics["num_unreadable_images"] = features.num_unreadable
-        return predictions
+        return build_predictions(frozen.labels, replace(features, values=logits.cpu().numpy()))
 
     def choose(self, features: Features) -> dict[str, LinearProbe]:
         """Choose and fit the classifier of each task, by cross-validation."""

@@ -192,13 +192,13 @@ def test_the_hash_of_a_result_is_that_of_the_weights_that_were_read(
 ) -> None:
     """The weights are replaced while the images are evaluated."""
     read_weights = hash_weights(folder)
-    evaluate_images = Evaluator.__call__
+    evaluate_images = Evaluator.predict
 
     def replace_weights(self: Evaluator, *arguments: Any) -> Any:
         add_stray_layer(folder)
         return evaluate_images(self, *arguments)
 
-    monkeypatch.setattr(Evaluator, "__call__", replace_weights)
+    monkeypatch.setattr(Evaluator, "predict", replace_weights)
     output = tmp_path / "results.json"
     flags = ["--output", output, "--num-workers", "0"]
     assert run_here("evaluate", "--model", folder, "--dataset", photos, *flags) == 0
