@@ -31,7 +31,6 @@ from .model_files import (
     CERTIFICATE_FILE,
     CONFIG_FILE,
     CONFIG_FILES,
-    GRAPH_FILE,
     IMAGES_FOLDER,
     INDEX_FILE,
     LICENSE_FILES,
@@ -261,12 +260,6 @@ class ModelFolder:
     def has_weights(self) -> bool:
         """Whether the folder contains a model in safetensors, and not only exported files."""
         return any((self.path / name).is_file() for name in (WEIGHTS_FILE, INDEX_FILE))
-
-    @cached_property
-    def graph(self) -> Path | None:
-        """The ONNX file of a folder without weights."""
-        file = self.path / GRAPH_FILE
-        return file if file.is_file() and not self.has_weights else None
 
     def check_is_complete(self) -> None:
         """Raise ValueError if files are missing, or refer to files elsewhere."""

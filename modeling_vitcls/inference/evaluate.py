@@ -60,12 +60,7 @@ def evaluate_checkpoint(options: EvaluateOptions) -> dict[str, Any]:
     accelerator, console, warn = set_up_evaluation(options.mixed_precision)
     with accelerator.main_process_first():  # The main process downloads the files
         folder = open_model(options.model)
-    if folder.graph is None:
-        set_mixed_precision(accelerator, options.mixed_precision, folder.config)
-    elif accelerator.mixed_precision != "no":
-        raise ValueError(
-            f"{folder.graph} computes in the dtypes that it contains. Set `mixed_precision='no'`"
-        )
+    set_mixed_precision(accelerator, options.mixed_precision, folder.config)
     model, processor, batch_size = load_for_inference(
         folder,
         accelerator.device,
@@ -73,7 +68,6 @@ def evaluate_checkpoint(options: EvaluateOptions) -> dict[str, Any]:
         resize=options.resize,
         batch_size=options.batch_size,
         max_batch_size=EVALUATION_BATCH_SIZE,
-        can_be_graph=True,
     )
     config: ViTCLSConfig = model.config
     if options.task is not None:

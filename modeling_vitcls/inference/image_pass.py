@@ -80,8 +80,6 @@ class ImageOutputs:
         return replace(self, num_unreadable=self.num_unreadable + other.num_unreadable, **arrays)
 
 
-# Indices [G], labels [G, ...] and values [G, ...] of the G images of a batch
-BatchArrays = tuple[np.ndarray, np.ndarray, np.ndarray]
 # Function of images [B, C, H, W] on the device of the model
 Compute = Callable[[torch.Tensor], Any]
 # Function of the index of an image: its pixels [C, H, W], or why it is unreadable
@@ -255,16 +253,14 @@ class ImagePass:
         self.cache: list[ImageBatch] | None = None
         self.num_unreadable = 0
 
-    def iterate(
+    def collect(
         self, model: nn.Module, compute: Compute, console: Console | None = None
-    ) -> Iterator[tuple[ImageBatch, Any]]:
-        """Yield the batches of this process with what `compute` returns for their images.
-
-        `compute` returns a tensor [B, ...], or tensors by name. Further rows are padding.
+    ) -> ImageOutputs:
+        """Collect what `compute` returns for each readable image, in order, on every process.
 
         Args:
             model: the model that `compute` runs, on the device and in evaluation mode.
-            compute: function of images [B, C, H, W].
+            compute: function of images [B, C, H, W], which returns a tensor [B, ...].
             console: console for the progress (runtime/progress.py).
 
         Raises:
@@ -286,55 +282,38 @@ class ImagePass:
             ),
             has_bar=console is not None,
         )
-
-        error_messages: dict[int, str] = {}
-        num_readable = 0
-        # The device counts, because reading a number in every batch would make a GPU wait.
-        num_not_finite = torch.zeros((), dtype=torch.int64, device=accelerator.device)
         padded_batches = (self.pad_batch(model, batch) for batch in batches)
         if accelerator.num_processes == 1:  # The processes of a sharded model wait for one another
-            # An ONNX file runs on the CPU, also beside a GPU.
-            compute = GraphedFunction(compute, getattr(model, "device", accelerator.device))
-
+            compute = GraphedFunction(compute, accelerator.device)
+        error_messages: dict[int, str] = {}
+        parts = []
         for batch, outputs in pass_over_images(
             compute, padded_batches, accelerator.device, accelerator.autocast
         ):
-            num_readable += len(batch.indices)
             error_messages |= batch.error_messages
-            num_not_finite += (~find_finite(outputs, len(batch.indices))).sum()
-            yield batch, outputs
+            # Further rows are padding.
+            own_values = outputs[: len(batch.indices)].float().cpu().numpy()
+            parts.append((np.array(batch.indices, np.int64), batch.labels.numpy(), own_values))
 
         # Errors are raised after the last batch, by all processes together. A process that stopped
         # in the middle would leave the others waiting for its part of a sharded model.
         error_messages = dict(sorted(gather_object(list(error_messages.items()))))
         self.num_unreadable = len(error_messages)
         self.unreadable_counter.add(error_messages)
-        num_readable, num_wrong = map(
-            sum, zip(*gather_object([(num_readable, num_not_finite.item())]), strict=True)
-        )
-
-        if not num_readable:
+        if self.num_unreadable == len(self.images):
             first_error = next(iter(error_messages.values()), "no image")
             raise ValueError(
                 f"none of the {len(error_messages)} images can be read ({first_error}). Check the "
                 "dataset"
             )
-        if num_wrong:
+        indices, labels, values = map(np.concatenate, zip(*gather_object(parts), strict=True))
+        is_finite = np.isfinite(values).all(axis=tuple(range(1, values.ndim)))
+        if not is_finite.all():
             raise ValueError(
-                f"the outputs of the model are not finite for {num_wrong:,} of {num_readable:,} "
-                "images. Check the weights, or set `mixed_precision='no'`"
+                f"the outputs of the model are not finite for {(~is_finite).sum():,} of "
+                f"{len(values):,} images. Check the weights, or set `mixed_precision='no'`"
             )
 
-    def collect(
-        self, model: nn.Module, compute: Compute, console: Console | None = None
-    ) -> ImageOutputs:
-        """Collect what `compute` returns for each readable image, in order, on every process."""
-        passed = self.iterate(model, compute, console)
-        return self.gather([to_arrays(batch, outputs) for batch, outputs in passed])
-
-    def gather(self, parts: Sequence[BatchArrays]) -> ImageOutputs:
-        """Join the batches of all processes, in the order of the images."""
-        indices, labels, values = map(np.concatenate, zip(*gather_object(parts), strict=True))
         order = np.argsort(indices)
         indices = indices[order]
         groups = np.arange(len(self.images)) if self.images.groups is None else self.images.groups
@@ -390,9 +369,3 @@ class ImagePass:
 
         # Set after the last batch, because a caller may stop earlier
         self.cache = cache
-
-
-def to_arrays(batch: ImageBatch, values: torch.Tensor) -> BatchArrays:
-    """Move the values [B, ...] for the G images of a batch to the CPU; further values are padding."""
-    own_values = values[: len(batch.indices)].float().cpu().numpy()
-    return np.array(batch.indices, np.int64), batch.labels.numpy(), own_values

@@ -17,7 +17,6 @@ from ..model.modeling_vitcls import (
     ViTCLSForMultiTaskClassification,
     ViTCLSModel,
 )
-from .onnx_graph import OnnxClassifier
 
 
 # 8 images with 196 patches. Larger batches need more memory on a CPU and are not faster.
@@ -39,7 +38,6 @@ def load_for_inference(
     batch_size: int | None,
     max_batch_size: int,
     resize: str | None = None,
-    can_be_graph: bool = False,
 ) -> tuple[Any, ViTCLSImageProcessor, int]:
     """Load a model on a device, with its image processor.
 
@@ -50,15 +48,13 @@ def load_for_inference(
         batch_size: Number of images of a process; None to choose it.
         max_batch_size: Default batch size on GPUs.
         resize: How images become the input (crop, squash, pad). Default: unchanged.
-        can_be_graph: Whether the ONNX file of a folder without weights may replace the model.
 
     Returns:
         The model in evaluation mode, its image processor, and the number of images of a batch of
         one process.
 
     Raises:
-        ValueError: As in `load_model`, or if there is no classifier although one is requested, or
-            if the ONNX file cannot be run.
+        ValueError: As in `load_model`, or if there is no classifier although one is requested.
         OSError: If the model cannot be read.
     """
     config = folder.config
@@ -67,11 +63,7 @@ def load_for_inference(
             f"labels require a classifier, but {folder.source} contains {config.architectures[0]}. "
             "Fine-tune the model first, or write features with `vitcls predict --features cls`"
         )
-    model: Any
-    if can_be_graph and folder.graph is not None:
-        model = OnnxClassifier(folder.graph, config)
-    else:
-        model = load_model(folder, use_head)
+    model = load_model(folder, use_head)
     processor = folder.load_processor()
     image_size = get_output_size(processor, config.image_height_width)
     if resize is not None:
@@ -96,11 +88,6 @@ def load_model(folder: ModelFolder, use_head: bool | None = None) -> Any:
         ValueError: If the model lacks weights.
         OSError: If the model cannot be read.
     """
-    if folder.graph is not None:
-        raise ValueError(
-            f"{folder.source} has a graph, but no weights. Set `model` to the model that was "
-            "exported; only `vitcls evaluate` runs the graph"
-        )
     config = folder.config
     if not (has_classifier(config) if use_head is None else use_head):
         return folder.load(ViTCLSModel, add_pooling_layer=False)

@@ -1,18 +1,14 @@
 """Run the ONNX files of `vitcls export` on the CPU, with onnxruntime.
 
 outputs = OnnxGraph(Path("model.onnx"), config)(pixel_values)                  # {"logits": [B, labels], ...}
-logits = OnnxClassifier(Path("model.onnx"), config)(pixel_values).logits       # as of the classifier itself
 """
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
-from ..data.labels import get_heads
 from ..model.configuration_vitcls import ViTCLSConfig
-from ..model.modeling_vitcls import ViTCLSImageClassifierOutput
 from ..runtime.errors import describe_installation, format_error
 
 
@@ -72,33 +68,3 @@ class OnnxGraph(nn.Module):
             name: torch.from_numpy(array).to(pixel_values.device)
             for name, array in zip(names, arrays, strict=True)
         }
-
-
-class OnnxClassifier(OnnxGraph):
-    """The graph of a classifier, with the outputs that an `Evaluator` reads.
-
-    Raises:
-        ValueError: As `OnnxGraph`, or if the graph does not have the labels of the configuration.
-    """
-
-    def __init__(self, file: Path, config: ViTCLSConfig) -> None:
-        super().__init__(file, config)
-        shapes = {output.name: output.shape for output in self.session.get_outputs()}
-        for task, head in get_heads(config).items():
-            name = task or "logits"
-            if name not in shapes or shapes[name][-1] != len(head.labels):
-                raise ValueError(
-                    f"{file} requires an output {name} with {len(head.labels)} labels, as in "
-                    f"config.json, but has the outputs {shapes}. Export the model again"
-                )
-
-    def forward(self, pixel_values: torch.Tensor) -> Any:
-        """Compute the logits for images [B, C, H, W], as the classifier returns them."""
-        outputs = super().forward(pixel_values)
-        logits: Any = outputs if self.config.tasks else outputs["logits"]
-        return ViTCLSImageClassifierOutput(
-            logits=logits,
-            cls_logits=outputs.get("cls_logits"),
-            distillation_logits=outputs.get("distillation_logits"),
-            task_logits=outputs,
-        )
