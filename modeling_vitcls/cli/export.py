@@ -37,6 +37,7 @@ def silence_exporters() -> None:
 
 def print_export(report: Mapping[str, Any], output: Path) -> None:
     """Print the report and the name of the file."""
+    file = output if output.suffix else output / report["file"]
     differences = [f"{name} {value:.1e}" for name, value in report["largest_differences"].items()]
     print(
         f"Largest differences between the file in {report['dtype']} and the model in float32: "
@@ -52,4 +53,4 @@ def print_export(report: Mapping[str, Any], output: Path) -> None:
     if report["fixed_because"]:
         print(f"The image size is fixed: {report['fixed_because']}")
     print(f"Size: {report['num_bytes'] / 2**20:.1f} MiB")
-    print(f"\nwrote {output} and {output.name}.json")
+    print(f"\nwrote {file} and {file.name}.json")

@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from ..conversion.open_model import open_model
+from ..conversion.open_model import is_preset, open_model
 from ..hub.model_folder import ModelFolder
 from ..inference.prediction_rows import DISTANCE
+from ..model.configuration_vitcls import ViTCLSConfig
 from ..model.image_processing_vitcls import ViTCLSImageProcessor
 from ..model.modeling_vitcls import (
     ViTCLSBackbone,
@@ -78,17 +79,20 @@ class Exportable(NamedTuple):
 
     model: ViTCLSPreTrainedModel
     processor: ViTCLSImageProcessor | None  # None if the checkpoint has none
-    folder: ModelFolder
+    folder: ModelFolder | None  # None for a preset, which has random weights
 
 
 def load_exportable_model(source: str) -> Exportable:
-    """Load any checkpoint that `model` may name.
+    """Load any checkpoint that `model` may name, or a preset with random weights.
 
     Raises:
         ValueError: If the checkpoint is not a ViTCLS model, if its class is not supported, or if
             weights are missing.
         OSError: If the checkpoint cannot be found or read.
     """
+    if is_preset(source):
+        preset = ViTCLSForImageClassification(ViTCLSConfig.from_preset(source))
+        return Exportable(preset.eval(), None, None)
     folder = open_model(source)
     class_name = (folder.config.architectures or ["an unknown class"])[0]
     classes: dict[str, Any] = {each.__name__: each for each in OUTPUT_SELECTORS}

@@ -16,6 +16,7 @@ import torch
 
 from ..conversion.parity_report import build_random_images
 from ..data.aspect_ratio import get_output_size, get_resize, set_resize
+from ..hub.model_files import GRAPH_FILE
 from ..inference.onnx_graph import OnnxGraph
 from ..runtime.errors import describe_installation
 from ..runtime.files import write_json
@@ -46,6 +47,8 @@ def export_model(options: ExportOptions) -> dict[str, Any]:
     """
     # A wrong file name or a missing package is reported before anything is downloaded.
     target = options.output
+    if not target.suffix:
+        target = target / GRAPH_FILE
     check_target(target)
     exportable = load_exportable_model(options.model)
     model = exportable.model
@@ -69,7 +72,7 @@ def export_model(options: ExportOptions) -> dict[str, Any]:
 def check_target(target: Path) -> None:
     """Raise ValueError if a file cannot be written: its name, its presence or missing packages."""
     if target.suffix != ".onnx":
-        raise ValueError(f"`output={str(target)!r}`: the file name must end in .onnx")
+        raise ValueError(f"`output={str(target)!r}`: a file must end in .onnx")
     for file in (target, Path(f"{target}.json"), Path(f"{target}.data")):
         if file.exists():
             raise ValueError(f"{file} exists. Set a different `output`, or remove the file")

@@ -15,10 +15,13 @@ class ExportOptions(Options):
     """
 
     model: str
-    """A model folder, the id of a model on the Hub, or any checkpoint that `vitcls convert` takes."""
+    """A model folder, the id of a model on the Hub, any checkpoint that `vitcls convert` takes, or a
+    preset (random weights)."""
     output: Path
-    """Output file (.onnx), which must not exist yet. A push of a model folder also publishes the
-    files in it that were exported from its weights."""
+    """Output file (.onnx), which must not exist yet, or a folder, in which it is `model.onnx`. A push
+    of a model folder also publishes the files in it that were exported from its weights."""
+    format: Literal["onnx"] = "onnx"
+    """ONNX. OpenVINO reads the file, too."""
     image_size: tuple[int, int] | None = None
     """Height and width in pixels. With --no-dynamic, the graph accepts only this size; otherwise,
     the size is used only in the comparison. Default: the image size of the model."""

@@ -50,7 +50,7 @@ def build_report(
         # The model
         "model": strip_folders(resolve_name(options.model)),
         "model_class": type(model).__name__,
-        "weights_sha256": folder.weights_sha256,
+        "weights_sha256": {} if folder is None else folder.weights_sha256,
         # What the graph reads and returns
         "input": {
             "name": INPUT_NAME,

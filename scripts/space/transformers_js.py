@@ -139,7 +139,7 @@ def export_for_transformers_js(source: str, output: Path) -> dict[str, Any]:
         report = {
             "comparisons": comparisons,
             "num_images": NUM_IMAGES,
-            "weights_sha256": source_folder.weights_sha256,
+            "weights_sha256": source_folder.weights_sha256 if source_folder else {},
             "sha256": hash_files(folder.glob("*.onnx")),
         }
         write_json(folder / "report.json", report)
