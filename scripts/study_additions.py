@@ -115,7 +115,9 @@ def leave_out(
     for num_images in options.sizes:
         new = train.take(drawn[-1][:num_images])
         with_logits = np.hstack([new.values, compute_logits(statistics, new)])
-        weight, bias = build_rows(statistics, replace(new, values=with_logits), num_classes)
+        new_labels = np.zeros(len(new.labels), np.int64)  # of the only new class
+        extended = statistics.extend(new.get_tokens(), new_labels, 1)
+        weight, bias = build_rows(statistics, extended, replace(new, values=with_logits))
         new_logits = stack_tokens(test.get_tokens(), statistics.tokens) @ weight.T + bias
         added = np.hstack([test_logits, new_logits]).argmax(axis=1) == test.labels
         everything = old.join(new)

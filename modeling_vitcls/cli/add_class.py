@@ -15,10 +15,7 @@ OPTIONS_CLASS = AddClassOptions
 
 def run(options: AddClassOptions) -> dict[str, Any]:
     """Add the classes, write the model folder, and print and return the record of the classes."""
-    from ..training.add_class import add_class
-    from ..training.extend import describe_addition
+    from ..training.add_class import build_classes
+    from ..training.extend import extend_model
 
-    record, certificate = add_class(options)
-    head = f"means of the classes, {record['reads']}"
-    print(describe_addition(head, record, certificate, options.output_dir))
-    return record
+    return extend_model(options, build_classes)

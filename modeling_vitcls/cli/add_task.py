@@ -15,11 +15,7 @@ OPTIONS_CLASS = AddTaskOptions
 
 def run(options: AddTaskOptions) -> dict[str, Any]:
     """Add the task, write the model folder, and print and return the record of the task."""
-    from ..training.add_task import add_task
-    from ..training.extend import describe_addition
-    from ..training.probe import describe_probe
+    from ..training.add_task import build_task
+    from ..training.extend import extend_model
 
-    record, certificate = add_task(options)
-    head = describe_probe(record)
-    print(describe_addition(head, record, certificate, options.output_dir))
-    return record
+    return extend_model(options, build_task)

@@ -182,11 +182,10 @@ class ClassStatistics:
     def extend(
         self, features: TokenFeatures, labels: np.ndarray, num_labels: int
     ) -> "ClassStatistics":
-        """Append the means of further classes, which have the labels up to `num_labels` - 1."""
-        num_old = len(self.counts)
-        counts = np.bincount(labels, minlength=num_labels)[num_old:]
+        """Append the means of `num_labels` further classes; their labels begin with 0."""
+        counts = np.bincount(labels, minlength=num_labels)
         means = tuple(
-            np.concatenate([mean, compute_means(features[token], labels - num_old, counts)])
+            np.concatenate([mean, compute_means(features[token], labels, counts)])
             for token, mean in zip(self.tokens, self.means, strict=True)
         )
         return replace(self, means=means, counts=np.append(self.counts, counts))

@@ -18,8 +18,7 @@
     calibration.py      temperature of the trained classifier
     run_folder.py       the output folder before a run: what is in it, and what is removed
     save.py             the output folder after a run: what is written
-    add_task.py         a task for a finished model; add_class.py does it for classes
-    extend.py           what both read and write: the old model, and the model with another head
+    extend.py           a finished model gets another head: of a task (add_task.py) or of classes (add_class.py)
 
 Outside this folder, runtime/distributed.py configures processes and devices.
 """

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from ..data.evaluation_data import load_evaluation_data
@@ -49,6 +49,10 @@ ENCODER_PREFIX = "vitcls."
 GROWING_PREFIXES = ("class_distance.means_", "class_distance.counts")
 
 
+class ModelsDiffer(ValueError):
+    """Error about two models that should have the same outputs. Its message names a difference."""
+
+
 # Models and images --------------------------------------------------------------------------------
 
 
@@ -80,7 +84,7 @@ def certify(old: ModelFolder, new: Path, pixels: Sequence[Tensor]) -> dict[str, 
     The models are compared on the accelerator, if there is one, with images [C, H, W].
 
     Raises:
-        ValueError: at the first difference.
+        ModelsDiffer: at the first difference.
     """
     # The cheap comparisons come first. They also say what differs, which logits cannot.
     tensor_hashes = compare_tensors(old.path, new)
@@ -103,13 +107,12 @@ def certify(old: ModelFolder, new: Path, pixels: Sequence[Tensor]) -> dict[str, 
                 "dtype": str(dtype).removeprefix("torch."),
                 "batch_size": batch_size,
                 "num_images": len(compared),
-                "logits_sha256": compare_logits(old_model, new_model, compared, batch_size),
+                "outputs": compare_outputs(old_model, new_model, compared, batch_size),
             }
         )
     return {
         "old_model": old_name,
         "num_images": len(pixels),
-        "images_sha256": hash_tensors(pixels),
         "passes": passes,
         "num_tensors": len(tensor_hashes),
         "tensors_sha256": tensor_hashes,
@@ -122,22 +125,23 @@ def compare_tensors(old_folder: Path, new_folder: Path) -> dict[str, str]:
     """Compare all tensors of the old model with the new one, and return the SHA-256 of each.
 
     Raises:
-        ValueError: If the new model lacks one of them or has another value.
+        ModelsDiffer: If the new model lacks one of them or has another value.
     """
-    old, new = map(load_tensors, (old_folder, new_folder))
+    old = load_tensors(old_folder)
+    new = load_tensors(new_folder)
     hashes = {}
     changed = []
     for name, tensor in old.items():
-        hashes[name] = hash_tensors([tensor])
+        hashes[name] = hash_tensor(tensor)
         found = new.get(name, new.get(f"{ENCODER_PREFIX}{name}"))  # OLD may be an encoder
         if found is None:
-            raise ValueError(f"the tensor {name} is missing in the new model")
+            raise ModelsDiffer(f"the tensor {name} is missing in the new model")
         if name.startswith(GROWING_PREFIXES):
             found = found[: len(tensor)]
-        if hash_tensors([found]) != hashes[name]:
+        if hash_tensor(found) != hashes[name]:
             changed.append(name)
     if changed:
-        raise ValueError(
+        raise ModelsDiffer(
             f"the tensor {', '.join(changed)} has other values in the new model; the other "
             f"{len(old) - len(changed):,} tensors are equal to the bit"
         )
@@ -152,65 +156,60 @@ def load_tensors(folder: Path) -> dict[str, Tensor]:
     return dict(sorted(tensors.items()))
 
 
-def hash_tensors(tensors: Sequence[Tensor]) -> str:
-    """Hash the types, shapes and bytes of tensors (SHA-256)."""
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        digest.update(f"{tensor.dtype} {list(tensor.shape)}".encode())
-        content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        digest.update(content.numpy().tobytes())
-    return digest.hexdigest()
+def hash_tensor(tensor: Tensor) -> str:
+    """Hash the type, the shape and the bytes of a tensor (SHA-256)."""
+    return hashlib.sha256(save({"": tensor.contiguous()})).hexdigest()
 
 
 def compare_processors(old_folder: Path, new_folder: Path) -> None:
-    """Raise ValueError if the settings of the image processors differ."""
+    """Raise ModelsDiffer if the settings of the image processors differ."""
     old, new = (
         read_json(folder / "preprocessor_config.json") for folder in (old_folder, new_folder)
     )
     for name in sorted(old.keys() | new.keys()):
         names_code = name in ("auto_map", "image_processor_type") or name.startswith("_")
         if not names_code and old.get(name) != new.get(name):
-            raise ValueError(
+            raise ModelsDiffer(
                 f"the image processors differ: {name} was {old.get(name)} and is {new.get(name)}"
             )
 
 
 @torch.no_grad()
-def compare_logits(old: Any, new: Any, pixels: Sequence[Tensor], batch_size: int) -> dict[str, str]:
-    """Compare the outputs of both models, and return the SHA-256 of the old ones by name.
+def compare_outputs(old: Any, new: Any, pixels: Sequence[Tensor], batch_size: int) -> list[str]:
+    """Compare the outputs of both models, and return the names of the old ones.
 
-    Raise ValueError if one of the new outputs differs.
+    Raise ModelsDiffer if one of the new outputs differs.
     """
-    outputs: dict[str, list[Tensor]] = {}
+    names: list[str] = []
     for batch in iterate_batches(pixels, batch_size):
         inputs = batch.to(old.device, old.dtype)
+        outputs = compute_outputs(old, inputs)
         new_outputs = compute_outputs(new, inputs)
-        for name, expected in compute_outputs(old, inputs).items():
+        for name, expected in outputs.items():
             if name not in new_outputs:
-                raise ValueError(f"the output {name} is missing in the new model")
+                raise ModelsDiffer(f"the output {name} is missing in the new model")
             found = new_outputs[name][:, : expected.shape[1]]
             if not torch.equal(found, expected):
                 difference = (found - expected).abs().max().item()
-                dtype = str(old.dtype).removeprefix("torch.")
-                raise ValueError(
+                raise ModelsDiffer(
                     f"the output {name} differs by {difference:.1e} in batches of {batch_size} "
-                    f"images, {dtype}"
+                    f"images, {old.dtype}"
                 )
-            outputs.setdefault(name, []).append(expected)
-    return {name: hash_tensors(tensors) for name, tensors in outputs.items()}
+        names = list(outputs)
+    return names
 
 
 def check_labels_and_threshold(old: Any, new: Any) -> None:
-    """Raise ValueError if the old labels are not the first of the new ones, or `unknown` changed."""
+    """Raise ModelsDiffer if the old labels are not the first of the new ones, or `unknown` changed."""
     thresholds = [model.config.distance_threshold for model in (old, new)]
     if thresholds[0] != thresholds[1]:
-        raise ValueError(f"`distance_threshold` was {thresholds[0]} and is {thresholds[1]}")
+        raise ModelsDiffer(f"`distance_threshold` was {thresholds[0]} and is {thresholds[1]}")
     if isinstance(old, ViTCLSModel):  # Has no labels
         return
     new_columns = get_label_space(new.config).columns
     for column, names in get_label_space(old.config).columns.items():
         if new_columns.get(column, [])[: len(names)] != names:
-            raise ValueError(f"the labels of {column!r} are not the first ones of the new model")
+            raise ModelsDiffer(f"the labels of {column!r} are not the first ones of the new model")
 
 
 def compute_outputs(model: Any, pixel_values: Tensor) -> dict[str, Tensor]:
@@ -261,22 +260,17 @@ def verify_models(
     """
     old_folder = open_vitcls(old)
     new_folder = open_vitcls(new)
-    # An unreadable model is an error, and not a difference.
-    load_old_model(new_folder)
-    config = load_old_model(old_folder).config
     if dataset is not None:
         data = load_evaluation_data(DataOptions(dataset=dataset), split, use_labels=False)
         pixels = draw_pixels(data.images, old_folder.load_processor())
     else:
-        generator = torch.Generator().manual_seed(0)
-        height, width = config.image_height_width
-        pixels = list(
-            torch.randn(NUM_IMAGES, config.num_channels, height, width, generator=generator)
-        )
+        config = old_folder.config
+        shape = (NUM_IMAGES, config.num_channels, *config.image_height_width)
+        pixels = list(torch.randn(shape, generator=torch.Generator().manual_seed(0)))
 
     try:
         certificate = certify(old_folder, new_folder.path, pixels)
-    except ValueError as error:
+    except ModelsDiffer as error:
         print(f"changed: {error}")
         return {"difference": str(error)}
     print(f"unchanged: {describe_certificate(certificate)}")

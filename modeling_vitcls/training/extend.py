@@ -1,14 +1,13 @@
 """An old model is opened, gets a head, and is written again, with its other outputs equal to the bit.
 
-    task      images -> frozen encoder, once -> LinearProbe -> extra head
-    class     images -> frozen encoder, once -> mean of the class, class statistics of the model -> one row
-              -> model folder with the tensors of the old model -> certificate, or nothing is written
+    extend_model(options, build)    open_old_model -> build -> certify, or nothing is written -> records
+
+    add_task.build_task          images -> frozen encoder, once -> LinearProbe -> extra head
+    add_class.build_classes      images -> frozen encoder, once -> mean of the class, class statistics -> one row
 
 A head only reads the tokens of the finished forward pass (`config.extra_heads`), so the other
 outputs keep their bits. Added classes are also a head of their own, and their logits are appended:
 one product with more rows would change the bits of the old logits.
-
-add_task.py and add_class.py say what the head is.
 """
 
 import copy
@@ -47,11 +46,10 @@ from ..inference.linear_probe import NUM_LAST_LAYERS, POOLING_TEXTS, describe_la
 from ..inference.metric_tables import format_small_percent
 from ..inference.speed import count_flops
 from ..model.image_processing_vitcls import ViTCLSImageProcessor
-from ..model.modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel
+from ..model.modeling_vitcls import ViTCLSForImageClassification
 from ..runtime.distributed import set_mixed_precision
-from ..runtime.errors import mark_errors_of_all_processes
 from ..runtime.files import write_json
-from ..runtime.staging import check_output_is_empty
+from ..runtime.staging import create_output_folder
 from ..runtime.system import get_versions
 from .certificate import certify, describe_certificate, draw_pixels, load_old_model
 from .options import AdditionOptions
@@ -78,82 +76,67 @@ class OldModel:
         features = one_pass(self.model, self.console)
         return features.take(features.labels >= 0)
 
-    def write(
-        self,
-        extended: Any,
-        record: dict[str, Any],
-        images: LabeledImages,
-        new_splits: pd.DataFrame,
-        staging: Path,
-    ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Write the model with one more head, and certify that no other output has changed.
 
-        Args:
-            extended: this model with another head, the last of its extra heads.
-            record: of the addition, for results.json.
-            images: the outputs of both models are compared with these.
-            new_splits: rows for splits.parquet about the addition.
-            staging: folder for the files.
+@dataclass(frozen=True)
+class Addition:
+    """What a command adds to a model.
 
-        Returns:
-            The record with what the head costs, and the certificate.
+    Attributes:
+        extended: the old model with another head, the last of its extra heads.
+        record: of the addition, for results.json.
+        images: the outputs of both models are compared with these.
+        splits: rows for splits.parquet about the addition.
+    """
 
-        Raises:
-            ValueError: at the first difference.
-        """
+    extended: Any
+    record: dict[str, Any]
+    images: LabeledImages
+    splits: pd.DataFrame
+
+
+def extend_model(
+    options: AdditionOptions, build: Callable[[OldModel, Any], Addition]
+) -> dict[str, Any]:
+    """Add a head to a model, write it with its certificate, and print and return the record.
+
+    Args:
+        options: the flags of the command.
+        build: function of the old model and the options.
+
+    Raises:
+        ValueError, OSError: if the model or the data cannot be read, as `build` does, or if another
+            output would change. Nothing is written then.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError(
+            "a task or class is added by one process. Start the command without `accelerate launch`"
+        )
+    check_output_is_not_read(options.output_dir, options.dataset)
+    with create_output_folder(options.output_dir, "output_dir") as staging:
+        old = open_old_model(options)
+        addition = build(old, options)
         with silence_transformers():
-            extended.save_pretrained(staging)
-            self.processor.save_pretrained(staging)
+            addition.extended.save_pretrained(staging)
+            old.processor.save_pretrained(staging)
             # Both models are read from their files: what is certified is what is written. The files
             # are still in the hidden folder, so a difference leaves no model behind.
-            certificate = certify(self.folder, staging, draw_pixels(images, self.processor))
-        hashes = {"weights_sha256": hash_weights(staging)}
-        write_json(staging / CERTIFICATE_FILE, hashes | certificate)
-
-        old_flops = count_flops(self.model)
-        flops = count_flops(extended) - old_flops
-        record = record | {
-            "flops": flops,
-            "relative_flops": round(flops / old_flops, 6),
-            "num_parameters": extended.num_parameters() - self.model.num_parameters(),
-        }
-        folder = self.folder
-        if folder.results and (folder.path / RECIPE_FILE).is_file():
-            shutil.copyfile(folder.path / RECIPE_FILE, staging / RECIPE_FILE)
-        provenance = folder.provenance
-        *_, name = extended.config.extra_heads
-        results = {
-            "versions": get_versions(),
-            **folder.results,
-            **hashes,
-            "settings_sha256": hash_settings(staging),
-            "provenance": None if provenance is None else provenance.copy_to(staging),
-            ADDITIONS_KEY: folder.results.get(ADDITIONS_KEY, {}) | {name: record},
-        }
-        write_json(staging / RESULTS_FILE, results)
-        write_splits(pd.concat([read_splits(folder), new_splits]), staging)
-        return record, certificate
+            pixels = draw_pixels(addition.images, old.processor)
+            certificate = certify(old.folder, staging, pixels)
+        record = addition.record | measure_cost(old.model, addition.extended)
+        write_records(old.folder, addition, record, certificate, staging)
+    print(describe_addition(record, certificate, options.output_dir))
+    return record
 
 
 def open_old_model(options: AdditionOptions) -> OldModel:
-    """Load the old model and its image processor, and prepare the pass of labeled images.
-
-    Raises:
-        ValueError, OSError: if the model cannot be read, or the output folder cannot be written.
-    """
-    with mark_errors_of_all_processes():
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise ValueError(
-                "a task or class is added by one process. Start the command without `accelerate "
-                "launch`"
-            )
-    # Before the model is loaded, because these mistakes need no model to be noticed.
-    check_output_is_empty(options.output_dir, "output_dir")
-    check_output_is_not_read(options.output_dir, options.dataset)
+    """Load the old model and its image processor, and prepare the pass of labeled images."""
     folder = open_vitcls(options.model)
-    model = load_old_model(folder)
-    if isinstance(model, ViTCLSModel):  # becomes a classifier whose logits are the pooled vector
-        model, _ = folder.load_partly(ViTCLSForImageClassification, num_labels=0)
+    if (
+        folder.architecture == "ViTCLSModel"
+    ):  # becomes a classifier whose logits are the pooled vector
+        model = folder.load(ViTCLSForImageClassification, num_labels=0)
+    else:
+        model = load_old_model(folder)
 
     accelerator, console, warn = set_up_evaluation(options.mixed_precision)
     set_mixed_precision(accelerator, options.mixed_precision, model.config)
@@ -181,33 +164,46 @@ def check_has_one_label(label_space: LabelSpace, dataset: str) -> None:
         )
 
 
-# The head, and its records ------------------------------------------------------------------------
+# The head -----------------------------------------------------------------------------------------
 
 
-def build_head(tokens: Sequence[Token], labels: list[str]) -> dict[str, Any]:
-    """Build the entry of `config.extra_heads` for a head that reads some tokens."""
+def append_head(
+    model: Any,
+    name: str,
+    tokens: Sequence[Token],
+    labels: list[str],
+    weight: np.ndarray,
+    bias: np.ndarray,
+    adds_classes: bool = False,
+) -> Any:
+    """Build the model with another extra head. It takes all other weights from `model`.
+
+    Args:
+        model: the old model.
+        name: of the head.
+        tokens: that the head reads.
+        labels: L names.
+        weight: [L, F] of the tokens side by side.
+        bias: [L].
+        adds_classes: whether the labels are further classes of the classifier.
+    """
     poolings: dict[int, str] = {}
     for layer, kind in tokens:
         poolings[layer] = "cls_mean" if layer in poolings else kind
-    return {
+    head = {
         "labels": labels,
         "pooling": list(poolings.values()),
         "pooled_layers": list(poolings),
         "problem_type": "single_label_classification",
     }
-
-
-def append_head(
-    model: Any, name: str, head: dict[str, Any], weight: np.ndarray, bias: np.ndarray
-) -> Any:
-    """Build the model with another extra head. It takes all other weights from `model`."""
     config = copy.deepcopy(model.config)
-    config.extra_heads = {**(config.extra_heads or {}), name: head}
-    if head.get("adds_classes"):
-        names = [*get_label_space(config).names, *head["labels"]]
+    if adds_classes:
+        head["adds_classes"] = True
+        names = [*get_label_space(config).names, *labels]
         config.id2label = dict(enumerate(names))
         config.label2id = {label: index for index, label in enumerate(names)}
         config.class_statistics = None  # of the old classes; set for all of them afterwards
+    config.extra_heads = {**(config.extra_heads or {}), name: head}
     extended = model.new_like(config).to(device=model.device, dtype=model.dtype).eval()
     # The old model has no weights for the new head, which are set below.
     extended.load_state_dict(model.state_dict(), strict=False)
@@ -223,6 +219,9 @@ def describe_tokens(tokens: Sequence[Token]) -> str:
     layers = dict.fromkeys(layer for layer, _ in tokens)
     kinds = dict.fromkeys(POOLING_TEXTS[kind] for _, kind in tokens)
     return f"{describe_layers(list(layers))}, {' and '.join(kinds)}"
+
+
+# Records ------------------------------------------------------------------------------------------
 
 
 def build_result(
@@ -243,6 +242,43 @@ def build_result(
     }
 
 
+def measure_cost(model: Any, extended: Any) -> dict[str, Any]:
+    """Measure what the head adds to a forward pass and to the parameters."""
+    old_flops = count_flops(model)
+    flops = count_flops(extended) - old_flops
+    return {
+        "flops": flops,
+        "relative_flops": round(flops / old_flops, 6),
+        "num_parameters": extended.num_parameters() - model.num_parameters(),
+    }
+
+
+def write_records(
+    folder: ModelFolder,
+    addition: Addition,
+    record: dict[str, Any],
+    certificate: dict[str, Any],
+    staging: Path,
+) -> None:
+    """Write the records of the old model with those of the addition, and the certificate."""
+    hashes = {"weights_sha256": hash_weights(staging)}
+    write_json(staging / CERTIFICATE_FILE, hashes | certificate)
+    if folder.results and (folder.path / RECIPE_FILE).is_file():
+        shutil.copyfile(folder.path / RECIPE_FILE, staging / RECIPE_FILE)
+    provenance = folder.provenance
+    *_, name = addition.extended.config.extra_heads
+    results = {
+        "versions": get_versions(),
+        **folder.results,
+        **hashes,
+        "settings_sha256": hash_settings(staging),
+        "provenance": None if provenance is None else provenance.copy_to(staging),
+        ADDITIONS_KEY: folder.results.get(ADDITIONS_KEY, {}) | {name: record},
+    }
+    write_json(staging / RESULTS_FILE, results)
+    write_splits(pd.concat([read_splits(folder), addition.splits]), staging)
+
+
 def format_result(record: dict[str, Any]) -> str:
     """Describe the result of an addition."""
     result = record.get("result")
@@ -261,12 +297,10 @@ def format_result(record: dict[str, Any]) -> str:
     )
 
 
-def describe_addition(
-    head: str, record: dict[str, Any], certificate: dict[str, Any], output: Path
-) -> str:
-    """Describe what was added, one line each; `head` says how its classifier was made."""
+def describe_addition(record: dict[str, Any], certificate: dict[str, Any], output: Path) -> str:
+    """Describe what was added, one line each."""
     lines = {
-        "head": head,
+        "reads": record["reads"],
         "result": format_result(record),
         "cost": f"{format_small_percent(record['relative_flops'])} of the forward pass (FLOPs), "
         f"{record['num_parameters']:,} parameters",

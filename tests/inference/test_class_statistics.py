@@ -70,7 +70,8 @@ def test_an_added_class_of_many_images_has_the_row_of_a_fitted_one() -> None:
     features, labels = draw_features(3000)
     statistics = ClassStatistics.fit({CLS: features[labels < 2]}, labels[labels < 2], 2)
     is_new = labels == 2
-    rows, _ = statistics.extend({CLS: features[is_new]}, labels[is_new], 3).build_new_rows(2)
+    new = features[is_new]
+    rows, _ = statistics.extend({CLS: new}, np.zeros(len(new), np.int64), 1).build_new_rows(2)
 
     weight, _ = ClassStatistics.fit({CLS: features}, labels, 3).build_classifier()
     assert np.corrcoef(rows[0], weight[2])[0, 1] > 0.99
@@ -83,7 +84,7 @@ def test_a_class_of_five_images_is_found_as_often_as_one_of_many() -> None:
     weight, bias = statistics.build_classifier(has_equal_priors=True)
 
     def measure_recall(images: np.ndarray) -> float:
-        added = statistics.extend({CLS: images}, np.full(len(images), 2), 3)
+        added = statistics.extend({CLS: images}, np.zeros(len(images), np.int64), 1)
         rows, biases = added.build_new_rows(2)
         logits = features[is_new][500:] @ np.vstack([weight, rows]).T + [*bias, *biases]
         return float((logits.argmax(axis=1) == 2).mean())

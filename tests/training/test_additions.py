@@ -31,16 +31,14 @@ from modeling_vitcls import (
     verify_unchanged,
 )
 from modeling_vitcls.data.in_memory import add_dataset
-from modeling_vitcls.data.labels import OneLabel
 from modeling_vitcls.data.options import DataOptions
-from modeling_vitcls.data.sources import Splits
 from modeling_vitcls.data.splits import load_training_data
 from modeling_vitcls.data.splits_table import write_splits
 from modeling_vitcls.hub.model_files import hash_weights
 from modeling_vitcls.inference.class_statistics import ClassStatistics
 from modeling_vitcls.inference.frozen_features import FeatureLayout, Features
 from modeling_vitcls.runtime.files import read_json, write_json
-from modeling_vitcls.training.add_class import build_rows, select_new_images
+from modeling_vitcls.training.add_class import build_rows
 
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("fresh_accelerate")]
@@ -177,7 +175,7 @@ def test_the_certificate_lists_what_was_compared(digits: Path, with_parity: Path
     compared = [(row["batch_size"], row["num_images"]) for row in certificate["passes"]]
     assert compared[:3] == [(16, NUM_IMAGES), (3, 48), (1, 16)]
     for row in certificate["passes"]:
-        assert set(row["logits_sha256"]) == {"logits", "cls_logits"}
+        assert row["outputs"] == ["logits", "cls_logits"]
 
 
 def test_verify_unchanged_exits_with_1_on_a_changed_weight(
@@ -303,9 +301,9 @@ def test_a_new_class_that_is_spelled_like_an_old_one_is_named(
     add_class(with_stripes, build_new(STRIPES, "Stripes "), tmp_path / "new")
     assert "'stripes' and 'Stripes '" in caplog.text
     composed, decomposed = (unicodedata.normalize(form, "café") for form in ("NFC", "NFD"))
+    add_class(with_stripes, build_new(STRIPES, decomposed), tmp_path / "tea")
     with raises_one_line(f"has the class {composed!r} already"):
-        splits = Splits("photos", OneLabel({"label": [composed]}), {})
-        select_new_images(splits, "photos", ["tea", decomposed])
+        add_class(tmp_path / "tea", build_new(STRIPES, composed), tmp_path / "both")
 
 
 def test_several_processes_are_refused(
@@ -339,8 +337,9 @@ def test_a_new_row_is_between_the_logits_of_the_classifier_as_between_those_of_t
         groups=labels,
     )
     new = features.take(labels == 3)
-    weight, bias = build_rows(statistics, new, 4)
-    rows, row_bias = statistics.extend(new.get_tokens(), new.labels, 4).build_new_rows(3)
+    extended = statistics.extend(new.get_tokens(), np.zeros(30, np.int64), 1)
+    weight, bias = build_rows(statistics, extended, new)
+    rows, row_bias = extended.build_new_rows(3)
     expected = scale * (values @ rows[0] + row_bias) + shift
     found = values @ weight[0] + bias
     np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-3)
