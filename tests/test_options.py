@@ -65,17 +65,10 @@ LIMITS: list[tuple[type, str, list[Any], list[Any]]] = [
     (PretrainOptions, "local_crops", [0], [-1]),
     (PretrainOptions, "global_crop_scale", [0.06, 1], [0.05, 1.1]),
     (PretrainOptions, "sigreg_weight", [0.1, 0.9], [0, 1]),
-    (PushOptions, "license", [None, "cc-by-4.0"], ["CC BY", "", "-mit", "MIT"]),
     (RunOptions, "save_every keep_checkpoints", [1], [0]),
     (EvaluateOptions, "batch_size", [1], [0]),
     (PredictOptions, "threshold", [0, 1], [-0.1, 1.1]),
     (PredictOptions, "batch_size top_k num_workers", [1], [0]),
-    (
-        PredictOptions,
-        "features",
-        [("mean",), ("cls@10", "patches")],
-        [("cls@0",), ("cls", "token"), ("mean@",)],
-    ),
     (InspectOptions, "num_images max_images batch_size", [1], [0]),
     (BenchmarkOptions, "batch_sizes", [(1,)], [(4, 0)]),
     (BenchmarkOptions, "rounds", [1], [0]),
@@ -98,7 +91,7 @@ def test_values_outside_of_their_limits_are_errors(
 # Class, flags that are accepted, changes that are rejected, and the flag in the error message.
 COMBINATIONS: list[tuple[type, dict[str, Any], dict[str, Any], str]] = [
     (PredictOptions, {"paths": ("a",)}, {"paths": ()}, "`images`"),
-    (PredictOptions, {"paths": (), "list": Path("b")}, {"dataset": "c"}, "`images`"),
+    (PredictOptions, {"paths": ("a",)}, {"dataset": "c"}, "`images`"),
     (PredictOptions, {"output": Path("a.JSON")}, {"output": Path("a.txt")}, "`output='a.txt'`"),
     (PredictOptions, {}, {"output": Path("folder")}, "`output='folder'`"),
     (

@@ -7,14 +7,10 @@ A push requires a token: run `hf auth login`, or set HF_TOKEN. The push is imple
 modeling_vitcls/publishing/.
 """
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..runtime.flags import Options, check_value
-
-
-LICENSE_ID = re.compile(r"[a-z0-9][a-z0-9.-]*")
+from ..runtime.flags import Options
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,8 +42,6 @@ class PushOptions(Options):
 
     def check(self) -> None:
         super().check()
-        is_license = self.license is None or bool(LICENSE_ID.fullmatch(self.license))
-        check_value(self, "license", is_license, "a Hub identifier, such as apache-2.0")
         if self.model is None and self.verify_only is None:
             raise ValueError(
                 "Set --model FOLDER to push a model, or --verify-only ID to verify a repository"

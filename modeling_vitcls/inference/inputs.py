@@ -2,8 +2,8 @@
 
 An input is a sequence of records: name and undecoded image.
 
-    PATHS, --list    a list           known at the start
-    datasets         DatasetRecords   random access with the `datasets` library
+    PATHS       a list           known at the start
+    datasets    DatasetRecords   random access with the `datasets` library
 
 Several threads read, decode and preprocess images ahead of the forward pass (`prepare_ahead` in
 image_pass.py).
@@ -52,9 +52,6 @@ from ..runtime.flags import expand_home
 from .options import PredictOptions
 
 
-DATA_URI_PREFIX = "data:"
-
-
 class ImageRecord(NamedTuple):
     """One image of an input."""
 
@@ -78,12 +75,6 @@ def list_records(paths: Iterable[str]) -> list[ImageRecord]:
     skipped_folders: list[str] = []
     for path in paths:
         check_is_no_address(path)
-        is_pattern = any(mark in path for mark in "*?") and not path.startswith(DATA_URI_PREFIX)
-        if is_pattern and not os.path.lexists(path):
-            raise ValueError(
-                f"{path} does not exist, and patterns are not expanded. Pass the files: in Python, "
-                f"`glob.glob({path!r})`"
-            )
         if not os.path.isdir(path):  # noqa: PTH112  # False for names of any length
             files.append(path)
             continue
@@ -132,14 +123,10 @@ def list_sources(images: Any) -> list[Any]:
 
 
 def read_file_object(image: Any) -> Any:
-    """Read a file object, a memoryview, base64 or a row {"bytes": ..., "path": ...} of a dataset.
+    """Read a file object, a memoryview or base64.
 
     Other images are returned unchanged.
     """
-    if isinstance(image, Mapping):
-        if not {"bytes", "path"} & set(image):
-            raise ValueError("a row in `images` must have `bytes` or `path`")
-        return image["path"] if image.get("bytes") is None else image["bytes"]
     if isinstance(image, memoryview):
         return bytes(image)
     if isinstance(image, str | bytes):
@@ -152,23 +139,9 @@ def read_file_object(image: Any) -> Any:
     return content
 
 
-def read_path_list(file: Path) -> list[str]:
-    """Read the non-empty lines of a text file. Raise ValueError if there are none.
-
-    The file may be a pipe, such as /dev/stdin or `<(find photos)`, which is read until it ends.
-    """
-    # Names of files on Linux are bytes, and need not be UTF-8. `splitlines` would also divide at
-    # characters that a name may contain.
-    lines = file.read_text(encoding="utf-8-sig", errors="surrogateescape").split("\n")
-    paths = [expand_home(path) for line in lines if (path := line.removesuffix("\r")).strip()]
-    if not paths:
-        raise ValueError(f"the list {file} is empty. Write one path per line")
-    return paths
-
-
 def get_source_name(source: str) -> str:
     """Name an image by its path, or by the start of a data URI or of base64."""
-    is_path = not resolve_path(Path(), source).startswith(DATA_URI_PREFIX)
+    is_path = not resolve_path(Path(), source).startswith("data:")
     return make_printable(source) if is_path else f"{source[:40]}..."
 
 
@@ -205,13 +178,11 @@ class DatasetRecords(Sequence):
 
 
 def open_input(options: PredictOptions) -> Sequence[ImageRecord]:
-    """Open the input that `paths`, `list` or `dataset` specifies.
+    """Open the input that `paths` or `dataset` specifies.
 
     Labels are not required. Raise ValueError if the input has no images or the dataset cannot be
-    read, and OSError if the list cannot be read or the dataset cannot be found.
+    read, and OSError if the dataset cannot be found.
     """
-    if options.list is not None:
-        return list_records(read_path_list(options.list))
     if options.dataset is None:
         found = list_records(options.paths)
         if not any(os.path.lexists(record.content) for record in found):

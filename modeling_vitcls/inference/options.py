@@ -1,6 +1,5 @@
 """Flags of `vitcls evaluate` and `vitcls predict` (runtime/flags.py)."""
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -89,12 +88,10 @@ class ImageOptions(Options):
 class PredictOptions(ImageOptions, EngineOptions):
     """Predict the labels of images, or compute the features of images.
 
-    The images are selected by PATHS, --list or --dataset, and distributed over all processes. The
-    row of an unreadable image contains an error message.
+    The images are selected by PATHS or --dataset, and distributed over all processes. The row of an
+    unreadable image contains an error message.
     """
 
-    list: Path | None = None
-    """Text file with one image file or folder per line."""
     split: str | None = None
     """Dataset split with the images. Default: the only split."""
     output: Path | None = None
@@ -117,16 +114,10 @@ class PredictOptions(ImageOptions, EngineOptions):
     def check(self) -> None:
         super().check()
         check_minimum(self, 1, "batch_size", "top_k", "num_workers")
-        if sum(map(bool, (self.paths, self.list, self.dataset))) != 1:
-            raise ValueError(
-                "Set exactly one of `images`, `list` and `dataset` to select the images."
-            )
+        if bool(self.paths) == bool(self.dataset):
+            raise ValueError("Set either `images` or `dataset` to select the images.")
         if self.dataset is None and (self.split or self.image_column):
             raise ValueError("`split` and `image_column` require `dataset`. Set `dataset`.")
-        for name in self.features or ():
-            match = re.fullmatch(r"(cls|registers|distillation|patches|mean)(@[1-9]\d*)?", name)
-            requirement = "cls, registers, distillation, patches or mean, or a layer such as cls@6"
-            check_value(self, "features", bool(match), requirement)
         suffix = ".csv" if self.output is None else self.output.suffix.lower()
         if suffix not in (".csv", ".json", ".jsonl", ".parquet"):
             raise ValueError(

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
-from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +26,11 @@ from ..data.labels import get_heads
 from ..data.sources import load_on_main
 from ..model.image_processing_vitcls import ViTCLSImageProcessor
 from ..runtime.distributed import build_accelerator, set_mixed_precision
+from ..runtime.errors import format_name_list
 from ..runtime.progress import track
 from .cuda_graphs import GraphedFunction
 from .image_pass import pass_over_images, prepare_batches
-from .inputs import ImageRecord, list_records, open_input, prepare_image
+from .inputs import ImageRecord, build_record, list_records, open_input, prepare_image
 from .load_model import load_for_inference
 from .options import PredictOptions
 from .outputs import (
@@ -85,12 +85,9 @@ class Predictor:
         # share a batch, and the output must not depend on the number of processes.
         starts = range(0, len(records), self.batch_size)
         batches = [range(len(records))[start : start + self.batch_size] for start in starts][part]
-        computed = pass_over_images(
-            GraphedFunction(partial(try_predict, self.columns), self.model.device),
-            prepare_batches(prepare, batches, self.num_workers),
-            self.model.device,
-            self.autocast,
-        )
+        compute = GraphedFunction(partial(try_predict, self.columns), self.model.device)
+        prepared = prepare_batches(prepare, batches, self.num_workers)
+        computed = pass_over_images(compute, prepared, self.model.device, self.autocast)
         empty_row = {**dict.fromkeys(self.columns.columns), "error": None}
         found: dict[int, Row] = {}
         for indices in batches:
@@ -115,39 +112,47 @@ def predict_from_options(options: PredictOptions, images: list[Any]) -> list[Row
     return list(build_predictor(options, accelerator).iterate_rows(records))
 
 
-def predict_images(options: PredictOptions) -> tuple[int, int, list[str]]:
+def predict_images(options: PredictOptions) -> None:
     """Run the prediction that the options specify, and print or write the rows.
-
-    Return the number of images, the number of those without a prediction, and the names of files
-    that do not exist, unless they are from a dataset. Nothing is counted except on the main process.
 
     Raises:
         ValueError, OSError: If the images or the model cannot be read, or the output cannot be
-            written. The message is a single line.
+            written; after the rows are written, if no image has a prediction or a file does not
+            exist. The message is a single line.
     """
     accelerator = build_accelerator(mixed_precision=options.mixed_precision)
     records = load_on_main(options.dataset or "", partial(open_input, options))
     predictor = build_predictor(options, accelerator)
     # On all processes, although only the main process reads the rows
     rows = compute_rows(accelerator, records, predictor)
-    are_failed: list[bool] = []
+    failed: list[int] = []  # Indices of the images without a prediction
 
-    def iterate_rows() -> Iterator[Row]:
+    def watch_rows() -> Iterator[Row]:
         for row in rows:
-            are_failed.append(row["error"] is not None)
+            if row["error"] is not None:
+                failed.append(row["index"])
             yield row
 
+    num_images = len(records)
     columns = get_output_columns(predictor.columns.columns)
     if accelerator.is_main_process and options.output is None:
-        print_table(iterate_rows(), columns)
+        print_table(watch_rows(), columns)
     elif accelerator.is_main_process and options.output is not None:
-        write_rows(iterate_rows(), columns, options.output)
+        write_rows(watch_rows(), columns, options.output)
+        print(f"{options.output}: {num_images:,} images, {len(failed):,} without a prediction")
     accelerator.end_training()
-    missing_files: list[str] = []
-    if options.dataset is None:
-        failed = compress(records, are_failed)
-        missing_files = [name for name, path in failed if not os.path.lexists(path)]
-    return len(are_failed), sum(are_failed), missing_files
+
+    if failed and len(failed) == num_images:
+        raise ValueError(
+            f"none of the {num_images} images has a prediction. See the column `error` in the output"
+        )
+    named = [records[index] for index in failed] if options.dataset is None else []
+    missing_files = [name for name, path in named if not os.path.lexists(path)]
+    if missing_files:
+        raise ValueError(
+            f"{len(missing_files):,} of the {num_images:,} images do not exist: "
+            f"{format_name_list(missing_files)}. Check the paths"
+        )
 
 
 def build_predictor(options: PredictOptions, accelerator: Accelerator) -> Predictor:
@@ -217,8 +222,10 @@ def wrap_images(images: Sequence[Any]) -> list[ImageRecord]:
     """
     records: list[ImageRecord] = []
     for index, image in enumerate(images):
-        is_path = isinstance(image, str | Path)
-        records += list_records([str(image)]) if is_path else [ImageRecord(str(index), image)]
+        if isinstance(image, str | Path):
+            records += list_records([str(image)])
+        else:
+            records.append(build_record(index, image, Path()))
     return records
 
 

@@ -143,7 +143,6 @@ def test_paths_may_follow_a_choice() -> None:
     "flags",
     [
         "predict --model vitcls-tiny nosuch",
-        "predict --model vitcls-tiny --list nosuch",
         "evaluate --model ./nosuch --dataset digits",
         "finetune --model vitcls-tiny --dataset ./nosuch --output-dir o",
         "finetune --model vitcls-tiny --dataset digits --output-dir o --teacher timm:deit@nosuch",
@@ -301,12 +300,3 @@ def test_a_folder_without_write_permission_is_reported_before_the_work(
     arguments = ("--model", "m", "--dataset", "d", "--output", tmp_path / "x.json")
     assert run_here("evaluate", *arguments) == 1
     assert f"no permission to write to {tmp_path}. Set" in capsys.readouterr().err
-
-
-def test_errors_of_file_operations_name_the_file_and_the_reason(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert run_here("predict", "--model", "vitcls-tiny", "--list", tmp_path) == 1
-    error = capsys.readouterr().err
-    assert f"error: cannot use {tmp_path}: Is a directory" in error
-    assert "Errno" not in error

@@ -1,4 +1,4 @@
-"""Inputs of prediction: lists, folders, folders and datasets."""
+"""Inputs of prediction: files, folders and datasets."""
 
 import unicodedata
 from pathlib import Path
@@ -8,7 +8,6 @@ import datasets
 import pytest
 from helpers import prediction_photos
 from helpers.photo_folders import write_files
-from helpers.prediction_photos import sorted_photos
 from helpers.tiny_models import raises_one_line
 from PIL import Image
 
@@ -30,19 +29,7 @@ pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 photos = prediction_photos.photos  # a fixture
 
 
-def test_a_list_contains_files_and_folders(photos: Path, tmp_path: Path) -> None:
-    file = tmp_path / "list.txt"
-    file.write_bytes(
-        f"\ufeff{photos / 'c.png'}\r\n\n{photos / 'inner'}\n".encode() + b"odd-\xff.png\n"
-    )
-    names = [record.name for record in open_input(PredictOptions(model="model", list=file))]
-    assert names == [*sorted_photos(photos)[2:], "odd-\ufffd.png"]
-    file.write_text("\n \n", encoding="utf-8")
-    with raises_one_line(f"the list {file} is empty"):
-        open_input(PredictOptions(model="model", list=file))
-
-
-def test_files_of_lists_are_found_in_both_unicode_forms(tmp_path: Path) -> None:
+def test_files_are_found_in_both_unicode_forms(tmp_path: Path) -> None:
     file = tmp_path / unicodedata.normalize("NFD", "é.png")
     Image.new("RGB", (8, 8)).save(file)
     typed = unicodedata.normalize("NFC", str(file))
@@ -118,11 +105,8 @@ def test_values_of_a_column_are_paths_bytes_or_images(tmp_path: Path) -> None:
 
 def test_an_address_is_refused_before_any_request(tmp_path: Path) -> None:
     address = "https://a.org/1.png"
-    file = tmp_path / "list.txt"
-    file.write_text(address, encoding="utf-8")
-    for options in ({"paths": (address,)}, {"list": file}):
-        with raises_one_line(f"`curl -O {address}`"):
-            open_input(PredictOptions(model="model", **options))  # type: ignore[arg-type]
+    with raises_one_line(f"`curl -O {address}`"):
+        open_input(PredictOptions(model="model", paths=(address,)))
     _, content = build_record(0, address, tmp_path)
     assert f"`curl -O {address}`" in prepare_image(None, content, 0)  # type: ignore
 
