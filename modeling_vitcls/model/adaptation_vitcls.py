@@ -26,7 +26,6 @@ Added tokens are gated (`TokenGates`): initially, they do not affect the other t
 import copy
 from collections.abc import Callable, Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple, Self, cast
 
 import torch
@@ -79,7 +78,6 @@ class AdaptableModel(PreTrainedModel):
             ValueError: if configuration fields contradict each other.
         """
         source = pretrained_model_name_or_path
-        check_folder(source)
         config_class = cast(type[ViTCLSConfig], cls.config_class)
         config, kwargs = resolve_config(config_class, source, kwargs)
         old_fields = {} if config is None else read_adaptable_fields(config_class, source, kwargs)
@@ -150,14 +148,6 @@ class AdaptableModel(PreTrainedModel):
     def new_like(self, config: ViTCLSConfig) -> Self:
         """Build a newly initialized model of this class for another configuration."""
         return type(self)(config)
-
-
-def check_folder(source: Any) -> None:
-    """Raise OSError if a local path is no folder: transformers would take it for a Hub id."""
-    folder = Path("." if source is None else source)
-    is_path = folder.is_absolute() or len(folder.parts) > 2 or str(source).startswith((".", "~"))
-    if is_path and not folder.exists():
-        raise OSError(f"there is no folder {source}. Check the path")
 
 
 def resolve_config(
@@ -315,17 +305,9 @@ def can_copy_classifier(config: ViTCLSConfig) -> bool:
 # Adapting weights ---------------------------------------------------------------------------------
 @torch.no_grad()
 def load_adapted_weights(source: AdaptableModel, target: AdaptableModel) -> None:
-    """Adapt the weights of `source`, copy the results to `target`, and log the changes.
-
-    Frozen weights stay frozen, unless they are newly initialized.
-    """
+    """Adapt the weights of `source`, copy the results to `target`, and log the changes."""
     old_weights = source.state_dict()
     new_weights = target.state_dict()
-    frozen_names = {
-        name for name, parameter in source.named_parameters() if not parameter.requires_grad
-    }
-    parameters = dict(target.named_parameters())
-
     for name, initial_value in new_weights.items():
         context = AdaptationContext(
             name=name,
@@ -336,8 +318,6 @@ def load_adapted_weights(source: AdaptableModel, target: AdaptableModel) -> None
             new_config=target.config,
         )
         weight, note = adapt_weight(context)
-        if name in frozen_names and weight is not initial_value:
-            parameters[name].requires_grad_(False)
         initial_value.copy_(weight)
         if note:
             logger.warning(f"{name}: {note}")

@@ -553,16 +553,22 @@ class ViTCLSConfig(ExtraHeadsConfig, BackboneConfigMixin, PreTrainedConfig):
         cls._check_keywords(kwargs)
         cls._check_attention(config_dict)
 
-        stored = copy.deepcopy(config_dict)
-        unknown_fields = cls._pop_unknown_fields(stored)
+        known_names = cls._list_keywords()
+        stored = {
+            name: copy.deepcopy(value)
+            for name, value in config_dict.items()
+            if name in known_names or name.startswith("_")
+        }
+        # Of another version, whose fields are off by default.
+        unknown_fields = {name: config_dict[name] for name in config_dict.keys() - stored.keys()}
+        if any(unknown_fields.values()):
+            logger.warning(
+                "The stored configuration has fields that this version does not use: "
+                f"{unknown_fields}"
+            )
         cls._forget_what_changes(stored, overrides, kwargs.get("num_labels"))
         # The overrides are merged first: alone, the stored values may contradict them.
-        config_or_tuple = super().from_dict({**stored, **overrides}, **kwargs)
-
-        config = config_or_tuple[0] if isinstance(config_or_tuple, tuple) else config_or_tuple
-        for name, value in unknown_fields.items():
-            setattr(config, name, value)
-        return config_or_tuple
+        return super().from_dict({**stored, **overrides}, **kwargs)
 
     @classmethod
     def _check_keywords(cls, kwargs: Mapping[str, Any]) -> None:
@@ -588,24 +594,6 @@ class ViTCLSConfig(ExtraHeadsConfig, BackboneConfigMixin, PreTrainedConfig):
                     "pass `attn_implementation` to `from_pretrained`.",
                 )
             )
-
-    @classmethod
-    def _pop_unknown_fields(cls, stored: dict[str, Any]) -> dict[str, Any]:
-        """Remove the fields that this version does not know from a stored dict, and return them.
-
-        A person set them before saving, or another version, whose fields are off by default.
-        """
-        unknown_names = [
-            name for name in stored.keys() - cls._list_keywords() if not name.startswith("_")
-        ]
-        unknown_fields = {name: stored.pop(name) for name in unknown_names}
-        for name, value in unknown_fields.items():
-            if value:
-                logger.warning(
-                    f"The stored configuration has {name}={value!r}, a field that this version "
-                    "does not use."
-                )
-        return unknown_fields
 
     @classmethod
     def _forget_what_changes(
