@@ -20,7 +20,7 @@ from ..conversion.open_model import open_model
 from ..data.evaluation_data import load_evaluation_data
 from ..data.in_memory import get_title
 from ..data.label_matching import translate_labels
-from ..data.labels import check_is_classifier, check_threshold, get_label_space
+from ..data.labels import LabelSpace, check_is_classifier, check_threshold, get_label_space
 from ..data.sources import load_on_main
 from ..data.splits_table import read_splits, select_task
 from ..hub.model_files import ADDITIONS_KEY
@@ -74,13 +74,13 @@ def evaluate_checkpoint(options: EvaluateOptions) -> dict[str, Any]:
         config = config.build_task_config(options.task)
     check_is_classifier(config)
     check_threshold(options.threshold, config)
+    label_space = get_label_space(config)
     if options.per_image is not None and config.tasks:
         raise ValueError(
             "`per_image` requires a single task. Use `vitcls predict --dataset` for several tasks"
         )
 
-    data = load_data(options, config, folder)
-    label_space = get_label_space(config)
+    data = load_data(options, label_space, folder)
     evaluator = Evaluator(
         translate_labels(data.images, data.label_space, label_space),
         processor=processor,
@@ -138,13 +138,13 @@ def set_up_evaluation(
     return accelerator, console, warn
 
 
-def load_data(options: EvaluateOptions, config: ViTCLSConfig, folder: ModelFolder) -> Any:
+def load_data(options: EvaluateOptions, label_space: LabelSpace, folder: ModelFolder) -> Any:
     """Load the images to evaluate, and their labels, without the images that trained the model."""
     trained = {}
     if options.label_column is None and options.label_separator is None:
         # A table may have several columns that look like labels. The model's record names the right
         # one.
-        trained = get_training_columns(config, folder, options.task)
+        trained = get_training_columns(label_space, folder, options.task)
     load = partial(
         load_evaluation_data,
         options,
@@ -157,15 +157,15 @@ def load_data(options: EvaluateOptions, config: ViTCLSConfig, folder: ModelFolde
 
 
 def get_training_columns(
-    config: ViTCLSConfig, folder: ModelFolder, task: str | None = None
+    label_space: LabelSpace, folder: ModelFolder, task: str | None
 ) -> dict[str, Any]:
     """Find the label columns of the model's training, as values of `DataOptions`.
 
     These are the columns of a multi-task model, or else those in the record of the run or of the
     added task. They are empty without a record.
     """
-    if config.tasks:
-        return {"label_column": tuple(config.task_labels())}
+    if label_space.kind == "multi_task":
+        return {"label_column": tuple(label_space.columns)}
     results = folder.results_of_any_weights
     if task is not None:
         results = results.get(ADDITIONS_KEY, {}).get(task, {})
@@ -184,14 +184,14 @@ def write_files(
     console: Console,
 ) -> None:
     """Write the results, and the predictions of each image, to the files that are asked for."""
-    if options.output is not None:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        write_json(options.output, results)
-        console.print(f"saved {options.output}", markup=False)
     if options.per_image is not None:
         options.per_image.parent.mkdir(parents=True, exist_ok=True)
         write_predictions(options.per_image, predictions, results["weights_sha256"])
         console.print(f"saved {options.per_image}", markup=False)
+    if options.output is not None:
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        write_json(options.output, results)
+        console.print(f"saved {options.output}", markup=False)
 
 
 def print_results(

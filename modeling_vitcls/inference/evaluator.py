@@ -37,14 +37,18 @@ class Predictions:
         DEFAULT_THRESHOLD  # The probability from which one of several labels is predicted
     )
 
+    @property
+    def answers(self) -> np.ndarray:
+        """The predicted classes [N] or, with several labels per image, a mask [N, L]."""
+        logits = self.outputs.values
+        if self.outputs.labels.ndim == 1:
+            return logits.argmax(axis=1)
+        return expit(logits) >= self.threshold
+
     def list_wrong(self) -> np.ndarray:
         """List the indices of the images with another predicted label, or others, than their own."""
-        logits = self.outputs.values
-        labels = self.outputs.labels
-        if labels.ndim == 1:
-            return self.outputs.indices[logits.argmax(axis=1) != labels]
-        are_right = (expit(logits) >= self.threshold) == (labels > 0.5)
-        return self.outputs.indices[~are_right.all(axis=1)]
+        is_wrong = self.answers != self.outputs.labels  # [N] or [N, L]
+        return self.outputs.indices[is_wrong.any(axis=tuple(range(1, is_wrong.ndim)))]
 
 
 def build_predictions(

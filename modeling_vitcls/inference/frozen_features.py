@@ -6,7 +6,6 @@ The features of a layer are what a classifier with `config.pooled_layers` reads,
 classifier of them is the model's classifier.
 """
 
-import copy
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -34,33 +33,26 @@ class FeatureLayout:
 
     @classmethod
     def from_config(
-        cls, config: ViTCLSConfig, num_layers: int | None = None, has_distillation: bool = False
+        cls, config: ViTCLSConfig, num_layers: int, has_distillation: bool = False
     ) -> "FeatureLayout":
-        """Build the layout for an encoder: all layers, or the last `num_layers`.
+        """Build the layout of the last `num_layers` for the classifier of a model.
 
         A pooler with weights, or the maximum, reads all of the last layer. Its output is then the
         only kind of token. With `has_distillation`, the mean of the distillation tokens is another.
         """
         if not has_searchable_pooling(config):
             return cls(1, {OWN_POOLING: config.pooled_size})
-        kinds = ("cls", "mean") if config.num_cls_tokens else ("mean",)
-        widths = {kind: config.compute_pooled_size(kind, 1) for kind in kinds}
+        layout = cls.for_extra_heads(config, num_layers)
         if has_distillation:
-            widths["distillation"] = config.hidden_size
-        return cls(min(num_layers or config.num_hidden_layers, config.num_hidden_layers), widths)
+            layout.widths["distillation"] = config.hidden_size
+        return layout
 
     @classmethod
     def for_extra_heads(cls, config: ViTCLSConfig, num_layers: int) -> "FeatureLayout":
-        """Build the layout of the last `num_layers` for extra heads.
-
-        They do not use the model's pooler.
-        """
-        plain_config = copy.deepcopy(config)
-        plain_config.pooling = "cls" if config.num_cls_tokens else "mean"
-        plain_config.pooled_layers = None
-        plain_config.pooled_norm = False
-        plain_config.pooled_activation = None
-        return cls.from_config(plain_config, num_layers)
+        """Build the layout of the last `num_layers` for heads that do not use the model's pooler."""
+        kinds = ("cls", "mean") if config.num_cls_tokens else ("mean",)
+        widths = {kind: config.compute_pooled_size(kind, 1) for kind in kinds}
+        return cls(min(num_layers, config.num_hidden_layers), widths)
 
     def split(self, values: np.ndarray) -> dict[Token, np.ndarray]:
         """Divide features [N, all] into the features [N, D] of each token.

@@ -130,8 +130,7 @@ class Score:
     logits: np.ndarray  # [N, K], calibrated
     lines: np.ndarray  # [2, 1], or [2, K] with several labels: slopes and offsets that calibrate
     losses: np.ndarray  # [N] log loss of the calibrated logits
-    is_right: np.ndarray  # [N]; with several labels, whether all of them are
-    has_several: bool  # labels per image
+    row: dict[str, Any]  # of the table of candidates
 
     @classmethod
     def of(
@@ -139,31 +138,17 @@ class Score:
     ) -> "Score":
         """Score out-of-fold logits with their best calibration."""
         known = ~np.isnan(logits).any(axis=1)
+        row: dict[str, Any] = {"layers": list(candidate.layers), "pooling": candidate.pooling}
         if labels.ndim == 2:
             lines = fit_lines(logits[known], labels[known])
         else:
-            temperature = fit_temperature(logits[known], labels[known], weights[known])
-            lines = np.array([[1 / temperature], [0.0]])
+            row["temperature"] = fit_temperature(logits[known], labels[known], weights[known])
+            lines = np.array([[1 / row["temperature"]], [0.0]])
         calibrated = logits * lines[0] + lines[1]
-        is_right = find_right(calibrated, labels)
         losses = compute_losses(calibrated, labels)
-        is_right = np.where(known, is_right, np.nan)
-        return cls(candidate, calibrated, lines, losses, is_right, has_several=labels.ndim == 2)
-
-    @property
-    def temperature(self) -> float:
-        return float(1 / self.lines[0, 0])
-
-    def build_record(self, weights: np.ndarray) -> dict[str, Any]:
-        """Build a row of the table of candidates."""
-        known = np.isfinite(self.losses)
-        record = {
-            "layers": list(self.candidate.layers),
-            "pooling": self.candidate.pooling,
-            "loss": float(np.average(self.losses[known], weights=weights[known])),
-            "accuracy": float(np.average(self.is_right[known])),
-        }
-        return record if self.has_several else record | {"temperature": self.temperature}
+        row["loss"] = float(np.average(losses[known], weights=weights[known]))
+        row["accuracy"] = float(find_right(calibrated, labels)[known].mean())
+        return cls(candidate, calibrated, lines, losses, row)
 
 
 @dataclass(frozen=True)
@@ -332,14 +317,14 @@ class LinearProbe(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             Score.of(each, logits, labels, weights)
             for each, logits in cross_validated.logits.items()
         ]
-        self.table_ = [score.build_record(weights) for score in scores]
+        self.table_ = [score.row for score in scores]
         # If losses are equal, the first one wins, because the simplest candidate comes first.
         chosen = scores[int(np.argmin([row["loss"] for row in self.table_]))]
         self.candidate_ = chosen.candidate
         if labels.ndim == 2:
             self.lines_ = chosen.lines
         else:
-            self.temperature_ = chosen.temperature
+            self.temperature_ = chosen.row["temperature"]
         self.losses_ = chosen.losses
         known = np.isfinite(chosen.losses)
         self.out_of_fold_[known] = to_probabilities(chosen.logits[known], labels)
@@ -390,9 +375,8 @@ class LinearProbe(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
                 features, labels, [self.candidate_], split_folds(labels, groups, NUM_FOLDS)
             )
             logits = fewer.logits[self.candidate_]
-            fewer_temperature = Score.of(
-                self.candidate_, logits, labels, self.weigh(labels)
-            ).temperature
+            score = Score.of(self.candidate_, logits, labels, self.weigh(labels))
+            fewer_temperature = score.row["temperature"]
         values = stack_tokens(features, self.candidate_.tokens)
         means = compute_means(values, labels, np.bincount(labels))
         self.temperature_ = extrapolate_temperature(

@@ -61,10 +61,10 @@ def write_predictions(
     probabilities = to_probabilities(outputs.values, outputs.labels)
     if outputs.labels.ndim == 1:
         labels: list[Any] = [names[label] for label in outputs.labels]
-        found: list[Any] = [names[index] for index in outputs.values.argmax(axis=1)]
+        found: list[Any] = [names[index] for index in predictions.answers]
     else:
         labels = [select_names(names, row) for row in outputs.labels > 0.5]
-        found = [select_names(names, row) for row in probabilities >= predictions.threshold]
+        found = [select_names(names, row) for row in predictions.answers]
 
     columns: dict[str, Any] = {
         "index": outputs.indices,

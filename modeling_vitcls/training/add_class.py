@@ -20,7 +20,7 @@ from ..data.splits_table import build_splits_table, find_trained_images, read_sp
 from ..hub.local_paths import strip_folders
 from ..inference.class_statistics import ClassStatistics
 from ..inference.frozen_features import Features
-from ..inference.linear_probe import stack_tokens
+from ..inference.linear_probe import describe_layers, stack_tokens
 from ..runtime.errors import warn_on_first_process
 from .extend import (
     Addition,
@@ -28,7 +28,6 @@ from .extend import (
     append_head,
     build_result,
     check_has_one_label,
-    describe_tokens,
 )
 from .options import AddClassOptions
 
@@ -82,11 +81,12 @@ def build_classes(old: OldModel, options: AddClassOptions) -> Addition:
     # keep their bits.
     extended.class_distance.fingerprint.copy_(model.class_distance.fingerprint)
 
+    layers = list(dict.fromkeys(layer for layer, _ in statistics.tokens))
     record = {
         "kind": "classes",
         "labels": names,
         "num_new_images": len(features.labels),
-        "reads": describe_tokens(statistics.tokens),
+        "reads": f"means of the {describe_layers(layers)}",
         "dataset": strip_folders(get_title(options.dataset)),
     }
     is_right = cross_validate(statistics, features, len(names))

@@ -9,7 +9,7 @@ from threadpoolctl import threadpool_limits
 from ..data.splits import divide_images, load_undivided_images
 from ..data.splits_table import list_encoder_rows
 from ..hub.local_paths import strip_folders
-from ..inference.linear_probe import LinearProbe
+from ..inference.linear_probe import LinearProbe, describe_candidate
 from ..model.configuration_vitcls import ViTCLSConfig
 from ..model.extra_heads_vitcls import RESERVED_OUTPUT_NAMES
 from ..model.modeling_vitcls import ViTCLSImageClassifierOutput, count_output_tokens
@@ -20,7 +20,6 @@ from .extend import (
     append_head,
     build_result,
     check_has_one_label,
-    describe_tokens,
 )
 from .options import AddTaskOptions
 from .probe import build_linear, build_probe_record
@@ -44,10 +43,11 @@ def build_task(old: OldModel, options: AddTaskOptions) -> Addition:
     with threadpool_limits(limits=1):  # the matrices are small
         probe.fit(features.get_tokens(), features.labels, features.groups)
 
+    choice = build_probe_record(probe, len(features.labels))
     record: dict[str, Any] = {
         "kind": "task",
-        "reads": describe_tokens(probe.candidate_.tokens),
-        **build_probe_record(probe, len(features.labels)),
+        "reads": describe_candidate(choice),
+        **choice,
         "dataset": strip_folders(data.name),
         "label_column": list(label_space.columns),
         "held_out_images": data.held_out_name,

@@ -22,8 +22,6 @@ from .distributed_state import reshard
 
 MIN_IMAGES = 100  # Minimum number of images for a temperature
 MIN_ERROR_IMAGES = 100  # With fewer images, a calibration error is mostly noise
-# Probabilities below this many times 1 / classes are all the same to a person.
-EQUAL_FACTOR = 1.1
 # Images that a temperature is fitted to.
 CROSS_VALIDATION = "cross-validation"
 SELECTION = "selection"
@@ -124,7 +122,6 @@ def divide_logits(head: nn.Module, temperature: float) -> None:
 def describe_probe_calibration(probe: LinearProbe) -> Calibration:
     """Describe the calibration of a probe, whose temperature comes from out-of-fold logits."""
     num_images = int(np.isfinite(probe.losses_).sum())
-    num_classes = len(probe.classes_)
     chosen = f"on the cross-validated predictions of {num_images:,} training images"
     temperature = None
     if not num_images:
@@ -134,11 +131,6 @@ def describe_probe_calibration(probe: LinearProbe) -> Calibration:
     else:
         temperature = round(probe.temperature_, 4)
         text = f"{chosen} (temperature {temperature:.2f})"
-        if np.nanmax(probe.out_of_fold_) < EQUAL_FACTOR / num_classes:
-            text = (
-                f"{chosen}, which do not tell the classes apart: probabilities are near "
-                f"1/{num_classes}"
-            )
     return Calibration(num_images, CROSS_VALIDATION, text, temperature)
 
 

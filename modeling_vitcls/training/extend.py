@@ -42,7 +42,7 @@ from ..inference.class_statistics import Token
 from ..inference.evaluate import set_up_evaluation
 from ..inference.frozen_features import FeatureLayout, Features, FrozenPass
 from ..inference.intervals import compute_proportion_interval
-from ..inference.linear_probe import NUM_LAST_LAYERS, POOLING_TEXTS, describe_layers
+from ..inference.linear_probe import NUM_LAST_LAYERS
 from ..inference.metric_tables import format_small_percent
 from ..inference.speed import count_flops
 from ..model.image_processing_vitcls import ViTCLSImageProcessor
@@ -212,13 +212,6 @@ def append_head(
         linear.weight.copy_(torch.from_numpy(weight))
         linear.bias.copy_(torch.from_numpy(bias))
     return extended
-
-
-def describe_tokens(tokens: Sequence[Token]) -> str:
-    """Name the tokens: "last 4 layers, CLS and mean of the patches"."""
-    layers = dict.fromkeys(layer for layer, _ in tokens)
-    kinds = dict.fromkeys(POOLING_TEXTS[kind] for _, kind in tokens)
-    return f"{describe_layers(list(layers))}, {' and '.join(kinds)}"
 
 
 # Records ------------------------------------------------------------------------------------------
