@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from sklearn.datasets import load_digits
 
 
 class CountedImages(list):
@@ -31,6 +32,15 @@ def write_photos(root: Path, numbers: range, *names: str) -> Path:
             )
             Image.fromarray(noise).save(root / name / f"{number}.png")
     return root
+
+
+def write_digits(folder: Path, digit: int, choice: slice) -> None:
+    """Write some of scikit-learn's images of a digit, in 64 x 64 pixels."""
+    digits = load_digits()
+    folder.mkdir(parents=True)
+    for index, pixels in enumerate(digits.images[digits.target == digit][choice]):
+        image = Image.fromarray((pixels * 15).astype(np.uint8)).convert("RGB").resize((64, 64))
+        image.save(folder / f"{index}.png")
 
 
 def write_two_colors(root: Path, number: int) -> Path:

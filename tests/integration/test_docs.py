@@ -29,19 +29,16 @@ import shlex
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-import numpy as np
 import pytest
 import yaml
-from accelerate.commands.launch import launch_command_parser
 from helpers.command_in_process import run_here
+from helpers.doc_pages import PAGES, ROOT, read_blocks, read_prose
 from helpers.fresh_processes import run_python
+from helpers.photo_folders import write_digits
 from helpers.scripts_in_process import run_in_process
-from PIL import Image
-from sklearn.datasets import load_digits
 
 import modeling_vitcls
 from modeling_vitcls import (
@@ -58,23 +55,15 @@ from scripts import make_address
 pytestmark = pytest.mark.integration
 
 
-ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "modeling_vitcls"
-PAGES = [
-    ROOT / "README.md",
-    ROOT / "CONTRIBUTING.md",
-    ROOT / "AGENTS.md",
-    *sorted((ROOT / "docs").glob("*.md")),
-]
-
 MODULE = ["-m", "modeling_vitcls.cli"]
 OTHER_COMMANDS = (
     "cd curl python3 git hf sbatch torchrun make pip uvicorn .venv/bin/pip .venv/bin/python "
     "pre-commit"
 ).split()
-# flags of pip, hf, pytest and servers that the text mentions
+# flags of pip, hf, pytest, accelerate and servers that the text mentions
 OTHER_FLAGS = {
-    *"--workers --preload".split(),
+    *"--workers --preload --cpu --num_processes --config_file".split(),
     *"--help --help-all --tyro-print-completion --node-rank --version --include".split(),
     *"--local-dir --shm-size --torch-backend".split(),
 }
@@ -89,7 +78,7 @@ PROGRAMS = (
     "scripts/study.py",
 )
 ALL_PROGRAMS = (*cli.COMMANDS, *PROGRAMS)
-OTHER_SUBCOMMANDS = {"--version", "--tyro-print-completion", "env"}
+OTHER_PROGRAMS = {"--version", "--tyro-print-completion", "env"}  # without flags
 
 # Added to commands so that they take only seconds.
 QUICK = {
@@ -102,16 +91,11 @@ SMALL_MODEL = (
     "--image-size 32 --patch-size 16 --hidden-size 32 --num-hidden-layers 2 --num-attention-heads 2"
 )
 
-FENCE = re.compile(
-    r"(?:^<!-- (?P<comment>.*?) -->\n)?^```(?P<language>\w*)\n(?P<text>.*?)^```$",
-    re.MULTILINE | re.DOTALL,
-)
-REPLACEMENT = re.compile(r'run with: "(.+)" instead of "(.+)"')
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 COMMAND = re.compile(
-    r"(vitcls [a-z]+|python scripts/(?:benchmark|study|push_space|space/transformers_js)\.py|"
-    r"accelerate launch -m modeling_vitcls\.cli [a-z]+) \S"
-)  # in inline code
+    r"(?P<variables>(?:[A-Z_]+=\S+ )*)(?:accelerate launch (?P<launcher>.*?)-m modeling_vitcls\.cli"
+    r"|vitcls|python(?= scripts/)) (?P<program>-?-?[a-z][\w/.-]+) ?(?P<flags>.*)"
+)
 INLINE = re.compile(r"`([^`\n]+)`")
 FLAG = re.compile(r"--[a-z][a-z0-9_-]*")
 PRINTED = re.compile(
@@ -125,70 +109,13 @@ FOLDERS = (ROOT, PACKAGE, PACKAGE / "model", ROOT / "tests")  # start of relativ
 OTHER_FILES = {"docs/speed-gpu.md", "handler.py", "serve.py", "train.py"}
 
 
-@dataclass(frozen=True)
-class Block:
-    """A fenced block of a page, and the HTML comment before it."""
-
-    page: Path
-    line: int
-    language: str
-    text: str
-    comment: str
-
-    @property
-    def is_run(self) -> bool:
-        """Return whether a Python block is run."""
-        return not self.comment.startswith("not run: ")
-
-    def get_source(self) -> str:
-        """Return a Python block with its replacements."""
-        if found := REPLACEMENT.fullmatch(self.comment):
-            new, old = found.groups()
-            assert old in self.text, f"{self}: no {old!r}"
-            return self.text.replace(old, new)
-        return self.text
-
-    def get_commands(self) -> list[list[str]]:
-        """Return the words of each command of a bash block."""
-        lines = self.text.replace("\\\n", " ").splitlines()
-        return [words for line in lines if (words := shlex.split(line, comments=True))]
-
-    def __str__(self) -> str:
-        return f"{self.page.relative_to(ROOT)}:{self.line}"
-
-
-def read_blocks(page: Path) -> list[Block]:
-    text = page.read_text(encoding="utf-8")
-    return [
-        Block(
-            page,
-            text.count("\n", 0, found.start()) + 1,
-            found["language"],
-            found["text"],
-            found["comment"] or "",
-        )
-        for found in FENCE.finditer(text)
-    ]
-
-
 BLOCKS = [block for page in PAGES for block in read_blocks(page)]
-PYTHON_PAGES = [
-    page for page in PAGES if any(b.language == "python" and b.is_run for b in read_blocks(page))
-]
-COMMAND_PAGES = [
-    page
-    for page in PAGES
-    if any(b.language == "bash" and b.comment == "run" for b in read_blocks(page))
-]
+PYTHON_PAGES = {block.page for block in BLOCKS if block.language == "python" and block.is_run}
+COMMAND_PAGES = {block.page for block in BLOCKS if block.language == "bash" and block.is_run}
 
 
 def get_name(page: Path) -> str:
     return page.name if page.parent == ROOT else f"docs/{page.name}"
-
-
-def read_prose(page: Path) -> str:
-    """Return a page without its fenced blocks."""
-    return FENCE.sub("", page.read_text(encoding="utf-8"))
 
 
 # Text ---------------------------------------------------------------------------------------------
@@ -228,108 +155,53 @@ def read_flags(name: str) -> frozenset[str]:
     return frozenset(FLAG.findall(output.getvalue()))
 
 
-@cache
-def read_accelerate_flags() -> frozenset[str]:
-    """Return the flags of `accelerate launch`."""
-    options = (
-        option for action in launch_command_parser()._actions for option in action.option_strings
-    )
-    return frozenset(options)
+def read_own_flags(page: Path) -> str:
+    """Return the prose of a page without flags of other programs and flags that were removed."""
+    text, _, _ = read_prose(page).partition("\n## What was removed")
+    if page.name == "coming-from.md":  # the first column of its first table
+        text = re.sub(r"^(\| (?:`--|–).*?) \| .*$", r"\1", text, flags=re.MULTILINE)
+    return text
 
 
-@dataclass(frozen=True)
-class Command:
-    """A command that starts a program of this repository."""
+def read_commands() -> Iterator[tuple[str, re.Match[str]]]:
+    """Yield the position and the parts of each command, also of those in inline code.
 
-    variables: list[str]  # NAME=VALUE
-    launcher: list[str]  # `accelerate launch` and its flags, or nothing
-    name: str  # flags of the program, as in `vitcls NAME`
-    arguments: list[str]
-
-
-def parse_command(words: list[str]) -> Command | None:
-    """Return the parsed command, or None for commands of other projects.
-
-    Fails for unknown commands.
+    Commands of other projects are left out; a block has no command that is not known.
     """
-    first = next(
-        (index for index, word in enumerate(words) if not re.match(r"[A-Z_]+=", word)), len(words)
-    )
-    variables, words = words[:first], words[first:]
-    if not words or words[0] in OTHER_COMMANDS:
-        return None
-    launcher: list[str] = []
-    if words[:2] == ["accelerate", "launch"]:
-        is_settings_file = [False] + [word == "--config_file" for word in words]
-        start = next(
-            index
-            for index, word in enumerate(words)
-            if (word == "-m" or word.startswith("scripts/")) and not is_settings_file[index]
-        )
-        launcher, words = words[:start], words[start:]
-    if words[0] == "vitcls":
-        words = words[1:]
-    elif words[:2] == MODULE:
-        words = words[2:]
-    else:
-        words = words[1:] if words[0] == "python" else words
-        words = [read_subcommand(ROOT / words[0]), *words[1:]]
-    return Command(variables, launcher, words[0], words[1:])
-
-
-def read_subcommand(script: Path) -> str:
-    """Return the subcommand that a script runs, or the path of a program of its own."""
-    name = script.relative_to(ROOT).as_posix()
-    if name in PROGRAMS:
-        return name
-    found = re.search(
-        r'sys\.argv\[:1\] = \["vitcls", "(\w+)"\]', script.read_text(encoding="utf-8")
-    )
-    assert found, f"{script} runs no subcommand"
-    return found[1]
-
-
-def read_all_commands() -> Iterator[tuple[str, list[str]]]:
-    """Yield the position and the words of each command, also of those in inline code."""
     for block in BLOCKS:
-        if block.language == "bash":
-            yield from ((str(block), words) for words in block.get_commands())
+        for line in block.get_commands() if block.language == "bash" else ():
+            found = COMMAND.match(line)
+            if found:
+                yield str(block), found
+            else:
+                first = line.split()[0]
+                assert first in OTHER_COMMANDS or "=" in first, f"{block}: {line}"
     for page in PAGES:
-        for code in INLINE.findall(read_prose(page)):
-            if COMMAND.match(code):
-                yield get_name(page), shlex.split(code)
+        for code in INLINE.findall(read_own_flags(page)):
+            if found := COMMAND.match(code):
+                yield get_name(page), found
 
 
 def test_commands_have_the_flags_of_their_programs() -> None:
-    found = [(place, parse_command(words)) for place, words in read_all_commands()]
-    commands = [
-        (place, command)
-        for place, command in found
-        if command and command.name not in OTHER_SUBCOMMANDS
-    ]
-
-    for place, command in commands:
-        assert command.name in ALL_PROGRAMS, f"{place}: there is no `vitcls {command.name}`"
-        unknown = get_flags(command.arguments) - read_flags(command.name)
-        assert not unknown, f"{place}: `vitcls {command.name}` has no {', '.join(unknown)}"
-        unknown = get_flags(command.launcher) - read_accelerate_flags()
-        assert not unknown, f"{place}: `accelerate launch` has no {', '.join(unknown)}"
-    assert {command.name for _, command in commands} == {*ALL_PROGRAMS} - {"env"}
-
-
-def get_flags(words: list[str]) -> set[str]:
-    return {word for word in words if word.startswith("--")}
+    programs = set()
+    for place, command in read_commands():
+        program = command["program"]
+        if program in OTHER_PROGRAMS:
+            continue
+        if program not in ALL_PROGRAMS:
+            assert (ROOT / program).is_file(), f"{place}: there is no {program}"
+            continue
+        words = shlex.split(command["flags"], comments=True)
+        unknown = {word for word in words if word.startswith("--")} - read_flags(program)
+        assert not unknown, f"{place}: `vitcls {program}` has no {', '.join(unknown)}"
+        programs.add(program)
+    assert programs == {*ALL_PROGRAMS} - {"env"}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=get_name)
 def test_flags_in_the_text_exist(page: Path) -> None:
-    known = set().union(*map(read_flags, ALL_PROGRAMS)) | read_accelerate_flags() | OTHER_FLAGS
-    text = read_prose(page)
-    if (
-        page.name == "coming-from.md"
-    ):  # only the first column of its first table contains flags of this package
-        text = re.sub(r"^(\| (?:`--|–).*?) \| .*$", r"\1", text, flags=re.MULTILINE)
-    for code in INLINE.findall(text):
+    known = set().union(*map(read_flags, ALL_PROGRAMS)) | OTHER_FLAGS
+    for code in INLINE.findall(read_own_flags(page)):
         assert set(FLAG.findall(code)) <= known, f"{get_name(page)}: {code}"
 
 
@@ -354,13 +226,6 @@ def test_the_pages_contain_the_address_of_pyproject() -> None:
 # Names and messages -------------------------------------------------------------------------------
 
 
-@cache
-def find_file(path: str) -> Path | None:
-    """Return the file or folder of the repository with this path, or None."""
-    found = [folder / path for folder in FOLDERS if path and (folder / path).exists()]
-    return found[0] if found else None
-
-
 @pytest.mark.parametrize("page", PAGES, ids=get_name)
 def test_files_in_the_text_exist(page: Path) -> None:
     for code in INLINE.findall(read_prose(page)):
@@ -368,11 +233,7 @@ def test_files_in_the_text_exist(page: Path) -> None:
             [code] if FILE.fullmatch(code) else re.findall(r"(?<!\S)scripts/[\w./-]+", code)
         ):
             pattern = path.replace("NAME", "*").replace("x.py", "*.py")
-            exists = (
-                any(any(folder.glob(pattern)) for folder in FOLDERS)
-                if "*" in pattern
-                else find_file(path)
-            )
+            exists = any(any(folder.glob(pattern)) for folder in FOLDERS)
             assert exists or path in OTHER_FILES, f"{get_name(page)}: {path} does not exist"
 
 
@@ -418,14 +279,10 @@ def test_the_study_in_the_docs_is_the_recipe() -> None:
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with the images and the model that the pages use."""
     folder = tmp_path_factory.mktemp("docs")
-    digits = load_digits()
     for label, name in enumerate(("cat", "dog")):
-        for index, pixels in enumerate(digits.images[digits.target == label][:40]):
-            image = Image.fromarray((pixels * 15).astype(np.uint8)).convert("RGB").resize((40, 36))
-            file = folder / ("photos" if index < 20 else "more") / name / f"{index}.png"
-            file.parent.mkdir(parents=True, exist_ok=True)
-            image.save(file)
-    image.save(folder / "photo.jpg")
+        write_digits(folder / "photos" / name, label, slice(20))
+        write_digits(folder / "more" / name, label, slice(20, 40))
+    shutil.copy(folder / "more" / "dog" / "0.png", folder / "photo.jpg")
     write_classifier(folder / "runs" / "photos", ["cat", "dog"])
     encoder = ViTCLSModel.from_pretrained(folder / "runs" / "photos")
     encoder.save_pretrained(folder / "dino")
@@ -495,8 +352,9 @@ def test_imports_of_python_blocks_resolve() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", PYTHON_PAGES, ids=get_name)
+@pytest.mark.parametrize("page", sorted(PYTHON_PAGES - {ROOT / "README.md"}), ids=get_name)
 def test_python_blocks_run(page: Path, run: Run, tmp_path: Path) -> None:
+    """test_readme.py runs the blocks of README."""
     blocks = [block for block in read_blocks(page) if block.language == "python" and block.is_run]
     source = "\n\n".join(block.get_source() for block in blocks)
     if '"runs/digits"' in source:  # which README's command trains
@@ -572,19 +430,19 @@ def test_examples_in_docstrings_run(run: Run, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", COMMAND_PAGES, ids=get_name)
+@pytest.mark.parametrize("page", sorted(COMMAND_PAGES), ids=get_name)
 def test_commands_run(page: Path, run: Run) -> None:
-    blocks = [
-        block for block in read_blocks(page) if block.language == "bash" and block.comment == "run"
-    ]
-    for words in (words for block in blocks for words in block.get_commands()):
-        command = parse_command(words)
-        is_new = command.name in ("finetune", "pretrain") and any(
-            word.startswith("vitcls-") for word in command.arguments
-        )
-        quick = QUICK.get(command.name, "").split() + (SMALL_MODEL.split() if is_new else [])
-        launcher = (
-            ["-m", "accelerate.commands.launch", *command.launcher[2:]] if command.launcher else []
-        )
-        program = [command.name] if command.name in PROGRAMS else [*MODULE, command.name]
-        run([*launcher, *program, *command.arguments, *quick], command.variables)
+    blocks = [block for block in read_blocks(page) if block.language == "bash" and block.is_run]
+    for line in (line for block in blocks for line in block.get_commands()):
+        command = COMMAND.match(line)
+        assert command is not None, line
+        name = command["program"]
+        words = [name] if name in PROGRAMS else [*MODULE, name]
+        if command["launcher"] is not None:
+            launcher = shlex.split(command["launcher"])
+            words = ["-m", "accelerate.commands.launch", *launcher, *words]
+        words += shlex.split(command["flags"], comments=True)
+        words += QUICK.get(name, "").split()
+        if name in ("finetune", "pretrain") and "--model vitcls-" in line:
+            words += SMALL_MODEL.split()
+        run(words, command["variables"].split())

@@ -15,28 +15,23 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 import safetensors.torch
 import timm
+from helpers.doc_pages import ROOT, read_blocks
 from helpers.fresh_processes import run_program
 from helpers.local_hub import LocalHub, Token, running_hub
-from PIL import Image
-from sklearn.datasets import load_digits
+from helpers.photo_folders import write_digits
 
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
 
-ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = [
-    (language, text)
-    for language, text in re.findall(
-        r"^```(python|bash)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL
-    )
+    block for block in read_blocks(ROOT / "README.md") if block.language in ("python", "bash")
 ]
-CLONE = next(text for _, text in BLOCKS if "git clone" in text)
+CLONE = next(block.text for block in BLOCKS if "git clone" in block.text)
 # the fixture `environment` stands for it
 NEW_ENVIRONMENT = re.compile(r"^python3 -m venv .*\n", re.MULTILINE)
 TIMM_MODELS = (
@@ -63,11 +58,6 @@ def checkout(tmp_path: Path) -> Path:
     """Return a copy of the repository with the photos of the page."""
     folder = tmp_path / "checkout"
     shutil.copytree(ROOT, folder, ignore=NOT_COPIED)
-    digits = load_digits()
-    images = [
-        Image.fromarray((pixels * 15).astype(np.uint8)).resize((64, 64)) for pixels in digits.images
-    ]
-    images[0].save(folder / "photo.jpg")
     for path, label, first in (
         ("photos/cat", 0, 0),
         ("photos/dog", 1, 0),
@@ -75,9 +65,8 @@ def checkout(tmp_path: Path) -> Path:
         ("more/dog", 1, 20),
         ("new/bird", 2, 0),
     ):
-        (folder / path).mkdir(parents=True)
-        for index in np.flatnonzero(digits.target == label)[first : first + 8]:
-            images[index].save(folder / path / f"{index}.png")
+        write_digits(folder / path, label, slice(first, first + 8))
+    shutil.copy(folder / "photos" / "cat" / "0.png", folder / "photo.jpg")
     return folder
 
 
@@ -112,11 +101,11 @@ def environment(tmp_path: Path, hub: LocalHub) -> dict[str, str]:
 def test_every_block_runs_after_the_printed_installation(
     checkout: Path, environment: dict[str, str], hub: LocalHub
 ) -> None:
-    installation = next(text for _, text in BLOCKS if NEW_ENVIRONMENT.match(text))
-    blocks = [block for block in BLOCKS if block[1] != CLONE]
-    for language, text in sorted(blocks, key=lambda block: block[1] != installation):
-        text = NEW_ENVIRONMENT.sub("", text)
-        command = ["bash", "-ec", text] if language == "bash" else ["python", "-c", text]
+    installation = next(block for block in BLOCKS if NEW_ENVIRONMENT.match(block.text))
+    blocks = [block for block in BLOCKS if block.text != CLONE]
+    for block in sorted(blocks, key=lambda block: block != installation):
+        text = NEW_ENVIRONMENT.sub("", block.text)
+        command = ["bash", "-ec", text] if block.language == "bash" else ["python", "-c", text]
         done = run_program(*command, environment=environment, cwd=checkout)
         for printed in re.findall(r"^# ([{(\[].*)$", text, re.MULTILINE):
             assert printed in done.stdout

@@ -2,7 +2,6 @@
 
 import io
 import os
-import re
 import subprocess
 import sys
 import time
@@ -14,6 +13,7 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+from helpers.doc_pages import ROOT, read_blocks
 from helpers.tiny_models import build_tiny_config, save_with_processor
 from helpers.warm_processes import find_free_port
 from PIL import Image
@@ -23,7 +23,6 @@ from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor, 
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
-PAGE = Path(__file__).parents[2] / "docs" / "serving.md"
 SIZES = ((40, 30), (24, 56), (32, 32), (8, 90))
 
 
@@ -31,9 +30,9 @@ SIZES = ((40, 30), (24, 56), (32, 32), (8, 90))
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with the page's program and a model."""
     folder = tmp_path_factory.mktemp("served")
-    source = re.search(r"^```python\n(.*?)^```$", PAGE.read_text(), re.MULTILINE | re.DOTALL)
-    assert source is not None
-    (folder / "serve.py").write_text(source[1])
+    blocks = read_blocks(ROOT / "docs" / "serving.md")
+    source = next(block.text for block in blocks if block.language == "python")
+    (folder / "serve.py").write_text(source)
     model = ViTCLSForImageClassification(build_tiny_config(num_labels=3))
     processor = ViTCLSImageProcessor(size={"height": 32, "width": 32})
     save_with_processor(model, folder / "runs" / "photos", processor)

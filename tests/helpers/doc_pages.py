@@ -1,0 +1,73 @@
+"""The pages of the documentation: their fenced blocks, and the commands in bash blocks."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+
+ROOT = Path(__file__).parents[2]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "AGENTS.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+]
+
+FENCE = re.compile(
+    r"(?:^<!-- (?P<comment>.*?) -->\n)?^```(?P<language>\w*)\n(?P<text>.*?)^```$",
+    re.MULTILINE | re.DOTALL,
+)
+REPLACEMENT = re.compile(r'run with: "(.+)" instead of "(.+)"')
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block of a page, and the HTML comment before it."""
+
+    page: Path
+    line: int
+    language: str
+    text: str
+    comment: str
+
+    @property
+    def is_run(self) -> bool:
+        """Return whether a test runs the block; commands run only on request."""
+        if self.language == "python":
+            return not self.comment.startswith("not run: ")
+        return self.language == "bash" and self.comment == "run"
+
+    def get_source(self) -> str:
+        """Return a Python block with its replacements."""
+        if found := REPLACEMENT.fullmatch(self.comment):
+            new, old = found.groups()
+            assert old in self.text, f"{self}: no {old!r}"
+            return self.text.replace(old, new)
+        return self.text
+
+    def get_commands(self) -> list[str]:
+        """Return the commands of a bash block, each in one line."""
+        lines = self.text.replace("\\\n", " ").splitlines()
+        return [line for line in lines if line and not line.startswith("#")]
+
+    def __str__(self) -> str:
+        return f"{self.page.relative_to(ROOT)}:{self.line}"
+
+
+def read_blocks(page: Path) -> list[Block]:
+    text = page.read_text(encoding="utf-8")
+    return [
+        Block(
+            page,
+            text.count("\n", 0, found.start()) + 1,
+            found["language"],
+            found["text"],
+            found["comment"] or "",
+        )
+        for found in FENCE.finditer(text)
+    ]
+
+
+def read_prose(page: Path) -> str:
+    """Return a page without its fenced blocks."""
+    return FENCE.sub("", page.read_text(encoding="utf-8"))
