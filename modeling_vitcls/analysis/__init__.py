@@ -8,9 +8,8 @@ maps.py                 attention to patches as maps, and as pictures over the p
 attribution.py          attention of every layer, and gradient attribution
 ablation.py             effects of tokens on the outputs for many images, with null distributions
 faults.py               identical tokens, tokens that did not move, patches with outlier norms
-model_utils.py          helpers that unwrap models and set evaluation mode
-inspection.py           all measurements for a model and images
-inspection_images.py    the images of `vitcls inspect`, with names and labels
+inspection.py           all measurements for a model and images: what a page shows
+inspection_images.py    the images of `vitcls inspect`, with labels
 report.py               the HTML report, and its values for programs; page.css is its style
 inspect_tokens.py       the command `vitcls inspect`
 photo.py                predictions, attention of the tokens and features of the patches in one photo

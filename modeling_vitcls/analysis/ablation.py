@@ -1,7 +1,7 @@
 """Effects of special tokens: how outputs change if the states of tokens are replaced by their means.
 
     ablations = compute_ablations(model, TokenUse(model.config), batches)
-    ablations["registers[0]"][""]    the `Effect` on the output "" (token_use.py)
+    ablations["register 1"][""]    the `Effect` on the output "" (token_use.py)
 
 After the embeddings and each layer, the states are replaced with their means over images, so they
 are the same for every image. Removing tokens or setting them to zero would instead produce inputs
@@ -31,6 +31,7 @@ from ..inference.intervals import (
     compute_proportion_interval,
 )
 from ..inference.prediction_rows import DEFAULT_THRESHOLD
+from ..inference.token_names import SINGLE_TOKEN_NAMES
 from ..model.configuration_vitcls import ViTCLSConfig
 from ..model.heads_vitcls import IGNORED_LABEL
 from ..model.token_layout_vitcls import TokenLayout
@@ -127,7 +128,7 @@ class Effect:
         return "more" if self.is_beyond_limit else "no more"
 
 
-# Token key or group name -> output name -> effect
+# Name of a token or a group -> name of an output -> effect
 Ablations = dict[str, dict[str, Effect]]
 
 
@@ -135,7 +136,6 @@ def compute_ablations(
     model: Any,
     use: TokenUse,
     batches: Sequence[ImageBatch],
-    has_several_labels: bool = False,
     watch: Watch = lambda items, description: items,
 ) -> Ablations:
     """Measure the effects of each special token and of each group of several tokens.
@@ -147,13 +147,12 @@ def compute_ablations(
         use: the tokens that the outputs of the model read.
         batches: batches of images and labels, over which several passes per token are made. Without
             one, nothing is measured.
-        has_several_labels: whether a sigmoid is applied to each logit (`is_multi_label`).
         watch: function that returns the same items and shows the progress.
     """
-    config = model.config
-    layout = config.token_layout
-    targets = {key: [index] for index, key in enumerate(get_token_keys(layout))}
-    targets |= {key: each for key, each in get_group_indices(layout).items() if len(each) > 1}
+    targets = {name: [index] for index, name in enumerate(use.names)}
+    for group, indices in use.groups.items():
+        if len(indices) > 1:
+            targets[name_group(group)] = indices
     # A generator of its own, so the same tokens are redrawn at every call.
     generator = torch.Generator().manual_seed(0)
     ablations: Ablations = {}
@@ -162,63 +161,68 @@ def compute_ablations(
 
     # The means and the outputs come from the same passes, so that only the ablation differs between
     # before and after, and not the rounding of other batches. Means: [L + 1, S, D]
-    means, before = collect_mean_states(model, batches, range(layout.num_prefix_tokens))
-    labels = collect_labels(batches, config)
-    for key, indices in watch(targets.items(), "ablating tokens"):
+    means, before = collect_mean_states(model, batches, range(len(use.names)))
+    labels = collect_labels(batches, use.config)
+    for name, indices in watch(targets.items(), "ablating tokens"):
         with replace_by_means(model, use, indices, means[:, indices]):
             after = gather_outputs(model, batches)
-        ablations[key] = {
-            name: compute_effect(rows, after[name], has_several_labels)
-            for name, rows in before.items()
+        ablations[name] = {
+            output: compute_effect(rows, after[output], use.has_several_labels)
+            for output, rows in before.items()
         }
 
-    for keys, draws in watch(list(plan_redraws(layout, use)), "ablating random tokens"):
-        sizes: dict[str, list[float]] = {}  # Output name -> null distribution
-        # (redrawn key, output name) -> drops [images] per draw
+    for names, draws in watch(list(plan_redraws(use)), "ablating random tokens"):
+        sizes: dict[str, list[float]] = {}  # Output -> null distribution
+        # (redrawn token, output) -> drops [images] per draw
         drops: dict[tuple[str, str], list[torch.Tensor]] = {}
-        for key in draws:
+        for name in draws:
             # A redrawn token has other states than the trained one, so it is replaced with means of
             # its own.
-            with redraw_tokens(model, targets[key], generator):
-                redrawn_means, redrawn = collect_mean_states(model, batches, targets[key])
-                with replace_by_means(model, use, targets[key], redrawn_means):
+            with redraw_tokens(model, targets[name], generator):
+                redrawn_means, redrawn = collect_mean_states(model, batches, targets[name])
+                with replace_by_means(model, use, targets[name], redrawn_means):
                     replaced = gather_outputs(model, batches)
 
-            for name, rows in redrawn.items():
-                sizes.setdefault(name, []).append(compute_size(rows, replaced[name]))
+            for output, rows in redrawn.items():
+                sizes.setdefault(output, []).append(compute_size(rows, replaced[output]))
                 # The drop is a mean over all images, so all labels must be known.
-                if name in labels and bool((labels[name] != IGNORED_LABEL).all()):
-                    was_correct = predict_labels(before[name], has_several_labels) == labels[name]
-                    is_correct = predict_labels(rows, has_several_labels) == labels[name]
+                if output in labels and bool((labels[output] != IGNORED_LABEL).all()):
+                    several = use.has_several_labels
+                    was_correct = predict_labels(before[output], several) == labels[output]
+                    is_correct = predict_labels(rows, several) == labels[output]
                     drop_by_image = (was_correct.float() - is_correct.float()).mean(dim=1)
-                    drops.setdefault((key, name), []).append(drop_by_image)
+                    drops.setdefault((name, output), []).append(drop_by_image)
 
         intervals = {
             position: compute_bootstrap_interval(torch.stack(draw_drops).mean(dim=0).tolist())
             for position, draw_drops in drops.items()
         }
-        for name, null_sizes in sizes.items():
-            for key in keys:
-                ablations[key][name] = replace(
-                    ablations[key][name],
+        for output, null_sizes in sizes.items():
+            for name in names:
+                ablations[name][output] = replace(
+                    ablations[name][output],
                     null_sizes=tuple(null_sizes),
-                    redraw_drop=intervals.get((key, name)),
+                    redraw_drop=intervals.get((name, output)),
                 )
     return ablations
 
 
-def plan_redraws(layout: TokenLayout, use: TokenUse) -> Iterator[tuple[list[str], list[str]]]:
-    """Yield the keys that share a null distribution, and the key that each draw redraws.
+def plan_redraws(use: TokenUse) -> Iterator[tuple[list[str], list[str]]]:
+    """Yield the names that share a null distribution, and the token that each draw redraws.
 
     The draws cycle through the tokens of a group. Tokens that a head reads are not redrawn.
     """
-    keys = get_token_keys(layout)
-    for group, members in get_group_indices(layout).items():
-        unread_keys = [keys[index] for index in members if index not in use.read_tokens]
-        if unread_keys:
-            yield unread_keys, list(islice(cycle(unread_keys), NUM_NULL_DRAWS))
-        if len(unread_keys) == len(members) > 1:
-            yield [group], [group] * NUM_NULL_DRAWS
+    for group, indices in use.groups.items():
+        unread = [use.names[index] for index in indices if index not in use.read_tokens]
+        if unread:
+            yield unread, list(islice(cycle(unread), NUM_NULL_DRAWS))
+        if len(unread) == len(indices) > 1:
+            yield [name_group(group)], [name_group(group)] * NUM_NULL_DRAWS
+
+
+def name_group(group: str) -> str:
+    """Name all tokens of a group, as in the table of effects."""
+    return f"all {SINGLE_TOKEN_NAMES[group]} tokens"
 
 
 # Effects ------------------------------------------------------------------------------------------
@@ -282,24 +286,6 @@ def measure_changes(before: list[torch.Tensor], after: list[torch.Tensor]) -> to
 # Tokens -------------------------------------------------------------------------------------------
 
 
-def get_group_indices(layout: TokenLayout) -> dict[str, list[int]]:
-    """Map each nonempty group to the sequence indices of its special tokens."""
-    special_indices = range(layout.num_prefix_tokens)
-    return {
-        name: list(special_indices[group])
-        for name, group in layout.items()
-        if special_indices[group]
-    }
-
-
-def get_token_keys(layout: TokenLayout) -> list[str]:
-    """Name the special tokens by keys such as `cls[0]`, as in metrics.jsonl."""
-    groups = get_group_indices(layout)
-    return [
-        f"{group}[{index}]" for group, members in groups.items() for index in range(len(members))
-    ]
-
-
 def collect_mean_states(
     model: Any, batches: Batches, indices: Sequence[int]
 ) -> tuple[torch.Tensor, Outputs]:
@@ -340,16 +326,15 @@ def replace_by_means(
         modules.pop()
 
     with ExitStack() as hooks:
-        # Compiled code does not call hooks.
-        hooks.enter_context(torch.compiler.set_stance("force_eager"))
         for module, means in zip(modules, mean_states, strict=False):
             hooks.enter_context(replace_tokens(module, indices, means))
         yield
 
 
-@contextmanager
-def redraw_tokens(model: Any, indices: Sequence[int], generator: torch.Generator) -> Iterator[None]:
-    """Replace the embeddings of the tokens `indices` with random vectors of the same norms."""
+def redraw_tokens(
+    model: Any, indices: Sequence[int], generator: torch.Generator
+) -> torch.utils.hooks.RemovableHandle:
+    """Replace the embeddings of some tokens with random vectors of the same norms, until removed."""
     # [n, D]
     directions = nn.functional.normalize(
         torch.randn(len(indices), model.config.hidden_size, generator=generator)
@@ -358,11 +343,7 @@ def redraw_tokens(model: Any, indices: Sequence[int], generator: torch.Generator
     def redraw(tokens: torch.Tensor) -> torch.Tensor:
         return tokens.norm(dim=-1, keepdim=True) * directions.to(tokens)
 
-    with (
-        torch.compiler.set_stance("force_eager"),
-        replace_tokens(model.base_model.embeddings, indices, redraw),
-    ):
-        yield
+    return replace_tokens(model.base_model.embeddings, indices, redraw)
 
 
 def replace_tokens(
@@ -410,19 +391,16 @@ def gather_outputs(
 def select_outputs(outputs: Any, layout: TokenLayout) -> dict[str, torch.Tensor]:
     """Select the logits [B, labels] of each task, or the features [B, n, D] of an encoder.
 
-    The features are "cls" and "distillation" (if there are such tokens), "pooled" (`pooler_output`)
-    or, without a pooler, "mean of patches", and "patches".
+    The features are "cls" and "distillation" (if there are such tokens), and "patches".
     """
     if hasattr(outputs, "logits"):
         return outputs.logits if isinstance(outputs.logits, dict) else {"": outputs.logits}
-
     states = outputs.last_hidden_state  # [B, N, D]
-    features = {"cls": states[:, layout.cls], "distillation": states[:, layout.distillation]}
-    if outputs.pooler_output is not None:
-        features["pooled"] = outputs.pooler_output.unsqueeze(1)
-    else:
-        features["mean of patches"] = states[:, layout.patches].mean(dim=1, keepdim=True)
-    features["patches"] = states[:, layout.patches]
+    features = {
+        "cls": states[:, layout.cls],
+        "distillation": states[:, layout.distillation],
+        "patches": states[:, layout.patches],
+    }
     return {name: vectors for name, vectors in features.items() if vectors.shape[1]}
 
 

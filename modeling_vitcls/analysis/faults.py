@@ -1,7 +1,7 @@
 """Two faults of special tokens, and the share of patches with outlier norms.
 
     find_identical_tokens(states, layers)      tokens that do the work of another token
-    find_unmoved_tokens(keys, movement)        tokens that training did not reach
+    find_unmoved_tokens(groups, movement)      tokens that training did not reach
     is_outlier(patches)                        patches that store something global (Darcet et al. 2023)
 
 A token's output in a layer counts only if an output of the model depends on it (`TokenUse`).
@@ -51,16 +51,24 @@ def find_identical_tokens(
     return identical
 
 
-def find_unmoved_tokens(keys: Sequence[str], movement: Mapping[str, float]) -> list[int]:
+def find_unmoved_tokens(
+    groups: Mapping[str, Sequence[int]], movement: Mapping[str, float]
+) -> list[int]:
     """Find the tokens that training did not move although it moved others.
 
     Args:
-        keys: [S], keys of the special tokens, such as `cls[0]`.
-        movement: distance by which training moved each token (`token_movement` in results.json).
+        groups: sequence indices of the tokens of each group (`TokenUse.groups`).
+        movement: distance by which training moved each token (`token_movement` in results.json),
+            by keys such as `cls[0]`.
     """
     if not any(movement.values()):
         return []  # The run trained no token at all, but perhaps a head
-    return [index for index, key in enumerate(keys) if movement.get(key) == 0]
+    unmoved = []
+    for group, indices in groups.items():
+        unmoved += [
+            index for number, index in enumerate(indices) if movement.get(f"{group}[{number}]") == 0
+        ]
+    return unmoved
 
 
 def is_outlier(patches: torch.Tensor) -> torch.Tensor:

@@ -12,16 +12,15 @@ from ..data.labels import UNLABELED, get_label_space
 from ..data.splits_table import read_splits, select_task
 from ..hub.loading import get_cached_commit
 from ..hub.local_paths import get_title
-from ..inference.load_model import load_model
+from ..inference.load_model import load_for_inference
 from ..runtime.distributed import choose_precision
 from ..runtime.files import write_json
 from ..runtime.progress import track
-from .inspection import Inspection, inspect_model, read_images
+from .inspection import MAX_BATCH_SIZE, Inspection, inspect_images
 from .inspection_images import open_images
-from .model_utils import is_classifier
 from .options import InspectOptions
-from .photo import measure_photo
-from .report import ShownPhoto, build_inspection_record, format_effect, write_page
+from .report import build_inspection_record, format_effect, write_page
+from .token_use import find_token_use
 
 
 def write_inspection(options: InspectOptions) -> Inspection:
@@ -34,51 +33,45 @@ def write_inspection(options: InspectOptions) -> Inspection:
     console = Console(emoji=False, soft_wrap=True, highlight=False)
     error_console = Console(emoji=False, stderr=True, soft_wrap=True, highlight=False)
     folder = open_model(options.model)
-    model, processor = load_model(folder), folder.load_processor()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model.to(device).eval()
+    model, processor, batch_size = load_for_inference(
+        folder,
+        device,
+        use_head=None,
+        batch_size=options.batch_size,
+        max_batch_size=MAX_BATCH_SIZE,
+    )
     precision: str = options.mixed_precision
     if precision == "auto":
         precision = choose_precision(device, model.config)
-    label_space = get_label_space(model.config) if is_classifier(model) else UNLABELED
-    splits = select_task(read_splits(folder), None)
-    images = open_images(options, label_space, splits).draw(options.max_images)
+    label_space = get_label_space(model.config) if find_token_use(model).has_head else UNLABELED
+    data = open_images(options, label_space, select_task(read_splits(folder), None))
     files = [file for file in (options.output, options.json) if file is not None]
     for file in files:
         file.parent.mkdir(parents=True, exist_ok=True)  # An error comes before the measurements
-    watch = partial(track, console=error_console, unit="")
-    with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-        read = read_images(
-            model, processor, images.images, images.labels, options.batch_size, watch
+
+    inspection, photos = inspect_images(
+        model,
+        processor,
+        data.images.draw(options.max_images),
+        data.label_space,
+        batch_size=batch_size,
+        num_shown=options.num_images,
+        token_movement=folder.results_of_any_weights.get("token_movement"),
+        uses_bfloat16=precision == "bf16",
+        watch=partial(track, console=error_console, unit=""),
+    )
+    for message in inspection.error_messages:
+        error_console.print(
+            f"WARNING: skipped an image: {message}", style="bold yellow", markup=False
         )
-        for message in read.error_messages:
-            error_console.print(
-                f"WARNING: skipped an image: {message}", style="bold yellow", markup=False
-            )
-        inspection = inspect_model(
-            model,
-            read,
-            num_shown=options.num_images,
-            token_movement=folder.results_of_any_weights.get("token_movement"),
-            watch=watch,
-        )
-    # Outside autocast: in float32, as in `vitcls look`.
-    photos = [
-        ShownPhoto(
-            images.names[index],
-            measure_photo(model, processor, images.images[index]),
-            truth=None if images.labels is None else label_space.format(images.labels[index]),
-            kind=kind,
-        )
-        for index, kind in watch(inspection.shown_images.items(), "drawing photos")
-    ]
     title = get_title(options.model)
     commit = get_cached_commit(str(folder.path))
-    record = build_inspection_record(inspection, title, commit)
-    write_page(options.output, title, inspection, photos, images.source, commit)
+    write_page(options.output, title, inspection, photos, data.description, commit)
     if options.json is not None:
-        write_json(options.json, record)
+        write_json(options.json, build_inspection_record(inspection, title, commit))
     print_inspection(inspection, console)
+    console.print(f"{inspection.num_images:,} images, {len(photos)} shown")
     for file in files:
         console.print(f"saved {file}", markup=False)
     return inspection
@@ -88,7 +81,7 @@ def write_inspection(options: InspectOptions) -> Inspection:
 
 
 def print_inspection(inspection: Inspection, console: Console) -> None:
-    """Print the table, the faults and the numbers of images."""
+    """Print the table and the faults."""
     rows = [format_effect(*row) for row in inspection.effects]
     if not rows:
         console.print("The model has no special tokens.")
@@ -99,5 +92,3 @@ def print_inspection(inspection: Inspection, console: Console) -> None:
         console.print(table)
     for line in inspection.lines:
         console.print(line, markup=False)
-    num_shown = len(inspection.shown_images)
-    console.print(f"{inspection.num_images:,} images, {num_shown} shown")

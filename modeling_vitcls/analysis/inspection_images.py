@@ -1,20 +1,16 @@
-"""Images and labels of `vitcls inspect`, decoded on access.
+"""Images of `vitcls inspect`, decoded on access.
 
 PATHS       files and folders; if a folder has the name of a class, its images have this label
 --dataset   a dataset, loaded as in `vitcls evaluate`
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from ..data.cells import normalize_name
-from ..data.evaluation_data import load_evaluation_data
-from ..data.images import DatasetImages
+from ..data.evaluation_data import EvaluationData, load_evaluation_data
+from ..data.images import DatasetImages, LabeledImages
 from ..data.label_matching import translate_labels
 from ..data.labels import UNLABELED, LabelSpace, OneLabel
 from ..data.options import DataOptions
@@ -23,30 +19,9 @@ from ..inference.inputs import list_records
 from .options import InspectOptions
 
 
-@dataclass(frozen=True)
-class InspectionImages:
-    """Images with names, labels (as in `inspect_model`), and a description of the source."""
-
-    images: DatasetImages
-    names: Sequence[str]
-    labels: Sequence[Any] | None  # None if unknown
-    source: str
-
-    def draw(self, num_images: int) -> "InspectionImages":
-        """Draw at most `num_images` images at random, in the same order."""
-        drawn = np.random.default_rng(0).permutation(len(self.names))[:num_images]
-        indices = np.sort(drawn).tolist()
-        return replace(
-            self,
-            images=self.images.select(indices),
-            names=[self.names[index] for index in indices],
-            labels=None if self.labels is None else [self.labels[index] for index in indices],
-        )
-
-
 def open_images(
     options: InspectOptions, label_space: LabelSpace, splits: pd.DataFrame = EMPTY_TABLE
-) -> InspectionImages:
+) -> EvaluationData:
     """Open the images of `paths` or `dataset`, with the label indices of a classifier.
 
     `label_space` belongs to the classifier, or is UNLABELED. `splits` are the rows of
@@ -67,34 +42,25 @@ def open_images(
     )
     use_labels = label_space != UNLABELED
     data = load_evaluation_data(data_options, options.split, splits, use_labels=use_labels)
-    labels: Sequence[Any] | None = None
+    images = data.images
     if use_labels:
-        labels = translate_labels(data.images, data.label_space, label_space).labels
-
-    images = data.images.images
-    dataset_name = Path(options.dataset).resolve().name
-    # Numbers of rows do not say which dataset they are from.
-    names = [f"{dataset_name} {name}" if name.isdigit() else name for name in images.get_names()]
-    return InspectionImages(images, names, labels, f"{dataset_name}, {data.description}")
+        images = translate_labels(images, data.label_space, label_space)
+    description = f"{Path(options.dataset).resolve().name}, {data.description}"
+    return data._replace(images=images, label_space=label_space, description=description)
 
 
-def open_paths(paths: Sequence[str], label_space: LabelSpace) -> InspectionImages:
+def open_paths(paths: tuple[str, ...], label_space: LabelSpace) -> EvaluationData:
     """Open image files and folders.
 
-    The class of each image is the name of its folder; without a class of this name, it has
-    no label. There are no labels if no folder has the name of a class, or images do not have
-    exactly one class.
+    The class of each image is the name of its folder; without a class of this name, it has no
+    label. There are no labels if images do not have exactly one class.
     """
-    records = list_records(paths)
-    files = [str(record.content) for record in records]
-
-    names = [Path(record.name).name for record in records]
-    class_names: list[str] = []
-    if label_space != UNLABELED and isinstance(label_space, OneLabel):
-        class_names = label_space.names
+    files = [str(record.content) for record in list_records(paths)]
+    if not isinstance(label_space, OneLabel):
+        label_space = UNLABELED
+    class_names = label_space.names if label_space.columns else []
     indices = {normalize_name(name): index for index, name in enumerate(class_names)}
     labels = [indices.get(normalize_name(Path(file).resolve().parent.name)) for file in files]
-    has_labels = any(label is not None for label in labels)
-    source = ", ".join(Path(path).resolve().name for path in paths)
-    images = DatasetImages.from_list(files)
-    return InspectionImages(images, names, labels if has_labels else None, source)
+    images = LabeledImages(DatasetImages.from_list(files), labels)
+    description = ", ".join(Path(path).resolve().name for path in paths)
+    return EvaluationData(label_space, images, "", 0, description)

@@ -30,8 +30,7 @@ from ..model.configuration_vitcls import ViTCLSConfig
 from ..model.extra_heads_vitcls import ExtraHead
 from .attribution import AttentionTrace, trace_attention
 from .maps import extract_patch_maps, to_upright_rgb
-from .model_utils import evaluation_mode, is_classifier, unwrap_model
-from .token_use import TokenUse
+from .token_use import find_token_use
 
 
 MAX_LABELS = 3  # Labels shown per prediction
@@ -92,25 +91,53 @@ class PhotoMeasurements:
     explained_variance: list[list[float]]
 
 
+@dataclass(frozen=True)
+class ShownPhoto:
+    """A photo that a page shows.
+
+    Attributes:
+        name: name of the photo.
+        measurements: the values that its sheet shows.
+        truth: true label as text; None if unknown.
+        predicted: predicted label as text. Default: the prediction of the measurements.
+        kind: reason why the photo is shown (`select_images`); None without a reason.
+    """
+
+    name: str
+    measurements: PhotoMeasurements
+    truth: str | None = None
+    predicted: str | None = None
+    kind: str | None = None
+
+    @property
+    def caption(self) -> str:
+        """The true and the predicted labels, or the name of the photo."""
+        predicted = self.predicted or ", ".join(
+            labels[0][0] for labels in self.measurements.predictions.values() if labels
+        )
+        if self.truth and predicted:
+            return f"{self.truth} → {predicted}"
+        return predicted or self.name
+
+
 def measure_photo(model: Any, processor: Any, image: Image.Image) -> PhotoMeasurements:
     """Run the model once on a photo, and return the attention and the features of its tokens.
 
     Args:
-        model: any ViTCLS classifier or encoder, with or without special tokens.
+        model: any ViTCLS classifier or encoder, with or without special tokens, in evaluation mode
+            and without wrappers of PEFT or torch.compile.
         processor: the image processor of the model.
 
     Raises:
         ValueError: if the processor or the model does not accept the photo, or the features are not
             finite.
     """
-    model = unwrap_model(model)
-    config: ViTCLSConfig = model.config
-    use = TokenUse(config, is_classifier(model))
+    use = find_token_use(model)
+    config = use.config
     # [1, C, H, W]
     pixel_values = processor(image, return_tensors="pt")["pixel_values"].to(model.device)
-    with evaluation_mode(model):
-        heads = get_heads(config) if use.has_head else config.get_added_tasks()
-        trace = trace_attention(model, pixel_values, needs_gradients=bool(heads))
+    heads = get_heads(config) if use.has_head else config.get_added_tasks()
+    trace = trace_attention(model, pixel_values, needs_gradients=bool(heads))
 
     # [L, N, D]
     states = torch.stack(

@@ -1,10 +1,9 @@
 """The HTML report: one self-contained page about predictions and special tokens, without a script.
 
-inspection = inspect_model(model, read_images(model, processor, images))
-photos = [ShownPhoto("cat.jpg", measure_photo(model, processor, images[0]))]
+inspection, photos = inspect_images(model, processor, images, batch_size=8)
 write_page("report.html", "my model", inspection, photos)
 
-inspection.py      measurements of many images
+inspection.py      measurements of many images, and photos
 sheet.py           the sheet of each photo
 report.html.j2     text and tables
 page.css           style of every page
@@ -13,7 +12,7 @@ page.css           style of every page
 import base64
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -27,46 +26,16 @@ from ..version import __version__
 from .ablation import Effect
 from .inspection import Inspection
 from .maps import draw_region, overlay, to_picture
-from .photo import PhotoMeasurements
-from .sheet import draw_sheet, shorten_middle
+from .photo import ShownPhoto
+from .sheet import draw_sheet
 
 
 TEMPLATE_FOLDER = Path(__file__).parent
 NUM_LARGE_WRONG_IMAGES = 6  # As many fit on the first screen
-MAX_FILE_NAME = 24  # Characters of a file name under an image
 THUMBNAIL_SIDE = 200  # Longer side of the images next to the name of a photo, in pixels
 MAX_EXACT_SIDE = 96  # Images with longer sides are compressed with a loss
 # Kinds of photos (`select_images`) and their names in the report.
 KINDS = {"wrong": "wrong prediction", "uncertain": "least confident", "typical": "typical"}
-
-
-@dataclass(frozen=True)
-class ShownPhoto:
-    """A photo that the report shows.
-
-    Attributes:
-        name: name of the photo.
-        measurements: the values that its sheet shows.
-        truth: true label as text; None if unknown.
-        predicted: predicted label as text. Default: the prediction of the measurements.
-        kind: reason why the photo is shown, one of KINDS; None without a reason.
-    """
-
-    name: str
-    measurements: PhotoMeasurements
-    truth: str | None = None
-    predicted: str | None = None
-    kind: str | None = None
-
-    @property
-    def caption(self) -> str:
-        """The true and the predicted labels, or the name of the photo."""
-        predicted = self.predicted or ", ".join(
-            labels[0][0] for labels in self.measurements.predictions.values() if labels
-        )
-        if self.truth and predicted:
-            return f"{self.truth} → {predicted}"
-        return predicted or shorten_name(self.name)
 
 
 def write_page(
@@ -79,12 +48,12 @@ def write_page(
     predictions: Mapping[str, Any] | None = None,
     class_tables: Mapping[str, Sequence[Mapping[str, str]]] | None = None,
 ) -> None:
-    """Write the report of an inspection (`inspect_model`) atomically.
+    """Write the report of an inspection atomically.
 
     Args:
         file: path of the HTML file.
         title: name of the model.
-        inspection: measurements of many images.
+        inspection: measurements of many images (`inspect_images`).
         photos: photos to show.
         source: description of the images.
         commit: Hub commit of the model, if it is from the Hub.
@@ -117,7 +86,6 @@ def write_page(
         class_tables=class_tables or {},
         effects=[format_effect(*row) for row in inspection.effects],
         num_large=NUM_LARGE_WRONG_IMAGES,
-        shorten=shorten_name,
     )
     Path(file).parent.mkdir(parents=True, exist_ok=True)
     with write_atomically(Path(file)) as partial_file:
@@ -144,7 +112,7 @@ def build_inspection_record(
         "faults": inspection.faults,
         "patches": {"outliers": inspection.outlier_share, "layer": inspection.outlier_layer},
         "num_images": inspection.num_images,
-        "num_unreadable": inspection.num_unreadable,
+        "num_unreadable": len(inspection.error_messages),
     }
 
 
@@ -167,7 +135,7 @@ def build_photo_row(photo: ShownPhoto, title: str) -> dict[str, Any]:
         f"attention of {measurements.token_names[0]}": overlay(visible_part, attention),
         "patch features": features.resize(visible_part.size, Image.Resampling.NEAREST),
     }
-    sheet = draw_sheet(measurements, f"{title} · {shorten_name(photo.name)}")
+    sheet = draw_sheet(measurements, f"{title} · {Path(photo.name).name}")
     return {
         "name": photo.name,
         "caption": photo.caption,
@@ -175,11 +143,6 @@ def build_photo_row(photo: ShownPhoto, title: str) -> dict[str, Any]:
         "pictures": {name: encode_data_url(picture) for name, picture in pictures.items()},
         "sheet": encode_data_url(sheet),
     }
-
-
-def shorten_name(name: str) -> str:
-    """Shorten the last part of the name of an image to MAX_FILE_NAME characters."""
-    return shorten_middle(name.rpartition("/")[2], MAX_FILE_NAME)
 
 
 def format_effect(token: str, output: str, effect: Effect) -> dict[str, str]:

@@ -2,7 +2,10 @@
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
+from ..data.labels import is_multi_label
+from ..inference.token_names import get_token_names
 from ..model.configuration_vitcls import ViTCLSConfig
 
 
@@ -21,6 +24,24 @@ class TokenUse:
 
     config: ViTCLSConfig
     has_head: bool = True
+
+    @property
+    def has_several_labels(self) -> bool:
+        """Whether the head applies a sigmoid to each logit."""
+        return self.has_head and is_multi_label(self.config)
+
+    @cached_property
+    def names(self) -> list[str]:
+        """The name of each special token, such as "register 2"."""
+        return get_token_names(self.config)
+
+    @cached_property
+    def groups(self) -> dict[str, list[int]]:
+        """Map each group of special tokens that is not empty to their sequence indices."""
+        layout = self.config.token_layout
+        special_indices = range(layout.num_prefix_tokens)
+        indices = {group: list(special_indices[tokens]) for group, tokens in layout.items()}
+        return {group: members for group, members in indices.items() if members}
 
     @cached_property
     def readers(self) -> dict[str, set[int]]:
@@ -76,3 +97,14 @@ class TokenUse:
             for index in indices:
                 num_layers[index] = max(num_layers[index], last_layers[head])
         return num_layers
+
+
+def find_token_use(model: Any) -> TokenUse:
+    """Find which tokens the outputs of a model read.
+
+    A regression model is measured like an encoder.
+    """
+    config = model.config
+    has_labels = bool(config.tasks or config.num_labels) and config.problem_type != "regression"
+    # By name, because code that was loaded from the Hub has classes of its own with the same names.
+    return TokenUse(config, has_labels and type(model).__name__.endswith("Classification"))

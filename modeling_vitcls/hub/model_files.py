@@ -77,7 +77,6 @@ REQUIRED_PATTERNS = (
     PARITY_REPORT_FILE,
     CERTIFICATE_FILE,
 )
-RESULT_IMAGE_PATTERNS = (SAMPLE_IMAGES_FILE, f"{IMAGES_FOLDER}/confusion_matrix*.png")
 GRAPH_FILE = "model.onnx"
 # Files of `vitcls export`: FILE.json is the report of FILE, and FILE.data has large weights.
 EXPORT_PATTERNS = ("*.onnx", "*.onnx.json", "*.onnx.data")

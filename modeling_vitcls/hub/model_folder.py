@@ -31,7 +31,6 @@ from .model_files import (
     CERTIFICATE_FILE,
     CONFIG_FILE,
     CONFIG_FILES,
-    IMAGES_FOLDER,
     INDEX_FILE,
     LICENSE_FILES,
     LICENSE_PATTERNS,
@@ -419,19 +418,6 @@ class ModelFolder:
             *LICENSE_FILES,
             *(name for name in copied_files if is_match(name, LICENSE_PATTERNS)),
         }
-
-    @property
-    def images(self) -> dict[str, str]:
-        """The names of the card's images, such as "attention", and their paths in the folder.
-
-        Images of results that belong to other weights are omitted.
-        """
-        if not self.results:
-            return {}
-        tasks = self.config.task_labels() if self.config is not None else {}
-        names = ["attention", "confusion_matrix", *(f"confusion_matrix_{task}" for task in tasks)]
-        files = {name: f"{IMAGES_FOLDER}/{name}.png" for name in names}
-        return {name: file for name, file in files.items() if (self.path / file).is_file()}
 
 
 def open_vitcls(source: str) -> ModelFolder:

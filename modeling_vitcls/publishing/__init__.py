@@ -2,9 +2,8 @@
 
 They read the files of the folder, and nothing else.
 
-report.py                  report.html and the card's images
+report.py                  report.html and the card's sheet
 card.py                    README.md, with one template per kind of model in model_cards/
-card_images.py             the card's images
 wrong_photos.py            wrong predictions of a run, for the report and the card
 published_files.py         the files that a push publishes
 push.py                    permissions and push, with retries

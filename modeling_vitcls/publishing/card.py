@@ -22,7 +22,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, FileSystemLoader
 
-from ..hub.model_files import CARD_FILE, RECIPE_FILE, REPORT_FILE
+from ..hub.model_files import CARD_FILE, RECIPE_FILE, REPORT_FILE, SAMPLE_IMAGES_FILE
 from ..hub.model_folder import ModelFolder
 from ..hub.provenance import Provenance
 from ..inference.linear_probe import describe_candidate
@@ -30,6 +30,7 @@ from ..inference.metric_tables import (
     METRIC_NAMES,
     build_class_tables,
     build_metric_rows,
+    describe_confusions,
     format_name,
     format_percent,
     format_small_percent,
@@ -40,7 +41,7 @@ from ..runtime.errors import format_name_list
 from ..training.extend import format_result
 from ..version import __version__
 from .verification_script import get_auto_class
-from .wrong_photos import read_predictions, summarize_predictions, wrong_photos
+from .wrong_photos import read_predictions, summarize_predictions
 
 
 TAGS = ("vision", "vit", "vitcls")
@@ -105,16 +106,16 @@ def render_card(
     # First, because it may raise: a card must not be written under a license that the weights do
     # not have.
     license_source = get_license_source(folder, license_id)
-    has_report = (
-        bool(folder.results)
-        and (folder.path / REPORT_FILE).is_file()
-        and REPORT_FILE not in hidden_files
-    )
-
+    shown_files = [
+        name
+        for name in (REPORT_FILE, SAMPLE_IMAGES_FILE)
+        if folder.results and (folder.path / name).is_file() and name not in hidden_files
+    ]
     metric_names = get_metric_names(folder.results, folder.config)
     metrics = {
         "metrics": build_metric_rows(folder.results, folder.config),
         "class_tables": build_class_tables(folder.results, folder.config),
+        "confusions": describe_confusions(folder.results, folder.config),
     }
     auto_class = get_auto_class(folder.architecture)
     metadata = build_metadata(folder, name, license_source, metric_names)
@@ -122,8 +123,7 @@ def render_card(
         "card_data": ModelCardData(**metadata).to_yaml(),
         "name": name,
         "version": __version__,
-        "images": {key: path for key, path in folder.images.items() if path not in hidden_files},
-        "report_file": REPORT_FILE if has_report else None,
+        "shown_files": shown_files,
         "has_token_effects": folder.has_trained_tokens,
         "license": license_source,
         "has_code": folder.has_weights and not folder.is_native,
@@ -253,14 +253,11 @@ def build_run_variables(folder: ModelFolder) -> dict[str, Any]:
     results = folder.results
     shareable_flags = folder.shareable_flags
     rows = read_predictions(folder)
-    predictions = None
-    if rows is not None:
-        predictions = summarize_predictions(folder, rows) | {"wrong": wrong_photos(rows, {})}
     return {
         "is_frozen": bool(results.get("frozen")) and not results["steps"],
         "initial_model": shareable_flags["model"],
         "is_cross_validated": results.get("split") == "cross-validation",
-        "predictions": predictions,
+        "predictions": None if rows is None else summarize_predictions(folder, rows),
         "teacher": shareable_flags.get("teacher"),
         "recipe_file": RECIPE_FILE,
     }

@@ -22,9 +22,9 @@ from ..hub.model_files import (
     MODEL_PATTERNS,
     PARITY_REPORT_FILE,
     RECIPE_FILE,
-    RESULT_IMAGE_PATTERNS,
     RESULTS_FILE,
     RUN_FILES,
+    SAMPLE_IMAGES_FILE,
 )
 from ..hub.model_folder import ModelFolder
 from .card import has_edited_card, render_card
@@ -38,7 +38,7 @@ CODE_LICENSE_FILE = "CODE_LICENSE"
 DELETE_PATTERNS = [
     *MODEL_PATTERNS,
     *RUN_FILES,
-    *RESULT_IMAGE_PATTERNS,
+    SAMPLE_IMAGES_FILE,
     *EXPORT_PATTERNS,
     PARITY_REPORT_FILE,
     CERTIFICATE_FILE,
@@ -94,8 +94,7 @@ def list_published_files(folder: ModelFolder) -> set[str]:
         # If the results belong to other weights, no file of their run is published: its recipe
         # would be wrong for the new weights as well.
         if folder.results or not (folder.path / RESULTS_FILE).is_file():
-            names |= set(RUN_FILES)
-        names |= set(folder.images.values())
+            names |= {*RUN_FILES, SAMPLE_IMAGES_FILE}
     else:
         names |= {*CONFIG_FILES, RESULTS_FILE}
 

@@ -1,8 +1,9 @@
 """The wrong predictions of a run for its report and its card, from predictions.parquet.
 
     rows = read_predictions(folder)                 one row per image, None without predictions
-    summary = summarize_predictions(folder, rows)   headline, counts, calibration
-    wrong_photos(rows, find_photos(data), ...)      the wrong images, the largest loss first
+    summary = summarize_predictions(folder, rows)   headline, counts, calibration, and the wrong
+                                                    images with the largest losses
+    draw_wrong_photos(summary["wrong"], find_photos(data), ...)      the same, with pictures
 
 These results exist only for classifiers with one label per image. The images of the rows are found
 in the data of the run by their names.
@@ -28,8 +29,7 @@ from ..training.outcome import list_measurements
 from ..training.run_results import describe_classes
 
 
-MIN_CONFIDENT = 0.9  # A wrong prediction above this probability is a confident one
-MAX_WRONG_IMAGES = 12  # In the report
+MAX_WRONG_IMAGES = 12
 THUMBNAIL_SIDE = 240  # Longer side of a wrong image, in pixels
 NEAREST_SIDE = 120  # Longer side of a nearest training image
 
@@ -124,24 +124,20 @@ def summarize_predictions(folder: ModelFolder, rows: Any) -> dict[str, Any]:
         "headline": sentence,
         "classes": describe_classes(results, shares.iloc[0] / shares.iloc[-1]),
         "is_cross_validated": is_cross_validated,
-        "images_name": "Training images, each predicted by a classifier of other images"
-        if is_cross_validated
-        else "Held-out images",
         "num_images": len(rows),
         "num_wrong": len(wrong),
-        "num_confident_errors": int((wrong["confidence"] > MIN_CONFIDENT).sum()),
-        "min_confident": MIN_CONFIDENT,
         "calibration": results.get("calibration"),
+        "wrong": wrong.nlargest(MAX_WRONG_IMAGES, "loss").to_dict("records"),
         "calibration_error": results.get("calibration_error"),
     }
 
 
-def wrong_photos(
-    rows: Any, photos: Photos, class_names: Sequence[str] = (), bit_depth: int = 16
+def draw_wrong_photos(
+    rows: Sequence[dict[str, Any]], photos: Photos, class_names: Sequence[str], bit_depth: int
 ) -> list[dict[str, Any]]:
-    """List the wrong images with the largest losses, each with its nearest training images.
+    """Add thumbnails of wrong images and of their nearest training images, as far as they are found.
 
-    Images that are in `photos` have a thumbnail; 16-bit images use `bit_depth` bits.
+    16-bit images use `bit_depth` bits.
     """
 
     def draw(name: str, side: int) -> str | None:
@@ -155,14 +151,13 @@ def wrong_photos(
         image.thumbnail((side, side))
         return encode_data_url(image)
 
-    wrong = rows[rows["label"] != rows["prediction"]].sort_values("loss", ascending=False)
-    shown = []
-    for row in wrong.head(MAX_WRONG_IMAGES).to_dict("records"):
+    drawn = []
+    for row in rows:
         nearest = []
-        for name in row.pop("nearest_images", ()):
+        for name in row.get("nearest_images", ()):
             if name in photos:
                 images, index = photos[name]
                 label = class_names[images.labels[index]]
                 nearest.append({"image": name, "label": label, "url": draw(name, NEAREST_SIDE)})
-        shown.append(row | {"url": draw(row["image"], THUMBNAIL_SIDE), "nearest": nearest})
-    return shown
+        drawn.append(row | {"url": draw(row["image"], THUMBNAIL_SIDE), "nearest": nearest})
+    return drawn

@@ -26,7 +26,6 @@ from modeling_vitcls.analysis.ablation import (
     compute_effect,
     compute_size,
     gather_outputs,
-    get_token_keys,
     predict_labels,
     replace_by_means,
 )
@@ -99,19 +98,19 @@ def test_replacing_a_token_by_its_mean_equals_a_computation_layer_by_layer(
     means = collect_means(model)
     found = compute_ablations(model, TokenUse(model.config), UNLABELED)
     before = compute_logits(model, None, means)
-    keys = get_token_keys(model.config.token_layout)
+    names = TokenUse(model.config).names
 
-    assert [key for key in found if "[" in key] == keys
+    assert [name for name in found if not name.startswith("all ")] == names
     scale = (before - before.mean(dim=0)).square().mean().sqrt()
-    for index, key in enumerate(keys):
+    for index, name in enumerate(names):
         after = compute_logits(model, index, means)
         with replace_by_means(model, TokenUse(model.config), [index], means[:, [index]]):
             found_logits = torch.stack(gather_outputs(model, UNLABELED)[""])
         assert get_largest_difference(found_logits, after) <= 1e-5
         change = ((after - before).square().mean().sqrt() / scale).item()
-        assert found[key][""].size == pytest.approx(change, abs=1e-5)
+        assert found[name][""].size == pytest.approx(change, abs=1e-5)
         changed = (after.argmax(-1) != before.argmax(-1)).float().mean().item()
-        assert found[key][""].changed == pytest.approx(changed)
+        assert found[name][""].changed == pytest.approx(changed)
 
 
 def test_tokens_that_a_head_does_not_read_are_compared_with_redrawn_ones() -> None:
@@ -122,11 +121,11 @@ def test_tokens_that_a_head_does_not_read_are_compared_with_redrawn_ones() -> No
     found = compute_ablations(model, TokenUse(model.config), batches)
     # the model is unchanged
     assert torch.equal(torch.stack(gather_outputs(model, UNLABELED)[""]), outputs)
-    assert found["cls[0]"][""].null_sizes == ()
-    for key in ("registers[0]", "registers[2]", "registers"):
-        assert len(found[key][""].null_sizes) == NUM_NULL_DRAWS, key
-        assert found[key][""].num_images == len(PIXELS), key
-    assert found["registers[0]"][""].redraw_drop is not None
+    assert found["CLS"][""].null_sizes == ()
+    for name in ("register 1", "register 3", "all register tokens"):
+        assert len(found[name][""].null_sizes) == NUM_NULL_DRAWS, name
+        assert found[name][""].num_images == len(PIXELS), name
+    assert found["register 1"][""].redraw_drop is not None
 
 
 # Effects in numbers -------------------------------------------------------------------------------

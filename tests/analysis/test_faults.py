@@ -49,7 +49,7 @@ def test_one_large_channel_of_all_tokens_hides_no_difference() -> None:
 def test_a_token_that_did_not_move_while_others_did_is_found(
     movement: dict[str, float], expected: list[int]
 ) -> None:
-    assert find_unmoved_tokens(["cls[0]", "registers[0]"], movement) == expected
+    assert find_unmoved_tokens({"cls": [0], "registers": [1]}, movement) == expected
 
 
 def test_outliers_have_three_times_the_median_norm_of_their_image() -> None:

@@ -12,11 +12,9 @@ from modeling_vitcls import (
     ViTCLSForImageClassification,
     ViTCLSImageProcessor,
 )
-from modeling_vitcls.analysis.inspection import (
-    inspect_model,
-    read_images,
-    select_images,
-)
+from modeling_vitcls.analysis.inspection import inspect_images, read_batches, select_images
+from modeling_vitcls.data.images import LabeledImages
+from modeling_vitcls.data.labels import OneLabel
 
 
 NUM_IMAGES = 18
@@ -39,8 +37,18 @@ def build_classifier(**fields: Any) -> ViTCLSForImageClassification:
     return center_logits(model, PROCESSOR(build_images(), return_tensors="pt")["pixel_values"])
 
 
-def read(model: Any, images: list[Any], labels: Any, processor: Any = PROCESSOR) -> Any:
-    return read_images(model, processor, images, labels, batch_size=4).batches
+def read(model: Any, images: Any, labels: Any, processor: Any = PROCESSOR) -> Any:
+    label_space = OneLabel({"label": list("abcdefgh")})
+    labeled = LabeledImages(images, labels)
+    return read_batches(model, processor, labeled, label_space, 4, lambda items, _: items)[0]
+
+
+def inspect(model: Any, count: int = NUM_IMAGES, **settings: Any) -> Any:
+    """Measure images without labels, and show the first one."""
+    images = build_images()[:count]
+    labeled = LabeledImages(images, [None] * count)
+    chosen = [(images[0], {"name": "first"})]
+    return inspect_images(model, PROCESSOR, labeled, batch_size=4, chosen=chosen, **settings)
 
 
 # Measured images ----------------------------------------------------------------------------------
@@ -59,13 +67,14 @@ def test_images_of_several_shapes_keep_their_labels() -> None:
     images = build_images(*[(32, 32), (32, 48)] * 4)
     images[3] = Image.new("F", (32, 32))
     processor = ViTCLSImageProcessor(size={"shortest_edge": 32})
-    batches = read(model, images, list(range(8)), processor)
-    found = {batch.indices[0]: batch for batch in batches}
+    found = {}
+    for batch in read(model, images, list(range(8)), processor):
+        rows = zip(batch.pixel_values, batch.labels.tolist(), strict=True)
+        found |= dict(zip(batch.indices, rows, strict=True))
     assert sorted(found) == [0, 1, 2, 4, 5, 6, 7]
-    for index, batch in found.items():
-        expected = processor(images[index], return_tensors="pt")["pixel_values"]
-        assert torch.equal(batch.pixel_values, expected)
-        assert batch.labels.tolist() == [index]
+    for index, (pixels, label) in found.items():
+        assert torch.equal(pixels, processor(images[index], return_tensors="pt")["pixel_values"][0])
+        assert label == index
 
 
 def test_planted_faults_are_named() -> None:
@@ -75,8 +84,7 @@ def test_planted_faults_are_named() -> None:
     registers[:, 2] = registers[:, 0]
     model.vitcls.embeddings.position_embeddings.patches.data[:, 5] = 1e4
     movement = {"cls[0]": 1.0, "registers[0]": 1.0, "registers[1]": 0.0, "registers[2]": 1.0}
-    images = read_images(model, PROCESSOR, build_images())
-    found = inspect_model(model, images, has_ablations=False, token_movement=movement)
+    found, _ = inspect(model, has_ablations=False, token_movement=movement)
     assert [fault.partition(" ")[0] for fault in found.faults] == ["register"] * 3
     assert "register 1: identical to register 3 after layer 1" in found.faults
     assert found.faults[-1].startswith("register 2: not moved")
@@ -89,7 +97,7 @@ def test_hidden_states_that_are_not_finite_are_errors() -> None:
     model = ViTCLSForImageClassification(build_tiny_config(num_cls_tokens=0, pooling="mean")).eval()
     model.vitcls.layers[0].mlp.fc2.bias.data[0] = torch.inf
     with raises_one_line("not finite"):
-        inspect_model(model, read_images(model, PROCESSOR, build_images()[:1]))
+        inspect(model, count=1)
 
 
 # Shown photos -------------------------------------------------------------------------------------

@@ -72,7 +72,7 @@ def test_registers_that_carry_all_information_have_an_effect(num_registers: int)
                 model(PIXELS[indices], labels=LABELS[indices]).loss.backward()
                 optimizer.step()
         found = measure(model.eval())
-    effect = found["registers[0]" if num_registers == 1 else "registers"][""]
+    effect = found["register" if num_registers == 1 else "all register tokens"][""]
     assert effect.comparison == "more"
     assert effect.is_beyond_limit
 
@@ -86,15 +86,15 @@ def test_each_task_has_its_own_effects() -> None:
     model = center_logits(ViTCLSForMultiTaskClassification(config), HELD_OUT[0])
     labels = torch.stack([HELD_OUT[1] % 2, (HELD_OUT[1] >= 5).long()], dim=1)
     found = measure(model, labels=labels)
-    assert found["cls[0]"]["parity"].comparison == "read by a head"
-    assert found["cls[1]"]["size"].comparison == "read by a head"
-    assert found["registers[0]"].keys() == TASKS.keys()
-    assert "cls" in found  # both CLS tokens together
+    assert found["CLS parity"]["parity"].comparison == "read by a head"
+    assert found["CLS size"]["size"].comparison == "read by a head"
+    assert found["register"].keys() == TASKS.keys()
+    assert "all CLS tokens" in found  # both CLS tokens together
 
     model.classifiers["task_size"].weight.data.zero_()
     changed = measure(model, labels=labels)
-    assert changed["cls[1]"]["size"].comparison == "no change"
-    for key in ("cls[0]", "registers[0]"):
+    assert changed["CLS size"]["size"].comparison == "no change"
+    for key in ("CLS parity", "register"):
         before, after = found[key]["parity"], changed[key]["parity"]
         assert after.size == pytest.approx(before.size, rel=1e-4)
         assert after.comparison == before.comparison
@@ -114,5 +114,5 @@ def test_random_models_raise_no_false_alarm(seed: int) -> None:
     model = center_logits(model, build_images(MIN_IMAGES))
     pixels = build_images(MIN_IMAGES, seed=seed)
     found = measure(model, pixels, torch.arange(len(pixels)) % 8)
-    for key in ("registers[0]", "registers[1]", "registers"):
+    for key in ("register 1", "register 2", "all register tokens"):
         assert not found[key][""].is_beyond_limit, key

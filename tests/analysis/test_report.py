@@ -17,9 +17,10 @@ from modeling_vitcls import (
     ViTCLSImageProcessor,
     ViTCLSModel,
 )
-from modeling_vitcls.analysis.inspection import Inspection, inspect_model, read_images
-from modeling_vitcls.analysis.photo import measure_photo
-from modeling_vitcls.analysis.report import ShownPhoto, write_page
+from modeling_vitcls.analysis.inspection import inspect_images
+from modeling_vitcls.analysis.report import write_page
+from modeling_vitcls.data.images import LabeledImages
+from modeling_vitcls.data.labels import OneLabel
 from modeling_vitcls.version import __version__
 
 
@@ -58,21 +59,22 @@ def model() -> ViTCLSForImageClassification:
 
 
 @pytest.fixture(scope="module")
-def inspection(model: ViTCLSForImageClassification) -> Inspection:
-    return inspect_model(model, read_images(model, PROCESSOR, build_pil_images(), [0] * len(NAMES)))
-
-
-@pytest.fixture(scope="module")
-def report(
-    model: ViTCLSForImageClassification,
-    inspection: Inspection,
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Path:
+def report(model: ViTCLSForImageClassification, tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("report") / "report.html"
-    photos = [
-        ShownPhoto(name, measure_photo(model, PROCESSOR, image), truth="A & <B>", kind="wrong")
-        for image, name in zip(build_pil_images(3), NAMES, strict=False)
+    images = build_pil_images()
+    chosen = [
+        (image, {"name": name, "truth": "A & <B>", "kind": "wrong"})
+        for image, name in zip(images[:3], NAMES, strict=False)
     ]
+    label_space = OneLabel({"label": list("abcdefgh")})
+    inspection, photos = inspect_images(
+        model,
+        PROCESSOR,
+        LabeledImages(images, [0] * len(images)),
+        label_space,
+        batch_size=8,
+        chosen=chosen,
+    )
     write_page(file, "A & <B>", inspection, photos, "my photos")
     return file
 
@@ -137,8 +139,10 @@ def test_every_kind_of_model_has_a_report(name: str, browser: Browser, tmp_path:
     file = tmp_path / "folder" / "report.html"
     model = randomize(KINDS[name])
     images = build_pil_images(2)
-    found = inspect_model(model, read_images(model, PROCESSOR, images))
-    photos = [ShownPhoto("photo.jpg", measure_photo(model, PROCESSOR, image)) for image in images]
+    chosen = [(image, {"name": "photo.jpg"}) for image in images]
+    found, photos = inspect_images(
+        model, PROCESSOR, LabeledImages(images, [None] * 2), batch_size=2, chosen=chosen
+    )
     write_page(file, name, found, photos)
 
     assert {effect.comparison for _, _, effect in found.effects} <= {"under 16 images"}

@@ -1,14 +1,16 @@
 """The tokens that heads read, compared with the gradients of the outputs."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from helpers.tiny_models import TASKS, build_images, build_tiny_config, randomize
 from torch import nn
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSForMultiTaskClassification
-from modeling_vitcls.analysis.token_use import PATCHES, TokenUse
+from modeling_vitcls.analysis.token_use import PATCHES, TokenUse, find_token_use
 
 
 @pytest.mark.parametrize(
@@ -68,3 +70,14 @@ def test_a_head_reads_the_tokens_with_a_gradient(fields: dict) -> None:
     if gradient[layout.patches].any():
         expected.add(PATCHES)
     assert TokenUse(config).read_tokens == expected
+
+
+def test_remote_code_has_classifiers_of_its_own(tmp_path: Path) -> None:
+    """They are not instances of the package's classes."""
+    ViTCLSForImageClassification(build_tiny_config()).save_pretrained(tmp_path)
+    kind = get_class_from_dynamic_module(
+        "modeling_vitcls.ViTCLSForImageClassification", str(tmp_path)
+    )
+    model = kind.from_pretrained(tmp_path)
+    assert not isinstance(model, ViTCLSForImageClassification)
+    assert find_token_use(model).has_head

@@ -113,7 +113,7 @@ def test_an_error_of_the_report_is_a_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     measure = Mock(side_effect=RuntimeError)
-    monkeypatch.setattr("modeling_vitcls.publishing.report.inspect_model", measure)
+    monkeypatch.setattr("modeling_vitcls.publishing.report.inspect_images", measure)
     write_photos(tmp_path / "photos", range(4), "dusk", "noon", "x")
     run = write_run_folder(tmp_path / "run", None, {"dataset": str(tmp_path / "photos")})
     assert write_report(ModelFolder(run)) is None
@@ -157,15 +157,12 @@ def test_a_run_without_a_report_is_finished(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The dataset was moved. Warnings and paths are printed as they are."""
-    folder = write_run_folder(
-        tmp_path / "[old]", {"confusion_matrix": [[3, 0, 0]] * 3}, {"dataset": "./gone [old]"}
-    )
+    folder = write_run_folder(tmp_path / "[old]", None, {"dataset": "./gone [old]"})
     finish_run(ModelFolder(folder), True, None)
     warning, written = capsys.readouterr().out.splitlines()
     assert "report.html" in warning
     assert "gone [old]" in warning
     assert written.endswith(f" {folder}/README.md")
-    assert (folder / "images" / "confusion_matrix.png").is_file()
 
 
 def test_a_model_saved_by_hand_gets_a_card(tmp_path: Path) -> None:

@@ -66,6 +66,7 @@ def test_the_card_of_a_classifier_shows_what_was_measured(tmp_path: Path) -> Non
     numbers = ("by 1.23 percentage points", "8.71", "0.65", "180 images")
     assert all(number in text for number in numbers)
     assert f"modeling_vitcls {vitcls.__version__}" in text
+    assert r"most frequent: `noon|late` as `dusk` (80), `dusk` as `noon|late` (2)." in text
     assert "report.html" not in text  # which the folder lacks
     assert card.data.pipeline_tag == "image-classification"
     assert card.data.library_name == "transformers"

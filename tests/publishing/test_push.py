@@ -113,7 +113,7 @@ def test_only_files_that_the_package_wrote_are_pushed(hub: LocalHub, folder: Pat
     assert {"images/attention.png", "model.onnx.data", "LICENSE"} <= published
     planted = (
         "LICENSE-secret.txt NOTICE.env evil_vitcls.py other.onnx model.bin "
-        "images/private.png images/confusion_matrix_other.png model-00001-of-00002.safetensors"
+        "images/private.png model-00001-of-00002.safetensors"
     )
     write_files(folder, *planted.split(), content=b"private")
     (folder / "LICENSE.link").symlink_to("/etc/hostname")

@@ -16,10 +16,10 @@ from modeling_vitcls.data.labels import OneLabel
 from modeling_vitcls.data.splits import TrainingData
 from modeling_vitcls.hub.model_folder import ModelFolder
 from modeling_vitcls.publishing.wrong_photos import (
+    draw_wrong_photos,
     find_photos,
     read_predictions,
     summarize_predictions,
-    wrong_photos,
 )
 
 
@@ -83,7 +83,7 @@ def test_the_headline_says_what_the_result_of_a_rare_class_is_worth(folder: Path
 def test_the_wrong_images_with_the_largest_losses_come_first(folder: Path) -> None:
     rows = read_predictions(ModelFolder(folder))
     wrong = rows[rows["label"] != rows["prediction"]].sort_values("loss")
-    shown = [row["image"] for row in wrong_photos(rows, {})]
+    shown = [row["image"] for row in summarize_predictions(ModelFolder(folder), rows)["wrong"]]
     assert shown == wrong["image"].tolist()[:-13:-1]
 
 
@@ -95,7 +95,8 @@ def test_a_wrong_image_stands_above_its_nearest_training_images(folder: Path) ->
     rows = read_predictions(ModelFolder(folder))
     rows = rows.assign(nearest_images=[[names[2], names[0]]] * len(rows))
     photos = find_photos(build_data(NO_IMAGES, train))
-    nearest = wrong_photos(rows, photos, NAMES)[0]["nearest"]
+    wrong = summarize_predictions(ModelFolder(folder), rows)["wrong"]
+    nearest = draw_wrong_photos(wrong, photos, NAMES, bit_depth=16)[0]["nearest"]
     assert [image["label"] for image in nearest] == [NAMES[2], NAMES[0]]
     shown = np.asarray(Image.open(urlopen(nearest[0]["url"])).resize((8, 8)).convert("L"))
     assert np.abs(shown - pixels[2].astype(float)).mean() < 8
