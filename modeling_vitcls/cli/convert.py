@@ -48,14 +48,11 @@ ARGUMENTS = ("model", "output")
 
 def run(options: ConvertOptions) -> None:
     """Convert the model and print the parity report."""
-    from ..conversion.convert import convert_checkpoint, write_native_model
+    from ..conversion.convert import convert_checkpoint
     from ..hub.model_folder import ModelFolder
     from ..publishing.card import write_card
 
-    if options.to == "transformers":
-        report = write_native_model(options.model, options.output)
-    else:
-        report = convert_checkpoint(options.model, options.output, options.family)
+    report = convert_checkpoint(options.model, options.output, options.family, options.to)
     # The card is rendered from the files of the folder, so it comes last.
     write_card(ModelFolder(options.output))
     print_report(report, options.output)

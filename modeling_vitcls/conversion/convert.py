@@ -3,7 +3,7 @@
 If an error occurs, nothing is written. The card is written afterwards, from the folder.
 
 report = convert_checkpoint("timm:vit_base_patch14_reg4_dinov2", Path("converted"))
-report = write_native_model("runs/mine", Path("native"))    # a class of transformers
+report = convert_checkpoint("runs/mine", Path("native"), to="transformers")
 """
 
 import pickle
@@ -11,13 +11,10 @@ import shutil
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import transformers
 
 from ..hub.connection import iter_causes
-from ..hub.local_paths import resolve_name, strip_folders
-from ..hub.model_checks import check_is_vitcls
 from ..hub.model_files import (
     CONFIG_FILE,
     RECIPE_FILE,
@@ -26,22 +23,14 @@ from ..hub.model_files import (
     hash_weights,
 )
 from ..hub.model_folder import ModelFolder, open_vitcls
-from ..hub.provenance import find_provenance
 from ..model.modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel, ViTCLSPreTrainedModel
 from ..runtime.files import write_json
 from ..runtime.staging import create_output_folder
-from ..runtime.system import get_versions
-from .parity_report import Report, list_notes, write_parity_report
-from .processors import (
-    apply_processor,
-    build_preprocessing_record,
-    check_processor,
-    get_processor_size,
-    select_settings,
-)
+from .parity_report import Report, write_parity_report
+from .processors import apply_processor, check_processor, select_settings
 from .source_files import FileSource
 from .source_models import SourceModel, TimmSource, TransformersSource, convert_source
-from .to_transformers import convert_to_transformers
+from .to_transformers import build_transformers_model, find_target
 from .weight_rules import ConversionError
 
 
@@ -51,16 +40,20 @@ SOURCE_CLASSES: dict[str, type[SourceModel]] = {
 }
 
 
-def convert_checkpoint(source_name: str, output: Path, family: str | None = None) -> Report:
+def convert_checkpoint(
+    source_name: str, output: Path, family: str | None = None, to: str = "vitcls"
+) -> Report:
     """Convert a checkpoint, and write the folder of the model.
 
-    The folder has the model, the image processor, the parity report and the license.
+    The folder has the model, the image processor, the parity report and the license; in the other
+    direction (`to="transformers"`), also the results of the run that trained the model.
 
     Args:
         source_name: `timm:NAME[@FILE]`, `transformers:PATH_OR_ID` (an id may end with `@REVISION`),
-            or a state-dict file.
+            or a state-dict file; with `to="transformers"`, a folder or Hub id of a vitcls model.
         output: A folder that does not exist or is empty.
         family: Family of a state-dict file. By default, the family is detected from the file.
+        to: "vitcls" or "transformers".
 
     Raises:
         ValueError, OSError: If the source does not exist or is not supported, the outputs differ by
@@ -69,28 +62,23 @@ def convert_checkpoint(source_name: str, output: Path, family: str | None = None
     """
     # The folder is checked first, because the source may be a download of gigabytes.
     with create_output_folder(output) as folder:
-        source = load_source(source_name, family)
-        model = convert_source(source)
-        processor, preprocessing = source.convert_preprocessing()
-        processor_size = get_processor_size(processor)
-        model.save_pretrained(folder)
-        processor.save_pretrained(folder)
-        notes = source.notes + list_notes(source, model.config)
+        reference: SourceModel
+        if to == "transformers":
+            reference, model = write_native_model(source_name, folder)
+            preprocessing = {"assumed_because": ""}
+        else:
+            reference = load_source(source_name, family)
+            model = convert_source(reference)
+            processor, preprocessing = reference.convert_preprocessing()
+            model.save_pretrained(folder)
+            processor.save_pretrained(folder)
         return write_parity_report(
             folder,
-            source,
+            source_name,
+            reference,
             model,
-            processor_size,
-            provenance=find_provenance(source_name).copy_to(folder),
-            source=strip_folders(resolve_name(source.name)),
-            source_revision=source.revision,
-            source_class=type(source.model).__name__,
-            classifier="kept" if isinstance(model, ViTCLSForImageClassification) else "none",
             preprocessing=preprocessing,
-            versions=get_versions("timm"),
-            notes=notes,
-            family=source.family,
-            source_sha256=source.sha256,
+            is_native=to == "transformers",
         )
 
 
@@ -101,11 +89,10 @@ def load_source(source_name: str, family: str | None = None) -> SourceModel:
     source does not exist, is not supported, or could run code when it is read.
     """
     project, _, name = source_name.partition(":")
+    file = Path(source_name)
     # A name with a suffix is taken for a file even if there is none, so that the error names the
     # file.
-    is_file = Path(source_name).is_file() or (
-        project not in SOURCE_CLASSES and bool(Path(source_name).suffix)
-    )
+    is_file = file.is_file() or (project not in SOURCE_CLASSES and bool(file.suffix))
     if family is not None and not is_file:
         raise ConversionError(
             f"`family={family!r}` requires a state-dict file, but the source is {source_name}"
@@ -118,24 +105,21 @@ def load_source(source_name: str, family: str | None = None) -> SourceModel:
 
     try:
         if is_file:
-            return FileSource.load(Path(source_name), family)
-        return SOURCE_CLASSES[project].load(name)
+            return FileSource.from_file(file, family)
+        return SOURCE_CLASSES[project].from_name(name)
     except Exception as error:  # The projects and their downloads raise errors of many types
-        is_part = is_file and Path(source_name).with_name(CONFIG_FILE).is_file()
-        if is_part or Path(source_name).suffix == ".onnx":
+        if file.is_file() and (file.suffix == ".onnx" or file.with_name(CONFIG_FILE).is_file()):
             raise ConversionError(
-                f"{source_name} is one file of a model. Set `model` to the folder that contains its "
+                f"{file} is one file of a model. Set `model` to the folder that contains its "
                 f"{CONFIG_FILE}"
             ) from error
-        causes = list(iter_causes(error))
-        if any("TorchScript archives" in str(cause) for cause in causes):
+        if any(
+            isinstance(cause, pickle.UnpicklingError) or "TorchScript archives" in str(cause)
+            for cause in iter_causes(error)
+        ):
             raise ConversionError(
-                f"{source_name} is a TorchScript archive. Save its state dict"
-            ) from error
-        if any(isinstance(cause, pickle.UnpicklingError) for cause in causes):
-            raise ConversionError(
-                f"{source_name} is a pickle with objects other than tensors. Loading such objects "
-                "could run code. Save the tensors as safetensors"
+                f"{source_name} is a TorchScript archive, or a pickle with objects other than "
+                "tensors, and loading it could run code. Save its state dict as safetensors"
             ) from error
         raise
 
@@ -143,67 +127,38 @@ def load_source(source_name: str, family: str | None = None) -> SourceModel:
 # Transformers classes -----------------------------------------------------------------------------
 
 
-def write_native_model(source: str, output: Path) -> Report:
-    """Convert a vitcls model to a transformers class, and write it to a folder.
+def write_native_model(
+    source_name: str, output_folder: Path
+) -> tuple[TransformersSource, ViTCLSPreTrainedModel]:
+    """Convert a vitcls model to a transformers class, and write it with its processor and results.
 
-    The folder has the model, image processor, parity report, license and the results of the
-    training run.
+    Return the written model and the vitcls model.
 
     Unless the model is a `ViTCLSForImageClassification`, only the encoder is converted. If no
     transformers class has the same outputs for images of any size, a class with the same outputs at
     the native size is sufficient.
-
-    Args:
-        source: Folder or Hub id of a vitcls model.
-        output: A folder that does not exist or is empty.
-
-    Raises:
-        ValueError, OSError: If the model does not exist, no transformers class supports the model,
-            the outputs differ by more than the limit, or `output` is not empty. The error message
-            is a single line.
     """
-    with create_output_folder(output) as output_folder:
-        folder = open_vitcls(source)
-        # `open_vitcls` also opens a model that was converted to transformers before, and there is
-        # nothing to convert in it.
-        check_is_vitcls(source, folder.path)
+    folder = open_vitcls(source_name)
+    is_classifier = folder.architecture == ViTCLSForImageClassification.__name__
+    model_class = ViTCLSForImageClassification if is_classifier else ViTCLSModel
+    model: ViTCLSPreTrainedModel = folder.load(model_class)
 
-        is_classifier = folder.architecture == ViTCLSForImageClassification.__name__
-        model_class = ViTCLSForImageClassification if is_classifier else ViTCLSModel
-        model: ViTCLSPreTrainedModel = folder.load(model_class)
+    match = find_target(model)
+    build_transformers_model(match, model).save_pretrained(output_folder)
+    write_processor(folder, output_folder)
+    copy_results(folder, output_folder)
 
-        # A class with the same outputs at every size comes first. Only if there is none, one size
-        # must do.
-        native_size_reason = ""
-        try:
-            converted_model = convert_to_transformers(model)
-        except ConversionError:
-            converted_model = convert_to_transformers(model, native_size_only=True)
-            native_size_reason = (
-                "at other image sizes, the two models resample position embeddings differently"
-            )
-        converted_model.save_pretrained(output_folder)
-        preprocessing, processor_size = write_processor(folder, output_folder)
-
-        # The files are compared, not the model in memory: a weight that was not written would not
-        # be missed there.
-        reloaded_source = TransformersSource.load(str(output_folder))
-        reloaded_source.model.float()
-        reloaded_source.native_size_reason = native_size_reason
-        copy_results(folder, output_folder)
-        return write_parity_report(
-            output_folder,
-            reloaded_source,
-            model,
-            processor_size,
-            is_native=True,
-            provenance=find_provenance(source).copy_to(output_folder),
-            source=strip_folders(resolve_name(source)),
-            source_class=type(model).__name__,
-            classifier="kept" if is_classifier and model.config.num_labels else "none",
-            preprocessing=preprocessing,
-            versions=get_versions(),
+    # The files are compared, not the model in memory: a weight that was not written would not be
+    # missed there.
+    native_source = TransformersSource.from_name(str(output_folder))
+    native_source.model.float()
+    if match.resampling:
+        native_source.native_size_reason = (
+            "at other image sizes, the two models resample position embeddings differently"
         )
+    if not folder.has_processor:
+        native_source.notes.append("neither model has an image processor")
+    return native_source, model
 
 
 def copy_results(folder: ModelFolder, output_folder: Path) -> None:
@@ -223,21 +178,15 @@ def copy_results(folder: ModelFolder, output_folder: Path) -> None:
             shutil.copyfile(folder.path / RECIPE_FILE, output_folder / RECIPE_FILE)
 
 
-def write_processor(
-    folder: ModelFolder, output_folder: Path
-) -> tuple[dict[str, Any], tuple[int, int] | None]:
-    """Save the image processor of a model folder as a `ViTImageProcessor`.
+def write_processor(folder: ModelFolder, output_folder: Path) -> None:
+    """Save the image processor of a model folder, if it has one, as a `ViTImageProcessor`.
 
-    Return the `preprocessing` field of the parity report, and the size of the processed images.
+    Raise ValueError if `ViTImageProcessor` computes other pixels.
     """
-    if not folder.has_processor:
-        return build_preprocessing_record("", "the model has no image processor"), None
-    vitcls_processor = folder.load_processor()
-    transformers.ViTImageProcessor(**select_settings(vitcls_processor)).save_pretrained(
-        output_folder
-    )
-    preprocess = partial(
-        apply_processor, transformers.ViTImageProcessor.from_pretrained(output_folder)
-    )
-    record = check_processor(vitcls_processor, preprocess, type(vitcls_processor).__name__)
-    return record, get_processor_size(vitcls_processor)
+    if folder.has_processor:
+        processor = folder.load_processor()
+        native_processor = transformers.ViTImageProcessor(**select_settings(processor))
+        check_processor(
+            processor, partial(apply_processor, native_processor), type(processor).__name__
+        )
+        native_processor.save_pretrained(output_folder)

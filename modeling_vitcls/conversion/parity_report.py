@@ -5,8 +5,7 @@
 
 The comparison covers all token groups of the final hidden state, and the logits or the pooled
 output. The inputs are random images of the native size. If the source supports other sizes, the
-comparison is repeated at the size that the image processor makes and at a non-square size, for
-which position embeddings are resampled.
+comparison is repeated at a non-square size, for which position embeddings are resampled.
 """
 
 from pathlib import Path
@@ -14,11 +13,14 @@ from typing import Any
 
 import torch
 
+from ..hub.local_paths import resolve_name, strip_folders
 from ..hub.model_files import PARITY_REPORT_FILE, hash_weights
+from ..hub.provenance import find_provenance
 from ..model.configuration_vitcls import ViTCLSConfig
 from ..model.modeling_vitcls import ViTCLSForImageClassification, ViTCLSPreTrainedModel
 from ..runtime.errors import format_error
 from ..runtime.files import write_json
+from ..runtime.system import get_versions
 from .source_models import Outputs, SourceModel
 from .weight_rules import ConversionError
 
@@ -33,14 +35,8 @@ Report = dict[str, Any]  # Content of parity_report.json, or of one of its compa
 @torch.no_grad()
 # Without CPU kernels, whose rounding errors grow with the magnitude of the values (docs/speed.md).
 @torch.backends.mkldnn.flags(enabled=False, allow_tf32=None)
-def compare_models(
-    source: SourceModel,
-    model: ViTCLSPreTrainedModel,
-    processor_size: tuple[int, int] | None = None,
-) -> tuple[list[Report], str]:
-    """Compare the outputs of a source and the converted model at up to three image sizes.
-
-    The sizes are the native size, the size that the image processor makes, and a non-square size.
+def compare_models(source: SourceModel, model: ViTCLSPreTrainedModel) -> tuple[list[Report], str]:
+    """Compare the outputs of a source and the converted model at its native and a non-square size.
 
     Raise ConversionError if a difference exceeds `MAX_DIFFERENCE`.
 
@@ -48,7 +44,6 @@ def compare_models(
         source: Source whose model is in float32. If it has a `native_size_reason`, only the native
             size is compared.
         model: The converted model. It is cast to float32.
-        processor_size: Height and width of the processor's outputs.
 
     Returns:
         One dict per size, and the reason why a size is not compared (empty if all sizes are
@@ -60,9 +55,8 @@ def compare_models(
     comparisons: list[Report] = []
     # A square grid would hide swapped rows and columns.
     non_square_size = get_non_square_size(source.image_size, model.config.patch_height_width)
-    sizes = dict.fromkeys([source.image_size, processor_size or source.image_size, non_square_size])
 
-    for height, width in sizes:
+    for height, width in (source.image_size, non_square_size):
         pixel_values = build_random_images((2, model.config.num_channels, height, width))
         try:
             source_outputs = source.compute_outputs(pixel_values)
@@ -109,7 +103,7 @@ def list_notes(source: SourceModel, config: ViTCLSConfig) -> list[str]:
 
     It is a known difference (huggingface/pytorch-image-models#2681).
     """
-    is_dinov3 = source.project == "timm" and "dinov3" in source.name.lower()
+    is_dinov3 = source.name.startswith("timm:") and "dinov3" in source.name.lower()
     if not is_dinov3 or config.pooling != "mean":
         return []
     return [
@@ -168,35 +162,49 @@ def compare_outputs(outputs: Outputs, reference: Outputs) -> Report:
 
 def write_parity_report(
     folder: Path,
+    source_name: str,
     reference: SourceModel,
     model: ViTCLSPreTrainedModel,
-    processor_size: tuple[int, int] | None,
-    is_native: bool = False,
-    **fields: Any,
+    *,
+    preprocessing: dict[str, Any],
+    is_native: bool,
 ) -> Report:
     """Compare two models as `compare_models` does, and write the parity report in a folder.
 
-    `folder` has the weights of the converted model: `model`, or the transformers model `reference`
-    if `is_native`. `fields` are further fields of the report.
-
     docs/converting.md describes the main fields. `is_native` and `provenance` (license and base model)
     are for the card.
+
+    Args:
+        folder: It has the weights of the converted model, and gets the license files of the source.
+        source_name: Name of the source, as on the command line.
+        reference: The model of the other project.
+        model: The vitcls model.
+        preprocessing: What is known about the image processor.
+        is_native: Whether `reference` was converted from `model`.
     """
-    comparisons, not_compared = compare_models(reference, model, processor_size)
-    converted = reference.model if is_native else model
+    comparisons, not_compared = compare_models(reference, model)
+    project_class = type(reference.model).__name__
+    vitcls_class = type(model).__name__
+    has_classifier = isinstance(model, ViTCLSForImageClassification) and model.config.num_labels
     report = {
         "is_native": is_native,
-        "model_class": type(converted).__name__,
-        "num_parameters": converted.num_parameters(),
-        "notes": [],
-        **dict.fromkeys(("source_revision", "family", "source_sha256")),
+        "source": strip_folders(resolve_name(source_name)),
+        "source_class": vitcls_class if is_native else project_class,
+        "source_revision": reference.revision,
+        "family": reference.family,
+        "source_sha256": reference.sha256,
+        "provenance": find_provenance(source_name).copy_to(folder),
+        "model_class": project_class if is_native else vitcls_class,
         "image_size": model.config.image_height_width,
+        "classifier": "kept" if has_classifier else "none",
         "num_labels": model.config.num_labels,
+        "preprocessing": preprocessing,
         "comparisons": comparisons,
         "not_compared": not_compared,
         "limit": MAX_DIFFERENCE,
+        "notes": [*reference.notes, *list_notes(reference, model.config)],
+        "versions": get_versions("timm"),
         "sha256": hash_weights(folder),
-        **fields,
     }
     write_json(folder / PARITY_REPORT_FILE, report)
     return report

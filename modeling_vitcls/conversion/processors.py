@@ -40,15 +40,6 @@ SHARED_SETTINGS = (
 ConvertedPreprocessing = tuple[ViTCLSImageProcessor, dict[str, Any]]
 
 
-def get_processor_size(processor: Any) -> tuple[int, int]:
-    """Find the height and width that an image processor makes of a square photo."""
-    is_gray = len(np.atleast_1d(processor.image_mean)) == 1 and not processor.do_convert_rgb
-    mode = "L" if is_gray else "RGB"
-    pixel_values = processor(PIL.Image.new(mode, (600, 600)), return_tensors="pt")["pixel_values"]
-    height, width = pixel_values.shape[-2:]
-    return height, width
-
-
 def convert_timm_preprocessing(model: nn.Module) -> ConvertedPreprocessing:
     """Convert timm's evaluation transform, which is built from the model's `pretrained_cfg`."""
     from timm.data import create_transform, resolve_data_config
@@ -140,9 +131,14 @@ def build_checked_processor(
         # PIL and torchvision resize differently, by more than the limit. In the same backend, any
         # difference comes from the settings.
         same_backend_processor = backend_class.from_dict(processor.to_dict())
-        return processor, check_processor(same_backend_processor, preprocess, settings_name)
+        difference = check_processor(same_backend_processor, preprocess, settings_name)
     except ValueError as error:
         return build_default_preprocessing(image_size, str(error))
+    return processor, {
+        "origin": settings_name,  # Name of the settings from which the image processor was built
+        "largest_difference_in_gray_levels": difference,
+        "assumed_because": "",
+    }
 
 
 def apply_processor(processor: Any, image: PIL.Image.Image) -> torch.Tensor:
@@ -163,11 +159,12 @@ def check_processor(
     processor: ViTCLSImageProcessor | ViTCLSImageProcessorPil,
     preprocess: Callable[[PIL.Image.Image], torch.Tensor],
     settings_name: str,
-) -> dict[str, Any]:
+) -> float:
     """Compare an image processor with the preprocessing of the source on test images.
 
-    `preprocess` is the source's function in the same backend. Raise ValueError if the pixels differ by
-    more than MAX_PIXEL_DIFFERENCE. `settings_name` is the name of the source's settings.
+    `preprocess` is the source's function in the same backend. Return the largest difference in gray
+    levels. Raise ValueError if it exceeds MAX_PIXEL_DIFFERENCE. `settings_name` is the name of the
+    source's settings.
     """
     largest_difference = 0.0  # In gray levels
     for image in (build_test_image(301, 428), build_test_image(428, 301)):
@@ -189,10 +186,7 @@ def check_processor(
                 "levels"
             )
         largest_difference = max(largest_difference, difference)
-
-    return build_preprocessing_record(settings_name, "") | {
-        "largest_difference_in_gray_levels": largest_difference
-    }
+    return largest_difference
 
 
 def build_test_image(height: int, width: int) -> PIL.Image.Image:
@@ -212,17 +206,4 @@ def build_default_preprocessing(image_size: tuple[int, int], reason: str) -> Con
     """Build the default image processor, which resizes to `image_size` (height, width)."""
     height, width = image_size
     processor = ViTCLSImageProcessor(size={"height": height, "width": width})
-    return processor, build_preprocessing_record("the default", reason)
-
-
-def build_preprocessing_record(settings_name: str, reason: str) -> dict[str, Any]:
-    """Build the field `preprocessing` of the parity report, without a comparison.
-
-    `reason` is the reason why the default processor is used.
-    """
-    return {
-        "origin": settings_name,  # Name of the settings from which the image processor was built
-        "largest_difference_in_gray_levels": None,
-        "limit": MAX_PIXEL_DIFFERENCE,
-        "assumed_because": reason,
-    }
+    return processor, {"assumed_because": reason}

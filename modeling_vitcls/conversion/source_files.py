@@ -1,7 +1,7 @@
 """Load a published state-dict file, and find the family of its weights.
 
-    source = FileSource.load(Path("dinov2_vits14_reg4_pretrain.pth"))
-    source = FileSource.load(Path("dino_deitsmall16_pretrain.pth"), family="dino")
+    source = FileSource.from_file(Path("dinov2_vits14_reg4_pretrain.pth"))
+    source = FileSource.from_file(Path("dino_deitsmall16_pretrain.pth"), family="dino")
 
 1. A .npz file, a .safetensors file or a pickle of tensors is read without running code.
 2. The weights are read from a container (`teacher`, `state_dict_ema`, `model`, ...) if there is
@@ -73,7 +73,6 @@ class FileSource(TimmSource):
         # Read from the weights, because timm's model is in float32 in any case.
         self.saved_dtype = next(iter(weights.values())).dtype
         self.resampling = get_family(family, weights).resampling
-        self.project = "timm" if self.resampling is None else "the authors' code"
         if family == "big_vision":
             self.native_size_reason = (
                 "the authors' code resamples position embeddings with aligned corners, which "
@@ -81,7 +80,7 @@ class FileSource(TimmSource):
             )
 
     @classmethod
-    def load(cls, file: Path, family: str | None = None) -> "FileSource":  # type: ignore[override]
+    def from_file(cls, file: Path, family: str | None = None) -> "FileSource":
         """Load a file.
 
         By default, the family is detected from the parameter names. Raise ConversionError if the

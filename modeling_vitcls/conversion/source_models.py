@@ -1,8 +1,8 @@
 """Load a timm or transformers model.
 
-    source = TimmSource.load("vit_base_patch16_clip_224.openai")
-    source = TransformersSource.load("facebook/dinov2-base@COMMIT")  # commit, branch or tag
-    source = TransformersSource.load("path/to/checkpoint")
+    source = TimmSource.from_name("vit_base_patch16_clip_224.openai")
+    source = TransformersSource.from_name("facebook/dinov2-base@COMMIT")  # commit, branch or tag
+    source = TransformersSource.from_name("path/to/checkpoint")
 
 A source converts its model and its preprocessing, and computes reference outputs for the parity
 report.
@@ -57,10 +57,8 @@ class Source:
 class TimmSource(Source):
     """A timm model that can be converted."""
 
-    project = "timm"  # Project whose resampling of position embeddings the converted model follows
-
     @classmethod
-    def load(cls, name: str) -> "TimmSource":
+    def from_name(cls, name: str) -> "TimmSource":
         """Load a model by its timm name.
 
         The name may have a tag, `@FILE`, or timm's prefix `hf-hub:` or `local-dir:`.
@@ -112,10 +110,8 @@ class TimmSource(Source):
 class TransformersSource(Source):
     """A transformers model that can be converted, with the same interface as `TimmSource`."""
 
-    project = "transformers"
-
     @classmethod
-    def load(cls, name: str) -> "TransformersSource":
+    def from_name(cls, name: str) -> "TransformersSource":
         """Load a model from a folder or by a Hub id, optionally with `@REVISION`."""
         folder = get_external_model_folder(name)
         name_or_path, _ = split_revision(name)

@@ -5,8 +5,16 @@
 A class in `TARGETS` supports a model if the configuration of the class, converted by
 transformers_families.py, equals the configuration of the model. If no class supports the model, the
 error names the fields that differ. Fields that do not affect outputs in eval mode (dropout, drop
-path, initialization) are ignored. A ViT or DeiT with a non-square image_size accepts only images of
-that size, because transformers interpolates position embeddings only from a square grid.
+path, initialization) are ignored. The model may be converted in an equivalent form:
+
+    pooling="cls" or "mean"            a classifier on [CLS, mean], with zero weights for the unused half
+    position_embedding_tokens          position embeddings of special tokens: zeros, or none if their values are
+                                       added to the tokens
+    position_antialias, ...            another resampling policy, with the same outputs only at the native image
+                                       size, where position embeddings are not resampled
+
+A ViT or DeiT with a non-square image_size accepts only images of that size, because transformers
+interpolates position embeddings only from a square grid.
 """
 
 import dataclasses
@@ -23,7 +31,6 @@ from ..model.configuration_vitcls import ViTCLSConfig
 from ..model.modeling_vitcls import ViTCLSPreTrainedModel
 from ..model.token_layout_vitcls import COUNT_FIELDS, GROUPS_WITH_POSITIONS
 from ..runtime.errors import format_error
-from .equivalent_models import REWRITES, Rewrite
 from .from_transformers import (
     CONVERTIBLE_CLASSES,
     HEAD_RULES,
@@ -31,7 +38,7 @@ from .from_transformers import (
     strip_encoder_name,
 )
 from .transformers_families import FIELD_NAMES, compute_dinov2_mlp_size
-from .weight_rules import ConversionError, revert_weights, simplify_size
+from .weight_rules import ConversionError, Weights, revert_weights, simplify_size
 
 
 logger = logging.get_logger(__name__)
@@ -46,8 +53,7 @@ def convert_to_transformers(
     or DINOv2 with registers. `ViTCLSModel` becomes the base model of one of these architectures, or
     of DINOv3. Biases and LayerScale values that only the transformers class has are set to 0 and 1,
     respectively. If the transformers class has no mask token, the mask token is dropped with a
-    warning. If no class supports the model directly, an equivalent form of the model is converted
-    (equivalent_models.py).
+    warning. If no class supports the model directly, an equivalent form of the model is converted.
 
     Args:
         model: Model to convert.
@@ -65,22 +71,14 @@ def convert_to_transformers(
         >>> type(convert_to_transformers(model)).__name__
         'ViTModel'
     """
-    name = type(model).__name__
-    if name not in TARGETS:
+    match = find_target(model)
+    if match.resampling and not native_size_only:
         raise ConversionError(
-            f"transformers has no class for the task of {name}. Convert the encoder, model.vitcls"
+            f"{match.target} has the same outputs only at {model.config.image_size} pixels, because "
+            f"it resamples position embeddings differently: {', '.join(match.resampling)}. Set "
+            "`native_size_only=True` if one size is enough"
         )
-    best_match = find_best_match(name, model.config, native_size_only)
-    if best_match.mismatches:
-        native_size_match = find_best_match(name, model.config, native_size_only=True)
-        hint = ""
-        if not native_size_match.mismatches:
-            hint = ". Set `native_size_only=True` if one size is enough"
-        raise ConversionError(
-            f"{best_match.target}, the nearest class of transformers, does not support the "
-            f"model: {', '.join(best_match.mismatches.values())}{hint}"
-        )
-    return build_transformers_model(best_match, model)
+    return build_transformers_model(match, model)
 
 
 # Names of the transformers classes to which models are converted.
@@ -149,46 +147,61 @@ def build_target(name: str, config: ViTCLSConfig) -> PreTrainedModel:
     return model
 
 
+RESAMPLING_FIELDS = ("position_interpolation", "position_offset", "position_antialias")
+
+
 @dataclass(frozen=True)
 class TargetMatch:
-    """Result of comparing a configuration with a target."""
+    """A transformers class, compared with a model or with an equivalent form of the model."""
 
     target: str
-    config: ViTCLSConfig  # Configuration of the model after `applied_rewrites`
+    config: ViTCLSConfig  # Configuration of the model, in the form that is converted
     # Configuration of the target, converted back; after an error, the model's configuration
     target_config: ViTCLSConfig
     # Description of each field that the target does not support, or of an error, by name
     mismatches: dict[str, str]
-    # Rewrites, each with the configuration before and after the rewrite
-    applied_rewrites: tuple[tuple[Rewrite, ViTCLSConfig, ViTCLSConfig], ...] = ()
+    # Descriptions of fields that matter only at other image sizes than the native size
+    resampling: tuple[str, ...] = ()
 
 
-def find_best_match(model_class: str, config: ViTCLSConfig, native_size_only: bool) -> TargetMatch:
-    """Find the match with the fewest mismatches. Ties are broken by the number of rewrites."""
-    matches = [
-        find_equivalent_match(target, config, native_size_only) for target in TARGETS[model_class]
-    ]
-    return min(matches, key=lambda match: (len(match.mismatches), len(match.applied_rewrites)))
+def find_target(model: ViTCLSPreTrainedModel) -> TargetMatch:
+    """Find the transformers class with the outputs of a model, if possible at all image sizes.
+
+    Raise ConversionError if no class supports the model.
+    """
+    name = type(model).__name__
+    if name not in TARGETS:
+        raise ConversionError(
+            f"transformers has no class for the task of {name}. Convert the encoder, model.vitcls"
+        )
+    matches = [match_target(target, model.config) for target in TARGETS[name]]
+    best_match = min(matches, key=lambda match: (len(match.mismatches), len(match.resampling)))
+    if best_match.mismatches:
+        raise ConversionError(
+            f"{best_match.target}, the nearest class of transformers, does not support the "
+            f"model: {', '.join(best_match.mismatches.values())}"
+        )
+    return best_match
 
 
-def find_equivalent_match(target: str, config: ViTCLSConfig, native_size_only: bool) -> TargetMatch:
-    """Apply all rewrites that reduce the number of mismatches, and return the new match."""
+def match_target(target: str, config: ViTCLSConfig) -> TargetMatch:
+    """Compare a model with a class in the equivalent form that is closest to the class."""
     match = compare_with_target(target, config)
-
-    for rewrite in REWRITES:
-        changes = {name: getattr(match.target_config, name) for name in rewrite.fields}
-        is_allowed = native_size_only or not rewrite.is_native_size_only
-        is_useful = is_allowed and not match.mismatches.keys().isdisjoint(changes)
-        if is_useful and rewrite.is_possible(match.config, match.target_config):
-            new_match = compare_with_target(target, replace_fields(match.config, changes))
-            # A rewrite that settles one field may unsettle another, so only progress counts.
-            if len(new_match.mismatches) < len(match.mismatches):
-                applied_rewrites = (
-                    *match.applied_rewrites,
-                    (rewrite, match.config, new_match.config),
-                )
-                match = replace(new_match, applied_rewrites=applied_rewrites)
-    return match
+    changeable_fields = set(RESAMPLING_FIELDS)
+    if config.position_embedding_type.startswith("learned"):
+        changeable_fields.add("position_embedding_tokens")
+    if config.pooling in ("cls", "mean") and match.target_config.pooling == "cls_mean":
+        changeable_fields.add("pooling")
+    changes = {
+        name: getattr(match.target_config, name)
+        for name in match.mismatches
+        if name in changeable_fields
+    }
+    if not changes:
+        return match
+    resampling = [match.mismatches[name] for name in RESAMPLING_FIELDS if name in changes]
+    match = compare_with_target(target, replace_fields(config, changes))
+    return replace(match, resampling=tuple(resampling))
 
 
 def compare_with_target(target: str, config: ViTCLSConfig) -> TargetMatch:
@@ -209,24 +222,16 @@ def compare_with_target(target: str, config: ViTCLSConfig) -> TargetMatch:
         return TargetMatch(target, config, config, {"error": format_error(error)})
 
     has_head = convertible_class.encoder_name is not None
-    values = get_effective_fields(config, has_head)
-    target_values = get_effective_fields(round_trip_config, has_head)
+    values = get_compared_fields(config, has_head)
+    target_values = get_compared_fields(round_trip_config, has_head)
 
-    # If pooling has no weights, users can pool the outputs of a model without a pooler.
-    has_weightless_pooler = (
-        config.pooling != "attention"
-        and not config.pooled_norm
-        and config.pooled_activation is None
-    )
-    ignored_fields = (
-        POOLING_FIELDS if target in OPTIONAL_POOLERS and has_weightless_pooler else set()
-    )
-
+    # Without a dense layer, users can pool the outputs of a model without a pooler.
+    is_pooled_by_user = target in OPTIONAL_POOLERS and config.pooled_activation is None
+    ignored_fields = POOLING_FIELDS if is_pooled_by_user else set()
     mismatches = {
         name: f"{name}={value!r} instead of {target_values[name]!r}"
         for name, value in values.items()
-        if name in target_values.keys() - ignored_fields
-        and is_mismatch(name, value, target_values[name])
+        if name not in ignored_fields and is_mismatch(name, value, target_values[name])
     }
     return TargetMatch(target, config, round_trip_config, mismatches)
 
@@ -248,19 +253,7 @@ def is_mismatch(name: str, value: Any, target_value: Any) -> bool:
 
 
 POOLING_FIELDS = {"pooling", "cls_pooling", "pooled_cls_tokens"}
-HEAD_FIELDS = {
-    "head_type",
-    "head_hidden_size",
-    "distillation_head",
-    "distillation_inference",
-    "extra_heads",
-}
-LEARNED_POSITION_FIELDS = {
-    "position_embedding_tokens",
-    "position_interpolation",
-    "position_antialias",
-    "position_offset",
-}
+HEAD_FIELDS = {"head_type", "head_hidden_size", "distillation_inference", "extra_heads"}
 # Fields that affect only training, or do not affect the model. `build_transformers_model` handles
 # the mask token.
 IGNORED_FIELDS = frozenset(
@@ -273,23 +266,24 @@ IGNORED_FIELDS = frozenset(
 )
 
 
-def get_effective_fields(config: ViTCLSConfig, has_head: bool) -> dict[str, Any]:
+def get_compared_fields(config: ViTCLSConfig, has_head: bool) -> dict[str, Any]:
     """Select the fields that affect the outputs of a model, for the comparison with a target.
 
     Equivalent values are mapped to the same value.
     """
-    inherited_fields = {field.name for field in dataclasses.fields(PreTrainedConfig)}
-    names = [
-        field.name
+    ignored_fields = IGNORED_FIELDS.union(
+        [field.name for field in dataclasses.fields(PreTrainedConfig)],
+        () if has_head else HEAD_FIELDS,
+    )
+    values = {
+        field.name: getattr(config, field.name)
         for field in dataclasses.fields(config)
-        if field.name not in inherited_fields | IGNORED_FIELDS
-    ]
-    field_values = {name: getattr(config, name) for name in names}
+        if field.name not in ignored_fields
+    }
 
     groups_with_positions = GROUPS_WITH_POSITIONS[config.position_embedding_tokens]
     pools_last_layer = config.pooled_layer_indices == [config.num_hidden_layers]
-    has_partial_scope = any(scope != "image" for scope in config.cls_scopes or ())
-    field_values |= {
+    return values | {
         "image_size": list(config.image_height_width),
         "patch_size": list(config.patch_height_width),
         "attention_head_size": config.head_dim,
@@ -299,32 +293,9 @@ def get_effective_fields(config: ViTCLSConfig, has_head: bool) -> dict[str, Any]
         "position_embedding_tokens": [
             name for name in groups_with_positions if getattr(config, COUNT_FIELDS[name])
         ],
-        "distillation_head": config.has_distillation_head,
+        "distillation_head": has_head and config.has_distillation_head,
         "pooled_layers": None if pools_last_layer else config.pooled_layers,
-        "extra_heads": sorted(config.extra_heads or {}),
-        "cls_scopes": config.cls_scopes if has_partial_scope else None,
     }
-
-    unused_fields = get_unused_fields(config, has_head)
-    return {name: value for name, value in field_values.items() if name not in unused_fields}
-
-
-def get_unused_fields(config: ViTCLSConfig, has_head: bool) -> set[str]:
-    """Name the fields that have no effect because of other fields."""
-    has_single_pooled_cls = config.num_cls_tokens == 1 or config.pooling not in ("cls", "cls_mean")
-    names = [field.name for field in dataclasses.fields(config)]
-    attention_pool_fields = {name for name in names if name.startswith("attention_pool_")}
-    rotary_fields = {name for name in names if name.startswith("rope_")}
-    unused_conditions = [
-        (not has_head, HEAD_FIELDS),
-        (not config.position_embedding_type.startswith("learned"), LEARNED_POSITION_FIELDS),
-        (not config.has_rotary_positions, rotary_fields),
-        (has_single_pooled_cls, {"cls_pooling", "pooled_cls_tokens"}),
-        (config.pooling != "attention", attention_pool_fields),
-        (config.head_type == "linear", {"head_hidden_size"}),
-        (not config.has_distillation_head, {"distillation_inference"}),
-    ]
-    return {name for is_unused, names in unused_conditions if is_unused for name in names}
 
 
 def get_qkv_biases(config: ViTCLSConfig) -> dict[str, bool]:
@@ -336,6 +307,34 @@ def get_qkv_biases(config: ViTCLSConfig) -> dict[str, bool]:
 def get_activation_name(config: ViTCLSConfig) -> str:
     """Name the activation function of a plain MLP, or of the gate of a gated MLP."""
     return "silu" if config.mlp_type == "swiglu" else config.hidden_act
+
+
+TOKEN_WEIGHT_NAMES = {
+    "cls": "embeddings.cls_token",
+    "distillation": "embeddings.distillation_token",
+    "registers": "embeddings.register_tokens",
+}
+POSITION_EMBEDDINGS = "embeddings.position_embeddings"
+
+
+def rewrite_weights(weights: Weights, old_config: ViTCLSConfig, new_config: ViTCLSConfig) -> None:
+    """Change the weights of a model in place to those of an equivalent form."""
+    if old_config.pooling != new_config.pooling and "classifier.weight" in weights:
+        # A classifier of one half of [CLS, mean] has zeros for the other half.
+        halves = [weights["classifier.weight"], torch.zeros_like(weights["classifier.weight"])]
+        is_first_half = old_config.pooling == "cls"
+        weights["classifier.weight"] = torch.cat(halves if is_first_half else halves[::-1], dim=1)
+
+    old_groups, new_groups = (
+        GROUPS_WITH_POSITIONS[config.position_embedding_tokens]
+        for config in (old_config, new_config)
+    )
+    for group, token_name in TOKEN_WEIGHT_NAMES.items():
+        if token_name in weights and group in old_groups and group not in new_groups:
+            positions = weights.pop(f"{POSITION_EMBEDDINGS}.{group}")
+            weights[token_name] = weights[token_name] + positions
+        elif token_name in weights and group in new_groups and group not in old_groups:
+            weights[f"{POSITION_EMBEDDINGS}.{group}"] = torch.zeros_like(weights[token_name])
 
 
 # Value with which a parameter has no effect, by the last component of its name.
@@ -351,9 +350,7 @@ def build_transformers_model(match: TargetMatch, model: ViTCLSPreTrainedModel) -
     encoder_name = convertible_class.encoder_name
 
     weights = strip_encoder_name(model.state_dict(), "vitcls")
-    for rewrite, old_config, new_config in match.applied_rewrites:
-        rewrite.rewrite_weights(weights, old_config, new_config)
-
+    rewrite_weights(weights, model.config, match.config)
     reference = strip_encoder_name(target_weights, encoder_name)
     if "embeddings.mask_token" in weights and "embeddings.mask_token" not in reference:
         logger.warning(f"{target} has no mask token, so the mask token is dropped")

@@ -429,7 +429,10 @@ def open_vitcls(source: str) -> ModelFolder:
         raise ValueError(NOT_VITCLS.format(source))
     records = (RESULTS_FILE, SPLITS_FILE, RECIPE_FILE, PARITY_REPORT_FILE, *LICENSE_PATTERNS)
     patterns = (*MODEL_FILE_PATTERNS, *records)
-    return ModelFolder(Path(get_model_folder(source, patterns)), source)
+    folder = ModelFolder(Path(get_model_folder(source, patterns)), source)
+    if folder.is_native:
+        raise ValueError(NOT_VITCLS.format(source))
+    return folder
 
 
 def list_code_references(auto_map: Any) -> list[str]:

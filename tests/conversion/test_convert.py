@@ -226,18 +226,6 @@ def test_a_non_square_source_is_compared_at_its_native_size(tmp_path: Path) -> N
     }
 
 
-def test_the_size_that_the_image_processor_makes_is_compared(tmp_path: Path) -> None:
-    """As for checkpoints of 518 pixels whose processor makes images of 224 pixels."""
-    source = save_checkpoint(build_vit_classifier(), tmp_path / "source")
-    processor = transformers.ViTImageProcessor(size={"height": 48, "width": 48})
-    processor.save_pretrained(tmp_path / "source")
-    made = convert_checkpoint(source, tmp_path / "made")
-    sizes = [comparison["image_size"] for comparison in made["comparisons"]]
-    assert sizes[:2] == [(32, 32), (48, 48)]
-    assert len(sizes) == 3
-    assert max(made["comparisons"][1]["differences"].values()) <= LIMIT
-
-
 @torch.no_grad()
 def test_the_vision_part_of_a_larger_model_is_converted(tmp_path: Path) -> None:
     text = {
@@ -301,7 +289,7 @@ def test_pickles_with_code_are_errors(tmp_path: Path) -> None:
     )
 
     with raises_one_line(
-        "is a pickle with objects other than tensors", "safetensors", error=ConversionError
+        "a pickle with objects other than tensors", "safetensors", error=ConversionError
     ):
         convert_checkpoint(source, tmp_path / "made")
 

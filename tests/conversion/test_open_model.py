@@ -184,7 +184,7 @@ def test_the_conversion_of_a_hub_model_is_pinned(source: Path) -> None:
             converted = open_model(name)
             report = converted.parity_report
             assert converted.path == folders[-1]  # converted once
-            assert report["source"] == "transformers:ann/vit"
+            assert report["source"] == f"transformers:ann/vit@{commit}"
             assert report["source_revision"] == commit
 
     assert folders[0] != folders[1]

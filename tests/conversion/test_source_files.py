@@ -274,7 +274,7 @@ def test_files_are_converted_exactly(
 def test_tips_files_are_exact_if_their_family_is_known(tmp_path: Path) -> None:
     """Two CLS tokens, images in 0..1 that are resized to a square, and a known family."""
     weights = FILES["tips.npz"][2]()
-    source = FileSource.load(save(weights, tmp_path / "tips.npz"))
+    source = FileSource.from_file(save(weights, tmp_path / "tips.npz"))
     model = source.convert()
 
     images = torch.rand(1, 3, GRID * PATCH, GRID * PATCH)
@@ -290,7 +290,7 @@ def test_tips_files_are_exact_if_their_family_is_known(tmp_path: Path) -> None:
     assert dict(processor.size) == {"height": GRID * PATCH, "width": GRID * PATCH}
 
     with raises_one_line("`family`", "tips", "dinov2", error=ConversionError):
-        FileSource.load(save(weights, tmp_path / "unknown.pth"))
+        FileSource.from_file(save(weights, tmp_path / "unknown.pth"))
 
 
 @torch.no_grad()
@@ -341,7 +341,7 @@ def test_a_fine_tuned_mae_pools_then_normalizes_then_classifies(tmp_path: Path) 
     weights = build_vit_weights(width=768, extra=extra)
     del weights["norm.weight"], weights["norm.bias"]
 
-    source = FileSource.load(save({"model": weights}, tmp_path / "mae.pth"))
+    source = FileSource.from_file(save({"model": weights}, tmp_path / "mae.pth"))
     model: Any = source.convert()
     assert source.family == "mae"
 
@@ -424,7 +424,7 @@ def test_npz_files_of_big_vision_are_converted_exactly(name: str, tmp_path: Path
                 for index in range(2)
             ]
             arrays[key.replace("encoderblock_0", "encoderblock")] = torch.stack(blocks)
-    source = FileSource.load(save(arrays, tmp_path / "vit.npz"))
+    source = FileSource.from_file(save(arrays, tmp_path / "vit.npz"))
     model: Any = source.convert()
     _, record = source.convert_preprocessing()
     assert bool(record["assumed_because"]) == (name == "rectangular patches")
@@ -458,7 +458,7 @@ def test_a_file_with_the_parameter_names_of_eva02_is_exact(tmp_path: Path) -> No
     assert (model(images).last_hidden_state - expected).abs().max() <= LIMIT * expected.abs().max()
 
     with raises_one_line("timm:NAME@FILE", error=ConversionError):
-        FileSource.load(file)
+        FileSource.from_file(file)
     with raises_one_line("missing.pth", error=OSError):
         load_source(f"timm:{name}@{tmp_path}/missing.pth")
 
@@ -563,20 +563,20 @@ def test_unsupported_files_are_refused(name: str, tmp_path: Path) -> None:
     content, family, words = REFUSED[name]
     torch.save(content, tmp_path / "weights.pth")
     with raises_one_line(*words, error=ConversionError):
-        FileSource.load(tmp_path / "weights.pth", family)
+        FileSource.from_file(tmp_path / "weights.pth", family)
 
 
 def test_unreadable_files_and_unused_families_are_refused(tmp_path: Path) -> None:
     with raises_one_line("is not a file", error=OSError):
-        FileSource.load(tmp_path / "missing.pth")
+        FileSource.from_file(tmp_path / "missing.pth")
     with raises_one_line("`family='dino'`", "timm:test_vit", error=ConversionError):
         load_source("timm:test_vit", family="dino")
     (tmp_path / "weights.ckpt").touch()
     with raises_one_line("weights.ckpt", error=ConversionError):
-        FileSource.load(tmp_path / "weights.ckpt")
+        FileSource.from_file(tmp_path / "weights.ckpt")
     (tmp_path / "damaged.pth").write_bytes(b"damaged")
     with raises_one_line("damaged.pth", error=ConversionError):
-        FileSource.load(tmp_path / "damaged.pth")
+        FileSource.from_file(tmp_path / "damaged.pth")
     (tmp_path / "model.onnx").touch()
     with raises_one_line("model.onnx is one file of a model", error=ConversionError):
         load_source(str(tmp_path / "model.onnx"))
@@ -625,7 +625,7 @@ def test_checkpoints_of_training_programs_are_unwrapped(
     if other is not None:
         content = {other: {name: weight * 0.5 for name, weight in weights.items()}} | content
     torch.save(content | {"epoch": 3}, tmp_path / file)
-    source = FileSource.load(tmp_path / file, family="deit")
+    source = FileSource.from_file(tmp_path / file, family="deit")
     assert torch.equal(source.model.blocks[0].mlp.fc1.weight, weights["blocks.0.mlp.fc1.weight"])
 
 

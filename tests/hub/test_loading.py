@@ -89,7 +89,7 @@ def test_card_and_license_are_converted_with_the_model(hub: LocalHub, tmp_path: 
     assert f"at commit `{commit}`" in card
     assert hub.read("ann/dino", "LICENSE.md") == b"You may.\n"
     report = json.loads(hub.read("ann/dino", "parity_report.json"))
-    assert report["source"] == "transformers:them/dino"
+    assert report["source"] == f"transformers:them/dino@{commit}"
     assert report["source_revision"] == commit
 
 
