@@ -101,8 +101,8 @@ def evaluate_checkpoint(options: EvaluateOptions) -> dict[str, Any]:
 
     results: dict[str, Any] = {
         "model": options.model,
-        **({} if options.task is None else {"task": options.task}),
-        **({} if options.threshold is None else {"threshold": options.threshold}),
+        "task": options.task,
+        "threshold": options.threshold,
         "dataset": get_title(options.dataset),
         "split": data.split,
         "num_left_out_images": data.num_left_out,

@@ -29,16 +29,23 @@ NUM_CONFUSIONS = 3
 MAX_NAME_LENGTH = 100  # Maximum length of a name in a card, in characters
 
 
-def get_metric_names(results: dict[str, Any], config: ViTCLSConfig | None) -> dict[str, str]:
-    """Name the measured metrics, by their keys in the results.
+def list_tasks(config: ViTCLSConfig | None) -> dict[str, str]:
+    """List how the keys of each task begin in the results, and how its titles begin.
 
-    Metrics over all tasks come first.
+    The keys and titles of all tasks together, which come first, begin with nothing.
     """
     tasks = config.task_labels() if config is not None else {}
-    names = METRIC_NAMES | {
-        f"{task}_{key}": f"{task}: {label}" for task in tasks for key, label in METRIC_NAMES.items()
-    }
-    return {key: name for key, name in names.items() if results.get(key) is not None}
+    return {"": "", **{f"{task}_": f"{task}: " for task in tasks}}
+
+
+def get_metric_names(results: dict[str, Any], config: ViTCLSConfig | None) -> dict[str, str]:
+    """Name the measured metrics, by their keys in the results."""
+    names = {}
+    for prefix, title in list_tasks(config).items():
+        for key, name in METRIC_NAMES.items():
+            if results.get(f"{prefix}{key}") is not None:
+                names[f"{prefix}{key}"] = f"{title}{name}"
+    return names
 
 
 def build_metric_rows(results: dict[str, Any], config: ViTCLSConfig | None) -> list[list[str]]:
@@ -61,22 +68,18 @@ def build_class_tables(
 
     Tasks with more than `MAX_CLASSES_IN_TABLE` classes have no table.
     """
-    tasks = config.task_labels() if config is not None else {}
-    titles = {"": "Per class"} | {f"{task}_": f"{task}, per class" for task in tasks}
-    tables = {title: results.get(f"{prefix}per_class", []) for prefix, title in titles.items()}
-    return {
-        title: [build_class_row(row) for row in rows]
-        for title, rows in tables.items()
-        if 0 < len(rows) <= MAX_CLASSES_IN_TABLE
-    }
+    tables = {}
+    for prefix, title in list_tasks(config).items():
+        rows = results.get(f"{prefix}per_class", [])
+        if 0 < len(rows) <= MAX_CLASSES_IN_TABLE:
+            tables[f"{title}Per class"] = list(map(build_class_row, rows))
+    return tables
 
 
 def describe_confusions(results: dict[str, Any], config: ViTCLSConfig | None) -> list[str]:
     """Name the most frequent confusions of each task in a line, if there are any."""
-    tasks = config.task_labels() if config is not None else {}
-    titles = {"": "Confusions"} | {f"{task}_": f"{task}, confusions" for task in tasks}
     lines = []
-    for prefix, title in titles.items():
+    for prefix, title in list_tasks(config).items():
         names = [format_name(row["name"]) for row in results.get(f"{prefix}per_class", [])]
         pairs = [
             (count, f"{names[label]} as {names[prediction]} ({count:,})")
@@ -87,7 +90,7 @@ def describe_confusions(results: dict[str, Any], config: ViTCLSConfig | None) ->
         pairs.sort(key=lambda pair: -pair[0])
         if pairs:
             texts = ", ".join(text for _, text in pairs[:NUM_CONFUSIONS])
-            lines.append(f"{title}, most frequent: {texts}")
+            lines.append(f"{title}Confusions, most frequent: {texts}")
     return lines
 
 

@@ -10,6 +10,7 @@ fine-tuning: Kumar et al. 2022, arXiv 2202.10054). Each of several tasks has a c
 of the same features.
 """
 
+import copy
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -72,8 +73,6 @@ NUM_NEAREST_IMAGES = 3  # nearest training images of a wrong prediction
 # Median of the longer side divided by the shorter. Below it, crop and squash see nearly the same pixels.
 MIN_ASPECT_RATIO = 1.05
 SQUASH = "squash"
-# Settings of an image processor that `set_resize` changes
-GEOMETRY_SETTINGS = ("do_resize", "size", "do_center_crop", "crop_size", "do_pad", "pad_size")
 
 
 def explain_missing_probe(
@@ -239,17 +238,9 @@ class Probe:
         classes = np.unique(labels.numpy(), axis=0, return_inverse=True)[1].ravel()
         first, rest = sample_parts(classes, max_images)
         features = self.compute_features(train, layout, warn, first)
-        comparison = None
         # The geometry is settled first, on a part of the images: all features depend on it, and to
         # compute them twice would double the longest part of the run.
-        if (
-            self.resize is None
-            and get_resize(self.processor) != SQUASH
-            and SQUASHED_FRACTION * len(features.labels)
-            >= MIN_SQUASHED_PER_CLASS * max(map(len, self.label_space.columns.values()))
-            and has_various_shapes(train.select(first))
-        ):
-            features, comparison = self.compare_with_squash(train, features)
+        features, comparison = self.choose_geometry(train, features)
 
         for part in others:
             features = features.join(self.compute_features(part, layout, warn))
@@ -381,30 +372,38 @@ class Probe:
 
     # Geometry -------------------------------------------------------------------------------------
 
-    def compare_with_squash(
+    def choose_geometry(
         self, images: LabeledImages, own: Features
     ) -> tuple[Features, dict[str, Any]]:
-        """Compare the checkpoint's own geometry with squashing, on a part of the images.
+        """Choose between the checkpoint's own geometry and squashing, on a part of the images.
 
         Squashing is chosen only if its loss is lower by more than one standard error. The image
-        processor is set to the chosen geometry.
+        processor is set to the chosen geometry. They are not compared if the person has chosen, or
+        if there are too few images, or if nearly all of them are square.
 
         Args:
             images: training images.
             own: features of the images of the choice, with the checkpoint's own geometry.
 
         Returns:
-            The features of all images with the chosen geometry, and the record of the comparison.
+            The features of these images with the chosen geometry, and the record of the comparison.
         """
         own_resize = get_resize(self.processor)
-        # `set_resize` cannot undo itself: from the size after a crop, it would not know the size
-        # before.
-        own_settings = {name: getattr(self.processor, name) for name in GEOMETRY_SETTINGS}
         num_compared = min(MAX_SQUASHED_IMAGES, round(SQUASHED_FRACTION * len(own.labels)))
+        num_classes = max(map(len, self.label_space.columns.values()))
+        if (
+            self.resize is not None
+            or own_resize == SQUASH
+            or SQUASHED_FRACTION * len(own.labels) < MIN_SQUASHED_PER_CLASS * num_classes
+            or not has_various_shapes(images.select(own.indices))
+        ):
+            return own, {}
         order = np.random.default_rng(0).permutation(len(own.labels))
         compared = np.sort(own.indices[order[:num_compared]])
-        set_resize(self.processor, SQUASH, self.model.config.image_height_width)
-        squashed = self.compute_features(images, own.layout, ignore_message, compared)
+        processor = copy.deepcopy(self.processor)
+        set_resize(processor, SQUASH, self.model.config.image_height_width)
+        squashing = replace(self, build_pass=partial(self.build_pass, processor=processor))
+        squashed = squashing.compute_features(images, own.layout, ignore_message, compared)
 
         part = own.take(np.isin(own.indices, squashed.indices))
         losses = {}
@@ -415,23 +414,18 @@ class Probe:
         # folds have none.
         differences = losses[own_resize] - losses[SQUASH]
         differences = differences[np.isfinite(differences)]
-        record: dict[str, Any] = {}
-        is_squashed = False
-        if len(differences):
-            means = {resize: float(np.nanmean(values)) for resize, values in losses.items()}
-            record = {"num_images": len(squashed.labels), "losses": means}
-            # A tie goes to the checkpoint's own geometry, with which its encoder was trained.
-            is_squashed = differences.mean() > differences.std() / np.sqrt(len(differences))
-
-        if is_squashed:
-            # The compared images have their new features already.
-            remaining = np.setdiff1d(own.indices, compared)
-            others = self.compute_features(images, own.layout, ignore_message, remaining)
-            features = squashed.join(others)
-            return replace(features, num_unreadable=own.num_unreadable), record
-        for name, value in own_settings.items():
-            setattr(self.processor, name, value)
-        return own, record
+        if not len(differences):
+            return own, {}
+        means = {resize: float(np.nanmean(values)) for resize, values in losses.items()}
+        record = {"num_images": len(squashed.labels), "losses": means}
+        # A tie goes to the checkpoint's own geometry, with which its encoder was trained.
+        if differences.mean() <= differences.std() / np.sqrt(len(differences)):
+            return own, record
+        set_resize(self.processor, SQUASH, self.model.config.image_height_width)
+        # The compared images have their new features already.
+        remaining = np.setdiff1d(own.indices, compared)
+        others = self.compute_features(images, own.layout, ignore_message, remaining)
+        return replace(squashed.join(others), num_unreadable=own.num_unreadable), record
 
     # Model ----------------------------------------------------------------------------------------
 
