@@ -305,9 +305,17 @@ def can_copy_classifier(config: ViTCLSConfig) -> bool:
 # Adapting weights ---------------------------------------------------------------------------------
 @torch.no_grad()
 def load_adapted_weights(source: AdaptableModel, target: AdaptableModel) -> None:
-    """Adapt the weights of `source`, copy the results to `target`, and log the changes."""
+    """Adapt the weights of `source`, copy the results to `target`, and log the changes.
+
+    Frozen weights stay frozen, unless they are newly initialized.
+    """
     old_weights = source.state_dict()
     new_weights = target.state_dict()
+    frozen_names = {
+        name for name, parameter in source.named_parameters() if not parameter.requires_grad
+    }
+    parameters = dict(target.named_parameters())
+
     for name, initial_value in new_weights.items():
         context = AdaptationContext(
             name=name,
@@ -318,6 +326,8 @@ def load_adapted_weights(source: AdaptableModel, target: AdaptableModel) -> None
             new_config=target.config,
         )
         weight, note = adapt_weight(context)
+        if name in frozen_names and weight is not initial_value:
+            parameters[name].requires_grad_(False)
         initial_value.copy_(weight)
         if note:
             logger.warning(f"{name}: {note}")

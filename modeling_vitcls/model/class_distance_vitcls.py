@@ -9,6 +9,7 @@ its weights, distances mean nothing. The fingerprint of these weights is therefo
 statistics, and compared with the present weights before a distance is returned.
 """
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Self
 
@@ -208,15 +209,26 @@ def is_rounded(values: Tensor) -> Tensor:
 
 def list_effective_weights(encoder: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """List the weights that the features depend on, by name; adapters of PEFT as what they add."""
+    unused: set[nn.Module] = set()
     for name, module in encoder.named_modules():
-        if name.startswith(("pooler", "gates")) or ".lora_" in name:
+        if "modules_to_save" in module._modules:
+            unused.update(*(each.modules() for each in list_unused_copies(module)))
+        if name.startswith(("pooler", "gates")) or ".lora_" in name or module in unused:
             continue
+        name = re.sub(r"\.(original_module|modules_to_save\.[^.]+)", "", name)
         for own_name, weight in module._parameters.items():
             if weight is not None and own_name != "mask_token":
                 yield f"{name}.{own_name}", weight
         if "lora_A" in module._modules and is_active_adapter(module):
             for adapter in module.active_adapters:  # type: ignore[union-attr]
                 yield f"{name}.{adapter}", module.get_delta_weight(adapter)  # type: ignore[operator]
+
+
+def list_unused_copies(wrapper: Any) -> list[nn.Module]:
+    """List the modules that PEFT's `modules_to_save` stores and does not use in the forward pass."""
+    copies = {None: wrapper.original_module, **wrapper.modules_to_save}
+    used = None if wrapper.disable_adapters else wrapper.active_adapters[0]
+    return [module for adapter, module in copies.items() if adapter != used]
 
 
 def is_active_adapter(module: Any) -> bool:

@@ -559,7 +559,7 @@ class ViTCLSConfig(ExtraHeadsConfig, BackboneConfigMixin, PreTrainedConfig):
             for name, value in config_dict.items()
             if name in known_names or name.startswith("_")
         }
-        # Of another version, whose fields are off by default.
+        # A person set them before saving, or another version, whose fields are off by default.
         unknown_fields = {name: config_dict[name] for name in config_dict.keys() - stored.keys()}
         if any(unknown_fields.values()):
             logger.warning(
@@ -568,7 +568,12 @@ class ViTCLSConfig(ExtraHeadsConfig, BackboneConfigMixin, PreTrainedConfig):
             )
         cls._forget_what_changes(stored, overrides, kwargs.get("num_labels"))
         # The overrides are merged first: alone, the stored values may contradict them.
-        return super().from_dict({**stored, **overrides}, **kwargs)
+        config_or_tuple = super().from_dict({**stored, **overrides}, **kwargs)
+
+        config = config_or_tuple[0] if isinstance(config_or_tuple, tuple) else config_or_tuple
+        for name, value in unknown_fields.items():
+            setattr(config, name, value)
+        return config_or_tuple
 
     @classmethod
     def _check_keywords(cls, kwargs: Mapping[str, Any]) -> None:

@@ -182,6 +182,24 @@ FIELDS_THAT_ADAPT = {
 }
 
 
+def test_new_parameters_of_a_frozen_model_are_trainable() -> None:
+    model = (
+        randomize(ViTCLSForImageClassification(build_tiny_config())).requires_grad_(False).train()
+    )
+    changed = model.adapt(
+        num_register_tokens=2, num_distillation_tokens=1, image_size=48, gate_new_tokens=True
+    )
+
+    assert changed.training
+    assert {name for name, parameter in changed.named_parameters() if parameter.requires_grad} == {
+        "vitcls.embeddings.register_tokens",
+        "vitcls.embeddings.distillation_token",
+        "vitcls.gates.gates",
+        "distillation_classifier.weight",
+        "distillation_classifier.bias",
+    }
+
+
 # Tokens
 
 

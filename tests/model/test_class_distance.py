@@ -166,6 +166,22 @@ def test_an_untrained_adapter_keeps_the_distance_and_a_trained_one_ends_it(tmp_p
 
 
 @torch.no_grad()
+def test_a_module_that_peft_copies_keeps_the_distance_until_the_copy_is_trained() -> None:
+    model, images, _ = build_model()
+    expected = model(images[:4]).distance
+    config = peft.LoraConfig(
+        target_modules=["q_proj", "v_proj"], r=2, modules_to_save=["vitcls.embeddings"]
+    )
+    adapted: Any = peft.get_peft_model(model, config).eval()
+    assert torch.equal(adapted(images[:4]).distance, expected)
+
+    adapted.base_model.model.vitcls.embeddings.cls_token.normal_()
+    assert adapted(images[:4]).distance is None
+    with adapted.disable_adapter():
+        assert torch.equal(adapted(images[:4]).distance, expected)
+
+
+@torch.no_grad()
 def test_statistics_of_a_model_with_an_adapter_are_those_of_the_merged_model() -> None:
     model, images, statistics = build_model()
     config = peft.LoraConfig(target_modules=["q_proj", "v_proj"], r=2, init_lora_weights=False)

@@ -210,7 +210,7 @@ def test_a_misspelt_keyword_is_an_error(tmp_path: Path) -> None:
             load.from_pretrained(tmp_path, num_regster_tokens=4)
 
 
-def test_an_unknown_field_of_a_file_is_reported(tmp_path: Path) -> None:
+def test_an_unknown_field_of_a_file_is_kept_and_reported(tmp_path: Path) -> None:
     """The file may be from another version of the package."""
     build_tiny_config().save_pretrained(tmp_path)
     stored = json.loads((tmp_path / "config.json").read_text()) | {"num_regster_tokens": 4}
@@ -218,7 +218,10 @@ def test_an_unknown_field_of_a_file_is_reported(tmp_path: Path) -> None:
     with CaptureLogger(logging.get_logger("modeling_vitcls.model.configuration_vitcls")) as logs:
         config = ViTCLSConfig.from_pretrained(tmp_path)
     assert "num_regster_tokens" in logs.out
+    assert config.num_regster_tokens == 4
     assert config.num_register_tokens == 0
+    config, _ = ViTCLSConfig.from_pretrained(tmp_path, return_unused_kwargs=True)  # as models do
+    assert config.num_regster_tokens == 4
 
 
 def test_loading_keywords_of_transformers_are_not_fields(tmp_path: Path) -> None:
