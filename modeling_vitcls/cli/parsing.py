@@ -31,7 +31,6 @@ from ..runtime.flags import (
     get_flag_fields,
     names_of_flags,
     spell_flags,
-    to_flags,
 )
 from .recipes import REGISTRY, read_recipe
 
@@ -176,18 +175,10 @@ def check_values_are_given(flags: list[str]) -> None:
 
 def check_outputs(options: Options) -> None:
     """Raise ValueError if an output cannot be written, before libraries are imported."""
-    values = to_flags(options)
     for name in ("output_dir", "output", "json", "per_image"):
-        if isinstance(values.get(name), str):
-            check_writable(name, Path(values[name]))
-    for name in ("output_dir", "output", "dataset", "model"):
-        value = values.get(name)
-        # Python reads bytes of file names that are not UTF-8 as surrogates
-        if isinstance(value, str) and value.encode(errors="ignore").decode() != value:
-            raise ValueError(
-                f"`{name}` is {value!a}, which is not valid UTF-8. Rename the folder, or set "
-                "another one"
-            )
+        output = getattr(options, name, None)
+        if output is not None:
+            check_writable(name, output)
 
 
 def check_writable(name: str, output: Path) -> None:

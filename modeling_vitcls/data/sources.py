@@ -33,10 +33,9 @@ from ..model.fast_image_processing_vitcls import open_regular_file
 from ..model.image_processing_vitcls import shorten_text
 from ..runtime.distributed import run_on_main
 from ..runtime.errors import (
+    describe_exhaustion,
     format_error,
     format_name_list,
-    is_disk_full,
-    name_full_disk,
     warn_on_first_process,
 )
 from .columns import (
@@ -352,10 +351,10 @@ def explain_reading_errors(name: str) -> Iterator[None]:
     verbosity = datasets.logging.get_verbosity()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     try:
-        with name_full_disk(datasets.config.HF_DATASETS_CACHE), name_cache():
+        with name_cache():
             yield
     except Exception as error:  # The readers raise many types of errors on damaged data
-        if is_disk_full(error) or "HF_HOME" in str(error):
+        if describe_exhaustion(error) is not None or "HF_HOME" in str(error):
             raise
         cause: BaseException = error
         while isinstance(cause, datasets.exceptions.DatasetGenerationError) and cause.__cause__:

@@ -20,7 +20,7 @@ from ..hub.model_files import GRAPH_FILE
 from ..inference.onnx_graph import OnnxGraph
 from ..runtime.errors import describe_installation
 from ..runtime.files import write_json
-from ..runtime.staging import create_output_files
+from ..runtime.staging import lock_folder, stage_files
 from .compare import LIMITS, measure_differences, select_image_shapes
 from .exportable import NamedOutputsModel, load_exportable_model
 from .onnx_file import write_onnx
@@ -58,14 +58,18 @@ def export_model(options: ExportOptions) -> dict[str, Any]:
     batches = list(map(build_random_images, select_image_shapes(model.config, shape)))
     expected = list(map(NamedOutputsModel(model), batches))
 
-    with create_output_files(target, last=f"{target.name}.json") as folder:
+    report_name = f"{target.name}.json"
+    with (
+        lock_folder(target.parent, "output"),
+        stage_files(target.parent, last=report_name) as folder,
+    ):
         file = folder / target.name
         write_onnx(program, shape, list(expected[0]), file, options.opset)
         graph = OnnxGraph(file, model.config)
         outputs = list(map(graph, batches))
         comparisons = measure_differences(batches, expected, outputs, LIMITS[options.dtype])
         report = build_report(options, exportable, shape, graph, expected[0], comparisons)
-        write_json(Path(f"{file}.json"), report)
+        write_json(folder / report_name, report)
     return report
 
 

@@ -40,8 +40,6 @@ class EmbedImages:
             Default: `image`, `bytes` or `path`.
         dtype: "float32" or "float16".
         batch_size: maximum number of images per forward pass. Default: as in `vitcls predict`.
-        resize: see `vitcls predict --resize`.
-        device: device of the model. Default: CUDA if it is available.
 
     Examples:
         >>> from datasets import load_dataset
@@ -59,8 +57,6 @@ class EmbedImages:
         image_column: str | None = None,
         dtype: str = "float32",
         batch_size: int | None = None,
-        resize: str | None = None,
-        device: str | None = None,
     ) -> None:
         # All workers, and the cache of `datasets`, then have the same commit of a model on the Hub.
         self.model = pin_revision(str(expand_home(model)))
@@ -68,8 +64,6 @@ class EmbedImages:
         self.image_column = image_column
         self.dtype = dtype
         self.batch_size = batch_size
-        self.resize = resize
-        self.device = device
         self.predictor: Predictor | None = None
         self.files = ""  # What a local model was when it was loaded
 
@@ -122,14 +116,13 @@ class EmbedImages:
 
     def build_predictor(self) -> Predictor:
         """Load the model."""
-        device = torch.device(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         model, processor, batch_size = load_for_inference(
             open_model(self.model),
             device,
             use_head=False,
             batch_size=self.batch_size,
             max_batch_size=PREDICTION_BATCH_SIZE,
-            resize=self.resize,
         )
         return Predictor(
             model=model,

@@ -14,7 +14,7 @@ from ..runtime.system import format_device_name
 
 
 MAX_SPEED_BATCH_SIZE = 32  # Maximum batch size in images
-NUM_REPEATS = 3  # Maximum number of measured forward passes
+NUM_REPEATS = 3  # Number of measured forward passes
 MEASUREMENT_SECONDS = 0.5  # Approximate duration of the measurement in seconds
 
 
@@ -22,8 +22,7 @@ MEASUREMENT_SECONDS = 0.5  # Approximate duration of the measurement in seconds
 def measure_inference_speed(model: Any, device: torch.device) -> dict[str, Any]:
     """Measure the median speed in images per second, under conditions that are part of the result.
 
-    The batch size is 32, or smaller if the measurement would otherwise take too long. A model that
-    needs longer than MEASUREMENT_SECONDS for one image is measured once.
+    The batch size is 32, or smaller if the measurement would otherwise take too long.
     """
 
     def measure_seconds(pixel_values: torch.Tensor) -> float:
@@ -43,14 +42,11 @@ def measure_inference_speed(model: Any, device: torch.device) -> dict[str, Any]:
     batch_size = int(MEASUREMENT_SECONDS / NUM_REPEATS / measure_seconds(image))
     batch = image.expand(max(1, min(MAX_SPEED_BATCH_SIZE, batch_size)), -1, -1, -1).contiguous()
 
-    seconds: list[float] = []
-    while len(seconds) < NUM_REPEATS and sum(seconds) < MEASUREMENT_SECONDS:
-        seconds.append(measure_seconds(batch))
+    seconds = [measure_seconds(batch) for _ in range(NUM_REPEATS)]
     return {
         # Four digits, because a large model may need more than ten seconds for an image
         "images_per_second": float(f"{len(batch) / statistics.median(seconds):.4g}"),
         "batch_size": len(batch),
-        "repeats": len(seconds),
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": format_device_name(device),
     }

@@ -1,6 +1,5 @@
 """Errors and warnings in one line, missing extras, and errors that all processes of a run raise."""
 
-import errno
 import logging
 import os
 from collections.abc import Iterator, Sequence
@@ -16,8 +15,10 @@ logger = logging.getLogger(__name__)
 MAX_MESSAGE_LENGTH = 400  # maximum length of a formatted error message, in characters
 # What the system, Python, PyTorch, the loader and libraries in Rust say, in lower case. Only the
 # system numbers its errors, so their text is all that they have in common.
-DISK_MESSAGES = ("no space left on device", "quota exceeded", "not enough disk space")
 REMEDIES = {
+    ("no space left on device", "quota exceeded", "not enough disk space"): (
+        "no space is left on the device. Free space, also for the cache (HF_HOME), then repeat"
+    ),
     ("too many open files",): (
         "too many files are open. Raise the limit (ulimit -n), or end other programs"
     ),
@@ -49,29 +50,16 @@ def format_error(error: BaseException) -> str:
 
 def describe_error(error: BaseException) -> str:
     """Say what is wrong for a person: with the file and the reason if a file cannot be used."""
-    if not isinstance(error, OSError) or error.errno is None:
-        return str(error)
     exhaustion = describe_exhaustion(error)
-    if exhaustion is not None or error.filename is None:
+    if not isinstance(error, OSError):
         return exhaustion or str(error)
+    if error.errno is None:
+        return str(error)
     file = error.filename2 or error.filename  # a rename has two
-    return f"cannot use {file}: {error.strerror}. Check the path and its permissions"
-
-
-def is_disk_full(error: BaseException) -> bool:
-    """Check for a full disk or quota."""
-    return any(words in str(error).lower() for words in DISK_MESSAGES)
-
-
-@contextmanager
-def name_full_disk(path: str | Path) -> Iterator[None]:
-    """Name a file or folder in the errors of the block about a full disk."""
-    try:
-        yield
-    except Exception as error:  # raised again unless the disk is full
-        if not is_disk_full(error):
-            raise
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
+    if file is None:
+        return exhaustion or str(error)
+    reason = exhaustion or f"{error.strerror}. Check the path and its permissions"
+    return f"cannot use {file}: {reason}"
 
 
 @contextmanager
@@ -92,9 +80,6 @@ def explain_damage(file: Path, remedy: str) -> Iterator[None]:
 
 def describe_exhaustion(error: BaseException) -> str | None:
     """Say that the machine lacks memory, files, threads or space; None for other errors."""
-    if is_disk_full(error):
-        file = getattr(error, "filename", None) or "to the standard output or a temporary file"
-        return f"cannot write {file}: no space is left on the device. Free space, then repeat"
     text = f"{type(error).__name__}: {error}".lower()
     for messages, remedy in REMEDIES.items():
         if any(words in text for words in messages):

@@ -1,30 +1,20 @@
-"""Progress of long work: a bar in a terminal, and at least one line every 30 seconds in a log file.
+"""Progress of long work: a bar in a terminal, and a line every 30 seconds in a log file.
 
     for batch in track(batches, "features", 245, count=len):       features 120 of 245 images
-    with report_work("writing report.html"):                       writing report.html, for 0:00:30
 
-All passes over images use `track`. Short stages that follow one another share the 30 seconds: the
-features of three parts, 20 seconds each, are not a silent minute.
+All passes over images use `track`.
 """
 
-import math
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sized
-from contextlib import contextmanager
-from datetime import timedelta
-from types import SimpleNamespace
 from typing import TypeVar
 
 from rich.console import Console
 from rich.progress import Progress
 
 
-LINE_SECONDS = 30  # seconds between lines
-# A stage stays silent for its first 5 seconds (this part of LINE_SECONDS): it may be over by then.
-SILENT_FRACTION = 1 / 6
-# When the last line was printed. The stages of the process share the time until the next one.
-silence = SimpleNamespace(start=-math.inf)
+LINE_SECONDS = 30.0  # seconds between lines
+SILENT_SECONDS = 5.0  # seconds until the first line: the work may be over by then
 
 Item = TypeVar("Item")
 
@@ -54,15 +44,12 @@ def track(
     console = console or Console(emoji=False, soft_wrap=True, highlight=False)
     if total is None and isinstance(items, Sized):
         total = len(items)
-    has_bar = has_bar and console.is_terminal and not console.quiet
+    is_log = not console.is_terminal and not console.quiet
+    total_text = "" if total is None else f" of {total:,}"
     num_processed = 0
+    line_time = time.monotonic() + SILENT_SECONDS
 
-    def describe() -> str:
-        total_text = "" if total is None else f" of {total:,}"
-        return f"{description} {num_processed:,}{total_text} {unit}".rstrip()
-
-    bar = Progress(console=console, transient=True, disable=not has_bar)
-    with bar, print_regularly(describe, console):
+    with Progress(console=console, transient=True, disable=is_log or not has_bar) as bar:
         task = bar.add_task(description, total=total)
         for item in items:
             yield item
@@ -70,43 +57,7 @@ def track(
             # this one.
             num_processed += count(item)
             bar.update(task, completed=num_processed)
-
-
-@contextmanager
-def report_work(description: str, console: Console | None = None) -> Iterator[None]:
-    """Print a line every 30 seconds of the `with` block, unless the console is a terminal."""
-    console = console or Console(emoji=False, soft_wrap=True, highlight=False)
-    start_time = time.monotonic()
-
-    def describe() -> str:
-        return f"{description}, for {timedelta(seconds=round(time.monotonic() - start_time))}"
-
-    with print_regularly(describe, console):
-        yield
-
-
-@contextmanager
-def print_regularly(describe: Callable[[], str], console: Console) -> Iterator[None]:
-    """Print the text of `describe` every 30 seconds of the `with` block, but not to a terminal."""
-    if console.quiet or console.is_terminal:
-        yield
-        return
-    earliest = time.monotonic() - (1 - SILENT_FRACTION) * LINE_SECONDS
-    silence.start = max(silence.start, earliest)
-    is_finished = threading.Event()
-
-    def print_lines() -> None:
-        # a thread, so that one slow item does not delay the lines
-        while not is_finished.wait(max(0.0, silence.start + LINE_SECONDS - time.monotonic())):
-            console.print(describe(), markup=False)
-            silence.start = time.monotonic()
-
-    # A daemon does not keep the process alive if the program ends without leaving this block.
-    thread = threading.Thread(target=print_lines, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        is_finished.set()
-        # Otherwise, a late line could appear below what the caller prints next.
-        thread.join()
+            if is_log and time.monotonic() >= line_time:
+                text = f"{description} {num_processed:,}{total_text} {unit}".rstrip()
+                console.print(text, markup=False)
+                line_time = time.monotonic() + LINE_SECONDS

@@ -17,7 +17,6 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from .errors import name_full_disk
 from .files import sync_to_disk
 
 
@@ -30,9 +29,7 @@ LOCK_TIMEOUT = 10.0
 
 
 @contextmanager
-def lock_folder(
-    folder: Path, parameter: str = "output_dir", name: str = LOCK_FILE
-) -> Iterator[None]:
+def lock_folder(folder: Path, parameter: str = "output_dir") -> Iterator[None]:
     """Create an output folder if necessary, and lock it inside the block.
 
     The operating system releases the lock of a process that has ended for any reason, even if the
@@ -42,7 +39,7 @@ def lock_folder(
     # a command that fails leaves no empty folder behind
     new_folders = [each for each in (folder, *folder.parents) if not each.exists()]
     folder.mkdir(parents=True, exist_ok=True)
-    lock_file = folder / name
+    lock_file = folder / LOCK_FILE
     lock = FileLock(lock_file, timeout=LOCK_TIMEOUT, thread_local=False)
     try:
         lock.acquire()
@@ -85,26 +82,6 @@ def create_output_folder(output: Path, parameter: str = "output") -> Iterator[Pa
             yield folder
 
 
-@contextmanager
-def create_output_files(target: Path, last: str) -> Iterator[Path]:
-    """Lock the name of a file in a folder, and yield a folder for this and accompanying files.
-
-    If the block raises an error, nothing is left.
-
-    Args:
-        target: the file.
-        last: name of the file to move last.
-
-    Raises:
-        ValueError: if another command writes the file.
-    """
-    with (
-        lock_folder(target.parent, "output", f".{target.name}.lock"),
-        stage_files(target.parent, last=last, name=f".{target.name}.partial") as folder,
-    ):
-        yield folder
-
-
 def check_output_is_empty(output: Path, parameter: str = "output") -> None:
     """Raise ValueError, with the parameter to set, if `output` is not an empty or a new folder.
 
@@ -121,9 +98,7 @@ def check_output_is_empty(output: Path, parameter: str = "output") -> None:
 
 
 @contextmanager
-def stage_files(
-    folder: Path, first: str = "", last: str = "", name: str = STAGING_FOLDER
-) -> Iterator[Path]:
+def stage_files(folder: Path, first: str = "", last: str = "") -> Iterator[Path]:
     """Yield a hidden folder for files, and move them to `folder` at the end.
 
     The folder must be locked.
@@ -131,17 +106,15 @@ def stage_files(
     Args:
         folder: an existing folder.
         first, last: names of the files to move first and last.
-        name: name of the hidden folder.
     """
-    staging_folder = folder / name
+    staging_folder = folder / STAGING_FOLDER
     # Files that a killed command has moved are not removed here; this command replaces them. A list
     # of them would have to be read from the folder, and could name any file of the user.
     shutil.rmtree(staging_folder, ignore_errors=True)
     staging_folder.mkdir()
     try:
-        with name_full_disk(folder):
-            yield staging_folder
-            move_files(staging_folder, folder, first, last)
+        yield staging_folder
+        move_files(staging_folder, folder, first, last)
     finally:
         shutil.rmtree(staging_folder, ignore_errors=True)
 

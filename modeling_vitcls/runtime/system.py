@@ -1,23 +1,15 @@
-"""Library versions, device names and memory."""
+"""Library versions and device names."""
 
 import platform
-import sys
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-import psutil
 import torch
 from accelerate import DistributedType
 from accelerate.state import AcceleratorState
 
 from ..version import __version__
-
-
-try:
-    import resource
-except ImportError:  # Windows
-    resource = None  # type: ignore[assignment]
 
 
 CORE_LIBRARIES = ("torch", "torchvision", "transformers", "accelerate")
@@ -37,17 +29,6 @@ def has_bfloat16(device: torch.device) -> bool:
         for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     ]
     return device.type == "cpu" and any(check is not None and check() for check in checks)
-
-
-def get_peak_memory(device: torch.device) -> int:
-    """Read the peak memory of a GPU, or of this process on other devices, in bytes."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    if resource is None:
-        return psutil.Process().memory_info().peak_wset
-    # macOS counts bytes, Linux KiB.
-    bytes_per_unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * bytes_per_unit
 
 
 def describe_device() -> str:

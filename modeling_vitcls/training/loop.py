@@ -30,7 +30,6 @@ from ..inference.metrics import select_scalars
 from ..model.blocks_vitcls import ViTCLSEmbeddings
 from ..runtime.distributed import run_on_main
 from ..runtime.errors import RunStopped, mark_errors_of_all_processes
-from ..runtime.system import get_peak_memory
 from .checkpoints import Checkpoint, CheckpointStore
 from .distributed_state import gather_state, reshard, scatter_state
 from .losses import Losses, Objective
@@ -336,7 +335,6 @@ class TrainingLoop:
         return {
             **mean_losses,
             "images_per_second": images_per_second,
-            "peak_memory_mb": round(get_peak_memory(self.accelerator.device) / 2**20, 1),
         }
 
     def measure_token_movement(self) -> dict[str, float]:

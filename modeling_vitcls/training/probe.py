@@ -51,7 +51,6 @@ from ..inference.linear_probe import (
 from ..model.heads_vitcls import build_pooler
 from ..runtime.distributed import run_on_main
 from ..runtime.errors import format_name_list
-from ..runtime.progress import report_work
 from .distillation_head import DistillationHead, describe_inference, split_kinds
 
 
@@ -339,7 +338,7 @@ class Probe:
         """Choose and fit the classifier of each task, by cross-validation."""
         chosen = {}
         # The matrices are small: with more threads, the fits take more time in total.
-        with report_work("cross-validation"), threadpool_limits(limits=1):
+        with threadpool_limits(limits=1):
             for task, own in self.split_tasks(features).items():
                 tokens, _ = split_kinds(own.get_tokens())
                 probe = LinearProbe(self.layers, self.read_pooling, self.class_weight)
@@ -362,13 +361,12 @@ class Probe:
         self, chosen: dict[str, LinearProbe], second: DistillationHead | None, features: Features
     ) -> tuple[dict[str, LinearProbe], DistillationHead | None]:
         """Fit the chosen classifiers to all features."""
-        with report_work("fitting the classifier"):
-            for task, own in self.split_tasks(features).items():
-                tokens, distillation_tokens = split_kinds(own.get_tokens())
-                chosen[task].refit(tokens, own.labels)
-                if second is not None:
-                    second = second.refit(distillation_tokens, own.labels)
-            return chosen, second
+        for task, own in self.split_tasks(features).items():
+            tokens, distillation_tokens = split_kinds(own.get_tokens())
+            chosen[task].refit(tokens, own.labels)
+            if second is not None:
+                second = second.refit(distillation_tokens, own.labels)
+        return chosen, second
 
     # Geometry -------------------------------------------------------------------------------------
 

@@ -158,17 +158,6 @@ def test_a_path_that_does_not_exist_is_named(
     assert any(words in error for words in ("not exist", "No such file", "is not a", "no file"))
 
 
-def test_a_folder_that_is_not_utf_8_is_an_error_before_training(
-    run_with_error: Callable[..., str],
-) -> None:
-    folder = os.fsdecode(b"out\xff")
-    flags = ["--model", "vitcls-tiny", "--dataset", "digits", "--output-dir", folder]
-    error = run_with_error("finetune", *flags)
-    assert "--output-dir" in error
-    assert "UTF-8" in error
-    assert not Path(folder).exists()
-
-
 @pytest.mark.parametrize(
     ("command", "library", "extra"),
     [

@@ -15,7 +15,6 @@ from modeling_vitcls.runtime import staging
 from modeling_vitcls.runtime.errors import describe_error
 from modeling_vitcls.runtime.staging import (
     check_output_is_empty,
-    create_output_files,
     create_output_folder,
 )
 
@@ -74,16 +73,6 @@ def test_two_commands_never_write_to_one_folder(
     with raises_one_line("exists and is not empty"):
         write(tmp_path / "out", "second")
     assert (tmp_path / "out" / "config.json").read_text() == "first"
-
-
-def test_other_files_of_a_folder_are_written_at_the_same_time(tmp_path: Path) -> None:
-    with (
-        create_output_files(tmp_path / "a.onnx", "a.onnx.json") as first,
-        create_output_files(tmp_path / "b.onnx", "b.onnx.json") as second,
-    ):
-        (first / "a.onnx").touch()
-        (second / "b.onnx").touch()
-    assert list_names(tmp_path) == ["a.onnx", "b.onnx"]
 
 
 def end_at_change(number: int, folder: Path, work: Callable[[], Any]) -> int:
@@ -149,9 +138,8 @@ def test_a_folder_that_somebody_handed_over_deletes_nothing(tmp_path: Path) -> N
         RuntimeError("I/O error: No space left on device"),
     ],
 )
-def test_a_full_disk_is_named(tmp_path: Path, error: Exception) -> None:
-    with pytest.raises(OSError) as raised, create_output_folder(tmp_path / "out"):
+def test_a_full_disk_leaves_no_file(tmp_path: Path, error: Exception) -> None:
+    with pytest.raises(type(error)) as raised, create_output_folder(tmp_path / "out"):
         raise error
-    message = describe_error(raised.value)
-    assert message.startswith(f"cannot write {tmp_path / 'out'}: no space is left on the device")
+    assert "no space is left on the device" in describe_error(raised.value)
     assert not list(tmp_path.iterdir())
