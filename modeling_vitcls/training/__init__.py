@@ -14,7 +14,6 @@
     probe.py            linear classifier of the frozen encoder, before fine-tuning
     loop.py             training loop
     checkpoints.py      checkpoints on disk, written completely or not at all
-    duration.py         expected duration of the steps of a run
     calibration.py      temperature of the trained classifier
     run_folder.py       the output folder before a run: what is in it, and what is removed
     save.py             the output folder after a run: what is written

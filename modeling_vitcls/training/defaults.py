@@ -138,7 +138,7 @@ def get_method_values(options: TrainOptions) -> dict[str, Any]:
 
 def choose_image_size(
     initial: InitialModel, config_values: dict[str, Any]
-) -> tuple[tuple[int, int] | None, str | None]:
+) -> tuple[int | tuple[int, int] | None, str | None]:
     """Choose 224 pixels instead of a large native side of a checkpoint, which costs too much.
 
     Also return a line about it. Both are None for a small side.
@@ -155,13 +155,9 @@ def choose_image_size(
     ]
 
     num_times = math.prod(native_size) / math.prod(size)
-    size_text, native_text = (
-        str(height) if height == width else f"{height} x {width}"
-        for height, width in (size, native_size)
-    )
-
-    return (size[0], size[1]), (
-        f"{size_text} px. The checkpoint's {native_text} px (`image_size='native'`) would need "
+    height, width = size
+    return height if height == width else (height, width), (
+        f"{max(size)} px. The checkpoint's {max(native_size)} px (`image_size='native'`) would need "
         f"{num_times:.1f} times as many patches"
     )
 

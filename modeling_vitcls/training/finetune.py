@@ -12,14 +12,11 @@ After the run, the output folder contains:
 
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import torch
 from accelerate import Accelerator
 
-from ..conversion.open_model import open_model
 from ..data.aspect_ratio import get_resize
 from ..data.augmentation import build_mixer
 from ..data.batches import Batch, Normalizer
@@ -32,9 +29,6 @@ from ..data.splits import (
     describe_missing_classes,
     load_undivided_images,
 )
-from ..data.splits_table import list_encoder_rows
-from ..hub.local_paths import strip_folders
-from ..hub.model_files import SPLITS_FILE
 from ..inference.evaluator import Evaluator
 from ..inference.frozen_features import FrozenPass
 from ..inference.metrics import SELECTION_METRICS
@@ -120,7 +114,6 @@ class FineTuning:
         is_single_label = labels.kind == "single_label_classification"
         # A head is known if the checkpoint has it, or if the probe is going to fit it.
         new_heads = [name for name in new_parameter_names if not name.startswith("vitcls.")]
-        keeps_classifier = probe is None and not new_heads
         return TrainingSetup(
             model,
             processor,
@@ -137,10 +130,10 @@ class FineTuning:
             result_metrics=(metric, "cls_accuracy", "distillation_accuracy"),
             resize=get_resize(processor) if probe is None else None,
             has_known_head=probe is not None or not new_heads,
+            keeps_classifier=probe is None and not new_heads,
             summary_lines={} if teacher is None else {"teacher": teacher.description},
             missing_probe_reason=missing_probe_reason or "",
             results={
-                "teacher": strip_folders(options.teacher) if options.teacher else None,
                 "label_column": list(options.label_column or labels.columns),
                 "label_separator": labels.separator,
                 # New tokens are trained although `trainable` is "head"
@@ -151,24 +144,10 @@ class FineTuning:
             list_warnings=lambda data: [
                 *describe_missing_classes(data),
                 *describe_leaks(data, options.group_column),
-                *describe_imbalance(options.class_balance, data),
             ],
             build_pass=build_pass if is_single_label else None,
             probe=probe,
-            encoder_rows=pd.concat(
-                [
-                    list_encoder_rows(initial.folder, keeps_classifier),
-                    list_teacher_rows(options.teacher),
-                ]
-            ),
         )
-
-
-def list_teacher_rows(teacher: str | None) -> pd.DataFrame:
-    """List the images that trained the teacher in a run: the student learns their labels from it."""
-    is_run = teacher is not None and (Path(teacher) / SPLITS_FILE).is_file()
-    folder = open_model(teacher) if teacher is not None and is_run else None
-    return list_encoder_rows(folder, keeps_classifier=True)
 
 
 def build_objective(
@@ -218,16 +197,3 @@ def check_label_kind(kind: str, **flags: Any) -> None:
             raise ValueError(
                 f"`{flag}` requires one label per image, but the labels are {kind}. Remove `{flag}`"
             )
-
-
-def describe_imbalance(class_balance: str, data: TrainingData) -> list[str]:
-    """Describe classes of very different sizes, for a warning.
-
-    The largest then has more than `MAX_CLASS_RATIO` times as many training images as the smallest.
-    """
-    if class_balance != "none" or data.train.class_ratio <= MAX_CLASS_RATIO:
-        return []
-    return [
-        f"the largest class has {data.train.class_ratio:.0f} times as many training images as the "
-        "smallest. The accuracy hardly depends on small classes: compare macro F1"
-    ]

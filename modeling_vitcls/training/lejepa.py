@@ -28,6 +28,11 @@ from .losses import Losses
 MAX_FREQUENCY = 3.0
 NUM_FREQUENCIES = 17
 NUM_DIRECTIONS = 256  # Number of random directions per step
+SIGREG_WEIGHT = 0.05  # The paper's
+GLOBAL_SCALE = (
+    0.3  # Minimum area of global crops and maximum area of local crops, part of the image
+)
+LOCAL_SCALE = 0.05  # Minimum area of local crops
 LOCAL_SIZE = 0.43  # Side length of local crops, as a fraction of the image size (98 of 224 pixels)
 MAX_ASPECT_RATIO = 4 / 3
 JITTER_PROBABILITY = 0.8
@@ -86,12 +91,10 @@ def compute_lejepa_losses(
     patch_size: tuple[int, int],
     num_global: int,
     num_local: int,
-    global_scale: float,
-    sigreg_weight: float,
 ) -> Losses:
     """Compute the losses of a batch: crops, projections, invariance and SIGReg.
 
-    `num_global` and `num_local` crops have more and less than `global_scale` of the image area.
+    `num_global` and `num_local` crops have more and less than `GLOBAL_SCALE` of the image area.
     """
     pixels = batch["pixels"].float() / 255
     size = list(pixels.shape[-2:])
@@ -99,9 +102,9 @@ def compute_lejepa_losses(
         max(2, round(LOCAL_SIZE * side / patch)) * patch
         for side, patch in zip(size, patch_size, strict=True)
     ]
-    kinds = [(num_global, size, (global_scale, 1.0))]
+    kinds = [(num_global, size, (GLOBAL_SCALE, 1.0))]
     if num_local:
-        kinds.append((num_local, small, (0.05, global_scale)))
+        kinds.append((num_local, small, (LOCAL_SCALE, GLOBAL_SCALE)))
     views = []
     for number, crop_size, scale in kinds:
         crops = (crop(pixels, crop_size, scale) for _ in range(number))
@@ -111,7 +114,7 @@ def compute_lejepa_losses(
     projections = model(*views).float()
     invariance = compute_invariance_loss(projections, num_global)
     sigreg = compute_sigreg(projections, draw_directions(projections, NUM_DIRECTIONS))
-    loss = (1 - sigreg_weight) * invariance + sigreg_weight * sigreg
+    loss = (1 - SIGREG_WEIGHT) * invariance + SIGREG_WEIGHT * sigreg
     return {"loss": loss, "invariance_loss": invariance, "sigreg_loss": sigreg}
 
 

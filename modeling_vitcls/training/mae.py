@@ -31,10 +31,11 @@ from ..model.variants_vitcls import ATTENTION_CLASSES, LAYER_CLASSES
 from .losses import Losses
 
 
+NUM_DECODER_LAYERS = 4  # The paper has 8 for ViT-B; 4 fine-tune as well (table 1a)
 HEAD_DIM = 32  # The decoder's heads, as in the paper (512 channels, 16 heads)
 
 
-def build_decoder_config(config: ViTCLSConfig, num_layers: int) -> ViTCLSConfig:
+def build_decoder_config(config: ViTCLSConfig) -> ViTCLSConfig:
     """Build the configuration of a decoder with two thirds of the encoder's width.
 
     This is the ratio of the paper for ViT-B.
@@ -42,7 +43,7 @@ def build_decoder_config(config: ViTCLSConfig, num_layers: int) -> ViTCLSConfig:
     width = HEAD_DIM * max(1, round(config.hidden_size * 2 / 3 / HEAD_DIM))
     return ViTCLSConfig(
         hidden_size=width,
-        num_hidden_layers=num_layers,
+        num_hidden_layers=NUM_DECODER_LAYERS,
         num_attention_heads=width // HEAD_DIM,
         intermediate_size=4 * width,
         layer_norm_eps=config.layer_norm_eps,
@@ -60,7 +61,7 @@ class MAE(ViTCLSPreTrainedModel):
         >>> from modeling_vitcls import ViTCLSConfig, ViTCLSModel
         >>> from modeling_vitcls.training.mae import MAE, build_decoder_config
         >>> config = ViTCLSConfig.from_preset("tiny", image_size=32, patch_size=8)
-        >>> method = MAE(ViTCLSModel(config), build_decoder_config(config, num_layers=1))
+        >>> method = MAE(ViTCLSModel(config), build_decoder_config(config))
         >>> mask = (torch.arange(16) % 4 > 0).expand(2, -1)  # three of four patches of both images
         >>> loss = method(torch.randn(2, 3, 32, 32), bool_masked_pos=mask).loss
     """

@@ -247,8 +247,8 @@ class FinetuneOptions(RunOptions, TrainingOptions, AugmentationOptions, DataOpti
     teacher: str | None = None
     """Teacher, whose predictions train the distillation token, while the labels train the CLS token
     (DeiT, Touvron et al. 2021): a folder or Hub id of a transformers classifier (`ID@COMMIT` pins
-    the model), `timm:NAME`, or a state-dict file. A model without a distillation token gets one.
-    Default: no distillation."""
+    the model), or `timm:NAME`. A model without a distillation token gets one. Default: no
+    distillation."""
     distillation: Literal["soft", "hard"] = "soft"
     """Target of the distillation token: the class probabilities (soft) or the top-1 class (hard) of
     the teacher."""
@@ -273,17 +273,10 @@ class PretrainOptions(RunOptions, TrainingOptions, AugmentationOptions, DataOpti
     """Number of large crops of each image, of LeJEPA."""
     local_crops: int = 6
     """Number of small crops of each image, with 0.43 times the image size."""
-    global_crop_scale: float = 0.3
-    """Minimum area of global crops and maximum area of local crops, as a fraction of the image
-    area."""
-    sigreg_weight: float = 0.05
-    """Weight of SIGReg, the loss that keeps the features from collapsing."""
     projector_width: int = 1024
     """Channels of the projector's two hidden layers."""
     mask_ratio: float = 0.75
     """Fraction of the patches that MAE masks (He et al. 2021)."""
-    decoder_layers: int = 4
-    """Layers of MAE's decoder. The paper uses 8 for ViT-B."""
 
     def check(self) -> None:
         super().check()
@@ -291,12 +284,9 @@ class PretrainOptions(RunOptions, TrainingOptions, AugmentationOptions, DataOpti
         for name, default in defaults.items():
             if getattr(self, name) != default:
                 raise ValueError(f"`{name}` is supported only in fine-tuning. Remove the flag")
-        check_minimum(self, 1, "global_crops", "projector_width", "decoder_layers")
+        check_minimum(self, 1, "global_crops", "projector_width")
         check_minimum(self, 0, "local_crops")
-        scale = self.global_crop_scale
-        check_value(self, "global_crop_scale", 0.05 < scale <= 1, "above 0.05 and at most 1")
-        for name in ("sigreg_weight", "mask_ratio"):
-            check_value(self, name, 0 < getattr(self, name) < 1, "between 0 and 1")
+        check_value(self, "mask_ratio", 0 < self.mask_ratio < 1, "between 0 and 1")
 
 
 TrainOptions = FinetuneOptions | PretrainOptions

@@ -8,11 +8,10 @@ run.py implements the complete run.
     images -> method (encoder, and a projector or a decoder) -> loss
     held-out images -> encoder -> features -> accuracy of k-NN, or effective rank of the features without labels
 
-The saved model is the encoder; the projector and the decoder are only in checkpoints/. The accuracy of
-k-NN and of logistic regression on frozen features is measured before and after training.
+The saved model is the encoder; the projector and the decoder are only in checkpoints/. The features are
+measured before and after training.
 """
 
-import itertools
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -26,12 +25,10 @@ from ..data.images import LabeledImages
 from ..data.sources import Splits
 from ..data.splits import TrainingData, load_undivided_images
 from ..inference.image_pass import ImagePass
-from ..inference.linear_probe import LinearProbe
 from ..inference.metrics import NOTHING_MEASURED
 from ..model.configuration_vitcls import ViTCLSConfig
 from ..model.image_processing_vitcls import ViTCLSImageProcessor
 from ..model.modeling_vitcls import ViTCLSModel
-from .distributed_state import reshard
 from .lejepa import LeJEPA, compute_lejepa_losses
 from .losses import Objective
 from .mae import MAE, build_decoder_config, compute_mae_losses, draw_masks
@@ -76,7 +73,7 @@ class PreTraining:
         method: Any
         objective: Objective
         if options.method == "mae":
-            method = MAE(encoder, build_decoder_config(config, options.decoder_layers))
+            method = MAE(encoder, build_decoder_config(config))
             objective = partial(
                 compute_mae_losses,
                 normalize=normalize,
@@ -94,8 +91,6 @@ class PreTraining:
                 patch_size=config.patch_height_width,
                 num_global=options.global_crops,
                 num_local=options.local_crops,
-                global_scale=options.global_crop_scale,
-                sigreg_weight=options.sigreg_weight,
             )
             crops = f"{options.global_crops} global and {options.local_crops} local crops"
             summary = f"LeJEPA: {crops} per image"
@@ -107,7 +102,7 @@ class PreTraining:
         )
 
         def build_evaluator(
-            data: TrainingData, images: LabeledImages, with_regression: bool = False
+            data: TrainingData, images: LabeledImages
         ) -> Callable[[Any], dict[str, Any]]:
             neighbors = None
             if has_labels:
@@ -118,24 +113,7 @@ class PreTraining:
                 held_out=ImagePass(images, **arguments),
                 neighbors=neighbors,
                 warn=reporter.warn,
-                with_regression=with_regression,
             )
-
-        def start_comparison(data: TrainingData) -> Callable[[Any], dict[str, Any]]:
-            if not len(data.held_out):
-                return lambda model: {}
-            # Pre-training has no accuracy of its own. Its result is the difference on the same
-            # images, so the first half is measured before anything trains.
-            measure = build_evaluator(data, data.held_out, with_regression=True)
-            before = measure(method.to(device).eval())
-
-            def compare(model: Any) -> dict[str, Any]:
-                after = measure(model)
-                reshard(model)
-                summary = compare_features(before, after)
-                return {"features": {"before": before, "after": after, "summary": summary}}
-
-            return compare
 
         selection_metric = "knn_accuracy" if has_labels else "effective_rank"
         return TrainingSetup(
@@ -151,7 +129,8 @@ class PreTraining:
             missing_probe_reason="pre-training",
             results={"method": options.method},
             encoder=method.vitcls,
-            start_comparison=start_comparison,
+            # Pre-training has no accuracy of its own: its result is the difference.
+            measures_start=True,
         )
 
 
@@ -178,7 +157,6 @@ def measure_features(
     held_out: ImagePass,
     neighbors: ImagePass | None,
     warn: Callable[[str], None],
-    with_regression: bool = False,
 ) -> dict[str, Any]:
     """Measure frozen features: the accuracy of k-NN on held-out images, and their effective rank.
 
@@ -189,7 +167,6 @@ def measure_features(
         held_out: images to measure.
         neighbors: labeled training images; None without labels.
         warn: is called if the features have collapsed.
-        with_regression: whether to measure logistic regression as well.
     """
     if not len(held_out.images):
         return NOTHING_MEASURED
@@ -210,17 +187,11 @@ def measure_features(
 
         train = neighbors.collect(model, compute)
         num_neighbors = min(10, len(train.labels))
-        classifiers: dict[str, Any] = {
-            "knn_accuracy": KNeighborsClassifier(num_neighbors, weights="distance", metric="cosine")
-        }
-        if with_regression:
-            classifiers["regression_accuracy"] = LinearProbe()
-        for (name, classifier), (suffix, part) in itertools.product(
-            classifiers.items(), parts.items()
-        ):
+        classifier = KNeighborsClassifier(num_neighbors, weights="distance", metric="cosine")
+        for suffix, part in parts.items():
             classifier.fit(train.values[part], train.labels)
             accuracy = classifier.score(features[part], measured.labels)
-            metrics[name + suffix] = round(float(accuracy), 6)
+            metrics[f"knn_accuracy{suffix}"] = round(float(accuracy), 6)
 
     rank = compute_effective_rank(features[parts[""]])
     width = features.shape[-1] - patch_width
@@ -228,31 +199,9 @@ def measure_features(
     if rank < max(MIN_RANK * max_rank, 1.5):
         warn(
             f"the features have collapsed: their effective rank is {rank:.1f} of {width} "
-            "channels, so images have nearly the same features. Set a lower `learning_rate` "
-            "or, with `method='lejepa'`, a larger `sigreg_weight`"
+            "channels, so images have nearly the same features. Set a lower `learning_rate`"
         )
     return metrics | {"effective_rank": round(rank, 2)} | counts
-
-
-def compare_features(before: dict[str, Any], after: dict[str, Any]) -> str:
-    """Compare the metrics before and after pre-training, in one line."""
-    names = {"knn_accuracy": "k-NN", "regression_accuracy": "logistic regression"}
-    texts = [
-        f"{text} {before[name]:.1%} -> {after[name]:.1%}"
-        for name, text in names.items()
-        if name in after
-    ]
-    is_worse = all(after[name] < before[name] for name in names if name in after) and bool(texts)
-
-    if not texts:
-        texts = [
-            f"effective rank {before['effective_rank']} -> {after['effective_rank']} (no labels)"
-        ]
-
-    return (
-        f"{', '.join(texts)} on {after['num_images']:,} held-out images, from before to after "
-        f"pre-training{'. Pre-training made the features worse' if is_worse else ''}"
-    )
 
 
 def compute_effective_rank(features: np.ndarray) -> float:

@@ -1,8 +1,8 @@
 """Output of a run: lines, warnings, progress, metrics.jsonl and trackers.
 
 summary.py and run_results.py write the texts about a run; only the `Reporter` prints. In a terminal,
-a run shows a progress bar; otherwise, a run prints about ten records, and a line at least
-every 30 seconds. Only the main process prints and writes.
+a run shows a progress bar; otherwise, a run prints its evaluations, and a line at least every 30
+seconds. Only the main process prints and writes.
 """
 
 import json
@@ -43,7 +43,6 @@ class Reporter:
         )
         self.progress_task = self.progress.add_task("training", total=None)
         self.last_line_time = self.progress.get_time()  # The time of the last line about steps
-        self.last_line_step = 0
         # Metrics of evaluations that lines contain, set by the run
         self.printed_metrics: tuple[str, ...] = ()
 
@@ -83,17 +82,11 @@ class Reporter:
 
         self.progress.reset(self.progress_task, total=num_steps, completed=step)
         self.last_line_time = self.progress.get_time()
-        self.last_line_step = step
 
     def start_trackers(self, flags: dict[str, str]) -> None:
         """Start the trackers of the accelerator, if it has any, with the flags of the run."""
-        folder = self.metrics_file.parent
-        tracker_folder = folder / "trackers"
-        if self.accelerator.is_main_process and self.accelerator.log_with:
-            tracker_folder.mkdir(exist_ok=True)
-        self.accelerator.init_trackers(
-            folder.resolve().name, flags, init_kwargs={"wandb": {"dir": str(tracker_folder)}}
-        )
+        folder = self.metrics_file.parent.resolve()
+        self.accelerator.init_trackers(folder.name, flags, {"wandb": {"dir": str(folder)}})
 
     def show_step(self, step: int) -> None:
         """Move the progress bar."""
@@ -114,7 +107,6 @@ class Reporter:
         columns = [f"step {step}/{task.total}", text, remaining_time, score_text]
         self.console.print("  ".join(filter(None, columns)), markup=False)
         self.last_line_time = self.progress.get_time()
-        self.last_line_step = step
 
     def log(self, record: dict[str, Any]) -> None:
         """Append a record to metrics.jsonl, print it, and send its numbers to the trackers.
@@ -140,10 +132,8 @@ class Reporter:
 
         self.progress.update(self.progress_task, completed=record["step"], description=text)
         if self.progress.disable:
-            num_steps = self.progress.tasks[0].total or record["step"]
-            tenths = record["step"] * 10 // num_steps - self.last_line_step * 10 // num_steps
-            # metrics.jsonl has all records: a log file gets about ten of them, those with scores first
-            if tenths >= (1 if score_text else 2) or record["step"] == num_steps:
+            # metrics.jsonl has all records: a log file gets those with scores.
+            if score_text:
                 self.print_step(record["step"], text, score_text)
             else:
                 self.print_if_due(record["step"])

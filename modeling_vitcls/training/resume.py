@@ -1,49 +1,35 @@
-"""What a resumed run may change: checks of flags, models, data and plan.
+"""What a resumed run takes from its start, and what it compares with it.
 
-A run records three things, because only the first one is a person's choice:
-
-    flags     the flags as the person set them
-    chosen    values that the program derived for some of them, such as the learning rate, the
-              image size of a large checkpoint, and the commit of a model on the Hub
-    config    values of the model's configuration that no flag set
-
-A resumed run may set a flag as before, or to the value that was derived for it. Derived values are
+A run records its flags as the person set them, and `chosen_flags`: values that it derived for some of
+them, such as the learning rate, the image size of a large checkpoint, and the commit of a model on the
+Hub. A resumed run may set a flag as before, or to the value that was derived for it. Derived values are
 taken from the record, so they do not depend on the machine that resumes the run.
 """
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import fields, replace
-from pathlib import Path
+import operator
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from accelerate.state import AcceleratorState
 
 from ..data.splits import TrainingData, describe_change, describe_data
 from ..hub.local_paths import is_same_source, make_relative
-from ..model.configuration_vitcls import ViTCLSConfig
 from ..runtime.flags import to_flags
-from .checkpoints import Checkpoint
-from .options import NO_CONFIG_FIELDS, ModelOptions, TrainOptions
+from .options import TrainOptions
+from .run_folder import SOURCE_FLAGS, EarlierRun
 
 
 # Flags that may change on --resume, because these flags do not affect the result.
 CHANGEABLE_FLAGS = (
     "output_dir num_workers batch_size gradient_accumulation_steps resume "
     "overwrite save_every keep_checkpoints log_with report push_to_hub hub_model_id "
-    # The precision itself is compared (`check_run_unchanged`)
+    # The precision itself is compared (`build_run_record`)
     "mixed_precision"
 ).split()
-# Flags whose values may be paths
-SOURCE_FLAGS = ("model", "teacher")
-PATH_FLAGS = ("dataset", *SOURCE_FLAGS)
-# The configuration of the model cannot confirm these: it stores another form, or the probe chose them.
-FLAGS_NOT_IN_CONFIG = (*NO_CONFIG_FIELDS, "cls_scopes", "pooling", "pooled_layers")
-CONFIG_FLAGS = [
-    field.name for field in fields(ModelOptions) if field.name not in FLAGS_NOT_IN_CONFIG
-]
+PATH_FLAGS = ("dataset", *SOURCE_FLAGS)  # Flags whose values may be paths
 
 Options = TypeVar("Options", bound=TrainOptions)
-FlagsRecord = dict[str, dict[str, Any]]  # "flags", "chosen" and "config"
 
 
 def convert_sources(
@@ -64,110 +50,44 @@ def make_flags_relative(flags: dict[str, Any]) -> dict[str, Any]:
     return {name: make_relative(flags[name]) if name in names else flags[name] for name in flags}
 
 
-def build_flags_record(
-    flags: dict[str, Any],
-    used_flags: dict[str, Any],
-    config: dict[str, Any],
-    recorded: FlagsRecord | None,
-) -> FlagsRecord:
-    """Build the record of the flags for a checkpoint.
+def take_derived_values(options: Options, earlier: EarlierRun) -> Options:
+    """Give a resumed run the values that its start derived for unset flags, and the same commits.
 
     Args:
-        flags: the flags as the person set them.
-        used_flags: the flags of the run, with derived values.
-        config: the configuration of the model.
-        recorded: the record of the run that is resumed, whose derived values stay derived.
+        options: as the person set them.
+        earlier: the run that is resumed.
+
+    Raises:
+        ValueError: if a flag has another value than in the earlier run.
     """
-    # Compared before paths become relative, which would make every path look derived.
-    chosen = {name: value for name, value in used_flags.items() if value != flags[name]}
-    flags = make_flags_relative(flags)
-    # A value that was derived at the first start stays derived, even if the person has typed it
-    # since: otherwise the second resumption would compare it as a person's choice.
-    if recorded is not None:
-        derived = (recorded["chosen"].keys() | recorded["config"].keys()).difference(PATH_FLAGS)
-        flags |= {name: recorded["flags"][name] for name in derived}
-        chosen = recorded["chosen"] | chosen
-    config = {name: config[name] for name in CONFIG_FLAGS if name in config}
-    return {"flags": flags, "chosen": chosen, "config": config}
-
-
-def select_chosen_values(chosen: dict[str, Any], flags: Mapping[str, Any]) -> dict[str, Any]:
-    """Select the values that a resumed run takes from its start: of unset flags, and commits.
-
-    The set ones are compared instead (`check_flags_unchanged`). A dict, such as the fields of the
-    configuration, may be set in part.
-    """
-    return {
-        name: value
-        for name, value in chosen.items()
-        if flags[name] is None or isinstance(value, dict) or name in PATH_FLAGS
-    }
-
-
-def check_flags_unchanged(recorded: FlagsRecord, flags: dict[str, Any], folder: Path) -> None:
-    """Raise ValueError if a resumed run has other flags than the run that it continues.
-
-    Args:
-        recorded: the record of the run in `folder`.
-        flags: the flags of the resumed run, as the person set them.
-        folder: output folder.
-    """
-    derived = (recorded["chosen"], recorded["config"])
-    for name, value in recorded["flags"].items():
-        current_value = flags.get(name)
-        chosen_value = recorded["chosen"].get(name)
-        if isinstance(chosen_value, dict) and isinstance(current_value, dict):
-            current_value = chosen_value | current_value
+    flags = to_flags(options)
+    derived = earlier.metadata["chosen_flags"]
+    for name, asked in earlier.metadata["flags"].items():
         # A person may copy the derived value from the log into the command; that is no change.
-        accepted_values = [value, *(values[name] for values in derived if name in values)]
-        if name in CHANGEABLE_FLAGS or any(
-            is_same_value(name, accepted, current_value) for accepted in accepted_values
-        ):
+        accepted_values = (asked, derived.get(name, asked))
+        is_same = is_same_source if name in PATH_FLAGS else operator.eq
+        is_accepted = any(is_same(value, flags[name]) for value in accepted_values)
+        if is_accepted or name in CHANGEABLE_FLAGS:
             continue
 
         advice = "Use the same flags, or choose a different `output_dir`"
         # More epochs are another run: the learning rate of every past step depends on the total.
         if name in ("epochs", "max_steps"):
-            advice = f"To train for more steps, start another run with `model={str(folder)!r}`"
+            model = str(options.output_dir)
+            advice = f"To train for more steps, start another run with `model={model!r}`"
         raise ValueError(
-            f"`resume=True`: the run in {folder} was started with `{name}` "
-            f"{format_flag_value(value)}, but the value in this run is "
-            f"{format_flag_value(current_value)}. {advice}"
+            f"`resume=True`: the run in {options.output_dir} was started with `{name}` "
+            f"{format_flag_value(asked)}, but the value in this run is "
+            f"{format_flag_value(flags[name])}. {advice}"
         )
 
-
-def is_same_value(name: str, stored: Any, current: Any) -> bool:
-    """Compare two values of a flag by what they mean. One number sets both image sides."""
-    if name in ("image_size", "patch_size"):
-        stored, current = (
-            [value, value] if isinstance(value, int) else value for value in (stored, current)
-        )
-    return bool(stored == current) or (name in PATH_FLAGS and is_same_source(stored, current))
-
-
-def check_run_unchanged(metadata: dict[str, Any], current: dict[str, Any], folder: Path) -> None:
-    """Raise ValueError if --resume would continue the run with other data or settings.
-
-    These are another precision, and another number of images per step. `metadata` and `current` are
-    the values in the checkpoint and in this run.
-    """
-    if change := describe_change(metadata["data"], current["data"]):
-        raise ValueError(
-            f"`resume=True`: the dataset has changed since the run in {folder} was started: "
-            f"{change}. Restore the dataset, or choose a different `output_dir`"
-        )
-    if metadata["mixed_precision"] != current["mixed_precision"]:
-        raise ValueError(
-            f"`resume=True`: the run in {folder} requires "
-            f"`mixed_precision={metadata['mixed_precision']!r}`, but the mixed precision of this "
-            f"run is {current['mixed_precision']}"
-        )
-    if metadata["images_per_step"] != current["images_per_step"]:
-        raise ValueError(
-            f"`resume=True`: the run in {folder} has {metadata['images_per_step']} images per "
-            f"step, but this run has {current['images_per_step']}. Restore the product of "
-            "`batch_size`, `gradient_accumulation_steps` and the number of processes"
-        )
+    # The batch size may change, so it is derived only while it is unset.
+    values = {
+        name: value
+        for name, value in derived.items()
+        if flags[name] is None or name not in CHANGEABLE_FLAGS
+    }
+    return replace(options, **values)
 
 
 def format_flag_value(value: Any) -> str:
@@ -180,28 +100,50 @@ def format_flag_value(value: Any) -> str:
 
 
 def build_run_record(
-    options: TrainOptions,
-    data: TrainingData,
-    config: ViTCLSConfig,
-    flags: dict[str, Any],
-    checkpoint: Checkpoint | None,
+    options: TrainOptions, data: TrainingData, flags: dict[str, Any], earlier: EarlierRun | None
 ) -> dict[str, Any]:
-    """Build what checkpoints contain about the run, and compare it with the checkpoint to resume.
+    """Build what checkpoints and results.json contain about the run.
 
-    `options` have the values of the plan, and `flags` are the flags as the person set them. Raise
-    ValueError if the checkpoint belongs to a different run.
+    Args:
+        options: flags with the values of the plan.
+        data: images of the run.
+        flags: flags as the person set them.
+        earlier: run that is resumed, whose record is compared.
+
+    Raises:
+        ValueError: if --resume would continue a run with other data or another precision or number
+            of images per step.
     """
     state = AcceleratorState()
     assert options.batch_size is not None, "the defaults set it"
-    recorded = None if checkpoint is None else checkpoint.metadata["flags"]
-    record = {
-        "images_per_step": options.batch_size
-        * options.gradient_accumulation_steps
-        * state.num_processes,
+    num_processes = state.num_processes
+    record: dict[str, Any] = {
+        "images_per_step": options.batch_size * options.gradient_accumulation_steps * num_processes,
         "mixed_precision": state.mixed_precision,
         "data": describe_data(data),
-        "flags": build_flags_record(flags, to_flags(options), config.to_dict(), recorded),
     }
-    if checkpoint is not None:
-        check_run_unchanged(checkpoint.metadata, record, options.output_dir)
-    return record
+    if earlier is None:
+        chosen = {name: value for name, value in to_flags(options).items() if value != flags[name]}
+        return record | {"flags": make_flags_relative(flags), "chosen_flags": chosen}
+
+    start = f"`resume=True`: the run in {options.output_dir}"
+    metadata = earlier.metadata
+    if change := describe_change(metadata["data"], record["data"]):
+        raise ValueError(
+            f"{start} had other data: {change}. Restore the dataset, choose a different "
+            "`output_dir`, or set `overwrite=True` without `resume`"
+        )
+    if metadata["mixed_precision"] != record["mixed_precision"]:
+        raise ValueError(
+            f"{start} requires `mixed_precision={metadata['mixed_precision']!r}`, but the mixed "
+            f"precision of this run is {record['mixed_precision']}"
+        )
+    if metadata["images_per_step"] != record["images_per_step"]:
+        raise ValueError(
+            f"{start} has {metadata['images_per_step']} images per step, but this run has "
+            f"{record['images_per_step']}. Restore the product of `batch_size`, "
+            "`gradient_accumulation_steps` and the number of processes"
+        )
+    # The flags are the same, and values that were derived at the first start stay derived, even if
+    # the person has typed them since.
+    return record | {name: metadata[name] for name in ("flags", "chosen_flags")}

@@ -21,7 +21,7 @@ from ..hub.model_files import METRICS_FILE
 from ..runtime.distributed import build_accelerator, end_processes, run_on_main
 from ..runtime.flags import to_flags
 from ..runtime.staging import lock_folder
-from .checkpoints import Checkpoint, CheckpointStore
+from .checkpoints import CheckpointStore
 from .finetune import FineTuning
 from .frozen_run import run_frozen
 from .model import check_model_flags
@@ -29,8 +29,8 @@ from .options import PretrainOptions, TrainOptions
 from .plan import plan_run
 from .pretrain import PreTraining
 from .reporter import Reporter
-from .resume import build_run_record, convert_sources
-from .run_folder import CHECKPOINTS_FOLDER, clean_up_finished, find_run, prepare_folder
+from .resume import build_run_record, convert_sources, make_flags_relative
+from .run_folder import CHECKPOINTS_FOLDER, EarlierRun, find_run, prepare_folder
 from .run_inputs import load
 from .run_results import build_results, print_result
 from .save import save_output
@@ -56,7 +56,6 @@ def train(asked: TrainOptions) -> Path:
     check_model_flags(asked.model, asked.model_config or (), asked.trainable)
     folder = asked.output_dir
     check_output_is_not_read(folder, asked.dataset)
-    flags = to_flags(asked)
 
     accelerator = build_accelerator(
         asked.gradient_accumulation_steps,
@@ -73,32 +72,34 @@ def train(asked: TrainOptions) -> Path:
     # Held until the last file is in its place: two runs in one folder would mix their checkpoints.
     with ExitStack() as stack:
 
-        def open_folder() -> tuple[Checkpoint | None, bool]:
+        def open_folder() -> EarlierRun | None:
             stack.enter_context(lock_folder(folder))
-            return find_run(folder, store, flags, reporter.warn)
+            return find_run(folder, store, asked, reporter.warn)
 
         # One process looks at the folder for all of them. The others would wait for its lock.
-        checkpoint, is_finished = run_on_main(open_folder)
-        # A job script repeats its command with --resume, also after a run that was killed between
-        # its last file and its cleanup. Clean up what that run could not, and do nothing else.
-        if is_finished:
-            clean_up_finished(asked, store, reporter)
-            return folder
+        earlier = run_on_main(open_folder)
 
         # What the run is. The division of the images depends on it, so it comes first.
         recipe: Recipe = PreTraining() if isinstance(asked, PretrainOptions) else FineTuning()
-        inputs = load(recipe, asked, checkpoint, reporter)
+        inputs = load(recipe, asked, earlier, reporter)
         setup = inputs.setup
-        plan = plan_run(inputs, accelerator, is_resumed=checkpoint is not None)
+        plan = plan_run(inputs, is_resumed=earlier is not None)
         options = plan.options
         assert options.held_out_fraction is not None, "the plan sets it"
         data = divide_images(inputs.images, options.held_out_fraction, options.select == "best")
-        # Compared with the checkpoint first: nothing is written if the run is another one.
-        record = run_on_main(
-            partial(build_run_record, options, data, setup.model.config, flags, checkpoint)
-        )
-        run_on_main(partial(prepare_folder, folder, store, to_flags(options), checkpoint))
-        num_seen = data.count_seen(setup.encoder_rows, plan.kind == "frozen")
+        # Compared with the earlier run first: nothing is written if the run is another one.
+        record = run_on_main(partial(build_run_record, options, data, to_flags(asked), earlier))
+        # A job script repeats its command with --resume, also after a run that was killed between
+        # its last file and its cleanup. Clean up what that run could not, and do nothing else.
+        if earlier is not None and earlier.checkpoint is None:
+            if asked.keep_checkpoints is None:
+                run_on_main(store.clear)
+            reporter.print_line("finished", f"{folder} already contains the results of this run")
+            return folder
+
+        flags = make_flags_relative(to_flags(options))
+        run_on_main(partial(prepare_folder, folder, store, flags, earlier is not None))
+        num_seen = data.count_seen(inputs.encoder_rows, plan.kind == "frozen")
         print_summary(inputs, plan, data, num_seen, reporter)
 
         # Both kinds end in the same record.
@@ -111,18 +112,18 @@ def train(asked: TrainOptions) -> Path:
                 data,
                 num_seen,
                 record=record,
-                checkpoint=checkpoint,
+                checkpoint=None if earlier is None else earlier.checkpoint,
                 store=store,
                 reporter=reporter,
             )
         reporter.print_lines(outcome.lines)
 
-        results = build_results(inputs, data, outcome, record["flags"]["chosen"])
+        results = build_results(inputs, data, outcome, record)
         save_output(folder, inputs, data, outcome, results)
         # After the folder is whole, because --resume needs the checkpoints until then.
         if options.keep_checkpoints is None:
             run_on_main(store.clear)
-        print_result(outcome, plan, data, asked, reporter)
+        print_result(outcome, plan, data, reporter)
 
         end_processes(accelerator)
         return folder

@@ -13,23 +13,17 @@ The folder is locked (runtime/staging.py).
 """
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
-from functools import partial
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from ..data.options import DataOptions
-from ..data.sources import load_on_main
-from ..data.splits import (
-    TrainingData,
-    describe_change,
-    describe_data,
-    divide_images,
-    load_undivided_images,
-)
+from ..data.splits import TrainingData, divide_images, load_undivided_images
 from ..hub.local_paths import is_local, split_prefix
 from ..hub.model_files import (
     CONFIG_FILE,
@@ -39,7 +33,6 @@ from ..hub.model_files import (
     RECIPE_FILE,
     RESULTS_FILE,
     hash_weights,
-    is_match,
 )
 from ..hub.model_folder import ModelFolder
 from ..runtime.errors import format_name_list
@@ -48,63 +41,76 @@ from ..runtime.flags import get_flag_fields
 from ..runtime.staging import STAGING_FOLDER
 from .checkpoints import Checkpoint, CheckpointStore
 from .options import TrainOptions
-from .reporter import Reporter
-from .resume import (
-    PATH_FLAGS,
-    SOURCE_FLAGS,
-    FlagsRecord,
-    check_flags_unchanged,
-    make_flags_relative,
-)
 
 
 CHECKPOINTS_FOLDER = "checkpoints"
+SOURCE_FLAGS = ("model", "teacher")  # Flags whose values may be models in the output folder
+
+
+@dataclass(frozen=True)
+class EarlierRun:
+    """The run in the output folder that `resume=True` continues or, if it is finished, repeats.
+
+    Attributes:
+        metadata: its record (`build_run_record`), and what its checkpoint adds to the record.
+        checkpoint: None if it is finished.
+    """
+
+    metadata: dict[str, Any]
+    checkpoint: Checkpoint | None
 
 
 def find_run(
-    folder: Path, store: CheckpointStore, flags: dict[str, Any], warn: Callable[[str], None]
-) -> tuple[Checkpoint | None, bool]:
-    """Find the checkpoint to resume from, and tell whether the run to resume is finished.
+    folder: Path, store: CheckpointStore, options: TrainOptions, warn: Callable[[str], None]
+) -> EarlierRun | None:
+    """Look at the output folder. Return the run to resume, or None if a new one may start.
 
     Args:
         folder: output folder.
         store: the checkpoints in it.
-        flags: the flags as the person set them.
+        options: the flags of the new run.
         warn: prints a warning about a damaged checkpoint.
 
     Raises:
-        ValueError: if the run in the folder has other flags, or if files would be replaced without
-            `overwrite=True`.
+        ValueError: if files would be replaced without `overwrite=True`, or the run in the folder is
+            damaged.
     """
+    is_finished = (folder / RESULTS_FILE).exists() and (folder / CONFIG_FILE).exists()
     # The results are looked for first: a finished run may have no checkpoints left to continue
     # from, and has nothing left to do.
-    is_repeated = flags["resume"] and is_finished(folder)
-    checkpoint = None
-    if flags["resume"] and not is_repeated:
-        checkpoint = store.load_newest(warn)
-    if checkpoint is None and not is_repeated:
-        # Nothing is removed yet. `prepare_folder` removes the old files after the data and the
-        # model were read without an error, so a typo costs no finished run.
-        if flags["overwrite"]:
-            check_sources_not_removed(folder, {name: flags.get(name) for name in SOURCE_FLAGS})
-        else:
-            check_replaceable(folder, store)
-        return None, False
-    recorded = read_finished_flags(folder) if checkpoint is None else checkpoint.metadata["flags"]
-    check_flags_unchanged(recorded, flags, folder)
-    return checkpoint, is_repeated
-
-
-def check_replaceable(folder: Path, store: CheckpointStore) -> None:
-    """Raise ValueError if a run without `overwrite=True` would replace files.
-
-    Files that no run has written count as well. `store` contains the checkpoints in the folder.
-    """
-    if is_finished(folder):
+    if options.resume and is_finished:
+        return read_finished_run(folder)
+    checkpoint = store.load_newest(warn) if options.resume else None
+    if checkpoint is not None:
+        return EarlierRun(checkpoint.metadata, checkpoint)
+    # Nothing is removed yet. `prepare_folder` removes the old files after the data and the model
+    # were read without an error, so a typo costs no finished run.
+    if options.overwrite:
+        check_sources_not_removed(folder, options)
+    elif is_finished:
         raise ValueError(
             f"{folder} contains a finished run. Set `overwrite=True`, or choose a different "
             "`output_dir`"
         )
+    else:
+        check_replaceable(folder, store)
+    return None
+
+
+def read_finished_run(folder: Path) -> EarlierRun:
+    """Read the record of a finished run. Raise ValueError if its weights are not those it wrote."""
+    results = read_json(folder / RESULTS_FILE)
+    if hash_weights(folder) != results.get("weights_sha256"):
+        raise ValueError(
+            f"`resume=True`: the run in {folder} is finished, but its weights are missing or have "
+            "changed. Choose a different `output_dir`, or set `overwrite=True` without `resume`"
+        )
+    flags = yaml.safe_load(read_text(folder / RECIPE_FILE)) | results["asked_flags"]
+    return EarlierRun(results | {"flags": flags}, None)
+
+
+def check_replaceable(folder: Path, store: CheckpointStore) -> None:
+    """Raise ValueError if a folder has checkpoints, or files that no run has written."""
     if steps := store.list_steps():
         raise ValueError(
             f"{folder} contains an unfinished run (step {steps[-1]:,}). Set `resume=True` or "
@@ -118,55 +124,6 @@ def check_replaceable(folder: Path, store: CheckpointStore) -> None:
         raise ValueError(
             f"{folder} contains other files that this run would replace "
             f"({format_name_list(names)}). Move them, or set `overwrite=True`"
-        )
-
-
-def is_finished(folder: Path) -> bool:
-    """Return whether a folder contains the model and the results of a run."""
-    return (folder / RESULTS_FILE).exists() and (folder / CONFIG_FILE).exists()
-
-
-def read_finished_flags(folder: Path) -> FlagsRecord:
-    """Read the record of a finished run, which has no checkpoints, from its other files."""
-    flags = yaml.safe_load(read_text(folder / RECIPE_FILE))
-    chosen = read_json(folder / RESULTS_FILE).get("chosen_flags", {})
-    unset = {name: None for name in chosen if name not in PATH_FLAGS}
-    return {"flags": flags | unset, "chosen": chosen, "config": read_json(folder / CONFIG_FILE)}
-
-
-def clean_up_finished(asked: TrainOptions, store: CheckpointStore, reporter: Reporter) -> None:
-    """Check that a finished run has today's photos, labels and weights, and remove what it left.
-
-    Raises:
-        ValueError, OSError: if they have changed, or cannot be read.
-    """
-    folder = ModelFolder(asked.output_dir)
-    # The photos and labels may have changed since, although the flags are the same.
-    load_data = partial(load_run_data, folder, asked.dataset)
-    check_finished(folder, load_on_main(asked.dataset, load_data))
-    shutil.rmtree(folder.path / STAGING_FOLDER, ignore_errors=True)
-    if asked.keep_checkpoints is None:
-        store.clear()
-    reporter.print_line("finished", f"{folder.path} already contains the results of this run")
-
-
-def check_finished(folder: ModelFolder, data: TrainingData) -> None:
-    """Raise ValueError if a finished run has lost its weights, or had other images or labels.
-
-    Args:
-        folder: output folder.
-        data: what `load_run_data` reads today.
-    """
-    results = folder.results_of_any_weights
-    problem = None
-    if hash_weights(folder.path) != results.get("weights_sha256"):
-        problem = "its weights are missing or have changed"
-    if change := describe_change(results["data"], describe_data(data)):
-        problem = f"the dataset has changed since: {change}"
-    if problem is not None:
-        raise ValueError(
-            f"`resume=True`: the run in {folder.path} is finished, but {problem}. Choose a different "
-            "`output_dir`, or set `overwrite=True` without `resume`"
         )
 
 
@@ -193,15 +150,13 @@ def load_run_data(folder: ModelFolder, dataset: str) -> TrainingData:
     return divide_images(images, options.held_out_part, flags.get("select") == "best")
 
 
-def check_sources_not_removed(folder: Path, sources: Mapping[str, str | None]) -> None:
-    """Raise ValueError if `overwrite=True` would remove the initial model or the teacher.
-
-    `sources` contains them by flag.
-    """
+def check_sources_not_removed(folder: Path, options: TrainOptions) -> None:
+    """Raise ValueError if `overwrite=True` would remove the initial model or the teacher."""
     folder = folder.resolve()
-    for flag, source in sources.items():
-        path = Path(split_prefix(source or "")[1]).resolve()
-        if is_local(source) and folder in (path, *path.parents):
+    for flag in SOURCE_FLAGS:
+        source: str = getattr(options, flag, None) or ""
+        path = Path(split_prefix(source)[1]).resolve()
+        if is_local(source) and path.is_relative_to(folder):
             raise ValueError(
                 f"`overwrite=True` would remove the `{flag}` in {folder}. Choose a different "
                 "`output_dir`"
@@ -210,30 +165,23 @@ def check_sources_not_removed(folder: Path, sources: Mapping[str, str | None]) -
 
 def list_final_files(folder: Path) -> list[str]:
     """List the existing final files, in the order of `FINAL_FILE_PATTERNS`."""
-    patterns = ("*", f"{IMAGES_FOLDER}/*")
-    files = (
-        path for pattern in patterns for path in sorted(folder.glob(pattern)) if path.is_file()
-    )
-    names = [path.relative_to(folder).as_posix() for path in files]
-    matches = [
-        name for pattern in FINAL_FILE_PATTERNS for name in names if is_match(name, (pattern,))
-    ]
-    return list(dict.fromkeys(matches))
+    paths = chain.from_iterable(sorted(folder.glob(pattern)) for pattern in FINAL_FILE_PATTERNS)
+    names = [path.relative_to(folder).as_posix() for path in paths if path.is_file()]
+    return list(dict.fromkeys(names))
 
 
 # What a run writes before it starts --------------------------------------------------------------
 
 
 def prepare_folder(
-    folder: Path, store: CheckpointStore, flags: dict[str, Any], checkpoint: Checkpoint | None
+    folder: Path, store: CheckpointStore, flags: dict[str, Any], is_resumed: bool
 ) -> None:
     """Remove the files of an earlier run, unless it is resumed, and write config.resolved.yaml.
 
-    The file contains `flags`, with paths relative to the current directory.
+    The file contains `flags`, whose paths are relative to the current directory.
     """
-    if checkpoint is None:
+    if not is_resumed:
         remove_run_files(folder, store)
-    flags = make_flags_relative(flags)
     # These two say how a run was started, not what it is; a repeated run must not overwrite by
     # itself.
     flags = {name: flags[name] for name in flags if name not in ("resume", "overwrite")}

@@ -1,22 +1,27 @@
 """What a run reads: labels and keys of all images, and the model with its initial weights."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
+import pandas as pd
 from accelerate import PartialState
 
 from ..conversion.open_model import is_preset
 from ..data.sources import Splits, load_on_main
+from ..data.splits_table import list_encoder_rows
 from ..hub.loading import pin_revision
+from ..hub.model_files import SPLITS_FILE
+from ..hub.model_folder import ModelFolder
 from ..inference.speed import count_flops
 from ..runtime.distributed import set_mixed_precision
 from ..runtime.system import describe_device
-from .checkpoints import Checkpoint
 from .defaults import resolve_defaults
 from .model import InitialModel, resolve_initial_model
 from .options import TrainOptions
 from .reporter import Reporter
-from .resume import SOURCE_FLAGS, convert_sources, select_chosen_values
+from .resume import convert_sources, take_derived_values
+from .run_folder import SOURCE_FLAGS, EarlierRun
 from .training_setup import Recipe, TrainingSetup
 
 
@@ -28,28 +33,33 @@ class RunInputs:
     initial: InitialModel
     images: Splits
     setup: TrainingSetup
+    # Rows of splits.parquet: images that trained the encoder, or the teacher, before this run
+    encoder_rows: pd.DataFrame
     forward_flops: int
     device: str
     lines: dict[str, str | None]  # About the defaults and the device
 
 
 def load(
-    recipe: Recipe, options: TrainOptions, checkpoint: Checkpoint | None, reporter: Reporter
+    recipe: Recipe, options: TrainOptions, earlier: EarlierRun | None, reporter: Reporter
 ) -> RunInputs:
     """Read the labels of the images, and load the models. No image is decoded.
 
     Args:
         recipe: what is trained.
         options: as the person set them.
-        checkpoint: to resume from.
+        earlier: run that is resumed.
         reporter: output of the run, with its accelerator.
+
+    Raises:
+        ValueError, OSError: if data or models cannot be read or do not match the options, or the
+            earlier run had other flags.
     """
     recorded_precision = None
-    if checkpoint is not None:
+    if earlier is not None:
         # Derived values come from the record: this machine might derive others.
-        chosen = checkpoint.metadata["flags"]["chosen"]
-        options = replace(options, **select_chosen_values(chosen, vars(options)))
-        recorded_precision = checkpoint.metadata["mixed_precision"]
+        options = take_derived_values(options, earlier)
+        recorded_precision = earlier.metadata["mixed_precision"]
     state = PartialState()
     with (
         state.main_process_first()
@@ -68,6 +78,10 @@ def load(
         # Some defaults depend on the number of images and on the image size, hence after both.
         options, lines = resolve_defaults(options, initial, len(images.train))
         setup = recipe.build_setup(options, initial, images, reporter)
+        encoder_rows = [
+            list_encoder_rows(initial.folder, setup.keeps_classifier),
+            list_teacher_rows(getattr(options, "teacher", None)),
+        ]
         # The decoder or projector of pre-training is not saved, and does not count.
         forward_flops = count_flops(setup.encoder or setup.model)
     # The default depends on the width of the model, so the accelerator gets it only now.
@@ -76,4 +90,21 @@ def load(
     )
     device = describe_device()
     lines |= {**setup.summary_lines, "device": f"{device}, mixed precision: {precision_text}"}
-    return RunInputs(options, initial, images, setup, forward_flops, device, lines)
+    return RunInputs(
+        options=options,
+        initial=initial,
+        images=images,
+        setup=setup,
+        encoder_rows=pd.concat(encoder_rows),
+        forward_flops=forward_flops,
+        device=device,
+        lines=lines,
+    )
+
+
+def list_teacher_rows(teacher: str | None) -> pd.DataFrame:
+    """List the images that trained the teacher in a run: the student learns their labels from it."""
+    folder = None
+    if teacher is not None and (Path(teacher) / SPLITS_FILE).is_file():
+        folder = ModelFolder(Path(teacher))
+    return list_encoder_rows(folder, keeps_classifier=True)

@@ -78,7 +78,7 @@ def save_output(
                 saved_model = model_class.from_pretrained(folder).to(device).eval()
                 record["inference"] = measure_inference_speed(saved_model, device)
                 write_json(folder / RESULTS_FILE, results | record)
-                write_splits(pd.concat([data.build_splits_table(), setup.encoder_rows]), folder)
+                write_splits(pd.concat([data.build_splits_table(), inputs.encoder_rows]), folder)
                 if outcome.predictions is not None:
                     write_predictions(
                         folder / PREDICTIONS_FILE,

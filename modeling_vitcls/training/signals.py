@@ -1,4 +1,4 @@
-"""Signals that stop a run after a checkpoint: Ctrl-C, SIGTERM, SIGHUP and SIGUSR1."""
+"""Signals that stop a run after a checkpoint: Ctrl-C, SIGTERM and SIGUSR1."""
 
 import os
 import signal
@@ -16,19 +16,16 @@ from torch import distributed
 LAUNCHER_ENVIRONMENT_VARIABLES = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")
 # Maximum delay in seconds between a signal and the same signal forwarded by a launcher.
 MAX_FORWARDING_SECONDS = 1.0
-# Windows has only the first two. A terminal that is closed sends SIGHUP.
-STOP_SIGNALS = [
-    getattr(signal, name)
-    for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")
-    if hasattr(signal, name)
-]
+STOP_SIGNALS = [signal.SIGINT, signal.SIGTERM]
+if hasattr(signal, "SIGUSR1"):  # Not on Windows
+    STOP_SIGNALS.append(signal.SIGUSR1)
 
 
 class SignalHandler:
-    """Context manager that stores the first Ctrl-C, SIGTERM, SIGHUP or SIGUSR1.
+    """Context manager that stores the first Ctrl-C, SIGTERM or SIGUSR1.
 
-    A second Ctrl-C raises KeyboardInterrupt, and a second SIGTERM ends the process, both without a
-    checkpoint.
+    A second Ctrl-C raises KeyboardInterrupt, and a second SIGTERM or SIGUSR1 ends the process, all
+    without a checkpoint.
 
     Clusters send SIGTERM, or SIGUSR1 (`sbatch --signal=USR1@120`), some time before the machine is
     stopped. The launcher determines which processes receive a signal:
@@ -47,9 +44,9 @@ class SignalHandler:
     """
 
     def __init__(self) -> None:
-        self.received_signal: signal.Signals | None = None
-        self.signal_times: dict[int, float] = {}  # When each signal was received first
-        self.old_handlers: dict[signal.Signals, Any] = {}
+        # When each signal was received first, in this order
+        self.signal_times: dict[int, float] = {}
+        self.old_handlers: dict[int, Any] = {}
         is_launched = any(name in os.environ for name in LAUNCHER_ENVIRONMENT_VARIABLES)
         self.parent_pid = os.getppid() if is_launched else None
         # A process group for CPU tensors avoids synchronization with the device.
@@ -70,28 +67,14 @@ class SignalHandler:
     def __exit__(self, *error: object) -> None:
         for signum, handler in self.old_handlers.items():
             signal.signal(signum, handler)
-        self.old_handlers.clear()
 
     def handle_signal(self, signum: int, frame: FrameType | None) -> None:
-        """Store the first signal.
-
-        End the run on a later Ctrl-C or a second SIGTERM, but not if a launcher only forwards the
-        first one.
-        """
+        """Store the first signal. A later signal of the same kind acts as without this handler."""
         now = time.monotonic()
-        if self.received_signal is None:
-            self.received_signal = signal.Signals(signum)
-
-        first_time = self.signal_times.setdefault(signum, now)
-        # A launcher may send its own copy of the first Ctrl-C within moments; only a person who
-        # waits and repeats it means it.
-        if (
-            signum == signal.SIGINT
-            and now - min(self.signal_times.values()) > MAX_FORWARDING_SECONDS
-        ):
-            raise KeyboardInterrupt
-        if signum == signal.SIGTERM and now - first_time > MAX_FORWARDING_SECONDS:
-            signal.signal(signum, signal.SIG_DFL)
+        # A launcher may send its own copy of a signal within moments; only a person or a cluster
+        # that waits and repeats it means it.
+        if now - self.signal_times.setdefault(signum, now) > MAX_FORWARDING_SECONDS:
+            signal.signal(signum, self.old_handlers[signum])
             signal.raise_signal(signum)
 
     def get_signal(self) -> str | None:
@@ -100,9 +83,9 @@ class SignalHandler:
         The result is the same on all processes. This method must be called on all processes.
         """
         # Accelerate may end on SIGTERM without forwarding it. Then this process has a new parent.
-        if self.received_signal is None and self.parent_pid not in (None, os.getppid()):
-            self.received_signal = signal.SIGTERM
-        signum = int(self.received_signal or 0)
+        if self.parent_pid not in (None, os.getppid()):
+            self.signal_times.setdefault(signal.SIGTERM, time.monotonic())
+        signum = int(next(iter(self.signal_times), 0))
         if self.process_group is not None:
             # The maximum over the processes: they must stop after the same step, or the rest would
             # wait in the next one for those that have stopped.

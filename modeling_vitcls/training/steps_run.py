@@ -52,12 +52,13 @@ def run_steps(
         reporter: output of the run.
     """
     options = plan.options
-    compare = setup.start_comparison(data)
     # The probe gives the model a new pooler and a new classifier, and may change how images are
     # resized. Evaluators, which keep resized images, and the optimizer, which keeps parameters,
     # would otherwise hold on to the old ones.
-    frozen, start_record = start_from_probe(setup.probe, data, checkpoint, reporter)
+    frozen, start_record, before = start_from_probe(setup.probe, data, checkpoint, reporter)
     held_out = setup.build_evaluator(data, data.held_out)
+    if setup.measures_start and len(data.held_out):
+        before = held_out(setup.model.to(reporter.accelerator.device).eval())
     # If no checkpoint is selected, looking at the held-out images during training is harmless.
     selection = held_out
     if data.selection is not None:
@@ -80,7 +81,7 @@ def run_steps(
             store=store,
             signals=signals,
             evaluate_model=selection,
-            run_metadata=record | {"probe": start_record},
+            run_metadata=record | {"probe": start_record, "before_steps": before},
         )
         # An iterator that is only forgotten would leave its data loading processes running.
         with closing(batches):
@@ -113,6 +114,8 @@ def run_steps(
     }
     if start_record is not None:
         results["frozen"] = start_record
+    if before:
+        results["before_steps"] = before
     if options.select == "best" and data.selection is not None:
         results["selection"] = {
             "images": data.selection_name,
@@ -136,7 +139,7 @@ def run_steps(
         nearest_images=nearest_images,
         seconds=seconds,
         num_unreadable=len(loop.unreadable_images.indices),
-        results=results | compare(model),
+        results=results,
         lines={
             "heads": heads_text,
             "calibration": None if calibration is None else calibration.text,
@@ -146,32 +149,31 @@ def run_steps(
 
 def start_from_probe(
     probe: Probe | None, data: TrainingData, checkpoint: Checkpoint | None, reporter: Reporter
-) -> tuple[dict[str, FrozenModel], dict[str, Any] | None]:
-    """Start from the frozen model, and return it by task, with the record of what was chosen.
+) -> tuple[dict[str, FrozenModel], dict[str, Any] | None, dict[str, Any]]:
+    """Start from the frozen model.
 
-    A resumed run has no frozen model, only the record. Without a probe, there is neither.
+    Return the model by task, the record of what was chosen, and the metric of the held-out images. A
+    resumed run has no frozen model, only the record. Without a probe, there is none of them.
     """
     if probe is None:
-        return {}, None
+        return {}, None, {}
     if checkpoint is not None:
         # Choosing again would cost a pass over the images, and the model has moved on since. The
         # weights come from the checkpoint.
         record = checkpoint.metadata["probe"]
         probe.restore(record)
-        return {}, record
+        return {}, record, checkpoint.metadata["before_steps"]
     # The steps report the unreadable images.
     frozen, record = probe.fit([data.train], data.held_out, ignore_message, MAX_PROBE_IMAGES)
     probe.set_heads(frozen)
+    reporter.print_lines(describe_frozen(record))
     metric = SELECTION_METRICS[data.label_space.kind]
     starts = [
         probe.predict_held_out(task, each).metrics[metric]
         for task, each in frozen.items()
         if each.held_out is not None
     ]
-    if starts:
-        record[f"held_out_{metric}"] = compute_mean(starts)
-    reporter.print_lines(describe_frozen(record))
-    return frozen, record
+    return frozen, record, {metric: compute_mean(starts)} if starts else {}
 
 
 def build_loop(
@@ -236,7 +238,7 @@ def build_loop(
     reporter.printed_metrics = setup.printed_metrics
     # A checkpoint saved before the evaluation of its step has a record that was never logged.
     reporter.start_after(state.step - bool(state.pending_record), num_steps)
-    used_flags = run_metadata["flags"]["flags"] | run_metadata["flags"]["chosen"]
+    used_flags = run_metadata["flags"] | run_metadata["chosen_flags"]
     # Flags are formatted as text, because TensorBoard does not accept lists.
     reporter.start_trackers({name: format_flag_value(used_flags[name]) for name in used_flags})
 

@@ -2,11 +2,11 @@
 
     student's pixels -> channels, size and scale of the teacher -> teacher -> logits of the student's labels
 
-Teachers (`finetune --teacher`) are image classifiers of any architecture:
+Teachers (`finetune --teacher`) are image classifiers of any architecture. A published state dict is converted
+first (`vitcls convert`).
 
 `FOLDER` or a Hub id     an image classifier from transformers or this package; code in the repository is not executed
 `timm:NAME`              a timm model with its pretrained weights; also `timm:hf-hub:ID` and `timm:local-dir:FOLDER`
-FILE                     a published state dict with a classifier, converted once (conversion/open_model.py)
 
 The teacher and the student receive the same crop, resized for the teacher (DeiT, arXiv 2012.12877).
 The teacher's image processor determines the input size, interpolation, scale and normalization, but
@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,7 +27,6 @@ from torchvision.transforms.v2 import functional as transforms
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 from transformers.image_utils import pil_torch_interpolation_mapping
 
-from ..conversion.open_model import open_model
 from ..data.cells import normalize_name
 from ..data.labels import LabelSpace
 from ..hub.loading import get_external_model_folder, load_timm_model
@@ -124,8 +122,7 @@ def load_teacher(
     if source.startswith(TIMM_PREFIX):
         model, preprocessing, names, num_labels = load_timm_teacher(source)
     else:
-        folder = str(open_model(source).path) if Path(source).is_file() else source
-        model, preprocessing, names, num_labels = load_transformers_teacher(folder, student)
+        model, preprocessing, names, num_labels = load_transformers_teacher(source, student)
     label_indices, note = match_labels(source, names, num_labels, labels.names)
     return Teacher(source, model, preprocessing, label_indices, note).to(device)
 

@@ -7,13 +7,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-import pandas as pd
-
 from ..data.images import LabeledImages
 from ..data.labels import LabelSpace
 from ..data.sources import Splits
 from ..data.splits import TrainingData
-from ..data.splits_table import EMPTY_TABLE
 from ..inference.frozen_features import FrozenPass
 from ..model.image_processing_vitcls import ViTCLSImageProcessor
 from .losses import Objective
@@ -52,6 +49,7 @@ class TrainingSetup:
     resize: str | None  # How images become the input; None if the frozen model chooses it
     # Whether no head is random when steps start
     has_known_head: bool = False
+    keeps_classifier: bool = False  # Whether the checkpoint's classifier is kept
     # Lines to print before training, keyed by name
     summary_lines: dict[str, str] = field(default_factory=dict)
     results: dict[str, Any] = field(default_factory=dict)  # Fields of results.json
@@ -62,14 +60,8 @@ class TrainingSetup:
     missing_probe_reason: str = ""  # Why there is no probe, so the run has steps
     # Lists what is wrong with the images
     list_warnings: Callable[[TrainingData], list[str]] = lambda data: []
-    # Rows of splits.parquet: images that trained the encoder before this run
-    encoder_rows: pd.DataFrame = field(default_factory=EMPTY_TABLE.copy)
     encoder: Any = None  # Part of the model that is saved; None to save the model
-    # Measures the model before the steps. The returned function measures it after them, and returns
-    # further fields of results.json.
-    start_comparison: Callable[[TrainingData], Callable[[Any], dict[str, Any]]] = lambda data: (
-        lambda model: {}
-    )
+    measures_start: bool = False  # Whether the model is measured before the steps, too
 
 
 def build_evaluator_arguments(

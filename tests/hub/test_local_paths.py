@@ -21,10 +21,11 @@ from modeling_vitcls.training.options import (
     FinetuneOptions,
 )
 from modeling_vitcls.training.resume import (
-    check_flags_unchanged,
     convert_sources,
     make_flags_relative,
+    take_derived_values,
 )
+from modeling_vitcls.training.run_folder import EarlierRun
 
 
 @pytest.fixture
@@ -97,7 +98,8 @@ def write_recipe(options: FinetuneOptions) -> None:
     """Write config.resolved.yaml, as a run does."""
     options.output_dir.mkdir(parents=True, exist_ok=True)
     store = CheckpointStore(options.output_dir / "checkpoints", num_kept=1)
-    run_folder.prepare_folder(options.output_dir, store, to_flags(options), None)
+    flags = make_flags_relative(to_flags(options))
+    run_folder.prepare_folder(options.output_dir, store, flags, is_resumed=False)
 
 
 def test_files_of_a_run_contain_no_local_paths(
@@ -116,8 +118,8 @@ def test_files_of_a_run_contain_no_local_paths(
     assert flags["teacher"] == "timm:resnet18@./weights.pt"
     assert str(tmp_path) not in text
 
-    recorded = {"flags": make_flags_relative(to_flags(options)), "chosen": {}, "config": {}}
-    check_flags_unchanged(recorded, to_flags(options), folder)
+    recorded = {"flags": make_flags_relative(to_flags(options)), "chosen_flags": {}}
+    assert take_derived_values(options, EarlierRun(recorded, None)) == options
 
     monkeypatch.chdir(tmp_path / "clinic")  # the dataset is a local folder, from any working folder
     assert is_local(flags["dataset"])
@@ -127,13 +129,14 @@ def test_files_of_a_run_contain_no_local_paths(
 
 
 def test_a_run_is_resumed_with_another_spelling_of_its_data(here: Path, tmp_path: Path) -> None:
-    def flags(dataset: str) -> dict[str, Any]:
-        return to_flags(convert_sources(options_of(tmp_path / "run", dataset), resolve_name))
+    def build(dataset: str, **flags: Any) -> FinetuneOptions:
+        return convert_sources(options_of(tmp_path / "run", dataset, **flags), resolve_name)
 
-    def check(stored: dict[str, Any], current: dict[str, Any]) -> None:
-        check_flags_unchanged({"flags": stored, "chosen": {}, "config": {}}, current, tmp_path)
+    def check(current: FinetuneOptions, **changes: Any) -> None:
+        recorded = {"flags": before | changes, "chosen_flags": {}}
+        take_derived_values(current, EarlierRun(recorded, None))
 
-    before = flags("data/teach")
+    before = to_flags(build("data/teach"))
     assert before["dataset"] == f"{here}/data/teach"
     for spelling in (
         "./data/teach",
@@ -141,14 +144,13 @@ def test_a_run_is_resumed_with_another_spelling_of_its_data(here: Path, tmp_path
         "../here/data/teach",
         "data/../data/teach",
     ):
-        check(before, flags(spelling))
-        # as written by earlier versions
-        check(before | {"dataset": "data/teach"}, flags(spelling))
-    check(before, before | {"hub_model_id": "ann/mine"})
+        check(build(spelling))
+        check(build(spelling), dataset="data/teach")  # as written by earlier versions
+    check(build("data/teach", hub_model_id="ann/mine"))
     with raises_one_line("`dataset`", "acme/data", "a different `output_dir`"):
-        check(before, flags("acme/data"))
+        check(build("acme/data"))
     (tmp_path / "new").mkdir()
     shutil.move(here / "data/teach", tmp_path / "new/teach")
-    check(before, flags("../new/teach"))
+    check(build("../new/teach"))
     with raises_one_line("`dataset`"):
-        check(before, flags("../clinic/scans"))
+        check(build("../clinic/scans"))

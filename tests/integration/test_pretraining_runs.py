@@ -26,7 +26,7 @@ pytestmark = [
 
 METHODS = {
     "lejepa": "--method lejepa --projector-width 32 --local-crops 1",
-    "mae": "--method mae --decoder-layers 1",
+    "mae": "--method mae",
 }
 FLAGS = (
     "--model vitcls-tiny --hidden-size 32 --num-hidden-layers 2 --num-attention-heads 2 "

@@ -135,11 +135,10 @@ def test_an_encoder_shows_its_features_before_and_after_pre_training(tmp_path: P
         {"knn_accuracy": value, "knn_accuracy_of_patches": value, "effective_rank": 7.5}
         for value in (0.4321, 0.5678)
     )
-    features = {"before": before, "after": after, "summary": "k-NN 43.2% -> 56.8%"}
     results = {
         "method": "mae",
-        "features": features,
-        "knn_accuracy": 0.5678,
+        "before_steps": before,
+        **after,
         "token_layout": {"patches": 16},
         "accuracy": None,
         "accuracy_interval": None,

@@ -122,8 +122,9 @@ def test_crops_are_parts_of_the_image() -> None:
     assert whole.diff(dim=1).min() > 0  # nothing is padded
 
 
-def test_global_crops_are_large_and_local_crops_are_small() -> None:
+def test_global_crops_are_large_and_local_crops_are_small(monkeypatch: pytest.MonkeyPatch) -> None:
     """The images have 24 vertical stripes. The model returns the mean colors of the views."""
+    monkeypatch.setattr(lejepa, "GLOBAL_SCALE", 0.5)
     views: list[torch.Tensor] = []
 
     def model(*arguments: torch.Tensor) -> torch.Tensor:
@@ -138,8 +139,6 @@ def test_global_crops_are_large_and_local_crops_are_small() -> None:
         patch_size=(8, 32),
         num_global=2,
         num_local=3,
-        global_scale=0.5,
-        sigreg_weight=0.05,
     )
     assert [list(each.shape) for each in views] == [
         [2, 40, 3, 72, 96],
@@ -169,8 +168,6 @@ def test_gradients_reach_the_tokens(fields: dict) -> None:
         patch_size=(8, 8),
         num_global=2,
         num_local=0,
-        global_scale=0.3,
-        sigreg_weight=0.05,
     )
     losses["loss"].backward()
     torch.testing.assert_close(

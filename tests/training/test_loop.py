@@ -397,10 +397,10 @@ def test_signals_stop_training_at_the_next_check(
 
 def test_a_second_interrupt_ends_at_once() -> None:
     with SignalHandler() as interruption:
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)
         # a launcher forwards the signal: the checkpoint is still saved
-        os.kill(os.getpid(), signal.SIGTERM)
-        interruption.signal_times[signal.SIGTERM] -= 2
+        os.kill(os.getpid(), signal.SIGINT)
+        interruption.signal_times[signal.SIGINT] -= 2
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(1)

@@ -13,7 +13,7 @@ from modeling_vitcls.training.mae import MAE, build_decoder_config, draw_masks
 
 def build_mae(**fields: Any) -> MAE:
     encoder = ViTCLSModel(build_tiny_config(**fields))
-    return MAE(encoder, build_decoder_config(encoder.config, num_layers=2))
+    return MAE(encoder, build_decoder_config(encoder.config))
 
 
 @torch.no_grad()

@@ -17,15 +17,14 @@ def make_plan(
     num_images: int = 600,
     num_labels: int = 10,
     has_probe: bool = True,
-    step_seconds: float | None = None,
+    cpu_flops: float | None = None,
     is_resumed: bool = False,
     **flags: Any,
 ) -> RunPlan:
-    """Plan a run of a trained encoder; `step_seconds` is the duration of its steps on a CPU."""
-    device = "cuda" if step_seconds is None else "cpu"
-    monkeypatch.setattr(plan, "measure_step_seconds", lambda *arguments: step_seconds)
+    """Plan a run of a trained encoder; `cpu_flops` are those of a forward pass on a CPU."""
+    device = torch.device("cuda" if cpu_flops is None else "cpu")
+    monkeypatch.setattr(plan, "PartialState", lambda: SimpleNamespace(device=device))
     monkeypatch.setattr(plan, "resolve_schedule", lambda options, *arguments: (options, {}))
-    accelerator = SimpleNamespace(device=torch.device(device), num_processes=1)
     inputs = SimpleNamespace(
         options=FinetuneOptions(model="encoder", dataset="photos", output_dir=Path("run"), **flags),
         initial=SimpleNamespace(has_random_weights=not has_probe),
@@ -39,9 +38,9 @@ def make_plan(
             has_known_head=has_probe,
             missing_probe_reason="",
         ),
-        forward_flops=0,
+        forward_flops=cpu_flops or 1e12,
     )
-    return plan_run(inputs, accelerator, is_resumed)  # type: ignore[arg-type]
+    return plan_run(inputs, is_resumed)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -51,10 +50,10 @@ def make_plan(
         ({"num_images": 1_999}, "frozen"),
         ({"num_images": 2_000}, "steps"),
         ({"num_images": 2_000, "num_labels": 41}, "frozen"),
-        ({"num_images": 2_000, "step_seconds": 600.0}, "steps"),
-        ({"num_images": 2_000, "step_seconds": 601.0}, "frozen"),
+        ({"num_images": 2_000, "cpu_flops": 6e9}, "steps"),
+        ({"num_images": 2_000, "cpu_flops": 6.1e9}, "frozen"),
         ({"epochs": 2.0}, "steps"),
-        ({"epochs": 2.0, "step_seconds": 9_000.0}, "steps"),
+        ({"epochs": 2.0, "cpu_flops": 1e12}, "steps"),
         ({"max_steps": 1}, "steps"),
         ({"select": "best"}, "steps"),
         ({"learning_rate": 1e-5}, "steps"),

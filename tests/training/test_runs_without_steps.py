@@ -1,10 +1,9 @@
-"""Runs that keep the encoder: the command that they print trains the last four layers.
+"""Runs that keep the encoder, and what they say.
 
 The encoder is converted and has a native side of 280 pixels; the photos are not square, and the
 classes have different sizes.
 """
 
-import shlex
 from pathlib import Path
 
 import pytest
@@ -16,9 +15,6 @@ from helpers.source_checkpoints import save_large_encoder
 from modeling_vitcls import ViTCLSModel
 from modeling_vitcls.cli import main
 from modeling_vitcls.runtime.files import read_json
-from modeling_vitcls.training import run_results
-from modeling_vitcls.training.options import FinetuneOptions
-from modeling_vitcls.training.run_results import build_command
 
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
@@ -32,36 +28,29 @@ def sources(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize(("flags", "min_class_size"), [(("--trainable", "head"), 9), ((), 10)])
-def test_a_run_without_steps_prints_the_command_that_trains_all_layers(
-    flags: tuple[str, ...],
-    min_class_size: int,
-    sources: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+@pytest.mark.parametrize("flags", [(), ("--trainable", "head")])
+def test_a_run_without_steps_says_how_to_train_all_layers(
+    flags: tuple[str, ...], sources: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Paths of other folders are absolute, so that the command runs anywhere.
-
-    Classes smaller than those of the study have no claim of a gain.
-    """
-    monkeypatch.setattr(run_results, "MIN_STUDY_CLASS_SIZE", min_class_size)
+    """Unless the person has asked for a frozen encoder."""
     arguments = ["--model", str(sources / "vit"), "--dataset", str(sources / "my photos")]
-    arguments += ["--output-dir", str(sources / "frozen"), "--num-workers", "0", "--no-report"]
-    main(["finetune", *arguments, *flags])
+    arguments += ["--num-workers", "0", "--no-report", "--output-dir"]
+    main(["finetune", *arguments, str(sources / "frozen"), *flags])
     assert read_json(sources / "frozen/results.json")["steps"] == 0
-    output = capsys.readouterr().out
-    assert ("gained" in output) is (min_class_size == 9)
-    command = output.rpartition(": vitcls ")[2].splitlines()[0]
-    assert "--epochs 5" in command
+    advice = "set --epochs 5 and another --output-dir"
+    assert (advice in capsys.readouterr().out) is not bool(flags)
 
     reset_accelerate()
-    monkeypatch.chdir(sources / "vit")
-    main(shlex.split(command))
-    (results_file,) = set(sources.glob("*/results.json")) - {sources / "frozen/results.json"}
-    assert read_json(results_file)["steps"] > 0
+    main(["finetune", *arguments, str(sources / "tuned"), "--epochs", "5"])
+    results = read_json(sources / "tuned/results.json")
+    assert results["steps"] > 0
+    start = results["before_steps"]["accuracy"]
+    printed = capsys.readouterr().out
+    assert f". Before the steps: accuracy {start:.2%}" in printed
+    assert ("which was better" in printed) is (start > results["accuracy"])
 
     original = ViTCLSModel.from_pretrained(sources / "frozen").state_dict()
-    trained = ViTCLSModel.from_pretrained(results_file.parent).state_dict()
+    trained = ViTCLSModel.from_pretrained(sources / "tuned").state_dict()
     is_equal = [
         torch.equal(original[name], trained[name])
         for name in (f"layers.{index}.mlp.fc1.weight" for index in range(5))
@@ -84,11 +73,6 @@ def test_a_class_without_readable_images_is_named(
     (line,) = [each for each in captured.out.splitlines() if "never predicts" in each]
     assert "no image of zebra can be read" in line
     assert len(read_json(sources / "frozen/config.json")["id2label"]) == 3
-
-
-def test_no_command_trains_on_data_in_memory() -> None:
-    asked = FinetuneOptions(model="vit", dataset="memory:0123", output_dir=Path("run"))
-    assert build_command(asked, "fine-tuned", epochs=5) == "finetune(..., epochs=5)"
 
 
 @pytest.mark.filterwarnings("error::scipy.linalg.LinAlgWarning")

@@ -15,7 +15,6 @@ from helpers.tiny_models import (
     save_with_processor,
 )
 from PIL import Image
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import save_for_hf
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional
@@ -273,21 +272,6 @@ def test_remote_code_is_not_run(tmp_path: Path) -> None:
 
 
 # timm ---------------------------------------------------------------------------------------------
-
-
-def test_a_published_state_dict_is_converted(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache" / "hub"))
-    model = randomize(
-        timm.models.VisionTransformer(32, 16, embed_dim=192, depth=1, num_heads=3, num_classes=3)
-    ).eval()
-    torch.save({"model": model.state_dict()}, tmp_path / "deit.pth")
-    teacher = load_labeled_teacher(tmp_path / "deit.pth")
-    normalized = build_pixels().div(255).sub(torch.tensor(IMAGENET_DEFAULT_MEAN)[:, None, None])
-    normalized /= torch.tensor(IMAGENET_DEFAULT_STD)[:, None, None]
-    assert get_largest_difference(teacher(build_pixels()), model(normalized)) <= 1e-5
-    assert "no names" in teacher.description
 
 
 @torch.no_grad()
