@@ -1,10 +1,11 @@
-"""Load checkpoints without this package. test_remote_code.py runs the script in a separate process:
+"""Load checkpoints with their own code. test_remote_code.py runs the script in a separate process:
 
     python -I load_without_package.py INPUTS TARGET THREADS CHECKPOINT...
 
 Each checkpoint, a folder or a Hub id, is loaded through every Auto class, run on the inputs, saved
 to TARGET and loaded from there. TARGET/report.json describes the loaded objects,
-TARGET/answers.safetensors contains their outputs.
+TARGET/answers.safetensors contains their outputs. In a process that has imported the package, `main`
+loads its classes instead.
 """
 
 import json
@@ -97,7 +98,11 @@ def load(source: str, auto_class: str) -> tuple[Any, dict[str, Any]]:
         # AutoBackbone.from_pretrained supports only Hub ids: if the id does not exist on the Hub,
         # it loads a timm backbone. The configuration contains the class that it would load.
         config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=True)
-        backbone_class: Any = get_class_from_dynamic_module(config.auto_map[auto_class], source)
+        registered = transformers.AutoBackbone._model_mapping
+        if type(config) in registered:
+            backbone_class: Any = registered[type(config)]
+        else:
+            backbone_class = get_class_from_dynamic_module(config.auto_map[auto_class], source)
         return backbone_class.from_pretrained(source, output_loading_info=True)
     return getattr(transformers, auto_class).from_pretrained(source, **options)
 
