@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 from torchvision.transforms.v2 import functional
-from transformers.image_transforms import get_size_with_aspect_ratio
-from transformers.image_utils import SizeDict, get_image_size_for_max_height_width
+from transformers.image_processing_backends import TorchvisionBackend
+from transformers.image_utils import SizeDict
 
 from ..model.fast_image_processing_vitcls import resize_and_crop
 from ..model.image_processing_vitcls import CROP_ROUNDINGS
@@ -151,8 +151,9 @@ def get_visible_region(
     """
     resized_size = image_size
     if processor.do_resize:
-        size = dict(processor.size)
-        resized_size = RESIZE_RULES[frozenset(size)](image_size, **size)
+        # Both backends compute the same size, and the device "meta" computes no pixels.
+        image = torch.empty((1, *image_size), device="meta")
+        resized_size = TorchvisionBackend.resize(processor, image, processor.size).shape[-2:]
 
     height, width = resized_size
     top = left = 0
@@ -177,19 +178,6 @@ def get_visible_region(
     x_scale = image_size[1] / resized_size[1]
     return left * x_scale, top * y_scale, (left + width) * x_scale, (top + height) * y_scale
 
-
-# Keys of the processor's size -> function that returns height and width after resizing, as in
-# transformers.
-RESIZE_RULES: dict[frozenset[str], Callable[..., Size]] = {
-    frozenset({"height", "width"}): lambda _, height, width: (height, width),
-    frozenset({"shortest_edge"}): lambda size, shortest_edge: get_size_with_aspect_ratio(
-        size, shortest_edge
-    ),
-    frozenset({"shortest_edge", "longest_edge"}): lambda size, shortest_edge, longest_edge: (
-        get_size_with_aspect_ratio(size, shortest_edge, longest_edge)
-    ),
-    frozenset({"max_height", "max_width"}): get_image_size_for_max_height_width,
-}
 
 # Backend of the processor -> rounding of half pixels in a center crop that pads.
 PAD_ROUNDINGS: dict[str, Callable[[float], int]] = {"torchvision": math.trunc, "pil": math.floor}

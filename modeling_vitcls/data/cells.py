@@ -18,7 +18,7 @@ import math
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from itertools import chain
 from typing import Any
@@ -30,7 +30,6 @@ from ..runtime.errors import warn_on_first_process
 # between them must occur. A comma is also within names: "tench, Tinca tinca".
 SEPARATORS = {"|": 1.0, ";": 1.0, ",": 1.5}
 NO_SEPARATOR = "none"  # The value of `label_separator` that says: each text is one label
-MAX_NUMBERS = 50  # Different numbers with gaps between them; more look like a measurement
 MIN_VECTORS = 0.9  # Share of the lists that have one length, from which they are vectors
 
 NUMBER = re.compile(r"[+-]?(\d+[.,]?\d*|[.,]\d+)(e[+-]?\d+)?", re.IGNORECASE)
@@ -95,18 +94,9 @@ def read_label_names(
         found = name_items(items, own_classes or classes, bool(own_classes), has_vectors)
         names[split] = [found.get(cell) for cell in cells]
 
-    counts = Counter(chain(*filter(None, chain(*names.values()))))
     if not classes:
-        # One split may have true and false, and another 1 and 0.
-        first: dict[bool | None, str] = {}
-        one_name = {name: first.setdefault(get_bit(name), name) for name in counts}
-        if None not in first and len({name[0].isdigit() for name in counts}) > 1:
-            counts = Counter(one_name.values())
-            for split, rows in names.items():
-                names[split] = [each and [one_name[name] for name in each] for each in rows]
-        classes = sort_classes(where, counts, has_lists)
-        if separator != NO_SEPARATOR:
-            warn_about_separators(where, classes)
+        found_names = set(chain(*filter(None, chain(*names.values()))))
+        classes = sort_classes(where, found_names)
     classes = list(dict.fromkeys(map(normalize_name, classes)))
     warn_about_similar_classes(where, classes)
     return classes, names, has_lists
@@ -235,53 +225,21 @@ def get_bit(value: Any) -> bool | None:
     return BITS.get(str(value).lower())
 
 
-def sort_classes(where: str, counts: Mapping[str, int], has_lists: bool) -> list[str]:
-    """Sort the different labels of a column; numbers by value. Raise ValueError if they are none.
-
-    `counts` are the numbers of images by label.
-    """
-    if counts and all(map(NUMBER.fullmatch, counts)):
-        check_numbers(where, counts, has_lists)
+def sort_classes(where: str, names: Collection[str]) -> list[str]:
+    """Sort the different labels of a column; numbers by value. Raise ValueError for decimal numbers."""
+    if all(map(NUMBER.fullmatch, names)):
+        decimal = [name for name in names if not float(name.replace(",", ".")).is_integer()]
+        if decimal:
+            raise ValueError(
+                f"{where} has decimal numbers such as {decimal[0]}: this looks like a measurement; "
+                "vitcls trains classes. Set `label_column` to another column, or `label_names` to "
+                "these numbers"
+            )
     # Numbers by value, or class 10 would come before class 2.
     return sorted(
-        counts,
+        names,
         key=lambda text: (int(text) if text.removeprefix("-").isdecimal() else math.inf, text),
     )
-
-
-def check_numbers(where: str, counts: Mapping[str, int], has_lists: bool) -> None:
-    """Raise ValueError for numbers that measure something; warn about numbers that are unusual."""
-    numbers = [float(text.replace(",", ".")) for text in counts]
-    example = (
-        f"numbers such as {max(counts, key=len)}: this looks like a measurement; vitcls trains"
-    )
-    if not all(map(float.is_integer, numbers)):
-        raise ValueError(
-            f"{where} has decimal {example} classes. Set `label_column` to another column, or "
-            "`label_names` to these numbers"
-        )
-    if not has_lists and max(numbers) - min(numbers) >= len(counts) > MAX_NUMBERS:
-        warn_on_first_process(
-            f"WARNING: {where} has {len(counts):,} different {example} {len(counts):,} classes. If "
-            "it is one, set `label_column` to another column"
-        )
-    negative = [text for text in MISSING_NUMBERS if text in counts]
-    if negative and "0" in counts:
-        warn_on_first_process(
-            f"WARNING: {where} has the class {negative[0]} next to 0 and above. If it means that a "
-            "label is missing, leave these cells empty"
-        )
-
-
-def warn_about_separators(where: str, names: Sequence[str]) -> None:
-    """Log a warning about classes that look like lists of labels: `red|round`, `green|round`."""
-    for separator in "|;":
-        joined = [name for name in names if separator in name]
-        if joined:
-            warn_on_first_process(
-                f"WARNING: {where} has {len(joined)} classes such as {joined[0]!r}. If these are "
-                f"several labels of an image, set `label_separator={separator!r}`"
-            )
 
 
 def warn_about_similar_classes(where: str, names: Sequence[str]) -> None:

@@ -136,12 +136,10 @@ def find_column(
     if len(possible) == 1:
         return possible[0]
 
-    remedy = "write a table whose columns are separated by commas, semicolons, tabs or bars"
-    if len(features) > 2 and kind == "label":
-        remedy = "name several columns for several tasks"
     raise ValueError(
         f"{dataset}: cannot identify the {kind} column among {', '.join(features)}. Set "
-        f"`{kind}_column`, or {remedy}"
+        f"`{kind}_column`, or write a table whose columns are separated by commas, semicolons, tabs "
+        "or bars"
     )
 
 
@@ -307,19 +305,13 @@ def divide_by_column(
 def read_groups(
     tables: Mapping[str, Any], dataset: str, column: str
 ) -> tuple[dict[str, np.ndarray], str]:
-    """Number the group of each row by split; also return a line about the groups.
-
-    A row without a value is a group of its own.
-    """
-    import pandas as pd  # 0.2 CPU s, which a prediction of one photo does not need
-
-    names = [read_texts(table, column, dataset) for table in tables.values()]
-    groups, _ = pd.factorize(np.array(list(chain(*names)), object))
-    is_missing = groups < 0
-    groups[is_missing] = np.arange(is_missing.sum()) + groups.max(initial=-1) + 1
-    parts = np.split(groups, np.cumsum(list(map(len, names)))[:-1])
-    num_groups = groups.max(initial=-1) + 1
-    return dict(zip(tables, parts, strict=True)), f"column {column!r}: {num_groups:,} groups"
+    """Read the group of each row by split, None for a row without one; also describe the column."""
+    groups = {
+        split: np.array(read_texts(table, column, dataset), object)
+        for split, table in tables.items()
+    }
+    num_groups = len(set(chain(*groups.values())) - {None})
+    return groups, f"column {column!r}: {num_groups:,} groups"
 
 
 def find_unused_groups(

@@ -3,7 +3,6 @@
     photos/cat/1.jpg, photos/dog/2.jpg                  classes cat, dog; one split, "train"
     photos/cat/2024/may/1.jpg                           class cat: images may be at any depth in a class folder
     photos/train/cat/1.jpg, photos/Testing/cat/2.jpg    splits "train" and "test"
-    photos/cat/train/1.jpg, photos/cat/test/2.jpg       the same: class folders that contain only split folders
     photos/fold1/cat/1.jpg, photos/fold2/cat/2.jpg      an error: these look like splits (also seg_train, seg_test)
     photos/bus/1.jpg, photos/train/2.jpg                classes bus, train
     photos/1.jpg                                        no classes: only for predictions and pre-training
@@ -13,10 +12,9 @@ Files are not read, and their names are not interpreted.
 
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
 
 from ..runtime.errors import format_name_list
 
@@ -31,39 +29,23 @@ SPLIT_ORDER = ("train", "validation", "test")
 DATE = re.compile(r"(19|20)\d\d([-_. ]?\d\d){0,2}")  # In names of folders that are no classes
 
 
-class Layout(NamedTuple):
-    """Where the splits and the classes are in the paths of an image folder."""
-
-    # Name of a split folder -> name of the split; empty if there is only the split "train"
-    splits: dict[str, str]
-    split_depth: int = 0  # Number of folders above the split folders
-    class_depth: int = 0  # Number of folders above the class folders
-
-    def get_split(self, folders: Sequence[str]) -> str | None:
-        """Find the split of a file in nested folders; None if it is in no split folder."""
-        if not self.splits:
-            return "train"
-        return self.splits.get(next(iter(folders[self.split_depth :]), ""))
-
-    def get_class(self, folders: Sequence[str]) -> str | None:
-        """Find the class of an image in nested folders; None if it is in no class folder."""
-        return next(iter(folders[self.class_depth :]), None)
+def locate_image(image: str, split_folders: Mapping[str, str]) -> tuple[str | None, str | None]:
+    """Find the split and the class of an image by its path; None for what its folders do not say."""
+    folders = iter(image.split("/")[:-1])
+    split = split_folders.get(next(folders, "")) if split_folders else "train"
+    return split, next(folders, None)
 
 
-def find_layout(
-    root: Path, images: Sequence[str], metadata: Sequence[str], use_labels: bool
-) -> Layout:
-    """Find the splits and the classes in the names of folders (see the module docstring).
+def find_split_folders(root: Path, images: Sequence[str], use_labels: bool) -> dict[str, str]:
+    """Find the split of each split folder by its name; none if there is only the split "train".
 
     Args:
         root: the image folder.
         images: paths of the images in it.
-        metadata: paths of the tables in it that contain the labels.
         use_labels: whether classes are used.
 
     Raises:
-        ValueError: if two folders are the same split, or if it is ambiguous whether folders are
-            splits or classes.
+        ValueError: if it is ambiguous whether folders are splits or classes.
     """
     paths: dict[str, list[list[str]]] = {}  # First-level folder -> folders of each image
     for image in images:
@@ -72,18 +54,8 @@ def find_layout(
             paths.setdefault(path[0], []).append(path)
 
     splits = {name: split for name in paths if (split := SPLIT_BY_FOLDER_NAME.get(name.lower()))}
-    is_divided = len(splits) == len(paths) > 0
-    # A table at the top names images in any folder, so the folders are no splits.
-    if metadata and not (is_divided and all("/" in file for file in metadata)):
-        return Layout({})
-    if is_divided:
-        folder_of_split = {split: name for name, split in splits.items()}
-        for name, split in splits.items():
-            if (other := folder_of_split[split]) != name:
-                raise ValueError(
-                    f"{root}: the folders {name!r} and {other!r} are the same split. Merge them"
-                )
-        return Layout(splits, class_depth=1)
+    if len(splits) == len(paths):
+        return splits
 
     nested = {name: each for name, each in paths.items() if list_names(each, depth=1)}
     for name in splits:
@@ -96,12 +68,6 @@ def find_layout(
                 f"elsewhere, or rename {name!r}"
             )
 
-    inner = list_names(chain.from_iterable(paths.values()), depth=1)
-    inner_splits = {name: SPLIT_BY_FOLDER_NAME.get(name.lower(), "") for name in sorted(inner)}
-    has_files = any(len(path) == 1 for path in chain.from_iterable(paths.values()))
-    if all(inner_splits.values()) and len(set(inner_splits.values())) > 1 and not has_files:
-        return Layout(inner_splits, split_depth=1)
-
     if use_labels and (classes := find_shared_folders(nested.values())):
         raise ValueError(
             f"{root}: the folders {format_name_list(sorted(nested))} contain the same folders "
@@ -109,7 +75,7 @@ def find_layout(
             "validation and test, each with the folders of the classes; if they are the classes, "
             "move their images out of the inner folders"
         )
-    return Layout({})
+    return {}
 
 
 def list_names(paths: Iterable[Sequence[str]], depth: int) -> set[str]:

@@ -1,31 +1,27 @@
 """Read image folders (one subfolder of images per class) as `datasets.DatasetDict`.
 
     scan_folder(path)            -> ImageFolder: its files by kind
-    find_layout(...)             -> Layout: the folders of splits and classes (folder_layout.py)
-    read_image_folder(folder)    -> splits, whose images are not copied; the labels are the class folders, or those in
-                                    metadata.csv (or .jsonl, .parquet), also in split folders
+    find_split_folders(...)      -> the folders of splits (folder_layout.py)
+    read_image_folder(folder)    -> splits, whose images are not copied; the labels are the class folders
 
 What is skipped is logged (other file types, images next to class folders, folders of the system), and
 so are folders that are not read although they look like classes. Hidden files
 are ignored, and so are the folders of models and training runs, which contain figures. A folder that
-contains at least as many tables as images, and no metadata files, is read by the `datasets` library;
-a table with the same name as an image in its folder does not count.
+contains metadata.csv (or .jsonl, .parquet), or at least as many tables as images, is a folder of tables
+(sources.py); a table with the same name as an image in its folder does not count.
 """
 
 import os
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
-from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ..hub.model_files import CONFIG_FILES, RECIPE_FILE
 from ..runtime.errors import format_name_list, warn_on_first_process
-from .folder_layout import SPLIT_ORDER, Layout, find_layout
-from .images import resolve_path
-from .tables import read_table, wrap_table
+from .folder_layout import SPLIT_ORDER, find_split_folders, locate_image
+from .tables import wrap_table
 
 
 IMAGE_SUFFIXES = frozenset(
@@ -49,7 +45,7 @@ HIDDEN_NAMES = frozenset(
 )
 
 ROOT = "."  # The image folder itself, as a relative path
-MAX_NAMED_FOLDERS = 10  # In one warning
+SKIPPED_FOLDERS = "folders of training runs and of the system"
 
 
 @dataclass(frozen=True)
@@ -95,7 +91,7 @@ class ImageFolder:
             for table in map(PurePosixPath, self.tables)
             if table.suffix.lower() != ".json" and table.with_suffix("").as_posix() not in images
         ]
-        return bool(self.images) and (bool(self.metadata) or len(self.images) > len(tables))
+        return not self.metadata and len(self.images) > len(tables)
 
 
 def scan_folder(path: Path) -> ImageFolder:
@@ -160,12 +156,11 @@ def make_printable(name: str) -> str:
 def read_image_folder(folder: ImageFolder, use_labels: bool) -> Any:
     """Read an image folder as a `datasets.DatasetDict`, and log which files are not used.
 
-    If there are metadata files, the columns are `image` and the columns of the metadata files
-    except `file_name`. Otherwise, the columns are `image` and, if labels are used, `label`. Without
-    labels, images at any depth are included.
+    The columns are `image` and, if labels are used, `label`. Without labels, images at any depth are
+    included.
 
-    Raise ValueError if labels are used but there are neither class folders nor metadata files, if
-    the split folders are ambiguous, or if a training run has written its files next to the images.
+    Raise ValueError if labels are used but there are no class folders, if the split folders are
+    ambiguous, or if a training run has written its files next to the images.
     """
     import datasets
 
@@ -174,168 +169,88 @@ def read_image_folder(folder: ImageFolder, use_labels: bool) -> Any:
             f"{folder.path} contains the files of a training run next to the images. Move the "
             "images, or the folders of the classes, to a folder of their own"
         )
-    layout = find_layout(folder.path, folder.images, folder.metadata, use_labels)
-    images_by_split: dict[str | None, list[str]] = {split: [] for split in (*SPLIT_ORDER, None)}
-    for image in folder.images:
-        images_by_split[layout.get_split(image.split("/")[:-1])].append(image)
+    split_folders = find_split_folders(folder.path, folder.images, use_labels)
+    places = {image: locate_image(image, split_folders) for image in folder.images}
 
-    warn_about_skipped_folders(folder.skipped_folders)
     # Absolute: a run and its report may name one folder differently, and a message is logged once
     where = str(folder.path.absolute())
-    warn_about_files(where, images_by_split.pop(None), "next to the split folders")
-    warn_about_files(where, sorted([*folder.other_files, *folder.tables]), "that are no images")
-    if folder.metadata:
-        return read_metadata(folder, layout)
+    warn_about_skipped(where, folder.skipped_folders, SKIPPED_FOLDERS)
+    stray = [image for image, (split, _) in places.items() if split is None]
+    warn_about_skipped(where, stray, "images next to the split folders")
+    others = sorted([*folder.other_files, *folder.tables])
+    warn_about_skipped(where, others, "files that are no images")
+    classes = {label for split, label in places.values() if split and label}
     if use_labels:
-        warn_about_folders_without_images(folder)
-        return build_labeled_splits(folder, images_by_split, layout)
-    parts = {
-        split: build_dataset([str(folder.path / image) for image in images], {})
-        for split, images in images_by_split.items()
-        if images
-    }
-    return datasets.DatasetDict(parts)
-
-
-def read_metadata(folder: ImageFolder, layout: Layout) -> Any:
-    """Read the metadata files by split, with the columns of the first file of each.
-
-    Raise ValueError if a metadata file has no column `file_name`.
-    """
-    import datasets
-
-    parts: dict[str, list[Any]] = {}
-    for name in folder.metadata:
-        split = layout.get_split(name.split("/")[:-1])
-        if split is None:
-            continue
-        file = folder.path / name
-        table = read_table(file)
-        if "file_name" not in table.features:
+        warn_about_skipped(where, list_folders_without_images(folder), "folders without images")
+        unlabeled = [image for image, (split, label) in places.items() if split and not label]
+        if not classes:
+            parent = folder.path / PurePosixPath(unlabeled[0]).parent
             raise ValueError(
-                f"{file} has no column 'file_name'. Add one with the name of each image"
+                f"{parent} contains images, but no class folders. Move the images of each class into "
+                "a separate folder, or set `dataset` to a table of images and labels"
             )
-        paths = [path and resolve_path(file.parent, path) for path in table["file_name"]]
-        others = table.remove_columns("file_name").with_format("arrow")[:]
-        columns = dict(zip(others.column_names, others.columns, strict=True))
-        parts.setdefault(split, []).append(build_dataset(paths, columns))
-    return datasets.DatasetDict(
-        {split: datasets.concatenate_datasets(part) for split, part in parts.items()}
-    )
+        warn_about_skipped(where, unlabeled, "images outside of class folders")
 
-
-def build_labeled_splits(
-    folder: ImageFolder, images_by_split: Mapping[Any, list[str]], layout: Layout
-) -> Any:
-    """Build the `DatasetDict` of the splits that have class folders.
-
-    Raise ValueError if no split has class folders.
-    """
-    import datasets
-
-    labels_by_split = {}
-    unlabeled_images = []
-    for split, images in images_by_split.items():
-        labels = {image: layout.get_class(image.split("/")[:-1]) for image in images}
-        unlabeled_images += [image for image in images if labels[image] is None]
-        labels_by_split[split] = {image: label for image, label in labels.items() if label}
-
-    classes = sorted(set(chain.from_iterable(map(dict.values, labels_by_split.values()))))
-    if not classes:
-        parent = folder.path / PurePosixPath(unlabeled_images[0]).parent
-        raise ValueError(
-            f"{parent} contains images, but no class folders. Move the images of each class into a "
-            "separate folder, or set `dataset` to a table of images and labels"
-        )
-    warn_about_files(str(folder.path.absolute()), unlabeled_images, "outside of class folders")
     # One list of classes for all splits: a split without images of a class must not shift the
     # others.
-    feature = datasets.ClassLabel(names=classes)
-    parts = {
-        split: build_dataset(
-            [str(folder.path / image) for image in labels],
-            {"label": [feature.str2int(label) for label in labels.values()]},
-            label=feature,
-        )
-        for split, labels in labels_by_split.items()
-        if labels
-    }
+    feature = datasets.ClassLabel(names=sorted(classes)) if use_labels else None
+    parts = {}
+    for name in SPLIT_ORDER:
+        labels = {
+            str(folder.path / image): label
+            for image, (split, label) in places.items()
+            if split == name and (label or not use_labels)
+        }
+        if labels:
+            parts[name] = build_dataset(labels, feature)
     return datasets.DatasetDict(parts)
 
 
-def build_dataset(paths: Sequence[str | None], columns: Mapping[str, Any], **features: Any) -> Any:
-    """Build a `datasets.Dataset` with the column `image` of image files, and other columns.
-
-    `features` are the types of columns whose values do not say it, such as class indices.
-    """
+def build_dataset(labels: Mapping[str, str | None], feature: Any) -> Any:
+    """Build a `datasets.Dataset` of image files and their labels, without a feature of images alone."""
     import datasets
     import pyarrow
 
-    contents = pyarrow.nulls(len(paths), pyarrow.binary())
-    images = pyarrow.StructArray.from_arrays(
-        [contents, pyarrow.array(paths, pyarrow.string())], ["bytes", "path"]
-    )
-    table = pyarrow.table({"image": images, **columns})
-    return wrap_table(table, {"image": datasets.Image(), **features})
-
-
-# Unused files -------------------------------------------------------------------------------------
+    contents = pyarrow.nulls(len(labels), pyarrow.binary())
+    paths = pyarrow.array(labels, pyarrow.string())
+    columns = {"image": pyarrow.StructArray.from_arrays([contents, paths], ["bytes", "path"])}
+    features = {"image": datasets.Image()}
+    if feature is not None:
+        columns["label"] = pyarrow.array(map(feature.str2int, labels.values()))
+        features["label"] = feature
+    return wrap_table(pyarrow.table(columns), features)
 
 
 def check_output_is_not_read(output_dir: Path, dataset: str) -> None:
-    """Raise ValueError if images in the output folder of a run would be images of the dataset."""
-    root = Path(dataset).resolve()
+    """Raise ValueError if a run would write its files next to images of the dataset.
+
+    A scan skips the folders of runs, with these images.
+    """
     folder = output_dir.resolve()
-    if not root.is_dir() or not folder.is_relative_to(root):
+    if not folder.is_dir() or not folder.is_relative_to(Path(dataset).resolve()):
         return
-    scanned = scan_folder(root)
-    layout = find_layout(root, scanned.images, scanned.metadata, use_labels=False)
-    split = layout.get_split(folder.relative_to(root).parts)
-    if folder == root or (scanned.is_image_folder and split is not None):
+    scanned = scan_folder(folder)
+    if scanned.images and ROOT not in scanned.skipped_folders:
         raise ValueError(
-            f"`output_dir={str(output_dir)!r}` is in the folder of the dataset, so the "
-            "figures of the run would become images of it. Set `output_dir` to a folder outside of "
-            f"{dataset}"
+            f"`output_dir={str(output_dir)!r}` contains images of the dataset, which would then be "
+            "skipped as figures of the run. Set `output_dir` to another folder"
         )
 
 
-def warn_about_folders_without_images(folder: ImageFolder) -> None:
-    """Log a warning about folders that have no image at any depth, such as a class of HEIC files."""
+# Skipped files ------------------------------------------------------------------------------------
+
+
+def list_folders_without_images(folder: ImageFolder) -> list[str]:
+    """List folders that have no image at any depth, such as a class of HEIC files."""
     # Folders with images, and those that another line names
     named = {ROOT, *folder.skipped_folders}
     for path in map(PurePosixPath, (*folder.images, *folder.skipped_folders)):
         named.update(map(str, path.parents))
-    unused_files = [*folder.other_files, *folder.tables]
-    files = {
-        name: [file for file in unused_files if file.startswith(f"{name}/")]
+    return [
+        name
         for name in folder.folders
         if name not in named and str(PurePosixPath(name).parent) in named
-    }
-    if files:
-        folders = [f"{name} ({describe_types(each) or 'empty'})" for name, each in files.items()]
-        remedy = get_remedy(list(chain.from_iterable(files.values())))
-        warn_on_first_process(
-            f"WARNING: {folder.path}: these folders have no image that can be read, so they are left "
-            f"out: {format_name_list(folders, MAX_NAMED_FOLDERS)}. "
-            f"{remedy or 'Convert their images to JPEG, or remove the folders'}"
-        )
-
-
-def warn_about_skipped_folders(folders: Sequence[str]) -> None:
-    """Log which folders are skipped because a training run or the system has written them."""
-    if folders:
-        warn_on_first_process(
-            f"skipped folders of training runs and of the system: {format_name_list(folders)}. If "
-            "they have images of yours, move these elsewhere"
-        )
-
-
-def describe_types(files: Sequence[str]) -> str:
-    """Count files by suffix as text, the most frequent first: `2 .heic`."""
-    suffixes = Counter(make_printable(PurePosixPath(file).suffix.lower()) for file in files)
-    return format_name_list(
-        [f"{count:,} {suffix or 'without a suffix'}" for suffix, count in suffixes.most_common()]
-    )
+    ]
 
 
 def get_remedy(files: Sequence[str]) -> str:
@@ -345,12 +260,11 @@ def get_remedy(files: Sequence[str]) -> str:
     return "" if all(map(is_valid_name, files)) else NAME_REMEDY
 
 
-def warn_about_files(where: str, files: Sequence[str], reason: str) -> None:
-    """Log which files are not used, and why. `where` are their folders."""
-    if files:
-        count_text = "1 file" if len(files) == 1 else f"{len(files):,} files"
-        remedy = get_remedy(files)
+def warn_about_skipped(where: str, names: Sequence[str], kind: str) -> None:
+    """Log which files or folders of a kind, such as `files that are no images`, are not used."""
+    if names:
+        remedy = get_remedy(names)
         warn_on_first_process(
-            f"{where}: skipped {count_text} {reason}: {format_name_list(files)}"
+            f"{where}: skipped {kind} ({len(names):,}): {format_name_list(names)}"
             f"{remedy and f'. {remedy}'}"
         )

@@ -62,7 +62,7 @@ class LabeledImages:
 
     images: Any  # DatasetImages, or any other sequence of PIL images
     labels: Sequence[Any]
-    groups: np.ndarray | None = None  # [N] int64; images of one group stay together
+    groups: np.ndarray | None = None  # [N]; images of one group stay together
     keys: np.ndarray | None = None  # [N] uint64; checksums of the content, if they were computed
 
     def __len__(self) -> int:

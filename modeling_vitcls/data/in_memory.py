@@ -30,7 +30,6 @@ from ..model.image_processing_vitcls import (
     image_to_tensor,
 )
 from ..runtime.errors import format_error
-from .image_folder import NAME_REMEDY, is_valid_name
 from .images import resolve_path
 from .tables import build_column, wrap_table
 
@@ -117,18 +116,17 @@ def convert_split(data: Any) -> Any:
     columns = {"image": pyarrow.array([row["image"] for row in rows], datasets.Image().pa_type)}
     for column in dict.fromkeys(column for row in rows for column in row if column != "image"):
         columns[column] = build_column([row.get(column) for row in rows])
-    features: dict[str, Any] = {}
+    features: dict[str, Any] = {"image": datasets.Image()}
     names = find_class_names(data)
     if names and "label" in columns:
-        index = datasets.ClassLabel(names=names)
-        indices = pyarrow.list_(pyarrow.int64())
-        found = columns["label"].type
-        if pyarrow.types.is_integer(found):
-            features["label"] = index
-        elif found in (indices, pyarrow.list_(pyarrow.float64())):
-            columns["label"] = columns["label"].cast(indices)
-            features["label"] = datasets.List(index)
-    return wrap_table(pyarrow.table(columns), features).cast_column("image", datasets.Image())
+        feature = datasets.ClassLabel(names=names)
+        if pyarrow.types.is_list(columns["label"].type):
+            feature = datasets.List(feature)
+        # Truth values are names, and no class indices
+        if not pyarrow.types.is_boolean(columns["label"].type):
+            columns["label"] = datasets.table.cast_array_to_feature(columns["label"], feature)
+            features["label"] = feature
+    return wrap_table(pyarrow.table(columns), features)
 
 
 def spell_path(value: Any) -> Any:
@@ -178,10 +176,7 @@ def encode_image(image: Any, index: int) -> Any:
     or [C, H, W], of integers or of floats from 0 to 1.
     """
     if isinstance(image, str | os.PathLike):
-        path = os.fspath(image)
-        if not is_valid_name(path):
-            raise ValueError(f"item {index} has a name that is not UTF-8. {NAME_REMEDY}")
-        return {"path": resolve_path(Path(), path), "bytes": None}
+        return {"path": resolve_path(Path(), os.fspath(image)), "bytes": None}
     if isinstance(image, bytes):
         return {"path": None, "bytes": image}
 

@@ -4,9 +4,8 @@ Names are compared in the Unicode form NFC.
 """
 
 import re
-from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
-from itertools import chain
 from typing import Any
 
 from ..runtime.errors import format_name_list
@@ -29,36 +28,62 @@ def translate_labels(images: Any, data_space: LabelSpace, model_space: LabelSpac
             f"the model was trained for {model_space.kind}, but the labels of the dataset are for "
             f"{data_space.kind}. Select other columns with `label_column`, or set `label_separator`"
         )
-    names = data_space.list_names(images.labels)
-    if data_space.kind != "multi_task":  # The columns of the dataset and of the model differ
-        names = dict(zip(model_space.columns, names.values(), strict=True))
-    if names.keys() != model_space.columns.keys():
+    if data_space.tasks.keys() != model_space.tasks.keys():
         raise ValueError(
-            f"the model has the tasks {', '.join(model_space.columns)}, but the dataset has "
-            f"{', '.join(names)}. Select the columns of the tasks with `label_column`"
+            f"the model has the tasks {', '.join(model_space.tasks)}, but the dataset has "
+            f"{', '.join(data_space.tasks)}. Select the columns of the tasks with `label_column`"
         )
-    for column, rows in names.items():
-        counts = Counter(map(normalize_name, model_space.columns[column]))
-        for name in sorted(set(chain(*filter(None, rows)))):
-            if counts[normalize_name(name)] == 1:
-                continue
-            if counts[normalize_name(name)]:
-                raise ValueError(
-                    f"the model has several labels with the name {name!r}. Give these labels "
-                    "different names in the model's config.json"
-                )
-            if all(PLACEHOLDER.match(each) for each in model_space.columns[column]):
-                pairs = enumerate(sorted(set(chain(*filter(None, rows)))))
-                example = ", ".join(f'"{index}": "{each}"' for index, each in pairs)
-                raise ValueError(
-                    f"the labels of the model have no names ({counts.total()} labels, LABEL_0 ...), "
-                    f"but the dataset has {name!r}. Set `id2label` in the model's config.json, in "
-                    f'the order of its training: "id2label": {{{example}}}'
-                )
+    matches = {
+        task: NameMatch(own.names, model_space.tasks[task].names)
+        for task, own in data_space.tasks.items()
+    }
+    if data_space.kind == "multi_task":
+        labels = [
+            {task: matches[task].translate(each) for task, each in label.items()}
+            for label in images.labels
+        ]
+    else:
+        labels = [matches[""].translate(label) for label in images.labels]
+    return replace(images, labels=labels)
+
+
+class NameMatch:
+    """The indices that the class names of a dataset have in a model."""
+
+    def __init__(self, names: Sequence[str], model_names: Sequence[str]) -> None:
+        self.names = names
+        self.model_names = model_names
+        self.indices: dict[str, list[int]] = {}  # Of each name in the model
+        for index, name in enumerate(model_names):
+            self.indices.setdefault(normalize_name(name), []).append(index)
+
+    def translate(self, label: Any) -> Any:
+        """Translate a class index, a list of class indices or None, a missing label."""
+        if isinstance(label, list):
+            return sorted(map(self.find_index, label))
+        return None if label is None else self.find_index(label)
+
+    def find_index(self, index: int) -> int:
+        """Find the model's index of a class. Raise ValueError if there is none, or several."""
+        name = self.names[index]
+        found = self.indices.get(normalize_name(name), [])
+        if len(found) > 1:
+            raise ValueError(
+                f"the model has several labels with the name {name!r}. Give these labels different "
+                "names in the model's config.json"
+            )
+        if not found and all(map(PLACEHOLDER.match, self.model_names)):
+            example = ", ".join(f'"{index}": "{each}"' for index, each in enumerate(self.names))
+            raise ValueError(
+                f"the labels of the model have no names ({len(self.model_names)} labels, LABEL_0 "
+                f"...), but the dataset has {name!r}. Set `id2label` in the model's config.json, in "
+                f'the order of its training: "id2label": {{{example}}}'
+            )
+        if not found:
             raise ValueError(
                 f"the dataset has the label {name!r}, but the model has only the labels "
-                f"{format_name_list(model_space.columns[column], 20)}. Remove the images with this "
-                "label, add the class with `vitcls add-class`, or, if they are the same, correct "
-                "`id2label` in the model's config.json"
+                f"{format_name_list(self.model_names, 20)}. Remove the images with this label, add "
+                "the class with `vitcls add-class`, or, if they are the same, correct `id2label` in "
+                "the model's config.json"
             )
-    return replace(images, labels=model_space.index(names, "the dataset"))
+        return found[0]

@@ -7,7 +7,6 @@ PerTask          {task: class index; None if missing}  [B, tasks] int64
 
 index(names, where)    names of the labels by column (cells.py) -> labels of images
 collate(labels)        labels of images -> a batch, in which a missing label is -100, as in the loss
-list_names(labels)     labels of images -> names by column, the input of `index`
 format(label)          label of an image -> text; None if it is missing
 """
 
@@ -93,10 +92,6 @@ class OneLabel(ClassNames):
         indices = [IGNORED_LABEL if label is None else label for label in labels]
         return torch.tensor(indices, dtype=torch.int64)
 
-    def list_names(self, labels: Sequence[int | None]) -> Names:
-        names = [None if label is None else [self.names[label]] for label in labels]
-        return dict.fromkeys(self.columns, names)
-
     def format(self, label: int | None) -> str | None:
         return None if label is None else self.names[label]
 
@@ -118,12 +113,6 @@ class SeveralLabels(ClassNames):
             assert indices is not None, "images without labels are dropped when they are read"
             multi_hot[row, indices] = 1
         return multi_hot
-
-    def list_names(self, labels: Sequence[list[int] | None]) -> Names:
-        names = [
-            None if label is None else [self.names[index] for index in label] for label in labels
-        ]
-        return dict.fromkeys(self.columns, names)
 
     def format(self, label: list[int] | None) -> str | None:
         if label is None:
@@ -154,12 +143,6 @@ class PerTask(ClassNames):
             each.collate([label[task] for label in labels]) for task, each in self.tasks.items()
         ]
         return torch.stack(columns, dim=1)
-
-    def list_names(self, labels: Sequence[dict[str, int | None]]) -> Names:
-        return {
-            task: each.list_names([label[task] for label in labels])[task]
-            for task, each in self.tasks.items()
-        }
 
     def format(self, label: dict[str, int | None]) -> str | None:
         texts = {task: each.format(label[task]) for task, each in self.tasks.items()}

@@ -1,9 +1,9 @@
 """Load the splits of the dataset in `--dataset`.
 
     digits                1,797 handwritten digits of 8 x 8 pixels from scikit-learn, in memory
-    an image folder       a subfolder per class, or metadata.csv; read by image_folder.py
+    an image folder       a subfolder per class; read by image_folder.py
     CSV, JSON Lines       a file, or a folder with a file per split; read by tables.py
-    Parquet, WebDataset   a file, or a folder with a file per split; read by the `datasets` library, offline
+    Parquet               a file, or a folder with a file per split; read by the `datasets` library, offline
     saved with `datasets` a folder written by `save_to_disk`
     memory:...            a dataset in memory (in_memory.py)
     anything else         the id of a dataset on the Hub
@@ -15,7 +15,6 @@ splits.py.
 import hashlib
 import pickle
 import re
-import shlex
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -51,7 +50,7 @@ from .columns import (
 )
 from .folder_layout import SPLIT_BY_FOLDER_NAME, SPLIT_ORDER
 from .image_folder import get_remedy, read_image_folder, scan_folder
-from .images import ADDRESS, DatasetImages, LabeledImages
+from .images import DatasetImages, LabeledImages
 from .in_memory import MEMORY_PREFIX, convert_split, get_dataset, get_title
 from .labels import UNLABELED, LabelSpace
 from .options import DataOptions
@@ -67,22 +66,6 @@ READERS = {
     ".parquet": "parquet",
     ".tar": "webdataset",
 }
-# What to do with a file of another type
-REMEDIES = {
-    ".xlsx": "Save the sheet as CSV UTF-8",
-    ".xls": "Save the sheet as CSV UTF-8",
-    ".ods": "Save the sheet as CSV UTF-8",
-    ".json": (
-        "Write one JSON object per line to a .jsonl file, such as "
-        '{"file_name": "1.jpg", "label": "cat"}; annotations of COCO need one row per image'
-    ),
-    ".txt": "Add a line with the names of the columns, such as file_name,label, and save it as .csv",
-    ".xml": "Write the labels to a CSV file with the columns file_name and label",
-    ".gz": "Unpack it: `gunzip FILE`",
-    ".zip": "Unpack it: `unzip FILE -d photos`, and set `dataset` to this folder",
-}
-
-OTHER_REMEDY = "Set `dataset` to a folder of images, or to a CSV file"
 # A folder written by `save_to_disk` has one of them
 SAVED_FILES = ("dataset_dict.json", "state.json")
 
@@ -237,10 +220,13 @@ def open_dataset(dataset: str, use_labels: bool) -> tuple[str, Path, Any]:
         return path.resolve().name, path, read_folder(path, use_labels)
     suffix = path.suffix.lower()
     if path.exists() and suffix not in READERS:
-        remedy = REMEDIES.get(suffix, OTHER_REMEDY).replace("FILE", shlex.quote(dataset))
-        raise ValueError(f"{dataset} is not a table that can be read. {remedy}")
+        raise ValueError(
+            f"{dataset} is not a table that can be read. Save it as CSV UTF-8 or as JSON Lines "
+            "(.jsonl) with columns such as file_name and label, unpack an archive, or set `dataset` to a "
+            "folder of images"
+        )
     if path.exists():
-        tables = read_tables(READERS[suffix], {"train": [path]})
+        tables = read_tables(path.parent, READERS[suffix], {"train": [path]})
         return path.resolve().name, path.parent, tables
     if suffix in READERS:
         raise OSError(f"there is no file {dataset}. Check the path")
@@ -294,13 +280,8 @@ def read_folder(path: Path, use_labels: bool) -> Any:
             raise ValueError(f"{path} is empty. Add rows with images")
         return saved if isinstance(saved, dict) else {"train": saved}
     for reader in dict.fromkeys(READERS.values()):
-        if tables := find_tables(path, [*folder.metadata, *folder.tables], reader):
-            return read_tables(reader, tables)
-    if any("-ubyte" in file for file in folder.other_files):
-        raise ValueError(
-            f"{path} contains MNIST's idx files, which are not read. Set `dataset` to the same "
-            "images on the Hub, such as 'ylecun/mnist' or 'zalando-datasets/fashion_mnist'"
-        )
+        if tables := find_tables(path, folder.metadata or folder.tables, reader):
+            return read_tables(path, reader, tables)
     remedy = get_remedy(folder.other_files) or "Check the path"
     raise ValueError(f"{path} contains no images and no tables ({', '.join(READERS)}). {remedy}")
 
@@ -316,13 +297,13 @@ def find_tables(root: Path, files: Sequence[str], reader: str) -> dict[str, list
     return {split: tables[split] for split in SPLIT_ORDER if split in tables}
 
 
-def read_tables(reader: str, files: Mapping[str, Sequence[Path]]) -> Any:
-    """Read the tables of each split as `datasets.Dataset`."""
+def read_tables(folder: Path, reader: str, files: Mapping[str, Sequence[Path]]) -> Any:
+    """Read the tables of each split in a folder as `datasets.Dataset`."""
     import datasets
 
     if reader == "text":
         return {
-            split: datasets.concatenate_datasets(list(map(read_table, part)))
+            split: datasets.concatenate_datasets([read_table(file, folder) for file in part])
             for split, part in files.items()
         }
     paths = list(chain(*files.values()))
@@ -359,9 +340,6 @@ def explain_reading_errors(name: str) -> Iterator[None]:
         cause: BaseException = error
         while isinstance(cause, datasets.exceptions.DatasetGenerationError) and cause.__cause__:
             cause = cause.__cause__
-        # The messages about an empty Parquet file, and a folder of `save_to_disk` without rows
-        if str(cause).startswith(("BatchSize must be greater than 0", "list index out of range")):
-            raise ValueError(f"{name} is empty. Add rows with images") from error
         raise ValueError(
             f"cannot read the dataset {name!r} ({type(cause).__name__}: {format_error(cause)}). "
             "Check the path or the name on the Hub, and the file format: CSV, JSON Lines or Parquet, "
@@ -375,7 +353,7 @@ def build_images(dataset: Any, column: str, folder: Path, name: str) -> DatasetI
     """Build the images of one split.
 
     The column contains encoded images, or paths relative to `folder`. Raise ValueError if none of
-    the paths is a file, or if some are addresses.
+    the paths is a file.
     """
     import datasets
 
@@ -388,15 +366,10 @@ def build_images(dataset: Any, column: str, folder: Path, name: str) -> DatasetI
         images = images.cast_column(column, datasets.Value("string"))  # Numbers as file names
 
     paths = [] if is_encoded else [path for path in images[:MAX_CHECKED_PATHS][column] if path]
-    if any(map(ADDRESS.match, paths)):
-        raise ValueError(
-            f"{name}: the column {column!r} has addresses, and images are read only from files. "
-            "Download them with `img2dataset`, which writes a table of images and labels"
-        )
     if paths and not has_files(paths, folder):
         raise ValueError(
             f"{name}: the column {column!r} has no names of files in {folder}, such as "
-            f"{shorten_text(paths[0])}. Set `image_column` to a column of file names, or write them "
-            "with their folder and suffix"
+            f"{shorten_text(paths[0])}. Set `image_column` to a column of file names, write them with "
+            "their folder and suffix, or download addresses with `img2dataset`"
         )
     return DatasetImages(images, folder, np.arange(len(images)))

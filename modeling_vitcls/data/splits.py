@@ -174,7 +174,7 @@ def add_keys(splits: Mapping[str, LabeledImages]) -> dict[str, LabeledImages]:
     parts = {name: part.images.compute_content_keys() for name, part in splits.items()}
     _, copies = np.unique(np.concatenate(list(parts.values())), return_inverse=True)
     known = [part.groups for part in splits.values() if part.groups is not None]
-    groups = join_groups(copies, np.concatenate(known)) if known else copies
+    groups = join_groups(copies, pd.factorize(np.concatenate(known))[0]) if known else copies
     ends = np.cumsum(list(map(len, parts.values())))[:-1]
     return {
         name: replace(splits[name], keys=keys, groups=part)
@@ -183,7 +183,11 @@ def add_keys(splits: Mapping[str, LabeledImages]) -> dict[str, LabeledImages]:
 
 
 def join_groups(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Join two groupings [N]: images that share a group in either of them are together."""
+    """Join two groupings [N]: images that share a group in either of them are together.
+
+    An image without a group (-1) in the second one is a group of its own.
+    """
+    second = np.where(second < 0, np.arange(len(second)) + second.max(initial=-1) + 1, second)
     num_first = int(first.max(initial=-1)) + 1
     num_groups = num_first + int(second.max(initial=-1)) + 1
     pairs = (first, second + num_first)
@@ -208,13 +212,12 @@ def check_contradictions(parts: Sequence[Any], label_space: LabelSpace, dataset:
 
     names = list(chain.from_iterable(part.images.get_names() for part in parts))
     texts = [
-        f"{names[row]} is {label_space.names[label]!r}" for row, label in found["label"].items()
+        f"{names[row]} is {label_space.names[label]!r}"
+        for row, label in found.sort_values("key", kind="stable")["label"].items()
     ]
-    copies = found.assign(text=texts).groupby("key", sort=False)["text"].agg(" and ".join).tolist()
-    count_text = "1 image has" if len(copies) == 1 else f"{len(copies):,} images have"
     raise ValueError(
-        f"{dataset}: {count_text} several labels: {format_name_list(copies, MAX_NAMED_IMAGES)}. "
-        "Remove the copies with the wrong label"
+        f"{dataset}: copies of an image have several labels: "
+        f"{format_name_list(texts, MAX_NAMED_IMAGES)}. Remove the copies with the wrong label"
     )
 
 
@@ -279,25 +282,14 @@ def describe_data(training_data: TrainingData) -> dict[str, Any]:
     parts = {"training": training_data.train, "held-out": training_data.held_out}
     description: dict[str, Any] = {"classes": training_data.label_space.columns}
     for name, part in parts.items():
-        keys = get_keys(part).tobytes()
-        labels = json.dumps(part.labels).encode()
-        description[f"number of {name} images"] = len(part)
-        description[f"{name} images or their order"] = hashlib.sha256(keys).hexdigest()
-        description[f"labels of {name} images"] = hashlib.sha256(labels).hexdigest()
+        content = get_keys(part).tobytes() + json.dumps(part.labels).encode()
+        description[f"{name} images"] = hashlib.sha256(content).hexdigest()
     return description
 
 
-def describe_change(
-    stored_description: dict[str, Any], current_description: dict[str, Any]
-) -> str | None:
-    """Say what has changed since the run started: the first difference, or None."""
-    for name, current in current_description.items():
-        stored = stored_description.get(name)
-        if isinstance(stored, int) and stored != current:
-            return f"{name} was {stored:,} and is {current:,}"
-        if stored != current:
-            return f"{name} changed"
-    return None
+def describe_change(stored: Mapping[str, Any], current: Mapping[str, Any]) -> str:
+    """Name what has changed since the run started; "" without a change."""
+    return " and ".join(name for name, value in current.items() if stored.get(name) != value)
 
 
 def describe_leaks(training_data: TrainingData, group_column: str | None) -> list[str]:
@@ -306,25 +298,16 @@ def describe_leaks(training_data: TrainingData, group_column: str | None) -> lis
     Drawn held-out images have groups of their own.
     """
     train, held_out = training_data.train, training_data.held_out
-    warnings = []
-    is_copy = np.isin(get_keys(held_out), get_keys(train))
-    if is_copy.any():
-        example = held_out.images.get_names()[is_copy.argmax()]
-        warnings.append(
-            f"{is_copy.sum():,} of the {len(held_out):,} held-out images are identical to training "
-            f"images ({example}), so the result is better than for new images. Remove them from one "
-            "of the splits"
-        )
     assert train.groups is not None, "`add_keys` sets the groups"
-    assert held_out.groups is not None, "`add_keys` sets the groups"
-    num_shared = len(np.intersect1d(train.groups, held_out.groups))
-    if group_column is not None and num_shared:
-        warnings.append(
-            f"{num_shared:,} groups are on both sides of the dataset's own splits (`group_column="
-            f"{group_column!r}`), so the result is better than for new groups. Divide the splits "
-            "by group"
-        )
-    return warnings
+    is_shared = np.isin(held_out.groups, train.groups)
+    if not is_shared.any():
+        return []
+    example = held_out.images.get_names()[is_shared.argmax()]
+    relation = "copies of" if group_column is None else f"in one group ({group_column}) with"
+    return [
+        f"{is_shared.sum():,} of the {len(held_out):,} held-out images are {relation} training images "
+        f"({example}), so the result is better than for new images. Remove them from one of the splits"
+    ]
 
 
 def describe_missing_classes(training_data: TrainingData) -> list[str]:
@@ -346,34 +329,21 @@ def describe_missing_classes(training_data: TrainingData) -> list[str]:
         )
         return [warning] if single else []
     train, held_out = ({names[label] for label in images.labels} for images in parts)
-    return [
-        f"{len(missing)} of the {len(train | held_out)} classes have no {images}: "
-        f"{format_name_list(sorted(missing))}"
-        for missing, images in (
-            (train - held_out, "held-out images"),
-            (held_out - train, "training images"),
-        )
-        if missing
-    ]
+    missing = sorted(train ^ held_out)
+    warning = (
+        f"{len(missing)} of the {len(train | held_out)} classes have no held-out images or no "
+        f"training images: {format_name_list(missing)}"
+    )
+    return [warning] if missing else []
 
 
 def describe_constant_labels(images: LabeledImages, names: Sequence[str]) -> list[str]:
-    """List labels that all images have, or all but one, one or none: they cannot be learned."""
+    """List labels that almost all images have, or almost none: they cannot be learned."""
     counts = Counter(chain.from_iterable(images.labels))
-    texts = {
-        len(images): "are on each training image",
-        len(images) - 1: "are on all training images but one",
-        1: "are on a single training image",
-        0: "are on no training image",
-    }
-    found = {
-        text: [name for label, name in enumerate(names) if counts[label] == count]
-        for count, text in texts.items()
-    }
-    return [
-        f"{len(labels):,} of the {len(names):,} labels {text}, so they cannot be learned, and their "
-        f"probability is their share of the images: {format_name_list(labels)}. Add other images, or "
-        "remove these labels"
-        for text, labels in found.items()
-        if labels
-    ]
+    found = [name for label, name in enumerate(names) if not 1 < counts[label] < len(images) - 1]
+    warning = (
+        f"{len(found):,} of the {len(names):,} labels are on at most one training image, or on all but "
+        "at most one, so they cannot be learned, and their probability is their share of the images: "
+        f"{format_name_list(found)}. Add other images, or remove these labels"
+    )
+    return [warning] if found else []

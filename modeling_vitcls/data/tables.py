@@ -1,8 +1,7 @@
-"""Tables on this machine, read into memory as they are written.
+"""Text tables on this machine, read into memory as they are written.
 
     .csv, .tsv    every cell is text: 001, 1e3, true, NA and null stay as they are; an empty cell is a missing value
     .jsonl        values keep their JSON type; a column with values of several types is text
-    .parquet      values keep their type
 
 There is no cache, so a table is never older than its file. The separator of a CSV file (comma,
 semicolon, tab or bar) is the most frequent one in its header; lines before the header may be
@@ -18,39 +17,37 @@ from pathlib import Path
 from typing import Any
 
 from ..model.fast_image_processing_vitcls import open_regular_file
-from ..runtime.errors import explain_damage, format_error
+from ..runtime.errors import format_error
 from .cells import normalize_name, spell_label
 from .images import resolve_path
 
 
-SEPARATORS = {",": "comma", ";": "semicolon", "\t": "tab", "|": "bar"}
+SEPARATORS = ",;\t|"
 # Blank lines and comments before the header, and the line in which spreadsheets name the separator
 PREAMBLE = re.compile(r'(?:[ \t]*(?:#.*)?\n)*(?:"?sep=(?P<separator>.)"?\n)?')
 
 
-def read_table(file: Path) -> Any:
-    """Read a table as a `datasets.Dataset` in memory.
+def read_table(file: Path, folder: Path) -> Any:
+    """Read a table in a folder as a `datasets.Dataset` in memory.
 
     Raise ValueError if the file is not a table of its type.
     """
-    import pyarrow.parquet
+    import pyarrow
 
-    suffix = file.suffix.lower()
-    if suffix == ".parquet":
-        with (
-            open_regular_file(file) as stream,
-            explain_damage(file, "Write the table again"),
-        ):
-            return wrap_table(pyarrow.parquet.read_table(stream), {})
     text = read_table_text(file)
     if not text.strip():
         columns: dict[str, list[Any]] = {}
-    elif suffix == ".jsonl":
+    elif file.suffix.lower() == ".jsonl":
         columns = read_json_lines(file, text)
     else:
         columns = read_csv(file, text)
     if not any(columns.values()):
         raise ValueError(f"{file} is empty. Add rows with images")
+    subfolder = file.parent.relative_to(folder)
+    if subfolder.parts and "file_name" in columns:  # Its names are relative to the table
+        columns["file_name"] = [
+            name and str(subfolder / str(name)) for name in columns["file_name"]
+        ]
     arrays = {normalize_name(name): build_column(values) for name, values in columns.items()}
     return wrap_table(pyarrow.table(arrays), {})
 
@@ -95,9 +92,8 @@ def read_csv(file: Path, text: str) -> dict[str, list[str]]:
         ).fillna("")  # Rows with fewer fields than the header
     except ValueError as error:
         raise ValueError(
-            f"{file}: {format_error(error)} (fields are separated by a "
-            f"{SEPARATORS.get(separator, repr(separator))}). Check the quotes, which are required "
-            "around fields that contain the separator"
+            f"{file}: {format_error(error)} (fields are separated by {separator!r}). Check the quotes, "
+            "which are required around fields that contain the separator"
         ) from error
 
     names = table.iloc[0].str.strip()
@@ -117,20 +113,16 @@ def read_csv(file: Path, text: str) -> dict[str, list[str]]:
 
 def read_json_lines(file: Path, text: str) -> dict[str, list[Any]]:
     """Read the columns of a file with one JSON object per line."""
-    rows = []
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{file}, line {number}: not valid JSON: {error}") from error
-        if not isinstance(row, dict):
-            raise ValueError(
-                f"{file}, line {number}: not a JSON object. Write one object per line, such as "
-                '{"file_name": "1.jpg", "label": "cat"}'
-            )
-        rows.append(row)
+    lines = ",\n".join(filter(str.strip, text.split("\n")))
+    try:
+        rows = json.loads(f"[{lines}]")
+    except ValueError as error:
+        raise ValueError(f"{file} is not valid JSON Lines: {error}") from error
+    if not all(isinstance(row, dict) for row in rows):
+        raise ValueError(
+            f"{file} does not have one JSON object per line. Write lines such as "
+            '{"file_name": "1.jpg", "label": "cat"}'
+        )
     names = dict.fromkeys(name for row in rows for name in row)
     return {name: [row.get(name) for row in rows] for name in names}
 

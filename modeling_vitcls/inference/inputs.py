@@ -22,12 +22,11 @@ from ..data.columns import find_image_column
 from ..data.image_folder import (
     IMAGE_SUFFIXES,
     ROOT,
-    describe_types,
+    SKIPPED_FOLDERS,
     get_remedy,
     make_printable,
     scan_folder,
-    warn_about_files,
-    warn_about_skipped_folders,
+    warn_about_skipped,
 )
 from ..data.images import (
     DatasetImages,
@@ -89,15 +88,15 @@ def list_records(paths: Iterable[str]) -> list[ImageRecord]:
             str(Path(path, name)) for name in folder.skipped_folders if name != ROOT
         ]
 
-    warn_about_skipped_folders(skipped_folders)
+    where = format_name_list(folders)
+    warn_about_skipped(where, skipped_folders, SKIPPED_FOLDERS)
     if not files:
-        types_text = describe_types(other_files)
-        found = f", but files of other types ({types_text})" if other_files else ""
+        found = f", but other files: {format_name_list(other_files)}" if other_files else ""
         raise ValueError(
             f"there are no images in {', '.join(paths)}{found}. "
             f"{get_remedy(other_files) or 'Pass image files, or folders of images'}"
         )
-    warn_about_files(format_name_list(folders), other_files, "that are no images")
+    warn_about_skipped(where, other_files, "files that are no images")
     return [ImageRecord(get_source_name(file), file) for file in files]
 
 

@@ -24,7 +24,6 @@ import pandas as pd
 import torch
 from rich.console import Console
 
-from ..data.image_folder import check_output_is_not_read
 from ..data.images import LabeledImages
 from ..data.labels import LabelSpace, get_label_space
 from ..data.splits_table import read_splits, write_splits
@@ -111,7 +110,6 @@ def extend_model(
         raise ValueError(
             "a task or class is added by one process. Start the command without `accelerate launch`"
         )
-    check_output_is_not_read(options.output_dir, options.dataset)
     with create_output_folder(options.output_dir, "output_dir") as staging:
         old = open_old_model(options)
         addition = build(old, options)

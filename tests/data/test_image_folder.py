@@ -12,7 +12,6 @@ from helpers.photo_folders import write_files, write_photos
 from helpers.tiny_models import raises_one_line
 from PIL import Image
 
-from modeling_vitcls.data import image_folder
 from modeling_vitcls.data.evaluation_data import load_evaluation_data
 from modeling_vitcls.data.image_folder import (
     NAME_REMEDY,
@@ -105,7 +104,7 @@ def test_split_folders_are_recognized_in_any_case(
     ("folders", "words"),
     [
         (["train/cat", "test/cat", "extra/cat"], ["'test'", "'extra'", "rename"]),
-        (["val/cat", "train/cat", "dev/cat"], ["'dev'", "'val'", "same split"]),
+        (["cat/train", "cat/test", "dog/train", "dog/test"], ["cat, dog", "look like splits"]),
         (["train"], ["photos/train", "no class folders", "set `dataset` to a table"]),
         (["packed/cat"], ["the single class 'packed'", "set `dataset` to it"]),
     ],
@@ -129,9 +128,9 @@ def test_a_split_without_class_folders_is_skipped_and_named(
 
     assert list(read(tmp_path)) == ["train"]
 
-    outside = "skipped 5 files outside of class folders: test/0.png, test/1.png, test/2.png and 2"
+    outside = "images outside of class folders (5): test/0.png, test/1.png, test/2.png and 2 more"
     assert outside in caplog.text
-    assert "skipped 1 file next to the split folders: stray.png" in caplog.text
+    assert "skipped images next to the split folders (1): stray.png" in caplog.text
     assert {split: len(found[""]) for split, found in read(tmp_path, use_labels=False).items()} == {
         "train": 4,
         "test": 5,
@@ -164,9 +163,9 @@ def test_skipped_files_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixtur
 
     assert len(data.train) + len(data.held_out) == 18
     assert [record.getMessage() for record in caplog.records] == [
-        f"{tmp_path}: skipped 3 files that are no images: cat/notes.txt, cat/\ufffd.png, labels.csv. "
-        f"{NAME_REMEDY}",
-        f"{tmp_path}: skipped 1 file outside of class folders: stray.png",
+        f"{tmp_path}: skipped files that are no images (3): cat/notes.txt, cat/\ufffd.png, labels.csv"
+        f". {NAME_REMEDY}",
+        f"{tmp_path}: skipped images outside of class folders (1): stray.png",
     ]
 
 
@@ -178,7 +177,7 @@ def test_folders_with_names_that_are_not_text_have_a_remedy(
     with raises_one_line("only contains no images", "convmv -r -f latin1 -t utf8"):
         load(tmp_path / "only")
     assert read(tmp_path / "some") == {"train": {"cat": ["cat/3.png"]}}
-    assert f"left out: caf\ufffd (1 .png). {NAME_REMEDY}" in caplog.text
+    assert f"skipped folders without images (1): caf\ufffd. {NAME_REMEDY}" in caplog.text
 
 
 def test_one_class_can_be_evaluated(tmp_path: Path) -> None:
@@ -203,20 +202,6 @@ def test_links_are_followed_without_cycles(tmp_path: Path, monkeypatch: pytest.M
 
 
 # Folders as programs and people leave them --------------------------------------------------------
-
-
-def test_class_folders_that_contain_split_folders_are_read(tmp_path: Path) -> None:
-    write_class(tmp_path, "cat/train", 2)
-    write_class(tmp_path, "cat/val", 1)
-    write_class(tmp_path, "dog/train", 3)
-
-    assert read(tmp_path) == {
-        "train": {
-            "cat": ["cat/train/0.png", "cat/train/1.png"],
-            "dog": ["dog/train/0.png", "dog/train/1.png", "dog/train/2.png"],
-        },
-        "validation": {"cat": ["cat/val/0.png"], "dog": []},
-    }
 
 
 @pytest.mark.parametrize(
@@ -271,7 +256,7 @@ def test_folders_of_the_system_are_no_classes_and_are_named(
 
     assert {name: len(files) for name, files in found.items()} == {"cat": 2, "dog": 2}
     (record,) = caplog.records
-    skipped = "and of the system: #recycle, $RECYCLE.BIN, @Recycle and 3 more"
+    skipped = "and of the system (6): #recycle, $RECYCLE.BIN, @Recycle and 3 more"
     assert skipped in record.getMessage()
 
 
@@ -287,7 +272,7 @@ def test_a_file_of_annotations_beside_each_image_is_no_table(
         "cat": 3,
         "dog": 3,
     }
-    assert "skipped 6 files that are no images" in caplog.text
+    assert "skipped files that are no images (6)" in caplog.text
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="requires named pipes")
@@ -375,24 +360,11 @@ def test_images_next_to_the_files_of_a_training_run_are_refused(tmp_path: Path) 
         load(tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("files", "message"),
-    [
-        (["train/shoes/a.nef", "train/shoes/2024/b.NEF", "train/shoes/c.txt"], "2 .nef, 1 .txt"),
-        (["test/shoes/a.nef"], "test (1 .nef). Convert"),
-        (["train/shoes/a.heic"], "1 .heic). To read HEIC, `pip install pillow-heif`"),
-    ],
-)
-def test_folders_without_readable_images_are_named_with_their_file_types(
-    files: list[str],
-    message: str,
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
+def test_folders_without_readable_images_are_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    suffixes = image_folder.IMAGE_SUFFIXES - image_folder.HEIF_SUFFIXES
-    monkeypatch.setattr(image_folder, "IMAGE_SUFFIXES", suffixes)
     write_photos(tmp_path / "train", range(3))
-    write_files(tmp_path, *files, content=b"1")
+    write_files(tmp_path, "train/shoes/2024/a.nef", "test/shoes/b.nef", content=b"1")
     load(tmp_path)
-    assert message in caplog.text
+    assert "skipped folders without images (2): test, train/shoes" in caplog.text
+    assert "no images (2): test/shoes/b.nef, train/shoes/2024/a.nef" in caplog.text

@@ -90,12 +90,6 @@ def test_the_digits_are_those_of_scikit_learn() -> None:
     assert set(data.held_out.labels) == set(range(10))
 
 
-def test_idx_files_are_an_error_that_names_the_same_images_on_the_hub(tmp_path: Path) -> None:
-    (tmp_path / "train-images-idx3-ubyte.gz").touch()
-    with raises_one_line("MNIST's idx files", "`dataset`", "'ylecun/mnist'"):
-        read(tmp_path)
-
-
 # Labels -------------------------------------------------------------------------------------------
 
 

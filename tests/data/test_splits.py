@@ -38,7 +38,6 @@ def unfinished(tmp_path: Path) -> Any:
 
 
 def test_a_changed_folder_is_an_error(unfinished: Any) -> None:
-    """The first difference is named: classes, numbers of images, or the images and their order."""
     photos = Path(unfinished.dataset)
     run_training(unfinished)  # with the same data
     (unfinished.output_dir / "results.json").unlink()
@@ -52,12 +51,10 @@ def test_a_changed_folder_is_an_error(unfinished: Any) -> None:
     cat, dog = photos / "cat" / "1.png", photos / "dog" / "1.png"
     content = cat.read_bytes()
     Image.new("RGB", (8, 8)).save(cat)
-    assert_change("images or their order")
+    assert_change("training images")
     cat.write_bytes(dog.read_bytes())
     dog.write_bytes(content)  # two images have changed their classes
-    assert_change("images or their order")
-    write_photos(photos, range(20, 60), "cat")
-    assert_change("training images was 32 and is 64")
+    assert_change("training images")
     write_photos(photos, range(70, 90), "ant")
     assert_change("classes")
 
@@ -139,15 +136,9 @@ def test_labels_of_all_images_or_of_at_most_one_are_named(tmp_path: Path) -> Non
     options = DataOptions(dataset=str(photos / "table.csv"), label_names=names, held_out_fraction=0)
     data = load_training_data(options)
     assert [data.label_space.format(each) for each in data.train.labels][2] == "all"
-    every, most, single, none = describe_missing_classes(data)
-    assert "1 of the 4 labels are on each training image" in every
-    assert every.endswith("images: all. Add other images, or remove these labels")
-    assert "on all training images but one" in most
-    assert "cat" in most
-    assert "single training image" in single
-    assert "once" in single
-    assert "no training image" in none
-    assert "none. Add" in none
+    (warning,) = describe_missing_classes(data)
+    assert "4 of the 4 labels are on at most one training image, or on all but" in warning
+    assert warning.endswith(": all, cat, none and 1 more. Add other images, or remove these labels")
 
 
 @pytest.mark.parametrize(("folder", "is_reported"), [("photos/test", True), ("photos", False)])

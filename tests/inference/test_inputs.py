@@ -47,13 +47,13 @@ def test_other_files_in_folders_are_counted_with_the_remedy_for_heic(
         monkeypatch.setattr(module, "IMAGE_SUFFIXES", suffixes)
     write_files(tmp_path, "a.heic", "inner/b.HEIC", "notes.txt")
     options = PredictOptions(model="model", paths=(str(tmp_path),))
-    with raises_one_line("there are no images", "2 .heic, 1 .txt", "to JPEG"):
+    with raises_one_line("there are no images", "notes.txt", "to JPEG"):
         open_input(options)
 
     (tmp_path / "c.png").touch()
     assert len(open_input(options)) == 1
     (message,) = caplog.messages
-    assert "skipped 3 files that are no images: " in message
+    assert "skipped files that are no images (3): " in message
     assert ". To read HEIC" in message
 
 

@@ -12,12 +12,6 @@ from modeling_vitcls.runtime.files import read_json
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("fresh_accelerate")]
 
-COMMANDS = {
-    "finetune": ["--model", "vitcls-tiny"],
-    "pretrain": ["--model", "vitcls-tiny"],
-    "add-task": ["--model", "m", "--name", "kind"],
-    "add-class": ["--model", "m"],
-}
 TINY = (
     "--model vitcls-tiny --hidden-size 32 --num-hidden-layers 2 --num-attention-heads 2 "
     "--image-size 32 --patch-size 16 --max-steps 1 --num-workers 0 --no-report --no-probe"
@@ -31,28 +25,26 @@ def finetune(output_dir: Path, *flags: str) -> int:
 # The output folder --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("command", "folder"), [*((command, "runs/first") for command in COMMANDS), ("finetune", ".")]
-)
-def test_an_output_folder_in_the_dataset_is_refused_before_anything_is_written(
+@pytest.mark.parametrize("folder", [".", "cat"])
+@pytest.mark.parametrize("command", ["finetune", "pretrain"])
+def test_an_output_folder_with_images_of_the_dataset_is_refused_before_anything_is_written(
     command: str, folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The figures of the run would become a class of the next run."""
+    """The next scan would skip them, as figures of the run."""
     photos = write_photos(tmp_path / "photos", range(5))
     files = sorted(tmp_path.rglob("*"))
     flags = ["--dataset", photos, "--output-dir", photos / folder]
 
-    assert run_here(command, *COMMANDS[command], *flags) == 1
+    assert run_here(command, "--model", "vitcls-tiny", *flags) == 1
 
     error = capsys.readouterr().err
     assert error.count("\n") == 1
-    assert "is in the folder of the dataset" in error
+    assert "contains images of the dataset" in error
     assert sorted(tmp_path.rglob("*")) == files
 
 
-def test_runs_next_to_split_folders_can_be_repeated(tmp_path: Path) -> None:
-    for split in ("train", "test"):
-        write_photos(tmp_path / split, range(4))
+def test_runs_in_the_folder_of_the_dataset_can_be_repeated(tmp_path: Path) -> None:
+    write_photos(tmp_path, range(20))
     for name in ("first", "second"):
         assert finetune(tmp_path / "runs" / name, "--dataset", str(tmp_path)) == 0
         write_photos(tmp_path / "runs" / name, range(1), "images")

@@ -161,7 +161,7 @@ def test_a_class_without_training_images_is_a_warning(tmp_path: Path) -> None:
     data = write_images(tmp_path / "data", splits)
     run = prepare_setup(build_options(tmp_path / "run", data, model=model, select=None))
     (warning,) = run.warnings()
-    assert "1 of the 3 classes have no training images: night" in warning
+    assert "1 of the 3 classes have no held-out images or no training images: night" in warning
     assert run.options.select == "last"
     assert run.data.label_space.names == ["dusk", "night", "noon"]
 
