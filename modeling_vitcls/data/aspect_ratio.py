@@ -149,11 +149,11 @@ def get_visible_region(
             given, pixels on the right and at the bottom that do not fill a patch are excluded, as
             in the model.
     """
-    resized_size = image_size
+    # Both backends compute the same size, and the device "meta" computes no pixels.
+    resized = torch.empty((1, *image_size), device="meta")
     if processor.do_resize:
-        # Both backends compute the same size, and the device "meta" computes no pixels.
-        image = torch.empty((1, *image_size), device="meta")
-        resized_size = TorchvisionBackend.resize(processor, image, processor.size).shape[-2:]
+        resized = TorchvisionBackend.resize(processor, resized, processor.size)
+    _, *resized_size = resized.shape
 
     height, width = resized_size
     top = left = 0

@@ -132,6 +132,11 @@ def load_splits(
         return Splits(name, UNLABELED, unlabeled, facts)
 
     columns = find_label_columns(dataset, tables, options.label_column, column)
+    groups: dict[str, np.ndarray] = {}
+    if options.group_column is not None:
+        groups, facts["groups"] = read_groups(tables, dataset, options.group_column)
+    elif fact := find_unused_groups(tables, dataset, columns):
+        facts["groups"] = fact
     label_space, labels = read_labels(
         tables, columns, dataset, options.label_separator, options.label_names
     )
@@ -142,12 +147,6 @@ def load_splits(
             f"{label_space.description}, from {', '.join(map(repr, columns))}, such as "
             f"{'; '.join(examples)}"
         )
-    groups: dict[str, np.ndarray] = {}
-    if options.group_column is not None:
-        groups, facts["groups"] = read_groups(tables, dataset, options.group_column)
-    elif fact := find_unused_groups(tables, dataset, columns):
-        facts["groups"] = fact
-
     labeled = {
         split: drop_unlabeled_images(
             LabeledImages(images[split], labels[split], groups.get(split)),

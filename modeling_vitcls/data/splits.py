@@ -299,6 +299,7 @@ def describe_leaks(training_data: TrainingData, group_column: str | None) -> lis
     """
     train, held_out = training_data.train, training_data.held_out
     assert train.groups is not None, "`add_keys` sets the groups"
+    assert held_out.groups is not None, "`add_keys` sets the groups"
     is_shared = np.isin(held_out.groups, train.groups)
     if not is_shared.any():
         return []
