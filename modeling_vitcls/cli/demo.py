@@ -102,7 +102,7 @@ def build_page(options: DemoOptions) -> Any:
             # The path is a temporary copy of the upload, which says nothing to the person who sees
             # the error.
             raise gradio.Error(row["error"].replace(file, "the file"), print_exception=False)
-        answers = [read_answer(row, task) for task in columns.heads]
+        answers = [read_answer(row, task, head) for task, head in columns.heads.items()]
         photo = measure_photo(predictor.model, predictor.processor, read_image(file))
         return [*answers, draw_sheet(photo)]
 
@@ -128,16 +128,23 @@ def build_page(options: DemoOptions) -> Any:
     )
 
 
-def read_answer(row: dict[str, Any], task: str) -> dict[str, float] | str:
+def read_answer(row: dict[str, Any], task: str, head: Any) -> dict[str, float] | str:
     """Read the probabilities of the most probable labels of a task, or that the photo has none.
 
     Args:
         row: The row of a photo, as in `vitcls predict --top-k`.
         task: The task; empty for the classifier itself.
+        head: The labels of the task (ExtraHead).
     """
-    from ..inference.prediction_rows import name_column
+    from ..inference.prediction_rows import has_several_labels, list_endings, name_column
 
-    names = row[name_column(task, "labels")]
+    if has_several_labels(head):
+        names = row[name_column(task, "labels")]
+        probabilities = row[name_column(task, "probabilities")]
+    else:
+        endings = list_endings(head, NUM_LABELS)
+        names = [row[name_column(task, f"label{end}")] for end in endings]
+        probabilities = [row[name_column(task, f"probability{end}")] for end in endings]
     if not names or row.get(name_column(task, "unknown")):
         return NONE_OF_THESE
-    return dict(zip(names, row[name_column(task, "probabilities")], strict=True))
+    return dict(zip(names, probabilities, strict=True))

@@ -105,13 +105,15 @@ class EmbedImages:
         rows = list(self.predictor.iterate_rows(records))
         columns: Any = self.predictor.columns
         outputs: dict[str, Any] = {name: values for name, values in batch.items() if name != column}
-        for name, feature in columns.features.items():
+        for name, (output_name, feature) in zip(
+            self.features, columns.features.items(), strict=True
+        ):
             width = self.predictor.model.config.hidden_size
             shape = (width,) if feature.num_tokens == 1 else (feature.num_tokens, width)
             outputs[name] = np.full((len(rows), *shape), np.nan, self.dtype)
             for index, row in enumerate(rows):
                 if row["error"] is None:
-                    outputs[name][index] = np.stack([*row[name]]).reshape(shape)
+                    outputs[name][index] = np.stack([*row[output_name]]).reshape(shape)
         return outputs | {"error": np.array([row["error"] or "" for row in rows], dtype=object)}
 
     def build_predictor(self) -> Predictor:

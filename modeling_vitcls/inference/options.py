@@ -98,13 +98,12 @@ class PredictOptions(ImageOptions, EngineOptions):
     """Output file (.csv, .json, .jsonl or .parquet). It appears when it is complete. Default: print
     a table."""
     top_k: int | None = None
-    """Also write the lists of the most probable labels and of their probabilities, at most this many.
-    Default: one label or, for multi-label models, the list of all labels with a probability of at
-    least --threshold."""
+    """Maximum number of predicted labels per image. Default: 1 or, for multi-label models, all
+    labels with a probability of at least --threshold."""
     features: tuple[str, ...] | None = None
     """Features to write instead of labels: `cls`, `registers`, `distillation` or `patches`, or
     `mean` for the mean of the patch tokens. `cls@6` is the output of layer 6 after the final norm;
-    the default is the last layer. Each feature has a column."""
+    the default is the last layer. Each of several features has a column."""
     feature_dtype: Literal["float32", "float16"] = "float32"
     """Data type of the features."""
     num_workers: int | None = None

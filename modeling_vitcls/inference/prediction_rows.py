@@ -1,12 +1,12 @@
 """Predictions of a model as rows with named columns.
 
 model                       columns
-one label per image         label, probability; distance (to the nearest class) and unknown, if the model has
-                            class statistics; with --top-k also labels, probabilities: lists
+one label per image         label, probability, label_2, probability_2, ... up to --top-k; distance (to the nearest
+                            class) and unknown, if the model has class statistics
 several labels per image    labels, probabilities: lists
 several or added tasks      the same for each task: <task>_label, <task>_probability, ...
-any, with --features        a column per feature, such as `cls` and `mean@6`: a list of D numbers, or one list per
-                            token if there are several tokens
+any, with --features        features: a list of D numbers, or one list per token if there are several tokens;
+                            several features have a column each, such as `cls` and `mean@6`
 
 The first columns are `index` (index in the input) and `image`, and the last column is `error`.
 outputs.py writes the rows. Each kind of model has a class with the attribute `columns`, a dict of
@@ -82,8 +82,13 @@ def name_column(task: str, name: str) -> str:
     return f"{task}_{name}" if task else name
 
 
+def list_endings(head: ExtraHead, top_k: int | None) -> list[str]:
+    """List how the columns of the most probable labels end: "", "_2", "_3", ..."""
+    return ["", *(f"_{rank}" for rank in range(2, min(top_k or 1, len(head.labels)) + 1))]
+
+
 class LabelColumns:
-    """Output columns of a classifier and of added tasks: the most probable label, or several in a list.
+    """Output columns of a classifier and of added tasks: the most probable labels.
 
     With several labels per image, these are labels with probabilities of at least the threshold.
 
@@ -108,13 +113,13 @@ class LabelColumns:
         self.columns: dict[str, pa.DataType] = {}
 
         for task, head in self.heads.items():
-            has_several = has_several_labels(head)
-            if not has_several:
-                self.columns[name_column(task, "label")] = pa.string()
-                self.columns[name_column(task, "probability")] = pa.float32()
-            if has_several or top_k is not None:
+            if has_several_labels(head):
                 self.columns[name_column(task, "labels")] = pa.list_(pa.string())
                 self.columns[name_column(task, "probabilities")] = pa.list_(pa.float32())
+            else:
+                for end in list_endings(head, top_k):
+                    self.columns[name_column(task, f"label{end}")] = pa.string()
+                    self.columns[name_column(task, f"probability{end}")] = pa.float32()
 
         if self.has_distance:
             self.columns[DISTANCE] = pa.float32()
@@ -138,11 +143,15 @@ class LabelColumns:
             images = select_labels(outputs[task], head, self.top_k or max_labels)
             names = [[name for name, _ in labels] for labels in images]
             probabilities = [[value for _, value in labels] for labels in images]
-            values[name_column(task, "labels")] = names
-            values[name_column(task, "probabilities")] = probabilities
-            if not has_several_labels(head):
-                values[name_column(task, "label")] = [each[0] for each in names]
-                values[name_column(task, "probability")] = [each[0] for each in probabilities]
+            if has_several_labels(head):
+                values[name_column(task, "labels")] = names
+                values[name_column(task, "probabilities")] = probabilities
+            else:
+                for rank, end in enumerate(list_endings(head, self.top_k)):
+                    values[name_column(task, f"label{end}")] = [each[rank] for each in names]
+                    values[name_column(task, f"probability{end}")] = [
+                        each[rank] for each in probabilities
+                    ]
 
         if self.has_distance:
             values[DISTANCE] = outputs[DISTANCE][:, 0].tolist()
@@ -208,14 +217,19 @@ class Feature:
 
 
 class FeatureColumns:
-    """Output columns with features, which have their names, such as `cls` and `mean@6`.
+    """Output columns with features.
 
+    A single feature is in `features`; several have one column each, such as `cls` and `mean@6`.
     Raise ValueError if the model has no such tokens.
     """
 
     def __init__(self, model: PreTrainedModel, names: Sequence[str], dtype: str) -> None:
         self.encoder = model.base_model
-        self.features = {name: Feature.from_name(name, model.config) for name in names}
+        columns = ["features"] if len(names) == 1 else names
+        self.features = {
+            column: Feature.from_name(name, model.config)
+            for column, name in zip(columns, names, strict=True)
+        }
         self.dtype, arrow_type = FEATURE_DTYPES[dtype]
         self.columns = {
             name: pa.list_(arrow_type if feature.num_tokens == 1 else pa.list_(arrow_type))
