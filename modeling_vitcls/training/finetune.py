@@ -23,7 +23,6 @@ from ..data.batches import Batch, Normalizer
 from ..data.sampling import compute_class_weights
 from ..data.sources import Splits
 from ..data.splits import (
-    MAX_CLASS_RATIO,
     TrainingData,
     describe_leaks,
     describe_missing_classes,
@@ -107,10 +106,6 @@ class FineTuning:
                 class_weight="balanced" if options.class_balance == "weights" else None,
             )
         metric = SELECTION_METRICS[labels.kind]
-        printed_metrics: tuple[str, ...] = (metric,)
-        if images.train.class_ratio > MAX_CLASS_RATIO:
-            printed_metrics = (metric, "macro_f1")
-
         is_single_label = labels.kind == "single_label_classification"
         # A head is known if the checkpoint has it, or if the probe is going to fit it.
         new_heads = [name for name in new_parameter_names if not name.startswith("vitcls.")]
@@ -126,7 +121,6 @@ class FineTuning:
             ),
             build_evaluator=lambda data, images: Evaluator(images, **evaluator_arguments),
             selection_metric=metric,
-            printed_metrics=printed_metrics,
             result_metrics=(metric, "cls_accuracy", "distillation_accuracy"),
             resize=get_resize(processor) if probe is None else None,
             has_known_head=probe is not None or not new_heads,

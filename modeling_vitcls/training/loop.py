@@ -159,8 +159,6 @@ class TrainingLoop:
         record = self.run_optimizer_step(batches)
         self.step_seconds.append(time.perf_counter() - start_time)
         self.reporter.show_step(state.step)
-        if not should_log:
-            self.reporter.print_if_due(state.step)
 
         self.is_best = False
         if should_log:
@@ -435,15 +433,9 @@ def build_batch_plan(num_images: int, options: TrainingOptions, num_processes: i
 
 
 def describe_batches(plan: BatchPlan) -> str:
-    """Say how many images a step has, from how many batches, and how many steps there are."""
-    parts_text = ""
-    if plan.images_per_step != plan.batch_size:
-        parts_text = (
-            f" (batches of {plan.batch_size}, {plan.accumulation_steps} accumulated, "
-            f"{plan.num_processes} in parallel)"
-        )
+    """Say how many images a step has, and how many steps there are."""
     return (
-        f"{plan.images_per_step} images per step{parts_text}; {plan.num_steps:,} steps = "
+        f"{plan.images_per_step} images per step; {plan.num_steps:,} steps = "
         f"{plan.count_epochs(plan.num_steps):.1f} epochs"
     )
 

@@ -15,9 +15,8 @@ The mask token is already frozen and remains frozen.
 """
 
 import copy
-import difflib
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +35,6 @@ from ..model.blocks_vitcls import ViTCLSEmbeddings, ViTCLSLayer
 from ..model.configuration_vitcls import PRESETS, ViTCLSConfig
 from ..model.image_processing_vitcls import ViTCLSImageProcessor
 from ..model.modeling_vitcls import ViTCLSModel
-from .options import ModelOptions
 
 
 # The rank at which LoRA's results hardly change any more (Hu et al. 2021, arXiv 2106.09685, table 6)
@@ -209,7 +207,7 @@ def check_model_flags(model: str, model_config: Iterable[str], trainable: str) -
 
     Args:
         model: a name that only looks like a preset, but is no preset, file or folder, is wrong.
-        model_config: names of fields of the configuration, which have no flag of their own.
+        model_config: names of fields of the configuration; `ViTCLSConfig` refuses unknown ones.
         trainable: parts of a preset are wrong, because its weights are random.
     """
     has_random_weights = is_preset(model)
@@ -224,12 +222,10 @@ def check_model_flags(model: str, model_config: Iterable[str], trainable: str) -
             "Set `model` to a checkpoint"
         )
 
-    known = {field.name for field in fields(ViTCLSConfig)}.difference(LABEL_FIELDS)
-    flags = {field.name for field in fields(ModelOptions)}
-    for name in sorted(set(model_config) - (known - flags)):
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f"Set `{near[0]}`" if near else "docs/configuration.md lists the fields"
-        raise ValueError(f"`model_config` cannot set {name!r}. {hint}")
+    for name in sorted(set(LABEL_FIELDS) & set(model_config)):
+        raise ValueError(
+            f"`model_config` cannot set `{name}`, which follows from the labels. Remove it"
+        )
 
 
 # Trainable parameters -----------------------------------------------------------------------------

@@ -122,7 +122,6 @@ class PreTraining:
             build_objective=lambda data: objective,
             build_evaluator=build_evaluator,
             selection_metric=selection_metric,
-            printed_metrics=(selection_metric,),
             result_metrics=("knn_accuracy", "knn_accuracy_of_patches", "effective_rank"),
             resize=get_resize(processor),
             summary_lines={"method": summary},

@@ -89,11 +89,8 @@ class Reporter:
         self.accelerator.init_trackers(folder.name, flags, {"wandb": {"dir": str(folder)}})
 
     def show_step(self, step: int) -> None:
-        """Move the progress bar."""
+        """Move the progress bar. In a log file, print the step if the last line is 30 seconds old."""
         self.progress.update(self.progress_task, completed=step)
-
-    def print_if_due(self, step: int) -> None:
-        """Print the step in a log file if the last line is older than 30 seconds."""
         is_due = self.progress.get_time() - self.last_line_time >= LINE_SECONDS
         if self.progress.disable and is_due and self.accelerator.is_main_process:
             self.print_step(step)
@@ -130,13 +127,10 @@ class Reporter:
         scores = ", ".join(format_metric(name, record[f"{split}_{name}"]) for name in names)
         score_text = f"{split.replace('_', ' ')}: {scores}" if scores else ""
 
-        self.progress.update(self.progress_task, completed=record["step"], description=text)
-        if self.progress.disable:
-            # metrics.jsonl has all records: a log file gets those with scores.
-            if score_text:
-                self.print_step(record["step"], text, score_text)
-            else:
-                self.print_if_due(record["step"])
+        self.progress.update(self.progress_task, description=text)
+        # metrics.jsonl has all records: a log file gets those with scores.
+        if score_text and self.progress.disable:
+            self.print_step(record["step"], text, score_text)
         elif score_text:
             self.progress.console.print(
                 f"epoch {record['epoch']:>5.1f}  {score_text}", markup=False

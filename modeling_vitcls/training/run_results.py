@@ -11,7 +11,7 @@ from .outcome import Outcome
 from .plan import RunPlan
 from .reporter import Reporter, format_metric
 from .run_inputs import RunInputs
-from .summary import count_parameters, count_tokens
+from .summary import count_tokens
 
 
 def build_results(
@@ -37,7 +37,7 @@ def build_results(
         "epochs": 0.0,
         "seconds": round(outcome.seconds, 2),
         "images_per_second": 0.0,
-        "num_parameters": count_parameters(setup.model),
+        "num_parameters": setup.model.num_parameters(),
         "token_layout": count_tokens(setup.model.config),
         "device": inputs.device,
         "num_processes": AcceleratorState().num_processes,

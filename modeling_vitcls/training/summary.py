@@ -4,8 +4,6 @@ from collections import Counter
 from itertools import chain
 from typing import Any
 
-from torch import nn
-
 from ..data.splits import HELD_OUT_SPLITS, TrainingData
 from ..model.configuration_vitcls import ViTCLSConfig
 from ..runtime.files import replace_control_characters
@@ -109,9 +107,9 @@ def describe_model(
     pooling_text = f", pooling {config.pooling}" if is_pooling_known else ""
     trainable_text = ""
     if is_partly_frozen:
-        trainable_text = f" ({count_parameters(model, only_trainable=True):,} of them trainable)"
+        trainable_text = f" ({model.num_parameters(only_trainable=True):,} of them trainable)"
     return {
-        "model": f"{source}: {count_parameters(model):,} parameters{trainable_text}, "
+        "model": f"{source}: {model.num_parameters():,} parameters{trainable_text}, "
         f"{config.num_hidden_layers} layers of width {config.hidden_size}{pooling_text}",
         "tokens": f"[ {layout_text} ] = {sum(token_counts.values())} for {height} x {width} pixels",
     }
@@ -124,11 +122,3 @@ def count_tokens(config: ViTCLSConfig) -> dict[str, int]:
     """Count the tokens of each group, at the model's image size."""
     token_indices = range(config.token_layout.get_num_tokens(*config.grid_size))
     return {name: len(token_indices[group]) for name, group in config.token_layout.items()}
-
-
-def count_parameters(model: nn.Module, only_trainable: bool = False) -> int:
-    return sum(
-        parameter.numel()
-        for parameter in model.parameters()
-        if parameter.requires_grad or not only_trainable
-    )

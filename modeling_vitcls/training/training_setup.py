@@ -42,9 +42,8 @@ class TrainingSetup:
     # Returns a function from a model to the metrics of images, of which there may be none; an
     # `Evaluator` if the model can be calibrated.
     build_evaluator: Callable[[TrainingData, LabeledImages], Any]
-    # Name of the metric that selects the best checkpoint. Higher values are better.
+    # Name of the metric that selects the best checkpoint, and is printed. Higher values are better.
     selection_metric: str
-    printed_metrics: tuple[str, ...]  # Metrics of evaluations that are printed during training
     result_metrics: tuple[str, ...]  # Metrics of the printed result
     resize: str | None  # How images become the input; None if the frozen model chooses it
     # Whether no head is random when steps start

@@ -194,13 +194,12 @@ def test_only_names_that_look_like_presets_must_be_presets(
         check_model_flags("tiny", (), "full")
 
 
-@pytest.mark.parametrize(
-    ("name", "words"),
-    [("drop_path", "Set `drop_path_rate`"), ("pooling", "Set `pooling`"), ("tasks", "'tasks'")],
-)
-def test_unknown_fields_of_the_configuration_are_errors(name: str, words: str) -> None:
-    with raises_one_line("`model_config` cannot set", words):
-        check_model_flags("vitcls-tiny", {"head_type": "mlp", name: 0.1}, "full")
+def test_fields_that_follow_from_the_labels_and_unknown_ones_are_errors() -> None:
+    with raises_one_line("`model_config` cannot set `tasks`"):
+        check_model_flags("vitcls-tiny", {"head_type": "mlp", "tasks": {}}, "full")
+    options = ModelOptions(model="vitcls-tiny", model_config={"drop_path": 0.1})
+    with raises_one_line("'drop_path': did you mean drop_path_rate?"):
+        build_initial_model(options, OneLabel({"label": ["a", "b"]}))
 
 
 @pytest.mark.parametrize(
