@@ -49,10 +49,10 @@ from modeling_vitcls.export.exportable import (
     load_exportable_model,
 )
 from modeling_vitcls.export.exporter import export_model
+from modeling_vitcls.export.onnx_file import OnnxGraph
 from modeling_vitcls.export.options import ExportOptions
 from modeling_vitcls.hub.local_paths import strip_folders
 from modeling_vitcls.inference.cuda_graphs import GraphedFunction
-from modeling_vitcls.inference.onnx_graph import OnnxGraph
 from modeling_vitcls.inference.speed import count_flops
 from modeling_vitcls.model.configuration_vitcls import ViTCLSConfig
 from modeling_vitcls.model.cpu_kernels_vitcls import EMULATED_DTYPES
@@ -306,9 +306,7 @@ def build_engine(
 ) -> tuple[nn.Module, nn.Module]:
     """Return a vitcls model on the CPU, and the engine that must have the same outputs."""
     if name in PACKAGES:
-        return FirstOutput(model), FirstOutput(
-            open_exported_graph(name, precision, model.config, folder)
-        )
+        return FirstOutput(model), FirstOutput(open_exported_graph(name, precision, folder))
     ours = model
     if name == "timm":
         engine = build_timm_vit(model.config)
@@ -325,14 +323,14 @@ def build_engine(
 
 
 def open_exported_graph(
-    backend: str, precision: str, config: ViTCLSConfig, folder: Path
+    backend: str, precision: str, folder: Path
 ) -> Callable[[torch.Tensor], dict[str, torch.Tensor]]:
     """Export the saved model in `folder` once, and open the graph."""
     file = folder / "model.onnx"
     if not file.exists():
         export_model(ExportOptions(model=str(folder / "model"), output=file, dynamic=False))
     if backend == "onnx":
-        return OnnxGraph(file, config)
+        return OnnxGraph(file)
     import openvino
 
     hints = {

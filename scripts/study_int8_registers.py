@@ -34,8 +34,7 @@ from modeling_vitcls import ViTCLSConfig, ViTCLSImageProcessor, ViTCLSModel, con
 from modeling_vitcls.analysis.faults import is_outlier
 from modeling_vitcls.export.exportable import NamedOutputsModel
 from modeling_vitcls.export.onnx_file import write_onnx
-from modeling_vitcls.export.tracing import select_graph_shape, trace_model
-from modeling_vitcls.inference.onnx_graph import INPUT_NAME
+from modeling_vitcls.export.tracing import INPUT_NAME, select_graph_shape, trace_model
 from modeling_vitcls.model.blocks_vitcls import ViTCLSAttention
 from modeling_vitcls.model.cpu_kernels_vitcls import restore_plain_modules
 

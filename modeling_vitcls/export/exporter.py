@@ -17,13 +17,12 @@ import torch
 from ..conversion.parity_report import build_random_images
 from ..data.aspect_ratio import get_output_size, get_resize, set_resize
 from ..hub.model_files import GRAPH_FILE
-from ..inference.onnx_graph import OnnxGraph
 from ..runtime.errors import describe_installation
 from ..runtime.files import write_json
 from ..runtime.staging import lock_folder, stage_files
 from .compare import LIMITS, measure_differences, select_image_shapes
 from .exportable import NamedOutputsModel, load_exportable_model
-from .onnx_file import write_onnx
+from .onnx_file import OnnxGraph, write_onnx
 from .options import ExportOptions
 from .report import PACKAGES, build_report
 from .tracing import GraphShape, select_graph_shape, trace_model
@@ -65,10 +64,10 @@ def export_model(options: ExportOptions) -> dict[str, Any]:
     ):
         file = folder / target.name
         write_onnx(program, shape, list(expected[0]), file, options.opset)
-        graph = OnnxGraph(file, model.config)
+        graph = OnnxGraph(file)
         outputs = list(map(graph, batches))
         comparisons = measure_differences(batches, expected, outputs, LIMITS[options.dtype])
-        report = build_report(options, exportable, shape, graph, expected[0], comparisons)
+        report = build_report(options, exportable, shape, file, graph, expected[0], comparisons)
         write_json(folder / report_name, report)
     return report
 

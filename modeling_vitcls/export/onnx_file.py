@@ -1,4 +1,7 @@
-"""Write a graph to an ONNX file.
+"""Write a graph to an ONNX file, and run the file with onnxruntime.
+
+    write_onnx(graph, shape, ["logits"], Path("mine.onnx"))
+    OnnxGraph(Path("mine.onnx"))(pixel_values)              # {"logits": [B, labels]}
 
 Weights of more than 1.9 GB are written to a second file, FILE.data.
 """
@@ -9,9 +12,9 @@ from pathlib import Path
 import torch
 from torch.export import ExportedProgram
 
-from ..inference.onnx_graph import INPUT_NAME
 from ..runtime.errors import format_error
-from .tracing import GraphShape
+from .exportable import Outputs
+from .tracing import INPUT_NAME, GraphShape
 
 
 # Maximum size of the weights inside an ONNX file, in bytes. The file is a protobuf message, which
@@ -67,3 +70,24 @@ def write_onnx(
 
     num_weight_bytes = sum(weight.nbytes for weight in graph.state_dict.values())
     program.save(file, external_data=num_weight_bytes > MAX_ONNX_WEIGHTS)
+
+
+class OnnxGraph:
+    """An ONNX file. It runs on the CPU, in as many threads as PyTorch."""
+
+    def __init__(self, file: Path) -> None:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        # A launcher limits PyTorch's threads if several processes share the machine.
+        options.intra_op_num_threads = torch.get_num_threads()
+        options.log_severity_level = 3  # Log only errors
+        self.session = onnxruntime.InferenceSession(
+            str(file), options, providers=["CPUExecutionProvider"]
+        )
+
+    def __call__(self, pixel_values: torch.Tensor) -> Outputs:
+        """Compute the outputs [B, ...] by name, for images [B, C, H, W]."""
+        names = [output.name for output in self.session.get_outputs()]
+        arrays = self.session.run(names, {INPUT_NAME: pixel_values.numpy()})
+        return dict(zip(names, map(torch.from_numpy, arrays), strict=True))

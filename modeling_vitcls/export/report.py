@@ -1,5 +1,6 @@
 """The report of an exported file, FILE.json (docs/exporting.md)."""
 
+from pathlib import Path
 from typing import Any
 
 from transformers.image_utils import PILImageResampling
@@ -8,14 +9,14 @@ from ..conversion.processors import SHARED_SETTINGS, select_settings
 from ..data.labels import get_label_space
 from ..hub.local_paths import resolve_name, strip_folders
 from ..hub.model_files import hash_files
-from ..inference.onnx_graph import INPUT_NAME, OnnxGraph
 from ..model.configuration_vitcls import ViTCLSConfig
 from ..model.image_processing_vitcls import ViTCLSImageProcessor
 from ..runtime.system import get_versions
 from .compare import LIMITS
 from .exportable import Exportable, Outputs
+from .onnx_file import OnnxGraph
 from .options import ExportOptions
-from .tracing import GraphShape
+from .tracing import INPUT_NAME, GraphShape
 
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
@@ -25,6 +26,7 @@ def build_report(
     options: ExportOptions,
     exportable: Exportable,
     shape: GraphShape,
+    file: Path,
     graph: OnnxGraph,
     outputs: Outputs,
     comparisons: list[dict[str, Any]],
@@ -35,14 +37,15 @@ def build_report(
         options: The flags of `vitcls export`.
         exportable: What was exported.
         shape: The image sizes of the graph.
-        graph: The graph.
+        file: The file.
+        graph: Its contents.
         outputs: The outputs of the model for some images.
         comparisons: The differences from the model, by shape of the images.
     """
     model, processor, folder = exportable
-    files = list(graph.file.parent.iterdir())
+    files = list(file.parent.iterdir())
     return {
-        "file": graph.file.name,
+        "file": file.name,
         # The size includes FILE.data, if there is one
         "num_bytes": sum(each.stat().st_size for each in files),
         "sha256": hash_files(files),

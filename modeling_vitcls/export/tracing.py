@@ -15,13 +15,13 @@ import numpy as np
 import torch
 from torch.export import Dim, ExportedProgram
 
-from ..inference.onnx_graph import INPUT_NAME
 from ..model.configuration_vitcls import ViTCLSConfig
 from ..model.modeling_vitcls import ViTCLSPreTrainedModel
 from ..runtime.errors import format_error
 from .exportable import NamedOutputsModel
 
 
+INPUT_NAME = "pixel_values"
 # Minimum number of patch rows, patch columns and example images; torch.export treats a size of 1 as
 # constant.
 MIN_DYNAMIC_SIZE = 2

@@ -2,7 +2,6 @@
 
     options.py          flags of `vitcls evaluate` and `vitcls predict`
     load_model.py       loading of a model, its image processor and the number of images per batch
-    onnx_graph.py       runs the ONNX files of `vitcls export`, to compare them with the model
     metrics.py          metrics for each kind of labels
     image_pass.py       one pass of images through a model, for everything in this list that needs outputs
     cuda_graphs.py      passes of one shape, repeated by a GPU without Python

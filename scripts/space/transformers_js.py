@@ -34,10 +34,9 @@ from modeling_vitcls.conversion.processors import select_settings
 from modeling_vitcls.data.labels import is_multi_label
 from modeling_vitcls.export.compare import LIMITS, measure_differences
 from modeling_vitcls.export.exportable import NamedOutputsModel, Outputs, load_exportable_model
-from modeling_vitcls.export.onnx_file import write_onnx
+from modeling_vitcls.export.onnx_file import OnnxGraph, write_onnx
 from modeling_vitcls.export.tracing import GraphShape
 from modeling_vitcls.hub.model_files import hash_files
-from modeling_vitcls.inference.onnx_graph import OnnxGraph
 from modeling_vitcls.runtime.files import write_json
 from modeling_vitcls.runtime.flags import Options
 from modeling_vitcls.runtime.staging import check_output_is_empty, create_output_folder
@@ -126,7 +125,7 @@ def export_for_transformers_js(source: str, output: Path) -> dict[str, Any]:
 
         comparisons = []
         for name, limits in FILES.items():
-            outputs = list(map(OnnxGraph(folder / name, model.config), batches))
+            outputs = list(map(OnnxGraph(folder / name), batches))
             differences = measure_differences(batches, reference, outputs, limits)
             first = names[0]
             comparison = {

@@ -34,11 +34,11 @@ from modeling_vitcls.data.aspect_ratio import get_resize, set_resize
 from modeling_vitcls.export import compare, onnx_file
 from modeling_vitcls.export.exportable import NamedOutputsModel
 from modeling_vitcls.export.exporter import export_model, fit_processor
+from modeling_vitcls.export.onnx_file import OnnxGraph
 from modeling_vitcls.export.options import ExportOptions
 from modeling_vitcls.export.tracing import GraphShape, get_smallest_size
 from modeling_vitcls.hub.model_files import hash_files, hash_weights
 from modeling_vitcls.inference.class_statistics import ClassStatistics
-from modeling_vitcls.inference.onnx_graph import OnnxGraph
 
 
 pytestmark = pytest.mark.integration
@@ -153,7 +153,7 @@ def export(folder: Path, output: Path, **flags: Any) -> dict[str, Any]:
 def check_outputs(file: Path, model: Any, pixel_values: torch.Tensor) -> None:
     """Check that a file has the outputs of the model, by name."""
     expected = NamedOutputsModel(model)(pixel_values)
-    found = OnnxGraph(file, model.config)(pixel_values)
+    found = OnnxGraph(file)(pixel_values)
     torch.testing.assert_close(found, expected, atol=LIMIT, rtol=0)
 
 
@@ -221,7 +221,7 @@ def test_a_graph_has_the_distances_of_the_model(tmp_path: Path) -> None:
     assert report["outputs"]["distance"] == ["batch"]
     loaded: Any = ViTCLSForImageClassification.from_pretrained(folder).eval()
     images = torch.rand(3, 3, 32, 32)
-    found = OnnxGraph(tmp_path / "model.onnx", loaded.config)(images)["distance"]
+    found = OnnxGraph(tmp_path / "model.onnx")(images)["distance"]
     torch.testing.assert_close(found, loaded(images).distance, atol=0, rtol=1e-4)
 
 

@@ -19,7 +19,7 @@ from helpers.transformers_js import (
 )
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor
-from modeling_vitcls.inference.onnx_graph import OnnxGraph
+from modeling_vitcls.export.onnx_file import OnnxGraph
 
 
 pytestmark = pytest.mark.slow  # three graphs of a model
@@ -65,7 +65,7 @@ def test_the_files_have_the_logits_and_the_attention_of_the_model(web: Path) -> 
 
     limits = {"model.onnx": 1e-4, "model_fp16.onnx": 0.1, "model_quantized.onnx": 1.0}
     for name, limit in limits.items():
-        outputs = OnnxGraph(web / "onnx" / name, model.config)(pixel_values)
+        outputs = OnnxGraph(web / "onnx" / name)(pixel_values)
         assert (outputs["logits"] - logits).abs().max() <= limit, name
         assert (outputs["cls_attention"] - attention).abs().max() <= limit, name
 
