@@ -3,7 +3,6 @@
 from dataclasses import fields
 from typing import Any
 
-import numpy as np
 from threadpoolctl import threadpool_limits
 
 from ..data.splits import divide_images, load_undivided_images
@@ -60,7 +59,6 @@ def build_task(old: OldModel, options: AddTaskOptions) -> Addition:
         record["result"] = {
             **probe.estimate_.to_metrics(),
             "num_images": len(features.groups),
-            "num_groups": len(np.unique(features.groups)),
             "images": "cross-validated",
         }
     if num_seen := data.count_seen(list_encoder_rows(old.folder)):

@@ -94,26 +94,20 @@ def certify(old: ModelFolder, new: Path, pixels: Sequence[Tensor]) -> dict[str, 
     old_model = load_old_model(old).to(device)
     new_model = load_old_model(ModelFolder(new, old_name)).to(device)
     check_labels_and_threshold(old_model, new_model)
-    passes = []
     # In this order: weights that were rounded to bfloat16 cannot be used in float32 any more.
     dtypes = [torch.float32, *([torch.bfloat16] if has_bfloat16(device) else [])]
-    planned = list(product(dtypes, MAX_IMAGES))
-    for dtype, batch_size in track(planned, "comparing outputs, pass", len(planned), unit=""):
+    passes = list(product(dtypes, MAX_IMAGES))
+    for dtype, batch_size in track(passes, "comparing outputs, pass", len(passes), unit=""):
         old_model.to(dtype)
         new_model.to(dtype)
         compared = pixels[: MAX_IMAGES[batch_size]]
-        passes.append(
-            {
-                "dtype": str(dtype).removeprefix("torch."),
-                "batch_size": batch_size,
-                "num_images": len(compared),
-                "outputs": compare_outputs(old_model, new_model, compared, batch_size),
-            }
-        )
+        outputs = compare_outputs(old_model, new_model, compared, batch_size)
     return {
         "old_model": old_name,
         "num_images": len(pixels),
-        "passes": passes,
+        "outputs": outputs,
+        "dtypes": [str(dtype).removeprefix("torch.") for dtype in dtypes],
+        "batch_sizes": list(MAX_IMAGES),
         "num_tensors": len(tensor_hashes),
         "tensors_sha256": tensor_hashes,
         "device": format_device_name(device),
@@ -237,8 +231,8 @@ def iterate_batches(pixels: Sequence[Tensor], batch_size: int) -> Iterator[Tenso
 
 def describe_certificate(certificate: dict[str, Any]) -> str:
     """Describe a certificate in one line."""
-    dtypes = " and ".join(dict.fromkeys(row["dtype"] for row in certificate["passes"]))
-    batch_sizes = ", ".join(map(str, sorted({row["batch_size"] for row in certificate["passes"]})))
+    dtypes = " and ".join(certificate["dtypes"])
+    batch_sizes = ", ".join(map(str, certificate["batch_sizes"]))
     return (
         f"{certificate['num_tensors']} tensors and all logits for {certificate['num_images']:,} "
         f"images are equal to the bit ({dtypes}, batches of {batch_sizes})"

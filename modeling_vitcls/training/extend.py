@@ -228,18 +228,14 @@ def build_result(
         metric: float(proportions.mean()),
         f"{metric}_interval": compute_proportion_interval(round(proportions.sum()), num_groups),
         "num_images": len(is_right),
-        "num_groups": num_groups,
         "images": images,
     }
 
 
 def measure_cost(model: Any, extended: Any) -> dict[str, Any]:
     """Measure what the head adds to a forward pass and to the parameters."""
-    old_flops = count_flops(model)
-    flops = count_flops(extended) - old_flops
     return {
-        "flops": flops,
-        "relative_flops": round(flops / old_flops, 6),
+        "relative_flops": round(count_flops(extended) / count_flops(model) - 1, 6),
         "num_parameters": extended.num_parameters() - model.num_parameters(),
     }
 
@@ -280,11 +276,9 @@ def format_result(record: dict[str, Any]) -> str:
     if f"{metric}_interval" in result:
         low, high = result[f"{metric}_interval"]
         interval = f"95% interval: {low:.1%} to {high:.1%}"
-    num_images = result["num_images"]
-    groups = f" in {result['num_groups']:,} groups" if result["num_groups"] < num_images else ""
     return (
-        f"{metric} {result[metric]:.1%} ({interval}), {num_images:,} "
-        f"{result['images']} images{groups}"
+        f"{metric} {result[metric]:.1%} ({interval}), {result['num_images']:,} "
+        f"{result['images']} images"
     )
 
 
