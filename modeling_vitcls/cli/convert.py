@@ -48,11 +48,14 @@ ARGUMENTS = ("model", "output")
 
 def run(options: ConvertOptions) -> None:
     """Convert the model and print the parity report."""
-    from ..conversion.convert import convert_checkpoint
+    from ..conversion.convert import convert_checkpoint, convert_to_native
     from ..hub.model_folder import ModelFolder
     from ..publishing.card import write_card
 
-    report = convert_checkpoint(options.model, options.output, options.family, options.to)
+    if options.to == "transformers":
+        report = convert_to_native(options.model, options.output)
+    else:
+        report = convert_checkpoint(options.model, options.output, options.family)
     # The card is rendered from the files of the folder, so it comes last.
     write_card(ModelFolder(options.output))
     print_report(report, options.output)

@@ -3,7 +3,7 @@
 If an error occurs, nothing is written. The card is written afterwards, from the folder.
 
 report = convert_checkpoint("timm:vit_base_patch14_reg4_dinov2", Path("converted"))
-report = convert_checkpoint("runs/mine", Path("native"), to="transformers")
+report = convert_to_native("runs/mine", Path("native"))    # a class of transformers
 """
 
 import pickle
@@ -40,20 +40,16 @@ SOURCE_CLASSES: dict[str, type[SourceModel]] = {
 }
 
 
-def convert_checkpoint(
-    source_name: str, output: Path, family: str | None = None, to: str = "vitcls"
-) -> Report:
+def convert_checkpoint(source_name: str, output: Path, family: str | None = None) -> Report:
     """Convert a checkpoint, and write the folder of the model.
 
-    The folder has the model, the image processor, the parity report and the license; in the other
-    direction (`to="transformers"`), also the results of the run that trained the model.
+    The folder has the model, the image processor, the parity report and the license.
 
     Args:
         source_name: `timm:NAME[@FILE]`, `transformers:PATH_OR_ID` (an id may end with `@REVISION`),
-            or a state-dict file; with `to="transformers"`, a folder or Hub id of a vitcls model.
+            or a state-dict file.
         output: A folder that does not exist or is empty.
         family: Family of a state-dict file. By default, the family is detected from the file.
-        to: "vitcls" or "transformers".
 
     Raises:
         ValueError, OSError: If the source does not exist or is not supported, the outputs differ by
@@ -62,23 +58,27 @@ def convert_checkpoint(
     """
     # The folder is checked first, because the source may be a download of gigabytes.
     with create_output_folder(output) as folder:
-        reference: SourceModel
-        if to == "transformers":
-            reference, model = write_native_model(source_name, folder)
-            preprocessing = {"assumed_because": ""}
-        else:
-            reference = load_source(source_name, family)
-            model = convert_source(reference)
-            processor, preprocessing = reference.convert_preprocessing()
-            model.save_pretrained(folder)
-            processor.save_pretrained(folder)
+        source = load_source(source_name, family)
+        model = convert_source(source)
+        processor, preprocessing = source.convert_preprocessing()
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
         return write_parity_report(
-            folder,
-            source_name,
-            reference,
-            model,
-            preprocessing=preprocessing,
-            is_native=to == "transformers",
+            folder, source_name, source, model, preprocessing=preprocessing, is_native=False
+        )
+
+
+def convert_to_native(source_name: str, output: Path) -> Report:
+    """Convert a vitcls model, a folder or Hub id, to a class of transformers, and write its folder.
+
+    The folder has also the results of the run that trained the model. The errors are as in
+    `convert_checkpoint`.
+    """
+    with create_output_folder(output) as folder:
+        native, model = write_native_model(source_name, folder)
+        preprocessing = {"assumed_because": ""}
+        return write_parity_report(
+            folder, source_name, native, model, preprocessing=preprocessing, is_native=True
         )
 
 

@@ -22,7 +22,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor
 from modeling_vitcls.cli.convert import ConvertOptions, run
-from modeling_vitcls.conversion.convert import convert_checkpoint, copy_results
+from modeling_vitcls.conversion.convert import convert_to_native, copy_results
 from modeling_vitcls.hub.model_files import hash_settings, hash_weights
 from modeling_vitcls.hub.model_folder import ModelFolder
 from modeling_vitcls.publishing.push import push_folder
@@ -46,7 +46,7 @@ def save(folder: Path, kind: str = "classifier", **fields: Any) -> Path:
 @torch.no_grad()
 def test_the_demo_model_has_the_same_outputs_at_its_native_size(tmp_path: Path) -> None:
     folder = save(tmp_path / "mine", **DEMO)
-    report = convert_checkpoint(str(folder), tmp_path / "native", to="transformers")
+    report = convert_to_native(str(folder), tmp_path / "native")
 
     assert report["model_class"] == "Dinov2WithRegistersForImageClassification"
     assert [comparison["image_size"] for comparison in report["comparisons"]] == [(32, 32)]
@@ -71,9 +71,7 @@ def test_the_demo_model_has_the_same_outputs_at_its_native_size(tmp_path: Path) 
 
 @pytest.mark.parametrize("kind", ["model", "masked", "backbone"])
 def test_only_the_encoder_of_other_models_is_written(tmp_path: Path, kind: str) -> None:
-    report = convert_checkpoint(
-        str(save(tmp_path / "mine", kind)), tmp_path / "native", to="transformers"
-    )
+    report = convert_to_native(str(save(tmp_path / "mine", kind)), tmp_path / "native")
     assert report["model_class"] == "ViTModel"
     assert report["classifier"] == "none"
 
@@ -102,7 +100,7 @@ def test_the_card_requires_no_remote_code(tmp_path: Path, monkeypatch: pytest.Mo
 def test_a_model_without_an_image_processor_is_written_without_one(tmp_path: Path) -> None:
     folder = save(tmp_path / "mine")
     (folder / "preprocessor_config.json").unlink()
-    report = convert_checkpoint(str(folder), tmp_path / "native", to="transformers")
+    report = convert_to_native(str(folder), tmp_path / "native")
     assert report["notes"] == ["neither model has an image processor"]
     assert not (tmp_path / "native" / "preprocessor_config.json").exists()
 
@@ -112,7 +110,7 @@ def test_a_model_without_labels_keeps_its_half_precision(tmp_path: Path) -> None
         torch.bfloat16
     )
     model.save_pretrained(tmp_path / "mine")
-    report = convert_checkpoint(str(tmp_path / "mine"), tmp_path / "native", to="transformers")
+    report = convert_to_native(str(tmp_path / "mine"), tmp_path / "native")
     assert report["model_class"] == "ViTForImageClassification"
     assert report["classifier"] == "none"
     assert [set(comparison["differences"]) for comparison in report["comparisons"]] == [
@@ -128,11 +126,11 @@ def test_wrong_sources_and_outputs_are_errors(tmp_path: Path) -> None:
     (tmp_path / "native").mkdir()
     (tmp_path / "native" / "notes.txt").touch()
     with raises_one_line("not empty"):
-        convert_checkpoint(str(folder), tmp_path / "native", to="transformers")
+        convert_to_native(str(folder), tmp_path / "native")
 
     save_checkpoint(build_vit_classifier(), tmp_path / "vit")
     with raises_one_line("is not a vitcls model", "vitcls convert"):
-        convert_checkpoint(str(tmp_path / "vit"), tmp_path / "other", to="transformers")
+        convert_to_native(str(tmp_path / "vit"), tmp_path / "other")
 
     crop = {
         "do_center_crop": True,
@@ -143,7 +141,7 @@ def test_wrong_sources_and_outputs_are_errors(tmp_path: Path) -> None:
     with raises_one_line(
         "the converted processor differs from ViTCLSImageProcessor by", "gray levels"
     ):
-        convert_checkpoint(str(folder), tmp_path / "other", to="transformers")
+        convert_to_native(str(folder), tmp_path / "other")
 
     assert not (tmp_path / "other").exists()
     assert [path.name for path in (tmp_path / "native").iterdir()] == ["notes.txt"]
@@ -170,7 +168,7 @@ def test_a_native_model_is_pushed_and_verified_without_remote_code(
 
 
 def test_code_in_a_native_repository_is_not_run(hub: LocalHub, tmp_path: Path) -> None:
-    convert_checkpoint(str(save(tmp_path / "mine", **DEMO)), tmp_path / "native", to="transformers")
+    convert_to_native(str(save(tmp_path / "mine", **DEMO)), tmp_path / "native")
     config = tmp_path / "native" / "config.json"
     write_json(config, read_json(config) | {"auto_map": {"AutoConfig": "other.Config"}})
     with raises_one_line("is not a vitcls model"):
@@ -184,7 +182,7 @@ def test_results_of_the_same_weights_are_kept(tmp_path: Path) -> None:
     (folder / "results.json").write_text(json.dumps(results))
     (folder / "config.resolved.yaml").write_text("dataset: digits\n")
 
-    convert_checkpoint(str(folder), tmp_path / "native", to="transformers")
+    convert_to_native(str(folder), tmp_path / "native")
     kept = json.loads((tmp_path / "native" / "results.json").read_text())
     assert kept == {
         "accuracy": 0.5,
