@@ -381,17 +381,8 @@ def adapt_tokens(context: AdaptationContext, are_positions: bool = False) -> Ada
 
     if num_old_tokens == num_kept == new_weight.shape[1]:
         return new_weight, ""
-
     num_added = new_weight.shape[1] - num_kept
-    initialization = (
-        "to zero" if are_positions else f"by token_init={context.new_config.token_init!r}"
-    )
-    if twins is not None:
-        initialization = "as twins of the tokens that the heads read"
-    return new_weight, (
-        f"{num_kept} kept, {num_old_tokens - num_kept} dropped, {num_added} initialized "
-        f"{initialization}"
-    )
+    return new_weight, f"{num_kept} kept, {num_old_tokens - num_kept} dropped, {num_added} added"
 
 
 def list_twins(context: AdaptationContext) -> Tensor | None:

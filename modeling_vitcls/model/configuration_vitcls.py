@@ -615,13 +615,9 @@ class ViTCLSConfig(ExtraHeadsConfig, BackboneConfigMixin, PreTrainedConfig):
         if "id2label" in overrides or num_labels not in (None, len(stored.get("id2label") or {})):
             changes.insert(0, "id2label")
             stored |= dict.fromkeys(("id2label", "label2id"))
-        removed = [
-            name
-            for name in ("class_statistics", "distance_threshold")
-            if changes and stored.pop(name, None)
-        ]
-        if removed:
-            logger.warning(f"{', '.join(removed)}: removed, because {changes[0]} is new")
+        if changes and stored.pop("class_statistics", None):
+            stored.pop("distance_threshold", None)
+            logger.warning(f"class_statistics: removed, because {changes[0]} is new")
 
         counts = {name: stored.get(name, getattr(cls, name)) for name in COUNT_FIELDS.values()}
         new_counts = {name: overrides.get(name, count) for name, count in counts.items()}

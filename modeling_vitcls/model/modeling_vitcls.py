@@ -90,7 +90,7 @@ class ViTCLSModelOutput(BaseModelOutputWithPooling):
     # Set by the model; not fields, because fields are tensors.
     token_layout: ClassVar[TokenLayout | None] = None
     grid_size: ClassVar[tuple[int, int] | None] = None  # number of patch rows and columns
-    # layer -> tokens after the final norm: `output_layers`, and what the pooler reads
+    # layer -> tokens after the final norm: the last, `output_layers`, and what the pooler reads
     layer_tokens: ClassVar[Mapping[int, Tensor]] = {}
     # function that returns all tokens of the last layer after the final norm; None if
     # `last_hidden_state` has them
@@ -336,9 +336,9 @@ class ViTCLSModel(ViTCLSPreTrainedModel):
             interpolate_pos_encoding: has no effect, because positions are always interpolated to
                 the image size.
             output_layers: indices of layers, from 1 to `num_hidden_layers`, whose tokens after the
-                final norm are returned as `layer_tokens` (index -> [B, N, D]). Other layers are not
-                kept in memory. If `num_output_tokens` limits the last layer, `compute_all_tokens()`
-                computes it again for all tokens.
+                final norm are returned as `layer_tokens` (index -> [B, N, D]), as are those of the
+                last layer and of `config.pooled_layers`. If `num_output_tokens` limits the last
+                layer, `compute_all_tokens()` computes it again for all tokens.
             edit_inputs: function that replaces the hidden states, the mask and the position
                 embeddings before the first layer; MAE drops the masked patches there.
             output_hidden_states, output_attentions, return_dict: as in all transformers models.
@@ -398,15 +398,8 @@ class ViTCLSModel(ViTCLSPreTrainedModel):
                 select_layer_value(position_embeddings, index),
             )
             hidden_states = layer(*inputs, num_output_tokens if is_last else None, **kwargs)
-
             if is_last or index in pooled_layers or index in output_layers:
-                tokens = self.normalize(hidden_states)  # [B, N, D]
-            is_pooled_alone = index in pooled_layers and index not in output_layers
-            if is_pooled_alone and self.config.pooling == "cls" and not is_last:
-                # a copy does not keep all tokens in memory, unlike a view
-                layer_tokens[index] = tokens[:, self.config.token_layout.cls].clone()
-            elif index in pooled_layers or index in output_layers:
-                layer_tokens[index] = tokens
+                layer_tokens[index] = self.normalize(hidden_states)  # [B, N, D]
 
         pooler_output = None
         if self.pooler is not None:
@@ -415,7 +408,9 @@ class ViTCLSModel(ViTCLSPreTrainedModel):
             pooler_output = self.pooler(
                 pooler_inputs if len(pooler_inputs) > 1 else pooler_inputs[0]
             )
-        output = ViTCLSModelOutput(last_hidden_state=tokens, pooler_output=pooler_output)
+        output = ViTCLSModelOutput(
+            last_hidden_state=layer_tokens[num_layers], pooler_output=pooler_output
+        )
         # set on this instance; not with `setattr`, for which transformers lists all fields
         output.__dict__.update(
             token_layout=self.config.token_layout,
@@ -434,16 +429,9 @@ class ViTCLSModel(ViTCLSPreTrainedModel):
         """Compute all tokens [B, N, D] of the last layer after the final norm, in a second pass.
 
         The first pass, of fewer tokens, stays as it is: a product of more rows could be rounded
-        differently. Hooks of transformers and the recorder of the attention have seen the first
-        pass, and do not see the second.
+        differently.
         """
-        layer: Any = self.layers[-1]
-        recorder = layer.attention.recorder
-        layer.attention.recorder = None
-        try:
-            return self.normalize(layer(*inputs, **kwargs))
-        finally:
-            layer.attention.recorder = recorder
+        return self.normalize(self.layers[-1](*inputs, **kwargs))
 
     def normalize(self, hidden_states: Tensor) -> Tensor:
         """Apply the final norm, if the model has one, to the output of a layer."""

@@ -67,13 +67,8 @@ def test_each_task_reads_its_cls_token_of_every_layer() -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("pooling", ["cls", "mean"])
-def test_tokens_of_unpooled_layers_are_not_kept(pooling: str) -> None:
-    model = build_classifier(pooled_layers=[-3, -1], pooling=pooling)
+def test_tokens_of_unpooled_layers_are_not_kept() -> None:
+    model = build_classifier(pooled_layers=[-3, -1])
     outputs = model.vitcls(build_images())
-    num_tokens = 1 if pooling == "cls" else 17
-    assert {layer: tokens.shape[1] for layer, tokens in outputs.layer_tokens.items()} == {
-        2: num_tokens,
-        4: 17,
-    }
+    assert outputs.layer_tokens.keys() == {2, 4}
     assert outputs.hidden_states is None
