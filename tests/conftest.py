@@ -90,14 +90,32 @@ def fresh_accelerate() -> Iterator[None]:
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
     """Start an empty Hub here, with a client that is logged in as `ann` and has an empty cache."""
+    import transformers.utils.hub
     from helpers import local_hub
+    from huggingface_hub import constants
 
+    home = tmp_path / "home"
     with local_hub.running_hub() as running:
         running.tokens["hf_ann"] = local_hub.Token("ann")
-        local_hub.point_client_at(running.url, "hf_ann", monkeypatch, tmp_path / "home")
-        monkeypatch.setattr(
-            "huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "home" / "hub")
-        )
+        # for child processes
+        variables = {
+            "HF_ENDPOINT": running.url,
+            "HF_TOKEN": "hf_ann",
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HOME": str(home),
+            "NO_PROXY": "127.0.0.1,localhost",
+        }
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        # what huggingface_hub read from the environment at import
+        address = running.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "ENDPOINT", running.url)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(home / "token"))
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
+        # a client with the former address
+        monkeypatch.setattr(transformers.utils.hub, "_hf_api", None, raising=False)
         monkeypatch.setattr("modeling_vitcls.hub.loading.RETRY_WAIT", 0.01)
         yield running
 

@@ -1,13 +1,12 @@
 """The command scripts/inspect_tokens.py: folders of images, datasets, and one-line errors."""
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from helpers.local_hub import point_client_at, running_hub
+from helpers.local_hub import LocalHub
 from helpers.scripts_in_process import run_in_process
 from helpers.tiny_models import build_tiny_config, raises_one_line, save_with_processor
 from PIL import Image
@@ -15,7 +14,6 @@ from PIL import Image
 from modeling_vitcls import ViTCLSForImageClassification
 from modeling_vitcls.analysis.inspect_tokens import write_inspection
 from modeling_vitcls.analysis.options import InspectOptions
-from modeling_vitcls.runtime.files import write_json
 
 
 CLASSES = ["cat", "dog", "owl"]
@@ -80,32 +78,28 @@ def build_options(model: str, tmp_path: Path, *paths: Any, **fields: Any) -> Ins
 def test_the_page_names_the_commit_of_a_model_on_the_hub(
     model: str,
     image_folder: Path,
+    hub: LocalHub,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    hub_model = tmp_path / "hub" / "ann" / "pets"
-    shutil.copytree(model, hub_model)
+    files = {file.name: file.read_bytes() for file in Path(model).iterdir()}
     movement = {"registers[0]": 0.0, "registers[1]": 0.25}
-    write_json(hub_model / "results.json", {"token_movement": movement})
+    files["results.json"] = json.dumps({"token_movement": movement}).encode()
+    commit = hub.create("ann/pets", private=False, files=files).branches["main"]
     page = tmp_path / "new" / "report.html"
     figures = tmp_path / "other" / "figures.json"
     flags = [image_folder / "owl", "--output", page, "--json", figures, "--num-images", 1]
 
-    with running_hub(tmp_path / "hub") as hub:
-        point_client_at(hub.url, None, monkeypatch, tmp_path / "home")
-        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
-        assert run_in_process("inspect_tokens.py", "--model", "ann/pets@main", *flags) == 0
-        assert run_in_process("inspect_tokens.py", "--model", "ann/pets@v2", *flags) == 1
+    assert run_in_process("inspect_tokens.py", "--model", "ann/pets@main", *flags) == 0
+    assert run_in_process("inspect_tokens.py", "--model", "ann/pets@v2", *flags) == 1
     assert "v2" in capsys.readouterr().err
 
-    (commit,) = (tmp_path / "cache" / "models--ann--pets" / "snapshots").iterdir()
     text = page.read_text()
     found = json.loads(figures.read_text())
-    assert f"<code>{commit.name}</code>" in text
+    assert f"<code>{commit}</code>" in text
     assert str(tmp_path) not in text
     assert found["model"] == "ann/pets"
-    assert found["commit"] == commit.name
+    assert found["commit"] == commit
     assert [fault for fault in found["faults"] if "not moved" in fault] == [
         "register 1: not moved by training, which moved others"
     ]

@@ -1,10 +1,8 @@
 """A local Hub for the real huggingface_hub client: repositories, tokens and faults.
 
-    with running_hub(folder) as hub:   # each folder/ORGANIZATION/NAME is a repository
-        ...                            # run a process with HF_ENDPOINT=hub.url
-
     with running_hub() as hub:         # an empty Hub that accepts pushes
         hub.tokens["hf_ann"] = Token("ann")
+        hub.create("ann/model", private=False, files={"config.json": b"{}"})
         hub.fail("POST", "/commit/", "drop")
         ...                            # HF_ENDPOINT=hub.url HF_TOKEN=hf_ann HF_HUB_DISABLE_XET=1
 
@@ -18,18 +16,12 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from http.server import ThreadingHTTPServer
-from pathlib import Path
-
-import pytest
-import transformers.utils.hub
-from huggingface_hub import constants
 
 from helpers import local_hub_server as server
 
 
-# as in a new repository's .gitattributes
-LFS_NAMES = re.compile(r".*\.(safetensors|bin|pt|pth|pkl|onnx|parquet|npz)")
 GIT_ATTRIBUTES = b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n"
 
 
@@ -120,11 +112,7 @@ class LocalHub:
     Tests access it directly; requests are handled by local_hub_server.py.
     """
 
-    def __init__(self, folder: Path | None = None) -> None:
-        """Create a Hub.
-
-        Each ORGANIZATION/NAME in `folder` becomes a public repository when it is first requested.
-        """
+    def __init__(self) -> None:
         self.url = ""
         self.storage_url = ""
         self.tokens: dict[str, Token] = {}
@@ -135,9 +123,8 @@ class LocalHub:
         self.contents: dict[str, bytes] = {}
         self.requests: list[tuple[str, str]] = []
         self.faults: list[Fault] = []
-        self.lock = threading.RLock()
+        self.lock = threading.Lock()
         self.is_stopped = threading.Event()
-        self._folder = folder
 
     # Methods for tests ----------------------------------------------------------------------------
 
@@ -181,22 +168,6 @@ class LocalHub:
                     return fault.kind
         return None
 
-    def repository(self, repo_id: str) -> Repository | None:
-        """Return a repository, or None if it does not exist."""
-        with self.lock:
-            if (
-                repo_id not in self.repositories
-                and self._folder
-                and (self._folder / repo_id).is_dir()
-            ):
-                paths = sorted(
-                    path for path in (self._folder / repo_id).iterdir() if path.is_file()
-                )
-                self.create(
-                    repo_id, private=False, files={path.name: path.read_bytes() for path in paths}
-                )
-            return self.repositories.get(repo_id)
-
     def create(
         self, repo_id: str, private: bool, files: dict[str, bytes] | None = None
     ) -> Repository:
@@ -213,83 +184,33 @@ class LocalHub:
         """Store the content of a file."""
         sha256 = hashlib.sha256(content).hexdigest()
         self.contents[sha256] = content
-        if self.is_lfs(path, len(content)):
-            return lfs_file(sha256, len(content))
-        return StoredFile(sha256, len(content), git_hash(content), is_lfs=False)
-
-    def is_lfs(self, path: str, size: int) -> bool:
-        """Return whether a file is stored with LFS."""
-        return bool(LFS_NAMES.fullmatch(path)) or size > 10_000_000
-
-
-def lfs_file(sha256: str, size: int) -> StoredFile:
-    """Return an LFS file whose content is already stored."""
-    pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{sha256}\nsize {size}\n"
-    return StoredFile(sha256, size, git_hash(pointer.encode()), is_lfs=True)
-
-
-def git_hash(content: bytes) -> str:
-    """Return git's hash of a file with this content."""
-    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+        is_lfs = server.is_lfs(path)
+        in_git = content
+        if is_lfs:
+            pointer = f"oid sha256:{sha256}\nsize {len(content)}\n"
+            in_git = f"version https://git-lfs.github.com/spec/v1\n{pointer}".encode()
+        oid = hashlib.sha1(b"blob %d\0" % len(in_git) + in_git).hexdigest()
+        return StoredFile(sha256, len(content), oid, is_lfs)
 
 
 @contextmanager
-def running_hub(folder: Path | None = None) -> Iterator[LocalHub]:
+def running_hub() -> Iterator[LocalHub]:
     """Start a Hub and its storage.
 
     Their host names differ, as on the real Hub, because clients depend on it.
     """
-    hub = LocalHub(folder)
-    with (
-        serve(hub, server.HUB_ROUTES) as hub_port,
-        serve(hub, server.STORAGE_ROUTES) as storage_port,
-    ):
-        hub.url = f"http://127.0.0.1:{hub_port}"
-        hub.storage_url = f"http://localhost:{storage_port}"
-        try:
-            yield hub
-        finally:
-            hub.is_stopped.set()
-
-
-def point_client_at(
-    url: str, token: str | None, monkeypatch: pytest.MonkeyPatch, home: Path
-) -> None:
-    """Set the address, token and cache of huggingface_hub, also for child processes.
-
-    Constants that huggingface_hub reads from the environment at import are also set. The cache only
-    changes in child processes.
-    """
-    monkeypatch.setenv("HF_ENDPOINT", url)
-    monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")
-    monkeypatch.setenv("HF_HOME", str(home))
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
-    monkeypatch.setattr(constants, "ENDPOINT", url)
-    monkeypatch.setattr(
-        constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}"
-    )
-    # a client with the former address
-    monkeypatch.setattr(transformers.utils.hub, "_hf_api", None, raising=False)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(home / "token"))
-    if token is None:
-        monkeypatch.delenv("HF_TOKEN", raising=False)
-    else:
-        monkeypatch.setenv("HF_TOKEN", token)
-
-
-@contextmanager
-def serve(hub: LocalHub, routes: "server.Routes") -> Iterator[int]:
-    """Handle requests on a free port and yield the port."""
-    listener = ThreadingHTTPServer(("127.0.0.1", 0), server.build_handler(hub, routes))
+    hub = LocalHub()
+    listener = ThreadingHTTPServer(("127.0.0.1", 0), server.build_handler(hub))
     listener.daemon_threads = True
-    thread = threading.Thread(
-        target=listener.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True
-    )
+    hub.url = f"http://127.0.0.1:{listener.server_port}"
+    hub.storage_url = f"http://localhost:{listener.server_port}"
+    serve = partial(listener.serve_forever, poll_interval=0.02)
+    thread = threading.Thread(target=serve, daemon=True)
     thread.start()
     try:
-        yield listener.server_port
+        yield hub
     finally:
+        hub.is_stopped.set()
         listener.shutdown()
         listener.server_close()
         thread.join()

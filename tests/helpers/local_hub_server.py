@@ -20,7 +20,7 @@ import yaml
 
 
 if TYPE_CHECKING:
-    from helpers.local_hub import Commit, LocalHub, Repository, StoredFile, Token
+    from helpers.local_hub import Commit, LocalHub, Repository, Token
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,8 @@ class ErrorResponse(Exception):
         self.response = Response({"error": message}, status, error | (headers or {}))
 
 
+# as in a new repository's .gitattributes
+LFS_NAMES = re.compile(r".*\.(safetensors|bin|pt|pth|pkl|onnx|parquet|npz)")
 # Prefix of repository ids per kind, in URLs and in `LocalHub.repositories`.
 PREFIXES = {"model": "", "space": "spaces/"}
 
@@ -72,7 +74,7 @@ def get_readable(hub: "LocalHub", repo_id: str, request: Request) -> "Repository
 
     Repositories that it cannot read are reported as missing.
     """
-    repository = hub.repository(repo_id)
+    repository = hub.repositories.get(repo_id)
     if repository is None or (
         repository.private and not (request.token and request.token.can_read(repo_id))
     ):
@@ -120,14 +122,11 @@ def create_repository(hub: "LocalHub", match: re.Match[str], request: Request) -
             403, f'You don\'t have the rights to create a {kind} under the namespace "{namespace}"'
         )
     url = f"{hub.url}/{repo_id}"
-    with hub.lock:
-        if hub.repository(repo_id) is not None:
-            return Response({"error": f"You already created this {kind} repo", "url": url}, 409)
-        default = "private" if namespace in hub.private_by_default else "public"
-        visibility = {True: "private", False: "public", None: requested.get("visibility", default)}[
-            requested.get("private")
-        ]
-        hub.create(repo_id, private=visibility == "private")
+    if repo_id in hub.repositories:
+        return Response({"error": f"You already created this {kind} repo", "url": url}, 409)
+    default = "private" if namespace in hub.private_by_default else "public"
+    visibility = {True: "private", False: "public", None: requested.get("visibility", default)}
+    hub.create(repo_id, private=visibility[requested.get("private")] == "private")
     return Response({"url": url})
 
 
@@ -183,22 +182,16 @@ def tree(hub: "LocalHub", match: re.Match[str], request: Request) -> Response:
     """Return all files below a folder, with their hashes."""
     _, commit = get_commit(get_readable(hub, match["repo"], request), match["revision"])
     start = f"{unquote(match['folder'])}/" if match["folder"] else ""
-    entries = [
-        file_entry(path, file)
-        for path, file in sorted(commit.files.items())
-        if path.startswith(start)
-    ]
+    entries = []
+    for path, file in sorted(commit.files.items()):
+        entry: dict[str, Any] = {"type": "file", "path": path, "size": file.size, "oid": file.oid}
+        if file.is_lfs:
+            entry["lfs"] = {"oid": file.sha256, "size": file.size, "pointerSize": 130}
+        if path.startswith(start):
+            entries.append(entry)
     if start and not entries:
         raise ErrorResponse(404, "not found", "EntryNotFound")
     return Response(entries)
-
-
-def file_entry(path: str, file: "StoredFile") -> dict[str, Any]:
-    """Return the entry of a file in a listing."""
-    entry: dict[str, Any] = {"type": "file", "path": path, "size": file.size, "oid": file.oid}
-    if file.is_lfs:
-        entry["lfs"] = {"oid": file.sha256, "size": file.size, "pointerSize": 130}
-    return entry
 
 
 def resolve(hub: "LocalHub", match: re.Match[str], request: Request) -> Response:
@@ -243,18 +236,22 @@ def preupload(hub: "LocalHub", match: re.Match[str], request: Request) -> Respon
     """Return for each file whether it is an LFS file, and the hash of the file in the branch."""
     _, commit = get_commit(get_writable(hub, match["repo"], request), match["revision"])
     entries = []
-    for file in request.json()["files"]:
-        is_lfs = hub.is_lfs(file["path"], file["size"])
-        there = commit.files.get(file["path"])
+    for path in (file["path"] for file in request.json()["files"]):
+        there = commit.files.get(path)
         entries.append(
             {
-                "path": file["path"],
-                "uploadMode": "lfs" if is_lfs else "regular",
+                "path": path,
+                "uploadMode": "lfs" if is_lfs(path) else "regular",
                 "shouldIgnore": False,
                 "oid": None if there is None else there.sha256 if there.is_lfs else there.oid,
             }
         )
     return Response({"files": entries})
+
+
+def is_lfs(path: str) -> bool:
+    """Return whether a file is stored with LFS."""
+    return LFS_NAMES.fullmatch(path) is not None
 
 
 def lfs_batch(hub: "LocalHub", match: re.Match[str], request: Request) -> Response:
@@ -281,33 +278,28 @@ def store_object(hub: "LocalHub", match: re.Match[str], request: Request) -> Res
 
 def make_commit(hub: "LocalHub", match: re.Match[str], request: Request) -> Response:
     """Apply all changes as one commit on a branch, or none of them."""
-    from helpers.local_hub import lfs_file
-
     repository = get_writable(hub, match["repo"], request)
     branch = unquote(match["revision"])
     changes = [json.loads(line) for line in request.body.splitlines()]
-    with hub.lock:
-        parent, commit = get_commit(repository, branch)
-        files = dict(commit.files)
-        header: dict[str, Any] = {}
-        for change in changes:
-            value = change["value"]
-            match change["key"]:
-                case "header":
-                    header = value
-                    if value.get("parentCommit", parent) != parent:
-                        raise ErrorResponse(
-                            412, "A commit has happened since. Please refresh and try again."
-                        )
-                case "file":
-                    files[value["path"]] = hub.store(
-                        value["path"], base64.b64decode(value["content"])
+    parent, commit = get_commit(repository, branch)
+    files = dict(commit.files)
+    header: dict[str, Any] = {}
+    for change in changes:
+        value = change["value"]
+        match change["key"]:
+            case "header":
+                header = value
+                if value.get("parentCommit", parent) != parent:
+                    raise ErrorResponse(
+                        412, "A commit has happened since. Please refresh and try again."
                     )
-                case "lfsFile":
-                    files[value["path"]] = lfs_file(value["oid"], len(hub.contents[value["oid"]]))
-                case "deletedFile":
-                    del files[value["path"]]
-        name = repository.commit(branch, header["summary"], files)
+            case "file":
+                files[value["path"]] = hub.store(value["path"], base64.b64decode(value["content"]))
+            case "lfsFile":
+                files[value["path"]] = hub.store(value["path"], hub.contents[value["oid"]])
+            case "deletedFile":
+                del files[value["path"]]
+    name = repository.commit(branch, header["summary"], files)
     return Response(
         {
             "success": True,
@@ -324,7 +316,7 @@ Routes = list[tuple[str, re.Pattern[str], Callable[["LocalHub", re.Match[str], R
 REPO = r"(?P<repo>(spaces/|datasets/)?[\w.-]+/[\w.-]+)"
 REVISION = r"(?P<revision>[^/]+)"
 ANY_REPO = f"/api/(models/|(?=spaces/|datasets/)){REPO}"
-HUB_ROUTES: Routes = [
+ROUTES: Routes = [
     ("POST", re.compile(r"/api/repos/create"), create_repository),
     ("POST", re.compile(r"/api/validate-yaml"), validate_card),
     ("GET", re.compile(f"{ANY_REPO}/auth-check/write"), check_write_access),
@@ -335,15 +327,13 @@ HUB_ROUTES: Routes = [
     ("POST", re.compile(f"{ANY_REPO}/preupload/{REVISION}"), preupload),
     ("POST", re.compile(f"/{REPO}[.]git/info/lfs/objects/batch"), lfs_batch),
     ("POST", re.compile(f"{ANY_REPO}/commit/{REVISION}"), make_commit),
-]
-STORAGE_ROUTES: Routes = [
     ("GET", re.compile(r"/objects/(?P<sha256>\w+)"), stored_object),
     ("PUT", re.compile(r"/objects/(?P<sha256>\w+)"), store_object),
 ]
 
 
-def build_handler(hub: "LocalHub", routes: Routes) -> type[BaseHTTPRequestHandler]:
-    """Return a request handler for these routes."""
+def build_handler(hub: "LocalHub") -> type[BaseHTTPRequestHandler]:
+    """Return a handler of the requests to a Hub and its storage."""
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -375,7 +365,7 @@ def build_handler(hub: "LocalHub", routes: Routes) -> type[BaseHTTPRequestHandle
             try:
                 headers = {name.lower(): value for name, value in self.headers.items()}
                 request = Request(headers, body, self.token())
-                for route_method, pattern, handle in routes:
+                for route_method, pattern, handle in ROUTES:
                     if route_method == method and (match := pattern.fullmatch(where.path)):
                         return handle(hub, match, request)
                 raise ErrorResponse(404, f"no such route: {method} {where.path}")
