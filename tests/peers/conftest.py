@@ -1,15 +1,10 @@
-"""Register the pytest markers of transformers' tests, and seed their random inputs."""
+"""Seed the random inputs of transformers' tests."""
 
 import sys
 
 import pytest
 
-from peers.transformers_suite import PACKAGE, list_marker_names
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    for name in sorted(list_marker_names()):
-        config.addinivalue_line("markers", f"{name}: marker of transformers' tests")
+from peers.transformers_suite import PACKAGE
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -16,13 +16,13 @@ import importlib
 import importlib.metadata
 import importlib.util
 import os
-import re
+import shutil
 import subprocess
 import sys
-import tarfile
 import tempfile
 from pathlib import Path
 from types import ModuleType
+from unittest.mock import patch
 
 import pytest
 from filelock import FileLock
@@ -41,10 +41,6 @@ STUBS = {
 }
 
 
-class SuiteUnavailableError(RuntimeError):
-    """The tests of transformers are not cached and cannot be downloaded."""
-
-
 def load(name: str) -> ModuleType:
     """Import one module of transformers' test folder, such as "test_modeling_common".
 
@@ -52,29 +48,15 @@ def load(name: str) -> ModuleType:
     """
     try:
         _import_package()
-    except SuiteUnavailableError as error:
-        pytest.skip(str(error), allow_module_level=True)
-    return importlib.import_module(f"{PACKAGE}.{name}")
-
-
-def list_marker_names() -> set[str]:
-    """Return the pytest markers in transformers' tests; empty if the tests cannot be downloaded."""
-    try:
-        sources = [*(get_installed_suite() / PACKAGE).glob("*.py")]
-    except SuiteUnavailableError:
-        return set()
-    spec = importlib.util.find_spec("transformers")
-    sources.append(Path(spec.origin).with_name("testing_utils.py"))
-    return {
-        name
-        for source in sources
-        for name in re.findall(r"\bmark\.(\w+)", source.read_text(encoding="utf-8"))
-    }
-
-
-def get_installed_suite() -> Path:
-    """Return the folder with the tests of the installed version of transformers."""
-    return fetch(importlib.metadata.version("transformers"))
+    except subprocess.CalledProcessError as error:
+        last_line = error.stderr.strip().splitlines()[-1]
+        pytest.skip(
+            f"transformers' tests are not in {get_cache_dir()}, and pip could not download them "
+            f"({last_line}). Run the tests once where a package registry can be reached.",
+            allow_module_level=True,
+        )
+    with patch.object(pytest.mark, "_config", None):  # the suite has markers that we do not declare
+        return importlib.import_module(f"{PACKAGE}.{name}")
 
 
 def get_cache_dir() -> Path:
@@ -84,21 +66,25 @@ def get_cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "vitcls-tests"
 
 
-def fetch(version: str) -> Path:
-    """Return the folder with the tests of a version of transformers; download missing ones.
+def fetch() -> Path:
+    """Return the folder with the tests of transformers; download them the first time.
 
     Several processes may call this function at once.
 
     Raises:
-        SuiteUnavailableError: If the tests cannot be downloaded.
+        CalledProcessError: If the tests cannot be downloaded.
     """
+    version = importlib.metadata.version("transformers")
     folder = get_cache_dir() / f"transformers-{version}"
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
         if not folder.exists():
             with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+                (archive,) = _download(version, Path(scratch)).glob("transformers-*.tar.gz")
+                shutil.unpack_archive(archive, scratch, filter="data")
                 staged = Path(scratch) / "suite"
-                _unpack(_download(version, Path(scratch)), staged)
+                staged.mkdir()
+                (Path(scratch) / folder.name / "tests").rename(staged / PACKAGE)
                 _add_stubs(staged)
                 staged.rename(folder)  # an interrupted run leaves no partial folder
     return folder
@@ -107,7 +93,7 @@ def fetch(version: str) -> Path:
 @functools.cache
 def _import_package() -> None:
     """Make transformers' tests importable as PACKAGE, without changing sys.path."""
-    folder = get_installed_suite() / PACKAGE
+    folder = fetch() / PACKAGE
     init = folder / "__init__.py"
     spec = importlib.util.spec_from_file_location(
         PACKAGE, init, submodule_search_locations=[str(folder)]
@@ -124,31 +110,10 @@ def _download(version: str, into: Path) -> Path:
         "--no-binary transformers"
     )
     command = [sys.executable, "-m", "pip", "download", *flags.split(), "--dest", str(into)]
-    run = subprocess.run(
-        [*command, f"transformers=={version}"], capture_output=True, text=True, check=False
+    subprocess.run(
+        [*command, f"transformers=={version}"], capture_output=True, text=True, check=True
     )
-    archives = list(into.glob("transformers-*.tar.gz"))
-    if run.returncode or not archives:
-        last_line = (run.stderr.strip().splitlines() or ["no archive was downloaded"])[-1]
-        raise SuiteUnavailableError(
-            f"transformers' tests are not in {get_cache_dir()}, and pip could not download the "
-            f"source distribution of transformers {version} ({last_line}). Run the tests once "
-            "where a package registry can be reached."
-        )
-    return archives[0]
-
-
-def _unpack(archive: Path, into: Path) -> None:
-    """Unpack the `tests` folder of a source distribution into `into`/PACKAGE."""
-    with tarfile.open(archive) as tar:
-        for member in tar.getmembers():
-            _, *inner = Path(member.name).parts
-            if member.isfile() and inner[:1] == ["tests"] and (source := tar.extractfile(member)):
-                target = into.joinpath(PACKAGE, *inner[1:])
-                target.parent.mkdir(parents=True, exist_ok=True)
-                target.write_bytes(source.read())
-    if not (into / PACKAGE).exists():
-        raise SuiteUnavailableError(f"{archive.name} does not contain transformers' tests")
+    return into
 
 
 def _add_stubs(folder: Path) -> None:
