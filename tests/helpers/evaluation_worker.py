@@ -121,14 +121,11 @@ def build_evaluator(
 def evaluate_all(accelerator: Accelerator) -> dict[str, Any]:
     """Return scenario -> metrics."""
     results = {name: build_evaluator(name, accelerator)(build_classifier(name)) for name in SPACES}
-    for name in SPACES:
-        images = build_labeled_images(name, number=1)
-        results[f"{name}, one image"] = build_evaluator(name, accelerator, images)(
-            build_classifier(name)
-        )
+    model = build_classifier("single")
+    one_image = build_labeled_images("single", number=1)
+    results["one image"] = build_evaluator("single", accelerator, one_image)(model)
     images = build_labeled_images("single", unreadable=UNREADABLE)
     evaluator = build_evaluator("single", accelerator, images, num_workers=1)
-    model = build_classifier("single")
     results["unreadable"] = evaluator(model)
     results["unreadable, again"] = evaluator(model)
     results["sharded"] = build_evaluator("single", accelerator, images)(shard(model, accelerator))

@@ -99,18 +99,6 @@ def test_a_class_without_images_is_never_predicted() -> None:
     assert set((features @ weight.T + bias).argmax(axis=1)) == {0, 2, 4}
 
 
-def test_the_noise_of_a_mean_does_not_change_the_expected_discriminant() -> None:
-    """The mean of 5 images is farther away than the mean of its class; the bias makes up for it."""
-    width, num_images = 40, 5
-    draws = np.random.default_rng(0).normal(size=(4000, num_images, width)).mean(axis=1) + 1
-    counts = np.full(len(draws), num_images)
-    statistics = ClassStatistics(
-        (CLS,), (draws,), (np.eye(width),), np.array([float(width)]), counts
-    )
-    _, biases = statistics.compute_discriminants()
-    assert biases.mean() == pytest.approx(-width / 2, abs=0.2)
-
-
 def test_classes_of_identical_images_are_told_apart() -> None:
     """As in a toy dataset of solid colors: nothing varies within a class."""
     features = {(-1, "cls"): np.repeat(np.eye(3, 5), 4, axis=0)}

@@ -36,9 +36,7 @@ from modeling_vitcls.data.splits import load_training_data
 from modeling_vitcls.data.splits_table import write_splits
 from modeling_vitcls.hub.model_files import hash_weights
 from modeling_vitcls.inference.class_statistics import ClassStatistics
-from modeling_vitcls.inference.frozen_features import FeatureLayout, Features
 from modeling_vitcls.runtime.files import read_json, write_json
-from modeling_vitcls.training.add_class import build_rows
 
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("fresh_accelerate")]
@@ -312,32 +310,16 @@ def test_several_processes_are_refused(
         add_class(digits, build_new(STRIPES, "stripes"), tmp_path / "new")
 
 
-@pytest.mark.parametrize(("scale", "shift"), [(1, 0), (0.2, 5)])
-def test_a_new_row_is_between_the_logits_of_the_classifier_as_between_those_of_the_statistics(
-    scale: float, shift: float
+def test_the_logits_of_a_new_class_have_the_scale_of_the_others(
+    digits: Path, with_stripes: Path, tmp_path: Path
 ) -> None:
-    generator = np.random.default_rng(0)
-    values = generator.normal(size=(90, 6)).astype(np.float32)
-    labels = np.arange(90) % 3
-    values[np.arange(90), labels] += 2
-    values[60:, 3] += 3
-    labels[60:] = 3  # the new class
-    statistics = ClassStatistics.fit({(-1, "cls"): values[:60]}, labels[:60], 3)
-    weight, bias = statistics.build_classifier()
-    own = values @ weight.T + bias
-    logits = scale * own + shift
-    features = Features(
-        layout=FeatureLayout(1, {"cls": 6}),
-        values=np.hstack([values, logits]),
-        labels=labels,
-        indices=labels,
-        names=np.full(90, ""),
-        groups=labels,
-    )
-    new = features.take(labels == 3)
-    extended = statistics.extend(new.get_tokens(), np.zeros(30, np.int64), 1)
-    weight, bias = build_rows(statistics, extended, new)
-    rows, row_bias = extended.build_new_rows(3)
-    expected = scale * (values @ rows[0] + row_bias) + shift
-    found = values @ weight[0] + bias
-    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-3)
+    model = ViTCLSForImageClassification.from_pretrained(digits)
+    with torch.no_grad():
+        model.classifier.weight.mul_(0.2)
+        model.classifier.bias.mul_(0.2).add_(5)
+    save_both(model, tmp_path / "scaled", ViTCLSImageProcessor.from_pretrained(digits))
+    add_class(tmp_path / "scaled", build_new(STRIPES, "stripes"), tmp_path / "new")
+    images = build_images(3, 8, 8, channels=1)
+    expected = 0.2 * compute(with_stripes, images).logits + 5
+    torch.testing.assert_close(compute(tmp_path / "new", images).logits, expected)
+    assert expected[:, 10].std() > 0

@@ -77,10 +77,6 @@ def test_a_teacher_needs_a_distillation_head(frozen: Path, tmp_path: Path) -> No
     assert not (tmp_path / "run" / "config.json").exists()
 
 
-def test_soft_targets_are_the_default(frozen: Path, tmp_path: Path) -> None:
-    assert build_options(tmp_path, frozen, teacher=str(frozen)).distillation == "soft"
-
-
 @torch.no_grad()
 def test_both_heads_of_a_frozen_run_are_shrinkage_lda(encoder: Path, tmp_path: Path) -> None:
     """The second one reads the distillation token, in the layers of the first."""
