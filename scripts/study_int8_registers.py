@@ -138,7 +138,8 @@ def add_test_time_register(model: Any, neurons: list[list[int]]) -> Any:
 def compute_outlier_fraction(model: Any, images: Tensor) -> float:
     """Return the fraction of patches with outlier norms after the last layer."""
     states = model(images, output_hidden_states=True).hidden_states[-1]
-    return is_outlier(states[:, model.config.token_layout.patches]).float().mean().item()
+    norms = states[:, model.config.token_layout.patches].float().norm(dim=-1)
+    return is_outlier(norms).float().mean().item()
 
 
 @torch.no_grad()

@@ -48,6 +48,10 @@ Watch = Callable[[Collection[Any], str], Iterable[Any]]
 Outputs = dict[str, list[torch.Tensor]]
 
 MIN_IMAGES = 16  # With fewer images, no effect is judged
+# Maximum number of images, and of floating-point operations in a pass over these images; MIN_IMAGES
+# images are always used
+MAX_IMAGES = 256
+MAX_FLOPS = 2.5e11
 MIN_CHANGE = 1e-3  # Smaller effects are rounding errors
 # Minimum standard deviation of the logits over images, as a fraction of their root mean square
 MIN_RELATIVE_DEVIATION = 1e-3
@@ -145,8 +149,8 @@ def compute_ablations(
     Args:
         model: a classifier or an encoder, in evaluation mode.
         use: the tokens that the outputs of the model read.
-        batches: batches of images and labels, over which several passes per token are made. Without
-            one, nothing is measured.
+        batches: batches of images and labels, in random order. Up to 16 passes per token are made
+            over the first ones: as many as `take_batches` says.
         watch: function that returns the same items and shows the progress.
     """
     targets = {name: [index] for index, name in enumerate(use.names)}
@@ -156,9 +160,10 @@ def compute_ablations(
     # A generator of its own, so the same tokens are redrawn at every call.
     generator = torch.Generator().manual_seed(0)
     ablations: Ablations = {}
-    if not targets or not batches:
+    if not targets:
         return ablations
 
+    batches = take_batches(model, batches)
     # The means and the outputs come from the same passes, so that only the ablation differs between
     # before and after, and not the rounding of other batches. Means: [L + 1, S, D]
     means, before = collect_mean_states(model, batches, range(len(use.names)))
@@ -205,6 +210,15 @@ def compute_ablations(
                     redraw_drop=intervals.get((name, output)),
                 )
     return ablations
+
+
+def take_batches(model: Any, batches: Sequence[ImageBatch]) -> Sequence[ImageBatch]:
+    """Take as many of the batches as effects can be measured on: fewer for a large model."""
+    first: Any = batches[0].pixel_values  # [B, C, H, W]
+    grid_size = model.config.get_grid_size(first.shape[-2:])
+    num_tokens = model.config.token_layout.get_num_tokens(*grid_size)
+    num_affordable = max(MAX_FLOPS / (2 * model.num_parameters() * num_tokens), MIN_IMAGES)
+    return batches[: math.ceil(min(num_affordable, MAX_IMAGES) / len(first))]
 
 
 def plan_redraws(use: TokenUse) -> Iterator[tuple[list[str], list[str]]]:
@@ -369,6 +383,53 @@ def replace_tokens(
 
 
 # Outputs ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class MeasuredStates:
+    """What `measure_states` returns.
+
+    Attributes:
+        outputs: outputs of all images.
+        by_layer: states [images, S, D] of the special tokens after the layers in which one of them
+            is used for the last time.
+        patch_norms: norms [B, P] of the patches of each batch after the last layer that uses them.
+    """
+
+    outputs: Outputs
+    by_layer: dict[int, torch.Tensor]
+    patch_norms: list[torch.Tensor]
+
+
+def measure_states(
+    model: Any, use: TokenUse, batches: Sequence[ImageBatch], watch: Watch
+) -> MeasuredStates:
+    """Run the model on all images once.
+
+    Raise ValueError if the states are not finite.
+    """
+    layout = use.config.token_layout
+    *used_layers, patch_layer = use.num_layers
+    parts: dict[int, list[torch.Tensor]] = {layer: [] for layer in used_layers}
+    patch_norms = []
+
+    def run(pixel_values: torch.Tensor) -> Any:
+        outputs = model(pixel_values, output_hidden_states=True)
+        for layer, states in parts.items():
+            special = outputs.hidden_states[layer][:, : layout.num_prefix_tokens]
+            states.append(special.float().cpu())
+        if not all(state.isfinite().all() for state in outputs.hidden_states):
+            raise ValueError(
+                "The hidden states of the model are not finite. Check the weights, or load them in "
+                "float32."
+            )
+        patches = outputs.hidden_states[patch_layer][:, layout.patches]
+        patch_norms.append(patches.float().norm(dim=-1).cpu())
+        return outputs
+
+    outputs = gather_outputs(model, watch(batches, "measuring states"), run)
+    by_layer = {layer: torch.cat(states) for layer, states in parts.items()}
+    return MeasuredStates(outputs, by_layer, patch_norms)
 
 
 def gather_outputs(

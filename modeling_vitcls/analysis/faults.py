@@ -1,8 +1,9 @@
 """Two faults of special tokens, and the share of patches with outlier norms.
 
-    find_identical_tokens(states, layers)      tokens that do the work of another token
-    find_unmoved_tokens(groups, movement)      tokens that training did not reach
-    is_outlier(patches)                        patches that store something global (Darcet et al. 2023)
+    describe_faults(use, states, movement)
+        find_identical_tokens(...)            tokens that do the work of another token
+        find_unmoved_tokens(...)              tokens that training did not reach
+    is_outlier(norms)                         patches that store something global (Darcet et al. 2023)
 
 A token's output in a layer counts only if an output of the model depends on it (`TokenUse`).
 """
@@ -11,6 +12,8 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from .token_use import TokenUse
+
 
 # Maximum distance between identical tokens, relative to their variation over images
 MAX_IDENTICAL_DISTANCE = 0.01
@@ -18,6 +21,26 @@ ROUNDING_ERROR = 1e-6  # The error of a state, as a fraction of its norm
 # Minimum norm of an outlier patch, as a multiple of the median patch norm of the image. Darcet et
 # al. choose an absolute norm for each model.
 OUTLIER_RATIO = 3.0
+
+
+def describe_faults(
+    use: TokenUse, states: Mapping[int, torch.Tensor], movement: Mapping[str, float]
+) -> list[str]:
+    """Write one sentence per identical token, and per token that training did not move.
+
+    `states` are those of `MeasuredStates.by_layer`.
+    """
+    *used_layers, _ = use.num_layers
+    # CLS tokens of tasks start as twins, and each has a classifier of its own.
+    identical = {} if use.config.tasks else find_identical_tokens(states, used_layers)
+    faults = [
+        f"{use.names[index]}: identical to {use.names[other]} after layer {layer}"
+        for index, (other, layer) in identical.items()
+    ]
+    return faults + [
+        f"{use.names[index]}: not moved by training, which moved others"
+        for index in find_unmoved_tokens(use.groups, movement)
+    ]
 
 
 def find_identical_tokens(
@@ -71,10 +94,6 @@ def find_unmoved_tokens(
     return unmoved
 
 
-def is_outlier(patches: torch.Tensor) -> torch.Tensor:
-    """Mark the patches [B, P, D] with outlier norms [B, P].
-
-    Their norms exceed OUTLIER_RATIO times the median patch norm of the image.
-    """
-    norms = patches.float().norm(dim=-1)
+def is_outlier(norms: torch.Tensor) -> torch.Tensor:
+    """Mark the norms [B, P] of patches that exceed OUTLIER_RATIO times the median of their image."""
     return norms > OUTLIER_RATIO * norms.median(dim=1, keepdim=True).values

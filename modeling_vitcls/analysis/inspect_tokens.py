@@ -8,11 +8,12 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..conversion.open_model import open_model
+from ..data.aspect_ratio import get_output_size
 from ..data.labels import UNLABELED, get_label_space
 from ..data.splits_table import read_splits, select_task
 from ..hub.loading import get_cached_commit
 from ..hub.local_paths import get_title
-from ..inference.load_model import load_for_inference
+from ..inference.load_model import choose_batch_size, load_model
 from ..runtime.distributed import choose_precision
 from ..runtime.files import write_json
 from ..runtime.progress import track
@@ -34,16 +35,18 @@ def write_inspection(options: InspectOptions) -> Inspection:
     error_console = Console(emoji=False, stderr=True, soft_wrap=True, highlight=False)
     folder = open_model(options.model)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model, processor, batch_size = load_for_inference(
-        folder,
-        device,
-        use_head=None,
-        batch_size=options.batch_size,
-        max_batch_size=MAX_BATCH_SIZE,
-    )
+    model = load_model(folder).to(device)
+    processor = folder.load_processor()
     precision: str = options.mixed_precision
     if precision == "auto":
         precision = choose_precision(device, model.config)
+    batch_size = choose_batch_size(
+        options.batch_size,
+        model.config,
+        get_output_size(processor, model.config.image_height_width),
+        device,
+        MAX_BATCH_SIZE,
+    )
     label_space = get_label_space(model.config) if find_token_use(model).has_head else UNLABELED
     data = open_images(options, label_space, select_task(read_splits(folder), None))
     files = [file for file in (options.output, options.json) if file is not None]

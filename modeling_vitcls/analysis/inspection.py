@@ -1,12 +1,11 @@
 """What a page shows (report.py): effects of the special tokens, faults, patches, and photos.
 
-images -> batches in random order (inference/image_pass.py) -> one pass: outputs, states, patches
+images -> batches in random order (inference/image_pass.py) -> one pass: outputs, states (ablation.py)
        -> ablation.py, faults.py, and the images to show -> photo.py, one by one
 
 The images of `vitcls inspect` are opened in inspection_images.py.
 """
 
-import math
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,26 +22,22 @@ from ..data.labels import UNLABELED, LabelSpace
 from ..inference.image_pass import ImageBatch, prepare_batches, read_pixels
 from ..model.heads_vitcls import IGNORED_LABEL
 from .ablation import (
-    MIN_IMAGES,
     Ablations,
     Effect,
     Outputs,
     Watch,
     collect_labels,
     compute_ablations,
-    gather_outputs,
+    measure_states,
     predict_labels,
 )
-from .faults import OUTLIER_RATIO, find_identical_tokens, find_unmoved_tokens, is_outlier
-from .photo import ShownPhoto, measure_photo
+from .faults import OUTLIER_RATIO, describe_faults, is_outlier
+from .photo import measure_photo
+from .sheet import ShownPhoto
 from .token_use import TokenUse, find_token_use
 
 
 MAX_BATCH_SIZE = 32  # On GPUs, unless the person sets one
-# Maximum number of images for effects and their null distributions, and maximum number of
-# floating-point operations in a pass over these images; MIN_IMAGES images are always used
-MAX_ABLATION_IMAGES = 256
-MAX_ABLATION_FLOPS = 2.5e11
 
 ChosenPhotos = Sequence[tuple[Any, dict[str, Any]]]  # Images, and other fields of `ShownPhoto`
 
@@ -58,7 +53,6 @@ class Inspection:
         num_images: number of images that were measured.
         ablations: effects of each special token and each group, with null distributions
             (`compute_ablations`); empty if the effects were not measured.
-        num_ablation_images: number of images for the effects and their null distributions.
         faults: one sentence per identical token, and per token that training did not move.
         outlier_share: fraction of the patches with outlier norms after `outlier_layer`, the last
             layer in which the patches are used.
@@ -70,7 +64,6 @@ class Inspection:
     num_parameters: int
     num_images: int
     ablations: Ablations
-    num_ablation_images: int
     faults: list[str]
     outlier_share: float
     outlier_layer: int
@@ -129,31 +122,32 @@ def inspect_images(
     Raises:
         ValueError: if no image can be read, or the hidden states of the model are not finite.
     """
+    batches, error_messages = read_batches(model, processor, images, label_space, batch_size, watch)
     use = find_token_use(model)
     # Heads of other kinds, such as a decoder of pixels, say nothing about the tokens.
     measured_model = model if use.has_head else model.base_model
     with torch.autocast(model.device.type, torch.bfloat16, enabled=uses_bfloat16):
-        batches, error_messages = read_batches(
-            model, processor, images, label_space, batch_size, watch
-        )
-        outputs, states, outlier_share = measure_states(measured_model, use, batches, watch)
-        ablation_batches = take_batches(model, batches) if has_ablations else []
-        ablations = compute_ablations(measured_model, use, ablation_batches, watch)
+        states = measure_states(measured_model, use, batches, watch)
+        labels = collect_labels(batches, use.config)
+        ablations = {}
+        if has_ablations:
+            ablations = compute_ablations(measured_model, use, batches, watch)
+    indices = [index for batch in batches for index in batch.indices]
+    outliers = [is_outlier(norms).flatten() for norms in states.patch_norms]
     inspection = Inspection(
         config=use.config,
         model_class=type(model).__name__,
         num_parameters=model.num_parameters(),
-        num_images=len(images) - len(error_messages),
+        num_images=len(indices),
         ablations=ablations,
-        num_ablation_images=sum(len(batch.indices) for batch in ablation_batches),
-        faults=describe_faults(use, states, token_movement or {}),
-        outlier_share=outlier_share,
+        faults=describe_faults(use, states.by_layer, token_movement or {}),
+        outlier_share=torch.cat(outliers).float().mean().item(),
         outlier_layer=use.num_layers[-1],
         error_messages=error_messages,
     )
 
     if not chosen:
-        kinds = choose_images(use, outputs, batches, num_shown)
+        kinds = choose_images(use, states.outputs, labels, indices, num_shown)
         names = images.images.get_names()
         chosen = [
             (
@@ -168,7 +162,7 @@ def inspect_images(
         ]
     # Outside autocast: in float32, as in `vitcls look`.
     photos = [
-        ShownPhoto(measurements=measure_photo(model, processor, image), **texts)
+        ShownPhoto(measurements=measure_photo(model, processor, image, use), **texts)
         for image, texts in watch(chosen, "drawing photos")
     ]
     return inspection, photos
@@ -207,90 +201,23 @@ def read_batches(
     return batches, error_messages
 
 
-def describe_faults(
-    use: TokenUse, states: Mapping[int, torch.Tensor], movement: Mapping[str, float]
-) -> list[str]:
-    """Write one sentence per identical token, and per token that training did not move."""
-    *used_layers, _ = use.num_layers
-    # CLS tokens of tasks start as twins, and each has a classifier of its own.
-    identical = {} if use.config.tasks else find_identical_tokens(states, used_layers)
-    faults = [
-        f"{use.names[index]}: identical to {use.names[other]} after layer {layer}"
-        for index, (other, layer) in identical.items()
-    ]
-    return faults + [
-        f"{use.names[index]}: not moved by training, which moved others"
-        for index in find_unmoved_tokens(use.groups, movement)
-    ]
-
-
-# Images -------------------------------------------------------------------------------------------
-
-
-def take_batches(model: Any, batches: Sequence[ImageBatch]) -> Sequence[ImageBatch]:
-    """Take as many of the batches as effects can be measured on.
-
-    Effects take up to 16 passes per token, so a large model measures them on fewer images. The
-    order of the images is random, so the first ones are a sample.
-    """
-    first: Any = batches[0].pixel_values  # [B, C, H, W]
-    num_tokens = model.config.token_layout.get_num_tokens(
-        *model.config.get_grid_size(first.shape[-2:])
-    )
-    flops = 2 * model.num_parameters() * num_tokens
-    num_affordable = max(MAX_ABLATION_FLOPS / flops, MIN_IMAGES)
-    num_images = min(num_affordable, MAX_ABLATION_IMAGES)
-    return batches[: math.ceil(num_images / len(first))]
-
-
-def measure_states(
-    model: Any, use: TokenUse, batches: Sequence[ImageBatch], watch: Watch
-) -> tuple[Outputs, dict[int, torch.Tensor], float]:
-    """Run the model on all images once, for the outputs, the faults and the outliers.
-
-    Returns the outputs, the states [images, S, D] of the special tokens by layer (only those layers
-    after which tokens are compared), and the fraction of patches with outlier norms.
-
-    Raise ValueError if the states are not finite.
-    """
-    layout = model.config.token_layout
-    *used_layers, patch_layer = use.num_layers
-    parts: dict[int, list[torch.Tensor]] = {layer: [] for layer in used_layers}
-    outliers = []
-
-    def run(pixel_values: torch.Tensor) -> Any:
-        outputs = model(pixel_values, output_hidden_states=True)
-        for layer, states in parts.items():
-            special = outputs.hidden_states[layer][:, : layout.num_prefix_tokens]
-            states.append(special.float().cpu())
-        patches = outputs.hidden_states[patch_layer][:, layout.patches]
-        if not all(state.isfinite().all() for state in outputs.hidden_states):
-            raise ValueError(
-                "The hidden states of the model are not finite. Check the weights, or load them in "
-                "float32."
-            )
-        outliers.append(is_outlier(patches).flatten().cpu())
-        return outputs
-
-    outputs = gather_outputs(model, watch(batches, "measuring states"), run)
-    special_states = {layer: torch.cat(states) for layer, states in parts.items()}
-    return outputs, special_states, torch.cat(outliers).float().mean().item()
-
-
 # Images to show -----------------------------------------------------------------------------------
 
 
 def choose_images(
-    use: TokenUse, outputs: Outputs, batches: Sequence[ImageBatch], num_shown: int
+    use: TokenUse,
+    outputs: Outputs,
+    labels: Mapping[str, torch.Tensor],
+    indices: Sequence[int],
+    num_shown: int,
 ) -> dict[int, str | None]:
     """Choose the images to show by the outputs of a classifier: index -> kind of image.
 
-    For an encoder, they are the first images, of no kind.
+    For an encoder, they are the first images, of no kind. `indices` are those of the outputs.
     """
-    indices = [index for batch in batches for index in batch.indices]
     if not use.has_head:
         return dict.fromkeys(indices[:num_shown])
-    rated = rate_outputs(outputs, collect_labels(batches, use.config), use.has_several_labels)
+    rated = rate_outputs(outputs, labels, use.has_several_labels)
     selected = select_images(*rated, num_shown)
     return {indices[position]: kind for position, kind in selected.items()}
 

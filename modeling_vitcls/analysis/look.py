@@ -24,6 +24,7 @@ from ..runtime.files import write_atomically
 from .options import LookOptions
 from .photo import measure_photo
 from .sheet import draw_sheet
+from .token_use import find_token_use
 
 
 def draw_photo(options: LookOptions, image: Any) -> Image.Image:
@@ -39,7 +40,7 @@ def draw_photo(options: LookOptions, image: Any) -> Image.Image:
         photo = to_pil_image(image_to_tensor(photo, to_rgb=True, bit_depth=processor.bit_depth))
     name = Path(image).name if isinstance(image, str | Path) else ""
     model_name = get_title(options.model)
-    measurements = measure_photo(model, processor, photo)
+    measurements = measure_photo(model, processor, photo, find_token_use(model))
     sheet = draw_sheet(measurements, " · ".join(filter(None, (model_name, name))))
     if options.output is not None:
         save_image(sheet, choose_file(options.output, Path(name).stem or "sheet", True, []))
@@ -57,6 +58,7 @@ def write_sheets(options: LookOptions, output: Path) -> None:
     error_console = Console(emoji=False, stderr=True, soft_wrap=True, highlight=False)
     photos = list_records(options.paths)
     model, processor = load_adjusted_model(options.model, options.image_size, options.resize)
+    use = find_token_use(model)
     model_name = get_title(options.model)
     is_single = len(photos) == 1
     written: list[Path] = []
@@ -65,7 +67,7 @@ def write_sheets(options: LookOptions, output: Path) -> None:
     )
     for name, source in watch:
         try:
-            measurements = measure_photo(model, processor, read_image(source))
+            measurements = measure_photo(model, processor, read_image(source), use)
         except ValueError as error:
             error_console.print(
                 f"WARNING: skipped a photo: {error}", style="bold yellow", markup=False

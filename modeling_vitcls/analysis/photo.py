@@ -1,6 +1,6 @@
 """What a model predicts for one photo, what its tokens attend to, and what its patches contain.
 
-    measurements = measure_photo(model, processor, photo)
+    measurements = measure_photo(model, processor, photo, find_token_use(model))
     draw_sheet(measurements, "mine")        # a PIL image (sheet.py)
     measurements.maps                       # [layer, head, token, row, column]
 
@@ -30,7 +30,7 @@ from ..model.configuration_vitcls import ViTCLSConfig
 from ..model.extra_heads_vitcls import ExtraHead
 from .attribution import AttentionTrace, trace_attention
 from .maps import extract_patch_maps, to_upright_rgb
-from .token_use import find_token_use
+from .token_use import TokenUse
 
 
 MAX_LABELS = 3  # Labels shown per prediction
@@ -91,48 +91,22 @@ class PhotoMeasurements:
     explained_variance: list[list[float]]
 
 
-@dataclass(frozen=True)
-class ShownPhoto:
-    """A photo that a page shows.
-
-    Attributes:
-        name: name of the photo.
-        measurements: the values that its sheet shows.
-        truth: true label as text; None if unknown.
-        predicted: predicted label as text. Default: the prediction of the measurements.
-        kind: reason why the photo is shown (`select_images`); None without a reason.
-    """
-
-    name: str
-    measurements: PhotoMeasurements
-    truth: str | None = None
-    predicted: str | None = None
-    kind: str | None = None
-
-    @property
-    def caption(self) -> str:
-        """The true and the predicted labels, or the name of the photo."""
-        predicted = self.predicted or ", ".join(
-            labels[0][0] for labels in self.measurements.predictions.values() if labels
-        )
-        if self.truth and predicted:
-            return f"{self.truth} → {predicted}"
-        return predicted or self.name
-
-
-def measure_photo(model: Any, processor: Any, image: Image.Image) -> PhotoMeasurements:
+def measure_photo(
+    model: Any, processor: Any, image: Image.Image, use: TokenUse
+) -> PhotoMeasurements:
     """Run the model once on a photo, and return the attention and the features of its tokens.
 
     Args:
         model: any ViTCLS classifier or encoder, with or without special tokens, in evaluation mode
             and without wrappers of PEFT or torch.compile.
         processor: the image processor of the model.
+        image: the photo.
+        use: the tokens that the outputs of the model read (`find_token_use`).
 
     Raises:
         ValueError: if the processor or the model does not accept the photo, or the features are not
             finite.
     """
-    use = find_token_use(model)
     config = use.config
     # [1, C, H, W]
     pixel_values = processor(image, return_tensors="pt")["pixel_values"].to(model.device)
@@ -147,11 +121,11 @@ def measure_photo(model: Any, processor: Any, image: Image.Image) -> PhotoMeasur
         raise ValueError(
             "the features of the model are not finite. Load the model in float32, or train it again"
         )
+    predictions, attributions = predict_photo(trace, heads)
     # Without CLS tokens, the mean over the patches is the first token.
     rows = [] if config.num_cls_tokens else [trace.compute_patch_attention()[0].cpu()]
     rows.append(trace.compute_token_attention()[0].float().cpu())
     attention = torch.cat(rows, dim=2)  # [L, H, S, N]
-    predictions, attributions = predict_photo(trace, heads)
 
     # In a model of one layer, a token that no head reads is used in none. Its row shows this layer.
     *token_layers, patch_layer = [max(number, 1) for number in use.num_layers]

@@ -26,8 +26,7 @@ from ..version import __version__
 from .ablation import Effect
 from .inspection import Inspection
 from .maps import draw_region, overlay, to_picture
-from .photo import ShownPhoto
-from .sheet import draw_sheet
+from .sheet import ShownPhoto
 
 
 TEMPLATE_FOLDER = Path(__file__).parent
@@ -73,6 +72,7 @@ def write_page(
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["data_url"] = encode_data_url
     text = environment.get_template("report.html.j2").render(
         style=Markup((TEMPLATE_FOLDER / "page.css").read_text(encoding="utf-8")),
         title=title,
@@ -81,7 +81,7 @@ def write_page(
         version=__version__,
         date=datetime.now().astimezone().strftime("%d %B %Y, %H:%M %Z"),
         inspection=inspection,
-        photos=[build_photo_row(photo, title) for photo in photos],
+        photos=[build_photo_row(photo) for photo in photos],
         predictions=predictions,
         class_tables=class_tables or {},
         effects=[format_effect(*row) for row in inspection.effects],
@@ -119,8 +119,8 @@ def build_inspection_record(
 # The page -----------------------------------------------------------------------------------------
 
 
-def build_photo_row(photo: ShownPhoto, title: str) -> dict[str, Any]:
-    """Build the images of a photo as data URLs, and the texts next to them.
+def build_photo_row(photo: ShownPhoto) -> dict[str, Any]:
+    """Build the images of a photo, and the texts next to them.
 
     The images show what the model sees, the attention of the first token, and the features of the
     patches; the last one is the sheet.
@@ -135,13 +135,12 @@ def build_photo_row(photo: ShownPhoto, title: str) -> dict[str, Any]:
         f"attention of {measurements.token_names[0]}": overlay(visible_part, attention),
         "patch features": features.resize(visible_part.size, Image.Resampling.NEAREST),
     }
-    sheet = draw_sheet(measurements, f"{title} · {Path(photo.name).name}")
     return {
         "name": photo.name,
         "caption": photo.caption,
         "kind": KINDS.get(photo.kind or ""),
-        "pictures": {name: encode_data_url(picture) for name, picture in pictures.items()},
-        "sheet": encode_data_url(sheet),
+        "pictures": pictures,
+        "sheet": photo.sheet,
     }
 
 

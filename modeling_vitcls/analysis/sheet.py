@@ -13,6 +13,9 @@ height of a section is known only after it is drawn. Heights and widths are in i
 import math
 import textwrap
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,9 +26,8 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.patches import Rectangle
 from matplotlib.ticker import LinearLocator
-from PIL import Image, ImageOps
+from PIL import Image
 
 from ..inference.token_names import SINGLE_TOKEN_NAMES
 from .maps import COLORMAP, MIN_SCALE, draw_region, get_brightest_value, limit_region, overlay
@@ -46,7 +48,7 @@ LARGE_SIDE = 640  # Longer side of the photo before it is scaled, in pixels
 MAX_TOKENS = 9  # Further tokens have no row
 MAX_ATTRIBUTIONS = 14  # Two lines of labels
 HEADER_CHARACTERS = 150  # With more in a line of headers, neighbors overlap
-MAX_TITLE = 64  # Characters that fit next to the small photo
+MAX_TITLE = 80  # Characters that fit in a line
 
 # Color of each group of `config.token_layout`. Color-blind readers can distinguish the colors
 # (palette of Okabe and Ito).
@@ -58,7 +60,7 @@ GROUP_COLORS = {
 }
 DARK_GRAY = "#222222"
 MEDIUM_GRAY = "#666666"
-PALE = 0.35  # Opacity of maps that no output depends on, and of the part of the photo not seen
+PALE = 0.35  # Opacity of maps that no output depends on
 
 STYLE: dict[Any, Any] = {
     "font.size": 8.5,
@@ -75,6 +77,40 @@ STYLE: dict[Any, Any] = {
 # An image, the text above it, and whether an output of the model depends on it
 Tile = tuple[Any, str, bool]
 Row = tuple[str, str, str, list[Tile]]  # A name, its color, a note below it, and tiles
+
+
+@dataclass(frozen=True)
+class ShownPhoto:
+    """A photo that a page shows.
+
+    Attributes:
+        name: name of the photo.
+        measurements: the values that its sheet shows.
+        truth: true label as text; None if unknown.
+        predicted: predicted label as text. Default: the prediction of the measurements.
+        kind: reason why the photo is shown (`select_images`); None without a reason.
+    """
+
+    name: str
+    measurements: PhotoMeasurements
+    truth: str | None = None
+    predicted: str | None = None
+    kind: str | None = None
+
+    @property
+    def caption(self) -> str:
+        """The true and the predicted labels, or the name of the photo."""
+        predicted = self.predicted or ", ".join(
+            labels[0][0] for labels in self.measurements.predictions.values() if labels
+        )
+        if self.truth and predicted:
+            return f"{self.truth} → {predicted}"
+        return predicted or self.name
+
+    @cached_property
+    def sheet(self) -> Image.Image:
+        """The sheet of the photo."""
+        return draw_sheet(self.measurements, Path(self.name).name)
 
 
 def draw_sheet(measurements: PhotoMeasurements, title: str = "") -> Image.Image:
@@ -108,15 +144,11 @@ def draw_sheet(measurements: PhotoMeasurements, title: str = "") -> Image.Image:
 
 
 def draw_header(measurements: PhotoMeasurements, title: str) -> Figure:
-    """Write the title, the size of the model, what it sees of the photo, and the predictions.
-
-    If the model sees a part of the photo, the whole photo is drawn, and the other part is pale.
-    """
+    """Write the title, the size of the model, what it sees of the photo, and the predictions."""
     config = measurements.config
     image = measurements.image
     left, top, right, bottom = limit_region(measurements.visible_region, image)
     share = (right - left) * (bottom - top) / (image.width * image.height)
-    sees_all = share > 0.995
     height, width = measurements.input_size
     rows, columns = measurements.norms.shape[1:]
     tokens = [
@@ -128,7 +160,7 @@ def draw_header(measurements: PhotoMeasurements, title: str) -> Figure:
         f"{config.num_hidden_layers} layers, {config.num_attention_heads} heads, patches of "
         f"{' × '.join(map(str, config.patch_height_width))} pixels, {', '.join(tokens) or 'no special tokens'}",
         f"photo of {image.width} × {image.height} pixels; the model sees "
-        f"{'all' if sees_all else f'the central {share:.0%}'} of it at {width} × {height} pixels, "
+        f"{share:.0%} of it at {width} × {height} pixels, "
         f"as {columns} × {rows} patches",
         "drawn in the last layer that the output depends on: "
         f"{shorten_middle(measurements.token_names[0], 36)} in layer "
@@ -152,12 +184,6 @@ def draw_header(measurements: PhotoMeasurements, title: str) -> Figure:
         weight="bold",
     )
     figure.text(LEFT, 0.1 / inches, "\n".join(lines), fontsize=9, linespacing=1.5)
-    if not sees_all:
-        axes = figure.add_axes((0.75, 0, RIGHT - 0.75, 1 - 0.24 / inches), anchor="NE")
-        axes.set_axis_off()
-        axes.imshow(ImageOps.grayscale(image), cmap="gray", alpha=PALE)
-        seen = Rectangle((left, top), right - left, bottom - top, transform=axes.transData)
-        axes.imshow(image).set_clip_path(seen)
     return figure
 
 

@@ -82,6 +82,7 @@ def build_page(options: DemoOptions) -> Any:
 
     from ..analysis.photo import measure_photo
     from ..analysis.sheet import draw_sheet
+    from ..analysis.token_use import find_token_use
     from ..hub.local_paths import get_title
     from ..inference.inputs import ImageRecord
     from ..inference.options import PredictOptions
@@ -92,6 +93,7 @@ def build_page(options: DemoOptions) -> Any:
     title = get_title(options.model)
     settings = PredictOptions(model=options.model, paths=("photo",), top_k=NUM_LABELS)
     predictor = build_predictor(settings, build_accelerator())
+    use = find_token_use(predictor.model)
     columns: Any = predictor.columns
 
     def answer(file: str | None) -> list[Any]:
@@ -103,7 +105,7 @@ def build_page(options: DemoOptions) -> Any:
             # the error.
             raise gradio.Error(row["error"].replace(file, "the file"), print_exception=False)
         answers = [read_answer(row, task, head) for task, head in columns.heads.items()]
-        photo = measure_photo(predictor.model, predictor.processor, read_image(file))
+        photo = measure_photo(predictor.model, predictor.processor, read_image(file), use)
         return [*answers, draw_sheet(photo)]
 
     answers = [

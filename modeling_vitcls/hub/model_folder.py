@@ -53,6 +53,13 @@ from .provenance import Provenance, find_provenance
 # Model types that `vitcls convert --to transformers` writes.
 NATIVE_MODEL_TYPES = ("vit", "deit", "dinov2", "dinov2_with_registers", "dinov3_vit")
 
+# Model class -> Auto class; ViTCLSForMultiTaskClassification is a classifier as well
+AUTO_CLASSES = {
+    "ViTCLSForMultiTaskClassification": "AutoModelForImageClassification",
+    "ViTCLSForMaskedImageModeling": "AutoModelForMaskedImageModeling",
+    "ViTCLSBackbone": "AutoBackbone",
+}
+
 # First parts of the names of weights that an encoder without a classifier does not use.
 HEADS = {
     "classifier",
@@ -135,6 +142,13 @@ class ModelFolder:
     def architecture(self) -> str:
         """The name of the model class."""
         return (read_json(self.path / CONFIG_FILE).get("architectures") or ["ViTCLSModel"])[0]
+
+    @property
+    def auto_class(self) -> str:
+        """The Auto class that loads the complete model. AutoModel loads the encoder of any model."""
+        if "ForImageClassification" in self.architecture:
+            return "AutoModelForImageClassification"
+        return AUTO_CLASSES.get(self.architecture, "AutoModel")
 
     @property
     def has_processor(self) -> bool:

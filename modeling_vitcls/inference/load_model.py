@@ -34,7 +34,7 @@ def load_for_inference(
     folder: ModelFolder,
     device: torch.device,
     *,
-    use_head: bool | None,
+    use_head: bool,
     batch_size: int | None,
     max_batch_size: int,
     resize: str | None = None,
@@ -44,7 +44,7 @@ def load_for_inference(
     Args:
         folder: The model.
         device: The device.
-        use_head: Whether to load the classifier. None: if there is one.
+        use_head: Whether to load the classifier.
         batch_size: Number of images of a process; None to choose it.
         max_batch_size: Default batch size on GPUs.
         resize: How images become the input (crop, squash, pad). Default: unchanged.

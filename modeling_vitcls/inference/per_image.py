@@ -25,6 +25,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ..hub.model_files import PREDICTIONS_FILE
+from ..hub.model_folder import ModelFolder
+from ..runtime.errors import warn_on_first_process
 from ..runtime.files import write_atomically
 from .confidence import compute_losses, to_probabilities
 from .evaluator import Predictions
@@ -86,15 +89,35 @@ def write_predictions(
         pq.write_table(table, temporary_file)
 
 
-def read_weights_hash(file: Path) -> dict[str, str] | None:
-    """Read the SHA-256 of each weight file of the model that computed a file of predictions.
+def read_predictions(folder: ModelFolder) -> Any:
+    """Read predictions.parquet: a pandas DataFrame with one row per image, and `confidence`.
 
-    It is None if the file does not contain it. Raise ValueError or OSError if the file is damaged.
+    The result is None if the folder has no predictions of these weights, or the images do not have
+    exactly one label.
     """
-    metadata = pq.read_schema(file).metadata or {}
-    if METADATA_KEY not in metadata:
+    file = folder.path / PREDICTIONS_FILE
+    if not folder.results or not file.is_file():
         return None
-    return json.loads(metadata[METADATA_KEY]).get("weights_sha256")
+    try:
+        table = pq.read_table(file)
+    except (OSError, ValueError):  # The errors of pyarrow are subclasses
+        warn_on_first_process(
+            f"ignoring {file}, because it is not readable. Write it again with `vitcls evaluate "
+            "--per-image`"
+        )
+        return None
+    metadata = json.loads((table.schema.metadata or {}).get(METADATA_KEY, "{}"))
+    # A model that was trained again makes other mistakes than those in the file.
+    if metadata.get("weights_sha256") != folder.weights_sha256:
+        warn_on_first_process(
+            f"ignoring {file}, because it contains the predictions of other weights"
+        )
+        return None
+    rows = table.to_pandas()
+    # Several labels of an image are a list, of which some may be right and others wrong.
+    if not len(rows) or not isinstance(rows["label"][0], str):
+        return None
+    return rows.assign(confidence=rows["probabilities"].map(max))
 
 
 def select_names(names: list[str], is_selected: np.ndarray) -> list[str]:

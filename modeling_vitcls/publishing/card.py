@@ -40,8 +40,6 @@ from ..model.configuration_vitcls import MIN_TRANSFORMERS_VERSION
 from ..runtime.errors import format_name_list
 from ..training.extend import format_result
 from ..version import __version__
-from .verification_script import get_auto_class
-from .wrong_photos import read_predictions, summarize_predictions
 
 
 TAGS = ("vision", "vit", "vitcls")
@@ -111,16 +109,7 @@ def render_card(
         for name in (REPORT_FILE, SAMPLE_IMAGES_FILE)
         if folder.results and (folder.path / name).is_file() and name not in hidden_files
     ]
-    metric_names = get_metric_names(folder.results, folder.config)
-    metrics = {
-        "metrics": build_metric_rows(folder.results, folder.config),
-        "class_tables": build_class_tables(folder.results, folder.config),
-        "confusions": describe_confusions(folder.results, folder.config),
-    }
-    auto_class = get_auto_class(folder.architecture)
-    metadata = build_metadata(folder, name, license_source, metric_names)
     variables = {
-        "card_data": ModelCardData(**metadata).to_yaml(),
         "name": name,
         "version": __version__,
         "shown_files": shown_files,
@@ -149,8 +138,14 @@ def render_card(
         template = "encoder" if "method" in folder.results else "classifier"
     else:
         template = "model" if folder.has_weights else "export"
-    variables |= metrics | build_model_variables(folder, auto_class)
+    variables |= build_model_variables(folder)
     variables |= build_run_variables(folder) if is_run else {}
+    variables |= {
+        "card_data": ModelCardData(**build_metadata(folder, name, license_source)).to_yaml(),
+        "metrics": build_metric_rows(folder.results, folder.config),
+        "class_tables": build_class_tables(folder.results, folder.config),
+        "confusions": describe_confusions(folder.results, folder.config),
+    }
     text = f"{TEMPLATES.get_template(f'{template}.md.j2').render(variables).rstrip()}\n\n"
     return f"{text}{SIGNATURE.format(compute_signature(text))}\n"
 
@@ -158,9 +153,7 @@ def render_card(
 # Metadata -----------------------------------------------------------------------------------------
 
 
-def build_metadata(
-    folder: ModelFolder, name: str, license_source: Provenance, metric_names: dict[str, str]
-) -> dict[str, Any]:
+def build_metadata(folder: ModelFolder, name: str, license_source: Provenance) -> dict[str, Any]:
     """Collect the header of the card as keyword arguments of ModelCardData."""
     results = folder.results
     base_model = folder.provenance.base_model if folder.provenance else None
@@ -179,12 +172,13 @@ def build_metadata(
         **license_source.license_metadata,
     }
 
-    if metric_names:
-        metadata["metrics"] = ["accuracy" if "accuracy" in results else "mean_average_precision"]
     # A dataset type is required in the model index, and the only valid types are datasets on the
     # Hub. Results from before classes were added, or on images that trained the encoder, are left
     # out.
     is_comparable = "num_images_of_encoder" not in results and not list_added_classes(folder)
+    metric_names = get_metric_names(results, folder.config)
+    if metric_names:
+        metadata["metrics"] = ["accuracy" if "accuracy" in results else "mean_average_precision"]
     if metric_names and metadata["datasets"] and is_comparable:
         metadata["model_name"] = name
         metadata["eval_results"] = [
@@ -225,16 +219,16 @@ def get_license_source(folder: ModelFolder, license_id: str | None) -> Provenanc
 # Variables of the templates -----------------------------------------------------------------------
 
 
-def build_model_variables(folder: ModelFolder, auto_class: str) -> dict[str, Any]:
+def build_model_variables(folder: ModelFolder) -> dict[str, Any]:
     """Collect what a card says about the model, its tokens and its use.
 
     A pipeline supports classifiers with one task.
     """
     config = folder.config
-    is_classifier = auto_class == "AutoModelForImageClassification"
+    is_classifier = folder.auto_class == "AutoModelForImageClassification"
     variables = {
         "num_parameters": folder.num_parameters if folder.has_weights else None,
-        "auto_class": auto_class,
+        "auto_class": folder.auto_class,
         "is_classifier": is_classifier,
         "has_pipeline": is_classifier and not (config is not None and config.tasks),
         "can_be_finetuned": not folder.is_native and not (folder.results and is_classifier),
@@ -252,12 +246,10 @@ def build_run_variables(folder: ModelFolder) -> dict[str, Any]:
     """Collect what a card says about a training run: results, limitations and training."""
     results = folder.results
     shareable_flags = folder.shareable_flags
-    rows = read_predictions(folder)
     return {
         "is_frozen": bool(results.get("frozen")) and not results["steps"],
         "initial_model": shareable_flags["model"],
         "is_cross_validated": results.get("split") == "cross-validation",
-        "predictions": None if rows is None else summarize_predictions(folder, rows),
         "teacher": shareable_flags.get("teacher"),
         "recipe_file": RECIPE_FILE,
     }

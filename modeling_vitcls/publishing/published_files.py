@@ -59,10 +59,9 @@ def collect_files(
         card_samples: Whether to publish images of a dataset that is not public.
 
     Raises:
-        ValueError: If the folder does not contain a complete model, one of the files is a link to a
-            file elsewhere, or the initial weights have another license.
+        ValueError: If one of the files is a link to a file elsewhere, or the initial weights have
+            another license.
     """
-    folder.check_is_complete()
     hidden_files = set() if card_samples else folder.private_files
     names = list_published_files(folder) - hidden_files
     files: dict[str, Path | bytes] = {name: folder.path / name for name in sorted(names)}

@@ -64,6 +64,8 @@ class PushedCommit(HubCommit):
 
     url: str  # URL of the commit
     is_private: bool
+    files: Mapping[str, Path | bytes]  # Name in the repository -> path or content
+    advice: str  # How to finish a push that failed, or that was not verified
 
 
 def prepare_repository(
@@ -134,8 +136,7 @@ def push_folder(
     If nothing has changed, no commit is made, and the newest commit of the branch is returned.
 
     Args:
-        folder: Folder with the configuration, weights, code, image processor and results of a
-            model.
+        folder: Folder of a complete model (`ModelFolder.check_is_complete`).
         repo_id: `namespace/name`.
         private: Whether a new repository must be private. Default: the account's default
             visibility.
@@ -143,10 +144,11 @@ def push_folder(
         license_id, card_samples: As in `collect_files`.
 
     Raises:
-        ValueError: If the folder does not contain a complete model.
+        ValueError: As in `collect_files`.
         PushError: If the push fails. The message is a single line and ends with the command that
             completes the push.
     """
+    files = collect_files(folder, repo_id, license_id, card_samples)
     command = build_push_command(
         folder.path,
         repo_id,
@@ -156,7 +158,7 @@ def push_folder(
         card_samples=card_samples,
     )
     return upload_files(
-        collect_files(folder, repo_id, license_id, card_samples),
+        files,
         repo_id,
         repo_type="model",
         message="Upload model",
@@ -234,6 +236,8 @@ def upload_files(
         needs_token=bool(info.private) or is_gated,
         url=f"{constants.ENDPOINT}/{path}",
         is_private=bool(info.private),
+        files=files,
+        advice=advice,
     )
 
 

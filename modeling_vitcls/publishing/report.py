@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 
-from ..analysis.inspection import MAX_BATCH_SIZE, inspect_images
+from ..analysis.inspection import inspect_images
 from ..analysis.report import write_page
-from ..analysis.sheet import draw_sheet
 from ..hub.model_files import REPORT_FILE, SAMPLE_IMAGES_FILE
 from ..hub.model_folder import ModelFolder
-from ..inference.load_model import load_for_inference
+from ..inference.load_model import load_model
 from ..inference.metric_tables import build_class_tables
+from ..inference.per_image import read_predictions
 from ..runtime.errors import format_error
 from ..runtime.progress import track
 from ..training.run_folder import load_run_data
@@ -26,7 +26,6 @@ from .wrong_photos import (
     choose_photos,
     draw_wrong_photos,
     find_photos,
-    read_predictions,
     summarize_predictions,
 )
 
@@ -34,6 +33,7 @@ from .wrong_photos import (
 NUM_SHOWN_IMAGES = 6
 # A report follows each run, so it may cost seconds, but not hours for a large model
 NUM_MEASURED_IMAGES = 32
+BATCH_SIZE = 8
 
 
 def write_report(folder: ModelFolder) -> str | None:
@@ -69,29 +69,26 @@ def write_run_page(folder: ModelFolder) -> str | None:
     if not len(measured):
         return None
 
-    model, processor, batch_size = load_for_inference(
-        folder,
-        torch.device("cuda" if torch.cuda.is_available() else "cpu"),
-        use_head=None,
-        batch_size=None,
-        max_batch_size=MAX_BATCH_SIZE,
-    )
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = load_model(folder).to(device)
+    processor = folder.load_processor()
     rows = read_predictions(folder)
     predictions = None
     chosen: Any = []
     if rows is not None:
-        photos_by_name = find_photos(data)
-        chosen = choose_photos(rows, photos_by_name, NUM_SHOWN_IMAGES)
         predictions = summarize_predictions(folder, rows)
+        photos_by_name = find_photos(data)
         predictions["wrong"] = draw_wrong_photos(
             predictions["wrong"], photos_by_name, data.label_space.names, processor.bit_depth
         )
+        chosen = choose_photos(rows, photos_by_name, NUM_SHOWN_IMAGES)
+
     inspection, photos = inspect_images(
         model,
         processor,
         measured.draw(NUM_MEASURED_IMAGES),
         data.label_space,
-        batch_size=batch_size,
+        batch_size=BATCH_SIZE,
         chosen=chosen,
         num_shown=NUM_SHOWN_IMAGES,
         # Effects are worth a table only if there are several tokens, and training changed them.
@@ -112,5 +109,5 @@ def write_run_page(folder: ModelFolder) -> str | None:
     )
     sheet_file = folder.path / SAMPLE_IMAGES_FILE
     sheet_file.parent.mkdir(exist_ok=True)
-    draw_sheet(photos[0].measurements, folder.name).save(sheet_file, optimize=True)
+    photos[0].sheet.save(sheet_file, optimize=True)
     return "; ".join(inspection.faults)

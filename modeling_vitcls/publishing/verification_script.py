@@ -1,6 +1,8 @@
 """Load a published model in a process without this package, and save its outputs for fixed inputs.
 
-    python -P verification_script.py REPO_ID COMMIT TRUST_REMOTE_CODE NUM_THREADS FOLDER    # run by verify.py
+    python -P verification_script.py REPO_ID COMMIT AUTO_CLASS TRUST_REMOTE_CODE NUM_THREADS FOLDER
+
+verify.py runs the script.
 
 The script writes outputs.safetensors and report.json with the loaded classes to FOLDER; report.json
 contains only the error if loading fails. The code of the repository runs only in this process. The
@@ -18,24 +20,19 @@ import transformers
 from safetensors.torch import save_file
 
 
-# Model class -> Auto class that loads the complete model. AutoModel loads the encoder of any
-# checkpoint.
-AUTO_CLASSES = {
-    "ViTCLSForImageClassification": "AutoModelForImageClassification",
-    "ViTCLSForMultiTaskClassification": "AutoModelForImageClassification",
-    "ViTCLSForMaskedImageModeling": "AutoModelForMaskedImageModeling",
-    "ViTCLSBackbone": "AutoBackbone",
-}
-
 Outputs = dict[str, torch.Tensor]
 
 
-def write_outputs(repo_id: str, commit: str, trust_remote_code: bool, folder: Path) -> None:
+def write_outputs(
+    repo_id: str, commit: str, complete_class: str, trust_remote_code: bool, folder: Path
+) -> None:
     """Load the model, and write report.json and outputs.safetensors to `folder`."""
     report: dict[str, Any]
     try:
         outputs, report = collect_outputs(
-            repo_id, {"revision": commit, "trust_remote_code": trust_remote_code}
+            repo_id,
+            complete_class,
+            {"revision": commit, "trust_remote_code": trust_remote_code},
         )
         save_file(outputs, folder / "outputs.safetensors")
     except Exception as error:  # Published code may raise any error
@@ -44,12 +41,14 @@ def write_outputs(repo_id: str, commit: str, trust_remote_code: bool, folder: Pa
 
 
 def collect_outputs(
-    source: str, options: dict[str, Any], backbone_class: Any = None
+    source: str, complete_class: str, options: dict[str, Any], backbone_class: Any = None
 ) -> tuple[Outputs, dict[str, Any]]:
     """Process a fixed image and compute the outputs of the encoder and of the complete model.
 
     Args:
         source: Id of a repository, or a folder.
+        complete_class: Auto class that loads the complete model. AutoModel loads the encoder of any
+            checkpoint.
         options: Arguments of `from_pretrained`: the revision, and whether to trust the code of the
             repository.
         backbone_class: Class that loads a backbone in a folder. Default: AutoBackbone.
@@ -85,7 +84,7 @@ def collect_outputs(
         report["classes"]["AutoImageProcessor"] = type(processor).__name__
 
     architecture = (config.architectures or ["ViTCLSModel"])[0]
-    for auto_class in dict.fromkeys(["AutoModel", get_auto_class(architecture)]):
+    for auto_class in dict.fromkeys(["AutoModel", complete_class]):
         # Weights that the checkpoint lacks are random. With one seed, both processes have the same
         # ones.
         torch.manual_seed(0)
@@ -109,14 +108,6 @@ def collect_outputs(
     return {name: tensor.detach().clone().contiguous() for name, tensor in outputs.items()}, report
 
 
-def get_auto_class(architecture: str) -> str:
-    """Choose the Auto class for a model class of modeling_vitcls or transformers."""
-    is_classifier = "ForImageClassification" in architecture
-    return AUTO_CLASSES.get(
-        architecture, "AutoModelForImageClassification" if is_classifier else "AutoModel"
-    )
-
-
 def flatten_outputs(outputs: Any, prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:
     """Yield the tensors in nested dicts and tuples, with names such as `logits.species`."""
     named_values = outputs.items() if isinstance(outputs, Mapping) else enumerate(outputs)
@@ -130,7 +121,11 @@ def flatten_outputs(outputs: Any, prefix: str = "") -> Iterator[tuple[str, torch
 if __name__ == "__main__":
     # Importing the package fails, as if it were not installed.
     sys.modules["modeling_vitcls"] = None  # type: ignore[assignment]
-    script_repo_id, script_commit, trust_text, thread_text, script_folder = sys.argv[1:]
+    script_repo_id, script_commit, script_class, trust_text, thread_text, script_folder = sys.argv[
+        1:
+    ]
     # The reference was computed with this number of threads, which affects rounding.
     torch.set_num_threads(int(thread_text))
-    write_outputs(script_repo_id, script_commit, trust_text == "True", Path(script_folder))
+    write_outputs(
+        script_repo_id, script_commit, script_class, trust_text == "True", Path(script_folder)
+    )

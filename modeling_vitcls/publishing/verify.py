@@ -1,14 +1,12 @@
-"""Verify that a published model loads without this package and that its outputs match a reference.
+"""Verify that a published model loads without this package and that its outputs match the local model's.
 
-    print(verify("someone/model", "0123abc...", ModelFolder(Path("runs/mine"))))
+    print(verify(push_folder(folder, "me/mine"), folder))
 
-1. The files on the Hub must have the hashes of the files that a push of `folder` publishes or,
-   without `folder`, of the downloaded files.
+1. The files on the Hub must have the hashes of the files that were pushed.
 2. A new process, with an empty cache and without this package, loads the commit with the Auto
-   classes (verification_script.py). Because the process may run code by an unknown author, it
-   receives only a few environment variables, and it receives the user's token only if the
-   repository is private or gated. The process is not sandboxed: it runs as the current user and can
-   read the user's files.
+   classes (verification_script.py). It receives only a few environment variables, and the user's
+   token only if the repository is private or gated. The process is not sandboxed: it runs as the
+   current user and can read the user's files.
 3. The outputs of the new process for fixed inputs must match the outputs of the model in `folder`,
    loaded with this package. No published code runs in the calling process.
 
@@ -19,8 +17,6 @@ What is not proven:
 - Anything but one forward pass of one or two images of random pixels at the native size: not
   training, other sizes, methods such as `adapt`, or exported files, of which only the hashes are
   compared.
-- Without `folder`, that the weights are those that you meant: the reference is read from the same
-  files.
 """
 
 import json
@@ -40,28 +36,26 @@ from safetensors.torch import load_file
 
 from ..hub.connection import (
     HUB_ERRORS,
-    check_is_online,
     format_hub_error,
     set_hub_timeout,
     silence_transformers,
 )
-from ..hub.loading import HubCommit, download_files, resolve_commit
-from ..hub.model_files import CARD_FILE, CODE_PATTERN, MODEL_PATTERNS, PARITY_REPORT_FILE
+from ..hub.loading import HubCommit
+from ..hub.model_files import CODE_PATTERN
 from ..hub.model_folder import ModelFolder
 from ..model.modeling_vitcls import ViTCLSBackbone
 from ..runtime.errors import format_error
 from ..runtime.system import get_versions
 from ..version import __version__
 from . import verification_script
-from .published_files import PACKAGE_FOLDER, collect_files
-from .push import TIMEOUT, push_folder
+from .published_files import PACKAGE_FOLDER
+from .push import TIMEOUT, PushedCommit, push_folder
 from .verification_script import Outputs, collect_outputs
 
 
 # Maximum absolute difference from a reference tensor in float32, relative to the largest absolute
 # value of the reference tensor if this value exceeds 1.
 TOLERANCE = 1e-6
-VERIFIED_PATTERNS = (*MODEL_PATTERNS, PARITY_REPORT_FILE, CARD_FILE, "*.py")
 # Environment variables (in upper or lower case) that the new process inherits: locations of
 # programs and libraries, access to the Hub, and settings that affect numerical results.
 INHERITED_VARIABLES = frozenset(
@@ -73,98 +67,6 @@ INHERITED_VARIABLES = frozenset(
     ).split()
 )
 INHERITED_PREFIXES = ("OMP_", "GOMP_", "KMP_", "MKL_", "ONEDNN_", "DNNL_", "OPENBLAS_")
-
-
-def verify(repo_id: str, revision: str = "main", folder: ModelFolder | None = None) -> str:
-    """Run a published model in a new process, and compare its outputs with a reference.
-
-    Args:
-        repo_id: `namespace/name`.
-        revision: Commit hash, branch or tag.
-        folder: Local folder of the pushed model, which is loaded as the reference. By default, the
-            reference is loaded from the downloaded files, with the code of this package.
-
-    Returns:
-        The report as lines of text.
-
-    Raises:
-        ValueError: If files are damaged or differ from those in `folder`, if the model does
-            not load without this package, or if the outputs of the model differ from the reference.
-            The message is a single line.
-        OSError: If the repository or the revision does not exist, or if the Hub does not respond.
-    """
-    check_is_online()
-    commit = resolve_commit(repo_id, revision)
-    if folder is not None:
-        return verify_folder(commit, folder)
-    with tempfile.TemporaryDirectory(prefix="vitcls-verify-") as temporary_path:
-        path = download_files(repo_id, commit.sha, VERIFIED_PATTERNS, folder=Path(temporary_path))
-        names = {file.relative_to(path): file for file in path.rglob("*") if file.is_file()}
-        # huggingface_hub writes files about the download, too.
-        downloaded: dict[str, Path | bytes] = {
-            name.as_posix(): names[name] for name in names if name.parts[0] != ".cache"
-        }
-        check_hashes(commit, downloaded, "damaged on the Hub", "Push the model again")
-        reference = ModelFolder(path, f"{repo_id} at {commit.sha}")
-        reference_name = f"the same files with modeling_vitcls {__version__}"
-        return compare_with_reference(commit, downloaded, reference, reference_name)
-
-
-def verify_folder(commit: HubCommit, folder: ModelFolder) -> str:
-    """Compare a commit with the folder from which it was pushed; return the report."""
-    files = collect_files(folder, commit.repo_id)
-    # The card depends on flags of the push, such as the license, which are not known here.
-    del files[CARD_FILE]
-    problem = f"missing or different from {folder.path}"
-    check_hashes(commit, files, problem, f"Push {folder.path} again")
-    return compare_with_reference(commit, files, folder, str(folder.path))
-
-
-def compare_with_reference(
-    commit: HubCommit, files: Mapping[str, Path | bytes], reference: ModelFolder, name: str
-) -> str:
-    """Compare the outputs of a commit, whose files have the right hashes, with a reference.
-
-    Args:
-        commit: The commit, which a new process loads.
-        files: The files of the commit.
-        reference: The model whose outputs are right.
-        name: The name of the reference in the report.
-    """
-    trust_remote_code = not reference.is_native
-    with silence_transformers():
-        # AutoBackbone queries the Hub even for a local folder.
-        expected_outputs, _ = collect_outputs(
-            str(reference.path), {"trust_remote_code": False}, ViTCLSBackbone
-        )
-    # The reference is computed by this package's code, so a reader should know whether the
-    # published code is the same.
-    code = compare_code(files) if trust_remote_code else "no code"
-    # After the hashes: if files are damaged, their code is not run.
-    outputs, report = run_verification_script(commit, trust_remote_code)
-
-    if report["missing"]:
-        raise ValueError(
-            f"{commit.repo_id} at {commit.sha} lacks the weights {', '.join(report['missing'])}"
-        )
-    compare_outputs(commit.repo_id, outputs, expected_outputs)
-
-    *_, auto_class = report["classes"]
-    trust = ", trust_remote_code=True" if trust_remote_code else ""
-    reason = " at this commit, because loading runs the code in the repository" if trust else ""
-    classes = [f"{each} ({loaded})" for each, loaded in report["classes"].items()]
-    versions = [f"{each} {version}" for each, version in get_versions("huggingface_hub").items()]
-    return "\n".join(
-        [
-            f"verified: {commit.repo_id} at {commit.sha}",
-            f"  {len(files)} files match their hashes; {code}",
-            f"  outputs in a new process (empty cache, no modeling_vitcls) equal those of {name}",
-            f"    {', '.join(classes)}",
-            f"    float32, limit {TOLERANCE:g}; {', '.join(versions)}",
-            f"load the model{reason}:",
-            f'  {auto_class}.from_pretrained("{commit.repo_id}", revision="{commit.sha}"{trust})',
-        ]
-    )
 
 
 def push_and_verify(
@@ -189,22 +91,65 @@ def push_and_verify(
         return
     print("verifying the pushed commit in a new process", flush=True)
     try:
-        print(verify_folder(pushed, folder))
+        print(verify(pushed, folder))
     except (ValueError, OSError) as error:
-        command = f"vitcls push --verify-only {pushed.repo_id}@{pushed.sha}"
         raise OSError(
-            f"the model was pushed, but not verified: {error}. The model is saved in {folder.path} "
-            f"and published at {pushed.url}. Repeat the verification with: {command}"
+            f"the model was pushed to {pushed.url}, but not verified: {error}. {pushed.advice}"
         ) from error
 
 
-def check_hashes(
-    commit: HubCommit, files: Mapping[str, Path | bytes], problem: str, remedy: str
-) -> None:
-    """Raise ValueError unless files have the hashes of the files on the Hub.
+def verify(commit: PushedCommit, folder: ModelFolder) -> str:
+    """Run a pushed model in a new process, and compare its outputs with those of the local model.
 
-    `problem` is what the other files are, and `remedy` what to do about it.
+    Args:
+        commit: The commit, which the new process loads.
+        folder: The folder that was pushed, whose outputs are right.
+
+    Returns:
+        The report as lines of text.
+
+    Raises:
+        ValueError: If the files on the Hub are not those that were pushed, if the model does not
+            load without this package, or if its outputs differ. The message is a single line.
+        OSError: If the Hub does not respond.
     """
+    check_hashes(commit, folder)
+    trust_remote_code = not folder.is_native
+    with silence_transformers():
+        # AutoBackbone queries the Hub even for a local folder.
+        expected_outputs, _ = collect_outputs(
+            str(folder.path), folder.auto_class, {"trust_remote_code": False}, ViTCLSBackbone
+        )
+    # The reference is computed by this package's code, so a reader should know whether the
+    # published code is the same.
+    code = compare_code(commit.files) if trust_remote_code else "no code"
+    outputs, report = run_verification_script(commit, folder.auto_class, trust_remote_code)
+
+    if report["missing"]:
+        raise ValueError(
+            f"{commit.repo_id} at {commit.sha} lacks the weights {', '.join(report['missing'])}"
+        )
+    compare_outputs(commit.repo_id, outputs, expected_outputs)
+
+    trust = ", trust_remote_code=True" if trust_remote_code else ""
+    reason = " at this commit, because loading runs the code in the repository" if trust else ""
+    classes = [f"{each} ({loaded})" for each, loaded in report["classes"].items()]
+    versions = [f"{each} {version}" for each, version in get_versions("huggingface_hub").items()]
+    return "\n".join(
+        [
+            f"verified: {commit.repo_id} at {commit.sha}",
+            f"  {len(commit.files)} files match their hashes; {code}",
+            f"  outputs in a new process (empty cache, no modeling_vitcls) equal those of {folder.path}",
+            f"    {', '.join(classes)}",
+            f"    float32, limit {TOLERANCE:g}; {', '.join(versions)}",
+            f"load the model{reason}:",
+            f'  {folder.auto_class}.from_pretrained("{commit.repo_id}", revision="{commit.sha}"{trust})',
+        ]
+    )
+
+
+def check_hashes(commit: PushedCommit, folder: ModelFolder) -> None:
+    """Raise ValueError unless the files on the Hub have the hashes of the pushed files."""
     try:
         with set_hub_timeout(TIMEOUT):
             tree = HfApi().list_repo_tree(commit.repo_id, revision=commit.sha, recursive=True)
@@ -214,12 +159,13 @@ def check_hashes(
 
     names = [
         name
-        for name, content in files.items()
+        for name, content in commit.files.items()
         if name not in entries or not has_content(entries[name], content)
     ]
     if names:
         raise ValueError(
-            f"files in {commit.repo_id} at {commit.sha} are {problem}: {', '.join(names)}. {remedy}"
+            f"files in {commit.repo_id} at {commit.sha} are missing or different from "
+            f"{folder.path}: {', '.join(names)}. Push {folder.path} again"
         )
 
 
@@ -251,7 +197,7 @@ def compare_code(files: Mapping[str, Path | bytes]) -> str:
 
 
 def run_verification_script(
-    commit: HubCommit, trust_remote_code: bool
+    commit: HubCommit, auto_class: str, trust_remote_code: bool
 ) -> tuple[Outputs, dict[str, Any]]:
     """Run verification_script.py once in a new process, and return the outputs and the report.
 
@@ -271,6 +217,7 @@ def run_verification_script(
                 verification_script.__file__,
                 commit.repo_id,
                 commit.sha,
+                auto_class,
                 str(trust_remote_code),
                 str(torch.get_num_threads()),
                 str(target),

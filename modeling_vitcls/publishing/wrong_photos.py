@@ -1,30 +1,23 @@
-"""The wrong predictions of a run for its report and its card, from predictions.parquet.
+"""The wrong predictions of a run for its report, from predictions.parquet.
 
-    rows = read_predictions(folder)                 one row per image, None without predictions
     summary = summarize_predictions(folder, rows)   headline, counts, calibration, and the wrong
                                                     images with the largest losses
     draw_wrong_photos(summary["wrong"], find_photos(data), ...)      the same, with pictures
 
-These results exist only for classifiers with one label per image. The images of the rows are found
-in the data of the run by their names.
+These results exist only for classifiers with one label per image. The rows are those of
+`read_predictions` (inference/per_image.py); their images are found in the data of the run by name.
 """
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import pandas as pd
-import pyarrow.parquet as pq
 from PIL import Image
 
 from ..analysis.inspection import select_images
 from ..analysis.maps import to_upright_rgb
-from ..analysis.report import encode_data_url
 from ..data.images import LabeledImages
 from ..data.splits import TrainingData
-from ..hub.model_files import PREDICTIONS_FILE
 from ..hub.model_folder import ModelFolder
-from ..inference.per_image import read_weights_hash
-from ..runtime.errors import warn_on_first_process
 from ..training.outcome import list_measurements
 from ..training.run_results import describe_classes
 
@@ -48,38 +41,6 @@ def find_photos(data: TrainingData) -> Photos:
     return {name: places[0] for name, places in found.items() if len(places) == 1}
 
 
-def read_predictions(folder: ModelFolder) -> Any:
-    """Read predictions.parquet: a pandas DataFrame with one row per image, and `confidence`.
-
-    The result is None if the folder has no predictions of these weights, or the images do not have
-    exactly one label.
-    """
-    file = folder.path / PREDICTIONS_FILE
-    if not folder.results or not file.is_file() or folder.config is None:
-        return None
-    try:
-        # A model that was trained again makes other mistakes than those in the file.
-        if read_weights_hash(file) != folder.weights_sha256:
-            warn_on_first_process(
-                f"ignoring {file}, because it contains the predictions of other weights"
-            )
-            return None
-        columns = ["image", "label", "prediction", "probabilities", "loss"]
-        if "nearest_images" in pq.read_schema(file).names:
-            columns.append("nearest_images")
-        rows = pd.read_parquet(file, columns=columns)
-    except (OSError, ValueError):  # The errors of pyarrow are subclasses
-        warn_on_first_process(
-            f"ignoring {file}, because it is not readable. Write it again with `vitcls evaluate "
-            "--per-image`"
-        )
-        return None
-    # Several labels of an image are a list, of which some may be right and others wrong.
-    if not len(rows) or not isinstance(rows["label"][0], str):
-        return None
-    return rows.assign(confidence=rows["probabilities"].map(max))
-
-
 def choose_photos(rows: Any, photos: Photos, count: int) -> ChosenPhotos:
     """Choose the most instructive images of all predictions of a run, with their texts."""
     rows = rows[rows["image"].isin(photos.keys())]
@@ -98,7 +59,7 @@ def choose_photos(rows: Any, photos: Photos, count: int) -> ChosenPhotos:
 
 
 def summarize_predictions(folder: ModelFolder, rows: Any) -> dict[str, Any]:
-    """Summarize the rows of `read_predictions` for the card and the report."""
+    """Summarize the rows of `read_predictions`."""
     wrong = rows[rows["label"] != rows["prediction"]]
     # These rows also chose a frozen classifier, so their accuracy is too high. The results have a
     # corrected one.
@@ -135,12 +96,12 @@ def summarize_predictions(folder: ModelFolder, rows: Any) -> dict[str, Any]:
 def draw_wrong_photos(
     rows: Sequence[dict[str, Any]], photos: Photos, class_names: Sequence[str], bit_depth: int
 ) -> list[dict[str, Any]]:
-    """Add thumbnails of wrong images and of their nearest training images, as far as they are found.
+    """Add pictures of wrong images and of their nearest training images, as far as they are found.
 
     16-bit images use `bit_depth` bits.
     """
 
-    def draw(name: str, side: int) -> str | None:
+    def draw(name: str, side: int) -> Image.Image | None:
         if name not in photos:  # The dataset has changed since
             return None
         images, index = photos[name]
@@ -149,7 +110,7 @@ def draw_wrong_photos(
         except ValueError:  # The image cannot be read
             return None
         image.thumbnail((side, side))
-        return encode_data_url(image)
+        return image
 
     drawn = []
     for row in rows:
@@ -158,6 +119,6 @@ def draw_wrong_photos(
             if name in photos:
                 images, index = photos[name]
                 label = class_names[images.labels[index]]
-                nearest.append({"image": name, "label": label, "url": draw(name, NEAREST_SIDE)})
-        drawn.append(row | {"url": draw(row["image"], THUMBNAIL_SIDE), "nearest": nearest})
+                nearest.append({"image": name, "label": label, "picture": draw(name, NEAREST_SIDE)})
+        drawn.append(row | {"picture": draw(row["image"], THUMBNAIL_SIDE), "nearest": nearest})
     return drawn

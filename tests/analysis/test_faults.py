@@ -53,8 +53,8 @@ def test_a_token_that_did_not_move_while_others_did_is_found(
 
 
 def test_outliers_have_three_times_the_median_norm_of_their_image() -> None:
-    patches = torch.ones(2, 5, 4)
-    patches[0, 1] *= 3.1
-    patches[0, 2] *= 2.9
-    patches[1] *= 10
-    assert is_outlier(patches).nonzero().tolist() == [[0, 1]]
+    norms = torch.ones(2, 5)
+    norms[0, 1] *= 3.1
+    norms[0, 2] *= 2.9
+    norms[1] *= 10
+    assert is_outlier(norms).nonzero().tolist() == [[0, 1]]

@@ -32,6 +32,7 @@ from modeling_vitcls.analysis import look as look_module
 from modeling_vitcls.analysis import sheet as sheet_module
 from modeling_vitcls.analysis.photo import PhotoMeasurements, measure_photo
 from modeling_vitcls.analysis.sheet import draw_sheet
+from modeling_vitcls.analysis.token_use import find_token_use
 
 
 PROCESSOR = ViTCLSImageProcessor(size=32)
@@ -55,7 +56,9 @@ def photo(tmp_path: Path) -> str:
 
 
 def measure(model: Any, processor: Any = PROCESSOR) -> PhotoMeasurements:
-    return measure_photo(randomize(model), processor, photograph("flower.jpg"))
+    return measure_photo(
+        randomize(model), processor, photograph("flower.jpg"), find_token_use(model)
+    )
 
 
 def read_error(capsys: pytest.CaptureFixture[str]) -> str:

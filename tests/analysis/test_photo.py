@@ -17,6 +17,7 @@ from modeling_vitcls import (
 from modeling_vitcls.analysis.attribution import trace_attention
 from modeling_vitcls.analysis.maps import extract_patch_maps
 from modeling_vitcls.analysis.photo import decompose_patches, measure_photo
+from modeling_vitcls.analysis.token_use import find_token_use
 
 
 PROCESSOR = ViTCLSImageProcessor(
@@ -39,7 +40,7 @@ def compute_attribution(model: Any, target: int) -> torch.Tensor:
 @torch.no_grad()
 def test_predictions_maps_and_norms_are_those_of_the_model() -> None:
     model = randomize(ViTCLSForImageClassification(build_tiny_config(num_labels=5, **TOKENS)))
-    found = measure_photo(model, PROCESSOR, PHOTO)
+    found = measure_photo(model, PROCESSOR, PHOTO, find_token_use(model))
     # the crop of 40 x 60 pixels, twice as large
     assert found.visible_region == (20, 8, 100, 72)
 
@@ -63,7 +64,7 @@ def test_without_cls_tokens_the_first_maps_are_the_mean_over_the_patches() -> No
     config = build_tiny_config(num_cls_tokens=0, pooling="mean", num_register_tokens=2)
     config._attn_implementation = "eager"
     model = randomize(ViTCLSModel(config))
-    found = measure_photo(model, PROCESSOR, PHOTO)
+    found = measure_photo(model, PROCESSOR, PHOTO, find_token_use(model))
     assert found.token_names[0] == "patch mean"
     attentions = model(PIXELS, output_attentions=True).attentions
     for maps, attention in zip(found.maps[:, :, 0], attentions, strict=True):
@@ -77,7 +78,7 @@ def test_added_tasks_have_the_attributions_of_a_model_for_the_task() -> None:
     }
     config = build_tiny_config(num_labels=5, extra_heads=heads, pooled_layers=[-2, -1], **TOKENS)
     model = randomize(ViTCLSForImageClassification(config))
-    found = measure_photo(model, PROCESSOR, PHOTO)
+    found = measure_photo(model, PROCESSOR, PHOTO, find_token_use(model))
     assert list(found.predictions) == [None, "tags", "weather"]
     (first, *_) = (
         (name, values) for task, (name, _), values in found.attributions if task == "weather"
@@ -96,7 +97,7 @@ def test_a_rotated_photo_is_upright_and_pixels_without_a_patch_are_not_covered()
     processor = ViTCLSImageProcessor(
         size={"shortest_edge": 40}, do_center_crop=True, crop_size=crop
     )
-    found = measure_photo(model, processor, photo)
+    found = measure_photo(model, processor, photo, find_token_use(model))
     assert np.array_equal(np.asarray(found.image), np.rot90(np.asarray(PHOTO), -1))
     # of 80 x 120 pixels, twice as large as resized
     assert found.visible_region == (8, 24, 72, 88)

@@ -123,7 +123,6 @@ def test_errors_of_recipes_are_one_line(
         ("inspect --model m", ["`images`", "--dataset"]),
         ("inspect --model m a.png --output page.pdf", ["--output page.pdf"]),
         ("inspect --model m a.png --label-column x", ["--label-column", "--dataset"]),
-        ("push", ["--model", "--verify-only"]),
         ("convert --output o", ["--model"]),
     ],
 )
