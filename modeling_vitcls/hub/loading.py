@@ -19,9 +19,8 @@ for a minute if connections were refused, and for many minutes if the Hub did no
 """
 
 import logging
-import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,7 +46,6 @@ from .connection import (
     HUB_ERRORS,
     describe_no_response,
     format_hub_error,
-    hide_hub_progress_bars,
     name_cache,
     set_hub_timeout,
 )
@@ -133,8 +131,8 @@ def get_external_model_folder(source: str) -> str:
     # Pickles may be large, so they are downloaded only if nothing else is there
     if not any(Path(folder).glob("*.safetensors")):
         folder = get_model_folder(source, (*MODEL_FILE_PATTERNS, *PICKLED_WEIGHTS_PATTERNS))
-    for pattern in ("*.safetensors", "*.bin"):
-        for file in Path(folder).glob(pattern):
+    for file in Path(folder).iterdir():
+        if file.suffix in (".safetensors", ".bin"):
             open_regular_file(file).close()  # transformers' errors about files say less
     return folder
 
@@ -261,14 +259,8 @@ def is_hub_id(source: str) -> bool:
 
 
 def download_model(repo_id: str, patterns: Sequence[str], revision: str | None) -> str:
-    """Download a commit, by default the newest, and return its folder in the cache.
-
-    All processes on a machine share one download, and only the first process shows progress bars.
-    """
-    # LOCAL_RANK instead of RANK, because each machine downloads to a cache of its own.
-    is_first_process = os.environ.get("LOCAL_RANK", "0") == "0"
-    with nullcontext() if is_first_process else hide_hub_progress_bars():
-        folder = download_files(repo_id, revision, patterns, TIMEOUT)
+    """Download a commit, by default the newest, and return its folder in the cache."""
+    folder = download_files(repo_id, revision, patterns, TIMEOUT)
     if not (folder / CONFIG_FILE).is_file():
         if is_offline_mode():  # The cache has only other files
             raise OSError(describe_incomplete_cache(repo_id, revision))
@@ -347,47 +339,6 @@ def describe_missing_repo(name: str, repo_type: RepoType = "model") -> str:
     )
 
 
-class MismatchedWeightsError(ValueError, RuntimeError):
-    """Raised if weights do not match the configuration.
-
-    It is a RuntimeError, as in transformers, and a ValueError, like other errors of files.
-    """
-
-
-def load_checkpoint(load: Callable[..., Any], source: Any, **kwargs: Any) -> Any:
-    """Call `load` (a `from_pretrained` method); raise one-line errors that name the checkpoint.
-
-    Raises:
-        OSError: if the folder, config.json or the weights are missing or damaged.
-        MismatchedWeightsError: if the weights do not match the configuration.
-    """
-    try:
-        return load(source, **kwargs)
-    except Exception as error:  # raised again below; the error of safetensors is not imported
-        if isinstance(error, RuntimeError) and "ignore_mismatched_sizes" in str(error):
-            raise MismatchedWeightsError(describe_mismatch(load, source, **kwargs)) from error
-
-        is_damaged = type(error).__name__ == "SafetensorError"
-        if is_damaged or (isinstance(error, OSError) and "\n" in str(error)):
-            prefix = "the weights in " if is_damaged else ""
-            raise OSError(
-                f"cannot load {prefix}{source}: {' '.join(str(error).split())}"
-            ) from error
-        raise
-
-
-def describe_mismatch(load: Callable[..., Any], source: Any, **kwargs: Any) -> str:
-    """Load the checkpoint again, and return a message that names a weight of another shape."""
-    arguments = {**kwargs, "ignore_mismatched_sizes": True, "output_loading_info": True}
-    _, loading_info = load(source, **arguments)
-    name, saved_shape, expected_shape = min(loading_info["mismatched_keys"])
-    return (
-        f"the weights in {source} do not match the model: {name} has shape {list(saved_shape)}, "
-        f"but the model requires {list(expected_shape)}. Use the checkpoint's configuration, or "
-        "set ignore_mismatched_sizes=True"
-    )
-
-
 @name_cache()
 def load_timm_model(name: str) -> tuple[nn.Module, str | None]:
     """Load a timm model, and return it with the commit hash of its repository.
@@ -415,7 +366,7 @@ def load_timm_model(name: str) -> tuple[nn.Module, str | None]:
         hub_id = None if config is None else config.hf_hub_id
         with fall_back_to_cache(hub_id) if hub_id else nullcontext():
             return timm.create_model(name, pretrained=True), None
-    if kind.lower().replace("_", "-") != "hf-hub":
+    if kind != "hf-hub":
         return timm.create_model(name, pretrained=True), None
     repo_id, _, revision = location.partition("@")
     with fall_back_to_cache(repo_id, revision=revision or None) as commit:

@@ -37,7 +37,7 @@ def resolve_name(name: str) -> str:
     """
     # The whole name comes first, since a file name may contain `:` or `@` itself.
     prefix, path = ("", name) if Path(name).exists() else split_prefix(name)
-    if path and Path(path).exists():
+    if path and prefix != "timm:hf-hub:" and Path(path).exists():
         return f"{prefix}{Path(path).absolute()}"
     return name
 
@@ -106,15 +106,12 @@ def split_prefix(name: str) -> tuple[str, str]:
 
     The path is "" if the name contains no path.
     """
+    for prefix in ("transformers:", "timm:local-dir:", "timm:hf-hub:"):
+        if name.startswith(prefix):
+            return prefix, name.removeprefix(prefix)
     if name.startswith("timm:"):
-        kind, separator, folder = name.removeprefix("timm:").partition(":")
-        if separator:
-            is_folder = kind.replace("_", "-") == "local-dir"
-            return (f"timm:{kind}:", folder) if is_folder else (name, "")
         model, separator, file = name.partition("@")
         return f"{model}{separator}", file
-    if name.startswith("transformers:"):
-        return "transformers:", name.removeprefix("transformers:")
     return "", name
 
 

@@ -1,4 +1,4 @@
-"""Names of the files in a model folder.
+"""Names and hashes of the files in a model folder, and checks before they are read.
 
 The folder is the interface between training or conversion and publishing.
 
@@ -7,14 +7,24 @@ results.json, splits.parquet, config.resolved.yaml, metrics.jsonl           a tr
 parity_report.json                                                          a conversion
 certificate.json                                                            an added task or class
 README.md, report.html, images/                                            for publication
+
+After `check_is_vitcls`, config.json is one of this package, and reading the weights runs no code.
+Errors are lines that name the file, the problem and a remedy. What is not checked:
+- The weights themselves: whether they are complete and of this configuration shows when they are
+  loaded, whether they are finite in the outputs, and whether they are the weights of results.json
+  by their hash (`hash_weights`).
+- The Python files beside them, which this package neither reads nor runs.
+- Where the folder is from, and whether it was changed since: hub/provenance.py, publishing/verify.py.
 """
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from ..model.configuration_vitcls import ViTCLSConfig
+from ..model.fast_image_processing_vitcls import open_regular_file
 from ..runtime.files import compute_file_digest, read_json
 
 
@@ -49,21 +59,11 @@ PICKLED_WEIGHTS_PATTERNS = (
 ADAPTER_FILE = "adapter_config.json"  # transformers adds the adapter that it describes
 
 
-def iter_license_patterns() -> Iterator[str]:
-    """Yield name patterns of license files and notice files.
-
-    Upper-case names have any ending, and other names have a text suffix or no suffix.
-    """
-    for stem in ("license", "licence", "copying", "notice"):
-        case_insensitive_stem = "".join(f"[{letter}{letter.upper()}]" for letter in stem)
-        yield f"{stem.upper()}*"
-        yield from (f"{case_insensitive_stem}{ending}" for ending in ("", "*.md", "*.txt", "*.rst"))
-
-
-LICENSE_PATTERNS = tuple(iter_license_patterns())
-# License files of a model that was not fine-tuned or converted with this package.
+# License files come before notices, and the first one is linked as the license.
 LICENSE_FILES = tuple(
-    f"{name}{ending}" for name in ("LICENSE", "NOTICE") for ending in ("", ".md", ".txt")
+    f"{name}{ending}"
+    for name in ("LICENSE", "LICENCE", "License", "license", "COPYING", "NOTICE")
+    for ending in ("", ".md", ".txt")
 )
 # Files that define the model.
 MODEL_PATTERNS = (*CONFIG_FILES, *WEIGHTS_PATTERNS, CODE_PATTERN)
@@ -88,7 +88,7 @@ FINAL_FILE_PATTERNS = (
     *MODEL_PATTERNS,
     PREDICTIONS_FILE,
     CARD_FILE,
-    *LICENSE_PATTERNS,
+    *LICENSE_FILES,
     REPORT_FILE,
     PARITY_REPORT_FILE,
     f"{IMAGES_FOLDER}/*.png",
@@ -152,6 +152,12 @@ def list_weight_files(folder: Path) -> list[str]:
     return sorted(set(names))
 
 
+def list_license_files(folder: Path) -> list[str]:
+    """List the names of license and notice files, the license first."""
+    names = {file.name for file in folder.iterdir() if file.is_file()}
+    return [name for name in LICENSE_FILES if name in names]
+
+
 def hash_weights(folder: Path) -> dict[str, str]:
     """Compute the SHA-256 of each weight file, by file name."""
     return hash_files(folder / name for name in list_weight_files(folder))
@@ -176,3 +182,73 @@ def hash_settings(folder: Path) -> dict[str, str]:
 def hash_files(files: Iterable[Path]) -> dict[str, str]:
     """Compute the SHA-256 of each file, by file name."""
     return {file.name: compute_file_digest(file) for file in sorted(files)}
+
+
+# Checks before files are read ---------------------------------------------------------------------
+
+
+NOT_VITCLS = "{0} is not a vitcls model. Convert it first: vitcls convert {0} FOLDER"
+
+
+def check_is_vitcls(source: str, folder: Path) -> None:
+    """Check that a folder contains one vitcls model, whose files can be read without running code.
+
+    `source` is the name of the model in error messages. Raise ValueError for other model types, a
+    missing or damaged config.json, a damaged preprocessor_config.json, an adapter, pickled weights
+    or two sets of weights, and OSError if the weights may not be read.
+    """
+    # transformers would load the adapter as well, without being asked, and the outputs would not be
+    # the ones of the weights that are checked here.
+    if (folder / ADAPTER_FILE).is_file():
+        raise ValueError(
+            f"{source} contains an adapter ({ADAPTER_FILE}), which would change all outputs. Merge "
+            "it into its model (PEFT's `merge_and_unload`) and save the model, or remove "
+            f"{ADAPTER_FILE}"
+        )
+    if not (folder / CONFIG_FILE).is_file():
+        raise ValueError(
+            f"{source} does not contain a model: {CONFIG_FILE} is missing. Specify the folder of a "
+            "saved model"
+        )
+    config_dict = read_json(folder / CONFIG_FILE)
+    if config_dict.get("model_type") != ViTCLSConfig.model_type:
+        raise ValueError(NOT_VITCLS.format(source))
+    if config_dict.get("quantization_config") is not None:
+        raise ValueError(
+            f"{folder / CONFIG_FILE}: `quantization_config` is set, but quantized weights are not "
+            "supported. Use the model that was quantized"
+        )
+    if (folder / PROCESSOR_FILE).is_file():
+        read_json(folder / PROCESSOR_FILE)
+    check_weight_files(source, folder)
+
+
+def check_weight_files(source: str, folder: Path) -> None:
+    """Check that the folder has one set of weights in safetensors, or only exported files."""
+    has_one_file = (folder / WEIGHTS_FILE).is_file()
+    has_index = (folder / INDEX_FILE).is_file()
+    # transformers would read model.safetensors without a word, even if the shards are newer.
+    if has_one_file and has_index:
+        raise ValueError(
+            f"{source} contains two sets of weights: {WEIGHTS_FILE} and the files of {INDEX_FILE}. "
+            "Remove the set that does not belong to the model"
+        )
+
+    # A folder may have both formats. Then the pickles are not read, so they are no problem.
+    is_pickled = any(is_match(file.name, PICKLED_WEIGHTS_PATTERNS) for file in folder.iterdir())
+    if is_pickled and not any(folder.glob("*.safetensors")):
+        raise ValueError(
+            f"{source} contains pickled weights, which can run code when they are read, and no "
+            f"{WEIGHTS_FILE}. Load the weights with torch where you trust them, and save the "
+            "model again with `save_pretrained`"
+        )
+
+    if any(folder.glob("model.*.safetensors")) and not has_one_file and not has_index:
+        raise ValueError(
+            f"{source} has the weights of a variant, such as model.fp16.safetensors, and no "
+            f"{WEIGHTS_FILE}. Rename the file to {WEIGHTS_FILE}"
+        )
+    for name in list_weight_files(folder):
+        if (folder / name).exists():
+            # Otherwise, safetensors reports a file without read permission as missing
+            open_regular_file(folder / name).close()

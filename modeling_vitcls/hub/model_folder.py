@@ -1,16 +1,15 @@
 """A model folder: what is in the folder, and which of its results belong to its weights."""
 
 import json
-import math
 import re
-from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import yaml
-from safetensors import safe_open
-from transformers.dynamic_module_utils import get_relative_imports
+from huggingface_hub import get_local_safetensors_metadata
+from safetensors import SafetensorError
+from transformers.dynamic_module_utils import get_relative_import_files
 
 from ..model.configuration_vitcls import ViTCLSConfig
 from ..model.image_processing_vitcls import ViTCLSImageProcessor
@@ -18,14 +17,8 @@ from ..model.modeling_vitcls import ViTCLSModel
 from ..runtime.errors import format_error, warn_on_first_process
 from ..runtime.files import read_json, read_text, replace_control_characters
 from .connection import silence_transformers
-from .loading import MODEL_FILE_PATTERNS, get_model_folder, load_checkpoint
-from .local_paths import (
-    BUILT_IN_DATASET,
-    is_hub_dataset,
-    split_prefix,
-    strip_folders,
-)
-from .model_checks import NOT_VITCLS, check_is_vitcls
+from .loading import MODEL_FILE_PATTERNS, get_model_folder
+from .local_paths import BUILT_IN_DATASET, is_hub_dataset, strip_folders
 from .model_files import (
     ADDITIONS_KEY,
     CERTIFICATE_FILE,
@@ -33,7 +26,7 @@ from .model_files import (
     CONFIG_FILES,
     INDEX_FILE,
     LICENSE_FILES,
-    LICENSE_PATTERNS,
+    NOT_VITCLS,
     PARITY_REPORT_FILE,
     PROCESSOR_FILE,
     RECIPE_FILE,
@@ -42,9 +35,9 @@ from .model_files import (
     SAMPLE_IMAGES_FILE,
     SPLITS_FILE,
     WEIGHTS_FILE,
+    check_is_vitcls,
     hash_settings,
     hash_weights,
-    is_match,
     list_weight_files,
 )
 from .provenance import Provenance, find_provenance
@@ -122,15 +115,12 @@ class ModelFolder:
     @cached_property
     def code_files(self) -> set[str]:
         """The names of the code files that the model requires, also indirectly."""
-        modules = [reference.partition(".")[0] for reference in self.code_references]
-        names: set[str] = set()
-        while modules:
-            name = f"{modules.pop()}.py"
-            # A missing file has no imports to follow. Its name stays in the set, so that a push can
-            # report it.
-            if name not in names and (self.path / name).is_file():
-                modules += get_relative_imports(self.path / name)
-            names.add(name)
+        names = {f"{reference.partition('.')[0]}.py" for reference in self.code_references}
+        for name in list(names):
+            # A missing file stays in the set, so that a push can report it.
+            if (self.path / name).is_file():
+                imported_files = get_relative_import_files(self.path / name)
+                names |= {Path(file).name for file in imported_files}
         return names
 
     @cached_property
@@ -172,7 +162,7 @@ class ModelFolder:
                 "processor, save it there: `processor.save_pretrained(FOLDER)`"
             )
             return processor
-        return load_checkpoint(ViTCLSImageProcessor.from_pretrained, self.path)
+        return ViTCLSImageProcessor.from_pretrained(self.path)
 
     def load(self, model_class: Any, **arguments: Any) -> Any:
         """Load the model in evaluation mode, with further arguments of `from_pretrained`.
@@ -196,10 +186,21 @@ class ModelFolder:
         self.weights_sha256  # noqa: B018  # results name the weights that are read here
         self.warn_about_edited_settings()
 
-        # Without transformers' warnings about missing and unused weights
-        with silence_transformers():
-            model, loading_info = load_checkpoint(
-                model_class.from_pretrained, self.path, output_loading_info=True, **arguments
+        arguments |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+        try:
+            # Without transformers' warnings about missing and unused weights
+            with silence_transformers():
+                model, loading_info = model_class.from_pretrained(self.path, **arguments)
+        except (OSError, SafetensorError) as error:  # Their messages may have several lines
+            raise OSError(
+                f"cannot load the weights in {self.source}: {format_error(error)}"
+            ) from error
+        if mismatched := sorted(loading_info["mismatched_keys"]):
+            name, saved_shape, expected_shape = mismatched[0]
+            raise ValueError(
+                f"{self.source} does not match its {CONFIG_FILE}: {name} has shape "
+                f"{list(saved_shape)}, but the model requires {list(expected_shape)}. Restore the "
+                f"{CONFIG_FILE} that belongs to the weights"
             )
 
         # An encoder may be loaded from the folder of a classifier. Any other surplus weight means
@@ -257,17 +258,13 @@ class ModelFolder:
     @cached_property
     def num_parameters(self) -> int:
         """The number of values in the weight files, without class statistics."""
-        with ExitStack() as stack:
-            files = [
-                stack.enter_context(safe_open(self.path / name, "pt")) for name in self.weight_files
-            ]
-            return sum(
-                # A slice reads the shape from the header of the file, not the weight.
-                math.prod(file.get_slice(key).get_shape())
-                for file in files
-                for key in file.keys()  # noqa: SIM118
-                if not key.startswith("class_distance.")
-            )
+        files = get_local_safetensors_metadata(self.path).files_metadata.values()
+        return sum(
+            tensor.parameter_count
+            for file in files
+            for name, tensor in file.tensors.items()
+            if not name.startswith("class_distance.")
+        )
 
     @cached_property
     def has_weights(self) -> bool:
@@ -420,28 +417,16 @@ class ModelFolder:
         heads = self.config.get_extra_heads() if self.config is not None else {}
         return {name: records[name] for name in heads if name in records}
 
-    @property
-    def license_files(self) -> set[str]:
-        """The names of the license files: the copied ones, and the usual names."""
-        # The names are read from JSON, so they are checked: a file elsewhere must not be published
-        # as a license.
-        contents = (self.results_of_any_weights, self.read_saved(PARITY_REPORT_FILE))
-        records = [content.get("provenance") or {} for content in contents]
-        copied_files = {name for record in records for name in record.get("license_files", ())}
-        return {
-            *LICENSE_FILES,
-            *(name for name in copied_files if is_match(name, LICENSE_PATTERNS)),
-        }
-
 
 def open_vitcls(source: str) -> ModelFolder:
     """Open a vitcls model without converting anything: a folder, or `ID[@REVISION]` on the Hub.
 
     Raise ValueError for a model of another project.
     """
-    if not Path(source).is_dir() and (split_prefix(source)[0] or Path(source).is_file()):
+    # No id has a colon, but names such as timm:NAME have one.
+    if Path(source).is_file() or (":" in source and not Path(source).is_dir()):
         raise ValueError(NOT_VITCLS.format(source))
-    records = (RESULTS_FILE, SPLITS_FILE, RECIPE_FILE, PARITY_REPORT_FILE, *LICENSE_PATTERNS)
+    records = (RESULTS_FILE, SPLITS_FILE, RECIPE_FILE, PARITY_REPORT_FILE, *LICENSE_FILES)
     patterns = (*MODEL_FILE_PATTERNS, *records)
     folder = ModelFolder(Path(get_model_folder(source, patterns)), source)
     if folder.is_native:

@@ -9,17 +9,16 @@ network connection, values that are not in the cache are unknown; no error is ra
 """
 
 import shutil
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
 import yaml
-from huggingface_hub import constants, metadata_load
+from huggingface_hub import metadata_load
 
-from .connection import hide_hub_progress_bars
-from .loading import get_model_folder, is_hub_id
-from .model_files import CARD_FILE, CONFIG_FILE, LICENSE_PATTERNS, is_match
+from .loading import get_model_folder, is_hub_id, split_revision
+from .local_paths import split_prefix
+from .model_files import CARD_FILE, CONFIG_FILE, LICENSE_FILES, list_license_files
 
 
 # timm's license identifiers that the Hub supports. Any other license is `other` on the Hub, with a
@@ -27,9 +26,6 @@ from .model_files import CARD_FILE, CONFIG_FILE, LICENSE_PATTERNS, is_match
 HUB_LICENSES = frozenset(
     {"apache-2.0", "bsd-3-clause", "cc-by-4.0", "cc-by-nc-4.0", "gemma", "mit"}
 )
-LICENSE_LINKS = {
-    "dinov3-license": "https://ai.meta.com/resources/models-and-libraries/dinov3-license/"
-}
 
 
 @dataclass(frozen=True)
@@ -71,9 +67,7 @@ class Provenance:
         """Restore the provenance that `to_dict` stored in the results.json of a model folder."""
         # The file may have been downloaded. A name such as ../id_rsa must not lead out of the
         # folder, because license files are published.
-        names = [
-            name for name in values.get("license_files", ()) if is_match(name, LICENSE_PATTERNS)
-        ]
+        names = [name for name in values.get("license_files", ()) if name in LICENSE_FILES]
         files = (folder / name for name in names)
         return cls(**values | {"license_files": tuple(file for file in files if file.is_file())})
 
@@ -83,9 +77,7 @@ class Provenance:
         Raise OSError if the files cannot be written.
         """
         for file in self.license_files:
-            # shutil raises an error if a file is copied onto itself.
-            if file.resolve().parent != folder.resolve():
-                shutil.copyfile(file, folder / file.name)
+            shutil.copyfile(file, folder / file.name)
         return self.to_dict()
 
 
@@ -95,34 +87,26 @@ def find_provenance(source: str) -> Provenance:
     The name is a folder, a Hub id, `timm:NAME[@FILE]` or `transformers:PATH_OR_ID`. A model on the
     Hub is itself the base model; the base model of a folder is read from its card.
     """
-    kind = ""
-    path = source.removeprefix("transformers:")
-    if source.startswith("timm:"):
-        kind, is_located, path = source.removeprefix("timm:").partition(":")
-        if not is_located:
-            return find_timm_provenance(kind)
-
-    folder = Path(path)
+    prefix, location = split_prefix(source)
+    if prefix.startswith("timm:") and not prefix.endswith(":"):
+        return find_timm_provenance(prefix)
+    folder = Path(location)
     repo_id = None
-    if kind.replace("_", "-") == "hf-hub" or not (kind or folder.exists()):
-        repo_id = path.partition("@")[0]
-        if not is_hub_id(repo_id):
-            return Provenance(repo_id)
+    if not folder.exists():
+        repo_id, _ = split_revision(location)
         try:
             # If the Hub does not respond, this is the cached card.
-            with hide_hub_progress_bars():
-                patterns = (CONFIG_FILE, CARD_FILE, *LICENSE_PATTERNS)
-                folder = Path(get_model_folder(repo_id, patterns))
+            patterns = (CONFIG_FILE, CARD_FILE, *LICENSE_FILES)
+            folder = Path(get_model_folder(location, patterns))
         except OSError:
             # No network is no reason to stop: the base model is known from its name, and only the
             # license is not.
-            return Provenance(repo_id, base_model=repo_id)
+            return Provenance(repo_id, base_model=repo_id if is_hub_id(repo_id) else None)
 
     try:
         card_metadata = metadata_load(folder / CARD_FILE) or {}
     except (OSError, ValueError, yaml.YAMLError):  # No readable card
         card_metadata = {}
-
     provenance = Provenance(
         repo_id or folder.resolve().name, base_model=repo_id or card_metadata.get("base_model")
     )
@@ -130,23 +114,12 @@ def find_provenance(source: str) -> Provenance:
     if not license_id or license_id == "unknown":
         return provenance
 
-    matching_files = (
-        file
-        for pattern in LICENSE_PATTERNS
-        for file in sorted(folder.glob(pattern))
-        if file.is_file()
-    )
-    # The patterns of licenses come before the patterns of notices, and the first file is linked as
-    # the license.
-    license_files = tuple(dict.fromkeys(matching_files))
+    license_files = tuple(folder / name for name in list_license_files(folder))
     license_link = card_metadata.get("license_link")
     if not license_link and license_id == "other" and license_files:
         license_link = license_files[0].name
     if license_link and "://" not in license_link and not (folder / license_link).is_file():
-        license_link = (
-            f"{constants.ENDPOINT}/{repo_id}/blob/main/{license_link}" if repo_id else None
-        )
-
+        license_link = None
     return replace(
         provenance,
         license=license_id,
@@ -157,30 +130,24 @@ def find_provenance(source: str) -> Provenance:
 
 
 def find_timm_provenance(name: str) -> Provenance:
-    """Find the provenance of NAME[@FILE] of timm; weights in a local file have only the name."""
-    name, _, file = name.partition("@")
-    provenance = Provenance(f"timm:{name}")
-    # These weights may come from anywhere, so the license of timm's own weights does not apply to
-    # them.
-    if file:
-        return provenance
+    """Find the provenance of `timm:NAME`; weights in a local file (`timm:NAME@`) have only the name."""
     import timm
 
-    config = None
-    with suppress(RuntimeError):  # There is no timm model with this name
-        config = timm.get_pretrained_cfg(name)
+    model_name = name.removeprefix("timm:")
+    # Weights in a file may come from anywhere, so the license of timm's own weights does not apply
+    # to them.
+    config = None if name.endswith("@") else timm.get_pretrained_cfg(model_name)
     if config is None:
-        return provenance
+        return Provenance(name.rstrip("@"))
 
-    provenance = replace(provenance, base_model=config.hf_hub_id)
+    provenance = Provenance(name, base_model=config.hf_hub_id)
     if not config.license or config.license == "unknown":
         return provenance
     if config.license in HUB_LICENSES:
         return replace(provenance, license=config.license)
-    card_link = f"https://huggingface.co/{config.hf_hub_id}" if config.hf_hub_id else None
     return replace(
         provenance,
         license="other",
         license_name=config.license,
-        license_link=LICENSE_LINKS.get(config.license) or card_link,
+        license_link=f"https://huggingface.co/{config.hf_hub_id}" if config.hf_hub_id else None,
     )

@@ -25,6 +25,7 @@ from ..hub.model_files import (
     RESULTS_FILE,
     RUN_FILES,
     SAMPLE_IMAGES_FILE,
+    list_license_files,
 )
 from ..hub.model_folder import ModelFolder
 from .card import has_edited_card, render_card
@@ -81,7 +82,7 @@ def list_published_files(folder: ModelFolder) -> set[str]:
 
     Raise ValueError if one of them is a link, because its target is not a file of the folder.
     """
-    names = {CARD_FILE, *folder.license_files}
+    names = {CARD_FILE, *list_license_files(folder.path)}
 
     for file, report in folder.exports.items():
         names |= {file, f"{file}.json"} | {f"{file}.data"} & set(report["sha256"])

@@ -43,13 +43,13 @@ def test_paths_become_absolute_and_names_with_at_are_kept(here: Path) -> None:
         assert resolve_name(name) == resolve_name(resolve_name(name)) == str(here / name)
 
     assert resolve_name("timm:resnet18@weights.pt") == f"timm:resnet18@{here}/weights.pt"
-    for kind in ("timm:local-dir", "timm:local_dir"):
-        assert resolve_name(f"{kind}:data/teach") == f"{kind}:{here}/data/teach"
+    assert resolve_name("timm:local-dir:data/teach") == f"timm:local-dir:{here}/data/teach"
     assert resolve_name("transformers:data/teach") == f"transformers:{here}/data/teach"
 
     for other in (
         "acme/none",
         "timm:weights.pt",
+        "timm:hf-hub:acme/data",
         "timm:hf-hub:acme/data@main",
         "timm:resnet18@none.pt",
     ):

@@ -272,10 +272,10 @@ def test_a_push_removes_outdated_files_of_its_branch_and_keeps_others(
             ["does not contain a model", "config.json"],
         ),
         (lambda folder: (folder / WEIGHTS).unlink(), ["lacks model.safetensors"]),
-        (lambda folder: (folder / "modeling_vitcls.py").unlink(), ["lacks modeling_vitcls.py"]),
+        (lambda folder: (folder / "modeling_vitcls.py").unlink(), ["modeling_vitcls.py"]),
         (
             lambda folder: [write_export(folder), (folder / "modeling_vitcls.py").unlink()],
-            ["lacks modeling"],
+            ["modeling_vitcls.py"],
         ),
         (
             lambda folder: (folder / "config.json").write_text('{"model_type": "vit"}'),
