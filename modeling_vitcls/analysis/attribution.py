@@ -78,23 +78,23 @@ class AttentionTrace:
     read_tokens: dict[int, Any]
 
     @torch.no_grad()
-    def compute_token_attention(self) -> torch.Tensor:
-        """Compute what `model.token_attention` returns, [B, L, maps, S, N]."""
-        num_special_tokens = self.config.token_layout.num_prefix_tokens
-        return torch.stack(
-            [layer.compute_weights(num_special_tokens) for layer in self.layers], dim=1
-        )
+    def compute_attention(self) -> torch.Tensor:
+        """Compute the attention of each special token to all tokens [B, L, maps, S, N].
 
-    @torch.no_grad()
-    def compute_patch_attention(self) -> torch.Tensor:
-        """Average the attention of the patches over the patches, [B, L, maps, 1, N]."""
-        patches = self.config.token_layout.patches
-        # The layers take turns, because the maps of all layers may not fit into memory.
-        rows = [
-            layer.compute_weights()[:, :, patches].mean(dim=2, keepdim=True)
-            for layer in self.layers
-        ]
-        return torch.stack(rows, dim=1)
+        It is what `model.token_attention` returns. In a model without CLS tokens, the mean over the
+        patches comes first.
+        """
+        layout = self.config.token_layout
+        has_cls = bool(self.config.num_cls_tokens)
+        layers = []
+        # The layers take turns, because the full maps of all layers may not fit into memory.
+        for layer in self.layers:
+            rows = layer.compute_weights(layout.num_prefix_tokens if has_cls else None)
+            if not has_cls:
+                patches = rows[:, :, layout.patches].mean(dim=2, keepdim=True)
+                rows = torch.cat([patches, rows[:, :, : layout.num_prefix_tokens]], dim=2)
+            layers.append(rows)
+        return torch.stack(layers, dim=1)
 
     def compute_attribution(self, logits: torch.Tensor, label: int) -> torch.Tensor:
         """Attribute a class to each token [B, N].

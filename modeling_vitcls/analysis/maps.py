@@ -10,7 +10,8 @@ The rows are returned by `model.token_attention`. The sheet of a photo is in she
 import numpy as np
 import torch
 from matplotlib import colormaps
-from PIL import Image
+from matplotlib.colors import Normalize
+from PIL import Image, ImageOps
 from torch import nn
 
 from ..data.aspect_ratio import Size, VisibleRegion
@@ -44,8 +45,7 @@ def overlay(image: Image.Image, values: torch.Tensor) -> Image.Image:
     """Draw a map over the image that it covers; higher values are brighter and more opaque.
 
     The image is gray and dimmed, so all colors belong to the map, which is interpolated between the
-    centers of the patches. The brightest color is the maximum of the map, but at least MIN_SCALE
-    times the mean, so that a uniform map is not bright everywhere.
+    centers of the patches.
 
     Args:
         image: an RGB image, cropped to the region of the patches (`draw_region`).
@@ -54,12 +54,10 @@ def overlay(image: Image.Image, values: torch.Tensor) -> Image.Image:
     Returns:
         An RGB image with the size of `image`.
     """
-    values = values.detach().float().cpu()
-    brightest = get_brightest_value(values)
-    strength = values / brightest if brightest > 0 else values
-    pixels = nn.functional.interpolate(
-        strength[None, None], (image.height, image.width), mode="bilinear"
-    )[0, 0].numpy()  # [h, w]
+    smooth = nn.functional.interpolate(
+        values[None, None], (image.height, image.width), mode="bilinear"
+    )[0, 0]  # [h, w]
+    pixels = Normalize(0, get_brightest_value(values), clip=True)(smooth.numpy())
 
     colors = colormaps[COLORMAP](pixels)[:, :, :3]  # [h, w, 3]
     opacity = (0.25 + 0.6 * pixels)[:, :, None]  # [h, w, 1]
@@ -74,8 +72,12 @@ def to_picture(colors: np.ndarray) -> Image.Image:
 
 
 def get_brightest_value(values: torch.Tensor) -> float:
-    """Compute the value of a map that `overlay` draws in the brightest color."""
-    return max(values.max().item(), MIN_SCALE * values.mean().item())
+    """Compute the value of a map from which on it has the brightest color.
+
+    The highest 1% of the values have it, because a single patch may be far above all others. It is
+    at least MIN_SCALE times the mean, so that a uniform map is not bright everywhere.
+    """
+    return max(values.quantile(0.99).item(), MIN_SCALE * values.mean().item())
 
 
 def to_upright_rgb(image: Image.Image, bit_depth: int = 16) -> Image.Image:
@@ -92,25 +94,9 @@ def draw_region(image: Image.Image, region: VisibleRegion, side: int) -> Image.I
 
     The longer side becomes `side` pixels. Small images are enlarged without smoothing.
     """
-    left, top, right, bottom = region
-    scale = side / max(right - left, bottom - top)
-    inside = limit_region(region, image)
-
-    def scale_size(width: float, height: float) -> tuple[int, int]:
-        return max(round(width * scale), 1), max(round(height * scale), 1)
-
-    part = image.resize(
-        scale_size(inside[2] - inside[0], inside[3] - inside[1]),
-        Image.Resampling.NEAREST if scale > 2 else Image.Resampling.LANCZOS,
-        box=inside,
-    )
-    picture = Image.new("RGB", scale_size(right - left, bottom - top), "#808080")
-    offset = round((inside[0] - left) * scale), round((inside[1] - top) * scale)
-    picture.paste(part, offset)
-    return picture
-
-
-def limit_region(region: VisibleRegion, image: Image.Image) -> VisibleRegion:
-    """Limit a region to its part inside an image."""
-    left, top, right, bottom = region
-    return max(left, 0), max(top, 0), min(right, image.width), min(bottom, image.height)
+    left, top, right, bottom = map(round, region)
+    picture = Image.new("RGB", (right - left, bottom - top), "#808080")
+    picture.paste(image, (-left, -top))
+    is_small = 2 * max(picture.size) < side
+    method = Image.Resampling.NEAREST if is_small else Image.Resampling.LANCZOS
+    return ImageOps.contain(picture, (side, side), method)

@@ -122,10 +122,7 @@ def measure_photo(
             "the features of the model are not finite. Load the model in float32, or train it again"
         )
     predictions, attributions = predict_photo(trace, heads)
-    # Without CLS tokens, the mean over the patches is the first token.
-    rows = [] if config.num_cls_tokens else [trace.compute_patch_attention()[0].cpu()]
-    rows.append(trace.compute_token_attention()[0].float().cpu())
-    attention = torch.cat(rows, dim=2)  # [L, H, S, N]
+    attention = trace.compute_attention()[0].float().cpu()  # [L, H, S, N]
 
     # In a model of one layer, a token that no head reads is used in none. Its row shows this layer.
     *token_layers, patch_layer = [max(number, 1) for number in use.num_layers]

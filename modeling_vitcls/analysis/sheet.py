@@ -30,7 +30,7 @@ from matplotlib.ticker import LinearLocator
 from PIL import Image
 
 from ..inference.token_names import SINGLE_TOKEN_NAMES
-from .maps import COLORMAP, MIN_SCALE, draw_region, get_brightest_value, limit_region, overlay
+from .maps import COLORMAP, draw_region, get_brightest_value, overlay
 from .photo import PhotoMeasurements
 
 
@@ -144,11 +144,9 @@ def draw_sheet(measurements: PhotoMeasurements, title: str = "") -> Image.Image:
 
 
 def draw_header(measurements: PhotoMeasurements, title: str) -> Figure:
-    """Write the title, the size of the model, what it sees of the photo, and the predictions."""
+    """Write the title, the sizes of the model and the photo, and the predictions."""
     config = measurements.config
     image = measurements.image
-    left, top, right, bottom = limit_region(measurements.visible_region, image)
-    share = (right - left) * (bottom - top) / (image.width * image.height)
     height, width = measurements.input_size
     rows, columns = measurements.norms.shape[1:]
     tokens = [
@@ -159,8 +157,7 @@ def draw_header(measurements: PhotoMeasurements, title: str) -> Figure:
     lines = [
         f"{config.num_hidden_layers} layers, {config.num_attention_heads} heads, patches of "
         f"{' × '.join(map(str, config.patch_height_width))} pixels, {', '.join(tokens) or 'no special tokens'}",
-        f"photo of {image.width} × {image.height} pixels; the model sees "
-        f"{share:.0%} of it at {width} × {height} pixels, "
+        f"photo of {image.width} × {image.height} pixels; the model sees {width} × {height} pixels, "
         f"as {columns} × {rows} patches",
         "drawn in the last layer that the output depends on: "
         f"{shorten_middle(measurements.token_names[0], 36)} in layer "
@@ -302,9 +299,7 @@ def build_attention_row(
     """Build the row of a token: a tile for each map [n, gh, gw]; outputs use the first `num_used`."""
     tiles = []
     for number, values in enumerate(maps):
-        # The highest 1% of the values are drawn in the brightest color.
-        brightest = max(values.quantile(0.99).item(), MIN_SCALE * values.mean().item())
-        colors = colormaps[COLORMAP](Normalize(0, brightest)(values.numpy()))
+        colors = colormaps[COLORMAP](Normalize(0, get_brightest_value(values))(values.numpy()))
         tiles.append((colors, f"{values.sum():.0%}", number < num_used))
     color = GROUP_COLORS[measurements.token_groups[index]]
     return measurements.token_names[index], color, note, tiles

@@ -33,20 +33,12 @@ KINDS_OF_LAYERS: dict[str, dict[str, Any]] = {
     "parallel": {"layer_type": "parallel"},
     "post-norm": {"layer_type": "post"},
     "gates": {"num_cls_tokens": 2, "num_register_tokens": 1, "gated_tokens": {"registers": 1}},
-    "relative positions": {"relative_position_bias": "layer"},
     "differential": {"attention_type": "differential"},
 }
 
 # Tokens that the head uses: fields, and the share of each token; "p" is the share of each patch.
 HEADS: dict[str, tuple[dict[str, Any], list[float], str]] = {
-    "cls": ({"num_register_tokens": 2}, [1, 0, 0], ""),
     "cls and distillation": (LAYOUTS["cls_distillation_registers"], [1, 1, 0, 0, 0, 0], ""),
-    "a distillation token without a head": (
-        {"num_distillation_tokens": 1, "distillation_head": False},
-        [1, 0],
-        "",
-    ),
-    "mean of the patches": (LAYOUTS["no_cls"], [0, 0], "all"),
     "cls and mean": ({"pooling": "cls_mean", "num_register_tokens": 1}, [1, 0], "all"),
     "largest of the patches": ({"pooling": "max"}, [0], "those with a maximum"),
     "attention pooling of all": (
@@ -54,7 +46,6 @@ HEADS: dict[str, tuple[dict[str, Any], list[float], str]] = {
         [1],
         "all",
     ),
-    "first of three": ({"num_cls_tokens": 3}, [1, 0, 0], ""),
     "two of three": (
         {"num_cls_tokens": 3, "cls_pooling": "concat", "pooled_cls_tokens": [2, 0]},
         [1, 0, 1],

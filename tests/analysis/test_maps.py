@@ -17,9 +17,6 @@ from modeling_vitcls.analysis.maps import (
 from modeling_vitcls.data.aspect_ratio import get_visible_region
 
 
-RAW = {"do_rescale": False, "do_normalize": False}
-
-
 # Maps ---------------------------------------------------------------------------------------------
 
 
@@ -85,7 +82,7 @@ PROCESSORS = {
 )
 @pytest.mark.parametrize("settings", PROCESSORS.values(), ids=PROCESSORS)
 def test_the_visible_part_equals_the_input_of_the_model(settings, backend, size):
-    processor = backend(resample=2, **RAW, **settings)
+    processor = backend(resample=2, do_rescale=False, do_normalize=False, **settings)
     shown = processor(build_coordinates(*size), return_tensors="pt")["pixel_values"][0]  # [3, H, W]
     left, top, right, bottom = get_visible_region(processor, size)
     for axis, (start, stop) in enumerate([(left, right), (top, bottom)]):
@@ -102,6 +99,3 @@ def test_the_visible_part_equals_the_input_of_the_model(settings, backend, size)
         assert (
             values[whole] - BLACK - expected[whole]
         ).abs().max() < 0.76  # rounded to integer gray levels
-
-
-# Pictures -----------------------------------------------------------------------------------------

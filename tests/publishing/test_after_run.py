@@ -3,7 +3,6 @@
 import re
 from pathlib import Path
 from typing import Any
-from unittest.mock import Mock
 
 import pandas as pd
 import pytest
@@ -106,17 +105,6 @@ def test_the_report_reads_the_images_that_measured_the_run(split: str, tmp_path:
     run = write_run_folder(tmp_path / "run", {"held_out_split": split})
     data = load_run_data(ModelFolder(run), str(tmp_path / "photos"))
     assert {Path(name).parts[0] for name in data.held_out.images.get_names()} == {split}
-
-
-def test_an_error_of_the_report_is_a_warning(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    measure = Mock(side_effect=RuntimeError)
-    monkeypatch.setattr("modeling_vitcls.publishing.report.inspect_images", measure)
-    write_photos(tmp_path / "photos", range(4), "dusk", "noon", "x")
-    run = write_run_folder(tmp_path / "run", None, {"dataset": str(tmp_path / "photos")})
-    assert write_report(ModelFolder(run)) is None
-    assert "report.html could not be written: RuntimeError" in capsys.readouterr().out
 
 
 @pytest.mark.integration
