@@ -44,7 +44,7 @@ from modeling_vitcls.conversion.from_timm import convert_from_timm
 from modeling_vitcls.conversion.from_transformers import convert_from_transformers
 from modeling_vitcls.conversion.parity_report import build_random_images
 from modeling_vitcls.export.exportable import (
-    OUTPUT_SELECTORS,
+    EXPORTABLE_CLASSES,
     NamedOutputsModel,
     load_exportable_model,
 )
@@ -349,7 +349,7 @@ class FirstOutput(nn.Module):
 
     def __init__(self, model: Any) -> None:
         super().__init__()
-        self.model = NamedOutputsModel(model) if type(model) in OUTPUT_SELECTORS else model
+        self.model = NamedOutputsModel(model) if type(model) in EXPORTABLE_CLASSES else model
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Return the first output [B, ...] for images [B, C, H, W]."""

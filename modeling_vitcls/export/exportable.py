@@ -8,7 +8,6 @@ both classifiers                    then one output per extra head, named after 
 ViTCLSBackbone                      feature maps, named after their stages
 """
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +15,6 @@ from torch import nn
 
 from ..conversion.open_model import is_preset, open_model
 from ..hub.model_folder import ModelFolder
-from ..inference.prediction_rows import DISTANCE
 from ..model.configuration_vitcls import ViTCLSConfig
 from ..model.image_processing_vitcls import ViTCLSImageProcessor
 from ..model.modeling_vitcls import (
@@ -31,47 +29,36 @@ from ..model.modeling_vitcls import (
 Outputs = dict[str, torch.Tensor]
 
 
+EXPORTABLE_CLASSES = (
+    ViTCLSModel,
+    ViTCLSForImageClassification,
+    ViTCLSForMultiTaskClassification,
+    ViTCLSBackbone,
+)
+
+
 class NamedOutputsModel(nn.Module):
     """Model wrapper that takes only images as input and returns a dict of float32 outputs."""
 
     def __init__(self, model: ViTCLSPreTrainedModel) -> None:
         super().__init__()
-        self.model = model
-        self.select_outputs = OUTPUT_SELECTORS[type(model)]
+        self.model: Any = model
 
     def forward(self, pixel_values: torch.Tensor) -> Outputs:
         """Compute the outputs [B, ...] for images [B, C, H, W], by name."""
-        outputs = self.select_outputs(self.model(pixel_values), self.model)
+        outputs: Any = self.model(pixel_values)
+        named: Outputs = {}
+        for name, value in outputs.items():
+            if name == "feature_maps":
+                named |= zip(self.model.out_features, value, strict=True)
+            elif isinstance(value, dict):  # Task -> logits
+                named |= value
+            # With one head, the logits are those of CLS.
+            elif name != "cls_logits" or outputs.distillation_logits is not None:
+                named[name] = value
         # All graphs have float32 outputs, so the program that runs one needs no knowledge of its
         # dtype.
-        return {name: output.float() for name, output in outputs.items() if output is not None}
-
-
-def get_classifier_outputs(outputs: Any, model: Any) -> dict[str, torch.Tensor | None]:
-    """Name the logits [B, labels] of the classifier and of other heads, and the distance [B]."""
-    return {
-        "logits": outputs.logits,
-        "cls_logits": None if outputs.distillation_logits is None else outputs.cls_logits,
-        "distillation_logits": outputs.distillation_logits,
-        **(outputs.task_logits or {}),
-        DISTANCE: outputs.distance,
-    }
-
-
-# Model class -> function that selects the outputs by name.
-OUTPUT_SELECTORS: dict[type, Callable[[Any, Any], dict[str, torch.Tensor | None]]] = {
-    ViTCLSModel: lambda outputs, model: {
-        "last_hidden_state": outputs.last_hidden_state,
-        "pooler_output": outputs.pooler_output,
-    },
-    ViTCLSForImageClassification: get_classifier_outputs,
-    ViTCLSForMultiTaskClassification: lambda outputs, model: (
-        outputs.logits | (outputs.task_logits or {})
-    ),
-    ViTCLSBackbone: lambda outputs, model: dict(
-        zip(model.out_features, outputs.feature_maps, strict=True)
-    ),
-}
+        return {name: output.float() for name, output in named.items()}
 
 
 class Exportable(NamedTuple):
@@ -95,7 +82,7 @@ def load_exportable_model(source: str) -> Exportable:
         return Exportable(preset.eval(), None, None)
     folder = open_model(source)
     class_name = (folder.config.architectures or ["an unknown class"])[0]
-    classes: dict[str, Any] = {each.__name__: each for each in OUTPUT_SELECTORS}
+    classes: dict[str, Any] = {each.__name__: each for each in EXPORTABLE_CLASSES}
     if class_name not in classes:
         raise ValueError(
             f"export requires one of {', '.join(classes)}, but {source} contains {class_name}. Set "

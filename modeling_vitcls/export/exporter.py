@@ -88,7 +88,6 @@ def check_target(target: Path) -> None:
 
 def fit_processor(processor: Any, shape: GraphShape) -> None:
     """Make an image processor return the size of a graph, if the graph accepts only one."""
-    if processor is None or shape.is_dynamic:
-        return
-    if get_output_size(processor, (0, 0)) != shape.image_size:
+    has_one_size = processor is not None and not shape.is_dynamic
+    if has_one_size and get_output_size(processor, (0, 0)) != shape.image_size:
         set_resize(processor, get_resize(processor), shape.image_size)

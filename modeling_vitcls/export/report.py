@@ -12,7 +12,6 @@ from ..hub.model_files import hash_files
 from ..model.configuration_vitcls import ViTCLSConfig
 from ..model.image_processing_vitcls import ViTCLSImageProcessor
 from ..runtime.system import get_versions
-from .compare import LIMITS
 from .exportable import Exportable, Outputs
 from .onnx_file import OnnxGraph
 from .options import ExportOptions
@@ -61,7 +60,6 @@ def build_report(
             "shape": graph.session.get_inputs()[0].shape,
             "image_size": list(shape.image_size),
             "smallest_image_size": list(shape.smallest_size),
-            "patch_size": list(model.config.patch_height_width),
         },
         "preprocessing": describe_preprocessing(processor),
         "fixed_because": shape.fixed_size_reason,
@@ -70,7 +68,6 @@ def build_report(
         "labels": get_label_names(model.config, list(outputs)),
         # How it compares with the model
         "dtype": options.dtype,
-        "limit": LIMITS[options.dtype],
         "largest_differences": {
             name: max(each["differences"][name] for each in comparisons) for name in outputs
         },

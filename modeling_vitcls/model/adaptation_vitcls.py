@@ -381,8 +381,11 @@ def adapt_tokens(context: AdaptationContext, are_positions: bool = False) -> Ada
 
     if num_old_tokens == num_kept == new_weight.shape[1]:
         return new_weight, ""
-    num_added = new_weight.shape[1] - num_kept
-    return new_weight, f"{num_kept} kept, {num_old_tokens - num_kept} dropped, {num_added} added"
+
+    return new_weight, (
+        f"{num_kept} kept, {num_old_tokens - num_kept} dropped, "
+        f"{new_weight.shape[1] - num_kept} added"
+    )
 
 
 def list_twins(context: AdaptationContext) -> Tensor | None:

@@ -31,7 +31,6 @@ SUM_UNIT = 2.0**-24
 # Relative rounding of each weight, if all of them are numbers of bfloat16 or float16; and otherwise,
 # as after a merge of LoRA in float32
 HALF_ROUNDING, ROUNDING = 2.0**-9, 2.0**-22
-HALF_DTYPES = (torch.bfloat16, torch.float16)
 NUM_SAMPLES = 64  # weights of each parameter, which tell which of the two applies
 # Largest sum of the squared deviations of a fingerprint, in units of what rounding may cause. Rounding
 # to bfloat16 gives about 0.4 for each of the sums.
@@ -185,7 +184,9 @@ def sum_weights(encoder: nn.Module) -> tuple[Tensor, Tensor] | None:
             index = 4 + int(own_name) * (NUM_SUMS - 4) // num_layers
         totals[index].append(values.sum(dim=1, dtype=torch.float64) @ factors)
         squares[index].append((norms * factors).square().sum())
-        are_rounded.append(is_rounded(values.flatten()[:NUM_SAMPLES]))
+        sample = values.flatten()[:NUM_SAMPLES]
+        halves = [sample.to(dtype).to(sample) for dtype in (torch.bfloat16, torch.float16)]
+        are_rounded.append((sample == halves[0]).all() | (sample == halves[1]).all())
 
     gates = getattr(encoder, "gates", None)
     if gates is not None:
@@ -199,12 +200,6 @@ def sum_weights(encoder: nn.Module) -> tuple[Tensor, Tensor] | None:
     sums = torch.stack([sum(each, zero) for each in (*totals, *squares, [rounded])]).cpu()
     rounding = HALF_ROUNDING if sums[-1] else ROUNDING
     return sums[:NUM_SUMS], rounding * sums[NUM_SUMS:-1].sqrt() + SUM_UNIT
-
-
-def is_rounded(values: Tensor) -> Tensor:
-    """Tell whether all values are numbers of bfloat16, or all of float16: a boolean scalar."""
-    in_bfloat16, in_float16 = (values.to(dtype).to(values) for dtype in HALF_DTYPES)
-    return (values == in_bfloat16).all() | (values == in_float16).all()
 
 
 def list_effective_weights(encoder: nn.Module) -> Iterator[tuple[str, Tensor]]:

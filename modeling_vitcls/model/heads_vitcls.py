@@ -213,14 +213,12 @@ class ExtraHeads(nn.ModuleDict):
         logits: dict[str, Tensor] = {}
         all_tokens = None
         last_layer = self.config.num_hidden_layers
-        num_cls_tokens = self.config.num_cls_tokens
-
         for name, poolers in self.poolers.items():
             pooled = []
             for layer, pooler in zip(self.pooled_layers[name], poolers, strict=True):
                 tokens = layer_tokens[layer]
-                has_too_few_tokens = pooler.pooling != "cls" or tokens.shape[1] < num_cls_tokens
-                if layer == last_layer and compute_all_tokens is not None and has_too_few_tokens:
+                reads_patches = pooler.pooling != "cls"
+                if layer == last_layer and compute_all_tokens is not None and reads_patches:
                     # a second pass of the last layer, at most once for all heads
                     all_tokens = compute_all_tokens() if all_tokens is None else all_tokens
                     tokens = all_tokens

@@ -23,7 +23,6 @@ import numpy as np
 import PIL.Image
 import PIL.ImageOps
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from huggingface_hub.utils import get_session
 from PIL.ExifTags import Base
 from torch import Tensor
@@ -50,7 +49,7 @@ from .fast_image_processing_vitcls import (
     read_jpeg,
     resize_and_crop,
 )
-from .field_checks_vitcls import reject
+from .field_checks_vitcls import raise_one_line_errors, reject
 
 
 logger = logging.get_logger(__name__)
@@ -132,14 +131,11 @@ class ViTCLSBaseImageProcessor(BaseImageProcessor):
         settings["auto_map"] = {name: dict(classes) for name, classes in AUTO_MAP.items()}
         return settings
 
+    @raise_one_line_errors()
     def preprocess(self, images: Any, *args: Any, **kwargs: Unpack[ImagesKwargs]) -> BatchFeature:
         """Preprocess an image, a batch or a list; keyword arguments override the settings."""
         check_setting_names(kwargs)
-        try:
-            batch: BatchFeature = super().preprocess(images, *args, **kwargs)
-        except StrictDataclassError as error:  # The message has several lines
-            raise ValueError(" ".join(str(error.__cause__ or error).split())) from error
-        return batch
+        return super().preprocess(images, *args, **kwargs)  # type: ignore[no-any-return]
 
     def fetch_images(self, images: Any) -> Any:
         """Read every path, URL and encoded image in a (nested) list.

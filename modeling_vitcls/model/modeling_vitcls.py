@@ -18,7 +18,6 @@ sizes), token_attention_vitcls.py, cpu_kernels_vitcls.py and lean_layers_vitcls.
 import copy
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, ClassVar, Self
 
 import torch
@@ -418,20 +417,12 @@ class ViTCLSModel(ViTCLSPreTrainedModel):
             layer_tokens=layer_tokens,
         )
         if num_output_tokens is not None and num_layers in output_layers:
-            output.compute_all_tokens = partial(  # type: ignore[misc]
-                self.compute_last_layer, inputs, **kwargs
+            # The last layer again, as the first pass stays as it is: a product of more rows could
+            # be rounded differently.
+            output.compute_all_tokens = lambda: self.normalize(  # type: ignore[misc]
+                layer(*inputs, **kwargs)
             )
         return output
-
-    def compute_last_layer(
-        self, inputs: tuple[Tensor, Any, Any], **kwargs: Unpack[TransformersKwargs]
-    ) -> Tensor:
-        """Compute all tokens [B, N, D] of the last layer after the final norm, in a second pass.
-
-        The first pass, of fewer tokens, stays as it is: a product of more rows could be rounded
-        differently.
-        """
-        return self.normalize(self.layers[-1](*inputs, **kwargs))
 
     def normalize(self, hidden_states: Tensor) -> Tensor:
         """Apply the final norm, if the model has one, to the output of a layer."""

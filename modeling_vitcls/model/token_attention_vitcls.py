@@ -101,8 +101,7 @@ def select_mask_rows(mask: Any, query: Tensor, key: Tensor) -> Tensor | None:
         from torch.nn.attention.flex_attention import create_mask
 
         batch, _, num_rows, _ = query.shape
-        num_keys = key.shape[-2]
-        return create_mask(mask.mask_mod, batch, 1, num_rows, num_keys, device=query.device)
+        return create_mask(mask.mask_mod, batch, 1, num_rows, key.shape[2], device=query.device)
     if mask.ndim == 2:
         return mask.bool()[:, None, None, :]
     return mask[:, :, : query.shape[2]]
