@@ -1,6 +1,7 @@
 """Image folders with one sub-folder per class, and images that count how often they are read."""
 
 import zlib
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,13 @@ class CountedImages(list):
     def __getitem__(self, index: Any) -> Any:
         self.num_reads += 1
         return super().__getitem__(index)
+
+
+def encode_image(image: Image.Image, file_format: str = "PNG", **options: Any) -> bytes:
+    """Encode an image as the bytes of a file."""
+    file = BytesIO()
+    image.save(file, file_format, **options)
+    return file.getvalue()
 
 
 def write_photos(root: Path, numbers: range, *names: str) -> Path:

@@ -236,17 +236,6 @@ def test_distillation_tokens_are_multiplied_so_that_their_mean_stays() -> None:
     assert get_largest_difference(*logits) < 1e-5
 
 
-@torch.no_grad()
-def test_no_distillation_token_copies_a_token_that_sees_a_part_of_the_image() -> None:
-    config = build_tiny_config(cls_scopes=[[2, 2, 0, 1]])
-    model = randomize(ViTCLSForImageClassification(config))
-    adapted = model.adapt(num_distillation_tokens=1)
-    assert adapted.config.distillation_inference == "cls"
-    assert (
-        get_largest_difference(adapted(build_images()).logits, model(build_images()).logits) < 1e-5
-    )
-
-
 def test_a_new_distillation_head_starts_as_the_classifier() -> None:
     for fields in ({}, {"head_type": "mlp"}):
         model = randomize(ViTCLSForImageClassification(build_tiny_config(**fields))).adapt(
@@ -461,8 +450,15 @@ def test_a_distillation_token_is_a_twin_of_cls_until_a_teacher_trains_it() -> No
     assert adapted.config.distillation_inference == "mean"
 
 
-def test_a_random_distillation_head_is_not_read(caplog: pytest.LogCaptureFixture) -> None:
-    config = build_tiny_config(num_labels=5, pooling="mean")
-    adapted = ViTCLSForImageClassification(config).adapt(num_distillation_tokens=1)
+@torch.no_grad()
+@pytest.mark.parametrize("fields", [{"pooling": "mean"}, {"cls_scopes": [[2, 2, 0, 1]]}], ids=str)
+def test_a_distillation_head_that_cannot_be_a_copy_is_random_and_not_read(
+    fields: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    """The head of the patches has another input, and a token with a scope sees a part of the image."""
+    model = randomize(ViTCLSForImageClassification(build_tiny_config(**fields)))
+    adapted = model.adapt(num_distillation_tokens=1)
     assert adapted.config.distillation_inference == "cls"
     assert sum("distillation_inference" in line for line in caplog.messages) == 1
+    logits = [each(build_images()).logits for each in (model, adapted)]
+    assert get_largest_difference(*logits) < 1e-5

@@ -185,10 +185,7 @@ def attend_in_eager_mode(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
 ) -> torch.Tensor:
     """Return the output of transformers' eager attention, [B, n, heads, head_dim]."""
-    output: torch.Tensor = eager_attention_forward(nn.Identity(), query, key, value, None, scaling)[
-        0
-    ]
-    return output
+    return eager_attention_forward(nn.Identity(), query, key, value, None, scaling)[0]
 
 
 def attend_with_sdpa(

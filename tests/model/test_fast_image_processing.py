@@ -1,6 +1,5 @@
 """The fast path of the image processor returns the values of the slow path, to the bit."""
 
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +7,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from helpers.photo_folders import encode_image
 from helpers.tiny_models import raises_one_line
 from sklearn.datasets import load_sample_images
 from transformers.image_utils import SizeDict
@@ -35,12 +35,6 @@ SIZES: list[dict[str, Any]] = [
 ]
 
 
-def encode_jpeg(image: PIL.Image.Image, **settings: Any) -> bytes:
-    buffer = BytesIO()
-    image.save(buffer, format="JPEG", **settings)
-    return buffer.getvalue()
-
-
 def make_exif(orientation: int) -> PIL.Image.Exif:
     exif = PIL.Image.Exif()
     exif[0x0112] = orientation
@@ -56,12 +50,14 @@ def build_example_images() -> dict[str, Any]:
     image = build_photograph()
     values = np.array(image)
     return {
-        "jpeg": encode_jpeg(image, quality=60),
-        "jpeg 4:4:4 progressive": encode_jpeg(image, quality=95, subsampling=0, progressive=True),
-        "gray jpeg": encode_jpeg(image.convert("L")),
-        "cmyk jpeg": encode_jpeg(image.convert("CMYK")),
+        "jpeg": encode_image(image, "JPEG", quality=60),
+        "jpeg 4:4:4 progressive": encode_image(
+            image, "JPEG", quality=95, subsampling=0, progressive=True
+        ),
+        "gray jpeg": encode_image(image.convert("L"), "JPEG"),
+        "cmyk jpeg": encode_image(image.convert("CMYK"), "JPEG"),
         **{
-            f"jpeg turned {orientation}": encode_jpeg(image, exif=make_exif(orientation))
+            f"jpeg turned {orientation}": encode_image(image, "JPEG", exif=make_exif(orientation))
             for orientation in range(2, 9)
         },
         **{

@@ -80,10 +80,15 @@ def test_a_closed_gate_holds_against_the_largest_scores(added: dict[str, int]) -
     assert get_largest_difference(adapted(images).logits, model(images).logits) < 1e-5
 
 
-def test_gradient_reaches_gates_in_float16() -> None:
+@pytest.fixture
+def gated() -> ViTCLSForImageClassification:
+    """Return a classifier with four new registers."""
+    torch.manual_seed(0)
+    return randomize(ViTCLSForImageClassification(build_tiny_config())).adapt(num_register_tokens=4)
+
+
+def test_gradient_reaches_gates_in_float16(gated: ViTCLSForImageClassification) -> None:
     """float16 has no numbers as small as the attention to a closed gate."""
-    model = randomize(ViTCLSForImageClassification(build_tiny_config()))
-    gated = model.adapt(num_register_tokens=4, gate_new_tokens=True)
     with torch.autocast("cpu", dtype=torch.float16):
         loss = gated(build_images(), labels=torch.tensor([0, 2])).loss
     (loss * 2**16).backward()  # As a gradient scaler does
@@ -94,13 +99,9 @@ def test_gradient_reaches_gates_in_float16() -> None:
     assert found.tolist() == pytest.approx(gated.vitcls.gates.gates.grad.tolist(), rel=0.05)
 
 
-def test_gradient_reaches_gates_and_new_tokens() -> None:
+def test_gradient_reaches_gates_and_new_tokens(gated: ViTCLSForImageClassification) -> None:
     """The gradient is as large as that of an open gate, and points to a lower loss."""
-    model = randomize(ViTCLSForImageClassification(build_tiny_config()))
-    torch.manual_seed(0)
-    gated = model.adapt(
-        num_register_tokens=4, gate_new_tokens=True
-    ).double()  # for a finite difference
+    gated.double()  # for a finite difference
     pixels = build_images().double()
     labels = torch.tensor([0, 2])
 
@@ -122,11 +123,10 @@ def test_gradient_reaches_gates_and_new_tokens() -> None:
 
 
 @pytest.mark.parametrize("value", [-1e-4, 0.0])
-def test_a_gate_at_zero_or_below_still_learns(value: float) -> None:
+def test_a_gate_at_zero_or_below_still_learns(
+    gated: ViTCLSForImageClassification, value: float
+) -> None:
     """Adam's first step is the learning rate, so half of all gates become negative."""
-    gated = randomize(ViTCLSForImageClassification(build_tiny_config())).adapt(
-        num_register_tokens=4, gate_new_tokens=True
-    )
     torch.nn.init.constant_(gated.vitcls.gates.gates, value)
     gated(build_images(), labels=torch.tensor([0, 2])).loss.backward()
     assert gated.vitcls.gates.gates.grad.abs().min() > 1e-5

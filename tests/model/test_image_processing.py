@@ -17,6 +17,7 @@ import PIL.Image
 import pytest
 import torch
 from helpers.local_hub import LocalHub
+from helpers.photo_folders import encode_image
 from helpers.tiny_models import raises_one_line
 from PIL.ExifTags import Base
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
@@ -54,12 +55,6 @@ def build_gradient(height: int = 5, width: int = 6) -> PIL.Image.Image:
     """Return a color image in which all pixels differ."""
     values = np.arange(height * width * 3, dtype=np.uint8).reshape(height, width, 3)
     return PIL.Image.fromarray(values)
-
-
-def encode(image: PIL.Image.Image, file_format: str = "PNG", **options: object) -> bytes:
-    buffer = BytesIO()
-    image.save(buffer, format=file_format, **options)
-    return buffer.getvalue()
 
 
 def get_raw_values(backend: type, image: object, **settings: object) -> np.ndarray:
@@ -180,10 +175,10 @@ def test_paths_bytes_images_arrays_and_tensors_are_the_same_image(
     sources = [
         path,
         str(path),
-        encode(image),
-        bytearray(encode(image)),
-        "data:image/png;base64," + base64.b64encode(encode(image)).decode(),
-        "data:image/png," + quote(encode(image)),
+        encode_image(image),
+        bytearray(encode_image(image)),
+        "data:image/png;base64," + base64.b64encode(encode_image(image)).decode(),
+        "data:image/png," + quote(encode_image(image)),
         image,
         PIL.Image.open(path),  # opened, but not decoded yet
         values,
@@ -204,7 +199,7 @@ def test_images_are_downloaded_and_failed_downloads_name_their_address(
     backend: type, hub: LocalHub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    image = encode(build_gradient())
+    image = encode_image(build_gradient())
     hub.create("ann/photos", private=False, files={"image.png": image, "image.bin": image})
     address = f"{hub.url}/ann/photos/resolve/main"
     for name in ("image.png", "image.bin"):  # the second one is redirected
@@ -226,7 +221,7 @@ def test_nested_lists_and_batches_keep_their_order(backend: type) -> None:
 @pytest.mark.parametrize("file_format", ["GIF", "TIFF"])
 def test_the_first_of_several_frames_is_used(backend: type, file_format: str) -> None:
     frames = [PIL.Image.new("L", (6, 5), shade) for shade in (10, 200)]
-    file = encode(frames[0], file_format, save_all=True, append_images=frames[1:])
+    file = encode_image(frames[0], file_format, save_all=True, append_images=frames[1:])
     for source in (file, PIL.Image.open(BytesIO(file))):
         values = get_raw_values(backend, source)
         assert values.shape == (3, 5, 6)
@@ -285,7 +280,7 @@ def build_palette_with_transparency() -> PIL.Image.Image:
     image = PIL.Image.new("P", (6, 4), 0)
     image.putpalette([255, 0, 0, 0, 0, 255])
     image.paste(1, (3, 0, 6, 4))
-    return PIL.Image.open(BytesIO(encode(image, transparency=1)))
+    return PIL.Image.open(BytesIO(encode_image(image, transparency=1)))
 
 
 def test_transparency_is_composited_on_white(backend: type) -> None:
@@ -312,7 +307,7 @@ def test_transparency_is_composited_on_white(backend: type) -> None:
     for one_bit in (PIL.Image.new("1", (6, 4), 1), np.ones((4, 6), dtype=bool)):
         assert (get_raw_values(backend, one_bit) == 255).all()
 
-    one_shade = PIL.Image.open(BytesIO(encode(PIL.Image.new("L", (6, 4), 7), transparency=7)))
+    one_shade = PIL.Image.open(BytesIO(encode_image(PIL.Image.new("L", (6, 4), 7), transparency=7)))
     assert (get_raw_values(backend, one_shade) == 255).all()
     palette = get_raw_values(backend, build_palette_with_transparency())
     assert palette[:, 0, 0].tolist() == [255, 0, 0]
@@ -400,7 +395,7 @@ def test_integers_without_rescaling_require_their_own_mean(backend: type, kind: 
 def test_without_rgb_an_image_keeps_its_own_channels(backend: type) -> None:
     gray = build_gradient().convert("L")
     channels = {
-        "gray file": (encode(gray), 1),
+        "gray file": (encode_image(gray), 1),
         "gray": (gray, 1),
         "1 bit": (gray.convert("1"), 1),
         "16 bits": (np.zeros((5, 6), dtype=np.uint16), 1),
@@ -425,7 +420,7 @@ def test_a_gray_model_gets_one_channel(backend: type) -> None:
     assert pixel_values[2:].flatten(1).unique(dim=1).tolist() == [[-1], [1]]
 
 
-@pytest.mark.parametrize("kind", [encode, np.array, lambda image: image, torch.from_numpy])
+@pytest.mark.parametrize("kind", [encode_image, np.array, lambda image: image, torch.from_numpy])
 def test_color_images_become_gray_for_a_gray_model(backend: type, kind: Any) -> None:
     """The gray levels are those of PIL, also in the second call, which may take the fast path."""
     processor = backend(do_convert_rgb=False, image_mean=[0.5], image_std=[0.5], size=28)
@@ -445,7 +440,7 @@ def test_unreadable_sources_are_named(backend: type, tmp_path: Path) -> None:
         tmp_path / name for name in ("missing.png", "text.png", "truncated.jpg")
     )
     text.write_text("not an image")
-    photo = encode(PIL.Image.fromarray(photographs()[0]), "JPEG")
+    photo = encode_image(PIL.Image.fromarray(photographs()[0]), "JPEG")
     truncated.write_bytes(photo[: len(photo) // 2])
 
     for path in (missing, text, truncated, tmp_path):
@@ -464,10 +459,10 @@ def test_the_thumbnail_of_a_raw_file_is_no_photo(backend: type) -> None:
     tags = ImageFileDirectory_v2()
     tags[Base.NewSubfileType] = 1
     image = build_gradient(12, 16)
-    assert get_raw_values(backend, encode(image, "TIFF", tiffinfo=tags)) is not None
+    assert get_raw_values(backend, encode_image(image, "TIFF", tiffinfo=tags)) is not None
     tags.tagtype[Base.SubIFDs] = 4
     tags[Base.SubIFDs] = 8
-    error = get_error(backend, encode(image, "TIFF", tiffinfo=tags))
+    error = get_error(backend, encode_image(image, "TIFF", tiffinfo=tags))
     assert "raw file, of which only a thumbnail of 16 x 12 pixels" in error
 
 
@@ -476,7 +471,7 @@ def test_supported_formats_are_read(backend: type, file_format: str, tmp_path: P
     if file_format == "HEIF":
         pytest.importorskip("pillow_heif").register_heif_opener()
     path = tmp_path / "image.png"  # the content determines the format
-    path.write_bytes(encode(build_gradient(16, 16), file_format))
+    path.write_bytes(encode_image(build_gradient(16, 16), file_format))
     expected = np.asarray(PIL.Image.open(path).convert("RGB"))
     for source in (path, path.read_bytes()):
         assert np.array_equal(as_hwc(get_raw_values(backend, source)), expected)
@@ -491,7 +486,7 @@ def test_other_formats_are_errors(
         PIL.EpsImagePlugin, "Ghostscript", lambda *_args: pytest.fail("Ghostscript was started")
     )
     path = tmp_path / "image.png"
-    path.write_bytes(encode(build_gradient(), file_format))
+    path.write_bytes(encode_image(build_gradient(), file_format))
     for source in (path, path.read_bytes()):
         message = get_error(backend, source)
         assert "not an image in a supported format (JPEG, PNG, " in message
