@@ -34,11 +34,8 @@ RECIPES: dict[str, dict[str, Any]] = {
     "4 registers, all layers": {"num_register_tokens": 4},
     "8 prompts, nothing else": {"num_register_tokens": 8, "trainable": "tokens"},
     "CLS for each quarter, all layers": {
-        "num_cls_tokens": 5,
-        "model_config": {
-            "cls_pooling": "concat",
-            "cls_scopes": ["image", [2, 2, 0, 0], [2, 2, 0, 1], [2, 2, 1, 0], [2, 2, 1, 1]],
-        },
+        "cls_scopes": ("image", "2x2"),
+        "model_config": {"cls_pooling": "concat"},
     },
     "distillation token, all layers": {"num_distillation_tokens": 1, "distillation": "soft"},
 }

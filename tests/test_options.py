@@ -16,6 +16,7 @@ from modeling_vitcls.training.options import (
     PretrainOptions,
     RunOptions,
     TrainingOptions,
+    parse_cls_scopes,
 )
 from scripts.benchmark import BenchmarkOptions
 from scripts.study import StudyOptions
@@ -142,10 +143,30 @@ def test_wrong_augmentations_are_errors(augment: dict[str, Any], words: str) -> 
         check(AugmentationOptions, {"augment": augment})
 
 
+def test_grids_of_cls_tokens_are_listed_row_by_row() -> None:
+    grid = [[2, 3, row, column] for row in (0, 1) for column in (0, 1, 2)]  # row by row
+    assert parse_cls_scopes(["1x2", "image", "2x3"]) == [[1, 2, 0, 0], [1, 2, 0, 1], "image", *grid]
+    for text in ("0x2", "2", "2x", "x2", "2x2x2", "images", "1000x2"):
+        with raises_one_line(f"`cls_scopes` requires 'image' or ROWSxCOLUMNS, but got {text!r}"):
+            check(ModelOptions, {"cls_scopes": ("image", text)})
+
+
 def test_flags_that_are_set_become_fields_of_the_configuration() -> None:
     assert ModelOptions(model="vitcls-tiny").get_config_values() == {}
 
     options = ModelOptions(
-        model="m", num_register_tokens=0, image_size="native", model_config={"head_type": "mlp"}
+        model="vitcls-tiny", num_register_tokens=0, cls_scopes=("image", "2x1"), image_size="native"
     )
-    assert options.get_config_values() == {"num_register_tokens": 0, "head_type": "mlp"}
+    scopes = ["image", [2, 1, 0, 0], [2, 1, 1, 0]]
+
+    assert options.get_config_values() == {
+        "num_register_tokens": 0,
+        "cls_scopes": scopes,
+        "num_cls_tokens": 3,
+    }
+    assert (
+        ModelOptions(model="m", cls_scopes=("image",), num_cls_tokens=2).get_config_values()[
+            "num_cls_tokens"
+        ]
+        == 2
+    )

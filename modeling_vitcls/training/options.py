@@ -5,6 +5,7 @@ torch, and those files need torch.
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -38,6 +39,9 @@ class ModelOptions(Options):
     pooled_layers: tuple[int, ...] | None = None
     """Layers that the classifier reads, such as -4 -3 -2 -1 for the last four; their features are
     concatenated. Default: the last layer, or chosen by the probe."""
+    cls_scopes: tuple[str, ...] | None = None
+    """Image regions that the CLS tokens attend to: `image` adds a CLS token for the whole image,
+    and `2x2` adds a CLS token for each cell of a grid of 2 rows and 2 columns."""
     image_size: int | tuple[int, int] | Literal["native"] | None = None
     """Image height and width in pixels; one number sets both. `native` keeps the size of the
     checkpoint. Default: the size of the preset or checkpoint, but fine-tuning uses 224 pixels for
@@ -65,6 +69,10 @@ class ModelOptions(Options):
     head_type=mlp`. Default of `initializer_range`: depends on the width of the preset
     (training/defaults.py), because narrow models learn slowly with the common value of 0.02."""
 
+    def check(self) -> None:
+        super().check()
+        parse_cls_scopes(self.cls_scopes or ())  # Raises ValueError if a value is invalid
+
     def get_config_values(self) -> dict[str, Any]:
         """Select the ViTCLSConfig fields that these options set, with their values."""
         values = {field.name: getattr(self, field.name) for field in fields(ModelOptions)}
@@ -77,7 +85,34 @@ class ModelOptions(Options):
 
         if self.pooled_layers:
             config_values["pooled_layers"] = list(self.pooled_layers)
+        if self.cls_scopes:
+            config_values["cls_scopes"] = parse_cls_scopes(self.cls_scopes)
+            config_values.setdefault("num_cls_tokens", len(config_values["cls_scopes"]))
         return config_values
+
+
+def parse_cls_scopes(values: Sequence[str]) -> list[str | list[int]]:
+    """Convert the values of `--cls-scopes` to `ViTCLSConfig.cls_scopes`.
+
+    Each scope (one per CLS token) is "image" or [rows, columns, row, column]. Raise ValueError if a
+    value is not `image` or a grid such as `2x2`.
+    """
+    scopes: list[str | list[int]] = []
+    for value in values:
+        if value == "image":
+            scopes.append(value)
+        elif match := re.fullmatch(r"([1-9]\d{0,2})x([1-9]\d{0,2})", value):
+            rows = int(match[1])
+            columns = int(match[2])
+            scopes += [
+                [rows, columns, row, column] for row in range(rows) for column in range(columns)
+            ]
+        else:
+            raise ValueError(
+                f"`cls_scopes` requires 'image' or ROWSxCOLUMNS, but got {value!r}. Example: "
+                "`cls_scopes=('image', '2x2')`"
+            )
+    return scopes
 
 
 @dataclass(frozen=True, kw_only=True)
