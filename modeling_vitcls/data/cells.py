@@ -173,7 +173,6 @@ def are_vectors(
         raise ValueError(
             f"{column.where} has {length} places with 0 or 1 in each value. Set `label_names` to "
             f"the {length} names of these classes, in this order"
-            f"{f', not {len(classes)}' if classes else ''}"
         )
     for cell, bits in vectors.items():
         if len(bits) != length or None in bits:

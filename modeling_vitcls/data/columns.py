@@ -54,21 +54,31 @@ def find_image_column(
     """
     if not len(table):
         raise ValueError(f"{dataset} is empty. Add rows with images")
+    if column is not None:
+        check_column(table, column, dataset)
+        return column
     excluded = label_columns or [
         name for name in table.features if name.lower() in LABEL_COLUMN_NAMES
     ]
     candidates = {name: each for name, each in table.features.items() if name not in excluded}
-    if column is None and len(candidates) == 1 < len(table.features):
+    if len(candidates) == 1 < len(table.features):
         return next(iter(candidates))
     return find_column(
         "image",
-        column,
         candidates,
         is_image_feature,
         IMAGE_COLUMN_NAMES,
         dataset,
         lambda name: has_files(map(spell_label, table[:MAX_CHECKED_PATHS][name]), folder),
     )
+
+
+def check_column(table: Any, column: str, dataset: str) -> None:
+    """Raise ValueError if a table has no such column."""
+    if column not in table.features:
+        raise ValueError(
+            f"{dataset} has no column {column!r}. Choose one of {', '.join(table.features)}"
+        )
 
 
 def has_files(paths: Iterable[str | None], folder: Path) -> bool:
@@ -81,32 +91,26 @@ def find_label_columns(
     dataset: str, tables: Mapping[str, Any], columns: Sequence[str] | None, image_column: str
 ) -> list[str]:
     """Find the label columns, which all splits must have."""
-    features = next(iter(tables.values())).features
+    first = next(iter(tables.values()))
     used = (image_column, *SPLIT_COLUMN_NAMES)
-    names = [
+    found = columns or [
         find_column(
             "label",
-            name,
-            features,
+            first.features,
             get_declared_names,
             LABEL_COLUMN_NAMES,
             dataset,
             lambda each: each not in used,
         )
-        for name in columns or (None,)
     ]
     for split, table in tables.items():
-        if missing := [name for name in names if name not in table.features]:
-            raise ValueError(
-                f"{dataset}: the split {split!r} has no labels in the column {missing[0]!r}. Set "
-                "`dataset` to the files of the other splits"
-            )
-    return names
+        for column in found:
+            check_column(table, column, f"{dataset}, split {split!r}")
+    return list(found)
 
 
 def find_column(
     kind: str,
-    name: str | None,
     features: Features,
     has_matching_type: Callable[[Any], Any],
     common_names: tuple[str, ...],
@@ -115,14 +119,9 @@ def find_column(
 ) -> str:
     """Find the column of a kind.
 
-    It is the requested column, the only column of the matching type, the first column with a common
-    name, or the only possible one.
+    It is the only column of the matching type, the first column with a common name, or the only
+    possible one.
     """
-    if name is not None and name not in features:
-        raise ValueError(f"{dataset} has no column {name!r}. Choose one of {', '.join(features)}")
-    if name is not None:
-        return name
-
     matching_columns = [
         column for column, feature in features.items() if has_matching_type(feature)
     ]
@@ -282,17 +281,17 @@ def divide_by_column(
     if column is None or column in label_columns:
         return splits, {}
 
-    names = read_texts(table, column, dataset)
-    parts = np.array([SPLIT_BY_FOLDER_NAME.get((name or "").strip().lower(), "") for name in names])
-    unknown = sorted({str(name) for name, part in zip(names, parts, strict=True) if not part})
+    names = [(name or "").strip().lower() for name in read_texts(table, column, dataset)]
+    unknown = set(names) - SPLIT_BY_FOLDER_NAME.keys()
     if unknown:
-        values = format_name_list([repr(name) for name in unknown])
-        if not is_named and len(unknown) == len(set(names)):
+        values = format_name_list(sorted(map(repr, unknown)))
+        if not is_named and unknown == set(names):
             return splits, {"splits": f"the column {column!r} is not used: it contains {values}"}
         raise ValueError(
             f"{dataset}: the column {column!r} contains {values}. Its values must be train, "
             "validation or test; rename or remove the column if it means something else"
         )
+    parts = np.array([SPLIT_BY_FOLDER_NAME[name] for name in names])
     divided = {
         split: table.select(np.flatnonzero(parts == split))
         for split in SPLIT_ORDER
@@ -331,8 +330,5 @@ def find_unused_groups(
 
 def read_texts(table: Any, column: str, dataset: str) -> list[str | None]:
     """Read a column as text; None for an empty cell. Raise ValueError without this column."""
-    if column not in table.features:
-        raise ValueError(
-            f"{dataset} has no column {column!r}. Choose one of {', '.join(table.features)}"
-        )
+    check_column(table, column, dataset)
     return list(map(spell_label, read_column(table, column)))

@@ -65,10 +65,7 @@ def load_evaluation_data(
     is_trained = find_trained_images(images, splits)
     num_trained = int(is_trained.sum())
 
-    part = f"{len(images):,} images"
-    if split is not None or name != "train":  # Users have not given the name of an only split
-        part += f" of split {name!r}"
-    description = f"all {part}"
+    description = f"all {len(images):,} images of split {name!r}"
     num_left_out = 0
     if num_trained and split is not None:  # All its images count
         description += f", of which training used {num_trained:,}"
@@ -81,7 +78,7 @@ def load_evaluation_data(
     elif num_trained:
         images, _ = images.divide(is_trained)
         num_left_out = num_trained
-        description = f"{part}, of which {num_trained:,} are left out, because training used them"
+        description += f" without the {num_trained:,} that trained the model"
 
     drawn = images.draw(max_images)
     if len(drawn) < len(images):

@@ -61,11 +61,9 @@ def find_split_folders(root: Path, images: Sequence[str], use_labels: bool) -> d
     for name in splits:
         if name in nested:
             other = next(other for other in paths if other not in splits)
-            subfolders = format_name_list(sorted(list_names(nested[name], depth=1)))
             raise ValueError(
-                f"{root}: {name!r} has the name of a split and contains folders ({subfolders}), "
-                f"but {other!r} is not a split (train, validation, test). Move {other!r} "
-                f"elsewhere, or rename {name!r}"
+                f"{root}: {name!r} has the name of a split and contains folders, but {other!r} is not "
+                f"a split (train, validation, test). Move {other!r} elsewhere, or rename {name!r}"
             )
 
     if use_labels and (classes := find_shared_folders(nested.values())):

@@ -84,12 +84,11 @@ class ImageFolder:
 
         JSON files, and tables with the name of an image, are annotations of single images.
         """
-        images = {PurePosixPath(image).with_suffix("").as_posix() for image in self.images}
-        images.update(self.images)
+        images = {PurePosixPath(image).with_suffix("") for image in self.images}
         tables = [
             table
             for table in map(PurePosixPath, self.tables)
-            if table.suffix.lower() != ".json" and table.with_suffix("").as_posix() not in images
+            if table.suffix.lower() != ".json" and table.with_suffix("") not in images
         ]
         return not self.metadata and len(self.images) > len(tables)
 

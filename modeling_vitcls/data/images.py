@@ -233,11 +233,9 @@ def check_channels(image: Image.Image, pixels: torch.Tensor, num_channels: int |
     if `do_convert_rgb` is set.
     """
     if num_channels is not None and len(pixels) != num_channels:
-        path = getattr(image, "filename", "")
-        image_name = f"the image {shorten_text(path)}" if path else f"an image of mode {image.mode}"
-        count_text = "1 channel" if len(pixels) == 1 else f"{len(pixels)} channels"
+        name = shorten_text(getattr(image, "filename", "in memory"))
         raise UnreadableImage(
-            f"{image_name} has {count_text}, but the model requires {num_channels}"
+            f"the image {name} has {len(pixels)} channel(s), but the model requires {num_channels}"
         )
 
 

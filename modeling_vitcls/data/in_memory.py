@@ -29,7 +29,6 @@ from torchvision.transforms.v2.functional import to_pil_image
 from ..model.image_processing_vitcls import (
     image_to_tensor,
 )
-from ..runtime.errors import format_error
 from .images import resolve_path
 from .tables import build_column, wrap_table
 
@@ -42,14 +41,12 @@ TITLES: dict[str, str] = {}  # "the DataFrame" by name
 def add_dataset(data: Any) -> str:
     """Store a dataset in `DATASETS` and return its name.
 
-    Raise ValueError if the dataset is empty or an item is not an (image, label) pair, and TypeError
-    if the type of the dataset is not supported.
+    Raise ValueError if an item is not an (image, label) pair, and TypeError if the dataset has no
+    length or no items.
     """
     import datasets
 
     data_by_split = data if isinstance(data, Mapping) else {"train": data}
-    if not data_by_split:
-        raise ValueError("the dataset in memory has no splits. Pass at least one split")
     splits = datasets.DatasetDict(
         {split: convert_split(data) for split, data in data_by_split.items()}
     )
@@ -95,24 +92,8 @@ def convert_split(data: Any) -> Any:
         data = data.apply(
             lambda column: column.map(spell_path) if column.dtype == object else column
         )
-        try:
-            return datasets.Dataset.from_pandas(data, preserve_index=False)
-        except pyarrow.ArrowException as error:
-            raise ValueError(
-                f"cannot use the DataFrame ({format_error(error)}). Pass images as paths or "
-                "encoded bytes, and labels of one type"
-            ) from None
-    if not hasattr(data, "__len__") or not hasattr(data, "__getitem__"):
-        raise TypeError(
-            "a dataset must be a path, a datasets.Dataset, a DataFrame, a torch Dataset with a "
-            "length, or a list of (image, label) pairs, but the type of the data is "
-            f"{type(data).__name__}"
-        )
+        return datasets.Dataset.from_pandas(data, preserve_index=False)
     rows = [convert_pair(data[index], index) for index in range(len(data))]
-    if not rows:
-        raise ValueError(
-            "the dataset in memory has no images. Pass at least one (image, label) pair"
-        )
     columns = {"image": pyarrow.array([row["image"] for row in rows], datasets.Image().pa_type)}
     for column in dict.fromkeys(column for row in rows for column in row if column != "image"):
         columns[column] = build_column([row.get(column) for row in rows])

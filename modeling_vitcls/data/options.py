@@ -90,8 +90,9 @@ class AugmentationOptions(Options):
             "above 0 and at most 1",
         )
         for name, value in (self.augment or {}).items():
-            is_known = name in LARGEST_AUGMENT and isinstance(value, int | float)
-            if not is_known or not 0 <= value <= LARGEST_AUGMENT[name]:
-                limits = ", ".join(f"{each} (to {most})" for each, most in LARGEST_AUGMENT.items())
-                raise ValueError(f"`augment` has {name}={value}, but it takes {limits}")
+            largest = LARGEST_AUGMENT.get(name, -1)
+            if not isinstance(value, int | float) or not 0 <= value <= largest:
+                raise ValueError(
+                    f"`augment` has {name}={value}, but it takes values from 0 to {LARGEST_AUGMENT}"
+                )
         check_minimum(self, 0, "mixup", "cutmix")

@@ -111,6 +111,8 @@ def load_splits(
     """
     name, folder, splits = open_dataset(options.dataset, use_labels)
     dataset = get_title(options.dataset)
+    if not splits:
+        raise ValueError(f"{dataset} has no splits. Add at least one, with images")
     columns = next(iter(splits.values())).features
     if trained and columns.keys() >= set(trained["label_column"]):
         options = replace(options, **trained)
@@ -227,9 +229,7 @@ def open_dataset(dataset: str, use_labels: bool) -> tuple[str, Path, Any]:
     if path.exists():
         tables = read_tables(path.parent, READERS[suffix], {"train": [path]})
         return path.resolve().name, path.parent, tables
-    if suffix in READERS:
-        raise OSError(f"there is no file {dataset}. Check the path")
-    if not is_hub_id(dataset):
+    if suffix in READERS or not is_hub_id(dataset):
         raise OSError(describe_missing_repo(dataset, "dataset"))
 
     import datasets
@@ -275,8 +275,6 @@ def read_folder(path: Path, use_labels: bool) -> Any:
     if any((path / file).is_file() for file in SAVED_FILES):
         with explain_reading_errors(str(path)):
             saved = datasets.load_from_disk(path)
-        if not saved:
-            raise ValueError(f"{path} is empty. Add rows with images")
         return saved if isinstance(saved, dict) else {"train": saved}
     for reader in dict.fromkeys(READERS.values()):
         if tables := find_tables(path, folder.metadata or folder.tables, reader):

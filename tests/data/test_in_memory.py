@@ -151,18 +151,25 @@ def test_a_table_has_paths_as_objects_and_is_named_as_in_python(
     assert not capfd.readouterr().err  # no progress bar
     assert splits.train.images[1].tobytes() == make_image(1).tobytes()
     for data, title in ((table, "the DataFrame"), ({"train": table}, "the dict")):
-        with raises_one_line(f"{title} has no column 'tags'"):
+        with raises_one_line(f"{title}, split 'train' has no column 'tags'"):
             load_splits(DataOptions(dataset=add_dataset(data), label_column=("tags",)))
 
 
-@pytest.mark.parametrize("kind", ["the Dataset", "the DataFrame", "table.csv", "saved"])
-def test_an_empty_table_is_an_error(kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("kind", "problem"),
+    [
+        *((kind, "is empty") for kind in ("the Dataset", "the DataFrame", "the list", "table.csv")),
+        *((kind, "has no splits") for kind in ("the dict", "saved")),
+    ],
+)
+def test_an_empty_table_is_an_error(kind: str, problem: str, tmp_path: Path) -> None:
     table = pd.DataFrame({"image": [], "label": []})
     table.to_csv(tmp_path / "table.csv", index=False)
     datasets.DatasetDict().save_to_disk(tmp_path / "saved")
-    data = {"the Dataset": datasets.Dataset.from_pandas(table), "the DataFrame": table}
+    in_memory = (datasets.Dataset.from_pandas(table), table, [], {})
+    data = {f"the {type(each).__name__}": each for each in in_memory}
     dataset = add_dataset(data[kind]) if kind in data else str(tmp_path / kind)
-    with raises_one_line(f"{kind} is empty. Add rows with images"):
+    with raises_one_line(f"{kind} {problem}. Add"):
         load_splits(DataOptions(dataset=dataset))
 
 
@@ -227,8 +234,6 @@ def test_floats_are_scaled_and_integers_are_not(
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ([], "has no images"),
-        ({}, "has no splits"),
         (
             [make_image(0)],
             r"item 0 of the dataset is of type Image and not an \(image, label\) pair",
@@ -239,15 +244,10 @@ def test_floats_are_scaled_and_integers_are_not(
         ),
         ([{"image": "0.png", "label": "cat"}], "of type dict .*or a DataFrame or datasets.Dataset"),
         ([("\udce9.png", "cat")], "codec can't encode character"),
-        (pd.DataFrame({"image": ["0.png"] * 2, "label": ["a", 1]}, dtype=object), "one type"),
-        ({1, 2}, "but the type of the data is set"),
-        (torch.utils.data.Dataset(), "but the type of the data is Dataset"),
-        (iter([(make_image(0), 1)]), "but the type of the data is list_iterator"),
-        (pd.DataFrame({"image": [make_image(0)]}), "as paths or encoded bytes"),
-        (
-            datasets.Dataset.from_dict({"image": [1]}).to_iterable_dataset(),
-            "but the type of the data is IterableDataset",
-        ),
+        (pd.DataFrame({"image": ["0.png"] * 2, "label": ["a", 1]}, dtype=object), "column label"),
+        (pd.DataFrame({"image": [make_image(0)]}), "column image"),
+        ({1, 2}, "set"),
+        (torch.utils.data.Dataset(), "Dataset"),
         (
             datasets.Dataset.from_dict({"image": [1]}).with_transform(lambda batch: batch),
             "with_format",

@@ -213,7 +213,7 @@ def test_images_can_be_read_without_labels(color_images: Path, tmp_path: Path) -
 
 
 def test_unusable_datasets_are_named(tmp_path: Path) -> None:
-    with pytest.raises(OSError, match=r"there is no file .*absent\.csv\. Check the path"):
+    with pytest.raises(OSError, match=r"absent\.csv is not a .*\. Check the path"):
         read(tmp_path / "absent.csv")
     with pytest.raises((OSError, ValueError), match=r"name on the Hub|not a file or folder"):
         read("nothere")

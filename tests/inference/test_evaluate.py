@@ -243,7 +243,7 @@ def test_an_image_of_other_channels_is_named_and_counted_as_unreadable(
     (warning,) = (
         line for line in capsys.readouterr().out.splitlines() if line.startswith("WARNING: ")
     )
-    assert "[b]dark/6.png' has 3 channels, but the model requires 1" in warning
+    assert "[b]dark/6.png' has 3 channel(s), but the model requires 1" in warning
 
 
 def test_two_processes_evaluate_a_saved_model(two_process_folder: Path) -> None:
