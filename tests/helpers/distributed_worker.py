@@ -16,6 +16,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from torch import distributed
@@ -23,9 +24,10 @@ from torch.distributed.fsdp import fully_shard
 from transformers.distributed import DistributedConfig
 
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
+sys.path.extend(map(str, Path(__file__).parents[1:3]))
 
 import modeling_vitcls as vitcls
+from helpers.tiny_models import build_tiny_config
 from modeling_vitcls.data.images import UnreadableImageCounter
 from modeling_vitcls.runtime.distributed import run_on_main
 from modeling_vitcls.runtime.errors import RunStopped
@@ -39,16 +41,6 @@ from modeling_vitcls.training.signals import SignalHandler
 
 
 NUM_PROCESSES = 2
-SIZES: dict[str, Any] = {
-    "image_size": [16, 24],
-    "patch_size": 8,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 48,
-}
-SCOPES: list[Any] = ["image", [2, 2, 0, 0], [2, 2, 1, 1]]
-
 # Name -> model class and configuration fields. Each model must train on several processes without
 # changes.
 LAYOUTS: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -73,7 +65,12 @@ LAYOUTS: dict[str, tuple[Any, dict[str, Any]]] = {
     ),
     "three CLS with scopes": (
         vitcls.ViTCLSForImageClassification,
-        {"num_cls_tokens": 3, "cls_scopes": SCOPES, "cls_pooling": "concat", "pooling": "cls_mean"},
+        {
+            "num_cls_tokens": 3,
+            "cls_scopes": ["image", [2, 2, 0, 0], [2, 2, 1, 1]],
+            "cls_pooling": "concat",
+            "pooling": "cls_mean",
+        },
     ),
     "only the CLS head answers": (
         vitcls.ViTCLSForImageClassification,
@@ -124,7 +121,7 @@ def fsdp_by_block(layout: str, folder: Path) -> None:
     blocks = [
         module for module in sharded.modules() if type(module).__name__ in sharded._no_split_modules
     ]
-    assert len(blocks) == 1 + SIZES["num_hidden_layers"]
+    assert len(blocks) == 1 + model.config.num_hidden_layers
     outer_module = torch.nn.Sequential(sharded) if layout == "backbone" else sharded
     for block in [*blocks, outer_module]:
         fully_shard(block)
@@ -217,25 +214,17 @@ def random_numbers_per_process(folder: Path) -> None:
 def non_finite_loss_stops_all_processes(folder: Path) -> None:
     """Check that a non-finite loss on either process stops both, and that no weight changes."""
 
-    def get_loss(model: Any, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+    def get_loss(failing: int, model: Any, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
         loss = compute_loss(model, "one CLS", build_own_images())
-        return (
-            {"loss": loss, "logged": loss}
-            if distributed.get_rank() != failing
-            else {"loss": loss + math.inf}
-        )
+        if distributed.get_rank() == failing:
+            return {"loss": loss + math.inf}
+        return {"loss": loss, "logged": loss}
 
     for failing in range(NUM_PROCESSES):
-        loop = build_training_loop(folder, get_loss)
+        loop = build_training_loop(folder, functools.partial(get_loss, failing))
         before = [parameter.detach().clone() for parameter in loop.state.model.parameters()]
-        try:
+        with pytest.raises(RunStopped):
             loop.run_optimizer_step(itertools.repeat(NO_IMAGES))
-        except RunStopped:
-            pass
-        else:
-            raise AssertionError(
-                f"the loss of process {failing} is infinite, but training continued"
-            )
         for parameter, value in zip(loop.state.model.parameters(), before, strict=True):
             assert torch.equal(parameter, value)
             assert parameter.grad is None
@@ -254,12 +243,8 @@ def error_of_the_main_process_is_raised_by_all(folder: Path) -> None:
     """Check a checkpoint that cannot be written."""
     (folder / "a file").touch()
     store = CheckpointStore(folder / "a file", num_kept=1)
-    try:
+    with pytest.raises(OSError, match="cannot write the checkpoint of step 1"):
         run_on_main(lambda: store.save(1, {"model": {"x": torch.ones(1)}}, {"step": 1}, False))
-    except OSError as error:
-        assert "cannot write the checkpoint of step 1" in str(error)
-    else:
-        raise AssertionError("no error on this process")
 
 
 CHECKS |= {
@@ -277,7 +262,7 @@ def save_model(layout: str, folder: Path) -> tuple[Any, Path]:
     """Return the model of a layout, equal in all processes, and its saved folder."""
     model_class, overrides = LAYOUTS[layout]
     torch.manual_seed(0)
-    model = model_class(vitcls.ViTCLSConfig(**SIZES, **overrides))
+    model = model_class(build_tiny_config(image_size=[16, 24], **overrides))
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     path = folder / layout.replace(" ", "_")

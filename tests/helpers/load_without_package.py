@@ -50,7 +50,11 @@ def main(inputs_file: str, target: Path, num_threads: int, sources: list[str]) -
         report[name] = {}
         for auto_class in AUTO_CLASSES:
             model, loading = load(source, auto_class)
-            report[name][auto_class] = describe(model, loading)
+            report[name][auto_class] = {
+                "class": type(model).__name__,
+                "module": type(model).__module__,
+                "missing": sorted(loading["missing_keys"]),
+            }
             found |= add_prefix(
                 f"{name}/{auto_class}", compute_outputs(model, inputs["pixel_values"])
             )
@@ -128,15 +132,6 @@ def flatten(outputs: Any) -> dict[str, torch.Tensor]:
 def add_prefix(prefix: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Return copies of the tensors with names `prefix/name`."""
     return {f"{prefix}/{name}": tensor.clone() for name, tensor in tensors.items()}
-
-
-def describe(model: Any, loading: dict[str, Any]) -> dict[str, Any]:
-    """Return the class, its module, and the weights that the checkpoint does not contain."""
-    return {
-        "class": type(model).__name__,
-        "module": type(model).__module__,
-        "missing": sorted(loading["missing_keys"]),
-    }
 
 
 def classify(source: str, image: torch.Tensor) -> list[dict[str, Any]]:

@@ -7,7 +7,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import torch
 from accelerate import Accelerator
+from safetensors.torch import load_file
 
 from helpers.accelerate_state import reset_accelerate
 from modeling_vitcls.cli.api import build_options
@@ -130,3 +132,11 @@ def remove_speeds(values: dict[str, Any]) -> dict[str, Any]:
 def read_compared_values(folder: Path) -> list[dict[str, Any]]:
     """Return results.json and the records of metrics.jsonl, without speeds."""
     return [*map(remove_speeds, (read_json(folder / "results.json"), *read_metrics(folder)))]
+
+
+def assert_equal_runs(folder: Path, expected: Path) -> None:
+    """Check logged values, weights and results to the bit; speeds may differ."""
+    assert read_compared_values(folder) == read_compared_values(expected)
+    weights = load_file(folder / "model.safetensors")
+    expected_weights = load_file(expected / "model.safetensors")
+    torch.testing.assert_close(weights, expected_weights, rtol=0, atol=0)

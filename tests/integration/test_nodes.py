@@ -4,7 +4,6 @@
 machine.
 """
 
-import json
 import os
 import signal
 import subprocess
@@ -13,11 +12,10 @@ from pathlib import Path
 
 import psutil
 import pytest
-import torch
 from helpers.fresh_processes import SCRIPT_ENVIRONMENT
 from helpers.photo_folders import write_photos
+from helpers.tiny_options import assert_equal_runs
 from helpers.warm_processes import find_free_port, wait_for_step
-from safetensors.torch import load_file
 
 
 pytestmark = pytest.mark.slow
@@ -86,16 +84,6 @@ def start_agents(flags: list[str], folder: Path) -> list[subprocess.Popen[str]]:
     ]
 
 
-def assert_equal_weights(first: Path, second: Path) -> None:
-    """Check that two runs have the same weights to the bit, and the same accuracy."""
-    weights, others = (load_file(folder / "model.safetensors") for folder in (first, second))
-    torch.testing.assert_close(others, weights, rtol=0, atol=0)
-    accuracies = [
-        json.loads((folder / "results.json").read_text())["accuracy"] for folder in (first, second)
-    ]
-    assert accuracies[0] == accuracies[1]
-
-
 def test_a_killed_agent_is_started_again(
     flags: list[str], uninterrupted: Path, tmp_path: Path
 ) -> None:
@@ -115,7 +103,7 @@ def test_a_killed_agent_is_started_again(
     for agent in (agents := start_agents(flags, folder)):
         output = agent.communicate(timeout=240)[0]
         assert agent.returncode == 0, output
-    assert_equal_weights(uninterrupted, folder)
+    assert_equal_runs(folder, uninterrupted)
 
 
 def test_the_slurm_script_continues_after_the_time_limit(
@@ -153,4 +141,4 @@ def test_the_slurm_script_continues_after_the_time_limit(
     job = submit()
     assert job.wait(timeout=240) == 0, (tmp_path / "output").read_text()
     assert log.read_text().count("requeue") == 1
-    assert_equal_weights(uninterrupted, folder)
+    assert_equal_runs(folder, uninterrupted)

@@ -18,9 +18,8 @@ from typing import Any
 
 import psutil
 import pytest
-import torch
 from helpers.fresh_processes import SCRIPT_ENVIRONMENT
-from helpers.tiny_options import read_compared_values
+from helpers.tiny_options import assert_equal_runs
 from helpers.warm_processes import (
     READY,
     SCRIPTS,
@@ -30,7 +29,6 @@ from helpers.warm_processes import (
     wait_for_step,
 )
 from PIL import Image
-from safetensors.torch import load_file
 
 from modeling_vitcls.data import workers
 
@@ -183,15 +181,6 @@ def draw_steps(count: int, seed: int) -> list[int]:
 # Results ------------------------------------------------------------------------------------------
 
 
-def assert_equal_runs(folder: Path, expected: Path) -> None:
-    """Check logged values, weights and results to the bit; speeds may differ."""
-    assert read_compared_values(folder) == read_compared_values(expected)
-    weights, expected_weights = (
-        load_file(place / "model.safetensors") for place in (folder, expected)
-    )
-    torch.testing.assert_close(weights, expected_weights, rtol=0, atol=0)
-
-
 def list_checkpoints(folder: Path) -> list[str]:
     return sorted(path.name for path in (folder / "checkpoints").iterdir())
 
@@ -290,15 +279,6 @@ def test_a_killed_run_of_any_kind_ends_with_the_same_weights(
     run.kill()
 
     assert get_resumed_step(finish(folder, f"{flags} --resume")) > 0
-    assert_equal_runs(folder, uninterrupted(flags))
-
-
-@pytest.mark.slow
-def test_resume_without_a_checkpoint_starts_from_the_beginning(
-    image_folder: Path, folder: Path, uninterrupted: Callable[[str], Path]
-) -> None:
-    flags = f"{RUN} --dataset {image_folder}"
-    finish(folder, f"{flags} --resume")
     assert_equal_runs(folder, uninterrupted(flags))
 
 

@@ -164,6 +164,10 @@ def test_converted_models_have_the_same_outputs(
     model = randomize_weights(model_class(ViTCLSConfig(**BASE | values)))
     converted = convert_to_transformers(model)
     assert type(converted).__name__ == built_in
+    assert_same_outputs(model, converted, case, size)
+
+
+def assert_same_outputs(model: Any, converted: Any, case: str, size: tuple[int, int]) -> None:
     outputs = compute_outputs(model, images(size))
     for name, value in compute_source_outputs(CASES[case], converted, images(size)).items():
         assert (outputs[name] - value).abs().max() <= 1e-5, name
@@ -192,10 +196,7 @@ def test_models_that_are_exact_at_one_size_only_require_a_flag(
         convert_to_transformers(model)
     converted = convert_to_transformers(model, native_size_only=True)
     assert type(converted).__name__ == built_in
-    pixel_values = images(model.config.image_height_width)
-    outputs = compute_outputs(model, pixel_values)
-    for name, value in compute_source_outputs(CASES[case], converted, pixel_values).items():
-        assert (outputs[name] - value).abs().max() <= 1e-5, name
+    assert_same_outputs(model, converted, case, model.config.image_height_width)
 
 
 def test_everything_about_the_model_is_kept() -> None:
