@@ -213,7 +213,7 @@ def predict(model: str | Path, images: Any = None, **flags: Any) -> list[dict[st
     options = build_options(
         PredictOptions,
         model=model,
-        paths=tuple(map(str, range(len(sources)))),  # one per image, as the options require
+        paths=("image",) * len(sources),  # as the options require
         output="not-written.json",  # as features require
         **flags,
     )

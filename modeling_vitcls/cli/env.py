@@ -34,7 +34,6 @@ def run(options: EnvOptions) -> None:
     cpuinfo = Path("/proc/cpuinfo")
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     cpu_flags = set(cpuinfo.read_text(encoding="utf-8").split()) if cpuinfo.is_file() else set()
-    onednn_dtypes = {str(dtype).removeprefix("torch.") for dtype, _ in kernels.MIN_MULTIPLICATIONS}
     environment = get_versions(*LIBRARIES) | {
         "platform": platform.platform(),
         "processor": get_processor_name(),
@@ -43,7 +42,6 @@ def run(options: EnvOptions) -> None:
         ),
         "device": format_device_name(accelerator or torch.device("cpu")),
         "CPU kernels": "on" if kernels.can_use_cpu_kernels() else "off",
-        "oneDNN products": ", ".join(sorted(onednn_dtypes)) or "none",
     }
     for name, value in environment.items():
         print(f"{name:<16}  {value}")

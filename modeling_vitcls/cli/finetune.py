@@ -25,11 +25,11 @@ COMMON_FLAGS = {
         "num_register_tokens": "registers; default: the checkpoint's",
         "image_size": "or native; default: as trained, but 224 if above 256",
         "resize": "squash, crop or pad; default: measured",
-        "pooling": "cls, mean, cls_mean, max or attention; default: measured",
+        "pooling": "cls, mean, cls_mean, max, attention; default: measured",
     },
     "training, such as --epochs 5 --auto-augment rand": {
         "select": "last or best epoch; default: last",
-        "epochs": "a run with steps; default: 5 from a frozen start, or 30",
+        "epochs": "with steps; default: 5 from a frozen start, or 30",
         "batch_size": "per process; default: 64, or 32 below 10,000 images",
         "learning_rate": "default: from the width and the initial weights",
         "trainable": "full, head, last-N, lora or tokens; default: full",

@@ -13,9 +13,7 @@ import io
 import logging
 import os
 import re
-import shutil
 import sys
-import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
@@ -206,14 +204,12 @@ def format_short_help(
 
     `groups` maps the title of a group, with an example, to its flags, with a few words about each.
     """
-    width = max(60, shutil.get_terminal_size().columns)
     lines = [f"usage: vitcls {command} --model M --dataset D --output-dir FOLDER [FLAGS]"]
     for title, texts in groups.items():
         lines += ["", title]
         for name, text in texts.items():
             flag = f"  --{name.replace('_', '-')}"
-            words = f"{flag:<26}{text}"
-            lines += textwrap.wrap(words, width, subsequent_indent=" " * 26, break_on_hyphens=False)
+            lines.append(f"{flag:<26}{text}")
     rest = len(get_flag_fields(options_class)) - sum(map(len, groups.values()))
     return "\n".join(
         [*lines, "", f"`vitcls {command} --help-all` also shows the other {rest} flags."]

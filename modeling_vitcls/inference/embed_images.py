@@ -7,22 +7,20 @@ dataset.with_format("numpy").map(embed, batched=True, batch_size=256)
 """
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from PIL import Image
 
-from ..conversion.open_model import compute_cache_name, open_model
+from ..conversion.open_model import compute_cache_name
 from ..hub.loading import pin_revision
 from ..model.image_processing_vitcls import SOURCE_TYPES
 from ..runtime.flags import expand_home
 from .inputs import build_record
-from .load_model import load_for_inference
-from .predict import PREDICTION_BATCH_SIZE, Predictor, get_num_workers
-from .prediction_rows import FeatureColumns
+from .options import PredictOptions
+from .predict import Predictor, load_predictor
 
 
 IMAGE_COLUMNS = ("image", "bytes", "path")  # Column names of images in Ray, Spark and `datasets`
@@ -55,15 +53,16 @@ class EmbedImages:
         model: str | Path,
         features: Sequence[str] = ("cls",),
         image_column: str | None = None,
-        dtype: str = "float32",
+        dtype: Literal["float32", "float16"] = "float32",
         batch_size: int | None = None,
     ) -> None:
         # All workers, and the cache of `datasets`, then have the same commit of a model on the Hub.
-        self.model = pin_revision(str(expand_home(model)))
+        source = pin_revision(str(expand_home(model)))
         self.features = tuple(features)
+        self.options = PredictOptions(
+            model=source, features=self.features, feature_dtype=dtype, batch_size=batch_size
+        )
         self.image_column = image_column
-        self.dtype = dtype
-        self.batch_size = batch_size
         self.predictor: Predictor | None = None
         self.files = ""  # What a local model was when it was loaded
 
@@ -73,7 +72,7 @@ class EmbedImages:
         Its files are named instead: `datasets` takes what a function with an equal pickle has
         computed from its cache.
         """
-        return self.__dict__ | {"predictor": None, "files": compute_cache_name(self.model)}
+        return self.__dict__ | {"predictor": None, "files": compute_cache_name(self.options.model)}
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Replace the images of a batch with one array per feature and the column `error`.
@@ -82,10 +81,11 @@ class EmbedImages:
         whose features are NaN, or an empty text. Ray and Spark also pass empty batches, for which
         the columns are empty.
         """
-        files = compute_cache_name(self.model)
+        files = compute_cache_name(self.options.model)
         if self.predictor is None or files != self.files:
             # In the worker: the function was pickled there without the model.
-            self.predictor = self.build_predictor()
+            device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+            self.predictor = load_predictor(self.options, device)
             self.files = files
         column = self.image_column or next((name for name in IMAGE_COLUMNS if name in batch), None)
         if batch and column not in batch:
@@ -110,27 +110,8 @@ class EmbedImages:
         ):
             width = self.predictor.model.config.hidden_size
             shape = (width,) if feature.num_tokens == 1 else (feature.num_tokens, width)
-            outputs[name] = np.full((len(rows), *shape), np.nan, self.dtype)
+            outputs[name] = np.full((len(rows), *shape), np.nan, self.options.feature_dtype)
             for index, row in enumerate(rows):
                 if row["error"] is None:
                     outputs[name][index] = np.stack([*row[output_name]]).reshape(shape)
         return outputs | {"error": np.array([row["error"] or "" for row in rows], dtype=object)}
-
-    def build_predictor(self) -> Predictor:
-        """Load the model."""
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        model, processor, batch_size = load_for_inference(
-            open_model(self.model),
-            device,
-            use_head=False,
-            batch_size=self.batch_size,
-            max_batch_size=PREDICTION_BATCH_SIZE,
-        )
-        return Predictor(
-            model=model,
-            processor=processor,
-            columns=FeatureColumns(model, self.features, self.dtype),
-            autocast=nullcontext,
-            batch_size=batch_size,
-            num_workers=get_num_workers(),
-        )

@@ -276,10 +276,7 @@ class ImagePass:
             count=lambda batch: (
                 (len(batch.indices) + len(batch.error_messages)) * accelerator.num_processes
             ),
-            console=console
-            or Console(
-                emoji=False, quiet=not accelerator.is_main_process, soft_wrap=True, highlight=False
-            ),
+            console=console or Console(quiet=not accelerator.is_main_process),
             has_bar=console is not None,
         )
         padded_batches = (self.pad_batch(model, batch) for batch in batches)

@@ -9,7 +9,7 @@ The output is therefore bit-identical for any number of processes.
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from rich.console import Console
-from transformers import PreTrainedModel
 
 from ..conversion.open_model import open_model
 from ..data.labels import get_heads
@@ -55,7 +54,7 @@ PREDICTION_BATCH_SIZE = 32  # Default number of images per forward pass on GPUs
 class Predictor:
     """A model, the image processor of the model, and the settings of a prediction."""
 
-    model: PreTrainedModel
+    model: Any
     processor: ViTCLSImageProcessor
     columns: PredictionColumns
     # Function that returns a context manager for a forward pass
@@ -156,22 +155,31 @@ def predict_images(options: PredictOptions) -> None:
 
 
 def build_predictor(options: PredictOptions, accelerator: Accelerator) -> Predictor:
-    """Load the model and its image processor on the device, and build a predictor."""
+    """Load the model and its image processor for all processes, in the precision of the options."""
     with accelerator.main_process_first():  # The main process downloads the files
-        folder = open_model(options.model)
-    set_mixed_precision(accelerator, options.mixed_precision, folder.config)
+        predictor = load_predictor(options, accelerator.device, accelerator.autocast)
+    set_mixed_precision(accelerator, options.mixed_precision, predictor.model.config)
+    return predictor
+
+
+def load_predictor(
+    options: PredictOptions,
+    device: torch.device,
+    autocast: Callable[[], AbstractContextManager] = nullcontext,
+) -> Predictor:
+    """Load the model and its image processor on a device."""
+    folder = open_model(options.model)
     model, processor, batch_size = load_for_inference(
         folder,
-        accelerator.device,
+        device,
         use_head=options.features is None,
         resize=options.resize,
         batch_size=options.batch_size,
         max_batch_size=PREDICTION_BATCH_SIZE,
     )
-    config: Any = model.config
     columns: PredictionColumns
     if options.features is None:
-        heads = get_heads(config, options.threshold)
+        heads = get_heads(model.config, options.threshold)
         columns = LabelColumns(model, heads, options.top_k)
     else:
         columns = FeatureColumns(model, options.features, options.feature_dtype)
@@ -179,7 +187,7 @@ def build_predictor(options: PredictOptions, accelerator: Accelerator) -> Predic
         model=model,
         processor=processor,
         columns=columns,
-        autocast=accelerator.autocast,
+        autocast=autocast,
         batch_size=batch_size,
         num_workers=options.num_workers or get_num_workers(),
     )
@@ -193,13 +201,7 @@ def compute_rows(
     With several processes, the main process gathers the rows; otherwise, they are computed while
     the iterator is read.
     """
-    console = Console(
-        emoji=False,
-        stderr=True,
-        quiet=not accelerator.is_main_process,
-        soft_wrap=True,
-        highlight=False,
-    )
+    console = Console(stderr=True, quiet=not accelerator.is_main_process)
     num_processes = accelerator.num_processes
     rows = track(
         predictor.iterate_rows(records, slice(accelerator.process_index, None, num_processes)),

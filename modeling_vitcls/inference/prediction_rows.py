@@ -164,12 +164,6 @@ class LabelColumns:
 # Features -----------------------------------------------------------------------------------------
 
 
-FEATURE_DTYPES = {
-    "float32": (torch.float32, pa.float32()),
-    "float16": (torch.float16, pa.float16()),
-}
-
-
 @dataclass(frozen=True)
 class Feature:
     """The tokens of a group, or the mean of the patches, of a layer after the final norm."""
@@ -230,7 +224,8 @@ class FeatureColumns:
             column: Feature.from_name(name, model.config)
             for column, name in zip(columns, names, strict=True)
         }
-        self.dtype, arrow_type = FEATURE_DTYPES[dtype]
+        self.dtype = getattr(torch, dtype)
+        arrow_type = pa.type_for_alias(dtype)
         self.columns = {
             name: pa.list_(arrow_type if feature.num_tokens == 1 else pa.list_(arrow_type))
             for name, feature in self.features.items()

@@ -40,7 +40,7 @@ def measure_inference_speed(model: Any, device: torch.device) -> dict[str, Any]:
     # into the time.
     measure_seconds(image)
     batch_size = int(MEASUREMENT_SECONDS / NUM_REPEATS / measure_seconds(image))
-    batch = image.expand(max(1, min(MAX_SPEED_BATCH_SIZE, batch_size)), -1, -1, -1).contiguous()
+    batch = image.repeat(max(1, min(MAX_SPEED_BATCH_SIZE, batch_size)), 1, 1, 1)
 
     seconds = [measure_seconds(batch) for _ in range(NUM_REPEATS)]
     return {

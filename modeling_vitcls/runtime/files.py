@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 
+CONTROL_CHARACTER = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 FORMULA_PREFIXES = ("=", "+", "-", "@", "\t", "\r")  # first characters of formulas in spreadsheets
 
 
@@ -74,12 +75,7 @@ def escape_csv_cell(text: str) -> str:
     put before a text that begins with a character of `FORMULA_PREFIXES`, as OWASP recommends
     against CSV injection.
     """
-    escaped = "".join(
-        char.encode("unicode_escape").decode()
-        if unicodedata.category(char) in ("Cc", "Zl", "Zp")
-        else char
-        for char in text
-    )
+    escaped = CONTROL_CHARACTER.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
     return f"'{escaped}" if text.startswith(FORMULA_PREFIXES) else escaped
 
 

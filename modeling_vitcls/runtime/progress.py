@@ -41,7 +41,7 @@ def track(
             output.
         has_bar: whether a terminal shows a bar. If False, it shows nothing.
     """
-    console = console or Console(emoji=False, soft_wrap=True, highlight=False)
+    console = console or Console()
     if total is None and isinstance(items, Sized):
         total = len(items)
     is_log = not console.is_terminal and not console.quiet

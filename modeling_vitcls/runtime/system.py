@@ -1,6 +1,7 @@
 """Library versions and device names."""
 
 import platform
+import re
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -66,6 +67,6 @@ def get_processor_name() -> str:
     It is read from /proc/cpuinfo or, if the file does not exist, from Python.
     """
     cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+    text = cpuinfo.read_text(encoding="utf-8") if cpuinfo.is_file() else ""
+    found = re.search(r"model name\s*: (.*)", text)
+    return found[1] if found else platform.processor() or platform.machine()
