@@ -23,8 +23,6 @@ from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from ..model.configuration_vitcls import ViTCLSConfig
-from ..model.fast_image_processing_vitcls import open_regular_file
 from ..runtime.files import compute_file_digest, read_json
 
 
@@ -211,7 +209,7 @@ def check_is_vitcls(source: str, folder: Path) -> None:
             "saved model"
         )
     config_dict = read_json(folder / CONFIG_FILE)
-    if config_dict.get("model_type") != ViTCLSConfig.model_type:
+    if config_dict.get("model_type") != "vitcls":
         raise ValueError(NOT_VITCLS.format(source))
     if config_dict.get("quantization_config") is not None:
         raise ValueError(
@@ -225,6 +223,9 @@ def check_is_vitcls(source: str, folder: Path) -> None:
 
 def check_weight_files(source: str, folder: Path) -> None:
     """Check that the folder has one set of weights in safetensors, or only exported files."""
+    # Not at the top: options of commands import this file, and flags are parsed without torch.
+    from ..model.fast_image_processing_vitcls import open_regular_file
+
     has_one_file = (folder / WEIGHTS_FILE).is_file()
     has_index = (folder / INDEX_FILE).is_file()
     # transformers would read model.safetensors without a word, even if the shards are newer.
