@@ -12,13 +12,9 @@ The conversions are implemented in modeling_vitcls/conversion/convert.py.
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from ..runtime.flags import Options
-
-
-if TYPE_CHECKING:
-    from ..conversion.parity_report import Report
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,10 +43,11 @@ ARGUMENTS = ("model", "output")
 
 
 def run(options: ConvertOptions) -> None:
-    """Convert the model and print the parity report."""
+    """Convert the model, and print the parity report and the command that pushes the model."""
     from ..conversion.convert import convert_checkpoint, convert_to_native
     from ..hub.model_folder import ModelFolder
     from ..publishing.card import write_card
+    from ..publishing.push import build_push_command
 
     if options.to == "transformers":
         report = convert_to_native(options.model, options.output)
@@ -58,12 +55,6 @@ def run(options: ConvertOptions) -> None:
         report = convert_checkpoint(options.model, options.output, options.family)
     # The card is rendered from the files of the folder, so it comes last.
     write_card(ModelFolder(options.output))
-    print_report(report, options.output)
-
-
-def print_report(report: "Report", output: Path) -> None:
-    """Print the parity report, and the command that pushes the model to the Hub."""
-    from ..publishing.push import build_push_command
 
     print(
         f"Largest differences between {report['model_class']} and {report['source']} (limit "
@@ -78,7 +69,7 @@ def print_report(report: "Report", output: Path) -> None:
         print(f"Image processor: the settings are assumed, because {reason}. Check them")
     print(*report["notes"], f"Classifier: {report['classifier']}", sep="\n")
     print(
-        f"\nWritten to {output}. README.md has the code that loads the model. To push and verify "
+        f"\nWritten to {options.output}. README.md has the code that loads the model. To push and verify "
         "the model, run"
     )
-    print(f"  {build_push_command(output, f'YOUR-NAME/{output.resolve().name}')}")
+    print(f"  {build_push_command(options.output, f'YOUR-NAME/{options.output.resolve().name}')}")

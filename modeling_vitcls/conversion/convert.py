@@ -73,13 +73,58 @@ def convert_to_native(source_name: str, output: Path) -> Report:
 
     The folder has also the results of the run that trained the model. The errors are as in
     `convert_checkpoint`.
+
+    Unless the model is a `ViTCLSForImageClassification`, only the encoder is converted. If no
+    transformers class has the same outputs for images of any size, a class with the same outputs at
+    the native size is sufficient.
     """
-    with create_output_folder(output) as folder:
-        native, model = write_native_model(source_name, folder)
+    with create_output_folder(output) as output_folder:
+        folder = open_vitcls(source_name)
+        is_classifier = folder.architecture == ViTCLSForImageClassification.__name__
+        model_class = ViTCLSForImageClassification if is_classifier else ViTCLSModel
+        model: ViTCLSPreTrainedModel = folder.load(model_class)
+
+        match = find_target(model)
+        build_transformers_model(match, model).save_pretrained(output_folder)
+        if folder.has_processor:
+            processor = folder.load_processor()
+            native_processor = transformers.ViTImageProcessor(**select_settings(processor))
+            preprocess = partial(apply_processor, native_processor)
+            check_processor(processor, preprocess, type(processor).__name__)
+            native_processor.save_pretrained(output_folder)
+        copy_results(folder, output_folder)  # With the hash of the processor's settings
+
+        # The files are compared, not the model in memory: a weight that was not written would not
+        # be missed there.
+        native = TransformersSource.from_name(str(output_folder))
+        native.model.float()
+        if match.resampling:
+            native.native_size_reason = (
+                "at other image sizes, the two models resample position embeddings differently"
+            )
+        if not folder.has_processor:
+            native.notes.append("neither model has an image processor")
         preprocessing = {"assumed_because": ""}
         return write_parity_report(
-            folder, source_name, native, model, preprocessing=preprocessing, is_native=True
+            output_folder, source_name, native, model, preprocessing=preprocessing, is_native=True
         )
+
+
+def copy_results(folder: ModelFolder, output_folder: Path) -> None:
+    """Copy the results and flags of the run that trained a model, for the card.
+
+    Results of other weights are not copied.
+    """
+    if folder.results:
+        # Results belong to weights by the hash of their file. These are the same numbers under
+        # other names, in a file with another hash.
+        hashes = {
+            "weights_sha256": hash_weights(output_folder),
+            "settings_sha256": hash_settings(output_folder),
+        }
+        write_json(output_folder / RESULTS_FILE, folder.results | hashes)
+        with suppress(FileNotFoundError):
+            shutil.copyfile(folder.path / RECIPE_FILE, output_folder / RECIPE_FILE)
 
 
 def load_source(source_name: str, family: str | None = None) -> SourceModel:
@@ -122,71 +167,3 @@ def load_source(source_name: str, family: str | None = None) -> SourceModel:
                 "tensors, and loading it could run code. Save its state dict as safetensors"
             ) from error
         raise
-
-
-# Transformers classes -----------------------------------------------------------------------------
-
-
-def write_native_model(
-    source_name: str, output_folder: Path
-) -> tuple[TransformersSource, ViTCLSPreTrainedModel]:
-    """Convert a vitcls model to a transformers class, and write it with its processor and results.
-
-    Return the written model and the vitcls model.
-
-    Unless the model is a `ViTCLSForImageClassification`, only the encoder is converted. If no
-    transformers class has the same outputs for images of any size, a class with the same outputs at
-    the native size is sufficient.
-    """
-    folder = open_vitcls(source_name)
-    is_classifier = folder.architecture == ViTCLSForImageClassification.__name__
-    model_class = ViTCLSForImageClassification if is_classifier else ViTCLSModel
-    model: ViTCLSPreTrainedModel = folder.load(model_class)
-
-    match = find_target(model)
-    build_transformers_model(match, model).save_pretrained(output_folder)
-    write_processor(folder, output_folder)
-    copy_results(folder, output_folder)
-
-    # The files are compared, not the model in memory: a weight that was not written would not be
-    # missed there.
-    native_source = TransformersSource.from_name(str(output_folder))
-    native_source.model.float()
-    if match.resampling:
-        native_source.native_size_reason = (
-            "at other image sizes, the two models resample position embeddings differently"
-        )
-    if not folder.has_processor:
-        native_source.notes.append("neither model has an image processor")
-    return native_source, model
-
-
-def copy_results(folder: ModelFolder, output_folder: Path) -> None:
-    """Copy the results and flags of the run that trained a model, for the card.
-
-    Results of other weights are not copied.
-    """
-    if folder.results:
-        # Results belong to weights by the hash of their file. These are the same numbers under
-        # other names, in a file with another hash.
-        hashes = {
-            "weights_sha256": hash_weights(output_folder),
-            "settings_sha256": hash_settings(output_folder),
-        }
-        write_json(output_folder / RESULTS_FILE, folder.results | hashes)
-        with suppress(FileNotFoundError):
-            shutil.copyfile(folder.path / RECIPE_FILE, output_folder / RECIPE_FILE)
-
-
-def write_processor(folder: ModelFolder, output_folder: Path) -> None:
-    """Save the image processor of a model folder, if it has one, as a `ViTImageProcessor`.
-
-    Raise ValueError if `ViTImageProcessor` computes other pixels.
-    """
-    if folder.has_processor:
-        processor = folder.load_processor()
-        native_processor = transformers.ViTImageProcessor(**select_settings(processor))
-        check_processor(
-            processor, partial(apply_processor, native_processor), type(processor).__name__
-        )
-        native_processor.save_pretrained(output_folder)

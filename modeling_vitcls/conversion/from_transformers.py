@@ -20,10 +20,10 @@ from .weight_rules import (
     ConversionError,
     Fields,
     Rule,
-    Weights,
     append_zero_bias,
     build_converted_model,
     convert_weights,
+    strip_encoder_name,
 )
 
 
@@ -84,16 +84,6 @@ def convert_from_transformers(model: PreTrainedModel) -> ViTCLSPreTrainedModel:
     return build_converted_model(config, weights, has_classifier=has_classifier)
 
 
-def read_label_fields(config: Any) -> Fields:
-    """Read the label names and the problem type in the configuration of the source."""
-    label_fields = {
-        "id2label": config.id2label,
-        "label2id": config.label2id,
-        "problem_type": config.problem_type,
-    }
-    return {name: value for name, value in label_fields.items() if value is not None}
-
-
 @dataclass(frozen=True)
 class ConvertibleClass:
     """A transformers model class that can be converted."""
@@ -106,7 +96,7 @@ class ConvertibleClass:
     # Name patterns of encoder weights that the class does not use
     unused_patterns: tuple[str, ...] = ()
     # Function that reads the labels from the configuration
-    read_label_fields: Callable[[Any], Fields] = read_label_fields
+    read_label_fields: Callable[[Any], Fields] = families.read_label_fields
 
 
 def is_convertible(module: torch.nn.Module) -> bool:
@@ -115,14 +105,6 @@ def is_convertible(module: torch.nn.Module) -> bool:
     return type(module).__name__ in CONVERTIBLE_CLASSES and type(module).__module__.startswith(
         "transformers."
     )
-
-
-def strip_encoder_name(weights: Weights, encoder_name: str | None) -> Weights:
-    """Strip the name of the encoder from parameter names: one table then fits all classes.
-
-    `encoder_name` is None if the model is an encoder; the names are then unchanged.
-    """
-    return {name.removeprefix(f"{encoder_name}."): weight for name, weight in weights.items()}
 
 
 HEAD_RULES = [

@@ -98,10 +98,8 @@ def open_model(source: str, files: Sequence[str] = ()) -> ModelFolder:
 
 def find_prefix(folder: str) -> str:
     """Find out which project a model is from: the prefix of its name, which is empty for ours."""
-    try:
-        config = read_json(Path(folder, CONFIG_FILE))
-    except (OSError, ValueError):  # The error is reported when the folder is opened
-        return ""
+    file = Path(folder, CONFIG_FILE)
+    config = read_json(file) if file.is_file() else {}
     model_type = config.get("model_type")
     if model_type in CONFIG_MAPPING_NAMES:
         return "transformers:"
@@ -126,12 +124,10 @@ def convert_once(source: str) -> str:
     with FileLock(f"{folder}.lock"):
         # This file is moved last, so a folder that has it is complete.
         if not (folder / CONFIG_FILE).is_file():
-            logger.warning("converting %s", source)
+            logger.warning("converting %s to the cache, %s", source, folder)
             report = convert_checkpoint(source, folder)
             for note in report["notes"]:
-                if note.startswith("pooling: "):
-                    logger.warning("%s", note)
-            logger.warning("the converted model is cached in %s", folder)
+                logger.warning("%s", note)
     # Said in every run, and not only in the one that converts: no number shows it.
     preprocessing = read_json(folder / PARITY_REPORT_FILE)["preprocessing"]
     if reason := preprocessing["assumed_because"]:

@@ -188,12 +188,13 @@ def write_parity_report(
     has_classifier = isinstance(model, ViTCLSForImageClassification) and model.config.num_labels
     report = {
         "is_native": is_native,
+        "notes": [*reference.notes, *list_notes(reference, model.config)],
+        "provenance": find_provenance(source_name).copy_to(folder),
         "source": strip_folders(resolve_name(source_name)),
         "source_class": vitcls_class if is_native else project_class,
         "source_revision": reference.revision,
         "family": reference.family,
         "source_sha256": reference.sha256,
-        "provenance": find_provenance(source_name).copy_to(folder),
         "model_class": project_class if is_native else vitcls_class,
         "image_size": model.config.image_height_width,
         "classifier": "kept" if has_classifier else "none",
@@ -202,7 +203,6 @@ def write_parity_report(
         "comparisons": comparisons,
         "not_compared": not_compared,
         "limit": MAX_DIFFERENCE,
-        "notes": [*reference.notes, *list_notes(reference, model.config)],
         "versions": get_versions("timm"),
         "sha256": hash_weights(folder),
     }

@@ -239,18 +239,12 @@ def convert_source(source: SourceModel) -> ViTCLSPreTrainedModel:
 
 def check_timm_architecture(name: str) -> None:
     """Raise ConversionError, before any download, unless timm has a ViT of this name."""
-    import timm
-    from timm.models import is_model_in_modules
+    from timm.models import is_model_in_modules, list_models
 
-    if not timm.is_model(name):
-        similar = difflib.get_close_matches(name, timm.list_models(), n=1)
-        hint = f"Did you mean {similar[0]}?" if similar else "Run timm.list_models()"
-        raise ConversionError(f"timm {timm.__version__} has no model {name}. {hint}")
     if not is_model_in_modules(name, TIMM_MODULES):
-        raise ConversionError(
-            f"timm:{name} is not a plain ViT. Use a model that docs/coverage.md lists, such as "
-            "timm:vit_small_patch16_224"
-        )
+        similar = difflib.get_close_matches(name, list_models(module=list(TIMM_MODULES)), n=1)
+        hint = f"Did you mean {similar[0]}?" if similar else "docs/coverage.md lists all of them"
+        raise ConversionError(f"timm:{name} is not a plain ViT of timm. {hint}")
 
 
 def get_convertible_class(config: transformers.PreTrainedConfig) -> Any:

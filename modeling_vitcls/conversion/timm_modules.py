@@ -140,13 +140,11 @@ def read_rotary_positions(model: TimmModule) -> Fields:
     }
 
     if name == "RotaryEmbeddingDinoV3":  # Coordinates from -1 to 1
+        has_temperature = rope.min_period is None or rope.max_period is None
         check_supported(
-            rope.min_period is None or rope.max_period is None,
-            "rotary positions with min_period and max_period",
-        )
-        check_supported(
-            rope.normalize_coords == "separate" and not rope.grid_offset,
-            f"rotary positions with normalize_coords={rope.normalize_coords!r} or with an offset",
+            has_temperature and rope.normalize_coords == "separate" and not rope.grid_offset,
+            "rotary positions with min_period and max_period, with an offset, or with "
+            f"normalize_coords={rope.normalize_coords!r}",
         )
         return fields | {"rope_coordinates": "centered"}
     if name == "RotaryEmbeddingMixed":  # Learned frequencies (RoPE-ViT)
@@ -218,13 +216,10 @@ def read_branched_block(block: TimmModule) -> Fields:
     attention = block.attns[0].attn
     mlp = block.ffns[0].mlp
     fields = read_attention(attention) | read_mlp(mlp)
+    has_norms = any(fields[name] for name in ("qk_norm", "attention_norm", "mlp_norm"))
     check_supported(
-        fields["attention_type"] == "softmax" and fields["mlp_type"] == "mlp",
-        "gated or differential branches",
-    )
-    check_supported(
-        not any(fields[name] for name in ("qk_norm", "attention_norm", "mlp_norm")),
-        "norms inside parallel branches",
+        fields["attention_type"] == "softmax" and fields["mlp_type"] == "mlp" and not has_norms,
+        "gated or differential branches, and norms inside parallel branches",
     )
 
     num_branches = len(block.attns)

@@ -31,14 +31,15 @@ from ..model.configuration_vitcls import ViTCLSConfig
 from ..model.modeling_vitcls import ViTCLSPreTrainedModel
 from ..model.token_layout_vitcls import COUNT_FIELDS, GROUPS_WITH_POSITIONS
 from ..runtime.errors import format_error
-from .from_transformers import (
-    CONVERTIBLE_CLASSES,
-    HEAD_RULES,
-    read_label_fields,
+from .from_transformers import CONVERTIBLE_CLASSES, HEAD_RULES
+from .transformers_families import FIELD_NAMES, compute_dinov2_mlp_size, read_label_fields
+from .weight_rules import (
+    ConversionError,
+    Weights,
+    revert_weights,
+    simplify_size,
     strip_encoder_name,
 )
-from .transformers_families import FIELD_NAMES, compute_dinov2_mlp_size
-from .weight_rules import ConversionError, Weights, revert_weights, simplify_size
 
 
 logger = logging.get_logger(__name__)
@@ -317,8 +318,10 @@ TOKEN_WEIGHT_NAMES = {
 POSITION_EMBEDDINGS = "embeddings.position_embeddings"
 
 
-def rewrite_weights(weights: Weights, old_config: ViTCLSConfig, new_config: ViTCLSConfig) -> None:
-    """Change the weights of a model in place to those of an equivalent form."""
+def rewrite_weights(model: ViTCLSPreTrainedModel, new_config: ViTCLSConfig) -> Weights:
+    """Compute the weights of an equivalent form of a model, without the name of the encoder."""
+    old_config = model.config
+    weights = strip_encoder_name(model.state_dict(), "vitcls")
     if old_config.pooling != new_config.pooling and "classifier.weight" in weights:
         # A classifier of one half of [CLS, mean] has zeros for the other half.
         halves = [weights["classifier.weight"], torch.zeros_like(weights["classifier.weight"])]
@@ -335,6 +338,7 @@ def rewrite_weights(weights: Weights, old_config: ViTCLSConfig, new_config: ViTC
             weights[token_name] = weights[token_name] + positions
         elif token_name in weights and group in new_groups and group not in old_groups:
             weights[f"{POSITION_EMBEDDINGS}.{group}"] = torch.zeros_like(weights[token_name])
+    return weights
 
 
 # Value with which a parameter has no effect, by the last component of its name.
@@ -349,8 +353,7 @@ def build_transformers_model(match: TargetMatch, model: ViTCLSPreTrainedModel) -
     convertible_class = CONVERTIBLE_CLASSES[target]
     encoder_name = convertible_class.encoder_name
 
-    weights = strip_encoder_name(model.state_dict(), "vitcls")
-    rewrite_weights(weights, model.config, match.config)
+    weights = rewrite_weights(model, match.config)
     reference = strip_encoder_name(target_weights, encoder_name)
     if "embeddings.mask_token" in weights and "embeddings.mask_token" not in reference:
         logger.warning(f"{target} has no mask token, so the mask token is dropped")

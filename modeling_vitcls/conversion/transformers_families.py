@@ -153,6 +153,16 @@ def read_common_fields(config: Any, weights: Weights) -> Fields:
     return fields | {"use_mask_token": "embeddings.mask_token" in weights}
 
 
+def read_label_fields(config: Any) -> Fields:
+    """Read the label names and the problem type in the configuration of the source."""
+    label_fields = {
+        "id2label": config.id2label,
+        "label2id": config.label2id,
+        "problem_type": config.problem_type,
+    }
+    return {name: value for name, value in label_fields.items() if value is not None}
+
+
 def compute_dinov2_mlp_size(hidden_size: int, ratio: float, is_gated: bool) -> int:
     """Compute the hidden size of DINOv2's MLP.
 
@@ -326,10 +336,7 @@ def read_aimv2_fields(config: Any, weights: Weights) -> Fields:
 
 
 # BEiT (arXiv 2106.08254), data2vec (2202.03555).
-BEIT_RULES = [
-    Rule("{stack}.{i}.{name}_position_bias_table", "relative_position_bias.tables[{i}]"),
-    Rule("{name}_position_bias_table", "relative_position_bias.tables[0]"),  # Shared by all layers
-]
+BEIT_RULES = [Rule("relative_position_bias.tables", "relative_position_bias.tables")]
 
 
 def read_beit_fields(config: Any, weights: Weights) -> Fields:
@@ -346,18 +353,22 @@ def read_beit_fields(config: Any, weights: Weights) -> Fields:
     }
 
 
-def add_shared_bias(weights: Weights) -> Weights:
-    """Add the shared relative position bias to the bias of each layer, if there are both."""
-    shared_prefixes = ("shared_position_bias.", "encoder.relative_position_bias.")
-    table_names = [name for name in weights if name.endswith("relative_position_bias_table")]
-    shared_table_name = next(
-        (name for name in table_names if name.startswith(shared_prefixes)), None
-    )
-    if shared_table_name is None or len(table_names) == 1:
+def stack_position_biases(weights: Weights) -> Weights:
+    """Stack the relative position biases of the layers, each with the shared one added, if any."""
+    tables = {
+        name: table
+        for name, table in weights.items()
+        if name.endswith("relative_position_bias_table")
+    }
+    if not tables:
         return weights
-    weights = dict(weights)
-    shared_table = weights.pop(shared_table_name)
-    return weights | {name: weights[name] + shared_table for name in table_names if name in weights}
+    shared_prefixes = ("shared_position_bias.", "encoder.relative_position_bias.")
+    shared = [table for name, table in tables.items() if name.startswith(shared_prefixes)]
+    layers = [table for name, table in tables.items() if not name.startswith(shared_prefixes)]
+    if shared and layers:
+        layers = [table + shared[0] for table in layers]
+    other_weights = {name: weight for name, weight in weights.items() if name not in tables}
+    return other_weights | {"relative_position_bias.tables": torch.stack(layers or shared)}
 
 
 # RADIO (arXiv 2312.06709).
@@ -453,7 +464,7 @@ SIGLIP2 = TransformersFamily(
 )
 AIMV2 = TransformersFamily(read_aimv2_fields, AIMV2_RULES, NO_SPECIAL_TOKENS)
 BEIT = TransformersFamily(
-    read_beit_fields, BEIT_RULES, prepare_weights=add_shared_bias, has_square_grid=True
+    read_beit_fields, BEIT_RULES, prepare_weights=stack_position_biases, has_square_grid=True
 )
 INTERNVL = TransformersFamily(read_internvl_fields, has_square_grid=True)
 RADIO = TransformersFamily(read_radio_fields, RADIO_RULES, prepare_weights=fold_pixel_normalization)

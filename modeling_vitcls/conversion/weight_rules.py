@@ -112,13 +112,8 @@ class Rule:
 
 
 def convert_weights(weights: Weights, rules: Sequence[Rule], config: ViTCLSConfig) -> Weights:
-    """Convert a state dict from another project.
-
-    Targets `NAME[0]`, `NAME[1]`, ... are stacked into one weight `NAME`, in the order of the
-    indices.
-    """
+    """Convert a state dict from another project."""
     converted_weights: Weights = {}
-    weights_to_stack: dict[str, Weights] = {}
     unmatched_names = []
 
     for name, tensor in weights.items():
@@ -131,19 +126,20 @@ def convert_weights(weights: Weights, rules: Sequence[Rule], config: ViTCLSConfi
             rule.transform(tensor, config) if rule.transform else divide(tensor, len(targets))
         )
         for target, converted_weight in zip(targets, converted_tensors, strict=True):
-            if index_match := re.fullmatch(r"(.+)\[(\d+)\]", target):
-                weights_to_stack.setdefault(index_match[1], {})[index_match[2]] = converted_weight
-            elif converted_weight.numel():
+            if converted_weight.numel():
                 converted_weights[target] = converted_weight
 
     if unmatched_names:
         raise ConversionError(f"unexpected weights: {format_name_list(unmatched_names, 8)}")
-
-    for target, weights_by_index in weights_to_stack.items():
-        converted_weights[target] = torch.stack(
-            [weights_by_index[index] for index in sorted(weights_by_index, key=int)]
-        )
     return converted_weights
+
+
+def strip_encoder_name(weights: Weights, encoder_name: str | None) -> Weights:
+    """Strip the name of the encoder from parameter names: one table then fits all classes.
+
+    `encoder_name` is None if the model is an encoder; the names are then unchanged.
+    """
+    return {name.removeprefix(f"{encoder_name}."): weight for name, weight in weights.items()}
 
 
 def revert_weights(weights: Weights, rules: Sequence[Rule], reference: Weights) -> Weights:

@@ -389,7 +389,7 @@ UNSUPPORTED: dict[str, Callable[[Path], str]] = {
     "LlavaForConditionalGeneration cannot be converted": lambda folder: save_config(
         transformers.LlavaConfig(architectures=["LlavaForConditionalGeneration"]), folder
     ),
-    "timm 1.* has no model vit_huuge": lambda folder: "timm:vit_huuge",
+    "timm:vit_huuge is not a plain ViT of timm": lambda folder: "timm:vit_huuge",
     "nowhere/at/all is not a folder": lambda folder: f"transformers:{folder}/nowhere/at/all",
     # without config.json
     "cannot read the configuration of": lambda folder: f"transformers:{folder.parent}",
