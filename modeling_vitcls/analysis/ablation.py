@@ -255,7 +255,7 @@ def compute_effect(
     labels, new_labels = (predict_labels(rows, has_several_labels) for rows in (before, after))
     is_changed = (labels != new_labels).any(dim=1)
     num_changed = int(is_changed.sum())
-    changed_low, changed_high = compute_proportion_interval(num_changed, len(before)) or (0.0, 1.0)
+    changed_low, changed_high = compute_proportion_interval(num_changed, len(before))
     return Effect(
         size=size,
         interval=(low**0.5, high**0.5),

@@ -23,16 +23,12 @@ MIN_CORRECTED_IMAGES = 30  # For a percentage that is corrected for the choice o
 Interval = tuple[float, float]  # Lower and upper bounds
 
 
-def compute_proportion_interval(num_successes: int, num_trials: int) -> list[float] | None:
+def compute_proportion_interval(num_successes: int, num_trials: int) -> list[float]:
     """Compute the Wilson score interval [low, high] of `num_successes / num_trials`.
-
-    It is None if `num_trials` is 0.
 
     The width is positive even if all or no trials succeed (Wilson 1927, "Probable inference, the
     law of succession, and statistical inference").
     """
-    if num_trials == 0:
-        return None
     interval = stats.binomtest(num_successes, num_trials).proportion_ci(
         CONFIDENCE_LEVEL, method="wilson"
     )
@@ -104,7 +100,7 @@ def estimate_after_choice(
         accuracies = [is_right[losses.mean(axis=1).argmin()].mean()]
     accuracy = float(np.mean(accuracies))
     # Groups count, not images: ten copies of a photo are one piece of evidence.
-    wilson = compute_proportion_interval(round(accuracy * num_groups), num_groups) or [0.0, 1.0]
+    wilson = compute_proportion_interval(round(accuracy * num_groups), num_groups)
     bounds = np.quantile(accuracies, [(1 - CONFIDENCE_LEVEL) / 2, (1 + CONFIDENCE_LEVEL) / 2])
     interval = [min(bounds[0], wilson[0]), max(bounds[1], wilson[1])]
     return Estimate("accuracy", accuracy, interval)

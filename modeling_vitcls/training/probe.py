@@ -549,7 +549,6 @@ def build_probe_record(probe: LinearProbe, num_images: int) -> dict[str, Any]:
     """Record the choice and the results of all candidates for results.json."""
     record: dict[str, Any] = {
         "num_training_images": num_images,
-        "num_images_of_choice": len(probe.losses_),
         "num_folds": probe.num_folds_,
         "layers": list(probe.candidate_.layers),
         "pooling": probe.candidate_.pooling,
