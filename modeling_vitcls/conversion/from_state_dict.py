@@ -29,7 +29,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.nn.functional import interpolate
 
 from ..model.adaptation_vitcls import replace_fields
 from ..model.modeling_vitcls import ViTCLSPreTrainedModel
@@ -44,19 +43,6 @@ from .weight_rules import ConversionError, Fields, Weights, build_converted_mode
 # grid. big_vision aligns the corners of both grids.
 BICUBIC: Fields = {"position_antialias": False}
 BICUBIC_WITH_OFFSET: Fields = {"position_antialias": False, "position_offset": 0.1}
-
-
-def resample_as_authors(
-    maps: torch.Tensor, grid: tuple[int, int], resampling: Fields
-) -> torch.Tensor:
-    """Resample maps [1, D, rows, columns] to a grid, as in the authors' code."""
-    mode = resampling.get("position_interpolation", "bicubic")
-    if offset := resampling.get("position_offset"):
-        factors = [(new + offset) / old for new, old in zip(grid, maps.shape[-2:], strict=True)]
-        return interpolate(maps, scale_factor=factors, mode=mode)
-    return interpolate(
-        maps, size=grid, mode=mode, antialias=resampling.get("position_antialias", True)
-    )
 
 
 @dataclass(frozen=True)
@@ -293,7 +279,11 @@ def build_timm_model(weights: Weights, family: str) -> Any:
 def load_timm_weights(model: Any, weights: Weights, family: str) -> None:
     """Load prepared weights into a timm model with timm's own rules for parameter names."""
     # In half precision, the sums of tokens and position embeddings in timm would be rounded.
-    tensors = {name: weight.float() for name, weight in weights.items()}
+    # DeiT III has another name for LayerScale.
+    tensors = {
+        re.sub(r"gamma_([12])$", r"ls\1.gamma", name): weight.float()
+        for name, weight in weights.items()
+    }
     if family == "big_vision":
         file = io.BytesIO()
         # timm detects big_vision by this prefix
@@ -317,13 +307,9 @@ def load_timm_weights(model: Any, weights: Weights, family: str) -> None:
         # timm's filter recognizes DINOv2 by this name, which some files lack.
         tensors.setdefault("mask_token", torch.zeros(1))
 
-    options = {}
-    if "blocks.0.gamma_1" in tensors and family == "deit":
-        options = {"adapt_layer_scale": True}
     # Each file of timm's models has its own filter for the names in published checkpoints.
-    model.load_state_dict(
-        sys.modules[type(model).__module__].checkpoint_filter_fn(tensors, model, **options)
-    )
+    timm_module = sys.modules[type(model).__module__]
+    model.load_state_dict(timm_module.checkpoint_filter_fn(tensors, model))
 
 
 def read_vit_options(weights: Weights, family: str) -> dict[str, Any]:

@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel
 
 from ..model.configuration_vitcls import ViTCLSConfig
@@ -52,16 +51,14 @@ def convert_from_transformers(model: PreTrainedModel) -> ViTCLSPreTrainedModel:
         >>> model.config.token_counts
         (1, 0, 0)
     """
-    if not is_convertible(model):
-        submodule_names = [
-            name for name, module in model.named_children() if is_convertible(module)
-        ]
-        hint = "docs/coverage.md lists the classes"
-        if submodule_names:
-            hint = f"Convert the submodule .{submodule_names[0]}"
-        raise ConversionError(f"{type(model).__name__} cannot be converted. {hint}")
-
-    convertible_class = CONVERTIBLE_CLASSES[type(model).__name__]
+    name = type(model).__name__
+    # A class with this name in other code, such as remote code, may compute something else.
+    if name not in CONVERTIBLE_CLASSES or not type(model).__module__.startswith("transformers."):
+        raise ConversionError(
+            f"{name} cannot be converted. Convert a class of transformers that docs/coverage.md "
+            "lists, such as the encoder inside the model"
+        )
+    convertible_class = CONVERTIBLE_CLASSES[name]
     family = convertible_class.family
     weights = strip_encoder_name(model.state_dict(), convertible_class.encoder_name)
     fields = family.read_all_fields(getattr(model.config, "vision_config", model.config), weights)
@@ -97,14 +94,6 @@ class ConvertibleClass:
     unused_patterns: tuple[str, ...] = ()
     # Function that reads the labels from the configuration
     read_label_fields: Callable[[Any], Fields] = families.read_label_fields
-
-
-def is_convertible(module: torch.nn.Module) -> bool:
-    """Check whether the class of a module is supported; subclasses are not."""
-    # A class with this name in other code, such as remote code, may compute something else.
-    return type(module).__name__ in CONVERTIBLE_CLASSES and type(module).__module__.startswith(
-        "transformers."
-    )
 
 
 HEAD_RULES = [

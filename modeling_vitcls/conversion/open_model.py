@@ -151,10 +151,9 @@ def compute_cache_name(source: str) -> str:
         cache_key.append(str(path.resolve()))
         for file in files:
             # No hash of the contents: each command computes this name, and reading large weights
-            # takes seconds.
+            # takes seconds. A copy or an archive may keep the time of modification, but its change
+            # time is new.
             status = file.stat()
-            # A copy or an archive may keep the time of modification, but its change time is new.
-            times = (status.st_mtime_ns, status.st_ctime_ns)
-            cache_key.append((file.name, status.st_size, times))
+            cache_key.append((file.name, status.st_size, status.st_mtime_ns, status.st_ctime_ns))
     digest = hashlib.sha256(json.dumps(cache_key).encode()).hexdigest()
     return re.sub(r"[^\w.-]", "-", f"{path.name}-{digest[:16]}")

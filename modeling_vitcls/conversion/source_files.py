@@ -8,9 +8,9 @@
    one, and the prefix of the patch projection (`module.`, `model.encoder.`) is stripped.
 3. The family is detected from the parameter names and the container. If the family is ambiguous,
    set `--family`.
-4. timm builds the model (from_state_dict.py), which is the reference of the parity report. At image
-   sizes other than the native size, its position embeddings are resampled as in the authors' code,
-   because timm often resamples differently.
+4. timm builds the model (from_state_dict.py), which is the reference of the parity report. If timm
+   resamples position embeddings in another way than the authors, only the native size is compared.
+   tests/conversion/test_source_files.py compares other sizes with the authors' resampling.
 """
 
 import argparse
@@ -33,7 +33,6 @@ from .from_state_dict import (
     convert_family_model,
     get_family,
     prepare_weights,
-    resample_as_authors,
 )
 from .source_models import TimmSource
 from .weight_rules import ConversionError, Weights
@@ -72,7 +71,10 @@ class FileSource(TimmSource):
         self.sha256 = compute_file_digest(file)
         # Read from the weights, because timm's model is in float32 in any case.
         self.saved_dtype = next(iter(weights.values())).dtype
-        self.resampling = get_family(family, weights).resampling
+        if get_family(family, weights).resampling:
+            self.native_size_reason = (
+                "timm resamples position embeddings in another way than the authors' code"
+            )
         if family == "big_vision":
             self.native_size_reason = (
                 "the authors' code resamples position embeddings with aligned corners, which "
@@ -99,24 +101,6 @@ class FileSource(TimmSource):
     def convert(self) -> ViTCLSPreTrainedModel:
         """Convert the timm model, with the resampling of the authors' code."""
         return convert_family_model(self.model, self.weights, self.family)
-
-    def build_resized_model(self, size: tuple[int, int]) -> Any:
-        """Build the timm model for another image size.
-
-        The position embeddings are resampled as in the authors' code.
-        """
-        model = super().build_resized_model(size)
-        if self.resampling is not None:
-            num_prefix_tokens = 0 if self.model.no_embed_class else self.model.num_prefix_tokens
-            prefix_positions, positions = self.model.pos_embed.data.tensor_split(
-                [num_prefix_tokens], dim=1
-            )
-            maps = positions.unflatten(1, self.model.patch_embed.grid_size).permute(0, 3, 1, 2)
-            maps = resample_as_authors(maps, model.patch_embed.grid_size, self.resampling)
-            model.pos_embed.data = torch.cat(
-                [prefix_positions, maps.flatten(2).transpose(1, 2)], dim=1
-            )
-        return model
 
 
 # Reading ------------------------------------------------------------------------------------------

@@ -91,16 +91,13 @@ class TimmSource(Source):
         timm may raise any exception if the model does not support the image size.
         """
         size = (pixel_values.shape[-2], pixel_values.shape[-1])
-        model: Any = self.model if size == self.image_size else self.build_resized_model(size)
+        model = self.model
+        if size != self.image_size:
+            model = copy.deepcopy(model)
+            model.set_input_size(img_size=size)
         sequence = model.forward_features(pixel_values)
         output_name = "logits" if model.num_classes else "pooled"
         return {"sequence": sequence, output_name: model.forward_head(sequence)}
-
-    def build_resized_model(self, size: tuple[int, int]) -> Any:
-        """Copy the model for images of (height, width) pixels."""
-        model: Any = copy.deepcopy(self.model)
-        model.set_input_size(img_size=size)
-        return model
 
     def convert_preprocessing(self) -> ConvertedPreprocessing:
         """Convert the preprocessing of the source to an image processor."""

@@ -36,11 +36,6 @@ def read_config_fields(model: TimmModule) -> Fields:
     block_class = get_class_name(first_block)
     check_supported(block_class in BLOCK_READERS, f"blocks of class {block_class}")
     block_fields = BLOCK_READERS[block_class](first_block)
-    # The drop path rate grows with the depth, and the configuration has the highest one.
-    last_block_modules = model.blocks[-1].modules()
-    drop_path_rates = [
-        module.drop_prob for module in last_block_modules if get_class_name(module) == "DropPath"
-    ]
     token_counts = read_tokens(model)
     return {
         **read_patch_embedding(model),
@@ -50,7 +45,6 @@ def read_config_fields(model: TimmModule) -> Fields:
         **read_norms(model),
         **block_fields,
         "num_hidden_layers": len(model.blocks),
-        "drop_path_rate": float(max(drop_path_rates, default=0.0)),
         **read_pooling(model, block_fields.get("hidden_act")),
         **read_timm_labels(model),
     }
@@ -206,7 +200,6 @@ def read_parallel_block(block: TimmModule) -> Fields:
         "hidden_act": read_activation(block.mlp_act),
         "qk_norm": is_present(block.q_norm),
         "qkv_bias": block.in_proj.bias is not None,
-        "attention_probs_dropout_prob": block.attn_drop.p,
         **read_layer_scale(block),
     }
 
@@ -261,7 +254,6 @@ def read_attention(attention: TimmModule) -> Fields:
         "qk_norm": is_present(attention.q_norm),
         "attention_norm": is_present(attention.norm),
         "projection_bias": attention.proj.bias is not None,
-        "attention_probs_dropout_prob": attention.attn_drop.p,
         **read_qkv_biases(attention),
     }
 

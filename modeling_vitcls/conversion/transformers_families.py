@@ -286,10 +286,6 @@ SIGLIP2_RULES = [
 
 def read_internvl_fields(config: Any, weights: Weights) -> Fields:
     """Read the fields of InternViT, which has no pooler."""
-    if config.use_qk_norm:
-        raise ConversionError(
-            "ViTCLS does not support query and key norms over all heads (use_qk_norm)"
-        )
     norm_type = "layernorm" if config.norm_type == "layer_norm" else "rmsnorm"
     return read_common_fields(config, weights) | {"norm_type": norm_type}
 

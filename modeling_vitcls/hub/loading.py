@@ -119,7 +119,14 @@ def get_model_folder(source: str, patterns: Sequence[str] = MODEL_FILE_PATTERNS)
     if not is_hub_id(name):
         raise OSError(describe_missing_repo(name))
     with fall_back_to_cache(name, revision=revision):
-        return download_model(name, patterns, revision)
+        folder = download_files(name, revision, patterns, TIMEOUT)
+        if not (folder / CONFIG_FILE).is_file():
+            if is_offline_mode():  # The cache has only other files
+                raise OSError(describe_incomplete_cache(name, revision))
+            raise OSError(
+                f"{name} does not contain a model, because {CONFIG_FILE} is missing. Check the name"
+            )
+    return str(folder)
 
 
 def get_external_model_folder(source: str) -> str:
@@ -165,8 +172,10 @@ def fetch_repo_info(
             f"{describe_missing_repo(repo_id, repo_type)} ({format_hub_error(error)})"
         ) from None
     except RevisionNotFoundError as error:
-        message = f"{repo_id} has no revision {revision} ({format_hub_error(error)})"
-        raise OSError(f"{message}. Set an existing commit hash, branch or tag") from None
+        raise OSError(
+            f"{repo_id} has no revision {revision} ({format_hub_error(error)}). Set an existing "
+            "commit hash, branch or tag"
+        ) from None
     except HUB_ERRORS as error:
         raise HubUnreachableError(describe_no_response(error)) from error
 
@@ -258,18 +267,6 @@ def is_hub_id(source: str) -> bool:
     return True
 
 
-def download_model(repo_id: str, patterns: Sequence[str], revision: str | None) -> str:
-    """Download a commit, by default the newest, and return its folder in the cache."""
-    folder = download_files(repo_id, revision, patterns, TIMEOUT)
-    if not (folder / CONFIG_FILE).is_file():
-        if is_offline_mode():  # The cache has only other files
-            raise OSError(describe_incomplete_cache(repo_id, revision))
-        raise OSError(
-            f"{repo_id} does not contain a model, because {CONFIG_FILE} is missing. Check the name"
-        )
-    return str(folder)
-
-
 @name_cache()
 def download_files(
     repo_id: str,
@@ -299,12 +296,11 @@ def download_files(
 
 def describe_incomplete_cache(repo_id: str, revision: str | None) -> str:
     """Say that offline mode does not find a model in the cache, and how to fill the cache."""
-    name, command = repo_id, f"hf download {repo_id}"
-    if revision is not None:
-        name, command = f"{repo_id}@{revision}", f"{command} --revision {revision}"
+    name = repo_id if revision is None else f"{repo_id}@{revision}"
     return (
         f"{name} is not a folder and is missing or incomplete in the cache, and HF_HUB_OFFLINE "
-        f"(or TRANSFORMERS_OFFLINE) is set. Check the path, or run `{command}` on a "
+        "(or TRANSFORMERS_OFFLINE) is set. Check the path, or run `hf download "
+        f"{repo_id} --revision {revision or 'main'}` on a "
         "machine with network access, copy that machine's cache to this machine, and set "
         "HF_HUB_CACHE to the copy"
     )
@@ -359,17 +355,15 @@ def load_timm_model(name: str) -> tuple[nn.Module, str | None]:
         # Flax's .npz.
         overlay = {"file": file, "custom_load": False}
         return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay), None
-    if not separator:
-        # The name does not say in which repository the weights are, and the request that decides
-        # about the cache needs its id.
-        config = timm.get_pretrained_cfg(name)
-        hub_id = None if config is None else config.hf_hub_id
-        with fall_back_to_cache(hub_id) if hub_id else nullcontext():
-            return timm.create_model(name, pretrained=True), None
-    if kind != "hf-hub":
+    if kind == "hf-hub":
+        repo_id, _, revision = location.partition("@")
+        with fall_back_to_cache(repo_id, revision=revision or None) as commit:
+            # Without the hash, a push in the meantime would make the recorded commit wrong.
+            pinned_name = f"{kind}:{repo_id}@{commit}" if commit else name
+            return timm.create_model(pinned_name, pretrained=True), commit
+    # The name does not say in which repository the weights are, and the request that decides about
+    # the cache needs its id.
+    config = timm.get_pretrained_cfg(name)
+    hub_id = None if config is None else config.hf_hub_id
+    with fall_back_to_cache(hub_id) if hub_id else nullcontext():
         return timm.create_model(name, pretrained=True), None
-    repo_id, _, revision = location.partition("@")
-    with fall_back_to_cache(repo_id, revision=revision or None) as commit:
-        # Without the hash, a push in the meantime would make the recorded commit wrong.
-        pinned_name = f"{kind}:{repo_id}@{commit}" if commit else name
-        return timm.create_model(pinned_name, pretrained=True), commit

@@ -225,9 +225,7 @@ class ModelFolder:
 
     def warn_about_edited_settings(self) -> None:
         """Log a line if settings of the model or the image processor changed after training."""
-        trained_settings = self.results_of_any_weights.get("settings_sha256")
-        if not isinstance(trained_settings, dict):
-            return
+        trained_settings = self.results_of_any_weights.get("settings_sha256", {})
         settings = hash_settings(self.path)
         edited = [name for name, value in trained_settings.items() if settings.get(name) != value]
         if edited:

@@ -211,7 +211,7 @@ def test_commits_are_pinned(cached_hub_model: str) -> None:
     assert pin_revision(f"transformers:{cached_hub_model}@main") == f"transformers:{pinned}"
     assert pin_revision("timm:test_vit") == "timm:test_vit"
     # `datasets` computes features again for another commit.
-    assert EmbedImages(cached_hub_model).model == pinned
+    assert EmbedImages(cached_hub_model).options.model == pinned
     assert open_model(pinned).path.name == COMMIT
 
     load_model(open_model(pinned))

@@ -236,7 +236,8 @@ def test_files_are_converted_exactly(
     report = convert_checkpoint(name, tmp_path / "made", family=option)
     assert report["family"] == family
     assert report["source"] == f"path/to/{name}"
-    assert len(report["comparisons"]) == 2
+    # timm resamples as these authors, and compares a second size
+    assert len(report["comparisons"]) == (2 if name == "dinov2_giant_reg4.pth" else 1)
     assert report["source_sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
     assert str(tmp_path) not in (tmp_path / "made" / "parity_report.json").read_text()
     assert not report["preprocessing"]["assumed_because"]

@@ -291,7 +291,9 @@ def test_incomplete_cached_models_are_not_used(
         HfApi().snapshot_download("ann/notes")
     with raises_one_line("complete in the cache", "HF_HUB_OFFLINE", error=OSError):
         get_model_folder("ann/notes", CONFIG_FILES)
-    with raises_one_line("HF_HUB_OFFLINE", "`hf download ann/model`", error=OSError):
+    with raises_one_line(
+        "HF_HUB_OFFLINE", "`hf download ann/model --revision main`", error=OSError
+    ):
         get_model_folder("ann/model")
 
 

@@ -129,7 +129,7 @@ REFUSED = {
         "ViTConfig",
         PLAIN,
         {},
-        "Convert the submodule .vit",
+        "the encoder inside the model",
     ),
     "a wider pooler": (
         "ViTModel",
@@ -143,7 +143,7 @@ REFUSED = {
         "InternVLVisionConfig",
         PLAIN | {"use_qk_norm": True},
         {},
-        "qk_norm",
+        "q_norm.weight",
     ),
     "a pooler on a patch": (
         "IJepaModel",
