@@ -88,8 +88,10 @@ def open_model(source: str, files: Sequence[str] = ()) -> ModelFolder:
     if is_named or Path(source).is_file():
         folder = convert_once(pin_revision(source))
     else:
-        records = (RESULTS_FILE, SPLITS_FILE, PARITY_REPORT_FILE)
-        folder = get_model_folder(source, (*MODEL_FILE_PATTERNS, *records, *files))
+        folder = get_model_folder(
+            source,
+            (*MODEL_FILE_PATTERNS, RESULTS_FILE, SPLITS_FILE, PARITY_REPORT_FILE, *files),
+        )
         name = append_commit(source, folder)
         if prefix := find_prefix(folder):
             folder = convert_once(prefix + name)

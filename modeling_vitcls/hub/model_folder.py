@@ -425,8 +425,7 @@ def open_vitcls(source: str) -> ModelFolder:
     if Path(source).is_file() or (":" in source and not Path(source).is_dir()):
         raise ValueError(NOT_VITCLS.format(source))
     records = (RESULTS_FILE, SPLITS_FILE, RECIPE_FILE, PARITY_REPORT_FILE, *LICENSE_FILES)
-    patterns = (*MODEL_FILE_PATTERNS, *records)
-    folder = ModelFolder(Path(get_model_folder(source, patterns)), source)
+    folder = ModelFolder(Path(get_model_folder(source, (*MODEL_FILE_PATTERNS, *records))), source)
     if folder.is_native:
         raise ValueError(NOT_VITCLS.format(source))
     return folder

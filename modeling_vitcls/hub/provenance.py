@@ -133,10 +133,9 @@ def find_timm_provenance(name: str) -> Provenance:
     """Find the provenance of `timm:NAME`; weights in a local file (`timm:NAME@`) have only the name."""
     import timm
 
-    model_name = name.removeprefix("timm:")
     # Weights in a file may come from anywhere, so the license of timm's own weights does not apply
     # to them.
-    config = None if name.endswith("@") else timm.get_pretrained_cfg(model_name)
+    config = None if name.endswith("@") else timm.get_pretrained_cfg(name.removeprefix("timm:"))
     if config is None:
         return Provenance(name.rstrip("@"))
 

@@ -10,12 +10,11 @@ from typing import Any
 import pytest
 import torch
 from helpers.tiny_models import get_largest_difference
-from torch import nn
 
 from modeling_vitcls import convert_from_timm, convert_from_transformers
 from modeling_vitcls.analysis.attribution import RecordedLayer, process_attention_layers
 from peers import test_from_timm as timm_cases
-from peers.transformers_cases import CASES, Case, build_inputs, get_encoder, images
+from peers.transformers_cases import CASES, build_inputs, get_encoder, images
 
 
 pytestmark = pytest.mark.integration
@@ -71,24 +70,9 @@ def test_attention_maps_equal_those_of_transformers(name: str) -> None:
     source = case.build()
     pixels = images(case.sizes[-1])
     maps = check_maps(convert_from_transformers(source), pixels)
-    for ours, theirs in zip(maps, compute_source_maps(source, case, pixels), strict=True):
-        assert get_largest_difference(ours, theirs) <= LIMIT
-
-
-def compute_source_maps(source: nn.Module, case: Case, pixels: torch.Tensor) -> list[torch.Tensor]:
-    """Return the source's maps [B, heads, N, N] per layer, with patches in image order."""
     outputs = get_encoder(source)(**build_inputs(case, pixels), output_attentions=True)
-    if "ids_restore" not in outputs:
-        return list(outputs.attentions)
-    # [B, N]
-    indices = torch.cat(
-        [torch.zeros(len(pixels), 1, dtype=torch.long), outputs.ids_restore + 1], dim=1
-    )
-    image = torch.arange(len(pixels))[:, None, None]
-    return [
-        maps.transpose(0, 1)[:, image, indices[:, :, None], indices[:, None, :]].transpose(0, 1)
-        for maps in outputs.attentions
-    ]
+    for ours, theirs in zip(maps, outputs.attentions, strict=True):
+        assert get_largest_difference(ours, theirs) <= LIMIT
 
 
 @pytest.mark.parametrize("name", timm_cases.REPRESENTATIVES)

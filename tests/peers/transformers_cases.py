@@ -258,9 +258,13 @@ def build_inputs(case: Case, pixels: torch.Tensor) -> dict[str, Any]:
     """Build the keyword arguments of a source for images [B, C, H, W]."""
     if case.model.startswith("Siglip2"):
         return flatten_patches(pixels, case.values.get("vision_config", case.values)["patch_size"])
+    inputs: dict[str, Any] = {"pixel_values": pixels}
+    if case.model == "ViTMAEModel":  # It sorts the patches by this noise
+        num_patches = pixels[0, 0].numel() // case.values["patch_size"] ** 2
+        inputs["noise"] = torch.arange(num_patches).expand(len(pixels), -1)
     if case.interpolates and pixels.shape[-2:] != case.sizes[0]:
-        return {"pixel_values": pixels, "interpolate_pos_encoding": True}
-    return {"pixel_values": pixels}
+        inputs["interpolate_pos_encoding"] = True
+    return inputs
 
 
 def compute_source_outputs(
@@ -271,7 +275,7 @@ def compute_source_outputs(
     outputs = model(**inputs)
     encoder_outputs = get_encoder(model)(**inputs)
     named = {
-        "last_hidden_state": restore_order(encoder_outputs),
+        "last_hidden_state": encoder_outputs.last_hidden_state,
         "pooler_output": encoder_outputs.get("summary", encoder_outputs.get("pooler_output")),
         "logits": outputs.get("logits", outputs.get("image_embeds")),
         "cls_logits": outputs.get("cls_logits"),
@@ -282,17 +286,6 @@ def compute_source_outputs(
     ):  # a classifier of transformers may read other tokens than the pooler
         del named["pooler_output"]
     return {name: output for name, output in named.items() if output is not None}
-
-
-def restore_order(outputs: Any) -> torch.Tensor:
-    """Return the sequence, with the shuffled patches of MAE in their original order."""
-    sequence = outputs.last_hidden_state
-    if "ids_restore" not in outputs:
-        return sequence
-    cls, patches = sequence[:, :1], sequence[:, 1:]
-    return torch.cat(
-        [cls, patches.gather(1, outputs.ids_restore[..., None].expand_as(patches))], dim=1
-    )
 
 
 def compute_outputs(model: nn.Module, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
