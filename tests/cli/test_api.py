@@ -116,7 +116,6 @@ def test_an_unknown_argument_is_named(name: str, tmp_path: Path) -> None:
     ("name", "value", "words"),
     [
         ("auto_augment", "random", ["trivial"]),
-        ("auto_augment", 3, ["trivial"]),
         ("learning_rate", "1e-4", []),
         ("learning_rate", True, []),
         ("image_size", "large", []),
@@ -145,12 +144,6 @@ def test_look_writes_the_sheet_that_it_returns(
         assert written.size == sheet.size
     with raises_one_line("`output=", ".png"):
         look(folder, image, output="sheet.pdf")
-
-
-@pytest.mark.parametrize("size", ["native", 32, [32, 48]])
-def test_an_image_size_is_a_word_a_number_or_two(size: Any) -> None:
-    options = build_options(FinetuneOptions, **REQUIRED, image_size=size)
-    assert options.image_size == (tuple(size) if isinstance(size, list) else size)
 
 
 def test_missing_images_name_the_argument() -> None:

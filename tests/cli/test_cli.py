@@ -196,7 +196,6 @@ def test_a_missing_extra_is_named(
         ),
         (RunStopped("no images"), 0, 1, "error: no images\n"),
         (ValueError("wrong"), 1, 1, "process 1: error: wrong\n"),
-        (ValueError("Set `num_workers=0`"), 0, 1, "error: Set --num-workers 0\n"),
         (ValueError("`probe=False` is set"), 0, 1, "error: --no-probe is set\n"),
         (ValueError("`model='my runs'`"), 0, 1, "error: --model 'my runs'\n"),
         (ValueError("`label_names=('a', 'b')`"), 0, 1, "error: --label-names a b\n"),

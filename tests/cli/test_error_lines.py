@@ -51,7 +51,6 @@ def open_folder() -> Iterator[Path]:
     [
         ({"id2label": None}, "id2label"),
         ({"image_size": 10**9}, "image_size"),
-        ({"patch_size": 10**9}, "patch_size"),
         ({"dtype": "evil"}, "dtype"),
         ({"num_hidden_layers": []}, "num_hidden_layers"),
         # of another model
@@ -98,10 +97,8 @@ def test_a_named_pipe_instead_of_a_file_is_an_error(
     ("command", "flag", "name"),
     [
         ("evaluate", "--output", "model/config.json"),
-        ("evaluate", "--output", "model/results.json"),
         ("evaluate", "--per-image", "model/predictions.parquet"),
         ("predict", "--output", "model/results.json"),
-        ("inspect", "--json", "model/results.json"),
         ("evaluate", "--output", "photos"),
         ("predict", "--output", "pipe"),
         ("evaluate", "--per-image", "pipe"),

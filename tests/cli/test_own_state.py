@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.tiny_options import TINY
 from PIL import Image
 
 from modeling_vitcls import evaluate, finetune, predict
@@ -16,18 +17,8 @@ from modeling_vitcls import evaluate, finetune, predict
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("fresh_accelerate")]
 
-FLAGS: dict[str, Any] = {
-    "hidden_size": 16,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "intermediate_size": 16,
-    "image_size": 16,
-    "patch_size": 8,
-    "max_steps": 2,
-    "batch_size": 4,
-    "num_workers": 0,
-    "report": False,
-}
+RUN = {"max_steps": 2, "batch_size": 4, "num_workers": 0, "report": False}
+FLAGS: dict[str, Any] = vars(TINY) | RUN
 
 
 def build_photos() -> list[tuple[Image.Image, str]]:
@@ -65,7 +56,7 @@ SETTINGS: dict[str, Callable[[], Any]] = {
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """Return the folder and the results of a run with torch's defaults."""
     folder = tmp_path_factory.mktemp("trained") / "run"
-    return folder, finetune("vitcls-tiny", build_photos(), folder, **FLAGS)
+    return folder, finetune(dataset=build_photos(), output_dir=folder, **FLAGS)
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
@@ -74,7 +65,7 @@ def test_finetune_trains_the_same_weights_under_any_torch_default(
 ) -> None:
     _, results = trained
     with SETTINGS[setting]():
-        again = finetune("vitcls-tiny", build_photos(), tmp_path / "run", **FLAGS)
+        again = finetune(dataset=build_photos(), output_dir=tmp_path / "run", **FLAGS)
     assert again["weights_sha256"] == results["weights_sha256"]
 
 
@@ -105,11 +96,11 @@ def read_random_numbers() -> tuple[float, float, float]:
 def test_a_run_leaves_the_random_numbers_of_its_caller(tmp_path: Path) -> None:
     """Also a run that fails."""
     numbers = read_random_numbers()
-    finetune("vitcls-tiny", build_photos(), tmp_path / "run", **FLAGS)
+    finetune(dataset=build_photos(), output_dir=tmp_path / "run", **FLAGS)
     assert read_random_numbers() == numbers
 
     with pytest.raises(ValueError, match="learning_rate"):
-        finetune("vitcls-tiny", build_photos(), tmp_path / "other", **FLAGS, learning_rate=-1.0)
+        finetune(dataset=build_photos(), output_dir=tmp_path / "other", **FLAGS, learning_rate=-1.0)
     with pytest.raises(ValueError, match="overwrite"):
-        finetune("vitcls-tiny", build_photos(), tmp_path / "run", **FLAGS)
+        finetune(dataset=build_photos(), output_dir=tmp_path / "run", **FLAGS)
     assert read_random_numbers() == numbers

@@ -1,11 +1,9 @@
 """`EmbedImages` in this process, after pickling, in `datasets.map` and in Ray."""
 
-import os
 import pickle
 import re
 import runpy
 import shutil
-import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -133,39 +131,7 @@ def ray() -> Iterator[Any]:
 
 
 @pytest.mark.slow
-def test_ray_workers_equal_predict_even_if_one_is_killed(
-    encoder: Path, photos: Path, tmp_path: Path, ray: Any
-) -> None:
-    """The first worker that computes a batch dies. Ray repeats its batch in another process."""
-    marker = tmp_path / "killed"
-
-    class DyingEmbedImages(EmbedImages):
-        def __call__(self, batch: Any) -> Any:
-            if not marker.exists():
-                marker.touch()
-                os.kill(os.getpid(), signal.SIGKILL)
-            return super().__call__(batch)
-
-    paths = sorted_photos(photos)
-    rows = (
-        ray.data.read_binary_files(paths, include_paths=True)
-        .map_batches(
-            DyingEmbedImages,
-            fn_constructor_args=[str(encoder)],
-            batch_size=2,
-            compute=ray.data.ActorPoolStrategy(size=2),
-            num_cpus=1,
-        )
-        .take_all()
-    )
-    assert marker.exists()
-    assert sorted(row["path"] for row in rows) == sorted(paths)
-    found = np.stack([row["cls"] for row in sorted(rows, key=lambda row: paths.index(row["path"]))])
-    np.testing.assert_allclose(found, EmbedImages(encoder)({"path": paths})["cls"], atol=1e-6)
-
-
-@pytest.mark.slow
-def test_the_script_for_ray_writes_a_row_per_image(
+def test_the_script_for_ray_writes_the_features_of_each_image(
     encoder: Path, photos: Path, tmp_path: Path, ray: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     paths = sorted_photos(photos)
@@ -176,7 +142,10 @@ def test_the_script_for_ray_writes_a_row_per_image(
     monkeypatch.setattr(sys, "argv", ["ray_features.py", *map(str, flags)])
     runpy.run_path(str(SCRIPTS / "ray_features.py"), run_name="__main__")
     written = ray.data.read_parquet(str(tmp_path / "features")).take_all()
-    assert sorted(row["path"] for row in written) == sorted(paths)
+    written.sort(key=lambda row: row["path"])
+    assert [row["path"] for row in written] == sorted(paths)
+    expected = EmbedImages(encoder)({"path": sorted(paths)})["cls"]
+    np.testing.assert_allclose([row["cls"] for row in written], expected, atol=1e-6)
 
 
 @pytest.mark.slow

@@ -1,6 +1,5 @@
 """Inputs of prediction: files, folders and datasets."""
 
-import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ from modeling_vitcls.inference import inputs
 from modeling_vitcls.inference.inputs import (
     DatasetRecords,
     build_record,
-    list_sources,
     open_input,
     prepare_image,
 )
@@ -27,15 +25,6 @@ from modeling_vitcls.inference.options import PredictOptions
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 photos = prediction_photos.photos  # a fixture
-
-
-def test_files_are_found_in_both_unicode_forms(tmp_path: Path) -> None:
-    file = tmp_path / unicodedata.normalize("NFD", "é.png")
-    Image.new("RGB", (8, 8)).save(file)
-    typed = unicodedata.normalize("NFC", str(file))
-    (record,) = open_input(PredictOptions(model="model", paths=(typed,)))
-    assert record.content == str(file)
-    assert list_sources([typed, Path(typed)]) == [str(file), file]
 
 
 def test_other_files_in_folders_are_counted_with_the_remedy_for_heic(

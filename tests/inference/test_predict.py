@@ -35,7 +35,6 @@ from modeling_vitcls import (
     ViTCLSModel,
 )
 from modeling_vitcls.cli import api
-from modeling_vitcls.inference import predict as predict_module
 from modeling_vitcls.inference.options import PredictOptions
 from modeling_vitcls.inference.predict import predict_images
 from modeling_vitcls.runtime import distributed
@@ -90,13 +89,6 @@ def pixel_values(photos: Path) -> torch.Tensor:
 
 
 # Labels -------------------------------------------------------------------------------------------
-
-
-def test_a_row_of_an_unreadable_image_has_the_reason(models: Path, unreadable: Path) -> None:
-    first, second, third = api.predict(models / "one_label", unreadable)
-    assert first["error"] is None
-    assert "truncated" in second["error"].lower()
-    assert "not an image in a supported format" in third["error"]
 
 
 def test_what_trains_can_be_predicted(models: Path, photos: Path) -> None:
@@ -328,26 +320,6 @@ def test_two_processes_write_the_same_file_as_one(
     assert (tmp_path / "one.csv").read_bytes() == (tmp_path / "two.csv").read_bytes()
 
 
-def test_an_interrupted_job_leaves_no_file(
-    models: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The error is raised while rows are written."""
-
-    def fail(*arguments: Any) -> Any:
-        yield {"index": 0, "image": "a", "label": "ant", "probability": 1.0, "error": None}
-        raise OSError("the server cannot be reached")
-
-    monkeypatch.setattr(predict_module.Predictor, "iterate_rows", fail)
-    options = PredictOptions(
-        model=str(models / "one_label"),
-        paths=(str(photos),),
-        output=tmp_path / "jobs" / "1.parquet",
-    )
-    with pytest.raises(OSError, match="server"):
-        predict_images(options)
-    assert not any((tmp_path / "jobs").iterdir())
-
-
 # Models -------------------------------------------------------------------------------------------
 
 
@@ -430,7 +402,6 @@ SERVED: dict[str, Callable[[Path], Any]] = {
     "bytes": lambda path: path.read_bytes(),
     "a memoryview": lambda path: memoryview(path.read_bytes()),
     "a file object": lambda path: path.open("rb"),
-    "a file object in memory": lambda path: io.BytesIO(path.read_bytes()),
     "a list of file objects": lambda path: [io.BytesIO(path.read_bytes())],
     "a data URI": write_data_uri,
     "base64": lambda path: base64.b64encode(path.read_bytes()).decode(),
