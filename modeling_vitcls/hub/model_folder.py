@@ -191,16 +191,16 @@ class ModelFolder:
             # Without transformers' warnings about missing and unused weights
             with silence_transformers():
                 model, loading_info = model_class.from_pretrained(self.path, **arguments)
-        except (OSError, SafetensorError) as error:  # Their messages may have several lines
+        except SafetensorError as error:
             raise OSError(
                 f"cannot load the weights in {self.source}: {format_error(error)}"
             ) from error
         if mismatched := sorted(loading_info["mismatched_keys"]):
             name, saved_shape, expected_shape = mismatched[0]
             raise ValueError(
-                f"{self.source} does not match its {CONFIG_FILE}: {name} has shape "
-                f"{list(saved_shape)}, but the model requires {list(expected_shape)}. Restore the "
-                f"{CONFIG_FILE} that belongs to the weights"
+                f"{self.source} has weights of another shape than its {CONFIG_FILE} and the flags "
+                f"say: {name} has shape {list(saved_shape)}, but the model requires "
+                f"{list(expected_shape)}. Use the configuration of the weights"
             )
 
         # An encoder may be loaded from the folder of a classifier. Any other surplus weight means
