@@ -147,21 +147,3 @@ def find_free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return free.getsockname()[1]
-
-
-def run_checks(worker: str, folder: Path, num_processes: int) -> dict[str, str]:
-    """Run a worker's checks on several processes; return each error, "" if it passed.
-
-    The exit status is ignored: with torch 2.11, gloo threads sometimes abort a process that has
-    finished.
-    """
-    script = Path(__file__).parent / worker
-    run_together(
-        script,
-        folder,
-        log=folder / "log",
-        processes=num_processes,
-        may_fail=True,
-    )
-    assert (folder / "report.json").is_file(), (folder / "log.errors").read_text()[-4000:]
-    return json.loads((folder / "report.json").read_text())

@@ -4,8 +4,11 @@ The checks are in distributed_worker.py. They run once, in the same two processe
 """
 
 import pytest
+from helpers import distributed_worker
 from helpers.distributed_worker import CHECKS, NUM_PROCESSES
-from helpers.warm_processes import run_checks
+from helpers.warm_processes import run_together
+
+from modeling_vitcls.runtime.files import read_json
 
 
 pytestmark = pytest.mark.integration
@@ -13,10 +16,21 @@ pytestmark = pytest.mark.integration
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Return check -> error, "" if it passed."""
-    return run_checks(
-        "distributed_worker.py", tmp_path_factory.mktemp("distributed"), NUM_PROCESSES
+    """Return check -> error, "" if it passed.
+
+    The exit status is ignored: with torch 2.11, gloo threads sometimes abort a process that has
+    finished.
+    """
+    folder = tmp_path_factory.mktemp("distributed")
+    run_together(
+        distributed_worker.__file__,
+        folder,
+        log=folder / "log",
+        processes=NUM_PROCESSES,
+        may_fail=True,
     )
+    assert (folder / "report.json").is_file(), (folder / "log.errors").read_text()[-4000:]
+    return read_json(folder / "report.json")
 
 
 @pytest.mark.slow

@@ -163,16 +163,6 @@ def finish(folder: Path, flags: str) -> str:
     return run.output
 
 
-def kill_and_resume(folder: Path, flags: str, kills: list[int]) -> str:
-    """Kill a run with -9 after each of these steps, then finish it; return its output."""
-    for number, step in enumerate(kills):
-        run = start(folder, f"{flags} --resume" if number else flags)
-        run.wait_for_step(step)
-        run.kill()
-        assert not (folder / "results.json").exists()
-    return finish(folder, f"{flags} --resume")
-
-
 def draw_steps(count: int, seed: int) -> list[int]:
     """Return increasing steps at which a run is killed."""
     return sorted(random.Random(seed).sample(range(2, NUM_STEPS - 1), count))
@@ -240,7 +230,12 @@ def test_a_run_with_all_options_that_is_killed_at_any_step_ends_with_the_same_we
 ) -> None:
     """Use accumulation, mixup and CutMix; kill in the first epoch, too."""
     flags = f"{EVERYTHING} --dataset {image_folder}"
-    output = kill_and_resume(folder, flags, [3, 8, *draw_steps(2, seed=1)])
+    for number, step in enumerate([3, 8, *draw_steps(2, seed=1)]):
+        run = start(folder, f"{flags} --resume" if number else flags)
+        run.wait_for_step(step)
+        run.kill()
+        assert not (folder / "results.json").exists()
+    output = finish(folder, f"{flags} --resume")
     assert get_resumed_step(output) > 3
     assert "skipped an image" not in output  # it was printed before
     assert_equal_runs(folder, uninterrupted(flags))

@@ -13,6 +13,7 @@ from unittest.mock import patch
 import pytest
 import torch
 import transformers
+from helpers.tiny_models import LAYOUTS
 from transformers.models.auto import modeling_auto
 
 from modeling_vitcls import (
@@ -32,14 +33,6 @@ pytestmark = pytest.mark.integration
 backbone_tests = load("test_backbone_common")
 configuration_tests = load("test_configuration_common")
 modeling_tests = load("test_modeling_common")
-
-DISTILLED_WITH_REGISTERS = {
-    "num_cls_tokens": 1,
-    "num_distillation_tokens": 1,
-    "num_register_tokens": 4,
-}
-NO_CLS = {"num_cls_tokens": 0, "num_register_tokens": 2, "pooling": "mean"}
-THREE_CLS = {"num_cls_tokens": 3}
 
 # Tables in which the mixins look up the labels of a class. Classes outside transformers are added
 # here.
@@ -138,19 +131,19 @@ for name in dir(ViTCLSModelTests):  # 28 combinations of dtype, padding and kern
 
 
 class DistilledWithRegistersTest(ViTCLSModelTests, unittest.TestCase):
-    layout = DISTILLED_WITH_REGISTERS
+    layout = LAYOUTS["cls_distillation_registers"]
 
 
 @pytest.mark.slow
 class NoCLSTest(ViTCLSModelTests, unittest.TestCase):
-    layout = NO_CLS
+    layout = LAYOUTS["no_cls"]
 
 
 @pytest.mark.slow
 class ThreeTasksTest(ViTCLSModelTests, unittest.TestCase):
     """Model tests for the multi-task class, with one task per CLS token and dicts of labels."""
 
-    layout = THREE_CLS | {
+    layout = LAYOUTS["three_cls"] | {
         "tasks": {"digit": ["odd", "even"], "color": ["red", "green", "blue"], "size": ["any"]}
     }
     all_model_classes = (ViTCLSModel, ViTCLSForMultiTaskClassification)
@@ -189,4 +182,4 @@ class ViTCLSBackboneTests(backbone_tests.BackboneTesterMixin):
 
 
 class DistilledWithRegistersBackboneTest(ViTCLSBackboneTests, unittest.TestCase):
-    layout = DISTILLED_WITH_REGISTERS
+    layout = LAYOUTS["cls_distillation_registers"]
