@@ -1,19 +1,12 @@
-"""Metrics of the scenarios of evaluation_worker.py, and outputs to compute them from."""
+"""Outputs from which the metrics of the scenarios of evaluation_worker.py can be computed."""
 
 from typing import Any
 
 import pytest
 import torch
 
-from helpers.evaluation_worker import build_classifier, build_labeled_images, evaluate_all
+from helpers.evaluation_worker import build_classifier, build_labeled_images
 from modeling_vitcls import ViTCLSImageProcessor
-from modeling_vitcls.runtime.distributed import build_accelerator
-
-
-@pytest.fixture(scope="module")
-def by_one_process() -> dict[str, Any]:
-    """Return the metrics of all scenarios of evaluation_worker.py."""
-    return evaluate_all(build_accelerator())
 
 
 @torch.no_grad()

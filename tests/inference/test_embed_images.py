@@ -12,16 +12,12 @@ from typing import Any
 import datasets
 import numpy as np
 import pytest
-from helpers import prediction_photos
 from helpers.prediction_photos import predict, sorted_photos
 from helpers.scripts_in_process import SCRIPTS
 from helpers.tiny_models import build_tiny_config, raises_one_line, save_with_processor
 from PIL import Image
 
 from modeling_vitcls import EmbedImages, ViTCLSImageProcessor, ViTCLSModel
-
-
-photos = prediction_photos.photos  # a fixture
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from helpers import evaluation_results
 from helpers.accelerate_state import reset_accelerate
 from helpers.evaluation_results import close
 from helpers.evaluation_worker import (
@@ -50,7 +49,6 @@ pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 NUM_DIGITS = 1797
 WORKER = Path(__file__).parents[1] / "helpers" / "evaluation_worker.py"
 MEASURED = ("images_per_second", "seconds", "num_processes", "device")  # differ from run to run
-by_one_process = evaluation_results.by_one_process  # a fixture
 
 
 @pytest.fixture(scope="module")

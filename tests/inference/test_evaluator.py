@@ -4,7 +4,6 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import evaluation_results
 from helpers.evaluation_results import close, compute_outputs
 from helpers.evaluation_worker import (
     NUM_IMAGES,
@@ -20,8 +19,6 @@ from modeling_vitcls.runtime.distributed import build_accelerator
 
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
-
-by_one_process = evaluation_results.by_one_process  # a fixture
 
 
 def test_unreadable_images_are_named_once_and_not_counted(by_one_process: dict[str, Any]) -> None:

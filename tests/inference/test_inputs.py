@@ -5,7 +5,6 @@ from typing import Any
 
 import datasets
 import pytest
-from helpers import prediction_photos
 from helpers.photo_folders import write_files
 from helpers.tiny_models import raises_one_line
 from PIL import Image
@@ -23,8 +22,6 @@ from modeling_vitcls.inference.options import PredictOptions
 
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
-
-photos = prediction_photos.photos  # a fixture
 
 
 def test_other_files_in_folders_are_counted_with_the_remedy_for_heic(

@@ -7,7 +7,6 @@ import pytest
 import scipy.stats
 import sklearn.metrics
 import torch
-from helpers import evaluation_results
 from helpers.evaluation_results import close, compute_outputs
 from helpers.evaluation_worker import CLASSES, NUM_IMAGES, SPACES
 from scipy.special import softmax
@@ -22,8 +21,6 @@ from modeling_vitcls.inference.metrics import (
 
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
-
-by_one_process = evaluation_results.by_one_process  # a fixture
 
 
 def calibration_error(logits: torch.Tensor, labels: np.ndarray) -> float:

@@ -18,7 +18,6 @@ import pandas
 import pyarrow.parquet as pq
 import pytest
 import torch
-from helpers import prediction_photos
 from helpers.photo_folders import write_files
 from helpers.prediction_photos import predict, sorted_photos
 from helpers.scripts_in_process import run_in_process
@@ -61,7 +60,6 @@ KINDS = {
     "encoder": lambda: ViTCLSModel(build_tiny_config(**TOKENS)),
     "masked": lambda: ViTCLSForMaskedImageModeling(build_tiny_config()),
 }
-photos = prediction_photos.photos  # a fixture
 
 
 @pytest.fixture(scope="module")
