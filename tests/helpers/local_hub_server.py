@@ -163,16 +163,10 @@ def repository_info(hub: "LocalHub", match: re.Match[str], request: Request) -> 
     repo_id = "/".join(match["repo"].split("/")[-2:])
     return Response(
         {
-            "_id": "0",
             "id": repo_id,
-            "modelId": repo_id,
-            "author": repo_id.partition("/")[0],
             "sha": name,
             "private": repository.private,
             "gated": "auto" if match["repo"] in hub.gated else False,
-            "tags": [],
-            "downloads": 0,
-            "likes": 0,
             "siblings": [{"rfilename": path} for path in sorted(commit.files)],
         }
     )

@@ -12,7 +12,6 @@ import json
 import multiprocessing
 import os
 import runpy
-import socket
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils.other import get_free_port
 
 from helpers.fresh_processes import SCRIPT_ENVIRONMENT
 
@@ -104,7 +104,7 @@ def start_together(
     processes: int = 2,
 ) -> list[Any]:
     """Start a script on processes that communicate, and return the processes."""
-    port = find_free_port()
+    port = get_free_port()
     started = []
     for rank in range(processes):
         ranks = get_rank_variables(rank, processes, port)
@@ -140,10 +140,3 @@ def wait_for_step(
         assert time.monotonic() < deadline, log and log.read_text()
         assert is_alive(), log and log.read_text()
         time.sleep(0.002)
-
-
-def find_free_port() -> int:
-    """Return a free port of this machine."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]

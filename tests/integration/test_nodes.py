@@ -12,10 +12,11 @@ from pathlib import Path
 
 import psutil
 import pytest
+from accelerate.utils.other import get_free_port
 from helpers.fresh_processes import SCRIPT_ENVIRONMENT
 from helpers.photo_folders import write_photos
 from helpers.tiny_options import assert_equal_runs
-from helpers.warm_processes import find_free_port, wait_for_step
+from helpers.warm_processes import wait_for_step
 
 
 pytestmark = pytest.mark.slow
@@ -67,7 +68,7 @@ def start_agents(flags: list[str], folder: Path) -> list[subprocess.Popen[str]]:
     """Start two torchrun agents with one process each, as on two machines."""
     torchrun = (
         "-m torch.distributed.run --nnodes 2 --nproc-per-node 1 "
-        f"--master-addr 127.0.0.1 --master-port {find_free_port()}"
+        f"--master-addr 127.0.0.1 --master-port {get_free_port()}"
     )
     command = [sys.executable, *torchrun.split()]
     program = ["-m", "modeling_vitcls.cli", "finetune", "--resume", *flags]
@@ -118,7 +119,7 @@ def test_the_slurm_script_continues_after_the_time_limit(
     log = tmp_path / "scontrol.log"
     path = os.pathsep.join([str(programs), str(Path(sys.executable).parent), os.environ["PATH"]])
     slurm = {
-        "SLURM_JOB_ID": str(find_free_port()),
+        "SLURM_JOB_ID": str(get_free_port()),
         "SLURM_JOB_NUM_NODES": "2",
         "SLURM_JOB_NODELIST": "a[1-2]",
     }

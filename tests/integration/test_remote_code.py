@@ -18,7 +18,7 @@ import pytest
 import torch
 from helpers.fresh_processes import run_python
 from helpers.load_without_package import AUTO_CLASSES, SEED, compute_outputs, main
-from helpers.tiny_models import build_tiny_config
+from helpers.released_models import KINDS, SIZES
 from safetensors.torch import load_file, save_file
 from transformers.dynamic_module_utils import get_imports, get_relative_imports
 
@@ -41,28 +41,10 @@ CHILD = Path(__file__).parents[1] / "helpers" / "load_without_package.py"
 
 # Name of the checkpoint -> its class and configuration fields.
 CHECKPOINTS: dict[str, tuple[Any, dict[str, Any]]] = {
-    "classifier": (
-        vitcls.ViTCLSForImageClassification,
-        {
-            "num_distillation_tokens": 1,
-            "num_register_tokens": 4,
-            "id2label": {0: "cat", 1: "dog", 2: "owl"},
-        },
-    ),
-    "model": (
-        vitcls.ViTCLSModel,
-        {"num_cls_tokens": 0, "num_register_tokens": 2, "pooling": "attention"},
-    ),
-    "mim": (
-        vitcls.ViTCLSForMaskedImageModeling,
-        {"position_embedding_type": "rope_2d", "mlp_type": "swiglu"},
-    ),
-    "backbone": (vitcls.ViTCLSBackbone, {"out_features": ["stage1", "stage2"]}),
-    "multitask": (
-        vitcls.ViTCLSForMultiTaskClassification,
-        {"num_cls_tokens": 2, "tasks": {"species": ["cat", "dog", "owl"], "age": 2}},
-    ),
+    name: (model_class, fields) for name, (model_class, fields, _) in KINDS.items()
 }
+CHECKPOINTS["backbone"] = (vitcls.ViTCLSBackbone, {"out_features": ["stage1", "stage2"]})
+CHECKPOINTS["attention"] = (vitcls.ViTCLSModel, {"pooling": "attention"})
 GENERATIONS = ("first", pytest.param("second", marks=pytest.mark.slow))
 
 each_checkpoint = pytest.mark.parametrize("name", CHECKPOINTS)
@@ -106,7 +88,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def build_random_model(name: str) -> Any:
     """Return the model of a checkpoint, with reproducible random weights."""
     model_class, overrides = CHECKPOINTS[name]
-    model = model_class(build_tiny_config(image_size=[16, 24], **overrides))
+    model = model_class(vitcls.ViTCLSConfig(**SIZES, **overrides))
     torch.manual_seed(SEED)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)

@@ -13,9 +13,9 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+from accelerate.utils.other import get_free_port
 from helpers.doc_pages import ROOT, read_blocks
 from helpers.tiny_models import build_tiny_config, save_with_processor
-from helpers.warm_processes import find_free_port
 from PIL import Image
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor, predict
@@ -42,7 +42,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def address(folder: Path) -> Iterator[str]:
     """Start the server with two processes, and return the address of its page."""
-    port = find_free_port()
+    port = get_free_port()
     command = ["-m", "uvicorn", "serve:app", "--workers", "2", "--port", str(port)]
     server = subprocess.Popen(
         [sys.executable, *command], cwd=folder, env=os.environ | {"HF_HUB_OFFLINE": "1"}

@@ -33,25 +33,11 @@ STUDIES = [
     pytest.param(file, id=file.stem, marks=() if file.stem in FAST else pytest.mark.slow)
     for file in sorted(RECIPES.glob("study_*.yaml"))
 ]
-SIZES = {
-    "model": "vitcls-tiny",
-    "hidden_size": 16,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-}
-FINETUNE = {
-    "dataset": "digits",
-    **SIZES,
-    "image_size": 32,
-    "patch_size": 16,
-    "intermediate_size": 16,
-    "report": False,
-}
 STUDY = {
     "title": "Pooling",
     "question": "Which pooling?",
     "seeds": [0, 1],
-    "stages": {"finetune": {**FINETUNE, "max_steps": 4, "num_workers": 0}},
+    "stages": {"finetune": {"dataset": "digits", "model": "vitcls-tiny"}},
     "factors": {"pooling": {"cls": None, "mean": {"pooling": "mean"}}},
     "metrics": {"accuracy": "Accuracy (%)", "loss": "Loss"},
     "baseline": {"pooling": "cls"},
