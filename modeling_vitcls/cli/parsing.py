@@ -105,15 +105,14 @@ def run_tyro(kind: Any, **settings: Any) -> Any:
 
 
 def shorten_error(text: str) -> str:
-    """Shorten an error of tyro to one line, without the box, its title, and the help of flags."""
+    """Shorten an error of tyro to one line: without the box, its title, and the texts of flags."""
     text = re.sub("[│╰╯]", "", text.partition("\n")[2])
-    # Below a flag and its metavar, its help is indented further.
+    # What follows is why each type of a union does not fit, or the text of the flag
+    text = re.split("Got errors:|Argument helptext:", text)[0]
+    # The text of a flag is indented further than its name
     text = re.sub(r"\n {7,}.*", "", text)
-    text = re.sub(r"(\n {4,}--\S+) .*", r"\1", text)
-    # why each type of a union does not fit
-    text = re.sub(r"\n *Got errors:[^─]*", "", text)
     parts = [" ".join(part.split()).rstrip(".") for part in re.split("[─-]{3,}", text)]
-    return ". ".join(part for part in parts if part and "Argument helptext" not in part)
+    return ". ".join(part for part in parts if part)
 
 
 def name_arguments(flags: list[str], names: Sequence[str]) -> list[str]:
