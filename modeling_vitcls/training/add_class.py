@@ -5,6 +5,7 @@ the mean of its images, multiplied by the precision matrix that the old classes 
 """
 
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -82,10 +83,9 @@ def build_classes(old: OldModel, options: AddClassOptions) -> Addition:
     extended.class_distance.fingerprint.copy_(model.class_distance.fingerprint)
 
     layers = list(dict.fromkeys(layer for layer, _ in statistics.tokens))
-    record = {
+    record: dict[str, Any] = {
         "kind": "classes",
         "labels": names,
-        "num_new_images": len(features.labels),
         "reads": f"means of the {describe_layers(layers)}",
         "dataset": strip_folders(get_title(options.dataset)),
     }

@@ -49,7 +49,6 @@ def build_task(old: OldModel, options: AddTaskOptions) -> Addition:
         **choice,
         "dataset": strip_folders(data.name),
         "label_column": list(label_space.columns),
-        "held_out_images": data.held_out_name,
     }
     if len(data.held_out):
         held_out = old.compute_features(data.held_out, label_space)
