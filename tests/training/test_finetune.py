@@ -314,11 +314,9 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a small CNN of transformers; its predictions do not matter."""
     folder = tmp_path_factory.mktemp("teacher")
     torch.manual_seed(0)
-    labels = {str(digit): digit for digit in range(10)}
+    labels = dict(enumerate("0123456789"))
     sizes = {"embedding_size": 8, "hidden_sizes": [8], "depths": [1], "layer_type": "basic"}
-    config = ResNetConfig(
-        **sizes, label2id=labels, id2label={index: name for name, index in labels.items()}
-    )
+    config = ResNetConfig(**sizes, id2label=labels)
     ResNetForImageClassification(config).save_pretrained(folder)
     ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
     (folder / "README.md").write_text("---\nlicense: cc-by-nc-4.0\n---\n", encoding="utf-8")

@@ -42,7 +42,7 @@ def test_the_loss_equals_that_of_lightly(
 
 
 def test_sigreg_measures_the_distance_from_a_gaussian() -> None:
-    """Compare with the integral over frequencies by scipy, and with other distributions."""
+    """Compare with the integral over frequencies by scipy."""
     from scipy import integrate
 
     values = torch.randn(1, 40, 1, dtype=torch.float64)
@@ -54,16 +54,6 @@ def test_sigreg_measures_the_distance_from_a_gaussian() -> None:
     integral, _ = integrate.quad(get_error, -3, 3)
     found = compute_sigreg(values.float(), torch.ones(1, 1))
     assert float(found) == pytest.approx(40 * integral, rel=0.02)
-    gaussian = torch.randn(1, 2000, 8)
-    directions = lejepa.draw_directions(gaussian, 64)
-    collapsed = torch.zeros(1, 2000, 8)
-    scaled = 2 * gaussian
-    near, *far = (
-        float(compute_sigreg(each, directions))
-        for each in (gaussian, collapsed, scaled, gaussian + 1)
-    )
-    assert near < 2
-    assert min(far) > 20 * near
 
 
 def compare_with_one_process(rank: int, folder: Path) -> None:

@@ -62,8 +62,12 @@ def stopped(command: list[str], tmp_path_factory: pytest.TempPathFactory) -> Pat
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Reporter, "show_step", stop)
-        with pytest.raises(SystemExit, match="143"):
+        with pytest.raises(SystemExit, match="143"):  # 128 + SIGTERM
             main([*command, "--output-dir", str(folder)])
+    (checkpoint,) = folder.glob("checkpoints/*")
+    assert checkpoint.name == "step-00000001"
+    assert not (folder / "results.json").exists()
+    assert not (folder / ".vitcls.lock").exists()
     return folder
 
 
@@ -97,6 +101,8 @@ def test_an_interrupted_and_a_finished_run_resume_with_the_same_command(
     main([*arguments, *flags])
     assert "resumed   after step 1" in capsys.readouterr().out
     assert to_pair(read_json(interrupted / "config.json")["image_size"]) == (224, 224)
+    processor = read_json(interrupted / "preprocessor_config.json")
+    assert processor["size"] == {"height": 224, "width": 224}
     assert not (interrupted / "checkpoints").exists()
 
     for more_flags in ((), flags):
@@ -138,12 +144,3 @@ def test_a_resumed_run_keeps_the_values_that_were_derived_on_another_machine(
     results = read_json(interrupted / "results.json")
     assert results["chosen_flags"] == chosen
     assert chosen["image_size"] == 224
-
-
-@pytest.mark.parametrize("number", [None, 1])
-def test_checkpoints_of_a_finished_run_are_kept_only_if_requested(
-    number: int | None, command: list[str], interrupted: Path
-) -> None:
-    flags = [] if number is None else ["--keep-checkpoints", str(number)]
-    main([*command, "--output-dir", str(interrupted), "--resume", *flags])
-    assert any(interrupted.glob("checkpoints/step-*")) is (number is not None)

@@ -1,12 +1,10 @@
 """Output folders: one run at a time, and the files that a new run replaces.
 
-Real processes hold the locks.
+tests/runtime/test_staging.py ends processes that hold the lock.
 """
 
 import os
 import shutil
-import signal
-import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +14,6 @@ import torch
 from helpers.photo_folders import write_files, write_photos
 from helpers.tiny_models import raises_one_line
 from helpers.tiny_options import build_tiny_options, run_training
-from helpers.warm_processes import READY, SECONDS
 
 from modeling_vitcls.hub.local_paths import resolve_name
 from modeling_vitcls.hub.model_files import METRICS_FILE, RECIPE_FILE
@@ -39,45 +36,6 @@ pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("few_digits")]
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     return tmp_path / "runs" / "mine"
-
-
-# The lock -----------------------------------------------------------------------------------------
-
-
-def hold(folder: Path, ready: Any) -> None:
-    """Take the lock and hold it until a signal arrives."""
-    with lock_folder(folder):
-        ready.put(os.getpid())
-        time.sleep(SECONDS)
-
-
-@pytest.fixture(autouse=True)
-def short_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(staging, "LOCK_TIMEOUT", 0.5)
-
-
-@pytest.fixture
-def lock_holder(folder: Path) -> Any:
-    """Start a process that holds the lock."""
-    queue = READY.SimpleQueue()
-    process = READY.Process(target=hold, args=(folder, queue))
-    process.start()
-    assert queue.get() == process.pid
-    yield process
-    process.kill()
-    process.join()
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_the_lock_of_a_process_that_has_ended_is_taken_over(
-    folder: Path, lock_holder: Any, number: int
-) -> None:
-    os.kill(lock_holder.pid, number)
-    lock_holder.join(SECONDS)
-    assert lock_holder.exitcode == -number
-    with lock_folder(folder):
-        assert (folder / LOCK_FILE).is_file()
-    assert not (folder / LOCK_FILE).exists()
 
 
 # Runs ---------------------------------------------------------------------------------------------
@@ -107,11 +65,17 @@ def earlier(finished: Path, folder: Path) -> Path:
     return shutil.copytree(finished, folder)
 
 
-def test_a_run_is_refused_while_another_uses_the_folder(folder: Path, lock_holder: Any) -> None:
-    for changes in ({}, {"resume": True}, {"overwrite": True}):
-        with raises_one_line(f"{folder} is in use by another command", "a different `output_dir`"):
-            run(folder, **changes)
-    assert [path.name for path in folder.iterdir()] == [LOCK_FILE]
+def test_a_run_is_refused_while_another_uses_the_folder(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(staging, "LOCK_TIMEOUT", 0.5)
+    with lock_folder(folder):
+        for changes in ({}, {"resume": True}, {"overwrite": True}):
+            with raises_one_line(
+                f"{folder} is in use by another command", "a different `output_dir`"
+            ):
+                run(folder, **changes)
+        assert [path.name for path in folder.iterdir()] == [LOCK_FILE]
 
 
 def test_a_run_that_fails_releases_its_lock(folder: Path) -> None:
@@ -163,9 +127,8 @@ def test_the_old_model_is_never_next_to_the_new_configuration(
     monkeypatch.undo()
     assert set(contents(earlier)) == {"config.resolved.yaml", "notes.txt"}
     assert (earlier / "config.resolved.yaml").read_bytes() != config
-    (
-        earlier / "metrics.jsonl"
-    ).touch()  # a run that was killed before its first checkpoint is replaced
+    # a run that was killed before its first checkpoint is replaced
+    (earlier / "metrics.jsonl").touch()
     check_replaceable(earlier, CheckpointStore(earlier / "checkpoints", num_kept=1))
     assert len(states) > 10
     assert "results.json" in states[0]
@@ -201,26 +164,23 @@ def test_a_finished_run_without_its_weights_is_named(earlier: Path) -> None:
     assert (earlier / "model.safetensors").read_bytes() == b"damaged"
 
 
+@pytest.mark.parametrize("flag", ["model", "teacher"])
 def test_sources_in_the_output_folder_are_not_removed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    flag: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = tmp_path / "run"
-    inside = tmp_path / "run" / "models" / "mine"
-    beside = tmp_path / "run-2"
-    inside.mkdir(parents=True)
-    beside.mkdir()
-    monkeypatch.chdir(folder)  # Hub names are not folders in the output folder
+    write_files(tmp_path, "run/models/mine/config.json", "run-2/config.json")
+    monkeypatch.chdir(tmp_path / "run")  # Hub names are not folders in the output folder
 
-    def check(**sources: object) -> None:
-        names = {flag: resolve_name(str(value)) for flag, value in sources.items()}
-        check_sources_not_removed(Path("../run"), SimpleNamespace(**names))  # type: ignore[arg-type]
+    def check(source: object) -> None:
+        options = SimpleNamespace(**{flag: resolve_name(str(source))})
+        check_sources_not_removed(Path("../run"), options)  # type: ignore[arg-type]
 
+    inside = tmp_path / "run/models/mine"
     for source in (inside, "models/mine", "../run", f"transformers:{inside}"):
-        for flag in ("model", "teacher"):
-            with raises_one_line("`overwrite=True`", f"`{flag}` in {folder}"):
-                check(**{flag: source})
-    for source in (beside, tmp_path, "acme/model"):
-        check(model=source, teacher=source)
+        with raises_one_line("`overwrite=True`", f"`{flag}` in {tmp_path / 'run'}"):
+            check(source)
+    for source in (tmp_path / "run-2", tmp_path, "acme/model"):
+        check(source)
 
 
 @pytest.mark.parametrize(

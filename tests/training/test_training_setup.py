@@ -8,6 +8,7 @@ import pytest
 import torch
 import yaml
 from helpers.accelerate_state import reset_accelerate
+from helpers.photo_folders import write_photos
 from helpers.tiny_models import build_tiny_config, raises_one_line, save_with_processor
 from helpers.tiny_options import (
     build_tiny_options,
@@ -15,7 +16,6 @@ from helpers.tiny_options import (
     read_metrics,
     run_training,
 )
-from PIL import Image
 from safetensors.torch import load_file
 
 from modeling_vitcls import ViTCLSForImageClassification
@@ -31,23 +31,11 @@ DIGITS = DataOptions(dataset="digits", num_workers=0)
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("fresh_accelerate", "few_digits")]
 
 
-def build_options(folder: Path, data: DataOptions = DIGITS, **training: Any) -> Any:
+def build_options(folder: Path, dataset: object = "digits", **training: Any) -> Any:
     """Return the options of a run of a tiny model."""
-    settings = {"batch_size": 16, "learning_rate": 3e-3} | training
-    return build_tiny_options(folder, **vars(data) | settings)
-
-
-def write_images(folder: Path, splits: dict[str, dict[str, int]]) -> DataOptions:
-    """Write an image folder with some images per split and class."""
-    number = 0
-    for split, classes in splits.items():
-        for name, count in classes.items():
-            (folder / split / name).mkdir(parents=True, exist_ok=True)
-            for _ in range(count):
-                number += 1
-                color = (number * 7 % 256, 200 if name == "noon" else 20, 90)
-                Image.new("RGB", (16, 16), color).save(folder / split / name / f"{number}.png")
-    return DataOptions(dataset=str(folder), num_workers=0)
+    return build_tiny_options(
+        folder, dataset, **{"batch_size": 16, "learning_rate": 3e-3} | training
+    )
 
 
 # Defaults -----------------------------------------------------------------------------------------
@@ -116,11 +104,10 @@ def test_the_best_checkpoint_is_saved_and_reported(
 
 
 def test_a_validation_split_selects_and_the_test_split_is_reported(tmp_path: Path) -> None:
-    counts = {"train": 8, "val": 3, "test": 5}
-    data = write_images(
-        tmp_path / "data",
-        {split: dict.fromkeys(("dusk", "noon"), n) for split, n in counts.items()},
-    )
+    data = tmp_path / "data"
+    splits = {"train": range(8), "val": range(8, 11), "test": range(11, 16)}
+    for split, numbers in splits.items():
+        write_photos(data / split, numbers)
     results = run_training(build_options(tmp_path / "run", data, max_steps=2, select="best"))
     assert results["split"] == "split 'test'"
     assert results["num_images"] == 10
@@ -135,9 +122,8 @@ def test_a_validation_split_selects_and_the_test_split_is_reported(tmp_path: Pat
 
 
 def test_a_run_on_all_images_has_no_accuracy(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    data = replace(DIGITS, held_out_fraction=0.0)
-    options = build_options(tmp_path / "run", data, max_steps=2, report=True)
-    results = run_training(options)
+    flags = {"held_out_fraction": 0.0, "max_steps": 2, "report": True}
+    results = run_training(build_options(tmp_path / "run", **flags))
     assert results["num_training_images"] == 300
     assert results["num_images"] == 0
     output = capsys.readouterr().out
@@ -147,6 +133,7 @@ def test_a_run_on_all_images_has_no_accuracy(tmp_path: Path, capsys: pytest.Capt
     assert "WARNING" not in output
     with raises_one_line("all 300 images", "`dataset`"):
         evaluate_checkpoint(EvaluateOptions(model=str(tmp_path / "run"), **vars(DIGITS)))
+    data = replace(DIGITS, held_out_fraction=0.0)
     assert len(load_evaluation_data(data, "train").images) == 300
 
 
@@ -157,9 +144,10 @@ def test_a_class_without_training_images_is_a_warning(tmp_path: Path) -> None:
     model = save_with_processor(
         ViTCLSForImageClassification(build_tiny_config()), tmp_path / "model"
     )
-    splits = {"train": {"dusk": 1, "noon": 1}, "val": {"dusk": 2, "noon": 2, "night": 2}}
-    data = write_images(tmp_path / "data", splits)
-    run = prepare_setup(build_options(tmp_path / "run", data, model=model, select=None))
+    write_photos(tmp_path / "data/train", range(1), "dusk", "noon")
+    write_photos(tmp_path / "data/val", range(1, 3), "dusk", "noon", "night")
+    options = build_options(tmp_path / "run", tmp_path / "data", model=model, select=None)
+    run = prepare_setup(options)
     (warning,) = run.warnings()
     assert "1 of the 3 classes have no held-out images or no training images: night" in warning
     assert run.options.select == "last"
@@ -167,6 +155,7 @@ def test_a_class_without_training_images_is_a_warning(tmp_path: Path) -> None:
 
 
 def test_a_class_with_one_image_is_a_warning_if_nothing_is_held_out(tmp_path: Path) -> None:
-    data = write_images(tmp_path / "data", {"train": {"dusk": 2, "night": 1}})
+    data = write_photos(tmp_path / "data", range(2), "dusk")
+    write_photos(data, range(1), "night")
     run = prepare_setup(build_options(tmp_path / "run", data, held_out_fraction=0.0))
     assert "no result measures classes with one image: night. Add images" in run.warnings()
