@@ -190,21 +190,11 @@ def test_the_default_epochs_are_limited_on_cpus(monkeypatch: pytest.MonkeyPatch)
     assert resolve(build_options(), 9_000)[0].epochs == 30
 
 
-def test_max_steps_replace_the_epochs() -> None:
-    options, lines = resolve_schedule(build_options(max_steps=3), build_initial(), 9, False, 1)
-    assert options.epochs == 30.0
-    assert "epochs" not in lines
-
-
 def test_only_a_preset_has_random_weights(tmp_path: Path) -> None:
-    preset = resolve_initial_model("vitcls-tiny")
-    assert preset.folder is None
-    assert preset.config.hidden_size == 192
-    assert preset.has_random_weights
-    assert "preset" in str(resolve_defaults(build_options(), preset, 9)[1]["weights"])
-    trained = tmp_path / "trained"
-    save_with_processor(ViTCLSForImageClassification(build_tiny_config()), trained)
-    checkpoint = resolve_initial_model(str(trained))
-    assert checkpoint.config.hidden_size == 16
-    assert not checkpoint.has_random_weights
-    assert resolve_defaults(build_options(), checkpoint, 9)[1]["weights"] is None
+    save_with_processor(ViTCLSForImageClassification(build_tiny_config()), tmp_path)
+    for name, is_random in (("vitcls-tiny", True), (str(tmp_path), False)):
+        initial = resolve_initial_model(name)
+        assert initial.has_random_weights is is_random
+        assert initial.config.hidden_size == (192 if is_random else 16)
+        _, lines = resolve_defaults(build_options(), initial, 9)
+        assert ("preset" in (lines["weights"] or "")) is is_random

@@ -376,11 +376,8 @@ def test_all_options_can_be_combined(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 @pytest.mark.slow
 def test_a_compiled_run_has_the_same_results(tmp_path: Path) -> None:
-    fields = {
-        "max_steps": 2,
-        "num_hidden_layers": 1,
-        "num_register_tokens": 0,
-    }  # each kernel takes g++ a second
+    # each kernel takes g++ a second
+    fields = {"max_steps": 2, "num_hidden_layers": 1, "num_register_tokens": 0}
     eager = train(tmp_path / "eager", "digits", **fields)
     compiled = train(tmp_path / "compiled", "digits", **fields, compile=True)
     assert compiled["loss"] == pytest.approx(eager["loss"], abs=1e-4)
@@ -394,13 +391,7 @@ def test_trackers_get_metrics_with_their_steps_and_the_flags(tmp_path: Path) -> 
     events = event_files.EventAccumulator(str(folder))
     events.Reload()
 
-    tags = events.Tags()["scalars"]
-    assert {
-        "loss",
-        "learning_rate",
-        "held_out_accuracy",
-    } <= set(tags)
-
+    assert {"loss", "learning_rate", "held_out_accuracy"} <= set(events.Tags()["scalars"])
     assert [event.step for event in events.Scalars("loss")] == [1, 2, 3]
 
     flags = yaml.safe_load(next((tmp_path / "trackers").rglob("hparams.yml")).read_text())

@@ -282,6 +282,10 @@ def test_the_movement_of_a_token_is_zero_if_it_is_not_trained() -> None:
     assert movement["registers[0]"] == movement["registers[1]"] == 0 < movement["cls[0]"]
 
 
+def normalize(pixels: torch.Tensor) -> torch.Tensor:
+    return pixels / 255
+
+
 # Losses -------------------------------------------------------------------------------------------
 
 
@@ -324,11 +328,11 @@ def test_multi_task_loss_ignores_missing_labels() -> None:
     torch.manual_seed(0)
     model = ViTCLSForMultiTaskClassification(config)
     labels = torch.tensor([[0, -100], [-100, -100]])
-    normalise = lambda pixels: pixels / 255  # noqa: E731
     batch = {"pixels": torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8), "labels": labels}
-    objective = LabelObjective(normalise, partial(compute_multi_task_loss, label_smoothing=0.0))  # type: ignore[arg-type]
+    multi_task_loss = partial(compute_multi_task_loss, label_smoothing=0.0)
+    objective = LabelObjective(normalize, multi_task_loss)  # type: ignore[arg-type]
     loss = objective(model, batch)["loss"]
-    outputs = model(normalise(batch["pixels"]), labels={"age": labels[:, 0], "kind": labels[:, 1]})
+    outputs = model(normalize(batch["pixels"]), labels={"age": labels[:, 0], "kind": labels[:, 1]})
     expected = torch.nn.functional.cross_entropy(outputs.logits["age"][:1], torch.tensor([0]))
     torch.testing.assert_close(loss, expected / 2)
     # the mean over the labeled images, as in Trainer
@@ -340,7 +344,7 @@ def test_multi_task_loss_ignores_missing_labels() -> None:
     table = torch.stack(list(complete.values()), dim=1)
     loss = objective(model, batch | {"labels": table})["loss"]
 
-    torch.testing.assert_close(loss, model(normalise(batch["pixels"]), labels=complete).loss)
+    torch.testing.assert_close(loss, model(normalize(batch["pixels"]), labels=complete).loss)
 
 
 def test_every_head_is_trained_without_a_teacher() -> None:
@@ -350,13 +354,12 @@ def test_every_head_is_trained_without_a_teacher() -> None:
         num_distillation_tokens=1, initializer_range=0.5, distillation_inference="cls"
     )
     batch = {"pixels": torch.zeros(2, 3, 32, 32, dtype=torch.uint8), "labels": torch.tensor([0, 1])}
-    normalise = lambda pixels: pixels / 255  # noqa: E731
     label_loss = partial(compute_single_label_loss, label_smoothing=0.0)
-    loss = LabelObjective(normalise, label_loss)(model, batch)["loss"]  # type: ignore[arg-type]
+    loss = LabelObjective(normalize, label_loss)(model, batch)["loss"]  # type: ignore[arg-type]
     loss.backward()
     without = [name for name, parameter in model.named_parameters() if parameter.grad is None]
     assert without == []
-    outputs = model(normalise(batch["pixels"]))
+    outputs = model(normalize(batch["pixels"]))
     head_losses = [
         torch.nn.functional.cross_entropy(logits, batch["labels"])
         for logits in (outputs.cls_logits, outputs.distillation_logits)

@@ -40,9 +40,6 @@ def test_records_of_repeated_steps_are_removed(tmp_path: Path) -> None:
         reporter.log(RECORD | {"step": 6, "loss": math.nan})
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
-    reporter.start_after(0, 10)
-
-    assert (tmp_path / "metrics.jsonl").read_text() == ""
 
 
 def test_only_the_main_process_writes_and_prints(
