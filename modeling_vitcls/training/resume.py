@@ -130,8 +130,9 @@ def build_run_record(
     metadata = earlier.metadata
     if change := describe_change(metadata["data"], record["data"]):
         raise ValueError(
-            f"{start} had other data: {change}. Restore the dataset, choose a different "
-            "`output_dir`, or set `overwrite=True` without `resume`"
+            f"`resume=True`: the dataset has changed since the run in {options.output_dir} was "
+            f"started: {change}. Restore the dataset, choose a different `output_dir`, or set "
+            "`overwrite=True` without `resume`"
         )
     if metadata["mixed_precision"] != record["mixed_precision"]:
         raise ValueError(

@@ -272,9 +272,10 @@ def group_trainable(model: torch.nn.Module) -> set[str]:
 def compute_loss(model: Any) -> torch.Tensor:
     """Return a loss that depends on all outputs of the model."""
     outputs = model(build_images())
-    heads = [outputs.cls_logits, outputs.distillation_logits]
     if isinstance(outputs.logits, dict):
         heads = list(outputs.logits.values())
+    else:
+        heads = [outputs.cls_logits, outputs.distillation_logits]
     return torch.stack([logits.square().mean() for logits in heads if logits is not None]).sum()
 
 
