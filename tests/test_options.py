@@ -60,7 +60,7 @@ LIMITS: list[tuple[type, str, list[Any], list[Any]]] = [
         ["none", "last", "last-0", "last-1x"],
     ),
     (PretrainOptions, "mask_ratio", [0.1, 0.9], [0, 1]),
-    (PretrainOptions, "global_crops projector_width", [1], [0]),
+    (PretrainOptions, "projector_width", [1], [0]),
     (PretrainOptions, "local_crops", [0], [-1]),
     (RunOptions, "save_every keep_checkpoints", [1], [0]),
     (EvaluateOptions, "batch_size", [1], [0]),
@@ -106,6 +106,8 @@ COMBINATIONS: list[tuple[type, dict[str, Any], dict[str, Any], str]] = [
     (InspectOptions, {"paths": (), "dataset": "c"}, {"paths": ("a",)}, "`images`"),
     (InspectOptions, {"paths": ("a",)}, {"paths": ()}, "`images`"),
     (InspectOptions, {"output": Path("a.HTM")}, {"output": Path("a.json")}, "`output='a.json'`"),
+    (PretrainOptions, {}, {"mixup": 0.1}, "`mixup`"),
+    (PretrainOptions, {}, {"trainable": "head"}, "`trainable`"),
     *((PredictOptions, {}, {name: "a"}, "`dataset`") for name in ("split", "image_column")),
     *(
         (InspectOptions, {}, {name: "a"}, "`dataset`")
@@ -121,12 +123,6 @@ def test_contradicting_flags_are_errors(
     check(kind, accepted)
     with raises_one_line(words):
         check(kind, accepted | changes)
-
-
-def test_an_output_folder_is_not_a_file(tmp_path: Path) -> None:
-    (tmp_path / "out").write_text("", encoding="utf-8")
-    with raises_one_line("`output_dir`"):
-        check(RunOptions, {"output_dir": tmp_path / "out"})
 
 
 @pytest.mark.parametrize(

@@ -124,7 +124,6 @@ class FineTuning:
             result_metrics=(metric, "cls_accuracy", "distillation_accuracy"),
             resize=get_resize(processor) if probe is None else None,
             has_known_head=probe is not None or not new_heads,
-            keeps_classifier=probe is None and not new_heads,
             summary_lines={} if teacher is None else {"teacher": teacher.description},
             missing_probe_reason=missing_probe_reason or "",
             results={

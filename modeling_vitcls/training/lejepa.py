@@ -28,6 +28,7 @@ from .losses import Losses
 MAX_FREQUENCY = 3.0
 NUM_FREQUENCIES = 17
 NUM_DIRECTIONS = 256  # Number of random directions per step
+NUM_GLOBAL = 2  # Global crops of each image
 SIGREG_WEIGHT = 0.05  # The paper's
 GLOBAL_SCALE = (
     0.3  # Minimum area of global crops and maximum area of local crops, part of the image
@@ -89,12 +90,11 @@ def compute_lejepa_losses(
     *,
     normalize: Normalizer,
     patch_size: tuple[int, int],
-    num_global: int,
     num_local: int,
 ) -> Losses:
     """Compute the losses of a batch: crops, projections, invariance and SIGReg.
 
-    `num_global` and `num_local` crops have more and less than `GLOBAL_SCALE` of the image area.
+    `NUM_GLOBAL` and `num_local` crops have more and less than `GLOBAL_SCALE` of the image area.
     """
     pixels = batch["pixels"].float() / 255
     size = list(pixels.shape[-2:])
@@ -102,7 +102,7 @@ def compute_lejepa_losses(
         max(2, round(LOCAL_SIZE * side / patch)) * patch
         for side, patch in zip(size, patch_size, strict=True)
     ]
-    kinds = [(num_global, size, (GLOBAL_SCALE, 1.0))]
+    kinds = [(NUM_GLOBAL, size, (GLOBAL_SCALE, 1.0))]
     if num_local:
         kinds.append((num_local, small, (LOCAL_SCALE, GLOBAL_SCALE)))
     views = []
@@ -112,7 +112,7 @@ def compute_lejepa_losses(
 
     # One call for all views, because DDP expects one forward pass for each backward pass.
     projections = model(*views).float()
-    invariance = compute_invariance_loss(projections, num_global)
+    invariance = compute_invariance_loss(projections, NUM_GLOBAL)
     sigreg = compute_sigreg(projections, draw_directions(projections, NUM_DIRECTIONS))
     loss = (1 - SIGREG_WEIGHT) * invariance + SIGREG_WEIGHT * sigreg
     return {"loss": loss, "invariance_loss": invariance, "sigreg_loss": sigreg}

@@ -282,9 +282,8 @@ class TrainingLoop:
         metrics = self.evaluate()
         score = metrics.get(self.selection_metric)
 
-        self.is_best = False
-        if score is not None:
-            self.is_best = state.best_score is None or score > state.best_score
+        best_score = state.best_score
+        self.is_best = score is not None and (best_score is None or score > best_score)
         if self.is_best:
             state.best_score = score
 

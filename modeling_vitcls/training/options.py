@@ -232,10 +232,6 @@ class RunOptions(Options):
 
     def check(self) -> None:
         super().check()
-        if self.output_dir.is_file():
-            raise ValueError(
-                f"`output_dir={str(self.output_dir)!r}` is a file. Set `output_dir` to a folder"
-            )
         check_minimum(self, 1, "save_every", "keep_checkpoints")
 
 
@@ -269,10 +265,8 @@ class PretrainOptions(RunOptions, TrainingOptions, AugmentationOptions, DataOpti
     method: Literal["lejepa", "mae"] = "lejepa"
     """LeJEPA (Balestriero and LeCun 2025) trains the pooled token (CLS), and MAE reconstructs masked
     patches."""
-    global_crops: int = 2
-    """Number of large crops of each image, of LeJEPA."""
     local_crops: int = 6
-    """Number of small crops of each image, with 0.43 times the image size."""
+    """Number of small crops of each image, of LeJEPA, with 0.43 times the image size."""
     projector_width: int = 1024
     """Channels of the projector's two hidden layers."""
     mask_ratio: float = 0.75
@@ -284,7 +278,7 @@ class PretrainOptions(RunOptions, TrainingOptions, AugmentationOptions, DataOpti
         for name, default in defaults.items():
             if getattr(self, name) != default:
                 raise ValueError(f"`{name}` is supported only in fine-tuning. Remove the flag")
-        check_minimum(self, 1, "global_crops", "projector_width")
+        check_minimum(self, 1, "projector_width")
         check_minimum(self, 0, "local_crops")
         check_value(self, "mask_ratio", 0 < self.mask_ratio < 1, "between 0 and 1")
 

@@ -29,7 +29,7 @@ from ..inference.metrics import NOTHING_MEASURED
 from ..model.configuration_vitcls import ViTCLSConfig
 from ..model.image_processing_vitcls import ViTCLSImageProcessor
 from ..model.modeling_vitcls import ViTCLSModel
-from .lejepa import LeJEPA, compute_lejepa_losses
+from .lejepa import NUM_GLOBAL, LeJEPA, compute_lejepa_losses
 from .losses import Objective
 from .mae import MAE, build_decoder_config, compute_mae_losses, draw_masks
 from .model import InitialModel, finish_loading
@@ -89,11 +89,9 @@ class PreTraining:
                 compute_lejepa_losses,
                 normalize=normalize,
                 patch_size=config.patch_height_width,
-                num_global=options.global_crops,
                 num_local=options.local_crops,
             )
-            crops = f"{options.global_crops} global and {options.local_crops} local crops"
-            summary = f"LeJEPA: {crops} per image"
+            summary = f"LeJEPA: {NUM_GLOBAL} global and {options.local_crops} local crops per image"
 
         labels = images.label_space
         has_labels = labels.kind == "single_label_classification" and bool(labels.columns)

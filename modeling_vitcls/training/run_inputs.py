@@ -36,7 +36,6 @@ class RunInputs:
     # Rows of splits.parquet: images that trained the encoder, or the teacher, before this run
     encoder_rows: pd.DataFrame
     forward_flops: int
-    device: str
     lines: dict[str, str | None]  # About the defaults and the device
 
 
@@ -79,7 +78,8 @@ def load(
         options, lines = resolve_defaults(options, initial, len(images.train))
         setup = recipe.build_setup(options, initial, images, reporter)
         encoder_rows = [
-            list_encoder_rows(initial.folder, setup.keeps_classifier),
+            # Without a probe, a classifier that is known is the checkpoint's.
+            list_encoder_rows(initial.folder, setup.probe is None and setup.has_known_head),
             list_teacher_rows(getattr(options, "teacher", None)),
         ]
         # The decoder or projector of pre-training is not saved, and does not count.
@@ -88,8 +88,8 @@ def load(
     precision_text = set_mixed_precision(
         reporter.accelerator, options.mixed_precision, setup.model.config, recorded_precision
     )
-    device = describe_device()
-    lines |= {**setup.summary_lines, "device": f"{device}, mixed precision: {precision_text}"}
+    lines |= setup.summary_lines
+    lines["device"] = f"{describe_device()}, mixed precision: {precision_text}"
     return RunInputs(
         options=options,
         initial=initial,
@@ -97,7 +97,6 @@ def load(
         setup=setup,
         encoder_rows=pd.concat(encoder_rows),
         forward_flops=forward_flops,
-        device=device,
         lines=lines,
     )
 

@@ -5,7 +5,7 @@ from typing import Any
 from accelerate.state import AcceleratorState
 
 from ..data.splits import MAX_CLASS_RATIO, TrainingData
-from ..runtime.system import get_versions
+from ..runtime.system import describe_device, get_versions
 from .defaults import FINE_TUNING_EPOCHS
 from .outcome import Outcome
 from .plan import RunPlan
@@ -39,7 +39,7 @@ def build_results(
         "images_per_second": 0.0,
         "num_parameters": setup.model.num_parameters(),
         "token_layout": count_tokens(setup.model.config),
-        "device": inputs.device,
+        "device": describe_device(),
         "num_processes": AcceleratorState().num_processes,
         "versions": get_versions(),
         **outcome.metrics,

@@ -12,10 +12,6 @@ from .reporter import Reporter
 from .run_inputs import RunInputs
 
 
-TEXTS_OF_KINDS = {
-    "frozen": "frozen encoder, no steps",
-    "steps": "steps",
-}
 MAX_NAMED_CLASSES = 12  # In the summary
 
 
@@ -41,7 +37,7 @@ def print_summary(
             ),
             **inputs.lines,
             **plan.lines,
-            "run": f"{TEXTS_OF_KINDS[plan.kind]}: {plan.reason}",
+            "run": f"{plan.kind}: {plan.reason}",
         }
     )
     for warning in setup.list_warnings(data):

@@ -213,11 +213,6 @@ def explain_loading_errors(source: str) -> Iterator[None]:
                 "transformers, or timm:NAME"
             )
         reason = f"{type(error).__name__}: {format_error(error)}"
-        if "load image processor" in reason:
-            reason = (
-                "it has no image processor: save that of its training, "
-                "`processor.save_pretrained(FOLDER)`"
-            )
         raise OSError(f"cannot load the teacher {source} ({reason}){advice}") from error
 
 
@@ -294,7 +289,7 @@ def get_interpolation(resample: Any) -> InterpolationMode:
 
     Lanczos is replaced with bicubic, because torchvision does not support Lanczos for tensors.
     """
-    if resample is None or resample == "random":
+    if resample is None:
         return InterpolationMode.BILINEAR
     mode = (
         InterpolationMode(resample)

@@ -48,7 +48,6 @@ class TrainingSetup:
     resize: str | None  # How images become the input; None if the frozen model chooses it
     # Whether no head is random when steps start
     has_known_head: bool = False
-    keeps_classifier: bool = False  # Whether the checkpoint's classifier is kept
     # Lines to print before training, keyed by name
     summary_lines: dict[str, str] = field(default_factory=dict)
     results: dict[str, Any] = field(default_factory=dict)  # Fields of results.json

@@ -44,7 +44,7 @@ def test_a_changed_folder_is_an_error(unfinished: Any) -> None:
 
     def assert_change(reason: str) -> None:
         with raises_one_line(
-            "`resume=True`: the run in", "had other data", reason, "Restore the dataset"
+            "`resume=True`: the dataset has changed since the run in", reason, "Restore the dataset"
         ):
             run_training(unfinished)
 

@@ -127,7 +127,6 @@ def test_global_crops_are_large_and_local_crops_are_small(monkeypatch: pytest.Mo
         {"pixels": pixels},
         normalize=Normalizer(ViTCLSImageProcessor(), torch.device("cpu")),
         patch_size=(8, 32),
-        num_global=2,
         num_local=3,
     )
     assert [list(each.shape) for each in views] == [
@@ -156,7 +155,6 @@ def test_gradients_reach_the_tokens(fields: dict) -> None:
         {"pixels": (build_images(4).sigmoid() * 255).to(torch.uint8)},
         normalize=Normalizer(ViTCLSImageProcessor(), torch.device("cpu")),
         patch_size=(8, 8),
-        num_global=2,
         num_local=0,
     )
     losses["loss"].backward()

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.photo_folders import write_photos
-from helpers.tiny_models import build_tiny_config, raises_one_line
+from helpers.tiny_models import build_tiny_config
 from helpers.tiny_options import TINY as TINY_FINETUNING
 from helpers.tiny_options import (
     build_tiny_options,
@@ -234,21 +234,3 @@ def test_a_collapse_is_a_warning(tmp_path: Path) -> None:
     assert evaluate(prepared.setup.model)["effective_rank"] == 1
     assert len(warnings) == 1
     assert "1.0 of 32 channels" in warnings[0]
-
-
-# Flags --------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("flag", "value"),
-    [
-        ("mixup", 0.1),
-        ("cutmix", 1.0),
-        ("class_balance", "weights"),
-        ("trainable", "head"),
-    ],
-)
-def test_flags_that_require_labels_are_errors(flag: str, value: Any, tmp_path: Path) -> None:
-    with raises_one_line(flag):
-        run_training(tiny_options(tmp_path / "out", **{flag: value}))
-    assert not (tmp_path / "out").exists()

@@ -255,12 +255,6 @@ def test_a_teacher_without_a_classifier_of_one_label_is_an_error(
         load_labeled_teacher(folder)
 
 
-def test_a_teacher_without_an_image_processor_is_an_error(tmp_path: Path) -> None:
-    build_tiny_resnet().save_pretrained(tmp_path)
-    with raises_one_line("it has no image processor", "save_pretrained", error=OSError):
-        load_labeled_teacher(tmp_path)
-
-
 def test_remote_code_is_not_run(tmp_path: Path) -> None:
     auto_map = '{"AutoConfig": "theirs.Config", "AutoModelForImageClassification": "theirs.Model"}'
     (tmp_path / "config.json").write_text(
