@@ -14,10 +14,10 @@ from typing import Any, TypeVar
 from accelerate.state import AcceleratorState
 
 from ..data.splits import TrainingData, describe_change, describe_data
-from ..hub.local_paths import is_same_source, make_relative
+from ..hub.local_paths import is_same_source
 from ..runtime.flags import to_flags
 from .options import TrainOptions
-from .run_folder import SOURCE_FLAGS, EarlierRun
+from .run_folder import PATH_FLAGS, EarlierRun, make_flags_relative
 
 
 # Flags that may change on --resume, because these flags do not affect the result.
@@ -27,7 +27,6 @@ CHANGEABLE_FLAGS = (
     # The precision itself is compared (`build_run_record`)
     "mixed_precision"
 ).split()
-PATH_FLAGS = ("dataset", *SOURCE_FLAGS)  # Flags whose values may be paths
 
 Options = TypeVar("Options", bound=TrainOptions)
 
@@ -42,12 +41,6 @@ def convert_sources(
         if (value := getattr(options, name, None)) is not None
     }
     return replace(options, **values)
-
-
-def make_flags_relative(flags: dict[str, Any]) -> dict[str, Any]:
-    """Make the local paths among the flags relative to the current directory."""
-    names = (*PATH_FLAGS, "output_dir")
-    return {name: make_relative(flags[name]) if name in names else flags[name] for name in flags}
 
 
 def take_derived_values(options: Options, earlier: EarlierRun) -> Options:

@@ -29,7 +29,7 @@ from .options import PretrainOptions, TrainOptions
 from .plan import plan_run
 from .pretrain import PreTraining
 from .reporter import Reporter
-from .resume import build_run_record, convert_sources, make_flags_relative
+from .resume import build_run_record, convert_sources
 from .run_folder import CHECKPOINTS_FOLDER, EarlierRun, find_run, prepare_folder
 from .run_inputs import load
 from .run_results import build_results, print_result
@@ -82,7 +82,6 @@ def train(asked: TrainOptions) -> Path:
         # What the run is. The division of the images depends on it, so it comes first.
         recipe: Recipe = PreTraining() if isinstance(asked, PretrainOptions) else FineTuning()
         inputs = load(recipe, asked, earlier, reporter)
-        setup = inputs.setup
         plan = plan_run(inputs, is_resumed=earlier is not None)
         options = plan.options
         assert options.held_out_fraction is not None, "the plan sets it"
@@ -97,17 +96,16 @@ def train(asked: TrainOptions) -> Path:
             reporter.print_line("finished", f"{folder} already contains the results of this run")
             return folder
 
-        flags = make_flags_relative(to_flags(options))
-        run_on_main(partial(prepare_folder, folder, store, flags, earlier is not None))
+        run_on_main(partial(prepare_folder, folder, store, to_flags(options), earlier is not None))
         num_seen = data.count_seen(inputs.encoder_rows, plan.kind == "frozen")
         print_summary(inputs, plan, data, num_seen, reporter)
 
         # Both kinds end in the same record.
         if plan.kind == "frozen":
-            outcome = run_frozen(setup, data, num_seen, reporter.warn)
+            outcome = run_frozen(inputs.setup, data, num_seen, reporter.warn)
         else:
             outcome = run_steps(
-                setup,
+                inputs.setup,
                 plan,
                 data,
                 num_seen,

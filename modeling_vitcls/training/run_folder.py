@@ -13,7 +13,7 @@ The folder is locked (runtime/staging.py).
 """
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
@@ -24,7 +24,7 @@ import yaml
 
 from ..data.options import DataOptions
 from ..data.splits import TrainingData, divide_images, load_undivided_images
-from ..hub.local_paths import is_local, split_prefix
+from ..hub.local_paths import is_local, make_relative, split_prefix
 from ..hub.model_files import (
     CONFIG_FILE,
     FINAL_FILE_PATTERNS,
@@ -45,6 +45,7 @@ from .options import TrainOptions
 
 CHECKPOINTS_FOLDER = "checkpoints"
 SOURCE_FLAGS = ("model", "teacher")  # Flags whose values may be models in the output folder
+PATH_FLAGS = ("dataset", *SOURCE_FLAGS)  # Flags whose values may be paths
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,8 @@ def find_run(
     # Nothing is removed yet. `prepare_folder` removes the old files after the data and the model
     # were read without an error, so a typo costs no finished run.
     if options.overwrite:
-        check_sources_not_removed(folder, options)
+        sources = {flag: getattr(options, flag, None) for flag in SOURCE_FLAGS}
+        check_sources_not_removed(folder, sources)
     elif is_finished:
         raise ValueError(
             f"{folder} contains a finished run. Set `overwrite=True`, or choose a different "
@@ -150,12 +152,14 @@ def load_run_data(folder: ModelFolder, dataset: str) -> TrainingData:
     return divide_images(images, options.held_out_part, flags.get("select") == "best")
 
 
-def check_sources_not_removed(folder: Path, options: TrainOptions) -> None:
-    """Raise ValueError if `overwrite=True` would remove the initial model or the teacher."""
+def check_sources_not_removed(folder: Path, sources: Mapping[str, str | None]) -> None:
+    """Raise ValueError if `overwrite=True` would remove the initial model or the teacher.
+
+    `sources` contains them by flag.
+    """
     folder = folder.resolve()
-    for flag in SOURCE_FLAGS:
-        source: str = getattr(options, flag, None) or ""
-        path = Path(split_prefix(source)[1]).resolve()
+    for flag, source in sources.items():
+        path = Path(split_prefix(source or "")[1]).resolve()
         if is_local(source) and path.is_relative_to(folder):
             raise ValueError(
                 f"`overwrite=True` would remove the `{flag}` in {folder}. Choose a different "
@@ -178,15 +182,22 @@ def prepare_folder(
 ) -> None:
     """Remove the files of an earlier run, unless it is resumed, and write config.resolved.yaml.
 
-    The file contains `flags`, whose paths are relative to the current directory.
+    The file contains `flags`, with paths relative to the current directory.
     """
     if not is_resumed:
         remove_run_files(folder, store)
+    flags = make_flags_relative(flags)
     # These two say how a run was started, not what it is; a repeated run must not overwrite by
     # itself.
     flags = {name: flags[name] for name in flags if name not in ("resume", "overwrite")}
     with write_atomically(folder / RECIPE_FILE) as file:  # Never through a link
         file.write_text(yaml.safe_dump(flags, sort_keys=False), encoding="utf-8")
+
+
+def make_flags_relative(flags: dict[str, Any]) -> dict[str, Any]:
+    """Make the local paths among the flags relative to the current directory."""
+    paths = flags.keys() & {*PATH_FLAGS, "output_dir"}
+    return flags | {name: make_relative(flags[name]) for name in paths}
 
 
 def remove_run_files(folder: Path, store: CheckpointStore) -> None:

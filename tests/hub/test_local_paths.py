@@ -20,12 +20,8 @@ from modeling_vitcls.training.checkpoints import CheckpointStore
 from modeling_vitcls.training.options import (
     FinetuneOptions,
 )
-from modeling_vitcls.training.resume import (
-    convert_sources,
-    make_flags_relative,
-    take_derived_values,
-)
-from modeling_vitcls.training.run_folder import EarlierRun
+from modeling_vitcls.training.resume import convert_sources, take_derived_values
+from modeling_vitcls.training.run_folder import EarlierRun, make_flags_relative
 
 
 @pytest.fixture
@@ -98,8 +94,7 @@ def write_recipe(options: FinetuneOptions) -> None:
     """Write config.resolved.yaml, as a run does."""
     options.output_dir.mkdir(parents=True, exist_ok=True)
     store = CheckpointStore(options.output_dir / "checkpoints", num_kept=1)
-    flags = make_flags_relative(to_flags(options))
-    run_folder.prepare_folder(options.output_dir, store, flags, is_resumed=False)
+    run_folder.prepare_folder(options.output_dir, store, to_flags(options), is_resumed=False)
 
 
 def test_files_of_a_run_contain_no_local_paths(

@@ -6,7 +6,6 @@ tests/runtime/test_staging.py ends processes that hold the lock.
 import os
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -172,8 +171,7 @@ def test_sources_in_the_output_folder_are_not_removed(
     monkeypatch.chdir(tmp_path / "run")  # Hub names are not folders in the output folder
 
     def check(source: object) -> None:
-        options = SimpleNamespace(**{flag: resolve_name(str(source))})
-        check_sources_not_removed(Path("../run"), options)  # type: ignore[arg-type]
+        check_sources_not_removed(Path("../run"), {flag: resolve_name(str(source))})
 
     inside = tmp_path / "run/models/mine"
     for source in (inside, "models/mine", "../run", f"transformers:{inside}"):
