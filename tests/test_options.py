@@ -128,7 +128,7 @@ def test_contradicting_flags_are_errors(
 @pytest.mark.parametrize(
     ("augment", "words"),
     [
-        ({"rotate": 10}, "takes rotation (to 180), shift (to 0.9), zoom"),
+        ({"rotate": 10}, "from 0 to {'rotation': 180, 'shift': 0.9, 'zoom': 0.9"),
         ({"rotation": 181}, "rotation=181"),
         ({"zoom": "much"}, "zoom=much"),
     ],
