@@ -1,8 +1,7 @@
 """Fixtures that tests of several folders use, and the browser.
 
-A file whose tests start processes, a compiler, a browser or a local Hub, or train models, is marked
-`integration`; a test that only `make test-all` runs is marked `slow`. `make test-quick` runs the
-files that the Makefile lists.
+The tests of a file that names one of the words in INTEGRATION are marked `integration`; a test that
+only `make test-all` runs is marked `slow`. `make test-quick` runs the files that the Makefile lists.
 
 Large libraries are imported in the fixtures, except in one test process (below): pytest-xdist
 imports this file first in a process that runs no tests.
@@ -12,11 +11,13 @@ import atexit
 import gc
 import importlib
 import os
+import re
 import shutil
 import signal
 import sys
 import zlib
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,10 @@ GROUPS = {
     "processes": ("warm_processes",),
     "graphs": ("onnx", "demo"),
 }
+# what starts processes, a browser, a local Hub or training, builds graphs, or compares with peers
+INTEGRATION = re.compile(
+    r"(fresh|warm)_processes|subprocess|Browser|LocalHub|tiny_options|digits_models|onnx|peers\."
+)
 # timeout of expectations about a page in milliseconds; pages take seconds on a busy machine
 PAGE_TIMEOUT = 60_000
 
@@ -53,6 +58,19 @@ def pytest_collection_finish() -> None:
 
 
 @pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark tests as integration tests: `-m "not integration"` leaves them out."""
+    for item in items:
+        if INTEGRATION.search(read_file(item.path)):
+            item.add_marker("integration")
+
+
+@cache
+def read_file(file: Path) -> str:
+    return file.read_text(encoding="utf-8")
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Seed each test with a hash of its id: random numbers depend on no other test."""
     from accelerate.utils import set_seed
@@ -65,7 +83,7 @@ class GroupScheduling(LoadFileScheduling):
 
     def _split_scope(self, nodeid: str) -> str:
         file = super()._split_scope(nodeid)
-        text = (Path(__file__).parents[1] / file).read_text(encoding="utf-8")
+        text = read_file(Path(__file__).parents[1] / file)
         return next(
             (name for name, words in GROUPS.items() if any(word in text for word in words)), file
         )

@@ -84,5 +84,6 @@ def test_the_picture_of_a_run_names_what_the_code_has() -> None:
     for word in words:
         assert re.search(rf"^(?:class|def) {word}\b", code, re.MULTILINE), word
     stages = re.findall(r"^    (\w+\.py)", text, re.MULTILINE)
+    assert "run_inputs.py" in stages
     for name in stages:
         assert (PACKAGE / "training" / name).is_file(), name

@@ -24,8 +24,6 @@ from modeling_vitcls.data.labels import OneLabel
 from modeling_vitcls.version import __version__
 
 
-pytestmark = pytest.mark.integration
-
 NAMES = ["</script><b>wide</b>.png", *(f"{number} & more.png" for number in range(17))]
 PROCESSOR = ViTCLSImageProcessor(
     size={"shortest_edge": 40}, do_center_crop=True, crop_size={"height": 32, "width": 32}

@@ -57,7 +57,6 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, A
     return folder, finetune("vitcls-tiny", get_digits(), folder, **MODEL, **RUN)
 
 
-@pytest.mark.integration
 def test_data_in_memory_is_evaluated_on_its_held_out_images(
     trained: tuple[Path, dict[str, Any]],
 ) -> None:

@@ -2,15 +2,11 @@
 
 from pathlib import Path
 
-import pytest
 from helpers.command_in_process import run_here
 from helpers.source_checkpoints import save_timm_model
 from transformers import ViTModel
 
 from modeling_vitcls import ViTCLSModel
-
-
-pytestmark = pytest.mark.integration
 
 
 def test_a_model_is_converted_forth_and_back_with_a_card(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel, predict
 from modeling_vitcls.cli.demo import DemoOptions, build_page, run
 
 
-pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("fresh_accelerate")]
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 NAMES = ("cat", "dog", "fox")
 

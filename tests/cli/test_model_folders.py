@@ -21,7 +21,7 @@ from modeling_vitcls.inference.evaluator import Evaluator
 from modeling_vitcls.runtime.errors import warn_on_first_process
 
 
-pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("fresh_accelerate")]
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 
 @pytest.fixture

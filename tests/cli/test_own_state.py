@@ -15,7 +15,7 @@ from PIL import Image
 from modeling_vitcls import evaluate, finetune, predict
 
 
-pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("fresh_accelerate")]
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 RUN = {"max_steps": 2, "batch_size": 4, "num_workers": 0, "report": False}
 FLAGS: dict[str, Any] = vars(TINY) | RUN

@@ -50,8 +50,6 @@ from modeling_vitcls.conversion.weight_rules import ConversionError
 from scripts.random_weights import randomize_weights
 
 
-pytestmark = pytest.mark.integration
-
 LIMIT = 1e-5  # DESIGN.md
 HEAD = {"head.weight": (LABELS, 192), "head.bias": (LABELS,)}
 

@@ -2,15 +2,11 @@
 
 from pathlib import Path
 
-import pytest
 import torch
 from helpers.tiny_models import build_images, build_tiny_config, randomize
 
 from modeling_vitcls import ViTCLSModel
 from modeling_vitcls.export.exportable import NamedOutputsModel, load_exportable_model
-
-
-pytestmark = pytest.mark.integration
 
 
 def test_an_encoder_in_half_precision_is_exported_in_float32(tmp_path: Path) -> None:

@@ -41,9 +41,6 @@ from modeling_vitcls.hub.model_files import hash_files, hash_weights
 from modeling_vitcls.inference.class_statistics import ClassStatistics
 
 
-pytestmark = pytest.mark.integration
-
-
 LIMIT = 1e-4
 TASKS = {"age": 2, "species": 4}
 NAMES = {0: "cow", 1: "ant", 2: "bee"}

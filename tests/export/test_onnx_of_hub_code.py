@@ -10,9 +10,6 @@ from helpers.tiny_models import build_images, build_tiny_config, each_layout, ra
 from modeling_vitcls import ViTCLSForImageClassification
 
 
-pytestmark = pytest.mark.integration
-
-
 onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
 pytest.importorskip("onnxscript", reason="onnxscript is not installed")
 

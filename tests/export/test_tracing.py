@@ -18,9 +18,6 @@ from modeling_vitcls.export.tracing import (
 )
 
 
-pytestmark = pytest.mark.integration
-
-
 def test_the_graph_has_fused_attention_for_any_attn_implementation() -> None:
     config = build_tiny_config(num_register_tokens=1, num_hidden_layers=1)
     model = randomize(ViTCLSForImageClassification(config))

@@ -32,9 +32,6 @@ from modeling_vitcls.training.teacher import load_teacher
 from scripts.random_weights import randomize_weights
 
 
-pytestmark = pytest.mark.integration
-
-
 DEAD = "http://127.0.0.1:9"  # a closed port
 DIGITS = OneLabel({"label": [str(index) for index in range(10)]})
 

@@ -37,9 +37,6 @@ from modeling_vitcls.publishing.push import push_folder
 from scripts.random_weights import randomize_weights
 
 
-pytestmark = pytest.mark.integration
-
-
 NAMES = {index: str(index) for index in range(10)}
 CARD = """---
 license: other

@@ -21,9 +21,6 @@ from modeling_vitcls import ViTCLSForImageClassification
 from modeling_vitcls.runtime.files import read_json
 
 
-pytestmark = pytest.mark.integration
-
-
 REPOSITORY = Path(__file__).parents[2]
 CONFIGS = REPOSITORY / "scripts" / "accelerate"
 FILES = sorted(CONFIGS.glob("*.yaml"))

@@ -12,7 +12,7 @@ from helpers.tiny_models import build_tiny_config, save_with_processor
 from modeling_vitcls import ViTCLSForImageClassification
 
 
-pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("fresh_accelerate")]
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 NAMES = ("=1+1", "@SUM(A1)", "-2\n3")
 LABELS = {

@@ -11,9 +11,6 @@ from helpers.warm_processes import run_together
 from modeling_vitcls.runtime.files import read_json
 
 
-pytestmark = pytest.mark.integration
-
-
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Return check -> error, "" if it passed.

@@ -52,9 +52,6 @@ from modeling_vitcls.training import lejepa, mae
 from scripts import make_address
 
 
-pytestmark = pytest.mark.integration
-
-
 PACKAGE = ROOT / "modeling_vitcls"
 MODULE = ["-m", "modeling_vitcls.cli"]
 OTHER_COMMANDS = (

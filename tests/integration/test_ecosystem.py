@@ -35,9 +35,6 @@ from modeling_vitcls.hub.model_files import hash_weights
 from modeling_vitcls.inference.class_statistics import ClassStatistics
 
 
-pytestmark = pytest.mark.integration
-
-
 LABELS = {0: "cat", 1: "dog", 2: "owl"}
 FIELDS: dict[str, Any] = {
     "id2label": LABELS,

@@ -6,9 +6,6 @@ import pytest
 from helpers.fresh_processes import run_python
 
 
-pytestmark = pytest.mark.integration
-
-
 SCRIPT = Path(__file__).parents[2] / "scripts" / "gpu.py"
 
 

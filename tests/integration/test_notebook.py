@@ -7,9 +7,6 @@ import pytest
 from nbclient import NotebookClient
 
 
-pytestmark = pytest.mark.integration
-
-
 NOTEBOOK = Path(__file__).parents[2] / "notebooks" / "quickstart.ipynb"
 
 

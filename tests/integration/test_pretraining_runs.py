@@ -19,7 +19,6 @@ from safetensors.torch import load_file
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.integration,
     pytest.mark.skipif(sys.platform == "win32", reason="needs sessions of processes"),
 ]
 

@@ -24,7 +24,7 @@ from helpers.local_hub import LocalHub, Token, running_hub
 from helpers.photo_folders import write_digits
 
 
-pytestmark = [pytest.mark.integration, pytest.mark.slow]
+pytestmark = pytest.mark.slow
 
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")

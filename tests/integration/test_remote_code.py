@@ -25,9 +25,6 @@ from transformers.dynamic_module_utils import get_imports, get_relative_imports
 import modeling_vitcls as vitcls
 
 
-pytestmark = pytest.mark.integration
-
-
 PACKAGE = Path(vitcls.__file__).parent
 SHIPPED_FILES = sorted((PACKAGE / "model").glob("*_vitcls.py"))
 ALLOWED_LIBRARIES = {

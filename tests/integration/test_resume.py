@@ -34,7 +34,6 @@ from modeling_vitcls.data import workers
 
 
 pytestmark = [
-    pytest.mark.integration,
     pytest.mark.skipif(sys.platform == "win32", reason="needs sessions of processes"),
 ]
 

@@ -21,7 +21,7 @@ from PIL import Image
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor, predict
 
 
-pytestmark = [pytest.mark.integration, pytest.mark.slow]
+pytestmark = pytest.mark.slow
 
 SIZES = ((40, 30), (24, 56), (32, 32), (8, 90))
 

@@ -9,9 +9,6 @@ import pytest
 from helpers.fresh_processes import run_program
 
 
-pytestmark = pytest.mark.integration
-
-
 REPOSITORY = Path(__file__).parents[2]
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {
     "HF_HUB_OFFLINE": "1",

@@ -28,9 +28,6 @@ from modeling_vitcls import (
 )
 
 
-pytestmark = pytest.mark.integration
-
-
 SLOW_IS_FINE = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
 settings.register_profile("reproducible", max_examples=100, derandomize=True, **SLOW_IS_FINE)
 settings.register_profile("explore", max_examples=2000, **SLOW_IS_FINE)

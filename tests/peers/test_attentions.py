@@ -17,9 +17,6 @@ from peers import test_from_timm as timm_cases
 from peers.transformers_cases import CASES, build_inputs, get_encoder, images
 
 
-pytestmark = pytest.mark.integration
-
-
 LIMIT = 1e-5
 
 # One case for each way to compute attention: tokens, masks, positions, biases, norms and numbers of

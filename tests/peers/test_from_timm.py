@@ -28,9 +28,6 @@ from modeling_vitcls.model.cpu_kernels_vitcls import restore_plain_modules
 from scripts.random_weights import randomize_weights
 
 
-pytestmark = pytest.mark.integration
-
-
 TOLERANCE = 1e-5
 MODULES = ("vision_transformer", "deit", "eva")
 NATIVE = (4, 4)

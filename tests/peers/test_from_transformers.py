@@ -27,9 +27,6 @@ from peers.transformers_cases import (
 )
 
 
-pytestmark = pytest.mark.integration
-
-
 LIMIT = 1e-5  # DESIGN.md, accuracy of equivalence
 SIZES = [
     pytest.param(name, size, id=f"{name}-{size[0]}x{size[1]}")

@@ -21,9 +21,6 @@ from peers.transformers_cases import CASES, compute_outputs, compute_source_outp
 from scripts.random_weights import randomize_weights
 
 
-pytestmark = pytest.mark.integration
-
-
 BASE: dict[str, Any] = {
     "hidden_size": 32,
     "num_hidden_layers": 2,

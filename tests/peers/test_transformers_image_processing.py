@@ -8,14 +8,10 @@ import unittest
 from pathlib import Path
 from typing import Any, ClassVar
 
-import pytest
 import sklearn.datasets
 
 from modeling_vitcls import ViTCLSImageProcessor, ViTCLSImageProcessorPil
 from peers.transformers_suite import load
-
-
-pytestmark = pytest.mark.integration
 
 
 common = load("test_image_processing_common")

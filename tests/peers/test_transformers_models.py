@@ -27,9 +27,6 @@ from modeling_vitcls import (
 from peers.transformers_suite import load
 
 
-pytestmark = pytest.mark.integration
-
-
 backbone_tests = load("test_backbone_common")
 configuration_tests = load("test_configuration_common")
 modeling_tests = load("test_modeling_common")

@@ -33,8 +33,6 @@ from modeling_vitcls.publishing.push import (
 )
 
 
-pytestmark = pytest.mark.integration
-
 CODE = {file.name for file in (Path(vitcls.__file__).parent / "model").glob("*_vitcls.py")}
 WEIGHTS = "model.safetensors"
 MODEL_FILES = CODE | {WEIGHTS, "config.json", "preprocessor_config.json"}

@@ -29,8 +29,6 @@ from modeling_vitcls.publishing.verify import (
 )
 
 
-pytestmark = pytest.mark.integration
-
 SCRIPT = Path(__file__).parents[2] / "scripts" / "push_to_hub.py"
 
 

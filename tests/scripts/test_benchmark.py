@@ -11,8 +11,6 @@ from scripts import benchmark
 from scripts.benchmark import BenchmarkOptions, format_markdown, run_benchmarks
 
 
-pytestmark = pytest.mark.integration
-
 SMALL = {"batch_sizes": (2,), "rounds": 2}
 
 

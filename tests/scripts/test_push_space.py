@@ -16,7 +16,6 @@ from scripts.push_space import SpaceOptions, run
 from scripts.space.space import find_published_model
 
 
-@pytest.mark.integration
 def test_a_space_shows_a_commit_of_a_model(hub: LocalHub, tmp_path: Path) -> None:
     first = push_folder(ModelFolder(save_classifier(tmp_path / "mine")), "ann/mine").sha
     newest = hub.repositories["ann/mine"].commit("main", "again", hub.files("ann/mine"))
@@ -58,7 +57,6 @@ def test_a_space_shows_a_commit_of_a_model(hub: LocalHub, tmp_path: Path) -> Non
         run(SpaceOptions("ann/mine", output=tmp_path / "space"))
 
 
-@pytest.mark.integration
 def test_weights_of_private_models_are_published_in_private_spaces_only(
     hub: LocalHub,
     tmp_path: Path,
@@ -91,7 +89,6 @@ def test_weights_of_private_models_are_published_in_private_spaces_only(
     assert not hub.repositories["spaces/ann/mine-demo"].private
 
 
-@pytest.mark.integration
 def test_a_space_requires_a_model_on_the_hub(hub: LocalHub, tmp_path: Path) -> None:
     code = b'{"model_type": "vitcls", "auto_map": {"AutoModel": "modeling_vitcls.ViTCLSModel"}}'
     classifier = code.replace(b"{", b'{"architectures": ["ViTCLSForImageClassification"], ', 1)

@@ -2,15 +2,12 @@
 
 from pathlib import Path
 
-import pytest
 from PIL import Image
 from playwright.sync_api import Browser, expect
 
 from modeling_vitcls.hub.loading import HubCommit
 from scripts.space.static_space import MODEL_FOLDER, TRANSFORMERS_JS_URL, write_static_space
 
-
-pytestmark = pytest.mark.integration
 
 MODEL = HubCommit("ann/mine", "0" * 40, needs_token=False)
 # A black image of 8 x 8 pixels; of its 2 x 2 patches, the first receives the most attention.

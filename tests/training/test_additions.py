@@ -39,7 +39,7 @@ from modeling_vitcls.inference.class_statistics import ClassStatistics
 from modeling_vitcls.runtime.files import read_json, write_json
 
 
-pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("fresh_accelerate")]
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 NUM_IMAGES = 120
 IMAGES = [

@@ -14,7 +14,6 @@ from modeling_vitcls import ViTCLSModel
 
 
 pytestmark = [
-    pytest.mark.integration,
     pytest.mark.usefixtures("fresh_accelerate", "few_digits"),
 ]
 

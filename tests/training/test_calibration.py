@@ -18,7 +18,7 @@ from modeling_vitcls.inference.confidence import fit_temperature
 from modeling_vitcls.training.run import train
 
 
-pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("few_digits")]
+pytestmark = pytest.mark.usefixtures("few_digits")
 
 
 @pytest.mark.parametrize("select", ["last", "best"])

@@ -15,7 +15,6 @@ from modeling_vitcls import ViTCLSForImageClassification, predict
 
 
 pytestmark = [
-    pytest.mark.integration,
     pytest.mark.usefixtures("fresh_accelerate", "few_digits"),
 ]
 

@@ -15,7 +15,7 @@ from modeling_vitcls.inference.linear_probe import LinearProbe
 from modeling_vitcls.training.distillation_head import DistillationHead
 
 
-pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("fresh_accelerate", "few_digits")]
+pytestmark = pytest.mark.usefixtures("fresh_accelerate", "few_digits")
 
 TEACHING = {"select": None, "max_steps": 12, "batch_size": 32, "held_out_fraction": 0.3}
 

@@ -46,7 +46,7 @@ TAGS = {
     "zero": lambda digit: digit == 0,
 }
 
-pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("fresh_accelerate", "few_digits")]
+pytestmark = pytest.mark.usefixtures("fresh_accelerate", "few_digits")
 
 
 @pytest.fixture(scope="module")
