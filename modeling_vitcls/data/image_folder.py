@@ -21,7 +21,6 @@ from typing import Any
 from ..hub.model_files import CONFIG_FILES, RECIPE_FILE
 from ..runtime.errors import format_name_list, warn_on_first_process
 from .folder_layout import SPLIT_ORDER, find_split_folders, locate_image
-from .tables import wrap_table
 
 
 IMAGE_SUFFIXES = frozenset(
@@ -208,16 +207,13 @@ def read_image_folder(folder: ImageFolder, use_labels: bool) -> Any:
 def build_dataset(labels: Mapping[str, str | None], feature: Any) -> Any:
     """Build a `datasets.Dataset` of image files and their labels, without a feature of images alone."""
     import datasets
-    import pyarrow
 
-    contents = pyarrow.nulls(len(labels), pyarrow.binary())
-    paths = pyarrow.array(labels, pyarrow.string())
-    columns = {"image": pyarrow.StructArray.from_arrays([contents, paths], ["bytes", "path"])}
-    features = {"image": datasets.Image()}
+    columns: dict[str, list[Any]] = {"image": list(labels)}
+    features = datasets.Features(image=datasets.Image())
     if feature is not None:
-        columns["label"] = pyarrow.array(map(feature.str2int, labels.values()))
+        columns["label"] = list(labels.values())
         features["label"] = feature
-    return wrap_table(pyarrow.table(columns), features)
+    return datasets.Dataset.from_dict(columns, features)
 
 
 def check_output_is_not_read(output_dir: Path, dataset: str) -> None:

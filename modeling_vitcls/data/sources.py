@@ -289,8 +289,8 @@ def find_tables(root: Path, files: Sequence[str], reader: str) -> dict[str, list
     for file in files:
         if READERS.get(Path(file).suffix.lower()) == reader:
             words = re.split(r"[/._-]", file.lower())
-            splits = [SPLIT_BY_FOLDER_NAME[word] for word in words if word in SPLIT_BY_FOLDER_NAME]
-            tables.setdefault(splits[0] if splits else "train", []).append(root / file)
+            named = (SPLIT_BY_FOLDER_NAME[word] for word in words if word in SPLIT_BY_FOLDER_NAME)
+            tables.setdefault(next(named, "train"), []).append(root / file)
     return {split: tables[split] for split in SPLIT_ORDER if split in tables}
 
 
