@@ -6,11 +6,10 @@ from typing import Any
 import datasets
 import pytest
 from helpers.photo_folders import write_photos
+from helpers.read_datasets import read_splits_of
 from helpers.tiny_models import raises_one_line
 
 from modeling_vitcls.data.columns import find_image_column
-from modeling_vitcls.data.options import DataOptions
-from modeling_vitcls.data.sources import load_splits
 
 
 def find(features: dict[str, Any]) -> str:
@@ -57,7 +56,7 @@ def test_of_two_columns_the_one_without_file_names_has_the_labels(
     for order in (1, -1):
         lines = [",".join(row[::order]) for row in [names, *rows]]
         (photos / "table.csv").write_text("\n".join(lines))
-        splits = load_splits(DataOptions(dataset=str(photos / "table.csv")))
+        splits = read_splits_of(photos / "table.csv")
         assert list(splits.images_by_split["train"].labels) == [0, 1, 0, 1]
         assert splits.images_by_split["train"].images.get_names()[0] == "a/0.png"
 
@@ -66,4 +65,4 @@ def test_of_several_possible_columns_none_is_chosen(tmp_path: Path) -> None:
     photos = write_photos(tmp_path, range(1), "a")
     (photos / "table.csv").write_text("x,kind,size\na/0.png,b,c\n")
     with raises_one_line("cannot identify the label column among x, kind, size"):
-        load_splits(DataOptions(dataset=str(photos / "table.csv")))
+        read_splits_of(photos / "table.csv")

@@ -9,13 +9,12 @@ import pytest
 from helpers.accelerate_state import reset_accelerate
 from helpers.command_in_process import run_here
 from helpers.photo_folders import write_photos
+from helpers.read_datasets import read_training_data
 from helpers.tiny_models import raises_one_line
 from helpers.tiny_options import build_tiny_options, run_to_folder
 
 from modeling_vitcls import evaluate, inspect_tokens
 from modeling_vitcls.data.images import DatasetImages
-from modeling_vitcls.data.options import DataOptions
-from modeling_vitcls.data.splits import load_training_data
 from modeling_vitcls.hub.model_folder import ModelFolder
 from modeling_vitcls.publishing.published_files import list_published_files
 from modeling_vitcls.runtime.files import read_json
@@ -122,9 +121,7 @@ def test_training_images_are_recognized_in_a_folder_that_was_copied_renamed_and_
 
 def test_training_images_in_a_test_split_are_left_out(photos: Path, tmp_path: Path) -> None:
     write_photos(tmp_path / "AB" / "test", range(30, 40))
-    trained = load_training_data(
-        DataOptions(dataset=str(photos / "train"))
-    ).train.images.get_names()
+    trained = read_training_data(photos / "train").train.images.get_names()
     shutil.copy(photos / "train" / trained[0], tmp_path / "AB" / "test" / "cat" / "again.png")
     write_photos(tmp_path / "AB" / "train", range(50, 55))
     found = run_evaluate(tmp_path, photos / "run", tmp_path / "AB")
@@ -177,7 +174,7 @@ def test_other_photos_are_inspected_whole(photos: Path, tmp_path: Path) -> None:
 
 
 def test_the_table_lists_each_image_of_the_run_by_its_content(photos: Path, tmp_path: Path) -> None:
-    data = load_training_data(DataOptions(dataset=str(photos / "train")))
+    data = read_training_data(photos / "train")
     table = pd.read_parquet(photos / "run" / "splits.parquet")
     assert table.groupby("split")["key"].apply(sorted).to_dict() == {
         "train": sorted(data.train.images.compute_content_keys().tolist()),
@@ -198,8 +195,3 @@ def test_images_are_the_same_only_if_every_byte_is(tmp_path: Path) -> None:
     keys = DatasetImages.from_list(list(map(str, paths))).compute_content_keys()
 
     assert len(set(keys.tolist())) == 4
-
-    encoded = DatasetImages.from_list(
-        [{"path": None, "bytes": bytes(content)} for content in contents]
-    )
-    assert encoded.compute_content_keys().tolist() == keys.tolist()

@@ -1,9 +1,9 @@
 """Sequences of images: names, bytes and checksums, and errors of individual images."""
 
-import io
 from pathlib import Path
 from typing import Any
 
+from helpers.photo_folders import encode_image
 from PIL import Image
 
 from modeling_vitcls.data.images import (
@@ -12,19 +12,14 @@ from modeling_vitcls.data.images import (
 )
 
 
-def encode(shade: int) -> bytes:
-    """Return a gray image as PNG."""
-    Image.new("L", (3, 2), shade).save(file := io.BytesIO(), "PNG")
-    return file.getvalue()
-
-
 def build_rows(folder: Path) -> list[dict[str, Any]]:
     """Return encoded images with a path, with bytes, and with both, whose bytes have priority."""
-    (folder / "a.png").write_bytes(encode(1))
+    encoded = [encode_image(Image.new("L", (3, 2), shade)) for shade in (1, 2, 3)]
+    (folder / "a.png").write_bytes(encoded[0])
     return [
         {"path": f"{folder}/a.png", "bytes": None},
-        {"path": None, "bytes": encode(2)},
-        {"path": f"{folder}/c.png", "bytes": encode(3)},
+        {"path": None, "bytes": encoded[1]},
+        {"path": f"{folder}/c.png", "bytes": encoded[2]},
     ]
 
 

@@ -11,13 +11,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from helpers.photo_folders import encode_image
+from helpers.read_datasets import read_splits_of, read_training_data
 from helpers.tiny_models import raises_one_line
 from PIL import Image
 
 from modeling_vitcls.data.in_memory import add_dataset, get_dataset
-from modeling_vitcls.data.options import DataOptions
-from modeling_vitcls.data.sources import load_splits
-from modeling_vitcls.data.splits import load_training_data
 
 
 NUM_IMAGES = 40
@@ -53,12 +52,6 @@ class NamedPairs(list):
     classes = ["cat", "dog"]
 
 
-def encode(image: Image.Image) -> bytes:
-    """Return an image as PNG."""
-    image.save(file := io.BytesIO(), "PNG")
-    return file.getvalue()
-
-
 def build(kind: str, folder: Path) -> Any:
     """Return the same images and labels as a dataset of one kind."""
     pairs = [(make_image(index), name_class(index)) for index in range(NUM_IMAGES)]
@@ -67,7 +60,7 @@ def build(kind: str, folder: Path) -> Any:
     if kind == "part of a torch dataset":  # whose class names are those of the dataset
         return torch.utils.data.Subset(TorchDataset(), range(NUM_IMAGES))
     if kind == "datasets":
-        rows = {"image": [{"bytes": encode(image), "path": None} for image, _ in pairs]}
+        rows = {"image": [{"bytes": encode_image(image), "path": None} for image, _ in pairs]}
         columns = rows | {"label": [label for _, label in pairs]}
         return datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image())
     if kind == "datasets in another format":
@@ -82,8 +75,8 @@ def build(kind: str, folder: Path) -> Any:
     convert: dict[str, Any] = {
         "images": lambda image: image,
         "arrays": np.array,
-        "bytes": encode,
-        "base64": lambda image: base64.b64encode(encode(image)).decode(),
+        "bytes": encode_image,
+        "base64": lambda image: base64.b64encode(encode_image(image)).decode(),
     }
     return [(convert[kind](image), label) for image, label in pairs]
 
@@ -106,15 +99,15 @@ KINDS = (
 def test_every_kind_has_the_same_images_and_labels(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    data = load_training_data(DataOptions(dataset=add_dataset(build(kind, tmp_path))))
+    data = read_training_data(add_dataset(build(kind, tmp_path)))
     assert data.label_space.names == ["cat", "dog"]
     assert len(data.train) + len(data.held_out) == NUM_IMAGES
 
-    expected = {encode(make_image(index)): name_class(index) for index in range(NUM_IMAGES)}
+    expected = {encode_image(make_image(index)): name_class(index) for index in range(NUM_IMAGES)}
     found = {}
     for part in (data.train, data.held_out):
         for image, label in zip(part.images, part.labels, strict=True):
-            found[encode(image)] = data.label_space.names[label]
+            found[encode_image(image)] = data.label_space.names[label]
     assert found == expected
 
     if kind == "paths":  # of the working folder when the data were read
@@ -136,7 +129,7 @@ def test_paths_are_relative_to_the_working_folder(
     data = build_table(
         list(zip(*columns.values(), strict=True)) if build_table is list else columns
     )
-    splits = load_splits(DataOptions(dataset=add_dataset(data)))
+    splits = read_splits_of(add_dataset(data))
     assert [image.size for image in splits.train.images] == [make_image(0).size] * 4
     assert splits.train.images.get_names() == names
 
@@ -146,13 +139,13 @@ def test_a_table_has_paths_as_objects_and_is_named_as_in_python(
 ) -> None:
     files = [path for path, _ in build("paths", tmp_path)][:3]
     table = pd.DataFrame({"image": [*files[:2], None], "label": list("aba")}, index=[5, 1, 3])
-    splits = load_splits(DataOptions(dataset=add_dataset(table)))
+    splits = read_splits_of(add_dataset(table))
     assert splits.name == "the DataFrame"
     assert not capfd.readouterr().err  # no progress bar
     assert splits.train.images[1].tobytes() == make_image(1).tobytes()
     for data, title in ((table, "the DataFrame"), ({"train": table}, "the dict")):
         with raises_one_line(f"{title}, split 'train' has no column 'tags'"):
-            load_splits(DataOptions(dataset=add_dataset(data), label_column=("tags",)))
+            read_splits_of(add_dataset(data), label_column=("tags",))
 
 
 @pytest.mark.parametrize(
@@ -170,7 +163,7 @@ def test_an_empty_table_is_an_error(kind: str, problem: str, tmp_path: Path) -> 
     data = {f"the {type(each).__name__}": each for each in in_memory}
     dataset = add_dataset(data[kind]) if kind in data else str(tmp_path / kind)
     with raises_one_line(f"{kind} {problem}. Add"):
-        load_splits(DataOptions(dataset=dataset))
+        read_splits_of(dataset)
 
 
 def test_the_name_identifies_the_data(tmp_path: Path) -> None:
@@ -191,14 +184,12 @@ def test_dicts_are_tasks_and_lists_are_several_labels() -> None:
     tasks = add_dataset(
         [(image, {"animal": name_class(index), "age": index}) for index in range(12)]
     )
-    splits = load_splits(DataOptions(dataset=tasks, label_column=("animal", "age")))
+    splits = read_splits_of(tasks, label_column=("animal", "age"))
 
     assert splits.label_space.kind == "multi_task"
     assert splits.images_by_split["train"].labels[3] == {"animal": 1, "age": 3}
 
-    splits = load_splits(
-        DataOptions(dataset=add_dataset(NamedPairs([(image, [index]) for index in range(2)])))
-    )
+    splits = read_splits_of(add_dataset(NamedPairs([(image, [index]) for index in range(2)])))
     assert (splits.label_space.kind, splits.label_space.names) == (
         "multi_label_classification",
         ["cat", "dog"],
@@ -207,7 +198,7 @@ def test_dicts_are_tasks_and_lists_are_several_labels() -> None:
     names = ["a", "b"]
     for convert in (list, np.array):
         tags = add_dataset([(image, convert(names[: index % 3])) for index in range(12)])
-        splits = load_splits(DataOptions(dataset=tags))
+        splits = read_splits_of(tags)
         assert splits.label_space.kind == "multi_label_classification"
         assert splits.label_space.names == names
         assert splits.images_by_split["train"].labels[:3] == [[], [0], [0, 1]]
@@ -226,7 +217,7 @@ def test_dicts_are_tasks_and_lists_are_several_labels() -> None:
 def test_floats_are_scaled_and_integers_are_not(
     pixels: torch.Tensor, expected: list[list[int]]
 ) -> None:
-    splits = load_splits(DataOptions(dataset=add_dataset([(pixels, 0), (pixels.numpy(), 0)])))
+    splits = read_splits_of(add_dataset([(pixels, 0), (pixels.numpy(), 0)]))
     for image in splits.images_by_split["train"].images:
         assert np.array(image).tolist() == expected
 
@@ -258,7 +249,7 @@ def test_floats_are_scaled_and_integers_are_not(
             "item 1 .*floats must be from 0 to 1",
         ),
         (
-            [(Image.open(io.BytesIO(encode(make_image(0))[:-100])), 1)],
+            [(Image.open(io.BytesIO(encode_image(make_image(0))[:-100])), 1)],
             "item 0 of the dataset has no valid image",
         ),
     ],
@@ -270,7 +261,7 @@ def test_unusable_data_is_an_error(data: Any, message: str) -> None:
 
 def test_data_of_another_process_is_an_error() -> None:
     with raises_one_line("memory:0123456789abcdef"):
-        load_splits(DataOptions(dataset="memory:0123456789abcdef"))
+        read_splits_of("memory:0123456789abcdef")
 
 
 # Files of the same contents -----------------------------------------------------------------------
@@ -280,7 +271,7 @@ def test_a_photo_has_one_key_as_a_file_as_bytes_and_as_an_image(tmp_path: Path) 
     make_image(0).resize((40, 30)).save(tmp_path / "a.jpg")
     with Image.open(tmp_path / "a.jpg") as image:
         pairs = [(image, 0), (tmp_path / "a.jpg", 0), ((tmp_path / "a.jpg").read_bytes(), 0)]
-        splits = load_splits(DataOptions(dataset=add_dataset(pairs)))
+        splits = read_splits_of(add_dataset(pairs))
     keys = splits.images_by_split["train"].images.compute_content_keys()
     assert len(set(keys.tolist())) == 1
 
@@ -289,5 +280,5 @@ def test_a_changed_image_is_not_its_file(tmp_path: Path) -> None:
     make_image(0).resize((40, 30)).save(tmp_path / "a.png")
     with Image.open(tmp_path / "a.png") as image:
         image.putpixel((0, 0), 9 if image.mode == "L" else (9, 9, 9))
-        splits = load_splits(DataOptions(dataset=add_dataset([(image, 0)])))
+        splits = read_splits_of(add_dataset([(image, 0)]))
     assert splits.images_by_split["train"].images[0].tobytes() == image.tobytes()

@@ -2,6 +2,7 @@
 
 import io
 import struct
+import tarfile
 import zlib
 from collections import Counter
 from pathlib import Path
@@ -10,31 +11,21 @@ from typing import Any
 import datasets
 import numpy as np
 import pytest
-from helpers.photo_folders import write_two_colors
+from helpers.photo_folders import write_photos, write_two_colors
+from helpers.read_datasets import read_splits_of, read_training_data
 from helpers.tiny_models import raises_one_line
 from PIL import Image
 from sklearn.datasets import load_digits
 
 from modeling_vitcls.data.evaluation_data import load_evaluation_data
-from modeling_vitcls.data.images import LabeledImages, UnreadableImage
+from modeling_vitcls.data.images import UnreadableImage
 from modeling_vitcls.data.options import DataOptions
-from modeling_vitcls.data.sources import load_splits
 from modeling_vitcls.data.splits import load_training_data
 
 
 @pytest.fixture(scope="module")
 def color_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_two_colors(tmp_path_factory.mktemp("colors"), 10)
-
-
-def read(dataset: object, **options: Any) -> Any:
-    return load_training_data(DataOptions(dataset=str(dataset), **options))
-
-
-def read_single_split(dataset: object) -> LabeledImages:
-    """Return the only split, without a held-out part."""
-    (part,) = load_splits(DataOptions(dataset=str(dataset))).images_by_split.values()
-    return part
 
 
 def list_all(data: Any) -> list[tuple[Any, Any]]:
@@ -66,28 +57,30 @@ def write_table(file: Path, rows: dict[str, list[Any]], **features: Any) -> Path
 # Sources ------------------------------------------------------------------------------------------
 
 
-def test_a_table_has_relative_paths_and_named_labels(color_images: Path, tmp_path: Path) -> None:
-    (tmp_path / "images").symlink_to(color_images)
-    rows = [
-        f"images/{Path(path).relative_to(color_images)},{Path(path).parent.name}"
-        for path in list_paths(color_images)
-    ]
-    (tmp_path / "list.csv").write_text("\n".join(["path,category", *rows]), encoding="utf-8")
-    data = read(tmp_path / "list.csv")
-
-    assert data.name == "list.csv"
-    assert data.label_space.columns == {"category": ["dusk", "noon"]}
-    for image, label in list_all(data):
-        assert is_noon(image) == (label == 1)
-
-
 def test_the_digits_are_those_of_scikit_learn() -> None:
-    images = np.stack([np.asarray(image) for image in read_single_split("digits").images])
+    images = np.stack([np.asarray(image) for image in read_splits_of("digits").train.images])
     assert np.array_equal(images, np.rint(load_digits().images * 255 / 16))
-    data = read("digits")
+    data = read_training_data("digits")
     assert data.label_space.names == [str(digit) for digit in range(10)]
     assert (len(data.train), len(data.held_out)) == (1438, 359)
     assert set(data.held_out.labels) == set(range(10))
+
+
+def test_web_dataset_shards_need_no_flags(tmp_path: Path) -> None:
+    shard = tmp_path / "shards" / "train-0000.tar"
+    shard.parent.mkdir()
+    label = tmp_path / "label"
+    with tarfile.open(shard, "w") as tar:
+        for index, photo in enumerate(sorted(write_photos(tmp_path, range(20)).glob("*/*.png"))):
+            label.write_text(str(7 * (index % 3)))
+            tar.add(photo, f"{index:04}.png")
+            tar.add(label, f"{index:04}.cls")
+    for dataset in (shard, shard.parent):
+        data = read_training_data(dataset)
+        assert data.label_space.columns == {"cls": ["0", "7", "14"]}
+        names = data.train.images.get_names()
+        assert [int(Path(name).stem) % 3 for name in names] == data.train.labels
+        assert len(data.train) + len(data.held_out) == 40
 
 
 # Labels -------------------------------------------------------------------------------------------
@@ -100,7 +93,7 @@ def test_several_columns_are_several_tasks(color_images: Path, tmp_path: Path) -
         for index, path in enumerate(list_paths(color_images))
     ]
     (tmp_path / "list.csv").write_text("\n".join(["image,shade,count", *rows]), encoding="utf-8")
-    data = read(tmp_path / "list.csv", label_column=("count", "shade"))
+    data = read_training_data(tmp_path / "list.csv", label_column=("count", "shade"))
 
     assert data.label_space.kind == "multi_task"
     assert "stratified" not in data.held_out_name
@@ -127,7 +120,7 @@ def test_rows_without_a_label_are_skipped_and_counted(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     rows = {"image": list_paths(color_images), "label": labels * 5}
-    data = read(write_table(tmp_path / "a.parquet", rows, label=feature))
+    data = read_training_data(write_table(tmp_path / "a.parquet", rows, label=feature))
     assert len(list_all(data)) == 15
     assert data.label_space.names == ["x", "y"]
     assert "5 of 20" in caplog.text
@@ -143,28 +136,11 @@ def test_contradictory_labels_are_named(color_images: Path, tmp_path: Path) -> N
         ({"label_column": ("shade", "size"), "label_separator": "|"}, "`label_separator`"),
     ):
         with pytest.raises(ValueError, match=message):
-            read(file, **options)
+            read_training_data(file, **options)
 
 
 # Held-out parts
 # --------------------------------------------------------------------------------------------------
-
-
-def write_splits(folder: Path, color_images: Path, **labels: int | None) -> Path:
-    """Write a Parquet file per split.
-
-    All images of a split have the given label, or each image has its own.
-    """
-    paths = list_paths(color_images)
-    names = datasets.ClassLabel(names=["dusk", "noon"])
-    folder.mkdir(exist_ok=True)
-    for split, label in labels.items():
-        rows = {
-            "image": paths,
-            "label": [int("noon" in path) if label is None else label for path in paths],
-        }
-        write_table(folder / f"{split}.parquet", rows, image=datasets.Image(), label=names)
-    return folder
 
 
 def test_classes_are_collected_from_all_splits_that_are_read(
@@ -173,26 +149,28 @@ def test_classes_are_collected_from_all_splits_that_are_read(
     for split, label in (("train", "b"), ("validation", "a"), ("test", "c")):
         paths = list_paths(color_images)["abc".index(label) : 18 : 3]
         write_table(tmp_path / f"{split}.parquet", {"image": paths, "label": [label] * 6})
-    data = read(tmp_path)
+    data = read_training_data(tmp_path)
     assert data.label_space.names == ["a", "b"]
     assert (set(data.train.labels), set(data.held_out.labels)) == ({1}, {0})
 
 
 def test_missing_labels_of_an_unused_split_are_ignored(color_images: Path, tmp_path: Path) -> None:
-    folder = write_splits(tmp_path / "a", color_images, train=None, validation=None, test=-1)
-    data = read(folder)
-    assert (len(data.train), len(data.held_out), data.held_out_name) == (
-        20,
-        20,
-        "split 'validation'",
-    )
+    paths = list_paths(color_images)
+    names = datasets.ClassLabel(names=["dusk", "noon"])
+    for split, labels in (("train", [0, 1]), ("validation", [0, 1]), ("test", [-1, -1])):
+        rows = {"image": paths, "label": np.repeat(labels, 10)}
+        write_table(tmp_path / f"{split}.parquet", rows, label=names)
+    data = read_training_data(tmp_path)
+    assert (len(data.train), len(data.held_out)) == (20, 20)
+    assert data.held_out_name == "split 'validation'"
 
-    options = DataOptions(dataset=str(folder))
+    options = DataOptions(dataset=str(tmp_path))
     assert len(load_evaluation_data(options, "validation")[1]) == 20
     with raises_one_line("split 'test'", "`label_column`"):
         load_evaluation_data(options, "test")
+    (tmp_path / "validation.parquet").unlink()
     with raises_one_line("split 'test'", "`label_column`"):
-        read(write_splits(tmp_path / "b", color_images, train=None, test=-1))
+        read_training_data(tmp_path)
 
 
 def test_images_can_be_read_without_labels(color_images: Path, tmp_path: Path) -> None:
@@ -209,14 +187,14 @@ def test_images_can_be_read_without_labels(color_images: Path, tmp_path: Path) -
         )
 
     with pytest.raises(ValueError, match="contains images, but no class folders"):
-        read(tmp_path)
+        read_training_data(tmp_path)
 
 
 def test_unusable_datasets_are_named(tmp_path: Path) -> None:
     with pytest.raises(OSError, match=r"absent\.csv is not a .*\. Check the path"):
-        read(tmp_path / "absent.csv")
+        read_training_data(tmp_path / "absent.csv")
     with pytest.raises((OSError, ValueError), match=r"name on the Hub|not a file or folder"):
-        read("nothere")
+        read_training_data("nothere")
 
 
 # Unusual and unreadable images --------------------------------------------------------------------
@@ -245,7 +223,7 @@ def test_unreadable_images_are_named(tmp_path: Path) -> None:
     ):
         columns = {"image": values, "label": ["x", "y"] * 2}
         table = write_table(tmp_path / f"{kind}.parquet", columns, **features)
-        images = read_single_split(table).images
+        images = read_splits_of(table).train.images
         for index, name in enumerate(names):
             with raises_one_line(name, error=UnreadableImage):
                 images[index]
@@ -253,10 +231,10 @@ def test_unreadable_images_are_named(tmp_path: Path) -> None:
 
 def test_missing_images_are_unreadable(tmp_path: Path) -> None:
     (tmp_path / "list.csv").write_text("image,label\nabsent.png,x\n,x\nlist.csv,y\n")
-    images = read_single_split(tmp_path / "list.csv").images
+    images = read_splits_of(tmp_path / "list.csv").train.images
     assert images.get_names() == ["absent.png", "1", "list.csv"]
     table = write_table(tmp_path / "t.parquet", {"image": [None, b""], "label": ["x"] * 2})
-    encoded = read_single_split(table).images
+    encoded = read_splits_of(table).train.images
     assert encoded.get_names() == ["0", "1"]
     for part, index, name in (
         (images, 0, "absent.png"),

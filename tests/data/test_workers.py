@@ -61,13 +61,6 @@ def test_a_tiny_shared_memory_is_an_error(tmp_path: Path) -> None:
     assert "Set --num-workers 0" in error
 
 
-def test_a_full_shared_memory_ends_the_loading() -> None:
-    ran = run_with_shared_memory("64k", "-c", LOAD_BATCHES)
-    assert "error: DataLoader worker" in ran.stdout, ran.stderr
-    assert "`num_workers=0`" in ran.stdout
-    assert "Traceback" not in ran.stderr
-
-
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no ulimit")
 @pytest.mark.parametrize("limit", ["-f 100", "-n 24"])
 def test_a_limit_of_the_shell_is_an_error(limit: str) -> None:
