@@ -228,7 +228,7 @@ def choose_training_splits(reads_all: bool, names: Collection[str]) -> list[str]
     """
     train = "train" if "train" in names else next(iter(names))
     others = [name for name in HELD_OUT_SPLITS if name in names and name != train]
-    if reads_all and len(others) > 1 and "test" in others:
+    if reads_all and "test" in others[1:]:
         return [train, others[0], "test"]
     return [train, *others[:1]]
 
