@@ -3,7 +3,7 @@
     digits                1,797 handwritten digits of 8 x 8 pixels from scikit-learn, in memory
     an image folder       a subfolder per class; read by image_folder.py
     CSV, JSON Lines       a file, or a folder with a file per split; read by tables.py
-    Parquet               a file, or a folder with a file per split; read by the `datasets` library, offline
+    Parquet, WebDataset   a file, or a folder with a file per split; read by the `datasets` library, offline
     saved with `datasets` a folder written by `save_to_disk`
     memory:...            a dataset in memory (in_memory.py)
     anything else         the id of a dataset on the Hub
