@@ -30,6 +30,7 @@ from ..runtime.errors import warn_on_first_process
 # between them must occur. A comma is also within names: "tench, Tinca tinca".
 SEPARATORS = {"|": 1.0, ";": 1.0, ",": 1.5}
 NO_SEPARATOR = "none"  # The value of `label_separator` that says: each text is one label
+MAX_NUMBERS = 50  # Different numbers with gaps between them; more look like a measurement
 MIN_VECTORS = 0.9  # Share of the lists that have one length, from which they are vectors
 
 NUMBER = re.compile(r"[+-]?(\d+[.,]?\d*|[.,]\d+)(e[+-]?\d+)?", re.IGNORECASE)
@@ -95,8 +96,12 @@ def read_label_names(
         names[split] = [found.get(cell) for cell in cells]
 
     if not classes:
-        found_names = set(chain(*filter(None, chain(*names.values()))))
-        classes = sort_classes(where, found_names)
+        found_names = sorted(set(chain(*filter(None, chain(*names.values())))))
+        if found_names and all(map(NUMBER.fullmatch, found_names)):
+            check_numbers(where, found_names, has_lists)
+        elif separator != NO_SEPARATOR:
+            warn_about_joined_names(where, found_names)
+        classes = sort_classes(found_names)
     classes = list(dict.fromkeys(map(normalize_name, classes)))
     warn_about_similar_classes(where, classes)
     return classes, names, has_lists
@@ -224,21 +229,48 @@ def get_bit(value: Any) -> bool | None:
     return BITS.get(str(value).lower())
 
 
-def sort_classes(where: str, names: Collection[str]) -> list[str]:
-    """Sort the different labels of a column; numbers by value. Raise ValueError for decimal numbers."""
-    if all(map(NUMBER.fullmatch, names)):
-        decimal = [name for name in names if not float(name.replace(",", ".")).is_integer()]
-        if decimal:
-            raise ValueError(
-                f"{where} has decimal numbers such as {decimal[0]}: this looks like a measurement; "
-                "vitcls trains classes. Set `label_column` to another column, or `label_names` to "
-                "these numbers"
-            )
-    # Numbers by value, or class 10 would come before class 2.
+def check_numbers(where: str, names: Collection[str], has_lists: bool) -> None:
+    """Raise ValueError for numbers that measure something; warn about numbers that may be no classes."""
+    numbers = [float(name.replace(",", ".")) for name in names]
+    longest = max(names, key=len)
+    measurement = f"numbers such as {longest}: this looks like a measurement; vitcls trains classes"
+    if not all(map(float.is_integer, numbers)):
+        raise ValueError(
+            f"{where} has decimal {measurement}. Set `label_column` to another column, or "
+            "`label_names` to these numbers"
+        )
+    if not has_lists and max(numbers) - min(numbers) >= len(names) > MAX_NUMBERS:
+        warn_on_first_process(
+            f"WARNING: {where} has {len(names):,} different {measurement}. If it is one, set "
+            "`label_column` to another column"
+        )
+    missing = [name for name in MISSING_NUMBERS if name in names]
+    if missing and set(names) != {"-1", "1"}:  # A usual pair of classes
+        warn_on_first_process(
+            f"WARNING: {where} has the class {missing[0]}. Does it mean that an image has no label? "
+            "Then leave these cells empty"
+        )
+
+
+def sort_classes(names: Collection[str]) -> list[str]:
+    """Sort the different labels of a column; numbers by value."""
+    # By their spelling, class 10 would come before class 2.
     return sorted(
         names,
         key=lambda text: (int(text) if text.removeprefix("-").isdecimal() else math.inf, text),
     )
+
+
+def warn_about_joined_names(where: str, names: Sequence[str]) -> None:
+    """Log a warning about classes that look like several labels: `red|round`, `green|round`."""
+    joined = [name for name in names if "|" in name or ";" in name]
+    if joined:
+        separator = "|" if "|" in joined[0] else ";"
+        warn_on_first_process(
+            f"WARNING: {where} has {len(joined):,} classes such as {joined[0]!r:.60}. If these are "
+            f"several labels of an image, set `label_column` to this column and "
+            f"`label_separator={separator!r}`"
+        )
 
 
 def warn_about_similar_classes(where: str, names: Sequence[str]) -> None:

@@ -3,6 +3,7 @@
     photos/cat/1.jpg, photos/dog/2.jpg                  classes cat, dog; one split, "train"
     photos/cat/2024/may/1.jpg                           class cat: images may be at any depth in a class folder
     photos/train/cat/1.jpg, photos/Testing/cat/2.jpg    splits "train" and "test"
+    photos/cat/train/1.jpg, photos/cat/test/2.jpg       the same: class folders that contain only split folders
     photos/fold1/cat/1.jpg, photos/fold2/cat/2.jpg      an error: these look like splits (also seg_train, seg_test)
     photos/bus/1.jpg, photos/train/2.jpg                classes bus, train
     photos/1.jpg                                        no classes: only for predictions and pre-training
@@ -31,13 +32,19 @@ DATE = re.compile(r"(19|20)\d\d([-_. ]?\d\d){0,2}")  # In names of folders that 
 
 def locate_image(image: str, split_folders: Mapping[str, str]) -> tuple[str | None, str | None]:
     """Find the split and the class of an image by its path; None for what its folders do not say."""
-    folders = iter(image.split("/")[:-1])
-    split = split_folders.get(next(folders, "")) if split_folders else "train"
-    return split, next(folders, None)
+    folders = image.split("/")[:-1]
+    split = None if split_folders else "train"
+    for depth in (1, 2):
+        path = "/".join(folders[:depth])
+        if path in split_folders:
+            split = split_folders[path]
+            del folders[depth - 1]  # What is left begins with the class
+            break
+    return split, next(iter(folders), None)
 
 
 def find_split_folders(root: Path, images: Sequence[str], use_labels: bool) -> dict[str, str]:
-    """Find the split of each split folder by its name; none if there is only the split "train".
+    """Find the split of each split folder, by its path; none if there is only the split "train".
 
     Args:
         root: the image folder.
@@ -65,6 +72,13 @@ def find_split_folders(root: Path, images: Sequence[str], use_labels: bool) -> d
                 f"{root}: {name!r} has the name of a split and contains folders, but {other!r} is not "
                 f"a split (train, validation, test). Move {other!r} elsewhere, or rename {name!r}"
             )
+
+    inner_splits = {
+        "/".join(path[:2]): SPLIT_BY_FOLDER_NAME.get("".join(path[1:2]).lower(), "")
+        for path in chain.from_iterable(paths.values())
+    }
+    if all(inner_splits.values()) and len(set(inner_splits.values())) > 1:
+        return inner_splits
 
     if use_labels and (classes := find_shared_folders(nested.values())):
         raise ValueError(

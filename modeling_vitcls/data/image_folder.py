@@ -30,6 +30,7 @@ IMAGE_SUFFIXES = frozenset(
 )
 HEIF_SUFFIXES = frozenset(".heic .heics .heif .heifs .hif".split())
 HEIC_REMEDY = "To read HEIC, `pip install pillow-heif`, or convert the images to JPEG"
+MNIST_REMEDY = "To read MNIST, set `dataset` to its images on the Hub, such as 'ylecun/mnist'"
 NAME_REMEDY = "To rename files to UTF-8, `convmv -r -f latin1 -t utf8 --notest FOLDER`"
 if find_spec("pillow_heif"):
     IMAGE_SUFFIXES |= HEIF_SUFFIXES
@@ -249,9 +250,11 @@ def list_folders_without_images(folder: ImageFolder) -> list[str]:
 
 
 def get_remedy(files: Sequence[str]) -> str:
-    """Say how unread files can be read: HEIC, and names that are not UTF-8; "" for others."""
+    """Say how unread files can be read: HEIC, MNIST, and names that are not UTF-8; "" for others."""
     if any(PurePosixPath(file).suffix.lower() in HEIF_SUFFIXES for file in files):
         return HEIC_REMEDY
+    if any("-ubyte" in file for file in files):
+        return MNIST_REMEDY
     return "" if all(map(is_valid_name, files)) else NAME_REMEDY
 
 

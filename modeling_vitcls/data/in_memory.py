@@ -29,6 +29,7 @@ from torchvision.transforms.v2.functional import to_pil_image
 from ..model.image_processing_vitcls import (
     image_to_tensor,
 )
+from ..runtime.errors import format_error
 from .images import resolve_path
 from .tables import build_column, wrap_table
 
@@ -41,15 +42,22 @@ TITLES: dict[str, str] = {}  # "the DataFrame" by name
 def add_dataset(data: Any) -> str:
     """Store a dataset in `DATASETS` and return its name.
 
-    Raise ValueError if an item is not an (image, label) pair, and TypeError if the dataset has no
-    length or no items.
+    Raise ValueError if an item is not an (image, label) pair or cannot be stored, and TypeError if
+    the dataset has no length or no items.
     """
     import datasets
+    import pyarrow
 
     data_by_split = data if isinstance(data, Mapping) else {"train": data}
-    splits = datasets.DatasetDict(
-        {split: convert_split(data) for split, data in data_by_split.items()}
-    )
+    try:
+        splits = datasets.DatasetDict(
+            {split: convert_split(data) for split, data in data_by_split.items()}
+        )
+    except (pyarrow.ArrowException, UnicodeEncodeError) as error:
+        raise ValueError(
+            f"cannot use the {type(data).__name__} ({format_error(error)}). Pass images as paths in "
+            "UTF-8 or as encoded bytes, and labels of one type"
+        ) from error
     fingerprints = [f"{split} {dataset._fingerprint}" for split, dataset in splits.items()]
     name = f"{MEMORY_PREFIX}{hashlib.sha256(repr(fingerprints).encode()).hexdigest()[:16]}"
     DATASETS[name] = splits
@@ -93,6 +101,12 @@ def convert_split(data: Any) -> Any:
             lambda column: column.map(spell_path) if column.dtype == object else column
         )
         return datasets.Dataset.from_pandas(data, preserve_index=False)
+    if not hasattr(data, "__len__") or not hasattr(data, "__getitem__"):
+        raise TypeError(
+            f"the data is a {type(data).__name__}, whose items have no numbers. Pass a path, a "
+            "datasets.Dataset, a DataFrame, a torch Dataset with a length, or a list of (image, label) "
+            "pairs"
+        )
     rows = [convert_pair(data[index], index) for index in range(len(data))]
     columns = {"image": pyarrow.array([row["image"] for row in rows], datasets.Image().pa_type)}
     for column in dict.fromkeys(column for row in rows for column in row if column != "image"):

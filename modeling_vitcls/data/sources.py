@@ -279,7 +279,9 @@ def read_folder(path: Path, use_labels: bool) -> Any:
     for reader in dict.fromkeys(READERS.values()):
         if tables := find_tables(path, folder.metadata or folder.tables, reader):
             return read_tables(path, reader, tables)
-    remedy = get_remedy(folder.other_files) or "Check the path"
+    remedy = get_remedy(folder.other_files) or (
+        "Check the path, unpack archives, or save spreadsheets as CSV UTF-8"
+    )
     raise ValueError(f"{path} contains no images and no tables ({', '.join(READERS)}). {remedy}")
 
 
@@ -337,6 +339,9 @@ def explain_reading_errors(name: str) -> Iterator[None]:
         cause: BaseException = error
         while isinstance(cause, datasets.exceptions.DatasetGenerationError) and cause.__cause__:
             cause = cause.__cause__
+        # The messages about an empty Parquet file, and a folder of `save_to_disk` without rows
+        if str(cause).startswith(("BatchSize must be greater than 0", "list index out of range")):
+            raise ValueError(f"{name} is empty. Add rows with images") from error
         raise ValueError(
             f"cannot read the dataset {name!r} ({type(cause).__name__}: {format_error(cause)}). "
             "Check the path or the name on the Hub, and the file format: CSV, JSON Lines or Parquet, "

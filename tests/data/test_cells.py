@@ -155,8 +155,13 @@ def test_texts_whose_parts_are_not_repeated_are_classes(caplog: pytest.LogCaptur
     species = ["tench, Tinca tinca", "goldfish, Carassius auratus", "crane, bird", "crane, machine"]
     for values in (species, ["a b", "a c", "b c"], ["Doe, Jane", "Doe, John"]):
         assert read(values)[0] == sorted(values)
-    assert read(["red|round", "blue|long"] * 2)[0] == ["blue|long", "red|round"]
     assert not caplog.text
+    assert read(["red|round", "blue|long"] * 2)[0] == ["blue|long", "red|round"]
+    assert "2 classes such as 'blue|long'" in caplog.text
+    assert caplog.text.count("`label_separator='|'`") == 1
+    wrong = read(["red|round", "blue|long"], dataset="wrong.csv", separator=";")[0]
+    assert wrong == ["blue|long", "red|round"]
+    assert caplog.text.count("`label_separator='|'`") == 2
     assert read(["x|y", "x|z"], names=("x|z", "x|y"))[1] == [1, 0]
 
 
@@ -167,3 +172,22 @@ def test_texts_whose_parts_are_not_repeated_are_classes(caplog: pytest.LogCaptur
 def test_decimal_numbers_look_like_a_measurement(values: list[Any]) -> None:
     with raises_one_line("looks like a measurement; vitcls trains classes", "`label_column`"):
         read(values)
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        (range(0, 153, 3), "51 different numbers such as 102: this looks like a measurement"),
+        (range(100), ""),
+        (range(1, 101), ""),
+        ([-1, 0, 1], "the class -1. Does it mean that an image has no label?"),
+        ([-100, 1, 2], "the class -100. Does it mean"),
+        ([-1, 1], ""),
+    ],
+)
+def test_whole_numbers_that_may_be_no_classes_are_classes_with_a_warning(
+    values: Any, words: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert len(read(list(values), dataset=f"{values}.csv")[0]) == len(values)
+    assert words in caplog.text
+    assert bool(words) == ("WARNING" in caplog.text)

@@ -96,7 +96,6 @@ def test_split_folders_are_recognized_in_any_case(
     ("folders", "words"),
     [
         (["train/cat", "test/cat", "extra/cat"], ["'test'", "'extra'", "rename"]),
-        (["cat/train", "cat/test", "dog/train", "dog/test"], ["cat, dog", "look like splits"]),
         (["train"], ["photos/train", "no class folders", "set `dataset` to a table"]),
         (["packed/cat"], ["the single class 'packed'", "set `dataset` to it"]),
     ],
@@ -194,6 +193,16 @@ def test_links_are_followed_without_cycles(tmp_path: Path, monkeypatch: pytest.M
 
 
 # Folders as programs and people leave them --------------------------------------------------------
+
+
+def test_class_folders_that_contain_split_folders_are_read(tmp_path: Path) -> None:
+    write_class(tmp_path, "cat/train", 2)
+    write_class(tmp_path, "cat/Val/may", 1)
+    write_class(tmp_path, "dog/train", 1)
+    assert read(tmp_path) == {
+        "train": {"cat": ["cat/train/0.png", "cat/train/1.png"], "dog": ["dog/train/0.png"]},
+        "validation": {"cat": ["cat/Val/may/0.png"], "dog": []},
+    }
 
 
 @pytest.mark.parametrize(

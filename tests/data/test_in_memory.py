@@ -152,14 +152,18 @@ def test_a_table_has_paths_as_objects_and_is_named_as_in_python(
     ("kind", "problem"),
     [
         *((kind, "is empty") for kind in ("the Dataset", "the DataFrame", "the list", "table.csv")),
+        *((kind, "is empty") for kind in ("table.parquet", "saved rows")),
         *((kind, "has no splits") for kind in ("the dict", "saved")),
     ],
 )
 def test_an_empty_table_is_an_error(kind: str, problem: str, tmp_path: Path) -> None:
     table = pd.DataFrame({"image": [], "label": []})
     table.to_csv(tmp_path / "table.csv", index=False)
+    table.to_parquet(tmp_path / "table.parquet")
+    rows = datasets.Dataset.from_pandas(table)
+    rows.save_to_disk(tmp_path / "saved rows")
     datasets.DatasetDict().save_to_disk(tmp_path / "saved")
-    in_memory = (datasets.Dataset.from_pandas(table), table, [], {})
+    in_memory = (rows, table, [], {})
     data = {f"the {type(each).__name__}": each for each in in_memory}
     dataset = add_dataset(data[kind]) if kind in data else str(tmp_path / kind)
     with raises_one_line(f"{kind} {problem}. Add"):
@@ -234,11 +238,12 @@ def test_floats_are_scaled_and_integers_are_not(
             r"item 1 of the dataset is of type tuple and not an \(image, label\) pair",
         ),
         ([{"image": "0.png", "label": "cat"}], "of type dict .*or a DataFrame or datasets.Dataset"),
-        ([("\udce9.png", "cat")], "codec can't encode character"),
-        (pd.DataFrame({"image": ["0.png"] * 2, "label": ["a", 1]}, dtype=object), "column label"),
-        (pd.DataFrame({"image": [make_image(0)]}), "column image"),
-        ({1, 2}, "set"),
-        (torch.utils.data.Dataset(), "Dataset"),
+        ([("\udce9.png", "cat")], "Pass images as paths in UTF-8"),
+        (pd.DataFrame({"image": ["0.png"] * 2, "label": ["a", 1]}, dtype=object), "of one type"),
+        (pd.DataFrame({"image": [make_image(0)]}), "column image.* Pass images as paths"),
+        ({1, 2}, "the data is a set.* Pass a path"),
+        (torch.utils.data.Dataset(), "the data is a Dataset.* Pass a path"),
+        (iter([(make_image(0), 1)]), "the data is a list_iterator.* Pass a path"),
         (
             datasets.Dataset.from_dict({"image": [1]}).with_transform(lambda batch: batch),
             "with_format",

@@ -200,6 +200,22 @@ def test_unusable_datasets_are_named(tmp_path: Path) -> None:
 # Unusual and unreadable images --------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("file", "remedy"),
+    [
+        ("train-images-idx3-ubyte.gz", "'ylecun/mnist'"),
+        ("photos.zip", "unpack archives"),
+        ("labels.xlsx", "CSV UTF-8"),
+    ],
+)
+def test_a_folder_of_files_that_are_not_read_has_a_remedy(
+    file: str, remedy: str, tmp_path: Path
+) -> None:
+    (tmp_path / file).touch()
+    with raises_one_line("contains no images and no tables", remedy):
+        read_splits_of(tmp_path)
+
+
 def test_unreadable_images_are_named(tmp_path: Path) -> None:
     jpeg = io.BytesIO()
     noise = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
