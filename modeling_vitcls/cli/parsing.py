@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated, Any, TypeVar, Union
+from typing import Annotated, Any, TypeVar, Union, get_origin
 
 import tyro
 
@@ -30,11 +30,12 @@ from ..runtime.flags import (
     names_of_flags,
     spell_flags,
 )
-from .recipes import REGISTRY, read_recipe
+from .recipes import REGISTRY, describe_unknown_flag, read_recipe
 
 
 ScriptOptions = TypeVar("ScriptOptions", bound=Options)
 
+HELP_FLAGS = {"-h", "--help", "--help-all"}
 # tyro's --help lists all flags
 OTHER_SPELLINGS = {"--help-all": "--help", "-o": "--output"}
 
@@ -59,14 +60,15 @@ def parse_command_line(modules: dict[str, ModuleType], arguments: list[str]) -> 
             print(format_short_help(name, options_class, common_flags))
             raise SystemExit(0)
         flags = name_arguments(flags, getattr(module, "ARGUMENTS", ()))
-        check_values_are_given(flags)
+        recipe = read_recipe_of_flags(flags, options_class)
+        check_flags(name, flags, options_class, recipe)
         examples = str(module.__doc__).partition("\n\n")[2]
         options = run_tyro(
             options_class,
             prog=f"vitcls {name}",
             description=f"{inspect.cleandoc(options_class.__doc__)}\n\n{examples}".strip(),
             args=[OTHER_SPELLINGS.get(flag, flag) for flag in flags],
-            default=read_recipe_of_flags(flags, options_class),
+            default=recipe,
         )
         options.check()
     return name, options
@@ -105,12 +107,10 @@ def run_tyro(kind: Any, **settings: Any) -> Any:
 
 
 def shorten_error(text: str) -> str:
-    """Shorten an error of tyro to one line: without the box, its title, and the texts of flags."""
+    """Shorten an error of tyro to one line: without the box, its title, and the text of the flag."""
     text = re.sub("[│╰╯]", "", text.partition("\n")[2])
     # What follows is why each type of a union does not fit, or the text of the flag
     text = re.split("Got errors:|Argument helptext:", text)[0]
-    # The text of a flag is indented further than its name
-    text = re.sub(r"\n {7,}.*", "", text)
     parts = [" ".join(part.split()).rstrip(".") for part in re.split("[─-]{3,}", text)]
     return ". ".join(part for part in parts if part)
 
@@ -156,18 +156,44 @@ def make_positional(options_class: type[Options], *names: str) -> Any:
     )
 
 
-def check_values_are_given(flags: list[str]) -> None:
-    """Raise ValueError at an empty value, such as of a shell variable that is not set.
+def check_flags(
+    command: str, flags: list[str], options_class: type[Options], recipe: Options | None
+) -> None:
+    """Raise ValueError if a flag does not exist, has an empty value, or is missing.
 
-    As a path, it would be the current folder.
+    A shell variable that is not set makes an empty value, which would be the current folder as a path.
     """
-    name = ""
+    fields = get_flag_fields(options_class)
+    given = set()
+    previous = ""
     for flag in flags:
         if not flag.strip() or (flag.startswith("--") and flag.endswith("=")):
-            raise ValueError(
-                f"the value of {flag.strip() or name} is empty. Set it, or remove the flag"
-            )
-        name = flag
+            name = flag.strip() or previous
+            raise ValueError(f"the value of {name} is empty. Set it, or remove the flag")
+        previous = flag
+        if flag.startswith("--") and flag not in {"--", *HELP_FLAGS}:
+            flag = flag.partition("=")[0]
+            name = flag[2:].replace("-", "_")
+            if name not in fields and name.removeprefix("no_") not in fields:
+                raise ValueError(describe_unknown_flag(flag, fields))
+            given.add(name)
+
+    # tyro names missing arguments, which have no flags
+    missing = [
+        name
+        for name, field in fields.items()
+        if field.default is dataclasses.MISSING
+        and get_origin(field.type) is not Annotated
+        and name not in given
+        and getattr(recipe, name, tyro.MISSING) is tyro.MISSING
+    ]
+    if missing and not HELP_FLAGS.intersection(flags):
+        first = flags[0] if flags else "-"
+        # such as `vitcls predict runs/mine photo.jpg`
+        is_model = "model" in missing and not first.startswith("-") and not Path(first).is_file()
+        hint = f". Did you mean `model={first!r}`?" if is_model else ""
+        names = ", ".join(f"`{name}`" for name in missing)
+        raise ValueError(f"vitcls {command} requires {names}{hint}")
 
 
 def check_outputs(options: Options) -> None:

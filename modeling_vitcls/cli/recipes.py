@@ -5,7 +5,7 @@ read_recipe(Path("digits"), FinetuneOptions)     {"model": "vitcls-tiny", "epoch
 
 import difflib
 import re
-from collections.abc import Hashable
+from collections.abc import Collection, Hashable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -23,6 +23,21 @@ RECIPE_FOLDERS = (
     Path(__file__).parents[1] / "recipes",
     Path(__file__).parents[2] / "scripts" / "recipes",
 )
+
+# Flags of other training scripts -> parameters of this package
+EQUIVALENT_FLAGS = {
+    "lr": "learning_rate",
+    "bs": "batch_size",
+    "wd": "weight_decay",
+    "per_device_train_batch_size": "batch_size",
+    "num_train_epochs": "epochs",
+    "data": "dataset",
+    "data_dir": "dataset",
+    "model_name_or_path": "model",
+    "source": "model",
+    "fp16": "mixed_precision",
+    "bf16": "mixed_precision",
+}
 
 SETTINGS_TYPE = dict[str, Any] | None  # of a flag of several NAME=VALUE
 
@@ -107,9 +122,7 @@ def read_recipe(path: Path, options_class: type[Options]) -> dict[str, Any]:
     for key, value in recipe.items():
         name = str(key).replace("-", "_")
         if name not in fields:
-            close = difflib.get_close_matches(name, fields, n=1)
-            hint = f". Did you mean `{close[0]}`?" if close else ""
-            raise ValueError(f"{file}: there is no flag {key}{hint}")
+            raise ValueError(f"{file}: {describe_unknown_flag(str(key), fields)}")
         # a flag without a value keeps its default
         if value is not None:
             values[name] = value
@@ -118,3 +131,11 @@ def read_recipe(path: Path, options_class: type[Options]) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
     return values
+
+
+def describe_unknown_flag(flag: str, names: Collection[str]) -> str:
+    """Say that there is no such flag, and name the nearest one."""
+    name = flag.removeprefix("--").replace("-", "_")
+    close = [EQUIVALENT_FLAGS.get(name, ""), *difflib.get_close_matches(name, names, n=1)]
+    hint = next((f". Did you mean `{each}`?" for each in close if each in names), "")
+    return f"there is no flag {flag}{hint}"
