@@ -16,7 +16,7 @@ import torch
 
 from ..conversion.parity_report import build_random_images
 from ..data.aspect_ratio import get_output_size, get_resize, set_resize
-from ..hub.model_files import GRAPH_FILE
+from ..hub.model_files import CONFIG_FILE, GRAPH_FILE, PROCESSOR_FILE
 from ..runtime.errors import describe_installation
 from ..runtime.files import write_json
 from ..runtime.staging import lock_folder, stage_files
@@ -68,6 +68,11 @@ def export_model(options: ExportOptions) -> dict[str, Any]:
         outputs = list(map(graph, batches))
         comparisons = measure_differences(batches, expected, outputs, LIMITS[options.dtype])
         report = build_report(options, exportable, shape, file, graph, expected[0], comparisons)
+        if not options.output.suffix and not (options.output / CONFIG_FILE).exists():
+            # What a program needs beside the graph, if the folder is not that of the model
+            model.config.to_json_file(folder / CONFIG_FILE)
+            if exportable.processor is not None:
+                exportable.processor.to_json_file(folder / PROCESSOR_FILE)
         write_json(folder / report_name, report)
     return report
 

@@ -18,8 +18,9 @@ class ExportOptions(Options):
     """A model folder, the id of a model on the Hub, any checkpoint that `vitcls convert` takes, or a
     preset (random weights)."""
     output: Path
-    """Output file (.onnx), which must not exist yet, or a folder, in which it is `model.onnx`. A push
-    of a model folder also publishes the files in it that were exported from its weights."""
+    """Output file (.onnx), which must not exist yet, or a folder for `model.onnx`, and
+    for the configuration and the image processor unless they are there. A push of a model folder
+    also publishes the files in it that were exported from its weights."""
     format: Literal["onnx"] = "onnx"
     """ONNX. OpenVINO reads the file, too."""
     image_size: tuple[int, int] | None = None

@@ -350,4 +350,20 @@ def test_a_preset_is_exported_to_a_folder(tmp_path: Path) -> None:
     flags = ("--model", "vitcls-tiny", "--format", "onnx", "--output", tmp_path / "new")
     assert run_in_process("export.py", *flags) == 0
     files = {file.name for file in (tmp_path / "new").iterdir()}
-    assert files == {"model.onnx", "model.onnx.json"}
+    assert files == {"config.json", "model.onnx", "model.onnx.json"}
+
+
+def test_a_new_folder_has_the_processor_of_a_graph_of_one_size(tmp_path: Path) -> None:
+    model = checkpoint(tmp_path / "model", ViTCLSModel)
+    export(tmp_path / "model", tmp_path / "served", image_size=(24, 56), dynamic=False)
+    processor = ViTCLSImageProcessor.from_pretrained(tmp_path / "served")
+    images = processor(Image.new("RGB", (40, 30)), return_tensors="pt")["pixel_values"]
+    assert images.shape == (1, 3, 24, 56)
+    check_outputs(tmp_path / "served" / "model.onnx", model, images)
+
+
+def test_an_export_into_the_folder_of_the_model_keeps_its_files(tmp_path: Path) -> None:
+    checkpoint(tmp_path / "model", ViTCLSModel)
+    before = (tmp_path / "model" / "preprocessor_config.json").read_bytes()
+    export(tmp_path / "model", tmp_path / "model", image_size=(24, 56), dynamic=False)
+    assert (tmp_path / "model" / "preprocessor_config.json").read_bytes() == before
