@@ -208,9 +208,17 @@ def check_is_vitcls(source: str, folder: Path) -> None:
             f"{source} does not contain a model: {CONFIG_FILE} is missing. Specify the folder of a "
             "saved model"
         )
+    # Not at the top: options of commands import this file, and flags are parsed without torch.
+    import torch
+
     config_dict = read_json(folder / CONFIG_FILE)
     if config_dict.get("model_type") != "vitcls":
         raise ValueError(NOT_VITCLS.format(source))
+    dtype = config_dict.get("dtype") or "float32"
+    if not isinstance(getattr(torch, str(dtype), None), torch.dtype):
+        raise ValueError(
+            f"{folder / CONFIG_FILE}: `dtype` is {dtype!r}, but it must be a type such as float32"
+        )
     if config_dict.get("quantization_config") is not None:
         raise ValueError(
             f"{folder / CONFIG_FILE}: `quantization_config` is set, but quantized weights are not "

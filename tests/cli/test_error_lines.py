@@ -49,7 +49,7 @@ def open_folder() -> Iterator[Path]:
 @pytest.mark.parametrize(
     ("values", "word"),
     [
-        ({"id2label": None}, "id2label"),
+        ({"id2label": None}, "config.json"),
         ({"image_size": 10**9}, "image_size"),
         ({"dtype": "evil"}, "dtype"),
         ({"num_hidden_layers": []}, "num_hidden_layers"),
