@@ -222,7 +222,14 @@ class ViTCLSBaseImageProcessor(BaseImageProcessor):
             (crop_size.get(edge) or 0) > (size.get(edge) or size.get("shortest_edge") or math.inf)
             for edge in ("height", "width")
         )
+        sides = [*size.values(), *crop_size.values()]
         reject(
+            (settings.get("rescale_factor") == 0, "rescale_factor must not be 0"),
+            (bool(np.any(np.equal(settings.get("image_std", 1), 0))), "image_std must not be 0"),
+            (
+                any(side is not None and side < 1 for side in sides),
+                f"size {size} and crop_size {crop_size} must be 1 pixel or more",
+            ),
             (
                 # PIL treats names as bilinear.
                 isinstance(resample, int | str) and resample not in RESAMPLING_FILTERS,

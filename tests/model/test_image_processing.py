@@ -553,6 +553,9 @@ def test_unusable_images_are_errors(
     "settings",
     [
         {"size": {"height": 224}},
+        {"size": {"height": 224, "width": 0}},
+        {"image_std": 0},
+        {"rescale_factor": 0},
         {"crop_size": None, "do_center_crop": True},
         {"crop_size": {"height": 8, "width": 225}, "do_center_crop": True},
         {"crop_size": 225, "do_center_crop": True, "size": {"shortest_edge": 224}},
