@@ -206,6 +206,9 @@ def check_outputs(options: Options) -> None:
 
 def check_writable(name: str, output: Path) -> None:
     """Raise ValueError if a file or folder cannot be written, before the work is done."""
+    # Python reads bytes of file names that are not UTF-8 as surrogates
+    if str(output).encode(errors="ignore").decode() != str(output):
+        raise ValueError(f"`{name}` is {str(output)!a}, which is not valid UTF-8. Set another one")
     output = output.absolute()
     # unlike Path.exists, os.path.exists does not raise PermissionError
     existing = next(path for path in (output, *output.parents) if os.path.exists(path))  # noqa: PTH110

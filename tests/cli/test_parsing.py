@@ -272,6 +272,16 @@ def test_an_output_that_cannot_be_written_is_reported_before_the_work(
     assert error.endswith(f" {flag}\n")
 
 
+def test_a_folder_that_is_not_utf_8_is_an_error_before_training(
+    run_with_error: Callable[..., str],
+) -> None:
+    folder = os.fsdecode(b"out\xff")
+    error = run_with_error("finetune", *RUN.replace("-dir o", "-dir").split(), folder)
+    assert "--output-dir" in error
+    assert "UTF-8" in error
+    assert not Path(folder).exists()
+
+
 def test_a_folder_without_write_permission_is_reported_before_the_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
