@@ -26,6 +26,7 @@ import numpy as np
 from scipy.special import expit, logit, softmax
 from sklearn.base import BaseEstimator, ClassifierMixin
 
+from ..runtime.progress import track
 from .class_statistics import (
     ClassStatistics,
     Token,
@@ -255,7 +256,7 @@ class LinearProbe(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         spreads: dict[Candidate, list[float]] = {each: [] for each in candidates}
         has_several = labels.ndim == 2
         has_covariance = not has_several and self.has_covariance(labels)
-        for train, test in folds:
+        for train, test in track(folds, "cross-validation", unit="folds"):
             in_fold = {token: values[train] for token, values in features.items()}
             if has_several:
                 known = test

@@ -2,7 +2,7 @@
 
     for batch in track(batches, "features", 245, count=len):       features 120 of 245 images
 
-All passes over images use `track`.
+All passes over images and the folds of a cross-validation use `track`.
 """
 
 import time

@@ -44,6 +44,7 @@ from ..inference.linear_probe import (
     NUM_LAST_LAYERS,
     Candidate,
     LinearProbe,
+    Score,
     describe_candidate,
     stack_tokens,
     to_logits,
@@ -602,26 +603,36 @@ def describe_class_weights(frozen: FrozenModel) -> str | None:
         return None
     # The images of the choice are the first ones.
     labels = frozen.features.labels[: len(known)][known]
-    classes, counts = np.unique(labels, return_counts=True)
+    classes, indices, counts = np.unique(labels, return_inverse=True, return_counts=True)
     probabilities = probe.out_of_fold_[known][:, np.searchsorted(probe.classes_, classes)]
     chosen = min(probe.table_, key=lambda row: row["loss"])
     logits = chosen["temperature"] * to_logits(probabilities, labels)
     # With equal weights, every class has the same prior. Nothing else changes a prediction.
+    equal_logits = logits - np.log(counts)
     predictions = pd.DataFrame(
         {
             "before": classes[logits.argmax(axis=1)],
-            "after": classes[(logits - np.log(counts)).argmax(axis=1)],
+            "after": classes[equal_logits.argmax(axis=1)],
         }
     )
     is_right = predictions.eq(labels, axis=0)
     recalls = is_right.groupby(labels).mean()
+    balanced = recalls.mean()
     values = {
         f"recall of {frozen.labels.names[classes[counts.argmin()]]}": recalls.iloc[counts.argmin()],
-        "balanced accuracy": recalls.mean(),
+        "balanced accuracy": balanced,
         "accuracy": is_right.mean(),
     }
     texts = [f"{name} {each['before']:.1%} -> {each['after']:.1%}" for name, each in values.items()]
-    return f"`class_balance='weights'` changes {', '.join(texts)}, in cross-validation"
+
+    weights = 1 / counts[indices]
+    before = Score.of(probe.candidate_, logits, indices, np.ones(len(indices)))
+    after = Score.of(probe.candidate_, equal_logits, indices, weights)
+    advice = ""
+    is_better = after.row["loss"] < np.average(before.losses, weights=weights)
+    if is_better and balanced["after"] > balanced["before"]:
+        advice = ". Choose it if rare classes matter as much as the others"
+    return f"`class_balance='weights'` changes {', '.join(texts)}, in cross-validation{advice}"
 
 
 def describe_threshold(probe: LinearProbe) -> str | None:

@@ -9,6 +9,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from modeling_vitcls.inference.linear_probe import LinearProbe
+from modeling_vitcls.runtime import progress
 
 
 CLS, MEAN = (-1, "cls"), (-1, "mean")
@@ -37,6 +38,14 @@ def test_it_is_an_estimator_of_scikit_learn() -> None:
     features, labels = draw_images(120)
     pipeline = make_pipeline(StandardScaler(), LinearProbe())
     assert cross_val_score(pipeline, features[CLS], labels).min() > 0.8
+
+
+def test_a_long_cross_validation_shows_its_folds(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(progress, "SILENT_SECONDS", 0.0)
+    LinearProbe().fit(*draw_images(40))
+    assert "cross-validation 1 of 10 folds" in capsys.readouterr().out
 
 
 def test_the_estimate_is_that_of_new_images() -> None:

@@ -4,6 +4,7 @@ import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -33,8 +34,10 @@ from modeling_vitcls import (
 )
 from modeling_vitcls.data.aspect_ratio import get_resize, set_resize
 from modeling_vitcls.inference.evaluate import evaluate_checkpoint
+from modeling_vitcls.inference.linear_probe import LinearProbe
 from modeling_vitcls.inference.options import EvaluateOptions
 from modeling_vitcls.training import plan, save
+from modeling_vitcls.training.probe import describe_class_weights
 
 
 WIDTH = 32  # of the tiny models
@@ -302,6 +305,35 @@ def test_class_weights_raise_the_recall_of_a_small_class_as_both_runs_say(
         for balance in recalls
     ]
     assert not torch.equal(*weights)
+
+
+@pytest.mark.parametrize(("distance", "is_advised"), [(1.5, True), (20.0, False)])
+def test_class_weights_are_advised_if_loss_and_balanced_accuracy_improve(
+    distance: float, is_advised: bool
+) -> None:
+    """Both with equal weights of the classes, as a second cross-validation measures them."""
+    labels = np.repeat([0, 1], [100, 20])  # Of 10 folds with the same shares
+    features = np.random.default_rng(0).normal(size=(120, 4)) + distance * labels[:, None] / 2
+    probe = LinearProbe().fit(features, labels)
+    weighted = LinearProbe(class_weight="balanced").fit(features, labels)
+    losses = [balance(each.losses_, labels) for each in (probe, weighted)]
+    is_right = [each.out_of_fold_.argmax(axis=1) == labels for each in (probe, weighted)]
+    accuracies = [balance(each, labels) for each in is_right]
+    assert (losses[1] < losses[0] and accuracies[1] > accuracies[0]) == is_advised
+
+    frozen = SimpleNamespace(
+        probe=probe,
+        features=SimpleNamespace(labels=labels),
+        labels=SimpleNamespace(names=["dress", "hat"]),
+    )
+    line = describe_class_weights(frozen)
+    assert f"balanced accuracy {accuracies[0]:.1%} -> {accuracies[1]:.1%}" in line
+    assert ("Choose it if rare classes matter" in line) == is_advised
+
+
+def balance(values: np.ndarray, labels: np.ndarray) -> float:
+    """Average values [N] over images, and then over classes."""
+    return float(np.mean([values[labels == label].mean() for label in np.unique(labels)]))
 
 
 @pytest.mark.parametrize(("trainable", "rate"), [("full", 4e-4), ("lora", 5e-4)])
