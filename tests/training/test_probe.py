@@ -516,7 +516,7 @@ def test_several_labels_train_a_frozen_model_and_are_cross_validated(
     assert [row["name"] for row in results["per_class"]] == sorted(TAGS)
     assert {"images", "average_precision", "f1"} <= results["per_class"][0].keys()
     output = capsys.readouterr().out
-    assert "1 of the 4 labels are on each training image" in output
+    assert "1 of the 4 labels are on at most one training image, or on all but" in output
     assert "mean average precision" in output
     assert "corrected" not in output
 
@@ -571,4 +571,4 @@ def test_steps_on_several_labels_end_at_the_mean_with_the_frozen_start(
     flags = {"epochs": 1, "label_column": columns}
     results = run_training(build_tag_options(tmp_path / "run", encoder, tagged_digits, **flags))
     assert results["average_with_start"] == 0.5
-    assert results[metric] > results["frozen"][f"held_out_{metric}"] - 0.05
+    assert results[metric] > results["before_steps"][metric] - 0.05
