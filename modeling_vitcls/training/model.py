@@ -16,7 +16,7 @@ The mask token is already frozen and remains frozen.
 
 import copy
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -207,7 +207,7 @@ def check_model_flags(model: str, model_config: Iterable[str], trainable: str) -
 
     Args:
         model: a name that only looks like a preset, but is no preset, file or folder, is wrong.
-        model_config: names of fields of the configuration; `ViTCLSConfig` refuses unknown ones.
+        model_config: names of fields of the configuration.
         trainable: parts of a preset are wrong, because its weights are random.
     """
     has_random_weights = is_preset(model)
@@ -226,6 +226,9 @@ def check_model_flags(model: str, model_config: Iterable[str], trainable: str) -
         raise ValueError(
             f"`model_config` cannot set `{name}`, which follows from the labels. Remove it"
         )
+    known = {field.name for field in fields(ViTCLSConfig)}
+    unknown: dict[str, Any] = dict.fromkeys(set(model_config) - known)
+    ViTCLSConfig(**unknown)  # Refuses an unknown name, and suggests one
 
 
 # Trainable parameters -----------------------------------------------------------------------------

@@ -10,11 +10,14 @@ fewer than 2,000 images, or 50 of a class             frozen  a fifth of the lab
 otherwise                                             steps, if they take less than ten minutes
 """
 
+import math
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
-from accelerate import PartialState
+import torch
+from accelerate import Accelerator
 
+from ..inference.speed import measure_inference_speed
 from .defaults import FINE_TUNING_EPOCHS, resolve_schedule
 from .options import TrainOptions
 from .run_inputs import RunInputs
@@ -24,9 +27,8 @@ from .run_inputs import RunInputs
 STEP_FLAGS = ("epochs", "max_steps", "learning_rate", "select", "teacher")
 MIN_STEP_IMAGES = 2000
 MIN_STEP_CLASS_SIZE = 50
-FLOPS_OF_STEP = 3  # In forward passes: a backward pass is two of them
-# Limit of default steps on CPUs: about ten minutes at 300 GFLOP/s. With a flag about steps, there is none.
-MAX_STEP_FLOPS = 1.8e14
+FORWARD_PASSES_OF_STEP = 3  # A backward pass takes as long as two forward passes
+MAX_STEP_MINUTES = 10  # Limit of default steps on CPUs; with a flag about steps, there is none
 FEW_IMAGES_PER_CLASS = 5  # With fewer, nothing is held out
 
 
@@ -49,23 +51,19 @@ class RunPlan:
     lines: dict[str, str | None]
 
 
-def plan_run(inputs: RunInputs, is_resumed: bool) -> RunPlan:
-    """Decide what a run is. Nothing is measured: the same run has the same kind on any CPU."""
+def plan_run(inputs: RunInputs, accelerator: Accelerator, is_resumed: bool) -> RunPlan:
+    """Decide what a run is. If nothing else decides on a CPU, the speed of the model is measured."""
     options = inputs.options
     setup = inputs.setup
     num_images = len(inputs.images.train)
     num_labels = max(map(len, inputs.images.label_space.columns.values()), default=1)
     min_images = max(MIN_STEP_IMAGES, MIN_STEP_CLASS_SIZE * num_labels)
-    # On a CPU, default steps could take hours.
-    step_flops = FLOPS_OF_STEP * inputs.forward_flops * FINE_TUNING_EPOCHS * num_images
-    is_slow = PartialState().device.type == "cpu" and step_flops > MAX_STEP_FLOPS
 
     wishes = [name for name in STEP_FLAGS if getattr(options, name, None) is not None]
     trainable = getattr(options, "trainable", "full")
     images_text = f"{num_images:,} images"
-    slow_text = f"{FINE_TUNING_EPOCHS:g} epochs take more than about ten minutes on a CPU"
     # The first reason that applies decides: first what cannot be otherwise, then what the person
-    # asked for, then what is better for this many images, and last what takes too long.
+    # asked for, then what is better for this many images.
     reasons: list[tuple[bool, Literal["frozen", "steps"], str]] = [
         (setup.probe is None, "steps", setup.missing_probe_reason),
         # A checkpoint was written by steps, whatever this machine would choose.
@@ -74,10 +72,11 @@ def plan_run(inputs: RunInputs, is_resumed: bool) -> RunPlan:
         (trainable == "head", "frozen", "`trainable='head'` keeps the encoder"),
         (trainable != "full", "steps", "`trainable` is set"),
         (num_images < min_images, "frozen", f"{images_text}, fewer than {min_images:,}"),
-        (is_slow, "frozen", slow_text),
-        (True, "steps", images_text),
     ]
-    kind, reason = next((kind, reason) for applies, kind, reason in reasons if applies)
+    decision = next(((kind, reason) for applies, kind, reason in reasons if applies), None)
+    if decision is None:
+        decision = choose_by_duration(setup.model, accelerator, num_images)
+    kind, reason = decision
 
     fraction = options.held_out_fraction
     if fraction is None:
@@ -105,6 +104,32 @@ def plan_run(inputs: RunInputs, is_resumed: bool) -> RunPlan:
         averaging=options.average_with_start if averages else 0.0,
         lines=lines,
     )
+
+
+def choose_by_duration(
+    model: Any, accelerator: Accelerator, num_images: int
+) -> tuple[Literal["frozen", "steps"], str]:
+    """Choose steps, unless they take too long on this CPU, where they could take hours."""
+    images_text = f"{num_images:,} images"
+    if accelerator.device.type != "cpu":
+        return "steps", images_text
+    minutes = measure_step_minutes(model, accelerator, num_images)
+    duration = f"about {minutes:,} minute{'s' * (minutes > 1)} on this CPU"
+    if minutes <= MAX_STEP_MINUTES:
+        return "steps", f"{images_text}, {duration}"
+    epochs_text = f"{FINE_TUNING_EPOCHS:g} epochs would take {duration}"
+    return "frozen", f"{epochs_text}, more than {MAX_STEP_MINUTES}"
+
+
+def measure_step_minutes(model: Any, accelerator: Accelerator, num_images: int) -> int:
+    """Estimate the duration of the default steps from forward passes, with all processes together."""
+    is_training = model.training
+    with accelerator.autocast():
+        speed = measure_inference_speed(model.eval(), accelerator.device)["images_per_second"]
+    model.train(is_training)
+    images_per_second = float(accelerator.reduce(torch.tensor(speed), "sum"))
+    num_passes = FORWARD_PASSES_OF_STEP * FINE_TUNING_EPOCHS * num_images
+    return math.ceil(num_passes / images_per_second / 60)
 
 
 def choose_held_out_fraction(kind: str, num_images: int, num_labels: int) -> float:

@@ -138,21 +138,21 @@ class FrozenModel:
         predictions.metrics.update(round_floats(self.estimate.to_metrics()))
         return predictions
 
-    def find_nearest_images(self, wrong: np.ndarray) -> dict[int, list[str]]:
-        """Find the training images that explain wrong predictions: the nearest ones, by image index.
+    def find_nearest_images(self, images: np.ndarray) -> dict[int, list[str]]:
+        """Find the training images that explain predictions: the nearest ones, by image index.
 
         The images are held out or, without those, training images. The similarity is the cosine of
         the features that the classifier reads. The nearest image is the first.
 
         Args:
-            wrong: indices of the wrong predictions.
+            images: indices of the predicted images.
         """
-        if not len(wrong):
+        if not len(images):
             return {}
         tokens = self.probe.candidate_.tokens
         own = stack_tokens(self.features.get_tokens(), tokens)
         others = self.features if self.held_out is None else self.held_out
-        others = others.take(np.isin(others.indices, wrong))
+        others = others.take(np.isin(others.indices, images))
         # Among the training images, the nearest one is the image itself, so one more is needed.
         num_nearest = min(NUM_NEAREST_IMAGES + (self.held_out is None), len(own))
         neighbors = NearestNeighbors(n_neighbors=num_nearest, metric="cosine").fit(own)

@@ -82,7 +82,7 @@ def train(asked: TrainOptions) -> Path:
         # What the run is. The division of the images depends on it, so it comes first.
         recipe: Recipe = PreTraining() if isinstance(asked, PretrainOptions) else FineTuning()
         inputs = load(recipe, asked, earlier, reporter)
-        plan = plan_run(inputs, is_resumed=earlier is not None)
+        plan = plan_run(inputs, accelerator, is_resumed=earlier is not None)
         options = plan.options
         assert options.held_out_fraction is not None, "the plan sets it"
         data = divide_images(inputs.images, options.held_out_fraction, options.select == "best")

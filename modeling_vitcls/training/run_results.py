@@ -1,5 +1,6 @@
 """What a run leaves: results.json, and its last lines."""
 
+from dataclasses import replace
 from typing import Any
 
 from accelerate.state import AcceleratorState
@@ -99,7 +100,12 @@ def describe_start(outcome: Outcome) -> str:
     if "before_steps" not in outcome.results:
         return ""
     metric, start = next(iter(outcome.results["before_steps"].items()))
-    text = f". Before the steps: {format_metric(metric, start)}"
+    start_text = format_metric(metric, start)
+    # In the words of the result: with few images, as a fraction
+    for each in outcome.measured:
+        if not each.task and each.metric == metric:
+            start_text = replace(each, value=start, interval=None, seen_by_encoder=0).format_value()
+    text = f". Before the steps: {start_text}"
     if start <= outcome.metrics[metric]:
         return text
     remedy = ""

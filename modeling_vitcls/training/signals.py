@@ -1,4 +1,4 @@
-"""Signals that stop a run after a checkpoint: Ctrl-C, SIGTERM and SIGUSR1."""
+"""Signals that stop a run after a checkpoint: Ctrl-C, SIGTERM, SIGHUP and SIGUSR1."""
 
 import os
 import signal
@@ -18,14 +18,15 @@ LAUNCHER_ENVIRONMENT_VARIABLES = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RU
 MAX_FORWARDING_SECONDS = 1.0
 STOP_SIGNALS = [signal.SIGINT, signal.SIGTERM]
 if hasattr(signal, "SIGUSR1"):  # Not on Windows
-    STOP_SIGNALS.append(signal.SIGUSR1)
+    # A terminal that is closed sends SIGHUP.
+    STOP_SIGNALS += [signal.SIGUSR1, signal.SIGHUP]
 
 
 class SignalHandler:
-    """Context manager that stores the first Ctrl-C, SIGTERM or SIGUSR1.
+    """Context manager that stores the first Ctrl-C, SIGTERM, SIGHUP or SIGUSR1.
 
-    A second Ctrl-C raises KeyboardInterrupt, and a second SIGTERM or SIGUSR1 ends the process, all
-    without a checkpoint.
+    A Ctrl-C after any of them raises KeyboardInterrupt, and a second one of the others ends the
+    process, all without a checkpoint.
 
     Clusters send SIGTERM, or SIGUSR1 (`sbatch --signal=USR1@120`), some time before the machine is
     stopped. The launcher determines which processes receive a signal:
@@ -69,11 +70,14 @@ class SignalHandler:
             signal.signal(signum, handler)
 
     def handle_signal(self, signum: int, frame: FrameType | None) -> None:
-        """Store the first signal. A later signal of the same kind acts as without this handler."""
+        """Store the first signal. The same signal later, or Ctrl-C, acts as without this handler."""
         now = time.monotonic()
+        first_time = self.signal_times.setdefault(signum, now)
+        if signum == signal.SIGINT:
+            first_time = min(self.signal_times.values())
         # A launcher may send its own copy of a signal within moments; only a person or a cluster
         # that waits and repeats it means it.
-        if now - self.signal_times.setdefault(signum, now) > MAX_FORWARDING_SECONDS:
+        if now - first_time > MAX_FORWARDING_SECONDS:
             signal.signal(signum, self.old_handlers[signum])
             signal.raise_signal(signum)
 

@@ -4,6 +4,7 @@ from collections.abc import Generator
 from contextlib import closing
 from typing import Any
 
+import numpy as np
 import torch
 from torch.distributed.fsdp import FSDPModule
 
@@ -23,7 +24,7 @@ from .loop import Evaluate, TrainingLoop, TrainingState, build_batch_plan, descr
 from .optimizer import average_with_start, build_parameter_groups
 from .outcome import Outcome, divide_metrics, list_measurements
 from .plan import RunPlan
-from .probe import MAX_PROBE_IMAGES, FrozenModel, Probe, describe_frozen, ignore_message
+from .probe import MAX_PROBE_IMAGES, Probe, describe_frozen, ignore_message
 from .reporter import Reporter
 from .resume import format_flag_value
 from .signals import SignalHandler
@@ -55,10 +56,10 @@ def run_steps(
     # The probe gives the model a new pooler and a new classifier, and may change how images are
     # resized. Evaluators, which keep resized images, and the optimizer, which keeps parameters,
     # would otherwise hold on to the old ones.
-    frozen, start_record, before = start_from_probe(setup.probe, data, checkpoint, reporter)
+    start = start_from_probe(setup.probe, data, checkpoint, reporter)
     held_out = setup.build_evaluator(data, data.held_out)
-    if setup.measures_start and len(data.held_out):
-        before = held_out(setup.model.to(reporter.accelerator.device).eval())
+    if setup.measures_start and len(data.held_out) and checkpoint is None:
+        start["before_steps"] = held_out(setup.model.to(reporter.accelerator.device).eval())
     # If no checkpoint is selected, looking at the held-out images during training is harmless.
     selection = held_out
     if data.selection is not None:
@@ -81,7 +82,7 @@ def run_steps(
             store=store,
             signals=signals,
             evaluate_model=selection,
-            run_metadata=record | {"probe": start_record, "before_steps": before},
+            run_metadata=record | {"start": start},
         )
         # An iterator that is only forgotten would leave its data loading processes running.
         with closing(batches):
@@ -102,8 +103,9 @@ def run_steps(
     # After the measurement, which a distance to the classes would only slow down.
     if options.select == "last" and not isinstance(model, FSDPModule):
         store_statistics(setup, data)
-    if frozen and predictions is not None:
-        nearest_images = frozen[""].find_nearest_images(predictions.list_wrong())
+    if "nearest_images" in start and predictions is not None:
+        nearest = dict(start["nearest_images"])
+        nearest_images = {index: nearest[index] for index in predictions.list_wrong().tolist()}
 
     seconds = loop.get_training_seconds()
     results: dict[str, Any] = {
@@ -112,10 +114,7 @@ def run_steps(
         "images_per_second": round(loop.state.step * loop.plan.images_per_step / seconds, 1),
         "token_movement": loop.measure_token_movement(),
     }
-    if start_record is not None:
-        results["frozen"] = start_record
-    if before:
-        results["before_steps"] = before
+    results |= {name: start[name] for name in ("frozen", "before_steps") if name in start}
     if options.select == "best" and data.selection is not None:
         results["selection"] = {
             "images": data.selection_name,
@@ -149,31 +148,38 @@ def run_steps(
 
 def start_from_probe(
     probe: Probe | None, data: TrainingData, checkpoint: Checkpoint | None, reporter: Reporter
-) -> tuple[dict[str, FrozenModel], dict[str, Any] | None, dict[str, Any]]:
-    """Start from the frozen model.
+) -> dict[str, Any]:
+    """Start from the frozen model. Without a probe, nothing happens.
 
-    Return the model by task, the record of what was chosen, and the metric of the held-out images. A
-    resumed run has no frozen model, only the record. Without a probe, there is none of them.
+    Returns:
+        What only the frozen model can say, for checkpoints: the record of what was chosen
+        ("frozen"), the metric of the held-out images ("before_steps"), and the nearest training
+        images of each ("nearest_images").
     """
-    if probe is None:
-        return {}, None, {}
     if checkpoint is not None:
         # Choosing again would cost a pass over the images, and the model has moved on since. The
         # weights come from the checkpoint.
-        record = checkpoint.metadata["probe"]
-        probe.restore(record)
-        return {}, record, checkpoint.metadata["before_steps"]
+        start: dict[str, Any] = checkpoint.metadata["start"]
+        if probe is not None:
+            probe.restore(start["frozen"])
+        return start
+    if probe is None:
+        return {}
     # The steps report the unreadable images.
     frozen, record = probe.fit([data.train], data.held_out, ignore_message, MAX_PROBE_IMAGES)
     probe.set_heads(frozen)
     reporter.print_lines(describe_frozen(record))
+    start = {"frozen": record}
     metric = SELECTION_METRICS[data.label_space.kind]
-    starts = [
-        probe.predict_held_out(task, each).metrics[metric]
-        for task, each in frozen.items()
-        if each.held_out is not None
-    ]
-    return frozen, record, {metric: compute_mean(starts)} if starts else {}
+    measured = {task: each for task, each in frozen.items() if each.held_out is not None}
+    if measured:
+        values = [probe.predict_held_out(*item).metrics[metric] for item in measured.items()]
+        start["before_steps"] = {metric: compute_mean(values)}
+    if "" in measured:
+        # Pairs, because the keys of JSON are texts
+        nearest = measured[""].find_nearest_images(np.arange(len(data.held_out)))
+        start["nearest_images"] = list(nearest.items())
+    return start
 
 
 def build_loop(

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -212,6 +213,8 @@ def explain_loading_errors(source: str) -> Iterator[None]:
                 ". Code of a repository is not executed: use a model that is part of "
                 "transformers, or timm:NAME"
             )
+        if Path(source).is_file():
+            advice = f". Convert the file first: vitcls convert {source} FOLDER"
         reason = f"{type(error).__name__}: {format_error(error)}"
         raise OSError(f"cannot load the teacher {source} ({reason}){advice}") from error
 

@@ -87,7 +87,7 @@ def prepare_setup(options: Any) -> SimpleNamespace:
     accelerator = Accelerator(cpu=True)
     reporter = Reporter(options.output_dir / "metrics.jsonl", accelerator)
     inputs = load(recipe, options, None, reporter)
-    plan = plan_run(inputs, is_resumed=False)
+    plan = plan_run(inputs, accelerator, is_resumed=False)
     data = divide_images(
         inputs.images, plan.options.held_out_fraction, plan.options.select == "best"
     )

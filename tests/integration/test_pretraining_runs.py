@@ -1,6 +1,6 @@
 """Pre-training in two processes: stopped, killed, resumed, sharded and bfloat16 runs.
 
-test_runner.py and test_pretrain.py resume runs in one process.
+test_resumed_runs.py and test_pretrain.py resume runs in one process.
 """
 
 import math

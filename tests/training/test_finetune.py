@@ -336,6 +336,22 @@ def test_a_teacher_trains_the_distillation_token(teacher: Path, tmp_path: Path, 
     assert read_json(tmp_path / "results.json")["teacher_provenance"]["license"] == "cc-by-nc-4.0"
 
 
+@pytest.mark.parametrize("home", [None, "~"])
+def test_images_that_trained_the_teacher_measure_no_student(
+    home: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also if its folder is relative to the working directory or the home folder."""
+    train(tmp_path / "teacher", "digits", max_steps=1)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    source = "/".join(filter(None, [home, "teacher"]))
+    assert "accuracy_interval" in read_json(tmp_path / "teacher" / "results.json")
+    results = train(
+        tmp_path / "student", "digits", teacher=source, max_steps=1, held_out_fraction=0.5
+    )
+    assert "accuracy_interval" not in results
+
+
 def test_images_that_trained_the_teacher_are_known(teacher: Path, tmp_path: Path) -> None:
     """They measure nothing: the student has learned their labels from the teacher."""
     train(tmp_path, "digits", max_steps=1)

@@ -398,6 +398,15 @@ def test_a_second_interrupt_ends_at_once() -> None:
             time.sleep(1)
 
 
+def test_an_interrupt_after_another_signal_ends_at_once() -> None:
+    with SignalHandler() as interruption:
+        os.kill(os.getpid(), signal.SIGTERM)
+        interruption.signal_times[signal.SIGTERM] -= 2
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+
+
 def test_ignored_signals_stay_ignored() -> None:
     old = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:

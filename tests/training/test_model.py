@@ -186,9 +186,8 @@ def test_only_names_that_look_like_presets_must_be_presets(
 def test_fields_that_follow_from_the_labels_and_unknown_ones_are_errors() -> None:
     with raises_one_line("`model_config` cannot set `tasks`"):
         check_model_flags("vitcls-tiny", {"head_type": "mlp", "tasks": {}}, "full")
-    options = ModelOptions(model="vitcls-tiny", model_config={"drop_path": 0.1})
     with raises_one_line("'drop_path': did you mean drop_path_rate?"):
-        build_initial_model(options, OneLabel({"label": ["a", "b"]}))
+        check_model_flags("some/checkpoint", {"drop_path": 0.1}, "full")
 
 
 @pytest.mark.parametrize(

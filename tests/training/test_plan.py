@@ -6,26 +6,15 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 
 from modeling_vitcls.training import plan
 from modeling_vitcls.training.options import FinetuneOptions
 from modeling_vitcls.training.plan import RunPlan, plan_run
 
 
-def make_plan(
-    monkeypatch: pytest.MonkeyPatch,
-    num_images: int = 600,
-    num_labels: int = 10,
-    has_probe: bool = True,
-    cpu_flops: float | None = None,
-    is_resumed: bool = False,
-    **flags: Any,
-) -> RunPlan:
-    """Plan a run of a trained encoder; `cpu_flops` are those of a forward pass on a CPU."""
-    device = torch.device("cuda" if cpu_flops is None else "cpu")
-    monkeypatch.setattr(plan, "PartialState", lambda: SimpleNamespace(device=device))
-    monkeypatch.setattr(plan, "resolve_schedule", lambda options, *arguments: (options, {}))
-    inputs = SimpleNamespace(
+def make_inputs(num_images: int, num_labels: int = 10, has_probe: bool = True, **flags: Any) -> Any:
+    return SimpleNamespace(
         options=FinetuneOptions(model="encoder", dataset="photos", output_dir=Path("run"), **flags),
         initial=SimpleNamespace(has_random_weights=not has_probe),
         images=SimpleNamespace(
@@ -34,13 +23,29 @@ def make_plan(
         ),
         setup=SimpleNamespace(
             probe=object() if has_probe else None,
-            model=None,
+            model=torch.nn.Identity(),
             has_known_head=has_probe,
             missing_probe_reason="",
         ),
-        forward_flops=cpu_flops or 1e12,
+        forward_flops=1e12,
     )
-    return plan_run(inputs, is_resumed)  # type: ignore[arg-type]
+
+
+def make_plan(
+    monkeypatch: pytest.MonkeyPatch,
+    num_images: int = 600,
+    num_labels: int = 10,
+    has_probe: bool = True,
+    step_minutes: int | None = None,
+    is_resumed: bool = False,
+    **flags: Any,
+) -> RunPlan:
+    """Plan a run of a trained encoder; `step_minutes` is the duration of its steps on a CPU."""
+    device = torch.device("cuda" if step_minutes is None else "cpu")
+    monkeypatch.setattr(plan, "measure_step_minutes", lambda *arguments: step_minutes)
+    monkeypatch.setattr(plan, "resolve_schedule", lambda options, *arguments: (options, {}))
+    inputs = make_inputs(num_images, num_labels, has_probe, **flags)
+    return plan_run(inputs, SimpleNamespace(device=device), is_resumed)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -50,10 +55,10 @@ def make_plan(
         ({"num_images": 1_999}, "frozen"),
         ({"num_images": 2_000}, "steps"),
         ({"num_images": 2_000, "num_labels": 41}, "frozen"),
-        ({"num_images": 2_000, "cpu_flops": 6e9}, "steps"),
-        ({"num_images": 2_000, "cpu_flops": 6.1e9}, "frozen"),
+        ({"num_images": 2_000, "step_minutes": 10}, "steps"),
+        ({"num_images": 2_000, "step_minutes": 11}, "frozen"),
         ({"epochs": 2.0}, "steps"),
-        ({"epochs": 2.0, "cpu_flops": 1e12}, "steps"),
+        ({"epochs": 2.0, "step_minutes": 150}, "steps"),
         ({"max_steps": 1}, "steps"),
         ({"select": "best"}, "steps"),
         ({"learning_rate": 1e-5}, "steps"),
@@ -68,6 +73,29 @@ def test_a_run_has_steps_if_somebody_asks_for_them_or_if_they_pay(
     settings: dict[str, Any], kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert make_plan(monkeypatch, **settings).kind == kind
+
+
+@pytest.mark.parametrize(
+    ("num_images", "step_seconds", "reason"),
+    [
+        (2_000, 30, "2,000 images, about 1 minute on this CPU"),
+        (2_000, 601, "5 epochs would take about 11 minutes on this CPU, more than 10"),
+        (600, None, "600 images, fewer than 2,000"),  # nothing is measured
+    ],
+)
+def test_the_speed_of_this_cpu_decides_if_nothing_else_does(
+    num_images: int, step_seconds: float | None, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step takes as long as three forward passes."""
+
+    def measure(model: Any, device: torch.device) -> dict[str, float]:
+        assert step_seconds is not None
+        return {"images_per_second": 3 * 5 * num_images / step_seconds}
+
+    monkeypatch.setattr(plan, "measure_inference_speed", measure)
+    monkeypatch.setattr(plan, "resolve_schedule", lambda options, *arguments: (options, {}))
+    inputs = make_inputs(num_images)
+    assert plan_run(inputs, Accelerator(cpu=True), is_resumed=False).reason == reason
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ from modeling_vitcls.data.aspect_ratio import get_resize, set_resize
 from modeling_vitcls.inference.evaluate import evaluate_checkpoint
 from modeling_vitcls.inference.linear_probe import LinearProbe
 from modeling_vitcls.inference.options import EvaluateOptions
-from modeling_vitcls.training import plan, save
+from modeling_vitcls.training import save
 from modeling_vitcls.training.probe import describe_class_weights
 
 
@@ -229,9 +229,8 @@ def test_a_trained_model_is_shown_beside_the_nearest_images_before_training(
 def test_no_image_passes_the_frozen_encoder_twice(
     encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Except in the measurements of the speed, whose images are no photos."""
+    """Except in the measurement of the speed, whose images are no photos."""
     monkeypatch.setattr(save, "measure_inference_speed", lambda model, device: {})
-    monkeypatch.setattr(plan, "MAX_STEP_FLOPS", math.inf)
     counts = []
     forward = ViTCLSModel.forward
 

@@ -255,6 +255,13 @@ def test_a_teacher_without_a_classifier_of_one_label_is_an_error(
         load_labeled_teacher(folder)
 
 
+def test_a_state_dict_is_converted_before_it_teaches(tmp_path: Path) -> None:
+    file = tmp_path / "deit.pth"
+    torch.save({}, file)
+    with raises_one_line(f"vitcls convert {file} FOLDER", error=OSError):
+        load_labeled_teacher(file)
+
+
 def test_remote_code_is_not_run(tmp_path: Path) -> None:
     auto_map = '{"AutoConfig": "theirs.Config", "AutoModelForImageClassification": "theirs.Model"}'
     (tmp_path / "config.json").write_text(
