@@ -54,9 +54,9 @@ def main(arguments: list[str] | None = None) -> None:
         try:
             run_command(arguments, owns_process)
         finally:
-            # here and not at exit, where Python could only print a traceback of a closed pipe
+            # Here and not at exit, where Python could only print a traceback of a closed pipe
             sys.stdout.flush()
-    except BrokenPipeError:  # the reader of the output has read enough: `vitcls demo --help | head`
+    except BrokenPipeError:  # The reader of the output has read enough: `vitcls demo --help | head`
         discard_output()
         raise SystemExit(1) from None
     except KeyboardInterrupt:
@@ -64,7 +64,7 @@ def main(arguments: list[str] | None = None) -> None:
             # Outputs appear when they are complete. A run with a checkpoint then names --resume.
             print("interrupted by Ctrl-C. To start again, repeat the command", file=sys.stderr)
         raise SystemExit(128 + signal.SIGINT) from None
-    except Exception as error:  # raised again unless memory, files or space have run out
+    except Exception as error:  # Raised again unless memory, files or space have run out
         message = describe_exhaustion(error)
         if message is None:
             raise
@@ -106,7 +106,7 @@ def run_command(arguments: list[str], owns_process: bool) -> None:
     modules = load_modules()
     from .parsing import check_outputs, exit_on_error, parse_command_line, silence_libraries
 
-    # flags and paths first: an error about them should not wait seconds for torch
+    # Flags and paths first: an error about them should not wait seconds for torch
     name, options = parse_command_line(modules, arguments or ["--help"])
     with exit_on_error(type(options)):
         check_outputs(options)
@@ -120,7 +120,7 @@ def run_command(arguments: list[str], owns_process: bool) -> None:
     # 400,000 objects of the libraries stay until the end. The garbage collector would visit all of
     # them again and again, and at exit: a quarter of the CPU time of a short command.
     gc.disable()
-    # imports torch; __init__.py does not register the classes in the process of a command
+    # Imports torch; __init__.py does not register the classes in the process of a command
     from ..model.configuration_vitcls import ViTCLSConfig
 
     ViTCLSConfig.register_auto_classes()

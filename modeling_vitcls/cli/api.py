@@ -61,7 +61,7 @@ def own_state() -> Iterator[None]:
             stack.enter_context(torch.device("cpu"))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
-        # does not start CUDA in a process that does not use it
+        # Does not start CUDA in a process that does not use it
         gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
         stack.enter_context(torch.random.fork_rng(gpus))
         torch.set_default_dtype(torch.float32)
@@ -213,8 +213,8 @@ def predict(model: str | Path, images: Any = None, **flags: Any) -> list[dict[st
     options = build_options(
         PredictOptions,
         model=model,
-        paths=("image",) * len(sources),  # as the options require
-        output="not-written.json",  # as features require
+        paths=("image",) * len(sources),  # As the options require
+        output="not-written.json",  # As features require
         **flags,
     )
     return predict_from_options(options, sources)

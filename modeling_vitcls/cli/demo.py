@@ -16,8 +16,8 @@ from ..runtime.errors import describe_installation
 from ..runtime.flags import Options
 
 
-NUM_LABELS = 5  # maximum number of labels with a probability
-NONE_OF_THESE = "none of these"  # shown for a photo of none of the classes
+NUM_LABELS = 5  # Maximum number of labels with a probability
+NONE_OF_THESE = "none of these"  # Shown for a photo of none of the classes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +47,7 @@ def run(options: DemoOptions) -> None:
     """
     if find_spec("gradio") is None:
         raise ValueError(f"vitcls demo requires gradio. {describe_installation('demo')}")
-    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read on import
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # Read on import
     import gradio
 
     page = build_page(options)
@@ -62,7 +62,7 @@ def run(options: DemoOptions) -> None:
             prevent_thread_lock=True,
             quiet=True,
             show_error=True,
-            # fonts of the system: the page loads none from other hosts
+            # Fonts of the system: the page loads none from other hosts
             theme=gradio.themes.Default(
                 font=("system-ui", "sans-serif"), font_mono=("ui-monospace", "monospace")
             ),

@@ -81,7 +81,7 @@ def print_commands(modules: dict[str, ModuleType], arguments: list[str]) -> None
         summary = str(module.__doc__).partition("\n")[0].partition(": ")[2]
         subcommand = tyro.conf.subcommand(name=name, description=summary)
         commands.append(Annotated[module.OPTIONS_CLASS, subcommand])
-    # the number of types is not known here
+    # The number of types is not known here
     union: Any = Union[tuple(commands)]  # noqa: UP007
     with exit_on_error(Options, status=2):
         run_tyro(union, prog="vitcls", args=arguments)
@@ -101,7 +101,7 @@ def run_tyro(kind: Any, **settings: Any) -> Any:
                 **settings,
             )
     except SystemExit:
-        if not printed.getvalue():  # after the help, or not the first process
+        if not printed.getvalue():  # After the help, or not the first process
             raise
         raise ValueError(shorten_error(printed.getvalue())) from None
 
@@ -189,7 +189,7 @@ def check_flags(
     ]
     if missing and not HELP_FLAGS.intersection(flags):
         first = flags[0] if flags else "-"
-        # such as `vitcls predict runs/mine photo.jpg`
+        # Such as `vitcls predict runs/mine photo.jpg`
         is_model = "model" in missing and not first.startswith("-") and not Path(first).is_file()
         hint = f". Did you mean `model={first!r}`?" if is_model else ""
         names = ", ".join(f"`{name}`" for name in missing)
@@ -210,7 +210,7 @@ def check_writable(name: str, output: Path) -> None:
     if str(output).encode(errors="ignore").decode() != str(output):
         raise ValueError(f"`{name}` is {str(output)!a}, which is not valid UTF-8. Set another one")
     output = output.absolute()
-    # unlike Path.exists, os.path.exists does not raise PermissionError
+    # Unlike Path.exists, os.path.exists does not raise PermissionError
     existing = next(path for path in (output, *output.parents) if os.path.exists(path))  # noqa: PTH110
     if existing != output and not existing.is_dir():
         raise ValueError(
@@ -257,7 +257,7 @@ def silence_libraries() -> None:
 
     transformers_logging.disable_progress_bar()
     transformers_logging.get_logger("transformers.modeling_utils").addFilter(
-        # logging accepts functions
+        # Logging accepts functions
         lambda record: "LOAD REPORT" not in record.getMessage()  # type: ignore[arg-type]
     )
     assert logging.lastResort is not None, "Python has it unless a program removes it"
@@ -284,7 +284,7 @@ def exit_on_error(options_class: type[Options], status: int = 1) -> Iterator[Non
         status = stopped.exit_status
         message = spell_flags(str(stopped))
         is_on_all_processes = stopped.is_on_all_processes
-    except BrokenPipeError:  # the reader of the output has read enough
+    except BrokenPipeError:  # The reader of the output has read enough
         raise
     except (ValueError, OSError) as error:
         message = spell_flags(describe_error(error))

@@ -8,7 +8,7 @@ implemented in modeling_vitcls/training/run.py and pretrain.py.
 """
 
 from ..training.options import PretrainOptions
-from .finetune import run as run  # the same for both kinds of training
+from .finetune import run as run  # The same for both kinds of training
 
 
 OPTIONS_CLASS = PretrainOptions

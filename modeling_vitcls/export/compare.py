@@ -15,10 +15,10 @@ from .exportable import Outputs
 from .tracing import GraphShape
 
 
-# dtype of the graph -> absolute tolerance, and tolerance relative to the largest absolute value of
+# Data type of the graph -> absolute tolerance, and tolerance relative to the largest absolute value of
 # the output.
 LIMITS: dict[str, tuple[float, float]] = {"float32": (1e-4, 0.0), "float16": (1e-4, 1e-2)}
-# relative tolerance of the distance to the nearest class, as a difference of large numbers
+# Relative tolerance of the distance to the nearest class, as a difference of large numbers
 DISTANCE_LIMIT = 1e-4
 
 

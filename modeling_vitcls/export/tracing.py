@@ -33,9 +33,9 @@ class GraphShape:
 
     # (height, width) in pixels; the only accepted size unless `is_dynamic`
     image_size: tuple[int, int]
-    smallest_size: tuple[int, int]  # smallest accepted (height, width) in pixels
-    is_dynamic: bool  # whether the graph accepts sizes other than `image_size`
-    # reason why the size is fixed although a dynamic size was requested; empty otherwise
+    smallest_size: tuple[int, int]  # Smallest accepted (height, width) in pixels
+    is_dynamic: bool  # Whether the graph accepts sizes other than `image_size`
+    # Reason why the size is fixed although a dynamic size was requested; empty otherwise
     fixed_size_reason: str = ""
 
     @property
@@ -106,7 +106,7 @@ def trace_model(
         model = copy.deepcopy(model)
     # PyTorch's fused attention, which the exporters know as one operation
     model.set_attn_implementation("sdpa")
-    # attention masks that require gradients would select a different attention kernel
+    # Attention masks that require gradients would select a different attention kernel
     model.requires_grad_(False)
     model.to(dtype=dtype)  # type: ignore[call-arg]  # `to` is decorated
 
@@ -126,7 +126,7 @@ def trace_model(
                 (images,),
                 dynamic_shapes=graph_shape.dynamic_shapes,
             )
-            # decomposition is required to save vectorized attention masks
+            # Decomposition is required to save vectorized attention masks
             graph = graph.run_decompositions({})
     except Exception as error:  # torch.export raises many types of errors
         hint = ". Set `dynamic=False`" if graph_shape.is_dynamic else ""

@@ -37,7 +37,7 @@ from ..model.class_distance_vitcls import ClassDistance
 # trained encoders are far above it.
 MIN_RELATIVE_VARIANCE = 1e-6
 
-Token = tuple[int, str]  # negative index of a layer, and "cls" or "mean" (of the patches)
+Token = tuple[int, str]  # Negative index of a layer, and "cls" or "mean" (of the patches)
 TokenFeatures = Mapping[Token, np.ndarray]  # [N, D] of each token, after the final norm
 
 
@@ -85,10 +85,12 @@ class ClassStatistics:
         for values in features.values():
             values = values.astype(np.float64)
             mean = compute_means(values, labels, counts)
-            covariance = own_covariance = np.eye(values.shape[1]) * (values.var() or 1.0)
             if has_covariance:
                 residuals = values - mean[labels]
                 covariance, own_covariance = compute_covariances(residuals, labels, counts)
+            else:
+                covariance = np.eye(values.shape[1]) * (values.var() or 1.0)
+                own_covariance = covariance.copy()
             precision = linalg.inv(covariance)
             means.append(mean)
             # The inverse is symmetric up to rounding only, and a distance must not depend on the
@@ -210,7 +212,7 @@ class ClassStatistics:
         }
         model.class_distance.load_state_dict(
             {name: torch.tensor(array, dtype=torch.float32) for name, array in arrays.items()},
-            strict=False,  # the fingerprint follows
+            strict=False,  # The fingerprint follows
         )
         model.class_distance.to(model.device).store_fingerprint(model.vitcls)
 
@@ -266,7 +268,7 @@ def build_label_scores(
     num_images = len(labels)
     with_label = labels.sum(axis=0)[:, None]
     is_known = (with_label > 0) & (with_label < num_images)
-    # of the images in the mean with a label and, negative, in the mean without it
+    # Of the images in the mean with a label and, negative, in the mean without it
     shares = labels / np.maximum(with_label.T, 1)
     shares -= ~labels / np.maximum(num_images - with_label.T, 1)
     weights, biases = [], []
@@ -296,8 +298,8 @@ def compute_covariances(
     width = residuals.shape[1]
     # The only image of a class equals its mean, and says nothing about the covariance.
     num_images = counts[counts > 1].sum()
-    weights = np.zeros(len(residuals))  # of each image
-    target = np.zeros(width)  # diagonal
+    weights = np.zeros(len(residuals))  # Of each image
+    target = np.zeros(width)  # Diagonal
     for label in np.flatnonzero(counts > 1):
         rows = labels == label
         variances = residuals[rows].var(axis=0)
@@ -312,7 +314,7 @@ def compute_covariances(
     # A feature that hardly varies would decide everything by its rounding errors, and with images of
     # one color none of them varies.
     variances = np.diagonal(covariance)
-    # the median, because one feature on another scale would dominate a mean
+    # The median, because one feature on another scale would dominate a mean
     floor = MIN_RELATIVE_VARIANCE * (np.median(variances) or 1.0)
     covariance[np.diag_indices(width)] = np.maximum(variances, floor)
     return covariance, own_covariance
@@ -326,7 +328,7 @@ def estimate_shrinkage(values: np.ndarray) -> tuple[float, float]:
     covariance matrices").
     """
     num_values, width = values.shape
-    if num_values == 2:  # one difference, whose noise cannot be estimated
+    if num_values == 2:  # One difference, whose noise cannot be estimated
         return 1.0, float((values**2).mean())
     norms = (values**2).sum(axis=1)
     mean_variance = norms.sum() / (num_values * width)

@@ -11,7 +11,7 @@ from scipy.optimize import minimize, minimize_scalar
 from scipy.special import expit, log_softmax, logit, softmax
 
 
-MAX_LOG_TEMPERATURE = 20.0  # at which all probabilities are equal, in single precision
+MAX_LOG_TEMPERATURE = 20.0  # At which all probabilities are equal, in single precision
 
 
 def to_probabilities(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:

@@ -124,7 +124,7 @@ def estimate_average_precision(
     num_groups = groups.max() + 1
     generator = np.random.default_rng(0)
     draws = generator.multinomial(num_groups, np.ones(num_groups) / num_groups, NUM_RESAMPLES)
-    # how often each image is in each sample; the first one is the images themselves
+    # How often each image is in each sample; the first one is the images themselves
     counts = np.concatenate([np.ones((1, num_images)), draws[:, groups]])
     precisions = []
     for own, is_true in zip(scores.T, labels.T, strict=True):

@@ -46,14 +46,14 @@ from .confidence import (
 from .intervals import Estimate, estimate_after_choice, estimate_average_precision
 
 
-NUM_LAST_LAYERS = 4  # of the largest candidate
+NUM_LAST_LAYERS = 4  # Of the largest candidate
 NUM_FOLDS = 5
 NUM_FOLDS_OF_FEW = 10
-FEW_IMAGES = 1000  # up to which ten folds are run
-KNOWN_RECALL = 0.95  # fraction of training images within the distance threshold
-MIN_LABEL_IMAGES = 2  # with one of several labels, and without it; with fewer, it is not learned
-MIN_PROBABILITY = 1e-30  # of out-of-fold predictions, whose logarithms must be finite
-MIN_DISTANCE_IMAGES = 100  # with fewer, a handful of images would decide the threshold
+FEW_IMAGES = 1000  # Up to which ten folds are run
+KNOWN_RECALL = 0.95  # Fraction of training images within the distance threshold
+MIN_LABEL_IMAGES = 2  # With one of several labels, and without it; with fewer, it is not learned
+MIN_PROBABILITY = 1e-30  # Of out-of-fold predictions, whose logarithms must be finite
+MIN_DISTANCE_IMAGES = 100  # With fewer, a handful of images would decide the threshold
 POOLING_TEXTS = {
     "cls": "CLS",
     "mean": "mean of the patches",
@@ -62,7 +62,7 @@ POOLING_TEXTS = {
     "distillation": "distillation token",
 }
 
-Folds = list[tuple[np.ndarray, np.ndarray]]  # indices of training and left-out images
+Folds = list[tuple[np.ndarray, np.ndarray]]  # Indices of training and left-out images
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ class Score:
     logits: np.ndarray  # [N, K], calibrated
     lines: np.ndarray  # [2, 1], or [2, K] with several labels: slopes and offsets that calibrate
     losses: np.ndarray  # [N] log loss of the calibrated logits
-    row: dict[str, Any]  # of the table of candidates
+    row: dict[str, Any]  # Of the table of candidates
 
     @classmethod
     def of(
@@ -265,7 +265,7 @@ class LinearProbe(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
                     for token, values in in_fold.items()
                 }
             else:
-                # groups may keep all images of a class in one fold
+                # Groups may keep all images of a class in one fold
                 known = test[np.isin(labels[test], labels[train])]
                 statistics = ClassStatistics.fit(
                     in_fold, labels[train], len(self.classes_), has_covariance

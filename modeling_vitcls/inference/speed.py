@@ -61,7 +61,7 @@ def count_flops(model: Any, image_size: int | Sequence[int] | None = None) -> in
     """
     height, width = to_pair(image_size or model.config.image_size)
     config = copy.deepcopy(model.config)
-    # the counter supports fused kernels only on some devices
+    # The counter supports fused kernels only on some devices
     config._attn_implementation = "eager"
 
     with torch.device("meta"):

@@ -96,7 +96,7 @@ class AdaptableModel(PreTrainedModel):
         has_loading_info = isinstance(model_or_tuple, tuple)  # output_loading_info=True
         model = model_or_tuple[0] if has_loading_info else model_or_tuple
         align_weights(model)
-        # before `adapt`, so that it counts only gates that still do something
+        # Before `adapt`, so that it counts only gates that still do something
         remove_open_gates(model)
 
         if not changes:
@@ -183,7 +183,7 @@ def read_adaptable_fields(
     config_class: type[ViTCLSConfig], source: Any, kwargs: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Read the values of `ADAPTABLE_FIELDS` in a checkpoint; {} if it has no configuration."""
-    if source is None:  # the caller passes a state dict instead of a checkpoint
+    if source is None:  # The caller passes a state dict instead of a checkpoint
         return {}
     hub_kwargs = {name: kwargs[name] for name in HUB_KEYWORDS if name in kwargs}
     try:
@@ -341,15 +341,15 @@ class AdaptationContext(NamedTuple):
     """Inputs of an adapter: a weight, the weights of the old model, and both configurations."""
 
     name: str
-    initial_value: Tensor  # the newly initialized weight
-    # the weight with this name in the old model; None if there is no such weight
+    initial_value: Tensor  # The newly initialized weight
+    # The weight with this name in the old model; None if there is no such weight
     old_value: Tensor | None
     old_weights: Mapping[str, Tensor]
     old_config: ViTCLSConfig
     new_config: ViTCLSConfig
 
 
-# the adapted weight, and a description of the change (empty if unchanged)
+# The adapted weight, and a description of the change (empty if unchanged)
 AdaptedWeight = tuple[Tensor, str]
 
 

@@ -23,7 +23,7 @@ from .heads_vitcls import TokenPooler
 
 logger = logging.get_logger(__name__)
 
-NUM_SUMS = 16  # in a fingerprint
+NUM_SUMS = 16  # In a fingerprint
 SPECIAL_TOKENS = ("cls_token", "distillation_token", "register_tokens")
 # Sums are stored as integers in this unit: a cast of the model to half precision leaves integers as
 # they are.
@@ -31,7 +31,7 @@ SUM_UNIT = 2.0**-24
 # Relative rounding of each weight, if all of them are numbers of bfloat16 or float16; and otherwise,
 # as after a merge of LoRA in float32
 HALF_ROUNDING, ROUNDING = 2.0**-9, 2.0**-22
-NUM_SAMPLES = 64  # weights of each parameter, which tell which of the two applies
+NUM_SAMPLES = 64  # Weights of each parameter, which tell which of the two applies
 # Largest sum of the squared deviations of a fingerprint, in units of what rounding may cause. Rounding
 # to bfloat16 gives about 0.4 for each of the sums.
 MAX_DEVIATION = 24.0
@@ -173,7 +173,7 @@ def sum_weights(encoder: nn.Module) -> tuple[Tensor, Tensor] | None:
         if not is_plain or weight.is_meta:
             return None
         values = weight.flatten(1) if weight.ndim > 1 else weight[:, None]
-        values = values.cpu() if values.device.type == "mps" else values  # has no float64
+        values = values.cpu() if values.device.type == "mps" else values  # Has no float64
         factors = torch.linspace(1, 2, len(values), dtype=torch.float64, device=values.device)
         norms = torch.linalg.vector_norm(values, dim=1, dtype=torch.float64)
         part, own_name = name.split(".")[:2]

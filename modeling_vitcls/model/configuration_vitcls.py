@@ -504,7 +504,7 @@ class ViTCLSConfig(ExtraHeadsConfig, BackboneConfigMixin, PreTrainedConfig):
             if name not in known_names and not name.startswith("_"):
                 raise ValueError(f"Unknown field {name!r}{_format_suggestion(name, known_names)}")
 
-        # before `super`, which would set these as plain attributes, without deriving anything
+        # Before `super`, which would set these as plain attributes, without deriving anything
         self.auto_map = kwargs.pop("auto_map", None) or self.build_auto_map()
         # AutoModelForImageClassification selects one of two classes by `architectures`, which must
         # not be None.

@@ -115,7 +115,7 @@ class ExtraHeadsConfig:
             "tasks": None,
             "architectures": None,
             "compute_all_tokens": self.compute_all_tokens or not self.num_labels,
-            # an extra head on its own, without the other classifier, has the same bits
+            # An extra head on its own, without the other classifier, has the same bits
             "extra_heads": {
                 name: {
                     "labels": head.labels,

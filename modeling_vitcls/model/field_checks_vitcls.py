@@ -15,9 +15,9 @@ from huggingface_hub.errors import StrictDataclassClassValidationError, StrictDa
 from transformers.activations import ACT2FN
 
 
-MAX_LABELS = 1_000_000  # maximum number of labels of one classifier
-MAX_PATCHES = 2**22  # maximum number of patches of an image
-MAX_PATCH_SIDE = 4096  # maximum height and width of a patch, in pixels
+MAX_LABELS = 1_000_000  # Maximum number of labels of one classifier
+MAX_PATCHES = 2**22  # Maximum number of patches of an image
+MAX_PATCH_SIDE = 4096  # Maximum height and width of a patch, in pixels
 
 
 # Bounds of fields ---------------------------------------------------------------------------------

@@ -100,7 +100,7 @@ class AttentionPooler(nn.Module):
         query = self.q_proj(self.probe)
         key = self.k_proj(tokens)
         value = self.v_proj(tokens)
-        # query [1, heads, 1, head_dim], key and value [B, heads, N', head_dim]
+        # Query [1, heads, 1, head_dim], key and value [B, heads, N', head_dim]
         query, key, value = (
             states.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for states in (query, key, value)
@@ -179,7 +179,7 @@ class ExtraHeads(nn.ModuleDict):
     def __init__(self, config: ViTCLSConfig) -> None:
         super().__init__()
         self.config = config
-        # here and not in `forward`, because torch.compile does not trace the checks of `ExtraHead`
+        # Here and not in `forward`, because torch.compile does not trace the checks of `ExtraHead`
         heads = config.get_extra_heads()
         self.added_classes = list(config.get_added_classes())
         self.pooled_layers = {

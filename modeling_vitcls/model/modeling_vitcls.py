@@ -88,10 +88,10 @@ class ViTCLSModelOutput(BaseModelOutputWithPooling):
 
     # Set by the model; not fields, because fields are tensors.
     token_layout: ClassVar[TokenLayout | None] = None
-    grid_size: ClassVar[tuple[int, int] | None] = None  # number of patch rows and columns
-    # layer -> tokens after the final norm: the last, `output_layers`, and what the pooler reads
+    grid_size: ClassVar[tuple[int, int] | None] = None  # Number of patch rows and columns
+    # Layer -> tokens after the final norm: the last, `output_layers`, and what the pooler reads
     layer_tokens: ClassVar[Mapping[int, Tensor]] = {}
-    # function that returns all tokens of the last layer after the final norm; None if
+    # Function that returns all tokens of the last layer after the final norm; None if
     # `last_hidden_state` has them
     compute_all_tokens: ClassVar[Callable[[], Tensor] | None] = None
 
@@ -230,7 +230,7 @@ class ViTCLSPreTrainedModel(AdaptableModel):
             for buffer in module.buffers(recurse=False):
                 init.zeros_(buffer)  # a file without statistics has none
         else:
-            super()._init_weights(module)  # norms
+            super()._init_weights(module)  # Norms
 
     def token_attention(
         self,
@@ -284,7 +284,7 @@ class ViTCLSModel(ViTCLSPreTrainedModel):
         {'cls': 1, 'distillation': 0, 'registers': 4, 'patches': 196}
     """
 
-    # what `count_output_tokens` has found to have no hooks
+    # What `count_output_tokens` has found to have no hooks
     state_without_hooks: tuple[int, ...] = ()
 
     def __init__(self, config: ViTCLSConfig, add_pooling_layer: bool = True) -> None:
@@ -410,7 +410,7 @@ class ViTCLSModel(ViTCLSPreTrainedModel):
         output = ViTCLSModelOutput(
             last_hidden_state=layer_tokens[num_layers], pooler_output=pooler_output
         )
-        # set on this instance; not with `setattr`, for which transformers lists all fields
+        # Set on this instance; not with `setattr`, for which transformers lists all fields
         output.__dict__.update(
             token_layout=self.config.token_layout,
             grid_size=grid_size,
@@ -726,7 +726,7 @@ class ViTCLSForMultiTaskClassification(ViTCLSPreTrainedModel):
         for name, task_logits in logits.items():
             task_labels = labels.get(name)
             if task_labels is None:
-                # all parameters must get gradients
+                # All parameters must get gradients
                 task_labels = torch.full((task_logits.shape[0],), IGNORED_LABEL)
             losses[name] = compute_cross_entropy(task_logits, task_labels, owner=f"task {name!r}")
         return losses
@@ -745,7 +745,7 @@ def count_output_tokens(
     config = encoder.config
     if compute_all_tokens is None:
         compute_all_tokens = config.compute_all_tokens
-    # without labels, the logits are the pooler output of the encoder, to the bit
+    # Without labels, the logits are the pooler output of the encoder, to the bit
     if compute_all_tokens or not config.num_labels:
         return None
     if any(
@@ -890,7 +890,7 @@ class ViTCLSBackbone(BackboneMixin, ViTCLSModel):
             if stage in self.out_features
         ]
         return BackboneOutput(
-            # annotated as a tuple of length one
+            # Annotated as a tuple of length one
             feature_maps=tuple(feature_maps),  # type: ignore[arg-type]
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from .field_checks_vitcls import reject
 
 
-TokenGroup = Literal["cls", "distillation", "registers"]  # special tokens
+TokenGroup = Literal["cls", "distillation", "registers"]  # Special tokens
 # Group of special tokens -> field with the number of tokens.
 COUNT_FIELDS: dict[str, str] = {
     "cls": "num_cls_tokens",

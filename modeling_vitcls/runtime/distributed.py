@@ -73,10 +73,10 @@ def build_accelerator(
         AcceleratorState._shared_state
         and AcceleratorState().distributed_type is not DistributedType.FSDP
     ):
-        # an earlier accelerator of this process may have another precision
+        # An earlier accelerator of this process may have another precision
         AcceleratorState._reset_state()
     accelerator = Accelerator(
-        # otherwise, several processes on CPUs would run independently
+        # Otherwise, several processes on CPUs would run independently
         cpu=not torch.accelerator.is_available(),
         mixed_precision=None if mixed_precision == "auto" else mixed_precision,
         log_with=list(trackers) or None,
@@ -152,7 +152,7 @@ def enable_fsdp_on_cpu(accelerator: Accelerator) -> None:
     if accelerator.mixed_precision != "no":
         plugin.set_mixed_precision(accelerator.mixed_precision)
     accelerator.state.fsdp_plugin = plugin
-    # shared state
+    # Shared state
     accelerator.state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
 
 

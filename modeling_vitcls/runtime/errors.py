@@ -12,7 +12,7 @@ from .files import replace_control_characters
 
 logger = logging.getLogger(__name__)
 
-MAX_MESSAGE_LENGTH = 400  # maximum length of a formatted error message, in characters
+MAX_MESSAGE_LENGTH = 400  # Maximum length of a formatted error message, in characters
 # What the system, Python, PyTorch, the loader and libraries in Rust say, in lower case. Only the
 # system numbers its errors, so their text is all that they have in common.
 REMEDIES = {
@@ -30,7 +30,7 @@ REMEDIES = {
         "smaller batch"
     ),
 }
-ALL_PROCESSES_NOTE = "on all processes"  # note that marks errors that are raised on all processes
+ALL_PROCESSES_NOTE = "on all processes"  # Note that marks errors that are raised on all processes
 
 
 def format_error(error: BaseException) -> str:
@@ -130,8 +130,8 @@ class RunStopped(Exception):
         self, message: str, exit_status: int = 1, is_on_all_processes: bool = True
     ) -> None:
         super().__init__(message)
-        self.exit_status = exit_status  # exit status of the program
-        # whether all processes stop for the same reason
+        self.exit_status = exit_status  # Exit status of the program
+        # Whether all processes stop for the same reason
         self.is_on_all_processes = is_on_all_processes
 
 

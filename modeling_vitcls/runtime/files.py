@@ -13,7 +13,7 @@ from typing import Any
 
 
 CONTROL_CHARACTER = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
-FORMULA_PREFIXES = ("=", "+", "-", "@", "\t", "\r")  # first characters of formulas in spreadsheets
+FORMULA_PREFIXES = ("=", "+", "-", "@", "\t", "\r")  # First characters of formulas in spreadsheets
 
 
 def find_file(path: str) -> str:
@@ -55,7 +55,7 @@ def read_json(file: Path) -> dict[str, Any]:
                 f"{file} is a pointer of Git LFS instead of the file. Run `git lfs pull` in its folder"
             )
         content = json.loads(text)
-    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON or nested too deeply
+    except (ValueError, RecursionError) as error:  # Not UTF-8, not JSON or nested too deeply
         raise ValueError(f"cannot read {file}: {error}") from None
     if not isinstance(content, dict):
         raise ValueError(f"cannot read {file}: the file does not contain a JSON object")
@@ -102,7 +102,7 @@ def write_atomically(file: Path) -> Iterator[Path]:
     temporary_file = file.with_name(f".{file.name}.{secrets.token_hex(8)}.unfinished")
     try:
         yield temporary_file
-        # before the rename: after a power failure, the name could belong to an empty file
+        # Before the rename: after a power failure, the name could belong to an empty file
         sync_to_disk(temporary_file)
         temporary_file.replace(file)
     except OSError as error:
@@ -113,7 +113,7 @@ def write_atomically(file: Path) -> Iterator[Path]:
         raise OSError(f"cannot write {file}: {error.strerror}") from error
     finally:
         temporary_file.unlink(missing_ok=True)
-    # the new name of a file is stored in its folder
+    # The new name of a file is stored in its folder
     sync_to_disk(file.parent)
 
 

@@ -41,7 +41,7 @@ class Options:
     """
 
     def __post_init__(self) -> None:
-        # without what tyro has to know about a flag of a command (Annotated)
+        # Without what tyro has to know about a flag of a command (Annotated)
         for name, hint in get_type_hints(type(self)).items():
             value = getattr(self, name)
             # a separator `~` is no path
@@ -57,7 +57,7 @@ class Options:
                 value = Path(value)
             elif isinstance(value, Path) and Path not in kinds:
                 value = str(value)
-            elif type(value) is int and float in kinds:  # no bool
+            elif type(value) is int and float in kinds:  # No bool
                 value = float(value)
             # The dataclass is frozen. A value may change only here, because nothing has read it
             # yet.
@@ -87,7 +87,7 @@ def expand_home(value: Any) -> Any:
 
 def check_types(options: Any, names: Iterable[str]) -> None:
     """Raise ValueError if a field in `names` has a value of another type; tyro checks its own."""
-    from huggingface_hub.dataclasses import type_validator  # slow to import
+    from huggingface_hub.dataclasses import type_validator  # Slow to import
 
     fields = get_flag_fields(options)
     for name in names:
@@ -96,7 +96,7 @@ def check_types(options: Any, names: Iterable[str]) -> None:
             type_validator(name, value, fields[name].type)
         except (TypeError, ValueError):
             expected = inspect.formatannotation(fields[name].type)
-            # the text of a network has a hundred lines
+            # The text of a network has a hundred lines
             text = repr(value)
             given = f"of type {type(value).__name__}" if "\n" in text else text
             raise ValueError(f"`{name}` is {given}, but it must be {expected}") from None
@@ -160,7 +160,7 @@ def spell_flags(message: str) -> str:
             return match[0]
         if value is None:
             return f"--{name.replace('_', '-')}"
-        with suppress(ValueError, SyntaxError):  # words such as NAME stay
+        with suppress(ValueError, SyntaxError):  # Words such as NAME stay
             value = ast.literal_eval(value)
         return shlex.join(to_arguments(name, value))
 

@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.progress import Progress
 
 
-LINE_SECONDS = 30.0  # seconds between lines
-SILENT_SECONDS = 5.0  # seconds until the first line: the work may be over by then
+LINE_SECONDS = 30.0  # Seconds between lines
+SILENT_SECONDS = 5.0  # Seconds until the first line: the work may be over by then
 
 Item = TypeVar("Item")
 

@@ -21,8 +21,8 @@ from .files import sync_to_disk
 
 
 LOCK_FILE = ".vitcls.lock"
-STAGING_FOLDER = ".model.partial"  # the files until all of them are written
-LAST_FILE = "config.json"  # of a model folder: with it, the folder is complete
+STAGING_FOLDER = ".model.partial"  # The files until all of them are written
+LAST_FILE = "config.json"  # Of a model folder: with it, the folder is complete
 # Waiting time in seconds. Data loading processes of a killed run hold its lock until they end, a
 # few seconds later.
 LOCK_TIMEOUT = 10.0
@@ -51,11 +51,11 @@ def lock_folder(folder: Path, parameter: str = "output_dir") -> Iterator[None]:
     try:
         yield
     finally:
-        # removed before the release: afterwards, the file could be the lock of another command
+        # Removed before the release: afterwards, the file could be the lock of another command
         lock_file.unlink(missing_ok=True)
         lock.release()
         for each in new_folders:
-            with suppress(OSError):  # not empty
+            with suppress(OSError):  # Not empty
                 each.rmdir()
 
 

@@ -39,7 +39,7 @@ def build_task(old: OldModel, options: AddTaskOptions) -> Addition:
     has_patches = count_output_tokens(old.model.vitcls, None, {}) is None
     probe = LinearProbe(pooling=None if has_patches else "cls")
     features = old.compute_features(data.train.draw(options.max_images), label_space)
-    with threadpool_limits(limits=1):  # the matrices are small
+    with threadpool_limits(limits=1):  # The matrices are small
         probe.fit(features.get_tokens(), features.labels, features.groups)
 
     choice = build_probe_record(probe, len(features.labels))

@@ -131,7 +131,7 @@ def open_old_model(options: AdditionOptions) -> OldModel:
     folder = open_vitcls(options.model)
     if (
         folder.architecture == "ViTCLSModel"
-    ):  # becomes a classifier whose logits are the pooled vector
+    ):  # Becomes a classifier whose logits are the pooled vector
         model = folder.load(ViTCLSForImageClassification, num_labels=0)
     else:
         model = load_old_model(folder)
@@ -200,7 +200,7 @@ def append_head(
         names = [*get_label_space(config).names, *labels]
         config.id2label = dict(enumerate(names))
         config.label2id = {label: index for index, label in enumerate(names)}
-        config.class_statistics = None  # of the old classes; set for all of them afterwards
+        config.class_statistics = None  # Of the old classes; set for all of them afterwards
     config.extra_heads = {**(config.extra_heads or {}), name: head}
     extended = model.new_like(config).to(device=model.device, dtype=model.dtype).eval()
     # The old model has no weights for the new head, which are set below.

@@ -39,9 +39,9 @@ from ..model.modeling_vitcls import ViTCLSModel
 
 # The rank at which LoRA's results hardly change any more (Hu et al. 2021, arXiv 2106.09685, table 6)
 LORA_RANK = 8
-# the query and value projections of the paper; the pattern excludes attention poolers
+# The query and value projections of the paper; the pattern excludes attention poolers
 LORA_TARGET_MODULES = r".*\.layers\.\d+\.attention\.[qv]_proj"
-# fields of the configuration that follow from the labels of the dataset
+# Fields of the configuration that follow from the labels of the dataset
 LABEL_FIELDS = ("id2label", "label2id", "problem_type", "tasks", "extra_heads")
 LORA_A_SUFFIX = ".lora_A.default.weight"
 LORA_B_SUFFIX = ".lora_B.default.weight"
@@ -133,7 +133,7 @@ def load_with_label_space(
     assert initial.folder is not None, "a preset has no checkpoint to load"
     stored_config = initial.config
     model_class = CLASSIFIER_CLASSES[label_space.kind]
-    # they were fitted to features that fine-tuning changes
+    # They were fitted to features that fine-tuning changes
     fitted = dict.fromkeys(("extra_heads", "class_statistics", "distance_threshold"))
     config_values = config_values | fitted
 
@@ -148,12 +148,12 @@ def load_with_label_space(
         encoder, missing_weights = initial.folder.load_partly(
             ViTCLSModel,
             dtype=torch.float32,
-            tasks=None,  # the checkpoint's tasks may not match the number of CLS tokens
+            tasks=None,  # The checkpoint's tasks may not match the number of CLS tokens
             **config_values,
         )
 
         config = copy.deepcopy(encoder.config)
-        config.tasks = None  # of the old labels
+        config.tasks = None  # Of the old labels
         for name, value in label_space.to_config_values().items():
             setattr(config, name, value)
         model = model_class(config)

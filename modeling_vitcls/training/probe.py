@@ -58,7 +58,7 @@ from .distillation_head import DistillationHead, describe_inference, split_kinds
 # Maximum number of training images, drawn at random, for the probe of a run with steps. It is only
 # their start, and they see all images.
 MAX_PROBE_IMAGES = 10_000
-MAX_CHOICE_IMAGES = 5_000  # maximum number of images for the choice by cross-validation
+MAX_CHOICE_IMAGES = 5_000  # Maximum number of images for the choice by cross-validation
 # Images whose features are computed with both geometries: a fraction, at most a number. The second
 # pass costs no more than this, and its features are used if the second geometry wins.
 SQUASHED_FRACTION = 0.4
@@ -69,7 +69,7 @@ MIN_SQUASHED_PER_CLASS = 5
 # Distance of a class without training images below the smallest bias, in logits. Finite, because the
 # loss of a held-out image of such a class would be infinite otherwise.
 ABSENT_CLASS_MARGIN = 100.0
-NUM_NEAREST_IMAGES = 3  # nearest training images of a wrong prediction
+NUM_NEAREST_IMAGES = 3  # Nearest training images of a wrong prediction
 # Median of the longer side divided by the shorter. Below it, crop and squash see nearly the same pixels.
 MIN_ASPECT_RATIO = 1.05
 SQUASH = "squash"
@@ -647,7 +647,7 @@ def describe_threshold(probe: LinearProbe) -> str | None:
             f"photos farther than {probe.distance_threshold_:.1f} from every class will be marked"
         )
     requirement = "CLS or the mean of the patches as pooling"
-    # an image that every fold needs has no distance out of fold
+    # An image that every fold needs has no distance out of fold
     if np.isfinite(probe.losses_).sum() < MIN_DISTANCE_IMAGES:
         requirement = f"{MIN_DISTANCE_IMAGES} training images, in classes of two or more"
     return f"photos that show none of the classes will not be marked: this requires {requirement}"
