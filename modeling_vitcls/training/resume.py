@@ -9,12 +9,13 @@ taken from the record, so they do not depend on the machine that resumes the run
 import operator
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, TypeVar
 
 from accelerate.state import AcceleratorState
 
 from ..data.splits import TrainingData, describe_change, describe_data
-from ..hub.local_paths import is_same_source
+from ..hub.local_paths import is_local, is_same_source, split_prefix
 from ..runtime.flags import to_flags
 from .options import TrainOptions
 from .run_folder import PATH_FLAGS, EarlierRun, make_flags_relative
@@ -68,10 +69,14 @@ def take_derived_values(options: Options, earlier: EarlierRun) -> Options:
         if name in ("epochs", "max_steps"):
             model = str(options.output_dir)
             advice = f"To train for more steps, start another run with `model={model!r}`"
+        if is_local(asked) and not Path(split_prefix(asked)[1]).exists():
+            advice = f"{asked} does not exist. Restore it, or choose a different `output_dir`"
+        asked_text = format_flag_value(asked)
+        if name in derived:
+            asked_text += f" ({format_flag_value(derived[name])} was chosen)"
         raise ValueError(
-            f"`resume=True`: the run in {options.output_dir} was started with `{name}` "
-            f"{format_flag_value(asked)}, but the value in this run is "
-            f"{format_flag_value(flags[name])}. {advice}"
+            f"`resume=True`: the run in {options.output_dir} was started with `{name}` {asked_text}, "
+            f"but the value in this run is {format_flag_value(flags[name])}. {advice}"
         )
 
     # The batch size may change, so it is derived only while it is unset.

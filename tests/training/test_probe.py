@@ -551,6 +551,17 @@ def test_each_task_has_the_classifier_and_the_result_of_a_run_on_its_column_alon
         np.testing.assert_allclose(found[task].softmax(1).detach(), expected, atol=1e-3)
 
 
+def test_a_finished_run_of_tasks_is_not_repeated(
+    encoder: Path, tagged_digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    tasks = ("half", "number")
+    options = build_tag_options(tmp_path / "run", encoder, tagged_digits, label_column=tasks)
+    results = run_training(options)
+    capsys.readouterr()
+    assert run_training(replace(options, resume=True)) == results
+    assert capsys.readouterr().out.startswith("finished ")
+
+
 def test_a_task_that_no_fold_can_measure_leaves_the_others_their_result(
     encoder: Path, tagged_digits: Path, tmp_path: Path
 ) -> None:

@@ -149,6 +149,13 @@ def test_a_run_does_not_resume_with_another_value(
         resume(stopped, [*command, *words.split()])
 
 
+def test_another_value_is_answered_with_the_one_that_was_chosen(
+    stopped: Path, command: list[str]
+) -> None:
+    with raises_one_line("`image_size` unset (224 was chosen)", "is 224 224"):
+        resume(stopped, [*command, "--image-size", "224", "224"])
+
+
 def test_a_resumed_run_keeps_the_values_that_were_derived_on_another_machine(
     command: list[str], interrupted: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -137,8 +137,16 @@ def test_a_resumed_run_uses_the_commits_with_which_it_was_started() -> None:
     for sources in ({}, chosen):
         resumed = take_derived_values(replace(options, **sources), earlier)
         assert (resumed.model, resumed.teacher) == tuple(chosen.values())
-    with raises_one_line("`model` acme/vit, but", f"is acme/vit@{'2' * 40}"):
+    with raises_one_line("`model` acme/vit (acme/vit@", f"is acme/vit@{'2' * 40}"):
         take_derived_values(replace(options, model=f"acme/vit@{'2' * 40}"), earlier)
+
+
+def test_an_initial_model_that_is_gone_is_named() -> None:
+    """Its name could also be that of a model on the Hub."""
+    options = build_options(Path("run"), model="vit")
+    flags = to_flags(options) | {"model": "./vit"}
+    with raises_one_line("./vit does not exist. Restore it"):
+        take_derived_values(options, EarlierRun({"flags": flags, "chosen_flags": {}}, None))
 
 
 def test_a_run_resumed_on_a_machine_without_bfloat16_keeps_its_precision(
