@@ -22,6 +22,8 @@ from .distributed_state import reshard
 
 MIN_IMAGES = 100  # Minimum number of images for a temperature
 MIN_ERROR_IMAGES = 100  # With fewer images, a calibration error is mostly noise
+# Probabilities below this many times 1 / classes are all the same to a person.
+EQUAL_FACTOR = 1.1
 # Images that a temperature is fitted to.
 CROSS_VALIDATION = "cross-validation"
 SELECTION = "selection"
@@ -131,6 +133,10 @@ def describe_probe_calibration(probe: LinearProbe) -> Calibration:
     else:
         temperature = round(probe.temperature_, 4)
         text = f"{chosen} (temperature {temperature:.2f})"
+        # A temperature of nine digits says nothing to a person.
+        num_classes = len(probe.classes_)
+        if np.nanmax(probe.out_of_fold_) < EQUAL_FACTOR / num_classes:
+            text = f"{chosen}, which do not tell the classes apart: all are near 1/{num_classes}"
     return Calibration(num_images, CROSS_VALIDATION, text, temperature)
 
 

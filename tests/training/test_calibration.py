@@ -2,6 +2,8 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -15,10 +17,31 @@ from modeling_vitcls.data.options import DataOptions
 from modeling_vitcls.data.splits import load_training_data
 from modeling_vitcls.hub.model_files import PREDICTIONS_FILE
 from modeling_vitcls.inference.confidence import fit_temperature
+from modeling_vitcls.training.calibration import describe_probe_calibration
 from modeling_vitcls.training.run import train
 
 
 pytestmark = pytest.mark.usefixtures("few_digits")
+
+
+@pytest.mark.parametrize(
+    ("highest", "words"),
+    [
+        (0.54, "do not tell the classes apart: all are near 1/2"),
+        (0.6, "(temperature 429237059.16)"),
+    ],
+)
+def test_predictions_that_are_all_alike_have_words_instead_of_a_huge_temperature(
+    highest: float, words: str
+) -> None:
+    probe: Any = SimpleNamespace(
+        losses_=np.array([0.7, 0.7]),
+        lines_=None,
+        temperature_=429237059.16,
+        classes_=["ant", "bee"],
+        out_of_fold_=np.array([[0.5, 0.5], [highest, 1 - highest]]),
+    )
+    assert words in describe_probe_calibration(probe).text
 
 
 @pytest.mark.parametrize("select", ["last", "best"])
