@@ -117,16 +117,15 @@ def choose_by_duration(
     duration = f"about {minutes:,} minute{'s' * (minutes > 1)} on this CPU"
     if minutes <= MAX_STEP_MINUTES:
         return "steps", f"{images_text}, {duration}"
-    epochs_text = f"{FINE_TUNING_EPOCHS:g} epochs would take {duration}"
-    return "frozen", f"{epochs_text}, more than {MAX_STEP_MINUTES}"
+    return "frozen", (
+        f"{FINE_TUNING_EPOCHS:g} epochs would take {duration}, more than {MAX_STEP_MINUTES}"
+    )
 
 
 def measure_step_minutes(model: Any, accelerator: Accelerator, num_images: int) -> int:
     """Estimate the duration of the default steps from forward passes, with all processes together."""
-    is_training = model.training
     with accelerator.autocast():
         speed = measure_inference_speed(model.eval(), accelerator.device)["images_per_second"]
-    model.train(is_training)
     images_per_second = float(accelerator.reduce(torch.tensor(speed), "sum"))
     num_passes = FORWARD_PASSES_OF_STEP * FINE_TUNING_EPOCHS * num_images
     return math.ceil(num_passes / images_per_second / 60)
