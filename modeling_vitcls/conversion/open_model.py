@@ -18,7 +18,6 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Sequence
 from pathlib import Path
 
 from filelock import FileLock
@@ -59,7 +58,7 @@ def is_preset(name: str) -> bool:
     return kind == "vitcls" and preset in PRESETS and not Path(name).exists()
 
 
-def open_model(source: str, files: Sequence[str] = ()) -> ModelFolder:
+def open_model(source: str) -> ModelFolder:
     """Open the folder of a vitcls model, after downloading or converting the source if necessary.
 
     Args:
@@ -67,7 +66,6 @@ def open_model(source: str, files: Sequence[str] = ()) -> ModelFolder:
             `transformers:PATH_OR_ID` with an optional `@REVISION`, or a file with a published state
             dict. Of a vitcls model on the Hub, only the model is downloaded, and the records of its
             training and its conversion.
-        files: Patterns of other files that are downloaded if the model has them.
 
     Raises:
         ValueError: If the source is a preset, an unfinished run, or not supported, or the
@@ -88,10 +86,8 @@ def open_model(source: str, files: Sequence[str] = ()) -> ModelFolder:
     if is_named or Path(source).is_file():
         folder = convert_once(pin_revision(source))
     else:
-        folder = get_model_folder(
-            source,
-            (*MODEL_FILE_PATTERNS, RESULTS_FILE, SPLITS_FILE, PARITY_REPORT_FILE, *files),
-        )
+        records = (RESULTS_FILE, SPLITS_FILE, PARITY_REPORT_FILE)
+        folder = get_model_folder(source, (*MODEL_FILE_PATTERNS, *records))
         name = append_commit(source, folder)
         if prefix := find_prefix(folder):
             folder = convert_once(prefix + name)

@@ -83,12 +83,6 @@ def get_output_size(processor: Processor, default: Size | None = None) -> Size:
     return size.height, size.width
 
 
-def has_fixed_size(processor: Processor) -> bool:
-    """Tell whether preprocessed images can share a batch: all have the size of `get_output_size`."""
-    height, width = get_output_size(processor, (0, 0))
-    return (processor.do_resize or processor.do_center_crop) and bool(height and width)
-
-
 def get_resize(processor: Processor) -> str:
     """Tell how an image processor makes images the input: crop, squash or pad."""
     if processor.do_center_crop:

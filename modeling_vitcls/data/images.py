@@ -81,11 +81,6 @@ class LabeledImages:
         sizes = Counter(self.labels).values()
         return max(sizes) / min(sizes)
 
-    @property
-    def min_class_size(self) -> int:
-        """The number of images of the smallest class; 0 for several labels."""
-        return min(Counter(self.labels).values()) if self.is_stratified else 0
-
     def select(self, indices: Iterable[int]) -> "LabeledImages":
         """Select the images and labels at `indices`, in the given order."""
         indices = list(indices)

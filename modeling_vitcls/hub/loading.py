@@ -273,36 +273,36 @@ def download_files(
     revision: str | None,
     patterns: Sequence[str],
     timeout: float = COMMIT_TIMEOUT,
-    folder: Path | None = None,
 ) -> Path:
-    """Download the matching files of a commit to a folder, and return the folder.
+    """Download the matching files of a commit to the cache, and return their folder.
 
-    The default is the cache. huggingface_hub retries each request.
+    huggingface_hub retries each request.
     """
     try:
         with set_hub_timeout(timeout):
             # Without `local_files_only`, huggingface_hub looks for a commit's files on the Hub even
             # in offline mode.
-            target: dict[str, Any] = {"local_dir": folder, "local_files_only": is_offline_mode()}
-            path = snapshot_download(
-                repo_id, revision=revision, allow_patterns=list(patterns), **target
+            folder = snapshot_download(
+                repo_id,
+                revision=revision,
+                allow_patterns=list(patterns),
+                local_files_only=is_offline_mode(),
             )
     except HUB_ERRORS as error:
         if not is_offline_mode():
             raise OSError(f"cannot download {repo_id}: {format_hub_error(error)}") from error
         raise OSError(describe_incomplete_cache(repo_id, revision)) from error
-    return Path(path)
+    return Path(folder)
 
 
 def describe_incomplete_cache(repo_id: str, revision: str | None) -> str:
     """Say that offline mode does not find a model in the cache, and how to fill the cache."""
     name = repo_id if revision is None else f"{repo_id}@{revision}"
+    command = f"hf download {repo_id} --revision {revision or 'main'}"
     return (
         f"{name} is not a folder and is missing or incomplete in the cache, and HF_HUB_OFFLINE "
-        "(or TRANSFORMERS_OFFLINE) is set. Check the path, or run `hf download "
-        f"{repo_id} --revision {revision or 'main'}` on a "
-        "machine with network access, copy that machine's cache to this machine, and set "
-        "HF_HUB_CACHE to the copy"
+        f"(or TRANSFORMERS_OFFLINE) is set. Check the path, or run `{command}` on a machine with "
+        "network access, copy that machine's cache to this machine, and set HF_HUB_CACHE to the copy"
     )
 
 
