@@ -348,7 +348,10 @@ def replace_by_means(
 def redraw_tokens(
     model: Any, indices: Sequence[int], generator: torch.Generator
 ) -> torch.utils.hooks.RemovableHandle:
-    """Replace the embeddings of some tokens with random vectors of the same norms, until removed."""
+    """Replace the embeddings of some tokens with random vectors of the same norms.
+
+    A `with` block of the returned handle restores them at its end.
+    """
     # [n, D]
     directions = nn.functional.normalize(
         torch.randn(len(indices), model.config.hidden_size, generator=generator)

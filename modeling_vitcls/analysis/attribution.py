@@ -89,11 +89,13 @@ class AttentionTrace:
         layers = []
         # The layers take turns, because the full maps of all layers may not fit into memory.
         for layer in self.layers:
-            rows = layer.compute_weights(layout.num_prefix_tokens if has_cls else None)
-            if not has_cls:
-                patches = rows[:, :, layout.patches].mean(dim=2, keepdim=True)
-                rows = torch.cat([patches, rows[:, :, : layout.num_prefix_tokens]], dim=2)
-            layers.append(rows)
+            if has_cls:
+                layers.append(layer.compute_weights(layout.num_prefix_tokens))
+                continue
+            weights = layer.compute_weights()
+            patches = weights[:, :, layout.patches].mean(dim=2, keepdim=True)
+            special_tokens = weights[:, :, : layout.num_prefix_tokens]
+            layers.append(torch.cat([patches, special_tokens], dim=2))
         return torch.stack(layers, dim=1)
 
     def compute_attribution(self, logits: torch.Tensor, label: int) -> torch.Tensor:

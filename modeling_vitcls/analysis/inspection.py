@@ -44,7 +44,7 @@ ChosenPhotos = Sequence[tuple[Any, dict[str, Any]]]  # Images, and other fields 
 
 @dataclass(frozen=True)
 class Inspection:
-    """Measurements that `inspect_model` returns.
+    """Measurements of all images that `inspect_images` returns.
 
     Attributes:
         config: configuration of the model.
@@ -126,12 +126,14 @@ def inspect_images(
     use = find_token_use(model)
     # Heads of other kinds, such as a decoder of pixels, say nothing about the tokens.
     measured_model = model if use.has_head else model.base_model
+
     with torch.autocast(model.device.type, torch.bfloat16, enabled=uses_bfloat16):
         states = measure_states(measured_model, use, batches, watch)
         labels = collect_labels(batches, use.config)
         ablations = {}
         if has_ablations:
             ablations = compute_ablations(measured_model, use, batches, watch)
+
     indices = [index for batch in batches for index in batch.indices]
     outliers = [is_outlier(norms).flatten() for norms in states.patch_norms]
     inspection = Inspection(
@@ -146,24 +148,22 @@ def inspect_images(
         error_messages=error_messages,
     )
 
-    if not chosen:
-        kinds = choose_images(use, states.outputs, labels, indices, num_shown)
+    shown = list(chosen)
+    if not shown:
         names = images.images.get_names()
-        chosen = [
-            (
-                images.images[index],
-                {
-                    "name": Path(names[index]).name,
-                    "truth": label_space.format(images.labels[index]),
-                    "kind": kind,
-                },
-            )
-            for index, kind in kinds.items()
-        ]
+        kinds = choose_images(use, states.outputs, labels, indices, num_shown)
+        for index, kind in kinds.items():
+            texts = {
+                "name": Path(names[index]).name,
+                "truth": label_space.format(images.labels[index]),
+                "kind": kind,
+            }
+            shown.append((images.images[index], texts))
+
     # Outside autocast: in float32, as in `vitcls look`.
     photos = [
         ShownPhoto(measurements=measure_photo(model, processor, image, use), **texts)
-        for image, texts in watch(chosen, "drawing photos")
+        for image, texts in watch(shown, "drawing photos")
     ]
     return inspection, photos
 

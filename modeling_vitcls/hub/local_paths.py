@@ -37,6 +37,7 @@ def resolve_name(name: str) -> str:
     """
     # The whole name comes first, since a file name may contain `:` or `@` itself.
     prefix, path = ("", name) if Path(name).exists() else split_prefix(name)
+    # A Hub id stays as it is, even if a folder has the same name.
     if path and prefix != "timm:hf-hub:" and Path(path).exists():
         return f"{prefix}{Path(path).absolute()}"
     return name
@@ -104,7 +105,7 @@ def is_same_source(stored_name: Any, current_name: Any) -> bool:
 def split_prefix(name: str) -> tuple[str, str]:
     """Split a name into a prefix and a path or Hub id.
 
-    The path is "" if the name contains no path.
+    The prefix of `timm:NAME@FILE` is `timm:NAME@`. The path is "" if the name contains no path.
     """
     for prefix in ("transformers:", "timm:local-dir:", "timm:hf-hub:"):
         if name.startswith(prefix):

@@ -88,8 +88,11 @@ def find_provenance(source: str) -> Provenance:
     Hub is itself the base model; the base model of a folder is read from its card.
     """
     prefix, location = split_prefix(source)
-    if prefix.startswith("timm:") and not prefix.endswith(":"):
+    # Other prefixes of timm, such as timm:hf-hub:, say where the files are.
+    is_timm_name = prefix.startswith("timm:") and not prefix.endswith(":")
+    if is_timm_name:
         return find_timm_provenance(prefix)
+
     folder = Path(location)
     repo_id = None
     if not folder.exists():
@@ -101,12 +104,14 @@ def find_provenance(source: str) -> Provenance:
         except OSError:
             # No network is no reason to stop: the base model is known from its name, and only the
             # license is not.
-            return Provenance(repo_id, base_model=repo_id if is_hub_id(repo_id) else None)
+            base_model = repo_id if is_hub_id(repo_id) else None
+            return Provenance(repo_id, base_model)
 
     try:
         card_metadata = metadata_load(folder / CARD_FILE) or {}
     except (OSError, ValueError, yaml.YAMLError):  # No readable card
         card_metadata = {}
+
     provenance = Provenance(
         repo_id or folder.resolve().name, base_model=repo_id or card_metadata.get("base_model")
     )
@@ -130,7 +135,7 @@ def find_provenance(source: str) -> Provenance:
 
 
 def find_timm_provenance(name: str) -> Provenance:
-    """Find the provenance of `timm:NAME`; weights in a local file (`timm:NAME@`) have only the name."""
+    """Find the provenance of `timm:NAME`. Weights in a local file, `timm:NAME@`, have only the name."""
     import timm
 
     # Weights in a file may come from anywhere, so the license of timm's own weights does not apply
