@@ -104,11 +104,13 @@ def render_card(
     # First, because it may raise: a card must not be written under a license that the weights do
     # not have.
     license_source = get_license_source(folder, license_id)
-    shown_files = [
-        name
-        for name in (REPORT_FILE, SAMPLE_IMAGES_FILE)
-        if folder.results and (folder.path / name).is_file() and name not in hidden_files
-    ]
+    shown_files: list[str] = []
+    if folder.results:
+        shown_files = [
+            file
+            for file in (REPORT_FILE, SAMPLE_IMAGES_FILE)
+            if (folder.path / file).is_file() and file not in hidden_files
+        ]
     variables = {
         "name": name,
         "version": __version__,

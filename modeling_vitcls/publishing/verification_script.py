@@ -121,9 +121,9 @@ def flatten_outputs(outputs: Any, prefix: str = "") -> Iterator[tuple[str, torch
 if __name__ == "__main__":
     # Importing the package fails, as if it were not installed.
     sys.modules["modeling_vitcls"] = None  # type: ignore[assignment]
-    script_repo_id, script_commit, script_class, trust_text, thread_text, script_folder = sys.argv[
-        1:
-    ]
+    _, script_repo_id, script_commit, script_class, trust_text, thread_text, script_folder = (
+        sys.argv
+    )
     # The reference was computed with this number of threads, which affects rounding.
     torch.set_num_threads(int(thread_text))
     write_outputs(

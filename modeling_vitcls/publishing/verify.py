@@ -1,4 +1,4 @@
-"""Verify that a published model loads without this package and that its outputs match the local model's.
+"""Verify that a pushed model loads without this package, with the outputs of the local model.
 
     print(verify(push_folder(folder, "me/mine"), folder))
 

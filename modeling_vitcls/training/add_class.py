@@ -108,9 +108,9 @@ def load_new_images(
             f"the model has the class {known[0]!r} already. Remove its images from `dataset`"
         )
     warn_about_similar_classes(f"{dataset} and the model", [*old_names, *label_space.names])
-    train, *others = add_keys(splits.images_by_split).values()
-    check_contradictions([train, *others], label_space, dataset)
-    return label_space, train
+    parts = list(add_keys(splits.images_by_split).values())
+    check_contradictions(parts, label_space, dataset)
+    return label_space, parts[0]  # The training split comes first
 
 
 def build_rows(
@@ -170,5 +170,6 @@ def cross_validate(
         weight, bias = build_rows(statistics, extended, others)
         new_logits = inputs[left_out] @ weight.T + bias
         logits = np.hstack([features.values[left_out, -num_old:], new_logits])
-        is_right[left_out] = logits.argmax(axis=1) - num_old == features.labels[left_out]
+        predicted = logits.argmax(axis=1) - num_old  # Negative for an old class
+        is_right[left_out] = predicted == features.labels[left_out]
     return is_right

@@ -156,7 +156,8 @@ def choose_image_size(
 
     num_times = math.prod(native_size) / math.prod(size)
     height, width = size
-    return height if height == width else (height, width), (
+    chosen_size = height if height == width else (height, width)
+    return chosen_size, (
         f"{max(size)} px. The checkpoint's {max(native_size)} px (`image_size='native'`) would need "
         f"{num_times:.1f} times as many patches"
     )

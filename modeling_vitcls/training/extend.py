@@ -129,9 +129,8 @@ def extend_model(
 def open_old_model(options: AdditionOptions) -> OldModel:
     """Load the old model and its image processor, and prepare the pass of labeled images."""
     folder = open_vitcls(options.model)
-    if (
-        folder.architecture == "ViTCLSModel"
-    ):  # Becomes a classifier whose logits are the pooled vector
+    if folder.architecture == "ViTCLSModel":
+        # It becomes a classifier whose logits are the pooled vector.
         model = folder.load(ViTCLSForImageClassification, num_labels=0)
     else:
         model = load_old_model(folder)

@@ -30,9 +30,8 @@ NUM_FREQUENCIES = 17
 NUM_DIRECTIONS = 256  # Number of random directions per step
 NUM_GLOBAL = 2  # Global crops of each image
 SIGREG_WEIGHT = 0.05  # The paper's
-GLOBAL_SCALE = (
-    0.3  # Minimum area of global crops and maximum area of local crops, part of the image
-)
+# Minimum area of global crops and maximum area of local crops, as a fraction of the image area
+GLOBAL_SCALE = 0.3
 LOCAL_SCALE = 0.05  # Minimum area of local crops
 LOCAL_SIZE = 0.43  # Side length of local crops, as a fraction of the image size (98 of 224 pixels)
 MAX_ASPECT_RATIO = 4 / 3

@@ -73,10 +73,11 @@ def plan_run(inputs: RunInputs, accelerator: Accelerator, is_resumed: bool) -> R
         (trainable != "full", "steps", "`trainable` is set"),
         (num_images < min_images, "frozen", f"{images_text}, fewer than {min_images:,}"),
     ]
-    decision = next(((kind, reason) for applies, kind, reason in reasons if applies), None)
-    if decision is None:
-        decision = choose_by_duration(setup.model, accelerator, num_images)
-    kind, reason = decision
+    applying = [(kind, reason) for applies, kind, reason in reasons if applies]
+    if applying:
+        kind, reason = applying[0]
+    else:
+        kind, reason = choose_by_duration(setup.model, accelerator, num_images)
 
     fraction = options.held_out_fraction
     if fraction is None:
@@ -114,7 +115,8 @@ def choose_by_duration(
     if accelerator.device.type != "cpu":
         return "steps", images_text
     minutes = measure_step_minutes(model, accelerator, num_images)
-    duration = f"about {minutes:,} minute{'s' * (minutes > 1)} on this CPU"
+    unit = "minute" if minutes == 1 else "minutes"
+    duration = f"about {minutes:,} {unit} on this CPU"
     if minutes <= MAX_STEP_MINUTES:
         return "steps", f"{images_text}, {duration}"
     return "frozen", (

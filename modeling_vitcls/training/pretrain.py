@@ -38,7 +38,7 @@ from .reporter import Reporter
 from .training_setup import TrainingSetup, build_evaluator_arguments
 
 
-MAX_NEIGHBORS = 10_000  # Maximum number of training images for k-NN and logistic regression
+MAX_NEIGHBORS = 10_000  # Maximum number of training images for k-NN
 # Effective rank below which the features have collapsed, as a fraction of the highest possible rank
 MIN_RANK = 0.02
 

@@ -377,8 +377,7 @@ class Probe:
         """Choose between the checkpoint's own geometry and squashing, on a part of the images.
 
         Squashing is chosen only if its loss is lower by more than one standard error. The image
-        processor is set to the chosen geometry. They are not compared if the person has chosen, or
-        if there are too few images, or if nearly all of them are square.
+        processor is set to the chosen geometry.
 
         Args:
             images: training images.
@@ -387,16 +386,11 @@ class Probe:
         Returns:
             The features of these images with the chosen geometry, and the record of the comparison.
         """
+        if not self.can_compare_geometries(images, own):
+            return own, {}
+
         own_resize = get_resize(self.processor)
         num_compared = min(MAX_SQUASHED_IMAGES, round(SQUASHED_FRACTION * len(own.labels)))
-        num_classes = max(map(len, self.label_space.columns.values()))
-        if (
-            self.resize is not None
-            or own_resize == SQUASH
-            or SQUASHED_FRACTION * len(own.labels) < MIN_SQUASHED_PER_CLASS * num_classes
-            or not has_various_shapes(images.select(own.indices))
-        ):
-            return own, {}
         order = np.random.default_rng(0).permutation(len(own.labels))
         compared = np.sort(own.indices[order[:num_compared]])
         processor = copy.deepcopy(self.processor)
@@ -425,6 +419,15 @@ class Probe:
         remaining = np.setdiff1d(own.indices, compared)
         others = self.compute_features(images, own.layout, ignore_message, remaining)
         return replace(squashed.join(others), num_unreadable=own.num_unreadable), record
+
+    def can_compare_geometries(self, images: LabeledImages, own: Features) -> bool:
+        """Whether the person left the choice open, and there are enough images, not all square."""
+        if self.resize is not None or get_resize(self.processor) == SQUASH:
+            return False
+        num_classes = max(map(len, self.label_space.columns.values()))
+        if SQUASHED_FRACTION * len(own.labels) < MIN_SQUASHED_PER_CLASS * num_classes:
+            return False
+        return has_various_shapes(images.select(own.indices))
 
     # Model ----------------------------------------------------------------------------------------
 
@@ -603,9 +606,11 @@ def describe_class_weights(frozen: FrozenModel) -> str | None:
         return None
     # The images of the choice are the first ones.
     labels = frozen.features.labels[: len(known)][known]
+
     classes, indices, counts = np.unique(labels, return_inverse=True, return_counts=True)
     probabilities = probe.out_of_fold_[known][:, np.searchsorted(probe.classes_, classes)]
     chosen = min(probe.table_, key=lambda row: row["loss"])
+    # Before the calibration, because `Score.of` fits a temperature of its own
     logits = chosen["temperature"] * to_logits(probabilities, labels)
     # With equal weights, every class has the same prior. Nothing else changes a prediction.
     equal_logits = logits - np.log(counts)
@@ -618,8 +623,9 @@ def describe_class_weights(frozen: FrozenModel) -> str | None:
     is_right = predictions.eq(labels, axis=0)
     recalls = is_right.groupby(labels).mean()
     balanced = recalls.mean()
+    rarest = counts.argmin()
     values = {
-        f"recall of {frozen.labels.names[classes[counts.argmin()]]}": recalls.iloc[counts.argmin()],
+        f"recall of {frozen.labels.names[classes[rarest]]}": recalls.iloc[rarest],
         "balanced accuracy": balanced,
         "accuracy": is_right.mean(),
     }

@@ -25,7 +25,7 @@ from .run_folder import PATH_FLAGS, EarlierRun, make_flags_relative
 CHANGEABLE_FLAGS = (
     "output_dir num_workers batch_size gradient_accumulation_steps resume "
     "overwrite save_every keep_checkpoints log_with report push_to_hub hub_model_id "
-    # The precision itself is compared (`build_run_record`)
+    # The precision itself is compared (`check_run_unchanged`)
     "mixed_precision"
 ).split()
 
@@ -109,8 +109,7 @@ def build_run_record(
         earlier: run that is resumed, whose record is compared.
 
     Raises:
-        ValueError: if --resume would continue a run with other data or another precision or number
-            of images per step.
+        ValueError: as `check_run_unchanged`.
     """
     state = AcceleratorState()
     assert options.batch_size is not None, "the defaults set it"
@@ -124,25 +123,37 @@ def build_run_record(
         chosen = {name: value for name, value in to_flags(options).items() if value != flags[name]}
         return record | {"flags": make_flags_relative(flags), "chosen_flags": chosen}
 
-    start = f"`resume=True`: the run in {options.output_dir}"
-    metadata = earlier.metadata
-    if change := describe_change(metadata["data"], record["data"]):
-        raise ValueError(
-            f"`resume=True`: the dataset has changed since the run in {options.output_dir} was "
-            f"started: {change}. Restore the dataset, choose a different `output_dir`, or set "
-            "`overwrite=True` without `resume`"
-        )
-    if metadata["mixed_precision"] != record["mixed_precision"]:
-        raise ValueError(
-            f"{start} requires `mixed_precision={metadata['mixed_precision']!r}`, but the mixed "
-            f"precision of this run is {record['mixed_precision']}"
-        )
-    if metadata["images_per_step"] != record["images_per_step"]:
-        raise ValueError(
-            f"{start} has {metadata['images_per_step']} images per step, but this run has "
-            f"{record['images_per_step']}. Restore the product of `batch_size`, "
-            "`gradient_accumulation_steps` and the number of processes"
-        )
+    check_run_unchanged(earlier.metadata, record, options.output_dir)
     # The flags are the same, and values that were derived at the first start stay derived, even if
     # the person has typed them since.
-    return record | {name: metadata[name] for name in ("flags", "chosen_flags")}
+    return record | {name: earlier.metadata[name] for name in ("flags", "chosen_flags")}
+
+
+def check_run_unchanged(earlier: dict[str, Any], current: dict[str, Any], folder: Path) -> None:
+    """Raise ValueError if --resume would continue a run with other data or settings.
+
+    These are another precision, and another number of images per step.
+
+    Args:
+        earlier: record of the run in `folder`.
+        current: record of this run.
+        folder: output folder.
+    """
+    if change := describe_change(earlier["data"], current["data"]):
+        raise ValueError(
+            f"`resume=True`: the dataset has changed since the run in {folder} was started: "
+            f"{change}. Restore the dataset, choose a different `output_dir`, or set "
+            "`overwrite=True` without `resume`"
+        )
+    if earlier["mixed_precision"] != current["mixed_precision"]:
+        raise ValueError(
+            f"`resume=True`: the run in {folder} requires "
+            f"`mixed_precision={earlier['mixed_precision']!r}`, but the mixed precision of this "
+            f"run is {current['mixed_precision']}"
+        )
+    if earlier["images_per_step"] != current["images_per_step"]:
+        raise ValueError(
+            f"`resume=True`: the run in {folder} has {earlier['images_per_step']} images per "
+            f"step, but this run has {current['images_per_step']}. Restore the product of "
+            "`batch_size`, `gradient_accumulation_steps` and the number of processes"
+        )

@@ -25,8 +25,8 @@ if hasattr(signal, "SIGUSR1"):  # Not on Windows
 class SignalHandler:
     """Context manager that stores the first Ctrl-C, SIGTERM, SIGHUP or SIGUSR1.
 
-    A Ctrl-C after any of them raises KeyboardInterrupt, and a second one of the others ends the
-    process, all without a checkpoint.
+    After any of them, Ctrl-C raises KeyboardInterrupt. If one of the others is repeated, it ends the
+    process. Neither saves a checkpoint.
 
     Clusters send SIGTERM, or SIGUSR1 (`sbatch --signal=USR1@120`), some time before the machine is
     stopped. The launcher determines which processes receive a signal:
@@ -70,7 +70,7 @@ class SignalHandler:
             signal.signal(signum, handler)
 
     def handle_signal(self, signum: int, frame: FrameType | None) -> None:
-        """Store the first signal. The same signal later, or Ctrl-C, acts as without this handler."""
+        """Store the first signal. A repeated signal, or a later Ctrl-C, acts as without the handler."""
         now = time.monotonic()
         first_time = self.signal_times.setdefault(signum, now)
         if signum == signal.SIGINT:

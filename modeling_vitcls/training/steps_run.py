@@ -171,9 +171,11 @@ def start_from_probe(
     reporter.print_lines(describe_frozen(record))
     start = {"frozen": record}
     metric = SELECTION_METRICS[data.label_space.kind]
-    measured = {task: each for task, each in frozen.items() if each.held_out is not None}
+    measured = {task: model for task, model in frozen.items() if model.held_out is not None}
     if measured:
-        values = [probe.predict_held_out(*item).metrics[metric] for item in measured.items()]
+        values = [
+            probe.predict_held_out(task, model).metrics[metric] for task, model in measured.items()
+        ]
         start["before_steps"] = {metric: compute_mean(values)}
     if "" in measured:
         # Pairs, because the keys of JSON are texts
