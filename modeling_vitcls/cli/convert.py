@@ -69,7 +69,8 @@ def run(options: ConvertOptions) -> None:
         print(f"Image processor: the settings are assumed, because {reason}. Check them")
     print(*report["notes"], f"Classifier: {report['classifier']}", sep="\n")
     print(
-        f"\nWritten to {options.output}. README.md has the code that loads the model. To push and verify "
-        "the model, run"
+        f"\nWritten to {options.output}. README.md has the code that loads the model. To push and "
+        "verify the model, run"
     )
-    print(f"  {build_push_command(options.output, f'YOUR-NAME/{options.output.resolve().name}')}")
+    repo_id = f"YOUR-NAME/{options.output.resolve().name}"
+    print(f"  {build_push_command(options.output, repo_id)}")

@@ -54,14 +54,17 @@ def parse_command_line(modules: dict[str, ModuleType], arguments: list[str]) -> 
         print_commands(modules, arguments)
     module = modules[name]
     options_class = module.OPTIONS_CLASS
+
     with exit_on_error(options_class, status=2):
         common_flags = getattr(module, "COMMON_FLAGS", None)
         if common_flags and {"--help", "-h"} & set(flags):
             print(format_short_help(name, options_class, common_flags))
             raise SystemExit(0)
+
         flags = name_arguments(flags, getattr(module, "ARGUMENTS", ()))
         recipe = read_recipe_of_flags(flags, options_class)
         check_flags(name, flags, options_class, recipe)
+
         examples = str(module.__doc__).partition("\n\n")[2]
         options = run_tyro(
             options_class,
@@ -133,8 +136,9 @@ def read_recipe_of_flags(flags: list[str], options_class: type[Options]) -> Any:
     if path is None or "config" not in fields:
         return None
     required = [name for name, field in fields.items() if field.default is dataclasses.MISSING]
-    # tyro asks for what the recipe lacks
-    return options_class(**dict.fromkeys(required, tyro.MISSING) | read_recipe(path, options_class))
+    # So that tyro asks for what the recipe lacks
+    values: dict[str, Any] = dict.fromkeys(required, tyro.MISSING)
+    return options_class(**values | read_recipe(path, options_class))
 
 
 def make_positional(options_class: type[Options], *names: str) -> Any:
@@ -178,15 +182,14 @@ def check_flags(
                 raise ValueError(describe_unknown_flag(flag, fields))
             given.add(name)
 
-    # tyro names missing arguments, which have no flags
-    missing = [
-        name
-        for name, field in fields.items()
-        if field.default is dataclasses.MISSING
-        and get_origin(field.type) is not Annotated
-        and name not in given
-        and getattr(recipe, name, tyro.MISSING) is tyro.MISSING
-    ]
+    missing = []
+    for name, field in fields.items():
+        # Arguments have no flags, and tyro names them.
+        is_argument = get_origin(field.type) is Annotated
+        is_in_recipe = getattr(recipe, name, tyro.MISSING) is not tyro.MISSING
+        is_required = field.default is dataclasses.MISSING and not is_argument
+        if is_required and name not in given and not is_in_recipe:
+            missing.append(name)
     if missing and not HELP_FLAGS.intersection(flags):
         first = flags[0] if flags else "-"
         # Such as `vitcls predict runs/mine photo.jpg`

@@ -71,7 +71,7 @@ def convert_checkpoint(source_name: str, output: Path, family: str | None = None
 def convert_to_native(source_name: str, output: Path) -> Report:
     """Convert a vitcls model, a folder or Hub id, to a class of transformers, and write its folder.
 
-    The folder has also the results of the run that trained the model. The errors are as in
+    The folder also has the results of the run that trained the model. The errors are as in
     `convert_checkpoint`.
 
     Unless the model is a `ViTCLSForImageClassification`, only the encoder is converted. If no

@@ -273,9 +273,10 @@ def get_compared_fields(config: ViTCLSConfig, has_head: bool) -> dict[str, Any]:
     Equivalent values are mapped to the same value.
     """
     ignored_fields = IGNORED_FIELDS.union(
-        [field.name for field in dataclasses.fields(PreTrainedConfig)],
-        () if has_head else HEAD_FIELDS,
+        [field.name for field in dataclasses.fields(PreTrainedConfig)]
     )
+    if not has_head:
+        ignored_fields |= HEAD_FIELDS
     values = {
         field.name: getattr(config, field.name)
         for field in dataclasses.fields(config)
@@ -300,7 +301,7 @@ def get_compared_fields(config: ViTCLSConfig, has_head: bool) -> dict[str, Any]:
 
 
 def get_qkv_biases(config: ViTCLSConfig) -> dict[str, bool]:
-    """Return whether each projection has a bias: `query_bias`, `key_bias` and `value_bias`."""
+    """Tell whether each projection has a bias: `query_bias`, `key_bias` and `value_bias`."""
     biases = {name: getattr(config, name) for name in ("query_bias", "key_bias", "value_bias")}
     return {name: config.qkv_bias if bias is None else bias for name, bias in biases.items()}
 
@@ -324,9 +325,11 @@ def rewrite_weights(model: ViTCLSPreTrainedModel, new_config: ViTCLSConfig) -> W
     weights = strip_encoder_name(model.state_dict(), "vitcls")
     if old_config.pooling != new_config.pooling and "classifier.weight" in weights:
         # A classifier of one half of [CLS, mean] has zeros for the other half.
-        halves = [weights["classifier.weight"], torch.zeros_like(weights["classifier.weight"])]
-        is_first_half = old_config.pooling == "cls"
-        weights["classifier.weight"] = torch.cat(halves if is_first_half else halves[::-1], dim=1)
+        weight = weights["classifier.weight"]
+        halves = [weight, torch.zeros_like(weight)]
+        if old_config.pooling == "mean":
+            halves.reverse()
+        weights["classifier.weight"] = torch.cat(halves, dim=1)
 
     old_groups, new_groups = (
         GROUPS_WITH_POSITIONS[config.position_embedding_tokens]

@@ -358,11 +358,13 @@ def stack_position_biases(weights: Weights) -> Weights:
     }
     if not tables:
         return weights
+
     shared_prefixes = ("shared_position_bias.", "encoder.relative_position_bias.")
     shared = [table for name, table in tables.items() if name.startswith(shared_prefixes)]
     layers = [table for name, table in tables.items() if not name.startswith(shared_prefixes)]
     if shared and layers:
         layers = [table + shared[0] for table in layers]
+
     other_weights = {name: weight for name, weight in weights.items() if name not in tables}
     return other_weights | {"relative_position_bias.tables": torch.stack(layers or shared)}
 

@@ -96,7 +96,8 @@ def read_label_names(
         names[split] = [found.get(cell) for cell in cells]
 
     if not classes:
-        found_names = sorted(set(chain(*filter(None, chain(*names.values())))))
+        rows = filter(None, chain.from_iterable(names.values()))
+        found_names = sorted(set(chain.from_iterable(rows)))
         if found_names and all(map(NUMBER.fullmatch, found_names)):
             check_numbers(where, found_names, has_lists)
         elif separator != NO_SEPARATOR:

@@ -93,8 +93,9 @@ def find_label_columns(
     """Find the label columns, which all splits must have."""
     first = next(iter(tables.values()))
     used = (image_column, *SPLIT_COLUMN_NAMES)
-    found = columns or [
-        find_column(
+    found = list(columns or ())
+    if not found:
+        column = find_column(
             "label",
             first.features,
             get_declared_names,
@@ -102,11 +103,11 @@ def find_label_columns(
             dataset,
             lambda each: each not in used,
         )
-    ]
+        found.append(column)
     for split, table in tables.items():
         for column in found:
             check_column(table, column, f"{dataset}, split {split!r}")
-    return list(found)
+    return found
 
 
 def find_column(
@@ -309,8 +310,8 @@ def read_groups(
         split: np.array(read_texts(table, column, dataset), object)
         for split, table in tables.items()
     }
-    num_groups = len(set(chain(*groups.values())) - {None})
-    return groups, f"column {column!r}: {num_groups:,} groups"
+    different = set(chain.from_iterable(groups.values())) - {None}
+    return groups, f"column {column!r}: {len(different):,} groups"
 
 
 def find_unused_groups(

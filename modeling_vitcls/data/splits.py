@@ -228,6 +228,7 @@ def choose_training_splits(reads_all: bool, names: Collection[str]) -> list[str]
     """
     train = "train" if "train" in names else next(iter(names))
     others = [name for name in HELD_OUT_SPLITS if name in names and name != train]
+    # The first of them selects a checkpoint, and the test split measures it.
     if reads_all and "test" in others[1:]:
         return [train, others[0], "test"]
     return [train, *others[:1]]
@@ -325,26 +326,30 @@ def describe_missing_classes(training_data: TrainingData) -> list[str]:
     if not len(training_data.held_out):
         counts = Counter(names[label] for label in training_data.train.labels)
         single = sorted(name for name, count in counts.items() if count == 1)
-        warning = (
+        if not single:
+            return []
+        return [
             f"no result measures classes with one image: {format_name_list(single)}. Add images"
-        )
-        return [warning] if single else []
+        ]
+
     train, held_out = ({names[label] for label in images.labels} for images in parts)
     missing = sorted(train ^ held_out)
-    warning = (
+    if not missing:
+        return []
+    return [
         f"{len(missing)} of the {len(train | held_out)} classes have no held-out images or no "
         f"training images: {format_name_list(missing)}"
-    )
-    return [warning] if missing else []
+    ]
 
 
 def describe_constant_labels(images: LabeledImages, names: Sequence[str]) -> list[str]:
     """List labels that almost all images have, or almost none: they cannot be learned."""
     counts = Counter(chain.from_iterable(images.labels))
     found = [name for label, name in enumerate(names) if not 1 < counts[label] < len(images) - 1]
-    warning = (
-        f"{len(found):,} of the {len(names):,} labels are on at most one training image, or on all but "
-        "at most one, so they cannot be learned, and their probability is their share of the images: "
-        f"{format_name_list(found)}. Add other images, or remove these labels"
-    )
-    return [warning] if found else []
+    if not found:
+        return []
+    return [
+        f"{len(found):,} of the {len(names):,} labels are on at most one training image, or on all "
+        "but at most one, so they cannot be learned, and their probability is their share of the "
+        f"images: {format_name_list(found)}. Add other images, or remove these labels"
+    ]

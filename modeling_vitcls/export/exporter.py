@@ -78,7 +78,7 @@ def export_model(options: ExportOptions) -> dict[str, Any]:
 
 
 def check_target(target: Path) -> None:
-    """Raise ValueError if a file cannot be written: its name, its presence or missing packages."""
+    """Raise ValueError if a file has another suffix or exists, or packages are missing."""
     if target.suffix != ".onnx":
         raise ValueError(f"`output={str(target)!r}`: a file must end in .onnx")
     for file in (target, Path(f"{target}.json"), Path(f"{target}.data")):

@@ -48,7 +48,9 @@ class Predictions:
     def list_wrong(self) -> np.ndarray:
         """List the indices of the images with another predicted label, or others, than their own."""
         is_wrong = self.answers != self.outputs.labels  # [N] or [N, L]
-        return self.outputs.indices[is_wrong.any(axis=tuple(range(1, is_wrong.ndim)))]
+        if is_wrong.ndim == 2:
+            is_wrong = is_wrong.any(axis=1)
+        return self.outputs.indices[is_wrong]
 
 
 def build_predictions(
@@ -65,6 +67,7 @@ def build_predictions(
     metrics = round_floats(select_scalars(values) | unreadable | values)
     if outputs.labels.ndim == 1:
         outputs = outputs.take(outputs.labels != IGNORED_LABEL)
+        # Without the logits of two heads, which follow those of the model
         outputs = replace(outputs, values=outputs.values[:, : len(label_space.names)])
     return Predictions(label_space, outputs, metrics, threshold)
 

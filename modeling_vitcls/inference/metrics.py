@@ -158,14 +158,12 @@ def measure_tasks(label_space: PerTask, logits: np.ndarray, labels: np.ndarray) 
     loss                    sum over the tasks, as in training
     num_images              number of images; `TASK_num_images` excludes images without a label for the task
     """
-    ends = np.cumsum(list(map(len, label_space.columns.values())))[:-1]
-    parts = np.split(logits, ends, axis=1)
-    task_metrics = {
-        task: measure_one_label(names, own_logits, own_labels)
-        for (task, names), own_logits, own_labels in zip(
-            label_space.columns.items(), parts, labels.T, strict=True
-        )
-    }
+    task_metrics = {}
+    start = 0  # First of the logits of a task
+    for (task, names), own_labels in zip(label_space.columns.items(), labels.T, strict=True):
+        own_logits = logits[:, start : start + len(names)]
+        task_metrics[task] = measure_one_label(names, own_logits, own_labels)
+        start += len(names)
     return merge_tasks(task_metrics, len(labels))
 
 

@@ -145,8 +145,10 @@ def predict_images(options: PredictOptions) -> None:
         raise ValueError(
             f"none of the {num_images} images has a prediction. See the column `error` in the output"
         )
-    named = [records[index] for index in failed] if options.dataset is None else []
-    missing_files = [name for name, path in named if not os.path.lexists(path)]
+    missing_files = []
+    if options.dataset is None:
+        named = (records[index] for index in failed)
+        missing_files = [name for name, path in named if not os.path.lexists(path)]
     if missing_files:
         raise ValueError(
             f"{len(missing_files):,} of the {num_images:,} images do not exist: "

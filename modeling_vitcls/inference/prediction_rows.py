@@ -95,7 +95,8 @@ class LabelColumns:
     Args:
         model: The model.
         heads: Labels and threshold of each task. The task of a classifier has an empty name.
-        top_k: Maximum number of labels per image. Default: one, or all with several labels per image.
+        top_k: Maximum number of labels per image. Default: one or, with several labels per image,
+            all.
     """
 
     def __init__(
@@ -107,9 +108,8 @@ class LabelColumns:
         self.model = model
         self.top_k = top_k
         self.heads = heads
-        # A graph has the name of this output, a model the layers that it reads.
-        distance = getattr(model, "distance_layers", getattr(model, "class_distance", None))
-        self.has_distance = bool(distance)
+        # The layers that the distance reads; none without class statistics of these weights
+        self.has_distance = bool(getattr(model, "distance_layers", ()))
         self.columns: dict[str, pa.DataType] = {}
 
         for task, head in self.heads.items():
@@ -226,10 +226,11 @@ class FeatureColumns:
         }
         self.dtype = getattr(torch, dtype)
         arrow_type = pa.type_for_alias(dtype)
-        self.columns = {
-            name: pa.list_(arrow_type if feature.num_tokens == 1 else pa.list_(arrow_type))
-            for name, feature in self.features.items()
-        }
+        self.columns = {}
+        for name, feature in self.features.items():
+            self.columns[name] = pa.list_(arrow_type)  # Of one token
+            if feature.num_tokens > 1:
+                self.columns[name] = pa.list_(self.columns[name])
 
     def predict(self, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
         """Compute each feature as [B, D], or [B, n, D] if there are n > 1 tokens."""

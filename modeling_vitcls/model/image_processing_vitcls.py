@@ -217,11 +217,7 @@ class ViTCLSBaseImageProcessor(BaseImageProcessor):
         resample = settings.get("resample")
         filters = ", ".join(f"{int(each)} ({each.name.lower()})" for each in RESAMPLING_FILTERS)
         size, crop_size = (dict(settings.get(name) or {}) for name in ("size", "crop_size"))
-        is_cropped = settings.get("do_center_crop") and settings.get("do_resize")
-        is_padded = is_cropped and any(
-            (crop_size.get(edge) or 0) > (size.get(edge) or size.get("shortest_edge") or math.inf)
-            for edge in ("height", "width")
-        )
+        is_cropped = bool(settings.get("do_center_crop") and settings.get("do_resize"))
         sides = [*size.values(), *crop_size.values()]
         reject(
             (settings.get("rescale_factor") == 0, "rescale_factor must not be 0"),
@@ -237,7 +233,7 @@ class ViTCLSBaseImageProcessor(BaseImageProcessor):
             ),
             (
                 # transformers would pad the image with black, which no checkpoint was trained with.
-                bool(is_padded),
+                is_cropped and is_larger(crop_size, size),
                 f"crop_size {crop_size} is larger than an image resized to {size}: reduce crop_size",
             ),
         )
@@ -704,6 +700,16 @@ def check_setting_names(keywords: dict[str, Any] | ImagesKwargs) -> None:
     for keyword in keywords.keys() - settings.keys():
         if matches := difflib.get_close_matches(keyword, settings, n=1, cutoff=0.85):
             raise ValueError(f"unknown setting {keyword!r}: did you mean {matches[0]!r}?")
+
+
+def is_larger(crop_size: dict[str, int | None], size: dict[str, int | None]) -> bool:
+    """Tell whether a crop has a longer side than an image that is resized to `size` before."""
+    for edge in ("height", "width"):
+        crop_side = crop_size.get(edge) or 0
+        resized_side = size.get(edge) or size.get("shortest_edge") or math.inf
+        if crop_side > resized_side:
+            return True
+    return False
 
 
 def check_same_shape(images: list[Any]) -> None:

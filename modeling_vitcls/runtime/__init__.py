@@ -2,8 +2,9 @@
 
 errors.py       errors in one line, and errors that all processes raise
 flags.py        checks of flags and their names; each folder has its flags in options.py
-messages.py     messages, in the form that the running program shows
 files.py        JSON, atomic writes, digests of files
+staging.py      output folders: locked, and written completely or not at all
+progress.py     progress of long work, in a terminal or a log file
 system.py       versions, devices
 distributed.py  the Accelerator, FSDP2, and functions of the main process
 """

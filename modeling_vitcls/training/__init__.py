@@ -2,6 +2,8 @@
 
     run.py              complete run of fine-tuning or pre-training; read this file first
     run_inputs.py       what a run reads: data and models, with the defaults that depend on them
+    plan.py             what a run is: frozen or with steps, and why
+    resume.py           what a resumed run takes from its start, and compares with it
     summary.py          the first lines of a run: its images, its model and what it is
     frozen_run.py       a run without steps
     steps_run.py        a run with steps; class_statistics_of_runs.py measures its classes afterwards
@@ -11,8 +13,9 @@
     options.py          flags of the commands that train
     finetune.py         recipe of fine-tuning: data, model, loss and evaluator
     pretrain.py         recipe of pre-training; lejepa.py and mae.py are its methods
-    probe.py            linear classifier of the frozen encoder, before fine-tuning
-    loop.py             training loop
+    probe.py            linear classifier of the frozen encoder: the whole run, or its start
+    teacher.py          classifier whose predictions train a distillation token
+    loop.py             training loop; reporter.py prints, and signals.py stops it
     checkpoints.py      checkpoints on disk, written completely or not at all
     calibration.py      temperature of the trained classifier
     run_folder.py       the output folder before a run: what is in it, and what is removed
