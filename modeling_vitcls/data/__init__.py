@@ -13,4 +13,5 @@ images.py                                    images decoded on demand
 label_matching.py                            labels of a dataset as labels of a model, by name
 aspect_ratio.py                              from any aspect ratio to the input of the model
 sampling.py, augmentation.py, batches.py     batches, as a function of the seed and the step
+workers.py                                   processes that load batches
 """

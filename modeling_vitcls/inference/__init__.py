@@ -9,13 +9,16 @@
     evaluate.py         the command `vitcls evaluate`
     per_image.py        the file of `vitcls evaluate --per-image`
     frozen_features.py  features of a frozen encoder
-    linear_probe.py     a classifier of frozen features
+    linear_probe.py     a classifier of frozen features, of class means (class_statistics.py)
+    confidence.py       calibrated probabilities
     inputs.py           images for prediction, decoded in advance by threads
     prediction_rows.py  pixels -> rows of labels, probabilities or features
     outputs.py          rows -> table, CSV, JSON, Parquet; progress
     embed_images.py     EmbedImages, for Ray, Spark and datasets.map
     predict.py          the command `vitcls predict`
     intervals.py        confidence intervals
+    metric_tables.py    metrics as tables
+    speed.py            speed and FLOPs of a model
     token_names.py      names of special tokens in tables, reports and figures
 
 The files in this folder are not pushed to the Hub.

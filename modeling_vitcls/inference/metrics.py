@@ -42,6 +42,7 @@ def measure(
     """Measure the logits of images, as the function for the kind of labels describes.
 
     Args:
+        label_space: labels of the model.
         logits: [N, L]; of several tasks, side by side. The logits of two heads follow those of the
             model: [N, 3 * L].
         labels: [N] or, with several labels or tasks, [N, L] or [N, tasks].

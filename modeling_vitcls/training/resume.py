@@ -61,23 +61,8 @@ def take_derived_values(options: Options, earlier: EarlierRun) -> Options:
         accepted_values = (asked, derived.get(name, asked))
         is_same = is_same_source if name in PATH_FLAGS else operator.eq
         is_accepted = any(is_same(value, flags[name]) for value in accepted_values)
-        if is_accepted or name in CHANGEABLE_FLAGS:
-            continue
-
-        advice = "Use the same flags, or choose a different `output_dir`"
-        # More epochs are another run: the learning rate of every past step depends on the total.
-        if name in ("epochs", "max_steps"):
-            model = str(options.output_dir)
-            advice = f"To train for more steps, start another run with `model={model!r}`"
-        if is_local(asked) and not Path(split_prefix(asked)[1]).exists():
-            advice = f"{asked} does not exist. Restore it, or choose a different `output_dir`"
-        asked_text = format_flag_value(asked)
-        if name in derived:
-            asked_text += f" ({format_flag_value(derived[name])} was chosen)"
-        raise ValueError(
-            f"`resume=True`: the run in {options.output_dir} was started with `{name}` {asked_text}, "
-            f"but the value in this run is {format_flag_value(flags[name])}. {advice}"
-        )
+        if not is_accepted and name not in CHANGEABLE_FLAGS:
+            raise ValueError(describe_flag_change(name, flags[name], options.output_dir, earlier))
 
     # The batch size may change, so it is derived only while it is unset.
     values = {
@@ -86,6 +71,26 @@ def take_derived_values(options: Options, earlier: EarlierRun) -> Options:
         if flags[name] is None or name not in CHANGEABLE_FLAGS
     }
     return replace(options, **values)
+
+
+def describe_flag_change(name: str, value: Any, folder: Path, earlier: EarlierRun) -> str:
+    """Say how a flag differs from the run in a folder that is resumed, and what to do."""
+    asked = earlier.metadata["flags"][name]
+    advice = "Use the same flags, or choose a different `output_dir`"
+    # More epochs are another run: the learning rate of every past step depends on the total.
+    if name in ("epochs", "max_steps"):
+        advice = f"To train for more steps, start another run with `model={str(folder)!r}`"
+    if is_local(asked) and not Path(split_prefix(asked)[1]).exists():
+        advice = f"{asked} does not exist. Restore it, or choose a different `output_dir`"
+
+    asked_text = format_flag_value(asked)
+    derived = earlier.metadata["chosen_flags"]
+    if name in derived:
+        asked_text += f" ({format_flag_value(derived[name])} was chosen)"
+    return (
+        f"`resume=True`: the run in {folder} was started with `{name}` {asked_text}, but the value "
+        f"in this run is {format_flag_value(value)}. {advice}"
+    )
 
 
 def format_flag_value(value: Any) -> str:
