@@ -312,7 +312,7 @@ class TrainingLoop:
         self.unreported_errors.clear()
 
     def compute_recent_metrics(self) -> Metrics:
-        """Measure the losses and the speed since the last record, and the peak memory so far.
+        """Measure the losses and the speed since the last record.
 
         Losses are means over all processes and these steps. The speed excludes evaluations and
         checkpoints.
