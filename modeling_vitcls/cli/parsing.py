@@ -172,8 +172,9 @@ def check_flags(
     previous = ""
     for flag in flags:
         if not flag.strip() or (flag.startswith("--") and flag.endswith("=")):
-            name = flag.strip() or previous
-            raise ValueError(f"the value of {name} is empty. Set it, or remove the flag")
+            raise ValueError(
+                f"the value of {flag.strip() or previous} is empty. Set it, or remove the flag"
+            )
         previous = flag
         if flag.startswith("--") and flag not in {"--", *HELP_FLAGS}:
             flag = flag.partition("=")[0]

@@ -322,7 +322,12 @@ POSITION_EMBEDDINGS = "embeddings.position_embeddings"
 def rewrite_weights(model: ViTCLSPreTrainedModel, new_config: ViTCLSConfig) -> Weights:
     """Compute the weights of an equivalent form of a model, without the name of the encoder."""
     old_config = model.config
-    weights = strip_encoder_name(model.state_dict(), "vitcls")
+    weights = {
+        name: weight
+        for name, weight in strip_encoder_name(model.state_dict(), "vitcls").items()
+        # transformers returns no distance to the classes
+        if not name.startswith("class_distance.")
+    }
     if old_config.pooling != new_config.pooling and "classifier.weight" in weights:
         # A classifier of one half of [CLS, mean] has zeros for the other half.
         weight = weights["classifier.weight"]

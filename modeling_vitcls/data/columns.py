@@ -311,7 +311,9 @@ def read_groups(
         for split, table in tables.items()
     }
     different = set(chain.from_iterable(groups.values())) - {None}
-    return groups, f"column {column!r}: {len(different):,} groups"
+    # A row without a group is one of its own
+    num_groups = len(different) + sum(list(each).count(None) for each in groups.values())
+    return groups, f"column {column!r}: {num_groups:,} groups"
 
 
 def find_unused_groups(

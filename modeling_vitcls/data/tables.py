@@ -113,11 +113,14 @@ def read_csv(file: Path, text: str) -> dict[str, list[str]]:
 
 def read_json_lines(file: Path, text: str) -> dict[str, list[Any]]:
     """Read the columns of a file with one JSON object per line."""
-    lines = ",\n".join(filter(str.strip, text.split("\n")))
-    try:
-        rows = json.loads(f"[{lines}]")
-    except ValueError as error:
-        raise ValueError(f"{file} is not valid JSON Lines: {error}") from error
+    rows = []
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            raise ValueError(f"{file}, line {number}: not valid JSON: {error}") from error
     if not all(isinstance(row, dict) for row in rows):
         raise ValueError(
             f"{file} does not have one JSON object per line. Write lines such as "

@@ -71,14 +71,14 @@ def measure_one_label(names: Sequence[str], logits: np.ndarray, labels: np.ndarr
     per_class               name, number of images, recall, precision and F1 of each class
     confusion_matrix        rows are true classes, columns are predictions; omitted for more than 200 classes
 
-    Without images, there is only their number.
+    Without images, there is only their number, and None as accuracy.
     """
     is_known = labels != IGNORED_LABEL
     labels = labels[is_known]
     num_images = len(labels)
     num_classes = len(names)
     if not num_images:
-        return {"num_images": 0}
+        return {"accuracy": None, "num_images": 0}
     logits, *heads = np.split(logits[is_known], logits.shape[1] // num_classes, axis=1)
     predictions = logits.argmax(axis=1)
     is_right = predictions == labels
@@ -93,8 +93,9 @@ def measure_one_label(names: Sequence[str], logits: np.ndarray, labels: np.ndarr
         "loss": compute_mean_loss(logits, labels),
     }
     if num_classes > 5:
-        own_logits = np.take_along_axis(logits, labels[:, None], axis=1)
-        values["top_5_accuracy"] = float(((logits > own_logits).sum(axis=1) < 5).mean())
+        # Stable, as `argmax` is: of equal logits, the first ones count
+        top_5 = np.argsort(-logits, axis=1, kind="stable")[:, :5]
+        values["top_5_accuracy"] = float((top_5 == labels[:, None]).any(axis=1).mean())
     if heads:
         cls, distillation = heads
         values |= {

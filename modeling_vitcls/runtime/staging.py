@@ -36,7 +36,9 @@ def lock_folder(folder: Path, parameter: str = "output_dir") -> Iterator[None]:
     process ran on another host that shares the file system. Raise ValueError if another command
     holds the lock.
     """
-    # a command that fails leaves no empty folder behind
+    if folder.is_file():
+        raise ValueError(f"{folder} is a file. Set `{parameter}` to a folder")
+    # A command that fails leaves no empty folder behind
     new_folders = [each for each in (folder, *folder.parents) if not each.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     lock_file = folder / LOCK_FILE

@@ -227,6 +227,7 @@ def build_result(
         metric: float(proportions.mean()),
         f"{metric}_interval": compute_proportion_interval(round(proportions.sum()), num_groups),
         "num_images": len(is_right),
+        "num_groups": num_groups,
         "images": images,
     }
 
@@ -275,10 +276,10 @@ def format_result(record: dict[str, Any]) -> str:
     if f"{metric}_interval" in result:
         low, high = result[f"{metric}_interval"]
         interval = f"95% interval: {low:.1%} to {high:.1%}"
-    return (
-        f"{metric} {result[metric]:.1%} ({interval}), {result['num_images']:,} "
-        f"{result['images']} images"
-    )
+    text = f"{metric} {result[metric]:.1%} ({interval}), {result['num_images']:,} {result['images']} images"
+    # The interval counts groups
+    has_groups = result.get("num_groups", result["num_images"]) < result["num_images"]
+    return f"{text} in {result['num_groups']:,} groups" if has_groups else text
 
 
 def describe_addition(record: dict[str, Any], certificate: dict[str, Any], output: Path) -> str:

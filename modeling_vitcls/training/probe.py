@@ -44,7 +44,6 @@ from ..inference.linear_probe import (
     NUM_LAST_LAYERS,
     Candidate,
     LinearProbe,
-    Score,
     describe_candidate,
     stack_tokens,
     to_logits,
@@ -596,48 +595,43 @@ def join_texts(texts: Mapping[str, str]) -> str:
 
 
 def describe_class_weights(frozen: FrozenModel) -> str | None:
-    """Say what equal weights of the classes would change, from the out-of-fold predictions.
+    """Say what equal weights of the classes would change, from a second cross-validation.
 
     None if the classes have equal weights already, for several labels per image, and without folds.
     """
     probe = frozen.probe
-    known = np.isfinite(probe.losses_)
-    if probe.is_balanced or probe.lines_ is not None or not known.any():
+    if probe.is_balanced or probe.lines_ is not None or not probe.num_folds_:
         return None
     # The images of the choice are the first ones.
-    labels = frozen.features.labels[: len(known)][known]
+    images = frozen.features.take(np.arange(len(probe.losses_)))
+    tokens, _ = split_kinds(images.get_tokens())
+    candidate = probe.candidate_
+    weighted = LinearProbe(candidate.layers, candidate.pooling, "balanced")
+    with threadpool_limits(limits=1):
+        weighted.fit(tokens, images.labels, images.groups)
 
-    classes, indices, counts = np.unique(labels, return_inverse=True, return_counts=True)
-    probabilities = probe.out_of_fold_[known][:, np.searchsorted(probe.classes_, classes)]
-    chosen = min(probe.table_, key=lambda row: row["loss"])
-    # Before the calibration, because `Score.of` fits a temperature of its own
-    logits = chosen["temperature"] * to_logits(probabilities, labels)
-    # With equal weights, every class has the same prior. Nothing else changes a prediction.
-    equal_logits = logits - np.log(counts)
-    predictions = pd.DataFrame(
-        {
-            "before": classes[logits.argmax(axis=1)],
-            "after": classes[equal_logits.argmax(axis=1)],
-        }
-    )
-    is_right = predictions.eq(labels, axis=0)
-    recalls = is_right.groupby(labels).mean()
-    balanced = recalls.mean()
-    rarest = counts.argmin()
-    values = {
-        f"recall of {frozen.labels.names[classes[rarest]]}": recalls.iloc[rarest],
-        "balanced accuracy": balanced,
-        "accuracy": is_right.mean(),
-    }
-    texts = [f"{name} {each['before']:.1%} -> {each['after']:.1%}" for name, each in values.items()]
-
-    weights = 1 / counts[indices]
-    before = Score.of(probe.candidate_, logits, indices, np.ones(len(indices)))
-    after = Score.of(probe.candidate_, equal_logits, indices, weights)
+    known = np.isfinite(probe.losses_) & np.isfinite(weighted.losses_)
+    labels = images.labels[known]
+    classes, counts = np.unique(labels, return_counts=True)
+    rarest = classes[counts.argmin()]
+    rows = []
+    for each in (probe, weighted):
+        is_right = each.classes_[each.out_of_fold_[known].argmax(axis=1)] == labels
+        measured = pd.DataFrame({"is_right": is_right, "loss": each.losses_[known]})
+        means = measured.groupby(labels).mean()  # The means of each class
+        rows.append(
+            {
+                f"recall of {frozen.labels.names[rarest]}": means["is_right"][rarest],
+                "balanced accuracy": means["is_right"].mean(),
+                "accuracy": is_right.mean(),
+                "loss": means["loss"].mean(),
+            }
+        )
+    before, after = rows
     advice = ""
-    is_better = after.row["loss"] < np.average(before.losses, weights=weights)
-    if is_better and balanced["after"] > balanced["before"]:
+    if after["loss"] < before["loss"] and after["balanced accuracy"] > before["balanced accuracy"]:
         advice = ". Choose it if rare classes matter as much as the others"
+    texts = [f"{name} {before[name]:.1%} -> {after[name]:.1%}" for name in list(before)[:3]]
     return f"`class_balance='weights'` changes {', '.join(texts)}, in cross-validation{advice}"
 
 

@@ -8,6 +8,7 @@ checkpoints and finally results.json, which marks the folder as complete. publis
 report and the card from the folder.
 """
 
+import shutil
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -20,7 +21,7 @@ from ..hub.local_paths import resolve_name
 from ..hub.model_files import METRICS_FILE
 from ..runtime.distributed import build_accelerator, end_processes, run_on_main
 from ..runtime.flags import to_flags
-from ..runtime.staging import lock_folder
+from ..runtime.staging import STAGING_FOLDER, lock_folder
 from .checkpoints import CheckpointStore
 from .finetune import FineTuning
 from .frozen_run import run_frozen
@@ -91,6 +92,7 @@ def train(asked: TrainOptions) -> Path:
         # A job script repeats its command with --resume, also after a run that was killed between
         # its last file and its cleanup. Clean up what that run could not, and do nothing else.
         if earlier is not None and earlier.checkpoint is None:
+            shutil.rmtree(folder / STAGING_FOLDER, ignore_errors=True)
             if asked.keep_checkpoints is None:
                 run_on_main(store.clear)
             reporter.print_line("finished", f"{folder} already contains the results of this run")

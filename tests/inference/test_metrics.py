@@ -17,6 +17,7 @@ from torchmetrics.functional.classification import multilabel_average_precision
 from modeling_vitcls.data.labels import OneLabel, PerTask, SeveralLabels
 from modeling_vitcls.inference.metrics import (
     measure,
+    measure_one_label,
 )
 
 
@@ -36,6 +37,13 @@ def calibration_error(logits: torch.Tensor, labels: np.ndarray) -> float:
 
 
 @pytest.mark.filterwarnings("ignore:y_pred contains classes not in y_true")
+def test_equal_logits_are_no_right_answers_among_the_top_five() -> None:
+    """A collapsed model would have 100%."""
+    names = list(map(str, range(100)))
+    metrics = measure_one_label(names, np.zeros((100, 100), np.float32), np.arange(100))
+    assert metrics["top_5_accuracy"] == 0.05
+
+
 def test_metrics_of_one_label_per_image_equal_scikit_learn(by_one_process: dict[str, Any]) -> None:
     metrics = by_one_process["single"]
     outputs, labels = compute_outputs("single")
@@ -156,7 +164,7 @@ def test_a_task_without_labeled_images_has_no_effect() -> None:
     labels = np.array([[0, -100], [0, -100], [-100, -100]])
     values = measure(space, np.hstack([logits, np.zeros((3, 7))]), labels)
     assert values["accuracy"] == values["age_accuracy"] == 0.5
-    assert "species_accuracy" not in values
+    assert values["species_accuracy"] is None
     counts = [values[name] for name in ("num_images", "age_num_images", "species_num_images")]
     assert counts == [3, 2, 0]
     loss = log_loss(labels[:2, 0], softmax(logits[:2], axis=1), labels=[0, 1])

@@ -229,6 +229,16 @@ def test_everything_about_the_model_is_kept() -> None:
     assert type(exact).__name__ == "Dinov2WithRegistersModel"  # at all sizes, unlike ViTModel
 
 
+def test_a_classifier_with_class_statistics_is_converted_without_them() -> None:
+    """A frozen run stores them, and transformers returns no distance."""
+    statistics = {"tokens": [[-1, "cls"]], "num_classes": 3}
+    model = ViTCLSForImageClassification(ViTCLSConfig(**BASE, class_statistics=statistics)).eval()
+    converted = convert_to_transformers(model)
+    pixel_values = torch.rand(2, 3, 32, 32)
+    expected = model(pixel_values).logits
+    torch.testing.assert_close(converted(pixel_values).logits, expected, atol=1e-5, rtol=1e-5)
+
+
 def test_a_mask_token_is_dropped_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     model = ViTCLSForImageClassification(ViTCLSConfig(**BASE, use_mask_token=True))
     with caplog.at_level("WARNING"):

@@ -306,13 +306,17 @@ def test_class_weights_raise_the_recall_of_a_small_class_as_both_runs_say(
     assert not torch.equal(*weights)
 
 
-@pytest.mark.parametrize(("distance", "is_advised"), [(1.5, True), (20.0, False)])
+@pytest.mark.parametrize(
+    ("counts", "distance", "is_advised"),
+    [((100, 20), 1.5, True), ((100, 20), 20.0, False), ((100, 3), 1.5, True)],
+)
 def test_class_weights_are_advised_if_loss_and_balanced_accuracy_improve(
-    distance: float, is_advised: bool
+    counts: tuple[int, int], distance: float, is_advised: bool
 ) -> None:
     """Both with equal weights of the classes, as a second cross-validation measures them."""
-    labels = np.repeat([0, 1], [100, 20])  # Of 10 folds with the same shares
-    features = np.random.default_rng(0).normal(size=(120, 4)) + distance * labels[:, None] / 2
+    labels = np.repeat([0, 1], counts)
+    noise = np.random.default_rng(0).normal(size=(len(labels), 4))
+    features = noise + distance * labels[:, None] / 2
     probe = LinearProbe().fit(features, labels)
     weighted = LinearProbe(class_weight="balanced").fit(features, labels)
     losses = [balance(each.losses_, labels) for each in (probe, weighted)]
@@ -320,9 +324,10 @@ def test_class_weights_are_advised_if_loss_and_balanced_accuracy_improve(
     accuracies = [balance(each, labels) for each in is_right]
     assert (losses[1] < losses[0] and accuracies[1] > accuracies[0]) == is_advised
 
+    images = SimpleNamespace(labels=labels, groups=None, get_tokens=lambda: {(-1, "cls"): features})
     frozen = SimpleNamespace(
         probe=probe,
-        features=SimpleNamespace(labels=labels),
+        features=SimpleNamespace(take=lambda rows: images),
         labels=SimpleNamespace(names=["dress", "hat"]),
     )
     line = describe_class_weights(frozen)
