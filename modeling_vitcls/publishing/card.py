@@ -268,11 +268,6 @@ def list_added_classes(folder: ModelFolder) -> list[str]:
 # Templates ----------------------------------------------------------------------------------------
 
 
-def format_class_list(class_names: list[str]) -> str:
-    """List at most `MAX_LISTED_CLASSES` class names, and the number of other classes, as text."""
-    return format_name_list(list(map(format_name, class_names)), MAX_LISTED_CLASSES)
-
-
 TEMPLATES = Environment(  # They are in the installed package, or in a source checkout
     loader=FileSystemLoader(
         [Path(__file__).parents[1] / "model_cards", Path(__file__).parents[2] / "model_cards"]
@@ -283,7 +278,7 @@ TEMPLATES.filters |= {
     "percent": format_percent,
     "number": "{:,}".format,
     "small_percent": format_small_percent,
-    "class_list": format_class_list,
+    "class_list": lambda names: format_name_list(list(map(format_name, names)), MAX_LISTED_CLASSES),
     "candidate": describe_candidate,
     "addition_result": format_result,
 }

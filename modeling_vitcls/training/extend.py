@@ -120,7 +120,12 @@ def extend_model(
             # are still in the hidden folder, so a difference leaves no model behind.
             pixels = draw_pixels(addition.images, old.processor)
             certificate = certify(old.folder, staging, pixels)
-        record = addition.record | measure_cost(old.model, addition.extended)
+        num_added = addition.extended.num_parameters() - old.model.num_parameters()
+        relative_flops = count_flops(addition.extended) / count_flops(old.model) - 1
+        record = addition.record | {
+            "relative_flops": round(relative_flops, 6),
+            "num_parameters": num_added,
+        }
         write_records(old.folder, addition, record, certificate, staging)
     print(describe_addition(record, certificate, options.output_dir))
     return record
@@ -229,14 +234,6 @@ def build_result(
         "num_images": len(is_right),
         "num_groups": num_groups,
         "images": images,
-    }
-
-
-def measure_cost(model: Any, extended: Any) -> dict[str, Any]:
-    """Measure what the head adds to a forward pass and to the parameters."""
-    return {
-        "relative_flops": round(count_flops(extended) / count_flops(model) - 1, 6),
-        "num_parameters": extended.num_parameters() - model.num_parameters(),
     }
 
 

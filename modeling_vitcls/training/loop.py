@@ -431,14 +431,6 @@ def build_batch_plan(num_images: int, options: TrainingOptions, num_processes: i
     )
 
 
-def describe_batches(plan: BatchPlan) -> str:
-    """Say how many images a step has, and how many steps there are."""
-    return (
-        f"{plan.images_per_step} images per step; {plan.num_steps:,} steps = "
-        f"{plan.count_epochs(plan.num_steps):.1f} epochs"
-    )
-
-
 def is_evaluation_due(step: int, plan: BatchPlan) -> bool:
     """Spread the evaluations: one per epoch, or fewer in runs of more than `MAX_EVALUATIONS` epochs."""
     # Rounded, because the last whole step ends a little after the last epoch.

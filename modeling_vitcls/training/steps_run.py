@@ -20,7 +20,7 @@ from .calibration import calibrate
 from .checkpoints import Checkpoint, CheckpointStore
 from .class_statistics_of_runs import store_statistics
 from .distributed_state import reshard, scatter_model
-from .loop import Evaluate, TrainingLoop, TrainingState, build_batch_plan, describe_batches
+from .loop import Evaluate, TrainingLoop, TrainingState, build_batch_plan
 from .optimizer import average_with_start, build_parameter_groups
 from .outcome import Outcome, divide_metrics, list_measurements
 from .plan import RunPlan
@@ -237,7 +237,11 @@ def build_loop(
         run_metadata=run_metadata,
     )
     num_steps = loop.plan.num_steps
-    reporter.print_line("batches", describe_batches(loop.plan))
+    reporter.print_line(
+        "batches",
+        f"{loop.plan.images_per_step} images per step; {num_steps:,} steps = "
+        f"{loop.plan.count_epochs(num_steps):.1f} epochs",
+    )
     # Restored last, over everything above: also over the start weights, which a resumed run cannot
     # compute again, because its model is no longer at the start.
     if checkpoint is not None:
