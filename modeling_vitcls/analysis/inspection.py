@@ -233,7 +233,7 @@ def rate_outputs(
     is_wrong = torch.zeros(len(confidences[0]), dtype=torch.bool)
     for task, known in labels.items():
         is_wrong |= ((predicted[task] != known) & (known != IGNORED_LABEL)).any(dim=1)
-    classes, *_ = predicted.values()  # Of the first task
+    classes, *_ = predicted.values()  # The first task stands for all
     lowest = torch.stack(confidences).amin(dim=0)
     return lowest.tolist(), is_wrong.tolist(), classes[:, 0].tolist()
 

@@ -39,7 +39,7 @@ EQUIVALENT_FLAGS = {
     "bf16": "mixed_precision",
 }
 
-SETTINGS_TYPE = dict[str, Any] | None  # Of a flag of several NAME=VALUE
+SETTINGS_TYPE = dict[str, Any] | None  # The type of a flag with several NAME=VALUE
 
 
 # The recipes of studies (study_*.yaml) have other flags: scripts/study.py finds them by name.

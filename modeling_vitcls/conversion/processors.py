@@ -166,7 +166,7 @@ def check_processor(
     levels. Raise ValueError if it exceeds MAX_PIXEL_DIFFERENCE. `settings_name` is the name of the
     source's settings.
     """
-    largest_difference = 0.0  # In gray levels
+    largest_difference = 0.0  # Unit: gray levels
     for image in (build_test_image(301, 428), build_test_image(428, 301)):
         image = image if processor.do_convert_rgb else image.convert("L")
         pixels = apply_processor(processor, image)

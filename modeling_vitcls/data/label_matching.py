@@ -53,7 +53,7 @@ class NameMatch:
     def __init__(self, names: Sequence[str], model_names: Sequence[str]) -> None:
         self.names = names
         self.model_names = model_names
-        self.indices: dict[str, list[int]] = {}  # Of each name in the model
+        self.indices: dict[str, list[int]] = {}  # Name -> its indices in the model
         for index, name in enumerate(model_names):
             self.indices.setdefault(normalize_name(name), []).append(index)
 

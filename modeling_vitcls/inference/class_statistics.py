@@ -298,7 +298,7 @@ def compute_covariances(
     width = residuals.shape[1]
     # The only image of a class equals its mean, and says nothing about the covariance.
     num_images = counts[counts > 1].sum()
-    weights = np.zeros(len(residuals))  # Of each image
+    weights = np.zeros(len(residuals))  # One weight for each image
     target = np.zeros(width)  # Diagonal
     for label in np.flatnonzero(counts > 1):
         rows = labels == label

@@ -46,10 +46,10 @@ from .confidence import (
 from .intervals import Estimate, estimate_after_choice, estimate_average_precision
 
 
-NUM_LAST_LAYERS = 4  # Of the largest candidate
+NUM_LAST_LAYERS = 4  # The largest candidate reads as many layers
 NUM_FOLDS = 5
 NUM_FOLDS_OF_FEW = 10
-FEW_IMAGES = 1000  # Up to which ten folds are run
+FEW_IMAGES = 1000  # Maximum number of images for ten folds
 KNOWN_RECALL = 0.95  # Fraction of training images within the distance threshold
 MIN_LABEL_IMAGES = 2  # With one of several labels, and without it; with fewer, it is not learned
 MIN_PROBABILITY = 1e-30  # Of out-of-fold predictions, whose logarithms must be finite
@@ -131,7 +131,7 @@ class Score:
     logits: np.ndarray  # [N, K], calibrated
     lines: np.ndarray  # [2, 1], or [2, K] with several labels: slopes and offsets that calibrate
     losses: np.ndarray  # [N] log loss of the calibrated logits
-    row: dict[str, Any]  # Of the table of candidates
+    row: dict[str, Any]  # Its row in the table of candidates
 
     @classmethod
     def of(

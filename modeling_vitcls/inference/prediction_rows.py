@@ -228,7 +228,7 @@ class FeatureColumns:
         arrow_type = pa.type_for_alias(dtype)
         self.columns = {}
         for name, feature in self.features.items():
-            self.columns[name] = pa.list_(arrow_type)  # Of one token
+            self.columns[name] = pa.list_(arrow_type)  # A feature of one token is one list
             if feature.num_tokens > 1:
                 self.columns[name] = pa.list_(self.columns[name])
 

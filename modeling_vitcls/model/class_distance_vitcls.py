@@ -23,7 +23,7 @@ from .heads_vitcls import TokenPooler
 
 logger = logging.get_logger(__name__)
 
-NUM_SUMS = 16  # In a fingerprint
+NUM_SUMS = 16  # Number of sums in a fingerprint
 SPECIAL_TOKENS = ("cls_token", "distillation_token", "register_tokens")
 # Sums are stored as integers in this unit: a cast of the model to half precision leaves integers as
 # they are.

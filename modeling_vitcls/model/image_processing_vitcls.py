@@ -87,7 +87,7 @@ CROP_ROUNDINGS: dict[str, Callable[[float], int]] = {"down": math.floor, "even":
 
 REPORTED_BIT_DEPTHS: set[int] = set()  # Numbers of bits that a warning has named
 
-GRAY_WEIGHTS = (0.299, 0.587, 0.114)  # Of red, green and blue (ITU-R BT.601)
+GRAY_WEIGHTS = (0.299, 0.587, 0.114)  # Weights of red, green and blue (ITU-R BT.601)
 GRAY_MODES = frozenset({"1", "L", "LA", "I", "I;16", "I;16L", "I;16B", "I;16N"})
 DOWNLOAD_TIMEOUT = 60.0  # Seconds without a byte
 

@@ -2,7 +2,7 @@
 
     summary = summarize_predictions(folder, rows)   headline, counts, calibration, and the wrong
                                                     images with the largest losses
-    draw_wrong_photos(summary["wrong"], find_photos(data), ...)      the same, with pictures
+    draw_wrong_photos(summary["wrong"], find_photos(data), ...)      the same, with the images
 
 These results exist only for classifiers with one label per image. The rows are those of
 `read_predictions` (inference/per_image.py); their images are found in the data of the run by name.
@@ -96,7 +96,7 @@ def summarize_predictions(folder: ModelFolder, rows: Any) -> dict[str, Any]:
 def draw_wrong_photos(
     rows: Sequence[dict[str, Any]], photos: Photos, class_names: Sequence[str], bit_depth: int
 ) -> list[dict[str, Any]]:
-    """Add pictures of wrong images and of their nearest training images, as far as they are found.
+    """Add the images that were found: the wrong ones, and their nearest training images.
 
     16-bit images use `bit_depth` bits.
     """

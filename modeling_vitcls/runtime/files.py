@@ -55,7 +55,10 @@ def read_json(file: Path) -> dict[str, Any]:
                 f"{file} is a pointer of Git LFS instead of the file. Run `git lfs pull` in its folder"
             )
         content = json.loads(text)
-    except (ValueError, RecursionError) as error:  # Not UTF-8, not JSON or nested too deeply
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # The text is not UTF-8, not JSON or nested too deeply
         raise ValueError(f"cannot read {file}: {error}") from None
     if not isinstance(content, dict):
         raise ValueError(f"cannot read {file}: the file does not contain a JSON object")

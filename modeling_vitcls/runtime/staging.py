@@ -22,7 +22,7 @@ from .files import sync_to_disk
 
 LOCK_FILE = ".vitcls.lock"
 STAGING_FOLDER = ".model.partial"  # The files until all of them are written
-LAST_FILE = "config.json"  # Of a model folder: with it, the folder is complete
+LAST_FILE = "config.json"  # A model folder with this file is complete
 # Waiting time in seconds. Data loading processes of a killed run hold its lock until they end, a
 # few seconds later.
 LOCK_TIMEOUT = 10.0
@@ -57,7 +57,7 @@ def lock_folder(folder: Path, parameter: str = "output_dir") -> Iterator[None]:
         lock_file.unlink(missing_ok=True)
         lock.release()
         for each in new_folders:
-            with suppress(OSError):  # Not empty
+            with suppress(OSError):  # The folder is not empty
                 each.rmdir()
 
 

@@ -33,7 +33,7 @@ from .extend import (
 from .options import AddClassOptions
 
 
-NUM_FOLDS = 10  # That measure the recall of a new class
+NUM_FOLDS = 10  # Number of folds that measure the recall of a new class
 
 
 def build_classes(old: OldModel, options: AddClassOptions) -> Addition:
@@ -154,7 +154,8 @@ def cross_validate(
         num_classes: number of the new classes.
     """
     groups, _ = pd.factorize(features.groups)
-    labels = features.labels[np.unique(groups, return_index=True)[1]]  # Of each group
+    # The images of a group have one label.
+    labels = features.labels[np.unique(groups, return_index=True)[1]]
     # Each class has images in every fold, so the smallest class limits their number.
     num_folds = min(NUM_FOLDS, np.unique(labels, return_counts=True)[1].min())
     if num_folds < 2:

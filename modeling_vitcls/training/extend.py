@@ -204,7 +204,7 @@ def append_head(
         names = [*get_label_space(config).names, *labels]
         config.id2label = dict(enumerate(names))
         config.label2id = {label: index for index, label in enumerate(names)}
-        config.class_statistics = None  # Of the old classes; set for all of them afterwards
+        config.class_statistics = None  # Those of all classes are set afterwards
     config.extra_heads = {**(config.extra_heads or {}), name: head}
     extended = model.new_like(config).to(device=model.device, dtype=model.dtype).eval()
     # The old model has no weights for the new head, which are set below.

@@ -153,7 +153,7 @@ def load_with_label_space(
         )
 
         config = copy.deepcopy(encoder.config)
-        config.tasks = None  # Of the old labels
+        config.tasks = None  # They belong to the old labels
         for name, value in label_space.to_config_values().items():
             setattr(config, name, value)
         model = model_class(config)

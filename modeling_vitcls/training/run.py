@@ -8,7 +8,6 @@ checkpoints and finally results.json, which marks the folder as complete. publis
 report and the card from the folder.
 """
 
-import shutil
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -21,7 +20,7 @@ from ..hub.local_paths import resolve_name
 from ..hub.model_files import METRICS_FILE
 from ..runtime.distributed import build_accelerator, end_processes, run_on_main
 from ..runtime.flags import to_flags
-from ..runtime.staging import STAGING_FOLDER, lock_folder
+from ..runtime.staging import lock_folder
 from .checkpoints import CheckpointStore
 from .finetune import FineTuning
 from .frozen_run import run_frozen
@@ -31,7 +30,7 @@ from .plan import plan_run
 from .pretrain import PreTraining
 from .reporter import Reporter
 from .resume import build_run_record, convert_sources
-from .run_folder import CHECKPOINTS_FOLDER, EarlierRun, find_run, prepare_folder
+from .run_folder import CHECKPOINTS_FOLDER, EarlierRun, find_run, prepare_folder, remove_leftovers
 from .run_inputs import load
 from .run_results import build_results, print_result
 from .save import save_output
@@ -70,6 +69,7 @@ def train(asked: TrainOptions) -> Path:
     store = CheckpointStore(
         folder / CHECKPOINTS_FOLDER, asked.keep_checkpoints or NUM_KEPT_DURING_RUN
     )
+    clean_up = partial(remove_leftovers, folder, store, asked.keep_checkpoints)
     # Held until the last file is in its place: two runs in one folder would mix their checkpoints.
     with ExitStack() as stack:
 
@@ -92,9 +92,7 @@ def train(asked: TrainOptions) -> Path:
         # A job script repeats its command with --resume, also after a run that was killed between
         # its last file and its cleanup. Clean up what that run could not, and do nothing else.
         if earlier is not None and earlier.checkpoint is None:
-            shutil.rmtree(folder / STAGING_FOLDER, ignore_errors=True)
-            if asked.keep_checkpoints is None:
-                run_on_main(store.clear)
+            run_on_main(clean_up)
             reporter.print_line("finished", f"{folder} already contains the results of this run")
             return folder
 
@@ -121,8 +119,7 @@ def train(asked: TrainOptions) -> Path:
         results = build_results(inputs, data, outcome, record)
         save_output(folder, inputs, data, outcome, results)
         # After the folder is whole, because --resume needs the checkpoints until then.
-        if options.keep_checkpoints is None:
-            run_on_main(store.clear)
+        run_on_main(clean_up)
         print_result(outcome, plan, data, reporter)
 
         end_processes(accelerator)

@@ -17,7 +17,7 @@ LAUNCHER_ENVIRONMENT_VARIABLES = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RU
 # Maximum delay in seconds between a signal and the same signal forwarded by a launcher.
 MAX_FORWARDING_SECONDS = 1.0
 STOP_SIGNALS = [signal.SIGINT, signal.SIGTERM]
-if hasattr(signal, "SIGUSR1"):  # Not on Windows
+if hasattr(signal, "SIGUSR1"):  # Windows lacks it
     # A terminal that is closed sends SIGHUP.
     STOP_SIGNALS += [signal.SIGUSR1, signal.SIGHUP]
 

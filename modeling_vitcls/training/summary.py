@@ -12,7 +12,7 @@ from .reporter import Reporter
 from .run_inputs import RunInputs
 
 
-MAX_NAMED_CLASSES = 12  # In the summary
+MAX_NAMED_CLASSES = 12  # Maximum number of classes that the summary names
 
 
 def print_summary(
