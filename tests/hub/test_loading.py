@@ -160,6 +160,12 @@ def test_files_are_downloaded_once_and_the_newest_is_used(hub: LocalHub) -> None
     assert get_cached_commit(get_model_folder("ann/model")) == newest
 
 
+def test_temporary_failures_are_retried(hub: LocalHub) -> None:
+    hub.fail("GET", "/api/models/ann/model", 503)
+    hub.fail("GET", "/objects/", "cut")
+    assert Path(get_model_folder("ann/model"), "model.safetensors").read_bytes() == b"weights"
+
+
 @pytest.mark.parametrize(
     ("status", "is_temporary"), [(429, True), (500, True), (503, True), (401, False), (404, False)]
 )

@@ -1,9 +1,12 @@
 """After a training run, publishing adds the report and the card from the folder alone."""
 
+import base64
 import re
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 from helpers.local_hub import LocalHub
@@ -11,6 +14,7 @@ from helpers.model_folders import write_predictions, write_run_folder
 from helpers.photo_folders import write_photos
 from helpers.tiny_models import build_tiny_config, raises_one_line, save_with_processor
 from huggingface_hub import ModelCard
+from PIL import Image
 
 from modeling_vitcls import (
     ViTCLSForImageClassification,
@@ -55,6 +59,11 @@ def test_a_run_gets_a_report_and_a_card_from_its_folder(
     assert "images/attention.png" in card
     assert "[report.html]" in card
     assert report.count('class="sheet"') == 2
+    # The card's image is the sheet of the report's first photo, which is compressed there.
+    (encoded,) = re.findall(r'class="sheet" src="data:image/webp;base64,([^"]+)"', report)[:1]
+    shown = np.asarray(Image.open(BytesIO(base64.b64decode(encoded))).convert("RGB"), float)
+    sheet = np.asarray(Image.open(folder / "images" / "attention.png").convert("RGB"), float)
+    assert np.abs(sheet - shown).mean() < 4
 
     # The folder is all that publishing reads.
     for file in (folder / "README.md", folder / "report.html", *(folder / "images").iterdir()):
