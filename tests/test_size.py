@@ -1,4 +1,4 @@
-"""Code and flags stay below the ceilings of CONTRIBUTING.md, and asserts above its floor."""
+"""Tokens and flags stay below the ceilings of CONTRIBUTING.md, and asserts above its floor."""
 
 import ast
 import io
@@ -29,7 +29,7 @@ LAYOUT = {
 def count_code(folder: str, name: str = "*.py") -> Counter[str]:
     """Count statements, asserts and tokens, without imports, docstrings and comments.
 
-    Folding two statements into one saves a statement, but no tokens.
+    Folding two statements into one saves no tokens, and folding three asserts loses none.
     """
     counts: Counter[str] = Counter()
     for file in (ROOT / folder).rglob(name):
@@ -43,10 +43,18 @@ def count_code(folder: str, name: str = "*.py") -> Counter[str]:
                 lines_left_out.update(range(node.lineno, node.end_lineno + 1))
             else:
                 counts["statements"] += 1
-                counts["asserts"] += isinstance(node, ast.Assert)
+                counts["asserts"] += count_facts(node)
         for token in tokenize.generate_tokens(io.StringIO(text).readline):
             counts["tokens"] += token.type not in LAYOUT and token.start[0] not in lines_left_out
     return counts
+
+
+def count_facts(node: ast.stmt) -> int:
+    """Count what an assert compares: `assert (a, b) == (1, 2)` states two facts."""
+    if not isinstance(node, ast.Assert):
+        return 0
+    sides = [node.test.left, *node.test.comparators] if isinstance(node.test, ast.Compare) else []
+    return max([1, *(len(side.elts) for side in sides if isinstance(side, ast.Tuple))])
 
 
 def is_docstring(node: ast.stmt) -> bool:
@@ -65,21 +73,19 @@ def read_limit(row: str) -> float:
     return float(limit[1].replace(",", ""))
 
 
-PACKAGE = count_code("modeling_vitcls")
 TESTS = count_code("tests")
 
 
 @pytest.mark.parametrize(
     ("row", "count"),
     [
-        ("statements of the package", PACKAGE["statements"]),
-        ("tokens of the package", PACKAGE["tokens"]),
+        ("tokens of the package", count_code("modeling_vitcls")["tokens"]),
         (
-            "statements of the `*_vitcls.py` files, which travel with every checkpoint",
-            count_code("modeling_vitcls", "*_vitcls.py")["statements"],
+            "tokens of the `*_vitcls.py` files, which travel with every checkpoint",
+            count_code("modeling_vitcls", "*_vitcls.py")["tokens"],
         ),
-        ("statements of the tests", TESTS["statements"]),
         ("tokens of the tests", TESTS["tokens"]),
+        ("tokens of the scripts", count_code("scripts")["tokens"]),
         ("flags of `vitcls finetune`", len(fields(FinetuneOptions))),
     ],
 )
@@ -89,6 +95,6 @@ def test_nothing_grows_above_its_ceiling(row: str, count: int) -> None:
 
 def test_tests_assert_enough() -> None:
     density = 100 * TESTS["asserts"] / TESTS["statements"]
-    assert density >= read_limit("asserts per 100 statements of the tests"), (
+    assert density >= read_limit("asserts per 100 statements of the tests, at least"), (
         f"{density:.1f} asserts per 100 statements: check more of what the tests set up"
     )
