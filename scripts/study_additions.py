@@ -21,6 +21,9 @@ import tyro
 from study_photos import PhotoOptions, link_photos
 
 from modeling_vitcls import ViTCLSImageProcessor, ViTCLSModel, add_class, evaluate, finetune
+from modeling_vitcls.additions.add_class import build_rows
+from modeling_vitcls.additions.extend import open_old_model
+from modeling_vitcls.additions.options import AddClassOptions
 from modeling_vitcls.conversion.open_model import open_model
 from modeling_vitcls.data.options import DataOptions
 from modeling_vitcls.data.sources import load_splits
@@ -30,9 +33,6 @@ from modeling_vitcls.inference.image_pass import ROW_FIELDS
 from modeling_vitcls.inference.linear_probe import NUM_LAST_LAYERS, stack_tokens
 from modeling_vitcls.runtime.files import read_json, write_json
 from modeling_vitcls.runtime.system import format_device_name
-from modeling_vitcls.training.add_class import build_rows
-from modeling_vitcls.training.extend import open_old_model
-from modeling_vitcls.training.options import AddClassOptions
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ ORDER = (
     ("conversion", "data"),
     ("inference",),
     ("analysis", "training"),
+    ("additions", "pretraining"),
     ("publishing", "export"),
     ("cli",),
 )

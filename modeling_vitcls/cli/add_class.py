@@ -2,12 +2,12 @@
 
     vitcls add-class --model runs/mine --dataset path/to/new --output-dir runs/with-new
 
-The command is implemented in modeling_vitcls/training/add_class.py.
+The command is implemented in modeling_vitcls/additions/add_class.py.
 """
 
 from typing import Any
 
-from ..training.options import AddClassOptions
+from ..additions.options import AddClassOptions
 
 
 OPTIONS_CLASS = AddClassOptions
@@ -15,7 +15,7 @@ OPTIONS_CLASS = AddClassOptions
 
 def run(options: AddClassOptions) -> dict[str, Any]:
     """Add the classes, write the model folder, and print and return the record of the classes."""
-    from ..training.add_class import build_classes
-    from ..training.extend import extend_model
+    from ..additions.add_class import build_classes
+    from ..additions.extend import extend_model
 
     return extend_model(options, build_classes)

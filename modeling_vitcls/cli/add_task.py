@@ -2,12 +2,12 @@
 
     vitcls add-task --model runs/mine --dataset path/to/weather --name weather --output-dir runs/with-weather
 
-The command is implemented in modeling_vitcls/training/add_task.py.
+The command is implemented in modeling_vitcls/additions/add_task.py.
 """
 
 from typing import Any
 
-from ..training.options import AddTaskOptions
+from ..additions.options import AddTaskOptions
 
 
 OPTIONS_CLASS = AddTaskOptions
@@ -15,7 +15,7 @@ OPTIONS_CLASS = AddTaskOptions
 
 def run(options: AddTaskOptions) -> dict[str, Any]:
     """Add the task, write the model folder, and print and return the record of the task."""
-    from ..training.add_task import build_task
-    from ..training.extend import extend_model
+    from ..additions.add_task import build_task
+    from ..additions.extend import extend_model
 
     return extend_model(options, build_task)

@@ -23,16 +23,11 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ..additions.options import AddClassOptions, AddTaskOptions, VerifyUnchangedOptions
 from ..analysis.options import InspectOptions, LookOptions
 from ..inference.options import EvaluateOptions, PredictOptions
 from ..runtime.flags import Options, check_types
-from ..training.options import (
-    AddClassOptions,
-    AddTaskOptions,
-    FinetuneOptions,
-    PretrainOptions,
-    VerifyUnchangedOptions,
-)
+from ..training.options import FinetuneOptions, PretrainOptions
 
 
 CommandOptions = TypeVar("CommandOptions", bound=Options)
@@ -128,8 +123,10 @@ def run_training(options: Any) -> dict[str, Any]:
     from accelerate import PartialState
 
     from ..hub.model_folder import ModelFolder
+    from ..pretraining.pretrain import PreTraining
     from ..publishing.after_run import finish_run
     from ..publishing.push import prepare_repository
+    from ..training.finetune import FineTuning
     from ..training.run import train
 
     repo_id = None
@@ -138,7 +135,8 @@ def run_training(options: Any) -> dict[str, Any]:
     # others.
     if options.push_to_hub and os.environ.get("RANK", "0") == "0":
         repo_id = prepare_repository(options.hub_model_id, options.output_dir.resolve().name)
-    path = train(options)
+    recipe = PreTraining() if isinstance(options, PretrainOptions) else FineTuning()
+    path = train(options, recipe)
     folder = ModelFolder(path)
     if PartialState().is_main_process:
         finish_run(folder, options.report, repo_id)
@@ -369,7 +367,7 @@ def verify_unchanged(
         >>> verify_unchanged("runs/digits", "runs/with-animal")["difference"] is None
         True
     """
-    from ..training.certificate import verify_models
+    from ..additions.certificate import verify_models
 
     options = build_options(VerifyUnchangedOptions, old=old, new=new, dataset=dataset, **flags)
     return verify_models(options.old, options.new, options.dataset, options.split)

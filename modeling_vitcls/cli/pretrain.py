@@ -4,7 +4,7 @@
     vitcls finetune --model runs/pretrained --dataset path/to/labeled --output-dir runs/mine
 
 To continue an interrupted run, repeat the command with --resume. The training is
-implemented in modeling_vitcls/training/run.py and pretrain.py.
+implemented in modeling_vitcls/training/run.py and pretraining/pretrain.py.
 """
 
 from ..training.options import PretrainOptions

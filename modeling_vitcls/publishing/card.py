@@ -22,6 +22,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, FileSystemLoader
 
+from ..additions.extend import format_result
 from ..hub.model_files import CARD_FILE, RECIPE_FILE, REPORT_FILE, SAMPLE_IMAGES_FILE
 from ..hub.model_folder import ModelFolder
 from ..hub.provenance import Provenance
@@ -38,7 +39,6 @@ from ..inference.metric_tables import (
 )
 from ..model.configuration_vitcls import MIN_TRANSFORMERS_VERSION
 from ..runtime.errors import format_name_list
-from ..training.extend import format_result
 from ..version import __version__
 
 

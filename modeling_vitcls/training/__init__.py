@@ -1,6 +1,6 @@
 """Training, from the options to a model folder with evaluation results.
 
-    run.py              complete run of fine-tuning or pre-training; read this file first
+    run.py              complete run of fine-tuning or pre-training (../pretraining/); read this file first
     run_inputs.py       what a run reads: data and models, with the defaults that depend on them
     plan.py             what a run is: frozen or with steps, and why
     resume.py           what a resumed run takes from its start, and compares with it
@@ -12,7 +12,6 @@
     training_setup.py   what a run trains: the interface between run.py and the next two files
     options.py          flags of the commands that train
     finetune.py         recipe of fine-tuning: data, model, loss and evaluator
-    pretrain.py         recipe of pre-training; lejepa.py and mae.py are its methods
     probe.py            linear classifier of the frozen encoder: the whole run, or its start
     teacher.py          classifier whose predictions train a distillation token
     loop.py             training loop; reporter.py prints, and signals.py stops it
@@ -20,7 +19,6 @@
     calibration.py      temperature of the trained classifier
     run_folder.py       the output folder before a run: what is in it, and what is removed
     save.py             the output folder after a run: what is written
-    extend.py           a finished model gets another head: of a task (add_task.py) or of classes (add_class.py)
 
 Outside this folder, runtime/distributed.py configures processes and devices.
 """

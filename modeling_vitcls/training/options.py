@@ -1,4 +1,4 @@
-"""Flags of `vitcls finetune`, `pretrain`, `add-task`, `add-class` and `verify-unchanged`.
+"""Flags of `vitcls finetune` and `pretrain`.
 
 They do not stand in the files that read them, because the command checks flags before it imports
 torch, and those files need torch.
@@ -284,68 +284,3 @@ class PretrainOptions(RunOptions, TrainingOptions, AugmentationOptions, DataOpti
 
 
 TrainOptions = FinetuneOptions | PretrainOptions
-
-
-@dataclass(frozen=True, kw_only=True)
-class AdditionOptions(DataOptions):
-    """Flags that `add-task` and `add-class` share."""
-
-    model: str
-    """A vitcls model: a folder or a Hub id."""
-    output_dir: Path
-    """Output folder, which must be empty or must not exist."""
-    batch_size: int = 64
-    """Number of images per forward pass."""
-    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
-    """Precision of the forward pass, as in `vitcls evaluate`."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class AddTaskOptions(AdditionOptions):
-    """Add a task to a finished model, whose other outputs stay equal to the bit.
-
-    The task is a classifier that reads the features of the model.
-    """
-
-    name: str
-    """Name of the task, of letters, digits and underscores: the key of `outputs.task_logits`."""
-    max_images: int | None = None
-    """Maximum number of images that the classifier is fitted to, drawn at random. Default: all."""
-
-    def check(self) -> None:
-        super().check()
-        check_minimum(self, 1, "batch_size", "max_images")
-        if not self.name.isidentifier():
-            raise ValueError(
-                f"`name={self.name!r}` must consist of letters, digits and underscores"
-            )
-
-
-@dataclass(frozen=True, kw_only=True)
-class AddClassOptions(AdditionOptions):
-    """Add classes to a finished classifier.
-
-    The logits of the old classes stay equal to the bit.
-    """
-
-    model: str
-    """A vitcls classifier with class statistics, as `vitcls finetune` writes it: a folder or a Hub
-    id."""
-
-    def check(self) -> None:
-        super().check()
-        check_minimum(self, 1, "batch_size")
-
-
-@dataclass(frozen=True, kw_only=True)
-class VerifyUnchangedOptions(Options):
-    """Compare two models: weights and outputs, to the bit. The exit status is 1 if they differ."""
-
-    old: str
-    """The vitcls model before the change: a folder or a Hub id (`ID@COMMIT` pins the model)."""
-    new: str
-    """The model after the change."""
-    dataset: str | None = None
-    """Images to compare the outputs with. Default: random pixels."""
-    split: str | None = None
-    """Split of --dataset, as in `vitcls evaluate`."""

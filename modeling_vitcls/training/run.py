@@ -2,10 +2,10 @@
 
     options -> inputs -> plan -> division of the images -> frozen run or steps -> folder
 
-What is trained is a `Recipe` (finetune.py, pretrain.py); what a run is, is decided in plan.py. The
-run writes weights, configuration, code, image processor, config.resolved.yaml, metrics.jsonl,
-checkpoints and finally results.json, which marks the folder as complete. publishing/ builds the
-report and the card from the folder.
+What is trained is a `Recipe` (finetune.py, ../pretraining/pretrain.py); what a run is, is decided
+in plan.py. The run writes weights, configuration, code, image processor, config.resolved.yaml,
+metrics.jsonl, checkpoints and finally results.json, which marks the folder as complete. publishing/
+builds the report and the card from the folder.
 """
 
 from contextlib import ExitStack
@@ -22,12 +22,10 @@ from ..runtime.distributed import build_accelerator, end_processes, run_on_main
 from ..runtime.flags import to_flags
 from ..runtime.staging import lock_folder
 from .checkpoints import CheckpointStore
-from .finetune import FineTuning
 from .frozen_run import run_frozen
 from .model import check_model_flags
-from .options import PretrainOptions, TrainOptions
+from .options import TrainOptions
 from .plan import plan_run
-from .pretrain import PreTraining
 from .reporter import Reporter
 from .resume import build_run_record, convert_sources
 from .run_folder import CHECKPOINTS_FOLDER, EarlierRun, find_run, prepare_folder, remove_leftovers
@@ -42,7 +40,7 @@ from .training_setup import Recipe
 NUM_KEPT_DURING_RUN = 2  # Checkpoints, besides the best one; none is kept after the run
 
 
-def train(asked: TrainOptions) -> Path:
+def train(asked: TrainOptions, recipe: Recipe) -> Path:
     """Train and evaluate a model, and return the folder with the model and its results.
 
     Raises:
@@ -81,7 +79,6 @@ def train(asked: TrainOptions) -> Path:
         earlier = run_on_main(open_folder)
 
         # What the run is. The division of the images depends on it, so it comes first.
-        recipe: Recipe = PreTraining() if isinstance(asked, PretrainOptions) else FineTuning()
         inputs = load(recipe, asked, earlier, reporter)
         plan = plan_run(inputs, accelerator, is_resumed=earlier is not None)
         options = plan.options

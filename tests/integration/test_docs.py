@@ -48,7 +48,7 @@ from modeling_vitcls import (
     ViTCLSModel,
     cli,
 )
-from modeling_vitcls.training import lejepa, mae
+from modeling_vitcls.pretraining import lejepa, mae
 from scripts import make_address
 
 

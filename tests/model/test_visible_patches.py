@@ -14,7 +14,7 @@ from helpers.tiny_models import (
 )
 
 from modeling_vitcls import ViTCLSModel
-from modeling_vitcls.training.mae import keep_patches
+from modeling_vitcls.pretraining.mae import keep_patches
 
 
 PREFIX = 6  # register tokens among them

@@ -27,6 +27,7 @@ from modeling_vitcls import (
 )
 from modeling_vitcls.cli.api import build_options
 from modeling_vitcls.data.labels import LabelSpace, OneLabel, PerTask, SeveralLabels
+from modeling_vitcls.pretraining.pretrain import build_encoder
 from modeling_vitcls.training.defaults import choose_image_size
 from modeling_vitcls.training.finetune import check_label_kind
 from modeling_vitcls.training.model import (
@@ -40,7 +41,6 @@ from modeling_vitcls.training.options import (
     FinetuneOptions,
     ModelOptions,
 )
-from modeling_vitcls.training.pretrain import build_encoder
 
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")

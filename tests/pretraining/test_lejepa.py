@@ -12,8 +12,8 @@ from torch import distributed, multiprocessing
 from modeling_vitcls import ViTCLSModel
 from modeling_vitcls.data.batches import Normalizer
 from modeling_vitcls.model.image_processing_vitcls import ViTCLSImageProcessor
-from modeling_vitcls.training import lejepa
-from modeling_vitcls.training.lejepa import (
+from modeling_vitcls.pretraining import lejepa
+from modeling_vitcls.pretraining.lejepa import (
     LeJEPA,
     compute_invariance_loss,
     compute_lejepa_losses,

@@ -29,13 +29,13 @@ from ..inference.metrics import NOTHING_MEASURED
 from ..model.configuration_vitcls import ViTCLSConfig
 from ..model.image_processing_vitcls import ViTCLSImageProcessor
 from ..model.modeling_vitcls import ViTCLSModel
+from ..training.losses import Objective
+from ..training.model import InitialModel, finish_loading
+from ..training.options import PretrainOptions
+from ..training.reporter import Reporter
+from ..training.training_setup import TrainingSetup, build_evaluator_arguments
 from .lejepa import NUM_GLOBAL, LeJEPA, compute_lejepa_losses
-from .losses import Objective
 from .mae import MAE, build_decoder_config, compute_mae_losses, draw_masks
-from .model import InitialModel, finish_loading
-from .options import PretrainOptions
-from .reporter import Reporter
-from .training_setup import TrainingSetup, build_evaluator_arguments
 
 
 MAX_NEIGHBORS = 10_000  # Maximum number of training images for k-NN

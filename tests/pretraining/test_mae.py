@@ -8,7 +8,7 @@ from helpers.tiny_models import build_images, build_tiny_config, randomize
 from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
 from modeling_vitcls import ViTCLSConfig, ViTCLSModel, convert_from_transformers
-from modeling_vitcls.training.mae import MAE, build_decoder_config, draw_masks
+from modeling_vitcls.pretraining.mae import MAE, build_decoder_config, draw_masks
 
 
 def build_mae(**fields: Any) -> MAE:

@@ -27,11 +27,11 @@ from transformers import AutoModel
 
 from modeling_vitcls import ViTCLSImageProcessor, ViTCLSModel
 from modeling_vitcls.inference.speed import count_flops
-from modeling_vitcls.runtime.files import read_json
-from modeling_vitcls.training.options import PretrainOptions
-from modeling_vitcls.training.pretrain import (
+from modeling_vitcls.pretraining.pretrain import (
     compute_effective_rank,
 )
+from modeling_vitcls.runtime.files import read_json
+from modeling_vitcls.training.options import PretrainOptions
 
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("fresh_accelerate", "few_digits")]
@@ -181,7 +181,7 @@ def test_the_accuracy_is_that_of_scikit_learn(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The token is the first CLS token. The neighbors are some of the training images."""
-    monkeypatch.setattr("modeling_vitcls.training.pretrain.MAX_NEIGHBORS", 150)
+    monkeypatch.setattr("modeling_vitcls.pretraining.pretrain.MAX_NEIGHBORS", 150)
     prepared = prepare_setup(tiny_options(tmp_path / "out", num_cls_tokens=2, select="best"))
     task, selection = prepared.setup, prepared.data.selection
     train = prepared.data.train.draw(150)

@@ -13,6 +13,7 @@ from ..model.configuration_vitcls import ViTCLSConfig
 from ..model.extra_heads_vitcls import RESERVED_OUTPUT_NAMES
 from ..model.modeling_vitcls import ViTCLSImageClassifierOutput, count_output_tokens
 from ..runtime.errors import warn_on_first_process
+from ..training.probe import build_linear, build_probe_record
 from .extend import (
     Addition,
     OldModel,
@@ -21,7 +22,6 @@ from .extend import (
     check_has_one_label,
 )
 from .options import AddTaskOptions
-from .probe import build_linear, build_probe_record
 
 
 def build_task(old: OldModel, options: AddTaskOptions) -> Addition:

@@ -28,7 +28,7 @@ from ..model.heads_vitcls import PixelDecoder, compute_masked_pixel_loss
 from ..model.modeling_vitcls import ViTCLSModel, ViTCLSPreTrainedModel
 from ..model.positions_vitcls import PositionEmbeddings
 from ..model.variants_vitcls import ATTENTION_CLASSES, LAYER_CLASSES
-from .losses import Losses
+from ..training.losses import Losses
 
 
 NUM_DECODER_LAYERS = 4  # The paper has 8 for ViT-B; 4 fine-tune as well (table 1a)
@@ -59,7 +59,7 @@ class MAE(ViTCLSPreTrainedModel):
     Examples:
         >>> import torch
         >>> from modeling_vitcls import ViTCLSConfig, ViTCLSModel
-        >>> from modeling_vitcls.training.mae import MAE, build_decoder_config
+        >>> from modeling_vitcls.pretraining.mae import MAE, build_decoder_config
         >>> config = ViTCLSConfig.from_preset("tiny", image_size=32, patch_size=8)
         >>> method = MAE(ViTCLSModel(config), build_decoder_config(config))
         >>> mask = (torch.arange(16) % 4 > 0).expand(2, -1)  # three of four patches of both images

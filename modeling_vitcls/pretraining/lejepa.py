@@ -21,7 +21,7 @@ from torch import distributed as dist
 
 from ..data.batches import Batch, Normalizer
 from ..model.modeling_vitcls import ViTCLSModel, ViTCLSPreTrainedModel
-from .losses import Losses
+from ..training.losses import Losses
 
 
 # Frequencies of the characteristic functions that SIGReg compares
@@ -47,7 +47,7 @@ class LeJEPA(ViTCLSPreTrainedModel):
     Examples:
         >>> import torch
         >>> from modeling_vitcls import ViTCLSConfig, ViTCLSModel
-        >>> from modeling_vitcls.training.lejepa import (
+        >>> from modeling_vitcls.pretraining.lejepa import (
         ...     LeJEPA, compute_invariance_loss, compute_sigreg, draw_directions,
         ... )
         >>> method = LeJEPA(ViTCLSModel(ViTCLSConfig.from_preset("tiny", image_size=32, patch_size=8)))
