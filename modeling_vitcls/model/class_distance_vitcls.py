@@ -25,12 +25,15 @@ logger = logging.get_logger(__name__)
 
 NUM_SUMS = 16  # Number of sums in a fingerprint
 SPECIAL_TOKENS = ("cls_token", "distillation_token", "register_tokens")
+# Adapters of PEFT that add `get_delta_weight` to a weight. Others count with their own parameters.
+ADDITIVE_ADAPTERS = {"lora_A", "hada_w1_a", "lokr_w1", "vera_lambda_b", "fourierft_spectrum"}
 # Sums are stored as integers in this unit: a cast of the model to half precision leaves integers as
 # they are.
 SUM_UNIT = 2.0**-24
 # Relative rounding of each weight, if all of them are numbers of bfloat16 or float16; and otherwise,
 # as after a merge of LoRA in float32
 HALF_ROUNDING, ROUNDING = 2.0**-9, 2.0**-22
+GOLDEN_RATIO = 0.618033988749895
 NUM_SAMPLES = 64  # Weights of each parameter, which tell which of the two applies
 # Largest sum of the squared deviations of a fingerprint, in units of what rounding may cause. Rounding
 # to bfloat16 gives about 0.4 for each of the sums.
@@ -119,7 +122,10 @@ class ClassDistance(nn.Module):
         # torch.compile and torch.export cannot trace this. Their graph depends on `is_valid`.
         if torch.compiler.is_compiling():
             return self.is_valid
-        state = [*read_state(self.fingerprint), *list_states(encoder)]
+        try:
+            state = [*read_state(self.fingerprint), *list_states(encoder)]
+        except RuntimeError:  # Under torch.func, weights have no memory, and may be several
+            return False
         if state == self.checked_state:
             return self.is_valid
 
@@ -138,15 +144,24 @@ class ClassDistance(nn.Module):
         """Compare the stored fingerprint with the weights of an encoder.
 
         Rounding to half precision is no change. Weights that are not in memory as plain numbers
-        (quantized, sharded, offloaded) cannot be compared, and count as unchanged.
+        (quantized, sharded, offloaded) cannot be compared, so the statistics do not count as theirs.
         """
-        sums = sum_weights(encoder)
-        if sums is None or self.fingerprint.is_meta:
+        if self.fingerprint.is_meta:
             return True
-        totals, roundings = sums
-        # A product of integers and a float would be in float32, which has too few digits.
-        deviations = (self.fingerprint.cpu().double() * SUM_UNIT - totals) / roundings
-        return float(deviations.square().sum()) < MAX_DEVIATION
+        for build_factors in (build_factors_of_all, build_factors_of_rows):
+            sums = sum_weights(encoder, build_factors)
+            if sums is None:
+                return False
+            totals, roundings = sums
+            # A product of integers and a float would be in float32, which has too few digits.
+            deviations = (self.fingerprint.cpu().double() * SUM_UNIT - totals) / roundings
+            if float(deviations.square().sum()) < MAX_DEVIATION:
+                # Files of earlier versions have the sums without factors of columns. From here on,
+                # changes that these do not show count, too.
+                if build_factors is build_factors_of_rows:
+                    self.store_fingerprint(encoder)
+                return True
+        return False
 
     def store_fingerprint(self, encoder: nn.Module) -> None:
         """Declare that the statistics belong to the present weights of the encoder."""
@@ -156,13 +171,37 @@ class ClassDistance(nn.Module):
 
 
 # Fingerprint --------------------------------------------------------------------------------------
+# Builds the factors of the rows [R] and the columns [C] of a weight
+BuildFactors = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+
+def build_factors_of_all(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Build different factors, from 1 to 2, for the rows and the columns of a weight [R, C].
+
+    The multiples of the golden ratio, modulo 1, have no order. SGD moves a special token or position
+    by numbers whose sum is 0, because a norm removes the mean of the features that follow.
+    """
+    numbers = [torch.arange(n, dtype=torch.float64, device=values.device) for n in values.shape]
+    rows, columns = [1 + (each * GOLDEN_RATIO) % 1 for each in numbers]
+    return rows, columns
+
+
+def build_factors_of_rows(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Build the factors of earlier versions, which are equal for all columns."""
+    options: Any = {"dtype": torch.float64, "device": values.device}
+    num_rows, num_columns = values.shape
+    return torch.linspace(1, 2, num_rows, **options), torch.ones(num_columns, **options)
+
+
 @torch.no_grad()
-def sum_weights(encoder: nn.Module) -> tuple[Tensor, Tensor] | None:
+def sum_weights(
+    encoder: nn.Module, build_factors: BuildFactors = build_factors_of_all
+) -> tuple[Tensor, Tensor] | None:
     """Sum the weights of an encoder [NUM_SUMS], and estimate by how much rounding changes the sums.
 
     The sums are of the embeddings, the special tokens, the final norm, other parts, and the layers.
-    Rows have different factors, so a sum depends on their order. The result is in float64 on the CPU;
-    None if weights are not in memory as plain numbers.
+    Rows and columns have different factors, so a sum depends on their order. The result is in float64
+    on the CPU; None if weights are not in memory as plain numbers.
     """
     totals: list[list[Tensor]] = [[] for _ in range(NUM_SUMS)]
     squares: list[list[Tensor]] = [[] for _ in range(NUM_SUMS)]
@@ -174,16 +213,16 @@ def sum_weights(encoder: nn.Module) -> tuple[Tensor, Tensor] | None:
             return None
         values = weight.flatten(1) if weight.ndim > 1 else weight[:, None]
         values = values.cpu() if values.device.type == "mps" else values  # Has no float64
-        factors = torch.linspace(1, 2, len(values), dtype=torch.float64, device=values.device)
-        norms = torch.linalg.vector_norm(values, dim=1, dtype=torch.float64)
+        rows, columns = build_factors(values)
         part, own_name = name.split(".")[:2]
         index = {"embeddings": 0, "layernorm": 1}.get(part, 2)
         if own_name in SPECIAL_TOKENS:
             index = 3
         elif part == "layers":
             index = 4 + int(own_name) * (NUM_SUMS - 4) // num_layers
-        totals[index].append(values.sum(dim=1, dtype=torch.float64) @ factors)
-        squares[index].append((norms * factors).square().sum())
+        doubles = values.double()
+        totals[index].append(rows @ (doubles @ columns))
+        squares[index].append(rows.square() @ (doubles.square() @ columns.square()))
         sample = values.flatten()[:NUM_SAMPLES]
         halves = [sample.to(dtype).to(sample) for dtype in (torch.bfloat16, torch.float16)]
         are_rounded.append((sample == halves[0]).all() | (sample == halves[1]).all())
@@ -208,15 +247,24 @@ def list_effective_weights(encoder: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for name, module in encoder.named_modules():
         if "modules_to_save" in module._modules:
             unused.update(*(each.modules() for each in list_unused_copies(module)))
-        if name.startswith(("pooler", "gates")) or ".lora_" in name or module in unused:
+        deltas: list[str] = []
+        if "base_layer" in module._modules:
+            layer: Any = module
+            own_names = {*layer.adapter_layer_names, *layer.other_param_names}
+            is_additive = not own_names.isdisjoint(ADDITIVE_ADAPTERS)
+            if is_additive or not is_active_adapter(layer):
+                own_parts = [layer._modules[each] for each in own_names & layer._modules.keys()]
+                unused.update(*(each.modules() for each in own_parts))
+            if is_additive and is_active_adapter(layer):
+                deltas = layer.active_adapters
+        if name.startswith(("pooler", "gates")) or module in unused:
             continue
         name = re.sub(r"\.(original_module|modules_to_save\.[^.]+)", "", name)
         for own_name, weight in module._parameters.items():
             if weight is not None and own_name != "mask_token":
                 yield f"{name}.{own_name}", weight
-        if "lora_A" in module._modules and is_active_adapter(module):
-            for adapter in module.active_adapters:  # type: ignore[union-attr]
-                yield f"{name}.{adapter}", module.get_delta_weight(adapter)  # type: ignore[operator]
+        for adapter in deltas:
+            yield f"{name}.{adapter}", module.get_delta_weight(adapter)  # type: ignore[operator]
 
 
 def list_unused_copies(wrapper: Any) -> list[nn.Module]:
@@ -227,7 +275,7 @@ def list_unused_copies(wrapper: Any) -> list[nn.Module]:
 
 
 def is_active_adapter(module: Any) -> bool:
-    """Tell whether a LoRA layer of PEFT adds to the weights of the layer that it wraps."""
+    """Tell whether an adapter layer of PEFT changes what the layer that it wraps computes."""
     return not (module.merged or module.disable_adapters)
 
 
@@ -241,7 +289,7 @@ def list_states(encoder: nn.Module) -> list[Any]:
             if weight is not None:
                 states += read_state(weight)
         modules += [each for each in module._modules.values() if each is not None]
-        if "lora_A" in module._modules:
+        if "base_layer" in module._modules:
             states += [is_active_adapter(module), *module.active_adapters]
     return states
 

@@ -15,6 +15,11 @@ from helpers.tiny_models import build_tiny_config, randomize
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel
 from modeling_vitcls.hub.model_folder import ModelFolder
 from modeling_vitcls.inference.class_statistics import ClassStatistics
+from modeling_vitcls.model.class_distance_vitcls import (
+    SUM_UNIT,
+    build_factors_of_rows,
+    sum_weights,
+)
 
 
 TOKENS = ((-2, "cls"), (-2, "mean"), (-1, "cls"))
@@ -96,12 +101,39 @@ def flip_rows(model: Any) -> None:
     weight.copy_(weight.flip(0))
 
 
+@torch.no_grad()
+def permute_columns(model: Any) -> None:
+    """Change the order of columns, but not the sum of each row."""
+    for layer in model.vitcls.layers:
+        layer.mlp.fc1.weight.copy_(layer.mlp.fc1.weight.flip(1))
+
+
+@torch.enable_grad()
+def train_with_sgd(model: Any, name: str) -> None:
+    """Train one parameter of the embeddings with SGD, in evaluation mode."""
+    weight = model.vitcls.embeddings.get_parameter(name)
+    optimizer = torch.optim.SGD([weight], lr=0.1, momentum=0.9)
+    for _ in range(5):
+        images = torch.randn(6, 3, *model.config.image_height_width)
+        model(images, labels=torch.arange(6) % 3).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.zero_grad()
+
+
+TRAINED_NAMES = ("cls_token", "position_embeddings.cls", "position_embeddings.patches")
 PARTS = ("embeddings.patch_embeddings", "embeddings.cls_token", "layers.1.mlp.fc2", "layernorm")
 
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    "change", [flip_rows, *(partial(train_steps, part=f"vitcls.{part}") for part in PARTS)]
+    "change",
+    [
+        flip_rows,
+        permute_columns,
+        *(partial(train_with_sgd, name=name) for name in TRAINED_NAMES),
+        *(partial(train_steps, part=f"vitcls.{part}") for part in PARTS),
+    ],
 )
 def test_a_change_of_any_part_that_the_distance_depends_on_ends_it(change: Any) -> None:
     model, images, _ = build_model()
@@ -160,6 +192,76 @@ def test_an_untrained_adapter_keeps_the_distance_and_a_trained_one_ends_it(tmp_p
     fresh.load_state_dict(adapted.unload().state_dict())
     assert torch.equal(fresh(images[:4]).distance, expected)
     assert peft.PeftModel.from_pretrained(fresh, tmp_path)(images[:4]).distance is None
+
+
+ADAPTERS = {
+    "lora": peft.LoraConfig(target_modules=["q_proj", "v_proj"], r=2),
+    "loha": peft.LoHaConfig(target_modules=["q_proj", "v_proj"], r=2),
+    "vera": peft.VeraConfig(target_modules=["q_proj", "v_proj"], r=2),
+    "fourier": peft.FourierFTConfig(
+        target_modules=["q_proj", "v_proj"], n_frequency=10, init_weights=True
+    ),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", list(ADAPTERS))
+def test_an_adapter_that_adds_nothing_yet_keeps_the_distance(kind: str) -> None:
+    model, images, _ = build_model()
+    expected = model(images[:4]).distance
+    adapted: Any = peft.get_peft_model(model, ADAPTERS[kind]).eval()
+    torch.testing.assert_close(adapted(images[:4]).distance, expected)
+
+
+@torch.no_grad()
+def test_a_disabled_adapter_keeps_the_distance_and_a_merged_one_ends_it() -> None:
+    model, images, _ = build_model()
+    expected = model(images[:4]).distance
+    config = peft.FourierFTConfig(target_modules=["q_proj"], n_frequency=10, scaling=1000.0)
+    adapted: Any = peft.get_peft_model(model, config).eval()
+    assert adapted(images[:4]).distance is None
+    with adapted.disable_adapter():
+        torch.testing.assert_close(adapted(images[:4]).distance, expected)
+    assert adapted.merge_and_unload()(images[:4]).distance is None
+
+
+@torch.no_grad()
+def test_a_fingerprint_of_an_earlier_version_is_known_and_becomes_one_that_sees_sgd(
+    tmp_path: Path,
+) -> None:
+    model, images, _ = build_model()
+    expected = model(images[:4]).distance
+    sums = sum_weights(model.vitcls, build_factors_of_rows)
+    assert sums is not None
+    model.class_distance.fingerprint.copy_((sums[0] / SUM_UNIT).round())
+    model.save_pretrained(tmp_path)
+
+    loaded = ViTCLSForImageClassification.from_pretrained(tmp_path).eval()
+    assert torch.equal(loaded(images[:4]).distance, expected)
+    train_with_sgd(loaded, "cls_token")
+    assert loaded(images[:4]).distance is None
+    loaded.save_pretrained(tmp_path)
+    assert ViTCLSForImageClassification.from_pretrained(tmp_path)(images).distance is None
+
+
+def test_functions_of_the_weights_have_logits_and_no_distance() -> None:
+    model, images, _ = build_model()
+    parameters = dict(model.named_parameters())
+
+    def compute_outputs(weights: Any) -> Any:
+        outputs = torch.func.functional_call(model, weights, (images[:2],))
+        assert outputs.distance is None  # a distance to other weights would mislead
+        return outputs.logits
+
+    gradients = torch.func.grad(lambda weights: compute_outputs(weights).sum())(parameters)
+    model(images[:2]).logits.sum().backward()
+    assert model.classifier.weight.grad is not None
+    torch.testing.assert_close(gradients["classifier.weight"], model.classifier.weight.grad)
+
+    ensemble = {name: torch.stack([each, each]) for name, each in parameters.items()}
+    logits = torch.vmap(compute_outputs)(ensemble)
+    torch.testing.assert_close(logits[1], model(images[:2]).logits, rtol=1e-4, atol=1e-5)
+    assert model(images[:2]).distance is not None
 
 
 @torch.no_grad()
