@@ -62,7 +62,7 @@ OTHER_COMMANDS = (
 OTHER_FLAGS = {
     *"--workers --preload --cpu --num_processes --config_file".split(),
     *"--help --help-all --tyro-print-completion --node-rank --version --include".split(),
-    *"--local-dir --shm-size --torch-backend".split(),
+    *"--local-dir --revision --shm-size --torch-backend".split(),
 }
 # programs that are no subcommands of vitcls
 PROGRAMS = (
@@ -223,6 +223,26 @@ def test_the_pages_contain_the_address_of_pyproject() -> None:
 
 
 # Names and messages -------------------------------------------------------------------------------
+
+
+def list_message_patterns() -> Iterator[str]:
+    """Yield a pattern for each text of the package in which values or parameters are filled in."""
+    for file in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                parts = [
+                    part.value if isinstance(part, ast.Constant) else "\0" for part in node.values
+                ]
+                text = re.sub(r"`[\w\0]+(=\S+)?`", "\0", "".join(map(str, parts)))
+                if len(text) > 15:
+                    yield re.escape(text).replace("\0", ".+")
+
+
+def test_messages_in_the_faq_are_those_of_the_program() -> None:
+    messages = re.findall(r'^\| "(.+)" \|', (ROOT / "docs" / "faq.md").read_text(), re.MULTILINE)
+    assert len(messages) >= 10
+    pattern = re.compile("|".join(list_message_patterns()))
+    assert [message for message in messages if not pattern.fullmatch(message)] == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=get_name)
