@@ -1,7 +1,8 @@
-"""Attention of every layer of a forward pass, and gradient-weighted attribution.
+"""What each token contributes to a label, and the attention of every layer of a forward pass.
 
     trace = trace_attention(model, pixel_values, needs_gradients=True)
-    trace.compute_attribution(trace.outputs.logits, 2)    # [B, key], contributions to class 2
+    trace.compute_contributions(trace.outputs.logits, 2)  # [B, key], they add up to the logit of class 2
+    trace.compute_attribution(trace.outputs.logits, 2)    # [B, key], for heads that read CLS alone
 
     with process_attention_layers(model, layers.append):
         model(pixel_values)
@@ -22,6 +23,7 @@ from typing import Any
 
 import torch
 
+from ..inference.frozen_features import has_searchable_pooling
 from ..model.configuration_vitcls import ViTCLSConfig
 from ..model.token_attention_vitcls import compute_attention_rows, record_attention
 
@@ -98,6 +100,31 @@ class AttentionTrace:
             layers.append(torch.cat([patches, special_tokens], dim=2))
         return torch.stack(layers, dim=1)
 
+    def compute_contributions(self, logits: torch.Tensor, label: int) -> torch.Tensor:
+        """Divide the logit of a class among the tokens that the head reads, [B, N].
+
+        A token contributes its product with the gradient, summed over the layers. For a linear
+        head (`is_linear`), the contributions and the bias add up to the logit, and those of the
+        patches are the class activation map of Zhou et al. 2016 (arXiv 1512.04150, equation 2).
+        Tokens that the head does not read contribute 0. The trace must be recorded with
+        `needs_gradients=True`.
+
+        Args:
+            logits: logits [B, labels] of the classifier or of a task, from `outputs`.
+            label: class index.
+        """
+        tokens = [each for each in self.read_tokens.values() if each is not None]
+        with torch.inference_mode(False), torch.enable_grad():
+            gradients = torch.autograd.grad(
+                logits[:, label].sum(), tokens, retain_graph=True, allow_unused=True
+            )
+        contributions = tokens[-1].new_zeros(tokens[-1].shape[:2], dtype=torch.float32)
+        with torch.no_grad():
+            for states, gradient in zip(tokens, gradients, strict=True):
+                if gradient is not None:
+                    contributions += (states.float() * gradient.float()).sum(dim=-1)
+        return contributions
+
     def compute_attribution(self, logits: torch.Tensor, label: int) -> torch.Tensor:
         """Attribute a class to each token [B, N].
 
@@ -148,6 +175,20 @@ class AttentionTrace:
                     relevance = relevance + relevance @ weighted_map
             # The start weights go, because they do not depend on attention.
             return (relevance - start_weights).squeeze(1)
+
+
+def is_linear(config: ViTCLSConfig, task: str, label: int) -> bool:
+    """Whether the logit of a label is a sum over tokens and a bias.
+
+    Args:
+        task: name of a task; empty for the classifier itself.
+        label: class index.
+    """
+    num_added = sum(map(len, config.get_added_classes().values()))
+    is_added = not task and label >= (config.num_labels or 0) - num_added
+    if is_added or task in config.get_added_tasks():
+        return True
+    return config.head_type == "linear" and (bool(config.tasks) or has_searchable_pooling(config))
 
 
 def trace_attention(

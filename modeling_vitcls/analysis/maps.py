@@ -1,15 +1,16 @@
 """Attention to patches as maps, and maps and photos as images.
 
-    rows [..., key] -> extract_patch_maps [..., gh, gw] -> overlay, a picture
-                                                              |
+    rows [..., key] -> extract_patch_maps [..., gh, gw] -> choose_scale -> overlay, a picture
+                                                                             |
     photo, visible region (data/aspect_ratio.py) -> draw_region, the part of the photo under the map
 
-The rows are returned by `model.token_attention`. The sheet of a photo is in sheet.py.
+The rows are attention (`model.token_attention`), whose values are positive, or contributions to a
+score, which have a sign. The sheet of a photo is in sheet.py.
 """
 
 import numpy as np
 import torch
-from matplotlib import colormaps
+from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from PIL import Image, ImageOps
 from torch import nn
@@ -19,7 +20,9 @@ from ..model.configuration_vitcls import ViTCLSConfig
 from ..model.image_processing_vitcls import pil_to_tensor
 
 
-COLORMAP = "inferno"  # Perceptually uniform, and safe for color-blind readers
+# Both are safe for color-blind readers. The second is white at 0, and red above.
+COLORMAP = "inferno"
+SIGNED_COLORMAP = "RdBu_r"
 IMAGE_BRIGHTNESS = 0.75  # The photo under a map is dimmed by this factor
 # The brightest color is at least this multiple of the mean, so that a uniform map is dark.
 MIN_SCALE = 3.0
@@ -41,26 +44,26 @@ def extract_patch_maps(rows: torch.Tensor, config: ViTCLSConfig, image_size: Siz
     return patch_rows.unflatten(-1, config.get_grid_size(image_size))
 
 
-def overlay(image: Image.Image, values: torch.Tensor) -> Image.Image:
-    """Draw a map over the image that it covers; higher values are brighter and more opaque.
+def overlay(image: Image.Image, values: torch.Tensor, scale: ScalarMappable) -> Image.Image:
+    """Draw a map over the image that it covers; values far from 0 are more opaque.
 
     The image is gray and dimmed, so all colors belong to the map, which is interpolated between the
     centers of the patches.
 
     Args:
         image: an RGB image, cropped to the region of the patches (`draw_region`).
-        values: nonnegative values [gh, gw] of the patches.
+        values: values [gh, gw] of the patches.
+        scale: the colors of the values (`choose_scale`).
 
     Returns:
         An RGB image with the size of `image`.
     """
     smooth = nn.functional.interpolate(
         values[None, None], (image.height, image.width), mode="bilinear"
-    )[0, 0]  # [h, w]
-    pixels = Normalize(0, get_brightest_value(values), clip=True)(smooth.numpy())
-
-    colors = colormaps[COLORMAP](pixels)[:, :, :3]  # [h, w, 3]
-    opacity = (0.25 + 0.6 * pixels)[:, :, None]  # [h, w, 1]
+    )[0, 0].numpy()  # [h, w]
+    colors = scale.to_rgba(smooth)[:, :, :3]  # [h, w, 3]
+    strength = np.clip(np.abs(smooth) / scale.norm.vmax, 0, 1)
+    opacity = (0.25 + 0.6 * strength)[:, :, None]  # [h, w, 1]
     gray = np.asarray(image.convert("L"), dtype=np.float32)[:, :, None] / 255  # [h, w, 1]
     blended = gray * IMAGE_BRIGHTNESS * (1 - opacity) + colors * opacity
     return to_picture(blended)
@@ -71,13 +74,18 @@ def to_picture(colors: np.ndarray) -> Image.Image:
     return Image.fromarray((colors * 255).round().astype(np.uint8))
 
 
-def get_brightest_value(values: torch.Tensor) -> float:
-    """Compute the value of a map from which on it has the brightest color.
+def choose_scale(values: torch.Tensor, is_signed: bool = False) -> ScalarMappable:
+    """Choose the colors of the values of a map, or of several maps that share their colors.
 
-    The highest 1% of the values have it, because a single patch may be far above all others. It is
-    at least MIN_SCALE times the mean, so that a uniform map is not bright everywhere.
+    The highest 1% of the values have the strongest color, because a single patch may be far above
+    all others. A map of attention, whose values are positive, has it from MIN_SCALE times the mean,
+    so that a uniform map is not bright everywhere.
     """
-    return max(values.quantile(0.99).item(), MIN_SCALE * values.mean().item())
+    if is_signed:
+        limit = values.abs().quantile(0.99).item() or 1.0
+        return ScalarMappable(Normalize(-limit, limit, clip=True), SIGNED_COLORMAP)
+    limit = max(values.quantile(0.99).item(), MIN_SCALE * values.mean().item()) or 1.0
+    return ScalarMappable(Normalize(0, limit, clip=True), COLORMAP)
 
 
 def to_upright_rgb(image: Image.Image, bit_depth: int = 16) -> Image.Image:

@@ -1,4 +1,4 @@
-"""What a model predicts for one photo, what its tokens attend to, and what its patches contain.
+"""What a model predicts for one photo and from where, what its tokens attend to, and its patches.
 
     measurements = measure_photo(model, processor, photo, find_token_use(model))
     draw_sheet(measurements, "mine")        # a PIL image (sheet.py)
@@ -8,7 +8,7 @@ Patches of one object have similar features and thus similar colors (Oquab et al
 2304.07193, figure 1). Features are hidden states before the final norm.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -25,10 +25,10 @@ from ..inference.prediction_rows import (
     has_several_labels,
     select_labels,
 )
-from ..inference.token_names import get_token_names_by_group
+from ..inference.token_names import SINGLE_TOKEN_NAMES, get_token_names_by_group
 from ..model.configuration_vitcls import ViTCLSConfig
 from ..model.extra_heads_vitcls import ExtraHead
-from .attribution import AttentionTrace, trace_attention
+from .attribution import AttentionTrace, is_linear, trace_attention
 from .maps import extract_patch_maps, to_upright_rgb
 from .token_use import TokenUse
 
@@ -39,8 +39,24 @@ NUM_COLOR_CHANNELS = 3  # Red, green and blue
 # these quantiles are clipped.
 COLOR_QUANTILES = 0.02, 0.98
 
-# Task, label, and value of each token or patch
-Attribution = tuple[str | None, Label, torch.Tensor]
+
+@dataclass(frozen=True)
+class Attribution:
+    """Where the score of a label comes from.
+
+    Attributes:
+        task: name of the task; None for the classifier itself.
+        label: name and probability of the label.
+        values: one for each patch [gh, gw].
+        rest: what the special tokens and the bias contribute to the score: with it, the values add
+            up to the logit (`compute_contributions`). None if the head does not read the patches, or
+            not linearly: the values are those of `compute_attribution`, which have no unit.
+    """
+
+    task: str | None
+    label: Label
+    values: torch.Tensor
+    rest: float | None
 
 
 @dataclass(frozen=True)
@@ -60,9 +76,9 @@ class PhotoMeasurements:
         predictions: labels by task, in order of decreasing probability: of the model (None), or of
             each of its tasks, and of each added task. A task with several labels per image may have
             none. Empty for an encoder without tasks.
-        attributions: task, label, and contribution of each patch to the score of the label [gh, gw]
-            (`AttentionTrace.compute_attribution`), for at most MAX_LABELS of each task.
+        attributions: for at most MAX_LABELS of each task.
         token_names: [S], name of each token.
+        are_read: [S], whether a head reads the token; all of an encoder without heads.
         token_groups: [S], group of each token in `config.token_layout`.
         token_layers: [S], last layer in which each token is used, numbered from 1.
         maps: [L, H, S, gh, gw], attention of each token to the patches; the rest is on special
@@ -82,6 +98,7 @@ class PhotoMeasurements:
     predictions: dict[str | None, list[Label]]
     attributions: list[Attribution]
     token_names: list[str]
+    are_read: list[bool]
     token_groups: list[str]
     token_layers: list[int]
     maps: torch.Tensor
@@ -89,6 +106,27 @@ class PhotoMeasurements:
     norms: torch.Tensor
     colors: torch.Tensor
     explained_variance: list[list[float]]
+
+    @property
+    def main_attribution(self) -> Attribution | None:
+        """The map of the first label that adds up to its score; None if no map does."""
+        return next((each for each in self.attributions if each.rest is not None), None)
+
+    @property
+    def rest_name(self) -> str:
+        """What contributes to a score beside the patches."""
+        read = {
+            group
+            for group, is_read in zip(self.token_groups, self.are_read, strict=True)
+            if is_read
+        }
+        names = [name for group, name in SINGLE_TOKEN_NAMES.items() if group in read]
+        return ", ".join([*names, "bias"])
+
+    def name_attention(self) -> str:
+        """Say whose attention the map of the first token is, and whether a classifier reads the token."""
+        unread = "" if self.are_read[0] else ", which this classifier does not read"
+        return f"attention of {self.token_names[0]}{unread}"
 
 
 def measure_photo(
@@ -121,7 +159,7 @@ def measure_photo(
         raise ValueError(
             "the features of the model are not finite. Load the model in float32, or train it again"
         )
-    predictions, attributions = predict_photo(trace, heads)
+    predictions, attributions, contributions = predict_photo(trace, heads)
     attention = trace.compute_attention()[0].float().cpu()  # [L, H, S, N]
 
     # In a model of one layer, a token that no head reads is used in none. Its row shows this layer.
@@ -135,9 +173,13 @@ def measure_photo(
     features = extract_patch_maps(states.mT, config, input_size).movedim(1, -1)  # [L, gh, gw, D]
     maps = extract_patch_maps(attention, config, input_size)
     attribution_maps = [
-        (task, label, extract_patch_maps(rows.float().cpu(), config, input_size))
-        for task, label, rows in attributions
+        replace(each, values=extract_patch_maps(each.values, config, input_size))
+        for each in attributions
     ]
+    # A token that contributes nothing to any label is not read.
+    are_read = (contributions != 0).any(dim=0).tolist()
+    if not config.num_cls_tokens:
+        are_read.insert(0, True)
     decompositions = [decompose_patches(layer) for layer in features]
     colors = torch.stack([layer_colors for layer_colors, _ in decompositions])  # [L, gh, gw, 3]
 
@@ -152,6 +194,7 @@ def measure_photo(
         predictions=predictions,
         attributions=attribution_maps,
         token_names=[name for names in names_by_group.values() for name in names],
+        are_read=are_read,
         token_groups=[group for group, names in names_by_group.items() for _ in names],
         token_layers=token_layers,
         maps=maps,
@@ -164,10 +207,17 @@ def measure_photo(
 
 def predict_photo(
     trace: AttentionTrace, heads: dict[str, ExtraHead]
-) -> tuple[dict[str | None, list[Label]], list[Attribution]]:
-    """Predict the labels of one photo by task, and attribute the most probable to tokens [N]."""
+) -> tuple[dict[str | None, list[Label]], list[Attribution], torch.Tensor]:
+    """Predict the labels of one photo by task, and attribute the most probable to tokens [N].
+
+    Also return what each special token contributes to the most probable label of each task, [tasks,
+    S]; ones without tasks.
+    """
+    patches = trace.config.token_layout.patches
+    special_tokens = slice(patches.start)
     predictions: dict[str | None, list[Label]] = {}
     attributions: list[Attribution] = []
+    contributions = []
     for task, logits in get_logits_by_task(trace.outputs).items():
         if task not in heads:  # These are the features of an encoder
             continue
@@ -175,10 +225,17 @@ def predict_photo(
         (labels,) = select_labels(logits, heads[task], max_labels)
         predictions[task or None] = labels
         order = logits[0].float().sort(descending=True, stable=True).indices.tolist()
+        contributions.append(trace.compute_contributions(logits, order[0])[0, special_tokens].cpu())
+
         for label, index in zip(labels[:MAX_LABELS], order, strict=False):
-            values = trace.compute_attribution(logits, index)[0]
-            attributions.append((task or None, label, values))
-    return predictions, attributions
+            values = trace.compute_contributions(logits, index)[0].cpu()
+            rest = None
+            if values[patches].any() and is_linear(trace.config, task, index):
+                rest = (logits[0, index].float().cpu() - values[patches].sum()).item()
+            else:
+                values = trace.compute_attribution(logits, index)[0].float().cpu()
+            attributions.append(Attribution(task or None, label, values, rest))
+    return predictions, attributions, torch.stack(contributions or [torch.ones(patches.start)])
 
 
 def decompose_patches(features: torch.Tensor) -> tuple[torch.Tensor, list[float]]:

@@ -25,7 +25,7 @@ from ..runtime.files import write_atomically
 from ..version import __version__
 from .ablation import Effect
 from .inspection import Inspection
-from .maps import draw_region, overlay, to_picture
+from .maps import choose_scale, draw_region, overlay, to_picture
 from .sheet import ShownPhoto
 
 
@@ -122,17 +122,24 @@ def build_inspection_record(
 def build_photo_row(photo: ShownPhoto) -> dict[str, Any]:
     """Build the images of a photo, and the texts next to them.
 
-    The images show what the model sees, the attention of the first token, and the features of the
-    patches; the last one is the sheet.
+    The images show what the model sees, where the score comes from or what the first token reads,
+    and the features of the patches; the last one is the sheet.
     """
     measurements = photo.measurements
-    layer = measurements.token_layers[0]
-    attention = measurements.maps[layer - 1, :, 0].mean(dim=0)  # [gh, gw]
     visible_part = draw_region(measurements.image, measurements.visible_region, THUMBNAIL_SIDE)
+    main = measurements.main_attribution
+    if main is None:
+        layer = measurements.token_layers[0]
+        attention = measurements.maps[layer - 1, :, 0].mean(dim=0)  # [gh, gw]
+        map_name = measurements.name_attention()
+        map_picture = overlay(visible_part, attention, choose_scale(attention))
+    else:
+        map_name = "where the score of the prediction comes from"
+        map_picture = overlay(visible_part, main.values, choose_scale(main.values, is_signed=True))
     features = to_picture(measurements.colors[measurements.patch_layer - 1].numpy())
     pictures = {
         photo.name: visible_part,
-        f"attention of {measurements.token_names[0]}": overlay(visible_part, attention),
+        map_name: map_picture,
         "patch features": features.resize(visible_part.size, Image.Resampling.NEAREST),
     }
     return {
@@ -140,6 +147,7 @@ def build_photo_row(photo: ShownPhoto) -> dict[str, Any]:
         "caption": photo.caption,
         "kind": KINDS.get(photo.kind or ""),
         "pictures": pictures,
+        "adds_up": main is not None,
         "sheet": photo.sheet,
     }
 

@@ -1,8 +1,8 @@
 """Draw the sheet of one photo for `vitcls look` and the report, from the measurements in photo.py.
 
     title, and the whole photo if the model sees only a part
-    photo | attention | principal components of the patches | norms of the patches
-    attribution                  one tile per label of the predictions
+    photo | where the score comes from, or attention | components of the patches | their norms
+    where scores come from       one tile per label of the predictions; attribution if no map adds up
     attention of each head       one row per token, in the last layer in which the token is used
     layer by layer               one row per token, then principal components and norms
 
@@ -20,18 +20,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from matplotlib import colormaps, rc_context
+from matplotlib import rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import LinearLocator
 from PIL import Image
 
 from ..inference.token_names import SINGLE_TOKEN_NAMES
-from .maps import COLORMAP, draw_region, get_brightest_value, overlay
-from .photo import PhotoMeasurements
+from .maps import choose_scale, draw_region, overlay
+from .photo import Attribution, PhotoMeasurements
 
 
 WIDTH = 12.0
@@ -66,6 +64,8 @@ STYLE: dict[Any, Any] = {
     "font.size": 8.5,
     "text.color": MEDIUM_GRAY,
     "text.parse_math": False,  # Otherwise, a name with two dollar signs is a formula
+    "axes.labelcolor": MEDIUM_GRAY,
+    "axes.labelsize": 8,
     "axes.titlecolor": DARK_GRAY,
     "axes.titlelocation": "left",
     "axes.titlesize": 10,
@@ -73,6 +73,20 @@ STYLE: dict[Any, Any] = {
     "xtick.color": MEDIUM_GRAY,
     "xtick.labelsize": 8,
 }
+
+# Heading, explanation, and the note of the row
+SCORE_TEXTS = (
+    "Where the score of a label comes from",
+    "Red patches raise the score (logit), blue ones lower it. The map and the rest (special tokens, "
+    "bias) add up to it. Each patch has seen the whole photo",
+    "map + rest",
+)
+ATTRIBUTION_TEXTS = (
+    "What counts for a label",
+    "Attribution: attention of all layers, weighted by its gradient (Chefer et al. 2021). "
+    "Bright patches raise the score of the label, but do not add up to it",
+    "attribution",
+)
 
 # An image, the text above it, and whether an output of the model depends on it
 Tile = tuple[Any, str, bool]
@@ -185,15 +199,26 @@ def draw_header(measurements: PhotoMeasurements, title: str) -> Figure:
 
 
 def draw_overview(measurements: PhotoMeasurements, photo: Image.Image) -> Figure:
-    """Draw what the model sees, the attention of the first token, and the patches."""
-    token_layer = measurements.token_layers[0]
-    attention = measurements.maps[token_layer - 1, :, 0].mean(dim=0)  # [gh, gw]
+    """Draw what the model sees, where the score comes from or what the first token reads, and the patches."""
     layer = measurements.patch_layer
+    main = measurements.main_attribution
+    if main is None:
+        token_layer = measurements.token_layers[0]
+        values = measurements.maps[token_layer - 1, :, 0].mean(dim=0)  # [gh, gw]
+        scale, map_format = choose_scale(values), "{x:.2%}"
+        map_title = (
+            f"Attention of {shorten_middle(measurements.token_names[0], 11)}, layer {token_layer}"
+        )
+        map_text = "" if measurements.are_read[0] else "this classifier does not read it"
+    else:
+        values = main.values
+        scale, map_format = choose_scale(values, is_signed=True), "{x:+.2g}"
+        map_title = f"Score of {shorten_middle(main.label[0], 18)}, by patch"
+        map_text = describe_parts(main, measurements.rest_name)
+
     pictures = {
         "What the model sees": photo,
-        f"Attention of {shorten_middle(measurements.token_names[0], 11)}, layer {token_layer}": overlay(
-            photo, attention
-        ),
+        map_title: overlay(photo, values, scale),
         f"Patch features, layer {layer}": measurements.colors[layer - 1].numpy(),
         f"Patch norms, layer {layer}": measurements.norms[layer - 1].numpy(),
     }
@@ -216,32 +241,57 @@ def draw_overview(measurements: PhotoMeasurements, photo: Image.Image) -> Figure
         va="top",
         fontsize=8,
     )
-    scale = ScalarMappable(Normalize(0, get_brightest_value(attention)), COLORMAP)
-    for colors, axes, text in ((scale, lower[1], "{x:.2%}"), (norms, lower[3], "{x:.3g}")):
-        figure.colorbar(colors, axes, orientation="horizontal", ticks=LinearLocator(3), format=text)
+    for colors, axes, number_format, text in (
+        (scale, lower[1], map_format, map_text),
+        (norms, lower[3], "{x:.3g}", ""),
+    ):
+        figure.colorbar(
+            colors,
+            axes,
+            orientation="horizontal",
+            ticks=LinearLocator(3),
+            format=number_format,
+            label=text,
+        )
     return figure
 
 
+def describe_parts(attribution: Attribution, rest_name: str) -> str:
+    """Say how a score is the sum of its map and the rest: "+5.3 from here, -0.5 from CLS, bias"."""
+    assert attribution.rest is not None, "the map adds up to the score"
+    here = attribution.values.sum().item()
+    total = here + attribution.rest
+    return f"{here:+.2f} from here, {attribution.rest:+.2f} from {rest_name}; together {total:.2f}"
+
+
 def draw_attributions(measurements: PhotoMeasurements, photo: Image.Image) -> list[Figure]:
-    """Draw the attribution of each label of the predictions over the photo, if there are any."""
-    attributions = measurements.attributions[:MAX_ATTRIBUTIONS]
-    if not attributions:
-        return []
-    tiles = [
-        (overlay(photo, values), f"{probability:.0%}", True)
-        for _, (_, probability), values in attributions
-    ]
-    return [
-        draw_rows(
-            "What counts for a label",
-            "Attribution: attention of all layers, weighted by its gradient (Chefer et al. 2021). "
-            "Bright patches raise the score of the label",
-            [": ".join(filter(None, (task, name))) for task, (name, _), _ in attributions],
-            [("prediction", DARK_GRAY, "attribution", tiles)],
-            photo,
-            num_columns=7,
-        )
-    ]
+    """Draw where the score of each label comes from: maps that add up to it, then those that do not."""
+    shown = measurements.attributions[:MAX_ATTRIBUTIONS]
+    exact = [each for each in shown if each.rest is not None]
+    others = [each for each in shown if each.rest is None]
+    figures = []
+    for attributions, (heading, explanation, note) in (
+        (exact, SCORE_TEXTS),
+        (others, ATTRIBUTION_TEXTS),
+    ):
+        if not attributions:
+            continue
+        headers = []
+        tiles = []
+        for each in attributions:
+            name, probability = each.label
+            headers.append(f"{': '.join(filter(None, (each.task, name)))} {probability:.0%}")
+            # Scores have one unit, so all labels share one scale.
+            scale = choose_scale(each.values)
+            caption = ""
+            if each.rest is not None:
+                scale = choose_scale(torch.stack([one.values for one in exact]), is_signed=True)
+                here = each.values.sum().item()
+                caption = f"{here:+.2f} {each.rest:+.2f} = {here + each.rest:.2f}"
+            tiles.append((overlay(photo, each.values, scale), caption, True))
+        row = ("prediction", DARK_GRAY, note, tiles)
+        figures.append(draw_rows(heading, explanation, headers, [row], photo, num_columns=7))
+    return figures
 
 
 def draw_heads(measurements: PhotoMeasurements, photo: Image.Image) -> Figure:
@@ -260,7 +310,8 @@ def draw_heads(measurements: PhotoMeasurements, photo: Image.Image) -> Figure:
     for index, layer in enumerate(measurements.token_layers[:MAX_TOKENS]):
         maps = measurements.maps[layer - 1, :, index]  # [H, gh, gw]
         maps = torch.cat([maps.mean(dim=0, keepdim=True), maps])  # [1 + H, gh, gw]
-        rows.append(build_attention_row(measurements, index, f"layer {layer}", maps, len(maps)))
+        note = f"layer {layer}" if measurements.are_read[index] else f"layer {layer}, not read"
+        rows.append(build_attention_row(measurements, index, note, maps, len(maps)))
     return draw_rows(f"Attention by head{some}", explanation, headers, rows, photo, num_columns=13)
 
 
@@ -299,7 +350,7 @@ def build_attention_row(
     """Build the row of a token: a tile for each map [n, gh, gw]; outputs use the first `num_used`."""
     tiles = []
     for number, values in enumerate(maps):
-        colors = colormaps[COLORMAP](Normalize(0, get_brightest_value(values))(values.numpy()))
+        colors = choose_scale(values).to_rgba(values.numpy())
         tiles.append((colors, f"{values.sum():.0%}", number < num_used))
     color = GROUP_COLORS[measurements.token_groups[index]]
     return measurements.token_names[index], color, note, tiles

@@ -11,6 +11,7 @@ from sklearn.decomposition import PCA
 
 from modeling_vitcls import (
     ViTCLSForImageClassification,
+    ViTCLSForMultiTaskClassification,
     ViTCLSImageProcessor,
     ViTCLSModel,
 )
@@ -18,6 +19,8 @@ from modeling_vitcls.analysis.attribution import trace_attention
 from modeling_vitcls.analysis.maps import extract_patch_maps
 from modeling_vitcls.analysis.photo import decompose_patches, measure_photo
 from modeling_vitcls.analysis.token_use import find_token_use
+from modeling_vitcls.data.labels import get_heads
+from modeling_vitcls.inference.prediction_rows import get_logits_by_task
 
 
 PROCESSOR = ViTCLSImageProcessor(
@@ -54,9 +57,10 @@ def test_predictions_maps_and_norms_are_those_of_the_model() -> None:
     assert get_largest_difference(found.maps, rows) < 1e-5
     for norms, states in zip(found.norms, outputs.hidden_states[1:], strict=True):
         assert get_largest_difference(norms.flatten(), states[0, 3:].norm(dim=-1)) < 1e-5
-    for (_, label, values), index in zip(found.attributions, indices.tolist(), strict=True):
-        assert label[0] == f"LABEL_{index}"
-        assert get_largest_difference(values, compute_attribution(model, index)) < 1e-5
+    for each, index in zip(found.attributions, indices.tolist(), strict=True):
+        assert each.label[0] == f"LABEL_{index}"
+        assert get_largest_difference(each.values, compute_attribution(model, index)) < 1e-5
+        assert each.rest is None
 
 
 @torch.no_grad()
@@ -80,13 +84,11 @@ def test_added_tasks_have_the_attributions_of_a_model_for_the_task() -> None:
     model = randomize(ViTCLSForImageClassification(config))
     found = measure_photo(model, PROCESSOR, PHOTO, find_token_use(model))
     assert list(found.predictions) == [None, "tags", "weather"]
-    (first, *_) = (
-        (name, values) for task, (name, _), values in found.attributions if task == "weather"
-    )
+    (first, *_) = (each for each in found.attributions if each.task == "weather")
     alone = compute_attribution(
-        model.select_task("weather"), heads["weather"]["labels"].index(first[0])
+        model.select_task("weather"), heads["weather"]["labels"].index(first.label[0])
     )
-    assert get_largest_difference(first[1], alone) < 1e-5
+    assert get_largest_difference(first.values, alone) < 1e-5
 
 
 def test_a_rotated_photo_is_upright_and_pixels_without_a_patch_are_not_covered() -> None:
@@ -101,6 +103,121 @@ def test_a_rotated_photo_is_upright_and_pixels_without_a_patch_are_not_covered()
     assert np.array_equal(np.asarray(found.image), np.rot90(np.asarray(PHOTO), -1))
     # of 80 x 120 pixels, twice as large as resized
     assert found.visible_region == (8, 24, 72, 88)
+
+
+# Scores -------------------------------------------------------------------------------------------
+
+TASK_HEADS = {"weather": {"labels": ["rain", "snow", "sun"], "pooling": "cls_mean"}}
+TAG_HEADS: dict[str, Any] = {
+    "tags": {
+        "labels": ["old", "new", "red"],
+        "pooling": ["mean", "cls_mean"],
+        "pooled_layers": [-3, -1],
+        "problem_type": "multi_label_classification",
+        "threshold": 0.0,
+    }
+}
+ADDED_CLASSES = {
+    "more": {"labels": ["LABEL_3", "LABEL_4"], "pooling": "mean", "adds_classes": True}
+}
+
+# Classifiers that read the patches, and what beside the patches contributes to a score.
+LINEAR_CLASSIFIERS: dict[str, tuple[dict[str, Any], str]] = {
+    "mean": ({"pooling": "mean"}, "bias"),
+    "cls_mean": ({"pooling": "cls_mean"}, "CLS, bias"),
+    "several layers": ({"pooling": "cls_mean", "pooled_layers": [-3, -1]}, "CLS, bias"),
+    "several CLS tokens": (
+        {"pooling": "cls_mean", "num_cls_tokens": 3, "cls_pooling": "concat"},
+        "CLS, bias",
+    ),
+    "distillation head": (
+        {"pooling": "mean", "num_distillation_tokens": 1},
+        "distillation, bias",
+    ),
+    "tags": (
+        {"pooling": "mean", "problem_type": "multi_label_classification"},
+        "bias",
+    ),
+    "tasks": (
+        {"pooling": "cls_mean", "tasks": {"age": 3, "species": 4}, "num_cls_tokens": 2},
+        "CLS, bias",
+    ),
+    "added task": ({"extra_heads": TASK_HEADS}, "CLS, bias"),
+    "added tags": ({"pooling": "mean", "extra_heads": TAG_HEADS}, "CLS, bias"),
+    "added classes": ({"pooling": "cls_mean", "extra_heads": ADDED_CLASSES}, "CLS, bias"),
+}
+
+
+def compute_logits(model: Any, factors: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Compute the logits by task, with the patches that the heads read multiplied by `factors` [P]."""
+    encoder = model.vitcls
+    patches = model.config.token_layout.patches
+    normalize = encoder.normalize
+
+    def multiply(states: torch.Tensor) -> torch.Tensor:
+        tokens = normalize(states).clone()
+        tokens[:, patches] *= factors[:, None]
+        return tokens
+
+    encoder.normalize = multiply
+    try:
+        return get_logits_by_task(model(PIXELS, compute_all_tokens=True))
+    finally:
+        del encoder.normalize
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("fields", "rest_name"), LINEAR_CLASSIFIERS.values(), ids=LINEAR_CLASSIFIERS
+)
+def test_a_map_and_the_rest_add_up_to_the_score(fields: dict[str, Any], rest_name: str) -> None:
+    """The rest is the score without patches, and a patch contributes what is lost without it."""
+    model_class = (
+        ViTCLSForMultiTaskClassification if "tasks" in fields else ViTCLSForImageClassification
+    )
+    if "tasks" not in fields:
+        fields = {"num_labels": 5} | fields
+    model: Any = randomize(model_class(build_tiny_config(**TOKENS | fields)))
+    found = measure_photo(model, PROCESSOR, PHOTO, find_token_use(model))
+    heads = get_heads(model.config)
+    every_patch = torch.ones(found.norms[0].numel())
+    but_first = every_patch.clone()
+    but_first[0] = 0
+    whole, without_first, without = (
+        compute_logits(model, factors) for factors in (every_patch, but_first, 0 * every_patch)
+    )
+    exact = [each for each in found.attributions if each.rest is not None]
+    assert {each.task for each in exact} >= set(fields.get("tasks", ()))
+    assert found.main_attribution is exact[0]
+    assert found.rest_name == rest_name
+    for each in exact:
+        task = each.task or ""
+        index = heads[task].labels.index(each.label[0])
+        logit = whole[task][0, index].item()
+        assert each.rest == pytest.approx(without[task][0, index].item(), abs=1e-5)
+        assert each.values.sum().item() + each.rest == pytest.approx(logit, abs=1e-5)
+        lost = logit - without_first[task][0, index].item()
+        assert each.values[0, 0].item() == pytest.approx(lost, abs=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"pooling": "cls"},
+        {"pooling": "attention"},
+        {"pooling": "max"},
+        {"pooling": "mean", "head_type": "mlp"},
+        {"pooling": "mean", "pooled_norm": True},
+    ],
+    ids=lambda fields: "_".join(map(str, fields.values())),
+)
+def test_a_head_that_is_not_linear_in_patches_has_no_map_that_adds_up(fields: Any) -> None:
+    model = randomize(ViTCLSForImageClassification(build_tiny_config(**TOKENS | fields)))
+    found = measure_photo(model, PROCESSOR, PHOTO, find_token_use(model))
+    assert found.main_attribution is None
+    is_unread = "does not read" in found.name_attention()
+    assert is_unread == (fields["pooling"] != "cls")
 
 
 # Colors -------------------------------------------------------------------------------------------
