@@ -21,6 +21,7 @@ They import only one another and public libraries.
     lean_layers_vitcls.py             layers that leave out Python, installed from outside
     image_processing_vitcls.py        image processors with two backends
     fast_image_processing_vitcls.py   faster image processing with the same outputs
+    pipeline_vitcls.py                pipelines that leave the reading of images to the processor
 
 A checkpoint contains all files of this folder. transformers copies the files next to the weights,
 so they import each other in the form `from .blocks_vitcls import ViTCLSAttention`, and nothing else

@@ -32,6 +32,7 @@ from typing import Any, ClassVar, Literal
 from huggingface_hub.dataclasses import strict
 from transformers.backbone_utils import BackboneConfigMixin
 from transformers.configuration_utils import PreTrainedConfig
+from transformers.pipelines import PIPELINE_REGISTRY
 from transformers.utils import logging
 
 from .extra_heads_vitcls import ExtraHeadsConfig
@@ -88,6 +89,7 @@ from .heads_vitcls import *
 from .image_processing_vitcls import *
 from .lean_layers_vitcls import *
 from .modeling_vitcls import *
+from .pipeline_vitcls import *
 from .positions_vitcls import *
 from .token_attention_vitcls import *
 from .token_layout_vitcls import *
@@ -245,6 +247,7 @@ class ViTCLSConfig(ExtraHeadsConfig, BackboneConfigMixin, PreTrainedConfig):
     """
 
     model_type = "vitcls"
+    is_registered = False  # Whether transformers' Auto classes know this class
     # transformers looks for renamed and layer-wise fields, in Python, whenever a field is read. This
     # class has neither, and a forward pass reads about 40 fields.
     __getattribute__ = object.__getattribute__
@@ -560,7 +563,8 @@ class ViTCLSConfig(ExtraHeadsConfig, BackboneConfigMixin, PreTrainedConfig):
             if name in known_names or name.startswith("_")
         }
         # A person set them before saving, or another version, whose fields are off by default.
-        unknown_fields = {name: config_dict[name] for name in config_dict.keys() - stored.keys()}
+        unknown_names = config_dict.keys() - stored.keys() - {"custom_pipelines"}
+        unknown_fields = {name: config_dict[name] for name in unknown_names}
         if any(unknown_fields.values()):
             logger.warning(
                 "The stored configuration has fields that this version does not use: "
@@ -651,14 +655,34 @@ class ViTCLSConfig(ExtraHeadsConfig, BackboneConfigMixin, PreTrainedConfig):
             "AutoModelForImageClassification": "modeling_vitcls.ViTCLSForMultiTaskClassification"
         }
 
+    @property
+    def custom_pipelines(self) -> dict[str, Any]:
+        """The pipeline that transformers takes from the folder; none for a registered class.
+
+        transformers would refuse `pipeline(...)` without `trust_remote_code`, although the code of
+        a registered class is not remote. It changes the dict, which is therefore a new one.
+        """
+        if self.is_registered:
+            return {}
+        task, name, model = "image-feature-extraction", "FeatureExtraction", "AutoModel"
+        if "ViTCLSForImageClassification" in self.architectures:
+            task, name, model = (
+                "image-classification",
+                "Classification",
+                "AutoModelForImageClassification",
+            )
+        return {task: {"impl": f"pipeline_vitcls.ViTCLSImage{name}Pipeline", "pt": [model]}}
+
     @classmethod
     def register_auto_classes(cls) -> None:
         """Register configuration, models and image processors with transformers' Auto classes.
 
         Composite models, for example `VisionTextDualEncoderModel`, require this registration. A
         registered class takes precedence over `trust_remote_code` and `revision` in all later loads
-        in this process.
+        in this process. Two pipelines of transformers become those of this package, which do the
+        same as before with other models.
         """
+        pipelines = importlib.import_module(".pipeline_vitcls", __package__)
         processing = importlib.import_module(".image_processing_vitcls", __package__)
         modeling = importlib.import_module(".modeling_vitcls", __package__)
         model_classes = {
@@ -682,6 +706,9 @@ class ViTCLSConfig(ExtraHeadsConfig, BackboneConfigMixin, PreTrainedConfig):
         transformers.AutoImageProcessor.register(
             cls, image_processor_classes=processor_classes, exist_ok=True
         )
+        for task, pipeline_class in pipelines.PIPELINES.items():
+            PIPELINE_REGISTRY.supported_tasks[task] |= {"impl": pipeline_class}
+        cls.is_registered = True
 
     # Derived values -------------------------------------------------------------------------------
     @property

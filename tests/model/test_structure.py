@@ -20,7 +20,7 @@ PRIVATE_NAME = re.compile(
     r"\btorch(\.\w+)*\._[a-zA-Z]|from torch(\.\w+)* import _|from torch(\.\w+)*\._\w+ import"
 )
 
-MAX_FILES = 17
+MAX_FILES = 18
 MAX_EXECUTED_FILES = 6
 
 

@@ -1,0 +1,86 @@
+"""Photos as cameras, scanners, microscopes and phones write them, and files that are refused."""
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import sklearn.datasets
+from PIL import Image
+
+
+ORIENTATION = 0x0112
+REFUSED = (
+    *("float.tif", "nan.tif", "truncated.jpg", "truncated.png", "empty.jpg", "text.jpg"),
+    *("drawing.svg", "page.pdf"),
+)
+
+
+def write_odd_photos(folder: Path) -> dict[str, Path]:
+    """Write the files, and return their paths by name. Those in `REFUSED` are no answerable photo."""
+    folder.mkdir(parents=True, exist_ok=True)
+    photo = Image.fromarray(sklearn.datasets.load_sample_image("flower.jpg")).crop(
+        (200, 90, 341, 191)
+    )
+    for name, (image, settings) in {**build_photos(photo), **build_sizes(photo)}.items():
+        image.save(folder / name, **settings)
+
+    gray = np.asarray(photo.convert("L"), np.float32) / 255
+    Image.fromarray(gray).save(folder / "float.tif")
+    Image.fromarray(np.where(gray > 0.9, np.nan, gray)).save(folder / "nan.tif")
+    for kind in ("jpg", "png"):
+        encoded = encode(photo, "JPEG" if kind == "jpg" else "PNG")
+        (folder / f"truncated.{kind}").write_bytes(encoded[: len(encoded) // 2])
+    (folder / "empty.jpg").write_bytes(b"")
+    (folder / "text.jpg").write_text("not a photo", encoding="utf-8")
+    (folder / "drawing.svg").write_text(
+        '<svg xmlns="http://www.w3.org/2000/svg"/>', encoding="utf-8"
+    )
+    (folder / "page.pdf").write_bytes(b"%PDF-1.7\n%%EOF\n")
+    return {file.name: file for file in sorted(folder.iterdir())}
+
+
+def build_photos(photo: Image.Image) -> dict[str, tuple[Image.Image, dict[str, Any]]]:
+    """Build images of all color modes and orientations by name, with settings of `save`."""
+    gray16 = (np.asarray(photo.convert("L"), np.uint16) * 257) // 2
+    alpha = Image.linear_gradient("L").resize(photo.size)
+    transparent = photo.copy()
+    transparent.putalpha(alpha)
+    gray_alpha = photo.convert("LA")
+    gray_alpha.putalpha(alpha)
+    palette = photo.quantize(32)
+    photos: dict[str, tuple[Image.Image, dict[str, Any]]] = {
+        "plain.png": (photo, {}),
+        "gray16.png": (Image.fromarray(gray16), {}),
+        "gray16.tif": (Image.fromarray(gray16), {}),
+        "gray.jpg": (photo.convert("L"), {}),
+        "bits.png": (photo.convert("1"), {}),
+        "alpha.png": (transparent, {}),
+        "alpha.webp": (transparent, {"lossless": True}),
+        "gray_alpha.png": (gray_alpha, {}),
+        "palette.png": (palette, {}),
+        "transparent_palette.png": (palette, {"transparency": 0}),
+        "cmyk.jpg": (photo.convert("CMYK"), {}),
+        "animated.gif": (photo, {"save_all": True, "append_images": [photo.rotate(180)]}),
+    }
+    for orientation in range(1, 9):
+        exif = Image.Exif()
+        exif[ORIENTATION] = orientation
+        photos[f"exif{orientation}.jpg"] = (photo, {"exif": exif, "quality": 95})
+    return photos
+
+
+def build_sizes(photo: Image.Image) -> dict[str, tuple[Image.Image, dict[str, Any]]]:
+    """Build images of extreme sizes by name, with settings of `save`."""
+    return {
+        "one_pixel.png": (photo.resize((1, 1)), {}),
+        "wide.png": (photo.resize((1000, 10)), {}),
+        "tall.jpg": (photo.resize((10, 1000)), {}),
+    }
+
+
+def encode(image: Image.Image, kind: str) -> bytes:
+    """Encode an image in memory."""
+    file = io.BytesIO()
+    image.save(file, kind)
+    return file.getvalue()
