@@ -64,6 +64,9 @@ LEARNING_RATES: dict[TrainingMethod, tuple[float, int, int, float, float]] = {
     "self-supervised": (5e-4, 1, 0, 0.0, 1.0),
 }
 
+# Of tokens that the checkpoint lacks, and of gates, which must open within the run
+NEW_TOKEN_RATE = 1e-2
+
 # Checkpoint suggested if the initial weights are random.
 EXAMPLE_CHECKPOINT = "timm:vit_small_patch14_reg4_dinov2.lvd142m"
 # Image sides in pixels: largest side that is kept, and its replacement.
@@ -169,6 +172,7 @@ def resolve_schedule(
     num_training_images: int,
     has_probe: bool,
     forward_flops: int,
+    has_new_tokens: bool = False,
 ) -> tuple[Options, dict[str, str | None]]:
     """Fill in the length and the learning rate if they are not set; also return lines about them.
 
@@ -178,6 +182,7 @@ def resolve_schedule(
         num_training_images: number of training images.
         has_probe: whether the classifier starts from the frozen model's.
         forward_flops: floating-point operations of a forward pass of one image.
+        has_new_tokens: whether tokens or gates have a rate of their own.
     """
     width = options.get_config_values().get("hidden_size", initial.config.hidden_size)
     method = get_training_method(options, initial.has_random_weights)
@@ -203,9 +208,16 @@ def resolve_schedule(
         changes["epochs"] = epochs
         if options.max_steps is None:
             lines["epochs"] = f"{epochs:g}: {reason}"
-    if options.learning_rate is None:
+
+    rate = options.learning_rate
+    if rate is None:
         changes["learning_rate"] = rate = choose_learning_rate(method, width)
         lines["rate"] = f"{rate:g}: {method}, width {width}"
+    if has_new_tokens:
+        rate, new_token_rate = rate if isinstance(rate, tuple) else (rate, NEW_TOKEN_RATE)
+        changes["learning_rate"] = (rate, new_token_rate)
+        text = lines.get("rate", f"{rate:g}")
+        lines["rate"] = f"{text}; new tokens and gates: {new_token_rate:g}"
     return replace(options, **changes), lines
 
 

@@ -80,9 +80,7 @@ class FineTuning:
                 )
             teacher = load_teacher(options.teacher, labels, model.config, accelerator.device)
 
-        set_trainable_parameters(
-            model, options.trainable, new_parameter_names, initial.config.token_counts
-        )
+        set_trainable_parameters(model, options.trainable, new_parameter_names)
         evaluator_arguments = build_evaluator_arguments(
             options, labels, processor, model.config.num_channels, reporter
         )

@@ -183,10 +183,9 @@ class TrainingLoop:
         state = self.state
         options = self.options
         accelerator = self.accelerator
-        assert options.learning_rate is not None, "the plan sets it"
         # Computed from the step. A scheduler would be one more state to save and to restore.
         learning_rate = get_learning_rate(
-            state.step, self.plan.num_steps, options.learning_rate, options.warmup
+            state.step, self.plan.num_steps, state.optimizer.defaults["lr"], options.warmup
         )
         for group in state.optimizer.param_groups:
             group["lr"] = learning_rate * group["lr_scale"]

@@ -17,6 +17,7 @@ The mask token is already frozen and remains frozen.
 import copy
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from ..model.blocks_vitcls import ViTCLSEmbeddings, ViTCLSLayer
 from ..model.configuration_vitcls import PRESETS, ViTCLSConfig
 from ..model.image_processing_vitcls import ViTCLSImageProcessor
 from ..model.modeling_vitcls import ViTCLSModel
+from ..model.token_layout_vitcls import COUNT_FIELDS
 
 
 # The rank at which LoRA's results hardly change any more (Hu et al. 2021, arXiv 2106.09685, table 6)
@@ -202,19 +204,26 @@ def get_token_names(model: Any) -> dict[str, str]:
     return {group: names[id(token)] for group, token in tokens.items()}
 
 
-def check_model_flags(model: str, model_config: Iterable[str], trainable: str) -> None:
+def check_model_flags(
+    model: str, model_config: Iterable[str], trainable: str, gate_new_tokens: bool
+) -> None:
     """Raise ValueError for flags of the model that are wrong whatever the checkpoint contains.
 
     Args:
         model: a name that only looks like a preset, but is no preset, file or folder, is wrong.
         model_config: names of fields of the configuration.
         trainable: parts of a preset are wrong, because its weights are random.
+        gate_new_tokens: False is wrong for a preset, whose tokens never have gates.
     """
     has_random_weights = is_preset(model)
     looks_like_preset = (model.startswith("vitcls-") or model in PRESETS) and "/" not in model
     if looks_like_preset and not has_random_weights and not Path(model).exists():
         raise ValueError(
             f"`model={model!r}` is not a preset. Use vitcls-{', vitcls-'.join(PRESETS)}"
+        )
+    if has_random_weights and not gate_new_tokens:
+        raise ValueError(
+            f"`gate_new_tokens=False` requires a checkpoint, but {model} has no gates. Remove it"
         )
     if has_random_weights and trainable != "full":
         raise ValueError(
@@ -238,16 +247,11 @@ def set_trainable_parameters(
     model: Any,
     trainable: str,
     new_parameter_names: Collection[str] = frozenset(),
-    old_token_counts: Sequence[int] = (0, 0, 0),
 ) -> nn.Module:
     """Freeze the parameters that `trainable` does not select, and return the same model.
 
     The value "lora" also adds LoRA layers to the query and value projections. The parameters in
-    `new_parameter_names` are also trained, because they are not loaded from a checkpoint. With
-    "tokens", of a group of tokens that has grown, only the new ones are trained.
-
-    Args:
-        old_token_counts: numbers of CLS, distillation and register tokens in the checkpoint.
+    `new_parameter_names` are also trained, because they are not loaded from a checkpoint.
 
     Raises:
         ValueError: if N in "last-N" exceeds the number of layers, if the model has no tokens that
@@ -297,29 +301,46 @@ def set_trainable_parameters(
         add_lora(model)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in trainable_names or ".lora_" in name)
-    if trainable == "tokens":
-        keep_old_tokens(model, old_token_counts)
     return model
 
 
-def keep_old_tokens(model: Any, old_token_counts: Sequence[int]) -> None:
-    """Let the first tokens of groups that have grown receive no gradient, nor their gates."""
-    parameters: dict[str, nn.Parameter] = dict(model.named_parameters())
+def find_new_tokens(initial: InitialModel, model: Any) -> dict[str, list[bool]]:
+    """Find the parameters that train at the rate of new tokens, with their positions and gates.
+
+    They start at nothing, or near it, so they are not averaged with their start either.
+
+    Returns:
+        Name of each parameter -> for each of its tokens, whether it trains: in a group that has
+        grown, the first ones stay as they were.
+    """
+    if initial.has_random_weights:
+        return {}
     token_names = get_token_names(model)
-    old_counts = dict(zip(("cls", "distillation", "registers"), old_token_counts, strict=True))
+    groups = ("cls", "distillation", "registers")
+    old_counts = dict(zip(groups, initial.config.token_counts, strict=True))
 
-    def keep(name: str, are_new: list[bool]) -> None:
-        if name in parameters and parameters[name].requires_grad and any(are_new):
-            mask = torch.tensor(are_new, device=parameters[name].device)
-            shape = (-1,) if parameters[name].ndim == 1 else (1, -1, 1)
-            parameters[name].register_hook(lambda gradient: gradient * mask.view(shape))
-
+    are_new: dict[str, list[bool]] = {}
     for group, name in token_names.items():
-        are_new = [index >= old_counts[group] for index in range(parameters[name].shape[1])]
-        keep(name, are_new)
-        keep(f"vitcls.embeddings.position_embeddings.{group}", are_new)
-    gated = list_gated_tokens(model.config)
-    keep("vitcls.gates.gates", [index >= old_counts[group] for group, index in gated])
+        num_tokens = getattr(model.config, COUNT_FIELDS[group])
+        if num_tokens > old_counts[group]:
+            values = [index >= old_counts[group] for index in range(num_tokens)]
+            are_new[name] = are_new[f"vitcls.embeddings.position_embeddings.{group}"] = values
+    gates = [index >= old_counts[group] for group, index in list_gated_tokens(model.config)]
+    are_new["vitcls.gates.gates"] = gates if any(gates) else [True] * len(gates)
+
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return {name: values for name, values in are_new.items() if name in trained}
+
+
+def keep_old_tokens(model: nn.Module, new_tokens: Mapping[str, Sequence[bool]]) -> None:
+    """Let tokens that are not new receive no gradient. `new_tokens` is from `find_new_tokens`."""
+    parameters = dict(model.named_parameters())
+    for name, are_new in new_tokens.items():
+        if not all(are_new):
+            parameter = parameters[name]
+            shape = (-1,) if parameter.ndim == 1 else (1, -1, 1)
+            mask = torch.tensor(are_new, device=parameter.device).view(shape)
+            parameter.register_hook(partial(torch.mul, mask))
 
 
 def set_train_mode(model: nn.Module) -> None:

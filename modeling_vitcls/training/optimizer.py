@@ -3,7 +3,7 @@
 import math
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -11,14 +11,18 @@ from torch import nn
 
 
 def build_parameter_groups(
-    model: nn.Module, weight_decay: float, layer_decay: float = 1.0
+    model: nn.Module,
+    weight_decay: float,
+    layer_decay: float = 1.0,
+    new_tokens: Collection[str] = (),
+    new_token_scale: float = 1.0,
 ) -> list[dict[str, Any]]:
     """Group parameters by depth and weight decay.
 
     Weight decay applies to weights of linear and convolutional layers, but not to biases, norms,
     tokens, position embeddings or scales. The learning rate of each group is multiplied by
     `lr_scale`, which is `layer_decay ** (max_depth - depth)` for a group at `depth` (BEiT, arXiv
-    2106.08254, appendix).
+    2106.08254, appendix), or `new_token_scale` for the parameters in `new_tokens`.
     """
     weight_decay_ids = {
         id(module.weight) for module in model.modules() if isinstance(module, nn.Linear | nn.Conv2d)
@@ -29,7 +33,8 @@ def build_parameter_groups(
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             decay = weight_decay if id(parameter) in weight_decay_ids else 0.0
-            groups[layer_decay ** (max_depth - depths[name]), decay].append(parameter)
+            scale = layer_decay ** (max_depth - depths[name])
+            groups[new_token_scale if name in new_tokens else scale, decay].append(parameter)
 
     return [
         {"params": parameters, "lr_scale": scale, "weight_decay": decay}
@@ -66,7 +71,12 @@ def get_learning_rate(step: int, num_steps: int, peak: float, warmup: float) -> 
 
 
 @torch.no_grad()
-def average_with_start(model: nn.Module, start: Sequence[torch.Tensor], fraction: float) -> None:
+def average_with_start(
+    model: nn.Module,
+    start: Sequence[torch.Tensor],
+    fraction: float,
+    new_tokens: Collection[str] = (),
+) -> None:
     """Replace the trained weights with the mean of the weights before and after the steps.
 
     What the steps learned is then added to what the encoder knew before (WiSE-FT, Wortsman et al.
@@ -76,9 +86,10 @@ def average_with_start(model: nn.Module, start: Sequence[torch.Tensor], fraction
         model: model with the weights of the last step.
         start: the trainable weights before the first step, in their order.
         fraction: part of the start in the mean.
+        new_tokens: names of the parameters that started at nothing, and stay as they are.
     """
     trained = [each for each in model.named_parameters() if each[1].requires_grad]
     for (name, parameter), initial in zip(trained, start, strict=True):
         # LoRA's B is 0 at the start, so A as it is makes the merged weights the mean
-        if ".lora_A." not in name:
+        if ".lora_A." not in name and name not in new_tokens:
             parameter.lerp_(initial, fraction)

@@ -15,7 +15,7 @@ from ..runtime.flags import Options, check_minimum, check_value
 
 
 # Flags of the model that are no fields of its configuration
-NO_CONFIG_FIELDS = ("model", "resize", "bit_depth", "model_config")
+NO_CONFIG_FIELDS = ("model", "gate_new_tokens", "resize", "bit_depth", "model_config")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +33,9 @@ class ModelOptions(Options):
     """Number of distillation tokens."""
     num_register_tokens: int | None = None
     """Number of register tokens."""
+    gate_new_tokens: bool = True
+    """Hide tokens that are added to a checkpoint behind gates, which training opens.
+    --no-gate-new-tokens: they are ordinary tokens from the first step."""
     pooling: Literal["cls", "mean", "cls_mean", "max", "attention"] | None = None
     """Pooling of the tokens for the classifier. Default: the pooling of the preset or checkpoint,
     or chosen by the probe of a pre-trained encoder."""
@@ -57,16 +60,15 @@ class ModelOptions(Options):
     patch_size: int | tuple[int, int] | None = None
     """Patch height and width in pixels; one number sets both."""
     hidden_size: int | None = None
-    """Embedding dimension."""
+    """Embedding dimension. The MLP is four times as wide, as in ViT (arXiv 2010.11929, table 1);
+    `--model-config intermediate_size=N` sets another width."""
     num_hidden_layers: int | None = None
     """Number of layers."""
     num_attention_heads: int | None = None
     """Number of attention heads per layer."""
-    intermediate_size: int | None = None
-    """Hidden dimension of the MLP."""
     model_config: dict[str, Any] | None = None
-    """Other fields of `ViTCLSConfig` (docs/configuration.md), such as `drop_path_rate=0.1
-    head_type=mlp`. Default of `initializer_range`: depends on the width of the preset
+    """Other fields of `ViTCLSConfig` (docs/configuration.md), such as
+    `drop_path_rate=0.1 head_type=mlp`. Default of `initializer_range`: depends on the width of the preset
     (training/defaults.py), because narrow models learn slowly with the common value of 0.02."""
 
     def check(self) -> None:
@@ -81,8 +83,12 @@ class ModelOptions(Options):
             for name, value in values.items()
             if name not in NO_CONFIG_FIELDS and value not in (None, "native")
         }
+        if self.hidden_size:
+            config_values["intermediate_size"] = 4 * self.hidden_size
         config_values |= self.model_config or {}
 
+        if not self.gate_new_tokens:  # An argument of `from_pretrained`, but no field
+            config_values["gate_new_tokens"] = False
         if self.pooled_layers:
             config_values["pooled_layers"] = list(self.pooled_layers)
         if self.cls_scopes:
@@ -131,11 +137,12 @@ class TrainingOptions(Options):
     10,000 images."""
     gradient_accumulation_steps: int = 1
     """Number of forward and backward passes per optimizer step."""
-    learning_rate: float | None = None
+    learning_rate: float | tuple[float, float] | None = None
     """Peak learning rate. The learning rate increases linearly (--warmup), and then decreases to 0
     with a cosine schedule. Default: depends on the initial weights and the width
     (training/defaults.py), for example 5e-4 for a ViT-Ti with random weights and 5e-5 for a
-    pre-trained ViT-B."""
+    pre-trained ViT-B. A second value is the rate of gates and of tokens that the checkpoint lacks
+    (default: 0.01)."""
     layer_decay: float | None = None
     """Layer-wise learning rate decay (BEiT, Bao et al. 2021): ratio of each layer's learning rate
     to the next layer's. Tokens, position embeddings and patch embeddings count as one layer
@@ -179,10 +186,12 @@ class TrainingOptions(Options):
         super().check()
         check_minimum(self, 1, "max_steps", "batch_size", "gradient_accumulation_steps")
         check_minimum(self, 0, "weight_decay", "seed")
-        for name in ("epochs", "learning_rate"):
-            check_value(
-                self, name, getattr(self, name) is None or getattr(self, name) > 0, "above 0"
-            )
+        check_value(self, "epochs", self.epochs is None or self.epochs > 0, "above 0")
+        rates = (
+            self.learning_rate if isinstance(self.learning_rate, tuple) else (self.learning_rate,)
+        )
+        is_valid = all(rate is None or rate > 0 for rate in rates)
+        check_value(self, "learning_rate", is_valid, "above 0")
         for name in ("warmup", "label_smoothing", "average_with_start"):
             check_value(self, name, 0 <= getattr(self, name) < 1, "at least 0 and below 1")
         check_value(

@@ -19,6 +19,7 @@ from accelerate import Accelerator
 
 from ..inference.speed import measure_inference_speed
 from .defaults import FINE_TUNING_EPOCHS, resolve_schedule
+from .model import find_new_tokens
 from .options import TrainOptions
 from .run_inputs import RunInputs
 
@@ -41,6 +42,7 @@ class RunPlan:
         reason: one sentence why.
         options: the flags, with a value for each that this kind of run reads.
         averaging: part of the start weights in the saved weights; 0 for the last weights.
+        new_tokens: parameters of new tokens and gates (`find_new_tokens`); empty without steps.
         lines: to print about values that the plan has chosen.
     """
 
@@ -48,6 +50,7 @@ class RunPlan:
     reason: str
     options: TrainOptions
     averaging: float
+    new_tokens: dict[str, list[bool]]
     lines: dict[str, str | None]
 
 
@@ -89,10 +92,17 @@ def plan_run(inputs: RunInputs, accelerator: Accelerator, is_resumed: bool) -> R
         select=options.select or "last",
     )
     lines: dict[str, str | None] = {}
+    new_tokens: dict[str, list[bool]] = {}
     # After the kind is known: the rate and the number of epochs depend on where the steps start.
     if kind == "steps":
+        new_tokens = find_new_tokens(inputs.initial, setup.model)
         options, lines = resolve_schedule(
-            options, inputs.initial, num_images, setup.probe is not None, inputs.forward_flops
+            options,
+            inputs.initial,
+            num_images,
+            setup.probe is not None,
+            inputs.forward_flops,
+            has_new_tokens=bool(new_tokens),
         )
 
     # The mean with random weights would only dilute what the steps have learned.
@@ -103,6 +113,7 @@ def plan_run(inputs: RunInputs, accelerator: Accelerator, is_resumed: bool) -> R
         reason=reason,
         options=options,
         averaging=options.average_with_start if averages else 0.0,
+        new_tokens=new_tokens,
         lines=lines,
     )
 

@@ -51,7 +51,7 @@ def train(asked: TrainOptions, recipe: Recipe) -> Path:
     """
     # What was asked is checked before anything else is done.
     asked = convert_sources(asked, resolve_name)
-    check_model_flags(asked.model, asked.model_config or (), asked.trainable)
+    check_model_flags(asked.model, asked.model_config or (), asked.trainable, asked.gate_new_tokens)
     folder = asked.output_dir
     check_output_is_not_read(folder, asked.dataset)
 

@@ -21,6 +21,7 @@ from .checkpoints import Checkpoint, CheckpointStore
 from .class_statistics_of_runs import store_statistics
 from .distributed_state import reshard, scatter_model
 from .loop import Evaluate, TrainingLoop, TrainingState, build_batch_plan
+from .model import keep_old_tokens
 from .optimizer import average_with_start, build_parameter_groups
 from .outcome import Outcome, divide_metrics, list_measurements
 from .plan import RunPlan
@@ -208,9 +209,18 @@ def build_loop(
         setup.model.compile()
     # Accelerate reads in `prepare` which layers to shard.
     configure_layer_sharding(setup.model)
-    assert options.learning_rate and options.layer_decay, "the plan sets them"
-    groups = build_parameter_groups(setup.model, options.weight_decay, options.layer_decay)
-    optimizer = torch.optim.AdamW(groups, lr=options.learning_rate, fused=True)
+    rates = options.learning_rate
+    assert rates and options.layer_decay, "the plan sets them"
+    rate, new_token_rate = rates if isinstance(rates, tuple) else (rates, rates)
+    groups = build_parameter_groups(
+        setup.model,
+        options.weight_decay,
+        options.layer_decay,
+        plan.new_tokens,
+        new_token_rate / rate,
+    )
+    keep_old_tokens(setup.model, plan.new_tokens)
+    optimizer = torch.optim.AdamW(groups, lr=rate, fused=True)
     # Model and optimizer are prepared in one call: FSDP2 replaces the parameters, and only this
     # call puts the new ones into the optimizer.
     state = TrainingState(*accelerator.prepare(setup.model, optimizer))
@@ -283,7 +293,7 @@ def set_saved_weights(loop: TrainingLoop, plan: RunPlan) -> int:
         loop.reporter.print_line("selected", f"the checkpoint of step {checkpoint.step:,}")
         return checkpoint.step
     if plan.averaging:
-        average_with_start(loop.model, loop.state.start, plan.averaging)
+        average_with_start(loop.model, loop.state.start, plan.averaging, plan.new_tokens)
         loop.reporter.print_line(
             "averaged",
             f"saved: {plan.averaging:g} x the weights before the first step + "

@@ -39,7 +39,7 @@ pytestmark = [
 
 TINY = (
     "--model vitcls-tiny --hidden-size 32 --num-hidden-layers 2 --num-attention-heads 2 "
-    "--intermediate-size 64 --image-size 32 --patch-size 16 --num-register-tokens 2 "
+    "--image-size 32 --patch-size 16 --num-register-tokens 2 "
     "--model-config drop_path_rate=0.2 --no-report"
 )
 # 36 images: 4.5 steps per epoch, 23 steps. Checkpoints and logged records fall on different steps.

@@ -67,3 +67,45 @@ def test_an_interrupted_run_ends_at_the_same_mean_to_the_bit(encoder: Path, tmp_
 
     run_to_folder(replace(options, resume=True))
     assert (folder / "model.safetensors").read_bytes() == whole
+
+
+def test_new_tokens_and_their_gates_have_a_rate_of_their_own_and_are_not_averaged(
+    encoder: Path, tmp_path: Path
+) -> None:
+    """Half of a closed gate is lost in a mean, and the rate of the weights would not open it."""
+    flags: dict[str, Any] = {
+        "num_cls_tokens": 2,
+        "num_register_tokens": 3,
+        "learning_rate": (1e-5, 1e-3),
+    }
+    end = build_options(tmp_path / "end", encoder, average_with_start=0.0, **flags)
+    last = load_encoder_weights(run_to_folder(end))
+    mean = load_encoder_weights(run_to_folder(build_options(tmp_path / "mean", encoder, **flags)))
+    start = load_encoder_weights(encoder)
+
+    gates = 50 * mean["gates.gates"].abs()
+    assert len(gates) == 4
+    assert (gates > 4 * 50 * 1e-5).all(), "four steps at the rate of the weights end below this"
+    for name in ("gates.gates", "embeddings.cls_token", "embeddings.register_tokens"):
+        assert torch.equal(mean[name], last[name])
+    # The token of the checkpoint stays beside the new one; the layers are averaged.
+    assert torch.equal(mean["embeddings.cls_token"][:, :1], start["embeddings.cls_token"])
+    weight = "layers.0.mlp.fc1.weight"
+    torch.testing.assert_close(mean[weight], (start[weight] + last[weight]) / 2)
+
+
+def test_without_gates_new_tokens_act_from_the_first_step(encoder: Path, tmp_path: Path) -> None:
+    flags: dict[str, Any] = {"num_register_tokens": 3, "gate_new_tokens": False}
+    saved = load_encoder_weights(run_to_folder(build_options(tmp_path / "run", encoder, **flags)))
+    assert saved["embeddings.register_tokens"].shape[1] == 3
+    assert "gates.gates" not in saved
+
+
+def test_the_default_rate_opens_the_gates_of_prompts(
+    encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = {"num_register_tokens": 8, "trainable": "tokens", "learning_rate": None}
+    folder = run_to_folder(build_options(tmp_path / "run", encoder, **flags, max_steps=8))
+    gates = 50 * load_encoder_weights(folder)["gates.gates"].abs()
+    assert gates.max() > 0.1
+    assert "new tokens and gates: 0.01" in capsys.readouterr().out

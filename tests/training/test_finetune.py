@@ -55,7 +55,7 @@ SCRIPTS = REPOSITORY / "scripts"
 RECIPE = SCRIPTS / "recipes" / "digits.yaml"
 NUM_HELD_OUT_DIGITS, NUM_HELD_OUT_COLORS = 359, 10
 SHORT_RUN_FLAGS = (
-    "--hidden-size 32 --num-hidden-layers 2 --num-attention-heads 2 --intermediate-size 64 "
+    "--hidden-size 32 --num-hidden-layers 2 --num-attention-heads 2 "
     "--num-cls-tokens 2 --num-distillation-tokens 1 --model-config cls_pooling=mean --max-steps 7 "
     "--no-report --save-every 5 --keep-checkpoints 2 --select best"
 )

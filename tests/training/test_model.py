@@ -7,6 +7,7 @@ import unicodedata
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -31,7 +32,10 @@ from modeling_vitcls.pretraining.pretrain import build_encoder
 from modeling_vitcls.training.defaults import choose_image_size
 from modeling_vitcls.training.finetune import check_label_kind
 from modeling_vitcls.training.model import (
+    InitialModel,
     check_model_flags,
+    find_new_tokens,
+    keep_old_tokens,
     merge_lora,
     resolve_initial_model,
     set_train_mode,
@@ -176,18 +180,18 @@ def test_only_names_that_look_like_presets_must_be_presets(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "vitcls-mine").mkdir()
     for name in ("vitcls-tiny", "vitcls-mine", "vitcls-lab/model", "other-model"):
-        check_model_flags(name, (), "full")
+        check_model_flags(name, (), "full", True)
     with raises_one_line("`model='vitcls-yours'` is not a preset", "vitcls-tiny, vitcls-small"):
-        check_model_flags("vitcls-yours", (), "full")
+        check_model_flags("vitcls-yours", (), "full", True)
     with raises_one_line("`model='tiny'` is not a preset", "vitcls-tiny"):
-        check_model_flags("tiny", (), "full")
+        check_model_flags("tiny", (), "full", True)
 
 
 def test_fields_that_follow_from_the_labels_and_unknown_ones_are_errors() -> None:
     with raises_one_line("`model_config` cannot set `tasks`"):
-        check_model_flags("vitcls-tiny", {"head_type": "mlp", "tasks": {}}, "full")
+        check_model_flags("vitcls-tiny", {"head_type": "mlp", "tasks": {}}, "full", True)
     with raises_one_line("'drop_path': did you mean drop_path_rate?"):
-        check_model_flags("some/checkpoint", {"drop_path": 0.1}, "full")
+        check_model_flags("some/checkpoint", {"drop_path": 0.1}, "full", True)
 
 
 @pytest.mark.parametrize(
@@ -196,6 +200,10 @@ def test_fields_that_follow_from_the_labels_and_unknown_ones_are_errors() -> Non
         (
             {"teacher": "t", "num_distillation_tokens": 0},
             ("`teacher`", "`num_distillation_tokens=1`"),
+        ),
+        (
+            {"model": "vitcls-tiny", "gate_new_tokens": False},
+            ("`gate_new_tokens=False`", "checkpoint"),
         ),
         ({"model": "vitcls-tiny", "trainable": "last-1"}, ("`trainable='last-1'`", "`model`")),
         ({"class_balance": "weights", "mixup": 0.8, "cutmix": 1.0}, ()),
@@ -215,7 +223,7 @@ def test_contradictory_flags_are_errors(flags: dict[str, Any], named: tuple[str,
             FinetuneOptions,
             **{"output_dir": "out", "dataset": "digits", "model": "some/checkpoint"} | flags,
         )
-        check_model_flags(options.model, (), options.trainable)
+        check_model_flags(options.model, (), options.trainable, options.gate_new_tokens)
 
 
 @pytest.mark.parametrize(
@@ -331,7 +339,8 @@ def test_only_the_new_tokens_of_a_group_that_grew_are_trained() -> None:
     old = build_random_model(num_register_tokens=2)
     model = old.adapt(num_register_tokens=5, num_cls_tokens=2, gate_new_tokens=False)
     names = {f"vitcls.embeddings.{name}" for name in ("cls_token", "register_tokens")}
-    set_trainable_parameters(model, "tokens", names, old.config.token_counts)
+    set_trainable_parameters(model, "tokens", names)
+    keep_old_tokens(model, find_new_tokens(InitialModel("old", Mock(), old.config), model))
     optimizer = torch.optim.AdamW(
         [each for each in model.parameters() if each.requires_grad], lr=0.1, weight_decay=0.0
     )
