@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from .conversion.from_transformers import convert_from_transformers
     from .conversion.to_transformers import convert_to_transformers
     from .inference.embed_images import EmbedImages
+    from .inference.linear_probe import LinearProbe
     from .model.configuration_vitcls import ViTCLSConfig
     from .model.image_processing_vitcls import ViTCLSImageProcessor, ViTCLSImageProcessorPil
     from .model.modeling_vitcls import (
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "EmbedImages",
+    "LinearProbe",
     "TokenLayout",
     "ViTCLSBackbone",
     "ViTCLSConfig",
@@ -88,6 +90,7 @@ IMPORT_STRUCTURE = {
     "conversion.from_transformers": ("convert_from_transformers",),
     "conversion.to_transformers": ("convert_to_transformers",),
     "inference.embed_images": ("EmbedImages",),
+    "inference.linear_probe": ("LinearProbe",),
     "model.image_processing_vitcls": ("ViTCLSImageProcessor", "ViTCLSImageProcessorPil"),
     "model.modeling_vitcls": (
         "ViTCLSBackbone",

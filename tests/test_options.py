@@ -147,6 +147,11 @@ def test_grids_of_cls_tokens_are_listed_row_by_row() -> None:
             check(ModelOptions, {"cls_scopes": ("image", text)})
 
 
+def test_a_height_and_a_width_may_be_a_list() -> None:
+    sizes: dict[str, Any] = {"image_size": [32, 48]}
+    assert ModelOptions(model="m", **sizes).image_size == (32, 48)
+
+
 def test_flags_that_are_set_become_fields_of_the_configuration() -> None:
     assert ModelOptions(model="vitcls-tiny").get_config_values() == {}
 

@@ -6,6 +6,13 @@
 
 `certify` compares two model folders and raises an error at the first difference. `verify_models`
 does the same for any two models, and prints the difference.
+
+What is not proven:
+- That old photos keep their predictions: the logits of the old classes are equal, but a new class may have
+  a higher one. A new task changes no prediction.
+- That the new classes or tasks are good: results.json has their own measurements.
+- Anything but this machine and the versions, precisions and batch sizes that certificate.json lists, on
+  images of the size of the image processor.
 """
 
 import hashlib

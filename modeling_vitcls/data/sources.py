@@ -27,7 +27,7 @@ from accelerate import PartialState
 
 from ..hub.connection import name_cache
 from ..hub.loading import describe_missing_repo, fall_back_to_cache, is_hub_id
-from ..hub.local_paths import is_built_in_dataset
+from ..hub.local_paths import BUILT_IN_DATASET
 from ..model.fast_image_processing_vitcls import open_regular_file
 from ..model.image_processing_vitcls import shorten_text
 from ..runtime.distributed import run_on_main
@@ -213,7 +213,7 @@ def open_dataset(dataset: str, use_labels: bool) -> tuple[str, Path, Any]:
         OSError: if it is found neither locally nor on the Hub.
     """
     path = Path(dataset)
-    if is_built_in_dataset(dataset):
+    if dataset == BUILT_IN_DATASET and not path.exists():
         return dataset, Path.cwd(), {"train": load_digits()}
     if dataset.startswith(MEMORY_PREFIX):
         return get_title(dataset), Path.cwd(), get_dataset(dataset)

@@ -288,11 +288,6 @@ def describe_data(training_data: TrainingData) -> dict[str, Any]:
     return description
 
 
-def describe_change(stored: Mapping[str, Any], current: Mapping[str, Any]) -> str:
-    """Name what has changed since the run started; "" without a change."""
-    return " and ".join(name for name, value in current.items() if stored.get(name) != value)
-
-
 def describe_leaks(training_data: TrainingData, group_column: str | None) -> list[str]:
     """List what makes a result too good: copies and groups on both sides of the dataset's splits.
 

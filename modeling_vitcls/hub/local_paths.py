@@ -23,11 +23,6 @@ BUILT_IN_DATASET = "digits"
 RELATIVE_PREFIXES = ("./", "../")  # Prefixes of relative paths; no Hub id starts with a dot
 
 
-def is_built_in_dataset(dataset: str) -> bool:
-    """Check whether a dataset is scikit-learn's digits. A path with this name takes precedence."""
-    return dataset == BUILT_IN_DATASET and not Path(dataset).exists()
-
-
 def resolve_name(name: str) -> str:
     """Make the path of an existing file or folder in a name absolute.
 

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from accelerate.state import AcceleratorState
 
-from ..data.splits import TrainingData, describe_change, describe_data
+from ..data.splits import TrainingData, describe_data
 from ..hub.local_paths import is_local, is_same_source, split_prefix
 from ..runtime.flags import to_flags
 from .options import TrainOptions
@@ -144,10 +144,11 @@ def check_run_unchanged(earlier: dict[str, Any], current: dict[str, Any], folder
         current: record of this run.
         folder: output folder.
     """
-    if change := describe_change(earlier["data"], current["data"]):
+    stored = earlier["data"]
+    if changed := [name for name, value in current["data"].items() if stored.get(name) != value]:
         raise ValueError(
             f"`resume=True`: the dataset has changed since the run in {folder} was started: "
-            f"{change}. Restore the dataset, choose a different `output_dir`, or set "
+            f"{' and '.join(changed)}. Restore the dataset, choose a different `output_dir`, or set "
             "`overwrite=True` without `resume`"
         )
     if earlier["mixed_precision"] != current["mixed_precision"]:

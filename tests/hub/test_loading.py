@@ -321,6 +321,15 @@ def test_a_damaged_checkpoint_is_named(
         ModelFolder(tmp_path).load(vitcls.ViTCLSForImageClassification)
 
 
+def test_an_error_leaves_the_verbosity_of_transformers_to_the_caller(tmp_path: Path) -> None:
+    build_tiny_config().save_pretrained(tmp_path)
+    transformers.logging.set_verbosity_info()
+    with pytest.raises(CHECKPOINT_ERRORS):
+        ModelFolder(tmp_path).load(vitcls.ViTCLSModel)
+    assert transformers.logging.get_verbosity() == transformers.logging.INFO
+    transformers.logging.set_verbosity_warning()
+
+
 def test_weights_of_a_wrong_shape_are_named(tmp_path: Path) -> None:
     vitcls.ViTCLSForImageClassification(build_tiny_config()).save_pretrained(tmp_path)
     build_tiny_config(intermediate_size=20).save_pretrained(tmp_path)

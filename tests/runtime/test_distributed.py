@@ -71,6 +71,12 @@ def test_the_precision_of_the_launcher_is_kept(monkeypatch: pytest.MonkeyPatch) 
     assert accelerator.mixed_precision == "no"
 
 
+def test_a_resumed_run_in_float32_stays_in_float32_where_bfloat16_exists(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert choose(monkeypatch, 192, recorded="no").mixed_precision == "no"
+
+
 def test_later_accelerators_of_a_process_may_have_another_precision(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
