@@ -152,3 +152,7 @@ class Normalizer:
     def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
         """Rescale and normalize pixels [B, C, H, W], `uint8` or `float32`; return `float32`."""
         return pixels * self.scale - self.offset
+
+    def revert(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Compute the pixels [B, C, H, W] in [0, 255] of normalized images."""
+        return (pixel_values + self.offset) / self.scale

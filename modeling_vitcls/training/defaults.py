@@ -128,11 +128,8 @@ def resolve_defaults(
 
 
 def get_method_values(options: TrainOptions) -> dict[str, Any]:
-    """Get the values of unset flags without which distillation or LeJEPA would not work."""
-    if isinstance(options, FinetuneOptions):
-        needs_token = options.teacher is not None and options.num_distillation_tokens is None
-        return {"num_distillation_tokens": 1} if needs_token else {}
-    if options.method != "lejepa":
+    """Get the values of unset flags without which LeJEPA would not work."""
+    if isinstance(options, FinetuneOptions) or options.method != "lejepa":
         return {}
     # LeJEPA crops by itself, on the device. Crops of crops would leave little of the image.
     augment = {"shift": 0.0} | (options.augment or {})

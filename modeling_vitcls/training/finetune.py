@@ -1,7 +1,7 @@
 """Fine-tuning on labeled images. run.py implements the complete run.
 
     frozen model       linear classifier of frozen features (probe.py): saved by a frozen run, and the start of steps
-    steps              trained on pixels; with --teacher, the distillation token is trained on the teacher's logits
+    steps              trained on pixels, with --teacher also on the teacher's logits (losses.py)
     --trainable head   the frozen model; without one, the head is trained on pixels with a frozen encoder
 
 After the run, the output folder contains:
@@ -36,7 +36,7 @@ from .model import InitialModel, build_model, set_trainable_parameters
 from .options import FinetuneOptions
 from .probe import Probe, explain_missing_probe
 from .reporter import Reporter
-from .teacher import Teacher, load_teacher
+from .teacher import Teacher, load_teacher, measure
 from .training_setup import TrainingSetup, build_evaluator_arguments
 
 
@@ -73,13 +73,9 @@ class FineTuning:
         )
         teacher = None
         if options.teacher is not None:
-            if model.distillation_classifier is None:
-                raise ValueError(
-                    "`teacher` requires a classifier of the distillation token. Set "
-                    "`model_config='distillation_head=true'`, or remove `teacher`"
-                )
             teacher = load_teacher(options.teacher, labels, model.config, accelerator.device)
 
+        normalize = Normalizer(processor, accelerator.device)
         set_trainable_parameters(model, options.trainable, new_parameter_names)
         evaluator_arguments = build_evaluator_arguments(
             options, labels, processor, model.config.num_channels, reporter
@@ -114,7 +110,7 @@ class FineTuning:
                 build_objective,
                 options,
                 teacher=teacher,
-                normalize=Normalizer(processor, accelerator.device),
+                normalize=normalize,
                 accelerator=accelerator,
             ),
             build_evaluator=lambda data, images: Evaluator(images, **evaluator_arguments),
@@ -138,6 +134,7 @@ class FineTuning:
             ],
             build_pass=build_pass if is_single_label else None,
             probe=probe,
+            measure_teacher=None if teacher is None else partial(measure, teacher, normalize),
         )
 
 

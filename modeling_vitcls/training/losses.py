@@ -5,9 +5,12 @@
 Every loss is a mean over images, and the loss of one image does not depend on other images. The
 mean loss of accumulated batches is therefore equal to the loss of one large batch, up to rounding.
 
-The loss with a teacher and labels follows DeiT (Touvron et al. 2021, arXiv 2012.12877, section 4):
+With a teacher, half of the loss is of the labels and half of the teacher:
 
     total = 0.5 * loss of the CLS head on the labels + 0.5 * distillation loss
+
+The distillation loss is of the distillation head, if there is one (DeiT, Touvron et al. 2021, arXiv
+2012.12877, section 4), or of the CLS head, too (Hinton et al. 2015, arXiv 1503.02531).
 
 teacher.py implements the teachers.
 """
@@ -91,15 +94,15 @@ def compute_multi_task_loss(
 class LabelObjective:
     """Label loss, averaged over the CLS head and the distillation head.
 
-    With a teacher, the distillation head is trained on the teacher's logits instead (DeiT, arXiv
-    2012.12877).
+    With a teacher, the distillation head is trained on the teacher's logits instead; a model without
+    this head learns from labels and teacher with its only one.
     """
 
     normalize: Normalizer
     label_loss: LabelLossFunction
     mixer: Callable[[Any, Any], tuple[Any, Any]] | None = None  # Mixes images and labels
-    # Mean distillation loss from the logits of the distillation head and the batch; None without a
-    # teacher
+    # Mean distillation loss from the logits that learn from the teacher and the batch; None without
+    # a teacher
     distillation_loss: Callable[[torch.Tensor, Batch], torch.Tensor] | None = None
 
     def __call__(self, model: nn.Module, batch: Batch) -> Losses:
@@ -112,7 +115,10 @@ class LabelObjective:
         outputs = model(pixel_values=self.normalize(batch["pixels"]))
 
         if self.distillation_loss is not None:
-            distillation_loss = self.distillation_loss(outputs.distillation_logits, batch)
+            student_logits = outputs.distillation_logits
+            if student_logits is None:
+                student_logits = outputs.cls_logits
+            distillation_loss = self.distillation_loss(student_logits, batch)
             label_loss = self.label_loss(outputs.cls_logits, labels)
             loss = (label_loss + distillation_loss) / 2
             return {"loss": loss, "label_loss": label_loss, "distillation_loss": distillation_loss}
@@ -132,7 +138,7 @@ class LabelObjective:
 def compute_distillation_loss(
     kind: str, student_logits: torch.Tensor, teacher_logits: torch.Tensor
 ) -> torch.Tensor:
-    """Compute the mean loss of the distillation head against the teacher, as a `float32` scalar.
+    """Compute the mean loss of a head against the teacher, as a `float32` scalar.
 
     The logits of both are [B, L].
 

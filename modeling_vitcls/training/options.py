@@ -250,21 +250,13 @@ class FinetuneOptions(RunOptions, TrainingOptions, AugmentationOptions, DataOpti
     """Fine-tune a ViT on labeled images, evaluate it on held-out images, and save the results."""
 
     teacher: str | None = None
-    """Teacher, whose predictions train the distillation token, while the labels train the CLS token
-    (DeiT, Touvron et al. 2021): a folder or Hub id of a transformers classifier (`ID@COMMIT` pins
-    the model), or `timm:NAME`. A model without a distillation token gets one. Default: no
-    distillation."""
+    """Teacher, from whose predictions the model learns, as well as from the labels: a folder or Hub
+    id of a transformers classifier (`ID@COMMIT` pins the model), or `timm:NAME`. One head learns
+    from both (Hinton et al. 2015). With --num-distillation-tokens 1, a second head learns from the
+    teacher (DeiT, Touvron et al. 2021). Default: no distillation."""
     distillation: Literal["soft", "hard"] = "soft"
-    """Target of the distillation token: the class probabilities (soft) or the top-1 class (hard) of
+    """Target of the distillation: the class probabilities (soft) or the top-1 class (hard) of
     the teacher."""
-
-    def check(self) -> None:
-        super().check()
-        if self.teacher is not None and self.num_distillation_tokens == 0:
-            raise ValueError(
-                "`teacher` requires `num_distillation_tokens=1` or more. Change it, or remove "
-                "`teacher`"
-            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -61,6 +61,9 @@ def run_steps(
     held_out = setup.build_evaluator(data, data.held_out)
     if setup.measures_start and len(data.held_out) and checkpoint is None:
         start["before_steps"] = held_out(setup.model.to(reporter.accelerator.device).eval())
+    if setup.measure_teacher is not None and len(data.held_out) and checkpoint is None:
+        start["teacher_accuracy"] = setup.measure_teacher(setup.model, held_out)["accuracy"]
+        reporter.print_line("teacher", describe_teacher(start, len(data.held_out)))
     # If no checkpoint is selected, looking at the held-out images during training is harmless.
     selection = held_out
     if data.selection is not None:
@@ -115,7 +118,11 @@ def run_steps(
         "images_per_second": round(loop.state.step * loop.plan.images_per_step / seconds, 1),
         "token_movement": loop.measure_token_movement(),
     }
-    results |= {name: start[name] for name in ("frozen", "before_steps") if name in start}
+    results |= {
+        name: start[name]
+        for name in ("frozen", "before_steps", "teacher_accuracy")
+        if name in start
+    }
     if options.select == "best" and data.selection is not None:
         results["selection"] = {
             "images": data.selection_name,
@@ -183,6 +190,18 @@ def start_from_probe(
         nearest = measured[""].find_nearest_images(np.arange(len(data.held_out)))
         start["nearest_images"] = list(nearest.items())
     return start
+
+
+def describe_teacher(start: dict[str, Any], num_images: int) -> str:
+    """Compare a teacher with the frozen model, if there is one, on the held-out images."""
+    text = (
+        f"right on {round(num_images * start['teacher_accuracy'])} of {num_images} held-out images"
+    )
+    if "before_steps" not in start:
+        return text
+    accuracy = start["before_steps"]["accuracy"]
+    text += f", the frozen model on {round(num_images * accuracy)}"
+    return text if start["teacher_accuracy"] > accuracy else f"{text}: it has little to teach"
 
 
 def build_loop(

@@ -28,9 +28,11 @@ from torchvision.transforms.v2 import functional as transforms
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 from transformers.image_utils import pil_torch_interpolation_mapping
 
+from ..data.batches import Normalizer
 from ..data.cells import normalize_name
 from ..data.labels import LabelSpace
 from ..hub.loading import get_external_model_folder, load_timm_model
+from ..inference.evaluator import Evaluator, build_predictions
 from ..inference.image_pass import find_finite
 from ..model.configuration_vitcls import ViTCLSConfig
 from ..runtime.errors import format_error, format_name_list
@@ -126,6 +128,21 @@ def load_teacher(
         model, preprocessing, names, num_labels = load_transformers_teacher(source, student)
     label_indices, note = match_labels(source, names, num_labels, labels.names)
     return Teacher(source, model, preprocessing, label_indices, note).to(device)
+
+
+def measure(
+    teacher: Teacher, normalize: Normalizer, model: nn.Module, images: Evaluator
+) -> dict[str, Any]:
+    """Measure a teacher on the images of an evaluator, which prepares them for the student.
+
+    Args:
+        teacher: the teacher.
+        normalize: normalization of the student, which is reverted.
+        model: the student.
+        images: images of a run, with one label per image.
+    """
+    outputs = images.collect(model, lambda pixel_values: teacher(normalize.revert(pixel_values)))
+    return build_predictions(images.label_space, outputs).metrics
 
 
 def match_labels(

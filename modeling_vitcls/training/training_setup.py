@@ -59,6 +59,8 @@ class TrainingSetup:
     # Lists what is wrong with the images
     list_warnings: Callable[[TrainingData], list[str]] = lambda data: []
     encoder: Any = None  # Part of the model that is saved; None to save the model
+    # Measures the teacher, if there is one, on the images of an `Evaluator` of the model
+    measure_teacher: Callable[[Any, Any], dict[str, Any]] | None = None
     measures_start: bool = False  # Whether the model is measured before the steps, too
 
 

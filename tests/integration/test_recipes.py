@@ -39,7 +39,9 @@ def test_attention_pooling_learns_the_digits(tmp_path: Path) -> None:
 def test_a_cnn_trains_the_distillation_token(tmp_path: Path) -> None:
     assert train_cnn_teacher("digits", tmp_path / "teacher") >= 0.98
     results = finetune_digits(
-        tmp_path / "student", "--teacher", tmp_path / "teacher", "--distillation", "hard"
+        tmp_path / "student",
+        *("--teacher", tmp_path / "teacher", "--distillation", "hard"),
+        *("--num-distillation-tokens", "1"),
     )
     assert results["token_layout"]["distillation"] == 1
     assert results["accuracy"] >= 0.97

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.tiny_models import raises_one_line, save_both
+from helpers.tiny_models import randomize, save_both
 from helpers.tiny_options import build_tiny_options, prepare_setup, run_to_folder, run_training
 from scipy.special import log_softmax
 
@@ -17,7 +17,13 @@ from modeling_vitcls.training.distillation_head import DistillationHead
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate", "few_digits")
 
-TEACHING = {"select": None, "max_steps": 12, "batch_size": 32, "held_out_fraction": 0.3}
+TEACHING: dict[str, Any] = {
+    "select": None,
+    "max_steps": 12,
+    "batch_size": 32,
+    "held_out_fraction": 0.3,
+    "num_distillation_tokens": 1,
+}
 
 
 @pytest.fixture(scope="module")
@@ -70,11 +76,33 @@ def test_the_returned_head_has_the_lowest_loss(taught: tuple[Path, dict[str, Any
     assert results["loss"] == pytest.approx(min(losses.values()), abs=1e-5)
 
 
-def test_a_teacher_needs_a_distillation_head(frozen: Path, tmp_path: Path) -> None:
-    flags = {"teacher": str(frozen), "model_config": {"distillation_head": False}}
-    with raises_one_line("distillation_head=true"):
-        run_training(build_options(tmp_path / "run", frozen, **flags))
-    assert not (tmp_path / "run" / "config.json").exists()
+@pytest.mark.parametrize("is_trained", [True, False])
+def test_the_run_measures_the_teacher_before_the_steps(
+    is_trained: bool, frozen: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without a token, the teacher trains the only head, which a useless teacher cannot replace."""
+    teacher = frozen
+    if not is_trained:
+        model = randomize(ViTCLSForImageClassification.from_pretrained(frozen))
+        processor = ViTCLSImageProcessor.from_pretrained(frozen)
+        teacher = save_both(model, tmp_path / "teacher", processor)
+    flags = TEACHING | {"num_distillation_tokens": 0, "max_steps": 1, "crop_scale": 1.0}
+    options = build_options(tmp_path / "run", frozen, teacher=str(teacher), **flags)
+    results = run_training(options)
+
+    held_out = prepare_setup(options).data.held_out
+    processor = ViTCLSImageProcessor.from_pretrained(teacher)
+    pixel_values = processor(list(held_out.images), return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        model = ViTCLSForImageClassification.from_pretrained(teacher).eval()
+        answers = model(pixel_values).logits.argmax(dim=1)
+    num_right = int((answers == torch.tensor(held_out.labels)).sum())
+    line = f"teacher   right on {num_right} of {len(held_out)} held-out images, the frozen model on"
+    printed = capsys.readouterr().out
+    assert line in printed
+    assert ("it has little to teach" in printed) == (not is_trained)
+    assert results["teacher_accuracy"] == pytest.approx(num_right / len(held_out), abs=1e-6)
+    assert "distillation_accuracy" not in results
 
 
 @torch.no_grad()
