@@ -23,7 +23,7 @@ from contextlib import suppress
 from itertools import chain
 from typing import Any
 
-from ..runtime.errors import warn_on_first_process
+from ..runtime.errors import format_name_list, warn_on_first_process
 
 
 # Characters between several labels of one text, and how much more often than whole cells the parts
@@ -32,6 +32,8 @@ SEPARATORS = {"|": 1.0, ";": 1.0, ",": 1.5}
 NO_SEPARATOR = "none"  # The value of `label_separator` that says: each text is one label
 MAX_NUMBERS = 50  # Different numbers with gaps between them; more look like a measurement
 MIN_VECTORS = 0.9  # Share of the lists that have one length, from which they are vectors
+# Fields that are the label of an object: Label Studio's choices, and a name beside its number
+LABEL_FIELDS = ("choices", "name", "label")
 
 NUMBER = re.compile(r"[+-]?(\d+[.,]?\d*|[.,]\d+)(e[+-]?\d+)?", re.IGNORECASE)
 IN_BRACKETS = re.compile(r"\s*\[.*\]\s*", re.DOTALL)
@@ -46,12 +48,14 @@ class LabelColumn:
     `repr`, because 1 and True are the same key of a dict, and lists are none.
     """
 
-    def __init__(self, where: str, cells: Mapping[str, Sequence[Any]]) -> None:
-        self.where = where  # Name of the column in messages
+    def __init__(self, dataset: str, name: str, cells: Mapping[str, Sequence[Any]]) -> None:
+        self.name = name
+        self.where = f"{dataset}: the column {name!r}"
         self.rows = {split: list(map(repr, values)) for split, values in cells.items()}
         values = dict(zip(chain(*self.rows.values()), chain(*cells.values()), strict=True))
+        labels = {cell: read_object(value) for cell, value in values.items()}
         # Missing labels are left out.
-        self.values = {cell: each for cell, each in values.items() if spell_label(each) is not None}
+        self.values = {cell: each for cell, each in labels.items() if spell_label(each) is not None}
         self.counts = Counter(cell for cell in chain(*self.rows.values()) if cell in self.values)
 
     def name_row(self, cell: str) -> str:
@@ -141,7 +145,13 @@ def check_items(column: LabelColumn, items: Mapping[str, list[Any]]) -> bool:
     Raise ValueError for a cell that is no label, or text that looks like a list but is none.
     """
     for cell, labels in items.items():
-        if any(isinstance(label, list | dict) for label in labels):
+        if fields := next((list(label) for label in labels if isinstance(label, dict)), None):
+            raise ValueError(
+                f"{column.where} has objects such as {cell:.60}, and it is not clear which field is "
+                f"the label. Set `label_column` to one of the fields ({format_name_list(fields)}), such "
+                f"as `label_column='{column.name}.{fields[0]}'`"
+            )
+        if any(isinstance(label, list) for label in labels):
             raise ValueError(
                 f"{column.where} has no class labels, but values such as {cell:.60}. Set "
                 "`label_column`"
@@ -296,22 +306,40 @@ def split_labels(value: Any, separator: str | None) -> list[Any]:
     """
     items = value if isinstance(value, list) else parse_list(value)
     if items is not None:
-        return items
+        return list(map(read_object, items))
     if separator in (None, NO_SEPARATOR) or not isinstance(value, str):
         return [value]
     return [label.strip() for label in value.split(separator)]  # Empty text is a missing label
 
 
+def read_object(value: Any) -> Any:
+    """Read the label in an object, such as {"id": 3, "name": "dog"}, which may be text in a CSV file.
+
+    Other values are returned unchanged, and so are objects in which no field is surely the label.
+    """
+    found = value if isinstance(value, dict) else parse_text(value)
+    if not isinstance(found, dict) or value == "{}":
+        return value
+    if not any(each is not None for each in found.values()):
+        return None
+    return next((found[name] for name in LABEL_FIELDS if found.get(name) is not None), found)
+
+
 def parse_list(value: Any) -> list[Any] | None:
     """Parse text of a list, such as `["a", "b"]` or Python's `('a', 'b')`; None for another value."""
+    found = parse_text(value)
+    return list(found) if isinstance(found, list | tuple | set) else None
+
+
+def parse_text(value: Any) -> Any:
+    """Parse text of a list or an object, in JSON or as Python prints it; None for another value."""
     text = value.strip() if isinstance(value, str) else ""
     # Python joins texts without a comma between them, as in NumPy's ['a' 'b'].
     if text[:1] + text[-1:] not in ("[]", "()", "{}") or re.search(r"""['"]\s+['"]""", text):
         return None
     for parse in (json.loads, ast.literal_eval):
         with suppress(ValueError, SyntaxError, TypeError):
-            found = parse(text)
-            return list(found) if isinstance(found, list | tuple | set) else None
+            return parse(text)
     return None
 
 

@@ -14,9 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from ..runtime.errors import format_name_list
-from .cells import LabelColumn, find_separator, get_bit, read_label_names, spell_label
+from .cells import (
+    LabelColumn,
+    find_separator,
+    get_bit,
+    parse_text,
+    read_label_names,
+    spell_label,
+)
 from .folder_layout import SPLIT_BY_FOLDER_NAME, SPLIT_ORDER
 from .images import resolve_path
 from .labels import LabelSpace, OneLabel, PerTask, SeveralLabels
@@ -27,7 +35,11 @@ IMAGE_COLUMN_NAMES = tuple(
 )
 LABEL_COLUMN_NAMES = ("label", "labels", "class", "target", "category", "fine_label", "cls")
 SPLIT_COLUMN_NAMES = ("split", "subset", "partition", "set", "data_split")
-# Columns whose rows with one value usually show the same thing
+# Groups are found by their shape: a few rows of one class per value. If they have several classes, as
+# the photos of a patient may, only the name of the column can tell.
+MAX_GROUP_SIZE = 30  # Mean number of rows per value; more are a finer class
+MAX_CHANCE = 0.05
+MAX_ROWS_OF_GROUPS = 100_000  # Reading all columns of larger tables takes seconds
 GROUP_COLUMN_NAME = re.compile(
     r"(patient|subject|person|individual|animal|camera|video|session|site|location|scene|sequence)"
     r"s?([ _-]?(id|no|nr|number|name))?",
@@ -73,9 +85,15 @@ def find_image_column(
     )
 
 
+def find_stem(features: Features, column: str) -> str | None:
+    """Find the column itself or, for a field such as `label.name`, the column of its objects."""
+    stems = [name for name in features if column == name or column.startswith(f"{name}.")]
+    return max(stems, key=len, default=None)
+
+
 def check_column(table: Any, column: str, dataset: str) -> None:
     """Raise ValueError if a table has no such column."""
-    if column not in table.features:
+    if find_stem(table.features, column) is None:
         raise ValueError(
             f"{dataset} has no column {column!r}. Choose one of {', '.join(table.features)}"
         )
@@ -90,24 +108,32 @@ def has_files(paths: Iterable[str | None], folder: Path) -> bool:
 def find_label_columns(
     dataset: str, tables: Mapping[str, Any], columns: Sequence[str] | None, image_column: str
 ) -> list[str]:
-    """Find the label columns, which all splits must have."""
+    """Find the label columns, which all splits must have; fields of objects may be such columns."""
     first = next(iter(tables.values()))
     used = (image_column, *SPLIT_COLUMN_NAMES)
     found = list(columns or ())
     if not found:
         column = find_column(
             "label",
-            first.features,
+            {**first.features, **list_fields(first.features)},
             get_declared_names,
             LABEL_COLUMN_NAMES,
             dataset,
-            lambda each: each not in used,
+            lambda each: each in first.features and each not in used,
         )
         found.append(column)
     for split, table in tables.items():
         for column in found:
             check_column(table, column, f"{dataset}, split {split!r}")
     return found
+
+
+def has_label_column(features: Features, names: Collection[str]) -> bool:
+    """Tell whether a column is a label by its type or name, or is one of the given names."""
+    return any(find_stem(features, name) is not None for name in names) or any(
+        get_declared_names(feature) or name.lower() in LABEL_COLUMN_NAMES
+        for name, feature in features.items()
+    )
 
 
 def find_column(
@@ -128,7 +154,9 @@ def find_column(
     ]
     if len(matching_columns) == 1:
         return matching_columns[0]
-    column_by_name = {column.lower(): column for column in matching_columns or features}
+    # By the last part of a field such as `json.label`. Sorted: names without a dot come first
+    names = sorted(matching_columns or features, key=lambda name: "." not in name)
+    column_by_name = {name.lower().rpartition(".")[2]: name for name in names}
     for common_name in common_names:
         if common_name in column_by_name:
             return column_by_name[common_name]
@@ -141,6 +169,15 @@ def find_column(
         f"`{kind}_column`, or write a table whose columns are separated by commas, semicolons, tabs "
         "or bars"
     )
+
+
+def list_fields(features: Features) -> Features:
+    """List the fields of columns of objects, by names such as `json.label`."""
+    fields: Features = {}
+    for column, feature in features.items():
+        if isinstance(feature, dict) and not is_image_feature(feature):
+            fields |= {f"{column}.{name}": each for name, each in feature.items()}
+    return fields
 
 
 def is_image_feature(feature: Any) -> bool:
@@ -205,10 +242,10 @@ def read_labels(
         classes, names = {}, {}
         for column, parts in cells.items():
             declared = {
-                split: get_declared_names(table.features[column]) for split, table in tables.items()
+                split: get_declared_names(table.features.get(column))
+                for split, table in tables.items()
             }
-            where = f"{dataset}: the column {column!r}"
-            label_column = LabelColumn(where, parts)
+            label_column = LabelColumn(dataset, column, parts)
             if separator is None and not is_task:
                 separator = find_separator(label_column, label_names)
             classes[column], names[column], has_lists = read_label_names(
@@ -216,7 +253,7 @@ def read_labels(
             )
             if has_lists and is_task:
                 raise ValueError(
-                    f"{where} has lists, but several label columns require one label per image. "
+                    f"{label_column.where} has lists, but several label columns require one label per image. "
                     "Set one `label_column`, or omit `label_separator`"
                 )
             if has_lists:
@@ -249,8 +286,14 @@ def name_columns(
 
 
 def read_column(table: Any, column: str) -> list[Any]:
-    """Read all values of one column."""
-    return table.select_columns([column])[:][column]  # type: ignore[no-any-return]
+    """Read all values of one column, or of a field such as `label.name` of its objects."""
+    stem = find_stem(table.features, column)
+    values: list[Any] = table.select_columns([stem])[:][stem]
+    if column == stem:
+        return values
+    objects = [parse_text(value) if isinstance(value, str) else value for value in values]
+    name = column.removeprefix(f"{stem}.")
+    return [each.get(name) if isinstance(each, dict) else None for each in objects]
 
 
 # Splits and groups --------------------------------------------------------------------------------
@@ -304,31 +347,57 @@ def divide_by_column(
 
 def read_groups(
     tables: Mapping[str, Any], dataset: str, column: str
-) -> tuple[dict[str, np.ndarray], str]:
-    """Read the group of each row by split, None for a row without one; also describe the column."""
-    groups = {
-        split: np.array(read_texts(table, column, dataset), object)
-        for split, table in tables.items()
-    }
-    different = set(chain.from_iterable(groups.values())) - {None}
-    # A row without a group is one of its own
-    num_groups = len(different) + sum(list(each).count(None) for each in groups.values())
-    return groups, f"column {column!r}: {num_groups:,} groups"
+) -> tuple[dict[str, np.ndarray], int]:
+    """Number the group of each row, by split; a row without one is a group of its own.
+
+    Also return the number of groups.
+    """
+    texts = [read_texts(table, column, dataset) for table in tables.values()]
+    names = [row if text is None else text for row, text in enumerate(chain(*texts))]
+    codes, different = pd.factorize(np.array(names, object))
+    parts = np.split(codes, np.cumsum(list(map(len, texts)))[:-1])
+    return dict(zip(tables, parts, strict=True)), len(different)
 
 
 def find_unused_groups(
-    tables: Mapping[str, Any], dataset: str, used_columns: Collection[str]
+    tables: Mapping[str, Any], labels: Sequence[Any], dataset: str, used_columns: Collection[str]
 ) -> str | None:
-    """Look for a column that could contain groups, and describe it if there is one."""
-    for name in next(iter(tables.values())).features:
-        if GROUP_COLUMN_NAME.fullmatch(name) and name not in used_columns:
-            values = list(chain(*(read_texts(table, name, dataset) for table in tables.values())))
-            if 1 < len(set(values)) < len(values):
-                return (
-                    f"the column {name!r} is not used: images with the same value may be on both "
-                    f"sides of a split. To keep them together, set `group_column={name!r}`"
-                )
+    """Look for a column that could contain groups, and describe it if there is one.
+
+    `labels` are those of all rows. No column is looked for in large tables.
+    """
+    features = next(iter(tables.values())).features
+    if len(labels) > MAX_ROWS_OF_GROUPS:
+        return None
+    for name, feature in features.items():
+        if name in used_columns or is_image_feature(feature):
+            continue
+        values = list(chain(*(read_texts(table, name, dataset) for table in tables.values())))
+        is_named = GROUP_COLUMN_NAME.fullmatch(name) and 1 < len(set(values)) < len(values)
+        if is_named or look_like_groups(values, labels):
+            return (
+                f"the column {name!r} is not used: images with the same value may be on both "
+                f"sides of a split. To keep them together, set `group_column={name!r}`"
+            )
     return None
+
+
+def look_like_groups(values: Sequence[str | None], labels: Sequence[Any]) -> bool:
+    """Tell whether values name objects: most have a few rows, all of one class, and not by chance."""
+    table = pd.DataFrame({"value": values, "label": list(map(repr, labels))}).dropna()
+    groups = table.groupby("value")["label"].agg(["size", "nunique"])
+    repeated = groups[groups["size"] > 1]
+    shares = table["label"].value_counts(normalize=True).to_numpy()  # [classes]
+    has_few_rows = 2 * len(shares) <= len(groups) and len(table) <= MAX_GROUP_SIZE * len(groups)
+    if (
+        not has_few_rows
+        or 2 * repeated["size"].sum() < len(table)
+        or (repeated["nunique"] > 1).any()
+    ):
+        return False
+    # Probability that rows with a value are of one class if classes and values are independent
+    chance = np.log((shares[:, None] ** repeated["size"].to_numpy()).sum(axis=0)).sum()
+    return bool(chance < np.log(MAX_CHANCE))
 
 
 def read_texts(table: Any, column: str, dataset: str) -> list[str | None]:

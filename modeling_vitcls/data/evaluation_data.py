@@ -11,7 +11,7 @@ from .in_memory import get_title
 from .labels import LabelSpace
 from .options import DataOptions
 from .sources import choose_split, load_splits
-from .splits import HELD_OUT_SPLITS, check_contradictions
+from .splits import HELD_OUT_SPLITS, check_contradictions, merge_rows
 from .splits_table import EMPTY_TABLE, find_trained_images, get_keys
 
 
@@ -60,7 +60,7 @@ def load_evaluation_data(
     )
     ((name, images),) = loaded.images_by_split.items()
     if use_labels:
-        images = replace(images, keys=get_keys(images))
+        images = merge_rows(replace(images, keys=get_keys(images)), dataset)
         check_contradictions([images], loaded.label_space, dataset)
     is_trained = find_trained_images(images, splits)
     num_trained = int(is_trained.sum())

@@ -1,7 +1,8 @@
 """Where the splits and the classes of an image folder are, found in the names of its subfolders.
 
     photos/cat/1.jpg, photos/dog/2.jpg                  classes cat, dog; one split, "train"
-    photos/cat/2024/may/1.jpg                           class cat: images may be at any depth in a class folder
+    photos/cat/mug1/1.jpg, photos/cat/mug2/2.jpg        class cat; the images of each folder below a class are a group
+    photos/cat/all/may/1.jpg                            class cat: images may be at any depth in a class folder
     photos/train/cat/1.jpg, photos/Testing/cat/2.jpg    splits "train" and "test"
     photos/cat/train/1.jpg, photos/cat/test/2.jpg       the same: class folders that contain only split folders
     photos/fold1/cat/1.jpg, photos/fold2/cat/2.jpg      an error: these look like splits (also seg_train, seg_test)
@@ -14,8 +15,9 @@ Files are not read, and their names are not interpreted.
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from itertools import chain
+from itertools import chain, takewhile
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from ..runtime.errors import format_name_list
 
@@ -27,11 +29,22 @@ SPLIT_BY_FOLDER_NAME = {
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }
 SPLIT_ORDER = ("train", "validation", "test")
-DATE = re.compile(r"(19|20)\d\d([-_. ]?\d\d){0,2}")  # In names of folders that are no classes
+# Names of folders that are no classes: albums, and objects with a number
+DATE = re.compile(r"(19|20)\d\d([-_. ]?\d\d){0,2}")
+COUNTED = re.compile(r".*\d.*", re.DOTALL)
+SPLIT_LIKE = re.compile(r"\d|train|test|val|fold|split", re.IGNORECASE)
 
 
-def locate_image(image: str, split_folders: Mapping[str, str]) -> tuple[str | None, str | None]:
-    """Find the split and the class of an image by its path; None for what its folders do not say."""
+class Place(NamedTuple):
+    """The split and the class of an image, None if its folders do not say, and the folders below."""
+
+    split: str | None
+    label: str | None
+    folders: tuple[str, ...]
+
+
+def locate_image(image: str, split_folders: Mapping[str, str]) -> Place:
+    """Find the place of an image by its path."""
     folders = image.split("/")[:-1]
     split = None if split_folders else "train"
     for depth in (1, 2):
@@ -40,7 +53,26 @@ def locate_image(image: str, split_folders: Mapping[str, str]) -> tuple[str | No
             split = split_folders[path]
             del folders[depth - 1]  # What is left begins with the class
             break
-    return split, next(iter(folders), None)
+    return Place(split, next(iter(folders), None), tuple(folders[1:]))
+
+
+def find_groups(places: Mapping[str, Place]) -> dict[str, str]:
+    """Find the folder below the class that each image is in, such as all photos of one object.
+
+    Folders that contain all images of a class are no groups, and neither is an only one.
+    """
+    folders_by_class: dict[Any, dict[str, tuple[str, ...]]] = {}
+    for image, (split, label, folders) in places.items():
+        folders_by_class.setdefault((split, label), {})[image] = folders
+
+    groups: dict[str, str] = {}
+    for names, by_image in folders_by_class.items():
+        levels = zip(*by_image.values(), strict=False)
+        depth = sum(1 for _ in takewhile(lambda level: len(set(level)) == 1, levels))
+        own = {image: each[depth] for image, each in by_image.items() if len(each) > depth}
+        if len(set(own.values())) > 1:
+            groups |= {image: str((*names, folder)) for image, folder in own.items()}
+    return groups
 
 
 def find_split_folders(root: Path, images: Sequence[str], use_labels: bool) -> dict[str, str]:
@@ -80,7 +112,9 @@ def find_split_folders(root: Path, images: Sequence[str], use_labels: bool) -> d
     if all(inner_splits.values()) and len(set(inner_splits.values())) > 1:
         return inner_splits
 
-    if use_labels and (classes := find_shared_folders(nested.values())):
+    # photos/cat/object1 and photos/dog/object1 are groups; photos/fold1/cat and photos/fold2/cat, splits
+    counted = DATE if any(map(SPLIT_LIKE.search, nested)) else COUNTED
+    if use_labels and (classes := find_shared_folders(nested.values(), counted)):
         raise ValueError(
             f"{root}: the folders {format_name_list(sorted(nested))} contain the same folders "
             f"({format_name_list(classes)}), so they look like splits. Rename them to train, "
@@ -95,9 +129,12 @@ def list_names(paths: Iterable[Sequence[str]], depth: int) -> set[str]:
     return {path[depth] for path in paths if len(path) > depth}
 
 
-def find_shared_folders(paths: Collection[Collection[Sequence[str]]]) -> list[str]:
+def find_shared_folders(
+    paths: Collection[Collection[Sequence[str]]], excluded: re.Pattern[str]
+) -> list[str]:
     """Find the folders that several outer folders contain, given the nested folders of their images.
 
+    `excluded` matches names that are no classes.
     They look like classes, and the outer folders like splits, if there are two or more of them, and
     if they make up half of each outer folder, because a class may be missing in a split. If each
     outer folder contains a single one (seg_train/seg_train/cat), the next level counts.
@@ -109,6 +146,6 @@ def find_shared_folders(paths: Collection[Collection[Sequence[str]]]) -> list[st
     names = [list_names(each, depth) for each in nested]
     counts = Counter(chain.from_iterable(names))
     # Albums of two years may both contain a folder 2024-05, which is no class.
-    shared = {name for name in counts if counts[name] > 1 and not DATE.fullmatch(name)}
+    shared = {name for name in counts if counts[name] > 1 and not excluded.fullmatch(name)}
     is_half = all(2 * len(each & shared) >= len(each) for each in names)
     return sorted(shared) if is_half and len(shared) > 1 else []

@@ -12,7 +12,7 @@ contains metadata.csv (or .jsonl, .parquet), or at least as many tables as image
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
@@ -20,7 +20,7 @@ from typing import Any
 
 from ..hub.model_files import CONFIG_FILES, RECIPE_FILE
 from ..runtime.errors import format_name_list, warn_on_first_process
-from .folder_layout import SPLIT_ORDER, find_split_folders, locate_image
+from .folder_layout import SPLIT_ORDER, find_groups, find_split_folders, locate_image
 
 
 IMAGE_SUFFIXES = frozenset(
@@ -45,6 +45,7 @@ HIDDEN_NAMES = frozenset(
 )
 
 ROOT = "."  # The image folder itself, as a relative path
+FOLDER_COLUMN = "folder below the class"  # The column of groups, if there are such folders
 SKIPPED_FOLDERS = "folders of training runs and of the system"
 
 
@@ -155,8 +156,8 @@ def make_printable(name: str) -> str:
 def read_image_folder(folder: ImageFolder, use_labels: bool) -> Any:
     """Read an image folder as a `datasets.DatasetDict`, and log which files are not used.
 
-    The columns are `image` and, if labels are used, `label`. Without labels, images at any depth are
-    included.
+    The columns are `image` and, if labels are used, `label` and the folder below the class, if there
+    are any. Without labels, images at any depth are included.
 
     Raise ValueError if labels are used but there are no class folders, if the split folders are
     ambiguous, or if a training run has written its files next to the images.
@@ -174,14 +175,14 @@ def read_image_folder(folder: ImageFolder, use_labels: bool) -> Any:
     # Absolute: a run and its report may name one folder differently, and a message is logged once
     where = str(folder.path.absolute())
     warn_about_skipped(where, folder.skipped_folders, SKIPPED_FOLDERS)
-    stray = [image for image, (split, _) in places.items() if split is None]
+    stray = [image for image, place in places.items() if place.split is None]
     warn_about_skipped(where, stray, "images next to the split folders")
     others = sorted([*folder.other_files, *folder.tables])
     warn_about_skipped(where, others, "files that are no images")
-    classes = {label for split, label in places.values() if split and label}
+    classes = {place.label for place in places.values() if place.split and place.label}
     if use_labels:
         warn_about_skipped(where, list_folders_without_images(folder), "folders without images")
-        unlabeled = [image for image, (split, label) in places.items() if split and not label]
+        unlabeled = [image for image, place in places.items() if place.split and not place.label]
         if not classes:
             parent = folder.path / PurePosixPath(unlabeled[0]).parent
             raise ValueError(
@@ -192,29 +193,36 @@ def read_image_folder(folder: ImageFolder, use_labels: bool) -> Any:
 
     # One list of classes for all splits: a split without images of a class must not shift the
     # others.
-    feature = datasets.ClassLabel(names=sorted(classes)) if use_labels else None
+    features = datasets.Features(image=datasets.Image())
+    groups = {}
+    if use_labels:
+        features["label"] = datasets.ClassLabel(names=sorted(classes))
+        groups = find_groups(places)
+    if groups:
+        features[FOLDER_COLUMN] = datasets.Value("string")
     parts = {}
     for name in SPLIT_ORDER:
-        labels = {
-            str(folder.path / image): label
-            for image, (split, label) in places.items()
-            if split == name and (label or not use_labels)
+        images = {
+            image: place.label
+            for image, place in places.items()
+            if place.split == name and (place.label or not use_labels)
         }
-        if labels:
-            parts[name] = build_dataset(labels, feature)
+        columns = {
+            "image": [str(folder.path / image) for image in images],
+            "label": list(images.values()),
+            FOLDER_COLUMN: [groups.get(image) for image in images],
+        }
+        if images:
+            own = {column: columns[column] for column in features}
+            parts[name] = datasets.Dataset.from_dict(own, features)
     return datasets.DatasetDict(parts)
 
 
-def build_dataset(labels: Mapping[str, str | None], feature: Any) -> Any:
-    """Build a `datasets.Dataset` of image files and their labels, without a feature of images alone."""
-    import datasets
-
-    columns: dict[str, list[Any]] = {"image": list(labels)}
-    features = datasets.Features(image=datasets.Image())
-    if feature is not None:
-        columns["label"] = list(labels.values())
-        features["label"] = feature
-    return datasets.Dataset.from_dict(columns, features)
+def find_classes(root: Path, images: Sequence[str]) -> list[str]:
+    """Find the class folders of some images; none if an image is in no class folder."""
+    split_folders = find_split_folders(root, images, use_labels=True)
+    classes = {locate_image(image, split_folders).label or "" for image in images}
+    return [] if "" in classes else sorted(classes)
 
 
 def check_output_is_not_read(output_dir: Path, dataset: str) -> None:

@@ -34,7 +34,7 @@ class DataOptions(Options):
     `split` is used."""
     group_column: str | None = None
     """Column of a table with groups, such as patients: all images of a group are on one side of
-    every split."""
+    every split. In image folders, the folders below a class are groups; none: they are not."""
     held_out_fraction: float | None = None
     """Fraction of the images to hold out for evaluation if the dataset has no evaluation split.
     Default: 0 without training steps, because cross-validation measures the model; otherwise 0.1

@@ -37,20 +37,32 @@ from ..runtime.errors import (
     format_name_list,
     warn_on_first_process,
 )
+from .cells import spell_label
 from .columns import (
     MAX_CHECKED_PATHS,
     divide_by_column,
     find_image_column,
     find_label_columns,
+    find_stem,
     find_unused_groups,
     has_files,
+    has_label_column,
     is_image_feature,
+    read_column,
     read_groups,
     read_labels,
 )
 from .folder_layout import SPLIT_BY_FOLDER_NAME, SPLIT_ORDER
-from .image_folder import get_remedy, read_image_folder, scan_folder
-from .images import DatasetImages, LabeledImages
+from .image_folder import (
+    FOLDER_COLUMN,
+    ImageFolder,
+    find_classes,
+    get_remedy,
+    read_image_folder,
+    scan_folder,
+    warn_about_skipped,
+)
+from .images import DatasetImages, LabeledImages, resolve_path
 from .in_memory import MEMORY_PREFIX, convert_split, get_dataset, get_title
 from .labels import UNLABELED, LabelSpace
 from .options import DataOptions
@@ -66,6 +78,8 @@ READERS = {
     ".parquet": "parquet",
     ".tar": "webdataset",
 }
+NO_GROUPS = "none"  # The value of `group_column` that ignores the folders below classes
+FILE_NAME = "file_name"  # The column of images in metadata.csv
 # A folder written by `save_to_disk` has one of them
 SAVED_FILES = ("dataset_dict.json", "state.json")
 
@@ -109,12 +123,13 @@ def load_splits(
         ValueError: if the dataset cannot be read, or has no image or label column.
         OSError: if the dataset cannot be found.
     """
-    name, folder, splits = open_dataset(options.dataset, use_labels)
+    wanted = options.label_column or (trained or {}).get("label_column") or ()
+    name, folder, splits = open_dataset(options.dataset, use_labels, wanted)
     dataset = get_title(options.dataset)
     if not splits:
         raise ValueError(f"{dataset} has no splits. Add at least one, with images")
     columns = next(iter(splits.values())).features
-    if trained and columns.keys() >= set(trained["label_column"]):
+    if trained and all(find_stem(columns, each) for each in trained["label_column"]):
         options = replace(options, **trained)
     all_tables, facts = divide_by_column(
         splits, dataset, options.split_column, options.label_column or ()
@@ -135,13 +150,26 @@ def load_splits(
 
     columns = find_label_columns(dataset, tables, options.label_column, column)
     groups: dict[str, np.ndarray] = {}
-    if options.group_column is not None:
-        groups, facts["groups"] = read_groups(tables, dataset, options.group_column)
-    elif fact := find_unused_groups(tables, dataset, columns):
-        facts["groups"] = fact
+    own_groups = FOLDER_COLUMN if FOLDER_COLUMN in first.features else None
+    group_column = options.group_column or own_groups
+    if own_groups and options.group_column == NO_GROUPS:
+        group_column = None
     label_space, labels = read_labels(
         tables, columns, dataset, options.label_separator, options.label_names
     )
+    if group_column is not None:
+        groups, num_groups = read_groups(tables, dataset, group_column)
+        facts["groups"] = f"column {group_column!r}: {num_groups:,} groups"
+        if group_column == own_groups:
+            facts["groups"] = (
+                f"{num_groups:,}, one for each folder below a class: its images stay together. If they "
+                f"are no groups, set `group_column={NO_GROUPS!r}`"
+            )
+    else:
+        all_labels = list(chain(*labels.values()))
+        used = (column, own_groups, *columns)
+        if fact := find_unused_groups(tables, all_labels, dataset, used):
+            facts["groups"] = fact
     examples = [", ".join(map(repr, names[:3])) for names in label_space.columns.values()]
     # A class folder has no other column, and a line names its classes.
     if columns != ["label"]:
@@ -201,8 +229,12 @@ def drop_unlabeled_images(
     return images.select(labeled)
 
 
-def open_dataset(dataset: str, use_labels: bool) -> tuple[str, Path, Any]:
+def open_dataset(
+    dataset: str, use_labels: bool, label_columns: Collection[str] = ()
+) -> tuple[str, Path, Any]:
     """Open a dataset.
+
+    `label_columns` are given by the user or a model; a table of them wins over class folders.
 
     Returns:
         The name of the file or folder, or the id on the Hub; the folder to which image paths are
@@ -218,7 +250,7 @@ def open_dataset(dataset: str, use_labels: bool) -> tuple[str, Path, Any]:
     if dataset.startswith(MEMORY_PREFIX):
         return get_title(dataset), Path.cwd(), get_dataset(dataset)
     if path.is_dir():
-        return path.resolve().name, path, read_folder(path, use_labels)
+        return path.resolve().name, path, read_folder(path, use_labels, label_columns)
     suffix = path.suffix.lower()
     if path.exists() and suffix not in READERS:
         raise ValueError(
@@ -265,7 +297,7 @@ def choose_split(
     raise ValueError(f"{dataset} has the splits {', '.join(names)}. Set `split` to one of them")
 
 
-def read_folder(path: Path, use_labels: bool) -> Any:
+def read_folder(path: Path, use_labels: bool, label_columns: Collection[str]) -> Any:
     """Read the splits of an image folder, a folder of `save_to_disk`, or a folder of tables."""
     import datasets
 
@@ -278,11 +310,51 @@ def read_folder(path: Path, use_labels: bool) -> Any:
         return saved if isinstance(saved, dict) else {"train": saved}
     for reader in dict.fromkeys(READERS.values()):
         if tables := find_tables(path, folder.metadata or folder.tables, reader):
-            return read_tables(path, reader, tables)
+            splits = read_tables(path, reader, tables)
+            if not folder.metadata:
+                return splits
+            is_class_folder = use_labels and has_unlabeled_rows(folder, splits, label_columns)
+            return read_image_folder(folder, True) if is_class_folder else splits
     remedy = get_remedy(folder.other_files) or (
         "Check the path, unpack archives, or save spreadsheets as CSV UTF-8"
     )
     raise ValueError(f"{path} contains no images and no tables ({', '.join(READERS)}). {remedy}")
+
+
+def has_unlabeled_rows(folder: ImageFolder, splits: Any, label_columns: Collection[str]) -> bool:
+    """Tell whether the rows of metadata.csv, such as captions, only describe images of class folders.
+
+    Raise ValueError if both the folders and a column could be the labels.
+    """
+    features = next(iter(splits.values())).features
+    if FILE_NAME not in features:
+        return False
+    names = chain(*(read_column(table, FILE_NAME) for table in splits.values()))
+    found = {resolve_path(folder.path, spell_label(name)) for name in names}
+    listed = [image for image in folder.images if str(folder.path / image) in found]
+    has_labels = has_label_column(features, label_columns)
+    classes = [] if has_labels else find_classes(folder.path, listed)
+    metadata = format_name_list(folder.metadata)
+    if len(classes) < 2:
+        unlisted = sorted({*folder.images} - {*listed})
+        warn_about_skipped(str(folder.path), unlisted, f"images without a row in {metadata}")
+        return False
+
+    others = [name for name in features if name != FILE_NAME]
+    (column, *rest) = others or [FILE_NAME]
+    values = list(chain(*(map(repr, read_column(table, column)) for table in splits.values())))
+    if not rest and not label_columns and 2 * len(set(values)) <= len(values):
+        raise ValueError(
+            f"{folder.path}: the labels may be the class folders ({format_name_list(classes)}) or the "
+            f"column {column!r} of {metadata}. Set `label_column={column!r}`, or `label_column='label'` "
+            "for the folders"
+        )
+    warn_on_first_process(
+        f"WARNING: {folder.path}: the class folders ({format_name_list(classes)}) are the labels, "
+        f"because no column of {metadata} has labels: {', '.join(features)}. To train on a column, "
+        f"set `label_column={column!r}`"
+    )
+    return True
 
 
 def find_tables(root: Path, files: Sequence[str], reader: str) -> dict[str, list[Path]]:

@@ -22,7 +22,7 @@ import pandas as pd
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from ..runtime.errors import format_name_list
+from ..runtime.errors import format_name_list, warn_on_first_process
 from .images import NO_CONTENT_KEY, LabeledImages
 from .in_memory import get_title
 from .labels import LabelSpace, SeveralLabels
@@ -150,14 +150,17 @@ def load_undivided_images(
     loaded = load_splits(options, use_labels, choose)
     labels = loaded.label_space
     columns = {} if isinstance(labels, SeveralLabels) else labels.columns
+    title = get_title(options.dataset)
     for column, names in columns.items():
         if len(names) < 2:
             found = f"the single class {names[0]!r}" if names else "no labels"
             raise ValueError(
-                f"a classifier requires two or more classes, but {get_title(options.dataset)} has "
-                f"{found} in {column!r}. If this is a folder of classes, set `dataset` to it"
+                f"a classifier requires two or more classes, but {title} has {found} in {column!r}. "
+                f"If this is a folder of classes, set `dataset` to it"
             )
-    return replace(loaded, images_by_split=add_keys(loaded.images_by_split))
+    with_keys = add_keys(loaded.images_by_split)
+    merged = {split: merge_rows(part, title) for split, part in with_keys.items()}
+    return replace(loaded, images_by_split=merged)
 
 
 def load_training_data(
@@ -174,7 +177,7 @@ def add_keys(splits: Mapping[str, LabeledImages]) -> dict[str, LabeledImages]:
     parts = {name: part.images.compute_content_keys() for name, part in splits.items()}
     _, copies = np.unique(np.concatenate(list(parts.values())), return_inverse=True)
     known = [part.groups for part in splits.values() if part.groups is not None]
-    groups = join_groups(copies, pd.factorize(np.concatenate(known))[0]) if known else copies
+    groups = join_groups(copies, np.concatenate(known)) if known else copies
     ends = np.cumsum(list(map(len, parts.values())))[:-1]
     return {
         name: replace(splits[name], keys=keys, groups=part)
@@ -183,11 +186,7 @@ def add_keys(splits: Mapping[str, LabeledImages]) -> dict[str, LabeledImages]:
 
 
 def join_groups(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Join two groupings [N]: images that share a group in either of them are together.
-
-    An image without a group (-1) in the second one is a group of its own.
-    """
-    second = np.where(second < 0, np.arange(len(second)) + second.max(initial=-1) + 1, second)
+    """Join two groupings [N], numbered from 0: images that share a group in either are together."""
     num_first = int(first.max(initial=-1)) + 1
     num_groups = num_first + int(second.max(initial=-1)) + 1
     pairs = (first, second + num_first)
@@ -195,30 +194,74 @@ def join_groups(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     return connected_components(graph, directed=False)[1][first]  # type: ignore[no-any-return]
 
 
+def merge_rows(images: LabeledImages, dataset: str) -> LabeledImages:
+    """Join the rows of one image, such as one row per annotator: each image counts once.
+
+    The labels of tasks complete each other. Rows with different labels stay, for `check_contradictions`.
+    """
+    keys = get_keys(images)
+    labels = list(images.labels)
+    first_rows: dict[Any, int] = {}
+    num_images = 0
+    kept = []
+    named = zip(images.images.get_names(), images.images.rows, keys.tolist(), strict=True)
+    for index, (name, row, key) in enumerate(named):
+        # An image without a file is named by its row, and known by its content.
+        identity = ("" if name == str(row) else name, key)
+        first = index if key == NO_CONTENT_KEY else first_rows.setdefault(identity, index)
+        num_images += first == index
+        joined = join_labels(labels[first], labels[index])
+        if first == index or joined is NotImplemented:
+            kept.append(index)
+        else:
+            labels[first] = joined
+    if num_images == len(images):
+        return images
+
+    warn_on_first_process(
+        f"{dataset}: {len(images):,} rows name {num_images:,} images. Each image counts once"
+    )
+    return replace(images, labels=labels).select(kept)
+
+
+def join_labels(first: Any, second: Any) -> Any:
+    """Join the labels of one image in two rows; NotImplemented if they contradict each other."""
+    if first == second:
+        return first
+    if not isinstance(first, dict):
+        return NotImplemented
+    joined = {task: second[task] if label is None else label for task, label in first.items()}
+    is_same = all(second[task] in (None, label) for task, label in joined.items())
+    return joined if is_same else NotImplemented
+
+
 def check_contradictions(parts: Sequence[Any], label_space: LabelSpace, dataset: str) -> None:
-    """Raise ValueError if an image has two labels, in any rows, folders and splits."""
+    """Raise ValueError if an image has two labels of a task, in any rows, folders and splits."""
     parts = [part for part in parts if part is not None]
-    if not label_space.columns or not all(part.is_stratified for part in parts):
+    if not label_space.columns:
         return
     keys = np.concatenate([part.keys for part in parts])
-    labels = np.concatenate([np.asarray(part.labels, np.int64) for part in parts])
-    # Missing images and empty files share a key, but they are no copies of each other.
-    keys = np.where(keys == NO_CONTENT_KEY, np.arange(len(keys)), keys)
-    table = pd.DataFrame({"key": keys, "label": labels})
-    groups = table.groupby("key")["label"]
-    found = table[groups.transform("min") < groups.transform("max")]
-    if found.empty:
-        return
+    labels = list(chain.from_iterable(part.labels for part in parts))
+    for task, own in label_space.tasks.items():
+        table = pd.DataFrame({"key": keys})
+        # Missing images and empty files share a key, but they are no copies of each other.
+        table = table[table.duplicated("key", keep=False) & (keys != NO_CONTENT_KEY)]
+        of_task = [labels[row][task] if task else labels[row] for row in table.index]
+        table["label"] = list(map(own.format, of_task))  # None if it is missing
+        table = table[table.groupby("key")["label"].transform("nunique") > 1].dropna()
+        if table.empty:
+            continue
 
-    names = list(chain.from_iterable(part.images.get_names() for part in parts))
-    texts = [
-        f"{names[row]} is {label_space.names[label]!r}"
-        for row, label in found.sort_values("key", kind="stable")["label"].items()
-    ]
-    raise ValueError(
-        f"{dataset}: copies of an image have several labels: "
-        f"{format_name_list(texts, MAX_NAMED_IMAGES)}. Remove the copies with the wrong label"
-    )
+        names = list(chain.from_iterable(part.images.get_names() for part in parts))
+        texts = [
+            f"{names[row]} is {label!r}"
+            for row, label in table.sort_values("key", kind="stable")["label"].items()
+        ]
+        raise ValueError(
+            f"{dataset}: copies of an image have several labels: "
+            f"{format_name_list(texts, MAX_NAMED_IMAGES)}. Remove the copies with the wrong label; if an "
+            "image has several labels, write them into one row, such as cat|dog"
+        )
 
 
 def choose_training_splits(reads_all: bool, names: Collection[str]) -> list[str]:
@@ -328,12 +371,12 @@ def describe_missing_classes(training_data: TrainingData) -> list[str]:
         ]
 
     train, held_out = ({names[label] for label in images.labels} for images in parts)
-    missing = sorted(train ^ held_out)
-    if not missing:
-        return []
+    kinds = {"training": sorted(held_out - train), "held-out": sorted(train - held_out)}
     return [
-        f"{len(missing)} of the {len(train | held_out)} classes have no held-out images or no "
-        f"training images: {format_name_list(missing)}"
+        f"{len(missing)} of the {len(train | held_out)} classes have no {kind} images: "
+        f"{format_name_list(missing)}"
+        for kind, missing in kinds.items()
+        if missing
     ]
 
 

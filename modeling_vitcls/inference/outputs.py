@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterable
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -65,9 +65,10 @@ def write_csv(table: pa.Table, file: Path) -> None:
     frame = table.to_pandas()
     for column in table.schema:
         if pa.types.is_list(column.type) or pa.types.is_string(column.type):
-            frame[column.name] = [
-                format_csv_cell(value) for value in table[column.name].to_pylist()
-            ]
+            values = table[column.name].to_pylist()
+            if pa.types.is_list(column.type):
+                values = join_lists(values)
+            frame[column.name] = [value and escape_csv_cell(value) for value in values]
 
     text = frame.to_csv(index=False, header=[escape_csv_cell(name) for name in table.column_names])
     # Excel takes a file for UTF-8 only if it begins with this mark.
@@ -75,12 +76,15 @@ def write_csv(table: pa.Table, file: Path) -> None:
     file.write_text(text, encoding=encoding, newline="")
 
 
-def format_csv_cell(value: str | list[Any] | None) -> str | None:
-    """Format a text, or the labels or probabilities of an image."""
-    if value is None:
-        return None
-    text = value if isinstance(value, str) else LABEL_SEPARATOR.join(map(str, value))
-    return escape_csv_cell(text)
+def join_lists(values: list[list[Any] | None]) -> list[str | None]:
+    """Write the labels or probabilities of each image as one text.
+
+    If a label contains the separator, all lists of the column are JSON.
+    """
+    filled = filter(None, values)
+    if any(LABEL_SEPARATOR in str(item) for item in chain.from_iterable(filled)):
+        return [value and json.dumps(value, ensure_ascii=False) for value in values]
+    return [value and LABEL_SEPARATOR.join(map(str, value)) for value in values]
 
 
 def write_json_rows(table: pa.Table, file: Path, pattern: str, separator: str) -> None:

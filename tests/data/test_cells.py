@@ -108,6 +108,18 @@ def test_lists_of_json_and_python_are_read() -> None:
     assert read(["[true, false]", "[false, true]"], names=("a", "b"))[1] == [[0], [1]]
 
 
+def test_objects_with_a_choice_or_a_name_are_labels() -> None:
+    """Label Studio writes choices as text into CSV files, pandas and WebDataset write objects."""
+    choices = ['{"choices": ["red", "cat"]}', "red", "{'choices': ['dog']}"]
+    assert read(choices) == (["cat", "dog", "red"], [[0, 2], [2], [1]])
+    objects = [{"id": 3, "name": "dog"}, {"id": 5, "name": "cat"}, {"id": None, "name": None}]
+    assert read(objects) == (["cat", "dog"], [1, 0, None])
+    assert read([[objects[0], objects[1]], [objects[0]]]) == (["cat", "dog"], [[0, 1], [1]])
+    for value in ({"id": 3, "title": "dog"}, '{"id": 3, "title": "dog"}'):
+        with raises_one_line("it is not clear which field", "`label_column='label.id'`"):
+            read([value])
+
+
 @pytest.mark.parametrize("odd", ["[a, c]", "['a' 'b']", "[a b]"])
 def test_a_text_in_brackets_among_lists_is_an_error_with_its_row(odd: str) -> None:
     for others in (['["a"]', '["b", "a"]'], [odd]):

@@ -13,6 +13,7 @@ from helpers.read_datasets import read_training_data
 from helpers.tiny_models import build_tiny_config, raises_one_line
 from helpers.tiny_options import build_tiny_options, run_training
 
+from modeling_vitcls.data.evaluation_data import load_evaluation_data
 from modeling_vitcls.data.in_memory import add_dataset
 from modeling_vitcls.data.options import DataOptions
 from modeling_vitcls.data.splits import describe_leaks, load_training_data
@@ -126,6 +127,49 @@ def test_an_image_with_two_labels_is_an_error(tmp_path: Path) -> None:
     shutil.copyfile(tmp_path / "train/cat/3.png", tmp_path / "test/dog/also 3.png")
     with raises_one_line("train/cat/3.png is 'cat', test/dog/also 3.png is 'dog'"):
         read_training_data(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("columns", "rows", "second", "words"),
+    [
+        ("tags", ("a;b", "a;c"), "a;c", ("is 'a, b'", "is 'a, c'")),
+        ("color,size", ("red,big", "blue,small"), "red,small", ("is 'big'", "is 'small'")),
+    ],
+)
+def test_an_image_with_two_labels_among_tags_and_tasks_is_an_error(
+    columns: str, rows: tuple[str, str], second: str, words: tuple[str, str], tmp_path: Path
+) -> None:
+    write_photos(tmp_path, range(4), "cat")
+    lines = [f"cat/{index}.png,{rows[index % 2]}" for index in range(4)]
+    table = tmp_path / "table.csv"
+    table.write_text("\n".join([f"image,{columns}", *lines, f"cat/2.png,{second}"]))
+    flags = {"label_separator": ";"} if columns == "tags" else {}
+    with raises_one_line("cat/2.png", *words):
+        read_training_data(table, label_column=tuple(columns.split(",")), **flags)
+
+
+def test_rows_of_one_image_count_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """There is one row for each annotator, or for each task."""
+    write_photos(tmp_path, range(4))
+    files = [f"{name}/{number}.png" for number in range(4) for name in ("cat", "dog")]
+    rows = [f"{file},{person},{file[:3]}" for person in ("ann", "bob", "eva") for file in files]
+    table = tmp_path / "table.csv"
+    table.write_text("\n".join(["image,annotator,label", *rows]))
+    data = read_training_data(table, held_out_fraction=0.25)
+    assert (len(data.train), len(data.held_out)) == (6, 2)
+    assert not get_names(data.train) & get_names(data.held_out)
+    assert "24 rows name 8 images" in caplog.text
+    evaluated = load_evaluation_data(DataOptions(dataset=str(table)), None)
+    assert len(evaluated.images) == 8
+
+    rows = [f"{file},{file[:3]},\n{file},,{'xy'[index // 4]}" for index, file in enumerate(files)]
+    table.write_text("\n".join(["image,kind,place", *rows]))
+    tasks = read_training_data(table, label_column=("kind", "place"), held_out_fraction=0)
+    assert [tasks.label_space.format(label) for label in tasks.train.labels[:2]] == [
+        "kind cat, place x",
+        "kind dog, place x",
+    ]
+    assert len(tasks.train) == 8
 
 
 def test_copies_in_the_held_out_split_are_reported(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import os
 import zlib
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pandas
@@ -19,6 +20,7 @@ from modeling_vitcls.data.image_folder import (
     scan_folder,
 )
 from modeling_vitcls.data.options import DataOptions
+from modeling_vitcls.data.splits import divide_images, load_undivided_images
 from modeling_vitcls.model.image_processing_vitcls import get_image_formats
 
 
@@ -244,6 +246,39 @@ def test_folders_within_class_folders_are_no_classes(
     assert set(read(tmp_path)["train"]) == {name.split("/")[0] for name in names}
 
 
+@pytest.mark.parametrize("objects", [("mug", "pen", "cup", "jar"), ("object1", "object2") * 2])
+def test_the_images_of_a_folder_below_a_class_are_on_one_side(
+    tmp_path: Path, objects: tuple[str, ...]
+) -> None:
+    """Without groups, some photos of each object would be held out: names may be in both classes."""
+    for index, name in enumerate(objects):
+        write_class(tmp_path, f"{'ab'[index // 2]}/all/{name}/may", 5)
+    write_images(tmp_path, "b/all/alone.png")
+    images = load_undivided_images(DataOptions(dataset=str(tmp_path)))
+    assert images.label_space.names == ["a", "b"]
+    assert images.facts["groups"].startswith("5, one for each folder below a class")
+    data = divide_images(images, 0.4)
+    sides = [
+        {str(Path(each).parent) for each in part.images.get_names()}
+        for part in (data.train, data.held_out)
+    ]
+    assert len(sides[0] | sides[1]) == 5
+    assert not sides[0] & sides[1]
+    assert load_evaluation_data(DataOptions(dataset=str(tmp_path)), None).images.groups is not None
+
+    ungrouped = load_undivided_images(DataOptions(dataset=str(tmp_path), group_column="none"))
+    assert len(set(ungrouped.train.groups.tolist())) == 21
+
+
+def test_a_single_folder_below_a_class_is_no_group(tmp_path: Path) -> None:
+    write_class(tmp_path, "cat/images", 3)
+    write_class(tmp_path, "dog", 2)
+    write_class(tmp_path, "dog/more", 2)
+    images = load_undivided_images(DataOptions(dataset=str(tmp_path)))
+    assert len(set(images.train.groups.tolist())) == 7
+    assert "groups" not in images.facts
+
+
 def test_folders_of_the_system_are_no_classes_and_are_named(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -303,6 +338,39 @@ def test_metadata_files_name_the_labels(tmp_path: Path) -> None:
     assert (list(data.train.labels), list(data.held_out.labels)) == ([0, 1, 0, 1], [1, 0])
     assert data.held_out_name == "split 'test'"
     assert data.held_out.images.get_names() == ["TEST/0.png", "TEST/1.png"]
+
+
+def write_metadata(root: Path, **columns: Any) -> None:
+    """Describe the first images of two class folders, as many as there are values."""
+    names = sorted(str(file.relative_to(root)) for file in root.glob("*/*.png"))
+    number = len(next(iter(columns.values())))
+    table = pandas.DataFrame({"file_name": names[:number], **columns})
+    table.to_csv(root / "metadata.csv", index=False)
+
+
+def test_class_folders_are_the_labels_beside_a_table_of_captions(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_photos(tmp_path, range(4))
+    write_metadata(tmp_path, caption=[f"photo {number}" for number in range(6)])
+    data = read_training_data(tmp_path)
+    assert data.label_space.names == ["cat", "dog"]
+    assert len(data.train) + len(data.held_out) == 8
+    assert "the class folders (cat, dog) are the labels" in caplog.text
+    captions = read_training_data(tmp_path, label_column=("caption",), held_out_fraction=0)
+    assert len(captions.label_space.names) == len(captions.train) == 6
+    assert "skipped images without a row in metadata.csv (2): dog/2.png" in caplog.text
+
+
+def test_a_column_that_may_have_the_labels_beside_class_folders_is_asked_for(
+    tmp_path: Path,
+) -> None:
+    write_photos(tmp_path, range(4))
+    write_metadata(tmp_path, breed=["a", "b"] * 4)
+    with raises_one_line("cat, dog", "`label_column='breed'`", "`label_column='label'`"):
+        read_training_data(tmp_path)
+    for column, names in (("breed", ["a", "b"]), ("label", ["cat", "dog"])):
+        assert read_training_data(tmp_path, label_column=(column,)).label_space.names == names
 
 
 @pytest.mark.parametrize("other", ["other", "test"])

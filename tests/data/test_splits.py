@@ -141,6 +141,18 @@ def test_labels_of_all_images_or_of_at_most_one_are_named(tmp_path: Path) -> Non
     assert warning.endswith(": all, cat, none and 1 more. Add other images, or remove these labels")
 
 
+def test_classes_without_training_images_and_without_held_out_images_have_a_line_each(
+    tmp_path: Path,
+) -> None:
+    for split, names in (("train", ("ant", "bee")), ("test", ("bee", "cow"))):
+        write_photos(tmp_path / split, range(len(split), 9), *names)
+    lines = describe_missing_classes(load_training_data(DataOptions(dataset=str(tmp_path))))
+    assert lines == [
+        "1 of the 3 classes have no training images: cow",
+        "1 of the 3 classes have no held-out images: ant",
+    ]
+
+
 @pytest.mark.parametrize(("folder", "is_reported"), [("photos/test", True), ("photos", False)])
 def test_training_on_a_split_named_test_is_reported(
     folder: str, is_reported: bool, tmp_path: Path

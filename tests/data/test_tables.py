@@ -339,6 +339,23 @@ def test_a_split_may_have_the_names_that_another_declares(photos: Path) -> None:
     assert read_labels(dataset, "test") == ["c", "a"]
 
 
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
+def test_a_field_of_objects_is_a_label_column(suffix: str, photos: Path) -> None:
+    objects = [{"title": "ab"[index % 2], "id": index} for index in range(4)]
+    table = write_table(photos / f"objects{suffix}", file_name=FILES[:4], meta=objects)
+    for column, classes in (("meta.title", ["a", "b"]), ("meta.id", ["0", "1", "2", "3"])):
+        assert read_splits_of(table, label_column=(column,)).label_space.names == classes
+    with raises_one_line("no column 'other.title'"):
+        read_splits_of(table, label_column=("other.title",))
+
+
+def test_a_field_with_the_name_of_a_label_is_found(photos: Path) -> None:
+    """WebDataset shards have one column of objects, `json`."""
+    objects = [{"caption": FILES[index], "label": "ab"[index % 2]} for index in range(4)]
+    table = write_table(photos / "json.jsonl", file_name=FILES[:4], json=objects, key=range(4))
+    assert read_splits_of(table).label_space.columns == {"json.label": ["a", "b"]}
+
+
 @pytest.mark.parametrize(
     ("name", "spellings"),
     [("split", ["Train", "TEST", "valid"]), ("Subset", ["training", "testing", "val"])],
@@ -385,6 +402,19 @@ def test_the_images_of_a_group_are_on_one_side(photos: Path) -> None:
     assert len(held_out) in (1, 2)
     assert not held_out & train
     assert images.facts["groups"] == "column 'patient': 6 groups"
+
+
+@pytest.mark.parametrize("name", ["Objekt", "specimen", "nr"])
+def test_a_column_with_the_shape_of_groups_is_named(name: str, photos: Path) -> None:
+    """Its values have a few rows of one class; those of other columns have not, or are classes."""
+    labels = ["a"] * 6 + ["b"] * 6
+    columns = {"weather": ["sun", "rain", "fog", "sun"] * 3, "shape": ["x"] * 6 + ["y"] * 6}
+    objects = [f"{label}{index // 2}" for index, label in enumerate(labels)]
+    table = write_csv(photos, labels, "shape.csv", note=range(12), **columns, **{name: objects})
+    fact = load_undivided_images(DataOptions(dataset=table)).facts["groups"]
+    assert f"`group_column={name!r}`" in fact
+    table = write_csv(photos, labels, "shape.csv", note=range(12), **columns)
+    assert "groups" not in load_undivided_images(DataOptions(dataset=table)).facts
 
 
 @pytest.mark.parametrize("name", ["patient", "Patient_ID", "camera", "video id"])

@@ -55,6 +55,20 @@ def test_lists_and_half_precision_are_written_to_every_format(tmp_path: Path) ->
     assert pq.read_table(tmp_path / "out.parquet").to_pylist() == expected
 
 
+def test_labels_that_contain_the_separator_are_told_apart_in_a_csv_file(tmp_path: Path) -> None:
+    columns = {"labels": pa.list_(pa.string()), "probabilities": pa.list_(pa.float32())}
+    rows = [
+        {"labels": ["fruit|apple", "=red"], "probabilities": [0.75, 0.5]},
+        {"labels": ["pear"], "probabilities": [0.5]},
+        {"labels": None, "probabilities": None},
+    ]
+    write_rows(rows, columns, tmp_path / "rows.csv")
+    found = list(csv.DictReader((tmp_path / "rows.csv").open(encoding="utf-8")))
+    assert [json.loads(row["labels"]) for row in found[:2]] == [["fruit|apple", "=red"], ["pear"]]
+    assert found[0]["probabilities"] == "0.75|0.5"
+    assert found[2]["labels"] == ""
+
+
 def test_tables_show_no_control_characters(capsys: pytest.CaptureFixture) -> None:
     """A terminal would interpret escape sequences in names of files and classes."""
     name = "\x1b]0;title\x07\x1b[31m[bold]red\u202e\n\r2"

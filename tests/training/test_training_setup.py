@@ -149,7 +149,7 @@ def test_a_class_without_training_images_is_a_warning(tmp_path: Path) -> None:
     options = build_options(tmp_path / "run", tmp_path / "data", model=model, select=None)
     run = prepare_setup(options)
     (warning,) = run.warnings()
-    assert "1 of the 3 classes have no held-out images or no training images: night" in warning
+    assert "1 of the 3 classes have no training images: night" in warning
     assert run.options.select == "last"
     assert run.data.label_space.names == ["dusk", "night", "noon"]
 
