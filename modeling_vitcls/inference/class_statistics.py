@@ -85,12 +85,15 @@ class ClassStatistics:
         for values in features.values():
             values = values.astype(np.float64)
             mean = compute_means(values, labels, counts)
+            residuals = values - mean[labels]
             if has_covariance:
-                residuals = values - mean[labels]
                 covariance, own_covariance = compute_covariances(residuals, labels, counts)
             else:
-                covariance = np.eye(values.shape[1]) * (values.var() or 1.0)
-                own_covariance = covariance.copy()
+                # Of a feature, not of all numbers: some features are far from 0 in every image.
+                covariance = np.eye(values.shape[1]) * (values.var(axis=0).mean() or 1.0)
+                # The noise of the means is what varies within the classes, of which pairs know a
+                # little. The total variance is mostly between the classes.
+                own_covariance = residuals.T @ residuals / max(counts[counts > 1].sum(), 1)
             precision = linalg.inv(covariance)
             means.append(mean)
             # The inverse is symmetric up to rounding only, and a distance must not depend on the

@@ -181,7 +181,8 @@ class LinearProbe(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         classes_: the labels, in the order of the columns of `predict_proba`.
         candidate_: what was chosen.
         weight_, bias_: [K, F] and [K] of the logits before the temperature.
-        temperature_: divisor of the logits; 1 with several labels.
+        temperature_: divisor of the logits; 1 with several labels. Without folds, the logits at the
+            class means have a standard deviation of 1.
         lines_: [2, K] slopes and offsets that have calibrated each of several labels, or None.
         table_: results of all candidates, one row each.
         out_of_fold_: [N, K] probabilities of each image by a classifier that was not fitted to it;
@@ -192,7 +193,7 @@ class LinearProbe(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         statistics_: class statistics of all images; None for features of unknown tokens, and with
             several labels.
         distance_threshold_: distance within which `KNOWN_RECALL` of the images lie; None if there
-            are too few.
+            are too few, or no class has three.
         num_folds_: number of folds; 0 if there are too few images for any.
 
     Example::
@@ -245,7 +246,10 @@ class LinearProbe(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         self.choose(cross_validated, targets, groups)
         self.refit(features, labels)
         self.calibrate(cross_validated, features, targets, groups)
-        self.set_threshold(cross_validated, features)
+        self.distance_threshold_ = None
+        # Pairs have no covariance, in which a photo of another class would be far.
+        if self.has_covariance(targets):
+            self.set_threshold(cross_validated, features)
         return self
 
     def cross_validate(
@@ -261,7 +265,7 @@ class LinearProbe(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         distances = {each: np.full(len(labels), np.nan) for each in tokens_of_distances if each}
         spreads: dict[Candidate, list[float]] = {each: [] for each in candidates}
         has_several = labels.ndim == 2
-        has_covariance = not has_several and self.has_covariance(labels)
+        has_covariance = self.has_covariance(labels)
         for train, test in track(folds, "cross-validation", unit="folds"):
             in_fold = {token: values[train] for token, values in features.items()}
             if has_several:
@@ -374,8 +378,16 @@ class LinearProbe(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         groups: np.ndarray | None,
     ) -> None:
         """Extrapolate the temperature from the classifiers of folds to that of all images."""
-        if not self.num_folds_ or len(labels) > FEW_IMAGES or self.lines_ is not None:
+        if self.lines_ is not None or (self.num_folds_ and len(labels) > FEW_IMAGES):
             return
+        values = stack_tokens(features, self.candidate_.tokens)
+        means = compute_means(values, labels, np.bincount(labels))
+        spread = measure_spread(means @ self.weight_.T + self.bias_)
+        if not self.num_folds_:
+            # Nothing tells how often the nearest mean is right, so no probability is near 1.
+            self.temperature_ = max(spread, 1.0)
+            return
+
         fewer_temperature = None
         if self.num_folds_ == NUM_FOLDS_OF_FEW:
             fewer = self.cross_validate(
@@ -384,12 +396,10 @@ class LinearProbe(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             logits = fewer.logits[self.candidate_]
             score = Score.of(self.candidate_, logits, labels, self.weigh(labels))
             fewer_temperature = score.row["temperature"]
-        values = stack_tokens(features, self.candidate_.tokens)
-        means = compute_means(values, labels, np.bincount(labels))
         self.temperature_ = extrapolate_temperature(
             self.temperature_,
             fewer_temperature,
-            spread=measure_spread(means @ self.weight_.T + self.bias_),
+            spread=spread,
             fold_spread=float(np.mean(cross_validated.spreads[self.candidate_])),
         )
 
@@ -400,7 +410,6 @@ class LinearProbe(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         tokens = choose_statistics_tokens(features, self.candidate_)
         distances = cross_validated.distances.get(tokens, np.array([]))
         distances = distances[np.isfinite(distances)]
-        self.distance_threshold_ = None
         if len(distances) >= MIN_DISTANCE_IMAGES:
             self.distance_threshold_ = float(np.quantile(distances, KNOWN_RECALL, method="higher"))
 
@@ -418,9 +427,10 @@ class LinearProbe(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     def has_covariance(self, labels: np.ndarray) -> bool:
         """Decide whether to estimate a covariance.
 
-        It needs two images of a class in every fold, and folds that calibrate it.
+        It needs two images of a class in every fold, and folds that calibrate it. Several labels
+        have one of all images.
         """
-        return bool(self.num_folds_ and np.bincount(labels).max() > 2)
+        return bool(self.num_folds_ and labels.ndim == 1 and np.bincount(labels).max() > 2)
 
     def predict_proba(self, features: TokenFeatures | np.ndarray) -> np.ndarray:
         """Predict probabilities [N, K] from the features [N, D] of each token."""

@@ -650,6 +650,8 @@ def describe_threshold(probe: LinearProbe) -> str | None:
     # An image that every fold needs has no distance out of fold
     if np.isfinite(probe.losses_).sum() < MIN_DISTANCE_IMAGES:
         requirement = f"{MIN_DISTANCE_IMAGES} training images, in classes of two or more"
+    elif probe.statistics_ is not None:
+        requirement = "a class of three photos, which tell how much photos of a class differ"
     return f"photos that show none of the classes will not be marked: this requires {requirement}"
 
 

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from helpers.tiny_models import raises_one_line
+from scipy.spatial.distance import cdist
 from sklearn.metrics import log_loss
 from sklearn.model_selection import cross_val_score
 from sklearn.pipeline import make_pipeline
@@ -176,3 +177,55 @@ def test_tags_of_three_images_are_too_few_for_folds() -> None:
     probe = LinearProbe().fit(features, labels)
     shares = (labels.sum(axis=0) + 1) / 5
     assert probe.predict_proba(features) == pytest.approx(np.tile(shares, (3, 1)))
+
+
+def measure_recalls(num_classes: int, counts: tuple[int, int], seed: int) -> np.ndarray:
+    """Fit half of the classes to `counts[0]` images each and the others to `counts[1]`.
+
+    As in the features of an encoder, few directions have most of the variance within the classes.
+
+    Returns:
+        [3, 2]: the recall of new images of both halves, by the probe and by the nearest class mean;
+        and the accuracy of the probe, as estimated and as measured.
+    """
+    generator = np.random.default_rng(seed)
+    scales = 4 / np.sqrt(np.arange(1, 49))
+    centers = generator.normal(size=(num_classes, 48))
+    halves = np.arange(num_classes) % 2
+
+    def draw(labels: np.ndarray) -> np.ndarray:
+        return centers[labels] + generator.normal(size=(len(labels), 48)) * scales
+
+    labels = np.repeat(np.arange(num_classes), np.array(counts)[halves])
+    new_labels = np.repeat(np.arange(num_classes), 400 // num_classes)
+    images, new_images = draw(labels), draw(new_labels)
+    probe = LinearProbe().fit(images, labels)
+    means = np.stack([images[labels == label].mean(axis=0) for label in range(num_classes)])
+    predicted = [probe.predict(new_images), cdist(new_images, means).argmin(axis=1)]
+    is_right = np.stack(predicted) == new_labels
+    recalls = [is_right[:, halves[new_labels] == half].mean(axis=1) for half in (0, 1)]
+    estimated = np.nan if probe.estimate_ is None else probe.estimate_.value
+    return np.vstack([np.stack(recalls, axis=1), [estimated, is_right[0].mean()]])
+
+
+@pytest.mark.parametrize("num_classes", [2, 5, 20, 100])
+@pytest.mark.parametrize(
+    "counts", [(few, many) for many in range(1, 6) for few in range(1, many + 1)]
+)
+def test_with_few_images_classes_are_found_as_often_as_by_the_nearest_mean(
+    counts: tuple[int, int], num_classes: int
+) -> None:
+    num_draws = 20 // num_classes or 1
+    draws = [measure_recalls(num_classes, counts, seed) for seed in range(num_draws)]
+    own, nearest, (estimated, measured) = np.mean(draws, axis=0)
+    assert own.mean() > nearest.mean() - 0.05
+    assert own[1] > own[0] - 0.05
+    assert not estimated > measured + 0.15  # NaN without folds
+
+
+def test_pairs_set_no_distance_threshold() -> None:
+    """All distances out of fold would be 0, and no image would be farther."""
+    features, labels = draw_images(120, num_classes=60)
+    assert LinearProbe().fit(features, labels).distance_threshold_ is None
+    features, labels = draw_images(180, num_classes=60)
+    assert LinearProbe().fit(features, labels).distance_threshold_ > 0

@@ -7,13 +7,15 @@ classes have different sizes.
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers.accelerate_state import reset_accelerate
-from helpers.photo_folders import write_files, write_unequal_photos
+from helpers.photo_folders import write_files, write_photos, write_unequal_photos
 from helpers.source_checkpoints import save_large_encoder
+from PIL import Image
 
-from modeling_vitcls import ViTCLSModel
+from modeling_vitcls import ViTCLSModel, evaluate
 from modeling_vitcls.cli import main
 from modeling_vitcls.runtime.files import read_json
 
@@ -95,6 +97,37 @@ def test_a_few_photos_of_each_class_are_enough_and_have_no_percentage(
     assert results["steps"] == 0
     assert results["num_training_images"] == len(photos)
     assert ("right (95%" in capsys.readouterr().out) == (num_photos > 1)
+
+
+def test_a_second_photo_makes_no_class_harder_to_find(sources: Path) -> None:
+    """Ten classes with one photo and ten with two, which are parts of one large photo."""
+    generator = np.random.default_rng(0)
+    for number in range(20):
+        pixels = generator.integers(0, 256, (4, 4, 3), dtype=np.uint8)
+        photo = Image.fromarray(pixels).resize((320, 320), Image.Resampling.BICUBIC)
+        for shot in range(4):
+            folder = "few" if shot <= number % 2 else "others" if shot > 1 else "unused"
+            path = sources / folder / f"kind {number}" / f"{shot}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            photo.crop((8 * shot, 4 * shot, 280 + 8 * shot, 280 + 4 * shot)).save(path)
+
+    finetune(sources, "vit", "few", "frozen")
+    recalls = [
+        row["recall"]
+        for row in evaluate(sources / "frozen", sources / "others", num_workers=0)["per_class"]
+    ]
+    with_one, with_two = np.mean(np.reshape(recalls, (10, 2)), axis=0)
+    assert with_two > with_one - 0.1
+    assert with_one > 0.7
+
+
+def test_a_run_on_pairs_of_photos_says_why_none_will_be_unknown(
+    sources: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_photos(sources / "pairs", range(2), *(f"kind {number}" for number in range(52)))
+    finetune(sources, "vit", "pairs", "frozen", "--trainable", "head")
+    assert "will not be marked: this requires a class of three photos" in capsys.readouterr().out
+    assert read_json(sources / "frozen/config.json").get("distance_threshold") is None
 
 
 def test_images_that_trained_the_encoder_measure_nothing(
