@@ -204,7 +204,7 @@ def append_head(
         names = [*get_label_space(config).names, *labels]
         config.id2label = dict(enumerate(names))
         config.label2id = {label: index for index, label in enumerate(names)}
-        config.class_statistics = None  # Those of all classes are set afterwards
+        config.class_statistics = None  # The statistics of all classes are set afterwards
     config.extra_heads = {**(config.extra_heads or {}), name: head}
     extended = model.new_like(config).to(device=model.device, dtype=model.dtype).eval()
     # The old model has no weights for the new head, which are set below.
@@ -244,7 +244,7 @@ def write_records(
     certificate: dict[str, Any],
     staging: Path,
 ) -> None:
-    """Write the records of the old model with those of the addition, and the certificate."""
+    """Write the old model's records, extended by the addition, and the certificate."""
     hashes = {"weights_sha256": hash_weights(staging)}
     write_json(staging / CERTIFICATE_FILE, hashes | certificate)
     if folder.results and (folder.path / RECIPE_FILE).is_file():

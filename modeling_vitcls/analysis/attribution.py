@@ -104,8 +104,8 @@ class AttentionTrace:
         """Divide the logit of a class among the tokens that the head reads, [B, N].
 
         A token contributes its product with the gradient, summed over the layers. For a linear
-        head (`is_linear`), the contributions and the bias add up to the logit, and those of the
-        patches are the class activation map of Zhou et al. 2016 (arXiv 1512.04150, equation 2).
+        head (`is_linear`), the contributions and the bias add up to the logit, and the patches'
+        contributions are the class activation map of Zhou et al. 2016 (arXiv 1512.04150, equation 2).
         Tokens that the head does not read contribute 0. The trace must be recorded with
         `needs_gradients=True`.
 
@@ -215,7 +215,7 @@ def trace_attention(
         # Pixels that require gradients make attention part of the autograd graph even if all
         # weights are frozen.
         inputs = pixel_values.detach().clone().requires_grad_(needs_gradients)
-        # Gradients of the weights, which are not used, would take as long as those of attention.
+        # Gradients of the weights are not used, and would take as long as the gradients of attention.
         weights = [weight for weight in model.parameters() if weight.requires_grad]
         for weight in weights:
             weight.requires_grad = False

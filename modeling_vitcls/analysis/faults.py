@@ -28,7 +28,7 @@ def describe_faults(
 ) -> list[str]:
     """Write one sentence per identical token, and per token that training did not move.
 
-    `states` are those of `MeasuredStates.by_layer`.
+    `states` has the form of `MeasuredStates.by_layer`.
     """
     *used_layers, _ = use.num_layers
     # CLS tokens of tasks start as twins, and each has a classifier of its own.

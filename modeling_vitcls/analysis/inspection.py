@@ -107,7 +107,7 @@ def inspect_images(
         model: any ViTCLS classifier or encoder, in evaluation mode and without wrappers of PEFT or
             torch.compile.
         processor: the image processor of the model.
-        images: the images, whose labels are those of `label_space`.
+        images: the images, with labels of `label_space`.
         label_space: labels of the images, in the order of the classifier; UNLABELED if unknown.
         batch_size: number of images per forward pass.
         chosen: photos to show. Default: the most instructive images.
@@ -213,7 +213,7 @@ def choose_images(
 ) -> dict[int, str | None]:
     """Choose the images to show by the outputs of a classifier: index -> kind of image.
 
-    For an encoder, they are the first images, of no kind. `indices` are those of the outputs.
+    For an encoder, they are the first images, of no kind. `indices` count the outputs.
     """
     if not use.has_head:
         return dict.fromkeys(indices[:num_shown])

@@ -50,7 +50,7 @@ class Attribution:
         values: one for each patch [gh, gw].
         rest: what the special tokens and the bias contribute to the score: with it, the values add
             up to the logit (`compute_contributions`). None if the head does not read the patches, or
-            not linearly: the values are those of `compute_attribution`, which have no unit.
+            not linearly: `compute_attribution` then computes the values, which have no unit.
     """
 
     task: str | None

@@ -52,8 +52,7 @@ def run(options: DemoOptions) -> None:
 
     page = build_page(options)
     try:
-        # gradio's own messages are off, so it must return, without a thread that blocks, before the
-        # address can be printed.
+        # `quiet` hides gradio's line, and `prevent_thread_lock` returns, so we print the address.
         _, address, _ = page.launch(
             server_name=options.host,
             server_port=options.port,

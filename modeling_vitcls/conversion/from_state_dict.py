@@ -270,7 +270,7 @@ def build_timm_model(weights: Weights, family: str) -> Any:
             f"the weights do not match the family {family}: {format_error(error)}. Set `family` to "
             "another family, or use timm:NAME@FILE"
         ) from error
-    # The size of the weights, not of timm's model with this preprocessing.
+    # Use the size at which the weights were trained; timm's entry may name another.
     size = {"input_size": (3, *model.patch_embed.img_size)}
     model.pretrained_cfg |= PREPROCESSING.get(family, {}) | size
     return model.eval()

@@ -138,7 +138,7 @@ def convert_once(source: str) -> str:
 
 
 def compute_cache_name(source: str) -> str:
-    """Compute a name of a model's files, which is that of the folder of its conversion.
+    """Compute a name of a model's files: the folder of its conversion has it.
 
     It depends on the commit or the local files of the source, and on the package version.
     """

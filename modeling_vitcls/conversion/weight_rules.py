@@ -76,7 +76,7 @@ def repeat_kv(tensor: torch.Tensor, config: ViTCLSConfig) -> Sequence[torch.Tens
 
 
 def append_ones(tensor: torch.Tensor, config: ViTCLSConfig) -> Sequence[torch.Tensor]:
-    """Add LayerScale values of 1 for an MLP without LayerScale to those of attention."""
+    """Append LayerScale values of 1, for an MLP without LayerScale, to the values of attention."""
     return [tensor, torch.ones_like(tensor)]
 
 

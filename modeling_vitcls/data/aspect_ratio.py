@@ -49,9 +49,7 @@ def set_resize(processor: Processor, resize: str, height_width: Size) -> None:
     if resize == "crop" and has_same_crop:
         return
 
-    crop_ratio = (
-        1.0  # The size of the crop divided by that of the resized image (`crop_pct` in timm)
-    )
+    crop_ratio = 1.0  # Size of the crop / size of the resized image (`crop_pct` in timm)
     if processor.do_resize and processor.do_center_crop:
         resized = processor.size
         resized_side = resized.shortest_edge or resized.height or resized.max_height

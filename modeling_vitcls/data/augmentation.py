@@ -34,7 +34,7 @@ class Augmentation:
             Images [B, C, H, W] `uint8`.
         """
         images = []
-        # The generator is given back as it was.
+        # Restore the caller's random state.
         with torch.random.fork_rng(devices=[]):
             for image, seed in zip(pixels, seeds, strict=True):
                 torch.default_generator.manual_seed(seed)

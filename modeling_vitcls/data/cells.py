@@ -1,4 +1,4 @@
-"""What the cells of a label column say: the names of the classes, and those of each image.
+"""What the cells of a label column say: the names of the classes, and the classes of each image.
 
     cell                                                      label names (`name_items`)
     text, a number, a truth value                             its spelling: 001, 1 (also for 1.0), True

@@ -60,7 +60,7 @@ def find_image_column(
     column: str | None,
     label_columns: Sequence[str] | None = None,
 ) -> str:
-    """Find the column of images or image paths, which has no labels.
+    """Find the column of images or image paths; a label column is not meant.
 
     Paths are relative to `folder`. Raise ValueError without such a column, or without rows.
     """

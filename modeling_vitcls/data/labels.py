@@ -48,7 +48,7 @@ class ClassNames:
 
     @property
     def tasks(self) -> dict[str, Any]:
-        """The labels of each task; those of the only one have an empty name."""
+        """Task -> its labels. Without tasks, the only key is ""."""
         return {"": self}
 
     def to_config_values(self) -> dict[str, Any]:

@@ -53,7 +53,7 @@ class NamedOutputsModel(nn.Module):
                 named |= zip(self.model.out_features, value, strict=True)
             elif isinstance(value, dict):  # Task -> logits
                 named |= value
-            # With one head, the logits are those of CLS.
+            # With one head, the logits belong to CLS.
             elif name != "cls_logits" or outputs.distillation_logits is not None:
                 named[name] = value
         # All graphs have float32 outputs, so the program that runs one needs no knowledge of its

@@ -341,8 +341,8 @@ class ModelFolder:
         `key` is the field with the hashes of the weights.
         """
         content = self.read_saved(name)
-        # A folder of exported files has no weights to compare the hash with; its results were
-        # written with it.
+        # Without weights, there is no hash to compare: exported files and their results were written
+        # together.
         if not content or not self.has_weights or content.get(key) == self.weights_sha256:
             return content
         warn_on_first_process(

@@ -88,7 +88,7 @@ def fit_line(scores: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
 def extrapolate_temperature(
     temperature: float, fewer_temperature: float | None, spread: float, fold_spread: float
 ) -> float:
-    """Estimate the temperature of the classifier of all images from those of classifiers of folds.
+    """Estimate the temperature of the final classifier from the temperatures of fold classifiers.
 
     The rule was found on photographs with few labels (model_cards/studies/first_answer.md).
 
@@ -98,8 +98,8 @@ def extrapolate_temperature(
         spread: of the logits of the classifier of all images (`measure_spread`).
         fold_spread: mean spread of the logits of the classifiers of the folds.
     """
-    # With a handful of images per class, the logits of the classifier of all images are much smaller
-    # than those of the folds, to which the temperature was fitted. Constant features have no spread.
+    # With a handful of images per class, the logits of the final classifier are much smaller than in
+    # the folds, to which the temperature was fitted. Constant features have no spread.
     factor = min(1.0, spread / fold_spread) if spread > 1e-6 else 1.0
     if fewer_temperature is not None:
         # By this quotient, the temperature fell from classifiers of 80 % of the images to classifiers

@@ -67,7 +67,7 @@ def build_predictions(
     metrics = round_floats(select_scalars(values) | unreadable | values)
     if outputs.labels.ndim == 1:
         outputs = outputs.take(outputs.labels != IGNORED_LABEL)
-        # Without the logits of two heads, which follow those of the model
+        # Without the logits of two heads, which follow the returned ones
         outputs = replace(outputs, values=outputs.values[:, : len(label_space.names)])
     return Predictions(label_space, outputs, metrics, threshold)
 

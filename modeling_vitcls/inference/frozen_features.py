@@ -71,7 +71,7 @@ def has_searchable_pooling(config: ViTCLSConfig) -> bool:
 
 
 def pool_layers(encoder: Any, outputs: Any, layout: FeatureLayout) -> torch.Tensor:
-    """Compute what classifiers of any of the layers read: the features [B, all] of the outputs.
+    """Pool each layer that a classifier may read, side by side: [B, all].
 
     The outputs must contain the hidden states, unless the layout has only the encoder's own
     pooling.

@@ -18,7 +18,7 @@ from scipy import stats
 
 CONFIDENCE_LEVEL = 0.95
 NUM_RESAMPLES = 1000  # Number of bootstrap samples
-MIN_CORRECTED_IMAGES = 30  # For a percentage that is corrected for the choice of a candidate
+MIN_CORRECTED_IMAGES = 30  # With fewer images, the result is a fraction without a correction
 
 Interval = tuple[float, float]  # Lower and upper bounds
 

@@ -377,7 +377,7 @@ class LinearProbe(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         labels: np.ndarray,
         groups: np.ndarray | None,
     ) -> None:
-        """Extrapolate the temperature from the classifiers of folds to that of all images."""
+        """Extrapolate the temperature from the fold classifiers to the final one."""
         if self.lines_ is not None or (self.num_folds_ and len(labels) > FEW_IMAGES):
             return
         values = stack_tokens(features, self.candidate_.tokens)
@@ -542,7 +542,10 @@ def estimate(
     weights: np.ndarray | None,
     groups: np.ndarray | None,
 ) -> Estimate:
-    """Estimate the result of the logits [N, K] with the lowest log loss, of several."""
+    """Estimate the result of the candidate with the lowest log loss, from the logits [N, K] of each.
+
+    With one label per image, it is corrected for the choice.
+    """
     losses = np.stack([compute_losses(each, labels) for each in logits])
     if labels.ndim == 2:
         chosen = logits[losses.mean(axis=1).argmin()]

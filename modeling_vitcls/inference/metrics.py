@@ -43,8 +43,8 @@ def measure(
 
     Args:
         label_space: labels of the model.
-        logits: [N, L]; of several tasks, side by side. The logits of two heads follow those of the
-            model: [N, 3 * L].
+        logits: [N, L]; of several tasks, side by side. The logits of two heads follow the
+            returned ones: [N, 3 * L].
         labels: [N] or, with several labels or tasks, [N, L] or [N, tasks].
         threshold: probability from which one of several labels is predicted.
     """
@@ -195,7 +195,7 @@ def select_scalars(metrics: Mapping[str, Any]) -> dict[str, int | float]:
 def compute_class_metrics(names: Sequence[str], counts: Sequence[list[int]]) -> list[MetricValues]:
     """Compute the recall, precision and F1 of each class.
 
-    The counts of the classes are those of correct predictions, of all predictions, and of images.
+    Each class has three counts: correct predictions, all predictions, and images.
     """
     return [
         {

@@ -449,7 +449,7 @@ class DropPath(nn.Module):
             return hidden_states
         keep_prob = 1 - self.rate
         mask = hidden_states.new_empty(hidden_states.shape[0], 1, 1).bernoulli_(keep_prob)
-        # Divided, so that the mean over many steps is what evaluation computes.
+        # Divide by the keep rate: the expected output is then the one of evaluation.
         return hidden_states * mask / keep_prob
 
 

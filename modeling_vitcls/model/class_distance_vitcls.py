@@ -52,7 +52,7 @@ class ClassDistance(nn.Module):
         is_valid: whether the statistics belonged to the weights of the last `check`.
     """
 
-    # transformers loads weights with such names in float32: all but the fingerprint.
+    # transformers keeps these in float32, in a model of any precision: all but the fingerprint.
     _keep_in_fp32_modules_strict = {r"class_distance\.[cmps]"}
 
     def __init__(self, config: ViTCLSConfig) -> None:

@@ -83,7 +83,7 @@ class ExtraHeadsConfig:
     """The part of `ViTCLSConfig` that is about `extra_heads`."""
 
     def get_extra_heads(self: Any) -> dict[str, ExtraHead]:
-        """Complete the extra heads with default values, sorted by name."""
+        """Build an `ExtraHead` for each entry of `extra_heads`, sorted by name."""
         return {
             name: ExtraHead(**fields) for name, fields in sorted((self.extra_heads or {}).items())
         }

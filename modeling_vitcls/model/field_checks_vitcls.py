@@ -71,7 +71,7 @@ def reject(*cases: tuple[bool, str]) -> None:
 def raise_one_line_errors(owner: str = "") -> Iterator[None]:
     """Raise one-line `ValueError`s instead of the errors of two lines that `strict` raises.
 
-    A check of several fields (`validate_*`) has a message of its own, without that of `strict`.
+    A check of several fields (`validate_*`) has a message of its own, without the words of `strict`.
     """
     try:
         yield

@@ -335,8 +335,8 @@ class ViTCLSModel(ViTCLSPreTrainedModel):
             interpolate_pos_encoding: has no effect, because positions are always interpolated to
                 the image size.
             output_layers: indices of layers, from 1 to `num_hidden_layers`, whose tokens after the
-                final norm are returned as `layer_tokens` (index -> [B, N, D]), as are those of the
-                last layer and of `config.pooled_layers`. If `num_output_tokens` limits the last
+                final norm are returned as `layer_tokens` (index -> [B, N, D]), and so are the
+                last layer's and those in `config.pooled_layers`. If `num_output_tokens` limits the last
                 layer, `compute_all_tokens()` computes it again for all tokens.
             edit_inputs: function that replaces the hidden states, the mask and the position
                 embeddings before the first layer; MAE drops the masked patches there.
@@ -516,7 +516,7 @@ class ViTCLSForImageClassification(ViTCLSPreTrainedModel):
         return model
 
     def combine_heads(self, cls_logits: Tensor, distillation_logits: Tensor) -> Tensor:
-        """Select the logits [B, L] to return from those of two heads, or average them."""
+        """Select the logits [B, L] to return, of one of two heads, or average them."""
         choices = {
             "mean": (cls_logits + distillation_logits) / 2,
             "cls": cls_logits,

@@ -203,7 +203,7 @@ def build_metadata(folder: ModelFolder, name: str, license_source: Provenance) -
 
 
 def get_license_source(folder: ModelFolder, license_id: str | None) -> Provenance:
-    """Find whose license applies: that of the initial weights, if it is known.
+    """Find whose license applies: the initial weights' license, if it is known.
 
     A license also applies to the weights that are derived from the licensed ones.
     """

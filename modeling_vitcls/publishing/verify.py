@@ -99,7 +99,7 @@ def push_and_verify(
 
 
 def verify(commit: PushedCommit, folder: ModelFolder) -> str:
-    """Run a pushed model in a new process, and compare its outputs with those of the local model.
+    """Run a pushed model in a new process, and compare its outputs with the local model's.
 
     Args:
         commit: The commit, which the new process loads.
@@ -261,7 +261,7 @@ def build_clean_environment(home_folder: str, needs_token: bool) -> dict[str, st
 
 
 def compare_outputs(repo_id: str, outputs: Outputs, expected_outputs: Outputs) -> None:
-    """Raise ValueError unless the outputs are those of the reference, up to the tolerance."""
+    """Raise ValueError unless the outputs equal the reference, up to the tolerance."""
     if outputs.keys() != expected_outputs.keys():
         raise ValueError(f"the outputs of {repo_id} and the reference differ in their names")
     for name, expected in expected_outputs.items():

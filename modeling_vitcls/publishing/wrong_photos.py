@@ -4,8 +4,8 @@
                                                     images with the largest losses
     draw_wrong_photos(summary["wrong"], find_photos(data), ...)      the same, with the images
 
-These results exist only for classifiers with one label per image. The rows are those of
-`read_predictions` (inference/per_image.py); their images are found in the data of the run by name.
+These results exist only for classifiers with one label per image. `read_predictions`
+(inference/per_image.py) makes the rows; their images are found in the data of the run by name.
 """
 
 from collections.abc import Mapping, Sequence
@@ -96,7 +96,7 @@ def summarize_predictions(folder: ModelFolder, rows: Any) -> dict[str, Any]:
 def draw_wrong_photos(
     rows: Sequence[dict[str, Any]], photos: Photos, class_names: Sequence[str], bit_depth: int
 ) -> list[dict[str, Any]]:
-    """Add the images that were found: the wrong ones, and their nearest training images.
+    """Draw the wrong photos, each with its nearest training images.
 
     16-bit images use `bit_depth` bits.
     """

@@ -86,7 +86,7 @@ def expand_home(value: Any) -> Any:
 
 
 def check_types(options: Any, names: Iterable[str]) -> None:
-    """Raise ValueError if a field in `names` has a value of another type; tyro checks its own."""
+    """Raise ValueError if a field in `names` has a value of another type. For flags, tyro does so."""
     from huggingface_hub.dataclasses import type_validator  # Slow to import
 
     fields = get_flag_fields(options)

@@ -53,7 +53,7 @@ MAX_CONSECUTIVE_OVERFLOWS = 19
 
 @dataclass
 class TrainingState:
-    """State that changes during training.
+    """What a checkpoint restores.
 
     The model and the optimizer are wrapped by `Accelerator.prepare`.
     """

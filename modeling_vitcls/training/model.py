@@ -87,7 +87,7 @@ def build_model(
     Return the model, the image processor, and the names of the parameters that are not loaded from
     a checkpoint. A classifier in the checkpoint is kept only if the classifier has the labels of
     `label_space`. Multi-task models have one CLS token per task; new ones start with the same output
-    as those of the checkpoint. The other arguments replace stored values of the configuration and of
+    as the checkpoint's. The other arguments replace stored values of the configuration and of
     the image processor.
     """
     if label_space.kind == "multi_task":

@@ -35,7 +35,7 @@ FEW_IMAGES_PER_CLASS = 5  # With fewer, nothing is held out
 
 @dataclass(frozen=True)
 class RunPlan:
-    """What a run is, and how it is run.
+    """The decision about a run: frozen or steps, why, and with which values.
 
     Attributes:
         kind: frozen or with steps.

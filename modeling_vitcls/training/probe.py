@@ -293,7 +293,7 @@ class Probe:
         return FeatureLayout.from_config(config, num_layers, has_second_head)
 
     def split_tasks(self, features: Features) -> dict[str, Features]:
-        """Divide features into those of the images that have a label of a task, for each task."""
+        """Take, for each task, the features of the images that have its label."""
         if not self.model.config.tasks:
             return {"": features}
         parts = {}

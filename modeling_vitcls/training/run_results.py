@@ -18,7 +18,7 @@ from .summary import count_tokens
 def build_results(
     inputs: RunInputs, data: TrainingData, outcome: Outcome, record: dict[str, Any]
 ) -> dict[str, Any]:
-    """Build the content of results.json. `record` is that of `build_run_record`."""
+    """Build the content of results.json. `record`: from `build_run_record`."""
     setup = inputs.setup
     asked_flags = {name: record["flags"][name] for name in record["chosen_flags"]}
     results = {
