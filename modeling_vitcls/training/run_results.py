@@ -55,6 +55,8 @@ def build_results(
     return results
 
 
+MIN_OPEN_GATE = 0.1  # With gates below it, tokens change nothing that could be measured
+
 # Printed lines ------------------------------------------------------------------------------------
 
 
@@ -75,6 +77,7 @@ def print_result(outcome: Outcome, plan: RunPlan, data: TrainingData, reporter: 
     reporter.print_lines(
         {
             "result": describe_result(outcome) + describe_start(outcome),
+            "gates": describe_gates(outcome.results.get("gates")),
             "classes": describe_classes(outcome.metrics, data.train.class_ratio),
             "steps": steps_text,
             "saved": str(options.output_dir),
@@ -112,6 +115,23 @@ def describe_start(outcome: Outcome) -> str:
     if "frozen" in outcome.results:
         remedy = ". To keep that, set `trainable='head'` and no flag about steps"
     return f"{text}, which was better{remedy}"
+
+
+def describe_gates(gates: dict[str, float] | None) -> str | None:
+    """Say how much the gated tokens that a run has trained act; None without gates.
+
+    With nearly closed gates, the result says nothing about the tokens.
+    """
+    if not gates:
+        return None
+    lowest, highest = min(gates.values()), max(gates.values())
+    text = f"{lowest:.2f} to {highest:.2f}: their tokens act at {highest:.0%} of an ordinary one or less"
+    if highest >= MIN_OPEN_GATE:
+        return text
+    return (
+        f"{text}, so the result is nearly as without them. Set more epochs, a higher second value of "
+        "`learning_rate`, or `gate_new_tokens=False`"
+    )
 
 
 def describe_classes(metrics: dict[str, Any], class_ratio: float) -> str | None:

@@ -20,7 +20,7 @@ from .calibration import calibrate
 from .checkpoints import Checkpoint, CheckpointStore
 from .class_statistics_of_runs import store_statistics
 from .distributed_state import reshard, scatter_model
-from .loop import Evaluate, TrainingLoop, TrainingState, build_batch_plan
+from .loop import Evaluate, TrainingLoop, TrainingState, build_batch_plan, read_gates
 from .model import keep_old_tokens
 from .optimizer import average_with_start, build_parameter_groups
 from .outcome import Outcome, divide_metrics, list_measurements
@@ -123,6 +123,8 @@ def run_steps(
         for name in ("frozen", "before_steps", "teacher_accuracy")
         if name in start
     }
+    if "vitcls.gates.gates" in plan.new_tokens:
+        results["gates"] = read_gates(setup.model.vitcls)
     if options.select == "best" and data.selection is not None:
         results["selection"] = {
             "images": data.selection_name,

@@ -11,6 +11,8 @@ from helpers.tiny_options import build_tiny_options, forget_end, run_to_folder
 from safetensors.torch import load_file
 
 from modeling_vitcls import ViTCLSModel
+from modeling_vitcls.runtime.files import read_json
+from modeling_vitcls.training.run_results import describe_gates
 
 
 pytestmark = [
@@ -106,6 +108,21 @@ def test_the_default_rate_opens_the_gates_of_prompts(
 ) -> None:
     flags = {"num_register_tokens": 8, "trainable": "tokens", "learning_rate": None}
     folder = run_to_folder(build_options(tmp_path / "run", encoder, **flags, max_steps=8))
-    gates = 50 * load_encoder_weights(folder)["gates.gates"].abs()
+    gates = (50 * load_encoder_weights(folder)["gates.gates"].abs()).clamp(max=1)
     assert gates.max() > 0.1
-    assert "new tokens and gates: 0.01" in capsys.readouterr().out
+    found = read_json(folder / "results.json")["gates"]
+    assert list(found) == [f"registers[{index}]" for index in range(8)]
+    torch.testing.assert_close(torch.tensor([*found.values()]), gates, atol=1e-4, rtol=0)
+
+    printed = capsys.readouterr().out
+    assert "new tokens and gates: 0.01" in printed
+    assert f"gates     {gates.min():.2f} to {gates.max():.2f}" in printed
+    assert "gate_new_tokens" not in printed
+
+
+def test_gates_that_stayed_closed_are_named_with_what_opens_them() -> None:
+    text = describe_gates({"registers[0]": 0.002, "registers[1]": 0.04})
+    assert text is not None
+    assert "0.00 to 0.04" in text
+    assert "`gate_new_tokens=False`" in text
+    assert describe_gates(None) is None
