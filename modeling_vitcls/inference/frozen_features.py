@@ -22,6 +22,9 @@ from .image_pass import ImageOutputs, ImagePass
 
 
 OWN_POOLING = "own"  # Tokens of a candidate that reads the output of the model's pooler
+# The part of the mean of the patches that comes from the border of the image. No classifier reads it.
+BORDER = "border"
+BORDER_WIDTH = 1 / 8  # Of the side of the image
 
 
 @dataclass(frozen=True)
@@ -81,12 +84,27 @@ def pool_layers(encoder: Any, outputs: Any, layout: FeatureLayout) -> torch.Tens
             return build_pooler(encoder.config)(outputs.last_hidden_state).float()
         return outputs.pooler_output.float()
 
-    poolers = [TokenPooler(encoder.config, kind) for kind in layout.widths]
+    poolers = [TokenPooler(encoder.config, kind) for kind in layout.widths if kind != BORDER]
     parts = []
     for states in outputs.hidden_states[-layout.num_layers :]:
         normalized = encoder.normalize(states)  # [B, N, D]
         parts += [pooler(normalized).float() for pooler in poolers]
+        if BORDER in layout.widths:
+            patches = normalized[:, encoder.config.token_layout.patches]
+            is_border = mark_border(outputs.grid_size)
+            parts.append(patches[:, is_border].float().sum(dim=1) / len(is_border))
     return torch.cat(parts, dim=1)
+
+
+def mark_border(grid_size: tuple[int, int]) -> np.ndarray:
+    """Mark the patches [rows * columns] of the outer ring, BORDER_WIDTH of a side or one patch wide."""
+    is_border = np.ones(grid_size, dtype=bool)
+    inside = []
+    for side in grid_size:
+        width = max(1, round(side * BORDER_WIDTH))
+        inside.append(slice(width, side - width))
+    is_border[tuple(inside)] = False
+    return is_border.ravel()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +115,8 @@ class Features(ImageOutputs):
 
     def get_tokens(self) -> dict[Token, np.ndarray]:
         """Select the features [N, D] of each token, in the order of a classifier's weights."""
-        return self.layout.split(self.values)
+        tokens = self.layout.split(self.values)
+        return {token: values for token, values in tokens.items() if token[1] != BORDER}
 
 
 class FrozenPass(ImagePass):

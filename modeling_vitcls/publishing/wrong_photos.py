@@ -18,6 +18,7 @@ from ..analysis.maps import to_upright_rgb
 from ..data.images import LabeledImages
 from ..data.splits import TrainingData
 from ..hub.model_folder import ModelFolder
+from ..training.border import describe_border
 from ..training.outcome import list_measurements
 from ..training.run_results import describe_classes
 
@@ -84,6 +85,7 @@ def summarize_predictions(folder: ModelFolder, rows: Any) -> dict[str, Any]:
     return {
         "headline": sentence,
         "classes": describe_classes(results, shares.iloc[0] / shares.iloc[-1]),
+        "border": describe_border(results.get("frozen", {}).get("border")),
         "is_cross_validated": is_cross_validated,
         "num_images": len(rows),
         "num_wrong": len(wrong),

@@ -3,9 +3,11 @@
 from collections.abc import Callable
 from dataclasses import replace
 
+from ..data.aspect_ratio import get_output_size
 from ..data.splits import MAX_CLASS_RATIO, TrainingData
 from ..inference.evaluator import Predictions
 from ..inference.metrics import NOTHING_MEASURED, merge_tasks
+from .border import describe_border, measure_border
 from .calibration import Calibration, describe_probe_calibration, measure_errors
 from .outcome import Outcome, list_measurements
 from .probe import (
@@ -69,7 +71,15 @@ def run_frozen(
         merged["num_unreadable_images"] = metrics["num_unreadable_images"]
         return replace(outcome, metrics=merged, calibration=None, predictions=None)
 
-    lines = outcome.lines | {"unknown": describe_threshold(model.probe)}
+    config = probe.model.config
+    size = get_output_size(probe.processor, config.image_height_width)
+    border = measure_border(model, config.get_grid_size(size))
+    if border is not None:
+        record["border"] = border
+    lines = outcome.lines | {
+        "border": describe_border(border),
+        "unknown": describe_threshold(model.probe),
+    }
     if data.train.class_ratio > MAX_CLASS_RATIO:
         lines["weights"] = describe_class_weights(model)
     nearest_images = None

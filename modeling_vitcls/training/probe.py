@@ -32,6 +32,7 @@ from ..data.labels import LabelSpace
 from ..inference.class_statistics import Token, expand_rows
 from ..inference.evaluator import Predictions, build_predictions, round_floats
 from ..inference.frozen_features import (
+    BORDER,
     OWN_POOLING,
     FeatureLayout,
     Features,
@@ -290,7 +291,10 @@ class Probe:
         if config.tasks:  # They have no pooler
             return FeatureLayout.for_extra_heads(config, num_layers)
         has_second_head = self.model.distillation_classifier is not None
-        return FeatureLayout.from_config(config, num_layers, has_second_head)
+        layout = FeatureLayout.from_config(config, num_layers, has_second_head)
+        if "mean" in layout.widths:
+            layout.widths[BORDER] = config.hidden_size
+        return layout
 
     def split_tasks(self, features: Features) -> dict[str, Features]:
         """Take, for each task, the features of the images that have its label."""
