@@ -16,7 +16,7 @@ from rich.console import Console
 from scipy.special import expit
 from torch import nn
 
-from ..data.labels import LabelSpace
+from ..data.labels import LabelSpace, OneLabel
 from ..model.heads_vitcls import IGNORED_LABEL
 from .image_pass import ImageOutputs, ImagePass
 from .metrics import NOTHING_MEASURED, measure, select_scalars
@@ -108,9 +108,12 @@ class Evaluator(ImagePass):
             return outputs.task_logits[self.task]
         if isinstance(outputs.logits, dict):
             return torch.cat(list(outputs.logits.values()), dim=1)
-        if outputs.distillation_logits is None:
+        heads = [outputs.cls_logits, outputs.distillation_logits]
+        # Only one label per image has metrics of both heads, and added classes are in neither.
+        has_one_label = isinstance(self.label_space, OneLabel)
+        if heads[1] is None or not has_one_label or heads[1].shape != outputs.logits.shape:
             return outputs.logits
-        return torch.cat([outputs.logits, outputs.cls_logits, outputs.distillation_logits], dim=1)
+        return torch.cat([outputs.logits, *heads], dim=1)
 
 
 def round_floats(value: Any) -> Any:

@@ -61,7 +61,7 @@ def measure_one_label(names: Sequence[str], logits: np.ndarray, labels: np.ndarr
     accuracy                top-1 accuracy
     loss                    cross-entropy, without label smoothing
     top_5_accuracy          top-5 accuracy, if there are more than five classes
-    cls_accuracy, distillation_accuracy     accuracy of each head, if the model has two heads
+    cls_accuracy, distillation_accuracy     accuracy of each head, if the model has two heads and no added classes
     cls_loss, distillation_loss, mean_loss  cross-entropy of each of the two, and of their mean
     balanced_accuracy       mean recall of the classes that have images
     macro_f1                mean F1 of the classes that have images or predictions

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from helpers.accelerate_state import reset_accelerate
 from helpers.evaluation_results import close
 from helpers.evaluation_worker import (
@@ -25,17 +26,24 @@ from helpers.evaluation_worker import (
     build_labeled_images,
     evaluate_digits,
 )
-from helpers.tiny_models import raises_one_line, save_both, save_with_processor
+from helpers.tiny_models import (
+    raises_one_line,
+    randomize,
+    save_both,
+    save_with_processor,
+)
 from helpers.warm_processes import run_together
 from PIL import Image
+from torch.nn import functional
 
 from modeling_vitcls import (
     ViTCLSConfig,
     ViTCLSForImageClassification,
+    ViTCLSForMultiTaskClassification,
     ViTCLSImageProcessor,
     predict,
 )
-from modeling_vitcls.data.labels import OneLabel
+from modeling_vitcls.data.labels import OneLabel, PerTask, SeveralLabels
 from modeling_vitcls.inference import evaluate as evaluate_module
 from modeling_vitcls.inference.evaluate import (
     evaluate_checkpoint,
@@ -203,6 +211,85 @@ def test_tasks_are_matched_by_name_and_missing_labels_are_not_counted(
         evaluate(models / "multi_task", table, label_column=("age",))
     with raises_one_line("`per_image`"):
         evaluate(models / "multi_task", table, per_image=tmp_path / "rows.parquet")
+
+
+@pytest.mark.parametrize("has_task", [False, True])
+@pytest.mark.parametrize("num_distillation_tokens", [0, 1])
+@pytest.mark.parametrize(
+    ("kind", "num_added"),
+    [("single", 0), ("single", 1), ("single", 2), ("single", 3), ("tags", 0), ("tasks", 0)],
+)
+def test_metrics_are_of_the_models_own_logits_whatever_else_it_returns(
+    kind: str, num_added: int, num_distillation_tokens: int, has_task: bool, tmp_path: Path
+) -> None:
+    """Two heads, added classes and added tasks have columns of their own."""
+    names = ["t-shirt", "2-piece", "Größe 40", "coat", "hat"][: 2 + num_added]
+    space = {
+        "single": OneLabel({"label": names}),
+        "tags": SeveralLabels({"label": names}),
+        "tasks": PerTask({"kind": names, "size": ["big", "small", "tiny"]}),
+    }[kind]
+    own_labels = space if kind != "single" else OneLabel({"label": names[:2]})
+    fields = own_labels.to_config_values() | {"num_distillation_tokens": num_distillation_tokens}
+    fields["num_cls_tokens"] = 2 if kind == "tasks" else 1
+    config = ViTCLSConfig(**SIZES | fields)
+    if num_added:
+        config.extra_heads = {"more": {"labels": names[2:], "pooling": "mean"}}
+        config.extra_heads["more"]["adds_classes"] = True
+        config.id2label = dict(enumerate(names))
+        config.label2id = {name: index for index, name in enumerate(names)}
+    if has_task:
+        task = {"weather": {"labels": ["sun", "rain", "snow"], "pooling": "cls"}}
+        config.extra_heads = (config.extra_heads or {}) | task
+    model_class = (
+        ViTCLSForMultiTaskClassification if kind == "tasks" else ViTCLSForImageClassification
+    )
+    model = randomize(model_class(config))
+    folder = save_both(model, tmp_path / "model", ViTCLSImageProcessor(size=16))
+
+    generator = np.random.default_rng(0)
+    pixels = generator.integers(0, 256, (12, 40, 30, 3), dtype=np.uint8)
+    table = pd.DataFrame({"path": [f"{index}.png" for index in range(12)]})
+    for name, image in zip(table["path"], pixels, strict=True):
+        Image.fromarray(image).save(tmp_path / name)
+    is_tagged = generator.random((12, len(names))) < 0.5
+    is_tagged[:, 0] |= ~is_tagged.any(axis=1)  # An empty cell is an image without labels
+    indices = np.arange(12) % len(names)
+    table["label"] = table["kind"] = np.array(names)[indices]
+    table["size"] = np.array(["big", "small", "tiny"])[np.arange(12) % 3]
+    table["weather"] = np.array(["sun", "rain", "snow"])[np.arange(12) % 3]
+    table["tags"] = [";".join(np.array(names)[row]) for row in is_tagged]
+    table.to_csv(tmp_path / "table.csv", index=False)
+
+    processor = ViTCLSImageProcessor.from_pretrained(folder)
+    inputs = processor([Image.fromarray(image) for image in pixels], return_tensors="pt")
+    with torch.no_grad():
+        outputs = model(**inputs)
+    columns = {"single": ("label",), "tags": ("tags",), "tasks": ("kind", "size")}[kind]
+    data: dict[str, Any] = {"label_separator": ";"} if kind == "tags" else {}
+    found = evaluate(folder, tmp_path / "table.csv", label_column=columns, **data)
+    if kind == "tags":
+        loss = functional.binary_cross_entropy_with_logits(
+            outputs.logits, torch.tensor(is_tagged, dtype=torch.float32)
+        )
+        assert found["exact_match"] == close(
+            float(((outputs.logits > 0).numpy() == is_tagged).all(axis=1).mean())
+        )
+    else:
+        targets = {"kind": indices, "size": np.arange(12) % 3}
+        logits = outputs.logits if kind == "tasks" else {"kind": outputs.logits}
+        loss = sum(
+            functional.cross_entropy(own, torch.tensor(targets[task]))
+            for task, own in logits.items()
+        )
+        is_right = [own.argmax(dim=1).numpy() == targets[task] for task, own in logits.items()]
+        assert found["accuracy"] == close(float(np.mean(is_right)))
+    assert found["loss"] == close(float(loss))
+    if has_task:
+        found = evaluate(folder, tmp_path / "table.csv", label_column=("weather",), task="weather")
+        own = outputs.task_logits["weather"]
+        expected = functional.cross_entropy(own, torch.arange(12) % 3)
+        assert found["loss"] == close(float(expected))
 
 
 def test_the_files_are_written_before_the_table_is_printed(
