@@ -15,6 +15,7 @@ from .version import __version__
 
 if TYPE_CHECKING:
     from .cli.api import (
+        Predictor,
         add_class,
         add_task,
         evaluate,
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
 __all__ = [
     "EmbedImages",
     "LinearProbe",
+    "Predictor",
     "TokenLayout",
     "ViTCLSBackbone",
     "ViTCLSConfig",
@@ -74,6 +76,7 @@ __all__ = [
 IMPORT_STRUCTURE = {
     "cli.api": (
         *(
+            "Predictor",
             "add_class",
             "add_task",
             "evaluate",

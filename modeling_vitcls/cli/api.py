@@ -31,6 +31,7 @@ from ..training.options import FinetuneOptions, PretrainOptions
 
 
 CommandOptions = TypeVar("CommandOptions", bound=Options)
+UNWRITTEN = Path("unwritten.json")  # An output that the options of features require
 
 
 # What a function takes from its caller -----------------------------------------------------------
@@ -198,24 +199,67 @@ def predict(model: str | Path, images: Any = None, **flags: Any) -> list[dict[st
         >>> (row,) = predict("runs/photos", ["photo.jpg"])
         >>> print(row["label"], row["probability"])
     """
-    from ..inference.inputs import list_sources
-    from ..inference.predict import predict_from_options
+    from ..inference.inputs import list_sources, open_input
 
     if hasattr(images, "columns") or hasattr(images, "column_names"):
         images, flags = None, {"dataset": images, **flags}
-    sources = [] if images is None else list_sources(images)
-    if images is not None and not sources:
-        # For an empty list, there are no rows. If no images are given at all, the options below
-        # report it.
-        return []
-    options = build_options(
-        PredictOptions,
-        model=model,
-        paths=("image",) * len(sources),  # As the options require
-        output="not-written.json",  # As features require
-        **flags,
-    )
-    return predict_from_options(options, sources)
+    if images is None:
+        options = build_options(PredictOptions, model=model, output=UNWRITTEN, **flags)
+        records = open_input(options)
+        return list(load_predictor(options).iterate_rows(records))
+    # For an empty list, there are no rows. If no images are given at all, the options report it.
+    sources = list_sources(images)
+    return Predictor(model, **flags)(sources) if sources else []
+
+
+class Predictor:
+    """A loaded model to keep, for servers and programs that answer photos as they come.
+
+    An object of this class costs as much as `predict` once, and a call then only its photos. Any
+    number of threads may call it.
+
+    Args:
+        model: as in `predict`.
+        flags: as in `predict`.
+
+    Raises:
+        TypeError, ValueError, OSError: as in `predict`.
+
+    Examples:
+        >>> from modeling_vitcls import Predictor
+        >>> predictor = Predictor("runs/photos", top_k=2)
+        >>> (row,) = predictor("photo.jpg")
+        >>> print(row["label"], row["probability"], row["error"])
+    """
+
+    @own_state()
+    def __init__(self, model: str | Path, **flags: Any) -> None:
+        # The options require images
+        options = build_options(
+            PredictOptions, model=model, paths=("image",), output=UNWRITTEN, **flags
+        )
+        self.loaded = load_predictor(options)
+
+    def __call__(self, images: Any) -> list[dict[str, Any]]:
+        """Predict images as `predict` does, with the same rows.
+
+        Args:
+            images: as in `predict`, but without datasets and tables.
+        """
+        from ..inference.inputs import list_sources
+        from ..inference.predict import wrap_images
+
+        return list(self.loaded.iterate_rows(wrap_images(list_sources(images))))
+
+
+def load_predictor(options: PredictOptions) -> Any:
+    """Load the model of the options, for `Predictor` and `predict`."""
+    from ..inference.predict import build_predictor
+    from ..runtime.distributed import build_accelerator
+
+    if options.strict:
+        raise ValueError("`strict` sets the exit status of the command. Read `error` of the rows")
+    return build_predictor(options, build_accelerator(mixed_precision=options.mixed_precision))
 
 
 @own_state()

@@ -83,32 +83,29 @@ def build_page(options: DemoOptions) -> Any:
     from ..analysis.sheet import draw_sheet
     from ..analysis.token_use import find_token_use
     from ..hub.local_paths import get_title
-    from ..inference.inputs import ImageRecord
-    from ..inference.options import PredictOptions
-    from ..inference.predict import build_predictor
     from ..model.image_processing_vitcls import read_image
-    from ..runtime.distributed import build_accelerator
+    from .api import Predictor
 
     title = get_title(options.model)
-    settings = PredictOptions(model=options.model, paths=("photo",), top_k=NUM_LABELS)
-    predictor = build_predictor(settings, build_accelerator())
-    use = find_token_use(predictor.model)
-    columns: Any = predictor.columns
+    predictor = Predictor(options.model, top_k=NUM_LABELS)
+    loaded = predictor.loaded
+    use = find_token_use(loaded.model)
 
     def answer(file: str | None) -> list[Any]:
         if file is None:
             raise gradio.Error("select a photo", print_exception=False)
-        (row,) = predictor.iterate_rows([ImageRecord("photo", file)])
+        (row,) = predictor(file)
         if row["error"]:
             # The path is a temporary copy of the upload, which says nothing to the person who sees
             # the error.
             raise gradio.Error(row["error"].replace(file, "the file"), print_exception=False)
-        answers = [read_answer(row, task, head) for task, head in columns.heads.items()]
-        photo = measure_photo(predictor.model, predictor.processor, read_image(file), use)
+        answers = [read_answer(row, task, head) for task, head in loaded.columns.heads.items()]
+        photo = measure_photo(loaded.model, loaded.processor, read_image(file), use)
         return [*answers, draw_sheet(photo)]
 
     answers = [
-        gradio.Label(label=task or "Answer", num_top_classes=NUM_LABELS) for task in columns.heads
+        gradio.Label(label=task or "Answer", num_top_classes=NUM_LABELS)
+        for task in loaded.columns.heads
     ]
     photo_input: Any = gradio.Image(label="Photo", type="filepath")
     # gradio would decode the file itself, but `vitcls predict` reads more formats and names what is

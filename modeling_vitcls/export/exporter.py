@@ -24,7 +24,7 @@ from .compare import LIMITS, measure_differences, select_image_shapes
 from .exportable import NamedOutputsModel, load_exportable_model
 from .onnx_file import OnnxGraph, write_onnx
 from .options import ExportOptions
-from .report import PACKAGES, build_report
+from .report import PACKAGES, build_report, describe_model
 from .tracing import GraphShape, select_graph_shape, trace_model
 
 
@@ -63,11 +63,12 @@ def export_model(options: ExportOptions) -> dict[str, Any]:
         stage_files(target.parent, last=report_name) as folder,
     ):
         file = folder / target.name
-        write_onnx(program, shape, list(expected[0]), file, options.opset)
+        description = describe_model(exportable, list(expected[0]))
+        write_onnx(program, shape, list(expected[0]), file, options.opset, description)
         graph = OnnxGraph(file)
         outputs = list(map(graph, batches))
         comparisons = measure_differences(batches, expected, outputs, LIMITS[options.dtype])
-        report = build_report(options, exportable, shape, file, graph, expected[0], comparisons)
+        report = build_report(options, description, shape, file, graph, expected[0], comparisons)
         if not options.output.suffix and not (options.output / CONFIG_FILE).exists():
             # What a program needs beside the graph, if the folder is not the model's
             model.config.to_json_file(folder / CONFIG_FILE)

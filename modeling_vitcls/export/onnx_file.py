@@ -6,8 +6,11 @@
 Weights of more than 1.9 GB are written to a second file, FILE.data.
 """
 
+import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.export import ExportedProgram
@@ -28,6 +31,7 @@ def write_onnx(
     names: list[str],
     file: Path,
     opset: int | None = None,
+    metadata: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a graph to an ONNX file with torch.onnx.
 
@@ -37,6 +41,7 @@ def write_onnx(
         names: Names of the outputs.
         file: An .onnx file.
         opset: Version of the operators. Default: the version that torch.onnx recommends.
+        metadata: What the file says about itself (`metadata_props`): name -> value, as JSON.
 
     Raises:
         ValueError: If torch.onnx does not support the graph or the version.
@@ -67,6 +72,9 @@ def write_onnx(
     for node in program.model.graph:
         if match := re.search(r"\blayers\.\d+\b", node.metadata_props.get("namespace", "")):
             node.name = f"{match[0]}/{node.name}"
+
+    for name, value in (metadata or {}).items():
+        program.model.metadata_props[name] = json.dumps(value)
 
     num_weight_bytes = sum(weight.nbytes for weight in graph.state_dict.values())
     program.save(file, external_data=num_weight_bytes > MAX_ONNX_WEIGHTS)

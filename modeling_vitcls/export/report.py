@@ -9,9 +9,11 @@ from ..conversion.processors import SHARED_SETTINGS, select_settings
 from ..data.labels import get_label_space
 from ..hub.local_paths import resolve_name, strip_folders
 from ..hub.model_files import hash_files
+from ..inference.prediction_rows import DISTANCE
 from ..model.configuration_vitcls import ViTCLSConfig
 from ..model.image_processing_vitcls import ViTCLSImageProcessor
 from ..runtime.system import get_versions
+from ..version import __version__
 from .exportable import Exportable, Outputs
 from .onnx_file import OnnxGraph
 from .options import ExportOptions
@@ -21,9 +23,27 @@ from .tracing import INPUT_NAME, GraphShape
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
 
+def describe_model(exportable: Exportable, names: list[str]) -> dict[str, Any]:
+    """Describe a model for a program that has its graph alone: preprocessing, labels, threshold.
+
+    `names` are the outputs of the graph.
+    """
+    model, processor, folder = exportable
+    threshold = model.config.distance_threshold if DISTANCE in names else None
+    return {
+        "model_class": type(model).__name__,
+        "weights_sha256": {} if folder is None else folder.weights_sha256,
+        "version": __version__,
+        "preprocessing": describe_preprocessing(processor),
+        "labels": get_label_names(model.config, names),
+        "problem_type": model.config.problem_type,
+        "distance_threshold": threshold,
+    }
+
+
 def build_report(
     options: ExportOptions,
-    exportable: Exportable,
+    description: dict[str, Any],
     shape: GraphShape,
     file: Path,
     graph: OnnxGraph,
@@ -34,14 +54,13 @@ def build_report(
 
     Args:
         options: The flags of `vitcls export`.
-        exportable: What was exported.
+        description: What the file says about the model (`describe_model`).
         shape: The image sizes of the graph.
         file: The file.
         graph: Its contents.
         outputs: The outputs of the model for some images.
         comparisons: The differences from the model, by shape of the images.
     """
-    model, processor, folder = exportable
     files = list(file.parent.iterdir())
     return {
         "file": file.name,
@@ -51,8 +70,7 @@ def build_report(
         "versions": get_versions("timm", *PACKAGES),
         # The model
         "model": strip_folders(resolve_name(options.model)),
-        "model_class": type(model).__name__,
-        "weights_sha256": {} if folder is None else folder.weights_sha256,
+        **description,
         # What the graph reads and returns
         "input": {
             "name": INPUT_NAME,
@@ -61,11 +79,9 @@ def build_report(
             "image_size": list(shape.image_size),
             "smallest_image_size": list(shape.smallest_size),
         },
-        "preprocessing": describe_preprocessing(processor),
         "fixed_because": shape.fixed_size_reason,
         # With the names of the dynamic axes, such as (height//16)
         "outputs": {output.name: output.shape for output in graph.session.get_outputs()},
-        "labels": get_label_names(model.config, list(outputs)),
         # How it compares with the model
         "dtype": options.dtype,
         "largest_differences": {
@@ -76,10 +92,15 @@ def build_report(
 
 
 def describe_preprocessing(processor: ViTCLSImageProcessor | None) -> dict[str, Any] | None:
-    """List the settings of the image processor that are not None; None without a processor."""
+    """List what the image processor does to an image; None without a processor.
+
+    Settings that are None are left out. Two steps have no setting: images are turned upright, and
+    transparent ones are put on white.
+    """
     if processor is None:
         return None
-    settings = select_settings(processor, (*SHARED_SETTINGS, "crop_rounding", "do_pad", "pad_size"))
+    names = (*SHARED_SETTINGS, "crop_rounding", "do_pad", "pad_size", "bit_depth")
+    settings = {"orientation": "exif", "transparency": "white", **select_settings(processor, names)}
     if "resample" in settings:
         settings["resample"] = PILImageResampling(settings["resample"]).name.lower()
     return settings

@@ -20,7 +20,7 @@ from ..model.image_processing_vitcls import SOURCE_TYPES
 from ..runtime.flags import expand_home
 from .inputs import build_record
 from .options import PredictOptions
-from .predict import Predictor, load_predictor
+from .predict import LoadedPredictor, load_predictor
 
 
 IMAGE_COLUMNS = ("image", "bytes", "path")  # Column names of images in Ray, Spark and `datasets`
@@ -63,7 +63,7 @@ class EmbedImages:
             model=source, features=self.features, feature_dtype=dtype, batch_size=batch_size
         )
         self.image_column = image_column
-        self.predictor: Predictor | None = None
+        self.predictor: LoadedPredictor | None = None
         self.files = ""  # What a local model was when it was loaded
 
     def __getstate__(self) -> dict[str, Any]:

@@ -13,9 +13,6 @@ from ..runtime.flags import Options, check_minimum, check_value
 class EngineOptions(Options):
     """Flags of the forward pass that evaluation and prediction share."""
 
-    resize: Literal["squash", "crop", "pad"] | None = None
-    """How images of other aspect ratios become the input: resize the whole image (`squash`), crop
-    the center (`crop`) or add gray (`pad`). Default: the setting of the image processor."""
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
     """Precision of the forward pass. `auto`: the setting of `accelerate launch` or, without it,
     `bf16` on GPUs and CPUs with bf16 instructions (on CPUs, for models at least as wide as ViT-Ti),
@@ -49,6 +46,9 @@ class EvaluateOptions(EngineOptions, DataOptions):
     of 224 pixels."""
     output: Path | None = None
     """JSON file for the metrics, including the metrics of each class and the confusion matrix."""
+    resize: Literal["squash", "crop", "pad"] | None = None
+    """How images of other aspect ratios become the input: resize the whole image (`squash`), crop
+    the center (`crop`) or add gray (`pad`). Default: the setting of the image processor."""
     task: str | None = None
     """Evaluate an added task (`vitcls add-task`) instead of the classifier of the model."""
     per_image: Path | None = None
@@ -106,13 +106,16 @@ class PredictOptions(ImageOptions, EngineOptions):
     the default is the last layer. Each of several features has a column."""
     feature_dtype: Literal["float32", "float16"] = "float32"
     """Data type of the features."""
+    strict: bool = False
+    """End with exit status 1 if any image has no prediction. The output is written all the same."""
     num_workers: int | None = None
-    """Number of image loading threads per process. Default: the number of CPU cores, but at most
-    8."""
+    """Number of image loading threads per process. With 0, an image is read when it is needed.
+    Default: the number of CPU cores, but at most 8."""
 
     def check(self) -> None:
         super().check()
-        check_minimum(self, 1, "batch_size", "top_k", "num_workers")
+        check_minimum(self, 1, "batch_size", "top_k")
+        check_minimum(self, 0, "num_workers")
         if bool(self.paths) == bool(self.dataset):
             raise ValueError("Set either `images` or `dataset` to select the images.")
         if self.dataset is None and (self.split or self.image_column):

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterable
+from glob import escape
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..runtime.files import escape_csv_cell, replace_control_characters, write_atomically
+from ..runtime.files import (
+    UNFINISHED_SUFFIX,
+    escape_csv_cell,
+    replace_control_characters,
+    write_atomically,
+)
 from .prediction_rows import DISTANCE, Row
 
 
@@ -34,8 +40,8 @@ def get_output_columns(columns: Columns) -> Columns:
 def write_rows(rows: Iterable[Row], columns: Columns, file: Path) -> None:
     """Write rows to a file in the format of its suffix, and replace an existing file.
 
-    If an error is raised, no partial file remains. The rows of a Parquet file are written while
-    they are computed.
+    If an error is raised, no partial file remains, and those of earlier programs that were killed
+    are removed. The rows of a Parquet file are written while they are computed.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     # The types are given, not inferred: the first rows of a column may all be missing.
@@ -46,6 +52,8 @@ def write_rows(rows: Iterable[Row], columns: Columns, file: Path) -> None:
         else:
             table = pa.Table.from_pylist(list(rows), schema)
             WRITERS[file.suffix.lower()](table, temporary_file)
+    for remainder in file.parent.glob(f".{escape(file.name)}.*{UNFINISHED_SUFFIX}"):
+        remainder.unlink(missing_ok=True)
 
 
 def write_parquet(rows: Iterable[Row], schema: pa.Schema, file: Path) -> None:

@@ -10,7 +10,7 @@ The output is therefore bit-identical for any number of processes.
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -48,11 +48,16 @@ from .prediction_rows import (
 
 
 PREDICTION_BATCH_SIZE = 32  # Default number of images per forward pass on GPUs
+AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
-class Predictor:
-    """A model, the image processor of the model, and the settings of a prediction."""
+class LoadedPredictor:
+    """A model, the image processor of the model, and the settings of a prediction.
+
+    Threads may share it: it does not change, and neither does what it computes if another command
+    sets another precision in this process.
+    """
 
     model: Any
     processor: ViTCLSImageProcessor
@@ -100,24 +105,13 @@ class Predictor:
                 yield {"index": index, "image": names.pop(index), **empty_row, **found.pop(index)}
 
 
-def predict_from_options(options: PredictOptions, images: list[Any]) -> list[Row]:
-    """Compute the rows that `vitcls predict` would write, in this process.
-
-    `images` are paths, folders, encoded bytes, PIL images and arrays. If `images` is empty,
-    the options specify the input.
-    """
-    accelerator = build_accelerator(mixed_precision=options.mixed_precision)
-    records = wrap_images(images) if images else open_input(options)
-    return list(build_predictor(options, accelerator).iterate_rows(records))
-
-
 def predict_images(options: PredictOptions) -> None:
     """Run the prediction that the options specify, and print or write the rows.
 
     Raises:
         ValueError, OSError: If the images or the model cannot be read, or the output cannot be
-            written; after the rows are written, if no image has a prediction or a file does not
-            exist. The message is a single line.
+            written; after the rows are written, if no image has a prediction, or not every image
+            with `strict`, or a file does not exist. The message is a single line.
     """
     accelerator = build_accelerator(mixed_precision=options.mixed_precision)
     records = load_on_main(options.dataset or "", partial(open_input, options))
@@ -138,12 +132,13 @@ def predict_images(options: PredictOptions) -> None:
         print_table(watch_rows(), columns)
     elif accelerator.is_main_process and options.output is not None:
         write_rows(watch_rows(), columns, options.output)
-        print(f"{options.output}: {num_images:,} images, {len(failed):,} without a prediction")
+        print(f"{options.output}: {num_images - len(failed):,} of {num_images:,} images predicted")
     accelerator.end_training()
 
-    if failed and len(failed) == num_images:
+    if failed and (options.strict or len(failed) == num_images):
         raise ValueError(
-            f"none of the {num_images} images has a prediction. See the column `error` in the output"
+            f"{len(failed):,} of the {num_images:,} images have no prediction. See the column "
+            "`error` in the output"
         )
     missing_files = []
     if options.dataset is None:
@@ -156,26 +151,25 @@ def predict_images(options: PredictOptions) -> None:
         )
 
 
-def build_predictor(options: PredictOptions, accelerator: Accelerator) -> Predictor:
+def build_predictor(options: PredictOptions, accelerator: Accelerator) -> LoadedPredictor:
     """Load the model and its image processor for all processes, in the precision of the options."""
+    device = accelerator.device
     with accelerator.main_process_first():  # The main process downloads the files
-        predictor = load_predictor(options, accelerator.device, accelerator.autocast)
+        predictor = load_predictor(options, device)
     set_mixed_precision(accelerator, options.mixed_precision, predictor.model.config)
-    return predictor
+    dtype = AUTOCAST_DTYPES.get(accelerator.mixed_precision)
+    # The accelerator's own `autocast` follows the accelerators that are built later
+    autocast = partial(torch.autocast, device.type, dtype, enabled=dtype is not None)
+    return replace(predictor, autocast=autocast)
 
 
-def load_predictor(
-    options: PredictOptions,
-    device: torch.device,
-    autocast: Callable[[], AbstractContextManager] = nullcontext,
-) -> Predictor:
-    """Load the model and its image processor on a device."""
+def load_predictor(options: PredictOptions, device: torch.device) -> LoadedPredictor:
+    """Load the model and its image processor on a device, to compute in the dtype of the weights."""
     folder = open_model(options.model)
     model, processor, batch_size = load_for_inference(
         folder,
         device,
         use_head=options.features is None,
-        resize=options.resize,
         batch_size=options.batch_size,
         max_batch_size=PREDICTION_BATCH_SIZE,
     )
@@ -185,18 +179,18 @@ def load_predictor(
         columns = LabelColumns(model, heads, options.top_k)
     else:
         columns = FeatureColumns(model, options.features, options.feature_dtype)
-    return Predictor(
+    return LoadedPredictor(
         model=model,
         processor=processor,
         columns=columns,
-        autocast=autocast,
+        autocast=nullcontext,
         batch_size=batch_size,
-        num_workers=options.num_workers or get_num_workers(),
+        num_workers=get_num_workers() if options.num_workers is None else options.num_workers,
     )
 
 
 def compute_rows(
-    accelerator: Accelerator, records: Sequence[ImageRecord], predictor: Predictor
+    accelerator: Accelerator, records: Sequence[ImageRecord], predictor: LoadedPredictor
 ) -> Iterator[Row]:
     """Compute the rows of all images, in order.
 

@@ -14,11 +14,12 @@ machine.
 
 import os
 from functools import lru_cache
-from io import BufferedReader
+from io import BufferedReader, BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL.Image
 import torch
 from torch import Tensor
 from transformers.image_utils import SizeDict
@@ -39,18 +40,19 @@ def read_jpeg(source: Any) -> Tensor | None:
     """Read the upright RGB pixels [3, H, W] `uint8` of a JPEG file (path or bytes).
 
     The pixels equal those from PIL. Return None for other formats, or if torchvision cannot decode
-    the file or PIL decodes it differently (CMYK).
+    the file, PIL decodes it differently (CMYK), or PIL refuses it because it has too many pixels.
     """
     jpeg_bytes = read_jpeg_bytes(source) if decode_jpeg is not None else None
     if jpeg_bytes is None:
         return None
     try:
+        PIL.Image.open(BytesIO(jpeg_bytes))  # Reads the size only; torchvision has no limit
         # The bytes are a `bytearray`, because PyTorch warns about memory that it must not write to.
         encoded_bytes = torch.frombuffer(jpeg_bytes, dtype=torch.uint8)
         pixels: Tensor = decode_jpeg(
             encoded_bytes, mode=ImageReadMode.UNCHANGED, apply_exif_orientation=True
         )
-    except RuntimeError:
+    except (RuntimeError, OSError, PIL.Image.DecompressionBombError):
         return None
 
     if len(pixels) == 1:

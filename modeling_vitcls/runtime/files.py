@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 
+UNFINISHED_SUFFIX = ".unfinished"  # Of a hidden file that is not complete
 CONTROL_CHARACTER = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 FORMULA_PREFIXES = ("=", "+", "-", "@", "\t", "\r")  # First characters of formulas in spreadsheets
 
@@ -102,7 +103,7 @@ def write_atomically(file: Path) -> Iterator[Path]:
     if file.exists() and not file.is_file():
         raise OSError(f"cannot write {file}: it is not a regular file")
     # In the same folder, because a rename replaces a file in one step only within a file system.
-    temporary_file = file.with_name(f".{file.name}.{secrets.token_hex(8)}.unfinished")
+    temporary_file = file.with_name(f".{file.name}.{secrets.token_hex(8)}{UNFINISHED_SUFFIX}")
     try:
         yield temporary_file
         # Before the rename: after a power failure, the name could belong to an empty file

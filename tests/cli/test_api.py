@@ -31,7 +31,6 @@ MODEL: dict[str, Any] = {
     "hidden_size": 16,
     "num_hidden_layers": 2,
     "num_attention_heads": 2,
-    "intermediate_size": 32,
     "num_register_tokens": 1,
     "num_workers": 0,
 }

@@ -125,8 +125,8 @@ def test_flags_that_do_not_exist_fit_or_agree_are_one_line(
 
 
 def test_paths_may_follow_a_choice() -> None:
-    options = parse_flags("predict", "--model m --resize crop a.png b".split())
-    assert (options.resize, options.paths) == ("crop", ("a.png", "b"))
+    options = parse_flags("predict", "--model m --mixed-precision no a.png b".split())
+    assert (options.mixed_precision, options.paths) == ("no", ("a.png", "b"))
 
 
 @pytest.mark.parametrize(

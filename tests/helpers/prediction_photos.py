@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from modeling_vitcls.data.labels import get_heads
-from modeling_vitcls.inference.predict import Predictor, wrap_images
+from modeling_vitcls.inference.predict import LoadedPredictor, wrap_images
 from modeling_vitcls.inference.prediction_rows import FeatureColumns, LabelColumns
 
 
@@ -32,6 +32,6 @@ def predict(
         if names is None
         else FeatureColumns(model.eval(), names, "float32")
     )
-    predictor = Predictor(model, processor, columns, nullcontext, batch_size, num_workers=1)
+    predictor = LoadedPredictor(model, processor, columns, nullcontext, batch_size, num_workers=1)
     records = wrap_images(images if isinstance(images, list) else [images])
     return list(predictor.iterate_rows(records))

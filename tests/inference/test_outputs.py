@@ -24,6 +24,17 @@ pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 # Files --------------------------------------------------------------------------------------------
 
 
+def test_what_a_killed_program_left_is_removed_by_a_complete_one(tmp_path: Path) -> None:
+    """A hidden file of another output may belong to a program that still runs."""
+    left, other = (tmp_path / f".{name}.0a1b.unfinished" for name in ("[1].csv", "other.csv"))
+    left.touch()
+    other.touch()
+    write_rows(
+        [{"index": 0, "image": "a", "error": None}], get_output_columns({}), tmp_path / "[1].csv"
+    )
+    assert {file.name for file in tmp_path.iterdir()} == {"[1].csv", other.name}
+
+
 def test_lists_and_half_precision_are_written_to_every_format(tmp_path: Path) -> None:
     """In CSV files, the labels of an image are in one cell.
 

@@ -128,7 +128,7 @@ def test_without_any_prediction_the_status_is_1(
     images = [unreadable / name for name in ("2-cut.jpg", "absent.jpg")]
     flags = ["--model", models / "one_label", *images, "--output", tmp_path / "out.json"]
     assert run_in_process("predict.py", *flags) == 1
-    assert "none of the 2 images" in capsys.readouterr().err.splitlines()[-1]
+    assert "2 of the 2 images" in capsys.readouterr().err.splitlines()[-1]
     rows = json.loads((tmp_path / "out.json").read_text())
     assert [row["label"] for row in rows] == [None] * 2
     assert "2-cut.jpg" in rows[0]["error"]
@@ -138,9 +138,12 @@ def test_without_any_prediction_the_status_is_1(
 def test_a_missing_file_is_named_at_the_end_and_in_the_status(
     models: Path, unreadable: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    """An unreadable file has a row with the reason, and the status is 0."""
+    """An unreadable file has a row with the reason, and the status is 0, or 1 with --strict."""
     flags = ["--model", models / "one_label", "--output", tmp_path / "out.json", unreadable]
     assert run_in_process("predict.py", *flags) == 0
+    assert capsys.readouterr().out.endswith("out.json: 1 of 3 images predicted\n")
+    assert run_in_process("predict.py", *flags, "--num-workers", "0", "--strict") == 1
+    assert "2 of the 3 images" in capsys.readouterr().err.splitlines()[-1]
     assert run_in_process("predict.py", *flags, unreadable / "absent.jpg") == 1
     last = capsys.readouterr().err.splitlines()[-1]
     assert f"1 of the 4 images do not exist: {unreadable / 'absent.jpg'}" in last
@@ -314,7 +317,7 @@ def test_two_processes_write_the_same_file_as_one(
     for processes, name in ((1, "one.csv"), (2, "two.csv")):
         how = {"log": tmp_path / f"{name}.log", "processes": processes}
         printed = run_together("predict.py", *flags, "--output", tmp_path / name, **how)
-        assert printed == f"{tmp_path / name}: 12 images, 2 without a prediction\n"
+        assert printed == f"{tmp_path / name}: 10 of 12 images predicted\n"
     assert (tmp_path / "one.csv").read_bytes() == (tmp_path / "two.csv").read_bytes()
 
 

@@ -1,23 +1,45 @@
 """The same photo has the same answer by every door, and a door refuses what `predict` refuses."""
 
 import json
+import re
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import gradio
 import numpy as np
+import onnxruntime
+import pyarrow.parquet as pq
 import pytest
+import torch
 import transformers
+from fastapi.testclient import TestClient
+from helpers.doc_pages import ROOT, read_blocks
 from helpers.fresh_processes import run_python
 from helpers.odd_photos import REFUSED, write_odd_photos
 from helpers.tiny_models import build_tiny_config, randomize, save_with_processor
+from scipy.special import softmax
 
-from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor, predict
+from modeling_vitcls import (
+    Predictor,
+    ViTCLSForImageClassification,
+    ViTCLSImageProcessor,
+    add_class,
+    evaluate,
+    predict,
+)
+from modeling_vitcls.cli.demo import DemoOptions, build_page
+from modeling_vitcls.export.exporter import export_model
+from modeling_vitcls.export.options import ExportOptions
+from modeling_vitcls.hub.model_files import hash_weights
 from modeling_vitcls.inference.class_statistics import ClassStatistics
 
 
 NAMES = ("ant", "bee", "wasp")
+TOP_K = 4  # All labels
 TOLERANCE = 1e-5
+PILLOW_TOLERANCE = 0.001
 # Runs the pipeline of a folder in a process that cannot import the package.
 CHILD = """
 import json, sys
@@ -43,9 +65,28 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return write_odd_photos(tmp_path_factory.mktemp("odd"))
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder of a classifier that tells distances and unknown photos."""
+@pytest.fixture(
+    scope="module", params=["trained", pytest.param("extended", marks=pytest.mark.slow)]
+)
+def model(
+    request: pytest.FixtureRequest,
+    photos: dict[str, Path],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    """Return a folder of a classifier that tells distances and unknown photos.
+
+    The extended one has learned a further class from some of the photos (`add-class`).
+    """
+    folder = tmp_path_factory.mktemp("doors")
+    trained = save_trained_model(folder / "trained")
+    if request.param == "trained":
+        return trained
+    added = [(str(file), "moth") for name, file in photos.items() if name.startswith("exif")]
+    add_class(trained, added, folder / "extended")
+    return folder / "extended"
+
+
+def save_trained_model(folder: Path) -> Path:
     labels = dict(enumerate(NAMES))
     config = build_tiny_config(id2label=labels, label2id={name: i for i, name in labels.items()})
     classifier = randomize(ViTCLSForImageClassification(config))
@@ -54,32 +95,43 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         {(-1, "cls"): features}, np.arange(39) % len(NAMES), len(NAMES)
     )
     statistics.set_in_model(classifier)
+    classifier.config.distance_threshold = 100.0
     processor = ViTCLSImageProcessor(size={"height": 32, "width": 32})
-    return save_with_processor(classifier, tmp_path_factory.mktemp("doors") / "model", processor)
+    return save_with_processor(classifier, folder, processor)
+
+
+@pytest.fixture(scope="module")
+def graph(model: Path) -> Path:
+    """Return the file of `vitcls export` in the folder."""
+    export_model(ExportOptions(model=str(model), output=model / "model.onnx"))
+    return model / "model.onnx"
 
 
 @pytest.fixture(scope="module")
 def rows(model: Path, photos: dict[str, Path]) -> dict[str, dict[str, Any]]:
     """Return the rows of `predict` in float32, by name of the photo."""
-    found = predict(model, list(photos.values()), top_k=len(NAMES), mixed_precision="no")
+    found = predict(model, list(photos.values()), top_k=TOP_K, mixed_precision="no")
     return dict(zip(photos, found, strict=True))
 
 
 def read_answer(row: dict[str, Any]) -> Answer:
     if row["error"]:
         return str(row["error"])
-    endings = ["", *(f"_{rank}" for rank in range(2, len(NAMES) + 1))]
-    return {row[f"label{end}"]: row[f"probability{end}"] for end in endings}
+    endings = ["", *(f"_{rank}" for rank in range(2, TOP_K + 1))]
+    labels = {row.get(f"label{end}"): row.get(f"probability{end}") for end in endings}
+    return {label: probability for label, probability in labels.items() if label is not None}
 
 
-def check_answers(found: dict[str, Answer], rows: dict[str, dict[str, Any]]) -> None:
+def check_answers(
+    found: dict[str, Answer], rows: dict[str, dict[str, Any]], tolerance: float = TOLERANCE
+) -> None:
     """Check the answers of a door for all photos."""
     assert {name for name, answer in found.items() if isinstance(answer, str)} == set(REFUSED)
     for name, row in rows.items():
         expected = read_answer(row)
         answer = found[name]
         if isinstance(answer, dict):
-            assert answer == pytest.approx(expected, abs=TOLERANCE), name
+            assert answer == pytest.approx(expected, abs=tolerance), name
         else:
             assert answer, name
             assert "\n" not in answer, name
@@ -116,3 +168,142 @@ def test_the_pipeline_of_the_folder_alone(
     program = CHILD.format(helpers=helpers, model=str(model))
     done = run_python("-c", program, json.dumps({name: str(file) for name, file in photos.items()}))
     check_answers(json.loads(done.stdout.partition("ANSWERS")[2]), rows)
+
+
+def test_the_onnx_file_with_the_image_processor(
+    model: Path, graph: Path, photos: dict[str, Path], rows: dict[str, dict[str, Any]]
+) -> None:
+    processor = ViTCLSImageProcessor.from_pretrained(model)
+    session = onnxruntime.InferenceSession(graph)
+    about = session.get_modelmeta().custom_metadata_map
+    labels = json.loads(about["labels"])["logits"]
+    for name in photos.keys() - set(REFUSED):
+        images = {"pixel_values": processor(photos[name], return_tensors="np")["pixel_values"]}
+        logits, distance = session.run(["logits", "distance"], images)
+        probabilities = softmax(logits[0]).tolist()
+        assert dict(zip(labels, probabilities, strict=True)) == pytest.approx(
+            read_answer(rows[name]), abs=TOLERANCE
+        )
+        assert distance[0] == pytest.approx(rows[name]["distance"], rel=1e-3)
+        is_unknown = bool(distance[0] > json.loads(about["distance_threshold"]))
+        assert is_unknown == rows[name]["unknown"]
+
+
+@pytest.mark.usefixtures("graph")
+def test_the_lines_without_torch(
+    model: Path,
+    photos: dict[str, Path],
+    rows: dict[str, dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Pillow resizes by up to 2 of 255 gray levels differently than torchvision."""
+    monkeypatch.chdir(model)
+    answers = read_program("answer.py")
+    imported = set(re.findall(r"^(?:import|from) (\w+)", answers, re.MULTILINE))
+    assert imported == {"io", "json", "math", "numpy", "onnxruntime", "PIL"}
+    program: dict[str, Any] = {}
+    exec(answers, program)
+    found = program["predictor"]([file.read_bytes() for file in photos.values()])
+    assert program["version"] == hash_weights(model)["model.safetensors"]
+    for name, row in zip(photos, found, strict=True):
+        assert bool(row["error"]) == bool(rows[name]["error"]), name
+        if not row["error"]:
+            expected = rows[name]["distance"]
+            assert row["distance"] == pytest.approx(expected, rel=PILLOW_TOLERANCE), name
+            assert row["label"] == rows[name]["label"], name
+            assert row["probability"] == pytest.approx(
+                rows[name]["probability"], abs=PILLOW_TOLERANCE
+            )
+
+
+def read_program(name: str) -> str:
+    """Read a program of docs/serving.md."""
+    blocks = read_blocks(ROOT / "docs" / "serving.md")
+    return next(block.text for block in blocks if block.text.startswith(f"# {name}\n"))
+
+
+def test_the_server(
+    model: Path,
+    photos: dict[str, Path],
+    rows: dict[str, dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    program: dict[str, Any] = {}
+    source = (
+        read_program("serve.py").replace("runs/photos", str(model)).replace("top_k=3", "top_k=4")
+    )
+    exec(source, program)
+    program["predictor"] = Predictor(model, top_k=TOP_K, mixed_precision="no")
+    client = TestClient(program["app"])
+    found: dict[str, Answer] = {}
+    for name, file in photos.items():
+        answer = client.post("/predict", files=[("photos", (name, file.read_bytes()))])
+        assert answer.status_code == (400 if name in REFUSED else 200), name
+        (row,) = answer.json()["detail" if name in REFUSED else "photos"]
+        assert row["image"] == f"0: {name}"
+        assert row["unknown"] == rows[name]["unknown"]
+        found[name] = read_answer(row)
+    check_answers(found, rows)
+
+
+def test_evaluation(model: Path, photos: dict[str, Path], rows: dict[str, dict[str, Any]]) -> None:
+    """The images that trained the model are left out."""
+    labeled = [(str(photos[name]), row["label"]) for name, row in rows.items() if row["label"]]
+    file = model.parent / "rows.parquet"
+    results = evaluate(model, labeled, per_image=file, mixed_precision="no", num_workers=0)
+    assert results["accuracy"] == 1
+    labels = list(ViTCLSForImageClassification.from_pretrained(model).config.label2id)
+    table = pq.read_table(file).to_pylist()
+    assert len(table) >= 15
+    for row in table:
+        name = Path(row["image"]).name
+        probabilities = dict(zip(labels, row["probabilities"], strict=True))
+        assert probabilities == pytest.approx(read_answer(rows[name]), abs=TOLERANCE), name
+
+
+def test_the_page_of_the_demo(
+    model: Path, photos: dict[str, Path], rows: dict[str, dict[str, Any]]
+) -> None:
+    page = build_page(DemoOptions(model=str(model)))
+    (function,) = {each.fn for each in page.fns.values() if each.api_name == "predict"}
+    for name in ("gray16.png", "alpha.png", "exif6.jpg"):
+        expected = "none of these" if rows[name]["unknown"] else read_answer(rows[name])
+        answer = function(str(photos[name]))[0]
+        assert answer == pytest.approx(expected, abs=TOLERANCE), name
+    for name in ("float.tif", "truncated.jpg"):
+        with pytest.raises(gradio.Error):
+            function(str(photos[name]))
+
+
+# A model to keep ----------------------------------------------------------------------------------
+
+
+def test_threads_that_share_a_predictor_get_the_rows_of_predict(
+    model: Path, photos: dict[str, Path], rows: dict[str, dict[str, Any]]
+) -> None:
+    """Whatever other commands of the process, and the caller's defaults, are."""
+    predictor = Predictor(model, top_k=TOP_K, mixed_precision="no", num_workers=0)
+    contents = {name: file.read_bytes() for name, file in photos.items()}
+    predict(model, list(photos.values())[:1], mixed_precision="bf16")
+    torch.set_default_dtype(torch.float64)
+    try:
+        with ThreadPoolExecutor(8) as threads:
+            found = list(threads.map(predictor, [[content] for content in contents.values()] * 2))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    names = [*photos, *photos]
+    check_answers({name: read_answer(row) for name, (row,) in zip(names, found, strict=True)}, rows)
+    for name, (row,) in zip(names, found, strict=True):
+        assert row["unknown"] == rows[name]["unknown"], name
+        expected = rows[name]["distance"] or np.nan
+        assert (row["distance"] or np.nan) == pytest.approx(expected, rel=1e-4, nan_ok=True), name
+
+
+def test_a_predictor_keeps_its_precision(model: Path, photos: dict[str, Path]) -> None:
+    """accelerate has one precision per process, that of the last command."""
+    plain = photos["plain.png"]
+    expected = predict(model, plain, mixed_precision="bf16")
+    predictor = Predictor(model, mixed_precision="bf16")
+    exact = predict(model, plain, mixed_precision="no")
+    assert predictor(plain) == expected
+    assert expected != exact

@@ -608,12 +608,16 @@ def test_saved_settings_name_both_backends(backend: type, tmp_path: Path) -> Non
     assert backend.from_pretrained(tmp_path, size=64).size == {"height": 64, "width": 64}
 
 
+@pytest.mark.parametrize("suffix", ["png", "jpg"])
 def test_an_image_above_the_limit_of_pillow_names_file_and_setting(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
 ) -> None:
-    PIL.Image.new("RGB", (30, 20)).save(tmp_path / "large.png")
+    """torchvision, which reads JPEG files, has no limit of its own."""
+    file = tmp_path / f"large.{suffix}"
+    PIL.Image.new("RGB", (30, 20)).save(file)
+    processor = ViTCLSImageProcessor()
+    processor(build_gradient(), return_tensors="pt")  # Later calls use the fast path
     monkeypatch.setattr(PIL.Image, "MAX_IMAGE_PIXELS", 100)
-    with pytest.raises(
-        ValueError, match=r"large\.png': .*600 pixels.*PIL\.Image\.MAX_IMAGE_PIXELS"
-    ):
-        ViTCLSImageProcessor()(tmp_path / "large.png")
+    message = rf"large\.{suffix}': .*600 pixels.*PIL\.Image\.MAX_IMAGE_PIXELS"
+    with pytest.raises(ValueError, match=message):
+        processor(file, return_tensors="pt")
