@@ -17,6 +17,7 @@ A ViT or DeiT with a non-square image_size accepts only images of that size, bec
 interpolates position embeddings only from a square grid.
 """
 
+import copy
 import dataclasses
 from dataclasses import dataclass, replace
 from typing import Any
@@ -26,7 +27,7 @@ import transformers
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
-from ..model.adaptation_vitcls import replace_fields
+from ..model.adaptation_vitcls import remove_open_gates, replace_fields
 from ..model.configuration_vitcls import ViTCLSConfig
 from ..model.modeling_vitcls import ViTCLSPreTrainedModel
 from ..model.token_layout_vitcls import COUNT_FIELDS, GROUPS_WITH_POSITIONS
@@ -72,6 +73,9 @@ def convert_to_transformers(
         >>> type(convert_to_transformers(model)).__name__
         'ViTModel'
     """
+    if model.config.gated_tokens:
+        model = copy.deepcopy(model)
+        remove_open_gates(model)
     match = find_target(model)
     if match.resampling and not native_size_only:
         raise ConversionError(
@@ -178,9 +182,15 @@ def find_target(model: ViTCLSPreTrainedModel) -> TargetMatch:
     matches = [match_target(target, model.config) for target in TARGETS[name]]
     best_match = min(matches, key=lambda match: (len(match.mismatches), len(match.resampling)))
     if best_match.mismatches:
+        remedy = ""
+        if "gated_tokens" in best_match.mismatches:
+            remedy = (
+                ". No class of transformers has gates. Train the tokens without them, with `vitcls "
+                "finetune --no-gate-new-tokens`"
+            )
         raise ConversionError(
             f"{best_match.target}, the nearest class of transformers, does not support the "
-            f"model: {', '.join(best_match.mismatches.values())}"
+            f"model: {', '.join(best_match.mismatches.values())}{remedy}"
         )
     return best_match
 

@@ -399,9 +399,8 @@ def list_twins(context: AdaptationContext) -> Tensor | None:
         group = "distillation" if config.num_distillation_tokens else "cls"
         first = (config.pooled_cls_tokens or [0])[0]
         tokens = slice(None) if config.num_distillation_tokens else slice(first, first + 1)
-    is_read = "distillation" in context.name or (
-        context.name.endswith("cls_token") and context.new_config.cls_pooling == "mean"
-    )
+    reads_cls = context.new_config.cls_pooling == "mean" or context.new_config.tasks
+    is_read = "distillation" in context.name or (context.name.endswith("cls_token") and reads_cls)
     prefix = context.name.rpartition(".")[0]
     values = context.old_weights.get(f"{prefix}.{group}_token")
     if values is None or not is_read:

@@ -30,6 +30,7 @@ from modeling_vitcls import (
     ViTCLSConfig,
     ViTCLSForImageClassification,
     ViTCLSForMaskedImageModeling,
+    ViTCLSForMultiTaskClassification,
     ViTCLSModel,
 )
 from modeling_vitcls.model.positions_vitcls import resize_patch_kernel
@@ -462,3 +463,17 @@ def test_a_distillation_head_that_cannot_be_a_copy_is_random_and_not_read(
     assert sum("distillation_inference" in line for line in caplog.messages) == 1
     logits = [each(build_images()).logits for each in (model, adapted)]
     assert get_largest_difference(*logits) < 1e-5
+
+
+@torch.no_grad()
+def test_the_token_of_a_second_task_is_a_twin_of_cls(tmp_path: Path) -> None:
+    """As in `vitcls finetune`: a random one would start far behind."""
+    saved = randomize(ViTCLSForImageClassification(build_tiny_config()))
+    saved.save_pretrained(tmp_path)
+    model = ViTCLSForMultiTaskClassification.from_pretrained(
+        tmp_path, tasks={"age": 2, "kind": 3}, num_cls_tokens=2
+    )
+    expected = saved.vitcls(build_images()).last_hidden_state[:, 0]
+    states = model.vitcls(build_images()).last_hidden_state
+    for index in range(2):
+        assert get_largest_difference(states[:, index], expected) <= 1e-5

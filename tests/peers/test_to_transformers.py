@@ -284,6 +284,26 @@ def test_errors_name_the_unsupported_field(model_class: Any, values: dict, field
         convert_to_transformers(model_class(ViTCLSConfig(**BASE | values)))
 
 
+@torch.no_grad()
+def test_open_gates_go_home_and_half_open_ones_are_an_error_with_a_remedy() -> None:
+    values = LAYER_SCALE | {"position_antialias": True, "pooling": "cls_mean"}
+    plain = randomize_weights(ViTCLSForImageClassification(ViTCLSConfig(**BASE | values)))
+    model = plain.adapt(num_register_tokens=4).eval()
+    gates = model.vitcls.gates
+    gates.gates.fill_(gates.OPEN)
+    expected = compute_outputs(model, images((32, 32)))
+
+    converted = convert_to_transformers(model)
+    assert type(converted).__name__ == "Dinov2WithRegistersForImageClassification"
+    assert_same_outputs(model, converted, "registers classifier", (48, 24))
+    assert model.vitcls.gates is gates
+    assert torch.equal(compute_outputs(model, images((32, 32)))["logits"], expected["logits"])
+
+    gates.gates[0] = gates.OPEN / 2
+    with raises_one_line("gated_tokens", "--no-gate-new-tokens", error=ConversionError):
+        convert_to_transformers(model)
+
+
 @pytest.mark.parametrize(
     "model_class", [ViTCLSForMaskedImageModeling, ViTCLSForMultiTaskClassification, ViTCLSBackbone]
 )
