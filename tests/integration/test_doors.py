@@ -1,6 +1,7 @@
 """The same photo has the same answer by every door, and a door refuses what `predict` refuses."""
 
 import json
+import os
 import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -40,21 +41,37 @@ NAMES = ("ant", "bee", "wasp")
 TOP_K = 4  # All labels
 TOLERANCE = 1e-5
 PILLOW_TOLERANCE = 0.001
-# Runs the pipeline of a folder in a process that cannot import the package.
+# Answers in a process that cannot import the package, with a function `classify` of a path.
 CHILD = """
-import json, sys
-sys.path.insert(0, {helpers!r})
+import base64, importlib.util, json, os, sys
+sys.path.insert(0, os.environ["HELPERS"])
 from load_without_package import PackageBlocker
 sys.meta_path.insert(0, PackageBlocker())
 import transformers
-classify = transformers.pipeline("image-classification", {model!r}, trust_remote_code=True)
+model = sys.argv[1]
+{setup}
 answers = {{}}
-for name, path in json.loads(sys.argv[1]).items():
+for name, path in json.loads(sys.argv[2]).items():
     try:
         answers[name] = {{each["label"]: each["score"] for each in classify(path)}}
     except ValueError as error:
         answers[name] = str(error)
 print("ANSWERS" + json.dumps(answers))
+"""
+PIPELINE = """
+classify = transformers.pipeline("image-classification", model, trust_remote_code=True)
+"""
+# As the inference toolkit of Hugging Face loads and calls it, with JSON as the body
+HANDLER = """
+spec = importlib.util.spec_from_file_location("handler", f"{model}/handler.py")
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+handler = module.EndpointHandler(model)
+def classify(path):
+    body = {"inputs": base64.b64encode(open(path, "rb").read()).decode(), "parameters": {"top_k": 4}}
+    answer = json.loads(json.dumps(handler(body)))
+    assert isinstance(answer["unknown"], bool)
+    return answer["labels"]
 """
 
 Answer = dict[str, float] | str  # Label -> probability, or why there is none
@@ -161,12 +178,16 @@ def test_the_pipeline_with_the_package_needs_no_trust(
     check_answers(ask_one_by_one(classify, photos), rows)
 
 
-def test_the_pipeline_of_the_folder_alone(
-    model: Path, photos: dict[str, Path], rows: dict[str, dict[str, Any]]
+@pytest.mark.parametrize("setup", [PIPELINE, HANDLER], ids=["pipeline", "handler"])
+def test_the_folder_alone(
+    setup: str, model: Path, photos: dict[str, Path], rows: dict[str, dict[str, Any]]
 ) -> None:
-    helpers = str(Path(sys.modules["helpers.odd_photos"].__file__ or "").parent)
-    program = CHILD.format(helpers=helpers, model=str(model))
-    done = run_python("-c", program, json.dumps({name: str(file) for name, file in photos.items()}))
+    """The pipeline of transformers, and the handler of an Inference Endpoint."""
+    (model / "handler.py").write_text(read_program("handler.py"))
+    helpers = Path(sys.modules["helpers.odd_photos"].__file__ or "").parent
+    paths = json.dumps({name: str(file) for name, file in photos.items()})
+    environment = os.environ | {"HELPERS": str(helpers)}
+    done = run_python("-c", CHILD.format(setup=setup), model, paths, environment=environment)
     check_answers(json.loads(done.stdout.partition("ANSWERS")[2]), rows)
 
 

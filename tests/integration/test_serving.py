@@ -1,7 +1,9 @@
 """The server of docs/serving.md answers over the network as `predict` does."""
 
 import io
+import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -14,11 +16,14 @@ import httpx
 import numpy as np
 import pytest
 from accelerate.utils.other import get_free_port
+from fastapi.testclient import TestClient
 from helpers.doc_pages import ROOT, read_blocks
+from helpers.fresh_processes import run_program
 from helpers.tiny_models import build_tiny_config, save_with_processor
 from PIL import Image
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor, predict
+from modeling_vitcls.hub.model_files import hash_weights
 
 
 pytestmark = pytest.mark.slow
@@ -71,7 +76,7 @@ def encode(size: tuple[int, int], seed: int) -> bytes:
 
 
 def ask(address: str, photos: list[bytes]) -> httpx.Response:
-    files = [("photos", photo) for photo in photos]
+    files = [("photos", (f"{index}.png", photo)) for index, photo in enumerate(photos)]
     return httpx.post(address, files=files, timeout=60, trust_env=False)
 
 
@@ -82,14 +87,83 @@ def test_requests_of_several_threads_get_the_predictions_of_the_command(
     batches = [[encode(size, seed) for size in SIZES] for seed in range(8)]
     with ThreadPoolExecutor(8) as threads:
         answers = list(threads.map(lambda photos: ask(address, photos).json(), batches))
-    for photos, found in zip(batches, answers, strict=True):
-        expected: Any = predict(str(folder / "runs" / "photos"), photos, mixed_precision="no")
-        assert [row["label"] for row in found] == [row["label"] for row in expected]
-        probabilities = [row["probability"] for row in expected]
-        assert [row["probability"] for row in found] == pytest.approx(probabilities, abs=1e-5)
+    for photos, answer in zip(batches, answers, strict=True):
+        expected: Any = predict(folder / "runs" / "photos", photos, top_k=3)
+        found = answer["photos"]
+        assert answer["version"] == hash_weights(folder / "runs" / "photos")["model.safetensors"]
+        for end in ("", "_2", "_3"):
+            assert [row[f"label{end}"] for row in found] == [row[f"label{end}"] for row in expected]
+            probabilities = [row[f"probability{end}"] for row in expected]
+            assert [row[f"probability{end}"] for row in found] == pytest.approx(
+                probabilities, abs=1e-5
+            )
 
 
-def test_a_file_that_is_no_photo_is_the_clients_error(address: str) -> None:
+def test_a_bad_photo_of_two_is_named_and_the_other_one_answered(address: str) -> None:
     answer = ask(address, [encode((8, 8), 0), b"not a photo"])
-    assert answer.status_code == 400
-    assert "image" in answer.json()["detail"]
+    good, bad = answer.json()["photos"]
+    assert answer.status_code == 200
+    assert (good["image"], good["error"]) == ("0: 0.png", None)
+    assert bad["image"] == "1: 1.png"
+    assert "image" in bad["error"]
+    assert ask(address, [b"not a photo"]).status_code == 400
+
+
+def test_a_request_beyond_a_limit_is_refused_and_the_server_lives(address: str) -> None:
+    file = io.BytesIO()
+    Image.new("L", (8000, 8000)).save(file, "PNG")  # 64 megapixels in 60 KB
+    too_large = ask(address, [encode((8, 8), 0), file.getvalue()])
+    assert (too_large.status_code, too_large.json()["detail"][:8]) == (413, "1: 1.png")
+    assert ask(address, [b"0"] * 17).status_code == 413
+    assert ask(address, [bytes(20_000_001)]).status_code == 413
+    chunked = httpx.post(address, content=iter([b"0"]), trust_env=False)
+    assert chunked.status_code == 411
+    path = httpx.post(address, data={"photos": "/etc/passwd"}, trust_env=False)
+    assert path.status_code == 422
+    health = httpx.get(address.replace("predict", "health"), trust_env=False).json()
+    assert health["waiting"] == 0
+    assert len(health["version"]) == 64
+
+
+def test_a_queue_that_is_full_says_so(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    program: dict[str, Any] = {}
+    exec((folder / "serve.py").read_text().replace("MAX_WAITING = 32", "MAX_WAITING = 0"), program)
+    answer = TestClient(program["app"]).post("/predict", files=[("photos", encode((8, 8), 0))])
+    assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
+
+
+@pytest.mark.parametrize("name", ["Dockerfile", "Dockerfile.onnx"])
+def test_the_images_are_built_or_at_least_well_formed(name: str, tmp_path: Path) -> None:
+    """They are built if a Docker daemon runs."""
+    blocks = read_blocks(ROOT / "docs" / "serving.md")
+    text = next(block.text for block in blocks if block.text.startswith(f"# {name}\n"))
+    lines = [line.split(maxsplit=1) for line in text.splitlines()[1:]]
+    assert [word for word, _ in lines[:1]] == ["FROM"]
+    for word, arguments in lines:
+        assert word in {"FROM", "RUN", "COPY", "WORKDIR", "ENV", "HEALTHCHECK", "CMD"}
+        if word == "CMD":
+            assert json.loads(arguments)[0] == "uvicorn"
+        if word == "HEALTHCHECK":
+            assert compile(json.loads(arguments.removeprefix("CMD "))[2], name, "exec")
+        if word == "COPY":
+            sources = arguments.split()[:-1]
+            assert set(sources) <= {
+                "modeling_vitcls",
+                "runs/photos",
+                "serve.py",
+                "answer.py",
+                "model.onnx",
+            }
+    if (
+        shutil.which("docker")
+        and not subprocess.run(["docker", "info"], capture_output=True).returncode
+    ):
+        shutil.copytree(
+            ROOT, tmp_path / "modeling_vitcls", ignore=shutil.ignore_patterns(".*", "runs")
+        )
+        (tmp_path / "runs" / "photos").mkdir(parents=True)
+        for file in ("serve.py", "answer.py", "model.onnx"):
+            (tmp_path / file).touch()
+        (tmp_path / name).write_text(text)
+        run_program("docker", "build", "-f", tmp_path / name, tmp_path)
