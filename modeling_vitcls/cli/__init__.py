@@ -21,13 +21,20 @@ import atexit
 import gc
 import importlib
 import os
+import re
 import signal
 import sys
+from pathlib import Path
 from types import ModuleType
 
 from ..runtime.errors import describe_exhaustion, describe_installation
 
 
+# Variables with the number of a process, and of all processes
+LEFT_BY_LAUNCHERS = re.compile(
+    r"(LOCAL_)?(RANK|WORLD_SIZE)|MPI_LOCAL(RANKID|NRANKS)|PMI_(RANK|SIZE)"
+    r"|(OMPI|MV2)_COMM_WORLD_(LOCAL_)?(RANK|SIZE)"
+)
 # Names of the subcommands, in the order of the help
 COMMANDS = (
     *("finetune", "pretrain", "evaluate", "predict", "convert", "inspect", "look"),
@@ -46,10 +53,19 @@ def main(arguments: list[str] | None = None) -> None:
     owns_process = arguments is None
     arguments = sys.argv[1:] if arguments is None else arguments
     prepare_streams()
+    # A cluster, a notebook or a scheduler may leave these variables without a launcher. Then this is
+    # the only process, and must not wait for others or stay silent.
     if "LOCAL_RANK" not in os.environ:
-        # A cluster may set RANK without a launcher. Then this is the only process, and must not
-        # wait for others or stay silent.
         os.environ.pop("RANK", None)
+    if "MASTER_ADDR" not in os.environ:
+        for name in [name for name in os.environ if LEFT_BY_LAUNCHERS.fullmatch(name)]:
+            del os.environ[name]
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        message = "the working folder was removed. Change to another one, such as `cd ~`"
+        print(f"error: {message}", file=sys.stderr)
+        raise SystemExit(1) from None
     try:
         try:
             run_command(arguments, owns_process)

@@ -214,6 +214,11 @@ def check_writable(name: str, output: Path) -> None:
     if str(output).encode(errors="ignore").decode() != str(output):
         raise ValueError(f"`{name}` is {str(output)!a}, which is not valid UTF-8. Set another one")
     output = output.absolute()
+    if link := next((path for path in (output, *output.parents) if is_broken_link(path)), None):
+        raise ValueError(
+            f"cannot write {output}: {link} is a link to {link.readlink()}, which does not exist. "
+            f"Create it, or set a different `{name}`"
+        )
     # Unlike Path.exists, os.path.exists does not raise PermissionError
     existing = next(path for path in (output, *output.parents) if os.path.exists(path))  # noqa: PTH110
     if existing != output and not existing.is_dir():
@@ -224,6 +229,11 @@ def check_writable(name: str, output: Path) -> None:
         raise ValueError(
             f"cannot write {output}: no permission to write to {existing}. Set a different `{name}`"
         )
+
+
+def is_broken_link(path: Path) -> bool:
+    """Tell whether a path is a link whose target is gone, such as a disk that is not mounted."""
+    return os.path.lexists(path) and not os.path.exists(path)  # noqa: PTH110
 
 
 # Help ---------------------------------------------------------------------------------------------

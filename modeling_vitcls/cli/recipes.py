@@ -66,7 +66,7 @@ class RecipeLoader(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         """Build a dict, and raise an error at a key that is there twice."""
-        names = [name.value for name, _ in node.value]
+        names = [str(name.value).replace("-", "_") for name, _ in node.value]
         if repeated := next((name for name in names if names.count(name) > 1), None):
             raise yaml.YAMLError(f"{repeated} is set twice")
         return super().construct_mapping(node, deep)
@@ -112,7 +112,7 @@ def read_recipe(path: Path, options_class: type[Options]) -> dict[str, Any]:
     file = find_recipe(path)
     try:
         recipe = yaml.load(read_text(file), RecipeLoader) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise ValueError(f"cannot read the recipe {file}: {format_error(error)}") from None
     if not isinstance(recipe, dict):
         raise ValueError(f"the recipe {file} must contain lines of the form flag: value")

@@ -166,8 +166,8 @@ def find_column(
 
     raise ValueError(
         f"{dataset}: cannot identify the {kind} column among {', '.join(features)}. Set "
-        f"`{kind}_column`, or write a table whose columns are separated by commas, semicolons, tabs "
-        "or bars"
+        f"`{kind}_column`, or write a table whose first line is the header, and whose columns are "
+        "separated by commas, semicolons, tabs or bars"
     )
 
 
@@ -260,6 +260,11 @@ def read_labels(
                 build = SeveralLabels
 
     if build is PerTask:
+        if odd := [column for column in columns if not column.isidentifier()]:
+            raise ValueError(
+                f"{dataset}: the name of a task has letters, digits and _ only, so {odd[0]!r} cannot be "
+                "one. Rename this column"
+            )
         classes = dict(sorted(classes.items()))  # As the classifiers of a model are
     # One label space for all splits, so an index is the same class in each of them.
     space = build(classes, separator)

@@ -34,7 +34,7 @@ MNIST_REMEDY = "To read MNIST, set `dataset` to its images on the Hub, such as '
 NAME_REMEDY = "To rename files to UTF-8, `convmv -r -f latin1 -t utf8 --notest FOLDER`"
 if find_spec("pillow_heif"):
     IMAGE_SUFFIXES |= HEIF_SUFFIXES
-TABLE_SUFFIXES = frozenset(".arrow .csv .json .jsonl .parquet .tar .tsv .zip".split())
+TABLE_SUFFIXES = frozenset(".arrow .csv .json .jsonl .ndjson .parquet .tar .tsv .zip".split())
 METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 
 # Folders and files of operating systems and network storage, in lower case

@@ -43,6 +43,7 @@ warnings.filterwarnings("ignore", module=r"PIL\.")
 MAX_UNREADABLE_IMAGES = 100
 ROWS_PER_READ = 64  # Number of dataset rows that are read from disk at once
 MIN_BASE64_LENGTH = 100  # Shorter texts are paths: photos are not that small
+URL_SAFE = str.maketrans("-_", "+/")  # Another alphabet of base64
 ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 
 
@@ -269,15 +270,16 @@ def resolve_path(folder: Path, path: str | None) -> str:
 
 
 def decode_base64(text: str | bytes) -> bytes | None:
-    """Decode base64 without the prefix of a data URI, as servers and tables have it.
+    """Decode base64 as servers and tables have it: wrapped, URL-safe, or bytes of a data URI.
 
     Return None for anything else, such as a path or an encoded image.
     """
     if len(text) < MIN_BASE64_LENGTH or os.path.lexists(text):
         return None
     try:
-        text = text if isinstance(text, str) else text.decode("ascii")
-        return base64.b64decode("".join(text.split()), validate=True)  # Programs wrap its lines
+        text = text if isinstance(text, str) else text.decode("ascii").rpartition("base64,")[2]
+        text = "".join(text.split()).translate(URL_SAFE).rstrip("=")  # Programs wrap its lines
+        return base64.b64decode(f"{text}{'=' * (-len(text) % 4)}", validate=True)
     except ValueError:
         return None
 

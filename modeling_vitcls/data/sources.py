@@ -37,6 +37,7 @@ from ..runtime.errors import (
     format_name_list,
     warn_on_first_process,
 )
+from ..runtime.files import find_similar_names, read_json
 from .cells import spell_label
 from .columns import (
     MAX_CHECKED_PATHS,
@@ -75,6 +76,7 @@ READERS = {
     ".csv": "text",
     ".tsv": "text",
     ".jsonl": "text",
+    ".ndjson": "text",
     ".parquet": "parquet",
     ".tar": "webdataset",
 }
@@ -254,9 +256,9 @@ def open_dataset(
     suffix = path.suffix.lower()
     if path.exists() and suffix not in READERS:
         raise ValueError(
-            f"{dataset} is not a table that can be read. Save it as CSV UTF-8 or as JSON Lines "
-            "(.jsonl) with columns such as file_name and label, unpack an archive, or set `dataset` to a "
-            "folder of images"
+            f"{dataset} is not a table that can be read, because its suffix is not one of "
+            f"{', '.join(READERS)}. Rename a file in such a format, save a spreadsheet as CSV UTF-8 with "
+            "columns such as file_name and label, unpack an archive, or set `dataset` to a folder of images"
         )
     if path.exists():
         tables = read_tables(path.parent, READERS[suffix], {"train": [path]})
@@ -305,6 +307,10 @@ def read_folder(path: Path, use_labels: bool, label_columns: Collection[str]) ->
     if folder.is_image_folder:
         return read_image_folder(folder, use_labels)
     if any((path / file).is_file() for file in SAVED_FILES):
+        # `datasets` cannot load a dataset without rows, which has no files
+        for state in path.rglob(SAVED_FILES[1]):
+            if not read_json(state).get("_data_files"):
+                raise ValueError(f"{state.parent} is empty. Add rows with images")
         with explain_reading_errors(str(path)):
             saved = datasets.load_from_disk(path)
         return saved if isinstance(saved, dict) else {"train": saved}
@@ -411,8 +417,7 @@ def explain_reading_errors(name: str) -> Iterator[None]:
         cause: BaseException = error
         while isinstance(cause, datasets.exceptions.DatasetGenerationError) and cause.__cause__:
             cause = cause.__cause__
-        # The messages about an empty Parquet file, and a folder of `save_to_disk` without rows
-        if str(cause).startswith(("BatchSize must be greater than 0", "list index out of range")):
+        if str(cause).startswith("BatchSize must be greater than 0"):  # An empty Parquet file
             raise ValueError(f"{name} is empty. Add rows with images") from error
         raise ValueError(
             f"cannot read the dataset {name!r} ({type(cause).__name__}: {format_error(cause)}). "
@@ -436,11 +441,21 @@ def build_images(dataset: Any, column: str, folder: Path, name: str) -> DatasetI
     is_encoded = is_image_feature(feature)
     if is_encoded:
         images = images.cast_column(column, datasets.Image(decode=False))
-    elif getattr(feature, "dtype", None) not in ("string", "large_string"):
+    elif not hasattr(feature, "dtype"):
+        raise ValueError(
+            f"{name}: the column {column!r} has lists or objects ({feature}). Write one image or file name "
+            "into each row, or set `image_column`"
+        )
+    elif feature.dtype not in ("string", "large_string"):
         images = images.cast_column(column, datasets.Value("string"))  # Numbers as file names
 
     paths = [] if is_encoded else [path for path in images[:MAX_CHECKED_PATHS][column] if path]
     if paths and not has_files(paths, folder):
+        if similar := find_similar_names(folder / paths[0]):
+            raise ValueError(
+                f"{name}: there is no file {shorten_text(paths[0])}, but {similar[0]}. Rename the files, or "
+                f"write their names in {column!r} as they are, with the same upper and lower case"
+            )
         raise ValueError(
             f"{name}: the column {column!r} has no names of files in {folder}, such as "
             f"{shorten_text(paths[0])}. Set `image_column` to a column of file names, write them with "

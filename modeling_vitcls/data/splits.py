@@ -158,6 +158,13 @@ def load_undivided_images(
                 f"a classifier requires two or more classes, but {title} has {found} in {column!r}. "
                 f"If this is a folder of classes, set `dataset` to it"
             )
+    if isinstance(labels, SeveralLabels):
+        counts = Counter(chain.from_iterable(loaded.train.labels))
+        if set(counts.values()) <= {len(loaded.train)}:
+            raise ValueError(
+                f"all images of {title} have the same labels ({format_name_list(labels.names)}), so "
+                "there is nothing to learn. Add images with other labels, or `[]` for none of them"
+            )
     with_keys = add_keys(loaded.images_by_split)
     merged = {split: merge_rows(part, title) for split, part in with_keys.items()}
     return replace(loaded, images_by_split=merged)

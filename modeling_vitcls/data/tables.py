@@ -1,13 +1,14 @@
 """Text tables on this machine, read into memory as they are written.
 
     .csv, .tsv    every cell is text: 001, 1e3, true, NA and null stay as they are; an empty cell is a missing value
-    .jsonl        values keep their JSON type; a column with values of several types is text
+    .jsonl, .ndjson    values keep their JSON type; a column with values of several types is text
 
 There is no cache, so a table is never older than its file. The separator of a CSV file (comma,
 semicolon, tab or bar) is the most frequent one in its header; lines before the header may be
 comments (`#`) or `sep=;`.
 """
 
+import csv
 import io
 import json
 import os
@@ -23,6 +24,10 @@ from .images import resolve_path
 
 
 SEPARATORS = ",;\t|"
+FILE_NAME_COLUMNS = {
+    "file_name",
+    "filename",
+}  # Names that are no labels; they show where the header is
 # Blank lines and comments before the header, and the line in which spreadsheets name the separator
 PREAMBLE = re.compile(r'(?:[ \t]*(?:#.*)?\n)*(?:"?sep=(?P<separator>.)"?\n)?')
 
@@ -37,7 +42,7 @@ def read_table(file: Path, folder: Path) -> Any:
     text = read_table_text(file)
     if not text.strip():
         columns: dict[str, list[Any]] = {}
-    elif file.suffix.lower() == ".jsonl":
+    elif file.suffix.lower() in (".jsonl", ".ndjson"):
         columns = read_json_lines(file, text)
     else:
         columns = read_csv(file, text)
@@ -76,6 +81,14 @@ def read_csv(file: Path, text: str) -> dict[str, list[str]]:
     preamble = PREAMBLE.match(text)
     assert preamble is not None, "the pattern matches any text"
     header, _, rows = text[preamble.end() :].partition("\n")
+    second = rows.partition("\n")[0]
+    first_fields, second_fields = map(split_fields, (header, second))
+    is_title = len(first_fields) == 1 < len(second_fields)
+    if is_title or FILE_NAME_COLUMNS & {*second_fields} - {*first_fields}:
+        raise ValueError(
+            f"{file}: the line {header.strip()!r} is no header, unlike the next one. Remove it, or write # "
+            "at its start"
+        )
     # A header of one column has no separator; `max` then returns the first, the comma.
     separator = preamble["separator"] or max(SEPARATORS, key=header.count)
     # Some programs add separators at the end of a line
@@ -104,11 +117,23 @@ def read_csv(file: Path, text: str) -> dict[str, list[str]]:
         )
     for name in columns.values():
         if "." in name and os.path.isfile(resolve_path(file.parent, name)):  # noqa: PTH113  # False for long names
+            comment = preamble.group().rstrip("\n").rpartition("\n")[2]
+            if comment.startswith("#"):
+                raise ValueError(
+                    f"{file} has no header: the line {comment!r} is a comment, because it begins with #. "
+                    "Remove # from the header"
+                )
             raise ValueError(
                 f"{file} has no header: its first line names the file {name!r}. Put a line with the "
                 f"names of the columns above it, such as file_name{separator}label"
             )
     return {name: table[column][1:].tolist() for column, name in columns.items()}
+
+
+def split_fields(line: str) -> list[str]:
+    """Split a line into the fields that have a text, with the separator that gives most of them."""
+    rows = (next(csv.reader([line], delimiter=each), []) for each in SEPARATORS)
+    return max(([field.strip() for field in row if field.strip()] for row in rows), key=len)
 
 
 def read_json_lines(file: Path, text: str) -> dict[str, list[Any]]:

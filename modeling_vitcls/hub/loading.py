@@ -29,6 +29,7 @@ from urllib.parse import quote
 
 from huggingface_hub import constants, is_offline_mode, snapshot_download
 from huggingface_hub.errors import (
+    HfHubHTTPError,
     HFValidationError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
@@ -62,6 +63,8 @@ from .model_files import (
 # needed.
 MODEL_FILE_PATTERNS = (*CONFIG_FILES, *WEIGHTS_PATTERNS, ADAPTER_FILE)
 
+# The address of a page or of a repository
+HUB_PAGE = re.compile(r"(?:https?://[^/]+|hf:/)/(?:datasets/)?([\w.-]+/[\w.-]+)")
 TIMEOUT = 6.0  # Maximum time without a response, in seconds
 COMMIT_TIMEOUT = 60.0  # Maximum time without a response for the files of a commit, in seconds
 RETRY_WAIT = 1.0  # Wait before the only retry, after an error of the server, in seconds
@@ -177,6 +180,12 @@ def fetch_repo_info(
             "commit hash, branch or tag"
         ) from None
     except HUB_ERRORS as error:
+        # The Hub refuses an invalid token for public repositories, too.
+        if isinstance(error, HfHubHTTPError) and error.response.status_code == 401:
+            raise OSError(
+                f"the Hub refuses the token: {format_hub_error(error)}. Log in with `hf auth login`, or "
+                "unset HF_TOKEN; a public model or dataset needs no token (`hf auth logout`)"
+            ) from None
         raise HubUnreachableError(describe_no_response(error)) from error
 
 
@@ -323,6 +332,8 @@ def describe_missing_repo(name: str, repo_type: RepoType = "model") -> str:
     The Hub does not distinguish the two cases.
     """
     path_noun = PATH_NOUNS[repo_type]
+    if page := HUB_PAGE.match(name):
+        return f"{name} is an address. Set the id of the {repo_type}: `{repo_type}={page[1]!r}`"
     if not is_hub_id(name):
         return (
             f"{name} is not a {path_noun} and not a valid id of a {repo_type} on the Hub. Check "

@@ -53,6 +53,9 @@ AUTO_CLASSES = {
     "ViTCLSBackbone": "AutoBackbone",
 }
 
+# A text such as 1e3 must be quoted: YAML 1.1 reads it as a text, and YAML 1.2 as a number
+YAML_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$")
+
 # First parts of the names of weights that an encoder without a classifier does not use.
 HEADS = {
     "classifier",
@@ -436,3 +439,15 @@ def list_code_references(auto_map: Any) -> list[str]:
     strings = re.findall(r'"([^"]*)"(:?)', json.dumps(auto_map))
     # A string before a colon is a key of a nested dict, not a reference.
     return [value for value, colon in strings if not colon]
+
+
+class FlagsDumper(yaml.SafeDumper):
+    """Writes YAML that means the same in the versions 1.1 and 1.2."""
+
+
+FlagsDumper.add_implicit_resolver("tag:yaml.org,2002:float", YAML_NUMBER, None)
+
+
+def dump_flags(flags: dict[str, Any]) -> str:
+    """Write flags as the text of a recipe."""
+    return yaml.dump(flags, Dumper=FlagsDumper, sort_keys=False)

@@ -76,8 +76,8 @@ def list_records(paths: Iterable[str]) -> list[ImageRecord]:
         check_is_no_address(path)
         if "*" in path and not os.path.lexists(path):
             raise ValueError(
-                f"{path} does not exist, and patterns are not expanded. Pass the files: in Python, "
-                f"`glob.glob({path!r})`"
+                f"{path} does not exist. Pass the folder {Path(path).parent}, or files: patterns are "
+                "expanded by a shell if they are not in quotes"
             )
         if not os.path.isdir(path):  # noqa: PTH112  # False for names of any length
             files.append(path)

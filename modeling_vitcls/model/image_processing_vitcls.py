@@ -446,6 +446,8 @@ def read_image(source: str | os.PathLike[str] | bytes | bytearray) -> PIL.Image.
     except PIL.UnidentifiedImageError as error:
         # PIL's message contains the repr of a BytesIO object
         reason = f"it is not an image in a supported format ({', '.join(get_image_formats())})"
+        if starts_like_an_image(path if content is None else content):
+            reason = "the file is damaged, such as by a wrong checksum. Export the image again"
         raise ValueError(f"cannot read an image from {source_name}: {reason}") from error
     except PIL.Image.DecompressionBombError as error:
         raise ValueError(
@@ -453,9 +455,18 @@ def read_image(source: str | os.PathLike[str] | bytes | bytearray) -> PIL.Image.
             "if you trust it, set PIL.Image.MAX_IMAGE_PIXELS in Python"
         ) from error
     except Exception as error:  # Pillow's decoders raise almost any exception for damaged data
-        raise ValueError(
-            f"cannot read an image from {source_name}: {get_first_line(error)}"
-        ) from error
+        reason = get_first_line(error)
+        if "MAX_TEXT" in reason:  # A limit of Pillow
+            reason = "its metadata (texts or color profile) exceeds 1 MB. Save the image without it"
+        raise ValueError(f"cannot read an image from {source_name}: {reason}") from error
+
+
+def starts_like_an_image(source: Any) -> bool:
+    """Tell whether a path or encoded bytes begin like PNG, JPEG or GIF."""
+    if not isinstance(source, bytes | bytearray):
+        with open_regular_file(source) as file:
+            source = file.read(4)
+    return bytes(source[:4]).startswith((b"\x89PNG", b"\xff\xd8\xff", b"GIF8"))
 
 
 @cache

@@ -11,8 +11,6 @@ weights, and no images of a dataset that may not be published.
 from importlib.metadata import distribution
 from pathlib import Path
 
-import yaml
-
 from ..hub.model_files import (
     CARD_FILE,
     CERTIFICATE_FILE,
@@ -27,7 +25,7 @@ from ..hub.model_files import (
     SAMPLE_IMAGES_FILE,
     list_license_files,
 )
-from ..hub.model_folder import ModelFolder
+from ..hub.model_folder import ModelFolder, dump_flags
 from .card import has_edited_card, render_card
 
 
@@ -71,7 +69,7 @@ def collect_files(
     if not has_edited_card(folder):
         files[CARD_FILE] = render_card(folder, repo_id, hidden_files, license_id).encode()
     if RECIPE_FILE in names:
-        files[RECIPE_FILE] = yaml.safe_dump(folder.shareable_flags, sort_keys=False).encode()
+        files[RECIPE_FILE] = dump_flags(folder.shareable_flags).encode()
     if any(name.endswith(".py") for name in names):
         files[CODE_LICENSE_FILE] = read_code_license().encode()
     return files

@@ -34,14 +34,26 @@ def find_file(path: str) -> str:
     return str(found) if os.path.lexists(found) else path
 
 
+def find_similar_names(path: Path) -> list[str]:
+    """Find the files of a folder whose names differ from `path` only in upper and lower case."""
+    if not path.parent.is_dir():
+        return []
+    name = path.name.lower()
+    return sorted(file.name for file in path.parent.iterdir() if file.name.lower() == name)
+
+
 def read_text(file: Path) -> str:
     """Read the text of a file in UTF-8.
 
-    Raise OSError if it is missing, or not a regular file after links: a named pipe would block.
+    Raise OSError if it is missing, or not a regular file after links: a named pipe would block, and
+    ValueError if it is not UTF-8.
     """
     if file.exists() and not file.is_file():
         raise OSError(f"{file} is not a regular file. Set the path of a file")
-    return file.read_text(encoding="utf-8")
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"cannot read {file}: it is not UTF-8 text ({error.reason})") from None
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -49,17 +61,14 @@ def read_json(file: Path) -> dict[str, Any]:
 
     Raise ValueError if the file does not contain a valid JSON object, and OSError if it cannot be read.
     """
+    text = read_text(file)
     try:
-        text = read_text(file)
         if text.startswith("version https://git-lfs"):
             raise OSError(
                 f"{file} is a pointer of Git LFS instead of the file. Run `git lfs pull` in its folder"
             )
         content = json.loads(text)
-    except (
-        ValueError,
-        RecursionError,
-    ) as error:  # The text is not UTF-8, not JSON or nested too deeply
+    except (ValueError, RecursionError) as error:  # The text is not JSON, or nested too deeply
         raise ValueError(f"cannot read {file}: {error}") from None
     if not isinstance(content, dict):
         raise ValueError(f"cannot read {file}: the file does not contain a JSON object")

@@ -43,7 +43,6 @@ class Reporter:
         )
         self.progress_task = self.progress.add_task("training", total=None)
         self.last_line_time = self.progress.get_time()  # The time of the last line about steps
-        # Metrics of evaluations that lines contain, set by the run
         self.printed_metrics: tuple[str, ...] = ()
 
     def print_line(self, name: str, text: str) -> None:
@@ -64,12 +63,14 @@ class Reporter:
         text = f"WARNING: {spell_flags(message)}"
         self.console.print(text, style="bold yellow", markup=False)
 
-    def start_after(self, step: int, num_steps: int) -> None:
+    def start_after(self, step: int, num_steps: int, printed_metrics: tuple[str, ...] = ()) -> None:
         """Start the output about the steps of a run that continues after `step`.
 
+        `printed_metrics` are the metrics of evaluations that lines contain.
         In metrics.jsonl, keep the records up to this step, and remove the records of later steps,
         which the resumed run repeats.
         """
+        self.printed_metrics = printed_metrics
         if self.accelerator.is_main_process:
             self.metrics_file.touch()
             earlier_lines = []

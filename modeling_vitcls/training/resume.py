@@ -60,9 +60,10 @@ def take_derived_values(options: Options, earlier: EarlierRun) -> Options:
         # A person may copy the derived value from the log into the command; that is no change.
         accepted_values = (asked, derived.get(name, asked))
         is_same = is_same_source if name in PATH_FLAGS else operator.eq
-        is_accepted = any(is_same(value, flags[name]) for value in accepted_values)
+        value = flags.get(name)  # Another version may have had other flags
+        is_accepted = any(is_same(accepted, value) for accepted in accepted_values)
         if not is_accepted and name not in CHANGEABLE_FLAGS:
-            raise ValueError(describe_flag_change(name, flags[name], options.output_dir, earlier))
+            raise ValueError(describe_flag_change(name, value, options.output_dir, earlier))
 
     # The batch size may change, so it is derived only while it is unset.
     values = {

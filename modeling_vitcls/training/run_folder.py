@@ -34,7 +34,7 @@ from ..hub.model_files import (
     RESULTS_FILE,
     hash_weights,
 )
-from ..hub.model_folder import ModelFolder
+from ..hub.model_folder import ModelFolder, dump_flags
 from ..runtime.errors import format_name_list
 from ..runtime.files import read_json, read_text, write_atomically
 from ..runtime.flags import get_flag_fields
@@ -107,7 +107,17 @@ def read_finished_run(folder: Path) -> EarlierRun:
             f"`resume=True`: the run in {folder} is finished, but its weights are missing or have "
             "changed. Choose a different `output_dir`, or set `overwrite=True` without `resume`"
         )
-    flags = yaml.safe_load(read_text(folder / RECIPE_FILE)) | results["asked_flags"]
+    try:
+        flags = yaml.safe_load(read_text(folder / RECIPE_FILE)) | results["asked_flags"]
+        compared = {"chosen_flags", "images_per_step", "mixed_precision"}
+        if not (isinstance(results["data"], dict) and compared <= results.keys()):
+            raise KeyError
+    except (ValueError, KeyError, TypeError, yaml.YAMLError):
+        raise ValueError(
+            f"`resume=True`: the record of the run in {folder} ({RECIPE_FILE}, {RESULTS_FILE}) is damaged "
+            "or from another version. Choose a different `output_dir`, or set `overwrite=True` without "
+            "`resume`"
+        ) from None
     return EarlierRun(results | {"flags": flags}, None)
 
 
@@ -191,7 +201,7 @@ def prepare_folder(
     # itself.
     flags = {name: flags[name] for name in flags if name not in ("resume", "overwrite")}
     with write_atomically(folder / RECIPE_FILE) as file:  # Never through a link
-        file.write_text(yaml.safe_dump(flags, sort_keys=False), encoding="utf-8")
+        file.write_text(dump_flags(flags), encoding="utf-8")
 
 
 def make_flags_relative(flags: dict[str, Any]) -> dict[str, Any]:

@@ -278,9 +278,10 @@ def build_loop(
     if checkpoint is not None:
         loop.restore(checkpoint)
         reporter.print_line("resumed", f"after step {state.step:,} of {num_steps:,}")
-    reporter.printed_metrics = (setup.selection_metric,)
     # A checkpoint saved before the evaluation of its step has a record that was never logged.
-    reporter.start_after(state.step - bool(state.pending_record), num_steps)
+    reporter.start_after(
+        state.step - bool(state.pending_record), num_steps, (setup.selection_metric,)
+    )
     used_flags = run_metadata["flags"] | run_metadata["chosen_flags"]
     # Flags are formatted as text, because TensorBoard does not accept lists.
     reporter.start_trackers({name: format_flag_value(used_flags[name]) for name in used_flags})

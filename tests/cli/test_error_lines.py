@@ -143,6 +143,36 @@ def test_a_rank_without_a_launcher_hides_no_error(
     assert "runs/absent" in run_with_error("predict", "--model", "runs/absent", photos)
 
 
+@pytest.mark.parametrize("name", ["LOCAL_RANK", "OMPI_COMM_WORLD_SIZE", "WORLD_SIZE"])
+def test_variables_left_by_a_launcher_start_no_processes(
+    name: str, folder: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, "3")
+    assert run_here("predict", "--model", folder, photos) == 0
+
+
+def test_a_working_folder_that_was_removed_is_named(
+    folder: Path, photos: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "gone").mkdir()
+    monkeypatch.chdir(folder / "gone")
+    (folder / "gone").rmdir()
+    assert run_here("predict", "--model", folder, photos) == 1
+    error = capsys.readouterr().err
+    assert "working folder was removed" in error
+    assert error.count("\n") == 1
+
+
+def test_an_output_folder_whose_disk_is_gone_is_named(
+    photos: Path, tmp_path: Path, run_with_error: Callable[..., str]
+) -> None:
+    (tmp_path / "runs").symlink_to(tmp_path / "disk")
+    flags = ["--model", "vitcls-tiny", "--dataset", photos, "--output-dir", tmp_path / "runs/a"]
+    assert f"link to {tmp_path / 'disk'}, which does not exist" in run_with_error(
+        "finetune", *flags
+    )
+
+
 def test_names_that_the_terminal_cannot_encode_are_escaped(
     folder: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,12 +9,15 @@ from pathlib import Path
 
 import docstring_parser
 import pytest
+import yaml
 from helpers.command_in_process import parse_flags, run_here
 from helpers.tiny_models import build_tiny_config, save_with_processor
 
 from modeling_vitcls import ViTCLSForImageClassification, cli
 from modeling_vitcls.cli.parsing import exit_on_error, silence_libraries
+from modeling_vitcls.cli.recipes import RecipeLoader
 from modeling_vitcls.data.options import DataOptions
+from modeling_vitcls.hub.model_folder import dump_flags
 from modeling_vitcls.runtime.flags import get_flag_fields
 
 
@@ -71,6 +74,14 @@ def test_a_recipe_is_yaml_1_2(line: str, name: str, value: object, tmp_path: Pat
     assert getattr(options, name) == value
 
 
+def test_a_written_recipe_has_the_same_values_when_it_is_read() -> None:
+    """PyYAML writes YAML 1.1, in which 1e3 and 0o7 are texts, and recipes are read as YAML 1.2."""
+    texts = ["1e3", "1E-5", "+.5", "3.e2", "010", "no", "12:30", "2024-01-01", "~", "", "=", ".inf"]
+    flags = {"label_column": texts, "epochs": 1e-5, "lr": 1e3, "n": 3, "flip": True, "seed": None}
+    assert yaml.load(dump_flags(flags), RecipeLoader) == flags
+    assert yaml.safe_load(dump_flags(flags)) == flags
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [
@@ -80,6 +91,8 @@ def test_a_recipe_is_yaml_1_2(line: str, name: str, value: object, tmp_path: Pat
         (b"epochs: 3\nlr: 0.1", ["recipe.yaml", "no flag lr"]),
         (b"epochs: 3\nbatch_sise: 8", ["recipe.yaml", "batch_sise", "--batch-size"]),
         (b"epochs: 3\nbatch_size: 8\nepochs: 4", ["recipe.yaml", "epochs is set twice"]),
+        (b"batch-size: 3\nbatch_size: 8", ["recipe.yaml", "batch_size is set twice"]),
+        (b"augment: " + b"[" * 9_000, ["cannot read", "recipe.yaml"]),
         (b"epochs: many", ["recipe.yaml: --epochs is 'many', but it must be float"]),
         (b"seed: 010", ["recipe.yaml: --seed is '010', but it must be int"]),
         (b"flip: no", ["recipe.yaml: --flip is 'no', but it must be bool"]),

@@ -215,6 +215,11 @@ def test_dialects_of_spreadsheets_are_read(content: bytes, photos: Path) -> None
         ("file_name,label\n", ["is empty"]),
         ("", ["is empty"]),
         ("0.png;a\n1.png;b\n", ["no header", "'0.png'", "file_name;label"]),
+        ("#file_name,label\n0.png,a\n1.png,b\n", ["'#file_name,label' is a comment", "Remove #"]),
+        ("Photos of 2024\nimage,label\n0.png,a\n", ["'Photos of 2024' is no header"]),
+        ("Photos, 2024\nfile_name,label\n0.png,a\n", ["'Photos, 2024' is no header"]),
+        ("file_name,label\n0.PNG,a\n", ["no file '0.PNG', but 0.png"]),
+        ("image;tags\n0.png;['a']\n1.png;['a']\n2.png;['a']\n", ["the same labels (a)"]),
         (
             "image,label\nhttps://a.org/1.png,cat\n",
             ["the column 'image' has no names of files", "`img2dataset`"],
@@ -225,13 +230,34 @@ def test_dialects_of_spreadsheets_are_read(content: bytes, photos: Path) -> None
 def test_tables_that_cannot_be_used_are_named(content: str, words: list[str], photos: Path) -> None:
     (photos / "damaged.csv").write_text(content, encoding="utf-8")
     with raises_one_line("damaged.csv", *words):
-        read_labels(photos / "damaged.csv")
+        load_undivided_images(DataOptions(dataset=str(photos / "damaged.csv")))
 
 
-@pytest.mark.parametrize("name", ["t.xlsx", "t.json", "t.zip", "t"])
+def test_a_title_that_is_a_comment_is_no_header(photos: Path) -> None:
+    (photos / "title.csv").write_text("# Photos, 2024\nfile_name,label\n0.png,a\n1.png,b\n")
+    assert read_labels(photos / "title.csv") == ["a", "b"]
+
+
+def test_the_name_of_a_task_that_cannot_be_one_is_named_before_the_run(photos: Path) -> None:
+    table = write_csv(photos, ["a", "b"], **{"main color": ["red", "blue"]})
+    with raises_one_line("'main color'", "Rename this column"):
+        read_splits_of(table, label_column=("label", "main color"))
+
+
+def test_a_column_of_several_images_per_row_is_one_line(tmp_path: Path) -> None:
+    images = datasets.List(datasets.Image())
+    table = datasets.Dataset.from_dict(
+        {"images": [[str(tmp_path)]] * 2, "label": ["a", "b"]},
+        datasets.Features(images=images, label=datasets.Value("string")),
+    )
+    with raises_one_line("the column 'images' has lists or objects"):
+        read_splits_of(add_dataset(table))
+
+
+@pytest.mark.parametrize("name", ["t.xlsx", "t.json", "t.zip", "t", "t.csv.txt"])
 def test_files_of_other_types_have_a_remedy(name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text("{}", encoding="utf-8")
-    with raises_one_line("is not a table that can be read", "CSV UTF-8", ".jsonl", "archive"):
+    with raises_one_line("is not a table that can be read", "suffix", ".jsonl", "archive"):
         read_labels(tmp_path / name)
 
 

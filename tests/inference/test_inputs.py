@@ -89,8 +89,8 @@ def test_values_of_a_column_are_paths_bytes_or_images(tmp_path: Path) -> None:
         assert build_record(7, value, tmp_path) == (name, content)
 
 
-def test_a_pattern_names_glob() -> None:
-    with raises_one_line("`glob.glob("):
+def test_a_pattern_names_the_folder() -> None:
+    with raises_one_line("Pass the folder photos"):
         inputs.list_records(["photos/*.png"])
 
 

@@ -408,6 +408,10 @@ SERVED: dict[str, Callable[[Path], Any]] = {
     "base64": lambda path: base64.b64encode(path.read_bytes()).decode(),
     "base64 in lines": lambda path: base64.encodebytes(path.read_bytes()).decode(),
     "base64 as bytes": lambda path: base64.b64encode(path.read_bytes()),
+    "a data URI as bytes": lambda path: write_data_uri(path).encode(),
+    "base64 of web pages": lambda path: (
+        base64.urlsafe_b64encode(path.read_bytes()).decode().rstrip("=")
+    ),
     "one array": lambda path: np.asarray(Image.open(path)),
     "a generator": lambda path: (each for each in [path]),
 }

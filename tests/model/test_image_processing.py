@@ -20,6 +20,7 @@ from helpers.local_hub import LocalHub
 from helpers.photo_folders import encode_image
 from helpers.tiny_models import raises_one_line
 from PIL.ExifTags import Base
+from PIL.PngImagePlugin import PngInfo
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
 from sklearn.datasets import load_sample_images
 from transformers.testing_utils import CaptureLogger
@@ -452,6 +453,17 @@ def test_unreadable_sources_are_named(backend: type, tmp_path: Path) -> None:
     for start in ("x", "data:image/png;base64,"):  # the end of a long name is kept
         assert len(message := get_error(backend, start + "A" * 100_000 + "/cat.png")) < 1000
         assert "/cat.png" in message
+
+
+def test_damaged_and_long_metadata_of_png_files_are_named(backend: type) -> None:
+    texts, long_texts = PngInfo(), PngInfo()
+    texts.add_text("a", "bcdef")
+    content = encode_image(PIL.Image.new("RGB", (8, 8)), pnginfo=texts)
+    damaged = content.replace(b"bcdef", b"bcdeg")
+    assert "the file is damaged, such as by a wrong checksum" in get_error(backend, damaged)
+    long_texts.add_text("parameters", "x" * 3_000_000, zip=True)
+    content = encode_image(PIL.Image.new("RGB", (8, 8)), pnginfo=long_texts)
+    assert "its metadata (texts or color profile) exceeds 1 MB" in get_error(backend, content)
 
 
 def test_the_thumbnail_of_a_raw_file_is_no_photo(backend: type) -> None:

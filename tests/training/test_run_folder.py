@@ -3,6 +3,7 @@
 tests/runtime/test_staging.py ends processes that hold the lock.
 """
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -18,6 +19,7 @@ from modeling_vitcls.hub.local_paths import resolve_name
 from modeling_vitcls.hub.model_files import METRICS_FILE, RECIPE_FILE
 from modeling_vitcls.runtime import staging
 from modeling_vitcls.runtime.errors import RunStopped
+from modeling_vitcls.runtime.files import read_json
 from modeling_vitcls.runtime.staging import LOCK_FILE, lock_folder
 from modeling_vitcls.training import steps_run
 from modeling_vitcls.training.checkpoints import CheckpointStore
@@ -161,6 +163,28 @@ def test_a_finished_run_without_its_weights_is_named(earlier: Path) -> None:
     with raises_one_line("its weights are missing or have changed", "`overwrite=True`"):
         run(earlier, resume=True)
     assert (earlier / "model.safetensors").read_bytes() == b"damaged"
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("config.resolved.yaml", b""),
+        ("config.resolved.yaml", b"- a"),
+        ("config.resolved.yaml", b"\xff"),
+        ("results.json", b"asked_flags"),
+        ("results.json", b"data"),
+    ],
+)
+def test_a_damaged_record_of_a_finished_run_is_named(
+    name: str, content: bytes, earlier: Path
+) -> None:
+    if name == "results.json":  # a field of it is missing, as in folders of other versions
+        results = read_json(earlier / name)
+        del results[content.decode()]
+        content = json.dumps(results).encode()
+    (earlier / name).write_bytes(content)
+    with raises_one_line("`resume=True`", name, "`overwrite=True`"):
+        run(earlier, resume=True)
 
 
 @pytest.mark.parametrize("flag", ["model", "teacher"])
