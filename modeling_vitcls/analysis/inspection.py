@@ -38,6 +38,7 @@ from .token_use import TokenUse, find_token_use
 
 
 MAX_BATCH_SIZE = 32  # On GPUs, unless the person sets one
+MIN_OUTLIER_SHARE = 1e-4  # Below it, a sentence about outlier patches says nothing
 
 ChosenPhotos = Sequence[tuple[Any, dict[str, Any]]]  # Images, and other fields of `ShownPhoto`
 
@@ -79,12 +80,14 @@ class Inspection:
 
     @property
     def lines(self) -> list[str]:
-        """One sentence per fault, and one about the patches."""
-        return [
-            *self.faults,
-            f"{self.outlier_share:.2%} of the patches have outlier norms after layer "
-            f"{self.outlier_layer} (more than {OUTLIER_RATIO:g} times the median of the image)",
-        ]
+        """One sentence per fault, and one about outlier patches, if there are any."""
+        lines = list(self.faults)
+        if self.outlier_share >= MIN_OUTLIER_SHARE:
+            lines.append(
+                f"{self.outlier_share:.2%} of the patches have outlier norms after layer "
+                f"{self.outlier_layer} (more than {OUTLIER_RATIO:g} times the median of the image)"
+            )
+        return lines
 
 
 def inspect_images(

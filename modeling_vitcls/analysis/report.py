@@ -138,7 +138,7 @@ def build_photo_row(photo: ShownPhoto) -> dict[str, Any]:
         map_picture = overlay(visible_part, main.values, choose_scale(main.values, is_signed=True))
     features = to_picture(measurements.colors[measurements.patch_layer - 1].numpy())
     pictures = {
-        photo.name: visible_part,
+        "what the model sees": visible_part,
         map_name: map_picture,
         "patch features": features.resize(visible_part.size, Image.Resampling.NEAREST),
     }

@@ -24,6 +24,7 @@ from ..runtime.progress import track
 from ..training.run_folder import load_run_data
 from .wrong_photos import (
     choose_photos,
+    count_confusions,
     draw_wrong_photos,
     find_photos,
     summarize_predictions,
@@ -81,7 +82,11 @@ def write_run_page(folder: ModelFolder) -> str | None:
         predictions["wrong"] = draw_wrong_photos(
             predictions["wrong"], photos_by_name, data.label_space.names, processor.bit_depth
         )
-        chosen = choose_photos(rows, photos_by_name, NUM_SHOWN_IMAGES)
+        # The saved model knows the training images, so it cannot explain a mistake of cross-validation.
+        explained = rows
+        if predictions["is_cross_validated"]:
+            explained = rows[rows["label"] == rows["prediction"]]
+        chosen = choose_photos(explained, photos_by_name, NUM_SHOWN_IMAGES)
 
     inspection, photos = inspect_images(
         model,
@@ -105,7 +110,9 @@ def write_run_page(folder: ModelFolder) -> str | None:
         source=f"{results['dataset']}, {source}",
         predictions=predictions,
         # Without one label per image, there are no wrong photos to show, but results per label.
-        class_tables={} if predictions else build_class_tables(results, folder.config),
+        class_tables=(
+            build_class_tables(results, folder.config) if rows is None else count_confusions(rows)
+        ),
     )
     sheet_file = folder.path / SAMPLE_IMAGES_FILE
     sheet_file.parent.mkdir(exist_ok=True)

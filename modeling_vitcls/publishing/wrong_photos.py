@@ -11,6 +11,7 @@ These results exist only for classifiers with one label per image. `read_predict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import pandas as pd
 from PIL import Image
 
 from ..analysis.inspection import select_images
@@ -24,6 +25,7 @@ from ..training.run_results import describe_classes
 
 
 MAX_WRONG_IMAGES = 12
+MAX_CLASSES = 30  # In the tables
 THUMBNAIL_SIDE = 240  # Longer side of a wrong image, in pixels
 NEAREST_SIDE = 120  # Longer side of a nearest training image
 
@@ -93,6 +95,33 @@ def summarize_predictions(folder: ModelFolder, rows: Any) -> dict[str, Any]:
         "wrong": wrong.nlargest(MAX_WRONG_IMAGES, "loss").to_dict("records"),
         "calibration_error": results.get("calibration_error"),
     }
+
+
+def count_confusions(rows: Any) -> dict[str, list[dict[str, Any]]]:
+    """Count the predictions of each class, as tables of the page: rows by title."""
+    names = sorted({*rows["label"], *rows["prediction"]})
+    matrix = pd.crosstab(rows["label"], rows["prediction"]).reindex(columns=names, fill_value=0)
+    classes = []
+    for name, counts in matrix.iterrows():
+        mistakes = counts.drop(name)
+        taken_for = "–"
+        if mistakes.any():
+            taken_for = f"{mistakes.idxmax()} ({mistakes.max()})"
+        classes.append(
+            {
+                "class": name,
+                "photos": counts.sum(),
+                "right": counts[name],
+                "most often taken for": taken_for,
+            }
+        )
+    if len(names) > MAX_CLASSES:
+        classes.sort(key=lambda row: row["right"] - row["photos"])
+        return {f"The {MAX_CLASSES} classes with most wrong predictions": classes[:MAX_CLASSES]}
+    rows_of_matrix = [
+        {"class ↓ prediction →": name, **counts} for name, counts in matrix.to_dict("index").items()
+    ]
+    return {"Each class": classes, "Predictions of each class": rows_of_matrix}
 
 
 def draw_wrong_photos(

@@ -32,7 +32,6 @@ SMALL: dict[str, Any] = {
     "hidden_size": 32,
     "num_hidden_layers": 2,
     "num_attention_heads": 2,
-    "intermediate_size": 64,
     "image_size": 16,
     "patch_size": 8,
     "num_workers": 0,

@@ -6,7 +6,11 @@ import numpy as np
 import pandas as pd
 import pytest
 from helpers.model_folders import write_predictions, write_results, write_run_folder
+from helpers.photo_folders import write_files
+from helpers.sample_photographs import photograph
 from helpers.tiny_models import build_tiny_config, save_with_processor
+from playwright.sync_api import Browser, Page
+from sklearn.metrics import confusion_matrix
 
 from modeling_vitcls import ViTCLSForImageClassification
 from modeling_vitcls.data.images import DatasetImages, LabeledImages
@@ -14,7 +18,9 @@ from modeling_vitcls.data.labels import OneLabel
 from modeling_vitcls.data.splits import TrainingData
 from modeling_vitcls.hub.model_folder import ModelFolder
 from modeling_vitcls.inference.per_image import read_predictions
+from modeling_vitcls.publishing.report import write_report
 from modeling_vitcls.publishing.wrong_photos import (
+    count_confusions,
     draw_wrong_photos,
     find_photos,
     summarize_predictions,
@@ -121,3 +127,97 @@ def test_predictions_before_the_weights_were_replaced_are_not_read(folder: Path)
     )
     write_results(folder)  # of the new weights
     assert read_predictions(ModelFolder(folder)) is None
+
+
+# The page -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Write the report of a cross-validated run with names of 60 characters; every second photo is wrong."""
+    root = tmp_path_factory.mktemp("report")
+    names = []
+    for kind in ("pants and trousers", "skirt", "x"):
+        for number in range(8):
+            stem = f"WhatsApp Image 2026-05-12 at 14.30.{number:02}"
+            names.append(f"{kind}/{stem:_<55}.jpeg")
+            write_files(root / "photos", names[-1])
+            left = 20 * len(names)
+            photo = photograph("china.jpg").crop((left, 0, left + 80, 60))
+            photo.save(root / "photos" / names[-1])
+    run = write_run_folder(
+        root / "run",
+        {"split": "cross-validation", "accuracy": 0.5, "num_images": len(names)},
+        {"dataset": str(root / "photos"), "held_out_fraction": 0},
+    )
+    labels = [Path(name).parent.name for name in names]
+    rows = {
+        "image": names,
+        "label": labels,
+        "prediction": ["skirt" if index % 2 else label for index, label in enumerate(labels)],
+        "probabilities": [[0.1, 0.9, 0.0]] * len(names),
+        "loss": [2.3] * len(names),
+        "nearest_images": [names[:3]] * len(names),
+    }
+    write_predictions(run, pd.DataFrame(rows))
+    assert write_report(ModelFolder(run)) is not None
+    return run / "report.html"
+
+
+@pytest.fixture
+def page(browser: Browser, report: Path) -> Page:
+    page = browser.new_page()
+    page.goto(report.as_uri())
+    return page
+
+
+def test_the_page_fits_with_long_names(page: Page) -> None:
+    for width in (390, 800, 1366, 1920):
+        page.set_viewport_size({"width": width, "height": 768})
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        rights = page.locator("#wrong figure").evaluate_all(
+            "figures => figures.map(figure => figure.getBoundingClientRect().right)"
+        )
+        assert len(rights) == 6
+        assert max(rights) <= width
+
+
+def test_the_page_says_what_to_check_and_how_each_class_did(page: Page) -> None:
+    wrong = page.locator("#wrong")
+    assert "First check whether each photo is in the right folder" in wrong.inner_text()
+    alternatives = wrong.locator("figure > img").evaluate_all("all => all.map(each => each.alt)")
+    assert set(alternatives) == {"pants and trousers, predicted as skirt", "x, predicted as skirt"}
+    rows = page.locator("table").first.locator("tbody tr").all_inner_texts()
+    assert [row.split("\t") for row in rows] == [
+        ["pants and trousers", "8", "4", "skirt (4)"],
+        ["skirt", "8", "8", "–"],
+        ["x", "8", "4", "skirt (4)"],
+    ]
+
+
+def test_the_model_that_knows_a_photo_does_not_explain_a_mistake_about_it(page: Page) -> None:
+    captions = page.locator("#photos summary strong").all_inner_texts()
+    assert len(captions) == 6
+    for caption in captions:
+        label, prediction = caption.removeprefix("▸ ").split(" → ")
+        assert label == prediction
+    assert "cannot explain the mistakes" in page.locator("#photos").inner_text()
+    # A model without outliers has no sentence about them.
+    assert "outlier norms" not in page.locator("main").inner_text()
+
+
+def test_the_table_of_predictions_is_the_confusion_matrix(folder: Path) -> None:
+    rows = read_predictions(ModelFolder(folder))
+    *_, table = count_confusions(rows).values()
+    counts = [[row[name] for name in NAMES] for row in table]
+    assert counts == confusion_matrix(rows["label"], rows["prediction"], labels=NAMES).tolist()
+
+
+def test_of_200_classes_those_with_most_wrong_predictions_are_listed() -> None:
+    names = [f"class {index:03}" for index in range(200)]
+    rows = pd.DataFrame({"label": names * 2, "prediction": names + names[:150] + names[:50]})
+    (table,) = count_confusions(rows).values()
+    assert len(table) == 30
+    assert {row["class"] for row in table} <= set(names[150:])
+    assert {(row["photos"], row["right"]) for row in table} == {(2, 1)}
+    assert table[0]["most often taken for"] == "class 000 (1)"
