@@ -1,7 +1,8 @@
 """A run without steps: the classifiers of the frozen encoder, and how they are measured."""
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 from ..data.aspect_ratio import get_output_size
 from ..data.splits import MAX_CLASS_RATIO, TrainingData
@@ -37,60 +38,82 @@ def run_frozen(
     # contain.
     probe.set_frozen(frozen)
 
+    tasks = {task: measure_task(probe, task, model) for task, model in frozen.items()}
     measured = []
-    task_metrics = {}
-    texts = {}
-    for task, model in frozen.items():
-        predictions, calibration = measure_task(probe, task, model)
-        metrics = NOTHING_MEASURED if predictions is None else predictions.metrics
+    for task, each in tasks.items():
         measured += list_measurements(
-            {task: metrics},
+            {task: each.metrics},
             setup.result_metrics,
             seen_by_encoder=num_seen,
-            num_folds=model.probe.num_folds_ if model.held_out is None else 0,
-            num_candidates=len(model.probe.table_),
+            num_folds=each.model.probe.num_folds_ if each.model.held_out is None else 0,
+            num_candidates=len(each.model.probe.table_),
         )
-        task_metrics[task] = metrics
-        texts[task] = calibration.text
 
-    num_training_images = sum(map(len, data.frozen_parts)) - model.features.num_unreadable
-    is_cross_validated = any(each.num_folds for each in measured)
+    all_tasks = list(tasks.values())
+    # Every task has the features of the same pass.
+    num_training_images = (
+        sum(map(len, data.frozen_parts)) - all_tasks[0].model.features.num_unreadable
+    )
+    texts = {task: each.calibration.text for task, each in tasks.items()}
     outcome = Outcome(
         measured=measured,
-        metrics=metrics,
-        split="cross-validation" if is_cross_validated else data.held_out_name,
+        metrics=NOTHING_MEASURED,
+        split=data.held_out_name,
         num_training_images=num_training_images,
-        calibration=calibration.build_record(),
-        predictions=predictions,
+        calibration=None,
+        predictions=None,
         seconds=record["seconds"],
         results={"frozen": record},
         lines={**describe_frozen(record), "calibration": join_texts(texts)},
     )
+    if any(each.num_folds for each in measured):
+        outcome = replace(outcome, split="cross-validation")
     if data.label_space.kind == "multi_task":
+        # A task without labels of the measured images counts none of them.
+        num_unreadable = max(each.metrics["num_unreadable_images"] for each in all_tasks)
+        task_metrics = {task: each.metrics for task, each in tasks.items()}
         merged = merge_tasks(task_metrics, len(data.held_out) or num_training_images)
-        merged["num_unreadable_images"] = metrics["num_unreadable_images"]
-        return replace(outcome, metrics=merged, calibration=None, predictions=None)
+        return replace(outcome, metrics=merged | {"num_unreadable_images": num_unreadable})
 
+    (only,) = all_tasks
     config = probe.model.config
     size = get_output_size(probe.processor, config.image_height_width)
-    border = measure_border(model, config.get_grid_size(size))
+    border = measure_border(only.model, config.get_grid_size(size))
     if border is not None:
         record["border"] = border
     lines = outcome.lines | {
         "border": describe_border(border),
-        "unknown": describe_threshold(model.probe),
+        "unknown": describe_threshold(only.model.probe),
     }
     if data.train.class_ratio > MAX_CLASS_RATIO:
-        lines["weights"] = describe_class_weights(model)
+        lines["weights"] = describe_class_weights(only.model)
     nearest_images = None
-    if predictions is not None:
-        nearest_images = model.find_nearest_images(predictions.list_wrong())
-    return replace(outcome, nearest_images=nearest_images, lines=lines)
+    if only.predictions is not None:
+        nearest_images = only.model.find_nearest_images(only.predictions.list_wrong())
+    return replace(
+        outcome,
+        metrics=only.metrics,
+        calibration=only.calibration.build_record(),
+        predictions=only.predictions,
+        nearest_images=nearest_images,
+        lines=lines,
+    )
 
 
-def measure_task(
-    probe: Probe, task: str, model: FrozenModel
-) -> tuple[Predictions | None, Calibration]:
+@dataclass(frozen=True)
+class MeasuredTask:
+    """The classifier of a task, and what it says about images that did not train it, if any."""
+
+    model: FrozenModel
+    calibration: Calibration
+    predictions: Predictions | None
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        return NOTHING_MEASURED if self.predictions is None else self.predictions.metrics
+
+
+def measure_task(probe: Probe, task: str, model: FrozenModel) -> MeasuredTask:
     """Measure a classifier on the held-out images or, without those, by cross-validation.
 
     In cross-validation, each training image is predicted by a classifier that was not fitted to it,
@@ -99,8 +122,8 @@ def measure_task(
     calibration = describe_probe_calibration(model.probe)
     if model.held_out is not None:
         predictions = probe.predict_held_out(task, model)
-        return predictions, measure_errors(calibration, predictions)
+        return MeasuredTask(model, measure_errors(calibration, predictions), predictions)
     if model.estimate is None:
-        return None, calibration
+        return MeasuredTask(model, calibration, None)
     # The out-of-fold probabilities contain the temperature already, so there is no error before it.
-    return model.predict_out_of_fold(), calibration
+    return MeasuredTask(model, calibration, model.predict_out_of_fold())

@@ -80,6 +80,19 @@ def test_a_class_without_readable_images_is_named(
     assert len(read_json(sources / "frozen/config.json")["id2label"]) == 3
 
 
+def test_a_damaged_photo_is_counted_whatever_task_is_last(sources: Path) -> None:
+    """No fold can measure the last task, which has one image of each class."""
+    write_files(sources, "my photos/ants/damaged.png", content=b"no photo")
+    photos = sorted((sources / "my photos").rglob("*.png"))
+    places = {photos[0]: "garden", photos[-1]: "wood"}
+    rows = [f"{photo},{photo.parent.name},{places.get(photo, '')}" for photo in photos]
+    (sources / "tasks.csv").write_text("\n".join(["image,insect,place", *rows]))
+    results = finetune(sources, "vit", "tasks.csv", "run", "--label-column", "insect", "place")
+    assert results["insect_num_unreadable_images"] == 1
+    assert results["num_unreadable_images"] == 1
+    assert results["num_images"] == 24
+
+
 @pytest.mark.filterwarnings("error::scipy.linalg.LinAlgWarning")
 @pytest.mark.parametrize("num_photos", [1, 2, 3, 4])
 def test_a_few_photos_of_each_class_are_enough_and_have_no_percentage(
