@@ -17,6 +17,7 @@ What is not proven:
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
 from itertools import groupby, product
 from pathlib import Path
 from typing import Any
@@ -110,7 +111,8 @@ def certify(old: ModelFolder, new: Path, pixels: Sequence[Tensor]) -> dict[str, 
         compared = pixels[: MAX_IMAGES[batch_size]]
         outputs = compare_outputs(old_model, new_model, compared, batch_size)
     return {
-        "old_model": old_name,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "old_weights_sha256": old.weights_sha256,
         "num_images": len(pixels),
         "outputs": outputs,
         "dtypes": [str(dtype).removeprefix("torch.") for dtype in dtypes],

@@ -251,13 +251,14 @@ def write_records(
         shutil.copyfile(folder.path / RECIPE_FILE, staging / RECIPE_FILE)
     provenance = folder.provenance
     *_, name = addition.extended.config.extra_heads
+    origin = {key: certificate[key] for key in ("date", "old_weights_sha256")}
     results = {
         "versions": get_versions(),
         **folder.results,
         **hashes,
         "settings_sha256": hash_settings(staging),
         "provenance": None if provenance is None else provenance.copy_to(staging),
-        ADDITIONS_KEY: folder.results.get(ADDITIONS_KEY, {}) | {name: record},
+        ADDITIONS_KEY: folder.results.get(ADDITIONS_KEY, {}) | {name: record | origin},
     }
     write_json(staging / RESULTS_FILE, results)
     write_splits(pd.concat([read_splits(folder), addition.splits]), staging)

@@ -39,6 +39,7 @@ from ..inference.metric_tables import (
 )
 from ..model.configuration_vitcls import MIN_TRANSFORMERS_VERSION
 from ..runtime.errors import format_name_list
+from ..runtime.files import replace_control_characters
 from ..version import __version__
 
 
@@ -100,7 +101,9 @@ def render_card(
     Raises:
         ValueError: If the initial weights have another license.
     """
-    name = name or folder.name
+    # Two parts of the path: in the folder that contains `runs`, `photos` alone may be the photos
+    local_name = "/".join(folder.path.resolve().parts[-2:])
+    name = name or replace_control_characters(local_name)
     # First, because it may raise: a card must not be written under a license that the weights do
     # not have.
     license_source = get_license_source(folder, license_id)

@@ -2,6 +2,7 @@
 
 import shutil
 import unicodedata
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -167,6 +168,12 @@ def test_the_certificate_lists_what_was_compared(digits: Path, with_parity: Path
     certificate = read_json(with_parity / "certificate.json")
     tensors = load_file(digits / "model.safetensors")
     assert certificate["weights_sha256"] == hash_weights(with_parity)
+    assert certificate["old_weights_sha256"] == hash_weights(digits)
+    assert datetime.now(UTC) - datetime.fromisoformat(certificate["date"]) < timedelta(hours=1)
+    record = read_json(with_parity / "results.json")["additions"]["parity"]
+    assert record["old_weights_sha256"] == hash_weights(digits)
+    assert record["date"] == certificate["date"]
+    assert str(digits) not in (with_parity / "certificate.json").read_text()
     assert certificate["tensors_sha256"].keys() == tensors.keys()
     assert certificate["num_tensors"] == len(tensors)
     assert certificate["num_images"] == NUM_IMAGES

@@ -73,6 +73,13 @@ def test_the_card_of_a_classifier_shows_what_was_measured(tmp_path: Path) -> Non
     assert card.data.license is None
 
 
+def test_a_local_card_does_not_name_the_folder_of_the_photos(tmp_path: Path) -> None:
+    """`photos` is one, where `vitcls finetune --dataset photos --output-dir runs/photos` ran."""
+    text = load_card(write_run_folder(tmp_path / "runs" / "photos")).text
+    assert 'model="runs/photos"' in text
+    assert str(tmp_path) not in text
+
+
 def test_the_card_names_all_code_files_to_read(tmp_path: Path) -> None:
     text = load_card(write_run_folder(tmp_path / "mine")).text
     files = (Path(vitcls.__file__).parent / "model").glob("*_vitcls.py")
@@ -148,7 +155,7 @@ def test_an_encoder_shows_its_features_before_and_after_pre_training(tmp_path: P
     card = load_card(write_run_folder(tmp_path / "mine", results, None, ViTCLSModel))
     assert "| 43.2% | 56.8% |" in card.text
     assert "worse" not in card.text
-    assert "vitcls finetune --model mine" in card.text
+    assert f"vitcls finetune --model {tmp_path.name}/mine" in card.text
     assert card.data.pipeline_tag == "image-feature-extraction"
     assert card.data.eval_results is None
 
