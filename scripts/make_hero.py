@@ -3,7 +3,7 @@
     python scripts/make_hero.py --model runs/hero
 
     vitcls pretrain --method lejepa --model vitcls-tiny --dataset FOLDER --image-size 32 --patch-size 8 \\
-        --hidden-size 128 --num-hidden-layers 6 --num-attention-heads 4 --epochs 11 \\
+        --hidden-size 128 --num-hidden-layers 6 --num-attention-heads 4 --intermediate-size 512 --epochs 11 \\
         --batch-size 128 --learning-rate 1e-3 --output-dir runs/hero    # FOLDER: 20,000 images of CIFAR-10, as Parquet
 
 The model is an encoder that `vitcls pretrain --method lejepa` trained without labels on images of

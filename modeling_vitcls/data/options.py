@@ -8,7 +8,7 @@ from ..runtime.flags import Options, check_minimum, check_value
 
 DEFAULT_HELD_OUT_FRACTION = 0.2
 # A shift or zoom of 1 would leave nothing of an image.
-LARGEST_AUGMENT = {"rotation": 180, "shift": 0.9, "zoom": 0.9, "random_erasing": 1}
+LARGEST_AUGMENT = {"rotation": 180, "shift": 0.9, "zoom": 0.9, "random_erasing": 1, "cutmix": 10}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,15 +71,14 @@ class AugmentationOptions(Options):
     """Automatic augmentation: RandAugment (Cubuk et al. 2020; magnitude 9, as in DeiT) or
     TrivialAugment (Müller and Hutter 2021)."""
     augment: dict[str, Any] | None = None
-    """`rotation=10 shift=0.1 zoom=0.1 random_erasing=0.5`, or some of them: the maximum rotation in
-    degrees, translation (as a fraction of the image size) and relative change of scale, and the
-    probability of replacing a random rectangle with noise (Zhong et al. 2020). Default: 0, but
-    `shift=0.04` for images of at most 64 pixels per side."""
+    """`rotation=10 shift=0.1 zoom=0.1 random_erasing=0.5 cutmix=1`, or some of them: the maximum
+    rotation in degrees, translation (as a fraction of the image size) and relative change of scale,
+    the probability of replacing a random rectangle with noise (Zhong et al. 2020), and the alpha of
+    CutMix (Yun et al. 2019). Default: 0, but `shift=0.04` for images of at most 64 pixels per
+    side."""
     mixup: float = 0.0
-    """Alpha of mixup (Zhang et al. 2018). 0: off. If --cutmix is also set, each batch uses either
-    mixup or CutMix."""
-    cutmix: float = 0.0
-    """Alpha of CutMix (Yun et al. 2019). 0: off."""
+    """Alpha of mixup (Zhang et al. 2018). 0: off. With --augment cutmix=1 as well, each batch uses
+    either mixup or CutMix."""
 
     def check(self) -> None:
         super().check()
@@ -95,4 +94,4 @@ class AugmentationOptions(Options):
                 raise ValueError(
                     f"`augment` has {name}={value}, but it takes values from 0 to {LARGEST_AUGMENT}"
                 )
-        check_minimum(self, 0, "mixup", "cutmix")
+        check_minimum(self, 0, "mixup")

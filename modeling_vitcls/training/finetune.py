@@ -52,9 +52,9 @@ class FineTuning:
         check_label_kind(
             images.label_space.kind,
             mixup=options.mixup,
-            cutmix=options.cutmix,
             class_balance=options.class_balance,
             teacher=options.teacher,
+            **{"augment cutmix": get_cutmix(options)},
         )
         return images
 
@@ -148,8 +148,9 @@ def build_objective(
     """Build the label loss, combined with the distillation loss if a teacher is set."""
     labels = data.label_space
     mixer = None
-    if options.mixup or options.cutmix:
-        mixer = build_mixer(options.mixup, options.cutmix, len(labels.names))
+    cutmix = get_cutmix(options)
+    if options.mixup or cutmix:
+        mixer = build_mixer(options.mixup, cutmix, len(labels.names))
     class_weights = None
     if options.class_balance == "weights":
         class_weights = compute_class_weights(data.train.labels, len(labels.names))
@@ -176,6 +177,11 @@ def build_objective(
 
 
 # Checks -------------------------------------------------------------------------------------------
+
+
+def get_cutmix(options: FinetuneOptions) -> float:
+    """Get the alpha of CutMix; 0 without it."""
+    return float((options.augment or {}).get("cutmix", 0))
 
 
 def check_label_kind(kind: str, **flags: Any) -> None:

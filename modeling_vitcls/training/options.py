@@ -60,12 +60,13 @@ class ModelOptions(Options):
     patch_size: int | tuple[int, int] | None = None
     """Patch height and width in pixels; one number sets both."""
     hidden_size: int | None = None
-    """Embedding dimension. The MLP is four times as wide, as in ViT (arXiv 2010.11929, table 1);
-    `--model-config intermediate_size=N` sets another width."""
+    """Embedding dimension."""
     num_hidden_layers: int | None = None
     """Number of layers."""
     num_attention_heads: int | None = None
     """Number of attention heads per layer."""
+    intermediate_size: int | None = None
+    """Hidden dimension of the MLP."""
     model_config: dict[str, Any] | None = None
     """Other fields of `ViTCLSConfig` (docs/configuration.md), such as
     `drop_path_rate=0.1 head_type=mlp`. Default of `initializer_range`: depends on the width of the preset
@@ -83,8 +84,6 @@ class ModelOptions(Options):
             for name, value in values.items()
             if name not in NO_CONFIG_FIELDS and value not in (None, "native")
         }
-        if self.hidden_size:
-            config_values["intermediate_size"] = 4 * self.hidden_size
         config_values |= self.model_config or {}
 
         if not self.gate_new_tokens:  # An argument of `from_pretrained`, but no field
@@ -275,10 +274,12 @@ class PretrainOptions(RunOptions, TrainingOptions, AugmentationOptions, DataOpti
 
     def check(self) -> None:
         super().check()
-        defaults = {"mixup": 0, "cutmix": 0, "class_balance": "none", "trainable": "full"}
+        defaults = {"mixup": 0, "class_balance": "none", "trainable": "full"}
         for name, default in defaults.items():
             if getattr(self, name) != default:
                 raise ValueError(f"`{name}` is supported only in fine-tuning. Remove the flag")
+        if "cutmix" in (self.augment or {}):
+            raise ValueError("`augment cutmix` is supported only in fine-tuning. Remove it")
         check_minimum(self, 1, "projector_width")
         check_minimum(self, 0, "local_crops")
         check_value(self, "mask_ratio", 0 < self.mask_ratio < 1, "between 0 and 1")

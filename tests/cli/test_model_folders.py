@@ -195,7 +195,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the folder of a run whose photographs are next to it."""
     base = tmp_path_factory.mktemp("trained")
     photos = write_photos(base / "photos", range(8))
-    sizes = "--hidden-size 16 --num-hidden-layers 1 --num-attention-heads 2"
+    sizes = "--hidden-size 16 --num-hidden-layers 1 --num-attention-heads 2 --intermediate-size 16"
     training = "--image-size 16 --patch-size 8 --max-steps 1 --batch-size 4 --num-workers 0"
     flags = ["--dataset", photos, "--output-dir", base / "run", "--no-report"]
     words = f"finetune --model vitcls-tiny {sizes} {training}".split()

@@ -34,6 +34,7 @@ TINY = ModelOptions(
     hidden_size=32,
     num_hidden_layers=2,
     num_attention_heads=2,
+    intermediate_size=64,
     image_size=32,
     patch_size=16,
     num_register_tokens=2,

@@ -27,7 +27,7 @@ FILES = sorted(CONFIGS.glob("*.yaml"))
 NUM_HELD_OUT_DIGITS = 359
 RUN = (
     "--model vitcls-tiny --dataset digits --image-size 32 --patch-size 8 --hidden-size 32 "
-    "--num-hidden-layers 2 --num-attention-heads 2 --model-config --num-cls-tokens 1 "
+    "--num-hidden-layers 2 --num-attention-heads 2 --intermediate-size 64 --num-cls-tokens 1 "
     "--num-register-tokens 2 --num-workers 0 --crop-scale 1 --no-flip --no-report"
 ).split()
 # An epoch has two steps of 2 x 2 x 180 images: three epochs, evaluated after each.

@@ -28,7 +28,7 @@ METHODS = {
 }
 FLAGS = (
     "--model vitcls-tiny --hidden-size 32 --num-hidden-layers 2 --num-attention-heads 2 "
-    "--image-size 32 --patch-size 8 --num-register-tokens 2 "
+    "--intermediate-size 64 --image-size 32 --patch-size 8 --num-register-tokens 2 "
     "--model-config drop_path_rate=0.2 --no-report --dataset {photos} --max-steps 12 --batch-size 4 "
     "--learning-rate 3e-3 --num-workers 0 --save-every 3"
 )

@@ -39,15 +39,15 @@ pytestmark = [
 
 TINY = (
     "--model vitcls-tiny --hidden-size 32 --num-hidden-layers 2 --num-attention-heads 2 "
-    "--image-size 32 --patch-size 16 --num-register-tokens 2 "
+    "--intermediate-size 64 --image-size 32 --patch-size 16 --num-register-tokens 2 "
     "--model-config drop_path_rate=0.2 --no-report"
 )
 # 36 images: 4.5 steps per epoch, 23 steps. Checkpoints and logged records fall on different steps.
 SCHEDULE = "--epochs 5 --batch-size 8 --learning-rate 3e-3 --num-workers 0 --save-every 3"
 RUN = f"{TINY} {SCHEDULE}"
 EVERYTHING = (
-    f"{RUN} --batch-size 4 --gradient-accumulation-steps 2 --mixup 0.4 --cutmix 1 "
-    "--augment random_erasing=0.3 --auto-augment trivial --layer-decay 0.8 "
+    f"{RUN} --batch-size 4 --gradient-accumulation-steps 2 --mixup 0.4 "
+    "--augment random_erasing=0.3 cutmix=1 --auto-augment trivial --layer-decay 0.8 "
     "--keep-checkpoints 2"
 )
 NUM_STEPS = 23

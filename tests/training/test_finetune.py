@@ -55,7 +55,7 @@ SCRIPTS = REPOSITORY / "scripts"
 RECIPE = SCRIPTS / "recipes" / "digits.yaml"
 NUM_HELD_OUT_DIGITS, NUM_HELD_OUT_COLORS = 359, 10
 SHORT_RUN_FLAGS = (
-    "--hidden-size 32 --num-hidden-layers 2 --num-attention-heads 2 "
+    "--hidden-size 32 --num-hidden-layers 2 --num-attention-heads 2 --intermediate-size 64 "
     "--num-cls-tokens 2 --num-distillation-tokens 1 --model-config cls_pooling=mean --max-steps 7 "
     "--no-report --save-every 5 --keep-checkpoints 2 --select best"
 )
@@ -373,9 +373,8 @@ def test_all_options_can_be_combined(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(torch.nn.Module, "compile", lambda model: compiled.append(model))
     flags = {
         "mixup": 0.4,
-        "cutmix": 1.0,
         "auto_augment": "rand",
-        "augment": {"random_erasing": 0.3},
+        "augment": {"random_erasing": 0.3, "cutmix": 1.0},
         "class_balance": "weights",
         "layer_decay": 0.7,
         "model_config": {"drop_path_rate": 0.1},

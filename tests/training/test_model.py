@@ -202,7 +202,7 @@ def test_fields_that_follow_from_the_labels_and_unknown_ones_are_errors() -> Non
             ("`gate_new_tokens=False`", "checkpoint"),
         ),
         ({"model": "vitcls-tiny", "trainable": "last-1"}, ("`trainable='last-1'`", "`model`")),
-        ({"class_balance": "weights", "mixup": 0.8, "cutmix": 1.0}, ()),
+        ({"class_balance": "weights", "mixup": 0.8, "augment": {"cutmix": 1.0}}, ()),
         (
             {
                 "teacher": "t",
