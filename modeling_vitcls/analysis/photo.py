@@ -76,6 +76,7 @@ class PhotoMeasurements:
         predictions: labels by task, in order of decreasing probability: of the model (None), or of
             each of its tasks, and of each added task. A task with several labels per image may have
             none. Empty for an encoder without tasks.
+        is_unknown: whether the photo resembles none of the classes, as in `predict`.
         attributions: for at most MAX_LABELS of each task.
         token_names: [S], name of each token.
         are_read: [S], whether a head reads the token; all of an encoder without heads.
@@ -96,6 +97,7 @@ class PhotoMeasurements:
     visible_region: VisibleRegion
     input_size: Size
     predictions: dict[str | None, list[Label]]
+    is_unknown: bool
     attributions: list[Attribution]
     token_names: list[str]
     are_read: list[bool]
@@ -160,6 +162,9 @@ def measure_photo(
             "the features of the model are not finite. Load the model in float32, or train it again"
         )
     predictions, attributions, contributions = predict_photo(trace, heads)
+    distance = getattr(trace.outputs, "distance", None)
+    threshold = config.distance_threshold
+    is_unknown = distance is not None and threshold is not None and distance.item() > threshold
     attention = trace.compute_attention()[0].float().cpu()  # [L, H, S, N]
 
     # In a model of one layer, a token that no head reads is used in none. Its row shows this layer.
@@ -192,6 +197,7 @@ def measure_photo(
         visible_region=visible_region,
         input_size=input_size,
         predictions=predictions,
+        is_unknown=is_unknown,
         attributions=attribution_maps,
         token_names=[name for names in names_by_group.values() for name in names],
         are_read=are_read,

@@ -182,6 +182,8 @@ def draw_header(measurements: PhotoMeasurements, title: str) -> Figure:
         text = ", ".join(
             f"{shorten_middle(name, 40)} {probability:.0%}" for name, probability in labels
         )
+        if measurements.is_unknown and not task:
+            text = f"none of these. The nearest of the classes: {text}"
         lines.append(f"{task or 'prediction'}: {text or 'no label'}")
 
     inches = 0.6 + 0.2 * len(lines)

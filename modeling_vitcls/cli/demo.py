@@ -7,6 +7,8 @@ photo  ->  for each task: the probabilities of the labels, or none of them  ->  
 """
 
 import os
+import socket
+from contextlib import closing
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,7 +18,17 @@ from ..runtime.errors import describe_installation
 from ..runtime.flags import Options
 
 
+HEIC_ENDINGS = (".heic", ".heif")
+# The sheet is as wide as the window, and scrolls on a phone, where its text would be too small.
+CSS = """
+.gradio-container main .row { flex-direction: column; }
+.gradio-container main .column { width: 100%; }
+#sheet { overflow-x: auto; }
+#sheet * { justify-content: flex-start; }
+#sheet img { min-width: 900px; width: 100%; max-height: none; height: auto; }
+"""
 NUM_LABELS = 5  # Maximum number of labels with a probability
+MAX_NAMES = 12  # Of the classes that a photo shows none of
 NONE_OF_THESE = "none of these"  # Shown for a photo of none of the classes
 
 
@@ -65,6 +77,7 @@ def run(options: DemoOptions) -> None:
             theme=gradio.themes.Default(
                 font=("system-ui", "sans-serif"), font_mono=("ui-monospace", "monospace")
             ),
+            css=CSS,
             footer_links=["gradio"],
         )
     except OSError as error:  # gradio's message does not mention --port
@@ -72,7 +85,23 @@ def run(options: DemoOptions) -> None:
             f"Cannot open port {options.port or '7860 or above'}. Set --port to a free port."
         ) from error
     print(f"{options.model}: {address}", flush=True)
+    if options.host == "0.0.0.0":
+        print(
+            f"for other devices in this network: http://{find_own_address()}:{page.server_port}/",
+            flush=True,
+        )
     page.block_thread()
+
+
+def find_own_address() -> str:
+    """Find the address of this machine in its network; nothing is sent."""
+    with closing(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))  # An address for documentation (RFC 5737)
+        except OSError:  # No network
+            return "localhost"
+        address: str = probe.getsockname()[0]
+        return address
 
 
 def build_page(options: DemoOptions) -> Any:
@@ -107,12 +136,15 @@ def build_page(options: DemoOptions) -> Any:
         gradio.Label(label=task or "Answer", num_top_classes=NUM_LABELS)
         for task in loaded.columns.heads
     ]
-    photo_input: Any = gradio.Image(label="Photo", type="filepath")
-    # gradio would decode the file itself, but `vitcls predict` reads more formats and names what is
-    # wrong.
-    photo_input.preprocess = lambda payload: payload and payload.path
+    # Not `gradio.Image`: it refuses HEIC where the browser knows no such type, and decodes the file
+    # itself, but `vitcls predict` reads more formats and names what is wrong.
+    photo_input = gradio.File(label="Photo", file_types=["image", *HEIC_ENDINGS], type="filepath")
     sheet = gradio.Image(
-        label="Sheet", show_label=False, format="png", buttons=["download", "fullscreen"]
+        label="Sheet",
+        show_label=False,
+        format="png",
+        buttons=["download", "fullscreen"],
+        elem_id="sheet",
     )
     return gradio.Interface(
         answer,
@@ -135,6 +167,7 @@ def read_answer(row: dict[str, Any], task: str, head: Any) -> dict[str, float] |
         head: The labels of the task (ExtraHead).
     """
     from ..inference.prediction_rows import has_several_labels, list_endings, name_column
+    from ..runtime.errors import format_name_list
 
     if has_several_labels(head):
         names = row[name_column(task, "labels")]
@@ -144,5 +177,5 @@ def read_answer(row: dict[str, Any], task: str, head: Any) -> dict[str, float] |
         names = [row[name_column(task, f"label{end}")] for end in endings]
         probabilities = [row[name_column(task, f"probability{end}")] for end in endings]
     if not names or row.get(name_column(task, "unknown")):
-        return NONE_OF_THESE
+        return f"{NONE_OF_THESE}: {format_name_list(head.labels, MAX_NAMES)}"
     return dict(zip(names, probabilities, strict=True))

@@ -5,6 +5,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import gradio
 import httpx
 import numpy as np
 import pytest
@@ -17,9 +18,11 @@ from helpers.tiny_models import (
     randomize,
     save_with_processor,
 )
+from matplotlib.figure import Figure
 from PIL import Image
+from playwright.sync_api import Browser
 
-from modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel, predict
+from modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel, look, predict
 from modeling_vitcls.cli.demo import DemoOptions, build_page, run
 
 
@@ -63,7 +66,9 @@ def test_the_page_has_the_answer_the_probabilities_and_the_sheet(
     assert sheet.width == 1800
 
 
-def test_an_unknown_photo_shows_none_of_the_labels(tmp_path: Path, photo: Path) -> None:
+def test_an_unknown_photo_shows_none_of_the_labels_on_the_page_and_the_sheet(
+    tmp_path: Path, photo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tokens = {"tokens": [[-1, "cls"]], "num_classes": len(NAMES)}
     fields = {"class_statistics": tokens, "distance_threshold": -1.0}
     model = save_classifier(tmp_path / "model", **fields)
@@ -71,8 +76,18 @@ def test_an_unknown_photo_shows_none_of_the_labels(tmp_path: Path, photo: Path) 
     classifier.class_distance.counts.fill_(1)
     classifier.class_distance.store_fingerprint(classifier.vitcls)
     classifier.save_pretrained(model)
-    answer, _ = ask(model, photo)
-    assert answer == "none of these"
+    answer, sheet = ask(model, photo)
+    assert answer == "none of these: cat, dog, fox"
+
+    texts: list[str] = []
+    add_text = Figure.text
+    monkeypatch.setattr(
+        Figure,
+        "text",
+        lambda self, x, y, text, **style: texts.append(text) or add_text(self, x, y, text, **style),
+    )
+    assert np.array_equal(np.asarray(look(model, Image.open(photo))).shape, (sheet.height, 1800, 3))
+    assert "prediction: none of these. The nearest of the classes: " in "".join(texts)
 
 
 def test_each_task_has_an_answer(tmp_path: Path, photo: Path) -> None:
@@ -116,6 +131,37 @@ def test_files_that_are_no_photos_get_a_message(address: str, tmp_path: Path) ->
         with pytest.raises(AppError, match="image") as raised:
             client.predict(handle_file(tmp_path / name), api_name="/predict")
         assert str(tmp_path) not in str(raised.value)
+
+
+def test_a_phone_finds_the_page_and_its_heic_photo_has_a_legible_sheet(
+    browser: Browser,
+    tmp_path: Path,
+    photo: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    register_heif_opener = pytest.importorskip("pillow_heif").register_heif_opener
+    register_heif_opener()
+    Image.open(photo).resize((640, 480)).save(tmp_path / "IMG_4711.HEIC", format="HEIF")
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "uploads"))
+    monkeypatch.setattr(gradio.Blocks, "block_thread", lambda page: None)
+    run(DemoOptions(model=str(save_classifier(tmp_path / "model")), host="0.0.0.0"))
+    address = capsys.readouterr().out.splitlines()[-1].rpartition(" ")[2]
+    assert httpx.get(address).status_code == 200
+
+    page = browser.new_page(viewport={"width": 1366, "height": 768})
+    page.goto(address)
+    page.locator("input[type=file]").first.set_input_files(tmp_path / "IMG_4711.HEIC")
+    page.get_by_role("button", name="Submit").click()
+    sheet = page.locator("#sheet img")
+    sheet.wait_for(timeout=60_000)
+    assert sheet.bounding_box()["width"] > 1000
+    page.set_viewport_size({"width": 390, "height": 800})
+    assert sheet.bounding_box()["width"] >= 900
+    assert sheet.bounding_box()["x"] >= 0
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    page.close()
+    gradio.close_all()
 
 
 def test_files_of_the_server_are_not_opened(address: str, photo: Path) -> None:
