@@ -31,6 +31,9 @@ MIN_STEP_CLASS_SIZE = 50
 FORWARD_PASSES_OF_STEP = 3  # A backward pass takes as long as two forward passes
 MAX_STEP_MINUTES = 10  # Limit of default steps on CPUs; with a flag about steps, there is none
 FEW_IMAGES_PER_CLASS = 5  # With fewer, nothing is held out
+# With fewer, a run that continues a model with its own images holds out none of them. With 10 per
+# class, a fifth cost 5 and 11 points (docs/fine-tuning.md).
+MIN_MEASURED_CLASS_SIZE = 30
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,7 @@ def plan_run(inputs: RunInputs, accelerator: Accelerator, is_resumed: bool) -> R
 
     fraction = options.held_out_fraction
     if fraction is None:
-        fraction = choose_held_out_fraction(kind, num_images, num_labels)
+        fraction = choose_held_out_fraction(kind, num_images, num_labels, inputs.num_fitted)
     # The default of `select` is set after the kind is known, because an explicit value requires steps.
     options = replace(
         options,
@@ -144,10 +147,19 @@ def measure_step_minutes(model: Any, accelerator: Accelerator, num_images: int) 
     return math.ceil(num_passes / images_per_second / 60)
 
 
-def choose_held_out_fraction(kind: str, num_images: int, num_labels: int) -> float:
-    """Choose the fraction of the images that measure a run, if no split does."""
+def choose_held_out_fraction(
+    kind: str, num_images: int, num_labels: int, num_fitted: int = 0
+) -> float:
+    """Choose the fraction of the images that measure a run, if no split does.
+
+    `num_fitted` is the number of images to which the model was fitted before the run.
+    """
     # Cross-validation measures a frozen run without giving up a label.
     if kind == "frozen" or num_images < FEW_IMAGES_PER_CLASS * num_labels:
         return 0.0
     # A tenth of many images measures well enough; a tenth of few would be a handful.
-    return 0.1 if num_images >= MIN_STEP_IMAGES else 0.2
+    fraction = 0.1 if num_images >= MIN_STEP_IMAGES else 0.2
+    # The classifier is fitted again. To fewer images, it would be worse than what it replaces.
+    loses_images = num_fitted > (1 - fraction) * num_images
+    is_small = num_images < MIN_MEASURED_CLASS_SIZE * num_labels
+    return 0.0 if loses_images and is_small else fraction

@@ -9,7 +9,7 @@ from accelerate import PartialState
 
 from ..conversion.open_model import is_preset
 from ..data.sources import Splits, load_on_main
-from ..data.splits_table import list_encoder_rows
+from ..data.splits_table import find_trained_images, list_encoder_rows
 from ..hub.loading import pin_revision
 from ..hub.model_files import SPLITS_FILE
 from ..hub.model_folder import ModelFolder
@@ -17,8 +17,8 @@ from ..inference.speed import count_flops
 from ..runtime.distributed import set_mixed_precision
 from ..runtime.system import describe_device
 from .defaults import resolve_defaults
-from .model import InitialModel, resolve_initial_model
-from .options import TrainOptions
+from .model import InitialModel, has_labels, resolve_initial_model
+from .options import FinetuneOptions, TrainOptions
 from .reporter import Reporter
 from .resume import convert_sources, take_derived_values
 from .run_folder import SOURCE_FLAGS, EarlierRun
@@ -35,6 +35,7 @@ class RunInputs:
     setup: TrainingSetup
     # Rows of splits.parquet: images that trained the encoder, or the teacher, before this run
     encoder_rows: pd.DataFrame
+    num_fitted: int  # Number of training images to which the initial classifier was fitted
     forward_flops: int
     lines: dict[str, str | None]  # About the defaults and the device
 
@@ -96,9 +97,19 @@ def load(
         images=images,
         setup=setup,
         encoder_rows=pd.concat(encoder_rows),
+        num_fitted=count_fitted_images(options, initial, images),
         forward_flops=forward_flops,
         lines=lines,
     )
+
+
+def count_fitted_images(options: TrainOptions, initial: InitialModel, images: Splits) -> int:
+    """Count the training images to which the initial classifier, with the same labels, was fitted."""
+    is_finetuning = isinstance(options, FinetuneOptions)
+    if not is_finetuning or not has_labels(initial.config, images.label_space):
+        return 0
+    rows = list_encoder_rows(initial.folder, keeps_classifier=True)
+    return int(find_trained_images(images.train, rows).sum())
 
 
 def list_teacher_rows(teacher: str | None) -> pd.DataFrame:

@@ -125,11 +125,11 @@ def describe_gates(gates: dict[str, float] | None) -> str | None:
     if not gates:
         return None
     lowest, highest = min(gates.values()), max(gates.values())
-    text = f"{lowest:.2f} to {highest:.2f}: their tokens act at {highest:.0%} of an ordinary one or less"
+    text = f"{lowest:.2f} to {highest:.2f}, where 1 is an ordinary token"
     if highest >= MIN_OPEN_GATE:
         return text
     return (
-        f"{text}, so the result is nearly as without them. Set more epochs, a higher second value of "
+        f"{text}, so the result is nearly as without these tokens. Set more epochs, a higher second value of "
         "`learning_rate`, or `gate_new_tokens=False`"
     )
 

@@ -27,6 +27,7 @@ def print_summary(
     reporter.print_lines(
         {
             **describe_splits(data),
+            "start": describe_fitted_images(inputs, plan, data),
             "resize": setup.resize,
             **inputs.images.facts,
             **describe_model(
@@ -49,6 +50,25 @@ def print_summary(
             "than for new images, and has no interval. Set `held_out_fraction` as in its run, or "
             "hold out other images"
         )
+
+
+def describe_fitted_images(inputs: RunInputs, plan: RunPlan, data: TrainingData) -> str | None:
+    """Compare the images of a run with steps with those to which its model was fitted before.
+
+    None if the run trains on all of them, and holds some others out.
+    """
+    num_fitted, num_images = inputs.num_fitted, len(data.train)
+    if plan.kind == "frozen" or not num_fitted:
+        return None
+    text = f"{inputs.initial.name} was fitted to {num_fitted:,} of these images"
+    if num_fitted > num_images:
+        return (
+            f"{text}, and this run trains on {num_images:,}, so it may end worse. "
+            "`held_out_fraction=0.0` keeps all"
+        )
+    if len(data.held_out):
+        return None
+    return f"{text}, so none is held out. `held_out_fraction=0.2` measures the steps on a fifth"
 
 
 def describe_splits(data: TrainingData) -> dict[str, str]:

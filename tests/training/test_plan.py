@@ -7,13 +7,23 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from helpers.photo_folders import write_two_colors
+from helpers.tiny_models import build_tiny_config, randomize, save_with_processor
+from helpers.tiny_options import build_tiny_options, run_to_folder, run_training
 
+from modeling_vitcls import ViTCLSModel
 from modeling_vitcls.training import plan
 from modeling_vitcls.training.options import FinetuneOptions
 from modeling_vitcls.training.plan import RunPlan, plan_run
 
 
-def make_inputs(num_images: int, num_labels: int = 10, has_probe: bool = True, **flags: Any) -> Any:
+def make_inputs(
+    num_images: int,
+    num_labels: int = 10,
+    has_probe: bool = True,
+    num_fitted: int = 0,
+    **flags: Any,
+) -> Any:
     return SimpleNamespace(
         options=FinetuneOptions(model="encoder", dataset="photos", output_dir=Path("run"), **flags),
         initial=SimpleNamespace(has_random_weights=not has_probe),
@@ -28,6 +38,7 @@ def make_inputs(num_images: int, num_labels: int = 10, has_probe: bool = True, *
             missing_probe_reason="",
         ),
         forward_flops=1e12,
+        num_fitted=num_fitted,
     )
 
 
@@ -38,6 +49,7 @@ def make_plan(
     has_probe: bool = True,
     step_minutes: int | None = None,
     is_resumed: bool = False,
+    num_fitted: int = 0,
     **flags: Any,
 ) -> RunPlan:
     """Plan a run of a trained encoder; `step_minutes` is the duration of its steps on a CPU."""
@@ -45,7 +57,7 @@ def make_plan(
     monkeypatch.setattr(plan, "measure_step_minutes", lambda *arguments: step_minutes)
     monkeypatch.setattr(plan, "resolve_schedule", lambda options, *_, **__: (options, {}))
     monkeypatch.setattr(plan, "find_new_tokens", lambda *arguments: {})
-    inputs = make_inputs(num_images, num_labels, has_probe, **flags)
+    inputs = make_inputs(num_images, num_labels, has_probe, num_fitted, **flags)
     return plan_run(inputs, SimpleNamespace(device=device), is_resumed)  # type: ignore[arg-type]
 
 
@@ -108,6 +120,9 @@ def test_the_speed_of_this_cpu_decides_if_nothing_else_does(
         ({"epochs": 1.0}, 0.2),
         ({"epochs": 1.0, "num_images": 2_000}, 0.1),
         ({"epochs": 1.0, "num_images": 49}, 0.0),  # fewer than five of each class
+        ({"epochs": 1.0, "num_images": 299, "num_fitted": 299}, 0.0),  # it continues a run
+        ({"epochs": 1.0, "num_images": 299, "num_fitted": 239}, 0.2),  # which held out a fifth
+        ({"epochs": 1.0, "num_images": 300, "num_fitted": 300}, 0.2),
     ],
 )
 def test_only_steps_hold_images_out_by_default(
@@ -130,3 +145,28 @@ def test_the_last_weights_are_averaged_with_trained_ones_only(
     settings: dict[str, Any], averaging: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert make_plan(monkeypatch, **settings).averaging == averaging
+
+
+@pytest.mark.usefixtures("fresh_accelerate")
+def test_a_model_is_continued_with_all_of_its_few_images(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """To fewer images, its classifier would be fitted anew, and would be worse than before."""
+    encoder = save_with_processor(randomize(ViTCLSModel(build_tiny_config())), tmp_path / "encoder")
+    (tmp_path / "photos").mkdir()
+    photos = write_two_colors(tmp_path / "photos", 23)
+    flags: dict[str, Any] = {"probe": True, "select": None}
+    options = build_tiny_options(tmp_path / "first", photos, model=str(encoder), **flags)
+    first = run_to_folder(options)
+
+    flags |= {"model": str(first), "max_steps": 1}
+    results = run_training(build_tiny_options(tmp_path / "next", photos, **flags))
+    assert results["num_training_images"] == 46
+    text = f"{first} was fitted to 46 of these images, "
+    assert f"{text}so none is held out. `held_out_fraction=0.2`" in capsys.readouterr().out
+
+    options = build_tiny_options(tmp_path / "measured", photos, held_out_fraction=0.2, **flags)
+    num_left = run_training(options)["num_training_images"]
+    printed = capsys.readouterr().out
+    assert f"{text}and this run trains on {num_left}, so it may end worse" in printed
+    assert "`held_out_fraction=0.0` keeps all" in printed
