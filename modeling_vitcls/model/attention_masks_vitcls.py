@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from transformers.masking_utils import create_bidirectional_mask
 
 from .configuration_vitcls import ViTCLSConfig
-from .field_checks_vitcls import reject
 from .positions_vitcls import needs_resampling
 from .token_layout_vitcls import COUNT_FIELDS
 
@@ -104,18 +103,16 @@ def build_cls_attention_mask(
     grid_size: tuple[int, int],
 ) -> Any:
     """Build the mask that hides from each CLS token the patches outside its scope."""
-    reject(
-        (
-            "flash" in config._attn_implementation,
+    if "flash" in config._attn_implementation:
+        raise ValueError(
             f"cls_scopes requires an attention mask, but {config._attn_implementation} does not "
-            'support masks: set attn_implementation to "sdpa", "flex_attention" or "eager"',
-        ),
-        (
-            attention_mask is not None and attention_mask.ndim == 4,
+            'support masks: set attn_implementation to "sdpa", "flex_attention" or "eager"'
+        )
+    if attention_mask is not None and attention_mask.ndim == 4:
+        raise ValueError(
             "cls_scopes does not support a 4-dimensional attention_mask: pass a mask [batch, "
-            "tokens]",
-        ),
-    )
+            "tokens]"
+        )
     visibility = build_cls_visibility(config, grid_size, hidden_states.device)  # [N, N]
 
     def is_visible(batch_idx: Tensor, head_idx: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:

@@ -46,7 +46,6 @@ from .field_checks_vitcls import (
     finite,
     positive,
     rate,
-    reject,
     shorten_errors,
     to_pair,
     token_count,
@@ -585,7 +584,8 @@ class ViTCLSConfig(ExtraHeadsConfig, BackboneConfigMixin, PreTrainedConfig):
         known_names = cls._list_keywords() | {"gate_new_tokens"}
         for name in sorted(kwargs.keys() - known_names):
             hint = _format_suggestion(name, known_names, cutoff=0.8)
-            reject((bool(hint), f"Unknown field {name!r}{hint}"))
+            if hint:
+                raise ValueError(f"Unknown field {name!r}{hint}")
 
     @classmethod
     def _check_attention(cls, stored: Mapping[str, Any]) -> None:
@@ -595,14 +595,12 @@ class ViTCLSConfig(ExtraHeadsConfig, BackboneConfigMixin, PreTrainedConfig):
             "_attn_implementation",
             "_attn_implementation_internal",
         ):
-            reject(
-                (
-                    stored.get(name) not in (None, *STORED_ATTENTIONS),
+            if stored.get(name) not in (None, *STORED_ATTENTIONS):
+                raise ValueError(
                     f"The stored configuration has {name}={stored.get(name)!r}, but only "
                     f"{', '.join(STORED_ATTENTIONS)} are read from a file. Remove the field, and "
-                    "pass `attn_implementation` to `from_pretrained`.",
+                    "pass `attn_implementation` to `from_pretrained`."
                 )
-            )
 
     @classmethod
     def _forget_what_changes(
@@ -815,18 +813,16 @@ class ViTCLSConfig(ExtraHeadsConfig, BackboneConfigMixin, PreTrainedConfig):
         gated_tokens: dict[Any, int] = self.gated_tokens or {}
         for group, field in COUNT_FIELDS.items():
             num_tokens = getattr(self, field)
-            reject(
-                (
-                    self.token_init == "zeros" and group not in distinct_groups and num_tokens > 1,
+            if self.token_init == "zeros" and group not in distinct_groups and num_tokens > 1:
+                raise ValueError(
                     f'`token_init="zeros"` keeps the tokens of "{group}" identical. '
-                    'Set `token_init="trunc_normal"`.',
-                ),
-                (
-                    group in gated_tokens and not 0 < gated_tokens[group] <= num_tokens,
+                    'Set `token_init="trunc_normal"`.'
+                )
+            if group in gated_tokens and not 0 < gated_tokens[group] <= num_tokens:
+                raise ValueError(
                     f"`gated_tokens`: {gated_tokens.get(group)} of {num_tokens} {group!r} tokens. "
-                    f"Omit {group!r} for none.",
-                ),
-            )
+                    f"Omit {group!r} for none."
+                )
         if self.cls_scopes is not None:
             check_scopes(self.cls_scopes, self.num_cls_tokens, self.grid_size)
 
@@ -834,23 +830,21 @@ class ViTCLSConfig(ExtraHeadsConfig, BackboneConfigMixin, PreTrainedConfig):
         """Check that every task has its own CLS token, a valid name, and labels."""
         if self.tasks is None:
             return
-        reject(
-            (
-                len(self.tasks) != self.num_cls_tokens or not self.tasks,
+        if len(self.tasks) != self.num_cls_tokens or not self.tasks:
+            raise ValueError(
                 "`tasks` requires one CLS token per task. Set "
-                f"`num_cls_tokens={max(len(self.tasks), 1)}`.",
-            ),
-            (
-                self.cls_scopes is not None and list(self.tasks) != sorted(self.tasks),
+                f"`num_cls_tokens={max(len(self.tasks), 1)}`."
+            )
+        if self.cls_scopes is not None and list(self.tasks) != sorted(self.tasks):
+            raise ValueError(
                 "`cls_scopes` requires `tasks` in alphabetical order. Reorder both fields: "
-                f"{', '.join(sorted(self.tasks))}.",
-            ),
-            (
-                self.pooling not in ("cls", "cls_mean"),
+                f"{', '.join(sorted(self.tasks))}."
+            )
+        if self.pooling not in ("cls", "cls_mean"):
+            raise ValueError(
                 f'`tasks` requires CLS pooling, but `pooling` is "{self.pooling}". '
-                'Set `pooling="cls"` or "cls_mean".',
-            ),
-        )
+                'Set `pooling="cls"` or "cls_mean".'
+            )
         for name, labels in self.tasks.items():
             self._check_head_name("tasks", name)
             self._check_label_names(
@@ -861,48 +855,45 @@ class ViTCLSConfig(ExtraHeadsConfig, BackboneConfigMixin, PreTrainedConfig):
         """Check that the tokens and layers that the heads read exist."""
         pooled = self.pooled_cls_tokens
         self._check_layers("`pooled_layers`", self.pooled_layers)
-        reject(
-            (
-                self.pooling in ("cls", "cls_mean") and self.num_cls_tokens == 0,
+        if self.pooling in ("cls", "cls_mean") and self.num_cls_tokens == 0:
+            raise ValueError(
                 f'`pooling="{self.pooling}"` requires a CLS token, but `num_cls_tokens` is 0. '
-                'Set `num_cls_tokens=1` or pooling="mean", "max" or "attention".',
-            ),
-            (
-                pooled is not None
-                and not (pooled and set(pooled) <= set(range(self.num_cls_tokens))),
-                f"`pooled_cls_tokens` is {pooled}. Set indices from 0 to {self.num_cls_tokens - 1}.",
-            ),
-            (
-                self.pooling == "attention" and len(self.pooled_layer_indices) > 1,
+                'Set `num_cls_tokens=1` or pooling="mean", "max" or "attention".'
+            )
+        if pooled is not None and not (pooled and set(pooled) <= set(range(self.num_cls_tokens))):
+            raise ValueError(
+                f"`pooled_cls_tokens` is {pooled}. Set indices from 0 to {self.num_cls_tokens - 1}."
+            )
+        if self.pooling == "attention" and len(self.pooled_layer_indices) > 1:
+            raise ValueError(
                 '`pooling="attention"` supports one layer, but `pooled_layers` has several. '
-                'Set `pooling="cls_mean"` or one layer.',
-            ),
-            (
-                bool(self.distillation_head) and self.num_distillation_tokens == 0,
+                'Set `pooling="cls_mean"` or one layer.'
+            )
+        if self.distillation_head and self.num_distillation_tokens == 0:
+            raise ValueError(
                 "`distillation_head=True` requires a distillation token. Set "
-                "`num_distillation_tokens=1`.",
-            ),
-            (
-                self.distillation_inference == "distillation" and not self.has_distillation_head,
+                "`num_distillation_tokens=1`."
+            )
+        if self.distillation_inference == "distillation" and not self.has_distillation_head:
+            raise ValueError(
                 '`distillation_inference="distillation"` requires a distillation head. '
-                "Set `num_distillation_tokens=1`, and leave distillation_head unset.",
-            ),
-        )
+                "Set `num_distillation_tokens=1`, and leave distillation_head unset."
+            )
 
     def _check_layers(self, owner: str, layers: list[int] | None) -> None:
         """Check that layers exist and differ; the message names the `owner` of the indices."""
         if layers is None:
             return
         indices = self.resolve_layers(layers)
-        reject(
-            (
-                not layers
-                or len(set(indices)) != len(indices)
-                or not set(indices) <= set(range(1, self.num_hidden_layers + 1)),
+        if (
+            not layers
+            or len(set(indices)) != len(indices)
+            or not set(indices) <= set(range(1, self.num_hidden_layers + 1))
+        ):
+            raise ValueError(
                 f"{owner} must be different layers from 1 to {self.num_hidden_layers}, or from "
-                f"-{self.num_hidden_layers} to -1, but it is {layers}.",
+                f"-{self.num_hidden_layers} to -1, but it is {layers}."
             )
-        )
 
     def _check_labels(self, num_labels: Any) -> None:
         """Check `num_labels`, `id2label` and `label2id` before transformers builds label names."""
@@ -915,48 +906,42 @@ class ViTCLSConfig(ExtraHeadsConfig, BackboneConfigMixin, PreTrainedConfig):
             if labels and label not in (labels.get(str(index)), f"LABEL_{index}")
         ]
         is_count = type(num_labels) is int and 0 <= num_labels <= MAX_LABELS
-        reject(
-            (
-                labels.keys() != set(map(str, range(len(labels)))),
-                f"`id2label` has the ids {list(labels)}. Number the labels from 0 without gaps.",
-            ),
-            (
-                bool(contradictions),
+        if labels.keys() != set(map(str, range(len(labels)))):
+            raise ValueError(
+                f"`id2label` has the ids {list(labels)}. Number the labels from 0 without gaps."
+            )
+        if contradictions:
+            raise ValueError(
                 f"`label2id` has {contradictions[:1]}, but `id2label` has another label at its "
-                "index. Correct one of them, or remove `label2id`.",
-            ),
-            (
-                num_labels is not None and not is_count,
+                "index. Correct one of them, or remove `label2id`."
+            )
+        if num_labels is not None and not is_count:
+            raise ValueError(
                 f"`num_labels` must be between 0 (no classifier) and {MAX_LABELS:,}, not "
-                f"{num_labels!r}.",
-            ),
-            (
-                self.id2label is not None and num_labels not in (None, len(labels)),
+                f"{num_labels!r}."
+            )
+        if self.id2label is not None and num_labels not in (None, len(labels)):
+            raise ValueError(
                 f"`num_labels` is {num_labels}, but `id2label` has {len(labels)} labels. Omit "
-                "`num_labels`.",
-            ),
-        )
+                "`num_labels`."
+            )
 
     def validate_image(self) -> None:
         """Check that patches divide the image, and that they are not too many."""
         num_patches = math.prod(self.grid_size)
-        reject(
-            (
-                num_patches > MAX_PATCHES,
+        if num_patches > MAX_PATCHES:
+            raise ValueError(
                 f"`image_size` {self.image_size} makes {num_patches:,} patches of "
                 f"{self.patch_size} pixels, but at most {MAX_PATCHES:,} are supported. Use a "
-                "smaller image size.",
+                "smaller image size."
             )
-        )
         for size, patch_size in zip(self.image_height_width, self.patch_height_width, strict=True):
             multiple = max(size // patch_size, 1) * patch_size
-            reject(
-                (
-                    size % patch_size != 0,
+            if size % patch_size != 0:
+                raise ValueError(
                     f"`image_size`: {size} is not a multiple of the patch size {patch_size}. Use "
-                    f"{multiple} or {multiple + patch_size}.",
+                    f"{multiple} or {multiple + patch_size}."
                 )
-            )
 
     def validate_attention(self) -> None:
         """Check that the heads have a supported size, and the position embeddings their numbers."""
@@ -965,47 +950,41 @@ class ViTCLSConfig(ExtraHeadsConfig, BackboneConfigMixin, PreTrainedConfig):
         num_pool_heads = self.attention_pool_heads or self.num_attention_heads
         has_attention_pool = self.attention_pool_heads or self.pooling == "attention"
         has_other_scores = self.has_rotary_positions or self.relative_position_bias != "none"
-        reject(
-            (
-                self.attention_head_size is None
-                and self.hidden_size % self.num_attention_heads != 0,
+        if self.attention_head_size is None and self.hidden_size % self.num_attention_heads != 0:
+            raise ValueError(
                 f"num_attention_heads={self.num_attention_heads} does not divide "
                 f"hidden_size={self.hidden_size}. Set attention_head_size, or another number of "
-                "heads.",
-            ),
-            (
-                self.has_rotary_positions and self.head_dim % 4 != 0,
+                "heads."
+            )
+        if self.has_rotary_positions and self.head_dim % 4 != 0:
+            raise ValueError(
                 f"{self.position_embedding_type} requires a head size that is a multiple of 4, but "
                 f"it is {self.head_dim}. Change hidden_size, num_attention_heads or "
-                "attention_head_size.",
-            ),
-            (
-                periods is not None
-                and not (
-                    len(periods) == num_periods and 0 < min(periods) <= max(periods) < math.inf
-                ),
+                "attention_head_size."
+            )
+        if periods is not None and not (
+            len(periods) == num_periods and 0 < min(periods) <= max(periods) < math.inf
+        ):
+            raise ValueError(
                 f"`rope_periods` must have head_dim / 4 = {num_periods} positive numbers, not "
-                f"{periods}.",
-            ),
-            (
-                self.position_embedding_type == "sincos_2d" and self.hidden_size % 4 != 0,
+                f"{periods}."
+            )
+        if self.position_embedding_type == "sincos_2d" and self.hidden_size % 4 != 0:
+            raise ValueError(
                 "sincos_2d requires `hidden_size` to be a multiple of 4, but it is "
-                f"{self.hidden_size}.",
-            ),
-            (
-                self.attention_type == "differential"
-                and (self.head_dim % 2 != 0 or has_other_scores),
+                f"{self.hidden_size}."
+            )
+        if self.attention_type == "differential" and (self.head_dim % 2 != 0 or has_other_scores):
+            raise ValueError(
                 '`attention_type="differential"` requires an even head size, no rotary positions '
                 f'and `relative_position_bias="none"`, but the head size is {self.head_dim}, '
                 f'position_embedding_type is "{self.position_embedding_type}" and '
-                f'relative_position_bias is "{self.relative_position_bias}".',
-            ),
-            (
-                bool(has_attention_pool) and self.hidden_size % num_pool_heads != 0,
-                f"attention_pool_heads={num_pool_heads} must divide "
-                f"hidden_size={self.hidden_size}.",
-            ),
-        )
+                f'relative_position_bias is "{self.relative_position_bias}".'
+            )
+        if has_attention_pool and self.hidden_size % num_pool_heads != 0:
+            raise ValueError(
+                f"attention_pool_heads={num_pool_heads} must divide hidden_size={self.hidden_size}."
+            )
 
     def validate_class_statistics(self) -> None:
         """Check the tokens and the number of classes of the class statistics."""
@@ -1016,21 +995,21 @@ class ViTCLSConfig(ExtraHeadsConfig, BackboneConfigMixin, PreTrainedConfig):
         known_tokens = [
             [layer, kind] for layer in range(-self.num_hidden_layers, 0) for kind in ("cls", "mean")
         ]
-        reject(
-            (
-                not isinstance(tokens, list)
-                or not tokens
-                or any(token not in known_tokens for token in tokens),
+        if (
+            not isinstance(tokens, list)
+            or not tokens
+            or any(token not in known_tokens for token in tokens)
+        ):
+            raise ValueError(
                 f"`class_statistics`: `tokens` must be pairs of a layer from "
                 f'-{self.num_hidden_layers} to -1 and "cls" or "mean", such as [[-1, "cls"]], but '
-                f"it is {tokens}.",
-            ),
-            (
-                num_classes != self.num_labels,
+                f"it is {tokens}."
+            )
+        if num_classes != self.num_labels:
+            raise ValueError(
                 f"`class_statistics` has num_classes={num_classes}, but the model has "
-                f"{self.num_labels} labels. Set `class_statistics=None`.",
-            ),
-        )
+                f"{self.num_labels} labels. Set `class_statistics=None`."
+            )
 
     @classmethod
     def _list_keywords(cls) -> set[str]:

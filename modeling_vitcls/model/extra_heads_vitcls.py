@@ -15,7 +15,6 @@ from .field_checks_vitcls import (
     MAX_LABELS,
     probability,
     raise_one_line_errors,
-    reject,
     shorten_errors,
 )
 
@@ -60,16 +59,10 @@ class ExtraHead:
 
     def validate_head(self) -> None:
         """Check that each layer has a pooling, and that added classes share a softmax."""
-        reject(
-            (
-                len(self.layer_poolings) != len(self.pooled_layers or [-1]),
-                "`pooling` must be one, or one for each of `pooled_layers`",
-            ),
-            (
-                self.adds_classes and self.problem_type == "multi_label_classification",
-                "`adds_classes` requires the default `problem_type`",
-            ),
-        )
+        if len(self.layer_poolings) != len(self.pooled_layers or [-1]):
+            raise ValueError("`pooling` must be one, or one for each of `pooled_layers`")
+        if self.adds_classes and self.problem_type == "multi_label_classification":
+            raise ValueError("`adds_classes` requires the default `problem_type`")
 
     @property
     def layer_poolings(self) -> list[ExtraPooling]:
@@ -148,39 +141,29 @@ class ExtraHeadsConfig:
             self._check_label_names(owner, head.labels, min_labels=1 if is_binary else 2)
             self._check_layers(f"{owner}: `pooled_layers`", head.pooled_layers)
             reads_cls = any("cls" in pooling for pooling in head.layer_poolings)
-            reject(
-                (
-                    reads_cls and not self.num_cls_tokens,
-                    f'{owner} requires a CLS token, but the model has none. Set `pooling="mean"`.',
+            if reads_cls and not self.num_cls_tokens:
+                raise ValueError(
+                    f'{owner} requires a CLS token, but the model has none. Set `pooling="mean"`.'
                 )
-            )
 
         added_labels = [label for labels in self.get_added_classes().values() for label in labels]
         labels = [label for _, label in sorted((self.id2label or {}).items())]
         last_labels = labels[-len(added_labels) :]
-        reject(
-            (
-                bool(added_labels) and (bool(self.tasks) or last_labels != added_labels),
+        if added_labels and (self.tasks or last_labels != added_labels):
+            raise ValueError(
                 "`extra_heads`: the labels of heads with `adds_classes` must be the last ones of "
-                f"`id2label`, which are {last_labels[:3]}. Append them to id2label.",
+                f"`id2label`, which are {last_labels[:3]}. Append them to id2label."
             )
-        )
 
     def _check_head_name(self, field: str, name: str, reserved: Sequence[str] = ()) -> None:
         """Check that the name of a head is free, and can be a part of the names of its weights."""
-        reject(
-            (
-                not name.isidentifier() or name in reserved,
+        if not name.isidentifier() or name in reserved:
+            raise ValueError(
                 f"`{field}`: {name!r} is not a free name. Use another one, of letters, digits and "
-                "underscores.",
+                "underscores."
             )
-        )
 
     def _check_label_names(self, owner: str, labels: Sequence[Any], min_labels: int = 1) -> None:
         """Check the number of label names, and that none repeats."""
-        reject(
-            (
-                not min_labels <= len(labels) <= MAX_LABELS or len(set(labels)) != len(labels),
-                f"{owner} requires {min_labels} to {MAX_LABELS:,} distinct labels.",
-            )
-        )
+        if not min_labels <= len(labels) <= MAX_LABELS or len(set(labels)) != len(labels):
+            raise ValueError(f"{owner} requires {min_labels} to {MAX_LABELS:,} distinct labels.")

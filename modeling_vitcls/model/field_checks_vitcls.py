@@ -59,13 +59,6 @@ finite = bounded(math.isfinite, "finite or None")
 activation = bounded(ACT2FN.__contains__, 'an activation of transformers, such as "gelu"')
 
 
-def reject(*cases: tuple[bool, str]) -> None:
-    """Raise ValueError with the message of the first case (is wrong, message) that is wrong."""
-    for is_wrong, message in cases:
-        if is_wrong:
-            raise ValueError(message)
-
-
 # Errors -------------------------------------------------------------------------------------------
 @contextmanager
 def raise_one_line_errors(owner: str = "") -> Iterator[None]:

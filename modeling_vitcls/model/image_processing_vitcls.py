@@ -49,7 +49,7 @@ from .fast_image_processing_vitcls import (
     read_jpeg,
     resize_and_crop,
 )
-from .field_checks_vitcls import raise_one_line_errors, reject
+from .field_checks_vitcls import raise_one_line_errors
 
 
 logger = logging.get_logger(__name__)
@@ -110,16 +110,12 @@ class ViTCLSBaseImageProcessor(BaseImageProcessor):
         self, crop_rounding: str = "down", bit_depth: int = 16, **kwargs: Unpack[ImagesKwargs]
     ) -> None:
         check_setting_names(kwargs)
-        reject(
-            (
-                type(bit_depth) is not int or not 9 <= bit_depth <= 16,
-                f"bit_depth must be an integer from 9 to 16, not {bit_depth!r}.",
-            ),
-            (
-                crop_rounding not in CROP_ROUNDINGS,
-                f"Unknown crop_rounding {crop_rounding!r}. Use {' or '.join(CROP_ROUNDINGS)}.",
-            ),
-        )
+        if type(bit_depth) is not int or not 9 <= bit_depth <= 16:
+            raise ValueError(f"bit_depth must be an integer from 9 to 16, not {bit_depth!r}.")
+        if crop_rounding not in CROP_ROUNDINGS:
+            raise ValueError(
+                f"Unknown crop_rounding {crop_rounding!r}. Use {' or '.join(CROP_ROUNDINGS)}."
+            )
         super().__init__(**kwargs)
         self.crop_rounding = crop_rounding
         self.bit_depth = bit_depth
@@ -219,24 +215,18 @@ class ViTCLSBaseImageProcessor(BaseImageProcessor):
         size, crop_size = (dict(settings.get(name) or {}) for name in ("size", "crop_size"))
         is_cropped = bool(settings.get("do_center_crop") and settings.get("do_resize"))
         sides = [*size.values(), *crop_size.values()]
-        reject(
-            (settings.get("rescale_factor") == 0, "rescale_factor must not be 0"),
-            (bool(np.any(np.equal(settings.get("image_std", 1), 0))), "image_std must not be 0"),
-            (
-                any(side is not None and side < 1 for side in sides),
-                f"size {size} and crop_size {crop_size} must be 1 pixel or more",
-            ),
-            (
-                # PIL treats names as bilinear.
-                isinstance(resample, int | str) and resample not in RESAMPLING_FILTERS,
-                f"unknown resample {resample!r}: use one of {filters}",
-            ),
-            (
-                # transformers would pad the image with black, which no checkpoint was trained with.
-                is_cropped and is_larger(crop_size, size),
-                f"crop_size {crop_size} is larger than an image resized to {size}: reduce crop_size",
-            ),
-        )
+        if settings.get("rescale_factor") == 0:
+            raise ValueError("rescale_factor must not be 0")
+        if np.any(np.equal(settings.get("image_std", 1), 0)):
+            raise ValueError("image_std must not be 0")
+        if any(side is not None and side < 1 for side in sides):
+            raise ValueError(f"size {size} and crop_size {crop_size} must be 1 pixel or more")
+        if isinstance(resample, int | str) and resample not in RESAMPLING_FILTERS:
+            raise ValueError(f"unknown resample {resample!r}: use one of {filters}")
+        if is_cropped and is_larger(crop_size, size):
+            raise ValueError(
+                f"crop_size {crop_size} is larger than an image resized to {size}: reduce crop_size"
+            )
         return settings
 
     def _preprocess(

@@ -10,8 +10,6 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
-from .field_checks_vitcls import reject
-
 
 TokenGroup = Literal["cls", "distillation", "registers"]  # Special tokens
 # Group of special tokens -> field with the number of tokens.
@@ -88,23 +86,19 @@ def update_gated_tokens(
 
 def check_scopes(scopes: Sequence[Any], num_cls_tokens: int, grid_size: tuple[int, int]) -> None:
     """Raise ValueError unless each CLS token has a scope: the image, or a cell of a grid over it."""
-    reject(
-        (
-            len(scopes) != num_cls_tokens,
+    if len(scopes) != num_cls_tokens:
+        raise ValueError(
             f"`cls_scopes` has {len(scopes)} scopes. Set one for each of {num_cls_tokens} CLS "
-            "tokens.",
+            "tokens."
         )
-    )
     for scope in scopes:
         if scope == "image":
             continue
         rows, columns, row, column = scope if len(scope) == 4 else (0, 0, 0, 0)
         is_cell = 0 <= row < rows <= grid_size[0] and 0 <= column < columns <= grid_size[1]
-        reject(
-            (
-                not is_cell,
+        if not is_cell:
+            raise ValueError(
                 f'`cls_scopes`: {scope} must be "image" or [rows, columns, row, column], a cell of '
                 f"a grid over {grid_size[0]} x {grid_size[1]} patches. Count rows and columns "
-                "from 0.",
+                "from 0."
             )
-        )
