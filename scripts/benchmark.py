@@ -55,9 +55,9 @@ from modeling_vitcls.hub.local_paths import strip_folders
 from modeling_vitcls.inference.cuda_graphs import GraphedFunction
 from modeling_vitcls.inference.speed import count_flops
 from modeling_vitcls.model.configuration_vitcls import ViTCLSConfig
-from modeling_vitcls.model.cpu_kernels_vitcls import EMULATED_DTYPES
 from modeling_vitcls.runtime.flags import Options, check_minimum, check_value
 from modeling_vitcls.runtime.system import get_processor_name, get_versions
+from modeling_vitcls.speed.cpu_kernels import EMULATED_DTYPES
 
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -36,7 +36,7 @@ from modeling_vitcls.export.exportable import NamedOutputsModel
 from modeling_vitcls.export.onnx_file import write_onnx
 from modeling_vitcls.export.tracing import INPUT_NAME, select_graph_shape, trace_model
 from modeling_vitcls.model.blocks_vitcls import ViTCLSAttention
-from modeling_vitcls.model.cpu_kernels_vitcls import restore_plain_modules
+from modeling_vitcls.speed.cpu_kernels import restore_plain_modules
 
 
 LAYER = 1  # of the planted neurons

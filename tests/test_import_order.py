@@ -14,6 +14,7 @@ PACKAGE = Path(modeling_vitcls.__file__).parent
 # version.py.
 ORDER = (
     ("model",),
+    ("speed",),
     ("top level",),
     ("runtime",),
     ("hub",),

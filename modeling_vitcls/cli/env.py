@@ -28,8 +28,8 @@ def run(options: EnvOptions) -> None:
 
     import torch
 
-    from ..model import cpu_kernels_vitcls as kernels
     from ..runtime.system import format_device_name, get_processor_name, get_versions
+    from ..speed import cpu_kernels as kernels
 
     cpuinfo = Path("/proc/cpuinfo")
     accelerator = torch.accelerator.current_accelerator(check_available=True)

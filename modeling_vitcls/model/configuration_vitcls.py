@@ -80,13 +80,11 @@ from .adaptation_vitcls import *
 from .attention_masks_vitcls import *
 from .blocks_vitcls import *
 from .class_distance_vitcls import *
-from .cpu_kernels_vitcls import *
 from .extra_heads_vitcls import *
 from .fast_image_processing_vitcls import *
 from .field_checks_vitcls import *
 from .heads_vitcls import *
 from .image_processing_vitcls import *
-from .lean_layers_vitcls import *
 from .modeling_vitcls import *
 from .pipeline_vitcls import *
 from .positions_vitcls import *

@@ -35,6 +35,7 @@ from transformers.utils import ModelOutput, TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
+from ..speed.lean_layers import install_fast_modules
 from .adaptation_vitcls import AdaptableModel
 from .attention_masks_vitcls import RelativePositionBias, TokenGates, build_attention_mask
 from .blocks_vitcls import (
@@ -59,7 +60,6 @@ from .heads_vitcls import (
     compute_cross_entropy,
     compute_masked_pixel_loss,
 )
-from .lean_layers_vitcls import install_fast_modules
 from .positions_vitcls import MixedRotaryEmbeddings, build_rotary_embeddings
 from .token_attention_vitcls import LayerIndices, compute_token_attention
 from .token_layout_vitcls import COUNT_FIELDS, TokenLayout

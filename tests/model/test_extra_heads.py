@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.compare import run_step
 from helpers.tiny_models import (
     TASKS,
     assert_same_outputs,
@@ -20,9 +21,7 @@ from modeling_vitcls import (
     ViTCLSForImageClassification,
     ViTCLSForMultiTaskClassification,
 )
-from modeling_vitcls.model.cpu_kernels_vitcls import restore_plain_modules
-
-from .compare import run_step
+from modeling_vitcls.speed.cpu_kernels import restore_plain_modules
 
 
 LABELS = ["rain", "snow", "sun"]

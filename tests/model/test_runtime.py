@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.compare import run_step
 from helpers.tiny_models import (
     BLOCKS,
     POSITIONS,
@@ -19,8 +20,6 @@ from helpers.tiny_models import (
 )
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel
-
-from .compare import run_step
 
 
 # Gradient checkpointing and precision

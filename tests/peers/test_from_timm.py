@@ -24,7 +24,7 @@ from torch import nn
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel
 from modeling_vitcls.conversion.from_timm import convert_from_timm
 from modeling_vitcls.conversion.weight_rules import ConversionError
-from modeling_vitcls.model.cpu_kernels_vitcls import restore_plain_modules
+from modeling_vitcls.speed.cpu_kernels import restore_plain_modules
 from scripts.random_weights import randomize_weights
 
 

@@ -11,6 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.compare import (
+    Tensors,
+    assert_as_exact_in_half_precision,
+    assert_equal_in_float32,
+    run_step,
+    stack_models,
+)
 from helpers.tiny_models import (
     assert_same_outputs,
     build_images,
@@ -25,20 +32,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers.models.vit.modeling_vit import eager_attention_forward
 
 from modeling_vitcls import ViTCLSForImageClassification
-from modeling_vitcls.model import cpu_kernels_vitcls, lean_layers_vitcls
-from modeling_vitcls.model.cpu_kernels_vitcls import (
+from modeling_vitcls.speed import cpu_kernels, lean_layers
+from modeling_vitcls.speed.cpu_kernels import (
     CPULinear,
     FastModule,
     attend_in_chunks,
     restore_plain_modules,
-)
-
-from .compare import (
-    Tensors,
-    assert_as_exact_in_half_precision,
-    assert_equal_in_float32,
-    run_step,
-    stack_models,
 )
 
 
@@ -63,28 +62,24 @@ each_variant = pytest.mark.parametrize("fields", VARIANTS.values(), ids=VARIANTS
 @pytest.fixture(autouse=True)
 def use_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Use the kernels for all sizes, wherever they are correct, even if they are not the fastest."""
-    monkeypatch.setattr(lean_layers_vitcls, "MIN_MULTIPLICATIONS_OF_KERNELS", 0)
-    if cpu_kernels_vitcls.HAS_ONEDNN:
+    monkeypatch.setattr(lean_layers, "MIN_MULTIPLICATIONS_OF_KERNELS", 0)
+    if cpu_kernels.HAS_ONEDNN:
         for has_gradients in (False, True):
-            monkeypatch.setitem(
-                cpu_kernels_vitcls.MIN_MULTIPLICATIONS, (torch.float32, has_gradients), 0
-            )
+            monkeypatch.setitem(cpu_kernels.MIN_MULTIPLICATIONS, (torch.float32, has_gradients), 0)
         if torch.ops.mkldnn._is_mkldnn_bf16_supported():
-            monkeypatch.setitem(cpu_kernels_vitcls.MIN_MULTIPLICATIONS, (torch.bfloat16, False), 0)
+            monkeypatch.setitem(cpu_kernels.MIN_MULTIPLICATIONS, (torch.bfloat16, False), 0)
 
 
 @pytest.fixture(autouse=True)
 def use_chunked_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     """Use chunked attention on all CPUs, with three heads per chunk of a tiny model."""
-    monkeypatch.setattr(cpu_kernels_vitcls, "HAS_AVX512_BFLOAT16", True)
-    monkeypatch.setattr(cpu_kernels_vitcls, "HAS_AMX", False)
-    monkeypatch.setattr(
-        cpu_kernels_vitcls, "SCORES_PER_THREAD", 3 * 17**2 // torch.get_num_threads()
-    )
+    monkeypatch.setattr(cpu_kernels, "HAS_AVX512_BFLOAT16", True)
+    monkeypatch.setattr(cpu_kernels, "HAS_AMX", False)
+    monkeypatch.setattr(cpu_kernels, "SCORES_PER_THREAD", 3 * 17**2 // torch.get_num_threads())
 
 
 requires_onednn = pytest.mark.skipif(
-    not cpu_kernels_vitcls.HAS_ONEDNN, reason="this CPU or PyTorch has no oneDNN"
+    not cpu_kernels.HAS_ONEDNN, reason="this CPU or PyTorch has no oneDNN"
 )
 
 
@@ -163,7 +158,7 @@ def test_half_precision_is_as_exact_as_plain_pytorch(
 ) -> None:
     """Errors against float32 are as large as in plain PyTorch, also with emulated products."""
     if is_emulated:
-        monkeypatch.setattr(cpu_kernels_vitcls, "EMULATED_DTYPES", {dtype})
+        monkeypatch.setattr(cpu_kernels, "EMULATED_DTYPES", {dtype})
     found = []
     expected = []
     exact = []
@@ -352,7 +347,7 @@ def test_gradients_and_merged_weights_of_lora_equal_plain_pytorch(
     min_size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In one model, the terms of a rank-2 gradient may cancel; hence several models."""
-    monkeypatch.setattr(lean_layers_vitcls, "MIN_MULTIPLICATIONS_OF_KERNELS", min_size)
+    monkeypatch.setattr(lean_layers, "MIN_MULTIPLICATIONS_OF_KERNELS", min_size)
     steps: list[list[Tensors]] = [[], []]
     for seed in range(NUM_MODELS):
         for results, model in zip(steps, build_models(seed), strict=True):
@@ -482,8 +477,8 @@ def test_products_that_fail_or_are_wrong_are_detected(
             raise NotImplementedError
         return inputs @ weight.T + 1
 
-    monkeypatch.setattr(cpu_kernels_vitcls, "onednn_linear", multiply)
-    assert not cpu_kernels_vitcls.is_onednn_correct()
+    monkeypatch.setattr(cpu_kernels, "onednn_linear", multiply)
+    assert not cpu_kernels.is_onednn_correct()
 
 
 def test_an_environment_variable_disables_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,6 @@
-# SPDX-License-Identifier: Apache-2.0
 """Faster modules for CPUs. The outputs agree with plain PyTorch up to rounding errors.
 
-    KERNEL_CLASSES                  classes that replace plain ones (lean_layers_vitcls.py installs them)
+    KERNEL_CLASSES                  classes that replace plain ones (lean_layers.py installs them)
     restore_plain_modules(model)    restores the plain classes, also of lean layers
     VITCLS_CPU_KERNELS=0            environment variable that prevents installation
     torch.backends.mkldnn.flags(enabled=False)    plain PyTorch while the context is active
@@ -34,9 +33,9 @@ from transformers.activations import GELUActivation
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.utils.output_capturing import capture_outputs
 
-from .attention_masks_vitcls import get_matmul_dtype
-from .blocks_vitcls import ViTCLSAttention, ViTCLSMLP, list_hooks
-from .variants_vitcls import ViTCLSDifferentialAttention
+from ..model.attention_masks_vitcls import get_matmul_dtype
+from ..model.blocks_vitcls import ViTCLSAttention, ViTCLSMLP, list_hooks
+from ..model.variants_vitcls import ViTCLSDifferentialAttention
 
 
 # Private PyTorch APIs, used only in this file. If an API is missing, no kernel is installed.

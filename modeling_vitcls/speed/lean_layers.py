@@ -1,14 +1,13 @@
-# SPDX-License-Identifier: Apache-2.0
 """Layers that leave out Python, on any device: they call operations instead of modules.
 
     install_fast_modules(model)     called by every model's constructor: ViTCLSLayer -> LeanLayer,
                                     and the CPU kernels
-    restore_plain_modules(model)    restores the plain classes (cpu_kernels_vitcls.py)
+    restore_plain_modules(model)    restores the plain classes (cpu_kernels.py)
 
 A GPU computes a small model faster than Python calls its modules. Queries, keys and values are one
 product on GPUs, and for small inputs on CPUs; each pass joins their weights anew. The plain class
 computes what is unusual: hooks, replaced parts, other attention functions, compiled programs. The
-switches of cpu_kernels_vitcls.py turn lean layers off, too.
+switches of cpu_kernels.py turn lean layers off, too.
 
 What is gained (docs/speed.md): on an NVIDIA H200 in bfloat16, a forward pass of a ViT-S with one
 image takes 0.80 of the time of plain layers, a training step with 64 images 0.77. A CUDA graph
@@ -26,8 +25,9 @@ from torch.utils.hooks import RemovableHandle
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
-from .blocks_vitcls import ViTCLSGLU, ViTCLSLayer
-from .cpu_kernels_vitcls import (
+from ..model.blocks_vitcls import ViTCLSGLU, ViTCLSLayer
+from ..model.positions_vitcls import PositionEmbeddings, rotate_patches
+from .cpu_kernels import (
     CPUMLP,
     KERNEL_CLASSES,
     CPUAttention,
@@ -38,7 +38,6 @@ from .cpu_kernels_vitcls import (
     has_plain_parameters,
     must_be_plain,
 )
-from .positions_vitcls import PositionEmbeddings, rotate_patches
 
 
 class LeanLayer(FastModule, ViTCLSLayer):

@@ -7,17 +7,16 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.compare import assert_equal_in_float32, run_step
 from helpers.tiny_models import build_images, build_tiny_config, randomize
 from torch import nn
 
 from modeling_vitcls import ViTCLSForImageClassification
-from modeling_vitcls.model import lean_layers_vitcls
-from modeling_vitcls.model.cpu_kernels_vitcls import restore_plain_modules
-from modeling_vitcls.model.lean_layers_vitcls import is_usual_layer
+from modeling_vitcls.speed import lean_layers
+from modeling_vitcls.speed.cpu_kernels import restore_plain_modules
+from modeling_vitcls.speed.lean_layers import is_usual_layer
 from scripts.benchmark import build_timm_vit
 from scripts.host_time import count_kernels
-
-from .compare import assert_equal_in_float32, run_step
 
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -36,7 +35,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 @pytest.fixture(params=[True, False], ids=["cpu_kernels", "as_on_a_gpu"], autouse=True)
 def has_cpu_kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Run each test as with large images on a CPU, and with the operations that a GPU would run."""
-    monkeypatch.setattr(lean_layers_vitcls, "has_cpu_kernels", lambda inputs: request.param)
+    monkeypatch.setattr(lean_layers, "has_cpu_kernels", lambda inputs: request.param)
     return request.param
 
 
