@@ -58,6 +58,7 @@ from modeling_vitcls.model.configuration_vitcls import ViTCLSConfig
 from modeling_vitcls.runtime.flags import Options, check_minimum, check_value
 from modeling_vitcls.runtime.system import get_processor_name, get_versions
 from modeling_vitcls.speed.cpu_kernels import EMULATED_DTYPES
+from modeling_vitcls.speed.lean_layers import use_fast_modules
 
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -210,7 +211,7 @@ def load_model(source: str, folder: Path) -> Any:
     loaded, _, source_folder = load_exportable_model(source)
     model: Any = randomize_weights(loaded) if source_folder is None else loaded
     model.save_pretrained(folder)
-    return model
+    return use_fast_modules(model)
 
 
 def count_flops_of_peer(model: Any, is_peer: bool) -> int:

@@ -28,7 +28,7 @@ from benchmark import FirstOutput, build_timm_vit, build_transformers_vit, take_
 from random_weights import randomize_weights
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from modeling_vitcls import ViTCLSConfig, ViTCLSForImageClassification
+from modeling_vitcls import ViTCLSConfig, ViTCLSForImageClassification, use_fast_modules
 from modeling_vitcls.cli.parsing import run_script
 from modeling_vitcls.runtime.flags import Options, check_minimum
 from modeling_vitcls.runtime.system import get_processor_name, get_versions
@@ -93,7 +93,9 @@ def measure_milliseconds(function: Callable[[], object], num_calls: int) -> floa
 def build_functions(work: str, images: torch.Tensor) -> dict[str, Callable[[], object]]:
     """Build one function per package that takes a forward pass or a training step."""
     models = {
-        "modeling_vitcls": randomize_weights(ViTCLSForImageClassification(CONFIG)),
+        "modeling_vitcls": use_fast_modules(
+            randomize_weights(ViTCLSForImageClassification(CONFIG))
+        ),
         "timm": build_timm_vit(CONFIG),
         "transformers": build_transformers_vit(CONFIG),
     }

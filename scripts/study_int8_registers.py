@@ -36,7 +36,7 @@ from modeling_vitcls.export.exportable import NamedOutputsModel
 from modeling_vitcls.export.onnx_file import write_onnx
 from modeling_vitcls.export.tracing import INPUT_NAME, select_graph_shape, trace_model
 from modeling_vitcls.model.blocks_vitcls import ViTCLSAttention
-from modeling_vitcls.speed.cpu_kernels import restore_plain_modules
+from modeling_vitcls.speed.cpu_kernels import use_plain_modules
 
 
 LAYER = 1  # of the planted neurons
@@ -147,7 +147,7 @@ def build_arms(model: Any, neurons: list[list[int]], images: Tensor) -> dict[str
     """Return the models to compare."""
     with_register = add_test_time_register(model, neurons).eval()
     without_neurons = copy.deepcopy(model)
-    restore_plain_modules(with_register)
+    use_plain_modules(with_register)
     for layer, neuron in neurons:
         without_neurons.layers[layer].mlp.fc1.weight[neuron] = 0
         without_neurons.layers[layer].mlp.fc1.bias[neuron] = 0
@@ -260,7 +260,7 @@ def main(model: Path, train: Path, test: Path, seeds: int = 3) -> None:
         ("trained", encoder, train_images, test_images),
         ("converted, random", converted, large[:-64], large[-64:]),
     ):
-        restore_plain_modules(source)
+        use_plain_modules(source)
         calibration = images[:NUM_CALIBRATION_IMAGES]
         num_patches = math.prod(source.config.grid_size)
         arms = {"as it is": source}

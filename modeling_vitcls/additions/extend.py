@@ -50,6 +50,7 @@ from ..runtime.distributed import set_mixed_precision
 from ..runtime.files import write_json
 from ..runtime.staging import create_output_folder
 from ..runtime.system import get_versions
+from ..speed.lean_layers import use_fast_modules
 from .certificate import certify, describe_certificate, draw_pixels, load_old_model
 from .options import AdditionOptions
 
@@ -206,7 +207,9 @@ def append_head(
         config.label2id = {label: index for index, label in enumerate(names)}
         config.class_statistics = None  # The statistics of all classes are set afterwards
     config.extra_heads = {**(config.extra_heads or {}), name: head}
-    extended = model.new_like(config).to(device=model.device, dtype=model.dtype).eval()
+    # Fast as the old model, whose outputs the certificate compares to the bit
+    extended = use_fast_modules(model.new_like(config))
+    extended.to(device=model.device, dtype=model.dtype).eval()
     # The old model has no weights for the new head, which are set below.
     extended.load_state_dict(model.state_dict(), strict=False)
     linear = extended.extra_heads[f"task_{name}"]

@@ -60,12 +60,11 @@ def process_attention_layers(
 
     The attention includes all tokens of the last layer.
     """
-    encoder = model.base_model
 
     def record(_: int, *fields: Any) -> None:
         process_layer(RecordedLayer(*fields))
 
-    with record_attention(encoder, range(len(encoder.layers)), record):
+    with record_attention(model, range(len(model.base_model.layers)), record):
         yield
 
 

@@ -16,6 +16,7 @@ from ..model.image_processing_vitcls import ViTCLSImageProcessor
 from ..model.modeling_vitcls import ViTCLSModel
 from ..runtime.errors import format_error, warn_on_first_process
 from ..runtime.files import read_json, read_text, replace_control_characters
+from ..speed.lean_layers import use_fast_modules
 from .connection import silence_transformers
 from .loading import MODEL_FILE_PATTERNS, get_model_folder
 from .local_paths import BUILT_IN_DATASET, is_hub_dataset, strip_folders
@@ -168,7 +169,7 @@ class ModelFolder:
         return ViTCLSImageProcessor.from_pretrained(self.path)
 
     def load(self, model_class: Any, **arguments: Any) -> Any:
-        """Load the model in evaluation mode, with further arguments of `from_pretrained`.
+        """Load the model in evaluation mode with fast modules; `arguments` are of `from_pretrained`.
 
         Raise ValueError if a weight is missing, and as `load_partly` does.
         """
@@ -224,7 +225,7 @@ class ModelFolder:
                 "weights. If a wrapper, such as DataParallel or Lightning's, put a prefix before the "
                 "names, save the model inside it"
             )
-        return model, set(loading_info["missing_keys"])
+        return use_fast_modules(model), set(loading_info["missing_keys"])
 
     def warn_about_edited_settings(self) -> None:
         """Log a line if settings of the model or the image processor changed after training."""

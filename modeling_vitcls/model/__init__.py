@@ -1,3 +1,5 @@
+# Copyright 2026 The modeling_vitcls maintainers
+# SPDX-License-Identifier: Apache-2.0
 """The files that travel with every checkpoint, in reading order.
 
 They import only one another and public libraries.
@@ -7,7 +9,7 @@ They import only one another and public libraries.
     blocks_vitcls.py                  the ViT in plain PyTorch: embeddings, attention, MLP, layer
     modeling_vitcls.py                output classes, encoder, task classes
     heads_vitcls.py                   poolers, classifiers, pixel decoder, losses
-    (a default model executes only these five files, and one function of positions_vitcls.py)
+    (a forward pass of a default model runs these five files, and one function of positions_vitcls.py)
 
     field_checks_vitcls.py            kinds of fields that have bounds, one-line errors
     extra_heads_vitcls.py             the configuration of heads of further tasks and classes
@@ -17,8 +19,6 @@ They import only one another and public libraries.
     class_distance_vitcls.py          class statistics, and whether they fit the weights
     adaptation_vitcls.py              checkpoints with other special tokens or sizes
     token_attention_vitcls.py         attention maps of the special tokens
-    cpu_kernels_vitcls.py             modules that are faster on CPUs, installed from outside
-    lean_layers_vitcls.py             layers that leave out Python, installed from outside
     image_processing_vitcls.py        image processors with two backends
     fast_image_processing_vitcls.py   faster image processing with the same outputs
     pipeline_vitcls.py                pipelines that leave the reading of images to the processor

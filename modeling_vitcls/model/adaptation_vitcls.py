@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling_vitcls maintainers
 # SPDX-License-Identifier: Apache-2.0
 """Change the special tokens, image size or patch size of a model.
 
@@ -34,6 +35,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import logging
 
 from .attention_masks_vitcls import TokenGates, list_gated_tokens, resample_bias_tables
+from .blocks_vitcls import has_user_hooks
 from .configuration_vitcls import ADAPTABLE_FIELDS, ViTCLSConfig
 from .positions_vitcls import resample_positions, resize_patch_kernel
 from .token_layout_vitcls import COUNT_FIELDS, update_gated_tokens
@@ -88,6 +90,11 @@ class AdaptableModel(PreTrainedModel):
             if getattr(config, name) != value
         }
         if changes:
+            if kwargs.get("quantization_config") is not None:
+                raise ValueError(
+                    f"{next(iter(changes))} cannot be changed while weights are quantized. Load the "
+                    "checkpoint without quantization_config, save the adapted model, and quantize that"
+                )
             # The weights are loaded into the old shapes, and adapted afterwards. The old sizes need
             # not be valid together with the new values of other fields.
             kwargs["config"] = replace_fields(config, old_fields, validate=False)
@@ -99,6 +106,8 @@ class AdaptableModel(PreTrainedModel):
         # Before `adapt`, so that it counts only gates that still do something
         remove_open_gates(model)
 
+        if getattr(model, "class_distance", None) is not None:
+            model.class_distance.check(model.base_model)
         if not changes:
             return model_or_tuple
         model = model.adapt(gate_new_tokens=gate_new_tokens, **changes)
@@ -107,7 +116,8 @@ class AdaptableModel(PreTrainedModel):
     def adapt(self, gate_new_tokens: bool = True, **changes: Any) -> Self:
         """Build a model with other values of `ADAPTABLE_FIELDS`, and adapt the weights to it.
 
-        If no field changes, this model is returned.
+        If no field changes, this model is returned. A new model has no hooks, and plain modules;
+        gradient checkpointing stays on.
 
         Args:
             gate_new_tokens: whether to gate the added tokens. Closed gates hide them from the other
@@ -117,7 +127,8 @@ class AdaptableModel(PreTrainedModel):
             changes: new values of `ADAPTABLE_FIELDS`.
 
         Raises:
-            ValueError: if a field cannot be adapted, or the new values contradict other fields.
+            ValueError: if a field cannot be adapted, the new values contradict other fields, or the
+                model is quantized or has adapters of PEFT.
         """
         if unknown_names := sorted(set(changes) - set(ADAPTABLE_FIELDS)):
             raise ValueError(
@@ -129,10 +140,11 @@ class AdaptableModel(PreTrainedModel):
         }
         if not changes:
             return self
+        check_weights_are_plain(self)
 
         gated_tokens = get_gated_tokens(self.config, changes, gate_new_tokens)
         config = replace_fields(self.config, changes | {"gated_tokens": gated_tokens})
-        ignore_unready_parts(self.config, config)
+        ignore_unready_parts(self.config, config, count_closed_gates(self))
 
         model = self.new_like(config)
         # transformers' `to` is untyped
@@ -142,6 +154,10 @@ class AdaptableModel(PreTrainedModel):
         if statistics is not None and statistics.has_fingerprint_of(self.base_model):
             # New tokens with closed gates and another size of the positions change no features.
             cast(Any, model).class_distance.store_fingerprint(model.base_model)
+        if any(getattr(module, "gradient_checkpointing", False) for module in self.modules()):
+            model.gradient_checkpointing_enable()
+        if any(map(has_user_hooks, self.modules())):
+            logger.warning("hooks: not carried over. Register them on the adapted model")
         model.train(self.training)
         return model
 
@@ -211,6 +227,20 @@ def replace_fields(config: Any, values: Mapping[str, Any], validate: bool = True
     return config
 
 
+def check_weights_are_plain(model: AdaptableModel) -> None:
+    """Raise ValueError if weights are quantized, or if adapters of PEFT wrap layers."""
+    if getattr(model, "hf_quantizer", None) is not None:
+        raise ValueError(
+            "a quantized model cannot be adapted. Load it without quantization, adapt it, and "
+            "quantize the result"
+        )
+    if any("base_layer" in module._modules for module in model.modules()):
+        raise ValueError(
+            "a model with adapters cannot be adapted. Merge them first: "
+            "`model = peft_model.merge_and_unload()`"
+        )
+
+
 def remove_open_gates(model: AdaptableModel) -> None:
     """Remove the gates of a loaded model if all are open: attention without a bias is faster."""
     encoder: Any = model.base_model
@@ -237,8 +267,24 @@ def get_gated_tokens(
     return new_gated_tokens or None
 
 
-def ignore_unready_parts(old_config: ViTCLSConfig, config: ViTCLSConfig) -> None:
-    """Set the fields of a new configuration so that it reads nothing random, and log each change."""
+def count_closed_gates(model: AdaptableModel) -> dict[str, int]:
+    """Count the last tokens of each group that are behind closed gates: without them, nothing changes."""
+    gates: Any = model.base_model.gates
+    counts = dict.fromkeys(COUNT_FIELDS, 0)
+    if gates is None or gates.gates.is_meta:
+        return counts
+    for (group, _), gate in zip(list_gated_tokens(model.config), gates.gates.tolist(), strict=True):
+        counts[group] = counts[group] + 1 if gate == TokenGates.CLOSED else 0
+    return counts
+
+
+def ignore_unready_parts(
+    old_config: ViTCLSConfig, config: ViTCLSConfig, closed_gates: Mapping[str, int]
+) -> None:
+    """Set the fields of a new configuration so that it reads nothing random, and log each change.
+
+    `closed_gates` is from `count_closed_gates`.
+    """
     has_new_head = config.has_distillation_head and not old_config.has_distillation_head
     is_random = has_new_head and not can_copy_classifier(old_config)
     if is_random and config.distillation_inference == "mean":
@@ -264,24 +310,31 @@ def ignore_unready_parts(old_config: ViTCLSConfig, config: ViTCLSConfig) -> None
         config.pooled_cls_tokens = list(range(num_old))
         logger.warning(f"pooled_cls_tokens: {config.pooled_cls_tokens}, so the mean stays the same")
 
-    if config.class_statistics and not keeps_features(old_config, config):
+    if config.class_statistics and not keeps_features(old_config, config, closed_gates):
         config.class_statistics = config.distance_threshold = None
         logger.warning(
-            "class statistics (`distance`, `unknown`): dropped, because only added tokens with gates "
-            "leave the features as they are"
+            "class statistics (`distance`, `unknown`): dropped, because only tokens with closed gates "
+            "can be added or removed without another effect on the features"
         )
 
 
-def keeps_features(old_config: ViTCLSConfig, config: ViTCLSConfig) -> bool:
-    """Tell whether only tokens with closed gates are new; other sizes are as in a forward pass."""
+def keeps_features(
+    old_config: ViTCLSConfig, config: ViTCLSConfig, closed_gates: Mapping[str, int]
+) -> bool:
+    """Tell whether only tokens with closed gates are new or gone; other sizes are as in a forward pass."""
     counts = {field: getattr(config, field) for field in COUNT_FIELDS.values()}
-    has_all_tokens = all(count >= getattr(old_config, field) for field, count in counts.items())
+    has_all_tokens = all(
+        getattr(old_config, field) - counts[field] <= closed_gates[group]
+        for group, field in COUNT_FIELDS.items()
+    )
+    is_mean = old_config.num_cls_tokens > config.num_cls_tokens and config.cls_pooling == "mean"
     gated_tokens = get_gated_tokens(old_config, counts, gate_new_tokens=True)
     has_same_tokens = old_config.cls_scopes == config.cls_scopes
     has_same_patches = old_config.patch_height_width == config.patch_height_width
     sizes = [each.compute_pooled_size("cls", 1) for each in (old_config, config)]
     return (
         has_all_tokens
+        and not is_mean
         and gated_tokens == config.gated_tokens
         and has_same_tokens
         and has_same_patches

@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling_vitcls maintainers
 # SPDX-License-Identifier: Apache-2.0
 """Attention masks and attention biases. The default model uses neither.
 
@@ -68,6 +69,11 @@ def build_attention_mask(
     if gates is not None:
         mask = gates(hidden_states, mask)
     return mask
+
+
+def detach_in_export(values: Tensor) -> Tensor:
+    """Detach the values of a bias while torch.onnx traces: with gradients, SDPA has another kernel."""
+    return values.detach() if torch.onnx.is_in_onnx_export() else values
 
 
 # Attention implementations that support an additive bias.
@@ -183,7 +189,8 @@ class RelativePositionBias(nn.Module):
         require_additive_mask(self.config, "relative_position_bias")
         index = self.get_relative_position_index(grid_size, hidden_states.device)  # [N, N]
         # [tables, distances + 3, heads]
-        tables = resample_bias_tables(self.tables, self.config.grid_size, grid_size)
+        tables = detach_in_export(self.tables)
+        tables = resample_bias_tables(tables, self.config.grid_size, grid_size)
         tables = tables.to(hidden_states.dtype)
         # table[index]: [N, N, heads]
         biases = [apply_mask(table[index].permute(2, 0, 1).unsqueeze(0), mask) for table in tables]
@@ -276,7 +283,7 @@ class TokenGates(nn.Module):
     def forward(self, hidden_states: Tensor, mask: Any) -> Any:
         """Scale the attention to each gated token: add log(g) to the mask, or to the list of masks."""
         require_additive_mask(self.config, "gated_tokens")
-        values = self.get_gate_values()
+        values = detach_in_export(self.get_gate_values())
         if get_matmul_dtype(hidden_states) == torch.float16:
             values = values + self.SMALLEST_HALF
         bias = hidden_states.new_zeros(1, 1, 1, hidden_states.shape[1])  # [1, 1, 1, N]

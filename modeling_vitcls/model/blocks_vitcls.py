@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling_vitcls maintainers
 # SPDX-License-Identifier: Apache-2.0
 """The Vision Transformer (Dosovitskiy et al. 2020, arXiv 2010.11929) in plain PyTorch.
 
@@ -12,8 +13,8 @@ B images, N tokens, D channels. Every layer updates special tokens in the same w
 differential attention are in variants_vitcls.py. Module names follow the ViT of
 transformers.
 
-This file contains no performance optimizations: cpu_kernels_vitcls.py and lean_layers_vitcls.py
-install faster modules.
+This file contains no performance optimizations, and is what runs. The installed package can replace
+modules with faster ones: `use_fast_modules(model)`.
 """
 
 import math
@@ -514,3 +515,11 @@ def list_hooks(module: nn.Module) -> list[Callable[..., Any]]:
         *module._backward_hooks.values(),
         *module._backward_pre_hooks.values(),
     ]
+
+
+def has_user_hooks(module: nn.Module) -> bool:
+    """Check whether a module has hooks that a person set, not transformers or DDP."""
+    return any(
+        not str(getattr(hook, "__module__", "")).startswith(("transformers.", "torch.distributed."))
+        for hook in list_hooks(module)
+    )

@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling_vitcls maintainers
 # SPDX-License-Identifier: Apache-2.0
 """Class statistics in a model: where they are stored, and whether they fit its present weights.
 
@@ -17,14 +18,21 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
+from .attention_masks_vitcls import list_gated_tokens
 from .configuration_vitcls import ViTCLSConfig
 from .heads_vitcls import TokenPooler
+from .token_layout_vitcls import COUNT_FIELDS
 
 
 logger = logging.get_logger(__name__)
 
 NUM_SUMS = 16  # Number of sums in a fingerprint
-SPECIAL_TOKENS = ("cls_token", "distillation_token", "register_tokens")
+# Group -> parameter of the embeddings
+TOKEN_PARAMETERS = {
+    "cls": "cls_token",
+    "distillation": "distillation_token",
+    "registers": "register_tokens",
+}
 # Adapters of PEFT that add `get_delta_weight` to a weight. Others count with their own parameters.
 ADDITIVE_ADAPTERS = {"lora_A", "hada_w1_a", "lokr_w1", "vera_lambda_b", "fourierft_spectrum"}
 # Sums are stored as integers in this unit: a cast of the model to half precision leaves integers as
@@ -49,7 +57,8 @@ class ClassDistance(nn.Module):
 
     Attributes:
         layers: indices, from 1, of the layers that are read.
-        is_valid: whether the statistics belonged to the weights of the last `check`.
+        is_valid: whether the statistics belonged to the weights of the last `check`; None if these
+            have changed since.
     """
 
     # transformers keeps these in float32, in a model of any precision: all but the fingerprint.
@@ -69,8 +78,8 @@ class ClassDistance(nn.Module):
         self.counts = nn.Buffer(torch.zeros(num_classes))
         self.sizes = nn.Buffer(torch.zeros(len(self.tokens)))
         self.fingerprint = nn.Buffer(torch.zeros(NUM_SUMS, dtype=torch.int64))
-        self.is_valid = True
-        self.checked_state: list[Any] = []
+        self.is_valid: bool | None = True
+        self.checked_state: list[Any] | None = []
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move the buffers, but keep them in float32: half precision has too few digits for them."""
@@ -117,28 +126,38 @@ class ClassDistance(nn.Module):
         """Find out whether the statistics were fitted to the present weights of the encoder.
 
         The weights are read once after each change. An edit of `parameter.data` in place is the one
-        change that PyTorch does not count: `model.eval()` notices it, too.
+        change that PyTorch does not count: the first pass after training notices it, too.
         """
         # torch.compile and torch.export cannot trace this. Their graph depends on `is_valid`.
         if torch.compiler.is_compiling():
-            return self.is_valid
-        try:
-            state = [*read_state(self.fingerprint), *list_states(encoder)]
-        except RuntimeError:  # Under torch.func, weights have no memory, and may be several
-            return False
-        if state == self.checked_state:
-            return self.is_valid
+            return bool(self.is_valid)
+        state = self.list_states(encoder)
+        if state is None or (state == self.checked_state and self.is_valid is not None):
+            return bool(state and self.is_valid)
 
-        self.checked_state = state
         was_valid = self.is_valid
         self.is_valid = self.has_fingerprint_of(encoder)
-        if was_valid and not self.is_valid:
+        self.checked_state = state
+        if was_valid is not False and not self.is_valid:
             logger.warning(
-                "class statistics (`distance`, `unknown`): not used, because the file lacks them or "
-                "they do not belong to these weights of the encoder. `vitcls finetune --model FOLDER` "
-                "fits a classifier and them"
+                "class statistics (`distance`, `unknown`): not used, because the file lacks them, or "
+                "they do not belong to these weights of the encoder, or the weights are sharded, "
+                "quantized or offloaded. `vitcls finetune --model FOLDER` fits a classifier and them"
             )
         return self.is_valid
+
+    def end_training(self, encoder: nn.Module) -> None:
+        """Have the next pass read the weights; a compiled one has no distance if they have changed."""
+        if self.list_states(encoder) != self.checked_state:
+            self.is_valid = None
+        self.checked_state = []
+
+    def list_states(self, encoder: nn.Module) -> list[Any] | None:
+        """List what changes with any edit of the weights or the fingerprint, without reading them."""
+        try:
+            return [*read_state(self.fingerprint), *list_states(encoder)]
+        except RuntimeError:  # Under torch.func, weights have no memory, and may be several
+            return None
 
     def has_fingerprint_of(self, encoder: nn.Module) -> bool:
         """Compare the stored fingerprint with the weights of an encoder.
@@ -168,6 +187,8 @@ class ClassDistance(nn.Module):
         sums = sum_weights(encoder)
         if sums is not None:
             self.fingerprint.copy_((sums[0] / SUM_UNIT).round())
+            self.checked_state = self.list_states(encoder)
+            self.is_valid = True
 
 
 # Fingerprint --------------------------------------------------------------------------------------
@@ -207,16 +228,20 @@ def sum_weights(
     squares: list[list[Tensor]] = [[] for _ in range(NUM_SUMS)]
     are_rounded: list[Tensor] = []
     num_layers = len(encoder.layers)  # type: ignore[arg-type]
+    # The sums of earlier versions have all tokens
+    is_open = find_open_tokens(encoder) if build_factors is build_factors_of_all else {}
     for name, weight in list_effective_weights(encoder):
         is_plain = type(weight) in (Tensor, nn.Parameter) and weight.is_floating_point()
         if not is_plain or weight.is_meta:
             return None
+        if name in is_open:
+            weight = weight * is_open[name]
         values = weight.flatten(1) if weight.ndim > 1 else weight[:, None]
         values = values.cpu() if values.device.type == "mps" else values  # Has no float64
         rows, columns = build_factors(values)
         part, own_name = name.split(".")[:2]
         index = {"embeddings": 0, "layernorm": 1}.get(part, 2)
-        if own_name in SPECIAL_TOKENS:
+        if own_name in TOKEN_PARAMETERS.values():
             index = 3
         elif part == "layers":
             index = 4 + int(own_name) * (NUM_SUMS - 4) // num_layers
@@ -227,7 +252,7 @@ def sum_weights(
         halves = [sample.to(dtype).to(sample) for dtype in (torch.bfloat16, torch.float16)]
         are_rounded.append((sample == halves[0]).all() | (sample == halves[1]).all())
 
-    gates = getattr(encoder, "gates", None)
+    gates: Any = encoder.gates
     if gates is not None:
         # An open gate is the same as none, also in its sum.
         totals[2].append((1 - gates.get_gate_values()).double().sum())
@@ -239,6 +264,24 @@ def sum_weights(
     sums = torch.stack([sum(each, zero) for each in (*totals, *squares, [rounded])]).cpu()
     rounding = HALF_ROUNDING if sums[-1] else ROUNDING
     return sums[:NUM_SUMS], rounding * sums[NUM_SUMS:-1].sqrt() + SUM_UNIT
+
+
+def find_open_tokens(encoder: Any) -> dict[str, Tensor]:
+    """Find the tokens that act on others: parameter -> [1, n, 1], False behind a closed gate.
+
+    CLS tokens are left out, because the statistics read them, also behind a gate.
+    """
+    if encoder.gates is None:
+        return {}
+    are_open = encoder.gates.get_gate_values() > 2 * encoder.gates.SMALLEST
+    masks: dict[str, Tensor] = {}
+    for gate, (group, index) in enumerate(list_gated_tokens(encoder.config)):
+        if group != "cls":
+            num_tokens = getattr(encoder.config, COUNT_FIELDS[group])
+            mask = masks.setdefault(group, are_open.new_ones(1, num_tokens, 1))
+            mask[:, index] = are_open[gate]
+    names = {group: (TOKEN_PARAMETERS[group], f"position_embeddings.{group}") for group in masks}
+    return {f"embeddings.{name}": masks[group] for group in masks for name in names[group]}
 
 
 def list_effective_weights(encoder: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling_vitcls maintainers
 # SPDX-License-Identifier: Apache-2.0
 """The configuration of a ViT: its special tokens, and all other choices of its architecture.
 
@@ -169,21 +170,6 @@ ADAPTABLE_FIELDS = (
 # repository of compiled kernels, and a downloaded file must not choose code to run.
 STORED_ATTENTIONS = ("sdpa", "eager", "flex_attention")
 
-# Fields that are saved even with default values.
-ALWAYS_SAVED_FIELDS = (
-    "image_size",
-    "patch_size",
-    "num_channels",
-    "pooling",
-    "num_cls_tokens",
-    "num_distillation_tokens",
-    "num_register_tokens",
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "intermediate_size",
-)
-
 
 @shorten_errors
 @strict
@@ -245,9 +231,6 @@ class ViTCLSConfig(ExtraHeadsConfig, BackboneConfigMixin, PreTrainedConfig):
 
     model_type = "vitcls"
     is_registered = False  # Whether transformers' Auto classes know this class
-    # transformers looks for renamed and layer-wise fields, in Python, whenever a field is read. This
-    # class has neither, and a forward pass reads about 40 fields.
-    __getattribute__ = object.__getattribute__
     # Whether to skip validation. True only while loading a checkpoint whose weights are then
     # adapted.
     _skip_validation: ClassVar[bool] = False
@@ -504,8 +487,6 @@ class ViTCLSConfig(ExtraHeadsConfig, BackboneConfigMixin, PreTrainedConfig):
             if name not in known_names and not name.startswith("_"):
                 raise ValueError(f"Unknown field {name!r}{_format_suggestion(name, known_names)}")
 
-        # Before `super`, which would set these as plain attributes, without deriving anything
-        self.auto_map = kwargs.pop("auto_map", None) or self.build_auto_map()
         # AutoModelForImageClassification selects one of two classes by `architectures`, which must
         # not be None.
         self.architectures = self.architectures or []
@@ -514,6 +495,7 @@ class ViTCLSConfig(ExtraHeadsConfig, BackboneConfigMixin, PreTrainedConfig):
             "stem",
             *(f"stage{index}" for index in range(1, self.num_hidden_layers + 1)),
         ]
+        # Before `super`, which would set it as a plain attribute, without deriving anything
         kwargs.pop("stage_names", None)
         self.set_output_features_output_indices(
             out_features=kwargs.pop("out_features", None),
@@ -628,20 +610,34 @@ class ViTCLSConfig(ExtraHeadsConfig, BackboneConfigMixin, PreTrainedConfig):
     def save_pretrained(
         self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any
     ) -> None:
-        """Save the configuration, with an `auto_map` that refers to code in the same folder."""
+        """Save the configuration, with an `auto_map` that refers to code in the same folder.
+
+        In memory, only the configuration of remote code has an `auto_map`.
+        """
+        loaded: dict[str, str] = getattr(self, "auto_map", {})
         self.auto_map = self.build_auto_map()
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+        self.auto_map = loaded
+        # `save_pretrained` of a model adds its own class before
+        if "AutoConfig" not in loaded:
+            del self.auto_map
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """Select the fields to save: changed ones, and `ALWAYS_SAVED_FIELDS` that are not None."""
-        defaults: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(self)}
-        defaults |= dict.fromkeys(ALWAYS_SAVED_FIELDS)
-        values = super().to_diff_dict()
-        return {
+        """Select the fields to save: all of this class, and those of transformers that are set.
+
+        With the defaults of another version, the architecture would be another one.
+        """
+        defaults = {field.name: field.default for field in dataclasses.fields(PreTrainedConfig)}
+        own_names = {
+            field.name for field in dataclasses.fields(self) if not field.name.startswith("_")
+        }
+        values = self.to_dict()
+        changed = {
             name: value
-            for name, value in values.items()
+            for name, value in super().to_diff_dict().items()
             if name not in defaults or value != defaults[name]
         }
+        return changed | {name: values[name] for name in own_names - defaults.keys()}
 
     def build_auto_map(self) -> dict[str, str]:
         """Name the code of each Auto class: `AUTO_MAP`, with the multi-task class if there are tasks."""

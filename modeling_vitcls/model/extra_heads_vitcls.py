@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling_vitcls maintainers
 # SPDX-License-Identifier: Apache-2.0
 """The configuration of extra heads: classifiers of further tasks, or of added classes.
 

@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling_vitcls maintainers
 # SPDX-License-Identifier: Apache-2.0
 """The fast path of the image processor: bit-identical `pixel_values` with less overhead.
 

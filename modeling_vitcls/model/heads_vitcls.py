@@ -1,16 +1,17 @@
+# Copyright 2026 The modeling_vitcls maintainers
 # SPDX-License-Identifier: Apache-2.0
 """Poolers, classifiers, the pixel decoder for masked image modeling, and losses.
 
     tokens [B, N, D] -> pooler -> [B, P] -> classifier -> logits [B, labels] -> loss
 
 The losses support `num_items_in_batch`, which Trainer passes during gradient accumulation if labels
-can be counted. Unlike the `loss_function` of transformers, the losses do not set
-`config.problem_type`.
+can be counted. Unlike the losses of transformers, they do not set `config.problem_type`.
 """
 
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -247,10 +248,11 @@ class PixelDecoder(nn.Module):
 
 # Losses -------------------------------------------------------------------------------------------
 def compute_classification_loss(
-    logits: Tensor,
     labels: Tensor,
+    logits: Tensor,
     config: ViTCLSConfig,
     num_items_in_batch: Tensor | int | None = None,
+    **kwargs: Any,
 ) -> Tensor:
     """Compute the loss of logits [B, C] for C classes. `config.problem_type` selects the loss:
 
@@ -264,6 +266,7 @@ def compute_classification_loss(
     Args:
         num_items_in_batch: divisor of the loss, the number of labels in all accumulated batches
             (default: this batch).
+        kwargs: ignored, as by the losses of transformers.
 
     Raises:
         ValueError: if a label is not a class index, or if `problem_type` is not set for float

@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling_vitcls maintainers
 # SPDX-License-Identifier: Apache-2.0
 """The image processor: from paths, URLs, PIL images, arrays and tensors to `pixel_values`.
 

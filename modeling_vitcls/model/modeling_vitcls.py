@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling_vitcls maintainers
 # SPDX-License-Identifier: Apache-2.0
 """The models, with the data flow of a forward pass:
 
@@ -12,7 +13,7 @@
 blocks_vitcls.py contains the embeddings and layers; heads_vitcls.py contains the poolers,
 classifiers and losses. Other files contain optional features: positions_vitcls.py (rotary),
 attention_masks_vitcls.py, variants_vitcls.py, adaptation_vitcls.py (different special tokens and
-sizes), token_attention_vitcls.py, cpu_kernels_vitcls.py and lean_layers_vitcls.py.
+sizes) and token_attention_vitcls.py.
 """
 
 import copy
@@ -22,7 +23,6 @@ from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 from transformers import initialization as init
 from transformers.backbone_utils import BackboneMixin, filter_output_hidden_states
 from transformers.modeling_outputs import (
@@ -35,7 +35,6 @@ from transformers.utils import ModelOutput, TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
-from ..speed.lean_layers import install_fast_modules
 from .adaptation_vitcls import AdaptableModel
 from .attention_masks_vitcls import RelativePositionBias, TokenGates, build_attention_mask
 from .blocks_vitcls import (
@@ -45,7 +44,7 @@ from .blocks_vitcls import (
     ViTCLSEmbeddings,
     ViTCLSLayer,
     build_norm,
-    list_hooks,
+    has_user_hooks,
 )
 from .class_distance_vitcls import ClassDistance
 from .configuration_vitcls import ViTCLSConfig
@@ -68,6 +67,15 @@ from .variants_vitcls import (
     LAYER_CLASSES,
     ViTCLSDifferentialAttention,
 )
+
+
+try:
+    from torch.nn.modules.module import _has_any_global_hook as has_global_hooks
+except ImportError:  # A private name of PyTorch
+
+    def has_global_hooks() -> bool:
+        """Assume hooks on all modules, which read all tokens."""
+        return True
 
 
 # Outputs ------------------------------------------------------------------------------------------
@@ -194,11 +202,6 @@ class ViTCLSPreTrainedModel(AdaptableModel):
             config.validate()  # type: ignore[attr-defined]  # of huggingface_hub's `strict`
         super().__init__(config, *args, **kwargs)
 
-    def post_init(self) -> None:
-        """Initialize the weights, and install faster modules unless VITCLS_CPU_KERNELS is 0."""
-        super().post_init()
-        install_fast_modules(self)
-
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """Initialize weights (truncated normal), biases (0) and tokens (`config.token_init`)."""
@@ -284,9 +287,6 @@ class ViTCLSModel(ViTCLSPreTrainedModel):
         {'cls': 1, 'distillation': 0, 'registers': 4, 'patches': 196}
     """
 
-    # What `count_output_tokens` has found to have no hooks
-    state_without_hooks: tuple[int, ...] = ()
-
     def __init__(self, config: ViTCLSConfig, add_pooling_layer: bool = True) -> None:
         super().__init__(config)
         layer_class = LAYER_CLASSES[config.layer_type]  # ViTCLSLayer by default
@@ -348,8 +348,9 @@ class ViTCLSModel(ViTCLSPreTrainedModel):
         """
         # transformers' classes accept any keyword, so a misspelled one would be ignored without an
         # error.
-        for name in kwargs:
-            if name not in TransformersKwargs.__annotations__:
+        for name, value in kwargs.items():
+            # PEFT passes the inputs of language models, which are None
+            if value is not None and name not in TransformersKwargs.__annotations__:
                 raise TypeError(f"forward() got an unexpected argument {name!r}")
         if not isinstance(pixel_values, Tensor):
             raise ValueError(
@@ -386,9 +387,15 @@ class ViTCLSModel(ViTCLSPreTrainedModel):
                 hidden_states, mask, position_embeddings
             )
 
-        pooled_layers = self.config.pooled_layer_indices if self.pooler is not None else []
+        pooled_layers = self.pooled_layer_indices if self.pooler is not None else []
         layer_tokens: dict[int, Tensor] = {}
         num_layers = len(self.layers)
+        last_read = max([*pooled_layers, *output_layers], default=1)
+        if last_read > num_layers:
+            raise ValueError(
+                f"the heads read layer {last_read}, but the model has {num_layers} layers. Set "
+                "config.pooled_layers, or remove the heads that read it"
+            )
         for index, layer in enumerate(self.layers, start=1):
             is_last = index == num_layers
             inputs = (
@@ -424,6 +431,15 @@ class ViTCLSModel(ViTCLSPreTrainedModel):
             )
         return output
 
+    @property
+    def pooled_layer_indices(self) -> list[int]:
+        """The pooled layers, from 1; negative ones count from the end of `layers`, also if shortened."""
+        num_missing = self.config.num_hidden_layers - len(self.layers)
+        pooled = zip(
+            self.config.pooled_layers or [-1], self.config.pooled_layer_indices, strict=True
+        )
+        return [index - num_missing * (layer < 0) for layer, index in pooled]
+
     def normalize(self, hidden_states: Tensor) -> Tensor:
         """Apply the final norm, if the model has one, to the output of a layer."""
         return hidden_states if self.layernorm is None else self.layernorm(hidden_states)
@@ -439,8 +455,8 @@ def select_layer_value(values: Any, index: int) -> Any:
 
 
 # Classifiers --------------------------------------------------------------------------------------
-def check_statistics(model: Any, load_result: Any = None) -> None:
-    """Check the class statistics, also after `load_state_dict`: a compiled model cannot do it later."""
+def check_statistics(model: Any, load_result: Any) -> None:
+    """Check the class statistics after `load_state_dict`: a compiled model cannot do it later."""
     if model.class_distance is not None:
         model.class_distance.checked_state = []
         model.class_distance.check(model.vitcls)
@@ -472,6 +488,7 @@ class ViTCLSForImageClassification(ViTCLSPreTrainedModel):
             )
         self.vitcls = ViTCLSModel(config)
         self.build_classifiers()
+        self.loss_function = compute_classification_loss
         self.extra_heads = ExtraHeads(config)
         self.class_distance = None if config.class_statistics is None else ClassDistance(config)
         self.register_load_state_dict_post_hook(check_statistics)
@@ -489,11 +506,10 @@ class ViTCLSForImageClassification(ViTCLSPreTrainedModel):
             self.distillation_classifier = build_classifier(self.config, size, num_labels)
 
     def train(self, mode: bool = True) -> Self:
-        """Set the training mode, as in PyTorch; before evaluation, check the class statistics."""
-        super().train(mode)
-        if not mode:
-            check_statistics(self)
-        return self
+        """Set the training mode, as in PyTorch; after training, class statistics must be checked."""
+        if self.training and not mode and self.class_distance is not None:
+            self.class_distance.end_training(self.vitcls)
+        return super().train(mode)
 
     def select_task(self, name: str) -> "ViTCLSForImageClassification":
         """Build a classifier of an added task alone, with the same bits.
@@ -544,7 +560,8 @@ class ViTCLSForImageClassification(ViTCLSPreTrainedModel):
 
         The loss is computed from `logits`. During training, a model with two classifiers uses the
         mean of both losses, so that both classifiers are trained. The training loop adds
-        distillation from a teacher (training/losses.py).
+        distillation from a teacher (training/losses.py). As in transformers, another loss can be set:
+        `model.loss_function = f`, called as `f(labels, logits, config, **kwargs)`.
 
         Args:
             labels, num_items_in_batch: as in `compute_classification_loss`.
@@ -554,7 +571,7 @@ class ViTCLSForImageClassification(ViTCLSPreTrainedModel):
         distance_layers = self.distance_layers
         # The distillation head reads its tokens in the layers that the classifier reads.
         has_second_head = self.distillation_classifier is not None
-        distillation_layers = self.config.pooled_layer_indices if has_second_head else []
+        distillation_layers = self.vitcls.pooled_layer_indices if has_second_head else []
         outputs = self.vitcls(
             pixel_values,
             attention_mask=attention_mask,
@@ -592,9 +609,8 @@ class ViTCLSForImageClassification(ViTCLSPreTrainedModel):
             all_logits = [logits]
             if self.training and distillation_logits is not None:
                 all_logits = [cls_logits, distillation_logits]
-            num_items = kwargs.get("num_items_in_batch")
             losses = [
-                compute_classification_loss(head_logits, labels, self.config, num_items)
+                self.loss_function(labels, head_logits, self.config, **kwargs)
                 for head_logits in all_logits
             ]
             loss = torch.stack(losses).mean()
@@ -673,7 +689,7 @@ class ViTCLSForMultiTaskClassification(ViTCLSPreTrainedModel):
         Raises:
             ValueError: if a task is unknown, or if a label is not a class index of the task.
         """
-        pooled_layers = self.config.pooled_layer_indices
+        pooled_layers = self.vitcls.pooled_layer_indices
         outputs = self.vitcls(
             pixel_values,
             attention_mask=attention_mask,
@@ -739,8 +755,8 @@ def count_output_tokens(
 
     The last layer computes only the tokens that the heads read; the logits do not change. It
     computes all tokens if `compute_all_tokens` or `config.compute_all_tokens` is True, if hidden
-    states or attentions are requested, or if the encoder, its last layer, final norm or pooler has
-    a hook or recorder, which may read all tokens.
+    states or attentions are requested, or if others may read them: hooks, recorders and patched
+    `forward` methods of the encoder, its last layer, final norm or pooler, and layers of a person.
     """
     config = encoder.config
     if compute_all_tokens is None:
@@ -755,31 +771,24 @@ def count_output_tokens(
         return None
 
     last_layer: Any = encoder.layers[-1]
-    if last_layer.attention.recorder is not None:
+    is_ours = isinstance(last_layer, ViTCLSLayer) and isinstance(
+        last_layer.attention, ViTCLSAttention
+    )
+    if not is_ours or last_layer.attention.recorder is not None or has_global_hooks():
         return None
 
-    # Every new hook has a new number. Until there is one, modules without hooks stay without.
-    is_compiling = torch.compiler.is_compiling()
-    parts = (last_layer, encoder.layernorm, encoder.pooler)
-    state = () if is_compiling else (RemovableHandle.next_id, *map(id, parts))
-    if is_compiling or state != encoder.state_without_hooks:
-        readers = [encoder, encoder.layers, encoder.layernorm, *last_layer.modules()]
-        if encoder.pooler is not None:
-            # torch.compile before 2.11 traces no += here
-            readers = [*readers, *encoder.pooler.modules()]
-        if any(map(has_user_hooks, readers)):
-            return None
-        encoder.state_without_hooks = state
+    readers = [encoder, encoder.layers, encoder.layernorm, *last_layer.modules()]
+    if encoder.pooler is not None:
+        # torch.compile before 2.11 traces no += here
+        readers = [*readers, *encoder.pooler.modules()]
+    if any(map(is_read_by_others, readers)):
+        return None
     return config.num_head_tokens
 
 
-def has_user_hooks(module: nn.Module | None) -> bool:
-    """Check whether a module has hooks that a person set, not transformers or DDP."""
-    hooks = [] if module is None else list_hooks(module)
-    return any(
-        not str(getattr(hook, "__module__", "")).startswith(("transformers.", "torch.distributed."))
-        for hook in hooks
-    )
+def is_read_by_others(module: nn.Module | None) -> bool:
+    """Check whether a module has a patched `forward` or a hook, but for transformers' and DDP's."""
+    return module is not None and ("forward" in vars(module) or has_user_hooks(module))
 
 
 # Masked image modeling ----------------------------------------------------------------------------

@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling_vitcls maintainers
 # SPDX-License-Identifier: Apache-2.0
 """The pipelines of transformers, with images read by the image processor of the model.
 

@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling_vitcls maintainers
 # SPDX-License-Identifier: Apache-2.0
 """Rotary positions, and resampling of weights that depend on the patch grid or patch size.
 

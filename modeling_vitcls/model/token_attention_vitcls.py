@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling_vitcls maintainers
 # SPDX-License-Identifier: Apache-2.0
 """Attention of the special tokens: their rows of the attention maps.
 
@@ -50,7 +51,7 @@ def compute_token_attention(
         query = query[:, :, : layout.num_prefix_tokens]
         rows[layer] = compute_attention_rows(query, key, mask, scaling)
 
-    with record_attention(encoder, layer_indices, record):
+    with record_attention(model, layer_indices, record):
         # FSDP2 may require calling the whole model
         model(pixel_values, attention_mask=attention_mask)
     return torch.stack([rows[layer][:, :, token_indices] for layer in layer_indices], dim=1)
@@ -58,26 +59,37 @@ def compute_token_attention(
 
 @contextmanager
 def record_attention(
-    encoder: Any, layers: Iterable[int], record: Callable[..., None]
+    model: Any, layers: Iterable[int], record: Callable[..., None]
 ) -> Iterator[None]:
     """Call `record` in the attention of each of `layers` within the context.
 
     The arguments are (layer, query, key, value, mask, scaling, attn_output).
 
-    Compiled models run eagerly within the context. The previous recorders are restored at the end
-    of the context.
+    The model that is passed runs eagerly within the context, also if `model.compile()` was called;
+    compiled models of other threads stay compiled. The previous recorders are restored at the end.
     """
+    encoder = model.base_model
     attention_modules = {index: encoder.layers[index].attention for index in layers}
     previous_recorders = {
         index: attention.recorder for index, attention in attention_modules.items()
     }
 
+    # Not `torch.compiler.set_stance`, which holds for all threads
+    compiled_calls = {
+        module: module._compiled_call_impl
+        for module in model.modules()
+        if module._compiled_call_impl is not None
+    }
+
     try:
         for index, attention in attention_modules.items():
             attention.recorder = partial(record, index)
-        with torch.compiler.set_stance("force_eager"):
-            yield
+        for module in compiled_calls:
+            module._compiled_call_impl = None
+        yield
     finally:
+        for module, call in compiled_calls.items():
+            module._compiled_call_impl = call
         for index, attention in attention_modules.items():
             attention.recorder = previous_recorders[index]
 

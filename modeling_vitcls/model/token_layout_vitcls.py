@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling_vitcls maintainers
 # SPDX-License-Identifier: Apache-2.0
 """Where each special token is in the sequence, and which tokens have gates.
 

@@ -29,6 +29,7 @@ from ..inference.metrics import NOTHING_MEASURED
 from ..model.configuration_vitcls import ViTCLSConfig
 from ..model.image_processing_vitcls import ViTCLSImageProcessor
 from ..model.modeling_vitcls import ViTCLSModel
+from ..speed.lean_layers import use_fast_modules
 from ..training.losses import Objective
 from ..training.model import InitialModel, finish_loading
 from ..training.options import PretrainOptions
@@ -92,6 +93,8 @@ class PreTraining:
                 num_local=options.local_crops,
             )
             summary = f"LeJEPA: {NUM_GLOBAL} global and {options.local_crops} local crops per image"
+
+        use_fast_modules(method)
 
         labels = images.label_space
         has_labels = labels.kind == "single_label_classification" and bool(labels.columns)

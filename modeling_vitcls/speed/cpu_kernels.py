@@ -1,8 +1,8 @@
 """Faster modules for CPUs. The outputs agree with plain PyTorch up to rounding errors.
 
-    KERNEL_CLASSES                  classes that replace plain ones (lean_layers.py installs them)
-    restore_plain_modules(model)    restores the plain classes, also of lean layers
-    VITCLS_CPU_KERNELS=0            environment variable that prevents installation
+    KERNEL_CLASSES               classes that replace plain ones (lean_layers.py installs them)
+    use_plain_modules(model)     restores the plain classes, also of lean layers
+    VITCLS_CPU_KERNELS=0         environment variable that prevents installation
     torch.backends.mkldnn.flags(enabled=False)    plain PyTorch while the context is active
 
     nn.Linear           -> CPULinear            oneDNN: float32 with AVX-512 but not AMX, bfloat16
@@ -25,7 +25,7 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from itertools import chain
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -71,18 +71,22 @@ except (ImportError, AttributeError):
     HAS_PRIVATE_NAMES = False
 
 
+Model = TypeVar("Model", bound=nn.Module)
+
+
 # Installing ---------------------------------------------------------------------------------------
 def can_use_cpu_kernels() -> bool:
     """Check that VITCLS_CPU_KERNELS is not 0 and that PyTorch has all required private APIs."""
     return os.environ.get("VITCLS_CPU_KERNELS") != "0" and HAS_PRIVATE_NAMES
 
 
-def restore_plain_modules(model: nn.Module) -> None:
-    """Restore the plain classes of all modules in place."""
+def use_plain_modules(model: Model) -> Model:
+    """Undo `use_fast_modules` in place, and return the model."""
     for module in model.modules():
         if isinstance(module, FastModule):
             module.__class__ = type(module).__bases__[-1]
             vars(module).pop("usual", None)  # The attribute of a lean layer
+    return model
 
 
 class FastModule(nn.Module):
@@ -92,7 +96,7 @@ class FastModule(nn.Module):
         """Restore a copied or pickled module, as a plain one where kernels cannot be used."""
         super().__setstate__(state)
         if not can_use_cpu_kernels():
-            restore_plain_modules(self)
+            use_plain_modules(self)
 
 
 # Modules ------------------------------------------------------------------------------------------
@@ -157,10 +161,12 @@ class CPUAttention(FastModule, ViTCLSAttention):
         return super().project_qkv(cast_for_autocast(hidden_states), num_queries)
 
     def get_attention_function(self) -> Callable[..., tuple[Tensor, Tensor | None]]:
-        """Return `sdpa_attention` for "sdpa", and the plain module's function otherwise."""
-        if self.config._attn_implementation == "sdpa":
-            return sdpa_attention
-        return super().get_attention_function()
+        """Return `sdpa_attention` in place of transformers' function, and any other as it is.
+
+        A person may have registered another function for "sdpa".
+        """
+        function = super().get_attention_function()
+        return sdpa_attention if function is sdpa_attention_forward else function
 
 
 class CPUDifferentialAttention(CPUAttention, ViTCLSDifferentialAttention):

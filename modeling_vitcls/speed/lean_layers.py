@@ -1,8 +1,7 @@
 """Layers that leave out Python, on any device: they call operations instead of modules.
 
-    install_fast_modules(model)     called by every model's constructor: ViTCLSLayer -> LeanLayer,
-                                    and the CPU kernels
-    restore_plain_modules(model)    restores the plain classes (cpu_kernels.py)
+    use_fast_modules(model)     ViTCLSLayer -> LeanLayer, and the CPU kernels
+    use_plain_modules(model)    restores the plain classes (cpu_kernels.py)
 
 A GPU computes a small model faster than Python calls its modules. Queries, keys and values are one
 product on GPUs, and for small inputs on CPUs; each pass joins their weights anew. The plain class
@@ -25,18 +24,26 @@ from torch.utils.hooks import RemovableHandle
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
-from ..model.blocks_vitcls import ViTCLSGLU, ViTCLSLayer
+from ..model.blocks_vitcls import (
+    ViTCLSGLU,
+    ViTCLSLayer,
+    ViTCLSMLP,
+    ViTCLSPatchEmbeddings,
+)
 from ..model.positions_vitcls import PositionEmbeddings, rotate_patches
+from ..model.variants_vitcls import ATTENTION_CLASSES
 from .cpu_kernels import (
     CPUMLP,
     KERNEL_CLASSES,
     CPUAttention,
     CPULinear,
     FastModule,
+    Model,
     can_use_cpu_kernels,
     has_hooks,
     has_plain_parameters,
     must_be_plain,
+    sdpa_attention,
 )
 
 
@@ -92,13 +99,40 @@ class LeanLayer(FastModule, ViTCLSLayer):
 LeanLayer.__name__ = ViTCLSLayer.__name__
 
 FAST_CLASSES = {**KERNEL_CLASSES, ViTCLSLayer: LeanLayer}
+# Classes whose linear layers and convolutions are replaced; those of other classes may be a person's.
+OWNERS = (
+    ViTCLSLayer,
+    *ATTENTION_CLASSES.values(),
+    ViTCLSMLP,
+    ViTCLSGLU,
+    ViTCLSPatchEmbeddings,
+)
 
 
-def install_fast_modules(model: nn.Module) -> None:
-    """Replace the classes of modules in place (`FAST_CLASSES`), if `can_use_cpu_kernels`."""
-    if can_use_cpu_kernels():
-        for module in model.modules():
+def use_fast_modules(model: Model) -> Model:
+    """Replace modules inside ViTCLS layers with faster ones in place, and return the model.
+
+    Parameters, state dicts, hooks and `isinstance` checks stay as they are; outputs agree up to
+    rounding errors. `use_plain_modules` undoes it. With VITCLS_CPU_KERNELS=0, nothing changes.
+
+    Args:
+        model: any model that contains ViTCLS layers.
+
+    Examples:
+        >>> from modeling_vitcls import ViTCLSModel, use_fast_modules, use_plain_modules
+        >>> model = use_fast_modules(ViTCLSModel.from_pretrained("runs/photos"))
+        >>> type(use_plain_modules(model).layers[0].mlp).__name__
+        'ViTCLSMLP'
+    """
+    if not can_use_cpu_kernels():
+        return model
+    for module in model.modules():
+        if type(module) in OWNERS:
+            for child in module.children():
+                if type(child) in (nn.Linear, nn.Conv2d):
+                    child.__class__ = FAST_CLASSES[type(child)]
             module.__class__ = FAST_CLASSES.get(type(module), type(module))
+    return model
 
 
 # Number of multiplications [..., in] x [in, in] from which CPUs use the CPU kernels.
@@ -132,7 +166,7 @@ def is_usual_layer(layer: LeanLayer, kwargs: Any) -> bool:
         and not any(map(contains, layer.usual[1], repeat("forward")))
         and kwargs.keys() <= {"num_items_in_batch"}  # Trainer's number of labels, for the loss
         and attention.recorder is None
-        and attention.config._attn_implementation == "sdpa"
+        and attention.get_attention_function() is sdpa_attention
         and not (layer.training and modules["dropout"].p)
     )
 
@@ -162,8 +196,8 @@ def attend(
     """Attend, [B, N, D] -> [B, n, D], as `ViTCLSAttention.forward`."""
     modules: Any = attention._modules
     parameters = [modules[name]._parameters for name in ("q_proj", "k_proj", "v_proj")]
-    weights = [each["weight"] for each in parameters]
-    biases = [each["bias"] for each in parameters]
+    weights = [each.get("weight") for each in parameters]
+    biases = [each.get("bias") for each in parameters]
     if not can_be_joined(weights, biases):
         output, _ = attention.forward(inputs, attention_mask, position_embeddings, num_queries)
         return output
@@ -217,13 +251,15 @@ def skip_identity(module: nn.Module, inputs: Tensor) -> Tensor:
 def apply_linear(module: nn.Module, inputs: Tensor) -> Tensor:
     """Apply a linear layer."""
     parameters: Any = module._parameters
+    if len(parameters) != 2:  # People put tensors in the place of parameters (MAML)
+        return module.forward(inputs)
     return nn.functional.linear(inputs, parameters["weight"], parameters["bias"])
 
 
 def normalize(norm: nn.Module, inputs: Tensor) -> Tensor:
     """Apply a norm."""
-    if type(norm) is not nn.LayerNorm:
-        return norm.forward(inputs)
     parameters: Any = norm._parameters
+    if type(norm) is not nn.LayerNorm or len(parameters) != 2:
+        return norm.forward(inputs)
     weight, bias = parameters["weight"], parameters["bias"]
     return torch.layer_norm(inputs, norm.normalized_shape, weight, bias, norm.eps)

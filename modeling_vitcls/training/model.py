@@ -37,6 +37,7 @@ from ..model.configuration_vitcls import PRESETS, ViTCLSConfig
 from ..model.image_processing_vitcls import ViTCLSImageProcessor
 from ..model.modeling_vitcls import ViTCLSModel
 from ..model.token_layout_vitcls import COUNT_FIELDS
+from ..speed.lean_layers import use_fast_modules
 
 
 # The rank at which LoRA's results hardly change any more (Hu et al. 2021, arXiv 2106.09685, table 6)
@@ -106,6 +107,7 @@ def build_model(
         model, new_parameter_names = load_with_label_space(initial, config_values, label_space)
         processor = initial.folder.load_processor()
 
+    use_fast_modules(model)
     finish_loading(model.vitcls, processor, resize, bit_depth)
     return model, processor, new_parameter_names
 

@@ -27,6 +27,7 @@ from ..runtime.distributed import run_on_main
 from ..runtime.errors import RunStopped, describe_error, format_error
 from ..runtime.files import write_json
 from ..runtime.staging import stage_files
+from ..speed.lean_layers import use_fast_modules
 from .checkpoints import WRITE_ERRORS, Tensors
 from .distributed_state import gather_weights
 from .model import merge_lora
@@ -75,7 +76,7 @@ def save_output(
                 # Read back from disk: the trained model may be sharded or have LoRA layers, and
                 # this is what others will load.
                 device = setup.model.device
-                saved_model = model_class.from_pretrained(folder).to(device).eval()
+                saved_model = use_fast_modules(model_class.from_pretrained(folder)).to(device)
                 record["inference"] = measure_inference_speed(saved_model, device)
                 write_json(folder / RESULTS_FILE, results | record)
                 write_splits(pd.concat([data.build_splits_table(), inputs.encoder_rows]), folder)

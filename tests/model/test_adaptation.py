@@ -22,8 +22,9 @@ from helpers.tiny_models import (
     raises_one_line,
     randomize,
 )
+from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import AutoModel, AutoModelForImageClassification
+from transformers import AutoModel, AutoModelForImageClassification, QuantoConfig
 
 from modeling_vitcls import (
     ViTCLSBackbone,
@@ -477,3 +478,28 @@ def test_the_token_of_a_second_task_is_a_twin_of_cls(tmp_path: Path) -> None:
     states = model.vitcls(build_images()).last_hidden_state
     for index in range(2):
         assert get_largest_difference(states[:, index], expected) <= 1e-5
+
+
+def test_quantized_weights_and_adapters_are_not_adapted(tmp_path: Path) -> None:
+    model = ViTCLSForImageClassification(build_tiny_config())
+    model.save_pretrained(tmp_path)
+    with raises_one_line("while weights are quantized", "without quantization_config"):
+        ViTCLSForImageClassification.from_pretrained(
+            tmp_path, num_register_tokens=2, quantization_config=QuantoConfig(weights="int8")
+        )
+    adapted: Any = get_peft_model(model, LoraConfig(target_modules=["q_proj"]))
+    with raises_one_line("merge_and_unload"):
+        adapted.adapt(num_register_tokens=2)
+    assert adapted.merge_and_unload().adapt(num_register_tokens=2).config.num_register_tokens == 2
+
+
+def test_gradient_checkpointing_stays_and_lost_hooks_are_said(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model = ViTCLSModel(build_tiny_config())
+    assert not any("hooks" in line for line in get_logged_lines(caplog))
+    model.gradient_checkpointing_enable()
+    model.layers[0].register_forward_hook(lambda *_: None)
+    adapted = model.adapt(num_register_tokens=2)
+    assert all(layer.gradient_checkpointing for layer in adapted.layers)
+    assert any("hooks: not carried over" in message for message in caplog.messages)

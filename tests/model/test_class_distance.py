@@ -15,6 +15,7 @@ from helpers.tiny_models import build_tiny_config, randomize
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel
 from modeling_vitcls.hub.model_folder import ModelFolder
 from modeling_vitcls.inference.class_statistics import ClassStatistics
+from modeling_vitcls.model import class_distance_vitcls
 from modeling_vitcls.model.class_distance_vitcls import (
     SUM_UNIT,
     build_factors_of_rows,
@@ -373,6 +374,68 @@ def test_statistics_stay_only_if_the_features_stay(changes: dict[str, Any], keep
         pixels = F.interpolate(images[:4], adapted.config.image_height_width)
         expected = model(pixels).distance
         torch.testing.assert_close(adapted(pixels).distance, expected, rtol=1e-3, atol=1e-3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "added",
+    [{"num_register_tokens": 8}, {"num_distillation_tokens": 1}, {"num_cls_tokens": 3}],
+    ids=str,
+)
+def test_statistics_stay_if_added_tokens_are_removed_again(added: dict[str, int]) -> None:
+    model, images, _ = build_model()
+    removed = dict.fromkeys(added, 0) | {"num_cls_tokens": 1}
+    restored = model.adapt(**added).adapt(**removed)
+    assert torch.equal(restored(images[:4]).distance, model(images[:4]).distance)
+
+
+@torch.no_grad()
+def test_tokens_behind_closed_gates_may_be_trained_and_open_ones_may_not() -> None:
+    model = build_model()[0].adapt(num_register_tokens=2)
+    images = torch.randn(4, 3, *model.config.image_height_width)
+    expected = model(images).distance
+    model.vitcls.embeddings.register_tokens.normal_()
+    torch.testing.assert_close(model(images).distance, expected)
+    model.vitcls.gates.gates[1] = 0.01
+    assert model(images).distance is None
+    assert model.adapt(num_register_tokens=0).class_distance is None
+
+
+class Sharded(torch.nn.Parameter):
+    """A weight whose numbers are not all in this process, as in FSDP2."""
+
+
+@torch.no_grad()
+def test_weights_that_cannot_be_read_have_no_distance() -> None:
+    model, images, _ = build_model()
+    assert model(images[:4]).distance is not None
+    layer = model.vitcls.layers[0].mlp.fc1
+    layer.weight = Sharded(layer.weight.detach().clone())
+    assert model(images[:4]).distance is None
+
+
+@torch.no_grad()
+def test_weights_are_read_once_when_a_distance_is_returned_and_not_by_eval(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, images, _ = build_model()
+    reads: list[Any] = []
+
+    def count_reads(*args: Any) -> Any:
+        reads.append(args)
+        return sum_weights(*args)
+
+    monkeypatch.setattr(class_distance_vitcls, "sum_weights", count_reads)
+    model(images[:4])
+    assert not reads  # they were read when the statistics were stored
+
+    model.train()
+    model.vitcls.layernorm.weight.data.mul_(1.5)  # without a version counter
+    model.eval()
+    assert not reads
+    for _ in range(3):
+        assert model(images[:4]).distance is None
+    assert len(reads) == 2  # by the present rule, and by that of earlier versions
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 Random configurations are tested in test_properties.py.
 """
 
+import dataclasses
 import json
 import math
 import os
@@ -17,7 +18,7 @@ import torch
 import transformers
 from helpers.fresh_processes import run_python
 from helpers.tiny_models import SIZES, build_tiny_config, raises_one_line
-from transformers import AutoConfig, AutoImageProcessor
+from transformers import AutoConfig, AutoImageProcessor, PreTrainedConfig
 from transformers.testing_utils import CaptureLogger
 from transformers.utils import logging
 
@@ -358,7 +359,7 @@ def test_auto_classes_and_the_map_of_remote_code_agree(tmp_path: Path) -> None:
     config = build_tiny_config()
     for auto_class in ("AutoModel", *[name for name in AUTO_MAP if "For" in name], "AutoBackbone"):
         model = getattr(transformers, auto_class).from_config(config)
-        assert config.auto_map[auto_class] == f"modeling_vitcls.{type(model).__name__}"
+        assert AUTO_MAP[auto_class] == f"modeling_vitcls.{type(model).__name__}"
 
     ViTCLSImageProcessor().save_pretrained(tmp_path)
     processors = [
@@ -371,8 +372,11 @@ def test_auto_classes_and_the_map_of_remote_code_agree(tmp_path: Path) -> None:
         ViTCLSImageProcessorPil,
     ]
 
-    with_tasks = build_tiny_config(tasks={"age": 2}).auto_map["AutoModelForImageClassification"]
-    assert with_tasks == "modeling_vitcls.ViTCLSForMultiTaskClassification"
+    auto_map = build_tiny_config(tasks={"age": 2}).build_auto_map()
+    assert (
+        auto_map["AutoModelForImageClassification"]
+        == "modeling_vitcls.ViTCLSForMultiTaskClassification"
+    )
 
 
 def test_contradictory_assignments_are_errors_when_the_model_is_built(tmp_path: Path) -> None:
@@ -386,29 +390,59 @@ def test_contradictory_assignments_are_errors_when_the_model_is_built(tmp_path: 
         build_tiny_config().num_attention_heads = 0
 
 
-def test_defaults_and_none_are_not_saved_except_sizes(tmp_path: Path) -> None:
+def test_every_field_of_the_architecture_is_saved(tmp_path: Path) -> None:
+    """A folder is the same model for a version of the package with other defaults."""
     auto_map = {"AutoModel": "ann/mine--modeling_vitcls.ViTCLSModel"}  # of a model on the Hub
-    ViTCLSConfig(num_register_tokens=2, qkv_bias=False, auto_map=auto_map).save_pretrained(tmp_path)
+    config = ViTCLSConfig(num_register_tokens=2, qkv_bias=False, auto_map=auto_map)
+    config.save_pretrained(tmp_path)
     stored = json.loads((tmp_path / "config.json").read_text())
 
-    assert {
-        "hidden_size": 768,
-        "num_cls_tokens": 1,
-        "image_size": 224,
-        "pooling": "cls",
-    }.items() <= stored.items()
-    assert stored["num_register_tokens"] == 2
+    fields = {field.name for field in dataclasses.fields(ViTCLSConfig)}
+    fields -= {field.name for field in dataclasses.fields(PreTrainedConfig)}
+    assert {name for name in fields if not name.startswith("_")} <= stored.keys()
+    assert stored["layer_norm_eps"] == 1e-6
+    assert stored["hidden_act"] == "gelu"
+    assert stored["pooled_layers"] is None
     assert stored["qkv_bias"] is False
-    assert None not in stored.values()
     assert stored["auto_map"] == AUTO_MAP
-    assert not {"position_antialias", "rope_theta", "pooled_layers", "layer_type"} & stored.keys()
 
-    loaded = ViTCLSConfig.from_pretrained(tmp_path)
-    assert loaded.to_dict() == ViTCLSConfig(num_register_tokens=2, qkv_bias=False).to_dict() | {
-        name: loaded.to_dict()[name]
-        for name in ("transformers_version", "architectures")
-        if name in loaded.to_dict()
-    }
+    loaded = ViTCLSConfig.from_pretrained(tmp_path).to_dict()
+    for name in fields:
+        assert loaded.get(name) == config.to_dict().get(name), name
+
+
+def test_only_a_saved_configuration_names_code(tmp_path: Path) -> None:
+    model = ViTCLSForImageClassification(build_tiny_config())
+    assert not hasattr(model.config, "auto_map")
+    model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["auto_map"] == AUTO_MAP
+    assert not hasattr(model.config, "auto_map")
+
+
+def test_a_subclass_may_rename_fields() -> None:
+    class Renamed(ViTCLSConfig):
+        attribute_map = {"depth": "num_hidden_layers"}
+
+    config = Renamed()
+    config.depth = 5
+    assert config.depth == config.num_hidden_layers == 5
+
+
+# Runs without PyTorch.
+READ_CONFIG = """
+import sys
+sys.modules["torch"] = None
+from transformers import AutoConfig
+print(AutoConfig.from_pretrained(sys.argv[1], trust_remote_code=True).token_counts)
+"""
+
+
+@pytest.mark.integration
+def test_a_configuration_is_read_without_pytorch(tmp_path: Path) -> None:
+    ViTCLSModel(build_tiny_config(num_register_tokens=3)).save_pretrained(tmp_path / "model")
+    environment = os.environ | {"HF_HOME": str(tmp_path / "cache")}
+    done = run_python("-c", READ_CONFIG, tmp_path / "model", environment=environment)
+    assert "(1, 0, 3)" in done.stdout
 
 
 # Runs without the package. `first` and `second` are two checkpoints with different code.

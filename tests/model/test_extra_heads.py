@@ -21,7 +21,7 @@ from modeling_vitcls import (
     ViTCLSForImageClassification,
     ViTCLSForMultiTaskClassification,
 )
-from modeling_vitcls.speed.cpu_kernels import restore_plain_modules
+from modeling_vitcls.speed.lean_layers import use_fast_modules
 
 
 LABELS = ["rain", "snow", "sun"]
@@ -78,8 +78,8 @@ def test_logits_keep_their_bits(
 ) -> None:
     model, extended = (each.to(dtype) for each in build_pair(HEADS, **WIDE | fields))
     for each in (model, extended):
-        if not has_kernels:
-            restore_plain_modules(each)
+        if has_kernels:
+            use_fast_modules(each)
     for batch_size in (1, 3, 16):
         images = build_images(batch_size, 80, 80).to(dtype)
         for num_tokens in {None, model.config.num_head_tokens}:

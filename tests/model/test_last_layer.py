@@ -90,22 +90,19 @@ def test_only_the_cls_tokens_of_the_tasks_are_computed() -> None:
 
 
 def count_computed_tokens(model: Any, **inputs: Any) -> int:
-    """Return the number of tokens that the last layer returns.
-
-    A replaced `forward` is not a hook.
-    """
-    layer = model.vitcls.layers[-1]
+    """Return the number of tokens that the last layer returns, without a hook on it."""
+    last_layer = model.vitcls.layers[-1]
+    layer_class = type(last_layer)
     counts = []
-    forward = layer.forward
 
-    def count(*args: Any, **kwargs: Any) -> torch.Tensor:
-        output: torch.Tensor = forward(*args, **kwargs)
+    def count(layer: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        output: torch.Tensor = layer_class.forward(layer, *args, **kwargs)
         counts.append(output.shape[1])
         return output
 
-    layer.forward = count
+    last_layer.__class__ = type(layer_class.__name__, (layer_class,), {"forward": count})
     model(build_images(), **inputs)
-    layer.forward = forward
+    last_layer.__class__ = layer_class
     return counts[0]
 
 
@@ -169,3 +166,71 @@ def test_hooks_receive_all_tokens(fields: dict[str, Any]) -> None:
     model(build_images()).logits.sum().backward()
     assert set(counts) == {22}
     assert len(counts) >= len(modules)
+
+
+class Logged(torch.nn.Module):
+    """A wrapper around a layer, which reads its output."""
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__()
+        self.layer = layer
+        self.num_tokens = 0
+
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        output: torch.Tensor = self.layer(*args, **kwargs)
+        self.num_tokens = output.shape[1]
+        return output
+
+
+@torch.no_grad()
+def test_a_global_hook_a_patched_forward_and_a_wrapped_layer_see_all_tokens() -> None:
+    model = randomize(ViTCLSForImageClassification(build_tiny_config(**TOKENS)))
+    expected = model(build_images()).logits
+    last_layer = model.vitcls.layers[-1]
+    seen: list[int] = []
+
+    def see(module: Any, inputs: Any, output: Any) -> None:
+        if module is last_layer:
+            seen.append(output.shape[1])
+
+    handle = torch.nn.modules.module.register_module_forward_hook(see)
+    model(build_images())
+    handle.remove()
+
+    forward = last_layer.forward
+
+    def see_output(*args: Any, **kwargs: Any) -> torch.Tensor:
+        output: torch.Tensor = forward(*args, **kwargs)
+        see(last_layer, args, output)
+        return output
+
+    last_layer.forward = see_output
+    model(build_images())
+    del last_layer.forward
+    assert seen == [22, 22]
+
+    logged = Logged(last_layer)
+    model.vitcls.layers[-1] = logged
+    assert_same_outputs(model(build_images()).logits, expected, 1e-5)
+    assert logged.num_tokens == 22
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("pooled_layers", [None, [-2, -1]])
+def test_a_model_with_fewer_layers_reads_the_last_ones(pooled_layers: list[int] | None) -> None:
+    fields = TOKENS | {"num_hidden_layers": 3, "pooled_layers": pooled_layers}
+    model = randomize(ViTCLSForImageClassification(build_tiny_config(**fields)))
+    short = randomize(
+        ViTCLSForImageClassification(build_tiny_config(**fields | {"num_hidden_layers": 2}))
+    )
+    short.load_state_dict(model.state_dict(), strict=False)
+    model.vitcls.layers = model.vitcls.layers[:2]
+    assert torch.equal(model(build_images()).logits, short(build_images()).logits)
+
+
+@torch.no_grad()
+def test_a_head_of_a_layer_that_was_removed_is_an_error() -> None:
+    model = ViTCLSForImageClassification(build_tiny_config(num_hidden_layers=3, pooled_layers=[3]))
+    model.vitcls.layers = model.vitcls.layers[:2]
+    with pytest.raises(ValueError, match="the heads read layer 3, but the model has 2 layers"):
+        model(build_images())

@@ -278,3 +278,18 @@ def test_trainer_accumulates_to_the_same_step(kind: str, tmp_path: Path) -> None
         assert torch.allclose(first, second, atol=1e-6, rtol=1e-4)
         moved += int(not torch.equal(first, original))
     assert moved > 10
+
+
+def test_another_loss_function_is_used() -> None:
+    """As in transformers: `model.loss_function = f`."""
+    model = ViTCLSForImageClassification(build_tiny_config())
+    seen: list[Any] = []
+
+    def compute_loss(labels: Any, logits: Any, config: Any, **kwargs: Any) -> torch.Tensor:
+        seen.append((labels, logits.shape, kwargs))
+        return logits.sum() * 0 + 42
+
+    model.loss_function = compute_loss
+    labels = torch.tensor([0, 2])
+    assert model(build_images(), labels=labels, num_items_in_batch=2).loss.item() == 42
+    assert seen == [(labels, (2, 3), {"num_items_in_batch": 2})]

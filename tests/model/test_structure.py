@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 from types import FrameType
 
-import pytest
 import torch
 from helpers.tiny_models import build_images, build_tiny_config
 
@@ -15,12 +14,12 @@ from modeling_vitcls import ViTCLSForImageClassification
 
 
 SHIPPED_FILES = sorted((Path(modeling_vitcls.__file__).parent / "model").glob("*_vitcls.py"))
-KERNEL_FILES = {"cpu_kernels_vitcls.py", "lean_layers_vitcls.py"}
+KERNELS = SHIPPED_FILES[0].parents[1] / "speed" / "cpu_kernels.py"
 PRIVATE_NAME = re.compile(
     r"\btorch(\.\w+)*\._[a-zA-Z]|from torch(\.\w+)* import _|from torch(\.\w+)*\._\w+ import"
 )
 
-MAX_FILES = 18
+MAX_FILES = 16
 MAX_EXECUTED_FILES = 6
 
 
@@ -28,11 +27,8 @@ def test_the_number_of_shipped_files_has_a_limit() -> None:
     assert len(SHIPPED_FILES) <= MAX_FILES, [file.name for file in SHIPPED_FILES]
 
 
-def test_a_forward_pass_executes_at_most_6_files_and_no_kernels(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Inference and a training step of the default classifier, without CPU kernels."""
-    monkeypatch.setenv("VITCLS_CPU_KERNELS", "0")
+def test_a_forward_pass_executes_at_most_6_files_that_are_shipped() -> None:
+    """Inference and a training step of the default classifier."""
     model = ViTCLSForImageClassification(build_tiny_config())
     paths: set[str] = set()
 
@@ -46,19 +42,19 @@ def test_a_forward_pass_executes_at_most_6_files_and_no_kernels(
     sys.setprofile(None)
     executed = {file.name for file in map(Path, paths) if file.parent == SHIPPED_FILES[0].parent}
     assert {"modeling_vitcls.py", "blocks_vitcls.py"} <= executed
-    assert not KERNEL_FILES & executed
+    assert not [path for path in paths if "modeling_vitcls/speed/" in path]
     assert len(executed) <= MAX_EXECUTED_FILES, executed
 
 
 def test_private_names_of_pytorch_are_in_one_guarded_block() -> None:
     found = []
-    for file in SHIPPED_FILES:
+    for file in (*SHIPPED_FILES, KERNELS):
         text = file.read_text()
         blocks = [node for node in ast.parse(text).body if isinstance(node, ast.Try)]
         guarded = [
             range(block.lineno, block.end_lineno or 0)
             for block in blocks
-            if file.name == "cpu_kernels_vitcls.py"
+            if file in (KERNELS, SHIPPED_FILES[0].parent / "modeling_vitcls.py")
         ]
         for number, line in enumerate(text.splitlines(), start=1):
             if PRIVATE_NAME.search(line):

@@ -167,3 +167,30 @@ def test_gradients_equal_those_of_eager_attention() -> None:
         gradients.append(torch.autograd.grad(rows.square().sum(), pixels)[0])
     assert gradients[0].abs().max() > 0
     assert get_largest_difference(*gradients) <= 1e-5
+
+
+@torch.no_grad()
+def test_compiled_models_have_the_same_rows_and_those_of_other_threads_stay_compiled() -> None:
+    model = randomize(ViTCLSModel(build_tiny_config()))
+    expected = model.token_attention(build_images())
+    num_calls = 0
+
+    def count_calls(graph: Any, inputs: Any) -> Any:
+        def call(*args: Any) -> Any:
+            nonlocal num_calls
+            num_calls += 1
+            return graph(*args)
+
+        return call
+
+    model.compile(backend="eager", fullgraph=True)
+    model(build_images())
+    assert torch.equal(model.token_attention(build_images()), expected)
+    model(build_images())
+    assert model._compiled_call_impl is not None
+
+    other = torch.compile(torch.nn.Linear(2, 2), backend=count_calls)
+    other(torch.ones(1, 2))
+    with record_attention(model, [0], lambda *_: None):
+        other(torch.ones(1, 2))
+    assert num_calls == 2

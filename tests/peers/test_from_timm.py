@@ -24,7 +24,6 @@ from torch import nn
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel
 from modeling_vitcls.conversion.from_timm import convert_from_timm
 from modeling_vitcls.conversion.weight_rules import ConversionError
-from modeling_vitcls.speed.cpu_kernels import restore_plain_modules
 from scripts.random_weights import randomize_weights
 
 
@@ -382,8 +381,6 @@ def test_every_architecture_is_exact_or_refused() -> None:
         except ConversionError:
             refused.append(name)
             continue
-        # their rounding grows with the values; tests/model/test_cpu_kernels.py
-        restore_plain_modules(ours)
         difference = largest_difference(model, ours)
         if difference <= TOLERANCE:
             exact.append(name)

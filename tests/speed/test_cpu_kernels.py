@@ -37,8 +37,8 @@ from modeling_vitcls.speed.cpu_kernels import (
     CPULinear,
     FastModule,
     attend_in_chunks,
-    restore_plain_modules,
 )
+from modeling_vitcls.speed.lean_layers import use_fast_modules
 
 
 ONEDNN = "mkldnn::_linear_pointwise"
@@ -88,7 +88,7 @@ def build_models(seed: int = 0, **fields: Any) -> tuple[Any, Any]:
     fast, plain = (
         randomize(ViTCLSForImageClassification(build_tiny_config(**fields)), seed) for _ in range(2)
     )
-    restore_plain_modules(plain)
+    use_fast_modules(fast)
     assert count_kernels(fast)
     assert not count_kernels(plain)
     return fast, plain
@@ -484,6 +484,5 @@ def test_products_that_fail_or_are_wrong_are_detected(
 def test_an_environment_variable_disables_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     for value in ("0", "1"):
         monkeypatch.setenv("VITCLS_CPU_KERNELS", value)
-        assert bool(count_kernels(ViTCLSForImageClassification(build_tiny_config()))) == (
-            value == "1"
-        )
+        model = use_fast_modules(ViTCLSForImageClassification(build_tiny_config()))
+        assert bool(count_kernels(model)) == (value == "1")

@@ -13,8 +13,7 @@ from torch import nn
 
 from modeling_vitcls import ViTCLSForImageClassification
 from modeling_vitcls.speed import lean_layers
-from modeling_vitcls.speed.cpu_kernels import restore_plain_modules
-from modeling_vitcls.speed.lean_layers import is_usual_layer
+from modeling_vitcls.speed.lean_layers import is_usual_layer, use_fast_modules
 from scripts.benchmark import build_timm_vit
 from scripts.host_time import count_kernels
 
@@ -44,8 +43,7 @@ def build_models(**fields: Any) -> tuple[Any, Any]:
     lean, plain = (
         randomize(ViTCLSForImageClassification(build_tiny_config(**fields))) for _ in range(2)
     )
-    restore_plain_modules(plain)
-    return lean, plain
+    return use_fast_modules(lean), plain
 
 
 def is_lean(model: Any) -> bool:
