@@ -28,6 +28,7 @@ from matplotlib.ticker import LinearLocator
 from PIL import Image
 
 from ..inference.token_names import SINGLE_TOKEN_NAMES
+from ..model.token_layout_vitcls import TOKEN_KINDS
 from .maps import choose_scale, draw_region, overlay
 from .photo import Attribution, PhotoMeasurements
 
@@ -48,14 +49,8 @@ MAX_ATTRIBUTIONS = 14  # Two lines of labels
 HEADER_CHARACTERS = 150  # With more in a line of headers, neighbors overlap
 MAX_TITLE = 80  # Characters that fit in a line
 
-# Color of each group of `config.token_layout`. Color-blind readers can distinguish the colors
-# (palette of Okabe and Ito).
-GROUP_COLORS = {
-    "cls": "#0072B2",
-    "distillation": "#D55E00",
-    "registers": "#009E73",
-    "patches": "#8C8C8C",
-}
+# Color of each group of `config.token_layout`
+GROUP_COLORS = {kind.group: kind.color for kind in TOKEN_KINDS} | {"patches": "#8C8C8C"}
 DARK_GRAY = "#222222"
 MEDIUM_GRAY = "#666666"
 PALE = 0.35  # Opacity of maps that no output depends on

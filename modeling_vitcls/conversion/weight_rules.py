@@ -35,10 +35,7 @@ Fields = dict[str, Any]  # Fields of ViTCLSConfig
 Transform = Callable[[torch.Tensor, ViTCLSConfig], Sequence[torch.Tensor]]
 
 # Names of the weights that `split_positions` returns.
-POSITIONS = [
-    f"embeddings.position_embeddings.{group}"
-    for group in ("cls", "distillation", "registers", "patches")
-]
+POSITIONS = [f"embeddings.position_embeddings.{group}" for group in (*COUNT_FIELDS, "patches")]
 
 # Names of the weights that `append_ones` returns.
 LAYER_SCALES = ["layers.{i}.layer_scale1.lambda1", "layers.{i}.layer_scale2.lambda1"]

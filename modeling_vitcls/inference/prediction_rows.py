@@ -24,6 +24,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..model.extra_heads_vitcls import ExtraHead
+from ..model.token_layout_vitcls import COUNT_FIELDS
 from .image_pass import find_finite
 
 
@@ -178,11 +179,8 @@ class Feature:
 
         Raise ValueError if the model has no such tokens or layer.
         """
-        num_cls, num_distillation, num_registers = config.token_counts
         token_counts = {
-            "cls": num_cls,
-            "distillation": num_distillation,
-            "registers": num_registers,
+            **dict(zip(COUNT_FIELDS, config.token_counts, strict=True)),
             "mean": 1,
             "patches": math.prod(config.grid_size),
         }

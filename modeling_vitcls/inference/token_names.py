@@ -1,13 +1,12 @@
-"""Names of the special tokens in tables, reports and figures.
-
-A Space contains this file without the package.
-"""
+"""Names of the special tokens in tables, reports and figures."""
 
 from typing import Any
 
+from ..model.token_layout_vitcls import TOKEN_KINDS
+
 
 # Token group in `config.token_layout` -> name of the token if the group has only one token.
-SINGLE_TOKEN_NAMES = {"cls": "CLS", "distillation": "distillation", "registers": "register"}
+SINGLE_TOKEN_NAMES: dict[str, str] = {kind.group: kind.title for kind in TOKEN_KINDS}
 
 
 def get_token_names(config: Any) -> list[str]:

@@ -38,7 +38,7 @@ from .attention_masks_vitcls import TokenGates, list_gated_tokens, resample_bias
 from .blocks_vitcls import has_user_hooks
 from .configuration_vitcls import ADAPTABLE_FIELDS, ViTCLSConfig
 from .positions_vitcls import resample_positions, resize_patch_kernel
-from .token_layout_vitcls import COUNT_FIELDS, update_gated_tokens
+from .token_layout_vitcls import COUNT_FIELDS, TOKEN_KINDS, update_gated_tokens
 
 
 logger = logging.get_logger(__name__)
@@ -260,10 +260,11 @@ def get_gated_tokens(
     remaining_gated_tokens = update_gated_tokens(config.gated_tokens, counts, new_counts)
     new_gated_tokens = dict(changes.get("gated_tokens", remaining_gated_tokens) or {})
 
-    for group, field in COUNT_FIELDS.items():
-        num_added = new_counts[field] - counts[field]
-        if gate_new_tokens and num_added > new_gated_tokens.get(group, 0):
-            new_gated_tokens[group] = num_added
+    for kind in TOKEN_KINDS:
+        num_added = new_counts[kind.count_field] - counts[kind.count_field]
+        is_gated = gate_new_tokens and kind.is_gated
+        if is_gated and num_added > new_gated_tokens.get(kind.group, 0):
+            new_gated_tokens[kind.group] = num_added
     return new_gated_tokens or None
 
 
@@ -447,18 +448,23 @@ def list_twins(context: AdaptationContext) -> Tensor | None:
     The result is None for tokens that no head reads: as copies, they would learn the same.
     """
     config = context.old_config
-    group, tokens = "cls", slice(None)
-    if "distillation" in context.name:
-        group = "distillation" if config.num_distillation_tokens else "cls"
-        first = (config.pooled_cls_tokens or [0])[0]
-        tokens = slice(None) if config.num_distillation_tokens else slice(first, first + 1)
+    kinds = {kind.group: kind for kind in TOKEN_KINDS}
+    kind = next(kind for kind in TOKEN_KINDS if context.name.endswith(kind.parameter))
     reads_cls = context.new_config.cls_pooling == "mean" or context.new_config.tasks
-    is_read = "distillation" in context.name or (context.name.endswith("cls_token") and reads_cls)
-    prefix = context.name.rpartition(".")[0]
-    values = context.old_weights.get(f"{prefix}.{group}_token")
-    if values is None or not is_read:
+    if kind.twin_of is None or (kind.group == "cls" and not reads_cls):
         return None
-    positions = context.old_weights.get(f"{prefix}.position_embeddings.{group}")
+
+    tokens = slice(None)
+    source = kind
+    if not getattr(config, kind.count_field):
+        source = kinds[kind.twin_of]
+        first = (config.pooled_cls_tokens or [0])[0]
+        tokens = slice(first, first + 1)
+    prefix = context.name.rpartition(".")[0]
+    values = context.old_weights.get(f"{prefix}.{source.parameter}")
+    if values is None:
+        return None
+    positions = context.old_weights.get(f"{prefix}.position_embeddings.{source.group}")
     return values[:, tokens] if positions is None else (values + positions)[:, tokens]
 
 
@@ -534,10 +540,7 @@ def adapt_gates(context: AdaptationContext) -> AdaptedWeight:
 
 # Substring of a parameter's name -> function that adapts the parameter.
 ADAPTERS: dict[str, Callable[[AdaptationContext], AdaptedWeight]] = {
-    **dict.fromkeys(
-        ("embeddings.cls_token", "embeddings.distillation_token", "embeddings.register_"),
-        adapt_tokens,
-    ),
+    **{f"embeddings.{kind.parameter}": adapt_tokens for kind in TOKEN_KINDS},
     # The first key that is part of the name decides, so the patches come before the other
     # positions.
     "position_embeddings.patches": partial(

@@ -36,7 +36,7 @@ from .positions_vitcls import (
     resample_positions,
     rotate_patches,
 )
-from .token_layout_vitcls import COUNT_FIELDS, GROUPS_WITH_POSITIONS
+from .token_layout_vitcls import COUNT_FIELDS, GROUPS_WITH_POSITIONS, TOKEN_KINDS
 
 
 NORMS: dict[str, type[nn.Module]] = {"layernorm": nn.LayerNorm, "rmsnorm": nn.RMSNorm}
@@ -108,9 +108,9 @@ class ViTCLSEmbeddings(nn.Module):
         super().__init__()
         self.patch_embeddings = ViTCLSPatchEmbeddings(config)
         self.position_embeddings = build_position_embeddings(config)
-        self.cls_token = build_tokens(config.num_cls_tokens, config.hidden_size)
-        self.distillation_token = build_tokens(config.num_distillation_tokens, config.hidden_size)
-        self.register_tokens = build_tokens(config.num_register_tokens, config.hidden_size)
+        for kind in TOKEN_KINDS:  # self.cls_token and so on
+            num_tokens = getattr(config, kind.count_field)
+            self.register_parameter(kind.parameter, build_tokens(num_tokens, config.hidden_size))
         self.mask_token = build_tokens(int(config.use_mask_token), config.hidden_size)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
         self.norm = build_norm(config) if config.pre_norm else nn.Identity()
@@ -147,11 +147,7 @@ class ViTCLSEmbeddings(nn.Module):
         Empty groups are omitted.
         """
         # Everything that looks for tokens in the sequence relies on this order (TokenLayout).
-        groups = {
-            "cls": self.cls_token,
-            "distillation": self.distillation_token,
-            "registers": self.register_tokens,
-        }
+        groups = {kind.group: getattr(self, kind.parameter) for kind in TOKEN_KINDS}
         return {group: tokens for group, tokens in groups.items() if tokens is not None}
 
     def mask_patches(self, patches: Tensor, bool_masked_pos: Tensor | None) -> Tensor:

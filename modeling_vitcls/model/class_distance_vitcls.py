@@ -21,18 +21,12 @@ from transformers.utils import logging
 from .attention_masks_vitcls import list_gated_tokens
 from .configuration_vitcls import ViTCLSConfig
 from .heads_vitcls import TokenPooler
-from .token_layout_vitcls import COUNT_FIELDS
+from .token_layout_vitcls import COUNT_FIELDS, TOKEN_KINDS
 
 
 logger = logging.get_logger(__name__)
 
 NUM_SUMS = 16  # Number of sums in a fingerprint
-# Group -> parameter of the embeddings
-TOKEN_PARAMETERS = {
-    "cls": "cls_token",
-    "distillation": "distillation_token",
-    "registers": "register_tokens",
-}
 # Adapters of PEFT that add `get_delta_weight` to a weight. Others count with their own parameters.
 ADDITIVE_ADAPTERS = {"lora_A", "hada_w1_a", "lokr_w1", "vera_lambda_b", "fourierft_spectrum"}
 # Sums are stored as integers in this unit: a cast of the model to half precision leaves integers as
@@ -241,7 +235,7 @@ def sum_weights(
         rows, columns = build_factors(values)
         part, own_name = name.split(".")[:2]
         index = {"embeddings": 0, "layernorm": 1}.get(part, 2)
-        if own_name in TOKEN_PARAMETERS.values():
+        if own_name in [kind.parameter for kind in TOKEN_KINDS]:
             index = 3
         elif part == "layers":
             index = 4 + int(own_name) * (NUM_SUMS - 4) // num_layers
@@ -280,8 +274,12 @@ def find_open_tokens(encoder: Any) -> dict[str, Tensor]:
             num_tokens = getattr(encoder.config, COUNT_FIELDS[group])
             mask = masks.setdefault(group, are_open.new_ones(1, num_tokens, 1))
             mask[:, index] = are_open[gate]
-    names = {group: (TOKEN_PARAMETERS[group], f"position_embeddings.{group}") for group in masks}
-    return {f"embeddings.{name}": masks[group] for group in masks for name in names[group]}
+    found: dict[str, Tensor] = {}
+    for kind in TOKEN_KINDS:
+        if kind.group in masks:
+            for name in (kind.parameter, f"position_embeddings.{kind.group}"):
+                found[f"embeddings.{name}"] = masks[kind.group]
+    return found
 
 
 def list_effective_weights(encoder: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -158,9 +158,7 @@ FEATURE_FIELDS = ("cls_pooling", "pooled_cls_tokens", "num_hidden_layers")
 ADAPTABLE_FIELDS = (
     "image_size",
     "patch_size",
-    "num_cls_tokens",
-    "num_distillation_tokens",
-    "num_register_tokens",
+    *COUNT_FIELDS.values(),
     "cls_scopes",
     "gated_tokens",
     "extra_heads",
@@ -487,6 +485,8 @@ class ViTCLSConfig(ExtraHeadsConfig, BackboneConfigMixin, PreTrainedConfig):
             if name not in known_names and not name.startswith("_"):
                 raise ValueError(f"Unknown field {name!r}{_format_suggestion(name, known_names)}")
 
+        if self.is_registered:
+            kwargs.pop("auto_map", None)  # The code is installed
         # AutoModelForImageClassification selects one of two classes by `architectures`, which must
         # not be None.
         self.architectures = self.architectures or []
@@ -612,7 +612,7 @@ class ViTCLSConfig(ExtraHeadsConfig, BackboneConfigMixin, PreTrainedConfig):
     ) -> None:
         """Save the configuration, with an `auto_map` that refers to code in the same folder.
 
-        In memory, only the configuration of remote code has an `auto_map`.
+        In memory, only a configuration that remote code has loaded has an `auto_map`.
         """
         loaded: dict[str, str] = getattr(self, "auto_map", {})
         self.auto_map = self.build_auto_map()
@@ -709,9 +709,9 @@ class ViTCLSConfig(ExtraHeadsConfig, BackboneConfigMixin, PreTrainedConfig):
         return TokenLayout.from_counts(*self.token_counts)
 
     @property
-    def token_counts(self) -> tuple[int, int, int]:
-        """The numbers of CLS, distillation and register tokens."""
-        return self.num_cls_tokens, self.num_distillation_tokens, self.num_register_tokens
+    def token_counts(self) -> tuple[int, ...]:
+        """The numbers of CLS, distillation and register tokens, in sequence order."""
+        return tuple(getattr(self, field) for field in COUNT_FIELDS.values())
 
     @property
     def image_height_width(self) -> tuple[int, int]:

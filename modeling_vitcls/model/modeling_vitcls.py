@@ -69,15 +69,6 @@ from .variants_vitcls import (
 )
 
 
-try:
-    from torch.nn.modules.module import _has_any_global_hook as has_global_hooks
-except ImportError:  # A private name of PyTorch
-
-    def has_global_hooks() -> bool:
-        """Assume hooks on all modules, which read all tokens."""
-        return True
-
-
 # Outputs ------------------------------------------------------------------------------------------
 @dataclass
 class ViTCLSModelOutput(BaseModelOutputWithPooling):
@@ -199,7 +190,7 @@ class ViTCLSPreTrainedModel(AdaptableModel):
         if not config._skip_validation:
             # The configuration was checked when it was built, but its fields may have changed
             # since.
-            config.validate()  # type: ignore[attr-defined]  # of huggingface_hub's `strict`
+            config.validate()
         super().__init__(config, *args, **kwargs)
 
     @torch.no_grad()
@@ -509,7 +500,8 @@ class ViTCLSForImageClassification(ViTCLSPreTrainedModel):
         """Set the training mode, as in PyTorch; after training, class statistics must be checked."""
         if self.training and not mode and self.class_distance is not None:
             self.class_distance.end_training(self.vitcls)
-        return super().train(mode)
+        super().train(mode)
+        return self
 
     def select_task(self, name: str) -> "ViTCLSForImageClassification":
         """Build a classifier of an added task alone, with the same bits.
@@ -784,6 +776,12 @@ def count_output_tokens(
     if any(map(is_read_by_others, readers)):
         return None
     return config.num_head_tokens
+
+
+def has_global_hooks() -> bool:
+    """Check for hooks on all modules; if this version of PyTorch cannot tell, assume them."""
+    check = getattr(nn.modules.module, "_has_any_global_hook", None)
+    return check is None or bool(check())
 
 
 def is_read_by_others(module: nn.Module | None) -> bool:

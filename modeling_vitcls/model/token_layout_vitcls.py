@@ -1,10 +1,10 @@
 # Copyright 2026 The modeling_vitcls maintainers
 # SPDX-License-Identifier: Apache-2.0
-"""Where each special token is in the sequence, and which tokens have gates.
+"""The kinds of special tokens, where each token is in the sequence, and which tokens have gates.
 
     [ CLS x k | distillation x d | register x r | patches ]
 
-No other file counts the tokens of a sequence.
+A kind of token is a row of `TOKEN_KINDS`. No other file counts the tokens of a sequence.
 """
 
 import dataclasses
@@ -12,19 +12,67 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 
-TokenGroup = Literal["cls", "distillation", "registers"]  # Special tokens
-# Group of special tokens -> field with the number of tokens.
-COUNT_FIELDS: dict[str, str] = {
-    "cls": "num_cls_tokens",
-    "distillation": "num_distillation_tokens",
-    "registers": "num_register_tokens",
-}
+TokenGroup = Literal["cls", "distillation", "registers"]  # Special tokens, in sequence order
 
+
+@dataclasses.dataclass(frozen=True)
+class TokenKind:
+    """A kind of special tokens.
+
+    Attributes:
+        group: name of its slice, of its position embeddings, and of its tokens in outputs.
+        count_field: field of the configuration with the number of tokens.
+        parameter: of the embeddings, [1, n, D].
+        title: of one token, in tables and figures.
+        color: in figures; color-blind readers can distinguish the colors (palette of Okabe and Ito).
+        position_values: values of `position_embedding_tokens` with which the tokens have positions.
+        is_gated: whether added tokens have gates unless asked otherwise.
+        twin_of: group that new tokens start as twins of, if a head reads them.
+    """
+
+    group: TokenGroup
+    count_field: str
+    parameter: str
+    title: str
+    color: str
+    position_values: tuple[str, ...] = ("all",)
+    is_gated: bool = True
+    twin_of: TokenGroup | None = None
+
+
+TOKEN_KINDS = (
+    TokenKind(
+        group="cls",
+        count_field="num_cls_tokens",
+        parameter="cls_token",
+        title="CLS",
+        color="#0072B2",
+        position_values=("cls", "all"),
+        twin_of="cls",
+    ),
+    TokenKind(
+        group="distillation",
+        count_field="num_distillation_tokens",
+        parameter="distillation_token",
+        title="distillation",
+        color="#D55E00",
+        twin_of="cls",
+    ),
+    TokenKind(
+        group="registers",
+        count_field="num_register_tokens",
+        parameter="register_tokens",
+        title="register",
+        color="#009E73",
+    ),
+)
+
+# Group of special tokens -> field with the number of tokens.
+COUNT_FIELDS: dict[str, str] = {kind.group: kind.count_field for kind in TOKEN_KINDS}
 # Value of `position_embedding_tokens` -> groups of special tokens that have position embeddings.
 GROUPS_WITH_POSITIONS: dict[str, tuple[str, ...]] = {
-    "patches": (),
-    "cls": ("cls",),
-    "all": tuple(COUNT_FIELDS),
+    value: tuple(kind.group for kind in TOKEN_KINDS if value in kind.position_values)
+    for value in ("patches", "cls", "all")
 }
 
 
@@ -34,7 +82,7 @@ class TokenLayout:
 
     Examples:
         >>> from modeling_vitcls import TokenLayout
-        >>> layout = TokenLayout.from_counts(num_cls=1, num_distillation=0, num_registers=4)
+        >>> layout = TokenLayout.from_counts(1, 0, 4)
         >>> layout.registers, layout.num_prefix_tokens
         (slice(1, 5, None), 5)
     """
@@ -46,27 +94,22 @@ class TokenLayout:
     num_prefix_tokens: int
 
     @classmethod
-    def from_counts(cls, num_cls: int, num_distillation: int, num_registers: int) -> "TokenLayout":
-        """Build the layout from the numbers of CLS, distillation and register tokens."""
-        registers_start = num_cls + num_distillation
-        num_prefix_tokens = registers_start + num_registers
-        return cls(
-            cls=slice(0, num_cls),
-            distillation=slice(num_cls, registers_start),
-            registers=slice(registers_start, num_prefix_tokens),
-            patches=slice(num_prefix_tokens, None),
-            num_prefix_tokens=num_prefix_tokens,
-        )
+    def from_counts(cls, *counts: int) -> "TokenLayout":
+        """Build the layout from the numbers of tokens, in the order of `TOKEN_KINDS`."""
+        slices: dict[str, slice] = {}
+        start = 0
+        for kind, count in zip(TOKEN_KINDS, counts, strict=True):
+            slices[kind.group] = slice(start, start + count)
+            start += count
+        return cls(**slices, patches=slice(start, None), num_prefix_tokens=start)
 
     def get_num_tokens(self, rows: int, columns: int) -> int:
         """Count the tokens of an image of `rows` x `columns` patches."""
         return self.num_prefix_tokens + rows * columns
 
     def items(self) -> Iterator[tuple[str, slice]]:
-        """List the `(name, slice)` pairs of the four groups, in sequence order."""
-        return (
-            (name, getattr(self, name)) for name in ("cls", "distillation", "registers", "patches")
-        )
+        """List the `(name, slice)` pairs of all groups, in sequence order."""
+        return ((name, getattr(self, name)) for name in (*COUNT_FIELDS, "patches"))
 
 
 def update_gated_tokens(

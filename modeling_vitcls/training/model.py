@@ -193,8 +193,9 @@ def has_labels(config: ViTCLSConfig, label_space: LabelSpace) -> bool:
 
 def get_added_token_names(stored_config: ViTCLSConfig, model: Classifier) -> set[str]:
     """Find the token parameters that contain more tokens than in the checkpoint, by name."""
-    groups = ("cls", "distillation", "registers")
-    group_sizes = zip(groups, stored_config.token_counts, model.config.token_counts, strict=True)
+    group_sizes = zip(
+        COUNT_FIELDS, stored_config.token_counts, model.config.token_counts, strict=True
+    )
     names = get_token_names(model)
     return {names[group] for group, old_size, new_size in group_sizes if new_size > old_size}
 
@@ -318,8 +319,7 @@ def find_new_tokens(initial: InitialModel, model: Any) -> dict[str, list[bool]]:
     if initial.has_random_weights:
         return {}
     token_names = get_token_names(model)
-    groups = ("cls", "distillation", "registers")
-    old_counts = dict(zip(groups, initial.config.token_counts, strict=True))
+    old_counts = dict(zip(COUNT_FIELDS, initial.config.token_counts, strict=True))
 
     are_new: dict[str, list[bool]] = {}
     for group, name in token_names.items():

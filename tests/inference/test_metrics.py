@@ -15,9 +15,11 @@ from torch import nn
 from torchmetrics.functional.classification import multilabel_average_precision
 
 from modeling_vitcls.data.labels import OneLabel, PerTask, SeveralLabels
+from modeling_vitcls.inference.metric_tables import METRIC_NAMES
 from modeling_vitcls.inference.metrics import (
     measure,
     measure_one_label,
+    select_scalars,
 )
 
 
@@ -183,3 +185,17 @@ def test_a_single_class_is_measured() -> None:
     assert values["accuracy"] == 1
     assert values["calibration_error"] == 0
     assert values["confusion_matrix"] == [[2]]
+
+
+def test_every_metric_has_a_name_in_the_tables() -> None:
+    """Without one, it would be in results.json, but in no table, card or report."""
+    generator = np.random.default_rng(0)
+    names = list("abcdefg")
+    logits = generator.normal(size=(60, 3 * len(names)))  # of a model with two heads
+    labels = generator.integers(len(names), size=60)
+    measured = measure(OneLabel({"label": names}), logits, labels)
+    measured |= measure(
+        SeveralLabels({"label": names}), logits[:, :7], generator.integers(2, size=(60, 7))
+    )
+    fractions = {name for name in select_scalars(measured) if not name.endswith("loss")}
+    assert fractions - {"num_images"} == METRIC_NAMES.keys()
