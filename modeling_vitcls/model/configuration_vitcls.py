@@ -627,17 +627,12 @@ class ViTCLSConfig(ExtraHeadsConfig, BackboneConfigMixin, PreTrainedConfig):
 
         With the defaults of another version, the architecture would be another one.
         """
-        defaults = {field.name: field.default for field in dataclasses.fields(PreTrainedConfig)}
-        own_names = {
-            field.name for field in dataclasses.fields(self) if not field.name.startswith("_")
-        }
+        own_fields = {field.name for field in dataclasses.fields(self)}
+        own_fields -= {field.name for field in dataclasses.fields(PreTrainedConfig)}
         values = self.to_dict()
-        changed = {
-            name: value
-            for name, value in super().to_diff_dict().items()
-            if name not in defaults or value != defaults[name]
+        return super().to_diff_dict() | {
+            name: values[name] for name in own_fields if not name.startswith("_")
         }
-        return changed | {name: values[name] for name in own_names - defaults.keys()}
 
     def build_auto_map(self) -> dict[str, str]:
         """Name the code of each Auto class: `AUTO_MAP`, with the multi-task class if there are tasks."""
