@@ -29,6 +29,7 @@ from PIL import Image
 
 from ..inference.token_names import SINGLE_TOKEN_NAMES
 from ..model.token_layout_vitcls import TOKEN_KINDS
+from .fonts import use_installed_fonts
 from .maps import choose_scale, draw_region, overlay
 from .photo import Attribution, PhotoMeasurements
 
@@ -142,6 +143,7 @@ def draw_sheet(measurements: PhotoMeasurements, title: str = "") -> Image.Image:
             draw_heads(measurements, photo),
             draw_layers(measurements, photo),
         ):
+            use_installed_fonts(figure)
             # Without pyplot, which would keep every figure in memory until it is closed.
             canvas = FigureCanvasAgg(figure)
             canvas.draw()

@@ -169,6 +169,28 @@ def test_no_text_covers_a_tile_or_another_text_or_is_cut_off(
             assert box.count_overlaps(boxes) == 1, box  # only itself
 
 
+@pytest.mark.filterwarnings("error")
+def test_names_in_any_script_are_drawn_or_marked(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The letter in a circle is in another font of matplotlib; the last name is in none."""
+    names = ["蝴蝶 🐝 ผีเสื้อ", "Ⓐ ants", "\U0010fff0"]
+    config = build_tiny_config(id2label=dict(enumerate(names)), pooling="mean")
+    drawn: dict[str, list[str]] = {}
+
+    def keep_texts(figure: Figure) -> FigureCanvasAgg:
+        for text in figure.findobj(Text):
+            drawn[text.get_text()] = text.get_fontfamily()
+        return FigureCanvasAgg(figure)
+
+    monkeypatch.setattr(sheet_module, "FigureCanvasAgg", keep_texts)
+    draw_sheet(measure(ViTCLSForImageClassification(config)), "蝴蝶.jpg")
+    (circled,) = (families for text, families in drawn.items() if text.startswith("Ⓐ"))
+    assert "STIXGeneral" in circled
+    assert any(text.startswith("[?] ") for text in drawn)
+    assert {"sans-serif"} in [set(families) for families in drawn.values()]
+
+
 def test_the_function_returns_the_image_of_the_command(
     model: str, photo: str, tmp_path: Path
 ) -> None:
