@@ -74,6 +74,8 @@ class ClassDistance(nn.Module):
         self.fingerprint = nn.Buffer(torch.zeros(NUM_SUMS, dtype=torch.int64))
         self.is_valid: bool | None = True
         self.checked_state: list[Any] | None = []
+        self.terms: list[tuple[Tensor, ...]] = []
+        self.state_of_terms: list[Any] = []
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move the buffers, but keep them in float32: half precision has too few digits for them."""
@@ -93,28 +95,63 @@ class ClassDistance(nn.Module):
         Args:
             layer_tokens: layer index -> tokens [B, N, D] after the final norm.
         """
+        pooled = [
+            pooler(layer_tokens[layer])
+            for layer, pooler in zip(self.layers, self.poolers, strict=True)
+        ]
+        device = (
+            "cpu" if pooled[0].is_meta else pooled[0].device.type
+        )  # FLOPs are counted on "meta"
         squares = []
-        for index, (layer, pooler) in enumerate(zip(self.layers, self.poolers, strict=True)):
-            values = pooler(layer_tokens[layer])
-            device = "cpu" if values.is_meta else values.device.type  # FLOPs are counted on "meta"
-            # The distance is a difference of large numbers, for which bfloat16 has too few digits.
-            with torch.autocast(device, enabled=False):
-                means = getattr(self, f"means_{index}")
-                precision = getattr(self, f"precisions_{index}")
-                # Far from zero, the terms below would be large and their difference inexact. A
-                # common shift does not change it.
-                center = means.mean(dim=0)
-                values, means = values.float() - center, means - center
-                products = values @ precision  # [B, D]
+        # The distance is a difference of large numbers, for which bfloat16 has too few digits.
+        with torch.autocast(device, enabled=False):
+            for index, (values, terms) in enumerate(zip(pooled, self.get_terms(), strict=True)):
+                center, means, of_means = terms
+                values = values.float() - center
+                products = values @ getattr(self, f"precisions_{index}")  # [B, D]
                 own = (products * values).sum(dim=1, keepdim=True)
-                noise = self.sizes[index] / self.counts.clamp(min=1)
-                of_means = ((means @ precision) * means).sum(dim=1) - noise
                 squares.append(own - 2 * products @ means.T + of_means)  # [B, K]
         distances = torch.stack(squares).mean(dim=0)
         # The mean of a class without images is a placeholder, and must not be the nearest one.
         distances = distances.masked_fill(self.counts == 0, torch.inf)
         # Without the noise of the means, an estimated square can be slightly negative.
         return distances.amin(dim=1).clamp(min=0).sqrt()
+
+    def get_terms(self) -> list[tuple[Tensor, ...]]:
+        """Take what `compute_terms` returns from the last pass, unless a buffer has changed since."""
+        if torch.compiler.is_compiling():
+            return self.compute_terms()
+        state = [read_state(buffer) for buffer in self.buffers()]
+        if state == self.state_of_terms:
+            return self.terms
+        with torch.inference_mode(False), torch.no_grad():
+            terms = self.compute_terms()
+        try:
+            terms[0][0].data_ptr()
+        except RuntimeError:  # A tensor of torch.func, which ends with its function
+            return terms
+        self.terms, self.state_of_terms = terms, state
+        return terms
+
+    def compute_terms(self) -> list[tuple[Tensor, ...]]:
+        """Compute what is the same for all images.
+
+        Far from zero, squares would be large and their differences inexact. A common shift does not
+        change these.
+
+        Returns:
+            For each token, a center [D], the means around it [K, D], and their squares without the
+            noise [K].
+        """
+        terms: list[tuple[Tensor, ...]] = []
+        for index in range(len(self.tokens)):
+            means = getattr(self, f"means_{index}")
+            center = means.mean(dim=0)
+            means = means - center
+            noise = self.sizes[index] / self.counts.clamp(min=1)
+            products = means @ getattr(self, f"precisions_{index}")
+            terms.append((center, means, (products * means).sum(dim=1) - noise))
+        return terms
 
     def check(self, encoder: nn.Module) -> bool:
         """Find out whether the statistics were fitted to the present weights of the encoder.

@@ -58,6 +58,27 @@ def test_the_distance_of_a_model_is_that_of_its_statistics(pooling: str) -> None
 
 
 @torch.no_grad()
+def test_edited_statistics_count_at_once() -> None:
+    model, images, _ = build_model()
+    before = model(images[:4]).distance
+    model.class_distance.means_0[0].add_(1)
+    model.class_distance.counts[1] = 2
+    after = model(images[:4]).distance
+    assert not torch.allclose(after, before)
+    assert torch.equal(copy.deepcopy(model)(images[:4]).distance, after)
+
+
+def test_the_gradient_of_a_distance_is_that_of_autograd() -> None:
+    model, images, _ = build_model()
+    pixels = images[:2].clone().requires_grad_()
+    found = torch.func.grad(lambda pixels: model(pixels).distance.sum())(images[:2])
+    model(pixels).distance.sum().backward()
+    torch.testing.assert_close(found, pixels.grad)
+    with torch.inference_mode():
+        assert model(images[:2]).distance is not None
+
+
+@torch.no_grad()
 def test_statistics_are_saved_and_loaded_with_the_weights(tmp_path: Path) -> None:
     model, images, statistics = build_model()
     model.save_pretrained(tmp_path)
