@@ -13,7 +13,7 @@ from ..model.configuration_vitcls import ViTCLSConfig
 from ..model.extra_heads_vitcls import RESERVED_OUTPUT_NAMES
 from ..model.modeling_vitcls import ViTCLSImageClassifierOutput, count_output_tokens
 from ..runtime.errors import warn_on_first_process
-from ..training.probe import build_linear, build_probe_record
+from ..training.heads import build_choice_record, build_linear
 from .extend import (
     Addition,
     OldModel,
@@ -42,7 +42,7 @@ def build_task(old: OldModel, options: AddTaskOptions) -> Addition:
     with threadpool_limits(limits=1):  # The matrices are small
         probe.fit(features.get_tokens(), features.labels, features.groups)
 
-    choice = build_probe_record(probe, len(features.labels))
+    choice = build_choice_record(probe, len(features.labels))
     record: dict[str, Any] = {
         "kind": "task",
         "reads": describe_candidate(choice),

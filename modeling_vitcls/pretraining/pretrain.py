@@ -126,7 +126,7 @@ class PreTraining:
             result_metrics=("knn_accuracy", "knn_accuracy_of_patches", "effective_rank"),
             resize=get_resize(processor),
             summary_lines={"method": summary},
-            missing_probe_reason="pre-training",
+            missing_start_reason="pre-training",
             results={"method": options.method},
             encoder=method.vitcls,
             # Pre-training has no accuracy of its own: its result is the difference.

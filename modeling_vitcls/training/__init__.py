@@ -12,7 +12,7 @@
     training_setup.py   what a run trains: the interface between run.py and the next two files
     options.py          flags of the commands that train
     finetune.py         recipe of fine-tuning: data, model, loss and evaluator
-    probe.py            linear classifier of the frozen encoder: the whole run, or its start
+    frozen_encoder.py   features of the frozen encoder; heads.py fits classifiers to them: a whole run, or its start
     teacher.py          classifier whose predictions train a distillation token
     loop.py             training loop; reporter.py prints, and signals.py stops it
     checkpoints.py      checkpoints on disk, written completely or not at all

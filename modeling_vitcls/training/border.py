@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..inference.frozen_features import BORDER, mark_border
-from .probe import FrozenModel
+from .heads import FrozenHead
 
 
 # A class is named if its share is as much above the share of the patches. Normal photos (clothing and
@@ -18,7 +18,7 @@ from .probe import FrozenModel
 MIN_RATIO = 1.25
 
 
-def measure_border(frozen: FrozenModel, grid_size: tuple[int, int]) -> dict[str, Any] | None:
+def measure_border(frozen: FrozenHead, grid_size: tuple[int, int]) -> dict[str, Any] | None:
     """Measure how much of each class's lead over the other photos comes from the border.
 
     The lead is what the patches contribute to the score of a class, in its photos minus in the

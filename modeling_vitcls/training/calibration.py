@@ -121,7 +121,7 @@ def divide_logits(head: nn.Module, temperature: float) -> None:
         weight.div_(temperature)
 
 
-def describe_probe_calibration(probe: LinearProbe) -> Calibration:
+def describe_fold_calibration(probe: LinearProbe) -> Calibration:
     """Describe the calibration of a probe, whose temperature comes from out-of-fold logits."""
     num_images = int(np.isfinite(probe.losses_).sum())
     chosen = f"on the cross-validated predictions of {num_images:,} training images"

@@ -10,7 +10,7 @@ from ..inference.class_statistics import ClassStatistics, Token
 from ..inference.frozen_features import FeatureLayout
 from ..inference.linear_probe import KNOWN_RECALL, MIN_DISTANCE_IMAGES, NUM_LAST_LAYERS
 from ..model.modeling_vitcls import count_output_tokens
-from .probe import ignore_message
+from .frozen_encoder import ignore_message
 from .training_setup import TrainingSetup
 
 

@@ -167,7 +167,7 @@ def resolve_schedule(
     options: Options,
     initial: InitialModel,
     num_training_images: int,
-    has_probe: bool,
+    has_frozen_start: bool,
     forward_flops: int,
     has_new_tokens: bool = False,
 ) -> tuple[Options, dict[str, str | None]]:
@@ -177,13 +177,13 @@ def resolve_schedule(
         options: flags of the run.
         initial: initial model.
         num_training_images: number of training images.
-        has_probe: whether the classifier starts from the frozen model's.
+        has_frozen_start: whether the classifier starts from the frozen model's.
         forward_flops: floating-point operations of a forward pass of one image.
         has_new_tokens: whether tokens or gates have a rate of their own.
     """
     width = options.get_config_values().get("hidden_size", initial.config.hidden_size)
     method = get_training_method(options, initial.has_random_weights)
-    if has_probe and method == "pre-trained weights":
+    if has_frozen_start and method == "pre-trained weights":
         method = "from the frozen model's classifier"
     is_large = num_training_images >= MIN_LARGE_DATASET_SIZE
     epochs = 10.0 if method == "pre-trained weights" and is_large else 30.0

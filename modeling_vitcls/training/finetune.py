@@ -1,6 +1,6 @@
 """Fine-tuning on labeled images. run.py implements the complete run.
 
-    frozen model       linear classifier of frozen features (probe.py): saved by a frozen run, and the start of steps
+    frozen model       linear classifier of frozen features (heads.py): saved by a frozen run, and the start of steps
     steps              trained on pixels, with --teacher also on the teacher's logits (losses.py)
     --trainable head   the frozen model; without one, the head is trained on pixels with a frozen encoder
 
@@ -32,9 +32,9 @@ from ..inference.evaluator import Evaluator
 from ..inference.frozen_features import FrozenPass
 from ..inference.metrics import SELECTION_METRICS
 from . import losses
+from .frozen_encoder import FrozenEncoder, explain_missing_start
 from .model import InitialModel, build_model, set_trainable_parameters
 from .options import FinetuneOptions
-from .probe import Probe, explain_missing_probe
 from .reporter import Reporter
 from .teacher import Teacher, load_teacher, measure
 from .training_setup import TrainingSetup, build_evaluator_arguments
@@ -80,16 +80,16 @@ class FineTuning:
         evaluator_arguments = build_evaluator_arguments(
             options, labels, processor, model.config.num_channels, reporter
         )
-        missing_probe_reason = explain_missing_probe(
+        missing_start_reason = explain_missing_start(
             is_wanted=options.probe,
             model=model,
             has_random_weights=initial.has_random_weights,
             new_parameter_names=new_parameter_names,
         )
-        probe = None
+        frozen_encoder = None
         build_pass = partial(FrozenPass, **evaluator_arguments)
-        if missing_probe_reason is None:
-            probe = Probe(
+        if missing_start_reason is None:
+            frozen_encoder = FrozenEncoder(
                 model=model,
                 processor=processor,
                 label_space=labels,
@@ -101,7 +101,7 @@ class FineTuning:
             )
         metric = SELECTION_METRICS[labels.kind]
         is_single_label = labels.kind == "single_label_classification"
-        # A head is known if the checkpoint has it, or if the probe is going to fit it.
+        # A head is known if the checkpoint has it, or if it is going to be fitted.
         new_heads = [name for name in new_parameter_names if not name.startswith("vitcls.")]
         return TrainingSetup(
             model,
@@ -116,10 +116,10 @@ class FineTuning:
             build_evaluator=lambda data, images: Evaluator(images, **evaluator_arguments),
             selection_metric=metric,
             result_metrics=(metric, "cls_accuracy", "distillation_accuracy"),
-            resize=get_resize(processor) if probe is None else None,
-            has_known_head=probe is not None or not new_heads,
+            resize=get_resize(processor) if frozen_encoder is None else None,
+            has_known_head=frozen_encoder is not None or not new_heads,
             summary_lines={} if teacher is None else {"teacher": teacher.description},
-            missing_probe_reason=missing_probe_reason or "",
+            missing_start_reason=missing_start_reason or "",
             results={
                 "label_column": list(options.label_column or labels.columns),
                 "label_separator": labels.separator,
@@ -133,7 +133,7 @@ class FineTuning:
                 *describe_leaks(data, options.group_column),
             ],
             build_pass=build_pass if is_single_label else None,
-            probe=probe,
+            frozen_encoder=frozen_encoder,
             measure_teacher=None if teacher is None else partial(measure, teacher, normalize),
         )
 

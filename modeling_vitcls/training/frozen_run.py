@@ -9,16 +9,10 @@ from ..data.splits import MAX_CLASS_RATIO, TrainingData
 from ..inference.evaluator import Predictions
 from ..inference.metrics import NOTHING_MEASURED, merge_tasks
 from .border import describe_border, measure_border
-from .calibration import Calibration, describe_probe_calibration, measure_errors
+from .calibration import Calibration, describe_fold_calibration, measure_errors
+from .frozen_encoder import describe_frozen, join_texts
+from .heads import FrozenHead, describe_class_weights, describe_threshold
 from .outcome import Outcome, list_measurements
-from .probe import (
-    FrozenModel,
-    Probe,
-    describe_class_weights,
-    describe_frozen,
-    describe_threshold,
-    join_texts,
-)
 from .training_setup import TrainingSetup
 
 
@@ -29,30 +23,30 @@ def run_frozen(
 
     `num_seen` is the number of measured images that trained the encoder earlier.
     """
-    probe = setup.probe
-    assert probe is not None, "only a run with a probe can be frozen"
+    encoder = setup.frozen_encoder
+    assert encoder is not None, "only a run with a frozen encoder can be frozen"
     # The labels of a validation split are free to train the classifier. The test split still
     # measures it.
-    frozen, record = probe.fit(data.frozen_parts, data.held_out, warn)
+    frozen, record = encoder.fit(data.frozen_parts, data.held_out, warn)
     # Everything below is measured with the heads in the model, which are what the folder will
     # contain.
-    probe.set_frozen(frozen)
+    encoder.set_frozen(frozen)
 
-    tasks = {task: measure_task(probe, task, model) for task, model in frozen.items()}
+    tasks = {task: measure_head(encoder.model, head) for task, head in frozen.items()}
     measured = []
     for task, each in tasks.items():
         measured += list_measurements(
             {task: each.metrics},
             setup.result_metrics,
             seen_by_encoder=num_seen,
-            num_folds=each.model.probe.num_folds_ if each.model.held_out is None else 0,
-            num_candidates=len(each.model.probe.table_),
+            num_folds=each.head.probe.num_folds_ if each.head.held_out is None else 0,
+            num_candidates=len(each.head.probe.table_),
         )
 
     all_tasks = list(tasks.values())
     # Every task has the features of the same pass.
     num_training_images = (
-        sum(map(len, data.frozen_parts)) - all_tasks[0].model.features.num_unreadable
+        sum(map(len, data.frozen_parts)) - all_tasks[0].head.features.num_unreadable
     )
     texts = {task: each.calibration.text for task, each in tasks.items()}
     outcome = Outcome(
@@ -76,20 +70,20 @@ def run_frozen(
         return replace(outcome, metrics=merged | {"num_unreadable_images": num_unreadable})
 
     (only,) = all_tasks
-    config = probe.model.config
-    size = get_output_size(probe.processor, config.image_height_width)
-    border = measure_border(only.model, config.get_grid_size(size))
+    config = encoder.model.config
+    size = get_output_size(encoder.processor, config.image_height_width)
+    border = measure_border(only.head, config.get_grid_size(size))
     if border is not None:
         record["border"] = border
     lines = outcome.lines | {
         "border": describe_border(border),
-        "unknown": describe_threshold(only.model.probe),
+        "unknown": describe_threshold(only.head.probe),
     }
     if data.train.class_ratio > MAX_CLASS_RATIO:
-        lines["weights"] = describe_class_weights(only.model)
+        lines["weights"] = describe_class_weights(only.head)
     nearest_images = None
     if only.predictions is not None:
-        nearest_images = only.model.find_nearest_images(only.predictions.list_wrong())
+        nearest_images = only.head.find_nearest_images(only.predictions.list_wrong())
     return replace(
         outcome,
         metrics=only.metrics,
@@ -101,10 +95,10 @@ def run_frozen(
 
 
 @dataclass(frozen=True)
-class MeasuredTask:
+class MeasuredHead:
     """The classifier of a task, and what it says about images that did not train it, if any."""
 
-    model: FrozenModel
+    head: FrozenHead
     calibration: Calibration
     predictions: Predictions | None
 
@@ -113,17 +107,17 @@ class MeasuredTask:
         return NOTHING_MEASURED if self.predictions is None else self.predictions.metrics
 
 
-def measure_task(probe: Probe, task: str, model: FrozenModel) -> MeasuredTask:
+def measure_head(model: Any, head: FrozenHead) -> MeasuredHead:
     """Measure a classifier on the held-out images or, without those, by cross-validation.
 
     In cross-validation, each training image is predicted by a classifier that was not fitted to it,
     and the accuracy is corrected for the choice among the candidates.
     """
-    calibration = describe_probe_calibration(model.probe)
-    if model.held_out is not None:
-        predictions = probe.predict_held_out(task, model)
-        return MeasuredTask(model, measure_errors(calibration, predictions), predictions)
-    if model.estimate is None:
-        return MeasuredTask(model, calibration, None)
+    calibration = describe_fold_calibration(head.probe)
+    if head.held_out is not None:
+        predictions = head.predict_held_out(model)
+        return MeasuredHead(head, measure_errors(calibration, predictions), predictions)
+    if head.estimate is None:
+        return MeasuredHead(head, calibration, None)
     # The out-of-fold probabilities contain the temperature already, so there is no error before it.
-    return MeasuredTask(model, calibration, model.predict_out_of_fold())
+    return MeasuredHead(head, calibration, head.predict_out_of_fold())

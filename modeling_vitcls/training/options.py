@@ -38,10 +38,10 @@ class ModelOptions(Options):
     --no-gate-new-tokens: they are ordinary tokens from the first step."""
     pooling: Literal["cls", "mean", "cls_mean", "max", "attention"] | None = None
     """Pooling of the tokens for the classifier. Default: the pooling of the preset or checkpoint,
-    or chosen by the probe of a pre-trained encoder."""
+    or chosen by cross-validation, with a pre-trained encoder."""
     pooled_layers: tuple[int, ...] | None = None
     """Layers that the classifier reads, such as -4 -3 -2 -1 for the last four; their features are
-    concatenated. Default: the last layer, or chosen by the probe."""
+    concatenated. Default: the last layer, or chosen by cross-validation."""
     cls_scopes: tuple[str, ...] | None = None
     """Image regions that the CLS tokens attend to: `image` adds a CLS token for the whole image,
     and `2x2` adds a CLS token for each cell of a grid of 2 rows and 2 columns."""
@@ -52,7 +52,7 @@ class ModelOptions(Options):
     resize: Literal["squash", "crop", "pad"] | None = None
     """How images of other aspect ratios become the input: resize the whole image (`squash`), crop
     the center (`crop`) or add gray (`pad`). Saved in the image processor, for evaluation and
-    prediction. Default: as the checkpoint does, or `squash` if the probe measures that it is
+    prediction. Default: as the checkpoint does, or `squash` if cross-validation says that it is
     better."""
     bit_depth: int | None = None
     """Number of bits that 16-bit images use, from 9 to 16. Saved in the image processor. Default:

@@ -79,8 +79,10 @@ def load(
         options, lines = resolve_defaults(options, initial, len(images.train))
         setup = recipe.build_setup(options, initial, images, reporter)
         encoder_rows = [
-            # Without a probe, a classifier that is known is the checkpoint's.
-            list_encoder_rows(initial.folder, setup.probe is None and setup.has_known_head),
+            # Without a fitted start, a classifier that is known is the checkpoint's.
+            list_encoder_rows(
+                initial.folder, setup.frozen_encoder is None and setup.has_known_head
+            ),
             list_teacher_rows(getattr(options, "teacher", None)),
         ]
         # The decoder or projector of pre-training is not saved, and does not count.

@@ -20,12 +20,12 @@ from .calibration import calibrate
 from .checkpoints import Checkpoint, CheckpointStore
 from .class_statistics_of_runs import store_statistics
 from .distributed_state import reshard, scatter_model
+from .frozen_encoder import MAX_START_IMAGES, FrozenEncoder, describe_frozen, ignore_message
 from .loop import Evaluate, TrainingLoop, TrainingState, build_batch_plan, read_gates
 from .model import keep_old_tokens
 from .optimizer import average_with_start, build_parameter_groups
 from .outcome import Outcome, divide_metrics, list_measurements
 from .plan import RunPlan
-from .probe import MAX_PROBE_IMAGES, Probe, describe_frozen, ignore_message
 from .reporter import Reporter
 from .resume import format_flag_value
 from .signals import SignalHandler
@@ -54,10 +54,10 @@ def run_steps(
         reporter: output of the run.
     """
     options = plan.options
-    # The probe gives the model a new pooler and a new classifier, and may change how images are
+    # The frozen encoder gets a new pooler and new heads, and may change how images are
     # resized. Evaluators, which keep resized images, and the optimizer, which keeps parameters,
     # would otherwise hold on to the old ones.
-    start = start_from_probe(setup.probe, data, checkpoint, reporter)
+    start = start_from_frozen(setup.frozen_encoder, data, checkpoint, reporter)
     held_out = setup.build_evaluator(data, data.held_out)
     if setup.measures_start and len(data.held_out) and checkpoint is None:
         start["before_steps"] = held_out(setup.model.to(reporter.accelerator.device).eval())
@@ -156,10 +156,13 @@ def run_steps(
     )
 
 
-def start_from_probe(
-    probe: Probe | None, data: TrainingData, checkpoint: Checkpoint | None, reporter: Reporter
+def start_from_frozen(
+    encoder: FrozenEncoder | None,
+    data: TrainingData,
+    checkpoint: Checkpoint | None,
+    reporter: Reporter,
 ) -> dict[str, Any]:
-    """Start from the frozen model. Without a probe, nothing happens.
+    """Start from the frozen model. Without one, nothing happens.
 
     Returns:
         What only the frozen model can say, for checkpoints: the record of what was chosen
@@ -170,21 +173,21 @@ def start_from_probe(
         # Choosing again would cost a pass over the images, and the model has moved on since. The
         # weights come from the checkpoint.
         start: dict[str, Any] = checkpoint.metadata["start"]
-        if probe is not None:
-            probe.restore(start["frozen"])
+        if encoder is not None:
+            encoder.restore(start["frozen"])
         return start
-    if probe is None:
+    if encoder is None:
         return {}
     # The steps report the unreadable images.
-    frozen, record = probe.fit([data.train], data.held_out, ignore_message, MAX_PROBE_IMAGES)
-    probe.set_heads(frozen)
+    frozen, record = encoder.fit([data.train], data.held_out, ignore_message, MAX_START_IMAGES)
+    encoder.set_heads(frozen)
     reporter.print_lines(describe_frozen(record))
     start = {"frozen": record}
     metric = SELECTION_METRICS[data.label_space.kind]
-    measured = {task: model for task, model in frozen.items() if model.held_out is not None}
+    measured = {task: head for task, head in frozen.items() if head.held_out is not None}
     if measured:
         values = [
-            probe.predict_held_out(task, model).metrics[metric] for task, model in measured.items()
+            head.predict_held_out(encoder.model).metrics[metric] for head in measured.values()
         ]
         start["before_steps"] = {metric: compute_mean(values)}
     if "" in measured:

@@ -33,7 +33,7 @@ def print_summary(
             **describe_model(
                 inputs.initial.name,
                 setup.model,
-                is_pooling_known=setup.probe is None,
+                is_pooling_known=setup.frozen_encoder is None,
                 is_partly_frozen=getattr(plan.options, "trainable", "full") != "full",
             ),
             **inputs.lines,

@@ -13,10 +13,10 @@ from ..data.sources import Splits
 from ..data.splits import TrainingData
 from ..inference.frozen_features import FrozenPass
 from ..model.image_processing_vitcls import ViTCLSImageProcessor
+from .frozen_encoder import FrozenEncoder
 from .losses import Objective
 from .model import InitialModel
 from .options import TrainOptions
-from .probe import Probe
 from .reporter import Reporter
 
 
@@ -54,8 +54,9 @@ class TrainingSetup:
     # Builds the pass that collects class statistics, from images and a layout. Only a classifier with
     # one label per image has them, and a temperature.
     build_pass: Callable[..., FrozenPass] | None = None
-    probe: Probe | None = None  # Sets the classifier from the features of the frozen encoder
-    missing_probe_reason: str = ""  # Why there is no probe, so the run has steps
+    # Fits the heads, before the steps or instead of them; None if they start from random values
+    frozen_encoder: FrozenEncoder | None = None
+    missing_start_reason: str = ""  # Why there is none, so the run has steps
     # Lists what is wrong with the images
     list_warnings: Callable[[TrainingData], list[str]] = lambda data: []
     encoder: Any = None  # Part of the model that is saved; None to save the model

@@ -111,7 +111,7 @@ def test_defaults_follow_the_weights_the_image_size_and_the_number_of_images(
 
 
 @pytest.mark.parametrize(
-    ("options", "initial", "num_images", "has_probe", "expected"),
+    ("options", "initial", "num_images", "has_frozen_start", "expected"),
     [
         (build_options(), {}, 10_000, False, 30),
         (build_options(), PRETRAINED | {"hidden_size": 384}, 9_999, False, 30),
@@ -125,17 +125,19 @@ def test_the_epochs_follow_the_weights_and_the_number_of_images(
     options: Any,
     initial: dict[str, Any],
     num_images: int,
-    has_probe: bool,
+    has_frozen_start: bool,
     expected: float,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     set_device(monkeypatch, "cuda")
-    options, _ = resolve_schedule(options, build_initial(**initial), num_images, has_probe, 1)
+    options, _ = resolve_schedule(
+        options, build_initial(**initial), num_images, has_frozen_start, 1
+    )
     assert options.epochs == expected
 
 
 @pytest.mark.parametrize(
-    ("options", "initial", "has_probe", "expected"),
+    ("options", "initial", "has_frozen_start", "expected"),
     [
         (build_options(), {}, False, 1e-3),
         (build_options(hidden_size=192), {}, False, 5e-4),
@@ -154,9 +156,9 @@ def test_the_epochs_follow_the_weights_and_the_number_of_images(
     ],
 )
 def test_the_learning_rate_follows_the_initial_weights_and_the_width(
-    options: Any, initial: dict[str, Any], has_probe: bool, expected: float
+    options: Any, initial: dict[str, Any], has_frozen_start: bool, expected: float
 ) -> None:
-    options, _ = resolve_schedule(options, build_initial(**initial), 900, has_probe, 1)
+    options, _ = resolve_schedule(options, build_initial(**initial), 900, has_frozen_start, 1)
     assert options.learning_rate == expected
 
 

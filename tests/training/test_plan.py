@@ -20,22 +20,22 @@ from modeling_vitcls.training.plan import RunPlan, plan_run
 def make_inputs(
     num_images: int,
     num_labels: int = 10,
-    has_probe: bool = True,
+    has_frozen_start: bool = True,
     num_fitted: int = 0,
     **flags: Any,
 ) -> Any:
     return SimpleNamespace(
         options=FinetuneOptions(model="encoder", dataset="photos", output_dir=Path("run"), **flags),
-        initial=SimpleNamespace(has_random_weights=not has_probe),
+        initial=SimpleNamespace(has_random_weights=not has_frozen_start),
         images=SimpleNamespace(
             train=range(num_images),
             label_space=SimpleNamespace(columns={"label": list(range(num_labels))}),
         ),
         setup=SimpleNamespace(
-            probe=object() if has_probe else None,
+            frozen_encoder=object() if has_frozen_start else None,
             model=torch.nn.Identity(),
-            has_known_head=has_probe,
-            missing_probe_reason="",
+            has_known_head=has_frozen_start,
+            missing_start_reason="",
         ),
         forward_flops=1e12,
         num_fitted=num_fitted,
@@ -46,7 +46,7 @@ def make_plan(
     monkeypatch: pytest.MonkeyPatch,
     num_images: int = 600,
     num_labels: int = 10,
-    has_probe: bool = True,
+    has_frozen_start: bool = True,
     step_minutes: int | None = None,
     is_resumed: bool = False,
     num_fitted: int = 0,
@@ -57,7 +57,7 @@ def make_plan(
     monkeypatch.setattr(plan, "measure_step_minutes", lambda *arguments: step_minutes)
     monkeypatch.setattr(plan, "resolve_schedule", lambda options, *_, **__: (options, {}))
     monkeypatch.setattr(plan, "find_new_tokens", lambda *arguments: {})
-    inputs = make_inputs(num_images, num_labels, has_probe, num_fitted, **flags)
+    inputs = make_inputs(num_images, num_labels, has_frozen_start, num_fitted, **flags)
     return plan_run(inputs, SimpleNamespace(device=device), is_resumed)  # type: ignore[arg-type]
 
 
@@ -78,7 +78,7 @@ def make_plan(
         ({"trainable": "lora"}, "steps"),
         ({"trainable": "head", "num_images": 9_000}, "frozen"),
         ({"trainable": "head", "epochs": 1.0}, "steps"),
-        ({"has_probe": False}, "steps"),
+        ({"has_frozen_start": False}, "steps"),
         ({"is_resumed": True}, "steps"),
     ],
 )
@@ -137,7 +137,7 @@ def test_only_steps_hold_images_out_by_default(
         ({"epochs": 1.0}, 0.5),
         ({"epochs": 1.0, "average_with_start": 0.0}, 0.0),
         ({"epochs": 1.0, "select": "best"}, 0.0),
-        ({"has_probe": False}, 0.0),
+        ({"has_frozen_start": False}, 0.0),
         ({}, 0.0),
     ],
 )

@@ -37,7 +37,7 @@ from modeling_vitcls.inference.evaluate import evaluate_checkpoint
 from modeling_vitcls.inference.linear_probe import LinearProbe
 from modeling_vitcls.inference.options import EvaluateOptions
 from modeling_vitcls.training import save
-from modeling_vitcls.training.probe import describe_class_weights
+from modeling_vitcls.training.heads import describe_class_weights
 
 
 WIDTH = 32  # of the tiny models
@@ -401,7 +401,7 @@ def test_the_probe_chooses_what_the_user_has_not_set(
     prepared = prepare_setup(build_options(tmp_path / "run", encoder, **flags))
     data = prepared.data
     warn = prepared.reporter.warn
-    _, record = prepared.setup.probe.fit([data.train], data.held_out, warn, max_images=64)
+    _, record = prepared.setup.frozen_encoder.fit([data.train], data.held_out, warn, max_images=64)
     assert {row["pooling"] for row in record["candidates"]} == tokens
     assert record["num_training_images"] == 64
 
@@ -439,15 +439,15 @@ def test_heads_and_poolers_of_another_kind_have_no_probe(
     encoder: Path, tmp_path: Path, flags: dict[str, Any], reason: str
 ) -> None:
     task = prepare_setup(build_options(tmp_path / "run", encoder, **flags)).setup
-    assert task.probe is None
-    assert task.missing_probe_reason == reason
+    assert task.frozen_encoder is None
+    assert task.missing_start_reason == reason
 
 
 def test_random_weights_have_no_probe(tmp_path: Path) -> None:
     run = prepare_setup(build_tiny_options(tmp_path / "run", "digits", probe=True, select=None))
-    assert run.setup.probe is None
+    assert run.setup.frozen_encoder is None
     assert run.options.select == "last"
-    assert run.setup.missing_probe_reason == "the initial weights are random"
+    assert run.setup.missing_start_reason == "the initial weights are random"
 
 
 def test_the_own_geometry_that_wins_is_saved_as_it_was(encoder: Path, tmp_path: Path) -> None:

@@ -1,0 +1,365 @@
+"""The classifiers on the features of a frozen encoder.
+
+    features, labels -> Heads.fit: choice, by cross-validation -> refit: all images -> freeze: FrozenHead of each task
+
+The choice is made in inference/linear_probe.py. Each of several tasks has a classifier of its own, of
+the same features. A model with distillation tokens has a second one (distillation_head.py).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from accelerate import PartialState
+from sklearn.base import clone
+from sklearn.neighbors import NearestNeighbors
+from threadpoolctl import threadpool_limits
+from torch import nn
+
+from ..data.labels import LabelSpace, PerTask
+from ..inference.class_statistics import Token, expand_rows
+from ..inference.evaluator import Predictions, build_predictions, round_floats
+from ..inference.frozen_features import Features
+from ..inference.intervals import Estimate
+from ..inference.linear_probe import (
+    MIN_DISTANCE_IMAGES,
+    Candidate,
+    LinearProbe,
+    describe_candidate,
+    stack_tokens,
+    to_logits,
+)
+from .distillation_head import DistillationHead, split_kinds
+
+
+# Distance of a class without training images below the smallest bias, in logits. Finite, because the
+# loss of a held-out image of such a class would be infinite otherwise.
+ABSENT_CLASS_MARGIN = 100.0
+NUM_NEAREST_IMAGES = 3  # Nearest training images of a wrong prediction
+
+
+@dataclass(frozen=True)
+class Heads:
+    """The classifiers of all tasks, fitted to features.
+
+    Attributes:
+        label_space: the labels of the tasks.
+        probes: the classifier of each task; without tasks, the only key is "".
+        second: the distillation head, if there are features of distillation tokens.
+    """
+
+    label_space: LabelSpace
+    probes: dict[str, LinearProbe]
+    second: DistillationHead | None = None
+
+    @classmethod
+    def fit(cls, label_space: LabelSpace, features: Features, probe: LinearProbe) -> "Heads":
+        """Choose and fit the classifier of each task, with the settings of `probe`."""
+        probes = {}
+        # The matrices are small: with more threads, the fits take more time in total.
+        with threadpool_limits(limits=1):
+            for task, own in split_tasks(features, label_space).items():
+                tokens, _ = split_kinds(own.get_tokens())
+                probes[task] = clone(probe).fit(tokens, own.labels, own.groups)
+        return cls(label_space, probes)
+
+    def fit_second(self, features: Features) -> "Heads":
+        """Fit the distillation head, if the features contain its tokens."""
+        _, tokens = split_kinds(features.get_tokens())
+        if not tokens:
+            return self
+        with threadpool_limits(limits=1):
+            second = DistillationHead.fit(tokens, self.probes[""], features.labels, features.groups)
+        return replace(self, second=second)
+
+    def refit(self, features: Features) -> "Heads":
+        """Fit what was chosen to all images, also to those that took no part in the choice."""
+        second = self.second
+        for task, own in split_tasks(features, self.label_space).items():
+            tokens, second_tokens = split_kinds(own.get_tokens())
+            self.probes[task].refit(tokens, own.labels)
+            if second is not None:
+                second = second.refit(second_tokens, own.labels)
+        return replace(self, second=second)
+
+    @property
+    def read(self) -> Candidate:
+        """What a model reads for the classifiers of all tasks."""
+        candidates = [each.candidate_ for each in self.probes.values()]
+        if len(candidates) == 1:
+            return candidates[0]
+        layers = max((each.layers for each in candidates), key=len)
+        reads_patches = any(each.pooling != "cls" for each in candidates)
+        return Candidate(layers, "cls_mean" if reads_patches else "cls")
+
+    def freeze(self, features: Features, held_out: Features | None) -> dict[str, "FrozenHead"]:
+        """Join the classifier of each task with the features of its training and held-out images."""
+        held_out_parts = {} if held_out is None else split_tasks(held_out, self.label_space)
+        frozen = {}
+        for task, own in split_tasks(features, self.label_space).items():
+            left_out = held_out_parts.get(task)
+            frozen[task] = FrozenHead(
+                task=task,
+                probe=self.probes[task],
+                tokens=self.read.tokens,
+                labels=self.label_space.tasks[task],
+                features=own,
+                held_out=left_out if left_out is not None and len(left_out.labels) else None,
+                second=self.second,
+            )
+        return frozen
+
+    def build_record(self, frozen: Mapping[str, "FrozenHead"]) -> dict[str, Any]:
+        """Record what was chosen for results.json. The only task is the record itself."""
+        records = {
+            task: build_choice_record(each.probe, len(each.features.labels))
+            for task, each in frozen.items()
+        }
+        if "" not in records:
+            return {
+                "layers": list(self.read.layers),
+                "pooling": self.read.pooling,
+                "tasks": records,
+            }
+        record = records[""]
+        if self.second is not None:
+            record["distillation_inference"] = self.second.inference
+            record["distillation_losses"] = round_floats(self.second.losses)
+        return record
+
+
+def split_tasks(features: Features, label_space: LabelSpace) -> dict[str, Features]:
+    """Take, for each task, the features of the images that have its label."""
+    if not isinstance(label_space, PerTask):
+        return {"": features}
+    parts = {}
+    for task, labels in zip(label_space.tasks, features.labels.T, strict=True):
+        parts[task] = replace(features, labels=labels).take(labels >= 0)
+    return parts
+
+
+@dataclass(frozen=True)
+class FrozenHead:
+    """The classifier of a task on a frozen encoder, and the features that it was fitted to.
+
+    Attributes:
+        task: its name; "" if it is the only one.
+        probe: the classifier.
+        tokens: what the head of the model reads. With several tasks, the classifier reads a part of
+            it, and the weights of the others are zero.
+        labels: of the task.
+        features: of the training images, the images of the choice first.
+        held_out: of the held-out images, if there are any.
+        second: the distillation head, if the model has one.
+    """
+
+    task: str
+    probe: LinearProbe
+    tokens: tuple[Token, ...]
+    labels: LabelSpace
+    features: Features
+    held_out: Features | None
+    second: DistillationHead | None
+
+    @property
+    def estimate(self) -> Estimate | None:
+        """The cross-validated accuracy of the logits that the model returns; None without folds."""
+        return self.probe.estimate_ if self.second is None else self.second.estimate
+
+    def predict_out_of_fold(self) -> Predictions:
+        """Predict the training images with classifiers that were not fitted to them.
+
+        The accuracy is corrected for the choice among the candidates.
+        """
+        assert self.estimate is not None, "there are folds"
+        own = self.probe.out_of_fold_ if self.second is None else self.second.out_of_fold
+        num_labels = len(self.labels.names)
+        probabilities = expand_rows(own.T, self.probe.classes_, num_labels).T  # [N, L]
+        known = np.flatnonzero(np.isfinite(probabilities).all(axis=1))
+        features = self.features.take(known)
+        # Logarithms of the probabilities are logits: softmax gives the same probabilities back.
+        logits = to_logits(probabilities[known], features.labels).astype(np.float32)
+        predictions = build_predictions(self.labels, replace(features, values=logits))
+        predictions.metrics.update(round_floats(self.estimate.to_metrics()))
+        return predictions
+
+    @torch.no_grad()
+    def predict_held_out(self, model: Any) -> Predictions:
+        """Predict the held-out images: only the heads of the model run, not the encoder."""
+        features = self.held_out
+        assert features is not None, "there are held-out images"
+        logits = apply_head(self.get_layer(model), features, self.tokens)
+        if self.second is not None:
+            tokens = self.second.probe.candidate_.tokens
+            second_logits = apply_head(model.distillation_classifier, features, tokens)
+            logits = model.combine_heads(logits, second_logits)
+        return build_predictions(self.labels, replace(features, values=logits.cpu().numpy()))
+
+    def find_nearest_images(self, images: np.ndarray) -> dict[int, list[str]]:
+        """Find the training images that explain predictions: the nearest ones, by image index.
+
+        The images are held out or, without those, training images. The similarity is the cosine of
+        the features that the classifier reads. The nearest image is the first.
+
+        Args:
+            images: indices of the predicted images.
+        """
+        if not len(images):
+            return {}
+        tokens = self.probe.candidate_.tokens
+        own = stack_tokens(self.features.get_tokens(), tokens)
+        others = self.features if self.held_out is None else self.held_out
+        others = others.take(np.isin(others.indices, images))
+        # Among the training images, the nearest one is the image itself, so one more is needed.
+        num_nearest = min(NUM_NEAREST_IMAGES + (self.held_out is None), len(own))
+        neighbors = NearestNeighbors(n_neighbors=num_nearest, metric="cosine").fit(own)
+        nearest = neighbors.kneighbors(
+            stack_tokens(others.get_tokens(), tokens), return_distance=False
+        )
+        found = {}
+        for index, columns in zip(others.indices.tolist(), nearest, strict=True):
+            if self.held_out is None:
+                columns = columns[self.features.indices[columns] != index]
+            found[index] = self.features.names[columns[:NUM_NEAREST_IMAGES]].tolist()
+        return found
+
+    def copy_to(self, model: Any) -> None:
+        """Set the weights of the heads, and which of them the model returns."""
+        copy_weights(self.probe, self.get_layer(model), self.tokens)
+        if self.second is not None:
+            second = self.second.probe
+            copy_weights(second, model.distillation_classifier, second.candidate_.tokens)
+            model.config.distillation_inference = self.second.inference
+
+    def get_layer(self, model: Any) -> nn.Linear:
+        """Get the classifier of the task in a model."""
+        layer: nn.Linear = model.classifiers[f"task_{self.task}"] if self.task else model.classifier
+        return layer
+
+
+def apply_head(head: nn.Module, features: Features, tokens: Sequence[Token]) -> torch.Tensor:
+    """Compute the logits [N, L] of a head that reads some tokens."""
+    inputs = torch.from_numpy(stack_tokens(features.get_tokens(), tokens)).float()
+    logits: torch.Tensor = head(inputs.to(PartialState().device))
+    return logits
+
+
+@torch.no_grad()
+def copy_weights(probe: LinearProbe, head: nn.Linear, tokens: Sequence[Token]) -> None:
+    """Copy the calibrated weights of a probe into a head of the model that reads some tokens."""
+    weight, bias = build_linear(probe, head.out_features)
+    read = probe.candidate_.tokens
+    if read != tokens:
+        blocks = dict(zip(read, np.split(weight, len(read), axis=1), strict=True))
+        assert blocks.keys() <= set(tokens), "the head reads every token of the classifier"
+        zeros = np.zeros_like(blocks[read[0]])
+        weight = np.concatenate([blocks.get(token, zeros) for token in tokens], axis=1)
+    head.weight.copy_(torch.from_numpy(weight))
+    head.bias.copy_(torch.from_numpy(bias))
+
+
+def build_linear(probe: LinearProbe, num_labels: int) -> tuple[np.ndarray, np.ndarray]:
+    """Build the calibrated linear layer of a probe for all labels: weight [L, F] and bias [L].
+
+    Labels without images are never predicted.
+    """
+    scale = probe.temperature_
+    weight = expand_rows(probe.weight_ / scale, probe.classes_, num_labels)
+    bias = np.full(num_labels, probe.bias_.min() / scale - ABSENT_CLASS_MARGIN)
+    bias[probe.classes_] = probe.bias_ / scale
+    return weight, bias
+
+
+# Record -------------------------------------------------------------------------------------------
+
+
+def build_choice_record(probe: LinearProbe, num_images: int) -> dict[str, Any]:
+    """Record the choice and the results of all candidates for results.json."""
+    record: dict[str, Any] = {
+        "num_training_images": num_images,
+        "num_folds": probe.num_folds_,
+        "layers": list(probe.candidate_.layers),
+        "pooling": probe.candidate_.pooling,
+    }
+    if probe.estimate_ is not None:
+        record |= {**probe.estimate_.to_metrics(), "loss": float(np.nanmean(probe.losses_))}
+    return round_floats(record | {"candidates": probe.table_})
+
+
+def describe_choice(record: dict[str, Any]) -> str:
+    """Describe the choice, with the result of the simplest candidate for comparison."""
+    chosen = describe_candidate(record)
+    if not record["num_folds"]:
+        return (
+            f"{chosen}, without cross-validation, which requires two images of each of two classes"
+        )
+    default = record["candidates"][0]
+    return (
+        f"{chosen}, log loss {record['loss']:.2f}: the lowest of {len(record['candidates'])} "
+        f"candidates in {record['num_folds']}-fold cross-validation "
+        f"({describe_candidate(default)}: {default['loss']:.2f})"
+    )
+
+
+def describe_class_weights(frozen: FrozenHead) -> str | None:
+    """Say what equal weights of the classes would change, from a second cross-validation.
+
+    None if the classes have equal weights already, for several labels per image, and without folds.
+    """
+    probe = frozen.probe
+    if probe.is_balanced or probe.lines_ is not None or not probe.num_folds_:
+        return None
+    # The images of the choice are the first ones.
+    images = frozen.features.take(np.arange(len(probe.losses_)))
+    tokens, _ = split_kinds(images.get_tokens())
+    candidate = probe.candidate_
+    weighted = LinearProbe(candidate.layers, candidate.pooling, "balanced")
+    with threadpool_limits(limits=1):
+        weighted.fit(tokens, images.labels, images.groups)
+
+    known = np.isfinite(probe.losses_) & np.isfinite(weighted.losses_)
+    labels = images.labels[known]
+    classes, counts = np.unique(labels, return_counts=True)
+    rarest = classes[counts.argmin()]
+    rows = []
+    for each in (probe, weighted):
+        is_right = each.classes_[each.out_of_fold_[known].argmax(axis=1)] == labels
+        measured = pd.DataFrame({"is_right": is_right, "loss": each.losses_[known]})
+        means = measured.groupby(labels).mean()  # The means of each class
+        rows.append(
+            {
+                f"recall of {frozen.labels.names[rarest]}": means["is_right"][rarest],
+                "balanced accuracy": means["is_right"].mean(),
+                "accuracy": is_right.mean(),
+                "loss": means["loss"].mean(),
+            }
+        )
+    before, after = rows
+    advice = ""
+    if after["loss"] < before["loss"] and after["balanced accuracy"] > before["balanced accuracy"]:
+        advice = ". Choose it if rare classes matter as much as the others"
+    texts = [f"{name} {before[name]:.1%} -> {after[name]:.1%}" for name in list(before)[:3]]
+    return f"`class_balance='weights'` changes {', '.join(texts)}, in cross-validation{advice}"
+
+
+def describe_threshold(probe: LinearProbe) -> str | None:
+    """Say whether predictions mark images that show none of the classes, or what they lack.
+
+    An image that shows none of several labels simply has none.
+    """
+    if probe.lines_ is not None:
+        return None
+    if probe.distance_threshold_ is not None:
+        return (
+            f"photos farther than {probe.distance_threshold_:.1f} from every class will be marked"
+        )
+    requirement = "CLS or the mean of the patches as pooling"
+    # An image that every fold needs has no distance out of fold
+    if np.isfinite(probe.losses_).sum() < MIN_DISTANCE_IMAGES:
+        requirement = f"{MIN_DISTANCE_IMAGES} training images, in classes of two or more"
+    elif probe.statistics_ is not None:
+        requirement = "a class of three photos, which tell how much photos of a class differ"
+    return f"photos that show none of the classes will not be marked: this requires {requirement}"
