@@ -20,7 +20,7 @@ from ..runtime.progress import track
 from .inspection import MAX_BATCH_SIZE, Inspection, inspect_images
 from .inspection_images import open_images
 from .options import InspectOptions
-from .report import build_inspection_record, format_effect, write_page
+from .report import build_inspection_record, format_effects, write_page
 from .token_use import find_token_use
 
 
@@ -85,7 +85,7 @@ def write_inspection(options: InspectOptions) -> Inspection:
 
 def print_inspection(inspection: Inspection, console: Console) -> None:
     """Print the table and the faults."""
-    rows = [format_effect(*row) for row in inspection.effects]
+    rows = format_effects(inspection)
     if not rows:
         console.print("The model has no special tokens.")
     else:

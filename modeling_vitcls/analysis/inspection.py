@@ -54,6 +54,7 @@ class Inspection:
         num_images: number of images that were measured.
         ablations: effects of each special token and each group, with null distributions
             (`compute_ablations`); empty if the effects were not measured.
+        gates: gate of each gated token, by its name: 0 hides the token, 1 makes it ordinary.
         faults: one sentence per identical token, and per token that training did not move.
         outlier_share: fraction of the patches with outlier norms after `outlier_layer`, the last
             layer in which the patches are used.
@@ -65,6 +66,7 @@ class Inspection:
     num_parameters: int
     num_images: int
     ablations: Ablations
+    gates: dict[str, float]
     faults: list[str]
     outlier_share: float
     outlier_layer: int
@@ -145,6 +147,7 @@ def inspect_images(
         num_parameters=model.num_parameters(),
         num_images=len(indices),
         ablations=ablations,
+        gates=read_gates(model, use.names),
         faults=describe_faults(use, states.by_layer, token_movement or {}),
         outlier_share=torch.cat(outliers).float().mean().item(),
         outlier_layer=use.num_layers[-1],
@@ -169,6 +172,15 @@ def inspect_images(
         for image, texts in watch(shown, "drawing photos")
     ]
     return inspection, photos
+
+
+def read_gates(model: Any, names: Sequence[str]) -> dict[str, float]:
+    """Read the gates of a model, by the names of its tokens; empty without gates."""
+    gates = getattr(model.base_model, "gates", None)
+    if gates is None:
+        return {}
+    values = gates.get_gate_values().tolist()
+    return {names[index]: value for index, value in zip(gates.token_indices, values, strict=True)}
 
 
 def read_batches(

@@ -23,7 +23,6 @@ from PIL import Image
 
 from ..runtime.files import write_atomically
 from ..version import __version__
-from .ablation import Effect
 from .inspection import Inspection
 from .maps import choose_scale, draw_region, overlay, to_picture
 from .sheet import ShownPhoto
@@ -84,7 +83,7 @@ def write_page(
         photos=[build_photo_row(photo) for photo in photos],
         predictions=predictions,
         class_tables=class_tables or {},
-        effects=[format_effect(*row) for row in inspection.effects],
+        effects=format_effects(inspection),
         num_large=NUM_LARGE_WRONG_IMAGES,
     )
     Path(file).parent.mkdir(parents=True, exist_ok=True)
@@ -102,6 +101,7 @@ def build_inspection_record(
     effects = [
         {"token": token, "output": output, **asdict(effect)}
         | {"limit": effect.limit, "comparison": effect.comparison}
+        | {"gate": inspection.gates.get(token)}
         for token, output, effect in inspection.effects
     ]
     return {
@@ -152,21 +152,30 @@ def build_photo_row(photo: ShownPhoto) -> dict[str, Any]:
     }
 
 
-def format_effect(token: str, output: str, effect: Effect) -> dict[str, str]:
-    """Format a row of the table of effects, for the page and the terminal."""
-    changed = "–"
-    if effect.changed is not None and effect.changed_interval is not None:
-        low, high = effect.changed_interval
-        changed = f"{effect.changed:.1%} ({low:.1%} to {high:.1%})"
-    low, high = effect.interval
-    return {
-        "token": token,
-        "output": output or "predictions",
-        "changed predictions": changed,
-        "effect (95% interval)": f"{effect.size:.2g} ({low:.2g} to {high:.2g})",
-        "limit": "–" if effect.limit is None else f"{effect.limit:.2g}",
-        "than a random token": effect.comparison,
-    }
+def format_effects(inspection: Inspection) -> list[dict[str, str]]:
+    """Format the table of effects, for the page and the terminal, with gates if the model has any."""
+    rows = []
+    for token, output, effect in inspection.effects:
+        changed = "–"
+        if effect.changed is not None and effect.changed_interval is not None:
+            low, high = effect.changed_interval
+            changed = f"{effect.changed:.1%} ({low:.1%} to {high:.1%})"
+        low, high = effect.interval
+        row = {"token": token}
+        if inspection.gates:
+            gate = inspection.gates.get(token)
+            row["gate"] = "–" if gate is None else f"{gate:.3f}"
+        rows.append(
+            row
+            | {
+                "output": output or "predictions",
+                "changed predictions": changed,
+                "effect (95% interval)": f"{effect.size:.2g} ({low:.2g} to {high:.2g})",
+                "limit": "–" if effect.limit is None else f"{effect.limit:.2g}",
+                "than a random token": effect.comparison,
+            }
+        )
+    return rows
 
 
 def encode_data_url(image: Image.Image) -> str:

@@ -335,7 +335,7 @@ class TrainingLoop:
         }
 
     def measure_token_movement(self) -> dict[str, float]:
-        """Measure how far each token has moved since the start of training (Euclidean norm)."""
+        """Measure how far each trained token has moved since the start of training (Euclidean norm)."""
         return {
             name: (token - self.initial_tokens[name]).norm().item()
             for name, token in copy_special_tokens(self.model).items()
@@ -394,7 +394,7 @@ class TrainingLoop:
 
 
 def copy_special_tokens(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Copy the special tokens [D] of a model to the CPU, by name (`cls[0]`).
+    """Copy the special tokens [D] that a model trains to the CPU, by name (`cls[0]`).
 
     The heads in linear probing have no embeddings, and therefore no tokens.
     """
@@ -402,6 +402,8 @@ def copy_special_tokens(model: nn.Module) -> dict[str, torch.Tensor]:
     embeddings = [module for module in model.modules() if isinstance(module, ViTCLSEmbeddings)]
     groups = embeddings[0].get_special_tokens() if embeddings else {}
     for group, parameter in groups.items():
+        if not parameter.requires_grad:
+            continue
         tensor = parameter.detach()
         if isinstance(tensor, DTensor):
             tensor = tensor.full_tensor()  # All processes call this

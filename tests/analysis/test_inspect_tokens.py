@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from helpers.local_hub import LocalHub
 from helpers.scripts_in_process import run_in_process
-from helpers.tiny_models import build_tiny_config, raises_one_line, save_with_processor
+from helpers.tiny_models import build_tiny_config, raises_one_line, randomize, save_both
 from PIL import Image
 
-from modeling_vitcls import ViTCLSForImageClassification
+from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor
 from modeling_vitcls.analysis.inspect_tokens import write_inspection
 from modeling_vitcls.analysis.options import InspectOptions
 
@@ -22,12 +22,16 @@ CLASSES = ["cat", "dog", "owl"]
 def save_classifier(folder: Path, names: list[str], **fields: Any) -> str:
     """Save a classifier of these classes and its image processor, and return the folder."""
     config = build_tiny_config(id2label=dict(enumerate(names)), num_labels=len(names), **fields)
-    return str(save_with_processor(ViTCLSForImageClassification(config), folder))
+    model = randomize(ViTCLSForImageClassification(config))
+    if config.gated_tokens:
+        model.vitcls.gates.gates.data.fill_(0.031 / model.vitcls.gates.SCALE)
+    return str(save_both(model, folder, ViTCLSImageProcessor(size=32)))
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return save_classifier(tmp_path_factory.mktemp("model"), CLASSES, num_register_tokens=2)
+    fields: dict[str, Any] = {"num_register_tokens": 2, "gated_tokens": {"registers": 1}}
+    return save_classifier(tmp_path_factory.mktemp("model"), CLASSES, **fields)
 
 
 @pytest.fixture(scope="module")
@@ -59,12 +63,14 @@ def test_terminal_page_and_json_have_the_same_values(
     assert "broken [old].png" in errors
 
     found = json.loads(figures.read_text())
-    outliers = f"{found['patches']['outliers']:.2%}"
     text = page.read_text()
-    assert outliers in text
-    assert outliers in printed
     for effect in found["effects"]:
         assert f"{effect['changed']:.1%} (" in text
+    gates = {effect["token"]: effect["gate"] for effect in found["effects"]}
+    assert gates["register 2"] == pytest.approx(0.031)
+    assert gates["register 1"] is gates["CLS"] is None
+    assert "<td>0.031</td>" in text
+    assert "0.031" in printed
     assert str(image_folder) not in text
     assert model not in text  # local folders are not in the page
 

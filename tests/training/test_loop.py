@@ -272,14 +272,16 @@ def test_permanently_non_finite_gradients_stop_the_run(build: Any, step: int) ->
 # Tokens -------------------------------------------------------------------------------------------
 
 
-def test_the_movement_of_a_token_is_zero_if_it_is_not_trained() -> None:
+def test_only_tokens_that_the_run_trains_can_have_moved() -> None:
+    """Otherwise, CLS would be a fault of a run that trains new registers: not moved by training."""
     bench = RecordedLoop(
         prepare=lambda model: model.vitcls.embeddings.register_tokens.requires_grad_(False)
     )
     bench.run()
     movement = bench.loop.measure_token_movement()
 
-    assert movement["registers[0]"] == movement["registers[1]"] == 0 < movement["cls[0]"]
+    assert [*movement] == ["cls[0]"]
+    assert movement["cls[0]"] > 0
 
 
 def normalize(pixels: torch.Tensor) -> torch.Tensor:
