@@ -739,9 +739,12 @@ class ViTCLSConfig(ExtraHeadsConfig, BackboneConfigMixin, PreTrainedConfig):
         """The pooled layers, from 1 to `num_hidden_layers`, in the order of the pooling."""
         return self.resolve_layers(self.pooled_layers)
 
-    def resolve_layers(self, layers: Sequence[int] | None) -> list[int]:
-        """Count layers from 1 to `num_hidden_layers`; -1 and None are the last layer."""
-        return [layer + (self.num_hidden_layers + 1) * (layer < 0) for layer in layers or [-1]]
+    def resolve_layers(
+        self, layers: Sequence[int] | None, num_layers: int | None = None
+    ) -> list[int]:
+        """Count layers from 1 to `num_layers` (default: all); -1 and None are the last layer."""
+        last = num_layers or self.num_hidden_layers
+        return [layer + (last + 1) * (layer < 0) for layer in layers or [-1]]
 
     @property
     def pooled_size(self) -> int:

@@ -425,11 +425,7 @@ class ViTCLSModel(ViTCLSPreTrainedModel):
     @property
     def pooled_layer_indices(self) -> list[int]:
         """The pooled layers, from 1; negative ones count from the end of `layers`, also if shortened."""
-        num_missing = self.config.num_hidden_layers - len(self.layers)
-        pooled = zip(
-            self.config.pooled_layers or [-1], self.config.pooled_layer_indices, strict=True
-        )
-        return [index - num_missing * (layer < 0) for layer, index in pooled]
+        return self.config.resolve_layers(self.config.pooled_layers, len(self.layers))
 
     def normalize(self, hidden_states: Tensor) -> Tensor:
         """Apply the final norm, if the model has one, to the output of a layer."""
