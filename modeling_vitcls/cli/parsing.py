@@ -37,6 +37,8 @@ ScriptOptions = TypeVar("ScriptOptions", bound=Options)
 
 HELP_FLAGS = {"-h", "--help", "--help-all"}
 # tyro's --help lists all flags
+# Fields of the configuration that other scripts set by a flag
+MODEL_FIELDS = ("intermediate_size",)
 OTHER_SPELLINGS = {"--help-all": "--help", "-o": "--output"}
 
 
@@ -62,6 +64,8 @@ def parse_command_line(modules: dict[str, ModuleType], arguments: list[str]) -> 
             raise SystemExit(0)
 
         flags = name_arguments(flags, getattr(module, "ARGUMENTS", ()))
+        if "model_config" in get_flag_fields(options_class):
+            flags = move_model_fields(flags)
         recipe = read_recipe_of_flags(flags, options_class)
         check_flags(name, flags, options_class, recipe)
 
@@ -124,6 +128,23 @@ def name_arguments(flags: list[str], names: Sequence[str]) -> list[str]:
         if flags[2 * index :] and not flags[2 * index].startswith("-"):
             flags = [*flags[: 2 * index], f"--{name}", *flags[2 * index :]]
     return flags
+
+
+def move_model_fields(flags: list[str]) -> list[str]:
+    """Write the flags of the configuration that scripts use as values of --model-config."""
+    values = []
+    for name in MODEL_FIELDS:
+        flag = f"--{name.replace('_', '-')}"
+        if flag in flags[:-1]:
+            index = flags.index(flag)
+            values.append(f"{name}={flags[index + 1]}")
+            flags = flags[:index] + flags[index + 2 :]
+    if not values:
+        return flags
+    if "--model-config" not in flags:
+        return [*flags, "--model-config", *values]
+    index = flags.index("--model-config") + 1
+    return flags[:index] + values + flags[index:]
 
 
 def read_recipe_of_flags(flags: list[str], options_class: type[Options]) -> Any:

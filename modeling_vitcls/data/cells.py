@@ -38,6 +38,7 @@ LABEL_FIELDS = ("choices", "name", "label")
 NUMBER = re.compile(r"[+-]?(\d+[.,]?\d*|[.,]\d+)(e[+-]?\d+)?", re.IGNORECASE)
 IN_BRACKETS = re.compile(r"\s*\[.*\]\s*", re.DOTALL)
 BITS = {"0": False, "0.0": False, "false": False, "1": True, "1.0": True, "true": True}
+MISSING_WORDS = frozenset("nan na n/a none null unknown unlabeled ? -".split())
 MISSING_NUMBERS = ("-1", "-100")  # Missing labels in datasets with class indices
 
 
@@ -48,9 +49,11 @@ class LabelColumn:
     `repr`, because 1 and True are the same key of a dict, and lists are none.
     """
 
-    def __init__(self, dataset: str, name: str, cells: Mapping[str, Sequence[Any]]) -> None:
+    def __init__(
+        self, dataset: str, name: str, cells: Mapping[str, Sequence[Any]], is_folder: bool = False
+    ) -> None:
         self.name = name
-        self.where = f"{dataset}: the column {name!r}"
+        self.where = f"{dataset}: {'the class folders' if is_folder else f'the column {name!r}'}"
         self.rows = {split: list(map(repr, values)) for split, values in cells.items()}
         values = dict(zip(chain(*self.rows.values()), chain(*cells.values()), strict=True))
         labels = {cell: read_object(value) for cell, value in values.items()}
@@ -99,9 +102,19 @@ def read_label_names(
         found = name_items(items, own_classes or classes, bool(own_classes), has_vectors)
         names[split] = [found.get(cell) for cell in cells]
 
+    rows = filter(None, chain.from_iterable(names.values()))
+    found_names = sorted(set(chain.from_iterable(rows)))
+    if label_names and (unused := set(classes) - {*map(normalize_name, found_names)}):
+        warn_on_first_process(
+            f"WARNING: {where}: no image has a label of {format_name_list(sorted(unused))}. Check the "
+            "spelling; numbers are counted from 0"
+        )
     if not classes:
-        rows = filter(None, chain.from_iterable(names.values()))
-        found_names = sorted(set(chain.from_iterable(rows)))
+        if odd := [name for name in found_names if name.strip().lower() in MISSING_WORDS]:
+            warn_on_first_process(
+                f"WARNING: {where} has the class {odd[0]!r}. If it means that an image has no label, "
+                "leave these cells empty"
+            )
         if found_names and all(map(NUMBER.fullmatch, found_names)):
             check_numbers(where, found_names, has_lists)
         elif separator != NO_SEPARATOR:
@@ -294,8 +307,8 @@ def warn_about_similar_classes(where: str, names: Sequence[str]) -> None:
     alike = [" and ".join(map(ascii, group)) for group in groups.values() if len(group) > 1]
     if alike:
         warn_on_first_process(
-            f"WARNING: {where} has separate classes that differ only in case, white space or "
-            f"invisible characters: {', '.join(alike[:10])}. Give each class one name"
+            f"WARNING: {where}: separate classes differ only in case, white space or invisible "
+            f"characters: {', '.join(alike[:10])}. Merge them, or give each class one name"
         )
 
 

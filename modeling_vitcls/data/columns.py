@@ -25,7 +25,7 @@ from .cells import (
     read_label_names,
     spell_label,
 )
-from .folder_layout import SPLIT_BY_FOLDER_NAME, SPLIT_ORDER
+from .folder_layout import FOLDER_COLUMN, SPLIT_BY_FOLDER_NAME, SPLIT_ORDER
 from .images import resolve_path
 from .labels import LabelSpace, OneLabel, PerTask, SeveralLabels
 
@@ -245,7 +245,8 @@ def read_labels(
                 split: get_declared_names(table.features.get(column))
                 for split, table in tables.items()
             }
-            label_column = LabelColumn(dataset, column, parts)
+            is_folder = all(FOLDER_COLUMN in table.features for table in tables.values())
+            label_column = LabelColumn(dataset, column, parts, is_folder)
             if separator is None and not is_task:
                 separator = find_separator(label_column, label_names)
             classes[column], names[column], has_lists = read_label_names(

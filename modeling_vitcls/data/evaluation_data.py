@@ -52,12 +52,13 @@ def load_evaluation_data(
         ValueError: if the split does not exist, or if training used all of its images.
     """
     dataset = get_title(options.dataset)
-    loaded = load_splits(
-        options,
-        use_labels,
-        lambda names: [choose_split(split, dataset, names, EVALUATION_SPLITS)],
-        trained,
-    )
+    names: list[str] = []
+
+    def choose(found: list[str]) -> list[str]:
+        names.extend(found)
+        return [choose_split(split, dataset, found, EVALUATION_SPLITS)]
+
+    loaded = load_splits(options, use_labels, choose, trained)
     ((name, images),) = loaded.images_by_split.items()
     if use_labels:
         images = merge_rows(replace(images, keys=get_keys(images)), dataset)
@@ -65,7 +66,10 @@ def load_evaluation_data(
     is_trained = find_trained_images(images, splits)
     num_trained = int(is_trained.sum())
 
-    description = f"all {len(images):,} images of split {name!r}"
+    # A folder of test photos is no split, and must not be called "train".
+    description = f"all {len(images):,} images"
+    if len(names) > 1:
+        description += f" of split {name!r}"
     num_left_out = 0
     if num_trained and split is not None:  # All its images count
         description += f", of which training used {num_trained:,}"

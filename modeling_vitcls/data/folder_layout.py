@@ -29,6 +29,8 @@ SPLIT_BY_FOLDER_NAME = {
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }
 SPLIT_ORDER = ("train", "validation", "test")
+# The column of an image folder with the folder below the class, or none
+FOLDER_COLUMN = "folder below the class"
 # Names of folders that are no classes: albums, and objects with a number
 DATE = re.compile(r"(19|20)\d\d([-_. ]?\d\d){0,2}")
 COUNTED = re.compile(r".*\d.*", re.DOTALL)

@@ -20,7 +20,7 @@ from typing import Any
 
 from ..hub.model_files import CONFIG_FILES, RECIPE_FILE
 from ..runtime.errors import format_name_list, warn_on_first_process
-from .folder_layout import SPLIT_ORDER, find_groups, find_split_folders, locate_image
+from .folder_layout import FOLDER_COLUMN, SPLIT_ORDER, find_groups, find_split_folders, locate_image
 
 
 IMAGE_SUFFIXES = frozenset(
@@ -45,7 +45,6 @@ HIDDEN_NAMES = frozenset(
 )
 
 ROOT = "."  # The image folder itself, as a relative path
-FOLDER_COLUMN = "folder below the class"  # The column of groups, if there are such folders
 SKIPPED_FOLDERS = "folders of training runs and of the system"
 
 
@@ -156,8 +155,8 @@ def make_printable(name: str) -> str:
 def read_image_folder(folder: ImageFolder, use_labels: bool) -> Any:
     """Read an image folder as a `datasets.DatasetDict`, and log which files are not used.
 
-    The columns are `image` and, if labels are used, `label` and the folder below the class, if there
-    are any. Without labels, images at any depth are included.
+    The columns are `image` and, if labels are used, `label` and `FOLDER_COLUMN`. Without labels, images
+    at any depth are included.
 
     Raise ValueError if labels are used but there are no class folders, if the split folders are
     ambiguous, or if a training run has written its files next to the images.
@@ -194,11 +193,9 @@ def read_image_folder(folder: ImageFolder, use_labels: bool) -> Any:
     # One list of classes for all splits: a split without images of a class must not shift the
     # others.
     features = datasets.Features(image=datasets.Image())
-    groups = {}
+    groups = find_groups(places)
     if use_labels:
         features["label"] = datasets.ClassLabel(names=sorted(classes))
-        groups = find_groups(places)
-    if groups:
         features[FOLDER_COLUMN] = datasets.Value("string")
     parts = {}
     for name in SPLIT_ORDER:

@@ -24,10 +24,16 @@ from typing import Any, TypeVar
 
 import numpy as np
 from accelerate import PartialState
+from huggingface_hub import is_offline_mode
 
 from ..hub.connection import name_cache
-from ..hub.loading import describe_missing_repo, fall_back_to_cache, is_hub_id
-from ..hub.local_paths import BUILT_IN_DATASET
+from ..hub.loading import (
+    describe_incomplete_cache,
+    describe_missing_repo,
+    fall_back_to_cache,
+    is_hub_id,
+)
+from ..hub.local_paths import BUILT_IN_DATASET, resolve_name
 from ..model.fast_image_processing_vitcls import open_regular_file
 from ..model.image_processing_vitcls import shorten_text
 from ..runtime.distributed import run_on_main
@@ -127,7 +133,8 @@ def load_splits(
     """
     wanted = options.label_column or (trained or {}).get("label_column") or ()
     name, folder, splits = open_dataset(options.dataset, use_labels, wanted)
-    dataset = get_title(options.dataset)
+    # Absolute: a run and its report may name a folder differently, and warnings are logged once
+    dataset = resolve_name(get_title(options.dataset))
     if not splits:
         raise ValueError(f"{dataset} has no splits. Add at least one, with images")
     columns = next(iter(splits.values())).features
@@ -152,7 +159,10 @@ def load_splits(
 
     columns = find_label_columns(dataset, tables, options.label_column, column)
     groups: dict[str, np.ndarray] = {}
-    own_groups = FOLDER_COLUMN if FOLDER_COLUMN in first.features else None
+    has_groups = FOLDER_COLUMN in first.features and any(
+        any(read_column(table, FOLDER_COLUMN)) for table in tables.values()
+    )
+    own_groups = FOLDER_COLUMN if has_groups else None
     group_column = options.group_column or own_groups
     if own_groups and options.group_column == NO_GROUPS:
         group_column = None
@@ -169,7 +179,7 @@ def load_splits(
             )
     else:
         all_labels = list(chain(*labels.values()))
-        used = (column, own_groups, *columns)
+        used = (column, FOLDER_COLUMN, *columns)
         if fact := find_unused_groups(tables, all_labels, dataset, used):
             facts["groups"] = fact
     examples = [", ".join(map(repr, names[:3])) for names in label_space.columns.values()]
@@ -419,6 +429,8 @@ def explain_reading_errors(name: str) -> Iterator[None]:
             cause = cause.__cause__
         if str(cause).startswith("BatchSize must be greater than 0"):  # An empty Parquet file
             raise ValueError(f"{name} is empty. Add rows with images") from error
+        if isinstance(cause, ConnectionError) and is_offline_mode():
+            raise OSError(describe_incomplete_cache(name, None, "dataset")) from error
         raise ValueError(
             f"cannot read the dataset {name!r} ({type(cause).__name__}: {format_error(cause)}). "
             "Check the path or the name on the Hub, and the file format: CSV, JSON Lines or Parquet, "

@@ -34,6 +34,7 @@ from .splits_table import build_splits_table, find_trained_images, get_keys
 
 # Names of held-out splits, in order of precedence.
 HELD_OUT_SPLITS = ("validation", "valid", "val", "dev", "test")
+MIN_CLASS_SIZE = 5  # Smaller classes beside larger ones are named
 MAX_NAMED_IMAGES = 10  # In an error about images with two labels
 
 # Ratio of the largest to the smallest class, above which balanced metrics are printed, too
@@ -368,18 +369,27 @@ def describe_missing_classes(training_data: TrainingData) -> list[str]:
     if not all(images.is_stratified for images in parts if len(images)):
         return []
     names = training_data.label_space.names
+    labels = chain.from_iterable(part.labels for part in parts)
+    counts = Counter(names[label] for label in labels)
+    small = sorted(name for name, count in counts.items() if count < MIN_CLASS_SIZE)
+    lines = []
+    if small and max(counts.values()) > MAX_CLASS_RATIO * MIN_CLASS_SIZE:
+        lines.append(
+            f"{len(small)} of the {len(counts)} classes have fewer than {MIN_CLASS_SIZE} images, so few of "
+            f"their photos will be recognized: {format_name_list(small)}. Add images (10 or 20 help much), "
+            "or leave these classes out"
+        )
     if not len(training_data.held_out):
-        counts = Counter(names[label] for label in training_data.train.labels)
         single = sorted(name for name, count in counts.items() if count == 1)
-        if not single:
-            return []
-        return [
-            f"no result measures classes with one image: {format_name_list(single)}. Add images"
-        ]
+        if single:
+            lines.append(
+                f"no result measures classes with one image: {format_name_list(single)}. Add images"
+            )
+        return lines
 
     train, held_out = ({names[label] for label in images.labels} for images in parts)
     kinds = {"training": sorted(held_out - train), "held-out": sorted(train - held_out)}
-    return [
+    return lines + [
         f"{len(missing)} of the {len(train | held_out)} classes have no {kind} images: "
         f"{format_name_list(missing)}"
         for kind, missing in kinds.items()

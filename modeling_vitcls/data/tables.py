@@ -111,6 +111,11 @@ def read_csv(file: Path, text: str) -> dict[str, list[str]]:
 
     names = table.iloc[0].str.strip()
     columns = {column: name for column, name in names.items() if name}
+    is_repeated = (table.iloc[1:] == table.iloc[0]).all(axis=1)
+    if is_repeated.any():
+        raise ValueError(
+            f"{file}: row {is_repeated.argmax()} repeats the header, as in joined tables. Remove it"
+        )
     if len(set(columns.values())) < len(columns):
         raise ValueError(
             f"{file} has two columns with the same name: {', '.join(columns.values())}"

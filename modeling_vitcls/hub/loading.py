@@ -18,6 +18,7 @@ Loading from the returned folder sends no requests. Without this module, transfo
 for a minute if connections were refused, and for many minutes if the Hub did not respond.
 """
 
+import difflib
 import logging
 import re
 from collections.abc import Iterator, Sequence
@@ -43,6 +44,7 @@ from huggingface_hub.utils import (
 from torch import nn
 
 from ..model.fast_image_processing_vitcls import open_regular_file
+from ..runtime.errors import format_name_list
 from .connection import (
     HUB_ERRORS,
     describe_no_response,
@@ -304,14 +306,18 @@ def download_files(
     return Path(folder)
 
 
-def describe_incomplete_cache(repo_id: str, revision: str | None) -> str:
-    """Say that offline mode does not find a model in the cache, and how to fill the cache."""
+def describe_incomplete_cache(
+    repo_id: str, revision: str | None, repo_type: RepoType = "model"
+) -> str:
+    """Say that offline mode does not find a repository in the cache, and how to fill the cache."""
     name = repo_id if revision is None else f"{repo_id}@{revision}"
-    command = f"hf download {repo_id} --revision {revision or 'main'}"
+    kind = " --repo-type dataset" if repo_type == "dataset" else ""
+    command = f"hf download {repo_id}{kind} --revision {revision or 'main'}"
     return (
-        f"{name} is not a folder and is missing or incomplete in the cache, and HF_HUB_OFFLINE "
-        f"(or TRANSFORMERS_OFFLINE) is set. Check the path, or run `{command}` on a machine with "
-        "network access, copy that machine's cache to this machine, and set HF_HUB_CACHE to the copy"
+        f"{describe_absence(name, repo_type)} and is missing or incomplete in the cache, and "
+        "HF_HUB_OFFLINE (or TRANSFORMERS_OFFLINE) is set. Check the path, or run "
+        f"`{command}` on a machine with network access, copy that machine's cache to this machine, and "
+        "set HF_HUB_CACHE to the copy"
     )
 
 
@@ -326,23 +332,29 @@ def resolve_commit(repo_id: str, revision: str = "main") -> HubCommit:
     return HubCommit(repo_id, info["sha"], bool(info.get("private") or info.get("gated")))
 
 
+def describe_absence(name: str, repo_type: RepoType) -> str:
+    """Say that there is no folder of this name, and which files and folders are there instead."""
+    folder = Path(name).parent
+    names = [each.name for each in folder.iterdir()] if folder.is_dir() else []
+    visible = sorted(each for each in names if not each.startswith("."))
+    close = difflib.get_close_matches(Path(name).name, visible) or visible
+    found = f" (here: {format_name_list(close)})" if close else ""
+    return f"{name} is not a {PATH_NOUNS[repo_type]}{found}"
+
+
 def describe_missing_repo(name: str, repo_type: RepoType = "model") -> str:
     """Say that a repository is missing or private, and what to do in both cases.
 
     The Hub does not distinguish the two cases.
     """
-    path_noun = PATH_NOUNS[repo_type]
     if page := HUB_PAGE.match(name):
         return f"{name} is an address. Set the id of the {repo_type}: `{repo_type}={page[1]!r}`"
+    absence = describe_absence(name, repo_type)
     if not is_hub_id(name):
-        return (
-            f"{name} is not a {path_noun} and not a valid id of a {repo_type} on the Hub. Check "
-            "the path"
-        )
+        return f"{absence} and not a valid id of a {repo_type} on the Hub. Check the path"
     return (
-        f"{name} is not a {path_noun}, and the Hub has no such {repo_type} (or the {repo_type} is "
-        "private and the token cannot read it). Check the name, log in with `hf auth login`, or "
-        "set HF_TOKEN"
+        f"{absence}, and the Hub has no such {repo_type} (or the {repo_type} is private and the token "
+        "cannot read it). Check the name, log in with `hf auth login`, or set HF_TOKEN"
     )
 
 

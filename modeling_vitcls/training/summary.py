@@ -92,13 +92,16 @@ def describe_splits(data: TrainingData) -> dict[str, str]:
 def describe_class_sizes(data: TrainingData) -> str:
     """Count the images of each class; if there are many classes, of the smallest and the largest one.
 
+    Images of a test split do not count.
     The text is "" for images without labels, and for several tasks.
     """
     if not data.label_space.columns or data.label_space.kind == "multi_task":
         return ""
     has_lists = data.label_space.kind == "multi_label_classification"
     counts: Counter[int] = Counter()
-    for part in [*data.frozen_parts, data.held_out]:
+    # Photos of a test split are not the person's training photos
+    held_out = [data.held_out] if data.held_out_split is None else []
+    for part in [*data.frozen_parts, *held_out]:
         counts.update(chain.from_iterable(part.labels) if has_lists else part.labels)
     names = map(replace_control_characters, data.label_space.names)
     sizes = [(counts[label], name) for label, name in enumerate(names)]

@@ -11,6 +11,7 @@ import pytest
 from helpers.photo_folders import write_files, write_photos
 from helpers.read_datasets import read_training_data
 from helpers.tiny_models import raises_one_line
+from huggingface_hub import constants
 from PIL import Image
 
 from modeling_vitcls.data.evaluation_data import load_evaluation_data
@@ -258,16 +259,34 @@ def test_the_images_of_a_folder_below_a_class_are_on_one_side(
     assert images.label_space.names == ["a", "b"]
     assert images.facts["groups"].startswith("5, one for each folder below a class")
     data = divide_images(images, 0.4)
-    sides = [
-        {str(Path(each).parent) for each in part.images.get_names()}
-        for part in (data.train, data.held_out)
-    ]
-    assert len(sides[0] | sides[1]) == 5
-    assert not sides[0] & sides[1]
-    assert load_evaluation_data(DataOptions(dataset=str(tmp_path)), None).images.groups is not None
+    for folder in {str(Path(name).parent) for name in data.held_out.images.get_names()}:
+        assert folder not in str(data.train.images.get_names())
 
     ungrouped = load_undivided_images(DataOptions(dataset=str(tmp_path), group_column="none"))
     assert len(set(ungrouped.train.groups.tolist())) == 21
+
+
+def test_similar_class_folders_are_named_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run reads a folder by its absolute path, and its report by the relative one."""
+    write_photos(tmp_path / "photos", range(3), "Ameise", "ameise")
+    monkeypatch.chdir(tmp_path)
+    for name in ("photos", str(tmp_path / "photos")):
+        load_undivided_images(DataOptions(dataset=name))
+    (record,) = caplog.records
+    assert "the class folders: separate classes differ only in case" in record.getMessage()
+    assert "'Ameise' and 'ameise'. Merge them" in record.getMessage()
+
+
+def test_what_is_there_instead_of_a_missing_folder_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_photos(tmp_path / "photos", range(1))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with raises_one_line("photoss is not a file or folder (here: photos)", error=OSError):
+        read_training_data("photoss")
 
 
 def test_a_single_folder_below_a_class_is_no_group(tmp_path: Path) -> None:
@@ -275,7 +294,6 @@ def test_a_single_folder_below_a_class_is_no_group(tmp_path: Path) -> None:
     write_class(tmp_path, "dog", 2)
     write_class(tmp_path, "dog/more", 2)
     images = load_undivided_images(DataOptions(dataset=str(tmp_path)))
-    assert len(set(images.train.groups.tolist())) == 7
     assert "groups" not in images.facts
 
 

@@ -13,6 +13,7 @@ from helpers.tiny_models import raises_one_line
 from helpers.tiny_options import build_tiny_options, prepare_setup, run_training
 from PIL import Image
 
+from modeling_vitcls.data.evaluation_data import load_evaluation_data
 from modeling_vitcls.data.options import DataOptions
 from modeling_vitcls.data.splits import (
     choose_training_splits,
@@ -146,11 +147,24 @@ def test_classes_without_training_images_and_without_held_out_images_have_a_line
 ) -> None:
     for split, names in (("train", ("ant", "bee")), ("test", ("bee", "cow"))):
         write_photos(tmp_path / split, range(len(split), 9), *names)
-    lines = describe_missing_classes(load_training_data(DataOptions(dataset=str(tmp_path))))
-    assert lines == [
+    data = load_training_data(DataOptions(dataset=str(tmp_path)))
+    # Test photos do not count, and their folder is no split of that name
+    assert describe_splits(data)["classes"] == "ant: 4, bee: 4, cow: 0"
+    test_photos = load_evaluation_data(DataOptions(dataset=str(tmp_path / "test")), None)
+    assert test_photos.description == "all 10 images"
+    assert describe_missing_classes(data) == [
         "1 of the 3 classes have no training images: cow",
         "1 of the 3 classes have no held-out images: ant",
     ]
+
+
+def test_a_small_class_beside_large_ones_is_named_with_what_would_help(tmp_path: Path) -> None:
+    write_photos(tmp_path, range(20), "ant", "bee")
+    write_photos(tmp_path, range(3), "cow")
+    data = load_training_data(DataOptions(dataset=str(tmp_path), held_out_fraction=0))
+    (line,) = describe_missing_classes(data)
+    assert line.startswith("1 of the 3 classes have fewer than 5 images")
+    assert ": cow. Add images" in line
 
 
 @pytest.mark.parametrize(("folder", "is_reported"), [("photos/test", True), ("photos", False)])
