@@ -112,7 +112,7 @@ class AttentionTrace:
             logits: logits [B, labels] of the classifier or of a task, from `outputs`.
             label: class index.
         """
-        tokens = [each for each in self.read_tokens.values() if each is not None]
+        tokens = list(self.read_tokens.values())
         with torch.inference_mode(False), torch.enable_grad():
             gradients = torch.autograd.grad(
                 logits[:, label].sum(), tokens, retain_graph=True, allow_unused=True
