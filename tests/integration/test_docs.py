@@ -103,7 +103,7 @@ FILE = re.compile(
 )
 FOLDERS = (ROOT, PACKAGE, PACKAGE / "model", ROOT / "tests")  # start of relative paths in the pages
 # written by `make gpu` and `vitcls push`, or shown on a page; timm's program
-OTHER_FILES = {"docs/speed-gpu.md", "handler.py", "serve.py", "train.py"}
+OTHER_FILES = {"docs/speed-gpu.md", "answer.py", "handler.py", "serve.py", "train.py"}
 
 
 BLOCKS = [block for page in PAGES for block in read_blocks(page)]
