@@ -22,7 +22,7 @@ def write_odd_photos(folder: Path) -> dict[str, Path]:
     photo = Image.fromarray(sklearn.datasets.load_sample_image("flower.jpg")).crop(
         (200, 90, 341, 191)
     )
-    for name, (image, settings) in {**build_photos(photo), **build_sizes(photo)}.items():
+    for name, (image, settings) in build_photos(photo).items():
         image.save(folder / name, **settings)
 
     gray = np.asarray(photo.convert("L"), np.float32) / 255
@@ -41,7 +41,7 @@ def write_odd_photos(folder: Path) -> dict[str, Path]:
 
 
 def build_photos(photo: Image.Image) -> dict[str, tuple[Image.Image, dict[str, Any]]]:
-    """Build images of all color modes and orientations by name, with settings of `save`."""
+    """Build images of all color modes, orientations and shapes by name, with settings of `save`."""
     gray16 = (np.asarray(photo.convert("L"), np.uint16) * 257) // 2
     alpha = Image.linear_gradient("L").resize(photo.size)
     transparent = photo.copy()
@@ -50,6 +50,9 @@ def build_photos(photo: Image.Image) -> dict[str, tuple[Image.Image, dict[str, A
     gray_alpha.putalpha(alpha)
     palette = photo.quantize(32)
     photos: dict[str, tuple[Image.Image, dict[str, Any]]] = {
+        "one_pixel.png": (photo.resize((1, 1)), {}),
+        "wide.png": (photo.resize((1000, 10)), {}),
+        "tall.jpg": (photo.resize((10, 1000)), {}),
         "plain.png": (photo, {}),
         "gray16.png": (Image.fromarray(gray16), {}),
         "gray16.tif": (Image.fromarray(gray16), {}),
@@ -68,15 +71,6 @@ def build_photos(photo: Image.Image) -> dict[str, tuple[Image.Image, dict[str, A
         exif[ORIENTATION] = orientation
         photos[f"exif{orientation}.jpg"] = (photo, {"exif": exif, "quality": 95})
     return photos
-
-
-def build_sizes(photo: Image.Image) -> dict[str, tuple[Image.Image, dict[str, Any]]]:
-    """Build images of extreme sizes by name, with settings of `save`."""
-    return {
-        "one_pixel.png": (photo.resize((1, 1)), {}),
-        "wide.png": (photo.resize((1000, 10)), {}),
-        "tall.jpg": (photo.resize((10, 1000)), {}),
-    }
 
 
 def encode(image: Image.Image, kind: str) -> bytes:

@@ -226,6 +226,9 @@ def test_the_lines_without_torch(
     exec(answers, program)
     found = program["predictor"]([file.read_bytes() for file in photos.values()])
     assert program["version"] == hash_weights(model)["model.safetensors"]
+    monkeypatch.setattr(onnxruntime.ModelMetadata, "custom_metadata_map", {})
+    with pytest.raises(SystemExit, match="of another program"):
+        exec(answers, {})
     for name, row in zip(photos, found, strict=True):
         assert bool(row["error"]) == bool(rows[name]["error"]), name
         if not row["error"]:
