@@ -652,7 +652,7 @@ class ViTCLSConfig(ExtraHeadsConfig, BackboneConfigMixin, PreTrainedConfig):
         if self.is_registered:
             return {}
         task, name, model = "image-feature-extraction", "FeatureExtraction", "AutoModel"
-        if "ViTCLSForImageClassification" in self.architectures:
+        if "ViTCLSForImageClassification" in (self.architectures or ()):
             task, name, model = (
                 "image-classification",
                 "Classification",
