@@ -21,7 +21,7 @@ import pandas as pd
 import torch
 from accelerate import PartialState
 
-from ..data.aspect_ratio import get_resize, read_sizes, set_resize
+from ..data.aspect_ratio import get_output_size, get_resize, read_sizes, set_resize
 from ..data.images import LabeledImages
 from ..data.labels import LabelSpace
 from ..inference.frozen_features import (
@@ -36,6 +36,7 @@ from ..inference.linear_probe import NUM_LAST_LAYERS, Candidate, LinearProbe
 from ..model.heads_vitcls import build_pooler
 from ..runtime.distributed import run_on_main
 from ..runtime.errors import format_name_list
+from .border import describe_border, measure_border
 from .distillation_head import describe_inference
 from .heads import FrozenHead, Heads, describe_choice
 
@@ -163,7 +164,12 @@ class FrozenEncoder:
         self.set_pooling(heads.read)
         frozen = heads.freeze(features, held_out_features)
         seconds = round(time.perf_counter() - start_time, 1)
-        return frozen, heads.build_record(frozen) | geometry | {"seconds": seconds}
+        record = heads.build_record(frozen) | geometry | {"seconds": seconds}
+        if "" in frozen:
+            config = self.model.config
+            size = get_output_size(self.processor, config.image_height_width)
+            record["border"] = measure_border(frozen[""], config.get_grid_size(size))
+        return frozen, record
 
     @property
     def layout(self) -> FeatureLayout:
@@ -344,7 +350,12 @@ def describe_frozen(record: dict[str, Any]) -> dict[str, str | None]:
         heads = describe_inference(
             record["distillation_inference"], record["distillation_losses"], "out of fold"
         )
-    return {"resize": describe_geometry(record), "frozen": chosen, "heads": heads}
+    return {
+        "resize": describe_geometry(record),
+        "frozen": chosen,
+        "heads": heads,
+        "border": describe_border(record.get("border")),
+    }
 
 
 def join_texts(texts: Mapping[str, str]) -> str:

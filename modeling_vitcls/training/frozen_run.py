@@ -4,11 +4,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..data.aspect_ratio import get_output_size
 from ..data.splits import MAX_CLASS_RATIO, TrainingData
 from ..inference.evaluator import Predictions
 from ..inference.metrics import NOTHING_MEASURED, merge_tasks
-from .border import describe_border, measure_border
 from .calibration import Calibration, describe_fold_calibration, measure_errors
 from .frozen_encoder import describe_frozen, join_texts
 from .heads import FrozenHead, describe_class_weights, describe_threshold
@@ -70,15 +68,7 @@ def run_frozen(
         return replace(outcome, metrics=merged | {"num_unreadable_images": num_unreadable})
 
     (only,) = all_tasks
-    config = encoder.model.config
-    size = get_output_size(encoder.processor, config.image_height_width)
-    border = measure_border(only.head, config.get_grid_size(size))
-    if border is not None:
-        record["border"] = border
-    lines = outcome.lines | {
-        "border": describe_border(border),
-        "unknown": describe_threshold(only.head.probe),
-    }
+    lines = outcome.lines | {"unknown": describe_threshold(only.head.probe)}
     if data.train.class_ratio > MAX_CLASS_RATIO:
         lines["weights"] = describe_class_weights(only.head)
     nearest_images = None

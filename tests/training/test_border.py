@@ -70,6 +70,16 @@ def test_a_class_in_a_frame_is_named_and_its_share_is_that_of_the_maps(
     assert border["shares"]["pants"] == pytest.approx(share, abs=2e-3)
 
 
+def test_a_run_with_steps_names_the_border_before_they_begin(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_clothes(tmp_path / "photos", has_frame=True)
+    flags = ("--pooling", "mean", "--max-steps", "1", "--num-workers", "0")
+    printed, border = finetune(tmp_path, capsys, *flags)
+    assert "comes from the border of the photos" in printed
+    assert border["shares"]["pants"] > 1.25 * border["patches"]
+
+
 @pytest.mark.parametrize(
     ("has_frame", "pooling", "is_measured"),
     [(False, "mean", True), (True, "cls", False)],
