@@ -326,12 +326,21 @@ def sample_parts(classes: np.ndarray, max_images: int | None) -> tuple[np.ndarra
 
 def warn_about_unreadable_classes(
     labels: Sequence[int], readable: np.ndarray, label_space: Any, warn: Callable[[str], None]
-) -> None:
-    """Name the classes whose images are all unreadable, because the model cannot predict them."""
+) -> list[int]:
+    """Name the classes whose images are all unreadable, because the model cannot predict them.
+
+    Args:
+        labels: of all images.
+        readable: labels of those that can be read.
+
+    Returns:
+        The classes.
+    """
     missing = sorted(set(labels) - set(readable.tolist()))
     if missing:
         names = format_name_list([label_space.names[index] for index in missing])
         warn(f"no image of {names} can be read, so the model never predicts it. Check the files")
+    return missing
 
 
 def ignore_message(message: str) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from ..data.augmentation import build_augmentation
@@ -20,7 +21,14 @@ from .calibration import calibrate
 from .checkpoints import Checkpoint, CheckpointStore
 from .class_statistics_of_runs import store_statistics
 from .distributed_state import reshard, scatter_model
-from .frozen_encoder import MAX_START_IMAGES, FrozenEncoder, describe_frozen, ignore_message
+from .frozen_encoder import (
+    MAX_START_IMAGES,
+    FrozenEncoder,
+    describe_frozen,
+    ignore_message,
+    warn_about_unreadable_classes,
+)
+from .heads import ABSENT_CLASS_MARGIN
 from .loop import Evaluate, TrainingLoop, TrainingState, build_batch_plan, read_gates
 from .model import keep_old_tokens
 from .optimizer import average_with_start, build_parameter_groups
@@ -95,13 +103,14 @@ def run_steps(
         # step.
         step = set_saved_weights(loop, plan)
     model = loop.state.model.eval()
+    has_excluded = exclude_unreadable_classes(setup, data, loop.unreadable_images, reporter)
 
     predictions = calibration = nearest_images = heads_text = None
     if setup.build_pass is not None and len(data.held_out):
         calibration, predictions, heads_text = calibrate(setup.model, model, held_out, selection)
         metrics = predictions.metrics
     # The last evaluation of the loop was of other weights, or of the images that select.
-    elif step != loop.state.step or plan.averaging or data.selection is not None:
+    elif step != loop.state.step or plan.averaging or data.selection is not None or has_excluded:
         metrics = held_out(model)
     reshard(model)
     # After the measurement, which a distance to the classes would only slow down.
@@ -154,6 +163,27 @@ def run_steps(
             "calibration": None if calibration is None else calibration.text,
         },
     )
+
+
+@torch.no_grad()
+def exclude_unreadable_classes(
+    setup: TrainingSetup, data: TrainingData, unreadable: UnreadableImageCounter, reporter: Reporter
+) -> bool:
+    """Keep the model from predicting classes that no image has trained; return if there are any."""
+    if not data.train.is_stratified or not unreadable.indices:
+        return False
+    labels = np.asarray(data.train.labels)
+    readable = np.delete(labels, sorted(unreadable.indices))
+    missing = warn_about_unreadable_classes(
+        labels.tolist(), readable, data.label_space, reporter.warn
+    )
+    for name in ("classifier", "distillation_classifier"):
+        head = getattr(setup.model, name, None)
+        if head is not None and not isinstance(setup.model, FSDPModule):
+            # The last layer, because a head may be an MLP
+            *_, linear = (each for each in head.modules() if isinstance(each, nn.Linear))
+            linear.bias[missing] -= ABSENT_CLASS_MARGIN
+    return bool(missing)
 
 
 def start_from_frozen(

@@ -15,7 +15,7 @@ from helpers.photo_folders import write_files, write_photos, write_unequal_photo
 from helpers.source_checkpoints import save_large_encoder
 from PIL import Image
 
-from modeling_vitcls import ViTCLSModel, evaluate
+from modeling_vitcls import ViTCLSModel, evaluate, predict
 from modeling_vitcls.cli import main
 from modeling_vitcls.runtime.files import read_json
 
@@ -69,15 +69,19 @@ def test_a_run_without_steps_says_how_to_train_all_layers(
     assert not any(torch.equal(original[name], trained[name]) for name in names)
 
 
-def test_a_class_without_readable_images_is_named(
-    sources: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("flags", [(), ("--epochs", "1", "--no-probe")])
+def test_a_class_without_readable_images_is_named_and_never_predicted(
+    flags: tuple[str, ...], sources: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The saved model has the class, but can never predict it."""
+    """The saved model has the class, in a run with steps as in a frozen one."""
     names = [f"zebra/{index}.png" for index in range(3)]
     write_files(sources / "my photos", *names, content=b"no photo")
-    finetune(sources, "vit", "my photos", "frozen")
+    finetune(sources, "vit", "my photos", "run", *flags)
     assert "no image of zebra can be read" in capsys.readouterr().out
-    assert len(read_json(sources / "frozen/config.json")["id2label"]) == 3
+    assert len(read_json(sources / "run/config.json")["id2label"]) == 3
+    rows = predict(sources / "run", sources / "my photos" / "ants", top_k=3)
+    assert all(row["label_3"] == "zebra" for row in rows)
+    assert max(row["probability_3"] for row in rows) < 1e-12
 
 
 def test_a_damaged_photo_is_counted_whatever_task_is_last(sources: Path) -> None:
