@@ -22,7 +22,7 @@ from study_photos import PhotoOptions, link_photos
 
 from modeling_vitcls import ViTCLSImageProcessor, ViTCLSModel, add_class, evaluate, finetune
 from modeling_vitcls.additions.add_class import build_rows
-from modeling_vitcls.additions.extend import open_old_model
+from modeling_vitcls.additions.extend import build_old_model
 from modeling_vitcls.additions.options import AddClassOptions
 from modeling_vitcls.conversion.open_model import open_model
 from modeling_vitcls.data.options import DataOptions
@@ -66,7 +66,7 @@ def compute_features(options: Options) -> tuple[list[str], dict[str, Features]]:
         output_dir=Path("not-written"),
         num_workers=0,
     )
-    encoder = open_old_model(addition)
+    encoder = build_old_model(addition, addition.output_dir)
     layout = FeatureLayout.for_extra_heads(encoder.model.config, NUM_LAST_LAYERS)
     features = {}
     for split in ("train", "test"):

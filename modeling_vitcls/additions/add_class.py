@@ -4,6 +4,7 @@ To add a class, no images of the old classes are needed (inference/class_statist
 the mean of its images, multiplied by the precision matrix that the old classes share.
 """
 
+import itertools
 from functools import partial
 from typing import Any
 
@@ -68,9 +69,11 @@ def build_classes(old: OldModel, options: AddClassOptions) -> Addition:
         )
     all_statistics = statistics.extend(features.get_tokens(), features.labels, len(names))
     weight, bias = build_rows(statistics, all_statistics, features)
+    # A task may have such a name
+    names_of_heads = (f"added_classes_{number:03d}" for number in itertools.count(1))
     extended = append_head(
         model,
-        f"added_classes_{len(model.config.get_added_classes()) + 1:03d}",
+        next(name for name in names_of_heads if name not in (model.config.extra_heads or {})),
         statistics.tokens,
         names,
         weight,

@@ -1,9 +1,8 @@
 """An old model is opened, gets a head, and is written again, with its other outputs equal to the bit.
 
-    extend_model(options, build)    open_old_model -> build -> certify, or nothing is written -> records
-
-    add_task.build_task          images -> frozen encoder, once -> LinearProbe -> extra head
-    add_class.build_classes      images -> frozen encoder, once -> mean of the class, class statistics -> one row
+    with open_old_model(options) as old:
+        images -> old.compute_features -> add_class.build_classes, add_task.build_task -> Addition
+        old.write(addition)    certify, or nothing is written -> records
 
 A head only reads the tokens of the finished forward pass (`config.extra_heads`), so the other
 outputs keep their bits. Added classes are also a head of their own, and their logits are appended:
@@ -13,9 +12,9 @@ one product with more rows would change the bits of the old logits.
 import copy
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -56,28 +55,6 @@ from .options import AdditionOptions
 
 
 @dataclass(frozen=True)
-class OldModel:
-    """A finished model that gets another head."""
-
-    folder: ModelFolder
-    model: Any
-    processor: ViTCLSImageProcessor
-    build_pass: Callable[..., FrozenPass]  # The pass of labeled images through the model
-    console: Console
-
-    def compute_features(
-        self, images: LabeledImages, label_space: LabelSpace, has_logits: bool = False
-    ) -> Features:
-        """Compute the features of the images that have a label.
-
-        With `has_logits`, the last columns are the logits of the classifier.
-        """
-        one_pass = self.build_pass(images, label_space=label_space, has_logits=has_logits)
-        features = one_pass(self.model, self.console)
-        return features.take(features.labels >= 0)
-
-
-@dataclass(frozen=True)
 class Addition:
     """What a command adds to a model.
 
@@ -94,46 +71,80 @@ class Addition:
     splits: pd.DataFrame
 
 
-def extend_model(
-    options: AdditionOptions, build: Callable[[OldModel, Any], Addition]
-) -> dict[str, Any]:
-    """Add a head to a model, write it with its certificate, and print and return the record.
+@dataclass(frozen=True)
+class OldModel:
+    """A finished model that gets another head.
 
-    Args:
-        options: the flags of the command.
-        build: function of the old model and the options.
+    Attributes:
+        folder, model, processor: the model.
+        staging: hidden folder, whose files become those of the output folder.
+        pass_arguments: of a pass of labeled images through the model (`ImagePass`).
+        console: shows the progress of a pass.
+    """
+
+    folder: ModelFolder
+    model: Any
+    processor: ViTCLSImageProcessor
+    staging: Path
+    pass_arguments: dict[str, Any]
+    console: Console
+
+    def compute_features(
+        self, images: LabeledImages, label_space: LabelSpace, has_logits: bool = False
+    ) -> Features:
+        """Compute the features of the images that have a label.
+
+        With `has_logits`, the last columns are the logits of the classifier.
+        """
+        layout = FeatureLayout.for_extra_heads(self.model.config, NUM_LAST_LAYERS)
+        one_pass = FrozenPass(
+            images, layout, has_logits, label_space=label_space, **self.pass_arguments
+        )
+        features = one_pass(self.model, self.console)
+        return features.take(features.labels >= 0)
+
+    def write(self, addition: Addition) -> dict[str, Any]:
+        """Write the extended model with its certificate and records, and return the record.
+
+        Raises:
+            ModelsDiffer: if another output would change. Nothing is written then.
+        """
+        with silence_transformers():
+            addition.extended.save_pretrained(self.staging)
+            self.processor.save_pretrained(self.staging)
+            # Both models are read from their files: what is certified is what is written. The files
+            # are still in the hidden folder, so a difference leaves no model behind.
+            pixels = draw_pixels(addition.images, self.processor)
+            certificate = certify(self.folder, self.staging, pixels)
+        num_added = addition.extended.num_parameters() - self.model.num_parameters()
+        relative_flops = count_flops(addition.extended) / count_flops(self.model) - 1
+        record = addition.record | {
+            "relative_flops": round(relative_flops, 6),
+            "num_parameters": num_added,
+        }
+        write_records(self.folder, addition, record, certificate, self.staging)
+        print(describe_addition(record, certificate))
+        return record
+
+
+@contextmanager
+def open_old_model(options: AdditionOptions) -> Iterator[OldModel]:
+    """Open the old model and the output folder, into which `OldModel.write` writes.
 
     Raises:
-        ValueError, OSError: if the model or the data cannot be read, as `build` does, or if another
-            output would change. Nothing is written then.
+        ValueError, OSError: if the model cannot be read, or if the output folder is in use.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError(
             "a task or class is added by one process. Start the command without `accelerate launch`"
         )
     with create_output_folder(options.output_dir, "output_dir") as staging:
-        old = open_old_model(options)
-        addition = build(old, options)
-        with silence_transformers():
-            addition.extended.save_pretrained(staging)
-            old.processor.save_pretrained(staging)
-            # Both models are read from their files: what is certified is what is written. The files
-            # are still in the hidden folder, so a difference leaves no model behind.
-            pixels = draw_pixels(addition.images, old.processor)
-            certificate = certify(old.folder, staging, pixels)
-        num_added = addition.extended.num_parameters() - old.model.num_parameters()
-        relative_flops = count_flops(addition.extended) / count_flops(old.model) - 1
-        record = addition.record | {
-            "relative_flops": round(relative_flops, 6),
-            "num_parameters": num_added,
-        }
-        write_records(old.folder, addition, record, certificate, staging)
-    print(describe_addition(record, certificate, options.output_dir))
-    return record
+        yield build_old_model(options, staging)
+    print(f"{'written':12} {options.output_dir}")
 
 
-def open_old_model(options: AdditionOptions) -> OldModel:
-    """Load the old model and its image processor, and prepare the pass of labeled images."""
+def build_old_model(options: AdditionOptions, staging: Path) -> OldModel:
+    """Load the old model and its image processor, and prepare passes of labeled images."""
     folder = open_vitcls(options.model)
     if folder.architecture == "ViTCLSModel":
         # It becomes a classifier whose logits are the pooled vector.
@@ -145,17 +156,15 @@ def open_old_model(options: AdditionOptions) -> OldModel:
     set_mixed_precision(accelerator, options.mixed_precision, model.config)
     model.to(accelerator.device)
     processor = folder.load_processor()
-    build_pass = partial(
-        FrozenPass,
-        layout=FeatureLayout.for_extra_heads(model.config, NUM_LAST_LAYERS),
-        processor=processor,
-        batch_size=options.batch_size,
-        accelerator=accelerator,
-        num_workers=options.num_workers,
-        num_channels=model.config.num_channels,
-        warn=warn,
-    )
-    return OldModel(folder, model, processor, build_pass, console)
+    pass_arguments = {
+        "processor": processor,
+        "batch_size": options.batch_size,
+        "accelerator": accelerator,
+        "num_workers": options.num_workers,
+        "num_channels": model.config.num_channels,
+        "warn": warn,
+    }
+    return OldModel(folder, model, processor, staging, pass_arguments, console)
 
 
 def check_has_one_label(label_space: LabelSpace, dataset: str) -> None:
@@ -208,10 +217,11 @@ def append_head(
         config.class_statistics = None  # The statistics of all classes are set afterwards
     config.extra_heads = {**(config.extra_heads or {}), name: head}
     # Fast as the old model, whose outputs the certificate compares to the bit
-    extended = use_fast_modules(model.new_like(config))
-    extended.to(device=model.device, dtype=model.dtype).eval()
+    extended = use_fast_modules(model.new_like(config)).to(device=model.device, dtype=model.dtype)
     # The old model has no weights for the new head, which are set below.
     extended.load_state_dict(model.state_dict(), strict=False)
+    # Only now, because it compares the class statistics with the weights
+    extended.eval()
     linear = extended.extra_heads[f"task_{name}"]
     with torch.no_grad():
         linear.weight.copy_(torch.from_numpy(weight))
@@ -283,7 +293,7 @@ def format_result(record: dict[str, Any]) -> str:
     return f"{text} in {result['num_groups']:,} groups" if has_groups else text
 
 
-def describe_addition(record: dict[str, Any], certificate: dict[str, Any], output: Path) -> str:
+def describe_addition(record: dict[str, Any], certificate: dict[str, Any]) -> str:
     """Describe what was added, one line each."""
     lines = {
         "reads": record["reads"],
@@ -291,6 +301,5 @@ def describe_addition(record: dict[str, Any], certificate: dict[str, Any], outpu
         "cost": f"{format_small_percent(record['relative_flops'])} of the forward pass (FLOPs), "
         f"{record['num_parameters']:,} parameters",
         "certificate": describe_certificate(certificate),
-        "written": output,
     }
     return "\n".join(f"{name:12} {text}" for name, text in lines.items())

@@ -16,6 +16,8 @@ OPTIONS_CLASS = AddClassOptions
 def run(options: AddClassOptions) -> dict[str, Any]:
     """Add the classes, write the model folder, and print and return the record of the classes."""
     from ..additions.add_class import build_classes
-    from ..additions.extend import extend_model
+    from ..additions.extend import open_old_model
 
-    return extend_model(options, build_classes)
+    with open_old_model(options) as old:
+        addition = build_classes(old, options)
+        return old.write(addition)

@@ -16,6 +16,8 @@ OPTIONS_CLASS = AddTaskOptions
 def run(options: AddTaskOptions) -> dict[str, Any]:
     """Add the task, write the model folder, and print and return the record of the task."""
     from ..additions.add_task import build_task
-    from ..additions.extend import extend_model
+    from ..additions.extend import open_old_model
 
-    return extend_model(options, build_task)
+    with open_old_model(options) as old:
+        addition = build_task(old, options)
+        return old.write(addition)

@@ -190,6 +190,27 @@ def test_verify_unchanged_exits_with_1_on_a_changed_weight(
     assert run_here("verify-unchanged", digits, changed) == 1
 
 
+@pytest.mark.parametrize("adds_a_class", [False, True])
+def test_an_addition_keeps_the_class_statistics_without_a_warning(
+    adds_a_class: bool, digits: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    if adds_a_class:
+        add_class(digits, build_new(STRIPES, "stripes"), tmp_path / "new")
+    else:
+        add_task(digits, build_dataset(TASKS["parity"]), "parity", tmp_path / "new")
+    assert "class statistics" not in caplog.text
+    images = build_images(3, 8, 8, channels=1)
+    assert compute(tmp_path / "new", images).distance.isfinite().all()
+
+
+def test_a_class_is_added_beside_a_task_with_any_name(digits: Path, tmp_path: Path) -> None:
+    add_task(digits, build_dataset(TASKS["parity"]), "added_classes_001", tmp_path / "task")
+    add_class(tmp_path / "task", build_new(STRIPES, "stripes"), tmp_path / "class")
+    outputs = compute(tmp_path / "class", build_images(3, 8, 8, channels=1))
+    assert outputs.logits.shape == (3, 11)
+    assert outputs.task_logits["added_classes_001"].shape == (3, 2)
+
+
 def test_nothing_is_written_if_an_old_output_would_change(
     digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
