@@ -67,7 +67,10 @@ def build_classes(old: OldModel, options: AddClassOptions) -> Addition:
         raise ValueError(
             f"the class {names[missing[0]]!r} has no images. Add images, or remove the class"
         )
-    all_statistics = statistics.extend(features.get_tokens(), features.labels, len(names))
+    threshold = model.config.distance_threshold
+    all_statistics = statistics.extend(
+        features.get_tokens(), features.labels, len(names), features.groups, threshold
+    )
     weight, bias = build_rows(statistics, all_statistics, features)
     # A task may have such a name
     names_of_heads = (f"added_classes_{number:03d}" for number in itertools.count(1))
@@ -92,9 +95,12 @@ def build_classes(old: OldModel, options: AddClassOptions) -> Addition:
         "reads": f"means of the {describe_layers(layers)}",
         "dataset": strip_folders(get_title(options.dataset)),
     }
-    is_right = cross_validate(statistics, features, len(names))
-    if is_right is not None:
+    measured = cross_validate(statistics, features, len(names), threshold)
+    if measured is not None:
+        is_right, distances = measured
         record["result"] = build_result("recall", is_right, features.groups, "cross-validated")
+        if threshold is not None:
+            record["num_unknown"] = int((distances > threshold).sum())
     return Addition(extended, record, images, build_splits_table({"train": images}))
 
 
@@ -145,16 +151,21 @@ def build_rows(
 
 
 def cross_validate(
-    statistics: ClassStatistics, features: Features, num_classes: int
-) -> np.ndarray | None:
-    """Find out which new images [N] are recognized by rows that were computed without their group.
+    statistics: ClassStatistics, features: Features, num_classes: int, threshold: float | None
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """Find out which new images are recognized by rows that were computed without their group.
 
-    Copies of an image are one group. The result is None if all images of a class are one group.
+    Copies of an image are one group.
 
     Args:
         statistics: of the C old classes.
         features: of the new images, with C logits as the last columns.
         num_classes: number of the new classes.
+        threshold: of the distance.
+
+    Returns:
+        Whether each image [N] is recognized, and its distance [N] from the nearest class; None if
+        all images of a class are one group.
     """
     groups, _ = pd.factorize(features.groups)
     # The images of a group have one label.
@@ -164,16 +175,22 @@ def cross_validate(
     if num_folds < 2:
         return None
     num_old = len(statistics.counts)
-    inputs = stack_tokens(features.get_tokens(), statistics.tokens)
+    tokens = features.get_tokens()
+    inputs = stack_tokens(tokens, statistics.tokens)
     is_right = np.zeros(len(groups), bool)
+    distances = np.zeros(len(groups))
     folds = StratifiedKFold(num_folds, shuffle=True, random_state=0)
     for _, left_out_groups in folds.split(labels, labels):
         left_out = np.isin(groups, left_out_groups)
         others = features.take(~left_out)
-        extended = statistics.extend(others.get_tokens(), others.labels, num_classes)
+        extended = statistics.extend(
+            others.get_tokens(), others.labels, num_classes, others.groups, threshold
+        )
         weight, bias = build_rows(statistics, extended, others)
         new_logits = inputs[left_out] @ weight.T + bias
         logits = np.hstack([features.values[left_out, -num_old:], new_logits])
         predicted = logits.argmax(axis=1) - num_old  # Negative for an old class
         is_right[left_out] = predicted == features.labels[left_out]
-    return is_right
+        own_tokens = {token: values[left_out] for token, values in tokens.items()}
+        distances[left_out] = extended.compute_distances(own_tokens)
+    return is_right, distances

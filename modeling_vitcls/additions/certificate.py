@@ -54,7 +54,7 @@ NUM_IMAGES = 256
 MAX_IMAGES = {16: NUM_IMAGES, 3: 48, 1: 16}
 ENCODER_PREFIX = "vitcls."
 # Class statistics, to which an added class appends a row; `distance` reads them
-GROWING_PREFIXES = ("class_distance.means_", "class_distance.counts")
+GROWING_PREFIXES = tuple(f"class_distance.{name}" for name in ("means_", "counts", "scales"))
 
 
 class ModelsDiffer(ValueError):

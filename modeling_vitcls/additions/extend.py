@@ -295,11 +295,14 @@ def format_result(record: dict[str, Any]) -> str:
 
 def describe_addition(record: dict[str, Any], certificate: dict[str, Any]) -> str:
     """Describe what was added, one line each."""
-    lines = {
-        "reads": record["reads"],
-        "result": format_result(record),
-        "cost": f"{format_small_percent(record['relative_flops'])} of the forward pass (FLOPs), "
-        f"{record['num_parameters']:,} parameters",
+    lines = {"reads": record["reads"], "result": format_result(record)}
+    if "num_unknown" in record:
+        lines["unknown"] = (
+            f"{record['num_unknown']:,} of these images would be marked as showing none of the classes"
+        )
+    percent = format_small_percent(record["relative_flops"])
+    lines |= {
+        "cost": f"{percent} of the forward pass (FLOPs), {record['num_parameters']:,} parameters",
         "certificate": describe_certificate(certificate),
     }
     return "\n".join(f"{name:12} {text}" for name, text in lines.items())

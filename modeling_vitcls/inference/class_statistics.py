@@ -27,6 +27,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from scipy import linalg
 
@@ -36,6 +37,7 @@ from ..model.class_distance_vitcls import ClassDistance
 # Smallest variance of a feature within the classes, as a part of the median of all features. Features of
 # trained encoders are far above it.
 MIN_RELATIVE_VARIANCE = 1e-6
+KNOWN_RECALL = 0.95  # Fraction of training images within the distance threshold
 
 Token = tuple[int, str]  # Negative index of a layer, and "cls" or "mean" (of the patches)
 TokenFeatures = Mapping[Token, np.ndarray]  # [N, D] of each token, after the final norm
@@ -52,6 +54,8 @@ class ClassStatistics:
         sizes: [T] trace of precision times the covariance without shrinkage, the effective
             number of features.
         counts: [K] number of images of each class.
+        scales: [K] divisors of the distances to each class; 1 but for added classes, whose images
+            may differ more than those that set the threshold.
 
     Example::
 
@@ -65,6 +69,7 @@ class ClassStatistics:
     precisions: tuple[np.ndarray, ...]
     sizes: np.ndarray
     counts: np.ndarray
+    scales: np.ndarray
 
     @classmethod
     def fit(
@@ -100,17 +105,24 @@ class ClassStatistics:
             # direction.
             precisions.append((precision + precision.T) / 2)
             sizes.append(float((precision * own_covariance).sum()))
-        return cls(tuple(features), tuple(means), tuple(precisions), np.array(sizes), counts)
+        return cls(
+            tokens=tuple(features),
+            means=tuple(means),
+            precisions=tuple(precisions),
+            sizes=np.array(sizes),
+            counts=counts,
+            scales=np.ones(num_labels),
+        )
 
     def select(self, tokens: Sequence[Token]) -> "ClassStatistics":
         """Select the statistics of some of the tokens."""
         chosen = [self.tokens.index(token) for token in tokens]
-        return ClassStatistics(
-            tuple(tokens),
-            tuple(self.means[index] for index in chosen),
-            tuple(self.precisions[index] for index in chosen),
-            self.sizes[chosen],
-            self.counts,
+        return replace(
+            self,
+            tokens=tuple(tokens),
+            means=tuple(self.means[index] for index in chosen),
+            precisions=tuple(self.precisions[index] for index in chosen),
+            sizes=self.sizes[chosen],
         )
 
     def build_classifier(self, has_equal_priors: bool = False) -> tuple[np.ndarray, np.ndarray]:
@@ -180,25 +192,63 @@ class ClassStatistics:
             rows = mean[known] @ precision
             of_means = (rows * mean[known]).sum(axis=1) - size / self.counts[known]
             squares.append(own - 2 * values @ rows.T + of_means)
-        nearest = np.mean(squares, axis=0).min(axis=1)  # [N], of [N, K]
+        scaled = np.mean(squares, axis=0) / self.scales[known] ** 2  # [N, K]
+        nearest = scaled.min(axis=1)
         # The subtracted noise may leave a negative square next to a mean.
         return np.sqrt(np.maximum(nearest, 0))
 
     def extend(
-        self, features: TokenFeatures, labels: np.ndarray, num_labels: int
+        self,
+        features: TokenFeatures,
+        labels: np.ndarray,
+        num_labels: int,
+        groups: np.ndarray | None = None,
+        threshold: float | None = None,
     ) -> "ClassStatistics":
-        """Append the means of `num_labels` further classes; their labels begin with 0."""
+        """Append the means of `num_labels` further classes; their labels begin with 0.
+
+        With a `threshold` of the distance, each class has a scale: as many of its images as of the
+        old classes are closer, each without the images of its group in the mean.
+        """
         counts = np.bincount(labels, minlength=num_labels)
-        means = tuple(
-            np.concatenate([mean, compute_means(features[token], labels, counts)])
-            for token, mean in zip(self.tokens, self.means, strict=True)
+        new_means = [compute_means(features[token], labels, counts) for token in self.tokens]
+        scales = np.ones(num_labels)
+        if threshold:
+            groups = np.arange(len(labels)) if groups is None else groups
+            distances = pd.Series(self.measure_left_out(features, labels, groups))
+            # Interpolated: of a handful of images, the farthest would decide. It skips NaN.
+            farthest = distances.groupby(labels).quantile(KNOWN_RECALL)
+            scales[farthest.index] = np.fmax(1, farthest / threshold)
+        return replace(
+            self,
+            means=tuple(map(np.concatenate, zip(self.means, new_means, strict=True))),
+            counts=np.append(self.counts, counts),
+            scales=np.append(self.scales, scales),
         )
-        return replace(self, means=means, counts=np.append(self.counts, counts))
+
+    def measure_left_out(
+        self, features: TokenFeatures, labels: np.ndarray, groups: np.ndarray
+    ) -> np.ndarray:
+        """Measure the distance [N] of images from the mean of their class without their group.
+
+        It is NaN for images of the only group of a class. A group has images of one class.
+        """
+        ones = pd.Series(np.ones(len(labels)))
+        num_others = sum_others(ones, labels, groups)
+        squares = []
+        for token, precision, size in zip(self.tokens, self.precisions, self.sizes, strict=True):
+            values = pd.DataFrame(features[token].astype(np.float64))
+            means = sum_others(values, labels, groups).div(num_others, axis=0)
+            differences = (values - means).to_numpy()
+            own = np.einsum("nd,nd->n", differences @ precision, differences)
+            squares.append(own - size / num_others)
+        return np.sqrt(np.mean(squares, axis=0).clip(0))
 
     def expand(self, classes: np.ndarray, num_labels: int) -> "ClassStatistics":
         """Expand the statistics of some classes to all labels of a model."""
         means = tuple(expand_rows(mean, classes, num_labels) for mean in self.means)
-        return replace(self, means=means, counts=expand_rows(self.counts, classes, num_labels))
+        counts = expand_rows(self.counts, classes, num_labels)
+        return replace(self, means=means, counts=counts, scales=np.ones(num_labels))
 
     def set_in_model(self, model: Any) -> None:
         """Store the statistics with the weights of a classifier (`model.class_distance`)."""
@@ -206,16 +256,19 @@ class ClassStatistics:
             "tokens": [list(token) for token in self.tokens],
             "num_classes": len(self.counts),
         }
+        if (self.scales != 1).any():
+            model.config.class_statistics["has_scales"] = True
         model.class_distance = ClassDistance(model.config)
         arrays = {
             "counts": self.counts,
             "sizes": self.sizes,
+            "scales": self.scales,
             **{f"means_{index}": mean for index, mean in enumerate(self.means)},
             **{f"precisions_{index}": each for index, each in enumerate(self.precisions)},
         }
         model.class_distance.load_state_dict(
             {name: torch.tensor(array, dtype=torch.float32) for name, array in arrays.items()},
-            strict=False,  # The fingerprint follows
+            strict=False,  # The fingerprint follows, and models without added classes have no scales
         )
         model.class_distance.to(model.device).store_fingerprint(model.vitcls)
 
@@ -237,7 +290,13 @@ class ClassStatistics:
             precisions=tuple(arrays[f"precisions_{index}"] for index in indices),
             sizes=arrays["sizes"],
             counts=arrays["counts"].astype(np.int64),
+            scales=arrays.get("scales", np.ones(len(arrays["counts"]))),
         )
+
+
+def sum_others(values: Any, labels: np.ndarray, groups: np.ndarray) -> Any:
+    """Sum the values of the images of the same class and of other groups, for each image."""
+    return values.groupby(labels).transform("sum") - values.groupby(groups).transform("sum")
 
 
 def expand_rows(values: np.ndarray, classes: np.ndarray, num_labels: int) -> np.ndarray:

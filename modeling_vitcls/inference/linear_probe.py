@@ -28,6 +28,7 @@ from sklearn.base import BaseEstimator, ClassifierMixin
 
 from ..runtime.progress import track
 from .class_statistics import (
+    KNOWN_RECALL,
     ClassStatistics,
     Token,
     TokenFeatures,
@@ -50,7 +51,6 @@ NUM_LAST_LAYERS = 4  # The largest candidate reads as many layers
 NUM_FOLDS = 5
 NUM_FOLDS_OF_FEW = 10
 FEW_IMAGES = 1000  # Maximum number of images for ten folds
-KNOWN_RECALL = 0.95  # Fraction of training images within the distance threshold
 MIN_LABEL_IMAGES = 2  # With one of several labels, and without it; with fewer, it is not learned
 MIN_PROBABILITY = 1e-30  # Of out-of-fold predictions, whose logarithms must be finite
 MIN_DISTANCE_IMAGES = 100  # With fewer, a handful of images would decide the threshold

@@ -47,10 +47,12 @@ class ClassDistance(nn.Module):
 
     The state dict has, for each token i of `config.class_statistics`, `means_i` [K, D] and
     `precisions_i` [D, D]; for all tokens, `counts` [K] (number of training images) and `sizes`
-    (effective number of features); and `fingerprint` of the encoder that they were fitted to.
+    (effective number of features); and `fingerprint` of the encoder that they were fitted to. With
+    added classes, `scales` [K] divide the distances to each class.
 
     Attributes:
         layers: indices, from 1, of the layers that are read.
+        num_together: numbers of classes that were fitted, or added, at a time.
         is_valid: whether the statistics belonged to the weights of the last `check`; None if these
             have changed since.
     """
@@ -65,10 +67,14 @@ class ClassDistance(nn.Module):
         self.layers = config.resolve_layers([layer for layer, _ in self.tokens])
         self.poolers = [TokenPooler(config, kind) for _, kind in self.tokens]
         num_classes = statistics["num_classes"]
+        num_added = [*map(len, config.get_added_classes().values())]
+        self.num_together = [num_classes - sum(num_added), *num_added]
         for index, (_, kind) in enumerate(self.tokens):
             size = config.compute_pooled_size(kind, 1)
             self.register_buffer(f"means_{index}", torch.zeros(num_classes, size))
             self.register_buffer(f"precisions_{index}", torch.zeros(size, size))
+        if statistics.get("has_scales"):
+            self.scales = nn.Buffer(torch.zeros(num_classes))
         self.counts = nn.Buffer(torch.zeros(num_classes))
         self.sizes = nn.Buffer(torch.zeros(len(self.tokens)))
         self.fingerprint = nn.Buffer(torch.zeros(NUM_SUMS, dtype=torch.int64))
@@ -110,8 +116,11 @@ class ClassDistance(nn.Module):
                 values = values.float() - center
                 products = values @ getattr(self, f"precisions_{index}")  # [B, D]
                 own = (products * values).sum(dim=1, keepdim=True)
-                squares.append(own - 2 * products @ means.T + of_means)  # [B, K]
+                parts = [products @ part.T for part in means.split(self.num_together)]
+                squares.append(own - 2 * torch.cat(parts, dim=1) + of_means)  # [B, K]
         distances = torch.stack(squares).mean(dim=0)
+        if "scales" in self._buffers:
+            distances = distances / self.scales.square()
         # The mean of a class without images is a placeholder, and must not be the nearest one.
         distances = distances.masked_fill(self.counts == 0, torch.inf)
         # Without the noise of the means, an estimated square can be slightly negative.
@@ -146,10 +155,12 @@ class ClassDistance(nn.Module):
         terms: list[tuple[Tensor, ...]] = []
         for index in range(len(self.tokens)):
             means = getattr(self, f"means_{index}")
-            center = means.mean(dim=0)
+            # Old classes keep their bits beside added ones: center and products are their own.
+            center = means[: self.num_together[0]].mean(dim=0)
             means = means - center
             noise = self.sizes[index] / self.counts.clamp(min=1)
-            products = means @ getattr(self, f"precisions_{index}")
+            precision = getattr(self, f"precisions_{index}")
+            products = torch.cat([part @ precision for part in means.split(self.num_together)])
             terms.append((center, means, (products * means).sum(dim=1) - noise))
         return terms
 

@@ -6,9 +6,9 @@ import numpy as np
 
 from ..data.images import LabeledImages
 from ..data.splits import TrainingData
-from ..inference.class_statistics import ClassStatistics, Token
+from ..inference.class_statistics import KNOWN_RECALL, ClassStatistics, Token
 from ..inference.frozen_features import FeatureLayout
-from ..inference.linear_probe import KNOWN_RECALL, MIN_DISTANCE_IMAGES, NUM_LAST_LAYERS
+from ..inference.linear_probe import MIN_DISTANCE_IMAGES, NUM_LAST_LAYERS
 from ..model.modeling_vitcls import count_output_tokens
 from .frozen_encoder import ignore_message
 from .training_setup import TrainingSetup

@@ -278,6 +278,36 @@ def test_a_class_is_added_to_statistics_in_bfloat16(digits: Path, tmp_path: Path
     assert record["result"]["recall"] > 0.9
 
 
+def test_photos_of_an_added_class_are_known_also_if_they_differ_more_than_the_old_ones(
+    digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Noise is far from every digit and from other noise; one threshold serves both."""
+    noise = np.random.default_rng(0).integers(0, 256, (60, 8, 8), dtype=np.uint8)
+    images = torch.tensor(noise[20:, None] / 127.5 - 1, dtype=torch.float32)
+    model = ViTCLSForImageClassification.from_pretrained(digits).eval()
+    with torch.no_grad():
+        old = model(PIXELS).distance
+        is_unknown = model(images).distance > old.quantile(0.95)
+    assert is_unknown.float().mean() > 0.5
+    model.config.distance_threshold = threshold = float(old.quantile(0.95))
+    save_both(model, tmp_path / "old", ViTCLSImageProcessor.from_pretrained(digits))
+
+    record = add_class(tmp_path / "old", build_new(noise[:20], "noise"), tmp_path / "noise")
+    assert record["num_unknown"] < 8
+    assert f"{record['num_unknown']} of these images would be marked" in capsys.readouterr().out
+    outputs = compute(tmp_path / "noise", images)
+    assert (outputs.distance > threshold).float().mean() < 0.3
+    distances = compute(tmp_path / "noise", PIXELS).distance
+    # Where the new class is not the nearest one, not a bit changes.
+    assert ((distances == old) | (distances < old - 1e-4)).all()
+    assert (distances == old).float().mean() > 0.8
+
+    # A second class keeps the scale of the first.
+    add_class(tmp_path / "noise", build_new(STRIPES, "stripes"), tmp_path / "both")
+    assert verify_unchanged(tmp_path / "noise", tmp_path / "both")["difference"] is None
+    assert (compute(tmp_path / "both", images).distance <= outputs.distance).all()
+
+
 def test_without_class_statistics_the_remedy_is_named(tmp_path: Path) -> None:
     model = ViTCLSForImageClassification(build_tiny_config())
     source = save_with_processor(model, tmp_path / "source")

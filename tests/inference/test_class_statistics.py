@@ -66,6 +66,20 @@ def test_a_distance_is_scipys_to_the_nearest_class_mean() -> None:
     np.testing.assert_allclose(distances, np.sqrt(expected))
 
 
+def test_left_out_images_are_measured_from_the_mean_of_the_others() -> None:
+    features, labels = draw_features()
+    statistics = ClassStatistics.fit({CLS: features}, labels, 3)
+    groups = np.arange(90) // 2 * 100 + labels  # Most images have a copy
+    found = statistics.measure_left_out({CLS: features}, labels, groups)
+    for index in (0, 47, 89):
+        others = features[(labels == labels[index]) & (groups != groups[index])]
+        square = mahalanobis(features[index], others.mean(axis=0), statistics.precisions[0]) ** 2
+        expected = np.sqrt(max(square - statistics.sizes[0] / len(others), 0))
+        assert found[index] == pytest.approx(expected)
+    single = statistics.measure_left_out({CLS: features[:1]}, labels[:1], groups[:1])
+    assert np.isnan(single).all()
+
+
 def test_an_added_class_of_many_images_has_the_row_of_a_fitted_one() -> None:
     features, labels = draw_features(3000)
     statistics = ClassStatistics.fit({CLS: features[labels < 2]}, labels[labels < 2], 2)
