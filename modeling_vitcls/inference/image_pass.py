@@ -238,6 +238,7 @@ class ImagePass:
         warn: Callable[[str], None] = print,
     ) -> None:
         self.images = images
+        self.processor = processor
         self.label_space = label_space
         self.batch_size = batch_size
         self.accelerator = accelerator

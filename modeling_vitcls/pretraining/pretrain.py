@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import PartialState
 
 from ..data.aspect_ratio import get_resize
 from ..data.batches import Normalizer
@@ -119,6 +120,7 @@ class PreTraining:
         selection_metric = "knn_accuracy" if has_labels else "effective_rank"
         return TrainingSetup(
             method,
+            method.vitcls,  # Projector and decoder stay in the checkpoints
             processor,
             build_objective=lambda data: objective,
             build_evaluator=build_evaluator,
@@ -128,10 +130,17 @@ class PreTraining:
             summary_lines={"method": summary},
             missing_start_reason="pre-training",
             results={"method": options.method},
-            encoder=method.vitcls,
-            # Pre-training has no accuracy of its own: its result is the difference.
-            measures_start=True,
         )
+
+    def list_warnings(self, options: PretrainOptions, data: TrainingData) -> list[str]:
+        """Find nothing: images without labels may be anything."""
+        return []
+
+    def measure_start(
+        self, setup: TrainingSetup, held_out: Callable[[Any], dict[str, Any]]
+    ) -> dict[str, Any]:
+        """Measure the encoder: it has no accuracy of its own, and its result is the difference."""
+        return {"before_steps": held_out(setup.model.to(PartialState().device).eval())}
 
 
 # Quality of the features --------------------------------------------------------------------------

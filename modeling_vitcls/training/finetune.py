@@ -75,7 +75,6 @@ class FineTuning:
         if options.teacher is not None:
             teacher = load_teacher(options.teacher, labels, model.config, accelerator.device)
 
-        normalize = Normalizer(processor, accelerator.device)
         set_trainable_parameters(model, options.trainable, new_parameter_names)
         evaluator_arguments = build_evaluator_arguments(
             options, labels, processor, model.config.num_channels, reporter
@@ -105,12 +104,13 @@ class FineTuning:
         new_heads = [name for name in new_parameter_names if not name.startswith("vitcls.")]
         return TrainingSetup(
             model,
+            model,
             processor,
             build_objective=partial(
                 build_objective,
                 options,
                 teacher=teacher,
-                normalize=normalize,
+                normalize=Normalizer(processor, accelerator.device),
                 accelerator=accelerator,
             ),
             build_evaluator=lambda data, images: Evaluator(images, **evaluator_arguments),
@@ -128,14 +128,20 @@ class FineTuning:
                     each.requires_grad for each in model.vitcls.parameters()
                 ),
             },
-            list_warnings=lambda data: [
-                *describe_missing_classes(data),
-                *describe_leaks(data, options.group_column),
-            ],
             build_pass=build_pass if is_single_label else None,
             frozen_encoder=frozen_encoder,
-            measure_teacher=None if teacher is None else partial(measure, teacher, normalize),
+            teacher=teacher,
         )
+
+    def list_warnings(self, options: FinetuneOptions, data: TrainingData) -> list[str]:
+        """List missing classes, and images on both sides."""
+        return [*describe_missing_classes(data), *describe_leaks(data, options.group_column)]
+
+    def measure_start(self, setup: TrainingSetup, held_out: Evaluator) -> dict[str, Any]:
+        """Measure the teacher, if there is one. The frozen model is measured when it is fitted."""
+        if setup.teacher is None:
+            return {}
+        return {"teacher_accuracy": measure(setup.teacher, setup.model, held_out)["accuracy"]}
 
 
 def build_objective(

@@ -32,7 +32,7 @@ FORWARD_PASSES_OF_STEP = 3  # A backward pass takes as long as two forward passe
 MAX_STEP_MINUTES = 10  # Limit of default steps on CPUs; with a flag about steps, there is none
 FEW_IMAGES_PER_CLASS = 5  # With fewer, nothing is held out
 # With fewer, a run that continues a model with its own images holds out none of them. With 10 per
-# class, a fifth cost 5 and 11 points (docs/fine-tuning.md).
+# class, a fifth cost 5 to 11 points (docs/fine-tuning.md).
 MIN_MEASURED_CLASS_SIZE = 30
 
 

@@ -102,7 +102,7 @@ def train(asked: TrainOptions, recipe: Recipe) -> Path:
             outcome = run_frozen(inputs.setup, data, num_seen, reporter.warn)
         else:
             outcome = run_steps(
-                inputs.setup,
+                inputs,
                 plan,
                 data,
                 num_seen,

@@ -29,6 +29,7 @@ from .training_setup import Recipe, TrainingSetup
 class RunInputs:
     """What a run reads before plan.py decides what it does."""
 
+    recipe: Recipe
     options: TrainOptions  # With the defaults that do not depend on the kind of run
     initial: InitialModel
     images: Splits
@@ -86,7 +87,7 @@ def load(
             list_teacher_rows(getattr(options, "teacher", None)),
         ]
         # The decoder or projector of pre-training is not saved, and does not count.
-        forward_flops = count_flops(setup.encoder or setup.model)
+        forward_flops = count_flops(setup.saved_model)
     # The default depends on the width of the model, so the accelerator gets it only now.
     precision_text = set_mixed_precision(
         reporter.accelerator, options.mixed_precision, setup.model.config, recorded_precision
@@ -94,6 +95,7 @@ def load(
     lines |= setup.summary_lines
     lines["device"] = f"{describe_device()}, mixed precision: {precision_text}"
     return RunInputs(
+        recipe=recipe,
         options=options,
         initial=initial,
         images=images,

@@ -104,10 +104,9 @@ def write_model(setup: TrainingSetup, folder: Path, weights: Tensors) -> Any:
 
     LoRA weights are merged. `weights` are full tensors, because the model may be sharded.
     """
-    model = setup.encoder or setup.model
-    # Pre-training saves its encoder under the names of a plain encoder; projector and decoder stay
-    # in the checkpoints.
-    if setup.encoder is not None:
+    model = setup.saved_model
+    # Pre-training saves its encoder under the names of a plain encoder
+    if model is not setup.model:
         weights = {
             name.removeprefix("vitcls."): weights[name]
             for name in weights

@@ -36,12 +36,13 @@ from .outcome import Outcome, divide_metrics, list_measurements
 from .plan import RunPlan
 from .reporter import Reporter
 from .resume import format_flag_value
+from .run_inputs import RunInputs
 from .signals import SignalHandler
 from .training_setup import TrainingSetup
 
 
 def run_steps(
-    setup: TrainingSetup,
+    inputs: RunInputs,
     plan: RunPlan,
     data: TrainingData,
     num_seen: int,
@@ -54,7 +55,7 @@ def run_steps(
     """Train, and measure what is saved on images that did not train it.
 
     Args:
-        setup, plan, data: of the run.
+        inputs, plan, data: of the run.
         num_seen: number of measured images that trained the encoder earlier.
         record: what checkpoints contain about the run.
         checkpoint: to resume from.
@@ -62,16 +63,15 @@ def run_steps(
         reporter: output of the run.
     """
     options = plan.options
+    setup = inputs.setup
     # The frozen encoder gets a new pooler and new heads, and may change how images are
     # resized. Evaluators, which keep resized images, and the optimizer, which keeps parameters,
     # would otherwise hold on to the old ones.
     start = start_from_frozen(setup.frozen_encoder, data, checkpoint, reporter)
     held_out = setup.build_evaluator(data, data.held_out)
-    if setup.measures_start and len(data.held_out) and checkpoint is None:
-        start["before_steps"] = held_out(setup.model.to(reporter.accelerator.device).eval())
-    if setup.measure_teacher is not None and len(data.held_out) and checkpoint is None:
-        start["teacher_accuracy"] = setup.measure_teacher(setup.model, held_out)["accuracy"]
-        reporter.print_line("teacher", describe_teacher(start, len(data.held_out)))
+    if len(data.held_out) and checkpoint is None:
+        start |= inputs.recipe.measure_start(setup, held_out)
+        reporter.print_lines({"teacher": describe_teacher(start, len(data.held_out))})
     # If no checkpoint is selected, looking at the held-out images during training is harmless.
     selection = held_out
     if data.selection is not None:
@@ -227,8 +227,10 @@ def start_from_frozen(
     return start
 
 
-def describe_teacher(start: dict[str, Any], num_images: int) -> str:
-    """Compare a teacher with the frozen model, if there is one, on the held-out images."""
+def describe_teacher(start: dict[str, Any], num_images: int) -> str | None:
+    """Compare a teacher with the frozen model, as far as there are both, on the held-out images."""
+    if "teacher_accuracy" not in start:
+        return None
     text = (
         f"right on {round(num_images * start['teacher_accuracy'])} of {num_images} held-out images"
     )

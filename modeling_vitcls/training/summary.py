@@ -41,7 +41,7 @@ def print_summary(
             "run": f"{plan.kind}: {plan.reason}",
         }
     )
-    for warning in setup.list_warnings(data):
+    for warning in inputs.recipe.list_warnings(plan.options, data):
         reporter.warn(warning)
     if num_seen:
         reporter.warn(

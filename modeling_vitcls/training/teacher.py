@@ -130,18 +130,10 @@ def load_teacher(
     return Teacher(source, model, preprocessing, label_indices, note).to(device)
 
 
-def measure(
-    teacher: Teacher, normalize: Normalizer, model: nn.Module, images: Evaluator
-) -> dict[str, Any]:
-    """Measure a teacher on the images of an evaluator, which prepares them for the student.
-
-    Args:
-        teacher: the teacher.
-        normalize: normalization of the student, which is reverted.
-        model: the student.
-        images: images of a run, with one label per image.
-    """
-    outputs = images.collect(model, lambda pixel_values: teacher(normalize.revert(pixel_values)))
+def measure(teacher: Teacher, student: nn.Module, images: Evaluator) -> dict[str, Any]:
+    """Measure a teacher on the images of an evaluator, which prepares them for the student."""
+    normalize = Normalizer(images.processor, images.accelerator.device)
+    outputs = images.collect(student, lambda pixel_values: teacher(normalize.revert(pixel_values)))
     return build_predictions(images.label_space, outputs).metrics
 
 

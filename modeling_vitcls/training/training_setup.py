@@ -18,6 +18,7 @@ from .losses import Objective
 from .model import InitialModel
 from .options import TrainOptions
 from .reporter import Reporter
+from .teacher import Teacher
 
 
 class Recipe(Protocol):
@@ -31,12 +32,19 @@ class Recipe(Protocol):
     ) -> "TrainingSetup":
         """Load the model, and prepare loss and evaluation."""
 
+    def list_warnings(self, options: Any, data: TrainingData) -> list[str]:
+        """List what is wrong with the images."""
+
+    def measure_start(self, setup: "TrainingSetup", held_out: Any) -> dict[str, Any]:
+        """Measure what only the start can say, on the images of an evaluator: fields of results.json."""
+
 
 @dataclass
 class TrainingSetup:
     """Model, loss and evaluation of a run, and its texts."""
 
     model: Any  # ViTCLS model without wrappers; parameters that do not train are frozen
+    saved_model: Any  # The part of it that is saved: all of it, or the encoder of pre-training
     processor: ViTCLSImageProcessor
     build_objective: Callable[[TrainingData], Objective]
     # Returns a function from a model to the metrics of images, of which there may be none; an
@@ -57,12 +65,7 @@ class TrainingSetup:
     # Fits the heads, before the steps or instead of them; None if they start from random values
     frozen_encoder: FrozenEncoder | None = None
     missing_start_reason: str = ""  # Why there is none, so the run has steps
-    # Lists what is wrong with the images
-    list_warnings: Callable[[TrainingData], list[str]] = lambda data: []
-    encoder: Any = None  # Part of the model that is saved; None to save the model
-    # Measures the teacher, if there is one, on the images of an `Evaluator` of the model
-    measure_teacher: Callable[[Any, Any], dict[str, Any]] | None = None
-    measures_start: bool = False  # Whether the model is measured before the steps, too
+    teacher: Teacher | None = None
 
 
 def build_evaluator_arguments(

@@ -102,7 +102,7 @@ def prepare_setup(options: Any) -> SimpleNamespace:
         kind=plan.kind,
         plan=batches,
         reporter=reporter,
-        warnings=partial(inputs.setup.list_warnings, data),
+        warnings=partial(recipe.list_warnings, plan.options, data),
     )
 
 
