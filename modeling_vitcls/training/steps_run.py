@@ -354,6 +354,7 @@ def set_saved_weights(loop: TrainingLoop, plan: RunPlan) -> int:
         loop.reporter.print_line(
             "averaged",
             f"saved: {plan.averaging:g} x the weights before the first step + "
-            f"{1 - plan.averaging:g} x those after the last",
+            f"{1 - plan.averaging:g} x those after the last"
+            f"{', alone for new tokens and gates' if plan.new_tokens else ''}",
         )
     return loop.state.step
