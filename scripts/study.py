@@ -326,7 +326,7 @@ def build_row(runner: StudyRunner, run: StudyRun) -> dict[str, Any]:
     `inspect.patches.outliers`), except for the stage `finetune`. The prefixes `first.` and
     `last.` denote the first and the last value in the training log (for example, `first.loss` and
     `last.held_out_accuracy`). If a run has a single label column, the accuracy and loss are
-    also stored as `COLUMN_accuracy` and `COLUMN_loss`, which are the names in runs with several
+    also stored as `tasks.COLUMN.accuracy` and `tasks.COLUMN.loss`, the names in runs with several
     label columns.
     """
     row: dict[str, Any] = {}
@@ -336,7 +336,7 @@ def build_row(runner: StudyRunner, run: StudyRun) -> dict[str, Any]:
             row |= flatten_numbers(read_json(file), "" if stage == "finetune" else stage)
     column = run.stages.get("finetune", {}).get("label_column")
     if isinstance(column, str):  # single task
-        row |= {f"{column}_{name}": row[name] for name in ("accuracy", "loss") if name in row}
+        row |= {f"tasks.{column}.{name}": row[name] for name in ("accuracy", "loss") if name in row}
     log_file = runner.get_run_folder(run) / "finetune" / "metrics.jsonl"
     log_text = log_file.read_text(encoding="utf-8") if log_file.exists() else ""
     records = [json.loads(line) for line in log_text.splitlines()]

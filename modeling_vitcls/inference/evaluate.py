@@ -118,7 +118,7 @@ def evaluate_checkpoint(options: EvaluateOptions) -> dict[str, Any]:
     if accelerator.is_main_process:
         # First the files: `| head` ends the process when it has enough lines
         write_files(options, results, predictions, console)
-    print_results(results, data.description, config, console)
+    print_results(results, data.description, console)
     accelerator.end_training()
     return results
 
@@ -194,15 +194,13 @@ def write_files(
         console.print(f"saved {options.output}", markup=False)
 
 
-def print_results(
-    results: dict[str, Any], part_text: str, config: ViTCLSConfig, console: Console
-) -> None:
+def print_results(results: dict[str, Any], part_text: str, console: Console) -> None:
     """Print the metrics and, if there are few classes, a row per class and the confusions."""
     images_text = f"{results['num_images']:,} images of {results['dataset']}"
     speed_text = f"{results['images_per_second']:,} images/s"
     console.print(f"{images_text} ({part_text}), {speed_text}", markup=False)
-    tables = {"": [["Metric", "Value"], *build_metric_rows(results, config)]}
-    for title, rows in build_class_tables(results, config).items():
+    tables = {"": [["Metric", "Value"], *build_metric_rows(results)]}
+    for title, rows in build_class_tables(results).items():
         tables[title] = [list(rows[0]), *(list(row.values()) for row in rows)]
     for title, (header, *cells) in tables.items():
         table = Table(title=title or None, title_justify="left")
@@ -212,5 +210,5 @@ def print_results(
         for row in cells:
             table.add_row(*map(escape, row))
         console.print(table)
-    for line in describe_confusions(results, config):
+    for line in describe_confusions(results):
         console.print(line, markup=False)

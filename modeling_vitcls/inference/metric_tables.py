@@ -1,9 +1,10 @@
 """Measured metrics as tables: names, rows with confidence intervals, and a table of classes."""
 
+from collections.abc import Iterator
 from typing import Any
 
-from ..model.configuration_vitcls import ViTCLSConfig
 from ..runtime.files import replace_control_characters
+from .metrics import MetricValues, get_task_metrics
 
 
 METRIC_NAMES = {
@@ -29,61 +30,58 @@ NUM_CONFUSIONS = 3
 MAX_NAME_LENGTH = 100  # Maximum length of a name in a card, in characters
 
 
-def list_tasks(config: ViTCLSConfig | None) -> dict[str, str]:
-    """List how the keys of each task begin in the results, and how its titles begin.
+def list_metrics(results: MetricValues) -> Iterator[tuple[MetricValues, str, str]]:
+    """List the metrics in a table: where each is measured, its key there, and its title.
 
-    The keys and titles of all tasks together, which come first, begin with nothing.
+    The metrics of all tasks together come first, then those of each task, with its name.
     """
-    tasks = config.task_labels() if config is not None else {}
-    return {"": "", **{f"{task}_": f"{task}: " for task in tasks}}
-
-
-def get_metric_names(results: dict[str, Any], config: ViTCLSConfig | None) -> dict[str, str]:
-    """Name the measured metrics, by their keys in the results."""
-    names = {}
-    for prefix, title in list_tasks(config).items():
+    for title, metrics in {"": results, **list_titles(results)}.items():
         for key, name in METRIC_NAMES.items():
-            if results.get(f"{prefix}{key}") is not None:
-                names[f"{prefix}{key}"] = f"{title}{name}"
-    return names
+            if metrics.get(key) is not None:
+                yield metrics, key, f"{title}{name}"
 
 
-def build_metric_rows(results: dict[str, Any], config: ViTCLSConfig | None) -> list[list[str]]:
+def list_titles(results: MetricValues) -> dict[str, MetricValues]:
+    """List the metrics of each task by the begin of its titles; without tasks, it is ""."""
+    return {
+        f"{task}: " if task else "": metrics for task, metrics in get_task_metrics(results).items()
+    }
+
+
+def build_metric_rows(results: MetricValues) -> list[list[str]]:
     """List the name and the value of each measured metric, with its confidence interval."""
     rows = []
-    for key, name in get_metric_names(results, config).items():
-        interval = results.get(f"{key}_interval")  # [low, high]
+    for metrics, key, name in list_metrics(results):
+        interval = metrics.get(f"{key}_interval")  # [low, high]
         suffix = ""
         if interval:
             low, high = map(format_percent, interval)
             suffix = f" (95% interval: {low} to {high})"
-        rows.append([name, format_percent(results[key]) + suffix])
+        rows.append([name, format_percent(metrics[key]) + suffix])
     return rows
 
 
-def build_class_tables(
-    results: dict[str, Any], config: ViTCLSConfig | None
-) -> dict[str, list[dict[str, str]]]:
+def build_class_tables(results: MetricValues) -> dict[str, list[dict[str, str]]]:
     """Build the rows of each table of classes, by title.
 
     Tasks with more than `MAX_CLASSES_IN_TABLE` classes have no table.
     """
     tables = {}
-    for prefix, title in list_tasks(config).items():
-        rows = results.get(f"{prefix}per_class", [])
+    for title, metrics in list_titles(results).items():
+        rows = metrics.get("per_class", [])
         if 0 < len(rows) <= MAX_CLASSES_IN_TABLE:
             tables[f"{title}Per class"] = list(map(build_class_row, rows))
     return tables
 
 
-def describe_confusions(results: dict[str, Any], config: ViTCLSConfig | None) -> list[str]:
+def describe_confusions(results: MetricValues) -> list[str]:
     """Name the most frequent confusions of each task in a line, if there are any."""
     lines = []
-    for prefix, title in list_tasks(config).items():
-        names = [format_name(row["name"]) for row in results.get(f"{prefix}per_class", [])]
+    for title, metrics in list_titles(results).items():
+        names = [format_name(row["name"]) for row in metrics.get("per_class", [])]
         pairs = [
             (count, f"{names[label]} as {names[prediction]} ({count:,})")
-            for label, counts in enumerate(results.get(f"{prefix}confusion_matrix", []))
+            for label, counts in enumerate(metrics.get("confusion_matrix", []))
             for prediction, count in enumerate(counts)
             if count and label != prediction
         ]

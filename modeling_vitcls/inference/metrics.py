@@ -154,11 +154,12 @@ def measure_several_labels(
 
 
 def measure_tasks(label_space: PerTask, logits: np.ndarray, labels: np.ndarray) -> MetricValues:
-    """Measure the classifiers of several tasks, and write the metrics of each as `TASK_...`.
+    """Measure the classifiers of several tasks.
 
     accuracy                mean over the tasks that have labeled images
     loss                    sum over the tasks, as in training
-    num_images              number of images; `TASK_num_images` excludes images without a label for the task
+    num_images              number of images
+    tasks                   the metrics of each task, of the images that have its label (`measure_one_label`)
     """
     task_metrics = {}
     start = 0  # First of the logits of a task
@@ -166,22 +167,22 @@ def measure_tasks(label_space: PerTask, logits: np.ndarray, labels: np.ndarray) 
         own_logits = logits[:, start : start + len(names)]
         task_metrics[task] = measure_one_label(names, own_logits, own_labels)
         start += len(names)
-    return merge_tasks(task_metrics, len(labels))
+    return join_tasks(task_metrics, len(labels))
 
 
-def merge_tasks(task_metrics: Mapping[str, MetricValues], num_images: int) -> MetricValues:
-    """Merge the metrics of tasks, as `measure_tasks` describes them."""
-    values = {
+def join_tasks(task_metrics: Mapping[str, MetricValues], num_images: int) -> MetricValues:
+    """Join the metrics of tasks, as `measure_tasks` describes them."""
+    return {
         "accuracy": compute_mean([metrics.get("accuracy") for metrics in task_metrics.values()]),
         "loss": sum(metrics.get("loss", 0.0) for metrics in task_metrics.values()),
         "num_images": num_images,
+        "tasks": dict(task_metrics),
     }
-    task_values = {
-        f"{task}_{name}": value
-        for task, metrics in task_metrics.items()
-        for name, value in metrics.items()
-    }
-    return values | select_scalars(task_values) | task_values
+
+
+def get_task_metrics(results: MetricValues) -> dict[str, MetricValues]:
+    """Get the metrics of each task; without tasks, the only key is ""."""
+    return results.get("tasks") or {"": results}
 
 
 def select_scalars(metrics: Mapping[str, Any]) -> dict[str, int | float]:

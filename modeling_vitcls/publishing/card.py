@@ -35,7 +35,7 @@ from ..inference.metric_tables import (
     format_name,
     format_percent,
     format_small_percent,
-    get_metric_names,
+    list_metrics,
 )
 from ..model.configuration_vitcls import MIN_TRANSFORMERS_VERSION
 from ..model.token_layout_vitcls import TOKEN_KINDS
@@ -143,9 +143,9 @@ def render_card(
     variables |= build_run_variables(folder) if is_run else {}
     variables |= {
         "card_data": ModelCardData(**build_metadata(folder, name, license_source)).to_yaml(),
-        "metrics": build_metric_rows(folder.results, folder.config),
-        "class_tables": build_class_tables(folder.results, folder.config),
-        "confusions": describe_confusions(folder.results, folder.config),
+        "metrics": build_metric_rows(folder.results),
+        "class_tables": build_class_tables(folder.results),
+        "confusions": describe_confusions(folder.results),
     }
     text = f"{TEMPLATES.get_template(f'{template}.md.j2').render(variables).rstrip()}\n\n"
     return f"{text}{SIGNATURE.format(compute_signature(text))}\n"
@@ -177,10 +177,10 @@ def build_metadata(folder: ModelFolder, name: str, license_source: Provenance) -
     # Hub. Results from before classes were added, or on images that trained the encoder, are left
     # out.
     is_comparable = "num_images_of_encoder" not in results and not list_added_classes(folder)
-    metric_names = get_metric_names(results, folder.config)
-    if metric_names:
+    measured = list(list_metrics(results))
+    if measured:
         metadata["metrics"] = ["accuracy" if "accuracy" in results else "mean_average_precision"]
-    if metric_names and metadata["datasets"] and is_comparable:
+    if measured and metadata["datasets"] and is_comparable:
         metadata["model_name"] = name
         metadata["eval_results"] = [
             EvalResult(
@@ -191,9 +191,9 @@ def build_metadata(folder: ModelFolder, name: str, license_source: Provenance) -
                 dataset_args={"num_images": results["num_images"]},
                 metric_type=key,
                 metric_name=label,
-                metric_value=round(results[key], 6),
+                metric_value=round(metrics[key], 6),
             )
-            for key, label in metric_names.items()
+            for metrics, key, label in measured
         ]
     return metadata
 

@@ -110,9 +110,7 @@ def write_run_page(folder: ModelFolder) -> str | None:
         source=f"{results['dataset']}, {source}",
         predictions=predictions,
         # Without one label per image, there are no wrong photos to show, but results per label.
-        class_tables=(
-            build_class_tables(results, folder.config) if rows is None else count_confusions(rows)
-        ),
+        class_tables=(build_class_tables(results) if rows is None else count_confusions(rows)),
     )
     sheet_file = folder.path / SAMPLE_IMAGES_FILE
     sheet_file.parent.mkdir(exist_ok=True)

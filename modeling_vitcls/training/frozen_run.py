@@ -6,7 +6,7 @@ from typing import Any
 
 from ..data.splits import MAX_CLASS_RATIO, TrainingData
 from ..inference.evaluator import Predictions
-from ..inference.metrics import NOTHING_MEASURED, merge_tasks
+from ..inference.metrics import NOTHING_MEASURED, join_tasks
 from .calibration import Calibration, describe_fold_calibration, measure_errors
 from .frozen_encoder import describe_frozen, join_texts
 from .heads import FrozenHead, describe_class_weights, describe_threshold
@@ -64,7 +64,7 @@ def run_frozen(
         # A task without labels of the measured images counts none of them.
         num_unreadable = max(each.metrics["num_unreadable_images"] for each in all_tasks)
         task_metrics = {task: each.metrics for task, each in tasks.items()}
-        merged = merge_tasks(task_metrics, len(data.held_out) or num_training_images)
+        merged = join_tasks(task_metrics, len(data.held_out) or num_training_images)
         return replace(outcome, metrics=merged | {"num_unreadable_images": num_unreadable})
 
     (only,) = all_tasks

@@ -287,10 +287,14 @@ class TrainingLoop:
         if self.is_best:
             state.best_score = score
 
+        # The names of a log are flat.
         scalars = {
             f"{self.evaluated_images}_{name}": value
             for name, value in select_scalars(metrics).items()
         }
+        for task, task_metrics in metrics.get("tasks", {}).items():
+            for name, value in select_scalars(task_metrics).items():
+                scalars[f"{self.evaluated_images}_{task}_{name}"] = value
         # Logged and cleared before the best model is saved: a run that continues from that
         # checkpoint would otherwise evaluate and log the step twice.
         self.log(state.pending_record | scalars)

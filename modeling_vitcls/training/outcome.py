@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..data.labels import LabelSpace
 from ..inference.evaluator import Predictions
 from ..inference.intervals import MIN_CORRECTED_IMAGES
 from .reporter import format_metric
@@ -103,19 +102,6 @@ def list_measurements(
             )
         )
     return measured
-
-
-def divide_metrics(metrics: dict[str, Any], label_space: LabelSpace) -> dict[str, dict[str, Any]]:
-    """Divide the metrics of several tasks, which begin with the name of their task."""
-    prefixes = {task: f"{task}_" if task else "" for task in label_space.tasks}
-    return {
-        task: {
-            name.removeprefix(prefix): value
-            for name, value in metrics.items()
-            if name.startswith(prefix)
-        }
-        for task, prefix in prefixes.items()
-    }
 
 
 @dataclass(frozen=True)

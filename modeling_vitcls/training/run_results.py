@@ -6,6 +6,7 @@ from typing import Any
 from accelerate.state import AcceleratorState
 
 from ..data.splits import MAX_CLASS_RATIO, TrainingData
+from ..inference.metrics import get_task_metrics
 from ..runtime.system import describe_device, get_versions
 from .defaults import FINE_TUNING_EPOCHS
 from .outcome import Outcome
@@ -50,7 +51,9 @@ def build_results(
     num_seen = max((each.seen_by_encoder for each in outcome.measured), default=0)
     if num_seen:
         # The error is larger than any interval says.
-        results = {name: results[name] for name in results if "_interval" not in name}
+        for metrics in (results, *get_task_metrics(results).values()):
+            for name in [each for each in metrics if each.endswith("_interval")]:
+                del metrics[name]
         results["num_images_of_encoder"] = num_seen
     return results
 

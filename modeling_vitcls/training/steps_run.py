@@ -14,7 +14,7 @@ from ..data.batches import Batch, TrainingImages, iterate_training_batches
 from ..data.images import UnreadableImageCounter
 from ..data.splits import TrainingData
 from ..data.workers import explain_worker_errors
-from ..inference.metrics import SELECTION_METRICS, compute_mean
+from ..inference.metrics import SELECTION_METRICS, compute_mean, get_task_metrics
 from ..runtime.distributed import configure_layer_sharding, run_on_main
 from ..runtime.errors import stop_on_errors
 from .calibration import calibrate
@@ -32,7 +32,7 @@ from .heads import ABSENT_CLASS_MARGIN
 from .loop import Evaluate, TrainingLoop, TrainingState, build_batch_plan, read_gates
 from .model import keep_old_tokens
 from .optimizer import average_with_start, build_parameter_groups
-from .outcome import Outcome, divide_metrics, list_measurements
+from .outcome import Outcome, list_measurements
 from .plan import RunPlan
 from .reporter import Reporter
 from .resume import format_flag_value
@@ -145,7 +145,7 @@ def run_steps(
         results["average_with_start"] = plan.averaging
     return Outcome(
         measured=list_measurements(
-            divide_metrics(metrics, data.label_space),
+            get_task_metrics(metrics),
             setup.result_metrics,
             seen_by_encoder=num_seen,
         ),

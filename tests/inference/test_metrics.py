@@ -145,17 +145,14 @@ def test_metrics_of_tasks_use_labeled_images_only(by_one_process: dict[str, Any]
         right = outputs.logits[task].argmax(1)[known] == truth[known]
         accuracies.append(right.float().mean().item())
         losses.append(nn.functional.cross_entropy(outputs.logits[task][known], truth[known]).item())
-        assert metrics[f"{task}_num_images"] == len(right)
-        assert metrics[f"{task}_accuracy"] == close(accuracies[-1])
-        assert metrics[f"{task}_loss"] == close(losses[-1])
-        assert [row["name"] for row in metrics[f"{task}_per_class"]] == names
-        assert np.sum(metrics[f"{task}_confusion_matrix"]) == len(right)
-    assert (
-        metrics["species_num_images"]
-        < metrics["age_num_images"]
-        == metrics["num_images"]
-        == NUM_IMAGES
-    )
+        own = metrics["tasks"][task]
+        assert own["num_images"] == len(right)
+        assert own["accuracy"] == close(accuracies[-1])
+        assert own["loss"] == close(losses[-1])
+        assert [row["name"] for row in own["per_class"]] == names
+        assert np.sum(own["confusion_matrix"]) == len(right)
+    species, age = (metrics["tasks"][task]["num_images"] for task in ("species", "age"))
+    assert species < age == metrics["num_images"] == NUM_IMAGES
     assert metrics["accuracy"] == close(np.mean(accuracies))
     assert metrics["loss"] == close(sum(losses))
 
@@ -165,12 +162,12 @@ def test_a_task_without_labeled_images_has_no_effect() -> None:
     logits = np.array([[2.0, 1.0], [0.0, 3.0], [1.0, 0.0]])
     labels = np.array([[0, -100], [0, -100], [-100, -100]])
     values = measure(space, np.hstack([logits, np.zeros((3, 7))]), labels)
-    assert values["accuracy"] == values["age_accuracy"] == 0.5
-    assert values["species_accuracy"] is None
-    counts = [values[name] for name in ("num_images", "age_num_images", "species_num_images")]
-    assert counts == [3, 2, 0]
+    age, species = values["tasks"].values()
+    assert values["accuracy"] == age["accuracy"] == 0.5
+    assert species["accuracy"] is None
+    assert [each["num_images"] for each in (values, age, species)] == [3, 2, 0]
     loss = log_loss(labels[:2, 0], softmax(logits[:2], axis=1), labels=[0, 1])
-    assert values["loss"] == close(loss) == values["age_loss"]
+    assert values["loss"] == close(loss) == age["loss"]
 
 
 def test_a_single_tag_has_an_average_precision() -> None:

@@ -163,7 +163,7 @@ def test_an_encoder_shows_its_features_before_and_after_pre_training(tmp_path: P
 def test_tasks_have_no_pipeline(tmp_path: Path) -> None:
     tasks = {"species": ["cat", "dog"], "coat": ["short", "long", "none"]}
     config = build_tiny_config(num_cls_tokens=2, tasks=tasks)
-    results = {"species_accuracy": 0.75, "coat_accuracy": 0.5}
+    results = {"tasks": {"species": {"accuracy": 0.75}, "coat": {"accuracy": 0.5}}}
     folder = write_run_folder(
         tmp_path / "mine", results, None, ViTCLSForMultiTaskClassification, config
     )

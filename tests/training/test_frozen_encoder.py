@@ -549,9 +549,9 @@ def test_each_task_has_the_classifier_and_the_result_of_a_run_on_its_column_alon
         run = tmp_path / task
         flags = {"label_column": (task,)}
         alone = run_training(build_tag_options(run, encoder, tagged_digits, **flags))
-        assert results[f"{task}_num_images"] == alone["num_images"] < 100
-        interval = results[f"{task}_accuracy_interval"]
-        assert interval == pytest.approx(alone["accuracy_interval"], abs=1e-3)
+        own = results["tasks"][task]
+        assert own["num_images"] == alone["num_images"] < 100
+        assert own["accuracy_interval"] == pytest.approx(alone["accuracy_interval"], abs=1e-3)
         expected = softmax(compute_logits(run, images), axis=1)
         np.testing.assert_allclose(found[task].softmax(1).detach(), expected, atol=1e-3)
 
@@ -572,8 +572,8 @@ def test_a_task_that_no_fold_can_measure_leaves_the_others_their_result(
 ) -> None:
     flags = {"label_column": ("half", "place")}
     results = run_training(build_tag_options(tmp_path / "run", encoder, tagged_digits, **flags))
-    assert "place_accuracy" not in results
-    assert results["accuracy"] == results["half_accuracy"]
+    assert "accuracy" not in results["tasks"]["place"]
+    assert results["accuracy"] == results["tasks"]["half"]["accuracy"]
 
 
 @pytest.mark.parametrize(

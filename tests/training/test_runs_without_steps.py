@@ -92,7 +92,7 @@ def test_a_damaged_photo_is_counted_whatever_task_is_last(sources: Path) -> None
     rows = [f"{photo},{photo.parent.name},{places.get(photo, '')}" for photo in photos]
     (sources / "tasks.csv").write_text("\n".join(["image,insect,place", *rows]))
     results = finetune(sources, "vit", "tasks.csv", "run", "--label-column", "insect", "place")
-    assert results["insect_num_unreadable_images"] == 1
+    assert results["tasks"]["insect"]["num_unreadable_images"] == 1
     assert results["num_unreadable_images"] == 1
     assert results["num_images"] == 24
 
