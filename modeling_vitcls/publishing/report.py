@@ -82,6 +82,13 @@ def write_run_page(folder: ModelFolder) -> str | None:
         predictions["wrong"] = draw_wrong_photos(
             predictions["wrong"], photos_by_name, data.label_space.names, processor.bit_depth
         )
+        # Two photos each, drawn as the nearest ones of a wrong photo
+        predictions["pairs"] = draw_wrong_photos(
+            [{"image": pair[0], "nearest_images": pair} for pair in predictions["pairs"]],
+            photos_by_name,
+            data.label_space.names,
+            processor.bit_depth,
+        )
         # The saved model knows the training images, so it cannot explain a mistake of cross-validation.
         explained = rows
         if predictions["is_cross_validated"]:

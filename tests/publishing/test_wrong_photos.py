@@ -147,7 +147,12 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
             photo.save(root / "photos" / names[-1])
     run = write_run_folder(
         root / "run",
-        {"split": "cross-validation", "accuracy": 0.5, "num_images": len(names)},
+        {
+            "split": "cross-validation",
+            "accuracy": 0.5,
+            "num_images": len(names),
+            "frozen": {"near_copies": {"pairs": [[names[0], names[8]], names[1:3]]}},
+        },
         {"dataset": str(root / "photos"), "held_out_fraction": 0},
     )
     labels = [Path(name).parent.name for name in names]
@@ -193,6 +198,13 @@ def test_the_page_says_what_to_check_and_how_each_class_did(page: Page) -> None:
         ["skirt", "8", "8", "–"],
         ["x", "8", "4", "skirt (4)"],
     ]
+
+
+def test_the_page_shows_pairs_of_photos_that_nearly_repeat_each_other(page: Page) -> None:
+    pairs = page.locator("#copies figure").evaluate_all(
+        "all => all.map(figure => [...figure.querySelectorAll('img')].map(each => each.alt))"
+    )
+    assert pairs == [["pants and trousers", "skirt"], ["pants and trousers"] * 2]
 
 
 def test_the_model_that_knows_a_photo_does_not_explain_a_mistake_about_it(page: Page) -> None:
