@@ -20,6 +20,7 @@ import numpy as np
 import pandas as pd
 import torch
 from accelerate import PartialState
+from PIL import Image
 
 from ..data.aspect_ratio import get_output_size, get_resize, read_sizes, set_resize
 from ..data.images import LabeledImages
@@ -33,6 +34,13 @@ from ..inference.frozen_features import (
     has_searchable_pooling,
 )
 from ..inference.linear_probe import NUM_LAST_LAYERS, Candidate, LinearProbe
+from ..inference.near_copies import (
+    CHANGES,
+    NUM_CHANGED,
+    CopyFinder,
+    describe_scenes,
+    fit_finder,
+)
 from ..model.heads_vitcls import build_pooler
 from ..runtime.distributed import run_on_main
 from ..runtime.errors import format_name_list
@@ -148,8 +156,12 @@ class FrozenEncoder:
         # compute them twice would double the longest part of the run.
         features, geometry = self.choose_geometry(train, self.compute_features(train, warn, first))
 
+        finder = self.build_finder(train, features)
         for part in others:
             features = features.join(self.compute_features(part, warn))
+        # Photos of one scene in several folds would measure how well the scene is recognized.
+        names = self.label_space.names if features.labels.ndim == 1 else None
+        features, scenes = run_on_main(partial(finder.keep_together, features, names))
         # On one process for all: rounding on another CPU could turn a close choice.
         heads = run_on_main(lambda: self.fit_heads(features).fit_second(features))
         # These images were kept out of the choice, whose time grows with their number, but not of
@@ -161,6 +173,10 @@ class FrozenEncoder:
             warn_about_unreadable_classes(train.labels, features.labels, self.label_space, warn)
 
         held_out_features = self.compute_features(held_out, warn) if len(held_out) else None
+        if held_out_features is not None:
+            scenes["near_held_out"] = run_on_main(
+                partial(finder.name_near, features, held_out_features)
+            )
         self.set_pooling(heads.read)
         frozen = heads.freeze(features, held_out_features)
         seconds = round(time.perf_counter() - start_time, 1)
@@ -169,6 +185,7 @@ class FrozenEncoder:
             config = self.model.config
             size = get_output_size(self.processor, config.image_height_width)
             record["border"] = measure_border(frozen[""], config.get_grid_size(size))
+        record["near_copies"] = scenes
         return frozen, record
 
     @property
@@ -197,6 +214,20 @@ class FrozenEncoder:
             self.model.to(PartialState().device).eval()
         )
         return features if indices is None else replace(features, indices=indices[features.indices])
+
+    def build_finder(self, images: LabeledImages, features: Features) -> CopyFinder:
+        """Build what finds near copies, from a pass of a few changed images."""
+        drawn = np.random.default_rng(0).permutation(len(features.names))[:NUM_CHANGED]
+        own = features.take(drawn)
+        changed = []
+        for change in CHANGES:
+
+            def process(image: Image.Image, change: Any = change, **arguments: Any) -> Any:
+                return self.processor(change(image), **arguments)
+
+            changing = replace(self, build_pass=partial(self.build_pass, processor=process))
+            changed.append(changing.compute_features(images, ignore_message, own.indices))
+        return run_on_main(partial(fit_finder, features, own, changed))  # type: ignore[no-any-return]
 
     def fit_heads(self, features: Features) -> Heads:
         """Choose and fit the classifiers of the tasks, with the settings of the user."""
@@ -361,6 +392,7 @@ def describe_frozen(record: dict[str, Any]) -> dict[str, str | None]:
         )
     return {
         "resize": describe_geometry(record),
+        "copies": describe_scenes(record["near_copies"]),
         "frozen": chosen,
         "heads": heads,
         "border": describe_border(record.get("border")),

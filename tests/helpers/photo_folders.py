@@ -78,3 +78,15 @@ def write_unequal_photos(root: Path) -> Path:
             pixels = noise.integers(0, brightest, (24, 40, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(root / name / f"{index}.png")
     return root
+
+
+def write_bursts(root: Path) -> None:
+    """Write five nearly equal photos of each of sixteen objects, half of them in each class."""
+    for number in range(16):
+        pixels = np.random.default_rng([2, number]).integers(0, 256, (5, 7, 3), dtype=np.uint8)
+        scene = Image.fromarray(pixels).resize((140, 100))
+        folder = root / ("cups", "pens")[number % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        for shot in range(5):
+            photo = scene.crop((shot, 0, shot + 134, 94 + shot))
+            photo.save(folder / f"IMG_{number}{shot}.png")

@@ -35,6 +35,7 @@ from modeling_vitcls import (
 from modeling_vitcls.data.aspect_ratio import get_resize, set_resize
 from modeling_vitcls.inference.evaluate import evaluate_checkpoint
 from modeling_vitcls.inference.linear_probe import LinearProbe
+from modeling_vitcls.inference.near_copies import CHANGES, NUM_CHANGED
 from modeling_vitcls.inference.options import EvaluateOptions
 from modeling_vitcls.training import save
 from modeling_vitcls.training.heads import describe_class_weights
@@ -229,7 +230,10 @@ def test_a_trained_model_is_shown_beside_the_nearest_images_before_training(
 def test_no_image_passes_the_frozen_encoder_twice(
     encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Except in the measurement of the speed, whose images are no photos."""
+    """Except in the measurement of the speed, whose images are no photos.
+
+    A few changed photos show how near those of one scene are.
+    """
     monkeypatch.setattr(save, "measure_inference_speed", lambda model, device: {})
     counts = []
     forward = ViTCLSModel.forward
@@ -242,7 +246,8 @@ def test_no_image_passes_the_frozen_encoder_twice(
     monkeypatch.setattr(ViTCLSModel, "forward", count)
     options = build_options(tmp_path / "head", encoder)
     results = run_training(options)
-    assert sum(counts) == results["num_training_images"] == 300
+    assert results["num_training_images"] == 300
+    assert sum(counts) == 300 + len(CHANGES) * NUM_CHANGED
     assert results["steps"] == 0
 
 

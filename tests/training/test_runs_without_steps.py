@@ -11,7 +11,12 @@ import numpy as np
 import pytest
 import torch
 from helpers.accelerate_state import reset_accelerate
-from helpers.photo_folders import write_files, write_photos, write_unequal_photos
+from helpers.photo_folders import (
+    write_bursts,
+    write_files,
+    write_photos,
+    write_unequal_photos,
+)
 from helpers.source_checkpoints import save_large_encoder
 from PIL import Image
 
@@ -180,3 +185,18 @@ def test_a_second_run_with_several_labels_has_a_result_without_interval(
     results = finetune(sources, "first", "tags.csv", "second", *flags, "0.6")
     assert results["num_images_of_encoder"] > 0
     assert " (no interval) on " in capsys.readouterr().out
+
+
+def test_shots_of_one_object_do_not_measure_each_other(
+    sources: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Sixteen objects whose labels mean nothing: they are recognized, and nothing else is."""
+    write_bursts(sources / "bursts")
+    shot = sources / "bursts/cups/IMG_04.png"
+    shot.rename(sources / "bursts/pens/WhatsApp.png")
+    results = finetune(sources, "vit", "bursts", "frozen")
+    assert results["accuracy_interval"][0] < 0.5
+    assert results["accuracy"] < 0.75
+    printed = capsys.readouterr().out
+    assert "80 of 80 photos nearly repeat another one, in " in printed
+    assert "pens/WhatsApp.png" in printed
