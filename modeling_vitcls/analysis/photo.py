@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from matplotlib.cm import ScalarMappable
 from PIL import Image
 from scipy.optimize import linear_sum_assignment
 from sklearn.decomposition import PCA
@@ -29,7 +30,7 @@ from ..inference.token_names import SINGLE_TOKEN_NAMES, get_token_names_by_group
 from ..model.configuration_vitcls import ViTCLSConfig
 from ..model.extra_heads_vitcls import ExtraHead
 from .attribution import AttentionTrace, is_linear, trace_attention
-from .maps import extract_patch_maps, to_upright_rgb
+from .maps import choose_scale, extract_patch_maps, to_upright_rgb
 from .token_use import TokenUse
 
 
@@ -113,6 +114,15 @@ class PhotoMeasurements:
     def main_attribution(self) -> Attribution | None:
         """The map of the first label that adds up to its score; None if no map does."""
         return next((each for each in self.attributions if each.rest is not None), None)
+
+    @property
+    def main_map(self) -> tuple[torch.Tensor, ScalarMappable]:
+        """The map [gh, gw] of the page, with its colors: of the first label, or the attention of the first token."""
+        if self.main_attribution is not None:
+            values = self.main_attribution.values
+            return values, choose_scale(values, is_signed=True)
+        attention = self.maps[self.token_layers[0] - 1, :, 0].mean(dim=0)
+        return attention, choose_scale(attention)
 
     @property
     def rest_name(self) -> str:

@@ -24,7 +24,7 @@ from PIL import Image
 from ..runtime.files import write_atomically
 from ..version import __version__
 from .inspection import Inspection
-from .maps import choose_scale, draw_region, overlay, to_picture
+from .maps import draw_region, overlay, to_picture
 from .sheet import ShownPhoto
 
 
@@ -127,19 +127,14 @@ def build_photo_row(photo: ShownPhoto) -> dict[str, Any]:
     """
     measurements = photo.measurements
     visible_part = draw_region(measurements.image, measurements.visible_region, THUMBNAIL_SIDE)
-    main = measurements.main_attribution
-    if main is None:
-        layer = measurements.token_layers[0]
-        attention = measurements.maps[layer - 1, :, 0].mean(dim=0)  # [gh, gw]
-        map_name = measurements.name_attention()
-        map_picture = overlay(visible_part, attention, choose_scale(attention))
-    else:
+    adds_up = measurements.main_attribution is not None
+    map_name = measurements.name_attention()
+    if adds_up:
         map_name = "where the score of the prediction comes from"
-        map_picture = overlay(visible_part, main.values, choose_scale(main.values, is_signed=True))
     features = to_picture(measurements.colors[measurements.patch_layer - 1].numpy())
     pictures = {
         "what the model sees": visible_part,
-        map_name: map_picture,
+        map_name: overlay(visible_part, *measurements.main_map),
         "patch features": features.resize(visible_part.size, Image.Resampling.NEAREST),
     }
     return {
@@ -147,7 +142,7 @@ def build_photo_row(photo: ShownPhoto) -> dict[str, Any]:
         "caption": photo.caption,
         "kind": KINDS.get(photo.kind or ""),
         "pictures": pictures,
-        "adds_up": main is not None,
+        "adds_up": adds_up,
         "sheet": photo.sheet,
     }
 

@@ -200,18 +200,17 @@ def draw_header(measurements: PhotoMeasurements, title: str) -> Figure:
 def draw_overview(measurements: PhotoMeasurements, photo: Image.Image) -> Figure:
     """Draw what the model sees, where the score comes from or what the first token reads, and the patches."""
     layer = measurements.patch_layer
+    values, scale = measurements.main_map
     main = measurements.main_attribution
     if main is None:
         token_layer = measurements.token_layers[0]
-        values = measurements.maps[token_layer - 1, :, 0].mean(dim=0)  # [gh, gw]
-        scale, map_format = choose_scale(values), "{x:.2%}"
+        map_format = "{x:.2%}"
         map_title = (
             f"Attention of {shorten_middle(measurements.token_names[0], 11)}, layer {token_layer}"
         )
         map_text = "" if measurements.are_read[0] else "this classifier does not read it"
     else:
-        values = main.values
-        scale, map_format = choose_scale(values, is_signed=True), "{x:+.2g}"
+        map_format = "{x:+.2g}"
         map_title = f"Score of {shorten_middle(main.label[0], 18)}, by patch"
         map_text = describe_parts(main, measurements.rest_name)
 
