@@ -70,7 +70,7 @@ def build_adamw(model: torch.nn.Module) -> torch.optim.Optimizer:
 
 def build_sgd(model: torch.nn.Module) -> torch.optim.Optimizer:
     """Return an optimizer that shows every difference in scale."""
-    return torch.optim.SGD(build_parameter_groups(model, 0.0, 0.5), lr=1.0)
+    return torch.optim.SGD(build_parameter_groups(model, 0.0, 0.5), lr=0.5)
 
 
 class RecordedLoop:
@@ -159,7 +159,6 @@ def test_steps_equal_a_plain_training_loop(monkeypatch: pytest.MonkeyPatch) -> N
     """Loss, accumulation, learning rates of all layers, clipping, and cleared gradients."""
     settings = {
         "max_steps": 3,
-        "learning_rate": 0.5,
         "warmup": 0.0,
         "gradient_accumulation_steps": 2,
     }
