@@ -349,7 +349,7 @@ def test_a_generated_card_names_the_repository_and_an_edited_card_is_kept(
     assert "my-run" not in read_card(hub)
     assert (folder / "README.md").read_text() == local_card
 
-    text = local_card.replace("# my-run", "# My model")
+    text = local_card.replace(f"# {folder.parent.name}/my-run", "# My model")
     (folder / "README.md").write_text(text)
     push_folder(ModelFolder(folder), "ann/model")
     assert read_card(hub) == text
