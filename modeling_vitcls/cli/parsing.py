@@ -37,8 +37,6 @@ ScriptOptions = TypeVar("ScriptOptions", bound=Options)
 
 HELP_FLAGS = {"-h", "--help", "--help-all"}
 # tyro's --help lists all flags
-# Fields of the configuration that other scripts set by a flag
-MODEL_FIELDS = ("intermediate_size",)
 OTHER_SPELLINGS = {"--help-all": "--help", "-o": "--output"}
 
 
@@ -131,20 +129,16 @@ def name_arguments(flags: list[str], names: Sequence[str]) -> list[str]:
 
 
 def move_model_fields(flags: list[str]) -> list[str]:
-    """Write the flags of the configuration that scripts use as values of --model-config."""
-    values = []
-    for name in MODEL_FIELDS:
-        flag = f"--{name.replace('_', '-')}"
-        if flag in flags[:-1]:
-            index = flags.index(flag)
-            values.append(f"{name}={flags[index + 1]}")
-            flags = flags[:index] + flags[index + 2 :]
-    if not values:
+    """Write `--intermediate-size N`, as scripts have it, as a value of --model-config."""
+    if "--intermediate-size" not in flags[:-1]:
         return flags
+    index = flags.index("--intermediate-size")
+    value = f"intermediate_size={flags[index + 1]}"
+    flags = flags[:index] + flags[index + 2 :]
     if "--model-config" not in flags:
-        return [*flags, "--model-config", *values]
+        flags = [*flags, "--model-config"]
     index = flags.index("--model-config") + 1
-    return flags[:index] + values + flags[index:]
+    return [*flags[:index], value, *flags[index:]]
 
 
 def read_recipe_of_flags(flags: list[str], options_class: type[Options]) -> Any:

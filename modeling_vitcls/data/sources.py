@@ -13,6 +13,7 @@ splits.py.
 """
 
 import hashlib
+import os
 import pickle
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -33,7 +34,7 @@ from ..hub.loading import (
     fall_back_to_cache,
     is_hub_id,
 )
-from ..hub.local_paths import BUILT_IN_DATASET, resolve_name
+from ..hub.local_paths import BUILT_IN_DATASET, is_local, resolve_name
 from ..model.fast_image_processing_vitcls import open_regular_file
 from ..model.image_processing_vitcls import shorten_text
 from ..runtime.distributed import run_on_main
@@ -133,8 +134,10 @@ def load_splits(
     """
     wanted = options.label_column or (trained or {}).get("label_column") or ()
     name, folder, splits = open_dataset(options.dataset, use_labels, wanted)
-    # Absolute: a run and its report may name a folder differently, and warnings are logged once
+    # A run and its report may name a folder differently, and warnings are logged once
     dataset = resolve_name(get_title(options.dataset))
+    if is_local(dataset):
+        dataset = os.path.normpath(dataset)
     if not splits:
         raise ValueError(f"{dataset} has no splits. Add at least one, with images")
     columns = next(iter(splits.values())).features

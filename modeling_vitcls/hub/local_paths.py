@@ -4,6 +4,7 @@
     resolve_name("timm:resnet18@weights.pt")    -> "timm:resnet18@/home/me/weights.pt"
     resolve_name("someone/their-model")         -> unchanged, like any name that is not an existing path
     make_relative("/home/me/data/teach")        -> "./data/teach"               for the files of a run
+    make_relative("/home/me/.cache/vit")        -> "~/.cache/vit"               outside of the working folder
     strip_folders("/home/me/data/teach")        -> "path/to/teach"              for publication
     get_title("/home/me/data/teach")            -> "teach"                      for titles
 
@@ -17,10 +18,12 @@ import os
 from pathlib import Path
 from typing import Any
 
+from ..runtime.flags import expand_home
+
 
 # scikit-learn's digits need no download, so examples and tests work without a network.
 BUILT_IN_DATASET = "digits"
-RELATIVE_PREFIXES = ("./", "../")  # Prefixes of relative paths; no Hub id starts with a dot
+RELATIVE_PREFIXES = ("./", "../", "~/")  # Prefixes of relative paths; no Hub id starts with a dot
 
 
 def resolve_name(name: str) -> str:
@@ -58,6 +61,10 @@ def make_relative(name: Any) -> Any:
         relative_path = Path(os.path.relpath(path)).as_posix()
     except ValueError:  # The paths are on different Windows drives
         return name
+    home = os.path.expanduser("~")  # noqa: PTH111  # Path.home raises an error without one
+    if relative_path.startswith("../") and Path(path).is_relative_to(home):
+        # Such as a cache: a path that climbs out of the project would depend on its place
+        return f"{prefix}~/{Path(path).relative_to(home).as_posix()}"
     # Without `./`, the folder `data/teach` would look like a model of the user `data`.
     return prefix + (
         relative_path if relative_path.startswith(RELATIVE_PREFIXES) else f"./{relative_path}"
@@ -84,7 +91,7 @@ def is_same_source(stored_name: Any, current_name: Any) -> bool:
     """Check whether two names refer to the same dataset or model, which may have moved."""
     if stored_name == current_name or not (isinstance(stored_name, str) and is_local(current_name)):
         return bool(stored_name == current_name)
-    old_prefix, old_path = split_prefix(stored_name)
+    old_prefix, old_path = split_prefix(expand_home(stored_name))
     new_prefix, new_path = split_prefix(current_name)
     is_same_file = Path(old_path).resolve() == Path(new_path).resolve()
     # A run can be resumed after its data was moved. If the old path still exists, the new one is

@@ -16,7 +16,7 @@ from accelerate.state import AcceleratorState
 
 from ..data.splits import TrainingData, describe_data
 from ..hub.local_paths import is_local, is_same_source, split_prefix
-from ..runtime.flags import to_flags
+from ..runtime.flags import expand_home, to_flags
 from .options import TrainOptions
 from .run_folder import PATH_FLAGS, EarlierRun, make_flags_relative
 
@@ -81,7 +81,7 @@ def describe_flag_change(name: str, value: Any, folder: Path, earlier: EarlierRu
     # More epochs are another run: the learning rate of every past step depends on the total.
     if name in ("epochs", "max_steps"):
         advice = f"To train for more steps, start another run with `model={str(folder)!r}`"
-    if is_local(asked) and not Path(split_prefix(asked)[1]).exists():
+    if is_local(asked) and not Path(split_prefix(expand_home(asked))[1]).exists():
         advice = f"{asked} does not exist. Restore it, or choose a different `output_dir`"
 
     asked_text = format_flag_value(asked)

@@ -101,6 +101,7 @@ def test_files_of_a_run_contain_no_local_paths(
     here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The files repeat the run from the same folder, and show that data and teacher are local."""
+    monkeypatch.setenv("HOME", str(tmp_path / "clinic"))
     folder = tmp_path / "runs" / "mine"
     options = convert_sources(options_of(folder, str(tmp_path / "clinic" / "scans")), resolve_name)
     write_recipe(options)
@@ -108,7 +109,7 @@ def test_files_of_a_run_contain_no_local_paths(
     text = (folder / "config.resolved.yaml").read_text()
     flags = yaml.safe_load(text)
     assert flags["output_dir"] == "../runs/mine"
-    assert flags["dataset"] == "../clinic/scans"
+    assert flags["dataset"] == "~/scans"
     assert flags["model"] == "vitcls-tiny"
     assert flags["teacher"] == "timm:resnet18@./weights.pt"
     assert str(tmp_path) not in text
