@@ -161,7 +161,7 @@ class FrozenEncoder:
             features = features.join(self.compute_features(part, warn))
         # Photos of one scene in several folds would measure how well the scene is recognized.
         names = self.label_space.names if features.labels.ndim == 1 else None
-        features, scenes = run_on_main(partial(finder.keep_together, features, names))
+        features, scenes = finder.keep_together(features, names)
         # On one process for all: rounding on another CPU could turn a close choice.
         heads = run_on_main(lambda: self.fit_heads(features).fit_second(features))
         # These images were kept out of the choice, whose time grows with their number, but not of
@@ -174,9 +174,7 @@ class FrozenEncoder:
 
         held_out_features = self.compute_features(held_out, warn) if len(held_out) else None
         if held_out_features is not None:
-            scenes["near_held_out"] = run_on_main(
-                partial(finder.name_near, features, held_out_features)
-            )
+            scenes["near_held_out"] = finder.name_near(features, held_out_features)
         self.set_pooling(heads.read)
         frozen = heads.freeze(features, held_out_features)
         seconds = round(time.perf_counter() - start_time, 1)

@@ -38,7 +38,6 @@ def build_results(
         "steps": 0,
         "epochs": 0.0,
         "seconds": round(outcome.seconds, 2),
-        "images_per_second": 0.0,
         "num_parameters": setup.model.num_parameters(),
         "token_layout": count_tokens(setup.model.config),
         "device": describe_device(),
@@ -48,6 +47,8 @@ def build_results(
         "num_unreadable_training_images": outcome.num_unreadable,
         **outcome.results,
     }
+    if not results["steps"]:
+        results.pop("steps_train_encoder", None)
     num_seen = max((each.seen_by_encoder for each in outcome.measured), default=0)
     if num_seen:
         # The error is larger than any interval says.
