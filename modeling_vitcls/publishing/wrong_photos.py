@@ -87,6 +87,7 @@ def summarize_predictions(folder: ModelFolder, rows: Any) -> dict[str, Any]:
     return {
         "headline": sentence,
         "classes": describe_classes(results, shares.iloc[0] / shares.iloc[-1]),
+        "curve": results.get("learning_curve"),
         "pairs": results.get("frozen", {}).get("near_copies", {}).get("pairs", []),
         "border": describe_border(results.get("frozen", {}).get("border")),
         "is_cross_validated": is_cross_validated,

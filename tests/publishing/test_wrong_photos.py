@@ -151,6 +151,13 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "split": "cross-validation",
             "accuracy": 0.5,
             "num_images": len(names),
+            "learning_curve": {
+                "num_images": [16, 32, 48, 64],
+                "accuracy": [0.59, 0.66, 0.76, 0.79],
+                "gain": 0.13,
+                "standard_error": 0.04,
+                "class": "skirt",
+            },
             "frozen": {"near_copies": {"pairs": [[names[0], names[8]], names[1:3]]}},
         },
         {"dataset": str(root / "photos"), "held_out_fraction": 0},
@@ -198,6 +205,14 @@ def test_the_page_says_what_to_check_and_how_each_class_did(page: Page) -> None:
         ["skirt", "8", "8", "–"],
         ["x", "8", "4", "skirt (4)"],
     ]
+
+
+def test_the_page_draws_what_more_photos_brought(page: Page) -> None:
+    assert "skirt gains most" in page.locator("#curve").inner_text()
+    plot = page.locator("#curve svg")
+    assert plot.get_attribute("aria-label").startswith("59% with 16 photos, 66% with 32 photos")
+    heights = plot.locator("circle").evaluate_all("all => all.map(each => each.cy.baseVal.value)")
+    assert heights == sorted(heights, reverse=True)
 
 
 def test_the_page_shows_pairs_of_photos_that_nearly_repeat_each_other(page: Page) -> None:
