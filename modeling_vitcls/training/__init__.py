@@ -13,6 +13,7 @@
     options.py          flags of the commands that train
     finetune.py         recipe of fine-tuning: data, model, loss and evaluator
     frozen_encoder.py   features of the frozen encoder; heads.py fits classifiers to them: a whole run, or its start
+    learning_curve.py   would more photos help?
     teacher.py          classifier whose predictions train a distillation token
     loop.py             training loop; reporter.py prints, and signals.py stops it
     checkpoints.py      checkpoints on disk, written completely or not at all

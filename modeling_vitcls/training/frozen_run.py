@@ -10,6 +10,7 @@ from ..inference.metrics import NOTHING_MEASURED, join_tasks
 from .calibration import Calibration, describe_fold_calibration, measure_errors
 from .frozen_encoder import describe_frozen, join_texts
 from .heads import FrozenHead, describe_class_weights, describe_threshold
+from .learning_curve import describe_learning_curve, measure_learning_curve
 from .outcome import Outcome, list_measurements
 from .training_setup import TrainingSetup
 
@@ -68,7 +69,11 @@ def run_frozen(
         return replace(outcome, metrics=merged | {"num_unreadable_images": num_unreadable})
 
     (only,) = all_tasks
-    lines = outcome.lines | {"unknown": describe_threshold(only.head.probe)}
+    curve = measure_learning_curve(only.head)
+    lines = outcome.lines | {
+        "curve": describe_learning_curve(curve),
+        "unknown": describe_threshold(only.head.probe),
+    }
     if data.train.class_ratio > MAX_CLASS_RATIO:
         lines["weights"] = describe_class_weights(only.head)
     nearest_images = None
@@ -80,6 +85,7 @@ def run_frozen(
         calibration=only.calibration.build_record(),
         predictions=only.predictions,
         nearest_images=nearest_images,
+        results=outcome.results | {"learning_curve": curve},
         lines=lines,
     )
 

@@ -1,0 +1,90 @@
+"""Would more photos help? The accuracy of classifiers of a part of the photos.
+
+    features of the run -> five folds -> classifiers of 25, 50, 75 and 100% of the other photos
+
+No image passes the encoder again. What is said has to be above its noise: the gain from half of the
+photos to all of them, on the same left-out photos.
+"""
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from threadpoolctl import threadpool_limits
+
+from ..inference.class_statistics import ClassStatistics
+from ..inference.evaluator import round_floats
+from ..inference.linear_probe import FEW_IMAGES, NUM_FOLDS, split_folds, stack_tokens
+from .heads import FrozenHead
+
+
+SHARES = (0.25, 0.5, 0.75, 1.0)
+MIN_CURVE_IMAGES = 40  # With fewer, a quarter is a handful
+MIN_STANDARD_ERRORS = 2.0
+
+
+def measure_learning_curve(head: FrozenHead) -> dict[str, Any] | None:
+    """Measure the accuracy with four numbers of training images.
+
+    Returns:
+        The mean numbers of images, the accuracies, the gain from half of the images to all with its
+        standard error, and the class that gains most; None for several labels per image, and for
+        too few or more than `FEW_IMAGES` images.
+    """
+    probe = head.probe
+    num_images = len(probe.losses_)
+    if probe.lines_ is not None or not MIN_CURVE_IMAGES <= num_images <= FEW_IMAGES:
+        return None
+    images = head.features.take(np.arange(num_images))
+    read = probe.candidate_.tokens
+    tokens = {token: images.get_tokens()[token] for token in read}
+    classes, labels = np.unique(images.labels, return_inverse=True)
+    groups = np.unique(images.groups, return_inverse=True)[1]
+    # Images of a group are left out together
+    order = np.random.default_rng(0).random(num_images)[groups]
+
+    is_right = np.full((len(SHARES), num_images), np.nan)
+    sizes = []
+    with threadpool_limits(limits=1):
+        for train, test in split_folds(labels, groups, NUM_FOLDS):
+            ranks = pd.Series(order[train]).groupby(labels[train]).rank(method="first")
+            counts = np.bincount(labels[train])[labels[train]]
+            for row, share in zip(is_right, SHARES, strict=True):
+                part = train[ranks <= np.maximum(1, share * counts)]
+                statistics = ClassStatistics.fit(
+                    {token: values[part] for token, values in tokens.items()},
+                    labels[part],
+                    len(classes),
+                    probe.has_covariance(labels[part]),
+                )
+                weight, bias = statistics.build_classifier(probe.is_balanced)
+                logits = stack_tokens(tokens, read)[test] @ weight.T + bias
+                row[test] = logits.argmax(axis=1) == labels[test]
+                sizes.append(len(part))
+    if not sizes:
+        return None
+
+    gains = pd.DataFrame({"gain": is_right[-1] - is_right[1], "label": labels, "group": groups})
+    by_group = gains.dropna().groupby(["label", "group"])["gain"].mean()
+    by_class = by_group.groupby("label").agg(["mean", "sem"])
+    best = by_class["mean"].idxmax()
+    is_clear = by_class["mean"][best] > MIN_STANDARD_ERRORS * by_class["sem"][best]
+    return round_floats(  # type: ignore[no-any-return]
+        {
+            "num_images": np.reshape(sizes, (-1, len(SHARES))).mean(axis=0).round().tolist(),
+            "accuracy": np.nanmean(is_right, axis=1).tolist(),
+            "gain": float(by_group.mean()),
+            "standard_error": float(by_group.sem()),
+            "class": head.labels.names[classes[best]] if is_clear else None,
+        }
+    )
+
+
+def describe_learning_curve(record: dict[str, Any] | None) -> str | None:
+    """Say that more photos would help; None unless the gain is above its noise."""
+    if record is None or record["gain"] <= MIN_STANDARD_ERRORS * record["standard_error"]:
+        return None
+    points = zip(record["accuracy"], record["num_images"], strict=True)
+    texts = [f"{accuracy:.0%} with {num_images:.0f}" for accuracy, num_images in points]
+    text = f"more photos would help: {', '.join(texts)} training photos"
+    return f"{text}. {record['class']} gains most" if record["class"] else text
