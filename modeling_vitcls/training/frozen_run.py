@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..data.splits import MAX_CLASS_RATIO, TrainingData
-from ..inference.evaluator import Predictions
+from ..inference.evaluator import Predictions, round_floats
 from ..inference.metrics import NOTHING_MEASURED, join_tasks
 from .calibration import Calibration, describe_fold_calibration, measure_errors
 from .frozen_encoder import describe_frozen, join_texts
@@ -62,11 +62,16 @@ def run_frozen(
     if any(each.num_folds for each in measured):
         outcome = replace(outcome, split="cross-validation")
     if data.label_space.kind == "multi_task":
-        # A task without labels of the measured images counts none of them.
-        num_unreadable = max(each.metrics["num_unreadable_images"] for each in all_tasks)
+        # Every task has been measured on images of the same passes, but may lack their labels.
+        held_out = [each.head.held_out for each in all_tasks if each.head.held_out is not None]
+        num_images = num_training_images
+        num_unreadable = all_tasks[0].head.features.num_unreadable
+        if held_out:
+            num_unreadable = held_out[0].num_unreadable
+            num_images = len(data.held_out) - num_unreadable
         task_metrics = {task: each.metrics for task, each in tasks.items()}
-        merged = join_tasks(task_metrics, len(data.held_out) or num_training_images)
-        return replace(outcome, metrics=merged | {"num_unreadable_images": num_unreadable})
+        metrics = round_floats(join_tasks(task_metrics, num_images))
+        return replace(outcome, metrics=metrics | {"num_unreadable_images": num_unreadable})
 
     (only,) = all_tasks
     curve = measure_learning_curve(only.head)

@@ -102,6 +102,24 @@ def test_a_damaged_photo_is_counted_whatever_task_is_last(sources: Path) -> None
     assert results["num_images"] == 24
 
 
+def test_a_damaged_held_out_photo_measures_no_task(sources: Path) -> None:
+    write_files(sources, "my photos/ants/damaged.png", content=b"no photo")
+    photos = sorted((sources / "my photos").rglob("*.png"))
+    rows = [
+        f"{photo},{photo.parent.name},{('few', 'many')[index % 3 > 0]}"
+        for index, photo in enumerate(photos)
+    ]
+    is_held_out = [index % 2 or "damaged.png" in row for index, row in enumerate(rows)]
+    for name, kind in (("train", 0), ("test", 1)):
+        part = [row for row, is_test in zip(rows, is_held_out, strict=True) if is_test == kind]
+        table = "\n".join(["image,insect,legs", *part])
+        write_files(sources / "tables", f"{name}.csv", content=table.encode())
+    results = finetune(sources, "vit", "tables", "run", "--label-column", "insect", "legs")
+    assert results["split"] == "split 'test'"
+    assert results["num_unreadable_images"] == 1
+    assert results["num_images"] == results["tasks"]["legs"]["num_images"] == sum(is_held_out) - 1
+
+
 @pytest.mark.filterwarnings("error::scipy.linalg.LinAlgWarning")
 @pytest.mark.parametrize("num_photos", [1, 2, 3, 4])
 def test_a_few_photos_of_each_class_are_enough_and_have_no_percentage(
