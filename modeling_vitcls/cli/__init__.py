@@ -63,8 +63,10 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         Path.cwd()
     except FileNotFoundError:
-        message = "the working folder was removed. Change to another one, such as `cd ~`"
-        print(f"error: {message}", file=sys.stderr)
+        print(
+            "error: the working folder was removed. Change to another one, such as `cd ~`",
+            file=sys.stderr,
+        )
         raise SystemExit(1) from None
     try:
         try:

@@ -91,8 +91,10 @@ def join_lists(values: list[list[Any] | None]) -> list[str | None]:
     """
     filled = filter(None, values)
     if any(LABEL_SEPARATOR in str(item) for item in chain.from_iterable(filled)):
-        return [value and json.dumps(value, ensure_ascii=False) for value in values]
-    return [value and LABEL_SEPARATOR.join(map(str, value)) for value in values]
+        return [
+            None if value is None else json.dumps(value, ensure_ascii=False) for value in values
+        ]
+    return [None if value is None else LABEL_SEPARATOR.join(map(str, value)) for value in values]
 
 
 def write_json_rows(table: pa.Table, file: Path, pattern: str, separator: str) -> None:
