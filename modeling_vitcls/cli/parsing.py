@@ -36,6 +36,8 @@ from .recipes import REGISTRY, describe_unknown_flag, read_recipe
 ScriptOptions = TypeVar("ScriptOptions", bound=Options)
 
 HELP_FLAGS = {"-h", "--help", "--help-all"}
+# The README's encoder, for a person who has none yet
+FIRST_MODEL = "timm:vit_small_patch14_reg4_dinov2.lvd142m"
 # tyro's --help lists all flags
 OTHER_SPELLINGS = {"--help-all": "--help", "-o": "--output"}
 
@@ -211,6 +213,8 @@ def check_flags(
         # Such as `vitcls predict runs/mine photo.jpg`
         is_model = "model" in missing and not first.startswith("-") and not Path(first).is_file()
         hint = f". Did you mean `model={first!r}`?" if is_model else ""
+        if command == "finetune" and "model" in missing:
+            hint = f". A model to begin with: `model={FIRST_MODEL!r}`"
         names = ", ".join(f"`{name}`" for name in missing)
         raise ValueError(f"vitcls {command} requires {names}{hint}")
 

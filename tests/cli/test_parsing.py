@@ -121,6 +121,11 @@ def test_errors_of_recipes_are_one_line(
         (f"finetune {RUN} --model-config a", ["--model-config: a is not of the form NAME=VALUE"]),
         (f"finetune {RUN} --epochs -1", ["--epochs is -1.0, but it must be above 0"]),
         ("finetune --model m", ["requires --dataset, --output-dir\n"]),
+        (
+            "finetune --dataset d --output-dir o",
+            ["requires --model. A model to begin with: --model timm:vit_small_patch14_reg4"],
+        ),
+        ("finetune photos", ["--output-dir. A model to begin with: --model timm:vit_small"]),
         ("predict runs/mine a.png", ["requires --model. Did you mean --model runs/mine?"]),
         ("verify-unchanged runs/mine", ["NEW"]),
         ("evaluate --model m --dataset d --batch-size", ["--batch-size"]),
