@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = [
     ROOT / "README.md",
     *sorted((ROOT / "docs").glob("*.md")),
-    ROOT / "notebooks" / "quickstart.ipynb",
+    ROOT / "notebooks" / "photos.ipynb",
 ]
 COMMAND = re.compile(
     r'pip install (\\?")(?:\.|modeling_vitcls)\[([a-z,]+)\](?: @ git\+[^\s"\\]+)?\\?"'

@@ -31,7 +31,7 @@ ADDED = [
     "SECURITY.md",
     "CHANGELOG.md",
     "LICENSE",
-    "notebooks/quickstart.ipynb",
+    "notebooks/photos.ipynb",
     "scripts/make_hero.py",
     *(file.relative_to(ROOT).as_posix() for file in (ROOT / "scripts" / "compared").glob("*.*")),
 ]
