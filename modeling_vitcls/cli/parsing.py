@@ -64,8 +64,6 @@ def parse_command_line(modules: dict[str, ModuleType], arguments: list[str]) -> 
             raise SystemExit(0)
 
         flags = name_arguments(flags, getattr(module, "ARGUMENTS", ()))
-        if "model_config" in get_flag_fields(options_class):
-            flags = move_model_fields(flags)
         recipe = read_recipe_of_flags(flags, options_class)
         check_flags(name, flags, options_class, recipe)
 
@@ -128,19 +126,6 @@ def name_arguments(flags: list[str], names: Sequence[str]) -> list[str]:
         if flags[2 * index :] and not flags[2 * index].startswith("-"):
             flags = [*flags[: 2 * index], f"--{name}", *flags[2 * index :]]
     return flags
-
-
-def move_model_fields(flags: list[str]) -> list[str]:
-    """Write `--intermediate-size N`, as scripts have it, as a value of --model-config."""
-    if "--intermediate-size" not in flags[:-1]:
-        return flags
-    index = flags.index("--intermediate-size")
-    value = f"intermediate_size={flags[index + 1]}"
-    flags = flags[:index] + flags[index + 2 :]
-    if "--model-config" not in flags:
-        flags = [*flags, "--model-config"]
-    index = flags.index("--model-config") + 1
-    return [*flags[:index], value, *flags[index:]]
 
 
 def read_recipe_of_flags(flags: list[str], options_class: type[Options]) -> Any:

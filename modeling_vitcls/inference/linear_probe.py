@@ -246,7 +246,7 @@ class LinearProbe(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         self.choose(cross_validated, targets, groups)
         self.refit(features, labels)
         self.calibrate(cross_validated, features, targets, groups)
-        self.distance_threshold_ = None
+        self.distance_threshold_: float | None = None
         # Pairs have no covariance, in which a photo of another class would be far.
         if self.has_covariance(targets):
             self.set_threshold(cross_validated, features)

@@ -142,12 +142,6 @@ def test_flags_that_do_not_exist_fit_or_agree_are_one_line(
     assert all(word in error for word in words)
 
 
-def test_the_width_of_the_mlp_is_a_value_of_the_configuration() -> None:
-    flags = "--intermediate-size 48 --model-config qkv_bias=false".split()
-    options = parse_flags("finetune", [*RUN.split(), *flags])
-    assert options.model_config == {"intermediate_size": 48, "qkv_bias": False}
-
-
 def test_paths_may_follow_a_choice() -> None:
     options = parse_flags("predict", "--model m --mixed-precision no a.png b".split())
     assert (options.mixed_precision, options.paths) == ("no", ("a.png", "b"))
