@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 
 from ..runtime.errors import format_name_list
 from .cells import (
@@ -358,6 +357,8 @@ def read_groups(
 
     Also return the number of groups.
     """
+    import pandas as pd
+
     texts = [read_texts(table, column, dataset) for table in tables.values()]
     names = [row if text is None else text for row, text in enumerate(chain(*texts))]
     codes, different = pd.factorize(np.array(names, object))
@@ -390,6 +391,8 @@ def find_unused_groups(
 
 def look_like_groups(values: Sequence[str | None], labels: Sequence[Any]) -> bool:
     """Tell whether values name objects: most have a few rows, all of one class, and not by chance."""
+    import pandas as pd  # Predictions of photos read this file, and need no tables
+
     table = pd.DataFrame({"value": values, "label": list(map(repr, labels))}).dropna()
     groups = table.groupby("value")["label"].agg(["size", "nunique"])
     repeated = groups[groups["size"] > 1]

@@ -96,7 +96,7 @@ def test_folders_are_local_and_impossible_ids_are_not_resolved(
     assert get_model_folder(str(tmp_path)) == str(tmp_path)
     for source in ("/not/there", "./not-there", "a/b/c"):
         with raises_one_line(
-            f"{source} is not a folder and not a valid id of a model", error=OSError
+            f"{source} is not a folder", "and not a valid id of a model", error=OSError
         ):
             get_model_folder(source)
     with raises_one_line("requires a model on the Hub", str(tmp_path)):

@@ -112,7 +112,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def write_table(folder: Path, name: str, header: list[str], text: Any) -> Path:
     """Write the images of a scenario and a CSV file with `text(label)` for each label.
 
-    Each image occurs twice.
+    Each image has two rows, and counts once.
     """
     pictures = build_labeled_images(name)
     with (folder / f"{name}.csv").open("w", encoding="utf-8", newline="") as file:
@@ -140,7 +140,7 @@ def test_the_label_column_of_the_training_is_read_if_the_table_has_it(
         tmp_path, "single", ["label", "animal"], lambda label: [CLASSES[label], CLASSES[0]]
     )
     first_class = evaluate(model, table)["per_class"][0]
-    assert first_class["images"] == 2 * NUM_IMAGES
+    assert first_class["images"] == NUM_IMAGES
 
     without_it = pd.read_csv(table).drop(columns="animal")
     without_it.to_csv(tmp_path / "other.csv", index=False)
@@ -172,7 +172,7 @@ def test_several_labels_per_image_are_matched_by_name_and_scored_per_image(
         list(one) == list(other)
         for one, other in zip(rows["label"], rows["prediction"], strict=True)
     ]
-    assert len(rows) == 2 * NUM_IMAGES
+    assert len(rows) == NUM_IMAGES
     assert np.mean(is_exact) == close(found["exact_match"])
     is_predicted = np.stack(rows["probabilities"]) >= (threshold or 0.5)
     assert rows["prediction"].map(len).tolist() == is_predicted.sum(axis=1).tolist()
@@ -306,8 +306,8 @@ def test_the_files_are_written_before_the_table_is_printed(
     files = {"output": tmp_path / "results.json", "per_image": tmp_path / "images.parquet"}
     with pytest.raises(BrokenPipeError):
         evaluate(models / "single", table, label_column=("animal",), **files)
-    assert read_json(files["output"])["num_images"] == 2 * NUM_IMAGES
-    assert len(pd.read_parquet(files["per_image"])) == 2 * NUM_IMAGES
+    assert read_json(files["output"])["num_images"] == NUM_IMAGES
+    assert len(pd.read_parquet(files["per_image"])) == NUM_IMAGES
 
 
 def test_an_image_of_other_channels_is_named_and_counted_as_unreadable(

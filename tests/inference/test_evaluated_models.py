@@ -1,5 +1,6 @@
 """Evaluation and prediction refuse ambiguous labels and damaged configurations."""
 
+import json
 from pathlib import Path
 from typing import Literal
 from unicodedata import normalize
@@ -85,11 +86,10 @@ def test_labels_of_the_data_are_those_of_the_model_in_either_unicode_form(
 def test_a_distance_threshold_that_is_not_finite_is_an_error(
     model: Path, photos: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = (model / "config.json").read_text()
-    for value in ("NaN", "Infinity"):
-        (model / "config.json").write_text(
-            config.replace("{", f'{{"distance_threshold": {value},', 1)
-        )
+    config = json.loads((model / "config.json").read_text())
+    for value in ("nan", "inf"):
+        config["distance_threshold"] = float(value)
+        (model / "config.json").write_text(json.dumps(config))
         reset_accelerate()
         assert run_here("predict", "--model", model, photos) == 1
         check_error(capsys, "distance_threshold")

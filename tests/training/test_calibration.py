@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from helpers.tiny_options import build_tiny_options
+from helpers.tiny_options import build_tiny_options, run_to_folder
 from torchmetrics.functional.classification import multiclass_calibration_error
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor
@@ -17,8 +17,7 @@ from modeling_vitcls.data.options import DataOptions
 from modeling_vitcls.data.splits import load_training_data
 from modeling_vitcls.hub.model_files import PREDICTIONS_FILE
 from modeling_vitcls.inference.confidence import fit_temperature
-from modeling_vitcls.training.calibration import describe_probe_calibration
-from modeling_vitcls.training.run import train
+from modeling_vitcls.training.calibration import describe_fold_calibration
 
 
 pytestmark = pytest.mark.usefixtures("few_digits")
@@ -41,7 +40,7 @@ def test_predictions_that_are_all_alike_have_words_instead_of_a_huge_temperature
         classes_=["ant", "bee"],
         out_of_fold_=np.array([[0.5, 0.5], [highest, 1 - highest]]),
     )
-    assert words in describe_probe_calibration(probe).text
+    assert words in describe_fold_calibration(probe).text
 
 
 @pytest.mark.parametrize("select", ["last", "best"])
@@ -57,7 +56,7 @@ def test_calibration_uses_images_that_are_not_reported(
     )
     monkeypatch.setattr("modeling_vitcls.training.calibration.MIN_IMAGES", len(fitted))
     flags = {"image_size": 8, "patch_size": 4, "select": select, "max_steps": 20, "batch_size": 32}
-    folder = train(
+    folder = run_to_folder(
         build_tiny_options(
             tmp_path / "run", "digits", model_config={"drop_path_rate": 0.5}, **flags
         )
