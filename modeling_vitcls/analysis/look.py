@@ -15,6 +15,7 @@ from torchvision.transforms.v2.functional import to_pil_image
 
 from ..conversion.open_model import open_model
 from ..data.aspect_ratio import get_output_size, get_resize, set_resize
+from ..data.splits_table import is_trained_image, read_trained_keys
 from ..hub.local_paths import get_title
 from ..inference.inputs import list_records
 from ..inference.load_model import load_model
@@ -34,14 +35,15 @@ def draw_photo(options: LookOptions, image: Any) -> Image.Image:
     """
     if isinstance(image, list | tuple):
         raise ValueError(f"cannot draw a {type(image).__name__}. Pass one photo")
-    model, processor = load_adjusted_model(options.model, options.image_size, options.resize)
+    model, processor, trained_keys = load_adjusted_model(options)
     photo = processor.fetch_images(image)
     if not isinstance(photo, Image.Image):
         photo = to_pil_image(image_to_tensor(photo, to_rgb=True, bit_depth=processor.bit_depth))
     name = Path(image).name if isinstance(image, str | Path) else ""
     model_name = get_title(options.model)
     measurements = measure_photo(model, processor, photo, find_token_use(model))
-    sheet = draw_sheet(measurements, " · ".join(filter(None, (model_name, name))))
+    title = " · ".join(filter(None, (model_name, name)))
+    sheet = draw_sheet(measurements, title, is_trained_image(image, trained_keys))
     if options.output is not None:
         save_image(sheet, choose_file(options.output, Path(name).stem or "sheet", True, []))
     return sheet
@@ -57,7 +59,7 @@ def write_sheets(options: LookOptions, output: Path) -> None:
     """
     error_console = Console(emoji=False, stderr=True, soft_wrap=True, highlight=False)
     photos = list_records(options.paths)
-    model, processor = load_adjusted_model(options.model, options.image_size, options.resize)
+    model, processor, trained_keys = load_adjusted_model(options)
     use = find_token_use(model)
     model_name = get_title(options.model)
     is_single = len(photos) == 1
@@ -74,24 +76,29 @@ def write_sheets(options: LookOptions, output: Path) -> None:
             )
             continue
         file = choose_file(output, Path(name).stem, is_single, written)
-        save_image(draw_sheet(measurements, f"{model_name} · {Path(name).name}"), file)
+        is_trained = is_trained_image(source, trained_keys)
+        title = f"{model_name} · {Path(name).name}"
+        save_image(draw_sheet(measurements, title, is_trained), file)
         written.append(file)
         print(f"saved {file}")
     if not written:
         raise ValueError(f"none of the {len(photos)} photos can be read. Pass other image files")
 
 
-def load_adjusted_model(
-    source: str, image_size: int | tuple[int, int] | None, resize: str | None
-) -> tuple[Any, Any]:
-    """Load the model and its image processor, with another image size or resizing if it is set."""
-    folder = open_model(source)
+def load_adjusted_model(options: LookOptions) -> tuple[Any, Any, frozenset[int]]:
+    """Load the model and its image processor, with another image size or resizing if it is set.
+
+    Return also the keys of the images that trained it.
+    """
+    folder = open_model(options.model)
     model, processor = load_model(folder), folder.load_processor()
+    image_size, resize = options.image_size, options.resize
     if image_size is not None or resize is not None:
         size = get_output_size(processor) if image_size is None else to_pair(image_size)
         set_resize(processor, resize or get_resize(processor), size)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return model.to(device).eval(), processor  # type: ignore[arg-type]  # `to` is decorated
+    model.to(device).eval()  # type: ignore[arg-type]  # `to` is decorated
+    return model, processor, read_trained_keys(folder)
 
 
 def choose_file(output: Path, stem: str, is_single: bool, written: list[Path]) -> Path:

@@ -123,18 +123,23 @@ class ShownPhoto:
         return draw_sheet(self.measurements, Path(self.name).name)
 
 
-def draw_sheet(measurements: PhotoMeasurements, title: str = "") -> Image.Image:
+def draw_sheet(
+    measurements: PhotoMeasurements, title: str = "", is_trained: bool = False
+) -> Image.Image:
     """Draw the sheet of a photo.
 
     Args:
         measurements: measurements of the photo (`measure_photo`).
         title: name of the model and of the photo.
+        is_trained: whether the photo trained the model, which the title says.
 
     Returns:
         An RGB image that is 1,800 pixels wide.
     """
     photo = draw_region(measurements.image, measurements.visible_region, LARGE_SIDE)
     pictures = []
+    if is_trained:
+        title = " · ".join(filter(None, (title, "this photo trained the model")))
     with rc_context(STYLE):
         for figure in (
             draw_header(measurements, title),

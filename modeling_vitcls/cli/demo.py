@@ -111,6 +111,7 @@ def build_page(options: DemoOptions) -> Any:
     from ..analysis.photo import measure_photo
     from ..analysis.sheet import draw_sheet
     from ..analysis.token_use import find_token_use
+    from ..data.splits_table import is_trained_image
     from ..hub.local_paths import get_title
     from ..model.image_processing_vitcls import read_image
     from .api import Predictor
@@ -130,7 +131,8 @@ def build_page(options: DemoOptions) -> Any:
             raise gradio.Error(row["error"].replace(file, "the file"), print_exception=False)
         answers = [read_answer(row, task, head) for task, head in loaded.columns.heads.items()]
         photo = measure_photo(loaded.model, loaded.processor, read_image(file), use)
-        return [*answers, draw_sheet(photo)]
+        is_trained = is_trained_image(file, loaded.trained_keys)
+        return [*answers, draw_sheet(photo, is_trained=is_trained)]
 
     answers = [
         gradio.Label(label=task or "Answer", num_top_classes=NUM_LABELS)

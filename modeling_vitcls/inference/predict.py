@@ -23,9 +23,10 @@ from rich.console import Console
 from ..conversion.open_model import open_model
 from ..data.labels import get_heads
 from ..data.sources import load_on_main
+from ..data.splits_table import is_trained_image, read_trained_keys
 from ..model.image_processing_vitcls import ViTCLSImageProcessor
 from ..runtime.distributed import build_accelerator, set_mixed_precision
-from ..runtime.errors import format_name_list
+from ..runtime.errors import format_name_list, warn_on_first_process
 from ..runtime.progress import track
 from .cuda_graphs import GraphedFunction
 from .image_pass import pass_over_images, prepare_batches
@@ -66,6 +67,8 @@ class LoadedPredictor:
     autocast: Callable[[], AbstractContextManager]
     batch_size: int
     num_workers: int
+    # Keys of the images that trained the classifier (splits_table.py)
+    trained_keys: frozenset[int] = frozenset()
 
     def iterate_rows(
         self, records: Sequence[ImageRecord], part: slice = slice(None)
@@ -119,11 +122,15 @@ def predict_images(options: PredictOptions) -> None:
     # On all processes, although only the main process reads the rows
     rows = compute_rows(accelerator, records, predictor)
     failed: list[int] = []  # Indices of the images without a prediction
+    num_trained = 0
 
     def watch_rows() -> Iterator[Row]:
+        nonlocal num_trained
         for row in rows:
             if row["error"] is not None:
                 failed.append(row["index"])
+            elif is_trained_image(records[row["index"]].content, predictor.trained_keys):
+                num_trained += 1
             yield row
 
     num_images = len(records)
@@ -133,6 +140,11 @@ def predict_images(options: PredictOptions) -> None:
     elif accelerator.is_main_process and options.output is not None:
         write_rows(watch_rows(), columns, options.output)
         print(f"{options.output}: {num_images - len(failed):,} of {num_images:,} images predicted")
+    if num_trained:
+        warn_on_first_process(
+            f"{num_trained:,} of {num_images:,} images trained the model: their predictions measure "
+            "nothing. Predict other images, or see the result of the run"
+        )
     accelerator.end_training()
 
     if failed and (options.strict or len(failed) == num_images):
@@ -186,6 +198,7 @@ def load_predictor(options: PredictOptions, device: torch.device) -> LoadedPredi
         autocast=nullcontext,
         batch_size=batch_size,
         num_workers=get_num_workers() if options.num_workers is None else options.num_workers,
+        trained_keys=read_trained_keys(folder) if options.features is None else frozenset(),
     )
 
 

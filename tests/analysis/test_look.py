@@ -205,7 +205,7 @@ def test_the_function_returns_the_image_of_the_command(
 @pytest.fixture
 def measured_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let `look` return the measurements instead of a sheet."""
-    monkeypatch.setattr(look_module, "draw_sheet", lambda measurements, title: measurements)
+    monkeypatch.setattr(look_module, "draw_sheet", lambda measurements, *texts: measurements)
 
 
 @pytest.mark.usefixtures("measured_only")

@@ -14,6 +14,8 @@ from helpers.tiny_models import raises_one_line
 from helpers.tiny_options import build_tiny_options, run_to_folder
 
 from modeling_vitcls import evaluate, inspect_tokens
+from modeling_vitcls.analysis import sheet
+from modeling_vitcls.cli.demo import DemoOptions, build_page
 from modeling_vitcls.data.images import DatasetImages
 from modeling_vitcls.hub.model_folder import ModelFolder
 from modeling_vitcls.publishing.published_files import list_published_files
@@ -168,6 +170,39 @@ def test_other_photos_are_inspected_whole(photos: Path, tmp_path: Path) -> None:
     for dataset, count in ((photos / "train", 12), (other, 20)):
         found = inspect_tokens(photos / "run", dataset=dataset, output=output, num_images=1)
         assert found.num_images == count
+
+
+def test_predictions_of_training_photos_are_said_to_measure_nothing(
+    photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`predict`, `look` and the page recognize them under any name."""
+    model = photos / "run"
+    data = read_training_data(photos / "train")
+    names = [part.images.get_names()[0] for part in (data.train, data.held_out)]
+    files = [
+        shutil.copy(photos / "train" / name, tmp_path / f"{index}.png")
+        for index, name in enumerate(names)
+    ]
+    run_here("predict", "--model", model, *files)
+    assert "1 of 2 images trained the model" in caplog.text
+    caplog.clear()
+    reset_accelerate()
+    shutil.copytree(model, tmp_path / "unlisted").joinpath("splits.parquet").unlink()
+    run_here("predict", "--model", tmp_path / "unlisted", *files)
+    assert not caplog.text
+
+    titles: list[str] = []
+    draw = sheet.draw_header
+    monkeypatch.setattr(
+        sheet, "draw_header", lambda photo, title: titles.append(title) or draw(photo, title)
+    )
+    page = build_page(DemoOptions(model=str(model)))
+    (ask,) = {each.fn for each in page.fns.values() if each.api_name == "predict"}
+    for file in files:
+        ask(str(file))
+        run_here("look", file, "--model", model, "-o", tmp_path / "sheet.png")
+    is_said = ["this photo trained the model" in title for title in titles]
+    assert is_said == [True, True, False, False]
 
 
 # The table ----------------------------------------------------------------------------------------
