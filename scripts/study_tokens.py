@@ -5,7 +5,8 @@ The results are in model_cards/studies/tokens.md.
     python scripts/study_tokens.py --encoder ENCODER --photos PHOTOS --output runs/tokens
 
 For each seed, `finetune` trains on the same photographs: frozen, and five epochs of each row of
-`RECIPES`, with all labels. The teacher of the distillation token is a frozen model of other
+`RECIPES`, with all labels; a row with a token stands beside the same run without it, and says how far
+its gates have opened. The teacher is a frozen model of other
 photographs of the same classes. Each model is measured on all test photographs, and compared with the
 frozen one of the same seed. Each result is appended to OUTPUT/rows.jsonl at once, so that an
 interrupted study continues.
@@ -23,23 +24,47 @@ import tyro
 from study import compute_mean_interval
 from study_photos import PhotoOptions, draw_photos, link_photos, list_photos
 
-from modeling_vitcls import evaluate, finetune
+from modeling_vitcls import ViTCLSForImageClassification, evaluate, finetune
 
 
-# Name -> flags of `finetune`
+EPOCHS = 5
+MIN_GATE = 0.1  # Below it, a row says nothing about its token
+# Name -> flags of `finetune`. A row with a token stands beside the same run without it.
 RECIPES: dict[str, dict[str, Any]] = {
     "frozen": {"trainable": "head"},
-    "all layers": {},
-    "LoRA": {"trainable": "lora"},
-    "4 registers, all layers": {"num_register_tokens": 4},
-    "8 prompts, nothing else": {"num_register_tokens": 8, "trainable": "tokens"},
+    "classifier alone": {"trainable": "head", "epochs": EPOCHS},
+    "all layers": {"epochs": EPOCHS},
+    "LoRA": {"trainable": "lora", "epochs": EPOCHS},
+    "4 registers, gated, all layers": {"num_register_tokens": 4, "epochs": EPOCHS},
+    "4 registers, open, all layers": {
+        "num_register_tokens": 4,
+        "gate_new_tokens": False,
+        "epochs": EPOCHS,
+    },
+    "8 prompts, gated, nothing else": {
+        "num_register_tokens": 8,
+        "trainable": "tokens",
+        "epochs": EPOCHS,
+    },
+    "8 prompts, open, nothing else": {
+        "num_register_tokens": 8,
+        "trainable": "tokens",
+        "gate_new_tokens": False,
+        "epochs": EPOCHS,
+    },
     "CLS for each quarter, all layers": {
         "cls_scopes": ("image", "2x2"),
         "model_config": {"cls_pooling": "concat"},
+        "epochs": EPOCHS,
     },
-    "distillation token, all layers": {"num_distillation_tokens": 1, "distillation": "soft"},
+    "teacher on CLS, no token, all layers": {"teacher": True, "epochs": EPOCHS},
+    "distillation token, same teacher, all layers": {
+        "teacher": True,
+        "num_distillation_tokens": 1,
+        "distillation": "soft",
+        "epochs": EPOCHS,
+    },
 }
-EPOCHS = 5
 
 
 @dataclass(frozen=True)
@@ -81,10 +106,8 @@ def run_recipe(options: Options, seed: int, name: str, flags: dict[str, Any]) ->
     train = draw_photos(options.photos / "train", options.num_labels, seed)
     link_photos(train, folder / "train")
     link_photos(list_photos(options.photos / "test"), options.output / "test")
-    if name.startswith("distillation"):
+    if flags.get("teacher"):
         flags = flags | {"teacher": str(fit_teacher(options, seed, set(train)))}
-    if name != "frozen":
-        flags = flags | {"epochs": EPOCHS}
 
     start = time.process_time()
     fit(options, folder / "train", folder / "model", **flags)
@@ -92,6 +115,7 @@ def run_recipe(options: Options, seed: int, name: str, flags: dict[str, Any]) ->
     results = evaluate(folder / "model", options.output / "test", num_workers=0)
     names = ("accuracy", "loss", "calibration_error", "cls_accuracy", "distillation_accuracy")
     row = key | {"cpu_seconds": seconds} | {each: results.get(each) for each in names}
+    row["gates"] = read_gates(folder / "model")
     with (options.output / "rows.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
     print(row, flush=True)
@@ -106,10 +130,19 @@ def fit_teacher(options: Options, seed: int, students: set[Path]) -> Path:
         photos = [each for each in others if each.parent.name == name]
         chosen += photos[: options.num_teacher_labels]
     link_photos(chosen, folder / "teacher-photos")
-    fit(options, folder / "teacher-photos", folder / "teacher", trainable="head")
+    results = folder / "teacher" / "results.json"
+    if not results.exists():
+        fit(options, folder / "teacher-photos", folder / "teacher", trainable="head")
     accuracy = evaluate(folder / "teacher", options.output / "test", num_workers=0)["accuracy"]
     print({"seed": seed, "teacher": accuracy}, flush=True)
     return folder / "teacher"
+
+
+def read_gates(folder: Path) -> list[float] | None:
+    """Read what part of an ordinary token's attention each gated token has, from 0 to 1."""
+    model = ViTCLSForImageClassification.from_pretrained(folder)
+    gates = model.vitcls.gates
+    return None if gates is None else gates.get_gate_values().tolist()
 
 
 def fit(options: Options, photos: Path, output: Path, **flags: Any) -> None:
@@ -123,8 +156,8 @@ def format_page(rows: list[dict[str, Any]]) -> str:
     """Format a table of the recipes: mean accuracy, and paired differences with their interval."""
     lines = [
         "| trained for five epochs | accuracy | over frozen, points (95%) | over all layers, each draw "
-        "| mean (95%) | log loss | CPU seconds |",
-        "|---|---:|---|---|---|---:|---:|",
+        "| mean (95%) | log loss | gates at the end | CPU seconds |",
+        "|---|---:|---|---|---|---:|---|---:|",
     ]
     for name in RECIPES:
         own = [row for row in rows if row["name"] == name]
@@ -139,6 +172,7 @@ def format_page(rows: list[dict[str, Any]]) -> str:
             ", ".join(f"{each:+.1f}" for each in over_all),
             format_interval(over_all),
             f"{fmean(row['loss'] for row in own):.3f}",
+            format_gates(own),
             f"{fmean(row['cpu_seconds'] for row in own):.0f}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
@@ -151,6 +185,15 @@ def compare(rows: list[dict[str, Any]], own: list[dict[str, Any]], name: str) ->
     if own[0]["name"] == name:
         return []
     return [100 * (row["accuracy"] - others[row["seed"]]) for row in own]
+
+
+def format_gates(rows: list[dict[str, Any]]) -> str:
+    """Format the range of the gates; a token below 0.1 was hardly in the network."""
+    gates = [gate for row in rows for gate in row["gates"] or []]
+    if not gates:
+        return "open" if "open" in rows[0]["name"] else ""
+    note = ": not tested" if fmean(gates) < MIN_GATE else ""
+    return f"{min(gates):.3f} to {max(gates):.3f}{note}"
 
 
 def format_interval(differences: list[float]) -> str:
