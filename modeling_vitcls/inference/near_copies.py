@@ -108,6 +108,7 @@ class CopyFinder:
         nearest = np.sort(np.unique(scenes[pairs[:, 0]], return_index=True)[1])[:NUM_NAMED_PAIRS]
         record = {
             "num_photos": num_photos,
+            "are_alike": self.min_cosine == 1,
             "num_near": int(is_kept.sum()),
             "num_groups": len(np.unique(scenes[is_kept])),
             "divided_classes": [
@@ -166,8 +167,14 @@ def list_earliest(features: Features) -> list[np.ndarray]:
 
 
 def describe_scenes(record: Mapping[str, Any]) -> str | None:
-    """Say how many photos nearly repeat another one; None if there are few."""
+    """Say how many photos nearly repeat another one, or that it is unknown; None if there are few."""
     lines = []
+    if record["are_alike"]:
+        lines.append(
+            "more than half of the photos are alike to this encoder, so scenes cannot be told apart, and "
+            "none is kept together. If these are shots of one scene, the result is too good: name "
+            "scenes with sub-folders or `group_column`"
+        )
     if record["num_near"] > MIN_SHARE * record["num_photos"]:
         lines.append(
             f"{record['num_near']:,} of {record['num_photos']:,} photos nearly repeat another one, in "

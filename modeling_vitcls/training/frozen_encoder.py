@@ -33,7 +33,14 @@ from ..inference.frozen_features import (
     FrozenPass,
     has_searchable_pooling,
 )
-from ..inference.linear_probe import NUM_LAST_LAYERS, Candidate, LinearProbe
+from ..inference.linear_probe import (
+    NUM_LAST_LAYERS,
+    Candidate,
+    LinearProbe,
+    encode_labels,
+    find_strata,
+    split_folds,
+)
 from ..inference.near_copies import (
     CHANGES,
     NUM_CHANGED,
@@ -46,7 +53,7 @@ from ..runtime.distributed import run_on_main
 from ..runtime.errors import format_name_list
 from .border import describe_border, measure_border
 from .distillation_head import describe_inference
-from .heads import FrozenHead, Heads, describe_choice
+from .heads import FrozenHead, Heads, describe_choice, split_tasks
 
 
 # Maximum number of training images, drawn at random, for the classifiers of a run with steps. They
@@ -161,9 +168,16 @@ class FrozenEncoder:
             features = features.join(self.compute_features(part, warn))
         # Photos of one scene in several folds would measure how well the scene is recognized.
         names = self.label_space.names if features.labels.ndim == 1 else None
+        divided = split_tasks(features, self.label_space).values()
         features, scenes = finder.keep_together(features, names)
         # On one process for all: rounding on another CPU could turn a close choice.
         heads = run_on_main(lambda: self.fit_heads(features).fit_second(features))
+        # If nothing can be measured, is it because scenes are kept together?
+        scenes["prevent_folds"] = not any(
+            each.num_folds_ for each in heads.probes.values()
+        ) and any(
+            split_folds(find_strata(encode_labels(each.labels)[1]), each.groups) for each in divided
+        )
         # These images were kept out of the choice, whose time grows with their number, but not of
         # the fit.
         if len(rest):

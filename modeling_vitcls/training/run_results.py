@@ -92,6 +92,14 @@ def print_result(outcome: Outcome, plan: RunPlan, data: TrainingData, reporter: 
 def describe_result(outcome: Outcome) -> str:
     """Describe the result: measured on held-out images, or estimated by cross-validation."""
     if not outcome.measured:
+        copies = outcome.results.get("frozen", {}).get("near_copies", {})
+        if copies.get("prevent_folds"):
+            first, second = copies["pairs"][0]
+            return (
+                f"not evaluated, because {copies['num_near']:,} photos nearly repeat another one, such as "
+                f"{first} and {second}, and too few scenes measure one another. Add photos of another "
+                "scene to each label"
+            )
         return (
             "not evaluated, because no image was held out. Set `held_out_fraction`, such as 0.2 (with "
             "few images per class, the default is 0)"

@@ -1,6 +1,7 @@
 """Image folders with one sub-folder per class, and images that count how often they are read."""
 
 import zlib
+from collections.abc import Iterable
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -83,10 +84,13 @@ def write_unequal_photos(root: Path) -> Path:
 def write_bursts(root: Path) -> None:
     """Write five nearly equal photos of each of sixteen objects, half of them in each class."""
     for number in range(16):
-        pixels = np.random.default_rng([2, number]).integers(0, 256, (5, 7, 3), dtype=np.uint8)
-        scene = Image.fromarray(pixels).resize((140, 100))
-        folder = root / ("cups", "pens")[number % 2]
-        folder.mkdir(parents=True, exist_ok=True)
-        for shot in range(5):
-            photo = scene.crop((shot, 0, shot + 134, 94 + shot))
-            photo.save(folder / f"IMG_{number}{shot}.png")
+        write_shots(root / ("cups", "pens")[number % 2], number)
+
+
+def write_shots(folder: Path, scene: int, shots: Iterable[int] = range(5)) -> None:
+    """Write nearly equal photos of a scene; up to number 15, it is one of `write_bursts`."""
+    pixels = np.random.default_rng([2, scene]).integers(0, 256, (5, 7, 3), dtype=np.uint8)
+    photo = Image.fromarray(pixels).resize((140, 100))
+    folder.mkdir(parents=True, exist_ok=True)
+    for shot in shots:
+        photo.crop((shot, 0, shot + 134, 94 + shot)).save(folder / f"IMG_{scene}{shot}.png")

@@ -15,6 +15,7 @@ from helpers.photo_folders import (
     write_bursts,
     write_files,
     write_photos,
+    write_shots,
     write_unequal_photos,
 )
 from helpers.source_checkpoints import save_large_encoder
@@ -218,4 +219,87 @@ def test_shots_of_one_object_do_not_measure_each_other(
     assert results["accuracy"] < 0.75
     printed = capsys.readouterr().out
     assert "80 of 80 photos nearly repeat another one, in " in printed
-    assert "pens/WhatsApp.png" in printed
+    first, second = results["frozen"]["near_copies"]["pairs"][0]
+    assert {Path(first).parent.name, Path(second).parent.name} == {"cups", "pens"}
+    assert "pens/WhatsApp.png" in (first, second)
+    assert f"have two labels, such as {first} and {second}" in printed
+
+
+def test_a_class_that_is_one_scene_is_measured_and_the_line_says_by_what(
+    sources: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_bursts(sources / "photos")
+    write_shots(sources / "photos/vase", scene=40)
+    results = finetune(sources, "vit", "photos", "run")
+    assert results["frozen"]["near_copies"]["divided_classes"] == ["vase"]
+    counts = {row["name"]: row["images"] for row in results["per_class"]}
+    assert counts == {"cups": 40, "pens": 40, "vase": 5}
+    assert "all photos of vase nearly repeat one another" in capsys.readouterr().out
+
+
+def test_photos_of_a_test_folder_that_repeat_training_photos_are_counted_and_named(
+    sources: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_bursts(sources / "photos/train")
+    for scene, name in enumerate(("cups", "pens")):
+        write_shots(sources / "photos/test" / name, scene, [5])
+    near = finetune(sources, "vit", "photos", "run")["frozen"]["near_copies"]["near_held_out"]
+    assert [Path(name).name for name in near] == ["IMG_05.png", "IMG_15.png"]
+    printed = capsys.readouterr().out
+    assert f"2 held-out photos nearly repeat training photos, such as {near[0]}" in printed
+
+
+def test_a_photo_of_one_color_joins_no_scene(
+    sources: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_bursts(sources / "photos")
+    Image.new("RGB", (140, 100)).save(sources / "photos/cups/lens cap.png")
+    results = finetune(sources, "vit", "photos", "run")
+    assert results["accuracy_interval"][0] < 0.5
+    assert "80 of 81 photos nearly repeat another one" in capsys.readouterr().out
+
+
+def test_two_photos_alone_have_a_sentence_and_no_number(
+    sources: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They are shots of one scene."""
+    write_shots(sources / "shots/dusk", 0, [0])
+    write_shots(sources / "shots/noon", 0, [1])
+    results = finetune(sources, "vit", "shots", "run")
+    assert results.get("accuracy") is None
+    printed = capsys.readouterr().out
+    assert "not evaluated" in printed
+    assert "no result measures classes with one image: dusk, noon. Add images" in printed
+    assert "nearly repeat" not in printed
+
+
+def test_scenes_that_leave_no_folds_are_named_and_other_scenes_help(
+    sources: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Photos with several labels: each label is one scene."""
+
+    def run(output: str, scenes: range) -> dict[str, Any]:
+        rows = ["image,label"]
+        for scene in scenes:
+            write_shots(sources / "scenes", scene)
+            tags = ("red|small", "blue")[scene % 2]
+            rows += [f"scenes/IMG_{scene}{shot}.png,{tags}" for shot in range(5)]
+        (sources / "tags.csv").write_text("\n".join(rows))
+        return finetune(sources, "vit", "tags.csv", output, "--label-separator", "|")
+
+    near = run("few", range(2))["frozen"]["near_copies"]
+    printed = capsys.readouterr().out
+    first = near["pairs"][0][0]
+    assert near["num_near"] == 10
+    assert f"not evaluated, because 10 photos nearly repeat another one, such as {first}" in printed
+
+    assert run("more", range(4))["num_images"] == 20
+    assert "not evaluated" not in capsys.readouterr().out
+
+
+def test_photos_that_are_mostly_alike_are_not_joined_and_a_line_says_so(
+    sources: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    near = finetune(sources, "vit", "my photos", "run")["frozen"]["near_copies"]
+    assert near["num_near"] == 0
+    assert "photos are alike to this encoder" in capsys.readouterr().out

@@ -1,0 +1,42 @@
+"""Near copies among features whose scenes are known."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from modeling_vitcls.inference.frozen_features import FeatureLayout, Features
+from modeling_vitcls.inference.linear_probe import split_folds
+from modeling_vitcls.inference.near_copies import CopyFinder, describe_scenes
+
+
+WIDTH = 48
+
+
+def build_features(values: np.ndarray, labels: np.ndarray) -> Features:
+    """Build features [N, WIDTH] of one token."""
+    number = len(values)
+    return Features(
+        values=values.astype(np.float32),
+        labels=labels,
+        indices=np.arange(number),
+        names=np.array([f"{index}.jpg" for index in range(number)]),
+        groups=np.arange(number),
+        layout=FeatureLayout(1, {"mean": WIDTH}),
+    )
+
+
+FINDER = CopyFinder([(np.zeros(WIDTH), np.eye(WIDTH))], min_cosine=0.9)
+
+
+@pytest.mark.parametrize("num_groups", [200, 90])
+def test_photos_without_near_copies_have_the_folds_of_their_own_groups(num_groups: int) -> None:
+    rng = np.random.default_rng(0)
+    features = build_features(rng.normal(size=(200, WIDTH)), rng.integers(2, size=200))
+    features = replace(features, groups=np.arange(200) % num_groups)
+    joined, record = FINDER.keep_together(features, ["cup", "pen"])
+    assert record["num_near"] == record["num_groups"] == record["num_contradictions"] == 0
+    assert describe_scenes(record) is None
+    before, after = (split_folds(features.labels, each.groups) for each in (features, joined))
+    assert len(before) == 10
+    np.testing.assert_equal(after, before)
