@@ -104,6 +104,8 @@ class CopyFinder:
 
         # One pair of a scene, the nearest ones; photos with two labels come first.
         has_one_label = labels[pairs[:, 0]] == labels[pairs[:, 1]]
+        # Among many shots, a photo may be a neighbor of one that is no neighbor of it.
+        num_contradictions = len(np.unique(np.sort(pairs[~has_one_label]), axis=0))
         pairs = pairs[np.argsort(has_one_label, kind="stable")]
         nearest = np.sort(np.unique(scenes[pairs[:, 0]], return_index=True)[1])[:NUM_NAMED_PAIRS]
         record = {
@@ -114,7 +116,7 @@ class CopyFinder:
             "divided_classes": [
                 (names or [""])[label] for label in np.unique(labels[is_whole_class])
             ],
-            "num_contradictions": int((~has_one_label).sum()) // 2,
+            "num_contradictions": num_contradictions,
             "pairs": features.names[pairs[nearest]].tolist(),
         }
         return replace(features, groups=groups), record

@@ -40,3 +40,14 @@ def test_photos_without_near_copies_have_the_folds_of_their_own_groups(num_group
     before, after = (split_folds(features.labels, each.groups) for each in (features, joined))
     assert len(before) == 10
     np.testing.assert_equal(after, before)
+
+
+def test_each_pair_with_two_labels_counts_once() -> None:
+    """The last photo has ten of twelve shots as neighbors, and is a neighbor of none."""
+    values = np.zeros((13, WIDTH))
+    values[:, 0] = 1
+    values[:12, 1:13] = 0.01 * np.eye(12)
+    values[12, 20] = 0.3
+    features = build_features(values, np.arange(13) // 12)
+    _, record = FINDER.keep_together(features, ["cup", "pen"])
+    assert record["num_contradictions"] == 10
