@@ -15,7 +15,7 @@ from torchvision.transforms.v2.functional import to_pil_image
 
 from ..conversion.open_model import open_model
 from ..data.aspect_ratio import get_output_size, get_resize, set_resize
-from ..data.splits_table import is_trained_image, read_trained_keys
+from ..data.trained_images import is_trained_image, read_trained_keys
 from ..hub.local_paths import get_title
 from ..inference.inputs import list_records
 from ..inference.load_model import load_model

@@ -111,7 +111,7 @@ def build_page(options: DemoOptions) -> Any:
     from ..analysis.photo import measure_photo
     from ..analysis.sheet import draw_sheet
     from ..analysis.token_use import find_token_use
-    from ..data.splits_table import is_trained_image
+    from ..data.trained_images import is_trained_image
     from ..hub.local_paths import get_title
     from ..model.image_processing_vitcls import read_image
     from .api import Predictor

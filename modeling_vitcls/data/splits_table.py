@@ -24,9 +24,6 @@ from ..runtime.errors import explain_damage
 from ..runtime.files import write_atomically
 from .images import (
     LabeledImages,
-    compute_content_key,
-    open_encoded_image,
-    to_encoded_image,
 )
 
 
@@ -105,20 +102,3 @@ def list_trained_keys(splits: pd.DataFrame) -> pd.Series:
     # Images that selected the checkpoint count, too: the model was chosen because it is right on
     # them.
     return splits["key"][splits["split"] != "test"]
-
-
-def read_trained_keys(folder: ModelFolder) -> frozenset[int]:
-    """Read the keys of the images that trained a model; none if its folder does not list them."""
-    if not (folder.path / SPLITS_FILE).is_file():
-        return frozenset()
-    return frozenset(list_trained_keys(read_splits(folder)).tolist())
-
-
-def is_trained_image(image: Any, trained_keys: frozenset[int]) -> bool:
-    """Recognize an image that trained a model: a path or an encoded image; others have no key."""
-    if not trained_keys or not isinstance(image, str | bytes | Path):
-        return False
-    content = image if isinstance(image, bytes) else str(image)
-    return (
-        compute_content_key(open_encoded_image(to_encoded_image(content, Path()))) in trained_keys
-    )

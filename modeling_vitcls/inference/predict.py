@@ -23,7 +23,7 @@ from rich.console import Console
 from ..conversion.open_model import open_model
 from ..data.labels import get_heads
 from ..data.sources import load_on_main
-from ..data.splits_table import is_trained_image, read_trained_keys
+from ..data.trained_images import is_trained_image, read_trained_keys
 from ..model.image_processing_vitcls import ViTCLSImageProcessor
 from ..runtime.distributed import build_accelerator, set_mixed_precision
 from ..runtime.errors import format_name_list, warn_on_first_process
@@ -67,7 +67,7 @@ class LoadedPredictor:
     autocast: Callable[[], AbstractContextManager]
     batch_size: int
     num_workers: int
-    # Keys of the images that trained the classifier (splits_table.py)
+    # Keys of the images that trained the classifier (trained_images.py)
     trained_keys: frozenset[int] = frozenset()
 
     def iterate_rows(
