@@ -1,7 +1,7 @@
 """Fonts for names in any script: Chinese, Thai, emoji.
 
-matplotlib draws with its own font, which lacks them. Other installed fonts take over. What no font can
-draw becomes UNDRAWABLE, and the name stands in the page beside the picture.
+matplotlib draws with its own font, which lacks them. Other installed fonts take over. Characters that
+no font can draw become their numbers in Unicode, so two names never look the same.
 """
 
 import re
@@ -12,7 +12,6 @@ from matplotlib.font_manager import FontProperties, findfont, fontManager, get_f
 from matplotlib.text import Text
 
 
-UNDRAWABLE = "[?]"
 LAST_RESORT = "Last Resort"  # A font of matplotlib that draws boxes
 
 
@@ -29,10 +28,15 @@ def use_installed_fonts(figure: Figure) -> None:
         families = {character: find_family(character) for character in sorted(missing)}
         undrawable = "".join(character for character, family in families.items() if not family)
         if undrawable:
-            content = re.sub(f"[{re.escape(undrawable)}]+", UNDRAWABLE, content)
+            content = re.sub(f"[{re.escape(undrawable)}]+", write_numbers, content)
         if missing:
             found = dict.fromkeys(family for family in families.values() if family)
             text.set(text=content, family=[*FontProperties().get_family(), *found])
+
+
+def write_numbers(characters: re.Match[str]) -> str:
+    """Write characters as their numbers in Unicode, such as [732B 732B]."""
+    return f"[{' '.join(f'{ord(character):X}' for character in characters[0])}]"
 
 
 @cache

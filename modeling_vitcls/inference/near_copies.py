@@ -185,7 +185,7 @@ def describe_scenes(record: Mapping[str, Any]) -> str | None:
     if classes := record["divided_classes"]:
         lines.append(
             f"all photos of {format_name_list(classes)} nearly repeat one another and cannot be kept "
-            "together, so the result is that for further shots of one scene. Add photos of others"
+            "together, so the result only holds for further shots of one scene. Add photos of others"
         )
     if number := record["num_contradictions"]:
         first, second = record["pairs"][0]
