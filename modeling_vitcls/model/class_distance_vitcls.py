@@ -10,6 +10,7 @@ its weights, distances mean nothing. The fingerprint of these weights is therefo
 statistics, and compared with the present weights before a distance is returned.
 """
 
+import copy
 import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Self
@@ -27,8 +28,6 @@ from .token_layout_vitcls import COUNT_FIELDS, TOKEN_KINDS
 logger = logging.get_logger(__name__)
 
 NUM_SUMS = 16  # Number of sums in a fingerprint
-# Adapters of PEFT that add `get_delta_weight` to a weight. Others count with their own parameters.
-ADDITIVE_ADAPTERS = {"lora_A", "hada_w1_a", "lokr_w1", "vera_lambda_b", "fourierft_spectrum"}
 # Sums are stored as integers in this unit: a cast of the model to half precision leaves integers as
 # they are.
 SUM_UNIT = 2.0**-24
@@ -331,29 +330,35 @@ def find_open_tokens(encoder: Any) -> dict[str, Tensor]:
 
 
 def list_effective_weights(encoder: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """List the weights that the features depend on, by name; adapters of PEFT as what they add."""
+    """List the weights that the features depend on, by name; layers with adapters of PEFT as merged."""
     unused: set[nn.Module] = set()
     for name, module in encoder.named_modules():
         if "modules_to_save" in module._modules:
             unused.update(*(each.modules() for each in list_unused_copies(module)))
-        deltas: list[str] = []
-        if "base_layer" in module._modules:
-            layer: Any = module
-            own_names = {*layer.adapter_layer_names, *layer.other_param_names}
-            is_additive = not own_names.isdisjoint(ADDITIVE_ADAPTERS)
-            if is_additive or not is_active_adapter(layer):
-                own_parts = [layer._modules[each] for each in own_names & layer._modules.keys()]
-                unused.update(*(each.modules() for each in own_parts))
-            if is_additive and is_active_adapter(layer):
-                deltas = layer.active_adapters
         if name.startswith(("pooler", "gates")) or module in unused:
             continue
+        weights: Any = module._parameters.items()
+        if "base_layer" in module._modules:
+            unused.update(module.modules())
+            weights = merge_adapters(module).named_parameters()
         name = re.sub(r"\.(original_module|modules_to_save\.[^.]+)", "", name)
-        for own_name, weight in module._parameters.items():
+        for own_name, weight in weights:
             if weight is not None and own_name != "mask_token":
                 yield f"{name}.{own_name}", weight
-        for adapter in deltas:
-            yield f"{name}.{adapter}", module.get_delta_weight(adapter)  # type: ignore[operator]
+
+
+def merge_adapters(layer: Any) -> nn.Module:
+    """Merge a copy of an adapter layer of PEFT, in float32, into the kind of layer that it wraps."""
+    base = layer.get_base_layer()
+    are_plain = all(type(weight) is nn.Parameter for weight in base.parameters())
+    if not are_plain or not is_active_adapter(layer):
+        return base
+    merged = copy.deepcopy(layer).float()
+    try:
+        merged.merge()
+    except NotImplementedError:
+        return layer  # Its adapters count with their own parameters
+    return merged.get_base_layer()
 
 
 def list_unused_copies(wrapper: Any) -> list[nn.Module]:

@@ -223,16 +223,27 @@ ADAPTERS = {
     "fourier": peft.FourierFTConfig(
         target_modules=["q_proj", "v_proj"], n_frequency=10, init_weights=True
     ),
+    "ia3": peft.IA3Config(target_modules=["q_proj", "fc2"], feedforward_modules=["fc2"]),
+    "layer norms": peft.LNTuningConfig(target_modules=["layernorm_before", "layernorm"]),
+    "hra": peft.HRAConfig(target_modules=["q_proj", "v_proj"], r=2),
+    "oft": peft.OFTConfig(target_modules=["q_proj", "v_proj"], oft_block_size=4),
 }
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", list(ADAPTERS))
-def test_an_adapter_that_adds_nothing_yet_keeps_the_distance(kind: str) -> None:
+def test_an_adapter_keeps_the_distance_until_it_is_trained(kind: str) -> None:
     model, images, _ = build_model()
     expected = model(images[:4]).distance
     adapted: Any = peft.get_peft_model(model, ADAPTERS[kind]).eval()
     torch.testing.assert_close(adapted(images[:4]).distance, expected)
+
+    for weight in adapted.parameters():
+        if weight.requires_grad:
+            weight.add_(0.01 * torch.randn_like(weight))
+    assert adapted(images[:4]).distance is None
+    with adapted.disable_adapter():
+        torch.testing.assert_close(adapted(images[:4]).distance, expected)
 
 
 @torch.no_grad()
