@@ -30,7 +30,7 @@ from ..inference.intervals import (
     compute_prediction_limit,
     compute_proportion_interval,
 )
-from ..inference.prediction_rows import DEFAULT_THRESHOLD
+from ..inference.targets import Target
 from ..inference.token_names import SINGLE_TOKEN_NAMES
 from ..model.configuration_vitcls import ViTCLSConfig
 from ..model.heads_vitcls import IGNORED_LABEL
@@ -172,7 +172,7 @@ def compute_ablations(
         with replace_by_means(model, use, indices, means[:, indices]):
             after = gather_outputs(model, batches)
         ablations[name] = {
-            output: compute_effect(rows, after[output], use.has_several_labels)
+            output: compute_effect(rows, after[output], use.target)
             for output, rows in before.items()
         }
 
@@ -192,9 +192,8 @@ def compute_ablations(
                 sizes.setdefault(output, []).append(compute_size(rows, replaced[output]))
                 # The drop is a mean over all images, so all labels must be known.
                 if output in labels and bool((labels[output] != IGNORED_LABEL).all()):
-                    several = use.has_several_labels
-                    was_correct = predict_labels(before[output], several) == labels[output]
-                    is_correct = predict_labels(rows, several) == labels[output]
+                    was_correct = predict_labels(before[output], use.target) == labels[output]
+                    is_correct = predict_labels(rows, use.target) == labels[output]
                     drop_by_image = (was_correct.float() - is_correct.float()).mean(dim=1)
                     drops.setdefault((name, output), []).append(drop_by_image)
 
@@ -242,9 +241,7 @@ def name_group(group: str) -> str:
 # Effects ------------------------------------------------------------------------------------------
 
 
-def compute_effect(
-    before: list[torch.Tensor], after: list[torch.Tensor], has_several_labels: bool
-) -> Effect:
+def compute_effect(before: list[torch.Tensor], after: list[torch.Tensor], target: Target) -> Effect:
     """Compare one output of all images before and after an ablation."""
     changes = measure_changes(before, after)
     low, high = compute_bootstrap_interval(changes.tolist())
@@ -252,7 +249,7 @@ def compute_effect(
     if has_vectors(before):
         return Effect(size, (low, high), len(before))
 
-    labels, new_labels = (predict_labels(rows, has_several_labels) for rows in (before, after))
+    labels, new_labels = (predict_labels(rows, target) for rows in (before, after))
     is_changed = (labels != new_labels).any(dim=1)
     num_changed = int(is_changed.sum())
     changed_low, changed_high = compute_proportion_interval(num_changed, len(before))
@@ -476,16 +473,13 @@ def has_vectors(rows: list[torch.Tensor]) -> bool:
 # Labels -------------------------------------------------------------------------------------------
 
 
-def predict_labels(rows: list[torch.Tensor], has_several_labels: bool) -> torch.Tensor:
+def predict_labels(rows: list[torch.Tensor], target: Target) -> torch.Tensor:
     """Predict the class [images, 1] from the logits [labels] of each image.
 
-    With several labels per image, the prediction is 0 or 1 for each label [images, labels]: 1 if
-    its probability is at least DEFAULT_THRESHOLD.
+    With several labels per image, the prediction is a mask [images, labels].
     """
-    logits = torch.stack(rows)
-    if has_several_labels:
-        return (logits.sigmoid() >= DEFAULT_THRESHOLD).long()
-    return logits.argmax(dim=-1, keepdim=True)
+    answers = torch.from_numpy(target.predict(torch.stack(rows).numpy()))
+    return answers.view(len(rows), -1)
 
 
 def collect_labels(batches: Batches, config: ViTCLSConfig) -> dict[str, torch.Tensor]:

@@ -20,6 +20,7 @@ import torch
 from ..data.images import LabeledImages
 from ..data.labels import UNLABELED, LabelSpace
 from ..inference.image_pass import ImageBatch, prepare_batches, read_pixels
+from ..inference.targets import Target
 from ..model.heads_vitcls import IGNORED_LABEL
 from .ablation import (
     Ablations,
@@ -232,24 +233,23 @@ def choose_images(
     """
     if not use.has_head:
         return dict.fromkeys(indices[:num_shown])
-    rated = rate_outputs(outputs, labels, use.has_several_labels)
-    selected = select_images(*rated, num_shown)
+    selected = select_images(*rate_outputs(outputs, labels, use.target), num_shown)
     return {indices[position]: kind for position, kind in selected.items()}
 
 
 def rate_outputs(
-    outputs: Outputs, labels: Mapping[str, torch.Tensor], has_several_labels: bool
+    outputs: Outputs, labels: Mapping[str, torch.Tensor], target: Target
 ) -> tuple[list[float], list[bool], Sequence[Hashable]]:
     """Compute the arguments of `select_images` for the outputs of a classifier."""
-    predicted = {task: predict_labels(rows, has_several_labels) for task, rows in outputs.items()}
+    predicted = {task: predict_labels(rows, target) for task, rows in outputs.items()}
     confidences = [
-        compute_confidences(torch.stack(rows), has_several_labels) for rows in outputs.values()
+        target.compute_confidences(torch.stack(rows).numpy()) for rows in outputs.values()
     ]
     is_wrong = torch.zeros(len(confidences[0]), dtype=torch.bool)
     for task, known in labels.items():
         is_wrong |= ((predicted[task] != known) & (known != IGNORED_LABEL)).any(dim=1)
     classes, *_ = predicted.values()  # The first task stands for all
-    lowest = torch.stack(confidences).amin(dim=0)
+    lowest = np.min(confidences, axis=0)
     return lowest.tolist(), is_wrong.tolist(), classes[:, 0].tolist()
 
 
@@ -282,14 +282,3 @@ def select_images(
             best = min(candidates, key=lambda index: num_selected_by_class[classes[index]])
             selected[best] = kind
     return selected
-
-
-def compute_confidences(logits: torch.Tensor, has_several_labels: bool) -> torch.Tensor:
-    """Compute the probability [images] of each prediction.
-
-    With several labels per image, it is the minimum over labels.
-    """
-    if has_several_labels:
-        probabilities = logits.sigmoid()
-        return probabilities.maximum(1 - probabilities).amin(dim=1)
-    return logits.softmax(dim=1).amax(dim=1)

@@ -20,12 +20,7 @@ from sklearn.decomposition import PCA
 
 from ..data.aspect_ratio import Size, VisibleRegion, get_visible_region
 from ..data.labels import get_heads
-from ..inference.prediction_rows import (
-    Label,
-    get_logits_by_task,
-    has_several_labels,
-    select_labels,
-)
+from ..inference.prediction_rows import Label, build_task_columns, get_logits_by_task
 from ..inference.token_names import SINGLE_TOKEN_NAMES, get_token_names_by_group
 from ..model.configuration_vitcls import ViTCLSConfig
 from ..model.extra_heads_vitcls import ExtraHead
@@ -234,11 +229,11 @@ def predict_photo(
     predictions: dict[str | None, list[Label]] = {}
     attributions: list[Attribution] = []
     contributions = []
-    for task, logits in get_logits_by_task(trace.outputs).items():
-        if task not in heads:  # These are the features of an encoder
-            continue
-        max_labels = None if has_several_labels(heads[task]) else MAX_LABELS
-        (labels,) = select_labels(logits, heads[task], max_labels)
+    all_logits = get_logits_by_task(trace.outputs)
+    # Without a head, these are the features of an encoder
+    for task, columns in build_task_columns(heads, MAX_LABELS).items():
+        logits = all_logits[task]
+        (labels,) = columns.select(logits)
         predictions[task or None] = labels
         order = logits[0].float().sort(descending=True, stable=True).indices.tolist()
         contributions.append(trace.compute_contributions(logits, order[0])[0, special_tokens].cpu())

@@ -5,6 +5,7 @@ from functools import cached_property
 from typing import Any
 
 from ..data.labels import is_multi_label
+from ..inference.targets import OneLabelTarget, SeveralLabelsTarget, Target
 from ..inference.token_names import get_token_names
 from ..model.configuration_vitcls import ViTCLSConfig
 
@@ -26,9 +27,9 @@ class TokenUse:
     has_head: bool = True
 
     @property
-    def has_several_labels(self) -> bool:
-        """Whether the head applies a sigmoid to each logit."""
-        return self.has_head and is_multi_label(self.config)
+    def target(self) -> Target:
+        """What the head predicts: one label per image, or several."""
+        return SeveralLabelsTarget if is_multi_label(self.config) else OneLabelTarget
 
     @cached_property
     def names(self) -> list[str]:

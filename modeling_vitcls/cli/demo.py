@@ -129,14 +129,14 @@ def build_page(options: DemoOptions) -> Any:
             # The path is a temporary copy of the upload, which says nothing to the person who sees
             # the error.
             raise gradio.Error(row["error"].replace(file, "the file"), print_exception=False)
-        answers = [read_answer(row, task, head) for task, head in loaded.columns.heads.items()]
+        answers = [read_answer(row, columns) for columns in loaded.columns.tasks.values()]
         photo = measure_photo(loaded.model, loaded.processor, read_image(file), use)
         is_trained = is_trained_image(file, loaded.trained_keys)
         return [*answers, draw_sheet(photo, is_trained=is_trained)]
 
     answers = [
         gradio.Label(label=task or "Answer", num_top_classes=NUM_LABELS)
-        for task in loaded.columns.heads
+        for task in loaded.columns.tasks
     ]
     # Not `gradio.Image`: it refuses HEIC where the browser knows no such type, and decodes the file
     # itself, but `vitcls predict` reads more formats and names what is wrong.
@@ -160,24 +160,17 @@ def build_page(options: DemoOptions) -> Any:
     )
 
 
-def read_answer(row: dict[str, Any], task: str, head: Any) -> dict[str, float] | str:
+def read_answer(row: dict[str, Any], columns: Any) -> dict[str, float] | str:
     """Read the probabilities of the most probable labels of a task, or that the photo has none.
 
     Args:
         row: The row of a photo, as in `vitcls predict --top-k`.
-        task: The task; empty for the classifier itself.
-        head: The labels of the task (ExtraHead).
+        columns: The columns of the task (inference/prediction_rows.py).
     """
-    from ..inference.prediction_rows import has_several_labels, list_endings, name_column
+    from ..inference.prediction_rows import name_column
     from ..runtime.errors import format_name_list
 
-    if has_several_labels(head):
-        names = row[name_column(task, "labels")]
-        probabilities = row[name_column(task, "probabilities")]
-    else:
-        endings = list_endings(head, NUM_LABELS)
-        names = [row[name_column(task, f"label{end}")] for end in endings]
-        probabilities = [row[name_column(task, f"probability{end}")] for end in endings]
-    if not names or row.get(name_column(task, "unknown")):
-        return f"{NONE_OF_THESE}: {format_name_list(head.labels, MAX_NAMES)}"
-    return dict(zip(names, probabilities, strict=True))
+    labels = columns.read(row)
+    if not labels or row.get(name_column(columns.task, "unknown")):
+        return f"{NONE_OF_THESE}: {format_name_list(columns.head.labels, MAX_NAMES)}"
+    return dict(labels)

@@ -8,23 +8,10 @@ import math
 
 import numpy as np
 from scipy.optimize import minimize, minimize_scalar
-from scipy.special import expit, log_softmax, logit, softmax
+from scipy.special import expit, log_softmax, logit
 
 
 MAX_LOG_TEMPERATURE = 20.0  # At which all probabilities are equal, in single precision
-
-
-def to_probabilities(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Convert logits [N, K] for labels of one kind or the other."""
-    return expit(logits) if labels.ndim == 2 else softmax(logits, axis=1)
-
-
-def compute_losses(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Compute the log loss [N] of logits [N, K]; of several labels, the mean over the labels."""
-    if labels.ndim == 2:
-        with np.errstate(invalid="ignore"):  # NaN for images that no fold left out
-            return (np.logaddexp(0, logits) - labels * logits).mean(axis=1)
-    return -log_softmax(logits, axis=1)[np.arange(len(labels)), labels]
 
 
 def fit_temperature(

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 from rich.console import Console
-from scipy.special import expit
 from torch import nn
 
 from ..data.labels import LabelSpace, OneLabel
@@ -21,6 +20,7 @@ from ..model.heads_vitcls import IGNORED_LABEL
 from .image_pass import ImageOutputs, ImagePass
 from .metrics import NOTHING_MEASURED, measure, select_scalars
 from .prediction_rows import DEFAULT_THRESHOLD
+from .targets import TARGETS, Target
 
 
 @dataclass(frozen=True)
@@ -38,19 +38,19 @@ class Predictions:
     )
 
     @property
+    def target(self) -> Target:
+        """What an image has of the labels: one, or several. Several tasks have one each."""
+        return TARGETS[self.label_space.kind]
+
+    @property
     def answers(self) -> np.ndarray:
         """The predicted classes [N] or, with several labels per image, a mask [N, L]."""
-        logits = self.outputs.values
-        if self.outputs.labels.ndim == 1:
-            return logits.argmax(axis=1)
-        return expit(logits) >= self.threshold
+        return self.target.predict(self.outputs.values, self.threshold)
 
     def list_wrong(self) -> np.ndarray:
         """List the indices of the images with another predicted label, or others, than their own."""
-        is_wrong = self.answers != self.outputs.labels  # [N] or [N, L]
-        if is_wrong.ndim == 2:
-            is_wrong = is_wrong.any(axis=1)
-        return self.outputs.indices[is_wrong]
+        is_right = self.target.find_right(self.answers, self.outputs.labels)
+        return self.outputs.indices[~is_right]
 
 
 def build_predictions(
@@ -65,7 +65,7 @@ def build_predictions(
     values = measure(label_space, outputs.values, outputs.labels, threshold)
     unreadable = {"num_unreadable_images": outputs.num_unreadable}
     metrics = round_floats(select_scalars(values) | unreadable | values)
-    if outputs.labels.ndim == 1:
+    if isinstance(label_space, OneLabel):
         outputs = outputs.take(outputs.labels != IGNORED_LABEL)
         # Without the logits of two heads, which follow the returned ones
         outputs = replace(outputs, values=outputs.values[:, : len(label_space.names)])

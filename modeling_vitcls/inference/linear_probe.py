@@ -5,7 +5,7 @@
 
 The classifier is shrinkage LDA of each token; the logits of all tokens are averaged
 (class_statistics.py). With several labels per image, each label is one against the rest, with one
-covariance for all labels and a line that makes its score a probability (confidence.py).
+covariance for all labels and a line that makes its score a probability (targets.py).
 
 Candidates differ in what it reads: the last layer or the last four; CLS, the mean of the patches, or
 both (DINOv2's linear evaluation, Oquab et al. 2023, arXiv 2304.07193, appendix B.3). With 5 to 100
@@ -23,7 +23,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy.special import expit, logit, softmax
 from sklearn.base import BaseEstimator, ClassifierMixin
 
 from ..runtime.progress import track
@@ -36,23 +35,15 @@ from .class_statistics import (
     compute_means,
     expand_rows,
 )
-from .confidence import (
-    compute_losses,
-    extrapolate_temperature,
-    fit_line,
-    fit_temperature,
-    measure_spread,
-    to_probabilities,
-)
-from .intervals import Estimate, estimate_after_choice, estimate_average_precision
+from .confidence import extrapolate_temperature, measure_spread
+from .intervals import Estimate
+from .targets import find_target
 
 
 NUM_LAST_LAYERS = 4  # The largest candidate reads as many layers
 NUM_FOLDS = 5
 NUM_FOLDS_OF_FEW = 10
 FEW_IMAGES = 1000  # Maximum number of images for ten folds
-MIN_LABEL_IMAGES = 2  # With one of several labels, and without it; with fewer, it is not learned
-MIN_PROBABILITY = 1e-30  # Of out-of-fold predictions, whose logarithms must be finite
 MIN_DISTANCE_IMAGES = 100  # With fewer, a handful of images would decide the threshold
 POOLING_TEXTS = {
     "cls": "CLS",
@@ -129,7 +120,8 @@ class Score:
 
     candidate: Candidate
     logits: np.ndarray  # [N, K], calibrated
-    lines: np.ndarray  # [2, 1], or [2, K] with several labels: slopes and offsets that calibrate
+    temperature: float
+    lines: np.ndarray | None  # [2, K] slopes and offsets that calibrate several labels
     losses: np.ndarray  # [N] log loss of the calibrated logits
     row: dict[str, Any]  # Its row in the table of candidates
 
@@ -138,18 +130,20 @@ class Score:
         cls, candidate: Candidate, logits: np.ndarray, labels: np.ndarray, weights: np.ndarray
     ) -> "Score":
         """Score out-of-fold logits with their best calibration."""
+        target = find_target(labels)
         known = ~np.isnan(logits).any(axis=1)
         row: dict[str, Any] = {"layers": list(candidate.layers), "pooling": candidate.pooling}
-        if labels.ndim == 2:
-            lines = fit_lines(logits[known], labels[known])
+        temperature, lines = target.calibrate(logits[known], labels[known], weights[known])
+        if lines is None:
+            row["temperature"] = temperature
+            calibrated = logits / temperature
         else:
-            row["temperature"] = fit_temperature(logits[known], labels[known], weights[known])
-            lines = np.array([[1 / row["temperature"]], [0.0]])
-        calibrated = logits * lines[0] + lines[1]
-        losses = compute_losses(calibrated, labels)
+            calibrated = logits * lines[0] + lines[1]
+        losses = target.compute_losses(calibrated, labels)
         row["loss"] = float(np.average(losses[known], weights=weights[known]))
-        row["accuracy"] = float(find_right(calibrated, labels)[known].mean())
-        return cls(candidate, calibrated, lines, losses, row)
+        is_right = target.find_right(target.predict(calibrated[known]), labels[known])
+        row["accuracy"] = float(is_right.mean())
+        return cls(candidate, calibrated, temperature, lines, losses, row)
 
 
 @dataclass(frozen=True)
@@ -237,9 +231,10 @@ class LinearProbe(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         if len(labels) < 2:
             raise ValueError("a classifier requires two readable images with labels. Add images")
         features = to_tokens(features)
-        self.classes_, targets = encode_labels(labels)
+        self.target_ = find_target(labels)
+        self.classes_, targets = self.target_.encode(labels)
         candidates = list_candidates(features, self.layers, self.pooling)
-        folds = split_folds(find_strata(targets), groups)
+        folds = split_folds(targets, groups)
         self.num_folds_ = len(folds)
 
         cross_validated = self.cross_validate(features, targets, candidates, folds)
@@ -264,26 +259,16 @@ class LinearProbe(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         tokens_of_distances = {choose_statistics_tokens(features, each) for each in candidates}
         distances = {each: np.full(len(labels), np.nan) for each in tokens_of_distances if each}
         spreads: dict[Candidate, list[float]] = {each: [] for each in candidates}
-        has_several = labels.ndim == 2
         has_covariance = self.has_covariance(labels)
         for train, test in track(folds, "cross-validation", unit="folds"):
             in_fold = {token: values[train] for token, values in features.items()}
-            if has_several:
-                known = test
-                classifiers = {
-                    token: build_label_scores({token: values}, labels[train])
-                    for token, values in in_fold.items()
-                }
-            else:
+            classifiers, statistics = self.target_.fit_tokens(
+                in_fold, labels[train], len(self.classes_), has_covariance, self.is_balanced
+            )
+            known = test
+            if statistics is not None:
                 # Groups may keep all images of a class in one fold
-                known = test[np.isin(labels[test], labels[train])]
-                statistics = ClassStatistics.fit(
-                    in_fold, labels[train], len(self.classes_), has_covariance
-                )
-                classifiers = {
-                    token: statistics.select([token]).build_classifier(self.is_balanced)
-                    for token in features
-                }
+                known = test[statistics.counts[labels[test]] > 0]
             left_out = {token: values[known] for token, values in features.items()}
             token_logits = {
                 token: left_out[token] @ weight.T + bias
@@ -291,7 +276,7 @@ class LinearProbe(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             }
             for candidate, own in logits.items():
                 own[known] = np.mean([token_logits[each] for each in candidate.tokens], axis=0)
-            if has_several:
+            if statistics is None:
                 continue
 
             mean_logits = {
@@ -313,17 +298,15 @@ class LinearProbe(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         self.candidate_ = candidates[0]
         self.table_: list[dict[str, Any]] = []
         self.estimate_: Estimate | None = None
-        self.temperature_ = 1.0
-        # Without folds, the probability of each of several labels is its share of the images.
-        self.lines_ = None
-        if labels.ndim == 2:
-            self.lines_ = fit_lines(np.zeros(labels.shape), labels)
         self.losses_ = np.full(len(labels), np.nan)
         self.out_of_fold_ = np.full((len(labels), len(self.classes_)), np.nan)
+        weights = self.weigh(labels)
+        # Without folds, the probability of each of several labels is its share of the images.
+        no_scores = np.zeros(self.out_of_fold_.shape)
+        self.temperature_, self.lines_ = self.target_.calibrate(no_scores, labels, weights)
         if not self.num_folds_:
             return
 
-        weights = self.weigh(labels)
         scores = [
             Score.of(each, logits, labels, weights)
             for each, logits in cross_validated.logits.items()
@@ -332,14 +315,11 @@ class LinearProbe(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         # If losses are equal, the first one wins, because the simplest candidate comes first.
         chosen = scores[int(np.argmin([row["loss"] for row in self.table_]))]
         self.candidate_ = chosen.candidate
-        if labels.ndim == 2:
-            self.lines_ = chosen.lines
-        else:
-            self.temperature_ = chosen.row["temperature"]
+        self.temperature_, self.lines_ = chosen.temperature, chosen.lines
         self.losses_ = chosen.losses
         known = np.isfinite(chosen.losses)
-        self.out_of_fold_[known] = to_probabilities(chosen.logits[known], labels)
-        self.estimate_ = estimate(
+        self.out_of_fold_[known] = self.target_.to_probabilities(chosen.logits[known])
+        self.estimate_ = self.target_.estimate(
             [score.logits[known] for score in scores],
             labels[known],
             weights[known],
@@ -349,7 +329,7 @@ class LinearProbe(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     def refit(self, features: TokenFeatures, labels: np.ndarray) -> "LinearProbe":
         """Fit what was chosen to all images, also to images that took no part in the choice."""
         chosen_classes = self.classes_
-        self.classes_, indices = encode_labels(labels)
+        self.classes_, indices = self.target_.encode(labels)
         self.out_of_fold_ = add_classes(self.out_of_fold_, chosen_classes, self.classes_)
         read = self.candidate_.tokens
         if self.lines_ is not None:
@@ -395,7 +375,7 @@ class LinearProbe(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             )
             logits = fewer.logits[self.candidate_]
             score = Score.of(self.candidate_, logits, labels, self.weigh(labels))
-            fewer_temperature = score.row["temperature"]
+            fewer_temperature = score.temperature
         self.temperature_ = extrapolate_temperature(
             self.temperature_,
             fewer_temperature,
@@ -430,16 +410,14 @@ class LinearProbe(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         It needs two images of a class in every fold, and folds that calibrate it. Several labels
         have one of all images.
         """
-        return bool(self.num_folds_ and labels.ndim == 1 and np.bincount(labels).max() > 2)
+        return bool(self.num_folds_ and self.target_.count_largest(labels) > 2)
 
     def predict_proba(self, features: TokenFeatures | np.ndarray) -> np.ndarray:
         """Predict probabilities [N, K] from the features [N, D] of each token."""
         logits = (
             stack_tokens(to_tokens(features), self.candidate_.tokens) @ self.weight_.T + self.bias_
         )
-        if self.lines_ is not None:
-            return expit(logits)
-        return softmax(logits / self.temperature_, axis=1)
+        return self.target_.to_probabilities(logits / self.temperature_)
 
     def predict(self, features: TokenFeatures | np.ndarray) -> np.ndarray:
         """Predict the most probable label [N] of each image; of several, those above 0.5: [N, L]."""
@@ -473,85 +451,9 @@ def stack_tokens(features: TokenFeatures, tokens: Sequence[Token]) -> np.ndarray
     return np.concatenate([features[token] for token in tokens], axis=1).astype(np.float64)
 
 
-# One label, or several ----------------------------------------------------------------------------
-
-
-def encode_labels(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the classes, and the indices [N] of labels [N] or, of several labels, a mask [N, L]."""
-    if labels.ndim == 2:
-        return np.arange(labels.shape[1]), labels > 0.5
-    classes, indices = np.unique(labels, return_inverse=True)
-    return classes, indices
-
-
-def find_learned(labels: np.ndarray) -> np.ndarray:
-    """Find which of several labels [N, L] can be learned: a mask [L]."""
-    counts = labels.sum(axis=0)
-    return np.minimum(counts, len(labels) - counts) >= MIN_LABEL_IMAGES  # type: ignore[no-any-return]
-
-
-def find_strata(labels: np.ndarray) -> np.ndarray:
-    """Find the class [N] of each image that folds are stratified by.
-
-    With several labels, it is the rarest one that can be learned; images without such a label are
-    together.
-    """
-    if labels.ndim == 1:
-        return labels
-    num_images, num_labels = labels.shape
-    counts = np.where(labels & find_learned(labels), labels.sum(axis=0), num_images)
-    strata = np.where(counts.min(axis=1) < num_images, counts.argmin(axis=1), num_labels)
-    # The only image of a stratum would train every fold, so it joins those without a label.
-    return np.where(np.bincount(strata)[strata] < 2, num_labels, strata)
-
-
-def fit_lines(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Fit a line to the scores of each of several labels: [2, L] slopes and offsets.
-
-    A label that cannot be learned has its smoothed share of the images as its probability.
-    """
-    scores = np.where(find_learned(labels), scores, 0.0)
-    shares = (labels.sum(axis=0) + 1) / (len(labels) + 2)
-    lines = [fit_line(*columns) for columns in zip(scores.T, labels.T, strict=True)]
-    slopes, offsets = np.transpose(lines)
-    return np.stack([slopes, np.where(scores.any(axis=0), offsets, logit(shares))])
-
-
-def find_right(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Find the images [N] that are predicted right; with several labels, with all labels right."""
-    if labels.ndim == 2:
-        return ((logits > 0) == labels).all(axis=1)
-    return logits.argmax(axis=1) == labels
-
-
 def add_classes(probabilities: np.ndarray, old: np.ndarray, new: np.ndarray) -> np.ndarray:
     """Add classes that no image of the choice has: probabilities [N, old] -> [N, new]."""
     return expand_rows(probabilities.T, np.searchsorted(new, old), len(new)).T
-
-
-def to_logits(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Convert probabilities [N, K] to finite logits."""
-    if labels.ndim == 2:
-        return logit(np.clip(probabilities, 1e-12, 1 - 1e-12))
-    return np.log(np.maximum(probabilities, MIN_PROBABILITY))
-
-
-def estimate(
-    logits: Sequence[np.ndarray],
-    labels: np.ndarray,
-    weights: np.ndarray | None,
-    groups: np.ndarray | None,
-) -> Estimate:
-    """Estimate the result of the candidate with the lowest log loss, from the logits [N, K] of each.
-
-    With one label per image, it is corrected for the choice.
-    """
-    losses = np.stack([compute_losses(each, labels) for each in logits])
-    if labels.ndim == 2:
-        chosen = logits[losses.mean(axis=1).argmin()]
-        return estimate_average_precision(chosen, labels, groups)
-    is_right = np.stack([find_right(each, labels) for each in logits])
-    return estimate_after_choice(losses, is_right, weights, groups)
 
 
 # Cross-validation ---------------------------------------------------------------------------------
@@ -560,13 +462,18 @@ def estimate(
 def split_folds(
     labels: np.ndarray, groups: np.ndarray | None = None, num_folds: int | None = None
 ) -> Folds:
-    """Divide the images into training and left-out images of each fold, stratified by class.
+    """Divide the images into training and left-out images of each fold, stratified by label.
 
     There are ten folds for at most `FEW_IMAGES` images, otherwise five. Images of classes with
     one image, or one group of images, are in the training images of every fold.
+
+    Args:
+        labels: [N] or, for several labels per image, [N, L] of 0 and 1.
     """
     from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
+    target = find_target(labels)
+    labels = target.find_strata(target.encode(labels)[1])
     if num_folds is None:
         num_folds = NUM_FOLDS_OF_FEW if len(labels) <= FEW_IMAGES else NUM_FOLDS
     if groups is None or len(np.unique(groups)) == len(groups):

@@ -17,8 +17,8 @@ from torchmetrics.functional.classification import multiclass_calibration_error
 
 from ..data.labels import LabelKind, LabelSpace, PerTask, SeveralLabels
 from ..model.heads_vitcls import IGNORED_LABEL
-from .confidence import compute_losses
 from .intervals import compute_proportion_interval
+from .targets import find_target
 
 
 MAX_MATRIX_CLASSES = 200  # Maximum number of classes for which a confusion matrix is computed
@@ -212,7 +212,8 @@ def compute_class_metrics(names: Sequence[str], counts: Sequence[list[int]]) -> 
 
 def compute_mean_loss(logits: np.ndarray, labels: np.ndarray) -> float:
     """Average the log losses of images in double precision."""
-    return float(compute_losses(logits.astype(np.float64), labels).mean())
+    losses = find_target(labels).compute_losses(logits.astype(np.float64), labels)
+    return float(losses.mean())
 
 
 def compute_calibration_error(logits: np.ndarray, labels: np.ndarray) -> float:

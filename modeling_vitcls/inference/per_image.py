@@ -21,7 +21,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -29,7 +28,6 @@ from ..hub.model_files import PREDICTIONS_FILE
 from ..hub.model_folder import ModelFolder
 from ..runtime.errors import warn_on_first_process
 from ..runtime.files import write_atomically
-from .confidence import compute_losses, to_probabilities
 from .evaluator import Predictions
 
 
@@ -61,21 +59,14 @@ def write_predictions(
     outputs = predictions.outputs
     if not len(outputs.labels):
         raise ValueError("no evaluated image has a label")
-    probabilities = to_probabilities(outputs.values, outputs.labels)
-    if outputs.labels.ndim == 1:
-        labels: list[Any] = [names[label] for label in outputs.labels]
-        found: list[Any] = [names[index] for index in predictions.answers]
-    else:
-        labels = [select_names(names, row) for row in outputs.labels > 0.5]
-        found = [select_names(names, row) for row in predictions.answers]
-
+    target = predictions.target
     columns: dict[str, Any] = {
         "index": outputs.indices,
         "image": outputs.names,
-        "label": labels,
-        "prediction": found,
-        "probabilities": list(probabilities),
-        "loss": compute_losses(outputs.values, outputs.labels),
+        "label": target.get_names(names, outputs.labels),
+        "prediction": target.get_names(names, predictions.answers),
+        "probabilities": list(target.to_probabilities(outputs.values)),
+        "loss": target.compute_losses(outputs.values, outputs.labels),
     }
     if nearest_images is not None:
         columns["nearest_images"] = [
@@ -118,8 +109,3 @@ def read_predictions(folder: ModelFolder) -> Any:
     if not len(rows) or not isinstance(rows["label"][0], str):
         return None
     return rows.assign(confidence=rows["probabilities"].map(max))
-
-
-def select_names(names: list[str], is_selected: np.ndarray) -> list[str]:
-    """Select the names that a mask [L] selects."""
-    return [names[index] for index in np.flatnonzero(is_selected)]

@@ -40,37 +40,6 @@ Label = tuple[str, float]  # Name and probability
 DEFAULT_THRESHOLD = 0.5
 
 
-def has_several_labels(head: ExtraHead) -> bool:
-    """Check whether an image has any number of the labels of a head."""
-    return head.problem_type == "multi_label_classification"
-
-
-def select_labels(
-    logits: torch.Tensor, head: ExtraHead, max_labels: int | None
-) -> list[list[Label]]:
-    """Select the most probable labels of each image in order, given logits [B, num_labels].
-
-    If images have several labels, they are those whose probability is at least the threshold of the
-    head.
-    """
-    lowest = 0.0
-    if has_several_labels(head):
-        lowest = DEFAULT_THRESHOLD if head.threshold is None else head.threshold
-        probabilities = logits.float().sigmoid()
-    else:
-        probabilities = logits.float().softmax(dim=1)
-
-    ranked = probabilities.sort(dim=1, descending=True, stable=True)
-    values = ranked.values[:, :max_labels].tolist()
-    indices = ranked.indices[:, :max_labels].tolist()
-    labels = []
-    for image_values, image_indices in zip(values, indices, strict=True):
-        pairs = zip(image_values, image_indices, strict=True)
-        # Not `value >= lowest`: probabilities that are not numbers are found later, with the image
-        labels.append([(head.labels[index], value) for value, index in pairs if not value < lowest])
-    return labels
-
-
 def get_logits_by_task(outputs: Any) -> dict[str, torch.Tensor]:
     """Map each task to its logits [B, num_labels]. The task of a classifier has an empty name."""
     logits = getattr(outputs, "logits", {})
@@ -83,9 +52,124 @@ def name_column(task: str, name: str) -> str:
     return f"{task}_{name}" if task else name
 
 
-def list_endings(head: ExtraHead, top_k: int | None) -> list[str]:
-    """List how the columns of the most probable labels end: "", "_2", "_3", ..."""
-    return ["", *(f"_{rank}" for rank in range(2, min(top_k or 1, len(head.labels)) + 1))]
+@dataclass(frozen=True)
+class OneLabelColumns:
+    """The columns of the most probable labels of a task, of which an image has one.
+
+    Attributes:
+        task: its name; the task of a classifier has an empty name.
+        head: its labels.
+        top_k: number of labels; default: one.
+    """
+
+    task: str
+    head: ExtraHead
+    top_k: int | None
+
+    @property
+    def names(self) -> list[tuple[str, str]]:
+        """The columns of each label and its probability: without an end, then with _2, _3, ..."""
+        num_labels = min(self.top_k or 1, len(self.head.labels))
+        ends = ["", *(f"_{rank}" for rank in range(2, num_labels + 1))]
+        return [
+            (name_column(self.task, f"label{end}"), name_column(self.task, f"probability{end}"))
+            for end in ends
+        ]
+
+    @property
+    def types(self) -> dict[str, pa.DataType]:
+        """Column -> type."""
+        types: dict[str, pa.DataType] = {}
+        for label, probability in self.names:
+            types |= {label: pa.string(), probability: pa.float32()}
+        return types
+
+    def select(self, logits: torch.Tensor) -> list[list[Label]]:
+        """Select the `top_k` most probable labels of each image in order, given logits [B, L]."""
+        return rank_labels(self.head, logits.float().softmax(dim=1), len(self.names))
+
+    def build_values(self, logits: torch.Tensor) -> dict[str, list[Any]]:
+        """Build the values of each column."""
+        ranks = zip(*self.select(logits), strict=True)
+        values: dict[str, list[Any]] = {}
+        for (label, probability), pairs in zip(self.names, ranks, strict=True):
+            values[label], values[probability] = map(list, zip(*pairs, strict=True))
+        return values
+
+    def read(self, row: Row) -> list[Label]:
+        """Read the labels of a row."""
+        return [(row[label], row[probability]) for label, probability in self.names]
+
+
+@dataclass(frozen=True)
+class SeveralLabelsColumns:
+    """The columns of a task of which an image has any number of labels, two lists.
+
+    Attributes:
+        task, head: as in `OneLabelColumns`.
+        top_k: maximum number of labels; default: all.
+    """
+
+    task: str
+    head: ExtraHead
+    top_k: int | None
+
+    @property
+    def names(self) -> tuple[str, str]:
+        """The columns of the labels and of their probabilities."""
+        return name_column(self.task, "labels"), name_column(self.task, "probabilities")
+
+    @property
+    def types(self) -> dict[str, pa.DataType]:
+        """Column -> type."""
+        return dict(zip(self.names, (pa.list_(pa.string()), pa.list_(pa.float32())), strict=True))
+
+    def select(self, logits: torch.Tensor) -> list[list[Label]]:
+        """Select the labels of each image, given logits [B, L]: whose probability is high enough."""
+        lowest = DEFAULT_THRESHOLD if self.head.threshold is None else self.head.threshold
+        # Not `value >= lowest`: probabilities that are not numbers are found later, with the image
+        return [
+            [(label, value) for label, value in labels if not value < lowest]
+            for labels in rank_labels(self.head, logits.float().sigmoid())
+        ]
+
+    def build_values(self, logits: torch.Tensor) -> dict[str, list[Any]]:
+        """Build the values of each column."""
+        images = [labels[: self.top_k] for labels in self.select(logits)]
+        lists = [[[pair[part] for pair in labels] for labels in images] for part in (0, 1)]
+        return dict(zip(self.names, lists, strict=True))
+
+    def read(self, row: Row) -> list[Label]:
+        """Read the labels of a row."""
+        return list(zip(*(row[name] for name in self.names), strict=True))
+
+
+TASK_COLUMNS: dict[str, type[OneLabelColumns] | type[SeveralLabelsColumns]] = {
+    "single_label_classification": OneLabelColumns,
+    "multi_label_classification": SeveralLabelsColumns,
+}
+
+
+def build_task_columns(
+    heads: Mapping[str, ExtraHead], top_k: int | None
+) -> dict[str, OneLabelColumns | SeveralLabelsColumns]:
+    """Build the columns of each task, for the kind of its labels."""
+    return {
+        task: TASK_COLUMNS[head.problem_type](task, head, top_k) for task, head in heads.items()
+    }
+
+
+def rank_labels(
+    head: ExtraHead, probabilities: torch.Tensor, num_labels: int | None = None
+) -> list[list[Label]]:
+    """Sort the labels of each image by their probabilities [B, L], the most probable first."""
+    ranked = probabilities.sort(dim=1, descending=True, stable=True)
+    values = ranked.values[:, :num_labels].tolist()
+    indices = ranked.indices[:, :num_labels].tolist()
+    return [
+        [(head.labels[index], value) for index, value in zip(*image, strict=True)]
+        for image in zip(indices, values, strict=True)
+    ]
 
 
 class LabelColumns:
@@ -107,21 +191,13 @@ class LabelColumns:
         top_k: int | None,
     ) -> None:
         self.model = model
-        self.top_k = top_k
-        self.heads = heads
+        self.tasks = build_task_columns(heads, top_k)
         # The layers that the distance reads; none without class statistics of these weights
         self.has_distance = bool(getattr(model, "distance_layers", ()))
         self.columns: dict[str, pa.DataType] = {}
 
-        for task, head in self.heads.items():
-            if has_several_labels(head):
-                self.columns[name_column(task, "labels")] = pa.list_(pa.string())
-                self.columns[name_column(task, "probabilities")] = pa.list_(pa.float32())
-            else:
-                for end in list_endings(head, top_k):
-                    self.columns[name_column(task, f"label{end}")] = pa.string()
-                    self.columns[name_column(task, f"probability{end}")] = pa.float32()
-
+        for columns in self.tasks.values():
+            self.columns |= columns.types
         if self.has_distance:
             self.columns[DISTANCE] = pa.float32()
         if self.has_distance and model.config.distance_threshold is not None:
@@ -131,7 +207,7 @@ class LabelColumns:
         """Compute the logits [B, num_labels] of each task."""
         outputs: Any = self.model(pixel_values)
         logits = get_logits_by_task(outputs)
-        tensors = {task: logits[task].float() for task in self.heads}
+        tensors = {task: logits[task].float() for task in self.tasks}
         if self.has_distance:
             tensors[DISTANCE] = outputs.distance.float()[:, None]
         return tensors
@@ -139,21 +215,8 @@ class LabelColumns:
     def build_rows(self, outputs: dict[str, torch.Tensor]) -> list[Row]:
         """Build one row per image with the most probable labels."""
         values: dict[str, Sequence[Any]] = {}
-        for task, head in self.heads.items():
-            max_labels = None if has_several_labels(head) else 1
-            images = select_labels(outputs[task], head, self.top_k or max_labels)
-            names = [[name for name, _ in labels] for labels in images]
-            probabilities = [[value for _, value in labels] for labels in images]
-            if has_several_labels(head):
-                values[name_column(task, "labels")] = names
-                values[name_column(task, "probabilities")] = probabilities
-            else:
-                for rank, end in enumerate(list_endings(head, self.top_k)):
-                    values[name_column(task, f"label{end}")] = [each[rank] for each in names]
-                    values[name_column(task, f"probability{end}")] = [
-                        each[rank] for each in probabilities
-                    ]
-
+        for task, columns in self.tasks.items():
+            values |= columns.build_values(outputs[task])
         if self.has_distance:
             values[DISTANCE] = outputs[DISTANCE][:, 0].tolist()
         if "unknown" in self.columns:

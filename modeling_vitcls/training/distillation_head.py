@@ -13,15 +13,8 @@ from typing import Any
 import numpy as np
 
 from ..inference.class_statistics import TokenFeatures
-from ..inference.confidence import compute_losses, to_probabilities
 from ..inference.intervals import Estimate
-from ..inference.linear_probe import (
-    LinearProbe,
-    add_classes,
-    encode_labels,
-    estimate,
-    to_logits,
-)
+from ..inference.linear_probe import LinearProbe, add_classes
 
 
 KIND = "distillation"  # The kind of these tokens in a `FeatureLayout`
@@ -67,17 +60,21 @@ class DistillationHead:
         if not known.any():
             return cls(probe, "cls", {}, first.out_of_fold_, None)
 
-        targets = encode_labels(labels)[1][known]
-        heads = [to_logits(each.out_of_fold_[known], targets) for each in (first, probe)]
+        target = probe.target_
+        targets = target.encode(labels)[1][known]
+        heads = [target.to_logits(each.out_of_fold_[known]) for each in (first, probe)]
         logits = {"cls": heads[0], KIND: heads[1], "mean": (heads[0] + heads[1]) / 2}
-        means = {name: float(compute_losses(each, targets).mean()) for name, each in logits.items()}
+        means = {
+            name: float(target.compute_losses(each, targets).mean())
+            for name, each in logits.items()
+        }
         inference = choose_inference(means)
         if inference == "cls":
             return cls(probe, inference, means, first.out_of_fold_, first.estimate_)
 
         out_of_fold = np.full_like(first.out_of_fold_, np.nan)
-        out_of_fold[known] = to_probabilities(logits[inference], targets)
-        result = estimate([*logits.values()], targets, None, groups[known])
+        out_of_fold[known] = target.to_probabilities(logits[inference])
+        result = target.estimate([*logits.values()], targets, None, groups[known])
         return cls(probe, inference, means, out_of_fold, result)
 
     def refit(self, tokens: TokenFeatures, labels: np.ndarray) -> "DistillationHead":

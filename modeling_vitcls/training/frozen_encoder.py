@@ -37,8 +37,6 @@ from ..inference.linear_probe import (
     NUM_LAST_LAYERS,
     Candidate,
     LinearProbe,
-    encode_labels,
-    find_strata,
     split_folds,
 )
 from ..inference.near_copies import (
@@ -175,9 +173,7 @@ class FrozenEncoder:
         # If nothing can be measured, is it because scenes are kept together?
         scenes["prevent_folds"] = not any(
             each.num_folds_ for each in heads.probes.values()
-        ) and any(
-            split_folds(find_strata(encode_labels(each.labels)[1]), each.groups) for each in divided
-        )
+        ) and any(split_folds(each.labels, each.groups) for each in divided)
         # These images were kept out of the choice, whose time grows with their number, but not of
         # the fit.
         if len(rest):

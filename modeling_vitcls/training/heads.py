@@ -30,7 +30,6 @@ from ..inference.linear_probe import (
     LinearProbe,
     describe_candidate,
     stack_tokens,
-    to_logits,
 )
 from .distillation_head import DistillationHead, split_kinds
 
@@ -181,7 +180,7 @@ class FrozenHead:
         known = np.flatnonzero(np.isfinite(probabilities).all(axis=1))
         features = self.features.take(known)
         # Logarithms of the probabilities are logits: softmax gives the same probabilities back.
-        logits = to_logits(probabilities[known], features.labels).astype(np.float32)
+        logits = self.probe.target_.to_logits(probabilities[known]).astype(np.float32)
         predictions = build_predictions(self.labels, replace(features, values=logits))
         predictions.metrics.update(round_floats(self.estimate.to_metrics()))
         return predictions

@@ -31,6 +31,7 @@ from modeling_vitcls.analysis.ablation import (
 )
 from modeling_vitcls.analysis.token_use import TokenUse
 from modeling_vitcls.inference.image_pass import ImageBatch
+from modeling_vitcls.inference.targets import OneLabelTarget
 from modeling_vitcls.model.attention_masks_vitcls import build_attention_mask
 
 
@@ -116,7 +117,7 @@ def test_replacing_a_token_by_its_mean_equals_a_computation_layer_by_layer(
 def test_tokens_that_a_head_does_not_read_are_compared_with_redrawn_ones() -> None:
     model = build_classifier(num_register_tokens=3)
     outputs = torch.stack(gather_outputs(model, UNLABELED)[""])
-    labels = predict_labels(list(outputs), has_several_labels=False)
+    labels = predict_labels(list(outputs), OneLabelTarget)
     batches = [ImageBatch(PIXELS[:4], labels[:4]), ImageBatch(PIXELS[4:], labels[4:])]
     found = compute_ablations(model, TokenUse(model.config), batches)
     # the model is unchanged
@@ -135,7 +136,7 @@ def test_an_effect_has_its_size_and_its_intervals() -> None:
     before = list(torch.tensor([[2.0, 0.0], [0.0, 2.0]]))
     after = list(torch.tensor([[2.0, 0.0], [4.0, 2.0]]))
 
-    found = compute_effect(before, after, has_several_labels=False)
+    found = compute_effect(before, after, OneLabelTarget)
     assert found.changed == 0.5
     assert found.size == 2.0
     assert found.num_images == 2
@@ -144,7 +145,7 @@ def test_an_effect_has_its_size_and_its_intervals() -> None:
     assert found.is_measurable
     assert not found.is_beyond_limit
 
-    same = compute_effect(before, before, has_several_labels=False)
+    same = compute_effect(before, before, OneLabelTarget)
     assert same.changed == 0.0
     assert same.size == 0.0
     assert same.interval == (0.0, 0.0)

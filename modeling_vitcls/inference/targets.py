@@ -1,0 +1,237 @@
+"""What a classifier learns from one label per image or from several, on arrays of labels.
+
+                    OneLabelTarget                      SeveralLabelsTarget
+labels              [N] names or class indices          [N, L] 0 or 1
+probabilities       softmax over the classes            sigmoid of each label
+calibration         a temperature                       a line for each label
+classifier          LDA, with class statistics          one label against the rest, with one covariance
+estimate            accuracy                            mean average precision
+
+`TARGETS` has them by the kind of the labels (data/labels.py). Nothing else asks for the kind of an
+array. Logits are [N, K] of K classes or labels.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from scipy.special import expit, log_softmax, logit, softmax
+
+from .class_statistics import ClassStatistics, Token, TokenFeatures, build_label_scores
+from .confidence import fit_line, fit_temperature
+from .intervals import Estimate, estimate_after_choice, estimate_average_precision
+from .prediction_rows import DEFAULT_THRESHOLD
+
+
+MIN_LABEL_IMAGES = 2  # With one of several labels, and without it; with fewer, it is not learned
+MIN_PROBABILITY = 1e-30  # Of out-of-fold predictions, whose logarithms must be finite
+
+Classifiers = dict[Token, tuple[np.ndarray, np.ndarray]]  # Weight and bias of each token
+
+
+class OneLabelTarget:
+    """Each image has one of the classes."""
+
+    @staticmethod
+    def encode(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the classes, and the class index [N] of each image."""
+        classes, indices = np.unique(labels, return_inverse=True)
+        return classes, indices
+
+    @staticmethod
+    def find_strata(labels: np.ndarray) -> np.ndarray:
+        """Find the class [N] of each image that folds are stratified by."""
+        return labels
+
+    @staticmethod
+    def count_largest(labels: np.ndarray) -> int:
+        """Count the images of the largest class."""
+        return int(np.bincount(labels).max())
+
+    @staticmethod
+    def fit_tokens(
+        features: TokenFeatures,
+        labels: np.ndarray,
+        num_classes: int,
+        has_covariance: bool,
+        is_balanced: bool,
+    ) -> tuple[Classifiers, ClassStatistics | None]:
+        """Fit a classifier to each token; also return the statistics of all tokens."""
+        statistics = ClassStatistics.fit(features, labels, num_classes, has_covariance)
+        classifiers = {
+            token: statistics.select([token]).build_classifier(is_balanced) for token in features
+        }
+        return classifiers, statistics
+
+    @staticmethod
+    def calibrate(
+        logits: np.ndarray, labels: np.ndarray, weights: np.ndarray
+    ) -> tuple[float, np.ndarray | None]:
+        """Fit the temperature of logits, given the weight [N] of each image; there are no lines."""
+        return fit_temperature(logits, labels, weights), None
+
+    @staticmethod
+    def to_probabilities(logits: np.ndarray) -> np.ndarray:
+        return softmax(logits, axis=1)
+
+    @staticmethod
+    def to_logits(probabilities: np.ndarray) -> np.ndarray:
+        """Convert probabilities to finite logits."""
+        return np.log(np.maximum(probabilities, MIN_PROBABILITY))
+
+    @staticmethod
+    def compute_losses(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+        """Compute the cross-entropy [N]."""
+        return -log_softmax(logits, axis=1)[np.arange(len(labels)), labels]
+
+    @staticmethod
+    def predict(logits: np.ndarray, threshold: float = DEFAULT_THRESHOLD) -> np.ndarray:
+        """Predict the class index [N] of each image; the threshold is for several labels."""
+        return logits.argmax(axis=1)
+
+    @staticmethod
+    def get_names(names: list[str], answers: np.ndarray) -> list[Any]:
+        """Name the class of each image."""
+        return [names[index] for index in answers]
+
+    @staticmethod
+    def find_right(answers: np.ndarray, labels: np.ndarray) -> np.ndarray:
+        """Find the images [N] whose class is predicted."""
+        return answers == labels
+
+    @staticmethod
+    def compute_confidences(logits: np.ndarray) -> np.ndarray:
+        """Compute the probability [N] of each prediction."""
+        return softmax(logits, axis=1).max(axis=1)
+
+    @staticmethod
+    def estimate(
+        logits: Sequence[np.ndarray],
+        labels: np.ndarray,
+        weights: np.ndarray | None,
+        groups: np.ndarray | None,
+    ) -> Estimate:
+        """Estimate the accuracy of the candidate with the lowest log loss, corrected for the choice."""
+        losses = np.stack([OneLabelTarget.compute_losses(each, labels) for each in logits])
+        is_right = np.stack([each.argmax(axis=1) == labels for each in logits])
+        return estimate_after_choice(losses, is_right, weights, groups)
+
+
+class SeveralLabelsTarget:
+    """Each image has any number of the labels. Labels are 0 or 1."""
+
+    @staticmethod
+    def encode(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the indices of the labels, and a mask [N, L]."""
+        return np.arange(labels.shape[1]), labels > 0.5
+
+    @staticmethod
+    def find_strata(labels: np.ndarray) -> np.ndarray:
+        """Find the rarest label [N] of each image that can be learned.
+
+        Images without such a label are together.
+        """
+        num_images, num_labels = labels.shape
+        counts = np.where(labels & find_learned(labels), labels.sum(axis=0), num_images)
+        strata = np.where(counts.min(axis=1) < num_images, counts.argmin(axis=1), num_labels)
+        # The only image of a stratum would train every fold, so it joins those without a label.
+        return np.where(np.bincount(strata)[strata] < 2, num_labels, strata)
+
+    @staticmethod
+    def count_largest(labels: np.ndarray) -> int:
+        """There are no classes, and no statistics of them."""
+        return 0
+
+    @staticmethod
+    def fit_tokens(
+        features: TokenFeatures,
+        labels: np.ndarray,
+        num_classes: int,
+        has_covariance: bool,
+        is_balanced: bool,
+    ) -> tuple[Classifiers, ClassStatistics | None]:
+        """Fit a classifier to each token; all labels share the covariance of all images."""
+        classifiers = {
+            token: build_label_scores({token: values}, labels) for token, values in features.items()
+        }
+        return classifiers, None
+
+    @staticmethod
+    def calibrate(
+        logits: np.ndarray, labels: np.ndarray, weights: np.ndarray
+    ) -> tuple[float, np.ndarray | None]:
+        """Fit a line to the scores of each label, [2, L] slopes and offsets; the temperature is 1.
+
+        A label that cannot be learned has its smoothed share of the images as its probability.
+        """
+        scores = np.where(find_learned(labels), logits, 0.0)
+        shares = (labels.sum(axis=0) + 1) / (len(labels) + 2)
+        lines = [fit_line(*columns) for columns in zip(scores.T, labels.T, strict=True)]
+        slopes, offsets = np.transpose(lines)
+        return 1.0, np.stack([slopes, np.where(scores.any(axis=0), offsets, logit(shares))])
+
+    @staticmethod
+    def to_probabilities(logits: np.ndarray) -> np.ndarray:
+        return expit(logits)
+
+    @staticmethod
+    def to_logits(probabilities: np.ndarray) -> np.ndarray:
+        """Convert probabilities to finite logits."""
+        return logit(np.clip(probabilities, 1e-12, 1 - 1e-12))
+
+    @staticmethod
+    def compute_losses(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+        """Compute the binary cross-entropy [N], the mean over the labels."""
+        with np.errstate(invalid="ignore"):  # NaN for images that no fold left out
+            return (np.logaddexp(0, logits) - labels * logits).mean(axis=1)
+
+    @staticmethod
+    def predict(logits: np.ndarray, threshold: float = DEFAULT_THRESHOLD) -> np.ndarray:
+        """Predict the labels whose probability is at least the threshold: a mask [N, L]."""
+        return expit(logits) >= threshold
+
+    @staticmethod
+    def get_names(names: list[str], answers: np.ndarray) -> list[Any]:
+        """List the names of the labels of each image."""
+        return [[names[index] for index in np.flatnonzero(row)] for row in answers > 0.5]
+
+    @staticmethod
+    def find_right(answers: np.ndarray, labels: np.ndarray) -> np.ndarray:
+        """Find the images [N] of which all labels are predicted right."""
+        return (answers == labels).all(axis=1)
+
+    @staticmethod
+    def compute_confidences(logits: np.ndarray) -> np.ndarray:
+        """Compute the probability [N] of the least certain answer about a label."""
+        probabilities = expit(logits)
+        return np.maximum(probabilities, 1 - probabilities).min(axis=1)
+
+    @staticmethod
+    def estimate(
+        logits: Sequence[np.ndarray],
+        labels: np.ndarray,
+        weights: np.ndarray | None,
+        groups: np.ndarray | None,
+    ) -> Estimate:
+        """Estimate the mean average precision of the candidate with the lowest log loss."""
+        losses = [SeveralLabelsTarget.compute_losses(each, labels).mean() for each in logits]
+        return estimate_average_precision(logits[int(np.argmin(losses))], labels, groups)
+
+
+Target = type[OneLabelTarget] | type[SeveralLabelsTarget]
+
+TARGETS: dict[Any, Target] = {
+    "single_label_classification": OneLabelTarget,
+    "multi_label_classification": SeveralLabelsTarget,
+}
+
+
+def find_target(labels: np.ndarray) -> Target:
+    """Tell the kind of an array of labels: [N], or [N, L] with several labels per image."""
+    return SeveralLabelsTarget if labels.ndim == 2 else OneLabelTarget
+
+
+def find_learned(labels: np.ndarray) -> np.ndarray:
+    """Find which of several labels [N, L] can be learned: a mask [L]."""
+    counts = labels.sum(axis=0)
+    return np.minimum(counts, len(labels) - counts) >= MIN_LABEL_IMAGES  # type: ignore[no-any-return]
