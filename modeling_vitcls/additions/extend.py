@@ -77,7 +77,7 @@ class OldModel:
 
     Attributes:
         folder, model, processor: the model.
-        staging: hidden folder, whose files become those of the output folder.
+        staging: hidden folder, whose files move to the output folder.
         pass_arguments: of a pass of labeled images through the model (`ImagePass`).
         console: shows the progress of a pass.
     """
@@ -220,7 +220,7 @@ def append_head(
     extended = use_fast_modules(model.new_like(config)).to(device=model.device, dtype=model.dtype)
     # The old model has no weights for the new head, which are set below.
     extended.load_state_dict(model.state_dict(), strict=False)
-    # Only now, because it compares the class statistics with the weights
+    # This must come after the weights, because it compares the class statistics with them
     extended.eval()
     linear = extended.extra_heads[f"task_{name}"]
     with torch.no_grad():

@@ -248,7 +248,7 @@ def rate_outputs(
     is_wrong = torch.zeros(len(confidences[0]), dtype=torch.bool)
     for task, known in labels.items():
         is_wrong |= ((predicted[task] != known) & (known != IGNORED_LABEL)).any(dim=1)
-    classes, *_ = predicted.values()  # The first task stands for all
+    classes, *_ = predicted.values()  # Photos are chosen by the classes of the first task
     lowest = np.min(confidences, axis=0)
     return lowest.tolist(), is_wrong.tolist(), classes[:, 0].tolist()
 

@@ -121,7 +121,7 @@ class PhotoMeasurements:
 
     @property
     def rest_name(self) -> str:
-        """What contributes to a score beside the patches."""
+        """What else contributes to a score, in addition to the patches."""
         read = {
             group
             for group, is_read in zip(self.token_groups, self.are_read, strict=True)

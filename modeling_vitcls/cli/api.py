@@ -213,7 +213,7 @@ def predict(model: str | Path, images: Any = None, **flags: Any) -> list[dict[st
 
 
 class Predictor:
-    """A loaded model to keep, for servers and programs that answer photos as they come.
+    """A loaded model to keep, for servers and other programs whose photos arrive one by one.
 
     An object of this class costs as much as `predict` once, and a call then only its photos. Any
     number of threads may call it.

@@ -28,7 +28,7 @@ CSS = """
 #sheet img { min-width: 900px; width: 100%; max-height: none; height: auto; }
 """
 NUM_LABELS = 5  # Maximum number of labels with a probability
-MAX_NAMES = 12  # Of the classes that a photo shows none of
+MAX_NAMES = 12  # Maximum number of class names in the answer "none of these"
 NONE_OF_THESE = "none of these"  # Shown for a photo of none of the classes
 
 
@@ -138,8 +138,8 @@ def build_page(options: DemoOptions) -> Any:
         gradio.Label(label=task or "Answer", num_top_classes=NUM_LABELS)
         for task in loaded.columns.tasks
     ]
-    # Not `gradio.Image`: it refuses HEIC where the browser knows no such type, and decodes the file
-    # itself, but `vitcls predict` reads more formats and names what is wrong.
+    # `gradio.Image` would refuse HEIC if the browser lacks the type, and decode the file itself, but
+    # `vitcls predict` reads more formats and names what is wrong.
     photo_input = gradio.File(label="Photo", file_types=["image", *HEIC_ENDINGS], type="filepath")
     sheet = gradio.Image(
         label="Sheet",

@@ -138,7 +138,7 @@ def read_recipe_of_flags(flags: list[str], options_class: type[Options]) -> Any:
     if path is None or "config" not in fields:
         return None
     required = [name for name, field in fields.items() if field.default is dataclasses.MISSING]
-    # So that tyro asks for what the recipe lacks
+    # tyro then requires the flags that the recipe lacks
     values: dict[str, Any] = dict.fromkeys(required, tyro.MISSING)
     return options_class(**values | read_recipe(path, options_class))
 

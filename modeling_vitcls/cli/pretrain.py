@@ -8,7 +8,7 @@ implemented in modeling_vitcls/training/run.py and pretraining/pretrain.py.
 """
 
 from ..training.options import PretrainOptions
-from .finetune import run as run  # The same for both kinds of training
+from .finetune import run as run  # Both kinds of training run in the same way
 
 
 OPTIONS_CLASS = PretrainOptions

@@ -60,7 +60,7 @@ def find_recipe(path: Path, pattern: str = "[!s]*.yaml") -> Path:
 
 
 class RecipeLoader(yaml.SafeLoader):
-    """Reads YAML 1.2, in which `no` is a text and `1e-3` a number. PyYAML knows only YAML 1.1."""
+    """Reads YAML 1.2, in which `no` is a text and `1e-3` a number. PyYAML reads only YAML 1.1."""
 
     yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
 

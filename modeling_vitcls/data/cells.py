@@ -32,7 +32,7 @@ SEPARATORS = {"|": 1.0, ";": 1.0, ",": 1.5}
 NO_SEPARATOR = "none"  # The value of `label_separator` that says: each text is one label
 MAX_NUMBERS = 50  # Different numbers with gaps between them; more look like a measurement
 MIN_VECTORS = 0.9  # Share of the lists that have one length, from which they are vectors
-# Fields that are the label of an object: Label Studio's choices, and a name beside its number
+# Fields that are the label of an object: Label Studio's choices, and a name next to its number
 LABEL_FIELDS = ("choices", "name", "label")
 
 NUMBER = re.compile(r"[+-]?(\d+[.,]?\d*|[.,]\d+)(e[+-]?\d+)?", re.IGNORECASE)
@@ -45,8 +45,8 @@ MISSING_NUMBERS = ("-1", "-100")  # Missing labels in datasets with class indice
 class LabelColumn:
     """The cells of a label column.
 
-    Large tables repeat few cells, so each different one is read once. They are told apart by their
-    `repr`, because 1 and True are the same key of a dict, and lists are none.
+    Large tables repeat few cells, so each different one is read once. Their `repr` is the key,
+    because 1 and True are the same key of a dict, and lists cannot be keys.
     """
 
     def __init__(

@@ -371,7 +371,7 @@ def find_unused_groups(
 ) -> str | None:
     """Look for a column that could contain groups, and describe it if there is one.
 
-    `labels` are those of all rows. No column is looked for in large tables.
+    `labels` has the labels of all rows. No column is looked for in large tables.
     """
     features = next(iter(tables.values())).features
     if len(labels) > MAX_ROWS_OF_GROUPS:

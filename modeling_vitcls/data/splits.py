@@ -34,7 +34,7 @@ from .splits_table import build_splits_table, find_trained_images, get_keys
 
 # Names of held-out splits, in order of precedence.
 HELD_OUT_SPLITS = ("validation", "valid", "val", "dev", "test")
-MIN_CLASS_SIZE = 5  # Smaller classes beside larger ones are named
+MIN_CLASS_SIZE = 5  # Smaller classes are named, if others are larger
 MAX_NAMED_IMAGES = 10  # In an error about images with two labels
 
 # Ratio of the largest to the smallest class, above which balanced metrics are printed, too
@@ -330,7 +330,7 @@ def select_held_out(images: LabeledImages, fraction: float, seed: int, dataset: 
 
 
 def describe_data(training_data: TrainingData) -> dict[str, Any]:
-    """Describe the training data for checkpoints, so that a resumed run notices a change."""
+    """Describe the training data for checkpoints, so a resumed run can detect a change."""
     parts = {"training": training_data.train, "held-out": training_data.held_out}
     description: dict[str, Any] = {"classes": training_data.label_space.columns}
     for name, part in parts.items():

@@ -70,7 +70,7 @@ def export_model(options: ExportOptions) -> dict[str, Any]:
         comparisons = measure_differences(batches, expected, outputs, LIMITS[options.dtype])
         report = build_report(options, description, shape, file, graph, expected[0], comparisons)
         if not options.output.suffix and not (options.output / CONFIG_FILE).exists():
-            # What a program needs beside the graph, if the folder is not the model's
+            # What a program needs in addition to the graph, if the folder is not the model's
             model.config.to_json_file(folder / CONFIG_FILE)
             if exportable.processor is not None:
                 exportable.processor.to_json_file(folder / PROCESSOR_FILE)

@@ -164,7 +164,7 @@ def fetch_repo_info(
             f"{constants.ENDPOINT}/api/{repo_type}s/{repo_id}{suffix}",
             max_retries=1,
             base_wait_time=RETRY_WAIT,
-            # A Hub that is out of reach or silent will not answer a second later, either.
+            # A Hub that does not respond now will not respond a second later, either.
             retry_on_exceptions=(),
             headers=build_hf_headers(),
             timeout=TIMEOUT,

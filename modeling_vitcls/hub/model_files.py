@@ -13,7 +13,7 @@ Errors are lines that name the file, the problem and a remedy. What is not check
 - The weights themselves: whether they are complete and of this configuration shows when they are
   loaded, whether they are finite in the outputs, and whether they are the weights of results.json
   by their hash (`hash_weights`).
-- The Python files beside them, which this package neither reads nor runs.
+- The Python files next to them, which this package neither reads nor runs.
 - Where the folder is from, and whether it was changed since: hub/provenance.py, publishing/verify.py.
 """
 
@@ -208,7 +208,7 @@ def check_is_vitcls(source: str, folder: Path) -> None:
             f"{source} does not contain a model: {CONFIG_FILE} is missing. Specify the folder of a "
             "saved model"
         )
-    # Not at the top: options of commands import this file, and flags are parsed without torch.
+    # Imported here: options of commands import this file, and flags are parsed without torch.
     import torch
 
     config_dict = read_json(folder / CONFIG_FILE)
@@ -231,7 +231,7 @@ def check_is_vitcls(source: str, folder: Path) -> None:
 
 def check_weight_files(source: str, folder: Path) -> None:
     """Check that the folder has one set of weights in safetensors, or only exported files."""
-    # Not at the top: options of commands import this file, and flags are parsed without torch.
+    # Imported here: options of commands import this file, and flags are parsed without torch.
     from ..model.fast_image_processing_vitcls import open_regular_file
 
     has_one_file = (folder / WEIGHTS_FILE).is_file()

@@ -94,7 +94,7 @@ class ClassStatistics:
             if has_covariance:
                 covariance, own_covariance = compute_covariances(residuals, labels, counts)
             else:
-                # Of a feature, not of all numbers: some features are far from 0 in every image.
+                # The variance of each feature, not of all numbers: some features are far from 0 in every image.
                 covariance = np.eye(values.shape[1]) * (values.var(axis=0).mean() or 1.0)
                 # The noise of the means is what varies within the classes, of which pairs know a
                 # little. The total variance is mostly between the classes.
@@ -330,7 +330,7 @@ def build_label_scores(
     num_images = len(labels)
     with_label = labels.sum(axis=0)[:, None]
     is_known = (with_label > 0) & (with_label < num_images)
-    # Of the images in the mean with a label and, negative, in the mean without it
+    # The weights of the images in the mean with a label and, negative, in the mean without it
     shares = labels / np.maximum(with_label.T, 1)
     shares -= ~labels / np.maximum(num_images - with_label.T, 1)
     weights, biases = [], []

@@ -24,7 +24,7 @@ from .image_pass import ImageOutputs, ImagePass
 OWN_POOLING = "own"  # Tokens of a candidate that reads the output of the model's pooler
 # The part of the mean of the patches that comes from the border of the image. No classifier reads it.
 BORDER = "border"
-BORDER_WIDTH = 1 / 8  # Of the side of the image
+BORDER_WIDTH = 1 / 8  # As a fraction of the side of the image
 
 
 @dataclass(frozen=True)

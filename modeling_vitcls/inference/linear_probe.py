@@ -364,7 +364,7 @@ class LinearProbe(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         means = compute_means(values, labels, np.bincount(labels))
         spread = measure_spread(means @ self.weight_.T + self.bias_)
         if not self.num_folds_:
-            # Nothing tells how often the nearest mean is right, so no probability is near 1.
+            # How often the nearest mean is right is not known, so no probability is near 1.
             self.temperature_ = max(spread, 1.0)
             return
 

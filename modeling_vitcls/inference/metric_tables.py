@@ -33,7 +33,7 @@ MAX_NAME_LENGTH = 100  # Maximum length of a name in a card, in characters
 def list_metrics(results: MetricValues) -> Iterator[tuple[MetricValues, str, str]]:
     """List the metrics in a table: where each is measured, its key there, and its title.
 
-    The metrics of all tasks together come first, then those of each task, with its name.
+    The metrics of all tasks together come first, then each task's metrics, with its name.
     """
     for title, metrics in {"": results, **list_titles(results)}.items():
         for key, name in METRIC_NAMES.items():

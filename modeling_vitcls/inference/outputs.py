@@ -40,8 +40,8 @@ def get_output_columns(columns: Columns) -> Columns:
 def write_rows(rows: Iterable[Row], columns: Columns, file: Path) -> None:
     """Write rows to a file in the format of its suffix, and replace an existing file.
 
-    If an error is raised, no partial file remains, and those of earlier programs that were killed
-    are removed. The rows of a Parquet file are written while they are computed.
+    If an error is raised, no partial file remains. Files that killed programs have
+    left are removed. The rows of a Parquet file are written while they are computed.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     # The types are given, not inferred: the first rows of a column may all be missing.

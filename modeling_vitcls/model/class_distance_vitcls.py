@@ -154,7 +154,7 @@ class ClassDistance(nn.Module):
         terms: list[tuple[Tensor, ...]] = []
         for index in range(len(self.tokens)):
             means = getattr(self, f"means_{index}")
-            # Old classes keep their bits beside added ones: center and products are their own.
+            # Added classes do not change the bits of old ones, which have their own center and products.
             center = means[: self.num_together[0]].mean(dim=0)
             means = means - center
             noise = self.sizes[index] / self.counts.clamp(min=1)
@@ -167,7 +167,7 @@ class ClassDistance(nn.Module):
         """Find out whether the statistics were fitted to the present weights of the encoder.
 
         The weights are read once after each change. An edit of `parameter.data` in place is the one
-        change that PyTorch does not count: the first pass after training notices it, too.
+        change that PyTorch does not count: the first pass after training detects it, too.
         """
         # torch.compile and torch.export cannot trace this. Their graph depends on `is_valid`.
         if torch.compiler.is_compiling():

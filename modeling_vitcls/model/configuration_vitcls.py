@@ -623,7 +623,7 @@ class ViTCLSConfig(ExtraHeadsConfig, BackboneConfigMixin, PreTrainedConfig):
             del self.auto_map
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """Select the fields to save: all of this class, and those of transformers that are set.
+        """Select the fields to save: all fields of this class, and transformers' fields that are set.
 
         With the defaults of another version, the architecture would be another one.
         """
@@ -666,8 +666,8 @@ class ViTCLSConfig(ExtraHeadsConfig, BackboneConfigMixin, PreTrainedConfig):
 
         Composite models, for example `VisionTextDualEncoderModel`, require this registration. A
         registered class takes precedence over `trust_remote_code` and `revision` in all later loads
-        in this process. Two pipelines of transformers become those of this package, which do the
-        same as before with other models.
+        in this process. This package's pipelines replace two of transformers, and do the same as
+        before with other models.
         """
         pipelines = importlib.import_module(".pipeline_vitcls", __package__)
         processing = importlib.import_module(".image_processing_vitcls", __package__)

@@ -431,7 +431,7 @@ def read_image(source: str | os.PathLike[str] | bytes | bytearray) -> PIL.Image.
                     f"{image.height} pixels can be read. Export the photo as JPEG"
                 )
             upright = PIL.ImageOps.exif_transpose(image)
-            if content is None:  # Messages name it; Pillow knows only files that it opens
+            if content is None:  # Messages name it; Pillow sets it only for files that it opens
                 upright.filename = os.fspath(path)  # type: ignore[attr-defined]
             return upright
     except PIL.UnidentifiedImageError as error:

@@ -89,7 +89,7 @@ def write_run_page(folder: ModelFolder) -> str | None:
             data.label_space.names,
             processor.bit_depth,
         )
-        # The saved model knows the training images, so it cannot explain a mistake of cross-validation.
+        # The saved model was fitted to the training images, so it cannot explain a mistake of cross-validation.
         explained = rows
         if predictions["is_cross_validated"]:
             explained = rows[rows["label"] == rows["prediction"]]

@@ -139,7 +139,7 @@ def verify(commit: PushedCommit, folder: ModelFolder) -> str:
         [
             f"verified: {commit.repo_id} at {commit.sha}",
             f"  {len(commit.files)} files match their hashes; {code}",
-            f"  outputs in a new process (empty cache, no modeling_vitcls) equal those of {folder.path}",
+            f"  outputs in a new process (empty cache, no modeling_vitcls) equal the outputs of {folder.path}",
             f"    {', '.join(classes)}",
             f"    float32, limit {TOLERANCE:g}; {', '.join(versions)}",
             f"load the model{reason}:",

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 
-UNFINISHED_SUFFIX = ".unfinished"  # Of a hidden file that is not complete
+UNFINISHED_SUFFIX = ".unfinished"  # Suffix of a hidden file that is not complete
 CONTROL_CHARACTER = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 FORMULA_PREFIXES = ("=", "+", "-", "@", "\t", "\r")  # First characters of formulas in spreadsheets
 

@@ -99,7 +99,7 @@ class LeanLayer(FastModule, ViTCLSLayer):
 LeanLayer.__name__ = ViTCLSLayer.__name__
 
 FAST_CLASSES = {**KERNEL_CLASSES, ViTCLSLayer: LeanLayer}
-# Classes whose linear layers and convolutions are replaced; those of other classes may be a person's.
+# Classes whose linear layers and convolutions are replaced; in other classes, they may be a person's.
 OWNERS = (
     ViTCLSLayer,
     *ATTENTION_CLASSES.values(),
@@ -251,7 +251,7 @@ def skip_identity(module: nn.Module, inputs: Tensor) -> Tensor:
 def apply_linear(module: nn.Module, inputs: Tensor) -> Tensor:
     """Apply a linear layer."""
     parameters: Any = module._parameters
-    if len(parameters) != 2:  # People put tensors in the place of parameters (MAML)
+    if len(parameters) != 2:  # MAML replaces parameters with tensors
         return module.forward(inputs)
     return nn.functional.linear(inputs, parameters["weight"], parameters["bias"])
 

@@ -56,7 +56,7 @@ def measure_border(frozen: FrozenHead, grid_size: tuple[int, int]) -> dict[str, 
 
 
 def describe_border(record: dict[str, Any] | None) -> str | None:
-    """Name the classes that the border of the photos tells from the others; None without any."""
+    """Name the classes that the border of the photos distinguishes from the others, or return None."""
     if record is None:
         return None
     limit = MIN_RATIO * record["patches"]

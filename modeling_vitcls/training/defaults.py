@@ -64,7 +64,7 @@ LEARNING_RATES: dict[TrainingMethod, tuple[float, int, int, float, float]] = {
     "self-supervised": (5e-4, 1, 0, 0.0, 1.0),
 }
 
-# Of tokens that the checkpoint lacks, and of gates, which must open within the run
+# For tokens that the checkpoint lacks, and for gates, which must open within the run
 NEW_TOKEN_RATE = 1e-2
 
 # Checkpoint suggested if the initial weights are random.

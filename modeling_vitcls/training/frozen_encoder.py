@@ -3,7 +3,7 @@
     training images -> encoder, once -> choice of geometry -> classifiers (heads.py), which choose layers and tokens
     held-out images -> encoder, once -> result, nearest training images
 
-The features are those of inference/frozen_features.py. A frozen run saves the classifiers, fitted to
+The features are described in inference/frozen_features.py. A frozen run saves the classifiers, fitted to
 every label, and their temperatures come from the images that each fold leaves out. Steps start from
 them instead of random ones (linear probing, then fine-tuning: Kumar et al. 2022, arXiv 2202.10054).
 """

@@ -63,7 +63,7 @@ class BrowserOptions(Options):
 
 
 class BrowserModel(nn.Module):
-    """A model with the output `cls_attention` beside its own outputs."""
+    """A model with the output `cls_attention` in addition to its own outputs."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()

@@ -153,7 +153,7 @@ def test_a_native_model_is_pushed_and_verified_without_remote_code(
     assert not [name for name in hub.files("ann/native") if name.endswith(".py")]
     assert "CODE_LICENSE" not in hub.files("ann/native")
     report = verify(pushed, ModelFolder(tmp_path / "native"))
-    assert "equal those of" in report
+    assert "equal the outputs of" in report
     assert "trust_remote_code" not in report
 
 
