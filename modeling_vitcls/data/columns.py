@@ -355,13 +355,18 @@ def read_groups(
 ) -> tuple[dict[str, np.ndarray], int]:
     """Number the group of each row, by split; a row without one is a group of its own.
 
-    Also return the number of groups.
+    Also return the number of groups. Raise ValueError if all rows are one group.
     """
     import pandas as pd
 
     texts = [read_texts(table, column, dataset) for table in tables.values()]
     names = [row if text is None else text for row, text in enumerate(chain(*texts))]
     codes, different = pd.factorize(np.array(names, object))
+    if len(different) == 1 < len(names):
+        raise ValueError(
+            f"{dataset}: the column {column!r} has {different[0]!r} in all {len(names):,} rows, so no group "
+            "can be held out. Set `group_column` to a column with several values, or omit it"
+        )
     parts = np.split(codes, np.cumsum(list(map(len, texts)))[:-1])
     return dict(zip(tables, parts, strict=True)), len(different)
 

@@ -332,8 +332,9 @@ def read_folder(path: Path, use_labels: bool, label_columns: Collection[str]) ->
             splits = read_tables(path, reader, tables)
             if not folder.metadata:
                 return splits
-            is_class_folder = use_labels and has_unlabeled_rows(folder, splits, label_columns)
-            return read_image_folder(folder, True) if is_class_folder else splits
+            if not use_labels or not has_unlabeled_rows(folder, splits, label_columns):
+                return splits
+            return add_columns(read_image_folder(folder, True), splits, path)
     remedy = get_remedy(folder.other_files) or (
         "Check the path, unpack archives, or save spreadsheets as CSV UTF-8"
     )
@@ -374,6 +375,25 @@ def has_unlabeled_rows(folder: ImageFolder, splits: Any, label_columns: Collecti
         f"set `label_column={column!r}`"
     )
     return True
+
+
+def add_columns(images: Any, tables: Mapping[str, Any], folder: Path) -> Any:
+    """Add the columns of metadata.csv, such as the object of each image, to the images of class folders."""
+    import datasets
+
+    cells: dict[str, dict[str, str | None]] = {}
+    for table in tables.values():
+        names = map(spell_label, read_column(table, FILE_NAME))
+        paths = [resolve_path(folder, name) for name in names]
+        for column in table.features.keys() - {FILE_NAME}:
+            texts = map(spell_label, read_column(table, column))
+            cells.setdefault(column, {}).update(zip(paths, texts, strict=True))
+    for split, part in images.items():
+        files = part.cast_column("image", datasets.Image(decode=False))["image"]
+        for column in sorted(cells.keys() - part.features.keys()):
+            part = part.add_column(column, [cells[column].get(file["path"]) for file in files])
+        images[split] = part
+    return images
 
 
 def find_tables(root: Path, files: Sequence[str], reader: str) -> dict[str, list[Path]]:

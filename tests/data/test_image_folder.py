@@ -380,6 +380,15 @@ def test_class_folders_are_the_labels_beside_a_table_of_captions(
     assert "skipped images without a row in metadata.csv (2): dog/2.png" in caplog.text
 
 
+def test_a_column_of_metadata_groups_the_images_of_class_folders(tmp_path: Path) -> None:
+    write_photos(tmp_path, range(4))
+    write_metadata(tmp_path, caption=list("abcdefgh"), object=["mug", "mug", "cup", "cup"] * 2)
+    data = read_training_data(tmp_path, group_column="object")
+    assert data.label_space.names == ["cat", "dog"]
+    assert set(data.train.groups.tolist()).isdisjoint(data.held_out.groups.tolist())
+    assert len(data.train) + len(data.held_out) == 8
+
+
 def test_a_column_that_may_have_the_labels_beside_class_folders_is_asked_for(
     tmp_path: Path,
 ) -> None:

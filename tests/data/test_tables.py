@@ -445,6 +445,12 @@ def test_a_column_with_the_shape_of_groups_is_named(name: str, photos: Path) -> 
     assert f"`group_column={name!r}`" in fact
 
 
+def test_a_column_of_one_group_is_an_error(photos: Path) -> None:
+    table = write_csv(photos, ["a", "b"] * 6, "groups.csv", camera=["Canon"] * NUM_IMAGES)
+    with raises_one_line("'camera' has 'Canon' in all 12 rows", "`group_column`"):
+        load_undivided_images(DataOptions(dataset=table, group_column="camera"))
+
+
 @pytest.mark.parametrize("name", ["patient", "Patient_ID", "camera", "video id"])
 def test_a_column_of_groups_that_is_not_used_is_named(name: str, photos: Path) -> None:
     table = write_csv(photos, ["a", "b"] * 6, "groups.csv", **{name: ["p", "q", "q"] * 4})
