@@ -172,7 +172,7 @@ def read_image_folder(folder: ImageFolder, use_labels: bool) -> Any:
     places = {image: locate_image(image, split_folders) for image in folder.images}
 
     # Absolute: a run and its report may name one folder differently, and a message is logged once
-    where = str(folder.path.absolute())
+    where = str(folder.path.resolve())
     warn_about_skipped(where, folder.skipped_folders, SKIPPED_FOLDERS)
     stray = [image for image, place in places.items() if place.split is None]
     warn_about_skipped(where, stray, "images next to the split folders")

@@ -370,7 +370,7 @@ def has_unlabeled_rows(folder: ImageFolder, splits: Any, label_columns: Collecti
             "for the folders"
         )
     warn_on_first_process(
-        f"WARNING: {folder.path}: the class folders ({format_name_list(classes)}) are the labels, "
+        f"WARNING: {folder.path.resolve()}: the class folders ({format_name_list(classes)}) are the labels, "
         f"because no column of {metadata} has labels: {', '.join(features)}. To train on a column, "
         f"set `label_column={column!r}`"
     )

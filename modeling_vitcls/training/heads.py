@@ -292,9 +292,7 @@ def describe_choice(record: dict[str, Any]) -> str:
     """Describe the choice, with the result of the simplest candidate for comparison."""
     chosen = describe_candidate(record)
     if not record["num_folds"]:
-        return (
-            f"{chosen}, without cross-validation, which requires two images of each of two classes"
-        )
+        return f"{chosen}, without cross-validation"
     default = record["candidates"][0]
     return (
         f"{chosen}, log loss {record['loss']:.2f}: the lowest of {len(record['candidates'])} "

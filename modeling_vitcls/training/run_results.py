@@ -100,14 +100,26 @@ def describe_result(outcome: Outcome) -> str:
                 f"{first} and {second}, and too few scenes measure one another. Add photos of another "
                 "scene to each label"
             )
+        if outcome.results.get("frozen", {}).get("num_folds") == 0:
+            return (
+                "not evaluated, because cross-validation requires two images, in different groups, of two "
+                "labels. Add images"
+            )
         return (
             "not evaluated, because no image was held out. Set `held_out_fraction`, such as 0.2 (with "
             "few images per class, the default is 0)"
         )
     text = "\n".join(map(str, outcome.measured))
-    if outcome.measured[0].num_folds:
-        text += ". The saved model was fitted to all of them"
-    return text
+    first = outcome.measured[0]
+    if not first.num_folds:
+        return text
+    num_unmeasured = outcome.num_training_images - first.num_images
+    if num_unmeasured and not first.task:
+        return (
+            f"{text}. The saved model was fitted to {outcome.num_training_images:,} images, of which "
+            f"{num_unmeasured:,} could not be left out, because the rest would lack their label"
+        )
+    return f"{text}. The saved model was fitted to all of them"
 
 
 def describe_start(outcome: Outcome) -> str:

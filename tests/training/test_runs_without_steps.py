@@ -140,7 +140,9 @@ def test_a_few_photos_of_each_class_are_enough_and_have_no_percentage(
     assert ("right (95%" in capsys.readouterr().out) == (num_photos > 1)
 
 
-def test_a_second_photo_makes_no_class_harder_to_find(sources: Path) -> None:
+def test_a_second_photo_makes_no_class_harder_to_find_and_only_pairs_are_measured(
+    sources: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Ten classes with one photo and ten with two, which are parts of one large photo."""
     generator = np.random.default_rng(0)
     for number in range(20):
@@ -152,7 +154,8 @@ def test_a_second_photo_makes_no_class_harder_to_find(sources: Path) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
             photo.crop((8 * shot, 4 * shot, 280 + 8 * shot, 280 + 4 * shot)).save(path)
 
-    finetune(sources, "vit", "few", "frozen")
+    assert finetune(sources, "vit", "few", "frozen")["num_images"] == 20
+    assert "fitted to 30 images, of which 10 could not be left out" in capsys.readouterr().out
     recalls = [
         row["recall"]
         for row in evaluate(sources / "frozen", sources / "others", num_workers=0)["per_class"]
@@ -269,6 +272,7 @@ def test_two_photos_alone_have_a_sentence_and_no_number(
     assert results.get("accuracy") is None
     printed = capsys.readouterr().out
     assert "not evaluated" in printed
+    assert "--held-out-fraction" not in printed  # It could hold out nothing
     assert "no result measures classes with one image: dusk, noon. Add images" in printed
     assert "nearly repeat" not in printed
 
