@@ -13,7 +13,6 @@ from ..model.configuration_vitcls import ViTCLSConfig
 from ..model.extra_heads_vitcls import RESERVED_OUTPUT_NAMES
 from ..model.modeling_vitcls import ViTCLSImageClassifierOutput, count_output_tokens
 from ..runtime.errors import warn_on_first_process
-from ..training.heads import build_choice_record, build_linear
 from .extend import (
     Addition,
     OldModel,
@@ -32,6 +31,7 @@ def build_task(old: OldModel, options: AddTaskOptions) -> Addition:
     """
     check_name(options.name, old.model.config)
     data = divide_images(load_undivided_images(options), options.held_out_fraction or 0.0)
+    num_seen = data.count_seen(list_encoder_rows(old.folder))
     label_space = data.label_space
     check_has_one_label(label_space, data.name)
     # A classifier on CLS does not compute the patches of the last layer. A head on them would
@@ -42,7 +42,8 @@ def build_task(old: OldModel, options: AddTaskOptions) -> Addition:
     with threadpool_limits(limits=1):  # The matrices are small
         probe.fit(features.get_tokens(), features.labels, features.groups)
 
-    choice = build_choice_record(probe, len(features.labels))
+    weight, bias = probe.build_linear(len(label_space.names))
+    choice = probe.build_record(len(features.labels))
     record: dict[str, Any] = {
         "kind": "task",
         "reads": describe_candidate(choice),
@@ -60,16 +61,16 @@ def build_task(old: OldModel, options: AddTaskOptions) -> Addition:
             "num_images": len(features.groups),
             "images": "cross-validated",
         }
-    if num_seen := data.count_seen(list_encoder_rows(old.folder)):
+    if num_seen:
         record.get("result", {}).pop("accuracy_interval", None)
         warn_on_first_process(
             f"{num_seen:,} of the images that measure the task trained the encoder of "
             f"{options.model}, so the accuracy is higher than for new images"
         )
 
-    labels = label_space.names
-    weight, bias = build_linear(probe, len(labels))
-    extended = append_head(old.model, options.name, probe.candidate_.tokens, labels, weight, bias)
+    extended = append_head(
+        old.model, options.name, probe.candidate_.tokens, label_space.names, weight, bias
+    )
     return Addition(extended, record, data.train, data.build_splits_table(options.name))
 
 

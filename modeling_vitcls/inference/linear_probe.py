@@ -36,6 +36,7 @@ from .class_statistics import (
     expand_rows,
 )
 from .confidence import extrapolate_temperature, measure_spread
+from .evaluator import round_floats
 from .intervals import Estimate
 from .targets import find_target
 
@@ -52,6 +53,10 @@ POOLING_TEXTS = {
     "own": "the model's own pooling",
     "distillation": "distillation token",
 }
+
+# Distance of a class without training images below the smallest bias, in logits. Finite, because the
+# loss of a held-out image of such a class would be infinite otherwise.
+ABSENT_CLASS_MARGIN = 100.0
 
 Folds = list[tuple[np.ndarray, np.ndarray]]  # Indices of training and left-out images
 
@@ -425,6 +430,29 @@ class LinearProbe(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         if self.lines_ is not None:
             return probabilities > 0.5
         return self.classes_[probabilities.argmax(axis=1)]
+
+    def build_linear(self, num_labels: int) -> tuple[np.ndarray, np.ndarray]:
+        """Build the calibrated linear layer for all labels: weight [L, F] and bias [L].
+
+        Labels without images are never predicted.
+        """
+        scale = self.temperature_
+        weight = expand_rows(self.weight_ / scale, self.classes_, num_labels)
+        bias = np.full(num_labels, self.bias_.min() / scale - ABSENT_CLASS_MARGIN)
+        bias[self.classes_] = self.bias_ / scale
+        return weight, bias
+
+    def build_record(self, num_images: int) -> dict[str, Any]:
+        """Record the choice and the results of all candidates for results.json."""
+        record: dict[str, Any] = {
+            "num_training_images": num_images,
+            "num_folds": self.num_folds_,
+            "layers": list(self.candidate_.layers),
+            "pooling": self.candidate_.pooling,
+        }
+        if self.estimate_ is not None:
+            record |= {**self.estimate_.to_metrics(), "loss": float(np.nanmean(self.losses_))}
+        return round_floats(record | {"candidates": self.table_})
 
 
 def to_tokens(features: TokenFeatures | np.ndarray) -> TokenFeatures:

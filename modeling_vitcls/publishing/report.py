@@ -76,7 +76,10 @@ def write_run_page(folder: ModelFolder) -> str | None:
     rows = read_predictions(folder)
     predictions = None
     chosen: Any = []
+    # Without one label per image, there are no wrong photos to show, but results per label.
+    class_tables = build_class_tables(results)
     if rows is not None:
+        class_tables = count_confusions(rows)
         predictions = summarize_predictions(folder, rows)
         photos_by_name = find_photos(data)
         predictions["wrong"] = draw_wrong_photos(
@@ -116,8 +119,7 @@ def write_run_page(folder: ModelFolder) -> str | None:
         photos,
         source=f"{results['dataset']}, {source}",
         predictions=predictions,
-        # Without one label per image, there are no wrong photos to show, but results per label.
-        class_tables=(build_class_tables(results) if rows is None else count_confusions(rows)),
+        class_tables=class_tables,
     )
     sheet_file = folder.path / SAMPLE_IMAGES_FILE
     sheet_file.parent.mkdir(exist_ok=True)

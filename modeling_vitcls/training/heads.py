@@ -34,9 +34,6 @@ from ..inference.linear_probe import (
 from .distillation_head import DistillationHead, split_kinds
 
 
-# Distance of a class without training images below the smallest bias, in logits. Finite, because the
-# loss of a held-out image of such a class would be infinite otherwise.
-ABSENT_CLASS_MARGIN = 100.0
 NUM_NEAREST_IMAGES = 3  # Nearest training images of a wrong prediction
 
 
@@ -114,7 +111,7 @@ class Heads:
     def build_record(self, frozen: Mapping[str, "FrozenHead"]) -> dict[str, Any]:
         """Record what was chosen for results.json. The only task is the record itself."""
         records = {
-            task: build_choice_record(each.probe, len(each.features.labels))
+            task: each.probe.build_record(len(each.features.labels))
             for task, each in frozen.items()
         }
         if "" not in records:
@@ -249,7 +246,7 @@ def apply_head(head: nn.Module, features: Features, tokens: Sequence[Token]) -> 
 @torch.no_grad()
 def copy_weights(probe: LinearProbe, head: nn.Linear, tokens: Sequence[Token]) -> None:
     """Copy the calibrated weights of a probe into a head of the model that reads some tokens."""
-    weight, bias = build_linear(probe, head.out_features)
+    weight, bias = probe.build_linear(head.out_features)
     read = probe.candidate_.tokens
     if read != tokens:
         blocks = dict(zip(read, np.split(weight, len(read), axis=1), strict=True))
@@ -260,32 +257,7 @@ def copy_weights(probe: LinearProbe, head: nn.Linear, tokens: Sequence[Token]) -
     head.bias.copy_(torch.from_numpy(bias))
 
 
-def build_linear(probe: LinearProbe, num_labels: int) -> tuple[np.ndarray, np.ndarray]:
-    """Build the calibrated linear layer of a probe for all labels: weight [L, F] and bias [L].
-
-    Labels without images are never predicted.
-    """
-    scale = probe.temperature_
-    weight = expand_rows(probe.weight_ / scale, probe.classes_, num_labels)
-    bias = np.full(num_labels, probe.bias_.min() / scale - ABSENT_CLASS_MARGIN)
-    bias[probe.classes_] = probe.bias_ / scale
-    return weight, bias
-
-
 # Record -------------------------------------------------------------------------------------------
-
-
-def build_choice_record(probe: LinearProbe, num_images: int) -> dict[str, Any]:
-    """Record the choice and the results of all candidates for results.json."""
-    record: dict[str, Any] = {
-        "num_training_images": num_images,
-        "num_folds": probe.num_folds_,
-        "layers": list(probe.candidate_.layers),
-        "pooling": probe.candidate_.pooling,
-    }
-    if probe.estimate_ is not None:
-        record |= {**probe.estimate_.to_metrics(), "loss": float(np.nanmean(probe.losses_))}
-    return round_floats(record | {"candidates": probe.table_})
 
 
 def describe_choice(record: dict[str, Any]) -> str:
