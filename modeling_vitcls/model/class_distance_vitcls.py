@@ -79,6 +79,7 @@ class ClassDistance(nn.Module):
         self.fingerprint = nn.Buffer(torch.zeros(NUM_SUMS, dtype=torch.int64))
         self.is_valid: bool | None = True
         self.checked_state: list[Any] | None = []
+        self.checked_sample: list[bytes] = []
         self.terms: list[tuple[Tensor, ...]] = []
         self.state_of_terms: list[Any] = []
 
@@ -167,7 +168,7 @@ class ClassDistance(nn.Module):
         """Find out whether the statistics were fitted to the present weights of the encoder.
 
         The weights are read once after each change. An edit of `parameter.data` in place is the one
-        change that PyTorch does not count: the first pass after training detects it, too.
+        change that PyTorch does not count: `end_training` detects it, too.
         """
         # torch.compile and torch.export cannot trace this. Their graph depends on `is_valid`.
         if torch.compiler.is_compiling():
@@ -179,6 +180,7 @@ class ClassDistance(nn.Module):
         was_valid = self.is_valid
         self.is_valid = self.has_fingerprint_of(encoder)
         self.checked_state = state
+        self.checked_sample = read_sample(encoder)
         if was_valid is not False and not self.is_valid:
             logger.warning(
                 "class statistics (`distance`, `unknown`): not used, because the file lacks them, or "
@@ -188,10 +190,14 @@ class ClassDistance(nn.Module):
         return self.is_valid
 
     def end_training(self, encoder: nn.Module) -> None:
-        """Have the next pass read the weights; a compiled one has no distance if they have changed."""
-        if self.list_states(encoder) != self.checked_state:
+        """Have the next pass read weights that have changed; a compiled one has no distance then.
+
+        A few weights of each parameter tell whether an optimizer has edited `parameter.data`.
+        """
+        has_changed = self.list_states(encoder) != self.checked_state
+        if has_changed or read_sample(encoder) != self.checked_sample:
             self.is_valid = None
-        self.checked_state = []
+            self.checked_state = []
 
     def list_states(self, encoder: nn.Module) -> list[Any] | None:
         """List what changes with any edit of the weights or the fingerprint, without reading them."""
@@ -208,20 +214,13 @@ class ClassDistance(nn.Module):
         """
         if self.fingerprint.is_meta:
             return True
-        for build_factors in (build_factors_of_all, build_factors_of_rows):
-            sums = sum_weights(encoder, build_factors)
-            if sums is None:
-                return False
-            totals, roundings = sums
-            # A product of integers and a float would be in float32, which has too few digits.
-            deviations = (self.fingerprint.cpu().double() * SUM_UNIT - totals) / roundings
-            if float(deviations.square().sum()) < MAX_DEVIATION:
-                # Files of earlier versions have the sums without factors of columns. From here on,
-                # changes that these do not show count, too.
-                if build_factors is build_factors_of_rows:
-                    self.store_fingerprint(encoder)
-                return True
-        return False
+        sums = sum_weights(encoder)
+        if sums is None:
+            return False
+        totals, roundings = sums
+        # A product of integers and a float would be in float32, which has too few digits.
+        deviations = (self.fingerprint.cpu().double() * SUM_UNIT - totals) / roundings
+        return float(deviations.square().sum()) < MAX_DEVIATION
 
     def store_fingerprint(self, encoder: nn.Module) -> None:
         """Declare that the statistics belong to the present weights of the encoder."""
@@ -229,15 +228,14 @@ class ClassDistance(nn.Module):
         if sums is not None:
             self.fingerprint.copy_((sums[0] / SUM_UNIT).round())
             self.checked_state = self.list_states(encoder)
+            self.checked_sample = read_sample(encoder)
             self.is_valid = True
 
 
 # Fingerprint --------------------------------------------------------------------------------------
-# Builds the factors of the rows [R] and the columns [C] of a weight
-BuildFactors = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
-def build_factors_of_all(values: Tensor) -> tuple[Tensor, Tensor]:
+def build_factors(values: Tensor) -> tuple[Tensor, Tensor]:
     """Build different factors, from 1 to 2, for the rows and the columns of a weight [R, C].
 
     The multiples of the golden ratio, modulo 1, have no order. SGD moves a special token or position
@@ -248,17 +246,8 @@ def build_factors_of_all(values: Tensor) -> tuple[Tensor, Tensor]:
     return rows, columns
 
 
-def build_factors_of_rows(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Build the factors of earlier versions, which are equal for all columns."""
-    options: Any = {"dtype": torch.float64, "device": values.device}
-    num_rows, num_columns = values.shape
-    return torch.linspace(1, 2, num_rows, **options), torch.ones(num_columns, **options)
-
-
 @torch.no_grad()
-def sum_weights(
-    encoder: nn.Module, build_factors: BuildFactors = build_factors_of_all
-) -> tuple[Tensor, Tensor] | None:
+def sum_weights(encoder: nn.Module) -> tuple[Tensor, Tensor] | None:
     """Sum the weights of an encoder [NUM_SUMS], and estimate by how much rounding changes the sums.
 
     The sums are of the embeddings, the special tokens, the final norm, other parts, and the layers.
@@ -269,8 +258,7 @@ def sum_weights(
     squares: list[list[Tensor]] = [[] for _ in range(NUM_SUMS)]
     are_rounded: list[Tensor] = []
     num_layers = len(encoder.layers)  # type: ignore[arg-type]
-    # The sums of earlier versions have all tokens
-    is_open = find_open_tokens(encoder) if build_factors is build_factors_of_all else {}
+    is_open = find_open_tokens(encoder)
     for name, weight in list_effective_weights(encoder):
         is_plain = type(weight) in (Tensor, nn.Parameter) and weight.is_floating_point()
         if not is_plain or weight.is_meta:
@@ -371,6 +359,15 @@ def list_unused_copies(wrapper: Any) -> list[nn.Module]:
 def is_active_adapter(module: Any) -> bool:
     """Tell whether an adapter layer of PEFT changes what the layer that it wraps computes."""
     return not (module.merged or module.disable_adapters)
+
+
+def read_sample(encoder: nn.Module) -> list[bytes]:
+    """Read a few numbers of each parameter that is in memory, bit by bit."""
+    return [
+        weight.detach().flatten()[:NUM_SAMPLES].cpu().view(torch.uint8).numpy().tobytes()
+        for weight in encoder.parameters()
+        if type(weight) is nn.Parameter and not weight.is_meta
+    ]
 
 
 def list_states(encoder: nn.Module) -> list[Any]:
