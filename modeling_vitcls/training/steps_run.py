@@ -14,6 +14,7 @@ from ..data.batches import Batch, TrainingImages, iterate_training_batches
 from ..data.images import UnreadableImageCounter
 from ..data.splits import TrainingData
 from ..data.workers import explain_worker_errors
+from ..inference.linear_probe import ABSENT_CLASS_MARGIN
 from ..inference.metrics import SELECTION_METRICS, compute_mean, get_task_metrics
 from ..runtime.distributed import configure_layer_sharding, run_on_main
 from ..runtime.errors import stop_on_errors
@@ -28,7 +29,6 @@ from .frozen_encoder import (
     ignore_message,
     warn_about_unreadable_classes,
 )
-from .heads import ABSENT_CLASS_MARGIN
 from .loop import Evaluate, TrainingLoop, TrainingState, build_batch_plan, read_gates
 from .model import keep_old_tokens
 from .optimizer import average_with_start, build_parameter_groups
