@@ -69,9 +69,9 @@ class TimmSource(Source):
             model, commit = load_timm_model(name)
         except Exception as error:  # Downloads raise errors of many types
             raise OSError(
-                f"timm cannot load {name}: {format_error(error)}. Use a machine with access to the "
-                "Hub, a folder with the model (timm:local-dir:FOLDER) or a file with its weights "
-                "(timm:NAME@FILE)"
+                f"timm cannot load {name}: {format_error(error).rstrip('.')}. Use a machine with "
+                "access to the Hub, a folder with the model (timm:local-dir:FOLDER) or a file with "
+                "its weights (timm:NAME@FILE)"
             ) from error
         return cls(f"timm:{name}", model, commit, [])
 
