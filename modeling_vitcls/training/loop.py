@@ -11,7 +11,7 @@ not stored.
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from statistics import fmean
@@ -34,7 +34,7 @@ from ..runtime.errors import RunStopped, mark_errors_of_all_processes
 from .checkpoints import Checkpoint, CheckpointStore
 from .distributed_state import gather_state, reshard, scatter_state
 from .losses import Losses, Objective
-from .model import set_train_mode
+from .model import keep_old_tokens, set_train_mode
 from .optimizer import get_learning_rate
 from .options import TrainingOptions
 from .reporter import Reporter
@@ -93,6 +93,8 @@ class TrainingLoop:
     evaluated_images: str = "held_out"
     # Constant values that checkpoints contain
     run_metadata: dict[str, Any] = field(default_factory=dict)
+    # Of parameters that grew in this run; the others of their tokens keep their values
+    new_tokens: Mapping[str, Sequence[bool]] = field(default_factory=dict)
     # Durations of the steps of this process since the last record, without evaluations and checkpoints
     step_seconds: list[float] = field(default_factory=list)
     # Unreadable images that are not reported yet
@@ -210,6 +212,7 @@ class TrainingLoop:
                 losses.append({name: loss.detach() for name, loss in batch_losses.items()})
                 accelerator.backward(batch_losses["loss"])
                 if accelerator.sync_gradients:  # After the last accumulated batch
+                    keep_old_tokens(self.model, self.new_tokens)
                     parameters = [
                         parameter
                         for parameter in state.model.parameters()

@@ -17,12 +17,12 @@ The mask token is already frozen and remains frozen.
 import copy
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ..conversion.open_model import is_preset, open_model
 from ..data.aspect_ratio import get_resize, set_resize
@@ -335,14 +335,19 @@ def find_new_tokens(initial: InitialModel, model: Any) -> dict[str, list[bool]]:
 
 
 def keep_old_tokens(model: nn.Module, new_tokens: Mapping[str, Sequence[bool]]) -> None:
-    """Let tokens that are not new receive no gradient. `new_tokens` is from `find_new_tokens`."""
+    """Set the gradients of tokens that are not new to 0. `new_tokens` is from `find_new_tokens`.
+
+    Hooks would be simpler, but FSDP2 does not call them.
+    """
     parameters = dict(model.named_parameters())
     for name, are_new in new_tokens.items():
-        if not all(are_new):
-            parameter = parameters[name]
-            shape = (-1,) if parameter.ndim == 1 else (1, -1, 1)
-            mask = torch.tensor(are_new, device=parameter.device).view(shape)
-            parameter.register_hook(partial(torch.mul, mask))
+        gradient = parameters[name].grad
+        if gradient is not None and not all(are_new):
+            shape = (-1,) if gradient.ndim == 1 else (1, -1, 1)
+            mask = torch.tensor(are_new, device=gradient.device).view(shape)
+            if isinstance(gradient, DTensor):
+                mask = distribute_tensor(mask, gradient.device_mesh, gradient.placements)
+            gradient.mul_(mask)
 
 
 def set_train_mode(model: nn.Module) -> None:

@@ -336,12 +336,12 @@ def test_only_the_new_tokens_of_a_group_that_grew_are_trained() -> None:
     model = old.adapt(num_register_tokens=5, num_cls_tokens=2, gate_new_tokens=False)
     names = {f"vitcls.embeddings.{name}" for name in ("cls_token", "register_tokens")}
     set_trainable_parameters(model, "tokens", names)
-    keep_old_tokens(model, find_new_tokens(InitialModel("old", Mock(), old.config), model))
     optimizer = torch.optim.AdamW(
         [each for each in model.parameters() if each.requires_grad], lr=0.1, weight_decay=0.0
     )
     before = copy.deepcopy(model.vitcls.embeddings)
     model(build_images(), labels=torch.tensor([0, 1])).loss.backward()
+    keep_old_tokens(model, find_new_tokens(InitialModel("old", Mock(), old.config), model))
     optimizer.step()
     after = model.vitcls.embeddings
     for name, num_old in (("cls_token", 1), ("register_tokens", 2)):
