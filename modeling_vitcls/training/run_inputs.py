@@ -36,9 +36,16 @@ class RunInputs:
     setup: TrainingSetup
     # Rows of splits.parquet: images that trained the encoder, or the teacher, before this run
     encoder_rows: pd.DataFrame
-    num_fitted: int  # Number of training images to which the initial classifier was fitted
+    # Images to which the initial classifier was fitted; None if it has other labels, or there is none
+    fitted_rows: pd.DataFrame | None
     forward_flops: int
     lines: dict[str, str | None]  # About the defaults and the device
+
+    @property
+    def num_fitted(self) -> int:
+        """The number of training images to which the initial classifier was fitted."""
+        rows = self.fitted_rows
+        return 0 if rows is None else int(find_trained_images(self.images.train, rows).sum())
 
 
 def load(
@@ -101,19 +108,20 @@ def load(
         images=images,
         setup=setup,
         encoder_rows=pd.concat(encoder_rows),
-        num_fitted=count_fitted_images(options, initial, images),
+        fitted_rows=list_fitted_rows(options, initial, images),
         forward_flops=forward_flops,
         lines=lines,
     )
 
 
-def count_fitted_images(options: TrainOptions, initial: InitialModel, images: Splits) -> int:
-    """Count the training images to which the initial classifier, with the same labels, was fitted."""
-    is_finetuning = isinstance(options, FinetuneOptions)
+def list_fitted_rows(
+    options: TrainOptions, initial: InitialModel, images: Splits
+) -> pd.DataFrame | None:
+    """List the images to which the initial classifier was fitted, if it has the same labels."""
+    is_finetuning = isinstance(options, FinetuneOptions) and not initial.has_random_weights
     if not is_finetuning or not has_labels(initial.config, images.label_space):
-        return 0
-    rows = list_encoder_rows(initial.folder, keeps_classifier=True)
-    return int(find_trained_images(images.train, rows).sum())
+        return None
+    return list_encoder_rows(initial.folder, keeps_classifier=True)
 
 
 def list_teacher_rows(teacher: str | None) -> pd.DataFrame:

@@ -80,7 +80,7 @@ def print_result(outcome: Outcome, plan: RunPlan, data: TrainingData, reporter: 
         )
     reporter.print_lines(
         {
-            "result": describe_result(outcome) + describe_start(outcome),
+            "result": describe_result(outcome) + describe_start(outcome, options.model),
             "gates": describe_gates(outcome.results.get("gates")),
             "classes": describe_classes(outcome.metrics, data.train.class_ratio),
             "steps": steps_text,
@@ -122,23 +122,39 @@ def describe_result(outcome: Outcome) -> str:
     return f"{text}. The saved model was fitted to all of them"
 
 
-def describe_start(outcome: Outcome) -> str:
-    """Compare the result with the one before the steps, if that was measured; "" otherwise."""
-    if "before_steps" not in outcome.results:
-        return ""
-    metric, start = next(iter(outcome.results["before_steps"].items()))
-    start_text = format_metric(metric, start)
+def describe_start(outcome: Outcome, model: str) -> str:
+    """Compare the result with what was there before, as far as that was measured; "" otherwise.
+
+    The model of the run is compared as it was given, and with the classifier fitted again.
+    """
+    text = ""
+    if "before_steps" in outcome.results:
+        start, is_better = compare_start(outcome, outcome.results["before_steps"])
+        text = f". Before the steps: {start}"
+        if is_better:
+            text += ", which was better"
+            if "frozen" in outcome.results:
+                text += ". To keep that, set `trainable='head'` and no flag about steps"
+    if "initial_classifier" not in outcome.results:
+        return text
+    if outcome.results["initial_classifier"] is None:
+        return (
+            f"{text}. {model} itself cannot be compared: some of these images trained it. To train on all, "
+            "set `held_out_fraction=0`"
+        )
+    start, is_better = compare_start(outcome, outcome.results["initial_classifier"])
+    return f"{text}. {model} itself: {start}{', which was better' if is_better else ''}"
+
+
+def compare_start(outcome: Outcome, start: dict[str, float]) -> tuple[str, bool]:
+    """Spell a metric from before the steps, and tell whether it was better than the result."""
+    metric, value = next(iter(start.items()))
+    text = format_metric(metric, value)
     # In the words of the result: with few images, as a fraction
     for each in outcome.measured:
         if not each.task and each.metric == metric:
-            start_text = replace(each, value=start, interval=None, seen_by_encoder=0).format_value()
-    text = f". Before the steps: {start_text}"
-    if start <= outcome.metrics[metric]:
-        return text
-    remedy = ""
-    if "frozen" in outcome.results:
-        remedy = ". To keep that, set `trainable='head'` and no flag about steps"
-    return f"{text}, which was better{remedy}"
+            text = replace(each, value=value, interval=None, seen_by_encoder=0).format_value()
+    return text, value > outcome.metrics[metric]
 
 
 def describe_gates(gates: dict[str, float] | None) -> str | None:

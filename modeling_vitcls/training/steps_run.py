@@ -13,6 +13,7 @@ from ..data.augmentation import build_augmentation
 from ..data.batches import Batch, TrainingImages, iterate_training_batches
 from ..data.images import UnreadableImageCounter
 from ..data.splits import TrainingData
+from ..data.splits_table import find_trained_images
 from ..data.workers import explain_worker_errors
 from ..inference.linear_probe import ABSENT_CLASS_MARGIN
 from ..inference.metrics import SELECTION_METRICS, compute_mean, get_task_metrics
@@ -21,7 +22,7 @@ from ..runtime.errors import stop_on_errors
 from .calibration import calibrate
 from .checkpoints import Checkpoint, CheckpointStore
 from .class_statistics_of_runs import store_statistics
-from .distributed_state import reshard, scatter_model
+from .distributed_state import distribute_like, reshard, scatter_model
 from .frozen_encoder import (
     MAX_START_IMAGES,
     FrozenEncoder,
@@ -30,7 +31,6 @@ from .frozen_encoder import (
     warn_about_unreadable_classes,
 )
 from .loop import Evaluate, TrainingLoop, TrainingState, build_batch_plan, read_gates
-from .model import keep_old_tokens
 from .optimizer import average_with_start, build_parameter_groups
 from .outcome import Outcome, list_measurements
 from .plan import RunPlan
@@ -67,7 +67,8 @@ def run_steps(
     # The frozen encoder gets a new pooler and new heads, and may change how images are
     # resized. Evaluators, which keep resized images, and the optimizer, which keeps parameters,
     # would otherwise hold on to the old ones.
-    start = start_from_frozen(setup.frozen_encoder, data, checkpoint, reporter)
+    initial = {} if checkpoint is not None else measure_initial_classifier(inputs, data)
+    start = start_from_frozen(setup.frozen_encoder, data, checkpoint, reporter) | initial
     held_out = setup.build_evaluator(data, data.held_out)
     if len(data.held_out) and checkpoint is None:
         start |= inputs.recipe.measure_start(setup, held_out)
@@ -129,7 +130,7 @@ def run_steps(
     }
     results |= {
         name: start[name]
-        for name in ("frozen", "before_steps", "teacher_accuracy")
+        for name in ("frozen", "before_steps", "teacher_accuracy", "initial_classifier")
         if name in start
     }
     if "vitcls.gates.gates" in plan.new_tokens:
@@ -179,11 +180,31 @@ def exclude_unreadable_classes(
     )
     for name in ("classifier", "distillation_classifier"):
         head = getattr(setup.model, name, None)
-        if head is not None and not isinstance(setup.model, FSDPModule):
+        if head is not None:
             # The last layer, because a head may be an MLP
             *_, linear = (each for each in head.modules() if isinstance(each, nn.Linear))
-            linear.bias[missing] -= ABSENT_CLASS_MARGIN
+            margins = torch.zeros(len(linear.bias))
+            margins[missing] = ABSENT_CLASS_MARGIN
+            linear.bias.sub_(distribute_like(margins, margins.dtype, linear.bias))
     return bool(missing)
+
+
+def measure_initial_classifier(inputs: RunInputs, data: TrainingData) -> dict[str, Any]:
+    """Measure a model with the same labels as it is, before its classifier is fitted again.
+
+    Returns:
+        The metric of the held-out images, as "initial_classifier", or None if they trained the model;
+        nothing without such a model, or without held-out images.
+    """
+    if inputs.fitted_rows is None or not len(data.held_out):
+        return {}
+    if find_trained_images(data.held_out, inputs.fitted_rows).any():
+        return {"initial_classifier": None}
+    setup = inputs.setup
+    metrics = get_task_metrics(setup.build_evaluator(data, data.held_out)(setup.model))
+    name = SELECTION_METRICS[data.label_space.kind]
+    value = compute_mean([each[name] for each in metrics.values()])
+    return {"initial_classifier": {name: value}}
 
 
 def start_from_frozen(
@@ -275,7 +296,6 @@ def build_loop(
         plan.new_tokens,
         new_token_rate / rate,
     )
-    keep_old_tokens(setup.model, plan.new_tokens)
     optimizer = torch.optim.AdamW(groups, lr=rate, fused=True)
     # Model and optimizer are prepared in one call: FSDP2 replaces the parameters, and only this
     # call puts the new ones into the optimizer.
@@ -301,6 +321,7 @@ def build_loop(
         evaluated_images="held_out" if data.selection is None else "selection",
         signals=signals,
         run_metadata=run_metadata,
+        new_tokens=plan.new_tokens,
     )
     num_steps = loop.plan.num_steps
     reporter.print_line(

@@ -5,6 +5,7 @@ tests/integration resumes runs in two processes.
 
 from collections.abc import Iterator
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -21,7 +22,9 @@ from modeling_vitcls.training.distributed_state import (
     reshard,
     scatter_state,
 )
-from modeling_vitcls.training.model import set_trainable_parameters
+from modeling_vitcls.training.heads import ABSENT_CLASS_MARGIN
+from modeling_vitcls.training.model import keep_old_tokens, set_trainable_parameters
+from modeling_vitcls.training.steps_run import exclude_unreadable_classes
 
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("fresh_accelerate")]
@@ -153,6 +156,30 @@ def test_fsdp2_on_one_process_resumes_bit_for_bit(
         isinstance(tensor, DTensor) for group in tensors.values() for tensor in group.values()
     )
     assert tensors["model"].keys() == build("plain", 0).state_dict().keys()
+
+
+def test_old_tokens_of_a_sharded_group_that_grew_get_no_gradient(
+    mesh: distributed.DeviceMesh,
+) -> None:
+    model, _ = build_sharded(0, mesh)
+    model(pixel_values=torch.randn(2, 3, 16, 16)).logits.square().sum().backward()
+    name = "vitcls.embeddings.register_tokens"
+    keep_old_tokens(model, {name: [False, True]})
+    gradient: Any = model.get_parameter(name).grad
+    old, new = gradient.full_tensor()[0]
+    assert not old.any()
+    assert new.any()
+
+
+def test_a_sharded_model_never_predicts_a_class_without_readable_images(
+    mesh: distributed.DeviceMesh,
+) -> None:
+    model: Any = build_sharded(0, mesh)[0]
+    data = Mock(train=Mock(labels=[0, 1, 2, 2]), label_space=Mock(names=["cat", "dog", "owl"]))
+    before = model.classifier.bias.full_tensor().clone()
+    assert exclude_unreadable_classes(Mock(model=model), data, Mock(indices={1}), Mock())
+    margins = before - model.classifier.bias.full_tensor()
+    assert margins.tolist() == pytest.approx([0, ABSENT_CLASS_MARGIN, 0])
 
 
 @torch.no_grad()

@@ -75,6 +75,20 @@ def test_a_run_without_steps_says_how_to_train_all_layers(
     assert not any(torch.equal(original[name], trained[name]) for name in names)
 
 
+def test_a_run_that_continues_a_model_is_compared_with_this_model_itself(
+    sources: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On the held-out photos of both runs; photos that trained the model compare nothing."""
+    tuned = finetune(sources, "vit", "my photos", "tuned", "--epochs", "1")
+    again = finetune(sources, "tuned", "my photos", "again", "--epochs", "1")
+    assert again["initial_classifier"] == {"accuracy": tuned["accuracy"]}
+    assert f"{sources / 'tuned'} itself: " in capsys.readouterr().out
+
+    finetune(sources, "vit", "my photos", "frozen")
+    flags = ("--epochs", "1", "--held-out-fraction", "0.2")
+    assert finetune(sources, "frozen", "my photos", "known", *flags)["initial_classifier"] is None
+
+
 @pytest.mark.parametrize("flags", [(), ("--epochs", "1", "--no-probe")])
 def test_a_class_without_readable_images_is_named_and_never_predicted(
     flags: tuple[str, ...], sources: Path, capsys: pytest.CaptureFixture[str]
