@@ -62,12 +62,17 @@ def build_dataset(labels: list[str]) -> list[tuple[Image.Image, str]]:
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Write the folder of a classifier of digits with class statistics."""
-    folder = tmp_path_factory.mktemp("digits")
-    model = train_digits_model(epochs=2)
-    model.config.id2label = {index: str(index) for index in range(10)}
-    states = model(PIXELS, output_hidden_states=True).hidden_states[-1]
+    return save_digits(tmp_path_factory.mktemp("digits"), epochs=2)
+
+
+def save_digits(folder: Path, epochs: int, num_labels: int = 10) -> Path:
+    """Write the folder of a classifier of some digits with class statistics of all of their images."""
+    model = train_digits_model(epochs=epochs, num_labels=num_labels)
+    model.config.id2label = {index: str(index) for index in range(num_labels)}
+    known = num_labels > LABELS
+    states = model(PIXELS[known], output_hidden_states=True).hidden_states[-1]
     features = {(-1, "cls"): model.vitcls.normalize(states)[:, 0].detach().numpy()}
-    ClassStatistics.fit(features, LABELS.numpy(), 10).set_in_model(model)
+    ClassStatistics.fit(features, LABELS[known].numpy(), num_labels).set_in_model(model)
     processor = ViTCLSImageProcessor(
         size=8, do_convert_rgb=False, image_mean=[0.5], image_std=[0.5]
     )
@@ -306,6 +311,22 @@ def test_photos_of_an_added_class_are_known_also_if_they_differ_more_than_the_ol
     add_class(tmp_path / "noise", build_new(STRIPES, "stripes"), tmp_path / "both")
     assert verify_unchanged(tmp_path / "noise", tmp_path / "both")["difference"] is None
     assert (compute(tmp_path / "both", images).distance <= outputs.distance).all()
+
+
+@pytest.mark.parametrize("epochs", [2, 10])
+def test_the_recall_of_a_class_that_the_encoder_has_never_seen_is_near_the_stated_one(
+    epochs: int, tmp_path: Path
+) -> None:
+    """An encoder that was trained from random weights hardly separates a tenth digit."""
+    nines = np.flatnonzero(LABELS == 9)
+    pixels = (DIGITS.images[nines] * 255 / 16).astype(np.uint8)
+    old = save_digits(tmp_path / "old", epochs, num_labels=9)
+    stated = add_class(old, build_new(pixels[:30], "nine"), tmp_path / "new")["result"]
+    predicted = compute(tmp_path / "new", PIXELS[nines[30:]]).logits.argmax(dim=-1)
+    recall = float((predicted == 9).float().mean())
+    low, high = stated["recall_interval"]
+    assert low <= recall <= high
+    assert recall < 0.95
 
 
 def test_without_class_statistics_the_remedy_is_named(tmp_path: Path) -> None:

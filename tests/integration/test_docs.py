@@ -20,6 +20,7 @@ import ast
 import contextlib
 import doctest
 import importlib
+import importlib.metadata
 import inspect
 import io
 import os
@@ -350,6 +351,27 @@ def run(prepared: Path, tmp_path: Path) -> Run:
         return run_python(*command, environment=environment, cwd=tmp_path)
 
     return start
+
+
+@pytest.mark.parametrize("name", ["Dockerfile", "Dockerfile.onnx"])
+def test_a_dockerfile_copies_and_installs_what_its_programs_need(name: str) -> None:
+    texts = [block.text for block in read_blocks(ROOT / "docs" / "serving.md")]
+    files = {text.partition("\n")[0].removeprefix("# "): text for text in texts}
+    copied = " ".join(re.findall(r"^COPY (.+) \S+$", files[name], re.M)).split()
+    assert "serve.py" in copied
+    assert {*copied} <= {*files, "modeling_vitcls", "runs/photos", "model.onnx"}
+
+    requirements = re.findall(r"^RUN pip install (.+)", files[name], re.M)
+    if "modeling_vitcls" in copied:
+        requirements += ["modeling_vitcls", *(importlib.metadata.requires("modeling_vitcls") or ())]
+    installed = {
+        "anyio",
+        *re.findall(r"[\w-]+", " ".join(requirements).lower()),
+    }  # anyio: of fastapi
+    owners = importlib.metadata.packages_distributions()
+    program = files["answer.py" if "answer.py" in copied else "serve.py"]
+    for module in {*re.findall(r"^(?:from|import) (\w+)", program, re.M)} & owners.keys():
+        assert owners[module][0].lower() in installed
 
 
 def test_imports_of_python_blocks_resolve() -> None:

@@ -1,7 +1,6 @@
 """The server of docs/serving.md answers over the network as `predict` does."""
 
 import io
-import json
 import os
 import shutil
 import subprocess
@@ -134,23 +133,17 @@ def test_a_queue_that_is_full_says_so(folder: Path, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("name", ["Dockerfile", "Dockerfile.onnx"])
-def test_the_images_are_built_or_at_least_well_formed(name: str, tmp_path: Path) -> None:
-    """They are built if a Docker daemon runs."""
+@pytest.mark.skipif(
+    not shutil.which("docker")
+    or bool(subprocess.run(["docker", "info"], capture_output=True).returncode),
+    reason="no Docker daemon runs",
+)
+def test_the_images_are_built(name: str, tmp_path: Path) -> None:
     blocks = read_blocks(ROOT / "docs" / "serving.md")
     text = next(block.text for block in blocks if block.text.startswith(f"# {name}\n"))
-    lines = [line.split(maxsplit=1) for line in text.splitlines()[1:]]
-    words = {"FROM", "RUN", "COPY", "WORKDIR", "ENV", "HEALTHCHECK", "CMD"}
-    assert {word for word, _ in lines} <= words
-    assert json.loads(lines[-1][1])[:2] == ["uvicorn", "serve:app"]
-    if (
-        shutil.which("docker")
-        and not subprocess.run(["docker", "info"], capture_output=True).returncode
-    ):
-        shutil.copytree(
-            ROOT, tmp_path / "modeling_vitcls", ignore=shutil.ignore_patterns(".*", "runs")
-        )
-        (tmp_path / "runs" / "photos").mkdir(parents=True)
-        for file in ("serve.py", "answer.py", "model.onnx"):
-            (tmp_path / file).touch()
-        (tmp_path / name).write_text(text)
-        run_program("docker", "build", "-f", tmp_path / name, tmp_path)
+    shutil.copytree(ROOT, tmp_path / "modeling_vitcls", ignore=shutil.ignore_patterns(".*", "runs"))
+    (tmp_path / "runs" / "photos").mkdir(parents=True)
+    for file in ("serve.py", "answer.py", "model.onnx"):
+        (tmp_path / file).touch()
+    (tmp_path / name).write_text(text)
+    run_program("docker", "build", "-f", tmp_path / name, tmp_path)
