@@ -21,7 +21,7 @@ import tyro
 from study_photos import PhotoOptions, link_photos
 
 from modeling_vitcls import ViTCLSImageProcessor, ViTCLSModel, add_class, evaluate, finetune
-from modeling_vitcls.additions.add_class import build_rows
+from modeling_vitcls.additions.add_class import build_class_rows
 from modeling_vitcls.additions.extend import build_old_model
 from modeling_vitcls.additions.options import AddClassOptions
 from modeling_vitcls.conversion.open_model import open_model
@@ -117,7 +117,7 @@ def leave_out(
         with_logits = np.hstack([new.values, compute_logits(statistics, new)])
         new_labels = np.zeros(len(new.labels), np.int64)  # of the only new class
         extended = statistics.extend(new.get_tokens(), new_labels, 1)
-        weight, bias = build_rows(statistics, extended, replace(new, values=with_logits))
+        weight, bias = build_class_rows(statistics, extended, replace(new, values=with_logits))
         new_logits = stack_tokens(test.get_tokens(), statistics.tokens) @ weight.T + bias
         added = np.hstack([test_logits, new_logits]).argmax(axis=1) == test.labels
         everything = old.join(new)

@@ -71,7 +71,7 @@ def build_classes(old: OldModel, options: AddClassOptions) -> Addition:
     all_statistics = statistics.extend(
         features.get_tokens(), features.labels, len(names), features.groups, threshold
     )
-    weight, bias = build_rows(statistics, all_statistics, features)
+    weight, bias = build_class_rows(statistics, all_statistics, features)
     # A task may have such a name
     names_of_heads = (f"added_classes_{number:03d}" for number in itertools.count(1))
     extended = append_head(
@@ -122,7 +122,7 @@ def load_new_images(
     return label_space, parts[0]  # The training split comes first
 
 
-def build_rows(
+def build_class_rows(
     old: ClassStatistics, extended: ClassStatistics, features: Features
 ) -> tuple[np.ndarray, np.ndarray]:
     """Build a row for the mean of each new class, between the logits of the classifier.
@@ -186,7 +186,7 @@ def cross_validate(
         extended = statistics.extend(
             others.get_tokens(), others.labels, num_classes, others.groups, threshold
         )
-        weight, bias = build_rows(statistics, extended, others)
+        weight, bias = build_class_rows(statistics, extended, others)
         new_logits = inputs[left_out] @ weight.T + bias
         logits = np.hstack([features.values[left_out, -num_old:], new_logits])
         predicted = logits.argmax(axis=1) - num_old  # Negative for an old class

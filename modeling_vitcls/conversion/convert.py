@@ -30,7 +30,7 @@ from .parity_report import Report, write_parity_report
 from .processors import apply_processor, check_processor, select_settings
 from .source_files import FileSource
 from .source_models import SourceModel, TimmSource, TransformersSource, convert_source
-from .to_transformers import build_transformers_model, find_target
+from .to_transformers import build_transformers_model, find_transformers_class
 from .weight_rules import ConversionError
 
 
@@ -84,7 +84,7 @@ def convert_to_native(source_name: str, output: Path) -> Report:
         model_class = ViTCLSForImageClassification if is_classifier else ViTCLSModel
         model: ViTCLSPreTrainedModel = folder.load(model_class)
 
-        match = find_target(model)
+        match = find_transformers_class(model)
         build_transformers_model(match, model).save_pretrained(output_folder)
         if folder.has_processor:
             processor = folder.load_processor()

@@ -76,7 +76,7 @@ def convert_to_transformers(
     if model.config.gated_tokens:
         model = copy.deepcopy(model)
         remove_open_gates(model)
-    match = find_target(model)
+    match = find_transformers_class(model)
     if match.resampling and not native_size_only:
         raise ConversionError(
             f"{match.target} has the same outputs only at {model.config.image_size} pixels, because "
@@ -169,7 +169,7 @@ class TargetMatch:
     resampling: tuple[str, ...] = ()
 
 
-def find_target(model: ViTCLSPreTrainedModel) -> TargetMatch:
+def find_transformers_class(model: ViTCLSPreTrainedModel) -> TargetMatch:
     """Find the transformers class with the outputs of a model, if possible at all image sizes.
 
     Raise ConversionError if no class supports the model.

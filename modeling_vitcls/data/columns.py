@@ -15,7 +15,9 @@ from typing import Any
 
 import numpy as np
 
+from ..model.image_processing_vitcls import shorten_text
 from ..runtime.errors import format_name_list
+from ..runtime.files import find_similar_names
 from .cells import (
     LabelColumn,
     find_separator,
@@ -25,7 +27,7 @@ from .cells import (
     spell_label,
 )
 from .folder_layout import FOLDER_COLUMN, SPLIT_BY_FOLDER_NAME, SPLIT_ORDER
-from .images import resolve_path
+from .images import DatasetImages, resolve_path
 from .labels import LabelSpace, OneLabel, PerTask, SeveralLabels
 
 
@@ -44,6 +46,7 @@ GROUP_COLUMN_NAME = re.compile(
     r"s?([ _-]?(id|no|nr|number|name))?",
     re.IGNORECASE,
 )
+NO_GROUPS = "none"  # The value of `group_column` that ignores the folders below classes
 MAX_CHECKED_PATHS = 100  # First paths of a table, of which one must be a file
 
 Features = dict[str, Any]  # Type of each column, as in `datasets`
@@ -371,6 +374,28 @@ def read_groups(
     return dict(zip(tables, parts, strict=True)), len(different)
 
 
+def choose_groups(
+    tables: Mapping[str, Any], dataset: str, column: str | None
+) -> tuple[dict[str, np.ndarray], str | None]:
+    """Number the groups of a column or, if it is None, of the folders below classes; and describe them.
+
+    Without groups, the result is an empty dict and None.
+    """
+    has_folders = FOLDER_COLUMN in next(iter(tables.values())).features and any(
+        any(read_column(table, FOLDER_COLUMN)) for table in tables.values()
+    )
+    if has_folders and column is None:
+        groups, num_groups = read_groups(tables, dataset, FOLDER_COLUMN)
+        return groups, (
+            f"{num_groups:,}, one for each folder below a class: its images stay together. If they "
+            f"are no groups, set `group_column={NO_GROUPS!r}`"
+        )
+    if column is None or (has_folders and column == NO_GROUPS):
+        return {}, None
+    groups, num_groups = read_groups(tables, dataset, column)
+    return groups, f"column {column!r}: {num_groups:,} groups"
+
+
 def find_unused_groups(
     tables: Mapping[str, Any], labels: Sequence[Any], dataset: str, used_columns: Collection[str]
 ) -> str | None:
@@ -418,3 +443,39 @@ def read_texts(table: Any, column: str, dataset: str) -> list[str | None]:
     """Read a column as text; None for an empty cell. Raise ValueError without this column."""
     check_column(table, column, dataset)
     return list(map(spell_label, read_column(table, column)))
+
+
+def build_images(dataset: Any, column: str, folder: Path, name: str) -> DatasetImages:
+    """Build the images of one split.
+
+    The column contains encoded images, or paths relative to `folder`. Raise ValueError if none of
+    the paths is a file.
+    """
+    import datasets
+
+    images = dataset.select_columns([column])
+    feature = dataset.features[column]
+    is_encoded = is_image_feature(feature)
+    if is_encoded:
+        images = images.cast_column(column, datasets.Image(decode=False))
+    elif not hasattr(feature, "dtype"):
+        raise ValueError(
+            f"{name}: the column {column!r} has lists or objects ({feature}). Write one image or file name "
+            "into each row, or set `image_column`"
+        )
+    elif feature.dtype not in ("string", "large_string"):
+        images = images.cast_column(column, datasets.Value("string"))  # Numbers as file names
+
+    paths = [] if is_encoded else [path for path in images[:MAX_CHECKED_PATHS][column] if path]
+    if paths and not has_files(paths, folder):
+        if similar := find_similar_names(folder / paths[0]):
+            raise ValueError(
+                f"{name}: there is no file {shorten_text(paths[0])}, but {similar[0]}. Rename the files, or "
+                f"write their names in {column!r} as they are, with the same upper and lower case"
+            )
+        raise ValueError(
+            f"{name}: the column {column!r} has no names of files in {folder}, such as "
+            f"{shorten_text(paths[0])}. Set `image_column` to a column of file names, write them with "
+            "their folder and suffix, or download addresses with `img2dataset`"
+        )
+    return DatasetImages(images, folder, np.arange(len(images)))

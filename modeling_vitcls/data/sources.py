@@ -36,7 +36,6 @@ from ..hub.loading import (
 )
 from ..hub.local_paths import BUILT_IN_DATASET, is_local, resolve_name
 from ..model.fast_image_processing_vitcls import open_regular_file
-from ..model.image_processing_vitcls import shorten_text
 from ..runtime.distributed import run_on_main
 from ..runtime.errors import (
     describe_exhaustion,
@@ -44,20 +43,18 @@ from ..runtime.errors import (
     format_name_list,
     warn_on_first_process,
 )
-from ..runtime.files import find_similar_names, read_json
+from ..runtime.files import read_json
 from .cells import spell_label
 from .columns import (
-    MAX_CHECKED_PATHS,
+    build_images,
+    choose_groups,
     divide_by_column,
     find_image_column,
     find_label_columns,
     find_stem,
     find_unused_groups,
-    has_files,
     has_label_column,
-    is_image_feature,
     read_column,
-    read_groups,
     read_labels,
 )
 from .folder_layout import SPLIT_BY_FOLDER_NAME, SPLIT_ORDER
@@ -70,7 +67,7 @@ from .image_folder import (
     scan_folder,
     warn_about_skipped,
 )
-from .images import DatasetImages, LabeledImages, resolve_path
+from .images import LabeledImages, resolve_path
 from .in_memory import MEMORY_PREFIX, convert_split, get_dataset, get_title
 from .labels import UNLABELED, LabelSpace
 from .options import DataOptions
@@ -87,7 +84,6 @@ READERS = {
     ".parquet": "parquet",
     ".tar": "webdataset",
 }
-NO_GROUPS = "none"  # The value of `group_column` that ignores the folders below classes
 FILE_NAME = "file_name"  # The column of images in metadata.csv
 # A folder written by `save_to_disk` has one of them
 SAVED_FILES = ("dataset_dict.json", "state.json")
@@ -161,30 +157,15 @@ def load_splits(
         return Splits(name, UNLABELED, unlabeled, facts)
 
     columns = find_label_columns(dataset, tables, options.label_column, column)
-    groups: dict[str, np.ndarray] = {}
-    has_groups = FOLDER_COLUMN in first.features and any(
-        any(read_column(table, FOLDER_COLUMN)) for table in tables.values()
-    )
-    own_groups = FOLDER_COLUMN if has_groups else None
-    group_column = options.group_column or own_groups
-    if own_groups and options.group_column == NO_GROUPS:
-        group_column = None
     label_space, labels = read_labels(
         tables, columns, dataset, options.label_separator, options.label_names
     )
-    if group_column is not None:
-        groups, num_groups = read_groups(tables, dataset, group_column)
-        facts["groups"] = f"column {group_column!r}: {num_groups:,} groups"
-        if group_column == own_groups:
-            facts["groups"] = (
-                f"{num_groups:,}, one for each folder below a class: its images stay together. If they "
-                f"are no groups, set `group_column={NO_GROUPS!r}`"
-            )
-    else:
-        all_labels = list(chain(*labels.values()))
+    groups, fact = choose_groups(tables, dataset, options.group_column)
+    if not groups:
         used = (column, FOLDER_COLUMN, *columns)
-        if fact := find_unused_groups(tables, all_labels, dataset, used):
-            facts["groups"] = fact
+        fact = find_unused_groups(tables, list(chain(*labels.values())), dataset, used)
+    if fact is not None:
+        facts["groups"] = fact
     examples = [", ".join(map(repr, names[:3])) for names in label_space.columns.values()]
     # A class folder has no other column, and a line names its classes.
     if columns != ["label"]:
@@ -461,39 +442,3 @@ def explain_reading_errors(name: str) -> Iterator[None]:
         ) from error
     finally:
         datasets.logging.set_verbosity(verbosity)
-
-
-def build_images(dataset: Any, column: str, folder: Path, name: str) -> DatasetImages:
-    """Build the images of one split.
-
-    The column contains encoded images, or paths relative to `folder`. Raise ValueError if none of
-    the paths is a file.
-    """
-    import datasets
-
-    images = dataset.select_columns([column])
-    feature = dataset.features[column]
-    is_encoded = is_image_feature(feature)
-    if is_encoded:
-        images = images.cast_column(column, datasets.Image(decode=False))
-    elif not hasattr(feature, "dtype"):
-        raise ValueError(
-            f"{name}: the column {column!r} has lists or objects ({feature}). Write one image or file name "
-            "into each row, or set `image_column`"
-        )
-    elif feature.dtype not in ("string", "large_string"):
-        images = images.cast_column(column, datasets.Value("string"))  # Numbers as file names
-
-    paths = [] if is_encoded else [path for path in images[:MAX_CHECKED_PATHS][column] if path]
-    if paths and not has_files(paths, folder):
-        if similar := find_similar_names(folder / paths[0]):
-            raise ValueError(
-                f"{name}: there is no file {shorten_text(paths[0])}, but {similar[0]}. Rename the files, or "
-                f"write their names in {column!r} as they are, with the same upper and lower case"
-            )
-        raise ValueError(
-            f"{name}: the column {column!r} has no names of files in {folder}, such as "
-            f"{shorten_text(paths[0])}. Set `image_column` to a column of file names, write them with "
-            "their folder and suffix, or download addresses with `img2dataset`"
-        )
-    return DatasetImages(images, folder, np.arange(len(images)))

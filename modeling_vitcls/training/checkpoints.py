@@ -218,7 +218,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
 
     Raise DamagedCheckpointError if a file is missing or damaged.
     """
-    state = read_state(folder)
+    state = read_training_state(folder)
     for name, expected_digest in state["files"].items():
         if not (folder / name).is_file() or compute_file_digest(folder / name) != expected_digest:
             raise DamagedCheckpointError(
@@ -227,7 +227,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     return Checkpoint(folder, state["step"], state["metadata"])
 
 
-def read_state(folder: Path) -> dict[str, Any]:
+def read_training_state(folder: Path) -> dict[str, Any]:
     """Read the contents of state.json.
 
     Raise DamagedCheckpointError if the file is missing or invalid.
@@ -252,7 +252,7 @@ def format_state(state: dict[str, Any]) -> str:
 def is_best_checkpoint(folder: Path) -> bool:
     """Return whether a checkpoint contained the best model when it was written."""
     try:
-        return bool(read_state(folder)["is_best"])
+        return bool(read_training_state(folder)["is_best"])
     except DamagedCheckpointError:
         return False
 

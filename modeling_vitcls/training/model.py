@@ -196,11 +196,11 @@ def get_added_token_names(stored_config: ViTCLSConfig, model: Classifier) -> set
     group_sizes = zip(
         COUNT_FIELDS, stored_config.token_counts, model.config.token_counts, strict=True
     )
-    names = get_token_names(model)
+    names = list_token_parameters(model)
     return {names[group] for group, old_size, new_size in group_sizes if new_size > old_size}
 
 
-def get_token_names(model: Any) -> dict[str, str]:
+def list_token_parameters(model: Any) -> dict[str, str]:
     """Name the parameter of the special tokens of each group."""
     tokens = model.vitcls.embeddings.get_special_tokens()
     names = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -281,7 +281,7 @@ def set_trainable_parameters(
         if not name.startswith("vitcls.") or name.startswith(tuple(prefixes))
     }
 
-    token_names = get_token_names(model)
+    token_names = list_token_parameters(model)
     if trainable == "tokens" and not token_names:
         raise ValueError(
             "`trainable='tokens'` requires a model with special tokens. Set `num_register_tokens=4`, "
@@ -318,7 +318,7 @@ def find_new_tokens(initial: InitialModel, model: Any) -> dict[str, list[bool]]:
     """
     if initial.has_random_weights:
         return {}
-    token_names = get_token_names(model)
+    token_names = list_token_parameters(model)
     old_counts = dict(zip(COUNT_FIELDS, initial.config.token_counts, strict=True))
 
     are_new: dict[str, list[bool]] = {}

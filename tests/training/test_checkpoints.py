@@ -26,7 +26,7 @@ from modeling_vitcls.training.checkpoints import (
     CheckpointStore,
     DamagedCheckpointError,
     format_state,
-    read_state,
+    read_training_state,
 )
 
 
@@ -215,7 +215,7 @@ def test_nothing_is_unpickled(store: CheckpointStore, tmp_path: Path) -> None:
     ran = tmp_path / "ran"
     file.unlink()
     torch.save({"weight": RunWhenUnpickled(ran)}, file)
-    state = read_state(store.get_folder(10))
+    state = read_training_state(store.get_folder(10))
     state["files"]["model.safetensors"] = compute_file_digest(file)
     (store.get_folder(10) / "state.json").write_text(format_state(state), encoding="utf-8")
     checkpoint = store.load_newest(pytest.fail)

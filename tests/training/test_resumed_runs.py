@@ -21,7 +21,7 @@ from helpers.tiny_options import (
 from modeling_vitcls.runtime import distributed
 from modeling_vitcls.runtime.files import read_json
 from modeling_vitcls.runtime.flags import to_flags
-from modeling_vitcls.training.checkpoints import CheckpointStore, format_state, read_state
+from modeling_vitcls.training.checkpoints import CheckpointStore, format_state, read_training_state
 from modeling_vitcls.training.options import FinetuneOptions
 from modeling_vitcls.training.resume import take_derived_values
 from modeling_vitcls.training.run_folder import EarlierRun
@@ -59,7 +59,7 @@ def killed(whole: Path, tmp_path: Path) -> Path:
 def change_metadata(folder: Path, **changes: Any) -> None:
     """Change the metadata of the checkpoint of step 2."""
     file = folder / "checkpoints" / "step-00000002" / "state.json"
-    state = read_state(file.parent)
+    state = read_training_state(file.parent)
     state["metadata"] |= changes
     file.write_text(format_state(state), encoding="utf-8")
 
