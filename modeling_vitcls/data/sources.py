@@ -363,12 +363,18 @@ def add_columns(images: Any, tables: Mapping[str, Any], folder: Path) -> Any:
     import datasets
 
     cells: dict[str, dict[str, str | None]] = {}
+    ambiguous: dict[str, str] = {}
     for table in tables.values():
         names = map(spell_label, read_column(table, FILE_NAME))
         paths = [resolve_path(folder, name) for name in names]
         for column in table.features.keys() - {FILE_NAME}:
-            texts = map(spell_label, read_column(table, column))
-            cells.setdefault(column, {}).update(zip(paths, texts, strict=True))
+            by_path = cells.setdefault(column, {})
+            for path, text in zip(paths, map(spell_label, read_column(table, column)), strict=True):
+                if by_path.setdefault(path, text) != text:
+                    ambiguous[column] = path
+    for column, path in ambiguous.items():
+        del cells[column]
+        warn_on_first_process(f"the column {column!r} is not used: {path} has several values in it")
     for split, part in images.items():
         files = part.cast_column("image", datasets.Image(decode=False))["image"]
         for column in sorted(cells.keys() - part.features.keys()):

@@ -197,7 +197,7 @@ class ModelFolder:
                 model, loading_info = model_class.from_pretrained(self.path, **arguments)
         except SafetensorError as error:
             raise OSError(
-                f"cannot load the weights in {self.source}: {format_error(error)}"
+                f"cannot load the weights in {self.source}: {format_error(error)}. Copy the file again"
             ) from error
         if mismatched := sorted(loading_info["mismatched_keys"]):
             name, saved_shape, expected_shape = mismatched[0]

@@ -388,6 +388,11 @@ def test_a_column_of_metadata_groups_the_images_of_class_folders(tmp_path: Path)
     assert set(data.train.groups.tolist()).isdisjoint(data.held_out.groups.tolist())
     assert len(data.train) + len(data.held_out) == 8
 
+    table = tmp_path / "metadata.csv"
+    table.write_text(table.read_text() + "cat/0.png,again,plate\n")
+    with raises_one_line("no column 'object'"):
+        read_training_data(tmp_path, group_column="object")
+
 
 def test_a_column_that_may_have_the_labels_beside_class_folders_is_asked_for(
     tmp_path: Path,
