@@ -12,7 +12,7 @@ one product with more rows would change the bits of the old logits.
 import copy
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,10 +43,11 @@ from ..inference.intervals import compute_proportion_interval
 from ..inference.linear_probe import NUM_LAST_LAYERS
 from ..inference.metric_tables import format_small_percent
 from ..inference.speed import count_flops
+from ..inference.stated_result import state_result
 from ..model.image_processing_vitcls import ViTCLSImageProcessor
 from ..model.modeling_vitcls import ViTCLSForImageClassification
 from ..runtime.distributed import set_mixed_precision
-from ..runtime.files import write_json
+from ..runtime.files import replace_control_characters, write_json
 from ..runtime.staging import create_output_folder
 from ..runtime.system import get_versions
 from ..speed.lean_layers import use_fast_modules
@@ -245,6 +246,7 @@ def build_result(
         metric: float(proportions.mean()),
         f"{metric}_interval": compute_proportion_interval(round(proportions.sum()), num_groups),
         "num_images": len(is_right),
+        "num_right": int(is_right.sum()),
         "num_groups": num_groups,
         "images": images,
     }
@@ -277,20 +279,19 @@ def write_records(
     write_splits(pd.concat([read_splits(folder), addition.splits]), staging)
 
 
-def format_result(record: dict[str, Any]) -> str:
-    """Describe the result of an addition."""
+def format_result(
+    record: dict[str, Any], format_label: Callable[[str], str] = replace_control_characters
+) -> str:
+    """Describe the result of an addition. `format_label` formats the name of a class."""
     result = record.get("result")
     if result is None:
         return "not measured, because a class has one image"
     metric = next(iter(result))
-    interval = "no interval"
-    if f"{metric}_interval" in result:
-        low, high = result[f"{metric}_interval"]
-        interval = f"95% interval: {low:.1%} to {high:.1%}"
-    text = f"{metric} {result[metric]:.1%} ({interval}), {result['num_images']:,} {result['images']} images"
+    text = f"{state_result(result, metric, format_label)}. Measured on {result['images']} images"
     # The interval counts groups
-    has_groups = result.get("num_groups", result["num_images"]) < result["num_images"]
-    return f"{text} in {result['num_groups']:,} groups" if has_groups else text
+    if result.get("num_groups", result["num_images"]) < result["num_images"]:
+        text += f" in {result['num_groups']:,} groups"
+    return text
 
 
 def describe_addition(record: dict[str, Any], certificate: dict[str, Any]) -> str:

@@ -21,6 +21,7 @@ import jinja2
 from markupsafe import Markup
 from PIL import Image
 
+from ..inference.stated_result import format_bound, format_percent
 from ..runtime.files import write_atomically
 from ..version import __version__
 from .inspection import Inspection
@@ -72,6 +73,7 @@ def write_page(
         lstrip_blocks=True,
     )
     environment.filters["data_url"] = encode_data_url
+    environment.filters["percent"] = format_percent
     text = environment.get_template("report.html.j2").render(
         style=Markup((TEMPLATE_FOLDER / "page.css").read_text(encoding="utf-8")),
         title=title,
@@ -153,8 +155,10 @@ def format_effects(inspection: Inspection) -> list[dict[str, str]]:
     for token, output, effect in inspection.effects:
         changed = "–"
         if effect.changed is not None and effect.changed_interval is not None:
-            low, high = effect.changed_interval
-            changed = f"{effect.changed:.1%} ({low:.1%} to {high:.1%})"
+            low, high = (
+                format_bound(bound, effect.num_images) for bound in effect.changed_interval
+            )
+            changed = f"{format_percent(effect.changed, effect.num_images)} ({low} to {high})"
         low, high = effect.interval
         row = {"token": token}
         if inspection.gates:

@@ -199,14 +199,14 @@ def print_results(results: dict[str, Any], part_text: str, console: Console) -> 
     images_text = f"{results['num_images']:,} images of {results['dataset']}"
     speed_text = f"{results['images_per_second']:,} images/s"
     console.print(f"{images_text} ({part_text}), {speed_text}", markup=False)
-    tables = {"": [["Metric", "Value"], *build_metric_rows(results)]}
+    tables = {"": [["Metric", "Value (95% interval)"], *build_metric_rows(results)]}
     for title, rows in build_class_tables(results).items():
         tables[title] = [list(rows[0]), *(list(row.values()) for row in rows)]
     for title, (header, *cells) in tables.items():
         table = Table(title=title or None, title_justify="left")
         for index, name in enumerate(header):
-            # The columns after the first one contain numbers
-            table.add_column(name, justify="right" if index else "left")
+            # The columns of classes after the first one contain numbers
+            table.add_column(name, justify="right" if title and index else "left")
         for row in cells:
             table.add_row(*map(escape, row))
         console.print(table)

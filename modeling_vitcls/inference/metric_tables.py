@@ -5,6 +5,7 @@ from typing import Any
 
 from ..runtime.files import replace_control_characters
 from .metrics import MetricValues, get_task_metrics
+from .stated_result import format_percent, state_result
 
 
 METRIC_NAMES = {
@@ -49,15 +50,10 @@ def list_titles(results: MetricValues) -> dict[str, MetricValues]:
 
 
 def build_metric_rows(results: MetricValues) -> list[list[str]]:
-    """List the name and the value of each measured metric, with its confidence interval."""
+    """List the name of each measured metric, and its value as `state_result` says it."""
     rows = []
     for metrics, key, name in list_metrics(results):
-        interval = metrics.get(f"{key}_interval")  # [low, high]
-        suffix = ""
-        if interval:
-            low, high = map(format_percent, interval)
-            suffix = f" (95% interval: {low} to {high})"
-        rows.append([name, format_percent(metrics[key]) + suffix])
+        rows.append([name, state_result(metrics, key, format_name)])
     return rows
 
 
@@ -70,7 +66,8 @@ def build_class_tables(results: MetricValues) -> dict[str, list[dict[str, str]]]
     for title, metrics in list_titles(results).items():
         rows = metrics.get("per_class", [])
         if 0 < len(rows) <= MAX_CLASSES_IN_TABLE:
-            tables[f"{title}Per class"] = list(map(build_class_row, rows))
+            num_images = metrics["num_images"]
+            tables[f"{title}Per class"] = [build_class_row(row, num_images) for row in rows]
     return tables
 
 
@@ -92,10 +89,10 @@ def describe_confusions(results: MetricValues) -> list[str]:
     return lines
 
 
-def build_class_row(metrics: dict[str, Any]) -> dict[str, str]:
-    """Format the metrics of one class as table cells, by column."""
+def build_class_row(metrics: dict[str, Any], num_images: int) -> dict[str, str]:
+    """Format the metrics of one class of `num_images` images as table cells, by column."""
     metric_cells = {
-        CLASS_COLUMNS[key]: format_percent(value)
+        CLASS_COLUMNS[key]: format_percent(value, num_images)
         for key, value in metrics.items()
         if key not in ("name", "images")
     }
@@ -104,11 +101,6 @@ def build_class_row(metrics: dict[str, Any]) -> dict[str, str]:
         "Images": f"{metrics['images']:,}",
         **metric_cells,
     }
-
-
-def format_percent(value: float | None) -> str:
-    """Format a fraction as a percentage; None is a dash."""
-    return "–" if value is None else f"{value:.2%}"
 
 
 def format_small_percent(value: float) -> str:

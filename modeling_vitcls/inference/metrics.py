@@ -67,6 +67,7 @@ def measure_one_label(names: Sequence[str], logits: np.ndarray, labels: np.ndarr
     macro_f1                mean F1 of the classes that have images or predictions
     calibration_error       expected calibration error with 15 bins (Guo et al. 2017, arXiv 1706.04599)
     num_images
+    num_right               number of images that are predicted correctly
     accuracy_interval       95% confidence interval [low, high]
     per_class               name, number of images, recall, precision and F1 of each class
     confusion_matrix        rows are true classes, columns are predictions; omitted for more than 200 classes
@@ -82,6 +83,7 @@ def measure_one_label(names: Sequence[str], logits: np.ndarray, labels: np.ndarr
     logits, *heads = np.split(logits[is_known], logits.shape[1] // num_classes, axis=1)
     predictions = logits.argmax(axis=1)
     is_right = predictions == labels
+    num_right = int(is_right.sum())
     counts = [
         np.bincount(each, minlength=num_classes).tolist()
         for each in (labels[is_right], predictions, labels)
@@ -110,7 +112,8 @@ def measure_one_label(names: Sequence[str], logits: np.ndarray, labels: np.ndarr
         "macro_f1": compute_mean([row["f1"] for row in per_class]),
         "calibration_error": compute_calibration_error(logits, labels),
         "num_images": num_images,
-        "accuracy_interval": compute_proportion_interval(int(is_right.sum()), num_images),
+        "num_right": num_right,
+        "accuracy_interval": compute_proportion_interval(num_right, num_images),
         "per_class": per_class,
     }
     if num_classes <= MAX_MATRIX_CLASSES:

@@ -26,6 +26,7 @@ from ..data.images import LabeledImages
 from ..data.sources import Splits
 from ..data.splits import TrainingData, load_undivided_images
 from ..inference.image_pass import ImagePass
+from ..inference.intervals import compute_proportion_interval
 from ..inference.metrics import NOTHING_MEASURED
 from ..model.configuration_vitcls import ViTCLSConfig
 from ..model.image_processing_vitcls import ViTCLSImageProcessor
@@ -125,7 +126,6 @@ class PreTraining:
             build_objective=lambda data: objective,
             build_evaluator=build_evaluator,
             selection_metric=selection_metric,
-            result_metrics=("knn_accuracy", "knn_accuracy_of_patches", "effective_rank"),
             resize=get_resize(processor),
             summary_lines={"method": summary},
             missing_start_reason="pre-training",
@@ -201,6 +201,9 @@ def measure_features(
             classifier.fit(train.values[part], train.labels)
             accuracy = classifier.score(features[part], measured.labels)
             metrics[f"knn_accuracy{suffix}"] = round(float(accuracy), 6)
+            metrics[f"knn_accuracy{suffix}_interval"] = compute_proportion_interval(
+                round(accuracy * len(features)), len(features)
+            )
 
     rank = compute_effective_rank(features[parts[""]])
     width = features.shape[-1] - patch_width

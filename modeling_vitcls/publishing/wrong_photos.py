@@ -20,7 +20,7 @@ from ..data.images import LabeledImages
 from ..data.splits import TrainingData
 from ..hub.model_folder import ModelFolder
 from ..training.border import describe_border
-from ..training.outcome import list_measurements
+from ..training.outcome import Measurement
 from ..training.run_results import describe_classes
 
 
@@ -67,29 +67,23 @@ def summarize_predictions(folder: ModelFolder, rows: Any) -> dict[str, Any]:
     # These rows also chose a frozen classifier, so their accuracy is too high. The results have a
     # corrected one.
     results = folder.results
-    num_seen = results.get("num_images_of_encoder", 0)
-    (result,) = list_measurements({"": results}, ("accuracy",), seen_by_encoder=num_seen)
+    frozen = results.get("frozen", {})
     is_cross_validated = results.get("split") == "cross-validation"
-    images = "in cross-validation" if is_cross_validated else f"on {len(rows):,} held-out images"
-    sentence = f"{result.format_value().capitalize()} {images}"
-    shares = rows["label"].value_counts(normalize=True)
-    if result.value <= round(shares.iloc[0], 6):
-        sentence += f", no better than always saying {shares.index[0]}: {shares.iloc[0]:.0%}"
-
-    confusions = wrong.value_counts(["label", "prediction"])
-    if len(confusions) and confusions.iloc[0] > 1:
-        label, prediction = confusions.index[0]
-        num_of_label = (rows["label"] == label).sum()
-        sentence += (
-            f"; {label} is most often taken for {prediction} ({confusions.iloc[0]} of "
-            f"{num_of_label:,})"
-        )
+    result = Measurement(
+        task="",
+        metric="accuracy",
+        metrics=results,
+        num_folds=frozen.get("num_folds", 0) if is_cross_validated else 0,
+        num_candidates=len(frozen.get("candidates", ())),
+    )
+    sizes = rows["label"].value_counts()
     return {
-        "headline": sentence,
-        "classes": describe_classes(results, shares.iloc[0] / shares.iloc[-1]),
+        "headline": result.statement,
+        "method": result.method,
+        "classes": describe_classes(results, sizes.iloc[0] / sizes.iloc[-1]),
         "curve": results.get("learning_curve"),
-        "pairs": results.get("frozen", {}).get("near_copies", {}).get("pairs", []),
-        "border": describe_border(results.get("frozen", {}).get("border")),
+        "pairs": frozen.get("near_copies", {}).get("pairs", []),
+        "border": describe_border(frozen.get("border")),
         "is_cross_validated": is_cross_validated,
         "num_images": len(rows),
         "num_wrong": len(wrong),

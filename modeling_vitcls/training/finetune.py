@@ -115,7 +115,6 @@ class FineTuning:
             ),
             build_evaluator=lambda data, images: Evaluator(images, **evaluator_arguments),
             selection_metric=metric,
-            result_metrics=(metric, "cls_accuracy", "distillation_accuracy"),
             resize=get_resize(processor) if frozen_encoder is None else None,
             has_known_head=frozen_encoder is not None or not new_heads,
             summary_lines={} if teacher is None else {"teacher": teacher.description},

@@ -36,7 +36,7 @@ def run_frozen(
     for task, each in tasks.items():
         measured += list_measurements(
             {task: each.metrics},
-            setup.result_metrics,
+            setup.selection_metric,
             seen_by_encoder=num_seen,
             num_folds=each.head.probe.num_folds_ if each.head.held_out is None else 0,
             num_candidates=len(each.head.probe.table_),

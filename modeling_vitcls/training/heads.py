@@ -31,6 +31,7 @@ from ..inference.linear_probe import (
     describe_candidate,
     stack_tokens,
 )
+from ..inference.stated_result import format_percent
 from .distillation_head import DistillationHead, split_kinds
 
 
@@ -310,7 +311,10 @@ def describe_class_weights(frozen: FrozenHead) -> str | None:
     advice = ""
     if after["loss"] < before["loss"] and after["balanced accuracy"] > before["balanced accuracy"]:
         advice = ". Choose it if rare classes matter as much as the others"
-    texts = [f"{name} {before[name]:.1%} -> {after[name]:.1%}" for name in list(before)[:3]]
+    texts = [
+        f"{name} {format_percent(before[name], len(labels))} -> {format_percent(after[name], len(labels))}"
+        for name in list(before)[:3]
+    ]
     return f"`class_balance='weights'` changes {', '.join(texts)}, in cross-validation{advice}"
 
 

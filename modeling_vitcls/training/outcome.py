@@ -6,11 +6,7 @@ from typing import Any
 
 from ..inference.evaluator import Predictions
 from ..inference.intervals import MIN_CORRECTED_IMAGES
-from .reporter import format_metric
-
-
-# Metrics that are a part of the images, and the words for it if there are few
-FRACTIONS = {"accuracy": "{} right", "exact_match": "{} images right with all labels"}
+from ..inference.stated_result import counts_images, state_result
 
 
 @dataclass(frozen=True)
@@ -19,88 +15,71 @@ class Measurement:
 
     Attributes:
         task: name of the task; "" if there is only one.
-        metric, value: the metric of the result.
-        interval: 95% confidence interval [low, high]; None for a metric without one, and for images
-            that trained the encoder: their error is larger than any interval says.
-        num_images: number of images that measured the task.
-        seen_by_encoder: number of images of the run that trained its encoder.
+        metric: name of the metric of the result.
+        metrics: of the images that have a label of the task (inference/metrics.py). There is no interval
+            for images that trained the encoder: their error is larger than any interval says.
         num_folds: number of folds of the cross-validation; 0 for held-out images.
         num_candidates: number of candidates among which the cross-validation chose.
-        others: further metrics of the same images.
     """
 
     task: str
     metric: str
-    value: float
-    interval: list[float] | None
-    num_images: int
-    seen_by_encoder: int = 0
+    metrics: dict[str, Any]
     num_folds: int = 0
     num_candidates: int = 0
-    others: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def statement(self) -> str:
+        """The result, as it is said at every door."""
+        text = state_result(self.metrics, self.metric)
+        # What is counted needs no name
+        if counts_images(self.metrics, self.metric):
+            return text
+        return f"{self.metric.replace('_', ' ')} {text}"
+
+    @property
+    def method(self) -> str:
+        """How the result was measured."""
+        text = f"Measured on {self.metrics['num_images']:,} held-out images"
+        if self.num_folds:
+            text = f"Estimated by {self.num_folds}-fold cross-validation"
+        has_interval = f"{self.metric}_interval" in self.metrics
+        text += ", with a 95% interval" if has_interval else ", without an interval"
+        is_small = self.metrics["num_images"] < MIN_CORRECTED_IMAGES
+        if self.metric != "accuracy" or not self.num_folds or is_small:
+            return text
+        return f"{text}, corrected for the choice among {self.num_candidates} candidates"
 
     def __str__(self) -> str:
-        texts = [self.format_value(), *(format_metric(*item) for item in self.others.items())]
-        text = f"{self.task} {', '.join(texts)}".lstrip()
-        if not self.num_folds:
-            return f"{text} on {self.num_images:,} held-out images"
-        if self.num_images < MIN_CORRECTED_IMAGES:
-            return f"{text} in cross-validation"
-        correction = ""
-        if self.metric == "accuracy":
-            correction = f", corrected for the choice among {self.num_candidates} candidates"
-        return (
-            f"{text}, estimated by {self.num_folds}-fold cross-validation on {self.num_images:,} images"
-            f"{correction}"
-        )
-
-    def format_value(self) -> str:
-        """Format the value with its interval; with few images, as a fraction without a percentage."""
-        is_small = self.metric in FRACTIONS and self.num_images < MIN_CORRECTED_IMAGES
-        text = format_metric(self.metric, self.value)
-        if is_small:
-            text = f"{round(self.value * self.num_images)} of {FRACTIONS[self.metric].format(self.num_images)}"
-        if self.seen_by_encoder:
-            return f"{text} (no interval)"
-        if self.interval is None:
-            return text
-        low, high = (100 * bound for bound in self.interval)
-        if is_small:
-            return f"{text} (95%: {low:.0f} to {high:.0f}%)"
-        return f"{text} (95% interval: {low:.1f} to {high:.1f})"
+        return f"{self.task} {self.statement}. {self.method}".lstrip()
 
 
 def list_measurements(
-    task_metrics: Mapping[str, dict[str, Any]], names: tuple[str, ...], **details: Any
+    task_metrics: Mapping[str, dict[str, Any]],
+    metric: str,
+    seen_by_encoder: int = 0,
+    **details: Any,
 ) -> list[Measurement]:
     """List the results of all tasks that have labeled images.
 
     Args:
         task_metrics: metrics of each task (inference/metrics.py).
-        names: metrics of a result, the most important one first; a result may lack some.
+        metric: of the results.
+        seen_by_encoder: number of images of the run that trained its encoder.
         details: other attributes of the measurements.
     """
     measured = []
     for task, metrics in task_metrics.items():
+        if metrics.get(metric) is None:
+            continue
         # The average precision of a handful of images means little.
         is_small = "exact_match" in metrics and metrics["num_images"] < MIN_CORRECTED_IMAGES
-        own_names = ("exact_match",) if is_small else names
-        values = {name: value for name in own_names if (value := metrics.get(name)) is not None}
-        if not values:
-            continue
-        metric, *others = values
-        interval = metrics.get(f"{metric}_interval")
-        measured.append(
-            Measurement(
-                task,
-                metric,
-                values[metric],
-                interval=None if details.get("seen_by_encoder") else interval,
-                num_images=metrics["num_images"],
-                others={name: values[name] for name in others},
-                **details,
-            )
-        )
+        if seen_by_encoder:
+            metrics = {
+                name: value for name, value in metrics.items() if not name.endswith("_interval")
+            }
+        own_metric = "exact_match" if is_small else metric
+        measured.append(Measurement(task, own_metric, metrics, **details))
     return measured
 
 

@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ..inference.metrics import select_scalars
+from ..inference.stated_result import format_value
 from ..runtime.files import write_atomically
 from ..runtime.flags import spell_flags
 from ..runtime.progress import LINE_SECONDS
@@ -43,7 +44,7 @@ class Reporter:
         )
         self.progress_task = self.progress.add_task("training", total=None)
         self.last_line_time = self.progress.get_time()  # The time of the last line about steps
-        self.printed_metrics: tuple[str, ...] = ()
+        self.printed_metric = ""
 
     def print_line(self, name: str, text: str) -> None:
         """Print one line of the summary."""
@@ -63,14 +64,14 @@ class Reporter:
         text = f"WARNING: {spell_flags(message)}"
         self.console.print(text, style="bold yellow", markup=False)
 
-    def start_after(self, step: int, num_steps: int, printed_metrics: tuple[str, ...] = ()) -> None:
+    def start_after(self, step: int, num_steps: int, printed_metric: str = "") -> None:
         """Start the output about the steps of a run that continues after `step`.
 
-        `printed_metrics` are the metrics of evaluations that lines contain.
+        `printed_metric` is the metric of evaluations that lines contain.
         In metrics.jsonl, keep the records up to this step, and remove the records of later steps,
         which the resumed run repeats.
         """
-        self.printed_metrics = printed_metrics
+        self.printed_metric = printed_metric
         if self.accelerator.is_main_process:
             self.metrics_file.touch()
             earlier_lines = []
@@ -124,9 +125,13 @@ class Reporter:
             f"lr {record['learning_rate']:.1e}  {record['images_per_second']:.0f} images/s"
         )
         split = "selection" if any(name.startswith("selection_") for name in record) else "held_out"
-        names = [name for name in self.printed_metrics if f"{split}_{name}" in record]
-        scores = ", ".join(format_metric(name, record[f"{split}_{name}"]) for name in names)
-        score_text = f"{split.replace('_', ' ')}: {scores}" if scores else ""
+        name = self.printed_metric
+        score_text = ""
+        if f"{split}_{name}" in record:
+            value = format_value(
+                name, record[f"{split}_{name}"], record.get(f"{split}_num_images", 0)
+            )
+            score_text = f"{split}: {name} {value}".replace("_", " ")
 
         self.progress.update(self.progress_task, description=text)
         # metrics.jsonl has all records: a log file gets those with scores.
@@ -136,9 +141,3 @@ class Reporter:
             self.progress.console.print(
                 f"epoch {record['epoch']:>5.1f}  {score_text}", markup=False
             )
-
-
-def format_metric(name: str, value: float | None) -> str:
-    formats = {"loss": ".4g", "rank": ".1f", "cosine": ".3f"}
-    text = "unknown" if value is None else f"{value:{formats.get(name.rpartition('_')[2], '.2%')}}"
-    return f"{name.replace('_', ' ')} {text}"

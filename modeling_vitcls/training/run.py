@@ -113,7 +113,7 @@ def train(asked: TrainOptions, recipe: Recipe) -> Path:
             )
         reporter.print_lines(outcome.lines)
 
-        results = build_results(inputs, data, outcome, record)
+        results = build_results(inputs, data, outcome, num_seen, record)
         save_output(folder, inputs, data, outcome, results)
         # After the folder is whole, because --resume needs the checkpoints until then.
         run_on_main(clean_up)

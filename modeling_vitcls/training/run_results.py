@@ -1,25 +1,30 @@
 """What a run leaves: results.json, and its last lines."""
 
-from dataclasses import replace
 from typing import Any
 
 from accelerate.state import AcceleratorState
 
 from ..data.splits import MAX_CLASS_RATIO, TrainingData
 from ..inference.metrics import get_task_metrics
+from ..inference.stated_result import format_percent
 from ..runtime.system import describe_device, get_versions
 from .defaults import FINE_TUNING_EPOCHS
-from .outcome import Outcome
+from .outcome import Measurement, Outcome
 from .plan import RunPlan
-from .reporter import Reporter, format_metric
+from .reporter import Reporter
 from .run_inputs import RunInputs
 from .summary import count_tokens
 
 
 def build_results(
-    inputs: RunInputs, data: TrainingData, outcome: Outcome, record: dict[str, Any]
+    inputs: RunInputs, data: TrainingData, outcome: Outcome, num_seen: int, record: dict[str, Any]
 ) -> dict[str, Any]:
-    """Build the content of results.json. `record`: from `build_run_record`."""
+    """Build the content of results.json.
+
+    Args:
+        num_seen: number of measured images that trained the encoder earlier.
+        record: from `build_run_record`.
+    """
     setup = inputs.setup
     asked_flags = {name: record["flags"][name] for name in record["chosen_flags"]}
     results = {
@@ -49,8 +54,7 @@ def build_results(
     }
     if not results["steps"]:
         results.pop("steps_train_encoder", None)
-    num_seen = max((each.seen_by_encoder for each in outcome.measured), default=0)
-    if num_seen:
+    if num_seen and outcome.measured:
         # The error is larger than any interval says.
         for metrics in (results, *get_task_metrics(results).values()):
             for name in [each for each in metrics if each.endswith("_interval")]:
@@ -113,13 +117,13 @@ def describe_result(outcome: Outcome) -> str:
     first = outcome.measured[0]
     if not first.num_folds:
         return text
-    num_unmeasured = outcome.num_training_images - first.num_images
+    num_unmeasured = outcome.num_training_images - first.metrics["num_images"]
     if num_unmeasured and not first.task:
         return (
             f"{text}. The saved model was fitted to {outcome.num_training_images:,} images, of which "
             f"{num_unmeasured:,} could not be left out, because the rest would lack their label"
         )
-    return f"{text}. The saved model was fitted to all of them"
+    return f"{text}. The saved model was fitted to all images"
 
 
 def describe_start(outcome: Outcome, model: str) -> str:
@@ -149,12 +153,9 @@ def describe_start(outcome: Outcome, model: str) -> str:
 def compare_start(outcome: Outcome, start: dict[str, float]) -> tuple[str, bool]:
     """Spell a metric from before the steps, and tell whether it was better than the result."""
     metric, value = next(iter(start.items()))
-    text = format_metric(metric, value)
-    # In the words of the result: with few images, as a fraction
-    for each in outcome.measured:
-        if not each.task and each.metric == metric:
-            text = replace(each, value=value, interval=None, seen_by_encoder=0).format_value()
-    return text, value > outcome.metrics[metric]
+    metrics = outcome.metrics
+    before = {metric: value, "num_images": metrics["num_images"], "tasks": metrics.get("tasks")}
+    return Measurement("", metric, before).statement, value > metrics[metric]
 
 
 def describe_gates(gates: dict[str, float] | None) -> str | None:
@@ -180,7 +181,9 @@ def describe_classes(metrics: dict[str, Any], class_ratio: float) -> str | None:
         return None
     rows = [row for row in metrics["per_class"] if row["images"]]
     worst = min(rows, key=lambda row: row["recall"])
+    values = (metrics["balanced_accuracy"], metrics["macro_f1"], worst["recall"])
+    accuracy, f1, recall = (format_percent(value, metrics["num_images"]) for value in values)
     return (
-        f"of different sizes: balanced accuracy {metrics['balanced_accuracy']:.1%}, macro F1 "
-        f"{metrics['macro_f1']:.1%}, lowest recall {worst['recall']:.1%} ({worst['name']})"
+        f"of different sizes: balanced accuracy {accuracy}, macro F1 {f1}, lowest recall {recall} "
+        f"({worst['name']})"
     )

@@ -147,7 +147,7 @@ def run_steps(
     return Outcome(
         measured=list_measurements(
             get_task_metrics(metrics),
-            setup.result_metrics,
+            setup.selection_metric,
             seen_by_encoder=num_seen,
         ),
         metrics=metrics,
@@ -335,9 +335,7 @@ def build_loop(
         loop.restore(checkpoint)
         reporter.print_line("resumed", f"after step {state.step:,} of {num_steps:,}")
     # A checkpoint saved before the evaluation of its step has a record that was never logged.
-    reporter.start_after(
-        state.step - bool(state.pending_record), num_steps, (setup.selection_metric,)
-    )
+    reporter.start_after(state.step - bool(state.pending_record), num_steps, setup.selection_metric)
     used_flags = run_metadata["flags"] | run_metadata["chosen_flags"]
     # Flags are formatted as text, because TensorBoard does not accept lists.
     reporter.start_trackers({name: format_flag_value(used_flags[name]) for name in used_flags})

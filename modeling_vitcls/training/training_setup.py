@@ -52,7 +52,6 @@ class TrainingSetup:
     build_evaluator: Callable[[TrainingData, LabeledImages], Any]
     # Name of the metric that selects the best checkpoint, and is printed. Higher values are better.
     selection_metric: str
-    result_metrics: tuple[str, ...]  # Metrics of the printed result
     resize: str | None  # How images become the input; None if the frozen model chooses it
     # Whether no head is random when steps start
     has_known_head: bool = False

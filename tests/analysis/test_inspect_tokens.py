@@ -65,7 +65,7 @@ def test_terminal_page_and_json_have_the_same_values(
     found = json.loads(figures.read_text())
     text = page.read_text()
     for effect in found["effects"]:
-        assert f"{effect['changed']:.1%} (" in text
+        assert f"{effect['changed']:.0%} (" in text
     gates = {effect["token"]: effect["gate"] for effect in found["effects"]}
     assert gates["register 2"] == pytest.approx(0.031)
     assert gates["register 1"] is gates["CLS"] is None

@@ -94,7 +94,7 @@ def test_only_the_main_process_prints(two_process_folder: Path) -> None:
     assert re.findall(r"'(\d+)\.png'", printed) == [*map(str, UNREADABLE)] * 2  # two evaluators
     assert printed.count("Confusions, most frequent: ") == 1
     results = read_json(two_process_folder / "new" / "digits.json")
-    assert f"{results['accuracy']:.2%}" in printed
+    assert f"{results['num_right']} of {results['num_images']:,} right" in printed
 
 
 # Saved models -------------------------------------------------------------------------------------

@@ -21,6 +21,8 @@ from modeling_vitcls import (
     finetune,
 )
 from modeling_vitcls.hub.model_folder import ModelFolder
+from modeling_vitcls.inference.metric_tables import format_name
+from modeling_vitcls.inference.stated_result import state_result
 from modeling_vitcls.publishing.after_run import finish_run
 from modeling_vitcls.publishing.card import write_card
 from modeling_vitcls.publishing.report import write_report
@@ -52,9 +54,12 @@ def test_a_run_gets_a_report_and_a_card_from_its_folder(
     rows = pd.read_parquet(folder / "predictions.parquet")
     num_wrong = int((rows["label"] != rows["prediction"]).sum())
     assert f"{num_wrong} of {len(rows)} predictions are wrong" in report
-    accuracy = read_json(folder / "results.json")["accuracy"]
-    assert accuracy == pytest.approx(1 - num_wrong / len(rows), abs=1e-6)
-    assert f"{accuracy:.2%}" in card
+    results = read_json(folder / "results.json")
+    assert results["num_right"] == len(rows) - num_wrong
+    statement = state_result(results)
+    assert f"{statement}. Measured on {len(rows)} held-out images" in output
+    assert f"<h1>{statement}.</h1>" in report
+    assert f"| Accuracy | {state_result(results, format_label=format_name)} |" in card
     assert "images/attention.png" in card
     assert "[report.html]" in card
     assert report.count('class="sheet"') == 2

@@ -45,12 +45,15 @@ def load_card(folder: Path, name: str | None = None, license_id: str | None = No
 
 def test_the_card_of_a_classifier_shows_what_was_measured(tmp_path: Path) -> None:
     rows = [
-        {"name": "dusk", "images": 200, "recall": 0.99, "precision": 0.975, "f1": 0.982456},
-        {"name": "noon|late", "images": 160, "recall": 0.5, "precision": 1.0, "f1": 0.5},
+        {"name": "dusk", "images": 60, "recall": 0.966667, "precision": 0.42, "f1": 0.585859},
+        {"name": "noon|late", "images": 300, "recall": 0.733333, "precision": 0.990991, "f1": 0.85},
     ]
-    matrix = [[198, 2], [80, 80]]
+    matrix = [[58, 2], [80, 220]]
     calibration = {"temperature": 0.651, "num_images": 180, "calibration_error_before": 0.0871}
     results = {
+        "accuracy": 0.772222,
+        "accuracy_interval": [0.726, 0.812],
+        "num_right": 278,
         "per_class": rows,
         "confusion_matrix": matrix,
         "calibration_error": 0.0123,
@@ -61,9 +64,12 @@ def test_the_card_of_a_classifier_shows_what_was_measured(tmp_path: Path) -> Non
     text = card.text
     assert "# ann/mine\n" in text
     assert 'model="ann/mine", revision="main"' in text
-    assert "| Accuracy | 98.33% (95% interval: 96.00% to 99.00%) |" in text
-    assert r"| `noon\|late` | 160 | 50.00% | 100.00% | 50.00% |" in text
-    numbers = ("by 1.23 percentage points", "8.71", "0.65", "180 images")
+    assert (
+        "| Accuracy | 278 of 360 right; about 77% of new photos (73 to 81), no better than" in text
+    )
+    assert r"always saying `noon\|late`: 83% |" in text
+    assert r"| `noon\|late` | 300 | 73% | 99% | 85% |" in text
+    numbers = ("by 1 percentage points", "it was 9.", "0.65", "180 images")
     assert all(number in text for number in numbers)
     assert f"modeling_vitcls {vitcls.__version__}" in text
     assert r"most frequent: `noon|late` as `dusk` (80), `dusk` as `noon|late` (2)." in text
@@ -126,7 +132,7 @@ def test_the_model_index_names_datasets_of_the_hub_only(
     assert (card.data.datasets == ["acme/photos"]) is is_on_hub
 
     assert bool(card.data.eval_results) is is_on_hub
-    assert "98.33%" in card.text
+    assert "354 of 360 right; about 98% of new photos (96 to 99)" in card.text
     if is_on_hub:
         (result,) = card.data.eval_results
         assert result.dataset_type == "acme/photos"
@@ -139,8 +145,13 @@ def test_the_model_index_names_datasets_of_the_hub_only(
 
 def test_an_encoder_shows_its_features_before_and_after_pre_training(tmp_path: Path) -> None:
     before, after = (
-        {"knn_accuracy": value, "knn_accuracy_of_patches": value, "effective_rank": 7.5}
-        for value in (0.4321, 0.5678)
+        {
+            "knn_accuracy": value,
+            "knn_accuracy_of_patches": value,
+            "effective_rank": 7.5,
+            "num_images": 20,
+        }
+        for value in (0.45, 0.6)
     )
     results = {
         "method": "mae",
@@ -153,7 +164,7 @@ def test_an_encoder_shows_its_features_before_and_after_pre_training(tmp_path: P
     }
 
     card = load_card(write_run_folder(tmp_path / "mine", results, None, ViTCLSModel))
-    assert "| 43.2% | 56.8% |" in card.text
+    assert "| 9 of 20 right by k-NN | 12 of 20 right by k-NN |" in card.text
     assert "worse" not in card.text
     assert f"vitcls finetune --model {tmp_path.name}/mine" in card.text
     assert card.data.pipeline_tag == "image-feature-extraction"
@@ -163,13 +174,18 @@ def test_an_encoder_shows_its_features_before_and_after_pre_training(tmp_path: P
 def test_tasks_have_no_pipeline(tmp_path: Path) -> None:
     tasks = {"species": ["cat", "dog"], "coat": ["short", "long", "none"]}
     config = build_tiny_config(num_cls_tokens=2, tasks=tasks)
-    results = {"tasks": {"species": {"accuracy": 0.75}, "coat": {"accuracy": 0.5}}}
+    tasks_results = {
+        "species": {"accuracy": 0.75, "num_images": 40},
+        "coat": {"accuracy": 0.5, "num_images": 20},
+    }
+    results = {"tasks": tasks_results}
     folder = write_run_folder(
         tmp_path / "mine", results, None, ViTCLSForMultiTaskClassification, config
     )
     card = load_card(folder)
 
-    assert "| species: Accuracy | 75.00% |" in card.text
+    assert "| species: Accuracy | 30 of 40 right (75%) |" in card.text
+    assert "| coat: Accuracy | 10 of 20 right |" in card.text
     assert "pipeline(" not in card.text
     assert card.data.pipeline_tag == "image-feature-extraction"
     save_with_processor(ViTCLSForMultiTaskClassification(config), tmp_path / "by hand")

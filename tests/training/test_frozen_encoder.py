@@ -303,7 +303,7 @@ def test_class_weights_raise_the_recall_of_a_small_class_as_both_runs_say(
     assert recalls["weights"] >= recalls["none"]
     (line,) = (line for line in printed.splitlines() if "recall of 3" in line)
     for values in (recalls, balanced):
-        assert f"{values['none']:.1%} -> {values['weights']:.1%}" in line
+        assert f"{values['none']:.0%} -> {values['weights']:.0%}" in line
     weights = [
         ViTCLSForImageClassification.from_pretrained(tmp_path / balance).classifier.bias
         for balance in recalls
@@ -336,7 +336,7 @@ def test_class_weights_are_advised_if_loss_and_balanced_accuracy_improve(
         labels=SimpleNamespace(names=["dress", "hat"]),
     )
     line = describe_class_weights(frozen)
-    assert f"balanced accuracy {accuracies[0]:.1%} -> {accuracies[1]:.1%}" in line
+    assert f"balanced accuracy {accuracies[0]:.0%} -> {accuracies[1]:.0%}" in line
     assert ("Choose it if rare classes matter" in line) == is_advised
 
 

@@ -58,7 +58,7 @@ def test_only_the_main_process_writes_and_prints(
 
 def test_a_log_file_gets_the_records_with_scores(tmp_path: Path) -> None:
     reporter, output = build_reporter(tmp_path)
-    reporter.start_after(0, 900, ("accuracy",))
+    reporter.start_after(0, 900, "accuracy")
     for step in range(10, 901, 10):
         scores = {"held_out_accuracy": 0.5} if step % 90 == 0 else {}
         reporter.log(RECORD | {"step": step} | scores)

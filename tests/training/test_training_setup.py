@@ -85,7 +85,7 @@ def test_the_best_checkpoint_is_saved_and_reported(
     # "held out" names only the reported images.
     assert not any(name.startswith("held_out") for record in records for name in record)
     printed = capsys.readouterr().out
-    assert f"selection: accuracy {best['selection_accuracy']:.2%}" in printed
+    assert f"selection: accuracy {best['selection_accuracy']:.0%}" in printed
     assert "held out: " not in printed
 
     store = CheckpointStore(folder / "checkpoints", num_kept=2)

@@ -1,0 +1,107 @@
+"""A result in words, the same at every door: terminal, report, card, `evaluate` and additions.
+
+    66 of 80 right; about 83% of new photos (72 to 93)      with a 95% interval
+    20 of 24 right (95%: 64 to 93%)                         fewer than 30 images: no estimate
+    66 of 80 right (82%)                                    no interval: they trained the encoder
+
+The count is what was seen. The estimate of a cross-validation is corrected for the choice among
+candidates, so it may differ from the count. Percentages have decimals from 1,000 images on.
+"""
+
+from collections.abc import Callable
+from operator import itemgetter
+
+from ..runtime.files import replace_control_characters
+from .intervals import MIN_CORRECTED_IMAGES
+from .metrics import MetricValues
+
+
+# Metrics that count images, and the words after the count
+COUNTED = {
+    "accuracy": "right",
+    "exact_match": "right with all labels",
+    "knn_accuracy": "right by k-NN",
+    "knn_accuracy_of_patches": "right by k-NN",
+    "recall": "recognized",
+}
+MIN_DECIMAL_IMAGES = 1_000
+MIN_GUESS_GAIN = 0.05  # Of always saying the largest class, above equal classes
+
+
+def state_result(
+    metrics: MetricValues,
+    name: str = "accuracy",
+    format_label: Callable[[str], str] = replace_control_characters,
+) -> str:
+    """State a metric with its 95% interval and, for the accuracy, what guessing reaches.
+
+    Args:
+        metrics: with the metric, `num_images`, and, if they were measured, the interval [low, high],
+            `num_right` and `per_class` (metrics.py).
+        name: of the metric.
+        format_label: formats the name of a class.
+    """
+    value, num_images = metrics[name], metrics["num_images"]
+    text = format_value(name, value, num_images)
+    bounds = None
+    if interval := metrics.get(f"{name}_interval"):
+        low, high = (format_bound(each, num_images) for each in interval)
+        bounds = f"{low} to {high}"
+    if not counts_images(metrics, name):
+        return text if bounds is None else f"{text} ({bounds})"
+
+    num_right = round(value * num_images)
+    # The accuracy may be corrected, or the mean of groups
+    if name in ("accuracy", "recall"):
+        num_right = metrics.get("num_right", num_right)
+    count = f"{num_right:,} of {num_images:,} {COUNTED[name]}"
+    if num_images < MIN_CORRECTED_IMAGES:
+        text = count if bounds is None else f"{count} (95%: {bounds}%)"
+    elif bounds is None:
+        text = f"{count} ({text})"
+    else:
+        text = f"{count}; about {text} of new photos ({bounds})"
+    if name == "accuracy" and metrics.get("per_class"):
+        text += compare_with_guess(metrics, format_label)
+    return text
+
+
+def compare_with_guess(metrics: MetricValues, format_label: Callable[[str], str]) -> str:
+    """Say what always saying the largest class reaches; "" if the classes have about equal sizes."""
+    rows = [row for row in metrics["per_class"] if row["images"]]
+    largest = max(rows, key=itemgetter("images"))
+    share = largest["images"] / metrics["num_images"]
+    percent = format_percent(share, metrics["num_images"])
+    text = f"always saying {format_label(largest['name'])}: {percent}"
+    if metrics["accuracy"] <= round(share, 6):
+        return f", no better than {text}"
+    return f"; {text}" if share > 1 / len(rows) + MIN_GUESS_GAIN else ""
+
+
+def counts_images(metrics: MetricValues, name: str) -> bool:
+    """Check whether a metric is a part of the images. A mean over tasks is none."""
+    return name in COUNTED and not metrics.get("tasks")
+
+
+def format_value(name: str, value: float | None, num_images: int) -> str:
+    """Format a metric: a percentage of the images, or a number such as a loss."""
+    formats = {"loss": ".4g", "rank": ".1f", "cosine": ".3f"}
+    kind = name.rpartition("_")[2]
+    if kind in formats and value is not None:
+        return f"{value:{formats[kind]}}"
+    return format_percent(value, num_images)
+
+
+def format_percent(value: float | None, num_images: int) -> str:
+    """Format a part of the images as a percentage; None is a dash."""
+    if value is None:
+        return "–"
+    return f"{value:.1%}" if num_images >= MIN_DECIMAL_IMAGES else f"{value:.0%}"
+
+
+def format_bound(value: float, num_images: int) -> str:
+    """Format a bound of an interval, without a sign: 100 only if it is 1, and 0 only if it is 0."""
+    step = 0.001 if num_images >= MIN_DECIMAL_IMAGES else 0.01
+    if 0 < value < 1:
+        value = min(max(value, step), 1 - step)
+    return format_percent(value, num_images).removesuffix("%")

@@ -1,0 +1,65 @@
+"""One number is said in one way (stated_result.py)."""
+
+from typing import Any
+
+import pytest
+
+from modeling_vitcls.inference.stated_result import state_result
+
+
+def build_metrics(num_right: int, num_images: int, **others: Any) -> dict[str, Any]:
+    """Build metrics of images, with an interval of 11 points below and 10 above."""
+    accuracy = num_right / num_images
+    interval = [accuracy - 0.11, min(accuracy + 0.1, 1.0)]
+    counts = {"num_right": num_right, "num_images": num_images}
+    return {"accuracy": accuracy, "accuracy_interval": interval, **counts, **others}
+
+
+def build_sizes(**sizes: int) -> list[dict[str, Any]]:
+    return [{"name": name.replace("_", "-"), "images": size} for name, size in sizes.items()]
+
+
+def test_the_count_is_what_was_seen_and_the_estimate_is_corrected() -> None:
+    metrics = build_metrics(66, 80, accuracy=0.8335, accuracy_interval=[0.7199, 0.9252])
+    assert state_result(metrics) == "66 of 80 right; about 83% of new photos (72 to 93)"
+
+
+@pytest.mark.parametrize(
+    ("num_right", "num_images", "expected"),
+    [
+        (24, 29, "24 of 29 right (95%: 72 to 93%)"),
+        (24, 30, "24 of 30 right; about 80% of new photos (69 to 90)"),
+        (850, 999, "850 of 999 right; about 85% of new photos (74 to 95)"),
+        (8_012, 10_000, "8,012 of 10,000 right; about 80.1% of new photos (69.1 to 90.1)"),
+    ],
+)
+def test_few_photos_have_a_count_and_thousands_have_decimals(
+    num_right: int, num_images: int, expected: str
+) -> None:
+    assert state_result(build_metrics(num_right, num_images)) == expected
+
+
+def test_an_interval_reaches_100_only_if_its_bound_does() -> None:
+    metrics = build_metrics(999, 999, accuracy_interval=[0.9962, 1.0])
+    assert state_result(metrics) == "999 of 999 right; about 100% of new photos (99 to 100)"
+
+
+@pytest.mark.parametrize(
+    ("sizes", "expected"),
+    [
+        ({"t_shirt": 60, "skirt": 20}, "; always saying t-shirt: 75%"),
+        ({"t_shirt": 68, "skirt": 12}, ", no better than always saying t-shirt: 85%"),
+        ({"t_shirt": 41, "skirt": 39}, ""),
+        ({"t_shirt": 40, "skirt": 40, "pants": 0}, ""),
+    ],
+)
+def test_the_share_of_guessing_is_said_if_the_sizes_of_the_classes_differ(
+    sizes: dict[str, int], expected: str
+) -> None:
+    text = state_result(build_metrics(66, 80, per_class=build_sizes(**sizes)))
+    assert text.removeprefix(state_result(build_metrics(66, 80))) == expected
+
+
+def test_a_mean_over_tasks_counts_no_images() -> None:
+    tasks = {"kind": build_metrics(30, 40), "part": build_metrics(36, 40)}
+    assert state_result({"accuracy": 0.825, "num_images": 40, "tasks": tasks}) == "82%"
