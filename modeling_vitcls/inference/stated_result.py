@@ -50,10 +50,8 @@ def state_result(
     if not counts_images(metrics, name):
         return text if bounds is None else f"{text} ({bounds})"
 
-    num_right = round(value * num_images)
-    # The accuracy may be corrected, or the mean of groups
-    if name in ("accuracy", "recall"):
-        num_right = metrics.get("num_right", num_right)
+    # The value may be corrected, or the mean of groups
+    num_right = metrics.get("num_right", round(value * num_images))
     count = f"{num_right:,} of {num_images:,} {COUNTED[name]}"
     if num_images < MIN_CORRECTED_IMAGES:
         text = count if bounds is None else f"{count} (95%: {bounds}%)"
@@ -70,9 +68,9 @@ def compare_with_guess(metrics: MetricValues, format_label: Callable[[str], str]
     """Say what always saying the largest class reaches; "" if the classes have about equal sizes."""
     rows = [row for row in metrics["per_class"] if row["images"]]
     largest = max(rows, key=itemgetter("images"))
-    share = largest["images"] / metrics["num_images"]
-    percent = format_percent(share, metrics["num_images"])
-    text = f"always saying {format_label(largest['name'])}: {percent}"
+    num_images = metrics["num_images"]
+    share = largest["images"] / num_images
+    text = f"always saying {format_label(largest['name'])}: {largest['images']:,} of {num_images:,}"
     if metrics["accuracy"] <= round(share, 6):
         return f", no better than {text}"
     return f"; {text}" if share > 1 / len(rows) + MIN_GUESS_GAIN else ""
@@ -93,15 +91,18 @@ def format_value(name: str, value: float | None, num_images: int) -> str:
 
 
 def format_percent(value: float | None, num_images: int) -> str:
-    """Format a part of the images as a percentage; None is a dash."""
+    """Format a part of the images as a percentage; None is a dash.
+
+    100% means all images, and 0% none.
+    """
     if value is None:
         return "–"
-    return f"{value:.1%}" if num_images >= MIN_DECIMAL_IMAGES else f"{value:.0%}"
+    step, decimals = (0.001, 1) if num_images >= MIN_DECIMAL_IMAGES else (0.01, 0)
+    if 0 < value < 1:
+        value = min(max(value, step), 1 - step)
+    return f"{value:.{decimals}%}"
 
 
 def format_bound(value: float, num_images: int) -> str:
-    """Format a bound of an interval, without a sign: 100 only if it is 1, and 0 only if it is 0."""
-    step = 0.001 if num_images >= MIN_DECIMAL_IMAGES else 0.01
-    if 0 < value < 1:
-        value = min(max(value, step), 1 - step)
+    """Format a bound of an interval, which has no percent sign."""
     return format_percent(value, num_images).removesuffix("%")

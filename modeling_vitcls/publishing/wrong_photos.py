@@ -74,7 +74,6 @@ def summarize_predictions(folder: ModelFolder, rows: Any) -> dict[str, Any]:
         metric="accuracy",
         metrics=results,
         num_folds=frozen.get("num_folds", 0) if is_cross_validated else 0,
-        num_candidates=len(frozen.get("candidates", ())),
     )
     sizes = rows["label"].value_counts()
     return {

@@ -39,7 +39,6 @@ def run_frozen(
             setup.selection_metric,
             seen_by_encoder=num_seen,
             num_folds=each.head.probe.num_folds_ if each.head.held_out is None else 0,
-            num_candidates=len(each.head.probe.table_),
         )
 
     all_tasks = list(tasks.values())

@@ -19,14 +19,12 @@ class Measurement:
         metrics: of the images that have a label of the task (inference/metrics.py). There is no interval
             for images that trained the encoder: their error is larger than any interval says.
         num_folds: number of folds of the cross-validation; 0 for held-out images.
-        num_candidates: number of candidates among which the cross-validation chose.
     """
 
     task: str
     metric: str
     metrics: dict[str, Any]
     num_folds: int = 0
-    num_candidates: int = 0
 
     @property
     def statement(self) -> str:
@@ -43,12 +41,12 @@ class Measurement:
         text = f"Measured on {self.metrics['num_images']:,} held-out images"
         if self.num_folds:
             text = f"Estimated by {self.num_folds}-fold cross-validation"
+        if self.metrics["num_images"] < MIN_CORRECTED_IMAGES:
+            return text
         has_interval = f"{self.metric}_interval" in self.metrics
         text += ", with a 95% interval" if has_interval else ", without an interval"
-        is_small = self.metrics["num_images"] < MIN_CORRECTED_IMAGES
-        if self.metric != "accuracy" or not self.num_folds or is_small:
-            return text
-        return f"{text}, corrected for the choice among {self.num_candidates} candidates"
+        is_corrected = self.num_folds and self.metric == "accuracy"
+        return f"{text}, corrected for the choice of the classifier" if is_corrected else text
 
     def __str__(self) -> str:
         return f"{self.task} {self.statement}. {self.method}".lstrip()

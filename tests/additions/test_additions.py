@@ -281,6 +281,9 @@ def test_a_class_is_added_to_statistics_in_bfloat16(digits: Path, tmp_path: Path
     save_both(model, tmp_path / "half", ViTCLSImageProcessor.from_pretrained(digits))
     record = add_class(tmp_path / "half", build_new(STRIPES, "stripes"), tmp_path / "new")
     assert record["result"]["recall"] > 0.9
+    result = record["result"]
+    count = f"{result['num_right']} of {result['num_images']} recognized"
+    assert count in (tmp_path / "new" / "README.md").read_text()
 
 
 def test_photos_of_an_added_class_are_known_also_if_they_differ_more_than_the_old_ones(

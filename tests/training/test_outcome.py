@@ -29,5 +29,5 @@ def test_images_that_trained_the_encoder_leave_no_interval(metric: str) -> None:
 @pytest.mark.parametrize(("num_images", "is_corrected"), [(24, False), (80, True)])
 def test_a_correction_is_claimed_only_where_it_is_made(num_images: int, is_corrected: bool) -> None:
     metrics = {"accuracy": 0.75, "accuracy_interval": [0.5, 0.9], "num_images": num_images}
-    (measured,) = list_measurements({"": metrics}, "accuracy", num_folds=10, num_candidates=6)
-    assert ("corrected for the choice among 6" in str(measured)) == is_corrected
+    (measured,) = list_measurements({"": metrics}, "accuracy", num_folds=10)
+    assert ("corrected for the choice" in str(measured)) == is_corrected
