@@ -1,6 +1,5 @@
 """`vitcls add-task`: another label column, as a head that reads the frozen encoder (see extend.py)."""
 
-from collections import Counter
 from dataclasses import fields
 from typing import Any
 
@@ -53,24 +52,17 @@ def build_task(old: OldModel, options: AddTaskOptions) -> Addition:
         "dataset": strip_folders(data.name),
         "label_column": list(label_space.columns),
     }
-    measured = None
     if len(data.held_out):
-        measured = old.compute_features(data.held_out, label_space)
-        predicted = probe.predict(measured.get_tokens())
-        images = "held-out"
+        held_out = old.compute_features(data.held_out, label_space)
+        is_right = probe.predict(held_out.get_tokens()) == held_out.labels
+        record["result"] = build_result("accuracy", is_right, held_out.groups, "held-out")
     elif probe.estimate_ is not None:
         is_known = np.isfinite(probe.losses_)
-        measured = features.take(is_known)
+        known = features.take(is_known)
         predicted = probe.classes_[probe.out_of_fold_[is_known].argmax(axis=1)]
-        images = "cross-validated"
-    if measured is not None:
-        is_right = predicted == measured.labels
-        result = build_result("accuracy", is_right, measured.groups, images)
-        if images == "cross-validated":
-            result |= probe.estimate_.to_metrics()  # Corrected for the choice
-        sizes = Counter(label_space.names[label] for label in measured.labels)
-        result["per_class"] = [{"name": name, "images": size} for name, size in sizes.items()]
-        record["result"] = result
+        is_right = predicted == known.labels
+        record["result"] = build_result("accuracy", is_right, known.groups, "cross-validated")
+        record["result"] |= probe.estimate_.to_metrics()  # Corrected for the choice
     if num_seen:
         record.get("result", {}).pop("accuracy_interval", None)
         warn_on_first_process(

@@ -12,7 +12,7 @@ one product with more rows would change the bits of the old logits.
 import copy
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,7 +47,7 @@ from ..inference.stated_result import state_result
 from ..model.image_processing_vitcls import ViTCLSImageProcessor
 from ..model.modeling_vitcls import ViTCLSForImageClassification
 from ..runtime.distributed import set_mixed_precision
-from ..runtime.files import replace_control_characters, write_json
+from ..runtime.files import write_json
 from ..runtime.staging import create_output_folder
 from ..runtime.system import get_versions
 from ..speed.lean_layers import use_fast_modules
@@ -279,15 +279,13 @@ def write_records(
     write_splits(pd.concat([read_splits(folder), addition.splits]), staging)
 
 
-def format_result(
-    record: dict[str, Any], format_label: Callable[[str], str] = replace_control_characters
-) -> str:
-    """Describe the result of an addition. `format_label` formats the name of a class."""
+def format_result(record: dict[str, Any]) -> str:
+    """Describe the result of an addition."""
     result = record.get("result")
     if result is None:
         return "not measured, because a class has one image"
     metric = next(iter(result))
-    text = f"{state_result(result, metric, format_label)}. Measured on {result['images']} images"
+    text = f"{state_result(result, metric)}. Measured on {result['images']} images"
     # The interval counts groups
     if result.get("num_groups", result["num_images"]) < result["num_images"]:
         text += f" in {result['num_groups']:,} groups"

@@ -21,7 +21,7 @@ import jinja2
 from markupsafe import Markup
 from PIL import Image
 
-from ..inference.stated_result import format_bound, format_percent
+from ..inference.stated_result import format_percent
 from ..runtime.files import write_atomically
 from ..version import __version__
 from .inspection import Inspection
@@ -155,10 +155,8 @@ def format_effects(inspection: Inspection) -> list[dict[str, str]]:
     for token, output, effect in inspection.effects:
         changed = "–"
         if effect.changed is not None and effect.changed_interval is not None:
-            low, high = (
-                format_bound(bound, effect.num_images) for bound in effect.changed_interval
-            )
-            changed = f"{format_percent(effect.changed, effect.num_images)} ({low} to {high})"
+            low, high = effect.changed_interval
+            changed = f"{effect.changed:.0%} ({low:.0%} to {high:.0%})"
         low, high = effect.interval
         row = {"token": token}
         if inspection.gates:

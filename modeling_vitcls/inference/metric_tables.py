@@ -51,10 +51,10 @@ def list_titles(results: MetricValues) -> dict[str, MetricValues]:
 
 def build_metric_rows(results: MetricValues) -> list[list[str]]:
     """List the name of each measured metric, and its value as `state_result` says it."""
-    rows = []
-    for metrics, key, name in list_metrics(results):
-        rows.append([name, state_result(metrics, key, format_name)])
-    return rows
+    return [
+        [name, state_result(metrics, key, format_name)]
+        for metrics, key, name in list_metrics(results)
+    ]
 
 
 def build_class_tables(results: MetricValues) -> dict[str, list[dict[str, str]]]:

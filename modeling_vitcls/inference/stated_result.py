@@ -45,7 +45,7 @@ def state_result(
     text = format_value(name, value, num_images)
     bounds = None
     if interval := metrics.get(f"{name}_interval"):
-        low, high = (format_bound(each, num_images) for each in interval)
+        low, high = (format_percent(each, num_images).removesuffix("%") for each in interval)
         bounds = f"{low} to {high}"
     if not counts_images(metrics, name):
         return text if bounds is None else f"{text} ({bounds})"
@@ -101,8 +101,3 @@ def format_percent(value: float | None, num_images: int) -> str:
     if 0 < value < 1:
         value = min(max(value, step), 1 - step)
     return f"{value:.{decimals}%}"
-
-
-def format_bound(value: float, num_images: int) -> str:
-    """Format a bound of an interval, which has no percent sign."""
-    return format_percent(value, num_images).removesuffix("%")

@@ -16,7 +16,6 @@ was edited is never replaced: the last line of a generated card contains a diges
 import hashlib
 import re
 from collections.abc import Collection
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +36,7 @@ from ..inference.metric_tables import (
     format_small_percent,
     list_metrics,
 )
-from ..inference.stated_result import format_bound, format_percent, state_result
+from ..inference.stated_result import format_percent, state_result
 from ..model.configuration_vitcls import MIN_TRANSFORMERS_VERSION
 from ..model.token_layout_vitcls import TOKEN_KINDS
 from ..runtime.errors import format_name_list
@@ -276,12 +275,11 @@ TEMPLATES = Environment(  # They are in the installed package, or in a source ch
 TEMPLATES.filters |= {
     "code": format_name,
     "percent": format_percent,
-    "points": format_bound,
     "number": "{:,}".format,
     "small_percent": format_small_percent,
     "class_list": lambda names: format_name_list(list(map(format_name, names)), MAX_LISTED_CLASSES),
     "candidate": describe_candidate,
     "state": state_result,
-    "addition_result": partial(format_result, format_label=format_name),
+    "addition_result": format_result,
 }
 TEMPLATES.globals["metric_names"] = METRIC_NAMES

@@ -16,7 +16,6 @@ from ..inference.confidence import fit_temperature
 from ..inference.evaluator import Evaluator, Predictions
 from ..inference.linear_probe import LinearProbe
 from ..inference.metrics import compute_calibration_error
-from ..inference.stated_result import format_bound
 from .distillation_head import choose_inference, describe_inference
 from .distributed_state import reshard
 
@@ -160,6 +159,8 @@ def measure_errors(calibration: Calibration, predictions: Predictions) -> Calibr
     num_images = len(outputs.labels)
     text = calibration.text
     if num_images >= MIN_ERROR_IMAGES:
-        old, new = (format_bound(error, num_images) for error in (before, after))
-        text += f"; calibration error of {num_images:,} other images {old} -> {new} points"
+        text += (
+            f"; calibration error of {num_images:,} other images {100 * before:.0f} -> "
+            f"{100 * after:.0f} points"
+        )
     return replace(calibration, error_before=before, text=text)

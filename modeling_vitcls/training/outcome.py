@@ -56,7 +56,7 @@ def list_measurements(
     task_metrics: Mapping[str, dict[str, Any]],
     metric: str,
     seen_by_encoder: int = 0,
-    **details: Any,
+    num_folds: int = 0,
 ) -> list[Measurement]:
     """List the results of all tasks that have labeled images.
 
@@ -64,7 +64,7 @@ def list_measurements(
         task_metrics: metrics of each task (inference/metrics.py).
         metric: of the results.
         seen_by_encoder: number of images of the run that trained its encoder.
-        details: other attributes of the measurements.
+        num_folds: number of folds of the cross-validation; 0 for held-out images.
     """
     measured = []
     for task, metrics in task_metrics.items():
@@ -77,7 +77,7 @@ def list_measurements(
                 name: value for name, value in metrics.items() if not name.endswith("_interval")
             }
         own_metric = "exact_match" if is_small else metric
-        measured.append(Measurement(task, own_metric, metrics, **details))
+        measured.append(Measurement(task, own_metric, metrics, num_folds))
     return measured
 
 
