@@ -41,12 +41,13 @@ class Measurement:
         text = f"Measured on {self.metrics['num_images']:,} held-out images"
         if self.num_folds:
             text = f"Estimated by {self.num_folds}-fold cross-validation"
+        if f"{self.metric}_interval" not in self.metrics:
+            return f"{text}, without an interval"
         if self.metrics["num_images"] < MIN_CORRECTED_IMAGES:
             return text
-        has_interval = f"{self.metric}_interval" in self.metrics
-        text += ", with a 95% interval" if has_interval else ", without an interval"
         is_corrected = self.num_folds and self.metric == "accuracy"
-        return f"{text}, corrected for the choice of the classifier" if is_corrected else text
+        correction = ", corrected for the choice of the classifier" if is_corrected else ""
+        return f"{text}, with a 95% interval{correction}"
 
     def __str__(self) -> str:
         return f"{self.task} {self.statement}. {self.method}".lstrip()
