@@ -82,11 +82,9 @@ def counts_images(metrics: MetricValues, name: str) -> bool:
 
 
 def format_value(name: str, value: float | None, num_images: int) -> str:
-    """Format a metric: a percentage of the images, or a number such as a loss."""
-    formats = {"loss": ".4g", "rank": ".1f", "cosine": ".3f"}
-    kind = name.rpartition("_")[2]
-    if kind in formats and value is not None:
-        return f"{value:{formats[kind]}}"
+    """Format a metric that may select a checkpoint: a number or a percentage of the images."""
+    if name == "effective_rank":
+        return f"{value:.1f}"
     return format_percent(value, num_images)
 
 
