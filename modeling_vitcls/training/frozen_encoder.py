@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 import torch
 from accelerate import PartialState
-from PIL import Image
+from PIL import Image, ImageOps
 
 from ..data.aspect_ratio import get_output_size, get_resize, read_sizes, set_resize
 from ..data.images import LabeledImages
@@ -37,21 +37,20 @@ from ..inference.linear_probe import (
     NUM_LAST_LAYERS,
     Candidate,
     LinearProbe,
-    split_folds,
 )
 from ..inference.near_copies import (
-    CHANGES,
-    NUM_CHANGED,
-    CopyFinder,
+    NUM_MIRRORED,
     describe_scenes,
-    fit_finder,
+    find_pairs,
+    keep_together,
+    measure_limit,
 )
 from ..model.heads_vitcls import build_pooler
 from ..runtime.distributed import run_on_main
 from ..runtime.errors import format_name_list
 from .border import describe_border, measure_border
 from .distillation_head import describe_inference
-from .heads import FrozenHead, Heads, describe_choice, split_tasks
+from .heads import FrozenHead, Heads, describe_choice
 
 
 # Maximum number of training images, drawn at random, for the classifiers of a run with steps. They
@@ -161,19 +160,14 @@ class FrozenEncoder:
         # compute them twice would double the longest part of the run.
         features, geometry = self.choose_geometry(train, self.compute_features(train, warn, first))
 
-        finder = self.build_finder(train, features)
+        limit = self.measure_limit(train, features)
         for part in others:
             features = features.join(self.compute_features(part, warn))
         # Photos of one scene in several folds would measure how well the scene is recognized.
         names = self.label_space.names if features.labels.ndim == 1 else None
-        divided = split_tasks(features, self.label_space).values()
-        features, scenes = finder.keep_together(features, names)
+        features, scenes = keep_together(features, limit, names)
         # On one process for all: rounding on another CPU could turn a close choice.
         heads = run_on_main(lambda: self.fit_heads(features).fit_second(features))
-        # If nothing can be measured, is it because scenes are kept together?
-        scenes["prevent_folds"] = not any(
-            each.num_folds_ for each in heads.probes.values()
-        ) and any(split_folds(each.labels, each.groups) for each in divided)
         # These images were kept out of the choice, whose time grows with their number, but not of
         # the fit.
         if len(rest):
@@ -184,7 +178,8 @@ class FrozenEncoder:
 
         held_out_features = self.compute_features(held_out, warn) if len(held_out) else None
         if held_out_features is not None:
-            scenes["near_held_out"] = finder.name_near(features, held_out_features)
+            near = find_pairs(features, limit, held_out_features)[:, 0]
+            scenes["near_held_out"] = np.unique(held_out_features.names[near]).tolist()
         self.set_pooling(heads.read)
         frozen = heads.freeze(features, held_out_features)
         seconds = round(time.perf_counter() - start_time, 1)
@@ -223,19 +218,17 @@ class FrozenEncoder:
         )
         return features if indices is None else replace(features, indices=indices[features.indices])
 
-    def build_finder(self, images: LabeledImages, features: Features) -> CopyFinder:
-        """Build what finds near copies, from a pass of a few changed images."""
-        drawn = np.random.default_rng(0).permutation(len(features.names))[:NUM_CHANGED]
+    def measure_limit(self, images: LabeledImages, features: Features) -> float:
+        """Measure how near photos of a scene are, with a pass of a few mirrored images."""
+        drawn = np.random.default_rng(0).permutation(len(features.names))[:NUM_MIRRORED]
         own = features.take(drawn)
-        changed = []
-        for change in CHANGES:
 
-            def process(image: Image.Image, change: Any = change, **arguments: Any) -> Any:
-                return self.processor(change(image), **arguments)
+        def process(image: Image.Image, **arguments: Any) -> Any:
+            return self.processor(ImageOps.mirror(image), **arguments)
 
-            changing = replace(self, build_pass=partial(self.build_pass, processor=process))
-            changed.append(changing.compute_features(images, ignore_message, own.indices))
-        return run_on_main(partial(fit_finder, features, own, changed))  # type: ignore[no-any-return]
+        mirroring = replace(self, build_pass=partial(self.build_pass, processor=process))
+        mirrored = mirroring.compute_features(images, ignore_message, own.indices)
+        return run_on_main(partial(measure_limit, features, own, mirrored))  # type: ignore[no-any-return]
 
     def fit_heads(self, features: Features) -> Heads:
         """Choose and fit the classifiers of the tasks, with the settings of the user."""

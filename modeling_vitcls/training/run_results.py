@@ -97,7 +97,7 @@ def describe_result(outcome: Outcome) -> str:
     """Describe the result: measured on held-out images, or estimated by cross-validation."""
     if not outcome.measured:
         copies = outcome.results.get("frozen", {}).get("near_copies", {})
-        if copies.get("prevent_folds"):
+        if copies.get("num_near") and "steps" not in outcome.results:
             first, second = copies["pairs"][0]
             return (
                 f"not evaluated, because {copies['num_near']:,} photos nearly repeat another one, such as "

@@ -7,7 +7,7 @@ import pytest
 
 from modeling_vitcls.inference.frozen_features import FeatureLayout, Features
 from modeling_vitcls.inference.linear_probe import split_folds
-from modeling_vitcls.inference.near_copies import CopyFinder, describe_scenes
+from modeling_vitcls.inference.near_copies import describe_scenes, keep_together
 
 
 WIDTH = 48
@@ -26,15 +26,12 @@ def build_features(values: np.ndarray, labels: np.ndarray) -> Features:
     )
 
 
-FINDER = CopyFinder([(np.zeros(WIDTH), np.eye(WIDTH))], min_cosine=0.9)
-
-
 @pytest.mark.parametrize("num_groups", [200, 90])
 def test_photos_without_near_copies_have_the_folds_of_their_own_groups(num_groups: int) -> None:
     rng = np.random.default_rng(0)
     features = build_features(rng.normal(size=(200, WIDTH)), rng.integers(2, size=200))
     features = replace(features, groups=np.arange(200) % num_groups)
-    joined, record = FINDER.keep_together(features, ["cup", "pen"])
+    joined, record = keep_together(features, 0.1, ["cup", "pen"])
     assert record["num_near"] == record["num_groups"] == record["num_contradictions"] == 0
     assert describe_scenes(record) is None
     before, after = (split_folds(features.labels, each.groups) for each in (features, joined))
@@ -49,5 +46,5 @@ def test_each_pair_with_two_labels_counts_once() -> None:
     values[:12, 1:13] = 0.01 * np.eye(12)
     values[12, 20] = 0.3
     features = build_features(values, np.arange(13) // 12)
-    _, record = FINDER.keep_together(features, ["cup", "pen"])
+    _, record = keep_together(features, 0.1, ["cup", "pen"])
     assert record["num_contradictions"] == 10

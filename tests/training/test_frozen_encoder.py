@@ -35,7 +35,7 @@ from modeling_vitcls import (
 from modeling_vitcls.data.aspect_ratio import get_resize, set_resize
 from modeling_vitcls.inference.evaluate import evaluate_checkpoint
 from modeling_vitcls.inference.linear_probe import LinearProbe
-from modeling_vitcls.inference.near_copies import CHANGES, NUM_CHANGED
+from modeling_vitcls.inference.near_copies import NUM_MIRRORED
 from modeling_vitcls.inference.options import EvaluateOptions
 from modeling_vitcls.training import save
 from modeling_vitcls.training.heads import describe_class_weights
@@ -232,7 +232,7 @@ def test_no_image_passes_the_frozen_encoder_twice(
 ) -> None:
     """Except in the measurement of the speed, whose images are no photos.
 
-    A few changed photos show how near those of one scene are.
+    A few mirrored photos show how near those of one scene are.
     """
     monkeypatch.setattr(save, "measure_inference_speed", lambda model, device: {})
     counts = []
@@ -247,7 +247,7 @@ def test_no_image_passes_the_frozen_encoder_twice(
     options = build_options(tmp_path / "head", encoder)
     results = run_training(options)
     assert results["num_training_images"] == 300
-    assert sum(counts) == 300 + len(CHANGES) * NUM_CHANGED
+    assert sum(counts) == 300 + NUM_MIRRORED
     assert results["steps"] == 0
 
 

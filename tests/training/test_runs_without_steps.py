@@ -315,9 +315,23 @@ def test_scenes_that_leave_no_folds_are_named_and_other_scenes_help(
     assert "not evaluated" not in capsys.readouterr().out
 
 
-def test_photos_that_are_mostly_alike_are_not_joined_and_a_line_says_so(
+def test_classes_that_are_one_scene_each_have_a_sentence_and_no_number(
     sources: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    near = finetune(sources, "vit", "my photos", "run")["frozen"]["near_copies"]
+    for scene, name in enumerate(("vase", "bowl")):
+        write_shots(sources / "scenes" / name, scene, range(12))
+    assert "accuracy" not in finetune(sources, "vit", "scenes", "run")
+    printed = capsys.readouterr().out
+    assert "24 of 24 photos nearly repeat another one, in 2 groups" in printed
+    assert "not evaluated, because 24 photos nearly repeat another one, such as " in printed
+
+
+def test_shots_of_one_scene_in_all_classes_are_not_joined_and_a_line_says_so(
+    sources: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As for digits, which are alike to an encoder of photographs."""
+    for name, first in (("on", 0), ("off", 6)):
+        write_shots(sources / "lamp" / name, 0, range(first, first + 6))
+    near = finetune(sources, "vit", "lamp", "run")["frozen"]["near_copies"]
     assert near["num_near"] == 0
     assert "photos are alike to this encoder" in capsys.readouterr().out
