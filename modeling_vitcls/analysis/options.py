@@ -83,8 +83,6 @@ class LookOptions(Options):
 
     def check(self) -> None:
         super().check()
-        if not self.paths:
-            raise ValueError("Name at least one photo or folder: `vitcls look photo.jpg --model M`")
         sizes = self.image_size if isinstance(self.image_size, tuple) else (self.image_size,)
         check_value(
             self, "image_size", all(size is None or size >= 1 for size in sizes), "1 or more"
@@ -95,3 +93,7 @@ class LookOptions(Options):
                 f"`output={str(self.output)!r}`: set a .png, .jpg or .webp file, or a folder "
                 "without a suffix"
             )
+
+    def check_files(self) -> None:
+        if not self.paths:
+            raise ValueError("Name at least one photo or folder: `vitcls look photo.jpg --model M`")

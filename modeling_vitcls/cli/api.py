@@ -31,7 +31,6 @@ from ..training.options import FinetuneOptions, PretrainOptions
 
 
 CommandOptions = TypeVar("CommandOptions", bound=Options)
-UNWRITTEN = Path("unwritten.json")  # An output that the options of features require
 
 
 # What a function takes from its caller -----------------------------------------------------------
@@ -204,7 +203,8 @@ def predict(model: str | Path, images: Any = None, **flags: Any) -> list[dict[st
     if hasattr(images, "columns") or hasattr(images, "column_names"):
         images, flags = None, {"dataset": images, **flags}
     if images is None:
-        options = build_options(PredictOptions, model=model, output=UNWRITTEN, **flags)
+        options = build_options(PredictOptions, model=model, **flags)
+        options.check_images()
         records = open_input(options)
         return list(load_predictor(options).iterate_rows(records))
     # For an empty list, there are no rows. If no images are given at all, the options report it.
@@ -234,11 +234,9 @@ class Predictor:
 
     @own_state()
     def __init__(self, model: str | Path, **flags: Any) -> None:
-        # The options require images
-        options = build_options(
-            PredictOptions, model=model, paths=("image",), output=UNWRITTEN, **flags
-        )
-        self.loaded = load_predictor(options)
+        if flags.get("dataset") is not None:
+            raise ValueError("Set either `images` or `dataset` to select the images.")
+        self.loaded = load_predictor(build_options(PredictOptions, model=model, **flags))
 
     def __call__(self, images: Any) -> list[dict[str, Any]]:
         """Predict images as `predict` does, with the same rows.
@@ -316,7 +314,7 @@ def look(model: str | Path, image: Any, output: str | Path | None = None, **flag
     """
     from ..analysis.look import draw_photo
 
-    options = build_options(LookOptions, model=model, paths="image", output=output, **flags)
+    options = build_options(LookOptions, model=model, output=output, **flags)
     return draw_photo(options, image)
 
 

@@ -76,6 +76,7 @@ def parse_command_line(modules: dict[str, ModuleType], arguments: list[str]) -> 
             default=recipe,
         )
         options.check()
+        options.check_files()
     return name, options
 
 

@@ -116,8 +116,6 @@ class PredictOptions(ImageOptions, EngineOptions):
         super().check()
         check_minimum(self, 1, "batch_size", "top_k")
         check_minimum(self, 0, "num_workers")
-        if bool(self.paths) == bool(self.dataset):
-            raise ValueError("Set either `images` or `dataset` to select the images.")
         if self.dataset is None and (self.split or self.image_column):
             raise ValueError("`split` and `image_column` require `dataset`. Set `dataset`.")
         suffix = ".csv" if self.output is None else self.output.suffix.lower()
@@ -126,8 +124,16 @@ class PredictOptions(ImageOptions, EngineOptions):
                 f"`output={str(self.output)!r}`: set a .csv, .json, .jsonl or .parquet file"
             )
         check_output_files(output=self.output)
-        if self.features and suffix == ".csv":
+
+    def check_files(self) -> None:
+        self.check_images()
+        if self.features and (self.output is None or self.output.suffix.lower() == ".csv"):
             raise ValueError(
                 f"`features={self.features}` cannot be printed or written to a CSV file. Set "
                 "`output` to a .parquet, .json or .jsonl file"
             )
+
+    def check_images(self) -> None:
+        """Raise ValueError unless exactly one of the two selects the images."""
+        if bool(self.paths) == bool(self.dataset):
+            raise ValueError("Set either `images` or `dataset` to select the images.")

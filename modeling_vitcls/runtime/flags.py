@@ -69,6 +69,12 @@ class Options:
         The command line and the Python functions call it once; groups of fields extend it.
         """
 
+    def check_files(self) -> None:
+        """Raise ValueError without the files that only a command reads and writes.
+
+        Functions of Python receive images, and return what a command writes.
+        """
+
 
 def expand_home(value: Any) -> Any:
     """Replace `~` in a path with the home folder, also in `transformers:~/model`.

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
@@ -95,9 +96,6 @@ class LeanLayer(FastModule, ViTCLSLayer):
         return hidden_states + skip_identity(modules["drop_path"], branch)
 
 
-# FSDP and device maps look for layers by class name (`_no_split_modules`).
-LeanLayer.__name__ = ViTCLSLayer.__name__
-
 FAST_CLASSES = {**KERNEL_CLASSES, ViTCLSLayer: LeanLayer}
 # Classes whose linear layers and convolutions are replaced; in other classes, they may be a person's.
 OWNERS = (
@@ -127,6 +125,9 @@ def use_fast_modules(model: Model) -> Model:
     if not can_use_cpu_kernels():
         return model
     for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            # FSDP and device maps look for layers by class name.
+            module._no_split_modules = {*(module._no_split_modules or ()), LeanLayer.__name__}
         if type(module) in OWNERS:
             for child in module.children():
                 if type(child) in (nn.Linear, nn.Conv2d):
