@@ -63,6 +63,7 @@ def build_results(
     return results
 
 
+FEW_PHOTOS = 10  # A class with fewer is hardly learned or measured
 MIN_OPEN_GATE = 0.1  # With gates below it, tokens change nothing that could be measured
 
 # Printed lines ------------------------------------------------------------------------------------
@@ -183,7 +184,10 @@ def describe_classes(metrics: dict[str, Any], class_ratio: float) -> str | None:
     worst = min(rows, key=lambda row: row["recall"])
     values = (metrics["balanced_accuracy"], metrics["macro_f1"], worst["recall"])
     accuracy, f1, recall = (format_percent(value, metrics["num_images"]) for value in values)
-    return (
+    text = (
         f"of different sizes: balanced accuracy {accuracy}, macro F1 {f1}, lowest recall {recall} "
         f"({worst['name']})"
     )
+    if worst["images"] >= FEW_PHOTOS:
+        return text
+    return f"{text}, measured on {worst['images']} of its photos: {FEW_PHOTOS} or more would help"
