@@ -34,6 +34,7 @@ UNMEASURED_SETTINGS = ("auto_map", "transformers_version", "_name_or_path")
 RESULTS_FILE = "results.json"
 RECIPE_FILE = "config.resolved.yaml"  # The flags of a run
 SPLITS_FILE = "splits.parquet"  # Content key and split of each image that a run saw
+SCENES_FILE = "trained_scenes.npz"  # Which photos nearly repeat one that trained the model
 PREDICTIONS_FILE = "predictions.parquet"  # Predictions of the held-out images
 METRICS_FILE = "metrics.jsonl"
 PARITY_REPORT_FILE = "parity_report.json"  # Parity report of a conversion
@@ -71,6 +72,7 @@ RUN_FILES = (RESULTS_FILE, SPLITS_FILE, METRICS_FILE, RECIPE_FILE, REPORT_FILE)
 REQUIRED_PATTERNS = (
     *MODEL_PATTERNS,
     *(name for name in RUN_FILES if name != REPORT_FILE),
+    SCENES_FILE,
     PREDICTIONS_FILE,
     PARITY_REPORT_FILE,
     CERTIFICATE_FILE,
@@ -83,6 +85,7 @@ EXPORT_PATTERNS = ("*.onnx", "*.onnx.json", "*.onnx.data")
 FINAL_FILE_PATTERNS = (
     RESULTS_FILE,
     SPLITS_FILE,
+    SCENES_FILE,
     *MODEL_PATTERNS,
     PREDICTIONS_FILE,
     CARD_FILE,

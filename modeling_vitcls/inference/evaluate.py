@@ -30,13 +30,14 @@ from ..runtime.distributed import build_accelerator, set_mixed_precision
 from ..runtime.files import write_json
 from ..runtime.flags import spell_flags
 from ..runtime.system import describe_device, get_versions
-from .evaluator import Evaluator, Predictions
+from .evaluator import Evaluator, Predictions, describe_repeats
 from .load_model import load_for_inference
 from .metric_tables import (
     build_class_tables,
     build_metric_rows,
     describe_confusions,
 )
+from .near_copies import KnownScenes
 from .options import EvaluateOptions
 from .per_image import write_predictions
 
@@ -92,6 +93,8 @@ def evaluate_checkpoint(options: EvaluateOptions) -> dict[str, Any]:
         warn=warn,
     )
     evaluator.task = options.task
+    if options.task is None:  # A task was trained with other photos
+        evaluator.known_scenes = KnownScenes.read(folder)
     if options.threshold is not None:
         evaluator.threshold = options.threshold
 
@@ -212,3 +215,5 @@ def print_results(results: dict[str, Any], part_text: str, console: Console) -> 
         console.print(table)
     for line in describe_confusions(results):
         console.print(line, markup=False)
+    if text := describe_repeats(results.get("repeats", {})):
+        console.print(text, style="bold yellow", markup=False)

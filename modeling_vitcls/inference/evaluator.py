@@ -6,6 +6,7 @@ The pass over the images is in image_pass.py, the metrics are in metrics.py, and
 evaluates a saved model and writes the results.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -15,10 +16,12 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from ..data.labels import LabelSpace, OneLabel
+from ..data.labels import LabelSpace, OneLabel, PerTask
 from ..model.heads_vitcls import IGNORED_LABEL
+from .frozen_features import Features, pool_layers
 from .image_pass import ImageOutputs, ImagePass
 from .metrics import NOTHING_MEASURED, measure, select_scalars
+from .near_copies import KnownScenes
 from .prediction_rows import DEFAULT_THRESHOLD
 from .targets import TARGETS, Target
 
@@ -72,15 +75,44 @@ def build_predictions(
     return Predictions(label_space, outputs, metrics, threshold)
 
 
+def count_repeats(names: Sequence[str], predictions: Predictions) -> dict[str, Any]:
+    """Count photos that nearly repeat a training photo, by their names, and the others that are right."""
+    outputs = predictions.outputs
+    record: dict[str, Any] = {"names": list(names), "num_images": len(outputs.names)}
+    if isinstance(predictions.label_space, PerTask):
+        return record
+    others = outputs.indices[~np.isin(outputs.names, names)]
+    return record | {
+        "num_others": len(others),
+        "num_right": len(np.setdiff1d(others, predictions.list_wrong())),
+    }
+
+
+def describe_repeats(record: Mapping[str, Any]) -> str | None:
+    """Say how many photos nearly repeat a training photo, and how many others are right."""
+    names = record.get("names")
+    if not names:
+        return None
+    text = (
+        f"{len(names):,} of {record['num_images']:,} photos nearly repeat photos that trained the "
+        f"model, such as {names[0]}, so the result is no estimate for new photos"
+    )
+    if number := record.get("num_others"):
+        text += f". Of the {number:,} others, {record['num_right']:,} are right"
+    return text
+
+
 class Evaluator(ImagePass):
     """Evaluates models on a fixed set of labeled images. It takes the arguments of `ImagePass`.
 
     With `task`, it evaluates this added task. With `threshold`, one of several labels is predicted
-    from this probability on.
+    from this probability on. With `known_scenes`, photos that nearly repeat a training photo count as
+    `repeats`.
     """
 
     task: str | None = None
     threshold = DEFAULT_THRESHOLD
+    known_scenes: KnownScenes | None = None
     pass_name = "evaluating"
 
     def __call__(self, model: nn.Module, console: Console | None = None) -> dict[str, Any]:
@@ -99,11 +131,32 @@ class Evaluator(ImagePass):
                 are unreadable, or if the outputs of the model for any image are not finite.
         """
         outputs = self.collect(model, partial(self.compute, model), console)
-        return build_predictions(self.label_space, outputs, self.threshold)
+        known = self.known_scenes
+        if known is not None:
+            size = known.layout.num_layers * sum(known.layout.widths.values())
+            logits, values = np.split(outputs.values, [-size], axis=1)
+            outputs = replace(outputs, values=values)
+            near = known.recognize(Features(layout=known.layout, **vars(outputs)))
+            outputs = replace(outputs, values=logits)
+        predictions = build_predictions(self.label_space, outputs, self.threshold)
+        if known is not None:
+            predictions.metrics["repeats"] = count_repeats(near, predictions)
+        return predictions
 
-    def compute(self, model: nn.Module, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Compute the logits of images [B, C, H, W] as `measure` expects them."""
-        outputs = model(pixel_values)
+    def compute(self, model: Any, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Compute the logits of images [B, C, H, W] as `measure` expects them.
+
+        If training photos are recognized, the features for it follow.
+        """
+        outputs = model(pixel_values, output_hidden_states=self.known_scenes is not None)
+        logits = self.select_logits(outputs)
+        if self.known_scenes is None:
+            return logits
+        features = pool_layers(model.vitcls, outputs, self.known_scenes.layout)
+        return torch.cat([logits.float(), features], dim=1)
+
+    def select_logits(self, outputs: Any) -> torch.Tensor:
+        """Select the logits that `measure` expects."""
         if self.task is not None:
             return outputs.task_logits[self.task]
         if isinstance(outputs.logits, dict):

@@ -2,6 +2,7 @@
 
     features -> measure_limit -> keep_together -> groups, so that no fold divides a scene
                                  find_pairs    -> held-out photos that repeat training photos
+                                 KnownScenes, beside the model -> evaluated photos that do
 
 Classifiers recognize a scene that they were trained on, whatever its label: sixteen objects with
 five shots each and random labels had an accuracy of 100 % in folds that divide them.
@@ -13,24 +14,31 @@ of a photo and its mirror image. With a trained ViT-S/14, this finds 79 of 80 sh
 turned by up to 12 degrees), and no photo of 250 of clothing, 250 of CIFAR-10 and 125 of products on white.
 """
 
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
+from sklearn.metrics import pairwise_distances_argmin_min
 from sklearn.neighbors import NearestNeighbors
 from sklearn.preprocessing import normalize
 
 from ..data.splits import join_groups
-from ..runtime.errors import format_name_list
-from .frozen_features import Features
+from ..hub.model_files import SCENES_FILE
+from ..hub.model_folder import ModelFolder
+from ..runtime.errors import explain_damage, format_name_list
+from .frozen_features import BORDER, FeatureLayout, Features
 
 
 NUM_MIRRORED = 8  # Photos whose mirror images pass the encoder
 MIRROR_PART = 2.0
 NUM_NEIGHBORS = 10  # A scene is a chain of neighbors, so a few of each photo connect it
+NUM_PROJECTIONS = 256  # Bytes of a stored photo
+CODE_SCALE = 30  # Of the codes of a projection, whose standard deviation is 1
 NUM_NAMED_PAIRS = 3
 MIN_SHARE = 0.05  # Part of the photos from which a run says that it has kept scenes together
 
@@ -117,6 +125,60 @@ def keep_together(
         "pairs": features.names[pairs[nearest]].tolist(),
     }
     return replace(features, groups=groups), record
+
+
+@dataclass(frozen=True)
+class KnownScenes:
+    """Recognizes photos that nearly repeat one that trained a model.
+
+    Attributes:
+        max_distance: from `measure_limit`.
+        layout: of the features that are compared.
+        codes: [N, NUM_PROJECTIONS] int8 of the photos that trained the model: random projections,
+            which keep distances up to about a tenth (Johnson and Lindenstrauss 1984).
+    """
+
+    max_distance: float
+    layout: FeatureLayout
+    codes: np.ndarray
+
+    @classmethod
+    def of(cls, features: Features, max_distance: float) -> "KnownScenes":
+        """Encode the photos that trained a model."""
+        codes = encode_photos(features).astype(np.int8)
+        widths = {kind: width for kind, width in features.layout.widths.items() if kind != BORDER}
+        return cls(max_distance, replace(features.layout, widths=widths), codes)
+
+    def recognize(self, features: Features) -> list[str]:
+        """Name the photos that nearly repeat a stored one."""
+        _, distances = pairwise_distances_argmin_min(encode_photos(features), self.codes)
+        limit = 2 * NUM_PROJECTIONS * CODE_SCALE**2 * self.max_distance
+        return features.names[distances**2 < limit].tolist()  # type: ignore[no-any-return]
+
+    def write(self, folder: Path, weights_hash: Mapping[str, str]) -> None:
+        """Write the file of a model with these weights."""
+        record = [self.max_distance, vars(self.layout), weights_hash]
+        np.savez(folder / SCENES_FILE, codes=self.codes, record=json.dumps(record))
+
+    @classmethod
+    def read(cls, folder: ModelFolder) -> "KnownScenes | None":
+        """Read the file of a model; None without one of these weights."""
+        file = folder.path / SCENES_FILE
+        if not file.is_file():
+            return None
+        with explain_damage(file, "Remove it to use the model without it"), np.load(file) as arrays:
+            max_distance, layout, weights_hash = json.loads(str(arrays["record"]))
+            if weights_hash != folder.weights_sha256:
+                return None
+            return cls(max_distance, FeatureLayout(**layout), arrays["codes"])
+
+
+def encode_photos(features: Features) -> np.ndarray:
+    """Project the vectors of photos on random directions: [N, NUM_PROJECTIONS]."""
+    vectors = describe_photos(features)
+    # The old generator, because its numbers will stay the same.
+    directions = np.random.RandomState(0).normal(size=(vectors.shape[1], NUM_PROJECTIONS))
+    return (CODE_SCALE * vectors @ directions).clip(-127, 127)  # type: ignore[no-any-return]
 
 
 def number_scenes(pairs: np.ndarray, num_photos: int) -> np.ndarray:

@@ -40,6 +40,7 @@ from ..inference.linear_probe import (
 )
 from ..inference.near_copies import (
     NUM_MIRRORED,
+    KnownScenes,
     describe_scenes,
     find_pairs,
     keep_together,
@@ -139,7 +140,7 @@ class FrozenEncoder:
         held_out: LabeledImages,
         warn: Callable[[str], None],
         max_images: int | None = None,
-    ) -> tuple[dict[str, FrozenHead], dict[str, Any]]:
+    ) -> tuple[dict[str, FrozenHead], dict[str, Any], KnownScenes]:
         """Choose and fit the classifiers, and set the geometry and the pooling that they read.
 
         Args:
@@ -149,7 +150,8 @@ class FrozenEncoder:
             max_images: number of images of the first part, drawn at random; None for all.
 
         Returns:
-            The classifier of each task, and what was chosen, for results.json.
+            The classifier of each task, what was chosen, for results.json, and the photos that it
+            was fitted to.
         """
         start_time = time.perf_counter()
         train, *others = parts
@@ -189,7 +191,7 @@ class FrozenEncoder:
             size = get_output_size(self.processor, config.image_height_width)
             record["border"] = measure_border(frozen[""], config.get_grid_size(size))
         record["near_copies"] = scenes
-        return frozen, record
+        return frozen, record, KnownScenes.of(features, limit)
 
     @property
     def layout(self) -> FeatureLayout:

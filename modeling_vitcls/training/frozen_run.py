@@ -26,7 +26,7 @@ def run_frozen(
     assert encoder is not None, "only a run with a frozen encoder can be frozen"
     # The labels of a validation split are free to train the classifier. The test split still
     # measures it.
-    frozen, record = encoder.fit(data.frozen_parts, data.held_out, warn)
+    frozen, record, known_scenes = encoder.fit(data.frozen_parts, data.held_out, warn)
     # Everything below is measured with the heads in the model, which are what the folder will
     # contain.
     encoder.set_frozen(frozen)
@@ -55,6 +55,7 @@ def run_frozen(
         calibration=None,
         predictions=None,
         seconds=record["seconds"],
+        known_scenes=known_scenes,
         results={"frozen": record},
         lines={**describe_frozen(record), "calibration": join_texts(texts)},
     )

@@ -6,6 +6,7 @@ from typing import Any
 
 from ..inference.evaluator import Predictions
 from ..inference.intervals import MIN_CORRECTED_IMAGES
+from ..inference.near_copies import KnownScenes
 from ..inference.stated_result import counts_images, state_result
 
 
@@ -95,6 +96,7 @@ class Outcome:
         seconds: duration of the fit or of the steps.
         nearest_images: names of the nearest training images of each wrong prediction, by its index.
         num_unreadable: number of training images that were replaced with others.
+        known_scenes: recognizes photos that nearly repeat a training photo, if the encoder can.
         results: further fields of results.json, such as the number of steps.
         lines: to print about the frozen model and the calibration.
     """
@@ -108,5 +110,6 @@ class Outcome:
     seconds: float
     nearest_images: dict[int, list[str]] | None = None
     num_unreadable: int = 0
+    known_scenes: KnownScenes | None = None
     results: dict[str, Any] = field(default_factory=dict)
     lines: dict[str, str | None] = field(default_factory=dict)

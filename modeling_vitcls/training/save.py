@@ -80,6 +80,8 @@ def save_output(
                 record["inference"] = measure_inference_speed(saved_model, device)
                 write_json(folder / RESULTS_FILE, results | record)
                 write_splits(pd.concat([data.build_splits_table(), inputs.encoder_rows]), folder)
+                if outcome.known_scenes is not None:
+                    outcome.known_scenes.write(folder, weights_hash)
                 if outcome.predictions is not None:
                     write_predictions(
                         folder / PREDICTIONS_FILE,

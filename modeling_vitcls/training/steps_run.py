@@ -106,7 +106,7 @@ def run_steps(
     model = loop.state.model.eval()
     has_excluded = exclude_unreadable_classes(setup, data, loop.unreadable_images, reporter)
 
-    predictions = calibration = nearest_images = heads_text = None
+    predictions = calibration = nearest_images = heads_text = known_scenes = None
     if setup.build_pass is not None and len(data.held_out):
         calibration, predictions, heads_text = calibrate(setup.model, model, held_out, selection)
         metrics = predictions.metrics
@@ -116,7 +116,7 @@ def run_steps(
     reshard(model)
     # After the measurement, which a distance to the classes would only slow down.
     if options.select == "last" and not isinstance(model, FSDPModule):
-        store_statistics(setup, data)
+        known_scenes = store_statistics(setup, data)
     if "nearest_images" in start and predictions is not None:
         nearest = dict(start["nearest_images"])
         nearest_images = {index: nearest[index] for index in predictions.list_wrong().tolist()}
@@ -158,6 +158,7 @@ def run_steps(
         nearest_images=nearest_images,
         seconds=seconds,
         num_unreadable=len(loop.unreadable_images.indices),
+        known_scenes=known_scenes,
         results=results,
         lines={
             "heads": heads_text,
@@ -230,7 +231,7 @@ def start_from_frozen(
     if encoder is None:
         return {}
     # The steps report the unreadable images.
-    frozen, record = encoder.fit([data.train], data.held_out, ignore_message, MAX_START_IMAGES)
+    frozen, record, _ = encoder.fit([data.train], data.held_out, ignore_message, MAX_START_IMAGES)
     encoder.set_heads(frozen)
     reporter.print_lines(describe_frozen(record))
     start = {"frozen": record}

@@ -406,7 +406,9 @@ def test_the_probe_chooses_what_the_user_has_not_set(
     prepared = prepare_setup(build_options(tmp_path / "run", encoder, **flags))
     data = prepared.data
     warn = prepared.reporter.warn
-    _, record = prepared.setup.frozen_encoder.fit([data.train], data.held_out, warn, max_images=64)
+    _, record, _ = prepared.setup.frozen_encoder.fit(
+        [data.train], data.held_out, warn, max_images=64
+    )
     assert {row["pooling"] for row in record["candidates"]} == tokens
     assert record["num_training_images"] == 64
 

@@ -18,6 +18,7 @@ from helpers.photo_folders import (
     write_shots,
     write_unequal_photos,
 )
+from helpers.sample_photographs import photograph
 from helpers.source_checkpoints import save_large_encoder
 from PIL import Image
 
@@ -264,6 +265,35 @@ def test_photos_of_a_test_folder_that_repeat_training_photos_are_counted_and_nam
     assert [Path(name).name for name in near] == ["IMG_05.png", "IMG_15.png"]
     printed = capsys.readouterr().out
     assert f"2 held-out photos nearly repeat training photos, such as {near[0]}" in printed
+
+
+@pytest.mark.parametrize(
+    "flags", [(), ("--max-steps", "1", "--held-out-fraction", "0")], ids=["frozen", "steps"]
+)
+def test_evaluated_photos_that_nearly_repeat_training_photos_are_counted_and_the_others_measured(
+    flags: tuple[str, ...], sources: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Shots of known scenes, one of them a training photo that was saved again, and other photos."""
+    write_bursts(sources / "photos")
+    finetune(sources, "vit", "photos", "run", *flags)
+    for scene in range(10, 16):
+        write_shots(sources / "more" / ("cups", "pens")[scene % 2], scene, [5])
+    for name in ("china.jpg", "flower.jpg"):
+        photograph(name).resize((140, 100)).save(sources / "more/cups" / name)
+        photograph(name).crop((0, 0, 200, 200)).save(sources / "more/pens" / name)
+    with Image.open(sources / "photos/cups/IMG_00.png") as image:
+        image.save(sources / "more/cups/WhatsApp.jpg", quality=70)
+    reset_accelerate()
+    capsys.readouterr()
+    results = evaluate(sources / "run", sources / "more")
+    repeats = results["repeats"]
+    names = {f"{('cups', 'pens')[scene % 2]}/IMG_{scene}5.png" for scene in range(10, 16)}
+    assert {*repeats["names"]} == names | {"cups/WhatsApp.jpg"}
+    assert repeats["num_images"] == results["num_images"] == 11
+    assert repeats["num_others"] == 4
+    printed = capsys.readouterr().out
+    assert "7 of 11 photos nearly repeat photos that trained the model" in printed
+    assert f"Of the 4 others, {repeats['num_right']} are right" in printed
 
 
 def test_a_photo_of_one_color_joins_no_scene(
