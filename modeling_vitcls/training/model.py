@@ -86,10 +86,10 @@ def build_model(
     """Build a preset with random weights, or load a checkpoint.
 
     Return the model, the image processor, and the names of the parameters that are not loaded from
-    a checkpoint. A classifier in the checkpoint is kept only if the classifier has the labels of
-    `label_space`. Multi-task models have one CLS token per task; new ones start with the same output
-    as the checkpoint's. The other arguments replace stored values of the configuration and of
-    the image processor.
+    a checkpoint. A classifier in the checkpoint is kept only if it has the labels of `label_space`,
+    and the same layers and size of input. Multi-task models have one CLS token per task; new ones
+    start with the same output as the checkpoint's. The other arguments replace stored values of the
+    configuration and of the image processor.
     """
     if label_space.kind == "multi_task":
         config_values = {"num_cls_tokens": len(label_space.columns)} | config_values
@@ -131,8 +131,8 @@ def load_with_label_space(
 ) -> tuple[Classifier, set[str]]:
     """Load a checkpoint as a model for the labels in `label_space`.
 
-    The classifier is new, unless the checkpoint has a classifier with the same labels. Return the
-    model, and the names of the newly initialized parameters.
+    The classifier is new, unless the checkpoint has one with the same labels and the same input.
+    Return the model, and the names of the newly initialized parameters.
     """
     assert initial.folder is not None, "a preset has no checkpoint to load"
     stored_config = initial.config
@@ -142,7 +142,8 @@ def load_with_label_space(
     config_values = config_values | fitted
 
     has_same_class = model_class.__name__ in (stored_config.architectures or ())
-    if has_labels(stored_config, label_space) and has_same_class:
+    has_classifier = has_same_class and has_labels(stored_config, label_space)
+    if has_classifier and has_same_input(stored_config, config_values):
         model, new_parameter_names = initial.folder.load_partly(
             model_class,
             dtype=torch.float32,
@@ -189,6 +190,15 @@ def has_labels(config: ViTCLSConfig, label_space: LabelSpace) -> bool:
         return stored == names and list(config.task_labels()) == list(label_space.columns)
     has_same_kind = (config.problem_type or "single_label_classification") == label_space.kind
     return not config.tasks and has_same_kind and stored == names
+
+
+def has_same_input(config: ViTCLSConfig, config_values: Mapping[str, Any]) -> bool:
+    """Tell whether a classifier fits these values: the same layers, and a vector of the same size."""
+    pooling = config_values.get("pooling", config.pooling)
+    layers = config.resolve_layers(config_values.get("pooled_layers", config.pooled_layers))
+    if layers != config.resolve_layers(config.pooled_layers):
+        return False
+    return config.compute_pooled_size(pooling, len(layers)) == config.pooled_size
 
 
 def get_added_token_names(stored_config: ViTCLSConfig, model: Classifier) -> set[str]:

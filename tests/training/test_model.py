@@ -132,6 +132,20 @@ def test_a_classifier_is_kept_only_for_the_same_labels(
     assert model.config.distance_threshold is None
 
 
+@pytest.mark.parametrize("flags", [{"pooled_layers": (-1,)}, {"pooling": "cls"}])
+def test_a_classifier_of_other_layers_or_pooling_is_replaced(
+    flags: dict[str, Any], tmp_path: Path
+) -> None:
+    config = build_tiny_config(pooling="cls_mean", pooled_layers=[-2, -1])
+    save_with_processor(ViTCLSForImageClassification(config), tmp_path)
+    model, _, new_names = build_initial_model(
+        ModelOptions(model=str(tmp_path), **flags), OneLabel({"label": list(config.label2id)})
+    )
+
+    assert new_names == {"classifier.weight", "classifier.bias"}
+    assert model.classifier.in_features == 2 * model.config.hidden_size
+
+
 @pytest.mark.parametrize("stored", [{}, {"pooled_norm": True}, {"pooling": "mean"}])
 def test_a_new_classifier_keeps_the_pooling_of_the_encoder(
     stored: dict[str, Any], tmp_path: Path
