@@ -36,6 +36,9 @@ from .frozen_features import BORDER, FeatureLayout, Features
 
 NUM_MIRRORED = 8  # Photos whose mirror images pass the encoder
 MIRROR_PART = 2.0
+# Part of the limit below which two labels are doubtful. With random weights, 64 of 162 near pairs show two
+# scenes, but none of 64 pairs that are nearer than half the distance of a mirror image.
+CONTRADICTION_PART = 0.25
 NUM_NEIGHBORS = 10  # A scene is a chain of neighbors, so a few of each photo connect it
 NUM_PROJECTIONS = 256  # Bytes of a stored photo
 CODE_SCALE = 30  # Of the codes of a projection, whose standard deviation is 1
@@ -110,10 +113,12 @@ def keep_together(
     groups = join_groups(known, np.where(is_kept, scenes, num_photos + np.arange(num_photos)))
 
     # One pair of a scene, the nearest ones; photos with two labels come first.
-    has_one_label = labels[pairs[:, 0]] == labels[pairs[:, 1]]
+    is_doubtful = labels[pairs[:, 0]] != labels[pairs[:, 1]]
+    # The nearest pairs come first.
+    is_doubtful[len(find_pairs(features, CONTRADICTION_PART * max_distance)) :] = False
     # Among many shots, a photo may be a neighbor of one that is no neighbor of it.
-    num_contradictions = len(np.unique(np.sort(pairs[~has_one_label]), axis=0))
-    pairs = pairs[np.argsort(has_one_label, kind="stable")]
+    num_contradictions = len(np.unique(np.sort(pairs[is_doubtful]), axis=0))
+    pairs = pairs[np.argsort(~is_doubtful, kind="stable")]
     nearest = np.sort(np.unique(scenes[pairs[:, 0]], return_index=True)[1])[:NUM_NAMED_PAIRS]
     record = {
         "num_photos": num_photos,

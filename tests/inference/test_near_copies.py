@@ -44,7 +44,11 @@ def test_each_pair_with_two_labels_counts_once() -> None:
     values = np.zeros((13, WIDTH))
     values[:, 0] = 1
     values[:12, 1:13] = 0.01 * np.eye(12)
-    values[12, 20] = 0.3
+    values[12, 20] = 0.15
     features = build_features(values, np.arange(13) // 12)
     _, record = keep_together(features, 0.1, ["cup", "pen"])
     assert record["num_contradictions"] == 10
+    # To a weak encoder, photos of other scenes are near, too.
+    _, record = keep_together(features, 0.02, ["cup", "pen"])
+    assert record["num_contradictions"] == 0
+    assert len(record["pairs"]) == 1
