@@ -5,7 +5,7 @@ The results are in model_cards/studies/tokens.md.
     python scripts/study_tokens.py --encoder ENCODER --photos PHOTOS --output runs/tokens
 
 For each seed, `finetune` trains on the same photographs: frozen, and five epochs of each row of
-`RECIPES`, with all labels; a row with a token is next to the same run without it, and says how far
+`RECIPES`, with all labels; a row with a token stands beside the same run without it, and says how far
 its gates have opened. The teacher is a frozen model of other
 photographs of the same classes. Each model is measured on all test photographs, and compared with the
 frozen one of the same seed. Each result is appended to OUTPUT/rows.jsonl at once, so that an
@@ -28,14 +28,20 @@ from modeling_vitcls import ViTCLSForImageClassification, evaluate, finetune
 
 
 EPOCHS = 5
+SLOW_GATES = (3e-5, 1e-3)  # The second rate is that of gates and new tokens: 0.01 by default
 MIN_GATE = 0.1  # Below it, a row says nothing about its token
-# Name -> flags of `finetune`. A row with a token is next to the same run without it.
+# Name -> flags of `finetune`. A row with a token stands beside the same run without it.
 RECIPES: dict[str, dict[str, Any]] = {
     "frozen": {"trainable": "head"},
     "classifier alone": {"trainable": "head", "epochs": EPOCHS},
     "all layers": {"epochs": EPOCHS},
     "LoRA": {"trainable": "lora", "epochs": EPOCHS},
     "4 registers, gated, all layers": {"num_register_tokens": 4, "epochs": EPOCHS},
+    "4 registers, gates at 1e-3, all layers": {
+        "num_register_tokens": 4,
+        "learning_rate": SLOW_GATES,
+        "epochs": EPOCHS,
+    },
     "4 registers, open, all layers": {
         "num_register_tokens": 4,
         "gate_new_tokens": False,
@@ -44,6 +50,12 @@ RECIPES: dict[str, dict[str, Any]] = {
     "8 prompts, gated, nothing else": {
         "num_register_tokens": 8,
         "trainable": "tokens",
+        "epochs": EPOCHS,
+    },
+    "8 prompts, gates at 1e-3, nothing else": {
+        "num_register_tokens": 8,
+        "trainable": "tokens",
+        "learning_rate": SLOW_GATES,
         "epochs": EPOCHS,
     },
     "8 prompts, open, nothing else": {
