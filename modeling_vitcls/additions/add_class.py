@@ -101,7 +101,8 @@ def build_classes(old: OldModel, options: AddClassOptions) -> Addition:
         record["result"] = build_result("recall", is_right, features.groups, "cross-validated")
         if threshold is not None:
             record["num_unknown"] = int((distances > threshold).sum())
-    return Addition(extended, record, images, build_splits_table({"train": images}))
+    splits = build_splits_table({"train": images})
+    return Addition(extended, record, images, splits, features)
 
 
 def load_new_images(

@@ -42,6 +42,7 @@ from ..inference.frozen_features import FeatureLayout, Features, FrozenPass
 from ..inference.intervals import compute_proportion_interval
 from ..inference.linear_probe import NUM_LAST_LAYERS
 from ..inference.metric_tables import format_small_percent
+from ..inference.near_copies import KnownScenes
 from ..inference.speed import count_flops
 from ..inference.stated_result import state_result
 from ..model.image_processing_vitcls import ViTCLSImageProcessor
@@ -64,12 +65,14 @@ class Addition:
         record: of the addition, for results.json.
         images: the outputs of both models are compared with these.
         splits: rows for splits.parquet about the addition.
+        class_features: of the images of new classes.
     """
 
     extended: Any
     record: dict[str, Any]
     images: LabeledImages
     splits: pd.DataFrame
+    class_features: Features | None = None
 
 
 @dataclass(frozen=True)
@@ -264,6 +267,11 @@ def write_records(
     write_json(staging / CERTIFICATE_FILE, hashes | certificate)
     if folder.results and (folder.path / RECIPE_FILE).is_file():
         shutil.copyfile(folder.path / RECIPE_FILE, staging / RECIPE_FILE)
+    known = KnownScenes.read(folder)
+    if known is not None and addition.class_features is not None:
+        known = known.add(addition.class_features)
+    if known is not None:
+        known.write(staging, hashes["weights_sha256"])
     provenance = folder.provenance
     *_, name = addition.extended.config.extra_heads
     origin = {key: certificate[key] for key in ("date", "old_weights_sha256")}

@@ -154,6 +154,13 @@ class KnownScenes:
         widths = {kind: width for kind, width in features.layout.widths.items() if kind != BORDER}
         return cls(max_distance, replace(features.layout, widths=widths), codes)
 
+    def add(self, features: Features) -> "KnownScenes | None":
+        """Add photos of the same encoder; None if other features of it are compared."""
+        if features.layout != self.layout:
+            return None
+        codes = encode_photos(features).astype(np.int8)
+        return replace(self, codes=np.concatenate([self.codes, codes]))
+
     def recognize(self, features: Features) -> list[str]:
         """Name the photos that nearly repeat a stored one."""
         _, distances = pairwise_distances_argmin_min(encode_photos(features), self.codes)

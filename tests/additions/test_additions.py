@@ -13,6 +13,8 @@ import torch
 from helpers.command_in_process import run_here
 from helpers.digits_models import DIGITS, LABELS, PIXELS, train_digits_model
 from helpers.fresh_processes import run_python
+from helpers.photo_folders import write_bursts, write_shots
+from helpers.source_checkpoints import save_large_encoder
 from helpers.tiny_models import (
     build_images,
     build_tiny_config,
@@ -371,6 +373,25 @@ def test_photos_that_trained_the_model_are_counted(
     write_json(folder / "results.json", results | {"steps_train_encoder": False})
     record = add_task(folder, dataset, "parity", tmp_path / "head")
     assert "accuracy_interval" in record["result"]
+
+
+def test_photos_that_nearly_repeat_training_photos_are_named_after_additions(
+    tmp_path: Path,
+) -> None:
+    """Photos of the old classes and of an added one."""
+    photos, new, more = tmp_path / "photos", tmp_path / "new", tmp_path / "more"
+    save_large_encoder(tmp_path / "vit", num_layers=5)
+    write_bursts(photos)
+    write_shots(new / "vase", scene=40)
+    for label, scene in (("cups", 10), ("vase", 40), ("vase", 41)):
+        write_shots(more / label, scene, [5])
+    options = ("--model", tmp_path / "vit", "--output-dir", tmp_path / "run", "--num-workers", 0)
+    assert run_here("finetune", *options, "--dataset", photos) == 0
+    add_class(tmp_path / "run", new, tmp_path / "class")
+    add_task(tmp_path / "class", photos, "kind", tmp_path / "task")
+    repeats = evaluate(tmp_path / "task", more, num_workers=0)["repeats"]
+    assert repeats["names"] == ["cups/IMG_105.png", "vase/IMG_405.png"]
+    assert repeats["num_others"] == 1
 
 
 def test_a_new_class_that_is_spelled_like_an_old_one_is_named(
