@@ -78,10 +78,14 @@ def build_predictions(
 def count_repeats(names: Sequence[str], predictions: Predictions) -> dict[str, Any]:
     """Count photos that nearly repeat a training photo, by their names, and the others that are right."""
     outputs = predictions.outputs
-    record: dict[str, Any] = {"names": list(names), "num_images": len(outputs.names)}
+    is_near = np.isin(outputs.names, names)  # Photos without a label have no row
+    record: dict[str, Any] = {
+        "names": outputs.names[is_near].tolist(),
+        "num_images": len(outputs.names),
+    }
     if isinstance(predictions.label_space, PerTask):
         return record
-    others = outputs.indices[~np.isin(outputs.names, names)]
+    others = outputs.indices[~is_near]
     return record | {
         "num_others": len(others),
         "num_right": len(np.setdiff1d(others, predictions.list_wrong())),

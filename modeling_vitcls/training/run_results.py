@@ -5,6 +5,7 @@ from typing import Any
 from accelerate.state import AcceleratorState
 
 from ..data.splits import MAX_CLASS_RATIO, TrainingData
+from ..inference.evaluator import count_repeats, describe_repeats
 from ..inference.metrics import get_task_metrics
 from ..inference.stated_result import format_percent
 from ..runtime.system import describe_device, get_versions
@@ -60,7 +61,19 @@ def build_results(
             for name in [each for each in metrics if each.endswith("_interval")]:
                 del metrics[name]
         results["num_images_of_encoder"] = num_seen
+    if repeats := find_repeats(outcome):
+        results["repeats"] = repeats
     return results
+
+
+def find_repeats(outcome: Outcome) -> dict[str, Any]:
+    """Count held-out photos that nearly repeat a training photo, and the others that are right."""
+    names = outcome.results.get("frozen", {}).get("near_copies", {}).get("near_held_out")
+    if not names:
+        return {}
+    if outcome.predictions is None:  # Of several tasks
+        return {"names": names, "num_images": outcome.metrics["num_images"]}
+    return count_repeats(names, outcome.predictions)
 
 
 FEW_PHOTOS = 10  # A class with fewer is hardly learned or measured
@@ -86,6 +99,7 @@ def print_result(outcome: Outcome, plan: RunPlan, data: TrainingData, reporter: 
     reporter.print_lines(
         {
             "result": describe_result(outcome) + describe_start(outcome, options.model),
+            "repeats": describe_repeats(find_repeats(outcome)),
             "gates": describe_gates(outcome.results.get("gates")),
             "classes": describe_classes(outcome.metrics, data.train.class_ratio),
             "steps": steps_text,

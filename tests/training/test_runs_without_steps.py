@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from helpers.accelerate_state import reset_accelerate
@@ -255,16 +256,24 @@ def test_a_class_that_is_one_scene_is_measured_and_the_line_says_by_what(
     assert "all photos of vase nearly repeat one another" in capsys.readouterr().out
 
 
-def test_photos_of_a_test_folder_that_repeat_training_photos_are_counted_and_named(
-    sources: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("flags", [(), ("--max-steps", "1")], ids=["frozen", "steps"])
+def test_photos_of_a_test_folder_that_repeat_training_photos_are_named_and_the_others_measured(
+    flags: tuple[str, ...], sources: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_bursts(sources / "photos/train")
     for scene, name in enumerate(("cups", "pens")):
         write_shots(sources / "photos/test" / name, scene, [5])
-    near = finetune(sources, "vit", "photos", "run")["frozen"]["near_copies"]["near_held_out"]
+        write_shots(sources / "photos/test" / name, 40 + scene, [5])
+    results = finetune(sources, "vit", "photos", "run", *flags)
+    near = results["frozen"]["near_copies"]["near_held_out"]
     assert [Path(name).name for name in near] == ["IMG_05.png", "IMG_15.png"]
     printed = capsys.readouterr().out
     assert f"2 held-out photos nearly repeat training photos, such as {near[0]}" in printed
+    rows = pd.read_parquet(sources / "run/predictions.parquet")
+    others = rows[~rows["image"].isin(near)]
+    num_right = (others["label"] == others["prediction"]).sum()
+    assert f"Of the 2 others, {num_right} are right" in printed
+    assert results["repeats"]["names"] == near
 
 
 @pytest.mark.parametrize(
