@@ -39,7 +39,9 @@ REQUIRED: dict[type, dict[str, Any]] = {
 
 def check(kind: Any, flags: dict[str, Any]) -> None:
     """Build options and check them, as a command does."""
-    kind(**REQUIRED.get(kind, {}) | flags).check()
+    options = kind(**REQUIRED.get(kind, {}) | flags)
+    options.check()
+    options.check_files()
 
 
 # Class, flags, accepted values, rejected values

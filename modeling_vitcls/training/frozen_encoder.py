@@ -228,8 +228,10 @@ class FrozenEncoder:
         def process(image: Image.Image, **arguments: Any) -> Any:
             return self.processor(ImageOps.mirror(image), **arguments)
 
-        mirroring = replace(self, build_pass=partial(self.build_pass, processor=process))
-        mirrored = mirroring.compute_features(images, ignore_message, own.indices)
+        part = images.select(own.indices)
+        # The layout of these features, which may be another than that of the heads
+        mirror_pass = self.build_pass(part, features.layout, processor=process, warn=ignore_message)
+        mirrored = mirror_pass(self.model.to(PartialState().device).eval())
         return run_on_main(partial(measure_limit, features, own, mirrored))  # type: ignore[no-any-return]
 
     def fit_heads(self, features: Features) -> Heads:

@@ -15,6 +15,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from modeling_vitcls import ViTCLSConfig, ViTCLSForImageClassification
+from modeling_vitcls.inference.linear_probe import ABSENT_CLASS_MARGIN
 from modeling_vitcls.training.checkpoints import CheckpointStore
 from modeling_vitcls.training.distributed_state import (
     gather_state,
@@ -22,7 +23,6 @@ from modeling_vitcls.training.distributed_state import (
     reshard,
     scatter_state,
 )
-from modeling_vitcls.training.heads import ABSENT_CLASS_MARGIN
 from modeling_vitcls.training.model import keep_old_tokens, set_trainable_parameters
 from modeling_vitcls.training.steps_run import exclude_unreadable_classes
 
