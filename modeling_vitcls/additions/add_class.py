@@ -23,6 +23,7 @@ from ..hub.local_paths import strip_folders
 from ..inference.class_statistics import ClassStatistics
 from ..inference.frozen_features import Features
 from ..inference.linear_probe import describe_layers, stack_tokens
+from ..inference.near_copies import KnownScenes, describe_scenes, keep_together
 from ..runtime.errors import warn_on_first_process
 from .extend import (
     Addition,
@@ -67,6 +68,14 @@ def build_classes(old: OldModel, options: AddClassOptions) -> Addition:
         raise ValueError(
             f"the class {names[missing[0]]!r} has no images. Add images, or remove the class"
         )
+    known = KnownScenes.read(old.folder)
+    scenes = None
+    if known is not None and known.layout == features.layout:
+        # Otherwise, another shot of a left-out photo would recognize it
+        features, scenes = keep_together(features, known.max_distance, names)
+        if text := describe_scenes(scenes):
+            warn_on_first_process(text)
+
     threshold = model.config.distance_threshold
     all_statistics = statistics.extend(
         features.get_tokens(), features.labels, len(names), features.groups, threshold
@@ -94,6 +103,7 @@ def build_classes(old: OldModel, options: AddClassOptions) -> Addition:
         "labels": names,
         "reads": f"means of the {describe_layers(layers)}",
         "dataset": strip_folders(get_title(options.dataset)),
+        "near_copies": scenes,
     }
     measured = cross_validate(statistics, features, len(names), threshold)
     if measured is not None:
@@ -169,7 +179,7 @@ def cross_validate(
         all images of a class are one group.
     """
     groups, _ = pd.factorize(features.groups)
-    # The images of a group have one label.
+    # The images of a group have one label, except for a scene that shows two classes.
     labels = features.labels[np.unique(groups, return_index=True)[1]]
     # Each class has images in every fold, so the smallest class limits their number.
     num_folds = min(NUM_FOLDS, np.unique(labels, return_counts=True)[1].min())
@@ -184,6 +194,8 @@ def cross_validate(
     for _, left_out_groups in folds.split(labels, labels):
         left_out = np.isin(groups, left_out_groups)
         others = features.take(~left_out)
+        if len(np.unique(others.labels)) < num_classes:  # They are one scene with another class
+            return None
         extended = statistics.extend(
             others.get_tokens(), others.labels, num_classes, others.groups, threshold
         )

@@ -291,7 +291,7 @@ def format_result(record: dict[str, Any]) -> str:
     """Describe the result of an addition."""
     result = record.get("result")
     if result is None:
-        return "not measured, because a class has one image"
+        return "not measured, because a class has one image or one scene"
     metric = next(iter(result))
     text = f"{state_result(result, metric)}. Measured on {result['images']} images"
     # The interval counts groups

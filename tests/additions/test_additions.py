@@ -387,7 +387,9 @@ def test_photos_that_nearly_repeat_training_photos_are_named_after_additions(
         write_shots(more / label, scene, [5])
     options = ("--model", tmp_path / "vit", "--output-dir", tmp_path / "run", "--num-workers", 0)
     assert run_here("finetune", *options, "--dataset", photos) == 0
-    add_class(tmp_path / "run", new, tmp_path / "class")
+    record = add_class(tmp_path / "run", new, tmp_path / "class")
+    # Shots of one scene cannot measure one another
+    assert "result" not in record
     add_task(tmp_path / "class", photos, "kind", tmp_path / "task")
     repeats = evaluate(tmp_path / "task", more, num_workers=0)["repeats"]
     assert repeats["names"] == ["cups/IMG_105.png", "vase/IMG_405.png"]
