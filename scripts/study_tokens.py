@@ -5,11 +5,10 @@ The results are in model_cards/studies/tokens.md.
     python scripts/study_tokens.py --encoder ENCODER --photos PHOTOS --output runs/tokens
 
 For each seed, `finetune` trains on the same photographs: frozen, and five epochs of each row of
-`RECIPES`, with all labels; a row with a token stands beside the same run without it, and says how far
-its gates have opened. The teacher is a frozen model of other
-photographs of the same classes. Each model is measured on all test photographs, and compared with the
-frozen one of the same seed. Each result is appended to OUTPUT/rows.jsonl at once, so that an
-interrupted study continues.
+`RECIPES`, with all labels; each token has a control, the same run without it, and the table
+contains the gates at the end. The teacher is a frozen model of other photographs of the same classes.
+Each model is measured on all test photographs, and compared with the frozen one of the same seed.
+Each result is appended to OUTPUT/rows.jsonl at once, so that an interrupted study continues.
 """
 
 import json
@@ -30,7 +29,7 @@ from modeling_vitcls import ViTCLSForImageClassification, evaluate, finetune
 EPOCHS = 5
 SLOW_GATES = (3e-5, 1e-3)  # The second rate is that of gates and new tokens: 0.01 by default
 MIN_GATE = 0.1  # Below it, a row says nothing about its token
-# Name -> flags of `finetune`. A row with a token stands beside the same run without it.
+# Name -> flags of `finetune`. Each token has a control: the same run without it.
 RECIPES: dict[str, dict[str, Any]] = {
     "frozen": {"trainable": "head"},
     "classifier alone": {"trainable": "head", "epochs": EPOCHS},

@@ -22,9 +22,7 @@ from ..hub.model_files import SPLITS_FILE
 from ..hub.model_folder import ModelFolder
 from ..runtime.errors import explain_damage
 from ..runtime.files import write_atomically
-from .images import (
-    LabeledImages,
-)
+from .images import LabeledImages
 
 
 EMPTY_TABLE = pd.DataFrame(
@@ -99,6 +97,7 @@ def find_trained_images(images: LabeledImages, splits: pd.DataFrame) -> np.ndarr
 
 
 def list_trained_keys(splits: pd.DataFrame) -> pd.Series:
+    """List the keys of the images that trained a model."""
     # Images that selected the checkpoint count, too: the model was chosen because it is right on
     # them.
     return splits["key"][splits["split"] != "test"]

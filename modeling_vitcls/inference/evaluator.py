@@ -20,9 +20,11 @@ from ..data.labels import LabelSpace, OneLabel, PerTask
 from ..model.heads_vitcls import IGNORED_LABEL
 from .frozen_features import Features, pool_layers
 from .image_pass import ImageOutputs, ImagePass
+from .intervals import compute_proportion_interval
 from .metrics import NOTHING_MEASURED, measure, select_scalars
 from .near_copies import KnownScenes
 from .prediction_rows import DEFAULT_THRESHOLD
+from .stated_result import state_result
 from .targets import TARGETS, Target
 
 
@@ -102,7 +104,14 @@ def describe_repeats(record: Mapping[str, Any]) -> str | None:
         f"model, such as {names[0]}, so the result is no estimate for new photos"
     )
     if number := record.get("num_others"):
-        text += f". Of the {number:,} others, {record['num_right']:,} are right"
+        num_right = record["num_right"]
+        others = {
+            "accuracy": num_right / number,
+            "accuracy_interval": compute_proportion_interval(num_right, number),
+            "num_images": number,
+            "num_right": num_right,
+        }
+        text += f". The others: {state_result(others)}"
     return text
 
 

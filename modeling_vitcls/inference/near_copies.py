@@ -204,8 +204,8 @@ def describe_scenes(record: Mapping[str, Any]) -> str | None:
     lines = []
     if record["are_alike"]:
         lines.append(
-            "more than half of the photos are alike to this encoder, so scenes cannot be told apart, and "
-            "none is kept together. If these are shots of one scene, the result is too good: name "
+            "this encoder has similar features for more than half of the photos, so scenes cannot be "
+            "distinguished, and none is kept together. If these are shots of one scene, the result is too good: name "
             "scenes with sub-folders or `group_column`"
         )
     if record["num_near"] > MIN_SHARE * record["num_photos"]:

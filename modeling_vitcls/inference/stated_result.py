@@ -25,7 +25,7 @@ COUNTED = {
     "recall": "recognized",
 }
 MIN_DECIMAL_IMAGES = 1_000
-MIN_GUESS_GAIN = 0.05  # Of always saying the largest class, above equal classes
+MIN_GUESS_GAIN = 0.05  # Share of the largest class above equal shares, from which it is stated
 
 
 def state_result(

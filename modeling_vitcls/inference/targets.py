@@ -7,8 +7,8 @@ calibration         a temperature                       a line for each label
 classifier          LDA, with class statistics          one label against the rest, with one covariance
 estimate            accuracy                            mean average precision
 
-`TARGETS` has them by the kind of the labels (data/labels.py). Nothing else asks for the kind of an
-array. Logits are [N, K] of K classes or labels.
+`TARGETS` maps the kind of the labels (data/labels.py) to its class. Only `find_target` tells the kind
+of an array. Logits are [N, K] of K classes or labels.
 """
 
 from collections.abc import Sequence
@@ -23,8 +23,8 @@ from .intervals import Estimate, estimate_after_choice, estimate_average_precisi
 from .prediction_rows import DEFAULT_THRESHOLD
 
 
-MIN_LABEL_IMAGES = 2  # With one of several labels, and without it; with fewer, it is not learned
-MIN_PROBABILITY = 1e-30  # Of out-of-fold predictions, whose logarithms must be finite
+MIN_LABEL_IMAGES = 2  # A label is learned from this many images with it and without it
+MIN_PROBABILITY = 1e-30  # Logarithms of out-of-fold probabilities must be finite
 
 Classifiers = dict[Token, tuple[np.ndarray, np.ndarray]]  # Weight and bias of each token
 
@@ -202,7 +202,7 @@ class SeveralLabelsTarget:
 
     @staticmethod
     def compute_confidences(logits: np.ndarray) -> np.ndarray:
-        """Compute the probability [N] of the least certain answer about a label."""
+        """Compute the lowest probability [N] of a decision about a label: yes or no."""
         probabilities = expit(logits)
         return np.maximum(probabilities, 1 - probabilities).min(axis=1)
 

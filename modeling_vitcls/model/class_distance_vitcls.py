@@ -362,12 +362,17 @@ def is_active_adapter(module: Any) -> bool:
 
 
 def read_sample(encoder: nn.Module) -> list[bytes]:
-    """Read a few numbers of each parameter that is in memory, bit by bit."""
-    return [
-        weight.detach().flatten()[:NUM_SAMPLES].cpu().view(torch.uint8).numpy().tobytes()
-        for weight in encoder.parameters()
-        if type(weight) is nn.Parameter and not weight.is_meta
-    ]
+    """Read a few numbers of each parameter that is in memory, bit by bit.
+
+    They are spread over all rows, because training may change some tokens of a parameter alone.
+    """
+    samples = []
+    for weight in encoder.parameters():
+        if type(weight) is nn.Parameter and not weight.is_meta:
+            step = max(1, weight.numel() // NUM_SAMPLES)
+            numbers = weight.detach().flatten()[::step].cpu().contiguous()
+            samples.append(numbers.view(torch.uint8).numpy().tobytes())
+    return samples
 
 
 def list_states(encoder: nn.Module) -> list[Any]:

@@ -30,14 +30,16 @@ def store_statistics(setup: TrainingSetup, data: TrainingData) -> KnownScenes | 
         return None
     model = setup.model.eval()
     images = data.train.draw(MAX_STATISTICS_IMAGES)
-    features = compute_features(setup.build_pass, model, images)
+    features = compute_labeled_features(setup.build_pass, model, images)
     tokens = select_tokens(model, features)
     statistics = ClassStatistics.fit(tokens, features.labels, model.config.num_labels)
     other_images = data.held_out if data.selection is None else data.selection
     # The threshold comes from images that the model was not trained on: training images lie closer
     # to the means of their classes than any new image does.
     if len(other_images) >= MIN_DISTANCE_IMAGES:
-        others = compute_features(setup.build_pass, model, other_images.draw(MAX_STATISTICS_IMAGES))
+        others = compute_labeled_features(
+            setup.build_pass, model, other_images.draw(MAX_STATISTICS_IMAGES)
+        )
         distances = statistics.compute_distances(select_tokens(model, others))
         threshold = float(np.quantile(distances, KNOWN_RECALL, method="higher"))
         model.config.distance_threshold = threshold
@@ -47,7 +49,7 @@ def store_statistics(setup: TrainingSetup, data: TrainingData) -> KnownScenes | 
     return KnownScenes.of(features, setup.frozen_encoder.measure_limit(images, features))
 
 
-def compute_features(build_pass: Any, model: Any, images: LabeledImages) -> Features:
+def compute_labeled_features(build_pass: Any, model: Any, images: LabeledImages) -> Features:
     """Compute the features of the images that have a label: others (-100) belong to no mean."""
     layout = FeatureLayout.for_extra_heads(model.config, NUM_LAST_LAYERS)
     # The steps and evaluations have named the unreadable images

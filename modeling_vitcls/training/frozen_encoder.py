@@ -33,11 +33,7 @@ from ..inference.frozen_features import (
     FrozenPass,
     has_searchable_pooling,
 )
-from ..inference.linear_probe import (
-    NUM_LAST_LAYERS,
-    Candidate,
-    LinearProbe,
-)
+from ..inference.linear_probe import NUM_LAST_LAYERS, Candidate, LinearProbe
 from ..inference.near_copies import (
     NUM_MIRRORED,
     KnownScenes,

@@ -93,7 +93,7 @@ class TrainingLoop:
     evaluated_images: str = "held_out"
     # Constant values that checkpoints contain
     run_metadata: dict[str, Any] = field(default_factory=dict)
-    # Of parameters that grew in this run; the others of their tokens keep their values
+    # Which tokens of a parameter are new (model.find_new_tokens); the others keep their values
     new_tokens: Mapping[str, Sequence[bool]] = field(default_factory=dict)
     # Durations of the steps of this process since the last record, without evaluations and checkpoints
     step_seconds: list[float] = field(default_factory=list)

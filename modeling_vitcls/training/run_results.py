@@ -71,7 +71,7 @@ def find_repeats(outcome: Outcome) -> dict[str, Any]:
     names = outcome.results.get("frozen", {}).get("near_copies", {}).get("near_held_out")
     if not names:
         return {}
-    if outcome.predictions is None:  # Of several tasks
+    if outcome.predictions is None:  # Several tasks have no common predictions
         return {"names": names, "num_images": outcome.metrics["num_images"]}
     return count_repeats(names, outcome.predictions)
 

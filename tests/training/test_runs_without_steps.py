@@ -272,7 +272,7 @@ def test_photos_of_a_test_folder_that_repeat_training_photos_are_named_and_the_o
     rows = pd.read_parquet(sources / "run/predictions.parquet")
     others = rows[~rows["image"].isin(near)]
     num_right = (others["label"] == others["prediction"]).sum()
-    assert f"Of the 2 others, {num_right} are right" in printed
+    assert f"The others: {num_right} of 2 right (95%: " in printed
     assert results["repeats"]["names"] == near
 
 
@@ -302,7 +302,7 @@ def test_evaluated_photos_that_nearly_repeat_training_photos_are_counted_and_the
     assert repeats["num_others"] == 4
     printed = capsys.readouterr().out
     assert "7 of 11 photos nearly repeat photos that trained the model" in printed
-    assert f"Of the 4 others, {repeats['num_right']} are right" in printed
+    assert f"The others: {repeats['num_right']} of 4 right (95%: " in printed
 
 
 def test_a_photo_of_one_color_joins_no_scene(
@@ -373,4 +373,4 @@ def test_shots_of_one_scene_in_all_classes_are_not_joined_and_a_line_says_so(
         write_shots(sources / "lamp" / name, 0, range(first, first + 6))
     near = finetune(sources, "vit", "lamp", "run")["frozen"]["near_copies"]
     assert near["num_near"] == 0
-    assert "photos are alike to this encoder" in capsys.readouterr().out
+    assert "similar features for more than half of the photos" in capsys.readouterr().out
