@@ -20,9 +20,9 @@ import numpy as np
 import torch
 from accelerate import PartialState
 
-from ..data.aspect_ratio import get_resize
 from ..data.batches import Normalizer
 from ..data.images import LabeledImages
+from ..data.labels import LabelSpace
 from ..data.sources import Splits
 from ..data.splits import TrainingData, load_undivided_images
 from ..inference.image_pass import ImagePass
@@ -36,7 +36,7 @@ from ..training.losses import Objective
 from ..training.model import InitialModel, finish_loading
 from ..training.options import PretrainOptions
 from ..training.reporter import Reporter
-from ..training.training_setup import TrainingSetup, build_evaluator_arguments
+from ..training.training_setup import TrainingSetup, build_pass_arguments
 from .lejepa import NUM_GLOBAL, LeJEPA, compute_lejepa_losses
 from .mae import MAE, build_decoder_config, compute_mae_losses, draw_masks
 
@@ -100,9 +100,7 @@ class PreTraining:
 
         labels = images.label_space
         has_labels = labels.kind == "single_label_classification" and bool(labels.columns)
-        arguments = build_evaluator_arguments(
-            options, labels, processor, config.num_channels, reporter
-        )
+        arguments = build_pass_arguments(options, labels, processor, config.num_channels, reporter)
 
         def build_evaluator(
             data: TrainingData, images: LabeledImages
@@ -126,11 +124,23 @@ class PreTraining:
             build_objective=lambda data: objective,
             build_evaluator=build_evaluator,
             selection_metric=selection_metric,
-            resize=get_resize(processor),
+            pass_arguments=arguments,
+            random_parameters={
+                name for name, _ in method.named_parameters() if not name.startswith("vitcls.")
+            },
             summary_lines={"method": summary},
-            missing_start_reason="pre-training",
             results={"method": options.method},
         )
+
+    def build_frozen_encoder(
+        self, options: PretrainOptions, initial: InitialModel, images: Splits, setup: TrainingSetup
+    ) -> tuple[None, str]:
+        """Build none: there are no heads to fit."""
+        return None, "pre-training"
+
+    def has_one_label(self, labels: LabelSpace) -> bool:
+        """Whether the encoder predicts labels, which it never does, whatever the dataset has."""
+        return False
 
     def list_warnings(self, options: PretrainOptions, data: TrainingData) -> list[str]:
         """Find nothing: images without labels may be anything."""

@@ -7,53 +7,52 @@ import numpy as np
 from ..data.images import LabeledImages
 from ..data.splits import TrainingData
 from ..inference.class_statistics import KNOWN_RECALL, ClassStatistics, Token
-from ..inference.frozen_features import FeatureLayout, Features
+from ..inference.frozen_features import FeatureLayout, Features, FrozenPass
 from ..inference.linear_probe import MIN_DISTANCE_IMAGES, NUM_LAST_LAYERS
 from ..inference.near_copies import KnownScenes
 from ..model.modeling_vitcls import count_output_tokens
-from .frozen_encoder import ignore_message
+from .frozen_encoder import FrozenEncoder, ignore_message
 from .training_setup import TrainingSetup
 
 
 MAX_STATISTICS_IMAGES = 5000  # Maximum number of images for the statistics of a trained model
 
 
-def store_statistics(setup: TrainingSetup, data: TrainingData) -> KnownScenes | None:
+def store_statistics(
+    setup: TrainingSetup, encoder: FrozenEncoder | None, data: TrainingData
+) -> KnownScenes | None:
     """Store class statistics in a trained model, from one pass over some of its training images.
 
     An image is unknown if it is farther away than most images that the model was not trained on.
 
     Returns:
-        What recognizes these training images.
+        What recognizes these training images, if the frozen `encoder` of the run measures how near they are.
     """
-    if setup.build_pass is None:
-        return None
     model = setup.model.eval()
     images = data.train.draw(MAX_STATISTICS_IMAGES)
-    features = compute_labeled_features(setup.build_pass, model, images)
+    features = compute_labeled_features(setup, images)
     tokens = select_tokens(model, features)
     statistics = ClassStatistics.fit(tokens, features.labels, model.config.num_labels)
     other_images = data.held_out if data.selection is None else data.selection
     # The threshold comes from images that the model was not trained on: training images lie closer
     # to the means of their classes than any new image does.
     if len(other_images) >= MIN_DISTANCE_IMAGES:
-        others = compute_labeled_features(
-            setup.build_pass, model, other_images.draw(MAX_STATISTICS_IMAGES)
-        )
+        others = compute_labeled_features(setup, other_images.draw(MAX_STATISTICS_IMAGES))
         distances = statistics.compute_distances(select_tokens(model, others))
         threshold = float(np.quantile(distances, KNOWN_RECALL, method="higher"))
         model.config.distance_threshold = threshold
     statistics.set_in_model(model)
-    if setup.frozen_encoder is None:
+    if encoder is None:
         return None
-    return KnownScenes.of(features, setup.frozen_encoder.measure_limit(images, features))
+    return KnownScenes.of(features, encoder.measure_limit(images, features))
 
 
-def compute_labeled_features(build_pass: Any, model: Any, images: LabeledImages) -> Features:
+def compute_labeled_features(setup: TrainingSetup, images: LabeledImages) -> Features:
     """Compute the features of the images that have a label: others (-100) belong to no mean."""
-    layout = FeatureLayout.for_extra_heads(model.config, NUM_LAST_LAYERS)
+    layout = FeatureLayout.for_extra_heads(setup.model.config, NUM_LAST_LAYERS)
     # The steps and evaluations have named the unreadable images
-    features: Features = build_pass(images, layout, warn=ignore_message)(model)
+    arguments = setup.pass_arguments | {"warn": ignore_message}
+    features = FrozenPass(images, layout, **arguments)(setup.model)
     return features.take(features.labels >= 0)
 
 

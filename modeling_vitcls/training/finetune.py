@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from ..data.aspect_ratio import get_resize
 from ..data.augmentation import build_mixer
 from ..data.batches import Batch, Normalizer
+from ..data.labels import LabelSpace
 from ..data.sampling import compute_class_weights
 from ..data.sources import Splits
 from ..data.splits import (
@@ -29,15 +29,15 @@ from ..data.splits import (
     load_undivided_images,
 )
 from ..inference.evaluator import Evaluator
-from ..inference.frozen_features import FrozenPass
+from ..inference.frozen_features import FrozenPass, has_searchable_pooling
 from ..inference.metrics import SELECTION_METRICS
 from . import losses
-from .frozen_encoder import FrozenEncoder, explain_missing_start
+from .frozen_encoder import FrozenEncoder
 from .model import InitialModel, build_model, set_trainable_parameters
 from .options import FinetuneOptions
 from .reporter import Reporter
 from .teacher import Teacher, load_teacher, measure
-from .training_setup import TrainingSetup, build_evaluator_arguments
+from .training_setup import TrainingSetup, build_pass_arguments
 
 
 class FineTuning:
@@ -76,32 +76,9 @@ class FineTuning:
             teacher = load_teacher(options.teacher, labels, model.config, accelerator.device)
 
         set_trainable_parameters(model, options.trainable, new_parameter_names)
-        evaluator_arguments = build_evaluator_arguments(
+        arguments = build_pass_arguments(
             options, labels, processor, model.config.num_channels, reporter
         )
-        missing_start_reason = explain_missing_start(
-            is_wanted=options.probe,
-            model=model,
-            has_random_weights=initial.has_random_weights,
-            new_parameter_names=new_parameter_names,
-        )
-        frozen_encoder = None
-        build_pass = partial(FrozenPass, **evaluator_arguments)
-        if missing_start_reason is None:
-            frozen_encoder = FrozenEncoder(
-                model=model,
-                processor=processor,
-                label_space=labels,
-                build_pass=build_pass,
-                resize=options.resize,
-                pooling=options.pooling,
-                pooled_layers=options.pooled_layers,
-                class_weight="balanced" if options.class_balance == "weights" else None,
-            )
-        metric = SELECTION_METRICS[labels.kind]
-        is_single_label = labels.kind == "single_label_classification"
-        # A head is known if the checkpoint has it, or if it is going to be fitted.
-        new_heads = [name for name in new_parameter_names if not name.startswith("vitcls.")]
         return TrainingSetup(
             model,
             model,
@@ -113,12 +90,11 @@ class FineTuning:
                 normalize=Normalizer(processor, accelerator.device),
                 accelerator=accelerator,
             ),
-            build_evaluator=lambda data, images: Evaluator(images, **evaluator_arguments),
-            selection_metric=metric,
-            resize=get_resize(processor) if frozen_encoder is None else None,
-            has_known_head=frozen_encoder is not None or not new_heads,
+            build_evaluator=lambda data, images: Evaluator(images, **arguments),
+            selection_metric=SELECTION_METRICS[labels.kind],
+            pass_arguments=arguments,
+            random_parameters=new_parameter_names,
             summary_lines={} if teacher is None else {"teacher": teacher.description},
-            missing_start_reason=missing_start_reason or "",
             results={
                 "label_column": list(options.label_column or labels.columns),
                 "label_separator": labels.separator,
@@ -127,10 +103,47 @@ class FineTuning:
                     each.requires_grad for each in model.vitcls.parameters()
                 ),
             },
-            build_pass=build_pass if is_single_label else None,
-            frozen_encoder=frozen_encoder,
             teacher=teacher,
         )
+
+    def build_frozen_encoder(
+        self,
+        options: FinetuneOptions,
+        initial: InitialModel,
+        images: Splits,
+        setup: TrainingSetup,
+    ) -> tuple[FrozenEncoder | None, str]:
+        """Build what fits linear classifiers of frozen features, or say why there is none."""
+        model = setup.model
+        has_distillation_head = getattr(model, "distillation_classifier", None) is not None
+        has_new_pooler = any(name.startswith("vitcls.pooler.") for name in setup.random_parameters)
+        reasons = {
+            "the initial weights are random": initial.has_random_weights,
+            "`probe=False` is set": not options.probe,
+            "the distillation head has no features": has_distillation_head
+            and not has_searchable_pooling(model.config),
+            "the head is an MLP": model.config.head_type != "linear",
+            "the pooler has random weights": has_new_pooler,
+        }
+        for reason, applies in reasons.items():
+            if applies:
+                return None, reason
+
+        encoder = FrozenEncoder(
+            model=model,
+            processor=setup.processor,
+            label_space=images.label_space,
+            build_pass=partial(FrozenPass, **setup.pass_arguments),
+            resize=options.resize,
+            pooling=options.pooling,
+            pooled_layers=options.pooled_layers,
+            class_weight="balanced" if options.class_balance == "weights" else None,
+        )
+        return encoder, ""
+
+    def has_one_label(self, labels: LabelSpace) -> bool:
+        """Whether images have one label each, not several or one per task."""
+        return labels.kind == "single_label_classification"
 
     def list_warnings(self, options: FinetuneOptions, data: TrainingData) -> list[str]:
         """List missing classes, and images on both sides."""

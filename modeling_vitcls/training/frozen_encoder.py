@@ -31,7 +31,6 @@ from ..inference.frozen_features import (
     FeatureLayout,
     Features,
     FrozenPass,
-    has_searchable_pooling,
 )
 from ..inference.linear_probe import NUM_LAST_LAYERS, Candidate, LinearProbe
 from ..inference.near_copies import (
@@ -64,26 +63,6 @@ MIN_SQUASHED_PER_CLASS = 5
 # Median of the longer side divided by the shorter. Below it, crop and squash see nearly the same pixels.
 MIN_ASPECT_RATIO = 1.05
 SQUASH = "squash"
-
-
-def explain_missing_start(
-    is_wanted: bool,
-    model: Any,
-    has_random_weights: bool,
-    new_parameter_names: set[str],
-) -> str | None:
-    """Say why a run has no frozen model; None if it has one."""
-    has_new_pooler = any(name.startswith("vitcls.pooler.") for name in new_parameter_names)
-    distillation_classifier = getattr(model, "distillation_classifier", None)
-    reasons = {
-        "the initial weights are random": has_random_weights,
-        "`probe=False` is set": not is_wanted,
-        "the distillation head has no features": distillation_classifier is not None
-        and not has_searchable_pooling(model.config),
-        "the head is an MLP": model.config.head_type != "linear",
-        "the pooler has random weights": has_new_pooler,
-    }
-    return next((reason for reason, is_true in reasons.items() if is_true), None)
 
 
 @dataclass(frozen=True)

@@ -12,17 +12,17 @@ from .frozen_encoder import describe_frozen, join_texts
 from .heads import FrozenHead, describe_class_weights, describe_threshold
 from .learning_curve import describe_learning_curve, measure_learning_curve
 from .outcome import Outcome, list_measurements
-from .training_setup import TrainingSetup
+from .run_inputs import RunInputs
 
 
 def run_frozen(
-    setup: TrainingSetup, data: TrainingData, num_seen: int, warn: Callable[[str], None]
+    inputs: RunInputs, data: TrainingData, num_seen: int, warn: Callable[[str], None]
 ) -> Outcome:
     """Fit the classifier of each task to every label that is not held out, and measure it.
 
     `num_seen` is the number of measured images that trained the encoder earlier.
     """
-    encoder = setup.frozen_encoder
+    encoder = inputs.frozen_encoder
     assert encoder is not None, "only a run with a frozen encoder can be frozen"
     # The labels of a validation split are free to train the classifier. The test split still
     # measures it.
@@ -36,7 +36,7 @@ def run_frozen(
     for task, each in tasks.items():
         measured += list_measurements(
             {task: each.metrics},
-            setup.selection_metric,
+            inputs.setup.selection_metric,
             seen_by_encoder=num_seen,
             num_folds=each.head.probe.num_folds_ if each.head.held_out is None else 0,
         )

@@ -3,7 +3,7 @@
     frozen    no steps: the classifier is fitted to the features of the encoder, and every label trains
     steps     some images are held out, and what is saved is measured on them
 
-a classifier cannot be fitted to frozen features      steps   (`explain_missing_start`)
+a classifier cannot be fitted to frozen features      steps   (finetune.py)
 a flag about steps is set, or a checkpoint continues  steps
 `trainable='head'`                                    frozen
 fewer than 2,000 images, or 50 of a class             frozen  a fifth of the labels costs more than steps gain
@@ -71,7 +71,7 @@ def plan_run(inputs: RunInputs, accelerator: Accelerator, is_resumed: bool) -> R
     # The first reason that applies decides: first what cannot be otherwise, then what the person
     # asked for, then what is better for this many images.
     reasons: list[tuple[bool, Literal["frozen", "steps"], str]] = [
-        (setup.frozen_encoder is None, "steps", setup.missing_start_reason),
+        (inputs.frozen_encoder is None, "steps", inputs.missing_start_reason),
         # A checkpoint was written by steps, whatever this machine would choose.
         (is_resumed, "steps", "a checkpoint is continued"),
         (bool(wishes), "steps", f"`{next(iter(wishes), '')}` is set"),
@@ -103,13 +103,14 @@ def plan_run(inputs: RunInputs, accelerator: Accelerator, is_resumed: bool) -> R
             options,
             inputs.initial,
             num_images,
-            setup.frozen_encoder is not None,
+            inputs.frozen_encoder is not None,
             inputs.forward_flops,
             has_new_tokens=bool(new_tokens),
         )
 
     # The mean with random weights would only dilute what the steps have learned.
-    has_start = not inputs.initial.has_random_weights and setup.has_known_head
+    has_heads = inputs.frozen_encoder is not None or setup.has_trained_heads
+    has_start = has_heads and not inputs.initial.has_random_weights
     averages = kind == "steps" and has_start and options.select == "last"
     return RunPlan(
         kind=kind,

@@ -99,7 +99,7 @@ def train(asked: TrainOptions, recipe: Recipe) -> Path:
 
         # Both kinds end in the same record.
         if plan.kind == "frozen":
-            outcome = run_frozen(inputs.setup, data, num_seen, reporter.warn)
+            outcome = run_frozen(inputs, data, num_seen, reporter.warn)
         else:
             outcome = run_steps(
                 inputs,

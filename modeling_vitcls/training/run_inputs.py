@@ -17,6 +17,7 @@ from ..inference.speed import count_flops
 from ..runtime.distributed import set_mixed_precision
 from ..runtime.system import describe_device
 from .defaults import resolve_defaults
+from .frozen_encoder import FrozenEncoder
 from .model import InitialModel, has_labels, resolve_initial_model
 from .options import FinetuneOptions, TrainOptions
 from .reporter import Reporter
@@ -34,6 +35,8 @@ class RunInputs:
     initial: InitialModel
     images: Splits
     setup: TrainingSetup
+    frozen_encoder: FrozenEncoder | None
+    missing_start_reason: str  # Why there is no frozen encoder, so the run has steps
     # Rows of splits.parquet: images that trained the encoder, or the teacher, before this run
     encoder_rows: pd.DataFrame
     # Images to which the initial classifier was fitted; None if it has other labels, or there is none
@@ -86,11 +89,10 @@ def load(
         # Some defaults depend on the number of images and on the image size, hence after both.
         options, lines = resolve_defaults(options, initial, len(images.train))
         setup = recipe.build_setup(options, initial, images, reporter)
+        frozen_encoder, reason = recipe.build_frozen_encoder(options, initial, images, setup)
         encoder_rows = [
-            # Without a fitted start, a classifier that is known is the checkpoint's.
-            list_encoder_rows(
-                initial.folder, setup.frozen_encoder is None and setup.has_known_head
-            ),
+            # Without a fitted start, the classifier stays the checkpoint's.
+            list_encoder_rows(initial.folder, frozen_encoder is None and setup.has_trained_heads),
             list_teacher_rows(getattr(options, "teacher", None)),
         ]
         # The decoder or projector of pre-training is not saved, and does not count.
@@ -107,6 +109,8 @@ def load(
         initial=initial,
         images=images,
         setup=setup,
+        frozen_encoder=frozen_encoder,
+        missing_start_reason=reason,
         encoder_rows=pd.concat(encoder_rows),
         fitted_rows=list_fitted_rows(options, initial, images),
         forward_flops=forward_flops,

@@ -68,7 +68,7 @@ def run_steps(
     # resized. Evaluators, which keep resized images, and the optimizer, which keeps parameters,
     # would otherwise hold on to the old ones.
     initial = {} if checkpoint is not None else measure_initial_classifier(inputs, data)
-    start = start_from_frozen(setup.frozen_encoder, data, checkpoint, reporter) | initial
+    start = start_from_frozen(inputs.frozen_encoder, data, checkpoint, reporter) | initial
     held_out = setup.build_evaluator(data, data.held_out)
     if len(data.held_out) and checkpoint is None:
         start |= inputs.recipe.measure_start(setup, held_out)
@@ -107,7 +107,8 @@ def run_steps(
     has_excluded = exclude_unreadable_classes(setup, data, loop.unreadable_images, reporter)
 
     predictions = calibration = nearest_images = heads_text = known_scenes = None
-    if setup.build_pass is not None and len(data.held_out):
+    has_one_label = inputs.recipe.has_one_label(data.label_space)
+    if has_one_label and len(data.held_out):
         calibration, predictions, heads_text = calibrate(setup.model, model, held_out, selection)
         metrics = predictions.metrics
     # The last evaluation of the loop was of other weights, or of the images that select.
@@ -115,35 +116,13 @@ def run_steps(
         metrics = held_out(model)
     reshard(model)
     # After the measurement, which a distance to the classes would only slow down.
-    if options.select == "last" and not isinstance(model, FSDPModule):
-        known_scenes = store_statistics(setup, data)
+    if has_one_label and options.select == "last" and not isinstance(model, FSDPModule):
+        known_scenes = store_statistics(setup, inputs.frozen_encoder, data)
     if "nearest_images" in start and predictions is not None:
         nearest = dict(start["nearest_images"])
         nearest_images = {index: nearest[index] for index in predictions.list_wrong().tolist()}
 
     seconds = loop.get_training_seconds()
-    results: dict[str, Any] = {
-        "steps": loop.state.step,
-        "epochs": round(loop.plan.count_epochs(loop.state.step), 4),
-        "images_per_second": round(loop.state.step * loop.plan.images_per_step / seconds, 1),
-        "token_movement": loop.measure_token_movement(),
-    }
-    results |= {
-        name: start[name]
-        for name in ("frozen", "before_steps", "teacher_accuracy", "initial_classifier")
-        if name in start
-    }
-    if "vitcls.gates.gates" in plan.new_tokens:
-        results["gates"] = read_gates(setup.model.vitcls)
-    if options.select == "best" and data.selection is not None:
-        results["selection"] = {
-            "images": data.selection_name,
-            "num_images": len(data.selection),
-            "step": step,
-            setup.selection_metric: loop.state.best_score,
-        }
-    if plan.averaging:
-        results["average_with_start"] = plan.averaging
     return Outcome(
         measured=list_measurements(
             get_task_metrics(metrics),
@@ -159,12 +138,46 @@ def run_steps(
         seconds=seconds,
         num_unreadable=len(loop.unreadable_images.indices),
         known_scenes=known_scenes,
-        results=results,
+        results=build_step_results(loop, plan, data, start=start, saved_step=step, seconds=seconds),
         lines={
             "heads": heads_text,
             "calibration": None if calibration is None else calibration.text,
         },
     )
+
+
+def build_step_results(
+    loop: TrainingLoop,
+    plan: RunPlan,
+    data: TrainingData,
+    *,
+    start: dict[str, Any],
+    saved_step: int,
+    seconds: float,
+) -> dict[str, Any]:
+    """Build the fields of results.json that only a run with steps has."""
+    step = loop.state.step
+    results: dict[str, Any] = {
+        "steps": step,
+        "epochs": round(loop.plan.count_epochs(step), 4),
+        "images_per_second": round(step * loop.plan.images_per_step / seconds, 1),
+        "token_movement": loop.measure_token_movement(),
+    }
+    for name in ("frozen", "before_steps", "teacher_accuracy", "initial_classifier"):
+        if name in start:
+            results[name] = start[name]
+    if "vitcls.gates.gates" in plan.new_tokens:
+        results["gates"] = read_gates(loop.model.vitcls)
+    if plan.options.select == "best" and data.selection is not None:
+        results["selection"] = {
+            "images": data.selection_name,
+            "num_images": len(data.selection),
+            "step": saved_step,
+            loop.selection_metric: loop.state.best_score,
+        }
+    if plan.averaging:
+        results["average_with_start"] = plan.averaging
+    return results
 
 
 @torch.no_grad()

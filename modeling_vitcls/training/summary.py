@@ -4,6 +4,7 @@ from collections import Counter
 from itertools import chain
 from typing import Any
 
+from ..data.aspect_ratio import get_resize
 from ..data.splits import HELD_OUT_SPLITS, TrainingData
 from ..model.configuration_vitcls import ViTCLSConfig
 from ..runtime.files import replace_control_characters
@@ -24,16 +25,17 @@ def print_summary(
     classifier that it keeps.
     """
     setup = inputs.setup
+    encoder = inputs.frozen_encoder  # Chooses geometry and pooling itself, later
     reporter.print_lines(
         {
             **describe_splits(data),
             "start": describe_fitted_images(inputs, plan, data),
-            "resize": setup.resize,
+            "resize": get_resize(setup.processor) if encoder is None else None,
             **inputs.images.facts,
             **describe_model(
                 inputs.initial.name,
                 setup.model,
-                is_pooling_known=setup.frozen_encoder is None,
+                is_pooling_known=encoder is None,
                 is_partly_frozen=getattr(plan.options, "trainable", "full") != "full",
             ),
             **inputs.lines,

@@ -11,7 +11,6 @@ from ..data.images import LabeledImages
 from ..data.labels import LabelSpace
 from ..data.sources import Splits
 from ..data.splits import TrainingData
-from ..inference.frozen_features import FrozenPass
 from ..model.image_processing_vitcls import ViTCLSImageProcessor
 from .frozen_encoder import FrozenEncoder
 from .losses import Objective
@@ -31,6 +30,14 @@ class Recipe(Protocol):
         self, options: Any, initial: InitialModel, images: Splits, reporter: Reporter
     ) -> "TrainingSetup":
         """Load the model, and prepare loss and evaluation."""
+
+    def build_frozen_encoder(
+        self, options: Any, initial: InitialModel, images: Splits, setup: "TrainingSetup"
+    ) -> tuple[FrozenEncoder | None, str]:
+        """Build what fits the heads, before the steps or instead of them, or say why there is none."""
+
+    def has_one_label(self, labels: LabelSpace) -> bool:
+        """Whether the model predicts one label per image: it has class statistics and a temperature."""
 
     def list_warnings(self, options: Any, data: TrainingData) -> list[str]:
         """List what is wrong with the images."""
@@ -52,29 +59,27 @@ class TrainingSetup:
     build_evaluator: Callable[[TrainingData, LabeledImages], Any]
     # Name of the metric that selects the best checkpoint, and is printed. Higher values are better.
     selection_metric: str
-    resize: str | None  # How images become the input; None if the frozen model chooses it
-    # Whether no head is random when steps start
-    has_known_head: bool = False
+    pass_arguments: dict[str, Any]  # Of a pass over images of this run, except for the images
+    random_parameters: set[str]  # Names of the parameters without trained weights
     # Lines to print before training, keyed by name
     summary_lines: dict[str, str] = field(default_factory=dict)
     results: dict[str, Any] = field(default_factory=dict)  # Fields of results.json
-    # Builds the pass that collects class statistics, from images and a layout. Only a classifier with
-    # one label per image has them, and a temperature.
-    build_pass: Callable[..., FrozenPass] | None = None
-    # Fits the heads, before the steps or instead of them; None if they start from random values
-    frozen_encoder: FrozenEncoder | None = None
-    missing_start_reason: str = ""  # Why there is none, so the run has steps
     teacher: Teacher | None = None
 
+    @property
+    def has_trained_heads(self) -> bool:
+        """Whether the checkpoint contains every head."""
+        return all(name.startswith("vitcls.") for name in self.random_parameters)
 
-def build_evaluator_arguments(
+
+def build_pass_arguments(
     options: TrainOptions,
     label_space: LabelSpace,
     processor: Any,
     num_channels: int,
     reporter: Reporter,
 ) -> dict[str, Any]:
-    """Build the keyword arguments of the evaluators of a run, except for the images."""
+    """Build the keyword arguments of the passes over images of a run, except for the images."""
     return {
         "processor": processor,
         "label_space": label_space,

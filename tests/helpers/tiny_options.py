@@ -96,6 +96,7 @@ def prepare_setup(options: Any) -> SimpleNamespace:
     if plan.kind == "steps":
         batches = build_batch_plan(len(data.train), plan.options, accelerator.num_processes)
     return SimpleNamespace(
+        inputs=inputs,
         setup=inputs.setup,
         options=plan.options,
         data=data,

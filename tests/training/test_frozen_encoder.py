@@ -406,7 +406,7 @@ def test_the_probe_chooses_what_the_user_has_not_set(
     prepared = prepare_setup(build_options(tmp_path / "run", encoder, **flags))
     data = prepared.data
     warn = prepared.reporter.warn
-    _, record, _ = prepared.setup.frozen_encoder.fit(
+    _, record, _ = prepared.inputs.frozen_encoder.fit(
         [data.train], data.held_out, warn, max_images=64
     )
     assert {row["pooling"] for row in record["candidates"]} == tokens
@@ -447,16 +447,16 @@ def test_the_better_geometry_is_chosen(encoder: Path, tmp_path: Path) -> None:
 def test_heads_and_poolers_of_another_kind_have_no_probe(
     encoder: Path, tmp_path: Path, flags: dict[str, Any], reason: str
 ) -> None:
-    task = prepare_setup(build_options(tmp_path / "run", encoder, **flags)).setup
-    assert task.frozen_encoder is None
-    assert task.missing_start_reason == reason
+    inputs = prepare_setup(build_options(tmp_path / "run", encoder, **flags)).inputs
+    assert inputs.frozen_encoder is None
+    assert inputs.missing_start_reason == reason
 
 
 def test_random_weights_have_no_probe(tmp_path: Path) -> None:
     run = prepare_setup(build_tiny_options(tmp_path / "run", "digits", probe=True, select=None))
-    assert run.setup.frozen_encoder is None
+    assert run.inputs.frozen_encoder is None
     assert run.options.select == "last"
-    assert run.setup.missing_start_reason == "the initial weights are random"
+    assert run.inputs.missing_start_reason == "the initial weights are random"
 
 
 def test_the_own_geometry_that_wins_is_saved_as_it_was(encoder: Path, tmp_path: Path) -> None:

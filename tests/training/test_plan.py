@@ -31,12 +31,9 @@ def make_inputs(
             train=range(num_images),
             label_space=SimpleNamespace(columns={"label": list(range(num_labels))}),
         ),
-        setup=SimpleNamespace(
-            frozen_encoder=object() if has_frozen_start else None,
-            model=torch.nn.Identity(),
-            has_known_head=has_frozen_start,
-            missing_start_reason="",
-        ),
+        setup=SimpleNamespace(model=torch.nn.Identity(), has_trained_heads=False),
+        frozen_encoder=object() if has_frozen_start else None,
+        missing_start_reason="",
         forward_flops=1e12,
         num_fitted=num_fitted,
     )
