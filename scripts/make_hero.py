@@ -2,11 +2,11 @@
 
     python scripts/make_hero.py --model runs/hero
 
-    vitcls pretrain --method lejepa --model vitcls-tiny --dataset FOLDER --image-size 32 --patch-size 8 \\
+    vitcls pretrain --model vitcls-tiny --dataset FOLDER --image-size 32 --patch-size 8 \\
         --hidden-size 128 --num-hidden-layers 6 --num-attention-heads 4 --intermediate-size 512 --epochs 11 \\
         --batch-size 128 --learning-rate 1e-3 --output-dir runs/hero    # FOLDER: 20,000 images of CIFAR-10, as Parquet
 
-The model is an encoder that `vitcls pretrain --method lejepa` trained without labels on images of
+The model is an encoder that `vitcls pretrain` (LeJEPA) trained without labels on images of
 CIFAR-10 (32 pixels, patches of 8 pixels). It runs on the photographs at 224 pixels. The attention
 maps are those of layer 3, averaged over the heads, and the colors are the first three principal
 components of the patches of all photographs.

@@ -5,7 +5,7 @@
 # [tool.uv.sources]
 # modeling_vitcls = { path = "..", editable = true }
 # ///
-"""Pre-train a ViT on images without labels, by masked image modeling.
+"""Pre-train a ViT on images without labels, with LeJEPA.
 
 This script is equivalent to `vitcls pretrain`.
 

@@ -61,7 +61,6 @@ LIMITS: list[tuple[type, str, list[Any], list[Any]]] = [
         ["full", "head", "lora", "last-12"],
         ["none", "last", "last-0", "last-1x"],
     ),
-    (PretrainOptions, "mask_ratio", [0.1, 0.9], [0, 1]),
     (PretrainOptions, "projector_width", [1], [0]),
     (PretrainOptions, "local_crops", [0], [-1]),
     (RunOptions, "save_every keep_checkpoints", [1], [0]),

@@ -1,4 +1,4 @@
-"""`vitcls pretrain`: pre-train a ViT on images without labels, with LeJEPA or MAE.
+"""`vitcls pretrain`: pre-train a ViT on images without labels, with LeJEPA.
 
     vitcls pretrain --model vitcls-tiny --dataset path/to/images --output-dir runs/pretrained
     vitcls finetune --model runs/pretrained --dataset path/to/labeled --output-dir runs/mine
@@ -19,8 +19,7 @@ COMMON_FLAGS = {
         "output_dir": "folder for the encoder and the card",
         "config": "recipe: a YAML file of flags",
     },
-    "model, such as --method mae --image-size 96 --patch-size 8": {
-        "method": "lejepa or mae; default: lejepa",
+    "model, such as --image-size 96 --patch-size 8": {
         "num_register_tokens": "registers; default: the preset's or checkpoint's",
         "image_size": "pixels; default: the preset's or checkpoint's",
         "patch_size": "pixels; default: the preset's or checkpoint's",
@@ -29,7 +28,6 @@ COMMON_FLAGS = {
         "epochs": "default: 30, or 10 if pre-trained, from 10,000 images",
         "batch_size": "per process; default: 64, or 32 below 10,000 images",
         "learning_rate": "default: from the width and the initial weights",
-        "mask_ratio": "part of the patches that MAE masks; default: 0.75",
         "mixed_precision": "auto, no, bf16 or fp16; default: auto",
         "seed": "random seed; default: 0",
     },

@@ -309,7 +309,6 @@ class ViTCLSModel(ViTCLSPreTrainedModel):
         num_output_tokens: int | None = None,
         interpolate_pos_encoding: bool = True,
         output_layers: Collection[int] = (),
-        edit_inputs: Callable[[Tensor, Any, Any], tuple[Tensor, Any, Any]] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> ViTCLSModelOutput:
         """Encode images.
@@ -329,8 +328,6 @@ class ViTCLSModel(ViTCLSPreTrainedModel):
                 final norm are returned as `layer_tokens` (index -> [B, N, D]), and so are the
                 last layer's and those in `config.pooled_layers`. If `num_output_tokens` limits the last
                 layer, `compute_all_tokens()` computes it again for all tokens.
-            edit_inputs: function that replaces the hidden states, the mask and the position
-                embeddings before the first layer; MAE drops the masked patches there.
             output_hidden_states, output_attentions, return_dict: as in all transformers models.
 
         Raises:
@@ -373,10 +370,6 @@ class ViTCLSModel(ViTCLSPreTrainedModel):
             )
         if self.rotary_positions is not None:
             position_embeddings = self.rotary_positions(grid_size, hidden_states)
-        if edit_inputs is not None:
-            hidden_states, mask, position_embeddings = edit_inputs(
-                hidden_states, mask, position_embeddings
-            )
 
         pooled_layers = self.pooled_layer_indices if self.pooler is not None else []
         layer_tokens: dict[int, Tensor] = {}

@@ -2,5 +2,4 @@
 
 pretrain.py   recipe of pre-training: data, model, loss and evaluator
 lejepa.py     LeJEPA; its loss, its crops and its projector
-mae.py        masked autoencoders; their masks, decoder and loss
 """

@@ -1,15 +1,12 @@
-"""Pre-training on images without labels, by one of two methods.
+"""Pre-training on images without labels, with LeJEPA (lejepa.py).
 
 run.py implements the complete run.
 
-    lejepa.py    LeJEPA (default)
-    mae.py       masked autoencoder
-
-    images -> method (encoder, and a projector or a decoder) -> loss
+    images -> encoder -> projector -> loss
     held-out images -> encoder -> features -> accuracy of k-NN, or effective rank of the features without labels
 
-The saved model is the encoder; the projector and the decoder are only in checkpoints/. The features are
-measured before and after training.
+The saved model is the encoder; the projector is only in checkpoints/. The features are measured before
+and after training.
 """
 
 from collections.abc import Callable
@@ -38,7 +35,6 @@ from ..training.options import PretrainOptions
 from ..training.reporter import Reporter
 from ..training.training_setup import TrainingSetup, build_pass_arguments
 from .lejepa import NUM_GLOBAL, LeJEPA, compute_lejepa_losses
-from .mae import MAE, build_decoder_config, compute_mae_losses, draw_masks
 
 
 MAX_NEIGHBORS = 10_000  # Maximum number of training images for k-NN
@@ -71,32 +67,15 @@ class PreTraining:
         config = encoder.config
         device = reporter.accelerator.device
         normalize = Normalizer(processor, device)
-        rows, columns = config.grid_size
-
-        method: Any
-        objective: Objective
-        if options.method == "mae":
-            method = MAE(encoder, build_decoder_config(config))
-            objective = partial(
-                compute_mae_losses,
-                normalize=normalize,
-                num_patches=rows * columns,
-                mask_ratio=options.mask_ratio,
-            )
-            masks = draw_masks(1, rows * columns, options.mask_ratio, torch.device("cpu"))
-            num_masked = int(masks.sum())
-            summary = f"MAE: {num_masked} of {rows} x {columns} patches are masked"
-        else:
-            method = LeJEPA(encoder, options.projector_width)
-            objective = partial(
-                compute_lejepa_losses,
-                normalize=normalize,
-                patch_size=config.patch_height_width,
-                num_local=options.local_crops,
-            )
-            summary = f"LeJEPA: {NUM_GLOBAL} global and {options.local_crops} local crops per image"
-
+        method = LeJEPA(encoder, options.projector_width)
         use_fast_modules(method)
+        objective: Objective = partial(
+            compute_lejepa_losses,
+            normalize=normalize,
+            patch_size=config.patch_height_width,
+            num_local=options.local_crops,
+        )
+        summary = f"LeJEPA: {NUM_GLOBAL} global and {options.local_crops} local crops per image"
 
         labels = images.label_space
         has_labels = labels.kind == "single_label_classification" and bool(labels.columns)
@@ -119,7 +98,7 @@ class PreTraining:
         selection_metric = "knn_accuracy" if has_labels else "effective_rank"
         return TrainingSetup(
             method,
-            method.vitcls,  # Projector and decoder stay in the checkpoints
+            method.vitcls,  # The projector stays in the checkpoints
             processor,
             build_objective=lambda data: objective,
             build_evaluator=build_evaluator,
@@ -129,7 +108,7 @@ class PreTraining:
                 name for name, _ in method.named_parameters() if not name.startswith("vitcls.")
             },
             summary_lines={"method": summary},
-            results={"method": options.method},
+            results={"method": "lejepa"},
         )
 
     def build_frozen_encoder(

@@ -129,7 +129,7 @@ def resolve_defaults(
 
 def get_method_values(options: TrainOptions) -> dict[str, Any]:
     """Get the values of unset flags without which LeJEPA would not work."""
-    if isinstance(options, FinetuneOptions) or options.method != "lejepa":
+    if isinstance(options, FinetuneOptions):
         return {}
     # LeJEPA crops by itself, on the device. Crops of crops would leave little of the image.
     augment = {"shift": 0.0} | (options.augment or {})

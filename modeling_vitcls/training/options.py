@@ -260,17 +260,15 @@ class FinetuneOptions(RunOptions, TrainingOptions, AugmentationOptions, DataOpti
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainOptions(RunOptions, TrainingOptions, AugmentationOptions, DataOptions, ModelOptions):
-    """Pre-train a ViT on images without labels. The pre-trained model can be fine-tuned."""
+    """Pre-train a ViT on images without labels, with LeJEPA (Balestriero and LeCun 2025).
 
-    method: Literal["lejepa", "mae"] = "lejepa"
-    """LeJEPA (Balestriero and LeCun 2025) trains the pooled token (CLS), and MAE reconstructs masked
-    patches."""
+    The pre-trained model can be fine-tuned.
+    """
+
     local_crops: int = 6
     """Number of small crops of each image, of LeJEPA, with 0.43 times the image size."""
     projector_width: int = 1024
     """Channels of the projector's two hidden layers."""
-    mask_ratio: float = 0.75
-    """Fraction of the patches that MAE masks (He et al. 2021)."""
 
     def check(self) -> None:
         super().check()
@@ -282,7 +280,6 @@ class PretrainOptions(RunOptions, TrainingOptions, AugmentationOptions, DataOpti
             raise ValueError("`augment cutmix` is supported only in fine-tuning. Remove it")
         check_minimum(self, 1, "projector_width")
         check_minimum(self, 0, "local_crops")
-        check_value(self, "mask_ratio", 0 < self.mask_ratio < 1, "between 0 and 1")
 
 
 TrainOptions = FinetuneOptions | PretrainOptions

@@ -7,7 +7,6 @@ import math
 import os
 import signal
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -22,15 +21,11 @@ pytestmark = [
     pytest.mark.skipif(sys.platform == "win32", reason="needs sessions of processes"),
 ]
 
-METHODS = {
-    "lejepa": "--method lejepa --projector-width 32 --local-crops 1",
-    "mae": "--method mae",
-}
 FLAGS = (
     "--model vitcls-tiny --hidden-size 32 --num-hidden-layers 2 --num-attention-heads 2 "
     "--intermediate-size 64 --image-size 32 --patch-size 8 --num-register-tokens 2 "
     "--model-config drop_path_rate=0.2 --no-report --dataset {photos} --max-steps 12 --batch-size 4 "
-    "--learning-rate 3e-3 --num-workers 0 --save-every 3"
+    "--learning-rate 3e-3 --num-workers 0 --save-every 3 --projector-width 32 --local-crops 1"
 )
 SHARDED = {
     "ACCELERATE_USE_FSDP": "true",
@@ -38,26 +33,20 @@ SHARDED = {
     "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
     "FSDP_RESHARD_AFTER_FORWARD": "true",
 }
-Flags = Callable[[str], list[str]]
 
 
 @pytest.fixture(scope="module")
-def flags(tmp_path_factory: pytest.TempPathFactory) -> Flags:
-    """Return a function: method -> flags of a run, except the output folder."""
+def flags(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Return the flags of a run, except the output folder."""
     folder = tmp_path_factory.mktemp("inputs")
     write_photos(folder, range(24), "photos")
-    return lambda method: f"{FLAGS} {METHODS[method]}".format(photos=folder).split()
-
-
-@pytest.fixture(scope="module", params=METHODS)
-def method(request: pytest.FixtureRequest) -> str:
-    return request.param
+    return FLAGS.format(photos=folder).split()
 
 
 @pytest.fixture(scope="module")
-def whole(method: str, flags: Flags, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the folder of an uninterrupted run in two processes."""
-    return run_two(tmp_path_factory.mktemp(method) / "whole", flags(method))
+    return run_two(tmp_path_factory.mktemp("runs") / "whole", flags)
 
 
 def run_two(folder: Path, flags: list[str], environment: dict[str, str] | None = None) -> Path:
@@ -89,15 +78,13 @@ def interrupt(
 
 
 def test_two_processes_are_stopped_killed_and_resumed(
-    method: str, whole: Path, flags: Flags, tmp_path: Path
+    whole: Path, flags: list[str], tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
-    assert interrupt(folder, flags(method), 2, signal.SIGTERM) == [128 + signal.SIGTERM] * 2
+    assert interrupt(folder, flags, 2, signal.SIGTERM) == [128 + signal.SIGTERM] * 2
     assert list((folder / "checkpoints").glob("step-*"))
-    assert (
-        interrupt(folder, [*flags(method), "--resume"], 6, signal.SIGKILL) == [-signal.SIGKILL] * 2
-    )
-    run_two(folder, [*flags(method), "--resume"])
+    assert interrupt(folder, [*flags, "--resume"], 6, signal.SIGKILL) == [-signal.SIGKILL] * 2
+    run_two(folder, [*flags, "--resume"])
     assert_equal_runs(folder, whole)
 
 
@@ -109,10 +96,10 @@ VARIANTS: dict[str, tuple[dict[str, str], str, float]] = {
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_sharded_weights_and_bfloat16_have_the_same_losses(
-    variant: str, method: str, whole: Path, flags: Flags, tmp_path: Path
+    variant: str, whole: Path, flags: list[str], tmp_path: Path
 ) -> None:
     environment, more_flags, tolerance = VARIANTS[variant]
-    folder = run_two(tmp_path / "run", [*flags(method), *more_flags.split()], environment)
+    folder = run_two(tmp_path / "run", [*flags, *more_flags.split()], environment)
     for found, expected in zip(read_metrics(folder), read_metrics(whole), strict=True):
         assert math.isclose(found["loss"], expected["loss"], rel_tol=tolerance), found["step"]
     weights, expected_weights = (load_file(each / "model.safetensors") for each in (folder, whole))

@@ -154,7 +154,7 @@ def test_an_encoder_shows_its_features_before_and_after_pre_training(tmp_path: P
         for value in (0.45, 0.6)
     )
     results = {
-        "method": "mae",
+        "method": "lejepa",
         "before_steps": before,
         **after,
         "token_layout": {"patches": 16},
