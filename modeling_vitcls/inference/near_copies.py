@@ -24,6 +24,7 @@ import numpy as np
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from sklearn.metrics import pairwise_distances_argmin_min
+from sklearn.metrics.pairwise import cosine_distances
 from sklearn.neighbors import NearestNeighbors
 from sklearn.preprocessing import normalize
 
@@ -39,6 +40,10 @@ MIRROR_PART = 2.0
 # Part of the limit below which two labels are doubtful. With random weights, 64 of 162 near pairs show two
 # scenes, but none of 64 pairs that are nearer than half the distance of a mirror image.
 CONTRADICTION_PART = 0.25
+# Median distance between photos of different scenes, divided by the limit, from which these are told
+# apart: 5.4 to 14 for photographs, and below 4 for most pairs of digits
+MIN_CONTRAST = 4.0
+MAX_COMPARED = 1000  # Photos, drawn at random, that tell whether scenes can be told apart
 NUM_NEIGHBORS = 10  # A scene is a chain of neighbors, so a few of each photo connect it
 NUM_PROJECTIONS = 256  # Bytes of a stored photo
 CODE_SCALE = 30  # Of the codes of a projection, whose standard deviation is 1
@@ -64,10 +69,27 @@ def measure_limit(features: Features, own: Features, mirrored: Features) -> floa
     cosines = (describe_photos(own) * describe_photos(mirrored)).sum(axis=1)
     limit = MIRROR_PART * float(1 - np.median(cosines))
     scenes = number_scenes(find_pairs(features, limit), len(features.names))
-    is_largest = scenes == np.bincount(scenes).argmax()
-    # Most digits, for example, are near. A class alone may be one scene.
-    num_labels = len(np.unique(features.labels[is_largest], axis=0))
-    return 0.0 if is_largest.mean() > 0.5 and num_labels > 1 else limit
+    return limit if are_distinct(features, scenes, limit) else 0.0
+
+
+def are_distinct(features: Features, scenes: np.ndarray, limit: float) -> bool:
+    """Tell whether near photos are shots of scenes, and not photos of a kind that are all alike.
+
+    Digits of one kind are a chain of neighbors, too. But shots of a scene are near to one another, not
+    only to their neighbors, and photos of other scenes are far away.
+    """
+    sample = np.random.RandomState(0).permutation(len(scenes))[:MAX_COMPARED]
+    distances = cosine_distances(describe_photos(features)[sample])
+    is_same = scenes[sample, None] == scenes[sample]
+    within = distances[is_same & ~np.eye(len(sample), dtype=bool)]
+    if not len(within):
+        return True
+    if is_same.all():
+        return False
+
+    density = (within < limit).mean()
+    contrast = np.median(distances[~is_same]) / limit
+    return bool(density > 0.9 or (density > 0.5 and contrast > MIN_CONTRAST))
 
 
 def find_pairs(
@@ -204,7 +226,7 @@ def describe_scenes(record: Mapping[str, Any]) -> str | None:
     lines = []
     if record["are_alike"]:
         lines.append(
-            "this encoder has similar features for more than half of the photos, so scenes cannot be "
+            "this encoder has similar features for too many of these photos, so scenes cannot be "
             "distinguished, and none is kept together. If these are shots of one scene, the result is too good: name "
             "scenes with sub-folders or `group_column`"
         )

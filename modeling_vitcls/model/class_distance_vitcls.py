@@ -114,9 +114,7 @@ class ClassDistance(nn.Module):
         squares = []
         # The distance is a difference of large numbers, for which bfloat16 has too few digits.
         with torch.autocast(device, enabled=False):
-            for indices, terms in zip(
-                self.indices_by_size.values(), self.get_terms(), strict=True
-            ):
+            for indices, terms in zip(self.indices_by_size.values(), self.get_terms(), strict=True):
                 centers, precisions, means, of_means = terms
                 values = torch.stack([pooled[index] for index in indices]).float() - centers
                 products = values @ precisions  # [T, B, D]

@@ -81,7 +81,12 @@ def can_use_cpu_kernels() -> bool:
 
 
 def use_plain_modules(model: Model) -> Model:
-    """Undo `use_fast_modules` in place, and return the model."""
+    """Undo `use_fast_modules` in place, and return the model.
+
+    Examples:
+        >>> from modeling_vitcls import ViTCLSModel, use_plain_modules
+        >>> model = use_plain_modules(ViTCLSModel.from_pretrained("runs/photos"))
+    """
     for module in model.modules():
         if isinstance(module, FastModule):
             module.__class__ = type(module).__bases__[-1]

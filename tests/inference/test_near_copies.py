@@ -7,7 +7,7 @@ import pytest
 
 from modeling_vitcls.inference.frozen_features import FeatureLayout, Features
 from modeling_vitcls.inference.linear_probe import split_folds
-from modeling_vitcls.inference.near_copies import describe_scenes, keep_together
+from modeling_vitcls.inference.near_copies import describe_scenes, keep_together, measure_limit
 
 
 WIDTH = 48
@@ -52,3 +52,16 @@ def test_each_pair_with_two_labels_counts_once() -> None:
     _, record = keep_together(features, 0.02, ["cup", "pen"])
     assert record["num_contradictions"] == 0
     assert len(record["pairs"]) == 1
+
+
+@pytest.mark.parametrize("width, is_told_apart", [(0.05, True), (1.0, False)])
+def test_photos_that_are_alike_are_no_shots_of_one_scene(width: float, is_told_apart: bool) -> None:
+    """Two kinds of photos, each with near neighbors: shots of a scene, or kinds that vary like digits."""
+    position = np.linspace(0, width, 40)
+    values = np.zeros((80, WIDTH))
+    values[:, 0] = np.repeat([1, -1], 40)
+    values[:, 1] = np.tile(position, 2)
+    features = build_features(values, np.arange(80) // 40)
+    mirrored = build_features(values + 0.04 * np.eye(80, WIDTH, 2), features.labels)
+    limit = measure_limit(features, features, mirrored)
+    assert (limit > 0) == is_told_apart
