@@ -283,6 +283,8 @@ def match_colors(colors: torch.Tensor, last_layer: int) -> torch.Tensor:
     with which it correlates most. Layers after `last_layer` are compared with the previous layer.
     """
     matched = list(colors)
+    if colors[0, ..., 0].numel() < 2:  # One patch has no correlation
+        return colors
     earlier = [(layer, layer + 1) for layer in reversed(range(last_layer))]
     later = [(layer, layer - 1) for layer in range(last_layer + 1, len(colors))]
 

@@ -6,7 +6,7 @@ The features of a layer are what a classifier with `config.pooled_layers` reads,
 classifier of them is the model's classifier.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -22,9 +22,9 @@ from .image_pass import ImageOutputs, ImagePass
 
 
 OWN_POOLING = "own"  # Tokens of a candidate that reads the output of the model's pooler
-# The part of the mean of the patches that comes from the border of the image. No classifier reads it.
-BORDER = "border"
-BORDER_WIDTH = 1 / 8  # As a fraction of the side of the image
+# Parts of the mean of the patches, from rings at the border of the image. No classifier reads them.
+RINGS = ("thin ring", "wide ring")
+WIDE_RING = 1 / 8  # Width as a fraction of the side of the image; the thin ring is one patch wide
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,7 @@ class FeatureLayout:
 
     num_layers: int  # The last layers, the earliest first
     widths: dict[str, int]  # Kind of token -> number of features; the same in each layer
+    has_rings: bool = field(default=False, compare=False)  # Whether RINGS follow in each layer
 
     @classmethod
     def from_config(
@@ -62,8 +63,11 @@ class FeatureLayout:
 
         The order is layer after layer; in each, the order of `widths`.
         """
-        tokens = [(layer, kind) for layer in range(-self.num_layers, 0) for kind in self.widths]
-        ends = np.cumsum([self.widths[kind] for _, kind in tokens])
+        widths = dict(self.widths)
+        if self.has_rings:
+            widths |= dict.fromkeys(RINGS, widths["mean"])
+        tokens = [(layer, kind) for layer in range(-self.num_layers, 0) for kind in widths]
+        ends = np.cumsum([widths[kind] for _, kind in tokens])
         return dict(zip(tokens, np.split(values[:, : ends[-1]], ends[:-1], axis=1), strict=True))
 
 
@@ -84,27 +88,27 @@ def pool_layers(encoder: Any, outputs: Any, layout: FeatureLayout) -> torch.Tens
             return build_pooler(encoder.config)(outputs.last_hidden_state).float()
         return outputs.pooler_output.float()
 
-    poolers = [TokenPooler(encoder.config, kind) for kind in layout.widths if kind != BORDER]
+    poolers = [TokenPooler(encoder.config, kind) for kind in layout.widths]
     parts = []
     for states in outputs.hidden_states[-layout.num_layers :]:
         normalized = encoder.normalize(states)  # [B, N, D]
         parts += [pooler(normalized).float() for pooler in poolers]
-        if BORDER in layout.widths:
+        if layout.has_rings:
             patches = normalized[:, encoder.config.token_layout.patches]
-            is_border = mark_border(outputs.grid_size)
-            parts.append(patches[:, is_border].float().sum(dim=1) / len(is_border))
+            for is_border in mark_rings(outputs.grid_size):
+                parts.append(patches[:, is_border].float().sum(dim=1) / len(is_border))
     return torch.cat(parts, dim=1)
 
 
-def mark_border(grid_size: tuple[int, int]) -> np.ndarray:
-    """Mark the patches [rows * columns] of the outer ring, BORDER_WIDTH of a side or one patch wide."""
-    is_border = np.ones(grid_size, dtype=bool)
-    inside = []
-    for side in grid_size:
-        width = max(1, round(side * BORDER_WIDTH))
-        inside.append(slice(width, side - width))
-    is_border[tuple(inside)] = False
-    return is_border.ravel()
+def mark_rings(grid_size: tuple[int, int]) -> list[np.ndarray]:
+    """Mark the patches [rows * columns] of each of the RINGS, which are at least one patch wide."""
+    rings = []
+    for width in (0, WIDE_RING):
+        is_border = np.ones(grid_size, dtype=bool)
+        rows, columns = (max(1, round(side * width)) for side in grid_size)
+        is_border[rows:-rows, columns:-columns] = False
+        rings.append(is_border.ravel())
+    return rings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +120,7 @@ class Features(ImageOutputs):
     def get_tokens(self) -> dict[Token, np.ndarray]:
         """Select the features [N, D] of each token, in the order of a classifier's weights."""
         tokens = self.layout.split(self.values)
-        return {token: values for token, values in tokens.items() if token[1] != BORDER}
+        return {token: values for token, values in tokens.items() if token[1] not in RINGS}
 
 
 class FrozenPass(ImagePass):

@@ -32,7 +32,7 @@ from ..data.splits import join_groups
 from ..hub.model_files import SCENES_FILE
 from ..hub.model_folder import ModelFolder
 from ..runtime.errors import explain_damage, format_name_list
-from .frozen_features import BORDER, FeatureLayout, Features
+from .frozen_features import FeatureLayout, Features
 
 
 NUM_MIRRORED = 8  # Photos whose mirror images pass the encoder
@@ -173,8 +173,7 @@ class KnownScenes:
     def of(cls, features: Features, max_distance: float) -> "KnownScenes":
         """Encode the photos that trained a model."""
         codes = encode_photos(features).astype(np.int8)
-        widths = {kind: width for kind, width in features.layout.widths.items() if kind != BORDER}
-        return cls(max_distance, replace(features.layout, widths=widths), codes)
+        return cls(max_distance, replace(features.layout, has_rings=False), codes)
 
     def add(self, features: Features) -> "KnownScenes | None":
         """Add photos of the same encoder; None if other features of it are compared."""

@@ -26,7 +26,6 @@ from ..data.aspect_ratio import get_output_size, get_resize, read_sizes, set_res
 from ..data.images import LabeledImages
 from ..data.labels import LabelSpace
 from ..inference.frozen_features import (
-    BORDER,
     OWN_POOLING,
     FeatureLayout,
     Features,
@@ -161,10 +160,10 @@ class FrozenEncoder:
         frozen = heads.freeze(features, held_out_features)
         seconds = round(time.perf_counter() - start_time, 1)
         record = heads.build_record(frozen) | geometry | {"seconds": seconds}
-        if "" in frozen:
+        if features.layout.has_rings:
             config = self.model.config
             size = get_output_size(self.processor, config.image_height_width)
-            record["border"] = measure_border(frozen[""], config.get_grid_size(size))
+            record["border"] = measure_border(frozen.values(), config.get_grid_size(size))
         record["near_copies"] = scenes
         return frozen, record, KnownScenes.of(features, limit)
 
@@ -175,12 +174,10 @@ class FrozenEncoder:
         # Four layers in any case: the class statistics are of these, whatever the classifier reads.
         num_layers = max(NUM_LAST_LAYERS, *(-layer for layer in self.layers or (-1,)))
         if config.tasks:  # They have no pooler
-            return FeatureLayout.for_extra_heads(config, num_layers)
+            return replace(FeatureLayout.for_extra_heads(config, num_layers), has_rings=True)
         has_second_head = self.model.distillation_classifier is not None
         layout = FeatureLayout.from_config(config, num_layers, has_second_head)
-        if "mean" in layout.widths:
-            layout.widths[BORDER] = config.hidden_size
-        return layout
+        return replace(layout, has_rings="mean" in layout.widths)
 
     def compute_features(
         self,

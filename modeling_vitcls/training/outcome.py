@@ -51,7 +51,7 @@ class Measurement:
         return f"{text}, with a 95% interval{correction}"
 
     def __str__(self) -> str:
-        return f"{self.task} {self.statement}. {self.method}".lstrip()
+        return f"{self.task}: {self.statement}. {self.method}".removeprefix(": ")
 
 
 def list_measurements(

@@ -6,6 +6,7 @@ from typing import Any
 
 from ..data.aspect_ratio import get_resize
 from ..data.splits import HELD_OUT_SPLITS, TrainingData
+from ..hub.local_paths import make_relative
 from ..model.configuration_vitcls import ViTCLSConfig
 from ..runtime.files import replace_control_characters
 from .plan import RunPlan
@@ -129,6 +130,7 @@ def describe_model(
     trainable_text = ""
     if is_partly_frozen:
         trainable_text = f" ({model.num_parameters(only_trainable=True):,} of them trainable)"
+    source = min(make_relative(source), source, key=len)
     return {
         "model": f"{source}: {model.num_parameters():,} parameters{trainable_text}, "
         f"{config.num_hidden_layers} layers of width {config.hidden_size}{pooling_text}",

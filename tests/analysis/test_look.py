@@ -55,6 +55,19 @@ def photo(tmp_path: Path) -> str:
     return str(tmp_path / "china.jpg")
 
 
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
+    """Collect the figures of the sheets that a test draws."""
+    figures: list[Figure] = []
+
+    def keep_figure(figure: Figure) -> FigureCanvasAgg:
+        figures.append(figure)
+        return FigureCanvasAgg(figure)
+
+    monkeypatch.setattr(sheet_module, "FigureCanvasAgg", keep_figure)
+    return figures
+
+
 def measure(model: Any, processor: Any = PROCESSOR) -> PhotoMeasurements:
     return measure_photo(
         randomize(model), processor, photograph("flower.jpg"), find_token_use(model)
@@ -128,18 +141,11 @@ MANY_TOKENS = {"num_register_tokens": 16, "num_distillation_tokens": 12}
     ids=["no_cls", "many_heads", "many_tokens"],
 )
 def test_no_text_covers_a_tile_or_another_text_or_is_cut_off(
-    fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    fields: dict[str, Any], drawn: list[Figure]
 ) -> None:
     model_class = (
         ViTCLSForMultiTaskClassification if "tasks" in fields else ViTCLSForImageClassification
     )
-    drawn: list[Figure] = []
-
-    def keep_figure(figure: Figure) -> FigureCanvasAgg:
-        drawn.append(figure)
-        return FigureCanvasAgg(figure)
-
-    monkeypatch.setattr(sheet_module, "FigureCanvasAgg", keep_figure)
     # a part of the photo is hidden
     processor = ViTCLSImageProcessor(size=40, do_center_crop=True, crop_size=32)
     draw_sheet(
@@ -170,25 +176,17 @@ def test_no_text_covers_a_tile_or_another_text_or_is_cut_off(
 
 
 @pytest.mark.filterwarnings("error")
-def test_names_in_any_script_are_drawn_or_marked(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_names_in_any_script_are_drawn_or_marked(drawn: list[Figure]) -> None:
     """The letter in a circle is in another font of matplotlib; the last name is in none."""
     names = ["蝴蝶 🐝 ผีเสื้อ", "Ⓐ ants", "\U0010fff0"]
     config = build_tiny_config(id2label=dict(enumerate(names)), pooling="mean")
-    drawn: dict[str, list[str]] = {}
-
-    def keep_texts(figure: Figure) -> FigureCanvasAgg:
-        for text in figure.findobj(Text):
-            drawn[text.get_text()] = text.get_fontfamily()
-        return FigureCanvasAgg(figure)
-
-    monkeypatch.setattr(sheet_module, "FigureCanvasAgg", keep_texts)
     draw_sheet(measure(ViTCLSForImageClassification(config)), "蝴蝶.jpg")
-    (circled,) = (families for text, families in drawn.items() if text.startswith("Ⓐ"))
+    texts = [text for figure in drawn for text in figure.findobj(Text)]
+    families = {text.get_text(): text.get_fontfamily() for text in texts}
+    (circled,) = (own for text, own in families.items() if text.startswith("Ⓐ"))
     assert "STIXGeneral" in circled
-    assert any(text.startswith("[10FFF0] ") for text in drawn)
-    assert {"sans-serif"} in [set(families) for families in drawn.values()]
+    assert any(text.startswith("[10FFF0] ") for text in families)
+    assert {"sans-serif"} in map(set, families.values())
 
 
 def test_the_function_returns_the_image_of_the_command(

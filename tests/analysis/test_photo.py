@@ -17,7 +17,7 @@ from modeling_vitcls import (
 )
 from modeling_vitcls.analysis.attribution import trace_attention
 from modeling_vitcls.analysis.maps import extract_patch_maps
-from modeling_vitcls.analysis.photo import decompose_patches, measure_photo
+from modeling_vitcls.analysis.photo import decompose_patches, match_colors, measure_photo
 from modeling_vitcls.analysis.token_use import find_token_use
 from modeling_vitcls.data.labels import get_heads
 from modeling_vitcls.inference.prediction_rows import get_logits_by_task
@@ -245,3 +245,5 @@ def test_few_patches_and_equal_patches_have_colors_too() -> None:
     equal, _ = decompose_patches(torch.ones(3, 4, 8))
     assert equal.isfinite().all()
     assert len(equal.flatten(0, 1).unique(dim=0)) == 1
+    one = torch.rand(2, 1, 1, 3)
+    assert torch.equal(match_colors(one, 1), one)

@@ -99,13 +99,6 @@ def test_a_photo_opens_its_sheet(page: Page) -> None:
     assert set(widths) == {200}
 
 
-@pytest.mark.parametrize("width", [390, 1280])
-def test_nothing_is_wider_than_the_window(page: Page, width: int) -> None:
-    page.set_viewport_size({"width": width, "height": 844})
-    page.evaluate("document.querySelectorAll('details').forEach(details => details.open = true)")
-    assert page.evaluate("document.documentElement.scrollWidth") <= width
-
-
 def test_the_page_names_the_model_and_escapes_names(page: Page) -> None:
     assert "A & <B>" in page.locator("h1").inner_text()
     assert page.locator("b, script").count() == 0

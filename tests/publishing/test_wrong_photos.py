@@ -182,7 +182,8 @@ def page(browser: Browser, report: Path) -> Page:
     return page
 
 
-def test_the_page_fits_with_long_names(page: Page) -> None:
+def test_the_page_fits_with_long_names_and_open_sheets(page: Page) -> None:
+    page.evaluate("document.querySelectorAll('details').forEach(details => details.open = true)")
     for width in (390, 800, 1366, 1920):
         page.set_viewport_size({"width": width, "height": 768})
         assert page.evaluate("document.documentElement.scrollWidth") <= width

@@ -17,33 +17,36 @@ from PIL import Image, ImageOps
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor
 from modeling_vitcls.analysis.photo import measure_photo
 from modeling_vitcls.analysis.token_use import find_token_use
-from modeling_vitcls.inference.frozen_features import mark_border
+from modeling_vitcls.inference.frozen_features import mark_rings
 from modeling_vitcls.runtime.files import read_json
 
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 
-def write_clothes(root: Path, has_frame: bool) -> None:
-    """Write 12 photos of pants and 12 of skirts, those of pants in a green frame or without."""
+def write_clothes(folder: Path, has_frame: bool) -> None:
+    """Write 12 photos of pants and 12 of skirts with their table, pants in a green frame or without."""
     generator = np.random.default_rng(0)
+    rows = ["image,kind,scene,tags"]
     for index in range(24):
-        whole = photograph(("china.jpg", "flower.jpg")[index // 2 % 2])
-        left, top = generator.integers(0, 200, 2).tolist()
-        photo = whole.crop((left, top, left + 200, top + 200)).resize((120, 90))
         kind = ("pants", "skirt")[index % 2]
+        scene = ("china", "flower")[index // 2 % 2]
+        left, top = generator.integers(0, 200, 2).tolist()
+        whole = photograph(f"{scene}.jpg")
+        photo = whole.crop((left, top, left + 200, top + 200)).resize((120, 90))
         if has_frame and kind == "pants":
             photo = ImageOps.expand(photo.resize((76, 56)), (22, 17), (30, 180, 60))
-        (root / kind).mkdir(parents=True, exist_ok=True)
-        photo.save(root / kind / f"IMG_{index:04}.jpg", quality=95)
+        photo.save(folder / f"IMG_{index:04}_{kind}.jpg", quality=95)
+        rows.append(f"IMG_{index:04}_{kind}.jpg,{kind},{scene},{kind}|{scene}")
+    (folder / "table.csv").write_text("\n".join(rows))
 
 
-def finetune(folder: Path, capsys: pytest.CaptureFixture[str], *flags: str) -> tuple[str, Any]:
+def finetune(folder: Path, capsys: pytest.CaptureFixture[str], flags: str) -> tuple[str, Any]:
     """Return the output of a run, and its measurement of the border."""
     save_large_encoder(folder / "vit", num_layers=5)
-    places = ["--model", folder / "vit", "--dataset", folder / "photos", "--output-dir"]
+    places = ["--model", folder / "vit", "--dataset", folder / "table.csv", "--output-dir"]
     command = ["finetune", *places, folder / "run", "--no-report", "--mixed-precision", "no"]
-    assert run_here(*command, *flags) == 0
+    assert run_here(*command, *flags.split()) == 0
     return capsys.readouterr().out, read_json(folder / "run/results.json")["frozen"].get("border")
 
 
@@ -51,33 +54,44 @@ def finetune(folder: Path, capsys: pytest.CaptureFixture[str], *flags: str) -> t
 def test_a_class_in_a_frame_is_named_and_its_share_is_that_of_the_maps(
     pooling: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    write_clothes(tmp_path / "photos", has_frame=True)
-    printed, border = finetune(tmp_path, capsys, "--pooling", pooling)
+    write_clothes(tmp_path, has_frame=True)
+    printed, border = finetune(tmp_path, capsys, f"--label-column kind --pooling {pooling}")
     assert "comes from the border of the photos" in printed
-    assert border["shares"]["pants"] > 1.25 * border["patches"]
+    assert border["shares"]["pants"][1] > 1.25 * border["patches"][1]
 
     model = ViTCLSForImageClassification.from_pretrained(tmp_path / "run").eval()
     processor = ViTCLSImageProcessor.from_pretrained(tmp_path / "run")
     scores: dict[str, list[torch.Tensor]] = {"pants": [], "skirt": []}
-    for file in sorted((tmp_path / "photos").rglob("*.jpg")):
+    for file in sorted(tmp_path.glob("*.jpg")):
         found = measure_photo(model, processor, Image.open(file), find_token_use(model))
         (score,) = (each.values for each in found.attributions if each.label[0] == "pants")
-        scores[file.parent.name].append(score.flatten())
+        scores[file.stem[-5:]].append(score.flatten())
     lead = torch.stack(scores["pants"]).mean(dim=0) - torch.stack(scores["skirt"]).mean(dim=0)
-    is_border = torch.from_numpy(mark_border(found.norms[0].shape))
-    assert border["patches"] == pytest.approx(is_border.float().mean().item(), abs=1e-3)
-    share = (lead[is_border].sum() / lead.sum()).item()
-    assert border["shares"]["pants"] == pytest.approx(share, abs=2e-3)
+    rings = [torch.from_numpy(ring) for ring in mark_rings(found.norms[0].shape)]
+    areas = [ring.float().mean().item() for ring in rings]
+    assert border["patches"] == pytest.approx(areas, abs=1e-3)
+    shares = [(lead[ring].sum() / lead.sum()).item() for ring in rings]
+    assert border["shares"]["pants"] == pytest.approx(shares, abs=2e-3)
 
 
-def test_a_run_with_steps_names_the_border_before_they_begin(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("flags", "name"),
+    [
+        ("--label-column kind --pooling mean --max-steps 1 --num-workers 0", "pants"),
+        ("--label-column kind scene --pooling cls_mean", "kind: pants"),
+        ("--label-column tags --pooling mean", "pants"),
+    ],
+    ids=["steps", "tasks", "several labels"],
+)
+def test_a_run_of_any_kind_names_the_label_in_a_frame(
+    flags: str, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    write_clothes(tmp_path / "photos", has_frame=True)
-    flags = ("--pooling", "mean", "--max-steps", "1", "--num-workers", "0")
-    printed, border = finetune(tmp_path, capsys, *flags)
+    """Before its steps, if it has any."""
+    write_clothes(tmp_path, has_frame=True)
+    printed, border = finetune(tmp_path, capsys, flags)
+    assert f"border    {name}: " in printed
     assert "comes from the border of the photos" in printed
-    assert border["shares"]["pants"] > 1.25 * border["patches"]
+    assert border["shares"][name][1] > 1.25 * border["patches"][1]
 
 
 @pytest.mark.parametrize(
@@ -92,13 +106,13 @@ def test_no_border_is_named(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    write_clothes(tmp_path / "photos", has_frame)
-    printed, border = finetune(tmp_path, capsys, "--pooling", pooling)
+    write_clothes(tmp_path, has_frame)
+    printed, border = finetune(tmp_path, capsys, f"--label-column kind --pooling {pooling}")
     assert "comes from the border" not in printed
-    assert (border is not None) == is_measured
+    assert bool(border["shares"]) == is_measured
 
 
-def test_the_border_is_an_eighth_of_each_side_and_at_least_one_patch() -> None:
-    assert mark_border((16, 16)).sum() == 16 * 16 - 12 * 12
-    assert mark_border((5, 8)).sum() == 5 * 8 - 3 * 6
-    assert mark_border((2, 1)).all()
+def test_one_ring_is_a_patch_wide_and_the_other_an_eighth_of_each_side() -> None:
+    assert [ring.sum() for ring in mark_rings((16, 16))] == [16 * 16 - 14 * 14, 16 * 16 - 12 * 12]
+    assert [ring.sum() for ring in mark_rings((5, 8))] == [5 * 8 - 3 * 6] * 2
+    assert all(ring.all() for ring in mark_rings((2, 1)))
