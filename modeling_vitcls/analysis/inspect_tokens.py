@@ -15,12 +15,11 @@ from ..hub.loading import get_cached_commit
 from ..hub.local_paths import get_title
 from ..inference.load_model import choose_batch_size, load_model
 from ..runtime.distributed import choose_precision
-from ..runtime.files import write_json
 from ..runtime.progress import track
 from .inspection import MAX_BATCH_SIZE, Inspection, inspect_images
 from .inspection_images import open_images
 from .options import InspectOptions
-from .report import build_inspection_record, format_effects, write_page
+from .report import format_effects, write_page
 from .token_use import find_token_use
 
 
@@ -49,9 +48,9 @@ def write_inspection(options: InspectOptions) -> Inspection:
     )
     label_space = get_label_space(model.config) if find_token_use(model).has_head else UNLABELED
     data = open_images(options, label_space, select_task(read_splits(folder), None))
-    files = [file for file in (options.output, options.json) if file is not None]
-    for file in files:
-        file.parent.mkdir(parents=True, exist_ok=True)  # An error comes before the measurements
+    options.output.parent.mkdir(
+        parents=True, exist_ok=True
+    )  # An error comes before the measurements
 
     inspection, photos = inspect_images(
         model,
@@ -71,12 +70,9 @@ def write_inspection(options: InspectOptions) -> Inspection:
     title = get_title(options.model)
     commit = get_cached_commit(str(folder.path))
     write_page(options.output, title, inspection, photos, data.description, commit)
-    if options.json is not None:
-        write_json(options.json, build_inspection_record(inspection, title, commit))
     print_inspection(inspection, console)
     console.print(f"{inspection.num_images:,} images, {len(photos)} shown")
-    for file in files:
-        console.print(f"saved {file}", markup=False)
+    console.print(f"saved {options.output}", markup=False)
     return inspection
 
 

@@ -30,8 +30,6 @@ class InspectOptions(ImageOptions):
     """Separator of the labels in a text column with several labels per image (`cat|dog`)."""
     output: Path = Path("report.html")
     """HTML file for the report."""
-    json: Path | None = None
-    """JSON file for the values in the report."""
     num_images: int = 8
     """Number of images in the report: wrong predictions, then the least confident predictions, then
     typical images."""
@@ -54,7 +52,7 @@ class InspectOptions(ImageOptions):
                 "`image_column`, `label_column` and `label_separator` require `dataset`. Set "
                 "`dataset`."
             )
-        check_output_files(output=self.output, json=self.json)
+        check_output_files(output=self.output)
         if self.output.suffix.lower() not in (".html", ".htm"):
             raise ValueError(f"`output={str(self.output)!r}`: the file name must end in .html")
 

@@ -12,7 +12,6 @@ page.css           style of every page
 import base64
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -91,31 +90,6 @@ def write_page(
     Path(file).parent.mkdir(parents=True, exist_ok=True)
     with write_atomically(Path(file)) as partial_file:
         partial_file.write_text(text, encoding="utf-8")
-
-
-def build_inspection_record(
-    inspection: Inspection, model: str, commit: str | None
-) -> dict[str, Any]:
-    """Build the table of effects, the faults and the outlier norms for programs.
-
-    `effects` has all values of each `Effect`; `num_images` is the number of measured images.
-    """
-    effects = [
-        {"token": token, "output": output, **asdict(effect)}
-        | {"limit": effect.limit, "comparison": effect.comparison}
-        | {"gate": inspection.gates.get(token)}
-        for token, output, effect in inspection.effects
-    ]
-    return {
-        "model": model,
-        "commit": commit,
-        "version": __version__,
-        "effects": effects,
-        "faults": inspection.faults,
-        "patches": {"outliers": inspection.outlier_share, "layer": inspection.outlier_layer},
-        "num_images": inspection.num_images,
-        "num_unreadable": len(inspection.error_messages),
-    }
 
 
 # The page -----------------------------------------------------------------------------------------

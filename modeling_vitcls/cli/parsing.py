@@ -207,7 +207,7 @@ def check_flags(
 
 def check_outputs(options: Options) -> None:
     """Raise ValueError if an output cannot be written, before libraries are imported."""
-    for name in ("output_dir", "output", "json", "per_image"):
+    for name in ("output_dir", "output", "per_image"):
         output = getattr(options, name, None)
         if output is not None:
             check_writable(name, output)

@@ -171,14 +171,6 @@ def load_undivided_images(
     return replace(loaded, images_by_split=merged)
 
 
-def load_training_data(
-    options: DataOptions, use_selection_split: bool = False, use_labels: bool = True
-) -> TrainingData:
-    """Load and divide the images as a run with steps does."""
-    images = load_undivided_images(options, use_selection_split, use_labels)
-    return divide_images(images, options.held_out_part, use_selection_split)
-
-
 def add_keys(splits: Mapping[str, LabeledImages]) -> dict[str, LabeledImages]:
     """Make copies recognizable: add the keys of the images, and groups that contain all copies."""
     # Over all splits at once: a copy of a training image in the test split has the same group.

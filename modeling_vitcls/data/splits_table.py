@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ..hub.model_files import SPLITS_FILE
+from ..hub.model_files import RECIPE_FILE, SPLITS_FILE
 from ..hub.model_folder import ModelFolder
-from ..runtime.errors import explain_damage
+from ..runtime.errors import explain_damage, warn_on_first_process
 from ..runtime.files import write_atomically
 from .images import LabeledImages
 
@@ -60,7 +60,11 @@ def read_splits(folder: ModelFolder) -> pd.DataFrame:
     """
     file = folder.path / SPLITS_FILE
     if not file.is_file():
-        folder.warn_about_lost_splits()
+        if (folder.path / RECIPE_FILE).is_file():
+            warn_on_first_process(
+                f"{SPLITS_FILE} of {folder.source} is missing, so images that the model was trained "
+                "on are not recognized"
+            )
         return EMPTY_TABLE
     remedy = "Remove it to use the model without the list of its training images"
     with explain_damage(file, remedy):

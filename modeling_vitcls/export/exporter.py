@@ -16,6 +16,7 @@ import torch
 
 from ..conversion.parity_report import build_random_images
 from ..data.aspect_ratio import get_output_size, get_resize, set_resize
+from ..hub.local_paths import resolve_name, strip_folders
 from ..hub.model_files import CONFIG_FILE, GRAPH_FILE, PROCESSOR_FILE
 from ..runtime.errors import describe_installation
 from ..runtime.files import write_json
@@ -24,7 +25,7 @@ from .compare import LIMITS, measure_differences, select_image_shapes
 from .exportable import NamedOutputsModel, load_exportable_model
 from .onnx_file import OnnxGraph, write_onnx
 from .options import ExportOptions
-from .report import PACKAGES, build_report, describe_model
+from .report import PACKAGES, describe_file, describe_model
 from .tracing import GraphShape, select_graph_shape, trace_model
 
 
@@ -64,11 +65,16 @@ def export_model(options: ExportOptions) -> dict[str, Any]:
     ):
         file = folder / target.name
         description = describe_model(exportable, list(expected[0]))
-        write_onnx(program, shape, list(expected[0]), file, options.opset, description)
+        write_onnx(program, shape, list(expected[0]), file, description)
         graph = OnnxGraph(file)
         outputs = list(map(graph, batches))
         comparisons = measure_differences(batches, expected, outputs, LIMITS[options.dtype])
-        report = build_report(options, description, shape, file, graph, expected[0], comparisons)
+        report = {
+            "model": strip_folders(resolve_name(options.model)),
+            "dtype": options.dtype,
+            **description,
+            **describe_file(shape, file, graph, expected[0], comparisons),
+        }
         if not options.output.suffix and not (options.output / CONFIG_FILE).exists():
             # What a program needs in addition to the graph, if the folder is not the model's
             model.config.to_json_file(folder / CONFIG_FILE)

@@ -30,7 +30,6 @@ def write_onnx(
     graph_shape: GraphShape,
     names: list[str],
     file: Path,
-    opset: int | None = None,
     metadata: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a graph to an ONNX file with torch.onnx.
@@ -40,11 +39,10 @@ def write_onnx(
         graph_shape: The image sizes that it accepts.
         names: Names of the outputs.
         file: An .onnx file.
-        opset: Version of the operators. Default: the version that torch.onnx recommends.
         metadata: What the file says about itself (`metadata_props`): name -> value, as JSON.
 
     Raises:
-        ValueError: If torch.onnx does not support the graph or the version.
+        ValueError: If torch.onnx does not support the graph.
     """
     try:
         program = torch.onnx.export(
@@ -53,19 +51,11 @@ def write_onnx(
             input_names=[INPUT_NAME],
             output_names=names,
             dynamic_shapes=graph_shape.dynamic_shapes,
-            opset_version=opset,
             verbose=False,
         )
     except Exception as error:  # torch.onnx raises many types of errors
         raise ValueError(f"torch.onnx cannot export this model: {format_error(error)}") from error
     assert program is not None, "torch.onnx returns a program if `dynamo` is set"
-
-    # torch.onnx writes another version than a person asked for if it cannot convert the graph.
-    written = program.model.opset_imports[""]
-    if opset not in (None, written):
-        raise ValueError(
-            f"torch.onnx cannot write `opset={opset}`. Set `opset={written}`, or leave it out"
-        )
 
     # The names of the nodes tell which layer they compute: a person who quantizes the file can
     # leave a layer in float32 (docs/exporting.md).

@@ -9,7 +9,7 @@ from ..runtime.flags import Options
 
 @dataclass(frozen=True, kw_only=True)
 class ExportOptions(Options):
-    """Export a model to ONNX.
+    """Export a model to ONNX, which OpenVINO reads, too.
 
     Nothing is written if the outputs of the graph and the model differ by more than the limit.
     """
@@ -21,8 +21,6 @@ class ExportOptions(Options):
     """Output file (.onnx), which must not exist yet, or a folder for `model.onnx`, and
     for the configuration and the image processor unless they are there. A push of a model folder
     also publishes the files in it that were exported from its weights."""
-    format: Literal["onnx"] = "onnx"
-    """ONNX. OpenVINO reads the file, too."""
     image_size: tuple[int, int] | None = None
     """Height and width in pixels. With --no-dynamic, the graph accepts only this size; otherwise,
     the size is used only in the comparison. Default: the image size of the model."""
@@ -30,6 +28,3 @@ class ExportOptions(Options):
     """Accept images of different sizes, not only of --image-size. The batch size is always dynamic."""
     dtype: Literal["float32", "float16"] = "float32"
     """dtype of the weights and computations. Inputs and outputs are always float32."""
-    opset: int | None = None
-    """Version of the ONNX operators, such as 18 for older programs. Default: the version that
-    torch.onnx recommends."""

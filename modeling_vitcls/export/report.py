@@ -7,7 +7,6 @@ from transformers.image_utils import PILImageResampling
 
 from ..conversion.processors import SHARED_SETTINGS, select_settings
 from ..data.labels import get_label_space
-from ..hub.local_paths import resolve_name, strip_folders
 from ..hub.model_files import hash_files
 from ..inference.prediction_rows import DISTANCE
 from ..model.configuration_vitcls import ViTCLSConfig
@@ -16,7 +15,6 @@ from ..runtime.system import get_versions
 from ..version import __version__
 from .exportable import Exportable, Outputs
 from .onnx_file import OnnxGraph
-from .options import ExportOptions
 from .tracing import INPUT_NAME, GraphShape
 
 
@@ -41,9 +39,7 @@ def describe_model(exportable: Exportable, names: list[str]) -> dict[str, Any]:
     }
 
 
-def build_report(
-    options: ExportOptions,
-    description: dict[str, Any],
+def describe_file(
     shape: GraphShape,
     file: Path,
     graph: OnnxGraph,
@@ -53,8 +49,6 @@ def build_report(
     """Describe a graph and its file, in a folder that has no other files.
 
     Args:
-        options: The flags of `vitcls export`.
-        description: What the file says about the model (`describe_model`).
         shape: The image sizes of the graph.
         file: The file.
         graph: Its contents.
@@ -68,9 +62,6 @@ def build_report(
         "num_bytes": sum(each.stat().st_size for each in files),
         "sha256": hash_files(files),
         "versions": get_versions("timm", *PACKAGES),
-        # The model
-        "model": strip_folders(resolve_name(options.model)),
-        **description,
         # What the graph reads and returns
         "input": {
             "name": INPUT_NAME,
@@ -83,7 +74,6 @@ def build_report(
         # With the names of the dynamic axes, such as (height//16)
         "outputs": {output.name: output.shape for output in graph.session.get_outputs()},
         # How it compares with the model
-        "dtype": options.dtype,
         "largest_differences": {
             name: max(each["differences"][name] for each in comparisons) for name in outputs
         },

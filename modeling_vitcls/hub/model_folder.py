@@ -25,7 +25,6 @@ from .model_files import (
     CERTIFICATE_FILE,
     CONFIG_FILE,
     CONFIG_FILES,
-    INDEX_FILE,
     LICENSE_FILES,
     NOT_VITCLS,
     PARITY_REPORT_FILE,
@@ -35,7 +34,6 @@ from .model_files import (
     RESULTS_FILE,
     SAMPLE_IMAGES_FILE,
     SPLITS_FILE,
-    WEIGHTS_FILE,
     check_is_vitcls,
     hash_settings,
     hash_weights,
@@ -238,14 +236,6 @@ class ModelFolder:
                 f"may differ from those that {RESULTS_FILE} describes"
             )
 
-    def warn_about_lost_splits(self) -> None:
-        """Log a line if a run has flags, but not the list of the images that it trained on."""
-        if (self.path / RECIPE_FILE).is_file() and not (self.path / SPLITS_FILE).is_file():
-            warn_on_first_process(
-                f"{SPLITS_FILE} of {self.source} is missing, so images that the model was trained "
-                "on are not recognized"
-            )
-
     @cached_property
     def weight_files(self) -> list[str]:
         """The names of the weight files that the model loads, also of missing ones."""
@@ -268,15 +258,8 @@ class ModelFolder:
             if not name.startswith("class_distance.")
         )
 
-    @cached_property
-    def has_weights(self) -> bool:
-        """Whether the folder contains a model in safetensors, and not only exported files."""
-        return any((self.path / name).is_file() for name in (WEIGHTS_FILE, INDEX_FILE))
-
     def check_is_complete(self) -> None:
         """Raise ValueError if files are missing, or refer to files elsewhere."""
-        if self.exports and not self.has_weights:
-            return
         for reference in self.code_references:
             if "--" in reference:
                 raise ValueError(
@@ -295,13 +278,9 @@ class ModelFolder:
 
     @cached_property
     def weights_sha256(self) -> dict[str, str] | None:
-        """The SHA-256 of each weight file.
-
-        A folder without weights has them in results.json; None if there is neither.
-        """
-        if all((self.path / name).is_file() for name in self.weight_files):
-            return hash_weights(self.path)
-        return self.results_of_any_weights.get("weights_sha256")
+        """The SHA-256 of each weight file; None if one is missing."""
+        is_whole = all((self.path / name).is_file() for name in self.weight_files)
+        return hash_weights(self.path) if is_whole else None
 
     @cached_property
     def results_of_any_weights(self) -> dict[str, Any]:
@@ -345,9 +324,7 @@ class ModelFolder:
         `key` is the field with the hashes of the weights.
         """
         content = self.read_saved(name)
-        # Without weights, there is no hash to compare: exported files and their results were written
-        # together.
-        if not content or not self.has_weights or content.get(key) == self.weights_sha256:
+        if not content or content.get(key) == self.weights_sha256:
             return content
         warn_on_first_process(
             f"ignoring {name}, because it belongs to other weights than those in {self.path}"

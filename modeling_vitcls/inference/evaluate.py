@@ -30,7 +30,7 @@ from ..runtime.distributed import build_accelerator, set_mixed_precision
 from ..runtime.files import write_json
 from ..runtime.flags import spell_flags
 from ..runtime.system import describe_device, get_versions
-from .evaluator import Evaluator, Predictions, describe_repeats
+from .evaluator import Evaluator, describe_repeats
 from .load_model import load_for_inference
 from .metric_tables import (
     build_class_tables,
@@ -120,7 +120,14 @@ def evaluate_checkpoint(options: EvaluateOptions) -> dict[str, Any]:
     }
     if accelerator.is_main_process:
         # First the files: `| head` ends the process when it has enough lines
-        write_files(options, results, predictions, console)
+        for file in filter(None, (options.per_image, options.output)):
+            file.parent.mkdir(parents=True, exist_ok=True)
+        if options.per_image is not None:
+            write_predictions(options.per_image, predictions, results["weights_sha256"])
+            console.print(f"saved {options.per_image}", markup=False)
+        if options.output is not None:
+            write_json(options.output, results)
+            console.print(f"saved {options.output}", markup=False)
     print_results(results, data.description, console)
     accelerator.end_training()
     return results
@@ -178,23 +185,6 @@ def get_training_columns(
 
 
 # Output -------------------------------------------------------------------------------------------
-
-
-def write_files(
-    options: EvaluateOptions,
-    results: dict[str, Any],
-    predictions: Predictions,
-    console: Console,
-) -> None:
-    """Write the results, and the predictions of each image, to the files that are asked for."""
-    if options.per_image is not None:
-        options.per_image.parent.mkdir(parents=True, exist_ok=True)
-        write_predictions(options.per_image, predictions, results["weights_sha256"])
-        console.print(f"saved {options.per_image}", markup=False)
-    if options.output is not None:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        write_json(options.output, results)
-        console.print(f"saved {options.output}", markup=False)
 
 
 def print_results(results: dict[str, Any], part_text: str, console: Console) -> None:

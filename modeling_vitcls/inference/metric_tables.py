@@ -1,7 +1,6 @@
 """Measured metrics as tables: names, rows with confidence intervals, and a table of classes."""
 
 from collections.abc import Iterator
-from typing import Any
 
 from ..runtime.files import replace_control_characters
 from .metrics import MetricValues, get_task_metrics
@@ -66,8 +65,18 @@ def build_class_tables(results: MetricValues) -> dict[str, list[dict[str, str]]]
     for title, metrics in list_titles(results).items():
         rows = metrics.get("per_class", [])
         if 0 < len(rows) <= MAX_CLASSES_IN_TABLE:
-            num_images = metrics["num_images"]
-            tables[f"{title}Per class"] = [build_class_row(row, num_images) for row in rows]
+            tables[f"{title}Per class"] = [
+                {
+                    "Class": format_name(row["name"]),
+                    "Images": f"{row['images']:,}",
+                    **{
+                        column: format_percent(row[key], metrics["num_images"])
+                        for key, column in CLASS_COLUMNS.items()
+                        if key in row
+                    },
+                }
+                for row in rows
+            ]
     return tables
 
 
@@ -87,20 +96,6 @@ def describe_confusions(results: MetricValues) -> list[str]:
             texts = ", ".join(text for _, text in pairs[:NUM_CONFUSIONS])
             lines.append(f"{title}Confusions, most frequent: {texts}")
     return lines
-
-
-def build_class_row(metrics: dict[str, Any], num_images: int) -> dict[str, str]:
-    """Format the metrics of one class of `num_images` images as table cells, by column."""
-    metric_cells = {
-        CLASS_COLUMNS[key]: format_percent(value, num_images)
-        for key, value in metrics.items()
-        if key not in ("name", "images")
-    }
-    return {
-        "Class": format_name(metrics["name"]),
-        "Images": f"{metrics['images']:,}",
-        **metric_cells,
-    }
 
 
 def format_small_percent(value: float) -> str:

@@ -33,8 +33,7 @@ class EvaluateOptions(EngineOptions, DataOptions):
 
     model: str
     """Folder or Hub id of a vitcls model (`ID@COMMIT` pins the model), or another ViT, which is
-    converted once (`timm:NAME`, `transformers:ID`, a folder, a Hub id, a file). A folder that
-    `vitcls export` wrote has an ONNX file instead of weights: this file is evaluated."""
+    converted once (`timm:NAME`, `transformers:ID`, a folder, a Hub id, a file)."""
     split: str | None = None
     """Dataset split, of which all images are evaluated. Default: `test` or, if there is none,
     `validation` or the only split, without the images that the model was trained on."""

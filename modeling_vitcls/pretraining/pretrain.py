@@ -121,7 +121,7 @@ class PreTraining:
         """Whether the encoder predicts labels, which it never does, whatever the dataset has."""
         return False
 
-    def list_warnings(self, options: PretrainOptions, data: TrainingData) -> list[str]:
+    def list_warnings(self, data: TrainingData, group_column: str | None) -> list[str]:
         """Find nothing: images without labels may be anything."""
         return []
 

@@ -6,7 +6,6 @@
     classifier.md.j2    a fine-tuned classifier: results.json and config.resolved.yaml of `vitcls finetune`
     encoder.md.j2       a pre-trained encoder: results.json and config.resolved.yaml of `vitcls pretrain`
     conversion.md.j2    the output of `vitcls convert`, in both directions: parity_report.json
-    export.md.j2        exported files without weights: FILE.json of `vitcls export`
     model.md.j2         any other vitcls model, such as a merged adapter or a model saved by hand
 
 The templates, with all text, are in model_cards/. Sections without values are omitted. A card that
@@ -116,7 +115,7 @@ def render_card(
         "shown_files": shown_files,
         "has_token_effects": folder.has_trained_tokens,
         "license": license_source,
-        "has_code": folder.has_weights and not folder.is_native,
+        "has_code": not folder.is_native,
         "is_native": folder.is_native,
         "tasks": folder.config.task_labels() if folder.config is not None else {},
         "parity": folder.parity_report,
@@ -138,7 +137,7 @@ def render_card(
     elif is_run:
         template = "encoder" if "method" in folder.results else "classifier"
     else:
-        template = "model" if folder.has_weights else "export"
+        template = "model"
     variables |= build_model_variables(folder)
     variables |= build_run_variables(folder) if is_run else {}
     variables |= {
@@ -228,7 +227,7 @@ def build_model_variables(folder: ModelFolder) -> dict[str, Any]:
     config = folder.config
     is_classifier = folder.auto_class == "AutoModelForImageClassification"
     variables = {
-        "num_parameters": folder.num_parameters if folder.has_weights else None,
+        "num_parameters": folder.num_parameters,
         "auto_class": folder.auto_class,
         "is_classifier": is_classifier,
         "has_pipeline": is_classifier and not (config is not None and config.tasks),

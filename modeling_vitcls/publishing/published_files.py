@@ -85,16 +85,13 @@ def list_published_files(folder: ModelFolder) -> set[str]:
     for file, report in folder.exports.items():
         names |= {file, f"{file}.json"} | {f"{file}.data"} & set(report["sha256"])
 
-    if folder.has_weights:
-        names |= {*CONFIG_FILES, *folder.weight_files, INDEX_FILE, *folder.code_files}
-        names |= {PARITY_REPORT_FILE} if folder.parity_report else set()
-        names |= {CERTIFICATE_FILE} if folder.certificate else set()
-        # If the results belong to other weights, no file of their run is published: its recipe
-        # would be wrong for the new weights as well.
-        if folder.results or not (folder.path / RESULTS_FILE).is_file():
-            names |= {*RUN_FILES, SAMPLE_IMAGES_FILE}
-    else:
-        names |= {*CONFIG_FILES, RESULTS_FILE}
+    names |= {*CONFIG_FILES, *folder.weight_files, INDEX_FILE, *folder.code_files}
+    names |= {PARITY_REPORT_FILE} if folder.parity_report else set()
+    names |= {CERTIFICATE_FILE} if folder.certificate else set()
+    # If the results belong to other weights, no file of their run is published: its recipe
+    # would be wrong for the new weights as well.
+    if folder.results or not (folder.path / RESULTS_FILE).is_file():
+        names |= {*RUN_FILES, SAMPLE_IMAGES_FILE}
 
     files = {name for name in names if (folder.path / name).is_file()}
     root = folder.path.resolve()

@@ -86,7 +86,10 @@ def resolve_defaults(
     The length of the run and its learning rate are not among these flags (`resolve_schedule`).
     """
     # 1. Flags without which the method of the run would not work
-    options = replace(options, **get_method_values(options))
+    if isinstance(options, PretrainOptions):
+        # LeJEPA crops by itself, on the device. Crops of crops would leave little of the image.
+        augment = {"shift": 0.0} | (options.augment or {})
+        options = replace(options, crop_scale=options.crop_scale or 1.0, augment=augment)
     method = get_training_method(options, initial.has_random_weights)
 
     # 2. The image size, before the weights are read: they are resampled to it as they load
@@ -125,15 +128,6 @@ def resolve_defaults(
             f"set `model` to a checkpoint, for example {EXAMPLE_CHECKPOINT}"
         )
     return options, {"weights": weights_line, "image size": size_line}
-
-
-def get_method_values(options: TrainOptions) -> dict[str, Any]:
-    """Get the values of unset flags without which LeJEPA would not work."""
-    if isinstance(options, FinetuneOptions):
-        return {}
-    # LeJEPA crops by itself, on the device. Crops of crops would leave little of the image.
-    augment = {"shift": 0.0} | (options.augment or {})
-    return {"crop_scale": options.crop_scale or 1.0, "augment": augment}
 
 
 def choose_image_size(

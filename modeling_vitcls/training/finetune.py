@@ -54,7 +54,7 @@ class FineTuning:
             mixup=options.mixup,
             class_balance=options.class_balance,
             teacher=options.teacher,
-            **{"augment cutmix": get_cutmix(options)},
+            **{"augment cutmix": (options.augment or {}).get("cutmix", 0)},
         )
         return images
 
@@ -145,9 +145,9 @@ class FineTuning:
         """Whether images have one label each, not several or one per task."""
         return labels.kind == "single_label_classification"
 
-    def list_warnings(self, options: FinetuneOptions, data: TrainingData) -> list[str]:
+    def list_warnings(self, data: TrainingData, group_column: str | None) -> list[str]:
         """List missing classes, and images on both sides."""
-        return [*describe_missing_classes(data), *describe_leaks(data, options.group_column)]
+        return [*describe_missing_classes(data), *describe_leaks(data, group_column)]
 
     def measure_start(self, setup: TrainingSetup, held_out: Evaluator) -> dict[str, Any]:
         """Measure the teacher, if there is one. The frozen model is measured when it is fitted."""
@@ -166,7 +166,7 @@ def build_objective(
     """Build the label loss, combined with the distillation loss if a teacher is set."""
     labels = data.label_space
     mixer = None
-    cutmix = get_cutmix(options)
+    cutmix = float((options.augment or {}).get("cutmix", 0))
     if options.mixup or cutmix:
         mixer = build_mixer(options.mixup, cutmix, len(labels.names))
     class_weights = None
@@ -195,11 +195,6 @@ def build_objective(
 
 
 # Checks -------------------------------------------------------------------------------------------
-
-
-def get_cutmix(options: FinetuneOptions) -> float:
-    """Get the alpha of CutMix; 0 without it."""
-    return float((options.augment or {}).get("cutmix", 0))
 
 
 def check_label_kind(kind: str, **flags: Any) -> None:

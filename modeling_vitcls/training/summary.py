@@ -44,7 +44,7 @@ def print_summary(
             "run": f"{plan.kind}: {plan.reason}",
         }
     )
-    for warning in inputs.recipe.list_warnings(plan.options, data):
+    for warning in inputs.recipe.list_warnings(data, plan.options.group_column):
         reporter.warn(warning)
     if num_seen:
         reporter.warn(

@@ -39,7 +39,7 @@ class Recipe(Protocol):
     def has_one_label(self, labels: LabelSpace) -> bool:
         """Whether the model predicts one label per image: it has class statistics and a temperature."""
 
-    def list_warnings(self, options: Any, data: TrainingData) -> list[str]:
+    def list_warnings(self, data: TrainingData, group_column: str | None) -> list[str]:
         """List what is wrong with the images."""
 
     def measure_start(self, setup: "TrainingSetup", held_out: Any) -> dict[str, Any]:

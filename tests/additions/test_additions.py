@@ -14,6 +14,7 @@ from helpers.command_in_process import run_here
 from helpers.digits_models import DIGITS, LABELS, PIXELS, train_digits_model
 from helpers.fresh_processes import run_python
 from helpers.photo_folders import write_bursts, write_shots
+from helpers.read_datasets import load_training_data
 from helpers.source_checkpoints import save_large_encoder
 from helpers.tiny_models import (
     build_images,
@@ -35,7 +36,6 @@ from modeling_vitcls import (
 )
 from modeling_vitcls.data.in_memory import add_dataset
 from modeling_vitcls.data.options import DataOptions
-from modeling_vitcls.data.splits import load_training_data
 from modeling_vitcls.data.splits_table import write_splits
 from modeling_vitcls.hub.model_files import hash_weights
 from modeling_vitcls.inference.class_statistics import ClassStatistics

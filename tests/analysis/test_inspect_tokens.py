@@ -11,7 +11,7 @@ from helpers.scripts_in_process import run_in_process
 from helpers.tiny_models import build_tiny_config, raises_one_line, randomize, save_both
 from PIL import Image
 
-from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor
+from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor, inspect_tokens
 from modeling_vitcls.analysis.inspect_tokens import write_inspection
 from modeling_vitcls.analysis.options import InspectOptions
 
@@ -48,27 +48,21 @@ def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_terminal_page_and_json_have_the_same_values(
+def test_terminal_page_and_the_function_have_the_same_values(
     model: str, image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The unreadable file is named."""
     page = tmp_path / "page.html"
-    figures = tmp_path / "figures.json"
-    flags = ["--model", model, image_folder, "--output", page, "--json", figures, "--num-images", 1]
-
-    assert run_in_process("inspect_tokens.py", *flags) == 0
+    found = inspect_tokens(model, image_folder, output=page, num_images=1)
     printed, errors = capsys.readouterr()
     assert errors.count("\n") == 1
     assert "skipped an image" in errors
     assert "broken [old].png" in errors
 
-    found = json.loads(figures.read_text())
     text = page.read_text()
-    for effect in found["effects"]:
-        assert f"{effect['changed']:.0%} (" in text
-    gates = {effect["token"]: effect["gate"] for effect in found["effects"]}
-    assert gates["register 2"] == pytest.approx(0.031)
-    assert gates["register 1"] is gates["CLS"] is None
+    for _, _, effect in found.effects:
+        assert f"{effect.changed:.0%} (" in text
+    assert found.gates == {"register 2": pytest.approx(0.031)}
     assert "<td>0.031</td>" in text
     assert "0.031" in printed
     assert str(image_folder) not in text
@@ -93,22 +87,19 @@ def test_the_page_names_the_commit_of_a_model_on_the_hub(
     files["results.json"] = json.dumps({"token_movement": movement}).encode()
     commit = hub.create("ann/pets", private=False, files=files).branches["main"]
     page = tmp_path / "new" / "report.html"
-    figures = tmp_path / "other" / "figures.json"
-    flags = [image_folder / "owl", "--output", page, "--json", figures, "--num-images", 1]
+    flags = [image_folder / "owl", "--output", page, "--num-images", 1]
 
     assert run_in_process("inspect_tokens.py", "--model", "ann/pets@main", *flags) == 0
     assert run_in_process("inspect_tokens.py", "--model", "ann/pets@v2", *flags) == 1
-    assert "v2" in capsys.readouterr().err
+    printed, errors = capsys.readouterr()
+    assert "v2" in errors
 
     text = page.read_text()
-    found = json.loads(figures.read_text())
     assert f"<code>{commit}</code>" in text
     assert str(tmp_path) not in text
-    assert found["model"] == "ann/pets"
-    assert found["commit"] == commit
-    assert [fault for fault in found["faults"] if "not moved" in fault] == [
-        "register 1: not moved by training, which moved others"
-    ]
+    assert "ann/pets" in text
+    (fault,) = [line for line in printed.splitlines() if "not moved" in line]
+    assert fault == "register 1: not moved by training, which moved others"
 
 
 def test_unusable_inputs_are_one_line_errors_and_write_nothing(

@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 from helpers.command_in_process import run_here
 from helpers.photo_folders import write_photos
+from helpers.read_datasets import load_training_data
 from PIL import Image
 
 import modeling_vitcls
 from modeling_vitcls import EmbedImages, cli, look
 from modeling_vitcls.cli.parsing import exit_on_error
 from modeling_vitcls.data.options import DataOptions
-from modeling_vitcls.data.splits import load_training_data
 from modeling_vitcls.data.splits_table import write_splits
 from modeling_vitcls.runtime.errors import RunStopped, mark_errors_of_all_processes
 from modeling_vitcls.training.options import FinetuneOptions

@@ -274,7 +274,7 @@ def test_lines_of_the_log_name_flags(capsys: pytest.CaptureFixture[str]) -> None
     [
         ("evaluate --model m --dataset d", "--output", "x.json"),
         ("predict --model m photo.jpg", "--output", "x.csv"),
-        ("inspect --model m photo.jpg", "--json", "x.json"),
+        ("inspect --model m photo.jpg", "--output", "x.html"),
         ("export --model m", "--output", "x.onnx"),
         ("finetune --model m --dataset d", "--output-dir", "x"),
     ],

@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 from helpers.accelerate_state import reset_accelerate
 from helpers.photo_folders import write_photos
-from helpers.read_datasets import read_training_data
+from helpers.read_datasets import load_training_data, read_training_data
 from helpers.tiny_models import build_tiny_config, raises_one_line
 from helpers.tiny_options import build_tiny_options, run_training
 
 from modeling_vitcls.data.evaluation_data import load_evaluation_data
 from modeling_vitcls.data.in_memory import add_dataset
 from modeling_vitcls.data.options import DataOptions
-from modeling_vitcls.data.splits import describe_leaks, load_training_data
+from modeling_vitcls.data.splits import describe_leaks
 from modeling_vitcls.data.splits_table import read_splits
 from modeling_vitcls.hub.model_folder import ModelFolder
 from modeling_vitcls.inference.evaluate import evaluate_checkpoint

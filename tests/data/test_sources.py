@@ -12,7 +12,7 @@ import datasets
 import numpy as np
 import pytest
 from helpers.photo_folders import write_photos, write_two_colors
-from helpers.read_datasets import read_splits_of, read_training_data
+from helpers.read_datasets import load_training_data, read_splits_of, read_training_data
 from helpers.tiny_models import raises_one_line
 from PIL import Image
 from sklearn.datasets import load_digits
@@ -20,7 +20,6 @@ from sklearn.datasets import load_digits
 from modeling_vitcls.data.evaluation_data import load_evaluation_data
 from modeling_vitcls.data.images import UnreadableImage
 from modeling_vitcls.data.options import DataOptions
-from modeling_vitcls.data.splits import load_training_data
 
 
 @pytest.fixture(scope="module")

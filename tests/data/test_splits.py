@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from helpers.photo_folders import write_photos
+from helpers.read_datasets import load_training_data
 from helpers.tiny_models import raises_one_line
 from helpers.tiny_options import build_tiny_options, prepare_setup, run_training
 from PIL import Image
@@ -18,7 +19,6 @@ from modeling_vitcls.data.options import DataOptions
 from modeling_vitcls.data.splits import (
     choose_training_splits,
     describe_missing_classes,
-    load_training_data,
 )
 from modeling_vitcls.training.summary import describe_splits
 

@@ -347,7 +347,7 @@ def test_a_file_name_of_another_format_is_an_error(tmp_path: Path) -> None:
 
 
 def test_a_preset_is_exported_to_a_folder(tmp_path: Path) -> None:
-    flags = ("--model", "vitcls-tiny", "--format", "onnx", "--output", tmp_path / "new")
+    flags = ("--model", "vitcls-tiny", "--output", tmp_path / "new")
     assert run_in_process("export.py", *flags) == 0
     files = {file.name for file in (tmp_path / "new").iterdir()}
     assert files == {"config.json", "model.onnx", "model.onnx.json"}

@@ -1,15 +1,12 @@
 """Graphs in memory: fused attention, dynamic and fixed sizes, and example images."""
 
-from pathlib import Path
 from typing import Any
 
-import onnx
 import pytest
 import torch
-from helpers.tiny_models import build_images, build_tiny_config, raises_one_line, randomize
+from helpers.tiny_models import build_images, build_tiny_config, randomize
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel
-from modeling_vitcls.export.onnx_file import write_onnx
 from modeling_vitcls.export.tracing import (
     GraphShape,
     get_smallest_size,
@@ -29,17 +26,6 @@ def test_the_graph_has_fused_attention_for_any_attn_implementation() -> None:
     for size in ((24, 48), (32, 32)):
         images = build_images(3, *size)
         torch.testing.assert_close(graph.module()(images)["logits"], model(images).logits)
-
-
-def test_a_file_has_the_version_of_operators_that_was_asked_for(tmp_path: Path) -> None:
-    model = randomize(ViTCLSForImageClassification(build_tiny_config(num_hidden_layers=1)))
-    shape = select_graph_shape(model, None, dynamic=False)
-    graph = trace_model(model, shape, torch.float32)
-    write_onnx(graph, shape, ["logits"], tmp_path / "a.onnx", opset=18)
-    assert onnx.load(tmp_path / "a.onnx").opset_import[0].version == 18
-    with raises_one_line("`opset=13`", "`opset=18`"):
-        write_onnx(graph, shape, ["logits"], tmp_path / "b.onnx", opset=13)
-    assert not (tmp_path / "b.onnx").exists()
 
 
 @pytest.mark.parametrize("is_dynamic", [True, False])

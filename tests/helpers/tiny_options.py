@@ -103,7 +103,7 @@ def prepare_setup(options: Any) -> SimpleNamespace:
         kind=plan.kind,
         plan=batches,
         reporter=reporter,
-        warnings=partial(recipe.list_warnings, plan.options, data),
+        warnings=partial(recipe.list_warnings, data, plan.options.group_column),
     )
 
 

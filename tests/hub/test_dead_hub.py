@@ -16,6 +16,7 @@ import pytest
 import timm
 import torch
 from helpers.local_hub import LocalHub
+from helpers.read_datasets import load_training_data
 from helpers.scripts_in_process import run_in_process
 from helpers.tiny_models import raises_one_line
 from huggingface_hub import constants
@@ -27,7 +28,6 @@ from modeling_vitcls.conversion.convert import convert_checkpoint
 from modeling_vitcls.data.labels import OneLabel
 from modeling_vitcls.data.options import DataOptions
 from modeling_vitcls.data.sources import load_splits
-from modeling_vitcls.data.splits import load_training_data
 from modeling_vitcls.training.teacher import load_teacher
 from scripts.random_weights import randomize_weights
 

@@ -210,28 +210,6 @@ def test_exported_files_are_pushed_only_with_the_weights_they_were_created_from(
     assert "onnx" not in read_card(hub)
 
 
-def test_a_folder_of_exported_files_is_pushed_without_weights_and_code(
-    hub: LocalHub, folder: Path
-) -> None:
-    write_export(folder)
-    for file in (
-        *folder.glob("*.safetensors"),
-        *folder.glob("*.py"),
-        folder / "config.resolved.yaml",
-    ):
-        file.unlink()
-    (folder / "results.json").write_text('{"files": {}}')
-    push_folder(ModelFolder(folder), "ann/export")
-
-    assert set(hub.files("ann/export")) - {".gitattributes"} == {
-        *("config.json", "preprocessor_config.json", "results.json", "README.md", "LICENSE"),
-        *("model.onnx", "model.onnx.data", "model.onnx.json"),
-    }
-    card = hub.read("ann/export", "README.md").decode()
-    assert "exported to ONNX" in card
-    assert "trust_remote_code" not in card
-
-
 def test_a_push_removes_outdated_files_of_its_branch_and_keeps_others(
     hub: LocalHub, folder: Path
 ) -> None:

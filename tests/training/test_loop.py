@@ -17,6 +17,7 @@ from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from helpers.accelerate_state import reset_accelerate
 from helpers.random_classifiers import build_random_model
+from helpers.read_datasets import load_training_data
 from helpers.tiny_options import PLAIN, TINY, build_initial_model
 from helpers.warm_processes import SECONDS
 
@@ -34,7 +35,6 @@ from modeling_vitcls.data.batches import (
 )
 from modeling_vitcls.data.images import UnreadableImageCounter
 from modeling_vitcls.data.options import DataOptions
-from modeling_vitcls.data.splits import load_training_data
 from modeling_vitcls.runtime.errors import RunStopped
 from modeling_vitcls.training.loop import (
     TrainingLoop,
