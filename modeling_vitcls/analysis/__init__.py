@@ -9,9 +9,8 @@ attribution.py          attention of every layer, and gradient attribution
 ablation.py             effects of tokens on the outputs for many images, with null distributions
 faults.py               identical tokens, tokens that did not move, patches with outlier norms
 inspection.py           all measurements for a model and images: what a page shows
-inspection_images.py    the images of `vitcls inspect`, with labels
-report.py               the HTML report, and its values for programs; page.css is its style
-inspect_tokens.py       the command `vitcls inspect`
+report.py               the HTML report; page.css is its style
+inspect_tokens.py       the command `vitcls inspect`, and its images with their labels
 photo.py                predictions, attention of the tokens and features of the patches in one photo
 sheet.py                the sheet of one photo as an image
 look.py                 the command `vitcls look`

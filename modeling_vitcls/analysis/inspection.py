@@ -3,7 +3,7 @@
 images -> batches in random order (inference/image_pass.py) -> one pass: outputs, states (ablation.py)
        -> ablation.py, faults.py, and the images to show -> photo.py, one by one
 
-The images of `vitcls inspect` are opened in inspection_images.py.
+The images of `vitcls inspect` are opened in inspect_tokens.py.
 """
 
 from collections import Counter

@@ -21,7 +21,7 @@ from ..model.heads_vitcls import IGNORED_LABEL
 from .frozen_features import Features, pool_layers
 from .image_pass import ImageOutputs, ImagePass
 from .intervals import compute_proportion_interval
-from .metrics import NOTHING_MEASURED, measure, select_scalars
+from .metrics import NOTHING_MEASURED, MetricValues, measure, select_scalars
 from .near_copies import KnownScenes
 from .prediction_rows import DEFAULT_THRESHOLD
 from .stated_result import state_result
@@ -37,7 +37,7 @@ class Predictions:
 
     label_space: LabelSpace
     outputs: ImageOutputs  # The values are logits [N, L]
-    metrics: dict[str, Any]
+    metrics: MetricValues
     threshold: float = (
         DEFAULT_THRESHOLD  # The probability from which one of several labels is predicted
     )
@@ -128,7 +128,7 @@ class Evaluator(ImagePass):
     known_scenes: KnownScenes | None = None
     pass_name = "evaluating"
 
-    def __call__(self, model: nn.Module, console: Console | None = None) -> dict[str, Any]:
+    def __call__(self, model: nn.Module, console: Console | None = None) -> MetricValues:
         """Measure a model; without images, there are only their numbers."""
         if not len(self.images):
             return NOTHING_MEASURED

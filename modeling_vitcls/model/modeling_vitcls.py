@@ -75,8 +75,7 @@ class ViTCLSModelOutput(BaseModelOutputWithPooling):
     """Output of `ViTCLSModel`.
 
     Attributes:
-        last_hidden_state: [B, N, D], after the final norm. N is smaller if `edit_inputs` drops
-            patches.
+        last_hidden_state: [B, N, D], after the final norm.
         pooler_output: [B, P], the input of a classifier (`config.pooling`, `config.pooled_layers`);
             None if the model has no pooler.
         hidden_states: the embeddings and the output of each layer before the final norm, [B, N, D]

@@ -24,7 +24,7 @@ from ..data.sources import Splits
 from ..data.splits import TrainingData, load_undivided_images
 from ..inference.image_pass import ImagePass
 from ..inference.intervals import compute_proportion_interval
-from ..inference.metrics import NOTHING_MEASURED
+from ..inference.metrics import NOTHING_MEASURED, MetricValues
 from ..model.configuration_vitcls import ViTCLSConfig
 from ..model.image_processing_vitcls import ViTCLSImageProcessor
 from ..model.modeling_vitcls import ViTCLSModel
@@ -83,7 +83,7 @@ class PreTraining:
 
         def build_evaluator(
             data: TrainingData, images: LabeledImages
-        ) -> Callable[[Any], dict[str, Any]]:
+        ) -> Callable[[Any], MetricValues]:
             neighbors = None
             if has_labels:
                 drawn = data.train.draw(MAX_NEIGHBORS)
@@ -126,7 +126,7 @@ class PreTraining:
         return []
 
     def measure_start(
-        self, setup: TrainingSetup, held_out: Callable[[Any], dict[str, Any]]
+        self, setup: TrainingSetup, held_out: Callable[[Any], MetricValues]
     ) -> dict[str, Any]:
         """Measure the encoder: it has no accuracy of its own, and its result is the difference."""
         return {"before_steps": held_out(setup.model.to(PartialState().device).eval())}
@@ -155,7 +155,7 @@ def measure_features(
     held_out: ImagePass,
     neighbors: ImagePass | None,
     warn: Callable[[str], None],
-) -> dict[str, Any]:
+) -> MetricValues:
     """Measure frozen features: the accuracy of k-NN on held-out images, and their effective rank.
 
     All processes must call this function.
@@ -179,7 +179,7 @@ def measure_features(
     patch_width = method.config.hidden_size
     parts = {"": np.s_[:, :-patch_width], "_of_patches": np.s_[:, -patch_width:]}
 
-    metrics: dict[str, Any] = {}
+    metrics: MetricValues = {}
     if neighbors is not None:
         from sklearn.neighbors import KNeighborsClassifier
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from ..data.splits import MAX_CLASS_RATIO, TrainingData
 from ..inference.evaluator import Predictions, round_floats
-from ..inference.metrics import NOTHING_MEASURED, join_tasks
+from ..inference.metrics import NOTHING_MEASURED, MetricValues, join_tasks
 from .calibration import Calibration, describe_fold_calibration, measure_errors
 from .frozen_encoder import describe_frozen, join_texts
 from .heads import FrozenHead, describe_class_weights, describe_threshold
@@ -104,7 +104,7 @@ class MeasuredHead:
     predictions: Predictions | None
 
     @property
-    def metrics(self) -> dict[str, Any]:
+    def metrics(self) -> MetricValues:
         return NOTHING_MEASURED if self.predictions is None else self.predictions.metrics
 
 

@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor
 from ..data.batches import Batch
 from ..data.images import UnreadableImageCounter
 from ..data.sampling import BatchPlan, derive_seed
-from ..inference.metrics import select_scalars
+from ..inference.metrics import MetricValues, select_scalars
 from ..model.attention_masks_vitcls import list_gated_tokens
 from ..model.blocks_vitcls import ViTCLSEmbeddings
 from ..runtime.distributed import run_on_main
@@ -41,8 +41,7 @@ from .reporter import Reporter
 from .signals import SignalHandler
 
 
-Metrics = dict[str, Any]
-Evaluate = Callable[[Any], Metrics]
+Evaluate = Callable[[Any], MetricValues]
 
 MAX_LOG_INTERVAL = 10  # Steps between records; runs of less than 100 steps have ten records
 MAX_EVALUATIONS = 30  # An evaluation takes as long as many steps
@@ -68,7 +67,7 @@ class TrainingState:
     # Losses of the steps since the last record
     recent_losses: list[dict[str, float]] = field(default_factory=list)
     # Metrics of a step that has not been evaluated yet; otherwise empty
-    pending_record: Metrics = field(default_factory=dict)
+    pending_record: MetricValues = field(default_factory=dict)
     earlier_seconds: float = 0.0  # Training time before --resume
 
 
@@ -109,7 +108,7 @@ class TrainingLoop:
         # resumption.
         self.initial_tokens = copy_special_tokens(self.model)
 
-    def run(self, batches: Iterator[Batch]) -> Metrics:
+    def run(self, batches: Iterator[Batch]) -> MetricValues:
         """Run the remaining steps, and return the metrics of the final evaluation.
 
         `batches` yields the batches of this process on the CPU; each step uses
@@ -139,7 +138,7 @@ class TrainingLoop:
 
         return metrics or self.evaluate()
 
-    def run_step(self, batches: Iterator[Batch]) -> Metrics:
+    def run_step(self, batches: Iterator[Batch]) -> MetricValues:
         """Run one step and the actions that are due after this step.
 
         Return the metrics of the evaluation; empty if no evaluation is due. A checkpoint that is
@@ -178,7 +177,7 @@ class TrainingLoop:
             self.save(False)
         return self.evaluate_step() if should_evaluate else {}
 
-    def run_optimizer_step(self, batches: Iterator[Batch]) -> Metrics:
+    def run_optimizer_step(self, batches: Iterator[Batch]) -> MetricValues:
         """Run one optimizer step with gradients accumulated over several batches.
 
         Return the record of the step.
@@ -270,7 +269,7 @@ class TrainingLoop:
 
     # Evaluation and records -----------------------------------------------------------------------
 
-    def evaluate(self) -> Metrics:
+    def evaluate(self) -> MetricValues:
         """Measure the current weights, and go on training as before."""
         self.state.model.eval()
         metrics = self.evaluate_model(self.state.model)
@@ -279,7 +278,7 @@ class TrainingLoop:
         set_train_mode(self.state.model)
         return metrics
 
-    def evaluate_step(self) -> Metrics:
+    def evaluate_step(self) -> MetricValues:
         """Evaluate the model, log the pending record, and save a checkpoint of the best model."""
         state = self.state
         metrics = self.evaluate()
@@ -307,7 +306,7 @@ class TrainingLoop:
             self.save(True)
         return metrics
 
-    def log(self, record: Metrics) -> None:
+    def log(self, record: MetricValues) -> None:
         self.report_unreadable_images()
         self.reporter.log(record)
 
@@ -318,7 +317,7 @@ class TrainingLoop:
             self.unreadable_images.add(dict(gather_object(list(self.unreported_errors.items()))))
         self.unreported_errors.clear()
 
-    def compute_recent_metrics(self) -> Metrics:
+    def compute_recent_metrics(self) -> MetricValues:
         """Measure the losses and the speed since the last record.
 
         Losses are means over all processes and these steps. The speed excludes evaluations and

@@ -6,6 +6,7 @@ from typing import Any
 
 from ..inference.evaluator import Predictions
 from ..inference.intervals import MIN_CORRECTED_IMAGES
+from ..inference.metrics import MetricValues
 from ..inference.near_copies import KnownScenes
 from ..inference.stated_result import counts_images, state_result
 
@@ -24,7 +25,7 @@ class Measurement:
 
     task: str
     metric: str
-    metrics: dict[str, Any]
+    metrics: MetricValues
     num_folds: int = 0
 
     @property
@@ -55,7 +56,7 @@ class Measurement:
 
 
 def list_measurements(
-    task_metrics: Mapping[str, dict[str, Any]],
+    task_metrics: Mapping[str, MetricValues],
     metric: str,
     seen_by_encoder: int = 0,
     num_folds: int = 0,
@@ -102,7 +103,7 @@ class Outcome:
     """
 
     measured: list[Measurement]
-    metrics: dict[str, Any]
+    metrics: MetricValues
     split: str
     num_training_images: int
     calibration: dict[str, Any] | None

@@ -95,7 +95,7 @@ def load(
             list_encoder_rows(initial.folder, frozen_encoder is None and setup.has_trained_heads),
             list_teacher_rows(getattr(options, "teacher", None)),
         ]
-        # The decoder or projector of pre-training is not saved, and does not count.
+        # The projector of pre-training is not saved, and does not count.
         forward_flops = count_flops(setup.saved_model)
     # The default depends on the width of the model, so the accelerator gets it only now.
     precision_text = set_mixed_precision(

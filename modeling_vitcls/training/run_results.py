@@ -6,7 +6,7 @@ from accelerate.state import AcceleratorState
 
 from ..data.splits import MAX_CLASS_RATIO, TrainingData
 from ..inference.evaluator import count_repeats, describe_repeats
-from ..inference.metrics import get_task_metrics
+from ..inference.metrics import MetricValues, get_task_metrics
 from ..inference.stated_result import format_percent
 from ..runtime.system import describe_device, get_versions
 from .defaults import FINE_TUNING_EPOCHS
@@ -190,7 +190,7 @@ def describe_gates(gates: dict[str, float] | None) -> str | None:
     )
 
 
-def describe_classes(metrics: dict[str, Any], class_ratio: float) -> str | None:
+def describe_classes(metrics: MetricValues, class_ratio: float) -> str | None:
     """Describe the result by metrics that large classes do not dominate, if the sizes differ."""
     if class_ratio <= MAX_CLASS_RATIO or not metrics.get("per_class"):
         return None

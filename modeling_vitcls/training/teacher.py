@@ -34,6 +34,7 @@ from ..data.labels import LabelSpace
 from ..hub.loading import get_external_model_folder, load_timm_model
 from ..inference.evaluator import Evaluator, build_predictions
 from ..inference.image_pass import find_finite
+from ..inference.metrics import MetricValues
 from ..model.configuration_vitcls import ViTCLSConfig
 from ..runtime.errors import format_error, format_name_list
 
@@ -130,7 +131,7 @@ def load_teacher(
     return Teacher(source, model, preprocessing, label_indices, note).to(device)
 
 
-def measure(teacher: Teacher, student: nn.Module, images: Evaluator) -> dict[str, Any]:
+def measure(teacher: Teacher, student: nn.Module, images: Evaluator) -> MetricValues:
     """Measure a teacher on the images of an evaluator, which prepares them for the student."""
     normalize = Normalizer(images.processor, images.accelerator.device)
     outputs = images.collect(student, lambda pixel_values: teacher(normalize.revert(pixel_values)))

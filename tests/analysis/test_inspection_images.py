@@ -14,7 +14,7 @@ from modeling_vitcls import (
     ViTCLSForMultiTaskClassification,
     ViTCLSModel,
 )
-from modeling_vitcls.analysis.inspection_images import open_images
+from modeling_vitcls.analysis.inspect_tokens import open_images
 from modeling_vitcls.analysis.options import InspectOptions
 from modeling_vitcls.analysis.token_use import find_token_use
 from modeling_vitcls.data.evaluation_data import EvaluationData

@@ -13,7 +13,7 @@ TASKS = {
 
 def test_each_task_is_measured_by_the_images_that_have_its_label() -> None:
     (color,) = list_measurements(TASKS, "accuracy")
-    assert str(color).startswith("color 36 of 40 right; about 90% of new photos (80 to 95). ")
+    assert str(color).startswith("color: 36 of 40 right; about 90% of new photos (80 to 95). ")
 
 
 @pytest.mark.parametrize("metric", ["accuracy", "mean_average_precision"])
