@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from scipy.special import softmax
 from sklearn.model_selection import StratifiedKFold
 
 from ..data.cells import normalize_name, warn_about_similar_classes
@@ -30,6 +31,7 @@ from .extend import (
     OldModel,
     append_head,
     build_result,
+    build_rows,
     check_has_one_label,
 )
 from .options import AddClassOptions
@@ -105,14 +107,19 @@ def build_classes(old: OldModel, options: AddClassOptions) -> Addition:
         "dataset": strip_folders(get_title(options.dataset)),
         "near_copies": scenes,
     }
+    rows = None
     measured = cross_validate(statistics, features, len(names), threshold)
     if measured is not None:
-        is_right, distances = measured
+        logits, distances = measured
+        labels = len(statistics.counts) + features.labels
+        all_names = get_label_space(extended.config).names
+        rows = build_rows(features, labels, softmax(logits, axis=1), all_names)
+        is_right = logits.argmax(axis=1) == labels
         record["result"] = build_result("recall", is_right, features.groups, "cross-validated")
         if threshold is not None:
             record["num_unknown"] = int((distances > threshold).sum())
     splits = build_splits_table({"train": images})
-    return Addition(extended, record, images, splits, features)
+    return Addition(extended, record, images, label_space, splits, rows, features)
 
 
 def load_new_images(
@@ -164,7 +171,7 @@ def build_class_rows(
 def cross_validate(
     statistics: ClassStatistics, features: Features, num_classes: int, threshold: float | None
 ) -> tuple[np.ndarray, np.ndarray] | None:
-    """Find out which new images are recognized by rows that were computed without their group.
+    """Compute the logits of the new images with rows that were computed without their group.
 
     Copies of an image are one group.
 
@@ -175,8 +182,8 @@ def cross_validate(
         threshold: of the distance.
 
     Returns:
-        Whether each image [N] is recognized, and its distance [N] from the nearest class; None if
-        all images of a class are one group.
+        The logits [N, C + L] of each image, and its distance [N] from the nearest class; None if all
+        images of a class are one group.
     """
     groups, _ = pd.factorize(features.groups)
     # The images of a group have one label, except for a scene that shows two classes.
@@ -188,7 +195,7 @@ def cross_validate(
     num_old = len(statistics.counts)
     tokens = features.get_tokens()
     inputs = stack_tokens(tokens, statistics.tokens)
-    is_right = np.zeros(len(groups), bool)
+    logits = np.zeros((len(groups), num_old + num_classes))
     distances = np.zeros(len(groups))
     folds = StratifiedKFold(num_folds, shuffle=True, random_state=0)
     for _, left_out_groups in folds.split(labels, labels):
@@ -201,9 +208,7 @@ def cross_validate(
         )
         weight, bias = build_class_rows(statistics, extended, others)
         new_logits = inputs[left_out] @ weight.T + bias
-        logits = np.hstack([features.values[left_out, -num_old:], new_logits])
-        predicted = logits.argmax(axis=1) - num_old  # Negative for an old class
-        is_right[left_out] = predicted == features.labels[left_out]
+        logits[left_out] = np.hstack([features.values[left_out, -num_old:], new_logits])
         own_tokens = {token: values[left_out] for token, values in tokens.items()}
         distances[left_out] = extended.compute_distances(own_tokens)
-    return is_right, distances
+    return logits, distances

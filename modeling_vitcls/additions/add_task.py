@@ -9,6 +9,7 @@ from threadpoolctl import threadpool_limits
 from ..data.splits import divide_images, load_undivided_images
 from ..data.splits_table import list_encoder_rows
 from ..hub.local_paths import strip_folders
+from ..inference.class_statistics import expand_rows
 from ..inference.linear_probe import LinearProbe, describe_candidate
 from ..model.configuration_vitcls import ViTCLSConfig
 from ..model.extra_heads_vitcls import RESERVED_OUTPUT_NAMES
@@ -19,6 +20,7 @@ from .extend import (
     OldModel,
     append_head,
     build_result,
+    build_rows,
     check_has_one_label,
 )
 from .options import AddTaskOptions
@@ -52,6 +54,7 @@ def build_task(old: OldModel, options: AddTaskOptions) -> Addition:
         "dataset": strip_folders(data.name),
         "label_column": list(label_space.columns),
     }
+    rows = None
     if len(data.held_out):
         held_out = old.compute_features(data.held_out, label_space)
         is_right = probe.predict(held_out.get_tokens()) == held_out.labels
@@ -59,8 +62,10 @@ def build_task(old: OldModel, options: AddTaskOptions) -> Addition:
     elif probe.estimate_ is not None:
         is_known = np.isfinite(probe.losses_)
         known = features.take(is_known)
-        predicted = probe.classes_[probe.out_of_fold_[is_known].argmax(axis=1)]
-        is_right = predicted == known.labels
+        left_out = probe.out_of_fold_[is_known].T
+        probabilities = expand_rows(left_out, probe.classes_, len(label_space.names)).T
+        rows = build_rows(known, known.labels, probabilities, label_space.names)
+        is_right = probabilities.argmax(axis=1) == known.labels
         record["result"] = build_result("accuracy", is_right, known.groups, "cross-validated")
         record["result"] |= probe.estimate_.to_metrics()  # Corrected for the choice
     if num_seen:
@@ -73,7 +78,8 @@ def build_task(old: OldModel, options: AddTaskOptions) -> Addition:
     extended = append_head(
         old.model, options.name, probe.candidate_.tokens, label_space.names, weight, bias
     )
-    return Addition(extended, record, data.train, data.build_splits_table(options.name))
+    splits = data.build_splits_table(options.name)
+    return Addition(extended, record, data.train, label_space, splits, rows)
 
 
 def check_name(name: str, config: ViTCLSConfig) -> None:

@@ -22,6 +22,7 @@ import numpy as np
 import pandas as pd
 import torch
 from rich.console import Console
+from sklearn.neighbors import NearestNeighbors
 
 from ..data.images import LabeledImages
 from ..data.labels import LabelSpace, get_label_space
@@ -42,7 +43,7 @@ from ..inference.frozen_features import FeatureLayout, Features, FrozenPass
 from ..inference.intervals import compute_proportion_interval
 from ..inference.linear_probe import NUM_LAST_LAYERS
 from ..inference.metric_tables import format_small_percent
-from ..inference.near_copies import KnownScenes
+from ..inference.near_copies import KnownScenes, describe_photos
 from ..inference.speed import count_flops
 from ..inference.stated_result import state_result
 from ..model.image_processing_vitcls import ViTCLSImageProcessor
@@ -52,6 +53,7 @@ from ..runtime.files import write_json
 from ..runtime.staging import create_output_folder
 from ..runtime.system import get_versions
 from ..speed.lean_layers import use_fast_modules
+from ..training.heads import NUM_NEAREST_IMAGES
 from .certificate import certify, describe_certificate, draw_pixels, load_old_model
 from .options import AdditionOptions
 
@@ -64,14 +66,18 @@ class Addition:
         extended: the old model with another head, the last of its extra heads.
         record: of the addition, for results.json.
         images: the outputs of both models are compared with these.
+        label_space: of the images.
         splits: rows for splits.parquet about the addition.
+        rows: the prediction of each photo that was left out (`build_rows`); None if none could be.
         class_features: of the images of new classes.
     """
 
     extended: Any
     record: dict[str, Any]
     images: LabeledImages
+    label_space: LabelSpace
     splits: pd.DataFrame
+    rows: pd.DataFrame | None
     class_features: Features | None = None
 
 
@@ -234,6 +240,31 @@ def append_head(
 
 
 # Records ------------------------------------------------------------------------------------------
+
+
+def build_rows(
+    features: Features, labels: np.ndarray, probabilities: np.ndarray, names: Sequence[str]
+) -> pd.DataFrame:
+    """Build the rows of photos for the report, with the names of the nearest other ones.
+
+    Args:
+        features: of N photos that were left out.
+        labels: [N] true label of each.
+        probabilities: [N, L] of labels with these names.
+    """
+    num_nearest = min(NUM_NEAREST_IMAGES, len(labels) - 1)
+    neighbors = NearestNeighbors(n_neighbors=num_nearest).fit(describe_photos(features))
+    return pd.DataFrame(
+        {
+            "image": features.names,
+            "label": np.take(names, labels),
+            "prediction": np.take(names, probabilities.argmax(axis=1)),
+            "confidence": probabilities.max(axis=1),
+            "label_probability": probabilities[np.arange(len(labels)), labels],
+            # Without an argument, a photo is no neighbor of itself
+            "nearest_images": features.names[neighbors.kneighbors(return_distance=False)].tolist(),
+        }
+    )
 
 
 def build_result(

@@ -14,14 +14,14 @@ OPTIONS_CLASS = AddClassOptions
 
 
 def run(options: AddClassOptions) -> dict[str, Any]:
-    """Add the classes, write the model folder and its card, and return the record of the classes."""
+    """Add the classes, write the model folder, its report and its card, and return the record of the classes."""
     from ..additions.add_class import build_classes
     from ..additions.extend import open_old_model
     from ..hub.model_folder import ModelFolder
-    from ..publishing.card import write_card
+    from ..publishing.after_run import finish_addition
 
     with open_old_model(options) as old:
         addition = build_classes(old, options)
         record = old.write(addition)
-    write_card(ModelFolder(options.output_dir))
+    finish_addition(ModelFolder(options.output_dir), addition)
     return record

@@ -14,14 +14,14 @@ OPTIONS_CLASS = AddTaskOptions
 
 
 def run(options: AddTaskOptions) -> dict[str, Any]:
-    """Add the task, write the model folder and its card, and return the record of the task."""
+    """Add the task, write the model folder, its report and its card, and return the record of the task."""
     from ..additions.add_task import build_task
     from ..additions.extend import open_old_model
     from ..hub.model_folder import ModelFolder
-    from ..publishing.card import write_card
+    from ..publishing.after_run import finish_addition
 
     with open_old_model(options) as old:
         addition = build_task(old, options)
         record = old.write(addition)
-    write_card(ModelFolder(options.output_dir))
+    finish_addition(ModelFolder(options.output_dir), addition)
     return record

@@ -1,10 +1,13 @@
 """What follows a training run, on the main process: report, card, push and verification."""
 
+from functools import partial
+
+from ..additions.extend import Addition
 from ..hub.connection import silence_transformers
 from ..hub.model_files import CARD_FILE, REPORT_FILE
 from ..hub.model_folder import ModelFolder
 from .card import write_card
-from .report import write_report
+from .report import write_addition_page, write_report, write_safely
 from .verify import push_and_verify
 
 
@@ -26,3 +29,10 @@ def finish_run(folder: ModelFolder, has_report: bool, repo_id: str | None) -> No
     print(f"written   {folder.path / CARD_FILE}" + (f", {report}" if report.exists() else ""))
     if repo_id is not None:
         push_and_verify(folder, repo_id)
+
+
+def finish_addition(folder: ModelFolder, addition: Addition) -> None:
+    """Write the report and the card of a model that has just got another task or class."""
+    with silence_transformers():
+        write_safely(partial(write_addition_page, folder, addition))
+    write_card(folder)

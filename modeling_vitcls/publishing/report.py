@@ -7,25 +7,31 @@ Their predictions are read from predictions.parquet. The report of a run measure
 effects than `vitcls inspect`.
 """
 
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 
+from ..additions.extend import Addition, format_result
 from ..analysis.inspection import inspect_images
 from ..analysis.report import write_page
+from ..data.images import LabeledImages
+from ..data.labels import UNLABELED, LabelSpace
 from ..hub.model_files import REPORT_FILE, SAMPLE_IMAGES_FILE
 from ..hub.model_folder import ModelFolder
 from ..inference.load_model import load_model
 from ..inference.metric_tables import build_class_tables
 from ..inference.per_image import read_predictions
-from ..runtime.errors import format_error
+from ..runtime.errors import format_error, format_name_list
 from ..runtime.progress import track
 from ..training.run_folder import load_run_data
 from .wrong_photos import (
+    MAX_WRONG_IMAGES,
+    Photos,
     choose_photos,
     count_confusions,
-    draw_wrong_photos,
+    draw_pictures,
     find_photos,
     summarize_predictions,
 )
@@ -47,9 +53,14 @@ def write_report(folder: ModelFolder) -> str | None:
     # Without a record of the run, there is nothing to read the images from.
     if not folder.results or "dataset" not in folder.flags:
         return None
+    return write_safely(partial(write_run_page, folder))
+
+
+def write_safely(write: Callable[[], str | None]) -> str | None:
+    """Write a report, or print why not: a run does not fail by its report, its model is written."""
     try:
-        return write_run_page(folder)
-    except Exception as error:  # A run does not fail by its report: its model is written
+        return write()
+    except Exception as error:
         print(f"WARNING: {REPORT_FILE} could not be written: {format_error(error)}", flush=True)
         return None
 
@@ -70,58 +81,104 @@ def write_run_page(folder: ModelFolder) -> str | None:
     if not len(measured):
         return None
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = load_model(folder).to(device)
-    processor = folder.load_processor()
     rows = read_predictions(folder)
+    return draw_page(
+        folder,
+        measured,
+        source=f"{results['dataset']}, {source}",
+        names=data.label_space.names,
+        photos=find_photos(data.held_out, data.train, data.selection),
+        rows=rows,
+        predictions=None if rows is None else summarize_predictions(folder, rows),
+        label_space=data.label_space,
+    )
+
+
+def write_addition_page(folder: ModelFolder, addition: Addition) -> str:
+    """Show the new photos of another task or class: what was said of them when they were left out."""
+    record, rows = addition.record, addition.rows
+    names = addition.label_space.names
     predictions = None
+    if rows is not None:
+        wrong = rows[rows["label"] != rows["prediction"]]
+        predictions = {
+            "headline": f"{format_name_list(names, 5)}: {format_result(record)}",
+            "method": f"Reads {record['reads']}",
+            "wrong": wrong.nsmallest(MAX_WRONG_IMAGES, "label_probability").to_dict("records"),
+            "pairs": (record.get("near_copies") or {}).get("pairs", []),
+            "is_cross_validated": True,
+            "num_images": len(rows),
+            "num_wrong": len(wrong),
+            **dict.fromkeys(("classes", "border", "curve", "calibration")),
+        }
+    return draw_page(
+        folder,
+        addition.images,
+        source=record["dataset"],
+        names=names,
+        photos=find_photos(addition.images),
+        rows=rows,
+        predictions=predictions,
+    )
+
+
+def draw_page(
+    folder: ModelFolder,
+    images: LabeledImages,
+    *,
+    source: str,
+    names: Sequence[str],
+    photos: Photos,
+    rows: Any,
+    predictions: dict[str, Any] | None,
+    label_space: LabelSpace = UNLABELED,
+) -> str:
+    """Measure a model with images, write both files, and return the faults.
+
+    Args:
+        source: description of the images.
+        names: of their labels.
+        photos: all photos that the page may show.
+        rows, predictions: of photos that did not train what predicted them, and their summary.
+        label_space: of the images, if the model has their labels.
+    """
+    processor = folder.load_processor()
     chosen: Any = []
     # Without one label per image, there are no wrong photos to show, but results per label.
-    class_tables = build_class_tables(results)
-    if rows is not None:
+    class_tables = build_class_tables(folder.results) if label_space.columns else {}
+    if predictions is not None:
         class_tables = count_confusions(rows)
-        predictions = summarize_predictions(folder, rows)
-        photos_by_name = find_photos(data)
-        predictions["wrong"] = draw_wrong_photos(
-            predictions["wrong"], photos_by_name, data.label_space.names, processor.bit_depth
-        )
-        # Two photos each, drawn as the nearest ones of a wrong photo
-        predictions["pairs"] = draw_wrong_photos(
-            [{"image": pair[0], "nearest_images": pair} for pair in predictions["pairs"]],
-            photos_by_name,
-            data.label_space.names,
-            processor.bit_depth,
-        )
+        predictions |= draw_pictures(predictions, photos, names, processor.bit_depth)
         # The saved model was fitted to the training images, so it cannot explain a mistake of cross-validation.
-        explained = rows
         if predictions["is_cross_validated"]:
-            explained = rows[rows["label"] == rows["prediction"]]
-        chosen = choose_photos(explained, photos_by_name, NUM_SHOWN_IMAGES)
+            rows = rows[rows["label"] == rows["prediction"]]
+        chosen = choose_photos(rows, photos, NUM_SHOWN_IMAGES)
 
-    inspection, photos = inspect_images(
-        model,
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    inspection, shown = inspect_images(
+        load_model(folder).to(device),
         processor,
-        measured.draw(NUM_MEASURED_IMAGES),
-        data.label_space,
+        images.draw(NUM_MEASURED_IMAGES),
+        label_space,
         batch_size=BATCH_SIZE,
         chosen=chosen,
         num_shown=NUM_SHOWN_IMAGES,
         # Effects are worth a table only if there are several tokens, and training changed them.
         has_ablations=folder.has_trained_tokens,
-        token_movement=results.get("token_movement"),
-        uses_bfloat16=results.get("mixed_precision") == "bf16",
+        token_movement=folder.results.get("token_movement"),
+        uses_bfloat16=folder.results.get("mixed_precision") == "bf16",
         watch=partial(track, unit="", has_bar=False),
     )
     write_page(
         folder.path / REPORT_FILE,
         folder.name,
         inspection,
-        photos,
-        source=f"{results['dataset']}, {source}",
+        shown,
+        source=source,
         predictions=predictions,
         class_tables=class_tables,
     )
     sheet_file = folder.path / SAMPLE_IMAGES_FILE
     sheet_file.parent.mkdir(exist_ok=True)
-    photos[0].sheet.save(sheet_file, optimize=True)
+    shown[0].sheet.save(sheet_file, optimize=True)
     return "; ".join(inspection.faults)

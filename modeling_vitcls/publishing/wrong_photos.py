@@ -17,7 +17,6 @@ from PIL import Image
 from ..analysis.inspection import select_images
 from ..analysis.maps import to_upright_rgb
 from ..data.images import LabeledImages
-from ..data.splits import TrainingData
 from ..hub.model_folder import ModelFolder
 from ..training.border import describe_border
 from ..training.outcome import Measurement
@@ -33,10 +32,10 @@ Photos = Mapping[str, tuple[LabeledImages, int]]  # Name -> images of a split, a
 ChosenPhotos = list[tuple[Image.Image, dict[str, Any]]]  # Images and the texts next to them
 
 
-def find_photos(data: TrainingData) -> Photos:
+def find_photos(*parts: Any) -> Photos:
     """Find the images of a run by name, without names that several images have."""
     found: dict[str, list[tuple[LabeledImages, int]]] = {}
-    for images in (data.held_out, data.train, data.selection):
+    for images in parts:
         if isinstance(images, LabeledImages):
             for index, name in enumerate(images.images.get_names()):
                 found.setdefault(name, []).append((images, index))
@@ -148,3 +147,15 @@ def draw_wrong_photos(
                 nearest.append({"image": name, "label": label, "picture": draw(name, NEAREST_SIDE)})
         drawn.append(row | {"picture": draw(row["image"], THUMBNAIL_SIDE), "nearest": nearest})
     return drawn
+
+
+def draw_pictures(predictions: dict[str, Any], *arguments: Any) -> dict[str, Any]:
+    """Draw the wrong photos of a summary and the pairs, each as a photo with two nearest ones.
+
+    The other arguments are those of `draw_wrong_photos`.
+    """
+    pairs = [{"image": pair[0], "nearest_images": pair} for pair in predictions["pairs"]]
+    return {
+        name: draw_wrong_photos(rows, *arguments)
+        for name, rows in (("wrong", predictions["wrong"]), ("pairs", pairs))
+    }

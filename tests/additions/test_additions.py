@@ -2,6 +2,7 @@
 
 import shutil
 import unicodedata
+from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
@@ -87,6 +88,14 @@ def with_parity(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("additions") / "parity"
     add_task(digits, build_dataset(TASKS["parity"]), "parity", folder)
     return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_sheet() -> Iterator[None]:
+    """Draw one sheet for each report, instead of six."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("modeling_vitcls.publishing.report.NUM_SHOWN_IMAGES", 1)
+        yield
 
 
 @torch.no_grad()
@@ -276,6 +285,18 @@ def test_outputs_and_the_threshold_are_certified_even_if_all_tensors_are_equal(
     config = read_json(with_stripes / "config.json") | change
     write_json(tmp_path / "changed" / "config.json", config)
     assert word in verify_unchanged(digits, tmp_path / "changed")["difference"]
+
+
+@pytest.mark.parametrize("addition", ["with_parity", "with_stripes"])
+def test_a_report_counts_the_photos_that_were_wrong_when_they_were_left_out(
+    addition: str, request: pytest.FixtureRequest
+) -> None:
+    folder = request.getfixturevalue(addition)
+    (record,) = read_json(folder / "results.json")["additions"].values()
+    num_images, num_right = record["result"]["num_images"], record["result"]["num_right"]
+    text = f"{num_images - num_right} of {num_images} predictions are wrong"
+    assert text in (folder / "report.html").read_text()
+    assert "report.html" in (folder / "README.md").read_text()
 
 
 def test_a_class_is_added_to_statistics_in_bfloat16(digits: Path, tmp_path: Path) -> None:

@@ -14,8 +14,6 @@ from sklearn.metrics import confusion_matrix
 
 from modeling_vitcls import ViTCLSForImageClassification
 from modeling_vitcls.data.images import DatasetImages, LabeledImages
-from modeling_vitcls.data.labels import OneLabel
-from modeling_vitcls.data.splits import TrainingData
 from modeling_vitcls.hub.model_folder import ModelFolder
 from modeling_vitcls.inference.per_image import read_predictions
 from modeling_vitcls.publishing.report import write_report
@@ -28,7 +26,6 @@ from modeling_vitcls.publishing.wrong_photos import (
 
 
 NAMES = ["dusk", "noon", "x"]
-NO_IMAGES = LabeledImages(DatasetImages.from_list([]), [])
 
 
 @pytest.fixture
@@ -49,20 +46,6 @@ def folder(tmp_path: Path) -> Path:
     target = write_run_folder(tmp_path / "mine")
     write_predictions(target, pd.DataFrame(columns))
     return target
-
-
-def build_data(held_out: LabeledImages, train: LabeledImages = NO_IMAGES) -> TrainingData:
-    """Build the data of a run with images in memory."""
-    label_space = OneLabel({"label": NAMES})
-    return TrainingData(
-        name="skies",
-        label_space=label_space,
-        train_split="train",
-        train=train,
-        held_out=held_out,
-        held_out_name="test",
-        held_out_split="test",
-    )
 
 
 def test_the_headline_says_what_the_result_of_a_rare_class_is_worth(folder: Path) -> None:
@@ -97,7 +80,7 @@ def test_a_wrong_image_stands_above_its_nearest_training_images(folder: Path) ->
     names = train.images.get_names()
     rows = read_predictions(ModelFolder(folder))
     rows = rows.assign(nearest_images=[[names[2], names[0]]] * len(rows))
-    photos = find_photos(build_data(NO_IMAGES, train))
+    photos = find_photos(train)
     wrong = summarize_predictions(ModelFolder(folder), rows)["wrong"]
     nearest = draw_wrong_photos(wrong, photos, NAMES, bit_depth=16)[0]["nearest"]
     assert [image["label"] for image in nearest] == [NAMES[2], NAMES[0]]
@@ -106,7 +89,7 @@ def test_a_wrong_image_stands_above_its_nearest_training_images(folder: Path) ->
 
 def test_a_name_of_several_images_is_not_found() -> None:
     train = LabeledImages(DatasetImages.from_list(["same.png", "same.png"]), [0, 1])
-    assert find_photos(build_data(NO_IMAGES, train)) == {}
+    assert find_photos(train) == {}
 
 
 @pytest.mark.parametrize("kind", ["several labels", "no images"])
