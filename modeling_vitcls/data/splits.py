@@ -171,6 +171,11 @@ def load_undivided_images(
     return replace(loaded, images_by_split=merged)
 
 
+def load_training_data(options: DataOptions) -> TrainingData:
+    """Load and divide the images as a run with steps does, for programs of scripts/."""
+    return divide_images(load_undivided_images(options), options.held_out_part)
+
+
 def add_keys(splits: Mapping[str, LabeledImages]) -> dict[str, LabeledImages]:
     """Make copies recognizable: add the keys of the images, and groups that contain all copies."""
     # Over all splits at once: a copy of a training image in the test split has the same group.
