@@ -74,7 +74,7 @@ def build_classes(old: OldModel, options: AddClassOptions) -> Addition:
     scenes = None
     if known is not None and known.layout == features.layout:
         # Otherwise, another shot of a left-out photo would recognize it
-        features, scenes = keep_together(features, known.max_distance, names)
+        features, scenes = keep_together(features, known.max_distance, label_space)
         if text := describe_scenes(scenes):
             warn_on_first_process(text)
 

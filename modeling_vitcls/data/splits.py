@@ -78,7 +78,10 @@ class TrainingData:
 
 
 def divide_images(
-    images: Splits, held_out_fraction: float, needs_selection: bool = False
+    images: Splits,
+    held_out_fraction: float,
+    needs_selection: bool = False,
+    held_out_keys: Any = None,
 ) -> TrainingData:
     """Choose the images that train, select and measure a model.
 
@@ -89,6 +92,8 @@ def divide_images(
         held_out_fraction: part of the training images to hold out if no split is for
             evaluation.
         needs_selection: whether there must be selection images.
+        held_out_keys: keys of the images that are held out if no split is for evaluation; None to draw
+            them.
 
     Raises:
         ValueError: if there are too few images, or if an image has two labels.
@@ -107,7 +112,11 @@ def divide_images(
         held_out_name = f"about {held_out_fraction:.0%}"
         if train.is_stratified:
             held_out_name += ", stratified by class"
-        train, held_out = train.divide(select_held_out(train, held_out_fraction, 0, images.name))
+        if held_out_keys is None:
+            is_held_out = select_held_out(train, held_out_fraction, 0, images.name)
+        else:
+            is_held_out = np.isin(get_keys(train), held_out_keys)
+        train, held_out = train.divide(is_held_out)
     if needs_selection and selection is None:
         if not held_out_fraction:
             raise ValueError(
@@ -297,9 +306,11 @@ def select_held_out(images: LabeledImages, fraction: float, seed: int, dataset: 
 
     _, first, group = np.unique(images.groups, return_index=True, return_inverse=True)
     sizes = np.bincount(group)
-    numbers = np.full(len(sizes), np.iinfo(np.uint64).max, np.uint64)
-    # A group takes the smallest number of its images: neither their order nor their names matter.
-    np.minimum.at(numbers, group, draw_numbers(get_keys(images), seed))
+    keys = np.full(len(sizes), np.iinfo(np.uint64).max, np.uint64)
+    # A group has the smallest key of its images: neither their order nor their names matter. The smallest
+    # number would hold out large groups more often.
+    np.minimum.at(keys, group, get_keys(images))
+    numbers = draw_numbers(keys, seed)
     labels = np.array(images.labels)[first] if images.is_stratified else np.zeros(len(first), int)
 
     is_held_out = np.zeros(len(sizes), bool)  # One value per group
@@ -307,12 +318,15 @@ def select_held_out(images: LabeledImages, fraction: float, seed: int, dataset: 
         members = np.flatnonzero(labels == label)
         members = members[np.argsort(numbers[members], kind="stable")]
         if len(members) > 1:
-            # At least one group of each class is held out, and at least one is not.
-            # A group counts from its middle, so a large one is rounded to the nearer side and not
-            # always up.
-            middles = np.cumsum(sizes[members]) - sizes[members] / 2
-            num_held_out = int((middles <= fraction * sizes[members].sum()).sum())
-            is_held_out[members[: min(max(num_held_out, 1), len(members) - 1)]] = True
+            num_missing = fraction * sizes[members].sum()
+            # At least one group of each class is not held out, and at least one is.
+            for member in members[:-1]:
+                # More than half of a group must be missing, so a smaller one may follow a large one.
+                if sizes[member] <= 2 * num_missing:
+                    is_held_out[member] = True
+                    num_missing -= sizes[member]
+            if not is_held_out[members].any():
+                is_held_out[members[sizes[members].argmin()]] = True
 
     if not is_held_out.any():
         raise ValueError(

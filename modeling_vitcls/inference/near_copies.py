@@ -15,7 +15,7 @@ turned by up to 12 degrees), and no photo of 250 of clothing, 250 of CIFAR-10 an
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from sklearn.metrics.pairwise import cosine_distances
 from sklearn.neighbors import NearestNeighbors
 from sklearn.preprocessing import normalize
 
+from ..data.labels import LabelSpace
 from ..data.splits import join_groups
 from ..hub.model_files import SCENES_FILE
 from ..hub.model_folder import ModelFolder
@@ -109,7 +110,7 @@ def find_pairs(
 
 
 def keep_together(
-    features: Features, max_distance: float, names: Sequence[str] | None
+    features: Features, max_distance: float, label_space: LabelSpace
 ) -> tuple[Features, dict[str, Any]]:
     """Join the groups of photos with scenes, and record what was found.
 
@@ -119,12 +120,12 @@ def keep_together(
     Args:
         features: of the photos.
         max_distance: from `measure_limit`.
-        names: of the labels; None if photos have several.
+        label_space: of the labels. Photos with several have no classes.
     """
     pairs = find_pairs(features, max_distance)
     num_photos = len(features.names)
     scenes = number_scenes(pairs, num_photos)
-    labels = np.zeros(num_photos, int) if names is None else features.labels
+    labels = features.labels if features.labels.ndim == 1 else np.zeros(num_photos, int)
     sizes = np.bincount(scenes)[scenes]
     class_sizes = np.bincount(labels)[labels]
     _, part, counts = np.unique([scenes, labels], axis=1, return_inverse=True, return_counts=True)
@@ -132,7 +133,9 @@ def keep_together(
     is_whole_class &= not is_whole_class.all()  # Nothing else could be measured
     is_kept = (sizes > 1) & ~np.isin(scenes, scenes[is_whole_class])
     _, known = np.unique(features.groups, return_inverse=True)
-    groups = join_groups(known, np.where(is_kept, scenes, num_photos + np.arange(num_photos)))
+    joined = join_groups(known, np.where(is_kept, scenes, num_photos + np.arange(num_photos)))
+    # Each is named like one of the groups that it joins.
+    groups = features.groups[np.unique(joined, return_index=True)[1]][joined]
 
     # One pair of a scene, the nearest ones; photos with two labels come first.
     is_doubtful = labels[pairs[:, 0]] != labels[pairs[:, 1]]
@@ -147,7 +150,9 @@ def keep_together(
         "are_alike": max_distance == 0,
         "num_near": int(is_kept.sum()),
         "num_groups": len(np.unique(scenes[is_kept])),
-        "divided_classes": np.array(names or [])[np.unique(labels[is_whole_class])].tolist(),
+        "divided_classes": [
+            label_space.names[label] for label in np.unique(labels[is_whole_class])
+        ],
         "num_contradictions": num_contradictions,
         "pairs": features.names[pairs[nearest]].tolist(),
     }
@@ -172,15 +177,14 @@ class KnownScenes:
     @classmethod
     def of(cls, features: Features, max_distance: float) -> "KnownScenes":
         """Encode the photos that trained a model."""
-        codes = encode_photos(features).astype(np.int8)
-        return cls(max_distance, replace(features.layout, has_rings=False), codes)
+        layout = replace(features.layout, has_rings=False)
+        return cls(max_distance, layout, encode_photos(features))
 
     def add(self, features: Features) -> "KnownScenes | None":
         """Add photos of the same encoder; None if other features of it are compared."""
         if features.layout != self.layout:
             return None
-        codes = encode_photos(features).astype(np.int8)
-        return replace(self, codes=np.concatenate([self.codes, codes]))
+        return replace(self, codes=np.concatenate([self.codes, encode_photos(features)]))
 
     def recognize(self, features: Features) -> list[str]:
         """Name the photos that nearly repeat a stored one."""
@@ -207,11 +211,12 @@ class KnownScenes:
 
 
 def encode_photos(features: Features) -> np.ndarray:
-    """Project the vectors of photos on random directions: [N, NUM_PROJECTIONS]."""
+    """Project the vectors of photos on random directions: [N, NUM_PROJECTIONS] int8."""
     vectors = describe_photos(features)
     # The old generator, because its numbers will stay the same.
     directions = np.random.RandomState(0).normal(size=(vectors.shape[1], NUM_PROJECTIONS))
-    return (CODE_SCALE * vectors @ directions).clip(-127, 127)  # type: ignore[no-any-return]
+    codes = (CODE_SCALE * vectors @ directions).clip(-127, 127)
+    return codes.astype(np.int8)  # type: ignore[no-any-return]
 
 
 def number_scenes(pairs: np.ndarray, num_photos: int) -> np.ndarray:
@@ -244,10 +249,5 @@ def describe_scenes(record: Mapping[str, Any]) -> str | None:
         lines.append(
             f"{number:,} pairs of photos that nearly repeat one another have two labels, such as "
             f"{first} and {second}. Check their labels"
-        )
-    if near := record.get("near_held_out"):
-        lines.append(
-            f"{len(near):,} held-out photos nearly repeat training photos, such as {near[0]}, so the "
-            "result is better than for new photos"
         )
     return "\n".join(lines) or None

@@ -7,6 +7,7 @@
     summary.py          the first lines of a run: its images, its model and what it is
     frozen_run.py       a run without steps
     steps_run.py        a run with steps; class_statistics_of_runs.py measures its classes afterwards
+    whole_scenes.py     the frozen encoder of both, and photos of one scene on one side
     outcome.py          what a run of either kind has made and measured
     run_results.py      results.json, and the last lines of a run
     training_setup.py   what a run trains: the interface between run.py and the next two files

@@ -140,8 +140,7 @@ class FrozenEncoder:
         for part in others:
             features = features.join(self.compute_features(part, warn))
         # Photos of one scene in several folds would measure how well the scene is recognized.
-        names = self.label_space.names if features.labels.ndim == 1 else None
-        features, scenes = keep_together(features, limit, names)
+        features, scenes = keep_together(features, limit, self.label_space)
         # On one process for all: rounding on another CPU could turn a close choice.
         heads = run_on_main(lambda: self.fit_heads(features).fit_second(features))
         # These images were kept out of the choice, whose time grows with their number, but not of

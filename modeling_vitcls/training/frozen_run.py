@@ -1,6 +1,5 @@
 """A run without steps: the classifiers of the frozen encoder, and how they are measured."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,21 +11,18 @@ from .frozen_encoder import describe_frozen, join_texts
 from .heads import FrozenHead, describe_class_weights, describe_threshold
 from .learning_curve import describe_learning_curve, measure_learning_curve
 from .outcome import Outcome, list_measurements
+from .plan import RunPlan
+from .reporter import Reporter
 from .run_inputs import RunInputs
+from .whole_scenes import fit_frozen
 
 
-def run_frozen(
-    inputs: RunInputs, data: TrainingData, num_seen: int, warn: Callable[[str], None]
-) -> Outcome:
-    """Fit the classifier of each task to every label that is not held out, and measure it.
-
-    `num_seen` is the number of measured images that trained the encoder earlier.
-    """
+def run_frozen(inputs: RunInputs, plan: RunPlan, data: TrainingData, reporter: Reporter) -> Outcome:
+    """Fit the classifier of each task to every label that is not held out, and measure it."""
+    setup = inputs.setup
     encoder = inputs.frozen_encoder
     assert encoder is not None, "only a run with a frozen encoder can be frozen"
-    # The labels of a validation split are free to train the classifier. The test split still
-    # measures it.
-    frozen, record, known_scenes = encoder.fit(data.frozen_parts, data.held_out, warn)
+    data, frozen, record, known_scenes = fit_frozen(inputs, plan, data, reporter)
     # Everything below is measured with the heads in the model, which are what the folder will
     # contain.
     encoder.set_frozen(frozen)
@@ -36,8 +32,8 @@ def run_frozen(
     for task, each in tasks.items():
         measured += list_measurements(
             {task: each.metrics},
-            inputs.setup.selection_metric,
-            seen_by_encoder=num_seen,
+            setup.selection_metric,
+            seen_by_encoder=data.count_seen(inputs.encoder_rows),
             num_folds=each.head.probe.num_folds_ if each.head.held_out is None else 0,
         )
 
@@ -48,6 +44,7 @@ def run_frozen(
     )
     texts = {task: each.calibration.text for task, each in tasks.items()}
     outcome = Outcome(
+        data=data,
         measured=measured,
         metrics=NOTHING_MEASURED,
         split=data.held_out_name,

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..data.splits import TrainingData
 from ..inference.evaluator import Predictions
 from ..inference.intervals import MIN_CORRECTED_IMAGES
 from ..inference.metrics import MetricValues
@@ -89,6 +90,7 @@ class Outcome:
     """What a run has made: the metrics of the saved model, and how it came about.
 
     Attributes:
+        data: the images, as they were divided at last.
         measured: the result of each task; empty if no images measured the model.
         metrics, calibration: fields of results.json.
         split: the images of the metrics, as text.
@@ -102,6 +104,7 @@ class Outcome:
         lines: to print about the frozen model and the calibration.
     """
 
+    data: TrainingData
     measured: list[Measurement]
     metrics: MetricValues
     split: str

@@ -17,6 +17,8 @@ from typing import Any, Literal
 import torch
 from accelerate import Accelerator
 
+from ..data.sources import Splits
+from ..data.splits import TrainingData, divide_images
 from ..inference.speed import measure_inference_speed
 from .defaults import FINE_TUNING_EPOCHS, resolve_schedule
 from .model import find_new_tokens
@@ -55,6 +57,12 @@ class RunPlan:
     averaging: float
     new_tokens: dict[str, list[bool]]
     lines: dict[str, str | None]
+
+    def divide(self, images: Splits, held_out_keys: Any = None) -> TrainingData:
+        """Divide the images of the run as `divide_images` does."""
+        options = self.options
+        needs_selection = options.select == "best"
+        return divide_images(images, options.held_out_part, needs_selection, held_out_keys)
 
 
 def plan_run(inputs: RunInputs, accelerator: Accelerator, is_resumed: bool) -> RunPlan:

@@ -15,7 +15,6 @@ from pathlib import Path
 from accelerate.utils import set_seed
 
 from ..data.image_folder import check_output_is_not_read
-from ..data.splits import divide_images
 from ..hub.local_paths import resolve_name
 from ..hub.model_files import METRICS_FILE
 from ..runtime.distributed import build_accelerator, end_processes, run_on_main
@@ -82,8 +81,7 @@ def train(asked: TrainOptions, recipe: Recipe) -> Path:
         inputs = load(recipe, asked, earlier, reporter)
         plan = plan_run(inputs, accelerator, is_resumed=earlier is not None)
         options = plan.options
-        assert options.held_out_fraction is not None, "the plan sets it"
-        data = divide_images(inputs.images, options.held_out_fraction, options.select == "best")
+        data = plan.divide(inputs.images)
         # Compared with the earlier run first: nothing is written if the run is another one.
         record = run_on_main(partial(build_run_record, options, data, to_flags(asked), earlier))
         # A job script repeats its command with --resume, also after a run that was killed between
@@ -94,18 +92,16 @@ def train(asked: TrainOptions, recipe: Recipe) -> Path:
             return folder
 
         run_on_main(partial(prepare_folder, folder, store, to_flags(options), earlier is not None))
-        num_seen = data.count_seen(inputs.encoder_rows, plan.kind == "frozen")
-        print_summary(inputs, plan, data, num_seen, reporter)
+        print_summary(inputs, plan, data, reporter)
 
         # Both kinds end in the same record.
         if plan.kind == "frozen":
-            outcome = run_frozen(inputs, data, num_seen, reporter.warn)
+            outcome = run_frozen(inputs, plan, data, reporter)
         else:
             outcome = run_steps(
                 inputs,
                 plan,
                 data,
-                num_seen,
                 record=record,
                 checkpoint=None if earlier is None else earlier.checkpoint,
                 store=store,
@@ -113,11 +109,11 @@ def train(asked: TrainOptions, recipe: Recipe) -> Path:
             )
         reporter.print_lines(outcome.lines)
 
-        results = build_results(inputs, data, outcome, num_seen, record)
-        save_output(folder, inputs, data, outcome, results)
+        results = build_results(inputs, outcome, record)
+        save_output(folder, inputs, outcome, results)
         # After the folder is whole, because --resume needs the checkpoints until then.
         run_on_main(clean_up)
-        print_result(outcome, plan, data, reporter)
+        print_result(outcome, plan, reporter)
 
         end_processes(accelerator)
         return folder

@@ -24,6 +24,7 @@ import yaml
 
 from ..data.options import DataOptions
 from ..data.splits import TrainingData, divide_images, load_undivided_images
+from ..data.splits_table import read_splits, select_task
 from ..hub.local_paths import is_local, make_relative, split_prefix
 from ..hub.model_files import (
     CONFIG_FILE,
@@ -159,7 +160,13 @@ def load_run_data(folder: ModelFolder, dataset: str) -> TrainingData:
         reads_all=results.get("held_out_split") == "test",
         use_labels=bool(results.get("data", {}).get("classes", True)),
     )
-    return divide_images(images, options.held_out_part, flags.get("select") == "best")
+    splits = select_task(read_splits(folder), None)
+    return divide_images(
+        images,
+        options.held_out_part,
+        flags.get("select") == "best",
+        splits["key"][splits["split"] == "test"],
+    )
 
 
 def check_sources_not_removed(folder: Path, sources: Mapping[str, str | None]) -> None:

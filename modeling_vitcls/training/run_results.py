@@ -4,7 +4,7 @@ from typing import Any
 
 from accelerate.state import AcceleratorState
 
-from ..data.splits import MAX_CLASS_RATIO, TrainingData
+from ..data.splits import MAX_CLASS_RATIO
 from ..inference.evaluator import count_repeats, describe_repeats
 from ..inference.metrics import MetricValues, get_task_metrics
 from ..inference.stated_result import format_percent
@@ -17,16 +17,14 @@ from .run_inputs import RunInputs
 from .summary import count_tokens
 
 
-def build_results(
-    inputs: RunInputs, data: TrainingData, outcome: Outcome, num_seen: int, record: dict[str, Any]
-) -> dict[str, Any]:
+def build_results(inputs: RunInputs, outcome: Outcome, record: dict[str, Any]) -> dict[str, Any]:
     """Build the content of results.json.
 
-    Args:
-        num_seen: number of measured images that trained the encoder earlier.
-        record: from `build_run_record`.
+    `record` is from `build_run_record`.
     """
     setup = inputs.setup
+    data = outcome.data
+    num_seen = data.count_seen(inputs.encoder_rows, "steps" not in outcome.results)
     asked_flags = {name: record["flags"][name] for name in record["chosen_flags"]}
     results = {
         "dataset": data.name,
@@ -82,7 +80,7 @@ MIN_OPEN_GATE = 0.1  # With gates below it, tokens change nothing that could be 
 # Printed lines ------------------------------------------------------------------------------------
 
 
-def print_result(outcome: Outcome, plan: RunPlan, data: TrainingData, reporter: Reporter) -> None:
+def print_result(outcome: Outcome, plan: RunPlan, reporter: Reporter) -> None:
     """Print the last lines of the run."""
     options = plan.options
     steps_text = None
@@ -101,7 +99,7 @@ def print_result(outcome: Outcome, plan: RunPlan, data: TrainingData, reporter: 
             "result": describe_result(outcome) + describe_start(outcome, options.model),
             "repeats": describe_repeats(find_repeats(outcome)),
             "gates": describe_gates(outcome.results.get("gates")),
-            "classes": describe_classes(outcome.metrics, data.train.class_ratio),
+            "classes": describe_classes(outcome.metrics, outcome.data.train.class_ratio),
             "steps": steps_text,
             "saved": str(options.output_dir),
         }

@@ -10,7 +10,6 @@ from typing import Any
 import pandas as pd
 from torch.distributed.fsdp import FSDPModule
 
-from ..data.splits import TrainingData
 from ..data.splits_table import write_splits
 from ..hub.connection import silence_transformers
 from ..hub.model_files import (
@@ -39,7 +38,6 @@ from .training_setup import TrainingSetup
 def save_output(
     output_dir: Path,
     inputs: RunInputs,
-    data: TrainingData,
     outcome: Outcome,
     results: dict[str, Any],
 ) -> None:
@@ -48,7 +46,6 @@ def save_output(
     Args:
         output_dir: the folder.
         inputs: what the run has read, with the model that it has trained.
-        data: the images of the run.
         outcome: what the run has made.
         results: content of results.json, without what is known only after the model is written.
 
@@ -79,7 +76,9 @@ def save_output(
                 saved_model = use_fast_modules(model_class.from_pretrained(folder)).to(device)
                 record["inference"] = measure_inference_speed(saved_model, device)
                 write_json(folder / RESULTS_FILE, results | record)
-                write_splits(pd.concat([data.build_splits_table(), inputs.encoder_rows]), folder)
+                write_splits(
+                    pd.concat([outcome.data.build_splits_table(), inputs.encoder_rows]), folder
+                )
                 if outcome.known_scenes is not None:
                     outcome.known_scenes.write(folder, weights_hash)
                 if outcome.predictions is not None:

@@ -13,7 +13,7 @@ from ..data.augmentation import build_augmentation
 from ..data.batches import Batch, TrainingImages, iterate_training_batches
 from ..data.images import UnreadableImageCounter
 from ..data.splits import TrainingData
-from ..data.splits_table import find_trained_images
+from ..data.splits_table import find_trained_images, get_keys
 from ..data.workers import explain_worker_errors
 from ..inference.linear_probe import ABSENT_CLASS_MARGIN
 from ..inference.metrics import SELECTION_METRICS, compute_mean, get_task_metrics
@@ -23,13 +23,7 @@ from .calibration import calibrate
 from .checkpoints import Checkpoint, CheckpointStore
 from .class_statistics_of_runs import store_statistics
 from .distributed_state import distribute_like, reshard, scatter_model
-from .frozen_encoder import (
-    MAX_START_IMAGES,
-    FrozenEncoder,
-    describe_frozen,
-    ignore_message,
-    warn_about_unreadable_classes,
-)
+from .frozen_encoder import describe_frozen, warn_about_unreadable_classes
 from .loop import Evaluate, TrainingLoop, TrainingState, build_batch_plan, read_gates
 from .optimizer import average_with_start, build_parameter_groups
 from .outcome import Outcome, list_measurements
@@ -39,13 +33,13 @@ from .resume import format_flag_value
 from .run_inputs import RunInputs
 from .signals import SignalHandler
 from .training_setup import TrainingSetup
+from .whole_scenes import fit_frozen
 
 
 def run_steps(
     inputs: RunInputs,
     plan: RunPlan,
     data: TrainingData,
-    num_seen: int,
     *,
     record: dict[str, Any],
     checkpoint: Checkpoint | None,
@@ -56,7 +50,6 @@ def run_steps(
 
     Args:
         inputs, plan, data: of the run.
-        num_seen: number of measured images that trained the encoder earlier.
         record: what checkpoints contain about the run.
         checkpoint: to resume from.
         store: the checkpoints of the run.
@@ -67,8 +60,7 @@ def run_steps(
     # The frozen encoder gets a new pooler and new heads, and may change how images are
     # resized. Evaluators, which keep resized images, and the optimizer, which keeps parameters,
     # would otherwise hold on to the old ones.
-    initial = {} if checkpoint is not None else measure_initial_classifier(inputs, data)
-    start = start_from_frozen(inputs.frozen_encoder, data, checkpoint, reporter) | initial
+    data, start = start_from_frozen(inputs, plan, data, checkpoint, reporter)
     held_out = setup.build_evaluator(data, data.held_out)
     if len(data.held_out) and checkpoint is None:
         start |= inputs.recipe.measure_start(setup, held_out)
@@ -124,10 +116,11 @@ def run_steps(
 
     seconds = loop.get_training_seconds()
     return Outcome(
+        data=data,
         measured=list_measurements(
             get_task_metrics(metrics),
             setup.selection_metric,
-            seen_by_encoder=num_seen,
+            seen_by_encoder=data.count_seen(inputs.encoder_rows, is_frozen=False),
         ),
         metrics=metrics,
         split=data.held_out_name,
@@ -222,32 +215,36 @@ def measure_initial_classifier(inputs: RunInputs, data: TrainingData) -> dict[st
 
 
 def start_from_frozen(
-    encoder: FrozenEncoder | None,
+    inputs: RunInputs,
+    plan: RunPlan,
     data: TrainingData,
     checkpoint: Checkpoint | None,
     reporter: Reporter,
-) -> dict[str, Any]:
-    """Start from the frozen model. Without one, nothing happens.
+) -> tuple[TrainingData, dict[str, Any]]:
+    """Start from the frozen model, or from a checkpoint.
 
     Returns:
-        What only the frozen model can say, for checkpoints: the record of what was chosen
-        ("frozen"), the metric of the held-out images ("before_steps"), and the nearest training
-        images of each ("nearest_images").
+        The images, divided again if near copies were on both sides, and what only the start can say,
+        for checkpoints: what `measure_initial_classifier` returns, the keys of the held-out images
+        ("held_out") and, of the frozen model, the record of what was chosen ("frozen"), the metric of
+        the held-out images ("before_steps"), and the nearest training images of each ("nearest_images").
     """
+    encoder = inputs.frozen_encoder
     if checkpoint is not None:
         # Choosing again would cost a pass over the images, and the model has moved on since. The
         # weights come from the checkpoint.
         start: dict[str, Any] = checkpoint.metadata["start"]
         if encoder is not None:
             encoder.restore(start["frozen"])
-        return start
+            data = plan.divide(inputs.images, start["held_out"])
+        return data, start
+    start = measure_initial_classifier(inputs, data)
     if encoder is None:
-        return {}
-    # The steps report the unreadable images.
-    frozen, record, _ = encoder.fit([data.train], data.held_out, ignore_message, MAX_START_IMAGES)
+        return data, start
+    data, frozen, record, _ = fit_frozen(inputs, plan, data, reporter)
     encoder.set_heads(frozen)
     reporter.print_lines(describe_frozen(record))
-    start = {"frozen": record}
+    start |= {"frozen": record, "held_out": get_keys(data.held_out).tolist()}
     metric = SELECTION_METRICS[data.label_space.kind]
     measured = {task: head for task, head in frozen.items() if head.held_out is not None}
     if measured:
@@ -259,7 +256,7 @@ def start_from_frozen(
         # Pairs, because the keys of JSON are texts
         nearest = measured[""].find_nearest_images(np.arange(len(data.held_out)))
         start["nearest_images"] = list(nearest.items())
-    return start
+    return data, start
 
 
 def describe_teacher(start: dict[str, Any], num_images: int) -> str | None:

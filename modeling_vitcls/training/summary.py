@@ -17,14 +17,8 @@ from .run_inputs import RunInputs
 MAX_NAMED_CLASSES = 12  # Maximum number of classes that the summary names
 
 
-def print_summary(
-    inputs: RunInputs, plan: RunPlan, data: TrainingData, num_seen: int, reporter: Reporter
-) -> None:
-    """Print what the run does, before it starts.
-
-    `num_seen` is the number of images that measure the run, although they trained its encoder or a
-    classifier that it keeps.
-    """
+def print_summary(inputs: RunInputs, plan: RunPlan, data: TrainingData, reporter: Reporter) -> None:
+    """Print what the run does, before it starts."""
     setup = inputs.setup
     encoder = inputs.frozen_encoder  # Chooses geometry and pooling itself, later
     reporter.print_lines(
@@ -44,8 +38,17 @@ def print_summary(
             "run": f"{plan.kind}: {plan.reason}",
         }
     )
+    warn_about_images(inputs, plan, data, reporter)
+
+
+def warn_about_images(
+    inputs: RunInputs, plan: RunPlan, data: TrainingData, reporter: Reporter
+) -> None:
+    """Warn about classes that lack images, and about images that cannot measure the run."""
     for warning in inputs.recipe.list_warnings(data, plan.options.group_column):
         reporter.warn(warning)
+    # They trained its encoder, or a classifier that it keeps.
+    num_seen = data.count_seen(inputs.encoder_rows, plan.kind == "frozen")
     if num_seen:
         reporter.warn(
             f"{num_seen:,} of the images that measure this run trained the encoder of "

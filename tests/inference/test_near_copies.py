@@ -5,12 +5,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from modeling_vitcls.data.labels import OneLabel
 from modeling_vitcls.inference.frozen_features import FeatureLayout, Features
 from modeling_vitcls.inference.linear_probe import split_folds
 from modeling_vitcls.inference.near_copies import describe_scenes, keep_together, measure_limit
 
 
 WIDTH = 48
+LABELS = OneLabel({"label": ["cup", "pen"]})
 
 
 def build_features(values: np.ndarray, labels: np.ndarray) -> Features:
@@ -31,7 +33,7 @@ def test_photos_without_near_copies_have_the_folds_of_their_own_groups(num_group
     rng = np.random.default_rng(0)
     features = build_features(rng.normal(size=(200, WIDTH)), rng.integers(2, size=200))
     features = replace(features, groups=np.arange(200) % num_groups)
-    joined, record = keep_together(features, 0.1, ["cup", "pen"])
+    joined, record = keep_together(features, 0.1, LABELS)
     assert record["num_near"] == record["num_groups"] == record["num_contradictions"] == 0
     assert describe_scenes(record) is None
     before, after = (split_folds(features.labels, each.groups) for each in (features, joined))
@@ -46,10 +48,10 @@ def test_each_pair_with_two_labels_counts_once() -> None:
     values[:12, 1:13] = 0.01 * np.eye(12)
     values[12, 20] = 0.15
     features = build_features(values, np.arange(13) // 12)
-    _, record = keep_together(features, 0.1, ["cup", "pen"])
+    _, record = keep_together(features, 0.1, LABELS)
     assert record["num_contradictions"] == 10
     # To a weak encoder, photos of other scenes are near, too.
-    _, record = keep_together(features, 0.02, ["cup", "pen"])
+    _, record = keep_together(features, 0.02, LABELS)
     assert record["num_contradictions"] == 0
     assert len(record["pairs"]) == 1
 

@@ -244,6 +244,36 @@ def test_shots_of_one_object_do_not_measure_each_other(
     assert f"have two labels, such as {first} and {second}" in printed
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--max-steps 2 --save-every 1 --keep-checkpoints 2",
+        "--trainable head --held-out-fraction 0.2",
+    ],
+)
+def test_shots_of_one_object_are_on_one_side_of_the_held_out_photos(
+    flags: str, sources: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number in range(16):
+        write_shots(sources / "bursts" / ("cups", "pens")[number % 2], number, range(3))
+    results = finetune(sources, "vit", "bursts", "run", *flags.split())
+    held_out = pd.read_parquet(sources / "run/predictions.parquet")["image"]
+    objects = held_out.str.extract(r"IMG_(\d+)\d.png")[0]
+    assert set(objects.value_counts()) == {3}
+    assert objects.nunique() in (3, 4)  # A fifth are 10 of 48 photos
+    splits = pd.read_parquet(sources / "run/splits.parquet")
+    assert (splits["split"] == "test").sum() == len(held_out)
+    printed = capsys.readouterr().out
+    num_trained = 48 - len(held_out)
+    assert results["num_training_images"] == num_trained
+    assert f"photos of one scene were on both sides: {num_trained} training images" in printed
+    if results["steps"]:
+        (sources / "run/results.json").unlink()
+        finetune(sources, "vit", "bursts", "run", *flags.split(), "--resume")
+        resumed = pd.read_parquet(sources / "run/predictions.parquet")
+        assert resumed["image"].tolist() == held_out.tolist()
+
+
 def test_a_class_that_is_one_scene_is_measured_and_the_line_says_by_what(
     sources: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -268,7 +298,9 @@ def test_photos_of_a_test_folder_that_repeat_training_photos_are_named_and_the_o
     near = results["frozen"]["near_copies"]["near_held_out"]
     assert [Path(name).name for name in near] == ["IMG_05.png", "IMG_15.png"]
     printed = capsys.readouterr().out
-    assert f"2 held-out photos nearly repeat training photos, such as {near[0]}" in printed
+    assert (
+        f"2 of 4 photos nearly repeat photos that trained the model, such as {near[0]}" in printed
+    )
     rows = pd.read_parquet(sources / "run/predictions.parquet")
     others = rows[~rows["image"].isin(near)]
     num_right = (others["label"] == others["prediction"]).sum()
