@@ -153,6 +153,11 @@ def draw_page(
         if predictions["is_cross_validated"]:
             rows = rows[rows["label"] == rows["prediction"]]
         chosen = choose_photos(rows, photos, NUM_SHOWN_IMAGES)
+        if not label_space.columns:
+            # The map is of the first prediction, which may be of another task than the label
+            chosen = [
+                (image, texts | {"truth": None, "predicted": None}) for image, texts in chosen
+            ]
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     inspection, shown = inspect_images(
