@@ -31,8 +31,8 @@ from .extend import (
     OldModel,
     append_head,
     build_result,
-    build_rows,
     check_has_one_label,
+    list_left_out,
 )
 from .options import AddClassOptions
 
@@ -70,13 +70,7 @@ def build_classes(old: OldModel, options: AddClassOptions) -> Addition:
         raise ValueError(
             f"the class {names[missing[0]]!r} has no images. Add images, or remove the class"
         )
-    known = KnownScenes.read(old.folder)
-    scenes = None
-    if known is not None and known.layout == features.layout:
-        # Otherwise, another shot of a left-out photo would recognize it
-        features, scenes = keep_together(features, known.max_distance, label_space)
-        if text := describe_scenes(scenes):
-            warn_on_first_process(text)
+    features, scenes = keep_scenes_together(features, old, label_space)
 
     threshold = model.config.distance_threshold
     all_statistics = statistics.extend(
@@ -113,7 +107,7 @@ def build_classes(old: OldModel, options: AddClassOptions) -> Addition:
         logits, distances = measured
         labels = len(statistics.counts) + features.labels
         all_names = get_label_space(extended.config).names
-        rows = build_rows(features, labels, softmax(logits, axis=1), all_names)
+        rows = list_left_out(features, labels, softmax(logits, axis=1), all_names)
         is_right = logits.argmax(axis=1) == labels
         record["result"] = build_result("recall", is_right, features.groups, "cross-validated")
         if threshold is not None:
@@ -138,6 +132,23 @@ def load_new_images(
     parts = list(add_keys(splits.images_by_split).values())
     check_contradictions(parts, label_space, dataset)
     return label_space, parts[0]  # The training split comes first
+
+
+def keep_scenes_together(
+    features: Features, old: OldModel, label_space: LabelSpace
+) -> tuple[Features, dict[str, Any] | None]:
+    """Group the photos of a scene: another shot of a left-out photo would recognize it.
+
+    Returns:
+        The features, and what was found; None if the model has no known scenes with these features.
+    """
+    known = KnownScenes.read(old.folder)
+    if known is None or known.layout != features.layout:
+        return features, None
+    features, scenes = keep_together(features, known.max_distance, label_space)
+    if text := describe_scenes(scenes):
+        warn_on_first_process(text)
+    return features, scenes
 
 
 def build_class_rows(

@@ -68,7 +68,7 @@ class Addition:
         images: the outputs of both models are compared with these.
         label_space: of the images.
         splits: rows for splits.parquet about the addition.
-        rows: the prediction of each photo that was left out (`build_rows`); None if none could be.
+        rows: the prediction of each photo that was left out (`list_left_out`); None if none could be.
         class_features: of the images of new classes.
     """
 
@@ -242,7 +242,7 @@ def append_head(
 # Records ------------------------------------------------------------------------------------------
 
 
-def build_rows(
+def list_left_out(
     features: Features, labels: np.ndarray, probabilities: np.ndarray, names: Sequence[str]
 ) -> pd.DataFrame:
     """Build the rows of photos for the report, with the names of the nearest other ones.
