@@ -85,7 +85,10 @@ def are_distinct(features: Features, scenes: np.ndarray, limit: float) -> bool:
     within = distances[is_same & ~np.eye(len(sample), dtype=bool)]
     if not len(within):
         return True
-    if is_same.all():
+    is_largest = scenes == np.bincount(scenes).argmax()
+    # A class alone may be one scene.
+    num_labels = len(np.unique(features.labels[is_largest], axis=0))
+    if is_same.all() or (is_largest.mean() > 0.5 and num_labels > 1):
         return False
 
     density = (within < limit).mean()

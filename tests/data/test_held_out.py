@@ -213,7 +213,7 @@ def test_the_label_columns_of_a_run_are_used_in_its_evaluation(
         assert evaluate(tmp_path / name, tmp_path / "table.csv")[metric] == pytest.approx(
             results[metric], abs=1e-5
         )
-    assert re.search(r"age \d of \d right .*\s+tags \d of \d right", capsys.readouterr().out)
+    assert re.search(r"age: \d of \d right .*\s+tags: \d of \d right", capsys.readouterr().out)
     with raises_one_line("`label_column`"):  # the flags are used as a whole
         evaluate(tmp_path / "tags", tmp_path / "table.csv", label_separator="|")
 

@@ -259,8 +259,12 @@ def test_the_images_of_a_folder_below_a_class_are_on_one_side(
     assert images.label_space.names == ["a", "b"]
     assert images.facts["groups"].startswith("5, one for each folder below a class")
     data = divide_images(images, 0.4)
-    for folder in {str(Path(name).parent) for name in data.held_out.images.get_names()}:
-        assert folder not in str(data.train.images.get_names())
+    train, held_out = (
+        {Path(name).parent for name in part.images.get_names()}
+        for part in (data.train, data.held_out)
+    )
+    assert len(held_out) > 1
+    assert not train & held_out
 
     ungrouped = load_undivided_images(DataOptions(dataset=str(tmp_path), group_column="none"))
     assert len(set(ungrouped.train.groups.tolist())) == 21

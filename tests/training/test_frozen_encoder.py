@@ -551,7 +551,7 @@ def test_each_task_has_the_classifier_and_the_result_of_a_run_on_its_column_alon
     assert (results["steps"], results["split"]) == (0, "cross-validation")
     assert results["num_images"] == 100
     half = results["tasks"]["half"]
-    stated = f"half {half['num_right']} of {half['num_images']} right; about "
+    stated = f"half: {half['num_right']} of {half['num_images']} right; about "
     assert stated in capsys.readouterr().out
     model = ViTCLSForMultiTaskClassification.from_pretrained(tmp_path / "run").eval()
     images = [Image.open(file) for file in sorted((tagged_digits / "images").iterdir())]
