@@ -86,7 +86,8 @@ def write_run_page(folder: ModelFolder) -> str | None:
         folder,
         measured,
         source=f"{results['dataset']}, {source}",
-        names=data.label_space.names,
+        # Only one label per image has rows; tasks have no names in common.
+        names=[] if rows is None else data.label_space.names,
         photos=find_photos(data.held_out, data.train, data.selection),
         rows=rows,
         predictions=None if rows is None else summarize_predictions(folder, rows),

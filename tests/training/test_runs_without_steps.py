@@ -25,6 +25,8 @@ from PIL import Image
 
 from modeling_vitcls import ViTCLSModel, evaluate, predict
 from modeling_vitcls.cli import main
+from modeling_vitcls.hub.model_folder import ModelFolder
+from modeling_vitcls.publishing.report import write_report
 from modeling_vitcls.runtime.files import read_json
 
 
@@ -117,6 +119,14 @@ def test_a_damaged_photo_is_counted_whatever_task_is_last(sources: Path) -> None
     assert results["tasks"]["insect"]["num_unreadable_images"] == 1
     assert results["num_unreadable_images"] == 1
     assert results["num_images"] == 24
+
+
+def test_a_run_of_two_tasks_gets_a_report(sources: Path) -> None:
+    photos = sorted((sources / "my photos").rglob("*.png"))
+    rows = [f"{photo},{photo.parent.name},{photo.stat().st_size % 2}" for photo in photos]
+    (sources / "tasks.csv").write_text("\n".join(["image,insect,parity", *rows]))
+    finetune(sources, "vit", "tasks.csv", "run", "--label-column", "insect", "parity")
+    assert write_report(ModelFolder(sources / "run")) is not None
 
 
 def test_a_damaged_held_out_photo_measures_no_task(sources: Path) -> None:
