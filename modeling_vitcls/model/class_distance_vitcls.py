@@ -68,11 +68,8 @@ class ClassDistance(nn.Module):
         num_classes = statistics["num_classes"]
         num_added = [*map(len, config.get_added_classes().values())]
         self.num_together = [num_classes - sum(num_added), *num_added]
-        # Tokens of one size are computed at once: small products cost little more than their calls.
-        self.indices_by_size: dict[int, list[int]] = {}
         for index, (_, kind) in enumerate(self.tokens):
             size = config.compute_pooled_size(kind, 1)
-            self.indices_by_size.setdefault(size, []).append(index)
             self.register_buffer(f"means_{index}", torch.zeros(num_classes, size))
             self.register_buffer(f"precisions_{index}", torch.zeros(size, size))
         if statistics.get("has_scales"):
@@ -114,14 +111,14 @@ class ClassDistance(nn.Module):
         squares = []
         # The distance is a difference of large numbers, for which bfloat16 has too few digits.
         with torch.autocast(device, enabled=False):
-            for indices, terms in zip(self.indices_by_size.values(), self.get_terms(), strict=True):
-                centers, precisions, means, of_means = terms
-                values = torch.stack([pooled[index] for index in indices]).float() - centers
-                products = values @ precisions  # [T, B, D]
-                own = (products * values).sum(dim=2, keepdim=True)
-                parts = [products @ part.mT for part in means.split(self.num_together, dim=1)]
-                squares.append(own - 2 * torch.cat(parts, dim=2) + of_means)  # [T, B, K]
-        distances = torch.cat(squares).mean(dim=0)
+            for index, (values, terms) in enumerate(zip(pooled, self.get_terms(), strict=True)):
+                center, means, of_means = terms
+                values = values.float() - center
+                products = values @ getattr(self, f"precisions_{index}")  # [B, D]
+                own = (products * values).sum(dim=1, keepdim=True)
+                parts = [products @ part.T for part in means.split(self.num_together)]
+                squares.append(own - 2 * torch.cat(parts, dim=1) + of_means)  # [B, K]
+        distances = torch.stack(squares).mean(dim=0)
         if "scales" in self._buffers:
             distances = distances / self.scales.square()
         # The mean of a class without images is a placeholder, and must not be the nearest one.
@@ -152,22 +149,19 @@ class ClassDistance(nn.Module):
         change these.
 
         Returns:
-            For the T tokens of each size, their centers [T, 1, D], precisions [T, D, D], the means around
-            the centers [T, K, D], and the squares of these without the noise [T, 1, K].
+            For each token, a center [D], the means around it [K, D], and their squares without the
+            noise [K].
         """
         terms: list[tuple[Tensor, ...]] = []
-        for indices in self.indices_by_size.values():
-            means, precisions = (
-                torch.stack([getattr(self, f"{name}_{index}") for index in indices])
-                for name in ("means", "precisions")
-            )
+        for index in range(len(self.tokens)):
+            means = getattr(self, f"means_{index}")
             # Added classes do not change the bits of old ones, which have their own center and products.
-            centers = means[:, : self.num_together[0]].mean(dim=1, keepdim=True)
-            means = means - centers
-            noise = self.sizes[indices, None] / self.counts.clamp(min=1)
-            parts = [part @ precisions for part in means.split(self.num_together, dim=1)]
-            of_means = (torch.cat(parts, dim=1) * means).sum(dim=2) - noise
-            terms.append((centers, precisions, means, of_means[:, None]))
+            center = means[: self.num_together[0]].mean(dim=0)
+            means = means - center
+            noise = self.sizes[index] / self.counts.clamp(min=1)
+            precision = getattr(self, f"precisions_{index}")
+            products = torch.cat([part @ precision for part in means.split(self.num_together)])
+            terms.append((center, means, (products * means).sum(dim=1) - noise))
         return terms
 
     def check(self, encoder: nn.Module) -> bool:
