@@ -140,7 +140,8 @@ def keep_scenes_together(
     """Group the photos of a scene: another shot of a left-out photo would recognize it.
 
     Returns:
-        The features, and what was found; None if the model has no known scenes with these features.
+        The features with these groups, and the record of `keep_together`; None if the model has no
+        known scenes of these features.
     """
     known = KnownScenes.read(old.folder)
     if known is None or known.layout != features.layout:

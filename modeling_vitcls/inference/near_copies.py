@@ -41,10 +41,12 @@ MIRROR_PART = 2.0
 # Part of the limit below which two labels are doubtful. With random weights, 64 of 162 near pairs show two
 # scenes, but none of 64 pairs that are nearer than half the distance of a mirror image.
 CONTRADICTION_PART = 0.25
-# Median distance between photos of different scenes, divided by the limit, from which these are told
-# apart: 5.4 to 14 for photographs, and below 4 for most pairs of digits
+# Smallest median distance between photos of different scenes, in units of the limit: 5.4 to 14 for
+# photographs, and below 4 for most pairs of digits
 MIN_CONTRAST = 4.0
-MAX_COMPARED = 1000  # Photos, drawn at random, that tell whether scenes can be told apart
+MAX_COMPARED = (
+    1000  # Number of photos, drawn at random, whose distances are compared with all others
+)
 NUM_NEIGHBORS = 10  # A scene is a chain of neighbors, so a few of each photo connect it
 NUM_PROJECTIONS = 256  # Bytes of a stored photo
 CODE_SCALE = 30  # Of the codes of a projection, whose standard deviation is 1
@@ -69,12 +71,13 @@ def measure_limit(features: Features, own: Features, mirrored: Features) -> floa
     """
     cosines = (describe_photos(own) * describe_photos(mirrored)).sum(axis=1)
     limit = MIRROR_PART * float(1 - np.median(cosines))
-    scenes = number_scenes(find_pairs(features, limit), len(features.names))
+    pairs, _ = find_pairs(features, limit)
+    scenes = number_scenes(pairs, len(features.names))
     return limit if are_distinct(features, scenes, limit) else 0.0
 
 
 def are_distinct(features: Features, scenes: np.ndarray, limit: float) -> bool:
-    """Tell whether near photos are shots of scenes, and not photos of a kind that are all alike.
+    """Check that near photos are shots of scenes, and not photos of a kind that are all alike.
 
     Digits of one kind are a chain of neighbors, too. But shots of a scene are near to one another, not
     only to their neighbors, and photos of other scenes are far away.
@@ -98,8 +101,8 @@ def are_distinct(features: Features, scenes: np.ndarray, limit: float) -> bool:
 
 def find_pairs(
     features: Features, max_distance: float, others: Features | None = None
-) -> np.ndarray:
-    """Find near photos: pairs [P, 2] of rows, the nearest pair first.
+) -> tuple[np.ndarray, np.ndarray]:
+    """Find near photos: pairs [P, 2] of rows, the nearest pair first, and their cosine distances [P].
 
     Each pair is a row of `others`, or of the features without them, and a row of the features.
     """
@@ -109,7 +112,8 @@ def find_pairs(
     distances, columns = neighbors.kneighbors(others and describe_photos(others))
     rows, places = np.nonzero(distances**2 < 2 * max_distance)
     order = distances[rows, places].argsort(kind="stable")
-    return np.stack([rows, columns[rows, places]], axis=1)[order]
+    pairs = np.stack([rows, columns[rows, places]], axis=1)
+    return pairs[order], distances[rows, places][order] ** 2 / 2
 
 
 def keep_together(
@@ -125,7 +129,7 @@ def keep_together(
         max_distance: from `measure_limit`.
         label_space: of the labels. Photos with several have no classes.
     """
-    pairs = find_pairs(features, max_distance)
+    pairs, distances = find_pairs(features, max_distance)
     num_photos = len(features.names)
     scenes = number_scenes(pairs, num_photos)
     labels = features.labels if features.labels.ndim == 1 else np.zeros(num_photos, int)
@@ -142,8 +146,7 @@ def keep_together(
 
     # One pair of a scene, the nearest ones; photos with two labels come first.
     is_doubtful = labels[pairs[:, 0]] != labels[pairs[:, 1]]
-    # The nearest pairs come first.
-    is_doubtful[len(find_pairs(features, CONTRADICTION_PART * max_distance)) :] = False
+    is_doubtful &= distances < CONTRADICTION_PART * max_distance
     # Among many shots, a photo may be a neighbor of one that is no neighbor of it.
     num_contradictions = len(np.unique(np.sort(pairs[is_doubtful]), axis=0))
     pairs = pairs[np.argsort(~is_doubtful, kind="stable")]

@@ -7,8 +7,8 @@ calibration         a temperature                       a line for each label
 classifier          LDA, with class statistics          one label against the rest, with one covariance
 estimate            accuracy                            mean average precision
 
-`TARGETS` maps the kind of the labels (data/labels.py) to its class. Only `find_target` tells the kind
-of an array. Logits are [N, K] of K classes or labels.
+`TARGETS` maps the kind of the labels (data/labels.py) to its class. Only `find_target` finds it from the
+shape of an array. Logits are [N, K] of K classes or labels.
 """
 
 from collections.abc import Sequence

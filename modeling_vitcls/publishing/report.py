@@ -86,7 +86,7 @@ def write_run_page(folder: ModelFolder) -> str | None:
         folder,
         measured,
         source=f"{results['dataset']}, {source}",
-        # Only one label per image has rows; tasks have no names in common.
+        # There are rows only for one label per image. Tasks have no common names.
         names=[] if rows is None else data.label_space.names,
         photos=find_photos(data.held_out, data.train, data.selection),
         rows=rows,

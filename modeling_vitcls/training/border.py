@@ -1,4 +1,4 @@
-"""How much of what tells a label from the others is in the border of the photos: a frame, a wall.
+"""The share of the border of the photos, such as a frame or a wall, in the score of a label.
 
 A linear classifier of the mean of the patches is a sum over patches, so the part of an outer ring is
 exact. CLS has no such sum.
@@ -62,7 +62,7 @@ def measure_border(heads: Iterable[FrozenHead], grid_size: tuple[int, int]) -> d
 def describe_border(record: dict[str, Any] | None) -> str | None:
     """Name the labels that the border of the photos distinguishes from the others, or return None.
 
-    The ring is the one that stands out most.
+    The ring is the one whose largest share is furthest above its limit.
     """
     if not record or not record["shares"]:
         return None

@@ -137,27 +137,49 @@ class FrozenEncoder:
         features, geometry = self.choose_geometry(train, self.compute_features(train, warn, first))
 
         limit = self.measure_limit(train, features)
-        for part in others:
-            features = features.join(self.compute_features(part, warn))
-        # Photos of one scene in several folds would measure how well the scene is recognized.
-        features, scenes = keep_together(features, limit, self.label_space)
-        # On one process for all: rounding on another CPU could turn a close choice.
-        heads = run_on_main(lambda: self.fit_heads(features).fit_second(features))
-        # These images were kept out of the choice, whose time grows with their number, but not of
-        # the fit.
         if len(rest):
             features = features.join(self.compute_features(train, warn, rest))
-            heads = run_on_main(partial(heads.refit, features))
+        for part in others:
+            features = features.join(self.compute_features(part, warn))
         if train.is_stratified and max_images is None:
             warn_about_unreadable_classes(train.labels, features.labels, self.label_space, warn)
 
         held_out_features = self.compute_features(held_out, warn) if len(held_out) else None
-        if held_out_features is not None:
-            near = find_pairs(features, limit, held_out_features)[:, 0]
-            scenes["near_held_out"] = np.unique(held_out_features.names[near]).tolist()
+        geometry["seconds"] = round(time.perf_counter() - start_time, 1)
+        return self.fit_features(features, held_out_features, limit, geometry)
+
+    def fit_features(
+        self, features: Features, held_out: Features | None, limit: float, geometry: dict[str, Any]
+    ) -> tuple[dict[str, FrozenHead], dict[str, Any], KnownScenes]:
+        """Choose and fit the classifiers, and set the pooling that they read.
+
+        Args:
+            features, held_out: of the images.
+            limit: of near copies, from `measure_limit`.
+            geometry: record of the features, with the seconds that they took.
+
+        Returns:
+            As `fit` does.
+        """
+        start_time = time.perf_counter()
+        classes = np.unique(features.labels, axis=0, return_inverse=True)[1].ravel()
+        first, rest = sample_parts(classes, None)
+        # Photos of one scene in several folds would measure how well the scene is recognized.
+        chosen, scenes = keep_together(features.take(first), limit, self.label_space)
+        # On one process for all: rounding on another CPU could turn a close choice.
+        heads = run_on_main(lambda: self.fit_heads(chosen).fit_second(chosen))
+        # These images are kept out of the choice, whose time grows with their number, but not of
+        # the fit.
+        features = chosen.join(replace(features.take(rest), num_unreadable=0))
+        if len(rest):
+            heads = run_on_main(partial(heads.refit, features))
+
+        if held_out is not None:
+            pairs, _ = find_pairs(features, limit, held_out)
+            scenes["near_held_out"] = np.unique(held_out.names[pairs[:, 0]]).tolist()
         self.set_pooling(heads.read)
-        frozen = heads.freeze(features, held_out_features)
-        seconds = round(time.perf_counter() - start_time, 1)
+        frozen = heads.freeze(features, held_out)
+        seconds = round(time.perf_counter() - start_time + geometry["seconds"], 1)
         record = heads.build_record(frozen) | geometry | {"seconds": seconds}
         if features.layout.has_rings:
             config = self.model.config

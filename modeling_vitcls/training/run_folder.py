@@ -161,11 +161,12 @@ def load_run_data(folder: ModelFolder, dataset: str) -> TrainingData:
         use_labels=bool(results.get("data", {}).get("classes", True)),
     )
     splits = select_task(read_splits(folder), None)
+    held_out_keys = splits["key"][splits["split"] == "test"]
     return divide_images(
         images,
         options.held_out_part,
         flags.get("select") == "best",
-        splits["key"][splits["split"] == "test"],
+        held_out_keys if len(held_out_keys) else None,  # As drawn, if the table was removed
     )
 
 

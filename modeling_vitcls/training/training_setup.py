@@ -59,7 +59,7 @@ class TrainingSetup:
     build_evaluator: Callable[[TrainingData, LabeledImages], Any]
     # Name of the metric that selects the best checkpoint, and is printed. Higher values are better.
     selection_metric: str
-    pass_arguments: dict[str, Any]  # Of a pass over images of this run, except for the images
+    pass_arguments: dict[str, Any]  # Arguments of each `ImagePass` of this run, without the images
     random_parameters: set[str]  # Names of the parameters without trained weights
     # Lines to print before training, keyed by name
     summary_lines: dict[str, str] = field(default_factory=dict)

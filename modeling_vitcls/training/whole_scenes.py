@@ -1,11 +1,12 @@
 """Fit the classifiers of the frozen encoder to images that are divided between scenes, not within them.
 
-    divided images -> features -> near copies on both sides? -> divided again, with scenes as groups -> features
+    divided images -> features -> near copies on both sides? -> divided again, with scenes as groups
 
 A run divides its images before it has features. If it has drawn the held-out images itself, and many of
 them nearly repeat training images, it draws them again, in the same way.
 """
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -14,6 +15,7 @@ import numpy as np
 from ..data.images import LabeledImages
 from ..data.splits import TrainingData, select_held_out
 from ..data.splits_table import get_keys
+from ..inference.frozen_features import Features
 from ..inference.near_copies import MIN_SHARE, KnownScenes, keep_together
 from ..runtime.distributed import run_on_main
 from .frozen_encoder import MAX_START_IMAGES, ignore_message
@@ -25,14 +27,9 @@ from .summary import warn_about_images
 
 
 def fit_frozen(
-    inputs: RunInputs, plan: RunPlan, data: TrainingData, reporter: Reporter, is_last: bool = False
+    inputs: RunInputs, plan: RunPlan, data: TrainingData, reporter: Reporter
 ) -> tuple[TrainingData, dict[str, FrozenHead], dict[str, Any], KnownScenes]:
     """Fit the classifiers, on another division of the images if near copies are on both sides.
-
-    Args:
-        inputs, plan, data: of the run.
-        reporter: output of the run.
-        is_last: whether the division stays as it is.
 
     Returns:
         The division, and what `FrozenEncoder.fit` returns.
@@ -46,42 +43,48 @@ def fit_frozen(
     frozen, record, known = encoder.fit(parts, data.held_out, warn, max_images)
     near = record["near_copies"].get("near_held_out", ())
     images: Any = inputs.images.train
-    # A person knows better than features which images belong together.
+    # Groups that the dataset has stay, because their names are better evidence than features.
     has_groups = len(np.unique(images.groups)) < len(np.unique(images.keys))
     is_drawn = data.held_out_split is None and not has_groups
     has_few = len(near) <= MIN_SHARE * len(data.held_out)
     # A continued model is compared with itself, on images that its run held out, too.
     is_continued = inputs.fitted_rows is not None
-    if is_last or is_continued or has_few or not is_drawn or "" not in frozen:
+    if is_continued or has_few or not is_drawn or "" not in frozen:
         return data, frozen, record, known
 
+    head = frozen[""]
+    assert head.held_out is not None, "near copies are held out"
+    places = [
+        locate(images, data.train)[head.features.indices],
+        locate(images, data.held_out)[head.held_out.indices],
+    ]
+    features = replace(head.features.join(head.held_out), indices=np.concatenate(places))
     # On one process for all: rounding on another CPU could turn a close pair.
-    keys = run_on_main(partial(hold_out_scenes, data, frozen[""], known.max_distance))
-    data = plan.divide(inputs.images, keys)
+    fraction = len(data.held_out) / len(features.indices)
+    scenes = run_on_main(partial(keep_together, features, known.max_distance, head.labels))[0]
+    keys = images.keys[features.indices]
+    drawn = LabeledImages(None, features.labels.tolist(), scenes.groups, keys)
+    data = plan.divide(inputs.images, keys[select_held_out(drawn, fraction, 0, data.name)])
     reporter.print_line(
         "divided",
         f"again, because photos of one scene were on both sides: {len(data.train):,} training images, "
         f"{len(data.held_out):,} held-out images",
     )
     warn_about_images(inputs, plan, data, reporter)
-    return fit_frozen(inputs, plan, data, reporter, is_last=True)
+    geometry = {name: record[name] for name in record if name in ("resize", "geometry", "seconds")}
+    # Images without features are not drawn, so all unreadable ones are in the training part.
+    train = take_part(features, images, data.train)
+    held_out = replace(take_part(features, images, data.held_out), num_unreadable=0)
+    return data, *encoder.fit_features(train, held_out, known.max_distance, geometry)
 
 
-def hold_out_scenes(data: TrainingData, head: FrozenHead, max_distance: float) -> np.ndarray:
-    """Draw as many held-out images again, with scenes as groups, and return their keys.
+def locate(images: LabeledImages, part: LabeledImages) -> np.ndarray:
+    """Find the indices of the images of a part, in ascending order."""
+    return np.flatnonzero(np.isin(get_keys(images), get_keys(part)))
 
-    Training images without features are not drawn.
 
-    Args:
-        data: the division so far.
-        head: with the features of both sides.
-        max_distance: of near copies.
-    """
-    held_out = head.held_out
-    assert held_out is not None, "near copies are held out"
-    keys = get_keys(data.train)[head.features.indices]
-    keys = np.append(keys, get_keys(data.held_out)[held_out.indices])
-    features, _ = keep_together(head.features.join(held_out), max_distance, head.labels)
-    images = LabeledImages(None, features.labels.tolist(), features.groups, keys)
-    fraction = len(data.held_out) / len(keys)
-    return keys[select_held_out(images, fraction, 0, data.name)]
+def take_part(features: Features, images: LabeledImages, part: LabeledImages) -> Features:
+    """Take the features of the images of a part, with their indices in it."""
+    places = locate(images, part)
+    own = features.take(np.isin(features.indices, places))
+    return replace(own, indices=np.searchsorted(places, own.indices))

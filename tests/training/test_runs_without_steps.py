@@ -26,6 +26,8 @@ from PIL import Image
 from modeling_vitcls import ViTCLSModel, evaluate, predict
 from modeling_vitcls.cli import main
 from modeling_vitcls.hub.model_folder import ModelFolder
+from modeling_vitcls.inference.frozen_features import FrozenPass
+from modeling_vitcls.inference.near_copies import NUM_MIRRORED
 from modeling_vitcls.publishing.report import write_report
 from modeling_vitcls.runtime.files import read_json
 
@@ -282,6 +284,27 @@ def test_shots_of_one_object_are_on_one_side_of_the_held_out_photos(
         finetune(sources, "vit", "bursts", "run", *flags.split(), "--resume")
         resumed = pd.read_parquet(sources / "run/predictions.parquet")
         assert resumed["image"].tolist() == held_out.tolist()
+
+
+def test_photos_that_are_divided_again_pass_the_encoder_once(
+    sources: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number in range(16):
+        write_shots(sources / "bursts" / ("cups", "pens")[number % 2], number, range(3))
+    write_files(sources, "bursts/cups/damaged.png", content=b"no photo")
+    counts = []
+    call = FrozenPass.__call__
+
+    def count(self: FrozenPass, *arguments: Any) -> Any:
+        counts.append(len(self.images))
+        return call(self, *arguments)
+
+    monkeypatch.setattr(FrozenPass, "__call__", count)
+    flags = "--trainable head --held-out-fraction 0.2 --resize squash"
+    results = finetune(sources, "vit", "bursts", "run", *flags.split())
+    assert "divided   again" in capsys.readouterr().out
+    assert sum(counts) == 49 + NUM_MIRRORED
+    assert results["num_training_images"] + results["num_images"] == 48
 
 
 def test_a_class_that_is_one_scene_is_measured_and_the_line_says_by_what(
