@@ -1,6 +1,6 @@
 # make demo       set up, fine-tune a ViT on handwritten digits, load the saved model, print predictions
 # make cards      train the models of scripts/recipes/ again, and update their cards in model_cards/
-# make pictures   draw docs/images/ again, from runs/digits and the encoder in HERO (default: runs/hero)
+# make pictures   draw docs/images/ again, from runs/digits
 # make site       build the documentation's site in site/, and fail if a link or an object is missing
 # make test-quick run the fastest test files of each folder, in under 60 s on two cores
 # make check      lint, check types and the size of the code
@@ -58,12 +58,9 @@ cards: setup
 	done
 
 # The report image is a screenshot of runs/digits/report.html, which `make cards RECIPES=digits` writes.
-HERO ?= runs/hero
-
 pictures: setup browser
 	$(VENV)/bin/uv pip install --quiet --python $(RUN) --editable ".[docs]"
 	$(RUN) scripts/make_report_image.py --report runs/digits/report.html
-	$(RUN) scripts/make_hero.py --model $(HERO)
 
 site: setup
 	$(VENV)/bin/uv pip install --quiet --python $(RUN) --editable ".[docs]"

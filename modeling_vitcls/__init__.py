@@ -23,7 +23,6 @@ if TYPE_CHECKING:
         inspect_tokens,
         look,
         predict,
-        pretrain,
         verify_unchanged,
     )
     from .conversion.from_timm import convert_from_timm
@@ -70,7 +69,6 @@ __all__ = [
     "inspect_tokens",
     "look",
     "predict",
-    "pretrain",
     "use_fast_modules",
     "use_plain_modules",
     "verify_unchanged",
@@ -88,7 +86,6 @@ IMPORT_STRUCTURE = {
             "inspect_tokens",
             "look",
             "predict",
-            "pretrain",
         ),
         "verify_unchanged",
     ),

@@ -32,7 +32,6 @@ ADDED = [
     "CHANGELOG.md",
     "LICENSE",
     "notebooks/photos.ipynb",
-    "scripts/make_hero.py",
     *(file.relative_to(ROOT).as_posix() for file in (ROOT / "scripts" / "compared").glob("*.*")),
 ]
 LINK = re.compile(r"(\]\()([^)\s]+)(\))")

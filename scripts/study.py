@@ -62,8 +62,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 
-STAGES = ("pretrain", "finetune", "evaluate", "inspect")
-SEEDED_STAGES = ("pretrain", "finetune")  # stages that accept --seed
+STAGES = ("finetune", "evaluate", "inspect")
 MAX_LIST_LENGTH = 32  # maximum length of lists whose elements become columns of runs.parquet
 
 Flags = dict[str, Any]
@@ -117,9 +116,8 @@ class Study:
                 level_stages["finetune"] = (level_stages.get("finetune") or {}) | level_flags
             for name, flags in level_stages.items():
                 stages[name] = None if flags is None else (stages.get(name) or {}) | flags
-        seed_flags = {name: {"seed": seed} if name in SEEDED_STAGES else {} for name in STAGES}
         return {
-            name: flags | seed_flags[name]
+            name: flags | ({"seed": seed} if name == "finetune" else {})
             for name in STAGES
             if (flags := stages.get(name)) is not None
         }
@@ -237,9 +235,7 @@ class StudyRunner:
     def get_result_file(self, run: StudyRun, stage: str) -> Path:
         """Return the path of the JSON file with the results of a stage."""
         folder = self.get_run_folder(run)
-        return (
-            folder / stage / "results.json" if stage in SEEDED_STAGES else folder / f"{stage}.json"
-        )
+        return folder / stage / "results.json" if stage == "finetune" else folder / f"{stage}.json"
 
     def is_finished(self, run: StudyRun) -> bool:
         """Return whether the outputs of all stages of a run exist."""
@@ -263,7 +259,7 @@ class StudyRunner:
 
         for stage, stage_flags in run.stages.items():
             flags = {name: fill(value) for name, value in stage_flags.items()}
-            if stage in SEEDED_STAGES:
+            if stage == "finetune":
                 flags["output_dir"] = str(folder / stage)
                 has_checkpoint = any((folder / stage / "checkpoints").glob("*"))
                 flags["resume" if has_checkpoint else "overwrite"] = True

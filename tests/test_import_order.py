@@ -21,7 +21,7 @@ ORDER = (
     ("conversion", "data"),
     ("inference",),
     ("analysis", "training"),
-    ("additions", "pretraining"),
+    ("additions",),
     ("publishing", "export"),
     ("cli",),
 )

@@ -13,7 +13,6 @@ from modeling_vitcls.export.options import ExportOptions
 from modeling_vitcls.inference.options import EvaluateOptions, PredictOptions
 from modeling_vitcls.training.options import (
     ModelOptions,
-    PretrainOptions,
     RunOptions,
     TrainingOptions,
     parse_cls_scopes,
@@ -27,7 +26,6 @@ REQUIRED: dict[type, dict[str, Any]] = {
     DataOptions: {"dataset": "digits"},
     ModelOptions: {"model": "vitcls-tiny"},
     RunOptions: {"output_dir": Path("o")},
-    PretrainOptions: {"model": "m", "dataset": "digits", "output_dir": Path("o")},
     PushOptions: {"model": Path("m")},
     EvaluateOptions: {"model": "m", "dataset": "digits"},
     PredictOptions: {"model": "m", "paths": ("a.jpg",), "output": Path("out.json")},
@@ -61,8 +59,6 @@ LIMITS: list[tuple[type, str, list[Any], list[Any]]] = [
         ["full", "head", "lora", "last-12"],
         ["none", "last", "last-0", "last-1x"],
     ),
-    (PretrainOptions, "projector_width", [1], [0]),
-    (PretrainOptions, "local_crops", [0], [-1]),
     (RunOptions, "save_every keep_checkpoints", [1], [0]),
     (EvaluateOptions, "batch_size", [1], [0]),
     (PredictOptions, "threshold", [0, 1], [-0.1, 1.1]),
@@ -108,9 +104,6 @@ COMBINATIONS: list[tuple[type, dict[str, Any], dict[str, Any], str]] = [
     (InspectOptions, {"paths": (), "dataset": "c"}, {"paths": ("a",)}, "`images`"),
     (InspectOptions, {"paths": ("a",)}, {"paths": ()}, "`images`"),
     (InspectOptions, {"output": Path("a.HTM")}, {"output": Path("a.json")}, "`output='a.json'`"),
-    (PretrainOptions, {}, {"mixup": 0.1}, "`mixup`"),
-    (PretrainOptions, {}, {"augment": {"cutmix": 1.0}}, "`augment cutmix`"),
-    (PretrainOptions, {}, {"trainable": "head"}, "`trainable`"),
     *((PredictOptions, {}, {name: "a"}, "`dataset`") for name in ("split", "image_column")),
     *(
         (InspectOptions, {}, {name: "a"}, "`dataset`")

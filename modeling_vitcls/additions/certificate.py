@@ -69,8 +69,7 @@ def load_old_model(folder: ModelFolder) -> Any:
     if folder.architecture not in MODEL_CLASSES:
         raise ValueError(
             f"a classifier or an encoder is required, but {folder.source} contains "
-            f"{folder.architecture}. Set `model` to the output of `vitcls finetune` or `vitcls "
-            "pretrain`"
+            f"{folder.architecture}. Set `model` to the output of `vitcls finetune`"
         )
     return folder.load(MODEL_CLASSES[folder.architecture])
 

@@ -37,7 +37,7 @@ LEFT_BY_LAUNCHERS = re.compile(
 )
 # Names of the subcommands, in the order of the help
 COMMANDS = (
-    *("finetune", "pretrain", "evaluate", "predict", "convert", "inspect", "look"),
+    *("finetune", "evaluate", "predict", "convert", "inspect", "look"),
     *("add-task", "add-class", "verify-unchanged", "push", "export", "demo", "env"),
 )
 

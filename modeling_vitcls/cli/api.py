@@ -1,6 +1,6 @@
 """The commands as Python functions, for notebooks and other programs.
 
-    from modeling_vitcls import evaluate, finetune, inspect_tokens, look, predict, pretrain
+    from modeling_vitcls import evaluate, finetune, inspect_tokens, look, predict
     from modeling_vitcls import add_class, add_task, verify_unchanged
 
     results = finetune("timm:vit_tiny_patch16_224", train_images, "runs/mine", epochs=5, batch_size=32)
@@ -27,7 +27,7 @@ from ..additions.options import AddClassOptions, AddTaskOptions, VerifyUnchanged
 from ..analysis.options import InspectOptions, LookOptions
 from ..inference.options import EvaluateOptions, PredictOptions
 from ..runtime.flags import Options, check_types
-from ..training.options import FinetuneOptions, PretrainOptions
+from ..training.options import FinetuneOptions
 
 
 CommandOptions = TypeVar("CommandOptions", bound=Options)
@@ -97,24 +97,6 @@ def finetune(
     )
 
 
-@own_state()
-def pretrain(
-    model: str | Path, dataset: Any, output_dir: str | Path, **flags: Any
-) -> dict[str, Any]:
-    """Pre-train a model on images without labels, as `vitcls pretrain` does.
-
-    The arguments, return value and errors are the same as for `finetune`, but the flags are the fields
-    of `modeling_vitcls.training.options.PretrainOptions`. The labels of the dataset are ignored.
-
-    Examples:
-        >>> from modeling_vitcls import pretrain
-        >>> results = pretrain("runs/photos", "photos", "runs/encoder", epochs=1)
-    """
-    return run_training(
-        build_options(PretrainOptions, model=model, dataset=dataset, output_dir=output_dir, **flags)
-    )
-
-
 def run_training(options: Any) -> dict[str, Any]:
     """Train, then write the report and the card and push the folder.
 
@@ -123,7 +105,6 @@ def run_training(options: Any) -> dict[str, Any]:
     from accelerate import PartialState
 
     from ..hub.model_folder import ModelFolder
-    from ..pretraining.pretrain import PreTraining
     from ..publishing.after_run import finish_run
     from ..publishing.push import prepare_repository
     from ..training.finetune import FineTuning
@@ -135,8 +116,7 @@ def run_training(options: Any) -> dict[str, Any]:
     # others.
     if options.push_to_hub and os.environ.get("RANK", "0") == "0":
         repo_id = prepare_repository(options.hub_model_id, options.output_dir.resolve().name)
-    recipe = PreTraining() if isinstance(options, PretrainOptions) else FineTuning()
-    path = train(options, recipe)
+    path = train(options, FineTuning())
     folder = ModelFolder(path)
     if PartialState().is_main_process:
         finish_run(folder, options.report, repo_id)

@@ -7,7 +7,7 @@ To continue an interrupted run, repeat the command with --resume. The training i
 implemented in modeling_vitcls/training/run.py and finetune.py.
 """
 
-from ..training.options import FinetuneOptions, PretrainOptions
+from ..training.options import FinetuneOptions
 
 
 OPTIONS_CLASS = FinetuneOptions
@@ -49,7 +49,7 @@ COMMON_FLAGS = {
 }
 
 
-def run(options: FinetuneOptions | PretrainOptions) -> None:
+def run(options: FinetuneOptions) -> None:
     """Train a model."""
     from .api import run_training
 

@@ -7,7 +7,7 @@
     photos/cat/train/1.jpg, photos/cat/test/2.jpg       the same: class folders that contain only split folders
     photos/fold1/cat/1.jpg, photos/fold2/cat/2.jpg      an error: these look like splits (also seg_train, seg_test)
     photos/bus/1.jpg, photos/train/2.jpg                classes bus, train
-    photos/1.jpg                                        no classes: only for predictions and pre-training
+    photos/1.jpg                                        no classes: only for predictions
 
 Files are not read, and their names are not interpreted.
 """

@@ -20,8 +20,6 @@ from .metrics import MetricValues
 COUNTED = {
     "accuracy": "right",
     "exact_match": "right with all labels",
-    "knn_accuracy": "right by k-NN",
-    "knn_accuracy_of_patches": "right by k-NN",
     "recall": "recognized",
 }
 MIN_DECIMAL_IMAGES = 1_000
@@ -42,7 +40,7 @@ def state_result(
         format_label: formats the name of a class.
     """
     value, num_images = metrics[name], metrics["num_images"]
-    text = format_value(name, value, num_images)
+    text = format_percent(value, num_images)
     bounds = None
     if interval := metrics.get(f"{name}_interval"):
         low, high = (format_percent(each, num_images).removesuffix("%") for each in interval)
@@ -79,13 +77,6 @@ def compare_with_guess(metrics: MetricValues, format_label: Callable[[str], str]
 def counts_images(metrics: MetricValues, name: str) -> bool:
     """Check whether a metric is a part of the images. A mean over tasks is none."""
     return name in COUNTED and not metrics.get("tasks")
-
-
-def format_value(name: str, value: float | None, num_images: int) -> str:
-    """Format a metric that may select a checkpoint: a number or a percentage of the images."""
-    if name == "effective_rank":
-        return f"{value:.1f}"
-    return format_percent(value, num_images)
 
 
 def format_percent(value: float | None, num_images: int) -> str:

@@ -4,7 +4,6 @@
     render_card(ModelFolder(path), "me/mine")       the text for a repository, as a push publishes it
 
     classifier.md.j2    a fine-tuned classifier: results.json and config.resolved.yaml of `vitcls finetune`
-    encoder.md.j2       a pre-trained encoder: results.json and config.resolved.yaml of `vitcls pretrain`
     conversion.md.j2    the output of `vitcls convert`, in both directions: parity_report.json
     model.md.j2         any other vitcls model, such as a merged adapter or a model saved by hand
 
@@ -135,7 +134,7 @@ def render_card(
         # first.
         template = "conversion"
     elif is_run:
-        template = "encoder" if "method" in folder.results else "classifier"
+        template = "classifier"
     else:
         template = "model"
     variables |= build_model_variables(folder)

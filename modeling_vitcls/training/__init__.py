@@ -1,6 +1,6 @@
 """Training, from the options to a model folder with evaluation results.
 
-    run.py              complete run of fine-tuning or pre-training (../pretraining/); read this file first
+    run.py              complete run; read this file first
     run_inputs.py       what a run reads: data and models, with the defaults that depend on them
     plan.py             what a run is: frozen or with steps, and why
     resume.py           what a resumed run takes from its start, and compares with it

@@ -17,23 +17,22 @@ batch_size         32                         64
 
 * at least 0.02
 
-Pre-training has no layer decay. All of these values are written to config.resolved.yaml. A value that no
-study has compared with others is called a guess where it is assigned.
+All of these values are written to config.resolved.yaml. A value that no study has compared with
+others is called a guess where it is assigned.
 """
 
 import math
 from dataclasses import replace
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from accelerate import PartialState
 
 from ..model.configuration_vitcls import ViTCLSConfig
 from ..model.field_checks_vitcls import to_pair
 from .model import InitialModel
-from .options import FinetuneOptions, PretrainOptions, TrainOptions
+from .options import FinetuneOptions
 
 
-Options = TypeVar("Options", bound=TrainOptions)
 TrainingMethod = Literal[
     "random weights",
     "pre-trained weights",
@@ -41,7 +40,6 @@ TrainingMethod = Literal[
     "LoRA",
     "special tokens",
     "new head on frozen weights",
-    "self-supervised",
 ]
 
 
@@ -61,7 +59,6 @@ LEARNING_RATES: dict[TrainingMethod, tuple[float, int, int, float, float]] = {
     # The rate of LoRA, because here, too, the encoder keeps its weights, and closed gates must open
     "special tokens": (5e-4, 1, 0, 0.0, 1.0),
     "new head on frozen weights": (1e-3, 1, 0, 0.0, 1.0),
-    "self-supervised": (5e-4, 1, 0, 0.0, 1.0),
 }
 
 # For tokens that the checkpoint lacks, and for gates, which must open within the run
@@ -79,40 +76,35 @@ MAX_CPU_FLOPS = 1e15  # The limit of all training steps: about an hour at 300 GF
 
 
 def resolve_defaults(
-    options: Options, initial: InitialModel, num_training_images: int
-) -> tuple[Options, dict[str, str | None]]:
+    options: FinetuneOptions, initial: InitialModel, num_training_images: int
+) -> tuple[FinetuneOptions, dict[str, str | None]]:
     """Fill in the flags of this file that are not set; also return lines about weights and size.
 
     The length of the run and its learning rate are not among these flags (`resolve_schedule`).
     """
-    # 1. Flags without which the method of the run would not work
-    if isinstance(options, PretrainOptions):
-        # LeJEPA crops by itself, on the device. Crops of crops would leave little of the image.
-        augment = {"shift": 0.0} | (options.augment or {})
-        options = replace(options, crop_scale=options.crop_scale or 1.0, augment=augment)
     method = get_training_method(options, initial.has_random_weights)
 
-    # 2. The image size, before the weights are read: they are resampled to it as they load
+    # 1. The image size, before the weights are read: they are resampled to it as they load
     size_line = weights_line = None
-    if options.image_size is None and isinstance(options, FinetuneOptions):
+    if options.image_size is None:
         height_width, size_line = choose_image_size(initial, options.get_config_values())
         options = replace(options, image_size=height_width)
     config_values = options.get_config_values()
     image_size = max(to_pair(config_values.get("image_size", initial.config.image_size)))
 
-    # 3. The augmentation. A crop of a small image keeps few pixels. Both numbers are guesses.
+    # 2. The augmentation. A crop of a small image keeps few pixels. Both numbers are guesses.
     has_small_images = image_size <= MAX_SMALL_IMAGE_SIZE
     if options.crop_scale is None:
         options = replace(options, crop_scale=1.0 if has_small_images else 0.35)
     augment = {"shift": 0.04 if has_small_images else 0.0} | (options.augment or {})
     options = replace(options, augment=augment)
 
-    # 4. The batches. Large ones leave a small dataset few steps. Both sizes are guesses.
+    # 3. The batches. Large ones leave a small dataset few steps. Both sizes are guesses.
     if options.batch_size is None:
         is_large = num_training_images >= MIN_LARGE_DATASET_SIZE
         options = replace(options, batch_size=64 if is_large else 32)
 
-    # 5. The start of the weights, and how far each layer may leave it (BEiT, arXiv 2106.08254)
+    # 4. The start of the weights, and how far each layer may leave it (BEiT, arXiv 2106.08254)
     if options.layer_decay is None:
         layer_decay = 0.75 if method == "pre-trained weights" else 1.0
         options = replace(options, layer_decay=layer_decay)
@@ -158,13 +150,13 @@ def choose_image_size(
 
 
 def resolve_schedule(
-    options: Options,
+    options: FinetuneOptions,
     initial: InitialModel,
     num_training_images: int,
     has_frozen_start: bool,
     forward_flops: int,
     has_new_tokens: bool = False,
-) -> tuple[Options, dict[str, str | None]]:
+) -> tuple[FinetuneOptions, dict[str, str | None]]:
     """Fill in the length and the learning rate if they are not set; also return lines about them.
 
     Args:
@@ -212,10 +204,8 @@ def resolve_schedule(
     return replace(options, **changes), lines
 
 
-def get_training_method(options: TrainOptions, has_random_weights: bool) -> TrainingMethod:
+def get_training_method(options: FinetuneOptions, has_random_weights: bool) -> TrainingMethod:
     """Name the method that determines the defaults."""
-    if isinstance(options, PretrainOptions):
-        return "self-supervised"
     methods: dict[str, TrainingMethod] = {
         "head": "new head on frozen weights",
         "lora": "LoRA",

@@ -81,7 +81,6 @@ class FineTuning:
         )
         return TrainingSetup(
             model,
-            model,
             processor,
             build_objective=partial(
                 build_objective,

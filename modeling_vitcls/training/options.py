@@ -1,4 +1,4 @@
-"""Flags of `vitcls finetune` and `pretrain`.
+"""Flags of `vitcls finetune`.
 
 They do not stand in the files that read them, because the command checks flags before it imports
 torch, and those files need torch.
@@ -256,30 +256,3 @@ class FinetuneOptions(RunOptions, TrainingOptions, AugmentationOptions, DataOpti
     distillation: Literal["soft", "hard"] = "soft"
     """Target of the distillation: the class probabilities (soft) or the top-1 class (hard) of
     the teacher."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class PretrainOptions(RunOptions, TrainingOptions, AugmentationOptions, DataOptions, ModelOptions):
-    """Pre-train a ViT on images without labels, with LeJEPA (Balestriero and LeCun 2025).
-
-    The pre-trained model can be fine-tuned.
-    """
-
-    local_crops: int = 6
-    """Number of small crops of each image, of LeJEPA, with 0.43 times the image size."""
-    projector_width: int = 1024
-    """Channels of the projector's two hidden layers."""
-
-    def check(self) -> None:
-        super().check()
-        defaults = {"mixup": 0, "class_balance": "none", "trainable": "full"}
-        for name, default in defaults.items():
-            if getattr(self, name) != default:
-                raise ValueError(f"`{name}` is supported only in fine-tuning. Remove the flag")
-        if "cutmix" in (self.augment or {}):
-            raise ValueError("`augment cutmix` is supported only in fine-tuning. Remove it")
-        check_minimum(self, 1, "projector_width")
-        check_minimum(self, 0, "local_crops")
-
-
-TrainOptions = FinetuneOptions | PretrainOptions

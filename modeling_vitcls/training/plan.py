@@ -22,7 +22,7 @@ from ..data.splits import TrainingData, divide_images
 from ..inference.speed import measure_inference_speed
 from .defaults import FINE_TUNING_EPOCHS, resolve_schedule
 from .model import find_new_tokens
-from .options import TrainOptions
+from .options import FinetuneOptions
 from .run_inputs import RunInputs
 
 
@@ -53,7 +53,7 @@ class RunPlan:
 
     kind: Literal["frozen", "steps"]
     reason: str
-    options: TrainOptions
+    options: FinetuneOptions
     averaging: float
     new_tokens: dict[str, list[bool]]
     lines: dict[str, str | None]
@@ -73,8 +73,7 @@ def plan_run(inputs: RunInputs, accelerator: Accelerator, is_resumed: bool) -> R
     num_labels = max(map(len, inputs.images.label_space.columns.values()), default=1)
     min_images = max(MIN_STEP_IMAGES, MIN_STEP_CLASS_SIZE * num_labels)
 
-    wishes = [name for name in STEP_FLAGS if getattr(options, name, None) is not None]
-    trainable = getattr(options, "trainable", "full")
+    wishes = [name for name in STEP_FLAGS if getattr(options, name) is not None]
     images_text = f"{num_images:,} images"
     # The first reason that applies decides: first what cannot be otherwise, then what the person
     # asked for, then what is better for this many images.
@@ -83,8 +82,8 @@ def plan_run(inputs: RunInputs, accelerator: Accelerator, is_resumed: bool) -> R
         # A checkpoint was written by steps, whatever this machine would choose.
         (is_resumed, "steps", "a checkpoint is continued"),
         (bool(wishes), "steps", f"`{next(iter(wishes), '')}` is set"),
-        (trainable == "head", "frozen", "`trainable='head'` keeps the encoder"),
-        (trainable != "full", "steps", "`trainable` is set"),
+        (options.trainable == "head", "frozen", "`trainable='head'` keeps the encoder"),
+        (options.trainable != "full", "steps", "`trainable` is set"),
         (num_images < min_images, "frozen", f"{images_text}, fewer than {min_images:,}"),
     ]
     applying = [(kind, reason) for applies, kind, reason in reasons if applies]

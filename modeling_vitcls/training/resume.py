@@ -10,14 +10,14 @@ import operator
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from accelerate.state import AcceleratorState
 
 from ..data.splits import TrainingData, describe_data
 from ..hub.local_paths import is_local, is_same_source, split_prefix
 from ..runtime.flags import expand_home, to_flags
-from .options import TrainOptions
+from .options import FinetuneOptions
 from .run_folder import PATH_FLAGS, EarlierRun, make_flags_relative
 
 
@@ -29,12 +29,10 @@ CHANGEABLE_FLAGS = (
     "mixed_precision"
 ).split()
 
-Options = TypeVar("Options", bound=TrainOptions)
-
 
 def convert_sources(
-    options: Options, convert: Callable[[str], str], flags: Iterable[str] = PATH_FLAGS
-) -> Options:
+    options: FinetuneOptions, convert: Callable[[str], str], flags: Iterable[str] = PATH_FLAGS
+) -> FinetuneOptions:
     """Replace the dataset, the model and the teacher, as far as they are set and among `flags`."""
     values: dict[str, Any] = {
         name: convert(value)
@@ -44,7 +42,7 @@ def convert_sources(
     return replace(options, **values)
 
 
-def take_derived_values(options: Options, earlier: EarlierRun) -> Options:
+def take_derived_values(options: FinetuneOptions, earlier: EarlierRun) -> FinetuneOptions:
     """Give a resumed run the values that its start derived for unset flags, and the same commits.
 
     Args:
@@ -104,7 +102,7 @@ def format_flag_value(value: Any) -> str:
 
 
 def build_run_record(
-    options: TrainOptions, data: TrainingData, flags: dict[str, Any], earlier: EarlierRun | None
+    options: FinetuneOptions, data: TrainingData, flags: dict[str, Any], earlier: EarlierRun | None
 ) -> dict[str, Any]:
     """Build what checkpoints and results.json contain about the run.
 

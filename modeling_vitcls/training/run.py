@@ -2,10 +2,9 @@
 
     options -> inputs -> plan -> division of the images -> frozen run or steps -> folder
 
-What is trained is a `Recipe` (finetune.py, ../pretraining/pretrain.py); what a run is, is decided
-in plan.py. The run writes weights, configuration, code, image processor, config.resolved.yaml,
-metrics.jsonl, checkpoints and finally results.json, which marks the folder as complete. publishing/
-builds the report and the card from the folder.
+What a run is, is decided in plan.py. The run writes weights, configuration, code, image processor,
+config.resolved.yaml, metrics.jsonl, checkpoints and finally results.json, which marks the folder as
+complete. publishing/ builds the report and the card from the folder.
 """
 
 from contextlib import ExitStack
@@ -23,7 +22,7 @@ from ..runtime.staging import lock_folder
 from .checkpoints import CheckpointStore
 from .frozen_run import run_frozen
 from .model import check_model_flags
-from .options import TrainOptions
+from .options import FinetuneOptions
 from .plan import plan_run
 from .reporter import Reporter
 from .resume import build_run_record, convert_sources
@@ -39,7 +38,7 @@ from .training_setup import Recipe
 NUM_KEPT_DURING_RUN = 2  # Checkpoints, besides the best one; none is kept after the run
 
 
-def train(asked: TrainOptions, recipe: Recipe) -> Path:
+def train(asked: FinetuneOptions, recipe: Recipe) -> Path:
     """Train and evaluate a model, and return the folder with the model and its results.
 
     Raises:

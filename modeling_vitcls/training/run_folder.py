@@ -41,7 +41,7 @@ from ..runtime.files import read_json, read_text, write_atomically
 from ..runtime.flags import get_flag_fields
 from ..runtime.staging import STAGING_FOLDER
 from .checkpoints import Checkpoint, CheckpointStore
-from .options import TrainOptions
+from .options import FinetuneOptions
 
 
 CHECKPOINTS_FOLDER = "checkpoints"
@@ -63,7 +63,7 @@ class EarlierRun:
 
 
 def find_run(
-    folder: Path, store: CheckpointStore, options: TrainOptions, warn: Callable[[str], None]
+    folder: Path, store: CheckpointStore, options: FinetuneOptions, warn: Callable[[str], None]
 ) -> EarlierRun | None:
     """Look at the output folder. Return the run to resume, or None if a new one may start.
 

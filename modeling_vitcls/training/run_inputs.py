@@ -19,7 +19,7 @@ from ..runtime.system import describe_device
 from .defaults import resolve_defaults
 from .frozen_encoder import FrozenEncoder
 from .model import InitialModel, has_labels, resolve_initial_model
-from .options import FinetuneOptions, TrainOptions
+from .options import FinetuneOptions
 from .reporter import Reporter
 from .resume import convert_sources, take_derived_values
 from .run_folder import SOURCE_FLAGS, EarlierRun
@@ -31,7 +31,7 @@ class RunInputs:
     """What a run reads before plan.py decides what it does."""
 
     recipe: Recipe
-    options: TrainOptions  # With the defaults that do not depend on the kind of run
+    options: FinetuneOptions  # With the defaults that do not depend on the kind of run
     initial: InitialModel
     images: Splits
     setup: TrainingSetup
@@ -52,7 +52,7 @@ class RunInputs:
 
 
 def load(
-    recipe: Recipe, options: TrainOptions, earlier: EarlierRun | None, reporter: Reporter
+    recipe: Recipe, options: FinetuneOptions, earlier: EarlierRun | None, reporter: Reporter
 ) -> RunInputs:
     """Read the labels of the images, and load the models. No image is decoded.
 
@@ -93,10 +93,9 @@ def load(
         encoder_rows = [
             # Without a fitted start, the classifier stays the checkpoint's.
             list_encoder_rows(initial.folder, frozen_encoder is None and setup.has_trained_heads),
-            list_teacher_rows(getattr(options, "teacher", None)),
+            list_teacher_rows(options.teacher),
         ]
-        # The projector of pre-training is not saved, and does not count.
-        forward_flops = count_flops(setup.saved_model)
+        forward_flops = count_flops(setup.model)
     # The default depends on the width of the model, so the accelerator gets it only now.
     precision_text = set_mixed_precision(
         reporter.accelerator, options.mixed_precision, setup.model.config, recorded_precision
@@ -112,18 +111,15 @@ def load(
         frozen_encoder=frozen_encoder,
         missing_start_reason=reason,
         encoder_rows=pd.concat(encoder_rows),
-        fitted_rows=list_fitted_rows(options, initial, images),
+        fitted_rows=list_fitted_rows(initial, images),
         forward_flops=forward_flops,
         lines=lines,
     )
 
 
-def list_fitted_rows(
-    options: TrainOptions, initial: InitialModel, images: Splits
-) -> pd.DataFrame | None:
+def list_fitted_rows(initial: InitialModel, images: Splits) -> pd.DataFrame | None:
     """List the images to which the initial classifier was fitted, if it has the same labels."""
-    is_finetuning = isinstance(options, FinetuneOptions) and not initial.has_random_weights
-    if not is_finetuning or not has_labels(initial.config, images.label_space):
+    if initial.has_random_weights or not has_labels(initial.config, images.label_space):
         return None
     return list_encoder_rows(initial.folder, keeps_classifier=True)
 

@@ -105,14 +105,7 @@ def write_model(setup: TrainingSetup, folder: Path, weights: Tensors) -> Any:
 
     LoRA weights are merged. `weights` are full tensors, because the model may be sharded.
     """
-    model = setup.saved_model
-    # Pre-training saves its encoder under the names of a plain encoder
-    if model is not setup.model:
-        weights = {
-            name.removeprefix("vitcls."): weights[name]
-            for name in weights
-            if name.startswith("vitcls.")
-        }
+    model = setup.model
     # FSDP2 replaces the model's class with a subclass. With the subclass, transformers would save
     # PyTorch's source files as the model's code.
     model_class: Any = next(
@@ -129,7 +122,6 @@ def write_provenance(inputs: RunInputs, folder: Path) -> dict[str, Any]:
     record: dict[str, Any] = {"provenance": None}
     if not inputs.initial.has_random_weights:
         record["provenance"] = find_provenance(inputs.initial.name).copy_to(folder)
-    teacher = getattr(inputs.options, "teacher", None)
-    if teacher is not None:
-        record["teacher_provenance"] = find_provenance(teacher).to_dict()
+    if inputs.options.teacher is not None:
+        record["teacher_provenance"] = find_provenance(inputs.options.teacher).to_dict()
     return record

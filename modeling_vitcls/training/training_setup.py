@@ -1,7 +1,4 @@
-"""What a run trains: the interface of run.py to finetune.py and pretrain.py.
-
-Each of the two files has a `Recipe`, which builds a `TrainingSetup`.
-"""
+"""What a run trains: the interface of run.py to finetune.py."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,7 +12,7 @@ from ..model.image_processing_vitcls import ViTCLSImageProcessor
 from .frozen_encoder import FrozenEncoder
 from .losses import Objective
 from .model import InitialModel
-from .options import TrainOptions
+from .options import FinetuneOptions
 from .reporter import Reporter
 from .teacher import Teacher
 
@@ -51,7 +48,6 @@ class TrainingSetup:
     """Model, loss and evaluation of a run, and its texts."""
 
     model: Any  # ViTCLS model without wrappers; parameters that do not train are frozen
-    saved_model: Any  # The part of it that is saved: all of it, or the encoder of pre-training
     processor: ViTCLSImageProcessor
     build_objective: Callable[[TrainingData], Objective]
     # Returns a function from a model to the metrics of images, of which there may be none; an
@@ -73,7 +69,7 @@ class TrainingSetup:
 
 
 def build_pass_arguments(
-    options: TrainOptions,
+    options: FinetuneOptions,
     label_space: LabelSpace,
     processor: Any,
     num_channels: int,

@@ -17,7 +17,7 @@ from helpers.accelerate_state import reset_accelerate
 from helpers.tiny_models import raises_one_line
 from PIL import Image
 
-from modeling_vitcls import evaluate, finetune, inspect_tokens, look, predict, pretrain
+from modeling_vitcls import evaluate, finetune, inspect_tokens, look, predict
 from modeling_vitcls.cli.api import build_options
 from modeling_vitcls.runtime.flags import get_flag_fields
 from modeling_vitcls.training.options import FinetuneOptions
@@ -124,7 +124,7 @@ def test_a_wrong_value_names_its_argument(name: str, value: Any, words: list[str
         build_options(FinetuneOptions, **REQUIRED, **{name: value})
 
 
-@pytest.mark.parametrize("function", [finetune, pretrain, evaluate, predict, inspect_tokens])
+@pytest.mark.parametrize("function", [finetune, evaluate, predict, inspect_tokens])
 def test_the_docstring_of_a_function_names_the_class_of_its_flags(function: Any) -> None:
     (name,) = re.findall(r"`modeling_vitcls\.([\w.]+)Options`", function.__doc__)
     module, _, stem = name.rpartition(".")

@@ -27,7 +27,7 @@ from scripts.demo_load import load_held_out_digits
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 WRAPPERS = {
-    **{name: name for name in ("finetune", "pretrain", "evaluate", "predict", "convert", "export")},
+    **{name: name for name in ("finetune", "evaluate", "predict", "convert", "export")},
     "inspect": "inspect_tokens",
     "push": "push_to_hub",
     "demo": "demo_app",

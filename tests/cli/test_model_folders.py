@@ -135,13 +135,12 @@ def test_a_folder_that_would_give_other_outputs_is_one_line(
     assert all(word in error for word in words), error
 
 
-@pytest.mark.parametrize("command", ["finetune", "pretrain"])
 def test_training_does_not_start_from_weights_without_a_place(
-    command: str, folder: Path, photos: Path, tmp_path: Path, run_with_error: Callable[..., str]
+    folder: Path, photos: Path, tmp_path: Path, run_with_error: Callable[..., str]
 ) -> None:
     edit(folder, num_register_tokens=0)
     flags = ["--model", folder, "--dataset", photos, "--output-dir", tmp_path / "run"]
-    assert "register_tokens" in run_with_error(command, *flags, "--num-workers", 0)
+    assert "register_tokens" in run_with_error("finetune", *flags, "--num-workers", 0)
 
 
 @pytest.mark.parametrize(

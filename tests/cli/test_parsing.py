@@ -211,24 +211,20 @@ def test_an_unsupported_architecture_is_named_before_any_download(
     assert all(word in error for word in words)
 
 
-@pytest.mark.parametrize("command", ["finetune", "pretrain"])
 def test_the_help_of_training_fits_on_a_screen(
-    command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "80")
-    assert run_here(command, "--help") == 0
+    assert run_here("finetune", "--help") == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) <= 45
     assert max(map(len, lines)) <= 80
 
 
-@pytest.mark.parametrize("command", ["finetune", "pretrain"])
-def test_the_whole_help_of_training_shows_all_flags(
-    command: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert run_here(command, "--help-all") == 0
+def test_the_whole_help_of_training_shows_all_flags(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_here("finetune", "--help-all") == 0
     text = capsys.readouterr().out
-    names = get_flag_fields(cli.load_modules()[command].OPTIONS_CLASS)
+    names = get_flag_fields(cli.load_modules()["finetune"].OPTIONS_CLASS)
     assert all(f"--{name.replace('_', '-')}" in text for name in names)
 
 

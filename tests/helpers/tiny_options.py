@@ -16,17 +16,15 @@ from modeling_vitcls.cli.api import build_options
 from modeling_vitcls.data.labels import LabelSpace
 from modeling_vitcls.data.options import AugmentationOptions
 from modeling_vitcls.data.splits import divide_images
-from modeling_vitcls.pretraining.pretrain import PreTraining
 from modeling_vitcls.runtime.files import read_json
 from modeling_vitcls.training.finetune import FineTuning
 from modeling_vitcls.training.loop import build_batch_plan
 from modeling_vitcls.training.model import build_model, resolve_initial_model
-from modeling_vitcls.training.options import FinetuneOptions, ModelOptions, PretrainOptions
+from modeling_vitcls.training.options import FinetuneOptions, ModelOptions
 from modeling_vitcls.training.plan import plan_run
 from modeling_vitcls.training.reporter import Reporter
 from modeling_vitcls.training.run import train
 from modeling_vitcls.training.run_inputs import load
-from modeling_vitcls.training.training_setup import Recipe
 
 
 TINY = ModelOptions(
@@ -70,8 +68,7 @@ def run_training(options: Any) -> dict[str, Any]:
 def run_to_folder(options: Any) -> Path:
     """Train in this process, and return the output folder."""
     reset_accelerate()
-    recipe = PreTraining() if isinstance(options, PretrainOptions) else FineTuning()
-    return train(options, recipe)
+    return train(options, FineTuning())
 
 
 def forget_end(folder: Path, last_step: int) -> None:
@@ -84,7 +81,7 @@ def forget_end(folder: Path, last_step: int) -> None:
 def prepare_setup(options: Any) -> SimpleNamespace:
     """Return what a run prepares: setup, resolved options, data, plan, reporter and warnings."""
     reset_accelerate()
-    recipe: Recipe = PreTraining() if isinstance(options, PretrainOptions) else FineTuning()
+    recipe = FineTuning()
     accelerator = Accelerator(cpu=True)
     reporter = Reporter(options.output_dir / "metrics.jsonl", accelerator)
     inputs = load(recipe, options, None, reporter)

@@ -50,7 +50,6 @@ from modeling_vitcls import (
     ViTCLSModel,
     cli,
 )
-from modeling_vitcls.pretraining import lejepa
 from scripts import make_address
 
 
@@ -82,7 +81,6 @@ OTHER_PROGRAMS = {"--version", "--tyro-print-completion", "env"}  # without flag
 # Added to commands so that they take only seconds.
 QUICK = {
     "finetune": "--max-steps 2 --batch-size 8 --num-workers 0 --no-report",
-    "pretrain": "--max-steps 2 --batch-size 8 --num-workers 0 --no-report",
     "evaluate": "--num-workers 0",
     "inspect": "--max-images 8 --num-images 2",
 }
@@ -453,7 +451,6 @@ print("openvino", sum(map(str.__eq__, found, [file.parent.name for file in files
 def test_examples_in_docstrings_run(run: Run, tmp_path: Path) -> None:
     objects = [getattr(modeling_vitcls, name) for name in modeling_vitcls.__all__]
     documented = [each for each in objects if callable(each)]
-    documented += [lejepa.LeJEPA]
     lines = []
 
     for each in documented:
@@ -486,6 +483,6 @@ def test_commands_run(page: Path, run: Run) -> None:
             words = ["-m", "accelerate.commands.launch", *launcher, *words]
         words += shlex.split(command["flags"], comments=True)
         words += QUICK.get(name, "").split()
-        if name in ("finetune", "pretrain") and "--model vitcls-" in line:
+        if name == "finetune" and "--model vitcls-" in line:
             words += SMALL_MODEL.split()
         run(words, command["variables"].split())

@@ -15,7 +15,6 @@ from markdown_it import MarkdownIt
 import modeling_vitcls as vitcls
 from modeling_vitcls import (
     ViTCLSForMultiTaskClassification,
-    ViTCLSModel,
 )
 from modeling_vitcls.conversion.convert import convert_checkpoint
 from modeling_vitcls.hub.model_folder import ModelFolder
@@ -141,34 +140,6 @@ def test_the_model_index_names_datasets_of_the_hub_only(
         assert result.metric_type == "accuracy"
         assert result.metric_value == 0.983333
         assert card.data.metrics == ["accuracy"]
-
-
-def test_an_encoder_shows_its_features_before_and_after_pre_training(tmp_path: Path) -> None:
-    before, after = (
-        {
-            "knn_accuracy": value,
-            "knn_accuracy_of_patches": value,
-            "effective_rank": 7.5,
-            "num_images": 20,
-        }
-        for value in (0.45, 0.6)
-    )
-    results = {
-        "method": "lejepa",
-        "before_steps": before,
-        **after,
-        "token_layout": {"patches": 16},
-        "accuracy": None,
-        "accuracy_interval": None,
-        "selection_metric": "knn_accuracy",
-    }
-
-    card = load_card(write_run_folder(tmp_path / "mine", results, None, ViTCLSModel))
-    assert "| 9 of 20 right by k-NN | 12 of 20 right by k-NN |" in card.text
-    assert "worse" not in card.text
-    assert f"vitcls finetune --model {tmp_path.name}/mine" in card.text
-    assert card.data.pipeline_tag == "image-feature-extraction"
-    assert card.data.eval_results is None
 
 
 def test_tasks_have_no_pipeline(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from scripts.study import run as run_command
 
 
 RECIPES = Path(__file__).parents[2] / "scripts" / "recipes"
-FAST = ("study_pretraining",)
+FAST = ("study_digits",)
 STUDIES = [
     pytest.param(file, id=file.stem, marks=() if file.stem in FAST else pytest.mark.slow)
     for file in sorted(RECIPES.glob("study_*.yaml"))
@@ -90,28 +90,28 @@ def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_grid_combines_levels_seeds_and_stages(tmp_path: Path) -> None:
     factors = {
-        "pretraining": {"none": {"pretrain": None}, "masked": {"model": "{run}/pretrain"}},
+        "test": {"none": {"evaluate": None}, "own": {"evaluate": {"dataset": "{run}/photos"}}},
         "pooling": {"cls": {}, "mean": {"pooling": "mean", "finetune": {"epochs": 3}}},
     }
-    stages = {"finetune": {"model": "vitcls-tiny"}, "pretrain": {"epochs": 2}}
-    file = write_study(tmp_path, factors=factors, stages=stages, baseline={"pretraining": "none"})
+    stages = {"evaluate": {"batch_size": 2}, "finetune": {"model": "vitcls-tiny"}}
+    file = write_study(tmp_path, factors=factors, stages=stages, baseline={"test": "none"})
 
     runs = load_study(file).plan_runs()
     assert len(runs) == len({run.name for run in runs}) == 2 * 2 * 2
 
     by_levels = {(*run.levels.values(), run.seed): run.stages for run in runs}
     assert by_levels["none", "cls", 1] == {"finetune": {"model": "vitcls-tiny", "seed": 1}}
-    assert by_levels["masked", "mean", 0] == {
-        "pretrain": {"epochs": 2, "seed": 0},
-        "finetune": {"model": "{run}/pretrain", "pooling": "mean", "epochs": 3, "seed": 0},
+    assert by_levels["own", "mean", 0] == {
+        "finetune": {"model": "vitcls-tiny", "pooling": "mean", "epochs": 3, "seed": 0},
+        "evaluate": {"batch_size": 2, "dataset": "{run}/photos"},
     }
 
     runner = StudyRunner(load_study(file), tmp_path / "out")
-    masked = next(run for run in runs if run.levels["pretraining"] == "masked")
-    _, (_, flags) = runner.build_commands(masked)
-    assert flags[flags.index("--model") + 1] == str(
-        tmp_path / "out" / "runs" / masked.name / "pretrain"
-    )
+    measured = next(run for run in runs if run.levels["test"] == "own")
+    _, (_, flags) = runner.build_commands(measured)
+    folder = tmp_path / "out" / "runs" / measured.name
+    assert flags[flags.index("--model") + 1] == str(folder / "finetune")
+    assert flags[flags.index("--dataset") + 1] == str(folder / "photos")
 
 
 WRONG_FILES = {

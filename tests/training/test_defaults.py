@@ -18,7 +18,6 @@ from modeling_vitcls.training.defaults import (
 from modeling_vitcls.training.model import InitialModel, resolve_initial_model
 from modeling_vitcls.training.options import (
     FinetuneOptions,
-    PretrainOptions,
 )
 
 
@@ -93,12 +92,6 @@ HEAD, LORA, LAST = (build_options(trainable=each) for each in ("head", "lora", "
         (LAST, PRETRAINED | {"hidden_size": 1536}, 10_000, {"batch_size": 64}),
         (HEAD, PRETRAINED, 10_000, {"layer_decay": 1.0}),
         (LORA, PRETRAINED, 9, {"layer_decay": 1.0}),
-        (
-            build_options(PretrainOptions),
-            {},
-            9,
-            {"initializer_range": 0.082},
-        ),
     ],
 )
 def test_defaults_follow_the_weights_the_image_size_and_the_number_of_images(
@@ -151,7 +144,6 @@ def test_the_epochs_follow_the_weights_and_the_number_of_images(
         (HEAD, PRETRAINED, False, 1e-3),
         (LORA, PRETRAINED | {"hidden_size": 384}, False, 5e-4),
         (LORA, PRETRAINED | {"hidden_size": 384}, True, 5e-4),
-        (build_options(PretrainOptions), {}, False, 5e-4),
         (build_options(learning_rate=0.3), PRETRAINED, True, 0.3),
     ],
 )
