@@ -11,7 +11,9 @@ from scipy.optimize import minimize, minimize_scalar
 from scipy.special import expit, log_softmax, logit
 
 
-MAX_LOG_TEMPERATURE = 20.0  # At which all probabilities are equal, in single precision
+# Logarithms of the temperature, in units of the spread of the logits: probabilities are hardly more
+# equal at e^6, and single precision still orders them.
+LOG_TEMPERATURES = -20.0, 6.0
 
 
 def fit_temperature(
@@ -36,8 +38,8 @@ def fit_temperature(
         log_probabilities = log_softmax(logits / math.exp(log_temperature), axis=1)
         return -float(np.average((targets * log_probabilities).sum(axis=1), weights=weights))
 
-    bounds = (-MAX_LOG_TEMPERATURE, MAX_LOG_TEMPERATURE)
     # The logarithm is searched: it has no sign to get wrong, and half is as far away as twice.
+    bounds = np.add(LOG_TEMPERATURES, math.log(measure_spread(logits) or 1.0))
     return math.exp(
         minimize_scalar(compute_loss, bounds=bounds, method="bounded", options={"xatol": 1e-6}).x
     )

@@ -76,8 +76,9 @@ class OneLabelTarget:
 
     @staticmethod
     def to_logits(probabilities: np.ndarray) -> np.ndarray:
-        """Convert probabilities to finite logits."""
-        return np.log(np.maximum(probabilities, MIN_PROBABILITY))
+        """Convert probabilities to finite logits, at most 0: near it, single precision is finest."""
+        logits = np.log(np.maximum(probabilities, MIN_PROBABILITY))
+        return logits - logits.max(axis=1, keepdims=True)  # type: ignore[no-any-return]
 
     @staticmethod
     def compute_losses(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:

@@ -98,6 +98,20 @@ def test_classes_that_the_choice_lacked_are_added_to_its_probabilities() -> None
     assert not probe.out_of_fold_[:, 1].any()
 
 
+@pytest.mark.parametrize("num_images", [10, 60])
+def test_features_of_noise_have_as_many_right_predictions_in_single_precision(
+    num_images: int,
+) -> None:
+    labels = np.arange(num_images) % 2
+    counts = []
+    for seed in range(8):
+        features = np.random.default_rng(seed).normal(size=(num_images, 16)).astype(np.float32)
+        probabilities = LinearProbe().fit(features, labels).out_of_fold_
+        for values in (probabilities, np.log(probabilities).astype(np.float32)):
+            counts.append((values.argmax(axis=1) == labels).sum())
+    assert counts[::2] == counts[1::2]
+
+
 def test_one_image_is_an_error() -> None:
     features, labels = draw_tags(1, 0)
     with raises_one_line("two readable images", "Add images"):

@@ -95,6 +95,18 @@ def test_a_run_that_continues_a_model_is_compared_with_this_model_itself(
     assert finetune(sources, "frozen", "my photos", "known", *flags)["initial_classifier"] is None
 
 
+def test_a_run_below_chance_counts_the_predictions_that_it_writes(
+    sources: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_photos(sources / "noise", range(105, 120))
+    results = finetune(sources, "vit", "noise", "run")
+    rows = pd.read_parquet(sources / "run/predictions.parquet")
+    num_right = (rows["label"] == rows["prediction"]).sum()
+    assert results["num_right"] == num_right == np.trace(results["confusion_matrix"])
+    assert f"{num_right} of 30 right; about 17% of new photos" in capsys.readouterr().out
+    assert num_right / 30 == pytest.approx(results["accuracy"], abs=0.02)
+
+
 @pytest.mark.parametrize("flags", [(), ("--epochs", "1", "--no-probe")])
 def test_a_class_without_readable_images_is_named_and_never_predicted(
     flags: tuple[str, ...], sources: Path, capsys: pytest.CaptureFixture[str]
