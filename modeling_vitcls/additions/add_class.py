@@ -107,7 +107,8 @@ def build_classes(old: OldModel, options: AddClassOptions) -> Addition:
         logits, distances = measured
         labels = len(statistics.counts) + features.labels
         all_names = get_label_space(extended.config).names
-        rows = list_left_out(features, labels, softmax(logits, axis=1), all_names)
+        probabilities = softmax(logits, axis=1)
+        rows = list_left_out(features, statistics.tokens, labels, probabilities, all_names)
         is_right = logits.argmax(axis=1) == labels
         record["result"] = build_result("recall", is_right, features.groups, "cross-validated")
         if threshold is not None:

@@ -64,7 +64,8 @@ def build_task(old: OldModel, options: AddTaskOptions) -> Addition:
         known = features.take(is_known)
         left_out = probe.out_of_fold_[is_known].T
         probabilities = expand_rows(left_out, probe.classes_, len(label_space.names)).T
-        rows = list_left_out(known, known.labels, probabilities, label_space.names)
+        tokens = probe.candidate_.tokens
+        rows = list_left_out(known, tokens, known.labels, probabilities, label_space.names)
         is_right = probabilities.argmax(axis=1) == known.labels
         record["result"] = build_result("accuracy", is_right, known.groups, "cross-validated")
         record["result"] |= probe.estimate_.to_metrics()  # Corrected for the choice

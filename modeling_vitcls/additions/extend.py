@@ -22,7 +22,6 @@ import numpy as np
 import pandas as pd
 import torch
 from rich.console import Console
-from sklearn.neighbors import NearestNeighbors
 
 from ..data.images import LabeledImages
 from ..data.labels import LabelSpace, get_label_space
@@ -43,7 +42,8 @@ from ..inference.frozen_features import FeatureLayout, Features, FrozenPass
 from ..inference.intervals import compute_proportion_interval
 from ..inference.linear_probe import NUM_LAST_LAYERS
 from ..inference.metric_tables import format_small_percent
-from ..inference.near_copies import KnownScenes, describe_photos
+from ..inference.near_copies import KnownScenes
+from ..inference.per_image import find_nearest_images
 from ..inference.speed import count_flops
 from ..inference.stated_result import state_result
 from ..model.image_processing_vitcls import ViTCLSImageProcessor
@@ -53,7 +53,6 @@ from ..runtime.files import write_json
 from ..runtime.staging import create_output_folder
 from ..runtime.system import get_versions
 from ..speed.lean_layers import use_fast_modules
-from ..training.heads import NUM_NEAREST_IMAGES
 from .certificate import certify, describe_certificate, draw_pixels, load_old_model
 from .options import AdditionOptions
 
@@ -243,17 +242,21 @@ def append_head(
 
 
 def list_left_out(
-    features: Features, labels: np.ndarray, probabilities: np.ndarray, names: Sequence[str]
+    features: Features,
+    tokens: Sequence[Token],
+    labels: np.ndarray,
+    probabilities: np.ndarray,
+    names: Sequence[str],
 ) -> pd.DataFrame:
     """Build the rows of photos for the report, with the names of the nearest other ones.
 
     Args:
         features: of N photos that were left out.
+        tokens: that the classifier reads.
         labels: [N] true label of each.
         probabilities: [N, L] of labels with these names.
     """
-    num_nearest = min(NUM_NEAREST_IMAGES, len(labels) - 1)
-    neighbors = NearestNeighbors(n_neighbors=num_nearest).fit(describe_photos(features))
+    nearest = find_nearest_images(features.indices, features, tokens)
     return pd.DataFrame(
         {
             "image": features.names,
@@ -261,8 +264,7 @@ def list_left_out(
             "prediction": np.take(names, probabilities.argmax(axis=1)),
             "confidence": probabilities.max(axis=1),
             "label_probability": probabilities[np.arange(len(labels)), labels],
-            # Without an argument, a photo is no neighbor of itself
-            "nearest_images": features.names[neighbors.kneighbors(return_distance=False)].tolist(),
+            "nearest_images": list(nearest.values()),
         }
     )
 

@@ -15,7 +15,6 @@ import pandas as pd
 import torch
 from accelerate import PartialState
 from sklearn.base import clone
-from sklearn.neighbors import NearestNeighbors
 from threadpoolctl import threadpool_limits
 from torch import nn
 
@@ -31,11 +30,9 @@ from ..inference.linear_probe import (
     describe_candidate,
     stack_tokens,
 )
+from ..inference.per_image import find_nearest_images
 from ..inference.stated_result import format_percent
 from .distillation_head import DistillationHead, split_kinds
-
-
-NUM_NEAREST_IMAGES = 3  # Nearest training images of a wrong prediction
 
 
 @dataclass(frozen=True)
@@ -198,30 +195,11 @@ class FrozenHead:
     def find_nearest_images(self, images: np.ndarray) -> dict[int, list[str]]:
         """Find the training images that explain predictions: the nearest ones, by image index.
 
-        The images are held out or, without those, training images. The similarity is the cosine of
-        the features that the classifier reads. The nearest image is the first.
-
         Args:
-            images: indices of the predicted images.
+            images: indices of the held-out images or, without those, of the training images.
         """
-        if not len(images):
-            return {}
         tokens = self.probe.candidate_.tokens
-        own = stack_tokens(self.features.get_tokens(), tokens)
-        others = self.features if self.held_out is None else self.held_out
-        others = others.take(np.isin(others.indices, images))
-        # Among the training images, the nearest one is the image itself, so one more is needed.
-        num_nearest = min(NUM_NEAREST_IMAGES + (self.held_out is None), len(own))
-        neighbors = NearestNeighbors(n_neighbors=num_nearest, metric="cosine").fit(own)
-        nearest = neighbors.kneighbors(
-            stack_tokens(others.get_tokens(), tokens), return_distance=False
-        )
-        found = {}
-        for index, columns in zip(others.indices.tolist(), nearest, strict=True):
-            if self.held_out is None:
-                columns = columns[self.features.indices[columns] != index]
-            found[index] = self.features.names[columns[:NUM_NEAREST_IMAGES]].tolist()
-        return found
+        return find_nearest_images(images, self.features, tokens, self.held_out)
 
     def copy_to(self, model: Any) -> None:
         """Set the weights of the heads, and which of them the model returns."""
