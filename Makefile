@@ -60,7 +60,7 @@ cards: setup
 # The report image is a screenshot of runs/digits/report.html, which `make cards RECIPES=digits` writes.
 pictures: setup browser
 	$(VENV)/bin/uv pip install --quiet --python $(RUN) --editable ".[docs]"
-	$(RUN) scripts/make_report_image.py --report runs/digits/report.html
+	$(RUN) scripts/tools/make_report_image.py --report runs/digits/report.html
 
 site: setup
 	$(VENV)/bin/uv pip install --quiet --python $(RUN) --editable ".[docs]"

@@ -1,8 +1,8 @@
 """Define the packages and the description of the wheel; all other settings are in pyproject.toml.
 
-Two folders of the repository are shipped inside the package: the templates of model cards, and the recipes that
-`vitcls finetune --config NAME` finds by name. Relative links and images in the README would be broken on the page of
-the package index, so they become absolute if [project.urls] contains `Repository`.
+The recipes that `vitcls finetune --config NAME` finds by name are shipped inside the package. Relative links and
+images in the README would be broken on the page of the package index, so they become absolute if [project.urls]
+contains `Repository`.
 """
 
 import re
@@ -14,7 +14,6 @@ from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
 DATA_FOLDERS = {
-    "modeling_vitcls.model_cards": "model_cards",
     "modeling_vitcls.recipes": "scripts/recipes",
 }
 

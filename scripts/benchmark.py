@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from random_weights import randomize_weights
+from tools.random_weights import randomize_weights
 from torch import nn
 from torch.utils.benchmark import Timer, timer
 from transformers import PreTrainedModel

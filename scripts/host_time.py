@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 from benchmark import FirstOutput, build_timm_vit, build_transformers_vit, take_step
-from random_weights import randomize_weights
+from tools.random_weights import randomize_weights
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from modeling_vitcls import ViTCLSConfig, ViTCLSForImageClassification, use_fast_modules

@@ -7,11 +7,11 @@
 # ///
 """Studies: grids of training runs over factors and seeds, and a page of tables for each study.
 
-    python scripts/study.py --config scripts/recipes/study_digits.yaml --output-dir runs/study --jobs 2
+    python scripts/study.py --config scripts/studies/digits.yaml --output-dir runs/study --jobs 2
 
 To continue an interrupted study, repeat the command.
 
-A study file (recipes/study_*.yaml) contains
+A study file (studies/*.yaml) contains
     title, question    text for the page
     answer             conclusion, added after the study was run (optional)
     seeds              list of seeds; each combination of factor levels runs once per seed
@@ -51,7 +51,6 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from modeling_vitcls.cli.parsing import run_script
-from modeling_vitcls.cli.recipes import find_recipe
 from modeling_vitcls.runtime.errors import format_error
 from modeling_vitcls.runtime.files import read_json, write_json
 from modeling_vitcls.runtime.flags import Options, check_minimum, to_arguments
@@ -132,7 +131,7 @@ def load_study(file: Path) -> Study:
         study = Study(**yaml.safe_load(file.read_text(encoding="utf-8")))
     except (UnicodeDecodeError, yaml.YAMLError, TypeError) as error:
         raise ValueError(
-            f"cannot read {file}: {format_error(error)}. Compare it with recipes/study_digits.yaml"
+            f"cannot read {file}: {format_error(error)}. Compare it with studies/digits.yaml"
         ) from None
     if unknown_stages := set(study.stages) - set(STAGES):
         raise ValueError(
@@ -507,7 +506,7 @@ class StudyOptions(Options):
     """Fine-tune with each combination of settings and seeds, and write a page of tables."""
 
     config: Path
-    """Study file, or the name of a study file in the package, such as study_digits."""
+    """Study file, such as scripts/studies/digits.yaml."""
     output_dir: Path
     """Folder for the runs and the page. Finished runs in the folder are not repeated."""
     dataset: str | None = None
@@ -523,9 +522,12 @@ class StudyOptions(Options):
 
 def run(options: StudyOptions) -> None:
     """Run the study. Exit with status 1 if a run fails."""
-    file = find_recipe(options.config, "study_*.yaml")
     runner = StudyRunner(
-        load_study(file), options.output_dir, options.jobs, options.threads, options.dataset
+        load_study(options.config),
+        options.output_dir,
+        options.jobs,
+        options.threads,
+        options.dataset,
     )
     flags = ["--config", options.config, "--output-dir", options.output_dir]
     flags += ["--jobs", options.jobs, "--threads", options.threads]

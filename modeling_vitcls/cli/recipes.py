@@ -42,15 +42,14 @@ EQUIVALENT_FLAGS = {
 SETTINGS_TYPE = dict[str, Any] | None  # The type of a flag with several NAME=VALUE
 
 
-# The recipes of studies (study_*.yaml) have other flags: scripts/study.py finds them by name.
-def find_recipe(path: Path, pattern: str = "[!s]*.yaml") -> Path:
+def find_recipe(path: Path) -> Path:
     """Find a recipe: a file, or a name in the package, such as `digits`.
 
-    Raise ValueError with the names that match a pattern if there is none.
+    Raise ValueError with the names in the package if there is none.
     """
     if path.is_file() or path.suffix:
         return path
-    recipes = {file.stem: file for folder in RECIPE_FOLDERS for file in folder.glob(pattern)}
+    recipes = {file.stem: file for folder in RECIPE_FOLDERS for file in folder.glob("*.yaml")}
     if str(path) not in recipes:
         raise ValueError(
             f"there is no recipe {path}. Set `config` to a file, or to one of "

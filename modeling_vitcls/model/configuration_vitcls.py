@@ -7,7 +7,7 @@ The token order is the same in the whole package:
     [ CLS x k | distillation x d | register x r | patches ]
 
 `config.token_layout` has a slice for each group. A text below each field explains it;
-scripts/make_field_tables.py writes these texts to docs/configuration.md. A model with a valid
+scripts/tools/make_field_tables.py writes these texts to docs/configuration.md. A model with a valid
 configuration can be built and run: the checks of single fields are in field_checks_vitcls.py, and
 the checks of fields that depend on one another are at the end of this file.
 """

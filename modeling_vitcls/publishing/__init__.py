@@ -3,7 +3,7 @@
 They read the files of the folder, and nothing else.
 
 report.py                  report.html and the card's sheet
-card.py                    README.md, with one template per kind of model in model_cards/
+card.py                    README.md, with one template per kind of model in templates/
 wrong_photos.py            wrong predictions of a run, for the report
 published_files.py         the files that a push publishes
 push.py                    permissions and push, with retries

@@ -7,7 +7,7 @@
     conversion.md.j2    the output of `vitcls convert`, in both directions: parity_report.json
     model.md.j2         any other vitcls model, such as a merged adapter or a model saved by hand
 
-The templates, with all text, are in model_cards/. Sections without values are omitted. A card that
+The templates, with all text, are in templates/. Sections without values are omitted. A card that
 was edited is never replaced: the last line of a generated card contains a digest of the card.
 """
 
@@ -265,11 +265,7 @@ def list_added_classes(folder: ModelFolder) -> list[str]:
 # Templates ----------------------------------------------------------------------------------------
 
 
-TEMPLATES = Environment(  # They are in the installed package, or in a source checkout
-    loader=FileSystemLoader(
-        [Path(__file__).parents[1] / "model_cards", Path(__file__).parents[2] / "model_cards"]
-    )
-)
+TEMPLATES = Environment(loader=FileSystemLoader(Path(__file__).with_name("templates")))
 TEMPLATES.filters |= {
     "code": format_name,
     "percent": format_percent,

@@ -40,7 +40,7 @@ from modeling_vitcls.conversion import source_models
 from modeling_vitcls.conversion.convert import convert_checkpoint, load_source
 from modeling_vitcls.conversion.parity_report import compare_models
 from modeling_vitcls.conversion.weight_rules import ConversionError
-from scripts.random_weights import randomize_weights
+from scripts.tools.random_weights import randomize_weights
 
 
 LIMIT = 1e-5  # DESIGN.md

@@ -47,7 +47,7 @@ from modeling_vitcls.conversion.from_state_dict import (
 from modeling_vitcls.conversion.open_model import compute_cache_name
 from modeling_vitcls.conversion.source_files import FileSource
 from modeling_vitcls.conversion.weight_rules import ConversionError
-from scripts.random_weights import randomize_weights
+from scripts.tools.random_weights import randomize_weights
 
 
 LIMIT = 1e-5  # DESIGN.md

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 import modeling_vitcls as vitcls
 from helpers.load_without_package import flatten
 from modeling_vitcls.version import __version__
-from scripts.random_weights import randomize_weights
+from scripts.tools.random_weights import randomize_weights
 
 
 RELEASED = Path(__file__).parents[1] / "fixtures" / "released"

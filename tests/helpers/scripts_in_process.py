@@ -13,7 +13,7 @@ SCRIPTS = Path(__file__).parents[2] / "scripts"
 def run_in_process(script: str, *flags: object) -> int:
     """Run a script of scripts/ in this process and return its exit status."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(SCRIPTS)
+        patch.syspath_prepend((SCRIPTS / script).parent)
         patch.setattr(sys, "argv", [script, *map(str, flags)])
         patch.setenv("COLUMNS", "400")
         try:

@@ -9,7 +9,7 @@ import torch
 import transformers
 from timm.models import save_for_hf
 
-from scripts.random_weights import randomize_weights
+from scripts.tools.random_weights import randomize_weights
 
 
 WIDTHS = {

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from scripts.random_weights import randomize_weights
+from scripts.tools.random_weights import randomize_weights
 
 
 @torch.no_grad()

@@ -29,7 +29,7 @@ from modeling_vitcls.data.labels import OneLabel
 from modeling_vitcls.data.options import DataOptions
 from modeling_vitcls.data.sources import load_splits
 from modeling_vitcls.training.teacher import load_teacher
-from scripts.random_weights import randomize_weights
+from scripts.tools.random_weights import randomize_weights
 
 
 DEAD = "http://127.0.0.1:9"  # a closed port

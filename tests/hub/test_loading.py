@@ -34,7 +34,7 @@ from modeling_vitcls.hub.loading import (
 from modeling_vitcls.hub.model_files import CONFIG_FILES
 from modeling_vitcls.hub.model_folder import ModelFolder
 from modeling_vitcls.publishing.push import push_folder
-from scripts.random_weights import randomize_weights
+from scripts.tools.random_weights import randomize_weights
 
 
 NAMES = {index: str(index) for index in range(10)}

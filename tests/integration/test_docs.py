@@ -6,7 +6,7 @@ blocks of a page run one after the other in one process, offline, in a folder wi
     more/cat/*.png, more/dog/*.png                   the next digits
     runs/photos                                      a small random classifier of cat and dog
     dino                                             its encoder
-    study_digits                                     the recipe with two seeds and two steps per run
+    scripts/studies/digits.yaml                      the recipe with two seeds and two steps per run
 
 An HTML comment in the line before a block changes what happens to it:
     <!-- not run: REASON -->                     the block requires the network, a GPU or minutes
@@ -50,7 +50,7 @@ from modeling_vitcls import (
     ViTCLSModel,
     cli,
 )
-from scripts import make_address
+from scripts.tools import make_address
 
 
 PACKAGE = ROOT / "modeling_vitcls"
@@ -68,8 +68,8 @@ OTHER_FLAGS = {
 # programs that are no subcommands of vitcls
 PROGRAMS = (
     "scripts/benchmark.py",
-    "scripts/compare_features.py",
-    "scripts/compare_tools.py",
+    "scripts/studies/compare_features.py",
+    "scripts/studies/compare_tools.py",
     "scripts/host_time.py",
     "scripts/push_space.py",
     "scripts/space/transformers_js.py",
@@ -101,6 +101,7 @@ PRINTED = re.compile(
 FILE = re.compile(
     r"[\w./-]+\.(?:py|toml|j2)|(?:modeling_vitcls|scripts|tests|docs|model_cards)/[\w./-]*"
 )
+STUDY = ROOT / "scripts" / "studies" / "digits.yaml"
 FOLDERS = (ROOT, PACKAGE, PACKAGE / "model", ROOT / "tests")  # start of relative paths in the pages
 # written by `make gpu` and `vitcls push`, or shown on a page; timm's program
 OTHER_FILES = {"docs/speed-gpu.md", "answer.py", "handler.py", "serve.py", "train.py"}
@@ -285,9 +286,7 @@ def test_the_study_in_the_docs_is_the_recipe() -> None:
         if block.language == "yaml"
     ]
     (shown,) = (yaml.safe_load(block.text) for block in blocks)
-    recipe = yaml.safe_load(
-        (ROOT / "scripts" / "recipes" / "study_digits.yaml").read_text(encoding="utf-8")
-    )
+    recipe = yaml.safe_load(STUDY.read_text(encoding="utf-8"))
     assert {**shown, "question": ""} == {**recipe, "question": ""}
 
 
@@ -308,13 +307,14 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ViTCLSImageProcessor.from_pretrained(folder / "runs" / "photos").save_pretrained(
         folder / "dino"
     )
-    # found before the study of this name in the package, which takes minutes
-    study = yaml.safe_load(
-        (ROOT / "scripts" / "recipes" / "study_digits.yaml").read_text(encoding="utf-8")
-    )
+    # instead of the study of the repository, which takes minutes
+    study = yaml.safe_load(STUDY.read_text(encoding="utf-8"))
     study["stages"]["finetune"]["max_steps"] = 2
     study["seeds"] = [0, 1]
-    (folder / "study_digits").write_text(yaml.safe_dump(study), encoding="utf-8")
+    (folder / "scripts" / "studies").mkdir(parents=True)
+    (folder / "scripts" / "studies" / "digits.yaml").write_text(
+        yaml.safe_dump(study), encoding="utf-8"
+    )
     return folder
 
 

@@ -12,8 +12,8 @@ import pytest
 from helpers.fresh_processes import SCRIPT_ENVIRONMENT, run_python
 from transformers import VisionTextDualEncoderModel, VisionTextDualEncoderProcessor
 
-from scripts.train_cnn_teacher import train_cnn_teacher
-from scripts.train_dual_encoder import train_dual_encoder
+from scripts.studies.train_cnn_teacher import train_cnn_teacher
+from scripts.studies.train_dual_encoder import train_dual_encoder
 
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"

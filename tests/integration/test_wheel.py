@@ -16,7 +16,7 @@ ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PYT
 }
 DATA_FILES = (
     "py.typed",
-    "model_cards/training.md.j2",
+    "publishing/templates/training.md.j2",
     "recipes/digits.yaml",
     "analysis/page.css",
 )

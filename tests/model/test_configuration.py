@@ -31,7 +31,7 @@ from modeling_vitcls import (
     ViTCLSModel,
 )
 from modeling_vitcls.model.configuration_vitcls import AUTO_MAP
-from scripts.make_field_tables import PAGE, build_tables, replace_tables
+from scripts.tools.make_field_tables import PAGE, build_tables, replace_tables
 
 
 NAN = float("nan")
@@ -151,7 +151,7 @@ def test_fields_are_documented_in_their_order() -> None:
     assert re.findall(r"`(\w+)`", docstring) == body
     assert re.findall(r"^\| `(\w+)` \|", build_tables(), re.MULTILINE) == body
     page = PAGE.read_text()
-    assert replace_tables(page) == page, "run scripts/make_field_tables.py"
+    assert replace_tables(page) == page, "run scripts/tools/make_field_tables.py"
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from torch import nn
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel
 from modeling_vitcls.conversion.from_timm import convert_from_timm
 from modeling_vitcls.conversion.weight_rules import ConversionError
-from scripts.random_weights import randomize_weights
+from scripts.tools.random_weights import randomize_weights
 
 
 TOLERANCE = 1e-5

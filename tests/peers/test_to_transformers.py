@@ -18,7 +18,7 @@ from modeling_vitcls import (
 )
 from modeling_vitcls.conversion.weight_rules import ConversionError
 from peers.transformers_cases import CASES, compute_outputs, compute_source_outputs, images
-from scripts.random_weights import randomize_weights
+from scripts.tools.random_weights import randomize_weights
 
 
 BASE: dict[str, Any] = {

@@ -10,7 +10,7 @@ import transformers
 from torch import nn
 
 from modeling_vitcls.conversion.source_models import flatten_patches
-from scripts.random_weights import randomize_weights
+from scripts.tools.random_weights import randomize_weights
 
 
 NATIVE = (32, 32)

@@ -7,8 +7,8 @@ from helpers.scripts_in_process import run_in_process
 WRONG_FLAGS = [
     ("benchmark.py", "--rounds 0", "--rounds", 2),
     ("host_time.py", "--rounds 0", "--rounds", 2),
-    ("study.py", "--config study_digits --output-dir out --jobs 0", "--jobs", 2),
-    ("study.py", "--config study_digts --output-dir out", "study_digits", 1),
+    ("study.py", "--config scripts/studies/digits.yaml --output-dir out --jobs 0", "--jobs", 2),
+    ("study.py", "--config digts.yaml --output-dir out", "digts.yaml", 1),
     ("push_space.py", "--model m --output o --private", "--private", 2),
 ]
 

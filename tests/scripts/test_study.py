@@ -27,12 +27,7 @@ from scripts.study import (
 from scripts.study import run as run_command
 
 
-RECIPES = Path(__file__).parents[2] / "scripts" / "recipes"
-FAST = ("study_digits",)
-STUDIES = [
-    pytest.param(file, id=file.stem, marks=() if file.stem in FAST else pytest.mark.slow)
-    for file in sorted(RECIPES.glob("study_*.yaml"))
-]
+RECIPES = Path(__file__).parents[2] / "scripts" / "studies"
 STUDY = {
     "title": "Pooling",
     "question": "Which pooling?",
@@ -135,7 +130,7 @@ def test_a_wrong_study_file_gets_one_line(tmp_path: Path, named: str, content: b
         load_study(tmp_path / "study.yaml")
 
 
-@pytest.mark.parametrize("file", STUDIES)
+@pytest.mark.parametrize("file", sorted(RECIPES.glob("*.yaml")), ids=lambda file: file.stem)
 def test_the_commands_of_a_study_in_the_repository_are_valid(file: Path) -> None:
     runner = StudyRunner(load_study(file), Path("runs/study"))
     first_run, *other_runs = runner.study.plan_runs()

@@ -1,4 +1,4 @@
-"""scripts/study_class_token.py on a tiny encoder, whose classes are told apart by every token."""
+"""scripts/studies/class_token.py on a tiny encoder, whose classes are told apart by every token."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ def test_the_page_has_the_accuracy_of_each_token_on_the_test_photos(tmp_path: Pa
         write_unequal_photos(tmp_path / "photos" / split)
 
     status = run_in_process(
-        "study_class_token.py",
+        "studies/class_token.py",
         *("--encoder", tmp_path / "encoder"),
         *("--photos", tmp_path / "photos"),
         *("--output", tmp_path / "study"),

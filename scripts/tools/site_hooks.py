@@ -18,7 +18,7 @@ from mkdocs.structure.pages import Page
 from modeling_vitcls import IMPORT_STRUCTURE
 
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 # Path in the repository -> path in the site.
 RENAMED = {
@@ -32,7 +32,10 @@ ADDED = [
     "CHANGELOG.md",
     "LICENSE",
     "notebooks/photos.ipynb",
-    *(file.relative_to(ROOT).as_posix() for file in (ROOT / "scripts" / "compared").glob("*.*")),
+    *(
+        file.relative_to(ROOT).as_posix()
+        for file in (ROOT / "scripts" / "studies" / "compared").glob("*.*")
+    ),
 ]
 LINK = re.compile(r"(\]\()([^)\s]+)(\))")
 FENCE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)

@@ -2,7 +2,7 @@
 
 The report is about a model that was trained on digits.
 
-    python scripts/make_report_image.py --report runs/digits/report.html
+    python scripts/tools/make_report_image.py --report runs/digits/report.html
 
 `vitcls finetune --config digits --output-dir runs/digits` writes the report. `make browser`
 installs Chromium, which takes the screenshot.

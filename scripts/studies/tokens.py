@@ -2,7 +2,7 @@
 
 The results are in model_cards/studies/tokens.md.
 
-    python scripts/study_tokens.py --encoder ENCODER --photos PHOTOS --output runs/tokens
+    python scripts/studies/tokens.py --encoder ENCODER --photos PHOTOS --output runs/tokens
 
 For each seed, `finetune` trains on the same photographs: frozen, and five epochs of each row of
 `RECIPES`, with all labels; each token has a control, the same run without it, and the table
@@ -20,8 +20,8 @@ from statistics import fmean
 from typing import Any
 
 import tyro
-from study import compute_mean_interval
-from study_photos import PhotoOptions, draw_photos, link_photos, list_photos
+from photos import PhotoOptions, draw_photos, link_photos, list_photos
+from scipy import stats
 
 from modeling_vitcls import ViTCLSForImageClassification, evaluate, finetune
 
@@ -210,8 +210,8 @@ def format_gates(rows: list[dict[str, Any]]) -> str:
 def format_interval(differences: list[float]) -> str:
     if not differences:
         return ""
-    mean, half = compute_mean_interval(differences)
-    return f"{mean:+.1f} ({mean - half:+.1f} to {mean + half:+.1f})"
+    low, high = stats.ttest_1samp(differences, 0).confidence_interval()
+    return f"{fmean(differences):+.1f} ({low:+.1f} to {high:+.1f})"
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """Compare tools on the same encoder: accuracy, CPU time, memory, and lines of code.
 
-    python scripts/compare_tools.py --encoder ENCODER --photos PHOTOS --output runs/compared
+    python scripts/studies/compare_tools.py --encoder ENCODER --photos PHOTOS --output runs/compared
 
 ENCODER is a transformers folder of a DINOv2 ViT-S/14, and PHOTOS has the folders train/CLASS and
-test/CLASS. Each program in scripts/compared/ is what a user of the tool writes. It runs in a
+test/CLASS. Each program in scripts/studies/compared/ is what a user of the tool writes. It runs in a
 process of its own, finds its inputs in environment variables, and prints its accuracy on the test
 photographs. Tools that are not installed are left out. OUTPUT/README.md contains the table.
 """
@@ -21,8 +21,8 @@ from typing import Any
 
 import torch
 import tyro
+from photos import PhotoOptions, draw_photos, link_photos, list_photos
 from safetensors.torch import load_file
-from study_photos import PhotoOptions, draw_photos, link_photos, list_photos
 
 from modeling_vitcls.inference.intervals import compute_proportion_interval
 from modeling_vitcls.runtime.files import read_json, write_json
@@ -59,7 +59,7 @@ class Options(PhotoOptions):
     labels: int = 50
     """Number of training photographs per class."""
     programs: tuple[str, ...] = tuple(PACKAGES)
-    """Programs in scripts/compared/ to run."""
+    """Programs in scripts/studies/compared/ to run."""
 
 
 def main() -> None:

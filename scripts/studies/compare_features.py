@@ -1,9 +1,9 @@
 """Compare the whole job "features of a folder of photographs" with transformers' pipeline and timm.
 
-    python scripts/compare_features.py --encoder ENCODER --photos PHOTOS --output runs/features
+    python scripts/studies/compare_features.py --encoder ENCODER --photos PHOTOS --output runs/features
 
 ENCODER is a transformers folder of a DINOv2 ViT-S/14, and PHOTOS has a folder per class. Each
-program in scripts/compared/features/ starts Python, loads the model, reads the photographs and
+program in scripts/studies/compared/features/ starts Python, loads the model, reads the photographs and
 writes their CLS tokens. The programs run in turn. The table lists the medians, and the medians of
 the ratios within a round.
 """
@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 import tyro
 from compare_tools import build_environment, run_measured
-from study_photos import link_photos
+from photos import link_photos
 
 from modeling_vitcls.runtime.system import get_processor_name
 
@@ -43,7 +43,7 @@ class Options:
     precisions: tuple[str, ...] = ("fp32", "bf16")
     """Precisions to measure. CPUs without bfloat16 instructions need only fp32."""
     programs: tuple[str, ...] = ("vitcls.sh", "pipeline.py", "timm_loader.py")
-    """Programs in scripts/compared/features/ to run; the ratios are those to the first one."""
+    """Programs in scripts/studies/compared/features/ to run; the ratios are those to the first one."""
 
 
 def main() -> None:

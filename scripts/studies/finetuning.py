@@ -2,9 +2,9 @@
 
 The results are in model_cards/studies/finetuning.md.
 
-    python scripts/study_finetuning.py --encoder ENCODER --photos PHOTOS --output runs/finetuning
+    python scripts/studies/finetuning.py --encoder ENCODER --photos PHOTOS --output runs/finetuning
 
-The arguments are those of study_first_answer.py. The encoder has learned positions. For each number
+The arguments are those of first_answer.py. The encoder has learned positions. For each number
 of labels and each seed, `vitcls finetune` trains on all labels: frozen, and five epochs of the last
 four layers and of all layers. Each tuned model is also measured with two changes, and with both:
 
@@ -26,9 +26,9 @@ from typing import Any
 import numpy as np
 import torch
 import tyro
+from first_answer import BATCH_SIZE, Options, compute_metrics, run_command
+from photos import draw_photos, link_photos, list_photos
 from PIL import Image
-from study_first_answer import BATCH_SIZE, Options, compute_metrics, run_command
-from study_photos import draw_photos, link_photos, list_photos
 from transformers import AutoImageProcessor
 
 from modeling_vitcls import ViTCLSForImageClassification

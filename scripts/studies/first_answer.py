@@ -2,7 +2,7 @@
 
 The results are in model_cards/studies/first_answer.md.
 
-    python scripts/study_first_answer.py --encoder ENCODER --photos PHOTOS --output runs/first-answer
+    python scripts/studies/first_answer.py --encoder ENCODER --photos PHOTOS --output runs/first-answer
 
 ENCODER is a transformers folder of a ViT, and PHOTOS has the folders train/CLASS and test/CLASS.
 For each number of labels and each seed, the same training photographs go through
@@ -28,10 +28,10 @@ from typing import Any
 import numpy as np
 import torch
 import tyro
+from photos import PhotoOptions, draw_photos, link_photos, list_photos
 from PIL import Image
 from sklearn.linear_model import LogisticRegressionCV
 from sklearn.metrics import log_loss
-from study_photos import PhotoOptions, draw_photos, link_photos, list_photos
 from torchmetrics.functional.classification import multiclass_calibration_error
 from transformers import AutoImageProcessor, AutoModel
 

@@ -1,4 +1,4 @@
-"""Write the tables of fields in docs/configuration.md: python scripts/make_field_tables.py
+"""Write the tables of fields in docs/configuration.md: python scripts/tools/make_field_tables.py
 
 The texts are those below the fields of `ViTCLSConfig`, and the headings are the comments above each
 group of fields. Run it after a change of a field; a test compares the page with the fields.
@@ -9,11 +9,11 @@ import re
 from pathlib import Path
 
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs/configuration.md"
 SOURCE = ROOT / "modeling_vitcls/model/configuration_vitcls.py"
 MARKS = (
-    "<!-- fields: from here on, scripts/make_field_tables.py writes -->\n",
+    "<!-- fields: from here on, scripts/tools/make_field_tables.py writes -->\n",
     "<!-- end of fields -->\n",
 )
 HEADING = re.compile(r"    # (\w[\w ,]*)")

@@ -1,6 +1,6 @@
 """Study: does a register reduce the error of int8 features? (model_cards/studies/int8_registers.md)
 
-    python scripts/study_int8_registers.py --model runs/encoder --train train.parquet --test test.parquet
+    python scripts/studies/int8_registers.py --model runs/encoder --train train.parquet --test test.parquet
 
 MLP neurons that write a large norm to a few patches are planted in an encoder; large ViTs have such
 neurons (arXiv 2506.08010). The planted model and three changes of it are quantized to int8:

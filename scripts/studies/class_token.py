@@ -2,7 +2,7 @@
 
 The results are in model_cards/studies/class_token.md.
 
-    python scripts/study_class_token.py --encoder ENCODER --photos PHOTOS --output runs/class-token
+    python scripts/studies/class_token.py --encoder ENCODER --photos PHOTOS --output runs/class-token
 
 ENCODER is any checkpoint that `vitcls convert` takes, and PHOTOS has the folders train/CLASS and
 test/CLASS. Each of the last layers is read by scikit-learn's logistic regression, whose C is chosen
@@ -16,10 +16,10 @@ from pathlib import Path
 
 import numpy as np
 import tyro
+from photos import PhotoOptions, draw_photos
 from sklearn.linear_model import LogisticRegressionCV
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
-from study_photos import PhotoOptions, draw_photos
 
 from modeling_vitcls import EmbedImages
 from modeling_vitcls.inference.intervals import compute_bootstrap_interval

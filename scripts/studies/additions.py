@@ -1,6 +1,6 @@
 """Study: classes that are added to a finished model (model_cards/studies/additions.md).
 
-    python scripts/study_additions.py --encoder ENCODER --photos PHOTOS --output runs/additions
+    python scripts/studies/additions.py --encoder ENCODER --photos PHOTOS --output runs/additions
 
 ENCODER is a ViT, as `vitcls convert` takes it. PHOTOS has the folders train and test with a folder
 per class. Every image passes the encoder once. Each class is then left out in turn: of the others,
@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 import tyro
-from study_photos import PhotoOptions, link_photos
+from photos import PhotoOptions, link_photos
 
 from modeling_vitcls import ViTCLSImageProcessor, ViTCLSModel, add_class, evaluate, finetune
 from modeling_vitcls.additions.add_class import build_class_rows

@@ -3,11 +3,11 @@
 # dependencies = ["modeling_vitcls[cli]"]
 #
 # [tool.uv.sources]
-# modeling_vitcls = { path = "..", editable = true }
+# modeling_vitcls = { path = "../..", editable = true }
 # ///
 """Train a small ResNet on labeled images, as a teacher for distillation.
 
-python scripts/train_cnn_teacher.py --dataset digits --folder runs/teacher
+python scripts/studies/train_cnn_teacher.py --dataset digits --folder runs/teacher
 vitcls finetune --config digits --teacher runs/teacher --output-dir runs/student
 """
 

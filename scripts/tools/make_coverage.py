@@ -1,7 +1,7 @@
 """Determine which plain ViTs convert exactly, and write the table in docs/coverage.md.
 
-    python scripts/make_coverage.py                       # docs/coverage.md
-    python scripts/make_coverage.py --output other.md
+    python scripts/tools/make_coverage.py                       # docs/coverage.md
+    python scripts/tools/make_coverage.py --output other.md
 
 Every architecture is built with random weights and two layers, converted, and compared with the
 converted model at two image sizes. An architecture converts exactly if all tokens and logits of the
@@ -30,7 +30,7 @@ from modeling_vitcls.conversion.timm_modules import get_class_name
 from modeling_vitcls.conversion.weight_rules import ConversionError
 
 
-OUTPUT = Path(__file__).parents[1] / "docs" / "coverage.md"
+OUTPUT = Path(__file__).parents[2] / "docs" / "coverage.md"
 # timm modules whose models have a single resolution and global attention.
 TIMM_MODULES = (
     "vision_transformer",
@@ -114,7 +114,7 @@ UNSUPPORTED_FEATURES = {
 }
 HEADER = """# Coverage of other projects' ViTs
 
-`python scripts/make_coverage.py` writes this page. The script builds every architecture with random
+`python scripts/tools/make_coverage.py` writes this page. The script builds every architecture with random
 weights and two layers, and converts the model. An architecture is converted exactly if all tokens
 and logits match those of the source model to within 1e-5 of the largest value in float32, at the
 native size and at a non-square size.

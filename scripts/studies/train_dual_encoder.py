@@ -3,12 +3,13 @@
 # dependencies = ["modeling_vitcls[cli]"]
 #
 # [tool.uv.sources]
-# modeling_vitcls = { path = "..", editable = true }
+# modeling_vitcls = { path = "../..", editable = true }
 # ///
 """Train a small CLIP-style dual encoder (ViT and BERT) on images and captions with class names.
 
-    python scripts/train_dual_encoder.py --dataset digits --folder runs/dual
-    python scripts/train_dual_encoder.py --dataset uoft-cs/cifar10 --folder runs/dual --patch-size 8 --epochs 20 --flip
+    python scripts/studies/train_dual_encoder.py --dataset digits --folder runs/dual
+    python scripts/studies/train_dual_encoder.py --dataset uoft-cs/cifar10 --folder runs/dual \\
+        --patch-size 8 --epochs 20 --flip
 
 The model has no classifier. It compares the CLS token of the ViT with the CLS token of BERT. In the
 evaluation, each class has one caption, and the predicted class of an image is the class of the most

@@ -1,6 +1,6 @@
 """Write the address of the repository into the commands of all pages that clone or install it.
 
-    python scripts/make_address.py
+    python scripts/tools/make_address.py
 
 The address is `Repository` in [project.urls] of pyproject.toml. Without an address, the pages
 install from a checkout. tests/integration/test_docs.py checks that the pages agree with
@@ -12,7 +12,7 @@ import tomllib
 from pathlib import Path
 
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PAGES = [
     ROOT / "README.md",
     *sorted((ROOT / "docs").glob("*.md")),

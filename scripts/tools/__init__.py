@@ -1,0 +1,1 @@
+"""Programs of the repository, which write pages and measure, and random weights to measure with."""
