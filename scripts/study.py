@@ -61,7 +61,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 
-STAGES = ("finetune", "evaluate", "inspect")
+STAGES = ("finetune", "evaluate")
 MAX_LIST_LENGTH = 32  # maximum length of lists whose elements become columns of runs.parquet
 
 Flags = dict[str, Any]
@@ -264,11 +264,7 @@ class StudyRunner:
                 flags["resume" if has_checkpoint else "overwrite"] = True
             else:
                 flags.setdefault("model", str(folder / "finetune"))
-                flags["output" if stage == "evaluate" else "json"] = str(
-                    self.get_result_file(run, stage)
-                )
-                if stage == "inspect":
-                    flags["output"] = str(folder / "report.html")
+                flags["output"] = str(self.get_result_file(run, stage))
             commands.append(
                 (stage, [argument for flag in flags.items() for argument in to_arguments(*flag)])
             )
@@ -318,7 +314,7 @@ def build_row(runner: StudyRunner, run: StudyRun) -> dict[str, Any]:
     """Build the row of a run in runs.parquet: levels, seed, status and numbers.
 
     The column names of numeric values start with the stage (for example,
-    `inspect.patches.outliers`), except for the stage `finetune`. The prefixes `first.` and
+    `evaluate.accuracy`), except for the stage `finetune`. The prefixes `first.` and
     `last.` denote the first and the last value in the training log (for example, `first.loss` and
     `last.held_out_accuracy`). If a run has a single label column, the accuracy and loss are
     also stored as `tasks.COLUMN.accuracy` and `tasks.COLUMN.loss`, the names in runs with several
