@@ -1,4 +1,4 @@
-# make demo       set up, fine-tune a ViT on handwritten digits, load the saved model, print predictions
+# make demo       set up, fine-tune a ViT on handwritten digits, evaluate the saved model
 # make cards      train the models of scripts/recipes/ again, and update their cards in model_cards/
 # make pictures   draw docs/images/ again, from runs/digits
 # make site       build the documentation's site in site/, and fail if a link or an object is missing

@@ -1,4 +1,4 @@
-"""Train a small ViT on handwritten digits, then load the model in a new process (`make demo`).
+"""Train a small ViT on handwritten digits, then evaluate the saved model (`make demo`).
 
 python scripts/demo.py [flags of `vitcls finetune`, to override the recipe]
 """
@@ -18,41 +18,27 @@ RECIPE = SCRIPTS / "recipes" / "digits.yaml"
 OUTPUT = Path("runs", "demo")
 PRETRAINED_MODEL = "timm:vit_small_patch14_reg4_dinov2.lvd142m"
 
-# Default values of accelerate's flags. accelerate prints a warning if these flags are not set.
-LAUNCH_FLAGS = (
-    "--quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no".split()
-)
-
 console = Console(soft_wrap=True, highlight=False)
 
 
 def main() -> None:
-    """Train and load a model, and print the next steps.
+    """Train and evaluate a model, and print the next steps.
 
     If a command fails, exit with its status.
     """
     start_time = time.perf_counter()
+    flags = ["--config", RECIPE, "--output-dir", OUTPUT, *sys.argv[1:]]
     output = get_output_dir(sys.argv[1:])
-    finetune_arguments = [SCRIPTS / "finetune.py", "--config", RECIPE, "--output-dir", OUTPUT]
     if output == OUTPUT:  # replace the model from an earlier demo
-        finetune_arguments.append("--overwrite")
+        flags.append("--overwrite")
     run_step(
-        "1. Fine-tune a small ViT on 1,438 handwritten digits",
-        ["accelerate", "launch", *finetune_arguments],
-        [
-            sys.executable,
-            "-m",
-            "accelerate.commands.launch",
-            *LAUNCH_FLAGS,
-            *finetune_arguments,
-            *sys.argv[1:],
-        ],
+        "1. Fine-tune a small ViT on 1,438 handwritten digits", SCRIPTS / "finetune.py", *flags
     )
     run_step(
-        "2. Load the model in a new process, without importing this package, and classify the 359 "
-        "held-out digits",
-        ["python", SCRIPTS / "demo_load.py", output],
-        [sys.executable, SCRIPTS / "demo_load.py", output],
+        "2. Load the model in a new process, and classify the 359 held-out digits",
+        SCRIPTS / "evaluate.py",
+        *("--model", output),
+        *("--dataset", "digits"),
     )
     console.print(f"\n[bold green]Done in {time.perf_counter() - start_time:.0f} s.[/] Next:")
     console.print(
@@ -73,13 +59,14 @@ def main() -> None:
     console.print("  docs/README.md: the documentation, one page per task")
 
 
-def run_step(title: str, short_command: list[object], command: list[object]) -> None:
-    """Print a title and a short form of a command, and run the command."""
-    console.print(f"\n[bold]{title}[/]\n  $ {' '.join(map(str, short_command))}\n")
+def run_step(title: str, *arguments: object) -> None:
+    """Print a title and the command, and run it in a new process."""
+    command = list(map(str, arguments))
+    console.print(f"\n[bold]{title}[/]\n  $ python {' '.join(command)}\n")
     # More threads hardly speed up small models, and slow them down considerably if other programs
     # use the cores.
     environment = {"OMP_NUM_THREADS": "1"} | os.environ
-    status = subprocess.run(list(map(str, command)), env=environment, check=False).returncode
+    status = subprocess.run([sys.executable, *command], env=environment, check=False).returncode
     if status:
         raise SystemExit(status)
 

@@ -11,18 +11,15 @@ from pathlib import Path
 import pytest
 from helpers.command_in_process import run_here
 from helpers.photo_folders import write_photos
-from helpers.read_datasets import load_training_data
 from PIL import Image
 
 import modeling_vitcls
 from modeling_vitcls import EmbedImages, cli, look
 from modeling_vitcls.cli.parsing import exit_on_error
 from modeling_vitcls.data.options import DataOptions
-from modeling_vitcls.data.splits_table import write_splits
 from modeling_vitcls.runtime.errors import RunStopped, mark_errors_of_all_processes
 from modeling_vitcls.training.options import FinetuneOptions
 from modeling_vitcls.version import __version__
-from scripts.demo_load import load_held_out_digits
 
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
@@ -239,18 +236,6 @@ def test_scripts_run_the_same_programs(
         runpy.run_path(str(SCRIPTS / f"{script}.py"), run_name="__main__")
     assert ended.value.code == 0
     assert f"usage: vitcls {command} " in capsys.readouterr().out
-
-
-def test_the_demo_evaluates_the_held_out_digits(tmp_path: Path) -> None:
-    """scripts/demo_load.py selects the images without this package."""
-    data = load_training_data(DataOptions(dataset="digits"))
-    write_splits(data.build_splits_table(), tmp_path)
-    images, labels = load_held_out_digits(str(tmp_path))
-    assert labels == [data.label_space.names[label] for label in data.held_out.labels]
-    assert [image.tobytes() for image in images] == [
-        image.tobytes() for image in data.held_out.images
-    ]
-    assert len(images) == 359
 
 
 # Importing the package ----------------------------------------------------------------------------
