@@ -22,14 +22,22 @@ import pandas as pd
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
+from ..hub.model_folder import ModelFolder
 from ..runtime.errors import format_name_list, warn_on_first_process
+from ..runtime.flags import get_flag_fields
 from .images import NO_CONTENT_KEY, LabeledImages
 from .in_memory import get_title
 from .labels import LabelSpace, SeveralLabels
 from .options import DataOptions
 from .sampling import derive_seed, draw_numbers
 from .sources import Splits, load_splits
-from .splits_table import build_splits_table, find_trained_images, get_keys
+from .splits_table import (
+    build_splits_table,
+    find_trained_images,
+    get_keys,
+    read_splits,
+    select_task,
+)
 
 
 # Names of held-out splits, in order of precedence.
@@ -183,6 +191,36 @@ def load_undivided_images(
 def load_training_data(options: DataOptions) -> TrainingData:
     """Load and divide the images as a run with steps does, for programs of scripts/."""
     return divide_images(load_undivided_images(options), options.held_out_part)
+
+
+def load_run_data(folder: ModelFolder, dataset: str) -> TrainingData:
+    """Read the images and labels of a finished run again, and divide them as the run did.
+
+    Args:
+        folder: its folder.
+        dataset: where the dataset is now.
+
+    Raises:
+        ValueError, OSError: if the dataset cannot be read.
+    """
+    flags = folder.flags
+    results = folder.results_of_any_weights
+    values = {name: flags[name] for name in get_flag_fields(DataOptions) if name in flags}
+    options = DataOptions(**values | {"dataset": dataset})
+    images = load_undivided_images(
+        options,
+        # A test split that the run did not read may have come since.
+        reads_all=results.get("held_out_split") == "test",
+        use_labels=bool(results.get("data", {}).get("classes", True)),
+    )
+    splits = select_task(read_splits(folder), None)
+    held_out_keys = splits["key"][splits["split"] == "test"]
+    return divide_images(
+        images,
+        options.held_out_part,
+        flags.get("select") == "best",
+        held_out_keys if len(held_out_keys) else None,  # As drawn, if the table was removed
+    )
 
 
 def add_keys(splits: Mapping[str, LabeledImages]) -> dict[str, LabeledImages]:

@@ -9,8 +9,10 @@ candidates, so it may differ from the count. Percentages have decimals from 1,00
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from operator import itemgetter
 
+from ..data.splits import MAX_CLASS_RATIO
 from ..runtime.files import replace_control_characters
 from .intervals import MIN_CORRECTED_IMAGES
 from .metrics import MetricValues
@@ -23,7 +25,52 @@ COUNTED = {
     "recall": "recognized",
 }
 MIN_DECIMAL_IMAGES = 1_000
+FEW_PHOTOS = 10  # A class with fewer is hardly learned or measured
 MIN_GUESS_GAIN = 0.05  # Share of the largest class above equal shares, from which it is stated
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """The result of one task. As text, it is a part of the printed result.
+
+    Attributes:
+        task: name of the task; "" if there is only one.
+        metric: name of the metric of the result.
+        metrics: of the images that have a label of the task (inference/metrics.py). There is no interval
+            for images that trained the encoder: their error is larger than any interval says.
+        num_folds: number of folds of the cross-validation; 0 for held-out images.
+    """
+
+    task: str
+    metric: str
+    metrics: MetricValues
+    num_folds: int = 0
+
+    @property
+    def statement(self) -> str:
+        """The result, as it is said at every door."""
+        text = state_result(self.metrics, self.metric)
+        # What is counted needs no name
+        if counts_images(self.metrics, self.metric):
+            return text
+        return f"{self.metric.replace('_', ' ')} {text}"
+
+    @property
+    def method(self) -> str:
+        """How the result was measured."""
+        text = f"Measured on {self.metrics['num_images']:,} held-out images"
+        if self.num_folds:
+            text = f"Estimated by {self.num_folds}-fold cross-validation"
+        if f"{self.metric}_interval" not in self.metrics:
+            return f"{text}, without an interval"
+        if self.metrics["num_images"] < MIN_CORRECTED_IMAGES:
+            return text
+        is_corrected = self.num_folds and self.metric == "accuracy"
+        correction = ", corrected for the choice of the classifier" if is_corrected else ""
+        return f"{text}, with a 95% interval{correction}"
+
+    def __str__(self) -> str:
+        return f"{self.task}: {self.statement}. {self.method}".removeprefix(": ")
 
 
 def state_result(
@@ -90,3 +137,20 @@ def format_percent(value: float | None, num_images: int) -> str:
     if 0 < value < 1:
         value = min(max(value, step), 1 - step)
     return f"{value:.{decimals}%}"
+
+
+def describe_classes(metrics: MetricValues, class_ratio: float) -> str | None:
+    """Describe the result by metrics that large classes do not dominate, if the sizes differ."""
+    if class_ratio <= MAX_CLASS_RATIO or not metrics.get("per_class"):
+        return None
+    rows = [row for row in metrics["per_class"] if row["images"]]
+    worst = min(rows, key=lambda row: row["recall"])
+    values = (metrics["balanced_accuracy"], metrics["macro_f1"], worst["recall"])
+    accuracy, f1, recall = (format_percent(value, metrics["num_images"]) for value in values)
+    text = (
+        f"of different sizes: balanced accuracy {accuracy}, macro F1 {f1}, lowest recall {recall} "
+        f"({worst['name']})"
+    )
+    if worst["images"] >= FEW_PHOTOS:
+        return text
+    return f"{text}, measured on {worst['images']} of its photos: {FEW_PHOTOS} or more would help"

@@ -18,6 +18,7 @@ from ..analysis.inspection import inspect_images
 from ..analysis.report import write_page
 from ..data.images import LabeledImages
 from ..data.labels import UNLABELED, LabelSpace
+from ..data.splits import load_run_data
 from ..hub.model_files import REPORT_FILE, SAMPLE_IMAGES_FILE
 from ..hub.model_folder import ModelFolder
 from ..inference.load_model import load_model
@@ -25,7 +26,6 @@ from ..inference.metric_tables import build_class_tables
 from ..inference.per_image import read_predictions
 from ..runtime.errors import format_error, format_name_list
 from ..runtime.progress import track
-from ..training.run_folder import load_run_data
 from .wrong_photos import (
     MAX_WRONG_IMAGES,
     Photos,

@@ -18,9 +18,8 @@ from ..analysis.inspection import select_images
 from ..analysis.maps import to_upright_rgb
 from ..data.images import LabeledImages
 from ..hub.model_folder import ModelFolder
+from ..inference.stated_result import Measurement, describe_classes
 from ..training.border import describe_border
-from ..training.outcome import Measurement
-from ..training.run_results import describe_classes
 
 
 MAX_WRONG_IMAGES = 12

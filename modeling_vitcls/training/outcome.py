@@ -9,51 +9,7 @@ from ..inference.evaluator import Predictions
 from ..inference.intervals import MIN_CORRECTED_IMAGES
 from ..inference.metrics import MetricValues
 from ..inference.near_copies import KnownScenes
-from ..inference.stated_result import counts_images, state_result
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """The result of one task. As text, it is a part of the printed result.
-
-    Attributes:
-        task: name of the task; "" if there is only one.
-        metric: name of the metric of the result.
-        metrics: of the images that have a label of the task (inference/metrics.py). There is no interval
-            for images that trained the encoder: their error is larger than any interval says.
-        num_folds: number of folds of the cross-validation; 0 for held-out images.
-    """
-
-    task: str
-    metric: str
-    metrics: MetricValues
-    num_folds: int = 0
-
-    @property
-    def statement(self) -> str:
-        """The result, as it is said at every door."""
-        text = state_result(self.metrics, self.metric)
-        # What is counted needs no name
-        if counts_images(self.metrics, self.metric):
-            return text
-        return f"{self.metric.replace('_', ' ')} {text}"
-
-    @property
-    def method(self) -> str:
-        """How the result was measured."""
-        text = f"Measured on {self.metrics['num_images']:,} held-out images"
-        if self.num_folds:
-            text = f"Estimated by {self.num_folds}-fold cross-validation"
-        if f"{self.metric}_interval" not in self.metrics:
-            return f"{text}, without an interval"
-        if self.metrics["num_images"] < MIN_CORRECTED_IMAGES:
-            return text
-        is_corrected = self.num_folds and self.metric == "accuracy"
-        correction = ", corrected for the choice of the classifier" if is_corrected else ""
-        return f"{text}, with a 95% interval{correction}"
-
-    def __str__(self) -> str:
-        return f"{self.task}: {self.statement}. {self.method}".removeprefix(": ")
+from ..inference.stated_result import Measurement
 
 
 def list_measurements(

@@ -22,9 +22,6 @@ from typing import Any
 
 import yaml
 
-from ..data.options import DataOptions
-from ..data.splits import TrainingData, divide_images, load_undivided_images
-from ..data.splits_table import read_splits, select_task
 from ..hub.local_paths import is_local, make_relative, split_prefix
 from ..hub.model_files import (
     CONFIG_FILE,
@@ -35,10 +32,9 @@ from ..hub.model_files import (
     RESULTS_FILE,
     hash_weights,
 )
-from ..hub.model_folder import ModelFolder, dump_flags
+from ..hub.model_folder import dump_flags
 from ..runtime.errors import format_name_list
 from ..runtime.files import read_json, read_text, write_atomically
-from ..runtime.flags import get_flag_fields
 from ..runtime.staging import STAGING_FOLDER
 from .checkpoints import Checkpoint, CheckpointStore
 from .options import FinetuneOptions
@@ -138,36 +134,6 @@ def check_replaceable(folder: Path, store: CheckpointStore) -> None:
             f"{folder} contains other files that this run would replace "
             f"({format_name_list(names)}). Move them, or set `overwrite=True`"
         )
-
-
-def load_run_data(folder: ModelFolder, dataset: str) -> TrainingData:
-    """Read the images and labels of a finished run again, and divide them as the run did.
-
-    Args:
-        folder: its folder.
-        dataset: where the dataset is now.
-
-    Raises:
-        ValueError, OSError: if the dataset cannot be read.
-    """
-    flags = folder.flags
-    results = folder.results_of_any_weights
-    values = {name: flags[name] for name in get_flag_fields(DataOptions) if name in flags}
-    options = DataOptions(**values | {"dataset": dataset})
-    images = load_undivided_images(
-        options,
-        # A test split that the run did not read may have come since.
-        reads_all=results.get("held_out_split") == "test",
-        use_labels=bool(results.get("data", {}).get("classes", True)),
-    )
-    splits = select_task(read_splits(folder), None)
-    held_out_keys = splits["key"][splits["split"] == "test"]
-    return divide_images(
-        images,
-        options.held_out_part,
-        flags.get("select") == "best",
-        held_out_keys if len(held_out_keys) else None,  # As drawn, if the table was removed
-    )
 
 
 def check_sources_not_removed(folder: Path, sources: Mapping[str, str | None]) -> None:

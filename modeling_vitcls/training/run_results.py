@@ -4,13 +4,12 @@ from typing import Any
 
 from accelerate.state import AcceleratorState
 
-from ..data.splits import MAX_CLASS_RATIO
 from ..inference.evaluator import count_repeats, describe_repeats
-from ..inference.metrics import MetricValues, get_task_metrics
-from ..inference.stated_result import format_percent
+from ..inference.metrics import get_task_metrics
+from ..inference.stated_result import Measurement, describe_classes
 from ..runtime.system import describe_device, get_versions
 from .defaults import FINE_TUNING_EPOCHS
-from .outcome import Measurement, Outcome
+from .outcome import Outcome
 from .plan import RunPlan
 from .reporter import Reporter
 from .run_inputs import RunInputs
@@ -74,7 +73,6 @@ def find_repeats(outcome: Outcome) -> dict[str, Any]:
     return count_repeats(names, outcome.predictions)
 
 
-FEW_PHOTOS = 10  # A class with fewer is hardly learned or measured
 MIN_OPEN_GATE = 0.1  # With gates below it, tokens change nothing that could be measured
 
 # Printed lines ------------------------------------------------------------------------------------
@@ -186,20 +184,3 @@ def describe_gates(gates: dict[str, float] | None) -> str | None:
         f"{text}, so the result is nearly as without these tokens. Set more epochs, a higher second value of "
         "`learning_rate`, or `gate_new_tokens=False`"
     )
-
-
-def describe_classes(metrics: MetricValues, class_ratio: float) -> str | None:
-    """Describe the result by metrics that large classes do not dominate, if the sizes differ."""
-    if class_ratio <= MAX_CLASS_RATIO or not metrics.get("per_class"):
-        return None
-    rows = [row for row in metrics["per_class"] if row["images"]]
-    worst = min(rows, key=lambda row: row["recall"])
-    values = (metrics["balanced_accuracy"], metrics["macro_f1"], worst["recall"])
-    accuracy, f1, recall = (format_percent(value, metrics["num_images"]) for value in values)
-    text = (
-        f"of different sizes: balanced accuracy {accuracy}, macro F1 {f1}, lowest recall {recall} "
-        f"({worst['name']})"
-    )
-    if worst["images"] >= FEW_PHOTOS:
-        return text
-    return f"{text}, measured on {worst['images']} of its photos: {FEW_PHOTOS} or more would help"

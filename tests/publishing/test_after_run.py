@@ -20,6 +20,7 @@ from modeling_vitcls import (
     ViTCLSForImageClassification,
     finetune,
 )
+from modeling_vitcls.data.splits import load_run_data
 from modeling_vitcls.hub.model_folder import ModelFolder
 from modeling_vitcls.inference.metric_tables import format_name
 from modeling_vitcls.inference.stated_result import state_result
@@ -27,7 +28,6 @@ from modeling_vitcls.publishing.after_run import finish_run
 from modeling_vitcls.publishing.card import write_card
 from modeling_vitcls.publishing.report import write_report
 from modeling_vitcls.runtime.files import read_json
-from modeling_vitcls.training.run_folder import load_run_data
 
 
 SMALL: dict[str, Any] = {
