@@ -80,13 +80,15 @@ def has_searchable_pooling(config: ViTCLSConfig) -> bool:
 def pool_layers(encoder: Any, outputs: Any, layout: FeatureLayout) -> torch.Tensor:
     """Pool each layer that a classifier may read, side by side: [B, all].
 
-    The outputs must contain the hidden states, unless the layout has only the encoder's own
-    pooling.
+    The outputs, of the encoder or of its classifier, must contain the hidden states.
     """
     if OWN_POOLING in layout.widths:
-        if encoder.pooler is None:
-            return build_pooler(encoder.config)(outputs.last_hidden_state).float()
-        return outputs.pooler_output.float()
+        pooler = encoder.pooler or build_pooler(encoder.config)
+        tokens = [
+            encoder.normalize(outputs.hidden_states[index])
+            for index in encoder.pooled_layer_indices
+        ]
+        return pooler(tokens if len(tokens) > 1 else tokens[0]).float()
 
     poolers = [TokenPooler(encoder.config, kind) for kind in layout.widths]
     parts = []
@@ -149,6 +151,6 @@ class FrozenPass(ImagePass):
         """Compute the features [B, all], or [B, all + L] with logits, of images [B, C, H, W]."""
         encoder = getattr(model, "vitcls", model)
         program = model if self.has_logits else encoder
-        outputs = program(pixel_values, output_hidden_states=OWN_POOLING not in self.layout.widths)
+        outputs = program(pixel_values, output_hidden_states=True)
         features = pool_layers(encoder, outputs, self.layout)
         return torch.cat([features, outputs.logits.float()], dim=1) if self.has_logits else features

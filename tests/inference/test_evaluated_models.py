@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 from unicodedata import normalize
 
 import pytest
@@ -11,7 +11,7 @@ from helpers.command_in_process import run_here
 from helpers.photo_folders import write_photos
 from helpers.tiny_models import build_tiny_config, save_with_processor
 
-from modeling_vitcls import ViTCLSForImageClassification
+from modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel
 from modeling_vitcls.runtime.files import read_json
 
 
@@ -46,6 +46,23 @@ def check_error(capsys: pytest.CaptureFixture[str], *words: str) -> None:
     error = capsys.readouterr().err.splitlines()[-1]  # after the progress of libraries
     assert error.startswith("error: "), error
     assert all(word in error for word in words), error
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"pooling": "max"}, {"pooling": "attention"}, {"pooled_norm": True}],
+    ids=["max", "attention", "pooled_norm"],
+)
+def test_a_frozen_run_is_evaluated_whatever_its_pooler(
+    fields: dict[str, Any], photos: Path, tmp_path: Path
+) -> None:
+    """The pooler reads the hidden states, which classifiers return, too."""
+    save_with_processor(ViTCLSModel(build_tiny_config(**fields)), tmp_path / "encoder")
+    flags = ["--output-dir", tmp_path / "run", "--trainable", "head", "--no-report"]
+    assert run_here("finetune", "--model", tmp_path / "encoder", "--dataset", photos, *flags) == 0
+    others = write_photos(tmp_path / "others", range(6, 8), *NAMES)
+    assert run_evaluation(tmp_path / "run", others, "--output", tmp_path / "results.json") == 0
+    assert read_json(tmp_path / "results.json")["repeats"]["num_images"] == 6
 
 
 def test_labels_with_the_same_name_are_not_evaluated(
