@@ -165,7 +165,7 @@ def build_class_rows(
     Args:
         old: statistics of the C old classes.
         extended: statistics of these and the L new classes.
-        features: of the new images, with C logits as the last columns.
+        features: of the new images, with C logits.
 
     Returns:
         Weight [L, F] and bias [L].
@@ -175,7 +175,7 @@ def build_class_rows(
     old_weight, old_bias = old.build_classifier()
     inputs = stack_tokens(features.get_tokens(), old.tokens)
     own = (inputs @ old_weight.T + old_bias)[:, known]
-    logits = features.values[:, -num_old:][:, known].astype(np.float64)
+    logits = features.logits[:, known].astype(np.float64)
     scale = np.sqrt(logits.var(axis=1).mean() / own.var(axis=1).mean())
     weight, bias = extended.build_new_rows(num_old)
     return scale * weight, logits.mean() + scale * (bias - own.mean())
@@ -190,7 +190,7 @@ def cross_validate(
 
     Args:
         statistics: of the C old classes.
-        features: of the new images, with C logits as the last columns.
+        features: of the new images, with C logits.
         num_classes: number of the new classes.
         threshold: of the distance.
 
@@ -221,7 +221,7 @@ def cross_validate(
         )
         weight, bias = build_class_rows(statistics, extended, others)
         new_logits = inputs[left_out] @ weight.T + bias
-        logits[left_out] = np.hstack([features.values[left_out, -num_old:], new_logits])
+        logits[left_out] = np.hstack([features.logits[left_out], new_logits])
         own_tokens = {token: values[left_out] for token, values in tokens.items()}
         distances[left_out] = extended.compute_distances(own_tokens)
     return logits, distances

@@ -103,7 +103,7 @@ class OldModel:
     ) -> Features:
         """Compute the features of the images that have a label.
 
-        With `has_logits`, the last columns are the logits of the classifier.
+        With `has_logits`, the logits of the classifier are computed, too.
         """
         layout = FeatureLayout.for_extra_heads(self.model.config, NUM_LAST_LAYERS)
         one_pass = FrozenPass(

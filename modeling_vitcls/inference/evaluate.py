@@ -40,6 +40,7 @@ from .metric_tables import (
 from .near_copies import KnownScenes
 from .options import EvaluateOptions
 from .per_image import write_predictions
+from .prediction_rows import DEFAULT_THRESHOLD
 
 
 EVALUATION_BATCH_SIZE = 64  # Default number of images per process and forward pass on GPUs
@@ -91,12 +92,11 @@ def evaluate_checkpoint(options: EvaluateOptions) -> dict[str, Any]:
         num_workers=options.num_workers,
         num_channels=config.num_channels,
         warn=warn,
+        task=options.task,
+        threshold=DEFAULT_THRESHOLD if options.threshold is None else options.threshold,
+        # A task was trained with other photos
+        known_scenes=KnownScenes.read(folder) if options.task is None else None,
     )
-    evaluator.task = options.task
-    if options.task is None:  # A task was trained with other photos
-        evaluator.known_scenes = KnownScenes.read(folder)
-    if options.threshold is not None:
-        evaluator.threshold = options.threshold
 
     start_time = time.perf_counter()
     predictions = evaluator.predict(model, console)

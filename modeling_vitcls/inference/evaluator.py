@@ -16,6 +16,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
+from ..data.images import LabeledImages
 from ..data.labels import LabelSpace, OneLabel, PerTask
 from ..model.heads_vitcls import IGNORED_LABEL
 from .frozen_features import Features, pool_layers
@@ -36,7 +37,7 @@ class Predictions:
     """
 
     label_space: LabelSpace
-    outputs: ImageOutputs  # The values are logits [N, L]
+    outputs: ImageOutputs
     metrics: MetricValues
     threshold: float = (
         DEFAULT_THRESHOLD  # The probability from which one of several labels is predicted
@@ -50,7 +51,7 @@ class Predictions:
     @property
     def answers(self) -> np.ndarray:
         """The predicted classes [N] or, with several labels per image, a mask [N, L]."""
-        return self.target.predict(self.outputs.values, self.threshold)
+        return self.target.predict(self.outputs.logits, self.threshold)
 
     def list_wrong(self) -> np.ndarray:
         """List the indices of the images with another predicted label, or others, than their own."""
@@ -67,13 +68,14 @@ def build_predictions(
     comparing models. `num_unreadable_images` is the number of unreadable images, which `num_images`
     excludes. Floats are rounded to six decimals.
     """
-    values = measure(label_space, outputs.values, outputs.labels, threshold)
+    outputs = replace(outputs, features=None)  # They would stay in memory with the predictions
+    values = measure(label_space, outputs.logits, outputs.labels, threshold)
     unreadable = {"num_unreadable_images": outputs.num_unreadable}
     metrics = round_floats(select_scalars(values) | unreadable | values)
     if isinstance(label_space, OneLabel):
         outputs = outputs.take(outputs.labels != IGNORED_LABEL)
         # Without the logits of two heads, which follow the returned ones
-        outputs = replace(outputs, values=outputs.values[:, : len(label_space.names)])
+        outputs = replace(outputs, logits=outputs.logits[:, : len(label_space.names)])
     return Predictions(label_space, outputs, metrics, threshold)
 
 
@@ -116,17 +118,30 @@ def describe_repeats(record: Mapping[str, Any]) -> str | None:
 
 
 class Evaluator(ImagePass):
-    """Evaluates models on a fixed set of labeled images. It takes the arguments of `ImagePass`.
+    """Evaluates models on a fixed set of labeled images.
 
-    With `task`, it evaluates this added task. With `threshold`, one of several labels is predicted
-    from this probability on. With `known_scenes`, photos that nearly repeat a training photo count as
-    `repeats`.
+    Args:
+        images: as in `ImagePass`, like further arguments.
+        task: an added task, which is evaluated instead of the classifier.
+        threshold: probability from which one of several labels is predicted.
+        known_scenes: photos that nearly repeat one of these training photos count as `repeats`.
     """
 
-    task: str | None = None
-    threshold = DEFAULT_THRESHOLD
-    known_scenes: KnownScenes | None = None
     pass_name = "evaluating"
+
+    def __init__(
+        self,
+        images: LabeledImages,
+        *,
+        task: str | None = None,
+        threshold: float = DEFAULT_THRESHOLD,
+        known_scenes: KnownScenes | None = None,
+        **arguments: Any,
+    ) -> None:
+        super().__init__(images, **arguments)
+        self.task = task
+        self.threshold = threshold
+        self.known_scenes = known_scenes
 
     def __call__(self, model: nn.Module, console: Console | None = None) -> MetricValues:
         """Measure a model; without images, there are only their numbers."""
@@ -144,29 +159,23 @@ class Evaluator(ImagePass):
                 are unreadable, or if the outputs of the model for any image are not finite.
         """
         outputs = self.collect(model, partial(self.compute, model), console)
-        known = self.known_scenes
-        if known is not None:
-            size = known.layout.num_layers * sum(known.layout.widths.values())
-            logits, values = np.split(outputs.values, [-size], axis=1)
-            outputs = replace(outputs, values=values)
-            near = known.recognize(Features(layout=known.layout, **vars(outputs)))
-            outputs = replace(outputs, values=logits)
         predictions = build_predictions(self.label_space, outputs, self.threshold)
-        if known is not None:
+        if (known := self.known_scenes) is not None:
+            near = known.recognize(Features(layout=known.layout, **vars(outputs)))
             predictions.metrics["repeats"] = count_repeats(near, predictions)
         return predictions
 
-    def compute(self, model: Any, pixel_values: torch.Tensor) -> torch.Tensor:
+    def compute(self, model: Any, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
         """Compute the logits of images [B, C, H, W] as `measure` expects them.
 
-        If training photos are recognized, the features for it follow.
+        If training photos are recognized, so are the features for it.
         """
-        outputs = model(pixel_values, output_hidden_states=self.known_scenes is not None)
-        logits = self.select_logits(outputs)
-        if self.known_scenes is None:
-            return logits
-        features = pool_layers(model.vitcls, outputs, self.known_scenes.layout)
-        return torch.cat([logits.float(), features], dim=1)
+        known = self.known_scenes
+        outputs = model(pixel_values, output_hidden_states=known is not None)
+        computed = {"logits": self.select_logits(outputs)}
+        if known is not None:
+            computed["features"] = pool_layers(model.vitcls, outputs, known.layout)
+        return computed
 
     def select_logits(self, outputs: Any) -> torch.Tensor:
         """Select the logits that `measure` expects."""

@@ -115,20 +115,20 @@ def mark_rings(grid_size: tuple[int, int]) -> list[np.ndarray]:
 
 @dataclass(frozen=True, kw_only=True)
 class Features(ImageOutputs):
-    """Features [N, all] of the readable images of a pass."""
+    """Features of the readable images of a pass."""
 
     layout: FeatureLayout
 
     def get_tokens(self) -> dict[Token, np.ndarray]:
         """Select the features [N, D] of each token, in the order of a classifier's weights."""
-        tokens = self.layout.split(self.values)
+        tokens = self.layout.split(self.features)
         return {token: values for token, values in tokens.items() if token[1] not in RINGS}
 
 
 class FrozenPass(ImagePass):
     """One pass of images through an encoder, whose features are the same on every process.
 
-    With `has_logits`, the last columns of the features are the logits of the classifier.
+    With `has_logits`, the logits of the classifier are computed, too.
     """
 
     # Each image passes the encoder once, so a cache of preprocessed images would only take memory.
@@ -147,10 +147,10 @@ class FrozenPass(ImagePass):
         outputs = self.collect(encoder, partial(self.compute, model), console)
         return Features(layout=self.layout, **vars(outputs))
 
-    def compute(self, model: Any, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Compute the features [B, all], or [B, all + L] with logits, of images [B, C, H, W]."""
+    def compute(self, model: Any, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Compute the features [B, all] and, if required, the logits of images [B, C, H, W]."""
         encoder = getattr(model, "vitcls", model)
         program = model if self.has_logits else encoder
         outputs = program(pixel_values, output_hidden_states=True)
-        features = pool_layers(encoder, outputs, self.layout)
-        return torch.cat([features, outputs.logits.float()], dim=1) if self.has_logits else features
+        computed = {"features": pool_layers(encoder, outputs, self.layout)}
+        return computed | ({"logits": outputs.logits} if self.has_logits else {})

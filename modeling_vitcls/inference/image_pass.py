@@ -53,29 +53,32 @@ class ImageBatch:
     error_messages: dict[int, str] = field(default_factory=dict)
 
 
-ROW_FIELDS = ("values", "labels", "indices", "names", "groups")  # The arrays of `ImageOutputs`
-
-
 @dataclass(frozen=True)
 class ImageOutputs:
     """The outputs of a model for the readable images of a pass, one row for each image."""
 
-    values: np.ndarray  # [N, ...] float32: logits or features
     labels: np.ndarray  # [N] class indices, or [N, L] with several labels per image
     indices: np.ndarray  # [N] indices of the images in the pass, in ascending order
     names: np.ndarray  # [N]
     groups: np.ndarray  # [N]; copies of an image are in one group
     num_unreadable: int = 0
+    # Float32 arrays, if the pass computes them
+    logits: Any = None  # [N, L]
+    features: Any = None  # [N, all]
+
+    @property
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The arrays, whose rows are the images, by name."""
+        return {name: each for name, each in vars(self).items() if isinstance(each, np.ndarray)}
 
     def take(self, rows: np.ndarray | slice) -> Self:
         """Take some rows, given their positions, a mask or a slice."""
-        arrays = {name: getattr(self, name)[rows] for name in ROW_FIELDS}
-        return replace(self, **arrays)
+        return replace(self, **{name: array[rows] for name, array in self.arrays.items()})
 
     def join(self, other: Self) -> Self:
         """Append the rows of another pass."""
         arrays = {
-            name: np.concatenate([getattr(self, name), getattr(other, name)]) for name in ROW_FIELDS
+            name: np.concatenate([array, other.arrays[name]]) for name, array in self.arrays.items()
         }
         return replace(self, num_unreadable=self.num_unreadable + other.num_unreadable, **arrays)
 
@@ -261,7 +264,8 @@ class ImagePass:
 
         Args:
             model: the model that `compute` runs, on the device and in evaluation mode.
-            compute: function of images [B, C, H, W], which returns a tensor [B, ...].
+            compute: function of images [B, C, H, W], which returns a tensor [B, ...] for each field
+                of `ImageOutputs` that it computes.
             console: console for the progress (runtime/progress.py).
 
         Raises:
@@ -289,9 +293,13 @@ class ImagePass:
             compute, padded_batches, accelerator.device, accelerator.autocast
         ):
             error_messages |= batch.error_messages
-            # Further rows are padding.
-            own_values = outputs[: len(batch.indices)].float().cpu().numpy()
-            parts.append((np.array(batch.indices, np.int64), batch.labels.numpy(), own_values))
+            arrays = {
+                # Further rows are padding.
+                name: values[: len(batch.indices)].float().cpu().numpy()
+                for name, values in outputs.items()
+            }
+            arrays |= {"labels": batch.labels.numpy(), "indices": np.array(batch.indices, np.int64)}
+            parts.append(arrays)
 
         # Errors are raised after the last batch, by all processes together. A process that stopped
         # in the middle would leave the others waiting for its part of a sharded model.
@@ -304,25 +312,26 @@ class ImagePass:
                 f"none of the {len(error_messages)} images can be read ({first_error}). Check the "
                 "dataset"
             )
-        indices, labels, values = map(np.concatenate, zip(*gather_object(parts), strict=True))
-        is_finite = np.isfinite(values).all(axis=tuple(range(1, values.ndim)))
+        parts = gather_object(parts)
+        arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        indices = arrays["indices"]
+        is_finite = find_finite(
+            {name: torch.from_numpy(arrays[name]) for name in outputs}, len(indices)
+        )
         if not is_finite.all():
             raise ValueError(
                 f"the outputs of the model are not finite for {(~is_finite).sum():,} of "
-                f"{len(values):,} images. Check the weights, or set `mixed_precision='no'`"
+                f"{len(indices):,} images. Check the weights, or set `mixed_precision='no'`"
             )
 
-        order = np.argsort(indices)
-        indices = indices[order]
         groups = np.arange(len(self.images)) if self.images.groups is None else self.images.groups
-        return ImageOutputs(
-            values=values[order],
-            labels=labels[order],
-            indices=indices,
+        rows = ImageOutputs(
             names=np.array(self.images.images.get_names(), str)[indices],
             groups=groups[indices],
             num_unreadable=self.num_unreadable,
+            **arrays,
         )
+        return rows.take(np.argsort(indices))
 
     def pad_batch(self, model: nn.Module, batch: ImageBatch) -> ImageBatch:
         """Add blank images to a batch, up to the batch size, if required.

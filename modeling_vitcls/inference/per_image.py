@@ -107,8 +107,8 @@ def write_predictions(
         "image": outputs.names,
         "label": target.get_names(names, outputs.labels),
         "prediction": target.get_names(names, predictions.answers),
-        "probabilities": list(target.to_probabilities(outputs.values)),
-        "loss": target.compute_losses(outputs.values, outputs.labels),
+        "probabilities": list(target.to_probabilities(outputs.logits)),
+        "loss": target.compute_losses(outputs.logits, outputs.labels),
     }
     if nearest_images is not None:
         columns["nearest_images"] = [

@@ -36,7 +36,7 @@ def measure_border(heads: Iterable[FrozenHead], grid_size: tuple[int, int]) -> d
     shares = {}
     for head in heads:
         images = head.features if head.held_out is None else head.held_out
-        features = images.layout.split(images.values)
+        features = images.layout.split(images.features)
         is_own = images.labels > 0.5
         if images.labels.ndim == 1:
             is_own = images.labels[:, None] == head.probe.classes_  # [N, K]

@@ -103,7 +103,7 @@ def calibrate(
     text = f"not calibrated: {num_images:,} images, {MIN_IMAGES} needed"
     # The temperature comes first: predictions and metrics describe the model as it is saved.
     if num_images >= MIN_IMAGES:
-        temperature = round(fit_temperature(outputs.values, outputs.labels), 4)
+        temperature = round(fit_temperature(outputs.logits, outputs.labels), 4)
         divide_logits(classifier.classifier, temperature)
         if classifier.distillation_classifier is not None:
             divide_logits(classifier.distillation_classifier, temperature)
@@ -152,7 +152,7 @@ def measure_errors(calibration: Calibration, predictions: Predictions) -> Calibr
     if calibration.images == HELD_OUT:
         outputs = outputs.take(np.s_[1::2])  # The half to which the temperature was not fitted
     # The model divides its logits already; multiplied, they are as before.
-    logits = outputs.values
+    logits = outputs.logits
     before = round(compute_calibration_error(logits * calibration.temperature, outputs.labels), 6)
     after = round(compute_calibration_error(logits, outputs.labels), 6)
     predictions.metrics["calibration_error"] = after

@@ -176,7 +176,7 @@ class FrozenHead:
         features = self.features.take(known)
         # Logarithms of the probabilities are logits: softmax gives the same probabilities back.
         logits = self.probe.target_.to_logits(probabilities[known]).astype(np.float32)
-        predictions = build_predictions(self.labels, replace(features, values=logits))
+        predictions = build_predictions(self.labels, replace(features, logits=logits))
         predictions.metrics.update(round_floats(self.estimate.to_metrics()))
         return predictions
 
@@ -190,7 +190,7 @@ class FrozenHead:
             tokens = self.second.probe.candidate_.tokens
             second_logits = apply_head(model.distillation_classifier, features, tokens)
             logits = model.combine_heads(logits, second_logits)
-        return build_predictions(self.labels, replace(features, values=logits.cpu().numpy()))
+        return build_predictions(self.labels, replace(features, logits=logits.cpu().numpy()))
 
     def find_nearest_images(self, images: np.ndarray) -> dict[int, list[str]]:
         """Find the training images that explain predictions: the nearest ones, by image index.

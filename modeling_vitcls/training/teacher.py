@@ -134,7 +134,9 @@ def load_teacher(
 def measure(teacher: Teacher, student: nn.Module, images: Evaluator) -> MetricValues:
     """Measure a teacher on the images of an evaluator, which prepares them for the student."""
     normalize = Normalizer(images.processor, images.accelerator.device)
-    outputs = images.collect(student, lambda pixel_values: teacher(normalize.revert(pixel_values)))
+    outputs = images.collect(
+        student, lambda pixel_values: {"logits": teacher(normalize.revert(pixel_values))}
+    )
     return build_predictions(images.label_space, outputs).metrics
 
 

@@ -29,7 +29,6 @@ from modeling_vitcls.data.options import DataOptions
 from modeling_vitcls.data.sources import load_splits
 from modeling_vitcls.inference.class_statistics import ClassStatistics
 from modeling_vitcls.inference.frozen_features import FeatureLayout, Features
-from modeling_vitcls.inference.image_pass import ROW_FIELDS
 from modeling_vitcls.inference.linear_probe import NUM_LAST_LAYERS, stack_tokens
 from modeling_vitcls.runtime.files import read_json, write_json
 from modeling_vitcls.runtime.system import format_device_name
@@ -74,7 +73,7 @@ def compute_features(options: Options) -> tuple[list[str], dict[str, Features]]:
         if not file.exists():
             images = splits.images_by_split[split]
             computed = encoder.compute_features(images, splits.label_space)
-            np.savez(file, **{name: getattr(computed, name) for name in ROW_FIELDS})
+            np.savez(file, **computed.arrays)
         stored = np.load(file)
         features[split] = Features(layout=layout, **{key: stored[key] for key in stored.files})
     return splits.label_space.names, features
@@ -114,10 +113,10 @@ def leave_out(
     results = []
     for num_images in options.sizes:
         new = train.take(drawn[-1][:num_images])
-        with_logits = np.hstack([new.values, compute_logits(statistics, new)])
+        with_logits = replace(new, logits=compute_logits(statistics, new))
         new_labels = np.zeros(len(new.labels), np.int64)  # of the only new class
         extended = statistics.extend(new.get_tokens(), new_labels, 1)
-        weight, bias = build_class_rows(statistics, extended, replace(new, values=with_logits))
+        weight, bias = build_class_rows(statistics, extended, with_logits)
         new_logits = stack_tokens(test.get_tokens(), statistics.tokens) @ weight.T + bias
         added = np.hstack([test_logits, new_logits]).argmax(axis=1) == test.labels
         everything = old.join(new)

@@ -109,10 +109,10 @@ def build_evaluator(
     """Return an evaluator for one kind of labels."""
     return Evaluator(
         images or build_labeled_images(name),
-        ViTCLSImageProcessor(size=16),
-        SPACES[name],
-        BATCH_SIZE,
-        accelerator,
+        processor=ViTCLSImageProcessor(size=16),
+        label_space=SPACES[name],
+        batch_size=BATCH_SIZE,
+        accelerator=accelerator,
         num_workers=num_workers,
         warn=warn,
     )

@@ -19,7 +19,7 @@ def build_features(values: np.ndarray, labels: np.ndarray) -> Features:
     """Build features [N, WIDTH] of one token."""
     number = len(values)
     return Features(
-        values=values.astype(np.float32),
+        features=values.astype(np.float32),
         labels=labels,
         indices=np.arange(number),
         names=np.array([f"{index}.jpg" for index in range(number)]),
